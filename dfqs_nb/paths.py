@@ -1,0 +1,118 @@
+"""Where things lie, and how a file is written: whole, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dfqs_nb.errors import OutputError, StageError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def data_dir() -> Path:
+    """The folder of shipped data: ``$DFQS_DATA``, else ``data/`` of this checkout."""
+    return Path(os.environ.get("DFQS_DATA") or REPOSITORY / "data")
+
+
+def outputs_dir() -> Path:
+    """The folder that receives every run: ``$DFQS_OUTPUTS``, else ``outputs/`` of this checkout."""
+    return Path(os.environ.get("DFQS_OUTPUTS") or REPOSITORY / "outputs")
+
+
+def run_dir(run: str) -> Path:
+    """The folder ``outputs/<run>/``, made if missing.
+
+    Raises:
+        OutputError: the name is not a plain folder name, or the folder cannot be made.
+    """
+    if not run or Path(run).name != run or run.startswith("."):
+        raise OutputError(f"{run!r} is not a run name", hint="use one plain folder name, like 'nano'")
+    folder = outputs_dir() / run
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder ({error.strerror})", where=folder,
+                          hint="set DFQS_OUTPUTS to a folder you may write") from error
+    return folder
+
+
+def tilde(path: str | Path) -> str:
+    """A path as people read it: relative to this checkout, or to the home folder, where it can be.
+
+    >>> tilde(REPOSITORY / "data")
+    'data'
+    """
+    path = Path(path)
+    for base, prefix in ((REPOSITORY, ""), (Path.cwd(), ""), (Path.home(), "~/")):
+        if path.is_relative_to(base) and base != Path("/"):
+            return prefix + path.relative_to(base).as_posix()
+    return str(path)
+
+
+@contextmanager
+def whole_file(path: str | Path, mode: str = "w") -> Iterator[Any]:
+    """Open a temporary file beside ``path``; it takes that name only when the block ends well.
+
+    The bytes are flushed to the disk before the rename, so a reader (or a crash) sees the old file
+    or the new one, never a part.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        encoding = None if "b" in mode else "utf-8"
+        with os.fdopen(handle, mode, encoding=encoding) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+        fsync_dir(path.parent)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def fsync_dir(folder: str | Path) -> None:
+    """Make a rename in ``folder`` durable (a no-op where folders cannot be opened)."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write ``value`` as indented JSON, whole or not at all, and return the path."""
+    with whole_file(path) as file:
+        json.dump(value, file, indent=2, ensure_ascii=False, default=str)
+        file.write("\n")
+    return Path(path)
+
+
+def read_stage(folder: str | Path, name: str, written_by: str) -> Any:
+    """Read the JSON file ``name`` that an earlier notebook wrote.
+
+    Raises:
+        StageError: it is missing or not JSON; the message names the notebook that writes it.
+    """
+    path = Path(folder) / name
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StageError("missing", where=path, hint=f"run {written_by} first") from None
+    except ValueError as error:
+        raise StageError(f"not JSON ({error})", where=path, hint=f"run {written_by} again") from error
