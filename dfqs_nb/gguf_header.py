@@ -47,6 +47,7 @@ TENSOR_TYPES = {
     41: ("Q1_0", 128, 18), 42: ("Q2_0", 64, 18),
 }  # fmt: skip
 
+CUT_OFF = "the download was cut off, or the file is broken: download it again"
 _FIRST_READ = 1 << 16
 _U64 = struct.Struct("<Q")
 
@@ -195,7 +196,7 @@ def check_layout(header: GGUFHeader) -> None:
     if header.file_size < needed:
         raise LayoutError(
             f"{needed - header.file_size:,} bytes short (has {header.file_size:,}, "
-            f"needs {needed:,})", where=header.path, hint="the download was cut off: resume or repeat it")
+            f"needs {needed:,})", where=header.path, hint=CUT_OFF)
 
 
 class _Cursor:
@@ -222,7 +223,7 @@ class _Cursor:
             raise self.fail(f"the header claims over {MAX_HEADER_BYTES:,} bytes")
         if end > self.size - self.start:
             raise self.fail(f"the header is cut off: it needs {end:,} bytes and the file has "
-                            f"{self.size - self.start:,}", "the download was cut off: resume or repeat it")
+                            f"{self.size - self.start:,}", CUT_OFF)
         goal = min(max(end, 2 * len(self.bytes), _FIRST_READ), self.size - self.start)
         self.file.seek(self.start + len(self.bytes))
         while len(self.bytes) < goal:
@@ -244,7 +245,7 @@ class _Cursor:
     def text(self, what: str) -> str:
         length = self.number("Q")
         if length > self.remaining:
-            raise self.fail(f"{what} claims {length:,} bytes, more than the file has left")
+            raise self.fail(f"{what} claims {length:,} bytes, more than the file has left", CUT_OFF)
         try:
             return self.take(length).decode("utf-8")
         except UnicodeDecodeError as error:
@@ -261,7 +262,7 @@ class _Cursor:
             except struct.error:
                 if position + 8 > self.size - self.start:
                     raise self.fail(f"{what} runs past the end of the file",
-                                    "the download was cut off: resume or repeat it") from None
+                                    CUT_OFF) from None
                 self.need(position + 8)
         self.need(position)
         self.position = position
@@ -276,7 +277,7 @@ def _parse(cursor: _Cursor) -> GGUFHeader:
     data = padded(len(raw), alignment) if n_tensors else len(raw)
     if cursor.start + data > cursor.size:
         raise cursor.fail("the file ends before its data section",
-                          "the download was cut off: resume or repeat it")
+                          CUT_OFF)
     return GGUFHeader(cursor.path, cursor.start, version, alignment, MappingProxyType(fields),
                       tensors, cursor.start + data, cursor.size, raw)
 
@@ -293,7 +294,8 @@ def _read_preamble(cursor: _Cursor) -> tuple[int, int, int]:
     n_tensors, n_fields = cursor.number("Q"), cursor.number("Q")
     for count, least, noun in ((n_tensors, 24, "tensors"), (n_fields, 13, "metadata fields")):
         if count * least > cursor.remaining:
-            raise cursor.fail(f"claims {count:,} {noun}, more than its {cursor.size:,} bytes can hold")
+            raise cursor.fail(f"claims {count:,} {noun}, more than its {cursor.size:,} bytes can hold",
+                              CUT_OFF)
     return version, n_tensors, n_fields
 
 
@@ -334,7 +336,7 @@ def _read_field(cursor: _Cursor, name: str, start: int) -> Field:
     n, least = 1 if count is None else count, struct.calcsize("<" + form) or 8
     if n * least > cursor.remaining:
         raise cursor.fail(f"metadata field {name!r} claims {n:,} values, more than the file has left",
-                          "the download was cut off: resume or repeat it")
+                          CUT_OFF)
     value_start = cursor.position
     if form:
         cursor.take(n * least)

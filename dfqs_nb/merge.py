@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import struct
@@ -23,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
 
 import xxhash
 from tqdm.auto import tqdm
@@ -33,6 +34,9 @@ from dfqs_nb.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.gguf_header import MAGIC, GGUFHeader, Tensor, check_layout, padded, read_header
 from dfqs_nb.paths import fsync_dir, write_json
 from dfqs_nb.shards import ShardSet, open_shards
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 GGUF_VERSION = 3
 CHUNK_BYTES = 4 << 20
@@ -73,7 +77,8 @@ class MergeResult:
         sha256: SHA-256 of the whole file, from the bytes as they were written.
         tensors: XXH64 of each tensor's bytes, as ``llama-gguf-hash`` prints it: the same in shard and file.
         sources: name, size in bytes and modification time (ns) of each shard.
-        seconds: wall time.
+        seconds: wall time of the merge.
+        reused: an earlier merge of the same shards was found, and nothing was done.
     """
 
     path: Path
@@ -82,6 +87,7 @@ class MergeResult:
     tensors: dict[str, str]
     sources: tuple[dict[str, int | str], ...]
     seconds: float
+    reused: bool = False
 
 
 def plan_merge(shards: ShardSet) -> MergePlan:
@@ -160,14 +166,65 @@ def merge(model: str | Path | Sequence[str | Path], output: str | Path, *, overw
     return result
 
 
+def ensure_merged(model: str | Path | Sequence[str | Path], output: str | Path, *, fresh: bool = False,
+                  **options: bool) -> MergeResult:
+    """``merge``, unless ``output`` is already the merge of these shards as they are now.
+
+    It is when its manifest names the same shards (name, size, modification time) and the output has the
+    size and the time that the manifest says. A model in a single file needs no merge, and gets one only
+    in the sense that the result is a checked copy.
+
+    Raises:
+        As ``merge``.
+    """
+    output = Path(output)
+    shards = open_shards(model, allow_mixed=options.get("allow_mixed", False))
+    found = None if fresh else _earlier(output, shards)
+    return found or merge(model, output, overwrite=True, **options)
+
+
+def _earlier(output: Path, shards: ShardSet) -> MergeResult | None:
+    try:
+        kept = json.loads(manifest_path(output).read_text(encoding="utf-8"))
+        stat = output.stat()
+    except (OSError, ValueError):
+        return None
+    same = (kept.get("sources") == list(_identities(shards.paths))
+            and (kept.get("nbytes"), kept.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns))
+    if not same:
+        return None
+    return MergeResult(output, kept["nbytes"], kept["sha256"], kept["tensors"], tuple(kept["sources"]),
+                       kept["seconds"], reused=True)
+
+
 def manifest_path(output: Path) -> Path:
     """Where the hashes of ``output`` are kept: beside it."""
     return output.with_name(output.name + ".manifest.json")
 
 
-def manifest(result: MergeResult) -> dict:
+def manifest(result: MergeResult) -> dict[str, Any]:
     """The result as plain values, without the folder it lies in."""
-    return {**asdict(result), "path": result.path.name}
+    kept = {name: value for name, value in asdict(result).items() if name not in ("path", "reused")}
+    return {"file": result.path.name, "mtime_ns": result.path.stat().st_mtime_ns, **kept}
+
+
+def segments(plan: MergePlan, output_name: str) -> pd.DataFrame:
+    """Where the bytes of shards and result lie, for a figure.
+
+    One row a piece: ``file``, ``part`` (``header`` or ``data of shard N``), ``start`` and ``nbytes``.
+    """
+    import pandas as pd
+
+    rows, position = [], len(plan.header)
+    for number, header in enumerate(plan.shards.headers, 1):
+        name, data = header.path.name, header.data_nbytes
+        rows.append((name, "header", 0, header.data_offset))
+        rows.append((name, f"data of shard {number}", header.data_offset, data))
+    rows.append((output_name, "header", 0, len(plan.header)))
+    for number, header in enumerate(plan.shards.headers, 1):
+        rows.append((output_name, f"data of shard {number}", position, header.data_nbytes))
+        position += header.data_nbytes
+    return pd.DataFrame(rows, columns=["file", "part", "start", "nbytes"])
 
 
 def check_output(output: Path, plan: MergePlan, overwrite: bool = False) -> None:

@@ -103,13 +103,21 @@ def write_json(path: str | Path, value: Any) -> Path:
     return Path(path)
 
 
-def read_stage(folder: str | Path, name: str, written_by: str) -> Any:
-    """Read the JSON file ``name`` that an earlier notebook wrote.
+def write_stage(folder: str | Path, stage: str, *, conditions: dict[str, Any], summary: list[str],
+                **facts: Any) -> Path:
+    """Write ``<stage>.json``, what a notebook hands on: its conditions, its facts, and the few lines
+    that the run's summary prints."""
+    content = {"stage": stage, "conditions": conditions, "summary": summary, **facts}
+    return write_json(Path(folder) / f"{stage}.json", content)
+
+
+def read_stage(folder: str | Path, stage: str, written_by: str) -> Any:
+    """Read the ``<stage>.json`` that an earlier notebook wrote.
 
     Raises:
         StageError: it is missing or not JSON; the message names the notebook that writes it.
     """
-    path = Path(folder) / name
+    path = Path(folder) / f"{stage}.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

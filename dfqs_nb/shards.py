@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 MAX_SHARDS = 65_535  # split.count is a u16
+FEW_EXPERTS = 4  # expert tensors on each side before their types are compared
 
 
 @dataclass(frozen=True)
@@ -226,8 +227,8 @@ def _check_same_model(headers: Sequence[GGUFHeader], allow_mixed: bool) -> None:
                 raise ShardError(f"shard {number} says {key} = {header[key]!r}, shard 1 says "
                                  f"{first[key]!r}", where=header.path, hint="take all shards from one model")
         _check_same_shapes(first, header, number)
-        if not allow_mixed:
-            _check_same_quantization(first, header, number)
+    if not allow_mixed:
+        _check_same_quantization(headers)
 
 
 def _by_role(header: GGUFHeader) -> dict[str, list[Tensor]]:
@@ -250,15 +251,23 @@ def _check_same_shapes(first: GGUFHeader, other: GGUFHeader, number: int) -> Non
                              hint="take all shards from one model")
 
 
-def _check_same_quantization(first: GGUFHeader, other: GGUFHeader, number: int) -> None:
-    ours, theirs = _by_role(first), _by_role(other)
-    roles = [role for role in ours if role in theirs and role.endswith("_exps.weight")]
-    types = [({t.type for t in ours[role]}, {t.type for t in theirs[role]}) for role in roles]
-    if types and all(a.isdisjoint(b) for a, b in types):
-        a, b = (sorted(set().union(*side)) for side in zip(*types, strict=True))
-        raise ShardError(f"the routed experts of shard 1 are {', '.join(a)}, those of shard {number} "
-                         f"{', '.join(b)}: two quantizations of one model?", where=other.path,
-                         hint="take all shards from one, or pass allow_mixed=True if it was made so")
+def _check_same_quantization(headers: Sequence[GGUFHeader]) -> None:
+    """Refuse routed experts that share no type from one shard on: a shard of another quantization.
+
+    Shards with fewer than ``FEW_EXPERTS`` expert tensors say nothing: in a set of many small shards one
+    may hold just the first layer, which is often quantized higher.
+    """
+    before: set[str] = set()
+    n_before = 0
+    for number, header in enumerate(headers, 1):
+        here = [tensor.type for tensor in header.tensors if "_exps." in tensor.name]
+        if min(len(here), n_before) >= FEW_EXPERTS and before.isdisjoint(here):
+            raise ShardError(f"the routed experts up to shard {number - 1} are {', '.join(sorted(before))}, "
+                             f"those of shard {number} {', '.join(sorted(set(here)))}: two quantizations of "
+                             "one model?", where=header.path,
+                             hint="take all shards from one, or pass allow_mixed=True if it was made so")
+        before |= set(here)
+        n_before += len(here)
 
 
 def shard_table(shards: ShardSet) -> pd.DataFrame:

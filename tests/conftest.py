@@ -1,0 +1,18 @@
+"""What several tests share."""
+
+from pathlib import Path
+
+import pytest
+
+from dfqs_nb.merge import merge
+from dfqs_nb.paths import data_dir
+
+REFERENCE = data_dir() / "reference"
+
+
+@pytest.fixture(scope="session")
+def merged_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference model at IQ1_S-XL as one file. Not to be written to."""
+    output = tmp_path_factory.mktemp("merged") / "DFQS-Nano-IQ1_S-XL.gguf"
+    shard = REFERENCE / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
+    return merge(shard, output, progress=False).path
