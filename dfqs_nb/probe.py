@@ -1,0 +1,444 @@
+"""Build llama.cpp's model object, and try a file in a child process before this process touches it.
+
+A header that fails an assertion aborts the process that opens it, and a build for another CPU is killed at
+the first decode. ``python -m dfqs_nb.probe`` is that process: it plans the memory, loads, decodes, and says on
+its standard output how far it came.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dfqs_nb.errors import DfqsError, ModelError, SpaceError
+from dfqs_nb.machine import usable_cores
+from dfqs_nb.memory import KvCacheBytes, MemoryEstimate, check_fits
+
+# ggml_type of the KV cache types, from ggml.h
+GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
+PROBE_CTX = 256
+PREFILL_TOKENS = 8
+SECONDS_PER_BYTE = 1 / 50e6  # a slow disk
+BASE_TIMEOUT_SECONDS = 120.0
+DEBUG, CONTINUES = 1, 5  # ggml_log_level of ggml.h
+
+
+@dataclass(frozen=True)
+class OpenSettings:
+    """How a model is opened: every field is a condition of what is measured with it.
+
+    Args:
+        n_ctx: tokens of context.
+        n_batch, n_ubatch: tokens handed over, and computed, at once in prefill.
+        n_threads, n_threads_batch: threads in decode and in prefill; None: the usable physical cores.
+        n_gpu_layers: layers put on the GPU; -1: all.
+        seed: of the sampler; greedy decoding does not use it.
+        flash_attn: flash attention; a quantized V cache needs it.
+        type_k, type_v: element types of the KV cache.
+        use_mmap: map the weights, so that they need not fit in memory.
+        use_extra_bufts: repack weights for this CPU; False, because that crashes on CPUs with AMX
+            (ggml-org/llama.cpp#20824) and keeps a second copy in memory.
+        swa_full: keep all tokens in sliding-window layers; llama.cpp's default True costs several times the cache.
+
+    Raises:
+        ModelError: a count below its minimum, or an unknown cache type.
+    """
+
+    n_ctx: int = 4096
+    n_batch: int = 512
+    n_ubatch: int = 512
+    n_threads: int | None = None
+    n_threads_batch: int | None = None
+    n_gpu_layers: int = 0
+    seed: int = 42
+    flash_attn: bool = False
+    type_k: str = "f16"
+    type_v: str = "f16"
+    use_mmap: bool = True
+    use_extra_bufts: bool = False
+    swa_full: bool = False
+
+    def __post_init__(self) -> None:
+        threads = self.n_threads or usable_cores()
+        object.__setattr__(self, "n_threads", threads)
+        object.__setattr__(self, "n_threads_batch", self.n_threads_batch or threads)
+        for name in ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"{name} is {getattr(self, name)}", hint="use 1 or more")
+        for name in ("type_k", "type_v"):
+            if getattr(self, name) not in GGML_TYPES:
+                raise ModelError(f"{name} is {getattr(self, name)!r}", hint=f"use one of {', '.join(GGML_TYPES)}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for a report's conditions."""
+        return dataclasses.asdict(self)
+
+
+class LlamaLog:
+    """The last lines llama.cpp logged in this process; nothing of it is printed."""
+
+    def __init__(self, n_lines: int = 500) -> None:
+        self._lines: deque[str] = deque(maxlen=n_lines)
+        self._open_line = ""
+        self._level = 0
+        self._callback: Any = None
+        self.echo: int | None = None
+
+    def install(self) -> None:
+        """Take llama.cpp's log over (once; importing llama_cpp sets a callback that prints)."""
+        if self._callback is None:
+            import llama_cpp
+
+            self._callback = llama_cpp.llama_log_callback(self._receive)
+            llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _receive(self, level: int, text: bytes, _user_data: object) -> None:
+        self._level = self._level if level == CONTINUES else level
+        if self._level == DEBUG:
+            return
+        if self.echo is not None:
+            os.write(self.echo, text)
+        *lines, self._open_line = (self._open_line + text.decode("utf-8", "replace")).split("\n")
+        self._lines.extend(lines)
+
+    def clear(self) -> None:
+        """Forget the lines so far."""
+        self._lines.clear()
+
+    def tail(self, n_lines: int = 12) -> list[str]:
+        """The last lines, oldest first."""
+        return list(self._lines)[-n_lines:]
+
+
+LOG = LlamaLog()
+_building = threading.Lock()
+
+
+@contextlib.contextmanager
+def default_model_params(**fields: object) -> Iterator[None]:
+    """Make llama.cpp's default model parameters carry ``fields`` while a model is built.
+
+    ``llama_cpp.Llama`` does not expose all of them (``use_extra_bufts``). The function is put back on errors too.
+    """
+    import llama_cpp.llama_cpp as api
+
+    original = api.llama_model_default_params
+
+    def wrapped() -> Any:
+        params = original()
+        for name, value in fields.items():
+            setattr(params, name, value)
+        return params
+
+    with _building:
+        api.llama_model_default_params = wrapped
+        try:
+            yield
+        finally:
+            api.llama_model_default_params = original
+
+
+def build_llama(path: str | Path, settings: OpenSettings) -> Any:
+    """A ``llama_cpp.Llama`` of this file with exactly these settings, opened in this process.
+
+    Raises:
+        ModelError: llama.cpp refuses the file; a file that aborts it takes this process along (see ``probe``).
+    """
+    import llama_cpp
+
+    LOG.install()
+    LOG.clear()
+    names = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "n_gpu_layers", "flash_attn",
+             "use_mmap", "swa_full")
+    try:
+        with default_model_params(use_extra_bufts=settings.use_extra_bufts):
+            llama = llama_cpp.Llama(model_path=str(path), verbose=False, type_k=GGML_TYPES[settings.type_k],
+                                    type_v=GGML_TYPES[settings.type_v], **{n: getattr(settings, n) for n in names})
+    except ValueError as error:
+        raise refusal(path, LOG.tail(40)) from error
+    llama.set_seed(settings.seed)
+    return llama
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the child process found.
+
+    ``kv_bytes`` and ``compute_bytes`` are llama.cpp's own figures (to 0.01 MiB a buffer) from a run without
+    allocation; ``compute_bytes`` counts the buffers in this machine's memory, not a GPU's.
+    """
+
+    kv_bytes: int
+    compute_bytes: int
+    load_seconds: float
+    decode_seconds: float
+    seconds: float
+
+
+def probe(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEstimate) -> Probe:
+    """Plan, load and decode a model (its shards, first one first) in a child process.
+
+    The same files and settings are tried once a session. The child loads with a context of 256 tokens and
+    evaluates 9 of them with one thread (threads that wait for each other are slow on a busy machine). It reads through the page cache that this process will use, so a file that fits in memory is
+    read from the disk once.
+
+    Raises:
+        ModelError: llama.cpp refuses the file, dies on it, or computes logits that are not numbers.
+        SpaceError: the context's cache and llama.cpp's compute buffer exceed the free memory.
+    """
+    identity = tuple((os.path.realpath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths)
+    return _probe_once(identity, settings, json.dumps(dataclasses.asdict(needs)))
+
+
+@functools.lru_cache(maxsize=64)
+def _probe_once(identity: tuple[tuple[str, int, int], ...], settings: OpenSettings, needs: str) -> Probe:
+    path, weights_bytes = identity[0][0], json.loads(needs)["weights_bytes"]
+    job = json.dumps({"path": path, "settings": settings.as_dict(), "needs": json.loads(needs)})
+    started = time.perf_counter()
+    timeout = BASE_TIMEOUT_SECONDS + weights_bytes * SECONDS_PER_BYTE
+    try:
+        child = subprocess.run([sys.executable, "-m", "dfqs_nb.probe"], input=job.encode(), capture_output=True,
+                               env=_child_environment(), timeout=timeout)
+    except subprocess.TimeoutExpired as error:
+        raise ModelError(f"llama.cpp did not load it within {timeout:,.0f} s", where=path,
+                         hint="the disk is very slow, or the file is on a network: copy it to a local disk") from error
+    seconds = time.perf_counter() - started
+    return _read_child(path, child, seconds)
+
+
+def _child_environment() -> dict[str, str]:
+    """This environment, with the package importable and ggml's stack trace (which starts a debugger) off."""
+    roots = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots)), "GGML_NO_BACKTRACE": "1",
+            "PYTHONIOENCODING": "utf-8"}
+
+
+def _read_child(path: str, child: subprocess.CompletedProcess[bytes], seconds: float) -> Probe:
+    facts: dict[str, Any] = {}
+    for line in child.stdout.decode("utf-8", "replace").splitlines():
+        if line.startswith('{"stage"'):
+            facts.update(json.loads(line))
+    log = child.stderr.decode("utf-8", "replace").splitlines()
+    if facts.get("stage") == "failed":
+        raise _as_error(facts, log)
+    if child.returncode != 0 or facts.get("stage") != "done":
+        raise death(path, child.returncode, facts.get("stage", "start"), log)
+    return Probe(facts["kv_bytes"], facts["compute_bytes"], facts["load_seconds"], facts["decode_seconds"], seconds)
+
+
+def _as_error(facts: dict[str, Any], log: list[str]) -> DfqsError:
+    kind = SpaceError if facts["kind"] == "SpaceError" else ModelError
+    return _with_log(kind(facts["what"], where=facts["where"], hint=facts["hint"]), log)
+
+
+def _with_log(error: DfqsError, log: list[str]) -> DfqsError:
+    lines = [line for line in log if line.strip(" .")][-12:]
+    error.add_note("llama.cpp's last lines:\n  " + "\n  ".join(lines or ["(none)"]))
+    return error
+
+
+DEATH_HINTS = {
+    "SIGABRT": "its header is not what this llama.cpp expects: inspect it (02_inspect_header), get it again, "
+               "or update llama-cpp-python",
+    "SIGILL": "llama-cpp-python was built for another CPU: install it again on this machine",
+    "SIGSEGV": "the file is damaged, or this llama.cpp does not suit this CPU: verify its hash, then install "
+               "llama-cpp-python again on this machine",
+    "SIGBUS": "the file shrank or its disk failed while it was read: verify its hash",
+    "SIGKILL": "the system killed it, most likely for memory: lower n_ctx or close other programs",
+}
+STAGES = {"start": "at start", "plan": "while planning its memory", "load": "while loading it",
+          "decode": "at the first decode"}
+
+
+def death(path: str | Path, returncode: int, stage: str, log: list[str]) -> ModelError:
+    """The error for a child that died: the signal, the stage, and the assertion or last line it wrote."""
+    name = signal.Signals(-returncode).name if returncode < 0 else f"exit status {returncode}"
+    cause = _telling_line(log)
+    what = f"llama.cpp died {STAGES.get(stage, stage)} ({name}){': ' + cause if cause else ''}"
+    hint = DEATH_HINTS.get(name, "see the last lines that llama.cpp wrote, below")
+    return _with_log(ModelError(what, where=path, hint=hint), log)
+
+
+def _telling_line(log: list[str]) -> str:
+    """The line that says why: an assertion, a C++ exception, else the last error; without folders of the build."""
+    for pattern in (r"GGML_ASSERT|GGML_ABORT|fatal error", r"what\(\):", r"[Ee]rror"):
+        found = [line for line in log if re.search(pattern, line)]
+        if found:
+            return re.sub(r"\S*/([\w.-]+\.(?:cpp|c|cu|h|m):\d+)", r"\1", found[0]).strip()
+    return log[-1].strip() if log else ""
+
+
+def refusal(path: str | Path, log: list[str]) -> ModelError:
+    """The error for a file that llama.cpp declines in an orderly way, from what it logged."""
+    text = "\n".join(log)
+    unknown = re.search(r"unknown model architecture: '([^']*)'", text)
+    if unknown:
+        return ModelError(f"this llama.cpp (llama-cpp-python {llama_version()}) does not know the architecture "
+                          f"{unknown[1]!r}", where=path, hint="update llama-cpp-python, or convert the model again")
+    reasons = re.findall(r"(?:error loading model: |failed to initialize the context: )(.+)", text)
+    reason = reasons[0].strip() if reasons else _telling_line(log) or "no reason given"
+    error = ModelError(f"llama.cpp refuses it: {reason}", where=path, hint=_refusal_hint(reason))
+    return _with_log(error, log)
+
+
+def _refusal_hint(reason: str) -> str:
+    for word, hint in (
+        ("key not found", "the file is in another dialect of its architecture: get a newer conversion"),
+        ("split", "keep all shards under their own names in one folder, or merge them (01_merge_shards)"),
+        ("not within the file bounds", "the file is cut off: resume or repeat the download"),
+        ("V cache quantization", "pass flash_attn=True, or type_v='f16'"),
+        ("tensor", "the file does not hold the tensors its header promises: get it again, or merge its shards"),
+    ):
+        if word in reason:
+            return hint
+    return "inspect its header (02_inspect_header), or update llama-cpp-python"
+
+
+def llama_version() -> str:
+    """The version of llama-cpp-python, which pins the llama.cpp inside."""
+    import llama_cpp
+
+    return llama_cpp.__version__
+
+
+# ---- the child process ----
+
+def main() -> int:
+    """Read a job from standard input, run it, and write one JSON object a stage; return the exit status."""
+    job = json.loads(sys.stdin.read())
+    settings, path = OpenSettings(**job["settings"]), job["path"]
+    try:
+        _report(stage="plan")
+        planned = dry_run(path, settings)
+        _report(stage="load", **planned)
+        _check_memory(path, job["needs"], planned)
+        _try(path, settings)
+    except DfqsError as error:
+        where = None if error.where is None else str(error.where)
+        _report(stage="failed", kind=type(error).__name__, what=error.what, where=where, hint=error.hint)
+    return 0
+
+
+def _report(**facts: object) -> None:
+    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.flush()
+
+
+def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
+    """Bytes of KV cache and compute buffer that llama.cpp itself plans, without allocating or reading weights.
+
+    Uses ``no_alloc`` of ``llama_model_params``: llama.cpp reads the header, builds the graph, adds up.
+
+    Raises:
+        ModelError: llama.cpp refuses the file or these settings.
+    """
+    import llama_cpp
+
+    LOG.install()
+    LOG.clear()
+    with contextlib.ExitStack() as stack:
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), _plan_model_params(settings))
+        if not model:
+            raise refusal(path, LOG.tail(40))
+        stack.callback(llama_cpp.llama_model_free, model)
+        context = llama_cpp.llama_init_from_model(model, _plan_context_params(settings))
+        if not context:
+            raise refusal(path, LOG.tail(40))
+        stack.callback(llama_cpp.llama_free, context)
+        return planned_bytes(LOG.tail(500))
+
+
+def _plan_model_params(settings: OpenSettings) -> Any:
+    import llama_cpp
+
+    params = llama_cpp.llama_model_default_params()
+    params.no_alloc, params.use_extra_bufts = True, settings.use_extra_bufts
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    params.n_gpu_layers = 0x7FFFFFFF if settings.n_gpu_layers == -1 else settings.n_gpu_layers
+    return params
+
+
+def _plan_context_params(settings: OpenSettings) -> Any:
+    import llama_cpp
+
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.swa_full = settings.n_ctx, settings.swa_full
+    params.n_batch = min(settings.n_ctx, settings.n_batch)
+    params.n_ubatch = min(params.n_batch, settings.n_ubatch)
+    params.n_threads, params.n_threads_batch = settings.n_threads, settings.n_threads_batch
+    params.type_k, params.type_v = GGML_TYPES[settings.type_k], GGML_TYPES[settings.type_v]
+    params.flash_attn_type = (llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if settings.flash_attn
+                              else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED)
+    return params
+
+
+def planned_bytes(log: list[str]) -> dict[str, int]:
+    """Add up the buffers in llama.cpp's log: KV cache and state, and compute buffers of this machine's memory."""
+    text = "\n".join(log)
+    kv = re.findall(r": size = +([\d.]+) MiB \(| state buffer size = +([\d.]+) MiB", text)
+    compute = re.findall(r"(\S+) compute buffer size = +([\d.]+) MiB", text)
+    host = [size for name, size in compute if name.startswith("CPU") or name.endswith("_Host") or "MTL" in name]
+    return {"kv_bytes": _mib([a or b for a, b in kv]), "compute_bytes": _mib(host)}
+
+
+def _mib(sizes: list[str]) -> int:
+    return round(sum(map(float, sizes)) * 2**20)
+
+
+def _check_memory(path: str, needs: dict[str, Any], planned: dict[str, int]) -> None:
+    kv = KvCacheBytes(**needs.pop("kv"))
+    if kv.exactness != "exact":
+        kv = KvCacheBytes({"planned by llama.cpp": planned["kv_bytes"]})
+    check_fits(MemoryEstimate(kv=kv, **needs).with_compute(planned["compute_bytes"]), where=path)
+
+
+def _try(path: str, settings: OpenSettings) -> None:
+    """Load with a small context, evaluate a short prompt and one more token, and report."""
+    _disable_suppression()
+    small = dataclasses.replace(settings, n_ctx=min(settings.n_ctx, PROBE_CTX), n_threads=1, n_threads_batch=1)
+    started = time.perf_counter()
+    llama = build_llama(path, small)
+    loaded = time.perf_counter()
+    _report(stage="decode", load_seconds=loaded - started)
+    tokens = [token % llama.n_vocab() for token in range(1, PREFILL_TOKENS + 1)]
+    for part in (tokens, tokens[:1]):
+        llama.eval(part)
+        if not _finite(llama):
+            raise ModelError("the first decode gives logits that are not numbers", where=path,
+                             hint="the weights are damaged: verify the file's hash, or get it again")
+    _report(stage="done", decode_seconds=time.perf_counter() - loaded)
+
+
+def _finite(llama: Any) -> bool:
+    logits = llama._ctx.get_logits_ith(-1)
+    return all(math.isfinite(logits[i]) for i in range(llama.n_vocab()))
+
+
+def _disable_suppression() -> None:
+    """Keep standard error open while llama_cpp loads: an assertion that fails is written there."""
+    import llama_cpp._internals as internals
+    import llama_cpp.llama as module
+
+    for place in (internals, module):
+        place.suppress_stdout_stderr = lambda disable=True: contextlib.nullcontext()
+
+
+if __name__ == "__main__":
+    LOG.echo = 2
+    sys.exit(main())
