@@ -302,7 +302,7 @@ def _refusal_hint(reason: str) -> str:
         ("key not found", "the file is in another dialect of its architecture: get a newer conversion"),
         ("split", "keep all shards under their own names in one folder, or merge them (01_merge_shards)"),
         ("not within the file bounds", "the file is cut off: resume or repeat the download"),
-        ("V cache quantization", "pass flash_attn=True, or type_v='f16'"),
+        ("quantized V cache", "pass flash_attn=True, or type_v='f16'"),
         ("tensor", "the file does not hold the tensors its header promises: get it again, or merge its shards"),
     ):
         if word in reason:
@@ -348,43 +348,43 @@ def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
     Raises:
         ModelError: llama.cpp refuses the file or these settings.
     """
-    import llama_cpp
+    import llama_cpp.llama_cpp as api
 
     LOG.install()
     LOG.clear()
     with contextlib.ExitStack() as stack:
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), _plan_model_params(settings))
+        model = api.llama_model_load_from_file(os.fsencode(path), _plan_model_params(settings))
         if not model:
             raise refusal(path, LOG.tail(40))
-        stack.callback(llama_cpp.llama_model_free, model)
-        context = llama_cpp.llama_init_from_model(model, _plan_context_params(settings))
+        stack.callback(api.llama_model_free, model)
+        context = api.llama_init_from_model(model, _plan_context_params(settings))
         if not context:
             raise refusal(path, LOG.tail(40))
-        stack.callback(llama_cpp.llama_free, context)
+        stack.callback(api.llama_free, context)
         return planned_bytes(LOG.tail(500))
 
 
 def _plan_model_params(settings: OpenSettings) -> Any:
-    import llama_cpp
+    import llama_cpp.llama_cpp as api
 
-    params = llama_cpp.llama_model_default_params()
+    params = api.llama_model_default_params()
     params.no_alloc, params.use_extra_bufts = True, settings.use_extra_bufts
-    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    params.load_mode = api.LLAMA_LOAD_MODE_NONE
     params.n_gpu_layers = 0x7FFFFFFF if settings.n_gpu_layers == -1 else settings.n_gpu_layers
     return params
 
 
 def _plan_context_params(settings: OpenSettings) -> Any:
-    import llama_cpp
+    import llama_cpp.llama_cpp as api
 
-    params = llama_cpp.llama_context_default_params()
+    params = api.llama_context_default_params()
     params.n_ctx, params.swa_full = settings.n_ctx, settings.swa_full
     params.n_batch = min(settings.n_ctx, settings.n_batch)
     params.n_ubatch = min(params.n_batch, settings.n_ubatch)
     params.n_threads, params.n_threads_batch = settings.n_threads, settings.n_threads_batch
     params.type_k, params.type_v = GGML_TYPES[settings.type_k], GGML_TYPES[settings.type_v]
-    params.flash_attn_type = (llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if settings.flash_attn
-                              else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED)
+    params.flash_attn_type = (api.LLAMA_FLASH_ATTN_TYPE_ENABLED if settings.flash_attn
+                              else api.LLAMA_FLASH_ATTN_TYPE_DISABLED)
     return params
 
 
