@@ -9,6 +9,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -224,7 +225,7 @@ class _Cursor:
         if end > self.size - self.start:
             raise self.fail(f"the header is cut off: it needs {end:,} bytes and the file has "
                             f"{self.size - self.start:,}", CUT_OFF)
-        goal = min(max(end, 2 * len(self.bytes), _FIRST_READ), self.size - self.start)
+        goal = min(max(end, 2 * len(self.bytes), _FIRST_READ), self.size - self.start, MAX_HEADER_BYTES)
         self.file.seek(self.start + len(self.bytes))
         while len(self.bytes) < goal:
             chunk = self.file.read(goal - len(self.bytes))
@@ -259,7 +260,7 @@ class _Cursor:
                 while count:
                     position += 8 + unpack(held, position)[0]
                     count -= 1
-            except struct.error:
+            except (struct.error, OverflowError):  # past what is held; past what any file holds
                 if position + 8 > self.size - self.start:
                     raise self.fail(f"{what} runs past the end of the file",
                                     CUT_OFF) from None
@@ -273,7 +274,7 @@ def _parse(cursor: _Cursor) -> GGUFHeader:
     fields = _read_fields(cursor, n_fields)
     alignment = _alignment(cursor, fields)
     tensors = _read_tensors(cursor, n_tensors)
-    raw = bytes(cursor.bytes[: cursor.position])
+    raw = bytes(memoryview(cursor.bytes)[: cursor.position])
     data = padded(len(raw), alignment) if n_tensors else len(raw)
     if cursor.start + data > cursor.size:
         raise cursor.fail("the file ends before its data section",
@@ -338,8 +339,9 @@ def _read_field(cursor: _Cursor, name: str, start: int) -> Field:
         raise cursor.fail(f"metadata field {name!r} claims {n:,} values, more than the file has left",
                           CUT_OFF)
     value_start = cursor.position
+    cursor.need(value_start + n * least)
     if form:
-        cursor.take(n * least)
+        cursor.position += n * least
     else:
         cursor.skip_strings(n, f"metadata field {name!r}")
     return Field(name, type_name, count, (start, cursor.position), value_start)
@@ -379,10 +381,9 @@ def _read_tensor(cursor: _Cursor, name: str) -> Tensor:
         raise cursor.fail(f"tensor {name!r} has the unknown type {code}",
                           "the file may need a newer llama.cpp than this workbook knows")
     type_name, block, block_bytes = TENSOR_TYPES[code]
-    n_elements = 1
-    for extent in shape:
-        n_elements *= extent
-    if min(shape) < 0 or n_elements >= 1 << 63 or shape[0] % block:
+    n_elements = math.prod(shape)
+    # A dimension of 0 hides no overflow: llama.cpp aborts on the product of the others.
+    if min(shape) < 0 or math.prod(max(extent, 1) for extent in shape) >= 1 << 62 or shape[0] % block:
         raise cursor.fail(f"tensor {name!r} of type {type_name} cannot have the shape {shape}")
     return Tensor(name, shape, type_name, code, offset, n_elements, n_elements // block * block_bytes)
 
