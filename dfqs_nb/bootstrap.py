@@ -45,14 +45,14 @@ Or name another Python: make run PYTHON=/path/to/python3.12"""
 NO_SPACE = """not enough free disk under {folder}: {free} free, about {needed} needed.
 Free some, or put it elsewhere: VENV=/other/disk/venv and TMPDIR=/other/disk/tmp"""
 
-NO_NETWORK = """the package index cannot be reached. The install downloads about 300 MB over HTTPS from the
-Python package index and its file host: check the connection and the proxy (HTTPS_PROXY), or name a
-mirror (PIP_INDEX_URL). Without any network: on a machine that has one run `make wheelhouse`, copy
-the folder wheelhouse/ here, then
+NO_NETWORK = """the package index cannot be reached{or_lacks}.
+The install downloads about 250 MB over HTTPS from the Python package index and its file host: check
+the connection and the proxy (HTTPS_PROXY), or name a mirror (PIP_INDEX_URL). Without any network: on a
+machine that has one run `make wheelhouse`, copy the folder wheelhouse/ here, then
   make run PIP_NO_INDEX=1 PIP_FIND_LINKS=wheelhouse"""
 
-NOT_IN_WHEELHOUSE = """a package of requirements.lock is not in the folder that PIP_FIND_LINKS names. Make that
-folder with `make wheelhouse`, on a machine of the same system and with the same Python."""
+NOT_IN_WHEELHOUSE = """a package of requirements.lock is not in the folder that PIP_FIND_LINKS names.
+Make that folder with `make wheelhouse`, on a machine of the same system and with the same Python."""
 
 BAD_HASH = """a downloaded file does not have the hash that requirements.lock records: an interrupted
 download, or a mirror that changed the file. Run it again; if it stays, use another mirror."""
@@ -64,8 +64,10 @@ CAUSES = [
     (r"DO NOT MATCH THE HASHES|HashMismatch", BAD_HASH),
     (r"NewConnectionError|ConnectTimeout|ReadTimeout|Read timed out|Name or service not known|ProxyError"
      r"|Temporary failure in name resolution|Connection refused|Network is unreachable|SSLError"
-     r"|nodename nor servname|Connection(Reset|Aborted)?Error|connection broken", NO_NETWORK),
-    (r"No matching distribution found|Could not find a version", NOT_IN_WHEELHOUSE),
+     r"|nodename nor servname|Connection(Reset|Aborted)?Error|connection broken",
+     NO_NETWORK.format(or_lacks="")),
+    (r"No matching distribution found|Could not find a version",
+     NO_NETWORK.format(or_lacks=", or lacks a file of requirements.lock")),
     (r"CMAKE_(C|CXX)_COMPILER|No CMAKE_\w+_COMPILER could be found",
      NO_COMPILER.format(found="the one found did not work")),
 ]
@@ -138,7 +140,8 @@ def check_disk(folder, needed):
     state = os.statvfs(folder)
     free = state.f_bavail * state.f_frsize
     if free < needed:
-        raise Stop(NO_SPACE.format(folder=folder, free="%.1f GB" % (free / 1e9), needed="%.1f GB" % (needed / 1e9)))
+        sizes = {"free": "%.1f GB" % (free / 1e9), "needed": "%.1f GB" % (needed / 1e9)}
+        raise Stop(NO_SPACE.format(folder=folder, **sizes))
 
 
 def lock_blocks(path):
@@ -155,6 +158,9 @@ def lock_blocks(path):
 
 def explain(log_text):
     """The cause of a failed pip run in words, from what it printed."""
+    offline = os.environ.get("PIP_NO_INDEX", "") not in ("", "0")
+    if offline and "No matching distribution found" in log_text:
+        return NOT_IN_WHEELHOUSE
     for pattern, text in CAUSES:
         if re.search(pattern, log_text):
             return text

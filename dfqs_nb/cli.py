@@ -30,13 +30,22 @@ def run(arguments: argparse.Namespace) -> int:
     paths = workbook.find_notebooks(arguments.notebooks)
     assignments = arguments.parameter + ([f"model={arguments.model}"] if arguments.model else [])
     parameters = workbook.parse_parameters(assignments, paths)
-    name = arguments.run or parameters.pop("run_name", None) or workbook.default_run_name(parameters.get("model"))
+    name = (
+        arguments.run
+        or parameters.pop("run_name", None)
+        or workbook.default_run_name(parameters.get("model"))
+    )
     parameters.pop("run_name", None)
     bar = sys.stderr.isatty()
     result = workbook.run_workbook(
-        name, parameters, paths, fresh=arguments.fresh, progress=bar,
+        name,
+        parameters,
+        paths,
+        fresh=arguments.fresh,
+        progress=bar,
         started=lambda path: print(f"{path.stem} ...", flush=True),
-        finished=lambda done: print(f"{done.name}: {done.seconds:.1f} s -> {tilde(done.path)}", flush=True))
+        finished=lambda done: print(f"{done.name}: {done.seconds:.1f} s -> {tilde(done.path)}", flush=True),
+    )
     print(f"\n{workbook.summary_text(result)}")
     return 0
 

@@ -60,8 +60,11 @@ def find_notebooks(names: Iterable[str] = (), folder: Path = NOTEBOOKS) -> list[
         if not any(path.stem == name or path.stem.startswith(f"{name}_") for path in found):
             known = ", ".join(path.stem for path in found)
             raise DfqsError(f"no notebook is called {name!r}", where=folder, hint=f"there are {known}")
-    return [path for path in found
-            if not wanted or any(path.stem == n or path.stem.startswith(f"{n}_") for n in wanted)]
+    return [
+        path
+        for path in found
+        if not wanted or any(path.stem == n or path.stem.startswith(f"{n}_") for n in wanted)
+    ]
 
 
 def declared_parameters(path: Path) -> dict[str, dict[str, str]]:
@@ -77,8 +80,11 @@ def declared_parameters(path: Path) -> dict[str, dict[str, str]]:
     try:
         return inspect_notebook(str(path))
     except ValueError as error:  # no kernelspec, or not a notebook
-        raise DfqsError(f"papermill cannot read it ({last_line(str(error))})", where=path,
-                        hint="open it in JupyterLab with the kernel Python 3 and save it") from error
+        raise DfqsError(
+            f"papermill cannot read it ({last_line(str(error))})",
+            where=path,
+            hint="open it in JupyterLab with the kernel Python 3 and save it",
+        ) from error
 
 
 def check_parameters(parameters: Mapping[str, Any], declared: Iterable[Mapping[str, Any]]) -> None:
@@ -186,9 +192,12 @@ def run_workbook(
 
 def _absolute(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Relative paths of existing files made absolute: a notebook runs in another folder than the user."""
-    return {name: str(Path(value).resolve())
-            if isinstance(value, str) and ("/" in value or value.endswith(".gguf")) and Path(value).is_file()
-            else value for name, value in parameters.items()}
+    return {
+        name: str(Path(value).resolve())
+        if isinstance(value, str) and ("/" in value or value.endswith(".gguf")) and Path(value).is_file()
+        else value
+        for name, value in parameters.items()
+    }
 
 
 def _execute(path: Path, target: Path, parameters: dict[str, Any], progress: bool) -> NotebookRun:
@@ -198,16 +207,30 @@ def _execute(path: Path, target: Path, parameters: dict[str, Any], progress: boo
     begin = time.perf_counter()
     try:
         with kernel_environment():
-            execute_notebook(path, target, parameters, kernel_name=KERNEL, cwd=path.parent,
-                             progress_bar=progress, log_output=False, extra_arguments=[QUIET])
+            execute_notebook(
+                path,
+                target,
+                parameters,
+                kernel_name=KERNEL,
+                cwd=path.parent,
+                progress_bar=progress,
+                log_output=False,
+                extra_arguments=[QUIET],
+            )
     except PapermillExecutionError as error:
         cause = f"{error.ename}: {last_line(error.evalue)}".rstrip(": ")
-        raise DfqsError(f"cell In [{error.exec_count}] failed: {cause}", where=path.name,
-                        hint=f"its output so far lies in {tilde(target)}") from error
+        raise DfqsError(
+            f"cell In [{error.exec_count}] failed: {cause}",
+            where=path.name,
+            hint=f"its output so far lies in {tilde(target)}",
+        ) from error
     except DeadKernelError as error:
-        raise DfqsError(f"the kernel died in cell {_running_cell(target)} (killed, out of memory, or aborted "
-                        "by llama.cpp)", where=path.name,
-                        hint=f"its output so far lies in {tilde(target)}") from error
+        raise DfqsError(
+            f"the kernel died in cell {_running_cell(target)} (killed, out of memory, or aborted "
+            "by llama.cpp)",
+            where=path.name,
+            hint=f"its output so far lies in {tilde(target)}",
+        ) from error
     return NotebookRun(path.stem, time.perf_counter() - begin, target)
 
 
@@ -239,8 +262,9 @@ def kernel_environment(outputs: Path | None = None) -> Iterator[None]:
     before it. Bars are for people who watch; in a stored notebook they are noise.
     """
     ours = {
-        "JUPYTER_PATH": os.pathsep.join(filter(None, [f"{sys.prefix}/share/jupyter",
-                                                      os.environ.get("JUPYTER_PATH")])),
+        "JUPYTER_PATH": os.pathsep.join(
+            filter(None, [f"{sys.prefix}/share/jupyter", os.environ.get("JUPYTER_PATH")])
+        ),
         "DFQS_OUTPUTS": str((outputs or outputs_dir()).resolve()),
         "TQDM_DISABLE": "1",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
@@ -299,19 +323,32 @@ def summary_text(result: WorkbookRun) -> str:
     groups: dict[str, list[str]] = {}
     for name, _ in list_files(result.folder):
         groups.setdefault(KINDS.get(Path(name).suffix, "other files"), []).append(name)
-    lines += [f"  {kind:<12} {', '.join(groups[kind])}"
-              for kind in dict.fromkeys([*KINDS.values(), "other files"]) if kind in groups]
+    lines += [
+        f"  {kind:<12} {', '.join(groups[kind])}"
+        for kind in dict.fromkeys([*KINDS.values(), "other files"])
+        if kind in groups
+    ]
     return "\n".join(lines)
 
 
-KINDS = {".ipynb": "notebooks", ".csv": "tables", ".png": "figures", ".svg": "figures", ".json": "stages",
-         ".md": "summary", ".gguf": "models"}
+KINDS = {
+    ".ipynb": "notebooks",
+    ".csv": "tables",
+    ".png": "figures",
+    ".svg": "figures",
+    ".json": "stages",
+    ".md": "summary",
+    ".gguf": "models",
+}
 
 
 def list_files(folder: Path) -> list[tuple[str, int]]:
     """Every file under a folder as (path relative to it, size in bytes), hidden ones left out."""
-    return sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in folder.rglob("*")
-                  if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    return sorted(
+        (path.relative_to(folder).as_posix(), path.stat().st_size)
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 # --- stamping --------------------------------------------------------------------------------------
@@ -393,8 +430,10 @@ def stamped_readme(text: str, notebooks: Sequence[Path], address: str) -> str:
     """README with its clone commands and its list of notebooks renewed."""
     text = stamp_block(text, "clone", CLONE.format(address=address, name=address.rsplit("/", 1)[-1]))
     rows = ["| Notebook | Open in |", "|---|---|"]
-    rows += [f"| [{_title(path)}](notebooks/{path.name}) | {badges(path.name, address).replace(chr(10), ' ')} |"
-             for path in notebooks]
+    rows += [
+        f"| [{_title(path)}](notebooks/{path.name}) | {badges(path.name, address).replace(chr(10), ' ')} |"
+        for path in notebooks
+    ]
     return stamp_block(text, "notebooks", "\n".join(rows))
 
 
@@ -416,8 +455,11 @@ def stamp(root: Path = REPOSITORY, check: bool = False) -> list[Path]:
     changed = []
     for path in [*notebooks, *([readme] if readme.exists() else [])]:
         old = path.read_text(encoding="utf-8")
-        new = (stamped_readme(old, notebooks, address) if path == readme
-               else stamped_notebook(old, path.name, address))
+        new = (
+            stamped_readme(old, notebooks, address)
+            if path == readme
+            else stamped_notebook(old, path.name, address)
+        )
         if new != old:
             changed.append(path)
             if not check:
@@ -445,33 +487,50 @@ def refresh_notebooks(notebooks: Sequence[Path], outputs: Path) -> None:
 
     for path in notebooks:
         notebook = nbformat.read(path, as_version=4)
-        client = NotebookClient(notebook, kernel_name=KERNEL, record_timing=False, extra_arguments=[QUIET],
-                                resources={"metadata": {"path": str(path.parent)}})
+        client = NotebookClient(
+            notebook,
+            kernel_name=KERNEL,
+            record_timing=False,
+            extra_arguments=[QUIET],
+            resources={"metadata": {"path": str(path.parent)}},
+        )
         try:
             with kernel_environment(outputs):
                 client.execute()
         except CellExecutionError as error:
             raise DfqsError(f"{error.ename}: {last_line(error.evalue)}", where=path.name) from error
         with whole_file(path) as file:
-            file.write(notebook_text(clean_notebook(notebook)))
+            file.write(notebook_text(clean_notebook(notebook, outputs)))
 
 
-def clean_notebook(notebook: Any) -> Any:
+def clean_notebook(notebook: Any, outputs: Path) -> Any:
     """Strip what differs from run to run or machine to machine; returns the same object.
 
-    Goes: widget state and views, papermill's and execution time stamps, the interpreter's version.
+    Goes: widget state and views, papermill's and execution time stamps, the interpreter's version, and
+    the name of the folder that this execution wrote under (it reads ``outputs/``).
     """
     notebook.metadata.clear()
-    notebook.metadata.update(kernelspec={"display_name": "Python 3", "language": "python", "name": KERNEL},
-                             language_info={"name": "python"})
+    notebook.metadata.update(
+        kernelspec={"display_name": "Python 3", "language": "python", "name": KERNEL},
+        language_info={"name": "python"},
+    )
     for cell in notebook.cells:
         for name in ("execution", "papermill", "ExecuteTime"):
             cell.metadata.pop(name, None)
         if cell.cell_type == "code":
-            cell.outputs = merged_streams(cell.outputs)
+            cell.outputs = [_with_plain_paths(output, outputs) for output in merged_streams(cell.outputs)]
             for output in cell.outputs:
                 output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     return notebook
+
+
+def _with_plain_paths(value: Any, outputs: Path) -> Any:
+    """An output with ``outputs/`` for the folder that this execution wrote under, wherever text says it."""
+    if isinstance(value, str):
+        return value.replace(f"{outputs.resolve()}/", "outputs/").replace(str(outputs.resolve()), "outputs")
+    if isinstance(value, dict):
+        return type(value)({key: _with_plain_paths(item, outputs) for key, item in value.items()})
+    return [_with_plain_paths(item, outputs) for item in value] if isinstance(value, list) else value
 
 
 def merged_streams(outputs: Iterable[Any]) -> list[Any]:

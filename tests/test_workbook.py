@@ -25,9 +25,11 @@ stage = {"stage": NAME, "conditions": {"n_ctx": n_ctx}, "summary": [f"{NAME} saw
 
 
 def write_notebook(path: Path, *sources: str, parameters: str = PARAMETERS) -> Path:
-    cells = [nbformat.v4.new_markdown_cell("# Try a thing", metadata={"tags": ["badges"]}),
-             nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-             nbformat.v4.new_code_cell("", metadata={"tags": ["setup"]})]
+    cells = [
+        nbformat.v4.new_markdown_cell("# Try a thing", metadata={"tags": ["badges"]}),
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("", metadata={"tags": ["setup"]}),
+    ]
     cells += [nbformat.v4.new_code_cell(source) for source in sources]
     path.parent.mkdir(exist_ok=True)
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -53,13 +55,18 @@ def outputs(tmp_path, monkeypatch):
 @pytest.fixture
 def pair(tmp_path):
     """Two notebooks; the second reads what the first wrote, and only the first declares n_ctx."""
-    first = write_notebook(tmp_path / "nb" / "01_write.ipynb", STAGE.replace("NAME", "'merge'"),
-                           "import sys, os\nprint(sys.executable, os.getcwd())")
-    second = write_notebook(tmp_path / "nb" / "02_read.ipynb",
-                            "import json, os\nfrom pathlib import Path\n"
-                            "folder = Path(os.environ['DFQS_OUTPUTS']) / run_name\n"
-                            "print('read', json.loads((folder / 'merge.json').read_text())['conditions'])",
-                            parameters='run_name: str = "nano"  # folder')
+    first = write_notebook(
+        tmp_path / "nb" / "01_write.ipynb",
+        STAGE.replace("NAME", "'merge'"),
+        "import sys, os\nprint(sys.executable, os.getcwd())",
+    )
+    second = write_notebook(
+        tmp_path / "nb" / "02_read.ipynb",
+        "import json, os\nfrom pathlib import Path\n"
+        "folder = Path(os.environ['DFQS_OUTPUTS']) / run_name\n"
+        "print('read', json.loads((folder / 'merge.json').read_text())['conditions'])",
+        parameters='run_name: str = "nano"  # folder',
+    )
     return [first, second]
 
 
@@ -77,8 +84,11 @@ def test_the_kernel_is_this_interpreter_even_beside_a_users_kernel(outputs, pair
     """A `python3` kernel of the user's that cannot start must not be taken."""
     spec = tmp_path / "user" / "kernels" / "python3"
     spec.mkdir(parents=True)
-    (spec / "kernel.json").write_text(json.dumps(
-        {"argv": ["/nowhere/python", "{connection_file}"], "display_name": "x", "language": "python"}))
+    (spec / "kernel.json").write_text(
+        json.dumps(
+            {"argv": ["/nowhere/python", "{connection_file}"], "display_name": "x", "language": "python"}
+        )
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "user"))
     workbook.run_workbook("kernel", {}, pair[:1])
     executable, cwd = texts(outputs / "kernel" / "01_write.ipynb").splitlines()[-1].split()
@@ -92,8 +102,10 @@ def test_an_unknown_parameter_fails_and_names_the_known(outputs, pair):
     assert not (outputs / "mine").exists()
 
 
-NO_KERNEL = ('{"cells": [{"cell_type": "code", "id": "a", "metadata": {"tags": ["parameters"]}, "source": "a = 1", '
-             '"outputs": [], "execution_count": null}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
+NO_KERNEL = (
+    '{"cells": [{"cell_type": "code", "id": "a", "metadata": {"tags": ["parameters"]}, "source": "a = 1", '
+    '"outputs": [], "execution_count": null}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
+)
 
 
 @pytest.mark.parametrize("text", ["", "not JSON", NO_KERNEL])
@@ -105,7 +117,9 @@ def test_a_file_that_papermill_cannot_run_is_named(outputs, tmp_path, text):
 
 
 def test_a_failing_cell_is_named_and_earlier_outputs_stay(outputs, pair, tmp_path):
-    bad = write_notebook(tmp_path / "nb" / "03_fail.ipynb", "print('so far')", "raise ValueError('one\\ntwo')")
+    bad = write_notebook(
+        tmp_path / "nb" / "03_fail.ipynb", "print('so far')", "raise ValueError('one\\ntwo')"
+    )
     after = write_notebook(tmp_path / "nb" / "04_never.ipynb", "print('never')")
     with pytest.raises(DfqsError) as caught:
         workbook.run_workbook("mine", {}, [*pair, bad, after])
@@ -119,7 +133,9 @@ def test_a_failing_cell_is_named_and_earlier_outputs_stay(outputs, pair, tmp_pat
 
 def test_a_dead_kernel_is_an_error_with_its_cell(outputs, tmp_path):
     dead = write_notebook(tmp_path / "nb" / "01_die.ipynb", "print('alive')", "import os; os.abort()")
-    with pytest.raises(DfqsError, match=r"01_die.ipynb: the kernel died in cell 6 .*its output so far lies in"):
+    with pytest.raises(
+        DfqsError, match=r"01_die.ipynb: the kernel died in cell 6 .*its output so far lies in"
+    ):
         workbook.run_workbook("mine", {}, [dead])
     assert "alive" in texts(outputs / "mine" / "01_die.ipynb")
 
@@ -127,8 +143,11 @@ def test_a_dead_kernel_is_an_error_with_its_cell(outputs, tmp_path):
 def test_a_relative_model_file_reaches_the_notebook_as_absolute(outputs, tmp_path, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.chdir(tmp_path)
-    show = write_notebook(tmp_path / "nb" / "01_show.ipynb", "print('got', model)",
-                          parameters='model: str = "nano"  # name or file')
+    show = write_notebook(
+        tmp_path / "nb" / "01_show.ipynb",
+        "print('got', model)",
+        parameters='model: str = "nano"  # name or file',
+    )
     workbook.run_workbook("mine", {"model": "m.gguf"}, [show])
     assert f"got {tmp_path / 'm.gguf'}" in texts(outputs / "mine" / "01_show.ipynb")
     workbook.run_workbook("mine", {"model": "outputs"}, [show])
@@ -141,8 +160,9 @@ def test_a_run_name_cannot_leave_the_outputs(outputs, pair, name):
         workbook.run_workbook(name, {}, pair)
 
 
-@pytest.mark.parametrize("text, type_name", [("many", "int"), ("1.5", "int"), ("True", "int"), ("x", "float"),
-                                             ("1", "bool")])
+@pytest.mark.parametrize(
+    "text, type_name", [("many", "int"), ("1.5", "int"), ("True", "int"), ("x", "float"), ("1", "bool")]
+)
 def test_a_value_of_another_type_is_refused(text, type_name):
     with pytest.raises(DfqsError, match=f"parameter n takes {type_name}"):
         workbook.parse_value("n", text, type_name)
@@ -165,9 +185,12 @@ def test_summary_order_is_that_of_the_stages_and_other_json_is_left_out(tmp_path
 def checkout(tmp_path):
     root = tmp_path / "checkout"
     root.mkdir()
-    (root / "pyproject.toml").write_text('[project]\nname = "x"\n[project.urls]\n'
-                                         'Repository = "https://github.com/someone/thing"\n')
-    (root / "README.md").write_text("# X\n<!-- clone -->\n<!-- /clone -->\n<!-- notebooks -->\n<!-- /notebooks -->\n")
+    (root / "pyproject.toml").write_text(
+        '[project]\nname = "x"\n[project.urls]\nRepository = "https://github.com/someone/thing"\n'
+    )
+    (root / "README.md").write_text(
+        "# X\n<!-- clone -->\n<!-- /clone -->\n<!-- notebooks -->\n<!-- /notebooks -->\n"
+    )
     write_notebook(root / "notebooks" / "01_try.ipynb", "1 + 1")
     return root
 
@@ -180,7 +203,9 @@ def test_stamp_writes_once_checks_and_follows_the_address(checkout):
     assert workbook.stamp(checkout) == [] == workbook.stamp(checkout, check=True)
     cells = nbformat.read(notebook, as_version=4).cells
     assert cells[0].source.startswith("# Try a thing")
-    assert "colab.research.google.com/github/someone/thing/blob/main/notebooks/01_try.ipynb" in cells[0].source
+    assert (
+        "colab.research.google.com/github/someone/thing/blob/main/notebooks/01_try.ipynb" in cells[0].source
+    )
     assert "kaggle.com/kernels/welcome?src=https://github.com/someone/thing/blob" in cells[0].source
     assert "git clone -q --depth 1 https://github.com/someone/thing\n" in cells[2].source
     assert "git clone https://github.com/someone/thing\ncd thing" in readme.read_text()
@@ -199,9 +224,11 @@ def test_the_setup_cell_fetches_and_installs_on_colab_and_does_nothing_elsewhere
     (origin / "dfqs_nb").mkdir()
     (origin / "dfqs_nb" / "__init__.py").write_text("")
     (origin / "notebooks" / "x.ipynb").write_text("{}")
-    (origin / "pyproject.toml").write_text('[build-system]\nrequires = []\nbuild-backend = "setuptools.build_meta"\n'
-                                           '[project]\nname = "thing"\nversion = "1"\n'
-                                           '[tool.setuptools]\npackages = ["dfqs_nb"]\n')
+    (origin / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "setuptools.build_meta"\n'
+        '[project]\nname = "thing"\nversion = "1"\n'
+        '[tool.setuptools]\npackages = ["dfqs_nb"]\n'
+    )
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(origin)]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
         subprocess.run([*git, *command], check=True)
@@ -214,8 +241,13 @@ def test_the_setup_cell_fetches_and_installs_on_colab_and_does_nothing_elsewhere
         notebook = write_notebook(place / "01_setup.ipynb", source, show, parameters="")
         monkeypatch.setenv("DFQS_OUTPUTS", str(place / "outputs"))
         with monkeypatch.context() as hosted:
-            for name, value in {variable: "1", "PIP_DRY_RUN": "1", "PIP_NO_BUILD_ISOLATION": "0",
-                                "PIP_NO_INDEX": "1", "PIP_REPORT": str(report)}.items():
+            for name, value in {
+                variable: "1",
+                "PIP_DRY_RUN": "1",
+                "PIP_NO_BUILD_ISOLATION": "0",
+                "PIP_NO_INDEX": "1",
+                "PIP_REPORT": str(report),
+            }.items():
                 hosted.setenv(name, value)
             workbook.run_workbook("mine", {}, [notebook])
         printed = texts(place / "outputs" / "mine" / "01_setup.ipynb")
@@ -229,17 +261,23 @@ def test_the_setup_cell_fetches_and_installs_on_colab_and_does_nothing_elsewhere
 
 
 def test_refresh_stores_outputs_without_traces_of_the_machine(tmp_path):
-    path = write_notebook(tmp_path / "nb" / "01_show.ipynb", "print('a')\nimport sys\nsys.stdout.flush()\nprint('b')",
-                          "from dfqs_nb.progress import tqdm\nfor _ in tqdm(range(3)): pass\n42")
+    path = write_notebook(
+        tmp_path / "nb" / "01_show.ipynb",
+        "print('a')\nimport sys\nsys.stdout.flush()\nprint('b')",
+        "from dfqs_nb.progress import tqdm\nfor _ in tqdm(range(3)): pass\n42",
+        "import os\nfrom pathlib import Path\nPath(os.environ['DFQS_OUTPUTS']) / run_name",
+    )
     workbook.refresh_notebooks([path], tmp_path / "outputs")
     first = path.read_text()
     notebook = json.loads(first)
     assert notebook["metadata"] == {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"}}
+        "language_info": {"name": "python"},
+    }
     outputs = [cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert [output["text"] for output in outputs[-2]] == [["a\n", "b\n"]], "one stream, however it was cut"
-    assert [output["output_type"] for output in outputs[-1]] == ["execute_result"], "no progress bar"
+    assert [output["text"] for output in outputs[-3]] == [["a\n", "b\n"]], "one stream, however it was cut"
+    assert [output["output_type"] for output in outputs[-2]] == ["execute_result"], "no progress bar"
+    assert outputs[-1][0]["data"]["text/plain"] == ["PosixPath('outputs/nano')"]
     assert not any(set(cell["metadata"]) - {"tags"} for cell in notebook["cells"])
     workbook.refresh_notebooks([path], tmp_path / "outputs")
     assert path.read_text() == first
@@ -277,15 +315,23 @@ def test_an_unknown_notebook_is_named_with_those_that_exist(tmp_path, pair):
 
 
 def test_a_user_error_is_one_line_without_a_traceback():
-    done = subprocess.run([sys.executable, "-m", "dfqs_nb", "run", "-p", "x"], capture_output=True, text=True,
-                          cwd=workbook.REPOSITORY, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "dfqs_nb", "run", "-p", "x"],
+        capture_output=True,
+        text=True,
+        cwd=workbook.REPOSITORY,
+        check=False,
+    )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("dfqs-nb: ")
 
 
 def test_starting_the_command_line_imports_nothing_heavy():
-    code = "import sys, dfqs_nb.cli as c; c.parser(); print(sorted({'pandas', 'papermill', 'numpy', 'gguf', " \
-           "'llama_cpp', 'matplotlib', 'huggingface_hub'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          cwd=workbook.REPOSITORY)
+    code = (
+        "import sys, dfqs_nb.cli as c; c.parser(); print(sorted({'pandas', 'papermill', 'numpy', 'gguf', "
+        "'llama_cpp', 'matplotlib', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=workbook.REPOSITORY
+    )
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,150 @@
+"""One list of dependencies: pyproject.toml, environment.yml and requirements.lock say the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tomllib
+
+import pytest
+import yaml
+
+from dfqs_nb import __version__, bootstrap, workbook
+from dfqs_nb.paths import REPOSITORY
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+LOCK_TEXT = (REPOSITORY / "requirements.lock").read_text()
+LOCK = bootstrap.lock_blocks(REPOSITORY / "requirements.lock")
+PINS = [
+    *PROJECT["dependencies"],
+    *(pin for pins in PROJECT["optional-dependencies"].values() for pin in pins),
+]
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("pin", PINS)
+def test_each_dependency_is_pinned_exactly_and_the_lock_has_that_version(pin):
+    name, version = re.fullmatch(r"([\w.-]+)==([\w.]+)", pin).groups()
+    assert re.match(
+        rf"{re.escape(canonical(name))}=={re.escape(version)}( |$)", LOCK[canonical(name)], re.MULTILINE
+    )
+
+
+def test_each_pin_has_its_reason_beside_it():
+    text = (REPOSITORY / "pyproject.toml").read_text()
+    section = text[text.index("\ndependencies = [") : text.index("[project.urls]")]
+    lines = [line.strip() for line in section.splitlines()]
+    for number, line in enumerate(lines):
+        if re.match(r'"[\w.-]+==', line) and not re.match(r'"[\w.-]+==', lines[number - 1]):
+            assert lines[number - 1].startswith("#"), f"{line} has no reason above it"
+
+
+def test_every_package_of_the_lock_has_hashes():
+    assert len(LOCK) > 100
+    for name, lines in LOCK.items():
+        hashes = re.findall(r"--hash=sha256:([0-9a-f]{64})\b", lines)
+        assert hashes and len(hashes) == len(set(hashes)), name
+
+
+def test_the_lock_names_no_index_and_no_url():
+    assert not re.search(r"https?://|--index|--find-links|--extra-index|file:", LOCK_TEXT)
+
+
+def test_what_is_installed_here_is_what_the_lock_says():
+    """For this Python and system: the versions that are in use are those that were locked."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from packaging.requirements import Requirement
+
+    found = 0
+    for name, lines in LOCK.items():
+        requirement = Requirement(lines.splitlines()[0].rstrip(" \\"))
+        if name in bootstrap.OPTIONAL or (requirement.marker and not requirement.marker.evaluate()):
+            continue
+        try:
+            assert version(name) in requirement.specifier, (
+                f"{name} {version(name)} is installed: {requirement}"
+            )
+            found += 1
+        except PackageNotFoundError:
+            pytest.fail(
+                f"{requirement} is locked and not installed: run `make test`, not pytest of another Python"
+            )
+    assert found > 90
+
+
+def test_environment_yml_installs_the_project_and_pins_nothing_itself():
+    environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
+    conda = [item for item in environment["dependencies"] if isinstance(item, str)]
+    pip = [item for item in environment["dependencies"] if isinstance(item, dict)]
+    assert pip == [{"pip": ["-e .[test]"]}], "the one list comes by installing the project"
+    assert {name.split()[0] for name in conda} == {"python", "c-compiler", "cxx-compiler", "make", "pip"}
+    assert f"python {PROJECT['requires-python']}" in conda
+
+
+def test_python_versions_agree():
+    low, high = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["requires-python"]).groups()
+    assert (bootstrap.OLDEST, bootstrap.TOO_NEW) == ((3, int(low)), (3, int(high)))
+    lines = [f"python3.{minor}" for minor in range(int(low), int(high))]
+    assert set(lines) == {name for name in bootstrap.PYTHONS if "." in name}
+    for minor in range(int(low), int(high)):
+        assert f"3.{minor}" in bootstrap.NO_PYTHON
+    assert f"--python-version 3.{low}" in (REPOSITORY / "Makefile").read_text()
+
+
+def test_build_requirements_are_locked_too():
+    pyproject = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    assert set(pyproject["build-system"]["requires"]) <= set(PROJECT["optional-dependencies"]["build"])
+
+
+def test_version_stands_in_step():
+    assert PROJECT["version"] == __version__
+
+
+# --- the public address ----------------------------------------------------------------------------
+
+
+def tracked_texts():
+    listing = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, listing.stdout.split("\0")):
+        path = REPOSITORY / name
+        if path.is_file() and path.suffix not in (".gguf", ".png", ".gz", ".lock"):
+            try:
+                yield name, path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def without_stamps(name: str, text: str) -> str:
+    """A file's text without what `make stamp` writes into it."""
+    if name.endswith(".ipynb"):
+        cells = json.loads(text)["cells"]
+        text = "\n".join(
+            "".join(cell["source"]) for cell in cells if "setup" not in cell["metadata"].get("tags", [])
+        )
+    return re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
+
+
+def test_the_public_address_stands_in_one_place_only():
+    slug = workbook.public_address().removeprefix("https://github.com/")
+    holders = [name for name, text in tracked_texts() if slug in without_stamps(name, text)]
+    assert holders == ["pyproject.toml"]
+    assert (REPOSITORY / "pyproject.toml").read_text().count(slug) == 1
+
+
+def test_badges_and_setup_cells_are_stamped():
+    assert workbook.stamp(check=True) == [], "run `make stamp`"
+
+
+def test_every_relative_link_of_the_readme_leads_somewhere():
+    text = (REPOSITORY / "README.md").read_text()
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
+        assert (REPOSITORY / target).exists(), target
