@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from dfqs_nb.errors import ModelError
 
 ADDRESS_SPACE_BYTES = 4 << 30
 TIMEOUT_SECONDS = 60.0
+_BUILD_FOLDER = re.compile(r"\S*/vendor/llama\.cpp/")  # an assertion names the source as it was compiled
 
 # The child: stdlib only (`python -I -S`), one JSON line a file on stdout; what libggml says, on stderr,
 # is cut at the NUL that the child writes after each file.
@@ -157,7 +159,7 @@ def _ask(paths: Sequence[str | Path], tensors: bool, timeout_seconds: float) -> 
     if not lines and not death.startswith(("SIG", "timeout")):
         raise ModelError(f"cannot run libggml ({stderr.strip() or death})", where=library_path(),
                          hint="install llama-cpp-python again")
-    messages = [message.strip() for message in stderr.split("\0")]
+    messages = [_BUILD_FOLDER.sub("", message).strip() for message in stderr.split("\0")]
     for line, message in zip(lines, messages, strict=False):
         facts = json.loads(line)
         table = tuple(GGMLTensor(*row) for row in facts.pop("tensors", ()))
