@@ -101,8 +101,11 @@ def _physical_cores(allowed: set[int]) -> int:
     except OSError:
         return _physical_cores_of_psutil(len(allowed))
     rows = [dict(_pair(line) for line in block.splitlines() if ":" in line) for block in blocks]
-    cores = {(row["physical id"], row["core id"]) for row in rows
-             if {"processor", "physical id", "core id"} <= row.keys() and int(row["processor"]) in allowed}
+    cores = {
+        (row["physical id"], row["core id"])
+        for row in rows
+        if {"processor", "physical id", "core id"} <= row.keys() and int(row["processor"]) in allowed
+    }
     return len(cores) or len(allowed)
 
 
@@ -122,7 +125,10 @@ def _cpu_quota(root: Path) -> float | None:
     try:
         quota, period = (root / "cpu.max").read_text().split()
     except (OSError, ValueError):
-        quota, period = str(_number(root / "cpu/cpu.cfs_quota_us")), str(_number(root / "cpu/cpu.cfs_period_us"))
+        quota, period = (
+            str(_number(root / "cpu/cpu.cfs_quota_us")),
+            str(_number(root / "cpu/cpu.cfs_period_us")),
+        )
     if not quota.isdigit() or not period.isdigit() or int(period) == 0:
         return None
     return int(quota) / int(period)

@@ -10,13 +10,29 @@ from dfqs_nb.errors import HeaderError, SpaceError
 from dfqs_nb.gguf_header import GGUFHeader
 from dfqs_nb.machine import Memory, available_memory
 
-__all__ = ["KvCacheBytes", "MemoryEstimate", "Memory", "available_memory", "binary_size", "check_fits",
-           "estimate", "kv_cache_bytes", "weights_bytes"]
+__all__ = [
+    "KvCacheBytes",
+    "MemoryEstimate",
+    "Memory",
+    "available_memory",
+    "binary_size",
+    "check_fits",
+    "estimate",
+    "kv_cache_bytes",
+    "weights_bytes",
+]
 
 # bytes in a block, and elements in it, of the types llama.cpp takes for a KV cache (ggml/src/ggml-common.h)
 CACHE_TYPES: dict[str, tuple[int, int]] = {
-    "f32": (4, 1), "f16": (2, 1), "bf16": (2, 1), "q8_0": (34, 32), "q5_1": (24, 32), "q5_0": (22, 32),
-    "q4_1": (20, 32), "q4_0": (18, 32), "iq4_nl": (18, 32),
+    "f32": (4, 1),
+    "f16": (2, 1),
+    "bf16": (2, 1),
+    "q8_0": (34, 32),
+    "q5_1": (24, 32),
+    "q5_0": (22, 32),
+    "q4_1": (20, 32),
+    "q4_0": (18, 32),
+    "iq4_nl": (18, 32),
 }
 CSA_RATIO, HCA_RATIO = 4, 128
 CELL_PADDING = 256
@@ -41,8 +57,15 @@ class KvCacheBytes:
         return sum(self.parts.values())
 
 
-def kv_cache_bytes(header: GGUFHeader, n_ctx: int, n_ubatch: int = 512, n_seq: int = 1, type_k: str = "f16",
-                   type_v: str = "f16", swa_full: bool = False) -> KvCacheBytes:
+def kv_cache_bytes(
+    header: GGUFHeader,
+    n_ctx: int,
+    n_ubatch: int = 512,
+    n_seq: int = 1,
+    type_k: str = "f16",
+    type_v: str = "f16",
+    swa_full: bool = False,
+) -> KvCacheBytes:
     """Bytes of the KV cache that llama.cpp allocates for ``n_ctx`` tokens, from the header alone.
 
     Args:
@@ -67,22 +90,27 @@ def kv_cache_bytes(header: GGUFHeader, n_ctx: int, n_ubatch: int = 512, n_seq: i
     return _attention(header, cells, n_seq, type_k, type_v)
 
 
-def _deepseek4(header: GGUFHeader, cells: int, n_ubatch: int, n_seq: int, type_k: str,
-               swa_full: bool) -> KvCacheBytes:
+def _deepseek4(
+    header: GGUFHeader, cells: int, n_ubatch: int, n_seq: int, type_k: str, swa_full: bool
+) -> KvCacheBytes:
     """One K row a layer and cell, no V; compressed layers keep a row for each 4 or 128 tokens beside it."""
     head_dim, indexer_dim = _int(header, "attention.key_length"), _int(header, "attention.indexer.key_length")
     ratios = _ints(header, "attention.compress_ratios")
     n_csa, n_hca = ratios.count(CSA_RATIO), ratios.count(HCA_RATIO)
     window = cells if swa_full else _pad(min(cells, _int(header, "attention.sliding_window") + n_ubatch))
     csa_cells, hca_cells = _pad(-(-cells // CSA_RATIO)), _pad(-(-cells // HCA_RATIO))
-    state = (n_csa * 2 * CSA_RATIO * 2 * (head_dim + indexer_dim) + n_hca * HCA_RATIO * head_dim) * 2 * F32_BYTES
-    return KvCacheBytes({
-        "raw": n_seq * _int(header, "block_count") * window * _row_bytes(head_dim, type_k),
-        "csa": n_seq * n_csa * csa_cells * _row_bytes(head_dim, type_k),
-        "hca": n_seq * n_hca * hca_cells * _row_bytes(head_dim, type_k),
-        "indexer": n_seq * n_csa * csa_cells * _row_bytes(indexer_dim, type_k),
-        "compressor_state": n_seq * state,
-    })
+    state = (
+        (n_csa * 2 * CSA_RATIO * 2 * (head_dim + indexer_dim) + n_hca * HCA_RATIO * head_dim) * 2 * F32_BYTES
+    )
+    return KvCacheBytes(
+        {
+            "raw": n_seq * _int(header, "block_count") * window * _row_bytes(head_dim, type_k),
+            "csa": n_seq * n_csa * csa_cells * _row_bytes(head_dim, type_k),
+            "hca": n_seq * n_hca * hca_cells * _row_bytes(head_dim, type_k),
+            "indexer": n_seq * n_csa * csa_cells * _row_bytes(indexer_dim, type_k),
+            "compressor_state": n_seq * state,
+        }
+    )
 
 
 def _attention(header: GGUFHeader, cells: int, n_seq: int, type_k: str, type_v: str) -> KvCacheBytes:
@@ -125,8 +153,11 @@ def _ints(header: GGUFHeader, name: str) -> list[int]:
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(one, int) and one >= 0 for one in values):
         found = "is missing" if value is None else "is not a count"
-        raise HeaderError(f"the key {header.architecture}.{name} {found}", where=header.path,
-                          hint="the file was converted by another tool or an older one: convert it again")
+        raise HeaderError(
+            f"the key {header.architecture}.{name} {found}",
+            where=header.path,
+            hint="the file was converted by another tool or an older one: convert it again",
+        )
     return values
 
 
@@ -181,10 +212,20 @@ class MemoryEstimate:
         return replace(self, compute_bytes=compute_bytes)
 
 
-def estimate(header: GGUFHeader | Sequence[GGUFHeader], n_ctx: int, n_ubatch: int = 512, n_seq: int = 1,
-             type_k: str = "f16", type_v: str = "f16", swa_full: bool = False,
-             use_mmap: bool = True) -> MemoryEstimate:
+def estimate(
+    header: GGUFHeader | Sequence[GGUFHeader],
+    n_ctx: int,
+    n_ubatch: int = 512,
+    n_seq: int = 1,
+    type_k: str = "f16",
+    type_v: str = "f16",
+    swa_full: bool = False,
+    use_mmap: bool = True,
+    flash_attn: bool = False,
+) -> MemoryEstimate:
     """Memory that the model of this header (or of these shards' headers, first one first) will take.
+
+    ``flash_attn`` does not change what a header can tell; it is kept for the advice in a refusal.
 
     Raises:
         HeaderError: a key that the KV formula needs is missing.
@@ -192,7 +233,14 @@ def estimate(header: GGUFHeader | Sequence[GGUFHeader], n_ctx: int, n_ubatch: in
     headers = _headers(header)
     weights = weights_bytes(headers)
     kv = kv_cache_bytes(headers[0], n_ctx, n_ubatch, n_seq, type_k, type_v, swa_full)
-    settings = {"n_ubatch": n_ubatch, "n_seq": n_seq, "type_k": type_k, "type_v": type_v, "swa_full": swa_full}
+    settings = {
+        "n_ubatch": n_ubatch,
+        "n_seq": n_seq,
+        "type_k": type_k,
+        "type_v": type_v,
+        "swa_full": swa_full,
+        "flash_attn": flash_attn,
+    }
     return MemoryEstimate(weights, 0 if use_mmap else weights, kv, n_ctx, settings=settings)
 
 
@@ -211,16 +259,20 @@ def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: objec
     if needs.comfortable_bytes <= memory.available_bytes:
         return ""
     missing = needs.comfortable_bytes - memory.available_bytes
-    return (f"weights of {binary_size(needs.weights_bytes)} and {binary_size(needs.must_fit_bytes)} beside them exceed "
-            f"the {binary_size(memory.available_bytes)} of free memory by {binary_size(missing)}: parts of the file "
-            "will be read from the disk again and again, so expect a fraction of the usual speed")
+    return (
+        f"weights of {binary_size(needs.weights_bytes)} and {binary_size(needs.must_fit_bytes)} beside them exceed "
+        f"the {binary_size(memory.available_bytes)} of free memory by {binary_size(missing)}: parts of the file "
+        "will be read from the disk again and again, so expect a fraction of the usual speed"
+    )
 
 
 def _shortage(needs: MemoryEstimate, memory: Memory) -> str:
     compute = "not counted" if needs.compute_bytes is None else binary_size(needs.compute_bytes)
-    return (f"a context of {needs.n_ctx:,} tokens needs {binary_size(needs.must_fit_bytes)} "
-            f"(resident weights {binary_size(needs.weights_resident_bytes)}, KV cache {binary_size(needs.kv.total)}, "
-            f"compute buffer {compute}), and {binary_size(memory.available_bytes)} are free ({memory.source})")
+    return (
+        f"a context of {needs.n_ctx:,} tokens needs {binary_size(needs.must_fit_bytes)} "
+        f"(resident weights {binary_size(needs.weights_resident_bytes)}, KV cache {binary_size(needs.kv.total)}, "
+        f"compute buffer {compute}), and {binary_size(memory.available_bytes)} are free ({memory.source})"
+    )
 
 
 def _advice(needs: MemoryEstimate) -> str:
@@ -230,7 +282,10 @@ def _advice(needs: MemoryEstimate) -> str:
     if needs.weights_resident_bytes:
         steps.insert(0, "pass use_mmap=True, so that the weights need not fit")
     if needs.compute_bytes is not None and needs.compute_bytes > needs.kv.total:
-        steps.append("lower n_ubatch, which shrinks the compute buffer")
+        smaller = (
+            "lower n_ubatch" if needs.settings.get("flash_attn") else "pass flash_attn=True, lower n_ubatch"
+        )
+        steps.append(f"{smaller} (for the compute buffer)")
     return ", or ".join([*steps, "close other programs"])
 
 

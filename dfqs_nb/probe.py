@@ -31,7 +31,17 @@ from dfqs_nb.machine import usable_cores
 from dfqs_nb.memory import KvCacheBytes, MemoryEstimate, check_fits
 
 # ggml_type of the KV cache types, from ggml.h
-GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
+GGML_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "q8_0": 8,
+    "iq4_nl": 20,
+    "bf16": 30,
+}
 PROBE_CTX = 256
 PREFILL_TOKENS = 8
 SECONDS_PER_BYTE = 1 / 50e6  # a slow disk
@@ -83,7 +93,9 @@ class OpenSettings:
                 raise ModelError(f"{name} is {getattr(self, name)}", hint="use 1 or more")
         for name in ("type_k", "type_v"):
             if getattr(self, name) not in GGML_TYPES:
-                raise ModelError(f"{name} is {getattr(self, name)!r}", hint=f"use one of {', '.join(GGML_TYPES)}")
+                raise ModelError(
+                    f"{name} is {getattr(self, name)!r}", hint=f"use one of {', '.join(GGML_TYPES)}"
+                )
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for a report's conditions."""
@@ -164,12 +176,26 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
 
     LOG.install()
     LOG.clear()
-    names = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "n_gpu_layers", "flash_attn",
-             "use_mmap", "swa_full")
+    names = (
+        "n_ctx",
+        "n_batch",
+        "n_ubatch",
+        "n_threads",
+        "n_threads_batch",
+        "n_gpu_layers",
+        "flash_attn",
+        "use_mmap",
+        "swa_full",
+    )
     try:
         with default_model_params(use_extra_bufts=settings.use_extra_bufts):
-            llama = llama_cpp.Llama(model_path=str(path), verbose=False, type_k=GGML_TYPES[settings.type_k],
-                                    type_v=GGML_TYPES[settings.type_v], **{n: getattr(settings, n) for n in names})
+            llama = llama_cpp.Llama(
+                model_path=str(path),
+                verbose=False,
+                type_k=GGML_TYPES[settings.type_k],
+                type_v=GGML_TYPES[settings.type_v],
+                **{n: getattr(settings, n) for n in names},
+            )
     except ValueError as error:
         raise refusal(path, LOG.tail(40)) from error
     llama.set_seed(settings.seed)
@@ -202,7 +228,9 @@ def probe(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEsti
         ModelError: llama.cpp refuses the file, dies on it, or computes logits that are not numbers.
         SpaceError: the context's cache and llama.cpp's compute buffer exceed the free memory.
     """
-    identity = tuple((os.path.realpath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths)
+    identity = tuple(
+        (os.path.realpath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths
+    )
     return _probe_once(identity, settings, json.dumps(dataclasses.asdict(needs)))
 
 
@@ -213,11 +241,19 @@ def _probe_once(identity: tuple[tuple[str, int, int], ...], settings: OpenSettin
     started = time.perf_counter()
     timeout = BASE_TIMEOUT_SECONDS + weights_bytes * SECONDS_PER_BYTE
     try:
-        child = subprocess.run([sys.executable, "-m", "dfqs_nb.probe"], input=job.encode(), capture_output=True,
-                               env=_child_environment(), timeout=timeout)
+        child = subprocess.run(
+            [sys.executable, "-m", "dfqs_nb.probe"],
+            input=job.encode(),
+            capture_output=True,
+            env=_child_environment(),
+            timeout=timeout,
+        )
     except subprocess.TimeoutExpired as error:
-        raise ModelError(f"llama.cpp did not load it within {timeout:,.0f} s", where=path,
-                         hint="the disk is very slow, or the file is on a network: copy it to a local disk") from error
+        raise ModelError(
+            f"llama.cpp did not load it within {timeout:,.0f} s",
+            where=path,
+            hint="the disk is very slow, or the file is on a network: copy it to a local disk",
+        ) from error
     seconds = time.perf_counter() - started
     return _read_child(path, child, seconds)
 
@@ -225,8 +261,12 @@ def _probe_once(identity: tuple[tuple[str, int, int], ...], settings: OpenSettin
 def _child_environment() -> dict[str, str]:
     """This environment, with the package importable and ggml's stack trace (which starts a debugger) off."""
     roots = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots)), "GGML_NO_BACKTRACE": "1",
-            "PYTHONIOENCODING": "utf-8"}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, roots)),
+        "GGML_NO_BACKTRACE": "1",
+        "PYTHONIOENCODING": "utf-8",
+    }
 
 
 def _read_child(path: str, child: subprocess.CompletedProcess[bytes], seconds: float) -> Probe:
@@ -239,7 +279,9 @@ def _read_child(path: str, child: subprocess.CompletedProcess[bytes], seconds: f
         raise _as_error(facts, log)
     if child.returncode != 0 or facts.get("stage") != "done":
         raise death(path, child.returncode, facts.get("stage", "start"), log)
-    return Probe(facts["kv_bytes"], facts["compute_bytes"], facts["load_seconds"], facts["decode_seconds"], seconds)
+    return Probe(
+        facts["kv_bytes"], facts["compute_bytes"], facts["load_seconds"], facts["decode_seconds"], seconds
+    )
 
 
 def _as_error(facts: dict[str, Any], log: list[str]) -> DfqsError:
@@ -255,15 +297,19 @@ def _with_log(error: DfqsError, log: list[str]) -> DfqsError:
 
 DEATH_HINTS = {
     "SIGABRT": "its header is not what this llama.cpp expects: inspect it (02_inspect_header), get it again, "
-               "or update llama-cpp-python",
+    "or update llama-cpp-python",
     "SIGILL": "llama-cpp-python was built for another CPU: install it again on this machine",
     "SIGSEGV": "the file is damaged, or this llama.cpp does not suit this CPU: verify its hash, then install "
-               "llama-cpp-python again on this machine",
+    "llama-cpp-python again on this machine",
     "SIGBUS": "the file shrank or its disk failed while it was read: verify its hash",
     "SIGKILL": "the system killed it, most likely for memory: lower n_ctx or close other programs",
 }
-STAGES = {"start": "at start", "plan": "while planning its memory", "load": "while loading it",
-          "decode": "at the first decode"}
+STAGES = {
+    "start": "at start",
+    "plan": "while planning its memory",
+    "load": "while loading it",
+    "decode": "at the first decode",
+}
 
 
 def death(path: str | Path, returncode: int, stage: str, log: list[str]) -> ModelError:
@@ -289,8 +335,12 @@ def refusal(path: str | Path, log: list[str]) -> ModelError:
     text = "\n".join(log)
     unknown = re.search(r"unknown model architecture: '([^']*)'", text)
     if unknown:
-        return ModelError(f"this llama.cpp (llama-cpp-python {llama_version()}) does not know the architecture "
-                          f"{unknown[1]!r}", where=path, hint="update llama-cpp-python, or convert the model again")
+        return ModelError(
+            f"this llama.cpp (llama-cpp-python {llama_version()}) does not know the architecture "
+            f"{unknown[1]!r}",
+            where=path,
+            hint="update llama-cpp-python, or convert the model again",
+        )
     reasons = re.findall(r"(?:error loading model: |failed to initialize the context: )(.+)", text)
     reason = reasons[0].strip() if reasons else _telling_line(log) or "no reason given"
     error = ModelError(f"llama.cpp refuses it: {reason}", where=path, hint=_refusal_hint(reason))
@@ -303,7 +353,10 @@ def _refusal_hint(reason: str) -> str:
         ("split", "keep all shards under their own names in one folder, or merge them (01_merge_shards)"),
         ("not within the file bounds", "the file is cut off: resume or repeat the download"),
         ("quantized V cache", "pass flash_attn=True, or type_v='f16'"),
-        ("tensor", "the file does not hold the tensors its header promises: get it again, or merge its shards"),
+        (
+            "tensor",
+            "the file does not hold the tensors its header promises: get it again, or merge its shards",
+        ),
     ):
         if word in reason:
             return hint
@@ -318,6 +371,7 @@ def llama_version() -> str:
 
 
 # ---- the child process ----
+
 
 def main() -> int:
     """Read a job from standard input, run it, and write one JSON object a stage; return the exit status."""
@@ -383,8 +437,9 @@ def _plan_context_params(settings: OpenSettings) -> Any:
     params.n_ubatch = min(params.n_batch, settings.n_ubatch)
     params.n_threads, params.n_threads_batch = settings.n_threads, settings.n_threads_batch
     params.type_k, params.type_v = GGML_TYPES[settings.type_k], GGML_TYPES[settings.type_v]
-    params.flash_attn_type = (api.LLAMA_FLASH_ATTN_TYPE_ENABLED if settings.flash_attn
-                              else api.LLAMA_FLASH_ATTN_TYPE_DISABLED)
+    params.flash_attn_type = (
+        api.LLAMA_FLASH_ATTN_TYPE_ENABLED if settings.flash_attn else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    )
     return params
 
 
@@ -393,7 +448,9 @@ def planned_bytes(log: list[str]) -> dict[str, int]:
     text = "\n".join(log)
     kv = re.findall(r": size = +([\d.]+) MiB \(| state buffer size = +([\d.]+) MiB", text)
     compute = re.findall(r"(\S+) compute buffer size = +([\d.]+) MiB", text)
-    host = [size for name, size in compute if name.startswith("CPU") or name.endswith("_Host") or "MTL" in name]
+    host = [
+        size for name, size in compute if name.startswith("CPU") or name.endswith("_Host") or "MTL" in name
+    ]
     return {"kv_bytes": _mib([a or b for a, b in kv]), "compute_bytes": _mib(host)}
 
 
@@ -411,7 +468,9 @@ def _check_memory(path: str, needs: dict[str, Any], planned: dict[str, int]) -> 
 def _try(path: str, settings: OpenSettings) -> None:
     """Load with a small context, evaluate a short prompt and one more token, and report."""
     _disable_suppression()
-    small = dataclasses.replace(settings, n_ctx=min(settings.n_ctx, PROBE_CTX), n_threads=1, n_threads_batch=1)
+    small = dataclasses.replace(
+        settings, n_ctx=min(settings.n_ctx, PROBE_CTX), n_threads=1, n_threads_batch=1
+    )
     started = time.perf_counter()
     llama = build_llama(path, small)
     loaded = time.perf_counter()
@@ -420,8 +479,11 @@ def _try(path: str, settings: OpenSettings) -> None:
     for part in (tokens, tokens[:1]):
         llama.eval(part)
         if not _finite(llama):
-            raise ModelError("the first decode gives logits that are not numbers", where=path,
-                             hint="the weights are damaged: verify the file's hash, or get it again")
+            raise ModelError(
+                "the first decode gives logits that are not numbers",
+                where=path,
+                hint="the weights are damaged: verify the file's hash, or get it again",
+            )
     _report(stage="done", decode_seconds=time.perf_counter() - loaded)
 
 

@@ -6,6 +6,7 @@ Greedy decoding from a cleared context is the default everywhere, so that the sa
 from __future__ import annotations
 
 import codecs
+import ctypes
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,9 +24,27 @@ from dfqs_nb.probe import LOG, OpenSettings, Probe, build_llama, llama_version
 from dfqs_nb.probe import probe as probe_model
 from dfqs_nb.shards import open_shards
 
-__all__ = ["Completion", "ContextFullError", "DecodeError", "Model", "NanLogitsError", "OpenSettings", "Repeat",
-           "Sampling", "Speed", "Spread", "TextStream", "chat", "chat_prompt", "complete", "measure_speed", "open_model",
-           "same_tokens_twice", "stream_chat", "stream_tokens"]
+__all__ = [
+    "Completion",
+    "ContextFullError",
+    "DecodeError",
+    "Model",
+    "NanLogitsError",
+    "OpenSettings",
+    "Repeat",
+    "Sampling",
+    "Speed",
+    "Spread",
+    "TextStream",
+    "chat",
+    "chat_prompt",
+    "complete",
+    "measure_speed",
+    "open_model",
+    "same_tokens_twice",
+    "stream_chat",
+    "stream_tokens",
+]
 
 
 class DecodeError(ModelError):
@@ -99,8 +118,6 @@ class Model:
 
         (``Llama.detokenize`` of llama-cpp-python 0.3.36 loses tokens longer than 32 bytes.)
         """
-        import ctypes
-
         import llama_cpp
 
         vocab = self._open()._model.vocab
@@ -134,8 +151,11 @@ class Model:
         self.decode(tokens)
         logits = np.ctypeslib.as_array(self.llama._ctx.get_logits_ith(-1), shape=(self.n_vocab,)).copy()
         if np.isnan(logits).any():
-            raise NanLogitsError(f"the logits after {self.n_past:,} tokens hold NaN", where=self.path,
-                                 hint="the weights are damaged, or the KV type is too coarse: try type_k='f16'")
+            raise NanLogitsError(
+                f"the logits after {self.n_past:,} tokens hold NaN",
+                where=self.path,
+                hint="the weights are damaged, or the KV type is too coarse: try type_k='f16'",
+            )
         return logits
 
     def decode(self, tokens: Sequence[int]) -> None:
@@ -144,23 +164,30 @@ class Model:
         if not tokens:
             raise DecodeError("there are no tokens to evaluate", where=self.path, hint="give a prompt")
         if llama.n_tokens + len(tokens) > self.settings.n_ctx:
-            raise ContextFullError(f"{llama.n_tokens + len(tokens):,} tokens exceed the context of "
-                                   f"{self.settings.n_ctx:,}", where=self.path,
-                                   hint="open the model with a larger n_ctx, or shorten the prompt")
+            raise ContextFullError(
+                f"{llama.n_tokens + len(tokens):,} tokens exceed the context of {self.settings.n_ctx:,}",
+                where=self.path,
+                hint="open the model with a larger n_ctx, or shorten the prompt",
+            )
         try:
             llama.eval(list(tokens))
         except RuntimeError as error:
             last = "; ".join(LOG.tail(2))
-            raise DecodeError(f"{error} after {llama.n_tokens:,} tokens ({last})", where=self.path,
-                              hint="clear the context and try again; lower n_ubatch if memory is short") from error
+            raise DecodeError(
+                f"{error} after {llama.n_tokens:,} tokens ({last})",
+                where=self.path,
+                hint="clear the context and try again; lower n_ubatch if memory is short",
+            ) from error
 
     def conditions(self) -> dict[str, Any]:
         """What a measurement with this model depends on, beside the model and the prompts."""
         import llama_cpp
 
-        return {"runtime": f"llama-cpp-python {llama_version()}",
-                "system_info": llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip(),
-                **self.settings.as_dict()}
+        return {
+            "runtime": f"llama-cpp-python {llama_version()}",
+            "system_info": llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip(),
+            **self.settings.as_dict(),
+        }
 
     def _open(self) -> Any:
         if self.llama is None:
@@ -187,9 +214,7 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, probe:
     """
     settings = settings or OpenSettings()
     shards = open_shards(path)
-    s = settings
-    needs = estimate(list(shards.headers), s.n_ctx, min(s.n_batch, s.n_ubatch), 1, s.type_k, s.type_v,
-                     s.swa_full, s.use_mmap)
+    needs = _needs(shards.headers, settings)
     slow = _check_memory(needs, settings, shards.paths[0])
     tried = probe_model(shards.paths, settings, needs) if probe else None
     if tried is not None:
@@ -198,7 +223,19 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, probe:
         warnings.warn(slow, RuntimeWarning, stacklevel=2)
     started = time.perf_counter()
     llama = build_llama(shards.paths[0], settings)
-    return Model(llama, shards.paths[0], shards.headers[0], settings, needs, tried, time.perf_counter() - started)
+    return Model(
+        llama, shards.paths[0], shards.headers[0], settings, needs, tried, time.perf_counter() - started
+    )
+
+
+def _needs(headers: Sequence[GGUFHeader], settings: OpenSettings) -> MemoryEstimate:
+    names = ("type_k", "type_v", "swa_full", "use_mmap", "flash_attn")
+    return estimate(
+        headers,
+        settings.n_ctx,
+        min(settings.n_batch, settings.n_ubatch),
+        **{name: getattr(settings, name) for name in names},
+    )
 
 
 def _check_memory(needs: MemoryEstimate, settings: OpenSettings, path: Path) -> str:
@@ -259,8 +296,9 @@ class TextStream:
     A piece never ends inside a character, and never holds the start of a stop text.
     """
 
-    def __init__(self, model: Model, prompt: Sequence[int], max_tokens: int, sampling: Sampling,
-                 stop: Sequence[str]) -> None:
+    def __init__(
+        self, model: Model, prompt: Sequence[int], max_tokens: int, sampling: Sampling, stop: Sequence[str]
+    ) -> None:
         self._model, self._prompt, self._sampling = model, list(prompt), sampling
         self._max_tokens, self._stop = max_tokens, tuple(stop)
         self._tokens: list[int] = []
@@ -301,34 +339,41 @@ class TextStream:
         text += "" if reason == "stop" else decoder.decode(b"", final=True)
         if len(text) > shown:
             yield text[shown:]
-        self._completion = Completion(text, tuple(self._tokens), reason, len(self._prompt), *self._seconds,
-                                      self._n_decoded)
+        self._completion = Completion(
+            text, tuple(self._tokens), reason, len(self._prompt), *self._seconds, self._n_decoded
+        )
 
     def _generate(self) -> Iterator[int]:
         """Chosen tokens: prefill from a cleared context, then one evaluation for each token after the first."""
-        model = self._model
-        model.clear()
-        started = time.perf_counter()
-        logits = model.evaluate(self._prompt)
-        self._seconds[0] = time.perf_counter() - started
-        choose = _chooser(model, self._sampling)
-        room = model.settings.n_ctx - len(self._prompt)
-        for n in range(min(self._max_tokens, room)):
-            if n:
-                started = time.perf_counter()
-                logits = model.evaluate([token])  # noqa: F821 (bound in the round before)
-                self._seconds[1] += time.perf_counter() - started
-                self._n_decoded += 1
+        self._model.clear()
+        logits = self._timed(self._prompt, 0)
+        choose = _chooser(self._model, self._sampling)
+        limit = min(self._max_tokens, self._model.settings.n_ctx - len(self._prompt))
+        for left in range(limit - 1, -1, -1):
             token = choose(logits)
             yield token
+            if left:
+                logits = self._timed([token], 1)
+                self._n_decoded += 1
+
+    def _timed(self, tokens: Sequence[int], phase: int) -> np.ndarray:
+        started = time.perf_counter()
+        logits = self._model.evaluate(tokens)
+        self._seconds[phase] += time.perf_counter() - started
+        return logits
 
 
 def _chooser(model: Model, sampling: Sampling) -> Any:
     if sampling.temperature <= 0:
         return lambda logits: int(np.argmax(logits))
     model.llama.set_seed(sampling.seed)
-    sampler = model.llama._init_sampler(top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p,
-                                        temp=sampling.temperature, repeat_penalty=1.0)
+    sampler = model.llama._init_sampler(
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        temp=sampling.temperature,
+        repeat_penalty=1.0,
+    )
     return lambda _logits: int(sampler.sample(model.llama._ctx, -1))
 
 
@@ -361,15 +406,18 @@ def chat_prompt(model: Model, prompt: str | Sequence[dict[str, str]]) -> list[in
 
     template = model.header.get("tokenizer.chat_template")
     if not template:
-        raise ModelError("its header has no chat template", where=model.path, hint="use complete() with plain text")
+        raise ModelError(
+            "its header has no chat template", where=model.path, hint="use complete() with plain text"
+        )
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     llama = model._open()
     bos, eos = (_token_text(llama, token) for token in (llama.token_bos(), llama.token_eos()))
     try:
         text = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)(messages=messages).prompt
     except Exception as error:  # a template is code of the file's author, and may raise anything
-        raise ModelError(f"its chat template fails ({error})", where=model.path,
-                         hint="use complete() with plain text") from error
+        raise ModelError(
+            f"its chat template fails ({error})", where=model.path, hint="use complete() with plain text"
+        ) from error
     return model.with_bos(model.tokenize(text))
 
 
@@ -377,8 +425,13 @@ def _token_text(llama: Any, token: int) -> str:
     return llama._model.token_get_text(token) if token >= 0 else ""
 
 
-def stream_tokens(model: Model, prompt: Sequence[int], max_tokens: int = 256, sampling: Sampling = GREEDY,
-                  stop: Sequence[str] = ()) -> TextStream:
+def stream_tokens(
+    model: Model,
+    prompt: Sequence[int],
+    max_tokens: int = 256,
+    sampling: Sampling = GREEDY,
+    stop: Sequence[str] = (),
+) -> TextStream:
     """Stream the continuation of these tokens, from a cleared context.
 
     Raises (when the stream is read):
@@ -387,22 +440,35 @@ def stream_tokens(model: Model, prompt: Sequence[int], max_tokens: int = 256, sa
     return TextStream(model, prompt, max_tokens, sampling, stop)
 
 
-def stream_chat(model: Model, prompt: str | Sequence[dict[str, str]], max_tokens: int = 256,
-                sampling: Sampling = GREEDY, stop: Sequence[str] = ()) -> TextStream:
+def stream_chat(
+    model: Model,
+    prompt: str | Sequence[dict[str, str]],
+    max_tokens: int = 256,
+    sampling: Sampling = GREEDY,
+    stop: Sequence[str] = (),
+) -> TextStream:
     """Stream the answer to a chat, piece by piece; ``.completion`` of the result is the whole."""
     return stream_tokens(model, chat_prompt(model, prompt), max_tokens, sampling, stop)
 
 
-def chat(model: Model, prompt: str | Sequence[dict[str, str]], max_tokens: int = 256,
-         sampling: Sampling = GREEDY, stop: Sequence[str] = ()) -> Completion:
+def chat(
+    model: Model,
+    prompt: str | Sequence[dict[str, str]],
+    max_tokens: int = 256,
+    sampling: Sampling = GREEDY,
+    stop: Sequence[str] = (),
+) -> Completion:
     """The answer to a chat in the model's own template, greedy by default."""
     return stream_chat(model, prompt, max_tokens, sampling, stop).completion
 
 
-def complete(model: Model, text: str, max_tokens: int = 256, sampling: Sampling = GREEDY,
-             stop: Sequence[str] = ()) -> Completion:
+def complete(
+    model: Model, text: str, max_tokens: int = 256, sampling: Sampling = GREEDY, stop: Sequence[str] = ()
+) -> Completion:
     """The continuation of plain text, without a template (code prompts); special tokens in it are plain text."""
-    return stream_tokens(model, model.with_bos(model.tokenize(text, special=False)), max_tokens, sampling, stop).completion
+    return stream_tokens(
+        model, model.with_bos(model.tokenize(text, special=False)), max_tokens, sampling, stop
+    ).completion
 
 
 @dataclass(frozen=True)
@@ -423,7 +489,7 @@ def same_tokens_twice(model: Model, prompt: str, max_tokens: int = 64) -> Repeat
     """Answer ``prompt`` twice greedily, each time from a cleared context, and compare token by token."""
     first, second = (chat(model, prompt, max_tokens) for _ in range(2))
     a, b = first.token_ids, second.token_ids
-    differs = (i for i in range(max(len(a), len(b))) if a[i:i + 1] != b[i:i + 1])
+    differs = (i for i in range(max(len(a), len(b))) if a[i : i + 1] != b[i : i + 1])
     return Repeat(first, second, next(differs, None))
 
 
@@ -456,11 +522,18 @@ class Speed:
     def rows(self) -> list[dict[str, Any]]:
         """One row for each of prefill and decode, ready for a DataFrame."""
         shared = {"depth": self.depth, "n_threads": self.n_threads, "repetitions": self.repetitions}
-        return [{"phase": phase, **shared, "tokens": tokens, **asdict(spread)} for phase, tokens, spread in (
-            ("prefill", self.depth, self.prefill_tokens_per_sec), ("decode", self.n_tokens, self.decode_tokens_per_sec))]
+        return [
+            {"phase": phase, **shared, "tokens": tokens, **asdict(spread)}
+            for phase, tokens, spread in (
+                ("prefill", self.depth, self.prefill_tokens_per_sec),
+                ("decode", self.n_tokens, self.decode_tokens_per_sec),
+            )
+        ]
 
 
-def measure_speed(model: Model, depth: int = 512, n_tokens: int = 128, repetitions: int = 5, seed: int = 42) -> Speed:
+def measure_speed(
+    model: Model, depth: int = 512, n_tokens: int = 128, repetitions: int = 5, seed: int = 42
+) -> Speed:
     """Time prefill and teacher-forced decode on seeded random tokens, as ``llama-bench`` does, after a warm-up.
 
     The tokens are given, not chosen, so no sampling is timed; each repetition starts from a cleared context.
@@ -471,14 +544,22 @@ def measure_speed(model: Model, depth: int = 512, n_tokens: int = 128, repetitio
     tokens = np.random.default_rng(seed).integers(0, model.n_vocab, depth + n_tokens).tolist()
     prompt, forced = tokens[:depth], tokens[depth:]
     if len(tokens) > model.settings.n_ctx:
-        raise ContextFullError(f"{len(tokens):,} tokens exceed the context of {model.settings.n_ctx:,}",
-                               where=model.path, hint="lower the depth, or open the model with a larger n_ctx")
+        raise ContextFullError(
+            f"{len(tokens):,} tokens exceed the context of {model.settings.n_ctx:,}",
+            where=model.path,
+            hint="lower the depth, or open the model with a larger n_ctx",
+        )
     _time_once(model, prompt[:16], forced[:4])
     seconds = [_time_once(model, prompt, forced) for _ in range(repetitions)]
     model.clear()
-    return Speed(depth, n_tokens, repetitions, model.settings.n_threads or 0,
-                 Spread.of([depth / prefill for prefill, _ in seconds]),
-                 Spread.of([n_tokens / decode for _, decode in seconds]))
+    return Speed(
+        depth,
+        n_tokens,
+        repetitions,
+        model.settings.n_threads or 0,
+        Spread.of([depth / prefill for prefill, _ in seconds]),
+        Spread.of([n_tokens / decode for _, decode in seconds]),
+    )
 
 
 def _time_once(model: Model, prompt: Sequence[int], forced: Sequence[int]) -> tuple[float, float]:

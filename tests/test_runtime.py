@@ -76,12 +76,17 @@ def set_tensor(folder: Path, name: str, value: float) -> Path:
         header = read_header(shard)
         for tensor in header.tensors:
             if tensor.name == name:
-                patch(shard, header.data_offset + tensor.offset, np.full(tensor.n_elements, value, "<f4").tobytes())
+                patch(
+                    shard,
+                    header.data_offset + tensor.offset,
+                    np.full(tensor.n_elements, value, "<f4").tobytes(),
+                )
                 return path
     raise LookupError(name)
 
 
 # ---- answers ----
+
 
 @pytest.mark.parametrize("path", [NANO, NANO_Q8], ids=["iq1_s-xl", "q8_0"])
 def test_reference_model_knows_its_capital(path):
@@ -96,8 +101,9 @@ def test_reference_model_knows_its_capital(path):
 def test_greedy_answer_equals_plain_llama_cpp_python(path, prompt):
     path = {"nano": NANO, "nano_q8": NANO_Q8}.get(path) or smollm2()
     llama = plain_llama(path)
-    theirs = llama.create_chat_completion([{"role": "user", "content": prompt}], temperature=0.0, repeat_penalty=1.0,
-                                          max_tokens=40)
+    theirs = llama.create_chat_completion(
+        [{"role": "user", "content": prompt}], temperature=0.0, repeat_penalty=1.0, max_tokens=40
+    )
     llama.close()
     with open_model(path, SETTINGS, probe=False) as model:
         ours = chat(model, prompt, max_tokens=40)
@@ -115,12 +121,19 @@ def test_prompt_is_the_headers_template_rendered_by_jinja(nano):
 
     template = nano.header["tokenizer.chat_template"]
     tokens = nano.header["tokenizer.ggml.tokens"]
-    bos, user, assistant = (tokens.index(t) for t in ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"))
+    bos, user, assistant = (
+        tokens.index(t) for t in ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
+    )
     ids = chat_prompt(nano, FRANCE)
     assert [i for i in ids if i in (bos, user, assistant)] == [bos, user, assistant]
     assert ids[:2] == [bos, user] and ids[-1] == assistant
-    text = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template).render(
-        messages=[{"role": "user", "content": FRANCE}], bos_token=tokens[bos], add_generation_prompt=True)
+    text = (
+        jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+        .from_string(template)
+        .render(
+            messages=[{"role": "user", "content": FRANCE}], bos_token=tokens[bos], add_generation_prompt=True
+        )
+    )
     assert nano.llama.detokenize(ids, special=True).decode() == text
     assert ids == nano.llama.tokenize(text.encode(), add_bos=False, special=True)
 
@@ -163,6 +176,7 @@ def test_raw_completion_gives_control_tokens_no_meaning(nano):
 
 
 # ---- streams ----
+
 
 class ScriptedModel:
     """Says given tokens, whose bytes are given too; token -1 ends."""
@@ -223,6 +237,7 @@ def test_stream_equals_chat_and_max_tokens_cuts(nano):
 
 # ---- limits ----
 
+
 def test_prompt_beyond_the_context_is_refused(nano):
     with pytest.raises(runtime.ContextFullError, match="exceed the context of 512") as caught:
         complete(nano, "word " * 600)
@@ -247,8 +262,11 @@ def test_speed_has_its_spread_and_clears_up(nano):
 
 def test_closed_model_is_unmapped_and_says_so():
     model = open_model(NANO_Q8, SETTINGS, probe=False)
-    mapped = [NANO_Q8.name in line for line in Path("/proc/self/maps").read_text().splitlines()] \
-        if Path("/proc/self/maps").exists() else [True]
+    mapped = (
+        [NANO_Q8.name in line for line in Path("/proc/self/maps").read_text().splitlines()]
+        if Path("/proc/self/maps").exists()
+        else [True]
+    )
     assert any(mapped)
     model.close()
     model.close()
@@ -260,6 +278,7 @@ def test_closed_model_is_unmapped_and_says_so():
 
 # ---- how it is opened ----
 
+
 @pytest.fixture
 def seen_params(monkeypatch):
     """The parameters that reach llama.cpp's own functions."""
@@ -267,8 +286,12 @@ def seen_params(monkeypatch):
 
     seen = {}
     load, init = api.llama_model_load_from_file, api.llama_init_from_model
-    monkeypatch.setattr(api, "llama_model_load_from_file", lambda p, params: seen.update(model=params) or load(p, params))
-    monkeypatch.setattr(api, "llama_init_from_model", lambda m, params: seen.update(context=params) or init(m, params))
+    monkeypatch.setattr(
+        api, "llama_model_load_from_file", lambda p, params: seen.update(model=params) or load(p, params)
+    )
+    monkeypatch.setattr(
+        api, "llama_init_from_model", lambda m, params: seen.update(context=params) or init(m, params)
+    )
     return seen
 
 
@@ -291,11 +314,20 @@ def test_plan_uses_the_same_parameters_as_the_model(seen_params):
     probe.dry_run(NANO, SETTINGS)
     plan = seen_params["context"]
     open_model(NANO, SETTINGS, probe=False).close()
-    names = [name for name, kind in plan._fields_ if kind.__name__ in ("c_int", "c_uint", "c_bool", "c_float")]
+    names = [
+        name for name, kind in plan._fields_ if kind.__name__ in ("c_int", "c_uint", "c_bool", "c_float")
+    ]
     assert len(names) > 15
     different = {n for n in names if getattr(plan, n) != getattr(seen_params["context"], n)}
-    assert different <= {"yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "no_perf",
-                         "rope_freq_base", "rope_freq_scale"}
+    assert different <= {
+        "yarn_ext_factor",
+        "yarn_attn_factor",
+        "yarn_beta_fast",
+        "yarn_beta_slow",
+        "no_perf",
+        "rope_freq_base",
+        "rope_freq_scale",
+    }
 
 
 def test_default_parameters_are_restored_after_a_failure(tmp_path):
@@ -348,18 +380,28 @@ def test_conditions_name_runtime_and_settings(nano):
 
 # ---- files that kill llama.cpp, or that it refuses ----
 
-@pytest.mark.parametrize(("key", "value", "stage"), [("expert_used_count", 200, "planning its memory"),
-                                                     ("hyper_connection.sinkhorn_iterations", 0, "planning its memory"),
-                                                     ("rope.dimension_count", 31, "first decode")])
+
+@pytest.mark.parametrize(
+    ("key", "value", "stage"),
+    [
+        ("expert_used_count", 200, "planning its memory"),
+        ("hyper_connection.sinkhorn_iterations", 0, "planning its memory"),
+        ("rope.dimension_count", 31, "first decode"),
+    ],
+)
 def test_assertion_in_llama_cpp_is_an_exception_here(tmp_path, key, value, stage):
     path = set_key(tmp_path, key, value)
     script = f"import llama_cpp; llama_cpp.Llama({str(path)!r}, verbose=False).eval([1, 2])"
-    naive = subprocess.run([sys.executable, "-c", script], capture_output=True, env=probe._child_environment())
+    naive = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, env=probe._child_environment()
+    )
     assert naive.returncode == -signal.SIGABRT, "this file no longer aborts llama.cpp: find another"
     with pytest.raises(ModelError, match=rf"died .*{stage} \(SIGABRT\): .*GGML_ASSERT") as caught:
         open_model(path, SETTINGS)
     assert "update llama-cpp-python" in str(caught.value)
-    assert "/" not in str(caught.value).split("died")[1].split("GGML_ASSERT")[0], "shows a folder of the build machine"
+    assert "/" not in str(caught.value).split("died")[1].split("GGML_ASSERT")[0], (
+        "shows a folder of the build machine"
+    )
     assert any("llama.cpp's last lines" in note for note in caught.value.__notes__)
 
 
@@ -368,7 +410,9 @@ def test_orderly_refusal_gives_its_reason(tmp_path):
         open_model(set_key(tmp_path, "hyper_connection.count", 3), SETTINGS)
 
 
-@pytest.mark.parametrize(("signal_name", "word"), [("SIGILL", "another CPU"), ("SIGSEGV", "damaged"), ("SIGKILL", "memory")])
+@pytest.mark.parametrize(
+    ("signal_name", "word"), [("SIGILL", "another CPU"), ("SIGSEGV", "damaged"), ("SIGKILL", "memory")]
+)
 def test_other_deaths_are_told_apart(signal_name, word):
     number = -getattr(signal, signal_name)
     error = probe.death("m.gguf", number, "decode", ["llama_context: n_ctx = 256"])
@@ -378,14 +422,18 @@ def test_other_deaths_are_told_apart(signal_name, word):
 def test_unknown_architecture_is_named(tmp_path):
     path = copy_of_nano(tmp_path)
     path.write_bytes(path.read_bytes().replace(b"deepseek4", b"deepseek9"))
-    with pytest.raises(ModelError, match=r"does not know the architecture 'deepseek9'.*update llama-cpp-python"):
+    with pytest.raises(
+        ModelError, match=r"does not know the architecture 'deepseek9'.*update llama-cpp-python"
+    ):
         open_model(path, SETTINGS)
 
 
 def test_early_dialect_is_explained(tmp_path):
     path = copy_of_nano(tmp_path)
     path.write_bytes(path.read_bytes().replace(b"attention.output_lora_rank", b"attention.output_lora_ronk"))
-    with pytest.raises(ModelError, match=r"key not found in model: deepseek4.attention.output_lora_rank.*dialect"):
+    with pytest.raises(
+        ModelError, match=r"key not found in model: deepseek4.attention.output_lora_rank.*dialect"
+    ):
         open_model(path, SETTINGS)
 
 
