@@ -220,11 +220,11 @@ class _Cursor:
         """Hold the header's bytes up to ``end``."""
         if end <= len(self.bytes):
             return
-        if end > MAX_HEADER_BYTES:
-            raise self.fail(f"the header claims over {MAX_HEADER_BYTES:,} bytes")
         if end > self.size - self.start:
             raise self.fail(f"the header is cut off: it needs {end:,} bytes and the file has "
                             f"{self.size - self.start:,}", CUT_OFF)
+        if end > MAX_HEADER_BYTES:
+            raise self.fail(f"the header claims over {MAX_HEADER_BYTES:,} bytes")
         goal = min(max(end, 2 * len(self.bytes), _FIRST_READ), self.size - self.start, MAX_HEADER_BYTES)
         self.file.seek(self.start + len(self.bytes))
         while len(self.bytes) < goal:

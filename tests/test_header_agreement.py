@@ -158,7 +158,7 @@ def any_file(draw: st.DrawFn) -> bytes:
     return gguf_bytes(fields, specs, alignment=alignment or 32, version=draw(st.sampled_from([2, 3])))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=any_file())
 def test_any_valid_file_reads_as_gguf_py_and_libggml_read_it(tmp_path, raw):
     path = tmp_path / "drawn.gguf"
