@@ -12,59 +12,29 @@ llama.cpp then refuses its output; this module pads to the model's own alignment
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
 import shutil
 import struct
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-import xxhash
-from tqdm.auto import tqdm
-
-from dfqs_nb import ggml
+from dfqs_nb import ggml, holes, transfer
 from dfqs_nb.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.gguf_header import MAGIC, GGUFHeader, Tensor, check_layout, padded, read_header
-from dfqs_nb.paths import fsync_dir, write_json
+from dfqs_nb.paths import write_json
 from dfqs_nb.shards import ShardSet, open_shards
+from dfqs_nb.transfer import Copy, Plan
 
 if TYPE_CHECKING:
     import pandas as pd
 
 GGUF_VERSION = 3
-CHUNK_BYTES = 4 << 20
-N_BUFFERS = 4
-FLUSH_BYTES = 128 << 20
+CONSUME_EXTRA_BYTES = 64 << 20  # what a consuming transfer may need beyond its sources, plus the header
 _TYPE_U16 = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """One tensor's way into the merged file; offsets are bytes from the start of each file."""
-
-    name: str
-    shard: int
-    source_offset: int
-    target_offset: int
-    nbytes: int
-    padding: int
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """What a merge will write: the header's bytes, then each copy, in order; ``nbytes`` in all."""
-
-    shards: ShardSet
-    header: bytes
-    copies: tuple[Copy, ...]
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -90,22 +60,23 @@ class MergeResult:
     reused: bool = False
 
 
-def plan_merge(shards: ShardSet) -> MergePlan:
+def plan_merge(shards: ShardSet) -> Plan:
     """Lay out the merged file. Reads nothing and writes nothing."""
     first = shards.headers[0]
-    copies, tables, offset = [], [], 0
-    for number, header in enumerate(shards.headers):
+    sources = tuple(dict.fromkeys(shards.paths))
+    tables, runs, offset = [], [], 0
+    for header in shards.headers:
         for tensor in header.tensors:
             step = padded(tensor.nbytes, first.alignment)
             tables.append(_tensor_record(tensor, offset))
-            copies.append((tensor.name, number, header.data_offset + tensor.offset, offset, tensor.nbytes,
-                           step - tensor.nbytes))
+            runs.append((tensor.name, sources.index(header.path), header.data_offset + tensor.offset, offset,
+                         tensor.nbytes, step - tensor.nbytes))
             offset += step
     head = _merged_fields(first, len(tables)) + b"".join(tables)
     head += bytes(padded(len(head), first.alignment) - len(head))
-    moved = tuple(Copy(name, shard, source, len(head) + target, nbytes, padding)
-                  for name, shard, source, target, nbytes, padding in copies)
-    return MergePlan(shards, head, moved, len(head) + offset)
+    copies = tuple(Copy(name, source, start, len(head) + target, nbytes, padding)
+                   for name, source, start, target, nbytes, padding in runs)
+    return Plan(sources, head, copies, len(head) + offset)
 
 
 def _merged_fields(first: GGUFHeader, n_tensors: int) -> bytes:
@@ -127,20 +98,24 @@ def _tensor_record(tensor: Tensor, offset: int) -> bytes:
 
 
 def merge(model: str | Path | Sequence[str | Path], output: str | Path, *, overwrite: bool = False,
-          read_back: bool = True, progress: bool = True, allow_mixed: bool = False) -> MergeResult:
+          consume: bool = False, read_back: bool = True, progress: bool = True, allow_mixed: bool = False,
+          allow_holes: bool = False) -> MergeResult:
     """Merge the shards of ``model`` into the single file ``output``.
 
-    Memory stays under some 30 MB whatever the largest tensor. The output appears under its name only after
-    its header was accepted by this package's reader and by llama.cpp's own parser, and each tensor, read
-    back from the disk, has the hash that it has in its shard. A sidecar ``<output>.manifest.json`` keeps
-    the hashes. The shards are only read.
+    Memory stays under some 50 MB whatever the largest tensor. The output appears under its name only after
+    its header was accepted by this package's reader and by llama.cpp's own parser, and its bytes, read
+    back from the disk, have the hash that they have in the shards. A sidecar ``<output>.manifest.json``
+    keeps the hashes. A killed merge goes on where it was when the same call is made again.
 
     Args:
         model: any one shard, or all of them in any order.
         overwrite: replace an existing output (which stays until the new one is proven).
+        consume: give each shard's bytes back to the disk once their copy is proven, and remove the shards
+            at the end: the merge then needs no second copy of the model. Without it shards are only read.
         read_back: read the result from the disk again and compare; without it only what was read and
-            handed to the operating system is known.
+            handed to the operating system is known. ``consume`` always reads back.
         allow_mixed: see ``open_shards``.
+        allow_holes: accept shards with holes, whose missing bytes read as zeros.
 
     Raises:
         HeaderError, LayoutError, ShardError: the shards are not sound, or not one set.
@@ -148,22 +123,28 @@ def merge(model: str | Path | Sequence[str | Path], output: str | Path, *, overw
         SpaceError: the disk has too little room, found before or on the way.
         IntegrityError: a shard changed or ended while it was read, or the disk gave back other bytes.
     """
-    began = time.perf_counter()
     output = Path(output)
+    settled = finish_interrupted(output)
+    if settled:
+        return settled
     plan = plan_merge(open_shards(model, allow_mixed=allow_mixed))
-    check_output(output, plan, overwrite)
-    before = _identities(plan.shards.paths)
-    with _part_file(output, plan.nbytes) as part:
-        sha256, tensors = _copy(plan, part, read_back, progress)
-        validate(Path(part.name), plan)
-        if _identities(plan.shards.paths) != before:
-            raise IntegrityError("a shard changed while it was merged", where=plan.shards.paths[0].parent,
-                                 hint="merge again when the files are at rest")
-        os.replace(part.name, output)
-    fsync_dir(output.parent)
-    result = MergeResult(output, plan.nbytes, sha256, tensors, before, time.perf_counter() - began)
-    write_json(manifest_path(output), manifest(result))
-    return result
+    check_output(output, plan, overwrite=overwrite, consume=consume, allow_holes=allow_holes)
+    return carry_out(plan, output, consume=consume, read_back=read_back, progress=progress)
+
+
+def carry_out(plan: Plan, output: Path, *, consume: bool = False, read_back: bool = True,
+              progress: bool = True) -> MergeResult:
+    """Transfer, validate, name, and keep the hashes: what ``merge`` and ``repair`` have in common."""
+    began = time.perf_counter()
+    transfer.transfer(plan, output, validate=lambda part: validate(part, plan), consume=consume,
+                      read_back=read_back, progress=progress)
+    return finish_interrupted(output, time.perf_counter() - began)
+
+
+def finish_interrupted(output: Path, seconds: float = 0.0) -> MergeResult | None:
+    """Settle a validated transfer into ``output``, if there is one: just now, or by a killed run."""
+    record = transfer.settle(output, lambda record: _write_manifest(output, record, seconds))
+    return earlier_result(output) if record else None
 
 
 def ensure_merged(model: str | Path | Sequence[str | Path], output: str | Path, *, fresh: bool = False,
@@ -171,30 +152,38 @@ def ensure_merged(model: str | Path | Sequence[str | Path], output: str | Path, 
     """``merge``, unless ``output`` is already the merge of these shards as they are now.
 
     It is when its manifest names the same shards (name, size, modification time) and the output has the
-    size and the time that the manifest says. A model in a single file needs no merge, and gets one only
-    in the sense that the result is a checked copy.
+    size and the time that the manifest says.
 
     Raises:
         As ``merge``.
     """
     output = Path(output)
     shards = open_shards(model, allow_mixed=options.get("allow_mixed", False))
-    found = None if fresh else _earlier(output, shards)
-    return found or merge(model, output, overwrite=True, **options)
+    found = None if fresh else earlier_result(output)
+    if found and list(found.sources) == transfer.identities(shards.paths):
+        return replace(found, reused=True)
+    return merge(model, output, overwrite=True, **options)
 
 
-def _earlier(output: Path, shards: ShardSet) -> MergeResult | None:
+def earlier_result(output: Path) -> MergeResult | None:
+    """What the manifest says of ``output``, if it is there and of the size and time that it says."""
     try:
         kept = json.loads(manifest_path(output).read_text(encoding="utf-8"))
         stat = output.stat()
     except (OSError, ValueError):
         return None
-    same = (kept.get("sources") == list(_identities(shards.paths))
-            and (kept.get("nbytes"), kept.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns))
-    if not same:
+    if (kept.get("nbytes"), kept.get("mtime_ns")) != (stat.st_size, stat.st_mtime_ns):
         return None
     return MergeResult(output, kept["nbytes"], kept["sha256"], kept["tensors"], tuple(kept["sources"]),
-                       kept["seconds"], reused=True)
+                       kept["seconds"])
+
+
+def _write_manifest(output: Path, record: dict[str, Any], seconds: float) -> None:
+    stat = output.stat()
+    write_json(manifest_path(output), {
+        "file": output.name, "nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns,
+        "sha256": record["sha256"], "seconds": seconds, "sources": record["sources"],
+        "tensors": record["hashes"]})
 
 
 def manifest_path(output: Path) -> Path:
@@ -202,266 +191,93 @@ def manifest_path(output: Path) -> Path:
     return output.with_name(output.name + ".manifest.json")
 
 
-def manifest(result: MergeResult) -> dict[str, Any]:
-    """The result as plain values, without the folder it lies in."""
-    kept = {name: value for name, value in asdict(result).items() if name not in ("path", "reused")}
-    return {"file": result.path.name, "mtime_ns": result.path.stat().st_mtime_ns, **kept}
-
-
-def segments(plan: MergePlan, output_name: str) -> pd.DataFrame:
+def segments(shards: ShardSet, output_name: str) -> pd.DataFrame:
     """Where the bytes of shards and result lie, for a figure.
 
     One row a piece: ``file``, ``part`` (``header`` or ``data of shard N``), ``start`` and ``nbytes``.
     """
     import pandas as pd
 
-    rows, position = [], len(plan.header)
-    for number, header in enumerate(plan.shards.headers, 1):
-        name, data = header.path.name, header.data_nbytes
-        rows.append((name, "header", 0, header.data_offset))
-        rows.append((name, f"data of shard {number}", header.data_offset, data))
-    rows.append((output_name, "header", 0, len(plan.header)))
-    for number, header in enumerate(plan.shards.headers, 1):
-        rows.append((output_name, f"data of shard {number}", position, header.data_nbytes))
+    rows, merged, position = [], [], len(plan_merge(shards).header)
+    merged.append((output_name, "header", 0, position))
+    for number, header in enumerate(shards.headers, 1):
+        part = f"data of shard {number}"
+        rows.append((header.path.name, "header", header.start, header.data_offset - header.start))
+        rows.append((header.path.name, part, header.data_offset, header.data_nbytes))
+        merged.append((output_name, part, position, header.data_nbytes))
         position += header.data_nbytes
-    return pd.DataFrame(rows, columns=["file", "part", "start", "nbytes"])
+    return pd.DataFrame(rows + merged, columns=["file", "part", "start", "nbytes"])
 
 
-def check_output(output: Path, plan: MergePlan, overwrite: bool = False) -> None:
+def check_output(output: Path, plan: Plan, *, overwrite: bool = False, consume: bool = False,
+                 in_place: bool = False, allow_holes: bool = False) -> None:
     """Check, before the first byte, that ``output`` may be written and that the disk holds it.
 
     Raises:
-        OutputError, SpaceError: see ``merge``.
+        OutputError, SpaceError, IntegrityError: see ``merge``.
     """
-    if output.exists():
-        if any(output.samefile(path) for path in plan.shards.paths):
-            raise OutputError("is one of the shards that would be merged into it", where=output,
+    if output.exists() and not in_place:
+        if any(output.samefile(path) for path in plan.sources):
+            raise OutputError("is one of the files that it would be made from", where=output,
                               hint="choose another name for the output")
         if not overwrite:
             raise OutputError("exists already", where=output,
                               hint="choose another name, or pass overwrite=True")
     if not output.parent.is_dir():
         raise OutputError("the folder does not exist", where=output.parent, hint="make it first")
+    resuming = bool(transfer.read_journal(output))
+    if not (allow_holes or resuming):
+        _check_stored(plan.sources)
+    if consume:
+        _check_punch(plan.sources)
+    _check_space(output, plan, consume)
+
+
+def _check_stored(paths: Sequence[Path]) -> None:
+    for path in paths:
+        hole = holes.first_hole(path)
+        if hole is not None:
+            raise IntegrityError(
+                f"has a hole at byte {hole:,}, which reads as zeros", where=path,
+                hint="a download or a consuming merge was interrupted: finish it, or download the file again; "
+                     "pass allow_holes=True if it is sparse on purpose")
+
+
+def _check_punch(paths: Sequence[Path]) -> None:
+    for folder in {path.absolute().parent for path in paths}:
+        if not os.access(folder, os.W_OK):
+            raise OutputError("cannot be written, so nothing in it can be given back", where=folder,
+                              hint="merge without consume, into another folder")
+        if not holes.can_punch(folder):
+            raise OutputError("this file system cannot give back parts of a file (punch holes)", where=folder,
+                              hint="merge without consume; it needs room for a second copy")
+
+
+def _check_space(output: Path, plan: Plan, consume: bool) -> None:
+    part = transfer.part_path(output)
+    have = part.stat().st_blocks * 512 if part.exists() else 0
+    needed = CONSUME_EXTRA_BYTES + len(plan.header) if consume else max(plan.nbytes - have, 0)
     free = shutil.disk_usage(output.parent).free
-    if free < plan.nbytes:
-        raise SpaceError(f"needs {plan.nbytes:,} bytes and {free:,} are free", where=output.parent,
-                         hint=f"free {plan.nbytes - free:,} bytes, or write to another disk")
+    if free < needed:
+        also = "" if consume else ", or merge with consume=True, which needs no second copy"
+        raise SpaceError(f"needs {needed:,} bytes and {free:,} are free", where=output.parent,
+                         hint=f"free {needed - free:,} bytes{also}")
 
 
-@contextmanager
-def _part_file(output: Path, nbytes: int) -> Iterator[IO[bytes]]:
-    """The file that becomes ``output``: locked while it is written, gone if that fails."""
-    path = output.with_name(f".{output.name}.part")
-    try:
-        with path.open("w+b" if not path.exists() else "r+b", buffering=0) as part:
-            _lock(part, output)
-            try:
-                part.truncate(0)
-                yield part
-            except BaseException:
-                path.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise _translated(error, output, nbytes) from error
-
-
-def _lock(part: IO[bytes], output: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: no advisory locks
-        return
-    try:
-        fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OutputError("another process is writing it", where=output,
-                          hint="wait for it, or choose another name") from None
-
-
-def _translated(error: OSError, output: Path, nbytes: int) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return SpaceError(f"the disk filled up while {nbytes:,} bytes were written ({error.strerror}); "
-                          "the partial output was removed", where=output,
-                          hint="free that much, or write to another disk")
-    return OutputError(f"cannot be written ({error.strerror})", where=output,
-                       hint="choose a folder you may write")
-
-
-def _identities(paths: Sequence[Path]) -> tuple[dict[str, int | str], ...]:
-    stats = [(path, path.stat()) for path in paths]
-    return tuple({"name": path.name, "nbytes": s.st_size, "mtime_ns": s.st_mtime_ns} for path, s in stats)
-
-
-def _copy(plan: MergePlan, part: IO[bytes], read_back: bool, progress: bool) -> tuple[str, dict[str, str]]:
-    """Stream every byte into ``part``; reading, hashing, writing and reading back overlap."""
-    with ExitStack() as stack:
-        sources = [stack.enter_context(path.open("rb", buffering=0)) for path in plan.shards.paths]
-        bar = stack.enter_context(tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="merge",
-                                       disable=not progress))
-        writer = stack.enter_context(_Writer(part, bar, read_back))
-        writer.write(plan.header)
-        for copy in plan.copies:
-            _copy_tensor(copy, sources[copy.shard], writer)
-        return writer.finish()
-
-
-def _copy_tensor(copy: Copy, source: IO[bytes], writer: _Writer) -> None:
-    digest, done = xxhash.xxh64(), 0
-    while done < copy.nbytes:
-        buffer = writer.buffer()
-        want = min(CHUNK_BYTES, copy.nbytes - done)
-        view = memoryview(buffer)[:want]
-        _read_into(source, view, copy.source_offset + done, copy.name)
-        digest.update(view)
-        writer.submit(view)
-        done += want
-    if copy.padding:
-        writer.write(bytes(copy.padding))
-    writer.tensor_done(copy, digest.hexdigest())
-
-
-def _read_into(source: IO[bytes], view: memoryview, offset: int, name: str) -> None:
-    got = 0
-    while got < len(view):
-        try:
-            n = os.preadv(source.fileno(), [view[got:]], offset + got)
-        except OSError as error:
-            raise IntegrityError(f"tensor {name!r} cannot be read ({error.strerror})", where=source.name,
-                                 hint="the disk may be failing: copy or download the shard again") from error
-        if n == 0:
-            raise IntegrityError(f"ended inside tensor {name!r}", where=source.name,
-                                 hint="it was cut off or changed while it was merged: download it again")
-        got += n
-
-
-class _Writer:
-    """Writes a stream to a file while other threads hash it and read it back.
-
-    One thread writes, one computes the SHA-256 of the stream, and one follows behind: whenever
-    ``FLUSH_BYTES`` have been written it flushes them to the disk, drops them from the page cache, reads
-    the finished tensors again and compares their hashes. Buffers are reused once written and hashed.
-    """
-
-    def __init__(self, part: IO[bytes], bar: tqdm, read_back: bool) -> None:
-        self.part, self.bar, self.read_back = part, bar, read_back
-        self.position = self.flushed = 0
-        self.sha256 = hashlib.sha256()
-        self.tensors: dict[str, str] = {}
-        self.unchecked: list[Copy] = []
-        self.buffers = [bytearray(CHUNK_BYTES) for _ in range(N_BUFFERS)]
-        self.busy: list[list[Future]] = [[] for _ in self.buffers]
-        self.turn = -1
-        self.checks: list[Future] = []
-
-    def __enter__(self) -> _Writer:
-        self.write_pool, self.hash_pool, self.check_pool = (ThreadPoolExecutor(1) for _ in range(3))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for pool in (self.write_pool, self.hash_pool, self.check_pool):
-            pool.shutdown(cancel_futures=True)
-
-    def buffer(self) -> bytearray:
-        """The next buffer, once what it held is written and hashed."""
-        self.turn = (self.turn + 1) % len(self.buffers)
-        self._settle(self.turn)
-        return self.buffers[self.turn]
-
-    def _settle(self, turn: int) -> None:
-        for future in self.busy[turn]:
-            future.result()
-        self.busy[turn] = []
-
-    def submit(self, view: memoryview) -> None:
-        """Queue the current buffer's bytes, which stay untouched until ``buffer`` gives it out again."""
-        self.busy[self.turn] = [self.hash_pool.submit(self.sha256.update, view),
-                                self.write_pool.submit(self._pwrite, view, self.position)]
-        self.position += len(view)
-
-    def write(self, data: bytes) -> None:
-        """Queue a few bytes of our own (header, padding)."""
-        self.hash_pool.submit(self.sha256.update, data)
-        self.turn = (self.turn + 1) % len(self.buffers)
-        self._settle(self.turn)
-        self.busy[self.turn] = [self.write_pool.submit(self._pwrite, memoryview(data), self.position)]
-        self.position += len(data)
-
-    def _pwrite(self, view: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(view):
-            done += os.pwrite(self.part.fileno(), view[done:], offset + done)
-        self.bar.update(len(view))
-
-    def tensor_done(self, copy: Copy, digest: str) -> None:
-        self.tensors[copy.name] = digest
-        self.unchecked.append(copy)
-        if self.position - self.flushed >= FLUSH_BYTES:
-            self._check()
-
-    def _check(self) -> None:
-        """Have the tensors so far flushed and, when asked, compared with what was read."""
-        for future in self.checks:
-            if future.done():
-                future.result()
-        batch, self.unchecked, self.flushed = self.unchecked, [], self.position
-        written = self.write_pool.submit(lambda: None)
-        self.checks.append(self.check_pool.submit(self._flush_and_compare, written, batch))
-
-    def _flush_and_compare(self, written: Future, batch: list[Copy]) -> None:
-        written.result()
-        flush(self.part.fileno())
-        if not self.read_back:
-            return
-        drop_from_cache(self.part.fileno())
-        for copy in batch:
-            found = hash_range(self.part.fileno(), copy.target_offset, copy.nbytes)
-            if found != self.tensors[copy.name]:
-                raise IntegrityError(f"tensor {copy.name!r} came back from the disk changed",
-                                     where=self.part.name, hint="the disk or its memory is failing: use another")
-
-    def finish(self) -> tuple[str, dict[str, str]]:
-        """Wait for everything; the stream's SHA-256, and XXH64 by tensor."""
-        for turn in range(len(self.buffers)):
-            self._settle(turn)
-        self._check()
-        for future in self.checks:
-            future.result()
-        return self.hash_pool.submit(self.sha256.hexdigest).result(), self.tensors
-
-
-def flush(handle: int) -> None:
-    """Wait until the file's data is on the disk."""
-    getattr(os, "fdatasync", os.fsync)(handle)  # macOS has no fdatasync
-
-
-def drop_from_cache(handle: int) -> None:
-    """Ask the system to forget clean cached pages, so that the next read comes from the disk."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def hash_range(handle: int, offset: int, nbytes: int) -> str:
-    """XXH64 of ``nbytes`` bytes at ``offset``; a short file hashes what there is."""
-    digest, buffer, done = xxhash.xxh64(), bytearray(min(CHUNK_BYTES, max(nbytes, 1))), 0
-    while done < nbytes:
-        n = os.preadv(handle, [memoryview(buffer)[: nbytes - done]], offset + done)
-        if n == 0:
-            break
-        digest.update(memoryview(buffer)[:n])
-        done += n
-    return digest.hexdigest()
-
-
-def validate(path: Path, plan: MergePlan) -> None:
-    """Check a merged file's header: by this package's reader, by llama.cpp's parser, against the plan.
+def validate(path: Path, plan: Plan) -> None:
+    """Check a written file's header: by this package's reader, by llama.cpp's parser, against the plan.
 
     Raises:
         IntegrityError: what differs.
     """
     header = read_header(path)
     check_layout(header)
+    verdict = ggml.parse(path)
+    if not verdict.accepted:
+        raise IntegrityError(f"llama.cpp refuses the result: {verdict.message}", where=path,
+                             hint="check the sources: `dfqs-nb inspect` says what they are")
     expected = [(copy.name, copy.target_offset, copy.nbytes) for copy in plan.copies]
     found = [(t.name, header.data_offset + t.offset, t.nbytes) for t in header.tensors]
-    verdict = ggml.parse(path)
-    if header.file_size != plan.nbytes or found != expected or not verdict.accepted:
-        raise IntegrityError(f"the merged header is not the planned one ({verdict.message or 'tensor table'})",
-                             where=path, hint="the disk may be failing; merge again")
+    if header.file_size != plan.nbytes or (plan.header and found != expected):
+        raise IntegrityError("the written header is not the planned one", where=path,
+                             hint="the disk may be failing: use another")

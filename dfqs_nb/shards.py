@@ -132,13 +132,25 @@ def open_shards(model: str | Path | Sequence[str | Path], *, allow_mixed: bool =
         ShardError: what is wrong with the set, which shard, and what to do.
     """
     paths = find_shards(model) if isinstance(model, (str, Path)) else tuple(map(Path, model))
-    headers = [read_header(path) for path in paths]
+    return check_set([read_header(path) for path in paths], allow_mixed=allow_mixed)
+
+
+def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False, allow_mixed: bool = False) -> ShardSet:
+    """Check that headers are one whole set of shards, in any order.
+
+    Args:
+        glued: the shards lie in one file, so neither its name nor its end says anything of them.
+
+    Raises:
+        LayoutError, ShardError: see ``open_shards``.
+    """
     count = split_count(headers[0]) if headers else 0
     _check_numbers(headers, count)
-    headers.sort(key=lambda header: header.get("split.no", 0))
-    _check_names(headers, count)
-    for number, header in enumerate(headers, 1):
-        _check_size(header, number, count)
+    headers = sorted(headers, key=lambda header: header.get("split.no", 0))
+    if not glued:
+        _check_names(headers, count)
+        for number, header in enumerate(headers, 1):
+            _check_size(header, number, count)
     _check_tensors(headers, count)
     _check_same_model(headers, allow_mixed)
     return ShardSet(tuple(headers))

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from dfqs_nb.errors import IntegrityError
 from dfqs_nb.gguf_header import GGUFHeader, check_layout, read_header
-from dfqs_nb.merge import CHUNK_BYTES, hash_range
 from dfqs_nb.shards import open_shards
+from dfqs_nb.transfer import CHUNK_BYTES, hash_range
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from gguf_fixtures import Spec, field, gguf_bytes, split_fields, split_like_llama
 
-from dfqs_nb import ggml, merge as merging
+from dfqs_nb import ggml, merge as merging, transfer
 from dfqs_nb.errors import DfqsError, IntegrityError, OutputError, SpaceError
 from dfqs_nb.gguf_header import check_layout, read_header
 from dfqs_nb.merge import ensure_merged, manifest_path, merge, plan_merge, segments
@@ -101,9 +101,10 @@ def test_one_dimensional_tails_and_alignment(tmp_path):
 
 
 def test_segments_cover_each_file():
-    plan = plan_merge(open_shards(SHARD["IQ1_S-XL"]))
-    totals = segments(plan, "merged").groupby("file", sort=False)["nbytes"].sum()
-    assert totals.to_list() == [*(path.stat().st_size for path in plan.shards.paths), plan.nbytes]
+    shards = open_shards(SHARD["IQ1_S-XL"])
+    plan = plan_merge(shards)
+    totals = segments(shards, "merged").groupby("file", sort=False)["nbytes"].sum()
+    assert totals.to_list() == [*(path.stat().st_size for path in shards.paths), plan.nbytes]
 
 
 # Nothing is written over, nothing is left behind.
@@ -129,10 +130,10 @@ def test_existing_output_is_kept(tmp_path):
 
 def test_output_may_not_be_a_shard(pair):
     for output in pair:
-        refused(OutputError, "is one of the shards", output=output, model=pair[0], overwrite=True)
+        refused(OutputError, "is one of the files", output=output, model=pair[0], overwrite=True)
     link = pair[0].with_name("link.gguf")
     link.symlink_to(pair[1])
-    refused(OutputError, "is one of the shards", output=link, model=pair[0], overwrite=True)
+    refused(OutputError, "is one of the files", output=link, model=pair[0], overwrite=True)
 
 
 def test_folder_missing(tmp_path):
@@ -159,7 +160,7 @@ def test_no_space_on_the_way(tmp_path, monkeypatch, nth):
     refused(SpaceError, "filled up", "removed", output=tmp_path / "out.gguf")
 
 
-def test_no_space_on_a_real_full_disk(tmp_path):
+def test_no_space_on_a_real_full_disk(tmp_path, monkeypatch):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], check=False,
@@ -168,10 +169,9 @@ def test_no_space_on_a_real_full_disk(tmp_path):
         pytest.skip("no right to mount a small disk here")
     try:
         refused(SpaceError, "needs 5,752,864 bytes", output=disk / "out.gguf")
-        pytest.MonkeyPatch().setattr(merging, "check_output", lambda *_: None)
+        monkeypatch.setattr(merging, "check_output", lambda *_, **__: None)
         refused(SpaceError, "filled up", "removed", output=disk / "out.gguf")
     finally:
-        pytest.MonkeyPatch().undo()
         subprocess.run(["umount", str(disk)], check=True)
 
 
@@ -200,7 +200,7 @@ def test_read_only_folder(tmp_path):
 
 def test_second_process_on_one_output_is_refused(tmp_path):
     output = tmp_path / "out.gguf"
-    with merging._part_file(output, 1):
+    with transfer._part_file(output, keep=False):
         with pytest.raises(OutputError, match="another process is writing it"):
             merge(SHARD["IQ1_S-XL"], output, progress=False)
         assert (tmp_path / ".out.gguf.part").exists(), "the first one's work was removed"
@@ -243,7 +243,7 @@ def test_shard_cut_while_merging_is_caught(pair, tmp_path, monkeypatch):
 def test_shard_changed_while_merging_is_caught(pair, tmp_path, monkeypatch):
     real = merging.validate
     monkeypatch.setattr(merging, "validate", lambda *a: (real(*a), os.utime(pair[0], (1, 1))))
-    with pytest.raises(IntegrityError, match="changed while it was merged"):
+    with pytest.raises(IntegrityError, match="changed since its merge began"):
         merge(pair[0], tmp_path / "o", progress=False)
     assert leftovers(tmp_path, *pair) == set()
 
