@@ -95,7 +95,7 @@ def _allowed_cpus() -> set[int]:
 
 
 def _physical_cores(allowed: set[int]) -> int:
-    """Distinct (package, core) pairs among the allowed logical CPUs; their number where Linux does not say."""
+    """Distinct (package, core) pairs among the allowed CPUs; all of them where Linux does not say."""
     try:
         blocks = CPUINFO.read_text().split("\n\n")
     except OSError:

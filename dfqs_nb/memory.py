@@ -186,7 +186,7 @@ class MemoryEstimate:
     """What one open model takes, in bytes.
 
     ``weights_bytes`` are mapped from the file: the kernel reads and drops them as it needs.
-    ``weights_resident_bytes`` must lie in memory (all of them without ``use_mmap``). ``compute_bytes`` is None
+    ``weights_resident_bytes`` must lie in memory: all without ``use_mmap``. ``compute_bytes`` is None
     as long as nobody asked llama.cpp: the header does not say it, and it can exceed the cache.
     """
 
@@ -199,7 +199,7 @@ class MemoryEstimate:
 
     @property
     def must_fit_bytes(self) -> int:
-        """Bytes that cannot be paged: resident weights, KV cache, and the compute buffer where it is known."""
+        """Bytes that cannot be paged: resident weights, KV cache, and the compute buffer if known."""
         return self.weights_resident_bytes + self.kv.total + (self.compute_bytes or 0)
 
     @property
@@ -260,9 +260,9 @@ def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: objec
         return ""
     missing = needs.comfortable_bytes - memory.available_bytes
     return (
-        f"weights of {binary_size(needs.weights_bytes)} and {binary_size(needs.must_fit_bytes)} beside them exceed "
-        f"the {binary_size(memory.available_bytes)} of free memory by {binary_size(missing)}: parts of the file "
-        "will be read from the disk again and again, so expect a fraction of the usual speed"
+        f"weights of {binary_size(needs.weights_bytes)} and {binary_size(needs.must_fit_bytes)} beside them "
+        f"exceed the {binary_size(memory.available_bytes)} of free memory by {binary_size(missing)}: parts of "
+        "the file will be read from the disk again and again, so expect a fraction of the usual speed"
     )
 
 
@@ -270,8 +270,9 @@ def _shortage(needs: MemoryEstimate, memory: Memory) -> str:
     compute = "not counted" if needs.compute_bytes is None else binary_size(needs.compute_bytes)
     return (
         f"a context of {needs.n_ctx:,} tokens needs {binary_size(needs.must_fit_bytes)} "
-        f"(resident weights {binary_size(needs.weights_resident_bytes)}, KV cache {binary_size(needs.kv.total)}, "
-        f"compute buffer {compute}), and {binary_size(memory.available_bytes)} are free ({memory.source})"
+        f"(resident weights {binary_size(needs.weights_resident_bytes)}, "
+        f"KV cache {binary_size(needs.kv.total)}, compute buffer {compute}), "
+        f"and {binary_size(memory.available_bytes)} are free ({memory.source})"
     )
 
 

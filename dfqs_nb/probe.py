@@ -1,8 +1,8 @@
 """Build llama.cpp's model object, and try a file in a child process before this process touches it.
 
 A header that fails an assertion aborts the process that opens it, and a build for another CPU is killed at
-the first decode. ``python -m dfqs_nb.probe`` is that process: it plans the memory, loads, decodes, and says on
-its standard output how far it came.
+the first decode. ``python -m dfqs_nb.probe`` is the process that may die of it: it plans the memory, loads,
+decodes, and says on its standard output how far it came.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ GGML_TYPES = {
     "bf16": 30,
 }
 PROBE_CTX = 256
+MAX_CTX = 2**31 - 256
 PREFILL_TOKENS = 8
 SECONDS_PER_BYTE = 1 / 50e6  # a slow disk
 BASE_TIMEOUT_SECONDS = 120.0
@@ -64,7 +65,7 @@ class OpenSettings:
         use_mmap: map the weights, so that they need not fit in memory.
         use_extra_bufts: repack weights for this CPU; False, because that crashes on CPUs with AMX
             (ggml-org/llama.cpp#20824) and keeps a second copy in memory.
-        swa_full: keep all tokens in sliding-window layers; llama.cpp's default True costs several times the cache.
+        swa_full: keep all tokens in sliding-window layers; llama.cpp's default True multiplies the cache.
 
     Raises:
         ModelError: a count below its minimum, or an unknown cache type.
@@ -91,6 +92,8 @@ class OpenSettings:
         for name in ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch"):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} is {getattr(self, name)}", hint="use 1 or more")
+        if self.n_ctx > MAX_CTX:
+            raise ModelError(f"n_ctx is {self.n_ctx:,}", hint=f"llama.cpp counts to {MAX_CTX:,}")
         for name in ("type_k", "type_v"):
             if getattr(self, name) not in GGML_TYPES:
                 raise ModelError(
@@ -146,7 +149,7 @@ _building = threading.Lock()
 def default_model_params(**fields: object) -> Iterator[None]:
     """Make llama.cpp's default model parameters carry ``fields`` while a model is built.
 
-    ``llama_cpp.Llama`` does not expose all of them (``use_extra_bufts``). The function is put back on errors too.
+    ``llama_cpp.Llama`` does not expose ``use_extra_bufts``. The function is put back, also on errors.
     """
     import llama_cpp.llama_cpp as api
 
@@ -170,7 +173,7 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
     """A ``llama_cpp.Llama`` of this file with exactly these settings, opened in this process.
 
     Raises:
-        ModelError: llama.cpp refuses the file; a file that aborts it takes this process along (see ``probe``).
+        ModelError: llama.cpp refuses the file. A file that aborts it ends this process: see ``probe``.
     """
     import llama_cpp
 
@@ -221,8 +224,9 @@ def probe(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEsti
     """Plan, load and decode a model (its shards, first one first) in a child process.
 
     The same files and settings are tried once a session. The child loads with a context of 256 tokens and
-    evaluates 9 of them with one thread (threads that wait for each other are slow on a busy machine). It reads through the page cache that this process will use, so a file that fits in memory is
-    read from the disk once.
+    evaluates 9 with one thread (threads that wait for each other crawl on a busy machine). It reads through
+    the page cache that this process will use, so a file that fits in memory is read from the disk once;
+    llama.cpp reads a larger one through at every load, and then the child's reading comes on top.
 
     Raises:
         ModelError: llama.cpp refuses the file, dies on it, or computes logits that are not numbers.
@@ -322,7 +326,7 @@ def death(path: str | Path, returncode: int, stage: str, log: list[str]) -> Mode
 
 
 def _telling_line(log: list[str]) -> str:
-    """The line that says why: an assertion, a C++ exception, else the last error; without folders of the build."""
+    """The line that says why: an assertion, a C++ exception, or an error; without the build's folders."""
     for pattern in (r"GGML_ASSERT|GGML_ABORT|fatal error", r"what\(\):", r"[Ee]rror"):
         found = [line for line in log if re.search(pattern, line)]
         if found:
@@ -395,7 +399,7 @@ def _report(**facts: object) -> None:
 
 
 def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
-    """Bytes of KV cache and compute buffer that llama.cpp itself plans, without allocating or reading weights.
+    """Bytes of KV cache and compute buffer that llama.cpp itself plans; nothing is allocated or loaded.
 
     Uses ``no_alloc`` of ``llama_model_params``: llama.cpp reads the header, builds the graph, adds up.
 
@@ -444,7 +448,7 @@ def _plan_context_params(settings: OpenSettings) -> Any:
 
 
 def planned_bytes(log: list[str]) -> dict[str, int]:
-    """Add up the buffers in llama.cpp's log: KV cache and state, and compute buffers of this machine's memory."""
+    """Add up llama.cpp's logged buffers: KV cache with its state, and compute buffers in this memory."""
     text = "\n".join(log)
     kv = re.findall(r": size = +([\d.]+) MiB \(| state buffer size = +([\d.]+) MiB", text)
     compute = re.findall(r"(\S+) compute buffer size = +([\d.]+) MiB", text)

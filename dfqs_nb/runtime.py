@@ -1,6 +1,6 @@
 """Open a model safely, generate with it, time it.
 
-Greedy decoding from a cleared context is the default everywhere, so that the same prompt gives the same tokens.
+Greedy decoding from a cleared context is the default, so that the same prompt gives the same tokens.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Model:
         return self._open().n_tokens
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of ``text`` without a BOS; ``special`` reads the text of control tokens as those tokens."""
+        """Token ids of ``text``, without a BOS; ``special``: the text of a control token is that token."""
         return self._open().tokenize(text.encode("utf-8"), add_bos=False, special=special)
 
     def with_bos(self, tokens: Sequence[int]) -> list[int]:
@@ -141,7 +141,7 @@ class Model:
         llama.reset()
 
     def evaluate(self, tokens: Sequence[int]) -> np.ndarray:
-        """Evaluate tokens after those in the context; returns the logits after the last, float32 ``(n_vocab,)``.
+        """Evaluate tokens after those in the context; the logits after the last, float32 ``(n_vocab,)``.
 
         Raises:
             ContextFullError: they do not fit in ``n_ctx``.
@@ -239,7 +239,7 @@ def _needs(headers: Sequence[GGUFHeader], settings: OpenSettings) -> MemoryEstim
 
 
 def _check_memory(needs: MemoryEstimate, settings: OpenSettings, path: Path) -> str:
-    """Refuse an exact shortage early; upper bounds are left to llama.cpp's own plan, and GPU layers to the GPU."""
+    """Refuse a certain shortage early; bounds are left to llama.cpp's own plan, GPU layers to the GPU."""
     if settings.n_gpu_layers != 0 or needs.kv.exactness != "exact":
         return ""
     return check_fits(needs, where=path)
@@ -266,9 +266,9 @@ GREEDY = Sampling()
 class Completion:
     """What a model answered.
 
-    ``finish_reason``: ``"eos"`` (the model ended it), ``"stop"`` (a stop text came) or ``"length"`` (``max_tokens``
-    or the context was used up). ``token_ids`` excludes the ending token. ``decode_seconds`` covers
-    ``n_decoded`` evaluations, one token each.
+    ``finish_reason``: ``"eos"`` (the model ended it), ``"stop"`` (a stop text came) or ``"length"``
+    (``max_tokens`` or the context was used up). ``token_ids`` excludes the ending token but includes those
+    of a stop text. ``decode_seconds`` covers ``n_decoded`` evaluations, one token each.
     """
 
     text: str
@@ -344,7 +344,7 @@ class TextStream:
         )
 
     def _generate(self) -> Iterator[int]:
-        """Chosen tokens: prefill from a cleared context, then one evaluation for each token after the first."""
+        """Chosen tokens: prefill from a cleared context, then one evaluation for each but the first."""
         self._model.clear()
         logits = self._timed(self._prompt, 0)
         choose = _chooser(self._model, self._sampling)
@@ -435,7 +435,8 @@ def stream_tokens(
     """Stream the continuation of these tokens, from a cleared context.
 
     Raises (when the stream is read):
-        ContextFullError: the prompt alone exceeds ``n_ctx``. NanLogitsError, DecodeError: as ``Model.evaluate``.
+        ContextFullError: the prompt alone exceeds ``n_ctx``.
+        NanLogitsError, DecodeError: as ``Model.evaluate``.
     """
     return TextStream(model, prompt, max_tokens, sampling, stop)
 
@@ -465,7 +466,7 @@ def chat(
 def complete(
     model: Model, text: str, max_tokens: int = 256, sampling: Sampling = GREEDY, stop: Sequence[str] = ()
 ) -> Completion:
-    """The continuation of plain text, without a template (code prompts); special tokens in it are plain text."""
+    """The continuation of plain text, such as code: no template, and control tokens have no meaning."""
     return stream_tokens(
         model, model.with_bos(model.tokenize(text, special=False)), max_tokens, sampling, stop
     ).completion
@@ -510,7 +511,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second: prefill of ``depth`` tokens at once, then decode of ``n_tokens`` one by one after them."""
+    """Tokens a second: prefill of ``depth`` tokens at once, then decode of ``n_tokens`` one by one."""
 
     depth: int
     n_tokens: int
@@ -534,7 +535,7 @@ class Speed:
 def measure_speed(
     model: Model, depth: int = 512, n_tokens: int = 128, repetitions: int = 5, seed: int = 42
 ) -> Speed:
-    """Time prefill and teacher-forced decode on seeded random tokens, as ``llama-bench`` does, after a warm-up.
+    """Time prefill and teacher-forced decode on seeded random tokens, after a warm-up.
 
     The tokens are given, not chosen, so no sampling is timed; each repetition starts from a cleared context.
 

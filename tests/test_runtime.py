@@ -228,6 +228,17 @@ def test_held_back_text_is_shown_at_the_end():
     assert stream.completion.finish_reason == "eos"
 
 
+def test_a_stream_that_failed_has_no_completion():
+    model = ScriptedModel([b"a", b"b"])
+    stream = runtime.stream_tokens(model, [0])
+    assert next(iter(stream)) == "a"
+    model.evaluate = lambda _tokens: (_ for _ in ()).throw(runtime.NanLogitsError("NaN"))
+    with pytest.raises(runtime.NanLogitsError):
+        list(stream)
+    with pytest.raises(ModelError, match="cut off"):
+        _ = stream.completion
+
+
 def test_stream_equals_chat_and_max_tokens_cuts(nano):
     stream = stream_chat(nano, FRANCE, max_tokens=5)
     assert "".join(stream) == stream.completion.text == chat(nano, FRANCE, max_tokens=5).text
@@ -367,7 +378,7 @@ def test_settings_are_plain_and_checked():
     settings = OpenSettings()
     assert json.loads(json.dumps(settings.as_dict()))["swa_full"] is False
     assert settings.n_threads >= 1 and settings.n_threads_batch == settings.n_threads
-    for bad in ({"n_ctx": 0}, {"type_k": "q9"}):
+    for bad in ({"n_ctx": 0}, {"n_ctx": 2**31}, {"type_k": "q9"}):
         with pytest.raises(ModelError):
             OpenSettings(**bad)
 
@@ -466,7 +477,7 @@ def test_changed_file_is_tried_again(tmp_path):
 def test_context_that_cannot_fit_is_refused_before_llama_cpp(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_a, **_k: pytest.fail("too late"))
     with pytest.raises(SpaceError, match="lower n_ctx"):
-        open_model(NANO, dataclasses.replace(SETTINGS, n_ctx=1 << 33))
+        open_model(NANO, dataclasses.replace(SETTINGS, n_ctx=2**31 - 256, swa_full=True))
 
 
 def test_compute_buffer_that_cannot_fit_is_refused_in_the_child(nano, monkeypatch):
