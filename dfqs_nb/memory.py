@@ -261,8 +261,8 @@ def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: objec
     missing = needs.comfortable_bytes - memory.available_bytes
     return (
         f"weights of {binary_size(needs.weights_bytes)} and {binary_size(needs.must_fit_bytes)} beside them "
-        f"exceed the {binary_size(memory.available_bytes)} of free memory by {binary_size(missing)}: parts of "
-        "the file will be read from the disk again and again, so expect a fraction of the usual speed"
+        f"exceed the {binary_size(memory.available_bytes)} of free memory by {binary_size(missing)}: parts "
+        "of the file will be read from the disk again and again, so expect a fraction of the usual speed"
     )
 
 

@@ -482,7 +482,7 @@ def test_context_that_cannot_fit_is_refused_before_llama_cpp(monkeypatch):
 
 def test_compute_buffer_that_cannot_fit_is_refused_in_the_child(nano, monkeypatch):
     """llama.cpp plans about 4 kB a token here, 20 times the cache, so this context fails by its compute buffer."""
-    n_ctx = nano_context_for(2 * available_memory().available_bytes)
+    n_ctx = nano_context_for(available_memory().available_bytes * 5 // 4)
     with pytest.raises(SpaceError, match=r"compute buffer [\d.,]+ GiB"):
         open_model(NANO, dataclasses.replace(SETTINGS, n_ctx=n_ctx))
 
