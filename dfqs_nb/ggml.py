@@ -65,7 +65,8 @@ type_name = declare("ggml_type_name", text, ctypes.c_int)
 
 def tensor(gguf, i):
     name = tensor_name(gguf, i).decode("utf-8", "surrogateescape")
-    return name, type_name(tensor_type(gguf, i)).decode().upper(), tensor_offset(gguf, i), tensor_size(gguf, i)
+    kind = type_name(tensor_type(gguf, i)).decode().upper()
+    return name, kind, tensor_offset(gguf, i), tensor_size(gguf, i)
 
 def answer(path):
     tensors = void()  # llama.cpp always asks for the tensors' table too, without their data
