@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,3 +133,29 @@ def _cpu_quota(root: Path) -> float | None:
     if not quota.isdigit() or not period.isdigit() or int(period) == 0:
         return None
     return int(quota) / int(period)
+
+
+PACKAGES = ("llama-cpp-python", "gguf", "numpy", "pandas", "matplotlib")
+
+
+def describe() -> dict[str, str | int]:
+    """Versions and the machine, for the top of a notebook and the conditions of a measurement."""
+    from importlib.metadata import version
+
+    memory = available_memory()
+    return {
+        "Python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _cpu_name(),
+        "usable cores": usable_cores(),
+        "memory (GiB)": f"{memory.total_bytes / 2**30:.1f}, {memory.available_bytes / 2**30:.1f} free",
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        names = [line for line in CPUINFO.read_text().splitlines() if line.startswith("model name")]
+    except OSError:
+        names = []
+    return _pair(names[0])[1] if names else platform.processor() or "not stated"

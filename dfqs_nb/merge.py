@@ -28,6 +28,7 @@ from dfqs_nb.gguf_header import MAGIC, GGUFHeader, Tensor, check_layout, padded,
 from dfqs_nb.paths import write_json
 from dfqs_nb.shards import ShardSet, open_shards
 from dfqs_nb.transfer import Copy, Plan
+from dfqs_nb.verify import sha256_of, tensor_hashes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,17 +153,28 @@ def ensure_merged(model: str | Path | Sequence[str | Path], output: str | Path, 
     """``merge``, unless ``output`` is already the merge of these shards as they are now.
 
     It is when its manifest names the same shards (name, size, modification time) and the output has the
-    size and the time that the manifest says.
+    size and the time that the manifest says. A model in a single file is used where it lies.
 
     Raises:
         As ``merge``.
     """
     output = Path(output)
     shards = open_shards(model, allow_mixed=options.get("allow_mixed", False))
+    if len(shards.headers) == 1:
+        return _single_file(shards, options.get("progress", True))
     found = None if fresh else earlier_result(output)
     if found and list(found.sources) == transfer.identities(shards.paths):
         return replace(found, reused=True)
     return merge(model, output, overwrite=True, **options)
+
+
+def _single_file(shards: ShardSet, progress: bool) -> MergeResult:
+    began, path = time.perf_counter(), shards.paths[0]
+    validate(path, Plan(shards.paths, b"", (), path.stat().st_size))
+    hashes = tensor_hashes(shards.headers, progress=progress)
+    sha256 = sha256_of(path, progress=progress)
+    sources = tuple(transfer.identities(shards.paths))
+    return MergeResult(path, shards.nbytes, sha256, hashes, sources, time.perf_counter() - began, True)
 
 
 def earlier_result(output: Path) -> MergeResult | None:

@@ -8,9 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.errors import OutputError, StageError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -100,6 +103,13 @@ def write_json(path: str | Path, value: Any) -> Path:
     with whole_file(path) as file:
         json.dump(value, file, indent=2, ensure_ascii=False, default=str)
         file.write("\n")
+    return Path(path)
+
+
+def write_table(path: str | Path, table: pd.DataFrame, *, index: bool = True) -> Path:
+    """Write a frame as CSV, whole or not at all, and return the path."""
+    with whole_file(path) as file:
+        table.to_csv(file, index=index, lineterminator="\n")
     return Path(path)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from dfqs_nb.paths import whole_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +53,8 @@ def file_map(segments: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.38), ncols=len(parts))
     total = segments.groupby("file", sort=False)["nbytes"].sum()
     spare = total.iloc[:-1].sum() - total.iloc[-1]
-    _title(ax, f"The merged file is {spare:,} bytes smaller than its {len(files) - 1} shards together")
+    _title(ax, f"The merged file is {spare:,} bytes smaller than its {len(files) - 1} shards together"
+           if len(files) > 2 else "A model in one file needs no merge")
     return ax
 
 
@@ -118,26 +122,31 @@ def attention_layout(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def speeds(runs: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def speeds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Every repetition of each speed measurement, with its median.
 
     Args:
-        runs: columns ``phase`` (``prefill``, ``decode``), ``depth`` (tokens already in the context) and
-            ``tokens_per_second``; one row a repetition.
+        table: one row a measurement: ``phase`` (``prefill`` or ``decode``), ``depth`` (tokens already in the
+            context), ``median`` and ``values`` (tokens a second, one a repetition).
     """
-    groups = list(runs.groupby(["phase", "depth"], sort=False))
-    ax = _axes(ax, 0.9 + 0.35 * len(groups))
-    for row, ((phase, _), group) in enumerate(groups):
-        colour = PALETTE[0 if phase == "prefill" else 5]
-        middle = group["tokens_per_second"].median()
-        ax.plot(group["tokens_per_second"], [row] * len(group), "o", color=colour, alpha=0.45, markersize=6)
-        ax.plot(middle, row, "|", color=INK, markersize=16, markeredgewidth=2)
-        ax.annotate(f"{middle:,.0f}", (middle, row), xytext=(0, 10), textcoords="offset points",
+    ax = _axes(ax, 1.1 + 0.4 * len(table))
+    for row, one in enumerate(table.itertuples()):
+        colour = PALETTE[0 if one.phase == "prefill" else 5]
+        ax.plot(one.values, [row] * len(one.values), "o", color=colour, alpha=0.5, markersize=6)
+        ax.plot(one.median, row, "|", color=INK, markersize=16, markeredgewidth=2)
+        ax.annotate(f"{one.median:,.0f}", (one.median, row), xytext=(0, 11), textcoords="offset points",
                     ha="center", fontsize=8)
-    ax.set_yticks(range(len(groups)), [f"{phase} at depth {depth:,}" for (phase, depth), _ in groups])
-    ax.set_ylim(len(groups) - 0.5, -0.6)
+    ax.set_yticks(range(len(table)), [f"{one.phase}, depth {one.depth:,}" for one in table.itertuples()])
+    ax.set_ylim(len(table) - 0.5, -0.6)
     ax.set_xlim(left=0)
-    ax.set_xlabel(f"tokens a second (n = {len(groups[0][1])} repetitions; bar: median)")
-    middles = runs.groupby("phase")["tokens_per_second"].median()
+    ax.set_xlabel(f"tokens a second (n = {len(table['values'].iloc[0])} repetitions; bar: median)")
+    middles = table.groupby("phase")["median"].median()
     _title(ax, f"Prefill runs at {middles['prefill'] / middles['decode']:.1f} times the speed of decode")
     return ax
+
+
+def save(ax: Axes, path: str | Path) -> Path:
+    """Save the figure of ``ax`` as PNG at 150 dots an inch, whole or not at all; the path."""
+    with whole_file(path, "wb") as file:
+        ax.figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+    return Path(path)
