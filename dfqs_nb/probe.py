@@ -232,14 +232,17 @@ def probe(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEsti
         ModelError: llama.cpp refuses the file, dies on it, or computes logits that are not numbers.
         SpaceError: the context's cache and llama.cpp's compute buffer exceed the free memory.
     """
-    identity = tuple(
-        (os.path.realpath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths
-    )
-    return _probe_once(identity, settings, json.dumps(dataclasses.asdict(needs)))
+    return _probe_once(tuple(map(_identity, paths)), settings, json.dumps(dataclasses.asdict(needs)))
+
+
+def _identity(path: str | Path) -> tuple[str, str, int, int]:
+    """The path as the user gave it (for messages), the file it leads to, its size and its time of change."""
+    stat = os.stat(path)
+    return str(path), os.path.realpath(path), stat.st_size, stat.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=64)
-def _probe_once(identity: tuple[tuple[str, int, int], ...], settings: OpenSettings, needs: str) -> Probe:
+def _probe_once(identity: tuple[tuple[str, str, int, int], ...], settings: OpenSettings, needs: str) -> Probe:
     path, weights_bytes = identity[0][0], json.loads(needs)["weights_bytes"]
     job = json.dumps({"path": path, "settings": settings.as_dict(), "needs": json.loads(needs)})
     started = time.perf_counter()

@@ -10,7 +10,7 @@ import ctypes
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -65,20 +65,27 @@ class NanLogitsError(DecodeError):
     cause = "nan_logits"
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """An open model: its header, how it was opened, and llama-cpp-python's ``Llama`` itself.
 
     Close it (or use it in a ``with`` block) to give its memory back.
     """
 
-    llama: Any = field(repr=False)
+    llama: Any
     path: Path
-    header: GGUFHeader = field(repr=False)
+    header: GGUFHeader
     settings: OpenSettings
-    memory: MemoryEstimate = field(repr=False)
-    probe: Probe | None = field(repr=False)
+    memory: MemoryEstimate
+    probe: Probe | None
     load_seconds: float
+
+    def __repr__(self) -> str:
+        """In a notebook: the file's name, without the folders of this machine."""
+        state = "" if self.llama is not None else ", closed"
+        s = self.settings
+        how = f"n_ctx={s.n_ctx}, n_threads={s.n_threads}{state}"
+        return f"Model({self.path.name}, {self.header.architecture}, {how})"
 
     def __enter__(self) -> Model:
         return self

@@ -374,6 +374,17 @@ def test_any_shard_opens_the_model(nano):
         assert model.path.samefile(NANO)
 
 
+def test_a_notebook_shows_no_folder_of_this_machine(nano):
+    assert repr(nano) == f"Model({NANO.name}, deepseek4, n_ctx=512, n_threads=1)"
+
+
+def test_errors_name_the_path_as_it_was_given(tmp_path, monkeypatch):
+    set_key(tmp_path, "expert_used_count", 200)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=f"^{NANO.name}: llama.cpp died"):
+        open_model(NANO.name, SETTINGS)
+
+
 def test_settings_are_plain_and_checked():
     settings = OpenSettings()
     assert json.loads(json.dumps(settings.as_dict()))["swa_full"] is False
