@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dfqs_nb.errors import HeaderError, SpaceError
 from dfqs_nb.gguf_header import GGUFHeader
 from dfqs_nb.machine import Memory, available_memory
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "KvCacheBytes",
@@ -16,6 +19,7 @@ __all__ = [
     "Memory",
     "available_memory",
     "binary_size",
+    "cache_table",
     "check_fits",
     "estimate",
     "kv_cache_bytes",
@@ -299,3 +303,16 @@ def binary_size(n_bytes: int) -> str:
     if n_bytes < 2**30:
         return f"{n_bytes / 2**20:,.1f} MiB"
     return f"{n_bytes / 2**30:,.2f} GiB"
+
+
+def cache_table(header: GGUFHeader, contexts: Sequence[int], n_ubatch: int = 512) -> pd.DataFrame:
+    """KV cache in MiB (f16) by context length, as opened here and with llama.cpp's default.
+
+    Index ``n_ctx`` (tokens); columns ``swa_full=False`` and ``swa_full=True``.
+    """
+    import pandas as pd
+
+    rows = {n_ctx: [kv_cache_bytes(header, n_ctx, n_ubatch, swa_full=full).total / 2**20
+                    for full in (False, True)] for n_ctx in contexts}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["swa_full=False", "swa_full=True"])
+    return table.rename_axis("n_ctx")

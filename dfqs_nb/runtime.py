@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from dfqs_nb.memory import MemoryEstimate, check_fits, estimate
 from dfqs_nb.probe import LOG, OpenSettings, Probe, build_llama, llama_version
 from dfqs_nb.probe import probe as probe_model
 from dfqs_nb.shards import open_shards
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "Completion",
@@ -36,6 +39,7 @@ __all__ = [
     "Speed",
     "Spread",
     "TextStream",
+    "answer_table",
     "chat",
     "chat_prompt",
     "complete",
@@ -477,6 +481,19 @@ def complete(
     return stream_tokens(
         model, model.with_bos(model.tokenize(text, special=False)), max_tokens, sampling, stop
     ).completion
+
+
+def answer_table(model: Model, prompts: Sequence[str], max_tokens: int = 256) -> pd.DataFrame:
+    """Greedy answers to several prompts, each from a cleared context.
+
+    One row a prompt: ``prompt``, ``answer``, ``tokens``, ``finish_reason`` (see ``Completion``).
+    """
+    import pandas as pd
+
+    answers = [chat(model, prompt, max_tokens) for prompt in prompts]
+    rows = [(prompt, one.text, len(one.token_ids), one.finish_reason)
+            for prompt, one in zip(prompts, answers, strict=True)]
+    return pd.DataFrame(rows, columns=["prompt", "answer", "tokens", "finish_reason"])
 
 
 @dataclass(frozen=True)
