@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,19 @@ def test_every_vocabulary_lies_where_libggml_says(vocabularies):
 def test_every_field_and_tensor_of_the_reference_model(path):
     assert_agrees_with_gguf_py(path)
     assert_agrees_with_libggml(path)
+
+
+@pytest.mark.slow
+def test_models_that_llama_cpps_own_test_writes(tmp_path):
+    """Random models of several architectures, made by no one here (the tool takes minutes to build)."""
+    tool = str(llama_cpp_tools.tool("test-llama-archs"))
+    only = ["-a", "^(deepseek4|deepseek2|qwen3moe|gpt-oss|llama)$", "-s", "1", "-o", str(tmp_path)]
+    subprocess.run([tool, *only], check=True, capture_output=True)
+    paths = sorted(tmp_path.glob("*.gguf"))
+    assert len(paths) >= 5
+    for path in paths:
+        assert_agrees_with_gguf_py(path)
+        assert_agrees_with_libggml(path)
 
 
 def test_a_header_of_the_real_size_lies_where_libggml_says(tmp_path):
