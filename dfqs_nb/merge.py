@@ -18,7 +18,7 @@ import shutil
 import struct
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,27 +148,12 @@ def finish_interrupted(output: Path, seconds: float = 0.0) -> MergeResult | None
     return earlier_result(output) if record else None
 
 
-def ensure_merged(model: str | Path | Sequence[str | Path], output: str | Path, *, fresh: bool = False,
-                  **options: bool) -> MergeResult:
-    """``merge``, unless ``output`` is already the merge of these shards as they are now.
-
-    It is when its manifest names the same shards (name, size, modification time) and the output has the
-    size and the time that the manifest says. A model in a single file is used where it lies.
+def use_where_it_lies(shards: ShardSet, *, progress: bool = True) -> MergeResult:
+    """Check and hash a model that is in one file already; nothing is written.
 
     Raises:
-        As ``merge``.
+        IntegrityError: llama.cpp's parser refuses it.
     """
-    output = Path(output)
-    shards = open_shards(model, allow_mixed=options.get("allow_mixed", False))
-    if len(shards.headers) == 1:
-        return _single_file(shards, options.get("progress", True))
-    found = None if fresh else earlier_result(output)
-    if found and list(found.sources) == transfer.identities(shards.paths):
-        return replace(found, reused=True)
-    return merge(model, output, overwrite=True, **options)
-
-
-def _single_file(shards: ShardSet, progress: bool) -> MergeResult:
     began, path = time.perf_counter(), shards.paths[0]
     validate(path, Plan(shards.paths, b"", (), path.stat().st_size))
     hashes = tensor_hashes(shards.headers, progress=progress)

@@ -35,7 +35,10 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class Model:
-    """A registered model: its files in order, where they come from, and who says so."""
+    """A registered model: its files in order, where they come from, and who says so.
+
+    ``merged_sha256`` is what ``llama-gguf-split --merge`` makes of the files; empty where nobody recorded it.
+    """
 
     name: str
     title: str
@@ -44,6 +47,7 @@ class Model:
     licence: str
     numbers_from: str
     note: str
+    merged_sha256: str = ""
 
     @property
     def size_bytes(self) -> int:

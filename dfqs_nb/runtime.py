@@ -19,6 +19,7 @@ import numpy as np
 
 from dfqs_nb.errors import ModelError
 from dfqs_nb.gguf_header import GGUFHeader
+from dfqs_nb.machine import usable_cores
 from dfqs_nb.memory import MemoryEstimate, check_fits, estimate
 from dfqs_nb.probe import LOG, OpenSettings, Probe, build_llama, llama_version
 from dfqs_nb.probe import probe as probe_model
@@ -48,6 +49,7 @@ __all__ = [
     "same_tokens_twice",
     "stream_chat",
     "stream_tokens",
+    "threads_for",
 ]
 
 
@@ -237,6 +239,18 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, probe:
     return Model(
         llama, shards.paths[0], shards.headers[0], settings, needs, tried, time.perf_counter() - started
     )
+
+
+SMALL_MODEL_BYTES = 64 << 20
+
+
+def threads_for(path: str | Path) -> int:
+    """Threads that suit the model: one where handing work around costs more than it saves, else all cores.
+
+    A model of under 64 MB computes a token in a millisecond; a second thread then mostly waits for the first.
+    """
+    shards = open_shards(path)
+    return 1 if shards.nbytes < SMALL_MODEL_BYTES else usable_cores()
 
 
 def _needs(headers: Sequence[GGUFHeader], settings: OpenSettings) -> MemoryEstimate:

@@ -15,7 +15,7 @@ from gguf_fixtures import Spec, field, gguf_bytes, split_fields, split_like_llam
 from dfqs_nb import ggml, merge as merging, transfer
 from dfqs_nb.errors import DfqsError, IntegrityError, OutputError, SpaceError
 from dfqs_nb.gguf_header import check_layout, read_header
-from dfqs_nb.merge import ensure_merged, manifest_path, merge, plan_merge, segments
+from dfqs_nb.merge import manifest_path, merge, plan_merge, segments
 from dfqs_nb.paths import REPOSITORY, data_dir
 from dfqs_nb.shards import open_shards, shard_path
 from dfqs_nb.verify import check_sha256, compare_tensors, sha256_of, tensor_hashes
@@ -246,20 +246,6 @@ def test_shard_changed_while_merging_is_caught(pair, tmp_path, monkeypatch):
     with pytest.raises(IntegrityError, match="changed since its merge began"):
         merge(pair[0], tmp_path / "o", progress=False)
     assert leftovers(tmp_path, *pair) == set()
-
-
-# The same work is not done twice.
-
-def test_ensure_merged_reuses_only_what_is_the_same(pair, tmp_path):
-    output = tmp_path / "out.gguf"
-    first = ensure_merged(pair[0], output, progress=False)
-    again = ensure_merged(pair[1], output, progress=False)
-    assert not first.reused and again.reused and again.sha256 == first.sha256
-    assert not ensure_merged(pair[0], output, fresh=True, progress=False).reused
-    os.utime(output, (1, 1))
-    assert not ensure_merged(pair[0], output, progress=False).reused, "the output was touched"
-    os.utime(pair[0], (1, 1))
-    assert not ensure_merged(pair[0], output, progress=False).reused, "a shard was touched"
 
 
 def test_published_hash(merged_reference):
