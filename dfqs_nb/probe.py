@@ -142,18 +142,15 @@ class LlamaLog:
 
 
 LOG = LlamaLog()
-_building = threading.Lock()
+_building = threading.RLock()  # a context's parameters are set around its model's
 
 
 @contextlib.contextmanager
-def default_model_params(**fields: object) -> Iterator[None]:
-    """Make llama.cpp's default model parameters carry ``fields`` while a model is built.
-
-    ``llama_cpp.Llama`` does not expose ``use_extra_bufts``. The function is put back, also on errors.
-    """
+def _default_params(maker: str, fields: dict[str, object]) -> Iterator[None]:
+    """Make what ``llama_cpp.<maker>()`` returns carry ``fields``. It is put back, also on errors."""
     import llama_cpp.llama_cpp as api
 
-    original = api.llama_model_default_params
+    original = getattr(api, maker)
 
     def wrapped() -> Any:
         params = original()
@@ -162,11 +159,24 @@ def default_model_params(**fields: object) -> Iterator[None]:
         return params
 
     with _building:
-        api.llama_model_default_params = wrapped
+        setattr(api, maker, wrapped)
         try:
             yield
         finally:
-            api.llama_model_default_params = original
+            setattr(api, maker, original)
+
+
+def default_model_params(**fields: object) -> contextlib.AbstractContextManager[None]:
+    """Make llama.cpp's default model parameters carry ``fields`` while a model is built.
+
+    ``llama_cpp.Llama`` does not expose ``use_extra_bufts``.
+    """
+    return _default_params("llama_model_default_params", fields)
+
+
+def default_context_params(**fields: object) -> contextlib.AbstractContextManager[None]:
+    """The same for the parameters of its context: ``llama_cpp.Llama`` does not expose ``cb_eval``."""
+    return _default_params("llama_context_default_params", fields)
 
 
 def build_llama(path: str | Path, settings: OpenSettings) -> Any:
