@@ -12,6 +12,7 @@ llama.cpp then refuses its output; this module pads to the model's own alignment
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -125,7 +126,7 @@ def merge(model: str | Path | Sequence[str | Path], output: str | Path, *, overw
         IntegrityError: a shard changed or ended while it was read, or the disk gave back other bytes.
     """
     output = Path(output)
-    settled = finish_interrupted(output)
+    settled = finish_interrupted(output, [model] if isinstance(model, (str, Path)) else model)
     if settled:
         return settled
     plan = plan_merge(open_shards(model, allow_mixed=allow_mixed))
@@ -137,15 +138,27 @@ def carry_out(plan: Plan, output: Path, *, consume: bool = False, read_back: boo
               progress: bool = True) -> MergeResult:
     """Transfer, validate, name, and keep the hashes: what ``merge`` and ``repair`` have in common."""
     began = time.perf_counter()
-    transfer.transfer(plan, output, validate=lambda part: validate(part, plan), consume=consume,
-                      read_back=read_back, progress=progress)
-    return finish_interrupted(output, time.perf_counter() - began)
+    transfer.transfer(
+        plan, output, validate=lambda part: validate(part, plan), consume=consume, read_back=read_back,
+        keep_hashes=lambda record: _write_manifest(output, record, time.perf_counter() - began),
+        progress=progress)
+    return earlier_result(output)
 
 
-def finish_interrupted(output: Path, seconds: float = 0.0) -> MergeResult | None:
-    """Settle a validated transfer into ``output``, if there is one: just now, or by a killed run."""
-    record = transfer.settle(output, lambda record: _write_manifest(output, record, seconds))
-    return earlier_result(output) if record else None
+def finish_interrupted(output: Path, asked: Sequence[str | Path] = ()) -> MergeResult | None:
+    """Settle a validated transfer into ``output`` that a killed run left, if there is one.
+
+    Returns:
+        Its result, when it was made from the files ``asked`` for, and they did not change since.
+    """
+    record = transfer.settle(output, lambda record: _write_manifest(output, record, 0.0))
+    if record is None:
+        return None
+    made_from = {Path(path).resolve(): then for path, then in zip(record["paths"], record["sources"], strict=True)}
+    asked_for = {Path(path).resolve() for path in asked}
+    changed = [path for path, then in made_from.items()
+               if not record["consume"] and path.exists() and transfer.identities([path]) != [then]]
+    return earlier_result(output) if asked_for <= set(made_from) and not changed else None
 
 
 def use_where_it_lies(shards: ShardSet, *, progress: bool = True) -> MergeResult:
@@ -155,7 +168,7 @@ def use_where_it_lies(shards: ShardSet, *, progress: bool = True) -> MergeResult
         IntegrityError: llama.cpp's parser refuses it.
     """
     began, path = time.perf_counter(), shards.paths[0]
-    validate(path, Plan(shards.paths, b"", (), path.stat().st_size))
+    validate(path, Plan(shards.paths, b"", (), path.stat().st_size, of_tensors=False))
     hashes = tensor_hashes(shards.headers, progress=progress)
     sha256 = sha256_of(path, progress=progress)
     sources = tuple(transfer.identities(shards.paths))
@@ -176,8 +189,10 @@ def earlier_result(output: Path) -> MergeResult | None:
 
 
 def _write_manifest(output: Path, record: dict[str, Any], seconds: float) -> None:
-    stat = output.stat()
-    write_json(manifest_path(output), {
+    stat, path = output.stat(), manifest_path(output)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        stale.unlink()  # of a run that was killed here
+    write_json(path, {
         "file": output.name, "nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns,
         "sha256": record["sha256"], "seconds": seconds, "sources": record["sources"],
         "tensors": record["hashes"]})
@@ -222,8 +237,8 @@ def check_output(output: Path, plan: Plan, *, overwrite: bool = False, consume: 
                               hint="choose another name, or pass overwrite=True")
     if not output.parent.is_dir():
         raise OutputError("the folder does not exist", where=output.parent, hint="make it first")
-    resuming = bool(transfer.read_journal(output))
-    if not (allow_holes or resuming):
+    journal = transfer.read_journal(output)
+    if not (allow_holes or (journal and journal[0]["consume"])):
         _check_stored(plan.sources)
     if consume:
         _check_punch(plan.sources)
@@ -241,7 +256,11 @@ def _check_stored(paths: Sequence[Path]) -> None:
 
 
 def _check_punch(paths: Sequence[Path]) -> None:
-    for folder in {path.absolute().parent for path in paths}:
+    for path in paths:
+        if path.stat().st_nlink > 1:
+            raise OutputError("has a second name (a hard link), and would be emptied under both", where=path,
+                              hint="remove the other name, or merge without consume")
+    for folder in {path.resolve().parent for path in paths}:
         if not os.access(folder, os.W_OK):
             raise OutputError("cannot be written, so nothing in it can be given back", where=folder,
                               hint="merge without consume, into another folder")
@@ -252,13 +271,20 @@ def _check_punch(paths: Sequence[Path]) -> None:
 
 def _check_space(output: Path, plan: Plan, consume: bool) -> None:
     part = transfer.part_path(output)
-    have = part.stat().st_blocks * 512 if part.exists() else 0
-    needed = CONSUME_EXTRA_BYTES + len(plan.header) if consume else max(plan.nbytes - have, 0)
+    needed = plan.nbytes - _stored_bytes(part) if part.exists() else plan.nbytes
+    if consume:
+        device = output.parent.stat().st_dev
+        needed -= sum(_stored_bytes(path) for path in plan.sources if path.stat().st_dev == device)
+        needed = max(needed, 0) + CONSUME_EXTRA_BYTES + len(plan.header)
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         also = "" if consume else ", or merge with consume=True, which needs no second copy"
         raise SpaceError(f"needs {needed:,} bytes and {free:,} are free", where=output.parent,
                          hint=f"free {needed - free:,} bytes{also}")
+
+
+def _stored_bytes(path: Path) -> int:
+    return path.stat().st_blocks * 512
 
 
 def validate(path: Path, plan: Plan) -> None:
@@ -275,6 +301,6 @@ def validate(path: Path, plan: Plan) -> None:
                              hint="check the sources: `dfqs-nb inspect` says what they are")
     expected = [(copy.name, copy.target_offset, copy.nbytes) for copy in plan.copies]
     found = [(t.name, header.data_offset + t.offset, t.nbytes) for t in header.tensors]
-    if header.file_size != plan.nbytes or (plan.header and found != expected):
+    if header.file_size != plan.nbytes or (plan.of_tensors and found != expected):
         raise IntegrityError("the written header is not the planned one", where=path,
                              hint="the disk may be failing: use another")

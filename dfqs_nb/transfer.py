@@ -6,7 +6,8 @@ from the sources. A journal beside the output records each done window, so a kil
 it was. In consume mode the source bytes of a done window, and only of a done window, are given back to
 the file system (a hole is punched), so that the disk never holds the model twice.
 
-Files while it runs, beside the output ``X``: ``.X.part`` (locked) and ``.X.journal``.
+Files while it runs, beside the output ``X``: ``.X.part`` and ``.X.journal`` (the lock: first made, last
+removed). Sources are locked too, so that no other process of this package consumes or reads them then.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ from pathlib import Path
 from typing import IO, Any
 
 import xxhash
-from tqdm.auto import tqdm
 
 from dfqs_nb import holes
 from dfqs_nb.errors import DfqsError, IntegrityError, OutputError, SpaceError
 from dfqs_nb.paths import fsync_dir
+from dfqs_nb.progress import tqdm
 
 CHUNK_BYTES = 4 << 20
 N_BUFFERS = 4
-WINDOW_BYTES = 64 << 20
-CONSUME_WINDOW_BYTES = 12 << 20  # at most 4 windows are on the disk twice: 48 MiB and their chunks' ends
+WINDOW_BYTES = 64 << 20  # windows are whole chunks, so that they begin and end on pages of the cache
+CONSUME_WINDOW_BYTES = 12 << 20  # at most 4 windows are on the disk twice: 48 MiB
 WINDOWS_IN_FLIGHT = 2
+TORN_SECONDS = 60  # how long after the journal's last line a release may still have touched a source
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Copy:
         source: index of the source file.
         source_offset, target_offset: bytes from the start of each file.
         nbytes: bytes to copy.
-        padding: zero bytes that follow in the target (and, in the source, belong to it).
+        padding: zero bytes that follow in the target; in the source at most as many lie between two copies.
     """
 
     name: str
@@ -59,19 +61,24 @@ class Copy:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a transfer writes: ``header``, then each copy in order, ``nbytes`` in all."""
+    """What a transfer writes: ``header``, then each copy in order, ``nbytes`` in all.
+
+    ``of_tensors`` says that the copies are tensors, and those of the header.
+    """
 
     sources: tuple[Path, ...]
     header: bytes = field(repr=False)
     copies: tuple[Copy, ...] = field(repr=False)
     nbytes: int
+    of_tensors: bool = True
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that determines the result but the data itself."""
         layout = [(c.name, c.source, c.source_offset, c.target_offset, c.nbytes, c.padding)
                   for c in self.copies]
-        return hashlib.sha256(self.header + repr((self.nbytes, layout)).encode()).hexdigest()
+        shape = repr((self.nbytes, len(self.sources), layout))
+        return hashlib.sha256(self.header + shape.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -99,92 +106,131 @@ def identities(paths: Sequence[Path]) -> list[dict[str, int | str]]:
     return [{"name": path.name, "nbytes": s.st_size, "mtime_ns": s.st_mtime_ns} for path, s in stats]
 
 
-def transfer(plan: Plan, output: Path, *, validate: Callable[[Path], None], consume: bool = False,
-             read_back: bool = True, progress: bool = True) -> Transferred:
-    """Carry out ``plan`` into the part file of ``output``, or go on with a run that was killed.
+def transfer(plan: Plan, output: Path, *, validate: Callable[[Path], None],
+             keep_hashes: Callable[[dict[str, Any]], None], consume: bool = False, read_back: bool = True,
+             progress: bool = True) -> Transferred:
+    """Carry out ``plan`` into ``output``, or go on with a run that was killed.
 
-    The part file is complete, flushed and accepted by ``validate`` when this returns, and the journal says
-    so; ``settle`` then gives it its name.
+    The bytes grow in the part file. When it is complete, flushed and accepted by ``validate`` the journal
+    says so, and it is settled (see ``settle``).
 
     Raises:
-        OutputError: another process is writing this output, or the file cannot be written.
+        OutputError: another process is writing this output or consuming a source, or the file cannot be
+            written.
         SpaceError: the disk filled up.
         IntegrityError: a source changed (now, or since an earlier run), or the disk gave back other bytes.
 
     In all these cases a consuming transfer keeps its part file, which by then holds bytes that the sources no
     longer have; any other transfer leaves nothing behind.
     """
-    with _part_file(output, keep=consume) as part, _translated_errors(output, plan.nbytes, consume):
-        journal = Journal.open(output, plan, consume)
-        try:
-            result = _move(plan, part, journal, read_back or consume, progress)
+    with _translated_errors(output, plan.nbytes, consume), _locked(output) as file:
+        journal = Journal(journal_path(output), file)
+        journal.check_plan(plan, consume)
+        with _tidied(output, journal):
+            journal.begin(plan, consume)
+            result = _move(plan, output, journal, read_back or consume, progress)
             validate(part_path(output))
             journal.check_sources(plan)
-            journal.append(valid={"sha256": result.sha256, "hashes": result.hashes}, durable=True)
-            return result
-        except IntegrityError as error:
-            if consume:
-                raise _kept(error, output) from error
-            raise
-        finally:
-            journal.close()
+            journal.append(valid={"sha256": result.sha256, "hashes": result.hashes,
+                                  **_identity(part_path(output))}, durable=True)
+        _settle(output, journal, keep_hashes)
+        return result
 
 
 def settle(output: Path, keep_hashes: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
-    """Give a validated part file its name, keep its hashes, then remove what is left of consumed sources.
-
-    Goes on where a killed run left off; every step may be repeated.
+    """Finish a validated transfer that was killed before its end: name the part file, keep its hashes, then
+    remove what is left of consumed sources. Every step may be repeated.
 
     Returns:
-        The journal's record of the transfer (``sha256``, ``hashes``, ``sources``), or ``None`` when there is
-        no validated transfer into ``output`` to settle.
+        The journal's record of the transfer (``sha256``, ``hashes``, ``sources``, ``paths``, ``consume``), or
+        ``None`` when there is no validated transfer into ``output``.
+
+    Raises:
+        OutputError: another process is writing this output.
     """
-    lines = read_journal(output)
-    if not lines or "valid" not in lines[-1]:
+    if not read_journal(output):
         return None
+    with _translated_errors(output, 0, True), _locked(output, create=False) as file:
+        return _settle(output, Journal(journal_path(output), file), keep_hashes) if file else None
+
+
+def _settle(output: Path, journal: Journal, keep_hashes: Callable[[dict[str, Any]], None],
+            ) -> dict[str, Any] | None:
+    if not journal.valid:
+        return None
+    head, valid = journal.lines[0], journal.lines[-1]["valid"]
+    record = {**valid, **{key: head[key] for key in ("sources", "paths", "consume")}}
     if part_path(output).exists():
         os.replace(part_path(output), output)
         fsync_dir(output.parent)
-    record = {**lines[-1]["valid"], "sources": lines[0]["sources"]}
-    keep_hashes(record)
-    for source in map(Path, lines[0]["paths"] if lines[0]["consume"] else ()):
-        if source != output.absolute():
-            source.unlink(missing_ok=True)
-    fsync_dir(output.parent)
-    journal_path(output).unlink(missing_ok=True)
+    elif not output.exists() or _identity(output).items() - valid.items():
+        record = None  # it was named, and then removed or replaced by someone
+    if record:
+        keep_hashes(record)
+        _remove_consumed(output, head)
+    journal.path.unlink()
     return record
 
 
+def _remove_consumed(output: Path, head: dict[str, Any]) -> None:
+    """Remove the sources of a consuming transfer, unless another file has taken a source's place since."""
+    for given, then in zip(head["paths"], head["sources"], strict=True) if head["consume"] else ():
+        path, real = Path(given), Path(given).resolve()
+        if not real.exists() or real.samefile(output) or _identity(real).items() - then.items():
+            continue
+        real.unlink()
+        path.unlink(missing_ok=True)  # where the hub's cache keeps a link to the bytes
+        fsync_dir(real.parent)
+
+
+def _identity(path: Path) -> dict[str, int]:
+    stat = path.stat()
+    return {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
 @contextmanager
-def _part_file(output: Path, keep: bool) -> Iterator[IO[bytes]]:
-    """The locked part file. It goes when the block fails, unless bytes of it may be the only ones."""
-    path = part_path(output)
-    with _translated_errors(output, 0, keep):
-        part = _open_locked(path, output)
-    with part:
-        try:
-            yield part
-        except (KeyboardInterrupt, SystemExit):
-            raise  # a person stopped it: the next run goes on from here
-        except BaseException:
-            if not keep:
-                path.unlink(missing_ok=True)
-                journal_path(output).unlink(missing_ok=True)
-            raise
+def _tidied(output: Path, journal: Journal) -> Iterator[None]:
+    """When the block fails, remove part and journal, unless the part holds bytes that are nowhere else."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise  # a person stopped it: the next run goes on from here
+    except BaseException as error:
+        if journal.consume and journal.windows:
+            if isinstance(error, IntegrityError):
+                raise _kept(error, output) from error
+        else:
+            part_path(output).unlink(missing_ok=True)
+            journal.path.unlink(missing_ok=True)
+        raise
 
 
-def _open_locked(path: Path, output: Path) -> IO[bytes]:
+@contextmanager
+def _locked(output: Path, create: bool = True) -> Iterator[IO[bytes] | None]:
+    """The journal of ``output``, open and locked; ``None`` when there is none and ``create`` is false."""
+    path, flags = journal_path(output), os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
     while True:
-        part = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
         try:
-            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(part.fileno()), path.stat()):
-                return part
-            part.close()  # its owner finished and renamed or removed it in between
-        except BlockingIOError:
-            part.close()
-            raise OutputError("another process is writing it", where=output,
-                              hint="wait for it, or choose another name") from None
+            file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
+        except FileNotFoundError:
+            if create:
+                raise
+            yield None
+            return
+        with file:
+            lock(file, fcntl.LOCK_EX, OutputError("another process is writing it", where=output,
+                                                  hint="wait for it, or choose another name"))
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield file
+                return
+
+
+def lock(file: IO[bytes], kind: int, refusal: DfqsError) -> None:
+    """Lock an open file until it is closed, or raise ``refusal`` when another process holds it."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise refusal from None
 
 
 @contextmanager
@@ -209,74 +255,85 @@ def _kept(error: IntegrityError, output: Path) -> IntegrityError:
 class Journal:
     """What a transfer has done, one JSON line an event; a torn last line counts as never written.
 
-    Lines: the plan and its sources; ``end`` and ``xxh64`` of each window that is on the disk and proven;
+    Lines: the plan and its sources; ``end`` and ``xxh3`` (XXH3-64) of each window that is on the disk and proven;
     ``released``, when its source bytes were given back; ``valid``, when the whole part file was accepted.
     """
 
-    def __init__(self, path: Path, file: IO[bytes], lines: list[dict[str, Any]]) -> None:
-        self.path, self.file, self.lines = path, file, lines
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self.path, self.file = path, file
+        self.lines = _events(path.read_bytes())
+        self.written_ns = os.fstat(file.fileno()).st_mtime_ns
 
-    @classmethod
-    def open(cls, output: Path, plan: Plan, consume: bool) -> Journal:
-        """Open the journal of ``output``, new or of an earlier run of the same plan.
+    def check_plan(self, plan: Plan, consume: bool) -> None:
+        """Check that an earlier run's journal is of this transfer. One that consumed nothing may be dropped.
 
         Raises:
-            IntegrityError: it belongs to another plan, or a source changed since.
+            IntegrityError: a consuming transfer of another plan, or of other kind, is unfinished.
         """
-        path = journal_path(output)
-        lines = read_journal(output)
-        window = CONSUME_WINDOW_BYTES if consume else WINDOW_BYTES
-        head = {"plan": plan.fingerprint, "consume": consume, "chunk": CHUNK_BYTES, "window": window}
-        if lines and any(lines[0].get(key) != value for key, value in head.items()):
-            raise IntegrityError("an unfinished transfer of other shards, or with other settings, is in the "
-                                 "way", where=path, hint="finish it with the same call, or, if its sources "
-                                 "are whole, remove this file")
-        file = path.open("ab", buffering=0)
-        file.truncate(sum(len(_line(line)) for line in lines))
-        journal = cls(path, file, lines)
-        if not lines:
-            journal.append(**head, sources=identities(plan.sources), paths=[str(p.absolute())
-                           for p in plan.sources], durable=True)
-            fsync_dir(path.parent)
-        else:
-            journal.check_sources(plan)
-        return journal
+        head = {"plan": plan.fingerprint, "consume": consume}
+        if self.lines and head.items() - self.lines[0].items():
+            if self.consume:
+                raise IntegrityError("an unfinished transfer that consumes its sources is in the way",
+                                     where=self.path, hint="finish it with the same call first: its part "
+                                     "file holds what those sources no longer have")
+            self.lines = []
+
+    def begin(self, plan: Plan, consume: bool) -> None:
+        """Write the first line, or go on where the journal of an earlier run ends.
+
+        Raises:
+            IntegrityError: a source changed since.
+        """
+        if self.lines:
+            self.check_sources(plan)
+        end = sum(len(_line(line)) for line in self.lines)
+        if self.file.seek(0, os.SEEK_END) != end:
+            self.file.truncate(end)
+            self.file.seek(end)
+        if not self.lines:
+            window = CONSUME_WINDOW_BYTES if consume else WINDOW_BYTES
+            self.append(plan=plan.fingerprint, consume=consume, chunk=CHUNK_BYTES, window=window,
+                        sources=identities(plan.sources), paths=[str(p.absolute()) for p in plan.sources],
+                        durable=True)
+        self.path.with_suffix(".part").touch()
+        fsync_dir(self.path.parent)
 
     @property
     def windows(self) -> list[tuple[int, str]]:
-        """End in the target, and XXH64, of each window done so far."""
-        return [(line["end"], line["xxh64"]) for line in self.lines if "end" in line]
-
-    @property
-    def window_bytes(self) -> int:
-        return self.lines[0]["window"]
+        """End in the target, and hash, of each window done so far."""
+        return [(line["end"], line["xxh3"]) for line in self.lines if "end" in line]
 
     @property
     def consume(self) -> bool:
-        return self.lines[0]["consume"]
+        return bool(self.lines) and self.lines[0]["consume"]
+
+    @property
+    def valid(self) -> bool:
+        return bool(self.lines) and "valid" in self.lines[-1]
 
     def append(self, durable: bool = False, **event: Any) -> None:
-        self.file.write(_line(event))
+        rest = _line(event)
+        while rest:  # a disk that is almost full may take a part of a line
+            rest = rest[self.file.write(rest):]
         self.lines.append(event)
         if durable:
             os.fsync(self.file.fileno())
 
-    def close(self) -> None:
-        self.file.close()
-
     def check_sources(self, plan: Plan) -> None:
         """Check that no source changed since the transfer began.
 
-        Releasing bytes changes a file's time, which is set back at once; a kill between the two is told by
-        a window without its ``released`` line, and then only the size counts.
+        Releasing bytes changes a file's time, which is set back at once. A kill between the two is told by
+        a window without its ``released`` line: then a time soon after that line is the release's own.
 
         Raises:
             IntegrityError: which source changed.
         """
         torn = self.consume and "end" in self.lines[-1]
+        latest = self.written_ns + TORN_SECONDS * 10**9
         for path, then, now in zip(plan.sources, self.lines[0]["sources"], identities(plan.sources),
                                    strict=True):
-            if now["nbytes"] != then["nbytes"] or (now["mtime_ns"] != then["mtime_ns"] and not torn):
+            changed = now["mtime_ns"] != then["mtime_ns"] and not (torn and now["mtime_ns"] <= latest)
+            if changed or now["nbytes"] != then["nbytes"]:
                 raise IntegrityError("changed since its merge began", where=path,
                                      hint="put the file back as it was and go on, or, if all sources are whole, "
                                           f"remove {self.path.name} and begin again")
@@ -285,9 +342,12 @@ class Journal:
 def read_journal(output: Path) -> list[dict[str, Any]]:
     """The events recorded for ``output``; empty without a journal."""
     try:
-        raw = journal_path(output).read_bytes()
+        return _events(journal_path(output).read_bytes())
     except FileNotFoundError:
         return []
+
+
+def _events(raw: bytes) -> list[dict[str, Any]]:
     events = []
     for line in raw.split(b"\n")[:-1]:
         try:
@@ -301,14 +361,13 @@ def _line(event: dict[str, Any]) -> bytes:
     return json.dumps(event, separators=(",", ":")).encode() + b"\n"
 
 
-def _move(plan: Plan, part: IO[bytes], journal: Journal, read_back: bool, progress: bool) -> Transferred:
+def _move(plan: Plan, output: Path, journal: Journal, read_back: bool, progress: bool) -> Transferred:
     """Stream every byte; reading, hashing, writing and reading back overlap."""
     done = journal.windows[-1][0] if journal.windows else 0
-    part.truncate(done)
     with ExitStack() as stack:
-        flags = os.O_RDWR if journal.consume else os.O_RDONLY
-        sources = [stack.enter_context(os.fdopen(os.open(path, flags), "r+b" if journal.consume else "rb",
-                                                 buffering=0)) for path in plan.sources]
+        part = stack.enter_context(part_path(output).open("r+b", buffering=0))
+        _cut_to(part, done)
+        sources = [stack.enter_context(_open_source(path, journal.consume)) for path in plan.sources]
         bar = stack.enter_context(tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="merge",
                                        disable=not progress))
         stream = stack.enter_context(_Stream(part, sources, journal, bar, read_back))
@@ -316,6 +375,27 @@ def _move(plan: Plan, part: IO[bytes], journal: Journal, read_back: bool, progre
         for copy in plan.copies:
             stream.copy(copy)
         return Transferred(*stream.finish(), done)
+
+
+def _cut_to(part: IO[bytes], done: int) -> None:
+    """Drop what was written after the last window that is done."""
+    size = os.fstat(part.fileno()).st_size
+    if size < done:
+        raise IntegrityError(f"is {done - size:,} bytes shorter than its journal says", where=part.name,
+                             hint="it was cut or removed meanwhile: put it back, if you can, and go on")
+    part.truncate(done)
+
+
+def _open_source(path: Path, consume: bool) -> IO[bytes]:
+    """A source, locked: alone when its bytes are to be released, together with other readers when not."""
+    file = os.fdopen(os.open(path, os.O_RDWR if consume else os.O_RDONLY), "r+b" if consume else "rb", 0)
+    try:
+        lock(file, fcntl.LOCK_EX if consume else fcntl.LOCK_SH, OutputError(
+            "another process is merging this file", where=path, hint="wait for it to end"))
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 class _Stream:
@@ -329,15 +409,17 @@ class _Stream:
     def __init__(self, part: IO[bytes], sources: list[IO[bytes]], journal: Journal, bar: tqdm,
                  read_back: bool) -> None:
         self.part, self.sources, self.journal, self.bar, self.read_back = part, sources, journal, bar, read_back
+        self.chunk, self.window = journal.lines[0]["chunk"], journal.lines[0]["window"]
         self.earlier = dict(journal.windows)
         self.done = max(self.earlier, default=0)
         self.position = self.window_start = 0
-        self.sha256, self.window_hash = hashlib.sha256(), xxhash.xxh64()
+        self.sha256, self.window_hash = hashlib.sha256(), xxhash.xxh3_64()
         self.hashes: dict[str, str] = {}
-        self.buffers = [bytearray(CHUNK_BYTES) for _ in range(N_BUFFERS)]
+        self.buffers = [bytearray(self.chunk) for _ in range(N_BUFFERS)]
         self.busy: list[list[Future]] = [[] for _ in self.buffers]
-        self.turn = 0
-        self.taken: list[tuple[int, int, int]] = []
+        self.turn = self.level = 0
+        self.writes: list[Future] = []
+        self.taken: list[tuple[int, int, int, int]] = []
         self.checks: list[Future] = []
         self.releaser = Releaser(sources, [line["mtime_ns"] for line in journal.lines[0]["sources"]])
 
@@ -351,54 +433,63 @@ class _Stream:
 
     def literal(self, data: bytes) -> None:
         """Bytes of our own: the header, padding."""
-        for start in range(0, len(data), CHUNK_BYTES):
-            piece = data[start:start + CHUNK_BYTES]
-            view = self._buffer(len(piece))
+        start = 0
+        while start < len(data):
+            view = self._room(len(data) - start)
             if self.position < self.done:
                 read_exactly(self.part, view, self.position, "the part file")
             else:
-                view[:] = piece
-            self._push(view)
+                view[:] = data[start:start + len(view)]
+            start += len(view)
+            self._filled(len(view))
 
     def copy(self, copy: Copy) -> None:
         """A run of bytes from a source, then its padding."""
         digest, taken = xxhash.xxh64(), 0
         while taken < copy.nbytes:
-            view = self._buffer(min(CHUNK_BYTES, copy.nbytes - taken))
+            view = self._room(copy.nbytes - taken)
+            start = copy.source_offset + taken
             if self.position < self.done:
                 read_exactly(self.part, view, self.position, copy.name)
             else:
-                read_exactly(self.sources[copy.source], view, copy.source_offset + taken, copy.name)
+                read_exactly(self.sources[copy.source], view, start, copy.name)
             digest.update(view)
-            start, taken = copy.source_offset + taken, taken + len(view)
-            last = copy.padding if taken == copy.nbytes else 0
-            self.taken.append((copy.source, start, start + len(view) + last))
-            self._push(view)
+            taken += len(view)
+            self.taken.append((copy.source, start, start + len(view), copy.padding))
+            self._filled(len(view))
         self.hashes[copy.name] = digest.hexdigest()
         self.literal(bytes(copy.padding))
 
-    def _buffer(self, nbytes: int) -> memoryview:
-        """Room for ``nbytes``, once what the buffer held is written and hashed."""
-        self.turn = (self.turn + 1) % len(self.buffers)
-        self._wait(self.turn)
-        return memoryview(self.buffers[self.turn])[:nbytes]
+    def _room(self, nbytes: int) -> memoryview:
+        """Room for at most ``nbytes``, in a buffer whose earlier bytes are written and hashed."""
+        if self.level == 0:
+            self.turn = (self.turn + 1) % len(self.buffers)
+            self._wait(self.turn)
+        return memoryview(self.buffers[self.turn])[self.level:self.level + nbytes]
 
     def _wait(self, turn: int) -> None:
         for future in self.busy[turn]:
             future.result()
         self.busy[turn] = []
 
-    def _push(self, view: memoryview) -> None:
+    def _filled(self, nbytes: int) -> None:
+        self.position, self.level = self.position + nbytes, self.level + nbytes
+        if self.level == self.chunk:
+            self._send()
+        if self.position - self.window_start == self.window:
+            self._close_window()
+
+    def _send(self) -> None:
+        """Hand a buffer to the other threads. Windows are whole chunks, so it is done or not as a whole."""
+        view, start = memoryview(self.buffers[self.turn])[:self.level], self.position - self.level
         self.window_hash.update(view)
         jobs = [self.hasher.submit(self.sha256.update, view)]
-        if self.position >= self.done:
-            jobs.append(self.writer.submit(self._pwrite, view, self.position))
+        if start >= self.done:
+            self.writes.append(self.writer.submit(self._pwrite, view, start))
+            jobs.append(self.writes[-1])
         else:
             self.bar.update(len(view))
-        self.busy[self.turn] = jobs
-        self.position += len(view)
-        if self.position - self.window_start >= self.journal.window_bytes:
-            self._close_window()
+        self.busy[self.turn], self.level = jobs, 0
 
     def _pwrite(self, view: memoryview, offset: int) -> None:
         done = 0
@@ -408,48 +499,50 @@ class _Stream:
 
     def _close_window(self) -> None:
         start, end, digest = self.window_start, self.position, self.window_hash.hexdigest()
-        taken, self.taken = self.taken, []
-        self.window_start, self.window_hash = self.position, xxhash.xxh64()
-        if end <= self.done:
-            if self.earlier.get(end) != digest:
-                raise IntegrityError(f"bytes {start:,} to {end:,} changed since they were written",
-                                     where=self.part.name, hint="the disk may be failing")
-            if end == self.done and "end" in self.journal.lines[-1]:
-                self.checks.append(self.checker.submit(self._release, taken, end))
-        else:
-            written = self.writer.submit(lambda: None)
-            self.checks.append(self.checker.submit(self._prove, written, start, end, digest, taken))
+        taken, self.taken, writes, self.writes = self.taken, [], self.writes, []
+        self.window_start, self.window_hash = self.position, xxhash.xxh3_64()
+        if end > self.done:
+            self.checks.append(self.checker.submit(self._prove, writes, start, end, digest, taken))
+        elif self.earlier.get(end) != digest:
+            raise IntegrityError(f"bytes {start:,} to {end:,} changed since they were written",
+                                 where=self.part.name, hint="the disk may be failing")
+        elif end == self.done and "end" in self.journal.lines[-1]:
+            self.checks.append(self.checker.submit(self._release, taken, end))
         while len(self.checks) > WINDOWS_IN_FLIGHT:
             self.checks.pop(0).result()
 
-    def _prove(self, written: Future, start: int, end: int, digest: str,
-               taken: list[tuple[int, int, int]]) -> None:
+    def _prove(self, writes: list[Future], start: int, end: int, digest: str,
+               taken: list[tuple[int, int, int, int]]) -> None:
         """Flush a window, read it back from the disk, record it, and release what it was made from."""
-        written.result()
-        flush(self.part.fileno())
+        for write in writes:
+            write.result()
         if self.read_back:
+            flush(self.part.fileno())
             drop_from_cache(self.part.fileno(), start, end - start)
-            if hash_range(self.part.fileno(), start, end - start) != digest:
+            if hash_range(self.part.fileno(), start, end - start, xxhash.xxh3_64()) != digest:
                 raise IntegrityError(f"bytes {start:,} to {end:,} came back from the disk changed",
                                      where=self.part.name,
                                      hint="the disk or the memory is failing: use another")
-        self.journal.append(end=end, xxh64=digest, durable=True)
+        self.journal.append(end=end, xxh3=digest, durable=self.read_back)
         self._release(taken, end)
 
-    def _release(self, taken: list[tuple[int, int, int]], end: int) -> None:
+    def _release(self, taken: list[tuple[int, int, int, int]], end: int) -> None:
         if self.journal.consume:
             self.releaser.release(taken)
             self.journal.append(released=end)
 
     def finish(self) -> tuple[str, dict[str, str]]:
-        """Wait for everything; the stream's SHA-256, and XXH64 by copy."""
+        """Wait until everything is on the disk; the stream's SHA-256, and XXH64 by copy."""
+        if self.level:
+            self._send()
         for turn in range(len(self.buffers)):
             self._wait(turn)
         if self.position > self.window_start:
             self._close_window()
         for check in self.checks:
             check.result()
-        return self.hasher.submit(self.sha256.hexdigest).result(), self.hashes
+        flush(self.part.fileno())
+        return self.sha256.hexdigest(), self.hashes
 
 
 class Releaser:
@@ -457,21 +550,24 @@ class Releaser:
 
     def __init__(self, sources: list[IO[bytes]], mtimes_ns: list[int]) -> None:
         self.sources, self.mtimes_ns = sources, mtimes_ns
-        self.open_run: dict[int, tuple[int, int]] = {}
+        self.open_run: dict[int, tuple[int, int, int]] = {}
 
-    def release(self, taken: list[tuple[int, int, int]]) -> None:
-        """Punch out the ranges ``(source, start, end)``; a block partly taken waits for its rest."""
+    def release(self, taken: list[tuple[int, int, int, int]]) -> None:
+        """Punch out the ranges ``(source, start, end, padding)``; a block partly taken waits for its rest.
+
+        The few bytes of padding between two ranges go with them; a header between them does not.
+        """
         touched = set()
-        for source, start, end in taken:
-            low, high = self.open_run.get(source, (start, start))
-            if high != start:
+        for source, start, end, padding in taken:
+            low, high, gap = self.open_run.get(source, (start, start, 0))
+            if not high <= start <= high + gap:
                 self._punch(source, low, high)
                 low = start
-            self.open_run[source] = (low, end)
+            self.open_run[source] = (low, end, padding)
             touched.add(source)
         for source in touched:
-            low, high = self.open_run[source]
-            self.open_run[source] = (self._punch(source, low, high), high)
+            low, high, gap = self.open_run[source]
+            self.open_run[source] = (self._punch(source, low, high), high, gap)
             handle = self.sources[source].fileno()
             stat = os.fstat(handle)
             os.utime(handle, ns=(stat.st_atime_ns, self.mtimes_ns[source]))
@@ -513,9 +609,10 @@ def drop_from_cache(handle: int, start: int = 0, nbytes: int = 0) -> None:
         os.posix_fadvise(handle, start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
-def hash_range(handle: int, offset: int, nbytes: int) -> str:
-    """XXH64 of ``nbytes`` bytes at ``offset``; a short file hashes what there is."""
-    digest, buffer, done = xxhash.xxh64(), bytearray(min(CHUNK_BYTES, max(nbytes, 1))), 0
+def hash_range(handle: int, offset: int, nbytes: int, digest: Any = None) -> str:
+    """XXH64 (or another ``digest``) of ``nbytes`` bytes at ``offset``; a short file hashes what there is."""
+    digest = digest or xxhash.xxh64()
+    buffer, done = bytearray(min(CHUNK_BYTES, max(nbytes, 1))), 0
     while done < nbytes:
         n = os.preadv(handle, [memoryview(buffer)[: nbytes - done]], offset + done)
         if n == 0:

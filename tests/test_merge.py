@@ -146,8 +146,15 @@ def test_no_space_is_seen_before_the_first_byte(tmp_path, monkeypatch):
     refused(SpaceError, "needs 5,752,864 bytes", "1,000 are free", output=tmp_path / "out.gguf")
 
 
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """The reference model in 88 chunks and 22 windows, not in 2 and 1."""
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(transfer, "WINDOW_BYTES", 1 << 18)
+
+
 @pytest.mark.parametrize("nth", [1, 5, 60])
-def test_no_space_on_the_way(tmp_path, monkeypatch, nth):
+def test_no_space_on_the_way(tmp_path, monkeypatch, small_chunks, nth):
     calls, real = [], os.pwrite
 
     def pwrite(*arguments):
@@ -200,10 +207,10 @@ def test_read_only_folder(tmp_path):
 
 def test_second_process_on_one_output_is_refused(tmp_path):
     output = tmp_path / "out.gguf"
-    with transfer._part_file(output, keep=False):
+    with transfer._locked(output):
         with pytest.raises(OutputError, match="another process is writing it"):
             merge(SHARD["IQ1_S-XL"], output, progress=False)
-        assert (tmp_path / ".out.gguf.part").exists(), "the first one's work was removed"
+        assert transfer.journal_path(output).exists(), "the first one's work was removed"
 
 
 def test_stale_part_of_a_killed_merge_is_no_obstacle(tmp_path):
@@ -212,7 +219,7 @@ def test_stale_part_of_a_killed_merge_is_no_obstacle(tmp_path):
     assert result.sha256 == RECORDED["IQ1_S-XL"]["merged"] == sha256(result.path)
 
 
-def test_bit_flipped_on_the_way_to_disk_is_caught(tmp_path, monkeypatch):
+def test_bit_flipped_on_the_way_to_disk_is_caught(tmp_path, monkeypatch, small_chunks):
     real, calls = os.pwrite, []
 
     def pwrite(handle, view, offset):
