@@ -11,7 +11,13 @@ from dfqs_nb import workbook
 from dfqs_nb.errors import DfqsError
 
 # Changed for all that declare them; each notebook must be touched by at least one.
-CHANGED = {"model": "dfqs-nano-q8_0"}
+CHANGED = {
+    "model": "dfqs-nano-q8_0",  # 01; 02 and 03 read what it prepared
+    "context": 8192,  # 02
+    "n_ctx": 768,  # 03
+    "max_tokens": 24,
+    "depth": 128,
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +58,6 @@ def test_every_notebook_leaves_its_stage_file_and_sentences(result):
 @pytest.mark.parametrize("name", names())
 def test_a_misspelled_parameter_fails(name, tmp_path, monkeypatch):
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
-    with pytest.raises(DfqsError, match="no notebook has a parameter 'modle'; known: .*model"):
+    with pytest.raises(DfqsError, match="no notebook has a parameter 'modle'; known: .*run_name"):
         workbook.run_workbook("typo", {"modle": "x"}, [workbook.NOTEBOOKS / f"{name}.ipynb"])
     assert list(tmp_path.iterdir()) == []
