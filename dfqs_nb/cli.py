@@ -88,12 +88,159 @@ def refresh(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_models(commands: Any) -> None:
+    """``dfqs-nb models``: what the registry knows."""
+    parser = commands.add_parser("models", help="list the models known by name")
+    parser.set_defaults(function=models)
+
+
+def models(arguments: argparse.Namespace) -> int:
+    from dfqs_nb import registry
+
+    for row in registry.describe():
+        print(f"{row['name']}\n    {row['title']}\n    {row['files']} file(s), {row['gigabytes']:,} GB, "
+              f"{row['licence']}, {row['source']}\n    {row['note']}")
+    return 0
+
+
+def add_inspect(commands: Any) -> None:
+    """``dfqs-nb inspect``: what a file is, from its headers alone."""
+    parser = commands.add_parser("inspect", help="say what a file is, in milliseconds; changes nothing")
+    parser.add_argument("paths", nargs="+", metavar="FILE")
+    parser.add_argument("--llama-cpp", action="store_true", help="also ask llama.cpp's loader")
+    parser.set_defaults(function=inspect)
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    from dfqs_nb.diagnose import diagnose, llama_cpp_verdict
+
+    sound = True
+    for path in arguments.paths:
+        found = diagnose(path)
+        sound &= found.sound
+        print(f"{path}: {found.kind}\n  {found.finding}")
+        if found.next_step:
+            print(f"  -> {found.next_step}")
+        if found.sound:
+            _print_header(path)
+        else:
+            _print_rows(dict(found.evidence))
+        if arguments.llama_cpp:
+            print(f"  {'llama.cpp:':<28}{llama_cpp_verdict(path).reason or 'loads'}")
+    return int(not sound)
+
+
+def _print_rows(rows: dict[str, Any]) -> None:
+    for what, value in rows.items():
+        print(f"  {what + ':':<28}{value:,}" if type(value) is int else f"  {what + ':':<28}{value}")
+
+
+def _print_header(path: str) -> None:
+    """The whole model's facts, from all its shards when they are there."""
+    from dfqs_nb import header_facts
+    from dfqs_nb.errors import ShardError
+    from dfqs_nb.gguf_header import read_header
+    from dfqs_nb.shards import open_shards
+
+    try:
+        header = open_shards(path).as_one
+    except ShardError:
+        header = read_header(path)
+    experts = header_facts.experts(header)
+    rows = header_facts.identity(header) | header_facts.architecture(header)
+    _print_rows({what: value for what, value in rows.items() if value != "not stated"})
+    if experts.total:
+        _print_rows({"experts": f"{experts.used} of {experts.total} a token, {experts.shared} shared, "
+                                f"{experts.moe_layers} layers, {experts.hash_layers} of them by hash"})
+    for row in header_facts.class_sizes(header):
+        _print_rows({row["class"]: f"{row['bytes']:>16,} bytes {row['bits_per_weight']:7.2f} bits a weight  "
+                                   f"{row['types']}"})
+
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output once the new one "
+                        "is proven")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def add_merge(commands: Any) -> None:
+    """``dfqs-nb merge``: shards, or byte parts, into one file."""
+    parser = commands.add_parser("merge", help="merge shards (or join byte parts) into one proven file")
+    parser.add_argument("paths", nargs="+", metavar="SHARD", help="any one shard, or all; or a registered name")
+    parser.add_argument("-o", "--output", required=True)
+    parser.add_argument("--consume", action="store_true", help="release shards while they are copied, and remove "
+                        "them at the end: needs 64 MiB of extra disk")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    _add_writing(parser)
+    parser.set_defaults(function=merge)
+
+
+def merge(arguments: argparse.Namespace) -> int:
+    from dfqs_nb import registry, repair
+
+    paths = [found for path in arguments.paths for found in registry.resolve(path)]
+    model = paths[0] if len(paths) == 1 else paths
+    if arguments.dry_run:
+        plan = repair.plan_any(model)
+        print(f"{len(plan.sources)} file(s) -> {arguments.output}: {plan.nbytes:,} bytes, "
+              f"{len(plan.copies):,} copies; nothing was written")
+        return 0
+    return _report(repair.merge_any(model, arguments.output, overwrite=arguments.overwrite,
+                                    consume=arguments.consume, progress=not arguments.quiet))
+
+
+def _report(*results: Any) -> int:
+    for result in results:
+        print(f"{result.path}: {result.nbytes:,} bytes, read back equal, in {result.seconds:,.1f} s\n"
+              f"SHA-256 {result.sha256}")
+    return 0
+
+
+def add_repair(commands: Any) -> None:
+    """``dfqs-nb repair``: the merge that a raw concatenation should have been."""
+    parser = commands.add_parser("repair", help="make a sound model of shards that were glued together")
+    parser.add_argument("path", metavar="FILE")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("-o", "--output")
+    target.add_argument("--in-place", action="store_true", help="replace FILE: needs 64 MiB of extra disk")
+    _add_writing(parser)
+    parser.set_defaults(function=repair)
+
+
+def repair(arguments: argparse.Namespace) -> int:
+    from dfqs_nb.repair import repair as make
+
+    return _report(make(arguments.path, arguments.output, in_place=arguments.in_place,
+                        overwrite=arguments.overwrite, progress=not arguments.quiet))
+
+
+def add_split(commands: Any) -> None:
+    """``dfqs-nb split``: the shards that a raw concatenation was made from."""
+    parser = commands.add_parser("split", help="cut glued shards apart again, at their inner headers")
+    parser.add_argument("path", metavar="FILE")
+    parser.add_argument("-d", "--folder", help="where the shards go (default: beside FILE)")
+    _add_writing(parser)
+    parser.set_defaults(function=split)
+
+
+def split(arguments: argparse.Namespace) -> int:
+    from dfqs_nb.repair import split as cut
+
+    return _report(*cut(arguments.path, arguments.folder, overwrite=arguments.overwrite,
+                        progress=not arguments.quiet))
+
+
 # One line for each subcommand; `add_<name>` makes its parser and sets `function`. Imports of other
 # modules stay inside the functions, so that a fast command starts fast.
 COMMANDS = (
     add_run,
     add_stamp,
     add_refresh,
+    add_models,
+    add_inspect,
+    add_merge,
+    add_repair,
+    add_split,
 )
 
 

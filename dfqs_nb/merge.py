@@ -206,7 +206,8 @@ def manifest_path(output: Path) -> Path:
 def segments(shards: ShardSet, output_name: str) -> pd.DataFrame:
     """Where the bytes of shards and result lie, for a figure.
 
-    One row a piece: ``file``, ``part`` (``header`` or ``data of shard N``), ``start`` and ``nbytes``.
+    One row a piece: ``file`` (``shard N`` or ``output_name``), ``part`` (``header`` or ``data of shard N``),
+    ``start`` and ``nbytes``.
     """
     import pandas as pd
 
@@ -214,8 +215,9 @@ def segments(shards: ShardSet, output_name: str) -> pd.DataFrame:
     merged.append((output_name, "header", 0, position))
     for number, header in enumerate(shards.headers, 1):
         part = f"data of shard {number}"
-        rows.append((header.path.name, "header", header.start, header.data_offset - header.start))
-        rows.append((header.path.name, part, header.data_offset, header.data_nbytes))
+        size = header.data_offset - header.start
+        rows.append((f"shard {number}", "header", 0, size))
+        rows.append((f"shard {number}", part, size, header.data_nbytes))
         merged.append((output_name, part, position, header.data_nbytes))
         position += header.data_nbytes
     return pd.DataFrame(rows + merged, columns=["file", "part", "start", "nbytes"])

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dfqs_nb.diagnose import Kind, byte_parts, diagnose, raw_concatenation
-from dfqs_nb.errors import OutputError
+from dfqs_nb.errors import HeaderError, OutputError
+from dfqs_nb.gguf_header import read_header
 from dfqs_nb.merge import (
     CONSUME_EXTRA_BYTES,
     MergeResult,
@@ -23,7 +23,6 @@ from dfqs_nb.merge import (
     check_output,
     earlier_result,
     finish_interrupted,
-    merge,
     plan_merge,
     use_where_it_lies,
 )
@@ -63,8 +62,10 @@ def repair(path: str | Path, output: str | Path | None = None, *, in_place: bool
     if in_place == (output is not None):
         raise OutputError("say where the repaired model goes", where=path,
                           hint="name an output, or ask for in_place=True")
+    if in_place and path.is_symlink():
+        path = path.resolve()  # the bytes are given back, and taken over, where they lie
     target = path if in_place else Path(output)
-    settled = finish_interrupted(target)
+    settled = finish_interrupted(target, [path])
     if settled:
         return settled
     plan = plan_merge(glued_shards(path))
@@ -92,12 +93,11 @@ def split(path: str | Path, folder: str | Path | None = None, *, overwrite: bool
         target = shard_path(Path(folder or path.parent) / path.stem, number, len(headers))
         plan = _as_they_are([(path, header.start, end - header.start)])
         check_output(target, plan, overwrite=overwrite)
-        results.append(finish_interrupted(target) or carry_out(plan, target, progress=progress))
+        results.append(finish_interrupted(target, [path]) or carry_out(plan, target, progress=progress))
     return tuple(results)
 
 
-def join(path: str | Path | Sequence[str | Path], output: str | Path, *, overwrite: bool = False,
-         consume: bool = False, progress: bool = True) -> MergeResult:
+def plan_join(path: str | Path | Sequence[str | Path]) -> Plan:
     """Put the byte parts of one file together (``model.gguf.part1of2``, ``model.gguf-split-a``).
 
     Such parts are cuts of a file, not GGUF shards, and do belong end to end.
@@ -106,17 +106,10 @@ def join(path: str | Path | Sequence[str | Path], output: str | Path, *, overwri
         path: any one part, from which the others are found, or all of them in order.
 
     Raises:
-        ShardError: the parts' sizes do not add up to what the first one's header needs.
-        OutputError, SpaceError, IntegrityError: as ``merge``.
+        ShardError: a part is missing, or the sizes do not add up to what the first one's header needs.
     """
     parts = byte_parts(path) if isinstance(path, (str, Path)) else tuple(map(Path, path))
-    output = Path(output)
-    settled = finish_interrupted(output)
-    if settled:
-        return settled
-    plan = _as_they_are([(part, 0, part.stat().st_size) for part in parts])
-    check_output(output, plan, overwrite=overwrite, consume=consume)
-    return carry_out(plan, output, consume=consume, progress=progress)
+    return _header_apart(_as_they_are([(part, 0, part.stat().st_size) for part in parts]))
 
 
 def _as_they_are(ranges: Sequence[tuple[Path, int, int]]) -> Plan:
@@ -126,38 +119,77 @@ def _as_they_are(ranges: Sequence[tuple[Path, int, int]]) -> Plan:
     for path, start, nbytes in ranges:
         copies.append(Copy(path.name, sources.index(path), start, offset, nbytes))
         offset += nbytes
-    return Plan(sources, b"", tuple(copies), offset)
+    return Plan(sources, b"", tuple(copies), offset, of_tensors=False)
+
+
+def _header_apart(plan: Plan) -> Plan:
+    """The same plan, its header written from memory: a consuming join that was killed then still finds it in
+    the first part, and with it the others."""
+    first, *others = plan.copies
+    try:
+        head = _first_bytes(plan.sources[0], read_header(plan.sources[0]).data_offset)
+    except HeaderError:
+        return plan  # it goes on in the second part
+    rest = replace(first, source_offset=len(head), target_offset=len(head), nbytes=first.nbytes - len(head))
+    return replace(plan, header=head, copies=(rest, *others))
+
+
+def _first_bytes(path: Path, nbytes: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(nbytes)
+
+
+def plan_any(model: str | Path | Sequence[str | Path]) -> Plan:
+    """The plan for whatever ``model`` is, by what its bytes say: shards, byte parts, or glued shards.
+
+    Raises:
+        DfqsError: the files are not sound, or not one whole set.
+    """
+    first = Path(model if isinstance(model, (str, Path)) else model[0])
+    kind = diagnose(first).kind
+    if kind is Kind.BYTE_PART:
+        return plan_join(model)
+    return plan_merge(glued_shards(first) if kind is Kind.RAW_CONCATENATION else open_shards(model))
+
+
+def merge_any(model: str | Path | Sequence[str | Path], output: str | Path, *, overwrite: bool = False,
+              consume: bool = False, progress: bool = True) -> MergeResult:
+    """One sound file from shards, byte parts, or glued shards: the command line's ``merge``.
+
+    Raises:
+        As ``merge``.
+    """
+    output = Path(output)
+    settled = finish_interrupted(output, [model] if isinstance(model, (str, Path)) else model)
+    if settled:
+        return settled
+    plan = plan_any(model)
+    if consume and not plan.header:
+        raise OutputError("the header goes on in the second part, so a killed merge could not go on", where=output,
+                          hint="merge without consume")
+    check_output(output, plan, overwrite=overwrite, consume=consume)
+    return carry_out(plan, output, consume=consume, progress=progress)
 
 
 def make_sound(model: str | Path | Sequence[str | Path], output: str | Path, *, fresh: bool = False,
-               overwrite: bool = True, consume: bool = False, progress: bool = True) -> MergeResult:
-    """One sound file from whatever ``model`` is, by what its bytes say, not by what its name says.
+               consume: bool = False, progress: bool = True) -> MergeResult:
+    """``merge_any``, unless it is done already: what was made before from the same files is used again.
 
-    Shards are merged, byte parts joined, a raw concatenation repaired. A sound single file is used where it
-    lies. What was made before from the same files is not made again, unless ``fresh``.
+    A sound single file is used where it lies. The same files have the same names, sizes and times.
 
     Raises:
-        DfqsError: as ``merge``, ``join`` and ``repair``.
+        As ``merge``.
     """
-    output = Path(output)
-    settled = finish_interrupted(output)
+    output, first = Path(output), Path(model if isinstance(model, (str, Path)) else model[0])
+    settled = finish_interrupted(output, [model] if isinstance(model, (str, Path)) else model)
     if settled:
         return settled
-    first = Path(model if isinstance(model, (str, Path)) else model[0])
-    kind = diagnose(first).kind
-    if kind is Kind.RAW_CONCATENATION:
-        sources, make = (first,), partial(repair, first)
-    elif kind is Kind.BYTE_PART:
-        sources, make = byte_parts(first), partial(join, model, consume=consume)
-    else:
-        shards = open_shards(model)
-        if len(shards.headers) == 1:
-            return use_where_it_lies(shards, progress=progress)
-        sources, make = shards.paths, partial(merge, model, consume=consume)
+    if diagnose(first).kind is Kind.SINGLE_FILE:
+        return use_where_it_lies(open_shards(first), progress=progress)
     found = None if fresh else earlier_result(output)
-    if found and list(found.sources) == identities(sources):
+    if found and list(found.sources) == identities(plan_any(model).sources):
         return replace(found, reused=True)
-    return make(output, overwrite=overwrite, progress=progress)
+    return merge_any(model, output, overwrite=True, consume=consume, progress=progress)
 
 
 def methods_table(nbytes: int, header_nbytes: int, reported: dict[str, str]) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,11 @@ class ShardSet:
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensor tables one after another; offsets stay those of each shard."""
         return tuple(tensor for header in self.headers for tensor in header.tensors)
+
+    @property
+    def as_one(self) -> GGUFHeader:
+        """Shard 1's header with the tensors of all: what the model is, for facts (offsets mean nothing)."""
+        return replace(self.headers[0], tensors=self.tensors, file_size=self.nbytes)
 
     @property
     def name(self) -> str:

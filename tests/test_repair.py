@@ -13,7 +13,7 @@ from dfqs_nb import ggml, specimens
 from dfqs_nb.errors import DfqsError, OutputError
 from dfqs_nb.merge import manifest_path
 from dfqs_nb.paths import data_dir
-from dfqs_nb.repair import glued_shards, join, make_sound, methods_table, repair, split
+from dfqs_nb.repair import glued_shards, make_sound, merge_any, methods_table, plan_any, repair, split
 from dfqs_nb.verify import compare_tensors
 
 RECORDED = json.loads((Path(__file__).parent / "data/merge_hashes.json").read_text())["models"]["IQ1_S-XL"]
@@ -109,10 +109,10 @@ def test_byte_parts_are_joined(tmp_path, merged_reference):
     parts = [tmp_path / f"m.gguf.part{n}of3" for n in (1, 2, 3)]
     for part, start in zip(parts, (0, 2_000_000, 4_000_000), strict=True):
         part.write_bytes(body[start:start + 2_000_000])
-    assert join(parts[1], tmp_path / "out.gguf", progress=False).sha256 == MERGED
+    assert merge_any(parts[1], tmp_path / "out.gguf", progress=False).sha256 == MERGED
     parts[2].unlink()
     with pytest.raises(DfqsError, match="missing"):
-        join(parts[0], tmp_path / "out2.gguf", progress=False)
+        merge_any(parts[0], tmp_path / "out2.gguf", progress=False)
 
 
 def test_make_sound_takes_what_comes(glued, tmp_path, merged_reference):
@@ -121,6 +121,12 @@ def test_make_sound_takes_what_comes(glued, tmp_path, merged_reference):
         assert make_sound(model, tmp_path / f"{number}.gguf", progress=False).sha256 == MERGED
     alone = make_sound(merged_reference, tmp_path / "none.gguf", progress=False)
     assert alone.path == merged_reference and alone.sha256 == MERGED and not (tmp_path / "none.gguf").exists()
+
+
+def test_a_plan_says_what_would_be_written(glued):
+    plans = [plan_any(specimens.reference_shards().paths[1]), plan_any(glued)]
+    assert [plan.nbytes for plan in plans] == [RECORDED["bytes"]] * 2
+    assert [len(plan.sources) for plan in plans] == [2, 1]
 
 
 def test_make_sound_does_not_do_the_same_work_twice(tmp_path):
