@@ -158,18 +158,20 @@ def _print_header(path: str) -> None:
 
 
 def _add_writing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output once the new one "
-                        "is proven")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace an existing output once the new one is proven")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def add_merge(commands: Any) -> None:
     """``dfqs-nb merge``: shards, or byte parts, into one file."""
     parser = commands.add_parser("merge", help="merge shards (or join byte parts) into one proven file")
-    parser.add_argument("paths", nargs="+", metavar="SHARD", help="any one shard, or all; or a registered name")
+    parser.add_argument("paths", nargs="+", metavar="SHARD",
+                        help="any one shard, or all; or a registered name")
     parser.add_argument("-o", "--output", required=True)
-    parser.add_argument("--consume", action="store_true", help="release shards while they are copied, and remove "
-                        "them at the end: needs 64 MiB of extra disk")
+    parser.add_argument("--consume", action="store_true",
+                        help="release shards while they are copied, and remove them at the end: "
+                             "needs 64 MiB of extra disk")
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     _add_writing(parser)
     parser.set_defaults(function=merge)

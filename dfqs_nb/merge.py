@@ -253,8 +253,8 @@ def _check_stored(paths: Sequence[Path]) -> None:
         if hole is not None:
             raise IntegrityError(
                 f"has a hole at byte {hole:,}, which reads as zeros", where=path,
-                hint="a download or a consuming merge was interrupted: finish it, or download the file again; "
-                     "pass allow_holes=True if it is sparse on purpose")
+                hint="a download or a consuming merge was interrupted: finish it, or download the file "
+                     "again; pass allow_holes=True if it is sparse on purpose")
 
 
 def _check_punch(paths: Sequence[Path]) -> None:

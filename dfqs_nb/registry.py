@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from dfqs_nb.errors import IntegrityError, RegistryError
 from dfqs_nb.hub import HubFile, download, parse_address
 from dfqs_nb.paths import data_dir, tilde
+from dfqs_nb.progress import tqdm
 
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 CHUNK_BYTES = 1 << 20

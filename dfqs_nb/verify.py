@@ -9,10 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm.auto import tqdm
-
 from dfqs_nb.errors import IntegrityError
 from dfqs_nb.gguf_header import GGUFHeader, check_layout, read_header
+from dfqs_nb.progress import tqdm
 from dfqs_nb.shards import open_shards
 from dfqs_nb.transfer import CHUNK_BYTES, hash_range
 

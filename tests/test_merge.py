@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from gguf_fixtures import Spec, field, gguf_bytes, split_fields, split_like_llama
 
-from dfqs_nb import ggml, merge as merging, transfer
+from dfqs_nb import ggml, transfer
+from dfqs_nb import merge as merging
 from dfqs_nb.errors import DfqsError, IntegrityError, OutputError, SpaceError
 from dfqs_nb.gguf_header import check_layout, read_header
 from dfqs_nb.merge import manifest_path, merge, plan_merge, segments
