@@ -1,8 +1,8 @@
 """The verdict of llama.cpp's model loader on a file, asked in a child process.
 
 Where `ggml` asks the parser of the header, this asks what a user meets: ``llama_model_load_from_file``. With
-``vocab_only`` it reads headers and tokenizer, in milliseconds; a whole trial loads the weights and decodes two
-tokens. A file that aborts llama.cpp ends the child, not the process that asks.
+``vocab_only`` it reads headers and tokenizer, in milliseconds; a whole trial loads the weights and decodes
+two tokens. A file that aborts llama.cpp ends the child, not the process that asks.
 """
 
 from __future__ import annotations
@@ -28,10 +28,17 @@ TRIAL_TIMEOUT_SECONDS = 600.0
 TRIAL_CTX = 256
 STAGES = ("headers and tokenizer", "load", "context", "decode")
 _ERROR, _CONTINUES = 4, 5  # ggml_log_level of ggml.h
-_SOURCE_FOLDER = re.compile(r"\S*/(?=[\w.-]+\.(?:cpp|c|h):\d+)")  # an assertion names the source as it was compiled
-_WRAPPERS = re.compile(r"^(?:error loading model(?: hyperparameters| vocabulary)?|failed to initialize the context): ")
-_PASSED_ON = re.compile(r"(?:llama_model_loader: )?failed to (?:load model(?: from .*)?|load GGUF split .*|"
-                        r"read tensor data)")
+_SOURCE_FOLDER = re.compile(
+    r"\S*/(?=[\w.-]+\.(?:cpp|c|h):\d+)"
+)  # an assertion names the source as it was compiled
+_WRAPPERS = re.compile(
+    r"^(?:(?:error loading model(?: hyperparameters| vocabulary)?|"
+    r"failed to initialize the context): )+"
+)
+_PASSED_ON = re.compile(
+    r"(?:llama_model_loader: )?failed to (?:load model(?: from .*)?|load GGUF split .*|"
+    r"read tensor data)"
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def llama_cpp_verdicts(paths: Sequence[str | Path], *, trial: bool = False) -> l
     """
     verdicts: list[Verdict] = []
     while len(verdicts) < len(paths):
-        verdicts += _ask([Path(path) for path in paths[len(verdicts):]], trial)
+        verdicts += _ask([Path(path) for path in paths[len(verdicts) :]], trial)
     return verdicts
 
 
@@ -86,27 +93,49 @@ def _ask(paths: Sequence[Path], trial: bool) -> Iterator[Verdict]:
             stage, asked = answer.get("stage", STAGES[0]), True
             continue
         log = tuple(_without_folders(line, paths[done]) for line in answer["log"])
-        yield Verdict(paths[done], answer["verdict"], "" if answer["verdict"] else _reason(log), log, "",
-                      "" if answer["verdict"] else stage)
+        yield Verdict(
+            paths[done],
+            answer["verdict"],
+            "" if answer["verdict"] else _reason(log),
+            log,
+            "",
+            "" if answer["verdict"] else stage,
+        )
         done, asked = done + 1, False
     if done == len(paths):
         return
     if not asked:
-        raise ModelError(f"cannot run llama.cpp ({(stderr[-1:] or [death])[0]})",
-                         hint="install llama-cpp-python again: make run does it")
+        raise ModelError(
+            f"cannot run llama.cpp ({(stderr[-1:] or [death])[0]})",
+            hint="install llama-cpp-python again: make run does it",
+        )
     log = tuple(_without_folders(line, paths[done]) for line in stderr)
-    yield Verdict(paths[done], False, _reason(log) or f"llama.cpp died ({death})", log, death or "exit", stage)
+    yield Verdict(
+        paths[done], False, _reason(log) or f"llama.cpp died ({death})", log, death or "exit", stage
+    )
 
 
 def _run(job: bytes, timeout: float) -> tuple[list[dict[str, Any]], list[str], str]:
     """Run the child; return its answers, what it wrote to stderr after the last, and how it ended."""
     root = str(Path(__file__).resolve().parent.parent)
-    environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8",
-                   "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    environment = {
+        **os.environ,
+        "GGML_NO_BACKTRACE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONIOENCODING": "utf-8",
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+    }
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:
-            status = subprocess.run([sys.executable, "-P", "-m", "dfqs_nb.loader"], input=job, stdout=out, stderr=err,
-                                    env=environment, timeout=timeout, check=False).returncode
+            status = subprocess.run(
+                [sys.executable, "-P", "-m", "dfqs_nb.loader"],
+                input=job,
+                stdout=out,
+                stderr=err,
+                env=environment,
+                timeout=timeout,
+                check=False,
+            ).returncode
             death = signal.Signals(-status).name if status < 0 else f"exit status {status}" if status else ""
         except subprocess.TimeoutExpired:
             death = "timeout"
