@@ -29,8 +29,16 @@ from dfqs_nb.shards import SHARD_NAME, shard_path
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Diagnosis", "Kind", "Part", "byte_parts", "diagnose", "diagnosis_table", "llama_cpp_verdict",
-           "raw_concatenation"]
+__all__ = [
+    "Diagnosis",
+    "Kind",
+    "Part",
+    "byte_parts",
+    "diagnose",
+    "diagnosis_table",
+    "llama_cpp_verdict",
+    "raw_concatenation",
+]
 
 OPENING_BYTES = 4096
 MAX_PARTS = 10_000  # headers followed inside one file
@@ -136,8 +144,8 @@ def diagnose(path: str | Path) -> Diagnosis:
 def raw_concatenation(path: str | Path) -> tuple[GGUFHeader, ...]:
     """The headers of a raw concatenation of all shards of one model, in the file's order.
 
-    Each header's ``start`` says where its shard begins, its ``data_offset`` where (in the file) its tensors do;
-    the shard ends where the next begins. The order in the file need not be that of the shards: ``split.no`` says.
+    Each header's ``start`` says where its shard begins, its ``data_offset`` where (in the file) its tensors
+    do; the shard ends where the next begins. The order need not be that of the shards: ``split.no`` says.
 
     Raises:
         HeaderError: the file is not a GGUF.
@@ -152,7 +160,9 @@ def raw_concatenation(path: str | Path) -> tuple[GGUFHeader, ...]:
             return walk.headers
     else:
         found = diagnose(path)
-    raise ShardError(f"is not a raw concatenation of shards: {found.finding}", where=path, hint=found.next_step)
+    raise ShardError(
+        f"is not a raw concatenation of shards: {found.finding}", where=path, hint=found.next_step
+    )
 
 
 # ---- the headers inside ----
@@ -217,7 +227,7 @@ def _misplaced(header: GGUFHeader) -> list[tuple[Tensor, int]]:
 
 
 def _split(header: GGUFHeader) -> tuple[int, int]:
-    """Shard number (from 1) and count by the header; 1 of 1 for a single file or for values that are no numbers."""
+    """Shard number (from 1) and count by the header; 1 of 1 for a single file, or without numbers."""
     number, count = header.get("split.no", 0), header.get("split.count", 0)
     if not isinstance(number, int) or not isinstance(count, int) or count <= 1:
         return 1, 1
@@ -227,8 +237,16 @@ def _split(header: GGUFHeader) -> tuple[int, int]:
 def _parts(walk: _Walk) -> tuple[Part, ...]:
     starts = [header.start for header in walk.headers]
     ends = [*starts[1:], walk.size if walk.error is None else walk.end]
-    return tuple(Part(header.start, end - header.start, _padded_end(header) - header.start, *_split(header),
-                      len(header.tensors)) for header, end in zip(walk.headers, ends, strict=True))
+    return tuple(
+        Part(
+            header.start,
+            end - header.start,
+            _padded_end(header) - header.start,
+            *_split(header),
+            len(header.tensors),
+        )
+        for header, end in zip(walk.headers, ends, strict=True)
+    )
 
 
 # ---- a file with one header ----
@@ -238,8 +256,11 @@ def _of_one(path: Path, walk: _Walk) -> Diagnosis:
     header = walk.headers[0]
     number, count = _split(header)
     what = f"shard {number} of {count}" if count > 1 else "a model in a single file"
-    evidence = [*_identity(header), ("file size", f"{walk.size:,} bytes"),
-                ("header accounts for", f"{_padded_end(header):,} bytes")]
+    evidence = [
+        *_identity(header),
+        ("file size", f"{walk.size:,} bytes"),
+        ("header accounts for", f"{_padded_end(header):,} bytes"),
+    ]
 
     def diagnosis(kind: Kind, finding: str, step: str, *rows: tuple[str, str]) -> Diagnosis:
         return Diagnosis(path, kind, finding, step, (*evidence, *rows), _parts(walk))
@@ -249,9 +270,12 @@ def _of_one(path: Path, walk: _Walk) -> Diagnosis:
     if walk.size < _data_end(header):
         return diagnosis(*_cut_off(header, walk.size))
     if walk.error is not None:
-        return diagnosis(Kind.DAMAGED_CONCATENATION,
-                         f"{what}, and the beginning of another GGUF at byte {walk.end:,} that is cut off or broken",
-                         "get the file, or its shards, from the source again", ("second header", walk.error.what))
+        return diagnosis(
+            Kind.DAMAGED_CONCATENATION,
+            f"{what}, and the beginning of another GGUF at byte {walk.end:,} that is cut off or broken",
+            "get the file, or its shards, from the source again",
+            ("second header", walk.error.what),
+        )
     if walk.size > walk.end:
         return diagnosis(*_trailing(path, walk, what))
     stored = _stored(path, walk.size)
@@ -274,20 +298,29 @@ def _layout(wrong: Sequence[tuple[Tensor, int]]) -> tuple[Any, ...]:
     tensor, expected = wrong[0]
     overlaps = [t for t, at in wrong if t.offset < at]
     kind = Kind.OVERLAPPING_TENSORS if overlaps else Kind.GAPS_BETWEEN_TENSORS
-    what = "overlap or leave gaps" if 0 < len(overlaps) < len(wrong) else "overlap" if overlaps else "leave gaps"
-    return (kind, f"its tensors {what}: {len(wrong)} of them are out of place, the first is {tensor.name!r}",
-            "the file was written wrongly: get it from its source again",
-            (f"offset of {tensor.name}", f"{tensor.offset:,}, expected {expected:,}"))
+    what = (
+        "overlap or leave gaps" if 0 < len(overlaps) < len(wrong) else "overlap" if overlaps else "leave gaps"
+    )
+    return (
+        kind,
+        f"its tensors {what}: {len(wrong)} of them are out of place, the first is {tensor.name!r}",
+        "the file was written wrongly: get it from its source again",
+        (f"offset of {tensor.name}", f"{tensor.offset:,}, expected {expected:,}"),
+    )
 
 
 def _cut_off(header: GGUFHeader, size: int) -> tuple[Any, ...]:
     short = _padded_end(header) - size
     first = next(t for t in header.tensors if header.data_offset + t.offset + t.nbytes > size)
     whole = header.tensors.index(first)
-    return (Kind.TRUNCATED, f"cut off: {short:,} bytes short, from tensor {first.name!r} on",
-            f"resume the download, or repeat it ({_padded_end(header):,} bytes in all)",
-            ("bytes missing", f"{short:,}"), ("tensors that are whole", f"{whole:,} of {len(header.tensors):,}"),
-            ("first tensor that is not", first.name))
+    return (
+        Kind.TRUNCATED,
+        f"cut off: {short:,} bytes short, from tensor {first.name!r} on",
+        f"resume the download, or repeat it ({_padded_end(header):,} bytes in all)",
+        ("bytes missing", f"{short:,}"),
+        ("tensors that are whole", f"{whole:,} of {len(header.tensors):,}"),
+        ("first tensor that is not", first.name),
+    )
 
 
 def _trailing(path: Path, walk: _Walk, what: str) -> tuple[Any, ...]:
@@ -299,17 +332,27 @@ def _trailing(path: Path, walk: _Walk, what: str) -> tuple[Any, ...]:
     step = f"keep the first {walk.end:,} bytes, or get it from its source again"
     if _split(walk.headers[0])[1] > 1:
         step = "other shards may follow in a damaged form: get the shards from their source again"
-    return (Kind.TRAILING_BYTES, finding, step, ("bytes after the end", f"{surplus:,}, from byte {walk.end:,} on"),
-            ("they begin with", _shown(after)))
+    return (
+        Kind.TRAILING_BYTES,
+        finding,
+        step,
+        ("bytes after the end", f"{surplus:,}, from byte {walk.end:,} on"),
+        ("they begin with", _shown(after)),
+    )
 
 
 def _stored(path: Path, size: int) -> list[tuple[str, str]]:
-    """A row when the disk holds much less than the file's size: a sparse file, or a compressing file system."""
+    """A row when the disk holds much less than the file's size: a sparse or compressed file."""
     blocks = getattr(path.stat(), "st_blocks", None)
     if blocks is None or blocks * 512 >= size // 2 or size < 1 << 20:
         return []
-    return [("stored on the disk", f"{blocks * 512:,} bytes: the rest was never written (it reads as zeros), "
-             "or the file system compresses")]
+    return [
+        (
+            "stored on the disk",
+            f"{blocks * 512:,} bytes: the rest was never written (it reads as zeros), "
+            "or the file system compresses",
+        )
+    ]
 
 
 def _shard(path: Path, number: int, count: int) -> tuple[str, str]:
@@ -317,17 +360,24 @@ def _shard(path: Path, number: int, count: int) -> tuple[str, str]:
     match = SHARD_NAME.fullmatch(path.name)
     if match is None or (int(match["number"]), int(match["count"])) != (number, count):
         wanted = shard_path(match["prefix"] if match else path.stem, number, count).name
-        return (f"shard {number} of {count} by its header, but not named so",
-                f"rename it to {wanted!r}, or name all {count} shards to `dfqs-nb merge`")
+        return (
+            f"shard {number} of {count} by its header, but not named so",
+            f"rename it to {wanted!r}, or name all {count} shards to `dfqs-nb merge`",
+        )
     if not 1 <= number <= count <= 65_535:
-        return f"shard {number} of {count}: numbers that llama.cpp cannot have", "get it from its source again"
+        return (
+            f"shard {number} of {count}: numbers that llama.cpp cannot have",
+            "get it from its source again",
+        )
     prefix = path.parent / match["prefix"]
     missing = [i for i in range(1, count + 1) if not shard_path(prefix, i, count).is_file()]
     if not missing:
         return f"shard {number} of {count}; all {count} are here", _command("merge", path)
     names = ", ".join(shard_path(prefix, i, count).name for i in missing[:3])
-    return (f"shard {number} of {count}; {len(missing)} missing here: {names}{' ...' if len(missing) > 3 else ''}",
-            "download what is missing into the same folder, then merge")
+    return (
+        f"shard {number} of {count}; {len(missing)} missing here: {names}" + " ..." * (len(missing) > 3),
+        "download what is missing into the same folder, then merge",
+    )
 
 
 # ---- a file with several headers ----
@@ -337,20 +387,34 @@ def _of_several(path: Path, walk: _Walk) -> Diagnosis:
     parts = _parts(walk)
     evidence = [*_identity(walk.headers[0]), ("file size", f"{walk.size:,} bytes = {_sum(walk, parts)}")]
     for part in parts[:12]:
-        evidence.append((f"header at byte {part.start:,}", f"shard {part.number} of {part.count}, "
-                         f"{part.n_tensors:,} tensors, {part.nbytes:,} bytes"))
+        evidence.append(
+            (
+                f"header at byte {part.start:,}",
+                f"shard {part.number} of {part.count}, {part.n_tensors:,} tensors, {part.nbytes:,} bytes",
+            )
+        )
     problems = _problems(walk, parts)
     count = parts[0].count
     if all(part.count == 1 for part in parts):
         finding = f"{len(parts)} models glued together; a runtime sees the first only"
-        return Diagnosis(path, Kind.GLUED_MODELS, "; ".join([finding, *problems]),
-                         f"cut it at byte {parts[1].start:,}, or get the files from their source again",
-                         tuple(evidence), parts)
+        return Diagnosis(
+            path,
+            Kind.GLUED_MODELS,
+            "; ".join([finding, *problems]),
+            f"cut it at byte {parts[1].start:,}, or get the files from their source again",
+            tuple(evidence),
+            parts,
+        )
     if problems:
         evidence += [("problem", problem) for problem in problems]
-        return Diagnosis(path, Kind.DAMAGED_CONCATENATION,
-                         f"shards glued together byte for byte, and not all of them sound: {problems[0]}",
-                         "get the shards from their source again", tuple(evidence), parts)
+        return Diagnosis(
+            path,
+            Kind.DAMAGED_CONCATENATION,
+            f"shards glued together byte for byte, and not all of them sound: {problems[0]}",
+            "get the shards from their source again",
+            tuple(evidence),
+            parts,
+        )
     order = [part.number for part in parts]
     how = "" if order == sorted(order) else f" in the order {', '.join(map(str, order))}"
     finding = f"{count} shards glued together byte for byte{how}, which is no merge: no runtime loads it"
@@ -377,7 +441,9 @@ def _problems(walk: _Walk, parts: Sequence[Part]) -> list[str]:
         problems.append(f"shard {', '.join(map(str, missing[:10]))} of {count} is missing")
     for header, part in zip(walk.headers, parts, strict=True):
         if wrong := _misplaced(header):
-            problems.append(f"the tensors of shard {part.number} are out of place from {wrong[0][0].name!r} on")
+            problems.append(
+                f"the tensors of shard {part.number} are out of place from {wrong[0][0].name!r} on"
+            )
     if walk.error is not None:
         problems.append(f"the header at byte {walk.end:,} cannot be read: {walk.error.what}")
     elif walk.size < _data_end(last):
@@ -393,7 +459,10 @@ def _tensor_problems(walk: _Walk) -> list[str]:
         return ["they are of different models: a tensor is in two shards"]
     totals = {header.get("split.tensors.count", len(names)) for header in walk.headers}
     if totals != {len(names)}:
-        return [f"they hold {len(names):,} tensors and say the model has {', '.join(map(str, sorted(totals, key=str)))}"]
+        return [
+            f"they hold {len(names):,} tensors and say the model has "
+            f"{', '.join(map(str, sorted(totals, key=str)))}"
+        ]
     return []
 
 
@@ -409,8 +478,9 @@ def _opening(path: Path) -> tuple[bytes, int]:
         with path.open("rb", buffering=0) as file:
             return file.read(OPENING_BYTES), status.st_size
     except OSError as error:
-        raise HeaderError(f"cannot be read ({error.strerror})", where=path,
-                          hint="check the path and its permissions") from error
+        raise HeaderError(
+            f"cannot be read ({error.strerror})", where=path, hint="check the path and its permissions"
+        ) from error
 
 
 def _refused_header(path: Path, opening: bytes, size: int, error: HeaderError) -> Diagnosis:
@@ -431,12 +501,19 @@ def _refused_header(path: Path, opening: bytes, size: int, error: HeaderError) -
     return Diagnosis(path, kind, finding, error.hint, rows)
 
 
-_FORMATS = ((b"PK\x03\x04", "a zip archive (a PyTorch checkpoint?)"), (b"\x1f\x8b", "a gzip file"),
-            (b"\x28\xb5\x2f\xfd", "a zstd file"), (b"lmgg", "a GGML file from before GGUF"),
-            (b"tjgg", "a GGJT file from before GGUF"), (b"fmgg", "a GGMF file from before GGUF"),
-            (b"FUGG", "a GGUF with its bytes swapped in fours"), (b"\x89HDF", "an HDF5 file"),
-            (b"\x80\x02", "a Python pickle (a PyTorch checkpoint?)"), (b"Rar!", "a RAR archive"),
-            (b"7z\xbc\xaf", "a 7-Zip archive"))
+_FORMATS = (
+    (b"PK\x03\x04", "a zip archive (a PyTorch checkpoint?)"),
+    (b"\x1f\x8b", "a gzip file"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file"),
+    (b"lmgg", "a GGML file from before GGUF"),
+    (b"tjgg", "a GGJT file from before GGUF"),
+    (b"fmgg", "a GGMF file from before GGUF"),
+    (b"FUGG", "a GGUF with its bytes swapped in fours"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x80\x02", "a Python pickle (a PyTorch checkpoint?)"),
+    (b"Rar!", "a RAR archive"),
+    (b"7z\xbc\xaf", "a 7-Zip archive"),
+)
 
 
 def _no_gguf(path: Path, opening: bytes, size: int) -> Diagnosis:
@@ -452,24 +529,37 @@ def _no_gguf(path: Path, opening: bytes, size: int) -> Diagnosis:
         return diagnosis(*_lfs(opening))
     for magic, name in _FORMATS:
         if opening.startswith(magic):
-            return diagnosis(Kind.OTHER_FORMAT, f"{name}, not a GGUF", "unpack it, or get the GGUF of the model")
+            return diagnosis(
+                Kind.OTHER_FORMAT, f"{name}, not a GGUF", "unpack it, or get the GGUF of the model"
+            )
     if opening[8:10] == b'{"' and int.from_bytes(opening[:8], "little") < 1 << 30:
-        return diagnosis(Kind.OTHER_FORMAT, "a safetensors file, not a GGUF",
-                         "convert it with llama.cpp's convert_hf_to_gguf.py, or get the GGUF of the model")
+        return diagnosis(
+            Kind.OTHER_FORMAT,
+            "a safetensors file, not a GGUF",
+            "convert it with llama.cpp's convert_hf_to_gguf.py, or get the GGUF of the model",
+        )
     if not opening.strip(b"\0"):
-        return diagnosis(Kind.ZEROS, f"zeros: the first {len(opening):,} bytes of {size:,} were never written",
-                         "the room was reserved and the download did not arrive: repeat it")
+        return diagnosis(
+            Kind.ZEROS,
+            f"zeros: the first {len(opening):,} bytes of {size:,} were never written",
+            "the room was reserved and the download did not arrive: repeat it",
+        )
     return _document(path, opening, rows) or diagnosis(
-        Kind.NOT_GGUF, "not a GGUF: it does not begin with the four letters", "check what you downloaded")
+        Kind.NOT_GGUF, "not a GGUF: it does not begin with the four letters", "check what you downloaded"
+    )
 
 
 def _lfs(opening: bytes) -> tuple[Any, ...]:
     text = opening.decode("utf-8", "replace")
     oid, size = re.search(r"^oid (\S+)", text, re.M), re.search(r"^size (\d+)", text, re.M)
     target = f"{int(size[1]):,} bytes" if size else "an unknown number of bytes"
-    return (Kind.LFS_POINTER, f"a Git LFS pointer to the model ({target}), not the model itself",
-            "run `git lfs pull` in the clone, or download the file from its 'resolve' address",
-            ("points to", oid[1] if oid else "nothing"), ("of size", target))
+    return (
+        Kind.LFS_POINTER,
+        f"a Git LFS pointer to the model ({target}), not the model itself",
+        "run `git lfs pull` in the clone, or download the file from its 'resolve' address",
+        ("points to", oid[1] if oid else "nothing"),
+        ("of size", target),
+    )
 
 
 def _document(path: Path, opening: bytes, rows: list[tuple[str, str]]) -> Diagnosis | None:
@@ -482,16 +572,24 @@ def _document(path: Path, opening: bytes, rows: list[tuple[str, str]]) -> Diagno
     if lower.startswith("<") and ("<html" in lower or "<!doctype html" in lower):
         title = re.search(r"<title[^>]*>(.*?)</title", text, re.I | re.S)
         label = " ".join(title[1].split())[:200] if title else "without a title"
-        return Diagnosis(path, Kind.HTML, f"a web page saved as a model: {label}", step, (*rows, ("title", label)))
+        return Diagnosis(
+            path, Kind.HTML, f"a web page saved as a model: {label}", step, (*rows, ("title", label))
+        )
     if lower.startswith("<"):
         found = re.findall(r"<(code|message|error)>([^<]*)</", text, re.I)
         said = ": ".join(value.strip() for _, value in found) or text[:80]
-        return Diagnosis(path, Kind.XML, f"an XML document saved as a model: {said}", step, (*rows, ("it says", said)))
+        return Diagnosis(
+            path, Kind.XML, f"an XML document saved as a model: {said}", step, (*rows, ("it says", said))
+        )
     if text[0] in "{[":
         said = _json_message(text)
-        return Diagnosis(path, Kind.JSON, f"a JSON document saved as a model: {said}", step, (*rows, ("it says", said)))
+        return Diagnosis(
+            path, Kind.JSON, f"a JSON document saved as a model: {said}", step, (*rows, ("it says", said))
+        )
     said = " ".join(text.split())[:200]
-    return Diagnosis(path, Kind.TEXT, f"a text saved as a model: {said[:80]}", step, (*rows, ("it says", said)))
+    return Diagnosis(
+        path, Kind.TEXT, f"a text saved as a model: {said[:80]}", step, (*rows, ("it says", said))
+    )
 
 
 def _json_message(text: str) -> str:
@@ -517,20 +615,28 @@ def _shown(raw: bytes) -> str:
 
 # ---- plain byte parts ----
 
-# model.gguf.part1of2, model.gguf-split-a, model.gguf.001, model.gguf.partaa, model.gguf.aa, model-part2of3.gguf
+# model.gguf.part1of2, model.gguf-split-a, model.gguf.001, model.gguf.partaa, model-part2of3.gguf
 _PART_NAMES = (
-    re.compile(r"(?P<stem>.+\.gguf)(?P<mark>[._-]?(?:part|split)[._-]?)(?P<index>\d{1,5}|[a-z]{1,3})"
-               r"(?P<of>[._-]?of[._-]?)?(?P<count>(?<=of)\d{1,5}|(?<=of[._-])\d{1,5})?(?P<tail>)", re.I),
-    re.compile(r"(?P<stem>.+\.gguf)(?P<mark>[._-])(?P<index>\d{1,5}|[a-z]{2,3})(?P<of>)(?P<count>)(?P<tail>)", re.I),
-    re.compile(r"(?P<stem>.+)(?P<mark>[._-](?:part|split)[._-]?)(?P<index>\d{1,5})"
-               r"(?P<of>[._-]?of[._-]?)?(?P<count>(?<=of)\d{1,5}|(?<=of[._-])\d{1,5})?(?P<tail>\.gguf)", re.I),
+    re.compile(
+        r"(?P<stem>.+\.gguf)(?P<mark>[._-]?(?:part|split)[._-]?)(?P<index>\d{1,5}|[a-z]{1,3})"
+        r"(?P<of>[._-]?of[._-]?)?(?P<count>(?<=of)\d{1,5}|(?<=of[._-])\d{1,5})?(?P<tail>)",
+        re.I,
+    ),
+    re.compile(
+        r"(?P<stem>.+\.gguf)(?P<mark>[._-])(?P<index>\d{1,5}|[a-z]{2,3})(?P<of>)(?P<count>)(?P<tail>)", re.I
+    ),
+    re.compile(
+        r"(?P<stem>.+)(?P<mark>[._-](?:part|split)[._-]?)(?P<index>\d{1,5})"
+        r"(?P<of>[._-]?of[._-]?)?(?P<count>(?<=of)\d{1,5}|(?<=of[._-])\d{1,5})?(?P<tail>\.gguf)",
+        re.I,
+    ),
 )
 
 
 @dataclass(frozen=True)
 class _PartName:
-    """A file name taken apart: the whole's name, the pattern that its siblings share, the place in the row, and
-    whether it says "part" or "split"."""
+    """A file name taken apart: the whole's name, the pattern that its siblings share, the place in the row,
+    and whether it says "part" or "split"."""
 
     whole: str
     family: tuple[str, ...]
@@ -551,10 +657,22 @@ def _part_name(name: str) -> _PartName | None:
             index = match["index"].lower()
             kind = "digits" if index.isdigit() else f"{len(index)} letters"
             number = int(index) if index.isdigit() else _in_letters(index)
-            family = (match["stem"], match["mark"], match["of"] or "", match["count"] or "", match["tail"], kind)
-            return _PartName(match["stem"] + match["tail"], family, number,
-                             int(match["count"]) if match["count"] else None, match["index"],
-                             "part" in match["mark"].lower() or "split" in match["mark"].lower())
+            family = (
+                match["stem"],
+                match["mark"],
+                match["of"] or "",
+                match["count"] or "",
+                match["tail"],
+                kind,
+            )
+            return _PartName(
+                match["stem"] + match["tail"],
+                family,
+                number,
+                int(match["count"]) if match["count"] else None,
+                match["index"],
+                "part" in match["mark"].lower() or "split" in match["mark"].lower(),
+            )
     return None
 
 
@@ -574,8 +692,11 @@ def _part_siblings(path: Path) -> dict[int, Path]:
         sibling = _part_name(other.name)
         if name and sibling and sibling.family == name.family and other.is_file():
             if sibling.index in found:
-                raise ShardError(f"part {sibling.index} is there twice: {found[sibling.index].name} and {other.name}",
-                                 where=path.parent, hint="keep one of them")
+                raise ShardError(
+                    f"part {sibling.index} is there twice: {found[sibling.index].name} and {other.name}",
+                    where=path.parent,
+                    hint="keep one of them",
+                )
             found[sibling.index] = other
     return dict(sorted(found.items()))
 
@@ -583,24 +704,30 @@ def _part_siblings(path: Path) -> dict[int, Path]:
 def byte_parts(path: str | Path) -> tuple[Path, ...]:
     """The parts of a file that was cut by bytes, in order: these *are* to be concatenated as they are.
 
-    Found by name (``model.gguf.part1of2``, ``model.gguf-split-a``, ``model.gguf.001``, ...) and by content: the
-    first part begins with a GGUF header, no later one does, and the sizes add up to what that header needs.
+    Found by name (``model.gguf.part1of2``, ``model.gguf-split-a``, ``model.gguf.001``) and by content:
+    the first part begins with a GGUF header, no later one does, and the sizes add up to what it needs.
     When the header itself goes on in the second part the sizes are checked after joining only.
 
     Raises:
-        ShardError: the name is not that of a part, or a part is missing, doubled, or of a wrong size; says which.
+        ShardError: the name is not a part's, or a part is missing, doubled, or of a wrong size; says which.
         HeaderError: the first part cannot be read, or is not a GGUF.
     """
     path = Path(path)
     name = _part_name(path.name)
     if name is None:
-        raise ShardError("is not named as a byte part", where=path,
-                         hint="byte parts are named like model.gguf.part1of2 or model.gguf-split-a")
+        raise ShardError(
+            "is not named as a byte part",
+            where=path,
+            hint="byte parts are named like model.gguf.part1of2 or model.gguf-split-a",
+        )
     parts = _complete(path, name, _part_siblings(path))
     for number, part in enumerate(parts[1:], 2):
         if _opening(part)[0].startswith(MAGIC):
-            raise ShardError(f"part {number} begins with a GGUF header of its own, so it is a shard, not a byte part",
-                             where=part, hint="name it as its header says (`dfqs-nb inspect` shows it), then merge")
+            raise ShardError(
+                f"part {number} begins with a GGUF header of its own, so it is a shard, not a byte part",
+                where=part,
+                hint="name it as its header says (`dfqs-nb inspect` shows it), then merge",
+            )
     _check_sum(parts)
     return parts
 
@@ -609,17 +736,26 @@ def _complete(path: Path, name: _PartName, found: dict[int, Path]) -> tuple[Path
     indices = list(found)
     start = 0 if not name.text.isdigit() else min(indices[0], 1)
     if name.count is not None and start == 0 and name.count in found:
-        raise ShardError(f"parts 0 to {name.count} of {name.count}: one too many", where=path.parent,
-                         hint="keep the parts of one file only")
+        raise ShardError(
+            f"parts 0 to {name.count} of {name.count}: one too many",
+            where=path.parent,
+            hint="keep the parts of one file only",
+        )
     stop = start + name.count if name.count is not None else indices[-1] + 1
     missing = [i for i in range(start, stop) if i not in found]
     if missing:
         places = ", ".join(_like(name, i) for i in missing[:10])
-        raise ShardError(f"{len(missing)} of {stop - start} byte parts of {name.whole} missing: {places}",
-                         where=path.parent, hint="download what is missing into that folder")
+        raise ShardError(
+            f"{len(missing)} of {stop - start} byte parts of {name.whole} missing: {places}",
+            where=path.parent,
+            hint="download what is missing into that folder",
+        )
     if len(found) > stop - start:
-        raise ShardError(f"{len(found)} byte parts, and their names say {stop - start}", where=path.parent,
-                         hint="keep the parts of one file only")
+        raise ShardError(
+            f"{len(found)} byte parts, and their names say {stop - start}",
+            where=path.parent,
+            hint="keep the parts of one file only",
+        )
     return tuple(found.values())
 
 
@@ -635,7 +771,7 @@ def _like(name: _PartName, index: int) -> str:
 
 
 def _check_sum(parts: Sequence[Path]) -> GGUFHeader | None:
-    """Check that the parts' sizes are what the first one's header needs; ``None`` when it goes on in the second."""
+    """Check that the sizes add up to what the header needs; ``None`` when it goes on in the second part."""
     total = sum(part.stat().st_size for part in parts)
     try:
         header = read_header(parts[0])
@@ -645,13 +781,19 @@ def _check_sum(parts: Sequence[Path]) -> GGUFHeader | None:
         raise
     least, most = _data_end(header), _padded_end(header)
     if total < least:
-        raise ShardError(f"the {len(parts)} byte parts hold {total:,} bytes, {most - total:,} less than their header "
-                         f"needs ({most:,})", where=parts[0].parent,
-                         hint="a part is missing at the end, or was cut off: compare their sizes with the source")
+        raise ShardError(
+            f"the {len(parts)} byte parts hold {total:,} bytes, {most - total:,} less than their header "
+            f"needs ({most:,})",
+            where=parts[0].parent,
+            hint="a part is missing at the end, or was cut off: compare their sizes with the source",
+        )
     if total not in (least, most):
-        raise ShardError(f"the {len(parts)} byte parts hold {total:,} bytes, {total - most:,} more than their header "
-                         f"accounts for ({most:,})", where=parts[0].parent,
-                         hint="a part is there that is not of this file")
+        raise ShardError(
+            f"the {len(parts)} byte parts hold {total:,} bytes, {total - most:,} more than their header "
+            f"accounts for ({most:,})",
+            where=parts[0].parent,
+            hint="a part is there that is not of this file",
+        )
     return header
 
 
@@ -667,8 +809,10 @@ def _byte_part(path: Path) -> Diagnosis | None:
     if not _parts_of_a_gguf(name, siblings):
         return None
     total = sum(part.stat().st_size for part in siblings.values())
-    rows = (("byte parts found", ", ".join(part.name for part in siblings.values())),
-            ("bytes together", f"{total:,}"))
+    rows = (
+        ("byte parts found", ", ".join(part.name for part in siblings.values())),
+        ("bytes together", f"{total:,}"),
+    )
     what = f"byte part {_like(name, name.index)} of {name.whole}"
     try:
         parts = byte_parts(path)
@@ -676,12 +820,17 @@ def _byte_part(path: Path) -> Diagnosis | None:
     except DfqsError as error:
         return Diagnosis(path, Kind.BYTE_PART, f"{what}: {error.what}", error.hint, rows)
     needs = "that its header needs" if header else "(the header spans several parts)"
-    return Diagnosis(path, Kind.BYTE_PART, f"{what}; all {len(parts)} are here, together the {total:,} bytes {needs}",
-                     f"join them: {_command('merge', parts[0])}", rows)
+    return Diagnosis(
+        path,
+        Kind.BYTE_PART,
+        f"{what}; all {len(parts)} are here, together the {total:,} bytes {needs}",
+        f"join them: {_command('merge', parts[0])}",
+        rows,
+    )
 
 
 def _parts_of_a_gguf(name: _PartName, siblings: dict[int, Path]) -> bool:
-    """Whether the content of the parts found agrees with their names: a GGUF header in the first of all only."""
+    """Whether the content of the parts agrees with their names: a GGUF header in the first only."""
     with_header = [index for index, part in siblings.items() if _opening(part)[0].startswith(MAGIC)]
     if with_header not in ([], [next(iter(siblings))]):
         return False  # a later one has its own: shards, or copies, under other names
@@ -699,19 +848,24 @@ def _command(verb: str, path: Path) -> str:
 
 
 def diagnosis_table(paths: Iterable[str | Path], *, with_llama_cpp: bool = True) -> pd.DataFrame:
-    """One row a file: index ``file``; columns ``bytes``, ``kind``, ``finding``, ``next_step`` and, unless told not
-    to ask, ``llama_cpp``: what its loader says (``loads``, or its error)."""
+    """One row a file: index ``file``; columns ``bytes``, ``kind``, ``finding``, ``next_step`` and, unless
+    told not to ask, ``llama_cpp``: what its loader says (``loads``, or its error)."""
     import pandas as pd
 
     found = [diagnose(path) for path in paths]
-    table = pd.DataFrame({"file": [one.path.name for one in found],
-                          "bytes": [one.path.stat().st_size for one in found],
-                          "kind": [str(one.kind) for one in found],
-                          "finding": [one.finding for one in found],
-                          "next_step": [one.next_step for one in found]}).set_index("file")
+    table = pd.DataFrame(
+        {
+            "file": [one.path.name for one in found],
+            "bytes": [one.path.stat().st_size for one in found],
+            "kind": [str(one.kind) for one in found],
+            "finding": [one.finding for one in found],
+            "next_step": [one.next_step for one in found],
+        }
+    ).set_index("file")
     if with_llama_cpp:
         verdicts = llama_cpp_verdicts([one.path for one in found])
-        table["llama_cpp"] = ["loads" if verdict.accepted else
-                              verdict.reason + (f" ({verdict.death})" if verdict.death else "")
-                              for verdict in verdicts]
+        table["llama_cpp"] = [
+            "loads" if verdict.accepted else verdict.reason + (f" ({verdict.death})" if verdict.death else "")
+            for verdict in verdicts
+        ]
     return table
