@@ -133,7 +133,8 @@ def transfer(plan: Plan, output: Path, *, validate: Callable[[Path], None],
             journal.check_sources(plan)
             journal.append(valid={"sha256": result.sha256, "hashes": result.hashes,
                                   **_identity(part_path(output))}, durable=True)
-        _settle(output, journal, keep_hashes)
+        with _translated_errors(output, 0, True):
+            _settle(output, journal, keep_hashes)
         return result
 
 
@@ -163,7 +164,7 @@ def _settle(output: Path, journal: Journal, keep_hashes: Callable[[dict[str, Any
     if part_path(output).exists():
         os.replace(part_path(output), output)
         fsync_dir(output.parent)
-    elif not output.exists() or _identity(output).items() - valid.items():
+    elif not (output.exists() and _unchanged(output, valid)):
         record = None  # it was named, and then removed or replaced by someone
     if record:
         keep_hashes(record)
@@ -175,17 +176,21 @@ def _settle(output: Path, journal: Journal, keep_hashes: Callable[[dict[str, Any
 def _remove_consumed(output: Path, head: dict[str, Any]) -> None:
     """Remove the sources of a consuming transfer, unless another file has taken a source's place since."""
     for given, then in zip(head["paths"], head["sources"], strict=True) if head["consume"] else ():
-        path, real = Path(given), Path(given).resolve()
-        if not real.exists() or real.samefile(output) or _identity(real).items() - then.items():
-            continue
-        real.unlink()
+        path = Path(given)
+        if path.exists():
+            if path.samefile(output) or not _unchanged(path, then):
+                continue
+            path.resolve().unlink()
         path.unlink(missing_ok=True)  # where the hub's cache keeps a link to the bytes
-        fsync_dir(real.parent)
 
 
 def _identity(path: Path) -> dict[str, int]:
     stat = path.stat()
     return {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _unchanged(path: Path, then: dict[str, Any]) -> bool:
+    return all(then[key] == value for key, value in _identity(path).items())
 
 
 @contextmanager
@@ -270,8 +275,8 @@ class Journal:
         Raises:
             IntegrityError: a consuming transfer of another plan, or of other kind, is unfinished.
         """
-        head = {"plan": plan.fingerprint, "consume": consume}
-        if self.lines and head.items() - self.lines[0].items():
+        asked = (plan.fingerprint, consume)
+        if self.lines and asked != (self.lines[0]["plan"], self.lines[0]["consume"]):
             if self.consume:
                 raise IntegrityError("an unfinished transfer that consumes its sources is in the way",
                                      where=self.path, hint="finish it with the same call first: its part "
@@ -502,20 +507,24 @@ class _Stream:
         taken, self.taken, writes, self.writes = self.taken, [], self.writes, []
         self.window_start, self.window_hash = self.position, xxhash.xxh3_64()
         if end > self.done:
-            self.checks.append(self.checker.submit(self._prove, writes, start, end, digest, taken))
+            before = [*writes, *self.checks[-1:]]
+            self.checks.append(self.checker.submit(self._prove, before, start, end, digest, taken))
         elif self.earlier.get(end) != digest:
             raise IntegrityError(f"bytes {start:,} to {end:,} changed since they were written",
                                  where=self.part.name, hint="the disk may be failing")
         elif end == self.done and "end" in self.journal.lines[-1]:
             self.checks.append(self.checker.submit(self._release, taken, end))
-        while len(self.checks) > WINDOWS_IN_FLIGHT:
+        while len(self.checks) > WINDOWS_IN_FLIGHT:  # at least one stays
             self.checks.pop(0).result()
 
-    def _prove(self, writes: list[Future], start: int, end: int, digest: str,
+    def _prove(self, before: list[Future], start: int, end: int, digest: str,
                taken: list[tuple[int, int, int, int]]) -> None:
-        """Flush a window, read it back from the disk, record it, and release what it was made from."""
-        for write in writes:
-            write.result()
+        """Flush a window, read it back from the disk, record it, and release what it was made from.
+
+        Not without what comes before it, its own writes and the window in front: what is done has no gap.
+        """
+        for job in before:
+            job.result()
         if self.read_back:
             flush(self.part.fileno())
             drop_from_cache(self.part.fileno(), start, end - start)
