@@ -43,6 +43,7 @@ __all__ = [
     "answer_table",
     "chat",
     "chat_prompt",
+    "chat_text",
     "complete",
     "measure_speed",
     "open_model",
@@ -427,6 +428,15 @@ def chat_prompt(model: Model, prompt: str | Sequence[dict[str, str]]) -> list[in
     Raises:
         ModelError: the header has no chat template, or the template refuses the messages.
     """
+    return model.with_bos(model.tokenize(chat_text(model, prompt)))
+
+
+def chat_text(model: Model, prompt: str | Sequence[dict[str, str]]) -> str:
+    """The text of a chat in the model's own template, up to where the answer begins.
+
+    Raises:
+        ModelError: the header has no chat template, or the template refuses the messages.
+    """
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     template = model.header.get("tokenizer.chat_template")
@@ -438,12 +448,11 @@ def chat_prompt(model: Model, prompt: str | Sequence[dict[str, str]]) -> list[in
     llama = model._open()
     bos, eos = (_token_text(llama, token) for token in (llama.token_bos(), llama.token_eos()))
     try:
-        text = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)(messages=messages).prompt
+        return Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)(messages=messages).prompt
     except Exception as error:  # a template is code of the file's author, and may raise anything
         raise ModelError(
             f"its chat template fails ({error})", where=model.path, hint="use complete() with plain text"
         ) from error
-    return model.with_bos(model.tokenize(text))
 
 
 def _token_text(llama: Any, token: int) -> str:
