@@ -150,8 +150,7 @@ def speeds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def save(ax: Axes, path: str | Path) -> Path:
-    """Save the figure of ``ax`` as PNG at 150 dots an inch, whole or not at all; the path."""
+def save(ax: Axes, path: str | Path) -> None:
+    """Save the figure of ``ax`` as PNG at 150 dots an inch, whole or not at all."""
     with whole_file(path, "wb") as file:
         ax.figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
-    return Path(path)

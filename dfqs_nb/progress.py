@@ -5,9 +5,17 @@
 """
 
 import os
+from typing import Any
 
 if os.environ.get("TQDM_DISABLE"):
-    from tqdm import tqdm  # honours TQDM_DISABLE, which the widget of tqdm.auto does not
+    import tqdm.std
+
+    class tqdm(tqdm.std.tqdm):
+        """No bar, whatever the caller asks: the variable alone loses against an explicit ``disable=False``."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})
+
 else:
     from tqdm.auto import tqdm
 
