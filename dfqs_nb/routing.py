@@ -11,12 +11,13 @@ how the graph is cut, so compare recorded runs with recorded runs.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import io
 import json
 import struct
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,58 +169,97 @@ class _Reader:
         self._scratch = ctypes.create_string_buffer(nbytes)
         self._size, self._address = nbytes, ctypes.addressof(self._scratch)
 
-    def rows(self, address: int, tensor: _Tensor, n_rows: int) -> bytes:
+    def rows(self, view: _View, n_rows: int) -> bytes:
         """The tensor's rows, one after another without gaps."""
-        width = tensor.ne[0] * 4
-        step = tensor.nb[1] if n_rows > 1 else width
-        nbytes = (n_rows - 1) * step + width
+        nbytes = step = width = view.row_bytes
+        if n_rows > 1:
+            step = view.steps[1]
+            nbytes += (n_rows - 1) * step
         if nbytes > self._size:
             self._reserve(nbytes)
-        self._get(address, self._address, 0, nbytes)
+        self._get(view.address, self._address, 0, nbytes)
         raw = ctypes.string_at(self._address, nbytes)
         if step == width:
             return raw
-        strided = np.ndarray((n_rows, tensor.ne[0]), np.int32, raw, strides=(step, 4))
-        return strided.tobytes()
+        return np.ndarray((n_rows, width // 4), np.int32, raw, strides=(step, 4)).tobytes()
+
+
+class _View:
+    """One tensor of llama.cpp's graph, read where it lies."""
+
+    __slots__ = ("address", "name", "row_bytes", "shape", "steps", "tensor")
+
+    def __init__(self, address: int) -> None:
+        self.address, self.tensor = address, _Tensor.from_address(address)
+        self.name, self.shape, self.steps = self.tensor.name, self.tensor.ne, self.tensor.nb
+        self.row_bytes = self.shape[0] * 4
+
+
+class _Hook:
+    """A key of `_Nodes` that calls a function when its address is looked up.
+
+    A dictionary asks a key for equality only when the hashes are equal, so Python code runs at these few
+    nodes, and the hundreds of others are answered by the dictionary alone.
+    """
+
+    __slots__ = ("address", "call")
+
+    def __init__(self, address: int, call: Callable[[], object]) -> None:
+        self.address, self.call = address, call
+
+    def __hash__(self) -> int:
+        return hash(self.address)
+
+    def __eq__(self, other: object) -> bool:
+        if self.address == other:
+            self.call()
+            return True
+        return self is other
+
+
+class _Nodes(dict[Any, bool]):
+    """For every node of the graph, by address: does llama.cpp stop there? Unknown ones are learned."""
+
+    def __init__(self, learn: Callable[[int], bool]) -> None:
+        self._learn = learn
+
+    def __missing__(self, address: int) -> bool:
+        return self._learn(address)
 
 
 class _Router:
-    """One layer's router in llama.cpp's graph: where its ids, selection scores and probabilities lie."""
+    """One layer's router in llama.cpp's graph: its ids, selection scores and probabilities."""
 
-    __slots__ = ("address", "ids", "layer", "name", "probs", "probs_at", "probs_name", "scores", "scores_at")
-
-    def __init__(self, address: int, probs_at: int) -> None:
-        self.address, self.ids = address, _Tensor.from_address(address)
-        self.name = self.ids.name
-        self.layer = int(self.name.rsplit(b"-", 1)[1])
-        self.probs_at, self.probs = probs_at, _Tensor.from_address(probs_at)
-        self.probs_name = self.probs.name
-        source = _Tensor.from_address(self.ids.src[0])
-        self.scores_at = source.src[0] if source.name.startswith(_ARGSORT) else 0  # 0: a hash layer
-        self.scores = _Tensor.from_address(self.scores_at) if self.scores_at else None
-
-    def is_there(self) -> bool:
-        """Whether these addresses hold this layer's tensors in the graph that is about to run."""
-        if self.ids.name != self.name or self.probs.name != self.probs_name:
-            return False
-        return not self.scores_at or _Tensor.from_address(self.ids.src[0]).src[0] == self.scores_at
+    def __init__(self, address: int, probs: int) -> None:
+        self.ids, self.probs = _View(address), _View(probs)
+        self.layer = int(self.ids.name.rsplit(b"-", 1)[1])
+        self.source = _View(self.ids.tensor.src[0])
+        self.hashed = not self.source.name.startswith(_ARGSORT)
+        scores = probs if self.hashed else self.source.tensor.src[0]
+        self.scores = self.probs if scores == probs else _View(scores)
+        self.stopped = False
+        self.marks = [(view.tensor, view.name) for view in {self.ids, self.probs, self.scores}]
 
 
 class Recorder:
     """Hears about every node that llama.cpp evaluates and keeps what the routers chose.
 
-    Reading each node's name would slow a small model by 40 %. So in decode, where a graph of the same shape
-    comes again and again at the same addresses, the nodes are known by address: before each graph the names
-    at these addresses are checked, and a graph that differs is learned afresh.
+    In decode a graph of the same shape comes again and again at the same addresses. So nodes are known by
+    address: reading each one's name costs a small model 40 % of its speed, a dictionary 5 %. At the first node
+    of each graph the names at the addresses that matter are checked; a graph that differs is learned afresh.
     """
 
     def __init__(self) -> None:
         import llama_cpp.llama_cpp as api
 
-        self.callback = api.ggml_backend_sched_eval_callback(self._on_node)
+        self._nodes = _Nodes(self._learn)
+        # llama.cpp also passes whether it asks or has computed, and user data: a node that we stop at
+        # comes exactly twice, so we leave both out, which makes the call cheaper
+        self._function = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(self._nodes.__getitem__)
+        self.callback = ctypes.cast(self._function, api.ggml_backend_sched_eval_callback)
         self._reader = _Reader()
-        self._routers: dict[int, _Router] = {}
-        self._find: Any = _nothing
+        self._marks: list[tuple[_Tensor, bytes]] = []  # what must lie where, for the known addresses to hold
+        self._listening = False
         self._probs_at = 0
         self._error: BaseException | None = None
         self._weighting: dict[str, float] = {}
@@ -231,17 +271,15 @@ class Recorder:
         self._rows: dict[int, int] = {}
         self._blocks: list[dict[int, tuple[np.ndarray, ...]]] = []
         self._raw_bytes = self._expected = 0
-        self._shape, self._hashed = (0, 0), {}
+        self._shape: tuple[int, int] = (0, 0)
+        self._hashed: dict[int, bool] = {}
 
     # -- around each llama_decode --
 
     def begin(self, n_tokens: int) -> None:
-        """Say that the next ``llama_decode`` evaluates this many tokens."""
+        """Say that the next ``llama_decode`` evaluates this many tokens, to be recorded."""
         self._expected += n_tokens
-        if n_tokens == 1 and self._routers:
-            self._find = self._recognise
-        else:
-            self._routers, self._find = {}, self._learn
+        self._listening = True
 
     def end(self) -> None:
         """Check that every layer told about every token.
@@ -249,79 +287,87 @@ class Recorder:
         Raises:
             RoutingError: one did not, or told twice.
         """
-        self._find = _nothing
+        self._listening = False
         if self._error is not None:
             error, self._error = self._error, None
             raise RoutingError(f"the recorder failed ({error})", hint="report the architecture") from error
-        if any(rows != self._expected for rows in self._rows.values()):
-            layer = next(layer for layer, rows in self._rows.items() if rows != self._expected)
-            raise RoutingError(f"layer {layer} routed {self._rows[layer]:,} of {self._expected:,} tokens",
-                               hint="this architecture does not use llama.cpp's common expert block once a layer")
+        for layer, rows in self._rows.items():
+            if rows != self._expected:
+                raise RoutingError(f"layer {layer} routed {rows:,} of {self._expected:,} tokens",
+                                   hint="this architecture does not use llama.cpp's common expert block once a layer")
         if self._raw_bytes > FLUSH_BYTES:
             self._flush()
 
-    # -- inside it --
+    # -- inside it: no exception may pass through llama.cpp, so end() raises them --
 
-    def _on_node(self, address: int, ask: bool, _user_data: object) -> bool:
-        router = self._find(address)
-        if router is None:
-            return False
-        if not ask:
+    def _learn(self, address: int) -> bool:
+        """A node at an unknown address, by its name."""
+        stop = False
+        try:
+            if not self._nodes:
+                self._nodes[_Hook(address, self._start)] = False
+                return False
+            prefix = ctypes.string_at(address + _NAME, _PREFIX_BYTES)
+            if prefix == _TOPK:
+                router = _Router(address, self._probs_at)
+                self._marks += router.marks
+                self._nodes[_Hook(address, functools.partial(self._visit, router))] = stop = True
+                self._visit(router)
+                return stop
+            if prefix in (_PROBS, _WEIGHTS):
+                self._learn_named(_View(address))
+        except Exception as error:
+            self._error = error
+        self._nodes[address] = stop
+        return stop
+
+    def _learn_named(self, view: _View) -> None:
+        """The probabilities, and what build_moe_ffn does to the chosen ones, from the names of its nodes."""
+        step = view.name.rsplit(b"-", 1)[0].decode()
+        if step == "ffn_moe_probs" and b" " not in view.name:
+            self._probs_at = view.address
+        elif step.startswith("ffn_moe_weights_"):
+            factor = struct.unpack("f", struct.pack("i", view.tensor.op_params[0]))[0]
+            self._weighting[step.removeprefix("ffn_moe_weights_")] = factor
+
+    def _start(self) -> None:
+        """The first node of a graph: forget the known addresses unless they hold what they held."""
+        for tensor, name in self._marks:
+            if tensor.name != name:
+                self._nodes.clear()
+                self._marks = []
+                return
+
+    def _visit(self, router: _Router) -> None:
+        """A router's node: first llama.cpp asks whether to stop behind it, then it has stopped."""
+        router.stopped = not router.stopped
+        if router.stopped or not self._listening:
+            return
+        try:
             self._take(router)
-        return True
-
-    def _recognise(self, address: int) -> _Router | None:
-        """The first node of a graph: use the known addresses if they hold what they held."""
-        if all(router.is_there() for router in self._routers.values()):
-            self._find = self._routers.get
-        else:
-            self._routers, self._find = {}, self._learn
-        return self._find(address)
-
-    def _learn(self, address: int) -> _Router | None:
-        """Any node of an unknown graph: by its name."""
-        if address in self._routers:
-            return self._routers[address]
-        prefix = ctypes.string_at(address + _NAME, _PREFIX_BYTES)
-        if prefix == _TOPK:
-            self._routers[address] = _Router(address, self._probs_at)
-            return self._routers[address]
-        if prefix == _PROBS and ctypes.string_at(address + _NAME).startswith(b"ffn_moe_probs-"):
-            self._probs_at = self._probs_at if b" " in ctypes.string_at(address + _NAME) else address
-        elif prefix == _WEIGHTS:
-            self._learn_weighting(_Tensor.from_address(address))
-        return None
-
-    def _learn_weighting(self, tensor: _Tensor) -> None:
-        """What build_moe_ffn does to the chosen probabilities, from the names of the nodes that do it."""
-        step = tensor.name.rsplit(b"-", 1)[0].removeprefix(b"ffn_moe_weights_").decode()
-        if step in ("softmax", "norm", "scaled"):
-            self._weighting[step] = struct.unpack("f", struct.pack("i", tensor.op_params[0]))[0]
+        except Exception as error:
+            self._error = error
 
     def _take(self, router: _Router) -> None:
-        try:
-            n = router.ids.ne[1]
-            ids = self._reader.rows(router.address, router.ids, n)
-            probs = self._reader.rows(router.probs_at, router.probs, n)
-            scores = probs
-            if router.scores_at not in (0, router.probs_at):
-                scores = self._reader.rows(router.scores_at, router.scores, n)
-            if router.layer not in self._raw:
-                self._meet(router)
-            raw = self._raw[router.layer]
-            raw[0].append(ids), raw[1].append(scores), raw[2].append(probs)
-            self._rows[router.layer] += n
-            self._raw_bytes += len(ids) + len(scores) + len(probs)
-        except Exception as error:  # an exception cannot pass through llama.cpp: end() raises it
-            self._error = error
+        n, rows = router.ids.shape[1], self._reader.rows
+        ids, probs = rows(router.ids, n), rows(router.probs, n)
+        scores = probs if router.scores is router.probs else rows(router.scores, n)
+        if router.layer not in self._raw:
+            self._meet(router)
+        raw = self._raw[router.layer]
+        raw[0].append(ids)
+        raw[1].append(scores)
+        raw[2].append(probs)
+        self._rows[router.layer] += n
+        self._raw_bytes += len(ids) + len(scores) + len(probs)
 
     def _meet(self, router: _Router) -> None:
         """The first rows of a layer, or the first after a flush."""
-        shape = router.ids.ne[0], router.probs.ne[0] * max(1, router.probs.ne[1] // router.ids.ne[1])
+        shape = router.ids.row_bytes // 4, router.probs.row_bytes // 4
         if self._shape not in ((0, 0), shape):
             raise RoutingError(f"layer {router.layer} chooses {shape[0]} of {shape[1]} experts, not as others")
         self._shape, self._raw[router.layer] = shape, ([], [], [])
-        self._hashed[router.layer] = not router.scores_at
+        self._hashed[router.layer] = router.hashed
         self._rows.setdefault(router.layer, 0)
 
     # -- from raw scores to margins and weights --
@@ -370,10 +416,6 @@ class Recorder:
         if (fields["margin"] < 0).any():
             raise RoutingError("chosen experts do not have the largest scores", hint="report the architecture")
         return fields
-
-
-def _nothing(_address: int) -> None:
-    return None
 
 
 def margin(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -453,10 +495,20 @@ def _decode(model: Model, tokens: Sequence[int]) -> None:
     counts = (ctypes.c_int32 * n)(*[1] * n)
     batch = api.llama_batch(n_tokens=n, token=ids, embd=None, pos=positions, n_seq_id=counts,
                             seq_id=sequences, logits=wanted)
-    status = api.llama_decode(llama.ctx, batch)
+    status = (_decode_holding_gil() if n == 1 else api.llama_decode)(llama.ctx, batch)
     if status != 0:
         raise DecodeError(f"llama_decode returned {status} after {past:,} tokens", where=model.path)
     llama.n_tokens = past + n
+
+
+@functools.cache
+def _decode_holding_gil() -> Any:
+    """``llama_decode`` that keeps Python's lock: a callback that need not take it costs half as much."""
+    import llama_cpp.llama_cpp as api
+
+    function = ctypes.PyDLL(api._lib._name).llama_decode
+    function.argtypes, function.restype = api.llama_decode.argtypes, api.llama_decode.restype
+    return function
 
 
 @contextmanager

@@ -1,0 +1,69 @@
+"""Decoding with the routing recorder against the same decoding without it, in turn in one process.
+
+    python tests/benchmarks/routing.py [MODEL] [--tokens 64] [--rounds 21]
+
+Both models are open at once; each round decodes the same tokens with one and then the other, first and second
+swapped every round, and the ratio is the median of the rounds' ratios: what else runs on the machine slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+from dfqs_nb.paths import data_dir
+from dfqs_nb.probe import OpenSettings
+from dfqs_nb.routing import open_recorded
+
+NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
+
+
+def seconds(recorded, tokens, depth: int) -> float:
+    """Seconds to decode tokens one by one after ``depth`` others."""
+    recorded.model.clear()
+    if recorded.recorder is not None:
+        recorded.recorder.reset()
+    recorded.feed(tokens[:depth])
+    started = time.perf_counter()
+    for token in tokens[depth:]:
+        recorded.feed([token])
+    if recorded.recorder is not None:
+        recorded.recorder.arrays()  # reducing the scores counts too
+    return time.perf_counter() - started
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default=str(NANO))
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--depth", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    settings = OpenSettings(n_ctx=512, n_threads=arguments.threads)
+    with (open_recorded(arguments.model, settings, listen=False) as plain,
+          open_recorded(arguments.model, settings) as heard):
+        n = arguments.depth + arguments.tokens
+        tokens = np.random.default_rng(0).integers(0, plain.model.n_vocab, n).tolist()
+        pairs = []
+        for turn in range(arguments.rounds + 1):
+            order = (plain, heard) if turn % 2 else (heard, plain)
+            taken = {id(one): seconds(one, tokens, arguments.depth) for one in order}
+            pairs.append((taken[id(plain)], taken[id(heard)]))
+    pairs = pairs[1:]  # the first is a warm-up
+    ratio = statistics.median(heard / plain for plain, heard in pairs)
+    for name, values in (("without recorder", [p for p, _ in pairs]), ("with recorder", [h for _, h in pairs])):
+        print(f"{name:17} {1e3 * statistics.median(values) / arguments.tokens:.3f} ms a token")
+    print(f"with / without    {ratio:.3f} (median of {arguments.rounds} paired rounds of {arguments.tokens} tokens)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
