@@ -337,7 +337,8 @@ class Journal:
         latest = self.written_ns + TORN_SECONDS * 10**9
         for path, then, now in zip(plan.sources, self.lines[0]["sources"], identities(plan.sources),
                                    strict=True):
-            changed = now["mtime_ns"] != then["mtime_ns"] and not (torn and now["mtime_ns"] <= latest)
+            own = torn and then["mtime_ns"] < now["mtime_ns"] <= latest
+            changed = now["mtime_ns"] != then["mtime_ns"] and not own
             if changed or now["nbytes"] != then["nbytes"]:
                 raise IntegrityError("changed since its merge began", where=path,
                                      hint="put the file back as it was and go on, or, if all sources are whole, "

@@ -12,8 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,9 @@ SHARDS = [shard_path(data_dir() / "reference" / NAME, n, 2) for n in (1, 2)]
 RECORDED = json.loads((Path(__file__).parent / "data/merge_hashes.json").read_text())["models"]["IQ1_S-XL"]
 CONSUMING = ["consume", "repair"]
 
-needs_holes = pytest.mark.skipif(not holes.can_punch(REPOSITORY), reason="no holes on this file system")
+needs_holes = pytest.mark.skipif(not holes.can_punch(tempfile.gettempdir()), reason="no holes on this file system")
+consuming_actions = pytest.mark.parametrize("action", [pytest.param(a, marks=needs_holes) for a in CONSUMING])
+all_actions = pytest.mark.parametrize("action", ["merge", *consuming_actions.args[1]])
 
 
 @dataclass(frozen=True)
@@ -107,18 +111,18 @@ def whole(merged_reference) -> bytes:
     return merged_reference.read_bytes()
 
 
-@pytest.fixture(scope="session", params=["merge", *(pytest.param(a, marks=needs_holes) for a in CONSUMING)])
-def measured(request, tmp_path_factory):
-    """An action, its number of ticks, and its seconds, when nothing happens to it."""
-    child = new_case(request.param, tmp_path_factory.mktemp("measure") / "f").start()
-    began = time.perf_counter()
-    ticks = int(child.communicate()[0])
-    return request.param, ticks, time.perf_counter() - began
+@cache
+def measure(action: str) -> tuple[int, float]:
+    """Ticks and seconds of an action when nothing happens to it."""
+    with tempfile.TemporaryDirectory() as folder:
+        child = new_case(action, Path(folder) / "f").start()
+        began = time.perf_counter()
+        return int(child.communicate()[0]), time.perf_counter() - began
 
 
-def kill_and_resume(measured, seed: int, folder: Path, whole: bytes) -> None:
+def kill_and_resume(action: str, seed: int, folder: Path, whole: bytes) -> None:
     """Kill once or twice, at a random call or a random time, look for lost bytes, go on, and compare."""
-    action, ticks, seconds = measured
+    ticks, seconds = measure(action)
     draw = random.Random(f"{action} {seed}")
     case = new_case(action, folder / "f")
     for _ in range(draw.choice([1, 1, 2])):
@@ -137,30 +141,30 @@ def kill_and_resume(measured, seed: int, folder: Path, whole: bytes) -> None:
     shutil.rmtree(folder / "f")
 
 
+@all_actions
 @pytest.mark.parametrize("seed", range(8))
-def test_killed_at_a_random_point(measured, seed, tmp_path, whole):
-    kill_and_resume(measured, seed, tmp_path, whole)
+def test_killed_at_a_random_point(action, seed, tmp_path, whole):
+    kill_and_resume(action, seed, tmp_path, whole)
 
 
 @pytest.mark.slow
-def test_killed_at_100_random_points(measured, tmp_path, whole):
+@all_actions
+def test_killed_at_100_random_points(action, tmp_path, whole):
     for seed in range(1000, 1100):
-        kill_and_resume(measured, seed, tmp_path, whole)
+        kill_and_resume(action, seed, tmp_path, whole)
 
 
-@pytest.mark.parametrize("action", ["merge", *CONSUMING])
-def test_killed_within_the_last_calls(action, measured, tmp_path, whole):
+@all_actions
+def test_killed_within_the_last_calls(action, tmp_path, whole):
     """Where the part takes its name, its hashes are kept, and sources and journal go."""
-    if action != measured[0]:
-        pytest.skip("measured for another action")
     for back in (1, 3, 5, 8, 11, 14):
         case = new_case(action, tmp_path / str(back))
-        case.start(at=measured[1] - back).communicate()
+        case.start(at=measure(action)[0] - back).communicate()
         case.check_nothing_lost(whole)
         case.check_end(case.run())
 
 
-@pytest.mark.parametrize("action", ["merge", *(pytest.param(a, marks=needs_holes) for a in CONSUMING)])
+@all_actions
 @pytest.mark.parametrize("seed", range(4))
 def test_disk_full_at_a_random_call(action, seed, tmp_path, monkeypatch, small, whole):
     case, calls = new_case(action, tmp_path / "f"), []
@@ -183,7 +187,7 @@ def test_disk_full_at_a_random_call(action, seed, tmp_path, monkeypatch, small, 
     case.check_end(case.run())
 
 
-@pytest.mark.parametrize("action", [pytest.param(a, marks=needs_holes) for a in CONSUMING])
+@consuming_actions
 @pytest.mark.parametrize("nth", [1, 2, 3, 30])
 def test_disk_too_full_for_a_whole_line_of_the_journal(action, nth, tmp_path, monkeypatch, small, whole):
     """A short write is no written line: nothing may be released on its word."""
@@ -239,15 +243,17 @@ def test_consume_on_a_real_full_disk(tmp_path, monkeypatch, small, whole):
 
 # A source, or the call, is another one the second time.
 
-def killed(case: Case, ticks: int) -> None:
-    case.start(at=ticks).communicate()
+def half_done(action: str, folder: Path) -> Case:
+    """A case whose process was killed half-way."""
+    case = new_case(action, folder)
+    case.start(at=measure(action)[0] // 2).communicate()
     assert any("end" in line for line in read_journal(case.output)), "killed too early to show anything"
+    return case
 
 
-def test_changed_source_is_refused(measured, tmp_path, whole):
-    action, ticks, _ = measured
-    case = new_case(action, tmp_path / "f")
-    killed(case, ticks // 2)
+@all_actions
+def test_changed_source_is_refused(action, tmp_path, whole):
+    case = half_done(action, tmp_path / "f")
     path, before = case.sources[-1], case.sources[-1].stat()
     os.utime(path, (1, 10_000_000_000))
     with pytest.raises(IntegrityError, match="changed since its merge began"):
@@ -269,13 +275,9 @@ def test_changed_source_is_refused(measured, tmp_path, whole):
 
 
 @needs_holes
-def test_unfinished_consuming_merge_is_safe_from_other_calls(measured, tmp_path, whole):
+def test_unfinished_consuming_merge_is_safe_from_other_calls(tmp_path, whole):
     """The part file is then the only place of some bytes: no other call on that output may touch it."""
-    action, ticks, _ = measured
-    if action != "consume":
-        pytest.skip("once is enough")
-    case = new_case(action, tmp_path / "f")
-    killed(case, ticks // 2)
+    case = half_done("consume", tmp_path / "f")
     other = merge(SHARDS[0], tmp_path / "other.gguf", progress=False).path
     for call in (lambda: merge(case.sources[0], case.output, progress=False),
                  lambda: merge(other, case.output, progress=False),
@@ -289,25 +291,18 @@ def test_unfinished_consuming_merge_is_safe_from_other_calls(measured, tmp_path,
     case.check_end(case.run())
 
 
-def test_unfinished_plain_merge_gives_way(tmp_path, small, measured):
-    action, ticks, _ = measured
-    if action != "merge":
-        pytest.skip("once is enough")
-    case = new_case(action, tmp_path / "f")
-    killed(case, ticks // 2)
+def test_unfinished_plain_merge_gives_way(tmp_path, small):
+    case = half_done("merge", tmp_path / "f")
     shards = [shard_path(data_dir() / "reference/DFQS-Nano-Q8_0", n, 2) for n in (1, 2)]
     result = merge(shards[0], case.output, progress=False)
     assert result.sha256 == hashlib.sha256(case.output.read_bytes()).hexdigest() != RECORDED["merged"]
 
 
-def test_validated_merge_of_other_shards_is_not_passed_off(measured, tmp_path):
+def test_validated_merge_of_other_shards_is_not_passed_off(tmp_path):
     """Killed just before it took its name, then asked for something else."""
-    action, ticks, _ = measured
-    if action != "merge":
-        pytest.skip("once is enough")
-    case = new_case(action, tmp_path / "f")
+    case = new_case("merge", tmp_path / "f")
     for back in range(1, 40):
-        case.start(at=ticks - back).communicate()
+        case.start(at=measure("merge")[0] - back).communicate()
         if (lines := read_journal(case.output)) and "valid" in lines[-1]:
             break
     shard = shard_path(data_dir() / "reference/DFQS-Nano-Q8_0", 1, 2)
@@ -315,10 +310,9 @@ def test_validated_merge_of_other_shards_is_not_passed_off(measured, tmp_path):
     assert result.sha256 == hashlib.sha256(case.output.read_bytes()).hexdigest() != RECORDED["merged"]
 
 
-def test_lost_part_file_is_said_so(measured, tmp_path):
-    action, ticks, _ = measured
-    case = new_case(action, tmp_path / "f")
-    killed(case, ticks // 2)
+@all_actions
+def test_lost_part_file_is_said_so(action, tmp_path):
+    case = half_done(action, tmp_path / "f")
     os.truncate(part_path(case.output), 1000)
     with pytest.raises(IntegrityError, match="shorter than its journal says"):
         case.run()
@@ -328,17 +322,17 @@ def test_lost_part_file_is_said_so(measured, tmp_path):
         assert journal_path(case.output).exists()
 
 
-def test_longer_part_file_is_cut(measured, tmp_path):
-    case = new_case(measured[0], tmp_path / "f")
-    killed(case, measured[1] // 2)
+@all_actions
+def test_longer_part_file_is_cut(action, tmp_path):
+    case = half_done(action, tmp_path / "f")
     with part_path(case.output).open("ab") as file:
         file.write(bytes(10_000_000))
     case.check_end(case.run())
 
 
-def test_torn_journal_counts_as_unwritten(measured, tmp_path, whole):
-    case = new_case(measured[0], tmp_path / "f")
-    killed(case, measured[1] // 2)
+@all_actions
+def test_torn_journal_counts_as_unwritten(action, tmp_path, whole):
+    case = half_done(action, tmp_path / "f")
     with journal_path(case.output).open("ab") as file:
         file.write(b'\0\0\0\n{"end":5752864,"xx')
     case.check_nothing_lost(whole)
@@ -353,10 +347,10 @@ def stopped(case: Case, at: int) -> subprocess.Popen:
     return child
 
 
-def test_second_process_is_refused(measured, tmp_path):
-    action, ticks, _ = measured
+@all_actions
+def test_second_process_is_refused(action, tmp_path):
     case = new_case(action, tmp_path / "f")
-    child = stopped(case, ticks // 2)
+    child = stopped(case, measure(action)[0] // 2)
     try:
         before = {path: path.read_bytes() for path in case.output.parent.iterdir()}
         with pytest.raises(OutputError, match="another process is writing it"):
@@ -373,12 +367,9 @@ def test_second_process_is_refused(measured, tmp_path):
 
 
 @needs_holes
-def test_shards_being_read_are_not_consumed(tmp_path, measured):
-    action, ticks, _ = measured
-    if action != "merge":
-        pytest.skip("once is enough")
-    case = new_case(action, tmp_path / "f")
-    child = stopped(case, ticks // 2)
+def test_shards_being_read_are_not_consumed(tmp_path):
+    case = new_case("merge", tmp_path / "f")
+    child = stopped(case, measure("merge")[0] // 2)
     try:
         with pytest.raises(OutputError, match="another process is merging this file"):
             merge(case.sources[0], tmp_path / "second.gguf", consume=True, progress=False)
@@ -390,7 +381,7 @@ def test_shards_being_read_are_not_consumed(tmp_path, measured):
 
 # What must not be consumed.
 
-@pytest.mark.parametrize("action", [pytest.param(a, marks=needs_holes) for a in CONSUMING])
+@consuming_actions
 def test_flipped_bit_releases_nothing(action, tmp_path, monkeypatch, small, whole):
     case, real, calls = new_case(action, tmp_path / "f"), os.pwrite, []
 
@@ -463,15 +454,12 @@ def test_repair_in_place_of_a_link(tmp_path):
 
 
 @needs_holes
-def test_output_under_another_spelling_is_not_removed(tmp_path, measured):
+def test_output_under_another_spelling_is_not_removed(tmp_path):
     """A killed in-place repair, finished by a call that names the file otherwise."""
-    action, ticks, _ = measured
-    if action != "repair":
-        pytest.skip("once is enough")
-    case = new_case(action, tmp_path / "f")
+    case = new_case("repair", tmp_path / "f")
     (tmp_path / "g").mkdir()
     odd = replace(case, sources=(tmp_path / "g/../f/glued.gguf",))
-    odd.start(at=ticks - 9).communicate()
+    odd.start(at=measure("repair")[0] - 9).communicate()
     case.check_end(case.run())
 
 
