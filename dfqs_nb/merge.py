@@ -26,10 +26,9 @@ from typing import TYPE_CHECKING, Any
 from dfqs_nb import ggml, holes, transfer
 from dfqs_nb.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.gguf_header import MAGIC, GGUFHeader, Tensor, check_layout, padded, read_header
-from dfqs_nb.paths import write_json
 from dfqs_nb.shards import ShardSet, open_shards
 from dfqs_nb.transfer import Copy, Plan
-from dfqs_nb.verify import sha256_of, tensor_hashes
+from dfqs_nb.verify import manifest_path, save_manifest, sha256_of, tensor_hashes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -189,18 +188,10 @@ def earlier_result(output: Path) -> MergeResult | None:
 
 
 def _write_manifest(output: Path, record: dict[str, Any], seconds: float) -> None:
-    stat, path = output.stat(), manifest_path(output)
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    place = manifest_path(output)
+    for stale in place.parent.glob(f".{glob.escape(place.name)}.*.part"):
         stale.unlink()  # of a run that was killed here
-    write_json(path, {
-        "file": output.name, "nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns,
-        "sha256": record["sha256"], "seconds": seconds, "sources": record["sources"],
-        "tensors": record["hashes"]})
-
-
-def manifest_path(output: Path) -> Path:
-    """Where the hashes of ``output`` are kept: beside it."""
-    return output.with_name(output.name + ".manifest.json")
+    save_manifest(output, record["sha256"], record["hashes"], record["sources"], seconds)
 
 
 def segments(shards: ShardSet, output_name: str) -> pd.DataFrame:
