@@ -276,6 +276,7 @@ class _Check:
     def __init__(self, header: GGUFHeader, tensors: Mapping[str, Tensor]) -> None:
         self.header, self.tensors = header, tensors
         self.expected: set[str] = set()
+        self.of_wrong_type: list[Problem] = []  # loads, and ends the process later
         self.aliases = {_renamed(name): name for name in tensors}
 
     def problems(self) -> Iterator[Problem]:
@@ -285,6 +286,7 @@ class _Check:
         yield from self.vocabulary()
         yield from self.tensor_table()
         yield from self.graph()
+        yield from self.of_wrong_type
 
     # keys
 
@@ -556,14 +558,16 @@ class _Check:
         dimensions = self.dimensions()
         for name, shape, kind, _, required in _MODEL_TENSORS:
             yield from self.tensor(name, shape, kind, required, dimensions)
-        for layer in range(self.n_layers):
-            yield from self.layer(layer)
+        for table in (_LAYER_TENSORS, _SCALED):  # the scales of all layers come after everything else
+            for layer in range(self.n_layers):
+                yield from self.layer(layer, table)
         output = self.tensors.get("output.weight")
         if output is not None and output.type == "NVFP4":
-            self.expected |= {"output.scale", "output.input_scale"}
+            for name in ("output.scale", "output.input_scale"):
+                yield from self.tensor(name, "1", "f32", False, dimensions)
         yield from self.unexpected()
 
-    def layer(self, layer: int) -> Iterator[Problem]:
+    def layer(self, layer: int, table: Sequence[tuple[str, str, str, str, bool]]) -> Iterator[Problem]:
         dimensions, ratio = self.dimensions(layer), self.ratio(layer)
         hashed = self.number("hash_layer_count")
         applies = {
@@ -574,7 +578,7 @@ class _Check:
             "scored": hashed is not None and layer >= hashed,
             "next": layer >= self.n_layers - self.n_next,
         }
-        for name, shape, kind, where, required in (*_LAYER_TENSORS, *_SCALED):
+        for name, shape, kind, where, required in table:
             if name == "ffn_gate_inp.weight" and ratio not in (None, 0, 4, 128):
                 yield Problem(
                     f"deepseek4.attention.compress_ratios[{layer}]",
@@ -603,13 +607,9 @@ class _Check:
                 name, shown, f"{found.type}, {_shown(found.shape)}", f"tensor '{name}' has wrong shape"
             )
         elif not _TYPE_CLASSES[kind](found.type):
-            yield Problem(
-                name,
-                shown,
-                f"{found.type}, {_shown(found.shape)}",
-                "the process ends when it first computes with it",
-                aborts=True,
-            )
+            there = f"{found.type}, {_shown(found.shape)}"
+            what = "the process ends when it first computes with it"
+            self.of_wrong_type.append(Problem(name, shown, there, what, aborts=True))
 
     def unexpected(self) -> Iterator[Problem]:
         """Tensors that nothing asks for: the loader counts, and refuses a file with more than it used."""
@@ -636,6 +636,19 @@ class _Check:
     def graph(self) -> Iterator[Problem]:
         """Assertions that fire when the context is made, after a load that went well."""
         have = self.dimensions()
+        n_kv = self.number("attention.head_count_kv", have.get("n_head"))
+        if n_kv == 0:
+            yield Problem(
+                "deepseek4.attention.head_count_kv", "1", "0", "failed to allocate buffer for kv cache"
+            )
+        elif n_kv not in (None, 1):
+            yield Problem(
+                "deepseek4.attention.head_count_kv",
+                "1",
+                f"{n_kv} (head_count, when the key is missing)",
+                ABORTS.format("a->ne[0] == b->ne[0]"),
+                aborts=True,
+            )
         value_length = self.number("attention.value_length", have.get("head"))
         rotary = self.number("rope.dimension_count", have.get("head"))
         rules = (
@@ -678,19 +691,6 @@ class _Check:
         for key, required, value, holds, assertion in rules:
             if value is not None and not holds(value):
                 yield Problem(f"deepseek4.{key}", required, str(value), ABORTS.format(assertion), aborts=True)
-        n_kv = self.number("attention.head_count_kv", have.get("n_head"))
-        if n_kv == 0:
-            yield Problem(
-                "deepseek4.attention.head_count_kv", "1", "0", "failed to allocate buffer for kv cache"
-            )
-        elif n_kv not in (None, 1):
-            yield Problem(
-                "deepseek4.attention.head_count_kv",
-                "1",
-                f"{n_kv} (head_count, when the key is missing)",
-                ABORTS.format("a->ne[0] == b->ne[0]"),
-                aborts=True,
-            )
 
 
 def _described(kind: str) -> str:

@@ -3,6 +3,7 @@ thing each, loaded, given a context and decoded with in a child process."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +61,7 @@ class Model:
         return replace(self, specs=tuple(spec for spec in self.specs if spec.name != name))
 
     def with_tensor(self, spec: Spec) -> Model:
-        return replace(self, specs=(*self.specs, spec))
+        return replace(self, specs=(*self.without(spec.name).specs, spec))
 
 
 def _changed(spec: Spec, changes: dict[str, object]) -> Spec:
@@ -375,6 +376,19 @@ def test_the_check_says_what_llama_cpp_does_on_every_mutant(
     mutants, model: Model, reference: GGUFHeader, tmp_path: Path
 ) -> None:
     assert compare(model, mutants(reference), tmp_path) == []
+
+
+@pytest.mark.slow
+def test_of_two_faults_the_one_that_llama_cpp_stops_at_is_named_first(
+    model: Model, reference: GGUFHeader, tmp_path: Path
+) -> None:
+    pools = [list(key_mutants(reference)), list(value_mutants()), list(tokenizer_mutants(reference))[:-1],
+             list(tensor_mutants(reference)), list(extra_mutants())]
+    draw, pairs = random.Random(20260519), []
+    for _ in range(300):
+        (one, change), (two, other) = draw.choice(draw.choice(pools)), draw.choice(draw.choice(pools))
+        pairs.append((f"{one} + {two}", lambda m, a=change, b=other: b(a(m))))
+    assert compare(model, pairs, tmp_path) == []
 
 
 def test_the_reference_model_is_compatible_as_one_file_and_as_shards(reference: GGUFHeader) -> None:
