@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dfqs_nb.errors import DfqsError, ShardError
-from dfqs_nb.gguf_header import GGUFHeader, Tensor, check_layout, read_header
+from dfqs_nb.gguf_header import GGUFHeader, Tensor, check_layout, padded, read_header
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -201,6 +201,8 @@ def _check_names(headers: Sequence[GGUFHeader], count: int) -> None:
 
 def _check_size(header: GGUFHeader, number: int, count: int) -> None:
     surplus = header.file_size - header.end_offset
+    if not header.tensors and header.file_size == padded(header.end_offset, header.alignment):
+        return  # `llama-gguf-split --no-tensor-first-split` pads even where no data follows
     unpadded = max((header.data_offset + t.offset + t.nbytes for t in header.tensors),
                    default=header.end_offset)
     if header.file_size < unpadded:

@@ -22,7 +22,7 @@ NOTEBOOKS = REPOSITORY / "notebooks"
 PATTERN = "[0-9][0-9]_*.ipynb"
 STAGES = ("merge", "header", "generate")  # the order of a summary; a stage not named here comes last
 KERNEL = "python3"
-QUIET = "--log-level=ERROR"  # an argument of the kernel: no warnings about its own sockets
+QUIET = "--log-level=CRITICAL"  # of the kernel: nothing about its own sockets, or its own shutdown
 
 
 # --- running ---------------------------------------------------------------------------------------

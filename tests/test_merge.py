@@ -101,6 +101,21 @@ def test_one_dimensional_tails_and_alignment(tmp_path):
     assert [data[t.offset:][:t.nbytes] for t in header.tensors] == [spec.bytes() for spec in specs]
 
 
+def test_a_first_shard_without_tensors(tmp_path, merged_reference):
+    """As `llama-gguf-split --no-tensor-first-split` writes it: metadata and padding only."""
+    header = read_header(merged_reference)
+    kept = [header.raw[slice(*one.record)] for name, one in header.fields.items() if "split" not in name]
+    whole = merged_reference.read_bytes()
+    specs = [Spec(t.name, t.type_code, t.shape, data=whole[header.data_offset + t.offset:][:t.nbytes])
+             for t in header.tensors]
+    first, second = (shard_path(tmp_path / "m", n, 2) for n in (1, 2))
+    lead = gguf_bytes([*kept, *split_fields(0, 2, 126)])
+    first.write_bytes(lead + bytes(-len(lead) % 32))
+    second.write_bytes(gguf_bytes(split_fields(1, 2, 126), specs))
+    assert len(lead) % 32, "the padding is what this tests"
+    assert merge(first, tmp_path / "out.gguf", progress=False).sha256 == RECORDED["IQ1_S-XL"]["merged"]
+
+
 def test_segments_cover_each_file():
     shards = open_shards(SHARD["IQ1_S-XL"])
     plan = plan_merge(shards)
