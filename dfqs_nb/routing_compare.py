@@ -7,9 +7,9 @@ route by hash are counted apart: their experts follow from the token alone and c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -156,18 +156,18 @@ def flips(a: Trace, b: Trace) -> pd.DataFrame:
     })  # fmt: skip
 
 
-def by_position(a: Trace, b: Trace, n_bins: int = 8) -> pd.DataFrame:
-    """Stretches of the context: ``start``, ``end`` (tokens), ``n`` choices, ``differ``, ``share_identical``,
+def by_position(a: Trace, b: Trace, edges: Sequence[int]) -> pd.DataFrame:
+    """Stretches of the context between ``edges`` (token positions, ascending): ``start``, ``end`` (tokens), ``n`` choices, ``differ``, ``share_identical``,
     and the 5th, 50th and 95th percentile of the router's margin."""
     import pandas as pd
 
     require_comparable(a, b)
     differ, margins = differences(a, b)[:, ~a.hashed], a.margin[:, ~a.hashed]
     rows = []
-    for part in np.array_split(np.arange(a.n_tokens), min(n_bins, a.n_tokens)):
-        here = differ[part]
-        low, middle, high = np.quantile(margins[part], [0.05, 0.5, 0.95]) if here.size else [math.nan] * 3
-        rows.append({"start": int(part[0]), "end": int(part[-1]) + 1, "n": here.size, "differ": int(here.sum()),
+    for start, end in pairwise(edges):
+        here = differ[start:end]
+        low, middle, high = np.quantile(margins[start:end], [0.05, 0.5, 0.95]) if here.size else [math.nan] * 3
+        rows.append({"start": start, "end": end, "n": here.size, "differ": int(here.sum()),
                      "share_identical": 1 - here.mean() if here.size else math.nan,
                      "margin_p5": low, "margin_median": middle, "margin_p95": high})
     return pd.DataFrame(rows)
