@@ -57,7 +57,9 @@ def non_increasing(successes: Any, trials: Any) -> np.ndarray:
     rights, totals = (np.concatenate([zero, np.cumsum(one, -1)], -1) for one in (right, n))
     fit = np.full(right.shape, inf)
     for a in range(right.shape[-1]):
-        pooled = (rights[..., a + 1 :] - rights[..., a : a + 1]) / (totals[..., a + 1 :] - totals[..., a : a + 1])
+        pooled = (rights[..., a + 1 :] - rights[..., a : a + 1]) / (
+            totals[..., a + 1 :] - totals[..., a : a + 1]
+        )
         best = np.maximum.accumulate(pooled[..., ::-1], -1)[..., ::-1]
         fit[..., a:] = np.minimum(fit[..., a:], best)
     return fit
@@ -172,7 +174,9 @@ class Boundary:
         return f"fails at {self.tokens:,} tokens ({interval}; cause: quality)"
 
 
-def quality_boundary(counts: Counts, guess_rate: float = 0.0, *, n_boot: int = N_BOOT, seed: int = 0) -> Boundary:
+def quality_boundary(
+    counts: Counts, guess_rate: float = 0.0, *, n_boot: int = N_BOOT, seed: int = 0
+) -> Boundary:
     """Where the accuracy falls below ``g + 0.85 (a_0 - g)``, with its interval from a bootstrap over haystacks.
 
     ``status`` is ``"floor"`` when Wilson's lower limit of a_0 does not exceed the guess rate. The interval is
@@ -271,7 +275,11 @@ def with_runtime_failure(boundary: Boundary, length: int | None, cause: str | No
     >>> with_runtime_failure(held, 2048, "oom").cause
     'oom'
     """
-    if length is None or boundary.status == "floor" or (not boundary.right_censored and boundary.tokens <= length):
+    if (
+        length is None
+        or boundary.status == "floor"
+        or (not boundary.right_censored and boundary.tokens <= length)
+    ):
         return boundary
     low = min(boundary.low or length, length)
     high = length if boundary.high is None else min(boundary.high, length)
@@ -305,13 +313,19 @@ def clearly_below(counts: Counts, grid: Sequence[int], guess_rate: float, in_a_r
 
     Only lengths from 512 tokens on count, when a_0 is complete.
     """
-    seen = [k for k, length in enumerate(counts.lengths) if length in grid and length >= min(REFERENCE_TOKENS, grid[-1])]
+    seen = [
+        k
+        for k, length in enumerate(counts.lengths)
+        if length in grid and length >= min(REFERENCE_TOKENS, grid[-1])
+    ]
     high = wilson(counts.successes.sum(0), counts.trials.sum(0))[1]
     last = seen[-in_a_row:]
     return len(last) == in_a_row and bool((high[last] < counts.threshold(guess_rate)).all())
 
 
-def refined_lengths(counts: Counts, guess_rate: float, resolution: float = 0.25, multiple: int = 1) -> list[int]:
+def refined_lengths(
+    counts: Counts, guess_rate: float, resolution: float = 0.25, multiple: int = 1
+) -> list[int]:
     """Middles (in log2) of the interval where the fit crosses the threshold and of its two neighbours.
 
     The neighbours are taken too because the interval itself was picked by noise: with it alone, the interval
@@ -365,7 +379,9 @@ def search_lengths(
 # ---- two models, side by side ----
 
 
-def paired(items: pd.DataFrame, baseline: pd.DataFrame, *, n_boot: int = N_BOOT, seed: int = 0) -> pd.DataFrame:
+def paired(
+    items: pd.DataFrame, baseline: pd.DataFrame, *, n_boot: int = N_BOOT, seed: int = 0
+) -> pd.DataFrame:
     """The difference in accuracy to a baseline that answered the same questions, by length.
 
     Both frames have columns ``haystack``, ``length``, ``question`` and ``correct``; only questions that both

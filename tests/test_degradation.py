@@ -41,7 +41,12 @@ def test_wilson_limits_are_the_roots_of_the_score_equation(right, n):
 
 def test_wilson_agrees_with_published_values():
     """Newcombe 1998, Statistics in Medicine 17:857, table I, method 3."""
-    for right, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)]:
+    for right, n, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
         assert np.round(wilson(right, n), 4).tolist() == pytest.approx([low, high], abs=1e-4)
     assert [float(one) for one in wilson(0, 0)] == [0, 1]
 
@@ -72,7 +77,9 @@ def test_crossing_is_interpolated_in_log2():
     assert float(crossing([100, 200], [0.2, 0.1], 0.5)) == pytest.approx(100)
 
 
-@pytest.mark.parametrize("df, expected", [(4, 2.776), (7, 2.365), (11, 2.201), (15, 2.131), (19, 2.093), (30, 2.042)])
+@pytest.mark.parametrize(
+    "df, expected", [(4, 2.776), (7, 2.365), (11, 2.201), (15, 2.131), (19, 2.093), (30, 2.042)]
+)
 def test_student_quantile_equals_the_printed_table(df, expected):
     assert degradation.student_quantile(0.975, df) == pytest.approx(expected, rel=5e-3)
 
@@ -85,7 +92,12 @@ def test_boundary_of_a_known_curve():
     found = quality_boundary(same_answers([1, 1, 1, 0.6, 0.1]))
     assert found.a_0 == pytest.approx(0.9) and found.threshold == pytest.approx(0.765)
     assert found.tokens == round(256 * 2 ** ((1 - 0.765) / 0.4))
-    assert (found.low, found.high, found.cause, found.status) == (found.tokens, found.tokens, "quality", "measured")
+    assert (found.low, found.high, found.cause, found.status) == (
+        found.tokens,
+        found.tokens,
+        "quality",
+        "measured",
+    )
 
 
 def test_a_guess_rate_moves_the_threshold():
@@ -120,7 +132,9 @@ def test_haystacks_asked_at_other_lengths_are_drawn_with_the_rest():
     assert 128 < found.low <= found.tokens <= found.high < 1024
 
 
-@pytest.mark.parametrize("length, cause, tokens", [(2048, "quality", 362), (300, "oom", 300), (None, "quality", 362)])
+@pytest.mark.parametrize(
+    "length, cause, tokens", [(2048, "quality", 362), (300, "oom", 300), (None, "quality", 362)]
+)
 def test_the_smaller_of_quality_and_runtime_failure(length, cause, tokens):
     measured = dataclasses.replace(quality_boundary(same_answers([1, 1, 1, 0.6, 0.1])), tokens=362)
     found = degradation.with_runtime_failure(measured, length, "oom" if length else None)
@@ -161,7 +175,12 @@ class Stub:
         lengths = np.array(sorted(self.seen))
         successes = np.stack([self.seen[one][0] for one in lengths], 1).astype(float)
         planned_columns = np.array([self.seen[one][1] for one in lengths])
-        return Counts(lengths, successes, np.full(successes.shape, self.shape[1], float), planned_columns & (lengths <= 512))
+        return Counts(
+            lengths,
+            successes,
+            np.full(successes.shape, self.shape[1], float),
+            planned_columns & (lengths <= 512),
+        )
 
 
 def logistic(slope: float, middle: float, top: float):
@@ -205,13 +224,19 @@ def simulate(name: str, runs: int, n_boot: int = 400, seed: int = 20261122) -> p
         stub = Stub(p, n_haystacks, n_questions, rho, draw)
         found = quality_boundary(degradation.search_lengths(stub.measure, grid), n_boot=n_boot, seed=run)
         rows.append((found.tokens, found.low, found.high or np.inf, len(stub.seen)))
-    return pd.DataFrame(rows, columns=["tokens", "low", "high", "n_lengths"]).assign(truth=true_boundary(p, grid))
+    return pd.DataFrame(rows, columns=["tokens", "low", "high", "n_lengths"]).assign(
+        truth=true_boundary(p, grid)
+    )
 
 
 def summary(runs: pd.DataFrame) -> dict[str, float]:
     covered = (runs["low"] <= runs["truth"]) & (runs["truth"] <= runs["high"])
     error = (runs["tokens"] / runs["truth"] - 1).abs()
-    return {"coverage": covered.mean(), "median error": error.median(), "bias": runs["tokens"].median() / runs["truth"].iloc[0] - 1}
+    return {
+        "coverage": covered.mean(),
+        "median error": error.median(),
+        "bias": runs["tokens"].median() / runs["truth"].iloc[0] - 1,
+    }
 
 
 @pytest.mark.parametrize("name", ["reference, 16 x 1", "far, 12 x 6"])
@@ -240,7 +265,10 @@ def test_search_stops_early_and_returns_to_the_crossing():
 
 def test_search_ends_where_the_runtime_fails():
     stub = Stub(lambda _length: 1.0, 4, 4, 0.0, np.random.default_rng(1))
-    counts = degradation.search_lengths(lambda length, planned: stub.measure(length, planned) if length < 1000 else None, [256, 512, 1024, 2048])
+    counts = degradation.search_lengths(
+        lambda length, planned: stub.measure(length, planned) if length < 1000 else None,
+        [256, 512, 1024, 2048],
+    )
     assert counts.lengths.tolist() == [256, 512]
     assert quality_boundary(counts).right_censored
 
@@ -255,8 +283,12 @@ def test_search_is_the_same_when_repeated_from_stored_counts():
         again.seen[length] = stored[length]
         lengths = np.array(sorted(again.seen))
         return dataclasses.replace(
-            first, lengths=lengths, successes=np.stack([stored[n][0] for n in lengths], 1).astype(float),
-            trials=np.ones((16, len(lengths))), reference=np.array([stored[n][1] for n in lengths]) & (lengths <= 512))
+            first,
+            lengths=lengths,
+            successes=np.stack([stored[n][0] for n in lengths], 1).astype(float),
+            trials=np.ones((16, len(lengths))),
+            reference=np.array([stored[n][1] for n in lengths]) & (lengths <= 512),
+        )
 
     degradation.search_lengths(replay, degradation.octaves(64, 4096))
     assert list(again.seen) == order
