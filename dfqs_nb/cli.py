@@ -232,6 +232,39 @@ def split(arguments: argparse.Namespace) -> int:
                         progress=not arguments.quiet))
 
 
+def add_routing(commands: Any) -> None:
+    """``dfqs-nb routing``: is routing deterministic, and what changes it."""
+    parser = commands.add_parser("routing", help="say whether routing is deterministic, and what changes it")
+    parser.add_argument("model", metavar="MODEL", help="a name of `dfqs-nb models`, or a file")
+    parser.add_argument("--run", default="routing", help="folder under outputs/ for traces and tables")
+    parser.add_argument("--tokens", type=int, default=384, help="length of the text (default: %(default)s)")
+    parser.add_argument("--other", metavar="NAME=MODEL", action="append", default=[],
+                        help="another quantization to compare with")
+    parser.add_argument("--fresh", action="store_true", help="record again what an earlier run left")
+    parser.set_defaults(function=routing)
+
+
+def routing(arguments: argparse.Namespace) -> int:
+    from dfqs_nb import registry, routing_experiment, routing_verdict
+    from dfqs_nb.paths import run_dir, tilde
+
+    others = dict(pair.partition("=")[::2] for pair in arguments.other)
+    folder = run_dir(arguments.run)
+    found = routing_experiment.run_experiment(
+        registry.resolve(arguments.model)[0], folder / "routing", n_tokens=arguments.tokens,
+        others={name: registry.resolve(model)[0] for name, model in others.items()}, fresh=arguments.fresh)
+    verdict = routing_verdict.judge(found.table)
+    columns = ["condition", "against", "n_choices", "n_differ", "margin_differ", "logits_equal",
+               "logit_drift", "same_output", "status"]
+    print(found.table.reindex(columns=columns).to_string(index=False, float_format="{:.3g}".format))
+    print("\n".join(["", verdict.text, "", *routing_verdict.advice(found.table), ""]))
+    for row in routing_verdict.claims(found).itertuples():
+        print(f"\"{row.claim}\": {row.status}\n  {row.evidence}")
+    written = routing_verdict.write_tables(found, folder)
+    print(f"\nwrote {', '.join(path.name for path in written)} to {tilde(folder)}/")
+    return int(not verdict.passed)
+
+
 # One line for each subcommand; `add_<name>` makes its parser and sets `function`. Imports of other
 # modules stay inside the functions, so that a fast command starts fast.
 COMMANDS = (
@@ -243,6 +276,7 @@ COMMANDS = (
     add_merge,
     add_repair,
     add_split,
+    add_routing,
 )
 
 

@@ -231,8 +231,9 @@ def expert_usage(usage: pd.DataFrame, loads: pd.DataFrame, ax: Axes | None = Non
     ax.set_ylabel("layer")
     least = loads.loc[loads["share_of_even"].idxmin()]
     idle = int((usage["share"] == 0).sum())
-    _title(ax, f"{'Every expert is' if not idle else f'{idle} experts are never'} used; the least even layer, "
-               f"{int(least['layer'])}, keeps {least['share_of_even']:.0%} of the even load's entropy")
+    used = f"{idle} experts are never used" if idle else "Every expert is used"
+    _title(ax, f"{used}; the least even layer, {int(least['layer'])}, keeps {least['share_of_even']:.0%} "
+               "of the even load's entropy")
     return ax
 
 
@@ -244,7 +245,7 @@ def flips_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes:
             interval), ``margin_p5`` and ``margin_median``.
     """
     ax = _axes(ax)
-    middle = [max(start, end / 2) * 2**0.5 for start, end in zip(positions["start"], positions["end"], strict=True)]
+    middle = np.sqrt(positions["end"] * positions["start"].clip(lower=positions["end"].min() / 2))
     spread = [positions["rate"] - positions["rate_low"], positions["rate_high"] - positions["rate"]]
     ax.errorbar(middle, positions["rate"], yerr=spread, fmt="o-", color=PALETTE[5], capsize=3, linewidth=1,
                 zorder=3)
@@ -277,7 +278,7 @@ def drift_by_flips(tokens: pd.DataFrame, ax: Axes | None = None) -> Axes:
     groups = [(int(flips), group["drift"]) for flips, group in tokens.groupby("flips")]
     ax = _axes(ax, 1.2 + 0.45 * len(groups))
     for row, (_, drift) in enumerate(groups):
-        height = row + 0.28 * np.sin(np.arange(len(drift)) * 2.399963)  # spreads the points, the same every time
+        height = row + 0.28 * np.sin(np.arange(len(drift)) * 2.399963)  # spread, the same every time
         ax.plot(drift, height, ".", color=PALETTE[0 if row == 0 else 5], markersize=3, alpha=0.35)
         ax.plot([drift.median()] * 2, [row - 0.36, row + 0.36], color=INK, linewidth=2)
     ax.set_xscale("log")
@@ -286,7 +287,8 @@ def drift_by_flips(tokens: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("largest change of a token's logits (bar: median)")
     still, moved = tokens.loc[tokens["flips"] == 0, "drift"], tokens.loc[tokens["flips"] > 0, "drift"]
     if len(still) and len(moved):
-        _title(ax, f"A token whose experts change moves its logits {moved.median() / still.median():.1f} times as far")
+        times = moved.median() / still.median()
+        _title(ax, f"A token whose experts change moves its logits {times:.1f} times as far")
     else:
         _title(ax, f"No expert changed; logits moved by {tokens['drift'].median():.2g} (median)")
     return ax

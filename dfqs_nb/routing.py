@@ -245,8 +245,8 @@ class Recorder:
     """Hears about every node that llama.cpp evaluates and keeps what the routers chose.
 
     In decode a graph of the same shape comes again and again at the same addresses. So nodes are known by
-    address: reading each one's name costs a small model 40 % of its speed, a dictionary 5 %. At the first node
-    of each graph the names at the addresses that matter are checked; a graph that differs is learned afresh.
+    address: reading each one's name costs a small model 40 % of its speed, a dictionary 5 %. At the first
+    node of each graph the names at the addresses that matter are checked; another graph is learned afresh.
     """
 
     def __init__(self) -> None:
@@ -294,7 +294,7 @@ class Recorder:
         for layer, rows in self._rows.items():
             if rows != self._expected:
                 raise RoutingError(f"layer {layer} routed {rows:,} of {self._expected:,} tokens",
-                                   hint="this architecture does not use llama.cpp's common expert block once a layer")
+                                   hint="this architecture does not use the common expert block once a layer")
         if self._raw_bytes > FLUSH_BYTES:
             self._flush()
 
@@ -365,7 +365,7 @@ class Recorder:
         """The first rows of a layer, or the first after a flush."""
         shape = router.ids.row_bytes // 4, router.probs.row_bytes // 4
         if self._shape not in ((0, 0), shape):
-            raise RoutingError(f"layer {router.layer} chooses {shape[0]} of {shape[1]} experts, not as others")
+            raise RoutingError(f"layer {router.layer} chooses {shape[0]} of {shape[1]}, unlike others")
         self._shape, self._raw[router.layer] = shape, ([], [], [])
         self._hashed[router.layer] = router.hashed
         self._rows.setdefault(router.layer, 0)
@@ -414,7 +414,7 @@ class Recorder:
             columns = [np.concatenate([block[layer][i] for block in self._blocks]) for layer in layers]
             fields[name] = np.stack(columns, axis=1) if columns else empty[i]
         if (fields["margin"] < 0).any():
-            raise RoutingError("chosen experts do not have the largest scores", hint="report the architecture")
+            raise RoutingError("chosen experts do not score highest", hint="report the architecture")
         return fields
 
 

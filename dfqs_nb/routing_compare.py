@@ -66,9 +66,10 @@ def require_comparable(a: Trace, b: Trace) -> None:
     if a.n_tokens != b.n_tokens or not np.array_equal(a.tokens, b.tokens):
         at = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y), None)
         detail = f"{a.n_tokens:,} and {b.n_tokens:,} tokens" if at is None else f"they differ at token {at:,}"
-        raise RoutingError(f"the traces are of different prompts ({detail})", hint="record both from the same tokens")
-    if not np.array_equal(a.layers, b.layers) or a.experts.shape != b.experts.shape or a.n_experts != b.n_experts:
-        raise RoutingError("the traces are of models with different routers", hint="compare quantizations of one model")
+        raise RoutingError(f"the traces are of different prompts ({detail})", hint="use the same tokens")
+    routers = [(t.layers.tolist(), t.hashed.tolist(), t.experts.shape, t.n_experts) for t in (a, b)]
+    if routers[0] != routers[1]:
+        raise RoutingError("the traces are of models with different routers", hint="compare like with like")
 
 
 def differences(a: Trace, b: Trace) -> np.ndarray:
@@ -82,7 +83,7 @@ def overlaps(a: Trace, b: Trace) -> np.ndarray:
 
 
 def drifts(a: Trace, b: Trace) -> np.ndarray:
-    """The largest absolute difference among each token's kept logits, float ``(tokens,)``; NaN if not kept."""
+    """The largest absolute difference among each token's kept logits, float ``(tokens,)``, or NaN."""
     if a.logits is None or b.logits is None or not np.array_equal(a.logits.ids, b.logits.ids):
         return np.full(a.n_tokens, np.nan)
     return np.abs(a.logits.values - b.logits.values).max(axis=1)
@@ -131,7 +132,7 @@ def compare_all(traces: Mapping[str, Trace]) -> pd.DataFrame:
 
 
 def by_layer(a: Trace, b: Trace) -> pd.DataFrame:
-    """One row a layer: ``layer``, ``hashed``, ``n`` (tokens), ``differ``, ``share_identical``, ``overlap``."""
+    """One row a layer: ``layer``, ``hashed``, ``n`` tokens, ``differ``, ``share_identical``, ``overlap``."""
     import pandas as pd
 
     require_comparable(a, b)
@@ -157,8 +158,8 @@ def flips(a: Trace, b: Trace) -> pd.DataFrame:
 
 
 def by_position(a: Trace, b: Trace, edges: Sequence[int]) -> pd.DataFrame:
-    """Stretches of the context between ``edges`` (token positions, ascending): ``start``, ``end`` (tokens), ``n`` choices, ``differ``, ``share_identical``,
-    and the 5th, 50th and 95th percentile of the router's margin."""
+    """Stretches of the context between ``edges`` (token positions, ascending): ``start``, ``end``, ``n``
+    choices, ``differ``, ``share_identical``, and percentiles 5, 50 and 95 of the router's margin."""
     import pandas as pd
 
     require_comparable(a, b)
@@ -166,11 +167,15 @@ def by_position(a: Trace, b: Trace, edges: Sequence[int]) -> pd.DataFrame:
     rows = []
     for start, end in pairwise(edges):
         here = differ[start:end]
-        low, middle, high = np.quantile(margins[start:end], [0.05, 0.5, 0.95]) if here.size else [math.nan] * 3
+        low, middle, high = _quantiles(margins[start:end])
         rows.append({"start": start, "end": end, "n": here.size, "differ": int(here.sum()),
                      "share_identical": 1 - here.mean() if here.size else math.nan,
                      "margin_p5": low, "margin_median": middle, "margin_p95": high})
     return pd.DataFrame(rows)
+
+
+def _quantiles(values: np.ndarray) -> list[float]:
+    return np.quantile(values, [0.05, 0.5, 0.95]).tolist() if values.size else [math.nan] * 3
 
 
 def by_token(a: Trace, b: Trace) -> pd.DataFrame:
@@ -186,7 +191,7 @@ def by_token(a: Trace, b: Trace) -> pd.DataFrame:
 
 
 def usage(trace: Trace) -> pd.DataFrame:
-    """How often each expert was chosen: ``layer``, ``expert``, ``count``, ``share`` of the layer's choices."""
+    """Each expert's choices: ``layer``, ``expert``, ``count`` and ``share`` of the layer's choices."""
     import pandas as pd
 
     tables = []

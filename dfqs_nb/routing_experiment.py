@@ -1,8 +1,8 @@
 """Run one text under many conditions, each in a process of its own, and compare what the routers chose.
 
-Every condition is held against one other run that differs in one thing. A condition that llama.cpp refuses, or
-dies of, is reported as such and does not end the experiment. Traces are kept as ``.npz``; a trace that is there
-and was made under the same conditions is not made again.
+Every condition is held against one other run that differs in one thing. A condition that llama.cpp refuses,
+or dies of, is reported as such and does not end the experiment. Traces are kept as ``.npz``; a trace that is
+there and was made under the same conditions is not made again.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfqs_nb.errors import DfqsError, ModelError
-from dfqs_nb.machine import CPUINFO
+from dfqs_nb.machine import CPUINFO, usable_cores
 from dfqs_nb.paths import data_dir
 from dfqs_nb.probe import OpenSettings, death, llama_version
 from dfqs_nb.progress import tqdm
 from dfqs_nb.routing import Schedule, Trace, load_trace, open_recorded, record
 from dfqs_nb.routing_compare import compare
-from dfqs_nb.runtime import Model, chat_prompt, open_model
+from dfqs_nb.runtime import Model, chat_prompt, open_model, threads_for
 from dfqs_nb.shards import open_shards
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def conditions(settings: OpenSettings, n_tokens: int, *, max_threads: int = 0,
     """The conditions of the experiment, references first.
 
     Args:
-        settings: the reference; ``n_batch`` and ``n_ubatch`` are raised to hold ``n_tokens`` up to 512.
+        settings: the reference.
         max_threads: thread counts are 1, 2, 4, ... up to this; by default the reference's count.
         others: quantizations of the same model by name, compared with it.
     """
@@ -92,7 +92,9 @@ def conditions(settings: OpenSettings, n_tokens: int, *, max_threads: int = 0,
         threads = change(settings, n_threads=n, n_threads_batch=n)
         label = f"{n} thread{'s' if n > 1 else ''}"
         found += [Condition(f"{label}, prefill", "threads", "prefill", threads),
-                  Condition(f"{label}, decode", "threads", "decode", threads, decode)]
+                  Condition(f"{label}, decode", "threads", "decode", threads, decode),
+                  Condition(f"{label}, decode, flash attention", "threads", "flash attention, decode",
+                            change(threads, flash_attn=True), decode)]
     found += [Condition(f"n_batch {n}", "batch", "prefill", change(settings, n_batch=n, n_ubatch=n))
               for n in BATCHES if n != settings.n_batch]
     found += [
@@ -116,9 +118,15 @@ def _threads(largest: int, reference: int) -> list[int]:
     return sorted(counts - {reference})
 
 
+def default_settings(path: str | Path, n_tokens: int, n_output: int = 16) -> OpenSettings:
+    """The reference's settings: a context that holds text and answer, and threads that suit the model."""
+    n_ctx = -(-(n_tokens + n_output) // 256) * 256
+    return OpenSettings(n_ctx=n_ctx, n_threads=threads_for(path))
+
+
 def passage_tokens(model: Model, n_tokens: int) -> list[int]:
-    """The text of the experiment in this model's tokens: the stored passage, again and again as needed, and at
-    the end a question in the model's chat template, so that the greedy continuation is an answer.
+    """The text of the experiment in this model's tokens: the stored passage, again and again as needed, and
+    at the end a question in the model's chat template, so that the greedy continuation is an answer.
 
     Raises:
         ModelError: ``n_tokens`` does not hold the question.
@@ -167,10 +175,11 @@ def run_experiment(path: str | Path, folder: str | Path, *, settings: OpenSettin
     Args:
         path: the GGUF file, or any shard of it.
         folder: keeps the traces; made if missing.
-        settings: the reference's; by default the usable cores, and a context that holds text and answer.
+        settings: the reference's; by default a context that holds text and answer.
         n_tokens: length of the text.
         n_output: tokens of the greedy answer.
-        max_threads, others: as in `conditions`.
+        max_threads: the largest count of threads; by default the usable cores.
+        others: as in `conditions`.
         fresh: record again what an earlier run left.
         chosen: names of conditions; all by default.
 
@@ -179,10 +188,11 @@ def run_experiment(path: str | Path, folder: str | Path, *, settings: OpenSettin
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = settings or OpenSettings(n_ctx=-(-(n_tokens + n_output) // 256) * 256)
-    with open_model(path, dataclasses.replace(settings, n_ctx=max(settings.n_ctx, 256))) as model:
+    settings = settings or default_settings(path, n_tokens, n_output)
+    with open_model(path, settings) as model:
         tokens = passage_tokens(model, n_tokens)
-    planned = conditions(settings, len(tokens), max_threads=max_threads, others=others)
+    threads = max_threads or max(usable_cores(), settings.n_threads)
+    planned = conditions(settings, len(tokens), max_threads=threads, others=others)
     wanted = _with_references(planned, chosen)
     traces: dict[str, Trace] = {}
     status: dict[str, str] = {}
@@ -193,9 +203,9 @@ def run_experiment(path: str | Path, folder: str | Path, *, settings: OpenSettin
         status.update({one.name: why for one in group})
         made += new
     if "prefill" not in traces:
-        raise ModelError(f"the reference run failed: {status['prefill']}", where=path, hint="lower n_ctx or n_tokens")
-    return Experiment(np.asarray(tokens, np.int32), comparison_table(wanted, traces, status), traces, settings,
-                      made, len(traces) - made)
+        raise ModelError(f"the reference run failed: {status['prefill']}", where=path, hint="lower n_ctx")
+    table = comparison_table(wanted, traces, status)
+    return Experiment(np.asarray(tokens, np.int32), table, traces, settings, made, len(traces) - made)
 
 
 def _with_references(planned: list[Condition], chosen: Sequence[str]) -> list[Condition]:
@@ -222,21 +232,22 @@ def _processes(planned: list[Condition]) -> list[list[Condition]]:
     return list(groups.values())
 
 
-def comparison_table(planned: Sequence[Condition], traces: dict[str, Trace], status: dict[str, str]) -> pd.DataFrame:
+def comparison_table(planned: Sequence[Condition], traces: dict[str, Trace],
+                     status: dict[str, str]) -> pd.DataFrame:
     """One row a condition that has a reference; its numbers are missing where its run failed."""
     import pandas as pd
 
     rows = []
     for one in planned:
         if one.against:
-            row = {"condition": one.name, "kind": one.kind, "against": one.against, "status": status[one.name]}
-            both = one.name in traces and one.against in traces
-            rows.append(row | (asdict(compare(traces[one.against], traces[one.name])) if both else {}))
+            found = {"condition": one.name, "kind": one.kind, "against": one.against}
+            found["status"] = status[one.name]
+            if one.name in traces and one.against in traces:
+                found |= asdict(compare(traces[one.against], traces[one.name]))
+            rows.append(found)
     table = pd.DataFrame(rows)
-    for name in ("n_choices", "n_differ", "n_hash_differ", "n_tokens", "n_layers", "first_token", "first_layer"):
-        if name in table:
-            table[name] = table[name].astype("Int64")
-    return table
+    counts = [name for name in table if name.startswith(("n_", "first_"))]
+    return table.astype(dict.fromkeys(counts, "Int64"))
 
 
 def _run_group(group: list[Condition], path: Path, folder: Path, tokens: list[int], n_output: int,
@@ -247,9 +258,10 @@ def _run_group(group: list[Condition], path: Path, folder: Path, tokens: list[in
     why = _unsafe(first.settings)
     if why:
         return {}, why, 0
-    job = {"format": FORMAT, "path": str(path.resolve()), "model": _fingerprint(path), "runtime": llama_version(),
-           "settings": first.settings.as_dict(), "schedule": vars(first.schedule), "tokens": tokens,
-           "n_output": n_output, "names": [one.name for one in group]}
+    job = {"format": FORMAT, "path": str(path.resolve()), "model": _fingerprint(path),
+           "runtime": llama_version(), "settings": first.settings.as_dict(),
+           "schedule": vars(first.schedule), "tokens": tokens, "n_output": n_output,
+           "names": [one.name for one in group]}
     key = hashlib.sha256(json.dumps(job | {"path": ""}, sort_keys=True).encode()).hexdigest()
     files = [folder / f"{_file_name(one.name)}.npz" for one in group]
     if not fresh and all(_key_of(file) == key for file in files):
@@ -302,8 +314,9 @@ def _run_child(job: dict[str, Any]) -> str:
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin for each other crawl on a busy machine
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
     }  # fmt: skip
-    child = subprocess.run([sys.executable, "-m", "dfqs_nb.routing_experiment"], input=json.dumps(job).encode(),
-                           capture_output=True, env=environment, check=False)
+    command = [sys.executable, "-m", "dfqs_nb.routing_experiment"]
+    child = subprocess.run(command, input=json.dumps(job).encode(), capture_output=True, env=environment,
+                           check=False)
     said = child.stdout.decode("utf-8", "replace").strip().splitlines()
     answer = json.loads(said[-1]) if said else {}
     if answer.get("done"):

@@ -1,20 +1,22 @@
 """What the comparisons mean: the SHALL judged, sensitivities ranked, advice, and the card's statements.
 
-DFQS 1.0: "routing remains deterministic under standard inference loads". Identical conditions are judged, that
-is, the same run again in the same process and in a fresh one, by prefill and by decode. What differs when a
-setting differs is sensitivity, not failure.
+DFQS 1.0: "routing remains deterministic under standard inference loads". Identical conditions are judged,
+that is, the same run again in the same process and in a fresh one, by prefill and by decode. What differs
+when a setting differs is sensitivity, not failure.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dfqs_nb.paths import write_table
 from dfqs_nb.routing import Trace
-from dfqs_nb.routing_compare import by_position, by_token, load_entropy, lower_bound, upper_bound
+from dfqs_nb.routing_compare import by_position, by_token, load_entropy, lower_bound, upper_bound, usage
 from dfqs_nb.routing_experiment import IDENTICAL, Experiment
 
 if TYPE_CHECKING:
@@ -65,9 +67,9 @@ class Verdict:
         if self.failed_runs:
             return f"{word}: {len(self.failed_runs)} of the repetitions did not run ({self.failed_runs[0]})."
         if not self.routed:
-            return (f"{word}: no routed experts here (a dense model); the logits of {self.logits_equal:.2%} of "
-                    f"{self.n_tokens:,} tokens were equal bit for bit over {self.n_runs} repetitions.")
-        return (f"{word}: {self.n_differ:,} of {self.n_choices:,} choices differed under identical conditions "
+            return (f"{word}: no routed experts here (a dense model); the logits of {self.logits_equal:.2%} "
+                    f"of {self.n_tokens:,} tokens were equal bit for bit over {self.n_runs} repetitions.")
+        return (f"{word}: {self.n_differ:,} of {self.n_choices:,} choices differed under the same conditions "
                 f"({self.n_tokens:,} tokens x {self.n_layers} layers x {self.n_runs} repetitions); with 95 % "
                 f"confidence fewer than {self.upper_bound:.2g} of all choices do.")
 
@@ -79,7 +81,8 @@ def judge(table: pd.DataFrame) -> Verdict:
     """
     repeats = table[table["kind"] == IDENTICAL]
     done = repeats[repeats["status"] == "done"]
-    failed = tuple(f"{row.condition}: {row.status}" for row in repeats[repeats["status"] != "done"].itertuples())
+    broken = repeats[repeats["status"] != "done"]
+    failed = tuple(f"{row.condition}: {row.status}" for row in broken.itertuples())
     n, differ = int(done["n_choices"].sum()), int(done["n_differ"].sum())
     equal = float(done["logits_equal"].mean()) if len(done) else math.nan
     clean = differ == 0 if n else equal == 1.0
@@ -112,8 +115,9 @@ def advice(table: pd.DataFrame) -> list[str]:
         worst, what = rows.iloc[0], FIXES.get(str(kind), str(kind))
         differ, n = int(worst["n_differ"]), int(worst["n_choices"])
         if kind == "weights":
-            lines.append(f"Compare runs of one quantization only: {worst['condition'].removeprefix('weights: ')} "
-                         f"chose other experts in {differ:,} of {n:,} choices ({differ / max(n, 1):.1%}).")
+            name = worst["condition"].removeprefix("weights: ")
+            lines.append(f"Compare runs of one quantization only: {name} chose other "
+                         f"experts in {differ:,} of {n:,} choices ({differ / max(n, 1):.1%}).")
         elif differ:
             lines.append(f"Fix {what}: \"{worst['condition']}\" changed {differ:,} of {n:,} choices "
                          f"({differ / n:.2%}), at margins up to {worst['margin_differ']:.2g}; "
@@ -151,24 +155,25 @@ def _stable(found: pd.DataFrame) -> tuple[str, str]:
     worst = runtime.iloc[0]
     share = float(runtime["share_identical"].min())
     status = "confirmed" if share >= STABLE_SHARE else "contradicted"
-    return status, (f"at least {share:.2%} of expert sets stay the same under each of {len(runtime)} changes of "
-                    f"settings (least: {worst['condition']}; asked for {STABLE_SHARE:.0%})")
+    return status, (f"at least {share:.2%} of expert sets stay the same under each of {len(runtime)} changes "
+                    f"of settings (least: {worst['condition']}; asked for {STABLE_SHARE:.0%})")
 
 
 def _deterministic(verdict: Verdict) -> tuple[str, str]:
     if not verdict.n_runs:
         return "not testable here", "no repetition ran"
+    answers = "equal" if verdict.same_output else "differ"
     exact = verdict.passed and verdict.logits_equal == 1.0 and verdict.same_output
     return ("confirmed" if exact else "contradicted"), (
         f"{verdict.n_differ:,} of {verdict.n_choices:,} choices differ under identical conditions; logits of "
-        f"{verdict.logits_equal:.2%} of tokens equal bit for bit; answers {'equal' if verdict.same_output else 'differ'}")
+        f"{verdict.logits_equal:.2%} of tokens equal bit for bit; answers {answers}")
 
 
 def _pressure(experiment: Experiment) -> tuple[str, str]:
     """Flips in the last against the first quarter of the text, pooled over the changes of settings."""
     early, late = pressure(experiment)
-    seen = (f"{early[0]:,} of {early[1]:,} choices flip in the first quarter, {late[0]:,} of {late[1]:,} in the "
-            f"last, over {len(experiment.tokens):,} tokens")
+    seen = (f"{early[0]:,} of {early[1]:,} choices flip in the first quarter, {late[0]:,} of {late[1]:,} in "
+            f"the last, over {len(experiment.tokens):,} tokens")
     if not early[1]:
         return "not testable here", "no routed experts"
     if len(experiment.tokens) < EXTREME_TOKENS:
@@ -178,7 +183,7 @@ def _pressure(experiment: Experiment) -> tuple[str, str]:
 
 
 def pressure(experiment: Experiment) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Flips and choices in the first and the last quarter of the text, over all changes of runtime settings."""
+    """Flips and choices in the first and the last quarter of the text, over all changes of settings."""
     quarters = [round(len(experiment.tokens) * i / 4) for i in range(5)]
     parts = [by_position(experiment.traces[row.against], experiment.traces[row.condition], quarters)
              for row in sensitivities(experiment.table).itertuples() if row.kind != "weights"]
@@ -204,7 +209,7 @@ def agreement(experiment: Experiment) -> pd.DataFrame:
 
 
 def flipped_margins(experiment: Experiment) -> pd.DataFrame:
-    """Every flip under a change of runtime settings: ``condition``, ``kind``, ``token``, ``layer``, ``margin``."""
+    """Every flip under a change of settings: ``condition``, ``kind``, ``token``, ``layer``, ``margin``."""
     import pandas as pd
 
     from dfqs_nb.routing_compare import flips
@@ -222,8 +227,8 @@ def margins(trace: Trace) -> pd.DataFrame:
     import pandas as pd
 
     scored = trace.layers[~trace.hashed]
-    return pd.DataFrame({"token": np.repeat(np.arange(trace.n_tokens), len(scored)),
-                         "layer": np.tile(scored, trace.n_tokens), "margin": trace.margin[:, ~trace.hashed].ravel()})
+    token, layer = np.repeat(np.arange(trace.n_tokens), len(scored)), np.tile(scored, trace.n_tokens)
+    return pd.DataFrame({"token": token, "layer": layer, "margin": trace.margin[:, ~trace.hashed].ravel()})
 
 
 def positions(experiment: Experiment) -> pd.DataFrame:
@@ -259,3 +264,15 @@ def token_drifts(experiment: Experiment) -> pd.DataFrame:
 def loads(experiment: Experiment) -> pd.DataFrame:
     """`load_entropy` of the reference run."""
     return load_entropy(experiment.traces["prefill"])
+
+
+def write_tables(experiment: Experiment, folder: str | Path) -> list[Path]:
+    """Write the experiment's tables as CSV and return their paths: conditions, claims, layers, positions,
+    flips and expert usage."""
+    tables = {
+        "routing_conditions": experiment.table, "routing_claims": claims(experiment),
+        "routing_layers": agreement(experiment).rename_axis("condition").reset_index(),
+        "routing_positions": positions(experiment), "routing_flips": flipped_margins(experiment),
+        "routing_usage": usage(experiment.traces["prefill"]),
+    }  # fmt: skip
+    return [write_table(Path(folder) / f"{name}.csv", table, index=False) for name, table in tables.items()]
