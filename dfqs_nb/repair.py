@@ -26,7 +26,7 @@ from dfqs_nb.merge import (
     plan_merge,
     use_where_it_lies,
 )
-from dfqs_nb.shards import ShardSet, check_set, open_shards, shard_path
+from dfqs_nb.shards import ShardSet, check_set, find_shards, open_shards, shard_path
 from dfqs_nb.transfer import Copy, Plan, identities
 
 if TYPE_CHECKING:
@@ -137,6 +137,31 @@ def _header_apart(plan: Plan) -> Plan:
 def _first_bytes(path: Path, nbytes: int) -> bytes:
     with path.open("rb") as file:
         return file.read(nbytes)
+
+
+def source_files(model: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+    """All files that ``model`` consists of: itself, its sibling shards, or its sibling byte parts.
+
+    Raises:
+        DfqsError: a file is no model, or a sibling is missing.
+    """
+    paths = [Path(model)] if isinstance(model, (str, Path)) else [Path(path) for path in model]
+    kind = diagnose(paths[0]).kind
+    if kind is Kind.BYTE_PART:
+        return byte_parts(paths[0])
+    return find_shards(paths[0]) if kind is Kind.SHARD and len(paths) == 1 else tuple(paths)
+
+
+def contents(files: Sequence[str | Path]) -> ShardSet:
+    """The shards that lie in ``files``, checked as a set: in files of their own, glued, or cut in byte parts.
+
+    Raises:
+        DfqsError: they are not sound, or not one whole set.
+    """
+    kind = diagnose(files[0]).kind
+    if kind is Kind.RAW_CONCATENATION:
+        return glued_shards(files[0])
+    return ShardSet((read_header(files[0]),)) if kind is Kind.BYTE_PART else open_shards(files)
 
 
 def plan_any(model: str | Path | Sequence[str | Path]) -> Plan:

@@ -322,7 +322,8 @@ def summary_text(result: WorkbookRun) -> str:
     lines += ["", f"Where it lies: {tilde(result.folder)}/"]
     groups: dict[str, list[str]] = {}
     for name, _ in list_files(result.folder):
-        groups.setdefault(KINDS.get(Path(name).suffix, "other files"), []).append(name)
+        kind = "models" if name.endswith(".manifest.json") else KINDS.get(Path(name).suffix, "other files")
+        groups.setdefault(kind, []).append(name)
     lines += [
         f"  {kind:<12} {', '.join(groups[kind])}"
         for kind in dict.fromkeys([*KINDS.values(), "other files"])

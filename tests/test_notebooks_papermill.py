@@ -7,7 +7,7 @@ import json
 import nbformat
 import pytest
 
-from dfqs_nb import workbook
+from dfqs_nb import registry, specimens, workbook
 from dfqs_nb.errors import DfqsError
 
 # Changed for all that declare them; each notebook must be touched by at least one.
@@ -61,3 +61,13 @@ def test_a_misspelled_parameter_fails(name, tmp_path, monkeypatch):
     with pytest.raises(DfqsError, match="no notebook has a parameter 'modle'; known: .*run_name"):
         workbook.run_workbook("typo", {"modle": "x"}, [workbook.NOTEBOOKS / f"{name}.ipynb"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_published_mistake_is_repaired_on_the_way(tmp_path, monkeypatch):
+    """The user of the published single file gives it as it is, and goes on with a sound model."""
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path / "outputs"))
+    glued = specimens.glue(tmp_path)
+    first = [workbook.NOTEBOOKS / "01_merge_shards.ipynb"]
+    done = workbook.run_workbook("glued", {"model": str(glued)}, first)
+    handed = json.loads((done.folder / "merge.json").read_text())["model"]
+    assert handed["sha256"] == registry.models()["dfqs-nano-iq1_s-xl"].merged_sha256

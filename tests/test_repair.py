@@ -13,7 +13,7 @@ from dfqs_nb import ggml, specimens
 from dfqs_nb.errors import DfqsError, OutputError
 from dfqs_nb.merge import manifest_path
 from dfqs_nb.paths import data_dir
-from dfqs_nb.repair import glued_shards, make_sound, merge_any, methods_table, plan_any, repair, split
+from dfqs_nb.repair import contents, glued_shards, make_sound, merge_any, methods_table, plan_any, repair, source_files, split
 from dfqs_nb.verify import compare_tensors
 
 RECORDED = json.loads((Path(__file__).parent / "data/merge_hashes.json").read_text())["models"]["IQ1_S-XL"]
@@ -121,6 +121,17 @@ def test_make_sound_takes_what_comes(glued, tmp_path, merged_reference):
         assert make_sound(model, tmp_path / f"{number}.gguf", progress=False).sha256 == MERGED
     alone = make_sound(merged_reference, tmp_path / "none.gguf", progress=False)
     assert alone.path == merged_reference and alone.sha256 == MERGED and not (tmp_path / "none.gguf").exists()
+
+
+def test_source_files_and_contents_go_by_the_bytes(glued, tmp_path, merged_reference):
+    pair = specimens.reference_shards().paths
+    assert source_files(pair[1]) == pair and contents(pair).paths == pair
+    assert source_files(glued) == (glued,) and len(contents([glued]).headers) == 2
+    parts = [tmp_path / f"m.gguf.part{n}of2" for n in (1, 2)]
+    body = merged_reference.read_bytes()
+    for part, piece in zip(parts, (body[:3_000_000], body[3_000_000:]), strict=True):
+        part.write_bytes(piece)
+    assert source_files(parts[1]) == tuple(parts) and len(contents(parts).tensors) == 126
 
 
 def test_a_plan_says_what_would_be_written(glued):
