@@ -79,7 +79,8 @@ def differences(a: Trace, b: Trace) -> np.ndarray:
 
 def overlaps(a: Trace, b: Trace) -> np.ndarray:
     """Share of the k chosen experts that both runs chose, float ``(tokens, layers)``."""
-    return (a.experts[:, :, :, None] == b.experts[:, :, None, :]).any(axis=3).mean(axis=2)
+    shared = (a.experts[:, :, :, None] == b.experts[:, :, None, :]).any(axis=3)
+    return shared.sum(axis=2) / max(1, a.experts.shape[2])
 
 
 def drifts(a: Trace, b: Trace) -> np.ndarray:
