@@ -29,7 +29,7 @@ from dfqs_nb.degradation import (
 from dfqs_nb.errors import DfqsError
 from dfqs_nb.journal import Journal
 from dfqs_nb.memory import available_memory, estimate
-from dfqs_nb.needles import Case, Haystacks, Question, frame_of
+from dfqs_nb.needles import N_STRATA, Case, Haystacks, Question, frame_of
 from dfqs_nb.probe import OpenSettings, dry_run
 from dfqs_nb.progress import tqdm
 from dfqs_nb.prompts import PromptSet, load_prompts
@@ -420,6 +420,22 @@ def item_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(items)
     return (
         frame.sort_values(["length", "haystack", "task", "depth"], ignore_index=True) if len(frame) else frame
+    )
+
+
+def depth_tiles(items: pd.DataFrame, n_strata: int = N_STRATA) -> pd.DataFrame:
+    """Right answers by length and depth: columns ``length``, ``depth`` (lower edge), ``correct`` and ``n``."""
+    stratum = (items["depth"] * n_strata).astype(int).clip(0, n_strata - 1) / n_strata
+    table = items.assign(depth=stratum).groupby(["length", "depth"])["correct"].agg(["sum", "count"])
+    return table.rename(columns={"sum": "correct", "count": "n"}).reset_index()
+
+
+def speed_table(speed: PrefillSpeed, depths: Sequence[int]) -> pd.DataFrame:
+    """Prefill speed at these depths: columns ``depth`` and ``tokens_per_second``."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {"depth": list(depths), "tokens_per_second": [speed.tokens_per_sec(d) for d in depths]}
     )
 
 

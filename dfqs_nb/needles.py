@@ -155,7 +155,7 @@ class Haystacks:
         stratum = (haystack + round(4 * log2(length))) % N_STRATA
         at = round((stratum + place.random()) / N_STRATA * len(filler))
         body = self._joined([*filler[:at], needle, *filler[at:]])
-        depth = len(self._joined(filler[:at])) / max(1, len(body))
+        depth = len(self._joined(filler[:at])) / max(1, len(self._joined(filler)))
         expected = self.prompts["answer"].format(code=code)
         question = Question("key", self.prompts["tasks"][0], depth, tail, expected, self.prompts["whole_answer"],
                             len(self.frame.text(expected)) + ANSWER_SPARE)  # fmt: skip
@@ -304,7 +304,7 @@ class _Grown:
         expected = prompts["answer"].format(**one.fields)
         task = prompts["tasks"][one.kind == "link"]
         n_tokens = len(self.parent.frame.text(" " + expected)) + 1
-        return Question(one.fields["key"] + ("/guard" if prefix else ""), task, one.start / max(1, stop), tail,
+        return Question(one.fields["key"] + ("/guard" if prefix else ""), task, one.start / max(1, stop - (one.stop - one.start)), tail,
                         expected, prompts["whole_answer"], n_tokens)  # fmt: skip
 
 
