@@ -16,6 +16,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,10 +32,11 @@ from dfqs_nb.errors import DfqsError, IntegrityError, OutputError, SpaceError
 from dfqs_nb.paths import fsync_dir
 from dfqs_nb.progress import tqdm
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 8 << 20
 N_BUFFERS = 4
+BLOCK_BYTES = 4096  # what direct writes and reads are aligned to
 WINDOW_BYTES = 64 << 20  # windows are whole chunks, so that they begin and end on pages of the cache
-CONSUME_WINDOW_BYTES = 12 << 20  # at most 4 windows are on the disk twice: 48 MiB
+CONSUME_WINDOW_BYTES = 16 << 20  # at most 3 windows are on the disk twice: 48 MiB
 WINDOWS_IN_FLIGHT = 2
 TORN_SECONDS = 60  # how long after the journal's last line a release may still have touched a source
 
@@ -371,8 +373,8 @@ def _move(plan: Plan, output: Path, journal: Journal, read_back: bool, progress:
     """Stream every byte; reading, hashing, writing and reading back overlap."""
     done = journal.windows[-1][0] if journal.windows else 0
     with ExitStack() as stack:
-        part = stack.enter_context(part_path(output).open("r+b", buffering=0))
-        _cut_to(part, done)
+        part = stack.enter_context(_Part(part_path(output)))
+        part.cut_to(done)
         sources = [stack.enter_context(_open_source(path, journal.consume)) for path in plan.sources]
         bar = stack.enter_context(tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="merge",
                                        disable=not progress))
@@ -381,15 +383,6 @@ def _move(plan: Plan, output: Path, journal: Journal, read_back: bool, progress:
         for copy in plan.copies:
             stream.copy(copy)
         return Transferred(*stream.finish(), done)
-
-
-def _cut_to(part: IO[bytes], done: int) -> None:
-    """Drop what was written after the last window that is done."""
-    size = os.fstat(part.fileno()).st_size
-    if size < done:
-        raise IntegrityError(f"is {done - size:,} bytes shorter than its journal says", where=part.name,
-                             hint="it was cut or removed meanwhile: put it back, if you can, and go on")
-    part.truncate(done)
 
 
 def _open_source(path: Path, consume: bool) -> IO[bytes]:
@@ -404,6 +397,57 @@ def _open_source(path: Path, consume: bool) -> IO[bytes]:
     return file
 
 
+class _Part:
+    """The part file, written and read back past the system's cache where that can be done.
+
+    This spares the CPU, which has hashes to compute, and what is read back comes from the disk for sure.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file, self.direct = path, path.open("r+b", buffering=0), None
+        try:
+            self.direct = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+        except (AttributeError, OSError):
+            pass  # this system, or this file system, has no such thing: the cache it is
+
+    def __enter__(self) -> _Part:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        if self.direct is not None:
+            os.close(self.direct)
+
+    def cut_to(self, done: int) -> None:
+        """Drop what was written after the last window that is done."""
+        size = os.fstat(self.file.fileno()).st_size
+        if size < done:
+            raise IntegrityError(f"is {done - size:,} bytes shorter than its journal says", where=self.path,
+                                 hint="it was cut or removed meanwhile: put it back, if you can, and go on")
+        self.file.truncate(done)
+
+    def write(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            whole_blocks = (len(view) - done) % BLOCK_BYTES == 0
+            done += self._either(lambda handle, at=done: os.pwrite(handle, view[at:], offset + at), whole_blocks)
+
+    def hash_from_disk(self, start: int, nbytes: int) -> str:
+        """XXH3-64 of a flushed range as the disk gives it back."""
+        drop_from_cache(self.file.fileno(), start, nbytes)
+        return self._either(lambda handle: hash_range(handle, start, nbytes, xxhash.xxh3_64()), True)
+
+    def _either(self, call: Callable[[int], Any], aligned: bool) -> Any:
+        """Directly, or through the cache where the file system turns out to refuse that (EINVAL)."""
+        if self.direct is not None and aligned:
+            try:
+                return call(self.direct)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+        return call(self.file.fileno())
+
+
 class _Stream:
     """Writes a stream of bytes to the part file while other threads hash it and prove it.
 
@@ -412,7 +456,7 @@ class _Stream:
     that an earlier run has done are read from the part file instead, and its windows' hashes compared.
     """
 
-    def __init__(self, part: IO[bytes], sources: list[IO[bytes]], journal: Journal, bar: tqdm,
+    def __init__(self, part: _Part, sources: list[IO[bytes]], journal: Journal, bar: tqdm,
                  read_back: bool) -> None:
         self.part, self.sources, self.journal, self.bar, self.read_back = part, sources, journal, bar, read_back
         self.chunk, self.window = journal.lines[0]["chunk"], journal.lines[0]["window"]
@@ -421,7 +465,7 @@ class _Stream:
         self.position = self.window_start = 0
         self.sha256, self.window_hash = hashlib.sha256(), xxhash.xxh3_64()
         self.hashes: dict[str, str] = {}
-        self.buffers = [bytearray(self.chunk) for _ in range(N_BUFFERS)]
+        self.buffers = [mmap.mmap(-1, self.chunk) for _ in range(N_BUFFERS)]  # they begin on a page
         self.busy: list[list[Future]] = [[] for _ in self.buffers]
         self.turn = self.level = 0
         self.writes: list[Future] = []
@@ -443,7 +487,7 @@ class _Stream:
         while start < len(data):
             view = self._room(len(data) - start)
             if self.position < self.done:
-                read_exactly(self.part, view, self.position, "the part file")
+                read_exactly(self.part.file, view, self.position, "the part file")
             else:
                 view[:] = data[start:start + len(view)]
             start += len(view)
@@ -456,7 +500,7 @@ class _Stream:
             view = self._room(copy.nbytes - taken)
             start = copy.source_offset + taken
             if self.position < self.done:
-                read_exactly(self.part, view, self.position, copy.name)
+                read_exactly(self.part.file, view, self.position, copy.name)
             else:
                 read_exactly(self.sources[copy.source], view, start, copy.name)
             digest.update(view)
@@ -491,16 +535,14 @@ class _Stream:
         self.window_hash.update(view)
         jobs = [self.hasher.submit(self.sha256.update, view)]
         if start >= self.done:
-            self.writes.append(self.writer.submit(self._pwrite, view, start))
+            self.writes.append(self.writer.submit(self._write, view, start))
             jobs.append(self.writes[-1])
         else:
             self.bar.update(len(view))
         self.busy[self.turn], self.level = jobs, 0
 
-    def _pwrite(self, view: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(view):
-            done += os.pwrite(self.part.fileno(), view[done:], offset + done)
+    def _write(self, view: memoryview, offset: int) -> None:
+        self.part.write(view, offset)
         self.bar.update(len(view))
 
     def _close_window(self) -> None:
@@ -512,7 +554,7 @@ class _Stream:
             self.checks.append(self.checker.submit(self._prove, before, start, end, digest, taken))
         elif self.earlier.get(end) != digest:
             raise IntegrityError(f"bytes {start:,} to {end:,} changed since they were written",
-                                 where=self.part.name, hint="the disk may be failing")
+                                 where=self.part.path, hint="the disk may be failing")
         elif end == self.done and "end" in self.journal.lines[-1]:
             self.checks.append(self.checker.submit(self._release, taken, end))
         while len(self.checks) > WINDOWS_IN_FLIGHT:  # at least one stays
@@ -527,11 +569,10 @@ class _Stream:
         for job in before:
             job.result()
         if self.read_back:
-            flush(self.part.fileno())
-            drop_from_cache(self.part.fileno(), start, end - start)
-            if hash_range(self.part.fileno(), start, end - start, xxhash.xxh3_64()) != digest:
+            flush(self.part.file.fileno())
+            if self.part.hash_from_disk(start, end - start) != digest:
                 raise IntegrityError(f"bytes {start:,} to {end:,} came back from the disk changed",
-                                     where=self.part.name,
+                                     where=self.part.path,
                                      hint="the disk or the memory is failing: use another")
         self.journal.append(end=end, xxh3=digest, durable=self.read_back)
         self._release(taken, end)
@@ -551,7 +592,7 @@ class _Stream:
             self._close_window()
         for check in self.checks:
             check.result()
-        flush(self.part.fileno())
+        flush(self.part.file.fileno())
         return self.sha256.hexdigest(), self.hashes
 
 
@@ -620,13 +661,17 @@ def drop_from_cache(handle: int, start: int = 0, nbytes: int = 0) -> None:
 
 
 def hash_range(handle: int, offset: int, nbytes: int, digest: Any = None) -> str:
-    """XXH64 (or another ``digest``) of ``nbytes`` bytes at ``offset``; a short file hashes what there is."""
-    digest = digest or xxhash.xxh64()
-    buffer, done = bytearray(min(CHUNK_BYTES, max(nbytes, 1))), 0
+    """XXH64 (or another ``digest``) of ``nbytes`` bytes at ``offset``; a short file hashes what there is.
+
+    Reads whole blocks into pages, as a handle opened for direct reading demands of an aligned ``offset``.
+    """
+    digest, done = digest or xxhash.xxh64(), 0
+    buffer = memoryview(mmap.mmap(-1, min(CHUNK_BYTES, nbytes + -nbytes % BLOCK_BYTES) or BLOCK_BYTES))
     while done < nbytes:
-        n = os.preadv(handle, [memoryview(buffer)[: nbytes - done]], offset + done)
+        left = nbytes - done
+        n = min(os.preadv(handle, [buffer[: left + -left % BLOCK_BYTES]], offset + done), left)
         if n == 0:
             break
-        digest.update(memoryview(buffer)[:n])
+        digest.update(buffer[:n])
         done += n
     return digest.hexdigest()
