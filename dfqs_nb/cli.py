@@ -265,6 +265,33 @@ def routing(arguments: argparse.Namespace) -> int:
     return int(not verdict.passed)
 
 
+def add_verify(commands: Any) -> None:
+    """``dfqs-nb verify``: a file's bytes against its manifest, a published hash, its shards."""
+    parser = commands.add_parser("verify", help="compare every tensor with the manifest, a hash, or the shards")
+    parser.add_argument("path", metavar="FILE")
+    parser.add_argument("--sha256", help="what the file's SHA-256 should be")
+    parser.add_argument("--against", nargs="+", metavar="SHARD", help="any one shard, or all")
+    parser.add_argument("--write-manifest", action="store_true",
+                        help="also keep the hashes beside FILE, for a later check")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(function=verify)
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from dfqs_nb import verify as verifying
+
+    against = arguments.against
+    found = verifying.verify(arguments.path, sha256=arguments.sha256,
+                             against=against[0] if against and len(against) == 1 else against,
+                             progress=not arguments.quiet)
+    print(f"{found.path}: {found.nbytes:,} bytes, {len(found.tensors):,} tensors, SHA-256 {found.sha256}")
+    for sentence in found.meaning:
+        print(f"  {sentence}")
+    if arguments.write_manifest:
+        print(f"  kept in {verifying.write_manifest(arguments.path, progress=not arguments.quiet).name}")
+    return int(not found.diagnosis.sound)
+
+
 # One line for each subcommand; `add_<name>` makes its parser and sets `function`. Imports of other
 # modules stay inside the functions, so that a fast command starts fast.
 COMMANDS = (
@@ -276,6 +303,7 @@ COMMANDS = (
     add_merge,
     add_repair,
     add_split,
+    add_verify,
     add_routing,
 )
 
