@@ -18,7 +18,14 @@ from dfqs_nb.errors import ModelError
 from dfqs_nb.paths import data_dir
 from dfqs_nb.probe import OpenSettings, default_context_params
 from dfqs_nb.routing import (
-    RecordedModel, Recorder, RoutingError, Schedule, load_trace, open_recorded, record, require_routed,
+    RecordedModel,
+    Recorder,
+    RoutingError,
+    Schedule,
+    load_trace,
+    open_recorded,
+    record,
+    require_routed,
 )
 from dfqs_nb.runtime import ContextFullError, open_model
 

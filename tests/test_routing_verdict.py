@@ -18,7 +18,15 @@ from dfqs_nb.paths import data_dir
 from dfqs_nb.probe import OpenSettings
 from dfqs_nb.routing import Logits, RoutingError, Schedule, Trace
 from dfqs_nb.routing_compare import (
-    by_layer, by_position, compare, compare_all, flips, load_entropy, lower_bound, upper_bound, usage,
+    by_layer,
+    by_position,
+    compare,
+    compare_all,
+    flips,
+    load_entropy,
+    lower_bound,
+    upper_bound,
+    usage,
 )
 from dfqs_nb.routing_experiment import Condition, run_experiment
 from dfqs_nb.routing_verdict import advice, claims, judge, sensitivities
