@@ -153,7 +153,7 @@ def finish_interrupted(output: Path, asked: Sequence[str | Path] = ()) -> MergeR
     record = transfer.settle(output, lambda record: _write_manifest(output, record, 0.0))
     if record is None:
         return None
-    made_from = {Path(path).resolve(): then for path, then in zip(record["paths"], record["sources"], strict=True)}
+    made_from = dict(zip((Path(path).resolve() for path in record["paths"]), record["sources"], strict=True))
     asked_for = {Path(path).resolve() for path in asked}
     changed = [path for path, then in made_from.items()
                if not record["consume"] and path.exists() and transfer.identities([path]) != [then]]

@@ -190,8 +190,8 @@ def merge_any(model: str | Path | Sequence[str | Path], output: str | Path, *, o
         return settled
     plan = plan_any(model)
     if consume and not plan.header:
-        raise OutputError("the header goes on in the second part, so a killed merge could not go on", where=output,
-                          hint="merge without consume")
+        raise OutputError("the header goes on in the second part, so a killed merge could not go on",
+                          where=output, hint="merge without consume")
     check_output(output, plan, overwrite=overwrite, consume=consume)
     return carry_out(plan, output, consume=consume, progress=progress)
 

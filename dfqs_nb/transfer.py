@@ -262,8 +262,8 @@ def _kept(error: IntegrityError, output: Path) -> IntegrityError:
 class Journal:
     """What a transfer has done, one JSON line an event; a torn last line counts as never written.
 
-    Lines: the plan and its sources; ``end`` and ``xxh3`` (XXH3-64) of each window that is on the disk and proven;
-    ``released``, when its source bytes were given back; ``valid``, when the whole part file was accepted.
+    Lines: the plan and its sources; ``end`` and ``xxh3`` (XXH3-64) of each window that is on the disk and
+    proven; ``released``, when its source bytes were given back; ``valid``, when the whole part was accepted.
     """
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
@@ -343,8 +343,8 @@ class Journal:
             changed = now["mtime_ns"] != then["mtime_ns"] and not own
             if changed or now["nbytes"] != then["nbytes"]:
                 raise IntegrityError("changed since its merge began", where=path,
-                                     hint="put the file back as it was and go on, or, if all sources are whole, "
-                                          f"remove {self.path.name} and begin again")
+                                     hint="put the file back as it was and go on, or, if all sources are "
+                                          f"whole, remove {self.path.name} and begin again")
 
 
 def read_journal(output: Path) -> list[dict[str, Any]]:
@@ -429,8 +429,9 @@ class _Part:
     def write(self, view: memoryview, offset: int) -> None:
         done = 0
         while done < len(view):
-            whole_blocks = (len(view) - done) % BLOCK_BYTES == 0
-            done += self._either(lambda handle, at=done: os.pwrite(handle, view[at:], offset + at), whole_blocks)
+            rest, at = view[done:], offset + done
+            done += self._either(lambda handle, rest=rest, at=at: os.pwrite(handle, rest, at),
+                                 aligned=len(rest) % BLOCK_BYTES == 0)
 
     def hash_from_disk(self, start: int, nbytes: int) -> str:
         """XXH3-64 of a flushed range as the disk gives it back."""
@@ -458,7 +459,8 @@ class _Stream:
 
     def __init__(self, part: _Part, sources: list[IO[bytes]], journal: Journal, bar: tqdm,
                  read_back: bool) -> None:
-        self.part, self.sources, self.journal, self.bar, self.read_back = part, sources, journal, bar, read_back
+        self.part, self.sources, self.journal = part, sources, journal
+        self.bar, self.read_back = bar, read_back
         self.chunk, self.window = journal.lines[0]["chunk"], journal.lines[0]["window"]
         self.earlier = dict(journal.windows)
         self.done = max(self.earlier, default=0)

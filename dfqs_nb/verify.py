@@ -59,7 +59,7 @@ class Verification:
     def meaning(self) -> tuple[str, ...]:
         """What this proves and what it does not, in sentences."""
         first = f"its bytes are equal to {', '.join(self.compared)}" if self.compared else (
-            "its bytes were compared with nothing: no hash was given, none is published, and it has no manifest")
+            "its bytes were compared with nothing: no hash was given or is published, and it has no manifest")
         authentic = f"it is authentic: byte for byte what was published as {self.published}"
         loads = "its header is sound and its tensors lie where it says; that it runs was not tried"
         if not self.diagnosis.sound:
@@ -118,8 +118,9 @@ def _published(path: Path, sha256: str) -> tuple[str, str] | None:
     from dfqs_nb.registry import models
 
     files = [(model, file) for model in models().values() for file in model.files]
+    this = path.name, path.stat().st_size
     known = [(model, file) for model, file in files if file.sha256 == sha256] or [
-        (model, file) for model, file in files if (file.name, file.size_bytes) == (path.name, path.stat().st_size)]
+        (model, file) for model, file in files if (file.name, file.size_bytes) == this]
     return (f"{known[0][1].name} of {known[0][0].name}", known[0][1].sha256) if known else None
 
 
@@ -131,13 +132,13 @@ def _compare_hashes(path: Path, ours: dict[str, str], expected: dict[str, str], 
                              where=path, hint=AGAIN)
     odd = sorted(ours.keys() ^ expected.keys())
     if odd:
-        raise IntegrityError(f"has not the same tensors as {what}: {', '.join(odd[:NAMED_AT_MOST])}", where=path,
-                             hint="these are of different models")
+        raise IntegrityError(f"has not the same tensors as {what}: {', '.join(odd[:NAMED_AT_MOST])}",
+                             where=path, hint="these are of different models")
 
 
 def _differs(path: Path, found: str, expected: str, what: str, tensors_equal: bool) -> IntegrityError:
-    where = "; its tensors are those of its manifest, so header or padding was changed" if tensors_equal else ""
-    return IntegrityError(f"SHA-256 is {found}, {what} is {expected.lower()}{where}", where=path,
+    so = "; its tensors are those of its manifest, so header or padding was changed" if tensors_equal else ""
+    return IntegrityError(f"SHA-256 is {found}, {what} is {expected.lower()}{so}", where=path,
                           hint="the file was changed or damaged: get it from its source again")
 
 
@@ -162,8 +163,8 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"cannot be read ({error})", where=place, hint="remove it, if you trust the model "
-                             "file, and write it anew") from error
+        raise IntegrityError(f"cannot be read ({error})", where=place,
+                             hint="remove it, if you trust the model file, and write it anew") from error
     if nbytes != path.stat().st_size or not all(known):
         raise IntegrityError(f"has {path.stat().st_size:,} bytes, its manifest says {nbytes:,}", where=path,
                              hint=AGAIN)
@@ -231,7 +232,8 @@ def _chunks(path: Path, progress: bool) -> Iterator[tuple[int, memoryview, list[
                 busy.pop().result()
             n = _read_into(file, buffer)
             if n == 0:
-                raise IntegrityError("ended while it was read", where=path, hint="try again when it is at rest")
+                raise IntegrityError("ended while it was read", where=path,
+                                     hint="try again when it is at rest")
             yield position, memoryview(buffer)[:n], busy
             bar.update(n)
             position, turn = position + n, (turn + 1) % N_BUFFERS

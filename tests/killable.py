@@ -21,6 +21,7 @@ PLAIN = [(os, "preadv"), (os, "fdatasync"), (os, "fsync"), (os, "utime"), (os, "
 ACTIONS = {
     "merge": lambda model, output: merge.merge(model, output, progress=False),
     "consume": lambda model, output: merge.merge(model, output, consume=True, progress=False),
+    "join": lambda model, output: repair.merge_any(model, output, consume=True, progress=False),
     "repair": lambda model, output: repair.repair(model, in_place=True, progress=False),
 }
 

@@ -22,11 +22,12 @@ import pytest
 from gguf_fixtures import Spec, field, gguf_bytes, split_fields
 from killable import ACTIONS, SMALL
 
-from dfqs_nb import holes, merge as merging, transfer
+from dfqs_nb import holes, transfer
+from dfqs_nb import merge as merging
 from dfqs_nb.errors import DfqsError, IntegrityError, OutputError, SpaceError
 from dfqs_nb.merge import manifest_path, merge, plan_merge
 from dfqs_nb.paths import REPOSITORY, data_dir
-from dfqs_nb.repair import glued_shards, repair
+from dfqs_nb.repair import glued_shards, plan_join, repair
 from dfqs_nb.shards import open_shards, shard_path
 from dfqs_nb.transfer import Plan, journal_path, part_path, read_journal
 
@@ -95,8 +96,22 @@ def new_case(action: str, folder: Path) -> Case:
         output = folder / "glued.gguf"
         output.write_bytes(b"".join(path.read_bytes() for path in SHARDS))
         return Case(action, (output,), output, plan_merge(glued_shards(output)))
+    if action == "join":
+        return Case(action, byte_parts_of(folder), folder / "out.gguf", plan_join(folder / "m.gguf.part1of3"))
     sources = tuple(Path(shutil.copy(path, folder)) for path in SHARDS)
     return Case(action, sources, folder / "out.gguf", plan_merge(open_shards(sources[0])))
+
+
+def byte_parts_of(folder: Path) -> tuple[Path, ...]:
+    """The merged model cut in three by bytes."""
+    whole = merge(SHARDS[0], folder / "m.gguf", progress=False)
+    raw, cut = whole.path.read_bytes(), (0, 2_000_001, 4_000_000, whole.nbytes)
+    whole.path.unlink()
+    manifest_path(whole.path).unlink()
+    parts = tuple(folder / f"m.gguf.part{n}of3" for n in (1, 2, 3))
+    for part, low, high in zip(parts, cut, cut[1:], strict=False):
+        part.write_bytes(raw[low:high])
+    return parts
 
 
 @pytest.fixture
@@ -152,6 +167,14 @@ def test_killed_at_a_random_point(action, seed, tmp_path, whole):
 def test_killed_at_100_random_points(action, tmp_path, whole):
     for seed in range(1000, 1100):
         kill_and_resume(action, seed, tmp_path, whole)
+
+
+@needs_holes
+def test_killed_join_of_byte_parts(tmp_path, whole):
+    """The first part keeps its header, by which the others are found again."""
+    case = half_done("join", tmp_path / "f")
+    case.check_nothing_lost(whole)
+    case.check_end(case.run())
 
 
 @all_actions
@@ -479,12 +502,16 @@ def test_peak_extra_disk(action, tmp_path, monkeypatch):
             path.unlink()
         paths = [output]
     before, peak = blocks(paths), []
-    for owner, name in ((os, "pwrite"), (holes, "punch"), (os, "fdatasync")):
-        def sampled(*arguments, real=getattr(owner, name)):
+
+    def sampled(real):
+        def call(*arguments):
             result = real(*arguments)
             peak.append(blocks([*paths, part_path(output)]))
             return result
-        monkeypatch.setattr(owner, name, sampled)
+        return call
+
+    for owner, name in ((os, "pwrite"), (holes, "punch"), (os, "fdatasync")):
+        monkeypatch.setattr(owner, name, sampled(getattr(owner, name)))
     assert ACTIONS[action](paths[0], output).sha256 == expected
     extra = max(peak) - before
     assert extra <= (64 << 20) + len(plan.header), f"{extra:,} bytes of {n_bytes:,}"

@@ -1,6 +1,7 @@
 """Merging: byte-identical to llama.cpp's own tool, whole or not at all, and nothing lost on the way."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -247,6 +248,24 @@ def test_bit_flipped_on_the_way_to_disk_is_caught(tmp_path, monkeypatch, small_c
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     refused(IntegrityError, "came back from the disk changed", output=tmp_path / "out.gguf")
+
+
+def test_file_systems_without_direct_writes(tmp_path, monkeypatch, small_chunks):
+    """It is not there at all, or refused when it is used."""
+    real = os.pwrite
+
+    def pwrite(handle, view, offset):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & direct:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(handle, view, offset)
+
+    direct = getattr(os, "O_DIRECT", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        assert merge(SHARD["IQ1_S-XL"], tmp_path / "a", progress=False).sha256 == RECORDED["IQ1_S-XL"]["merged"]
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    result = merge(SHARD["IQ1_S-XL"], tmp_path / "b", progress=False)
+    assert result.sha256 == RECORDED["IQ1_S-XL"]["merged"] == sha256(result.path) == sha256(tmp_path / "a")
 
 
 def test_shard_cut_while_merging_is_caught(pair, tmp_path, monkeypatch):
