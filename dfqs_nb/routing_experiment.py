@@ -118,10 +118,10 @@ def _threads(largest: int, reference: int) -> list[int]:
     return sorted(counts - {reference})
 
 
-def default_settings(path: str | Path, n_tokens: int, n_output: int = 16) -> OpenSettings:
-    """The reference's settings: a context that holds text and answer, and threads that suit the model."""
+def default_settings(path: str | Path, n_tokens: int, n_output: int = 16, n_threads: int = 0) -> OpenSettings:
+    """The reference's settings: a context that holds text and answer; 0 threads: what suits the model."""
     n_ctx = -(-(n_tokens + n_output) // 256) * 256
-    return OpenSettings(n_ctx=n_ctx, n_threads=threads_for(path))
+    return OpenSettings(n_ctx=n_ctx, n_threads=n_threads or threads_for(path))
 
 
 def passage_tokens(model: Model, n_tokens: int) -> list[int]:

@@ -1,7 +1,7 @@
 """The routing of a random DeepSeek-V4 model, against transformers' own implementation of it.
 
-Slow, and with the extra ``peer`` only: ``pip install -e .[peer]``, or ``$DFQS_PEER_PYTHON`` names an interpreter
-that has torch, transformers and gguf.
+Slow, and only with ``pip install --group peer``, or when ``$DFQS_PEER_PYTHON`` names an interpreter that has
+torch, transformers and gguf.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def peer(tmp_path_factory):
     here = sys.executable if find_spec("transformers") and find_spec("torch") else ""
     python = os.environ.get("DFQS_PEER_PYTHON") or here
     if not python:
-        pytest.skip("needs the extra `peer` (torch, transformers), or DFQS_PEER_PYTHON")
+        pytest.skip("needs torch and transformers (pip install --group peer), or DFQS_PEER_PYTHON")
     folder = tmp_path_factory.mktemp("peer")
     script = Path(__file__).with_name("transformers_peer.py")
     subprocess.run([python, script, folder / "model.gguf", folder / "result.npz"], check=True, timeout=600)

@@ -2,7 +2,7 @@
 
     python tests/transformers_peer.py MODEL.gguf RESULT.npz
 
-Needs the extra ``peer`` (torch and transformers). Names of tensors: llama.cpp's conversion/deepseek.py and
+Needs torch and transformers (``pip install --group peer``). Names of tensors: llama.cpp's conversion/deepseek.py and
 transformers' conversion_mapping.py for ``deepseek_v4``.
 """
 
