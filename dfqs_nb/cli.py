@@ -238,8 +238,7 @@ def add_routing(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="a name of `dfqs-nb models`, or a file")
     parser.add_argument("--run", default="routing", help="folder under outputs/ for traces and tables")
     parser.add_argument("--tokens", type=int, default=384, help="length of the text (default: %(default)s)")
-    parser.add_argument("--other", metavar="NAME=MODEL", action="append", default=[],
-                        help="another quantization to compare with")
+    parser.add_argument("--other", metavar="MODEL", default="", help="another quantization to compare with")
     parser.add_argument("--fresh", action="store_true", help="record again what an earlier run left")
     parser.set_defaults(function=routing)
 
@@ -248,11 +247,10 @@ def routing(arguments: argparse.Namespace) -> int:
     from dfqs_nb import registry, routing_experiment, routing_verdict
     from dfqs_nb.paths import run_dir, tilde
 
-    others = dict(pair.partition("=")[::2] for pair in arguments.other)
-    folder = run_dir(arguments.run)
+    path, folder = registry.resolve(arguments.model)[0], run_dir(arguments.run)
     found = routing_experiment.run_experiment(
-        registry.resolve(arguments.model)[0], folder / "routing", n_tokens=arguments.tokens,
-        others={name: registry.resolve(model)[0] for name, model in others.items()}, fresh=arguments.fresh)
+        path, folder / "routing", n_tokens=arguments.tokens, fresh=arguments.fresh,
+        others=routing_experiment.quantizations(path, arguments.other))
     verdict = routing_verdict.judge(found.table)
     columns = ["condition", "against", "n_choices", "n_differ", "margin_differ", "logits_equal",
                "logit_drift", "same_output", "status"]

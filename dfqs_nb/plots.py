@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from dfqs_nb.paths import whole_file
 
 if TYPE_CHECKING:
     import pandas as pd
+    from IPython.display import Image
     from matplotlib.axes import Axes
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart.
@@ -158,11 +160,27 @@ def save(ax: Axes, path: str | Path) -> None:
         ax.figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
 
 
-def routing_agreement(agreement: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def compact(ax: Axes) -> Image:
+    """The figure of ``ax`` for display in a notebook, as a PNG of 256 colours; the figure is closed.
+
+    That takes half of the bytes that a notebook stores otherwise.
+    """
+    import PIL.Image
+    from IPython.display import Image
+
+    drawn, packed = BytesIO(), BytesIO()
+    ax.figure.savefig(drawn, format="png", dpi=100)
+    PIL.Image.open(drawn).convert("RGB").quantize(256).save(packed, "png", optimize=True)
+    plt.close(ax.figure)
+    return Image(packed.getvalue())
+
+
+def routing_agreement(agreement: pd.DataFrame, n_tokens: int, ax: Axes | None = None) -> Axes:
     """Share of identical expert sets, one tile for each condition and layer.
 
     Args:
         agreement: index condition, one column a layer, values 0 to 1.
+        n_tokens: expert sets a tile.
     """
     ax = _axes(ax, 1.2 + 0.24 * len(agreement))
     differ = 1 - agreement.to_numpy(float)
@@ -173,7 +191,7 @@ def routing_agreement(agreement: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 color="white" if dark else INK)
     ax.set_yticks(range(len(agreement)), agreement.index, fontsize=8)
     ax.set_xticks(range(agreement.shape[1]), [str(layer) for layer in agreement.columns])
-    ax.set_xlabel("layer (tiles give the share of expert sets that differ; blank: none)")
+    ax.set_xlabel(f"layer (tiles give the share of n = {n_tokens:,} expert sets that differ; blank: none)")
     ax.tick_params(length=0)
     same = int((differ.max(axis=1) == 0).sum())
     _title(ax, f"{same} of {len(agreement)} comparisons leave every expert set as it was")

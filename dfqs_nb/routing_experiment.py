@@ -25,7 +25,8 @@ from dfqs_nb.machine import CPUINFO, usable_cores
 from dfqs_nb.paths import data_dir
 from dfqs_nb.probe import OpenSettings, death, llama_version
 from dfqs_nb.progress import tqdm
-from dfqs_nb.routing import Schedule, Trace, load_trace, open_recorded, record
+from dfqs_nb.registry import resolve
+from dfqs_nb.routing import RoutingError, Schedule, Trace, load_trace, open_recorded, record
 from dfqs_nb.routing_compare import compare
 from dfqs_nb.runtime import Model, chat_prompt, open_model, threads_for
 from dfqs_nb.shards import open_shards
@@ -122,6 +123,20 @@ def default_settings(path: str | Path, n_tokens: int, n_output: int = 16, n_thre
     """The reference's settings: a context that holds text and answer; 0 threads: what suits the model."""
     n_ctx = -(-(n_tokens + n_output) // 256) * 256
     return OpenSettings(n_ctx=n_ctx, n_threads=n_threads or threads_for(path))
+
+
+def quantizations(path: str | Path, other: str = "") -> dict[str, Path]:
+    """The files to compare the model's routing with, by name: ``other``, or for the reference model its Q8_0.
+
+    Args:
+        other: a registered name, a file, or empty.
+
+    Raises:
+        RegistryError: there is no such model.
+    """
+    if not other and open_shards(path).headers[0].get("general.name") == "DFQS-Nano":
+        other = "dfqs-nano-q8_0"
+    return {Path(other).stem: resolve(other)[0]} if other else {}
 
 
 def passage_tokens(model: Model, n_tokens: int) -> list[int]:
@@ -243,11 +258,18 @@ def comparison_table(planned: Sequence[Condition], traces: dict[str, Trace],
             found = {"condition": one.name, "kind": one.kind, "against": one.against}
             found["status"] = status[one.name]
             if one.name in traces and one.against in traces:
-                found |= asdict(compare(traces[one.against], traces[one.name]))
+                found |= _compared(traces[one.against], traces[one.name])
             rows.append(found)
     table = pd.DataFrame(rows)
     counts = [name for name in table if name.startswith(("n_", "first_"))]
     return table.astype(dict.fromkeys(counts, "Int64"))
+
+
+def _compared(a: Trace, b: Trace) -> dict[str, Any]:
+    try:
+        return asdict(compare(a, b))
+    except RoutingError as error:  # another model than the reference, not another quantization of it
+        return {"status": f"not comparable: {error.what}"}
 
 
 def _run_group(group: list[Condition], path: Path, folder: Path, tokens: list[int], n_output: int,
