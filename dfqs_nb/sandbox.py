@@ -46,8 +46,9 @@ try:
     for name, value in job["limits"].items():
         kind = getattr(resource, name)
         hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value + 1 if name == "RLIMIT_CPU" and value < hard else value))
+        grace = 1 if name == "RLIMIT_CPU" else 0  # SIGXCPU says why, SIGKILL a second later does not
+        most = value + grace if hard == resource.RLIM_INFINITY else min(value + grace, hard)
+        resource.setrlimit(kind, (min(value, most), most))
 except ImportError:
     pass
 if job["user"]:

@@ -28,7 +28,7 @@ def canonical(name: str) -> str:
 
 @pytest.mark.parametrize("pin", PINS)
 def test_each_dependency_is_pinned_exactly_and_the_lock_has_that_version(pin):
-    name, version = re.fullmatch(r"([\w.-]+)==([\w.]+)", pin).groups()
+    name, version = re.fullmatch(r"([\w.-]+)==([\w.]+)", pin.split(" ;")[0]).groups()
     assert re.match(
         rf"{re.escape(canonical(name))}=={re.escape(version)}( |$)", LOCK[canonical(name)], re.MULTILINE
     )
