@@ -45,6 +45,7 @@ LARGEST_RATIO = 1.3  # evaluated tokens a haystack, in units of the longest leng
 PLANNED_RATIO = 1.25
 REFINED_LENGTHS = 3  # added between the planned ones in a grown haystack
 SPEED_CHUNK = 256
+SPARE_TOKENS = 64  # of context, for the answer
 JOURNAL = "long_context_items.jsonl"
 
 
@@ -279,6 +280,15 @@ def predict_failure(
     return None
 
 
+def settings_for(
+    path: str | Path, longest: int, settings: OpenSettings
+) -> tuple[OpenSettings, RuntimeFailure | None]:
+    """Settings with a context for the longest length that fits in memory, and the first that does not, if any."""
+    failure = predict_failure(path, octaves(256, longest) or [longest], settings)
+    reach = longest if failure is None else failure.length // 2
+    return replace(settings, n_ctx=reach + SPARE_TOKENS), failure
+
+
 # ---- asking ----
 
 
@@ -466,7 +476,8 @@ class _Runner:
         try:
             self._ask(case, missing)
         except DecodeError as error:
-            self.run.failure = RuntimeFailure(length, error.cause, str(error))
+            at = self.model.settings.n_ctx if error.cause == "n_ctx" else length
+            self.run.failure = RuntimeFailure(min(at, length), error.cause, str(error))
             return False
         return True
 

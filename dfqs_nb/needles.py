@@ -303,9 +303,15 @@ class _Grown:
         tail = self.parent._tail(prompts[f"{prefix}question"], prompts[f"{prefix}answer_prefix"], one.fields)
         expected = prompts["answer"].format(**one.fields)
         task = prompts["tasks"][one.kind == "link"]
-        n_tokens = len(self.parent.frame.text(" " + expected)) + 1
-        return Question(one.fields["key"] + ("/guard" if prefix else ""), task, one.start / max(1, stop - (one.stop - one.start)), tail,
-                        expected, prompts["whole_answer"], n_tokens)  # fmt: skip
+        return Question(
+            one.fields["key"] + ("/guard" if prefix else ""),
+            task,
+            one.start / max(1, stop - (one.stop - one.start)),
+            tail,
+            expected,
+            prompts["whole_answer"],
+            len(self.parent.frame.text(" " + expected)) + 1,
+        )
 
 
 def _nearest(planted: Sequence[Any], n: int, stop: int) -> list[Any]:

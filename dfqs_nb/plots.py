@@ -441,7 +441,7 @@ def cost_by_length(costs: pd.DataFrame, memory: pd.DataFrame, ax: Axes | None = 
     ax.set_ylabel("memory beside the weights")
     right = ax.twinx()
     right.plot(costs["depth"], costs["tokens_per_second"], color=PALETTE[7], linewidth=2, label="prefill speed")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.15 * costs["tokens_per_second"].max())
     right.set_ylabel("prefill (tokens a second)", color="#666666")
     right.spines["top"].set_visible(False)
     _token_axis(ax, memory["n_ctx"], "context, or depth (tokens)")
@@ -494,7 +494,7 @@ def routing_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes
     right = ax.twinx()
     right.plot(middle, positions["margin_median"], "s--", color=PALETTE[5], linewidth=1)
     right.set_ylabel("router margin (median)", color=PALETTE[5])
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.15 * positions["margin_median"].max())
     right.spines["top"].set_visible(False)
     _token_axis(ax, [*positions["start"], positions["end"].iloc[-1]],
                 f"position in the context (tokens); n = {positions['choices'].min():,} to "
