@@ -123,7 +123,8 @@ def advice(table: pd.DataFrame) -> list[str]:
                          f"({differ / n:.2%}), at margins up to {worst['margin_differ']:.2g}; "
                          f"{_output(rows)}.")
         elif (rows["logits_equal"] < 1).any():
-            lines.append(f"Fix {what} for equal logits: no choice changed, but logits moved by up to "
+            still = "no choice changed, but logits" if n else "logits"
+            lines.append(f"Fix {what} for equal logits: {still} moved by up to "
                          f"{rows['logit_drift'].max():.2g}; {_output(rows)}.")
         else:
             lines.append(f"Free: {what}. Logits were equal bit for bit in {len(rows)} "
@@ -164,9 +165,10 @@ def _deterministic(verdict: Verdict) -> tuple[str, str]:
         return "not testable here", "no repetition ran"
     answers = "equal" if verdict.same_output else "differ"
     exact = verdict.passed and verdict.logits_equal == 1.0 and verdict.same_output
+    choices = f"{verdict.n_differ:,} of {verdict.n_choices:,} choices differ; " if verdict.routed else ""
     return ("confirmed" if exact else "contradicted"), (
-        f"{verdict.n_differ:,} of {verdict.n_choices:,} choices differ under identical conditions; logits of "
-        f"{verdict.logits_equal:.2%} of tokens equal bit for bit; answers {answers}")
+        f"under identical conditions {choices}logits of {verdict.logits_equal:.2%} of tokens are equal bit "
+        f"for bit; answers {answers}")
 
 
 def _pressure(experiment: Experiment) -> tuple[str, str]:

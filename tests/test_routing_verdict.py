@@ -238,6 +238,18 @@ def test_a_condition_that_llama_cpp_refuses_is_reported_and_the_rest_goes_on(tmp
     assert judge(found.table).passed and len(sensitivities(found.table)) == 0
 
 
+def test_another_quantization_is_compared_and_another_model_is_reported(tmp_path):
+    assert list(routing_experiment.quantizations(NANO)) == ["dfqs-nano-q8_0"]
+    assert routing_experiment.quantizations(smollm2()) == {}
+    found = run_experiment(NANO, tmp_path, settings=OpenSettings(n_ctx=256, n_threads=1), n_tokens=60, n_output=2,
+                           others={**routing_experiment.quantizations(NANO), "stranger": smollm2()},
+                           chosen=["weights: dfqs-nano-q8_0", "weights: stranger"])
+    table = found.table.set_index("condition")
+    assert 10 < table.loc["weights: dfqs-nano-q8_0", "n_differ"] < 90
+    assert table.loc["weights: stranger", "status"].startswith("not comparable: ")
+    assert len(sensitivities(found.table)) == 1
+
+
 def test_an_unknown_condition_is_an_error(tmp_path):
     with pytest.raises(DfqsError, match="no condition is called 'nonsense'.*there are prefill"):
         run_experiment(NANO, tmp_path, settings=OpenSettings(n_ctx=256, n_threads=1), n_tokens=60,
