@@ -76,7 +76,7 @@ def crossing(lengths: Any, accuracy: Any, threshold: Any) -> np.ndarray:
     x, accuracy = np.log2(np.asarray(lengths, float)), np.asarray(accuracy, float)
     threshold = np.asarray(threshold, float)
     below = accuracy < threshold[..., None]
-    after = np.maximum(np.argmax(below, -1), 1)
+    after = np.minimum(np.maximum(np.argmax(below, -1), 1), len(x) - 1)  # of one length there is no other
     upper = np.take_along_axis(accuracy, after[..., None] - 1, -1)[..., 0]
     lower = np.take_along_axis(accuracy, after[..., None], -1)[..., 0]
     part = np.clip((upper - threshold) / np.where(upper > lower, upper - lower, 1), 0, 1)

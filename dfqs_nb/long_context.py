@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +30,13 @@ from dfqs_nb.errors import DfqsError
 from dfqs_nb.journal import Journal
 from dfqs_nb.memory import available_memory, estimate
 from dfqs_nb.needles import N_STRATA, Case, Haystacks, Question, frame_of
+from dfqs_nb.paths import write_stage
 from dfqs_nb.probe import OpenSettings, dry_run
 from dfqs_nb.progress import tqdm
 from dfqs_nb.prompts import PromptSet, load_prompts
 from dfqs_nb.runtime import DecodeError, Model
 from dfqs_nb.shards import open_shards
-from dfqs_nb.states import ReuseCheck, SavedState, check_reuse, restore_state, save_state
+from dfqs_nb.states import TOLERANCE, ReuseCheck, SavedState, check_reuse, restore_state, save_state
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -566,6 +567,7 @@ def measure(
     speed: PrefillSpeed | None = None,
     predicted: RuntimeFailure | None = None,
     fresh: bool = False,
+    reuse_tolerance: float = TOLERANCE,
 ) -> Run:
     """Ask all questions of a plan, or those that the folder's journal does not hold yet.
 
@@ -577,8 +579,9 @@ def measure(
         speed: measured prefill speed; a time budget needs it.
         predicted: a length that memory will not hold (``predict_failure``): it bounds the grid.
         fresh: measure again what the journal holds.
+        reuse_tolerance: of a logit, within which asking from a saved state counts as equal to asking afresh.
     """
-    reuse = check_plan_reuse(model, plan) if plan.grown else None
+    reuse = check_plan_reuse(model, plan, reuse_tolerance) if plan.grown else None
     if reuse is not None and not reuse.allowed:
         plan = replace(plan, grown=False, rounds=0)
     conditions = {**model.conditions(), **plan.conditions(), "model_sha256": model_sha256}
@@ -596,16 +599,51 @@ def measure(
     return run
 
 
+def hand_on(
+    folder: str | Path, run: Run, conditions: dict[str, Any], model: dict[str, Any], losses: pd.DataFrame
+) -> list[str]:
+    """Write ``long_context.json`` (curve, boundary, conditions; see ``paths.write_stage``); its summary lines.
+
+    Args:
+        conditions: of the open model, ``Model.conditions()``.
+        model: what the merge stage says of the file; its SHA-256 stands beside the conditions.
+        losses: see ``loss.loss_by_position``.
+    """
+    boundary, curve, plan = run.boundary(), run.curve(), run.plan
+    lines = [
+        boundary.sentence,
+        f"a_0 = {boundary.a_0:.2f}, threshold {boundary.threshold:.2f}, n = {boundary.n_items}",
+    ]
+    write_stage(
+        folder,
+        "long_context",
+        conditions={**conditions, **plan.conditions(), "n_haystacks": plan.n_haystacks},
+        summary=lines,
+        model=model,
+        tier=plan.prompts.tier,
+        context_stability_curve=curve["curve"].tolist(),
+        failure_boundary_tokens=boundary.tokens,
+        curve=curve.to_dict("records"),
+        boundary=boundary.as_dict(),
+        runtime_failure=asdict(run.failure) if run.failure else None,
+        budget_hit=run.budget_hit,
+        evaluated_tokens=run.evaluated_tokens,
+        seconds=round(run.seconds, 1),
+        losses=losses.to_dict("records"),
+    )
+    return lines
+
+
 def replace_plan(run: Run, limit: int) -> Run:
     """The same run with a plan that ends below a predicted failure."""
     run.plan = replace(run.plan, grid=tuple(length for length in run.plan.grid if length <= limit))
     return run
 
 
-def check_plan_reuse(model: Model, plan: Plan) -> ReuseCheck:
-    """Check reuse (``states.check_reuse``) on the first haystack, grown over its first two lengths."""
+def check_plan_reuse(model: Model, plan: Plan, tolerance: float = TOLERANCE) -> ReuseCheck:
+    """Check reuse (``states.check_reuse``) with two questions on the shortest haystack, grown in two parts."""
     haystacks = Haystacks(frame_of(model, plan.prompts), plan.prompts, plan.grid)
     cases = [haystacks.case(0, length) for length in plan.grid[:1]]
     body = cases[-1].body
     parts = [body[: len(body) // 2], body[len(body) // 2 :]]
-    return check_reuse(model, parts, [question.prompt for question in cases[-1].questions[:2]])
+    return check_reuse(model, parts, [question.prompt for question in cases[-1].questions[:2]], tolerance)
