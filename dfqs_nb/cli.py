@@ -179,11 +179,13 @@ def add_merge(commands: Any) -> None:
 
 def merge(arguments: argparse.Namespace) -> int:
     from dfqs_nb import registry, repair
+    from dfqs_nb.merge import check_output
 
     paths = [found for path in arguments.paths for found in registry.resolve(path)]
     model = paths[0] if len(paths) == 1 else paths
     if arguments.dry_run:
         plan = repair.plan_any(model)
+        check_output(Path(arguments.output), plan, overwrite=arguments.overwrite, consume=arguments.consume)
         print(f"{len(plan.sources)} file(s) -> {arguments.output}: {plan.nbytes:,} bytes, "
               f"{len(plan.copies):,} copies; nothing was written")
         return 0

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -323,11 +324,13 @@ def summary_text(result: WorkbookRun) -> str:
     groups: dict[str, list[str]] = {}
     for name, _ in list_files(result.folder):
         kind = "models" if name.endswith(".manifest.json") else KINDS.get(Path(name).suffix, "other files")
-        groups.setdefault(kind, []).append(name)
+        groups.setdefault("folders" if "/" in name else kind, []).append(name)
+    inside = Counter(name.split("/")[0] for name in groups.get("folders", []))
+    groups["folders"] = [f"{name}/ ({count} files)" for name, count in inside.items()]
     lines += [
         f"  {kind:<12} {', '.join(groups[kind])}"
-        for kind in dict.fromkeys([*KINDS.values(), "other files"])
-        if kind in groups
+        for kind in dict.fromkeys([*KINDS.values(), "folders", "other files"])
+        if groups.get(kind)
     ]
     return "\n".join(lines)
 

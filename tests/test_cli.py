@@ -49,8 +49,9 @@ def test_merge_by_registered_name_and_a_dry_run(tmp_path):
     assert dry.returncode == 0 and "5,752,864 bytes" in dry.stdout and not out.exists()
     done = dfqs("merge", "dfqs-nano-iq1_s-xl", "-o", out, "--quiet")
     assert done.returncode == 0 and MERGED in done.stdout and sha256(out) == MERGED
-    again = dfqs("merge", FIRST, "-o", out, "--quiet")
-    assert again.returncode == 1 and "exists already" in again.stderr
+    for more in ("--quiet", "--dry-run"):
+        again = dfqs("merge", FIRST, "-o", out, more)
+        assert again.returncode == 1 and "exists already" in again.stderr
     assert dfqs("merge", FIRST, SECOND, "-o", out, "--overwrite", "--quiet").returncode == 0
 
 
