@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from dfqs_nb.errors import ModelError
 from dfqs_nb.memory import kv_cache_bytes, weights_bytes
 from dfqs_nb.paths import data_dir
-from dfqs_nb.probe import OpenSettings, build_llama, _child_environment as child_environment, dry_run
+from dfqs_nb.probe import OpenSettings, build_llama, dry_run
+from dfqs_nb.probe import _child_environment as child_environment
 from dfqs_nb.shards import open_shards
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def published_shape(name: str = "deepseek_v4_flash") -> PublishedShape:
 def flash_cache_table(lengths: Sequence[int], n_ubatch: int = 512) -> pd.DataFrame:
     """The cache of DeepSeek-V4-Flash at f16, in bytes, beside what its card says.
 
-    Columns ``n_ctx``, ``swa_window`` (``swa_full=False``), ``swa_full`` and ``card`` (NaN where it is silent).
+    Columns ``n_ctx``, ``swa_window`` (``swa_full=False``), ``swa_full`` and ``card`` (NaN where it is
+    silent).
     """
     import pandas as pd
 
@@ -77,12 +79,12 @@ def memory_table(
 ) -> pd.DataFrame:
     """Predicted and measured bytes for a context of each length, filled with up to ``fill_tokens`` tokens.
 
-    Columns ``n_ctx``; predicted: ``kv_bytes`` (the header's formula), ``kv_planned_bytes`` and ``compute_bytes``
-    (llama.cpp's plan, in which nothing is allocated), ``weights_bytes``, ``predicted_bytes`` (cache + buffer);
-    measured in a fresh process for each length: ``anonymous_bytes`` (what its own memory grew by when the model
-    was opened and its context filled) and ``resident_bytes`` (everything, the mapped weights included); NaN
-    where the system does not tell. llama.cpp reserves the compute buffer for a full context, and pages of it
-    that were never used are not resident.
+    Columns ``n_ctx``; predicted: ``kv_bytes`` (the header's formula), ``kv_planned_bytes`` and
+    ``compute_bytes`` (llama.cpp's plan, in which nothing is allocated), ``weights_bytes``,
+    ``predicted_bytes`` (cache + buffer); measured in a fresh process for each length: ``anonymous_bytes``
+    (what its own memory grew by when the model was opened and its context filled) and ``resident_bytes``
+    (everything, the mapped weights included); NaN where the system does not tell. llama.cpp reserves the
+    compute buffer for a full context, and pages of it that were never used are not resident.
     """
     import pandas as pd
 

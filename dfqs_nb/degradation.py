@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 SHARE = 0.85  # of what the model can do at short lengths; DFQS's failure boundary lies where it is lost
 REFERENCE_TOKENS = 512  # a_0 is pooled up to here
 LEVEL = 0.95
-# The bootstrap's quantiles are taken at 96 %: an isotonic fit is not smooth, so at 95 % its percentile interval
-# covered the truth in 92-96 % of simulated runs, and at 96 % in 93-97 % (tests/test_degradation.py).
+# The bootstrap's quantiles are taken at 96 %: an isotonic fit is not smooth, so at 95 % its percentile
+# interval covered the truth in 92-96 % of simulated runs, and at 96 % in 94-97 % (tests/test_degradation.py).
 BOOTSTRAP_LEVEL = 0.96
 N_BOOT = 2000
 
@@ -99,7 +99,9 @@ class Counts:
 
     @classmethod
     def of(cls, items: pd.DataFrame, reference_tokens: int = REFERENCE_TOKENS) -> Counts:
-        """Count a frame with columns ``haystack``, ``length``, ``planned`` and ``correct``, a row an answer."""
+        """Count a frame with columns ``haystack``, ``length``, ``planned`` and ``correct``, a row an
+        answer.
+        """
         table = items.groupby(["haystack", "length"])["correct"].agg(["sum", "count"]).unstack(fill_value=0)
         lengths = table["sum"].columns.to_numpy()
         planned = items.groupby("length")["planned"].any().reindex(lengths).to_numpy()
@@ -177,7 +179,8 @@ class Boundary:
 def quality_boundary(
     counts: Counts, guess_rate: float = 0.0, *, n_boot: int = N_BOOT, seed: int = 0
 ) -> Boundary:
-    """Where the accuracy falls below ``g + 0.85 (a_0 - g)``, with its interval from a bootstrap over haystacks.
+    """Where the accuracy falls below ``g + 0.85 (a_0 - g)``, with its interval from a bootstrap over
+    haystacks.
 
     ``status`` is ``"floor"`` when Wilson's lower limit of a_0 does not exceed the guess rate. The interval is
     the expanded percentile interval (Hesterberg 2015, The American Statistician 69:371): few haystacks widen
@@ -207,7 +210,9 @@ def quality_boundary(
 
 
 def bootstrap_interval(counts: Counts, guess_rate: float, n_boot: int, seed: int) -> tuple[float, float]:
-    """Limits of the boundary in tokens; inf for "beyond the longest length". One haystack tells nothing: (0, inf)."""
+    """Limits of the boundary in tokens; inf for "beyond the longest length". One haystack tells nothing:
+    (0, inf).
+    """
     n = counts.n_haystacks
     if n < 2:
         return 0.0, inf
@@ -385,9 +390,9 @@ def paired(
     """The difference in accuracy to a baseline that answered the same questions, by length.
 
     Both frames have columns ``haystack``, ``length``, ``question`` and ``correct``; only questions that both
-    answered count. Columns: ``length``, ``n``, ``accuracy``, ``baseline``, ``difference`` with its 95 % interval
-    ``low`` to ``high`` (bootstrap over haystacks), ``only_this`` and ``only_baseline``: questions that one alone
-    got right.
+    answered count. Columns: ``length``, ``n``, ``accuracy``, ``baseline``, ``difference`` with its 95 %
+    interval ``low`` to ``high`` (bootstrap over haystacks), ``only_this`` and ``only_baseline``:
+    questions that one alone got right.
     """
     import pandas as pd
 

@@ -162,7 +162,7 @@ class PrefillSpeed:
 
 
 def measure_prefill(model: Model, deepest: int = 1024, repetitions: int = 2) -> PrefillSpeed:
-    """Time 256 tokens at the beginning and 256 up to ``deepest``; between and beyond, cost is linear in depth."""
+    """Time 256 tokens at the beginning and 256 up to ``deepest``; elsewhere, cost is linear in depth."""
     import llama_cpp
 
     deepest = min(deepest, model.settings.n_ctx)
@@ -218,7 +218,7 @@ def within_budget(plan: Plan, speed: PrefillSpeed) -> Plan:
     kept = table[table["within_budget"]]["longest"].tolist()
     if not kept:
         first = duration(table["seconds"].iloc[0])
-        raise BudgetError(f"{duration(plan.budget_seconds)} hold no length: {plan.grid[0]} tokens take {first}",
+        raise BudgetError(f"{duration(plan.budget_seconds)} hold no length: {plan.grid[0]} take {first}",
                           hint="raise the budget, or take fewer haystacks")  # fmt: skip
     return replace(plan, grid=tuple(kept))
 
@@ -263,9 +263,9 @@ class RuntimeFailure:
 def predict_failure(
     path: str | Path, lengths: Sequence[int], settings: OpenSettings, available_bytes: int | None = None
 ) -> RuntimeFailure | None:
-    """The first length whose memory exceeds what is free: KV cache, its saved copy, and llama.cpp's compute buffer.
+    """The first length whose memory (KV cache, its saved copy, compute buffer) exceeds what is free.
 
-    The cache comes from the header's formula, the buffer from llama.cpp's own plan, in which nothing is allocated.
+    The cache comes from the header's formula, the buffer from llama.cpp's own plan, which allocates nothing.
     """
     available = available_memory().available_bytes if available_bytes is None else available_bytes
     headers = open_shards(path).headers
@@ -284,7 +284,7 @@ def predict_failure(
 def settings_for(
     path: str | Path, longest: int, settings: OpenSettings
 ) -> tuple[OpenSettings, RuntimeFailure | None]:
-    """Settings with a context for the longest length that fits in memory, and the first that does not, if any."""
+    """Settings with room for the longest length that fits in memory, and the first that does not."""
     failure = predict_failure(path, octaves(256, longest) or [longest], settings)
     reach = longest if failure is None else failure.length // 2
     return replace(settings, n_ctx=reach + SPARE_TOKENS), failure
@@ -422,8 +422,8 @@ class Run:
 def item_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """Journal rows that are answers, as a frame sorted by length, haystack and depth.
 
-    Columns ``haystack``, ``length``, ``planned``, ``task``, ``question``, ``depth``, ``expected``, ``answer``,
-    ``correct``, ``n_prompt``, ``n_needles``, ``n_evaluated`` and ``seconds``.
+    Columns ``haystack``, ``length``, ``planned``, ``task``, ``question``, ``depth``, ``expected``,
+    ``answer``, ``correct``, ``n_prompt``, ``n_needles``, ``n_evaluated`` and ``seconds``.
     """
     import pandas as pd
 
@@ -435,7 +435,7 @@ def item_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def depth_tiles(items: pd.DataFrame, n_strata: int = N_STRATA) -> pd.DataFrame:
-    """Right answers by length and depth: columns ``length``, ``depth`` (lower edge), ``correct`` and ``n``."""
+    """Right answers by length and depth: columns ``length``, ``depth`` (lower edge), ``correct``, ``n``."""
     stratum = (items["depth"] * n_strata).astype(int).clip(0, n_strata - 1) / n_strata
     table = items.assign(depth=stratum).groupby(["length", "depth"])["correct"].agg(["sum", "count"])
     return table.rename(columns={"sum": "correct", "count": "n"}).reset_index()
@@ -602,7 +602,7 @@ def measure(
 def hand_on(
     folder: str | Path, run: Run, conditions: dict[str, Any], model: dict[str, Any], losses: pd.DataFrame
 ) -> list[str]:
-    """Write ``long_context.json`` (curve, boundary, conditions; see ``paths.write_stage``); its summary lines.
+    """Write ``long_context.json`` (see ``paths.write_stage``), and return its summary lines.
 
     Args:
         conditions: of the open model, ``Model.conditions()``.
@@ -641,7 +641,7 @@ def replace_plan(run: Run, limit: int) -> Run:
 
 
 def check_plan_reuse(model: Model, plan: Plan, tolerance: float = TOLERANCE) -> ReuseCheck:
-    """Check reuse (``states.check_reuse``) with two questions on the shortest haystack, grown in two parts."""
+    """Check reuse (``states.check_reuse``) with two questions on the shortest haystack, in two parts."""
     haystacks = Haystacks(frame_of(model, plan.prompts), plan.prompts, plan.grid)
     cases = [haystacks.case(0, length) for length in plan.grid[:1]]
     body = cases[-1].body

@@ -25,7 +25,8 @@ CHUNK_TOKENS = 128
 
 
 def token_losses(model: Model, tokens: Sequence[int]) -> np.ndarray:
-    """Negative log-likelihood in nats of each token after the first, given all before it, float64 ``(n - 1,)``.
+    """Negative log-likelihood in nats of each token after the first, given all before it, as
+    float64 ``(n - 1,)``.
 
     Raises:
         DecodeError: the context does not hold them, or llama.cpp fails.
@@ -71,7 +72,9 @@ def _nats(logits: np.ndarray, targets: Sequence[int]) -> np.ndarray:
 
 
 def held_out_text(haystacks: Haystacks, number: int, n_tokens: int) -> list[int]:
-    """Filler of the prompt set without needles, drawn apart from every haystack, behind the chat template's head."""
+    """Filler of the prompt set without needles, drawn apart from every haystack, behind the chat
+    template's head.
+    """
     frame, draw = haystacks.frame, haystacks.random("held out", number)
     tokens = list(frame.head)
     for text in sentences(haystacks.prompts, draw):
@@ -98,8 +101,8 @@ def source_entropy(frame: Frame, prompts: PromptSet, n_sentences: int = 2000) ->
 def loss_by_position(model: Model, prompts: PromptSet, n_tokens: int, n_texts: int = 8) -> pd.DataFrame:
     """Mean loss on held-out texts in bands of position that double.
 
-    Columns ``start``, ``end`` (tokens), ``texts``, ``tokens``, ``loss`` (nats a token), ``low``, ``high``: 95 %
-    interval from a bootstrap over texts, and ``source``: the entropy of the text's source.
+    Columns ``start``, ``end`` (tokens), ``texts``, ``tokens``, ``loss`` (nats a token), ``low``,
+    ``high``: 95 % interval from a bootstrap over texts, and ``source``: the entropy of the text's source.
     """
     import pandas as pd
 

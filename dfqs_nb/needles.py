@@ -28,8 +28,8 @@ ANSWER_SPARE = 6  # tokens that an answer may take beyond its expected ones
 class Question:
     """One question about a haystack.
 
-    ``prompt`` is what is evaluated after the haystack; ``depth`` where its needle lies, from 0 (the beginning)
-    to 1; ``whole``: the answer must be ``expected`` and nothing more, else begin with it.
+    ``prompt`` is what is evaluated after the haystack; ``depth`` where its needle lies, from 0 (the
+    beginning) to 1; ``whole``: the answer must be ``expected`` and nothing more, else begin with it.
     """
 
     name: str
@@ -55,7 +55,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Frame:
-    """How a text becomes tokens, and what stands around a haystack: the chat template, cut at the haystack."""
+    """How a text becomes tokens, and what stands around a haystack: the chat template, cut at the
+    haystack.
+    """
 
     head: tuple[int, ...]
     after: str
@@ -157,7 +159,8 @@ class Haystacks:
         body = self._joined([*filler[:at], needle, *filler[at:]])
         depth = len(self._joined(filler[:at])) / max(1, len(self._joined(filler)))
         expected = self.prompts["answer"].format(code=code)
-        question = Question("key", self.prompts["tasks"][0], depth, tail, expected, self.prompts["whole_answer"],
+        question = Question("key", self.prompts["tasks"][0], depth, tail, expected,
+                            self.prompts["whole_answer"],
                             len(self.frame.text(expected)) + ANSWER_SPARE)  # fmt: skip
         return Case(haystack, length, planned, self.frame.head + body, (question,))
 
@@ -287,7 +290,9 @@ class _Grown:
         self.ends.append(len(self.tokens))
 
     def case(self, length: int, planned: bool, n_questions: int | None) -> Case:
-        """The beginning of the haystack that fits, and its questions; the second task at planned lengths only."""
+        """The beginning of the haystack that fits, and its questions; the second task at planned lengths
+        only.
+        """
         stop = max(end for end in self.ends if end <= self.room(length))
         inside = [one for one in self.planted if one.stop <= stop]
         needles = [one for one in inside if one.kind == "needle"]

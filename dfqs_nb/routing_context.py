@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def routing_by_position(
     path: str | Path, settings: OpenSettings, prompts: PromptSet, n_tokens: int, n_texts: int = 6
 ) -> pd.DataFrame:
-    """Record the routing of held-out texts, and compare it between bands of position; see ``usage_by_position``.
+    """Record the routing of held-out texts, and compare it between bands of position; see
+    ``usage_by_position``.
 
     Raises:
         ModelError: a dense model.
@@ -39,11 +40,11 @@ def routing_by_position(
 def usage_by_position(traces: Sequence[Trace], edges: Sequence[tuple[int, int]]) -> pd.DataFrame:
     """How expert usage and router margins change along texts of one kind.
 
-    The overlap of two usages is the sum over experts of the smaller share (1: the same, 0: disjoint), averaged
-    over the layers that route by score. The band of one half of the texts is compared with the first band of
-    the other half. Even a router blind to position does not reach 1, for the texts differ: ``chance`` is
-    the overlap with the same band of the other half. Every band counts as many tokens as the first, spread
-    evenly over it, because few choices overlap less than many.
+    The overlap of two usages is the sum over experts of the smaller share (1: the same, 0: disjoint),
+    averaged over the layers that route by score. The band of one half of the texts is compared with the
+    first band of the other half. Even a router blind to position does not reach 1, for the texts differ:
+    ``chance`` is the overlap with the same band of the other half. Every band counts as many tokens as
+    the first, spread evenly over it, because few choices overlap less than many.
 
     Columns ``start``, ``end``, ``choices``, ``overlap`` (mean over all ways to halve the texts), ``low``,
     ``high`` (the least and the greatest of them), ``chance``, ``margin_p5`` and ``margin_median``.

@@ -221,7 +221,7 @@ def test_a_budget_cuts_the_plan_and_never_fails_the_model(nano, tmp_path):
     assert short.grid == (64, 128, 256)
     run = measure(nano, dataclasses.replace(short, grid=(64, 128), rounds=0), tmp_path)
     assert run.boundary().right_censored and run.boundary().cause is None
-    with pytest.raises(long_context.BudgetError, match="hold no length: 64 tokens take"):
+    with pytest.raises(long_context.BudgetError, match="hold no length: 64 take"):
         long_context.within_budget(dataclasses.replace(plan, budget_seconds=0.01), speed)
 
 
