@@ -30,7 +30,7 @@ from dfqs_nb.paths import whole_file
 from dfqs_nb.probe import OpenSettings, default_context_params
 from dfqs_nb.runtime import ContextFullError, DecodeError, Model, open_model
 
-FLUSH_BYTES = 4 << 20  # raw scores kept before they are reduced to margins and weights
+FLUSH_BYTES = 4 << 20  # of raw scores, before they are reduced to margins and weights
 LOGIT_SAMPLE = 1024  # logits kept of each token; all of them for a small vocabulary
 SMALLEST_SUM = 6.103515625e-5  # build_moe_ffn clamps the sum of weights here
 _PREFIX_BYTES = 13  # tells the names below apart
@@ -157,33 +157,6 @@ def _ggml_function(name: str, result: Any, *arguments: Any) -> Any:
     return function
 
 
-class _Reader:
-    """Copies rows of 4-byte elements out of tensors, whichever device holds them, whatever their stride."""
-
-    def __init__(self) -> None:
-        void, size = ctypes.c_void_p, ctypes.c_size_t
-        self._get = _ggml_function("ggml_backend_tensor_get", None, void, void, size, size)
-        self._reserve(1 << 16)
-
-    def _reserve(self, nbytes: int) -> None:
-        self._scratch = ctypes.create_string_buffer(nbytes)
-        self._size, self._address = nbytes, ctypes.addressof(self._scratch)
-
-    def rows(self, view: _View, n_rows: int) -> bytes:
-        """The tensor's rows, one after another without gaps."""
-        nbytes = step = width = view.row_bytes
-        if n_rows > 1:
-            step = view.steps[1]
-            nbytes += (n_rows - 1) * step
-        if nbytes > self._size:
-            self._reserve(nbytes)
-        self._get(view.address, self._address, 0, nbytes)
-        raw = ctypes.string_at(self._address, nbytes)
-        if step == width:
-            return raw
-        return np.ndarray((n_rows, width // 4), np.int32, raw, strides=(step, 4)).tobytes()
-
-
 class _View:
     """One tensor of llama.cpp's graph, read where it lies."""
 
@@ -237,6 +210,7 @@ class _Router:
         self.hashed = not self.source.name.startswith(_ARGSORT)
         scores = probs if self.hashed else self.source.tensor.src[0]
         self.scores = self.probs if scores == probs else _View(scores)
+        self.by_expert = [self.probs] if scores == probs else [self.probs, self.scores]
         self.stopped = False
         self.marks = [(view.tensor, view.name) for view in {self.ids, self.probs, self.scores}]
 
@@ -257,7 +231,10 @@ class Recorder:
         # comes exactly twice, so we leave both out, which makes the call cheaper
         self._function = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(self._nodes.__getitem__)
         self.callback = ctypes.cast(self._function, api.ggml_backend_sched_eval_callback)
-        self._reader = _Reader()
+        void, size = ctypes.c_void_p, ctypes.c_size_t
+        # whichever device holds the tensor
+        self._copy = _ggml_function("ggml_backend_tensor_get", None, void, void, size, size)
+        self._staging, self._address = np.zeros(0, np.int32), 0
         self._marks: list[tuple[_Tensor, bytes]] = []  # what must lie where, for the known addresses to hold
         self._listening = False
         self._probs_at = 0
@@ -267,12 +244,14 @@ class Recorder:
 
     def reset(self) -> None:
         """Forget what was recorded."""
-        self._raw: dict[int, tuple[list[bytes], list[bytes], list[bytes]]] = {}
+        self._free = 0  # bytes of the staging area in use
+        self._staged: dict[int, list[tuple[int, int, int]]] = {}  # by layer: offset, rows, bytes of the ids
         self._rows: dict[int, int] = {}
         self._blocks: list[dict[int, tuple[np.ndarray, ...]]] = []
-        self._raw_bytes = self._expected = 0
+        self._expected = 0
         self._shape: tuple[int, int] = (0, 0)
         self._hashed: dict[int, bool] = {}
+        self._biased: dict[int, bool] = {}
 
     # -- around each llama_decode --
 
@@ -294,9 +273,7 @@ class Recorder:
         for layer, rows in self._rows.items():
             if rows != self._expected:
                 raise RoutingError(f"layer {layer} routed {rows:,} of {self._expected:,} tokens",
-                                   hint="this architecture does not use the common expert block once a layer")
-        if self._raw_bytes > FLUSH_BYTES:
-            self._flush()
+                                   hint="this architecture has no common expert block once a layer")
 
     # -- inside it: no exception may pass through llama.cpp, so end() raises them --
 
@@ -349,41 +326,71 @@ class Recorder:
             self._error = error
 
     def _take(self, router: _Router) -> None:
-        n, rows = router.ids.shape[1], self._reader.rows
-        ids, probs = rows(router.ids, n), rows(router.probs, n)
-        scores = probs if router.scores is router.probs else rows(router.scores, n)
-        if router.layer not in self._raw:
+        """Copy the ids, as they lie (with a stride in prefill), and the scores of every expert behind them."""
+        n, ids, copy = router.ids.shape[1], router.ids, self._copy
+        ids_bytes = ids.row_bytes if n == 1 else (n - 1) * ids.steps[1] + ids.row_bytes
+        width = n * router.probs.row_bytes
+        if router.layer not in self._rows:
             self._meet(router)
-        raw = self._raw[router.layer]
-        raw[0].append(ids)
-        raw[1].append(scores)
-        raw[2].append(probs)
+        at = self._reserve(ids_bytes + width * len(router.by_expert))
+        self._staged[router.layer].append((at, n, ids_bytes))
+        target = self._address + at
+        copy(ids.address, target, 0, ids_bytes)
+        target += ids_bytes
+        for view in router.by_expert:
+            copy(view.address, target, 0, width)
+            target += width
         self._rows[router.layer] += n
-        self._raw_bytes += len(ids) + len(scores) + len(probs)
+
+    def _reserve(self, nbytes: int) -> int:
+        """Room in the staging area, as an offset in bytes; what it holds is reduced first if it is full."""
+        if self._free + nbytes > self._staging.nbytes:
+            self._flush()
+            if nbytes > self._staging.nbytes:
+                self._staging = np.zeros(max(nbytes, FLUSH_BYTES) // 4, np.int32)
+                self._address = self._staging.ctypes.data
+        at, self._free = self._free, self._free + nbytes
+        return at
 
     def _meet(self, router: _Router) -> None:
-        """The first rows of a layer, or the first after a flush."""
+        """The first rows of a layer."""
         shape = router.ids.row_bytes // 4, router.probs.row_bytes // 4
         if self._shape not in ((0, 0), shape):
             raise RoutingError(f"layer {router.layer} chooses {shape[0]} of {shape[1]}, unlike others")
-        self._shape, self._raw[router.layer] = shape, ([], [], [])
-        self._hashed[router.layer] = router.hashed
-        self._rows.setdefault(router.layer, 0)
+        self._shape, self._hashed[router.layer] = shape, router.hashed
+        self._biased[router.layer] = len(router.by_expert) > 1
+        self._rows[router.layer], self._staged[router.layer] = 0, []
 
     # -- from raw scores to margins and weights --
 
     def _flush(self) -> None:
         block = {}
-        for layer, (ids, scores, probs) in self._raw.items():
-            chosen = np.frombuffer(b"".join(ids), np.int32).reshape(-1, self._shape[0])
-            by_expert = [np.frombuffer(b"".join(part), np.float32).reshape(len(chosen), -1)
-                         for part in (scores, probs)]
-            margins = np.full(len(chosen), np.nan, np.float32)
-            if not self._hashed[layer]:
-                margins = margin(by_expert[0], chosen)
-            block[layer] = chosen.astype(self._id_type()), self._weights(by_expert[1], chosen), margins
-        self._blocks.append(block)
-        self._raw, self._raw_bytes = {}, 0
+        for layer, staged in self._staged.items():
+            if staged:
+                chosen, scores, probs = self._unpack(np.array(staged), self._biased[layer])
+                margins = np.full(len(chosen), np.nan, np.float32)
+                if not self._hashed[layer]:
+                    margins = margin(scores, chosen)
+                block[layer] = chosen.astype(self._id_type()), self._weights(probs, chosen), margins
+                staged.clear()
+        if block:
+            self._blocks.append(block)
+        self._free = 0
+
+    def _unpack(self, staged: np.ndarray, biased: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, selection scores and probabilities of a layer, a row a token, from the staging area."""
+        at, n, ids_bytes = staged.T
+        call = np.repeat(np.arange(len(n)), n)
+        row = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
+        k, width = (4 * size for size in self._shape)
+        step = (ids_bytes - k) // np.maximum(n - 1, 1)
+        probs = (at + ids_bytes)[call] + row * width
+        scores = probs + biased * n[call] * width
+        return (self._gather(at[call] + row * step[call], k), self._gather(scores, width).view(np.float32),
+                self._gather(probs, width).view(np.float32))
+
+    def _gather(self, starts: np.ndarray, nbytes: int) -> np.ndarray:
+        return self._staging[starts[:, None] // 4 + np.arange(nbytes // 4)]
 
     def _id_type(self) -> type:
         return np.uint8 if self._shape[1] <= 256 else np.uint16
@@ -403,16 +410,15 @@ class Recorder:
         Raises:
             RoutingError: a choice contradicts its scores: they were overwritten before they were read.
         """
-        if self._raw:
-            self._flush()
+        self._flush()
         layers = sorted(self._rows)
         fields = {"layers": np.array(layers, np.int16), "n_experts": int(self._shape[1]),
                   "hashed": np.array([self._hashed[layer] for layer in layers], bool)}
         empty = (np.zeros((self._expected, 0, 0), np.uint8), np.zeros((self._expected, 0, 0), np.float16),
                  np.zeros((self._expected, 0), np.float32))
         for i, name in enumerate(("experts", "weights", "margin")):
-            columns = [np.concatenate([block[layer][i] for block in self._blocks]) for layer in layers]
-            fields[name] = np.stack(columns, axis=1) if columns else empty[i]
+            found = [[block[layer][i] for block in self._blocks if layer in block] for layer in layers]
+            fields[name] = np.stack([np.concatenate(part) for part in found], axis=1) if found else empty[i]
         if (fields["margin"] < 0).any():
             raise RoutingError("chosen experts do not score highest", hint="report the architecture")
         return fields

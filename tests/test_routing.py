@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import subprocess
 import tracemalloc
@@ -172,19 +173,25 @@ def test_a_dense_model_has_no_routed_experts_but_logits():
         require_routed(trace)
 
 
+def stage(recorder: Recorder, layer: int, ids: np.ndarray, scores: np.ndarray) -> None:
+    """Hand the recorder what llama.cpp would, without a bias."""
+    raw = ids.astype(np.int32).tobytes() + scores.astype(np.float32).tobytes()
+    at = recorder._reserve(len(raw))
+    ctypes.memmove(recorder._address + at, raw, len(raw))
+    recorder._staged[layer].append((at, len(ids), 4 * ids.size))
+
+
 def fill(recorder: Recorder, n_tokens: int, n_layers: int, k: int, n_experts: int, step: int = 256) -> None:
-    """Hand the recorder what llama.cpp would: scores in which the first k experts lead."""
+    """A long run in which the first k experts lead."""
     recorder.reset()
-    recorder._shape, recorder._hashed = (k, n_experts), dict.fromkeys(range(n_layers), False)
-    ids = np.tile(np.arange(k, dtype=np.int32), (step, 1)).tobytes()
-    scores = np.tile(np.linspace(1, 0, n_experts, dtype=np.float32), (step, 1)).tobytes()
+    recorder._shape, recorder._staged = (k, n_experts), {layer: [] for layer in range(n_layers)}
+    recorder._hashed = recorder._biased = dict.fromkeys(range(n_layers), False)
+    ids = np.tile(np.arange(k), (step, 1))
+    scores = np.tile(np.linspace(1, 0, n_experts), (step, 1))
     for _ in range(0, n_tokens, step):
         recorder.begin(step)
         for layer in range(n_layers):
-            raw = recorder._raw.setdefault(layer, ([], [], []))
-            for part, data in zip(raw, (ids, scores, scores), strict=True):
-                part.append(data)
-            recorder._raw_bytes += len(ids) + 2 * len(scores)
+            stage(recorder, layer, ids, scores)
             recorder._rows[layer] = recorder._expected
         recorder.end()
 
@@ -207,8 +214,9 @@ def test_memory_grows_with_tokens_layers_and_k_only(n_tokens):
 def test_scores_that_contradict_the_choice_are_an_error():
     recorder = Recorder()
     recorder.begin(1)
-    recorder._shape, recorder._hashed, recorder._rows = (1, 2), {0: False}, {0: 1}
-    recorder._raw = {0: ([np.int32([1]).tobytes()], *[[np.float32([0.9, 0.1]).tobytes()]] * 2)}
+    recorder._shape, recorder._staged, recorder._rows = (1, 2), {0: []}, {0: 1}
+    recorder._hashed = recorder._biased = {0: False}
+    stage(recorder, 0, np.array([[1]]), np.array([[0.9, 0.1]]))
     with pytest.raises(RoutingError, match="do not score highest"):
         recorder.arrays()
 
