@@ -24,6 +24,7 @@ LEVEL = 0.95
 # interval covered the truth in 92-96 % of simulated runs, and at 96 % in 94-97 % (tests/test_degradation.py).
 BOOTSTRAP_LEVEL = 0.96
 N_BOOT = 2000
+NO_WEIGHT = 1e-6  # of a question: next to nothing, and still exact beside sums of thousands
 
 
 def wilson(successes: Any, n: Any, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
@@ -108,6 +109,11 @@ class Counts:
         marked = planned & (lengths <= reference_tokens)
         marked = marked if marked.any() else np.arange(len(lengths)) == 0
         return cls(lengths, table["sum"].to_numpy(float), table["count"].to_numpy(float), marked)
+
+    def up_to(self, length: int) -> Counts:
+        """The counts of the lengths up to this one."""
+        kept = self.lengths <= length
+        return Counts(self.lengths[kept], self.successes[:, kept], self.trials[:, kept], self.reference[kept])
 
     @property
     def n_haystacks(self) -> int:
@@ -244,7 +250,8 @@ def _filled(successes: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.n
     for k in [*range(1, trials.shape[1]), *range(trials.shape[1] - 2, -1, -1)]:
         beside = k - 1 if k and trials[:, k - 1].all() else min(k + 1, trials.shape[1] - 1)
         empty = trials[:, k] == 0
-        successes[empty, k], trials[empty, k] = (one[empty, beside] * 1e-9 for one in (successes, trials))
+        accuracy = successes[empty, beside] / trials[empty, beside]
+        successes[empty, k], trials[empty, k] = accuracy * NO_WEIGHT, NO_WEIGHT
     return successes, trials
 
 
@@ -379,6 +386,46 @@ def search_lengths(
                 return counts
             counts = done
     return counts
+
+
+def search_haystacks(
+    measure: Callable[[int, int, bool], Counts | None],
+    grid: Sequence[int],
+    n_haystacks: int,
+    guess_rate: float = 0.0,
+    *,
+    refine: bool = True,
+    in_a_row: int = 2,
+) -> Counts | None:
+    """Measure haystacks that grow, one after another: all lengths of one before the next begins.
+
+    The first quarter (at least two) goes through the whole grid. They show the others where to look
+    closer (``refined_lengths``, in passing) and how far to go: to the last of ``in_a_row`` lengths that clearly fail.
+    Stopping on fewer haystacks than that makes intervals too narrow.
+
+    Args:
+        measure: measures one haystack at one length (and whether that is of the grid); returns all counts of
+            this search so far, or None when it could not run; then the search ends.
+    """
+    counts, pilot, lengths = None, max(2, n_haystacks // 4), list(grid)
+    for haystack in range(n_haystacks):
+        if haystack == pilot and counts is not None:
+            lengths = _after_pilot(counts, grid, guess_rate, refine, in_a_row)
+        for length in lengths:
+            done = measure(haystack, length, length in grid)
+            if done is None:
+                return counts
+            counts = done
+    return counts
+
+
+def _after_pilot(
+    counts: Counts, grid: Sequence[int], guess_rate: float, refine: bool, in_a_row: int
+) -> list[int]:
+    failed = (n for n in grid if clearly_below(counts.up_to(n), grid, guess_rate, in_a_row))
+    last = next(failed, grid[-1])
+    refined = refined_lengths(counts, guess_rate) if refine else []
+    return [length for length in sorted({*grid, *refined}) if length <= last]
 
 
 # ---- two models, side by side ----

@@ -84,7 +84,7 @@ def sentences(prompts: PromptSet, draw: random.Random) -> Iterator[str]:
 
     >>> from dfqs_nb.prompts import load_prompts
     >>> next(sentences(load_prompts("long-context-nano"), random.Random(3)))
-    'Here we go.'
+    'Rain fell softly on the roof.'
     """
     while True:
         text = draw.choice(prompts["sentences"])

@@ -383,7 +383,8 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.text(column, row, f"{int(counts.iat[row, column])}", ha="center", va="center", fontsize=7,
                 color=INK if share.iat[row, column] > 0.6 else "white")
     step = 1 / len(share)
-    ax.set_yticks(range(len(share)), [f"{depth:.0%} to {depth + step:.0%}" for depth in share.index], fontsize=8)
+    strata = [f"{depth:.0%} to {depth + step:.0%}" for depth in share.index]
+    ax.set_yticks(range(len(share)), strata, fontsize=8)
     ax.set_xticks(range(share.shape[1]), [f"{length:,}" for length in share.columns], fontsize=8)
     ax.set_xlabel("context (tokens); tiles give the number of questions")
     ax.set_ylabel("depth of the key")
@@ -392,8 +393,8 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     at = tiles.groupby("depth")[["correct", "n"]].sum()
     at = at["correct"] / at["n"]
-    _title(ax, f"Keys {at.idxmax():.0%} to {at.idxmax() + step:.0%} deep are found best ({at.max():.0%}), "
-               f"{at.idxmin():.0%} to {at.idxmin() + step:.0%} deep worst ({at.min():.0%})")
+    _title(ax, f"Found best {at.idxmax():.0%} to {at.idxmax() + step:.0%} deep ({at.max():.0%}), "
+               f"worst {at.idxmin():.0%} to {at.idxmin() + step:.0%} deep ({at.min():.0%})")
     return ax
 
 
@@ -440,7 +441,8 @@ def cost_by_length(costs: pd.DataFrame, memory: pd.DataFrame, ax: Axes | None = 
     ax.set_ylim(bottom=0)
     ax.set_ylabel("memory beside the weights")
     right = ax.twinx()
-    right.plot(costs["depth"], costs["tokens_per_second"], color=PALETTE[7], linewidth=2, label="prefill speed")
+    right.plot(costs["depth"], costs["tokens_per_second"], color=PALETTE[7], linewidth=2,
+               label="prefill speed")
     right.set_ylim(0, 1.15 * costs["tokens_per_second"].max())
     right.set_ylabel("prefill (tokens a second)", color="#666666")
     right.spines["top"].set_visible(False)
@@ -505,4 +507,84 @@ def routing_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes
     ax.set_ylim(max(0, low - 0.15), min(1.02, high + 0.08))
     _title(ax, f"Beyond {last['start']:,.0f} tokens usage overlaps the start's by {last['overlap']:.0%} "
                f"(chance: {last['chance']:.0%})")
+    return ax
+
+
+def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Accuracy of each family with its interval, and what guessing would give.
+
+    Args:
+        table: columns ``set``, ``family``, ``length``, ``n``, ``accuracy``, ``low``, ``high`` (95 % interval) and
+            ``guess_rate``, in drawing order.
+    """
+    ax = _axes(ax, 1.3 + 0.3 * len(table))
+    sets = list(dict.fromkeys(table["set"]))
+    for colour, name in zip(PALETTE, sets, strict=False):
+        rows = np.flatnonzero(table["set"] == name)
+        part = table.iloc[rows]
+        spread = [part["accuracy"] - part["low"], part["high"] - part["accuracy"]]
+        ax.errorbar(part["accuracy"], rows, xerr=spread, fmt="o", color=colour, capsize=3, label=name)
+    guessed = np.flatnonzero(table["guess_rate"] > 0)
+    ax.plot(table["guess_rate"].iloc[guessed], guessed, "|", color=INK, markersize=13, markeredgewidth=1.5,
+            label="guessing")
+    ax.set_yticks(range(len(table)), [f"{one.family}, {one.length} (n = {one.n})" for one in table.itertuples()],
+                  fontsize=8)
+    ax.set_ylim(len(table) - 0.4, -0.6)
+    ax.set_xlim(-0.02, 1.02)
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.set_xlabel("right answers (95 % Wilson interval)")
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    above = int(((table["low"] > table["guess_rate"]) & (table["correct"] > 0)).sum())
+    _title(ax, f"{above} of {len(table)} families lie above guessing beyond doubt")
+    return ax
+
+
+def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Decode speed by depth, every repetition, below the roof that reading the weights sets.
+
+    Args:
+        table: columns ``phase``, ``depth`` (tokens), ``median``, ``values`` (tokens a second), ``roof``,
+            ``utilisation`` and ``contended``.
+    """
+    ax, decode = _axes(ax), table[table["phase"] == "decode"]
+    ax.plot(decode["depth"], decode["roof"], "--", color=INK, label="roof: memory bandwidth / bytes a token")
+    for one in decode.itertuples():
+        ax.plot([one.depth] * len(one.values), one.values, "o", color=PALETTE[5], alpha=0.4, markersize=5)
+    ax.plot(decode["depth"], decode["median"], "_-", color=PALETTE[5], markersize=16, markeredgewidth=2,
+            label=f"decode, median of {len(decode['values'].iloc[0])}")
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(decode["depth"], [f"{depth:,}" for depth in decode["depth"]])
+    ax.minorticks_off()
+    ax.set_ylim(decode["median"].min() / 3, decode["roof"].max() * 2)
+    ax.set_xlabel("tokens in the context")
+    ax.set_ylabel("tokens a second")
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    busy = " (the machine was busy)" if decode["contended"].any() else ""
+    _title(ax, f"Decode reaches {decode['utilisation'].max():.1%} of what memory allows{busy}")
+    return ax
+
+
+def card_bounds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """The card's speeds beside the bound that reading sets, a row a machine.
+
+    Args:
+        table: columns ``machine``, ``claimed_low``, ``claimed_high``, ``bound`` (tokens a second).
+    """
+    ax = _axes(ax, 1.2 + 0.34 * len(table))
+    rows = np.arange(len(table))
+    ax.hlines(rows, table["claimed_low"], table["claimed_high"], color=PALETTE[1], linewidth=6, label="the card")
+    ax.plot(table["bound"], rows, "D", color=PALETTE[0], label="bound by reading")
+    for row, bound in zip(rows, table["bound"], strict=True):
+        ax.annotate(f"{bound:,.2g}" if bound < 10 else f"{bound:,.0f}", (bound, row), xytext=(7, 0), fontsize=8,
+                    textcoords="offset points", va="center")
+    ax.set_yticks(rows, table["machine"], fontsize=8)
+    ax.set_ylim(len(table) - 0.4, -0.6)
+    ax.set_xscale("log")
+    ax.margins(x=0.12)
+    ax.set_xlabel("tokens a second")
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    near = table.loc[table["reached"].idxmax()]
+    _title(ax, f"The card's CPU speed fits reading from a disk: {near['machine']}" if "disk" in near["machine"]
+           else f"The card comes nearest to the bound on: {near['machine']}")
     return ax

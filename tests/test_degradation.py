@@ -255,6 +255,42 @@ def test_interval_covers_known_boundaries_of_every_shape(name):
     assert found["median error"] < 0.2 and abs(found["bias"]) < 0.1, found
 
 
+def grown(name: str, runs: int, n_boot: int = 400) -> pd.DataFrame:
+    """As ``simulate``, for haystacks that grow, half as many questions at the lengths added in passing."""
+    p, n_haystacks, n_questions, rho = SCENARIOS[name]
+    draw, grid, rows = np.random.default_rng(4), degradation.octaves(256, 16384), []
+    for run in range(runs):
+        of_haystack, seen = draw.standard_normal(n_haystacks) * sqrt(rho), {}
+
+        def measure(haystack, length, planned, of_haystack=of_haystack, seen=seen):
+            n = n_questions if planned else max(1, n_questions // 2)
+            noise = of_haystack[haystack] + draw.standard_normal(n) * sqrt(1 - rho)
+            seen[haystack, length] = ((noise < NORMAL.inv_cdf(min(max(p(length), 1e-12), 1 - 1e-12))).sum(), n)
+            lengths = sorted({one for _, one in seen})
+            cells = np.array([[seen.get((h, one), (0, 0)) for one in lengths] for h in range(haystack + 1)], float)
+            short = np.array([one in grid and one <= 512 for one in lengths])
+            return Counts(np.array(lengths), cells[..., 0], cells[..., 1], short)
+
+        found = quality_boundary(degradation.search_haystacks(measure, grid, n_haystacks), n_boot=n_boot, seed=run)
+        rows.append((found.tokens, found.low, found.high or np.inf, len(seen)))
+    return pd.DataFrame(rows, columns=["tokens", "low", "high", "n_cells"]).assign(truth=true_boundary(p, grid))
+
+
+def test_interval_covers_a_known_boundary_for_haystacks_that_grow():
+    found = summary(grown("gentle, 12 x 6", 500))
+    assert 0.93 <= found["coverage"] <= 0.97, found
+    assert found["median error"] < 0.15, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["steep, 8 x 8", "slow, 16 x 6", "far, 12 x 6"])
+def test_interval_for_haystacks_that_grow_covers_boundaries_of_every_shape(name):
+    """Fewer lengths are added than to texts made for their length, so a steep fall is placed less finely."""
+    found = summary(grown(name, 1000))
+    assert 0.9 <= found["coverage"] <= 0.98, found
+    assert found["median error"] < 0.15, found
+
+
 def test_search_stops_early_and_returns_to_the_crossing():
     stub = Stub(logistic(3, 9, 1), 20, 5, 0.0, np.random.default_rng(1))
     counts = degradation.search_lengths(stub.measure, degradation.octaves(64, 2**20))
