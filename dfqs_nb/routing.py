@@ -326,7 +326,7 @@ class Recorder:
             self._error = error
 
     def _take(self, router: _Router) -> None:
-        """Copy the ids, as they lie (with a stride in prefill), and the scores of every expert behind them."""
+        """Copy the ids, as they lie (with a stride in prefill), and the scores of every expert behind."""
         n, ids, copy = router.ids.shape[1], router.ids, self._copy
         ids_bytes = ids.row_bytes if n == 1 else (n - 1) * ids.steps[1] + ids.row_bytes
         width = n * router.probs.row_bytes
