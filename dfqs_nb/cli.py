@@ -292,6 +292,46 @@ def verify(arguments: argparse.Namespace) -> int:
     return int(not found.diagnosis.sound)
 
 
+def add_score(commands: Any) -> None:
+    """``dfqs-nb score``: a model's reasoning and code, with intervals."""
+    parser = commands.add_parser("score", help="score a model's reasoning and code; continues a stopped run")
+    parser.add_argument("model", metavar="MODEL", help="a GGUF file, or any of its shards")
+    parser.add_argument("--tier", default="standard", choices=("nano", "standard"))
+    parser.add_argument("--set", action="append", default=[], metavar="NAME", help="only these sets, or JSONL files")
+    parser.add_argument("--n-ctx", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--limit", type=int, help="only so many questions a set; nothing is scored then")
+    parser.add_argument("--run", help="the folder's name under outputs/ (default: from the model)")
+    parser.add_argument("--samples", type=int, default=1, help="of code: answers a task; pass@k up to that k")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--fresh", action="store_true", help="answer again what an earlier run answered")
+    parser.add_argument("--allow-unsandboxed", action="store_true", help="run generated code without a sandbox")
+    parser.set_defaults(function=score)
+
+
+def score(arguments: argparse.Namespace) -> int:
+    from dfqs_nb import item_sets, paths, runtime, scores, workbook
+    from dfqs_nb.verify import sha256_of
+
+    chosen = ([item_sets.load_item_set(name) for name in arguments.set]
+              or item_sets.sets_of_tier(arguments.tier))
+    folder = paths.run_dir(arguments.run or workbook.default_run_name(arguments.model)) / "scores"
+    settings = runtime.OpenSettings(n_ctx=arguments.n_ctx, n_threads=arguments.threads or None)
+    sampling = runtime.Sampling(temperature=arguments.temperature)
+    ks = [k for k in (10, 100) if k <= arguments.samples]
+    with runtime.open_model(arguments.model, settings) as model:
+        identity = sha256_of(model.path)
+        for one in chosen:
+            found = scores.score_set(
+                model, one, folder, model_id=identity, sampling=sampling, ks=ks if one.kind == "code" else (),
+                n_samples=arguments.samples if one.kind == "code" else 1, limit=arguments.limit,
+                allow_unsandboxed=arguments.allow_unsandboxed, fresh=arguments.fresh,
+            )  # fmt: skip
+            print("\n".join(s.sentence for s in (found.score, *found.pass_at.values())), flush=True)
+    print(f"answers: {paths.tilde(folder)}/")
+    return 0
+
+
 # One line for each subcommand; `add_<name>` makes its parser and sets `function`. Imports of other
 # modules stay inside the functions, so that a fast command starts fast.
 COMMANDS = (
@@ -305,6 +345,7 @@ COMMANDS = (
     add_split,
     add_verify,
     add_routing,
+    add_score,
 )
 
 

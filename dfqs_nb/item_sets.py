@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,25 @@ class Item:
     entry_point: str = ""
     reference: str = ""
 
+    def asked(self, instruction: str) -> str:
+        """The message to the model in a chat.
+
+        >>> Item("1", "f", "p").asked(" Why?"), Item("1", "f", "p").asked("Read {prompt}.")
+        ('p Why?', 'Read p.')
+        """
+        if "{prompt}" in instruction:
+            return instruction.replace("{prompt}", self.prompt)
+        return self.prompt + instruction
+
+    def completed(self, answer: str) -> str | None:
+        """What to put behind a code item's prompt, from a chat's answer: the first code block that defines the
+        function, below a body that it replaces. None where there is no such block.
+        """
+        for block in re.findall(r"^```[^\n]*\n(.*?)^```", answer + "\n", flags=re.DOTALL | re.MULTILINE):
+            if re.search(rf"^(async )?def {re.escape(self.entry_point)}\b", block, flags=re.MULTILINE):
+                return f"    pass\n\n{block}"
+        return None
+
     def program(self, completion: str) -> str:
         """A code item's candidate with its tests; it ends well when they pass.
 
@@ -59,9 +79,11 @@ class ItemSet:
     Attributes:
         tier: ``nano``, ``standard``, or ``own``; scores of different tiers are never put side by side.
         kind: ``reasoning`` (the answer is compared) or ``code`` (the candidate is run).
-        mode: ``chat`` (through the chat template, with ``instruction`` behind the prompt) or ``complete``.
+        mode: ``chat`` (through the chat template, with ``instruction`` behind the prompt, or around it where it has
+            a ``{prompt}``; of code the answer's code block counts) or ``complete`` (plain continuation, which is
+            also what a code set falls back to where a model has no chat template).
         extract: where a reasoning answer is found: ``answer tag`` or ``last line``.
-        stop, max_tokens: where generation ends.
+        stop, max_tokens: where generation ends; the stop texts of a code set are for plain continuation.
         header: the set's first line, whole.
     """
 

@@ -191,7 +191,7 @@ def routing_agreement(agreement: pd.DataFrame, n_tokens: int, ax: Axes | None = 
                 color="white" if dark else INK)
     ax.set_yticks(range(len(agreement)), agreement.index, fontsize=8)
     ax.set_xticks(range(agreement.shape[1]), [str(layer) for layer in agreement.columns])
-    ax.set_xlabel(f"layer (tiles give the share of n = {n_tokens:,} expert sets that differ; blank: none)")
+    ax.set_xlabel(f"layer (tiles: share of n = {n_tokens:,} sets that differ)")
     ax.tick_params(length=0)
     same = int((differ.max(axis=1) == 0).sum())
     _title(ax, f"{same} of {len(agreement)} comparisons leave every expert set as it was")
@@ -556,6 +556,7 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_yscale("log")
     ax.set_xticks(decode["depth"], [f"{depth:,}" for depth in decode["depth"]])
     ax.minorticks_off()
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
     ax.set_ylim(decode["median"].min() / 3, decode["roof"].max() * 2)
     ax.set_xlabel("tokens in the context")
     ax.set_ylabel("tokens a second")
@@ -585,6 +586,5 @@ def card_bounds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("tokens a second")
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     near = table.loc[table["reached"].idxmax()]
-    _title(ax, f"The card's CPU speed fits reading from a disk: {near['machine']}" if "disk" in near["machine"]
-           else f"The card comes nearest to the bound on: {near['machine']}")
+    _title(ax, f"The card's speeds come nearest to their bound on: {near['machine']}")
     return ax

@@ -61,18 +61,27 @@ class SetRun:
 def answerer(model: Model, item_set: ItemSet) -> Answerer:
     """How this model answers the items of this set: by chat template or as plain continuation."""
 
+    chatting_code = item_set.kind == "code" and mode_for(model, item_set) == "chat"
+    stop = () if chatting_code else item_set.stop  # a code block may hold any stop text
+
     def answer(item: Item, sampling: Sampling) -> Completion:
-        return stream_tokens(model, prompt_tokens(model, item_set, item), item_set.max_tokens, sampling,
-                             item_set.stop).completion
+        tokens = prompt_tokens(model, item_set, item)
+        return stream_tokens(model, tokens, item_set.max_tokens, sampling, stop).completion
 
     return answer
 
 
 def prompt_tokens(model: Model, item_set: ItemSet, item: Item) -> list[int]:
     """Token ids of an item's prompt, as the set's mode has it."""
-    if item_set.mode == "chat":
-        return chat_prompt(model, item.prompt + item_set.instruction)
+    if mode_for(model, item_set) == "chat":
+        return chat_prompt(model, item.asked(item_set.instruction))
     return model.with_bos(model.tokenize(item.prompt, special=False))
+
+
+def mode_for(model: Model, item_set: ItemSet) -> str:
+    """The set's mode; a code set is plain continuation where a model has no chat template."""
+    has_template = bool(model.header.get("tokenizer.chat_template"))
+    return "complete" if item_set.kind == "code" and not has_template else item_set.mode
 
 
 def check_context(model: Model, item_set: ItemSet) -> int:
@@ -90,8 +99,9 @@ def check_context(model: Model, item_set: ItemSet) -> int:
 
 def run_conditions(model: Model, item_set: ItemSet, sampling: Sampling = GREEDY) -> dict[str, Any]:
     """What an answer depends on beside the model: prompts, template, sampling and runtime."""
-    template = str(model.header.get("tokenizer.chat_template") or "") if item_set.mode == "chat" else ""
-    return {**item_set.identity(), "mode": item_set.mode,
+    mode = mode_for(model, item_set)
+    template = "" if mode == "complete" else str(model.header.get("tokenizer.chat_template") or "")
+    return {**item_set.identity(), "mode": mode,
             "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if template else "none",
             "sampling": dataclasses.asdict(sampling), "scoring": __version__, **model.conditions()}
 
@@ -138,7 +148,9 @@ def collect(answer: Answerer, item_set: ItemSet, folder: str | Path, conditions:
     if item_set.kind == "code":
         sandbox = sandbox or find_sandbox()
         conditions = {**conditions, "sandbox": sandbox.level}
-        _judge(rows, wanted, sandbox, place["verdicts"], fresh, progress)
+        candidates = [_candidate(item, row["completion"], conditions.get("mode", item_set.mode))
+                      for (item, _), row in zip(wanted, rows, strict=True)]
+        _judge(rows, candidates, sandbox, place["verdicts"], fresh, progress)
     items = _frame(rows)
     score, pass_at = _scores(items, item_set, ks)
     return SetRun(item_set, items, score, pass_at, conditions, model_id, n_resumed)
@@ -182,13 +194,18 @@ def _row(item_set: ItemSet, item: Item, sample: int, said: dict[str, Any]) -> di
             "truncated": grade == "truncated"}
 
 
-def _judge(rows: list[dict[str, Any]], wanted: Sequence[tuple[Item, int]], sandbox: Sandbox, path: Path,
+def _candidate(item: Item, completion: str, mode: str) -> str | None:
+    """The program to run; None where a chat's answer has no code block with the function."""
+    code = item.completed(completion) if mode == "chat" else completion
+    return None if code is None else item.program(code)
+
+
+def _judge(rows: list[dict[str, Any]], candidates: Sequence[str | None], sandbox: Sandbox, path: Path,
            fresh: bool, progress: bool, limits: Limits = LIMITS) -> None:
     """Run the candidates that have no verdict yet, and put grade and reason into the rows."""
     journal = Journal(path, {"sandbox": sandbox.level, "limits": dataclasses.asdict(limits)}, fresh=fresh)
-    programs = [item.program(row["completion"]) for (item, _), row in zip(wanted, rows, strict=True)]
-    keys = [hashlib.sha256(program.encode()).hexdigest()[:24] for program in programs]
-    todo = {key: program for key, program in zip(keys, programs, strict=True) if key not in journal}
+    keys = [_program_key(program) for program in candidates]
+    todo = {key: program for key, program in zip(keys, candidates, strict=True) if key and key not in journal}
     with tqdm(total=len(todo), desc="tests", disable=not progress or not todo) as bar:
         for start in range(0, len(todo), BATCH):
             part = list(todo.items())[start : start + BATCH]
@@ -197,7 +214,12 @@ def _judge(rows: list[dict[str, Any]], wanted: Sequence[tuple[Item, int]], sandb
                 journal.add(key, outcome=verdict.outcome, detail=verdict.detail)
             bar.update(len(part))
     for row, key in zip(rows, keys, strict=True):
-        row |= _verdict_fields(Verdict(**journal[key]), row.pop("cut"))
+        verdict = Verdict(**journal[key]) if key else Verdict("no_answer", "no code block with the function")
+        row |= _verdict_fields(verdict, row.pop("cut"))
+
+
+def _program_key(program: str | None) -> str:
+    return hashlib.sha256(program.encode("utf-8", "replace")).hexdigest()[:24] if program is not None else ""
 
 
 def _verdict_fields(verdict: Verdict, cut: bool) -> dict[str, Any]:

