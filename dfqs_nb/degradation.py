@@ -400,8 +400,8 @@ def search_haystacks(
     """Measure haystacks that grow, one after another: all lengths of one before the next begins.
 
     The first quarter (at least two) goes through the whole grid. They show the others where to look
-    closer (``refined_lengths``, in passing) and how far to go: to the last of ``in_a_row`` lengths that clearly fail.
-    Stopping on fewer haystacks than that makes intervals too narrow.
+    closer (``refined_lengths``, in passing) and how far to go: to the last of ``in_a_row`` lengths that
+    clearly fail. Stopping on fewer haystacks than that makes intervals too narrow.
 
     Args:
         measure: measures one haystack at one length (and whether that is of the grid); returns all counts of

@@ -245,7 +245,7 @@ def count_evaluated(model, monkeypatch) -> list[int]:
 
 
 def test_every_evaluated_token_is_accounted_for(smol, tmp_path, monkeypatch):
-    plan = make_plan(smol, "long-context-standard", 512, n_haystacks=2)
+    plan = make_plan(smol, "long-context-standard", 256, n_haystacks=2)
     sizes = count_evaluated(smol, monkeypatch)
     run = measure(smol, plan, tmp_path)
     assert run.reuse.allowed
@@ -253,9 +253,10 @@ def test_every_evaluated_token_is_accounted_for(smol, tmp_path, monkeypatch):
     assert run.evaluated_tokens == sum(sizes) and checked_twice < run.reuse.evaluated_tokens
     held = sum(row["n_evaluated"] for row in run.journal.rows() if row["id"].endswith("/held"))
     assert held <= plan.longest * plan.n_haystacks, "a haystack is evaluated once"
-    assert run.items.groupby("task").size()["retrieve"] == 2 * 2 * plan.n_questions
+    assert run.items.groupby("task").size()["retrieve"] == 2 * plan.n_questions
 
 
+@pytest.mark.slow
 def test_grown_and_fresh_give_the_same_answers(smol, tmp_path):
     plan = make_plan(smol, "long-context-standard", 256, n_haystacks=2)
     fresh = dataclasses.replace(plan, grown=False, rounds=0)
@@ -295,7 +296,10 @@ def child(path: Path, folder: Path, prompt_set: str, kill_after: int | None = No
     return process.communicate()[0].decode()
 
 
-@pytest.mark.parametrize("which, prompt_set", [("nano", "long-context-nano"), ("smol", "long-context-standard")])
+@pytest.mark.parametrize("which, prompt_set", [
+    ("nano", "long-context-nano"),
+    pytest.param("smol", "long-context-standard", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_killed_and_resumed_run_gives_the_same_numbers(which, prompt_set, tmp_path):
     path = NANO if which == "nano" else smollm2()
     whole = child(path, tmp_path / "whole", prompt_set)
