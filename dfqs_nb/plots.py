@@ -517,7 +517,7 @@ def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         table: columns ``set``, ``family``, ``length``, ``n``, ``accuracy``, ``low``, ``high`` (95 % interval) and
             ``guess_rate``, in drawing order.
     """
-    ax = _axes(ax, 1.3 + 0.3 * len(table))
+    ax = _axes(ax, 1.2 + 0.2 * len(table))
     sets = list(dict.fromkeys(table["set"]))
     for colour, name in zip(PALETTE, sets, strict=False):
         rows = np.flatnonzero(table["set"] == name)
@@ -533,7 +533,8 @@ def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xlim(-0.02, 1.02)
     ax.xaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_xlabel("right answers (95 % Wilson interval)")
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.24 if len(table) < 14 else -0.12),
+              ncols=len(sets) + 1)
     above = int(((table["low"] > table["guess_rate"]) & (table["correct"] > 0)).sum())
     _title(ax, f"{above} of {len(table)} families lie above guessing beyond doubt")
     return ax
@@ -560,7 +561,7 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylim(decode["median"].min() / 3, decode["roof"].max() * 2)
     ax.set_xlabel("tokens in the context")
     ax.set_ylabel("tokens a second")
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0.4, 0.5))
     busy = " (the machine was busy)" if decode["contended"].any() else ""
     _title(ax, f"Decode reaches {decode['utilisation'].max():.1%} of what memory allows{busy}")
     return ax
@@ -572,7 +573,7 @@ def card_bounds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Args:
         table: columns ``machine``, ``claimed_low``, ``claimed_high``, ``bound`` (tokens a second).
     """
-    ax = _axes(ax, 1.2 + 0.34 * len(table))
+    ax = _axes(ax, 1.0 + 0.22 * len(table))
     rows = np.arange(len(table))
     ax.hlines(rows, table["claimed_low"], table["claimed_high"], color=PALETTE[1], linewidth=6, label="the card")
     ax.plot(table["bound"], rows, "D", color=PALETTE[0], label="bound by reading")
@@ -584,7 +585,7 @@ def card_bounds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xscale("log")
     ax.margins(x=0.12)
     ax.set_xlabel("tokens a second")
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.legend(frameon=False, fontsize=8, loc="upper right")
     near = table.loc[table["reached"].idxmax()]
-    _title(ax, f"The card's speeds come nearest to their bound on: {near['machine']}")
+    _title(ax, f"Nearest to its bound: the card's {near['machine']}")
     return ax

@@ -26,7 +26,19 @@ ONE_FILE = {
     "llama-gguf-split": ["tools/gguf-split/gguf-split.cpp"],
     "llama-gguf-hash": ["examples/gguf-hash/gguf-hash.cpp", "vendor/hash/hash.cpp", "vendor/hash/sha1/sha1.c",
                         "vendor/hash/sha256/sha256.c", "vendor/hash/xxhash/xxhash.c"],
+    "llama-bench": ["tools/llama-bench/llama-bench.cpp", "tools/llama-bench/main.cpp", "common/common.cpp",
+                    "common/log.cpp", "common/fit.cpp"],
 }
+# What llama-bench refers to beside these files: reading `-fa 0`. All else (downloads, JSON, samplers) is not
+# called in a benchmark; calling it ends the program.
+SHIMS = {"llama-bench": """
+#include <string>
+namespace common_arg_utils {
+bool is_truthy(const std::string & v) { return v == "on" || v == "1" || v == "true"; }
+bool is_falsey(const std::string & v) { return v == "off" || v == "0" || v == "false"; }
+bool is_autoy(const std::string & v) { return v == "auto" || v == "-1"; }
+}
+"""}
 AS_C = ("sha256.c", "xxhash.c")  # the rest is C++, sha1.c too: llama.cpp puts it in a namespace
 
 
@@ -132,15 +144,31 @@ def _compile(name: str, libraries: Path, scratch: Path) -> Path:
     info.write_text(re.sub(r"@LLAMA_BUILD_NUMBER@", "0", template).replace("@LLAMA_BUILD_COMMIT@", "sdist"))
     includes = [f"-I{root / folder}" for folder in
                 ("include", "common", "ggml/include", "vendor", "vendor/hash")]
+    shim = scratch / "shim.cpp"
+    shim.write_text(SHIMS.get(name, ""))
     objects = []
-    for file in [root / file for file in ONE_FILE[name]] + [info]:
+    for file in [root / file for file in ONE_FILE[name]] + [info, shim]:
         language = ["-x", "c"] if file.name in AS_C else ["-x", "c++", "-std=c++17"]
         objects.append(str(scratch / f"{file.name}.o"))
         _run([compiler, *language, "-O2", "-w", *includes, "-c", str(file), "-o", objects[-1]])
-    _run([compiler, *objects, f"-L{libraries}", "-lllama", "-lggml", "-lggml-base", "-pthread",
-          f"-Wl,-rpath,{libraries}", *([f"-Wl,-rpath-link,{libraries}"] if sys.platform == "linux" else []),
-          "-o", str(scratch / name)])
+    link = [compiler, *objects, f"-L{libraries}", "-lllama", "-lggml", "-lggml-base", "-pthread",
+            f"-Wl,-rpath,{libraries}", *([f"-Wl,-rpath-link,{libraries}"] if sys.platform == "linux" else []),
+            "-o", str(scratch / name)]
+    if name in SHIMS:
+        link.append(_missing_symbols(compiler, link, scratch))
+    _run(link)
     return scratch / name
+
+
+def _missing_symbols(compiler: str, link: list[str], scratch: Path) -> str:
+    """An object that defines every symbol the linker misses as a function that ends the program."""
+    said = subprocess.run([*link, "-Wl,--no-demangle"], capture_output=True, text=True, check=False).stderr
+    missing = sorted(set(re.findall(r"undefined reference to [`']([^']+)'", said)))
+    lines = [f'void f{i}(void) __asm__("{symbol}"); void f{i}(void) {{ abort(); }}'
+             for i, symbol in enumerate(missing)]
+    (scratch / "missing.c").write_text("\n".join(["#include <stdlib.h>", *lines]) + "\n")
+    _run([compiler, "-x", "c", "-w", "-c", str(scratch / "missing.c"), "-o", str(scratch / "missing.o")])
+    return str(scratch / "missing.o")
 
 
 def _cmake(name: str, folder: Path) -> Path:
