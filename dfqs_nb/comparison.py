@@ -1,6 +1,7 @@
 """Two runs of the same questions, compared item by item.
 
-Two scores may look apart and not be, or look alike and hide that they fail on different items. Paired by item,
+Two scores may look apart and not be, or look alike and hide that they fail on different items. Paired by
+item,
 only the items on which the two disagree carry evidence.
 """
 
@@ -54,16 +55,21 @@ class Comparison:
         """The comparison in words.
 
         >>> Comparison("code_score", 64, 0.5, 0.6, 0.1, -0.01, 0.2, 3, 9, 0.146, 0.29).sentence
-        'code_score: 0.500 -> 0.600, difference +0.100 (95 % interval -0.010 to +0.200), 3 items only in the first,
+        'code_score: 0.500 -> 0.600, difference +0.100 (95 % interval -0.010 to +0.200), 3 items only in
+        the first,
         9 only in the second, p = 0.29 (Holm): no evidence of a difference'
         """
         verdict = "a difference" if self.p_holm < 1 - LEVEL else "no evidence of a difference"
-        return (f"{self.metric}: {self.a:.3f} -> {self.b:.3f}, difference {self.difference:+.3f} (95 % interval "
-                f"{self.low:+.3f} to {self.high:+.3f}), {self.only_a} items only in the first, {self.only_b} only "
-                f"in the second, p = {self.p_holm:.2g} (Holm): {verdict}")
+        return (
+            f"{self.metric}: {self.a:.3f} -> {self.b:.3f}, difference {self.difference:+.3f} (95 % interval "
+            f"{self.low:+.3f} to {self.high:+.3f}), {self.only_a} items only in the first, {self.only_b} "
+            f"only in the second, p = {self.p_holm:.2g} (Holm): {verdict}"
+        )
 
 
-def differing_fields(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+def differing_fields(
+    a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
     """Every field of nested conditions in which the two differ, with both values.
 
     >>> differing_fields({"n_ctx": 1, "sampling": {"seed": 1}}, {"n_ctx": 1, "sampling": {"seed": 2}})
@@ -87,17 +93,21 @@ def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
 
     >>> check_comparable({"n_ctx": 1024}, {"n_ctx": 4096})
     Traceback (most recent call last):
-    dfqs_nb.comparison.ComparisonError: the conditions differ in n_ctx (1024 and 4096); run both again under the
+    dfqs_nb.comparison.ComparisonError: the conditions differ in n_ctx (1024 and 4096); run both again
+    under the
     same conditions
     """
     found = differing_fields(a, b)
     if found:
         named = ", ".join(f"{key} ({one} and {other})" for key, (one, other) in found.items())
-        raise ComparisonError(f"the conditions differ in {named}", hint="run both again under the same conditions")
+        raise ComparisonError(
+            f"the conditions differ in {named}", hint="run both again under the same conditions"
+        )
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided exact McNemar test (McNemar 1947, Psychometrika 12:153): a fair coin for each discordant item.
+    """Two-sided exact McNemar test (McNemar 1947, Psychometrika 12:153): a fair coin for each discordant
+    item.
 
     >>> mcnemar(0, 0), mcnemar(1, 5), round(mcnemar(0, 10), 6)
     (1.0, 0.21875, 0.001953)
@@ -119,8 +129,9 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def compare(first: Sequence[SetRun], second: Sequence[SetRun], n_boot: int = N_BOOT, seed: int = 0
-            ) -> list[Comparison]:
+def compare(
+    first: Sequence[SetRun], second: Sequence[SetRun], n_boot: int = N_BOOT, seed: int = 0
+) -> list[Comparison]:
     """Two runs of the same sets under the same conditions, metric by metric.
 
     Raises:
@@ -143,29 +154,45 @@ def _pairs(first: Sequence[SetRun], second: Sequence[SetRun]) -> list[tuple[SetR
         raise ComparisonError(f"only one of the two runs has {odd}", hint="score the same sets with both")
     for run in (*first, *second):
         if run.score.value is None:
-            raise ComparisonError(f"{run.score.n_missing} items of {run.item_set.name} lack a result",
-                                  hint="let the run finish: it continues where it stopped")
+            raise ComparisonError(
+                f"{run.score.n_missing} items of {run.item_set.name} lack a result",
+                hint="let the run finish: it continues where it stopped",
+            )
     return [(run, others[run.item_set.name]) for run in first]
 
 
 def _one(a: SetRun, b: SetRun, n_boot: int, seed: int) -> dict[str, Any]:
     keys = ["id", "sample"]
-    both = a.items[[*keys, "family", "correct"]].merge(b.items[[*keys, "correct"]], on=keys, suffixes=("_a", "_b"))
+    both = a.items[[*keys, "family", "correct"]].merge(
+        b.items[[*keys, "correct"]], on=keys, suffixes=("_a", "_b")
+    )
     if len(both) != len(a.items) or len(both) != len(b.items):
         raise ComparisonError("the two runs did not answer the same items", hint="score both with --fresh")
     # a task sampled several times is one item, counted as right where most of its samples are
-    tasks = both.groupby("id", sort=False).agg(family=("family", "first"), correct_a=("correct_a", "mean"),
-                                               correct_b=("correct_b", "mean"))
+    tasks = both.groupby("id", sort=False).agg(
+        family=("family", "first"), correct_a=("correct_a", "mean"), correct_b=("correct_b", "mean")
+    )
     macro = a.item_set.kind == "reasoning"
     low, high = paired_bootstrap(tasks, macro, n_boot, seed)
     right_a, right_b = tasks["correct_a"] > 0.5, tasks["correct_b"] > 0.5
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    return {"metric": f"{a.score.name} ({a.item_set.name})", "n": len(tasks), "a": a.score.value,
-            "b": b.score.value, "difference": b.score.value - a.score.value, "low": low, "high": high,
-            "only_a": only_a, "only_b": only_b, "p": mcnemar(only_a, only_b)}
+    return {
+        "metric": f"{a.score.name} ({a.item_set.name})",
+        "n": len(tasks),
+        "a": a.score.value,
+        "b": b.score.value,
+        "difference": b.score.value - a.score.value,
+        "low": low,
+        "high": high,
+        "only_a": only_a,
+        "only_b": only_b,
+        "p": mcnemar(only_a, only_b),
+    }
 
 
-def paired_bootstrap(tasks: pd.DataFrame, macro: bool, n_boot: int = N_BOOT, seed: int = 0) -> tuple[float, float]:
+def paired_bootstrap(
+    tasks: pd.DataFrame, macro: bool, n_boot: int = N_BOOT, seed: int = 0
+) -> tuple[float, float]:
     """95 % percentile interval of the difference b - a, drawing items anew within each family (``macro``) or
     over all.
 

@@ -1,4 +1,5 @@
-"""Frozen sets of questions with their answers or tests: JSONL, described by its first line, known by its hash.
+"""Frozen sets of questions with their answers or tests: JSONL, described by its first line, known by its
+hash.
 
 A set of your own is a file like those in ``data/prompts/``, in a folder of your choice::
 
@@ -19,7 +20,10 @@ from typing import Any
 from dfqs_nb.paths import data_dir, tilde
 from dfqs_nb.prompts import PromptError
 
-TIERS = {"nano": ("nano-reasoning", "nano-code"), "standard": ("standard-reasoning", "standard-code", "gsm8k-100")}
+TIERS = {
+    "nano": ("nano-reasoning", "nano-code"),
+    "standard": ("standard-reasoning", "standard-code", "gsm8k-100"),
+}
 KINDS = ("reasoning", "code")
 MODES = ("chat", "complete")
 EXTRACTS = ("answer tag", "last line")
@@ -51,7 +55,8 @@ class Item:
         return self.prompt + instruction
 
     def completed(self, answer: str) -> str | None:
-        """What to put behind a code item's prompt, from a chat's answer: the first code block that defines the
+        """What to put behind a code item's prompt, from a chat's answer: the first code block that defines
+        the
         function, below a body that it replaces. None where there is no such block.
         """
         for block in re.findall(r"^```[^\n]*\n(.*?)^```", answer + "\n", flags=re.DOTALL | re.MULTILINE):
@@ -79,8 +84,10 @@ class ItemSet:
     Attributes:
         tier: ``nano``, ``standard``, or ``own``; scores of different tiers are never put side by side.
         kind: ``reasoning`` (the answer is compared) or ``code`` (the candidate is run).
-        mode: ``chat`` (through the chat template, with ``instruction`` behind the prompt, or around it where it has
-            a ``{prompt}``; of code the answer's code block counts) or ``complete`` (plain continuation, which is
+        mode: ``chat`` (through the chat template, with ``instruction`` behind the prompt, or around it
+        where it has
+            a ``{prompt}``; of code the answer's code block counts) or ``complete`` (plain continuation,
+            which is
             also what a code set falls back to where a model has no chat template).
         extract: where a reasoning answer is found: ``answer tag`` or ``last line``.
         stop, max_tokens: where generation ends; the stop texts of a code set are for plain continuation.
@@ -103,8 +110,12 @@ class ItemSet:
 
     def identity(self) -> dict[str, Any]:
         """What a score depends on, for the conditions of a run."""
-        return {"prompt_set": self.name, "prompt_set_sha256": self.sha256, "tier": self.tier,
-                "max_tokens": self.max_tokens}
+        return {
+            "prompt_set": self.name,
+            "prompt_set_sha256": self.sha256,
+            "tier": self.tier,
+            "max_tokens": self.max_tokens,
+        }
 
     def families(self) -> list[str]:
         """The families, in the order of their first item."""
@@ -137,8 +148,9 @@ def load_item_set(name: str | Path, folder: str | Path | None = None) -> ItemSet
         return _read(Path(name))
     known = find_item_sets() | (find_item_sets(folder) if folder else {})
     if name not in known:
-        raise PromptError(f"no set of questions is called {str(name)!r}",
-                          hint=f"there are: {', '.join(known) or 'none'}")
+        raise PromptError(
+            f"no set of questions is called {str(name)!r}", hint=f"there are: {', '.join(known) or 'none'}"
+        )
     return _read(known[str(name)])
 
 
@@ -154,13 +166,21 @@ def _read(path: Path) -> ItemSet:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise PromptError(f"cannot be read ({error.strerror})", where=tilde(path),
-                          hint="give the path of a JSONL file") from error
+        raise PromptError(
+            f"cannot be read ({error.strerror})", where=tilde(path), hint="give the path of a JSONL file"
+        ) from error
     lines = raw.decode("utf-8", "replace").splitlines()
     header = _header(lines[0] if lines else "", path)
     items = tuple(_items(lines[1:], header["kind"], path))
-    texts = {key: header.get(key, default) for key, default in
-             (("tier", "own"), ("instruction", ""), ("licence", "not stated"), ("source", "not stated"))}
+    texts = {
+        key: header.get(key, default)
+        for key, default in (
+            ("tier", "own"),
+            ("instruction", ""),
+            ("licence", "not stated"),
+            ("source", "not stated"),
+        )
+    }
     code = header["kind"] == "code"
     return ItemSet(
         name=header["set"], kind=header["kind"], mode=header.get("mode", "complete" if code else "chat"),

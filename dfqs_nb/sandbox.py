@@ -1,11 +1,13 @@
 """Run code that a model wrote, against its tests, where it can do no harm.
 
-Each candidate is a process of its own under bubblewrap (https://github.com/containers/bubblewrap): no network,
+Each candidate is a process of its own under bubblewrap (https://github.com/containers/bubblewrap): no
+network,
 no file of this machine but the Python it runs on (read-only), a small temporary folder, no capabilities, and
 limits on CPU time, memory, processes and file size. It passed when its tests ran to their end; only then does
 a random number that it was given come back.
 
-Made for careless code, not for a determined attacker: the candidate runs in the same process as its tests, and
+Made for careless code, not for a determined attacker: the candidate runs in the same process as its tests,
+and
 one that goes looking for the number in that process's memory can find it.
 """
 
@@ -93,9 +95,14 @@ class Limits:
 
     def rlimits(self) -> dict[str, int]:
         """The kernel's limits by name (``setrlimit(2)``)."""
-        return {"RLIMIT_CPU": self.cpu_seconds, "RLIMIT_AS": self.memory_bytes,
-                "RLIMIT_FSIZE": self.file_bytes, "RLIMIT_NPROC": self.processes,
-                "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0}
+        return {
+            "RLIMIT_CPU": self.cpu_seconds,
+            "RLIMIT_AS": self.memory_bytes,
+            "RLIMIT_FSIZE": self.file_bytes,
+            "RLIMIT_NPROC": self.processes,
+            "RLIMIT_NOFILE": 64,
+            "RLIMIT_CORE": 0,
+        }
 
 
 LIMITS = Limits()
@@ -219,15 +226,21 @@ def check_allowed(sandbox: Sandbox, allow_unsandboxed: bool = False) -> None:
     allow_unsandboxed=True to run it on this machine as it is
     """
     if not sandbox.safe and not allow_unsandboxed:
-        raise SandboxError(f"no sandbox for generated code ({sandbox.note})",
-                           hint="pass allow_unsandboxed=True to run it on this machine as it is")
+        raise SandboxError(
+            f"no sandbox for generated code ({sandbox.note})",
+            hint="pass allow_unsandboxed=True to run it on this machine as it is",
+        )
 
 
 # ---- running candidates ----
 
 
-def run_many(programs: Sequence[str], sandbox: Sandbox, limits: Limits = LIMITS,
-             progress: Callable[[Iterable[Verdict]], Iterable[Verdict]] = iter) -> list[Verdict]:
+def run_many(
+    programs: Sequence[str],
+    sandbox: Sandbox,
+    limits: Limits = LIMITS,
+    progress: Callable[[Iterable[Verdict]], Iterable[Verdict]] = iter,
+) -> list[Verdict]:
     """The verdict of each program, in order; as many run at once as there are CPUs.
 
     ``progress`` wraps the iterator of verdicts, as ``tqdm`` does.
@@ -251,8 +264,10 @@ def run(program: str, sandbox: Sandbox, limits: Limits = LIMITS) -> Verdict:
         if verdict is not None:
             return verdict
         time.sleep(0.2 * attempt)
-    raise SandboxError(f"the sandbox does not start: {complaint}",
-                       hint="see whether `bwrap --ro-bind / / true` works; containers may forbid it")
+    raise SandboxError(
+        f"the sandbox does not start: {complaint}",
+        hint="see whether `bwrap --ro-bind / / true` works; containers may forbid it",
+    )
 
 
 def _run_once(program: str, sandbox: Sandbox, limits: Limits) -> tuple[Verdict | None, str]:
@@ -327,16 +342,39 @@ def _command(sandbox: Sandbox) -> list[str]:
     inner = [python, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", DRIVER]
     if not sandbox.safe:
         return inner
-    isolation = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
-                 "--die-with-parent", "--new-session", "--clearenv", "--setenv", "PYTHONHASHSEED", "0",
-                 "--cap-drop", "ALL", "--hostname", "sandbox"]
+    isolation = [
+        "--unshare-ipc",
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-uts",
+        "--unshare-cgroup-try",
+        "--die-with-parent",
+        "--new-session",
+        "--clearenv",
+        "--setenv",
+        "PYTHONHASHSEED",
+        "0",
+        "--cap-drop",
+        "ALL",
+        "--hostname",
+        "sandbox",
+    ]
     if sandbox.own_user:
         isolation += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         isolation += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     temporary = ["--perms", "1777", "--size", str(TEMPORARY_BYTES), "--tmpfs", "/tmp"]
-    return [sandbox.program, *isolation, *_mounts(python), *temporary, "--remount-ro", "/", "--chdir", "/tmp",
-            *inner]
+    return [
+        sandbox.program,
+        *isolation,
+        *_mounts(python),
+        *temporary,
+        "--remount-ro",
+        "/",
+        "--chdir",
+        "/tmp",
+        *inner,
+    ]
 
 
 @lru_cache(maxsize=4)
@@ -356,6 +394,8 @@ def _mounts(python: str) -> tuple[str, ...]:
     for device in DEVICES:
         mounts += ["--dev-bind", device, device]
     mounts += ["--ro-bind", python, python]
-    parents = sorted({str(one) for place in (*places, *DEVICES, python) for one in Path(place).parents} - {"/"})
+    parents = sorted(
+        {str(one) for place in (*places, *DEVICES, python) for one in Path(place).parents} - {"/"}
+    )
     made = [word for folder in parents for word in ("--perms", "0755", "--dir", folder)]
     return (*made, *mounts)

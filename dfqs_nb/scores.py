@@ -1,7 +1,8 @@
 """Ask a model every question of a set, judge the answers, and keep both, so that a killed run continues.
 
 A run is two append-only files: answers, keyed by the conditions, the model and the item; and the sandbox's
-verdicts, keyed by the program that ran. What failed for a reason outside the answer (a decode error, a sandbox
+verdicts, keyed by the program that ran. What failed for a reason outside the answer (a decode error, a
+sandbox
 that does not start) is tried again and then stops the run; it is never a score of 0.
 """
 
@@ -21,7 +22,14 @@ from dfqs_nb.journal import Journal
 from dfqs_nb.progress import tqdm
 from dfqs_nb.prompts import PromptError
 from dfqs_nb.runtime import (
-    GREEDY, Completion, ContextFullError, DecodeError, Model, Sampling, chat_prompt, stream_tokens,
+    GREEDY,
+    Completion,
+    ContextFullError,
+    DecodeError,
+    Model,
+    Sampling,
+    chat_prompt,
+    stream_tokens,
 )  # fmt: skip
 from dfqs_nb.sandbox import LIMITS, Limits, Sandbox, Verdict, check_allowed, find_sandbox, run_many
 
@@ -92,8 +100,10 @@ def check_context(model: Model, item_set: ItemSet) -> int:
     """
     longest = max(len(prompt_tokens(model, item_set, item)) for item in item_set.items) + item_set.max_tokens
     if longest > model.settings.n_ctx:
-        raise PromptError(f"the set {item_set.name} needs {longest:,} tokens of context",
-                          hint=f"open the model with n_ctx of at least {longest:,}, not {model.settings.n_ctx:,}")
+        raise PromptError(
+            f"the set {item_set.name} needs {longest:,} tokens of context",
+            hint=f"open the model with n_ctx of at least {longest:,}, not {model.settings.n_ctx:,}",
+        )
     return longest
 
 
@@ -101,14 +111,30 @@ def run_conditions(model: Model, item_set: ItemSet, sampling: Sampling = GREEDY)
     """What an answer depends on beside the model: prompts, template, sampling and runtime."""
     mode = mode_for(model, item_set)
     template = "" if mode == "complete" else str(model.header.get("tokenizer.chat_template") or "")
-    return {**item_set.identity(), "mode": mode,
-            "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if template else "none",
-            "sampling": dataclasses.asdict(sampling), "scoring": __version__, **model.conditions()}
+    return {
+        **item_set.identity(),
+        "mode": mode,
+        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if template else "none",
+        "sampling": dataclasses.asdict(sampling),
+        "scoring": __version__,
+        **model.conditions(),
+    }
 
 
-def score_set(model: Model, item_set: ItemSet, folder: str | Path, *, model_id: str = "",
-              sampling: Sampling = GREEDY, n_samples: int = 1, ks: Sequence[int] = (), limit: int | None = None,
-              allow_unsandboxed: bool = False, fresh: bool = False, progress: bool = True) -> SetRun:
+def score_set(
+    model: Model,
+    item_set: ItemSet,
+    folder: str | Path,
+    *,
+    model_id: str = "",
+    sampling: Sampling = GREEDY,
+    n_samples: int = 1,
+    ks: Sequence[int] = (),
+    limit: int | None = None,
+    allow_unsandboxed: bool = False,
+    fresh: bool = False,
+    progress: bool = True,
+) -> SetRun:
     """Answer and judge a whole set, continuing what an earlier run left in ``folder``.
 
     Args:
@@ -126,15 +152,36 @@ def score_set(model: Model, item_set: ItemSet, folder: str | Path, *, model_id: 
     if item_set.kind == "code":
         check_allowed(find_sandbox(), allow_unsandboxed)
     check_context(model, item_set)
-    return collect(answerer(model, item_set), item_set, folder, run_conditions(model, item_set, sampling),
-                   model_id=model_id or model.path.name, sampling=sampling, n_samples=n_samples, ks=ks,
-                   limit=limit, fresh=fresh, progress=progress)
+    return collect(
+        answerer(model, item_set),
+        item_set,
+        folder,
+        run_conditions(model, item_set, sampling),
+        model_id=model_id or model.path.name,
+        sampling=sampling,
+        n_samples=n_samples,
+        ks=ks,
+        limit=limit,
+        fresh=fresh,
+        progress=progress,
+    )
 
 
-def collect(answer: Answerer, item_set: ItemSet, folder: str | Path, conditions: dict[str, Any], *,
-            model_id: str, sampling: Sampling = GREEDY, n_samples: int = 1, ks: Sequence[int] = (),
-            limit: int | None = None, fresh: bool = False, progress: bool = True,
-            sandbox: Sandbox | None = None) -> SetRun:
+def collect(
+    answer: Answerer,
+    item_set: ItemSet,
+    folder: str | Path,
+    conditions: dict[str, Any],
+    *,
+    model_id: str,
+    sampling: Sampling = GREEDY,
+    n_samples: int = 1,
+    ks: Sequence[int] = (),
+    limit: int | None = None,
+    fresh: bool = False,
+    progress: bool = True,
+    sandbox: Sandbox | None = None,
+) -> SetRun:
     """``score_set`` for any way of answering; the caller has checked sandbox and context."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     place = {kind: Path(folder) / f"{kind}-{item_set.name}.jsonl" for kind in ("answers", "verdicts")}
@@ -148,8 +195,10 @@ def collect(answer: Answerer, item_set: ItemSet, folder: str | Path, conditions:
     if item_set.kind == "code":
         sandbox = sandbox or find_sandbox()
         conditions = {**conditions, "sandbox": sandbox.level}
-        candidates = [_candidate(item, row["completion"], conditions.get("mode", item_set.mode))
-                      for (item, _), row in zip(wanted, rows, strict=True)]
+        candidates = [
+            _candidate(item, row["completion"], conditions.get("mode", item_set.mode))
+            for (item, _), row in zip(wanted, rows, strict=True)
+        ]
         _judge(rows, candidates, sandbox, place["verdicts"], fresh, progress)
     items = _frame(rows)
     score, pass_at = _scores(items, item_set, ks)
@@ -165,8 +214,13 @@ def _ask(answer: Answerer, item: Item, sample: int, sampling: Sampling, journal:
     seeded = dataclasses.replace(sampling, seed=sampling.seed + sample)
     started = time.perf_counter()
     said = _patiently(answer, item, seeded)
-    journal.add(_key(item, sample), completion=said.text, finish_reason=said.finish_reason,
-                tokens=len(said.token_ids), seconds=round(time.perf_counter() - started, 4))
+    journal.add(
+        _key(item, sample),
+        completion=said.text,
+        finish_reason=said.finish_reason,
+        tokens=len(said.token_ids),
+        seconds=round(time.perf_counter() - started, 4),
+    )
 
 
 def _patiently(answer: Answerer, item: Item, sampling: Sampling) -> Completion:
@@ -182,16 +236,35 @@ def _patiently(answer: Answerer, item: Item, sampling: Sampling) -> Completion:
 
 def _row(item_set: ItemSet, item: Item, sample: int, said: dict[str, Any]) -> dict[str, Any]:
     """One row of the frame; code is judged later."""
-    row = {"set": item_set.name, "id": item.id, "sample": sample, "family": item.family, "length": item.length,
-           "guess": item.guess, "prompt": item.prompt, "completion": said["completion"],
-           "expected": item.answer or item.reference, "tokens": said["tokens"], "seconds": said["seconds"]}
+    row = {
+        "set": item_set.name,
+        "id": item.id,
+        "sample": sample,
+        "family": item.family,
+        "length": item.length,
+        "guess": item.guess,
+        "prompt": item.prompt,
+        "completion": said["completion"],
+        "expected": item.answer or item.reference,
+        "tokens": said["tokens"],
+        "seconds": said["seconds"],
+    }
     if item_set.kind == "code":
         return {**row, "cut": said["finish_reason"] == "length"}
     grade, given = scoring.grade(said["completion"], said["finish_reason"], item.answer, item_set.extract)
-    reasons = {"wrong": f"answered {given!r}", "no_answer": f"no answer in its {item_set.extract}",
-               "truncated": f"cut off after {said['tokens']} tokens", "correct": ""}
-    return {**row, "grade": grade, "reason": reasons[grade], "correct": grade == "correct",
-            "truncated": grade == "truncated"}
+    reasons = {
+        "wrong": f"answered {given!r}",
+        "no_answer": f"no answer in its {item_set.extract}",
+        "truncated": f"cut off after {said['tokens']} tokens",
+        "correct": "",
+    }
+    return {
+        **row,
+        "grade": grade,
+        "reason": reasons[grade],
+        "correct": grade == "correct",
+        "truncated": grade == "truncated",
+    }
 
 
 def _candidate(item: Item, completion: str, mode: str) -> str | None:
@@ -200,8 +273,15 @@ def _candidate(item: Item, completion: str, mode: str) -> str | None:
     return None if code is None else item.program(code)
 
 
-def _judge(rows: list[dict[str, Any]], candidates: Sequence[str | None], sandbox: Sandbox, path: Path,
-           fresh: bool, progress: bool, limits: Limits = LIMITS) -> None:
+def _judge(
+    rows: list[dict[str, Any]],
+    candidates: Sequence[str | None],
+    sandbox: Sandbox,
+    path: Path,
+    fresh: bool,
+    progress: bool,
+    limits: Limits = LIMITS,
+) -> None:
     """Run the candidates that have no verdict yet, and put grade and reason into the rows."""
     journal = Journal(path, {"sandbox": sandbox.level, "limits": dataclasses.asdict(limits)}, fresh=fresh)
     keys = [_program_key(program) for program in candidates]
@@ -225,20 +305,40 @@ def _program_key(program: str | None) -> str:
 def _verdict_fields(verdict: Verdict, cut: bool) -> dict[str, Any]:
     lead = "cut off; " if cut else ""
     reason = "" if verdict.passed else f"{lead}{verdict.outcome}: {verdict.detail}".rstrip(": ")
-    return {"grade": verdict.outcome, "reason": reason, "correct": verdict.passed,
-            "truncated": cut and not verdict.passed}
+    return {
+        "grade": verdict.outcome,
+        "reason": reason,
+        "correct": verdict.passed,
+        "truncated": cut and not verdict.passed,
+    }
 
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     import pandas as pd
 
-    columns = ["set", "id", "sample", "family", "length", "guess", "prompt", "completion", "expected", "grade",
-               "reason", "correct", "truncated", "tokens", "seconds"]
+    columns = [
+        "set",
+        "id",
+        "sample",
+        "family",
+        "length",
+        "guess",
+        "prompt",
+        "completion",
+        "expected",
+        "grade",
+        "reason",
+        "correct",
+        "truncated",
+        "tokens",
+        "seconds",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _scores(items: pd.DataFrame, item_set: ItemSet, ks: Sequence[int]
-            ) -> tuple[scoring.Score, dict[int, scoring.Score]]:
+def _scores(
+    items: pd.DataFrame, item_set: ItemSet, ks: Sequence[int]
+) -> tuple[scoring.Score, dict[int, scoring.Score]]:
     n = len(item_set.items)
     if item_set.kind == "reasoning":
         first = items[items["sample"] == 0]
@@ -257,8 +357,20 @@ def score_table(runs: Sequence[SetRun]) -> pd.DataFrame:
     for run in runs:
         fields = run.score.as_dict()
         counts = fields.pop("counts")
-        rows.append(fields | {"truncated": int(run.items["truncated"].sum()),
-                              "no_answer": counts.get("no_answer", 0)})
-    columns = ["set", "name", "value", "low", "high", "standard_error", "n", "n_missing", "guess_rate",
-               "truncated", "no_answer"]
+        rows.append(
+            fields | {"truncated": int(run.items["truncated"].sum()), "no_answer": counts.get("no_answer", 0)}
+        )
+    columns = [
+        "set",
+        "name",
+        "value",
+        "low",
+        "high",
+        "standard_error",
+        "n",
+        "n_missing",
+        "guess_rate",
+        "truncated",
+        "no_answer",
+    ]
     return pd.DataFrame(rows, columns=columns)

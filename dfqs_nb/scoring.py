@@ -22,7 +22,8 @@ GRADES = ("correct", "wrong", "no_answer", "truncated")
 
 
 def normalised(text: str) -> str:
-    """An answer without what does not change it: case, spacing, enclosing marks, a final stop, how a number is
+    """An answer without what does not change it: case, spacing, enclosing marks, a final stop, how a
+    number is
     written.
 
     >>> normalised(" **1,234.50.** "), normalised("The box  is Red."), normalised("$37/67$")
@@ -130,8 +131,10 @@ class Score:
         if self.value is None:
             done = self.n - self.n_missing
             return f"{self.name} withheld: {done} of {self.n} items have a result ({self.set})"
-        return (f"{self.name} {self.value:.3f} (95 % interval {self.low:.3f} to {self.high:.3f}, n = {self.n}, "
-                f"guess rate {self.guess_rate:.3f}; {self.set})")
+        return (
+            f"{self.name} {self.value:.3f} (95 % interval {self.low:.3f} to {self.high:.3f}, n = {self.n}, "
+            f"guess rate {self.guess_rate:.3f}; {self.set})"
+        )
 
 
 def reasoning_score(items: pd.DataFrame, name: str, n_expected: int) -> Score:
@@ -142,7 +145,8 @@ def reasoning_score(items: pd.DataFrame, name: str, n_expected: int) -> Score:
         name: of the set.
         n_expected: items of the whole set.
 
-    The standard error is stratified: sqrt(sum of p(1 - p) / (n - 1)) / families. The interval is Wilson's at the
+    The standard error is stratified: sqrt(sum of p(1 - p) / (n - 1)) / families. The interval is Wilson's
+    at the
     number of items that is worth as much, 1 / sum(w^2 / n) with w = 1 / families.
     """
     groups = items.assign(correct=items["grade"] == "correct").groupby("family", sort=False)
@@ -178,12 +182,31 @@ def code_score(samples: pd.DataFrame, name: str, n_expected: int, k: int = 1) ->
     return _score(label, name, value, error, n_tasks, n_expected, n_tasks, 0.0, counts)
 
 
-def _score(label: str, name: str, value: float, error: float, worth: float, n_expected: int, n_done: int,
-           guess: float, counts: dict[str, int]) -> Score:
+def _score(
+    label: str,
+    name: str,
+    value: float,
+    error: float,
+    worth: float,
+    n_expected: int,
+    n_done: int,
+    guess: float,
+    counts: dict[str, int],
+) -> Score:
     low, high = wilson(value * worth, worth)
     missing = n_expected - n_done
-    return Score(label, name, None if missing else value, float(low), float(high), error, n_expected, missing,
-                 float(guess) if n_done else 0.0, counts)
+    return Score(
+        label,
+        name,
+        None if missing else value,
+        float(low),
+        float(high),
+        error,
+        n_expected,
+        missing,
+        float(guess) if n_done else 0.0,
+        counts,
+    )
 
 
 def family_table(items: pd.DataFrame) -> pd.DataFrame:

@@ -60,11 +60,14 @@ class ActiveBytes:
         return self.dense + self.routed
 
 
-# DeepSeek-V4-Flash-IQ1_S-XL. Experts: from the shapes and types of its configuration. The rest: what the published
-# file's 61,540,805,344 bytes leave, less the embedding (129,280 x 4096 at Q8_0), of which a token reads a row.
+# DeepSeek-V4-Flash-IQ1_S-XL. Experts: from the shapes and types of its configuration. The rest: what the
+# published
+# file's 61,540,805,344 bytes leave, less the embedding (129,280 x 4096 at Q8_0), of which a token reads a
+# row.
 # With everything but experts at Q8_0 or F32, shapes alone would say 8.7 GB a token instead of 7.6.
-FLASH = ActiveBytes(dense=6_301_231_840, routed=1_281_490_944, routed_total=54_676_946_944,
-                    weights=61_540_805_344)
+FLASH = ActiveBytes(
+    dense=6_301_231_840, routed=1_281_490_944, routed_total=54_676_946_944, weights=61_540_805_344
+)
 
 
 def active_bytes(headers: GGUFHeader | Sequence[GGUFHeader]) -> ActiveBytes:
@@ -88,7 +91,8 @@ def active_bytes(headers: GGUFHeader | Sequence[GGUFHeader]) -> ActiveBytes:
 
 
 def cache_bytes_read(header: GGUFHeader, depth: int, type_k: str = "f16", type_v: str = "f16") -> int:
-    """Bytes of KV cache that a token at ``depth`` must read at least; 0 where the header does not say exactly.
+    """Bytes of KV cache that a token at ``depth`` must read at least; 0 where the header does not say
+    exactly.
 
     ``deepseek4``: the sliding window in every layer; in layers of ratio 4 the indexer's keys and the entries
     that it picks; in layers of ratio 128 every entry.
@@ -97,8 +101,9 @@ def cache_bytes_read(header: GGUFHeader, depth: int, type_k: str = "f16", type_v
         cache = kv_cache_bytes(header, max(depth, 1), type_k=type_k, type_v=type_v)
         return cache.total * depth // (-(-max(depth, 1) // 256) * 256) if cache.exactness == "exact" else 0
     block_bytes, block = CACHE_TYPES[type_k]
-    width, indexer = (int(header.arch(key, 0)) for key in ("attention.key_length",
-                                                           "attention.indexer.key_length"))
+    width, indexer = (
+        int(header.arch(key, 0)) for key in ("attention.key_length", "attention.indexer.key_length")
+    )
     ratios = list(header.arch("attention.compress_ratios", []))[: int(header.arch("block_count", 0))]
     picked = min(depth // CSA_RATIO, int(header.arch("attention.indexer.top_k", 0)))
     elements = len(ratios) * min(depth, int(header.arch("attention.sliding_window", 0))) * width
@@ -113,14 +118,15 @@ def cache_bytes_read(header: GGUFHeader, depth: int, type_k: str = "f16", type_v
 def memory_bandwidth(n_threads: int, nbytes: int = BANDWIDTH_BYTES, repetitions: int = 3) -> float:
     """Bytes a second that ``n_threads`` read from memory together, the best of several tries.
 
-    Each thread searches its own buffer for a byte that is not there (the C library's ``memchr``, which reads as
+    Each thread searches its own buffer for a byte that is not there (the C library's ``memchr``, which
+    reads as
     fast as the processor can and lets Python's other threads run).
     """
     search = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memchr
     search.argtypes, search.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
     buffers = [np.zeros(nbytes, np.uint8) for _ in range(n_threads)]
     for buffer in buffers:
-        buffer[:: 4096] = 2  # touches each page, so that it is memory and not a promise
+        buffer[::4096] = 2  # touches each page, so that it is memory and not a promise
     best = 0.0
     with ThreadPoolExecutor(n_threads) as pool:
         for _ in range(repetitions):
@@ -131,9 +137,11 @@ def memory_bandwidth(n_threads: int, nbytes: int = BANDWIDTH_BYTES, repetitions:
 
 
 def disk_bandwidth(folder: str | Path, nbytes: int = DISK_BYTES) -> float | None:
-    """Bytes a second read in order from the disk under ``folder``; None where the file cache cannot be emptied.
+    """Bytes a second read in order from the disk under ``folder``; None where the file cache cannot be
+    emptied.
 
-    Writes a temporary file of random bytes, has the kernel drop it from memory, and reads it back; the kernel's
+    Writes a temporary file of random bytes, has the kernel drop it from memory, and reads it back; the
+    kernel's
     own count says whether it came from the disk.
     """
     if not hasattr(os, "posix_fadvise"):
@@ -202,9 +210,15 @@ def _busy_seconds() -> tuple[float, float] | None:
 # ---- measurements ----
 
 
-def speed_by_depth(model: Model, depths: Iterable[int], n_tokens: int = 128, repetitions: int = 5,
-                   bandwidth: float | None = None, seed: int = 42, n_weights: ActiveBytes | None = None
-                   ) -> pd.DataFrame:
+def speed_by_depth(
+    model: Model,
+    depths: Iterable[int],
+    n_tokens: int = 128,
+    repetitions: int = 5,
+    bandwidth: float | None = None,
+    seed: int = 42,
+    n_weights: ActiveBytes | None = None,
+) -> pd.DataFrame:
     """Prefill and decode speed at several depths, beside the roof that memory sets.
 
     One row a phase and depth: ``phase``, ``depth``, ``n_threads``, ``repetitions``, ``tokens``, ``median``,
@@ -262,11 +276,12 @@ class Bound:
 def speed_bound(weights: ActiveBytes, places: Sequence[Place]) -> Bound:
     """The most tokens a second that reading allows, from places in order of preference.
 
-    What every token uses lies in the first place, as a cache would have it; experts fill what is left, and are
+    What every token uses lies in the first place, as a cache would have it; experts fill what is left, and
+    are
     asked for evenly. The parts of a token are read one after another.
 
     >>> weights = ActiveBytes(dense=4, routed=1, routed_total=10, weights=14)
-    >>> speed_bound(weights, [Place("memory", 9, 10.0), Place("disk", 99, 1.0)])
+    >>> speed_bound(weights, [Place("memory", 9, 9.0), Place("disk", 99, 1.0)])
     Bound(tokens_per_sec=1.0, shares={'memory': 0.9, 'disk': 0.1})
 
     Raises:
@@ -295,8 +310,10 @@ _RAM = Place("memory", 120 * GB, 51.2 * GB)
 CARD: tuple[tuple[str, tuple[float, float], tuple[Place, ...]], ...] = (
     ("CPU, 128 GB of DDR5-5600", (0.2, 0.5), (Place("memory", 120 * GB, 89.6 * GB),)),
     ("CPU, 128 GB of DDR4-3200", (0.2, 0.5), (_RAM,)),
-    ("CPU, 32 GB, NVMe disk", (0.2, 0.5), (Place("memory", 28 * GB, 51.2 * GB), Place("disk", DISK, 3.5 * GB))),
-    ("CPU, 32 GB, SATA disk", (0.2, 0.5), (Place("memory", 28 * GB, 51.2 * GB), Place("disk", DISK, 0.55 * GB))),
+    ("CPU, 32 GB, NVMe disk", (0.2, 0.5), (Place("memory", 28 * GB, 51.2 * GB), Place("disk", DISK, 3.5 *
+    GB))),
+    ("CPU, 32 GB, SATA disk", (0.2, 0.5), (Place("memory", 28 * GB, 51.2 * GB), Place("disk", DISK, 0.55 *
+    GB))),
     ("RTX 3090", (1.0, 3.0), (Place("GPU", 22 * GB, 936 * GB), _RAM)),
     ("2 x RTX 3090", (5.0, 8.0), (Place("GPU", 44 * GB, 936 * GB), _RAM)),
     ("H100", (15.0, 25.0), (Place("GPU", 76 * GB, 3350 * GB),)),
@@ -306,7 +323,8 @@ CARD: tuple[tuple[str, tuple[float, float], tuple[Place, ...]], ...] = (
 def card_table(weights: ActiveBytes | None = None, here: Sequence[Place] = ()) -> pd.DataFrame:
     """What the card claims beside what reading allows.
 
-    Columns: ``machine``, ``claimed_low``, ``claimed_high``, ``bound`` (tokens a second), ``from_disk`` (share of
+    Columns: ``machine``, ``claimed_low``, ``claimed_high``, ``bound`` (tokens a second), ``from_disk``
+    (share of
     a token's bytes), ``reached`` (the claim's upper end / the bound); of this machine nothing is claimed.
 
     Args:
@@ -318,13 +336,24 @@ def card_table(weights: ActiveBytes | None = None, here: Sequence[Place] = ()) -
     rows, weights, no_claim = [], weights or FLASH, (float("nan"), float("nan"))
     for name, (low, high), places in (*CARD, *([("this machine", no_claim, tuple(here))] if here else [])):
         bound = speed_bound(weights, places)
-        rows.append((name, low, high, bound.tokens_per_sec, bound.shares.get("disk", 0.0),
-                     high / bound.tokens_per_sec))
-    return pd.DataFrame(rows, columns=["machine", "claimed_low", "claimed_high", "bound", "from_disk", "reached"])
+        rows.append(
+            (
+                name,
+                low,
+                high,
+                bound.tokens_per_sec,
+                bound.shares.get("disk", 0.0),
+                high / bound.tokens_per_sec,
+            )
+        )
+    return pd.DataFrame(
+        rows, columns=["machine", "claimed_low", "claimed_high", "bound", "from_disk", "reached"]
+    )
 
 
-def places_here(n_threads: int, free_bytes: int, folder: str | Path, bandwidth: float | None = None
-                ) -> tuple[Place, ...]:
+def places_here(
+    n_threads: int, free_bytes: int, folder: str | Path, bandwidth: float | None = None
+) -> tuple[Place, ...]:
     """This machine as places: its free memory and its disk (left out where it cannot be measured)."""
     memory = Place("memory", float(free_bytes), bandwidth or memory_bandwidth(n_threads))
     disk = disk_bandwidth(folder)

@@ -6,15 +6,14 @@ import subprocess
 import sys
 
 import pytest
+from conftest import REFERENCE
+from gguf_fixtures import real_size_header
 
 from dfqs_nb import header_facts, runtime, speed
 from dfqs_nb.errors import DfqsError
 from dfqs_nb.gguf_header import read_header
 from dfqs_nb.shards import open_shards
 from dfqs_nb.speed import FLASH, ActiveBytes, Place, active_bytes, speed_bound
-
-from conftest import REFERENCE
-from gguf_fixtures import real_size_header
 
 Q8_0 = 34 / 32
 
