@@ -8,6 +8,8 @@ from dfqs_nb.merge import merge
 from dfqs_nb.paths import data_dir
 
 REFERENCE = data_dir() / "reference"
+# Scripts for other interpreters, or to be run by hand: pytest would import them for their doctests.
+collect_ignore = ["transformers_peer.py", "benchmarks"]
 
 
 @pytest.fixture(scope="session")
