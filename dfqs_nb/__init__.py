@@ -12,6 +12,11 @@ Floors, ground first; a module imports only from the floors below it:
     hub, registry   names to files
     memory          what a header says a run will need
     probe, runtime  open a model safely, generate, time it
+    routing         record what the router chose           routing_compare, _experiment, _verdict, _context
+    prompts, journal, states, degradation                  frozen texts, resumable runs, saved states, curves
+    needles, long_context, loss, context_memory            retrieval, loss and memory by length of context
+    item_sets, scoring, scores, sandbox                    questions, grades, runs, and where code is run
+    speed, comparison                                      speed against its bounds; two runs item by item
     tables, plots   tables and figures from frames
     workbook, cli   run the notebooks; the command line    bootstrap      the install, under any Python
 """

@@ -246,13 +246,10 @@ def last_line(text: str) -> str:
 
 
 def _running_cell(path: Path) -> int | str:
-    """The number, in the executed notebook, of the cell that began and never replied."""
+    """The number, in the executed notebook, of the last cell that began; papermill notes no failure there."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
-    for number, cell in enumerate(cells, start=1):
-        times = cell["metadata"].get("execution", {})
-        if times and "shell.execute_reply" not in times:
-            return number
-    return "?"
+    states = [cell["metadata"].get("papermill", {}).get("status", "pending") for cell in cells]
+    return max((number for number, state in enumerate(states, 1) if state != "pending"), default="?")
 
 
 @contextmanager

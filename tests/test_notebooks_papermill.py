@@ -17,6 +17,8 @@ CHANGED = {
     "n_ctx": 768,  # 03
     "max_tokens": 24,
     "depth": 128,
+    "n_tokens": 160,  # 04
+    "n_output": 8,
     "max_items": 24,  # 06
     "longest": 512,  # 05
     "n_haystacks": 5,
