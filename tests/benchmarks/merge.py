@@ -6,6 +6,8 @@ Each merge is a process of its own, timed from its start to its end, so ours inc
 one the output of the one before is removed, the disk is flushed, and the shards are read once (``--cold``: are
 dropped from the page cache instead). ``cp`` is ``cat`` of both shards into one file with cp's ``--sparse=never``
 kind of copying; it returns before its bytes are on the disk, as the reference tool does. "+ sync" waits for them.
+"The disk alone" writes as many bytes past the page cache while another process reads as many past it: nothing
+that writes a model and reads it back from the disk can be much faster, whatever it computes.
 
 ``python tests/benchmarks/merge.py --real-size``: what planning, diagnosis and a dry run cost on sparse shards of
 the real artifact's shape (50 and 11 GB, 1,328 tensors, 129,280 tokens). Target: under 1 s.
@@ -46,6 +48,11 @@ for number, share in enumerate((0.8, 0.2)):
 """
 OURS = ("import sys; from dfqs_nb.merge import merge\n"
         "merge(sys.argv[1], sys.argv[2], read_back=%s, progress=False)")
+DISK = '''
+for shard in {shards}; do dd if="$shard" of=/dev/null bs=8M iflag=direct status=none; done &
+dd if=/dev/zero of="{output}" bs=8M count={nbytes} iflag=count_bytes oflag=direct status=none
+wait; sync "{output}"
+'''
 PLAN = {
     "find and check the shards": "from dfqs_nb.shards import open_shards; call = lambda: open_shards(sys.argv[1])",
     "the same, and plan the merge": "from dfqs_nb.shards import open_shards\nfrom dfqs_nb.merge import plan_merge\n"
@@ -71,6 +78,9 @@ def commands(shards: list[str], output: str) -> dict[str, list[str]]:
     return {
         "cp": ["sh", "-c", copy],
         "cp + sync": ["sh", "-c", f'{copy}; sync "{output}"'],
+        "the disk alone": ["sh", "-c", DISK.format(
+            output=output, shards=" ".join(f'"{shard}"' for shard in shards),
+            nbytes=sum(os.path.getsize(shard) for shard in shards))],
         "llama-gguf-split --merge": ["sh", "-c", reference_merge],
         "llama-gguf-split --merge, sha256sum": ["sh", "-c", f'{reference_merge} && sha256sum "{output}" > /dev/null'],
         "ours, with SHA-256": [sys.executable, "-c", OURS % False, shards[0], output],
