@@ -150,9 +150,10 @@ _NAME = _Tensor.name.offset
 
 
 def _ggml_function(name: str, result: Any, *arguments: Any) -> Any:
+    """A function of libggml that keeps Python's lock: one so short is not worth handing it over."""
     import llama_cpp._ggml as ggml
 
-    function = getattr(ggml.libggml, name)
+    function = getattr(ctypes.PyDLL(ggml.libggml._name), name)
     function.restype, function.argtypes = result, arguments
     return function
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -120,10 +121,10 @@ def benchmark(folder: Path, nbytes: int, runs: int, cold: bool) -> dict[str, lis
     shards = [str(folder / f"m-0000{n}-of-00002.gguf") for n in (1, 2)]
     todo = commands(shards, str(folder / "out.gguf"))
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in todo}
-    for _ in range(runs):  # in turn, so that a busy minute is shared by all
-        for name, command in todo.items():
+    for turn in range(runs):  # in turn, so that a busy minute is shared by all, and each comes after another
+        for name in random.Random(turn).sample(list(todo), len(todo)):
             prepare(folder, shards, cold)
-            results[name].append(measure(command))
+            results[name].append(measure(todo[name]))
             print(f"{name}: {results[name][-1][0]:.2f} s", file=sys.stderr, flush=True)
     return results
 
