@@ -267,7 +267,7 @@ def routing(arguments: argparse.Namespace) -> int:
 
 def add_verify(commands: Any) -> None:
     """``dfqs-nb verify``: a file's bytes against its manifest, a published hash, its shards."""
-    parser = commands.add_parser("verify", help="compare every tensor with the manifest, a hash, or the shards")
+    parser = commands.add_parser("verify", help="compare every tensor with its manifest, a hash, the shards")
     parser.add_argument("path", metavar="FILE")
     parser.add_argument("--sha256", help="what the file's SHA-256 should be")
     parser.add_argument("--against", nargs="+", metavar="SHARD", help="any one shard, or all")
@@ -297,7 +297,8 @@ def add_score(commands: Any) -> None:
     parser = commands.add_parser("score", help="score a model's reasoning and code; continues a stopped run")
     parser.add_argument("model", metavar="MODEL", help="a GGUF file, or any of its shards")
     parser.add_argument("--tier", default="standard", choices=("nano", "standard"))
-    parser.add_argument("--set", action="append", default=[], metavar="NAME", help="only these sets, or JSONL files")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME",
+                        help="only these sets, or JSONL files")
     parser.add_argument("--n-ctx", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--limit", type=int, help="only so many questions a set; nothing is scored then")
@@ -305,7 +306,8 @@ def add_score(commands: Any) -> None:
     parser.add_argument("--samples", type=int, default=1, help="of code: answers a task; pass@k up to that k")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--fresh", action="store_true", help="answer again what an earlier run answered")
-    parser.add_argument("--allow-unsandboxed", action="store_true", help="run generated code without a sandbox")
+    parser.add_argument("--allow-unsandboxed", action="store_true",
+                        help="run generated code without a sandbox")
     parser.set_defaults(function=score)
 
 

@@ -60,7 +60,8 @@ def file_map(segments: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xlim(right=total.max() * 1.45)
     ax.xaxis.set_major_formatter(_BYTES)
     ax.set_xlabel("position in the file")
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.32), ncols=min(len(parts), 5))
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.32),
+              ncols=min(len(parts), 5))
     spare = total.iloc[:-1].sum() - total.iloc[-1]
     _title(ax, f"The merged file is {spare:,} bytes smaller than its {len(files) - 1} shards together"
            if len(files) > 2 else "A model in one file needs no merge")
@@ -514,8 +515,8 @@ def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Accuracy of each family with its interval, and what guessing would give.
 
     Args:
-        table: columns ``set``, ``family``, ``length``, ``n``, ``accuracy``, ``low``, ``high`` (95 % interval) and
-            ``guess_rate``, in drawing order.
+        table: columns ``set``, ``family``, ``length``, ``n``, ``accuracy``, ``low``, ``high`` (95 %
+            interval) and ``guess_rate``, in drawing order.
     """
     ax = _axes(ax, 1.2 + 0.2 * len(table))
     sets = list(dict.fromkeys(table["set"]))
@@ -527,14 +528,14 @@ def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     guessed = np.flatnonzero(table["guess_rate"] > 0)
     ax.plot(table["guess_rate"].iloc[guessed], guessed, "|", color=INK, markersize=13, markeredgewidth=1.5,
             label="guessing")
-    ax.set_yticks(range(len(table)), [f"{one.family}, {one.length} (n = {one.n})" for one in table.itertuples()],
-                  fontsize=8)
+    names = [f"{one.family}, {one.length} (n = {one.n})" for one in table.itertuples()]
+    ax.set_yticks(range(len(table)), names, fontsize=8)
     ax.set_ylim(len(table) - 0.4, -0.6)
     ax.set_xlim(-0.02, 1.02)
     ax.xaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_xlabel("right answers (95 % Wilson interval)")
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.24 if len(table) < 14 else -0.12),
-              ncols=len(sets) + 1)
+    below = (0.0, -0.24 if len(table) < 14 else -0.12)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=below, ncols=len(sets) + 1)
     above = int(((table["low"] > table["guess_rate"]) & (table["correct"] > 0)).sum())
     _title(ax, f"{above} of {len(table)} families lie above guessing beyond doubt")
     return ax
@@ -575,11 +576,12 @@ def card_bounds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax, 1.0 + 0.22 * len(table))
     rows = np.arange(len(table))
-    ax.hlines(rows, table["claimed_low"], table["claimed_high"], color=PALETTE[1], linewidth=6, label="the card")
+    claimed = table["claimed_low"], table["claimed_high"]
+    ax.hlines(rows, *claimed, color=PALETTE[1], linewidth=6, label="the card")
     ax.plot(table["bound"], rows, "D", color=PALETTE[0], label="bound by reading")
     for row, bound in zip(rows, table["bound"], strict=True):
-        ax.annotate(f"{bound:,.2g}" if bound < 10 else f"{bound:,.0f}", (bound, row), xytext=(7, 0), fontsize=8,
-                    textcoords="offset points", va="center")
+        text = f"{bound:,.2g}" if bound < 10 else f"{bound:,.0f}"
+        ax.annotate(text, (bound, row), xytext=(7, 0), textcoords="offset points", fontsize=8, va="center")
     ax.set_yticks(rows, table["machine"], fontsize=8)
     ax.set_ylim(len(table) - 0.4, -0.6)
     ax.set_xscale("log")

@@ -11,7 +11,7 @@ if os.environ.get("TQDM_DISABLE"):
     import tqdm.std
 
     class tqdm(tqdm.std.tqdm):
-        """No bar, whatever the caller asks: the variable alone loses against an explicit ``disable=False``."""
+        """No bar, whatever the caller asks: the variable alone loses against ``disable=False``."""
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **{**options, "disable": True})

@@ -6,8 +6,6 @@ The table is data: ``data/models.toml``. Downloads are in :mod:`dfqs_nb.hub`.
 from __future__ import annotations
 
 import difflib
-import hashlib
-import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +15,8 @@ from typing import Any
 from dfqs_nb.errors import IntegrityError, RegistryError
 from dfqs_nb.hub import HubFile, download, parse_address
 from dfqs_nb.paths import data_dir, tilde
-from dfqs_nb.progress import tqdm
-
-SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-CHUNK_BYTES = 1 << 20
+from dfqs_nb.shards import SHARD_NAME
+from dfqs_nb.verify import sha256_each
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ def siblings(file: str) -> list[str]:
     match = SHARD_NAME.fullmatch(file)
     if match is None or not 1 <= int(match["number"]) <= (count := int(match["count"])):
         return [file]
-    return [f"{match['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    return [f"{match['prefix']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
 
 
 def check_sizes(paths: Sequence[Path], model: Model) -> None:
@@ -150,8 +146,7 @@ def check_hashes(paths: Sequence[Path], model: Model) -> tuple[str, ...]:
         IntegrityError: a file is not the one that the table describes.
     """
     check_sizes(paths, model)
-    with tqdm(total=model.size_bytes, unit="B", unit_scale=True, desc=f"SHA-256 of {model.name}") as bar:
-        hashes = tuple(_sha256(path, bar) for path in paths)
+    hashes = sha256_each(paths, name=f"SHA-256 of {model.name}")
     for number, (path, file, found) in enumerate(zip(paths, model.files, hashes, strict=True), 1):
         if found != file.sha256:
             raise _damaged(path, f"{_which(number, model)} has SHA-256 {found[:16]}... "
@@ -168,15 +163,6 @@ def _damaged(path: Path, what: str) -> IntegrityError:
     real = Path(path).resolve()  # in the hub's cache the name is a link, and the bytes are elsewhere
     first = f"delete {tilde(real)} and " if real != Path(path).absolute() else ""
     return IntegrityError(what, where=tilde(path), hint=f"{first}download it again")
-
-
-def _sha256(path: Path, bar: tqdm) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()
 
 
 def _registered(model: Model, revision: str | None, options: dict[str, Any]) -> tuple[Path, ...]:
@@ -211,7 +197,7 @@ def _local(path: Path, given: str) -> tuple[Path, ...]:
 
 def _folder(folder: Path) -> tuple[Path, ...]:
     paths = sorted(folder.glob("*.gguf"))
-    stems = sorted({(match["stem"] if (match := SHARD_NAME.fullmatch(path.name)) else path.name)
+    stems = sorted({(match["prefix"] if (match := SHARD_NAME.fullmatch(path.name)) else path.name)
                     for path in paths})
     if len(stems) != 1:
         found = f"{len(stems)} models ({', '.join(stems[:5])})" if stems else "no .gguf file"

@@ -18,8 +18,9 @@ def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[
         percent: columns of shares, shown in per cent.
     """
     text = [i for i, column in enumerate(table.columns) if table[column].dtype.kind not in "iufb"]
-    left = [{"selector": f".col{i}", "props": "text-align: left"} for i in text]
-    left += [{"selector": "th.row_heading", "props": "text-align: left"}]
+    aligned = "text-align: left !important"  # JupyterLab aligns every cell to the right
+    left = [{"selector": f".col{i}", "props": aligned} for i in text]
+    left += [{"selector": "th.row_heading", "props": aligned}]
     styler = table.style.format(thousands=",", precision=precision)
     if percent:
         styler = styler.format("{:.1%}", subset=list(percent))

@@ -301,17 +301,25 @@ def compare_tensors(model: str | Path, shards: str | Path | Sequence[str | Path]
     return table.rename_axis("tensor")
 
 
-def sha256_of(paths: str | Path | Iterable[str | Path], *, progress: bool = True) -> str:
-    """SHA-256, in hex, of a file, or of several files' bytes one after another."""
-    files = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
-    digest, total = hashlib.sha256(), sum(path.stat().st_size for path in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="sha256", disable=not progress) as bar:
+def sha256_of(path: str | Path, *, progress: bool = True) -> str:
+    """SHA-256 of a file, in hex."""
+    return sha256_each([path], progress=progress)[0]
+
+
+def sha256_each(paths: Iterable[str | Path], *, name: str = "sha256",
+                progress: bool = True) -> tuple[str, ...]:
+    """SHA-256 of each of several files, in hex, under one progress bar of that ``name``."""
+    files = [Path(path) for path in paths]
+    total, found = sum(path.stat().st_size for path in files), []
+    with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=not progress) as bar:
         for path in files:
+            digest = hashlib.sha256()
             with path.open("rb", buffering=0) as file:
                 while chunk := file.read(CHUNK_BYTES):
                     digest.update(chunk)
                     bar.update(len(chunk))
-    return digest.hexdigest()
+            found.append(digest.hexdigest())
+    return tuple(found)
 
 
 def check_sha256(path: str | Path, expected: str, *, progress: bool = True) -> None:

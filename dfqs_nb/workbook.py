@@ -21,7 +21,8 @@ from dfqs_nb.paths import REPOSITORY, outputs_dir, run_dir, tilde, whole_file
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 PATTERN = "[0-9][0-9]_*.ipynb"
-STAGES = ("merge", "header", "generate", "routing", "long_context", "scores")  # the order of a summary; a stage not named here comes last
+# the order of a summary; a stage not named here comes last
+STAGES = ("merge", "header", "generate", "routing", "long_context", "scores", "report", "ladder", "serve")
 KERNEL = "python3"
 QUIET = "--log-level=CRITICAL"  # of the kernel: nothing about its own sockets, or its own shutdown
 

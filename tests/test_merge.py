@@ -20,7 +20,7 @@ from dfqs_nb.gguf_header import check_layout, read_header
 from dfqs_nb.merge import manifest_path, merge, plan_merge, segments
 from dfqs_nb.paths import REPOSITORY, data_dir
 from dfqs_nb.shards import open_shards, shard_path
-from dfqs_nb.verify import check_sha256, compare_tensors, sha256_of, tensor_hashes
+from dfqs_nb.verify import check_sha256, compare_tensors, sha256_each, sha256_of, tensor_hashes
 
 REFERENCE = data_dir() / "reference"
 RECORDED = json.loads((Path(__file__).parent / "data/merge_hashes.json").read_text())["models"]
@@ -294,5 +294,6 @@ def test_published_hash(merged_reference):
     check_sha256(merged_reference, RECORDED["IQ1_S-XL"]["merged"].upper(), progress=False)
     with pytest.raises(IntegrityError, match="expected 0000"):
         check_sha256(merged_reference, "0" * 64, progress=False)
-    assert sha256_of([merged_reference, merged_reference], progress=False) == hashlib.sha256(
-        2 * merged_reference.read_bytes()).hexdigest()
+    whole = hashlib.sha256(merged_reference.read_bytes()).hexdigest()
+    assert sha256_of(merged_reference, progress=False) == whole
+    assert sha256_each([merged_reference] * 2, progress=False) == (whole, whole)

@@ -13,7 +13,17 @@ from dfqs_nb import ggml, specimens
 from dfqs_nb.errors import DfqsError, OutputError
 from dfqs_nb.merge import manifest_path
 from dfqs_nb.paths import data_dir
-from dfqs_nb.repair import contents, glued_shards, make_sound, merge_any, methods_table, plan_any, repair, source_files, split
+from dfqs_nb.repair import (
+    contents,
+    glued_shards,
+    make_sound,
+    merge_any,
+    methods_table,
+    plan_any,
+    repair,
+    source_files,
+    split,
+)
 from dfqs_nb.verify import compare_tensors
 
 RECORDED = json.loads((Path(__file__).parent / "data/merge_hashes.json").read_text())["models"]["IQ1_S-XL"]
