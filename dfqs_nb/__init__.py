@@ -17,8 +17,12 @@ Floors, ground first; a module imports only from the floors below it:
     needles, long_context, loss, context_memory            retrieval, loss and memory by length of context
     item_sets, scoring, scores, sandbox                    questions, grades, runs, and where code is run
     speed, comparison                                      speed against its bounds; two runs item by item
+    envelope, conformance, claims       what fits where; DFQS 1.0's demands; what documents say
+    report_files, report, report_text   what a report stands on; the report; as people read it
+    leaderboard, report_compare         reports ranked, and side by side
     tables, plots   tables and figures from frames
-    workbook, cli   run the notebooks; the command line    bootstrap      the install, under any Python
+    workbook, sweep, cli                run the notebooks, for many models; the command line
+    bootstrap       the install, under any Python
 """
 
 __version__ = "1.0.0"

@@ -334,6 +334,120 @@ def score(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_report(commands: Any) -> None:
+    """``dfqs-nb report``: everything that a run found, as DFQS 1.0 asks for it."""
+    parser = commands.add_parser("report", help="write the DFQS report of a run, or check one")
+    parser.add_argument("run", nargs="?", default="nano", metavar="RUN",
+                        help="a run's name under outputs/, or its folder (default: %(default)s)")
+    parser.add_argument("--check", action="store_true",
+                        help="write nothing: check the report that is there, and the files it stands on")
+    parser.set_defaults(function=report)
+
+
+def report(arguments: argparse.Namespace) -> int:
+    from dfqs_nb import plots, report_text
+    from dfqs_nb import report as reports
+    from dfqs_nb.paths import outputs_dir, tilde
+
+    folder = Path(arguments.run) if Path(arguments.run).is_dir() else outputs_dir() / arguments.run
+    if arguments.check:
+        found = reports.read_report(folder)
+        reports.check_sources(found, folder)
+        print(f"{tilde(folder / reports.FILE)}: as it was written, with {len(found['sources'])} files")
+        return 0
+    made = reports.build_report(folder)
+    plots.save(plots.report_shares(reports.shares(made)), folder / "report_shares.png")
+    made = reports.with_figures(made, folder, ["report_shares.png"])
+    written = [reports.write_report(folder, made), *report_text.write_texts(folder, made)]
+    print("\n".join([*[report_text.NANO] * (made["tier"] == "nano"), *reports.sentences(made)]))
+    print(f"wrote {', '.join(path.name for path in written)} to {tilde(folder)}/")
+    return 0
+
+
+def add_compare(commands: Any) -> None:
+    """``dfqs-nb compare``: reports side by side, item by item."""
+    parser = commands.add_parser("compare", help="compare reports made under equal conditions, item by item")
+    parser.add_argument("reports", nargs="+", metavar="REPORT",
+                        help="a run's folder, or the report.json in it; the first is the baseline")
+    parser.add_argument("--accept", action="append", default=[], metavar="FIELD",
+                        help="compare although this differs; only chat_template_sha256")
+    parser.add_argument("--output", metavar="FOLDER", help="receives comparison.json, .md, .csv and .png "
+                        "(default: compare-<run>-<run> under outputs/)")
+    parser.set_defaults(function=compare)
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    from dfqs_nb import report_compare
+    from dfqs_nb.paths import run_dir, tilde
+
+    found = report_compare.compare_reports(arguments.reports, accept=arguments.accept)
+    folder = arguments.output or run_dir("-".join(["compare", *(run.report["run"] for run in found.runs)]))
+    written = report_compare.write_comparison(found, folder)
+    print(report_compare.markdown(found))
+    print(f"wrote {', '.join(path.name for path in written)} to {tilde(folder)}/")
+    return 0
+
+
+def add_leaderboard(commands: Any) -> None:
+    """``dfqs-nb leaderboard``: the reports of a folder, ranked within equal conditions."""
+    parser = commands.add_parser("leaderboard", help="rank the reports of a folder, within equal conditions")
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="default: outputs/")
+    parser.set_defaults(function=leaderboard)
+
+
+def leaderboard(arguments: argparse.Namespace) -> int:
+    from dfqs_nb import leaderboard as boards
+    from dfqs_nb.paths import outputs_dir, tilde
+
+    folder = Path(arguments.folder or outputs_dir())
+    table = boards.leaderboard(folder)
+    written = boards.write_leaderboard(folder, table)
+    print(boards.markdown(folder, table))
+    print(f"wrote {', '.join(path.name for path in written)} to {tilde(folder)}/")
+    return int(bool((table["problem"] != "").any()))
+
+
+def add_sweep(commands: Any) -> None:
+    """``dfqs-nb sweep``: the workbook for every row of a table."""
+    parser = commands.add_parser("sweep", help="run the workbook for many models")
+    parser.add_argument("table", metavar="MODELS.CSV", help="columns: model, run, and any notebook parameter")
+    parser.add_argument("--jobs", type=int, help="rows at once (default: 1 here, all workers of a cluster)")
+    parser.add_argument("--scheduler", metavar="ADDRESS",
+                        help="of a Dask cluster that sees the same files, tcp://HOST:8786")
+    parser.add_argument("--name", help="the folder under outputs/ (default: sweep-<the table's name>)")
+    parser.add_argument("--notebook", action="append", default=[], metavar="NN",
+                        help="only these (default: all)")
+    parser.add_argument("--fresh", action="store_true", help="do again what an earlier sweep did")
+    parser.set_defaults(function=sweep)
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    from dfqs_nb import leaderboard as boards
+    from dfqs_nb import sweep as sweeps
+    from dfqs_nb import workbook
+    from dfqs_nb.paths import tilde
+
+    notebooks = workbook.find_notebooks(arguments.notebook)
+    rows = sweeps.read_rows(arguments.table, notebooks)
+    if not arguments.scheduler and (warning := sweeps.crowding(rows, arguments.jobs or 1)):
+        print(f"dfqs-nb: {warning}", file=sys.stderr)
+    found = sweeps.sweep(
+        arguments.table,
+        jobs=arguments.jobs,
+        scheduler=arguments.scheduler,
+        name=arguments.name,
+        notebooks=notebooks,
+        fresh=arguments.fresh,
+        started=lambda row: print(f"{row.run} ({row.model}) ...", flush=True),
+        finished=lambda row, answer: print(
+            f"{row.run}: {answer['status']} {answer['reason']}".rstrip(), flush=True),
+    )
+    shown = found.rows[["line", "run", "status", "seconds", "beside", "reason"]]
+    print(f"\n{shown.to_string(index=False)}\n\n{boards.markdown(found.folder, found.leaderboard)}")
+    print(f"{len(found.rows) - found.n_failed} of {len(found.rows)} rows done: {tilde(found.folder)}/")
+    return int(found.n_failed > 0)
+
+
 # One line for each subcommand; `add_<name>` makes its parser and sets `function`. Imports of other
 # modules stay inside the functions, so that a fast command starts fast.
 COMMANDS = (
@@ -348,6 +462,10 @@ COMMANDS = (
     add_verify,
     add_routing,
     add_score,
+    add_report,
+    add_compare,
+    add_leaderboard,
+    add_sweep,
 )
 
 

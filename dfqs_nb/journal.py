@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dfqs_nb.paths import stood_on
+
 
 def conditions_hash(conditions: Mapping[str, Any]) -> str:
     """A short hash of conditions: equal values in any order give the same one.
@@ -36,6 +38,7 @@ class Journal:
             if row.pop("conditions", None) == self.key:
                 self._rows[row.pop("id")] = row
         self.n_found = len(self._rows)
+        stood_on(self.path)
 
     def __contains__(self, item: str) -> bool:
         return item in self._rows

@@ -1,8 +1,10 @@
-"""Where things lie, and how a file is written: whole, or not at all."""
+"""Where things lie, and how a file is written: whole, or not at all; and how a stage is sealed."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+UNSEALED = (".gguf", ".manifest.json", ".ipynb")  # have hashes of their own, or change by being read
+_written: dict[Path, None] = {}  # by this process, in order, since the last stage was written
 
 
 def data_dir() -> Path:
@@ -76,6 +80,7 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[Any]:
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
         fsync_dir(path.parent)
+        stood_on(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -113,12 +118,56 @@ def write_table(path: str | Path, table: pd.DataFrame, *, index: bool = True) ->
     return Path(path)
 
 
+def stood_on(path: str | Path) -> None:
+    """Note that this process wrote ``path``, or used what it holds: the next stage's seal covers it."""
+    _written[Path(path).resolve()] = None
+
+
 def write_stage(folder: str | Path, stage: str, *, conditions: dict[str, Any], summary: list[str],
                 **facts: Any) -> Path:
-    """Write ``<stage>.json``, what a notebook hands on: its conditions, its facts, and the few lines
-    that the run's summary prints."""
+    """Write ``<stage>.json``, what a notebook hands on, and seal it.
+
+    It holds the conditions, the facts, the few lines that the run's summary prints, the SHA-256 of each file
+    of the run that was written since the stage before (``files``), and a SHA-256 of all that (``seal``).
+    """
+    folder = Path(folder)
     content = {"stage": stage, "conditions": conditions, "summary": summary, **facts}
-    return write_json(Path(folder) / f"{stage}.json", content)
+    content = _numbers(json.loads(json.dumps(content, default=str)))
+    content["files"] = {path.relative_to(folder.resolve()).as_posix(): sha256_of_file(path)
+                        for path in _written if _sealed(path, folder.resolve())}
+    _written.clear()
+    written = write_json(folder / f"{stage}.json", {**content, "seal": canonical_sha256(content)})
+    _written.clear()
+    return written
+
+
+def _numbers(value: Any) -> Any:
+    """A JSON value whose NaN and infinities, which are no JSON, became null."""
+    if isinstance(value, dict):
+        return {key: _numbers(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_numbers(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _sealed(path: Path, folder: Path) -> bool:
+    return path.is_relative_to(folder) and path.is_file() and not path.name.endswith(UNSEALED)
+
+
+def canonical_sha256(value: Any) -> str:
+    """SHA-256, in hex, of a JSON value written in one way only: keys sorted, no spaces.
+
+    >>> canonical_sha256({"b": 1, "a": [0.5]}) == canonical_sha256({"a": [0.5], "b": 1})
+    True
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """SHA-256, in hex, of a small file's bytes (for models: `verify.sha256_of`, which shows its progress)."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_stage(folder: str | Path, stage: str, written_by: str) -> Any:

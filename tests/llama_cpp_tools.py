@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -171,7 +172,21 @@ def _missing_symbols(compiler: str, link: list[str], scratch: Path) -> str:
     return str(scratch / "missing.o")
 
 
-def _cmake(name: str, folder: Path) -> Path:
+def with_rpc() -> tuple[Path, Path]:
+    """llama.cpp's libraries built with its RPC backend (a folder), and its RPC server.
+
+    A device behind RPC is the nearest thing to a GPU that runs anywhere: its buffers are not in this
+    process's memory. Set ``LLAMA_CPP_LIB_PATH`` to the folder before ``llama_cpp`` is imported.
+    """
+    folder = cache() / f"build-rpc-{locked()[0]}"
+    options = ["-DGGML_RPC=ON", "-DBUILD_SHARED_LIBS=ON", "-DLLAMA_BUILD_TOOLS=ON"]
+    server = _cmake("ggml-rpc-server", folder, options)
+    for target in ("llama", "mtmd"):  # `llama_cpp` loads both
+        _cmake(target, folder, options)
+    return folder / "bin", server
+
+
+def _cmake(name: str, folder: Path, options: Sequence[str] = ()) -> Path:
     """llama.cpp's own build of one target: without server, examples, TLS, and tuning for this CPU."""
     if not _program("cmake") or not _program("ninja"):
         raise Unavailable("no cmake or ninja: pip install cmake ninja")
@@ -179,7 +194,7 @@ def _cmake(name: str, folder: Path) -> Path:
            "LLAMA_ALL_WARNINGS", "GGML_CCACHE", "GGML_OPENMP"]
     _run([_program("cmake"), "-S", str(source()), "-B", str(folder), "-G", "Ninja",
           f"-DCMAKE_MAKE_PROGRAM={_program('ninja')}", "-DCMAKE_BUILD_TYPE=Release",
-          "-DCMAKE_CXX_FLAGS_RELEASE=-O1", "-DLLAMA_BUILD_TESTS=ON", *(f"-D{option}=OFF" for option in off)])
+          "-DCMAKE_CXX_FLAGS_RELEASE=-O1", "-DLLAMA_BUILD_TESTS=ON", *(f"-D{option}=OFF" for option in off), *options])
     _run([_program("cmake"), "--build", str(folder), "--target", name])
     return folder / "bin" / name
 

@@ -22,6 +22,7 @@ CHANGED = {
     "max_items": 24,  # 06
     "longest": 512,  # 05
     "n_haystacks": 5,
+    "ask_llama_cpp": False,  # 07
 }
 
 
@@ -48,7 +49,7 @@ def test_changed_parameters_reach_the_notebook(result, name):
     injected = [cell.source for cell in cells if "injected-parameters" in cell.metadata.get("tags", [])]
     assert len(injected) == 1
     for key, value in {**changed, "run_name": "changed"}.items():
-        assert f"{key} = {json.dumps(value)}" in injected[0]
+        assert f"{key} = {value!r}".replace("'", '"') in injected[0]
 
 
 def test_every_notebook_leaves_its_stage_file_and_sentences(result):
