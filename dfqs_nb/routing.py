@@ -150,10 +150,13 @@ _NAME = _Tensor.name.offset
 
 
 def _ggml_function(name: str, result: Any, *arguments: Any) -> Any:
-    """A function of libggml that keeps Python's lock: one so short is not worth handing it over."""
-    import llama_cpp._ggml as ggml
+    """A function of the libggml that llama.cpp runs on, found through libllama, which depends on it.
 
-    function = getattr(ctypes.PyDLL(ggml.libggml._name), name)
+    It keeps Python's lock: one so short is not worth handing it over.
+    """
+    import llama_cpp.llama_cpp as api
+
+    function = getattr(ctypes.PyDLL(api._lib._name), name)
     function.restype, function.argtypes = result, arguments
     return function
 
