@@ -112,7 +112,7 @@ HOSTILE = {
 def test_hostile_code_does_not_pass(name):
     candidate, outcome = HOSTILE[name]
     # running out of memory may take a slow machine more than the second of processor time given otherwise
-    said = verdict(candidate + "\n", Limits() if outcome == "memory" else QUICK)
+    said = verdict(candidate + "\n", LIMITS if outcome == "memory" else QUICK)
     assert not said.passed, said
     assert outcome is None or said.outcome == outcome, said
     assert verdict(RIGHT).passed, "the sandbox works as before"
