@@ -334,6 +334,55 @@ def score(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_quantize(commands: Any) -> None:
+    """``dfqs-nb quantize``: one rung of the ladder, by llama.cpp's own quantizer."""
+    parser = commands.add_parser("quantize", help="quantize a model tensor by tensor as a recipe says")
+    parser.add_argument("source", metavar="MODEL", help="F32, F16 or BF16 weights: a registered name or a file")
+    parser.add_argument("recipe", metavar="RECIPE", help="a name in data/quantize/, or a .toml file")
+    parser.add_argument("-o", "--output", help="required unless --dry-run")
+    matrix = parser.add_mutually_exclusive_group()
+    matrix.add_argument("--imatrix", metavar="FILE", help="an importance matrix, of llama-imatrix or of here")
+    matrix.add_argument("--calibrate", metavar="TEXT",
+                        help="collect one over this text file or prompt set; it is kept beside the output")
+    parser.add_argument("--threads", type=int, default=0, help="default: the usable cores")
+    parser.add_argument("--dry-run", action="store_true", help="list types and exact sizes; write nothing")
+    _add_writing(parser)
+    parser.set_defaults(function=quantize)
+
+
+def quantize(arguments: argparse.Namespace) -> int:
+    from dfqs_nb import quantize as quantizing
+    from dfqs_nb import registry
+
+    source, recipe = registry.resolve(arguments.source)[0], quantizing.load_recipe(arguments.recipe)
+    if not (arguments.output or arguments.dry_run):
+        raise DfqsError("no output was named", hint="pass -o FILE, or --dry-run to see what it would be")
+    matrix = arguments.imatrix
+    if arguments.calibrate and recipe.weights:
+        matrix = _calibrated(source, arguments)
+    if arguments.dry_run:
+        planned = quantizing.plan(source, recipe, matrix)
+    else:
+        planned = quantizing.quantize(
+            source, recipe, arguments.output, imatrix=matrix, n_threads=arguments.threads,
+            overwrite=arguments.overwrite, progress=not arguments.quiet).plan
+    print(planned.by_class().to_string(index=False, float_format="{:.2f}".format))
+    size = f"{planned.nbytes:,} bytes, {planned.bits_per_weight:.2f} bits a weight"
+    print("\n".join([*planned.fallbacks, f"{'would be' if arguments.dry_run else arguments.output + ':'} {size}"]))
+    return 0
+
+
+def _calibrated(source: Path, arguments: argparse.Namespace) -> Any:
+    """An importance matrix over the text that was named; written beside the output where there is one."""
+    from dfqs_nb import divergence, imatrix, ladder
+
+    text = divergence.load_text(arguments.calibrate, "calibration")
+    matrix = ladder.calibrated(source, text, ladder.Settings(n_threads=arguments.threads))
+    if arguments.output and not arguments.dry_run:
+        imatrix.write_imatrix(Path(f"{arguments.output}.imatrix.gguf"), matrix)
+    return matrix
+
+
 def add_report(commands: Any) -> None:
     """``dfqs-nb report``: everything that a run found, as DFQS 1.0 asks for it."""
     parser = commands.add_parser("report", help="write the DFQS report of a run, or check one")
@@ -462,6 +511,7 @@ COMMANDS = (
     add_verify,
     add_routing,
     add_score,
+    add_quantize,
     add_report,
     add_compare,
     add_leaderboard,

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from dfqs_nb import registry, specimens
+from dfqs_nb.gguf_header import read_header
+from dfqs_nb.imatrix import read_imatrix
 from dfqs_nb.paths import REPOSITORY
 
 MERGED = registry.models()["dfqs-nano-iq1_s-xl"].merged_sha256
@@ -86,3 +88,29 @@ def test_inspect_starts_without_the_heavy_imports():
                           check=True)
     loaded = set(done.stdout.splitlines()[-1].split())
     assert loaded.isdisjoint({"numpy", "pandas", "matplotlib", "llama_cpp", "gguf", "huggingface_hub"})
+
+
+def test_quantize_plans_to_the_byte_and_writes_what_it_planned(tmp_path):
+    out = tmp_path / "rung.gguf"
+    asked = ("quantize", "dfqs-nano-f16", "q8_0", "--quiet")
+    dry = dfqs(*asked, "--dry-run")
+    assert dry.returncode == 0 and not list(tmp_path.iterdir()), dry.stderr
+    size = int(dry.stdout.split("would be ")[1].split()[0].replace(",", ""))
+    done = dfqs(*asked, "-o", out)
+    assert done.returncode == 0, done.stderr
+    assert out.stat().st_size == size and f"{size:,} bytes" in done.stdout
+    header = read_header(out)
+    assert header.get("dfqs.source_sha256") == registry.models()["dfqs-nano-f16"].files[0].sha256
+    assert header.get("dfqs.recipe") == "Q8_0"
+    assert "exists already" in dfqs(*asked, "-o", out).stderr
+    assert "no output was named" in dfqs(*asked).stderr
+
+
+def test_quantize_collects_the_importance_matrix_that_a_recipe_needs(tmp_path):
+    out = tmp_path / "rung.gguf"
+    bare = dfqs("quantize", "dfqs-nano-f16", "iq1_s-xl", "-o", out, "--quiet")
+    assert bare.returncode == 1 and "needs an importance matrix" in bare.stderr and not out.exists()
+    done = dfqs("quantize", "dfqs-nano-f16", "iq1_s-xl", "-o", out, "--calibrate", "calibration-nano", "--quiet")
+    assert done.returncode == 0, done.stderr
+    kept = read_imatrix(tmp_path / "rung.gguf.imatrix.gguf")
+    assert read_header(out).get("quantize.imatrix.entries_count") == sum("_exps." in name for name in kept.entries)

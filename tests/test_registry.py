@@ -95,7 +95,7 @@ def test_every_entry_is_complete():
         for file in model.files:
             assert file.size_bytes > 0 and len(bytes.fromhex(file.sha256)) == 32, file.name
         assert [file.name for file in model.files] == registry.siblings(model.files[0].name)
-    assert [row["files"] for row in registry.describe()] == [2, 2, 2, 1]
+    assert [row["files"] for row in registry.describe()] == [2, 2, 1, 2, 1]
 
 
 def test_broken_table_names_itself(tmp_path, monkeypatch):
@@ -120,7 +120,7 @@ def test_folder_of_one_model(tmp_path):
 
 
 def test_folder_of_two_models_or_none(tmp_path):
-    with pytest.raises(RegistryError, match="2 models .*DFQS-Nano-IQ1_S-XL, DFQS-Nano-Q8_0"):
+    with pytest.raises(RegistryError, match="3 models .*DFQS-Nano-F16.gguf, DFQS-Nano-IQ1_S-XL, DFQS-Nano-Q8_0"):
         registry.resolve(REFERENCE)
     with pytest.raises(RegistryError, match="no .gguf file"):
         registry.resolve(tmp_path)
@@ -129,7 +129,7 @@ def test_folder_of_two_models_or_none(tmp_path):
 @pytest.mark.parametrize("name, answer", [
     ("dfqs-nano-iq1_xl", "no model is called 'dfqs-nano-iq1_xl'; did you mean dfqs-nano-iq1_s-xl?"),
     ("DFQS-Nano-Q8_0", "did you mean dfqs-nano-q8_0?"),
-    ("zzz", "no model is called 'zzz'; known: dfqs-nano-iq1_s-xl, dfqs-nano-q8_0"),
+    ("zzz", "no model is called 'zzz'; known: dfqs-nano-iq1_s-xl, dfqs-nano-q8_0, dfqs-nano-f16"),
     ("models/absent.gguf", "models/absent.gguf: no such file"),
     ("hf://someone/nano", "write hf://owner/repo/file.gguf"),
 ])
