@@ -16,6 +16,7 @@ Floors, ground first; a module imports only from the floors below it:
     prompts, journal, states, degradation                  frozen texts, resumable runs, saved states, curves
     needles, long_context, loss, context_memory            retrieval, loss and memory by length of context
     item_sets, scoring, scores, sandbox                    questions, grades, runs, and where code is run
+    endpoint, servers, server_checks                       any OpenAI-compatible server; local ones; their checks
     speed, comparison                                      speed against its bounds; two runs item by item
     envelope, conformance, claims       what fits where; DFQS 1.0's demands; what documents say
     report_files, report, report_text   what a report stands on; the report; as people read it

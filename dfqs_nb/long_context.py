@@ -28,7 +28,7 @@ from dfqs_nb.degradation import (
 from dfqs_nb.errors import DfqsError
 from dfqs_nb.journal import Journal
 from dfqs_nb.memory import available_memory, estimate
-from dfqs_nb.needles import N_STRATA, Case, Haystacks, Question, frame_of
+from dfqs_nb.needles import N_STRATA, Case, Frame, Haystacks, Question, frame_of
 from dfqs_nb.paths import write_stage
 from dfqs_nb.probe import OpenSettings, dry_run
 from dfqs_nb.progress import tqdm
@@ -119,11 +119,15 @@ def make_plan(
     in_a_row: int = 2,
     grown: bool | None = None,
     budget_seconds: float = inf,
+    frame: Frame | None = None,
 ) -> Plan:
     """Plan lengths ``shortest * 2^k`` to ``longest``.
 
     Many-key sets are grown unless ``grown=False``; then as many questions are asked (2 to 6) as keep the
     evaluated tokens under 1.25 times the longest length a haystack.
+
+    Args:
+        frame: of another way of asking than this model's own (``needles.frame_of``).
 
     Raises:
         PromptError: the shortest length cannot hold the needles.
@@ -134,7 +138,7 @@ def make_plan(
     grid = tuple(octaves(shortest or (256 if many else 64), longest))
     if not grid:
         raise DfqsError(f"no length up to {longest:,} tokens", hint=f"the shortest is {shortest or 256}")
-    haystacks = Haystacks(frame_of(model, prompts), prompts, grid)
+    haystacks = Haystacks(frame or frame_of(model, prompts), prompts, grid)
     plan = Plan(prompts, grid, n_haystacks, prompts["needles"], 0, haystacks.question_tokens(),
                 many and grown is not False, rounds, in_a_row, budget_seconds)  # fmt: skip
     for n in range(prompts["needles"], 1, -1):
@@ -455,10 +459,13 @@ def first_task(items: pd.DataFrame, prompts: PromptSet) -> pd.DataFrame:
 
 
 class _Runner:
-    def __init__(self, model: Model, run: Run, speed: PrefillSpeed | None) -> None:
+    def __init__(
+        self, model: Model, run: Run, speed: PrefillSpeed | None, frame: Frame | None, asker: Asker | None
+    ) -> None:
         self.model, self.run, self.plan, self.speed = model, run, run.plan, speed
-        self.haystacks = Haystacks(frame_of(model, run.plan.prompts), run.plan.prompts, run.plan.grid)
-        self.asker = Asker(model, run.plan.grown)
+        prompts = run.plan.prompts
+        self.haystacks = Haystacks(frame or frame_of(model, prompts), prompts, run.plan.grid)
+        self.asker = asker or Asker(model, run.plan.grown)
         self._passed: list[Case] = []
         self.started = time.perf_counter()
         self.bar = tqdm(total=run.plan.tokens(), unit="tok", unit_scale=True, desc="long context")
@@ -562,6 +569,8 @@ def measure(
     predicted: RuntimeFailure | None = None,
     fresh: bool = False,
     reuse_tolerance: float = TOLERANCE,
+    frame: Frame | None = None,
+    asker: Asker | None = None,
 ) -> Run:
     """Ask all questions of a plan, or those that the folder's journal does not hold yet.
 
@@ -574,6 +583,7 @@ def measure(
         predicted: a length that memory will not hold (``predict_failure``): it bounds the grid.
         fresh: measure again what the journal holds.
         reuse_tolerance: of a logit, within which asking from a saved state counts as equal to asking afresh.
+        frame, asker: of another way of asking than this model's own; see ``endpoint.Remote``.
     """
     reuse = check_plan_reuse(model, plan, reuse_tolerance) if plan.grown else None
     if reuse is not None and not reuse.allowed:
@@ -583,7 +593,7 @@ def measure(
     run.failure = predicted
     limit = plan.longest if predicted is None else max(1, predicted.length - 1)
     started = time.perf_counter()
-    runner = _Runner(model, replace_plan(run, limit), speed)
+    runner = _Runner(model, replace_plan(run, limit), speed, frame, asker)
     try:
         runner.grow() if plan.prompts["needles"] > 1 else runner.made_for_length()
     finally:

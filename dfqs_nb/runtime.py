@@ -306,6 +306,11 @@ class Completion:
     n_decoded: int
 
     @property
+    def n_tokens(self) -> int:
+        """Tokens of the answer."""
+        return len(self.token_ids)
+
+    @property
     def prefill_tokens_per_sec(self) -> float:
         """Prompt tokens a second."""
         return self.n_prompt / self.prefill_seconds if self.prefill_seconds else float("nan")

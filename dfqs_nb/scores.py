@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,16 +182,23 @@ def collect(
     fresh: bool = False,
     progress: bool = True,
     sandbox: Sandbox | None = None,
+    n_parallel: int = 1,
 ) -> SetRun:
-    """``score_set`` for any way of answering; the caller has checked sandbox and context."""
+    """``score_set`` for any way of answering; the caller has checked sandbox and context.
+
+    Args:
+        n_parallel: items asked at once; only for ways of answering that threads may share.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     place = {kind: Path(folder) / f"{kind}-{item_set.name}.jsonl" for kind in ("answers", "verdicts")}
     journal = Journal(place["answers"], {**conditions, "model": model_id}, fresh=fresh)
     wanted = [(item, sample) for item in item_set.items[:limit] for sample in range(n_samples)]
     n_resumed = sum(_key(item, sample) in journal for item, sample in wanted)
-    for item, sample in tqdm(wanted, desc=item_set.name, disable=not progress):
-        if _key(item, sample) not in journal:
-            _ask(answer, item, sample, sampling, journal)
+    todo = [one for one in wanted if _key(*one) not in journal]
+    with tqdm(total=len(wanted), initial=n_resumed, desc=item_set.name, disable=not progress) as bar:
+        for (item, sample), said in _answers(answer, todo, sampling, n_parallel):
+            journal.add(_key(item, sample), **said)
+            bar.update()
     rows = [_row(item_set, item, sample, journal[_key(item, sample)]) for item, sample in wanted]
     if item_set.kind == "code":
         sandbox = sandbox or find_sandbox()
@@ -209,18 +217,44 @@ def _key(item: Item, sample: int) -> str:
     return f"{item.id}#{sample}"
 
 
-def _ask(answer: Answerer, item: Item, sample: int, sampling: Sampling, journal: Journal) -> None:
-    """Answer one item and write it down; each sample of a task has a seed of its own."""
+def _answers(
+    answer: Answerer, todo: Sequence[tuple[Item, int]], sampling: Sampling, n_parallel: int
+) -> Iterator[tuple[tuple[Item, int], dict[str, Any]]]:
+    """Answers as they come. After an error no new item is begun, and what was under way is still handed
+    over before the error is raised.
+    """
+    if n_parallel == 1:
+        yield from ((one, _asked(answer, *one, sampling)) for one in todo)
+        return
+    with ThreadPoolExecutor(n_parallel) as pool:
+        waiting = {pool.submit(_asked, answer, *one, sampling): one for one in todo}
+        failed: BaseException | None = None
+        try:
+            for done in as_completed(waiting):
+                if done.cancelled():
+                    continue
+                if done.exception() is None:
+                    yield waiting[done], done.result()
+                elif failed is None:
+                    failed = done.exception()
+                    pool.shutdown(wait=False, cancel_futures=True)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        if failed is not None:
+            raise failed
+
+
+def _asked(answer: Answerer, item: Item, sample: int, sampling: Sampling) -> dict[str, Any]:
+    """The answer to one item, as it is written down; each sample of a task has a seed of its own."""
     seeded = dataclasses.replace(sampling, seed=sampling.seed + sample)
     started = time.perf_counter()
     said = _patiently(answer, item, seeded)
-    journal.add(
-        _key(item, sample),
-        completion=said.text,
-        finish_reason=said.finish_reason,
-        tokens=len(said.token_ids),
-        seconds=round(time.perf_counter() - started, 4),
-    )
+    return {
+        "completion": said.text,
+        "finish_reason": said.finish_reason,
+        "tokens": said.n_tokens,
+        "seconds": round(time.perf_counter() - started, 4),
+    }
 
 
 def _patiently(answer: Answerer, item: Item, sampling: Sampling) -> Completion:
