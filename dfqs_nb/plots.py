@@ -558,7 +558,7 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_yscale("log")
     ax.set_xticks(decode["depth"], [f"{depth:,}" for depth in decode["depth"]])
     ax.minorticks_off()
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
     ax.set_ylim(decode["median"].min() / 3, decode["roof"].max() * 2)
     ax.set_xlabel("tokens in the context")
     ax.set_ylabel("tokens a second")
