@@ -163,7 +163,7 @@ class Endpoint:
         """What an answer depends on, as far as the server says it; neither address nor key."""
         facts = self.facts
         return {
-            "runtime": f"{facts.name} {facts.version}".strip(),
+            "runtime": facts.version if facts.name in facts.version else f"{facts.name} {facts.version}".strip(),
             "endpoint": True,
             "endpoint_model": self.model,
             "n_ctx": facts.n_ctx,

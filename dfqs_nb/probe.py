@@ -315,6 +315,8 @@ def _with_log(error: DfqsError, log: list[str]) -> DfqsError:
 DEATH_HINTS = {
     "SIGABRT": "its header is not what this llama.cpp expects: inspect it (02_inspect_header), get it again, "
     "or update llama-cpp-python",
+    "SIGFPE": "this build of llama.cpp cannot open this model: take another one (b11549 died on deepseek4 files "
+    "here, b11063 did not)",
     "SIGILL": "llama-cpp-python was built for another CPU: install it again on this machine",
     "SIGSEGV": "the file is damaged, or this llama.cpp does not suit this CPU: verify its hash, then install "
     "llama-cpp-python again on this machine",
