@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--evaluate", type=int, default=20, help="held-out questions a family at a checkpoint")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
+    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
     asked.out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
     tokenizer.save(str(asked.out / "tokenizer.json"))
