@@ -1,8 +1,7 @@
 """Two runs of the same questions, compared item by item.
 
 Two scores may look apart and not be, or look alike and hide that they fail on different items. Paired by
-item,
-only the items on which the two disagree carry evidence.
+item, only the items on which the two disagree carry evidence.
 """
 
 from __future__ import annotations
@@ -93,9 +92,8 @@ def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
 
     >>> check_comparable({"n_ctx": 1024}, {"n_ctx": 4096})
     Traceback (most recent call last):
-    dfqs_nb.comparison.ComparisonError: the conditions differ in n_ctx (1024 and 4096); run both again
-    under the
-    same conditions
+    dfqs_nb.comparison.ComparisonError: the conditions differ in n_ctx (1024 and 4096); run both again under
+    the same conditions
     """
     found = differing_fields(a, b)
     if found:

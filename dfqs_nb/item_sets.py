@@ -56,8 +56,7 @@ class Item:
 
     def completed(self, answer: str) -> str | None:
         """What to put behind a code item's prompt, from a chat's answer: the first code block that defines
-        the
-        function, below a body that it replaces. None where there is no such block.
+        the function, below a body that it replaces. None where there is no such block.
         """
         for block in re.findall(r"^```[^\n]*\n(.*?)^```", answer + "\n", flags=re.DOTALL | re.MULTILINE):
             if re.search(rf"^(async )?def {re.escape(self.entry_point)}\b", block, flags=re.MULTILINE):
@@ -85,10 +84,8 @@ class ItemSet:
         tier: ``nano``, ``standard``, or ``own``; scores of different tiers are never put side by side.
         kind: ``reasoning`` (the answer is compared) or ``code`` (the candidate is run).
         mode: ``chat`` (through the chat template, with ``instruction`` behind the prompt, or around it
-        where it has
-            a ``{prompt}``; of code the answer's code block counts) or ``complete`` (plain continuation,
-            which is
-            also what a code set falls back to where a model has no chat template).
+            where it has a ``{prompt}``; of code the answer's code block counts) or ``complete`` (plain
+            continuation, which is also what a code set falls back to where a model has no chat template).
         extract: where a reasoning answer is found: ``answer tag`` or ``last line``.
         stop, max_tokens: where generation ends; the stop texts of a code set are for plain continuation.
         header: the set's first line, whole.

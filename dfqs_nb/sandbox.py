@@ -1,14 +1,12 @@
 """Run code that a model wrote, against its tests, where it can do no harm.
 
 Each candidate is a process of its own under bubblewrap (https://github.com/containers/bubblewrap): no
-network,
-no file of this machine but the Python it runs on (read-only), a small temporary folder, no capabilities, and
-limits on CPU time, memory, processes and file size. It passed when its tests ran to their end; only then does
-a random number that it was given come back.
+network, no file of this machine but the Python it runs on (read-only), a small temporary folder, no
+capabilities, and limits on CPU time, memory, processes and file size. It passed when its tests ran to their
+end; only then does a random number that it was given come back.
 
 Made for careless code, not for a determined attacker: the candidate runs in the same process as its tests,
-and
-one that goes looking for the number in that process's memory can find it.
+and one that goes looking for the number in that process's memory can find it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 A run is two append-only files: answers, keyed by the conditions, the model and the item; and the sandbox's
 verdicts, keyed by the program that ran. What failed for a reason outside the answer (a decode error, a
-sandbox
-that does not start) is tried again and then stops the run; it is never a score of 0.
+sandbox that does not start) is tried again and then stops the run; it is never a score of 0.
 """
 
 from __future__ import annotations

@@ -145,9 +145,8 @@ def reasoning_score(items: pd.DataFrame, name: str, n_expected: int) -> Score:
         name: of the set.
         n_expected: items of the whole set.
 
-    The standard error is stratified: sqrt(sum of p(1 - p) / (n - 1)) / families. The interval is Wilson's
-    at the
-    number of items that is worth as much, 1 / sum(w^2 / n) with w = 1 / families.
+    The standard error is stratified: sqrt(sum of p(1 - p) / (n - 1)) / families. The interval is Wilson's at
+    the number of items that is worth as much, 1 / sum(w^2 / n) with w = 1 / families.
     """
     groups = items.assign(correct=items["grade"] == "correct").groupby("family", sort=False)
     share, n, guess = groups["correct"].mean(), groups.size(), groups["guess"].mean()

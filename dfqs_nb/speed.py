@@ -61,10 +61,9 @@ class ActiveBytes:
 
 
 # DeepSeek-V4-Flash-IQ1_S-XL. Experts: from the shapes and types of its configuration. The rest: what the
-# published
-# file's 61,540,805,344 bytes leave, less the embedding (129,280 x 4096 at Q8_0), of which a token reads a
-# row.
-# With everything but experts at Q8_0 or F32, shapes alone would say 8.7 GB a token instead of 7.6.
+# published file's 61,540,805,344 bytes leave, less the embedding (129,280 x 4096 at Q8_0), of which a token
+# reads a row. With everything but experts at Q8_0 or F32, shapes alone would say 8.7 GB a token instead of
+# 7.6.
 FLASH = ActiveBytes(
     dense=6_301_231_840, routed=1_281_490_944, routed_total=54_676_946_944, weights=61_540_805_344
 )
@@ -118,9 +117,8 @@ def cache_bytes_read(header: GGUFHeader, depth: int, type_k: str = "f16", type_v
 def memory_bandwidth(n_threads: int, nbytes: int = BANDWIDTH_BYTES, repetitions: int = 3) -> float:
     """Bytes a second that ``n_threads`` read from memory together, the best of several tries.
 
-    Each thread searches its own buffer for a byte that is not there (the C library's ``memchr``, which
-    reads as
-    fast as the processor can and lets Python's other threads run).
+    Each thread searches its own buffer for a byte that is not there (the C library's ``memchr``, which reads
+    as fast as the processor can and lets Python's other threads run).
     """
     search = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memchr
     search.argtypes, search.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
@@ -141,8 +139,7 @@ def disk_bandwidth(folder: str | Path, nbytes: int = DISK_BYTES) -> float | None
     emptied.
 
     Writes a temporary file of random bytes, has the kernel drop it from memory, and reads it back; the
-    kernel's
-    own count says whether it came from the disk.
+    kernel's own count says whether it came from the disk.
     """
     if not hasattr(os, "posix_fadvise"):
         return None
@@ -277,8 +274,7 @@ def speed_bound(weights: ActiveBytes, places: Sequence[Place]) -> Bound:
     """The most tokens a second that reading allows, from places in order of preference.
 
     What every token uses lies in the first place, as a cache would have it; experts fill what is left, and
-    are
-    asked for evenly. The parts of a token are read one after another.
+    are asked for evenly. The parts of a token are read one after another.
 
     >>> weights = ActiveBytes(dense=4, routed=1, routed_total=10, weights=14)
     >>> speed_bound(weights, [Place("memory", 9, 9.0), Place("disk", 99, 1.0)])
