@@ -22,9 +22,8 @@ GRADES = ("correct", "wrong", "no_answer", "truncated")
 
 
 def normalised(text: str) -> str:
-    """An answer without what does not change it: case, spacing, enclosing marks, a final stop, how a
-    number is
-    written.
+    """An answer without what does not change it: case, spacing, enclosing marks, a final stop, how a number
+    is written.
 
     >>> normalised(" **1,234.50.** "), normalised("The box  is Red."), normalised("$37/67$")
     ('1234.5', 'the box is red', '37/67')
