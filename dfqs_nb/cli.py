@@ -497,6 +497,45 @@ def sweep(arguments: argparse.Namespace) -> int:
     return int(found.n_failed > 0)
 
 
+def add_deploy(commands: Any) -> None:
+    """``dfqs-nb deploy``: files and commands that run the model elsewhere."""
+    parser = commands.add_parser("deploy", help="write the recipe that runs a model with another program")
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="see --list")
+    parser.add_argument("model", nargs="?", metavar="MODEL",
+                        help="a file, a name of `dfqs-nb models`, or hf://owner/repo/file; nothing is downloaded")
+    parser.add_argument("-o", "--output", metavar="DIR", help="default: deploy-TARGET under outputs/")
+    parser.add_argument("--n-ctx", type=int, help="tokens of context (default: what this machine holds)")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--gpu-layers", type=int, help="default: what this machine's GPU holds")
+    parser.add_argument("--hub", metavar="ADDRESS", help="fetch this; MODEL only says what fits")
+    parser.add_argument("--key-variable", default="", metavar="NAME",
+                        help="the environment variable that holds the server's key")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier recipe")
+    parser.add_argument("--list", action="store_true", help="the targets, and what ran here")
+    parser.add_argument("--table", action="store_true", help="all that is known of them, as Markdown")
+    parser.set_defaults(function=deploy)
+
+
+def deploy(arguments: argparse.Namespace) -> int:
+    from dfqs_nb import deploy as deploying
+    from dfqs_nb.paths import run_dir, tilde
+
+    if arguments.table or arguments.list:
+        print(deploying.table_text() if arguments.table else deploying.list_text(), end="")
+        return 0
+    if not (arguments.target and arguments.model):
+        raise DfqsError("a target and a model are needed", hint="see `dfqs-nb deploy --list`")
+    deploying.target_of(arguments.target)
+    recipe = deploying.write_recipe(
+        arguments.target, arguments.model, arguments.output or run_dir(f"deploy-{arguments.target}"),
+        n_ctx=arguments.n_ctx, n_threads=arguments.threads, n_gpu_layers=arguments.gpu_layers,
+        hub=arguments.hub, key_variable=arguments.key_variable, overwrite=arguments.overwrite,
+    )  # fmt: skip
+    print("\n".join([*(f"- {note}" for note in recipe.notes), "", *recipe.commands]))
+    print(f"\nwrote {', '.join(tilde(path) for path in recipe.files)}")
+    return 0
+
+
 # One line for each subcommand; `add_<name>` makes its parser and sets `function`. Imports of other
 # modules stay inside the functions, so that a fast command starts fast.
 COMMANDS = (
@@ -516,6 +555,7 @@ COMMANDS = (
     add_compare,
     add_leaderboard,
     add_sweep,
+    add_deploy,
 )
 
 
