@@ -23,6 +23,10 @@ CHANGED = {
     "longest": 512,  # 05
     "n_haystacks": 5,
     "ask_llama_cpp": False,  # 07
+    "rungs": "Q8_0 IQ1_S-XL",  # 08
+    "ladder_items": 16,
+    "ladder_longest": 128,
+    "ladder_haystacks": 2,
 }
 
 
