@@ -189,6 +189,7 @@ def write_recipe(
     n_threads: int | None = None,
     n_gpu_layers: int | None = None,
     hub: str | None = None,
+    port: int | None = None,
     key_variable: str = "",
     prompt: str = PROMPT,
     overwrite: bool = False,
@@ -206,6 +207,7 @@ def write_recipe(
         n_gpu_layers: by default as many as the free memory of this machine's GPU holds; 0 without one.
         hub: ``hf://`` address (or registered name) that the recipe fetches, while its settings come from the
             local ``model``.
+        port: of the server on 127.0.0.1; by default the target's own.
         key_variable: the environment variable that holds the server's key; empty: no key.
         overwrite: replace the files of an earlier recipe.
 
@@ -215,6 +217,7 @@ def write_recipe(
         HeaderError, ShardError, RegistryError: the model is not a complete GGUF, or nothing has that name.
     """
     chosen, source = target_of(target), _source(model)
+    chosen = replace(chosen, server=port or chosen.server)
     if hub is not None:
         there = _source(hub)
         source = replace(there, header=source.header, shards=source.shards, nbytes=source.nbytes)
@@ -473,7 +476,7 @@ def _names(target: Target, source: _Source, settings: Settings) -> dict[str, Any
         "image": f"ghcr.io/ggml-org/llama.cpp:server{'-cuda' if cuda else ''}-{BUILD}",
         "original": source.original, "runner_model": f"dfqs/{slug}",
         "lemonade_args": f"--threads {settings.n_threads} --n-gpu-layers {settings.n_gpu_layers} --no-repack",
-        "question": _question(served), "platform": target.title, "drive": "drive" if "drive" in target.place else "",
+        "question": _question(served), "platform": target.title, "drive": "/content/drive" if "drive" in target.place else "",
         "where_it_is": "A file of your Drive appears once it is mounted." if "drive" in target.place else
                        "A local file goes up as a dataset first, and appears under /kaggle/input.",
     }  # fmt: skip

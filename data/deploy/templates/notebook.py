@@ -10,7 +10,7 @@
 import os
 import shutil
 {?
-from google.colab import @{drive}
+from google.colab import drive  # mounted at @{drive}
 ?}
 MODEL = @{model}
 NBYTES = @{nbytes}
@@ -31,8 +31,8 @@ for command in commands:
 # Open it. @{where_it_is}
 
 # %%
-{?if MODEL.startswith("/content/drive"):
-    @{drive}.mount("/content/drive")
+{?if MODEL.startswith(@{drive}):
+    drive.mount(@{drive})
 ?}assert os.path.exists(MODEL), f"put the file (and its other shards) at {MODEL}"
 memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 if NBYTES > memory:
