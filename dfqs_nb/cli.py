@@ -508,6 +508,7 @@ def add_deploy(commands: Any) -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--gpu-layers", type=int, help="default: what this machine's GPU holds")
     parser.add_argument("--hub", metavar="ADDRESS", help="fetch this; MODEL only says what fits")
+    parser.add_argument("--port", type=int, help="of the server on 127.0.0.1 (default: the target's own)")
     parser.add_argument("--key-variable", default="", metavar="NAME",
                         help="the environment variable that holds the server's key")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier recipe")
@@ -529,7 +530,8 @@ def deploy(arguments: argparse.Namespace) -> int:
     recipe = deploying.write_recipe(
         arguments.target, arguments.model, arguments.output or run_dir(f"deploy-{arguments.target}"),
         n_ctx=arguments.n_ctx, n_threads=arguments.threads, n_gpu_layers=arguments.gpu_layers,
-        hub=arguments.hub, key_variable=arguments.key_variable, overwrite=arguments.overwrite,
+        hub=arguments.hub, port=arguments.port, key_variable=arguments.key_variable,
+        overwrite=arguments.overwrite,
     )  # fmt: skip
     print("\n".join([*(f"- {note}" for note in recipe.notes), "", *recipe.commands]))
     print(f"\nwrote {', '.join(tilde(path) for path in recipe.files)}")
