@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -247,8 +248,10 @@ def add_routing(commands: Any) -> None:
 
 def routing(arguments: argparse.Namespace) -> int:
     from dfqs_nb import registry, routing_experiment, routing_verdict
+    from dfqs_nb.endpoint import check_in_process
     from dfqs_nb.paths import run_dir, tilde
 
+    check_in_process(arguments.model, "routing")
     path, folder = registry.resolve(arguments.model)[0], run_dir(arguments.run)
     found = routing_experiment.run_experiment(
         path, folder / "routing", n_tokens=arguments.tokens, fresh=arguments.fresh,
@@ -295,7 +298,14 @@ def verify(arguments: argparse.Namespace) -> int:
 def add_score(commands: Any) -> None:
     """``dfqs-nb score``: a model's reasoning and code, with intervals."""
     parser = commands.add_parser("score", help="score a model's reasoning and code; continues a stopped run")
-    parser.add_argument("model", metavar="MODEL", help="a GGUF file, or any of its shards")
+    parser.add_argument("model", metavar="MODEL", nargs="?", default="",
+                        help="a GGUF file, any of its shards, or the URL of an OpenAI-compatible server")
+    parser.add_argument("--endpoint", metavar="URL", default="", help="score this server instead of a file")
+    parser.add_argument("--endpoint-model", metavar="NAME", default="", help="which of the server's models")
+    parser.add_argument("--key-variable", metavar="NAME", default="",
+                        help="the environment variable that holds the server's key")
+    parser.add_argument("--concurrency", type=int, default=1,
+                        help="requests at once to a server; more than 1 can change answers")
     parser.add_argument("--tier", default="standard", choices=("nano", "standard"))
     parser.add_argument("--set", action="append", default=[], metavar="NAME",
                         help="only these sets, or JSONL files")
@@ -312,19 +322,29 @@ def add_score(commands: Any) -> None:
 
 
 def score(arguments: argparse.Namespace) -> int:
-    from dfqs_nb import item_sets, paths, runtime, scores, workbook
+    from dfqs_nb import endpoint, item_sets, paths, runtime, scores, workbook
     from dfqs_nb.verify import sha256_of
 
+    url = arguments.endpoint or (arguments.model if endpoint.is_url(arguments.model) else "")
+    if bool(arguments.endpoint) == bool(arguments.model):
+        raise DfqsError("say what to score", hint="give a GGUF file, or --endpoint URL, and not both")
     chosen = ([item_sets.load_item_set(name) for name in arguments.set]
               or item_sets.sets_of_tier(arguments.tier))
-    folder = paths.run_dir(arguments.run or workbook.default_run_name(arguments.model)) / "scores"
     settings = runtime.OpenSettings(n_ctx=arguments.n_ctx, n_threads=arguments.threads or None)
     sampling = runtime.Sampling(temperature=arguments.temperature)
     ks = [k for k in (10, 100) if k <= arguments.samples]
-    with runtime.open_model(arguments.model, settings) as model:
-        identity = sha256_of(model.path)
+    with contextlib.ExitStack() as stack:
+        if url:
+            model = endpoint.connect(url, arguments.endpoint_model, key_variable=arguments.key_variable,
+                                     concurrency=arguments.concurrency)
+            identity, score_set, name = "", endpoint.score_set, Path(f"endpoint-{model.model}").name
+        else:
+            model = stack.enter_context(runtime.open_model(arguments.model, settings))
+            identity, score_set, name = sha256_of(model.path), scores.score_set, workbook.default_run_name(
+                arguments.model)
+        folder = paths.run_dir(arguments.run or name) / "scores"
         for one in chosen:
-            found = scores.score_set(
+            found = score_set(
                 model, one, folder, model_id=identity, sampling=sampling, ks=ks if one.kind == "code" else (),
                 n_samples=arguments.samples if one.kind == "code" else 1, limit=arguments.limit,
                 allow_unsandboxed=arguments.allow_unsandboxed, fresh=arguments.fresh,

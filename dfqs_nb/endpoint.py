@@ -491,8 +491,11 @@ def _is_broken(error: Exception) -> bool:
     import httpx2
     import openai
 
+    if isinstance(error, openai.APIConnectionError):  # the client's word for most of what goes wrong below it
+        error = error.__cause__ or error
     in_stream = type(error) is openai.APIError  # an error event inside the stream
-    return isinstance(error, (_Broken, httpx2.TransportError, json.JSONDecodeError)) or in_stream
+    lost = (httpx2.ReadError, httpx2.RemoteProtocolError, _Broken, json.JSONDecodeError)
+    return isinstance(error, lost) or in_stream
 
 
 def _meaning(error: Exception, url: str, model: str, models: Sequence[str]) -> EndpointError | None:
@@ -502,15 +505,16 @@ def _meaning(error: Exception, url: str, model: str, models: Sequence[str]) -> E
     if isinstance(error, openai.APITimeoutError):
         return UnreachableError("no answer in time", where=url,
                                 hint="raise timeout_seconds, or ask for fewer tokens")
-    if isinstance(error, openai.APIConnectionError):
+    if isinstance(error, openai.APIConnectionError) and not _is_broken(error):
         return UnreachableError(f"nothing answers there ({error.__cause__ or error})", where=url,
                                 hint="check the address, and that the server is running")
     if isinstance(error, openai.APIStatusError):
         return _status(error.status_code, _said(error), url, model, models)
     if _is_broken(error):
-        if _is_overflow(str(error)):
-            return _overflow(str(error), url)
-        return BrokenAnswerError(f"the answer broke off ({str(error) or type(error).__name__})", where=url,
+        why = str(error.__cause__ or error) or type(error).__name__
+        if _is_overflow(why):
+            return _overflow(why, url)
+        return BrokenAnswerError(f"the answer broke off ({why})", where=url,
                                  hint="read the server's log; nothing of this answer was kept")
     return None
 

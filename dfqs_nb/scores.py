@@ -11,8 +11,9 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,22 +226,20 @@ def _answers(
     if n_parallel == 1:
         yield from ((one, _asked(answer, *one, sampling)) for one in todo)
         return
+    left, under_way, failed = iter(todo), {}, None
     with ThreadPoolExecutor(n_parallel) as pool:
-        waiting = {pool.submit(_asked, answer, *one, sampling): one for one in todo}
-        failed: BaseException | None = None
-        try:
-            for done in as_completed(waiting):
-                if done.cancelled():
-                    continue
-                if done.exception() is None:
-                    yield waiting[done], done.result()
-                elif failed is None:
-                    failed = done.exception()
-                    pool.shutdown(wait=False, cancel_futures=True)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        if failed is not None:
-            raise failed
+        while True:
+            for one in islice(left, n_parallel - len(under_way) if failed is None else 0):
+                under_way[pool.submit(_asked, answer, *one, sampling)] = one
+            if not under_way:
+                break
+            for done in wait(under_way, return_when=FIRST_COMPLETED).done:
+                one, error = under_way.pop(done), done.exception()
+                failed = failed or error
+                if error is None:
+                    yield one, done.result()
+    if failed is not None:
+        raise failed
 
 
 def _asked(answer: Answerer, item: Item, sample: int, sampling: Sampling) -> dict[str, Any]:
