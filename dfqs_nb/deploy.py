@@ -77,6 +77,7 @@ class Target:
     prefix: str = ""
     served_name: str = "@{name}"
     single_file: bool = False
+    needs_key: bool = False
     least_n_ctx: int = 0
     place: str = ""
     fetch_to: str = ""
@@ -208,7 +209,8 @@ def write_recipe(
         hub: ``hf://`` address (or registered name) that the recipe fetches, while its settings come from the
             local ``model``.
         port: of the server on 127.0.0.1; by default the target's own.
-        key_variable: the environment variable that holds the server's key; empty: no key.
+        key_variable: the environment variable that holds the server's key; empty: no key, unless
+            the target's server always asks for one (then ``DFQS_API_KEY``).
         overwrite: replace the files of an earlier recipe.
 
     Raises:
@@ -218,6 +220,7 @@ def write_recipe(
     """
     chosen, source = target_of(target), _source(model)
     chosen = replace(chosen, server=port or chosen.server)
+    key_variable = key_variable or (DEFAULT_KEY_VARIABLE if chosen.needs_key else "")
     if hub is not None:
         there = _source(hub)
         source = replace(there, header=source.header, shards=source.shards, nbytes=source.nbytes)

@@ -240,6 +240,21 @@ def test_every_llama_server_option_is_one_of_its_parser(tmp_path):
     assert "LLAMA_API_KEY" in source, "the key's variable"
 
 
+def test_release_archives_and_build_options_are_llama_cpps_own(tmp_path):
+    try:
+        source = llama_cpp_tools.source()
+    except llama_cpp_tools.Unavailable as error:
+        pytest.skip(str(error))
+    release = (source / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+    archive = write_recipe("llama-cpp-prebuilt", SHARD, tmp_path / "a").commands[0].rpartition("/")[2]
+    kind = re.fullmatch(rf"llama-{deploy.BUILD}-bin-(ubuntu|macos)-(x64|arm64)\.tar\.gz", archive)
+    assert kind and re.search(rf"llama-\S+ steps\.tag\.outputs\.name }}}}-bin-{kind[1]}-", release), archive
+    cmake = "".join((source / folder / "CMakeLists.txt").read_text(encoding="utf-8") for folder in ("", "ggml"))
+    recipe = write_recipe("llama-cpp-source", SHARD, tmp_path / "b", n_gpu_layers=5)
+    used = re.findall(r"-D(GGML_\w+|LLAMA_\w+)=", "".join(recipe.commands))
+    assert used == ["LLAMA_BUILD_TESTS", "GGML_CUDA"] and all(f"option({name} " in cmake for name in used)
+
+
 # ---- settings ----
 
 
@@ -352,6 +367,7 @@ def test_the_table_says_something_of_every_target():
 def test_what_ran_is_what_the_tests_run():
     """The versions in the table are those of the tests and of the lock file."""
     ran = {name: one.run_here for name, one in deploy.targets().items() if one.run_here}
+    assert "llama-server" in ran["llama-cpp-source"] and len(ran) == 5
     assert f"{deploy_peers.PI} {deploy_peers.VERSIONS[deploy_peers.PI]}" in ran["pi"]
     assert f"hermes-agent {deploy_peers.VERSIONS['hermes-agent']}" in ran["hermes-agent"]
     assert f"node-llama-cpp {deploy_peers.VERSIONS['node-llama-cpp']}" in ran["llama-cpp-prebuilt"]
