@@ -1,0 +1,252 @@
+"""Real local servers with the reference model: both kinds come up, answer as this process does, and go away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dfqs_nb import endpoint, item_sets, runtime, server_checks, servers
+from dfqs_nb.endpoint import ContextOverflowError, KeyRefusedError, UnreachableError
+from dfqs_nb.errors import ModelError
+from dfqs_nb.probe import OpenSettings
+from dfqs_nb.servers import ServerError
+
+KEY = "sk-never-to-be-seen-77c1"
+SETTINGS = OpenSettings(n_ctx=512, n_threads=1)
+QUESTION = "Tom is tall. Ann is small. Who is tall?"
+
+
+@pytest.fixture(scope="module")
+def model(merged_reference):
+    with runtime.open_model(merged_reference, SETTINGS) as found:
+        yield found
+
+
+@pytest.fixture(scope="module", params=sorted(servers.KINDS))
+def server(request, merged_reference, tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with servers.serve(request.param, merged_reference, SETTINGS, name="nano", log=log) as found:
+        yield found
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses that a process listens on, from the kernel's tables (Linux)."""
+    own = set()
+    for handle in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            own.add(os.readlink(handle))
+        except OSError:
+            pass
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:
+                found.add(fields[1].split(":")[0])
+    return found
+
+
+def wait_until(condition, seconds: float = 60.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_it_listens_on_loopback_only(server):
+    assert server.address[0] == "127.0.0.1" and server.alive
+    assert listening(server.process.pid) == {"0100007F"}
+
+
+def test_it_answers_as_this_process_does(server, model):
+    found = server.connect()
+    assert found.facts.name == server.kind and found.facts.n_ctx == 512
+    for stream in (True, False):
+        found = server.connect(stream=stream)
+        ours = runtime.chat(model, QUESTION, 12)
+        assert (found.chat(QUESTION, 12).text, found.chat(QUESTION, 12).finish_reason) == (ours.text, "eos")
+        code = "def add(a, b):\n"
+        ours = runtime.complete(model, code, 24)
+        assert found.complete(code, 24).text == ours.text
+        assert found.complete(code, 24, stop=["\n"]).text == runtime.complete(model, code, 24, stop=["\n"]).text
+
+
+def test_its_tokens_are_ours(server, model):
+    tokens = endpoint.tokenizer(server.connect())
+    for text in (QUESTION, "def add(a, b):\n", "<｜User｜>Hello<｜Assistant｜>", ""):
+        assert tokens(text) == model.tokenize(text)
+
+
+def test_an_overflow_is_told_from_other_failures(server):
+    for stream in (True, False):
+        with pytest.raises(ContextOverflowError):
+            server.connect(stream=stream, retries=1).complete("a b c " * 600, 4)
+    assert server.alive and server.connect().chat(QUESTION, 4).text
+
+
+def test_the_checks_find_a_sound_server(server, model):
+    table = server_checks.check_server(server.connect(), model, server).set_index("check")
+    assert set(table["verdict"]) <= {"pass", "note"}, table["finding"].tolist()
+    for check in ("health", "context length", "chat template", "same again"):
+        assert table.loc[check, "verdict"] == "pass", table.loc[check, "finding"]
+    assert "answers to any name" in table.loc["model name", "finding"]
+
+
+def test_the_same_items_in_process_and_through_it(server, model, tmp_path):
+    questions = item_sets.load_item_set("nano-reasoning")
+    found = server_checks.compare_with_process(model, server.connect(), questions, tmp_path, limit=24, progress=False)
+    assert len(found.items) == 24 and found.items["same_text"].all(), found.sentence
+    assert "all 24 answers are the same" in found.sentence
+    assert server_checks.answers_sha256(found.process) == server_checks.answers_sha256(found.server)
+
+
+def test_speed_under_clients(server):
+    table = endpoint.speed_by_clients(server.connect(), (1, 2), n_tokens=16, repetitions=1)
+    assert (table["tokens_per_sec"] > 0).all() and (table["first_median"] > 0).all()
+
+
+def test_long_context_through_it(server, model, tmp_path):
+    before, _, after = runtime.chat_text(model, endpoint.MARK).partition(endpoint.MARK)
+    around = before.removeprefix("<｜begin▁of▁sentence｜>"), after
+    run = endpoint.measure_long_context(server.connect(), tmp_path, longest=128, n_haystacks=3, around=around)
+    assert run.items["correct"].all() and set(run.items["length"]) == {64, 128}
+    assert run.items["n_evaluated"].le(128 + 16).all()
+
+
+# ---- differences are explained ----
+
+
+@pytest.mark.parametrize("change, cause", [
+    (lambda text: text[:-1], "where it ends"),
+    (lambda text: "zzz" + text, "other numbers"),
+])
+def test_a_difference_is_followed_to_its_token(server, model, change, cause):
+    questions = item_sets.load_item_set("nano-reasoning")
+    item = questions.items[0]
+    ours = runtime.chat(model, item.asked(questions.instruction), questions.max_tokens)
+    found = server_checks.explain(model, server.connect(), questions, item, change(ours.text))
+    assert found["prompt_process"] == found["prompt_server"] and found["cause"] == cause
+    assert found["rank"] > 1 and found["margin"] > 0
+
+
+def test_a_near_tie_is_called_one(server, model, monkeypatch):
+    questions = item_sets.load_item_set("nano-reasoning")
+    item = questions.items[0]
+    prompt = endpoint.scores.prompt_tokens(model, questions, item)
+    model.clear()
+    logits = model.evaluate(prompt)
+    second = int(logits.argsort()[-2])
+    monkeypatch.setattr(server_checks, "NEAR_TIE", float(logits.max() - logits[second]) + 1e-6)
+    served = model.token_bytes(second).decode()
+    found = server_checks.explain(model, server.connect(), questions, item, served)
+    assert found["cause"] == "near-tie" and found["token"] == 0 and found["rank"] == 2
+
+
+def test_another_prompt_is_called_one(server, model, monkeypatch):
+    questions = item_sets.load_item_set("nano-reasoning")
+    monkeypatch.setattr(server_checks, "_prompt_tokens", lambda *_: 3)
+    found = server_checks.explain(model, server.connect(), questions, questions.items[0], "x")
+    assert found["cause"] == "other prompt"
+
+
+# ---- starting and ending ----
+
+
+@pytest.mark.parametrize("kind", sorted(servers.KINDS))
+def test_a_stopped_server_is_gone(kind, merged_reference, tmp_path):
+    with servers.serve(kind, merged_reference, SETTINGS, log=tmp_path / "log") as server:
+        assert server_checks.check_health(server.connect(), server).verdict == "pass"
+    assert not server.alive and servers.port_is_free(*server.address)
+    assert server_checks.check_shutdown(server).verdict == "pass"
+    assert server.stop() < 1
+    with pytest.raises(UnreachableError):
+        server.connect(retries=0)
+
+
+@pytest.mark.parametrize("kind", sorted(servers.KINDS))
+def test_a_server_that_dies_while_asked(kind, merged_reference, tmp_path):
+    server = servers.start(kind, merged_reference, SETTINGS, log=tmp_path / "log")
+    try:
+        found = server.connect(retries=1)
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait(30)
+        with pytest.raises(endpoint.EndpointError):
+            found.chat(QUESTION, 8)
+    finally:
+        server.stop()
+
+
+ORPHAN = """
+import os, signal, sys
+from dfqs_nb import servers
+from dfqs_nb.probe import OpenSettings
+server = servers.start(sys.argv[1], sys.argv[2], OpenSettings(n_ctx=256, n_threads=1), log=sys.argv[3])
+print(server.process.pid, server.address[1], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("kind", sorted(servers.KINDS))
+def test_it_ends_with_the_process_that_started_it(kind, merged_reference, tmp_path):
+    done = subprocess.run([sys.executable, "-c", ORPHAN, kind, merged_reference, tmp_path / "log"],
+                          capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-500:]
+    pid, port = map(int, done.stdout.split())
+    assert wait_until(lambda: servers.port_is_free("127.0.0.1", port) and not Path(f"/proc/{pid}").exists()
+                      or "zombie" in Path(f"/proc/{pid}/status").read_text())
+
+
+@pytest.mark.parametrize("kind", sorted(servers.KINDS))
+def test_a_key_is_asked_for_and_is_in_no_file(kind, merged_reference, tmp_path, monkeypatch):
+    monkeypatch.setenv("DFQS_TEST_KEY", KEY)
+    questions = item_sets.load_item_set("nano-reasoning")
+    with servers.serve(kind, merged_reference, SETTINGS, log=tmp_path / "log", key_variable="DFQS_TEST_KEY") as server:
+        with pytest.raises(KeyRefusedError):
+            server.connect(key_variable="").chat(QUESTION, 4)
+        endpoint.score_set(server.connect(), questions, tmp_path, limit=2, progress=False)
+        command = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 2 and KEY.encode() not in command
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_other_machines_are_kept_out_unless_asked_for(merged_reference):
+    for host in ("0.0.0.0", "::", "example.org"):
+        with pytest.raises(ServerError, match="reached from other machines"):
+            servers.start("llama.cpp", merged_reference, SETTINGS, host=host)
+
+
+def test_what_cannot_start_says_why(merged_reference, tmp_path):
+    with pytest.raises(ServerError, match="llama-cpp-python, llama.cpp"):
+        servers.start("ollama", merged_reference)
+    with pytest.raises(ServerError, match="NOT_SET is not set"):
+        servers.start("llama.cpp", merged_reference, key_variable="NOT_SET")
+    broken = tmp_path / "broken.gguf"
+    raw = bytearray(Path(merged_reference).read_bytes())
+    at = raw.index(b"deepseek4")
+    raw[at:at + 9] = b"deepseekX"
+    broken.write_bytes(raw)
+    for kind in servers.KINDS:
+        with pytest.raises(ModelError, match="died while it started") as caught:
+            servers.start(kind, broken, SETTINGS, log=tmp_path / "log")
+        assert "last lines" in caught.value.__notes__[0]
+
+
+def test_slots_share_batches_and_numbers_move(merged_reference):
+    """One slot: bit for bit the same beside others. Four: not, which is why one request at a time is the default."""
+    drifts = {}
+    for n in (1, 4):
+        with servers.serve("llama.cpp", merged_reference, SETTINGS, n_parallel=n) as server:
+            found = server.connect()
+            assert (found.facts.n_slots, found.facts.n_ctx) == (n, 512)
+            for _ in range(5 if n > 1 else 1):  # on a busy machine requests may not meet at the first try
+                drifts[n] = max(drifts.get(n, 0.0), server_checks.max_drift(found, server_checks.PROMPTS, 4))
+    assert drifts[1] == 0.0 < drifts[4] < 0.1
