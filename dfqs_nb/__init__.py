@@ -21,6 +21,7 @@ Floors, ground first; a module imports only from the floors below it:
     envelope, conformance, claims       what fits where; DFQS 1.0's demands; what documents say
     report_files, report, report_text   what a report stands on; the report; as people read it
     leaderboard, report_compare         reports ranked, and side by side
+    deploy          recipes to run a model with other programs
     tables, plots   tables and figures from frames
     workbook, sweep, cli                run the notebooks, for many models; the command line
     bootstrap       the install, under any Python

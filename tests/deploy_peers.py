@@ -90,7 +90,8 @@ def llama_server() -> Path:
     folder = llama_cpp_tools.cache() / f"build-server-{llama_cpp_tools.locked()[0]}"
     program = folder / "bin" / "llama-server"
     if not program.exists():
-        options = ["-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_UI=OFF", "-DGGML_OPENMP=ON"]
+        options = ["-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_UI=OFF",
+                   "-DLLAMA_USE_PREBUILT_UI=OFF"]
         llama_cpp_tools._cmake("llama-server", folder, options)
     return program
 

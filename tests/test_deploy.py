@@ -100,6 +100,7 @@ def test_recipe_for_the_local_file(target, odd_folder, tmp_path, monkeypatch):
     assert recipe.settings.n_ctx <= 65_536 and recipe.settings.n_threads == 1
     assert deploy.targets()[target].limits in whole and words is not None
     if deploy.targets()[target].server:
+        assert "DFQS_TEST_KEY" in "".join(recipe.checks)
         assert len(recipe.checks) == 2 and all("127.0.0.1" in check for check in recipe.checks)
         assert "0.0.0.0" not in whole or target == "llama-cpp-docker", "listens beyond this machine"
 
@@ -389,6 +390,25 @@ def test_llama_cpp_python_answers(odd_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "The capital of France is Paris."
     assert recipe.settings.n_ctx == 32_768
+
+
+def test_the_cells_of_the_kaggle_notebook_answer(odd_folder, tmp_path):
+    """All of them but the installation, with the path of a file that is here."""
+    recipe = write_recipe("kaggle", odd_folder / SHARD.name, tmp_path / "kaggle")
+    colab = write_recipe("colab", odd_folder / SHARD.name, tmp_path / "colab")
+    cells, others = (code_cells(texts(one)) for one in (recipe, colab))
+    assert recipe.model == f"/kaggle/input/dfqs-nano-iq1-s-xl/{odd_folder.joinpath(SHARD.name).name.replace('2-of', '1-of')}"
+    assert cells[-2:] == others[-2:] and cells[0] == others[0] == "%pip install -q llama-cpp-python==0.3.36"
+    here = json.dumps(str(odd_folder / SHARD.name.replace("2-of", "1-of")))
+    program = "\n".join(cells[1:]).replace(json.dumps(recipe.model), here)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "The capital of France is Paris."
+
+
+def code_cells(files: dict[str, str]) -> list[str]:
+    text = next(text for name, text in files.items() if name.endswith(".ipynb"))
+    return [cell.source for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "code"]
 
 
 def test_llama_cpp_pythons_server_answers_its_checks(tmp_path, monkeypatch):
