@@ -16,6 +16,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -66,9 +67,11 @@ class OpenSettings:
         use_extra_bufts: repack weights for this CPU; False, because that crashes on CPUs with AMX
             (ggml-org/llama.cpp#20824) and keeps a second copy in memory.
         swa_full: keep all tokens in sliding-window layers; llama.cpp's default True multiplies the cache.
+        rpc_servers: ``host:port`` of llama.cpp's RPC servers, as a tuple or with commas: the layers on the
+            GPU (``n_gpu_layers``) go there. The protocol knows no key: use hosts that you trust.
 
     Raises:
-        ModelError: a count below its minimum, or an unknown cache type.
+        ModelError: a count below its minimum, an unknown cache type, or RPC servers that nothing is put on.
     """
 
     n_ctx: int = 4096
@@ -84,6 +87,7 @@ class OpenSettings:
     use_mmap: bool = True
     use_extra_bufts: bool = False
     swa_full: bool = False
+    rpc_servers: tuple[str, ...] | str = ()
 
     def __post_init__(self) -> None:
         threads = self.n_threads or usable_cores()
@@ -99,10 +103,83 @@ class OpenSettings:
                 raise ModelError(
                     f"{name} is {getattr(self, name)!r}", hint=f"use one of {', '.join(GGML_TYPES)}"
                 )
+        object.__setattr__(self, "rpc_servers", _addresses(self.rpc_servers))
+        if self.rpc_servers and self.n_gpu_layers == 0:
+            raise ModelError("RPC servers are given, but no layers for them",
+                             hint="pass n_gpu_layers: -1 puts all of them there")
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain values, for a report's conditions."""
-        return dataclasses.asdict(self)
+        """The settings as plain values, for a report's conditions; RPC servers only where there are any."""
+        values = dataclasses.asdict(self)
+        if not values["rpc_servers"]:
+            del values["rpc_servers"]
+        return values
+
+
+def _addresses(servers: Sequence[str] | str) -> tuple[str, ...]:
+    """RPC servers as a tuple of ``host:port``.
+
+    >>> _addresses("10.0.0.2:50052, 10.0.0.3:50052")
+    ('10.0.0.2:50052', '10.0.0.3:50052')
+    """
+    parts = servers.split(",") if isinstance(servers, str) else servers
+    found = tuple(part.strip() for part in parts if part.strip())
+    for address in found:
+        if not re.fullmatch(r"[\w.\-]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", address):
+            raise ModelError(f"{address!r} is not an RPC server", hint="write host:port, several with commas")
+    return found
+
+
+_rpc_added: set[str] = set()
+
+
+def add_rpc_servers(settings: OpenSettings) -> None:
+    """Make the devices of RPC servers known to llama.cpp in this process, once each.
+
+    Raises:
+        ModelError: this build of llama.cpp has no RPC, or a server does not answer.
+    """
+    new = [address for address in settings.rpc_servers if address not in _rpc_added]
+    if not new:
+        return
+    import llama_cpp.llama_cpp as api
+
+    if not api.llama_supports_rpc():
+        raise ModelError(
+            f"llama-cpp-python {llama_version()} was built without RPC",
+            hint='build it with CMAKE_ARGS="-DGGML_RPC=ON", or point LLAMA_CPP_LIB_PATH at such a build',
+        )
+    for address in new:
+        _check_listens(address)
+        _register_rpc(api, address)
+        _rpc_added.add(address)
+
+
+def _check_listens(address: str) -> None:
+    """llama.cpp ends the process where an RPC server is not there, so look first."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ModelError(f"no RPC server answers at {address} ({error.strerror or error})",
+                         hint="start it there: rpc-server -H HOST -p PORT") from error
+
+
+def _register_rpc(api: Any, address: str) -> None:
+    """What llama.cpp's own ``--rpc`` does, through the same functions of ggml."""
+    void, text = ctypes.c_void_p, ctypes.c_char_p
+
+    def function(name: str, result: Any, *arguments: Any) -> Any:
+        found = getattr(api._lib, name)
+        found.restype, found.argtypes = result, arguments
+        return found
+
+    registry = function("ggml_backend_reg_by_name", void, text)(b"RPC")
+    find = function("ggml_backend_reg_get_proc_address", void, void, text)
+    server = ctypes.CFUNCTYPE(void, text)(find(registry, b"ggml_backend_rpc_add_server"))(address.encode())
+    if not server:
+        raise ModelError(f"the RPC server at {address} is not taken", hint="use one of the same llama.cpp build")
+    function("ggml_backend_register", None, void)(server)
 
 
 class LlamaLog:
@@ -189,6 +266,7 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
 
     LOG.install()
     LOG.clear()
+    add_rpc_servers(settings)
     names = (
         "n_ctx",
         "n_batch",
@@ -425,6 +503,7 @@ def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
 
     LOG.install()
     LOG.clear()
+    add_rpc_servers(settings)
     with contextlib.ExitStack() as stack:
         model = api.llama_model_load_from_file(os.fsencode(path), _plan_model_params(settings))
         if not model:

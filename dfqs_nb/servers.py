@@ -172,8 +172,8 @@ def start(
     start_seconds: float = START_SECONDS,
 ) -> LocalServer:
     """``serve`` for those who stop it themselves; it ends with this process in any case."""
-    _check(kind, host, expose, key_variable)
     settings, model_path = settings or OpenSettings(), open_shards(path).paths[0]
+    _check(kind, settings, host, expose, key_variable)
     name, started = name or Path(model_path).stem, time.perf_counter()
     log_path = Path(log) if log else _temporary_log()
     job = {"kind": kind, "path": os.path.abspath(model_path), "settings": settings.as_dict(), "name": name,
@@ -196,9 +196,11 @@ def start(
     return server
 
 
-def _check(kind: str, host: str, expose: bool, key_variable: str) -> None:
+def _check(kind: str, settings: OpenSettings, host: str, expose: bool, key_variable: str) -> None:
     if kind not in KINDS:
         raise ServerError(f"no kind of server is called {kind!r}", hint=f"there are {', '.join(KINDS)}")
+    if settings.rpc_servers and kind != "llama-cpp-python":
+        raise ServerError("the prebuilt llama.cpp server has no RPC", hint="serve with llama-cpp-python")
     if not expose and not is_loopback(host):
         raise ServerError(f"{host} can be reached from other machines",
                           hint="use 127.0.0.1, or pass expose=True and a key if that is what you want")
@@ -377,8 +379,9 @@ def _llama_cpp_python_app(job: dict[str, Any], settings: OpenSettings, key: str)
     from llama_cpp.server.app import create_app
     from llama_cpp.server.settings import ModelSettings, ServerSettings
 
-    from dfqs_nb.probe import default_context_params, default_model_params
+    from dfqs_nb.probe import add_rpc_servers, default_context_params, default_model_params
 
+    add_rpc_servers(settings)
     names = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "n_gpu_layers", "flash_attn",
              "use_mmap", "seed")
     model = ModelSettings(

@@ -9,7 +9,7 @@ from dfqs_nb.paths import data_dir
 
 REFERENCE = data_dir() / "reference"
 # Scripts for other interpreters, or to be run by hand: pytest would import them for their doctests.
-collect_ignore = ["transformers_peer.py", "record_remote.py", "benchmarks"]
+collect_ignore = ["transformers_peer.py", "record_remote.py", "greedy_remote.py", "benchmarks"]
 
 
 @pytest.fixture(scope="session")
