@@ -522,7 +522,7 @@ def add_deploy(commands: Any) -> None:
     parser = commands.add_parser("deploy", help="write the recipe that runs a model with another program")
     parser.add_argument("target", nargs="?", metavar="TARGET", help="see --list")
     parser.add_argument("model", nargs="?", metavar="MODEL",
-                        help="a file, a name of `dfqs-nb models`, or hf://owner/repo/file; nothing is downloaded")
+                        help="a file, a name of `dfqs-nb models`, or hf://owner/repo/file (not downloaded)")
     parser.add_argument("-o", "--output", metavar="DIR", help="default: deploy-TARGET under outputs/")
     parser.add_argument("--n-ctx", type=int, help="tokens of context (default: what this machine holds)")
     parser.add_argument("--threads", type=int)
