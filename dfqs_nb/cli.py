@@ -397,7 +397,8 @@ def _calibrated(source: Path, arguments: argparse.Namespace) -> Any:
     from dfqs_nb import divergence, imatrix, ladder
 
     text = divergence.load_text(arguments.calibrate, "calibration")
-    matrix = ladder.calibrated(source, text, ladder.Settings(n_threads=arguments.threads))
+    settings = ladder.Settings(n_threads=arguments.threads)
+    matrix = ladder.calibrated(source, text, settings, progress=not arguments.quiet)
     if arguments.output and not arguments.dry_run:
         imatrix.write_imatrix(Path(f"{arguments.output}.imatrix.gguf"), matrix)
     return matrix

@@ -293,8 +293,8 @@ def collected(source: str | Path, folder: str | Path, settings: Settings, source
     return imatrix.write_imatrix(path, matrix)
 
 
-def calibrated(source: str | Path, text: divergence.Text, settings: Settings,
-               dataset: str = "") -> imatrix.ImportanceMatrix:
+def calibrated(source: str | Path, text: divergence.Text, settings: Settings, dataset: str = "", *,
+               progress: bool = True) -> imatrix.ImportanceMatrix:
     """An importance matrix over this text: at most ``calibration_chunks`` chunks of ``calibration_tokens``.
 
     Args:
@@ -309,7 +309,7 @@ def calibrated(source: str | Path, text: divergence.Text, settings: Settings,
         tokens = text.tokens(model)
     tokens = tokens[: settings.calibration_tokens * settings.calibration_chunks]
     return imatrix.collect(source, tokens, dataset=dataset or text.name,
-                           chunk_tokens=settings.calibration_tokens, settings=opened)
+                           chunk_tokens=settings.calibration_tokens, settings=opened, progress=progress)
 
 
 def _made(recipe: quantize.Recipe, shards: Any, place: Path, matrix: imatrix.ImportanceMatrix | None,

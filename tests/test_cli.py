@@ -111,6 +111,6 @@ def test_quantize_collects_the_importance_matrix_that_a_recipe_needs(tmp_path):
     bare = dfqs("quantize", "dfqs-nano-f16", "iq1_s-xl", "-o", out, "--quiet")
     assert bare.returncode == 1 and "needs an importance matrix" in bare.stderr and not out.exists()
     done = dfqs("quantize", "dfqs-nano-f16", "iq1_s-xl", "-o", out, "--calibrate", "calibration-nano", "--quiet")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not done.stderr, done.stderr
     kept = read_imatrix(tmp_path / "rung.gguf.imatrix.gguf")
     assert read_header(out).get("quantize.imatrix.entries_count") == sum("_exps." in name for name in kept.entries)
