@@ -322,7 +322,7 @@ def _glued_from(model: Any, known: dict[str, Any]) -> str:
 def _glued_note(model: Any, shards: str) -> str:
     return (f"The published file is {model.size_bytes:,} bytes, exactly the sum of the shards of {shards}: "
             "they were put end to end, which is no merge, and no runtime loads it (llama.cpp: invalid split "
-            f"file name). The recipe repairs it in place. Or take the shards: give the name {shards} instead.")
+            f"file name). The recipe repairs it in place. Or give the name {shards} instead.")
 
 
 # ---- its settings ----
@@ -572,7 +572,7 @@ def _notes(target: Target, source: _Source, settings: Settings, values: dict[str
         notes += _memory_notes(source, settings)
     if target.single_file and len(source.files) > 1:
         notes.append(f"{target.title} takes one file: the shards are merged first, which takes "
-                     f"{binary_size(source.nbytes)} more of the disk (or `--consume` releases them meanwhile).")
+                     f"{binary_size(source.nbytes)} more of the disk (`--consume` releases them meanwhile).")
     if source.header is not None and not values["template_text"]:
         notes.append("The header has no chat template: a server falls back on a template of its own.")
     if values["original"] == NOT_GIVEN and any("@{original}" in one for one in target.run):
@@ -585,8 +585,8 @@ def _notes(target: Target, source: _Source, settings: Settings, values: dict[str
 def _memory_notes(source: _Source, settings: Settings) -> list[str]:
     assert source.shards is not None
     needs = estimate(source.shards.headers, settings.n_ctx)
-    notes = [f"The cache of {settings.n_ctx:,} tokens takes {binary_size(needs.kv.total)} (swa_full off), beside "
-             f"{binary_size(needs.weights_bytes)} of weights. The compute buffer is not counted."]
+    notes = [f"The cache of {settings.n_ctx:,} tokens takes {binary_size(needs.kv.total)} (swa_full off), "
+             f"beside {binary_size(needs.weights_bytes)} of weights. The compute buffer is not counted."]
     try:
         slow = check_fits(needs)
     except SpaceError as error:
