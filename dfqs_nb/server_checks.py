@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
+import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -23,8 +25,10 @@ from dfqs_nb import endpoint as endpoints
 from dfqs_nb import scores
 from dfqs_nb.endpoint import ContextOverflowError, Endpoint, EndpointError
 from dfqs_nb.item_sets import Item, ItemSet
+from dfqs_nb.paths import write_stage
+from dfqs_nb.probe import OpenSettings
 from dfqs_nb.runtime import GREEDY, Completion, Model, chat_text
-from dfqs_nb.servers import LocalServer, is_healthy, port_is_free
+from dfqs_nb.servers import LocalServer, is_healthy, port_is_free, serve
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -382,3 +386,159 @@ def answers_sha256(run: scores.SetRun) -> str:
     """SHA-256 over ids and texts of a run's answers, for a glance at whether two are the same."""
     text = "\n".join(f"{row.id}\t{row.completion}" for row in run.items.itertuples())
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---- several servers, for a notebook ----
+
+
+def check_all(connected: Mapping[str, Endpoint], model: Model | None = None,
+              running: Mapping[str, LocalServer] | None = None) -> pd.DataFrame:
+    """``check_server`` of each: a row a check, and for each server its verdict and finding in two columns."""
+    import pandas as pd
+
+    running = running or {}
+    tables = [check_server(one, model, running.get(name)).assign(server=name) for name, one in connected.items()]
+    return pd.concat(tables, ignore_index=True)[["check", "server", "verdict", "finding"]]
+
+
+def drift_by_slots(path: str | Path, settings: OpenSettings, slots: Sequence[int] = (1, 2, 4),
+                   n_concurrent: int = 4, repetitions: int = 3) -> pd.DataFrame:
+    """llama.cpp's server with more and more slots under the same requests at once, its prompt cache off.
+
+    Columns ``slots``, ``requests`` (at once), ``drift`` (the largest change of a log-probability against
+    asking alone, of several tries, because requests need not meet), ``answers`` and ``differ`` (texts).
+    """
+    import pandas as pd
+
+    rows = []
+    for n in slots:
+        with serve("llama.cpp", path, settings, n_parallel=n) as server:
+            found = server.connect()
+            alone = [found.chat(prompt, MAX_TOKENS).text for prompt in PROMPTS]
+            with ThreadPoolExecutor(n_concurrent) as pool:
+                asked = list(range(len(PROMPTS))) * n_concurrent
+                texts = list(pool.map(lambda i, one=found: one.chat(PROMPTS[i], MAX_TOKENS).text, asked))
+            drifts = [max_drift(found, PROMPTS, n_concurrent) for _ in range(repetitions)]
+        differ = sum(text != alone[i] for i, text in zip(asked, texts, strict=True))
+        rows.append({"slots": n, "requests": n_concurrent, "drift": max(d for d in drifts if d is not None),
+                     "answers": len(texts), "differ": differ})
+    return pd.DataFrame(rows)
+
+
+def speed_of_all(connected: Mapping[str, Endpoint], clients: Sequence[int] = endpoints.CLIENTS,
+                 n_tokens: int = 48, repetitions: int = 2) -> pd.DataFrame:
+    """``endpoint.speed_by_clients`` of each, in one frame with a column ``server`` in front."""
+    import pandas as pd
+
+    tables = [endpoints.speed_by_clients(one, clients, n_tokens, repetitions) for one in connected.values()]
+    for name, table in zip(connected, tables, strict=True):
+        table.insert(0, "server", name)
+    return pd.concat(tables, ignore_index=True)
+
+
+def compare_all(model: Model, connected: Mapping[str, Endpoint], item_sets: Sequence[ItemSet],
+                folder: str | Path, **options: Any) -> dict[tuple[str, str], Comparison]:
+    """``compare_with_process`` by server and set; what this process answered is asked for once."""
+    return {(name, one.name): compare_with_process(model, connected[name], one, folder, **options)
+            for name in connected for one in item_sets}
+
+
+def comparison_table(found: Mapping[tuple[str, str], Comparison]) -> pd.DataFrame:
+    """One row a server and set: ``server``, ``set``, ``items``, ``same_text``, ``right_process``,
+    ``right_server`` (counts) and ``causes`` of the differences.
+    """
+    import pandas as pd
+
+    rows = []
+    for (name, set_name), one in found.items():
+        causes = one.differences["cause"].value_counts() if len(one.differences) else {}
+        rows.append({"server": name, "set": set_name, "items": len(one.items),
+                     "same_text": int(one.items["same_text"].sum()),
+                     "right_process": int(one.items["correct_process"].sum()),
+                     "right_server": int(one.items["correct_server"].sum()),
+                     "causes": ", ".join(f"{n} {cause}" for cause, n in causes.items()) or "none"})
+    return pd.DataFrame(rows)
+
+
+def item_table(found: Mapping[tuple[str, str], Comparison]) -> pd.DataFrame:
+    """The items of all comparisons, with columns ``server`` and ``set`` in front."""
+    import pandas as pd
+
+    return pd.concat([one.items.assign(server=name, set=set_name).pipe(
+        lambda table: table[["server", "set", *[c for c in table if c not in ("server", "set")]]])
+        for (name, set_name), one in found.items()], ignore_index=True)
+
+
+def bad_input(endpoint: Endpoint) -> pd.DataFrame:
+    """What a user's mistakes say: columns ``mistake``, ``error``, ``tries`` and ``message``.
+
+    Raises:
+        AssertionError: a mistake got an answer.
+    """
+    import pandas as pd
+
+    quick = dataclasses.replace(endpoint, retries=1)
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{held.getsockname()[1]}/v1"
+        too_long = "The dog slept near the fire. " * ((endpoint.facts.n_ctx or 4096) // 4)
+        mistakes = {
+            "a port where nothing listens": lambda: endpoints.connect(nobody, retries=1),
+            "a path of something else": lambda: endpoints.connect(endpoint.base_url + "/v2/blog", retries=1),
+            "a model that is not there": lambda: endpoints.connect(
+                endpoint.base_url, "gpt-oss-120b", key=endpoint.key.reveal()),
+            "a prompt beyond the context": lambda: quick.complete(too_long, 4),
+            "routing through an endpoint": lambda: endpoints.check_in_process(endpoint, "routing"),
+        }
+        return pd.DataFrame([_mistake(name, make) for name, make in mistakes.items()])
+
+
+def ask_the_dead(endpoint: Endpoint) -> dict[str, Any]:
+    """What a server that has gone says, as a row of ``bad_input``."""
+    return _mistake("a server that has ended", lambda: dataclasses.replace(endpoint, retries=1).complete("The", 1))
+
+
+def _mistake(name: str, make: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        made = make()
+    except EndpointError as error:
+        tries = re.findall(r"asked (\d+) times", " ".join(getattr(error, "__notes__", [])))
+        message = f"{error.what}; {error.hint}"
+        return {"mistake": name, "error": type(error).__name__, "tries": int(tries[0]) if tries else 1,
+                "message": message}
+    raise AssertionError(f"{name} got an answer: {made!r}")
+
+
+def hand_on(folder: str | Path, *, checks: pd.DataFrame, drift: pd.DataFrame, speeds: pd.DataFrame,
+            compared: Mapping[tuple[str, str], Comparison], connected: Mapping[str, Endpoint],
+            model: dict[str, Any], recipes: Sequence[str], shutdown: pd.DataFrame) -> list[str]:
+    """Write ``serving.json`` (see ``paths.write_stage``), and return its summary lines."""
+    table = comparison_table(compared)
+    lines = [
+        *(f"{name}: {_counted(rows['verdict'])}" for name, rows in checks.groupby("server", sort=False)),
+        *(f"{row.server}: {row.same_text} of {row.items} answers of {row.set} are those of this process"
+          + (f" ({row.causes})" if row.causes != "none" else "") for row in table.itertuples()),
+        *_drift_lines(drift),
+        *(f"{name}: {rows['tokens_per_sec'].iloc[0]:,.0f} tokens/s for {rows['clients'].iloc[0]} client, "
+          f"{rows['tokens_per_sec'].iloc[-1]:,.0f} for {rows['clients'].iloc[-1]}"
+          for name, rows in speeds.groupby("server", sort=False)),
+        f"shutdown: {_counted(shutdown['verdict'])}",
+    ]
+    write_stage(folder, "serving", conditions={name: one.conditions() for name, one in connected.items()},
+                summary=lines, model=model, checks=checks.to_dict("records"), drift=drift.to_dict("records"),
+                speeds=speeds.to_dict("records"), comparisons=table.to_dict("records"),
+                recipes=list(recipes), shutdown=shutdown.to_dict("records"))
+    return lines
+
+
+def _counted(verdicts: pd.Series) -> str:
+    return f"{len(verdicts)} checks: " + ", ".join(f"{n} {name}" for name, n in verdicts.value_counts().items())
+
+
+def _drift_lines(drift: pd.DataFrame) -> list[str]:
+    if drift.empty:
+        return []
+    one, most = drift.to_dict("records")[0], drift.to_dict("records")[-1]
+    return [f"llama.cpp's server beside {most['requests']} requests: log-probabilities move by {one['drift']:.1e} "
+            f"with {one['slots']} slot, {most['drift']:.1e} with {most['slots']}; {drift['differ'].sum()} of "
+            f"{drift['answers'].sum()} texts differ"]
