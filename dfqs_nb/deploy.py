@@ -39,11 +39,13 @@ PROMPT = "What is the capital of France?"
 DEFAULT_KEY_VARIABLE = "DFQS_API_KEY"
 MOST_N_CTX, LEAST_N_CTX = 32_768, 4_096  # tokens, unless told otherwise
 UNKNOWN_N_CTX = 8_192  # tokens, for a model whose header is not here
+NO_REPACK = ("--no-repack is for CPUs with AMX, where repacked weights crash at the first decode "
+             "(ggml-org/llama.cpp#20824); it also saves a second copy in memory. Elsewhere it may cost speed.")
 BUILD = "b11063"  # the newest llama.cpp build seen to load `deepseek4` from a prebuilt library
 SPARE_GPU_BYTES = 1 << 30  # for compute buffers and what else uses the GPU
 FACTS = ("recipe", "checked_how", "run_here", "loads_deepseek4", "split_files", "since", "limits", "source")
 PLACEHOLDER = re.compile(r"@\{(\w+)\}")
-MACRO = re.compile(r"@\{(llama_server|key_for_llama_server)\}")  # commands that several targets share
+MACRO = re.compile(r"@\{(llama_server|key_for_llama_server|wait)\}")  # commands that several targets share
 OPTIONAL = re.compile(r"\{\?(.*?)\?\}", re.DOTALL)
 WEIGHTS_FROM = "deepseek-ai/DeepSeek-V4-Flash"
 NOT_GIVEN = "OWNER/ORIGINAL-MODEL"
@@ -577,6 +579,8 @@ def _notes(target: Target, source: _Source, settings: Settings, values: dict[str
         notes.append("The header has no chat template: a server falls back on a template of its own.")
     if values["original"] == NOT_GIVEN and any("@{original}" in one for one in target.run):
         notes.append(f"Replace {NOT_GIVEN} by the repository that the GGUF was made from.")
+    if any("@{llama_server}" in one or "--no-repack" in one for one in target.run):
+        notes.append(NO_REPACK)
     if target.place or target.fetch_to:
         notes.append("Context, threads and GPU layers suit the machine that wrote this recipe.")
     return [*notes, *target.manual]

@@ -142,6 +142,20 @@ def test_pi_answers_through_its_recipe(server, tmp_path):
                         server=server.version, answer=done.stdout.strip(), prompt_tokens=seen)
 
 
+def test_pis_whole_recipe_runs_as_it_stands(tmp_path):
+    """All its commands but the installation, in one shell, with a llama-server that this machine built."""
+    folder, program = peer(deploy_peers.node_package, deploy_peers.PI), peer(deploy_peers.llama_server)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "llama-server").symlink_to(program)
+    (tmp_path / "bin" / "pi").symlink_to(folder / "node_modules" / ".bin" / "pi")
+    recipe = write_recipe("pi", SHARD, tmp_path / "recipe", port=free_port())
+    assert recipe.commands[0].startswith("npm install")
+    script = "\n".join(["trap 'kill $(jobs -p)' EXIT", *recipe.commands[1:]])
+    done = deploy_peers.shell(script, path=tmp_path / "bin", cwd=tmp_path, HOME=str(tmp_path), PI_TELEMETRY="0")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().endswith(PARIS), done.stdout
+
+
 def test_hermes_agent_answers_through_its_recipe(server, tmp_path):
     python = peer(deploy_peers.python_package, "hermes-agent")
     recipe = write_recipe("hermes-agent", SHARD, tmp_path / "recipe", port=server.address[1],
