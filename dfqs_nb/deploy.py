@@ -40,7 +40,7 @@ DEFAULT_KEY_VARIABLE = "DFQS_API_KEY"
 MOST_N_CTX, LEAST_N_CTX = 32_768, 4_096  # tokens, unless told otherwise
 UNKNOWN_N_CTX = 8_192  # tokens, for a model whose header is not here
 NO_REPACK = ("--no-repack is for CPUs with AMX, where repacked weights crash at the first decode "
-             "(ggml-org/llama.cpp#20824); it also saves a second copy in memory. Elsewhere it may cost speed.")
+             "(ggml-org/llama.cpp#20824); it saves a second copy in memory. Elsewhere it may cost speed.")
 BUILD = "b11063"  # the newest llama.cpp build seen to load `deepseek4` from a prebuilt library
 SPARE_GPU_BYTES = 1 << 30  # for compute buffers and what else uses the GPU
 FACTS = ("recipe", "checked_how", "run_here", "loads_deepseek4", "split_files", "since", "limits", "source")
