@@ -312,7 +312,7 @@ def _registered(model: Any, known: dict[str, Any]) -> _Source:
 
     original = WEIGHTS_FROM if name.lower().startswith("deepseek-v4-flash") else NOT_GIVEN
     return _Source(name, (one_file,), "", model.size_bytes, fetch=fetch, original=original,
-                   notes=(_glued_note(model, glued),) if glued else ())  # fmt: skip
+                   notes=((_glued_note(model, glued),) if glued else ()) + (model.note,))  # fmt: skip
 
 
 def _glued_from(model: Any, known: dict[str, Any]) -> str:

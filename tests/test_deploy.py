@@ -148,6 +148,7 @@ def test_the_published_single_file_is_repaired_first(target, model, tmp_path):
 def test_registered_shards_are_merged_and_others_downloaded(tmp_path):
     merged = write_recipe("llama-cpp-brew", SHARDS, tmp_path / "a")
     assert merged.commands[0].startswith(f"dfqs-nb merge {SHARDS} -o ")
+    assert any("whether upstream loads it was not tried" in note for note in merged.notes), "the registry's word"
     other = write_recipe("llama-cpp-brew", "hf://someone/models/Q4/m-00002-of-00003.gguf@v1", tmp_path / "b")
     words = shlex.split(other.commands[0])
     assert words[:6] == ["hf", "download", "someone/models", *(f"Q4/m-0000{n}-of-00003.gguf" for n in (1, 2, 3))]
