@@ -796,7 +796,7 @@ def speed_by_clients(
     clients: Sequence[int] = CLIENTS,
     n_tokens: int = 64,
     repetitions: int = 3,
-    prompt: str = TIMED_PROMPT * 8,
+    prompt: str = TIMED_PROMPT * 2,
 ) -> pd.DataFrame:
     """Speed under several clients at once, each sending one request after another, after a warm-up.
 
@@ -810,7 +810,7 @@ def speed_by_clients(
     """
     import pandas as pd
 
-    options = {"ignore_eos": True} if endpoint.facts.name in ("llama.cpp", "vLLM") else {}
+    options = _of_full_length(endpoint, n_tokens)
     endpoint = dataclasses.replace(endpoint, stream=True)
 
     def ask_one(number: int) -> Reply:
@@ -825,6 +825,13 @@ def speed_by_clients(
             seconds = time.perf_counter() - started
         rows.append({"clients": n, **_speed_row(replies, seconds)})
     return pd.DataFrame(rows)
+
+
+def _of_full_length(endpoint: Endpoint, n_tokens: int) -> dict[str, Any]:
+    """Options that keep an answer from ending early; a server that is not known gets none."""
+    if endpoint.facts.name in ("llama.cpp", "vLLM"):
+        return {"ignore_eos": True}
+    return {"min_tokens": n_tokens} if endpoint.facts.name == "llama-cpp-python" else {}
 
 
 def _speed_row(replies: Sequence[Reply], seconds: float) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def speed_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     gains = {name: rows["tokens_per_sec"].iloc[-1] / rows["tokens_per_sec"].iloc[0]
              for name, rows in speeds.groupby("server", sort=False)}
     best = max(gains, key=lambda name: gains[name])
-    _title(ax, f"{clients[-1]} clients get {gains[best]:.1f} times the tokens of one from {best}")
+    _title(ax, f"{clients[-1]} clients get at most {gains[best]:.1f} times the tokens of one ({best})")
     return ax
 
 
@@ -66,7 +66,5 @@ def wait_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("wait for the first piece\n(median, up to the longest)")
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     last = speeds[speeds["clients"] == clients[-1]].set_index("server")["first_median"]
-    _title(ax, f"With {clients[-1]} clients the first piece takes {last.min():.2g} s ({last.idxmin()}) "
-               f"to {last.max():.2g} s ({last.idxmax()})" if len(last) > 1 else
-           f"With {clients[-1]} clients the first piece takes {last.iloc[0]:.2g} s")
+    _title(ax, f"{clients[-1]} clients wait {last.min():.2g} to {last.max():.2g} s for the first piece")
     return ax

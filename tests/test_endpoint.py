@@ -302,14 +302,13 @@ def test_long_context_is_asked_in_text_and_counts_what_is_right(server, tmp_path
     def recall(body: dict) -> str:
         """The code that the needle in the text has, if the text is short enough for this server."""
         codes = re.findall(r"\d{4,5}", body["prompt"])
-        return f"The pass key is {codes[0]}." if codes and len(body["prompt"]) < 1500 else "0."
+        return f"The pass key is {codes[0]}." if codes and len(body["prompt"]) < 15000 else "0."
 
     server.answer = recall
     run = endpoint.measure_long_context(endpoint.connect(server.url), tmp_path, longest=1024, n_haystacks=3)
     items = run.items
-    assert set(items["length"]) >= {64, 128, 256} and items["correct"].any()
-    short, long = items[items["n_prompt"] < 200], items[items["length"] == items["length"].max()]
-    assert short["correct"].all() and not long["correct"].any()
+    assert set(items["length"]) == {64, 128, 256, 512, 1024}
+    assert items["correct"].equals(items["length"] <= 256)  # this server counts 40 characters a token
     asked = len(server.asked)
     endpoint.measure_long_context(endpoint.connect(server.url), tmp_path, longest=1024, n_haystacks=3)
     assert len(server.asked) == asked + 1  # the sample that tokens are estimated from

@@ -27,6 +27,9 @@ CHANGED = {
     "ladder_items": 16,
     "ladder_longest": 128,
     "ladder_haystacks": 2,
+    "serve_items": 8,  # 09
+    "serve_clients": "1 2",
+    "deploy_targets": "vllm",
 }
 
 

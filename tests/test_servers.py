@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from dfqs_nb import endpoint, item_sets, runtime, server_checks, servers
+from dfqs_nb import endpoint, item_sets, plots, runtime, serve_plots, server_checks, servers
 from dfqs_nb.endpoint import ContextOverflowError, KeyRefusedError, UnreachableError
 from dfqs_nb.errors import ModelError
 from dfqs_nb.probe import OpenSettings
@@ -250,3 +252,33 @@ def test_slots_share_batches_and_numbers_move(merged_reference):
             for _ in range(5 if n > 1 else 1):  # on a busy machine requests may not meet at the first try
                 drifts[n] = max(drifts.get(n, 0.0), server_checks.max_drift(found, server_checks.PROMPTS, 4))
     assert drifts[1] == 0.0 < drifts[4] < 0.1
+
+
+def test_mistakes_have_errors_of_their_own(server):
+    table = server_checks.bad_input(server.connect()).set_index("mistake")
+    assert table["error"].to_dict() == {
+        "a port where nothing listens": "UnreachableError", "a path of something else": "UnreachableError",
+        "a model that is not there": "UnknownModelError", "a prompt beyond the context": "ContextOverflowError",
+        "routing through an endpoint": "EndpointError"}
+    assert "it has nano" in table.loc["a model that is not there", "message"]
+    assert table.loc["a port where nothing listens", "tries"] == 2 and table.loc["a model that is not there", "tries"] == 1
+
+
+def test_what_the_notebook_hands_on(merged_reference, model, tmp_path):
+    questions = [item_sets.load_item_set("nano-reasoning")]
+    with servers.serve("llama.cpp", merged_reference, SETTINGS, name="nano", log=tmp_path / "log") as server:
+        connected = {"llama.cpp": server.connect()}
+        checks = server_checks.check_all(connected, model, {"llama.cpp": server})
+        speeds = server_checks.speed_of_all(connected, (1, 2), n_tokens=8, repetitions=1)
+        compared = server_checks.compare_all(model, connected, questions, tmp_path, limit=4, progress=False)
+    drift = server_checks.drift_by_slots(merged_reference, SETTINGS, (1, 2), 2, repetitions=1)
+    shutdown = pd.DataFrame([{"server": "llama.cpp", **vars(server_checks.check_shutdown(server))}])
+    lines = server_checks.hand_on(tmp_path, checks=checks, drift=drift, speeds=speeds, compared=compared,
+                                  connected=connected, model={"sha256": "0"}, recipes=["ollama"], shutdown=shutdown)
+    stage = json.loads((tmp_path / "serving.json").read_text())
+    assert stage["summary"] == lines and "4 of 4 answers of nano-reasoning are those of this process" in "\n".join(lines)
+    assert stage["conditions"]["llama.cpp"]["n_ctx"] == 512 and "127.0.0.1" not in json.dumps(stage)
+    for draw in (serve_plots.speed_by_clients, serve_plots.wait_by_clients):
+        ax = draw(speeds)
+        assert ax.get_title(loc="left") and ax.get_xlabel() and ax.get_ylabel() and ax.lines
+        plots.save(ax, tmp_path / f"{draw.__name__}.png")
