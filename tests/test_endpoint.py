@@ -302,7 +302,7 @@ def test_long_context_is_asked_in_text_and_counts_what_is_right(server, tmp_path
     def recall(body: dict) -> str:
         """The code that the needle in the text has, if the text is short enough for this server."""
         codes = re.findall(r"\d{4,5}", body["prompt"])
-        return f"The pass key is {codes[0]}." if codes and len(body["prompt"]) < 15000 else "0."
+        return f"The pass key is {codes[0]}." if codes and len(body["prompt"]) < 10000 else "0."
 
     server.answer = recall
     run = endpoint.measure_long_context(endpoint.connect(server.url), tmp_path, longest=1024, n_haystacks=3)
