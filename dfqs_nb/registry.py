@@ -57,7 +57,7 @@ def models() -> dict[str, Model]:
         RegistryError: the table is missing, not TOML, or lacks a field.
 
     >>> [len(model.files) for model in models().values()]
-    [2, 2, 2, 1]
+    [2, 2, 1, 2, 1]
     """
     path = data_dir() / "models.toml"
     try:
