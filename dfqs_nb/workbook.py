@@ -22,7 +22,8 @@ from dfqs_nb.paths import REPOSITORY, outputs_dir, run_dir, tilde, whole_file
 NOTEBOOKS = REPOSITORY / "notebooks"
 PATTERN = "[0-9][0-9]_*.ipynb"
 # the order of a summary; a stage not named here comes last
-STAGES = ("merge", "header", "generate", "routing", "long_context", "scores", "dfqs_report", "ladder", "serving")
+STAGES = ("merge", "header", "generate", "routing", "long_context", "scores", "dfqs_report", "ladder",
+          "serving")
 KERNEL = "python3"
 QUIET = "--log-level=CRITICAL"  # of the kernel: nothing about its own sockets, or its own shutdown
 
