@@ -161,9 +161,9 @@ class Endpoint:
 
     def conditions(self) -> dict[str, Any]:
         """What an answer depends on, as far as the server says it; neither address nor key."""
-        facts = self.facts
+        facts, name = self.facts, "" if self.facts.name in self.facts.version else self.facts.name
         return {
-            "runtime": facts.version if facts.name in facts.version else f"{facts.name} {facts.version}".strip(),
+            "runtime": f"{name} {facts.version}".strip(),
             "endpoint": True,
             "endpoint_model": self.model,
             "n_ctx": facts.n_ctx,
@@ -389,8 +389,8 @@ def ask(
         BusyError, UnreachableError, BrokenAnswerError: it failed every time.
     """
     request = _request(endpoint, prompt, max_tokens, sampling, stop, options)
-    create = (endpoint.client.chat.completions if "messages" in prompt else endpoint.client.completions).create
-    stream = endpoint.stream
+    client, stream = endpoint.client, endpoint.stream
+    create = (client.chat.completions if "messages" in prompt else client.completions).create
     for attempt in range(endpoint.retries + 1):
         try:
             reply = _streamed(create, request, stop) if stream else _whole(create, request, stop)
@@ -420,7 +420,7 @@ def _whole(create: Callable[..., Any], request: Mapping[str, Any], stop: Sequenc
     seconds = time.perf_counter() - started
     choice = _first(said)
     text = (choice.message.content if hasattr(choice, "message") else choice.text) or ""
-    return _reply(text, choice.finish_reason, stop, said.usage, n_pieces=0, first=float("nan"), seconds=seconds)
+    return _reply(text, choice.finish_reason, stop, said.usage, 0, float("nan"), seconds)
 
 
 def _streamed(create: Callable[..., Any], request: Mapping[str, Any], stop: Sequence[str]) -> Reply:

@@ -178,7 +178,8 @@ def _register_rpc(api: Any, address: str) -> None:
     find = function("ggml_backend_reg_get_proc_address", void, void, text)
     server = ctypes.CFUNCTYPE(void, text)(find(registry, b"ggml_backend_rpc_add_server"))(address.encode())
     if not server:
-        raise ModelError(f"the RPC server at {address} is not taken", hint="use one of the same llama.cpp build")
+        raise ModelError(f"the RPC server at {address} is not taken",
+                         hint="use one of the same llama.cpp build")
     function("ggml_backend_register", None, void)(server)
 
 
@@ -393,8 +394,8 @@ def _with_log(error: DfqsError, log: list[str]) -> DfqsError:
 DEATH_HINTS = {
     "SIGABRT": "its header is not what this llama.cpp expects: inspect it (02_inspect_header), get it again, "
     "or update llama-cpp-python",
-    "SIGFPE": "this build of llama.cpp cannot open this model: take another one (b11549 died on deepseek4 files "
-    "here, b11063 did not)",
+    "SIGFPE": "this build of llama.cpp cannot open this model: take another one (b11549 died on deepseek4 "
+    "files here, b11063 did not)",
     "SIGILL": "llama-cpp-python was built for another CPU: install it again on this machine",
     "SIGSEGV": "the file is damaged, or this llama.cpp does not suit this CPU: verify its hash, then install "
     "llama-cpp-python again on this machine",

@@ -270,10 +270,10 @@ class Comparison:
 
     @property
     def sentence(self) -> str:
-        """How many differ, and why."""
+        """How many differ in process and through the server, and why."""
         n, other = len(self.items), self.differences
         if other.empty:
-            return f"{self.process.item_set.name}: all {n} answers are the same in process and through the server"
+            return f"{self.process.item_set.name}: all {n} answers are the same both ways"
         causes = ", ".join(f"{count} {cause}" for cause, count in other["cause"].value_counts().items())
         return (f"{self.process.item_set.name}: {len(other)} of {n} answers differ ({causes}), "
                 f"{int((other['correct_process'] != other['correct_server']).sum())} of them in correctness")
@@ -397,7 +397,8 @@ def check_all(connected: Mapping[str, Endpoint], model: Model | None = None,
     import pandas as pd
 
     running = running or {}
-    tables = [check_server(one, model, running.get(name)).assign(server=name) for name, one in connected.items()]
+    tables = [check_server(one, model, running.get(name)).assign(server=name)
+              for name, one in connected.items()]
     return pd.concat(tables, ignore_index=True)[["check", "server", "verdict", "finding"]]
 
 
@@ -495,7 +496,8 @@ def bad_input(endpoint: Endpoint) -> pd.DataFrame:
 
 def ask_the_dead(endpoint: Endpoint) -> dict[str, Any]:
     """What a server that has gone says, as a row of ``bad_input``."""
-    return _mistake("a server that has ended", lambda: dataclasses.replace(endpoint, retries=1).complete("The", 1))
+    quick = dataclasses.replace(endpoint, retries=1)
+    return _mistake("a server that has ended", lambda: quick.complete("The", 1))
 
 
 def _mistake(name: str, make: Callable[[], Any]) -> dict[str, Any]:
@@ -532,13 +534,15 @@ def hand_on(folder: str | Path, *, checks: pd.DataFrame, drift: pd.DataFrame, sp
 
 
 def _counted(verdicts: pd.Series) -> str:
-    return f"{len(verdicts)} checks: " + ", ".join(f"{n} {name}" for name, n in verdicts.value_counts().items())
+    counts = ", ".join(f"{n} {name}" for name, n in verdicts.value_counts().items())
+    return f"{len(verdicts)} checks: {counts}"
 
 
 def _drift_lines(drift: pd.DataFrame) -> list[str]:
     if drift.empty:
         return []
     one, most = drift.to_dict("records")[0], drift.to_dict("records")[-1]
-    return [f"llama.cpp's server beside {most['requests']} requests: log-probabilities move by {one['drift']:.1e} "
-            f"with {one['slots']} slot, {most['drift']:.1e} with {most['slots']}; {drift['differ'].sum()} of "
+    return [f"llama.cpp's server beside {most['requests']} requests: log-probabilities move by "
+            f"{one['drift']:.1e} with {one['slots']} slot, {most['drift']:.1e} with {most['slots']}; "
+            f"{drift['differ'].sum()} of "
             f"{drift['answers'].sum()} texts differ"]

@@ -106,7 +106,7 @@ def test_the_same_items_in_process_and_through_it(server, model, tmp_path):
     questions = item_sets.load_item_set("nano-reasoning")
     found = server_checks.compare_with_process(model, server.connect(), questions, tmp_path, limit=24, progress=False)
     assert len(found.items) == 24 and found.items["same_text"].all(), found.sentence
-    assert "all 24 answers are the same" in found.sentence
+    assert "all 24 answers are the same both ways" in found.sentence
     assert server_checks.answers_sha256(found.process) == server_checks.answers_sha256(found.server)
 
 
@@ -282,3 +282,17 @@ def test_what_the_notebook_hands_on(merged_reference, model, tmp_path):
         ax = draw(speeds)
         assert ax.get_title(loc="left") and ax.get_xlabel() and ax.get_ylabel() and ax.lines
         plots.save(ax, tmp_path / f"{draw.__name__}.png")
+
+
+@pytest.mark.slow
+def test_all_nano_items_are_the_same_both_ways(merged_reference, tmp_path):
+    settings = OpenSettings(n_ctx=1024, n_threads=1)
+    with runtime.open_model(merged_reference, settings) as model:
+        for kind in servers.KINDS:
+            with servers.serve(kind, merged_reference, settings) as server:
+                found = server_checks.compare_all(model, {kind: server.connect()}, item_sets.sets_of_tier("nano"),
+                                                  tmp_path, progress=False)
+            for one in found.values():
+                assert one.differences.empty, one.sentence
+                assert one.process.score.value == one.server.score.value is not None
+                assert one.process.score.n == one.server.score.n == len(one.process.item_set.items)
