@@ -473,7 +473,8 @@ def _raise_or_wait(error: Exception, url: str, model: str, attempt: int, retries
     meaning = _meaning(error, url, model, models)
     if meaning is None:
         raise error
-    again = isinstance(meaning, (BusyError, UnreachableError, BrokenAnswerError))
+    again = (isinstance(meaning, (BusyError, UnreachableError, BrokenAnswerError))
+             and getattr(error, "status_code", 0) != 404)
     if not again or attempt >= retries:
         if attempt:
             meaning.add_note(f"asked {attempt + 1} times")
