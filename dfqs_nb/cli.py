@@ -357,7 +357,7 @@ def score(arguments: argparse.Namespace) -> int:
 def add_quantize(commands: Any) -> None:
     """``dfqs-nb quantize``: one rung of the ladder, by llama.cpp's own quantizer."""
     parser = commands.add_parser("quantize", help="quantize a model tensor by tensor as a recipe says")
-    parser.add_argument("source", metavar="MODEL", help="F32, F16 or BF16 weights: a registered name or a file")
+    parser.add_argument("source", metavar="MODEL", help="F32, F16 or BF16 weights: a name or a file")
     parser.add_argument("recipe", metavar="RECIPE", help="a name in data/quantize/, or a .toml file")
     parser.add_argument("-o", "--output", help="required unless --dry-run")
     matrix = parser.add_mutually_exclusive_group()
@@ -388,7 +388,8 @@ def quantize(arguments: argparse.Namespace) -> int:
             overwrite=arguments.overwrite, progress=not arguments.quiet).plan
     print(planned.by_class().to_string(index=False, float_format="{:.2f}".format))
     size = f"{planned.nbytes:,} bytes, {planned.bits_per_weight:.2f} bits a weight"
-    print("\n".join([*planned.fallbacks, f"{'would be' if arguments.dry_run else arguments.output + ':'} {size}"]))
+    where = "would be" if arguments.dry_run else f"{arguments.output}:"
+    print("\n".join([*planned.fallbacks, f"{where} {size}"]))
     return 0
 
 
