@@ -140,7 +140,7 @@ def serve(
         settings: how it opens the model, as ``runtime.open_model`` would; ``n_ctx`` is that of one request.
         n_parallel: requests at once (slots of llama.cpp's server; the other has one).
         name: of the model to its clients; by default the file's name without its end.
-        log: the file that receives all it writes; by default a temporary one.
+        log: the file that receives all it writes; by default a temporary one, gone at the end.
         port: 0: a free one.
         key_variable: the environment variable with the key that clients must send; empty: none.
         expose: allow a ``host`` that other machines can reach.
@@ -155,6 +155,8 @@ def serve(
         yield server
     finally:
         server.stop()
+        if log is None:
+            server.log.unlink(missing_ok=True)
 
 
 def start(
@@ -191,6 +193,8 @@ def start(
         _wait_for_answer(server, model_path, started + start_seconds)
     except BaseException:
         server.stop(0.5)
+        if log is None:
+            log_path.unlink(missing_ok=True)
         raise
     server.start_seconds = time.perf_counter() - started
     return server
