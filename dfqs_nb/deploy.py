@@ -28,7 +28,7 @@ from dfqs_nb.gguf_header import GGUFHeader
 from dfqs_nb.header_facts import chat_template
 from dfqs_nb.machine import available_memory, usable_cores
 from dfqs_nb.memory import binary_size, check_fits, estimate
-from dfqs_nb.paths import data_dir, tilde, whole_file
+from dfqs_nb.paths import data_dir, public_address, tilde, whole_file
 from dfqs_nb.shards import ShardSet, open_shards
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def write_recipe(
 
     Args:
         target: one of ``TARGETS``.
-        model: a local GGUF file (any of its shards), a name of the registry, or ``hf://owner/repo/file.gguf``.
+        model: a local GGUF file (any of its shards), a name of the registry, or ``hf://owner/repo/file``.
             Nothing is downloaded.
         folder: receives the recipe; made if missing.
         n_ctx: tokens of context; by default what this machine's memory holds, up to 32,768 and to what the
@@ -432,7 +432,7 @@ def _lies(target: Target, source: _Source, folder: Path) -> tuple[str, list[str]
     there = target.fetch_to or str(folder / "models")
     get = source.fetch(there)
     if target.fetch_to and any(one.startswith("dfqs-nb ") for one in get):
-        get = [shlex.join(["python", "-m", "pip", "install", "-q", _table()["common"]["workbook"]]), *get]
+        get = [shlex.join(["python", "-m", "pip", "install", "-q", f"git+{public_address()}"]), *get]
     return there, get
 
 

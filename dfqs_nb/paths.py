@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parent.parent
 UNSEALED = (".gguf", ".manifest.json", ".ipynb")  # have hashes of their own, or change by being read
 _written: dict[Path, None] = {}  # by this process, in order, since the last stage was written
+
+
+def public_address(pyproject: Path = REPOSITORY / "pyproject.toml") -> str:
+    """The repository's public address, from the one place where it stands."""
+    return tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["urls"]["Repository"].rstrip("/")
 
 
 def data_dir() -> Path:

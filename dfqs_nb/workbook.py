@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dfqs_nb.errors import DfqsError
-from dfqs_nb.paths import REPOSITORY, outputs_dir, run_dir, tilde, whole_file
+from dfqs_nb.paths import REPOSITORY, outputs_dir, public_address, run_dir, tilde, whole_file
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 PATTERN = "[0-9][0-9]_*.ipynb"
@@ -378,11 +377,6 @@ BADGES = (
 )
 
 CLONE = "```sh\ngit clone {address}\ncd {name}\nmake run\n```"
-
-
-def public_address(pyproject: Path = REPOSITORY / "pyproject.toml") -> str:
-    """The repository's public address, from the one place where it stands."""
-    return tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["urls"]["Repository"].rstrip("/")
 
 
 def block(name: str, text: str) -> str:

@@ -376,9 +376,11 @@ def test_what_ran_is_what_the_tests_run():
     assert llama_cpp_tools.locked()[0] in ran["llama-cpp-python"]
 
 
-def test_the_public_address_is_the_projects():
+def test_the_workbook_is_fetched_from_the_projects_own_address(tmp_path):
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert deploy._table()["common"]["workbook"] == f"git+{project['urls']['Repository']}"
+    recipe = write_recipe("colab", "deepseek-v4-flash-iq1_s-xl", tmp_path)
+    written = "".join(path.read_text() for path in recipe.files)
+    assert f"git+{project['urls']['Repository']}" in written
 
 
 # ---- the recipe that runs without installing anything ----
