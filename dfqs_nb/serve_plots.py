@@ -24,8 +24,9 @@ def speed_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for number, name in enumerate(names):
         rows = speeds[speeds["server"] == name]
         colour = (PALETTE[0], PALETTE[5], *PALETTE[2:4])[number % 4]
+        asked = f"{rows['requests'].min()} to {rows['requests'].max()} requests"
         ax.plot(rows["clients"], rows["tokens_per_sec"], f"{'os^D'[number % 4]}-", color=colour,
-                linewidth=1.4, label=f"{name} ({rows['requests'].min()} to {rows['requests'].max()} requests)")
+                linewidth=1.4, label=f"{name} ({asked})")
     clients = sorted(set(speeds["clients"]))
     ax.set_xscale("log", base=2)
     ax.set_xticks(clients, [str(n) for n in clients])
