@@ -131,18 +131,22 @@ def finite(value: Any) -> bool:
 
 
 def refusal_of_an_edit(folder: str | Path) -> str:
-    """What `read_stages` says of a copy of a run in which one number was edited by hand; "" if nothing.
+    """What `read_sealed` says of a copy of a run's last stage in which a number was put in by hand; "" if
+    nothing.
 
-    Models and traces are not copied. The run itself is not touched.
+    Only that stage and the files that it stands on are copied. The run itself is not touched.
     """
+    folder = Path(folder)
+    stage = [name for name in STAGES if (folder / f"{name}.json").exists()][-1]
+    content = json.loads((folder / f"{stage}.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as copy:
-        ignore = shutil.ignore_patterns("*.gguf", "*.npz", "*.ipynb")
-        shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=ignore)
-        stage = max(Path(copy).glob("*.json"), key=lambda path: path.stem in STAGES)
-        content = json.loads(stage.read_text(encoding="utf-8"))
-        stage.write_text(json.dumps({**content, "edited": 0.99}), encoding="utf-8")
+        for name in content["files"]:
+            (Path(copy) / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, Path(copy) / name)
+        edited = Path(copy) / f"{stage}.json"
+        edited.write_text(json.dumps({**content, "edited": 0.99}), encoding="utf-8")
         try:
-            read_stages(copy)
+            read_sealed(Path(copy), stage, STAGES[stage])
         except ReportError as error:
-            return f"{stage.name} {error.what}"
+            return f"{edited.name} {error.what}"
     return ""
