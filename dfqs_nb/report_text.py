@@ -242,13 +242,15 @@ def _embedded(text: str, folder: Path) -> str:
 def write_texts(folder: str | Path, report: Mapping[str, Any]) -> list[Path]:
     """Write ``report.md``, ``report.html`` and ``model-index.yml`` beside ``report.json``; their paths.
 
-    Figures are taken from the run's folder only, and only those that the report's hashes cover.
+    Where every metric is withheld there is no ``model-index.yml``, and an earlier one goes. Figures are taken from the run's folder only, and only those that the report's hashes cover.
     """
     folder = Path(folder)
     text = markdown(report, report["sources"])
     texts = {"report.md": text, "report.html": page(text, folder, f"DFQS report: {report['model']['name']}")}
     if any(report["metrics"][name] is not None for name in METRIC_TYPES):
         texts["model-index.yml"] = model_index(report)
+    else:  # one of an earlier report would state what this one withholds
+        (folder / "model-index.yml").unlink(missing_ok=True)
     for name, content in texts.items():
         with whole_file(folder / name) as file:
             file.write(content)

@@ -337,7 +337,28 @@ def test_nothing_measured_gives_no_model_index(merged_reference, tmp_path):
     assert [path.name for path in report_text.write_texts(run, found)] == ["report.md", "report.html"]
 
 
+def test_model_index_of_an_earlier_report_does_not_outlive_its_metrics(made, merged_reference, tmp_path):
+    run = make_run(tmp_path / "r", merged_reference, without=("scores", "long_context"))
+    (run / "model-index.yml").write_text("an earlier report's")
+    report_text.write_texts(run, report.build_report(run, ask_llama_cpp=False))
+    assert not (run / "model-index.yml").exists()
+
+
 # ---- the seal ----
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_edit_that_is_shown_is_the_same_in_whatever_order_a_folder_lists_its_files(own, backwards, monkeypatch):
+    """Notebook 07 prints it, and its stored output is compared; what is large beside the run is not copied."""
+    (own / "ladder").mkdir()
+    (own / "ladder" / "reference.npy").write_bytes(b"large")
+    listed, copied, copy_file = type(own).glob, [], shutil.copyfile
+    monkeypatch.setattr(type(own), "glob", lambda self, what: sorted(listed(self, what), reverse=backwards))
+    monkeypatch.setattr(shutil, "copyfile", lambda a, b, **more: copied.append(a.name) or copy_file(a, b, **more))
+    before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
+    assert report_files.refusal_of_an_edit(own) == "scores.json was edited after it was written"
+    assert copied == ["scores_table.csv"]
+    assert before == {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
 
 
 def test_seal_covers_files_written_since_the_stage_before(tmp_path):
