@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 TIMEOUT_SECONDS = 600.0  # between two pieces of an answer, the first one included
 CONNECT_SECONDS = 10.0
 RETRIES = 4
+PROBE_RETRIES = 2  # of a request for what a server need not have
+BUSY = (408, 409, 425, 429)  # and 5xx: worth asking again
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 60.0
 CLIENTS = (1, 2, 4, 8)
 
@@ -184,11 +186,15 @@ class Endpoint:
         return ask(self, {"prompt": text}, max_tokens, sampling, stop, **options)
 
     def get(self, path: str) -> Any:
-        """The JSON at a path of the server (``/props``); None where it has no such path."""
+        """The JSON at a path of the server (``/props``); None where it has no such path.
+
+        Raises:
+            BusyError: it said 429 or 503 every time.
+        """
         return _get(self.client, _root(self.base_url) + path)
 
     def post(self, path: str, **body: Any) -> Any:
-        """What the server answers to JSON sent to a path; None where it has no such path."""
+        """What the server answers to JSON sent to a path; None and errors as ``get``."""
         return _post(self.client, _root(self.base_url) + path, body)
 
 
@@ -225,6 +231,7 @@ def connect(
         UnreachableError: nothing there speaks the protocol.
         KeyRefusedError: the key is wrong, or the variable is not set.
         UnknownModelError: the server lists other models; the message names them.
+        BusyError: it is busy, or still loads its model.
     """
     secret = _secret(key, key_variable)
     url = _with_v1(base_url)
@@ -303,15 +310,29 @@ def _post(client: Any, url: str, body: Mapping[str, Any]) -> Any:
     return _optional(lambda: client.post(url, cast_to=object, body=dict(body)))
 
 
-def _optional(request: Callable[[], Any]) -> Any:
-    """The answer as JSON; None where there is no such path, or what is there is not JSON."""
+def _optional(request: Callable[[], Any], retries: int = PROBE_RETRIES) -> Any:
+    """The answer as JSON; None where there is no such path, or what is there is not JSON.
+
+    A server that is busy is asked again: taken for one without the path, it would be asked differently from
+    then on. llama.cpp's lists its models while it loads one, and says 503 to all else.
+
+    Raises:
+        BusyError: it said 429 or 503 every time.
+    """
     import openai
 
-    try:
-        found = request()
-    except (openai.APIStatusError, openai.APIConnectionError):
-        return None
-    return found if isinstance(found, (dict, list)) else None
+    for attempt in range(retries + 1):
+        try:
+            found = request()
+            return found if isinstance(found, (dict, list)) else None
+        except (openai.APIStatusError, openai.APIConnectionError) as error:
+            status = getattr(error, "status_code", 500)
+            if attempt == retries and status in (429, 503):
+                raise _status(status, _said(error), str(error.request.url), "", ()) from _without_request(error)
+            if attempt == retries or not (status in BUSY or status >= 500):
+                return None
+            time.sleep(_pause(error, attempt))
+    return None
 
 
 def _models(client: Any, url: str, retries: int) -> dict[str, dict[str, Any]]:
@@ -541,7 +562,7 @@ def _status(status: int, said: str, url: str, model: str, models: Sequence[str])
     if status == 404:
         return UnreachableError(f"something answers there, but not this protocol ({said})", where=url,
                                 hint="check port and path: the address ends in /v1 as a rule")
-    if status in (408, 409, 425, 429) or status >= 500:
+    if status in BUSY or status >= 500:
         return BusyError(f"the server says {status} ({said})", where=url,
                          hint="wait, lower the concurrency, or read the server's log")
     return EndpointError(f"the server refuses the request: {status} ({said})", where=url,
@@ -644,6 +665,8 @@ def score_set(
 def tokenizer(endpoint: Endpoint) -> Callable[[str], list[int]] | None:
     """Token ids of a text as the server sees them, control tokens included, without a BOS; None where it
     shows none. llama.cpp, llama-cpp-python and vLLM do.
+
+    The function raises ``BusyError`` where the server stops counting: a length is never guessed in silence.
     """
     forms: dict[str, tuple[str, Callable[[str], dict[str, Any]]]] = {
         "llama.cpp": ("/tokenize", lambda text: {"content": text, "add_special": False,
@@ -658,7 +681,15 @@ def tokenizer(endpoint: Endpoint) -> Callable[[str], list[int]] | None:
     start = _token_ids(endpoint.post(path, **form("")))  # llama-cpp-python puts a BOS in front
     if start is None:
         return None
-    return lambda text: (_token_ids(endpoint.post(path, **form(text))) or [])[len(start):]
+
+    def tokens(text: str) -> list[int]:
+        found = _token_ids(endpoint.post(path, **form(text)))
+        if found is None:
+            raise BusyError("the server counted tokens and stopped doing so", where=endpoint.base_url,
+                            hint="read the server's log; the same call goes on from there")
+        return found[len(start):]
+
+    return tokens
 
 
 def _token_ids(answer: Any) -> list[int] | None:

@@ -27,6 +27,7 @@ class FaultyServer:
     models: tuple[str, ...] = ("good",)
     key: str = ""
     answer: object = None  # a function of the request's body that gives the text
+    pages: dict[str, list[tuple[int, object]]] = field(default_factory=dict)  # status and JSON in turn; the last stays
     log: list[tuple[str, dict, str]] = field(default_factory=list)
     port: int = 0
     busiest: int = 0
@@ -95,14 +96,18 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/models" and not self._refused():
             self._json(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.owner.models]})
         elif self.path != "/v1/models":
-            self._json(404, {"detail": "Not Found"})
+            self._page()
+
+    def _page(self) -> None:
+        answers = self.owner.pages.get(self.path, [(404, {"detail": "Not Found"})])
+        self._json(*(answers.pop(0) if len(answers) > 1 else answers[0]))
 
     def do_POST(self) -> None:
         body = self._seen()
         if self._refused():
             return
         if not self.path.endswith("completions"):
-            return self._json(404, {"detail": "Not Found"})
+            return self._page()
         self.inside = True
         with self.owner.lock:
             fault = self.owner.faults.pop(0) if self.owner.faults else "none"

@@ -107,6 +107,36 @@ def test_a_key_is_sent_and_never_shown(server, monkeypatch):
     assert KEY not in shown and "a key" in shown
 
 
+LOADING = (503, {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}})
+PROPS = (200, {"default_generation_settings": {"n_ctx": 1024}, "build_info": "b1", "total_slots": 1})
+
+
+def test_a_busy_moment_does_not_hide_what_a_server_is(server):
+    """Taken for an unknown server it would keep its prompt cache, which can change answers."""
+    server.pages["/props"] = [LOADING, PROPS]
+    found = endpoint.connect(server.url)
+    assert (found.facts.name, found.facts.n_ctx, found.options["cache_prompt"]) == ("llama.cpp", 1024, False)
+
+
+def test_a_server_that_still_loads_its_model_says_so(server):
+    server.pages["/props"] = [LOADING]
+    with pytest.raises(BusyError, match="503 .Loading model"):
+        endpoint.connect(server.url)
+
+
+def test_a_path_that_always_fails_is_one_that_is_not_there(server):
+    server.pages["/props"] = [(500, {"detail": "no"})]
+    assert endpoint.connect(server.url).facts.name == "unknown"
+
+
+def test_a_length_is_not_guessed_when_the_server_stops_counting(server):
+    server.pages |= {"/props": [PROPS], "/tokenize": [(200, {"tokens": []}), (200, {"tokens": [1, 2]}), (500, {})]}
+    count, counted_by = endpoint.token_counter(endpoint.connect(server.url))
+    assert (count("two tokens"), counted_by) == (2, "the server's tokens")
+    with pytest.raises(BusyError, match="stopped"):
+        count("other tokens")
+
+
 def test_another_service_s_key_is_not_sent(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("OPENAI_ORG_ID", "org-mine")
