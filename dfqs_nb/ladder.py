@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -402,6 +402,7 @@ def main() -> int:
     """Read a job from standard input, measure one model, and write ``rung.json`` last."""
     job = quantize.read_job()
     settings, place = Settings(**job["settings"]), Path(job["place"])
+    (place / "rung.json").unlink(missing_ok=True)  # it would vouch for what is replaced from here on
     try:
         _predict(job, settings, place)
         facts = _ask(job, settings, place)
@@ -418,28 +419,37 @@ def _predict(job: dict[str, Any], settings: Settings, place: Path) -> None:
     note = place / "predicted.json"
     if note.exists() and not job["fresh"] and json.loads(note.read_text())["key"] == job["key"]:
         return
+    note.unlink(missing_ok=True)
     opened = OpenSettings(n_ctx=settings.chunk_tokens, n_threads=settings.n_threads)
     base = np.load(job["base"], mmap_mode="r") if job["base"] else None
     found: list[tuple[np.ndarray, ...]] = []
-    kept: list[np.ndarray] = []
 
-    def use(number: int, said: np.ndarray, targets: np.ndarray) -> None:
-        kept.append(said) if base is None else None
-        found.append(divergence.compare_chunk(said if base is None else base[number], said, targets))
-
-    with routing.open_recorded(job["path"], opened, probe=False) as recorded:
+    with (whole_file(job["reference"], "wb") if base is None else nullcontext() as kept,
+          routing.open_recorded(job["path"], opened, probe=False) as recorded):
         tokens = divergence.load_text(settings.text).tokens(recorded.model)
+        n_chunks = len(imatrix.chunks(tokens, settings.chunk_tokens, settings.n_chunks))
+
+        def use(number: int, said: np.ndarray, targets: np.ndarray) -> None:
+            _keep(kept, said, number, n_chunks) if base is None else None
+            found.append(divergence.compare_chunk(said if base is None else base[number], said, targets))
+
         n = divergence.predict(recorded, tokens, settings.chunk_tokens, settings.n_chunks, use)
         conditions = {"model": routing.model_identity(recorded.model), **recorded.model.conditions(),
                       "chunk_tokens": settings.chunk_tokens}
         trace = routing.Trace(np.asarray(tokens[: n * settings.chunk_tokens], np.int32),
                               **recorded.recorder.arrays(), conditions=conditions)
-    if base is None:
-        with whole_file(job["reference"], "wb") as file:
-            np.save(file, np.stack(kept))
     divergence.Tokens(*map(np.stack, zip(*found, strict=True))).save(place / "tokens.npz")
     trace.save(place / "trace.npz")
     write_json(note, {"key": job["key"]})
+
+
+def _keep(file: Any, said: np.ndarray, number: int, n_chunks: int) -> None:
+    """Append one chunk's predictions to what becomes the ``.npy`` of all, which need not fit in memory."""
+    said = np.ascontiguousarray(said, "<f4")
+    if number == 0:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<f4", "fortran_order": False, "shape": (n_chunks, *said.shape)})
+    file.write(said.data)
 
 
 def _ask(job: dict[str, Any], settings: Settings, place: Path) -> dict[str, Any]:

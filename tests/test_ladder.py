@@ -130,12 +130,33 @@ def test_figures_are_drawn_for_dense_models_and_single_rungs_too(climbed):
     assert ladder_plots.curves(ladder.curve_table(climbed)).get_title("left")
 
 
+def test_a_note_does_not_outlive_what_it_vouches_for(tmp_path, monkeypatch):
+    """A climb that is killed under other settings must not leave their predictions under the old key."""
+    for name in ("rung.json", "predicted.json"):
+        (tmp_path / name).write_text('{"key": "old"}')
+    job = {"key": "new", "path": str(tmp_path / "gone.gguf"), "place": str(tmp_path), "base": "", "fresh": False,
+           "sha256": "", "reference": str(tmp_path / "reference.npy"), "settings": dataclasses.asdict(SMALL)}
+    monkeypatch.setattr(quantize, "read_job", lambda: job)
+    ladder.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictions_are_kept_chunk_by_chunk_as_one_array(climbed, folder, tmp_path):
+    chunks = np.random.default_rng(0).standard_normal((3, 5, 7)).astype(np.float32)
+    with (tmp_path / "kept.npy").open("wb") as file:
+        for number, chunk in enumerate(chunks):
+            ladder._keep(file, chunk, number, len(chunks))
+    assert np.array_equal(np.load(tmp_path / "kept.npy", mmap_mode="r"), chunks)
+    kept = np.load(folder / "reference.npy", mmap_mode="r")
+    assert kept.shape[:2] == (3, 31) and np.allclose(np.exp(kept).sum(axis=2), 1, atol=1e-4)
+
+
 # ---- arithmetic ----
 
 
 def rung(name: str, kld: float, right: list[list[bool]], noise: float = 0.0) -> ladder.Rung:
     """A rung with this divergence, and these answers (a row a haystack, a column a length)."""
-    draw = np.random.default_rng(abs(hash(name)) % 1000)
+    draw = np.random.default_rng(list(name.encode()))  # hash() would draw anew in every process
     values = np.abs(kld + noise * draw.standard_normal((16, 8)))
     tokens = divergence.Tokens(values + 1, np.ones((16, 8)), values, values < 1)
     items = pd.DataFrame([{"haystack": h, "length": 64 * 2**k, "planned": True, "correct": one, "question": "q"}
