@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfqs_nb import ggml
-from dfqs_nb.errors import DfqsError, IntegrityError, OutputError
+from dfqs_nb.errors import DfqsError, IntegrityError, OutputError, SpaceError
 from dfqs_nb.gguf_header import DEFAULT_ALIGNMENT, TENSOR_TYPES, Tensor, check_layout, padded, read_header
 from dfqs_nb.header_facts import class_of, layer_of
 from dfqs_nb.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
@@ -442,6 +443,7 @@ def quantize(source: str | Path, recipe: Recipe | str, output: str | Path, *,
 
     Raises:
         OutputError: the output exists, or is the source.
+        SpaceError: the disk has too little room; nothing was written.
         QuantizeError, ModelError: as ``plan``, or llama.cpp fails; nothing is left behind then.
         IntegrityError: what llama.cpp wrote is not what was planned.
     """
@@ -452,6 +454,7 @@ def quantize(source: str | Path, recipe: Recipe | str, output: str | Path, *,
     matrix = _matrix(imatrix, recipe)
     job = _job(shards, recipe, matrix)
     planned = _plan(shards, recipe, job, matrix)
+    _check_space(output, planned)
     job["keys"]["dfqs.source_sha256"] = source_sha256(shards.paths)
     job |= {"n_threads": n_threads or usable_cores()}
     with tempfile.TemporaryDirectory() as folder, _part(output) as part:
@@ -482,6 +485,14 @@ def _check_output(output: Path, shards: ShardSet, overwrite: bool) -> None:
         raise OutputError("exists already", where=output, hint="name another file, or pass --overwrite")
     if not output.parent.is_dir():
         raise OutputError("its folder does not exist", where=output, hint="make the folder first")
+
+
+def _check_space(output: Path, planned: Plan) -> None:
+    """Refuse before hours of work what the disk will not hold; an output that is replaced stays till then."""
+    free = shutil.disk_usage(output.parent).free
+    if free < planned.nbytes:
+        raise SpaceError(f"needs {planned.nbytes:,} bytes and {free:,} are free", where=output.parent,
+                         hint=f"free {planned.nbytes - free:,} bytes, or take another disk")
 
 
 @contextmanager

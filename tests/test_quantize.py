@@ -6,10 +6,12 @@ import dataclasses
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import llama_cpp_tools
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 
 from dfqs_nb import ggml, imatrix, quantize
-from dfqs_nb.errors import IntegrityError, ModelError, OutputError
+from dfqs_nb.errors import IntegrityError, ModelError, OutputError, SpaceError
 from dfqs_nb.gguf_header import read_header
 from dfqs_nb.header_facts import class_of
 from dfqs_nb.imatrix import Entry, ImportanceMatrix
@@ -180,6 +182,13 @@ def test_an_existing_output_stays_unless_told_otherwise(tmp_path, q8):
         quantize.quantize(F16, "Q8_0", F16, overwrite=True, **QUIET)
     with pytest.raises(OutputError, match="folder does not exist"):
         quantize.quantize(F16, "Q8_0", tmp_path / "no" / "out.gguf", **QUIET)
+
+
+def test_a_disk_without_room_is_refused_before_the_work(tmp_path, monkeypatch, q8):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=q8.nbytes - 1))
+    with pytest.raises(SpaceError, match=f"needs {q8.nbytes:,} bytes.*free 1 bytes"):
+        quantize.quantize(F16, "Q8_0", tmp_path / "out.gguf", **QUIET)
+    assert not os.listdir(tmp_path)
 
 
 def test_a_file_that_is_not_what_was_planned_does_not_appear(tmp_path, monkeypatch):
