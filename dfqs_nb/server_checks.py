@@ -23,7 +23,14 @@ import numpy as np
 
 from dfqs_nb import endpoint as endpoints
 from dfqs_nb import scores
-from dfqs_nb.endpoint import ContextOverflowError, Endpoint, EndpointError
+from dfqs_nb.endpoint import (
+    BrokenAnswerError,
+    BusyError,
+    ContextOverflowError,
+    Endpoint,
+    EndpointError,
+    UnreachableError,
+)  # fmt: skip
 from dfqs_nb.item_sets import Item, ItemSet
 from dfqs_nb.paths import write_stage
 from dfqs_nb.probe import OpenSettings
@@ -71,24 +78,24 @@ def check_server(
     """
     import pandas as pd
 
-    checks: list[Callable[[], Check]] = [
-        lambda: check_health(endpoint, server),
-        lambda: check_name(endpoint),
-        lambda: check_context(endpoint),
-        lambda: check_template(endpoint, model),
-        lambda: check_repeated(endpoint, prompts),
-        lambda: check_concurrent(endpoint, prompts, n_concurrent),
-        lambda: check_cache(endpoint),
-    ]
-    return pd.DataFrame([dataclasses.asdict(one) for one in map(_made, checks)])
+    checks: dict[str, Callable[[], Check]] = {
+        "health": lambda: check_health(endpoint, server),
+        "model name": lambda: check_name(endpoint),
+        "context length": lambda: check_context(endpoint),
+        "chat template": lambda: check_template(endpoint, model),
+        "same again": lambda: check_repeated(endpoint, prompts),
+        "same beside others": lambda: check_concurrent(endpoint, prompts, n_concurrent),
+        "prompt cache": lambda: check_cache(endpoint),
+    }
+    return pd.DataFrame([dataclasses.asdict(_made(name, check)) for name, check in checks.items()])
 
 
-def _made(check: Callable[[], Check]) -> Check:
+def _made(name: str, check: Callable[[], Check]) -> Check:
     """A check's result; what stops it is a finding too."""
     try:
         return check()
     except EndpointError as error:
-        return Check("a check stopped", FAIL, f"{type(error).__name__}: {error.what}")
+        return Check(name, FAIL, f"it stopped: {type(error).__name__}: {error.what}")
 
 
 def check_health(endpoint: Endpoint, server: LocalServer | None = None) -> Check:
@@ -103,11 +110,15 @@ def check_health(endpoint: Endpoint, server: LocalServer | None = None) -> Check
 
 
 def check_name(endpoint: Endpoint) -> Check:
-    """What a wrong model name gets: an error is right, another model's answer is a trap."""
+    """What a wrong model name gets: a refusal is right, another model's answer is a trap; a server that is
+    busy or gone says neither.
+    """
     wrong = dataclasses.replace(endpoint, model=f"{endpoint.model}-that-is-not-there", retries=0)
     listed = ", ".join(endpoint.facts.models)
     try:
         wrong.complete("The", 1)
+    except (BusyError, UnreachableError, BrokenAnswerError):
+        raise
     except EndpointError as error:
         return Check("model name", PASS, f"lists {listed}; refuses another name ({type(error).__name__})")
     return Check("model name", NOTE, f"lists {listed}; answers to any name, so a wrong one goes unnoticed "
@@ -305,11 +316,16 @@ def compare_with_process(
                "progress": progress}
     folder = Path(folder)
     here = scores.score_set(model, item_set, folder / "process", **options)
-    there = endpoints.score_set(endpoint, item_set, folder / endpoint.facts.name, **options)
+    there = endpoints.score_set(endpoint, item_set, folder / folder_name(endpoint), **options)
     rows = list(_rows(model, endpoint, item_set, here, there))
     import pandas as pd
 
     return Comparison(pd.DataFrame(rows), here, there)
+
+
+def folder_name(endpoint: Endpoint) -> str:
+    """A folder for a server's answers. Its name may come from its list of models, so it may be anything."""
+    return re.sub(r"[^\w.-]+", "-", endpoint.facts.name).strip(".-")[:80] or "unknown"
 
 
 def _rows(model: Model, endpoint: Endpoint, item_set: ItemSet, here: scores.SetRun,

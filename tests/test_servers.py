@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from faulty_server import FaultyServer
 
 from dfqs_nb import endpoint, item_sets, plots, runtime, serve_plots, server_checks, servers
 from dfqs_nb.endpoint import ContextOverflowError, KeyRefusedError, UnreachableError
@@ -252,6 +253,22 @@ def test_slots_share_batches_and_numbers_move(merged_reference):
             for _ in range(5 if n > 1 else 1):  # on a busy machine requests may not meet at the first try
                 drifts[n] = max(drifts.get(n, 0.0), server_checks.max_drift(found, server_checks.PROMPTS, 4))
     assert drifts[1] == 0.0 < drifts[4] < 0.1
+
+
+@pytest.mark.parametrize("fault, verdict", [("404", "pass"), ("422", "pass"), ("500", "fail"), ("die", "fail"),
+                                            ("none", "note")])
+def test_only_a_refusal_is_a_refused_name(fault, verdict):
+    with FaultyServer(faults=[fault]) as faulty:
+        found = endpoint.connect(faulty.url)
+        made = server_checks._made("model name", lambda: server_checks.check_name(found))
+    assert (made.check, made.verdict) == ("model name", verdict), made.finding
+
+
+@pytest.mark.parametrize("name, folder", [("llama.cpp", "llama.cpp"), ("../../etc", "etc"), ("a/b c", "a-b-c"),
+                                          ("..", "unknown")])
+def test_a_server_s_name_leads_to_no_other_folder(name, folder):
+    facts = endpoint.ServerFacts(name)
+    assert server_checks.folder_name(endpoint.Endpoint("http://127.0.0.1/v1", "m", facts)) == folder
 
 
 def test_mistakes_have_errors_of_their_own(server):
