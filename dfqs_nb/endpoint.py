@@ -111,6 +111,7 @@ class ServerFacts:
         n_ctx: tokens of context of one request.
         n_slots: requests that it works on at once.
         chat_template: the text of its chat template.
+        weights: what it says of the model's weights: bytes, number and type.
     """
 
     name: str = "unknown"
@@ -119,6 +120,7 @@ class ServerFacts:
     n_ctx: int | None = None
     n_slots: int | None = None
     chat_template: str = field(default="", repr=False)
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,13 @@ class Endpoint:
     def client(self) -> Any:
         """The ``openai`` client; retries are this module's, because a broken stream is none of its."""
         return _client(self.base_url, self.key, self.timeout_seconds)
+
+    @property
+    def identity(self) -> str:
+        """What answers are kept under where the model's SHA-256 is not known: another file may be served under
+        the same name.
+        """
+        return " ".join(filter(None, (f"{self.facts.name}:{self.model}", self.facts.weights)))
 
     def conditions(self) -> dict[str, Any]:
         """What an answer depends on, as far as the server says it; neither address nor key."""
@@ -379,10 +388,13 @@ def _facts(client: Any, root: str, models: Mapping[str, Any]) -> ServerFacts:
 
 
 def _of_model(facts: ServerFacts, listed: Mapping[str, Any]) -> ServerFacts:
-    """The facts with a context length from the list of models (vLLM, llama.cpp), if there is none yet."""
+    """The facts with what the list of models says: the weights (llama.cpp), and a context length (vLLM,
+    llama.cpp) if there is none yet.
+    """
     meta = listed.get("meta") or {}
     n_ctx = facts.n_ctx or listed.get("max_model_len") or meta.get("n_ctx")
-    return dataclasses.replace(facts, n_ctx=n_ctx)
+    weights = " ".join(str(meta[name]) for name in ("size", "n_params", "ftype") if meta.get(name))
+    return dataclasses.replace(facts, n_ctx=n_ctx, weights=weights)
 
 
 # ---- asking ----
@@ -642,7 +654,7 @@ def score_set(
     """``scores.score_set`` over an endpoint: what is answered stays, whatever fails later.
 
     Args:
-        model_id: the model's SHA-256, where it is known; else the name that the server gives it.
+        model_id: the model's SHA-256, where it is known; else ``Endpoint.identity``.
         options: of ``scores.collect``: ``n_samples``, ``ks``, ``limit``, ``fresh``, ``progress``.
 
     Raises:
@@ -654,8 +666,7 @@ def score_set(
     conditions = run_conditions(endpoint, item_set, sampling)
     return scores.collect(
         answerer(endpoint, item_set), item_set, folder, conditions, sampling=sampling,
-        model_id=model_id or f"{endpoint.facts.name}:{endpoint.model}", n_parallel=endpoint.concurrency,
-        **options,
+        model_id=model_id or endpoint.identity, n_parallel=endpoint.concurrency, **options,
     )  # fmt: skip
 
 
@@ -814,7 +825,7 @@ def measure_long_context(
     frame = remote.frame(load_prompts(prompt_set))
     plan = long_context.make_plan(remote, prompt_set, longest, n_haystacks=n_haystacks, rounds=0, grown=False,
                                   frame=frame)
-    return long_context.measure(remote, plan, folder, model_sha256=model_id or endpoint.model, fresh=fresh,
+    return long_context.measure(remote, plan, folder, model_sha256=model_id or endpoint.identity, fresh=fresh,
                                 frame=frame, asker=remote)
 
 

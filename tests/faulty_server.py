@@ -25,6 +25,7 @@ class FaultyServer:
 
     faults: list[str] = field(default_factory=list)
     models: tuple[str, ...] = ("good",)
+    meta: dict = field(default_factory=dict)  # that the list of models has beside each name
     key: str = ""
     answer: object = None  # a function of the request's body that gives the text
     pages: dict[str, list[tuple[int, object]]] = field(default_factory=dict)  # status and JSON in turn; the last stays
@@ -94,7 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._seen()
         if self.path == "/v1/models" and not self._refused():
-            self._json(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.owner.models]})
+            listed = [{"id": name, "object": "model", **self.owner.meta} for name in self.owner.models]
+            self._json(200, {"object": "list", "data": listed})
         elif self.path != "/v1/models":
             self._page()
 

@@ -295,6 +295,14 @@ def test_conditions_of_another_server_do_not_share_answers(server, tmp_path):
         assert len(server.asked) == asked
 
 
+def test_another_file_under_the_same_name_does_not_share_answers(server, tmp_path):
+    """As llama.cpp's server lists what it serves; a model's name is only what its user called it."""
+    for ftype, n_resumed in (("Q8_0", 0), ("IQ1_S", 0), ("Q8_0", 4)):
+        server.meta = {"meta": {"n_params": 14881885, "size": 16495092, "ftype": ftype}}
+        run = endpoint.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, limit=4, progress=False)
+        assert run.n_resumed == n_resumed
+
+
 def test_code_without_a_sandbox_is_not_asked_for(server, tmp_path, monkeypatch):
     monkeypatch.setattr(endpoint, "find_sandbox", lambda: sandbox.Sandbox("none"))
     with pytest.raises(sandbox.SandboxError):
