@@ -470,7 +470,7 @@ def _names(target: Target, source: _Source, settings: Settings) -> dict[str, Any
     slug, n_layers = slug_of(source.name), int(source.header.arch("block_count", 0)) if source.header else 0
     share = round(min(1.0, settings.n_gpu_layers / (n_layers + 1)), 2)
     served = _fill(target.served_name, {"name": slug, "slug": slug}, str)
-    cuda = "ON" if settings.n_gpu_layers else ""
+    cuda = "ON" if settings.n_gpu_layers and platform.system() != "Darwin" else ""  # there it is Metal
     return {
         "name": slug, "slug": slug, "nbytes": source.nbytes, "n_ctx": settings.n_ctx,
         "n_threads": settings.n_threads, "n_gpu_layers": settings.n_gpu_layers,

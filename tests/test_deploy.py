@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -292,6 +293,14 @@ def test_gpu_layers_follow_the_gpus_memory(real_size, tmp_path, monkeypatch):
     assert service["deploy"]["resources"]["reservations"]["devices"][0]["count"] == "all" and ":server-cuda-" in service["image"]
     program.write_text("#!/bin/sh\nexit 9\n")
     assert deploy.gpu_free_bytes() == 0
+
+
+@pytest.mark.parametrize("system, cuda", [("Linux", True), ("Darwin", False)])
+def test_layers_on_a_mac_s_gpu_ask_for_no_cuda(system, cuda, tmp_path, monkeypatch):
+    monkeypatch.setattr(platform, "system", lambda: system)
+    source = write_recipe("llama-cpp-source", SHARD, tmp_path / "source", n_gpu_layers=4)
+    docker = texts(write_recipe("llama-cpp-docker", SHARD, tmp_path / "docker", n_gpu_layers=4))["compose.yaml"]
+    assert ("GGML_CUDA" in " ".join(source.commands)) == (":server-cuda-" in docker) == ("nvidia" in docker) == cuda
 
 
 def test_contexts_that_cannot_be_are_refused(tmp_path):
