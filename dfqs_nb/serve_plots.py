@@ -38,7 +38,8 @@ def speed_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     gains = {name: rows["tokens_per_sec"].iloc[-1] / rows["tokens_per_sec"].iloc[0]
              for name, rows in speeds.groupby("server", sort=False)}
     best = max(gains, key=lambda name: gains[name])
-    _title(ax, f"{clients[-1]} clients get at most {gains[best]:.1f} times the tokens of one ({best})")
+    fewest = "one" if clients[0] == 1 else clients[0]
+    _title(ax, f"{clients[-1]} clients get at most {gains[best]:.1f} times the tokens of {fewest} ({best})")
     return ax
 
 

@@ -264,6 +264,12 @@ def test_only_a_refusal_is_a_refused_name(fault, verdict):
     assert (made.check, made.verdict) == ("model name", verdict), made.finding
 
 
+@pytest.mark.parametrize("clients, said", [((1, 4), "tokens of one "), ((2, 4), "tokens of 2 ")])
+def test_the_gain_of_clients_is_over_the_fewest_that_were_timed(clients, said):
+    speeds = pd.DataFrame({"server": "s", "clients": clients, "tokens_per_sec": (10.0, 20.0), "requests": 4})
+    assert said in serve_plots.speed_by_clients(speeds).get_title(loc="left")
+
+
 @pytest.mark.parametrize("name, folder", [("llama.cpp", "llama.cpp"), ("../../etc", "etc"), ("a/b c", "a-b-c"),
                                           ("..", "unknown")])
 def test_a_server_s_name_leads_to_no_other_folder(name, folder):
