@@ -165,9 +165,7 @@ class Endpoint:
 
     @property
     def identity(self) -> str:
-        """What answers are kept under where the model's SHA-256 is not known: another file may be served under
-        the same name.
-        """
+        """What answers are kept under where the model's SHA-256 is not known: another file may have its name."""
         return " ".join(filter(None, (f"{self.facts.name}:{self.model}", self.facts.weights)))
 
     def conditions(self) -> dict[str, Any]:
@@ -337,7 +335,8 @@ def _optional(request: Callable[[], Any], retries: int = PROBE_RETRIES) -> Any:
         except (openai.APIStatusError, openai.APIConnectionError) as error:
             status = getattr(error, "status_code", 500)
             if attempt == retries and status in (429, 503):
-                raise _status(status, _said(error), str(error.request.url), "", ()) from _without_request(error)
+                meaning = _status(status, _said(error), str(error.request.url), "", ())
+                raise meaning from _without_request(error)
             if attempt == retries or not (status in BUSY or status >= 500):
                 return None
             time.sleep(_pause(error, attempt))

@@ -242,7 +242,8 @@ def _embedded(text: str, folder: Path) -> str:
 def write_texts(folder: str | Path, report: Mapping[str, Any]) -> list[Path]:
     """Write ``report.md``, ``report.html`` and ``model-index.yml`` beside ``report.json``; their paths.
 
-    Where every metric is withheld there is no ``model-index.yml``, and an earlier one goes. Figures are taken from the run's folder only, and only those that the report's hashes cover.
+    Where every metric is withheld there is no ``model-index.yml``, and an earlier one goes. Figures are taken
+    from the run's folder only, and only those that the report's hashes cover.
     """
     folder = Path(folder)
     text = markdown(report, report["sources"])

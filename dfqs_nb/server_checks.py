@@ -188,7 +188,7 @@ def check_concurrent(endpoint: Endpoint, prompts: Sequence[str], n_concurrent: i
 
 def max_drift(endpoint: Endpoint, prompts: Sequence[str], n_concurrent: int) -> float | None:
     """The largest change of a greedy token's log-probability between asking alone and beside others, up to
-    where the tokens part; None where the server shows none.
+    where the tokens part; None where the server shows none, or stopped showing them.
     """
     alone = [_logprobs(endpoint, prompt) for prompt in prompts]
     if not all(alone):
@@ -196,6 +196,8 @@ def max_drift(endpoint: Endpoint, prompts: Sequence[str], n_concurrent: int) -> 
     asked = [number % len(prompts) for number in range(n_concurrent * len(prompts))]
     with ThreadPoolExecutor(n_concurrent) as pool:
         beside = list(pool.map(lambda i: _logprobs(endpoint, prompts[i]), asked))
+    if not all(beside):
+        return None
     return max(_drift(alone[i], found) for i, found in zip(asked, beside, strict=True))
 
 
@@ -437,8 +439,9 @@ def drift_by_slots(path: str | Path, settings: OpenSettings, slots: Sequence[int
                 texts = list(pool.map(lambda i, one=found: one.chat(PROMPTS[i], MAX_TOKENS).text, asked))
             drifts = [max_drift(found, PROMPTS, n_concurrent) for _ in range(repetitions)]
         differ = sum(text != alone[i] for i, text in zip(asked, texts, strict=True))
-        rows.append({"slots": n, "requests": n_concurrent, "drift": max(d for d in drifts if d is not None),
-                     "answers": len(texts), "differ": differ})
+        drift = max((d for d in drifts if d is not None), default=float("nan"))
+        rows.append({"slots": n, "requests": n_concurrent, "drift": drift, "answers": len(texts),
+                     "differ": differ})
     return pd.DataFrame(rows)
 
 

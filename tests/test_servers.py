@@ -264,6 +264,15 @@ def test_only_a_refusal_is_a_refused_name(fault, verdict):
     assert (made.check, made.verdict) == ("model name", verdict), made.finding
 
 
+def test_numbers_that_a_server_did_not_give_are_no_drift(monkeypatch):
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE_SECONDS", 0.001)
+    shown = (200, {"completion_probabilities": [{"id": 1, "logprob": -0.5}]})
+    props = (200, {"default_generation_settings": {"n_ctx": 512}})
+    for answers, drift in (([shown], 0.0), ([shown] * 2 + [(500, {})], None)):
+        with FaultyServer(pages={"/props": [props], "/completion": answers}) as faulty:
+            assert server_checks.max_drift(endpoint.connect(faulty.url), ("a", "b"), 2) == drift
+
+
 @pytest.mark.parametrize("clients, said", [((1, 4), "tokens of one "), ((2, 4), "tokens of 2 ")])
 def test_the_gain_of_clients_is_over_the_fewest_that_were_timed(clients, said):
     speeds = pd.DataFrame({"server": "s", "clients": clients, "tokens_per_sec": (10.0, 20.0), "requests": 4})
