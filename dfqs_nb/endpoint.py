@@ -129,7 +129,8 @@ class Reply(Completion):
 
     Attributes:
         usage_tokens: tokens of the answer; ``counted_by`` says by whom: ``server`` or ``pieces``.
-        first_seconds: seconds to the first piece of text; NaN where the answer came whole.
+        first_seconds: seconds to the first piece, of text or of a reasoning that the server keeps apart; NaN
+            where the answer came whole.
         attempts: requests that it took.
     """
 
@@ -165,7 +166,7 @@ class Endpoint:
 
     @property
     def identity(self) -> str:
-        """What answers are kept under where the model's SHA-256 is not known: another file may have its name."""
+        """What answers are kept under without the model's SHA-256: another file may be served by its name."""
         return " ".join(filter(None, (f"{self.facts.name}:{self.model}", self.facts.weights)))
 
     def conditions(self) -> dict[str, Any]:
@@ -463,12 +464,18 @@ def _streamed(create: Callable[..., Any], request: Mapping[str, Any], stop: Sequ
             usage = piece.usage or usage
             for choice in piece.choices[:1]:
                 new = (choice.delta.content if hasattr(choice, "delta") else choice.text) or ""
-                if new:
+                if new or _thought(choice):
                     first = time.perf_counter() - started if n_pieces == 0 else first
                     n_pieces += 1
                 text, reason = text + new, choice.finish_reason or reason
     seconds = time.perf_counter() - started
     return _reply(text, reason, stop, usage, n_pieces, first, seconds)
+
+
+def _thought(choice: Any) -> str:
+    """What a piece has of a reasoning that the server keeps apart (llama.cpp, vLLM): no text, but tokens."""
+    delta = getattr(choice, "delta", None)
+    return getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None) or ""
 
 
 class _Broken(Exception):

@@ -136,6 +136,18 @@ class _Handler(BaseHTTPRequestHandler):
         threading.Event().wait(float(seconds))
         self._none(body, "")
 
+    def _thinks(self, body: dict, seconds: str) -> None:
+        """As llama.cpp and vLLM for a template with a reasoning: it comes first, in a field of its own."""
+        self._begin(body, 0)
+        for text in ("Let", " me", " see"):
+            choice = self._choice(body, "", None)
+            choice["delta"] = {"reasoning_content": text}
+            self._event(self._object(body, [choice], False))
+        threading.Event().wait(float(seconds))
+        for text in self._pieces(body):
+            self._event(self._object(body, [self._choice(body, text, None)], False))
+        self._end(body)
+
     def _pieces(self, body: dict) -> tuple[str, ...]:
         return (self.owner.answer(body),) if self.owner.answer else ANSWER
 

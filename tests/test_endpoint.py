@@ -173,6 +173,13 @@ def test_an_answer_is_mapped(server, stream):
     assert "top_p" not in request and server.asked[1]["stop"] == ["\n"]
 
 
+def test_a_reasoning_kept_apart_is_time_and_no_text(server):
+    """Its tokens are counted, so decoding began with it: else a model that thinks would seem very fast."""
+    server.faults = ["thinks 0.3"]
+    said = endpoint.connect(server.url).chat("Where?")
+    assert said.text == TEXT and said.first_seconds > 0 and said.decode_seconds > 0.25
+
+
 def test_sampling_is_passed_on(server):
     endpoint.connect(server.url).chat("x", sampling=Sampling(temperature=0.7, seed=5))
     assert (server.asked[0]["temperature"], server.asked[0]["seed"], server.asked[0]["top_p"]) == (0.7, 5, 0.95)
