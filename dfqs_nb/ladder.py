@@ -581,8 +581,8 @@ class Step:
 
     Attributes:
         n: what the two share: chunks, items or haystacks.
-        difference: of b to a, with an interval that allows for the number of pairs (Bonferroni); for the
-            boundary in octaves.
+        difference: of b to a, with an interval that allows for the number of pairs (Bonferroni), but for
+            scores, whose interval is of 95 % and whose test allows for it; for the boundary in octaves.
         verdict: of b: ``better``, ``worse``, ``no evidence of a difference`` or ``not measured``.
     """
 
@@ -649,7 +649,11 @@ def _score_steps(one: Rung, other: Rung, n_pairs: int) -> list[Step]:
 
 
 def _boundary_step(one: Rung, other: Rung, level: float) -> Step:
-    """The change of the boundary in octaves, by drawing the same haystacks for both."""
+    """The change of the boundary in octaves, by drawing the same haystacks for both.
+
+    The percentile interval of few haystacks is too narrow: it leaves out 0 whenever all of them agree, however
+    small the error that is allowed. So there is evidence only where a sign test of that many could find any.
+    """
     counts = one.counts(), other.counts()
     n = min(each.n_haystacks for each in counts)
     values = float(one.boundary["tokens"]), float(other.boundary["tokens"])
@@ -661,7 +665,7 @@ def _boundary_step(one: Rung, other: Rung, level: float) -> Step:
     point = [_octaves(crossing(each.lengths, each.fit(), each.threshold(long_context.GUESS_RATE)), each)
              for each in counts]
     low, high = _interval(drawn[1] - drawn[0], n, level)
-    verdict = _verdict(low, high, larger_is_better=True)
+    verdict = _verdict(low, high, larger_is_better=True) if 2 * 0.5**n <= 1 - level else SAME
     return Step(one.name, other.name, "boundary", n, *values, float(point[1] - point[0]), low, high, verdict)
 
 

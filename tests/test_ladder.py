@@ -186,6 +186,16 @@ def test_intervals_allow_for_the_number_of_pairs():
     assert wide.high - wide.low > narrow.high - narrow.low
 
 
+@pytest.mark.parametrize("n, n_pairs, verdict", [(5, 1, SAME), (6, 1, "worse"), (6, 2, SAME), (8, 7, SAME),
+                                                 (9, 7, "worse")])
+def test_few_haystacks_that_agree_are_no_evidence_beyond_what_a_sign_test_finds(n, n_pairs, verdict):
+    """Of 6 haystacks without any difference all agree in 1 of 32 draws; 7 pairs allow 1 in 140."""
+    good, bad = ([[True, True, one, one]] * n for one in (True, False))
+    pair = rung("a", 0.1, good), rung("b", 0.1, bad)
+    step = ladder._boundary_step(*pair, 1 - 0.05 / n_pairs)
+    assert step.high < 0 and step.verdict == verdict
+
+
 def test_one_haystack_says_nothing_of_a_boundary():
     pair = tuple(rung(name, 0.1, [[True, False]]) for name in "ab")
     assert [step.verdict for step in ladder.steps(ladder.Ladder(pair, SMALL, {}))][-1] == "not measured"
