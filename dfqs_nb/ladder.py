@@ -651,8 +651,9 @@ def _score_steps(one: Rung, other: Rung, n_pairs: int) -> list[Step]:
 def _boundary_step(one: Rung, other: Rung, level: float) -> Step:
     """The change of the boundary in octaves, by drawing the same haystacks for both.
 
-    The percentile interval of few haystacks is too narrow: it leaves out 0 whenever all of them agree, however
-    small the error that is allowed. So there is evidence only where a sign test of that many could find any.
+    The percentile interval of few haystacks is too narrow: it leaves out 0 whenever all of them agree,
+    however small the error that is allowed. So there is evidence only where a sign test of that many could
+    find any.
     """
     counts = one.counts(), other.counts()
     n = min(each.n_haystacks for each in counts)
