@@ -452,8 +452,9 @@ def _whole(create: Callable[..., Any], request: Mapping[str, Any], stop: Sequenc
     said = create(**request)
     seconds = time.perf_counter() - started
     choice = _first(said)
-    text = (choice.message.content if hasattr(choice, "message") else choice.text) or ""
-    return _reply(text, choice.finish_reason, stop, said.usage, 0, float("nan"), seconds)
+    if getattr(choice, "message", choice) is None:
+        raise _Broken("it holds no message")
+    return _reply(_text(choice, "message"), choice.finish_reason, stop, said.usage, 0, float("nan"), seconds)
 
 
 def _streamed(create: Callable[..., Any], request: Mapping[str, Any], stop: Sequence[str]) -> Reply:
@@ -463,13 +464,20 @@ def _streamed(create: Callable[..., Any], request: Mapping[str, Any], stop: Sequ
         for piece in pieces:
             usage = piece.usage or usage
             for choice in piece.choices[:1]:
-                new = (choice.delta.content if hasattr(choice, "delta") else choice.text) or ""
+                new = _text(choice, "delta")
                 if new or _thought(choice):
                     first = time.perf_counter() - started if n_pieces == 0 else first
                     n_pieces += 1
                 text, reason = text + new, choice.finish_reason or reason
     seconds = time.perf_counter() - started
     return _reply(text, reason, stop, usage, n_pieces, first, seconds)
+
+
+def _text(choice: Any, part: str) -> str:
+    """The text of a choice: of a chat in its ``message`` or ``delta``, which a broken answer may lack."""
+    if not hasattr(choice, part):
+        return choice.text or ""
+    return getattr(getattr(choice, part), "content", None) or ""
 
 
 def _thought(choice: Any) -> str:

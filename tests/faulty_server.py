@@ -253,6 +253,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b"{not json")
 
+    def _null(self, body: dict, _extra: str) -> None:
+        """A proxy's answer without its message."""
+        if not body.get("stream"):
+            return self._json(200, self._object(body, [{"index": 0, "message": None, "finish_reason": "stop"}], True))
+        self._begin(body, 0)
+        self._event(self._object(body, [{"index": 0, "delta": None, "finish_reason": None}], False))
+        self.wfile.write(b"0\r\n\r\n")
+
     def _filtered(self, body: dict, _extra: str) -> None:
         self._begin(body, 1)
         self._end(body, "content_filter")

@@ -26,7 +26,7 @@ from dfqs_nb.runtime import ContextFullError, Sampling
 
 QUESTIONS = item_sets.load_item_set("nano-reasoning")
 KEY = "sk-never-to-be-seen-5f3a"
-PASSING = ["429", "429 0", "500", "truncated", "event-error", "die", "garbage"]
+PASSING = ["429", "429 0", "500", "truncated", "event-error", "die", "garbage", "null"]
 
 
 @pytest.fixture(autouse=True)
