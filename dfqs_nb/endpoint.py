@@ -42,9 +42,10 @@ CLIENTS = (1, 2, 4, 8)
 
 # What a server would add by itself, switched off: llama-cpp-python's server penalises repetition by 1.1
 # unless told otherwise, llama.cpp's reuses the last prompt's cache, which can change the text
-# (ggml-org/llama.cpp#22224). Servers that are not known get nothing they might refuse.
+# (ggml-org/llama.cpp#22224), and takes a reasoning out of the text, of which nothing is left where the
+# tokens ended before the answer. Servers that are not known get nothing they might refuse.
 PLAIN: dict[str, dict[str, Any]] = {
-    "llama.cpp": {"repeat_penalty": 1.0, "cache_prompt": False},
+    "llama.cpp": {"repeat_penalty": 1.0, "cache_prompt": False, "reasoning_format": "none"},
     "llama-cpp-python": {"repeat_penalty": 1.0},
     "vLLM": {"repetition_penalty": 1.0},
 }

@@ -301,7 +301,7 @@ def _row(item_set: ItemSet, item: Item, sample: int, said: dict[str, Any]) -> di
 
 def _candidate(item: Item, completion: str, mode: str) -> str | None:
     """The program to run; None where a chat's answer has no code block with the function."""
-    code = item.completed(completion) if mode == "chat" else completion
+    code = item.completed(scoring.after_thought(completion)) if mode == "chat" else completion
     return None if code is None else item.program(code)
 
 

@@ -41,8 +41,17 @@ def normalised(text: str) -> str:
     return format(number.normalize() + 0, "f") if number.is_finite() else text.casefold()
 
 
+def after_thought(text: str) -> str:
+    """What a model says after its thinking, all of it where it does not think.
+
+    >>> after_thought("<think>12 or 13?</think>It is 12."), after_thought("It is 12.")
+    ('It is 12.', 'It is 12.')
+    """
+    return text.rpartition("</think>")[2]
+
+
 def extract(text: str, how: str, finish_reason: str = "eos") -> str | None:
-    """The answer in a completion, or None where it has none.
+    """The answer in a completion, or None where it has none; what is thought before it is no answer.
 
     ``answer tag``: what the last ``<answer>`` encloses (the closing tag may be the stop text that ended it).
     ``last line``: the last line that says anything.
@@ -50,6 +59,7 @@ def extract(text: str, how: str, finish_reason: str = "eos") -> str | None:
     >>> extract("So it is <answer>12</answer>.", "answer tag"), extract("first\\n12\\n", "last line")
     ('12', '12')
     """
+    text = after_thought(text)
     if how == "last line":
         lines = [line for line in text.splitlines() if line.strip()]
         return lines[-1].strip() if lines else None

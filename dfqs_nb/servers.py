@@ -348,6 +348,7 @@ def _llama_cpp_params(job: dict[str, Any], settings: OpenSettings, key: str) -> 
     flash = xllamacpp.llama_flash_attn_type
     params.flash_attn_type = (flash.LLAMA_FLASH_ATTN_TYPE_ENABLED if settings.flash_attn
                               else flash.LLAMA_FLASH_ATTN_TYPE_DISABLED)
+    params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
     params.no_extra_bufts = not settings.use_extra_bufts
     params.fit_params = params.ui = False  # what is asked for is what runs, and no web page
     params.api_keys = [key] if key else []

@@ -116,6 +116,7 @@ def test_a_busy_moment_does_not_hide_what_a_server_is(server):
     server.pages["/props"] = [LOADING, PROPS]
     found = endpoint.connect(server.url)
     assert (found.facts.name, found.facts.n_ctx, found.options["cache_prompt"]) == ("llama.cpp", 1024, False)
+    assert found.chat("x").text and server.asked[-1]["reasoning_format"] == "none"
 
 
 def test_a_server_that_still_loads_its_model_says_so(server):

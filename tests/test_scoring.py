@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dfqs_nb import item_sets, scoring
+from dfqs_nb import item_sets, scores, scoring
 from dfqs_nb.paths import data_dir
 from dfqs_nb.prompts import PromptError
 
@@ -66,9 +66,20 @@ def test_normalising_twice_changes_nothing_more(text):
     ("12\nsomething else", "eos", "last line", "wrong"),
     ("12", "length", "last line", "truncated"),
     (" \n", "eos", "last line", "no_answer"),
+    ("<think>is it <answer>13</answer>?</think><answer>12</answer>", "eos", "answer tag", "correct"),
+    ("<answer>12</answer>, or not?</think>I do not know.", "eos", "answer tag", "no_answer"),  # the template opened it
+    ("<think>12</think>\n", "eos", "last line", "no_answer"),
+    ("<think>12</think> 12", "eos", "last line", "correct"),
 ])  # fmt: skip
 def test_grades(text, finish, how, grade):
     assert scoring.grade(text, finish, "12", how)[0] == grade
+
+
+def test_code_that_is_thought_about_is_not_the_program():
+    item = item_sets.Item("1", "f", "def one():\n", tests="def check(c): assert c() == 1", entry_point="one")
+    block = "```python\ndef one():\n    return {}\n```\n"
+    assert "return 1" not in scores._candidate(item, f"<think>{block.format(1)}</think>{block.format(2)}", "chat")
+    assert scores._candidate(item, f"{block.format(1)}</think>None.", "chat") is None
 
 
 # ---- scores ----

@@ -82,6 +82,12 @@ def test_it_answers_as_this_process_does(server, model):
         assert found.complete(code, 24, stop=["\n"]).text == runtime.complete(model, code, 24, stop=["\n"]).text
 
 
+def test_no_thinking_is_taken_out_of_an_answer(server):
+    """Of an answer that ends while it thinks, llama.cpp's server would else leave an empty text."""
+    props = server.connect().get("/props")
+    assert props is None or props["default_generation_settings"]["params"]["reasoning_format"] == "none"
+
+
 def test_its_tokens_are_ours(server, model):
     tokens = endpoint.tokenizer(server.connect())
     for text in (QUESTION, "def add(a, b):\n", "<｜User｜>Hello<｜Assistant｜>", ""):
