@@ -11,7 +11,7 @@ import hashlib
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -299,12 +299,17 @@ def compare_with_process(
     folder: str | Path,
     *,
     model_id: str = "",
+    server_id: str = "",
     limit: int | None = None,
     allow_unsandboxed: bool = False,
     fresh: bool = False,
     progress: bool = True,
 ) -> Comparison:
     """Score a set in process and through a server, and explain each difference.
+
+    Args:
+        model_id: the SHA-256 of the model in this process, under which its answers are kept.
+        server_id: that of the server's model, where it is known; else ``Endpoint.identity``.
 
     ``items`` has ``id``, ``family``, ``text_process``, ``text_server``, ``same_text``, ``correct_process``,
     ``correct_server``; and where the texts differ: ``prompt_process`` and ``prompt_server`` (tokens; 0: not
@@ -314,11 +319,12 @@ def compare_with_process(
     same text up to the end of one), ``token boundary`` (the same characters up to a cut token) or ``other
     numbers``.
     """
-    options = {"model_id": model_id, "limit": limit, "allow_unsandboxed": allow_unsandboxed, "fresh": fresh,
+    options = {"limit": limit, "allow_unsandboxed": allow_unsandboxed, "fresh": fresh,
                "progress": progress}
     folder = Path(folder)
-    here = scores.score_set(model, item_set, folder / "process", **options)
-    there = endpoints.score_set(endpoint, item_set, folder / folder_name(endpoint), **options)
+    here = scores.score_set(model, item_set, folder / "process", model_id=model_id, **options)
+    there = endpoints.score_set(endpoint, item_set, folder / folder_name(endpoint), model_id=server_id,
+                                **options)
     rows = list(_rows(model, endpoint, item_set, here, there))
     import pandas as pd
 
@@ -457,9 +463,17 @@ def speed_of_all(connected: Mapping[str, Endpoint], clients: Sequence[int] = end
 
 
 def compare_all(model: Model, connected: Mapping[str, Endpoint], item_sets: Sequence[ItemSet],
-                folder: str | Path, **options: Any) -> dict[tuple[str, str], Comparison]:
-    """``compare_with_process`` by server and set; what this process answered is asked for once."""
-    return {(name, one.name): compare_with_process(model, connected[name], one, folder, **options)
+                folder: str | Path, *, model_id: str = "", local: Collection[str] = (),
+                **options: Any) -> dict[tuple[str, str], Comparison]:
+    """``compare_with_process`` by server and set; what this process answered is asked for once.
+
+    Args:
+        local: names of the servers that were started with this process's file: ``model_id`` is theirs too.
+            What another server has loaded, only that server knows.
+    """
+    ids = {name: model_id if name in local else "" for name in connected}
+    return {(name, one.name): compare_with_process(model, connected[name], one, folder, model_id=model_id,
+                                                   server_id=ids[name], **options)
             for name in connected for one in item_sets}
 
 

@@ -308,7 +308,11 @@ def test_what_the_notebook_hands_on(merged_reference, model, tmp_path):
         connected = {"llama.cpp": server.connect()}
         checks = server_checks.check_all(connected, model, {"llama.cpp": server})
         speeds = server_checks.speed_of_all(connected, (1, 2), n_tokens=8, repetitions=1)
-        compared = server_checks.compare_all(model, connected, questions, tmp_path, limit=4, progress=False)
+        compared = server_checks.compare_all(model, connected, questions, tmp_path, limit=4, progress=False,
+                                             model_id="0", local=("llama.cpp",))
+        others = server_checks.compare_all(model, connected, questions, tmp_path, limit=1, progress=False, model_id="0")
+        assert [one.server.model for one in compared.values()] == ["0"], "the model that it was started with"
+        assert [one.server.model for one in others.values()] == [connected["llama.cpp"].identity], "nobody knows"
     drift = server_checks.drift_by_slots(merged_reference, SETTINGS, (1, 2), 2, repetitions=1)
     shutdown = pd.DataFrame([{"server": "llama.cpp", **vars(server_checks.check_shutdown(server))}])
     lines = server_checks.hand_on(tmp_path, checks=checks, drift=drift, speeds=speeds, compared=compared,
