@@ -6,8 +6,8 @@ A draw is a conversation of one or more questions, or a piece of code to complet
 **Held out.** Every question has a *combination*: what one would have to have seen to know its answer by heart (the
 asked thing and its colour, the order of the people, the two numbers, the function and its parameter names). A
 combination is held out when a frozen nano item has it, or when a hash puts it into the held-out tenth. Training
-draws again until nothing that it asks is held out; the fresh held-out sets ask held-out combinations only, and
-draw with seeds of their own.
+draws again until nothing that it tells or asks is held out (a fact that is told and never asked would teach that it is
+never the answer); the fresh held-out sets ask held-out combinations only, and draw with seeds of their own.
 """
 
 from __future__ import annotations
@@ -103,6 +103,19 @@ def is_held_out(combination: Combination) -> bool:
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
 
 
+TOLD = re.compile(r"\b(?:The ({}) is (\w+)|({}) is in the (\w+))\.".format(
+    "|".join(GENERATOR.THINGS), "|".join(GENERATOR.NAMES)))  # fmt: skip
+
+
+def told(text: str) -> set[Combination]:
+    """The combinations of all colours and places that a text states.
+
+    >>> sorted(told("The sky is blue. The hat is red. Kim is in the attic."))
+    [('colour', 'hat', 'red'), ('place', 'Kim', 'attic')]
+    """
+    return {("colour", *found[:2]) if found[0] else ("place", *found[2:]) for found in TOLD.findall(text)}
+
+
 # ---- one question, in the frozen sets' wording: facts, then several questions about them ----
 
 
@@ -132,19 +145,24 @@ def _asked(family: str, lead: str, facts: str, asks: list[tuple[str, str]]) -> T
 
 
 def _about(draw: random.Random, facts: str, pattern: str, ask: str, n_asks: int) -> list[tuple[str, str]]:
-    told = re.findall(pattern, facts)
-    return [(ask.format(one[1]), f"{one[0]}.") for one in draw.sample(told, min(n_asks, len(told)))]
+    stated = re.findall(pattern, facts)
+    return [(ask.format(one[1]), f"{one[0]}.") for one in draw.sample(stated, min(n_asks, len(stated)))]
+
+
+def _several(draw: random.Random, most: int) -> int:
+    """How many facts: more of many, because many are drawn again more often for one that is held out."""
+    return draw.choices(range(1, most + 1), [1.4**n for n in range(most)])[0]
 
 
 def colour(draw: random.Random, room: int) -> Task:
-    facts = GENERATOR.colours(draw, draw.randint(1, 6))[0]
-    asks = _about(draw, facts, r"(The (\w+) is \w+)\.", "What color is the {}?", draw.choice((1, 2, 3)))
+    facts = GENERATOR.colours(draw, _several(draw, 6))[0]
+    asks = _about(draw, facts, r"(The (\w+) is \w+)\.", "What color is the {}?", draw.choice((1, 3, 6)))
     return _asked("colour", _lead(draw, room, True), facts, asks)
 
 
 def place(draw: random.Random, room: int) -> Task:
-    facts = GENERATOR.places(draw, draw.randint(1, 5))[0]
-    asks = _about(draw, facts, r"((\w+) is in the \w+)\.", "Where is {}?", draw.choice((1, 2, 3)))
+    facts = GENERATOR.places(draw, _several(draw, 5))[0]
+    asks = _about(draw, facts, r"((\w+) is in the \w+)\.", "Where is {}?", draw.choice((1, 3, 5)))
     return _asked("place", _lead(draw, room, True), facts, asks)
 
 
@@ -215,7 +233,7 @@ def keys(draw: random.Random, room: int) -> Task:
     for name, key in zip(guards, named, strict=False):
         lines.insert(draw.randint(0, len(lines)), STANDARD["link"].format(name=name, key=key))
     asks, combinations = [], []
-    for number in draw.sample(range(n), min(n, draw.choice((1, 2, 4)))):
+    for number in draw.sample(range(n), min(n, draw.choice((1, 3, 6)))):
         key, code = named[number], codes[number]
         prefix = STANDARD["answer_prefix"].format(key=key)
         ask = STANDARD["question"].format(key=key)
@@ -250,6 +268,6 @@ def tasks(seed: int | str, room: Callable[[], int], held_out: bool = False, fami
             if held_out and (sides[0] or not task.combinations[0]):
                 yield Task(task.family, task.turns[:1], task.combinations[:1], task.chat)
                 break
-            if not held_out and not any(sides):
+            if not held_out and not any(sides) and not any(map(is_held_out, told(task.turns[0][0]))):
                 yield task
                 break

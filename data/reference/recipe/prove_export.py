@@ -32,8 +32,8 @@ llama_cpp.llama_cpp.llama_model_default_params = without_repacking
 llama_cpp.llama_model_default_params = without_repacking
 asked = json.load(open(sys.argv[2]))
 n = len(asked["ids"])
-model = llama_cpp.Llama(sys.argv[1], n_ctx=max(n, 64), n_batch=n, n_ubatch=n, n_threads=1, n_threads_batch=1, logits_all=True,
-                        type_k=0, type_v=0, swa_full=False, verbose=False)
+model = llama_cpp.Llama(sys.argv[1], n_ctx=max(n, 64), n_batch=n, n_ubatch=n, n_threads=1, n_threads_batch=1,
+                        logits_all=True, type_k=0, type_v=0, swa_full=False, verbose=False)
 model.eval(asked["ids"])
 texts = [model.tokenize(one.encode(), add_bos=False, special=False) for one in asked["texts"]]
 np.savez(sys.argv[3], logits=np.array(model.scores[:n]), texts=json.dumps(texts))
@@ -52,8 +52,12 @@ def llama_cpp_side(path: Path, ids: list[int], texts: list[str]) -> tuple[np.nda
             return found["logits"], json.loads(str(found["texts"]))
 
 
-def compare(ours: np.ndarray, theirs: np.ndarray) -> dict:
-    """Agreement of the likeliest token, and differences of logits, with the place of the largest."""
+def compare(ours: np.ndarray, theirs: np.ndarray, choice: int) -> dict:
+    """Agreement of the likeliest token, and differences of logits, with the place of the largest.
+
+    ``choice``: the token from which on the indexer has more entries than it may pick. Where its scores are almost
+    equal, as in a model that has learnt nothing yet, rounding decides which entry is left out.
+    """
     gap = np.abs(ours - theirs)
     per_token = gap.max(axis=1)
     return {
@@ -62,6 +66,7 @@ def compare(ours: np.ndarray, theirs: np.ndarray) -> dict:
         "rms_over_spread": float(np.sqrt((gap**2).mean()) / ours.std()),
         "largest": float(gap.max()),
         "largest_at": int(per_token.argmax()),
+        "largest_before_the_indexer_chooses": float(per_token[:choice].max()),
         "median_of_largest_by_token": float(np.median(per_token)),
         "first_above_0.01": int(np.argmax(per_token > 0.01)) if (per_token > 0.01).any() else None,
     }
@@ -71,6 +76,7 @@ def main() -> int:
     import torch
 
     from families import tasks
+    from model import RATIOS
     from train import restored
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -84,7 +90,8 @@ def main() -> int:
     texts = [text for task in drawn for turn in task.turns for text in turn]
     theirs, their_texts = llama_cpp_side(asked.path, ids, texts)
     with torch.no_grad():
-        report = compare(model(torch.tensor([ids])).logits[0].numpy(), theirs)
+        choice = model.config.index_topk * min(rate for rate in RATIOS if rate)
+        report = compare(model(torch.tensor([ids])).logits[0].numpy(), theirs, choice)
     report["texts"], report["same_tokens"] = len(texts), sum(map(list.__eq__, their_texts, map(encoder.text, texts)))
     print(json.dumps(report, indent=1))
     good = report["same_likeliest"] >= AGREE and report["rms_over_spread"] < SPREAD

@@ -49,8 +49,8 @@ def load(path: Path) -> Tokenizer:
 class Encoder:
     """Tasks as token ids with a weight for each token to be predicted."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_weight: float = 0.1) -> None:
-        self.tokenizer, self.prompt_weight = tokenizer, prompt_weight
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
         self.bos, self.eos, self.user, self.assistant = (tokenizer.token_to_id(one) for one in SPECIAL)
 
     def text(self, text: str) -> list[int]:
@@ -61,7 +61,7 @@ class Encoder:
         ask = self.text(task.turns[0][0])
         return [self.bos, self.user, *ask, self.assistant] if task.chat else [self.bos, *ask]
 
-    def encode(self, task: Task) -> tuple[list[int], list[float]]:
+    def encode(self, task: Task, prompt_weight: float = 0.1) -> tuple[list[int], list[float]]:
         """Ids of the whole task, and the weight of each: answers and their end 1, prompts less, BOS 0."""
         ids, weights = [self.bos], [0.0]
 
@@ -72,7 +72,7 @@ class Encoder:
         for ask, answer in task.turns:
             if task.chat:
                 add([self.user], 0.0)
-            add(self.text(ask), self.prompt_weight)
+            add(self.text(ask), prompt_weight)
             if task.chat:
                 add([self.assistant], 0.0)
             add([*self.text(answer), self.eos], 1.0)

@@ -4,7 +4,11 @@ Muon (Jordan, 2024, kellerjordan.github.io/posts/muon) for the attention's and s
 the rest; routed experts balanced by their selection bias (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). Documents
 of like length share a micro-batch, so little is padding. Length grows with progress, which is the larger of the
 tokens' and the clock's share: a run that its token budget ends is reproducible, one that the clock ends is not.
-OUT gets ``tokenizer.json``, ``model.safetensors`` (replaced at every checkpoint) and ``log.jsonl``.
+What an answer has that was sure already teaches little, so its tokens count by how unlikely they still were (the
+focal loss of Lin et al., arXiv:1708.02002, with exponent 1), and prompts, much of which is drawn at random and
+cannot be known, count next to nothing once the wording is learnt.
+OUT gets ``tokenizer.json``, ``model.safetensors`` (replaced at every checkpoint) and ``log.jsonl``; ``--resume`` goes
+on from there, at the progress that is given.
 """
 
 from __future__ import annotations
@@ -24,9 +28,10 @@ from safetensors.torch import load_file, save_file
 
 from families import FAMILIES, tasks
 from model import fast_forward, new_model
-from tokenizer import EOS, Encoder, load, train_tokenizer
+from tokenizer import Encoder, load, train_tokenizer
 
 SEED, BIAS_STEP, INDEX_WEIGHT = 7, 2e-3, 0.2
+PROMPT_WEIGHT = ((0.0, 0.1), (0.3, 0.02))  # of a prompt's tokens, from this progress on
 ROOM = ((0.0, 2), (0.2, 6), (0.4, 16), (0.6, 34), (0.75, 60))  # sentences of filler from this progress on
 
 
@@ -67,11 +72,16 @@ def optimizers(model, peak: float) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr=peak * 7), torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.97), weight_decay=0.01)]
 
 
-def batches(encoder: Encoder, progress, tokens: int, seed: int):
+def at(schedule, progress: float):
+    """The value of a schedule's last step that has begun."""
+    return [value for start, value in schedule if start <= progress][-1]
+
+
+def batches(encoder: Encoder, progress: Progress, tokens: int, seed: int | str):
     """Micro-batches of documents of like length: ids and weights [documents, length], from a pool of 16 batches."""
     shuffle = random.Random(seed)
-    room = lambda: [n for start, n in ROOM if start <= progress()][-1]  # noqa: E731
-    source = (encoder.encode(one) for one in tasks(seed, room))
+    drawn = tasks(seed, lambda: at(ROOM, progress()))
+    source = (encoder.encode(one, at(PROMPT_WEIGHT, progress())) for one in drawn)
     while True:
         pool, held = [], 0
         while held < tokens * 16:
@@ -96,6 +106,7 @@ def loss_of(model, ids, weights):
     logits, index, loads = fast_forward(model, ids, index_loss=True)
     each = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     weight = weights[:, 1:].flatten()
+    weight = torch.where(weight == 1, 1 - torch.exp(-each.detach()), weight)
     sure = (logits[:, :-1].argmax(-1) == ids[:, 1:])[weights[:, 1:] == 1].float().mean()
     return (each * weight).sum() / weight.sum(), index, loads, sure
 
@@ -126,6 +137,77 @@ def save(model, out: Path) -> None:
     os.replace(fresh, out / "model.safetensors")
 
 
+class Progress:
+    """How far a run is, 0 to 1, by the larger share of its budget of tokens or of its clock."""
+
+    def __init__(self, tokens: float, minutes: float, start: float = 0.0) -> None:
+        self.tokens, self.limit, self.start, self.done = tokens, minutes, start, 0
+        self._began = time.monotonic()
+
+    @property
+    def minutes(self) -> float:
+        return (time.monotonic() - self._began) / 60
+
+    def __call__(self) -> float:
+        spent = max(self.done / self.tokens, self.minutes / self.limit)
+        return self.start + (1 - self.start) * min(1.0, spent)
+
+
+def rate(progress: float, step: int) -> float:
+    """Share of the peak learning rate: a short rise, level, then half a cosine from progress 0.4 on."""
+    rise = min(1.0, (step + 1) / 60)
+    fall = 0.5 * (1 + math.cos(math.pi * max(0.0, progress - 0.4) / 0.6))
+    return rise * (0.03 + 0.97 * fall)
+
+
+class Trainer:
+    """A model, what tunes it, and what it learns from."""
+
+    def __init__(self, encoder: Encoder, model, progress: Progress, peak: float, batch: int, seed: int | str) -> None:
+        self.encoder, self.model, self.progress = encoder, model, progress
+        self.tuners = optimizers(model, peak)
+        self.peaks = [one.param_groups[0]["lr"] for one in self.tuners]
+        self.source = batches(encoder, progress, batch, seed)
+        self.steps = 0
+        self.recent: list[tuple[float, ...]] = []
+        self.loads: list = []
+
+    def step(self) -> None:
+        """Two micro-batches, one update, and a step of the experts' balance."""
+        share = rate(self.progress(), self.steps)
+        for tuner, peak in zip(self.tuners, self.peaks, strict=True):
+            for group in tuner.param_groups:
+                group["lr"] = peak * share
+        loads = [self._learn(ids, weights) for ids, weights in islice(self.source, 2)]
+        self.loads = [sum(layer) for layer in zip(*loads, strict=True)]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for tuner in self.tuners:
+            tuner.step()
+            tuner.zero_grad(set_to_none=True)
+        balance(self.model, self.loads)
+        self.steps += 1
+
+    def _learn(self, ids: torch.Tensor, weights: torch.Tensor) -> list:
+        loss, index, loads, sure = loss_of(self.model, ids, weights)
+        (loss / 2 + INDEX_WEIGHT * index / 2).backward()
+        self.progress.done += int((weights > 0).sum())
+        self.recent.append((float(loss.detach()), float(index.detach()), float(sure)))
+        return loads
+
+    def summary(self) -> dict[str, float]:
+        """Means since the last summary, and the load of the busiest expert over the mean load."""
+        loss, index, sure = (round(sum(x) / len(x), 4) for x in zip(*self.recent, strict=True))
+        self.recent = []
+        worst = max(float(x.max() / x.float().mean()) for x in self.loads[1:])
+        return {"loss": loss, "index_loss": index, "answer_tokens": sure, "worst_load": round(worst, 2),
+                "progress": round(self.progress(), 3)}  # fmt: skip
+
+    def evaluate(self, n: int) -> dict[str, float]:
+        """Held-out exact match of each family, on ``n`` questions with as much filler as is trained on now."""
+        room = at(ROOM, self.progress())
+        return {name: exact_match(self.model, self.encoder, name, n, room) for name in FAMILIES if n}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
@@ -135,62 +217,39 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=3e-3)
     parser.add_argument("--every", type=float, default=4, help="minutes between checkpoints")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", type=float, metavar="PROGRESS", help="go on from OUT's checkpoint, 0 to 1")
     parser.add_argument("--evaluate", type=int, default=20, help="held-out questions a family at a checkpoint")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
     asked.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer()
-    tokenizer.save(str(asked.out / "tokenizer.json"))
-    encoder, model = Encoder(tokenizer), new_model(tokenizer.get_vocab_size(), SEED)
-    began, done, step = time.monotonic(), 0, 0
-
-    def clock() -> float:
-        return (time.monotonic() - began) / 60
-
-    def progress() -> float:
-        return min(1.0, max(done / asked.tokens, clock() / asked.minutes))
+    encoder, model = fresh(asked.out) if asked.resume is None else restored(asked.out)
+    progress = Progress(asked.tokens, asked.minutes, asked.resume or 0.0)
+    seed = SEED if asked.resume is None else f"{SEED} from {asked.resume}"
+    run = Trainer(encoder, model.train(), progress, asked.peak, asked.batch, seed)
 
     def log(**facts) -> None:
-        line = {"step": step, "tokens": done, "minutes": round(clock(), 2), **facts}
+        line = {"step": run.steps, "tokens": progress.done, "minutes": round(progress.minutes, 2), **facts}
         print(json.dumps(line), flush=True)
         with (asked.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    source, tuners = batches(encoder, progress, asked.batch, SEED), optimizers(model, asked.peak)
-    peaks = [one.param_groups[0]["lr"] for one in tuners]
-    saved, recent = clock(), []
+    saved = progress.minutes
     while progress() < 1:
-        p = progress()
-        rate = min(1.0, (step + 1) / 60) * (1.0 if p < 0.4 else 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * (p - 0.4) / 0.6)))
-        for tuner, peak in zip(tuners, peaks, strict=True):
-            for group in tuner.param_groups:
-                group["lr"] = peak * rate
-        loads = None
-        for ids, weights in islice(source, 2):
-            loss, index, load, sure = loss_of(model, ids, weights)
-            (loss / 2 + INDEX_WEIGHT * index / 2).backward()
-            loads = load if loads is None else [a + b for a, b in zip(loads, load, strict=True)]
-            done += int((weights > 0).sum())
-            recent.append((float(loss.detach()), float(index.detach()), float(sure), (weights == 0).float().mean().item()))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for tuner in tuners:
-            tuner.step()
-            tuner.zero_grad(set_to_none=True)
-        balance(model, loads)
-        step += 1
-        if step % 20 == 0:
-            loss, index, sure, unweighted = (round(sum(x) / len(x), 4) for x in zip(*recent, strict=True))
-            worst = max(float(x.max() / x.float().mean()) for x in loads[1:])
-            log(loss=loss, index_loss=index, answer_tokens=sure, unweighted=unweighted, worst_load=round(worst, 2),
-                room=[n for start, n in ROOM if start <= p][-1])  # fmt: skip
-            recent = []
-        if clock() - saved > asked.every or progress() >= 1:
+        run.step()
+        if run.steps % 20 == 0:
+            log(**run.summary())
+        if progress.minutes - saved > asked.every or progress() >= 1:
             save(model, asked.out)
-            room = [n for start, n in ROOM if start <= p][-1]
-            n = asked.evaluate
-            log(held_out={one: exact_match(model, encoder, one, n, room) for one in FAMILIES} if n else {}, room=room)
-            saved = clock()
+            log(held_out=run.evaluate(asked.evaluate), room=at(ROOM, progress()))
+            saved = progress.minutes
+
+
+def fresh(out: Path):
+    """A new tokenizer, kept in ``out``, and random weights."""
+    tokenizer = train_tokenizer()
+    tokenizer.save(str(out / "tokenizer.json"))
+    return Encoder(tokenizer), new_model(tokenizer.get_vocab_size(), SEED)
 
 
 def restored(out: Path):
