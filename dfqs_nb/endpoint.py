@@ -36,6 +36,7 @@ TIMEOUT_SECONDS = 600.0  # between two pieces of an answer, the first one includ
 CONNECT_SECONDS = 10.0
 RETRIES = 4
 PROBE_RETRIES = 2  # of a request for what a server need not have
+FINAL = ("content_filter", "tool_calls", "function_call")  # ends of an answer: asking again changes nothing
 BUSY = (408, 409, 425, 429)  # and 5xx: worth asking again
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 60.0
 CLIENTS = (1, 2, 4, 8)
@@ -491,6 +492,10 @@ class _Broken(Exception):
     """An answer without its end."""
 
 
+class _Refused(Exception):
+    """An answer that the server ended for a reason of its own, and would again."""
+
+
 def _first(said: Any) -> Any:
     if not getattr(said, "choices", None):
         raise _Broken("it holds no answer")
@@ -500,6 +505,8 @@ def _first(said: Any) -> Any:
 def _reply(text: str, reason: str | None, stop: Sequence[str], usage: Any, n_pieces: int, first: float,
            seconds: float) -> Reply:
     """The parts as a ``Reply``; ``eos`` and ``stop`` are one word in the protocol."""
+    if reason in FINAL:
+        raise _Refused(reason)
     if reason not in ("stop", "length"):
         raise _Broken(f"it ended after {len(text):,} characters without saying why" if reason is None
                       else f"the server ended it for {reason!r}")
@@ -559,6 +566,9 @@ def _meaning(error: Exception, url: str, model: str, models: Sequence[str]) -> E
                                 hint="check the address, and that the server is running")
     if isinstance(error, openai.APIStatusError):
         return _status(error.status_code, _said(error), url, model, models)
+    if isinstance(error, _Refused):
+        return EndpointError(f"the server ended the answer for {str(error)!r}", where=url,
+                             hint="switch filters and tools off at the server, or take another one")
     if _is_broken(error):
         why = str(error.__cause__ or error) or type(error).__name__
         if _is_overflow(why):

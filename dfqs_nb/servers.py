@@ -99,9 +99,10 @@ class LocalServer:
         return [line for line in lines if line.strip(" .")][-n_lines:]
 
     def stop(self, seconds: float = STOP_SECONDS) -> float:
-        """End the server and wait until its port is free; the seconds it took. Stopping twice is fine.
+        """End the server and wait until its process is gone; the seconds it took. Stopping twice is fine.
 
-        It is asked to (SIGTERM), and killed if it has not ended in time.
+        It is asked to (SIGTERM), and killed if it has not ended in time. Its port is closed with the process;
+        that is not waited for, since another program may take it at once (``port_is_free``).
         """
         started = time.perf_counter()
         if self.alive:
@@ -342,6 +343,8 @@ def _llama_cpp_params(job: dict[str, Any], settings: OpenSettings, key: str) -> 
     params.n_batch, params.n_ubatch = settings.n_batch, settings.n_ubatch
     params.cpuparams.n_threads = settings.n_threads
     params.cpuparams_batch.n_threads = settings.n_threads_batch
+    mode = xllamacpp.llama_load_mode
+    params.load_mode = mode.LLAMA_LOAD_MODE_MMAP if settings.use_mmap else mode.LLAMA_LOAD_MODE_NONE
     params.n_gpu_layers, params.swa_full = settings.n_gpu_layers, settings.swa_full
     params.cache_type_k = xllamacpp.ggml_type(GGML_TYPES[settings.type_k])
     params.cache_type_v = xllamacpp.ggml_type(GGML_TYPES[settings.type_v])

@@ -261,6 +261,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._event(self._object(body, [{"index": 0, "delta": None, "finish_reason": None}], False))
         self.wfile.write(b"0\r\n\r\n")
 
-    def _filtered(self, body: dict, _extra: str) -> None:
+    def _filtered(self, body: dict, reason: str) -> None:
         self._begin(body, 1)
-        self._end(body, "content_filter")
+        self._end(body, reason)

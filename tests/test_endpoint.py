@@ -202,7 +202,6 @@ def test_a_passing_fault_is_tried_again(server, fault, stream):
     ("500", BusyError, "llama_decode failed"),
     ("truncated", BrokenAnswerError, "without saying why"),
     ("garbage", BrokenAnswerError, "broke off|holds no answer"),
-    ("filtered", BrokenAnswerError, "content_filter"),
 ])
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_lasting_fault_is_an_error_after_all_attempts(server, fault, kind, words, stream):
@@ -230,6 +229,16 @@ def test_an_overflow_is_its_own_error_and_not_tried_again(server, fault, asked):
         found.chat("x")
     assert isinstance(caught.value, ContextFullError) and caught.value.cause == "n_ctx"
     assert len(server.asked) == asked
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("reason", ["content_filter", "tool_calls"])
+def test_an_answer_that_the_server_ends_for_a_reason_is_not_asked_for_again(server, reason, stream):
+    found = endpoint.connect(server.url, stream=stream)
+    server.faults = [f"filtered {reason}"]
+    with pytest.raises(EndpointError, match=reason) as caught:
+        found.chat("x")
+    assert len(server.asked) == 1 and caught.value.hint and not isinstance(caught.value, BrokenAnswerError)
 
 
 def test_a_request_that_is_refused_is_not_repeated(server):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -167,6 +168,15 @@ def test_another_prompt_is_called_one(server, model, monkeypatch):
 
 
 # ---- starting and ending ----
+
+
+@pytest.mark.parametrize("kind", sorted(servers.KINDS))
+@pytest.mark.parametrize("use_mmap", [True, False])
+def test_a_file_is_mapped_only_if_that_is_asked_for(kind, use_mmap, merged_reference, tmp_path):
+    settings = dataclasses.replace(SETTINGS, use_mmap=use_mmap)
+    with servers.serve(kind, merged_reference, settings, log=tmp_path / "log") as server:
+        maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert (merged_reference.name in maps) == use_mmap
 
 
 @pytest.mark.parametrize("kind", sorted(servers.KINDS))
