@@ -396,7 +396,14 @@ def gpu_layers(free_bytes: int, weights_bytes: int, cache_bytes: int, n_layers: 
 
 
 def gpu_free_bytes() -> int:
-    """Free memory of this machine's NVIDIA GPUs together, in bytes; 0 without one."""
+    """Free memory of this machine's NVIDIA GPUs together, in bytes, or of an Apple chip's; 0 without one.
+
+    An Apple GPU shares the machine's memory: macOS lets it hold about two thirds of a small one, and three
+    quarters of a large one (Metal's ``recommendedMaxWorkingSetSize``). Two thirds are counted.
+    """
+    if (platform.system(), platform.machine()) == ("Darwin", "arm64"):
+        memory = available_memory()
+        return min(memory.available_bytes, memory.total_bytes * 2 // 3)
     program = shutil.which("nvidia-smi")
     if program is None:
         return 0

@@ -295,6 +295,15 @@ def test_gpu_layers_follow_the_gpus_memory(real_size, tmp_path, monkeypatch):
     assert deploy.gpu_free_bytes() == 0
 
 
+@pytest.mark.parametrize("machine, available, free", [("arm64", 60, 32), ("arm64", 20, 20), ("x86_64", 60, 0)])
+def test_an_apple_chip_s_gpu_has_a_share_of_the_memory(machine, available, free, monkeypatch):
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(deploy, "available_memory", lambda: Memory(48 << 30, available << 30, "test"))
+    monkeypatch.setattr(deploy.shutil, "which", lambda name: None)
+    assert deploy.gpu_free_bytes() == free << 30
+
+
 @pytest.mark.parametrize("system, cuda", [("Linux", True), ("Darwin", False)])
 def test_layers_on_a_mac_s_gpu_ask_for_no_cuda(system, cuda, tmp_path, monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: system)
