@@ -319,9 +319,9 @@ def _matrix(given: str | Path | ImportanceMatrix | None, recipe: Recipe) -> Impo
 def _job(shards: ShardSet, recipe: Recipe, matrix: ImportanceMatrix | None) -> dict[str, Any]:
     """What the child is told, but for the output; checks all that the source's header can tell."""
     check_recipe(recipe)
-    if shards.headers[0].alignment != DEFAULT_ALIGNMENT:  # llama.cpp pads to 32 and keeps the key that says else
-        raise QuantizeError(f"its tensors are aligned to {shards.headers[0].alignment} bytes: llama.cpp would "
-                            f"write a file that it then refuses", where=shards.paths[0],
+    if (alignment := shards.headers[0].alignment) != DEFAULT_ALIGNMENT:  # it pads to 32, and keeps the key
+        raise QuantizeError(f"its tensors are aligned to {alignment:,} bytes: llama.cpp would write a file "
+                            "that it then refuses", where=shards.paths[0],
                             hint=f"write the source again with an alignment of {DEFAULT_ALIGNMENT}")
     for tensor in shards.tensors:
         if tensor.type not in (*FLOATS, *INTEGERS):
