@@ -44,7 +44,6 @@ from dfqs_nb.errors import DfqsError
 from dfqs_nb.gguf_header import GGUFHeader
 from dfqs_nb.header_facts import bits_per_weight, class_of, class_sizes, types_by_bytes
 from dfqs_nb.journal import conditions_hash
-from dfqs_nb.loss import mean_interval
 from dfqs_nb.paths import data_dir, whole_file, write_json, write_stage
 from dfqs_nb.probe import OpenSettings, llama_version
 from dfqs_nb.progress import tqdm
@@ -193,7 +192,7 @@ def climb(source: str | Path, folder: str | Path, rungs: Sequence[str] = RUNGS, 
         fresh: do everything again.
 
     Raises:
-        LadderError: the source itself cannot be measured.
+        LadderError: the source itself cannot be measured, or its predictions are gone from ``folder``.
         QuantizeError: no such recipe.
         PromptError, TextError: a text or a set is missing or too short.
     """
@@ -352,6 +351,9 @@ def _measured(name: str, path: Path, sha256: str, folder: Path, settings: Settin
         job = {"key": key, "path": str(path.resolve()), "place": str(place.resolve()), "base": base,
                "sha256": sha256, "settings": asdict(settings), "fresh": fresh,
                "reference": str((folder / "reference.npy").resolve())}
+        if base and not Path(base).exists():
+            raise LadderError("the source's predictions are gone", where=base,
+                              hint="climb again with fresh=True: the source is then measured again")
         try:
             quantize.run_child("dfqs_nb.ladder", job, path)
         except DfqsError as error:
@@ -537,7 +539,7 @@ def _share(same: np.ndarray, trace: routing.Trace) -> divergence.Estimate:
     if not same.size:
         return divergence.Estimate(*[float("nan")] * 4)
     by_chunk = same.reshape(-1, trace.conditions["chunk_tokens"], same.shape[1]).mean(axis=(1, 2))
-    low, high = mean_interval(by_chunk)
+    low, high = divergence.chunk_interval(by_chunk)
     error = float(by_chunk.std(ddof=1)) / len(by_chunk) ** 0.5 if len(by_chunk) > 1 else float("nan")
     return divergence.Estimate(float(same.mean()), max(low, 0.0), min(high, 1.0), error)
 
@@ -581,6 +583,7 @@ class Step:
 
     Attributes:
         n: what the two share: chunks, items or haystacks.
+        low, high: NaN for fewer than ``divergence.LEAST_CHUNKS`` chunks: they are no evidence.
         difference: of b to a, with an interval that allows for the number of pairs (Bonferroni), but for
             scores, whose interval is of 95 % and whose test allows for it; for the boundary in octaves.
         verdict: of b: ``better``, ``worse``, ``no evidence of a difference`` or ``not measured``.
@@ -626,7 +629,9 @@ def _verdict(low: float, high: float, *, larger_is_better: bool) -> str:
 def _chunk_step(a: str, b: str, metric: str, first: np.ndarray, second: np.ndarray, level: float) -> Step:
     change = (second - first).mean(axis=1)
     n, values = len(change), (float(first.mean()), float(second.mean()))
-    low, high = _interval(bootstrap_weights(n, N_BOOT, 0) @ change / n, n, level)
+    low, high = float("nan"), float("nan")
+    if n >= divergence.LEAST_CHUNKS:
+        low, high = _interval(bootstrap_weights(n, N_BOOT, 0) @ change / n, n, level)
     verdict = _verdict(low, high, larger_is_better=False)
     return Step(a, b, metric, n, *values, float(change.mean()), low, high, verdict)
 
@@ -725,6 +730,12 @@ def _together(verdicts: Mapping[str, str]) -> str:
     return "mixed" if len(said) == 2 else said.pop() if said else SAME
 
 
+def _interval_text(row: Mapping[str, Any]) -> str:
+    if row["kld_low"] != row["kld_low"]:
+        return "95 % interval unknown"
+    return f"95 % interval {row['kld_low']:.2g} to {row['kld_high']:.2g}"
+
+
 def hand_on(folder: str | Path, ladder: Ladder) -> list[str]:
     """Write ``ladder.json`` (see ``paths.write_stage``), and return its summary lines."""
     rows, tested = table(ladder), hierarchy(ladder)
@@ -733,8 +744,8 @@ def hand_on(folder: str | Path, ladder: Ladder) -> list[str]:
     lines = [
         f"{ladder.source.path.name}: {len(rows)} rungs from {top['rung']} ({top['bits_per_weight']:.2f} bits "
         f"a weight) to {low['rung']} ({low['bits_per_weight']:.2f}, routed experts {low['expert_bits']:.2f})",
-        *(f"{row['rung']}: KL divergence {row['kld']:.2g} nats (95 % interval {row['kld_low']:.2g} to "
-          f"{row['kld_high']:.2g}, n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks), same experts "
+        *(f"{row['rung']}: KL divergence {row['kld']:.2g} nats ({_interval_text(row)}, "
+          f"n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks), same experts "
           f"in {row['routing']:.1%}" for row in others.to_dict("records")),
         *(f"{row['step']} ({row['a']} at {row['bits_a']:.2f} bits to {row['b']} at {row['bits_b']:.2f}): "
           f"fidelity {row['fidelity']}; ability {row['ability']}" for row in tested.to_dict("records")),

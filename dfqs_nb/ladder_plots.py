@@ -33,6 +33,10 @@ def _spread(table: pd.DataFrame, name: str) -> list[np.ndarray]:
     return [(value - low).clip(lower=0).to_numpy(), (high - value).clip(lower=0).to_numpy()]
 
 
+def _interval_kind(low: pd.Series) -> str:
+    return "95 % interval" if low.notna().any() else "interval unknown"
+
+
 def divergence_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """KL divergence from the source against bits: filled over the whole file, hollow over its experts.
 
@@ -53,8 +57,8 @@ def divergence_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     both = np.concatenate([rows["bits_per_weight"] * 1.1, rows["expert_bits"].dropna()])
     _bit_axis(ax, both, "bits a weight (log scale); filled: over the whole file, hollow: the routed experts")
     n, n_chunks = rows["n_tokens"].iloc[0], rows["n_chunks"].iloc[0]
-    ax.set_ylabel(f"KL divergence from {source} (nats a token)\n95 % interval, n = {n:,} tokens in "
-                  f"{n_chunks} chunks", fontsize=9)
+    ax.set_ylabel(f"KL divergence from {source} (nats a token)\n{_interval_kind(rows['kld_low'])}, n = {n:,} "
+                  f"tokens in {n_chunks} chunks", fontsize=9)
     ax.margins(y=0.12)
     far, near = rows.loc[rows["kld"].idxmax()], rows.loc[rows["kld"].idxmin()]
     _title(ax, f"{far['rung']} is furthest from {source}: {far['kld'] / near['kld']:,.0f} times as far as "
@@ -115,14 +119,17 @@ def routing_by_bits(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.errorbar(rows["bits_per_weight"] * shift, rows["identical"],
                     yerr=[one.clip(lower=0) for one in spread], fmt="o", color=colour, capsize=2, linewidth=1,
                     markersize=4, label=f"layer {layer}")
-    tops = scored.groupby("rung", sort=False).agg(bits_per_weight=("bits_per_weight", "first"),
+    held = scored.assign(low=scored["low"].fillna(scored["identical"]),
+                         high=scored["high"].fillna(scored["identical"]))
+    tops = held.groupby("rung", sort=False).agg(bits_per_weight=("bits_per_weight", "first"),
                                                   top=("high", "max")).reset_index()
     _label_rungs(ax, tops, ["top"])
     _bit_axis(ax, scored["bits_per_weight"])
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    ax.set_ylim(max(0.0, scored["low"].min() - 0.06), 1.0 + 0.28 * (1 - scored["low"].min()))
+    ax.set_ylim(max(0.0, held["low"].min() - 0.06), 1.0 + 0.28 * (1 - held["low"].min()))
     ax.set_yticks([tick for tick in ax.get_yticks() if tick <= 1])
-    ax.set_ylabel(f"same experts as the source\n(95 % interval, n = {scored['n'].iloc[0]:,} a layer)")
+    ax.set_ylabel(f"same experts as the source\n({_interval_kind(scored['low'])}, "
+                  f"n = {scored['n'].iloc[0]:,} a layer)")
     ax.legend(frameon=False, fontsize=8, loc="lower left", ncols=-(-len(deep) // 6))
     mean = scored.groupby("rung", sort=False)["identical"].mean()
     _title(ax, f"Choices of the source's experts: from {mean.max():.0%} ({mean.idxmax()}) down to "

@@ -80,6 +80,14 @@ def test_intervals_come_from_chunks_and_widen_where_chunks_differ():
     assert divergence.summarize(tokens[1]).row()["kld_high"] == wide.high
 
 
+@pytest.mark.parametrize("n", [2, 5, 6])
+def test_few_chunks_have_no_interval(n):
+    values = np.linspace(0.1, 0.5, n)[:, None] * np.ones((n, 4))
+    found = divergence.summarize(Tokens(values, values, values, values > 0.2))
+    for one in (found.perplexity, found.log_ratio, found.kld, found.same_top):
+        assert (math.isnan(one.low), math.isnan(one.high)) == (n < 6, n < 6) and one.value >= 0
+
+
 def test_what_is_saved_is_loaded_again(tmp_path):
     tokens = Tokens(*(np.random.default_rng(0).random((3, 4)) for _ in range(4)))
     found = Tokens.load(tokens.save(tmp_path / "t.npz"))
