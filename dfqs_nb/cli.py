@@ -315,6 +315,11 @@ def add_score(commands: Any) -> None:
     parser.add_argument("--run", help="the folder's name under outputs/ (default: from the model)")
     parser.add_argument("--samples", type=int, default=1, help="of code: answers a task; pass@k up to that k")
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--long-context", action="store_true",
+                        help="of a server: also measure retrieval at growing lengths")
+    parser.add_argument("--longest", type=int, default=1024, metavar="TOKENS",
+                        help="of them (default: %(default)s)")
+    parser.add_argument("--shortest", type=int, metavar="TOKENS", help="default: the prompt set's")
     parser.add_argument("--fresh", action="store_true", help="answer again what an earlier run answered")
     parser.add_argument("--allow-unsandboxed", action="store_true",
                         help="run generated code without a sandbox")
@@ -328,6 +333,9 @@ def score(arguments: argparse.Namespace) -> int:
     url = arguments.endpoint or (arguments.model if endpoint.is_url(arguments.model) else "")
     if bool(arguments.endpoint) == bool(arguments.model):
         raise DfqsError("say what to score", hint="give a GGUF file, or --endpoint URL, and not both")
+    if arguments.long_context and not url:
+        raise DfqsError("--long-context is for a server", where=arguments.model,
+                        hint="of a file, notebook 05 measures it: dfqs-nb run 01 05 --model FILE")
     chosen = ([item_sets.load_item_set(name) for name in arguments.set]
               or item_sets.sets_of_tier(arguments.tier))
     settings = runtime.OpenSettings(n_ctx=arguments.n_ctx, n_threads=arguments.threads or None)
@@ -342,7 +350,8 @@ def score(arguments: argparse.Namespace) -> int:
             model = stack.enter_context(runtime.open_model(arguments.model, settings))
             identity, score_set, name = sha256_of(model.path), scores.score_set, workbook.default_run_name(
                 arguments.model)
-        folder = paths.run_dir(arguments.run or name) / "scores"
+        run_folder = paths.run_dir(arguments.run or name)
+        folder = run_folder / "scores"
         for one in chosen:
             found = score_set(
                 model, one, folder, model_id=identity, sampling=sampling, ks=ks if one.kind == "code" else (),
@@ -350,8 +359,26 @@ def score(arguments: argparse.Namespace) -> int:
                 allow_unsandboxed=arguments.allow_unsandboxed, fresh=arguments.fresh,
             )  # fmt: skip
             print("\n".join(s.sentence for s in (found.score, *found.pass_at.values())), flush=True)
+        if arguments.long_context:
+            _long_context(model, arguments, run_folder / "long_context")
     print(f"answers: {paths.tilde(folder)}/")
     return 0
+
+
+def _long_context(server: Any, arguments: argparse.Namespace, folder: Path) -> None:
+    """The curve of retrieval over an endpoint, and where it ends."""
+    from dfqs_nb import endpoint, paths
+
+    found = endpoint.measure_long_context(server, folder, prompt_set=f"long-context-{arguments.tier}",
+                                          longest=arguments.longest, shortest=arguments.shortest,
+                                          fresh=arguments.fresh)
+    if found.failure:
+        print(f"{found.failure.length:,} tokens: {found.failure.message}")
+    if len(found.items):
+        columns = ["length", "correct", "n", "accuracy", "low", "high", "curve"]
+        print(found.curve()[columns].to_string(index=False, float_format="{:.3f}".format))
+        print(f"retrieval {found.boundary().sentence}")
+    print(f"haystacks: {paths.tilde(folder)}/")
 
 
 def add_quantize(commands: Any) -> None:

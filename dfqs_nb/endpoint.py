@@ -40,6 +40,7 @@ FINAL = ("content_filter", "tool_calls", "function_call")  # ends of an answer: 
 BUSY = (408, 409, 425, 429)  # and 5xx: worth asking again
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 60.0
 CLIENTS = (1, 2, 4, 8)
+COUNTED_ITEMS = 8  # the longest of a set, whose tokens are counted before the first is asked
 
 # What a server would add by itself, switched off: llama-cpp-python's server penalises repetition by 1.1
 # unless told otherwise, llama.cpp's reuses the last prompt's cache, which can change the text
@@ -666,6 +667,30 @@ def run_conditions(endpoint: Endpoint, item_set: ItemSet, sampling: Sampling = G
     }
 
 
+def check_context(endpoint: Endpoint, item_set: ItemSet) -> int:
+    """The context in tokens that the longest items need at least; 0 where the server does not say its context
+    or shows no tokenizer. A server that lacks the room may cut answers off without a word.
+
+    Raises:
+        ContextOverflowError: it is more than the server has.
+    """
+    tokens = tokenizer(endpoint) if endpoint.facts.n_ctx else None
+    if tokens is None:
+        return 0
+    chat = item_set.mode == "chat"
+    before, after = (_shown_around(endpoint) or ("", "")) if chat else ("", "")
+    texts = [before + (item.asked(item_set.instruction) if chat else item.prompt) + after
+             for item in item_set.items]
+    longest = sorted(texts, key=len)[-COUNTED_ITEMS:]
+    needed = max(len(tokens(text)) for text in longest) + item_set.max_tokens
+    if needed > endpoint.facts.n_ctx:
+        raise ContextOverflowError(
+            f"the set {item_set.name} needs {needed:,} tokens of context, and the server has "
+            f"{endpoint.facts.n_ctx:,}", where=endpoint.base_url,
+            hint="start the server with a larger context for each request")
+    return needed
+
+
 def score_set(
     endpoint: Endpoint,
     item_set: ItemSet,
@@ -684,10 +709,12 @@ def score_set(
 
     Raises:
         SandboxError: the set is code and there is no sandbox; nothing has been asked yet.
+        ContextOverflowError: an item does not fit into the server's context; see ``check_context``.
         EndpointError: the server failed at an item for good; a second call goes on from there.
     """
     if item_set.kind == "code":
         check_allowed(find_sandbox(), allow_unsandboxed)
+    check_context(endpoint, item_set)
     conditions = run_conditions(endpoint, item_set, sampling)
     return scores.collect(
         answerer(endpoint, item_set), item_set, folder, conditions, sampling=sampling,
@@ -783,7 +810,7 @@ class Remote:
     def __init__(self, endpoint: Endpoint, around: tuple[str, str] | None = None) -> None:
         count, self.counted_by = token_counter(endpoint)
         self.endpoint, self.texts = endpoint, _Texts(count)
-        self.around = around or _around(endpoint)
+        self.around = around or _shown_around(endpoint) or ("", "\nAnswer:")
         self.settings = _Room(endpoint.facts.n_ctx or 2**31)
         self._body: tuple[int, ...] = ()
 
@@ -815,13 +842,13 @@ class Remote:
         return long_context.Answer(said, right, n_evaluated, time.perf_counter() - started)
 
 
-def _around(endpoint: Endpoint) -> tuple[str, str]:
-    """What the server's chat template puts before and after a message, where it shows that."""
+def _shown_around(endpoint: Endpoint) -> tuple[str, str] | None:
+    """What the server's chat template puts before and after a message; None where it does not show that."""
     shown = endpoint.post("/apply-template", messages=[{"role": "user", "content": MARK}])
     if isinstance(shown, dict) and MARK in shown.get("prompt", ""):
         before, _, after = shown["prompt"].partition(MARK)
         return before, after
-    return "", "\nAnswer:"
+    return None
 
 
 def measure_long_context(
@@ -830,6 +857,7 @@ def measure_long_context(
     *,
     prompt_set: str = "long-context-nano",
     longest: int = 1024,
+    shortest: int | None = None,
     n_haystacks: int = 4,
     around: tuple[str, str] | None = None,
     model_id: str = "",
@@ -841,15 +869,18 @@ def measure_long_context(
     which). A length that the server has no room for ends the curve as a failure of the runtime.
 
     Args:
+        longest, shortest: see ``long_context.make_plan``.
         around: text before and after a chat's message, where the server does not show its template.
 
     Raises:
+        PromptError: the shortest length cannot hold the needles.
         EndpointError: the server failed for good; a second call goes on from there.
     """
+    Path(folder).mkdir(parents=True, exist_ok=True)
     remote = Remote(endpoint, around)
     frame = remote.frame(load_prompts(prompt_set))
-    plan = long_context.make_plan(remote, prompt_set, longest, n_haystacks=n_haystacks, rounds=0, grown=False,
-                                  frame=frame)
+    plan = long_context.make_plan(remote, prompt_set, longest, shortest=shortest, n_haystacks=n_haystacks,
+                                  rounds=0, grown=False, frame=frame)
     return long_context.measure(remote, plan, folder, model_sha256=model_id or endpoint.identity, fresh=fresh,
                                 frame=frame, asker=remote)
 

@@ -82,6 +82,11 @@ def test_errors_are_one_line_and_no_traceback(words, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_long_context_of_a_file_is_the_notebook_s():
+    done = dfqs("score", FIRST, "--long-context")
+    assert done.returncode == 1 and "notebook 05" in done.stderr
+
+
 def test_inspect_starts_without_the_heavy_imports():
     code = "import sys, dfqs_nb.cli as c; c.main(['inspect', sys.argv[1]]); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, FIRST], capture_output=True, text=True, cwd=REPOSITORY,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pandas as pd
 import pytest
 from faulty_server import FaultyServer
 
-from dfqs_nb import endpoint, item_sets, plots, runtime, serve_plots, server_checks, servers
+from dfqs_nb import cli, endpoint, item_sets, plots, runtime, scores, serve_plots, server_checks, servers
 from dfqs_nb.endpoint import ContextOverflowError, KeyRefusedError, UnreachableError
 from dfqs_nb.errors import ModelError
 from dfqs_nb.probe import OpenSettings
@@ -129,6 +130,37 @@ def test_long_context_through_it(server, model, tmp_path):
     run = endpoint.measure_long_context(server.connect(), tmp_path, longest=128, n_haystacks=3, around=around)
     assert run.items["correct"].all() and set(run.items["length"]) == {64, 128}
     assert run.items["n_evaluated"].le(128 + 16).all()
+
+
+@pytest.mark.parametrize("tier, lengths", [("nano", (64, 128)), ("standard", (384,))])
+def test_the_command_measures_long_context_through_it(server, tier, lengths, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
+    asked = ["score", server.base_url, "--tier", tier, "--set", "nano-reasoning", "--limit", "1", "--run", "r",
+             "--long-context", "--shortest", str(lengths[0]), "--longest", str(lengths[-1])]
+    assert cli.main(asked) == 0
+    said = capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "r/long_context/long_context_items.jsonl").read_text().splitlines()]
+    assert {row["length"] for row in rows if "question" in row} == set(lengths)
+    assert all(re.search(rf"^ +{length} ", said, re.MULTILINE) for length in lengths), said
+    assert re.search("^retrieval .*(interval|no better than chance)", said, re.MULTILINE), said
+    assert cli.main(asked) == 0 and capsys.readouterr().out == said, "answers are kept"
+
+
+def test_a_set_beyond_the_context_is_refused_before_it_is_asked(server, tmp_path):
+    questions = item_sets.load_item_set("nano-reasoning")
+    long = dataclasses.replace(questions.items[0], prompt="The dog slept near the fire. " * 80)
+    many = dataclasses.replace(questions, items=(*questions.items, long))
+    needed = endpoint.check_context(server.connect(), questions)
+    assert 0 < needed <= 512
+    with pytest.raises(ContextOverflowError, match="tokens of context, and the server has 512"):
+        endpoint.score_set(server.connect(), many, tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_context_that_a_set_needs_is_counted_as_in_this_process(server, model):
+    questions = item_sets.load_item_set("nano-reasoning")
+    ours, theirs = scores.check_context(model, questions), endpoint.check_context(server.connect(), questions)
+    assert ours - theirs in ((0, 1) if server.kind == "llama.cpp" else range(12)), "a BOS, or the template, apart"
 
 
 # ---- differences are explained ----
