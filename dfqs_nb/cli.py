@@ -443,7 +443,7 @@ def add_report(commands: Any) -> None:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    from dfqs_nb import plots, report_text
+    from dfqs_nb import plots, report_files, report_text
     from dfqs_nb import report as reports
     from dfqs_nb.paths import outputs_dir, tilde
 
@@ -452,6 +452,8 @@ def report(arguments: argparse.Namespace) -> int:
         found = reports.read_report(folder)
         reports.check_sources(found, folder)
         print(f"{tilde(folder / reports.FILE)}: as it was written, with {len(found['sources'])} files")
+        for name in report_files.check_beside(folder):
+            print(f"{tilde(folder / name)}.json: as it was written")
         return 0
     made = reports.build_report(folder)
     plots.save(plots.report_shares(reports.shares(made)), folder / "report_shares.png")

@@ -21,6 +21,10 @@ STAGES = {
     "long_context": "05_measure_long_context.ipynb",
     "scores": "06_score_reasoning_and_code.ipynb",
 }
+BESIDE = {  # stages that a report does not draw on
+    "ladder": "08_climb_the_quantization_ladder.ipynb",
+    "serving": "09_serve_and_deploy.ipynb",
+}
 WHICH_MODEL = "merge"  # the one stage without which nobody knows what the rest is about
 
 
@@ -52,6 +56,19 @@ def read_stages(folder: str | Path) -> dict[str, dict[str, Any]]:
     _check_one_model(folder, stages)
     _check_one_tier(folder, stages)
     return stages
+
+
+def check_beside(folder: str | Path) -> list[str]:
+    """Check the seals of the stages that stand beside a report, and return the names of those that are there.
+
+    Raises:
+        ReportError: one is incomplete, or was edited; see `read_stages`.
+    """
+    folder = Path(folder)
+    found = [name for name in BESIDE if (folder / f"{name}.json").exists()]
+    for name in found:
+        read_sealed(folder, name, BESIDE[name])
+    return found
 
 
 def read_sealed(folder: Path, stage: str, notebook: str) -> dict[str, Any]:

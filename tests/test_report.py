@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 from sealed_run import make_run, recorded
 
-from dfqs_nb import paths, plots, report, report_files, report_text
+from dfqs_nb import cli, paths, plots, report, report_files, report_text
 from dfqs_nb.errors import DfqsError
 from dfqs_nb.journal import Journal
 from dfqs_nb.report_files import ReportError
@@ -359,6 +359,23 @@ def test_the_edit_that_is_shown_is_the_same_in_whatever_order_a_folder_lists_its
     assert report_files.refusal_of_an_edit(own) == "scores.json was edited after it was written"
     assert copied == ["scores_table.csv"]
     assert before == {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
+
+
+def test_check_looks_at_the_stages_beside_the_report_too(own, made, capsys):
+    report.write_report(own, made)
+    for name in report_files.BESIDE:
+        with paths.whole_file(own / f"{name}_table.csv") as file:
+            file.write("1")
+        paths.write_stage(own, name, conditions={}, summary=[])
+    assert cli.main(["report", str(own), "--check"]) == 0
+    assert "ladder.json: as it was written" in capsys.readouterr().out
+    (own / "serving_table.csv").write_text("2")
+    assert cli.main(["report", str(own), "--check"]) == 1
+    assert "09_serve_and_deploy.ipynb" in capsys.readouterr().err
+    edited = json.loads((own / "ladder.json").read_text()) | {"tier": "standard"}
+    (own / "ladder.json").write_text(json.dumps(edited))
+    with pytest.raises(ReportError, match="was edited"):
+        report_files.check_beside(own)
 
 
 def test_seal_covers_files_written_since_the_stage_before(tmp_path):
