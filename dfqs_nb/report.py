@@ -75,7 +75,7 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
         "conformance": judged.to_dict("records"),
         "claims": checked.to_dict("records"),
         "hardware_envelope": _envelopes(header, here, merged["path"], stages, ask_llama_cpp),
-        "machine": machine.describe(),
+        "machine": stages.get("scores", {}).get("machine") or machine.describe(),  # that of the speeds
         "versions": _versions(),
         "sources": _sources(folder, stages),
     }

@@ -344,6 +344,14 @@ def test_model_index_of_an_earlier_report_does_not_outlive_its_metrics(made, mer
     assert not (run / "model-index.yml").exists()
 
 
+def test_the_machine_is_the_one_that_was_timed_wherever_the_report_is_written(merged_reference, tmp_path):
+    timed = {"system": "Plan 9", "processor": "another"}
+    run = make_run(tmp_path / "r", merged_reference, scores={"machine": timed})
+    assert report.build_report(run, ask_llama_cpp=False)["machine"] == timed
+    bare = make_run(tmp_path / "bare", merged_reference, without=("scores",))
+    assert report.build_report(bare, ask_llama_cpp=False)["machine"]["usable cores"] >= 1
+
+
 # ---- the seal ----
 
 
