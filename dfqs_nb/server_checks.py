@@ -32,6 +32,7 @@ from dfqs_nb.endpoint import (
     UnreachableError,
 )  # fmt: skip
 from dfqs_nb.item_sets import Item, ItemSet
+from dfqs_nb.needles import MARK
 from dfqs_nb.paths import write_stage
 from dfqs_nb.probe import OpenSettings
 from dfqs_nb.runtime import GREEDY, Completion, Model, chat_text
@@ -338,13 +339,21 @@ def folder_name(endpoint: Endpoint) -> str:
 
 def _rows(model: Model, endpoint: Endpoint, item_set: ItemSet, here: scores.SetRun,
           there: scores.SetRun) -> Iterator[dict[str, Any]]:
-    items = {item.id: item for item in item_set.items}
+    items, opening = {item.id: item for item in item_set.items}, _opening(model, item_set)
     for ours, theirs in zip(here.items.itertuples(), there.items.itertuples(), strict=True):
+        served = theirs.completion.removeprefix(opening)
         row = {"id": ours.id, "family": ours.family, "text_process": ours.completion,
-               "text_server": theirs.completion, "same_text": ours.completion == theirs.completion,
+               "text_server": served, "same_text": ours.completion == served,
                "correct_process": ours.correct, "correct_server": theirs.correct}
-        yield row if row["same_text"] else row | explain(model, endpoint, item_set, items[ours.id],
-                                                         theirs.completion)
+        yield row if row["same_text"] else row | explain(model, endpoint, item_set, items[ours.id], served)
+
+
+def _opening(model: Model, item_set: ItemSet) -> str:
+    """The beginning of a thinking that the template itself writes: llama.cpp's server says it once more."""
+    if item_set.mode != "chat" or not model.header.get("tokenizer.chat_template"):
+        return ""
+    _, opened, rest = chat_text(model, MARK).rpartition(MARK)[2].partition("<think>")
+    return opened + rest
 
 
 def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Item, served: str) -> dict[str, Any]:

@@ -12,9 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import gguf
 import pandas as pd
 import pytest
+from conftest import REFERENCE
 from faulty_server import FaultyServer
+from gguf.scripts import gguf_new_metadata
 
 from dfqs_nb import cli, endpoint, item_sets, plots, runtime, scores, serve_plots, server_checks, servers
 from dfqs_nb.endpoint import ContextOverflowError, KeyRefusedError, UnreachableError
@@ -82,12 +85,6 @@ def test_it_answers_as_this_process_does(server, model):
         ours = runtime.complete(model, code, 24)
         assert found.complete(code, 24).text == ours.text
         assert found.complete(code, 24, stop=["\n"]).text == runtime.complete(model, code, 24, stop=["\n"]).text
-
-
-def test_no_thinking_is_taken_out_of_an_answer(server):
-    """Of an answer that ends while it thinks, llama.cpp's server would else leave an empty text."""
-    props = server.connect().get("/props")
-    assert props is None or props["default_generation_settings"]["params"]["reasoning_format"] == "none"
 
 
 def test_its_tokens_are_ours(server, model):
@@ -161,6 +158,39 @@ def test_the_context_that_a_set_needs_is_counted_as_in_this_process(server, mode
     questions = item_sets.load_item_set("nano-reasoning")
     ours, theirs = scores.check_context(model, questions), endpoint.check_context(server.connect(), questions)
     assert ours - theirs in ((0, 1) if server.kind == "llama.cpp" else range(12)), "a BOS, or the template, apart"
+
+
+# ---- models that think ----
+
+THINKS = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}<｜Assistant｜>"
+          "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+          "{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}")
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory):
+    """The shipped F16 model with a template that opens a thinking, as those of models that always think do."""
+    path = tmp_path_factory.mktemp("thinking") / "thinking.gguf"
+    details = gguf_new_metadata.MetadataDetails(gguf.GGUFValueType.STRING, THINKS)
+    gguf_new_metadata.copy_with_new_metadata(
+        gguf.GGUFReader(REFERENCE / "DFQS-Nano-F16.gguf"), gguf.GGUFWriter(path, "deepseek4"),
+        {gguf.Keys.Tokenizer.CHAT_TEMPLATE: details}, [])
+    return path
+
+
+@pytest.mark.parametrize("kind", sorted(servers.KINDS))
+def test_a_thinking_stays_in_the_answer(kind, thinking, tmp_path):
+    """Else llama.cpp's server has an empty answer where the tokens end before the thinking does."""
+    with servers.serve(kind, thinking, SETTINGS) as server, runtime.open_model(thinking, SETTINGS) as model:
+        ours = runtime.chat(model, QUESTION, 12).text
+        for stream in (True, False):
+            found = server.connect(stream=stream)
+            assert ours and found.chat(QUESTION, 12).text.removeprefix("<think>\n") == ours
+        if kind == "llama.cpp":
+            assert found.chat(QUESTION, 12, reasoning_format="deepseek").text == "", "what this is about"
+        compared = server_checks.compare_with_process(model, found, item_sets.load_item_set("nano-reasoning"), tmp_path,
+                                                      limit=4, progress=False)
+        assert compared.items["same_text"].all(), compared.sentence
 
 
 # ---- differences are explained ----
