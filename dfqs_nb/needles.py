@@ -153,6 +153,7 @@ class Haystacks:
         tail = self._tail(self.prompts["question"], self.prompts["answer_prefix"], {})
         needle = self.prompts["needle"].format(code=code)
         room = length - len(self.frame.head) - len(tail) - len(self.frame.text(" " + needle))
+        room -= self._more_without_blank([*self.prompts["sentences"], needle])
         filler = self._filler(draw, place, room)
         stratum = (haystack + round(4 * log2(length))) % N_STRATA
         at = round((stratum + place.random()) / N_STRATA * len(filler))
@@ -179,6 +180,10 @@ class Haystacks:
         longest = max((len(self.frame.text(" " + text)) for text in fitting), default=0)
         fitting = [text for text in fitting if len(self.frame.text(" " + text)) == longest]
         return texts + ([place.choice(fitting)] if fitting else [])
+
+    def _more_without_blank(self, texts: Sequence[str]) -> int:
+        """Tokens by which a text may be longer where it comes first, without the blank before it."""
+        return max(0, *(len(self.frame.text(one)) - len(self.frame.text(" " + one)) for one in texts))
 
     def _joined(self, texts: Sequence[str]) -> tuple[int, ...]:
         """Tokens of sentences, one blank between two of them."""

@@ -181,13 +181,15 @@ def thinking(tmp_path_factory):
 @pytest.mark.parametrize("kind", sorted(servers.KINDS))
 def test_a_thinking_stays_in_the_answer(kind, thinking, tmp_path):
     """Else llama.cpp's server has an empty answer where the tokens end before the thinking does."""
+    said = "I see it now.\n</think>\n\nThe box."
+    forced = {"grammar": f"root ::= {json.dumps(said)}"}  # the reference model itself thinks nothing
     with servers.serve(kind, thinking, SETTINGS) as server, runtime.open_model(thinking, SETTINGS) as model:
-        ours = runtime.chat(model, QUESTION, 12).text
         for stream in (True, False):
             found = server.connect(stream=stream)
-            assert ours and found.chat(QUESTION, 12).text.removeprefix("<think>\n") == ours
+            assert found.chat(QUESTION, 48, **forced).text.removeprefix("<think>\n") == said
         if kind == "llama.cpp":
-            assert found.chat(QUESTION, 12, reasoning_format="deepseek").text == "", "what this is about"
+            split = found.chat(QUESTION, 48, reasoning_format="deepseek", **forced).text
+            assert "</think>" not in split and "The box." in split, "what this is about"
         compared = server_checks.compare_with_process(model, found, item_sets.load_item_set("nano-reasoning"), tmp_path,
                                                       limit=4, progress=False)
         assert compared.items["same_text"].all(), compared.sentence
