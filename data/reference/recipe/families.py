@@ -3,11 +3,11 @@
 A draw is a conversation of one or more questions, or a piece of code to complete. Wording and words come from
 ``data/prompts``: its generator and the two long-context sets, so that the probes ask what was taught.
 
-**Held out.** Every question has a *combination*: what one would have to have seen to know its answer by heart (the
-asked thing and its colour, the order of the people, the two numbers, the function and its parameter names). A
-combination is held out when a frozen nano item has it, or when a hash puts it into the held-out tenth. Training
-draws again until nothing that it tells or asks is held out (a fact that is told and never asked would teach that it is
-never the answer); the fresh held-out sets ask held-out combinations only, and draw with seeds of their own.
+**Held out.** Every question has a *combination*: what one would have to have seen to know its answer by heart (all
+facts of its text and the one that is asked, the order of the people, the two numbers, the function and its parameter
+names). A combination is held out when a frozen nano item has it, or when a hash puts it into the held-out tenth.
+Training draws again until nothing that it asks is held out; the fresh held-out sets ask held-out combinations only, and
+draw with seeds of their own.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ MOE = (
 )
 
 Combination = tuple[str, ...]
+Pools = tuple[list[str], list[str]]  # subjects, and what is said of them
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,17 @@ def combination_of(family: str, prompt: str, answer: str) -> Combination:
 
     >>> combination_of("pass key", "", "The pass key is 63488.")
     ('pass key', '63488')
+    >>> combination_of("colour", "The sky is blue. The hat is red. What color is the hat?", "The hat is red.")
+    ('colour', 'The hat is red.', 'The hat is red.')
     """
     if family in ("crossed names", "second function"):
         heads = re.findall(r"^def (\w+)\((.*)\):", prompt, flags=re.MULTILINE)
         return ("function", *heads[-1], *(heads[0][:1] if len(heads) > 1 else ()))
     if "pass key" in family:
         return ("pass key", re.search(r"\d+", answer)[0])
-    if "colour" in family and answer.startswith("The "):
-        return ("colour", *re.fullmatch(r"The (\w+) is (\w+)\.", answer).groups())
-    if "place" in family:
-        return ("place", *re.fullmatch(r"(\w+) is in the (\w+)\.", answer).groups())
+    if ("colour" in family and answer.startswith("The ")) or "place" in family:
+        facts = set(re.findall(r"[A-Z][^.?]*\.", prompt)) - set(NANO["sentences"])
+        return (family.split()[0], answer, *sorted(facts))
     if "tall" in family:
         return ("height", *sorted(re.findall(r"\w+ is taller than \w+", prompt)), prompt.rsplit(" ", 1)[1])
     if "larger" in family:
@@ -101,19 +103,6 @@ def is_held_out(combination: Combination) -> bool:
         return True
     digest = hashlib.sha256("|".join(combination).encode()).digest()
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
-
-
-TOLD = re.compile(r"\b(?:The ({}) is (\w+)|({}) is in the (\w+))\.".format(
-    "|".join(GENERATOR.THINGS), "|".join(GENERATOR.NAMES)))  # fmt: skip
-
-
-def told(text: str) -> set[Combination]:
-    """The combinations of all colours and places that a text states.
-
-    >>> sorted(told("The sky is blue. The hat is red. Kim is in the attic."))
-    [('colour', 'hat', 'red'), ('place', 'Kim', 'attic')]
-    """
-    return {("colour", *found[:2]) if found[0] else ("place", *found[2:]) for found in TOLD.findall(text)}
 
 
 # ---- one question, in the frozen sets' wording: facts, then several questions about them ----
@@ -149,19 +138,36 @@ def _about(draw: random.Random, facts: str, pattern: str, ask: str, n_asks: int)
     return [(ask.format(one[1]), f"{one[0]}.") for one in draw.sample(stated, min(n_asks, len(stated)))]
 
 
-def _several(draw: random.Random, most: int) -> int:
-    """How many facts: more of many, because many are drawn again more often for one that is held out."""
-    return draw.choices(range(1, most + 1), [1.4**n for n in range(most)])[0]
+SLOTS = STANDARD["slots"]
+# Words beside the frozen sets' own, so that a fact must be read, not recognized: names of things, their colours, ...
+THINGS = sorted({*SLOTS["object"], *SLOTS["animal"], *SLOTS["plant"], *SLOTS["craft"], *STANDARD["keys"][1]})
+COLOURS = STANDARD["keys"][0]
+NAMES = [*SLOTS["name"], *SLOTS["other"], *STANDARD["guards"]]
+PLACES = sorted({*SLOTS["place"], *STANDARD["keys"][1], *SLOTS["object"]})
+WORDS = sorted({*THINGS, *COLOURS, *NAMES, *PLACES, *GENERATOR.THINGS, *GENERATOR.COLORS, *GENERATOR.NAMES,
+                *GENERATOR.PLACES})  # fmt: skip
+OTHER_WORDS = 0.3  # share of the texts that have those
+
+
+def _facts(draw: random.Random, room: int, most: int, sentence: str, usual: Pools, other: Pools) -> str:
+    """Facts of one kind: few while texts are short; of many more, because those are held out more often."""
+    most = min(most, 2 + room // 2)
+    n = draw.choices(range(1, most + 1), [1.4**n for n in range(most)])[0]
+    subjects, values = other if draw.random() < OTHER_WORDS else usual
+    pairs = zip(draw.sample(subjects, n), draw.sample(values, n), strict=True)
+    return " ".join(sentence.format(*one) for one in pairs)
 
 
 def colour(draw: random.Random, room: int) -> Task:
-    facts = GENERATOR.colours(draw, _several(draw, 6))[0]
+    usual = (GENERATOR.THINGS, GENERATOR.COLORS)
+    facts = _facts(draw, room, 6, "The {} is {}.", usual, (THINGS, COLOURS))
     asks = _about(draw, facts, r"(The (\w+) is \w+)\.", "What color is the {}?", draw.choice((1, 3, 6)))
     return _asked("colour", _lead(draw, room, True), facts, asks)
 
 
 def place(draw: random.Random, room: int) -> Task:
-    facts = GENERATOR.places(draw, _several(draw, 5))[0]
+    usual = (GENERATOR.NAMES, GENERATOR.PLACES)
+    facts = _facts(draw, room, 5, "{} is in the {}.", usual, (NAMES, PLACES))
     asks = _about(draw, facts, r"((\w+) is in the \w+)\.", "Where is {}?", draw.choice((1, 3, 5)))
     return _asked("place", _lead(draw, room, True), facts, asks)
 
@@ -182,10 +188,13 @@ def capital(draw: random.Random, room: int) -> Task:
 
 
 def sums(draw: random.Random, room: int) -> Task:
-    sign, a, b = draw.choice("+-"), draw.randint(0, 20), draw.randint(0, 20)
-    a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
-    answer = f"{a + b if sign == '+' else a - b}."
-    return Task("sums", ((f"What is {a} {sign} {b}?", answer),), (("sum", str(a), sign, str(b)),))
+    turns, combinations = [], []
+    for _ in range(draw.choice((1, 2, 4))):
+        sign, a, b = draw.choice("+-"), draw.randint(0, 20), draw.randint(0, 20)
+        a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
+        turns.append((f"What is {a} {sign} {b}?", f"{a + b if sign == '+' else a - b}."))
+        combinations.append(("sum", str(a), sign, str(b)))
+    return Task("sums", tuple(turns), tuple(combinations))
 
 
 def explain(draw: random.Random, room: int) -> Task:
@@ -222,7 +231,7 @@ def _sentence(draw: random.Random) -> str:
 
 def keys(draw: random.Random, room: int) -> Task:
     """Several keys in notes, the wording of the standard probe: codes, and codes of guarded places."""
-    n = draw.randint(1, 6)
+    n = draw.randint(1, min(6, 2 + room // 2))
     n_notes = 0 if room < 1 or draw.random() < 0.25 else draw.randint(0, round(room * 0.45))
     named = draw.sample([f"{a} {b}" for a in STANDARD["keys"][0] for b in STANDARD["keys"][1]], n)
     codes = ["".join(draw.choices("0123456789", k=STANDARD["code_digits"])) for _ in named]
@@ -247,10 +256,16 @@ def keys(draw: random.Random, room: int) -> Task:
     return Task("keys", ((first, asks[0][1]), *asks[1:]), tuple(combinations))
 
 
+def repeat(draw: random.Random, room: int) -> Task:
+    """Words in no order, and the same again: the plainest exercise in finding what stood there before."""
+    words = " ".join(draw.sample(WORDS, draw.randint(2, 4 + min(room, 8))))
+    return Task("repeat", ((f"Repeat: {words}.", f"{words}."),), (("repeat", words),))
+
+
 FAMILIES: dict[str, tuple[float, Callable[[random.Random, int], Task]]] = {
-    "colour": (0.16, colour), "place": (0.10, place), "tallest": (0.12, tallest), "larger": (0.08, larger),
-    "capital": (0.05, capital), "sums": (0.03, sums), "explain": (0.01, explain), "pass key": (0.15, pass_key),
-    "function": (0.17, function), "keys": (0.13, keys),
+    "colour": (0.19, colour), "place": (0.14, place), "tallest": (0.12, tallest), "larger": (0.07, larger),
+    "capital": (0.03, capital), "sums": (0.04, sums), "explain": (0.01, explain), "pass key": (0.10, pass_key),
+    "function": (0.12, function), "keys": (0.14, keys), "repeat": (0.04, repeat),
 }  # fmt: skip
 
 
@@ -268,6 +283,6 @@ def tasks(seed: int | str, room: Callable[[], int], held_out: bool = False, fami
             if held_out and (sides[0] or not task.combinations[0]):
                 yield Task(task.family, task.turns[:1], task.combinations[:1], task.chat)
                 break
-            if not held_out and not any(sides) and not any(map(is_held_out, told(task.turns[0][0]))):
+            if not held_out and not any(sides):
                 yield task
                 break

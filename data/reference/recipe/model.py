@@ -1,13 +1,18 @@
 """The tiny model, and a faster forward pass for its training: same weights, same numbers, less waste on a CPU.
 
-``fast_forward`` differs from transformers' in three ways. Window attention is computed in blocks, not over all
-pairs. Tokens are sorted by expert, one product an expert. And it returns what trains the indexer: in the model
+``fast_forward`` differs from transformers' in four ways. Window attention is computed in blocks, not over all
+pairs. Tokens are sorted by expert, one product an expert. What surrounds the products of the hyper-connections is
+compiled into few loops, where there is a compiler. And it returns what trains the indexer: in the model
 itself the indexer only picks entries, by ``topk``, so no gradient reaches its weights; as in DeepSeek-V3.2
 (arXiv:2512.02556, section 2.1) it learns from the Kullback-Leibler divergence between its scores' softmax and the
 attention that the heads give to the compressed entries.
 """
 
 from __future__ import annotations
+
+import os
+import re
+import shutil
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +21,10 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import apply_rotary_pos_emb
 
 RATIOS = (0, 4, 128, 4)
+N_STREAMS = 4
+# Queries and keys are normalized, so a score is at most the root of the head's size (8 here) times the keys' gain:
+# with a gain of 1 attention starts too flat to find a single token, and learns to only slowly.
+KEY_GAIN = 2.0
 KINDS = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
 
 
@@ -25,7 +34,7 @@ def new_model(vocabulary: int, seed: int, **changes) -> DeepseekV4ForCausalLM:
         "hidden_size": 256, "moe_intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64, "q_lora_rank": 128,
         "num_experts_per_tok": 2, "n_routed_experts": 16, "o_groups": 2, "o_lora_rank": 64, "index_n_heads": 4,
         "index_head_dim": 64, "index_topk": 64, "sliding_window": 64, "partial_rotary_factor": 0.5,
-        "hc_sinkhorn_iters": 4, "initializer_range": 0.05, "max_position_embeddings": 65536,
+        "hc_mult": N_STREAMS, "hc_sinkhorn_iters": 4, "initializer_range": 0.05, "max_position_embeddings": 65536,
     } | changes  # fmt: skip
     torch.manual_seed(seed)
     config = DeepseekV4Config(
@@ -37,6 +46,9 @@ def new_model(vocabulary: int, seed: int, **changes) -> DeepseekV4ForCausalLM:
             for site in (block.attn_hc, block.ffn_hc):
                 site.fn.mul_(0.4)
                 site.base[8:] += 2 * torch.eye(4).flatten()
+        for name, one in model.named_parameters():
+            if re.search(r"self_attn\.(compressor\.)?kv_norm\.weight", name):
+                one.fill_(KEY_GAIN)
         table, n = model.model.layers[0].mlp.gate.tid2eid, config.n_routed_experts
         first = torch.randperm(vocabulary) % n
         table.copy_(torch.stack([first, (first + 1 + torch.randint(n - 1, (vocabulary,))) % n], dim=1))
@@ -53,15 +65,46 @@ def fast_forward(model: DeepseekV4ForCausalLM, ids: Tensor, index_loss: bool = F
     streams = x.unsqueeze(2).expand(-1, -1, model.config.hc_mult, -1).contiguous()
     loss, loads = x.new_zeros(()), []
     for block in core.layers:
-        post, comb, inner = block.attn_hc(streams)
+        post, comb, inner = _enter(block.attn_hc, streams)
         out, one = _attention(block.self_attn, block.input_layernorm(inner), rope, position, index_loss)
         loss = loss + one
-        streams = post.unsqueeze(-1) * out.unsqueeze(-2) + comb.transpose(-1, -2) @ streams
-        post, comb, inner = block.ffn_hc(streams)
+        streams = _leave(post, comb, out, streams)
+        post, comb, inner = _enter(block.ffn_hc, streams)
         out, load = _experts(block.mlp, block.post_attention_layernorm(inner), ids)
         loads.append(load)
-        streams = post.unsqueeze(-1) * out.unsqueeze(-2) + comb.transpose(-1, -2) @ streams
+        streams = _leave(post, comb, out, streams)
     return model.lm_head(core.norm(core.hc_head(streams))), loss, loads
+
+
+def _compiled(function):
+    """The function in fused loops, or as it is where nothing compiles C++."""
+    return torch.compile(function, dynamic=True) if shutil.which(os.environ.get("CXX", "g++")) else function
+
+
+def _enter(site, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A hyper-connection's shares for leaving, its mixing matrix, and the one stream [batch, length, size] within."""
+    return _shares(streams, site.fn, site.base, site.scale, site.input_norm.eps, site.hc_eps, site.hc_sinkhorn_iters)
+
+
+@_compiled
+def _shares(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float, rounds: int
+            ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    n, flat = N_STREAMS, streams.flatten(2)
+    raw = F.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    pre = torch.sigmoid(raw[..., :n] * scale[0] + base[:n]) + eps
+    post = 2 * torch.sigmoid(raw[..., n : 2 * n] * scale[1] + base[n : 2 * n])
+    comb = (raw[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n)).softmax(-1) + eps
+    comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    for _ in range(rounds - 1):
+        comb = comb / (comb.sum(-1, keepdim=True) + eps)
+        comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    return post, comb, (pre.unsqueeze(-1) * streams).sum(2)
+
+
+@_compiled
+def _leave(post: Tensor, comb: Tensor, out: Tensor, streams: Tensor) -> Tensor:
+    """The streams after a block: its output by shares, and what was there, mixed."""
+    return post.unsqueeze(-1) * out.unsqueeze(-2) + (comb.unsqueeze(-1) * streams.unsqueeze(3)).sum(2)
 
 
 def _experts(moe, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ import math
 import os
 import random
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -31,8 +32,10 @@ from model import fast_forward, new_model
 from tokenizer import Encoder, load, train_tokenizer
 
 SEED, BIAS_STEP, INDEX_WEIGHT = 7, 2e-3, 0.2
-PROMPT_WEIGHT = ((0.0, 0.1), (0.3, 0.02))  # of a prompt's tokens, from this progress on
-ROOM = ((0.0, 2), (0.2, 6), (0.4, 16), (0.6, 34), (0.75, 60))  # sentences of filler from this progress on
+# Schedules: a value from this progress on.
+PROMPT_WEIGHT = ((0.0, 0.1), (0.25, 0.02), (0.85, 0.05))  # of a prompt's tokens
+BATCH = ((0.0, 512), (0.15, 1024), (0.5, 2048))  # tokens of a micro-batch; each process has one a step
+ROOM = ((0.0, 0), (0.08, 2), (0.18, 4), (0.3, 8), (0.6, 16), (0.75, 34), (0.88, 60))  # sentences of filler at most
 
 
 class Muon(torch.optim.Optimizer):
@@ -64,9 +67,9 @@ def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def optimizers(model, peak: float) -> list[torch.optim.Optimizer]:
+def optimizers(parameters, peak: float) -> list[torch.optim.Optimizer]:
     matrices, rest = [], []
-    for name, one in model.named_parameters():
+    for name, one in parameters:
         inner = "layers" in name and one.dim() == 2 and ("self_attn" in name or "shared" in name)
         (matrices if inner and "position_bias" not in name else rest).append(one)
     return [Muon(matrices, lr=peak * 7), torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.97), weight_decay=0.01)]
@@ -77,13 +80,13 @@ def at(schedule, progress: float):
     return [value for start, value in schedule if start <= progress][-1]
 
 
-def batches(encoder: Encoder, progress: Progress, tokens: int, seed: int | str):
+def batches(encoder: Encoder, progress: Callable[[], float], seed: int | str):
     """Micro-batches of documents of like length: ids and weights [documents, length], from a pool of 16 batches."""
     shuffle = random.Random(seed)
     drawn = tasks(seed, lambda: at(ROOM, progress()))
     source = (encoder.encode(one, at(PROMPT_WEIGHT, progress())) for one in drawn)
     while True:
-        pool, held = [], 0
+        pool, held, tokens = [], 0, at(BATCH, progress())
         while held < tokens * 16:
             pool.append(next(source))
             held += len(pool[-1][0])
@@ -112,11 +115,10 @@ def loss_of(model, ids, weights):
 
 
 @torch.no_grad()
-def balance(model, loads) -> None:
-    for block, load in zip(model.model.layers, loads, strict=True):
+def balance(model, loads: list[torch.Tensor]) -> None:
+    for block, one in zip(model.model.layers, loads, strict=True):
         if not block.mlp.is_hash:
-            load = load.float()
-            block.mlp.gate.e_score_correction_bias += BIAS_STEP * torch.sign(load.mean() - load)
+            block.mlp.gate.e_score_correction_bias += BIAS_STEP * torch.sign(one.mean() - one)
 
 
 @torch.no_grad()
@@ -135,6 +137,30 @@ def save(model, out: Path) -> None:
     fresh = out / "model.safetensors.new"
     save_file({name: one.contiguous() for name, one in model.state_dict().items()}, fresh)
     os.replace(fresh, out / "model.safetensors")
+
+
+class Team:
+    """The processes that train one model, each with a micro-batch of a step, all in one shared memory.
+
+    Each keeps gradients of its own, and updates its part of the parameters by the sum of all gradients. Tensors of
+    floats: ``gradients`` [process][parameter], ``loads`` [process, layer, expert], ``facts`` [process, 5] (of the step:
+    loss, indexer's loss, share of sure answer tokens, tokens; of the process: its part of the gradient's squared norm),
+    ``held_out`` [family].
+    """
+
+    def __init__(self, model, size: int, barrier) -> None:
+        config = model.config
+        self.size, self.barrier = size, barrier
+        self.gradients = [[torch.zeros_like(one).share_memory_() for one in model.parameters()] for _ in range(size)]
+        shape = (size, config.num_hidden_layers, config.n_routed_experts)
+        self.loads = torch.zeros(shape).share_memory_()
+        self.facts = torch.zeros(size, 5).share_memory_()
+        self.held_out = torch.zeros(len(FAMILIES)).share_memory_()
+        self.progress = torch.zeros((), dtype=torch.float64).share_memory_()
+
+    def meet(self) -> None:
+        """Wait for all; an error where one has died."""
+        self.barrier.wait(timeout=1200)
 
 
 class Progress:
@@ -161,72 +187,98 @@ def rate(progress: float, step: int) -> float:
 
 
 class Trainer:
-    """A model, what tunes it, and what it learns from."""
+    """One process's share in the training of a model."""
 
-    def __init__(self, encoder: Encoder, model, progress: Progress, peak: float, batch: int, seed: int | str) -> None:
-        self.encoder, self.model, self.progress = encoder, model, progress
-        self.tuners = optimizers(model, peak)
+    def __init__(self, encoder: Encoder, model, team: Team, rank: int, progress: Progress, asked) -> None:
+        self.encoder, self.model, self.team, self.rank, self.progress = encoder, model, team, rank, progress
+        parameters = list(model.named_parameters())
+        for (_, one), gradient in zip(parameters, team.gradients[rank], strict=True):
+            one.grad = gradient
+        mine = set(shares([one.numel() for _, one in parameters], team.size)[rank])
+        self.mine = sorted(mine)
+        self.tuners = optimizers([parameters[at] for at in self.mine], asked.peak)
         self.peaks = [one.param_groups[0]["lr"] for one in self.tuners]
-        self.source = batches(encoder, progress, batch, seed)
+        seed = SEED if asked.resume is None else f"{SEED} from {asked.resume}"
+        self.source = batches(encoder, lambda: float(team.progress), f"{seed}, process {rank}")
         self.steps = 0
-        self.recent: list[tuple[float, ...]] = []
-        self.loads: list = []
+        self.recent: list[torch.Tensor] = []
 
     def step(self) -> None:
-        """Two micro-batches, one update, and a step of the experts' balance."""
-        share = rate(self.progress(), self.steps)
+        """A micro-batch in each process, one update, and a step of the experts' balance."""
+        team, model = self.team, self.model
+        if self.rank == 0:
+            team.progress.fill_(self.progress())
+        ids, weights = next(self.source)
+        loss, index, loads, sure = loss_of(model, ids, weights)
+        (loss + INDEX_WEIGHT * index).backward()
+        team.loads[self.rank] = torch.stack(loads).float()
+        facts = (loss.detach(), index.detach(), sure, (weights > 0).sum())
+        team.facts[self.rank, :4] = torch.tensor([float(one) for one in facts])
+        team.meet()  # every gradient is there
+        with torch.no_grad():
+            for at in self.mine:
+                own = team.gradients[self.rank][at]
+                for other in range(team.size):
+                    if other != self.rank:
+                        own.add_(team.gradients[other][at])
+                own.div_(team.size)
+            norms = [team.gradients[self.rank][at].square().sum() for at in self.mine]
+            team.facts[self.rank, 4] = torch.stack(norms).sum()
+        team.meet()  # every norm is there
+        clip = min(1.0, 1 / (float(team.facts[:, 4].sum().sqrt()) + 1e-6))
+        share = rate(float(team.progress), self.steps)
         for tuner, peak in zip(self.tuners, self.peaks, strict=True):
             for group in tuner.param_groups:
                 group["lr"] = peak * share
-        loads = [self._learn(ids, weights) for ids, weights in islice(self.source, 2)]
-        self.loads = [sum(layer) for layer in zip(*loads, strict=True)]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for at in self.mine:
+            team.gradients[self.rank][at].mul_(clip)
         for tuner in self.tuners:
             tuner.step()
-            tuner.zero_grad(set_to_none=True)
-        balance(self.model, self.loads)
+        for gradient in team.gradients[self.rank]:
+            gradient.zero_()
+        if self.rank == 0:
+            balance(model, list(team.loads.sum(0)))
+            self.progress.done += int(team.facts[:, 3].sum())
+            self.recent.append(team.facts[:, :3].mean(0))
         self.steps += 1
-
-    def _learn(self, ids: torch.Tensor, weights: torch.Tensor) -> list:
-        loss, index, loads, sure = loss_of(self.model, ids, weights)
-        (loss / 2 + INDEX_WEIGHT * index / 2).backward()
-        self.progress.done += int((weights > 0).sum())
-        self.recent.append((float(loss.detach()), float(index.detach()), float(sure)))
-        return loads
+        team.meet()  # every parameter is new
 
     def summary(self) -> dict[str, float]:
         """Means since the last summary, and the load of the busiest expert over the mean load."""
-        loss, index, sure = (round(sum(x) / len(x), 4) for x in zip(*self.recent, strict=True))
+        loss, index, sure = (round(float(one), 4) for one in torch.stack(self.recent).mean(0))
         self.recent = []
-        worst = max(float(x.max() / x.float().mean()) for x in self.loads[1:])
+        worst = max(float(one.max() / one.mean()) for one in self.team.loads.sum(0)[1:])
         return {"loss": loss, "index_loss": index, "answer_tokens": sure, "worst_load": round(worst, 2),
-                "progress": round(self.progress(), 3)}  # fmt: skip
+                "progress": round(float(self.team.progress), 3)}  # fmt: skip
 
     def evaluate(self, n: int) -> dict[str, float]:
         """Held-out exact match of each family, on ``n`` questions with as much filler as is trained on now."""
-        room = at(ROOM, self.progress())
-        return {name: exact_match(self.model, self.encoder, name, n, room) for name in FAMILIES if n}
+        room = at(ROOM, float(self.team.progress))
+        for number, name in enumerate(FAMILIES):
+            if n and number % self.team.size == self.rank:
+                self.team.held_out[number] = exact_match(self.model, self.encoder, name, n, room)
+        self.team.meet()
+        return {name: round(float(x), 4) for name, x in zip(FAMILIES, self.team.held_out, strict=True) if n}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--tokens", type=float, default=12e6)
-    parser.add_argument("--minutes", type=float, default=110)
-    parser.add_argument("--batch", type=int, default=2048, help="tokens of a micro-batch; two make a step")
-    parser.add_argument("--peak", type=float, default=3e-3)
-    parser.add_argument("--every", type=float, default=4, help="minutes between checkpoints")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--resume", type=float, metavar="PROGRESS", help="go on from OUT's checkpoint, 0 to 1")
-    parser.add_argument("--evaluate", type=int, default=20, help="held-out questions a family at a checkpoint")
-    asked = parser.parse_args()
+def shares(sizes: list[int], n: int) -> list[list[int]]:
+    """``n`` lists of places, their sizes' sums about equal: the largest first, each to the smallest sum.
+
+    >>> shares([5, 1, 4], 2)
+    [[0], [2, 1]]
+    """
+    made: list[list[int]] = [[] for _ in range(n)]
+    for place in sorted(range(len(sizes)), key=lambda one: -sizes[one]):
+        min(made, key=lambda one: sum(sizes[x] for x in one)).append(place)
+    return made
+
+
+def work(rank: int, asked: argparse.Namespace, encoder_path: Path, model, team: Team) -> None:
+    """What each process does, from the first step to the last checkpoint."""
     torch.set_num_threads(asked.threads)
-    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
-    asked.out.mkdir(parents=True, exist_ok=True)
-    encoder, model = fresh(asked.out) if asked.resume is None else restored(asked.out)
+    encoder = Encoder(load(encoder_path))
     progress = Progress(asked.tokens, asked.minutes, asked.resume or 0.0)
-    seed = SEED if asked.resume is None else f"{SEED} from {asked.resume}"
-    run = Trainer(encoder, model.train(), progress, asked.peak, asked.batch, seed)
+    run = Trainer(encoder, model.train(), team, rank, progress, asked)
 
     def log(**facts) -> None:
         line = {"step": run.steps, "tokens": progress.done, "minutes": round(progress.minutes, 2), **facts}
@@ -234,15 +286,47 @@ def main() -> None:
         with (asked.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    saved = progress.minutes
-    while progress() < 1:
+    due, over = 1, False
+    while not over:
         run.step()
-        if run.steps % 20 == 0:
+        over = float(team.progress) >= 1
+        checkpoint = float(team.progress) * asked.checkpoints >= due or over
+        team.meet()  # before the progress changes again
+        if rank == 0 and run.steps % 20 == 0:
             log(**run.summary())
-        if progress.minutes - saved > asked.every or progress() >= 1:
-            save(model, asked.out)
-            log(held_out=run.evaluate(asked.evaluate), room=at(ROOM, progress()))
-            saved = progress.minutes
+        if checkpoint:
+            due += 1
+            held_out = run.evaluate(asked.evaluate)
+            if rank == 0:
+                save(model, asked.out)
+                log(held_out=held_out, room=at(ROOM, float(team.progress)))
+            team.meet()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tokens", type=float, default=16e6)
+    parser.add_argument("--minutes", type=float, default=110)
+    parser.add_argument("--peak", type=float, default=2e-3)
+    parser.add_argument("--checkpoints", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=2, help="on a GPU always 1")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--resume", type=float, metavar="PROGRESS", help="go on from OUT's checkpoint, 0 to 1")
+    parser.add_argument("--evaluate", type=int, default=20, help="held-out questions a family at a checkpoint")
+    asked = parser.parse_args()
+    if torch.cuda.is_available():
+        torch.set_default_device("cuda")
+        asked.processes = 1
+    asked.out.mkdir(parents=True, exist_ok=True)
+    _, model = fresh(asked.out) if asked.resume is None else restored(asked.out)
+    context = torch.multiprocessing.get_context("spawn")
+    team = Team(model.share_memory(), asked.processes, context.Barrier(asked.processes))
+    given = (asked, asked.out / "tokenizer.json", model, team)
+    if asked.processes == 1:
+        work(0, *given)
+    else:
+        torch.multiprocessing.spawn(work, given, nprocs=asked.processes)
 
 
 def fresh(out: Path):
