@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-LEAST_CHUNKS = 6  # for an interval: of fewer, a bootstrap's is too narrow to be called one of 95 %
-
-
 class TextError(DfqsError):
     """A text to measure on is missing, or too short."""
 
@@ -217,17 +214,8 @@ def summarize(tokens: Tokens) -> Divergence:
                       _mean(tokens.kld), _mean(tokens.same_top.astype(float)))
 
 
-def chunk_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of values that are one a chunk; NaN for fewer than ``LEAST_CHUNKS``.
-
-    >>> chunk_interval(np.array([0.1, 0.2, 0.3]))
-    (nan, nan)
-    """
-    return mean_interval(values) if len(values) >= LEAST_CHUNKS else (float("nan"), float("nan"))
-
-
 def _mean(values: np.ndarray) -> Estimate:
-    low, high = chunk_interval(values.mean(axis=1))
+    low, high = mean_interval(values.mean(axis=1))
     error = float(values.std()) / sqrt(max(values.size - 1, 1))
     return Estimate(float(values.mean()), low, high, error)
 

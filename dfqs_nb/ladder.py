@@ -44,6 +44,7 @@ from dfqs_nb.errors import DfqsError
 from dfqs_nb.gguf_header import GGUFHeader
 from dfqs_nb.header_facts import bits_per_weight, class_of, class_sizes, types_by_bytes
 from dfqs_nb.journal import conditions_hash
+from dfqs_nb.loss import LEAST_VALUES, mean_interval
 from dfqs_nb.paths import data_dir, whole_file, write_json, write_stage
 from dfqs_nb.probe import OpenSettings, llama_version
 from dfqs_nb.progress import tqdm
@@ -539,7 +540,7 @@ def _share(same: np.ndarray, trace: routing.Trace) -> divergence.Estimate:
     if not same.size:
         return divergence.Estimate(*[float("nan")] * 4)
     by_chunk = same.reshape(-1, trace.conditions["chunk_tokens"], same.shape[1]).mean(axis=(1, 2))
-    low, high = divergence.chunk_interval(by_chunk)
+    low, high = mean_interval(by_chunk)
     error = float(by_chunk.std(ddof=1)) / len(by_chunk) ** 0.5 if len(by_chunk) > 1 else float("nan")
     return divergence.Estimate(float(same.mean()), max(low, 0.0), min(high, 1.0), error)
 
@@ -583,7 +584,7 @@ class Step:
 
     Attributes:
         n: what the two share: chunks, items or haystacks.
-        low, high: NaN for fewer than ``divergence.LEAST_CHUNKS`` chunks: they are no evidence.
+        low, high: NaN for fewer than ``loss.LEAST_VALUES`` chunks: they are no evidence.
         difference: of b to a, with an interval that allows for the number of pairs (Bonferroni), but for
             scores, whose interval is of 95 % and whose test allows for it; for the boundary in octaves.
         verdict: of b: ``better``, ``worse``, ``no evidence of a difference`` or ``not measured``.
@@ -630,7 +631,7 @@ def _chunk_step(a: str, b: str, metric: str, first: np.ndarray, second: np.ndarr
     change = (second - first).mean(axis=1)
     n, values = len(change), (float(first.mean()), float(second.mean()))
     low, high = float("nan"), float("nan")
-    if n >= divergence.LEAST_CHUNKS:
+    if n >= LEAST_VALUES:
         low, high = _interval(bootstrap_weights(n, N_BOOT, 0) @ change / n, n, level)
     verdict = _verdict(low, high, larger_is_better=False)
     return Step(a, b, metric, n, *values, float(change.mean()), low, high, verdict)

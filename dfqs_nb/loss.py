@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CHUNK_TOKENS = 128
+LEAST_VALUES = 6  # for an interval: of fewer, a bootstrap's is too narrow to be called one of 95 %
 
 
 def token_losses(model: Model, tokens: Sequence[int]) -> np.ndarray:
@@ -101,8 +102,8 @@ def source_entropy(frame: Frame, prompts: PromptSet, n_sentences: int = 2000) ->
 def loss_by_position(model: Model, prompts: PromptSet, n_tokens: int, n_texts: int = 8) -> pd.DataFrame:
     """Mean loss on held-out texts in bands of position that double.
 
-    Columns ``start``, ``end`` (tokens), ``texts``, ``tokens``, ``loss`` (nats a token), ``low``,
-    ``high``: 95 % interval from a bootstrap over texts, and ``source``: the entropy of the text's source.
+    Columns ``start``, ``end`` (tokens), ``texts``, ``tokens``, ``loss`` (nats a token), ``low``, ``high``:
+    95 % interval from a bootstrap over texts, and ``source``: the entropy of the text's source.
     """
     import pandas as pd
 
@@ -133,10 +134,15 @@ def bands(first: int, n_tokens: int) -> list[tuple[int, int]]:
 
 
 def mean_interval(values: np.ndarray, n_boot: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of independent values by the expanded bootstrap; infinite for one value."""
+    """95 % interval of the mean of independent values by the expanded bootstrap; NaN for fewer than
+    ``LEAST_VALUES``.
+
+    >>> mean_interval(np.array([0.1, 0.2, 0.3]))
+    (nan, nan)
+    """
     n = len(values)
-    if n < 2:
-        return float("-inf"), float("inf")
+    if n < LEAST_VALUES:
+        return float("nan"), float("nan")
     drawn = bootstrap_weights(n, n_boot, seed) @ values / n
     tail = expanded_tail(n, LEVEL)
     return float(np.quantile(drawn, tail)), float(np.quantile(drawn, 1 - tail))

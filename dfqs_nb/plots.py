@@ -417,8 +417,10 @@ def loss_by_position(losses: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 f"position in the context (tokens); {losses['texts'].iloc[0]} texts")
     ax.set_ylabel("loss (nats a token, 95 % interval)")
     ax.margins(y=0.2)
-    best, last = losses.loc[losses["high"].idxmin()], losses.iloc[-1]
-    apart = "" if last["low"] > best["high"] else " (intervals overlap)"
+    known = losses["high"].notna().all()
+    best, last = losses.loc[losses["high" if known else "loss"].idxmin()], losses.iloc[-1]
+    apart = " (intervals overlap)" if known else " (too few texts for intervals)"
+    apart = "" if last["low"] > best["high"] else apart
     _title(ax, f"Loss is {best['loss']:.3f} at {best['start']:,.0f} to {best['end']:,.0f} tokens and "
                f"{last['loss']:.3f} beyond {last['start']:,.0f}{apart}")
     return ax
