@@ -62,7 +62,7 @@ def make_run(folder: Path, model: str, *, skill: float = 0.0, flat: float | None
         "schema": "dfqs-report/1.0", "specification": "DFQS 1.0", "tier": tier,
         "created": f"{created}T10:00:00+00:00",
         "run": folder.name,
-        "model": {"name": model, "sha256": digest, "size_bytes": 5_752_864, "header_fingerprint": digest,
+        "model": {"name": model, "sha256": digest, "size_bytes": 5_753_024, "header_fingerprint": digest,
                   "architecture": "deepseek4", "parameters": 14_880_349, "active_parameters": 3_673_949,
                   "bits_per_weight": 3.073},
         "metrics": {name: detail["value"] for name, detail in details.items()}, "details": details,

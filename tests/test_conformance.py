@@ -14,7 +14,7 @@ from dfqs_nb.errors import DfqsError
 from dfqs_nb.gguf_header import read_header
 from dfqs_nb.paths import REPOSITORY
 
-SHA = "b31a760ec1ea3126f7a12ba70d0bd23af896f530fce16e2e9f268fed13ad08ef"
+SHA = "0dc12b40e0e59466e22488ede8dc71875af6be9d5d3de73693a14d0f5fd0159e"
 HERE = Machine(32 * 10**9, 30 * 10**9, 100 * 10**9)
 SETTINGS = {
     "runtime": "llama-cpp-python 0.3.36", "system_info": "CPU : AVX2 = 1", "n_ctx": 1024, "n_batch": 512,
@@ -29,7 +29,7 @@ def run_stages() -> dict:
               "sampling": {"temperature": 0.0, "seed": 42}} | SETTINGS  # fmt: skip
     return copy.deepcopy({
         "merge": {"conditions": {"model": "dfqs-nano-iq1_s-xl"}, "tensors": 126,
-                  "model": {"name": "DFQS-Nano-IQ1_S-XL", "nbytes": 5752864, "sha256": SHA}},
+                  "model": {"name": "DFQS-Nano-IQ1_S-XL", "nbytes": 5753024, "sha256": SHA}},
         "generate": {"conditions": SETTINGS | {"model": SHA},
                      "answers": [{"prompt": "What is the capital of France?", "tokens": 14}]},
         "routing": {"conditions": SETTINGS | {"model": SHA, "n_ctx": 512},

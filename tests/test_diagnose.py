@@ -61,7 +61,7 @@ def shifted(step: int) -> bytes:
 
 BOUNDS = "data is not within the file bounds, model is corrupted or incomplete"
 CASES = {
-    "single": Case(lambda m: m.whole, Kind.SINGLE_FILE, "a sound model in a single file of 5,752,"),
+    "single": Case(lambda m: m.whole, Kind.SINGLE_FILE, "a sound model in a single file of 5,753,"),
     "two shards glued": Case(lambda m: m.first + m.second, Kind.RAW_CONCATENATION,
                              "2 shards glued together byte for byte", "invalid split file name: case.gguf"),
     "two shards glued in the wrong order": Case(
@@ -74,7 +74,7 @@ CASES = {
     "glued and cut off": Case(lambda m: (m.first + m.second)[:-1000], Kind.DAMAGED_CONCATENATION,
                               "shard 2 is cut off, 1,000 bytes short", "invalid split file name"),
     "glued and cut off in the second header": Case(lambda m: m.first + m.second[:900], Kind.DAMAGED_CONCATENATION,
-                                                   "another GGUF at byte 3,849,632", "invalid split file name"),
+                                                   "another GGUF at byte 3,849,760", "invalid split file name"),
     "glued, with more after it": Case(lambda m: m.first + m.second + b"more", Kind.DAMAGED_CONCATENATION,
                                       "4 bytes follow that belong to no shard", "invalid split file name"),
     "two models glued": Case(lambda m: m.whole + m.whole, Kind.GLUED_MODELS, "2 models glued together"),

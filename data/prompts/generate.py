@@ -83,7 +83,7 @@ FUNCTIONS = {
     "is_sorted": ("x", "Return True if {xs} is in ascending order.", "{xs} == sorted({xs})",
                   {"([1, 2, 6],)": True, "([2, 1],)": False}),
 }
-# Parameter names of another kind than training gives the function, which it therefore never drew together.
+# Parameter names of another kind than a function usually has.
 CROSSED = {"a": LISTS + STRINGS, "x": STRINGS + list(LETTERS), "s": LISTS + list(LETTERS)}
 TRAINED = {"a": list(LETTERS), "x": LISTS, "s": STRINGS}
 
@@ -170,7 +170,7 @@ Parts = tuple[str, str, str, int]
 
 def after(lead: Callable[[random.Random], str], ask: Callable[[random.Random], Parts]
           ) -> Callable[[random.Random], Parts]:
-    """A question behind a lead that training never put before it."""
+    """A question behind a lead: facts of another kind, or filler."""
     def draw_one(draw: random.Random) -> Parts:
         lead_text = lead(draw)
         facts, *rest = ask(draw)
@@ -178,9 +178,8 @@ def after(lead: Callable[[random.Random], str], ask: Callable[[random.Random], P
     return draw_one
 
 
-# The training generator asks about colours, places and heights of 2 or 3 people alone; filler stands only around
-# pass keys. Every family below joins what it never joined, except pass keys, whose passages (16**30 of filler
-# alone) are too many for one to come twice.
+# Each family joins two things: facts and facts of another kind, or filler and a question. Training may join them as
+# well, but asks none of these questions (data/reference/recipe/families.py says what that means).
 NANO_REASONING: dict[str, tuple[str, Callable[[random.Random], Parts]]] = {
     "colour after places": ("short", after(lambda d: places(d, 2)[0], lambda d: colours(d, 3))),
     "place after colours": ("short", after(lambda d: colours(d, 2)[0], lambda d: places(d, 2))),
@@ -292,8 +291,8 @@ def package(name: str) -> Path:
 
 
 HELD_OUT = (
-    "Training drew with random.Random(7) from the same words (data/reference/README.md). Nothing here can be among "
-    "its draws: {how}"
+    "The reference model's training uses the same words (data/reference/recipe/families.py), but asks nothing of this: "
+    "{how}"
 )
 TAG = "\n\nThink step by step if you need to. End with the answer alone inside <answer></answer> tags."
 # {prompt} is the task; what counts is the code block of the answer. A model without a chat template continues the
@@ -304,15 +303,15 @@ SETS: dict[str, tuple[dict, Callable[[], Iterable[dict]]]] = {
         {"tier": "nano", "kind": "code", "mode": "complete", "licence": "MIT",
          "source": "the 32 one-line functions of the reference model's training (data/reference/README.md)",
          "held_out": HELD_OUT.format(
-             how="its parameter names depend on the kind of argument and it writes one function a text; 'crossed "
-                 "names' gives functions the names of another kind, 'second function' puts two into one text."),
+             how="no function with the same name and parameters, below the same function. 'Crossed names' gives "
+                 "functions parameter names of another kind than usual, 'second function' puts two into one text."),
          "instruction": "", "stop": ["\ndef "], "max_tokens": 48}, nano_code),
     "nano-reasoning": (
         {"tier": "nano", "kind": "reasoning", "mode": "chat", "licence": "MIT",
          "source": "the words of the reference model's training tasks (data/reference/README.md)",
          "held_out": HELD_OUT.format(
-             how="it never joins two kinds of facts, never puts filler before anything but a pass key, and compares "
-                 "at most three people; the passages around pass keys are too many to come twice."),
+             how="no question about the same fact among the same facts, about the same order of people, the same two "
+                 "numbers or the same pass key, and no capital behind the same lead."),
          "guess_rule": "a random pick among the values that the prompt offers",
          "instruction": "", "extract": "last line", "stop": [], "max_tokens": 24}, nano_reasoning),
     "standard-code": (

@@ -35,7 +35,7 @@ SEED, BIAS_STEP, INDEX_WEIGHT = 7, 2e-3, 0.2
 # Schedules: a value from this progress on.
 PROMPT_WEIGHT = ((0.0, 0.1), (0.25, 0.02), (0.85, 0.05))  # of a prompt's tokens
 BATCH = ((0.0, 512), (0.15, 1024), (0.5, 2048))  # tokens of a micro-batch; each process has one a step
-ROOM = ((0.0, 0), (0.08, 2), (0.18, 4), (0.3, 8), (0.6, 16), (0.75, 34), (0.88, 60))  # sentences of filler at most
+ROOM = ((0.0, 0), (0.12, 2), (0.22, 4), (0.35, 8), (0.62, 16), (0.76, 34), (0.88, 60))  # sentences of filler at most
 
 
 class Muon(torch.optim.Optimizer):
@@ -72,7 +72,7 @@ def optimizers(parameters, peak: float) -> list[torch.optim.Optimizer]:
     for name, one in parameters:
         inner = "layers" in name and one.dim() == 2 and ("self_attn" in name or "shared" in name)
         (matrices if inner and "position_bias" not in name else rest).append(one)
-    return [Muon(matrices, lr=peak * 7), torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.97), weight_decay=0.01)]
+    return [Muon(matrices, lr=peak * 10), torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.97), weight_decay=0.01)]
 
 
 def at(schedule, progress: float):
