@@ -1,10 +1,11 @@
 """Move bytes from source files into one new file: streamed, hashed, read back, and resumable.
 
 The engine under merge and repair. A plan says which bytes go where. They are moved in windows; a window
-counts as done when it was flushed to the disk and, read again from there, has the hash of what was read
-from the sources. A journal beside the output records each done window, so a killed transfer goes on where
-it was. In consume mode the source bytes of a done window, and only of a done window, are given back to
-the file system (a hole is punched), so that the disk never holds the model twice.
+counts as done when it was written past the system's cache (or flushed) and, read again from the disk, has
+the hash of what was read from the sources. A journal beside the output records each done window, so a
+killed transfer goes on where it was. In consume mode a window is flushed before it is read again, and the
+source bytes of a done window, and only of a done window, are given back to the file system (a hole is
+punched), so that the disk never holds the model twice.
 
 Files while it runs, beside the output ``X``: ``.X.part`` and ``.X.journal`` (the lock: first made, last
 removed). Sources are locked too, so that no other process of this package consumes or reads them then.
@@ -409,6 +410,7 @@ class _Part:
             self.direct = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
         except (AttributeError, OSError):
             pass  # this system, or this file system, has no such thing: the cache it is
+        self.past_cache = self.direct is not None
 
     def __enter__(self) -> _Part:
         return self
@@ -446,6 +448,7 @@ class _Part:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
+                self.past_cache = False
         return call(self.file.fileno())
 
 
@@ -556,7 +559,7 @@ class _Stream:
             self.checks.append(self.checker.submit(self._prove, before, start, end, digest, taken))
         elif self.earlier.get(end) != digest:
             raise IntegrityError(f"bytes {start:,} to {end:,} changed since they were written",
-                                 where=self.part.path, hint="the disk may be failing")
+                                 where=self.part.path, hint="power was lost, or the disk is failing")
         elif end == self.done and "end" in self.journal.lines[-1]:
             self.checks.append(self.checker.submit(self._release, taken, end))
         while len(self.checks) > WINDOWS_IN_FLIGHT:  # at least one stays
@@ -564,19 +567,23 @@ class _Stream:
 
     def _prove(self, before: list[Future], start: int, end: int, digest: str,
                taken: list[tuple[int, int, int, int]]) -> None:
-        """Flush a window, read it back from the disk, record it, and release what it was made from.
+        """Read a window back from the disk, record it, and release what it was made from.
 
         Not without what comes before it, its own writes and the window in front: what is done has no gap.
+        It is flushed before if bytes are to be released, or if only a flush lets the cache forget it.
+        Otherwise one flush at the end will do: what a loss of power takes before that, its hash tells when
+        the run goes on.
         """
         for job in before:
             job.result()
         if self.read_back:
-            flush(self.part.file.fileno())
+            if self.journal.consume or not self.part.past_cache:
+                flush(self.part.file.fileno())
             if self.part.hash_from_disk(start, end - start) != digest:
                 raise IntegrityError(f"bytes {start:,} to {end:,} came back from the disk changed",
                                      where=self.part.path,
                                      hint="the disk or the memory is failing: use another")
-        self.journal.append(end=end, xxh3=digest, durable=self.read_back)
+        self.journal.append(end=end, xxh3=digest, durable=self.journal.consume)
         self._release(taken, end)
 
     def _release(self, taken: list[tuple[int, int, int, int]], end: int) -> None:
