@@ -368,8 +368,9 @@ def score(arguments: argparse.Namespace) -> int:
 def _long_context(server: Any, arguments: argparse.Namespace, folder: Path) -> None:
     """The curve of retrieval over an endpoint, and where it ends."""
     from dfqs_nb import endpoint, paths
+    from dfqs_nb.prompts import PROBES
 
-    found = endpoint.measure_long_context(server, folder, prompt_set=f"long-context-{arguments.tier}",
+    found = endpoint.measure_long_context(server, folder, prompt_set=PROBES[arguments.tier],
                                           longest=arguments.longest, shortest=arguments.shortest,
                                           fresh=arguments.fresh)
     if found.failure:

@@ -10,6 +10,9 @@ from typing import Any
 from dfqs_nb.errors import DfqsError
 from dfqs_nb.paths import data_dir, tilde
 
+# The long-context probe of each tier.
+PROBES = {"nano": "long-context-nano-keys", "standard": "long-context-standard"}
+
 
 class PromptError(DfqsError):
     """A prompt set is missing or broken, or does not fit what it is used for."""
@@ -17,7 +20,10 @@ class PromptError(DfqsError):
 
 @dataclass(frozen=True)
 class PromptSet:
-    """One frozen set. ``sha256`` is that of the file, so any change of wording is another set."""
+    """One frozen set. ``sha256`` is that of the file, so any change of wording is another set.
+
+    A set may be ``of`` another: its wording in another tier. Then the other's hash is hashed with the file.
+    """
 
     name: str
     tier: str
@@ -57,6 +63,9 @@ def load_prompts(name: str) -> PromptSet:
     try:
         raw = path.read_bytes()
         content = json.loads(raw)
+        if "of" in content:
+            whole = load_prompts(content["of"])
+            raw, content = raw + whole.sha256.encode(), whole.content | content
         fields = {key: content[key] for key in ("name", "tier", "licence", "source")}
     except FileNotFoundError:
         known = ", ".join(sorted(one.stem.replace("_", "-") for one in folder.glob("*.json")))

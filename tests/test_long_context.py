@@ -26,7 +26,7 @@ from dfqs_nb.memory import kv_cache_bytes
 from dfqs_nb.needles import Frame, Haystacks, frame_of
 from dfqs_nb.paths import REPOSITORY, data_dir
 from dfqs_nb.probe import dry_run
-from dfqs_nb.prompts import PromptError, load_prompts
+from dfqs_nb.prompts import PROBES, PromptError, load_prompts
 from dfqs_nb.runtime import DecodeError, NanLogitsError, OpenSettings, open_model
 from dfqs_nb.states import check_reuse, restore_state, save_state
 
@@ -63,6 +63,7 @@ def many_keys() -> Haystacks:
 
 @pytest.mark.parametrize("name, sha256", [
     ("long-context-nano", "5ccc6a309631f28dd8f1c369d5d9a2f4a607ef4d03b6cf54cc336ae3bfdb56c4"),
+    ("long-context-nano-keys", "9bb739cd0244df0b7e68b3ec0806e6d838a18a857f7e550f3c8bfa9142560c62"),
     ("long-context-standard", "177b31b98b343573d4b7c8eb6d67f4aa1e1d1f158f6791602ae558bc36d5f881"),
 ])  # fmt: skip
 def test_prompt_sets_are_frozen(name, sha256):
@@ -70,6 +71,13 @@ def test_prompt_sets_are_frozen(name, sha256):
     prompts = load_prompts(name)
     assert prompts.sha256 == sha256
     assert prompts.licence == "MIT" and prompts.source
+
+
+def test_both_tiers_have_one_probe():
+    nano, standard = (load_prompts(PROBES[tier]) for tier in ("nano", "standard"))
+    assert (nano.tier, standard.tier) == ("nano", "standard")
+    assert {key: nano[key] for key in standard.content if key not in ("name", "tier", "source")} == {
+        key: value for key, value in standard.content.items() if key not in ("name", "tier", "source")}
 
 
 def test_unknown_prompt_set_names_the_known():
