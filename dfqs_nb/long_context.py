@@ -438,10 +438,11 @@ def item_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def depth_tiles(items: pd.DataFrame, n_strata: int = N_STRATA) -> pd.DataFrame:
-    """Right answers by length and depth: columns ``length``, ``depth`` (lower edge), ``correct``, ``n``."""
+    """Right answers by length and depth: columns ``length``, ``depth``, ``depth_end``, ``correct``, ``n``."""
     stratum = (items["depth"] * n_strata).astype(int).clip(0, n_strata - 1) / n_strata
     table = items.assign(depth=stratum).groupby(["length", "depth"])["correct"].agg(["sum", "count"])
-    return table.rename(columns={"sum": "correct", "count": "n"}).reset_index()
+    table = table.rename(columns={"sum": "correct", "count": "n"}).reset_index()
+    return table.assign(depth_end=table["depth"] + 1 / n_strata)
 
 
 def speed_table(speed: PrefillSpeed, depths: Sequence[int]) -> pd.DataFrame:

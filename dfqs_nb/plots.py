@@ -374,7 +374,7 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """A tile for each length and depth: the share of right answers, with its count.
 
     Args:
-        tiles: columns ``length``, ``depth`` (lower edge, 0 to 1), ``correct`` and ``n``.
+        tiles: columns ``length``, ``depth`` and ``depth_end`` (edges, 0 to 1), ``correct`` and ``n``.
     """
     counts = tiles.pivot(index="depth", columns="length", values="n")
     share = tiles.pivot(index="depth", columns="length", values="correct") / counts
@@ -383,9 +383,9 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for row, column in zip(*share.notna().to_numpy().nonzero(), strict=True):
         ax.text(column, row, f"{int(counts.iat[row, column])}", ha="center", va="center", fontsize=7,
                 color=INK if share.iat[row, column] > 0.6 else "white")
-    step = 1 / len(share)
-    strata = [f"{depth:.0%} to {depth + step:.0%}" for depth in share.index]
-    ax.set_yticks(range(len(share)), strata, fontsize=8)
+    ends = tiles.groupby("depth")["depth_end"].first()
+    strata = {depth: f"{depth:.0%} to {end:.0%}" for depth, end in ends.items()}
+    ax.set_yticks(range(len(share)), [strata[depth] for depth in share.index], fontsize=8)
     ax.set_xticks(range(share.shape[1]), [f"{length:,}" for length in share.columns], fontsize=8)
     ax.set_xlabel("context (tokens); tiles give the number of questions")
     ax.set_ylabel("depth of the key")
@@ -394,8 +394,8 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     at = tiles.groupby("depth")[["correct", "n"]].sum()
     at = at["correct"] / at["n"]
-    _title(ax, f"Found best {at.idxmax():.0%} to {at.idxmax() + step:.0%} deep ({at.max():.0%}), "
-               f"worst {at.idxmin():.0%} to {at.idxmin() + step:.0%} deep ({at.min():.0%})")
+    _title(ax, f"Found best {strata[at.idxmax()]} deep ({at.max():.0%}), worst {strata[at.idxmin()]} deep "
+               f"({at.min():.0%})")
     return ax
 
 

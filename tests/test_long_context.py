@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from test_memory import NANO, smollm2
 
-from dfqs_nb import context_memory, degradation, long_context, loss, routing_context
+from dfqs_nb import context_memory, degradation, long_context, loss, plots, routing_context
 from dfqs_nb.errors import DfqsError
 from dfqs_nb.gguf_header import read_header
 from dfqs_nb.journal import Journal
@@ -480,3 +480,14 @@ def test_items_are_json_that_others_can_read(nano, tmp_path):
     measure(nano, plan, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / long_context.JOURNAL).read_text().splitlines()]
     assert {"haystack", "length", "depth", "expected", "answer", "correct", "n_evaluated"} <= set(rows[0])
+
+
+def test_depths_without_questions_do_not_shift_the_others():
+    """Of five strata the middle one is empty: the last is still the last fifth."""
+    items = pd.DataFrame({"length": [256] * 4, "depth": [0.0, 0.35, 0.7, 0.99], "correct": [True, False, True, True]})
+    tiles = long_context.depth_tiles(items)
+    assert tiles["depth"].tolist() == pytest.approx([0.0, 0.2, 0.6, 0.8])
+    ax = plots.depth_by_length(tiles)
+    assert [one.get_text() for one in ax.get_yticklabels()] == [
+        "0% to 20%", "20% to 40%", "60% to 80%", "80% to 100%"]
+    assert "worst 20% to 40% deep (0%)" in ax.get_title(loc="left")

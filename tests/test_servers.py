@@ -129,7 +129,7 @@ def test_long_context_through_it(server, model, tmp_path):
     assert run.items["n_evaluated"].le(128 + 16).all()
 
 
-@pytest.mark.parametrize("tier, lengths", [("nano", (64, 128)), ("standard", (384,))])
+@pytest.mark.parametrize("tier, lengths", [("nano", (256,)), ("standard", (384,))])
 def test_the_command_measures_long_context_through_it(server, tier, lengths, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
     asked = ["score", server.base_url, "--tier", tier, "--set", "nano-reasoning", "--limit", "1", "--run", "r",
