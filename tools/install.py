@@ -46,6 +46,7 @@ FOR_UV = {  # what pip is told, and the variable that tells it to uv
     "retries": "UV_HTTP_RETRIES",
     "no-cache-dir": "UV_NO_CACHE",
 }
+OFF = ("0", "false", "no", "off")
 
 
 class Progress(object):
@@ -154,7 +155,10 @@ def pip_settings(python):  # type: (str) -> dict[str, str]
     for scope in ("global", "install", ":env:"):
         for name, value in re.findall(r"^%s\.([\w-]+)=(['\"].*)$" % scope, listing, re.MULTILINE):
             settings[name.replace("default-timeout", "timeout")] = ast.literal_eval(value.strip())
-    return {name: value for name, value in settings.items() if value.lower() not in ("", "0", "false", "no")}
+    off = {
+        name for name, value in settings.items() if not value or name[:3] == "no-" and value.lower() in OFF
+    }
+    return {name: settings[name] for name in settings if name not in off}
 
 
 def build_options():  # type: () -> str

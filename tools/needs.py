@@ -16,7 +16,7 @@ NO_COMPILER = """llama-cpp-python is built from source and needs a C and C++ com
   Debian, Ubuntu   sudo apt install build-essential
   Fedora, RHEL     sudo dnf install gcc gcc-c++
   macOS            xcode-select --install
-  conda            conda env create -f environment.yml
+  conda            conda install -c conda-forge cxx-compiler
 Or name your own: CC=/path/to/cc CXX=/path/to/c++ make run"""
 
 NO_PYTHON = """Python 3.11, 3.12 or 3.13 is needed. Here: {found}.
@@ -30,7 +30,7 @@ NO_VENV = """{python} ({version}) cannot make virtual environments: its module v
   Debian, Ubuntu   sudo apt install python{version}-venv
 Or name another Python: make run PYTHON=/path/to/python3.12"""
 
-NO_SPACE = """not enough free disk under {folders}: {free:.1f} GB free, about {needed:.1f} GB needed.
+NO_SPACE = """not enough free disk under {folder}: {free:.1f} GB free, about {needed:.1f} GB needed.
 Free some, or use another disk: make run VENV=/disk/venv TMPDIR=/disk/tmp UV_CACHE_DIR=/disk/cache"""
 
 NO_NETWORK = """the package index cannot be reached{or_lacks}.
