@@ -18,7 +18,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
     class NotebooksTogether(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return "notebooks" if file.endswith(".ipynb") else file
+            return "notebooks" if nodeid.startswith("notebooks/") else super()._split_scope(nodeid)
 
     return NotebooksTogether(config, log)

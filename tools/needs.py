@@ -45,7 +45,7 @@ Make that folder with `make wheelhouse`, on a machine of the same system and wit
 BAD_HASH = """a downloaded file does not have the hash that requirements.lock records: an interrupted
 download, or a mirror that changed the file. Run the command again. If that fails too, use another mirror."""
 
-DISK_FULL = "the disk filled up during the install. It needs about 3 GB: in .venv, TMPDIR and uv's cache."
+DISK_FULL = "the disk filled up during the install. It needs about 2 GB: in .venv, TMPDIR and uv's cache."
 
 CAUSES = [
     (r"No space left on device|Errno 28|Disk quota exceeded", DISK_FULL),
