@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dfqs_nb import bootstrap
-from dfqs_nb.paths import REPOSITORY
+from dfqs_nb.core.paths import REPOSITORY
 
 SCRIPT = REPOSITORY / "dfqs_nb" / "bootstrap.py"
 NO_PIP_SETTINGS = {

@@ -10,8 +10,9 @@ import tomllib
 import pytest
 import yaml
 
-from dfqs_nb import __version__, bootstrap, workbook
-from dfqs_nb.paths import REPOSITORY
+from dfqs_nb import __version__, bootstrap
+from dfqs_nb.core.paths import REPOSITORY
+from dfqs_nb.workbook import run as workbook
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 LOCK_TEXT = (REPOSITORY / "requirements.lock").read_text()

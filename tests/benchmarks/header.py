@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 MAKE = "import sys; sys.path.insert(0, 'tests'); import gguf_fixtures as g; g.real_size_header(sys.argv[1])"
 # Each prints the seconds of the reading itself: from the call to a tensor table and one short value.
 READERS = {
-    "ours": "from dfqs_nb.gguf_header import read_header as read; show = lambda h: (h.architecture, h.tensors[-1])",
-    "ours, all tokens too": "from dfqs_nb.gguf_header import read_header as read\n"
+    "ours": "from dfqs_nb.gguf.header import read_header as read; show = lambda h: (h.architecture, h.tensors[-1])",
+    "ours, all tokens too": "from dfqs_nb.gguf.header import read_header as read\n"
                             "show = lambda h: h['tokenizer.ggml.tokens'][-1]",
-    "libggml, in a child": "from dfqs_nb.ggml import parse as read; show = lambda p: p.n_tensors",
+    "libggml, in a child": "from dfqs_nb.llama.ggml import parse as read; show = lambda p: p.n_tensors",
     "gguf.GGUFReader": "from gguf import GGUFReader as read\n"
                        "show = lambda r: (r.fields['general.architecture'].contents(), r.tensors[-1].name)",
 }

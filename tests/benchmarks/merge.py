@@ -47,7 +47,7 @@ for number, share in enumerate((0.8, 0.2)):
             while left:
                 left -= file.write(os.urandom(min(left, 4 << 20)))
 """
-OURS = ("import sys; from dfqs_nb.merge import merge\n"
+OURS = ("import sys; from dfqs_nb.merge.merge import merge\n"
         "merge(sys.argv[1], sys.argv[2], read_back=%s, progress=False)")
 DISK = '''
 for shard in {shards}; do dd if="$shard" of=/dev/null bs=8M iflag=direct status=none; done &
@@ -55,17 +55,17 @@ dd if=/dev/zero of="{output}" bs=8M count={nbytes} iflag=count_bytes oflag=direc
 wait; sync "{output}"
 '''
 PLAN = {
-    "find and check the shards": "from dfqs_nb.shards import open_shards; call = lambda: open_shards(sys.argv[1])",
-    "the same, and plan the merge": "from dfqs_nb.shards import open_shards\nfrom dfqs_nb.merge import plan_merge\n"
+    "find and check the shards": "from dfqs_nb.gguf.shards import open_shards; call = lambda: open_shards(sys.argv[1])",
+    "the same, and plan the merge": "from dfqs_nb.gguf.shards import open_shards\nfrom dfqs_nb.merge.merge import plan_merge\n"
                                     "call = lambda: plan_merge(open_shards(sys.argv[1]))",
     "the same, and every check before the first byte (a dry run)":
-        "from pathlib import Path\nfrom dfqs_nb.shards import open_shards\n"
-        "from dfqs_nb.merge import check_output, plan_merge\nimport dfqs_nb.merge as m, shutil\n"
+        "from pathlib import Path\nfrom dfqs_nb.gguf.shards import open_shards\n"
+        "from dfqs_nb.merge.merge import check_output, plan_merge\nimport dfqs_nb.merge.merge as m, shutil\n"
         "m.shutil.disk_usage = lambda p: shutil._ntuple_diskusage(0, 0, 1 << 60)\n"
         "call = lambda: check_output(Path(sys.argv[1] + '.out'), plan_merge(open_shards(sys.argv[1])), "
         "allow_holes=True)",
-    "diagnose a raw concatenation of them": "from dfqs_nb.diagnose import diagnose; call = lambda: diagnose(sys.argv[2])",
-    "plan its repair": "from dfqs_nb.merge import plan_merge; from dfqs_nb.repair import glued_shards\n"
+    "diagnose a raw concatenation of them": "from dfqs_nb.merge.kind import diagnose; call = lambda: diagnose(sys.argv[2])",
+    "plan its repair": "from dfqs_nb.merge.merge import plan_merge; from dfqs_nb.merge.repair import glued_shards\n"
                        "call = lambda: plan_merge(glued_shards(sys.argv[2]))",
 }
 TIMED = "\nimport time; began = time.perf_counter(); call(); print(time.perf_counter() - began)"
@@ -170,7 +170,7 @@ def real_size(folder: Path, runs: int) -> str:
 
 # Sparse shards end to end in one sparse file: only the headers' bytes are written.
 GLUE = """
-from dfqs_nb.gguf_header import read_header
+from dfqs_nb.gguf.header import read_header
 end = 0
 with open(sys.argv[2], "wb") as glued:
     for n in (1, 2):

@@ -26,14 +26,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from gguf_fixtures import REAL_SHARD_BYTES, REAL_TENSORS  # noqa: E402
 
 RUN = {
-    "consume-merge": "from dfqs_nb.merge import merge\n"
+    "consume-merge": "from dfqs_nb.merge.merge import merge\n"
                      "r = merge(sys.argv[1], sys.argv[2], consume=True, allow_holes=True, progress=False)",
-    "repair in place": "from dfqs_nb.repair import repair\n"
+    "repair in place": "from dfqs_nb.merge.repair import repair\n"
                        "r = repair(sys.argv[1], in_place=True, allow_holes=True, progress=False)",
 }
 REPORT = "\nprint(r.sha256, r.nbytes)"
 GLUE = """
-from dfqs_nb.gguf_header import read_header
+from dfqs_nb.gguf.header import read_header
 end = 0
 with open(sys.argv[3], "wb") as glued:
     for path in sys.argv[1:3]:

@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import llama_cpp_tools
 
-from dfqs_nb import runtime, speed
-from dfqs_nb.paths import data_dir
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.llama import model as runtime
+from dfqs_nb.scores import speed
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 
