@@ -62,14 +62,20 @@ DISK_FULL = "the disk filled up during the install. About 2.5 GB are needed, in 
 CAUSES = [
     (r"No space left on device|Errno 28|Disk quota exceeded", DISK_FULL),
     (r"DO NOT MATCH THE HASHES|HashMismatch", BAD_HASH),
-    (r"NewConnectionError|ConnectTimeout|ReadTimeout|Read timed out|Name or service not known|ProxyError"
-     r"|Temporary failure in name resolution|Connection refused|Network is unreachable|SSLError"
-     r"|nodename nor servname|Connection(Reset|Aborted)?Error|connection broken",
-     NO_NETWORK.format(or_lacks="")),
-    (r"No matching distribution found|Could not find a version",
-     NO_NETWORK.format(or_lacks=", or lacks a file of requirements.lock")),
-    (r"CMAKE_(C|CXX)_COMPILER|No CMAKE_\w+_COMPILER could be found",
-     NO_COMPILER.format(found="the one found did not work")),
+    (
+        r"NewConnectionError|ConnectTimeout|ReadTimeout|Read timed out|Name or service not known|ProxyError"
+        r"|Temporary failure in name resolution|Connection refused|Network is unreachable|SSLError"
+        r"|nodename nor servname|Connection(Reset|Aborted)?Error|connection broken",
+        NO_NETWORK.format(or_lacks=""),
+    ),
+    (
+        r"No matching distribution found|Could not find a version",
+        NO_NETWORK.format(or_lacks=", or lacks a file of requirements.lock"),
+    ),
+    (
+        r"CMAKE_(C|CXX)_COMPILER|No CMAKE_\w+_COMPILER could be found",
+        NO_COMPILER.format(found="the one found did not work"),
+    ),
 ]
 
 
@@ -118,8 +124,9 @@ def check_compiler():
     folder = tempfile.mkdtemp(prefix="dfqs-compiler-")
     try:
         for suffix, variable, names, include in (
-                ("c", "CC", ("cc", "gcc", "clang"), "stdio.h"),
-                ("cpp", "CXX", ("c++", "g++", "clang++"), "string")):
+            ("c", "CC", ("cc", "gcc", "clang"), "stdio.h"),
+            ("cpp", "CXX", ("c++", "g++", "clang++"), "string"),
+        ):
             source, target = os.path.join(folder, "try." + suffix), os.path.join(folder, "try.o")
             with open(source, "w") as file:
                 file.write("#include <%s>\nint main(void) { return 0; }\n" % include)
@@ -185,8 +192,13 @@ def pip(venv, arguments, what):
     beat.start()
     with open(log, "ab") as file:
         start = file.tell()
-        code = subprocess.call([os.path.join(venv, "bin", "python"), "-m", "pip"] + arguments,
-                               stdout=file, stderr=subprocess.STDOUT, env=environ, cwd=REPOSITORY)
+        code = subprocess.call(
+            [os.path.join(venv, "bin", "python"), "-m", "pip"] + arguments,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environ,
+            cwd=REPOSITORY,
+        )
     done.set()
     if code:
         with open(log, "rb") as file:

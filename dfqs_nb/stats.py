@@ -23,9 +23,7 @@ from math import comb
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-
     pass
-
 
 
 LEVEL = 0.95

@@ -9,7 +9,12 @@ from dfqs_nb.merge.merge import merge
 
 REFERENCE = data_dir() / "reference"
 # Scripts for other interpreters, or to be run by hand: pytest would import them for their doctests.
-collect_ignore = ["support/transformers_peer.py", "support/record_remote.py", "support/greedy_remote.py", "benchmarks"]
+collect_ignore = [
+    "support/transformers_peer.py",
+    "support/record_remote.py",
+    "support/greedy_remote.py",
+    "benchmarks",
+]
 
 
 @pytest.fixture(scope="session")

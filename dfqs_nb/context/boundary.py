@@ -152,9 +152,18 @@ def quality_boundary(
     right, n = counts.successes[:, reference].sum(), counts.trials[:, reference].sum()
     tokens = float(crossing(counts.lengths, counts.fit(), counts.threshold(guess_rate)))
     found = Boundary(
-        0, None, None, False, "floor", None, counts.a_0(), counts.threshold(guess_rate), guess_rate,
-        counts.n_haystacks, int(counts.trials.sum()),
-    )  # fmt: skip
+        0,
+        None,
+        None,
+        False,
+        "floor",
+        None,
+        counts.a_0(),
+        counts.threshold(guess_rate),
+        guess_rate,
+        counts.n_haystacks,
+        int(counts.trials.sum()),
+    )
     if wilson(right, n)[0] <= guess_rate:
         return found
     low, high = bootstrap_interval(counts, guess_rate, n_boot, seed)
@@ -374,12 +383,19 @@ def paired(
     rows = []
     for length, group in both.groupby("length"):
         low, high = _difference_interval(group, n_boot, seed)
-        rows.append({
-            "length": length, "n": len(group), "accuracy": group["correct"].mean(),
-            "baseline": group["correct_baseline"].mean(), "difference": group["difference"].mean(),
-            "low": low, "high": high, "only_this": int((group["difference"] > 0).sum()),
-            "only_baseline": int((group["difference"] < 0).sum()),
-        })  # fmt: skip
+        rows.append(
+            {
+                "length": length,
+                "n": len(group),
+                "accuracy": group["correct"].mean(),
+                "baseline": group["correct_baseline"].mean(),
+                "difference": group["difference"].mean(),
+                "low": low,
+                "high": high,
+                "only_this": int((group["difference"] > 0).sum()),
+                "only_baseline": int((group["difference"] < 0).sum()),
+            }
+        )
     return pd.DataFrame(rows)
 
 

@@ -104,8 +104,13 @@ class Plan:
 
     def conditions(self) -> dict[str, Any]:
         """What the items depend on, beside the model."""
-        return {**self.prompts.identity(), "grid": list(self.grid), "grown": self.grown,
-                "n_questions": self.n_questions, "n_refined": self.n_refined}  # fmt: skip
+        return {
+            **self.prompts.identity(),
+            "grid": list(self.grid),
+            "grown": self.grown,
+            "n_questions": self.n_questions,
+            "n_refined": self.n_refined,
+        }
 
 
 def make_plan(
@@ -139,8 +144,18 @@ def make_plan(
     if not grid:
         raise DfqsError(f"no length up to {longest:,} tokens", hint=f"the shortest is {shortest or 256}")
     haystacks = Haystacks(frame or frame_of(model, prompts), prompts, grid)
-    plan = Plan(prompts, grid, n_haystacks, prompts["needles"], 0, haystacks.question_tokens(),
-                many and grown is not False, rounds, in_a_row, budget_seconds)  # fmt: skip
+    plan = Plan(
+        prompts,
+        grid,
+        n_haystacks,
+        prompts["needles"],
+        0,
+        haystacks.question_tokens(),
+        many and grown is not False,
+        rounds,
+        in_a_row,
+        budget_seconds,
+    )
     for n in range(prompts["needles"], 1, -1):
         plan = replace(plan, n_questions=n, n_refined=max(2, n // 2)) if many else plan
         if not plan.grown or plan.ratio() <= PLANNED_RATIO:
@@ -196,8 +211,14 @@ def cost_table(plan: Plan, speed: PrefillSpeed) -> pd.DataFrame:
     rows = []
     for longest in plan.grid:
         tokens, seconds = plan.tokens(longest), _seconds(plan, speed, longest)
-        rows.append({"longest": longest, "evaluated_tokens": tokens, "seconds": seconds,
-                     "within_budget": seconds <= plan.budget_seconds})  # fmt: skip
+        rows.append(
+            {
+                "longest": longest,
+                "evaluated_tokens": tokens,
+                "seconds": seconds,
+                "within_budget": seconds <= plan.budget_seconds,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -221,8 +242,10 @@ def within_budget(plan: Plan, speed: PrefillSpeed) -> Plan:
     kept = table[table["within_budget"]]["longest"].tolist()
     if not kept:
         first = duration(table["seconds"].iloc[0])
-        raise BudgetError(f"{duration(plan.budget_seconds)} hold no length: {plan.grid[0]} take {first}",
-                          hint="raise the budget, or take fewer haystacks")  # fmt: skip
+        raise BudgetError(
+            f"{duration(plan.budget_seconds)} hold no length: {plan.grid[0]} take {first}",
+            hint="raise the budget, or take fewer haystacks",
+        )
     return replace(plan, grid=tuple(kept))
 
 
@@ -274,8 +297,15 @@ def predict_failure(
     headers = open_shards(path).headers
     for length in sorted(lengths):
         at = replace(settings, n_ctx=length)
-        needs = estimate(headers, length, min(at.n_batch, at.n_ubatch), type_k=at.type_k, type_v=at.type_v,
-                         swa_full=at.swa_full, use_mmap=at.use_mmap)  # fmt: skip
+        needs = estimate(
+            headers,
+            length,
+            min(at.n_batch, at.n_ubatch),
+            type_k=at.type_k,
+            type_v=at.type_v,
+            swa_full=at.swa_full,
+            use_mmap=at.use_mmap,
+        )
         needs = needs.with_compute(dry_run(open_shards(path).paths[0], at)["compute_bytes"])
         required = needs.must_fit_bytes + needs.kv.total
         if required > available:
@@ -505,11 +535,20 @@ class _Runner:
             answer = self.asker.ask(question)
             self.run.journal.add(
                 f"{case.haystack}/{case.length}/{question.name}",
-                haystack=case.haystack, length=case.length, planned=case.planned, task=question.task,
-                question=question.name, depth=round(question.depth, 4), expected=question.expected,
-                answer=answer.text, correct=answer.correct, n_prompt=len(case.body) + len(question.prompt),
-                n_needles=case.n_needles, n_evaluated=answer.n_evaluated, seconds=round(answer.seconds, 4),
-            )  # fmt: skip
+                haystack=case.haystack,
+                length=case.length,
+                planned=case.planned,
+                task=question.task,
+                question=question.name,
+                depth=round(question.depth, 4),
+                expected=question.expected,
+                answer=answer.text,
+                correct=answer.correct,
+                n_prompt=len(case.body) + len(question.prompt),
+                n_needles=case.n_needles,
+                n_evaluated=answer.n_evaluated,
+                seconds=round(answer.seconds, 4),
+            )
             self.bar.update(answer.n_evaluated)
         self.bar.update(held)
 

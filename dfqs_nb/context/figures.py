@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 from dfqs_nb.core.figures import _BYTES, INK, PALETTE, _axes, _title, _token_axis  # NEEDS
 
 
-def context_curve(curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None = None,
-                  label: str = "") -> Axes:
+def context_curve(
+    curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None = None, label: str = ""
+) -> Axes:
     """Accuracy by context length with its intervals, the isotonic fit, the threshold and the boundary.
 
     Args:
@@ -26,12 +27,27 @@ def context_curve(curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None
     ax = _axes(ax, 3.6)
     colour = PALETTE[0] if first else PALETTE[5]
     spread = [curve["accuracy"] - curve["low"], curve["high"] - curve["accuracy"]]
-    ax.errorbar(curve["length"], curve["accuracy"], yerr=[one.clip(lower=0) for one in spread], fmt="o",
-                color=colour, capsize=3, linewidth=1, zorder=3, label=label or "accuracy, 95 % interval")
+    ax.errorbar(
+        curve["length"],
+        curve["accuracy"],
+        yerr=[one.clip(lower=0) for one in spread],
+        fmt="o",
+        color=colour,
+        capsize=3,
+        linewidth=1,
+        zorder=3,
+        label=label or "accuracy, 95 % interval",
+    )
     ax.plot(curve["length"], curve["fit"], color=colour, linewidth=1, alpha=0.7)
     ax.axhline(boundary["threshold"], color=INK, linewidth=0.8, linestyle=":")
-    ax.annotate(f"threshold {boundary['threshold']:.2f}", (curve["length"].min(), boundary["threshold"]),
-                xytext=(0, 3), textcoords="offset points", fontsize=8, va="bottom")
+    ax.annotate(
+        f"threshold {boundary['threshold']:.2f}",
+        (curve["length"].min(), boundary["threshold"]),
+        xytext=(0, 3),
+        textcoords="offset points",
+        fontsize=8,
+        va="bottom",
+    )
     right = boundary["high"] or curve["length"].max()
     if boundary["status"] == "measured":
         ax.axvspan(boundary["low"] or curve["length"].min(), right, color=colour, alpha=0.13, linewidth=0)
@@ -40,8 +56,11 @@ def context_curve(curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None
     _token_axis(ax, planned, "context (tokens)")
     ax.set_ylim(-0.03, 1.05)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.set_ylabel(f"right answers (n = {curve['n'].min()} to {curve['n'].max()} a length)"
-                  if curve["n"].nunique() > 1 else f"right answers (n = {curve['n'].iloc[0]} a length)")
+    ax.set_ylabel(
+        f"right answers (n = {curve['n'].min()} to {curve['n'].max()} a length)"
+        if curve["n"].nunique() > 1
+        else f"right answers (n = {curve['n'].iloc[0]} a length)"
+    )
     if label:
         ax.legend(frameon=False, fontsize=8, loc="lower left")
     if first:
@@ -70,8 +89,15 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = _axes(ax, 1.4 + 0.34 * len(share))
     image = ax.imshow(share, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for row, column in zip(*share.notna().to_numpy().nonzero(), strict=True):
-        ax.text(column, row, f"{int(counts.iat[row, column])}", ha="center", va="center", fontsize=7,
-                color=INK if share.iat[row, column] > 0.6 else "white")
+        ax.text(
+            column,
+            row,
+            f"{int(counts.iat[row, column])}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color=INK if share.iat[row, column] > 0.6 else "white",
+        )
     ends = tiles.groupby("depth")["depth_end"].first()
     strata = {depth: f"{depth:.0%} to {end:.0%}" for depth, end in ends.items()}
     ax.set_yticks(range(len(share)), [strata[depth] for depth in share.index], fontsize=8)
@@ -83,8 +109,11 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     at = tiles.groupby("depth")[["correct", "n"]].sum()
     at = at["correct"] / at["n"]
-    _title(ax, f"Found best {strata[at.idxmax()]} deep ({at.max():.0%}), worst {strata[at.idxmin()]} deep "
-               f"({at.min():.0%})")
+    _title(
+        ax,
+        f"Found best {strata[at.idxmax()]} deep ({at.max():.0%}), worst {strata[at.idxmin()]} deep "
+        f"({at.min():.0%})",
+    )
     return ax
 
 
@@ -100,18 +129,30 @@ def loss_by_position(losses: pd.DataFrame, ax: Axes | None = None) -> Axes:
     spread = [losses["loss"] - losses["low"], losses["high"] - losses["loss"]]
     ax.errorbar(middle, losses["loss"], yerr=spread, fmt="o-", color=PALETTE[0], capsize=3, linewidth=1)
     ax.axhline(losses["source"].iloc[0], color=INK, linestyle=":", linewidth=0.8)
-    ax.annotate("entropy of the texts' source", (middle.iloc[0], losses["source"].iloc[0]), xytext=(0, -4),
-                textcoords="offset points", fontsize=8, va="top")
-    _token_axis(ax, [*losses["start"], losses["end"].iloc[-1]],
-                f"position in the context (tokens); {losses['texts'].iloc[0]} texts")
+    ax.annotate(
+        "entropy of the texts' source",
+        (middle.iloc[0], losses["source"].iloc[0]),
+        xytext=(0, -4),
+        textcoords="offset points",
+        fontsize=8,
+        va="top",
+    )
+    _token_axis(
+        ax,
+        [*losses["start"], losses["end"].iloc[-1]],
+        f"position in the context (tokens); {losses['texts'].iloc[0]} texts",
+    )
     ax.set_ylabel("loss (nats a token, 95 % interval)")
     ax.margins(y=0.2)
     known = losses["high"].notna().all()
     best, last = losses.loc[losses["high" if known else "loss"].idxmin()], losses.iloc[-1]
     apart = " (intervals overlap)" if known else " (too few texts for intervals)"
     apart = "" if last["low"] > best["high"] else apart
-    _title(ax, f"Loss is {best['loss']:.3f} at {best['start']:,.0f} to {best['end']:,.0f} tokens and "
-               f"{last['loss']:.3f} beyond {last['start']:,.0f}{apart}")
+    _title(
+        ax,
+        f"Loss is {best['loss']:.3f} at {best['start']:,.0f} to {best['end']:,.0f} tokens and "
+        f"{last['loss']:.3f} beyond {last['start']:,.0f}{apart}",
+    )
     return ax
 
 
@@ -133,15 +174,23 @@ def cost_by_length(costs: pd.DataFrame, memory: pd.DataFrame, ax: Axes | None = 
     ax.set_ylim(bottom=0)
     ax.set_ylabel("memory beside the weights")
     right = ax.twinx()
-    right.plot(costs["depth"], costs["tokens_per_second"], color=PALETTE[7], linewidth=2,
-               label="prefill speed")
+    right.plot(
+        costs["depth"], costs["tokens_per_second"], color=PALETTE[7], linewidth=2, label="prefill speed"
+    )
     right.set_ylim(0, 1.15 * costs["tokens_per_second"].max())
     right.set_ylabel("prefill (tokens a second)", color="#666666")
     right.spines["top"].set_visible(False)
     _token_axis(ax, memory["n_ctx"], "context, or depth (tokens)")
     handles = [*ax.get_lines(), *right.get_lines()]
-    ax.legend(handles, [one.get_label() for one in handles], frameon=False, fontsize=8, ncols=2,
-              loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    ax.legend(
+        handles,
+        [one.get_label() for one in handles],
+        frameon=False,
+        fontsize=8,
+        ncols=2,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+    )
     growth = memory["anonymous_bytes"].iloc[-1] - memory["anonymous_bytes"].iloc[0]
     times = memory["n_ctx"].iloc[-1] / memory["n_ctx"].iloc[0]
     _title(ax, f"A context {times:,.0f} times as long takes {growth / 1e6:,.1f} MB more")
@@ -156,8 +205,9 @@ def flash_cache(cache: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax)
     ax.plot(cache["n_ctx"], cache["swa_window"], "o-", color=PALETTE[0], label="swa_full=False")
-    ax.plot(cache["n_ctx"], cache["swa_full"], "s--", color=PALETTE[5],
-            label="swa_full=True, llama.cpp's default")
+    ax.plot(
+        cache["n_ctx"], cache["swa_full"], "s--", color=PALETTE[5], label="swa_full=True, llama.cpp's default"
+    )
     ax.plot(cache["n_ctx"], cache["card"], "D", color=INK, markersize=6, label="the card")
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(_BYTES)
@@ -165,8 +215,11 @@ def flash_cache(cache: pd.DataFrame, ax: Axes | None = None) -> Axes:
     _token_axis(ax, cache["n_ctx"], "context (tokens)")
     ax.legend(frameon=False, fontsize=8)
     last = cache.iloc[-1]
-    _title(ax, f"At {last['n_ctx']:,.0f} tokens the setting swa_full multiplies the cache by "
-               f"{last['swa_full'] / last['swa_window']:.1f}")
+    _title(
+        ax,
+        f"At {last['n_ctx']:,.0f} tokens the setting swa_full multiplies the cache by "
+        f"{last['swa_full'] / last['swa_window']:.1f}",
+    )
     return ax
 
 
@@ -179,10 +232,20 @@ def routing_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes
     """
     ax = _axes(ax)
     middle = (positions["start"] * positions["end"]) ** 0.5
-    spread = [(positions["overlap"] - positions["low"]).clip(lower=0),
-              (positions["high"] - positions["overlap"]).clip(lower=0)]
-    ax.errorbar(middle, positions["overlap"], yerr=spread, fmt="o-", color=PALETTE[0], capsize=3, linewidth=1,
-                label="with the first band")
+    spread = [
+        (positions["overlap"] - positions["low"]).clip(lower=0),
+        (positions["high"] - positions["overlap"]).clip(lower=0),
+    ]
+    ax.errorbar(
+        middle,
+        positions["overlap"],
+        yerr=spread,
+        fmt="o-",
+        color=PALETTE[0],
+        capsize=3,
+        linewidth=1,
+        label="with the first band",
+    )
     ax.plot(middle, positions["chance"], ":", color=INK, linewidth=1, label="chance: same band, other texts")
     ax.set_ylabel("overlap of expert usage", color=PALETTE[0])
     right = ax.twinx()
@@ -190,13 +253,19 @@ def routing_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes
     right.set_ylabel("router margin (median)", color=PALETTE[5])
     right.set_ylim(0, 1.15 * positions["margin_median"].max())
     right.spines["top"].set_visible(False)
-    _token_axis(ax, [*positions["start"], positions["end"].iloc[-1]],
-                f"position in the context (tokens); n = {positions['choices'].min():,} to "
-                f"{positions['choices'].max():,} choices a band")
+    _token_axis(
+        ax,
+        [*positions["start"], positions["end"].iloc[-1]],
+        f"position in the context (tokens); n = {positions['choices'].min():,} to "
+        f"{positions['choices'].max():,} choices a band",
+    )
     ax.legend(frameon=False, fontsize=8, loc="lower left")
     last = positions.iloc[-1]
     low, high = positions["overlap"].min(), positions["overlap"].max()
     ax.set_ylim(max(0, low - 0.15), min(1.02, high + 0.08))
-    _title(ax, f"Beyond {last['start']:,.0f} tokens usage overlaps the start's by {last['overlap']:.0%} "
-               f"(chance: {last['chance']:.0%})")
+    _title(
+        ax,
+        f"Beyond {last['start']:,.0f} tokens usage overlaps the start's by {last['overlap']:.0%} "
+        f"(chance: {last['chance']:.0%})",
+    )
     return ax

@@ -160,9 +160,15 @@ class Haystacks:
         body = self._joined([*filler[:at], needle, *filler[at:]])
         depth = len(self._joined(filler[:at])) / max(1, len(self._joined(filler)))
         expected = self.prompts["answer"].format(code=code)
-        question = Question("key", self.prompts["tasks"][0], depth, tail, expected,
-                            self.prompts["whole_answer"],
-                            len(self.frame.text(expected)) + ANSWER_SPARE)  # fmt: skip
+        question = Question(
+            "key",
+            self.prompts["tasks"][0],
+            depth,
+            tail,
+            expected,
+            self.prompts["whole_answer"],
+            len(self.frame.text(expected)) + ANSWER_SPARE,
+        )
         return Case(haystack, length, planned, self.frame.head + body, (question,))
 
     def _filler(self, draw: random.Random, place: random.Random, room: int) -> list[str]:

@@ -115,8 +115,18 @@ def loss_by_position(model: Model, prompts: PromptSet, n_tokens: int, n_texts: i
     for start, end in bands(max(32, len(frame.head)), n_tokens):
         part = losses[:, start - 1 : end - 1]
         low, high = mean_interval(part.mean(1))
-        rows.append({"start": start, "end": end, "texts": n_texts, "tokens": part.size, "loss": part.mean(),
-                     "low": low, "high": high, "source": entropy})  # fmt: skip
+        rows.append(
+            {
+                "start": start,
+                "end": end,
+                "texts": n_texts,
+                "tokens": part.size,
+                "loss": part.mean(),
+                "low": low,
+                "high": high,
+                "source": entropy,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -130,4 +140,3 @@ def bands(first: int, n_tokens: int) -> list[tuple[int, int]]:
     while edges[-1] * 2 < n_tokens:
         edges.append(edges[-1] * 2)
     return list(zip(edges, [*edges[1:], n_tokens], strict=True))
-

@@ -58,11 +58,19 @@ def usage_by_position(traces: Sequence[Trace], edges: Sequence[tuple[int, int]])
         margins = np.concatenate([trace.margin[start:end, scored].ravel() for trace in traces])
         found = [_overlap(a[band], b[0]) for a, b in _halves(usage)]
         chance = [_overlap(a[band], b[band]) for a, b in _halves(usage)]
-        rows.append({
-            "start": start, "end": end, "choices": len(margins), "overlap": float(np.mean(found)),
-            "low": min(found), "high": max(found), "chance": float(np.mean(chance)),
-            "margin_p5": float(np.quantile(margins, 0.05)), "margin_median": float(np.median(margins)),
-        })  # fmt: skip
+        rows.append(
+            {
+                "start": start,
+                "end": end,
+                "choices": len(margins),
+                "overlap": float(np.mean(found)),
+                "low": min(found),
+                "high": max(found),
+                "chance": float(np.mean(chance)),
+                "margin_p5": float(np.quantile(margins, 0.05)),
+                "margin_median": float(np.median(margins)),
+            }
+        )
     return pd.DataFrame(rows)
 
 

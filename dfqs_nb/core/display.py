@@ -28,7 +28,9 @@ def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[
         styler = styler.format("{:.1%}", subset=list(percent))
     html = re.sub(r"<style.*?</style>\s*", "", styler.set_uuid(name).to_html(), flags=re.DOTALL)
     text = [str(i) for i, column in enumerate(table.columns) if table[column].dtype.kind not in "iufb"]
-    heads = (r"(?:row_heading level\d+ row\d+|index_name level\d+|col_heading level0 col(?:{0})"
-             r"|data row\d+ col(?:{0}))")
+    heads = (
+        r"(?:row_heading level\d+ row\d+|index_name level\d+|col_heading level0 col(?:{0})"
+        r"|data row\d+ col(?:{0}))"
+    )
     aligned = heads.format("|".join(text) or "none")
     return HTML(re.sub(rf'(class="{aligned}")', r'\1 style="text-align: left"', html))

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which people with any colour vision can tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 INK, PAPER = "#222222", "#E8E8E8"
-ATTENTION_COLOURS = {"sliding window": PALETTE[4], "compressed sparse": PALETTE[0],
-                     "heavily compressed": PALETTE[1], "full": PALETTE[2]}
+ATTENTION_COLOURS = {
+    "sliding window": PALETTE[4],
+    "compressed sparse": PALETTE[0],
+    "heavily compressed": PALETTE[1],
+    "full": PALETTE[2],
+}
 ROUTING_COLOURS = {"hash": PALETTE[3], "scores": PALETTE[2], "dense": PAPER}
 _BYTES = EngFormatter(unit="B")
 
@@ -66,4 +70,3 @@ def _token_axis(ax: Axes, ticks: pd.Series | list[int], label: str) -> None:
     ax.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
     ax.minorticks_off()
     ax.set_xlabel(label)
-

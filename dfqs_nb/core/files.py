@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-
-
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -25,7 +23,6 @@ from dfqs_nb.core.progress import tqdm
 
 if TYPE_CHECKING:
     import pandas as pd
-
 
 
 _written: dict[Path, None] = {}  # by this process, in order, since the last stage was written
@@ -116,8 +113,9 @@ def sha256_of(path: str | Path, *, progress: bool = True) -> str:
     return sha256_each([path], progress=progress)[0]
 
 
-def sha256_each(paths: Iterable[str | Path], *, name: str = "sha256",
-                progress: bool = True) -> tuple[str, ...]:
+def sha256_each(
+    paths: Iterable[str | Path], *, name: str = "sha256", progress: bool = True
+) -> tuple[str, ...]:
     """SHA-256 of each of several files, in hex, under one progress bar of that ``name``."""
     files = [Path(path) for path in paths]
     total, found = sum(path.stat().st_size for path in files), []
@@ -140,5 +138,8 @@ def check_sha256(path: str | Path, expected: str, *, progress: bool = True) -> N
     """
     found = sha256_of(path, progress=progress)
     if found != expected.lower():
-        raise IntegrityError(f"SHA-256 is {found}, expected {expected.lower()}", where=path,
-                             hint="the file was changed or damaged: get it from its source again")
+        raise IntegrityError(
+            f"SHA-256 is {found}, expected {expected.lower()}",
+            where=path,
+            hint="the file was changed or damaged: get it from its source again",
+        )

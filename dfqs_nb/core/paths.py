@@ -42,8 +42,11 @@ def run_dir(run: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot make the folder ({error.strerror})", where=folder,
-                          hint="set DFQS_OUTPUTS to a folder you may write") from error
+        raise OutputError(
+            f"cannot make the folder ({error.strerror})",
+            where=folder,
+            hint="set DFQS_OUTPUTS to a folder you may write",
+        ) from error
     return folder
 
 
@@ -58,4 +61,3 @@ def tilde(path: str | Path) -> str:
         if path.is_relative_to(base) and base != Path("/"):
             return prefix + path.relative_to(base).as_posix()
     return str(path)
-

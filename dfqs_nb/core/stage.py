@@ -21,8 +21,9 @@ from dfqs_nb.core.files import (
 UNSEALED = (".gguf", ".manifest.json", ".ipynb")  # have hashes of their own, or change by being read
 
 
-def write_stage(folder: str | Path, stage: str, *, conditions: dict[str, Any], summary: list[str],
-                **facts: Any) -> Path:
+def write_stage(
+    folder: str | Path, stage: str, *, conditions: dict[str, Any], summary: list[str], **facts: Any
+) -> Path:
     """Write ``<stage>.json``, what a notebook hands on, and seal it.
 
     It holds the conditions, the facts, the few lines that the run's summary prints, the SHA-256 of each file
@@ -31,8 +32,11 @@ def write_stage(folder: str | Path, stage: str, *, conditions: dict[str, Any], s
     folder = Path(folder)
     content = {"stage": stage, "conditions": conditions, "summary": summary, **facts}
     content = _numbers(json.loads(json.dumps(content, default=str)))
-    content["files"] = {path.relative_to(folder.resolve()).as_posix(): sha256_of_file(path)
-                        for path in _written if _sealed(path, folder.resolve())}
+    content["files"] = {
+        path.relative_to(folder.resolve()).as_posix(): sha256_of_file(path)
+        for path in _written
+        if _sealed(path, folder.resolve())
+    }
     _written.clear()
     written = write_json(folder / f"{stage}.json", {**content, "seal": canonical_sha256(content)})
     _written.clear()

@@ -78,4 +78,4 @@ def _moved(header: GGUFHeader, body: bytes, by: int) -> bytes:
     """The file with its last tensor's offset changed (it is the last number of the tensor table)."""
     at = len(header.raw) - 8
     (offset,) = struct.unpack_from("<Q", body, at)
-    return body[:at] + struct.pack("<Q", offset + by) + body[at + 8:]
+    return body[:at] + struct.pack("<Q", offset + by) + body[at + 8 :]

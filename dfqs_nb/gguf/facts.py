@@ -98,10 +98,15 @@ def experts(header: GGUFHeader) -> Experts:
     """The expert layout; see ``Experts``."""
     moe_layers = {layer_of(t.name) for t in header.tensors if class_of(t.name) == "routed experts"}
     code = int(header.arch("expert_gating_func", 0))
-    return Experts(int(header.arch("expert_count", 0)), int(header.arch("expert_used_count", 0)),
-                   int(header.arch("expert_shared_count", 0)), len(moe_layers),
-                   int(header.arch("hash_layer_count", 0)), GATING.get(code, "not stated"),
-                   float(header.arch("expert_weights_scale", 1.0)))
+    return Experts(
+        int(header.arch("expert_count", 0)),
+        int(header.arch("expert_used_count", 0)),
+        int(header.arch("expert_shared_count", 0)),
+        len(moe_layers),
+        int(header.arch("hash_layer_count", 0)),
+        GATING.get(code, "not stated"),
+        float(header.arch("expert_weights_scale", 1.0)),
+    )
 
 
 def parameters(header: GGUFHeader) -> Parameters:
@@ -140,9 +145,17 @@ def class_sizes(header: GGUFHeader) -> list[dict[str, Any]]:
     groups: dict[str, list[Tensor]] = {}
     for tensor in header.tensors:
         groups.setdefault(class_of(tensor.name), []).append(tensor)
-    rows = [{"class": label, "tensors": len(group), "weights": sum(t.n_elements for t in group),
-             "bytes": sum(t.nbytes for t in group), "bits_per_weight": bits_per_weight(group),
-             "types": ", ".join(types_by_bytes(group))} for label, group in groups.items()]
+    rows = [
+        {
+            "class": label,
+            "tensors": len(group),
+            "weights": sum(t.n_elements for t in group),
+            "bytes": sum(t.nbytes for t in group),
+            "bits_per_weight": bits_per_weight(group),
+            "types": ", ".join(types_by_bytes(group)),
+        }
+        for label, group in groups.items()
+    ]
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
@@ -199,13 +212,19 @@ def identity(header: GGUFHeader) -> dict[str, Any]:
 def architecture(header: GGUFHeader) -> dict[str, Any]:
     """The sizes that shape the network; ``not stated`` where the header is silent."""
     keys = {
-        "layers": "block_count", "hidden size": "embedding_length", "context (tokens)": "context_length",
-        "heads": "attention.head_count", "KV heads": "attention.head_count_kv",
-        "head size": "attention.key_length", "rotary size": "rope.dimension_count",
-        "sliding window (tokens)": "attention.sliding_window", "expert width": "expert_feed_forward_length",
-        "indexer heads": "attention.indexer.head_count", "indexer top-k": "attention.indexer.top_k",
+        "layers": "block_count",
+        "hidden size": "embedding_length",
+        "context (tokens)": "context_length",
+        "heads": "attention.head_count",
+        "KV heads": "attention.head_count_kv",
+        "head size": "attention.key_length",
+        "rotary size": "rope.dimension_count",
+        "sliding window (tokens)": "attention.sliding_window",
+        "expert width": "expert_feed_forward_length",
+        "indexer heads": "attention.indexer.head_count",
+        "indexer top-k": "attention.indexer.top_k",
         "hyper-connection streams": "hyper_connection.count",
-    }  # fmt: skip
+    }
     return {label: header.arch(key, "not stated") for label, key in keys.items()}
 
 
@@ -237,8 +256,10 @@ def facts_frame(facts: dict[str, Any], name: str = "value") -> pd.DataFrame:
     """A dict of facts as a one-column table, numbers with thousands separators."""
     import pandas as pd
 
-    shown = {key: f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-             for key, value in facts.items()}
+    shown = {
+        key: f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        for key, value in facts.items()
+    }
     return pd.DataFrame({name: shown})
 
 
@@ -250,9 +271,18 @@ def tensor_table(header: GGUFHeader) -> pd.DataFrame:
     rows = []
     for t in header.tensors:
         layer = layer_of(t.name)
-        rows.append({"name": t.name, "layer": -1 if layer is None else layer, "class": class_of(t.name),
-                     "type": t.type, "shape": t.shape, "weights": t.n_elements, "bytes": t.nbytes,
-                     "bits_per_weight": 8 * t.nbytes / t.n_elements if t.n_elements else float("nan")})
+        rows.append(
+            {
+                "name": t.name,
+                "layer": -1 if layer is None else layer,
+                "class": class_of(t.name),
+                "type": t.type,
+                "shape": t.shape,
+                "weights": t.n_elements,
+                "bytes": t.nbytes,
+                "bits_per_weight": 8 * t.nbytes / t.n_elements if t.n_elements else float("nan"),
+            }
+        )
     columns = ["name", "layer", "class", "type", "shape", "weights", "bytes", "bits_per_weight"]
     return pd.DataFrame(rows, columns=columns)
 

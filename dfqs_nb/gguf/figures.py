@@ -26,8 +26,11 @@ def class_sizes(sizes: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.margins(x=0.14)
     ax.set_xlabel("size; labels give bits a weight")
     share = sizes["bytes"].iloc[0] / sizes["bytes"].sum()
-    _title(ax, f"{sizes['class'].iloc[0].capitalize()} take {share:.0%} of the bytes "
-               f"at {sizes['bits_per_weight'].iloc[0]:.2f} bits a weight")
+    _title(
+        ax,
+        f"{sizes['class'].iloc[0].capitalize()} take {share:.0%} of the bytes "
+        f"at {sizes['bits_per_weight'].iloc[0]:.2f} bits a weight",
+    )
     return ax
 
 
@@ -48,8 +51,10 @@ def quantization_mix(mix: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("size")
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     patterns = len({tuple(row > 0) for row in mix.to_numpy()})
-    _title(ax, f"{len(mix)} layers use {mix.shape[1]} tensor types in {patterns} "
-               f"mix{'es' if patterns > 1 else ''}")
+    _title(
+        ax,
+        f"{len(mix)} layers use {mix.shape[1]} tensor types in {patterns} mix{'es' if patterns > 1 else ''}",
+    )
     return ax
 
 
@@ -62,8 +67,14 @@ def attention_layout(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = _axes(ax, 1.9)
     for row, (column, colours) in enumerate((("kind", ATTENTION_COLOURS), ("routing", ROUTING_COLOURS))):
         for kind, group in layers.groupby(column, sort=False):
-            ax.bar(group["layer"], 0.86, bottom=row + 0.07, width=0.94, color=colours.get(kind, PALETTE[7]),
-                   label=f"{'attention' if column == 'kind' else 'experts by'}: {kind}")
+            ax.bar(
+                group["layer"],
+                0.86,
+                bottom=row + 0.07,
+                width=0.94,
+                color=colours.get(kind, PALETTE[7]),
+                label=f"{'attention' if column == 'kind' else 'experts by'}: {kind}",
+            )
     ax.set_yticks([0.5, 1.5], ["attention", "experts"])
     ax.set_ylim(2, 0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

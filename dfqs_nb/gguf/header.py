@@ -28,25 +28,60 @@ MAX_HEADER_BYTES = 1 << 28  # real headers stay under 50 MB; a larger claim is a
 
 # Value types of metadata fields: code -> (name, struct format of one value).
 VALUE_TYPES = {
-    0: ("UINT8", "B"), 1: ("INT8", "b"), 2: ("UINT16", "H"), 3: ("INT16", "h"), 4: ("UINT32", "I"),
-    5: ("INT32", "i"), 6: ("FLOAT32", "f"), 7: ("BOOL", "?"), 8: ("STRING", ""), 9: ("ARRAY", ""),
-    10: ("UINT64", "Q"), 11: ("INT64", "q"), 12: ("FLOAT64", "d"),
-}  # fmt: skip
+    0: ("UINT8", "B"),
+    1: ("INT8", "b"),
+    2: ("UINT16", "H"),
+    3: ("INT16", "h"),
+    4: ("UINT32", "I"),
+    5: ("INT32", "i"),
+    6: ("FLOAT32", "f"),
+    7: ("BOOL", "?"),
+    8: ("STRING", ""),
+    9: ("ARRAY", ""),
+    10: ("UINT64", "Q"),
+    11: ("INT64", "q"),
+    12: ("FLOAT64", "d"),
+}
 
 # Tensor types: code -> (name, elements a block, bytes a block). Source: ggml's type traits
 # (gguf-py gives Q8_1, which no file stores, 40 bytes; ggml gives it 36).
 TENSOR_TYPES = {
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36),
-    10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66),
-    17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4),
-    27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2),
-    34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
-    41: ("Q1_0", 128, 18), 42: ("Q2_0", 64, 18),
-}  # fmt: skip
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 36),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18),
+    42: ("Q2_0", 64, 18),
+}
 
 CUT_OFF = "the download was cut off, or the file is broken: download it again"
 _FIRST_READ = 1 << 16
@@ -172,8 +207,9 @@ def read_header(path: str | Path, start: int = 0) -> GGUFHeader:
             size = file.seek(0, 2)
             return _parse(_Cursor(path, file, start, size))
     except OSError as error:
-        raise HeaderError(f"cannot be read ({error.strerror})", where=path,
-                          hint="check the path and its permissions") from error
+        raise HeaderError(
+            f"cannot be read ({error.strerror})", where=path, hint="check the path and its permissions"
+        ) from error
 
 
 def check_layout(header: GGUFHeader) -> None:
@@ -190,14 +226,18 @@ def check_layout(header: GGUFHeader) -> None:
             kind = "overlaps the tensor before it" if tensor.offset < expected else "leaves a gap"
             raise LayoutError(
                 f"tensor {tensor.name!r} {kind} (offset {tensor.offset:,}, expected {expected:,})",
-                where=header.path, hint="the file was written wrongly: get it from its source again")
+                where=header.path,
+                hint="the file was written wrongly: get it from its source again",
+            )
         expected = padded(tensor.offset + tensor.nbytes, header.alignment)
     last = header.tensors[-1] if header.tensors else None
     needed = header.data_offset + (last.offset + last.nbytes if last else 0)
     if header.file_size < needed:
         raise LayoutError(
-            f"{needed - header.file_size:,} bytes short (has {header.file_size:,}, "
-            f"needs {needed:,})", where=header.path, hint=CUT_OFF)
+            f"{needed - header.file_size:,} bytes short (has {header.file_size:,}, needs {needed:,})",
+            where=header.path,
+            hint=CUT_OFF,
+        )
 
 
 class _Cursor:
@@ -221,8 +261,10 @@ class _Cursor:
         if end <= len(self.bytes):
             return
         if end > self.size - self.start:
-            raise self.fail(f"the header is cut off: it needs {end:,} bytes and the file has "
-                            f"{self.size - self.start:,}", CUT_OFF)
+            raise self.fail(
+                f"the header is cut off: it needs {end:,} bytes and the file has {self.size - self.start:,}",
+                CUT_OFF,
+            )
         if end > MAX_HEADER_BYTES:
             raise self.fail(f"the header claims over {MAX_HEADER_BYTES:,} bytes")
         goal = min(max(end, 2 * len(self.bytes), _FIRST_READ), self.size - self.start, MAX_HEADER_BYTES)
@@ -236,7 +278,7 @@ class _Cursor:
     def take(self, nbytes: int) -> bytes:
         end = self.position + nbytes
         self.need(end)
-        taken = bytes(self.bytes[self.position:end])
+        taken = bytes(self.bytes[self.position : end])
         self.position = end
         return taken
 
@@ -262,8 +304,7 @@ class _Cursor:
                     count -= 1
             except (struct.error, OverflowError):  # past what is held; past what any file holds
                 if position + 8 > self.size - self.start:
-                    raise self.fail(f"{what} runs past the end of the file",
-                                    CUT_OFF) from None
+                    raise self.fail(f"{what} runs past the end of the file", CUT_OFF) from None
                 self.need(position + 8)
         self.need(position)
         self.position = position
@@ -277,26 +318,39 @@ def _parse(cursor: _Cursor) -> GGUFHeader:
     raw = bytes(memoryview(cursor.bytes)[: cursor.position])
     data = padded(len(raw), alignment) if n_tensors else len(raw)
     if cursor.start + data > cursor.size:
-        raise cursor.fail("the file ends before its data section",
-                          CUT_OFF)
-    return GGUFHeader(cursor.path, cursor.start, version, alignment, MappingProxyType(fields),
-                      tensors, cursor.start + data, cursor.size, raw)
+        raise cursor.fail("the file ends before its data section", CUT_OFF)
+    return GGUFHeader(
+        cursor.path,
+        cursor.start,
+        version,
+        alignment,
+        MappingProxyType(fields),
+        tensors,
+        cursor.start + data,
+        cursor.size,
+        raw,
+    )
 
 
 def _read_preamble(cursor: _Cursor) -> tuple[int, int, int]:
     _check_magic(cursor)
     version = cursor.number("I")
     if version & 0xFFFF == 0:
-        raise cursor.fail("a big-endian GGUF, which this machine's llama.cpp does not read",
-                          "convert it with gguf-py's gguf-convert-endian")
+        raise cursor.fail(
+            "a big-endian GGUF, which this machine's llama.cpp does not read",
+            "convert it with gguf-py's gguf-convert-endian",
+        )
     if version not in VERSIONS:
-        raise cursor.fail(f"GGUF version {version}; llama.cpp reads versions 2 and 3",
-                          "convert the original model again with a current llama.cpp")
+        raise cursor.fail(
+            f"GGUF version {version}; llama.cpp reads versions 2 and 3",
+            "convert the original model again with a current llama.cpp",
+        )
     n_tensors, n_fields = cursor.number("Q"), cursor.number("Q")
     for count, least, noun in ((n_tensors, 24, "tensors"), (n_fields, 13, "metadata fields")):
         if count * least > cursor.remaining:
-            raise cursor.fail(f"claims {count:,} {noun}, more than its {cursor.size:,} bytes can hold",
-                              CUT_OFF)
+            raise cursor.fail(
+                f"claims {count:,} {noun}, more than its {cursor.size:,} bytes can hold", CUT_OFF
+            )
     return version, n_tensors, n_fields
 
 
@@ -336,8 +390,9 @@ def _read_field(cursor: _Cursor, name: str, start: int) -> Field:
     type_name, form = VALUE_TYPES[kind]
     n, least = 1 if count is None else count, struct.calcsize("<" + form) or 8
     if n * least > cursor.remaining:
-        raise cursor.fail(f"metadata field {name!r} claims {n:,} values, more than the file has left",
-                          CUT_OFF)
+        raise cursor.fail(
+            f"metadata field {name!r} claims {n:,} values, more than the file has left", CUT_OFF
+        )
     value_start = cursor.position
     cursor.need(value_start + n * least)
     if form:
@@ -378,8 +433,10 @@ def _read_tensor(cursor: _Cursor, name: str) -> Tensor:
     shape = struct.unpack(f"<{n_dims}q", cursor.take(8 * n_dims)) or (1,)
     code, offset = cursor.number("I"), cursor.number("Q")
     if code not in TENSOR_TYPES:
-        raise cursor.fail(f"tensor {name!r} has the unknown type {code}",
-                          "the file may need a newer llama.cpp than this workbook knows")
+        raise cursor.fail(
+            f"tensor {name!r} has the unknown type {code}",
+            "the file may need a newer llama.cpp than this workbook knows",
+        )
     type_name, block, block_bytes = TENSOR_TYPES[code]
     n_elements = math.prod(shape)
     # A dimension of 0 hides no overflow: llama.cpp aborts on the product of the others.

@@ -23,7 +23,8 @@ from dfqs_nb.core.errors import DfqsError, OutputError, RegistryError, SpaceErro
 from dfqs_nb.core.paths import tilde
 
 ADDRESS = re.compile(
-    r"hf://(?P<repo>[^/@\s]+/[^/@\s]+)(@(?P<early>[^/@]+))?/(?P<file>[^@]+\.gguf)(@(?P<late>\S+))?")
+    r"hf://(?P<repo>[^/@\s]+/[^/@\s]+)(@(?P<early>[^/@]+))?/(?P<file>[^@]+\.gguf)(@(?P<late>\S+))?"
+)
 LARGER_DISK = "free some space, or set HF_HOME to a folder on a larger disk"
 
 
@@ -50,13 +51,21 @@ def parse_address(address: str) -> HubFile:
     """
     match = ADDRESS.fullmatch(address)
     if match is None:
-        raise RegistryError("not the address of a GGUF file on the hub", where=address,
-                            hint="write hf://owner/repo/file.gguf or hf://owner/repo/file.gguf@revision")
+        raise RegistryError(
+            "not the address of a GGUF file on the hub",
+            where=address,
+            hint="write hf://owner/repo/file.gguf or hf://owner/repo/file.gguf@revision",
+        )
     return HubFile(match["repo"], match["file"], match["early"] or match["late"])
 
 
-def download(files: Sequence[HubFile], *, cache_dir: str | Path | None = None,
-             local_files_only: bool = False, any_folder: bool = False) -> tuple[Path, ...]:
+def download(
+    files: Sequence[HubFile],
+    *,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    any_folder: bool = False,
+) -> tuple[Path, ...]:
     """Local paths of ``files`` in the hub's cache, fetched if they are not there yet.
 
     Args:
@@ -100,8 +109,11 @@ def _check_space(sizes_bytes: Sequence[int], cache_dir: str | Path | None) -> No
         folder = folder.parent
     need, free = sum(sizes_bytes), shutil.disk_usage(folder).free
     if need > free:
-        raise SpaceError(f"the download needs {need:,} bytes and the disk has {free:,} free",
-                         where=tilde(folder), hint=LARGER_DISK)
+        raise SpaceError(
+            f"the download needs {need:,} bytes and the disk has {free:,} free",
+            where=tilde(folder),
+            hint=LARGER_DISK,
+        )
 
 
 class FileNotInRepo(RegistryError):
@@ -169,32 +181,47 @@ def _explain(error: Exception, file: HubFile) -> DfqsError:
         case hub.RemoteEntryNotFoundError():
             return _not_in_repo(file)
         case hub.RevisionNotFoundError():
-            return RegistryError("the repository has no such revision", where=file,
-                                 hint="name a branch, a tag or a commit of it")
+            return RegistryError(
+                "the repository has no such revision",
+                where=file,
+                hint="name a branch, a tag or a commit of it",
+            )
         case hub.GatedRepoError():
-            return RegistryError("the repository is gated", where=file,
-                                 hint="accept its terms on its web page, then log in with `hf auth login`")
+            return RegistryError(
+                "the repository is gated",
+                where=file,
+                hint="accept its terms on its web page, then log in with `hf auth login`",
+            )
         case hub.RepositoryNotFoundError():
-            return RegistryError("no such repository, or it is private", where=file,
-                                 hint="check the spelling; for a private one log in with `hf auth login`")
+            return RegistryError(
+                "no such repository, or it is private",
+                where=file,
+                hint="check the spelling; for a private one log in with `hf auth login`",
+            )
         case hub.HfHubHTTPError():
             return _refused(error.response.status_code, file)
         case OSError(errno=errno.ENOSPC):
-            return SpaceError("the disk filled up during the download", where=file,
-                              hint=LARGER_DISK)
+            return SpaceError("the disk filled up during the download", where=file, hint=LARGER_DISK)
         case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS):
-            return OutputError("the hub's cache cannot be written", where=error.filename,
-                               hint="set HF_HOME to a folder you may write")
+            return OutputError(
+                "the hub's cache cannot be written",
+                where=error.filename,
+                hint="set HF_HOME to a folder you may write",
+            )
         case hub.HFValidationError():
-            return RegistryError(f"not a name the hub allows ({error})", where=file,
-                                 hint="check the spelling")
+            return RegistryError(
+                f"not a name the hub allows ({error})", where=file, hint="check the spelling"
+            )
         case ValueError():  # over 50 GB without hf_xet, for example: the message says what to do
             return RegistryError(str(error), where=file)
         case httpx2.ProxyError():
             return RegistryError(f"the proxy refuses ({error})", where=file, hint="check HTTPS_PROXY")
         case _:
-            return RegistryError(f"the download was interrupted ({error})", where=file,
-                                 hint="run again: complete files are kept, this one starts over")
+            return RegistryError(
+                f"the download was interrupted ({error})",
+                where=file,
+                hint="run again: complete files are kept, this one starts over",
+            )
 
 
 def _not_cached(cause: BaseException | None, file: HubFile) -> RegistryError:
@@ -202,23 +229,37 @@ def _not_cached(cause: BaseException | None, file: HubFile) -> RegistryError:
     from huggingface_hub import errors as hub
 
     if cause is None or isinstance(cause, hub.OfflineModeIsEnabled):
-        return RegistryError("not in the cache, and offline", where=file,
-                             hint="unset HF_HUB_OFFLINE (or local_files_only) and run once with a network")
+        return RegistryError(
+            "not in the cache, and offline",
+            where=file,
+            hint="unset HF_HUB_OFFLINE (or local_files_only) and run once with a network",
+        )
     if isinstance(cause, hub.HfHubHTTPError):
         return _refused(cause.response.status_code, file)
     if isinstance(cause, hub.FileMetadataError):
-        return RegistryError(f"{constants.ENDPOINT} does not answer like a hub", where=file,
-                             hint="check HF_ENDPOINT, and any proxy in between")
-    return RegistryError(f"not in the cache, and {constants.ENDPOINT} cannot be reached ({cause})",
-                         where=file, hint="check the network, the proxy and HF_ENDPOINT, then run again")
+        return RegistryError(
+            f"{constants.ENDPOINT} does not answer like a hub",
+            where=file,
+            hint="check HF_ENDPOINT, and any proxy in between",
+        )
+    return RegistryError(
+        f"not in the cache, and {constants.ENDPOINT} cannot be reached ({cause})",
+        where=file,
+        hint="check the network, the proxy and HF_ENDPOINT, then run again",
+    )
 
 
 def _refused(status: int, file: HubFile) -> RegistryError:
-    hint = {401: "the token is not valid: `hf auth login`, or unset HF_TOKEN",
-            403: "the token lacks the right to read it: `hf auth login` with one that has it",
-            429: "too many requests: wait some minutes, or log in with `hf auth login`"}
-    return RegistryError(f"the hub answers {status}", where=file,
-                         hint=hint.get(status, "the hub has a problem: run again later"))
+    hint = {
+        401: "the token is not valid: `hf auth login`, or unset HF_TOKEN",
+        403: "the token lacks the right to read it: `hf auth login` with one that has it",
+        429: "too many requests: wait some minutes, or log in with `hf auth login`",
+    }
+    return RegistryError(
+        f"the hub answers {status}",
+        where=file,
+        hint=hint.get(status, "the hub has a problem: run again later"),
+    )
 
 
 def _not_in_repo(file: HubFile) -> FileNotInRepo:
@@ -229,7 +270,10 @@ def _not_in_repo(file: HubFile) -> FileNotInRepo:
     except OSError:  # the hub's errors are of this kind; without the list the message is shorter
         names = []
     files = tuple(name for name in names if name.endswith(".gguf"))
-    error = FileNotInRepo("the repository has no such file", where=file,
-                          hint=f"it has {', '.join(files[:8])}" if files else "it shows no .gguf file")
+    error = FileNotInRepo(
+        "the repository has no such file",
+        where=file,
+        hint=f"it has {', '.join(files[:8])}" if files else "it shows no .gguf file",
+    )
     error.files = files
     return error

@@ -312,7 +312,11 @@ def cache_table(header: GGUFHeader, contexts: Sequence[int], n_ubatch: int = 512
     """
     import pandas as pd
 
-    rows = {n_ctx: [kv_cache_bytes(header, n_ctx, n_ubatch, swa_full=full).total / 2**20
-                    for full in (False, True)] for n_ctx in contexts}
+    rows = {
+        n_ctx: [
+            kv_cache_bytes(header, n_ctx, n_ubatch, swa_full=full).total / 2**20 for full in (False, True)
+        ]
+        for n_ctx in contexts
+    }
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["swa_full=False", "swa_full=True"])
     return table.rename_axis("n_ctx")

@@ -64,8 +64,11 @@ def models() -> dict[str, Model]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
         return {name: _model(name, entry) for name, entry in table.items()}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RegistryError(f"cannot read the table of models ({error})", where=tilde(path),
-                            hint="restore it with git, or set DFQS_DATA to a folder that has it") from error
+        raise RegistryError(
+            f"cannot read the table of models ({error})",
+            where=tilde(path),
+            hint="restore it with git, or set DFQS_DATA to a folder that has it",
+        ) from error
 
 
 def _model(name: str, entry: dict[str, Any]) -> Model:
@@ -75,13 +78,27 @@ def _model(name: str, entry: dict[str, Any]) -> Model:
 
 def describe() -> list[dict[str, Any]]:
     """One row a registered model, for ``dfqs-nb models`` or ``pandas.DataFrame``; sizes in 10^9 bytes."""
-    return [{"name": model.name, "title": model.title, "files": len(model.files),
-             "gigabytes": round(model.size_bytes / 1e9, 3), "licence": model.licence,
-             "source": model.source, "note": model.note} for model in models().values()]
+    return [
+        {
+            "name": model.name,
+            "title": model.title,
+            "files": len(model.files),
+            "gigabytes": round(model.size_bytes / 1e9, 3),
+            "licence": model.licence,
+            "source": model.source,
+            "note": model.note,
+        }
+        for model in models().values()
+    ]
 
 
-def resolve(model: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None,
-            local_files_only: bool | None = None) -> tuple[Path, ...]:
+def resolve(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool | None = None,
+) -> tuple[Path, ...]:
     """The local paths of a model's files, shards in order; what is missing here is downloaded.
 
     Args:
@@ -130,13 +147,18 @@ def check_sizes(paths: Sequence[Path], model: Model) -> None:
         IntegrityError: a file is shorter or longer, or the number of files is another one.
     """
     if len(paths) != len(model.files):
-        raise IntegrityError(f"{len(paths)} files given, but {model.name} has {len(model.files)}",
-                             hint="give all of them, in order")
+        raise IntegrityError(
+            f"{len(paths)} files given, but {model.name} has {len(model.files)}",
+            hint="give all of them, in order",
+        )
     for number, (path, file) in enumerate(zip(paths, model.files, strict=True), 1):
         surplus = Path(path).stat().st_size - file.size_bytes
         if surplus:
-            raise _damaged(path, f"{_which(number, model)} is {abs(surplus):,} bytes "
-                                 f"{'short' if surplus < 0 else 'too long'} (expected {file.size_bytes:,})")
+            raise _damaged(
+                path,
+                f"{_which(number, model)} is {abs(surplus):,} bytes "
+                f"{'short' if surplus < 0 else 'too long'} (expected {file.size_bytes:,})",
+            )
 
 
 def check_hashes(paths: Sequence[Path], model: Model) -> tuple[str, ...]:
@@ -149,8 +171,9 @@ def check_hashes(paths: Sequence[Path], model: Model) -> tuple[str, ...]:
     hashes = sha256_each(paths, name=f"SHA-256 of {model.name}")
     for number, (path, file, found) in enumerate(zip(paths, model.files, hashes, strict=True), 1):
         if found != file.sha256:
-            raise _damaged(path, f"{_which(number, model)} has SHA-256 {found[:16]}... "
-                                 f"(expected {file.sha256[:16]}...)")
+            raise _damaged(
+                path, f"{_which(number, model)} has SHA-256 {found[:16]}... (expected {file.sha256[:16]}...)"
+            )
     return hashes
 
 
@@ -175,8 +198,11 @@ def _registered(model: Model, revision: str | None, options: dict[str, Any]) -> 
         paths = tuple(folder / file.name for file in model.files)
         for path in paths:
             if not path.is_file():
-                raise RegistryError("missing", where=tilde(path),
-                                    hint=f"it belongs to the repository: git checkout -- {model.source}")
+                raise RegistryError(
+                    "missing",
+                    where=tilde(path),
+                    hint=f"it belongs to the repository: git checkout -- {model.source}",
+                )
     check_sizes(paths, model)
     return paths
 
@@ -187,18 +213,24 @@ def _local(path: Path, given: str) -> tuple[Path, ...]:
     if path.is_dir():
         return _folder(path)
     if "/" in given or "\\" in given or given.endswith(".gguf"):
-        raise RegistryError("no such file", where=given, hint="check the path, or give the name of a known "
-                            f"model: {', '.join(models())}")
+        raise RegistryError(
+            "no such file",
+            where=given,
+            hint=f"check the path, or give the name of a known model: {', '.join(models())}",
+        )
     close = difflib.get_close_matches(given.lower(), models(), n=1, cutoff=0.4)
     question = f"did you mean {close[0]}? " if close else ""
-    raise RegistryError(f"no model is called {given!r}",
-                        hint=f"{question}known: {', '.join(models())}; or give a path or hf://owner/repo/file.gguf")
+    raise RegistryError(
+        f"no model is called {given!r}",
+        hint=f"{question}known: {', '.join(models())}; or give a path or hf://owner/repo/file.gguf",
+    )
 
 
 def _folder(folder: Path) -> tuple[Path, ...]:
     paths = sorted(folder.glob("*.gguf"))
-    stems = sorted({(match["prefix"] if (match := SHARD_NAME.fullmatch(path.name)) else path.name)
-                    for path in paths})
+    stems = sorted(
+        {(match["prefix"] if (match := SHARD_NAME.fullmatch(path.name)) else path.name) for path in paths}
+    )
     if len(stems) != 1:
         found = f"{len(stems)} models ({', '.join(stems[:5])})" if stems else "no .gguf file"
         raise RegistryError(f"the folder has {found}", where=tilde(folder), hint="give the path of one file")

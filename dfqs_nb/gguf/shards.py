@@ -92,8 +92,11 @@ def find_shards(path: str | Path) -> tuple[Path, ...]:
     number = int(header.get("split.no", 0)) + 1
     if match is None or (int(match["number"]), int(match["count"])) != (number, count):
         expected = shard_path(match["prefix"] if match else path.stem, number, count).name
-        raise ShardError(f"is shard {number} of {count} by its header, but is not named so", where=path,
-                         hint=f"rename it to {expected!r}, or name all {count} shards")
+        raise ShardError(
+            f"is shard {number} of {count} by its header, but is not named so",
+            where=path,
+            hint=f"rename it to {expected!r}, or name all {count} shards",
+        )
     siblings = tuple(shard_path(path.parent / match["prefix"], i, count) for i in range(1, count + 1))
     _check_present(siblings)
     return siblings
@@ -104,8 +107,11 @@ def _check_present(paths: Sequence[Path]) -> None:
     if not missing:
         return
     names = ", ".join(path.name for path in missing)
-    raise ShardError(f"{len(missing)} of {len(paths)} shards missing: {names}", where=paths[0].parent,
-                     hint=_renamed(missing[0], paths) or "download what is missing into that folder")
+    raise ShardError(
+        f"{len(missing)} of {len(paths)} shards missing: {names}",
+        where=paths[0].parent,
+        hint=_renamed(missing[0], paths) or "download what is missing into that folder",
+    )
 
 
 def _renamed(missing: Path, siblings: Sequence[Path]) -> str:
@@ -167,20 +173,32 @@ def _check_numbers(headers: Sequence[GGUFHeader], count: int) -> None:
     seen: dict[int, GGUFHeader] = {}
     for header in headers:
         if split_count(header) != count:
-            raise ShardError(f"belongs to a set of {split_count(header)}, not of {count}",
-                             where=header.path, hint="take all shards from one model")
+            raise ShardError(
+                f"belongs to a set of {split_count(header)}, not of {count}",
+                where=header.path,
+                hint="take all shards from one model",
+            )
         number = int(header.get("split.no", 0))
         if number in seen:
-            raise ShardError(f"is shard {number + 1} of {count}, and so is {seen[number].path.name}",
-                             where=header.path, hint="name each shard once")
+            raise ShardError(
+                f"is shard {number + 1} of {count}, and so is {seen[number].path.name}",
+                where=header.path,
+                hint="name each shard once",
+            )
         seen[number] = header
     missing = [str(i + 1) for i in range(count) if i not in seen]
     if missing:
-        raise ShardError(f"shard {', '.join(missing)} of {count} is missing",
-                         where=headers[0].path.parent, hint=f"name all {count} shards")
+        raise ShardError(
+            f"shard {', '.join(missing)} of {count} is missing",
+            where=headers[0].path.parent,
+            hint=f"name all {count} shards",
+        )
     if len(seen) > count:
-        raise ShardError(f"{len(seen)} shards of a set of {count}", where=headers[0].path.parent,
-                         hint="take all shards from one model")
+        raise ShardError(
+            f"{len(seen)} shards of a set of {count}",
+            where=headers[0].path.parent,
+            hint="take all shards from one model",
+        )
 
 
 def _check_names(headers: Sequence[GGUFHeader], count: int) -> None:
@@ -191,28 +209,41 @@ def _check_names(headers: Sequence[GGUFHeader], count: int) -> None:
             continue
         prefixes.add(match["prefix"])
         if (int(match["number"]), int(match["count"])) != (number, count):
-            raise ShardError(f"is named shard {int(match['number'])} of {int(match['count'])}, but its "
-                             f"header says shard {number} of {count}", where=header.path,
-                             hint="two shards were swapped or renamed: give each its own name back")
+            raise ShardError(
+                f"is named shard {int(match['number'])} of {int(match['count'])}, but its "
+                f"header says shard {number} of {count}",
+                where=header.path,
+                hint="two shards were swapped or renamed: give each its own name back",
+            )
     if len(prefixes) > 1:
-        raise ShardError(f"shards of different models: {', '.join(sorted(prefixes))}",
-                         where=headers[0].path.parent, hint="take all shards from one model")
+        raise ShardError(
+            f"shards of different models: {', '.join(sorted(prefixes))}",
+            where=headers[0].path.parent,
+            hint="take all shards from one model",
+        )
 
 
 def _check_size(header: GGUFHeader, number: int, count: int) -> None:
     surplus = header.file_size - header.end_offset
     if not header.tensors and header.file_size == padded(header.end_offset, header.alignment):
         return  # `llama-gguf-split --no-tensor-first-split` pads even where no data follows
-    unpadded = max((header.data_offset + t.offset + t.nbytes for t in header.tensors),
-                   default=header.end_offset)
+    unpadded = max(
+        (header.data_offset + t.offset + t.nbytes for t in header.tensors), default=header.end_offset
+    )
     if header.file_size < unpadded:
-        raise ShardError(f"shard {number} of {count} is {-surplus:,} bytes short "
-                         f"(expected {header.end_offset:,})", where=header.path, hint="download it again")
+        raise ShardError(
+            f"shard {number} of {count} is {-surplus:,} bytes short (expected {header.end_offset:,})",
+            where=header.path,
+            hint="download it again",
+        )
     check_layout(header)
     if surplus > 0:
-        raise ShardError(f"shard {number} of {count} has {surplus:,} bytes more than its header accounts "
-                         f"for (expected {header.end_offset:,})", where=header.path,
-                         hint="files may have been glued together: `dfqs-nb inspect` says more")
+        raise ShardError(
+            f"shard {number} of {count} has {surplus:,} bytes more than its header accounts "
+            f"for (expected {header.end_offset:,})",
+            where=header.path,
+            hint="files may have been glued together: `dfqs-nb inspect` says more",
+        )
 
 
 def _check_tensors(headers: Sequence[GGUFHeader], count: int) -> None:
@@ -220,31 +251,44 @@ def _check_tensors(headers: Sequence[GGUFHeader], count: int) -> None:
     for number, header in enumerate(headers, 1):
         for tensor in header.tensors:
             if tensor.name in owner:
-                raise ShardError(f"tensor {tensor.name!r} is in shard {owner[tensor.name]} and in shard "
-                                 f"{number} of {count}", where=header.path,
-                                 hint="these are shards of different models, or one shard twice")
+                raise ShardError(
+                    f"tensor {tensor.name!r} is in shard {owner[tensor.name]} and in shard "
+                    f"{number} of {count}",
+                    where=header.path,
+                    hint="these are shards of different models, or one shard twice",
+                )
             owner[tensor.name] = number
     for number, header in enumerate(headers, 1):
         total = header.get("split.tensors.count", len(owner))
         if total != len(owner):
-            raise ShardError(f"shard {number} of {count} says the model has {total:,} tensors; the shards "
-                             f"hold {len(owner):,}", where=header.path,
-                             hint="these are shards of different models: take all from one")
+            raise ShardError(
+                f"shard {number} of {count} says the model has {total:,} tensors; the shards "
+                f"hold {len(owner):,}",
+                where=header.path,
+                hint="these are shards of different models: take all from one",
+            )
 
 
 def _check_same_model(headers: Sequence[GGUFHeader], allow_mixed: bool) -> None:
     first = headers[0]
     if not first.architecture:
-        raise ShardError("shard 1 names no architecture", where=first.path,
-                         hint="get it from its source again")
+        raise ShardError(
+            "shard 1 names no architecture", where=first.path, hint="get it from its source again"
+        )
     for number, header in enumerate(headers[1:], 2):
         if header.alignment != first.alignment:
-            raise ShardError(f"shard {number} is aligned to {header.alignment} bytes, shard 1 to "
-                             f"{first.alignment}", where=header.path, hint="take all shards from one model")
+            raise ShardError(
+                f"shard {number} is aligned to {header.alignment} bytes, shard 1 to {first.alignment}",
+                where=header.path,
+                hint="take all shards from one model",
+            )
         for key in set(first) & set(header) - {"split.no"}:
             if header[key] != first[key]:
-                raise ShardError(f"shard {number} says {key} = {header[key]!r}, shard 1 says "
-                                 f"{first[key]!r}", where=header.path, hint="take all shards from one model")
+                raise ShardError(
+                    f"shard {number} says {key} = {header[key]!r}, shard 1 says {first[key]!r}",
+                    where=header.path,
+                    hint="take all shards from one model",
+                )
         _check_same_shapes(first, header, number)
     if not allow_mixed:
         _check_same_quantization(headers)
@@ -265,9 +309,12 @@ def _check_same_shapes(first: GGUFHeader, other: GGUFHeader, number: int) -> Non
     for role in ("ffn_norm.weight", "attn_norm.weight", "ffn_gate_inp.weight"):
         shapes = {tensor.shape for tensor in ours.get(role, []) + theirs.get(role, [])}
         if len(shapes) > 1:
-            raise ShardError(f"shard {number} has {role} of another shape than shard 1: "
-                             f"{' and '.join(map(str, sorted(shapes)))}", where=other.path,
-                             hint="take all shards from one model")
+            raise ShardError(
+                f"shard {number} has {role} of another shape than shard 1: "
+                f"{' and '.join(map(str, sorted(shapes)))}",
+                where=other.path,
+                hint="take all shards from one model",
+            )
 
 
 def _check_same_quantization(headers: Sequence[GGUFHeader]) -> None:
@@ -281,10 +328,13 @@ def _check_same_quantization(headers: Sequence[GGUFHeader]) -> None:
     for number, header in enumerate(headers, 1):
         here = [tensor.type for tensor in header.tensors if "_exps." in tensor.name]
         if min(len(here), n_before) >= FEW_EXPERTS and before.isdisjoint(here):
-            raise ShardError(f"the routed experts up to shard {number - 1} are {', '.join(sorted(before))}, "
-                             f"those of shard {number} {', '.join(sorted(set(here)))}: two quantizations of "
-                             "one model?", where=header.path,
-                             hint="take all shards from one, or pass allow_mixed=True if it was made so")
+            raise ShardError(
+                f"the routed experts up to shard {number - 1} are {', '.join(sorted(before))}, "
+                f"those of shard {number} {', '.join(sorted(set(here)))}: two quantizations of "
+                "one model?",
+                where=header.path,
+                hint="take all shards from one, or pass allow_mixed=True if it was made so",
+            )
         before |= set(here)
         n_before += len(here)
 
@@ -294,8 +344,16 @@ def shard_table(shards: ShardSet) -> pd.DataFrame:
     ``data_bytes``, ``file_bytes`` (bytes)."""
     import pandas as pd
 
-    rows = [{"shard": number, "file": header.path.name, "tensors": len(header.tensors),
-             "first_tensor": header.tensors[0].name if header.tensors else "",
-             "header_bytes": header.data_offset, "data_bytes": header.data_nbytes,
-             "file_bytes": header.file_size} for number, header in enumerate(shards.headers, 1)]
+    rows = [
+        {
+            "shard": number,
+            "file": header.path.name,
+            "tensors": len(header.tensors),
+            "first_tensor": header.tensors[0].name if header.tensors else "",
+            "header_bytes": header.data_offset,
+            "data_bytes": header.data_nbytes,
+            "file_bytes": header.file_size,
+        }
+        for number, header in enumerate(shards.headers, 1)
+    ]
     return pd.DataFrame(rows).set_index("shard")

@@ -71,8 +71,9 @@ def load_text(source: str | Path, part: str = "held_out") -> Text:
         try:
             return Text(path.name, ((path.read_text(encoding="utf-8"),),))
         except (OSError, UnicodeDecodeError) as error:
-            raise TextError(f"cannot be read as text ({error})", where=path, hint="give a UTF-8 text file") \
-                from error
+            raise TextError(
+                f"cannot be read as text ({error})", where=path, hint="give a UTF-8 text file"
+            ) from error
     prompts = load_prompts(str(source))
     name = f"{prompts.name} ({part.replace('_', ' ')}, {prompts.sha256[:12]})"
     return Text(name, tuple(tuple(one) for one in prompts[part]))
@@ -97,8 +98,14 @@ def log_probs(logits: np.ndarray) -> np.ndarray:
     return (shifted - total).astype(np.float32)
 
 
-def predict(model: Model | RecordedModel, tokens: Sequence[int], chunk_tokens: int, n_chunks: int,
-            use: Callable[[int, np.ndarray, np.ndarray], Any], tick: Callable[[], Any] = lambda: None) -> int:
+def predict(
+    model: Model | RecordedModel,
+    tokens: Sequence[int],
+    chunk_tokens: int,
+    n_chunks: int,
+    use: Callable[[int, np.ndarray, np.ndarray], Any],
+    tick: Callable[[], Any] = lambda: None,
+) -> int:
     """Evaluate chunk after chunk and hand on what was predicted where it is scored.
 
     Args:
@@ -115,8 +122,10 @@ def predict(model: Model | RecordedModel, tokens: Sequence[int], chunk_tokens: i
     """
     pieces = chunks(tokens, chunk_tokens, n_chunks)
     if len(pieces) < 2:
-        raise TextError(f"{len(tokens):,} tokens do not fill two chunks of {chunk_tokens:,}",
-                        hint="take a longer text, or smaller chunks")
+        raise TextError(
+            f"{len(tokens):,} tokens do not fill two chunks of {chunk_tokens:,}",
+            hint="take a longer text, or smaller chunks",
+        )
     first = scored_from(chunk_tokens)
     for number, piece in enumerate(pieces):
         logits = feed_chunk(model, piece)
@@ -166,8 +175,12 @@ def compare_chunk(base: np.ndarray, other: np.ndarray, targets: np.ndarray) -> t
     """
     rows = np.arange(len(targets))
     kld = (np.exp(base, dtype=np.float64) * (base - other)).sum(axis=1)
-    return (-other[rows, targets].astype(float), -base[rows, targets].astype(float), np.maximum(kld, 0.0),
-            base.argmax(axis=1) == other.argmax(axis=1))
+    return (
+        -other[rows, targets].astype(float),
+        -base[rows, targets].astype(float),
+        np.maximum(kld, 0.0),
+        base.argmax(axis=1) == other.argmax(axis=1),
+    )
 
 
 @dataclass(frozen=True)
@@ -201,8 +214,12 @@ class Divergence:
         flat: dict[str, Any] = {"n_tokens": self.n, "n_chunks": self.n_chunks}
         for name in ("perplexity", "log_ratio", "kld", "same_top"):
             one = getattr(self, name)
-            flat |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high,
-                     f"{name}_se": one.standard_error}
+            flat |= {
+                name: one.value,
+                f"{name}_low": one.low,
+                f"{name}_high": one.high,
+                f"{name}_se": one.standard_error,
+            }
         return flat
 
 
@@ -210,8 +227,14 @@ def summarize(tokens: Tokens) -> Divergence:
     """Means with intervals; see ``Divergence``."""
     nll = _mean(tokens.nll)
     perplexity = Estimate(exp(nll.value), exp(nll.low), exp(nll.high), exp(nll.value) * nll.standard_error)
-    return Divergence(tokens.nll.size, len(tokens.nll), perplexity, _mean(tokens.nll - tokens.nll_base),
-                      _mean(tokens.kld), _mean(tokens.same_top.astype(float)))
+    return Divergence(
+        tokens.nll.size,
+        len(tokens.nll),
+        perplexity,
+        _mean(tokens.nll - tokens.nll_base),
+        _mean(tokens.kld),
+        _mean(tokens.same_top.astype(float)),
+    )
 
 
 def _mean(values: np.ndarray) -> Estimate:
@@ -225,5 +248,10 @@ def token_frame(tokens: Tokens) -> pd.DataFrame:
     import pandas as pd
 
     chunk, place = np.indices(tokens.nll.shape)
-    return pd.DataFrame({"chunk": chunk.ravel(), "place": place.ravel(),
-                         **{name: values.ravel() for name, values in vars(tokens).items()}})
+    return pd.DataFrame(
+        {
+            "chunk": chunk.ravel(),
+            "place": place.ravel(),
+            **{name: values.ravel() for name, values in vars(tokens).items()},
+        }
+    )

@@ -46,23 +46,44 @@ def divergence_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax, source, rows = _axes(ax, 4.2), table.iloc[0]["rung"], table.iloc[1:]
     for one in rows.itertuples():
         colour = PALETTE[5] if one.expert_bits < one.bits_per_weight / 1.5 else PALETTE[0]
-        ax.errorbar(one.bits_per_weight, one.kld, yerr=[[one.kld - one.kld_low], [one.kld_high - one.kld]],
-                    fmt="o", color=colour, capsize=3, linewidth=1, zorder=3)
+        ax.errorbar(
+            one.bits_per_weight,
+            one.kld,
+            yerr=[[one.kld - one.kld_low], [one.kld_high - one.kld]],
+            fmt="o",
+            color=colour,
+            capsize=3,
+            linewidth=1,
+            zorder=3,
+        )
         if one.expert_bits == one.expert_bits:  # NaN for a dense model
             ax.plot([one.bits_per_weight, one.expert_bits], [one.kld] * 2, ":", color=colour, linewidth=0.9)
             ax.plot(one.expert_bits, one.kld, "o", color=colour, markerfacecolor="white", zorder=3)
-        ax.annotate(one.rung, (one.bits_per_weight, one.kld), xytext=(-7, 0), textcoords="offset points",
-                    fontsize=8, ha="right", va="center")
+        ax.annotate(
+            one.rung,
+            (one.bits_per_weight, one.kld),
+            xytext=(-7, 0),
+            textcoords="offset points",
+            fontsize=8,
+            ha="right",
+            va="center",
+        )
     ax.set_yscale("log")
     both = np.concatenate([rows["bits_per_weight"] * 1.1, rows["expert_bits"].dropna()])
     _bit_axis(ax, both, "bits a weight (log scale); filled: over the whole file, hollow: the routed experts")
     n, n_chunks = rows["n_tokens"].iloc[0], rows["n_chunks"].iloc[0]
-    ax.set_ylabel(f"KL divergence from {source} (nats a token)\n{_interval_kind(rows['kld_low'])}, n = {n:,} "
-                  f"tokens in {n_chunks} chunks", fontsize=9)
+    ax.set_ylabel(
+        f"KL divergence from {source} (nats a token)\n{_interval_kind(rows['kld_low'])}, n = {n:,} "
+        f"tokens in {n_chunks} chunks",
+        fontsize=9,
+    )
     ax.margins(y=0.12)
     far, near = rows.loc[rows["kld"].idxmax()], rows.loc[rows["kld"].idxmin()]
-    _title(ax, f"{far['rung']} is furthest from {source}: {far['kld'] / near['kld']:,.0f} times as far as "
-               f"{near['rung']}")
+    _title(
+        ax,
+        f"{far['rung']} is furthest from {source}: {far['kld'] / near['kld']:,.0f} times as far as "
+        f"{near['rung']}",
+    )
     return ax
 
 
@@ -77,8 +98,16 @@ def scores_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for number, name in enumerate(names):
         colour, form = (PALETTE[0], PALETTE[5], *PALETTE[2:4])[number % 4], "os^D"[number % 4]
         n, shift = int(table[f"{name}_n"].iloc[0]), 1 - 0.022 * (number - (len(names) - 1) / 2)
-        ax.errorbar(table["bits_per_weight"] * shift, table[name], yerr=_spread(table, name), fmt=form,
-                    color=colour, capsize=3, linewidth=1, label=f"{name.replace('_', ' ')} (n = {n})")
+        ax.errorbar(
+            table["bits_per_weight"] * shift,
+            table[name],
+            yerr=_spread(table, name),
+            fmt=form,
+            color=colour,
+            capsize=3,
+            linewidth=1,
+            label=f"{name.replace('_', ' ')} (n = {n})",
+        )
         ax.axhline(table[name].iloc[0], color=colour, linewidth=0.8, linestyle=":")
     _label_rungs(ax, table, [f"{name}_high" for name in names])
     _bit_axis(ax, table["bits_per_weight"])
@@ -87,8 +116,14 @@ def scores_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_yticks(np.linspace(0, 1, 6))
     ax.set_ylabel("score (95 % interval)")
     ax.legend(frameon=False, fontsize=8, loc="lower left")
-    inside = sum(bool(((table[name] >= table[f"{name}_low"].iloc[0])
-                       & (table[name] <= table[f"{name}_high"].iloc[0])).all()) for name in names)
+    inside = sum(
+        bool(
+            (
+                (table[name] >= table[f"{name}_low"].iloc[0]) & (table[name] <= table[f"{name}_high"].iloc[0])
+            ).all()
+        )
+        for name in names
+    )
     what = "All scores" if inside == len(names) else f"{inside} of {len(names)} scores"
     _title(ax, f"{what} stay within the interval of {table['rung'].iloc[0]}'s at every rung")
     return ax
@@ -97,8 +132,16 @@ def scores_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def _label_rungs(ax: Axes, table: pd.DataFrame, above: list[str]) -> None:
     """The rungs' names, upright, above the highest of their marks."""
     for _, row in table.iterrows():
-        ax.annotate(row["rung"], (row["bits_per_weight"], max(row[name] for name in above)), xytext=(0, 5),
-                    textcoords="offset points", fontsize=7, rotation=90, ha="center", va="bottom")
+        ax.annotate(
+            row["rung"],
+            (row["bits_per_weight"], max(row[name] for name in above)),
+            xytext=(0, 5),
+            textcoords="offset points",
+            fontsize=7,
+            rotation=90,
+            ha="center",
+            va="bottom",
+        )
 
 
 def routing_by_bits(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -117,24 +160,40 @@ def routing_by_bits(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
         rows = scored[scored["layer"] == layer]
         shift = 1 - 0.012 * (number - (len(deep) - 1) / 2) * min(1, 4 / len(deep))
         spread = [rows["identical"] - rows["low"], rows["high"] - rows["identical"]]
-        ax.errorbar(rows["bits_per_weight"] * shift, rows["identical"],
-                    yerr=[one.clip(lower=0) for one in spread], fmt="o", color=colour, capsize=2, linewidth=1,
-                    markersize=4, label=f"layer {layer}")
-    held = scored.assign(low=scored["low"].fillna(scored["identical"]),
-                         high=scored["high"].fillna(scored["identical"]))
-    tops = held.groupby("rung", sort=False).agg(bits_per_weight=("bits_per_weight", "first"),
-                                                  top=("high", "max")).reset_index()
+        ax.errorbar(
+            rows["bits_per_weight"] * shift,
+            rows["identical"],
+            yerr=[one.clip(lower=0) for one in spread],
+            fmt="o",
+            color=colour,
+            capsize=2,
+            linewidth=1,
+            markersize=4,
+            label=f"layer {layer}",
+        )
+    held = scored.assign(
+        low=scored["low"].fillna(scored["identical"]), high=scored["high"].fillna(scored["identical"])
+    )
+    tops = (
+        held.groupby("rung", sort=False)
+        .agg(bits_per_weight=("bits_per_weight", "first"), top=("high", "max"))
+        .reset_index()
+    )
     _label_rungs(ax, tops, ["top"])
     _bit_axis(ax, scored["bits_per_weight"])
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set_ylim(max(0.0, held["low"].min() - 0.06), 1.0 + 0.28 * (1 - held["low"].min()))
     ax.set_yticks([tick for tick in ax.get_yticks() if tick <= 1])
-    ax.set_ylabel(f"same experts as the source\n({_interval_kind(scored['low'])}, "
-                  f"n = {scored['n'].iloc[0]:,} a layer)")
+    ax.set_ylabel(
+        f"same experts as the source\n({_interval_kind(scored['low'])}, n = {scored['n'].iloc[0]:,} a layer)"
+    )
     ax.legend(frameon=False, fontsize=8, loc="lower left", ncols=-(-len(deep) // 6))
     mean = scored.groupby("rung", sort=False)["identical"].mean()
-    _title(ax, f"Choices of the source's experts: from {mean.max():.0%} ({mean.idxmax()}) down to "
-               f"{mean.min():.0%} ({mean.idxmin()})")
+    _title(
+        ax,
+        f"Choices of the source's experts: from {mean.max():.0%} ({mean.idxmax()}) down to "
+        f"{mean.min():.0%} ({mean.idxmin()})",
+    )
     return ax
 
 
@@ -155,16 +214,29 @@ def curves(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.plot(at, rows["fit"], "-", color=colour, linewidth=width, alpha=0.9, label=rung)
         ax.plot(at, rows["accuracy"], "o", color=colour, markersize=3.5, alpha=0.7)
     shared = curve.groupby("length")["rung"].nunique()
-    _token_axis(ax, shared[shared == len(rungs)].index.tolist(),
-                "context (tokens); points: measured, lines: isotonic fit")
+    _token_axis(
+        ax,
+        shared[shared == len(rungs)].index.tolist(),
+        "context (tokens); points: measured, lines: isotonic fit",
+    )
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_ylim(-0.03, 1.06)
-    ax.set_ylabel(f"right answers (n = {curve['n'].min()} to {curve['n'].max()} a length)"
-                  if curve["n"].nunique() > 1 else f"right answers (n = {curve['n'].iloc[0]} a length)")
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0),
-              title=f"band: 95 % of {rungs[0]}", title_fontsize=8)
-    others = curve[curve["rung"] != rungs[0]].merge(first[["length", "low", "high"]], on="length",
-                                                    suffixes=("", "_first"))
+    ax.set_ylabel(
+        f"right answers (n = {curve['n'].min()} to {curve['n'].max()} a length)"
+        if curve["n"].nunique() > 1
+        else f"right answers (n = {curve['n'].iloc[0]} a length)"
+    )
+    ax.legend(
+        frameon=False,
+        fontsize=8,
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+        title=f"band: 95 % of {rungs[0]}",
+        title_fontsize=8,
+    )
+    others = curve[curve["rung"] != rungs[0]].merge(
+        first[["length", "low", "high"]], on="length", suffixes=("", "_first")
+    )
     inside = others["accuracy"].between(others["low_first"], others["high_first"])
     out = int((~inside).sum())
     _title(ax, f"{out} of {len(others)} points of other rungs leave the interval of {rungs[0]}")

@@ -98,8 +98,9 @@ class ImportanceMatrix:
         llama-quantize refuses the others: of ``deepseek4`` those of ``attn_output_a``, whose groups of
         columns llama.cpp multiplies as matrices of their own.
         """
-        sizes = {one.name: one.shape[0] * (one.shape[2] if len(one.shape) > 2 else 1)
-                 for one in header.tensors}
+        sizes = {
+            one.name: one.shape[0] * (one.shape[2] if len(one.shape) > 2 else 1) for one in header.tensors
+        }
         kept = {name: entry for name, entry in self.entries.items() if sizes.get(name) == entry.sums.size}
         return replace(self, entries=kept)
 
@@ -128,8 +129,11 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     check_layout(header)
     if header.get("general.type") != "imatrix":
         kind = header.get("general.type", header.architecture or "unknown")
-        raise ImatrixError(f"a GGUF of type {kind}, not an importance matrix", where=path,
-                           hint="collect one with imatrix.collect, or with llama-imatrix")
+        raise ImatrixError(
+            f"a GGUF of type {kind}, not an importance matrix",
+            where=path,
+            hint="collect one with imatrix.collect, or with llama-imatrix",
+        )
     tensors = {one.name: one for one in header.tensors}
     entries = {}
     for name in tensors:
@@ -139,20 +143,28 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
                 raise ImatrixError(f"{base} has sums but no counts", where=path, hint="collect it again")
             sums, counts = _values(header, tensors[name]), _values(header, tensors[base + COUNTS])
             if not counts.size or sums.size % counts.size:
-                raise ImatrixError(f"{base} has {sums.size:,} sums for {counts.size:,} counts", where=path,
-                                   hint="collect it again")
+                raise ImatrixError(
+                    f"{base} has {sums.size:,} sums for {counts.size:,} counts",
+                    where=path,
+                    hint="collect it again",
+                )
             entries[base] = Entry(sums.reshape(counts.size, -1), np.rint(counts).astype(np.int64))
     if not entries:
         raise ImatrixError("holds no entry", where=path, hint="collect it again")
-    return ImportanceMatrix(entries, tuple(header.get("imatrix.datasets", ())),
-                            int(header.get("imatrix.chunk_count", 0)),
-                            int(header.get("imatrix.chunk_size", 0)), str(path))
+    return ImportanceMatrix(
+        entries,
+        tuple(header.get("imatrix.datasets", ())),
+        int(header.get("imatrix.chunk_count", 0)),
+        int(header.get("imatrix.chunk_size", 0)),
+        str(path),
+    )
 
 
 def _values(header: GGUFHeader, tensor: Any) -> np.ndarray:
     if tensor.type != "F32":
-        raise ImatrixError(f"{tensor.name} is {tensor.type}, not F32", where=header.path,
-                           hint="collect it again")
+        raise ImatrixError(
+            f"{tensor.name} is {tensor.type}, not F32", where=header.path, hint="collect it again"
+        )
     at = header.data_offset + tensor.offset
     return np.fromfile(header.path, np.float32, tensor.n_elements, offset=at)
 
@@ -186,14 +198,16 @@ def _read_legacy(path: Path) -> ImportanceMatrix:
         chunks = take("i") if position < len(raw) else 0
         dataset = take(f"{take('i')}s").decode("utf-8", "replace") if position < len(raw) else ""
     except (struct.error, ValueError, UnicodeDecodeError) as error:
-        raise ImatrixError(f"not an importance matrix ({error})", where=path,
-                           hint="collect one with imatrix.collect, or with llama-imatrix") from error
+        raise ImatrixError(
+            f"not an importance matrix ({error})",
+            where=path,
+            hint="collect one with imatrix.collect, or with llama-imatrix",
+        ) from error
     return ImportanceMatrix(entries, (dataset,) if dataset else (), chunks, 0, str(path))
 
 
 def write_imatrix(path: str | Path, matrix: ImportanceMatrix) -> ImportanceMatrix:
-    """Write a GGUF that llama-quantize and llama-imatrix read, whole or not at all; the matrix with its path.
-    """
+    """Write a GGUF that llama-quantize and llama-imatrix read, whole or not at all; the matrix with its path."""
     import gguf
 
     class Writer(gguf.GGUFWriter):
@@ -246,10 +260,18 @@ def coverage(matrix: ImportanceMatrix) -> pd.DataFrame:
         columns = np.sort(entry.sums.sum(axis=0))[::-1]
         top = columns[: max(1, len(columns) // 10)].sum() / max(columns.sum(), 1e-30)
         layer = layer_of(name)
-        rows.append({"weight": name, "class": class_of(name), "layer": -1 if layer is None else layer,
-                     "matrices": len(entry.counts), "least": int(entry.counts.min()),
-                     "most": int(entry.counts.max()), "unused": int((entry.counts == 0).sum()),
-                     "top_tenth": float(top)})
+        rows.append(
+            {
+                "weight": name,
+                "class": class_of(name),
+                "layer": -1 if layer is None else layer,
+                "matrices": len(entry.counts),
+                "least": int(entry.counts.min()),
+                "most": int(entry.counts.max()),
+                "unused": int((entry.counts == 0).sum()),
+                "top_tenth": float(top),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -279,10 +301,14 @@ class Collector:
             ImatrixError: a node could not be read, nothing was collected, or values are not finite.
         """
         if self._error is not None:
-            raise ImatrixError(f"the collector failed ({self._error})", hint="report the architecture") \
-                from self._error
-        entries = {name: Entry(sums.astype(np.float32).reshape(len(counts), -1), counts)
-                   for name, sums in self._sums.items() for counts in [self._counts[name]]}
+            raise ImatrixError(
+                f"the collector failed ({self._error})", hint="report the architecture"
+            ) from self._error
+        entries = {
+            name: Entry(sums.astype(np.float32).reshape(len(counts), -1), counts)
+            for name, sums in self._sums.items()
+            for counts in [self._counts[name]]
+        }
         broken = [name for name, entry in entries.items() if not np.isfinite(entry.sums).all()]
         if not entries or broken:
             what = f"{broken[0]} met values that are not finite" if broken else "no weight was used"
@@ -311,8 +337,12 @@ class Collector:
     def _take(self, node: Any) -> bool:
         weight, rows = (_Tensor.from_address(node.src[i]) for i in range(2))
         if node.op == self._routed:
-            self._take_routed(_name(weight), weight.ne[2], self._read(node.src[1], rows, np.float32),
-                              self._read(node.src[2], _Tensor.from_address(node.src[2]), np.int32))
+            self._take_routed(
+                _name(weight),
+                weight.ne[2],
+                self._read(node.src[1], rows, np.float32),
+                self._read(node.src[2], _Tensor.from_address(node.src[2]), np.int32),
+            )
         else:
             self._take_dense(_name(weight), weight, self._read(node.src[1], rows, np.float32))
         return True
@@ -344,8 +374,9 @@ class Collector:
             sums[(i3 % weight.ne[3]) * weight.ne[2] + i2 % weight.ne[2]] += squares[i3, i2]
         counts += rows.shape[0] * rows.shape[1] * rows.shape[2] // n_matrices
 
-    def _entry(self, name: str, n_matrices: int, n_counts: int,
-               n_columns: int) -> tuple[np.ndarray, np.ndarray]:
+    def _entry(
+        self, name: str, n_matrices: int, n_counts: int, n_columns: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         if name not in self._sums:
             self._sums[name] = np.zeros((n_matrices, n_columns))
             self._counts[name] = np.zeros(n_counts, np.int64)
@@ -368,8 +399,15 @@ def _op_codes() -> dict[str, int]:
     return codes
 
 
-def collect(path: str | Path, tokens: Sequence[int], *, dataset: str, chunk_tokens: int = CHUNK_TOKENS,
-            settings: OpenSettings | None = None, progress: bool = True) -> ImportanceMatrix:
+def collect(
+    path: str | Path,
+    tokens: Sequence[int],
+    *,
+    dataset: str,
+    chunk_tokens: int = CHUNK_TOKENS,
+    settings: OpenSettings | None = None,
+    progress: bool = True,
+) -> ImportanceMatrix:
     """Collect an importance matrix over these tokens, in chunks that each begin from a cleared context.
 
     As llama-imatrix does: whole chunks only, the first token of each replaced by BOS where the vocabulary
@@ -385,8 +423,10 @@ def collect(path: str | Path, tokens: Sequence[int], *, dataset: str, chunk_toke
     """
     pieces = chunks(tokens, chunk_tokens)
     if not pieces:
-        raise ImatrixError(f"{len(tokens):,} tokens do not fill one chunk of {chunk_tokens:,}",
-                           hint="take a longer text, or smaller chunks")
+        raise ImatrixError(
+            f"{len(tokens):,} tokens do not fill one chunk of {chunk_tokens:,}",
+            hint="take a longer text, or smaller chunks",
+        )
     settings = replace(settings or OpenSettings(), n_ctx=chunk_tokens)
     collector = Collector()
     with default_context_params(cb_eval=collector.callback):

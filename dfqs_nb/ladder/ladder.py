@@ -36,12 +36,12 @@ from dfqs_nb.llama import model as runtime
 from dfqs_nb.llama.probe import OpenSettings, llama_version
 from dfqs_nb.routing import compare
 from dfqs_nb.routing import trace as routing
-from dfqs_nb.scores import compare as comparison  # fmt: skip
+from dfqs_nb.scores import compare as comparison
 from dfqs_nb.scores import item_sets
 from dfqs_nb.scores import run as scores
 from dfqs_nb.scores.sandbox import find_sandbox
 from dfqs_nb.scores.speed import watched_load
-from dfqs_nb.stats import LEAST_VALUES, LEVEL, bootstrap_weights, expanded_tail, mean_interval  # fmt: skip
+from dfqs_nb.stats import LEAST_VALUES, LEVEL, bootstrap_weights, expanded_tail, mean_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -169,9 +169,16 @@ class Ladder:
 # ---- climbing ----
 
 
-def climb(source: str | Path, folder: str | Path, rungs: Sequence[str] = RUNGS, *,
-          settings: Settings | None = None, matrix: str | Path | None = None, fresh: bool = False,
-          progress: bool = True) -> Ladder:
+def climb(
+    source: str | Path,
+    folder: str | Path,
+    rungs: Sequence[str] = RUNGS,
+    *,
+    settings: Settings | None = None,
+    matrix: str | Path | None = None,
+    fresh: bool = False,
+    progress: bool = True,
+) -> Ladder:
     """Quantize and measure every rung, or take what an earlier run left in ``folder``.
 
     A rung that llama.cpp refuses or dies of is named in ``failed`` and does not end the climb.
@@ -197,8 +204,9 @@ def climb(source: str | Path, folder: str | Path, rungs: Sequence[str] = RUNGS, 
     sha256 = quantize.source_sha256(shards.paths)
     base = _measured(top, shards.paths[0], sha256, folder, settings, "", fresh)
     if isinstance(base, str):
-        raise LadderError(f"the source cannot be measured: {base}", where=source,
-                          hint="open it in notebook 03")
+        raise LadderError(
+            f"the source cannot be measured: {base}", where=source, hint="open it in notebook 03"
+        )
     found, failed, n_made = [base], {}, 0
     for name, recipe in tqdm(recipes.items(), desc="rungs", disable=not progress):
         place = folder / _file_name(name)
@@ -241,14 +249,26 @@ def _file_name(name: str) -> str:
 
 def _conditions(settings: Settings, source_sha256: str) -> dict[str, Any]:
     chosen = _sets(settings)
-    return {**asdict(settings), "source_sha256": source_sha256,
-            "runtime": f"llama-cpp-python {llama_version()}",
-            "sets": [one.identity() | {"items": len(one.items)} for one in chosen],
-            "held_out": divergence.load_text(settings.text).name, "format": FORMAT}
+    return {
+        **asdict(settings),
+        "source_sha256": source_sha256,
+        "runtime": f"llama-cpp-python {llama_version()}",
+        "sets": [one.identity() | {"items": len(one.items)} for one in chosen],
+        "held_out": divergence.load_text(settings.text).name,
+        "format": FORMAT,
+    }
 
 
-def _matrix_for(name: str, recipe: quantize.Recipe, shards: Any, folder: Path, settings: Settings,
-                given: str | Path | None, source_sha256: str, fresh: bool) -> imatrix.ImportanceMatrix | None:
+def _matrix_for(
+    name: str,
+    recipe: quantize.Recipe,
+    shards: Any,
+    folder: Path,
+    settings: Settings,
+    given: str | Path | None,
+    source_sha256: str,
+    fresh: bool,
+) -> imatrix.ImportanceMatrix | None:
     """The importance matrix of a rung: none, flat, given, or collected once for all rungs."""
     if not recipe.weights:
         return None
@@ -259,8 +279,14 @@ def _matrix_for(name: str, recipe: quantize.Recipe, shards: Any, folder: Path, s
     return collected(shards.paths[0], folder, settings, source_sha256, fresh=fresh)
 
 
-def collected(source: str | Path, folder: str | Path, settings: Settings, source_sha256: str = "", *,
-              fresh: bool = False) -> imatrix.ImportanceMatrix:
+def collected(
+    source: str | Path,
+    folder: str | Path,
+    settings: Settings,
+    source_sha256: str = "",
+    *,
+    fresh: bool = False,
+) -> imatrix.ImportanceMatrix:
     """The importance matrix over the calibration text, from ``folder/imatrix.gguf`` where it is there.
 
     Raises:
@@ -268,13 +294,23 @@ def collected(source: str | Path, folder: str | Path, settings: Settings, source
     """
     path, source = Path(folder) / "imatrix.gguf", Path(source)
     if not settings.calibration and Path(settings.text).suffix:
-        raise LadderError("the held-out text would also be the calibration text", where=settings.text,
-                          hint="give calibration a text of its own, or an importance matrix")
+        raise LadderError(
+            "the held-out text would also be the calibration text",
+            where=settings.text,
+            hint="give calibration a text of its own, or an importance matrix",
+        )
     text = divergence.load_text(settings.calibration or settings.text, "calibration")
     source_sha256 = source_sha256 or quantize.source_sha256(open_shards(source).paths)
-    key = conditions_hash({"source": source_sha256, "text": text.name, "tokens": settings.calibration_tokens,
-                           "chunks": settings.calibration_chunks, "runtime": llama_version(),
-                           "words": hashlib.sha256(repr(text.documents).encode()).hexdigest()})
+    key = conditions_hash(
+        {
+            "source": source_sha256,
+            "text": text.name,
+            "tokens": settings.calibration_tokens,
+            "chunks": settings.calibration_chunks,
+            "runtime": llama_version(),
+            "words": hashlib.sha256(repr(text.documents).encode()).hexdigest(),
+        }
+    )
     dataset = f"{text.name} {key}"
     if path.exists() and not fresh:
         found = imatrix.read_imatrix(path)
@@ -284,8 +320,9 @@ def collected(source: str | Path, folder: str | Path, settings: Settings, source
     return imatrix.write_imatrix(path, matrix)
 
 
-def calibrated(source: str | Path, text: divergence.Text, settings: Settings, dataset: str = "", *,
-               progress: bool = True) -> imatrix.ImportanceMatrix:
+def calibrated(
+    source: str | Path, text: divergence.Text, settings: Settings, dataset: str = "", *, progress: bool = True
+) -> imatrix.ImportanceMatrix:
     """An importance matrix over this text: at most ``calibration_chunks`` chunks of ``calibration_tokens``.
 
     Args:
@@ -299,17 +336,36 @@ def calibrated(source: str | Path, text: divergence.Text, settings: Settings, da
     with runtime.open_model(source, replace(opened, n_ctx=256)) as model:
         tokens = text.tokens(model)
     tokens = tokens[: settings.calibration_tokens * settings.calibration_chunks]
-    return imatrix.collect(source, tokens, dataset=dataset or text.name,
-                           chunk_tokens=settings.calibration_tokens, settings=opened, progress=progress)
+    return imatrix.collect(
+        source,
+        tokens,
+        dataset=dataset or text.name,
+        chunk_tokens=settings.calibration_tokens,
+        settings=opened,
+        progress=progress,
+    )
 
 
-def _made(recipe: quantize.Recipe, shards: Any, place: Path, matrix: imatrix.ImportanceMatrix | None,
-          source_sha256: str, fresh: bool) -> tuple[Path, dict[str, Any]]:
+def _made(
+    recipe: quantize.Recipe,
+    shards: Any,
+    place: Path,
+    matrix: imatrix.ImportanceMatrix | None,
+    source_sha256: str,
+    fresh: bool,
+) -> tuple[Path, dict[str, Any]]:
     """The rung's model file, made now or before, and what is known of it."""
     path, note = place / "model.gguf", place / "made.json"
     used = "" if matrix is None else _matrix_hash(matrix)
-    key = conditions_hash({"source": source_sha256, "recipe": asdict(recipe), "matrix": used,
-                           "runtime": llama_version(), "format": FORMAT})
+    key = conditions_hash(
+        {
+            "source": source_sha256,
+            "recipe": asdict(recipe),
+            "matrix": used,
+            "runtime": llama_version(),
+            "format": FORMAT,
+        }
+    )
     if not fresh and path.exists() and note.exists():
         known = json.loads(note.read_text(encoding="utf-8"))
         if known.get("key") == key and known.get("nbytes") == path.stat().st_size:
@@ -317,8 +373,13 @@ def _made(recipe: quantize.Recipe, shards: Any, place: Path, matrix: imatrix.Imp
     for torn in place.glob(f".{path.name}.*.part"):  # left by a kill
         torn.unlink()
     done = quantize.quantize(shards.paths[0], recipe, path, imatrix=matrix, overwrite=True, progress=False)
-    facts = {"key": key, "nbytes": done.nbytes, "seconds": round(done.seconds, 2),
-             "sha256": quantize.source_sha256([path]), "fallbacks": done.plan.fallbacks}
+    facts = {
+        "key": key,
+        "nbytes": done.nbytes,
+        "seconds": round(done.seconds, 2),
+        "sha256": quantize.source_sha256([path]),
+        "fallbacks": done.plan.fallbacks,
+    }
     write_json(note, facts)
     return path, facts | {"reused": False}
 
@@ -330,8 +391,16 @@ def _matrix_hash(matrix: imatrix.ImportanceMatrix) -> str:
     return digest.hexdigest()
 
 
-def _measured(name: str, path: Path, sha256: str, folder: Path, settings: Settings, base_sha256: str,
-              fresh: bool, made_seconds: float = 0.0) -> Rung | str:
+def _measured(
+    name: str,
+    path: Path,
+    sha256: str,
+    folder: Path,
+    settings: Settings,
+    base_sha256: str,
+    fresh: bool,
+    made_seconds: float = 0.0,
+) -> Rung | str:
     """The rung, measured now or before; or why it could not be."""
     place = folder / _file_name(name)
     place.mkdir(exist_ok=True)
@@ -340,12 +409,22 @@ def _measured(name: str, path: Path, sha256: str, folder: Path, settings: Settin
     known = json.loads(done.read_text(encoding="utf-8")) if done.exists() and not fresh else {}
     if known.get("key") != key:
         base = "" if not base_sha256 else str((folder / "reference.npy").resolve())
-        job = {"key": key, "path": str(path.resolve()), "place": str(place.resolve()), "base": base,
-               "sha256": sha256, "settings": asdict(settings), "fresh": fresh,
-               "reference": str((folder / "reference.npy").resolve())}
+        job = {
+            "key": key,
+            "path": str(path.resolve()),
+            "place": str(place.resolve()),
+            "base": base,
+            "sha256": sha256,
+            "settings": asdict(settings),
+            "fresh": fresh,
+            "reference": str((folder / "reference.npy").resolve()),
+        }
         if base and not Path(base).exists():
-            raise LadderError("the source's predictions are gone", where=base,
-                              hint="climb again with fresh=True: the source is then measured again")
+            raise LadderError(
+                "the source's predictions are gone",
+                where=base,
+                hint="climb again with fresh=True: the source is then measured again",
+            )
         try:
             quantize.run_child("dfqs_nb.ladder.ladder", job, path)
         except DfqsError as error:
@@ -354,16 +433,38 @@ def _measured(name: str, path: Path, sha256: str, folder: Path, settings: Settin
     return _loaded(name, path, place, known, settings, made_seconds, sha256)
 
 
-def _loaded(name: str, path: Path, place: Path, known: dict[str, Any], settings: Settings,
-            made_seconds: float, sha256: str) -> Rung:
+def _loaded(
+    name: str,
+    path: Path,
+    place: Path,
+    known: dict[str, Any],
+    settings: Settings,
+    made_seconds: float,
+    sha256: str,
+) -> Rung:
     """A rung from what its child wrote."""
     import pandas as pd
 
-    runs = tuple(scores.collect(_no_answer, one, place / "scores", known["scores"][one.name], model_id=sha256,
-                                progress=False) for one in _sets(settings) if one.name in known["scores"])
-    return Rung(name, path, open_shards(path).as_one, made_seconds,
-                divergence.Tokens.load(place / "tokens.npz"), routing.load_trace(place / "trace.npz"), runs,
-                pd.DataFrame(known["items"]), pd.DataFrame(known["curve"]), known["boundary"], known["speed"])
+    runs = tuple(
+        scores.collect(
+            _no_answer, one, place / "scores", known["scores"][one.name], model_id=sha256, progress=False
+        )
+        for one in _sets(settings)
+        if one.name in known["scores"]
+    )
+    return Rung(
+        name,
+        path,
+        open_shards(path).as_one,
+        made_seconds,
+        divergence.Tokens.load(place / "tokens.npz"),
+        routing.load_trace(place / "trace.npz"),
+        runs,
+        pd.DataFrame(known["items"]),
+        pd.DataFrame(known["curve"]),
+        known["boundary"],
+        known["speed"],
+    )
 
 
 def _no_answer(*_arguments: Any) -> Any:
@@ -418,8 +519,10 @@ def _predict(job: dict[str, Any], settings: Settings, place: Path) -> None:
     base = np.load(job["base"], mmap_mode="r") if job["base"] else None
     found: list[tuple[np.ndarray, ...]] = []
 
-    with (whole_file(job["reference"], "wb") if base is None else nullcontext() as kept,
-          routing.open_recorded(job["path"], opened, probe=False) as recorded):
+    with (
+        whole_file(job["reference"], "wb") if base is None else nullcontext() as kept,
+        routing.open_recorded(job["path"], opened, probe=False) as recorded,
+    ):
         tokens = divergence.load_text(settings.text).tokens(recorded.model)
         n_chunks = len(imatrix.chunks(tokens, settings.chunk_tokens, settings.n_chunks))
 
@@ -428,10 +531,16 @@ def _predict(job: dict[str, Any], settings: Settings, place: Path) -> None:
             found.append(divergence.compare_chunk(said if base is None else base[number], said, targets))
 
         n = divergence.predict(recorded, tokens, settings.chunk_tokens, settings.n_chunks, use)
-        conditions = {"model": routing.model_identity(recorded.model), **recorded.model.conditions(),
-                      "chunk_tokens": settings.chunk_tokens}
-        trace = routing.Trace(np.asarray(tokens[: n * settings.chunk_tokens], np.int32),
-                              **recorded.recorder.arrays(), conditions=conditions)
+        conditions = {
+            "model": routing.model_identity(recorded.model),
+            **recorded.model.conditions(),
+            "chunk_tokens": settings.chunk_tokens,
+        }
+        trace = routing.Trace(
+            np.asarray(tokens[: n * settings.chunk_tokens], np.int32),
+            **recorded.recorder.arrays(),
+            conditions=conditions,
+        )
     divergence.Tokens(*map(np.stack, zip(*found, strict=True))).save(place / "tokens.npz")
     trace.save(place / "trace.npz")
     write_json(note, {"key": job["key"]})
@@ -442,42 +551,74 @@ def _keep(file: Any, said: np.ndarray, number: int, n_chunks: int) -> None:
     said = np.ascontiguousarray(said, "<f4")
     if number == 0:
         np.lib.format.write_array_header_1_0(
-            file, {"descr": "<f4", "fortran_order": False, "shape": (n_chunks, *said.shape)})
+            file, {"descr": "<f4", "fortran_order": False, "shape": (n_chunks, *said.shape)}
+        )
     file.write(said.data)
 
 
 def _ask(job: dict[str, Any], settings: Settings, place: Path) -> dict[str, Any]:
     """Scores, stability curve and speed."""
-    opened = OpenSettings(n_ctx=max(settings.n_ctx, settings.longest + long_context.SPARE_TOKENS),
-                          n_threads=settings.n_threads)
+    opened = OpenSettings(
+        n_ctx=max(settings.n_ctx, settings.longest + long_context.SPARE_TOKENS), n_threads=settings.n_threads
+    )
     with closing(runtime.open_model(job["path"], opened, probe=False)) as model:
-        runs = [scores.score_set(model, one, place / "scores", model_id=job["sha256"], fresh=job["fresh"],
-                                 allow_unsandboxed=settings.allow_unsandboxed, progress=False)
-                for one in _sets(settings)]
+        runs = [
+            scores.score_set(
+                model,
+                one,
+                place / "scores",
+                model_id=job["sha256"],
+                fresh=job["fresh"],
+                allow_unsandboxed=settings.allow_unsandboxed,
+                progress=False,
+            )
+            for one in _sets(settings)
+        ]
         run = _measure_context(model, job, settings, place)
         with watched_load() as load:
-            speed = runtime.measure_speed(model, settings.speed_depth, settings.speed_tokens,
-                                          settings.speed_repetitions)
+            speed = runtime.measure_speed(
+                model, settings.speed_depth, settings.speed_tokens, settings.speed_repetitions
+            )
     decode = speed.decode_tokens_per_sec
-    asked = {one.item_set.name: {key: value for key, value in one.conditions.items() if key != "sandbox"}
-             for one in runs}
+    asked = {
+        one.item_set.name: {key: value for key, value in one.conditions.items() if key != "sandbox"}
+        for one in runs
+    }
     first = long_context.first_task(run.items, run.plan.prompts)
-    return {"scores": asked, "items": first.to_dict("records"), "curve": run.curve().to_dict("records"),
-            "boundary": run.boundary().as_dict(),
-            "speed": {"median": decode.median, "min": decode.min, "max": decode.max,
-                      "repetitions": speed.repetitions, "depth": speed.depth, "contended": load.contended,
-                      "other_cores": load.other_cores}}
+    return {
+        "scores": asked,
+        "items": first.to_dict("records"),
+        "curve": run.curve().to_dict("records"),
+        "boundary": run.boundary().as_dict(),
+        "speed": {
+            "median": decode.median,
+            "min": decode.min,
+            "max": decode.max,
+            "repetitions": speed.repetitions,
+            "depth": speed.depth,
+            "contended": load.contended,
+            "other_cores": load.other_cores,
+        },
+    }
 
 
-def _measure_context(model: runtime.Model, job: dict[str, Any], settings: Settings,
-                     place: Path) -> long_context.Run:
+def _measure_context(
+    model: runtime.Model, job: dict[str, Any], settings: Settings, place: Path
+) -> long_context.Run:
     budget = settings.budget_seconds or float("inf")
-    plan = long_context.make_plan(model, settings.prompt_set, settings.longest, rounds=1,
-                                  n_haystacks=settings.n_haystacks, budget_seconds=budget)
+    plan = long_context.make_plan(
+        model,
+        settings.prompt_set,
+        settings.longest,
+        rounds=1,
+        n_haystacks=settings.n_haystacks,
+        budget_seconds=budget,
+    )
     speed = long_context.measure_prefill(model, settings.longest) if settings.budget_seconds else None
     plan = long_context.within_budget(plan, speed) if speed else plan
-    return long_context.measure(model, plan, place, model_sha256=job["sha256"], speed=speed,
-                                fresh=job["fresh"])
+    return long_context.measure(
+        model, plan, place, model_sha256=job["sha256"], speed=speed, fresh=job["fresh"]
+    )
 
 
 # ---- tables ----
@@ -490,17 +631,36 @@ def table(ladder: Ladder) -> pd.DataFrame:
     rows = []
     for rung in ladder.rungs:
         found, same = rung.divergence, routing_share(ladder.source, rung)
-        row = {"rung": rung.name, "bytes": rung.header.file_size, "bits_per_weight": rung.bits_per_weight,
-               "expert_bits": rung.expert_bits, **found.row(),
-               "routing": same.value, "routing_low": same.low, "routing_high": same.high}
+        row = {
+            "rung": rung.name,
+            "bytes": rung.header.file_size,
+            "bits_per_weight": rung.bits_per_weight,
+            "expert_bits": rung.expert_bits,
+            **found.row(),
+            "routing": same.value,
+            "routing_low": same.low,
+            "routing_high": same.high,
+        }
         for run in rung.runs:
             name = _metric(run, rung.runs)
-            row |= {name: run.score.value, f"{name}_low": run.score.low, f"{name}_high": run.score.high,
-                    f"{name}_n": run.score.n}
-        row |= {"boundary": rung.boundary["tokens"], "boundary_low": rung.boundary["low"],
-                "boundary_high": rung.boundary["high"], "boundary_status": rung.boundary["status"]}
-        row |= {"decode": rung.speed["median"], "decode_low": rung.speed["min"],
-                "decode_high": rung.speed["max"], "contended": rung.speed["contended"]}
+            row |= {
+                name: run.score.value,
+                f"{name}_low": run.score.low,
+                f"{name}_high": run.score.high,
+                f"{name}_n": run.score.n,
+            }
+        row |= {
+            "boundary": rung.boundary["tokens"],
+            "boundary_low": rung.boundary["low"],
+            "boundary_high": rung.boundary["high"],
+            "boundary_status": rung.boundary["status"],
+        }
+        row |= {
+            "decode": rung.speed["median"],
+            "decode_low": rung.speed["min"],
+            "decode_high": rung.speed["max"],
+            "contended": rung.speed["contended"],
+        }
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -515,8 +675,10 @@ def class_table(ladder: Ladder) -> pd.DataFrame:
     """Bits a weight by tensor class (rows) and rung (columns)."""
     import pandas as pd
 
-    columns = {rung.name: {row["class"]: row["bits_per_weight"] for row in class_sizes(rung.header)}
-               for rung in ladder.rungs}
+    columns = {
+        rung.name: {row["class"]: row["bits_per_weight"] for row in class_sizes(rung.header)}
+        for rung in ladder.rungs
+    }
     return pd.DataFrame(columns).rename_axis("class")
 
 
@@ -547,10 +709,19 @@ def routing_table(ladder: Ladder) -> pd.DataFrame:
         same, overlap = ~compare.differences(source, rung.trace), compare.overlaps(source, rung.trace)
         for column, layer in enumerate(source.layers):
             share = _share(same[:, column : column + 1], source)
-            rows.append({"rung": rung.name, "bits_per_weight": rung.bits_per_weight, "layer": int(layer),
-                         "hashed": bool(source.hashed[column]), "n": source.n_tokens,
-                         "identical": share.value, "low": share.low, "high": share.high,
-                         "overlap": float(overlap[:, column].mean())})
+            rows.append(
+                {
+                    "rung": rung.name,
+                    "bits_per_weight": rung.bits_per_weight,
+                    "layer": int(layer),
+                    "hashed": bool(source.hashed[column]),
+                    "n": source.n_tokens,
+                    "identical": share.value,
+                    "low": share.low,
+                    "high": share.high,
+                    "overlap": float(overlap[:, column].mean()),
+                }
+            )
     columns = ["rung", "bits_per_weight", "layer", "hashed", "n", "identical", "low", "high", "overlap"]
     return pd.DataFrame(rows, columns=columns).astype({"hashed": bool})
 
@@ -559,8 +730,9 @@ def curve_table(ladder: Ladder) -> pd.DataFrame:
     """The stability curves under each other, with columns ``rung`` and ``bits_per_weight`` in front."""
     import pandas as pd
 
-    tables = [rung.curve.assign(rung=rung.name, bits_per_weight=rung.bits_per_weight)
-              for rung in ladder.rungs]
+    tables = [
+        rung.curve.assign(rung=rung.name, bits_per_weight=rung.bits_per_weight) for rung in ladder.rungs
+    ]
     joined = pd.concat(tables, ignore_index=True)
     front = ["rung", "bits_per_weight"]
     return joined[front + [name for name in joined if name not in front]]
@@ -640,8 +812,20 @@ def _score_steps(one: Rung, other: Rung, n_pairs: int) -> list[Step]:
     for run, result in zip(one.runs, comparison.compare(one.runs, other.runs), strict=True):
         sure = min(1.0, result.p * n_pairs) < 1 - LEVEL
         verdict = ("better" if result.difference > 0 else "worse") if sure else SAME
-        found.append(Step(one.name, other.name, _metric(run, one.runs), result.n, result.a, result.b,
-                          result.difference, result.low, result.high, verdict))
+        found.append(
+            Step(
+                one.name,
+                other.name,
+                _metric(run, one.runs),
+                result.n,
+                result.a,
+                result.b,
+                result.difference,
+                result.low,
+                result.high,
+                verdict,
+            )
+        )
     return found
 
 
@@ -660,8 +844,10 @@ def _boundary_step(one: Rung, other: Rung, level: float) -> Step:
         return Step(one.name, other.name, "boundary", n, *values, nan, nan, nan, "not measured")
     weights = bootstrap_weights(n, N_BOOT, 0)
     drawn = [_octaves(boot_boundaries(each, long_context.GUESS_RATE, weights), each) for each in counts]
-    point = [_octaves(crossing(each.lengths, each.fit(), each.threshold(long_context.GUESS_RATE)), each)
-             for each in counts]
+    point = [
+        _octaves(crossing(each.lengths, each.fit(), each.threshold(long_context.GUESS_RATE)), each)
+        for each in counts
+    ]
     low, high = _interval(drawn[1] - drawn[0], n, level)
     verdict = _verdict(low, high, larger_is_better=True) if 2 * 0.5**n <= 1 - level else SAME
     return Step(one.name, other.name, "boundary", n, *values, float(point[1] - point[0]), low, high, verdict)
@@ -706,9 +892,18 @@ def hierarchy(ladder: Ladder) -> pd.DataFrame:
     rows = []
     for (above, a), (below, b) in pairs:
         verdicts = {one.metric: one.verdict for one in found if (one.a, one.b) == (a, b)}
-        rows.append({"step": f"{above} -> {below}", "a": a, "b": b, "bits_a": ladder[a].bits_per_weight,
-                     "bits_b": ladder[b].bits_per_weight, **verdicts, "fidelity": verdicts[FIDELITY],
-                     "ability": _together(verdicts)})
+        rows.append(
+            {
+                "step": f"{above} -> {below}",
+                "a": a,
+                "b": b,
+                "bits_a": ladder[a].bits_per_weight,
+                "bits_b": ladder[b].bits_per_weight,
+                **verdicts,
+                "fidelity": verdicts[FIDELITY],
+                "ability": _together(verdicts),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -736,16 +931,30 @@ def hand_on(folder: str | Path, ladder: Ladder) -> list[str]:
     lines = [
         f"{ladder.source.path.name}: {len(rows)} rungs from {top['rung']} ({top['bits_per_weight']:.2f} bits "
         f"a weight) to {low['rung']} ({low['bits_per_weight']:.2f}, routed experts {low['expert_bits']:.2f})",
-        *(f"{row['rung']}: KL divergence {row['kld']:.2g} nats ({_interval_text(row)}, "
-          f"n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks), same experts "
-          f"in {row['routing']:.1%}" for row in others.to_dict("records")),
-        *(f"{row['step']} ({row['a']} at {row['bits_a']:.2f} bits to {row['b']} at {row['bits_b']:.2f}): "
-          f"fidelity {row['fidelity']}; ability {row['ability']}" for row in tested.to_dict("records")),
+        *(
+            f"{row['rung']}: KL divergence {row['kld']:.2g} nats ({_interval_text(row)}, "
+            f"n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks), same experts "
+            f"in {row['routing']:.1%}"
+            for row in others.to_dict("records")
+        ),
+        *(
+            f"{row['step']} ({row['a']} at {row['bits_a']:.2f} bits to {row['b']} at {row['bits_b']:.2f}): "
+            f"fidelity {row['fidelity']}; ability {row['ability']}"
+            for row in tested.to_dict("records")
+        ),
         *(f"{name} failed: {why}" for name, why in ladder.failed.items()),
     ]
-    write_stage(folder, "ladder", conditions=ladder.conditions, summary=lines, tier=ladder.settings.tier,
-                rungs=rows.to_dict("records"), hierarchy=tested.to_dict("records"),
-                steps=[asdict(one) for one in steps(ladder)], failed=ladder.failed)
+    write_stage(
+        folder,
+        "ladder",
+        conditions=ladder.conditions,
+        summary=lines,
+        tier=ladder.settings.tier,
+        rungs=rows.to_dict("records"),
+        hierarchy=tested.to_dict("records"),
+        steps=[asdict(one) for one in steps(ladder)],
+        failed=ladder.failed,
+    )
     return lines
 
 
@@ -757,8 +966,11 @@ def default_source() -> Path:
     """
     found = sorted((data_dir() / "reference").glob("*-F16*.gguf"))
     if not found:
-        raise LadderError("no F16 model is shipped here", where=data_dir() / "reference",
-                          hint="pass source, the path of a GGUF with F16, BF16 or F32 weights")
+        raise LadderError(
+            "no F16 model is shipped here",
+            where=data_dir() / "reference",
+            hint="pass source, the path of a GGUF with F16, BF16 or F32 weights",
+        )
     return found[0]
 
 

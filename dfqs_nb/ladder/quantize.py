@@ -132,20 +132,27 @@ def load_recipe(name: str | Path) -> Recipe:
     if path.suffix != ".toml":
         path = data_dir() / "quantize" / f"{str(name).lower()}.toml"
         if not path.exists():
-            raise QuantizeError(f"no recipe is called {str(name)!r}",
-                                hint=f"there are: {', '.join(find_recipes())}; or give a .toml file")
+            raise QuantizeError(
+                f"no recipe is called {str(name)!r}",
+                hint=f"there are: {', '.join(find_recipes())}; or give a .toml file",
+            )
     try:
         raw = path.read_bytes()
         content = tomllib.loads(raw.decode("utf-8"))
         rules = tuple(Rule(**rule) for rule in content.pop("rules", ()))
-        recipe = Recipe(rules=rules, keep=tuple(content.pop("keep", ())),
-                        sha256=hashlib.sha256(raw).hexdigest(), **content)
+        recipe = Recipe(
+            rules=rules,
+            keep=tuple(content.pop("keep", ())),
+            sha256=hashlib.sha256(raw).hexdigest(),
+            **content,
+        )
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
         raise QuantizeError(what, where=path, hint="check the path") from error
     except (ValueError, TypeError) as error:
-        raise QuantizeError(f"not a recipe ({error})", where=tilde(path),
-                            hint="see data/quantize/ for the format") from error
+        raise QuantizeError(
+            f"not a recipe ({error})", where=tilde(path), hint="see data/quantize/ for the format"
+        ) from error
     check_recipe(recipe, tilde(path))
     return recipe
 
@@ -159,29 +166,44 @@ def check_recipe(recipe: Recipe, where: str = "") -> None:
     known = [name for name, *_ in TENSOR_TYPES.values() if name not in NOT_WRITTEN]
     for rule in recipe.rules:
         if rule.type not in known:
-            raise QuantizeError(f"unknown type {rule.type!r} for {rule.pattern!r}", where=where or None,
-                                hint=f"there are: {', '.join(known)}")
+            raise QuantizeError(
+                f"unknown type {rule.type!r} for {rule.pattern!r}",
+                where=where or None,
+                hint=f"there are: {', '.join(known)}",
+            )
     for kind in filter(None, (recipe.mix, recipe.file_type)):
         if kind not in file_types():
-            raise QuantizeError(f"unknown file type {kind!r}", where=where or None,
-                                hint=f"there are: {', '.join(file_types())}")
+            raise QuantizeError(
+                f"unknown file type {kind!r}",
+                where=where or None,
+                hint=f"there are: {', '.join(file_types())}",
+            )
     if recipe.mix in FLOATS:
-        raise QuantizeError(f"{recipe.mix} as a mix leaves no tensor to the rules", where=where or None,
-                            hint=f"take Q8_0 as the mix, and a rule with the pattern '.' and {recipe.mix}")
+        raise QuantizeError(
+            f"{recipe.mix} as a mix leaves no tensor to the rules",
+            where=where or None,
+            hint=f"take Q8_0 as the mix, and a rule with the pattern '.' and {recipe.mix}",
+        )
     for pattern in (*recipe.keep, *(rule.pattern for rule in recipe.rules), recipe.weights):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise QuantizeError(f"{pattern!r} is no regular expression ({error})", where=where or None,
-                                hint="correct the pattern") from error
+            raise QuantizeError(
+                f"{pattern!r} is no regular expression ({error})",
+                where=where or None,
+                hint="correct the pattern",
+            ) from error
 
 
 def file_types() -> dict[str, int]:
     """llama.cpp's file types by name, as this build numbers them."""
     import llama_cpp.llama_cpp as api
 
-    found = {name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_"): value
-             for name, value in vars(api).items() if name.startswith("LLAMA_FTYPE_")}
+    found = {
+        name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_"): value
+        for name, value in vars(api).items()
+        if name.startswith("LLAMA_FTYPE_")
+    }
     return {name: value for name, value in found.items() if name != "GUESSED"}
 
 
@@ -235,10 +257,18 @@ class Plan:
         groups: dict[str, list[Planned]] = {}
         for one in self.tensors:
             groups.setdefault(class_of(one.name), []).append(one)
-        rows = [{"class": name, "tensors": len(group), "weights": sum(_n_elements(t.shape) for t in group),
-                 "source_bytes": sum(t.source_nbytes for t in group), "bytes": sum(t.nbytes for t in group),
-                 "bits_per_weight": bits(group), "types": ", ".join(_types(group))}
-                for name, group in groups.items()]
+        rows = [
+            {
+                "class": name,
+                "tensors": len(group),
+                "weights": sum(_n_elements(t.shape) for t in group),
+                "source_bytes": sum(t.source_nbytes for t in group),
+                "bytes": sum(t.nbytes for t in group),
+                "bits_per_weight": bits(group),
+                "types": ", ".join(_types(group)),
+            }
+            for name, group in groups.items()
+        ]
         return pd.DataFrame(rows).sort_values("bytes", ascending=False, ignore_index=True)
 
     def frame(self) -> pd.DataFrame:
@@ -266,8 +296,9 @@ def _types(tensors: Sequence[Planned]) -> list[str]:
     return sorted(sizes, key=lambda kind: -sizes[kind])
 
 
-def plan(source: str | Path, recipe: Recipe | str,
-         imatrix: str | Path | ImportanceMatrix | None = None) -> Plan:
+def plan(
+    source: str | Path, recipe: Recipe | str, imatrix: str | Path | ImportanceMatrix | None = None
+) -> Plan:
     """Ask llama.cpp in a dry run what it would make of a model by a recipe. Writes nothing.
 
     Args:
@@ -291,17 +322,28 @@ def _plan(shards: ShardSet, recipe: Recipe, job: dict[str, Any], matrix: Importa
     chosen = {name: new for name, _, new in said["tensors"]}
     by_name = {one.name: one for one in shards.tensors}
     if set(chosen) != set(by_name):
-        raise QuantizeError("llama.cpp's dry run names other tensors than the header", where=shards.paths[0],
-                            hint="report this file")
+        raise QuantizeError(
+            "llama.cpp's dry run names other tensors than the header",
+            where=shards.paths[0],
+            hint="report this file",
+        )
     deciders = {name: "rule" for name in job["types"]} | {name: "keep" for name in job["kept"]}
-    tensors = tuple(_planned(by_name[name], new, deciders.get(name, "llama.cpp"))
-                    for name, new in chosen.items())
+    tensors = tuple(
+        _planned(by_name[name], new, deciders.get(name, "llama.cpp")) for name, new in chosen.items()
+    )
     _check_followed(tensors, recipe, shards)
     used = matrix.fitting(shards.as_one) if matrix else None
     _check_matrix(tensors, used, shards)
     left_out = tuple(sorted((set(matrix.entries) & set(by_name)) - set(used.entries))) if matrix else ()
-    return Plan(recipe, shards, tensors, _file_bytes(shards, tensors, job["keys"]),
-                tuple(said["fallbacks"]), len(used.entries) if used else 0, left_out)
+    return Plan(
+        recipe,
+        shards,
+        tensors,
+        _file_bytes(shards, tensors, job["keys"]),
+        tuple(said["fallbacks"]),
+        len(used.entries) if used else 0,
+        left_out,
+    )
 
 
 def _planned(tensor: Tensor, new: str, decided_by: str) -> Planned:
@@ -321,30 +363,49 @@ def _job(shards: ShardSet, recipe: Recipe, matrix: ImportanceMatrix | None) -> d
     """What the child is told, but for the output; checks all that the source's header can tell."""
     check_recipe(recipe)
     if (alignment := shards.headers[0].alignment) != DEFAULT_ALIGNMENT:  # it pads to 32, and keeps the key
-        raise QuantizeError(f"its tensors are aligned to {alignment:,} bytes: llama.cpp would write a file "
-                            "that it then refuses", where=shards.paths[0],
-                            hint=f"write the source again with an alignment of {DEFAULT_ALIGNMENT}")
+        raise QuantizeError(
+            f"its tensors are aligned to {alignment:,} bytes: llama.cpp would write a file "
+            "that it then refuses",
+            where=shards.paths[0],
+            hint=f"write the source again with an alignment of {DEFAULT_ALIGNMENT}",
+        )
     for tensor in shards.tensors:
         if tensor.type not in (*FLOATS, *INTEGERS):
-            raise QuantizeError(f"{tensor.name} is quantized already ({tensor.type})", where=shards.paths[0],
-                                hint="quantize the original F32, F16 or BF16 model: losses add up")
+            raise QuantizeError(
+                f"{tensor.name} is quantized already ({tensor.type})",
+                where=shards.paths[0],
+                hint="quantize the original F32, F16 or BF16 model: losses add up",
+            )
     types, kept = _types_by_rule(shards, recipe)
     kinds = file_types()
     used = matrix.fitting(shards.as_one) if matrix else None
-    keys = {"general.file_type": kinds[recipe.file_type or recipe.mix], "dfqs.recipe": recipe.name,
-            "dfqs.recipe_sha256": recipe.sha256 or "not from a file", "dfqs.source_sha256": "0" * 64,
-            "dfqs.quantizer": f"llama-cpp-python {llama_version()}"}
+    keys = {
+        "general.file_type": kinds[recipe.file_type or recipe.mix],
+        "dfqs.recipe": recipe.name,
+        "dfqs.recipe_sha256": recipe.sha256 or "not from a file",
+        "dfqs.source_sha256": "0" * 64,
+        "dfqs.quantizer": f"llama-cpp-python {llama_version()}",
+    }
     if used and used.entries:
-        keys |= {"quantize.imatrix.file": Path(used.path).name or "not from a file",
-                 "quantize.imatrix.dataset": (used.datasets or ("not stated",))[0],
-                 "quantize.imatrix.entries_count": len(used.entries)}
+        keys |= {
+            "quantize.imatrix.file": Path(used.path).name or "not from a file",
+            "quantize.imatrix.dataset": (used.datasets or ("not stated",))[0],
+            "quantize.imatrix.entries_count": len(used.entries),
+        }
         keys |= {"quantize.imatrix.chunks_count": used.chunk_count} if used.chunk_count > 0 else {}
     keys = {name: _shortened(value) if isinstance(value, str) else value for name, value in keys.items()}
     codes = {name: code for code, (name, *_) in TENSOR_TYPES.items()}
-    overrides = [[f"^{re.escape(name)}$".replace(r"\-", "-"), codes[kind]]
-                 for name, kind in {**types, **kept}.items()]
-    return {"source": str(shards.paths[0].resolve()), "mix": kinds[recipe.mix], "overrides": overrides,
-            "types": types, "kept": kept, "keys": keys}
+    overrides = [
+        [f"^{re.escape(name)}$".replace(r"\-", "-"), codes[kind]] for name, kind in {**types, **kept}.items()
+    ]
+    return {
+        "source": str(shards.paths[0].resolve()),
+        "mix": kinds[recipe.mix],
+        "overrides": overrides,
+        "types": types,
+        "kept": kept,
+        "keys": keys,
+    }
 
 
 def _shortened(text: str) -> str:
@@ -367,51 +428,81 @@ def _types_by_rule(shards: ShardSet, recipe: Recipe) -> tuple[dict[str, str], di
             _check_rows(tensor, rule, shards)
     for rule in recipe.rules:
         if rule not in hit and not rule.optional:
-            raise QuantizeError(f"no tensor matches {rule.pattern!r} of the recipe {recipe.name}",
-                                where=shards.paths[0],
-                                hint="correct the pattern, or say optional = true")
+            raise QuantizeError(
+                f"no tensor matches {rule.pattern!r} of the recipe {recipe.name}",
+                where=shards.paths[0],
+                hint="correct the pattern, or say optional = true",
+            )
     return types, {name: kind for name, kind in kept.items() if kind not in INTEGERS}
 
 
 def _check_rows(tensor: Tensor, rule: Rule, shards: ShardSet) -> None:
     block = next(n for name, n, _ in TENSOR_TYPES.values() if name == rule.type)
     if len(tensor.shape) > 1 and tensor.shape[0] % block:
-        raise QuantizeError(f"{tensor.name} has rows of {tensor.shape[0]:,} values, which blocks of {block} "
-                            f"({rule.type}) do not divide", where=shards.paths[0],
-                            hint="give it Q8_0 or Q4_0 (blocks of 32), or leave it to the mix")
+        raise QuantizeError(
+            f"{tensor.name} has rows of {tensor.shape[0]:,} values, which blocks of {block} "
+            f"({rule.type}) do not divide",
+            where=shards.paths[0],
+            hint="give it Q8_0 or Q4_0 (blocks of 32), or leave it to the mix",
+        )
 
 
 def _check_followed(tensors: Sequence[Planned], recipe: Recipe, shards: ShardSet) -> None:
     """Refuse a rule that llama.cpp follows for none of its tensors: it leaves norms, routers and vectors."""
     n_layers = 1 + max((layer_of(one.name) or 0 for one in tensors), default=0)
     for rule in recipe.rules:
-        mine = [one for one in tensors if one.decided_by == "rule"
-                and next(r for r in recipe.rules if r.matches(one.name, n_layers)) is rule]
+        mine = [
+            one
+            for one in tensors
+            if one.decided_by == "rule"
+            and next(r for r in recipe.rules if r.matches(one.name, n_layers)) is rule
+        ]
         if mine and all(one.type != rule.type for one in mine):
-            raise QuantizeError(f"llama.cpp keeps {mine[0].name} at {mine[0].type}, whatever the rule "
-                                f"{rule.pattern!r} says", where=shards.paths[0], hint="take the rule out")
+            raise QuantizeError(
+                f"llama.cpp keeps {mine[0].name} at {mine[0].type}, whatever the rule {rule.pattern!r} says",
+                where=shards.paths[0],
+                hint="take the rule out",
+            )
 
 
 def _check_matrix(tensors: Sequence[Planned], matrix: ImportanceMatrix | None, shards: ShardSet) -> None:
     known = matrix.entries if matrix else {}
-    bare = [one for one in tensors if one.type in NEED_MATRIX and one.name not in known
-            and one.name not in NO_MATRIX and one.type != one.source_type]
+    bare = [
+        one
+        for one in tensors
+        if one.type in NEED_MATRIX
+        and one.name not in known
+        and one.name not in NO_MATRIX
+        and one.type != one.source_type
+    ]
     if bare:
         more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
-        hint = "collect one with dfqs_nb.ladder.imatrix or llama-imatrix and pass it" if not known else \
-            "collect it over more text, or give these tensors another type"
-        raise QuantizeError(f"{bare[0].type} needs an importance matrix for {bare[0].name}{more}",
-                            where=shards.paths[0], hint=hint)
+        hint = (
+            "collect one with dfqs_nb.ladder.imatrix or llama-imatrix and pass it"
+            if not known
+            else "collect it over more text, or give these tensors another type"
+        )
+        raise QuantizeError(
+            f"{bare[0].type} needs an importance matrix for {bare[0].name}{more}",
+            where=shards.paths[0],
+            hint=hint,
+        )
 
 
 def _file_bytes(shards: ShardSet, tensors: Sequence[Planned], keys: dict[str, Any]) -> int:
     """The size of the file that llama.cpp will write, from the format's rules."""
     first = shards.headers[0]
     replaced = {*keys, "general.quantization_version", *_SPLIT_KEYS}
-    kept = sum(end - start for name, one in first.fields.items() if name not in replaced
-               for start, end in [one.record])
-    added = sum(8 + len(name) + 4 + (8 + len(value.encode()) if isinstance(value, str) else 4)
-                for name, value in {**keys, "general.quantization_version": 2}.items())
+    kept = sum(
+        end - start
+        for name, one in first.fields.items()
+        if name not in replaced
+        for start, end in [one.record]
+    )
+    added = sum(
+        8 + len(name) + 4 + (8 + len(value.encode()) if isinstance(value, str) else 4)
+        for name, value in {**keys, "general.quantization_version": 2}.items()
+    )
     table = sum(8 + len(one.name.encode()) + 4 + 8 * _n_dims(one.shape) + 4 + 8 for one in tensors)
     data = sum(padded(one.nbytes, DEFAULT_ALIGNMENT) for one in tensors)
     return padded(24 + kept + added + table, DEFAULT_ALIGNMENT) + data
@@ -434,9 +525,16 @@ class Quantized:
     seconds: float
 
 
-def quantize(source: str | Path, recipe: Recipe | str, output: str | Path, *,
-             imatrix: str | Path | ImportanceMatrix | None = None, n_threads: int = 0,
-             overwrite: bool = False, progress: bool = True) -> Quantized:
+def quantize(
+    source: str | Path,
+    recipe: Recipe | str,
+    output: str | Path,
+    *,
+    imatrix: str | Path | ImportanceMatrix | None = None,
+    n_threads: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Quantized:
     """Quantize a model into one file, which appears whole or not at all.
 
     Args:
@@ -467,8 +565,12 @@ def quantize(source: str | Path, recipe: Recipe | str, output: str | Path, *,
             write_imatrix(Path(folder) / "used.gguf", matrix.fitting(shards.as_one))
             job["imatrix"] = str(Path(folder) / "used.gguf")
         with tqdm(total=len(planned.tensors), desc=recipe.name, unit="tensor", disable=not progress) as bar:
-            run_child("dfqs_nb.ladder.quantize", {**job, "output": str(part)}, shards.paths[0],
-                      lambda said: bar.update(said["tensor"] - bar.n))
+            run_child(
+                "dfqs_nb.ladder.quantize",
+                {**job, "output": str(part)},
+                shards.paths[0],
+                lambda said: bar.update(said["tensor"] - bar.n),
+            )
         _check_written(part, planned)
     return Quantized(output, planned.nbytes, planned, time.perf_counter() - started)
 
@@ -496,8 +598,11 @@ def _check_space(output: Path, planned: Plan) -> None:
     """Refuse before hours of work what the disk will not hold; an output that is replaced stays till then."""
     free = shutil.disk_usage(output.parent).free
     if free < planned.nbytes:
-        raise SpaceError(f"needs {planned.nbytes:,} bytes and {free:,} are free", where=output.parent,
-                         hint=f"free {planned.nbytes - free:,} bytes, or take another disk")
+        raise SpaceError(
+            f"needs {planned.nbytes:,} bytes and {free:,} are free",
+            where=output.parent,
+            hint=f"free {planned.nbytes - free:,} bytes, or take another disk",
+        )
 
 
 @contextmanager
@@ -527,14 +632,18 @@ def _check_written(part: Path, planned: Plan) -> None:
     if found != {one.name: (one.type, one.nbytes) for one in planned.tensors}:
         raise IntegrityError("llama.cpp wrote other types than it said", where=part, hint="report this file")
     if header.file_size != planned.nbytes:
-        raise IntegrityError(f"has {header.file_size:,} bytes; {planned.nbytes:,} were planned", where=part,
-                             hint="is the disk full?")
+        raise IntegrityError(
+            f"has {header.file_size:,} bytes; {planned.nbytes:,} were planned",
+            where=part,
+            hint="is the disk full?",
+        )
     if not ggml.parse(part).accepted:
         raise IntegrityError("llama.cpp's parser refuses it", where=part, hint="report this file")
 
 
-def run_child(module: str, job: dict[str, Any], where: Path,
-              told: Callable[[dict[str, Any]], Any] = lambda said: None) -> dict[str, Any]:
+def run_child(
+    module: str, job: dict[str, Any], where: Path, told: Callable[[dict[str, Any]], Any] = lambda said: None
+) -> dict[str, Any]:
     """Run ``python -m module`` with a job on its standard input and hear JSON lines from it; the last one.
 
     The child takes its job with ``read_job``, and ends when this process does.
@@ -549,14 +658,23 @@ def run_child(module: str, job: dict[str, Any], where: Path,
     """
     root = str(Path(__file__).resolve().parents[2])
     environment = {
-        **os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONIOENCODING": "utf-8", "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "GGML_NO_BACKTRACE": "1",
+        "PYTHONIOENCODING": "utf-8",
+        "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-    }  # fmt: skip
+    }
     last: dict[str, Any] = {}
-    with tempfile.TemporaryFile() as errors, subprocess.Popen(
-        [sys.executable, "-P", "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-        env=environment,
-    ) as child:
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+        ) as child,
+    ):
         try:
             child.stdin.write(json.dumps(job).encode() + b"\n")
             child.stdin.flush()  # and left open: when it closes, the child knows that it is alone
@@ -636,8 +754,11 @@ class _Log:
 
     def tensors(self) -> list[tuple[str, str, str]]:
         """Name, type and new type of each, from the lines of a dry run."""
-        rows = re.findall(r"\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\S+), size = +[\d.]+ MiB"
-                          r"(?: -> +[\d.]+ MiB \((\S+)\))?", "".join(self.text))
+        rows = re.findall(
+            r"\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\S+), size = +[\d.]+ MiB"
+            r"(?: -> +[\d.]+ MiB \((\S+)\))?",
+            "".join(self.text),
+        )
         return [(name, old.upper(), (new or old).upper()) for name, old, new in rows]
 
     def fallbacks(self) -> list[str]:

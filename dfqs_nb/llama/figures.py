@@ -22,8 +22,14 @@ def speeds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         colour = PALETTE[0 if one.phase == "prefill" else 5]
         ax.plot(one.values, [row] * len(one.values), "o", color=colour, alpha=0.5, markersize=6)
         ax.plot(one.median, row, "|", color=INK, markersize=16, markeredgewidth=2)
-        ax.annotate(f"{one.median:,.0f}", (one.median, row), xytext=(0, 11), textcoords="offset points",
-                    ha="center", fontsize=8)
+        ax.annotate(
+            f"{one.median:,.0f}",
+            (one.median, row),
+            xytext=(0, 11),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
     ax.set_yticks(range(len(table)), [f"{one.phase}, depth {one.depth:,}" for one in table.itertuples()])
     ax.set_ylim(len(table) - 0.5, -0.6)
     ax.set_xlim(left=0)

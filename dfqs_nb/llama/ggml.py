@@ -143,23 +143,36 @@ def parse(path: str | Path, *, tensors: bool = False, timeout_seconds: float = T
     return parse_all([path], tensors=tensors, timeout_seconds=timeout_seconds)[0]
 
 
-def parse_all(paths: Sequence[str | Path], *, tensors: bool = False,
-              timeout_seconds: float = TIMEOUT_SECONDS) -> list[GGMLParse]:
+def parse_all(
+    paths: Sequence[str | Path], *, tensors: bool = False, timeout_seconds: float = TIMEOUT_SECONDS
+) -> list[GGMLParse]:
     """Ask about many files in as few processes as they leave alive (see `parse`)."""
     answers: list[GGMLParse] = []
     while len(answers) < len(paths):
-        answers += _ask(paths[len(answers):][:512], tensors, timeout_seconds)
+        answers += _ask(paths[len(answers) :][:512], tensors, timeout_seconds)
     return answers
 
 
 def _ask(paths: Sequence[str | Path], tensors: bool, timeout_seconds: float) -> Iterator[GGMLParse]:
     """The answers of one child: one for each file up to, and with, the one that killed it."""
-    command = [sys.executable, "-I", "-S", "-c", _CHILD, str(library_path()), str(ADDRESS_SPACE_BYTES),
-               str(int(tensors)), *(os.path.abspath(path) for path in paths)]
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        _CHILD,
+        str(library_path()),
+        str(ADDRESS_SPACE_BYTES),
+        str(int(tensors)),
+        *(os.path.abspath(path) for path in paths),
+    ]
     lines, stderr, death = _run(command, timeout_seconds)
     if not lines and not death.startswith(("SIG", "timeout")):
-        raise ModelError(f"cannot run libggml ({stderr.strip() or death})", where=library_path(),
-                         hint="install llama-cpp-python again")
+        raise ModelError(
+            f"cannot run libggml ({stderr.strip() or death})",
+            where=library_path(),
+            hint="install llama-cpp-python again",
+        )
     messages = [_BUILD_FOLDER.sub("", message).strip() for message in stderr.split("\0")]
     for line, message in zip(lines, messages, strict=False):
         facts = json.loads(line)
@@ -174,8 +187,15 @@ def _run(command: list[str], timeout_seconds: float) -> tuple[list[str], str, st
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:
-            status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                                    timeout=timeout_seconds, env=environment, check=False).returncode
+            status = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                timeout=timeout_seconds,
+                env=environment,
+                check=False,
+            ).returncode
         except subprocess.TimeoutExpired:
             death = "timeout"
         else:

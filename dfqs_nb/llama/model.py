@@ -519,8 +519,10 @@ def answer_table(model: Model, prompts: Sequence[str], max_tokens: int = 256) ->
     import pandas as pd
 
     answers = [chat(model, prompt, max_tokens) for prompt in prompts]
-    rows = [(prompt, one.text, len(one.token_ids), one.finish_reason)
-            for prompt, one in zip(prompts, answers, strict=True)]
+    rows = [
+        (prompt, one.text, len(one.token_ids), one.finish_reason)
+        for prompt, one in zip(prompts, answers, strict=True)
+    ]
     return pd.DataFrame(rows, columns=["prompt", "answer", "tokens", "finish_reason"])
 
 
@@ -633,7 +635,10 @@ def _time_once(model: Model, prompt: Sequence[int], forced: Sequence[int]) -> tu
     for token in forced:
         one[0] = token
         if llama_cpp.llama_decode(context, batch):
-            raise DecodeError("llama.cpp fails while it is timed", where=model.path,
-                              hint="lower the depth, or n_ubatch if memory is short")
+            raise DecodeError(
+                "llama.cpp fails while it is timed",
+                where=model.path,
+                hint="lower the depth, or n_ubatch if memory is short",
+            )
         llama_cpp.llama_synchronize(context)
     return filled - started, time.perf_counter() - filled

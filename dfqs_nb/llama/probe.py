@@ -105,8 +105,10 @@ class OpenSettings:
                 )
         object.__setattr__(self, "rpc_servers", _addresses(self.rpc_servers))
         if self.rpc_servers and self.n_gpu_layers == 0:
-            raise ModelError("RPC servers are given, but no layers for them",
-                             hint="pass n_gpu_layers: -1 puts all of them there")
+            raise ModelError(
+                "RPC servers are given, but no layers for them",
+                hint="pass n_gpu_layers: -1 puts all of them there",
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for a report's conditions; RPC servers only where there are any."""
@@ -161,8 +163,10 @@ def _check_listens(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
-        raise ModelError(f"no RPC server answers at {address} ({error.strerror or error})",
-                         hint="start it there: rpc-server -H HOST -p PORT") from error
+        raise ModelError(
+            f"no RPC server answers at {address} ({error.strerror or error})",
+            hint="start it there: rpc-server -H HOST -p PORT",
+        ) from error
 
 
 def _register_rpc(api: Any, address: str) -> None:
@@ -178,8 +182,9 @@ def _register_rpc(api: Any, address: str) -> None:
     find = function("ggml_backend_reg_get_proc_address", void, void, text)
     server = ctypes.CFUNCTYPE(void, text)(find(registry, b"ggml_backend_rpc_add_server"))(address.encode())
     if not server:
-        raise ModelError(f"the RPC server at {address} is not taken",
-                         hint="use one of the same llama.cpp build")
+        raise ModelError(
+            f"the RPC server at {address} is not taken", hint="use one of the same llama.cpp build"
+        )
     function("ggml_backend_register", None, void)(server)
 
 

@@ -80,8 +80,9 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that determines the result but the data itself."""
-        layout = [(c.name, c.source, c.source_offset, c.target_offset, c.nbytes, c.padding)
-                  for c in self.copies]
+        layout = [
+            (c.name, c.source, c.source_offset, c.target_offset, c.nbytes, c.padding) for c in self.copies
+        ]
         shape = repr((self.nbytes, len(self.sources), layout))
         return hashlib.sha256(self.header + shape.encode()).hexdigest()
 
@@ -111,9 +112,16 @@ def identities(paths: Sequence[Path]) -> list[dict[str, int | str]]:
     return [{"name": path.name, "nbytes": s.st_size, "mtime_ns": s.st_mtime_ns} for path, s in stats]
 
 
-def transfer(plan: Plan, output: Path, *, validate: Callable[[Path], None],
-             keep_hashes: Callable[[dict[str, Any]], None], consume: bool = False, read_back: bool = True,
-             progress: bool = True) -> Transferred:
+def transfer(
+    plan: Plan,
+    output: Path,
+    *,
+    validate: Callable[[Path], None],
+    keep_hashes: Callable[[dict[str, Any]], None],
+    consume: bool = False,
+    read_back: bool = True,
+    progress: bool = True,
+) -> Transferred:
     """Carry out ``plan`` into ``output``, or go on with a run that was killed.
 
     The bytes grow in the part file. When it is complete, flushed and accepted by ``validate`` the journal
@@ -136,8 +144,10 @@ def transfer(plan: Plan, output: Path, *, validate: Callable[[Path], None],
             result = _move(plan, output, journal, read_back or consume, progress)
             validate(part_path(output))
             journal.check_sources(plan)
-            journal.append(valid={"sha256": result.sha256, "hashes": result.hashes,
-                                  **_identity(part_path(output))}, durable=True)
+            journal.append(
+                valid={"sha256": result.sha256, "hashes": result.hashes, **_identity(part_path(output))},
+                durable=True,
+            )
         with _translated_errors(output, 0, True):
             _settle(output, journal, keep_hashes)
         return result
@@ -160,8 +170,11 @@ def settle(output: Path, keep_hashes: Callable[[dict[str, Any]], None]) -> dict[
         return _settle(output, Journal(journal_path(output), file), keep_hashes) if file else None
 
 
-def _settle(output: Path, journal: Journal, keep_hashes: Callable[[dict[str, Any]], None],
-            ) -> dict[str, Any] | None:
+def _settle(
+    output: Path,
+    journal: Journal,
+    keep_hashes: Callable[[dict[str, Any]], None],
+) -> dict[str, Any] | None:
     if not journal.valid:
         return None
     head, valid = journal.lines[0], journal.lines[-1]["valid"]
@@ -228,8 +241,13 @@ def _locked(output: Path, create: bool = True) -> Iterator[IO[bytes] | None]:
             yield None
             return
         with file:
-            lock(file, fcntl.LOCK_EX, OutputError("another process is writing it", where=output,
-                                                  hint="wait for it, or choose another name"))
+            lock(
+                file,
+                fcntl.LOCK_EX,
+                OutputError(
+                    "another process is writing it", where=output, hint="wait for it, or choose another name"
+                ),
+            )
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 yield file
                 return
@@ -250,16 +268,25 @@ def _translated_errors(output: Path, nbytes: int, consume: bool) -> Iterator[Non
     except OSError as error:
         left = "run the same command again to go on" if consume else "the partial output was removed"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise SpaceError(f"the disk filled up while {nbytes:,} bytes were written ({error.strerror}); "
-                             f"{left}", where=output, hint="free some, or write to another disk") from error
-        raise OutputError(f"cannot be written ({error.strerror}); {left}", where=error.filename or output,
-                          hint="choose a folder you may write") from error
+            raise SpaceError(
+                f"the disk filled up while {nbytes:,} bytes were written ({error.strerror}); {left}",
+                where=output,
+                hint="free some, or write to another disk",
+            ) from error
+        raise OutputError(
+            f"cannot be written ({error.strerror}); {left}",
+            where=error.filename or output,
+            hint="choose a folder you may write",
+        ) from error
 
 
 def _kept(error: IntegrityError, output: Path) -> IntegrityError:
-    return IntegrityError(error.what, where=error.where,
-                          hint=f"nothing more was released; {part_path(output).name} holds what the sources "
-                               f"no longer have: keep it. {error.hint}")
+    return IntegrityError(
+        error.what,
+        where=error.where,
+        hint=f"nothing more was released; {part_path(output).name} holds what the sources "
+        f"no longer have: keep it. {error.hint}",
+    )
 
 
 class Journal:
@@ -283,9 +310,12 @@ class Journal:
         asked = (plan.fingerprint, consume)
         if self.lines and asked != (self.lines[0]["plan"], self.lines[0]["consume"]):
             if self.consume:
-                raise IntegrityError("an unfinished transfer that consumes its sources is in the way",
-                                     where=self.path, hint="finish it with the same call first: its part "
-                                     "file holds what those sources no longer have")
+                raise IntegrityError(
+                    "an unfinished transfer that consumes its sources is in the way",
+                    where=self.path,
+                    hint="finish it with the same call first: its part "
+                    "file holds what those sources no longer have",
+                )
             self.lines = []
 
     def begin(self, plan: Plan, consume: bool) -> None:
@@ -302,9 +332,15 @@ class Journal:
             self.file.seek(end)
         if not self.lines:
             window = CONSUME_WINDOW_BYTES if consume else WINDOW_BYTES
-            self.append(plan=plan.fingerprint, consume=consume, chunk=CHUNK_BYTES, window=window,
-                        sources=identities(plan.sources), paths=[str(p.absolute()) for p in plan.sources],
-                        durable=True)
+            self.append(
+                plan=plan.fingerprint,
+                consume=consume,
+                chunk=CHUNK_BYTES,
+                window=window,
+                sources=identities(plan.sources),
+                paths=[str(p.absolute()) for p in plan.sources],
+                durable=True,
+            )
         self.path.with_suffix(".part").touch()
         fsync_dir(self.path.parent)
 
@@ -324,7 +360,7 @@ class Journal:
     def append(self, durable: bool = False, **event: Any) -> None:
         rest = _line(event)
         while rest:  # a disk that is almost full may take a part of a line
-            rest = rest[self.file.write(rest):]
+            rest = rest[self.file.write(rest) :]
         self.lines.append(event)
         if durable:
             os.fsync(self.file.fileno())
@@ -340,14 +376,18 @@ class Journal:
         """
         torn = self.consume and "end" in self.lines[-1]
         latest = self.written_ns + TORN_SECONDS * 10**9
-        for path, then, now in zip(plan.sources, self.lines[0]["sources"], identities(plan.sources),
-                                   strict=True):
+        for path, then, now in zip(
+            plan.sources, self.lines[0]["sources"], identities(plan.sources), strict=True
+        ):
             own = torn and then["mtime_ns"] < now["mtime_ns"] <= latest
             changed = now["mtime_ns"] != then["mtime_ns"] and not own
             if changed or now["nbytes"] != then["nbytes"]:
-                raise IntegrityError("changed since its merge began", where=path,
-                                     hint="put the file back as it was and go on, or, if all sources are "
-                                          f"whole, remove {self.path.name} and begin again")
+                raise IntegrityError(
+                    "changed since its merge began",
+                    where=path,
+                    hint="put the file back as it was and go on, or, if all sources are "
+                    f"whole, remove {self.path.name} and begin again",
+                )
 
 
 def read_journal(output: Path) -> list[dict[str, Any]]:
@@ -379,8 +419,9 @@ def _move(plan: Plan, output: Path, journal: Journal, read_back: bool, progress:
         part = stack.enter_context(_Part(part_path(output)))
         part.cut_to(done)
         sources = [stack.enter_context(_open_source(path, journal.consume)) for path in plan.sources]
-        bar = stack.enter_context(tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="merge",
-                                       disable=not progress))
+        bar = stack.enter_context(
+            tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="merge", disable=not progress)
+        )
         stream = stack.enter_context(_Stream(part, sources, journal, bar, read_back))
         stream.literal(plan.header)
         for copy in plan.copies:
@@ -392,8 +433,11 @@ def _open_source(path: Path, consume: bool) -> IO[bytes]:
     """A source, locked: alone when its bytes are to be released, together with other readers when not."""
     file = os.fdopen(os.open(path, os.O_RDWR if consume else os.O_RDONLY), "r+b" if consume else "rb", 0)
     try:
-        lock(file, fcntl.LOCK_EX if consume else fcntl.LOCK_SH, OutputError(
-            "another process is merging this file", where=path, hint="wait for it to end"))
+        lock(
+            file,
+            fcntl.LOCK_EX if consume else fcntl.LOCK_SH,
+            OutputError("another process is merging this file", where=path, hint="wait for it to end"),
+        )
     except BaseException:
         file.close()
         raise
@@ -426,16 +470,21 @@ class _Part:
         """Drop what was written after the last window that is done."""
         size = os.fstat(self.file.fileno()).st_size
         if size < done:
-            raise IntegrityError(f"is {done - size:,} bytes shorter than its journal says", where=self.path,
-                                 hint="it was cut or removed meanwhile: put it back, if you can, and go on")
+            raise IntegrityError(
+                f"is {done - size:,} bytes shorter than its journal says",
+                where=self.path,
+                hint="it was cut or removed meanwhile: put it back, if you can, and go on",
+            )
         self.file.truncate(done)
 
     def write(self, view: memoryview, offset: int) -> None:
         done = 0
         while done < len(view):
             rest, at = view[done:], offset + done
-            done += self._either(lambda handle, rest=rest, at=at: os.pwrite(handle, rest, at),
-                                 aligned=len(rest) % BLOCK_BYTES == 0)
+            done += self._either(
+                lambda handle, rest=rest, at=at: os.pwrite(handle, rest, at),
+                aligned=len(rest) % BLOCK_BYTES == 0,
+            )
 
     def hash_from_disk(self, start: int, nbytes: int) -> str:
         """XXH3-64 of a flushed range as the disk gives it back."""
@@ -462,8 +511,9 @@ class _Stream:
     that an earlier run has done are read from the part file instead, and its windows' hashes compared.
     """
 
-    def __init__(self, part: _Part, sources: list[IO[bytes]], journal: Journal, bar: tqdm,
-                 read_back: bool) -> None:
+    def __init__(
+        self, part: _Part, sources: list[IO[bytes]], journal: Journal, bar: tqdm, read_back: bool
+    ) -> None:
         self.part, self.sources, self.journal = part, sources, journal
         self.bar, self.read_back = bar, read_back
         self.chunk, self.window = journal.lines[0]["chunk"], journal.lines[0]["window"]
@@ -496,7 +546,7 @@ class _Stream:
             if self.position < self.done:
                 read_exactly(self.part.file, view, self.position, "the part file")
             else:
-                view[:] = data[start:start + len(view)]
+                view[:] = data[start : start + len(view)]
             start += len(view)
             self._filled(len(view))
 
@@ -522,7 +572,7 @@ class _Stream:
         if self.level == 0:
             self.turn = (self.turn + 1) % len(self.buffers)
             self._wait(self.turn)
-        return memoryview(self.buffers[self.turn])[self.level:self.level + nbytes]
+        return memoryview(self.buffers[self.turn])[self.level : self.level + nbytes]
 
     def _wait(self, turn: int) -> None:
         for future in self.busy[turn]:
@@ -538,7 +588,7 @@ class _Stream:
 
     def _send(self) -> None:
         """Hand a buffer to the other threads. Windows are whole chunks, so it is done or not as a whole."""
-        view, start = memoryview(self.buffers[self.turn])[:self.level], self.position - self.level
+        view, start = memoryview(self.buffers[self.turn])[: self.level], self.position - self.level
         self.window_hash.update(view)
         jobs = [self.hasher.submit(self.sha256.update, view)]
         if start >= self.done:
@@ -560,15 +610,19 @@ class _Stream:
             before = [*writes, *self.checks[-1:]]
             self.checks.append(self.checker.submit(self._prove, before, start, end, digest, taken))
         elif self.earlier.get(end) != digest:
-            raise IntegrityError(f"bytes {start:,} to {end:,} changed since they were written",
-                                 where=self.part.path, hint="power was lost, or the disk is failing")
+            raise IntegrityError(
+                f"bytes {start:,} to {end:,} changed since they were written",
+                where=self.part.path,
+                hint="power was lost, or the disk is failing",
+            )
         elif end == self.done and "end" in self.journal.lines[-1]:
             self.checks.append(self.checker.submit(self._release, taken, end))
         while len(self.checks) > WINDOWS_IN_FLIGHT:  # at least one stays
             self.checks.pop(0).result()
 
-    def _prove(self, before: list[Future], start: int, end: int, digest: str,
-               taken: list[tuple[int, int, int, int]]) -> None:
+    def _prove(
+        self, before: list[Future], start: int, end: int, digest: str, taken: list[tuple[int, int, int, int]]
+    ) -> None:
         """Read a window back from the disk, record it, and release what it was made from.
 
         Not without what comes before it, its own writes and the window in front: what is done has no gap.
@@ -582,9 +636,11 @@ class _Stream:
             if self.journal.consume or not self.part.past_cache:
                 flush(self.part.file.fileno())
             if self.part.hash_from_disk(start, end - start) != digest:
-                raise IntegrityError(f"bytes {start:,} to {end:,} came back from the disk changed",
-                                     where=self.part.path,
-                                     hint="the disk or the memory is failing: use another")
+                raise IntegrityError(
+                    f"bytes {start:,} to {end:,} came back from the disk changed",
+                    where=self.part.path,
+                    hint="the disk or the memory is failing: use another",
+                )
         self.journal.append(end=end, xxh3=digest, durable=self.journal.consume)
         self._release(taken, end)
 
@@ -652,11 +708,17 @@ def read_exactly(source: IO[bytes], view: memoryview, offset: int, name: str) ->
         try:
             n = os.preadv(source.fileno(), [view[got:]], offset + got)
         except OSError as error:
-            raise IntegrityError(f"tensor {name!r} cannot be read ({error.strerror})", where=source.name,
-                                 hint="the disk may be failing: copy or download the file again") from error
+            raise IntegrityError(
+                f"tensor {name!r} cannot be read ({error.strerror})",
+                where=source.name,
+                hint="the disk may be failing: copy or download the file again",
+            ) from error
         if n == 0:
-            raise IntegrityError(f"ended inside tensor {name!r}", where=source.name,
-                                 hint="it was cut off or changed meanwhile: download it again")
+            raise IntegrityError(
+                f"ended inside tensor {name!r}",
+                where=source.name,
+                hint="it was cut off or changed meanwhile: download it again",
+            )
         got += n
 
 

@@ -73,13 +73,23 @@ def plan_merge(shards: ShardSet) -> Plan:
         for tensor in header.tensors:
             step = padded(tensor.nbytes, first.alignment)
             tables.append(_tensor_record(tensor, offset))
-            runs.append((tensor.name, sources.index(header.path), header.data_offset + tensor.offset, offset,
-                         tensor.nbytes, step - tensor.nbytes))
+            runs.append(
+                (
+                    tensor.name,
+                    sources.index(header.path),
+                    header.data_offset + tensor.offset,
+                    offset,
+                    tensor.nbytes,
+                    step - tensor.nbytes,
+                )
+            )
             offset += step
     head = _merged_fields(first, len(tables)) + b"".join(tables)
     head += bytes(padded(len(head), first.alignment) - len(head))
-    copies = tuple(Copy(name, source, start, len(head) + target, nbytes, padding)
-                   for name, source, start, target, nbytes, padding in runs)
+    copies = tuple(
+        Copy(name, source, start, len(head) + target, nbytes, padding)
+        for name, source, start, target, nbytes, padding in runs
+    )
     return Plan(sources, head, copies, len(head) + offset)
 
 
@@ -97,13 +107,22 @@ def _tensor_record(tensor: Tensor, offset: int) -> bytes:
     while len(shape) > 1 and shape[-1] == 1:
         shape.pop()
     name = tensor.name.encode()
-    return struct.pack(f"<Q{len(name)}sI{len(shape)}qIQ", len(name), name, len(shape), *shape,
-                       tensor.type_code, offset)
+    return struct.pack(
+        f"<Q{len(name)}sI{len(shape)}qIQ", len(name), name, len(shape), *shape, tensor.type_code, offset
+    )
 
 
-def merge(model: str | Path | Sequence[str | Path], output: str | Path, *, overwrite: bool = False,
-          consume: bool = False, read_back: bool = True, progress: bool = True, allow_mixed: bool = False,
-          allow_holes: bool = False) -> MergeResult:
+def merge(
+    model: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    consume: bool = False,
+    read_back: bool = True,
+    progress: bool = True,
+    allow_mixed: bool = False,
+    allow_holes: bool = False,
+) -> MergeResult:
     """Merge the shards of ``model`` into the single file ``output``.
 
     Memory stays under some 50 MB whatever the largest tensor. The output appears under its name only after
@@ -136,14 +155,20 @@ def merge(model: str | Path | Sequence[str | Path], output: str | Path, *, overw
     return carry_out(plan, output, consume=consume, read_back=read_back, progress=progress)
 
 
-def carry_out(plan: Plan, output: Path, *, consume: bool = False, read_back: bool = True,
-              progress: bool = True) -> MergeResult:
+def carry_out(
+    plan: Plan, output: Path, *, consume: bool = False, read_back: bool = True, progress: bool = True
+) -> MergeResult:
     """Transfer, validate, name, and keep the hashes: what ``merge`` and ``repair`` have in common."""
     began = time.perf_counter()
     transfer.transfer(
-        plan, output, validate=lambda part: validate(part, plan), consume=consume, read_back=read_back,
+        plan,
+        output,
+        validate=lambda part: validate(part, plan),
+        consume=consume,
+        read_back=read_back,
         keep_hashes=lambda record: _write_manifest(output, record, time.perf_counter() - began),
-        progress=progress)
+        progress=progress,
+    )
     return earlier_result(output)
 
 
@@ -158,8 +183,11 @@ def finish_interrupted(output: Path, asked: Sequence[str | Path] = ()) -> MergeR
         return None
     made_from = dict(zip((Path(path).resolve() for path in record["paths"]), record["sources"], strict=True))
     asked_for = {Path(path).resolve() for path in asked}
-    changed = [path for path, then in made_from.items()
-               if not record["consume"] and path.exists() and transfer.identities([path]) != [then]]
+    changed = [
+        path
+        for path, then in made_from.items()
+        if not record["consume"] and path.exists() and transfer.identities([path]) != [then]
+    ]
     return earlier_result(output) if asked_for <= set(made_from) and not changed else None
 
 
@@ -186,8 +214,9 @@ def earlier_result(output: Path) -> MergeResult | None:
         return None
     if (kept.get("nbytes"), kept.get("mtime_ns")) != (stat.st_size, stat.st_mtime_ns):
         return None
-    return MergeResult(output, kept["nbytes"], kept["sha256"], kept["tensors"], tuple(kept["sources"]),
-                       kept["seconds"])
+    return MergeResult(
+        output, kept["nbytes"], kept["sha256"], kept["tensors"], tuple(kept["sources"]), kept["seconds"]
+    )
 
 
 def _write_manifest(output: Path, record: dict[str, Any], seconds: float) -> None:
@@ -217,8 +246,15 @@ def segments(shards: ShardSet, output_name: str) -> pd.DataFrame:
     return pd.DataFrame(rows + merged, columns=["file", "part", "start", "nbytes"])
 
 
-def check_output(output: Path, plan: Plan, *, overwrite: bool = False, consume: bool = False,
-                 in_place: bool = False, allow_holes: bool = False) -> None:
+def check_output(
+    output: Path,
+    plan: Plan,
+    *,
+    overwrite: bool = False,
+    consume: bool = False,
+    in_place: bool = False,
+    allow_holes: bool = False,
+) -> None:
     """Check, before the first byte, that ``output`` may be written and that the disk holds it.
 
     Raises:
@@ -226,11 +262,15 @@ def check_output(output: Path, plan: Plan, *, overwrite: bool = False, consume: 
     """
     if output.exists() and not in_place:
         if any(output.samefile(path) for path in plan.sources):
-            raise OutputError("is one of the files that it would be made from", where=output,
-                              hint="choose another name for the output")
+            raise OutputError(
+                "is one of the files that it would be made from",
+                where=output,
+                hint="choose another name for the output",
+            )
         if not overwrite:
-            raise OutputError("exists already", where=output,
-                              hint="choose another name, or pass overwrite=True")
+            raise OutputError(
+                "exists already", where=output, hint="choose another name, or pass overwrite=True"
+            )
     if not output.parent.is_dir():
         raise OutputError("the folder does not exist", where=output.parent, hint="make it first")
     journal = transfer.read_journal(output)
@@ -246,23 +286,34 @@ def _check_stored(paths: Sequence[Path]) -> None:
         hole = holes.first_hole(path)
         if hole is not None:
             raise IntegrityError(
-                f"has a hole at byte {hole:,}, which reads as zeros", where=path,
+                f"has a hole at byte {hole:,}, which reads as zeros",
+                where=path,
                 hint="a download or a consuming merge was interrupted: finish it, or download the file "
-                     "again; pass allow_holes=True if it is sparse on purpose")
+                "again; pass allow_holes=True if it is sparse on purpose",
+            )
 
 
 def _check_punch(paths: Sequence[Path]) -> None:
     for path in paths:
         if path.stat().st_nlink > 1:
-            raise OutputError("has a second name (a hard link), and would be emptied under both", where=path,
-                              hint="remove the other name, or merge without consume")
+            raise OutputError(
+                "has a second name (a hard link), and would be emptied under both",
+                where=path,
+                hint="remove the other name, or merge without consume",
+            )
     for folder in {path.resolve().parent for path in paths}:
         if not os.access(folder, os.W_OK):
-            raise OutputError("cannot be written, so nothing in it can be given back", where=folder,
-                              hint="merge without consume, into another folder")
+            raise OutputError(
+                "cannot be written, so nothing in it can be given back",
+                where=folder,
+                hint="merge without consume, into another folder",
+            )
         if not holes.can_punch(folder):
-            raise OutputError("this file system cannot give back parts of a file (punch holes)", where=folder,
-                              hint="merge without consume; it needs room for a second copy")
+            raise OutputError(
+                "this file system cannot give back parts of a file (punch holes)",
+                where=folder,
+                hint="merge without consume; it needs room for a second copy",
+            )
 
 
 def _check_space(output: Path, plan: Plan, consume: bool) -> None:
@@ -275,8 +326,11 @@ def _check_space(output: Path, plan: Plan, consume: bool) -> None:
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         also = "" if consume else ", or merge with consume=True, which needs no second copy"
-        raise SpaceError(f"needs {needed:,} bytes and {free:,} are free", where=output.parent,
-                         hint=f"free {needed - free:,} bytes{also}")
+        raise SpaceError(
+            f"needs {needed:,} bytes and {free:,} are free",
+            where=output.parent,
+            hint=f"free {needed - free:,} bytes{also}",
+        )
 
 
 def _stored_bytes(path: Path) -> int:
@@ -293,10 +347,16 @@ def validate(path: Path, plan: Plan) -> None:
     check_layout(header)
     verdict = ggml.parse(path)
     if not verdict.accepted:
-        raise IntegrityError(f"llama.cpp refuses the result: {verdict.message}", where=path,
-                             hint="check the sources: `dfqs-nb inspect` says what they are")
+        raise IntegrityError(
+            f"llama.cpp refuses the result: {verdict.message}",
+            where=path,
+            hint="check the sources: `dfqs-nb inspect` says what they are",
+        )
     expected = [(copy.name, copy.target_offset, copy.nbytes) for copy in plan.copies]
     found = [(t.name, header.data_offset + t.offset, t.nbytes) for t in header.tensors]
     if header.file_size != plan.nbytes or (plan.of_tensors and found != expected):
-        raise IntegrityError("the written header is not the planned one", where=path,
-                             hint="the disk may be failing: use another")
+        raise IntegrityError(
+            "the written header is not the planned one",
+            where=path,
+            hint="the disk may be failing: use another",
+        )

@@ -42,9 +42,16 @@ def glued_shards(path: str | Path) -> ShardSet:
     return check_set(raw_concatenation(path), glued=True)
 
 
-def repair(path: str | Path, output: str | Path | None = None, *, in_place: bool = False,
-           overwrite: bool = False, read_back: bool = True, progress: bool = True,
-           allow_holes: bool = False) -> MergeResult:
+def repair(
+    path: str | Path,
+    output: str | Path | None = None,
+    *,
+    in_place: bool = False,
+    overwrite: bool = False,
+    read_back: bool = True,
+    progress: bool = True,
+    allow_holes: bool = False,
+) -> MergeResult:
     """Make the sound model that the raw concatenation ``path`` should have been.
 
     Args:
@@ -60,8 +67,9 @@ def repair(path: str | Path, output: str | Path | None = None, *, in_place: bool
     """
     path = Path(path)
     if in_place == (output is not None):
-        raise OutputError("say where the repaired model goes", where=path,
-                          hint="name an output, or ask for in_place=True")
+        raise OutputError(
+            "say where the repaired model goes", where=path, hint="name an output, or ask for in_place=True"
+        )
     if in_place and path.is_symlink():
         path = path.resolve()  # the bytes are given back, and taken over, where they lie
     target = path if in_place else Path(output)
@@ -69,13 +77,15 @@ def repair(path: str | Path, output: str | Path | None = None, *, in_place: bool
     if settled:
         return settled
     plan = plan_merge(glued_shards(path))
-    check_output(target, plan, overwrite=overwrite, consume=in_place, in_place=in_place,
-                 allow_holes=allow_holes)
+    check_output(
+        target, plan, overwrite=overwrite, consume=in_place, in_place=in_place, allow_holes=allow_holes
+    )
     return carry_out(plan, target, consume=in_place, read_back=read_back, progress=progress)
 
 
-def split(path: str | Path, folder: str | Path | None = None, *, overwrite: bool = False,
-          progress: bool = True) -> tuple[MergeResult, ...]:
+def split(
+    path: str | Path, folder: str | Path | None = None, *, overwrite: bool = False, progress: bool = True
+) -> tuple[MergeResult, ...]:
     """Cut a raw concatenation back into the shards that it was made from, byte for byte.
 
     Args:
@@ -177,8 +187,14 @@ def plan_any(model: str | Path | Sequence[str | Path]) -> Plan:
     return plan_merge(glued_shards(first) if kind is Kind.RAW_CONCATENATION else open_shards(model))
 
 
-def merge_any(model: str | Path | Sequence[str | Path], output: str | Path, *, overwrite: bool = False,
-              consume: bool = False, progress: bool = True) -> MergeResult:
+def merge_any(
+    model: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    consume: bool = False,
+    progress: bool = True,
+) -> MergeResult:
     """One sound file from shards, byte parts, or glued shards: the command line's ``merge``.
 
     Raises:
@@ -190,14 +206,23 @@ def merge_any(model: str | Path | Sequence[str | Path], output: str | Path, *, o
         return settled
     plan = plan_any(model)
     if consume and not plan.header:
-        raise OutputError("the header goes on in the second part, so a killed merge could not go on",
-                          where=output, hint="merge without consume")
+        raise OutputError(
+            "the header goes on in the second part, so a killed merge could not go on",
+            where=output,
+            hint="merge without consume",
+        )
     check_output(output, plan, overwrite=overwrite, consume=consume)
     return carry_out(plan, output, consume=consume, progress=progress)
 
 
-def make_sound(model: str | Path | Sequence[str | Path], output: str | Path, *, fresh: bool = False,
-               consume: bool = False, progress: bool = True) -> MergeResult:
+def make_sound(
+    model: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    fresh: bool = False,
+    consume: bool = False,
+    progress: bool = True,
+) -> MergeResult:
     """``merge_any``, unless it is done already: what was made before from the same files is used again.
 
     A sound single file is used where it lies. The same files have the same names, sizes and times.
@@ -234,8 +259,14 @@ def methods_table(nbytes: int, header_nbytes: int, reported: dict[str, str]) -> 
         ("raw concatenation (cat)", nbytes, "no", "no", "no", "stays half written"),
         ("llama-gguf-split --merge", nbytes, "yes", "no", "no", "stays half written"),
         ("merge, repair", nbytes, "yes", "yes", "yes", "goes on"),
-        ("merge --consume, repair --in-place", min(proven, nbytes + header_nbytes), "yes", "yes", "yes",
-         "goes on"),
+        (
+            "merge --consume, repair --in-place",
+            min(proven, nbytes + header_nbytes),
+            "yes",
+            "yes",
+            "yes",
+            "goes on",
+        ),
     ]
     columns = ["method", "extra disk (bytes)", "loads", "hashed", "read back", "after a kill"]
     table = pd.DataFrame(rows, columns=columns)

@@ -58,8 +58,13 @@ class Verification:
     @property
     def meaning(self) -> tuple[str, ...]:
         """What this proves and what it does not, in sentences."""
-        first = f"its bytes are equal to {', '.join(self.compared)}" if self.compared else (
-            "its bytes were compared with nothing: no hash was given or is published, and it has no manifest")
+        first = (
+            f"its bytes are equal to {', '.join(self.compared)}"
+            if self.compared
+            else (
+                "its bytes were compared with nothing: no hash was given or is published, and it has no manifest"
+            )
+        )
         authentic = f"it is authentic: byte for byte what was published as {self.published}"
         loads = "its header is sound and its tensors lie where it says; that it runs was not tried"
         if not self.diagnosis.sound:
@@ -67,8 +72,13 @@ class Verification:
         return (first, *([authentic] if self.published else []), loads)
 
 
-def verify(path: str | Path, *, sha256: str | None = None,
-           against: str | Path | Sequence[str | Path] | None = None, progress: bool = True) -> Verification:
+def verify(
+    path: str | Path,
+    *,
+    sha256: str | None = None,
+    against: str | Path | Sequence[str | Path] | None = None,
+    progress: bool = True,
+) -> Verification:
     """Read a model once, and compare it with all there is to compare it with.
 
     That is: the hash given; the hash published for a file of its name and size (``data/models.toml``); its
@@ -83,20 +93,33 @@ def verify(path: str | Path, *, sha256: str | None = None,
     with ThreadPoolExecutor(1) as beside:
         theirs = beside.submit(_hashes_of, against, progress) if against else None
         found, ours = hash_once(path, _headers(path, diagnosis), progress=progress)
-        expected = {"its manifest": kept["tensors"] if kept else None,
-                    "the tensors of its shards": theirs.result() if theirs else None}
+        expected = {
+            "its manifest": kept["tensors"] if kept else None,
+            "the tensors of its shards": theirs.result() if theirs else None,
+        }
     published = _published(path, found)
     for what, hashes in expected.items():
         if hashes is not None:
             _compare_hashes(path, ours, hashes, what)
-    wholes = {"the SHA-256 that was given": sha256, "the SHA-256 in its manifest": kept and kept["sha256"],
-              "its published SHA-256": published and published[1]}
+    wholes = {
+        "the SHA-256 that was given": sha256,
+        "the SHA-256 in its manifest": kept and kept["sha256"],
+        "its published SHA-256": published and published[1],
+    }
     for what, digest in wholes.items():
         if digest and digest.lower() != found:
             raise _differs(path, found, digest, what, bool(kept))
     compared = [what for what, value in (*expected.items(), *wholes.items()) if value]
-    return Verification(path, path.stat().st_size, found, ours, tuple(compared),
-                        published[0] if published else "", diagnosis, time.perf_counter() - began)
+    return Verification(
+        path,
+        path.stat().st_size,
+        found,
+        ours,
+        tuple(compared),
+        published[0] if published else "",
+        diagnosis,
+        time.perf_counter() - began,
+    )
 
 
 def _headers(path: Path, diagnosis: Diagnosis) -> Sequence[GGUFHeader]:
@@ -120,7 +143,8 @@ def _published(path: Path, sha256: str) -> tuple[str, str] | None:
     files = [(model, file) for model in models().values() for file in model.files]
     this = path.name, path.stat().st_size
     known = [(model, file) for model, file in files if file.sha256 == sha256] or [
-        (model, file) for model, file in files if (file.name, file.size_bytes) == this]
+        (model, file) for model, file in files if (file.name, file.size_bytes) == this
+    ]
     return (f"{known[0][1].name} of {known[0][0].name}", known[0][1].sha256) if known else None
 
 
@@ -128,18 +152,25 @@ def _compare_hashes(path: Path, ours: dict[str, str], expected: dict[str, str], 
     damaged = [name for name in expected if name in ours and ours[name] != expected[name]]
     if damaged:
         names = ", ".join(damaged[:NAMED_AT_MOST]) + (", ..." if len(damaged) > NAMED_AT_MOST else "")
-        raise IntegrityError(f"{len(damaged)} of {len(expected):,} tensors differ from {what}: {names}",
-                             where=path, hint=AGAIN)
+        raise IntegrityError(
+            f"{len(damaged)} of {len(expected):,} tensors differ from {what}: {names}", where=path, hint=AGAIN
+        )
     odd = sorted(ours.keys() ^ expected.keys())
     if odd:
-        raise IntegrityError(f"has not the same tensors as {what}: {', '.join(odd[:NAMED_AT_MOST])}",
-                             where=path, hint="these are of different models")
+        raise IntegrityError(
+            f"has not the same tensors as {what}: {', '.join(odd[:NAMED_AT_MOST])}",
+            where=path,
+            hint="these are of different models",
+        )
 
 
 def _differs(path: Path, found: str, expected: str, what: str, tensors_equal: bool) -> IntegrityError:
     so = "; its tensors are those of its manifest, so header or padding was changed" if tensors_equal else ""
-    return IntegrityError(f"SHA-256 is {found}, {what} is {expected.lower()}{so}", where=path,
-                          hint="the file was changed or damaged: get it from its source again")
+    return IntegrityError(
+        f"SHA-256 is {found}, {what} is {expected.lower()}{so}",
+        where=path,
+        hint="the file was changed or damaged: get it from its source again",
+    )
 
 
 # ---- the manifest ----
@@ -163,11 +194,15 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"cannot be read ({error})", where=place,
-                             hint="remove it, if you trust the model file, and write it anew") from error
+        raise IntegrityError(
+            f"cannot be read ({error})",
+            where=place,
+            hint="remove it, if you trust the model file, and write it anew",
+        ) from error
     if nbytes != path.stat().st_size or not all(known):
-        raise IntegrityError(f"has {path.stat().st_size:,} bytes, its manifest says {nbytes:,}", where=path,
-                             hint=AGAIN)
+        raise IntegrityError(
+            f"has {path.stat().st_size:,} bytes, its manifest says {nbytes:,}", where=path, hint=AGAIN
+        )
     return kept
 
 
@@ -186,20 +221,34 @@ def write_manifest(path: str | Path, *, progress: bool = True) -> Path:
     return save_manifest(path, sha256, tensors, (), time.perf_counter() - began)
 
 
-def save_manifest(path: Path, sha256: str, tensors: dict[str, str], sources: Sequence[dict[str, Any]],
-                  seconds: float) -> Path:
+def save_manifest(
+    path: Path, sha256: str, tensors: dict[str, str], sources: Sequence[dict[str, Any]], seconds: float
+) -> Path:
     """Write the manifest of ``path``, whole or not at all."""
     stat = path.stat()
-    return write_json(manifest_path(path), {
-        "file": path.name, "nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256,
-        "seconds": seconds, "sources": list(sources), "tensors": tensors})
+    return write_json(
+        manifest_path(path),
+        {
+            "file": path.name,
+            "nbytes": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+            "sha256": sha256,
+            "seconds": seconds,
+            "sources": list(sources),
+            "tensors": tensors,
+        },
+    )
 
 
 # ---- hashes ----
 
 
-def hash_once(path: Path, headers: Sequence[GGUFHeader], *, progress: bool = True,
-              ) -> tuple[str, dict[str, str]]:
+def hash_once(
+    path: Path,
+    headers: Sequence[GGUFHeader],
+    *,
+    progress: bool = True,
+) -> tuple[str, dict[str, str]]:
     """SHA-256 of a file and XXH64 of its tensors, in one reading: the first on a core of its own.
 
     Raises:
@@ -214,7 +263,7 @@ def hash_once(path: Path, headers: Sequence[GGUFHeader], *, progress: bool = Tru
             for low, nbytes, name in ranges[first:]:
                 if low >= end:
                     break
-                digests[name].update(view[max(low - start, 0):max(low + nbytes - start, 0)])
+                digests[name].update(view[max(low - start, 0) : max(low + nbytes - start, 0)])
             while first < len(ranges) and sum(ranges[first][:2]) <= end:
                 first += 1
     return sha256.hexdigest(), {name: digest.hexdigest() for name, digest in digests.items()}
@@ -232,8 +281,9 @@ def _chunks(path: Path, progress: bool) -> Iterator[tuple[int, memoryview, list[
                 busy.pop().result()
             n = _read_into(file, buffer)
             if n == 0:
-                raise IntegrityError("ended while it was read", where=path,
-                                     hint="try again when it is at rest")
+                raise IntegrityError(
+                    "ended while it was read", where=path, hint="try again when it is at rest"
+                )
             yield position, memoryview(buffer)[:n], busy
             bar.update(n)
             position, turn = position + n, (turn + 1) % N_BUFFERS
@@ -243,8 +293,11 @@ def _read_into(file: Any, buffer: bytearray) -> int:
     try:
         return file.readinto(buffer)
     except OSError as error:
-        raise IntegrityError(f"cannot be read ({error.strerror})", where=file.name,
-                             hint="the disk may be failing: copy or download the file again") from error
+        raise IntegrityError(
+            f"cannot be read ({error.strerror})",
+            where=file.name,
+            hint="the disk may be failing: copy or download the file again",
+        ) from error
 
 
 def tensor_hashes(headers: GGUFHeader | Sequence[GGUFHeader], *, progress: bool = True) -> dict[str, str]:
@@ -262,21 +315,26 @@ def tensor_hashes(headers: GGUFHeader | Sequence[GGUFHeader], *, progress: bool 
     total = sum(tensor.nbytes for _, tensor in jobs)
     handles = {header.path: os.open(header.path, os.O_RDONLY) for header in headers}
     try:
-        with (ThreadPoolExecutor(os.cpu_count()) as pool,
-              tqdm(total=total, unit="B", unit_scale=True, desc="hash", disable=not progress) as bar):
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            tqdm(total=total, unit="B", unit_scale=True, desc="hash", disable=not progress) as bar,
+        ):
+
             def work(job):
                 header, tensor = job
                 found = hash_range(handles[header.path], header.data_offset + tensor.offset, tensor.nbytes)
                 bar.update(tensor.nbytes)
                 return tensor.name, found
+
             return dict(pool.map(work, jobs))
     finally:
         for handle in handles.values():
             os.close(handle)
 
 
-def compare_tensors(model: str | Path, shards: str | Path | Sequence[str | Path], *,
-                    progress: bool = True) -> pd.DataFrame:
+def compare_tensors(
+    model: str | Path, shards: str | Path | Sequence[str | Path], *, progress: bool = True
+) -> pd.DataFrame:
     """Hash every tensor of ``model`` and of ``shards`` anew, and set them side by side.
 
     One row a tensor: index ``tensor``; columns ``shard``, ``bytes``, ``in_shard``, ``in_file`` (XXH64) and
@@ -299,4 +357,3 @@ def compare_tensors(model: str | Path, shards: str | Path | Sequence[str | Path]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["shard", "bytes", "in_shard", "in_file"])
     table["equal"] = table["in_shard"] == table["in_file"]
     return table.rename_axis("tensor")
-

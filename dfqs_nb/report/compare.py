@@ -42,8 +42,21 @@ ACCEPTABLE = "chat_template_sha256"  # the one condition that is a property of a
 SPEED_FACTS = ("system", "processor", "usable cores")  # of the machine: equal, or speeds are not compared
 N_FLIPS = 20_000  # of signs, where there are too many haystacks for all
 RETRIEVAL = "retrieval accuracy"
-COLUMNS = ("metric", "model", "n", "value", "low", "high", "kind", "difference", "difference_low",
-           "difference_high", "p", "p_holm", "reading")  # fmt: skip
+COLUMNS = (
+    "metric",
+    "model",
+    "n",
+    "value",
+    "low",
+    "high",
+    "kind",
+    "difference",
+    "difference_low",
+    "difference_high",
+    "p",
+    "p_holm",
+    "reading",
+)
 
 
 # ---- reading ----
@@ -328,10 +341,14 @@ def _labelled(runs: Sequence[RunItems]) -> list[RunItems]:
     """Names that tell the reports apart: the model's, then with the run's, then with the folder's."""
     names = [run.label for run in runs]
     for add in (lambda run: run.report["run"], lambda run: tilde(run.path.parent)):
-        names = [name if names.count(name) == 1 else f"{name} ({add(run)})"
-                 for name, run in zip(names, runs, strict=True)]  # fmt: skip
-    return [RunItems(name, run.path, run.report, run.sets, run.context)
-            for name, run in zip(names, runs, strict=True)]  # fmt: skip
+        names = [
+            name if names.count(name) == 1 else f"{name} ({add(run)})"
+            for name, run in zip(names, runs, strict=True)
+        ]
+    return [
+        RunItems(name, run.path, run.report, run.sets, run.context)
+        for name, run in zip(names, runs, strict=True)
+    ]
 
 
 def _detail(run: RunItems, metric: str) -> Mapping[str, Any]:
@@ -377,9 +394,22 @@ def _score_rows(first: RunItems, run: RunItems, n_boot: int, seed: int) -> list[
     found = compare(*pairs, n_boot=n_boot, seed=seed) if pairs[0] else []
     for one, this in zip(found, pairs[1], strict=True):
         score, reading = this.score, _reading(one.only_a, one.only_b)
-        rows.append(_row(run, score.name, n=one.n, value=one.b, low=score.low, high=score.high,
-                         kind="difference", difference=one.difference, difference_low=one.low,
-                         difference_high=one.high, p=one.p, reading=reading))  # fmt: skip
+        rows.append(
+            _row(
+                run,
+                score.name,
+                n=one.n,
+                value=one.b,
+                low=score.low,
+                high=score.high,
+                kind="difference",
+                difference=one.difference,
+                difference_low=one.low,
+                difference_high=one.high,
+                p=one.p,
+                reading=reading,
+            )
+        )
     return rows
 
 
@@ -406,12 +436,26 @@ def _retrieval_row(first: RunItems, run: RunItems, n_boot: int, seed: int) -> di
         return _row(run, RETRIEVAL, reading="not compared: the two were asked no question in common")
     whole = paired(_as_one(b), _as_one(a), n_boot=n_boot, seed=seed).iloc[0]
     own = _alone(b, n_boot, seed)
-    left = "" if len(a) == int(first.context["planned"].sum()) else (
-        f"; of {int(first.context['planned'].sum())} questions {len(a)} were asked of both")  # fmt: skip
+    left = (
+        ""
+        if len(a) == int(first.context["planned"].sum())
+        else (f"; of {int(first.context['planned'].sum())} questions {len(a)} were asked of both")
+    )
     reading = _reading(int(whole["only_baseline"]), int(whole["only_this"])) + left
-    return _row(run, RETRIEVAL, n=int(whole["n"]), value=whole["accuracy"], low=own[0], high=own[1],
-                kind="difference", difference=whole["difference"], difference_low=whole["low"],
-                difference_high=whole["high"], p=_flip_test(a, b, seed), reading=reading)  # fmt: skip
+    return _row(
+        run,
+        RETRIEVAL,
+        n=int(whole["n"]),
+        value=whole["accuracy"],
+        low=own[0],
+        high=own[1],
+        kind="difference",
+        difference=whole["difference"],
+        difference_low=whole["low"],
+        difference_high=whole["high"],
+        p=_flip_test(a, b, seed),
+        reading=reading,
+    )
 
 
 def _as_one(items: pd.DataFrame) -> pd.DataFrame:
@@ -467,8 +511,16 @@ def _boundary_row(first: RunItems, run: RunItems, n_boot: int, seed: int) -> dic
         (True, False): f"at most: the baseline's was not reached; {apart}",
         (False, True): f"at least: it was not reached; {apart}",
     }.get((states[0] == "right_censored", states[1] == "right_censored"), apart)
-    return _row(run, metric, **values, kind="ratio", difference=ratio, difference_low=low,
-                difference_high=high, reading=reading)  # fmt: skip
+    return _row(
+        run,
+        metric,
+        **values,
+        kind="ratio",
+        difference=ratio,
+        difference_low=low,
+        difference_high=high,
+        reading=reading,
+    )
 
 
 def boundary_ratio(
@@ -493,8 +545,11 @@ def boundary_ratio(
     tail = expanded_tail(len(shared), BOOTSTRAP_LEVEL) if len(shared) > 1 else 0.0
     values = [one.report["metrics"]["failure_boundary_tokens"] for one in (first, run)]
     open_both = all(_detail(one, "failure_boundary_tokens").get("right_censored") for one in (first, run))
-    return (nan if open_both else values[1] / values[0], float(np.quantile(least, tail, method="lower")),
-            float(np.quantile(most, 1 - tail, method="higher")))  # fmt: skip
+    return (
+        nan if open_both else values[1] / values[0],
+        float(np.quantile(least, tail, method="lower")),
+        float(np.quantile(most, 1 - tail, method="higher")),
+    )
 
 
 def _capped(drawn: np.ndarray, run: RunItems) -> np.ndarray:
@@ -513,9 +568,16 @@ def _speed_row(first: RunItems, run: RunItems) -> dict[str, Any]:
     why = why_speeds_differ(first, run)
     if why:
         return _row(run, metric, **values, reading=f"not compared: {why}")
-    return _row(run, metric, **values, kind="ratio", difference=values["value"] / base["value"],
-                difference_low=values["low"] / base["high"], difference_high=values["high"] / base["low"],
-                reading="of medians, one session each")  # fmt: skip
+    return _row(
+        run,
+        metric,
+        **values,
+        kind="ratio",
+        difference=values["value"] / base["value"],
+        difference_low=values["low"] / base["high"],
+        difference_high=values["high"] / base["low"],
+        reading="of medians, one session each",
+    )
 
 
 def why_speeds_differ(first: RunItems, run: RunItems) -> str:
@@ -586,14 +648,27 @@ def write_comparison(found: ReportComparison, folder: str | Path) -> list[Path]:
 
 def as_dict(found: ReportComparison) -> dict[str, Any]:
     """Plain values, with what identifies each report; NaN as null."""
-    reports = [{"label": run.label, "run": run.report["run"], "model_sha256": run.report["model"]["sha256"],
-                "report_sha256": run.report["integrity"]["sha256"],
-                "conditions_sha256": run.report["conditions_sha256"], "created": run.report["created"]}
-               for run in found.runs]  # fmt: skip
-    return {"schema": "dfqs-comparison/1.0", "tier": found.tier, "accepted": found.accepted,
-            "reports": reports,
-            "conditions": found.runs[0].report["conditions"], "level": LEVEL, "table": _plain(found.table),
-            "by_length": _plain(found.lengths)}  # fmt: skip
+    reports = [
+        {
+            "label": run.label,
+            "run": run.report["run"],
+            "model_sha256": run.report["model"]["sha256"],
+            "report_sha256": run.report["integrity"]["sha256"],
+            "conditions_sha256": run.report["conditions_sha256"],
+            "created": run.report["created"],
+        }
+        for run in found.runs
+    ]
+    return {
+        "schema": "dfqs-comparison/1.0",
+        "tier": found.tier,
+        "accepted": found.accepted,
+        "reports": reports,
+        "conditions": found.runs[0].report["conditions"],
+        "level": LEVEL,
+        "table": _plain(found.table),
+        "by_length": _plain(found.lengths),
+    }
 
 
 def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -626,8 +701,9 @@ def markdown(found: ReportComparison) -> str:
 def _conditions_sentence(found: ReportComparison) -> str:
     if not found.accepted:
         return f"Equal conditions (SHA-256 `{found.runs[0].report['conditions_sha256']}`), {found.tier} tier."
-    each = "; ".join(f"{name}: {', '.join(str(value)[:12] for value in values)}"
-                     for name, values in found.accepted.items())  # fmt: skip
+    each = "; ".join(
+        f"{name}: {', '.join(str(value)[:12] for value in values)}" for name, values in found.accepted.items()
+    )
     return (
         f"Conditions are equal but for what was accepted, on the {found.tier} tier: {each}. Each model was "
         f"asked through its own chat template, so a difference may be the template's."
@@ -642,14 +718,18 @@ def _shown(found: ReportComparison) -> pd.DataFrame:
     for metric, group in found.table.groupby("metric", sort=False):
         own = group[group["model"] == first].iloc[0]
         for row in group[group["model"] != first].to_dict("records"):
-            rows.append({
-                "metric": metric, "n": "" if row["n"] != row["n"] else f"{row['n']:,.0f}",
-                f"{first} (baseline)": _baseline_text(own, row, found.runs[0]), "model": row["model"],
-                "value": value_text(row, next(run for run in found.runs if run.label == row["model"])),
-                "difference": difference_text(row),
-                "p (Holm)": "" if row["p_holm"] != row["p_holm"] else f"{row['p_holm']:.2g}",
-                "reading": row["reading"],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "metric": metric,
+                    "n": "" if row["n"] != row["n"] else f"{row['n']:,.0f}",
+                    f"{first} (baseline)": _baseline_text(own, row, found.runs[0]),
+                    "model": row["model"],
+                    "value": value_text(row, next(run for run in found.runs if run.label == row["model"])),
+                    "difference": difference_text(row),
+                    "p (Holm)": "" if row["p_holm"] != row["p_holm"] else f"{row['p_holm']:.2g}",
+                    "reading": row["reading"],
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -673,8 +753,11 @@ def value_text(row: Mapping[str, Any], run: RunItems) -> str:
     if row["metric"] != "failure_boundary_tokens":
         return text
     status = boundary_status(_detail(run, row["metric"]))
-    return {"quality": text, "right censored": f"over {form.format(row['value'])} [{low}, {high}]",
-            "floor": "at chance"}.get(status, f"{text} ({status})")  # fmt: skip
+    return {
+        "quality": text,
+        "right censored": f"over {form.format(row['value'])} [{low}, {high}]",
+        "floor": "at chance",
+    }.get(status, f"{text} ({status})")
 
 
 def difference_text(row: Mapping[str, Any]) -> str:
@@ -687,8 +770,10 @@ def difference_text(row: Mapping[str, Any]) -> str:
     if not row["kind"]:
         return ""
     form, lead = ("{:.2f}", "x ") if row["kind"] == "ratio" else ("{:+.3f}", "")
-    low, high = ("open" if row[end] in (0.0, inf) and row["kind"] == "ratio" else form.format(row[end])
-                 for end in ("difference_low", "difference_high"))  # fmt: skip
+    low, high = (
+        "open" if row[end] in (0.0, inf) and row["kind"] == "ratio" else form.format(row[end])
+        for end in ("difference_low", "difference_high")
+    )
     value = "unknown" if row["difference"] != row["difference"] else lead + form.format(row["difference"])
     return f"{value} [{low}, {high}]"
 
@@ -698,10 +783,17 @@ def _length_lines(found: ReportComparison) -> list[str]:
 
     if not len(found.lengths):
         return []
-    rows = [{"context (tokens)": f"{one.length:,}", "n": f"{one.n}", "baseline": f"{one.baseline:.2f}",
-             "model": one.model, "accuracy": f"{one.accuracy:.2f}",
-             "difference": f"{one.difference:+.2f} [{one.low:+.2f}, {one.high:+.2f}]"}
-            for one in found.lengths.itertuples()]  # fmt: skip
+    rows = [
+        {
+            "context (tokens)": f"{one.length:,}",
+            "n": f"{one.n}",
+            "baseline": f"{one.baseline:.2f}",
+            "model": one.model,
+            "accuracy": f"{one.accuracy:.2f}",
+            "difference": f"{one.difference:+.2f} [{one.low:+.2f}, {one.high:+.2f}]",
+        }
+        for one in found.lengths.itertuples()
+    ]
     return [
         "Retrieval by length, on the questions that both were asked:",
         "",

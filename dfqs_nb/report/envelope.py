@@ -143,9 +143,18 @@ def hardware_envelope(
         "header_bytes": sum(one.data_offset - one.start for one in headers),
     }
     return _envelope(
-        headers[0].get("general.name") or headers[0].path.stem, "the header of the file", headers[0], weights,
-        whole, own, machine or this_machine(), contexts, compute or {}, flash_attn, n_ubatch,
-    )  # fmt: skip
+        headers[0].get("general.name") or headers[0].path.stem,
+        "the header of the file",
+        headers[0],
+        weights,
+        whole,
+        own,
+        machine or this_machine(),
+        contexts,
+        compute or {},
+        flash_attn,
+        n_ubatch,
+    )
 
 
 def published_envelope(machine: Machine | None = None, *, flash_attn: bool = False) -> dict[str, Any]:
@@ -170,27 +179,56 @@ def published_envelope(machine: Machine | None = None, *, flash_attn: bool = Fal
         "header_bytes": None,
     }
     return _envelope(
-        f"{shape.name}-IQ1_S-XL", "computed from the published configuration and file size", shape, weights,
-        whole, max(CONTEXTS), machine or this_machine(), CONTEXTS, planned, flash_attn, 512, here=False,
-    )  # fmt: skip
+        f"{shape.name}-IQ1_S-XL",
+        "computed from the published configuration and file size",
+        shape,
+        weights,
+        whole,
+        max(CONTEXTS),
+        machine or this_machine(),
+        CONTEXTS,
+        planned,
+        flash_attn,
+        512,
+        here=False,
+    )
 
 
-def _envelope(name: str, source: str, shape: Any, weights: list[dict], whole: dict[str, int | None],
-              own: int | None, machine: Machine, contexts: Sequence[int],
-              compute: Mapping[int, Mapping[str, int]], flash_attn: bool, n_ubatch: int,
-              here: bool = True) -> dict[str, Any]:  # fmt: skip
+def _envelope(
+    name: str,
+    source: str,
+    shape: Any,
+    weights: list[dict],
+    whole: dict[str, int | None],
+    own: int | None,
+    machine: Machine,
+    contexts: Sequence[int],
+    compute: Mapping[int, Mapping[str, int]],
+    flash_attn: bool,
+    n_ubatch: int,
+    here: bool = True,
+) -> dict[str, Any]:
     lengths = sorted({*contexts, *([int(own)] if own else [])})
     cache = [_cache_row(shape, n, own, compute.get(n, {}), n_ubatch) for n in lengths]
     chosen = "compute_flash_bytes" if flash_attn else "compute_bytes"
     limits = read_spec("requirements")["envelope"]
     return {
-        "model": name, "source": source,
-        "settings": {"flash_attn": flash_attn, "n_ubatch": n_ubatch, "type_k": "f16", "type_v": "f16",
-                     "swa_full": False},
-        "machine": asdict(machine), **whole, "weights": weights, "cache": cache,
+        "model": name,
+        "source": source,
+        "settings": {
+            "flash_attn": flash_attn,
+            "n_ubatch": n_ubatch,
+            "type_k": "f16",
+            "type_v": "f16",
+            "swa_full": False,
+        },
+        "machine": asdict(machine),
+        **whole,
+        "weights": weights,
+        "cache": cache,
         "fits": [row for one in cache for row in _fits(one, whole, one[chosen], machine, limits)],
         "storage": _storage(whole, machine, limits["storage"], here),
-    }  # fmt: skip
+    }
 
 
 def _summed(tables: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -209,12 +247,14 @@ def _cache_row(
 ) -> dict[str, Any]:
     window = kv_cache_bytes(shape, n_ctx, n_ubatch)
     return {
-        "n_ctx": n_ctx, "kv_bytes": window.total,
+        "n_ctx": n_ctx,
+        "kv_bytes": window.total,
         "kv_swa_full_bytes": kv_cache_bytes(shape, n_ctx, n_ubatch, swa_full=True).total,
-        "exactness": window.exactness, "compute_bytes": compute.get("plain"),
+        "exactness": window.exactness,
+        "compute_bytes": compute.get("plain"),
         "compute_flash_bytes": compute.get("flash"),
         "within_model": None if not own else n_ctx <= int(own),
-    }  # fmt: skip
+    }
 
 
 def verdict(least_bytes: float, most_bytes: float | None, limit_bytes: float | None) -> str:
@@ -249,12 +289,22 @@ def _fits(
     limits = [
         ("RAM", "this machine", machine.memory_bytes, beside, ram),
         ("RAM", "this machine, free now", machine.available_bytes, beside, ram),
-        *(("RAM", f"DFQS 1.0 {level}", spec["ram"][f"{level}_gb"] * GB, beside, ram)
-          for level in ("minimum", "recommended")),
+        *(
+            ("RAM", f"DFQS 1.0 {level}", spec["ram"][f"{level}_gb"] * GB, beside, ram)
+            for level in ("minimum", "recommended")
+        ),
         ("VRAM", "this machine", machine.vram_bytes, everything - whole["routed_bytes"], vram),
-        *(("VRAM", f"DFQS 1.0 {level}", spec["vram"][f"{level}_gb"] * GB, everything - whole["routed_bytes"],
-           vram) for level in ("minimum", "recommended")),
-    ]  # fmt: skip
+        *(
+            (
+                "VRAM",
+                f"DFQS 1.0 {level}",
+                spec["vram"][f"{level}_gb"] * GB,
+                everything - whole["routed_bytes"],
+                vram,
+            )
+            for level in ("minimum", "recommended")
+        ),
+    ]
     return [
         {
             "resource": resource,
@@ -281,12 +331,18 @@ def _storage(
     rows = []
     for mode, method in MERGE_MODES.items():
         more = int(extra[method])
-        rows.append({
-            "mode": mode, "extra_bytes": more, "total_bytes": model + more,
-            "this machine": _room(more if here else model + more, machine.disk_free_bytes),
-            **{f"DFQS 1.0 {level}": _room(model + more, spec[f"{level}_gb"] * GB)
-               for level in ("minimum", "recommended")},
-        })  # fmt: skip
+        rows.append(
+            {
+                "mode": mode,
+                "extra_bytes": more,
+                "total_bytes": model + more,
+                "this machine": _room(more if here else model + more, machine.disk_free_bytes),
+                **{
+                    f"DFQS 1.0 {level}": _room(model + more, spec[f"{level}_gb"] * GB)
+                    for level in ("minimum", "recommended")
+                },
+            }
+        )
     return rows
 
 

@@ -27,8 +27,15 @@ def report_shares(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         spread = [(part["value"] - part["low"]).clip(lower=0), (part["high"] - part["value"]).clip(lower=0)]
         ax.errorbar(part["value"], rows, xerr=spread, fmt="o", color=colour, capsize=3, label=group)
     marked = np.flatnonzero(table["mark"].notna())
-    ax.plot(table["mark"].iloc[marked], marked, "|", color=INK, markersize=13, markeredgewidth=1.5,
-            label="guessing, or the threshold of failure")
+    ax.plot(
+        table["mark"].iloc[marked],
+        marked,
+        "|",
+        color=INK,
+        markersize=13,
+        markeredgewidth=1.5,
+        label="guessing, or the threshold of failure",
+    )
     names = [f"{one.label} (n = {one.n})" for one in table.itertuples()]
     ax.set_yticks(range(len(table)), names, fontsize=8)
     ax.set_ylim(len(table) - 0.4, -0.6)

@@ -23,10 +23,23 @@ SCORES = ("reasoning_score", "code_score")
 NUMBERS = (*SCORES, "failure_boundary_tokens", "cpu_tokens_per_sec")
 ROW_FILE = "sweep_row.json"  # see dfqs_nb.workbook.sweep
 COLUMNS = (
-    "tier", "conditions", "place", "run", "model", "size_bytes", "bits_per_weight", "active_parameters",
+    "tier",
+    "conditions",
+    "place",
+    "run",
+    "model",
+    "size_bytes",
+    "bits_per_weight",
+    "active_parameters",
     *(f"{name}{part}" for name in NUMBERS for part in ("", "_low", "_high")),
-    "boundary_status", "longest", "curve_at_longest", "contended", "withheld", "report", "problem",
-)  # fmt: skip
+    "boundary_status",
+    "longest",
+    "curve_at_longest",
+    "contended",
+    "withheld",
+    "report",
+    "problem",
+)
 
 
 def find_reports(folder: str | Path) -> list[Path]:
@@ -39,8 +52,9 @@ def find_reports(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise DfqsError("no such folder", where=tilde(folder), hint="give a folder that holds reports")
     found = {*folder.rglob("report.json"), *folder.rglob("*.report.json")}
-    return sorted(path for path in found if not any(
-        part.startswith(".") for part in path.relative_to(folder).parts))  # fmt: skip
+    return sorted(
+        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def leaderboard(folder: str | Path) -> pd.DataFrame:
@@ -90,14 +104,20 @@ def _row(report: Mapping[str, Any], path: Path) -> dict[str, Any]:
     model, metrics, details = report["model"], report["metrics"], report["details"]
     curve, boundary = details["context_stability_curve"], details["failure_boundary_tokens"]
     row = {
-        "tier": report["tier"], "conditions": report["conditions_sha256"][:12], "run": report["run"],
-        "model": model["name"], "size_bytes": model.get("size_bytes"),
-        "bits_per_weight": model.get("bits_per_weight"), "active_parameters": model.get("active_parameters"),
+        "tier": report["tier"],
+        "conditions": report["conditions_sha256"][:12],
+        "run": report["run"],
+        "model": model["name"],
+        "size_bytes": model.get("size_bytes"),
+        "bits_per_weight": model.get("bits_per_weight"),
+        "active_parameters": model.get("active_parameters"),
         "boundary_status": boundary_status(boundary),
         "longest": (curve.get("lengths") or [None])[-1],
         "curve_at_longest": (metrics.get("context_stability_curve") or [None])[-1],
-        "contended": is_contended(report, path), "withheld": "; ".join(withheld(report)), "problem": "",
-    }  # fmt: skip
+        "contended": is_contended(report, path),
+        "withheld": "; ".join(withheld(report)),
+        "problem": "",
+    }
     for name in NUMBERS:
         detail = details.get(name) or {}
         row |= {name: metrics.get(name), f"{name}_low": detail.get("low"), f"{name}_high": detail.get("high")}
@@ -117,8 +137,11 @@ def boundary_status(boundary: Mapping[str, Any]) -> str:
 def withheld(report: Mapping[str, Any]) -> list[str]:
     """A sentence for each metric that has no value."""
     reasons = {name: (detail or {}).get("withheld") for name, detail in report["details"].items()}
-    return [f"{name}: {reasons.get(name) or 'no value'}"
-            for name, value in report["metrics"].items() if value is None]  # fmt: skip
+    return [
+        f"{name}: {reasons.get(name) or 'no value'}"
+        for name, value in report["metrics"].items()
+        if value is None
+    ]
 
 
 def is_contended(report: Mapping[str, Any], path: Path) -> bool:
@@ -146,8 +169,11 @@ def _placed(table: pd.DataFrame) -> pd.DataFrame:
     good[list(NUMBERS)] = good[list(NUMBERS)].astype(float)
     size = good.groupby(["tier", "conditions"])["run"].transform("size")
     good = good.assign(size=size, nano=good["tier"] == "nano").sort_values(
-        ["nano", "size", "conditions", *SCORES, "run"], ascending=[True, False, True, False, False, True],
-        na_position="last", kind="stable")  # fmt: skip
+        ["nano", "size", "conditions", *SCORES, "run"],
+        ascending=[True, False, True, False, False, True],
+        na_position="last",
+        kind="stable",
+    )
     good["place"] = [
         place for _, group in good.groupby(["tier", "conditions"], sort=False) for place in _places(group)
     ]
@@ -215,17 +241,21 @@ def _shown(group: pd.DataFrame) -> pd.DataFrame:
     for one in group.to_dict("records"):
         speed = with_interval(one, "cpu_tokens_per_sec", "{:,.1f}")
         busy = " (contended)" if one["contended"] else ""
-        rows.append({
-            "place": "" if _empty(one["place"]) else f"{int(one['place'])}",
-            "run": one["run"], "model": one["model"],
-            "size": size_text(one["size_bytes"]),
-            "reasoning_score": with_interval(one, "reasoning_score", "{:.3f}"),
-            "code_score": with_interval(one, "code_score", "{:.3f}"),
-            "stability at the longest": "withheld" if _empty(one["curve_at_longest"]) else
-            f"{one['curve_at_longest']:.2f} at {one['longest']:,.0f}",
-            "failure_boundary_tokens": boundary_text(one),
-            "cpu_tokens_per_sec": f"{speed}{busy}" if speed != "withheld" else speed,
-        })  # fmt: skip
+        rows.append(
+            {
+                "place": "" if _empty(one["place"]) else f"{int(one['place'])}",
+                "run": one["run"],
+                "model": one["model"],
+                "size": size_text(one["size_bytes"]),
+                "reasoning_score": with_interval(one, "reasoning_score", "{:.3f}"),
+                "code_score": with_interval(one, "code_score", "{:.3f}"),
+                "stability at the longest": "withheld"
+                if _empty(one["curve_at_longest"])
+                else f"{one['curve_at_longest']:.2f} at {one['longest']:,.0f}",
+                "failure_boundary_tokens": boundary_text(one),
+                "cpu_tokens_per_sec": f"{speed}{busy}" if speed != "withheld" else speed,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -249,8 +279,10 @@ def with_interval(row: Mapping[str, Any], name: str, form: str) -> str:
     """
     if _empty(row[name]):
         return "withheld"
-    low, high = ("open" if _empty(row[f"{name}_{end}"]) else form.format(row[f"{name}_{end}"])
-                 for end in ("low", "high"))  # fmt: skip
+    low, high = (
+        "open" if _empty(row[f"{name}_{end}"]) else form.format(row[f"{name}_{end}"])
+        for end in ("low", "high")
+    )
     return form.format(row[name]) + ("" if low == high == "open" else f" [{low}, {high}]")
 
 

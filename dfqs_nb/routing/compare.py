@@ -138,10 +138,16 @@ def by_layer(a: Trace, b: Trace) -> pd.DataFrame:
 
     require_comparable(a, b)
     differ = differences(a, b)
-    return pd.DataFrame({
-        "layer": a.layers, "hashed": a.hashed, "n": a.n_tokens, "differ": differ.sum(axis=0),
-        "share_identical": 1 - differ.mean(axis=0), "overlap": overlaps(a, b).mean(axis=0),
-    })  # fmt: skip
+    return pd.DataFrame(
+        {
+            "layer": a.layers,
+            "hashed": a.hashed,
+            "n": a.n_tokens,
+            "differ": differ.sum(axis=0),
+            "share_identical": 1 - differ.mean(axis=0),
+            "overlap": overlaps(a, b).mean(axis=0),
+        }
+    )
 
 
 def flips(a: Trace, b: Trace) -> pd.DataFrame:
@@ -150,12 +156,16 @@ def flips(a: Trace, b: Trace) -> pd.DataFrame:
 
     require_comparable(a, b)
     tokens, columns = np.nonzero(differences(a, b))
-    return pd.DataFrame({
-        "token": tokens, "layer": a.layers[columns],
-        "margin": a.margin[tokens, columns], "margin_other": b.margin[tokens, columns],
-        "experts": [tuple(sorted(row.tolist())) for row in a.experts[tokens, columns]],
-        "experts_other": [tuple(sorted(row.tolist())) for row in b.experts[tokens, columns]],
-    })  # fmt: skip
+    return pd.DataFrame(
+        {
+            "token": tokens,
+            "layer": a.layers[columns],
+            "margin": a.margin[tokens, columns],
+            "margin_other": b.margin[tokens, columns],
+            "experts": [tuple(sorted(row.tolist())) for row in a.experts[tokens, columns]],
+            "experts_other": [tuple(sorted(row.tolist())) for row in b.experts[tokens, columns]],
+        }
+    )
 
 
 def by_position(a: Trace, b: Trace, edges: Sequence[int]) -> pd.DataFrame:
@@ -169,9 +179,18 @@ def by_position(a: Trace, b: Trace, edges: Sequence[int]) -> pd.DataFrame:
     for start, end in pairwise(edges):
         here = differ[start:end]
         low, middle, high = _quantiles(margins[start:end])
-        rows.append({"start": start, "end": end, "n": here.size, "differ": int(here.sum()),
-                     "share_identical": 1 - here.mean() if here.size else math.nan,
-                     "margin_p5": low, "margin_median": middle, "margin_p95": high})
+        rows.append(
+            {
+                "start": start,
+                "end": end,
+                "n": here.size,
+                "differ": int(here.sum()),
+                "share_identical": 1 - here.mean() if here.size else math.nan,
+                "margin_p5": low,
+                "margin_median": middle,
+                "margin_p95": high,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -198,8 +217,16 @@ def usage(trace: Trace) -> pd.DataFrame:
     tables = []
     for column, layer in enumerate(trace.layers):
         count = np.bincount(trace.experts[:, column].ravel(), minlength=trace.n_experts)
-        tables.append(pd.DataFrame({"layer": layer, "expert": np.arange(trace.n_experts), "count": count,
-                                    "share": count / count.sum()}))
+        tables.append(
+            pd.DataFrame(
+                {
+                    "layer": layer,
+                    "expert": np.arange(trace.n_experts),
+                    "count": count,
+                    "share": count / count.sum(),
+                }
+            )
+        )
     columns = ["layer", "expert", "count", "share"]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
@@ -213,9 +240,15 @@ def load_entropy(trace: Trace) -> pd.DataFrame:
     for (layer, table), hashed in zip(usage(trace).groupby("layer"), trace.hashed, strict=True):
         p = table["share"].to_numpy()
         bits = float(-(p[p > 0] * np.log2(p[p > 0])).sum())
-        rows.append({"layer": layer, "hashed": bool(hashed), "entropy": bits,
-                     "share_of_even": bits / math.log2(trace.n_experts) if trace.n_experts > 1 else 1.0,
-                     "unused": int((p == 0).sum())})
+        rows.append(
+            {
+                "layer": layer,
+                "hashed": bool(hashed),
+                "entropy": bits,
+                "share_of_even": bits / math.log2(trace.n_experts) if trace.n_experts > 1 else 1.0,
+                "unused": int((p == 0).sum()),
+            }
+        )
     return pd.DataFrame(rows, columns=["layer", "hashed", "entropy", "share_of_even", "unused"])
 
 

@@ -65,8 +65,13 @@ class Condition:
     again: str = ""
 
 
-def conditions(settings: OpenSettings, n_tokens: int, *, max_threads: int = 0,
-               others: dict[str, str | Path] | None = None) -> list[Condition]:
+def conditions(
+    settings: OpenSettings,
+    n_tokens: int,
+    *,
+    max_threads: int = 0,
+    others: dict[str, str | Path] | None = None,
+) -> list[Condition]:
     """The conditions of the experiment, references first.
 
     Args:
@@ -85,32 +90,47 @@ def conditions(settings: OpenSettings, n_tokens: int, *, max_threads: int = 0,
         Condition("decode, same process again", IDENTICAL, "decode", settings, decode, again="decode"),
         Condition("decode, fresh process", IDENTICAL, "decode", settings, decode),
         Condition("prefill in two calls", "batch", "prefill", settings, split),
-        Condition("saved state restored", "state", "prefill in two calls", settings,
-                  change(split, restore=True)),
+        Condition(
+            "saved state restored", "state", "prefill in two calls", settings, change(split, restore=True)
+        ),
         Condition("all by decode", "phase", "prefill", settings, Schedule(0)),
     ]
     for n in _threads(max_threads or settings.n_threads or 1, settings.n_threads or 1):
         threads = change(settings, n_threads=n, n_threads_batch=n)
         label = f"{n} thread{'s' if n > 1 else ''}"
-        found += [Condition(f"{label}, prefill", "threads", "prefill", threads),
-                  Condition(f"{label}, decode", "threads", "decode", threads, decode),
-                  Condition(f"{label}, decode, flash attention", "threads", "flash attention, decode",
-                            change(threads, flash_attn=True), decode)]
-    found += [Condition(f"n_batch {n}", "batch", "prefill", change(settings, n_batch=n, n_ubatch=n))
-              for n in BATCHES if n != settings.n_batch]
+        found += [
+            Condition(f"{label}, prefill", "threads", "prefill", threads),
+            Condition(f"{label}, decode", "threads", "decode", threads, decode),
+            Condition(
+                f"{label}, decode, flash attention",
+                "threads",
+                "flash attention, decode",
+                change(threads, flash_attn=True),
+                decode,
+            ),
+        ]
+    found += [
+        Condition(f"n_batch {n}", "batch", "prefill", change(settings, n_batch=n, n_ubatch=n))
+        for n in BATCHES
+        if n != settings.n_batch
+    ]
     found += [
         Condition("n_ubatch 7 in n_batch 512", "batch", "prefill", change(settings, n_ubatch=7)),
         Condition("n_ctx doubled", "context", "prefill", change(settings, n_ctx=2 * settings.n_ctx)),
         Condition("flash attention, prefill", "attention", "prefill", flash),
         Condition("flash attention, decode", "attention", "decode", flash, decode),
         Condition("KV cache f32", "cache", "prefill", change(settings, type_k="f32", type_v="f32")),
-        Condition("KV cache q8_0", "cache", "flash attention, prefill",
-                  change(flash, type_k="q8_0", type_v="q8_0")),
-        Condition("repacked weights (extra buffers)", "buffers", "prefill",
-                  change(settings, use_extra_bufts=True)),
+        Condition(
+            "KV cache q8_0", "cache", "flash attention, prefill", change(flash, type_k="q8_0", type_v="q8_0")
+        ),
+        Condition(
+            "repacked weights (extra buffers)", "buffers", "prefill", change(settings, use_extra_bufts=True)
+        ),
     ]
-    found += [Condition(f"weights: {name}", "weights", "prefill", settings, model=str(path))
-              for name, path in (others or {}).items()]
+    found += [
+        Condition(f"weights: {name}", "weights", "prefill", settings, model=str(path))
+        for name, path in (others or {}).items()
+    ]
     return found
 
 
@@ -151,8 +171,11 @@ def passage_tokens(model: Model, n_tokens: int) -> list[int]:
     passage = model.tokenize((data_dir() / PASSAGE).read_text(encoding="utf-8"), special=False)
     left = n_tokens - len(question)
     if left < 1 or not passage:
-        raise ModelError(f"{n_tokens} tokens do not hold the question ({len(question)})", where=model.path,
-                         hint="raise n_tokens")
+        raise ModelError(
+            f"{n_tokens} tokens do not hold the question ({len(question)})",
+            where=model.path,
+            hint="raise n_tokens",
+        )
     body = (passage * (left // len(passage) + 1))[:left]
     return model.with_bos(body)[:left] + question
 
@@ -181,10 +204,18 @@ class Experiment:
     n_reused: int
 
 
-def run_experiment(path: str | Path, folder: str | Path, *, settings: OpenSettings | None = None,
-                   n_tokens: int = 512, n_output: int = 16, max_threads: int = 0,
-                   others: dict[str, str | Path] | None = None, fresh: bool = False,
-                   chosen: Sequence[str] = ()) -> Experiment:
+def run_experiment(
+    path: str | Path,
+    folder: str | Path,
+    *,
+    settings: OpenSettings | None = None,
+    n_tokens: int = 512,
+    n_output: int = 16,
+    max_threads: int = 0,
+    others: dict[str, str | Path] | None = None,
+    fresh: bool = False,
+    chosen: Sequence[str] = (),
+) -> Experiment:
     """Run all conditions (or those named, with their references), and compare.
 
     Args:
@@ -247,8 +278,9 @@ def _processes(planned: list[Condition]) -> list[list[Condition]]:
     return list(groups.values())
 
 
-def comparison_table(planned: Sequence[Condition], traces: dict[str, Trace],
-                     status: dict[str, str]) -> pd.DataFrame:
+def comparison_table(
+    planned: Sequence[Condition], traces: dict[str, Trace], status: dict[str, str]
+) -> pd.DataFrame:
     """One row a condition that has a reference; its numbers are missing where its run failed."""
     import pandas as pd
 
@@ -272,18 +304,26 @@ def _compared(a: Trace, b: Trace) -> dict[str, Any]:
         return {"status": f"not comparable: {error.what}"}
 
 
-def _run_group(group: list[Condition], path: Path, folder: Path, tokens: list[int], n_output: int,
-               fresh: bool) -> tuple[dict[str, Trace], str, int]:
+def _run_group(
+    group: list[Condition], path: Path, folder: Path, tokens: list[int], n_output: int, fresh: bool
+) -> tuple[dict[str, Trace], str, int]:
     """The traces of one process, ``"done"`` or why there are none, and how many were recorded now."""
     first = group[0]
     path = Path(first.model) if first.model else path
     why = _unsafe(first.settings)
     if why:
         return {}, why, 0
-    job = {"format": FORMAT, "path": str(path.resolve()), "model": _fingerprint(path),
-           "runtime": llama_version(), "settings": first.settings.as_dict(),
-           "schedule": vars(first.schedule), "tokens": tokens, "n_output": n_output,
-           "names": [one.name for one in group]}
+    job = {
+        "format": FORMAT,
+        "path": str(path.resolve()),
+        "model": _fingerprint(path),
+        "runtime": llama_version(),
+        "settings": first.settings.as_dict(),
+        "schedule": vars(first.schedule),
+        "tokens": tokens,
+        "n_output": n_output,
+        "names": [one.name for one in group],
+    }
     key = hashlib.sha256(json.dumps(job | {"path": ""}, sort_keys=True).encode()).hexdigest()
     files = [folder / f"{_file_name(one.name)}.npz" for one in group]
     if not fresh and all(_key_of(file) == key for file in files):
@@ -332,13 +372,16 @@ def _run_child(job: dict[str, Any]) -> str:
     """Record in a child process; empty if it went well, else what went wrong."""
     root = str(Path(__file__).resolve().parents[2])
     environment = {
-        **os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONIOENCODING": "utf-8",
+        **os.environ,
+        "GGML_NO_BACKTRACE": "1",
+        "PYTHONIOENCODING": "utf-8",
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin for each other crawl on a busy machine
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-    }  # fmt: skip
+    }
     command = [sys.executable, "-m", "dfqs_nb.routing.experiment"]
-    child = subprocess.run(command, input=json.dumps(job).encode(), capture_output=True, env=environment,
-                           check=False)
+    child = subprocess.run(
+        command, input=json.dumps(job).encode(), capture_output=True, env=environment, check=False
+    )
     said = child.stdout.decode("utf-8", "replace").strip().splitlines()
     answer = json.loads(said[-1]) if said else {}
     if answer.get("done"):

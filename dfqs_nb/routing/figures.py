@@ -23,11 +23,18 @@ def routing_agreement(agreement: pd.DataFrame, n_tokens: int, ax: Axes | None = 
     """
     ax = _axes(ax, 1.2 + 0.24 * len(agreement))
     differ = 1 - agreement.to_numpy(float)
-    ax.imshow(differ ** 0.5, cmap="Oranges", aspect="auto", vmin=0, vmax=max(0.5, float(differ.max()) ** 0.5))
+    ax.imshow(differ**0.5, cmap="Oranges", aspect="auto", vmin=0, vmax=max(0.5, float(differ.max()) ** 0.5))
     for row, column in zip(*differ.nonzero(), strict=True):
         dark = differ[row, column] > 0.6 * differ.max() and differ.max() > 0.1
-        ax.text(column, row, f"{differ[row, column]:.1%}", ha="center", va="center", fontsize=7,
-                color="white" if dark else INK)
+        ax.text(
+            column,
+            row,
+            f"{differ[row, column]:.1%}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if dark else INK,
+        )
     ax.set_yticks(range(len(agreement)), agreement.index, fontsize=8)
     ax.set_xticks(range(agreement.shape[1]), [str(layer) for layer in agreement.columns])
     ax.set_xlabel(f"layer (tiles: share of n = {n_tokens:,} sets that differ)")
@@ -51,8 +58,14 @@ def router_margins(margins: pd.DataFrame, flips: pd.DataFrame, ax: Axes | None =
     kinds = list(dict.fromkeys(flips["kind"]))
     for row, (colour, kind) in enumerate(zip(PALETTE[5::-1], kinds, strict=False), start=1):
         at = flips.loc[flips["kind"] == kind, "margin"]
-        ax.plot(at, [-0.055 * row * heights.max()] * len(at), "|", color=colour, markersize=8,
-                label=f"{kind} ({len(at)})")
+        ax.plot(
+            at,
+            [-0.055 * row * heights.max()] * len(at),
+            "|",
+            color=colour,
+            markersize=8,
+            label=f"{kind} ({len(at)})",
+        )
     ax.axhline(0, color=INK, linewidth=0.6)
     ax.set_xscale("log")
     ax.set_xlabel("router margin: k-th score minus the next (scores have no unit)")
@@ -64,8 +77,11 @@ def router_margins(margins: pd.DataFrame, flips: pd.DataFrame, ax: Axes | None =
         return ax
     ax.legend(frameon=False, fontsize=8, title="flips under a change of", title_fontsize=8, loc="upper left")
     largest = flips["margin"].max()
-    _title(ax, f"All {len(flips)} flips lie at margins up to {largest:.2g}, as do "
-               f"{(margins['margin'] <= largest).mean():.0%} of all choices")
+    _title(
+        ax,
+        f"All {len(flips)} flips lie at margins up to {largest:.2g}, as do "
+        f"{(margins['margin'] <= largest).mean():.0%} of all choices",
+    )
     return ax
 
 
@@ -89,8 +105,11 @@ def expert_usage(usage: pd.DataFrame, loads: pd.DataFrame, ax: Axes | None = Non
     least = loads.loc[loads["share_of_even"].idxmin()]
     idle = int((usage["share"] == 0).sum())
     used = f"{idle} experts are never used" if idle else "Every expert is used"
-    _title(ax, f"{used}; the least even layer, {int(least['layer'])}, keeps {least['share_of_even']:.0%} "
-               "of the even load's entropy")
+    _title(
+        ax,
+        f"{used}; the least even layer, {int(least['layer'])}, keeps {least['share_of_even']:.0%} "
+        "of the even load's entropy",
+    )
     return ax
 
 
@@ -104,8 +123,9 @@ def flips_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = _axes(ax)
     middle = np.sqrt(positions["end"] * positions["start"].clip(lower=positions["end"].min() / 2))
     spread = [positions["rate"] - positions["rate_low"], positions["rate_high"] - positions["rate"]]
-    ax.errorbar(middle, positions["rate"], yerr=spread, fmt="o-", color=PALETTE[5], capsize=3, linewidth=1,
-                zorder=3)
+    ax.errorbar(
+        middle, positions["rate"], yerr=spread, fmt="o-", color=PALETTE[5], capsize=3, linewidth=1, zorder=3
+    )
     right = ax.twinx()
     right.plot(middle, positions["margin_p5"], "s--", color=PALETTE[0], linewidth=1)
     right.set_ylabel("router margin (5th percentile)", color=PALETTE[0])
@@ -115,14 +135,19 @@ def flips_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xticks(positions["end"], [f"{end:,}" for end in positions["end"]])
     ax.minorticks_off()
     ax.set_ylim(bottom=0)
-    ax.set_xlabel(f"position in the context (tokens); n = {positions['n'].min():,} to "
-                  f"{positions['n'].max():,} choices a point")
+    ax.set_xlabel(
+        f"position in the context (tokens); n = {positions['n'].min():,} to "
+        f"{positions['n'].max():,} choices a point"
+    )
     ax.set_ylabel("choices that flip (95 % interval)", color=PALETTE[5])
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     first, last = positions.iloc[0], positions.iloc[-1]
     apart = last["rate_low"] > first["rate_high"] or last["rate_high"] < first["rate_low"]
-    _title(ax, f"Flips go from {first['rate']:.2%} at the start to {last['rate']:.2%} at the end"
-               f"{'' if apart else ': the intervals overlap'}")
+    _title(
+        ax,
+        f"Flips go from {first['rate']:.2%} at the start to {last['rate']:.2%} at the end"
+        f"{'' if apart else ': the intervals overlap'}",
+    )
     return ax
 
 

@@ -127,8 +127,12 @@ def load_trace(path: str | Path) -> Trace:
         with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as stored:
             names = ("digest", "best", "ids", "values")
             kept = Logits(**{n: stored[f"logits_{n}"] for n in names}) if "logits_ids" in stored else None
-            return Trace(**{n: stored[n] for n in _ARRAYS}, n_experts=int(stored["n_experts"]), logits=kept,
-                         conditions=json.loads(stored["conditions"].tobytes()))
+            return Trace(
+                **{n: stored[n] for n in _ARRAYS},
+                n_experts=int(stored["n_experts"]),
+                logits=kept,
+                conditions=json.loads(stored["conditions"].tobytes()),
+            )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise RoutingError(f"not a routing trace ({error})", where=path, hint="record it again") from error
 
@@ -251,8 +255,10 @@ class Recorder:
             raise RoutingError(f"the recorder failed ({error})", hint="report the architecture") from error
         for layer, rows in self._rows.items():
             if rows != self._expected:
-                raise RoutingError(f"layer {layer} routed {rows:,} of {self._expected:,} tokens",
-                                   hint="this architecture has no common expert block once a layer")
+                raise RoutingError(
+                    f"layer {layer} routed {rows:,} of {self._expected:,} tokens",
+                    hint="this architecture has no common expert block once a layer",
+                )
 
     # -- inside it: no exception may pass through llama.cpp, so end() raises them --
 
@@ -365,8 +371,11 @@ class Recorder:
         step = (ids_bytes - k) // np.maximum(n - 1, 1)
         probs = (at + ids_bytes)[call] + row * width
         scores = probs + biased * n[call] * width
-        return (self._gather(at[call] + row * step[call], k), self._gather(scores, width).view(np.float32),
-                self._gather(probs, width).view(np.float32))
+        return (
+            self._gather(at[call] + row * step[call], k),
+            self._gather(scores, width).view(np.float32),
+            self._gather(probs, width).view(np.float32),
+        )
 
     def _gather(self, starts: np.ndarray, nbytes: int) -> np.ndarray:
         return self._staging[starts[:, None] // 4 + np.arange(nbytes // 4)]
@@ -391,10 +400,16 @@ class Recorder:
         """
         self._flush()
         layers = sorted(self._rows)
-        fields = {"layers": np.array(layers, np.int16), "n_experts": int(self._shape[1]),
-                  "hashed": np.array([self._hashed[layer] for layer in layers], bool)}
-        empty = (np.zeros((self._expected, 0, 0), np.uint8), np.zeros((self._expected, 0, 0), np.float16),
-                 np.zeros((self._expected, 0), np.float32))
+        fields = {
+            "layers": np.array(layers, np.int16),
+            "n_experts": int(self._shape[1]),
+            "hashed": np.array([self._hashed[layer] for layer in layers], bool),
+        }
+        empty = (
+            np.zeros((self._expected, 0, 0), np.uint8),
+            np.zeros((self._expected, 0, 0), np.float16),
+            np.zeros((self._expected, 0), np.float32),
+        )
         for i, name in enumerate(("experts", "weights", "margin")):
             found = [[block[layer][i] for block in self._blocks if layer in block] for layer in layers]
             fields[name] = np.stack([np.concatenate(part) for part in found], axis=1) if found else empty[i]
@@ -472,14 +487,18 @@ def _decode(model: Model, tokens: Sequence[int]) -> None:
 
     llama, n, past = model.llama, len(tokens), model.n_past
     if past + n > model.settings.n_ctx:
-        raise ContextFullError(f"{past + n:,} tokens exceed the context of {model.settings.n_ctx:,}",
-                               where=model.path, hint="open the model with a larger n_ctx")
+        raise ContextFullError(
+            f"{past + n:,} tokens exceed the context of {model.settings.n_ctx:,}",
+            where=model.path,
+            hint="open the model with a larger n_ctx",
+        )
     ids, positions = (api.llama_token * n)(*tokens), (api.llama_pos * n)(*range(past, past + n))
     sequence, wanted = (api.llama_seq_id * 1)(0), (ctypes.c_int8 * n)(*[1] * n)
     sequences = (ctypes.POINTER(api.llama_seq_id) * n)(*[sequence] * n)
     counts = (ctypes.c_int32 * n)(*[1] * n)
-    batch = api.llama_batch(n_tokens=n, token=ids, embd=None, pos=positions, n_seq_id=counts,
-                            seq_id=sequences, logits=wanted)
+    batch = api.llama_batch(
+        n_tokens=n, token=ids, embd=None, pos=positions, n_seq_id=counts, seq_id=sequences, logits=wanted
+    )
     status = (_decode_holding_gil() if n == 1 else api.llama_decode)(llama.ctx, batch)
     if status != 0:
         raise DecodeError(f"llama_decode returned {status} after {past:,} tokens", where=model.path)
@@ -497,8 +516,9 @@ def _decode_holding_gil() -> Any:
 
 
 @contextmanager
-def open_recorded(path: str | Path, settings: OpenSettings | None = None, *, probe: bool = True,
-                  listen: bool = True) -> Iterator[RecordedModel]:
+def open_recorded(
+    path: str | Path, settings: OpenSettings | None = None, *, probe: bool = True, listen: bool = True
+) -> Iterator[RecordedModel]:
     """Open a model with a recorder on its evaluation callback; arguments and errors as ``open_model``.
 
     Args:
@@ -541,8 +561,14 @@ def _ranges(start: int, stop: int, step: int) -> list[range]:
     return [range(at, min(at + step, stop)) for at in range(start, stop, step)]
 
 
-def record(recorded: RecordedModel, tokens: Sequence[int], schedule: Schedule | None = None, *,
-           logits: bool = True, n_output: int = 0) -> Trace:
+def record(
+    recorded: RecordedModel,
+    tokens: Sequence[int],
+    schedule: Schedule | None = None,
+    *,
+    logits: bool = True,
+    n_output: int = 0,
+) -> Trace:
     """Evaluate these tokens from a cleared context and return what the routers chose.
 
     Args:
@@ -569,9 +595,13 @@ def record(recorded: RecordedModel, tokens: Sequence[int], schedule: Schedule | 
             if logits:
                 kept.append(_keep(found, sample))
     output = _continue(recorded, last, n_output)
-    return Trace(tokens=np.asarray(tokens, np.int32), **recorder.arrays(), output=output,
-                 conditions={**_conditions(model), **vars(schedule), "n_output": n_output},
-                 logits=_join(kept, sample) if logits else None)
+    return Trace(
+        tokens=np.asarray(tokens, np.int32),
+        **recorder.arrays(),
+        output=output,
+        conditions={**_conditions(model), **vars(schedule), "n_output": n_output},
+        logits=_join(kept, sample) if logits else None,
+    )
 
 
 def _keep(logits: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -602,8 +632,12 @@ def _conditions(model: Model) -> dict[str, Any]:
 def model_identity(model: Model) -> dict[str, Any]:
     """What tells one model from another without reading its weights."""
     header = model.header
-    return {"name": header.get("general.name", model.path.stem), "architecture": header.architecture,
-            "first_file_bytes": header.file_size, "header_sha256": hashlib.sha256(header.raw).hexdigest()}
+    return {
+        "name": header.get("general.name", model.path.stem),
+        "architecture": header.architecture,
+        "first_file_bytes": header.file_size,
+        "header_sha256": hashlib.sha256(header.raw).hexdigest(),
+    }
 
 
 def require_routed(trace: Trace, where: str | Path | None = None) -> None:
@@ -613,5 +647,8 @@ def require_routed(trace: Trace, where: str | Path | None = None) -> None:
         ModelError: no layer has routed experts.
     """
     if not len(trace.layers):
-        raise ModelError("no routed experts here: a dense model", where=where,
-                         hint="only the determinism of its logits can be measured")
+        raise ModelError(
+            "no routed experts here: a dense model",
+            where=where,
+            hint="only the determinism of its logits can be measured",
+        )

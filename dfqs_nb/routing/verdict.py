@@ -25,11 +25,16 @@ if TYPE_CHECKING:
 STABLE_SHARE = 0.99  # identical sets under every setting of the runtime, for "routing stable"
 EXTREME_TOKENS = 8192  # DFQS looks at long contexts from 8K on; "extreme token pressure" is not below
 FIXES = {
-    "threads": "n_threads and n_threads_batch", "batch": "n_batch and n_ubatch",
-    "phase": "which tokens are prefilled and which are decoded", "state": "whether a saved state is restored",
-    "attention": "flash_attn", "cache": "type_k and type_v", "context": "n_ctx",
-    "buffers": "use_extra_bufts", "weights": "the quantization",
-}  # fmt: skip
+    "threads": "n_threads and n_threads_batch",
+    "batch": "n_batch and n_ubatch",
+    "phase": "which tokens are prefilled and which are decoded",
+    "state": "whether a saved state is restored",
+    "attention": "flash_attn",
+    "cache": "type_k and type_v",
+    "context": "n_ctx",
+    "buffers": "use_extra_bufts",
+    "weights": "the quantization",
+}
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,15 @@ class Verdict:
         if self.failed_runs:
             return f"{word}: {len(self.failed_runs)} of the repetitions did not run ({self.failed_runs[0]})."
         if not self.routed:
-            return (f"{word}: no routed experts here (a dense model); the logits of {self.logits_equal:.2%} "
-                    f"of {self.n_tokens:,} tokens were equal bit for bit over {self.n_runs} repetitions.")
-        return (f"{word}: {self.n_differ:,} of {self.n_choices:,} choices differed under the same conditions "
-                f"({self.n_tokens:,} tokens x {self.n_layers} layers x {self.n_runs} repetitions); with 95 % "
-                f"confidence fewer than {self.upper_bound:.2g} of all choices do.")
+            return (
+                f"{word}: no routed experts here (a dense model); the logits of {self.logits_equal:.2%} "
+                f"of {self.n_tokens:,} tokens were equal bit for bit over {self.n_runs} repetitions."
+            )
+        return (
+            f"{word}: {self.n_differ:,} of {self.n_choices:,} choices differed under the same conditions "
+            f"({self.n_tokens:,} tokens x {self.n_layers} layers x {self.n_runs} repetitions); with 95 % "
+            f"confidence fewer than {self.upper_bound:.2g} of all choices do."
+        )
 
 
 def judge(table: pd.DataFrame) -> Verdict:
@@ -87,12 +96,18 @@ def judge(table: pd.DataFrame) -> Verdict:
     equal = float(done["logits_equal"].mean()) if len(done) else math.nan
     clean = differ == 0 if n else equal == 1.0
     return Verdict(
-        passed=bool(len(done)) and not failed and clean, routed=n > 0,
+        passed=bool(len(done)) and not failed and clean,
+        routed=n > 0,
         n_tokens=int(done["n_tokens"].max()) if len(done) else 0,
         n_layers=int(done["n_layers"].max()) if len(done) else 0,
-        n_runs=len(done), n_choices=n, n_differ=differ, upper_bound=upper_bound(differ, n) if n else math.nan,
-        logits_equal=equal, same_output=bool((done["same_output"] != False).all()), failed_runs=failed,  # noqa: E712
-    )  # fmt: skip
+        n_runs=len(done),
+        n_choices=n,
+        n_differ=differ,
+        upper_bound=upper_bound(differ, n) if n else math.nan,
+        logits_equal=equal,
+        same_output=bool((done["same_output"] != False).all()),
+        failed_runs=failed,  # noqa: E712
+    )
 
 
 def sensitivities(table: pd.DataFrame) -> pd.DataFrame:
@@ -116,19 +131,27 @@ def advice(table: pd.DataFrame) -> list[str]:
         differ, n = int(worst["n_differ"]), int(worst["n_choices"])
         if kind == "weights":
             name = worst["condition"].removeprefix("weights: ")
-            lines.append(f"Compare runs of one quantization only: {name} chose other "
-                         f"experts in {differ:,} of {n:,} choices ({differ / max(n, 1):.1%}).")
+            lines.append(
+                f"Compare runs of one quantization only: {name} chose other "
+                f"experts in {differ:,} of {n:,} choices ({differ / max(n, 1):.1%})."
+            )
         elif differ:
-            lines.append(f"Fix {what}: \"{worst['condition']}\" changed {differ:,} of {n:,} choices "
-                         f"({differ / n:.2%}), at margins up to {worst['margin_differ']:.2g}; "
-                         f"{_output(rows)}.")
+            lines.append(
+                f'Fix {what}: "{worst["condition"]}" changed {differ:,} of {n:,} choices '
+                f"({differ / n:.2%}), at margins up to {worst['margin_differ']:.2g}; "
+                f"{_output(rows)}."
+            )
         elif (rows["logits_equal"] < 1).any():
             still = "no choice changed, but logits" if n else "logits"
-            lines.append(f"Fix {what} for equal logits: {still} moved by up to "
-                         f"{rows['logit_drift'].max():.2g}; {_output(rows)}.")
+            lines.append(
+                f"Fix {what} for equal logits: {still} moved by up to "
+                f"{rows['logit_drift'].max():.2g}; {_output(rows)}."
+            )
         else:
-            lines.append(f"Free: {what}. Logits were equal bit for bit in {len(rows)} "
-                         f"comparison{'s' if len(rows) > 1 else ''}.")
+            lines.append(
+                f"Free: {what}. Logits were equal bit for bit in {len(rows)} "
+                f"comparison{'s' if len(rows) > 1 else ''}."
+            )
     return lines
 
 
@@ -142,9 +165,11 @@ def claims(experiment: Experiment) -> pd.DataFrame:
     import pandas as pd
 
     table = experiment.table
-    rows = [("routing stable", *_stable(sensitivities(table))),
-            ("deterministic execution", *_deterministic(judge(table))),
-            ("routing variance grows under extreme token pressure", *_pressure(experiment))]
+    rows = [
+        ("routing stable", *_stable(sensitivities(table))),
+        ("deterministic execution", *_deterministic(judge(table))),
+        ("routing variance grows under extreme token pressure", *_pressure(experiment)),
+    ]
     return pd.DataFrame(rows, columns=["claim", "status", "evidence"])
 
 
@@ -156,8 +181,10 @@ def _stable(found: pd.DataFrame) -> tuple[str, str]:
     worst = runtime.iloc[0]
     share = float(runtime["share_identical"].min())
     status = "confirmed" if share >= STABLE_SHARE else "contradicted"
-    return status, (f"at least {share:.2%} of expert sets stay the same under each of {len(runtime)} changes "
-                    f"of settings (least: {worst['condition']}; asked for {STABLE_SHARE:.0%})")
+    return status, (
+        f"at least {share:.2%} of expert sets stay the same under each of {len(runtime)} changes "
+        f"of settings (least: {worst['condition']}; asked for {STABLE_SHARE:.0%})"
+    )
 
 
 def _deterministic(verdict: Verdict) -> tuple[str, str]:
@@ -168,14 +195,17 @@ def _deterministic(verdict: Verdict) -> tuple[str, str]:
     choices = f"{verdict.n_differ:,} of {verdict.n_choices:,} choices differ; " if verdict.routed else ""
     return ("confirmed" if exact else "contradicted"), (
         f"under identical conditions {choices}logits of {verdict.logits_equal:.2%} of tokens are equal bit "
-        f"for bit; answers {answers}")
+        f"for bit; answers {answers}"
+    )
 
 
 def _pressure(experiment: Experiment) -> tuple[str, str]:
     """Flips in the last against the first quarter of the text, pooled over the changes of settings."""
     early, late = pressure(experiment)
-    seen = (f"{early[0]:,} of {early[1]:,} choices flip in the first quarter, {late[0]:,} of {late[1]:,} in "
-            f"the last, over {len(experiment.tokens):,} tokens")
+    seen = (
+        f"{early[0]:,} of {early[1]:,} choices flip in the first quarter, {late[0]:,} of {late[1]:,} in "
+        f"the last, over {len(experiment.tokens):,} tokens"
+    )
     if not early[1]:
         return "not testable here", "no routed experts"
     if len(experiment.tokens) < EXTREME_TOKENS:
@@ -187,8 +217,11 @@ def _pressure(experiment: Experiment) -> tuple[str, str]:
 def pressure(experiment: Experiment) -> tuple[tuple[int, int], tuple[int, int]]:
     """Flips and choices in the first and the last quarter of the text, over all changes of settings."""
     quarters = [round(len(experiment.tokens) * i / 4) for i in range(5)]
-    parts = [by_position(experiment.traces[row.against], experiment.traces[row.condition], quarters)
-             for row in sensitivities(experiment.table).itertuples() if row.kind != "weights"]
+    parts = [
+        by_position(experiment.traces[row.against], experiment.traces[row.condition], quarters)
+        for row in sensitivities(experiment.table).itertuples()
+        if row.kind != "weights"
+    ]
     early, late = ([(p["differ"].iloc[at], p["n"].iloc[at]) for p in parts] for at in (0, -1))
     return tuple((int(sum(x for x, _ in part)), int(sum(n for _, n in part))) for part in (early, late))
 
@@ -202,11 +235,17 @@ def agreement(experiment: Experiment) -> pd.DataFrame:
 
     from dfqs_nb.routing.compare import by_layer
 
-    ranked = [*experiment.table.query("kind == @IDENTICAL and status == 'done'")["condition"],
-              *sensitivities(experiment.table)["condition"][::-1]]
+    ranked = [
+        *experiment.table.query("kind == @IDENTICAL and status == 'done'")["condition"],
+        *sensitivities(experiment.table)["condition"][::-1],
+    ]
     against = dict(zip(experiment.table["condition"], experiment.table["against"], strict=True))
-    rows = {name: by_layer(experiment.traces[against[name]], experiment.traces[name]).set_index("layer")
-            ["share_identical"] for name in ranked}
+    rows = {
+        name: by_layer(experiment.traces[against[name]], experiment.traces[name]).set_index("layer")[
+            "share_identical"
+        ]
+        for name in ranked
+    }
     return pd.DataFrame(rows).T
 
 
@@ -217,9 +256,12 @@ def flipped_margins(experiment: Experiment) -> pd.DataFrame:
     from dfqs_nb.routing.compare import flips
 
     rows = sensitivities(experiment.table)
-    found = [flips(experiment.traces[row.against], experiment.traces[row.condition])
-             .assign(condition=row.condition, kind=row.kind)
-             for row in rows[rows["kind"] != "weights"].itertuples()]
+    found = [
+        flips(experiment.traces[row.against], experiment.traces[row.condition]).assign(
+            condition=row.condition, kind=row.kind
+        )
+        for row in rows[rows["kind"] != "weights"].itertuples()
+    ]
     columns = ["condition", "kind", "token", "layer", "margin"]
     return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
 
@@ -239,8 +281,10 @@ def positions(experiment: Experiment) -> pd.DataFrame:
     ``rate_high``."""
     n, rows = len(experiment.tokens), sensitivities(experiment.table)
     edges = [0, *(2**i for i in range(5, n.bit_length()) if 2**i < n), n]
-    parts = [by_position(experiment.traces[row.against], experiment.traces[row.condition], edges)
-             for row in rows[rows["kind"] != "weights"].itertuples()]
+    parts = [
+        by_position(experiment.traces[row.against], experiment.traces[row.condition], edges)
+        for row in rows[rows["kind"] != "weights"].itertuples()
+    ]
     pooled = by_position(experiment.traces["prefill"], experiment.traces["prefill"], edges)
     pooled["n"], pooled["differ"] = sum(p["n"] for p in parts), sum(p["differ"] for p in parts)
     counts = [(int(x), int(n)) for x, n in zip(pooled["differ"], pooled["n"], strict=True)]
@@ -256,8 +300,12 @@ def token_drifts(experiment: Experiment) -> pd.DataFrame:
     import pandas as pd
 
     rows = sensitivities(experiment.table)
-    found = [by_token(experiment.traces[row.against], experiment.traces[row.condition])
-             .assign(condition=row.condition) for row in rows[rows["kind"] != "weights"].itertuples()]
+    found = [
+        by_token(experiment.traces[row.against], experiment.traces[row.condition]).assign(
+            condition=row.condition
+        )
+        for row in rows[rows["kind"] != "weights"].itertuples()
+    ]
     columns = ["condition", "token", "drift", "flips"]
     table = pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
     return table[table["drift"] > 0].reset_index(drop=True)
@@ -272,9 +320,11 @@ def write_tables(experiment: Experiment, folder: str | Path) -> list[Path]:
     """Write the experiment's tables as CSV and return their paths: conditions, claims, layers, positions,
     flips and expert usage."""
     tables = {
-        "routing_conditions": experiment.table, "routing_claims": claims(experiment),
+        "routing_conditions": experiment.table,
+        "routing_claims": claims(experiment),
         "routing_layers": agreement(experiment).rename_axis("condition").reset_index(),
-        "routing_positions": positions(experiment), "routing_flips": flipped_margins(experiment),
+        "routing_positions": positions(experiment),
+        "routing_flips": flipped_margins(experiment),
         "routing_usage": usage(experiment.traces["prefill"]),
-    }  # fmt: skip
+    }
     return [write_table(Path(folder) / f"{name}.csv", table, index=False) for name, table in tables.items()]

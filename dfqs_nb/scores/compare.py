@@ -174,8 +174,11 @@ def paired_bootstrap(
     """
     draw = np.random.default_rng(seed)
     change = (tasks["correct_b"].astype(float) - tasks["correct_a"].astype(float)).to_numpy()
-    groups = [np.flatnonzero(tasks["family"] == one) for one in tasks["family"].unique()] if macro else [
-        np.arange(len(tasks))]  # fmt: skip
+    groups = (
+        [np.flatnonzero(tasks["family"] == one) for one in tasks["family"].unique()]
+        if macro
+        else [np.arange(len(tasks))]
+    )
     means = [change[group[draw.integers(0, len(group), (n_boot, len(group)))]].mean(1) for group in groups]
     low, high = np.quantile(np.mean(means, axis=0), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -28,8 +28,15 @@ def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         spread = [part["accuracy"] - part["low"], part["high"] - part["accuracy"]]
         ax.errorbar(part["accuracy"], rows, xerr=spread, fmt="o", color=colour, capsize=3, label=name)
     guessed = np.flatnonzero(table["guess_rate"] > 0)
-    ax.plot(table["guess_rate"].iloc[guessed], guessed, "|", color=INK, markersize=13, markeredgewidth=1.5,
-            label="guessing")
+    ax.plot(
+        table["guess_rate"].iloc[guessed],
+        guessed,
+        "|",
+        color=INK,
+        markersize=13,
+        markeredgewidth=1.5,
+        label="guessing",
+    )
     names = [f"{one.family}, {one.length} (n = {one.n})" for one in table.itertuples()]
     ax.set_yticks(range(len(table)), names, fontsize=8)
     ax.set_ylim(len(table) - 0.4, -0.6)
@@ -54,8 +61,15 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.plot(decode["depth"], decode["roof"], "--", color=INK, label="roof: memory bandwidth / bytes a token")
     for one in decode.itertuples():
         ax.plot([one.depth] * len(one.values), one.values, "o", color=PALETTE[5], alpha=0.4, markersize=5)
-    ax.plot(decode["depth"], decode["median"], "_-", color=PALETTE[5], markersize=16, markeredgewidth=2,
-            label=f"decode, median of {len(decode['values'].iloc[0])}")
+    ax.plot(
+        decode["depth"],
+        decode["median"],
+        "_-",
+        color=PALETTE[5],
+        markersize=16,
+        markeredgewidth=2,
+        label=f"decode, median of {len(decode['values'].iloc[0])}",
+    )
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(decode["depth"], [f"{depth:,}" for depth in decode["depth"]])

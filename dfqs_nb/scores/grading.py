@@ -228,13 +228,21 @@ def family_table(items: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (name, family, length), group in items.groupby(["set", "family", "length"], sort=False):
         low, high = wilson(group["correct"].sum(), len(group))
-        rows.append({
-            "set": name, "family": family, "length": length, "n": len(group),
-            "correct": int(group["correct"].sum()), "accuracy": group["correct"].mean(), "low": float(low),
-            "high": float(high), "guess_rate": group["guess"].mean(),
-            "truncated": int(group["truncated"].sum()),
-            "no_answer": int((group["grade"] == "no_answer").sum()),
-        })  # fmt: skip
+        rows.append(
+            {
+                "set": name,
+                "family": family,
+                "length": length,
+                "n": len(group),
+                "correct": int(group["correct"].sum()),
+                "accuracy": group["correct"].mean(),
+                "low": float(low),
+                "high": float(high),
+                "guess_rate": group["guess"].mean(),
+                "truncated": int(group["truncated"].sum()),
+                "no_answer": int((group["grade"] == "no_answer").sum()),
+            }
+        )
     return pd.DataFrame(rows)
 
 

@@ -180,11 +180,17 @@ def _read(path: Path) -> ItemSet:
     }
     code = header["kind"] == "code"
     return ItemSet(
-        name=header["set"], kind=header["kind"], mode=header.get("mode", "complete" if code else "chat"),
-        extract=header.get("extract", "last line"), stop=tuple(header.get("stop", ())),
-        max_tokens=header.get("max_tokens", 256), sha256=hashlib.sha256(raw).hexdigest(), items=items,
-        header=header, **texts,
-    )  # fmt: skip
+        name=header["set"],
+        kind=header["kind"],
+        mode=header.get("mode", "complete" if code else "chat"),
+        extract=header.get("extract", "last line"),
+        stop=tuple(header.get("stop", ())),
+        max_tokens=header.get("max_tokens", 256),
+        sha256=hashlib.sha256(raw).hexdigest(),
+        items=items,
+        header=header,
+        **texts,
+    )
 
 
 def _header(line: str, path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from dfqs_nb.llama.model import (
     Sampling,
     chat_prompt,
     stream_tokens,
-)  # fmt: skip
+)
 from dfqs_nb.scores import grading as scoring
 from dfqs_nb.scores.item_sets import Item, ItemSet
 from dfqs_nb.scores.sandbox import LIMITS, Limits, Sandbox, Verdict, check_allowed, find_sandbox, run_many

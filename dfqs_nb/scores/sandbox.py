@@ -190,9 +190,9 @@ GUARDS: dict[str, str] = {
     "network": "import socket\nassert [n for _, n in socket.if_nameindex()] in ([], ['lo'])",
     "files": "import os\nassert not os.path.exists({secret!r}) and not os.path.exists('/etc/passwd')",
     "processes": "import os, time\nfor _ in range(64):\n    try:\n        if os.fork() == 0: time.sleep(9)\n"
-                 "    except OSError:\n        break\nelse:\n    assert False",
+    "    except OSError:\n        break\nelse:\n    assert False",
     "memory": "try:\n    bytearray(2 << 30)\nexcept MemoryError:\n    pass\nelse:\n    assert False",
-}  # fmt: skip
+}
 
 
 def _tried(sandbox: Sandbox) -> Sandbox:
@@ -278,9 +278,14 @@ def _run_once(program: str, sandbox: Sandbox, limits: Limits) -> tuple[Verdict |
     with tempfile.TemporaryDirectory(prefix="dfqs-") as folder, tempfile.TemporaryFile() as said:
         started = time.perf_counter()
         process = subprocess.Popen(
-            _command(sandbox), stdin=subprocess.PIPE, stdout=said, stderr=subprocess.PIPE, cwd=folder,
-            env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"}, start_new_session=True,
-        )  # fmt: skip
+            _command(sandbox),
+            stdin=subprocess.PIPE,
+            stdout=said,
+            stderr=subprocess.PIPE,
+            cwd=folder,
+            env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"},
+            start_new_session=True,
+        )
         late, complaint = _feed(process, json.dumps(job).encode(), limits.wall_seconds)
         seconds = time.perf_counter() - started
         said.seek(0)

@@ -242,11 +242,15 @@ def speed_by_depth(
         roof = bandwidth / (weights.total + cache)
         for row in speed.rows():
             is_decode = row["phase"] == "decode"
-            rows.append(row | {
-                "roof": roof if is_decode else float("nan"),
-                "utilisation": row["median"] / roof if is_decode else float("nan"),
-                "other_cores": load.other_cores, "contended": load.contended,
-            })  # fmt: skip
+            rows.append(
+                row
+                | {
+                    "roof": roof if is_decode else float("nan"),
+                    "utilisation": row["median"] / roof if is_decode else float("nan"),
+                    "other_cores": load.other_cores,
+                    "contended": load.contended,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -306,14 +310,20 @@ _RAM = Place("memory", 120 * GB, 51.2 * GB)
 CARD: tuple[tuple[str, tuple[float, float], tuple[Place, ...]], ...] = (
     ("CPU, 128 GB of DDR5-5600", (0.2, 0.5), (Place("memory", 120 * GB, 89.6 * GB),)),
     ("CPU, 128 GB of DDR4-3200", (0.2, 0.5), (_RAM,)),
-    ("CPU, 32 GB, NVMe disk", (0.2, 0.5), (Place("memory", 28 * GB, 51.2 * GB), Place("disk", DISK, 3.5 *
-    GB))),
-    ("CPU, 32 GB, SATA disk", (0.2, 0.5), (Place("memory", 28 * GB, 51.2 * GB), Place("disk", DISK, 0.55 *
-    GB))),
+    (
+        "CPU, 32 GB, NVMe disk",
+        (0.2, 0.5),
+        (Place("memory", 28 * GB, 51.2 * GB), Place("disk", DISK, 3.5 * GB)),
+    ),
+    (
+        "CPU, 32 GB, SATA disk",
+        (0.2, 0.5),
+        (Place("memory", 28 * GB, 51.2 * GB), Place("disk", DISK, 0.55 * GB)),
+    ),
     ("RTX 3090", (1.0, 3.0), (Place("GPU", 22 * GB, 936 * GB), _RAM)),
     ("2 x RTX 3090", (5.0, 8.0), (Place("GPU", 44 * GB, 936 * GB), _RAM)),
     ("H100", (15.0, 25.0), (Place("GPU", 76 * GB, 3350 * GB),)),
-)  # fmt: skip
+)
 
 
 def card_table(weights: ActiveBytes | None = None, here: Sequence[Place] = ()) -> pd.DataFrame:

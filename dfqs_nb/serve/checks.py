@@ -35,7 +35,7 @@ from dfqs_nb.serve.client import (
     Endpoint,
     EndpointError,
     UnreachableError,
-)  # fmt: skip
+)
 from dfqs_nb.serve.servers import LocalServer, is_healthy, port_is_free, serve
 
 if TYPE_CHECKING:
@@ -106,8 +106,11 @@ def check_health(endpoint: Endpoint, server: LocalServer | None = None) -> Check
     endpoint.complete("The", 1)
     seconds = time.perf_counter() - started
     came_up = f"came up in {server.start_seconds:.1f} s; " if server else ""
-    return Check("health", PASS if healthy else FAIL,
-                 f"{came_up}{'healthy' if healthy else 'not healthy'}; one token in {seconds:.2f} s")
+    return Check(
+        "health",
+        PASS if healthy else FAIL,
+        f"{came_up}{'healthy' if healthy else 'not healthy'}; one token in {seconds:.2f} s",
+    )
 
 
 def check_name(endpoint: Endpoint) -> Check:
@@ -122,8 +125,12 @@ def check_name(endpoint: Endpoint) -> Check:
         raise
     except EndpointError as error:
         return Check("model name", PASS, f"lists {listed}; refuses another name ({type(error).__name__})")
-    return Check("model name", NOTE, f"lists {listed}; answers to any name, so a wrong one goes unnoticed "
-                                     "unless the list is read first (connect does)")
+    return Check(
+        "model name",
+        NOTE,
+        f"lists {listed}; answers to any name, so a wrong one goes unnoticed "
+        "unless the list is read first (connect does)",
+    )
 
 
 def check_context(endpoint: Endpoint) -> Check:
@@ -139,10 +146,16 @@ def check_context(endpoint: Endpoint) -> Check:
     try:
         endpoint.complete(exceeds, 4)
     except ContextOverflowError:
-        return Check("context length", PASS, f"says {said:,}; takes {count(fits):,} and refuses "
-                                             f"{count(exceeds):,} ({counted_by})")
-    return Check("context length", FAIL, f"says {said:,}, but {count(exceeds):,} {counted_by} got an answer: "
-                                         "part of such a prompt is dropped")
+        return Check(
+            "context length",
+            PASS,
+            f"says {said:,}; takes {count(fits):,} and refuses {count(exceeds):,} ({counted_by})",
+        )
+    return Check(
+        "context length",
+        FAIL,
+        f"says {said:,}, but {count(exceeds):,} {counted_by} got an answer: part of such a prompt is dropped",
+    )
 
 
 def check_template(endpoint: Endpoint, model: Model | None) -> Check:
@@ -170,8 +183,11 @@ def check_repeated(endpoint: Endpoint, prompts: Sequence[str], repetitions: int 
     """Greedy answers to the same requests, one after another."""
     said = [[endpoint.chat(prompt, MAX_TOKENS).text for _ in range(repetitions)] for prompt in prompts]
     n_same = sum(len(set(texts)) == 1 for texts in said)
-    return Check("same again", PASS if n_same == len(prompts) else FAIL,
-                 f"{n_same} of {len(prompts)} prompts: the same text {repetitions} times in turn")
+    return Check(
+        "same again",
+        PASS if n_same == len(prompts) else FAIL,
+        f"{n_same} of {len(prompts)} prompts: the same text {repetitions} times in turn",
+    )
 
 
 def check_concurrent(endpoint: Endpoint, prompts: Sequence[str], n_concurrent: int) -> Check:
@@ -183,8 +199,11 @@ def check_concurrent(endpoint: Endpoint, prompts: Sequence[str], n_concurrent: i
     n_other = sum(text != alone[i] for i, text in zip(asked, beside, strict=True))
     drift = max_drift(endpoint, prompts, n_concurrent)
     seen = "" if drift is None else f"; log-probabilities moved by up to {drift:.1e}"
-    return Check("same beside others", PASS if n_other == 0 else NOTE,
-                 f"{n_other} of {len(asked)} answers differ with {n_concurrent} requests at once{seen}")
+    return Check(
+        "same beside others",
+        PASS if n_other == 0 else NOTE,
+        f"{n_other} of {len(asked)} answers differ with {n_concurrent} requests at once{seen}",
+    )
 
 
 def max_drift(endpoint: Endpoint, prompts: Sequence[str], n_concurrent: int) -> float | None:
@@ -206,8 +225,15 @@ def _logprobs(endpoint: Endpoint, prompt: str) -> list[tuple[int, float]]:
     """Tokens and their log-probabilities, from llama.cpp's own path, which does not round them."""
     if endpoint.facts.name != "llama.cpp":
         return []
-    said = endpoint.post("/completion", prompt=prompt, n_predict=MAX_TOKENS, temperature=0, n_probs=1,
-                         ignore_eos=True, cache_prompt=False)
+    said = endpoint.post(
+        "/completion",
+        prompt=prompt,
+        n_predict=MAX_TOKENS,
+        temperature=0,
+        n_probs=1,
+        ignore_eos=True,
+        cache_prompt=False,
+    )
     shown = said.get("completion_probabilities") if isinstance(said, dict) else None
     return [(int(one["id"]), float(one["logprob"])) for one in shown or ()]
 
@@ -227,15 +253,21 @@ def check_cache(endpoint: Endpoint, repetitions: int = REPETITIONS) -> Check:
     ways = {"off": {"cache_prompt": False}, "on": {"cache_prompt": True}}
     if endpoint.facts.name != "llama.cpp":
         seconds, texts = _timed(endpoint, {}, repetitions)
-        return Check("prompt cache", NOTE if len(set(texts)) == 1 else FAIL,
-                     f"cannot be switched here; the same prompt took {seconds[0]:.3f} s, then "
-                     f"{median(seconds[1:]):.3f} s, with {_same(texts)}")
+        return Check(
+            "prompt cache",
+            NOTE if len(set(texts)) == 1 else FAIL,
+            f"cannot be switched here; the same prompt took {seconds[0]:.3f} s, then "
+            f"{median(seconds[1:]):.3f} s, with {_same(texts)}",
+        )
     found = {name: _timed(endpoint, options, repetitions) for name, options in ways.items()}
     seconds = {name: median(times[1:]) for name, (times, _) in found.items()}
     texts = [text for _, said in found.values() for text in said]
-    return Check("prompt cache", PASS if len(set(texts)) == 1 else NOTE,
-                 f"the same prompt again: {seconds['off']:.3f} s without, {seconds['on']:.3f} s with it "
-                 f"({seconds['off'] / seconds['on']:.1f} times as fast), with {_same(texts)}")
+    return Check(
+        "prompt cache",
+        PASS if len(set(texts)) == 1 else NOTE,
+        f"the same prompt again: {seconds['off']:.3f} s without, {seconds['on']:.3f} s with it "
+        f"({seconds['off'] / seconds['on']:.1f} times as fast), with {_same(texts)}",
+    )
 
 
 def _timed(endpoint: Endpoint, options: dict[str, Any], repetitions: int) -> tuple[list[float], list[str]]:
@@ -257,8 +289,11 @@ def check_shutdown(server: LocalServer) -> Check:
     seconds = server.stop()
     status, free = server.process.returncode, port_is_free(host, port)
     clean = status in (0, -15) and free
-    return Check("shutdown", PASS if clean else FAIL,
-                 f"ended in {seconds:.1f} s (status {status}); its port is {'free' if free else 'taken'}")
+    return Check(
+        "shutdown",
+        PASS if clean else FAIL,
+        f"ended in {seconds:.1f} s (status {status}); its port is {'free' if free else 'taken'}",
+    )
 
 
 # ---- in process and through the server ----
@@ -289,8 +324,10 @@ class Comparison:
         if other.empty:
             return f"{self.process.item_set.name}: all {n} answers are the same both ways"
         causes = ", ".join(f"{count} {cause}" for cause, count in other["cause"].value_counts().items())
-        return (f"{self.process.item_set.name}: {len(other)} of {n} answers differ ({causes}), "
-                f"{int((other['correct_process'] != other['correct_server']).sum())} of them in correctness")
+        return (
+            f"{self.process.item_set.name}: {len(other)} of {n} answers differ ({causes}), "
+            f"{int((other['correct_process'] != other['correct_server']).sum())} of them in correctness"
+        )
 
 
 def compare_with_process(
@@ -320,12 +357,12 @@ def compare_with_process(
     same text up to the end of one), ``token boundary`` (the same characters up to a cut token) or ``other
     numbers``.
     """
-    options = {"limit": limit, "allow_unsandboxed": allow_unsandboxed, "fresh": fresh,
-               "progress": progress}
+    options = {"limit": limit, "allow_unsandboxed": allow_unsandboxed, "fresh": fresh, "progress": progress}
     folder = Path(folder)
     here = scores.score_set(model, item_set, folder / "process", model_id=model_id, **options)
-    there = endpoints.score_set(endpoint, item_set, folder / folder_name(endpoint), model_id=server_id,
-                                **options)
+    there = endpoints.score_set(
+        endpoint, item_set, folder / folder_name(endpoint), model_id=server_id, **options
+    )
     rows = list(_rows(model, endpoint, item_set, here, there))
     import pandas as pd
 
@@ -337,14 +374,21 @@ def folder_name(endpoint: Endpoint) -> str:
     return re.sub(r"[^\w.-]+", "-", endpoint.facts.name).strip(".-")[:80] or "unknown"
 
 
-def _rows(model: Model, endpoint: Endpoint, item_set: ItemSet, here: scores.SetRun,
-          there: scores.SetRun) -> Iterator[dict[str, Any]]:
+def _rows(
+    model: Model, endpoint: Endpoint, item_set: ItemSet, here: scores.SetRun, there: scores.SetRun
+) -> Iterator[dict[str, Any]]:
     items, opening = {item.id: item for item in item_set.items}, _opening(model, item_set)
     for ours, theirs in zip(here.items.itertuples(), there.items.itertuples(), strict=True):
         served = theirs.completion.removeprefix(opening)
-        row = {"id": ours.id, "family": ours.family, "text_process": ours.completion,
-               "text_server": served, "same_text": ours.completion == served,
-               "correct_process": ours.correct, "correct_server": theirs.correct}
+        row = {
+            "id": ours.id,
+            "family": ours.family,
+            "text_process": ours.completion,
+            "text_server": served,
+            "same_text": ours.completion == served,
+            "correct_process": ours.correct,
+            "correct_server": theirs.correct,
+        }
         yield row if row["same_text"] else row | explain(model, endpoint, item_set, items[ours.id], served)
 
 
@@ -365,7 +409,7 @@ def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Item, ser
     at, before = _parting(model, said, served)
     logits = _logits_at(model, [*prompt, *said.token_ids[:at]])
     ours = said.token_ids[at] if at < len(said.token_ids) else int(np.argmax(logits))
-    theirs = _next_token(model, logits, served.encode()[len(before):])
+    theirs = _next_token(model, logits, served.encode()[len(before) :])
     rank = int((logits > logits[theirs]).sum()) + 1 if theirs is not None else 0
     margin = float(logits[ours] - logits[theirs]) if theirs is not None else float("nan")
     found |= {"token": at, "margin": margin, "rank": rank}
@@ -385,7 +429,7 @@ def _parting(model: Model, said: Completion, served: str) -> tuple[int, bytes]:
     raw, before = served.encode(), b""
     for at, token in enumerate(said.token_ids):
         piece = model.token_bytes(token)
-        if raw[len(before):len(before) + len(piece)] != piece:
+        if raw[len(before) : len(before) + len(piece)] != piece:
             return at, before
         before += piece
     return len(said.token_ids), before
@@ -424,19 +468,28 @@ def answers_sha256(run: scores.SetRun) -> str:
 # ---- several servers, for a notebook ----
 
 
-def check_all(connected: Mapping[str, Endpoint], model: Model | None = None,
-              running: Mapping[str, LocalServer] | None = None) -> pd.DataFrame:
+def check_all(
+    connected: Mapping[str, Endpoint],
+    model: Model | None = None,
+    running: Mapping[str, LocalServer] | None = None,
+) -> pd.DataFrame:
     """``check_server`` of each: a row a check, and for each server its verdict and finding in two columns."""
     import pandas as pd
 
     running = running or {}
-    tables = [check_server(one, model, running.get(name)).assign(server=name)
-              for name, one in connected.items()]
+    tables = [
+        check_server(one, model, running.get(name)).assign(server=name) for name, one in connected.items()
+    ]
     return pd.concat(tables, ignore_index=True)[["check", "server", "verdict", "finding"]]
 
 
-def drift_by_slots(path: str | Path, settings: OpenSettings, slots: Sequence[int] = (1, 2, 4),
-                   n_concurrent: int = 4, repetitions: int = 3) -> pd.DataFrame:
+def drift_by_slots(
+    path: str | Path,
+    settings: OpenSettings,
+    slots: Sequence[int] = (1, 2, 4),
+    n_concurrent: int = 4,
+    repetitions: int = 3,
+) -> pd.DataFrame:
     """llama.cpp's server with more and more slots under the same requests at once, its prompt cache off.
 
     Columns ``slots``, ``requests`` (at once), ``drift`` (the largest change of a log-probability against
@@ -455,13 +508,18 @@ def drift_by_slots(path: str | Path, settings: OpenSettings, slots: Sequence[int
             drifts = [max_drift(found, PROMPTS, n_concurrent) for _ in range(repetitions)]
         differ = sum(text != alone[i] for i, text in zip(asked, texts, strict=True))
         drift = max((d for d in drifts if d is not None), default=float("nan"))
-        rows.append({"slots": n, "requests": n_concurrent, "drift": drift, "answers": len(texts),
-                     "differ": differ})
+        rows.append(
+            {"slots": n, "requests": n_concurrent, "drift": drift, "answers": len(texts), "differ": differ}
+        )
     return pd.DataFrame(rows)
 
 
-def speed_of_all(connected: Mapping[str, Endpoint], clients: Sequence[int] = endpoints.CLIENTS,
-                 n_tokens: int = 48, repetitions: int = 2) -> pd.DataFrame:
+def speed_of_all(
+    connected: Mapping[str, Endpoint],
+    clients: Sequence[int] = endpoints.CLIENTS,
+    n_tokens: int = 48,
+    repetitions: int = 2,
+) -> pd.DataFrame:
     """``endpoint.speed_by_clients`` of each, in one frame with a column ``server`` in front."""
     import pandas as pd
 
@@ -471,9 +529,16 @@ def speed_of_all(connected: Mapping[str, Endpoint], clients: Sequence[int] = end
     return pd.concat(tables, ignore_index=True)
 
 
-def compare_all(model: Model, connected: Mapping[str, Endpoint], item_sets: Sequence[ItemSet],
-                folder: str | Path, *, model_id: str = "", local: Collection[str] = (),
-                **options: Any) -> dict[tuple[str, str], Comparison]:
+def compare_all(
+    model: Model,
+    connected: Mapping[str, Endpoint],
+    item_sets: Sequence[ItemSet],
+    folder: str | Path,
+    *,
+    model_id: str = "",
+    local: Collection[str] = (),
+    **options: Any,
+) -> dict[tuple[str, str], Comparison]:
     """``compare_with_process`` by server and set; what this process answered is asked for once.
 
     Args:
@@ -481,9 +546,13 @@ def compare_all(model: Model, connected: Mapping[str, Endpoint], item_sets: Sequ
             What another server has loaded, only that server knows.
     """
     ids = {name: model_id if name in local else "" for name in connected}
-    return {(name, one.name): compare_with_process(model, connected[name], one, folder, model_id=model_id,
-                                                   server_id=ids[name], **options)
-            for name in connected for one in item_sets}
+    return {
+        (name, one.name): compare_with_process(
+            model, connected[name], one, folder, model_id=model_id, server_id=ids[name], **options
+        )
+        for name in connected
+        for one in item_sets
+    }
 
 
 def comparison_table(found: Mapping[tuple[str, str], Comparison]) -> pd.DataFrame:
@@ -495,11 +564,17 @@ def comparison_table(found: Mapping[tuple[str, str], Comparison]) -> pd.DataFram
     rows = []
     for (name, set_name), one in found.items():
         causes = one.differences["cause"].value_counts() if len(one.differences) else {}
-        rows.append({"server": name, "set": set_name, "items": len(one.items),
-                     "same_text": int(one.items["same_text"].sum()),
-                     "right_process": int(one.items["correct_process"].sum()),
-                     "right_server": int(one.items["correct_server"].sum()),
-                     "causes": ", ".join(f"{n} {cause}" for cause, n in causes.items()) or "none"})
+        rows.append(
+            {
+                "server": name,
+                "set": set_name,
+                "items": len(one.items),
+                "same_text": int(one.items["same_text"].sum()),
+                "right_process": int(one.items["correct_process"].sum()),
+                "right_server": int(one.items["correct_server"].sum()),
+                "causes": ", ".join(f"{n} {cause}" for cause, n in causes.items()) or "none",
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -507,9 +582,15 @@ def item_table(found: Mapping[tuple[str, str], Comparison]) -> pd.DataFrame:
     """The items of all comparisons, with columns ``server`` and ``set`` in front."""
     import pandas as pd
 
-    return pd.concat([one.items.assign(server=name, set=set_name).pipe(
-        lambda table: table[["server", "set", *[c for c in table if c not in ("server", "set")]]])
-        for (name, set_name), one in found.items()], ignore_index=True)
+    return pd.concat(
+        [
+            one.items.assign(server=name, set=set_name).pipe(
+                lambda table: table[["server", "set", *[c for c in table if c not in ("server", "set")]]]
+            )
+            for (name, set_name), one in found.items()
+        ],
+        ignore_index=True,
+    )
 
 
 def bad_input(endpoint: Endpoint) -> pd.DataFrame:
@@ -529,7 +610,8 @@ def bad_input(endpoint: Endpoint) -> pd.DataFrame:
             "a port where nothing listens": lambda: endpoints.connect(nobody, retries=1),
             "a path of something else": lambda: endpoints.connect(endpoint.base_url + "/v2/blog", retries=1),
             "a model that is not there": lambda: endpoints.connect(
-                endpoint.base_url, "gpt-oss-120b", key=endpoint.key.reveal()),
+                endpoint.base_url, "gpt-oss-120b", key=endpoint.key.reveal()
+            ),
             "a prompt beyond the context": lambda: quick.complete(too_long, 4),
             "routing through an endpoint": lambda: endpoints.check_in_process(endpoint, "routing"),
         }
@@ -548,30 +630,57 @@ def _mistake(name: str, make: Callable[[], Any]) -> dict[str, Any]:
     except EndpointError as error:
         tries = re.findall(r"asked (\d+) times", " ".join(getattr(error, "__notes__", [])))
         message = f"{error.what}; {error.hint}"
-        return {"mistake": name, "error": type(error).__name__, "tries": int(tries[0]) if tries else 1,
-                "message": message}
+        return {
+            "mistake": name,
+            "error": type(error).__name__,
+            "tries": int(tries[0]) if tries else 1,
+            "message": message,
+        }
     raise AssertionError(f"{name} got an answer: {made!r}")
 
 
-def hand_on(folder: str | Path, *, checks: pd.DataFrame, drift: pd.DataFrame, speeds: pd.DataFrame,
-            compared: Mapping[tuple[str, str], Comparison], connected: Mapping[str, Endpoint],
-            model: dict[str, Any], recipes: Sequence[str], shutdown: pd.DataFrame) -> list[str]:
+def hand_on(
+    folder: str | Path,
+    *,
+    checks: pd.DataFrame,
+    drift: pd.DataFrame,
+    speeds: pd.DataFrame,
+    compared: Mapping[tuple[str, str], Comparison],
+    connected: Mapping[str, Endpoint],
+    model: dict[str, Any],
+    recipes: Sequence[str],
+    shutdown: pd.DataFrame,
+) -> list[str]:
     """Write ``serving.json`` (see ``paths.write_stage``), and return its summary lines."""
     table = comparison_table(compared)
     lines = [
         *(f"{name}: {_counted(rows['verdict'])}" for name, rows in checks.groupby("server", sort=False)),
-        *(f"{row.server}: {row.same_text} of {row.items} answers of {row.set} are those of this process"
-          + (f" ({row.causes})" if row.causes != "none" else "") for row in table.itertuples()),
+        *(
+            f"{row.server}: {row.same_text} of {row.items} answers of {row.set} are those of this process"
+            + (f" ({row.causes})" if row.causes != "none" else "")
+            for row in table.itertuples()
+        ),
         *_drift_lines(drift),
-        *(f"{name}: {rows['tokens_per_sec'].iloc[0]:,.0f} tokens/s for {rows['clients'].iloc[0]} client, "
-          f"{rows['tokens_per_sec'].iloc[-1]:,.0f} for {rows['clients'].iloc[-1]}"
-          for name, rows in speeds.groupby("server", sort=False)),
+        *(
+            f"{name}: {rows['tokens_per_sec'].iloc[0]:,.0f} tokens/s for {rows['clients'].iloc[0]} client, "
+            f"{rows['tokens_per_sec'].iloc[-1]:,.0f} for {rows['clients'].iloc[-1]}"
+            for name, rows in speeds.groupby("server", sort=False)
+        ),
         f"shutdown: {_counted(shutdown['verdict'])}",
     ]
-    write_stage(folder, "serving", conditions={name: one.conditions() for name, one in connected.items()},
-                summary=lines, model=model, checks=checks.to_dict("records"), drift=drift.to_dict("records"),
-                speeds=speeds.to_dict("records"), comparisons=table.to_dict("records"),
-                recipes=list(recipes), shutdown=shutdown.to_dict("records"))
+    write_stage(
+        folder,
+        "serving",
+        conditions={name: one.conditions() for name, one in connected.items()},
+        summary=lines,
+        model=model,
+        checks=checks.to_dict("records"),
+        drift=drift.to_dict("records"),
+        speeds=speeds.to_dict("records"),
+        comparisons=table.to_dict("records"),
+        recipes=list(recipes),
+        shutdown=shutdown.to_dict("records"),
+    )
     return lines
 
 
@@ -584,7 +693,9 @@ def _drift_lines(drift: pd.DataFrame) -> list[str]:
     if drift.empty:
         return []
     one, most = drift.to_dict("records")[0], drift.to_dict("records")[-1]
-    return [f"llama.cpp's server beside {most['requests']} requests: log-probabilities move by "
-            f"{one['drift']:.1e} with {one['slots']} slot, {most['drift']:.1e} with {most['slots']}; "
-            f"{drift['differ'].sum()} of "
-            f"{drift['answers'].sum()} texts differ"]
+    return [
+        f"llama.cpp's server beside {most['requests']} requests: log-probabilities move by "
+        f"{one['drift']:.1e} with {one['slots']} slot, {most['drift']:.1e} with {most['slots']}; "
+        f"{drift['differ'].sum()} of "
+        f"{drift['answers'].sum()} texts differ"
+    ]

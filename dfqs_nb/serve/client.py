@@ -187,14 +187,26 @@ class Endpoint:
             "request_options": dict(self.options),
         }
 
-    def chat(self, prompt: str | Sequence[dict[str, str]], max_tokens: int = 256,
-             sampling: Sampling = GREEDY, stop: Sequence[str] = (), **options: Any) -> Reply:
+    def chat(
+        self,
+        prompt: str | Sequence[dict[str, str]],
+        max_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        **options: Any,
+    ) -> Reply:
         """The answer to a chat in the server's template; errors as ``ask``."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return ask(self, {"messages": messages}, max_tokens, sampling, stop, **options)
 
-    def complete(self, text: str, max_tokens: int = 256, sampling: Sampling = GREEDY,
-                 stop: Sequence[str] = (), **options: Any) -> Reply:
+    def complete(
+        self,
+        text: str,
+        max_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        **options: Any,
+    ) -> Reply:
         """The continuation of plain text, without a template; errors as ``ask``."""
         return ask(self, {"prompt": text}, max_tokens, sampling, stop, **options)
 
@@ -255,8 +267,9 @@ def connect(
     facts = _of_model(facts, models.get(chosen, {}))
     facts = dataclasses.replace(facts, version=version) if version else facts
     stream = facts.name != "llama-cpp-python" if stream is None else stream
-    return Endpoint(url, chosen, facts, secret, timeout_seconds, retries, concurrency, stream,
-                    PLAIN.get(facts.name, {}))
+    return Endpoint(
+        url, chosen, facts, secret, timeout_seconds, retries, concurrency, stream, PLAIN.get(facts.name, {})
+    )
 
 
 def is_url(text: object) -> bool:
@@ -276,15 +289,20 @@ def check_in_process(target: object, what: str) -> None:
     """
     if isinstance(target, Endpoint) or is_url(target):
         where = target.base_url if isinstance(target, Endpoint) else target
-        raise EndpointError(f"{what} cannot be seen through an endpoint", where=str(where),
-                            hint="give the GGUF file: it is read inside the runtime, in this process")
+        raise EndpointError(
+            f"{what} cannot be seen through an endpoint",
+            where=str(where),
+            hint="give the GGUF file: it is read inside the runtime, in this process",
+        )
 
 
 def _secret(key: str, key_variable: str) -> Secret:
     if key_variable and not key:
         if not os.environ.get(key_variable):
-            raise KeyRefusedError(f"the environment variable {key_variable} is not set",
-                                  hint=f"export {key_variable} with the key, or leave the variable out")
+            raise KeyRefusedError(
+                f"the environment variable {key_variable} is not set",
+                hint=f"export {key_variable} with the key, or leave the variable out",
+            )
         key = os.environ[key_variable]
     return Secret(key)
 
@@ -296,8 +314,11 @@ def _with_v1(url: str) -> str:
     ('http://localhost:8080/v1', 'https://a.org/api/v1')
     """
     if not re.fullmatch(r"https?://[^/\s@]+(/\S*)?", url):
-        raise UnreachableError("not an address", where=re.sub(r"//[^/]*@", "//", url),
-                               hint="give one like http://127.0.0.1:8080/v1; a key goes into a variable")
+        raise UnreachableError(
+            "not an address",
+            where=re.sub(r"//[^/]*@", "//", url),
+            hint="give one like http://127.0.0.1:8080/v1; a key goes into a variable",
+        )
     url = url.rstrip("/")
     return url if re.search(r"/v\d+\w*$", url) else url + "/v1"
 
@@ -311,8 +332,14 @@ def _client(url: str, key: Secret, timeout_seconds: float) -> Any:
     import openai
 
     timeout = openai.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds))
-    return openai.OpenAI(base_url=url, api_key=key.reveal() or "none", organization="", project="",
-                         timeout=timeout, max_retries=0)
+    return openai.OpenAI(
+        base_url=url,
+        api_key=key.reveal() or "none",
+        organization="",
+        project="",
+        timeout=timeout,
+        max_retries=0,
+    )
 
 
 def _get(client: Any, url: str) -> Any:
@@ -360,8 +387,11 @@ def _models(client: Any, url: str, retries: int) -> dict[str, dict[str, Any]]:
     try:
         return {str(one["id"]): one for one in listed["data"] or ()}
     except (KeyError, TypeError):
-        raise UnreachableError("something answers there, but it does not list models", where=url,
-                               hint="check port and path: the address ends in /v1 as a rule") from None
+        raise UnreachableError(
+            "something answers there, but it does not list models",
+            where=url,
+            hint="check port and path: the address ends in /v1 as a rule",
+        ) from None
 
 
 def _chosen(model: str, models: Sequence[str], url: str) -> str:
@@ -378,8 +408,13 @@ def _facts(client: Any, root: str, models: Mapping[str, Any]) -> ServerFacts:
     props = _get(client, f"{root}/props")
     if isinstance(props, dict) and "default_generation_settings" in props:
         n_ctx = props["default_generation_settings"].get("n_ctx")
-        return ServerFacts("llama.cpp", str(props.get("build_info", "")), n_ctx=n_ctx,
-                           n_slots=props.get("total_slots"), chat_template=props.get("chat_template", ""))
+        return ServerFacts(
+            "llama.cpp",
+            str(props.get("build_info", "")),
+            n_ctx=n_ctx,
+            n_slots=props.get("total_slots"),
+            chat_template=props.get("chat_template", ""),
+        )
     for path, name in (("/api/version", "Ollama"), ("/version", "vLLM")):
         found = _get(client, root + path)
         if isinstance(found, dict) and "version" in found:
@@ -435,15 +470,27 @@ def ask(
             return dataclasses.replace(reply, attempts=attempt + 1)
         except Exception as error:
             stream = stream and not _is_broken(error)
-            _raise_or_wait(error, endpoint.base_url, endpoint.model, attempt, endpoint.retries,
-                           endpoint.facts.models)
+            _raise_or_wait(
+                error, endpoint.base_url, endpoint.model, attempt, endpoint.retries, endpoint.facts.models
+            )
     raise AssertionError("the last attempt raises")
 
 
-def _request(endpoint: Endpoint, prompt: Mapping[str, Any], max_tokens: int, sampling: Sampling,
-             stop: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    request: dict[str, Any] = {"model": endpoint.model, **prompt, "max_tokens": max_tokens,
-                               "temperature": sampling.temperature, "seed": sampling.seed}
+def _request(
+    endpoint: Endpoint,
+    prompt: Mapping[str, Any],
+    max_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    request: dict[str, Any] = {
+        "model": endpoint.model,
+        **prompt,
+        "max_tokens": max_tokens,
+        "temperature": sampling.temperature,
+        "seed": sampling.seed,
+    }
     if sampling.temperature > 0:
         request["top_p"] = sampling.top_p
     if stop:
@@ -505,34 +552,54 @@ def _first(said: Any) -> Any:
     return said.choices[0]
 
 
-def _reply(text: str, reason: str | None, stop: Sequence[str], usage: Any, n_pieces: int, first: float,
-           seconds: float) -> Reply:
+def _reply(
+    text: str,
+    reason: str | None,
+    stop: Sequence[str],
+    usage: Any,
+    n_pieces: int,
+    first: float,
+    seconds: float,
+) -> Reply:
     """The parts as a ``Reply``; ``eos`` and ``stop`` are one word in the protocol."""
     if reason in FINAL:
         raise _Refused(reason)
     if reason not in ("stop", "length"):
-        raise _Broken(f"it ended after {len(text):,} characters without saying why" if reason is None
-                      else f"the server ended it for {reason!r}")
+        raise _Broken(
+            f"it ended after {len(text):,} characters without saying why"
+            if reason is None
+            else f"the server ended it for {reason!r}"
+        )
     n_tokens = usage.completion_tokens if usage else n_pieces
     to_first = first if first == first else seconds
     return Reply(
-        text, (), "length" if reason == "length" else "stop" if stop else "eos",
-        usage.prompt_tokens if usage else 0, to_first, max(0.0, seconds - to_first), max(0, n_tokens - 1),
-        usage_tokens=n_tokens, counted_by="server" if usage else "pieces", first_seconds=first,
-    )  # fmt: skip
+        text,
+        (),
+        "length" if reason == "length" else "stop" if stop else "eos",
+        usage.prompt_tokens if usage else 0,
+        to_first,
+        max(0.0, seconds - to_first),
+        max(0, n_tokens - 1),
+        usage_tokens=n_tokens,
+        counted_by="server" if usage else "pieces",
+        first_seconds=first,
+    )
 
 
 # ---- what can fail ----
 
 
-def _raise_or_wait(error: Exception, url: str, model: str, attempt: int, retries: int,
-                   models: Sequence[str] = ()) -> None:
+def _raise_or_wait(
+    error: Exception, url: str, model: str, attempt: int, retries: int, models: Sequence[str] = ()
+) -> None:
     """Wait before the next attempt, or raise what the failure means."""
     meaning = _meaning(error, url, model, models)
     if meaning is None:
         raise error
-    again = (isinstance(meaning, (BusyError, UnreachableError, BrokenAnswerError))
-             and getattr(error, "status_code", 0) != 404)
+    again = (
+        isinstance(meaning, (BusyError, UnreachableError, BrokenAnswerError))
+        and getattr(error, "status_code", 0) != 404
+    )
     if not again or attempt >= retries:
         if attempt:
             meaning.add_note(f"asked {attempt + 1} times")
@@ -562,22 +629,32 @@ def _meaning(error: Exception, url: str, model: str, models: Sequence[str]) -> E
     import openai
 
     if isinstance(error, openai.APITimeoutError):
-        return UnreachableError("no answer in time", where=url,
-                                hint="raise timeout_seconds, or ask for fewer tokens")
+        return UnreachableError(
+            "no answer in time", where=url, hint="raise timeout_seconds, or ask for fewer tokens"
+        )
     if isinstance(error, openai.APIConnectionError) and not _is_broken(error):
-        return UnreachableError(f"nothing answers there ({error.__cause__ or error})", where=url,
-                                hint="check the address, and that the server is running")
+        return UnreachableError(
+            f"nothing answers there ({error.__cause__ or error})",
+            where=url,
+            hint="check the address, and that the server is running",
+        )
     if isinstance(error, openai.APIStatusError):
         return _status(error.status_code, _said(error), url, model, models)
     if isinstance(error, _Refused):
-        return EndpointError(f"the server ended the answer for {str(error)!r}", where=url,
-                             hint="switch filters and tools off at the server, or take another one")
+        return EndpointError(
+            f"the server ended the answer for {str(error)!r}",
+            where=url,
+            hint="switch filters and tools off at the server, or take another one",
+        )
     if _is_broken(error):
         why = str(error.__cause__ or error) or type(error).__name__
         if _is_overflow(why):
             return _overflow(why, url)
-        return BrokenAnswerError(f"the answer broke off ({why})", where=url,
-                                 hint="read the server's log; nothing of this answer was kept")
+        return BrokenAnswerError(
+            f"the answer broke off ({why})",
+            where=url,
+            hint="read the server's log; nothing of this answer was kept",
+        )
     return None
 
 
@@ -594,24 +671,38 @@ def _status(status: int, said: str, url: str, model: str, models: Sequence[str])
     if _is_overflow(said) and status in (400, 413, 422, 500):
         return _overflow(said, url)
     if status in (401, 403):
-        return KeyRefusedError(f"the key is refused ({status})", where=url,
-                               hint="put the right key into an environment variable and pass its name")
+        return KeyRefusedError(
+            f"the key is refused ({status})",
+            where=url,
+            hint="put the right key into an environment variable and pass its name",
+        )
     if status == 404 and model:
         has = f"it has {', '.join(models)}" if models else "ask GET /v1/models what it has"
         return UnknownModelError(f"no model {model!r}, or no such path ({said})", where=url, hint=has)
     if status == 404:
-        return UnreachableError(f"something answers there, but not this protocol ({said})", where=url,
-                                hint="check port and path: the address ends in /v1 as a rule")
+        return UnreachableError(
+            f"something answers there, but not this protocol ({said})",
+            where=url,
+            hint="check port and path: the address ends in /v1 as a rule",
+        )
     if status in BUSY or status >= 500:
-        return BusyError(f"the server says {status} ({said})", where=url,
-                         hint="wait, lower the concurrency, or read the server's log")
-    return EndpointError(f"the server refuses the request: {status} ({said})", where=url,
-                         hint="the answer to this request will not change: change the request")
+        return BusyError(
+            f"the server says {status} ({said})",
+            where=url,
+            hint="wait, lower the concurrency, or read the server's log",
+        )
+    return EndpointError(
+        f"the server refuses the request: {status} ({said})",
+        where=url,
+        hint="the answer to this request will not change: change the request",
+    )
 
 
 OVERFLOW = re.compile(
     r"exceed_context_size|context_length_exceeded|exceeds? (the )?(available )?context|maximum context length"
-    r"|context (window|size|length)[^.]{0,40}exceed|max_model_len", re.IGNORECASE)
+    r"|context (window|size|length)[^.]{0,40}exceed|max_model_len",
+    re.IGNORECASE,
+)
 
 
 def _is_overflow(said: str) -> bool:
@@ -624,8 +715,11 @@ def _is_overflow(said: str) -> bool:
 
 
 def _overflow(said: str, url: str) -> ContextOverflowError:
-    return ContextOverflowError(f"it does not fit into the server's context ({said})", where=url,
-                         hint="start the server with a larger context, or shorten the prompt")
+    return ContextOverflowError(
+        f"it does not fit into the server's context ({said})",
+        where=url,
+        hint="start the server with a larger context, or shorten the prompt",
+    )
 
 
 def _pause(error: Exception, attempt: int) -> float:
@@ -681,15 +775,19 @@ def check_context(endpoint: Endpoint, item_set: ItemSet) -> int:
         return 0
     chat = item_set.mode == "chat"
     before, after = (_shown_around(endpoint) or ("", "")) if chat else ("", "")
-    texts = [before + (item.asked(item_set.instruction) if chat else item.prompt) + after
-             for item in item_set.items]
+    texts = [
+        before + (item.asked(item_set.instruction) if chat else item.prompt) + after
+        for item in item_set.items
+    ]
     longest = sorted(texts, key=len)[-COUNTED_ITEMS:]
     needed = max(len(tokens(text)) for text in longest) + item_set.max_tokens
     if needed > endpoint.facts.n_ctx:
         raise ContextOverflowError(
             f"the set {item_set.name} needs {needed:,} tokens of context, and the server has "
-            f"{endpoint.facts.n_ctx:,}", where=endpoint.base_url,
-            hint="start the server with a larger context for each request")
+            f"{endpoint.facts.n_ctx:,}",
+            where=endpoint.base_url,
+            hint="start the server with a larger context for each request",
+        )
     return needed
 
 
@@ -719,9 +817,15 @@ def score_set(
     check_context(endpoint, item_set)
     conditions = run_conditions(endpoint, item_set, sampling)
     return scores.collect(
-        answerer(endpoint, item_set), item_set, folder, conditions, sampling=sampling,
-        model_id=model_id or endpoint.identity, n_parallel=endpoint.concurrency, **options,
-    )  # fmt: skip
+        answerer(endpoint, item_set),
+        item_set,
+        folder,
+        conditions,
+        sampling=sampling,
+        model_id=model_id or endpoint.identity,
+        n_parallel=endpoint.concurrency,
+        **options,
+    )
 
 
 # ---- tokens of a server ----
@@ -734,11 +838,15 @@ def tokenizer(endpoint: Endpoint) -> Callable[[str], list[int]] | None:
     The function raises ``BusyError`` where the server stops counting: a length is never guessed in silence.
     """
     forms: dict[str, tuple[str, Callable[[str], dict[str, Any]]]] = {
-        "llama.cpp": ("/tokenize", lambda text: {"content": text, "add_special": False,
-                                                 "parse_special": True}),
+        "llama.cpp": (
+            "/tokenize",
+            lambda text: {"content": text, "add_special": False, "parse_special": True},
+        ),
         "llama-cpp-python": ("/extras/tokenize", lambda text: {"input": text}),
-        "vLLM": ("/tokenize", lambda text: {"model": endpoint.model, "prompt": text,
-                                            "add_special_tokens": False}),
+        "vLLM": (
+            "/tokenize",
+            lambda text: {"model": endpoint.model, "prompt": text, "add_special_tokens": False},
+        ),
     }
     if endpoint.facts.name not in forms:
         return None
@@ -750,9 +858,12 @@ def tokenizer(endpoint: Endpoint) -> Callable[[str], list[int]] | None:
     def tokens(text: str) -> list[int]:
         found = _token_ids(endpoint.post(path, **form(text)))
         if found is None:
-            raise BusyError("the server counted tokens and stopped doing so", where=endpoint.base_url,
-                            hint="read the server's log; the same call goes on from there")
-        return found[len(start):]
+            raise BusyError(
+                "the server counted tokens and stopped doing so",
+                where=endpoint.base_url,
+                hint="read the server's log; the same call goes on from there",
+            )
+        return found[len(start) :]
 
     return tokens
 
@@ -881,10 +992,25 @@ def measure_long_context(
     Path(folder).mkdir(parents=True, exist_ok=True)
     remote = Remote(endpoint, around)
     frame = remote.frame(load_prompts(prompt_set))
-    plan = long_context.make_plan(remote, prompt_set, longest, shortest=shortest, n_haystacks=n_haystacks,
-                                  rounds=0, grown=False, frame=frame)
-    return long_context.measure(remote, plan, folder, model_sha256=model_id or endpoint.identity, fresh=fresh,
-                                frame=frame, asker=remote)
+    plan = long_context.make_plan(
+        remote,
+        prompt_set,
+        longest,
+        shortest=shortest,
+        n_haystacks=n_haystacks,
+        rounds=0,
+        grown=False,
+        frame=frame,
+    )
+    return long_context.measure(
+        remote,
+        plan,
+        folder,
+        model_sha256=model_id or endpoint.identity,
+        fresh=fresh,
+        frame=frame,
+        asker=remote,
+    )
 
 
 # ---- speed ----
@@ -938,10 +1064,18 @@ def _of_full_length(endpoint: Endpoint, n_tokens: int) -> dict[str, Any]:
 def _speed_row(replies: Sequence[Reply], seconds: float) -> dict[str, Any]:
     tokens = sum(reply.n_tokens for reply in replies)
     first = [reply.first_seconds for reply in replies]
-    decode = [reply.decode_tokens_per_sec for reply in replies
-              if reply.first_seconds == reply.first_seconds and reply.n_decoded and reply.decode_seconds]
+    decode = [
+        reply.decode_tokens_per_sec
+        for reply in replies
+        if reply.first_seconds == reply.first_seconds and reply.n_decoded and reply.decode_seconds
+    ]
     return {
-        "requests": len(replies), "tokens": tokens, "seconds": seconds, "tokens_per_sec": tokens / seconds,
-        "first_median": median(first), "first_max": max(first),
-        "decode_median": median(decode) if decode else float("nan"), "counted_by": replies[0].counted_by,
-    }  # fmt: skip
+        "requests": len(replies),
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_sec": tokens / seconds,
+        "first_median": median(first),
+        "first_max": max(first),
+        "decode_median": median(decode) if decode else float("nan"),
+        "counted_by": replies[0].counted_by,
+    }

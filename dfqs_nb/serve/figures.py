@@ -28,8 +28,10 @@ def speed_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylim(0, speeds["tokens_per_sec"].max() * 1.25)
     ax.set_ylabel("tokens a second, all clients together")
     ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
-    gains = {name: rows["tokens_per_sec"].iloc[-1] / rows["tokens_per_sec"].iloc[0]
-             for name, rows in speeds.groupby("server", sort=False)}
+    gains = {
+        name: rows["tokens_per_sec"].iloc[-1] / rows["tokens_per_sec"].iloc[0]
+        for name, rows in speeds.groupby("server", sort=False)
+    }
     best = max(gains, key=lambda name: gains[name])
     fewest = "one" if clients[0] == 1 else clients[0]
     _title(ax, f"{clients[-1]} clients get at most {gains[best]:.1f} times the tokens of {fewest} ({best})")
@@ -46,8 +48,15 @@ def wait_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for number, (rows, style) in enumerate(servers):
         at = rows["clients"] * (1 + 0.04 * (number - (len(servers) - 1) / 2))
         above = (rows["first_max"] - rows["first_median"]).clip(lower=0)
-        ax.errorbar(at, rows["first_median"], yerr=[above * 0, above], capsize=3, linewidth=1,
-                    label=rows["server"].iloc[0], **style)
+        ax.errorbar(
+            at,
+            rows["first_median"],
+            yerr=[above * 0, above],
+            capsize=3,
+            linewidth=1,
+            label=rows["server"].iloc[0],
+            **style,
+        )
     clients = _client_axis(ax, speeds)
     ax.yaxis.set_major_formatter(EngFormatter(unit="s"))
     ax.set_ylim(bottom=0)
@@ -62,8 +71,10 @@ def _by_server(speeds: pd.DataFrame) -> list[tuple[pd.DataFrame, dict[str, str]]
     """Rows and line style of each server, in the frame's order."""
     colours = (PALETTE[0], PALETTE[5], *PALETTE[2:4])
     groups = [rows for _, rows in speeds.groupby("server", sort=False)]
-    return [(rows, {"color": colours[number % 4], "marker": "os^D"[number % 4], "linestyle": "-"})
-            for number, rows in enumerate(groups)]
+    return [
+        (rows, {"color": colours[number % 4], "marker": "os^D"[number % 4], "linestyle": "-"})
+        for number, rows in enumerate(groups)
+    ]
 
 
 def _client_axis(ax: Axes, speeds: pd.DataFrame) -> list[int]:

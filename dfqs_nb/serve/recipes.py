@@ -40,8 +40,10 @@ PROMPT = "What is the capital of France?"
 DEFAULT_KEY_VARIABLE = "DFQS_API_KEY"
 MOST_N_CTX, LEAST_N_CTX = 32_768, 4_096  # tokens, unless told otherwise
 UNKNOWN_N_CTX = 8_192  # tokens, for a model whose header is not here
-NO_REPACK = ("--no-repack is for CPUs with AMX, where repacked weights crash at the first decode "
-             "(ggml-org/llama.cpp#20824); it saves a second copy in memory. Elsewhere it may cost speed.")
+NO_REPACK = (
+    "--no-repack is for CPUs with AMX, where repacked weights crash at the first decode "
+    "(ggml-org/llama.cpp#20824); it saves a second copy in memory. Elsewhere it may cost speed."
+)
 BUILD = "b11063"  # the newest llama.cpp build seen to load `deepseek4` from a prebuilt library
 SPARE_GPU_BYTES = 1 << 30  # for compute buffers and what else uses the GPU
 FACTS = ("recipe", "checked_how", "run_here", "loads_deepseek4", "split_files", "since", "limits", "source")
@@ -138,8 +140,11 @@ def _table() -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DeployError(f"cannot read the table of targets ({error})", where=tilde(path),
-                          hint="restore it with git, or set DFQS_DATA to a folder that has it") from error
+        raise DeployError(
+            f"cannot read the table of targets ({error})",
+            where=tilde(path),
+            hint="restore it with git, or set DFQS_DATA to a folder that has it",
+        ) from error
 
 
 @cache
@@ -177,8 +182,10 @@ def targets_table() -> pd.DataFrame:
     """
     import pandas as pd
 
-    rows = [{"target": one.name, "title": one.title, **{name: getattr(one, name) for name in FACTS}}
-            for one in targets().values()]
+    rows = [
+        {"target": one.name, "title": one.title, **{name: getattr(one, name) for name in FACTS}}
+        for one in targets().values()
+    ]
     table = pd.DataFrame(rows)
     table["source"] = table["source"].map(" ".join)
     table["run_here"] = table["run_here"].replace("", "generated, not run")
@@ -231,13 +238,20 @@ def write_recipe(
     folder = Path(os.path.abspath(folder))
     settings = _settings(chosen, source, n_ctx, n_threads, n_gpu_layers)
     values, get = _values(chosen, source, settings, folder, key_variable, prompt)
-    texts = {name: _file(chosen.files[name], name, values) for name in chosen.files
-             if name != "chat_template.jinja" or values["template_text"]}
+    texts = {
+        name: _file(chosen.files[name], name, values)
+        for name in chosen.files
+        if name != "chat_template.jinja" or values["template_text"]
+    }
     recipe = Recipe(
-        target, values["model"], settings, tuple(folder / name for name in (*texts, "RECIPE.md")),
+        target,
+        values["model"],
+        settings,
+        tuple(folder / name for name in (*texts, "RECIPE.md")),
         (*get, *_commands(chosen.install, values), *_commands(chosen.run, values)),
         tuple(_commands(_table()["common"]["check"], values)) if chosen.server else (),
-        (*source.notes, *_notes(chosen, source, settings, values)))  # fmt: skip
+        (*source.notes, *_notes(chosen, source, settings, values)),
+    )
     texts["RECIPE.md"] = recipe_text(recipe, _commands(chosen.also, values), _commands(chosen.stop, values))
     _write(folder, texts, overwrite)
     return recipe
@@ -263,8 +277,14 @@ def _registered_as(model: str, known: dict[str, Any]) -> str:
     if model in known:
         return model
     bare = model.rpartition("@")[0] or model
-    return next((name for name, one in known.items()
-                 if any(bare == f"{one.source}/{file.name}" for file in one.files)), "")
+    return next(
+        (
+            name
+            for name, one in known.items()
+            if any(bare == f"{one.source}/{file.name}" for file in one.files)
+        ),
+        "",
+    )
 
 
 def _local(path: Path) -> _Source:
@@ -277,9 +297,15 @@ def _local(path: Path) -> _Source:
     header = shards.as_one
     url = str(header.get("general.base_model.0.repo_url", ""))
     original = url.removeprefix("https://huggingface.co/") if "huggingface.co/" in url else NOT_GIVEN
-    return _Source(shards.name, tuple(one.name for one in shards.paths),
-                   os.path.dirname(os.path.abspath(shards.paths[0])), shards.nbytes, header, shards,
-                   original=original)  # fmt: skip
+    return _Source(
+        shards.name,
+        tuple(one.name for one in shards.paths),
+        os.path.dirname(os.path.abspath(shards.paths[0])),
+        shards.nbytes,
+        header,
+        shards,
+        original=original,
+    )
 
 
 def _on_hub(address: str) -> _Source:
@@ -312,27 +338,43 @@ def _registered(model: Any, known: dict[str, Any]) -> _Source:
         return [*get, *([shlex.join(["dfqs-nb", "repair", path, "--in-place"])] if glued else [])]
 
     original = WEIGHTS_FROM if name.lower().startswith("deepseek-v4-flash") else NOT_GIVEN
-    return _Source(name, (one_file,), "", model.size_bytes, fetch=fetch, original=original,
-                   notes=((_glued_note(model, glued),) if glued else ()) + (model.note,))  # fmt: skip
+    return _Source(
+        name,
+        (one_file,),
+        "",
+        model.size_bytes,
+        fetch=fetch,
+        original=original,
+        notes=((_glued_note(model, glued),) if glued else ()) + (model.note,),
+    )
 
 
 def _glued_from(model: Any, known: dict[str, Any]) -> str:
     """The model whose shards, put end to end, have exactly this single file's size: a merge is smaller."""
-    return next((name for name, other in known.items() if len(model.files) == 1 and len(other.files) > 1
-                 and other.size_bytes == model.size_bytes), "")  # fmt: skip
+    return next(
+        (
+            name
+            for name, other in known.items()
+            if len(model.files) == 1 and len(other.files) > 1 and other.size_bytes == model.size_bytes
+        ),
+        "",
+    )
 
 
 def _glued_note(model: Any, shards: str) -> str:
-    return (f"The published file is {model.size_bytes:,} bytes, exactly the sum of the shards of {shards}: "
-            "they were put end to end, which is no merge, and no runtime loads it (llama.cpp: invalid split "
-            f"file name). The recipe repairs it in place. Or give the name {shards} instead.")
+    return (
+        f"The published file is {model.size_bytes:,} bytes, exactly the sum of the shards of {shards}: "
+        "they were put end to end, which is no merge, and no runtime loads it (llama.cpp: invalid split "
+        f"file name). The recipe repairs it in place. Or give the name {shards} instead."
+    )
 
 
 # ---- its settings ----
 
 
-def _settings(target: Target, source: _Source, n_ctx: int | None, n_threads: int | None,
-              n_gpu_layers: int | None) -> Settings:
+def _settings(
+    target: Target, source: _Source, n_ctx: int | None, n_threads: int | None, n_gpu_layers: int | None
+) -> Settings:
     n_ctx = _n_ctx(target, source, n_ctx)
     if n_threads is None:
         n_threads = _threads(source)
@@ -348,13 +390,17 @@ def _n_ctx(target: Target, source: _Source, wanted: int | None) -> int:
     trained = int(source.header.arch("context_length", 0)) if source.header else 0
     least, limit = max(target.least_n_ctx, 1), trained or 2**31 - 256
     if target.least_n_ctx > limit:
-        raise DeployError(f"{target.title} wants a context of {least:,} tokens, and the model was trained on "
-                          f"{trained:,}", hint="take another target")
+        raise DeployError(
+            f"{target.title} wants a context of {least:,} tokens, and the model was trained on {trained:,}",
+            hint="take another target",
+        )
     if wanted is None:
         return max(least if target.least_n_ctx else 1, _fitting(source, limit))
     if not least <= wanted <= limit:
-        raise DeployError(f"a context of {wanted:,} tokens is not between {least:,} and {limit:,}",
-                          hint="leave it out, and it is chosen")
+        raise DeployError(
+            f"a context of {wanted:,} tokens is not between {least:,} and {limit:,}",
+            hint="leave it out, and it is chosen",
+        )
     return wanted
 
 
@@ -444,8 +490,9 @@ def _lies(target: Target, source: _Source, folder: Path) -> tuple[str, list[str]
     return there, get
 
 
-def _values(target: Target, source: _Source, settings: Settings, folder: Path, key_variable: str,
-            prompt: str) -> tuple[dict[str, Any], list[str]]:
+def _values(
+    target: Target, source: _Source, settings: Settings, folder: Path, key_variable: str, prompt: str
+) -> tuple[dict[str, Any], list[str]]:
     """What templates and commands may name, and the commands that bring the model."""
     if key_variable and not key_variable.isidentifier():
         raise DeployError("that is no name of an environment variable", hint="give its name, not the key")
@@ -457,13 +504,21 @@ def _values(target: Target, source: _Source, settings: Settings, folder: Path, k
         lies, files = str(folder), (f"{source.name}.gguf",)
     inner = target.mount or lies
     values = _names(target, source, settings) | {
-        "model": _join(inner, files[0]), "models": [_join(inner, one) for one in files], "file": files[0],
-        "model_folder": lies, "mount": target.mount, "folder": str(folder), "get": get, "prompt": prompt,
-        "models_folder": str(folder / "models"), "key": key_variable, "key_name": key_variable,
+        "model": _join(inner, files[0]),
+        "models": [_join(inner, one) for one in files],
+        "file": files[0],
+        "model_folder": lies,
+        "mount": target.mount,
+        "folder": str(folder),
+        "get": get,
+        "prompt": prompt,
+        "models_folder": str(folder / "models"),
+        "key": key_variable,
+        "key_name": key_variable,
         "key_or_default": key_variable or DEFAULT_KEY_VARIABLE,
         "kaggle_id": f"INSERT_KAGGLE_USERNAME/{slug_of(source.name)}",
         "template": str(folder / "chat_template.jinja") if _template(source) else "",
-    }  # fmt: skip
+    }
     values["kaggle_dataset"] = "" if source.fetch else values["kaggle_id"]
     in_notebook = any(name.endswith(".ipynb") for name in target.files)
     return values, [] if in_notebook else get
@@ -480,22 +535,38 @@ def _names(target: Target, source: _Source, settings: Settings) -> dict[str, Any
     served = _fill(target.served_name, {"name": slug, "slug": slug}, str)
     cuda = "ON" if settings.n_gpu_layers and platform.system() != "Darwin" else ""  # there it is Metal
     return {
-        "name": slug, "slug": slug, "nbytes": source.nbytes, "n_ctx": settings.n_ctx,
-        "n_threads": settings.n_threads, "n_gpu_layers": settings.n_gpu_layers,
-        "n_ctx_text": str(settings.n_ctx), "n_threads_text": str(settings.n_threads),
-        "n_gpu_layers_text": str(settings.n_gpu_layers), "max_tokens": min(4096, settings.n_ctx // 4),
-        "gpu_ratio": share, "gpu_share": "off" if not share else "max" if share == 1 else str(share),
-        "host": HOST, "port": target.server, "publish": f"{HOST}:{target.server}:8080",
-        "base_url": f"http://{HOST}:{target.server}{target.prefix}/v1", "template_text": _template(source),
-        "build": BUILD, "system": _system(), "cuda": cuda, "gpu_driver": "nvidia" if cuda else "",
+        "name": slug,
+        "slug": slug,
+        "nbytes": source.nbytes,
+        "n_ctx": settings.n_ctx,
+        "n_threads": settings.n_threads,
+        "n_gpu_layers": settings.n_gpu_layers,
+        "n_ctx_text": str(settings.n_ctx),
+        "n_threads_text": str(settings.n_threads),
+        "n_gpu_layers_text": str(settings.n_gpu_layers),
+        "max_tokens": min(4096, settings.n_ctx // 4),
+        "gpu_ratio": share,
+        "gpu_share": "off" if not share else "max" if share == 1 else str(share),
+        "host": HOST,
+        "port": target.server,
+        "publish": f"{HOST}:{target.server}:8080",
+        "base_url": f"http://{HOST}:{target.server}{target.prefix}/v1",
+        "template_text": _template(source),
+        "build": BUILD,
+        "system": _system(),
+        "cuda": cuda,
+        "gpu_driver": "nvidia" if cuda else "",
         "image": f"ghcr.io/ggml-org/llama.cpp:server{'-cuda' if cuda else ''}-{BUILD}",
-        "original": source.original, "runner_model": f"dfqs/{slug}",
+        "original": source.original,
+        "runner_model": f"dfqs/{slug}",
         "lemonade_args": f"--threads {settings.n_threads} --n-gpu-layers {settings.n_gpu_layers} --no-repack",
-        "question": _question(served), "platform": target.title,
+        "question": _question(served),
+        "platform": target.title,
         "drive": "/content/drive" if "drive" in target.place else "",
-        "where_it_is": "A file of your Drive appears once it is mounted." if "drive" in target.place else
-                       "A local file goes up as a dataset first, and appears under /kaggle/input.",
-    }  # fmt: skip
+        "where_it_is": "A file of your Drive appears once it is mounted."
+        if "drive" in target.place
+        else "A local file goes up as a dataset first, and appears under /kaggle/input.",
+    }
 
 
 def _question(served: str) -> str:
@@ -514,6 +585,7 @@ def _system() -> str:
 
 def _fill(text: str, values: dict[str, Any], quote: Callable[[Any], str]) -> str:
     """``text`` with its values; a part between {? and ?} goes when a value in it is empty."""
+
     def part(match: re.Match[str]) -> str:
         return match[1] if all(values[name] for name in PLACEHOLDER.findall(match[1])) else ""
 
@@ -547,8 +619,14 @@ def _for_powershell(value: Any) -> str:
 def _file(template: str, name: str, values: dict[str, Any]) -> str:
     """The text of one file of the recipe."""
     text = (data_dir() / "deploy" / "templates" / template).read_text(encoding="utf-8")
-    kinds = {".json": _for_json, ".yaml": _for_json, ".yml": _for_json, ".py": _for_json, ".ipynb": _for_json,
-             ".ps1": _for_powershell}  # fmt: skip
+    kinds = {
+        ".json": _for_json,
+        ".yaml": _for_json,
+        ".yml": _for_json,
+        ".py": _for_json,
+        ".ipynb": _for_json,
+        ".ps1": _for_powershell,
+    }
     quote = _for_compose if name == "compose.yaml" else kinds.get(PurePosixPath(name).suffix, str)
     filled = _fill(text, values, quote)
     return _notebook(filled, values) if name.endswith(".ipynb") else filled
@@ -576,13 +654,17 @@ def _notes(target: Target, source: _Source, settings: Settings, values: dict[str
     if target.run_here == "":
         notes.append(f"Generated, not run here. Checked: {target.checked_how}.")
     if source.shards is None:
-        notes.append(f"The header is not here, so a context of {settings.n_ctx:,} tokens is a guess: give "
-                     "the local file for settings that fit.")
+        notes.append(
+            f"The header is not here, so a context of {settings.n_ctx:,} tokens is a guess: give "
+            "the local file for settings that fit."
+        )
     else:
         notes += _memory_notes(source, settings)
     if target.single_file and len(source.files) > 1:
-        notes.append(f"{target.title} takes one file: the shards are merged first, which takes "
-                     f"{binary_size(source.nbytes)} more of the disk (`--consume` releases them meanwhile).")
+        notes.append(
+            f"{target.title} takes one file: the shards are merged first, which takes "
+            f"{binary_size(source.nbytes)} more of the disk (`--consume` releases them meanwhile)."
+        )
     if source.header is not None and not values["template_text"]:
         notes.append("The header has no chat template: a server falls back on a template of its own.")
     if values["original"] == NOT_GIVEN and any("@{original}" in one for one in target.run):
@@ -597,8 +679,10 @@ def _notes(target: Target, source: _Source, settings: Settings, values: dict[str
 def _memory_notes(source: _Source, settings: Settings) -> list[str]:
     assert source.shards is not None
     needs = estimate(source.shards.headers, settings.n_ctx)
-    notes = [f"The cache of {settings.n_ctx:,} tokens takes {binary_size(needs.kv.total)} (swa_full off), "
-             f"beside {binary_size(needs.weights_bytes)} of weights. The compute buffer is not counted."]
+    notes = [
+        f"The cache of {settings.n_ctx:,} tokens takes {binary_size(needs.kv.total)} (swa_full off), "
+        f"beside {binary_size(needs.weights_bytes)} of weights. The compute buffer is not counted."
+    ]
     try:
         slow = check_fits(needs)
     except SpaceError as error:
@@ -613,11 +697,21 @@ def recipe_text(recipe: Recipe, also: Sequence[str] = (), stop: Sequence[str] = 
     """The recipe as people read it: Markdown."""
     one, settings = target_of(recipe.target), recipe.settings
     blocks = [("Run", recipe.commands), ("Check", recipe.checks), ("Or", also), ("Stop", stop)]
-    facts = {"loads deepseek4": one.loads_deepseek4, "split files": one.split_files, "since": one.since,
-             "facts of": one.date}
-    lines = [f"# {one.title}", "", f"Written by `dfqs-nb deploy {recipe.target}`: {one.recipe}.", "",
-             f"Context: {settings.n_ctx:,} tokens. Threads: {settings.n_threads}. Layers on the GPU: "
-             f"{settings.n_gpu_layers}.", ""]  # fmt: skip
+    facts = {
+        "loads deepseek4": one.loads_deepseek4,
+        "split files": one.split_files,
+        "since": one.since,
+        "facts of": one.date,
+    }
+    lines = [
+        f"# {one.title}",
+        "",
+        f"Written by `dfqs-nb deploy {recipe.target}`: {one.recipe}.",
+        "",
+        f"Context: {settings.n_ctx:,} tokens. Threads: {settings.n_threads}. Layers on the GPU: "
+        f"{settings.n_gpu_layers}.",
+        "",
+    ]
     lines += [f"- {note}" for note in recipe.notes]
     for title, commands in blocks:
         if commands:
@@ -630,8 +724,11 @@ def _write(folder: Path, texts: dict[str, str], overwrite: bool) -> None:
     """Write all files, or none: what is there stays unless it may be replaced."""
     there = [name for name in texts if (folder / name).exists()]
     if there and not overwrite:
-        raise DeployError(f"{', '.join(there)} is there already", where=tilde(folder),
-                          hint="take another folder, or pass overwrite (--overwrite)")
+        raise DeployError(
+            f"{', '.join(there)} is there already",
+            where=tilde(folder),
+            hint="take another folder, or pass overwrite (--overwrite)",
+        )
     done: list[Path] = []
     try:
         for name, text in texts.items():
@@ -642,14 +739,18 @@ def _write(folder: Path, texts: dict[str, str], overwrite: bool) -> None:
     except OSError as error:
         for path in done if not there else []:
             path.unlink(missing_ok=True)
-        raise DeployError(f"cannot write the recipe ({error.strerror})", where=tilde(folder),
-                          hint="take a folder you may write") from error
+        raise DeployError(
+            f"cannot write the recipe ({error.strerror})",
+            where=tilde(folder),
+            hint="take a folder you may write",
+        ) from error
 
 
 def list_text() -> str:
     """The targets, one a line: name, title, and what ran here."""
-    lines = [f"{one.name:<22}{one.title:<24}{one.run_here or 'generated, not run'}"
-             for one in targets().values()]
+    lines = [
+        f"{one.name:<22}{one.title:<24}{one.run_here or 'generated, not run'}" for one in targets().values()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -660,8 +761,14 @@ def table_text() -> str:
         row["title (name)"] = f"{row['title']} (`{row['target']}`)"
         row["source"] = ", ".join(f"[{n}]({url})" for n, url in enumerate(row["source"].split(), 1))
     how = {"target": "title (name)", "recipe": "recipe", "run here": "run_here", "checked how": "checked_how"}
-    limits = {"target": "title", "loads `deepseek4`": "loads_deepseek4", "split files": "split_files",
-              "since": "since", "limits": "limits", "source": "source"}
+    limits = {
+        "target": "title",
+        "loads `deepseek4`": "loads_deepseek4",
+        "split files": "split_files",
+        "since": "since",
+        "limits": "limits",
+        "source": "source",
+    }
     dates = ", ".join(sorted({one.date for one in targets().values()}))
     page = (data_dir() / "deploy" / "templates" / "README.md").read_text(encoding="utf-8")
     return _fill(page, {"how": _markdown(rows, how), "limits": _markdown(rows, limits), "dates": dates}, str)

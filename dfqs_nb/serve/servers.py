@@ -150,8 +150,19 @@ def serve(
         ServerError: the host is not loopback, or the server does not come up in time.
         ModelError: it dies while it starts; the log's last lines are a note of the exception.
     """
-    server = start(kind, path, settings, n_parallel=n_parallel, name=name, log=log, host=host, port=port,
-                   key_variable=key_variable, expose=expose, start_seconds=start_seconds)
+    server = start(
+        kind,
+        path,
+        settings,
+        n_parallel=n_parallel,
+        name=name,
+        log=log,
+        host=host,
+        port=port,
+        key_variable=key_variable,
+        expose=expose,
+        start_seconds=start_seconds,
+    )
     try:
         yield server
     finally:
@@ -179,14 +190,36 @@ def start(
     _check(kind, settings, host, expose, key_variable)
     name, started = name or Path(model_path).stem, time.perf_counter()
     log_path = Path(log) if log else _temporary_log()
-    job = {"kind": kind, "path": os.path.abspath(model_path), "settings": settings.as_dict(), "name": name,
-           "n_parallel": n_parallel, "host": host, "port": port, "key_variable": key_variable}
+    job = {
+        "kind": kind,
+        "path": os.path.abspath(model_path),
+        "settings": settings.as_dict(),
+        "name": name,
+        "n_parallel": n_parallel,
+        "host": host,
+        "port": port,
+        "key_variable": key_variable,
+    }
     with log_path.open("ab") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dfqs_nb.serve.servers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=file, env=child_environment(), start_new_session=True)  # fmt: skip
-    server = LocalServer(kind, "", name, f"{KINDS[kind]} {version(KINDS[kind])}", log_path, settings,
-                         n_parallel, key_variable, process)
+            [sys.executable, "-m", "dfqs_nb.serve.servers"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            env=child_environment(),
+            start_new_session=True,
+        )
+    server = LocalServer(
+        kind,
+        "",
+        name,
+        f"{KINDS[kind]} {version(KINDS[kind])}",
+        log_path,
+        settings,
+        n_parallel,
+        key_variable,
+        process,
+    )
     try:
         _send(process, job)
         found = _its_port(server, model_path, started + start_seconds)
@@ -207,11 +240,15 @@ def _check(kind: str, settings: OpenSettings, host: str, expose: bool, key_varia
     if settings.rpc_servers and kind != "llama-cpp-python":
         raise ServerError("the prebuilt llama.cpp server has no RPC", hint="serve with llama-cpp-python")
     if not expose and not is_loopback(host):
-        raise ServerError(f"{host} can be reached from other machines",
-                          hint="use 127.0.0.1, or pass expose=True and a key if that is what you want")
+        raise ServerError(
+            f"{host} can be reached from other machines",
+            hint="use 127.0.0.1, or pass expose=True and a key if that is what you want",
+        )
     if key_variable and not os.environ.get(key_variable):
-        raise ServerError(f"the environment variable {key_variable} is not set",
-                          hint=f"export {key_variable} with the key that clients will send")
+        raise ServerError(
+            f"the environment variable {key_variable} is not set",
+            hint=f"export {key_variable} with the key that clients will send",
+        )
 
 
 def is_loopback(host: str) -> bool:
@@ -247,8 +284,14 @@ def _its_port(server: LocalServer, path: str | Path, until: float) -> int:
     while b"\n" not in said:
         _check_alive(server, path)
         if time.perf_counter() > until:
-            raise _with_log(ServerError("the server did not come up in time", where=path,
-                                        hint="a large model needs longer: raise start_seconds"), server)
+            raise _with_log(
+                ServerError(
+                    "the server did not come up in time",
+                    where=path,
+                    hint="a large model needs longer: raise start_seconds",
+                ),
+                server,
+            )
         if select.select([stdout], [], [], POLL_SECONDS)[0]:
             said += os.read(stdout.fileno(), 4096)
     return int(json.loads(said.split(b"\n")[0])["port"])
@@ -259,8 +302,12 @@ def _wait_for_answer(server: LocalServer, path: str | Path, until: float) -> Non
     while not is_healthy(server):
         _check_alive(server, path)
         if time.perf_counter() > until:
-            raise _with_log(ServerError("the server listens, but does not become healthy", where=path,
-                                        hint="read its log"), server)
+            raise _with_log(
+                ServerError(
+                    "the server listens, but does not become healthy", where=path, hint="read its log"
+                ),
+                server,
+            )
         time.sleep(POLL_SECONDS)
 
 
@@ -349,8 +396,9 @@ def _llama_cpp_params(job: dict[str, Any], settings: OpenSettings, key: str) -> 
     params.cache_type_k = xllamacpp.ggml_type(GGML_TYPES[settings.type_k])
     params.cache_type_v = xllamacpp.ggml_type(GGML_TYPES[settings.type_v])
     flash = xllamacpp.llama_flash_attn_type
-    params.flash_attn_type = (flash.LLAMA_FLASH_ATTN_TYPE_ENABLED if settings.flash_attn
-                              else flash.LLAMA_FLASH_ATTN_TYPE_DISABLED)
+    params.flash_attn_type = (
+        flash.LLAMA_FLASH_ATTN_TYPE_ENABLED if settings.flash_attn else flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    )
     params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
     params.no_extra_bufts = not settings.use_extra_bufts
     params.fit_params = params.ui = False  # what is asked for is what runs, and no web page
@@ -362,8 +410,11 @@ def _serve_llama_cpp_python(job: dict[str, Any], settings: OpenSettings, key: st
     """llama-cpp-python's server, with the same parameters as ``probe.build_llama``."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(_llama_cpp_python_app(job, settings, key), log_level="info",
-                                           timeout_graceful_shutdown=2))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            _llama_cpp_python_app(job, settings, key), log_level="info", timeout_graceful_shutdown=2
+        )
+    )
     family = socket.AF_INET6 if ":" in job["host"] else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -390,16 +441,31 @@ def _llama_cpp_python_app(job: dict[str, Any], settings: OpenSettings, key: str)
     from dfqs_nb.llama.probe import add_rpc_servers, default_context_params, default_model_params
 
     add_rpc_servers(settings)
-    names = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "n_gpu_layers", "flash_attn",
-             "use_mmap", "seed")
+    names = (
+        "n_ctx",
+        "n_batch",
+        "n_ubatch",
+        "n_threads",
+        "n_threads_batch",
+        "n_gpu_layers",
+        "flash_attn",
+        "use_mmap",
+        "seed",
+    )
     model = ModelSettings(
-        model=job["path"], model_alias=job["name"], logits_all=False, verbose=False,
-        type_k=GGML_TYPES[settings.type_k], type_v=GGML_TYPES[settings.type_v],
-        **{name: getattr(settings, name) for name in names})  # fmt: skip
-    server = ServerSettings(host=job["host"], port=job["port"], interrupt_requests=False,
-                            api_key=key or None)
-    with (default_model_params(use_extra_bufts=settings.use_extra_bufts),
-          default_context_params(swa_full=settings.swa_full)):
+        model=job["path"],
+        model_alias=job["name"],
+        logits_all=False,
+        verbose=False,
+        type_k=GGML_TYPES[settings.type_k],
+        type_v=GGML_TYPES[settings.type_v],
+        **{name: getattr(settings, name) for name in names},
+    )
+    server = ServerSettings(host=job["host"], port=job["port"], interrupt_requests=False, api_key=key or None)
+    with (
+        default_model_params(use_extra_bufts=settings.use_extra_bufts),
+        default_context_params(swa_full=settings.swa_full),
+    ):
         return create_app(server_settings=server, model_settings=[model])
 
 

@@ -100,8 +100,10 @@ def models(arguments: argparse.Namespace) -> int:
     from dfqs_nb.gguf import models as registry
 
     for row in registry.describe():
-        print(f"{row['name']}\n    {row['title']}\n    {row['files']} file(s), {row['gigabytes']:,} GB, "
-              f"{row['licence']}, {row['source']}\n    {row['note']}")
+        print(
+            f"{row['name']}\n    {row['title']}\n    {row['files']} file(s), {row['gigabytes']:,} GB, "
+            f"{row['licence']}, {row['source']}\n    {row['note']}"
+        )
     return 0
 
 
@@ -152,28 +154,40 @@ def _print_header(path: str) -> None:
     rows = header_facts.identity(header) | header_facts.architecture(header)
     _print_rows({what: value for what, value in rows.items() if value != "not stated"})
     if experts.total:
-        _print_rows({"experts": f"{experts.used} of {experts.total} a token, {experts.shared} shared, "
-                                f"{experts.moe_layers} layers, {experts.hash_layers} of them by hash"})
+        _print_rows(
+            {
+                "experts": f"{experts.used} of {experts.total} a token, {experts.shared} shared, "
+                f"{experts.moe_layers} layers, {experts.hash_layers} of them by hash"
+            }
+        )
     for row in header_facts.class_sizes(header):
-        _print_rows({row["class"]: f"{row['bytes']:>16,} bytes {row['bits_per_weight']:7.2f} bits a weight  "
-                                   f"{row['types']}"})
+        _print_rows(
+            {
+                row["class"]: f"{row['bytes']:>16,} bytes {row['bits_per_weight']:7.2f} bits a weight  "
+                f"{row['types']}"
+            }
+        )
 
 
 def _add_writing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true",
-                        help="replace an existing output once the new one is proven")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing output once the new one is proven"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def add_merge(commands: Any) -> None:
     """``dfqs-nb merge``: shards, or byte parts, into one file."""
     parser = commands.add_parser("merge", help="merge shards (or join byte parts) into one proven file")
-    parser.add_argument("paths", nargs="+", metavar="SHARD",
-                        help="any one shard, or all; or a registered name")
+    parser.add_argument(
+        "paths", nargs="+", metavar="SHARD", help="any one shard, or all; or a registered name"
+    )
     parser.add_argument("-o", "--output", required=True)
-    parser.add_argument("--consume", action="store_true",
-                        help="release shards while they are copied, and remove them at the end: "
-                             "needs 64 MiB of extra disk")
+    parser.add_argument(
+        "--consume",
+        action="store_true",
+        help="release shards while they are copied, and remove them at the end: needs 64 MiB of extra disk",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     _add_writing(parser)
     parser.set_defaults(function=merge)
@@ -189,17 +203,28 @@ def merge(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         plan = repair.plan_any(model)
         check_output(Path(arguments.output), plan, overwrite=arguments.overwrite, consume=arguments.consume)
-        print(f"{len(plan.sources)} file(s) -> {arguments.output}: {plan.nbytes:,} bytes, "
-              f"{len(plan.copies):,} copies; nothing was written")
+        print(
+            f"{len(plan.sources)} file(s) -> {arguments.output}: {plan.nbytes:,} bytes, "
+            f"{len(plan.copies):,} copies; nothing was written"
+        )
         return 0
-    return _report(repair.merge_any(model, arguments.output, overwrite=arguments.overwrite,
-                                    consume=arguments.consume, progress=not arguments.quiet))
+    return _report(
+        repair.merge_any(
+            model,
+            arguments.output,
+            overwrite=arguments.overwrite,
+            consume=arguments.consume,
+            progress=not arguments.quiet,
+        )
+    )
 
 
 def _report(*results: Any) -> int:
     for result in results:
-        print(f"{result.path}: {result.nbytes:,} bytes, read back equal, in {result.seconds:,.1f} s\n"
-              f"SHA-256 {result.sha256}")
+        print(
+            f"{result.path}: {result.nbytes:,} bytes, read back equal, in {result.seconds:,.1f} s\n"
+            f"SHA-256 {result.sha256}"
+        )
     return 0
 
 
@@ -217,8 +242,15 @@ def add_repair(commands: Any) -> None:
 def repair(arguments: argparse.Namespace) -> int:
     from dfqs_nb.merge.repair import repair as make
 
-    return _report(make(arguments.path, arguments.output, in_place=arguments.in_place,
-                        overwrite=arguments.overwrite, progress=not arguments.quiet))
+    return _report(
+        make(
+            arguments.path,
+            arguments.output,
+            in_place=arguments.in_place,
+            overwrite=arguments.overwrite,
+            progress=not arguments.quiet,
+        )
+    )
 
 
 def add_split(commands: Any) -> None:
@@ -233,8 +265,9 @@ def add_split(commands: Any) -> None:
 def split(arguments: argparse.Namespace) -> int:
     from dfqs_nb.merge.repair import split as cut
 
-    return _report(*cut(arguments.path, arguments.folder, overwrite=arguments.overwrite,
-                        progress=not arguments.quiet))
+    return _report(
+        *cut(arguments.path, arguments.folder, overwrite=arguments.overwrite, progress=not arguments.quiet)
+    )
 
 
 def add_routing(commands: Any) -> None:
@@ -258,15 +291,28 @@ def routing(arguments: argparse.Namespace) -> int:
     check_in_process(arguments.model, "routing")
     path, folder = registry.resolve(arguments.model)[0], run_dir(arguments.run)
     found = routing_experiment.run_experiment(
-        path, folder / "routing", n_tokens=arguments.tokens, fresh=arguments.fresh,
-        others=routing_experiment.quantizations(path, arguments.other))
+        path,
+        folder / "routing",
+        n_tokens=arguments.tokens,
+        fresh=arguments.fresh,
+        others=routing_experiment.quantizations(path, arguments.other),
+    )
     verdict = routing_verdict.judge(found.table)
-    columns = ["condition", "against", "n_choices", "n_differ", "margin_differ", "logits_equal",
-               "logit_drift", "same_output", "status"]
+    columns = [
+        "condition",
+        "against",
+        "n_choices",
+        "n_differ",
+        "margin_differ",
+        "logits_equal",
+        "logit_drift",
+        "same_output",
+        "status",
+    ]
     print(found.table.reindex(columns=columns).to_string(index=False, float_format="{:.3g}".format))
     print("\n".join(["", verdict.text, "", *routing_verdict.advice(found.table), ""]))
     for row in routing_verdict.claims(found).itertuples():
-        print(f"\"{row.claim}\": {row.status}\n  {row.evidence}")
+        print(f'"{row.claim}": {row.status}\n  {row.evidence}')
     written = routing_verdict.write_tables(found, folder)
     print(f"\nwrote {', '.join(path.name for path in written)} to {tilde(folder)}/")
     return int(not verdict.passed)
@@ -278,8 +324,9 @@ def add_verify(commands: Any) -> None:
     parser.add_argument("path", metavar="FILE")
     parser.add_argument("--sha256", help="what the file's SHA-256 should be")
     parser.add_argument("--against", nargs="+", metavar="SHARD", help="any one shard, or all")
-    parser.add_argument("--write-manifest", action="store_true",
-                        help="also keep the hashes beside FILE, for a later check")
+    parser.add_argument(
+        "--write-manifest", action="store_true", help="also keep the hashes beside FILE, for a later check"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(function=verify)
 
@@ -288,9 +335,12 @@ def verify(arguments: argparse.Namespace) -> int:
     from dfqs_nb.merge import verify as verifying
 
     against = arguments.against
-    found = verifying.verify(arguments.path, sha256=arguments.sha256,
-                             against=against[0] if against and len(against) == 1 else against,
-                             progress=not arguments.quiet)
+    found = verifying.verify(
+        arguments.path,
+        sha256=arguments.sha256,
+        against=against[0] if against and len(against) == 1 else against,
+        progress=not arguments.quiet,
+    )
     print(f"{found.path}: {found.nbytes:,} bytes, {len(found.tensors):,} tensors, SHA-256 {found.sha256}")
     for sentence in found.meaning:
         print(f"  {sentence}")
@@ -302,31 +352,48 @@ def verify(arguments: argparse.Namespace) -> int:
 def add_score(commands: Any) -> None:
     """``dfqs-nb score``: a model's reasoning and code, with intervals."""
     parser = commands.add_parser("score", help="score a model's reasoning and code; continues a stopped run")
-    parser.add_argument("model", metavar="MODEL", nargs="?", default="",
-                        help="a GGUF file, any of its shards, or the URL of an OpenAI-compatible server")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default="",
+        help="a GGUF file, any of its shards, or the URL of an OpenAI-compatible server",
+    )
     parser.add_argument("--endpoint", metavar="URL", default="", help="score this server instead of a file")
     parser.add_argument("--endpoint-model", metavar="NAME", default="", help="which of the server's models")
-    parser.add_argument("--key-variable", metavar="NAME", default="",
-                        help="the environment variable that holds the server's key")
-    parser.add_argument("--concurrency", type=int, default=1,
-                        help="requests at once to a server; more than 1 can change answers")
+    parser.add_argument(
+        "--key-variable",
+        metavar="NAME",
+        default="",
+        help="the environment variable that holds the server's key",
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        default=1,
+        help="requests at once to a server; more than 1 can change answers",
+    )
     parser.add_argument("--tier", default="standard", choices=("nano", "standard"))
-    parser.add_argument("--set", action="append", default=[], metavar="NAME",
-                        help="only these sets, or JSONL files")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME", help="only these sets, or JSONL files"
+    )
     parser.add_argument("--n-ctx", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--limit", type=int, help="only so many questions a set; nothing is scored then")
     parser.add_argument("--run", help="the folder's name under outputs/ (default: from the model)")
     parser.add_argument("--samples", type=int, default=1, help="of code: answers a task; pass@k up to that k")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--long-context", action="store_true",
-                        help="of a server: also measure retrieval at growing lengths")
-    parser.add_argument("--longest", type=int, default=1024, metavar="TOKENS",
-                        help="of them (default: %(default)s)")
+    parser.add_argument(
+        "--long-context", action="store_true", help="of a server: also measure retrieval at growing lengths"
+    )
+    parser.add_argument(
+        "--longest", type=int, default=1024, metavar="TOKENS", help="of them (default: %(default)s)"
+    )
     parser.add_argument("--shortest", type=int, metavar="TOKENS", help="default: the prompt set's")
     parser.add_argument("--fresh", action="store_true", help="answer again what an earlier run answered")
-    parser.add_argument("--allow-unsandboxed", action="store_true",
-                        help="run generated code without a sandbox")
+    parser.add_argument(
+        "--allow-unsandboxed", action="store_true", help="run generated code without a sandbox"
+    )
     parser.set_defaults(function=score)
 
 
@@ -343,30 +410,48 @@ def score(arguments: argparse.Namespace) -> int:
     if bool(arguments.endpoint) == bool(arguments.model):
         raise DfqsError("say what to score", hint="give a GGUF file, or --endpoint URL, and not both")
     if arguments.long_context and not url:
-        raise DfqsError("--long-context is for a server", where=arguments.model,
-                        hint="of a file, notebook 05 measures it: dfqs-nb run 01 05 --model FILE")
-    chosen = ([item_sets.load_item_set(name) for name in arguments.set]
-              or item_sets.sets_of_tier(arguments.tier))
+        raise DfqsError(
+            "--long-context is for a server",
+            where=arguments.model,
+            hint="of a file, notebook 05 measures it: dfqs-nb run 01 05 --model FILE",
+        )
+    chosen = [item_sets.load_item_set(name) for name in arguments.set] or item_sets.sets_of_tier(
+        arguments.tier
+    )
     settings = runtime.OpenSettings(n_ctx=arguments.n_ctx, n_threads=arguments.threads or None)
     sampling = runtime.Sampling(temperature=arguments.temperature)
     ks = [k for k in (10, 100) if k <= arguments.samples]
     with contextlib.ExitStack() as stack:
         if url:
-            model = endpoint.connect(url, arguments.endpoint_model, key_variable=arguments.key_variable,
-                                     concurrency=arguments.concurrency)
+            model = endpoint.connect(
+                url,
+                arguments.endpoint_model,
+                key_variable=arguments.key_variable,
+                concurrency=arguments.concurrency,
+            )
             identity, score_set, name = "", endpoint.score_set, Path(f"endpoint-{model.model}").name
         else:
             model = stack.enter_context(runtime.open_model(arguments.model, settings))
-            identity, score_set, name = sha256_of(model.path), scores.score_set, workbook.default_run_name(
-                arguments.model)
+            identity, score_set, name = (
+                sha256_of(model.path),
+                scores.score_set,
+                workbook.default_run_name(arguments.model),
+            )
         run_folder = paths.run_dir(arguments.run or name)
         folder = run_folder / "scores"
         for one in chosen:
             found = score_set(
-                model, one, folder, model_id=identity, sampling=sampling, ks=ks if one.kind == "code" else (),
-                n_samples=arguments.samples if one.kind == "code" else 1, limit=arguments.limit,
-                allow_unsandboxed=arguments.allow_unsandboxed, fresh=arguments.fresh,
-            )  # fmt: skip
+                model,
+                one,
+                folder,
+                model_id=identity,
+                sampling=sampling,
+                ks=ks if one.kind == "code" else (),
+                n_samples=arguments.samples if one.kind == "code" else 1,
+                limit=arguments.limit,
+                allow_unsandboxed=arguments.allow_unsandboxed,
+                fresh=arguments.fresh,
+            )
             print("\n".join(s.sentence for s in (found.score, *found.pass_at.values())), flush=True)
         if arguments.long_context:
             _long_context(model, arguments, run_folder / "long_context")
@@ -380,9 +465,14 @@ def _long_context(server: Any, arguments: argparse.Namespace, folder: Path) -> N
     from dfqs_nb.core import paths
     from dfqs_nb.serve import client as endpoint
 
-    found = endpoint.measure_long_context(server, folder, prompt_set=PROBES[arguments.tier],
-                                          longest=arguments.longest, shortest=arguments.shortest,
-                                          fresh=arguments.fresh)
+    found = endpoint.measure_long_context(
+        server,
+        folder,
+        prompt_set=PROBES[arguments.tier],
+        longest=arguments.longest,
+        shortest=arguments.shortest,
+        fresh=arguments.fresh,
+    )
     if found.failure:
         print(f"{found.failure.length:,} tokens: {found.failure.message}")
     if len(found.items):
@@ -400,8 +490,11 @@ def add_quantize(commands: Any) -> None:
     parser.add_argument("-o", "--output", help="required unless --dry-run")
     matrix = parser.add_mutually_exclusive_group()
     matrix.add_argument("--imatrix", metavar="FILE", help="an importance matrix, of llama-imatrix or of here")
-    matrix.add_argument("--calibrate", metavar="TEXT",
-                        help="collect one over this text file or prompt set; it is kept beside the output")
+    matrix.add_argument(
+        "--calibrate",
+        metavar="TEXT",
+        help="collect one over this text file or prompt set; it is kept beside the output",
+    )
     parser.add_argument("--threads", type=int, default=0, help="default: the usable cores")
     parser.add_argument("--dry-run", action="store_true", help="list types and exact sizes; write nothing")
     _add_writing(parser)
@@ -422,8 +515,14 @@ def quantize(arguments: argparse.Namespace) -> int:
         planned = quantizing.plan(source, recipe, matrix)
     else:
         planned = quantizing.quantize(
-            source, recipe, arguments.output, imatrix=matrix, n_threads=arguments.threads,
-            overwrite=arguments.overwrite, progress=not arguments.quiet).plan
+            source,
+            recipe,
+            arguments.output,
+            imatrix=matrix,
+            n_threads=arguments.threads,
+            overwrite=arguments.overwrite,
+            progress=not arguments.quiet,
+        ).plan
     print(planned.by_class().to_string(index=False, float_format="{:.2f}".format))
     size = f"{planned.nbytes:,} bytes, {planned.bits_per_weight:.2f} bits a weight"
     where = "would be" if arguments.dry_run else f"{arguments.output}:"
@@ -446,10 +545,18 @@ def _calibrated(source: Path, arguments: argparse.Namespace) -> Any:
 def add_report(commands: Any) -> None:
     """``dfqs-nb report``: everything that a run found, as DFQS 1.0 asks for it."""
     parser = commands.add_parser("report", help="write the DFQS report of a run, or check one")
-    parser.add_argument("run", nargs="?", default="nano", metavar="RUN",
-                        help="a run's name under outputs/, or its folder (default: %(default)s)")
-    parser.add_argument("--check", action="store_true",
-                        help="write nothing: check the report that is there, and the files it stands on")
+    parser.add_argument(
+        "run",
+        nargs="?",
+        default="nano",
+        metavar="RUN",
+        help="a run's name under outputs/, or its folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing: check the report that is there, and the files it stands on",
+    )
     parser.set_defaults(function=report)
 
 
@@ -480,12 +587,24 @@ def report(arguments: argparse.Namespace) -> int:
 def add_compare(commands: Any) -> None:
     """``dfqs-nb compare``: reports side by side, item by item."""
     parser = commands.add_parser("compare", help="compare reports made under equal conditions, item by item")
-    parser.add_argument("reports", nargs="+", metavar="REPORT",
-                        help="a run's folder, or the report.json in it; the first is the baseline")
-    parser.add_argument("--accept", action="append", default=[], metavar="FIELD",
-                        help="compare although this differs; only chat_template_sha256")
-    parser.add_argument("--output", metavar="FOLDER", help="receives comparison.json, .md, .csv and .png "
-                        "(default: compare-<run>-<run> under outputs/)")
+    parser.add_argument(
+        "reports",
+        nargs="+",
+        metavar="REPORT",
+        help="a run's folder, or the report.json in it; the first is the baseline",
+    )
+    parser.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="compare although this differs; only chat_template_sha256",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="receives comparison.json, .md, .csv and .png (default: compare-<run>-<run> under outputs/)",
+    )
     parser.set_defaults(function=compare)
 
 
@@ -525,11 +644,13 @@ def add_sweep(commands: Any) -> None:
     parser = commands.add_parser("sweep", help="run the workbook for many models")
     parser.add_argument("table", metavar="MODELS.CSV", help="columns: model, run, and any notebook parameter")
     parser.add_argument("--jobs", type=int, help="rows at once (default: 1 here, all workers of a cluster)")
-    parser.add_argument("--scheduler", metavar="ADDRESS",
-                        help="of a Dask cluster that sees the same files, tcp://HOST:8786")
+    parser.add_argument(
+        "--scheduler", metavar="ADDRESS", help="of a Dask cluster that sees the same files, tcp://HOST:8786"
+    )
     parser.add_argument("--name", help="the folder under outputs/ (default: sweep-<the table's name>)")
-    parser.add_argument("--notebook", action="append", default=[], metavar="NN",
-                        help="only these (default: all)")
+    parser.add_argument(
+        "--notebook", action="append", default=[], metavar="NN", help="only these (default: all)"
+    )
     parser.add_argument("--fresh", action="store_true", help="do again what an earlier sweep did")
     parser.set_defaults(function=sweep)
 
@@ -553,7 +674,8 @@ def sweep(arguments: argparse.Namespace) -> int:
         fresh=arguments.fresh,
         started=lambda row: print(f"{row.run} ({row.model}) ...", flush=True),
         finished=lambda row, answer: print(
-            f"{row.run}: {answer['status']} {answer['reason']}".rstrip(), flush=True),
+            f"{row.run}: {answer['status']} {answer['reason']}".rstrip(), flush=True
+        ),
     )
     shown = found.rows[["line", "run", "status", "seconds", "beside", "reason"]]
     print(f"\n{shown.to_string(index=False)}\n\n{boards.markdown(found.folder, found.leaderboard)}")
@@ -565,16 +687,24 @@ def add_deploy(commands: Any) -> None:
     """``dfqs-nb deploy``: files and commands that run the model elsewhere."""
     parser = commands.add_parser("deploy", help="write the recipe that runs a model with another program")
     parser.add_argument("target", nargs="?", metavar="TARGET", help="see --list")
-    parser.add_argument("model", nargs="?", metavar="MODEL",
-                        help="a file, a name of `dfqs-nb models`, or hf://owner/repo/file (not downloaded)")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a file, a name of `dfqs-nb models`, or hf://owner/repo/file (not downloaded)",
+    )
     parser.add_argument("-o", "--output", metavar="DIR", help="default: deploy-TARGET under outputs/")
     parser.add_argument("--n-ctx", type=int, help="tokens of context (default: what this machine holds)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--gpu-layers", type=int, help="default: what this machine's GPU holds")
     parser.add_argument("--hub", metavar="ADDRESS", help="fetch this; MODEL only says what fits")
     parser.add_argument("--port", type=int, help="of the server on 127.0.0.1 (default: the target's own)")
-    parser.add_argument("--key-variable", default="", metavar="NAME",
-                        help="the environment variable that holds the server's key")
+    parser.add_argument(
+        "--key-variable",
+        default="",
+        metavar="NAME",
+        help="the environment variable that holds the server's key",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier recipe")
     parser.add_argument("--list", action="store_true", help="the targets, and what ran here")
     parser.add_argument("--table", action="store_true", help="all that is known of them, as Markdown")
@@ -592,11 +722,17 @@ def deploy(arguments: argparse.Namespace) -> int:
         raise DfqsError("a target and a model are needed", hint="see `dfqs-nb deploy --list`")
     deploying.target_of(arguments.target)
     recipe = deploying.write_recipe(
-        arguments.target, arguments.model, arguments.output or run_dir(f"deploy-{arguments.target}"),
-        n_ctx=arguments.n_ctx, n_threads=arguments.threads, n_gpu_layers=arguments.gpu_layers,
-        hub=arguments.hub, port=arguments.port, key_variable=arguments.key_variable,
+        arguments.target,
+        arguments.model,
+        arguments.output or run_dir(f"deploy-{arguments.target}"),
+        n_ctx=arguments.n_ctx,
+        n_threads=arguments.threads,
+        n_gpu_layers=arguments.gpu_layers,
+        hub=arguments.hub,
+        port=arguments.port,
+        key_variable=arguments.key_variable,
         overwrite=arguments.overwrite,
-    )  # fmt: skip
+    )
     print("\n".join([*(f"- {note}" for note in recipe.notes), "", *recipe.commands]))
     print(f"\nwrote {', '.join(tilde(path) for path in recipe.files)}")
     return 0

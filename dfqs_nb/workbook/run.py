@@ -22,8 +22,17 @@ from dfqs_nb.core.paths import REPOSITORY, outputs_dir, public_address, run_dir,
 NOTEBOOKS = REPOSITORY / "notebooks"
 PATTERN = "[0-9][0-9]_*.ipynb"
 # the order of a summary; a stage not named here comes last
-STAGES = ("merge", "header", "generate", "routing", "long_context", "scores", "dfqs_report", "ladder",
-          "serving")
+STAGES = (
+    "merge",
+    "header",
+    "generate",
+    "routing",
+    "long_context",
+    "scores",
+    "dfqs_report",
+    "ladder",
+    "serving",
+)
 KERNEL = "python3"
 QUIET = "--log-level=CRITICAL"  # of the kernel: nothing about its own sockets, or its own shutdown
 

@@ -89,8 +89,11 @@ def read_rows(path: str | Path, notebooks: Sequence[Path] | None = None) -> list
     path = Path(path)
     notebooks = list(notebooks) if notebooks is not None else workbook.find_notebooks()
     header, lines = _cells(path)
-    types = {name: one["inferred_type_name"] for notebook in notebooks
-             for name, one in workbook.declared_parameters(notebook).items()}  # fmt: skip
+    types = {
+        name: one["inferred_type_name"]
+        for notebook in notebooks
+        for name, one in workbook.declared_parameters(notebook).items()
+    }
     faults = _column_faults(header, types)
     if faults:
         raise _refused(path, faults)
@@ -160,8 +163,14 @@ def _row(
     if Path(run).name != run or run.startswith("."):
         raise SweepError(f"{run!r} is not a run name", hint="use one plain folder name")
     parameters = {name: workbook.parse_value(name, text, types[name]) for name, text in cells.items() if text}
-    parts = {"model": model, "files": _files(model), "run": run, "parameters": parameters,
-             "notebooks": [one.stem for one in notebooks], "version": __version__}  # fmt: skip
+    parts = {
+        "model": model,
+        "files": _files(model),
+        "run": run,
+        "parameters": parameters,
+        "notebooks": [one.stem for one in notebooks],
+        "version": __version__,
+    }
     return Row(line, model, run, parameters, conditions_hash(parts))
 
 
@@ -301,8 +310,14 @@ def _is_done(row: Row, journal: Journal, folder: Path) -> bool:
 
 def _job(row: Row, folder: Path, notebooks: Sequence[Path] | None, fresh: bool) -> dict[str, Any]:
     paths = None if notebooks is None else [str(Path(one).resolve()) for one in notebooks]
-    return {"run": row.run, "parameters": {"model": row.model, **row.parameters}, "fresh": fresh,
-            "outputs": str(folder), "version": __version__, "notebooks": paths}  # fmt: skip
+    return {
+        "run": row.run,
+        "parameters": {"model": row.model, **row.parameters},
+        "fresh": fresh,
+        "outputs": str(folder),
+        "version": __version__,
+        "notebooks": paths,
+    }
 
 
 @contextmanager
@@ -358,8 +373,13 @@ def run_row(job: dict[str, Any], running: set[subprocess.Popen] | None = None) -
             _note(folder, started=begin, ended=round(time.time(), 3))
         except OSError as error:
             found = {"status": "failed", "reason": f"{folder}: {error.strerror or error}"}
-    return {**found, "started": begin, "ended": round(time.time(), 3), "host": platform.node(),
-            "folder": str(folder)}  # fmt: skip
+    return {
+        **found,
+        "started": begin,
+        "ended": round(time.time(), 3),
+        "host": platform.node(),
+        "folder": str(folder),
+    }
 
 
 def _note(folder: Path, **row: Any) -> None:
@@ -426,8 +446,9 @@ def _child() -> None:
 
 def _run_job(job: dict[str, Any]) -> dict[str, Any]:
     notebooks = None if job["notebooks"] is None else [Path(one) for one in job["notebooks"]]
-    declared = {name for path in notebooks or workbook.find_notebooks()
-                for name in workbook.declared_parameters(path)}  # fmt: skip
+    declared = {
+        name for path in notebooks or workbook.find_notebooks() for name in workbook.declared_parameters(path)
+    }
     parameters = {
         name: value for name, value in job["parameters"].items() if name in declared or name != "model"
     }
@@ -629,19 +650,23 @@ def attempts(folder: Path, given_up: float) -> list[Attempt]:
             continue  # torn by a kill: that attempt is not known
         (ends if "ended" in row else begun)[row["started"]] = row.get("ended", row.get("host"))
     times = sorted(begun)
-    return [Attempt(begun[at], at, ends.get(at, after), at in ends)
-            for at, after in zip(times, [*times[1:], max(given_up, *times)] if times else [], strict=True)
-            ]  # fmt: skip
+    return [
+        Attempt(begun[at], at, ends.get(at, after), at in ends)
+        for at, after in zip(times, [*times[1:], max(given_up, *times)] if times else [], strict=True)
+    ]
 
 
 def beside(found: Mapping[str, Sequence[Attempt]]) -> dict[str, list[str]]:
     """For each run, the other runs of which an attempt shared its host while its last whole attempt ran."""
     last = {run: [one for one in tried if one.whole][-1:] for run, tried in found.items()}
     return {
-        run: [other for other, tried in found.items()
-              if other != run and any(mine.overlaps(one) for mine in last[run] for one in tried)]
+        run: [
+            other
+            for other, tried in found.items()
+            if other != run and any(mine.overlaps(one) for mine in last[run] for one in tried)
+        ]
         for run in found
-    }  # fmt: skip
+    }
 
 
 def _result(rows: Sequence[Row], ran_now: set[str], journal: Journal, folder: Path) -> SweepResult:
@@ -655,9 +680,19 @@ def _result(rows: Sequence[Row], ran_now: set[str], journal: Journal, folder: Pa
     for row in rows:
         found = answers.get(row.run, {"status": "not run", "reason": ""})
         seconds = round(found.get("ended", 0.0) - found.get("started", 0.0), 1)
-        records.append({"line": row.line, "run": row.run, "model": row.model, "status": found["status"],
-                        "reason": found["reason"], "seconds": seconds, "host": found.get("host", ""),
-                        "beside": " ".join(shared.get(row.run, [])), "now": row.key in ran_now})  # fmt: skip
+        records.append(
+            {
+                "line": row.line,
+                "run": row.run,
+                "model": row.model,
+                "status": found["status"],
+                "reason": found["reason"],
+                "seconds": seconds,
+                "host": found.get("host", ""),
+                "beside": " ".join(shared.get(row.run, [])),
+                "now": row.key in ran_now,
+            }
+        )
         if (folder / row.run).is_dir():
             write_json(folder / row.run / ROW_FILE, {**records[-1], "beside": shared.get(row.run, [])})
     table = pd.DataFrame(records)

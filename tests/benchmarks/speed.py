@@ -29,12 +29,31 @@ NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 
 def theirs(bench: Path, model: str, depth: int, tokens: int, threads: int) -> tuple[float, float]:
     """llama-bench's prefill of ``depth`` tokens and decode of ``tokens`` at that depth, tokens a second."""
-    command = [str(bench), "-m", model, "-t", str(threads), "-ngl", "0", "--repack", "0", "-fa", "0", "-r", "1",
-               "-b", "512", "-ub", "512", "-o", "json"]
+    command = [
+        str(bench),
+        "-m",
+        model,
+        "-t",
+        str(threads),
+        "-ngl",
+        "0",
+        "--repack",
+        "0",
+        "-fa",
+        "0",
+        "-r",
+        "1",
+        "-b",
+        "512",
+        "-ub",
+        "512",
+        "-o",
+        "json",
+    ]
     speeds = []
     for what in (["-p", str(depth), "-n", "0"], ["-p", "0", "-n", str(tokens), "-d", str(depth)]):
         done = subprocess.run([*command, *what], capture_output=True, text=True, check=True)
-        speeds.append(json.loads(done.stdout[done.stdout.index("["):])[0]["avg_ts"])
+        speeds.append(json.loads(done.stdout[done.stdout.index("[") :])[0]["avg_ts"])
     return speeds[0], speeds[1]
 
 
@@ -57,6 +76,7 @@ def main() -> int:
     pairs = []
     with runtime.open_model(arguments.model, settings) as model, speed.watched_load() as load:
         for turn in range(arguments.rounds):
+
             def peer() -> tuple[float, float]:
                 return theirs(bench, arguments.model, depth, tokens, threads)
 
@@ -69,8 +89,10 @@ def main() -> int:
     for phase, name in enumerate((f"prefill of {depth}", f"decode of {tokens} at depth {depth}")):
         one, other = (median(pair[side][phase] for pair in pairs) for side in (0, 1))
         ratios = [a[phase] / b[phase] for a, b in pairs]
-        print(f"{name}: ours {one:,.1f}, llama-bench {other:,.1f} tokens/s, ratio {median(ratios):.3f} "
-              f"({min(ratios):.3f} to {max(ratios):.3f})")
+        print(
+            f"{name}: ours {one:,.1f}, llama-bench {other:,.1f} tokens/s, ratio {median(ratios):.3f} "
+            f"({min(ratios):.3f} to {max(ratios):.3f})"
+        )
     if load.other_cores is not None:
         print(f"other processes, llama-bench among them, used {load.other_cores:.2f} cores")
     return 0

@@ -30,7 +30,9 @@ def families():
 
 
 def items(name: str) -> list[dict]:
-    return [json.loads(line) for line in (data_dir() / "prompts" / f"{name}.jsonl").read_text().splitlines()[1:]]
+    return [
+        json.loads(line) for line in (data_dir() / "prompts" / f"{name}.jsonl").read_text().splitlines()[1:]
+    ]
 
 
 @pytest.mark.parametrize("name", ["nano_reasoning", "nano_code"])
@@ -60,13 +62,16 @@ def test_the_two_sides_of_the_split_are_drawn_apart_and_alike_every_time(familie
     draws = [list(islice(families.tasks(7, lambda: 4, held_out=side), 30)) for side in (False, False, True)]
     assert draws[0] == draws[1]
     assert not {task.turns[0] for task in draws[0]} & {
-        task.turns[0] for task in draws[2] if task.combinations[0]}
+        task.turns[0] for task in draws[2] if task.combinations[0]
+    }
 
 
 def test_the_wording_is_that_of_both_probes(families):
     """Both tiers use the reference model's own questions: one key in filler, and several keys in notes."""
-    prompts = {name: json.loads((data_dir() / "prompts" / f"{name}.json").read_text())
-               for name in ("long_context_nano", "long_context_standard")}
+    prompts = {
+        name: json.loads((data_dir() / "prompts" / f"{name}.json").read_text())
+        for name in ("long_context_nano", "long_context_standard")
+    }
     one = next(families.tasks(1, lambda: 6, family="pass key")).turns[0][0]
     assert any(sentence in one for sentence in prompts["long_context_nano"]["sentences"])
     many = next(families.tasks(1, lambda: 20, family="keys")).turns[0][0]
@@ -78,14 +83,17 @@ def test_the_wording_is_that_of_both_probes(families):
 def test_a_few_steps_become_a_file_that_llama_cpp_computes_alike(tmp_path):
     """Needs torch and transformers: ``pip install --group peer``, in this environment or in $DFQS_PEER_PYTHON."""
     python = os.environ.get("DFQS_PEER_PYTHON", sys.executable)
-    if subprocess.run([python, "-c", "import torch, transformers, safetensors"], capture_output=True).returncode:
+    if subprocess.run(
+        [python, "-c", "import torch, transformers, safetensors"], capture_output=True
+    ).returncode:
         pytest.skip("no torch here: pip install --group peer")
     run, path = tmp_path / "run", tmp_path / "nano-F32.gguf"
     environment = {**os.environ, "DFQS_LLAMA_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 
     def call(*words, accepted=(0,)) -> str:
-        done = subprocess.run([python, *map(str, words)], capture_output=True, text=True, env=environment,
-                              cwd=REPOSITORY)
+        done = subprocess.run(
+            [python, *map(str, words)], capture_output=True, text=True, env=environment, cwd=REPOSITORY
+        )
         assert done.returncode in accepted, done.stderr[-2000:] + done.stdout[-2000:]
         return done.stdout
 

@@ -65,7 +65,9 @@ ODD = {  # first shards that the tool reads, but would not write like this
 LOSSY = {  # what the tool does not carry over as it is, and we do
     "a bool of 2": shard(field("b", "BOOL", 2), *split_fields(0, 2, 2)),
     "text with a zero byte": shard(field("t", "STRING", "a\0b"), *split_fields(0, 2, 2)),
-    "an alignment of 64": shard(field("general.alignment", "UINT32", 64), *split_fields(0, 2, 2), alignment=64),
+    "an alignment of 64": shard(
+        field("general.alignment", "UINT32", 64), *split_fields(0, 2, 2), alignment=64
+    ),
 }
 
 
@@ -79,7 +81,9 @@ def merge_both(folder: Path, first: bytes) -> tuple[Path, Path, Path]:
     n_tensors = len(header.tensors) + 1
     paths[1].write_bytes(gguf_bytes([*extra, *split_fields(1, 2, n_tensors)], [TWO], **alignment))
     tool = str(llama_cpp_tools.tool("llama-gguf-split"))
-    subprocess.run([tool, "--merge", str(paths[0]), str(folder / "theirs.gguf")], check=True, capture_output=True)
+    subprocess.run(
+        [tool, "--merge", str(paths[0]), str(folder / "theirs.gguf")], check=True, capture_output=True
+    )
     return paths[0], merge(paths[0], folder / "ours.gguf", progress=False).path, folder / "theirs.gguf"
 
 
@@ -96,8 +100,11 @@ def test_where_the_tool_loses_something_we_keep_it(tmp_path, case):
     """The known differences: if one of these fails, the tool has changed and the list is to be cut."""
     source, ours, theirs = merge_both(tmp_path, LOSSY[case])
     assert ours.read_bytes() != theirs.read_bytes()
-    kept = {name: read_header(source).raw[slice(*one.record)] for name, one in read_header(source).fields.items()
-            if name != "split.count"}
+    kept = {
+        name: read_header(source).raw[slice(*one.record)]
+        for name, one in read_header(source).fields.items()
+        if name != "split.count"
+    }
     merged = read_header(ours)
     assert {name: merged.raw[slice(*merged.fields[name].record)] for name in kept} == kept
     assert ggml.parse(ours).accepted

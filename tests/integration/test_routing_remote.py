@@ -51,16 +51,25 @@ def test_choices_on_two_remote_devices_are_those_on_the_cpu(build, merged_refere
     with ExitStack() as stack:
         for _ in range(2):
             port = free_port()
-            process = stack.enter_context(subprocess.Popen(
-                [server, "-H", "127.0.0.1", "-p", str(port), "-t", "1"], stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL))
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [server, "-H", "127.0.0.1", "-p", str(port), "-t", "1"],
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+            )
             stack.callback(process.kill)
             wait_for(port, process)
             endpoints.append(f"127.0.0.1:{port}")
         done = subprocess.run(
-            [sys.executable, HERE / "record_remote.py", merged_reference, *endpoints], capture_output=True,
-            text=True, check=False, timeout=300, cwd=HERE.parents[1],
-            env={**os.environ, "LLAMA_CPP_LIB_PATH": str(libraries), "PYTHONPATH": str(HERE.parents[1])})
+            [sys.executable, HERE / "record_remote.py", merged_reference, *endpoints],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+            cwd=HERE.parents[1],
+            env={**os.environ, "LLAMA_CPP_LIB_PATH": str(libraries), "PYTHONPATH": str(HERE.parents[1])},
+        )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["remote"] == found["tensors_read"] == found["read_on_the_cpu"] > 0

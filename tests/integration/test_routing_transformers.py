@@ -58,10 +58,15 @@ def test_routing_equals_transformers_token_for_token(peer, schedule, record_prop
         assert equal[margin > NOISE].all(), f"layer {layer} chooses otherwise at a clear margin"
         clear, same = clear + int((margin > NOISE).sum()), same + int(equal.sum())
         order = np.argsort(ours.experts[equal, layer], axis=1), np.argsort(experts[equal], axis=1)
-        np.testing.assert_allclose(np.take_along_axis(ours.weights[equal, layer], order[0], 1),
-                                   np.take_along_axis(theirs[f"weights_{layer}"][equal], order[1], 1), atol=3e-3)
+        np.testing.assert_allclose(
+            np.take_along_axis(ours.weights[equal, layer], order[0], 1),
+            np.take_along_axis(theirs[f"weights_{layer}"][equal], order[1], 1),
+            atol=3e-3,
+        )
     for name, value in (("logit_drift", drift), ("margin_drift", worst), ("clear", clear), ("same", same)):
         record_property(name, value)
-    print(f"\nlogits within {drift:.2g}, margins within {worst:.2g}; {same} of 2,100 sets equal, "
-          f"{clear} of them asked for (margin above {NOISE})")
+    print(
+        f"\nlogits within {drift:.2g}, margins within {worst:.2g}; {same} of 2,100 sets equal, "
+        f"{clear} of them asked for (margin above {NOISE})"
+    )
     assert worst < NOISE and drift < 1e-2

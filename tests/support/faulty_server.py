@@ -15,8 +15,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 ANSWER = ("The", " red", " key", ".")
 TEXT = "".join(ANSWER)
-OVERFLOW = {"code": 400, "message": "request (6002 tokens) exceeds the available context size (1024 tokens), try "
-            "increasing it", "type": "exceed_context_size_error", "n_prompt_tokens": 6002, "n_ctx": 1024}
+OVERFLOW = {
+    "code": 400,
+    "message": "request (6002 tokens) exceeds the available context size (1024 tokens), try increasing it",
+    "type": "exceed_context_size_error",
+    "n_prompt_tokens": 6002,
+    "n_ctx": 1024,
+}
 
 
 @dataclass
@@ -28,7 +33,9 @@ class FaultyServer:
     meta: dict = field(default_factory=dict)  # that the list of models has beside each name
     key: str = ""
     answer: object = None  # a function of the request's body that gives the text
-    pages: dict[str, list[tuple[int, object]]] = field(default_factory=dict)  # status and JSON in turn; the last stays
+    pages: dict[str, list[tuple[int, object]]] = field(
+        default_factory=dict
+    )  # status and JSON in turn; the last stays
     log: list[tuple[str, dict, str]] = field(default_factory=list)
     port: int = 0
     busiest: int = 0
@@ -87,7 +94,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, status: int, value: object, **headers: str) -> None:
         raw = json.dumps(value).encode()
         self.send_response(status)
-        for name, text in {"Content-Type": "application/json", "Content-Length": str(len(raw)), **headers}.items():
+        for name, text in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(raw)),
+            **headers,
+        }.items():
             self.send_header(name.replace("_", "-"), text)
         self.end_headers()
         self.wfile.write(raw)
@@ -153,14 +164,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _choice(self, body: dict, text: str, reason: str | None) -> dict:
         chat, stream = "messages" in body, body.get("stream")
-        held = {"delta" if stream else "message": {"content": text, "role": "assistant"}} if chat else {"text": text}
+        held = (
+            {"delta" if stream else "message": {"content": text, "role": "assistant"}}
+            if chat
+            else {"text": text}
+        )
         return {"index": 0, "finish_reason": reason, "logprobs": None, **held}
 
     def _object(self, body: dict, choices: list[dict], usage: bool) -> dict:
         kind = "chat.completion" if "messages" in body else "text_completion"
         n = len(self._pieces(body))
         counted = {"prompt_tokens": 7, "completion_tokens": n, "total_tokens": 7 + n} if usage else None
-        return {"id": "1", "object": kind, "created": 1, "model": body.get("model"), "choices": choices, "usage": counted}
+        return {
+            "id": "1",
+            "object": kind,
+            "created": 1,
+            "model": body.get("model"),
+            "choices": choices,
+            "usage": counted,
+        }
 
     def _begin(self, body: dict, n: int = 99) -> None:
         """The head and the first pieces of a stream; of a whole answer nothing yet."""
@@ -193,8 +215,11 @@ class _Handler(BaseHTTPRequestHandler):
     # ---- faults ----
 
     def _429(self, _body: dict, retry_after: str) -> None:
-        self._json(429, {"error": {"message": "slow down", "type": "rate_limit"}},
-                   **({"Retry_After": retry_after} if retry_after else {}))
+        self._json(
+            429,
+            {"error": {"message": "slow down", "type": "rate_limit"}},
+            **({"Retry_After": retry_after} if retry_after else {}),
+        )
 
     def _500(self, _body: dict, _extra: str) -> None:
         self._json(500, {"error": {"message": "llama_decode failed", "type": "server_error"}})
@@ -211,7 +236,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _quiet_overflow(self, body: dict, _extra: str) -> None:
         """As llama-cpp-python 0.3.36: a stream that ends without an event; asked whole, the reason."""
         if not body.get("stream"):
-            return self._json(400, {"error": {**OVERFLOW, "type": "invalid_request_error", "code": "context_length_exceeded"}})
+            return self._json(
+                400,
+                {"error": {**OVERFLOW, "type": "invalid_request_error", "code": "context_length_exceeded"}},
+            )
         self.owner.faults.insert(0, "quiet-overflow")
         self._begin(body, 0)
         self.wfile.write(b"0\r\n\r\n")
@@ -236,7 +264,9 @@ class _Handler(BaseHTTPRequestHandler):
         """The process is gone: the connection is reset in the middle."""
         self._begin(body, 2)
         if not body.get("stream"):
-            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n{\"id\"")
+            self.wfile.write(
+                b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n{"id"'
+            )
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True
@@ -256,7 +286,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _null(self, body: dict, _extra: str) -> None:
         """A proxy's answer without its message."""
         if not body.get("stream"):
-            return self._json(200, self._object(body, [{"index": 0, "message": None, "finish_reason": "stop"}], True))
+            return self._json(
+                200, self._object(body, [{"index": 0, "message": None, "finish_reason": "stop"}], True)
+            )
         self._begin(body, 0)
         self._event(self._object(body, [{"index": 0, "delta": None, "finish_reason": None}], False))
         self.wfile.write(b"0\r\n\r\n")

@@ -22,8 +22,12 @@ def answers(path: str, settings: OpenSettings) -> dict:
         said = [runtime.chat(model, prompt, 48) for prompt in PROMPTS]
         said.append(runtime.complete(model, "def add(a, b):\n", 48))
         buffers = [line for line in LOG.tail(500) if "buffer size" in line and "RPC" in line]
-        return {"tokens": [one.token_ids for one in said], "text": [one.text for one in said], "buffers": buffers,
-                "conditions": model.conditions()}
+        return {
+            "tokens": [one.token_ids for one in said],
+            "text": [one.text for one in said],
+            "buffers": buffers,
+            "conditions": model.conditions(),
+        }
 
 
 def main() -> int:

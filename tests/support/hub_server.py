@@ -23,8 +23,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 BYTES = re.compile(r"/bytes/(?P<repo>[^/]+/[^/]+)/(?P<file>.+)")
 TREE = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)")
-REFUSED = {"gated": (403, "GatedRepo"), "private": (401, "RepoNotFound"), "forbidden": (403, None),
-           "busy": (503, None)}
+REFUSED = {
+    "gated": (403, "GatedRepo"),
+    "private": (401, "RepoNotFound"),
+    "forbidden": (403, None),
+    "busy": (503, None),
+}
 
 
 @dataclass
@@ -122,18 +126,28 @@ class _Handler(BaseHTTPRequestHandler):
         if file not in files:
             return self.answer(404, "EntryNotFound")
         # The bytes are on another host, as on the real hub: "localhost" is another name than "127.0.0.1".
-        self.answer(302, headers={
-            "Location": f"http://localhost:{self.server.hub.port}/bytes/{repo}/{file}",
-            "X-Linked-Size": str(files[file].stat().st_size),
-            "X-Linked-Etag": f'"{hashlib.sha256(files[file].read_bytes()).hexdigest()}"'})
+        self.answer(
+            302,
+            headers={
+                "Location": f"http://localhost:{self.server.hub.port}/bytes/{repo}/{file}",
+                "X-Linked-Size": str(files[file].stat().st_size),
+                "X-Linked-Etag": f'"{hashlib.sha256(files[file].read_bytes()).hexdigest()}"',
+            },
+        )
 
     def tree(self, repo: str) -> None:
         files = self.server.hub.repos.get(repo)
         if files is None:
             return self.answer(404, "RepoNotFound")
-        self.answer(200, body=json.dumps([
-            {"type": "file", "path": name, "size": path.stat().st_size, "oid": "0" * 40}
-            for name, path in files.items()]).encode())
+        self.answer(
+            200,
+            body=json.dumps(
+                [
+                    {"type": "file", "path": name, "size": path.stat().st_size, "oid": "0" * 40}
+                    for name, path in files.items()
+                ]
+            ).encode(),
+        )
 
     def bytes(self, path: Path) -> None:
         data, first = path.read_bytes(), 0
@@ -143,8 +157,9 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"Content-Range": f"bytes {first}-{len(data) - 1}/{len(data)}"} if wanted else {}
         self.answer(status, headers=headers, body=data[first:])
 
-    def answer(self, status: int, code: str | None = None, headers: dict[str, str] | None = None,
-               body: bytes = b"") -> None:
+    def answer(
+        self, status: int, code: str | None = None, headers: dict[str, str] | None = None, body: bytes = b""
+    ) -> None:
         self.send_response(status)
         extra = {"X-Error-Code": code} if code else {"X-Repo-Commit": COMMIT}
         for name, value in {**extra, **(headers or {}), "Content-Length": str(len(body))}.items():
@@ -156,10 +171,10 @@ class _Handler(BaseHTTPRequestHandler):
     def send_body(self, body: bytes) -> None:
         hub = self.server.hub
         cut = hub.cuts.pop(0) if hub.cuts and "/bytes/" in self.path else None
-        body = body[:cut.after] if cut else body
+        body = body[: cut.after] if cut else body
         for start in range(0, len(body), 1 << 16):
-            self.wfile.write(body[start:start + (1 << 16)])
-            self.request_seen.sent += len(body[start:start + (1 << 16)])
+            self.wfile.write(body[start : start + (1 << 16)])
+            self.request_seen.sent += len(body[start : start + (1 << 16)])
         if cut:
             self.cut(cut.how)
 

@@ -17,8 +17,17 @@ from dfqs_nb.merge import copy as transfer
 from dfqs_nb.merge import holes, merge, repair
 
 SMALL = {"CHUNK_BYTES": 1 << 16, "WINDOW_BYTES": 1 << 18, "CONSUME_WINDOW_BYTES": 1 << 17}
-PLAIN = [(os, "preadv"), (os, "fdatasync"), (os, "fsync"), (os, "utime"), (os, "replace"), (os, "posix_fadvise"),
-         (holes, "punch"), (Path, "unlink"), (Path, "touch")]
+PLAIN = [
+    (os, "preadv"),
+    (os, "fdatasync"),
+    (os, "fsync"),
+    (os, "utime"),
+    (os, "replace"),
+    (os, "posix_fadvise"),
+    (holes, "punch"),
+    (Path, "unlink"),
+    (Path, "touch"),
+]
 ACTIONS = {
     "merge": lambda model, output: merge.merge(model, output, progress=False),
     "consume": lambda model, output: merge.merge(model, output, consume=True, progress=False),
@@ -55,7 +64,7 @@ def install(tick):
     def torn_append(self, durable=False, **event):
         line, at = transfer._line(event), self.file.tell()
         tick()
-        self.file.write(line[:len(line) // 2])
+        self.file.write(line[: len(line) // 2])
         tick()
         self.file.seek(at)
         append(self, durable, **event)
@@ -70,6 +79,7 @@ def _around(real, tick):
         result = real(*arguments, **options)
         tick()
         return result
+
     return wrapped
 
 

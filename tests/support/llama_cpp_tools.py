@@ -25,21 +25,33 @@ LOCK = Path(__file__).resolve().parents[2] / "requirements.lock"
 # Tools of one source file that ask for libllama and libggml-base only, with what they compile.
 ONE_FILE = {
     "llama-gguf-split": ["tools/gguf-split/gguf-split.cpp"],
-    "llama-gguf-hash": ["examples/gguf-hash/gguf-hash.cpp", "vendor/hash/hash.cpp", "vendor/hash/sha1/sha1.c",
-                        "vendor/hash/sha256/sha256.c", "vendor/hash/xxhash/xxhash.c"],
-    "llama-bench": ["tools/llama-bench/llama-bench.cpp", "tools/llama-bench/main.cpp", "common/common.cpp",
-                    "common/log.cpp", "common/fit.cpp"],
+    "llama-gguf-hash": [
+        "examples/gguf-hash/gguf-hash.cpp",
+        "vendor/hash/hash.cpp",
+        "vendor/hash/sha1/sha1.c",
+        "vendor/hash/sha256/sha256.c",
+        "vendor/hash/xxhash/xxhash.c",
+    ],
+    "llama-bench": [
+        "tools/llama-bench/llama-bench.cpp",
+        "tools/llama-bench/main.cpp",
+        "common/common.cpp",
+        "common/log.cpp",
+        "common/fit.cpp",
+    ],
 }
 # What llama-bench refers to beside these files: reading `-fa 0`. All else (downloads, JSON, samplers) is not
 # called in a benchmark; calling it ends the program.
-SHIMS = {"llama-bench": """
+SHIMS = {
+    "llama-bench": """
 #include <string>
 namespace common_arg_utils {
 bool is_truthy(const std::string & v) { return v == "on" || v == "1" || v == "true"; }
 bool is_falsey(const std::string & v) { return v == "off" || v == "0" || v == "false"; }
 bool is_autoy(const std::string & v) { return v == "auto" || v == "-1"; }
 }
-"""}
+"""
+}
 AS_C = ("sha256.c", "xxhash.c")  # the rest is C++, sha1.c too: llama.cpp puts it in a namespace
 
 
@@ -54,7 +66,9 @@ def cache() -> Path:
 
 def locked() -> tuple[str, str]:
     """The version of llama-cpp-python and the SHA-256 of its source, from the lock file."""
-    found = re.search(r"^llama-cpp-python==(\S+)[ \\\n]+--hash=sha256:([0-9a-f]{64})$", LOCK.read_text(), re.M)
+    found = re.search(
+        r"^llama-cpp-python==(\S+)[ \\\n]+--hash=sha256:([0-9a-f]{64})$", LOCK.read_text(), re.M
+    )
     if not found:
         raise Unavailable(f"{LOCK.name} does not lock llama-cpp-python's source")
     return found[1], found[2]
@@ -83,8 +97,22 @@ def source() -> Path:
 def _download(version: str, sha256: str, folder: Path) -> Path:
     wanted = folder / "wanted.txt"
     wanted.write_text(f"llama-cpp-python=={version} --hash=sha256:{sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
-               "--require-hashes", "--disable-pip-version-check", "--dest", str(folder), "-r", str(wanted)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-binary",
+        ":all:",
+        "--require-hashes",
+        "--disable-pip-version-check",
+        "--dest",
+        str(folder),
+        "-r",
+        str(wanted),
+    ]
     if find_spec("scikit_build_core"):  # the lock's own; pip would fetch another one, unchecked
         command.append("--no-build-isolation")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -143,8 +171,9 @@ def _compile(name: str, libraries: Path, scratch: Path) -> Path:
     info = scratch / "build-info.cpp"  # what llama.cpp's CMake would fill in
     template = (root / "common" / "build-info.cpp.in").read_text()
     info.write_text(re.sub(r"@LLAMA_BUILD_NUMBER@", "0", template).replace("@LLAMA_BUILD_COMMIT@", "sdist"))
-    includes = [f"-I{root / folder}" for folder in
-                ("include", "common", "ggml/include", "vendor", "vendor/hash")]
+    includes = [
+        f"-I{root / folder}" for folder in ("include", "common", "ggml/include", "vendor", "vendor/hash")
+    ]
     shim = scratch / "shim.cpp"
     shim.write_text(SHIMS.get(name, ""))
     objects = []
@@ -152,9 +181,19 @@ def _compile(name: str, libraries: Path, scratch: Path) -> Path:
         language = ["-x", "c"] if file.name in AS_C else ["-x", "c++", "-std=c++17"]
         objects.append(str(scratch / f"{file.name}.o"))
         _run([compiler, *language, "-O2", "-w", *includes, "-c", str(file), "-o", objects[-1]])
-    link = [compiler, *objects, f"-L{libraries}", "-lllama", "-lggml", "-lggml-base", "-pthread",
-            f"-Wl,-rpath,{libraries}", *([f"-Wl,-rpath-link,{libraries}"] if sys.platform == "linux" else []),
-            "-o", str(scratch / name)]
+    link = [
+        compiler,
+        *objects,
+        f"-L{libraries}",
+        "-lllama",
+        "-lggml",
+        "-lggml-base",
+        "-pthread",
+        f"-Wl,-rpath,{libraries}",
+        *([f"-Wl,-rpath-link,{libraries}"] if sys.platform == "linux" else []),
+        "-o",
+        str(scratch / name),
+    ]
     if name in SHIMS:
         link.append(_missing_symbols(compiler, link, scratch))
     _run(link)
@@ -165,8 +204,10 @@ def _missing_symbols(compiler: str, link: list[str], scratch: Path) -> str:
     """An object that defines every symbol the linker misses as a function that ends the program."""
     said = subprocess.run([*link, "-Wl,--no-demangle"], capture_output=True, text=True, check=False).stderr
     missing = sorted(set(re.findall(r"undefined reference to [`']([^']+)'", said)))
-    lines = [f'void f{i}(void) __asm__("{symbol}"); void f{i}(void) {{ abort(); }}'
-             for i, symbol in enumerate(missing)]
+    lines = [
+        f'void f{i}(void) __asm__("{symbol}"); void f{i}(void) {{ abort(); }}'
+        for i, symbol in enumerate(missing)
+    ]
     (scratch / "missing.c").write_text("\n".join(["#include <stdlib.h>", *lines]) + "\n")
     _run([compiler, "-x", "c", "-w", "-c", str(scratch / "missing.c"), "-o", str(scratch / "missing.o")])
     return str(scratch / "missing.o")
@@ -190,11 +231,33 @@ def _cmake(name: str, folder: Path, options: Sequence[str] = ()) -> Path:
     """llama.cpp's own build of one target: without server, examples, TLS, and tuning for this CPU."""
     if not _program("cmake") or not _program("ninja"):
         raise Unavailable("no cmake or ninja: pip install cmake ninja")
-    off = ["LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_SERVER", "LLAMA_BUILD_APP", "LLAMA_OPENSSL", "GGML_NATIVE",
-           "LLAMA_ALL_WARNINGS", "GGML_CCACHE", "GGML_OPENMP"]
-    _run([_program("cmake"), "-S", str(source()), "-B", str(folder), "-G", "Ninja",
-          f"-DCMAKE_MAKE_PROGRAM={_program('ninja')}", "-DCMAKE_BUILD_TYPE=Release",
-          "-DCMAKE_CXX_FLAGS_RELEASE=-O1", "-DLLAMA_BUILD_TESTS=ON", *(f"-D{option}=OFF" for option in off), *options])
+    off = [
+        "LLAMA_BUILD_EXAMPLES",
+        "LLAMA_BUILD_SERVER",
+        "LLAMA_BUILD_APP",
+        "LLAMA_OPENSSL",
+        "GGML_NATIVE",
+        "LLAMA_ALL_WARNINGS",
+        "GGML_CCACHE",
+        "GGML_OPENMP",
+    ]
+    _run(
+        [
+            _program("cmake"),
+            "-S",
+            str(source()),
+            "-B",
+            str(folder),
+            "-G",
+            "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={_program('ninja')}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            "-DCMAKE_CXX_FLAGS_RELEASE=-O1",
+            "-DLLAMA_BUILD_TESTS=ON",
+            *(f"-D{option}=OFF" for option in off),
+            *options,
+        ]
+    )
     _run([_program("cmake"), "--build", str(folder), "--target", name])
     return folder / "bin" / name
 

@@ -29,8 +29,11 @@ def write_model(arch: str, folder: Path, seed: int = 5) -> Path:
         values = np.ones(shape[::-1]) if norm else rng.normal(0, 1.5 / shape[0] ** 0.5, shape[::-1])
         return Spec(name, "F32", shape, data=values.astype("<f4").tobytes())
 
-    tensors = [tensor("token_embd.weight", EMBD, VOCAB), tensor("output_norm.weight", EMBD),
-               tensor("output.weight", EMBD, VOCAB)]
+    tensors = [
+        tensor("token_embd.weight", EMBD, VOCAB),
+        tensor("output_norm.weight", EMBD),
+        tensor("output.weight", EMBD, VOCAB),
+    ]
     for layer in range(LAYERS):
         tensors += [tensor(f"blk.{layer}.{name}", *shape) for name, shape in _block(arch, layer)]
     path = folder / f"{arch}.gguf"
@@ -42,10 +45,15 @@ def _block(arch: str, layer: int) -> list[tuple[str, tuple[int, ...]]]:
     wide = HEADS * HEAD
     block = [("attn_norm.weight", (EMBD,)), ("attn_output.weight", (wide, EMBD))]
     if arch == "deepseek2":
-        block += [("attn_q_a.weight", (EMBD, LORA)), ("attn_q_a_norm.weight", (LORA,)),
-                  ("attn_q_b.weight", (LORA, HEADS * (NOPE + ROPE))),
-                  ("attn_kv_a_mqa.weight", (EMBD, LORA + ROPE)), ("attn_kv_a_norm.weight", (LORA,)),
-                  ("attn_k_b.weight", (NOPE, LORA, HEADS)), ("attn_v_b.weight", (LORA, HEAD, HEADS))]
+        block += [
+            ("attn_q_a.weight", (EMBD, LORA)),
+            ("attn_q_a_norm.weight", (LORA,)),
+            ("attn_q_b.weight", (LORA, HEADS * (NOPE + ROPE))),
+            ("attn_kv_a_mqa.weight", (EMBD, LORA + ROPE)),
+            ("attn_kv_a_norm.weight", (LORA,)),
+            ("attn_k_b.weight", (NOPE, LORA, HEADS)),
+            ("attn_v_b.weight", (LORA, HEAD, HEADS)),
+        ]
     else:
         block += [(f"attn_{x}.weight", (EMBD, wide)) for x in "qkv"]
     if arch == "qwen3moe":
@@ -54,53 +62,89 @@ def _block(arch: str, layer: int) -> list[tuple[str, tuple[int, ...]]]:
         block += [("attn_q_norm.weight", (EMBD,)), ("attn_k_norm.weight", (EMBD,))]
     if arch == "gpt-oss":
         block += [(f"attn_{x}.bias", (wide,)) for x in "qkv"]
-        block += [("attn_output.bias", (EMBD,)), ("attn_sinks.weight", (HEADS,)),
-                  ("post_attention_norm.weight", (EMBD,)), ("ffn_gate_inp.bias", (EXPERTS,)),
-                  ("ffn_gate_exps.bias", (WIDTH, EXPERTS)), ("ffn_up_exps.bias", (WIDTH, EXPERTS)),
-                  ("ffn_down_exps.bias", (EMBD, EXPERTS))]
+        block += [
+            ("attn_output.bias", (EMBD,)),
+            ("attn_sinks.weight", (HEADS,)),
+            ("post_attention_norm.weight", (EMBD,)),
+            ("ffn_gate_inp.bias", (EXPERTS,)),
+            ("ffn_gate_exps.bias", (WIDTH, EXPERTS)),
+            ("ffn_up_exps.bias", (WIDTH, EXPERTS)),
+            ("ffn_down_exps.bias", (EMBD, EXPERTS)),
+        ]
     else:
         block += [("ffn_norm.weight", (EMBD,))]
     if layer < LEAD.get(arch, 0):
-        return block + [("ffn_gate.weight", (EMBD, WIDTH)), ("ffn_up.weight", (EMBD, WIDTH)),
-                        ("ffn_down.weight", (WIDTH, EMBD))]
+        return block + [
+            ("ffn_gate.weight", (EMBD, WIDTH)),
+            ("ffn_up.weight", (EMBD, WIDTH)),
+            ("ffn_down.weight", (WIDTH, EMBD)),
+        ]
     if arch == "deepseek2":
-        block += [("exp_probs_b.bias", (EXPERTS,)), ("ffn_gate_shexp.weight", (EMBD, WIDTH)),
-                  ("ffn_up_shexp.weight", (EMBD, WIDTH)), ("ffn_down_shexp.weight", (WIDTH, EMBD))]
-    return block + [("ffn_gate_inp.weight", (EMBD, EXPERTS)), ("ffn_gate_exps.weight", (EMBD, WIDTH, EXPERTS)),
-                    ("ffn_up_exps.weight", (EMBD, WIDTH, EXPERTS)),
-                    ("ffn_down_exps.weight", (WIDTH, EMBD, EXPERTS))]
+        block += [
+            ("exp_probs_b.bias", (EXPERTS,)),
+            ("ffn_gate_shexp.weight", (EMBD, WIDTH)),
+            ("ffn_up_shexp.weight", (EMBD, WIDTH)),
+            ("ffn_down_shexp.weight", (WIDTH, EMBD)),
+        ]
+    return block + [
+        ("ffn_gate_inp.weight", (EMBD, EXPERTS)),
+        ("ffn_gate_exps.weight", (EMBD, WIDTH, EXPERTS)),
+        ("ffn_up_exps.weight", (EMBD, WIDTH, EXPERTS)),
+        ("ffn_down_exps.weight", (WIDTH, EMBD, EXPERTS)),
+    ]
 
 
 def _fields(arch: str) -> list[bytes]:
-    numbers = {"vocab_size": VOCAB, "context_length": 256, "embedding_length": EMBD, "block_count": LAYERS,
-               "feed_forward_length": WIDTH, "expert_feed_forward_length": WIDTH, "expert_count": EXPERTS,
-               "expert_used_count": USED.get(arch, 2), "attention.head_count": HEADS,
-               "attention.head_count_kv": HEADS, "attention.key_length": HEAD, "attention.value_length": HEAD,
-               "rope.dimension_count": HEAD}
+    numbers = {
+        "vocab_size": VOCAB,
+        "context_length": 256,
+        "embedding_length": EMBD,
+        "block_count": LAYERS,
+        "feed_forward_length": WIDTH,
+        "expert_feed_forward_length": WIDTH,
+        "expert_count": EXPERTS,
+        "expert_used_count": USED.get(arch, 2),
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": HEADS,
+        "attention.key_length": HEAD,
+        "attention.value_length": HEAD,
+        "rope.dimension_count": HEAD,
+    }
     floats = {"attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e4}
     more = []
     if arch == "deepseek2":
-        numbers |= {"attention.head_count_kv": 1, "attention.key_length": LORA + ROPE,
-                    "attention.value_length": LORA, "rope.dimension_count": ROPE,
-                    "attention.q_lora_rank": LORA, "attention.kv_lora_rank": LORA,
-                    "attention.key_length_mla": NOPE + ROPE, "attention.value_length_mla": HEAD,
-                    "leading_dense_block_count": LEAD[arch], "expert_shared_count": 1,
-                    "expert_gating_func": 2, "expert_group_count": GROUPS,
-                    "expert_group_used_count": GROUPS_USED}
+        numbers |= {
+            "attention.head_count_kv": 1,
+            "attention.key_length": LORA + ROPE,
+            "attention.value_length": LORA,
+            "rope.dimension_count": ROPE,
+            "attention.q_lora_rank": LORA,
+            "attention.kv_lora_rank": LORA,
+            "attention.key_length_mla": NOPE + ROPE,
+            "attention.value_length_mla": HEAD,
+            "leading_dense_block_count": LEAD[arch],
+            "expert_shared_count": 1,
+            "expert_gating_func": 2,
+            "expert_group_count": GROUPS,
+            "expert_group_used_count": GROUPS_USED,
+        }
         floats |= {"expert_weights_scale": 2.5}
         more = [field(f"{arch}.expert_weights_norm", "BOOL", True)]
     if arch == "granitemoe":
         floats |= {"logit_scale": 1.0}
     if arch == "gpt-oss":
         numbers |= {"attention.sliding_window": 32}
-    return [field("general.architecture", "STRING", arch), *more,
-            *(field(f"{arch}.{name}", "UINT32", value) for name, value in numbers.items()),
-            *(field(f"{arch}.{name}", "FLOAT32", value) for name, value in floats.items()),
-            field("tokenizer.ggml.model", "STRING", "test"),
-            field("tokenizer.ggml.tokens", "[STRING]", [f"tok_{i}" for i in range(VOCAB)]),
-            field("tokenizer.ggml.token_type", "[INT32]", [1] * VOCAB),
-            field("tokenizer.ggml.scores", "[FLOAT32]", [0.0] * VOCAB),
-            field("tokenizer.ggml.add_bos_token", "BOOL", False)]
+    return [
+        field("general.architecture", "STRING", arch),
+        *more,
+        *(field(f"{arch}.{name}", "UINT32", value) for name, value in numbers.items()),
+        *(field(f"{arch}.{name}", "FLOAT32", value) for name, value in floats.items()),
+        field("tokenizer.ggml.model", "STRING", "test"),
+        field("tokenizer.ggml.tokens", "[STRING]", [f"tok_{i}" for i in range(VOCAB)]),
+        field("tokenizer.ggml.token_type", "[INT32]", [1] * VOCAB),
+        field("tokenizer.ggml.scores", "[FLOAT32]", [0.0] * VOCAB),
+        field("tokenizer.ggml.add_bos_token", "BOOL", False),
+    ]
 
 
 # ---- what the routers choose, by the published formulas, in float64 ----
@@ -149,7 +193,10 @@ class PlainReader:
 
         self.found: dict[str, list[np.ndarray]] = {}
         self._ggml = ggml.libggml
-        self._ggml.ggml_get_name.restype, self._ggml.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+        self._ggml.ggml_get_name.restype, self._ggml.ggml_get_name.argtypes = (
+            ctypes.c_char_p,
+            [ctypes.c_void_p],
+        )
         for name in ("ggml_nrows", "ggml_nelements"):
             getattr(self._ggml, name).restype = ctypes.c_int64
             getattr(self._ggml, name).argtypes = [ctypes.c_void_p]
@@ -171,7 +218,15 @@ class PlainReader:
         if not name.startswith("ffn_moe_") or "(" in name:
             return False
         kind = name.rsplit("-", 1)[0].removeprefix("ffn_moe_")
-        if kind not in ("logits", "probs", "topk", "weights", "weights_norm", "weights_scaled", "weights_softmax"):
+        if kind not in (
+            "logits",
+            "probs",
+            "topk",
+            "weights",
+            "weights_norm",
+            "weights_scaled",
+            "weights_softmax",
+        ):
             return False
         if not ask:
             shape = [s for s in (ctypes.c_int64 * 4).from_address(tensor + 16)]
@@ -179,8 +234,10 @@ class PlainReader:
             width = self._ggml.ggml_nelements(tensor) // n
             get = self.ggml_get_i32_nd if kind == "topk" else self.ggml_get_f32_nd
             three = kind.startswith("weights") and shape[0] == 1
-            rows = [[get(tensor, 0, j, i, 0) if three else get(tensor, j, i, 0, 0) for j in range(width)]
-                    for i in range(n)]
+            rows = [
+                [get(tensor, 0, j, i, 0) if three else get(tensor, j, i, 0, 0) for j in range(width)]
+                for i in range(n)
+            ]
             self.found.setdefault(name.removeprefix("ffn_moe_"), []).append(np.array(rows))
         return True
 

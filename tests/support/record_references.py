@@ -43,16 +43,23 @@ def merge_record(quantization: str, folder: Path) -> dict[str, Any]:
 
     merged = folder / f"{quantization}.gguf"
     run("--merge", shipped(quantization), merged)
-    record: dict[str, Any] = {"tensors": len(GGUFReader(merged).tensors), "bytes": merged.stat().st_size,
-                              "merged": sha256(merged), "splits": {}}
+    record: dict[str, Any] = {
+        "tensors": len(GGUFReader(merged).tensors),
+        "bytes": merged.stat().st_size,
+        "merged": sha256(merged),
+        "splits": {},
+    }
     for count, most in SPLITS.items():
         prefix = folder / f"{quantization}-{count}"
         run("--split", "--split-max-tensors", most, merged, prefix)
         shards = sorted(folder.glob(f"{prefix.name}-*-of-*.gguf"))
         again = folder / f"{prefix.name}-merged.gguf"
         run("--merge", shards[0], again)
-        record["splits"][str(count)] = {"split_max_tensors": most, "shards": [sha256(s) for s in shards],
-                                        "merged": sha256(again)}
+        record["splits"][str(count)] = {
+            "split_max_tensors": most,
+            "shards": [sha256(s) for s in shards],
+            "merged": sha256(again),
+        }
     return record
 
 
@@ -63,8 +70,12 @@ def peer_fields(reader: GGUFReader) -> Iterator[tuple[str, str, bool, Any]]:
             kinds = [kind.name for kind in found.types]
             is_array = kinds[0] == "ARRAY"
             # gguf-py says nothing about the items of an empty array
-            yield name, kinds[-1] if kinds[-1] != "ARRAY" else "", is_array, (
-                found.contents() if found.data else [])
+            yield (
+                name,
+                kinds[-1] if kinds[-1] != "ARRAY" else "",
+                is_array,
+                (found.contents() if found.data else []),
+            )
 
 
 def digest(kind: str, is_array: bool, value: Any) -> str:
@@ -88,14 +99,23 @@ def write(name: str, record: dict[str, Any]) -> None:
 def main() -> None:
     version = llama_cpp_tools.locked()[0]
     with tempfile.TemporaryDirectory() as folder:
-        write("merge_hashes.json", {
-            "made_by": "llama-gguf-split, from the llama.cpp vendored by llama-cpp-python's source",
+        write(
+            "merge_hashes.json",
+            {
+                "made_by": "llama-gguf-split, from the llama.cpp vendored by llama-cpp-python's source",
+                "llama_cpp_python": version,
+                "how": "--merge of the shipped pair; --split --split-max-tensors N of that; --merge of those",
+                "models": {name: merge_record(name, Path(folder)) for name in QUANTIZATIONS},
+            },
+        )
+    write(
+        "vocabulary_digests.json",
+        {
+            "made_by": "gguf.GGUFReader 0.19.0, digest() of each field",
             "llama_cpp_python": version,
-            "how": "--merge of the shipped pair; --split --split-max-tensors N of that; --merge of those",
-            "models": {name: merge_record(name, Path(folder)) for name in QUANTIZATIONS}})
-    write("vocabulary_digests.json", {
-        "made_by": "gguf.GGUFReader 0.19.0, digest() of each field", "llama_cpp_python": version,
-        "files": {path.name: vocabulary_record(path) for path in llama_cpp_tools.vocabularies()}})
+            "files": {path.name: vocabulary_record(path) for path in llama_cpp_tools.vocabularies()},
+        },
+    )
 
 
 if __name__ == "__main__":

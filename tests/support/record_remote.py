@@ -30,7 +30,9 @@ def function(name: str, result, *arguments):
 def add_servers(endpoints: list[str]) -> None:
     void, text = ctypes.c_void_p, ctypes.c_char_p
     rpc = function("ggml_backend_reg_by_name", void, text)(b"RPC")
-    address = function("ggml_backend_reg_get_proc_address", void, void, text)(rpc, b"ggml_backend_rpc_add_server")
+    address = function("ggml_backend_reg_get_proc_address", void, void, text)(
+        rpc, b"ggml_backend_rpc_add_server"
+    )
     add, register = ctypes.CFUNCTYPE(void, text)(address), function("ggml_backend_register", None, void)
     for endpoint in endpoints:
         register(add(endpoint.encode()))
@@ -63,12 +65,19 @@ def main() -> int:
     add_servers(endpoints)
     there, remote_logits, n_there, n_remote = record(path, -1)
     same = (np.sort(here["experts"], -1) == np.sort(there["experts"], -1)).all(-1)
-    print(json.dumps({
-        "choices": int(same.size), "same": int(same.sum()), "tensors_read": n_there, "remote": n_remote,
-        "read_on_the_cpu": n_here,
-        "margin_drift": float(np.nanmax(np.abs(here["margin"] - there["margin"]))),
-        "logit_drift": float(np.abs(logits - remote_logits).max()),
-    }))
+    print(
+        json.dumps(
+            {
+                "choices": int(same.size),
+                "same": int(same.sum()),
+                "tensors_read": n_there,
+                "remote": n_remote,
+                "read_on_the_cpu": n_here,
+                "margin_drift": float(np.nanmax(np.abs(here["margin"] - there["margin"]))),
+                "logit_drift": float(np.abs(logits - remote_logits).max()),
+            }
+        )
+    )
     return 0
 
 

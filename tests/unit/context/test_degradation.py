@@ -267,15 +267,24 @@ def grown(name: str, runs: int, n_boot: int = 400) -> pd.DataFrame:
         def measure(haystack, length, planned, of_haystack=of_haystack, seen=seen):
             n = n_questions if planned else max(1, n_questions // 2)
             noise = of_haystack[haystack] + draw.standard_normal(n) * sqrt(1 - rho)
-            seen[haystack, length] = ((noise < NORMAL.inv_cdf(min(max(p(length), 1e-12), 1 - 1e-12))).sum(), n)
+            seen[haystack, length] = (
+                (noise < NORMAL.inv_cdf(min(max(p(length), 1e-12), 1 - 1e-12))).sum(),
+                n,
+            )
             lengths = sorted({one for _, one in seen})
-            cells = np.array([[seen.get((h, one), (0, 0)) for one in lengths] for h in range(haystack + 1)], float)
+            cells = np.array(
+                [[seen.get((h, one), (0, 0)) for one in lengths] for h in range(haystack + 1)], float
+            )
             short = np.array([one in grid and one <= 512 for one in lengths])
             return Counts(np.array(lengths), cells[..., 0], cells[..., 1], short)
 
-        found = quality_boundary(degradation.search_haystacks(measure, grid, n_haystacks), n_boot=n_boot, seed=run)
+        found = quality_boundary(
+            degradation.search_haystacks(measure, grid, n_haystacks), n_boot=n_boot, seed=run
+        )
         rows.append((found.tokens, found.low, found.high or np.inf, len(seen)))
-    return pd.DataFrame(rows, columns=["tokens", "low", "high", "n_cells"]).assign(truth=true_boundary(p, grid))
+    return pd.DataFrame(rows, columns=["tokens", "low", "high", "n_cells"]).assign(
+        truth=true_boundary(p, grid)
+    )
 
 
 def test_interval_covers_a_known_boundary_for_haystacks_that_grow():

@@ -76,11 +76,14 @@ def many_keys() -> Haystacks:
 # ---- prompt sets ----
 
 
-@pytest.mark.parametrize("name, sha256", [
-    ("long-context-nano", "5ccc6a309631f28dd8f1c369d5d9a2f4a607ef4d03b6cf54cc336ae3bfdb56c4"),
-    ("long-context-nano-keys", "9bb739cd0244df0b7e68b3ec0806e6d838a18a857f7e550f3c8bfa9142560c62"),
-    ("long-context-standard", "177b31b98b343573d4b7c8eb6d67f4aa1e1d1f158f6791602ae558bc36d5f881"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, sha256",
+    [
+        ("long-context-nano", "5ccc6a309631f28dd8f1c369d5d9a2f4a607ef4d03b6cf54cc336ae3bfdb56c4"),
+        ("long-context-nano-keys", "9bb739cd0244df0b7e68b3ec0806e6d838a18a857f7e550f3c8bfa9142560c62"),
+        ("long-context-standard", "177b31b98b343573d4b7c8eb6d67f4aa1e1d1f158f6791602ae558bc36d5f881"),
+    ],
+)
 def test_prompt_sets_are_frozen(name, sha256):
     """Results under another wording are not comparable: a new wording is a new set, with a new name."""
     prompts = load_prompts(name)
@@ -92,7 +95,8 @@ def test_both_tiers_have_one_probe():
     nano, standard = (load_prompts(PROBES[tier]) for tier in ("nano", "standard"))
     assert (nano.tier, standard.tier) == ("nano", "standard")
     assert {key: nano[key] for key in standard.content if key not in ("name", "tier", "source")} == {
-        key: value for key, value in standard.content.items() if key not in ("name", "tier", "source")}
+        key: value for key, value in standard.content.items() if key not in ("name", "tier", "source")
+    }
 
 
 def test_unknown_prompt_set_names_the_known():
@@ -120,7 +124,9 @@ def test_one_key_depths_are_stratified_and_keys_stay(nano):
     prompts = load_prompts("long-context-nano")
     haystacks = Haystacks(frame_of(nano, prompts), prompts, (64, 1024))
     depths = [haystacks.case(h, 1024).questions[0].depth for h in range(20)]
-    assert np.histogram(depths, 5, (0, 1))[0].min() >= 3, "four are drawn in each; whole sentences shift them a little"
+    assert np.histogram(depths, 5, (0, 1))[0].min() >= 3, (
+        "four are drawn in each; whole sentences shift them a little"
+    )
     assert len({haystacks.case(3, length).questions[0].expected for length in (64, 181, 512)}) == 1
 
 
@@ -143,9 +149,10 @@ def test_every_stratum_is_asked_at_every_length(many_keys):
     for haystack, length in itertools.product(range(30), (256, 512, 1024, 2048)):
         case = many_keys.case(haystack, length)
         asked = [q for q in case.questions if q.task == "retrieve"]
-        assert sorted(int(q.depth * 6) for q in asked) == list(range(6)) or max(
-            abs(q.depth - (i + 0.5) / 6) for i, q in enumerate(asked)
-        ) < 0.2, (haystack, length)
+        assert (
+            sorted(int(q.depth * 6) for q in asked) == list(range(6))
+            or max(abs(q.depth - (i + 0.5) / 6) for i, q in enumerate(asked)) < 0.2
+        ), (haystack, length)
         assert len({q.name for q in asked}) == 6
         assert max(len(case.body) + len(q.prompt) for q in case.questions) <= length
         assert sum(q.task == "two hops" for q in case.questions) == 1
@@ -234,7 +241,10 @@ def test_cost_of_a_million_tokens_is_said_before_it_starts(smol):
     seconds = long_context.cost_table(plan, speed).set_index("longest")["seconds"]
     by_hand = 4 * (0.02 * 2**20 + 1e-8 * 2**40 / 2)
     assert by_hand < seconds[2**20] < 1.1 * by_hand
-    assert "1,048,576 tokens will take about 29 h; the curve to 262,144 tokens 6 h" in long_context.cost_sentence(plan, speed)
+    assert (
+        "1,048,576 tokens will take about 29 h; the curve to 262,144 tokens 6 h"
+        in long_context.cost_sentence(plan, speed)
+    )
 
 
 def test_a_budget_cuts_the_plan_and_never_fails_the_model(nano, tmp_path):
@@ -250,8 +260,12 @@ def test_a_budget_cuts_the_plan_and_never_fails_the_model(nano, tmp_path):
 
 def test_a_budget_that_ends_during_the_run_censors(nano, tmp_path):
     plan = make_plan(nano, "long-context-nano", 512, n_haystacks=3, rounds=0)
-    run = measure(nano, dataclasses.replace(plan, grid=(64, 512), budget_seconds=100), tmp_path,
-                  speed=long_context.PrefillSpeed(1.0, 0))  # fmt: skip
+    run = measure(
+        nano,
+        dataclasses.replace(plan, grid=(64, 512), budget_seconds=100),
+        tmp_path,
+        speed=long_context.PrefillSpeed(1.0, 0),
+    )
     assert run.budget_hit and run.failure is None
     assert run.items["length"].unique().tolist() == [64]
     assert run.boundary().right_censored
@@ -306,9 +320,10 @@ def child(path: Path, folder: Path, prompt_set: str, kill_after: int | None = No
     folder.mkdir(exist_ok=True)
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(path), str(folder), prompt_set],
-        stdout=subprocess.PIPE, cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        cwd=REPOSITORY,
         env={**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    )
     journal = folder / long_context.JOURNAL
     while kill_after is not None and process.poll() is None:
         if journal.exists() and journal.read_bytes().count(b"\n") >= kill_after:
@@ -319,10 +334,13 @@ def child(path: Path, folder: Path, prompt_set: str, kill_after: int | None = No
     return process.communicate()[0].decode()
 
 
-@pytest.mark.parametrize("which, prompt_set", [
-    ("nano", "long-context-nano"),
-    pytest.param("smol", "long-context-standard", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "which, prompt_set",
+    [
+        ("nano", "long-context-nano"),
+        pytest.param("smol", "long-context-standard", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed_run_gives_the_same_numbers(which, prompt_set, tmp_path):
     path = NANO if which == "nano" else smollm2()
     whole = child(path, tmp_path / "whole", prompt_set)
@@ -370,9 +388,10 @@ def test_a_context_too_small_ends_the_curve_with_its_cause(nano, tmp_path):
     assert run.boundary().cause in ("n_ctx", "quality") and run.boundary().tokens <= 256
 
 
-@pytest.mark.parametrize("error, cause", [
-    (DecodeError("decode returned -3"), "decode_error"), (NanLogitsError("NaN"), "nan_logits")
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, cause",
+    [(DecodeError("decode returned -3"), "decode_error"), (NanLogitsError("NaN"), "nan_logits")],
+)
 def test_a_decode_that_fails_is_the_boundary_with_its_cause(nano, tmp_path, monkeypatch, error, cause):
     evaluate = type(nano).evaluate
 
@@ -413,8 +432,12 @@ def test_flash_cache_is_the_published_table():
     """llama.cpp#25468 logged 904 MiB at 131,072; the others follow from src/llama-kv-cache-dsv4.cpp."""
     table = context_memory.flash_cache_table([8192, 32768, 131072, 1048576]).set_index("n_ctx")
     expected = pd.DataFrame(
-        {"swa_window": [101 * MIB, 259 * MIB, 904 * MIB, 6.76 * GIB],
-         "swa_full": [413 * MIB, 1.57 * GIB, 6.2 * GIB, 49.7 * GIB]}, index=table.index)  # fmt: skip
+        {
+            "swa_window": [101 * MIB, 259 * MIB, 904 * MIB, 6.76 * GIB],
+            "swa_full": [413 * MIB, 1.57 * GIB, 6.2 * GIB, 49.7 * GIB],
+        },
+        index=table.index,
+    )
     assert np.allclose(table[["swa_window", "swa_full"]], expected, rtol=0.005)
     assert table["card"].dropna().tolist() == [2.4e9, 12e9]
 
@@ -440,7 +463,9 @@ def test_measured_memory_lies_between_the_cache_and_the_prediction():
 @pytest.mark.slow
 def test_measured_growth_of_a_dense_cache_is_the_predicted():
     """SmolLM2's cache is large against everything else: each doubling must show in resident memory."""
-    table = context_memory.memory_table(smollm2(), [2048, 4096, 8192], OpenSettings(n_threads=1), fill_tokens=512)
+    table = context_memory.memory_table(
+        smollm2(), [2048, 4096, 8192], OpenSettings(n_threads=1), fill_tokens=512
+    )
     grown, predicted = table["anonymous_bytes"].diff()[1:], table["kv_bytes"].diff()[1:]
     assert np.allclose(grown, predicted, rtol=0.1), table
 
@@ -474,10 +499,18 @@ def test_routing_by_position_of_a_router_that_changes_half_way():
     draw, n = np.random.default_rng(0), 128
     late = (np.arange(n) >= 64)[:, None, None]
     traces = [
-        Trace(np.zeros(n, np.int32), np.array([0, 1], np.int16), np.array([True, False]),
-              (draw.integers(0, 2, (n, 2, 1)) + 2 * late).astype(np.uint8), np.ones((n, 2, 1), np.float16),
-              np.full((n, 2), 0.5, np.float32), 4, {}) for _ in range(4)
-    ]  # fmt: skip
+        Trace(
+            np.zeros(n, np.int32),
+            np.array([0, 1], np.int16),
+            np.array([True, False]),
+            (draw.integers(0, 2, (n, 2, 1)) + 2 * late).astype(np.uint8),
+            np.ones((n, 2, 1), np.float16),
+            np.full((n, 2), 0.5, np.float32),
+            4,
+            {},
+        )
+        for _ in range(4)
+    ]
     table = routing_context.usage_by_position(traces, [(0, 64), (64, 128)])
     assert table["overlap"].iloc[1] == 0 and table["overlap"].iloc[0] > 0.85
     assert (table["chance"] > 0.85).all() and (table["margin_median"] == 0.5).all()
@@ -499,10 +532,16 @@ def test_items_are_json_that_others_can_read(nano, tmp_path):
 
 def test_depths_without_questions_do_not_shift_the_others():
     """Of five strata the middle one is empty: the last is still the last fifth."""
-    items = pd.DataFrame({"length": [256] * 4, "depth": [0.0, 0.35, 0.7, 0.99], "correct": [True, False, True, True]})
+    items = pd.DataFrame(
+        {"length": [256] * 4, "depth": [0.0, 0.35, 0.7, 0.99], "correct": [True, False, True, True]}
+    )
     tiles = long_context.depth_tiles(items)
     assert tiles["depth"].tolist() == pytest.approx([0.0, 0.2, 0.6, 0.8])
     ax = context_figures.depth_by_length(tiles)
     assert [one.get_text() for one in ax.get_yticklabels()] == [
-        "0% to 20%", "20% to 40%", "60% to 80%", "80% to 100%"]
+        "0% to 20%",
+        "20% to 40%",
+        "60% to 80%",
+        "80% to 100%",
+    ]
     assert "worst 20% to 40% deep (0%)" in ax.get_title(loc="left")

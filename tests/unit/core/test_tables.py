@@ -6,8 +6,10 @@ import pandas as pd
 
 from dfqs_nb.core.display import shown
 
-TABLE = pd.DataFrame({"name": ["one", "two"], "bytes": [1234567, 5], "share": [0.5, 0.25]},
-                     index=pd.Index(["a", "b"], name="row"))
+TABLE = pd.DataFrame(
+    {"name": ["one", "two"], "bytes": [1234567, 5], "share": [0.5, 0.25]},
+    index=pd.Index(["a", "b"], name="row"),
+)
 
 
 def cells(html: str) -> dict[str, str]:

@@ -382,8 +382,13 @@ def test_the_check_says_what_llama_cpp_does_on_every_mutant(
 def test_of_two_faults_the_one_that_llama_cpp_stops_at_is_named_first(
     model: Model, reference: GGUFHeader, tmp_path: Path
 ) -> None:
-    pools = [list(key_mutants(reference)), list(value_mutants()), list(tokenizer_mutants(reference))[:-1],
-             list(tensor_mutants(reference)), list(extra_mutants())]
+    pools = [
+        list(key_mutants(reference)),
+        list(value_mutants()),
+        list(tokenizer_mutants(reference))[:-1],
+        list(tensor_mutants(reference)),
+        list(extra_mutants()),
+    ]
     draw, pairs = random.Random(20260519), []
     for _ in range(300):
         (one, change), (two, other) = draw.choice(draw.choice(pools)), draw.choice(draw.choice(pools))

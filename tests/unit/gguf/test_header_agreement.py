@@ -48,7 +48,9 @@ def same(ours: object, theirs: object) -> bool:
     """Equality in which a NaN equals a NaN."""
     if isinstance(ours, list) and isinstance(theirs, list):
         return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    both_nan = isinstance(ours, float) and isinstance(theirs, float) and math.isnan(ours) and math.isnan(theirs)
+    both_nan = (
+        isinstance(ours, float) and isinstance(theirs, float) and math.isnan(ours) and math.isnan(theirs)
+    )
     return both_nan or (type(ours) is type(theirs) and ours == theirs)
 
 
@@ -61,19 +63,35 @@ def assert_agrees_with_gguf_py(path: Path) -> None:
     assert [row[:3] for row in ours] == [row[:3] for row in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         assert same(mine[3], other[3]), f"{mine[0]}: {mine[3]!r} != {other[3]!r}"
-    assert [(t.name, t.shape, t.type, t.n_elements, t.nbytes, header.data_offset + t.offset)
-            for t in header.tensors] == [
-        (t.name, tuple(map(int, t.shape)), t.tensor_type.name, int(t.n_elements), int(t.n_bytes),
-         int(t.data_offset)) for t in peer.tensors]
+    assert [
+        (t.name, t.shape, t.type, t.n_elements, t.nbytes, header.data_offset + t.offset)
+        for t in header.tensors
+    ] == [
+        (
+            t.name,
+            tuple(map(int, t.shape)),
+            t.tensor_type.name,
+            int(t.n_elements),
+            int(t.n_bytes),
+            int(t.data_offset),
+        )
+        for t in peer.tensors
+    ]
 
 
 def assert_agrees_with_libggml(path: Path) -> None:
     header, theirs = read_header(path), ggml.parse(path, tensors=True)
     assert theirs.accepted, theirs.message
     assert (header.version, len(header), len(header.tensors), header.alignment, header.data_offset) == (
-        theirs.version, theirs.n_kv, theirs.n_tensors, theirs.alignment, theirs.data_offset)
+        theirs.version,
+        theirs.n_kv,
+        theirs.n_tensors,
+        theirs.alignment,
+        theirs.data_offset,
+    )
     assert [(t.name, t.type.upper(), t.offset, t.nbytes) for t in header.tensors] == [
-        (t.name, t.type, t.offset, t.nbytes) for t in theirs.tensors]
+        (t.name, t.type, t.offset, t.nbytes) for t in theirs.tensors
+    ]
 
 
 # Every vocabulary file of llama.cpp, and the reference model
@@ -98,7 +116,10 @@ def test_every_vocabulary_lies_where_libggml_says(vocabularies):
     for path, theirs in zip(vocabularies.values(), ggml.parse_all(list(vocabularies.values())), strict=True):
         header = read_header(path)
         assert (header.version, len(header), header.data_offset) == (
-            theirs.version, theirs.n_kv, theirs.data_offset), path.name
+            theirs.version,
+            theirs.n_kv,
+            theirs.data_offset,
+        ), path.name
 
 
 @pytest.mark.parametrize("path", sorted(records.MODELS.glob("*.gguf")), ids=lambda path: path.stem)
@@ -137,7 +158,8 @@ def test_a_version_2_file_reads_alike(tmp_path):
 
 ROW = {"F32": 1, "F16": 1, "I32": 1, "BF16": 1, "Q8_0": 32, "Q4_0": 32, "Q2_K": 256, "IQ1_S": 256}
 names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=15).filter(
-    lambda name: not name.startswith("general.") and len(name.encode()) < 64)
+    lambda name: not name.startswith("general.") and len(name.encode()) < 64
+)
 
 
 @st.composite
@@ -209,11 +231,11 @@ def mutated(draw: random.Random, whole: bytes) -> bytes:
                 raw[at] = draw.randrange(256)
             case 1:
                 extreme = draw.choice([0, 1, 255, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1])
-                raw[at:at + 8] = extreme.to_bytes(8, "little")
+                raw[at : at + 8] = extreme.to_bytes(8, "little")
             case 2:
-                raw[at:at] = raw[at:at + draw.randrange(1, 40)]
+                raw[at:at] = raw[at : at + draw.randrange(1, 40)]
             case 3:
-                del raw[at:at + draw.randrange(1, 40)]
+                del raw[at : at + draw.randrange(1, 40)]
     return bytes(raw)
 
 

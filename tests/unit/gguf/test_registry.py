@@ -45,11 +45,19 @@ print(json.dumps([attempt(name) for name in sys.argv[1:]]))
 
 def client(endpoint: str, home: Path, *names: str, patch: str = "", **env: str) -> list[dict]:
     """Run ``resolve`` on each name in a fresh process, as a user would, with these environment variables."""
-    kept = {key: value for key, value in os.environ.items()
-            if not key.upper().endswith("_PROXY") and not key.startswith("HF_")}
-    done = subprocess.run([sys.executable, "-c", patch + CLIENT, *names], cwd=REPOSITORY, timeout=120,
-                          env={**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), **env},
-                          capture_output=True, text=True)
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.upper().endswith("_PROXY") and not key.startswith("HF_")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", patch + CLIENT, *names],
+        cwd=REPOSITORY,
+        timeout=120,
+        env={**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), **env},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -75,8 +83,12 @@ def model() -> registry.Model:
 
 def test_table_agrees_with_the_files_and_with_sha256sums():
     published = dict(reversed(line.split()) for line in (REFERENCE / "SHA256SUMS").read_text().splitlines())
-    registered = {file.name: file for model in registry.models().values()
-                  if model.source == "data/reference" for file in model.files}
+    registered = {
+        file.name: file
+        for model in registry.models().values()
+        if model.source == "data/reference"
+        for file in model.files
+    }
     assert published == {name: file.sha256 for name, file in registered.items()}
     for name, file in registered.items():
         assert (REFERENCE / name).stat().st_size == file.size_bytes, name
@@ -122,19 +134,24 @@ def test_folder_of_one_model(tmp_path):
 
 
 def test_folder_of_two_models_or_none(tmp_path):
-    with pytest.raises(RegistryError, match="3 models .*DFQS-Nano-F16.gguf, DFQS-Nano-IQ1_S-XL, DFQS-Nano-Q8_0"):
+    with pytest.raises(
+        RegistryError, match="3 models .*DFQS-Nano-F16.gguf, DFQS-Nano-IQ1_S-XL, DFQS-Nano-Q8_0"
+    ):
         registry.resolve(REFERENCE)
     with pytest.raises(RegistryError, match="no .gguf file"):
         registry.resolve(tmp_path)
 
 
-@pytest.mark.parametrize("name, answer", [
-    ("dfqs-nano-iq1_xl", "no model is called 'dfqs-nano-iq1_xl'; did you mean dfqs-nano-iq1_s-xl?"),
-    ("DFQS-Nano-Q8_0", "did you mean dfqs-nano-q8_0?"),
-    ("zzz", "no model is called 'zzz'; known: dfqs-nano-iq1_s-xl, dfqs-nano-q8_0, dfqs-nano-f16"),
-    ("models/absent.gguf", "models/absent.gguf: no such file"),
-    ("hf://someone/nano", "write hf://owner/repo/file.gguf"),
-])
+@pytest.mark.parametrize(
+    "name, answer",
+    [
+        ("dfqs-nano-iq1_xl", "no model is called 'dfqs-nano-iq1_xl'; did you mean dfqs-nano-iq1_s-xl?"),
+        ("DFQS-Nano-Q8_0", "did you mean dfqs-nano-q8_0?"),
+        ("zzz", "no model is called 'zzz'; known: dfqs-nano-iq1_s-xl, dfqs-nano-q8_0, dfqs-nano-f16"),
+        ("models/absent.gguf", "models/absent.gguf: no such file"),
+        ("hf://someone/nano", "write hf://owner/repo/file.gguf"),
+    ],
+)
 def test_unknown_names_say_what_is_known(name, answer):
     with pytest.raises(RegistryError) as caught:
         registry.resolve(name)
@@ -148,11 +165,14 @@ def test_missing_reference_file(tmp_path, monkeypatch):
         registry.resolve("dfqs-nano-q8_0")
 
 
-@pytest.mark.parametrize("address, file", [
-    ("hf://a/b/c.gguf", hub.HubFile("a/b", "c.gguf")),
-    ("hf://a/b/d/c.gguf@refs/pr/1", hub.HubFile("a/b", "d/c.gguf", "refs/pr/1")),
-    ("hf://a/b@v1/c.gguf", hub.HubFile("a/b", "c.gguf", "v1")),
-])
+@pytest.mark.parametrize(
+    "address, file",
+    [
+        ("hf://a/b/c.gguf", hub.HubFile("a/b", "c.gguf")),
+        ("hf://a/b/d/c.gguf@refs/pr/1", hub.HubFile("a/b", "d/c.gguf", "refs/pr/1")),
+        ("hf://a/b@v1/c.gguf", hub.HubFile("a/b", "c.gguf", "v1")),
+    ],
+)
 def test_addresses(address, file):
     assert hub.parse_address(address) == file
 
@@ -173,7 +193,8 @@ def test_truncated_shard(tmp_path, model):
     with pytest.raises(IntegrityError) as caught:
         registry.check_sizes(paths, model)
     assert str(caught.value).endswith(
-        "shard 2 of 2 is 1,024 bytes short (expected 1,903,360); download it again")
+        "shard 2 of 2 is 1,024 bytes short (expected 1,903,360); download it again"
+    )
 
 
 def test_changed_byte_is_found_by_its_hash_only(tmp_path, model):
@@ -195,7 +216,7 @@ def test_good_files_pass(model):
 
 def test_all_shards_are_fetched_from_one_name_and_then_cached(server, tmp_path):
     name = f"hf://someone/nano/{SHARDS[1]}"
-    first, = client(server.endpoint, tmp_path, name)
+    (first,) = client(server.endpoint, tmp_path, name)
     assert [Path(path).name for path in first["paths"]] == list(SHARDS)
     assert [sha256(path) for path in first["paths"]] == [sha256(REFERENCE / shard) for shard in SHARDS]
     assert [request.range for request in server.downloads()] == [None, None]
@@ -214,7 +235,7 @@ def test_a_transfer_that_dies_half_way_is_resumed(server, tmp_path, how):
     whole.write_bytes(b"".join(path.read_bytes() for path in sorted(REFERENCE.glob("*.gguf"))))
     server.repos["someone/one"] = {"one.gguf": whole}
     server.cuts = [Cut(12_000_000, how), Cut(11_000_000, how)]
-    answer, = client(server.endpoint, tmp_path / "home", "hf://someone/one/one.gguf")
+    (answer,) = client(server.endpoint, tmp_path / "home", "hf://someone/one/one.gguf")
     assert sha256(answer["paths"][0]) == sha256(whole)
     assert [request.range for request in server.downloads()] == [None, "bytes=10485760-", "bytes=20971520-"]
     assert sum(request.sent for request in server.downloads()) < 1.5 * whole.stat().st_size
@@ -223,7 +244,7 @@ def test_a_transfer_that_dies_half_way_is_resumed(server, tmp_path, how):
 def test_a_server_that_dies_for_good_leaves_no_half_file(server, tmp_path):
     server.cuts = [Cut(1_000_000, "stop")]
     server.repos["someone/one"] = {"one.gguf": REFERENCE / BIG}
-    answer, = client(server.endpoint, tmp_path, "hf://someone/one/one.gguf")
+    (answer,) = client(server.endpoint, tmp_path, "hf://someone/one/one.gguf")
     assert answer["error"] == "RegistryError"
     assert "the download was interrupted" in answer["text"] and "this one starts over" in answer["text"]
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 1000]
@@ -251,26 +272,26 @@ def test_each_refusal_says_why_and_what_next(server, tmp_path):
 
 def test_one_missing_shard_stops_before_the_first_byte(server, tmp_path):
     del server.repos["someone/nano"][SHARDS[1]]
-    answer, = client(server.endpoint, tmp_path, f"hf://someone/nano/{SHARDS[0]}")
+    (answer,) = client(server.endpoint, tmp_path, f"hf://someone/nano/{SHARDS[0]}")
     assert f"{SHARDS[1]}: the repository has no such file" in answer["text"]
     assert not server.downloads()
 
 
 def test_offline_and_not_cached(server, tmp_path):
-    answer, = client(server.endpoint, tmp_path, f"hf://someone/nano/{BIG}", HF_HUB_OFFLINE="1")
+    (answer,) = client(server.endpoint, tmp_path, f"hf://someone/nano/{BIG}", HF_HUB_OFFLINE="1")
     assert "not in the cache, and offline; unset HF_HUB_OFFLINE" in answer["text"]
     assert not server.log
 
 
 def test_no_network(server, tmp_path):
     server.stop()
-    answer, = client(server.endpoint, tmp_path, f"hf://someone/nano/{BIG}")
+    (answer,) = client(server.endpoint, tmp_path, f"hf://someone/nano/{BIG}")
     assert f"not in the cache, and {server.endpoint} cannot be reached" in answer["text"]
     server.start()
 
 
 def test_revision(server, tmp_path):
-    answer, = client(server.endpoint, tmp_path, f"hf://someone/nano/{SHARDS[0]}@{COMMIT}")
+    (answer,) = client(server.endpoint, tmp_path, f"hf://someone/nano/{SHARDS[0]}@{COMMIT}")
     assert COMMIT in answer["paths"][0]
     assert {request.path.split("/")[4] for request in server.log if "resolve" in request.path} == {COMMIT}
 
@@ -279,12 +300,14 @@ def test_registered_model_is_found_in_another_folder_and_its_size_checked(server
     """The first file is as registered, in a folder; the second has other contents than the table says."""
     entry = (data_dir() / "models.toml").read_text().replace('"data/reference"', '"hf://someone/nano"', 1)
     (tmp_path / "models.toml").write_text(entry)
-    server.repos["someone/nano"] = {f"IQ1/{SHARDS[0]}": REFERENCE / SHARDS[0],
-                                    SHARDS[1]: REFERENCE / SHARDS[1]}
-    good, = client(server.endpoint, tmp_path / "good", "dfqs-nano-iq1_s-xl", DFQS_DATA=str(tmp_path))
+    server.repos["someone/nano"] = {
+        f"IQ1/{SHARDS[0]}": REFERENCE / SHARDS[0],
+        SHARDS[1]: REFERENCE / SHARDS[1],
+    }
+    (good,) = client(server.endpoint, tmp_path / "good", "dfqs-nano-iq1_s-xl", DFQS_DATA=str(tmp_path))
     assert Path(good["paths"][0]).parent.name == "IQ1" and len(good["paths"]) == 2
     server.repos["someone/nano"][SHARDS[1]] = REFERENCE / SHARDS[0]
-    bad, = client(server.endpoint, tmp_path / "bad", "dfqs-nano-iq1_s-xl", DFQS_DATA=str(tmp_path))
+    (bad,) = client(server.endpoint, tmp_path / "bad", "dfqs-nano-iq1_s-xl", DFQS_DATA=str(tmp_path))
     assert bad["error"] == "IntegrityError"
     assert "shard 2 of 2 is 1,946,400 bytes too long (expected 1,903,360); delete " in bad["text"]
     assert "/blobs/" in bad["text"], "the bytes to delete are behind the link"
@@ -293,7 +316,7 @@ def test_registered_model_is_found_in_another_folder_and_its_size_checked(server
 def test_wrong_contents_of_the_right_size_are_found_by_hash(server, tmp_path, model):
     damaged_copy(tmp_path, lambda file: file.write(b"\0"))
     server.repos["someone/nano"][SHARDS[1]] = tmp_path / SHARDS[1]
-    answer, = client(server.endpoint, tmp_path / "home", f"hf://someone/nano/{SHARDS[0]}")
+    (answer,) = client(server.endpoint, tmp_path / "home", f"hf://someone/nano/{SHARDS[0]}")
     paths = tuple(map(Path, answer["paths"]))
     registry.check_sizes(paths, model)
     with pytest.raises(IntegrityError, match="shard 2 of 2 has SHA-256"):
@@ -302,24 +325,30 @@ def test_wrong_contents_of_the_right_size_are_found_by_hash(server, tmp_path, mo
 
 def test_full_disk_is_seen_before_the_first_byte(server, tmp_path):
     patch = "import shutil, types\nshutil.disk_usage = lambda path: types.SimpleNamespace(free=1000)\n"
-    answer, = client(server.endpoint, tmp_path, f"hf://someone/nano/{SHARDS[0]}", patch=patch)
+    (answer,) = client(server.endpoint, tmp_path, f"hf://someone/nano/{SHARDS[0]}", patch=patch)
     need = sum((REFERENCE / name).stat().st_size for name in SHARDS)
     assert answer["error"] == "SpaceError"
     assert f"needs {need:,} bytes and the disk has 1,000 free" in answer["text"]
     assert not server.downloads()
 
 
-@pytest.mark.parametrize("number, kind, text", [
-    ("ENOSPC", SpaceError, "the disk filled up"), ("EACCES", errors.OutputError, "cannot be written")])
+@pytest.mark.parametrize(
+    "number, kind, text",
+    [("ENOSPC", SpaceError, "the disk filled up"), ("EACCES", errors.OutputError, "cannot be written")],
+)
 def test_disk_errors_during_the_download(number, kind, text):
     import errno
+
     error = hub._explain(OSError(getattr(errno, number), "no"), hub.HubFile("a/b", "c.gguf"))
     assert isinstance(error, kind) and text in str(error)
 
 
 def test_importing_the_registry_is_light():
-    code = ("import sys, dfqs_nb.gguf.models; "
-            "print([name for name in ('pandas', 'huggingface_hub', 'matplotlib') if name in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          cwd=REPOSITORY, check=True)
+    code = (
+        "import sys, dfqs_nb.gguf.models; "
+        "print([name for name in ('pandas', 'huggingface_hub', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -44,8 +44,13 @@ def test_the_scored_tokens_lose_what_the_loss_module_says(model):
     """Against `loss.token_losses`, which walks through the text in other pieces."""
     tokens = divergence.load_text("calibration-nano").tokens(model)[:256]
     found: list[np.ndarray] = []
-    divergence.predict(model, tokens, 128, 2, lambda number, said, targets: found.append(
-        -said[np.arange(len(targets)), targets]))
+    divergence.predict(
+        model,
+        tokens,
+        128,
+        2,
+        lambda number, said, targets: found.append(-said[np.arange(len(targets)), targets]),
+    )
     for number, losses in enumerate(found):
         chunk = tokens[128 * number : 128 * (number + 1)]
         bos = model.llama.token_bos()
@@ -111,7 +116,9 @@ def value(said: str, name: str) -> tuple[float, float]:
     return float(found[1]), float(found[2])
 
 
-def summary(base: list[np.ndarray], other: list[np.ndarray], targets: list[np.ndarray]) -> divergence.Divergence:
+def summary(
+    base: list[np.ndarray], other: list[np.ndarray], targets: list[np.ndarray]
+) -> divergence.Divergence:
     rows = zip(*map(divergence.compare_chunk, base, other, targets), strict=True)
     return divergence.summarize(Tokens(*map(np.stack, rows)))
 
@@ -134,14 +141,23 @@ def test_numbers_agree_with_llama_perplexity_within_its_error_bars(tmp_path, nam
         with runtime.open_model(file, SETTINGS) as model:
             tokens = model.with_bos(model.tokenize(path.read_text(), special=False))
             targets.clear()
-            divergence.predict(model, tokens, 128, 24, lambda _, logs, came, kind=kind: (
-                rows[kind].append(logs), targets.append(came)))
+            divergence.predict(
+                model,
+                tokens,
+                128,
+                24,
+                lambda _, logs, came, kind=kind: (rows[kind].append(logs), targets.append(came)),
+            )
     ours = summary(rows["base"], rows["other"], targets)
     # the tool stores the base in 16 bits and cuts it off 16 nats below its best token
-    cut = summary([np.maximum(one, one.max(axis=1, keepdims=True) - 16) for one in rows["base"]], rows["other"],
-                  targets)
-    for found, line in ((ours.perplexity, "Mean PPL(Q)"), (ours.kld, "Mean    KLD"),
-                        (cut.log_ratio, "Mean ln(PPL(Q)/PPL(base))")):
+    cut = summary(
+        [np.maximum(one, one.max(axis=1, keepdims=True) - 16) for one in rows["base"]], rows["other"], targets
+    )
+    for found, line in (
+        (ours.perplexity, "Mean PPL(Q)"),
+        (ours.kld, "Mean    KLD"),
+        (cut.log_ratio, "Mean ln(PPL(Q)/PPL(base))"),
+    ):
         theirs, bar = value(said, line)
         assert abs(found.value - theirs) <= bar, line
         assert found.standard_error == pytest.approx(bar, rel=0.25), line

@@ -34,7 +34,9 @@ def tokens() -> list[int]:
 
 @pytest.fixture(scope="module")
 def matrix(tokens) -> ImportanceMatrix:
-    return imatrix.collect(F16, tokens, dataset="a text", chunk_tokens=128, settings=ONE_THREAD, progress=False)
+    return imatrix.collect(
+        F16, tokens, dataset="a text", chunk_tokens=128, settings=ONE_THREAD, progress=False
+    )
 
 
 def test_each_expert_is_counted_as_often_as_the_router_chose_it(matrix, tokens):
@@ -83,7 +85,12 @@ def test_an_expert_that_was_never_chosen_weighs_all_columns_alike():
     assert entry.weights().tolist() == [1.0, 2.0, 1.0, 1.0]
     table = imatrix.coverage(ImportanceMatrix({"blk.1.ffn_up_exps.weight": entry}))
     assert table.loc[0, ["matrices", "unused", "least", "most", "class"]].tolist() == [
-        2, 1, 0, 2, "routed experts"]
+        2,
+        1,
+        0,
+        2,
+        "routed experts",
+    ]
 
 
 def test_a_flat_matrix_has_an_entry_for_each_matrix_of_the_blocks():
@@ -97,7 +104,9 @@ def test_a_flat_matrix_has_an_entry_for_each_matrix_of_the_blocks():
 def legacy(entries: dict[str, list[float]], calls: int, tail: bytes) -> bytes:
     raw = struct.pack("<i", len(entries))
     for name, values in entries.items():
-        raw += struct.pack(f"<i{len(name)}sii{len(values)}f", len(name), name.encode(), calls, len(values), *values)
+        raw += struct.pack(
+            f"<i{len(name)}sii{len(values)}f", len(name), name.encode(), calls, len(values), *values
+        )
     return raw + tail
 
 
@@ -117,8 +126,13 @@ def test_what_is_no_importance_matrix_is_refused(tmp_path, matrix):
     with pytest.raises(ImatrixError, match="cannot be read"):
         imatrix.read_imatrix(tmp_path / "missing")
     broken = tmp_path / "broken.dat"
-    for raw in (b"", b"abc", struct.pack("<i", 0), legacy({"a": [1.0]}, 1, b"")[:-2],
-                struct.pack("<ii1sii", 1, 1, b"a", 1, 2**30)):
+    for raw in (
+        b"",
+        b"abc",
+        struct.pack("<i", 0),
+        legacy({"a": [1.0]}, 1, b"")[:-2],
+        struct.pack("<ii1sii", 1, 1, b"a", 1, 2**30),
+    ):
         broken.write_bytes(raw)
         with pytest.raises(ImatrixError, match="not an importance matrix"):
             imatrix.read_imatrix(broken)
@@ -148,11 +162,17 @@ def test_too_short_a_text_is_refused_before_the_model_is_opened():
 
 
 def test_the_calibration_text_is_what_its_generator_makes_and_holds_no_scored_item():
-    done = subprocess.run([sys.executable, "-B", str(data_dir() / "prompts" / "calibration_nano.py"), "--check"],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-B", str(data_dir() / "prompts" / "calibration_nano.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout
-    parts = [{one[0] for one in divergence.load_text("calibration-nano", part).documents}
-             for part in ("calibration", "held_out")]
+    parts = [
+        {one[0] for one in divergence.load_text("calibration-nano", part).documents}
+        for part in ("calibration", "held_out")
+    ]
     assert parts[0] & parts[1] <= {"Explain mixture-of-experts routing"}
 
 
@@ -181,11 +201,34 @@ def tool_imatrix(*arguments: object) -> None:
 @pytest.mark.parametrize("form", ["gguf", "dat"])
 def test_the_matrix_is_llama_imatrix_s_on_the_same_text(plain, tmp_path, form):
     path, tokens = plain
-    tool_imatrix("-m", F16, "-f", path, "-o", tmp_path / f"theirs.{form}", "--output-format", form, "-c", 256,
-                 "-b", 256, "-ub", 256, "-t", 1, "--chunks", 8, "--no-repack", "--no-ppl", "-fa", "off")
+    tool_imatrix(
+        "-m",
+        F16,
+        "-f",
+        path,
+        "-o",
+        tmp_path / f"theirs.{form}",
+        "--output-format",
+        form,
+        "-c",
+        256,
+        "-b",
+        256,
+        "-ub",
+        256,
+        "-t",
+        1,
+        "--chunks",
+        8,
+        "--no-repack",
+        "--no-ppl",
+        "-fa",
+        "off",
+    )
     theirs = imatrix.read_imatrix(tmp_path / f"theirs.{form}")
-    ours = imatrix.collect(F16, tokens[: 8 * 256], dataset="plain.txt", chunk_tokens=256, settings=ONE_THREAD,
-                           progress=False)
+    ours = imatrix.collect(
+        F16, tokens[: 8 * 256], dataset="plain.txt", chunk_tokens=256, settings=ONE_THREAD, progress=False
+    )
     assert set(ours.entries) == set(theirs.entries)
     assert theirs.chunk_count == ours.chunk_count == 8
     for name, entry in ours.entries.items():

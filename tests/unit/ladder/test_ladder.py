@@ -21,8 +21,19 @@ from dfqs_nb.scores import run as scores
 
 matplotlib.use("Agg")
 F16 = data_dir() / "reference" / "DFQS-Nano-F16.gguf"
-SMALL = Settings(chunk_tokens=64, n_chunks=3, calibration_tokens=64, calibration_chunks=2, max_items=16,
-                 longest=128, n_haystacks=2, speed_depth=32, speed_tokens=4, speed_repetitions=2, n_threads=1)
+SMALL = Settings(
+    chunk_tokens=64,
+    n_chunks=3,
+    calibration_tokens=64,
+    calibration_chunks=2,
+    max_items=16,
+    longest=128,
+    n_haystacks=2,
+    speed_depth=32,
+    speed_tokens=4,
+    speed_repetitions=2,
+    n_threads=1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +98,13 @@ def test_what_is_done_is_not_done_again(climbed, folder, monkeypatch):
 
 def test_other_settings_measure_anew_but_quantize_nothing(folder, climbed, monkeypatch):
     jobs = []
-    monkeypatch.setattr(quantize, "run_child", lambda module, job, where: jobs.append((module, job["path"])) or (
-        (_ for _ in ()).throw(quantize.QuantizeError("not now"))))
+    monkeypatch.setattr(
+        quantize,
+        "run_child",
+        lambda module, job, where: (
+            jobs.append((module, job["path"])) or ((_ for _ in ()).throw(quantize.QuantizeError("not now")))
+        ),
+    )
     with pytest.raises(LadderError, match="the source cannot be measured: .*not now"):
         ladder.climb(F16, folder, ["Q8_0"], settings=dataclasses.replace(SMALL, n_chunks=2), progress=False)
     assert jobs == [("dfqs_nb.ladder.ladder", str(F16.resolve()))]
@@ -151,8 +167,16 @@ def test_a_note_does_not_outlive_what_it_vouches_for(tmp_path, monkeypatch):
     """A climb that is killed under other settings must not leave their predictions under the old key."""
     for name in ("rung.json", "predicted.json"):
         (tmp_path / name).write_text('{"key": "old"}')
-    job = {"key": "new", "path": str(tmp_path / "gone.gguf"), "place": str(tmp_path), "base": "", "fresh": False,
-           "sha256": "", "reference": str(tmp_path / "reference.npy"), "settings": dataclasses.asdict(SMALL)}
+    job = {
+        "key": "new",
+        "path": str(tmp_path / "gone.gguf"),
+        "place": str(tmp_path),
+        "base": "",
+        "fresh": False,
+        "sha256": "",
+        "reference": str(tmp_path / "reference.npy"),
+        "settings": dataclasses.asdict(SMALL),
+    }
     monkeypatch.setattr(quantize, "read_job", lambda: job)
     ladder.main()
     assert not list(tmp_path.iterdir())
@@ -176,8 +200,13 @@ def rung(name: str, kld: float, right: list[list[bool]], noise: float = 0.0) -> 
     draw = np.random.default_rng(list(name.encode()))  # hash() would draw anew in every process
     values = np.abs(kld + noise * draw.standard_normal((16, 8)))
     tokens = divergence.Tokens(values + 1, np.ones((16, 8)), values, values < 1)
-    items = pd.DataFrame([{"haystack": h, "length": 64 * 2**k, "planned": True, "correct": one, "question": "q"}
-                          for h, row in enumerate(right) for k, one in enumerate(row)])
+    items = pd.DataFrame(
+        [
+            {"haystack": h, "length": 64 * 2**k, "planned": True, "correct": one, "question": "q"}
+            for h, row in enumerate(right)
+            for k, one in enumerate(row)
+        ]
+    )
     return ladder.Rung(name, F16, None, 0.0, tokens, None, (), items, None, {"tokens": 1}, {})
 
 
@@ -185,8 +214,11 @@ def test_a_clear_loss_is_worse_a_clear_gain_better_and_noise_no_evidence():
     good, bad = [[True, True, True, True]] * 8, [[True, True, False, False]] * 8
     found = {}
     for pair in (("near", "far"), ("far", "near"), ("near", "twin")):
-        made = {"near": rung("near", 0.1, good, 0.01), "far": rung("far", 0.5, bad, 0.01),
-                "twin": rung("twin", 0.1, good, 0.01)}
+        made = {
+            "near": rung("near", 0.1, good, 0.01),
+            "far": rung("far", 0.5, bad, 0.01),
+            "twin": rung("twin", 0.1, good, 0.01),
+        }
         one = ladder.Ladder((made[pair[0]], made[pair[1]]), SMALL, {})
         found[pair] = {step.metric: step for step in ladder.steps(one)}
     assert [step.verdict for step in found["near", "far"].values()] == ["worse"] * 3
@@ -203,8 +235,9 @@ def test_intervals_allow_for_the_number_of_pairs():
     assert wide.high - wide.low > narrow.high - narrow.low
 
 
-@pytest.mark.parametrize("n, n_pairs, verdict", [(5, 1, SAME), (6, 1, "worse"), (6, 2, SAME), (8, 7, SAME),
-                                                 (9, 7, "worse")])
+@pytest.mark.parametrize(
+    "n, n_pairs, verdict", [(5, 1, SAME), (6, 1, "worse"), (6, 2, SAME), (8, 7, SAME), (9, 7, "worse")]
+)
 def test_few_haystacks_that_agree_are_no_evidence_beyond_what_a_sign_test_finds(n, n_pairs, verdict):
     """Of 6 haystacks without any difference all agree in 1 of 32 draws; 7 pairs allow 1 in 140."""
     good, bad = ([[True, True, one, one]] * n for one in (True, False))

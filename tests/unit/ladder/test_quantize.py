@@ -96,14 +96,21 @@ def test_every_recipe_keeps_hyper_connections_routers_norms_and_biases(name, fla
 
 def test_without_the_recipe_llama_cpp_would_quantize_hyper_connections():
     bare = quantize.plan(F16, Recipe("bare", "Q8_0"))
-    changed = {one.name.split(".", 2)[-1] for one in bare.tensors
-               if one.source_type == "F32" and one.type != "F32"}
+    changed = {
+        one.name.split(".", 2)[-1] for one in bare.tensors if one.source_type == "F32" and one.type != "F32"
+    }
     assert changed >= {"hc_attn_fn.weight", "hc_ffn_fn.weight", "attn_compressor_ape.weight"}
 
 
 def test_the_header_says_where_the_file_comes_from(tmp_path, flat):
-    recipe = Recipe("one tensor", "Q8_0", keep=HYPER, weights="_exps", sha256="f" * 64,
-                    rules=(Rule("blk.3.ffn_gate_exps", "IQ2_XXS"), Rule("exps", "F16"), Rule("^output", "Q6_K")))
+    recipe = Recipe(
+        "one tensor",
+        "Q8_0",
+        keep=HYPER,
+        weights="_exps",
+        sha256="f" * 64,
+        rules=(Rule("blk.3.ffn_gate_exps", "IQ2_XXS"), Rule("exps", "F16"), Rule("^output", "Q6_K")),
+    )
     matrix = dataclasses.replace(flat, path="somewhere/m.gguf", datasets=("words",), chunk_count=7)
     done = quantize.quantize(F16, recipe, tmp_path / "one.gguf", imatrix=matrix, **QUIET)
     header, source = read_header(done.path), read_header(F16)
@@ -134,18 +141,24 @@ def test_f16_to_f16_changes_no_tensor_and_says_so_in_the_file_type(tmp_path):
 # ---- what is refused, with nothing left behind ----
 
 
-@pytest.mark.parametrize("recipe, message", [
-    (Recipe("r", "Q8_0", rules=(Rule("no_such_tensor", "Q4_0"),)), "no tensor matches 'no_such_tensor'"),
-    (Recipe("r", "Q8_0", rules=(Rule("attn_q_b", "Q4_K"),)), "rows of 128 values, which blocks of 256"),
-    (Recipe("r", "Q8_0", rules=(Rule("attn_q_b", "Q9_K"),)), "unknown type 'Q9_K'"),
-    (Recipe("r", "Q8_0", rules=(Rule("attn_q_b", "Q8_K"),)), "unknown type 'Q8_K'"),
-    (Recipe("r", "Q9_0"), "unknown file type 'Q9_0'"),
-    (Recipe("r", "F16"), "leaves no tensor to the rules"),
-    (Recipe("r", "Q8_0", rules=(Rule("(", "Q4_0"),)), "is no regular expression"),
-    (Recipe("r", "Q8_0", rules=(Rule("ffn_gate_inp", "Q8_0"),)), "llama.cpp keeps blk.0.ffn_gate_inp.weight"),
-    (Recipe("r", "Q8_0", rules=(Rule("_exps", "IQ1_S"),)), "IQ1_S needs an importance matrix for blk"),
-    (load_recipe("IQ2_XXS"), "IQ2_XXS needs an importance matrix for .* more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe, message",
+    [
+        (Recipe("r", "Q8_0", rules=(Rule("no_such_tensor", "Q4_0"),)), "no tensor matches 'no_such_tensor'"),
+        (Recipe("r", "Q8_0", rules=(Rule("attn_q_b", "Q4_K"),)), "rows of 128 values, which blocks of 256"),
+        (Recipe("r", "Q8_0", rules=(Rule("attn_q_b", "Q9_K"),)), "unknown type 'Q9_K'"),
+        (Recipe("r", "Q8_0", rules=(Rule("attn_q_b", "Q8_K"),)), "unknown type 'Q8_K'"),
+        (Recipe("r", "Q9_0"), "unknown file type 'Q9_0'"),
+        (Recipe("r", "F16"), "leaves no tensor to the rules"),
+        (Recipe("r", "Q8_0", rules=(Rule("(", "Q4_0"),)), "is no regular expression"),
+        (
+            Recipe("r", "Q8_0", rules=(Rule("ffn_gate_inp", "Q8_0"),)),
+            "llama.cpp keeps blk.0.ffn_gate_inp.weight",
+        ),
+        (Recipe("r", "Q8_0", rules=(Rule("_exps", "IQ1_S"),)), "IQ1_S needs an importance matrix for blk"),
+        (load_recipe("IQ2_XXS"), "IQ2_XXS needs an importance matrix for .* more"),
+    ],
+)
 def test_a_recipe_that_does_not_fit_is_refused(tmp_path, recipe, message):
     with pytest.raises(QuantizeError, match=message):
         quantize.quantize(F16, recipe, tmp_path / "out.gguf", **QUIET)
@@ -238,7 +251,8 @@ def test_a_child_ends_when_its_parent_is_killed(tmp_path):
     """Else an orphan would go on writing beside the run that takes its place."""
     (tmp_path / "waits.py").write_text(
         "import os, time\nfrom dfqs_nb.ladder.quantize import read_job\nopen(read_job()['pid'], 'w').write(str(os.getpid()))\n"
-        "time.sleep(60)\n")
+        "time.sleep(60)\n"
+    )
     pid = tmp_path / "pid"
     code = f"from dfqs_nb.ladder.quantize import run_child; run_child('waits', {{'pid': {str(pid)!r}}}, 'x')"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -267,15 +281,30 @@ def running(pid: int) -> bool:
 
 
 def test_the_shipped_recipes_are_found_by_name_in_any_case():
-    assert set(quantize.find_recipes()) >= {"F16", "Q8_0", "Q6_K", "Q4_K_M", "Q3_K_M", "IQ2_XXS", "IQ1_M",
-                                            "IQ1_S-XL"}
+    assert set(quantize.find_recipes()) >= {
+        "F16",
+        "Q8_0",
+        "Q6_K",
+        "Q4_K_M",
+        "Q3_K_M",
+        "IQ2_XXS",
+        "IQ1_M",
+        "IQ1_S-XL",
+    }
     assert load_recipe("iq1_s-XL") == load_recipe(data_dir() / "quantize" / "iq1_s-xl.toml")
     with pytest.raises(QuantizeError, match="no recipe is called 'q1'; there are: .*Q8_0"):
         load_recipe("q1")
 
 
-@pytest.mark.parametrize("text", ["name = ", 'mix = "Q8_0"', 'name = "a"\nmix = "Q8_0"\nmore = 1',
-                                  'name = "a"\nmix = "Q8_0"\n[[rules]]\npattern = "a"'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name = ",
+        'mix = "Q8_0"',
+        'name = "a"\nmix = "Q8_0"\nmore = 1',
+        'name = "a"\nmix = "Q8_0"\n[[rules]]\npattern = "a"',
+    ],
+)
 def test_a_broken_recipe_file_is_refused(tmp_path, text):
     path = tmp_path / "r.toml"
     path.write_text(text)
@@ -286,13 +315,21 @@ def test_a_broken_recipe_file_is_refused(tmp_path, text):
 # ---- against the tool ----
 
 TOOL = {  # what llama-quantize must be told to follow our recipes
-    "Q8_0": [], "Q6_K": [], "Q4_K_M": ["--exclude-weights", "attn_output_a"],
+    "Q8_0": [],
+    "Q6_K": [],
+    "Q4_K_M": ["--exclude-weights", "attn_output_a"],
     "Q3_K_M": ["--exclude-weights", "attn_output_a"],
     "IQ2_XXS": ["--exclude-weights", "attn_output_a", "--tensor-type", "attn_output_a=q8_0"],
     "IQ1_M": ["--exclude-weights", "attn_output_a", "--tensor-type", "attn_output_a=q8_0"],
-    "IQ1_S-XL": ["--include-weights", "exps", "--tensor-type", r"blk\.0\.ffn_down_exps=q2_k",
-                 "--tensor-type", "exps=iq1_s"],
-}  # fmt: skip
+    "IQ1_S-XL": [
+        "--include-weights",
+        "exps",
+        "--tensor-type",
+        r"blk\.0\.ffn_down_exps=q2_k",
+        "--tensor-type",
+        "exps=iq1_s",
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -313,9 +350,18 @@ def matrix(tmp_path_factory) -> Path:
 def test_every_tensor_is_byte_for_byte_llama_quantize_s(tmp_path, matrix, name):
     recipe = load_recipe(name)
     ours = quantize.quantize(F16, recipe, tmp_path / "ours.gguf", imatrix=matrix, progress=False)
-    command = [llama_cpp_tools.tool("llama-quantize"), *(["--imatrix", matrix] if recipe.weights else []),
-               "--tensor-type", "hc_=f32", "--tensor-type", "_ape=f32", *TOOL[name], F16,
-               tmp_path / "theirs.gguf", recipe.mix]
+    command = [
+        llama_cpp_tools.tool("llama-quantize"),
+        *(["--imatrix", matrix] if recipe.weights else []),
+        "--tensor-type",
+        "hc_=f32",
+        "--tensor-type",
+        "_ape=f32",
+        *TOOL[name],
+        F16,
+        tmp_path / "theirs.gguf",
+        recipe.mix,
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = open_shards(tmp_path / "theirs.gguf")
@@ -327,8 +373,11 @@ def test_every_tensor_is_byte_for_byte_llama_quantize_s(tmp_path, matrix, name):
 @pytest.mark.slow
 def test_shards_are_quantized_without_a_merge(tmp_path, q8):
     tool = str(llama_cpp_tools.tool("llama-gguf-split"))
-    subprocess.run([tool, "--split", "--split-max-tensors", "50", str(F16), str(tmp_path / "part")], check=True,
-                   capture_output=True)
+    subprocess.run(
+        [tool, "--split", "--split-max-tensors", "50", str(F16), str(tmp_path / "part")],
+        check=True,
+        capture_output=True,
+    )
     first = min(tmp_path.glob("part-*"))
     done = quantize.quantize(first, "Q8_0", tmp_path / "out.gguf", **QUIET)
     assert contents(open_shards(done.path)) == contents(open_shards(q8.path))

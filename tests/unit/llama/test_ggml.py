@@ -96,8 +96,11 @@ def test_our_table_of_tensor_types_is_libggmls():
     lib = ctypes.CDLL(str(ggml.library_path()))
     lib.ggml_type_name.restype = ctypes.c_char_p
     lib.ggml_type_size.restype, lib.ggml_blck_size.restype = ctypes.c_size_t, ctypes.c_int64
-    theirs = {code: (lib.ggml_type_name(code).decode().upper(), lib.ggml_blck_size(code),
-                     lib.ggml_type_size(code)) for code in range(max(TENSOR_TYPES) + 1) if lib.ggml_blck_size(code)}
+    theirs = {
+        code: (lib.ggml_type_name(code).decode().upper(), lib.ggml_blck_size(code), lib.ggml_type_size(code))
+        for code in range(max(TENSOR_TYPES) + 1)
+        if lib.ggml_blck_size(code)
+    }
     ours = {code: (name.upper(), *sizes) for code, (name, *sizes) in TENSOR_TYPES.items()}
     assert ours == theirs
 

@@ -24,7 +24,7 @@ from dfqs_nb.merge.kind import Kind, byte_parts, diagnose, diagnosis_table, raw_
 # (arishma108/deepseek-v4-gguf and the DFQS 1.0 document).
 PUBLISHED = (49_952_658_368, 11_588_146_976, 61_540_805_344)
 SHARDS = [REFERENCE / f"DFQS-Nano-IQ1_S-XL-0000{number}-of-00002.gguf" for number in (1, 2)]
-POINTER = (b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 61540805344\n")
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 61540805344\n"
 PAGE = b"<!DOCTYPE html>\n<html><head><title>\n Sign in &mdash; Hub </title></head><body>no</body></html>"
 
 
@@ -54,61 +54,147 @@ def made(merged_reference: Path) -> Made:
 
 def shifted(step: int) -> bytes:
     """Two tensors, the second ``step`` bytes from where it should be."""
-    return gguf_bytes([field("general.architecture", "STRING", "llama")],
-                      [Spec("a", shape=(64,)), Spec("b", shape=(64,), offset=256 + step), Spec("c", offset=512 + step)],
-                      ) + bytes(max(step, 0))
+    return gguf_bytes(
+        [field("general.architecture", "STRING", "llama")],
+        [Spec("a", shape=(64,)), Spec("b", shape=(64,), offset=256 + step), Spec("c", offset=512 + step)],
+    ) + bytes(max(step, 0))
 
 
 BOUNDS = "data is not within the file bounds, model is corrupted or incomplete"
 CASES = {
     "single": Case(lambda m: m.whole, Kind.SINGLE_FILE, "a sound model in a single file of 5,753,"),
-    "two shards glued": Case(lambda m: m.first + m.second, Kind.RAW_CONCATENATION,
-                             "2 shards glued together byte for byte", "invalid split file name: case.gguf"),
+    "two shards glued": Case(
+        lambda m: m.first + m.second,
+        Kind.RAW_CONCATENATION,
+        "2 shards glued together byte for byte",
+        "invalid split file name: case.gguf",
+    ),
     "two shards glued in the wrong order": Case(
-        lambda m: m.second + m.first, Kind.RAW_CONCATENATION, "2 shards glued together byte for byte in the order 2, 1",
-        "illegal split file idx: 1 (file: case.gguf), model must be loaded with the first split"),
-    "shard twice": Case(lambda m: m.first + m.first, Kind.DAMAGED_CONCATENATION, "shard 1 is there twice",
-                        "invalid split file name"),
-    "both shards, one of them twice": Case(lambda m: m.first + m.second + m.second, Kind.DAMAGED_CONCATENATION,
-                                           "shard 2 is there twice", "invalid split file name"),
-    "glued and cut off": Case(lambda m: (m.first + m.second)[:-1000], Kind.DAMAGED_CONCATENATION,
-                              "shard 2 is cut off, 1,000 bytes short", "invalid split file name"),
-    "glued and cut off in the second header": Case(lambda m: m.first + m.second[:900], Kind.DAMAGED_CONCATENATION,
-                                                   "another GGUF at byte 3,849,760", "invalid split file name"),
-    "glued, with more after it": Case(lambda m: m.first + m.second + b"more", Kind.DAMAGED_CONCATENATION,
-                                      "4 bytes follow that belong to no shard", "invalid split file name"),
+        lambda m: m.second + m.first,
+        Kind.RAW_CONCATENATION,
+        "2 shards glued together byte for byte in the order 2, 1",
+        "illegal split file idx: 1 (file: case.gguf), model must be loaded with the first split",
+    ),
+    "shard twice": Case(
+        lambda m: m.first + m.first,
+        Kind.DAMAGED_CONCATENATION,
+        "shard 1 is there twice",
+        "invalid split file name",
+    ),
+    "both shards, one of them twice": Case(
+        lambda m: m.first + m.second + m.second,
+        Kind.DAMAGED_CONCATENATION,
+        "shard 2 is there twice",
+        "invalid split file name",
+    ),
+    "glued and cut off": Case(
+        lambda m: (m.first + m.second)[:-1000],
+        Kind.DAMAGED_CONCATENATION,
+        "shard 2 is cut off, 1,000 bytes short",
+        "invalid split file name",
+    ),
+    "glued and cut off in the second header": Case(
+        lambda m: m.first + m.second[:900],
+        Kind.DAMAGED_CONCATENATION,
+        "another GGUF at byte 3,849,760",
+        "invalid split file name",
+    ),
+    "glued, with more after it": Case(
+        lambda m: m.first + m.second + b"more",
+        Kind.DAMAGED_CONCATENATION,
+        "4 bytes follow that belong to no shard",
+        "invalid split file name",
+    ),
     "two models glued": Case(lambda m: m.whole + m.whole, Kind.GLUED_MODELS, "2 models glued together"),
-    "cut off in the data": Case(lambda m: m.whole[:-1000], Kind.TRUNCATED, "cut off: 1,000 bytes short, from tensor "
-                                "'blk.3.indexer_compressor_kv.weight' on", BOUNDS),
-    "cut off in the header": Case(lambda m: m.whole[:10_000], Kind.TRUNCATED, "cut off inside its header",
-                                  "exceeds remaining file size"),
-    "cut off in the preamble": Case(lambda m: m.whole[:6], Kind.TRUNCATED, "cut off inside its header",
-                                    "failed to read header"),
-    "more after the end": Case(lambda m: m.whole + b"<!-- bye -->", Kind.TRAILING_BYTES, "and 12 bytes after its end"),
-    "gap": Case(lambda m: shifted(32), Kind.GAPS_BETWEEN_TENSORS, "its tensors leave gaps", "has offset 288, expected 256"),
-    "overlap": Case(lambda m: shifted(-32), Kind.OVERLAPPING_TENSORS, "its tensors overlap",
-                    "has offset 224, expected 256"),
+    "cut off in the data": Case(
+        lambda m: m.whole[:-1000],
+        Kind.TRUNCATED,
+        "cut off: 1,000 bytes short, from tensor 'blk.3.indexer_compressor_kv.weight' on",
+        BOUNDS,
+    ),
+    "cut off in the header": Case(
+        lambda m: m.whole[:10_000], Kind.TRUNCATED, "cut off inside its header", "exceeds remaining file size"
+    ),
+    "cut off in the preamble": Case(
+        lambda m: m.whole[:6], Kind.TRUNCATED, "cut off inside its header", "failed to read header"
+    ),
+    "more after the end": Case(
+        lambda m: m.whole + b"<!-- bye -->", Kind.TRAILING_BYTES, "and 12 bytes after its end"
+    ),
+    "gap": Case(
+        lambda m: shifted(32),
+        Kind.GAPS_BETWEEN_TENSORS,
+        "its tensors leave gaps",
+        "has offset 288, expected 256",
+    ),
+    "overlap": Case(
+        lambda m: shifted(-32),
+        Kind.OVERLAPPING_TENSORS,
+        "its tensors overlap",
+        "has offset 224, expected 256",
+    ),
     "empty": Case(lambda m: b"", Kind.EMPTY, "an empty file", "failed to read magic"),
-    "Git LFS pointer": Case(lambda m: POINTER, Kind.LFS_POINTER, "a Git LFS pointer to the model (61,540,805,344 bytes)",
-                            "invalid magic characters: 'vers', expected 'GGUF'"),
-    "web page": Case(lambda m: PAGE, Kind.HTML, "a web page saved as a model: Sign in &mdash; Hub",
-                     "invalid magic characters: '<!DO'"),
-    "json": Case(lambda m: b'{"error":"Repository not found"}', Kind.JSON, "Repository not found",
-                 "invalid magic characters"),
-    "xml": Case(lambda m: b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>expired</Message></Error>",
-                Kind.XML, "AccessDenied: expired", "invalid magic characters: '<?xm'"),
-    "text": Case(lambda m: b"Entry not found", Kind.TEXT, "Entry not found", "invalid magic characters: 'Entr'"),
+    "Git LFS pointer": Case(
+        lambda m: POINTER,
+        Kind.LFS_POINTER,
+        "a Git LFS pointer to the model (61,540,805,344 bytes)",
+        "invalid magic characters: 'vers', expected 'GGUF'",
+    ),
+    "web page": Case(
+        lambda m: PAGE,
+        Kind.HTML,
+        "a web page saved as a model: Sign in &mdash; Hub",
+        "invalid magic characters: '<!DO'",
+    ),
+    "json": Case(
+        lambda m: b'{"error":"Repository not found"}',
+        Kind.JSON,
+        "Repository not found",
+        "invalid magic characters",
+    ),
+    "xml": Case(
+        lambda m: b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>expired</Message></Error>",
+        Kind.XML,
+        "AccessDenied: expired",
+        "invalid magic characters: '<?xm'",
+    ),
+    "text": Case(
+        lambda m: b"Entry not found", Kind.TEXT, "Entry not found", "invalid magic characters: 'Entr'"
+    ),
     "zeros": Case(lambda m: bytes(100_000), Kind.ZEROS, "zeros", "invalid magic characters"),
-    "big-endian": Case(lambda m: gguf_bytes([field("a", "UINT8", 1, ">")], order=">"), Kind.BIG_ENDIAN, "big-endian",
-                       "is there a mismatch between the host and model endianness"),
-    "version 1": Case(lambda m: m.whole[:4] + struct.pack("<I", 1) + m.whole[8:], Kind.OLD_VERSION, "GGUF version 1",
-                      "GGUFv1 is no longer supported"),
-    "broken header": Case(lambda m: gguf_bytes([field("a", "UINT8", 1)] * 2), Kind.BROKEN_HEADER, "'a' stands twice",
-                          "duplicate key 'a'"),
-    "safetensors": Case(lambda m: struct.pack("<Q", 40) + b'{"a": {}}', Kind.OTHER_FORMAT, "a safetensors file",
-                        "invalid magic characters"),
-    "zip": Case(lambda m: b"PK\x03\x04" + bytes(100), Kind.OTHER_FORMAT, "a zip archive", "invalid magic characters: 'PK"),
-    "noise": Case(lambda m: bytes(range(255, 0, -1)), Kind.NOT_GGUF, "not a GGUF", "invalid magic characters"),
+    "big-endian": Case(
+        lambda m: gguf_bytes([field("a", "UINT8", 1, ">")], order=">"),
+        Kind.BIG_ENDIAN,
+        "big-endian",
+        "is there a mismatch between the host and model endianness",
+    ),
+    "version 1": Case(
+        lambda m: m.whole[:4] + struct.pack("<I", 1) + m.whole[8:],
+        Kind.OLD_VERSION,
+        "GGUF version 1",
+        "GGUFv1 is no longer supported",
+    ),
+    "broken header": Case(
+        lambda m: gguf_bytes([field("a", "UINT8", 1)] * 2),
+        Kind.BROKEN_HEADER,
+        "'a' stands twice",
+        "duplicate key 'a'",
+    ),
+    "safetensors": Case(
+        lambda m: struct.pack("<Q", 40) + b'{"a": {}}',
+        Kind.OTHER_FORMAT,
+        "a safetensors file",
+        "invalid magic characters",
+    ),
+    "zip": Case(
+        lambda m: b"PK\x03\x04" + bytes(100),
+        Kind.OTHER_FORMAT,
+        "a zip archive",
+        "invalid magic characters: 'PK",
+    ),
+    "noise": Case(
+        lambda m: bytes(range(255, 0, -1)), Kind.NOT_GGUF, "not a GGUF", "invalid magic characters"
+    ),
 }
 
 
@@ -132,8 +218,11 @@ def test_llama_cpp_says_of_each_what_the_table_shows(made: Made, tmp_path: Path)
         paths.append(tmp_path / str(number) / "case.gguf")
         paths[-1].write_bytes(case.make(made))
     verdicts = llama_cpp_verdicts(paths)
-    assert [(name, verdict.reason) for (name, case), verdict in zip(CASES.items(), verdicts, strict=True)
-            if verdict.accepted != (not case.says) or case.says not in verdict.reason] == []
+    assert [
+        (name, verdict.reason)
+        for (name, case), verdict in zip(CASES.items(), verdicts, strict=True)
+        if verdict.accepted != (not case.says) or case.says not in verdict.reason
+    ] == []
     assert str(tmp_path) not in "".join(verdict.reason + "".join(verdict.log) for verdict in verdicts)
     table = diagnosis_table(paths)
     assert table["kind"].tolist() == [case.kind for case in CASES.values()]
@@ -144,8 +233,9 @@ def test_llama_cpp_says_of_each_what_the_table_shows(made: Made, tmp_path: Path)
 
 
 @pytest.mark.parametrize("n_shards", [2, 3, 7])
-def test_every_inner_header_of_a_raw_concatenation_is_found(n_shards: int, merged_reference: Path,
-                                                            tmp_path: Path) -> None:
+def test_every_inner_header_of_a_raw_concatenation_is_found(
+    n_shards: int, merged_reference: Path, tmp_path: Path
+) -> None:
     shards = fixtures.split_like_llama(merged_reference, -(-126 // n_shards), tmp_path / "s")
     assert len(shards) == n_shards
     glued = tmp_path / "glued.gguf"
@@ -166,7 +256,10 @@ def test_missing_shards_are_named(merged_reference: Path, tmp_path: Path) -> Non
     glued = tmp_path / "glued.gguf"
     glued.write_bytes(b"".join(shards[i].read_bytes() for i in (0, 1, 4, 6)))
     found = diagnose(glued)
-    assert (found.kind, "shard 3, 4, 6 of 7 is missing" in found.finding) == (Kind.DAMAGED_CONCATENATION, True)
+    assert (found.kind, "shard 3, 4, 6 of 7 is missing" in found.finding) == (
+        Kind.DAMAGED_CONCATENATION,
+        True,
+    )
     with pytest.raises(ShardError, match="shard 3, 4, 6 of 7 is missing"):
         raw_concatenation(glued)
 
@@ -174,9 +267,14 @@ def test_missing_shards_are_named(merged_reference: Path, tmp_path: Path) -> Non
 def test_shards_of_two_models_are_no_concatenation_of_one(made: Made, tmp_path: Path) -> None:
     glued = tmp_path / "glued.gguf"
     glued.write_bytes(made.second + (REFERENCE / "DFQS-Nano-Q8_0-00001-of-00002.gguf").read_bytes())
-    assert diagnose(glued).kind is Kind.RAW_CONCATENATION  # same tensors, other types: what merging would refuse
+    assert (
+        diagnose(glued).kind is Kind.RAW_CONCATENATION
+    )  # same tensors, other types: what merging would refuse
     specs = [Spec("a"), Spec("b")]
-    shards = [gguf_bytes(fixtures.split_fields(i, 2, n), [spec]) for i, (spec, n) in enumerate(zip(specs, (2, 3), strict=True))]
+    shards = [
+        gguf_bytes(fixtures.split_fields(i, 2, n), [spec])
+        for i, (spec, n) in enumerate(zip(specs, (2, 3), strict=True))
+    ]
     glued.write_bytes(b"".join(shards))
     assert "they hold 2 tensors and say the model has 2, 3" in diagnose(glued).finding
     shards = [gguf_bytes(fixtures.split_fields(i, 2, 2), [Spec("a")]) for i in range(2)]
@@ -185,10 +283,12 @@ def test_shards_of_two_models_are_no_concatenation_of_one(made: Made, tmp_path: 
 
 
 def test_an_unpadded_last_tensor_hides_no_shard(tmp_path: Path) -> None:
-    parts = [gguf_bytes(fixtures.split_fields(i, 3, 3), [Spec(name, shape=(5,))]) for i, name in enumerate("abc")]
+    parts = [
+        gguf_bytes(fixtures.split_fields(i, 3, 3), [Spec(name, shape=(5,))]) for i, name in enumerate("abc")
+    ]
     for cuts in ((12, 12, 12), (0, 12, 0), (12, 0, 12)):
         glued = tmp_path / "glued.gguf"
-        glued.write_bytes(b"".join(part[:len(part) - cut] for part, cut in zip(parts, cuts, strict=True)))
+        glued.write_bytes(b"".join(part[: len(part) - cut] for part, cut in zip(parts, cuts, strict=True)))
         assert diagnose(glued).kind is Kind.RAW_CONCATENATION
         assert [header.tensors[0].name for header in raw_concatenation(glued)] == ["a", "b", "c"]
 
@@ -197,12 +297,16 @@ def test_a_first_shard_without_tensors_is_followed(tmp_path: Path) -> None:
     """``llama-gguf-split --no-tensor-first-split`` pads a header that has no tensors after it."""
     first = gguf_bytes(fixtures.split_fields(0, 2, 1))
     glued = tmp_path / "glued.gguf"
-    glued.write_bytes(first + bytes(-len(first) % 32) + gguf_bytes(fixtures.split_fields(1, 2, 1), [Spec("a")]))
+    glued.write_bytes(
+        first + bytes(-len(first) % 32) + gguf_bytes(fixtures.split_fields(1, 2, 1), [Spec("a")])
+    )
     assert diagnose(glued).kind is Kind.RAW_CONCATENATION
 
 
 @pytest.mark.parametrize("name", ["single", "cut off in the data", "web page", "empty", "two models glued"])
-def test_anything_else_is_no_raw_concatenation_and_the_error_says_what(name: str, made: Made, tmp_path: Path) -> None:
+def test_anything_else_is_no_raw_concatenation_and_the_error_says_what(
+    name: str, made: Made, tmp_path: Path
+) -> None:
     path = tmp_path / "case.gguf"
     path.write_bytes(CASES[name].make(made))
     with pytest.raises(DfqsError, match="is not a raw concatenation") as caught:
@@ -238,16 +342,23 @@ def test_a_shard_says_which_it_is_and_which_are_not_here(made: Made, tmp_path: P
 # ---- byte parts ----
 
 
-@pytest.mark.parametrize("names", [
-    ["m.gguf.part1of3", "m.gguf.part2of3", "m.gguf.part3of3"], ["m.gguf-split-a", "m.gguf-split-b", "m.gguf-split-c"],
-    ["m.gguf.001", "m.gguf.002", "m.gguf.003"], ["m.gguf.00", "m.gguf.01", "m.gguf.02"],
-    ["m.gguf.partaa", "m.gguf.partab", "m.gguf.partac"], ["m.gguf.part1", "m.gguf.part2", "m.gguf.part3"],
-    ["m.gguf.aa", "m.gguf.ab", "m.gguf.ac"], ["m-part1of3.gguf", "m-part2of3.gguf", "m-part3of3.gguf"],
-])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["m.gguf.part1of3", "m.gguf.part2of3", "m.gguf.part3of3"],
+        ["m.gguf-split-a", "m.gguf-split-b", "m.gguf-split-c"],
+        ["m.gguf.001", "m.gguf.002", "m.gguf.003"],
+        ["m.gguf.00", "m.gguf.01", "m.gguf.02"],
+        ["m.gguf.partaa", "m.gguf.partab", "m.gguf.partac"],
+        ["m.gguf.part1", "m.gguf.part2", "m.gguf.part3"],
+        ["m.gguf.aa", "m.gguf.ab", "m.gguf.ac"],
+        ["m-part1of3.gguf", "m-part2of3.gguf", "m-part3of3.gguf"],
+    ],
+)
 def test_byte_parts_are_found_in_order_from_any_one(names: list[str], made: Made, tmp_path: Path) -> None:
     paths = [tmp_path / name for name in names]
     for path, start in zip(paths, (0, 2_000_000, 4_000_000), strict=True):
-        path.write_bytes(made.whole[start:start + 2_000_000])
+        path.write_bytes(made.whole[start : start + 2_000_000])
     (tmp_path / "other.gguf.part9").write_bytes(b"x")
     for path in paths:
         assert byte_parts(path) == tuple(paths)
@@ -282,9 +393,17 @@ def test_a_header_that_spans_parts_is_found_and_said(made: Made, tmp_path: Path)
     assert "the header spans several parts" in diagnose(paths[0]).finding
 
 
-@pytest.mark.parametrize(("first", "second"), [("m.gguf.part1of2", "m.gguf.part2of2"), ("m-part1.gguf", "m-part2.gguf"),
-                                               ("m.gguf-split-a", "m.gguf-split-b")])
-def test_shards_named_like_byte_parts_are_still_shards(first: str, second: str, made: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("m.gguf.part1of2", "m.gguf.part2of2"),
+        ("m-part1.gguf", "m-part2.gguf"),
+        ("m.gguf-split-a", "m.gguf-split-b"),
+    ],
+)
+def test_shards_named_like_byte_parts_are_still_shards(
+    first: str, second: str, made: Made, tmp_path: Path
+) -> None:
     (tmp_path / first).write_bytes(made.first)
     (tmp_path / second).write_bytes(made.second)
     assert [diagnose(tmp_path / name).kind for name in (first, second)] == [Kind.SHARD] * 2
@@ -326,9 +445,14 @@ def published(folder: Path) -> Path:
     n_tensors = sum(map(len, groups)) + 2
     with path.open("wb") as file:
         for number, (group, size) in enumerate(zip(groups, PUBLISHED, strict=False)):
-            fields = [*([] if number else fixtures.real_size_fields()), *fixtures.split_fields(number, 2, n_tensors)]
+            fields = [
+                *([] if number else fixtures.real_size_fields()),
+                *fixtures.split_fields(number, 2, n_tensors),
+            ]
             filler = Spec(f"filler.{number}", "I8", (1,))
-            used = len(fixtures.header_bytes(fields, [*group, filler])) + sum(-(-s.nbytes // 32) * 32 for s in group)
+            used = len(fixtures.header_bytes(fields, [*group, filler])) + sum(
+                -(-s.nbytes // 32) * 32 for s in group
+            )
             file.seek(sum(PUBLISHED[:number]))
             file.write(fixtures.header_bytes(fields, [*group, replace(filler, shape=(size - used,))]))
         file.truncate(PUBLISHED[2])
@@ -342,7 +466,10 @@ def test_the_published_file_is_seen_through_in_milliseconds(tmp_path: Path) -> N
     before, started = read_bytes(), time.process_time()
     found = diagnose(path)
     seconds, n_read = time.process_time() - started, read_bytes() - before
-    assert (found.kind, [part.nbytes for part in found.parts]) == (Kind.RAW_CONCATENATION, list(PUBLISHED[:2]))
+    assert (found.kind, [part.nbytes for part in found.parts]) == (
+        Kind.RAW_CONCATENATION,
+        list(PUBLISHED[:2]),
+    )
     assert sum(part.n_tensors for part in found.parts) > 1200
     assert ("file size", "61,540,805,344 bytes = 49,952,658,368 + 11,588,146,976") in found.evidence
     assert n_read < 10_000_000 and seconds < 0.5, (n_read, seconds)
@@ -382,13 +509,19 @@ def test_what_is_no_file_is_said_so(tmp_path: Path) -> None:
             diagnose(tmp_path / "pipe.gguf")
 
 
-def test_a_file_that_aborts_llama_cpp_gives_a_verdict_and_the_next_file_is_asked(made: Made, tmp_path: Path) -> None:
+def test_a_file_that_aborts_llama_cpp_gives_a_verdict_and_the_next_file_is_asked(
+    made: Made, tmp_path: Path
+) -> None:
     """A token that stands twice fails an assertion while the tokenizer is loaded."""
     paths = [tmp_path / f"{i}.gguf" for i in range(3)]
     for path in (paths[0], paths[2]):
         path.write_bytes(made.whole)
-    tokens = [field("general.architecture", "STRING", "llama"), field("tokenizer.ggml.model", "STRING", "gpt2"),
-              field("tokenizer.ggml.tokens", "[STRING]", ["a", "a"]), field("tokenizer.ggml.merges", "[STRING]", [])]
+    tokens = [
+        field("general.architecture", "STRING", "llama"),
+        field("tokenizer.ggml.model", "STRING", "gpt2"),
+        field("tokenizer.ggml.tokens", "[STRING]", ["a", "a"]),
+        field("tokenizer.ggml.merges", "[STRING]", []),
+    ]
     paths[1].write_bytes(gguf_bytes(tokens, [Spec("a")]))
     verdicts = llama_cpp_verdicts(paths)
     assert [verdict.accepted for verdict in verdicts] == [True, False, True]

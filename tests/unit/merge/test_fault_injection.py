@@ -34,10 +34,14 @@ from dfqs_nb.merge.repair import glued_shards, plan_join, repair
 
 NAME = "DFQS-Nano-IQ1_S-XL"
 SHARDS = [shard_path(data_dir() / "reference" / NAME, n, 2) for n in (1, 2)]
-RECORDED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.json").read_text())["models"]["IQ1_S-XL"]
+RECORDED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.json").read_text())["models"][
+    "IQ1_S-XL"
+]
 CONSUMING = ["consume", "repair"]
 
-needs_holes = pytest.mark.skipif(not holes.can_punch(tempfile.gettempdir()), reason="no holes on this file system")
+needs_holes = pytest.mark.skipif(
+    not holes.can_punch(tempfile.gettempdir()), reason="no holes on this file system"
+)
 consuming_actions = pytest.mark.parametrize("action", [pytest.param(a, marks=needs_holes) for a in CONSUMING])
 all_actions = pytest.mark.parametrize("action", ["merge", *consuming_actions.args[1]])
 
@@ -60,17 +64,33 @@ class Case:
 
     def start(self, at: int = 0, number: int = signal.SIGKILL) -> subprocess.Popen:
         """The action in a process that sends itself the signal ``number`` at tick ``at``."""
-        job = {"action": self.action, "model": str(self.sources[0]), "output": str(self.output), "at": at,
-               "signal": int(number)}
-        child = subprocess.Popen([sys.executable, str(Path(__file__).resolve().parents[2] / "support" / "killable.py"), json.dumps(job)],
-                                 stdout=subprocess.PIPE, text=True,
-                                 env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TQDM_DISABLE": "1"})
+        job = {
+            "action": self.action,
+            "model": str(self.sources[0]),
+            "output": str(self.output),
+            "at": at,
+            "signal": int(number),
+        }
+        child = subprocess.Popen(
+            [
+                sys.executable,
+                str(Path(__file__).resolve().parents[2] / "support" / "killable.py"),
+                json.dumps(job),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TQDM_DISABLE": "1"},
+        )
         assert child.stdout.readline() == "ready\n"
         return child
 
     def check_nothing_lost(self, whole: bytes) -> None:
         """Each byte of the model is in the proven part of the part file, or still in its source."""
-        if self.output.exists() and self.output.stat().st_size == len(whole) and not part_path(self.output).exists():
+        if (
+            self.output.exists()
+            and self.output.stat().st_size == len(whole)
+            and not part_path(self.output).exists()
+        ):
             if self.output.read_bytes() == whole:
                 return
         windows = [line["end"] for line in read_journal(self.output) if "end" in line]
@@ -79,13 +99,16 @@ class Case:
         files = [path.read_bytes() for path in self.sources]
         for copy in self.plan.copies:
             skip = min(max(done - copy.target_offset, 0), copy.nbytes)
-            here = files[copy.source][copy.source_offset + skip:copy.source_offset + copy.nbytes]
-            assert here == whole[copy.target_offset + skip:copy.target_offset + copy.nbytes], (
-                f"{copy.name} is neither in its source nor in the part")
+            here = files[copy.source][copy.source_offset + skip : copy.source_offset + copy.nbytes]
+            assert here == whole[copy.target_offset + skip : copy.target_offset + copy.nbytes], (
+                f"{copy.name} is neither in its source nor in the part"
+            )
 
     def check_end(self, sha256: str) -> None:
         assert sha256 == RECORDED["merged"] == hashlib.sha256(self.output.read_bytes()).hexdigest()
-        kept = {self.output, manifest_path(self.output)} | (set(self.sources) if self.action == "merge" else set())
+        kept = {self.output, manifest_path(self.output)} | (
+            set(self.sources) if self.action == "merge" else set()
+        )
         assert set(self.output.parent.iterdir()) == kept, "something was left, or is missing"
         if self.action == "merge":
             assert [path.read_bytes() for path in self.sources] == [path.read_bytes() for path in SHARDS]
@@ -267,6 +290,7 @@ def test_consume_on_a_real_full_disk(tmp_path, monkeypatch, small, whole):
 
 # A source, or the call, is another one the second time.
 
+
 def half_done(action: str, folder: Path) -> Case:
     """A case whose process was killed half-way."""
     case = new_case(action, folder)
@@ -303,9 +327,11 @@ def test_unfinished_consuming_merge_is_safe_from_other_calls(tmp_path, whole):
     """The part file is then the only place of some bytes: no other call on that output may touch it."""
     case = half_done("consume", tmp_path / "f")
     other = merge(SHARDS[0], tmp_path / "other.gguf", progress=False).path
-    for call in (lambda: merge(case.sources[0], case.output, progress=False),
-                 lambda: merge(other, case.output, progress=False),
-                 lambda: merge(other, case.output, consume=True, progress=False)):
+    for call in (
+        lambda: merge(case.sources[0], case.output, progress=False),
+        lambda: merge(other, case.output, progress=False),
+        lambda: merge(other, case.output, consume=True, progress=False),
+    ):
         with pytest.raises(IntegrityError, match="is in the way"):
             call()
         case.check_nothing_lost(whole)
@@ -365,6 +391,7 @@ def test_torn_journal_counts_as_unwritten(action, tmp_path, whole):
 
 # Two at once.
 
+
 def stopped(case: Case, at: int) -> subprocess.Popen:
     child = case.start(at=at, number=signal.SIGSTOP)
     os.waitid(os.P_PID, child.pid, os.WSTOPPED)
@@ -405,6 +432,7 @@ def test_shards_being_read_are_not_consumed(tmp_path):
 
 # What must not be consumed.
 
+
 @consuming_actions
 def test_flipped_bit_releases_nothing(action, tmp_path, monkeypatch, small, whole):
     case, real, calls = new_case(action, tmp_path / "f"), os.pwrite, []
@@ -418,7 +446,9 @@ def test_flipped_bit_releases_nothing(action, tmp_path, monkeypatch, small, whol
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", pwrite)
-        with pytest.raises(IntegrityError, match="came back from the disk changed; nothing more was released"):
+        with pytest.raises(
+            IntegrityError, match="came back from the disk changed; nothing more was released"
+        ):
             case.run()
     done = max(line["end"] for line in read_journal(case.output) if "end" in line)
     assert done <= calls[39], "the damaged window counts as done"
@@ -489,6 +519,7 @@ def test_output_under_another_spelling_is_not_removed(tmp_path):
 
 # How much disk it takes.
 
+
 @needs_holes
 @pytest.mark.parametrize("action", CONSUMING)
 def test_peak_extra_disk(action, tmp_path, monkeypatch):
@@ -509,6 +540,7 @@ def test_peak_extra_disk(action, tmp_path, monkeypatch):
             result = real(*arguments)
             peak.append(blocks([*paths, part_path(output)]))
             return result
+
         return call
 
     for owner, name in ((os, "pwrite"), (holes, "punch"), (os, "fdatasync")):
@@ -527,8 +559,15 @@ def random_shards(folder: Path, tensors: tuple[int, int], tensor_bytes: int) -> 
     """Two shards of random data in large tensors, not whole blocks long."""
     draw, paths, total = random.Random(0), [], 0
     for number, count in enumerate(tensors):
-        specs = [Spec(f"blk.{number}.{i}.weight", "F32", (tensor_bytes // 4 + i,),
-                      data=draw.randbytes(tensor_bytes // 4 * 4 + 4 * i)) for i in range(count)]
+        specs = [
+            Spec(
+                f"blk.{number}.{i}.weight",
+                "F32",
+                (tensor_bytes // 4 + i,),
+                data=draw.randbytes(tensor_bytes // 4 * 4 + 4 * i),
+            )
+            for i in range(count)
+        ]
         fields = [field("general.architecture", "STRING", "x")] if number == 0 else []
         paths.append(shard_path(folder / "m", number + 1, 2))
         paths[-1].write_bytes(gguf_bytes([*fields, *split_fields(number, 2, sum(tensors))], specs))

@@ -53,7 +53,9 @@ def test_shipped_pair_merges_as_the_reference_tool_does(tmp_path, name):
 @pytest.mark.parametrize("n_shards", ["2", "3", "7"])
 def test_splits_merge_as_the_reference_tool_does(tmp_path, merged_reference, name, n_shards):
     recorded = RECORDED[name]["splits"][n_shards]
-    whole = merged_reference if name == "IQ1_S-XL" else merge(SHARD[name], tmp_path / "w", progress=False).path
+    whole = (
+        merged_reference if name == "IQ1_S-XL" else merge(SHARD[name], tmp_path / "w", progress=False).path
+    )
     paths = split_like_llama(whole, recorded["split_max_tensors"], tmp_path / "m")
     assert [sha256(path) for path in paths] == recorded["shards"], "the fixture is not the tool's split"
     assert merge(paths[-1], tmp_path / "out.gguf", progress=False).sha256 == recorded["merged"]
@@ -91,8 +93,11 @@ def test_merging_a_merged_file_changes_nothing(tmp_path, merged_reference):
 def test_one_dimensional_tails_and_alignment(tmp_path):
     """Shapes with trailing ones, a zero-length array, and an alignment of 64 (see the module's note)."""
     specs = [Spec("a", "F32", (3, 1, 1)), Spec("b", "Q8_0", (32, 5, 1, 1)), Spec("c", "F32", (1, 1))]
-    keys = [field("general.architecture", "STRING", "x"), field("general.alignment", "UINT32", 64),
-            field("none", "[STRING]", [])]
+    keys = [
+        field("general.architecture", "STRING", "x"),
+        field("general.alignment", "UINT32", 64),
+        field("none", "[STRING]", []),
+    ]
     paths = [shard_path(tmp_path / "m", n, 2) for n in (1, 2)]
     paths[0].write_bytes(gguf_bytes([*keys, *split_fields(0, 2, 3)], specs[:2], alignment=64))
     paths[1].write_bytes(gguf_bytes([keys[1], *split_fields(1, 2, 3)], specs[2:], alignment=64))
@@ -100,8 +105,8 @@ def test_one_dimensional_tails_and_alignment(tmp_path):
     check_layout(header)
     assert [t.shape for t in header.tensors] == [(3,), (32, 5), (1,)]
     assert header["split.count"] == 0 and list(header)[-1] == "split.count"
-    data = header.path.read_bytes()[header.data_offset:]
-    assert [data[t.offset:][:t.nbytes] for t in header.tensors] == [spec.bytes() for spec in specs]
+    data = header.path.read_bytes()[header.data_offset :]
+    assert [data[t.offset :][: t.nbytes] for t in header.tensors] == [spec.bytes() for spec in specs]
 
 
 def test_a_first_shard_without_tensors(tmp_path):
@@ -109,8 +114,10 @@ def test_a_first_shard_without_tensors(tmp_path):
     header = read_header(merge(SHARD["Q8_0"], tmp_path / "whole.gguf", progress=False).path)
     kept = [header.raw[slice(*one.record)] for name, one in header.fields.items() if "split" not in name]
     whole = header.path.read_bytes()
-    specs = [Spec(t.name, t.type_code, t.shape, data=whole[header.data_offset + t.offset:][:t.nbytes])
-             for t in header.tensors]
+    specs = [
+        Spec(t.name, t.type_code, t.shape, data=whole[header.data_offset + t.offset :][: t.nbytes])
+        for t in header.tensors
+    ]
     first, second = (shard_path(tmp_path / "m", n, 2) for n in (1, 2))
     lead = gguf_bytes([*kept, *split_fields(0, 2, 126)])
     first.write_bytes(lead + bytes(-len(lead) % 32))
@@ -128,8 +135,10 @@ def test_segments_cover_each_file():
 
 # Nothing is written over, nothing is left behind.
 
-def refused(error: type[DfqsError], *words: str, output: Path, model: Path = SHARD["IQ1_S-XL"],
-            **options) -> None:
+
+def refused(
+    error: type[DfqsError], *words: str, output: Path, model: Path = SHARD["IQ1_S-XL"], **options
+) -> None:
     before = output.read_bytes() if output.is_file() else None
     kept = set(output.parent.iterdir()) if output.parent.is_dir() else set()
     with pytest.raises(error) as caught:
@@ -189,8 +198,9 @@ def test_no_space_on_the_way(tmp_path, monkeypatch, small_chunks, nth):
 def test_no_space_on_a_real_full_disk(tmp_path, monkeypatch):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], check=False,
-                             capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], check=False, capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("no right to mount a small disk here")
     try:
@@ -205,12 +215,14 @@ def test_read_only_folder(tmp_path):
     """As an ordinary user: root may write everywhere."""
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o555)
-    script = ("import os, sys\n"
-              "from dfqs_nb.merge.merge import merge\n"
-              "from dfqs_nb.core.errors import OutputError\n"
-              "os.getuid() or os.setuid(65534)\n"
-              "try: merge(sys.argv[1], sys.argv[2], progress=False)\n"
-              "except OutputError as error: print(error)\n")
+    script = (
+        "import os, sys\n"
+        "from dfqs_nb.merge.merge import merge\n"
+        "from dfqs_nb.core.errors import OutputError\n"
+        "os.getuid() or os.setuid(65534)\n"
+        "try: merge(sys.argv[1], sys.argv[2], progress=False)\n"
+        "except OutputError as error: print(error)\n"
+    )
     shards = [shutil.copy(path, tmp_path) for path in open_shards(SHARD["IQ1_S-XL"]).paths]
     for place in (tmp_path, *tmp_path.parents):
         if place.stat().st_uid == os.getuid() and place.is_relative_to("/tmp"):
@@ -218,8 +230,13 @@ def test_read_only_folder(tmp_path):
             if place.parent == Path("/tmp"):
                 break
     folder.chmod(0o555)
-    ran = subprocess.run([sys.executable, "-c", script, shards[0], str(folder / "out.gguf")],
-                         capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", script, shards[0], str(folder / "out.gguf")],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=False,
+    )
     assert "cannot be written (Permission denied)" in ran.stdout, ran.stderr
     assert list(folder.iterdir()) == []
 
@@ -264,7 +281,9 @@ def test_file_systems_without_direct_writes(tmp_path, monkeypatch, small_chunks)
     direct = getattr(os, "O_DIRECT", 0)
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", pwrite)
-        assert merge(SHARD["IQ1_S-XL"], tmp_path / "a", progress=False).sha256 == RECORDED["IQ1_S-XL"]["merged"]
+        assert (
+            merge(SHARD["IQ1_S-XL"], tmp_path / "a", progress=False).sha256 == RECORDED["IQ1_S-XL"]["merged"]
+        )
     monkeypatch.delattr(os, "O_DIRECT", raising=False)
     result = merge(SHARD["IQ1_S-XL"], tmp_path / "b", progress=False)
     assert result.sha256 == RECORDED["IQ1_S-XL"]["merged"] == sha256(result.path) == sha256(tmp_path / "a")

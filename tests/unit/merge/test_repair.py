@@ -27,7 +27,9 @@ from dfqs_nb.merge.repair import (
 )
 from dfqs_nb.merge.verify import compare_tensors
 
-RECORDED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.json").read_text())["models"]["IQ1_S-XL"]
+RECORDED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.json").read_text())["models"][
+    "IQ1_S-XL"
+]
 MERGED = RECORDED["merged"]
 SUMS = dict(reversed(line.split()) for line in (data_dir() / "reference/SHA256SUMS").read_text().splitlines())
 
@@ -44,8 +46,9 @@ def glued(tmp_path: Path) -> Path:
 @pytest.fixture(params=["2", "3", "7"])
 def glued_any(request, tmp_path, merged_reference) -> Path:
     (tmp_path / "s").mkdir()
-    shards = split_like_llama(merged_reference, RECORDED["splits"][request.param]["split_max_tensors"],
-                              tmp_path / "s" / "m")
+    shards = split_like_llama(
+        merged_reference, RECORDED["splits"][request.param]["split_max_tensors"], tmp_path / "s" / "m"
+    )
     path = tmp_path / "glued.gguf"
     path.write_bytes(b"".join(shard.read_bytes() for shard in shards))
     return path
@@ -87,8 +90,14 @@ def test_split_gives_back_the_published_shards(glued, tmp_path):
     assert [r.path.name for r in results] == [f"{glued.stem}-0000{n}-of-00002.gguf" for n in (1, 2)]
 
 
-@pytest.mark.parametrize("make", [lambda p: p.write_bytes(specimens.reference_shards().paths[0].read_bytes()),
-                                  lambda p: p.write_bytes(b"")], ids=["shard", "empty"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: p.write_bytes(specimens.reference_shards().paths[0].read_bytes()),
+        lambda p: p.write_bytes(b""),
+    ],
+    ids=["shard", "empty"],
+)
 def test_what_is_no_concatenation_is_refused(tmp_path, make):
     path = tmp_path / "x.gguf"
     make(path)
@@ -119,7 +128,7 @@ def test_byte_parts_are_joined(tmp_path, merged_reference):
     body = merged_reference.read_bytes()
     parts = [tmp_path / f"m.gguf.part{n}of3" for n in (1, 2, 3)]
     for part, start in zip(parts, (0, 2_000_000, 4_000_000), strict=True):
-        part.write_bytes(body[start:start + 2_000_000])
+        part.write_bytes(body[start : start + 2_000_000])
     assert merge_any(parts[1], tmp_path / "out.gguf", progress=False).sha256 == MERGED
     parts[2].unlink()
     with pytest.raises(DfqsError, match="missing"):

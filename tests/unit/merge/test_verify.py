@@ -68,17 +68,23 @@ def test_recorded_hashes_are_still_those_of_the_tool(model):
         program = tool("llama-gguf-hash")
     except Unavailable as reason:
         pytest.skip(str(reason))
-    ran = subprocess.run([str(program), "--xxh64", model.name], cwd=model.parent, capture_output=True, text=True,
-                         check=True)
+    ran = subprocess.run(
+        [str(program), "--xxh64", model.name], cwd=model.parent, capture_output=True, text=True, check=True
+    )
     assert {tuple(line.split()[1:]) for line in ran.stdout.splitlines() if ":" in line} == {
-        (value, f"model.gguf:{name}") for name, value in recorded().items()}
+        (value, f"model.gguf:{name}") for name, value in recorded().items()
+    }
 
 
 def test_merged_model_passes_everything(model):
     proof = verify(model, sha256=MERGED_SHA256.upper(), against=SHARDS[0], progress=False)
     assert (proof.sha256, proof.tensors, proof.nbytes) == (MERGED_SHA256, recorded(), model.stat().st_size)
-    assert proof.compared == ("its manifest", "the tensors of its shards", "the SHA-256 that was given",
-                              "the SHA-256 in its manifest")
+    assert proof.compared == (
+        "its manifest",
+        "the tensors of its shards",
+        "the SHA-256 that was given",
+        "the SHA-256 in its manifest",
+    )
     assert not proof.published and "was not tried" in proof.meaning[-1]
 
 
@@ -88,7 +94,9 @@ def test_damaged_tensor_is_named(model):
     with pytest.raises(IntegrityError, match=words):
         verify(model, progress=False)
     manifest_path(model).unlink()
-    with pytest.raises(IntegrityError, match="differ from the tensors of its shards: blk.3.ffn_gate_exps.weight"):
+    with pytest.raises(
+        IntegrityError, match="differ from the tensors of its shards: blk.3.ffn_gate_exps.weight"
+    ):
         verify(model, against=SHARDS, progress=False)
     with pytest.raises(IntegrityError, match="SHA-256 is .* the SHA-256 that was given is"):
         verify(model, sha256=MERGED_SHA256, progress=False)
@@ -97,8 +105,11 @@ def test_damaged_tensor_is_named(model):
 def test_two_damaged_tensors_are_named(model):
     damage(model, "token_embd.weight")
     damage(model, "output_norm.weight")
-    with pytest.raises(IntegrityError, match="2 of 126 .*: token_embd.weight, output_norm.weight|2 of 126 .*: "
-                                             "output_norm.weight, token_embd.weight"):
+    with pytest.raises(
+        IntegrityError,
+        match="2 of 126 .*: token_embd.weight, output_norm.weight|2 of 126 .*: "
+        "output_norm.weight, token_embd.weight",
+    ):
         verify(model, progress=False)
 
 

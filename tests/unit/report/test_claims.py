@@ -59,27 +59,47 @@ def run_stages(**parts) -> dict:
             "claims": [
                 {"claim": "routing stable", "status": "contradicted", "evidence": "97.66% of expert sets"},
                 {"claim": "deterministic execution", "status": "confirmed", "evidence": "0 of 4,608 choices"},
-                {"claim": "routing variance grows under extreme token pressure",
-                 "status": "not testable here", "evidence": "384 tokens"},
+                {
+                    "claim": "routing variance grows under extreme token pressure",
+                    "status": "not testable here",
+                    "evidence": "384 tokens",
+                },
             ]
         },
         "long_context": {"curve": curve((64, 1.0), (512, 0.6), (1024, 0.2), n=15)},
         "scores": {
-            "tier": "nano", "cpu_tokens_per_sec": 425.0,
+            "tier": "nano",
+            "cpu_tokens_per_sec": 425.0,
             "scores": [score("nano-code", 0.58, 0.46, 0.69, 64)],
         },
-    }  # fmt: skip
+    }
     return stages | parts
 
 
 def score(name: str, value: float, low: float, high: float, n: int) -> dict:
-    return {"name": "code_score", "set": name, "value": value, "low": low, "high": high, "n": n, "n_missing": 0}
+    return {
+        "name": "code_score",
+        "set": name,
+        "value": value,
+        "low": low,
+        "high": high,
+        "n": n,
+        "n_missing": 0,
+    }
 
 
 def curve(*points: tuple[int, float], n: int) -> list[dict]:
     margin = n**-0.5
-    return [{"length": length, "accuracy": share, "low": max(0, share - margin), "high": min(1, share + margin), "n": n}
-            for length, share in points]  # fmt: skip
+    return [
+        {
+            "length": length,
+            "accuracy": share,
+            "low": max(0, share - margin),
+            "high": min(1, share + margin),
+            "n": n,
+        }
+        for length, share in points
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +166,10 @@ def test_the_artifact_is_known_by_its_shape_types_and_size(artifact):
 def test_the_artifact_is_known_by_its_hash_whatever_its_size(artifact):
     smaller = dataclasses.replace(artifact, file_size=artifact.file_size // 2)
     assert artifact_match(smaller, {}).level == "model"
-    assert artifact_match(smaller, {"merge": {"model": {"sha256": SINGLE.sha256}}}).reason == "SHA-256 of the file"
+    assert (
+        artifact_match(smaller, {"merge": {"model": {"sha256": SINGLE.sha256}}}).reason
+        == "SHA-256 of the file"
+    )
 
 
 def test_a_hash_alone_is_not_enough_where_the_header_is_of_another_model(merged_reference):
@@ -171,10 +194,19 @@ def test_a_single_shard_is_not_taken_for_the_model(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "verdict"),
-    [("top-2", CONTRADICTED), ("experts", CONFIRMED), ("context", CONFIRMED), ("parameters", CONFIRMED),
-     ("active-parameters", CONFIRMED), ("iq1_s", CONFIRMED), ("k-quant", CONTRADICTED),
-     ("kv-8k", CONTRADICTED), ("kv-1m", CONTRADICTED), ("offload-3090", CONTRADICTED)],
-)  # fmt: skip
+    [
+        ("top-2", CONTRADICTED),
+        ("experts", CONFIRMED),
+        ("context", CONFIRMED),
+        ("parameters", CONFIRMED),
+        ("active-parameters", CONFIRMED),
+        ("iq1_s", CONFIRMED),
+        ("k-quant", CONTRADICTED),
+        ("kv-8k", CONTRADICTED),
+        ("kv-1m", CONTRADICTED),
+        ("offload-3090", CONTRADICTED),
+    ],
+)
 def test_the_artifacts_own_header_decides(own_table, name, verdict):
     assert own_table.loc[name, "verdict"] == verdict
 
@@ -188,9 +220,13 @@ def test_top_2_is_contradicted_by_the_header_itself(own_table):
 
 @pytest.mark.parametrize(
     ("key", "value", "name", "verdict"),
-    [("expert_used_count", 2, "top-2", CONFIRMED), ("expert_used_count", 2, "active-parameters", CONTRADICTED),
-     ("expert_count", 128, "experts", CONTRADICTED), ("context_length", 65536, "context", CONTRADICTED)],
-)  # fmt: skip
+    [
+        ("expert_used_count", 2, "top-2", CONFIRMED),
+        ("expert_used_count", 2, "active-parameters", CONTRADICTED),
+        ("expert_count", 128, "experts", CONTRADICTED),
+        ("context_length", 65536, "context", CONTRADICTED),
+    ],
+)
 def test_a_header_changed_the_other_way_turns_the_verdict(artifact_file, tmp_path, key, value, name, verdict):
     header = changed(artifact_file, tmp_path, key, value)
     assert artifact_match(header, {}).level == "artifact"
@@ -205,8 +241,13 @@ def test_without_tensors_of_iq1_s_the_quantization_is_contradicted(artifact):
 
 
 def test_measurements_of_the_artifact_count_as_evidence(artifact):
-    stages = run_stages(scores={"tier": "standard", "cpu_tokens_per_sec": 0.4,
-                                "scores": [score("standard-code", 0.66, 0.58, 0.73, 164)]})  # fmt: skip
+    stages = run_stages(
+        scores={
+            "tier": "standard",
+            "cpu_tokens_per_sec": 0.4,
+            "scores": [score("standard-code", 0.66, 0.58, 0.73, 164)],
+        }
+    )
     table = check_claims(stages, artifact, ask_llama_cpp=False).set_index("id")
     assert table.loc["humaneval", "verdict"] == CONFIRMED
     assert table.loc["speed-cpu", "verdict"] == CONFIRMED
@@ -215,8 +256,13 @@ def test_measurements_of_the_artifact_count_as_evidence(artifact):
 
 
 def test_measurements_of_the_artifact_can_contradict(artifact):
-    stages = run_stages(scores={"tier": "standard", "cpu_tokens_per_sec": 6.2,
-                                "scores": [score("standard-code", 0.31, 0.24, 0.38, 164)]})  # fmt: skip
+    stages = run_stages(
+        scores={
+            "tier": "standard",
+            "cpu_tokens_per_sec": 6.2,
+            "scores": [score("standard-code", 0.31, 0.24, 0.38, 164)],
+        }
+    )
     table = check_claims(stages, artifact, ask_llama_cpp=False).set_index("id")
     assert table.loc["humaneval", "verdict"] == table.loc["speed-cpu", "verdict"] == CONTRADICTED
 
@@ -240,8 +286,10 @@ def test_gradual_degradation_is_told_from_a_sudden_fall_and_from_none(artifact):
     gentle = curve((4096, 0.9), (8192, 0.8), (16384, 0.7), (32768, 0.6), (65536, 0.5), n=100)
     cliff = curve((4096, 0.9), (8192, 0.9), (16384, 0.2), n=100)
     flat = curve((4096, 0.9), (8192, 0.9), n=100)
-    found = [verdict_of("gradual", run_stages(long_context={"curve": rows}), artifact)
-             for rows in (gentle, cliff, flat)]  # fmt: skip
+    found = [
+        verdict_of("gradual", run_stages(long_context={"curve": rows}), artifact)
+        for rows in (gentle, cliff, flat)
+    ]
     assert found == [CONFIRMED, CONTRADICTED, NOT_TESTABLE]
 
 
@@ -250,11 +298,22 @@ def test_gradual_degradation_is_told_from_a_sudden_fall_and_from_none(artifact):
 
 @pytest.mark.parametrize(
     ("name", "verdict"),
-    [("size-card", CONTRADICTS_ITSELF), ("size-dfqs", CONFIRMED), ("original-size", CONTRADICTED),
-     ("compression-ratio", CONTRADICTED), ("storage-reduction", CONTRADICTED), ("merged", CONTRADICTED),
-     ("sha256", CONFIRMED), ("loads", CONTRADICTED), ("top-2", CONTRADICTED), ("storage-minimum", CONTRADICTED),
-     ("ram", CONFIRMED), ("h100-memory-8k", CONTRADICTED), ("downloads", NOT_CHECKABLE)],
-)  # fmt: skip
+    [
+        ("size-card", CONTRADICTS_ITSELF),
+        ("size-dfqs", CONFIRMED),
+        ("original-size", CONTRADICTED),
+        ("compression-ratio", CONTRADICTED),
+        ("storage-reduction", CONTRADICTED),
+        ("merged", CONTRADICTED),
+        ("sha256", CONFIRMED),
+        ("loads", CONTRADICTED),
+        ("top-2", CONTRADICTED),
+        ("storage-minimum", CONTRADICTED),
+        ("ram", CONFIRMED),
+        ("h100-memory-8k", CONTRADICTED),
+        ("downloads", NOT_CHECKABLE),
+    ],
+)
 def test_the_public_record_decides_what_needs_no_run(nano_table, name, verdict):
     assert nano_table.loc[name, "verdict"] == verdict
 
@@ -265,7 +324,9 @@ def test_the_reference_models_two_experts_do_not_confirm_top_2(nano_table, merge
     assert "published configuration" in nano_table.loc["top-2", "evidence"]
 
 
-@pytest.mark.parametrize("name", ["humaneval", "speed-cpu", "routing-stable", "deterministic", "gradual", "iq1_s"])
+@pytest.mark.parametrize(
+    "name", ["humaneval", "speed-cpu", "routing-stable", "deterministic", "gradual", "iq1_s"]
+)
 def test_measurements_of_another_model_judge_nothing_about_the_artifact(nano_table, name):
     assert nano_table.loc[name, "verdict"] == NOT_TESTABLE
     if name != "iq1_s":
@@ -273,8 +334,13 @@ def test_measurements_of_another_model_judge_nothing_about_the_artifact(nano_tab
 
 
 def test_a_perfect_score_of_the_reference_model_changes_nothing(merged_reference):
-    stages = run_stages(scores={"tier": "standard", "cpu_tokens_per_sec": 0.3,
-                                "scores": [score("standard-code", 0.68, 0.6, 0.75, 164)]})  # fmt: skip
+    stages = run_stages(
+        scores={
+            "tier": "standard",
+            "cpu_tokens_per_sec": 0.3,
+            "scores": [score("standard-code", 0.68, 0.6, 0.75, 164)],
+        }
+    )
     header = read_header(merged_reference)
     assert verdict_of("humaneval", stages, header) == verdict_of("speed-cpu", stages, header) == NOT_TESTABLE
 
@@ -297,7 +363,8 @@ def test_the_published_counts_are_those_of_the_published_shapes(artifact):
     published = claims.read_spec("claims")["published"]
     count = header_facts.parameters(artifact)
     assert (count.total, count.active, count.routed) == tuple(
-        published[key] for key in ("parameters", "active_parameters", "routed_parameters"))  # fmt: skip
+        published[key] for key in ("parameters", "active_parameters", "routed_parameters")
+    )
     assert published["all_tensors"] == len(artifact.tensors)
 
 
@@ -360,7 +427,9 @@ def test_sizes_that_are_no_sum_of_the_shards_contradict_nothing(monkeypatch):
 def test_the_hash_of_the_file_at_hand_is_the_evidence_where_it_is_the_artifact(artifact):
     model = {"name": "single", "sha256": "1" * 64, "nbytes": SINGLE.size_bytes}
     assert verdict_of("sha256", {"merge": {"model": model}}, artifact) == CONTRADICTED
-    assert verdict_of("sha256", {"merge": {"model": model | {"sha256": SINGLE.sha256}}}, artifact) == CONFIRMED
+    assert (
+        verdict_of("sha256", {"merge": {"model": model | {"sha256": SINGLE.sha256}}}, artifact) == CONFIRMED
+    )
 
 
 def test_a_hash_of_the_reference_model_says_nothing_about_the_artifact(merged_reference):
@@ -369,4 +438,7 @@ def test_a_hash_of_the_reference_model_says_nothing_about_the_artifact(merged_re
 
 def test_another_model_of_the_same_architecture_is_no_evidence_for_its_keys(tmp_path, merged_reference):
     other = with_field(merged_reference, tmp_path / "other.gguf", "deepseek4.expert_used_count", 1)
-    assert "6 of 256" in check_claims({}, read_header(other), ask_llama_cpp=False).set_index("id").loc["top-2", "evidence"]
+    assert (
+        "6 of 256"
+        in check_claims({}, read_header(other), ask_llama_cpp=False).set_index("id").loc["top-2", "evidence"]
+    )

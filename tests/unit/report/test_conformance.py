@@ -17,36 +17,80 @@ from dfqs_nb.report.requirements import MET, NOT_MET, NOT_TESTED, check_requirem
 SHA = "0dc12b40e0e59466e22488ede8dc71875af6be9d5d3de73693a14d0f5fd0159e"
 HERE = Machine(32 * 10**9, 30 * 10**9, 100 * 10**9)
 SETTINGS = {
-    "runtime": "llama-cpp-python 0.3.36", "system_info": "CPU : AVX2 = 1", "n_ctx": 1024, "n_batch": 512,
-    "n_ubatch": 512, "n_threads": 1, "n_threads_batch": 1, "n_gpu_layers": 0, "seed": 42, "flash_attn": False,
-    "type_k": "f16", "type_v": "f16", "use_mmap": True, "use_extra_bufts": False, "swa_full": False,
-}  # fmt: skip
+    "runtime": "llama-cpp-python 0.3.36",
+    "system_info": "CPU : AVX2 = 1",
+    "n_ctx": 1024,
+    "n_batch": 512,
+    "n_ubatch": 512,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+    "n_gpu_layers": 0,
+    "seed": 42,
+    "flash_attn": False,
+    "type_k": "f16",
+    "type_v": "f16",
+    "use_mmap": True,
+    "use_extra_bufts": False,
+    "swa_full": False,
+}
 
 
 def run_stages() -> dict:
     """The stages of a nano run, as notebooks 01 to 06 write them."""
-    scored = {"prompt_set": "nano-code", "prompt_set_sha256": "e7d9a2c5" * 8, "tier": "nano",
-              "sampling": {"temperature": 0.0, "seed": 42}} | SETTINGS  # fmt: skip
-    return copy.deepcopy({
-        "merge": {"conditions": {"model": "dfqs-nano-iq1_s-xl"}, "tensors": 126,
-                  "model": {"name": "DFQS-Nano-IQ1_S-XL", "nbytes": 5753024, "sha256": SHA}},
-        "generate": {"conditions": SETTINGS | {"model": SHA},
-                     "answers": [{"prompt": "What is the capital of France?", "tokens": 14}]},
-        "routing": {"conditions": SETTINGS | {"model": SHA, "n_ctx": 512},
-                    "verdict": {"passed": True, "routed": True, "n_tokens": 384, "n_layers": 3, "n_runs": 4,
-                                "n_choices": 4608, "n_differ": 0, "upper_bound": 0.00065, "logits_equal": 1.0,
-                                "same_output": True, "failed_runs": []}},
-        "long_context": {"conditions": SETTINGS | {"n_ctx": 1088, "prompt_set": "long-context-nano",
-                                                   "prompt_set_sha256": "5ccc6a30" * 8},
-                         "model": {"sha256": SHA}, "tier": "nano", "context_stability_curve": [1.0, 0.23],
-                         "failure_boundary_tokens": 296,
-                         "curve": [{"length": 64, "n": 15}, {"length": 1024, "n": 15}],
-                         "boundary": {"tokens": 296, "right_censored": False, "cause": "quality"}},
-        "scores": {"conditions": SETTINGS | {"model": SHA, "nano-code": scored, "nano-reasoning": scored},
-                   "tier": "nano", "cpu_tokens_per_sec": 424.97,
-                   "scores": [{"name": "reasoning_score", "set": "nano-reasoning", "value": 0.539},
-                              {"name": "code_score", "set": "nano-code", "value": 0.578}]},
-    })  # fmt: skip
+    scored = {
+        "prompt_set": "nano-code",
+        "prompt_set_sha256": "e7d9a2c5" * 8,
+        "tier": "nano",
+        "sampling": {"temperature": 0.0, "seed": 42},
+    } | SETTINGS
+    return copy.deepcopy(
+        {
+            "merge": {
+                "conditions": {"model": "dfqs-nano-iq1_s-xl"},
+                "tensors": 126,
+                "model": {"name": "DFQS-Nano-IQ1_S-XL", "nbytes": 5753024, "sha256": SHA},
+            },
+            "generate": {
+                "conditions": SETTINGS | {"model": SHA},
+                "answers": [{"prompt": "What is the capital of France?", "tokens": 14}],
+            },
+            "routing": {
+                "conditions": SETTINGS | {"model": SHA, "n_ctx": 512},
+                "verdict": {
+                    "passed": True,
+                    "routed": True,
+                    "n_tokens": 384,
+                    "n_layers": 3,
+                    "n_runs": 4,
+                    "n_choices": 4608,
+                    "n_differ": 0,
+                    "upper_bound": 0.00065,
+                    "logits_equal": 1.0,
+                    "same_output": True,
+                    "failed_runs": [],
+                },
+            },
+            "long_context": {
+                "conditions": SETTINGS
+                | {"n_ctx": 1088, "prompt_set": "long-context-nano", "prompt_set_sha256": "5ccc6a30" * 8},
+                "model": {"sha256": SHA},
+                "tier": "nano",
+                "context_stability_curve": [1.0, 0.23],
+                "failure_boundary_tokens": 296,
+                "curve": [{"length": 64, "n": 15}, {"length": 1024, "n": 15}],
+                "boundary": {"tokens": 296, "right_censored": False, "cause": "quality"},
+            },
+            "scores": {
+                "conditions": SETTINGS | {"model": SHA, "nano-code": scored, "nano-reasoning": scored},
+                "tier": "nano",
+                "cpu_tokens_per_sec": 424.97,
+                "scores": [
+                    {"name": "reasoning_score", "set": "nano-reasoning", "value": 0.539},
+                    {"name": "code_score", "set": "nano-code", "value": 0.578},
+                ],
+            },
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +141,14 @@ def test_without_stages_nothing_is_tested():
 
 @pytest.mark.parametrize(
     ("stage", "names"),
-    [("merge", ["single-file"]), ("generate", ["single-file", "cpu-constrained", "llama-cpp", "gpu"]),
-     ("routing", ["routing-deterministic", "reproducible"]),
-     ("long_context", ["long-context-analysis", "metrics", "identical-conditions"]),
-     ("scores", ["metrics", "identical-conditions", "cpu-baseline", "prompt-sets"])],
-)  # fmt: skip
+    [
+        ("merge", ["single-file"]),
+        ("generate", ["single-file", "cpu-constrained", "llama-cpp", "gpu"]),
+        ("routing", ["routing-deterministic", "reproducible"]),
+        ("long_context", ["long-context-analysis", "metrics", "identical-conditions"]),
+        ("scores", ["metrics", "identical-conditions", "cpu-baseline", "prompt-sets"]),
+    ],
+)
 def test_a_missing_stage_leaves_its_requirements_untested(header, stage, names):
     stages = run_stages()
     del stages[stage]
@@ -118,9 +165,18 @@ def test_a_missing_stage_leaves_its_requirements_untested(header, stage, names):
         ("cpu-constrained", changed("generate", "conditions", "n_gpu_layers", to=-1), NOT_TESTED, "GPU"),
         ("cpu-constrained", changed("generate", "answers", to=[]), NOT_MET, "no token"),
         ("routing-deterministic", changed("routing", "verdict", "passed", to=False), NOT_MET, "of 4,608"),
-        ("routing-deterministic", changed("routing", "verdict", "failed_runs", to=["decode: died"]), NOT_TESTED,
-         "decode: died"),
-        ("routing-deterministic", changed("routing", "verdict", "routed", to=False), MET, "no routed experts"),
+        (
+            "routing-deterministic",
+            changed("routing", "verdict", "failed_runs", to=["decode: died"]),
+            NOT_TESTED,
+            "decode: died",
+        ),
+        (
+            "routing-deterministic",
+            changed("routing", "verdict", "routed", to=False),
+            MET,
+            "no routed experts",
+        ),
         ("llama-cpp", changed("generate", "conditions", "runtime", to="vLLM 1"), NOT_TESTED, "vLLM"),
         ("long-context-analysis", changed("long_context", "curve", to=[]), NOT_MET, "no length"),
         ("gpu", changed("generate", "conditions", "n_gpu_layers", to=35), MET, "35"),
@@ -129,19 +185,38 @@ def test_a_missing_stage_leaves_its_requirements_untested(header, stage, names):
         ("metrics", changed("scores", "cpu_tokens_per_sec", to=float("nan")), NOT_MET, "cpu_tokens_per_sec"),
         ("metrics", changed("long_context", "failure_boundary_tokens", to=296.5), NOT_MET, "is no int"),
         ("metrics", changed("long_context", "context_stability_curve", to=[1, 0]), NOT_MET, "list"),
-        ("identical-conditions", changed("scores", "conditions", "n_threads", to=2), NOT_MET, "n_threads (1 and 2)"),
+        (
+            "identical-conditions",
+            changed("scores", "conditions", "n_threads", to=2),
+            NOT_MET,
+            "n_threads (1 and 2)",
+        ),
         ("identical-conditions", changed("scores", "conditions", "type_k", to="q8_0"), NOT_MET, "type_k"),
         ("identical-conditions", changed("scores", "conditions", "model", to="0" * 64), NOT_MET, "model"),
         ("cpu-baseline", changed("scores", "conditions", "n_gpu_layers", to=9), NOT_MET, "n_gpu_layers 9"),
-        ("cpu-baseline", changed("long_context", "conditions", "n_gpu_layers", to=9), MET, "conditions of the curve"),
+        (
+            "cpu-baseline",
+            changed("long_context", "conditions", "n_gpu_layers", to=9),
+            MET,
+            "conditions of the curve",
+        ),
         ("runtime", changed("scores", "conditions", "runtime", to="vLLM 1"), NOT_MET, "vLLM 1"),
-        ("prompt-sets", changed("long_context", "conditions", "prompt_set_sha256", to=""), NOT_MET, "1 of 3 sets"),
+        (
+            "prompt-sets",
+            changed("long_context", "conditions", "prompt_set_sha256", to=""),
+            NOT_MET,
+            "1 of 3 sets",
+        ),
         ("reproducible", changed("scores", "conditions", "seed", to=7), NOT_MET, "seeds 7, 42"),
-        ("reproducible", changed("scores", "conditions", "nano-code", "sampling", to={"temperature": 0.7}), NOT_MET,
-         "temperature of 0.7"),
+        (
+            "reproducible",
+            changed("scores", "conditions", "nano-code", "sampling", to={"temperature": 0.7}),
+            NOT_MET,
+            "temperature of 0.7",
+        ),
         ("reproducible", changed("routing", "verdict", "same_output", to=False), NOT_MET, "answers differ"),
     ],
-)  # fmt: skip
+)
 def test_each_requirement_is_judged_both_ways(header, name, stages, verdict, evidence):
     row = judged(stages, header).loc[name]
     assert row["verdict"] == verdict

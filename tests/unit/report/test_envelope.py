@@ -38,11 +38,13 @@ def flash_file(tmp_path_factory):
     vocabulary = [
         gguf_fixtures.field(f"tokenizer.ggml.{name}", kind, value)
         for name, kind, value in (
-            ("model", "STRING", "gpt2"), ("pre", "STRING", "gpt-2"),
-            ("tokens", "[STRING]", [f"t{i}" for i in range(n)]), ("token_type", "[INT32]", [1] * n),
+            ("model", "STRING", "gpt2"),
+            ("pre", "STRING", "gpt-2"),
+            ("tokens", "[STRING]", [f"t{i}" for i in range(n)]),
+            ("token_type", "[INT32]", [1] * n),
             ("merges", "[STRING]", ["t 1"]),
         )
-    ]  # fmt: skip
+    ]
     tensors = gguf_fixtures.real_size_tensors()
     path = tmp_path_factory.mktemp("flash") / "flash.gguf"
     raw = gguf_fixtures.header_bytes(kept + vocabulary, tensors)
@@ -53,8 +55,11 @@ def flash_file(tmp_path_factory):
 
 
 def fit(found: dict, resource: str, limit: str, n_ctx: int) -> dict:
-    return next(row for row in found["fits"]
-                if (row["resource"], row["limit"], row["n_ctx"]) == (resource, limit, n_ctx))  # fmt: skip
+    return next(
+        row
+        for row in found["fits"]
+        if (row["resource"], row["limit"], row["n_ctx"]) == (resource, limit, n_ctx)
+    )
 
 
 def test_the_recorded_compute_buffers_are_what_llama_cpp_plans_for_the_published_shapes(flash_file):
@@ -73,8 +78,11 @@ def test_header_and_published_shape_give_the_same_cache(flash_file):
 
 
 def test_the_classes_add_up_to_the_weights(flash_file, merged_reference):
-    for found in (hardware_envelope(read_header(flash_file), SMALL), published_envelope(SMALL),
-                  hardware_envelope(read_header(merged_reference), SMALL)):  # fmt: skip
+    for found in (
+        hardware_envelope(read_header(flash_file), SMALL),
+        published_envelope(SMALL),
+        hardware_envelope(read_header(merged_reference), SMALL),
+    ):
         assert sum(row["bytes"] for row in found["weights"]) == found["weights_bytes"]
 
 
@@ -91,7 +99,9 @@ def test_the_published_artifact_in_the_specifications_table():
 
 
 def test_flash_attention_brings_a_million_tokens_under_the_minimum():
-    assert fit(published_envelope(SMALL, flash_attn=True), "RAM", "DFQS 1.0 minimum", 1048576)["verdict"] == FITS
+    assert (
+        fit(published_envelope(SMALL, flash_attn=True), "RAM", "DFQS 1.0 minimum", 1048576)["verdict"] == FITS
+    )
 
 
 def test_this_machine_decides_what_fits_here():
@@ -145,7 +155,9 @@ def test_disk_by_mode_is_the_merge_modules_own_figure(merged_reference):
     rows = {row["mode"]: row for row in hardware_envelope(header, SMALL)["storage"]}
     assert rows["merge into a new file"]["extra_bytes"] == plan.nbytes == header.file_size
     big = published_envelope(SMALL)["storage"]
-    assert {row["extra_bytes"] for row in big if row["mode"] != "merge into a new file"} == {CONSUME_EXTRA_BYTES}
+    assert {row["extra_bytes"] for row in big if row["mode"] != "merge into a new file"} == {
+        CONSUME_EXTRA_BYTES
+    }
 
 
 def test_the_consuming_modes_count_the_header(flash_file):
@@ -156,7 +168,10 @@ def test_the_consuming_modes_count_the_header(flash_file):
 
 def test_a_file_that_is_here_needs_room_for_the_extra_only(flash_file):
     narrow = Machine(16 * GB, 12 * GB, 1 * GB)
-    here = {row["mode"]: row["this machine"] for row in hardware_envelope(read_header(flash_file), narrow)["storage"]}
+    here = {
+        row["mode"]: row["this machine"]
+        for row in hardware_envelope(read_header(flash_file), narrow)["storage"]
+    }
     assert list(here.values()) == [DOES_NOT_FIT, FITS, FITS]
     assert {row["this machine"] for row in published_envelope(narrow)["storage"]} == {DOES_NOT_FIT}
 
@@ -165,7 +180,9 @@ def test_shards_give_the_weights_of_the_merged_file(merged_reference):
     shards = hardware_envelope(reference_shards().headers, SMALL)
     merged = hardware_envelope(read_header(merged_reference), SMALL)
     assert shards["weights_bytes"] == merged["weights_bytes"]
-    assert {r["class"]: r["bytes"] for r in shards["weights"]} == {r["class"]: r["bytes"] for r in merged["weights"]}
+    assert {r["class"]: r["bytes"] for r in shards["weights"]} == {
+        r["class"]: r["bytes"] for r in merged["weights"]
+    }
 
 
 def test_the_envelope_is_json_and_its_tables_come_from_it_alone(merged_reference):

@@ -24,8 +24,13 @@ from dfqs_nb.report import text as report_text
 from dfqs_nb.report.stages import ReportError
 from dfqs_nb.workbook import cli
 
-METRICS = {"reasoning_score": float, "code_score": float, "context_stability_curve": list,
-           "cpu_tokens_per_sec": float, "failure_boundary_tokens": int}
+METRICS = {
+    "reasoning_score": float,
+    "code_score": float,
+    "context_stability_curve": list,
+    "cpu_tokens_per_sec": float,
+    "failure_boundary_tokens": int,
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +63,26 @@ def test_exactly_the_required_metrics_with_the_types_that_the_specification_name
 
 def test_metrics_are_those_of_the_stages(made):
     scores, context = recorded("scores"), recorded("long_context")
-    assert [made["metrics"][one["name"]] for one in scores["scores"]] == [one["value"] for one in scores["scores"]]
+    assert [made["metrics"][one["name"]] for one in scores["scores"]] == [
+        one["value"] for one in scores["scores"]
+    ]
     assert made["metrics"]["cpu_tokens_per_sec"] == scores["cpu_tokens_per_sec"]
     assert made["metrics"]["failure_boundary_tokens"] == context["boundary"]["tokens"]
-    assert made["details"]["context_stability_curve"]["lengths"] == [row["length"] for row in context["curve"]]
+    assert made["details"]["context_stability_curve"]["lengths"] == [
+        row["length"] for row in context["curve"]
+    ]
 
 
 def test_conditions_hash_ignores_which_model_it_was(run, made, merged_reference, tmp_path):
-    changed = {name: {"conditions": {**recorded(name)["conditions"], "model": "a" * 64}}
-               for name in ("header", "generate", "routing", "scores")}
+    changed = {
+        name: {"conditions": {**recorded(name)["conditions"], "model": "a" * 64}}
+        for name in ("header", "generate", "routing", "scores")
+    }
     for name in ("merge", "long_context"):
         changed[name] = {"model": {**recorded(name)["model"], "sha256": "a" * 64}}
-    other = report.build_report(make_run(tmp_path / "other", merged_reference, **changed), ask_llama_cpp=False)
+    other = report.build_report(
+        make_run(tmp_path / "other", merged_reference, **changed), ask_llama_cpp=False
+    )
     assert other["model"]["sha256"] == "a" * 64
     assert other["conditions_sha256"] == made["conditions_sha256"]
 
@@ -102,13 +115,22 @@ def test_its_sources_are_the_stages_and_their_files(made, own):
 # ---- what it withholds ----
 
 
-@pytest.mark.parametrize("stage, metrics", [
-    ("scores", ["reasoning_score", "code_score", "cpu_tokens_per_sec"]),
-    ("long_context", ["context_stability_curve", "failure_boundary_tokens"]),
-    ("routing", []), ("generate", []), ("header", []),
-])
-def test_missing_stage_withholds_its_metrics_and_names_its_notebook(stage, metrics, merged_reference, tmp_path):
-    found = report.build_report(make_run(tmp_path / "r", merged_reference, without=(stage,)), ask_llama_cpp=False)
+@pytest.mark.parametrize(
+    "stage, metrics",
+    [
+        ("scores", ["reasoning_score", "code_score", "cpu_tokens_per_sec"]),
+        ("long_context", ["context_stability_curve", "failure_boundary_tokens"]),
+        ("routing", []),
+        ("generate", []),
+        ("header", []),
+    ],
+)
+def test_missing_stage_withholds_its_metrics_and_names_its_notebook(
+    stage, metrics, merged_reference, tmp_path
+):
+    found = report.build_report(
+        make_run(tmp_path / "r", merged_reference, without=(stage,)), ask_llama_cpp=False
+    )
     assert [name for name, value in found["metrics"].items() if value is None] == metrics
     for name in metrics:
         assert report_files.STAGES[stage] in found["details"][name]["withheld"]
@@ -119,30 +141,35 @@ def test_missing_stage_withholds_its_metrics_and_names_its_notebook(stage, metri
 def test_partial_score_is_withheld_and_says_how_many_are_missing(merged_reference, tmp_path):
     scores = recorded("scores")["scores"]
     scores[0] |= {"value": None, "low": None, "high": None, "n_missing": 3}
-    found = report.build_report(make_run(tmp_path / "r", merged_reference, scores={"scores": scores}),
-                                ask_llama_cpp=False)
+    found = report.build_report(
+        make_run(tmp_path / "r", merged_reference, scores={"scores": scores}), ask_llama_cpp=False
+    )
     assert found["metrics"]["reasoning_score"] is None and found["metrics"]["code_score"] is not None
     assert found["details"]["reasoning_score"]["withheld"] == "3 of 128 items lack a result"
 
 
 def test_code_that_was_never_run_is_withheld(merged_reference, tmp_path):
     changed = {"scores": recorded("scores")["scores"][:1], "sandbox": "none"}
-    found = report.build_report(make_run(tmp_path / "r", merged_reference, scores=changed), ask_llama_cpp=False)
+    found = report.build_report(
+        make_run(tmp_path / "r", merged_reference, scores=changed), ask_llama_cpp=False
+    )
     assert "without a sandbox" in found["details"]["code_score"]["withheld"]
 
 
 def test_nan_is_withheld_not_written(merged_reference, tmp_path):
     changed = {"context_stability_curve": [1.0, float("nan")]}
-    found = report.build_report(make_run(tmp_path / "r", merged_reference, long_context=changed),
-                                ask_llama_cpp=False)
+    found = report.build_report(
+        make_run(tmp_path / "r", merged_reference, long_context=changed), ask_llama_cpp=False
+    )
     assert found["metrics"]["context_stability_curve"] is None
     assert "NaN" not in json.dumps(found)
 
 
 def test_speed_on_a_gpu_is_no_cpu_speed(merged_reference, tmp_path):
     conditions = {**recorded("scores")["conditions"], "n_gpu_layers": 9}
-    found = report.build_report(make_run(tmp_path / "r", merged_reference, scores={"conditions": conditions}),
-                                ask_llama_cpp=False)
+    found = report.build_report(
+        make_run(tmp_path / "r", merged_reference, scores={"conditions": conditions}), ask_llama_cpp=False
+    )
     assert found["details"]["cpu_tokens_per_sec"]["withheld"] == "layers were on a GPU"
 
 
@@ -155,13 +182,20 @@ def edit(path, change):
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("name, change, refusal", [
-    ("scores.json", lambda c: c["scores"][0].update(value=0.99), "edited after it was written"),
-    ("long_context.json", lambda c: c.update(failure_boundary_tokens=65536), "edited after it was written"),
-    ("routing.json", lambda c: c["verdict"].update(passed=False), "edited after it was written"),
-    ("scores.json", lambda c: c.pop("seal"), "no seal"),
-    ("scores.json", lambda c: c.update(stage="header"), "not the stage 'scores'"),
-])
+@pytest.mark.parametrize(
+    "name, change, refusal",
+    [
+        ("scores.json", lambda c: c["scores"][0].update(value=0.99), "edited after it was written"),
+        (
+            "long_context.json",
+            lambda c: c.update(failure_boundary_tokens=65536),
+            "edited after it was written",
+        ),
+        ("routing.json", lambda c: c["verdict"].update(passed=False), "edited after it was written"),
+        ("scores.json", lambda c: c.pop("seal"), "no seal"),
+        ("scores.json", lambda c: c.update(stage="header"), "not the stage 'scores'"),
+    ],
+)
 def test_edited_stage_is_refused_by_name(name, change, refusal, own):
     edit(own / name, change)
     with pytest.raises(ReportError, match=refusal) as error:
@@ -222,18 +256,21 @@ def test_edited_report_is_refused_on_reading(made, own):
         report.read_report(own)
 
 
-@pytest.mark.parametrize("change, where", [
-    (lambda c: c["metrics"].pop("code_score"), "metrics"),
-    (lambda c: c["metrics"].update(elegance=1.0), "metrics"),
-    (lambda c: c["metrics"].update(failure_boundary_tokens=296.5), "failure_boundary_tokens"),
-    (lambda c: c["metrics"].update(context_stability_curve=0.5), "context_stability_curve"),
-    (lambda c: c.update(tier="best"), "tier"),
-    (lambda c: c["details"]["code_score"].update(withheld="a reason beside a value"), "code_score"),
-    (lambda c: c["details"]["code_score"].update(value=None), "code_score"),
-    (lambda c: c["conformance"][0].update(verdict="surely"), "conformance"),
-    (lambda c: c.pop("sources"), r"\$"),
-    (lambda c: c.update(schema="other/2"), "schema"),
-])
+@pytest.mark.parametrize(
+    "change, where",
+    [
+        (lambda c: c["metrics"].pop("code_score"), "metrics"),
+        (lambda c: c["metrics"].update(elegance=1.0), "metrics"),
+        (lambda c: c["metrics"].update(failure_boundary_tokens=296.5), "failure_boundary_tokens"),
+        (lambda c: c["metrics"].update(context_stability_curve=0.5), "context_stability_curve"),
+        (lambda c: c.update(tier="best"), "tier"),
+        (lambda c: c["details"]["code_score"].update(withheld="a reason beside a value"), "code_score"),
+        (lambda c: c["details"]["code_score"].update(value=None), "code_score"),
+        (lambda c: c["conformance"][0].update(verdict="surely"), "conformance"),
+        (lambda c: c.pop("sources"), r"\$"),
+        (lambda c: c.update(schema="other/2"), "schema"),
+    ],
+)
 def test_report_against_the_schema_is_refused_even_with_a_right_hash(change, where, made, own):
     wrong = copy.deepcopy(made)
     change(wrong)
@@ -270,13 +307,17 @@ def texts(made, run, tmp_path_factory):
     plots.save(report_figures.report_shares(report.shares(made)), folder / "report_shares.png")
     full = report.with_figures(made, folder, ["report_shares.png"])
     report.write_report(folder, full)
-    return {path.name: path.read_text() for path in report_text.write_texts(folder, report.read_report(folder))}
+    return {
+        path.name: path.read_text() for path in report_text.write_texts(folder, report.read_report(folder))
+    }
 
 
 def test_nano_tier_says_so_on_the_first_line(texts):
     assert "Nano tier" in texts["report.md"].splitlines()[0]
     assert "Nano tier" in texts["model-index.yml"].splitlines()[0]
-    assert re.sub(r"<[^>]+>|\s+", " ", texts["report.html"].split("<body>")[1]).strip().startswith("Nano tier")
+    assert (
+        re.sub(r"<[^>]+>|\s+", " ", texts["report.html"].split("<body>")[1]).strip().startswith("Nano tier")
+    )
 
 
 def test_standard_tier_does_not(made):
@@ -363,13 +404,17 @@ def test_the_machine_is_the_one_that_was_timed_wherever_the_report_is_written(me
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-def test_the_edit_that_is_shown_is_the_same_in_whatever_order_a_folder_lists_its_files(own, backwards, monkeypatch):
+def test_the_edit_that_is_shown_is_the_same_in_whatever_order_a_folder_lists_its_files(
+    own, backwards, monkeypatch
+):
     """Notebook 07 prints it, and its stored output is compared; what is large beside the run is not copied."""
     (own / "ladder").mkdir()
     (own / "ladder" / "reference.npy").write_bytes(b"large")
     listed, copied, copy_file = type(own).glob, [], shutil.copyfile
     monkeypatch.setattr(type(own), "glob", lambda self, what: sorted(listed(self, what), reverse=backwards))
-    monkeypatch.setattr(shutil, "copyfile", lambda a, b, **more: copied.append(a.name) or copy_file(a, b, **more))
+    monkeypatch.setattr(
+        shutil, "copyfile", lambda a, b, **more: copied.append(a.name) or copy_file(a, b, **more)
+    )
     before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
     assert report_files.refusal_of_an_edit(own) == "scores.json was edited after it was written"
     assert copied == ["scores_table.csv"]

@@ -43,7 +43,12 @@ def pair(tmp_path):
 def test_two_reports_give_one_table_with_differences_intervals_and_tests(pair):
     found = compare_reports(pair)
     assert list(found.table["metric"].unique()) == [
-        "reasoning_score", "code_score", RETRIEVAL, "failure_boundary_tokens", "cpu_tokens_per_sec"]  # fmt: skip
+        "reasoning_score",
+        "code_score",
+        RETRIEVAL,
+        "failure_boundary_tokens",
+        "cpu_tokens_per_sec",
+    ]
     assert list(rows(found, "code_score")["model"]) == ["One", "Two"]
     for metric in ("reasoning_score", "code_score", RETRIEVAL):
         base, row = rows(found, metric, "One"), rows(found, metric, "Two")
@@ -189,11 +194,26 @@ def test_missing_or_edited_items_are_refused(pair, name):
         compare_reports(pair)
 
 
-@pytest.mark.parametrize(("name", "changes", "message"), [
-    ("score_items.csv", {b"wrong,False": b"correct,True"}, "its items give a reasoning_score of .* and the report says"),
-    ("score_items.csv", {b"False": b"True"}, "the grade of nano-reasoning/.* contradicts its column correct"),
-    ("long_context_items.jsonl", {b'"correct": false': b'"correct": true'}, "its items do not give the report's curve"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "score_items.csv",
+            {b"wrong,False": b"correct,True"},
+            "its items give a reasoning_score of .* and the report says",
+        ),
+        (
+            "score_items.csv",
+            {b"False": b"True"},
+            "the grade of nano-reasoning/.* contradicts its column correct",
+        ),
+        (
+            "long_context_items.jsonl",
+            {b'"correct": false': b'"correct": true'},
+            "its items do not give the report's curve",
+        ),
+    ],
+)
 def test_items_that_do_not_give_the_reports_numbers_are_refused(pair, name, changes, message):
     """Even where the report's hashes were made to agree."""
     path = pair[1] / name
@@ -238,11 +258,14 @@ def test_any_metric_may_be_withheld_on_either_side(tmp_path, pair, metric):
         plt.close(report_compare.figure(found))
 
 
-@pytest.mark.parametrize(("change", "reason"), [
-    ({"contended": True}, "the machine was busy when Three was timed"),
-    ({"machine": {"processor": "another"}}, "measured on different machines (processor: "),
-    ({"machine": {"usable cores": 64}}, "measured on different machines (usable cores: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"contended": True}, "the machine was busy when Three was timed"),
+        ({"machine": {"processor": "another"}}, "measured on different machines (processor: "),
+        ({"machine": {"usable cores": 64}}, "measured on different machines (usable cores: "),
+    ],
+)
 def test_speeds_are_compared_only_where_they_are_of_one_kind(tmp_path, pair, change, reason):
     other = make_run(tmp_path / "three", "Three", **change)
     row = rows(compare_reports([pair[0], other]), "cpu_tokens_per_sec", "Three")
@@ -258,8 +281,10 @@ def test_a_speed_taken_beside_another_row_of_a_sweep_is_not_compared(pair):
 
 
 def test_boundaries_that_were_not_reached_bound_the_ratio_from_one_side(tmp_path):
-    falls, holds, also = (make_run(tmp_path / name, name.title(), **change) for name, change in (
-        ("falls", {}), ("holds", {"flat": 0.98}), ("also", {"flat": 0.99, "seed": 9})))  # fmt: skip
+    falls, holds, also = (
+        make_run(tmp_path / name, name.title(), **change)
+        for name, change in (("falls", {}), ("holds", {"flat": 0.98}), ("also", {"flat": 0.99, "seed": 9}))
+    )
     row = rows(compare_reports([falls, holds]), "failure_boundary_tokens", "Holds")
     assert (
         row["reading"].startswith("at least") and row["difference"] > 1 and row["difference_high"] == math.inf
@@ -351,13 +376,24 @@ def test_the_ratios_interval_covers_the_truth():
     for _ in range(n):
         runs = []
         for _ in range(2):
-            records = [{"haystack": h, "length": length, "planned": True, "question": "key", "expected": "x",
-                        "correct": bool(draw.random() < 1 / (1 + (length / 300) ** 2.5))}
-                       for h in range(15) for length in LENGTHS]  # fmt: skip
+            records = [
+                {
+                    "haystack": h,
+                    "length": length,
+                    "planned": True,
+                    "question": "key",
+                    "expected": "x",
+                    "correct": bool(draw.random() < 1 / (1 + (length / 300) ** 2.5)),
+                }
+                for h in range(15)
+                for length in LENGTHS
+            ]
             items = pd.DataFrame(records)
             found = degradation.quality_boundary(degradation.Counts.of(items), n_boot=50)
-            report = {"metrics": {"failure_boundary_tokens": found.tokens},
-                      "details": {"failure_boundary_tokens": found.as_dict()}}  # fmt: skip
+            report = {
+                "metrics": {"failure_boundary_tokens": found.tokens},
+                "details": {"failure_boundary_tokens": found.as_dict()},
+            }
             runs.append(report_compare.RunItems("m", Path("r"), report, (), items))
         _, low, high = report_compare.boundary_ratio(*runs, n_boot=300)
         covered += low <= 1 <= high

@@ -33,8 +33,12 @@ from dfqs_nb.routing.trace import Logits, RoutingError, Schedule, Trace
 from dfqs_nb.routing.verdict import advice, claims, judge, sensitivities
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
-REPEATS = ("prefill, same process again", "prefill, fresh process", "decode, same process again",
-           "decode, fresh process")
+REPEATS = (
+    "prefill, same process again",
+    "prefill, fresh process",
+    "decode, same process again",
+    "decode, fresh process",
+)
 
 
 def trace(experts, hashed=(False, False), tokens=None, margin=None, drift=0.0, output=(1, 2)) -> Trace:
@@ -43,13 +47,23 @@ def trace(experts, hashed=(False, False), tokens=None, margin=None, drift=0.0, o
     n = len(experts)
     values = np.zeros((n, 3), np.float32) + drift
     kept = Logits(values[:, 0].view(np.uint32).astype(np.uint64), np.zeros(n, np.int32), np.arange(3), values)
-    return Trace(np.arange(n) if tokens is None else np.array(tokens), np.array([3, 4], np.int16),
-                 np.array(hashed), experts, np.ones(experts.shape, np.float16),
-                 np.full(experts.shape[:2], 0.5, np.float32) if margin is None else np.float32(margin), 4, {}, kept,
-                 np.array(output))
+    return Trace(
+        np.arange(n) if tokens is None else np.array(tokens),
+        np.array([3, 4], np.int16),
+        np.array(hashed),
+        experts,
+        np.ones(experts.shape, np.float16),
+        np.full(experts.shape[:2], 0.5, np.float32) if margin is None else np.float32(margin),
+        4,
+        {},
+        kept,
+        np.array(output),
+    )
 
 
-A = trace([[[0, 1], [2, 3]], [[0, 1], [2, 3]], [[0, 1], [2, 3]]], margin=[[0.5, 0.4], [0.3, 0.01], [0.2, 0.02]])
+A = trace(
+    [[[0, 1], [2, 3]], [[0, 1], [2, 3]], [[0, 1], [2, 3]]], margin=[[0.5, 0.4], [0.3, 0.01], [0.2, 0.02]]
+)
 
 
 def test_order_of_experts_does_not_matter_and_sets_do():
@@ -72,10 +86,12 @@ def test_hash_layers_are_counted_apart():
 
 @pytest.mark.parametrize(
     ("other", "says"),
-    [(trace([[[0, 1], [2, 3]]] * 3, tokens=[0, 1, 9]), "different prompts .they differ at token 2"),
-     (trace([[[0, 1], [2, 3]]] * 2), "different prompts .3 and 2 tokens"),
-     (trace([[[0], [2]]] * 3), "different routers"),
-     (dataclasses.replace(A, layers=np.array([0, 1])), "different routers")],
+    [
+        (trace([[[0, 1], [2, 3]]] * 3, tokens=[0, 1, 9]), "different prompts .they differ at token 2"),
+        (trace([[[0, 1], [2, 3]]] * 2), "different prompts .3 and 2 tokens"),
+        (trace([[[0], [2]]] * 3), "different routers"),
+        (dataclasses.replace(A, layers=np.array([0, 1])), "different routers"),
+    ],
 )
 def test_traces_that_answer_different_questions_are_refused(other, says):
     with pytest.raises(RoutingError, match=says):
@@ -97,8 +113,13 @@ def test_usage_and_entropy():
 # Clopper and Pearson's two-sided 95 % intervals, as R's binom.test(x, n) prints them
 @pytest.mark.parametrize(
     ("x", "n", "low", "high"),
-    [(0, 10, 0.0, 0.3084971), (1, 10, 0.002528579, 0.4450161), (5, 10, 0.1870860, 0.8129140),
-     (10, 10, 0.6915029, 1.0), (682, 925, 0.7076683, 0.7654066)],
+    [
+        (0, 10, 0.0, 0.3084971),
+        (1, 10, 0.002528579, 0.4450161),
+        (5, 10, 0.1870860, 0.8129140),
+        (10, 10, 0.6915029, 1.0),
+        (682, 925, 0.7076683, 0.7654066),
+    ],
 )
 def test_bounds_are_the_published_ones(x, n, low, high):
     assert upper_bound(x, n, 0.975) == pytest.approx(high, abs=5e-7)
@@ -124,8 +145,16 @@ def test_bounds_of_long_runs_stay_finite():
 
 def table_of(*rows) -> pd.DataFrame:
     """The experiment's table for pairs (condition, kind, against, a, b)."""
-    found = [{"condition": name, "kind": kind, "against": against, "status": "done",
-              **dataclasses.asdict(compare(a, b))} for name, kind, against, a, b in rows]
+    found = [
+        {
+            "condition": name,
+            "kind": kind,
+            "against": against,
+            "status": "done",
+            **dataclasses.asdict(compare(a, b)),
+        }
+        for name, kind, against, a, b in rows
+    ]
     return pd.DataFrame(found)
 
 
@@ -135,7 +164,9 @@ FLIPPED = trace([[[0, 1], [2, 3]], [[0, 1], [2, 1]], [[0, 1], [2, 3]]], drift=0.
 def test_the_verdict_passes_on_equal_runs():
     verdict = judge(table_of(("again", "identical", "x", A, A), ("batch 7", "batch", "x", A, FLIPPED)))
     assert verdict.passed and verdict.n_choices == 6 and verdict.n_differ == 0
-    assert verdict.upper_bound == pytest.approx(1 - 0.05 ** (1 / 6)) and verdict.text.startswith("PASS: 0 of 6")
+    assert verdict.upper_bound == pytest.approx(1 - 0.05 ** (1 / 6)) and verdict.text.startswith(
+        "PASS: 0 of 6"
+    )
 
 
 def test_the_verdict_fails_on_one_flip_under_identical_conditions():
@@ -153,8 +184,11 @@ def test_the_verdict_fails_when_a_repetition_did_not_run():
 
 
 def test_sensitivities_are_ranked_and_become_advice():
-    table = table_of(("1 thread", "threads", "x", A, A), ("n_batch 7", "batch", "x", A, FLIPPED),
-                     ("all by decode", "phase", "x", A, dataclasses.replace(A, logits=FLIPPED.logits)))
+    table = table_of(
+        ("1 thread", "threads", "x", A, A),
+        ("n_batch 7", "batch", "x", A, FLIPPED),
+        ("all by decode", "phase", "x", A, dataclasses.replace(A, logits=FLIPPED.logits)),
+    )
     assert sensitivities(table)["condition"].tolist() == ["n_batch 7", "all by decode", "1 thread"]
     lines = advice(table)
     assert lines[0].startswith('Fix n_batch and n_ubatch: "n_batch 7" changed 1 of 6 choices')
@@ -178,7 +212,9 @@ def poisoned(folder):
                 data = bytearray(path.read_bytes())
                 values = np.frombuffer(data[at], "<f4").reshape(tensor.shape[::-1])
                 nearly = values[:1] * (1 + 1e-6 * rng.standard_normal(values.shape))
-                data[at] = ("exp_probs_b" not in tensor.name) * nearly.astype("<f4").tobytes() or bytes(tensor.nbytes)
+                data[at] = ("exp_probs_b" not in tensor.name) * nearly.astype("<f4").tobytes() or bytes(
+                    tensor.nbytes
+                )
                 path.write_bytes(data)
     return folder / NANO.name
 
@@ -187,8 +223,14 @@ def poisoned(folder):
 def planted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
     path = poisoned(folder)
-    return run_experiment(path, folder / "traces", settings=OpenSettings(n_ctx=256, n_threads=1), n_tokens=150,
-                          n_output=4, chosen=[*REPEATS, "n_batch 7", "all by decode"])
+    return run_experiment(
+        path,
+        folder / "traces",
+        settings=OpenSettings(n_ctx=256, n_threads=1),
+        n_tokens=150,
+        n_output=4,
+        chosen=[*REPEATS, "n_batch 7", "all by decode"],
+    )
 
 
 def test_a_planted_fault_is_caught(planted):
@@ -206,14 +248,24 @@ def test_a_planted_fault_is_caught(planted):
 
 
 def test_the_sound_model_does_not_look_like_the_planted_one(tmp_path):
-    found = run_experiment(NANO, tmp_path, settings=OpenSettings(n_ctx=256, n_threads=1), n_tokens=150,
-                           n_output=4, chosen=["n_batch 7"])
+    found = run_experiment(
+        NANO,
+        tmp_path,
+        settings=OpenSettings(n_ctx=256, n_threads=1),
+        n_tokens=150,
+        n_output=4,
+        chosen=["n_batch 7"],
+    )
     assert found.table["n_differ"].sum() <= 2
     assert np.nanmedian(found.traces["prefill"].margin) > 1e-2
 
 
 def test_traces_are_reused_only_under_the_same_conditions(tmp_path):
-    options = {"settings": OpenSettings(n_ctx=256, n_threads=1), "n_output": 2, "chosen": ["prefill in two calls"]}
+    options = {
+        "settings": OpenSettings(n_ctx=256, n_threads=1),
+        "n_output": 2,
+        "chosen": ["prefill in two calls"],
+    }
     first = run_experiment(NANO, tmp_path, n_tokens=60, **options)
     assert (first.n_made, first.n_reused) == (2, 0)  # the condition, and its reference
     again = run_experiment(NANO, tmp_path, n_tokens=60, **options)
@@ -227,10 +279,17 @@ def test_traces_are_reused_only_under_the_same_conditions(tmp_path):
 
 def test_a_condition_that_llama_cpp_refuses_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch):
     settings = OpenSettings(n_ctx=256, n_threads=1)
-    bad = Condition("KV cache q8_0 without flash attention", "cache", "prefill",
-                    dataclasses.replace(settings, type_k="q8_0", type_v="q8_0"))
-    planned = [Condition("prefill", "reference", "", settings), bad,
-               Condition("prefill, fresh process", "identical", "prefill", settings)]
+    bad = Condition(
+        "KV cache q8_0 without flash attention",
+        "cache",
+        "prefill",
+        dataclasses.replace(settings, type_k="q8_0", type_v="q8_0"),
+    )
+    planned = [
+        Condition("prefill", "reference", "", settings),
+        bad,
+        Condition("prefill, fresh process", "identical", "prefill", settings),
+    ]
     monkeypatch.setattr(routing_experiment, "conditions", lambda *_args, **_options: planned)
     found = run_experiment(NANO, tmp_path, settings=settings, n_tokens=60, n_output=2)
     status = found.table.set_index("condition")["status"]
@@ -242,9 +301,15 @@ def test_a_condition_that_llama_cpp_refuses_is_reported_and_the_rest_goes_on(tmp
 def test_another_quantization_is_compared_and_another_model_is_reported(tmp_path):
     assert list(routing_experiment.quantizations(NANO)) == ["dfqs-nano-q8_0"]
     assert routing_experiment.quantizations(smollm2()) == {}
-    found = run_experiment(NANO, tmp_path, settings=OpenSettings(n_ctx=256, n_threads=1), n_tokens=60, n_output=2,
-                           others={**routing_experiment.quantizations(NANO), "stranger": smollm2()},
-                           chosen=["weights: dfqs-nano-q8_0", "weights: stranger"])
+    found = run_experiment(
+        NANO,
+        tmp_path,
+        settings=OpenSettings(n_ctx=256, n_threads=1),
+        n_tokens=60,
+        n_output=2,
+        others={**routing_experiment.quantizations(NANO), "stranger": smollm2()},
+        chosen=["weights: dfqs-nano-q8_0", "weights: stranger"],
+    )
     table = found.table.set_index("condition")
     assert 10 < table.loc["weights: dfqs-nano-q8_0", "n_differ"] < 90
     assert table.loc["weights: stranger", "status"].startswith("not comparable: ")
@@ -253,13 +318,21 @@ def test_another_quantization_is_compared_and_another_model_is_reported(tmp_path
 
 def test_an_unknown_condition_is_an_error(tmp_path):
     with pytest.raises(DfqsError, match="no condition is called 'nonsense'.*there are prefill"):
-        run_experiment(NANO, tmp_path, settings=OpenSettings(n_ctx=256, n_threads=1), n_tokens=60,
-                       chosen=["nonsense"])
+        run_experiment(
+            NANO, tmp_path, settings=OpenSettings(n_ctx=256, n_threads=1), n_tokens=60, chosen=["nonsense"]
+        )
 
 
 def test_a_dense_model_is_judged_by_its_logits(tmp_path):
-    found = run_experiment(smollm2(), tmp_path, settings=OpenSettings(n_ctx=256, n_threads=2), n_tokens=48,
-                           n_output=2, max_threads=2, chosen=[REPEATS[0], REPEATS[1], "all by decode"])
+    found = run_experiment(
+        smollm2(),
+        tmp_path,
+        settings=OpenSettings(n_ctx=256, n_threads=2),
+        n_tokens=48,
+        n_output=2,
+        max_threads=2,
+        chosen=[REPEATS[0], REPEATS[1], "all by decode"],
+    )
     verdict = judge(found.table)
     assert verdict.passed and not verdict.routed and "no routed experts here" in verdict.text
     assert claims(found)["status"].tolist() == ["not testable here", "confirmed", "not testable here"]

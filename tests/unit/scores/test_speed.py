@@ -46,7 +46,9 @@ def test_the_artifacts_bytes_follow_from_its_published_size(flash):
     assert FLASH.weights == 49_952_658_368 + 11_588_146_976
     assert FLASH.dense == FLASH.weights - FLASH.routed_total - embedding
     from_shapes = active_bytes(flash)
-    assert FLASH.dense < from_shapes.dense < 1.2 * FLASH.dense, "all at Q8_0 is a little more than was published"
+    assert FLASH.dense < from_shapes.dense < 1.2 * FLASH.dense, (
+        "all at Q8_0 is a little more than was published"
+    )
     assert FLASH.total / 1e9 == pytest.approx(7.58, abs=0.01)
 
 
@@ -57,8 +59,11 @@ def test_bytes_agree_with_the_count_of_active_parameters(flash):
     one_row = next(t for t in flash.tensors if t.name == "token_embd.weight").nbytes // 129_280
     tables = [t for t in flash.tensors if t.type == "I32"]
     everything = active_bytes(flash)
-    rest = sum(t.nbytes for t in flash.tensors
-               if header_facts.class_of(t.name) not in ("routed experts", "embedding") and t.type != "I32")
+    rest = sum(
+        t.nbytes
+        for t in flash.tensors
+        if header_facts.class_of(t.name) not in ("routed experts", "embedding") and t.type != "I32"
+    )
     assert everything.dense == rest + one_row + 4 * 6 * len(tables)
 
 
@@ -92,8 +97,10 @@ def test_what_does_not_fit_comes_from_the_disk():
 
 
 def test_more_memory_is_never_slower():
-    bounds = [speed_bound(FLASH, [Place("memory", gb * 1e9, 50e9), Place("disk", 1e15, 3e9)]).tokens_per_sec
-              for gb in range(2, 80, 3)]
+    bounds = [
+        speed_bound(FLASH, [Place("memory", gb * 1e9, 50e9), Place("disk", 1e15, 3e9)]).tokens_per_sec
+        for gb in range(2, 80, 3)
+    ]
     assert bounds == sorted(bounds)
 
 

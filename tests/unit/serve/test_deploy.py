@@ -39,17 +39,40 @@ HUB = "hf://persadian/DeepSeek-V4-Flash-IQ1_S-XL/DeepSeek-V4-Flash-IQ1_S-XL.gguf
 COMPOSE_SERVICE = {"image", "command", "environment", "ports", "volumes", "deploy", "models"}
 JAN = {"name", "model_path", "size_bytes", "embedding", "ctx_size", "n_gpu_layers", "parallel", "temperature"}
 LEMONADE = {"ctx_size", "extra_models_dir", "host", "port", "llamacpp"}
-KAGGLE = {"id", "title", "code_file", "language", "kernel_type", "is_private", "enable_gpu", "enable_internet",
-          "dataset_sources", "competition_sources", "kernel_sources", "model_sources"}
-MODELFILE = {"FROM", "LICENSE", "TEMPLATE", "SYSTEM", "ADAPTER", "DRAFT", "RENDERER", "PARSER", "PARAMETER",
-             "MESSAGE", "REQUIRES"}
+KAGGLE = {
+    "id",
+    "title",
+    "code_file",
+    "language",
+    "kernel_type",
+    "is_private",
+    "enable_gpu",
+    "enable_internet",
+    "dataset_sources",
+    "competition_sources",
+    "kernel_sources",
+    "model_sources",
+}
+MODELFILE = {
+    "FROM",
+    "LICENSE",
+    "TEMPLATE",
+    "SYSTEM",
+    "ADAPTER",
+    "DRAFT",
+    "RENDERER",
+    "PARSER",
+    "PARAMETER",
+    "MESSAGE",
+    "REQUIRES",
+}
 OLLAMA_OPTIONS = {"num_ctx", "num_thread", "num_gpu", "temperature", "seed"}
 
 
 @pytest.fixture(scope="module")
 def odd_folder(tmp_path_factory) -> Path:
     """The reference shards in a folder whose name tries every quoting."""
-    folder = tmp_path_factory.mktemp("odd") / "it's a $HOME \"x\" & 100% {y}"
+    folder = tmp_path_factory.mktemp("odd") / 'it\'s a $HOME "x" & 100% {y}'
     folder.mkdir()
     for path in specimens.reference_shards().paths:
         shutil.copy(path, folder)
@@ -71,7 +94,9 @@ def commands_of(recipe: deploy.Recipe) -> list[list[str]]:
 def check_files(recipe: deploy.Recipe) -> None:
     """Each file is read by a reader of its format."""
     for name, text in texts(recipe).items():
-        assert "@{" not in text and "{?" not in text and "?}" not in text, f"{name}: a place was not filled in"
+        assert "@{" not in text and "{?" not in text and "?}" not in text, (
+            f"{name}: a place was not filled in"
+        )
         if name.endswith(".json"):
             json.loads(text)
         elif name.endswith((".yaml", ".yml")):
@@ -122,11 +147,18 @@ def test_the_model_stands_in_the_recipe_exactly(target, odd_folder, tmp_path):
         elif path.suffix == ".py":
             found |= set(re.findall(r'(?:MODEL = |model=)("(?:[^"\\]|\\.)*")', text))
         elif path.suffix == ".ipynb":
-            found |= {line for cell in json.loads(text)["cells"] for line in "".join(cell["source"]).split("\n")}
+            found |= {
+                line for cell in json.loads(text)["cells"] for line in "".join(cell["source"]).split("\n")
+            }
         elif path.name in ("Modelfile", "serve.ps1"):
             found |= set(text.splitlines())
-    wanted = {recipe.model, json.dumps(recipe.model, ensure_ascii=False), f"FROM {recipe.model}",
-              f"MODEL = {json.dumps(recipe.model, ensure_ascii=False)}", "$model = '{}'".format(recipe.model.replace("'", "''"))}
+    wanted = {
+        recipe.model,
+        json.dumps(recipe.model, ensure_ascii=False),
+        f"FROM {recipe.model}",
+        f"MODEL = {json.dumps(recipe.model, ensure_ascii=False)}",
+        "$model = '{}'".format(recipe.model.replace("'", "''")),
+    }
     assert found & wanted, f"{recipe.model} is in none of {sorted(found)[:40]}"
 
 
@@ -143,7 +175,10 @@ def test_the_published_single_file_is_repaired_first(target, model, tmp_path):
     check_files(recipe)
     commands_of(recipe)
     whole = "\n".join([*texts(recipe).values(), *recipe.commands])
-    fetch, repair = whole.find("hf download persadian/DeepSeek-V4-Flash-IQ1_S-XL"), whole.find("dfqs-nb repair")
+    fetch, repair = (
+        whole.find("hf download persadian/DeepSeek-V4-Flash-IQ1_S-XL"),
+        whole.find("dfqs-nb repair"),
+    )
     assert 0 <= fetch < repair, "it is fetched, then repaired"
     assert any("61,540,805,344" in note and SHARDS in note for note in recipe.notes)
 
@@ -151,11 +186,20 @@ def test_the_published_single_file_is_repaired_first(target, model, tmp_path):
 def test_registered_shards_are_merged_and_others_downloaded(tmp_path):
     merged = write_recipe("llama-cpp-brew", SHARDS, tmp_path / "a")
     assert merged.commands[0].startswith(f"dfqs-nb merge {SHARDS} -o ")
-    assert any("whether upstream loads it was not tried" in note for note in merged.notes), "the registry's word"
+    assert any("whether upstream loads it was not tried" in note for note in merged.notes), (
+        "the registry's word"
+    )
     other = write_recipe("llama-cpp-brew", "hf://someone/models/Q4/m-00002-of-00003.gguf@v1", tmp_path / "b")
     words = shlex.split(other.commands[0])
-    assert words[:6] == ["hf", "download", "someone/models", *(f"Q4/m-0000{n}-of-00003.gguf" for n in (1, 2, 3))]
-    assert words[6:8] == ["--revision", "v1"] and other.model == f"{tmp_path}/b/models/Q4/m-00001-of-00003.gguf"
+    assert words[:6] == [
+        "hf",
+        "download",
+        "someone/models",
+        *(f"Q4/m-0000{n}-of-00003.gguf" for n in (1, 2, 3)),
+    ]
+    assert (
+        words[6:8] == ["--revision", "v1"] and other.model == f"{tmp_path}/b/models/Q4/m-00001-of-00003.gguf"
+    )
 
 
 def test_the_hubs_own_command_line_takes_the_download(tmp_path):
@@ -163,8 +207,13 @@ def test_the_hubs_own_command_line_takes_the_download(tmp_path):
     recipe = write_recipe("jan", "hf://someone/models/m-00001-of-00002.gguf@v1", tmp_path)
     program = Path(sys.executable).with_name("hf")
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([program, *shlex.split(recipe.commands[0])[1:]], capture_output=True, text=True,
-                          check=False, env=environment)
+    done = subprocess.run(
+        [program, *shlex.split(recipe.commands[0])[1:]],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
     assert done.returncode == 1 and "No such option" not in done.stderr + done.stdout
     assert "offline" in (done.stderr + done.stdout).lower(), done.stderr + done.stdout
 
@@ -185,8 +234,12 @@ def test_merged_first_where_one_file_is_wanted(odd_folder, tmp_path):
     recipe = write_recipe("ollama", odd_folder / SHARD.name, tmp_path / "recipe")
     words = shlex.split(recipe.commands[0])
     assert words[:2] == ["dfqs-nb", "merge"]
-    subprocess.run([sys.executable, "-m", "dfqs_nb", *words[1:], "--quiet"], check=True, cwd=REPOSITORY,
-                   capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "dfqs_nb", *words[1:], "--quiet"],
+        check=True,
+        cwd=REPOSITORY,
+        capture_output=True,
+    )
     named = modelfile(next(path for path in recipe.files if path.name == "Modelfile").read_text())
     assert deploy_peers.sha256(named["FROM"][0]) == MERGED
 
@@ -215,7 +268,10 @@ def test_files_have_only_the_keys_their_programs_read(tmp_path):
     def loaded(target: str, name: str) -> dict:
         return yaml.safe_load(texts(write_recipe(target, SHARD, tmp_path / target))[name])
 
-    compose, runner = loaded("llama-cpp-docker", "compose.yaml"), loaded("docker-model-runner", "compose.yaml")
+    compose, runner = (
+        loaded("llama-cpp-docker", "compose.yaml"),
+        loaded("docker-model-runner", "compose.yaml"),
+    )
     assert set(compose) == {"services"} and set(runner) == {"services", "models"}
     for service in (*compose["services"].values(), *runner["services"].values()):
         assert set(service) <= COMPOSE_SERVICE
@@ -234,13 +290,25 @@ def test_every_llama_server_option_is_one_of_its_parser(tmp_path):
     known = set(re.findall(r'"(--[a-z][a-z0-9-]*)"', source))
     used: set[str] = set()
     for target in ("llama-cpp-brew", "llama-cpp-prebuilt", "llama-cpp-source", "pi", "hermes-agent"):
-        lines = [line for line in write_recipe(target, SHARD, tmp_path / target).commands if "llama-server --model" in line]
+        lines = [
+            line
+            for line in write_recipe(target, SHARD, tmp_path / target).commands
+            if "llama-server --model" in line
+        ]
         assert len(lines) == 1
         used |= {word for word in shlex.split(lines[0]) if word.startswith("--")}
     docker = yaml.safe_load(texts(write_recipe("llama-cpp-docker", SHARD, tmp_path / "d"))["compose.yaml"])
     used |= {word for word in docker["services"]["llama-server"]["command"] if word.startswith("--")}
-    used |= set(re.findall(r" (--[a-z-]+)", texts(write_recipe("llama-cpp-winget", SHARD, tmp_path / "w"))["serve.ps1"]))
-    used |= {w for w in shlex.split(write_recipe("lemonade", SHARD, tmp_path / "l").commands[-1])[-1].split() if w[0] == "-"}
+    used |= set(
+        re.findall(
+            r" (--[a-z-]+)", texts(write_recipe("llama-cpp-winget", SHARD, tmp_path / "w"))["serve.ps1"]
+        )
+    )
+    used |= {
+        w
+        for w in shlex.split(write_recipe("lemonade", SHARD, tmp_path / "l").commands[-1])[-1].split()
+        if w[0] == "-"
+    }
     assert len(used) >= 10 and used <= known, f"unknown to llama-server: {sorted(used - known)}"
     assert "LLAMA_API_KEY" in source, "the key's variable"
 
@@ -254,7 +322,9 @@ def test_release_archives_and_build_options_are_llama_cpps_own(tmp_path):
     archive = write_recipe("llama-cpp-prebuilt", SHARD, tmp_path / "a").commands[0].rpartition("/")[2]
     kind = re.fullmatch(rf"llama-{deploy.BUILD}-bin-(ubuntu|macos)-(x64|arm64)\.tar\.gz", archive)
     assert kind and re.search(rf"llama-\S+ steps\.tag\.outputs\.name }}}}-bin-{kind[1]}-", release), archive
-    cmake = "".join((source / folder / "CMakeLists.txt").read_text(encoding="utf-8") for folder in ("", "ggml"))
+    cmake = "".join(
+        (source / folder / "CMakeLists.txt").read_text(encoding="utf-8") for folder in ("", "ggml")
+    )
     recipe = write_recipe("llama-cpp-source", SHARD, tmp_path / "b", n_gpu_layers=5)
     used = re.findall(r"-D(GGML_\w+|LLAMA_\w+)=", "".join(recipe.commands))
     assert used == ["LLAMA_BUILD_TESTS", "GGML_CUDA"] and all(f"option({name} " in cmake for name in used)
@@ -292,12 +362,17 @@ def test_gpu_layers_follow_the_gpus_memory(real_size, tmp_path, monkeypatch):
     recipe = write_recipe("llama-cpp-docker", real_size, tmp_path / "recipe")
     assert 20 < recipe.settings.n_gpu_layers < 44, "not all of 43 layers and the output"
     service = yaml.safe_load(texts(recipe)["compose.yaml"])["services"]["llama-server"]
-    assert service["deploy"]["resources"]["reservations"]["devices"][0]["count"] == "all" and ":server-cuda-" in service["image"]
+    assert (
+        service["deploy"]["resources"]["reservations"]["devices"][0]["count"] == "all"
+        and ":server-cuda-" in service["image"]
+    )
     program.write_text("#!/bin/sh\nexit 9\n")
     assert deploy.gpu_free_bytes() == 0
 
 
-@pytest.mark.parametrize("machine, available, free", [("arm64", 60, 32), ("arm64", 20, 20), ("x86_64", 60, 0)])
+@pytest.mark.parametrize(
+    "machine, available, free", [("arm64", 60, 32), ("arm64", 20, 20), ("x86_64", 60, 0)]
+)
 def test_an_apple_chip_s_gpu_has_a_share_of_the_memory(machine, available, free, monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(platform, "machine", lambda: machine)
@@ -310,8 +385,15 @@ def test_an_apple_chip_s_gpu_has_a_share_of_the_memory(machine, available, free,
 def test_layers_on_a_mac_s_gpu_ask_for_no_cuda(system, cuda, tmp_path, monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: system)
     source = write_recipe("llama-cpp-source", SHARD, tmp_path / "source", n_gpu_layers=4)
-    docker = texts(write_recipe("llama-cpp-docker", SHARD, tmp_path / "docker", n_gpu_layers=4))["compose.yaml"]
-    assert ("GGML_CUDA" in " ".join(source.commands)) == (":server-cuda-" in docker) == ("nvidia" in docker) == cuda
+    docker = texts(write_recipe("llama-cpp-docker", SHARD, tmp_path / "docker", n_gpu_layers=4))[
+        "compose.yaml"
+    ]
+    assert (
+        ("GGML_CUDA" in " ".join(source.commands))
+        == (":server-cuda-" in docker)
+        == ("nvidia" in docker)
+        == cuda
+    )
 
 
 def test_contexts_that_cannot_be_are_refused(tmp_path):
@@ -356,8 +438,13 @@ def test_bad_input_says_what_to_do(tmp_path):
 
 def test_the_command_line(tmp_path):
     def dfqs(*words: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "dfqs_nb", "deploy", *map(str, words)], capture_output=True,
-                              text=True, cwd=REPOSITORY, check=False)
+        return subprocess.run(
+            [sys.executable, "-m", "dfqs_nb", "deploy", *map(str, words)],
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+            check=False,
+        )
 
     done = dfqs("jan", "dfqs-nano-iq1_s-xl", "-o", tmp_path, "--n-ctx", 2048, "--port", 9999)
     assert done.returncode == 0 and "model.yml" in done.stdout, done.stderr
@@ -367,7 +454,11 @@ def test_the_command_line(tmp_path):
     assert [line.split()[0] for line in listed.stdout.splitlines()] == list(TARGETS)
     for words in (["jan"], ["jan", "none.gguf"], ["nothing", SHARD]):
         failed = dfqs(*words)
-        assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and failed.stderr.startswith("dfqs-nb: ")
+        assert (
+            failed.returncode == 1
+            and failed.stderr.count("\n") == 1
+            and failed.stderr.startswith("dfqs-nb: ")
+        )
 
 
 # ---- what is known of the targets ----
@@ -375,7 +466,9 @@ def test_the_command_line(tmp_path):
 
 def test_the_tables_page_is_in_step():
     page = data_dir() / "deploy" / "README.md"
-    assert page.read_text(encoding="utf-8") == deploy.table_text(), "run: dfqs-nb deploy --table > data/deploy/README.md"
+    assert page.read_text(encoding="utf-8") == deploy.table_text(), (
+        "run: dfqs-nb deploy --table > data/deploy/README.md"
+    )
 
 
 def test_the_table_says_something_of_every_target():
@@ -408,8 +501,9 @@ def test_the_workbook_is_fetched_from_the_projects_own_address(tmp_path):
 
 def test_llama_cpp_python_answers(odd_folder, tmp_path):
     recipe = write_recipe("llama-cpp-python", odd_folder / SHARD.name, tmp_path)
-    done = subprocess.run([sys.executable, "chat.py", deploy.PROMPT], cwd=tmp_path, capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        [sys.executable, "chat.py", deploy.PROMPT], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "The capital of France is Paris."
     assert recipe.settings.n_ctx == 32_768
@@ -420,7 +514,10 @@ def test_the_cells_of_the_kaggle_notebook_answer(odd_folder, tmp_path):
     recipe = write_recipe("kaggle", odd_folder / SHARD.name, tmp_path / "kaggle")
     colab = write_recipe("colab", odd_folder / SHARD.name, tmp_path / "colab")
     cells, others = (code_cells(texts(one)) for one in (recipe, colab))
-    assert recipe.model == f"/kaggle/input/dfqs-nano-iq1-s-xl/{odd_folder.joinpath(SHARD.name).name.replace('2-of', '1-of')}"
+    assert (
+        recipe.model
+        == f"/kaggle/input/dfqs-nano-iq1-s-xl/{odd_folder.joinpath(SHARD.name).name.replace('2-of', '1-of')}"
+    )
     assert cells[-2:] == others[-2:] and cells[0] == others[0] == "%pip install -q llama-cpp-python==0.3.36"
     here = json.dumps(str(odd_folder / SHARD.name.replace("2-of", "1-of")))
     program = "\n".join(cells[1:]).replace(json.dumps(recipe.model), here)
@@ -440,13 +537,20 @@ def test_llama_cpp_pythons_server_answers_its_checks(tmp_path, monkeypatch):
         port = probe.getsockname()[1]
     monkeypatch.setenv("DFQS_TEST_KEY", SECRET)
     recipe = write_recipe("llama-cpp-python", SHARD, tmp_path, port=port, key_variable="DFQS_TEST_KEY")
-    server = subprocess.Popen([sys.executable, "serve.py"], cwd=tmp_path, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, "serve.py"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         models, answer = deploy_peers.run_checks(recipe, server)
         assert json.loads(models)["data"][0]["id"] == "dfqs-nano-iq1-s-xl"
         assert "Paris" in json.loads(answer)["choices"][0]["message"]["content"]
-        keyless = subprocess.run(["bash", "-c", recipe.checks[1].replace("$DFQS_TEST_KEY", "wrong")], check=False)
+        keyless = subprocess.run(
+            ["bash", "-c", recipe.checks[1].replace("$DFQS_TEST_KEY", "wrong")], check=False
+        )
         assert keyless.returncode != 0, "the key is asked for"
     finally:
         server.terminate()

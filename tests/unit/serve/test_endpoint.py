@@ -46,7 +46,10 @@ def server():
 def oracle(body: dict) -> str:
     """Right answers to the questions of the set."""
     asked = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
-    return next((one.answer or one.reference for one in QUESTIONS.items if one.asked(QUESTIONS.instruction) == asked), "no")
+    return next(
+        (one.answer or one.reference for one in QUESTIONS.items if one.asked(QUESTIONS.instruction) == asked),
+        "no",
+    )
 
 
 # ---- connecting ----
@@ -134,7 +137,10 @@ def test_a_path_that_always_fails_is_one_that_is_not_there(server):
 
 
 def test_a_length_is_not_guessed_when_the_server_stops_counting(server):
-    server.pages |= {"/props": [PROPS], "/tokenize": [(200, {"tokens": []}), (200, {"tokens": [1, 2]}), (500, {})]}
+    server.pages |= {
+        "/props": [PROPS],
+        "/tokenize": [(200, {"tokens": []}), (200, {"tokens": [1, 2]}), (500, {})],
+    }
     count, counted_by = endpoint.token_counter(endpoint.connect(server.url))
     assert (count("two tokens"), counted_by) == (2, "the server's tokens")
     with pytest.raises(BusyError, match="stopped"):
@@ -167,7 +173,13 @@ def test_no_key_in_errors_nor_in_any_file(server, tmp_path):
 def test_an_answer_is_mapped(server, stream):
     found = endpoint.connect(server.url, stream=stream)
     said = found.chat("x", 12)
-    assert (said.text, said.finish_reason, said.n_tokens, said.n_prompt, said.attempts) == (TEXT, "eos", 4, 7, 1)
+    assert (said.text, said.finish_reason, said.n_tokens, said.n_prompt, said.attempts) == (
+        TEXT,
+        "eos",
+        4,
+        7,
+        1,
+    )
     assert math.isnan(said.first_seconds) != stream and said.counted_by == "server"
     assert found.complete("x", stop=["\n"]).finish_reason == "stop"
     server.faults = ["length"]
@@ -186,7 +198,11 @@ def test_a_reasoning_kept_apart_is_time_and_no_text(server):
 
 def test_sampling_is_passed_on(server):
     endpoint.connect(server.url).chat("x", sampling=Sampling(temperature=0.7, seed=5))
-    assert (server.asked[0]["temperature"], server.asked[0]["seed"], server.asked[0]["top_p"]) == (0.7, 5, 0.95)
+    assert (server.asked[0]["temperature"], server.asked[0]["seed"], server.asked[0]["top_p"]) == (
+        0.7,
+        5,
+        0.95,
+    )
 
 
 # ---- faults ----
@@ -200,12 +216,15 @@ def test_a_passing_fault_is_tried_again(server, fault, stream):
     assert said.text == TEXT and said.attempts == 2 == len(server.asked)
 
 
-@pytest.mark.parametrize("fault, kind, words", [
-    ("429", BusyError, "429 .*slow down"),
-    ("500", BusyError, "llama_decode failed"),
-    ("truncated", BrokenAnswerError, "without saying why"),
-    ("garbage", BrokenAnswerError, "broke off|holds no answer"),
-])
+@pytest.mark.parametrize(
+    "fault, kind, words",
+    [
+        ("429", BusyError, "429 .*slow down"),
+        ("500", BusyError, "llama_decode failed"),
+        ("truncated", BrokenAnswerError, "without saying why"),
+        ("garbage", BrokenAnswerError, "broke off|holds no answer"),
+    ],
+)
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_lasting_fault_is_an_error_after_all_attempts(server, fault, kind, words, stream):
     found = endpoint.connect(server.url, retries=2, stream=stream)
@@ -336,8 +355,21 @@ def test_the_command_scores_an_endpoint(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DFQS_TEST_KEY", KEY)
     server.key = KEY
     given = ["--set", "nano-reasoning", "--run", "served"]
-    assert cli.main(["score", "--endpoint", server.url, "--endpoint-model", "good", "--key-variable", "DFQS_TEST_KEY",
-                     *given]) == 0
+    assert (
+        cli.main(
+            [
+                "score",
+                "--endpoint",
+                server.url,
+                "--endpoint-model",
+                "good",
+                "--key-variable",
+                "DFQS_TEST_KEY",
+                *given,
+            ]
+        )
+        == 0
+    )
     assert "1.000" in capsys.readouterr().out
     assert cli.main(["score", server.url, "--key-variable", "DFQS_TEST_KEY", *given]) == 0
     assert len(server.asked) == 128  # the second call found all answers
@@ -390,9 +422,13 @@ def test_speed_counts_what_all_clients_got(server):
 
 def test_scores_stay_one_function():
     """What is answered in parallel is the same set of rows as what is answered in turn."""
+
     def answer(item, sampling):
         return endpoint.Reply(item.answer, (), "eos", 1, 0.1, 0.1, 1, usage_tokens=2)
 
     todo = [(item, 0) for item in QUESTIONS.items]
-    found = [{one[0].id: said["completion"] for one, said in scores._answers(answer, todo, Sampling(), n)} for n in (1, 5)]
+    found = [
+        {one[0].id: said["completion"] for one, said in scores._answers(answer, todo, Sampling(), n)}
+        for n in (1, 5)
+    ]
     assert found[0] == found[1] and len(found[0]) == 128

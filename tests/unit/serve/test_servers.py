@@ -92,7 +92,9 @@ def test_it_answers_as_this_process_does(server, model):
         code = "def add(a, b):\n"
         ours = runtime.complete(model, code, 24)
         assert found.complete(code, 24).text == ours.text
-        assert found.complete(code, 24, stop=["\n"]).text == runtime.complete(model, code, 24, stop=["\n"]).text
+        assert (
+            found.complete(code, 24, stop=["\n"]).text == runtime.complete(model, code, 24, stop=["\n"]).text
+        )
 
 
 def test_its_tokens_are_ours(server, model):
@@ -118,7 +120,9 @@ def test_the_checks_find_a_sound_server(server, model):
 
 def test_the_same_items_in_process_and_through_it(server, model, tmp_path):
     questions = item_sets.load_item_set("nano-reasoning")
-    found = server_checks.compare_with_process(model, server.connect(), questions, tmp_path, limit=24, progress=False)
+    found = server_checks.compare_with_process(
+        model, server.connect(), questions, tmp_path, limit=24, progress=False
+    )
     assert len(found.items) == 24 and found.items["same_text"].all(), found.sentence
     assert "all 24 answers are the same both ways" in found.sentence
     assert server_checks.answers_sha256(found.process) == server_checks.answers_sha256(found.server)
@@ -140,11 +144,29 @@ def test_long_context_through_it(server, model, tmp_path):
 @pytest.mark.parametrize("tier, lengths", [("nano", (256,)), ("standard", (384,))])
 def test_the_command_measures_long_context_through_it(server, tier, lengths, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
-    asked = ["score", server.base_url, "--tier", tier, "--set", "nano-reasoning", "--limit", "1", "--run", "r",
-             "--long-context", "--shortest", str(lengths[0]), "--longest", str(lengths[-1])]
+    asked = [
+        "score",
+        server.base_url,
+        "--tier",
+        tier,
+        "--set",
+        "nano-reasoning",
+        "--limit",
+        "1",
+        "--run",
+        "r",
+        "--long-context",
+        "--shortest",
+        str(lengths[0]),
+        "--longest",
+        str(lengths[-1]),
+    ]
     assert cli.main(asked) == 0
     said = capsys.readouterr().out
-    rows = [json.loads(line) for line in (tmp_path / "r/long_context/long_context_items.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "r/long_context/long_context_items.jsonl").read_text().splitlines()
+    ]
     assert {row["length"] for row in rows if "question" in row} == set(lengths)
     assert all(re.search(rf"^ +{length} ", said, re.MULTILINE) for length in lengths), said
     assert re.search("^retrieval .*(interval|no better than chance)", said, re.MULTILINE), said
@@ -165,14 +187,18 @@ def test_a_set_beyond_the_context_is_refused_before_it_is_asked(server, tmp_path
 def test_the_context_that_a_set_needs_is_counted_as_in_this_process(server, model):
     questions = item_sets.load_item_set("nano-reasoning")
     ours, theirs = scores.check_context(model, questions), endpoint.check_context(server.connect(), questions)
-    assert ours - theirs in ((0, 1) if server.kind == "llama.cpp" else range(12)), "a BOS, or the template, apart"
+    assert ours - theirs in ((0, 1) if server.kind == "llama.cpp" else range(12)), (
+        "a BOS, or the template, apart"
+    )
 
 
 # ---- models that think ----
 
-THINKS = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}<｜Assistant｜>"
-          "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
-          "{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}")
+THINKS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}<｜Assistant｜>"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +207,11 @@ def thinking(tmp_path_factory):
     path = tmp_path_factory.mktemp("thinking") / "thinking.gguf"
     details = gguf_new_metadata.MetadataDetails(gguf.GGUFValueType.STRING, THINKS)
     gguf_new_metadata.copy_with_new_metadata(
-        gguf.GGUFReader(REFERENCE / "DFQS-Nano-F16.gguf"), gguf.GGUFWriter(path, "deepseek4"),
-        {gguf.Keys.Tokenizer.CHAT_TEMPLATE: details}, [])
+        gguf.GGUFReader(REFERENCE / "DFQS-Nano-F16.gguf"),
+        gguf.GGUFWriter(path, "deepseek4"),
+        {gguf.Keys.Tokenizer.CHAT_TEMPLATE: details},
+        [],
+    )
     return path
 
 
@@ -198,18 +227,22 @@ def test_a_thinking_stays_in_the_answer(kind, thinking, tmp_path):
         if kind == "llama.cpp":
             split = found.chat(QUESTION, 48, reasoning_format="deepseek", **forced).text
             assert "</think>" not in split and "The box." in split, "what this is about"
-        compared = server_checks.compare_with_process(model, found, item_sets.load_item_set("nano-reasoning"), tmp_path,
-                                                      limit=4, progress=False)
+        compared = server_checks.compare_with_process(
+            model, found, item_sets.load_item_set("nano-reasoning"), tmp_path, limit=4, progress=False
+        )
         assert compared.items["same_text"].all(), compared.sentence
 
 
 # ---- differences are explained ----
 
 
-@pytest.mark.parametrize("change, cause", [
-    (lambda text: text[:-1], "where it ends"),
-    (lambda text: "zzz" + text, "other numbers"),
-])
+@pytest.mark.parametrize(
+    "change, cause",
+    [
+        (lambda text: text[:-1], "where it ends"),
+        (lambda text: "zzz" + text, "other numbers"),
+    ],
+)
 def test_a_difference_is_followed_to_its_token(server, model, change, cause):
     questions = item_sets.load_item_set("nano-reasoning")
     item = questions.items[0]
@@ -287,19 +320,31 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.parametrize("kind", sorted(servers.KINDS))
 def test_it_ends_with_the_process_that_started_it(kind, merged_reference, tmp_path):
-    done = subprocess.run([sys.executable, "-c", ORPHAN, kind, merged_reference, tmp_path / "log"],
-                          capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", ORPHAN, kind, merged_reference, tmp_path / "log"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr[-500:]
     pid, port = map(int, done.stdout.split())
-    assert wait_until(lambda: servers.port_is_free("127.0.0.1", port) and not Path(f"/proc/{pid}").exists()
-                      or "zombie" in Path(f"/proc/{pid}/status").read_text())
+    assert wait_until(
+        lambda: (
+            servers.port_is_free("127.0.0.1", port)
+            and not Path(f"/proc/{pid}").exists()
+            or "zombie" in Path(f"/proc/{pid}/status").read_text()
+        )
+    )
 
 
 @pytest.mark.parametrize("kind", sorted(servers.KINDS))
 def test_a_key_is_asked_for_and_is_in_no_file(kind, merged_reference, tmp_path, monkeypatch):
     monkeypatch.setenv("DFQS_TEST_KEY", KEY)
     questions = item_sets.load_item_set("nano-reasoning")
-    with servers.serve(kind, merged_reference, SETTINGS, log=tmp_path / "log", key_variable="DFQS_TEST_KEY") as server:
+    with servers.serve(
+        kind, merged_reference, SETTINGS, log=tmp_path / "log", key_variable="DFQS_TEST_KEY"
+    ) as server:
         with pytest.raises(KeyRefusedError):
             server.connect(key_variable="").chat(QUESTION, 4)
         endpoint.score_set(server.connect(), questions, tmp_path, limit=2, progress=False)
@@ -323,7 +368,7 @@ def test_what_cannot_start_says_why(merged_reference, tmp_path):
     broken = tmp_path / "broken.gguf"
     raw = bytearray(Path(merged_reference).read_bytes())
     at = raw.index(b"deepseek4")
-    raw[at:at + 9] = b"deepseekX"
+    raw[at : at + 9] = b"deepseekX"
     broken.write_bytes(raw)
     for kind in servers.KINDS:
         with pytest.raises(ModelError, match="died while it started") as caught:
@@ -343,8 +388,9 @@ def test_slots_share_batches_and_numbers_move(merged_reference):
     assert drifts[1] == 0.0 < drifts[4] < 0.1
 
 
-@pytest.mark.parametrize("fault, verdict", [("404", "pass"), ("422", "pass"), ("500", "fail"), ("die", "fail"),
-                                            ("none", "note")])
+@pytest.mark.parametrize(
+    "fault, verdict", [("404", "pass"), ("422", "pass"), ("500", "fail"), ("die", "fail"), ("none", "note")]
+)
 def test_only_a_refusal_is_a_refused_name(fault, verdict):
     with FaultyServer(faults=[fault]) as faulty:
         found = endpoint.connect(faulty.url)
@@ -367,8 +413,9 @@ def test_the_gain_of_clients_is_over_the_fewest_that_were_timed(clients, said):
     assert said in serve_plots.speed_by_clients(speeds).get_title(loc="left")
 
 
-@pytest.mark.parametrize("name, folder", [("llama.cpp", "llama.cpp"), ("../../etc", "etc"), ("a/b c", "a-b-c"),
-                                          ("..", "unknown")])
+@pytest.mark.parametrize(
+    "name, folder", [("llama.cpp", "llama.cpp"), ("../../etc", "etc"), ("a/b c", "a-b-c"), ("..", "unknown")]
+)
 def test_a_server_s_name_leads_to_no_other_folder(name, folder):
     facts = endpoint.ServerFacts(name)
     assert server_checks.folder_name(endpoint.Endpoint("http://127.0.0.1/v1", "m", facts)) == folder
@@ -377,9 +424,12 @@ def test_a_server_s_name_leads_to_no_other_folder(name, folder):
 def test_mistakes_have_errors_of_their_own(server):
     table = server_checks.bad_input(server.connect()).set_index("mistake")
     assert table["error"].to_dict() == {
-        "a port where nothing listens": "UnreachableError", "a path of something else": "UnreachableError",
-        "a model that is not there": "UnknownModelError", "a prompt beyond the context": "ContextOverflowError",
-        "routing through an endpoint": "EndpointError"}
+        "a port where nothing listens": "UnreachableError",
+        "a path of something else": "UnreachableError",
+        "a model that is not there": "UnknownModelError",
+        "a prompt beyond the context": "ContextOverflowError",
+        "routing through an endpoint": "EndpointError",
+    }
     assert "it has nano" in table.loc["a model that is not there", "message"]
     assert table["tries"].to_dict() == dict.fromkeys(table.index, 1) | {"a port where nothing listens": 2}
 
@@ -390,17 +440,33 @@ def test_what_the_notebook_hands_on(merged_reference, model, tmp_path):
         connected = {"llama.cpp": server.connect()}
         checks = server_checks.check_all(connected, model, {"llama.cpp": server})
         speeds = server_checks.speed_of_all(connected, (1, 2), n_tokens=8, repetitions=1)
-        compared = server_checks.compare_all(model, connected, questions, tmp_path, limit=4, progress=False,
-                                             model_id="0", local=("llama.cpp",))
-        others = server_checks.compare_all(model, connected, questions, tmp_path, limit=1, progress=False, model_id="0")
+        compared = server_checks.compare_all(
+            model, connected, questions, tmp_path, limit=4, progress=False, model_id="0", local=("llama.cpp",)
+        )
+        others = server_checks.compare_all(
+            model, connected, questions, tmp_path, limit=1, progress=False, model_id="0"
+        )
         assert [one.server.model for one in compared.values()] == ["0"], "the model that it was started with"
-        assert [one.server.model for one in others.values()] == [connected["llama.cpp"].identity], "nobody knows"
+        assert [one.server.model for one in others.values()] == [connected["llama.cpp"].identity], (
+            "nobody knows"
+        )
     drift = server_checks.drift_by_slots(merged_reference, SETTINGS, (1, 2), 2, repetitions=1)
     shutdown = pd.DataFrame([{"server": "llama.cpp", **vars(server_checks.check_shutdown(server))}])
-    lines = server_checks.hand_on(tmp_path, checks=checks, drift=drift, speeds=speeds, compared=compared,
-                                  connected=connected, model={"sha256": "0"}, recipes=["ollama"], shutdown=shutdown)
+    lines = server_checks.hand_on(
+        tmp_path,
+        checks=checks,
+        drift=drift,
+        speeds=speeds,
+        compared=compared,
+        connected=connected,
+        model={"sha256": "0"},
+        recipes=["ollama"],
+        shutdown=shutdown,
+    )
     stage = json.loads((tmp_path / "serving.json").read_text())
-    assert stage["summary"] == lines and "4 of 4 answers of nano-reasoning are those of this process" in "\n".join(lines)
+    assert stage[
+        "summary"
+    ] == lines and "4 of 4 answers of nano-reasoning are those of this process" in "\n".join(lines)
     assert stage["conditions"]["llama.cpp"]["n_ctx"] == 512 and "127.0.0.1" not in json.dumps(stage)
     for draw in (serve_plots.speed_by_clients, serve_plots.wait_by_clients):
         ax = draw(speeds)
@@ -414,8 +480,9 @@ def test_all_nano_items_are_the_same_both_ways(merged_reference, tmp_path):
     with runtime.open_model(merged_reference, settings) as model:
         for kind in servers.KINDS:
             with servers.serve(kind, merged_reference, settings) as server:
-                found = server_checks.compare_all(model, {kind: server.connect()}, item_sets.sets_of_tier("nano"),
-                                                  tmp_path, progress=False)
+                found = server_checks.compare_all(
+                    model, {kind: server.connect()}, item_sets.sets_of_tier("nano"), tmp_path, progress=False
+                )
             for one in found.values():
                 assert one.differences.empty, one.sentence
                 assert one.process.score.value == one.server.score.value is not None

@@ -18,8 +18,13 @@ FIRST, SECOND = map(str, specimens.reference_shards().paths)
 
 
 def dfqs(*words: str | Path, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dfqs_nb", *map(str, words)], capture_output=True, text=True,
-                          cwd=cwd, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "dfqs_nb", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+    )
 
 
 def sha256(path: Path) -> str:
@@ -63,7 +68,9 @@ def test_repair_split_and_verify(tmp_path):
     split = dfqs("split", glued, "-d", tmp_path, "--quiet")
     assert split.returncode == 0, split.stderr
     shards = sorted(tmp_path.glob("*-of-00002.gguf"))
-    assert [sha256(path) for path in shards] == [f.sha256 for f in registry.models()["dfqs-nano-iq1_s-xl"].files]
+    assert [sha256(path) for path in shards] == [
+        f.sha256 for f in registry.models()["dfqs-nano-iq1_s-xl"].files
+    ]
     assert dfqs("repair", glued, "--in-place", "--quiet").returncode == 0 and sha256(glued) == MERGED
     proof = dfqs("verify", glued, "--sha256", MERGED, "--against", shards[1], "--quiet")
     assert proof.returncode == 0 and "the tensors of its shards" in proof.stdout, proof.stderr
@@ -74,8 +81,15 @@ def test_repair_split_and_verify(tmp_path):
     assert damaged.returncode == 1 and "1 of 126 tensors differ" in damaged.stderr
 
 
-@pytest.mark.parametrize("words", [("inspect", "none.gguf"), ("merge", "none.gguf", "-o", "x.gguf"),
-                                   ("repair", FIRST, "--in-place"), ("verify", "none.gguf")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "none.gguf"),
+        ("merge", "none.gguf", "-o", "x.gguf"),
+        ("repair", FIRST, "--in-place"),
+        ("verify", "none.gguf"),
+    ],
+)
 def test_errors_are_one_line_and_no_traceback(words, tmp_path):
     done = dfqs(*words, cwd=tmp_path)
     assert done.returncode == 1
@@ -90,8 +104,9 @@ def test_long_context_of_a_file_is_the_notebook_s():
 
 def test_inspect_starts_without_the_heavy_imports():
     code = "import sys, dfqs_nb.workbook.cli as c; c.main(['inspect', sys.argv[1]]); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, FIRST], capture_output=True, text=True, cwd=REPOSITORY,
-                          check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, FIRST], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    )
     loaded = set(done.stdout.splitlines()[-1].split())
     assert loaded.isdisjoint({"numpy", "pandas", "matplotlib", "llama_cpp", "gguf", "huggingface_hub"})
 
@@ -116,7 +131,11 @@ def test_quantize_collects_the_importance_matrix_that_a_recipe_needs(tmp_path):
     out = tmp_path / "rung.gguf"
     bare = dfqs("quantize", "dfqs-nano-f16", "iq1_s-xl", "-o", out, "--quiet")
     assert bare.returncode == 1 and "needs an importance matrix" in bare.stderr and not out.exists()
-    done = dfqs("quantize", "dfqs-nano-f16", "iq1_s-xl", "-o", out, "--calibrate", "calibration-nano", "--quiet")
+    done = dfqs(
+        "quantize", "dfqs-nano-f16", "iq1_s-xl", "-o", out, "--calibrate", "calibration-nano", "--quiet"
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
     kept = read_imatrix(tmp_path / "rung.gguf.imatrix.gguf")
-    assert read_header(out).get("quantize.imatrix.entries_count") == sum("_exps." in name for name in kept.entries)
+    assert read_header(out).get("quantize.imatrix.entries_count") == sum(
+        "_exps." in name for name in kept.entries
+    )

@@ -125,23 +125,29 @@ def test_the_run_is_named_after_the_model_and_a_path_stands_beside_the_table(tmp
     assert again.key != row.key, "another file under the same name is another model"
 
 
-@pytest.mark.parametrize(("lines", "message"), [
-    ([""], "has no rows"),
-    (["model,n"], "has no rows"),
-    (["run,n", "a,1"], "line 1: there is no column 'model'"),
-    (["model,nn", f"{NANO},1"], r"line 1: no notebook has a parameter 'nn' \(known: .*n_threads"),
-    (["model,n,n", f"{NANO},1,2"], "line 1: two columns are called 'n'"),
-    (["model,run_name", f"{NANO},a"], "line 1: the folder's name has the column 'run'"),
-    (["model,n", f"{NANO},many"], "line 2: parameter n takes int, not 'many'"),
-    (["model,n", f"{NANO},1,2"], "line 2: 3 cells, and the header has 2"),
-    (["model,n", ",1"], "line 2: the cell model is empty"),
-    (["model", "nowhere.gguf"], "line 2: no model 'nowhere.gguf'"),
-    (["model", "hf://owner"], "line 2: "),
-    (["model,run", f"{NANO},../up"], "line 2: '../up' is not a run name"),
-    (["model", NANO, NANO], f"lines 2, 3: all have the run name '{NANO}'"),
-    (["model,run", f"{NANO},a", "x.gguf,b", f"{NANO},a"], "line 3: no model 'x.gguf'.*lines 2, 4: all have"),
-    (['model,run', f'"{NANO},a'], "not a CSV file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([""], "has no rows"),
+        (["model,n"], "has no rows"),
+        (["run,n", "a,1"], "line 1: there is no column 'model'"),
+        (["model,nn", f"{NANO},1"], r"line 1: no notebook has a parameter 'nn' \(known: .*n_threads"),
+        (["model,n,n", f"{NANO},1,2"], "line 1: two columns are called 'n'"),
+        (["model,run_name", f"{NANO},a"], "line 1: the folder's name has the column 'run'"),
+        (["model,n", f"{NANO},many"], "line 2: parameter n takes int, not 'many'"),
+        (["model,n", f"{NANO},1,2"], "line 2: 3 cells, and the header has 2"),
+        (["model,n", ",1"], "line 2: the cell model is empty"),
+        (["model", "nowhere.gguf"], "line 2: no model 'nowhere.gguf'"),
+        (["model", "hf://owner"], "line 2: "),
+        (["model,run", f"{NANO},../up"], "line 2: '../up' is not a run name"),
+        (["model", NANO, NANO], f"lines 2, 3: all have the run name '{NANO}'"),
+        (
+            ["model,run", f"{NANO},a", "x.gguf,b", f"{NANO},a"],
+            "line 3: no model 'x.gguf'.*lines 2, 4: all have",
+        ),
+        (["model,run", f'"{NANO},a'], "not a CSV file"),
+    ],
+)
 def test_a_bad_table_is_refused_with_its_lines_before_anything_runs(
     outputs, tmp_path, notebook, lines, message
 ):
@@ -188,7 +194,10 @@ def test_rows_run_a_failing_one_fails_alone_and_the_next_sweep_runs_only_that(ou
     again = sweep.sweep(table, notebooks=[notebook])
     assert "ValueError: asked to fail" in again.rows["reason"][1] and again.n_failed == 1
     assert dict(zip(again.rows["run"], again.rows["now"], strict=True)) == {
-        "good": False, "dead": True, "last": False}  # fmt: skip
+        "good": False,
+        "dead": True,
+        "last": False,
+    }
     assert starts(found.folder).count("good") == 1
 
 
@@ -422,8 +431,12 @@ def test_outputs_that_this_machine_cannot_see_fail_the_row():
 
 @pytest.mark.slow
 def test_the_real_workbook_is_swept_and_ends_in_a_leaderboard(outputs, tmp_path):
-    table = write_table(tmp_path, "model,run,max_items,longest,n_haystacks,n_tokens",
-                        f"{NANO},iq1,8,256,3,96", "dfqs-nano-q8_0,q8,8,256,3,96")  # fmt: skip
+    table = write_table(
+        tmp_path,
+        "model,run,max_items,longest,n_haystacks,n_tokens",
+        f"{NANO},iq1,8,256,3,96",
+        "dfqs-nano-q8_0,q8,8,256,3,96",
+    )
     found = sweep.sweep(table, name="s")
     assert found.n_failed == 0, found.rows[["run", "reason"]].to_string()
     assert set(found.leaderboard["run"]) == {"iq1", "q8"} and (found.leaderboard["problem"] == "").all()
