@@ -27,9 +27,9 @@ from dfqs_nb.context.boundary import (
 )
 from dfqs_nb.context.haystacks import N_STRATA, Case, Frame, Haystacks, Question, frame_of
 from dfqs_nb.context.prompts import PromptSet, load_prompts
+from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.journal import Journal
-from dfqs_nb.core.progress import tqdm
 from dfqs_nb.core.stage import write_stage
 from dfqs_nb.gguf.memory import available_memory, estimate
 from dfqs_nb.gguf.shards import open_shards

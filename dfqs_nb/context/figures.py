@@ -10,7 +10,7 @@ from matplotlib.ticker import PercentFormatter
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-from dfqs_nb.core.figures import _BYTES, INK, PALETTE, _axes, _title, _token_axis  # NEEDS
+from dfqs_nb.core.figures import BYTES, INK, PALETTE, new_axes, set_title, token_axis  # NEEDS
 
 
 def context_curve(
@@ -24,7 +24,7 @@ def context_curve(
         label: of the model, where several share the axes.
     """
     first = ax is None or not ax.lines
-    ax = _axes(ax, 3.6)
+    ax = new_axes(ax, 3.6)
     colour = PALETTE[0] if first else PALETTE[5]
     spread = [curve["accuracy"] - curve["low"], curve["high"] - curve["accuracy"]]
     ax.errorbar(
@@ -53,7 +53,7 @@ def context_curve(
         ax.axvspan(boundary["low"] or curve["length"].min(), right, color=colour, alpha=0.13, linewidth=0)
         ax.axvline(boundary["tokens"], color=colour, linewidth=1.2, linestyle="--")
     planned = curve.loc[curve["length"].map(lambda n: math.log2(n).is_integer()), "length"]
-    _token_axis(ax, planned, "context (tokens)")
+    token_axis(ax, planned, "context (tokens)")
     ax.set_ylim(-0.03, 1.05)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_ylabel(
@@ -64,7 +64,7 @@ def context_curve(
     if label:
         ax.legend(frameon=False, fontsize=8, loc="lower left")
     if first:
-        _title(ax, _boundary_title(boundary))
+        set_title(ax, _boundary_title(boundary))
     return ax
 
 
@@ -86,7 +86,7 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     counts = tiles.pivot(index="depth", columns="length", values="n")
     share = tiles.pivot(index="depth", columns="length", values="correct") / counts
-    ax = _axes(ax, 1.4 + 0.34 * len(share))
+    ax = new_axes(ax, 1.4 + 0.34 * len(share))
     image = ax.imshow(share, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for row, column in zip(*share.notna().to_numpy().nonzero(), strict=True):
         ax.text(
@@ -109,7 +109,7 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     at = tiles.groupby("depth")[["correct", "n"]].sum()
     at = at["correct"] / at["n"]
-    _title(
+    set_title(
         ax,
         f"Found best {strata[at.idxmax()]} deep ({at.max():.0%}), worst {strata[at.idxmin()]} deep "
         f"({at.min():.0%})",
@@ -124,7 +124,7 @@ def loss_by_position(losses: pd.DataFrame, ax: Axes | None = None) -> Axes:
         losses: columns ``start``, ``end`` (tokens), ``texts``, ``loss`` (nats a token), ``low``, ``high`` and
             ``source``.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     middle = (losses["start"] * losses["end"]) ** 0.5
     spread = [losses["loss"] - losses["low"], losses["high"] - losses["loss"]]
     ax.errorbar(middle, losses["loss"], yerr=spread, fmt="o-", color=PALETTE[0], capsize=3, linewidth=1)
@@ -137,7 +137,7 @@ def loss_by_position(losses: pd.DataFrame, ax: Axes | None = None) -> Axes:
         fontsize=8,
         va="top",
     )
-    _token_axis(
+    token_axis(
         ax,
         [*losses["start"], losses["end"].iloc[-1]],
         f"position in the context (tokens); {losses['texts'].iloc[0]} texts",
@@ -148,7 +148,7 @@ def loss_by_position(losses: pd.DataFrame, ax: Axes | None = None) -> Axes:
     best, last = losses.loc[losses["high" if known else "loss"].idxmin()], losses.iloc[-1]
     apart = " (intervals overlap)" if known else " (too few texts for intervals)"
     apart = "" if last["low"] > best["high"] else apart
-    _title(
+    set_title(
         ax,
         f"Loss is {best['loss']:.3f} at {best['start']:,.0f} to {best['end']:,.0f} tokens and "
         f"{last['loss']:.3f} beyond {last['start']:,.0f}{apart}",
@@ -163,14 +163,14 @@ def cost_by_length(costs: pd.DataFrame, memory: pd.DataFrame, ax: Axes | None = 
         costs: columns ``depth`` (tokens) and ``tokens_per_second``.
         memory: columns ``n_ctx``, ``kv_bytes``, ``predicted_bytes`` and ``anonymous_bytes`` (measured).
     """
-    ax = _axes(ax, 3.2)
+    ax = new_axes(ax, 3.2)
     for column, form, colour, name in (
         ("anonymous_bytes", "o-", PALETTE[5], "measured, all of the process"),
         ("predicted_bytes", "s--", PALETTE[0], "predicted, cache and buffer"),
         ("kv_bytes", "^:", PALETTE[2], "predicted, cache alone"),
     ):
         ax.plot(memory["n_ctx"], memory[column], form, color=colour, label=name)
-    ax.yaxis.set_major_formatter(_BYTES)
+    ax.yaxis.set_major_formatter(BYTES)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("memory beside the weights")
     right = ax.twinx()
@@ -180,7 +180,7 @@ def cost_by_length(costs: pd.DataFrame, memory: pd.DataFrame, ax: Axes | None = 
     right.set_ylim(0, 1.15 * costs["tokens_per_second"].max())
     right.set_ylabel("prefill (tokens a second)", color="#666666")
     right.spines["top"].set_visible(False)
-    _token_axis(ax, memory["n_ctx"], "context, or depth (tokens)")
+    token_axis(ax, memory["n_ctx"], "context, or depth (tokens)")
     handles = [*ax.get_lines(), *right.get_lines()]
     ax.legend(
         handles,
@@ -193,7 +193,7 @@ def cost_by_length(costs: pd.DataFrame, memory: pd.DataFrame, ax: Axes | None = 
     )
     growth = memory["anonymous_bytes"].iloc[-1] - memory["anonymous_bytes"].iloc[0]
     times = memory["n_ctx"].iloc[-1] / memory["n_ctx"].iloc[0]
-    _title(ax, f"A context {times:,.0f} times as long takes {growth / 1e6:,.1f} MB more")
+    set_title(ax, f"A context {times:,.0f} times as long takes {growth / 1e6:,.1f} MB more")
     return ax
 
 
@@ -203,19 +203,19 @@ def flash_cache(cache: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Args:
         cache: columns ``n_ctx``, ``swa_window``, ``swa_full`` and ``card`` (bytes, NaN where silent).
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     ax.plot(cache["n_ctx"], cache["swa_window"], "o-", color=PALETTE[0], label="swa_full=False")
     ax.plot(
         cache["n_ctx"], cache["swa_full"], "s--", color=PALETTE[5], label="swa_full=True, llama.cpp's default"
     )
     ax.plot(cache["n_ctx"], cache["card"], "D", color=INK, markersize=6, label="the card")
     ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(_BYTES)
+    ax.yaxis.set_major_formatter(BYTES)
     ax.set_ylabel("KV cache (f16)")
-    _token_axis(ax, cache["n_ctx"], "context (tokens)")
+    token_axis(ax, cache["n_ctx"], "context (tokens)")
     ax.legend(frameon=False, fontsize=8)
     last = cache.iloc[-1]
-    _title(
+    set_title(
         ax,
         f"At {last['n_ctx']:,.0f} tokens the setting swa_full multiplies the cache by "
         f"{last['swa_full'] / last['swa_window']:.1f}",
@@ -230,7 +230,7 @@ def routing_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes
         positions: columns ``start``, ``end`` (tokens), ``choices``, ``overlap``, ``low``, ``high``
             (range over halves of the texts), ``chance`` and ``margin_median``.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     middle = (positions["start"] * positions["end"]) ** 0.5
     spread = [
         (positions["overlap"] - positions["low"]).clip(lower=0),
@@ -253,7 +253,7 @@ def routing_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes
     right.set_ylabel("router margin (median)", color=PALETTE[5])
     right.set_ylim(0, 1.15 * positions["margin_median"].max())
     right.spines["top"].set_visible(False)
-    _token_axis(
+    token_axis(
         ax,
         [*positions["start"], positions["end"].iloc[-1]],
         f"position in the context (tokens); n = {positions['choices'].min():,} to "
@@ -263,7 +263,7 @@ def routing_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes
     last = positions.iloc[-1]
     low, high = positions["overlap"].min(), positions["overlap"].max()
     ax.set_ylim(max(0, low - 0.15), min(1.02, high + 0.08))
-    _title(
+    set_title(
         ax,
         f"Beyond {last['start']:,.0f} tokens usage overlaps the start's by {last['overlap']:.0%} "
         f"(chance: {last['chance']:.0%})",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class DfqsError(Exception):
@@ -22,7 +23,7 @@ class DfqsError(Exception):
         text = f"{where}: {what}" if where is not None else what
         super().__init__(f"{text}; {hint}" if hint else text)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the three fields, so that a child process can hand its error to its parent."""
         return _rebuild, (type(self), self.what, self.where, self.hint)
 

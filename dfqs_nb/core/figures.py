@@ -1,12 +1,17 @@
-"""Figures from frames. Every function takes a tidy frame and ``ax=None`` and returns the Axes."""
+"""What all figures share: colours, axes, titles, and how a figure is saved and shown.
+
+Every figure of a stage is a function that takes a tidy frame and ``ax=None`` and returns the Axes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from dfqs_nb.core.files import whole_file
@@ -19,54 +24,52 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which people with any colour vision can tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 INK, PAPER = "#222222", "#E8E8E8"
-ATTENTION_COLOURS = {
-    "sliding window": PALETTE[4],
-    "compressed sparse": PALETTE[0],
-    "heavily compressed": PALETTE[1],
-    "full": PALETTE[2],
-}
-ROUTING_COLOURS = {"hash": PALETTE[3], "scores": PALETTE[2], "dense": PAPER}
-_BYTES = EngFormatter(unit="B")
+BYTES = EngFormatter(unit="B")
 
 
-def _axes(ax: Axes | None, height: float = 3.0, width: float = 7.0) -> Axes:
+def new_axes(ax: Axes | None, height: float = 3.0, width: float = 7.0) -> Axes:
+    """The axes given, or those of a new figure of that size in inches; without a box around them."""
     if ax is None:
         _, ax = plt.subplots(figsize=(width, height), layout="constrained")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
-def _title(ax: Axes, text: str) -> None:
-    ax.set_title(text, loc="left", fontsize=11, color=INK)
+def set_title(ax: Axes, finding: str) -> None:
+    """The figure's title: its finding, in words that need no caption."""
+    ax.set_title(finding, loc="left", fontsize=11, color=INK)
 
 
-def save(ax: Axes, path: str | Path) -> None:
-    """Save the figure of ``ax`` as PNG at 150 dots an inch, whole or not at all."""
-    with whole_file(path, "wb") as file:
-        ax.figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
-
-
-def compact(ax: Axes) -> Image:
-    """The figure of ``ax`` for display in a notebook, as a PNG of 256 colours; the figure is closed.
-
-    That takes half of the bytes that a notebook stores otherwise.
-    """
-    import PIL.Image
-    from IPython.display import Image
-
-    drawn, packed = BytesIO(), BytesIO()
-    ax.figure.savefig(drawn, format="png", dpi=100)
-    PIL.Image.open(drawn).convert("RGB").quantize(256).save(packed, "png", optimize=True)
-    plt.close(ax.figure)
-    return Image(packed.getvalue())
-
-
-# ---- long contexts ----
-
-
-def _token_axis(ax: Axes, ticks: pd.Series | list[int], label: str) -> None:
+def token_axis(ax: Axes, ticks: pd.Series | Sequence[int], label: str) -> None:
     """Contexts on a log2 axis, each tick a number of tokens."""
     ax.set_xscale("log", base=2)
     ax.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
     ax.minorticks_off()
     ax.set_xlabel(label)
+
+
+def save(ax: Axes, path: str | Path) -> None:
+    """Save the figure of ``ax`` as PNG at 150 dots an inch, whole or not at all."""
+    with whole_file(path, "wb") as file:
+        _figure(ax).savefig(file, format="png", dpi=150, metadata={"Software": None})
+
+
+def compact(ax: Axes) -> Image:
+    """The figure of ``ax`` for display in a notebook, as a PNG of 256 colours; the figure is closed.
+
+    It takes half of the bytes that a notebook stores otherwise.
+    """
+    import PIL.Image
+    from IPython.display import Image
+
+    drawn, packed = BytesIO(), BytesIO()
+    _figure(ax).savefig(drawn, format="png", dpi=100)
+    PIL.Image.open(drawn).convert("RGB").quantize(256).save(packed, "png", optimize=True)
+    plt.close(_figure(ax))
+    return Image(packed.getvalue())
+
+
+def _figure(ax: Axes) -> Figure:
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return figure

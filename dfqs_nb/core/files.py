@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, flushed, and hashed."""
+"""Files: written whole or not at all, and hashed."""
 
 from __future__ import annotations
 
@@ -6,40 +6,33 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
+from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import IntegrityError
-from dfqs_nb.core.progress import tqdm
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
-_written: dict[Path, None] = {}  # by this process, in order, since the last stage was written
+CHUNK_BYTES = 8 << 20
+_written: dict[Path, None] = {}  # until every stage uses `Stage`
 
 
 @contextmanager
 def whole_file(path: str | Path, mode: str = "w") -> Iterator[Any]:
     """Open a temporary file beside ``path``; it takes that name only when the block ends well.
 
-    The bytes are flushed to the disk before the rename, so a reader (or a crash) sees the old file
-    or the new one, never a part.
+    The bytes are flushed to the disk before the rename, so a reader (or a crash) sees the old file or the
+    new one, never a part. Lone surrogates in a text become ``?``.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".part")
     try:
-        encoding = None if "b" in mode else "utf-8"
-        with os.fdopen(handle, mode, encoding=encoding) as file:
+        encoding, errors = (None, None) if "b" in mode else ("utf-8", "replace")
+        with os.fdopen(handle, mode, encoding=encoding, errors=errors) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -59,7 +52,7 @@ def _umask() -> int:
 
 
 def fsync_dir(folder: str | Path) -> None:
-    """Make a rename in ``folder`` durable (a no-op where folders cannot be opened)."""
+    """Make a rename in ``folder`` durable (nothing where folders cannot be opened)."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -69,23 +62,25 @@ def fsync_dir(folder: str | Path) -> None:
         os.close(handle)
 
 
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text, whole or not at all, and return the path."""
+    with whole_file(path) as file:
+        file.write(text)
+    return Path(path)
+
+
 def write_json(path: str | Path, value: Any) -> Path:
     """Write ``value`` as indented JSON, whole or not at all, and return the path."""
-    with whole_file(path) as file:
-        json.dump(value, file, indent=2, ensure_ascii=False, default=str)
-        file.write("\n")
-    return Path(path)
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def write_table(path: str | Path, table: pd.DataFrame, *, index: bool = True) -> Path:
     """Write a frame as CSV, whole or not at all, and return the path."""
-    with whole_file(path) as file:
-        table.to_csv(file, index=index, lineterminator="\n")
-    return Path(path)
+    return write_text(path, table.to_csv(index=index, lineterminator="\n"))
 
 
 def stood_on(path: str | Path) -> None:
-    """Note that this process wrote ``path``, or used what it holds: the next stage's seal covers it."""
+    """Note that this process wrote ``path`` (until every stage uses `Stage`)."""
     _written[Path(path).resolve()] = None
 
 
@@ -95,22 +90,18 @@ def canonical_sha256(value: Any) -> str:
     >>> canonical_sha256({"b": 1, "a": [0.5]}) == canonical_sha256({"a": [0.5], "b": 1})
     True
     """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def sha256_of_file(path: str | Path) -> str:
-    """SHA-256, in hex, of a small file's bytes (for models: `verify.sha256_of`, which shows its progress)."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-CHUNK_BYTES = 8 << 20
-
-
-def sha256_of(path: str | Path, *, progress: bool = True) -> str:
-    """SHA-256 of a file, in hex."""
-    return sha256_each([path], progress=progress)[0]
+def sha256_of_file(path: str | Path, on_bytes: Callable[[int], object] = lambda n_bytes: None) -> str:
+    """SHA-256 of a file's bytes, in hex; ``on_bytes`` is told how many were read each time."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            on_bytes(len(chunk))
+    return digest.hexdigest()
 
 
 def sha256_each(
@@ -118,28 +109,26 @@ def sha256_each(
 ) -> tuple[str, ...]:
     """SHA-256 of each of several files, in hex, under one progress bar of that ``name``."""
     files = [Path(path) for path in paths]
-    total, found = sum(path.stat().st_size for path in files), []
+    total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=not progress) as bar:
-        for path in files:
-            digest = hashlib.sha256()
-            with path.open("rb", buffering=0) as file:
-                while chunk := file.read(CHUNK_BYTES):
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-            found.append(digest.hexdigest())
-    return tuple(found)
+        return tuple(sha256_of_file(path, bar.update) for path in files)
+
+
+def sha256_of(path: str | Path, *, progress: bool = True) -> str:
+    """SHA-256 of a large file, in hex, under a progress bar."""
+    return sha256_each([path], progress=progress)[0]
 
 
 def check_sha256(path: str | Path, expected: str, *, progress: bool = True) -> None:
-    """Check a file against the SHA-256 that someone published.
+    """Check a file against the SHA-256 that somebody published.
 
     Raises:
         IntegrityError: they differ; the message shows both.
     """
-    found = sha256_of(path, progress=progress)
-    if found != expected.lower():
+    digest = sha256_of(path, progress=progress)
+    if digest != expected.lower():
         raise IntegrityError(
-            f"SHA-256 is {found}, expected {expected.lower()}",
+            f"SHA-256 is {digest}, expected {expected.lower()}",
             where=path,
-            hint="the file was changed or damaged: get it from its source again",
+            hint="the file was changed or damaged: download it again",
         )

@@ -17,7 +17,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def public_address(pyproject: Path = REPOSITORY / "pyproject.toml") -> str:
     """The repository's public address, from the one place where it stands."""
-    return tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["urls"]["Repository"].rstrip("/")
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    return str(project["urls"]["Repository"]).rstrip("/")
 
 
 def data_dir() -> Path:

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from dfqs_nb.core.figures import INK, PALETTE, _axes, _title, _token_axis
+from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, token_axis
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +43,7 @@ def divergence_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Args:
         table: see ``ladder.table``; the first row is the source, which has no divergence from itself.
     """
-    ax, source, rows = _axes(ax, 4.2), table.iloc[0]["rung"], table.iloc[1:]
+    ax, source, rows = new_axes(ax, 4.2), table.iloc[0]["rung"], table.iloc[1:]
     for one in rows.itertuples():
         colour = PALETTE[5] if one.expert_bits < one.bits_per_weight / 1.5 else PALETTE[0]
         ax.errorbar(
@@ -79,7 +79,7 @@ def divergence_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     )
     ax.margins(y=0.12)
     far, near = rows.loc[rows["kld"].idxmax()], rows.loc[rows["kld"].idxmin()]
-    _title(
+    set_title(
         ax,
         f"{far['rung']} is furthest from {source}: {far['kld'] / near['kld']:,.0f} times as far as "
         f"{near['rung']}",
@@ -93,7 +93,7 @@ def scores_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Args:
         table: see ``ladder.table``; every column ``<score>_n`` names a score.
     """
-    ax = _axes(ax, 3.8)
+    ax = new_axes(ax, 3.8)
     names = [column.removesuffix("_n") for column in table if column.endswith("_n")]
     for number, name in enumerate(names):
         colour, form = (PALETTE[0], PALETTE[5], *PALETTE[2:4])[number % 4], "os^D"[number % 4]
@@ -125,7 +125,7 @@ def scores_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         for name in names
     )
     what = "All scores" if inside == len(names) else f"{inside} of {len(names)} scores"
-    _title(ax, f"{what} stay within the interval of {table['rung'].iloc[0]}'s at every rung")
+    set_title(ax, f"{what} stay within the interval of {table['rung'].iloc[0]}'s at every rung")
     return ax
 
 
@@ -150,9 +150,9 @@ def routing_by_bits(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Args:
         layers: see ``ladder.routing_table``.
     """
-    ax, scored = _axes(ax, 3.8), layers[~layers["hashed"]].sort_values("bits_per_weight", ascending=False)
+    ax, scored = new_axes(ax, 3.8), layers[~layers["hashed"]].sort_values("bits_per_weight", ascending=False)
     if scored.empty:
-        _title(ax, "No layer chooses experts by score")
+        set_title(ax, "No layer chooses experts by score")
         return ax
     deep = scored["layer"].unique()
     shades = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(deep)))
@@ -189,7 +189,7 @@ def routing_by_bits(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
     )
     ax.legend(frameon=False, fontsize=8, loc="lower left", ncols=-(-len(deep) // 6))
     mean = scored.groupby("rung", sort=False)["identical"].mean()
-    _title(
+    set_title(
         ax,
         f"Choices of the source's experts: from {mean.max():.0%} ({mean.idxmax()}) down to "
         f"{mean.min():.0%} ({mean.idxmin()})",
@@ -203,7 +203,7 @@ def curves(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Args:
         curve: see ``ladder.curve_table``; the first rung in it is the source.
     """
-    ax, rungs = _axes(ax, 3.8), list(dict.fromkeys(curve["rung"]))
+    ax, rungs = new_axes(ax, 3.8), list(dict.fromkeys(curve["rung"]))
     shades = plt.get_cmap("plasma")(np.linspace(0.05, 0.88, max(1, len(rungs) - 1)))
     first = curve[curve["rung"] == rungs[0]]
     ax.fill_between(first["length"], first["low"], first["high"], color=INK, alpha=0.08, linewidth=0)
@@ -214,7 +214,7 @@ def curves(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.plot(at, rows["fit"], "-", color=colour, linewidth=width, alpha=0.9, label=rung)
         ax.plot(at, rows["accuracy"], "o", color=colour, markersize=3.5, alpha=0.7)
     shared = curve.groupby("length")["rung"].nunique()
-    _token_axis(
+    token_axis(
         ax,
         shared[shared == len(rungs)].index.tolist(),
         "context (tokens); points: measured, lines: isotonic fit",
@@ -239,5 +239,5 @@ def curves(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
     )
     inside = others["accuracy"].between(others["low_first"], others["high_first"])
     out = int((~inside).sum())
-    _title(ax, f"{out} of {len(others)} points of other rungs leave the interval of {rungs[0]}")
+    set_title(ax, f"{out} of {len(others)} points of other rungs leave the interval of {rungs[0]}")
     return ax

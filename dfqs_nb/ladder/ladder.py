@@ -22,11 +22,11 @@ import numpy as np
 
 from dfqs_nb.context import curve as long_context
 from dfqs_nb.context.boundary import Counts, boot_boundaries, crossing
+from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import whole_file, write_json
 from dfqs_nb.core.journal import conditions_hash
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.core.progress import tqdm
 from dfqs_nb.core.stage import write_stage
 from dfqs_nb.gguf.facts import bits_per_weight, class_of, class_sizes, types_by_bytes
 from dfqs_nb.gguf.header import GGUFHeader

@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.files import fsync_dir
 from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.core.paths import data_dir, tilde
-from dfqs_nb.core.progress import tqdm
 from dfqs_nb.gguf.facts import class_of, layer_of
 from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, TENSOR_TYPES, Tensor, check_layout, padded, read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards

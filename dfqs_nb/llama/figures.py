@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-from dfqs_nb.core.figures import INK, PALETTE, _axes, _title  # NEEDS
+from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title  # NEEDS
 
 
 def speeds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -17,7 +17,7 @@ def speeds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         table: one row a measurement: ``phase`` (``prefill`` or ``decode``), ``depth`` (tokens already in the
             context), ``median`` and ``values`` (tokens a second, one a repetition).
     """
-    ax = _axes(ax, 1.1 + 0.4 * len(table))
+    ax = new_axes(ax, 1.1 + 0.4 * len(table))
     for row, one in enumerate(table.itertuples()):
         colour = PALETTE[0 if one.phase == "prefill" else 5]
         ax.plot(one.values, [row] * len(one.values), "o", color=colour, alpha=0.5, markersize=6)
@@ -35,5 +35,5 @@ def speeds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xlim(left=0)
     ax.set_xlabel(f"tokens a second (n = {len(table['values'].iloc[0])} repetitions; bar: median)")
     middles = table.groupby("phase")["median"].median()
-    _title(ax, f"Prefill runs at {middles['prefill'] / middles['decode']:.1f} times the speed of decode")
+    set_title(ax, f"Prefill runs at {middles['prefill'] / middles['decode']:.1f} times the speed of decode")
     return ax

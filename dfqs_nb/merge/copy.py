@@ -28,12 +28,12 @@ from typing import IO, Any
 
 import xxhash
 
+from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.files import (
     CHUNK_BYTES,  # MOVED
     fsync_dir,
 )
-from dfqs_nb.core.progress import tqdm
 from dfqs_nb.merge import holes
 
 N_BUFFERS = 4

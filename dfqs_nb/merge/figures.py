@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-from dfqs_nb.core.figures import _BYTES, PALETTE, _axes, _title  # NEEDS
+from dfqs_nb.core.figures import BYTES, PALETTE, new_axes, set_title  # NEEDS
 
 
 def file_map(segments: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -17,7 +17,7 @@ def file_map(segments: pd.DataFrame, ax: Axes | None = None) -> Axes:
         segments: columns ``file``, ``part``, ``start`` and ``nbytes`` (bytes), in drawing order.
     """
     files, parts = list(dict.fromkeys(segments["file"])), list(dict.fromkeys(segments["part"]))
-    ax = _axes(ax, 0.9 + 0.45 * len(files))
+    ax = new_axes(ax, 0.9 + 0.45 * len(files))
     for colour, part in zip(PALETTE, parts, strict=False):
         rows = segments[segments["part"] == part]
         ax.barh(
@@ -44,13 +44,13 @@ def file_map(segments: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(files)), files)
     ax.invert_yaxis()
     ax.set_xlim(right=total.max() * 1.45)
-    ax.xaxis.set_major_formatter(_BYTES)
+    ax.xaxis.set_major_formatter(BYTES)
     ax.set_xlabel("position in the file")
     ax.legend(
         frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.32), ncols=min(len(parts), 5)
     )
     spare = total.iloc[:-1].sum() - total.iloc[-1]
-    _title(
+    set_title(
         ax,
         f"The merged file is {spare:,} bytes smaller than its {len(files) - 1} shards together"
         if len(files) > 2

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import IntegrityError
 from dfqs_nb.core.files import CHUNK_BYTES, write_json
-from dfqs_nb.core.progress import tqdm
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.merge.copy import N_BUFFERS, hash_range, identities

@@ -836,7 +836,7 @@ def curves_overlaid(found: ReportComparison, ax: Axes | None = None) -> Axes:
 
     from dfqs_nb.core import figures as plots
 
-    ax = plots._axes(ax, 4.2)
+    ax = plots.new_axes(ax, 4.2)
     curves = [(run, curve_table(run.counts, GUESS_RATE)) for run in found.runs if run.counts is not None]
     for place, (run, curve) in enumerate(curves):
         colour, shift = plots.PALETTE[place % 8], 2 ** (0.04 * (place - (len(curves) - 1) / 2))
@@ -862,7 +862,7 @@ def curves_overlaid(found: ReportComparison, ax: Axes | None = None) -> Axes:
     lengths = sorted(
         {int(n) for _, curve in curves for n in curve["length"] if float(np.log2(n)).is_integer()}
     )
-    plots._token_axis(ax, lengths, "context (tokens); diamonds: failure boundary with its 95 % interval")
+    plots.token_axis(ax, lengths, "context (tokens); diamonds: failure boundary with its 95 % interval")
     ax.set_ylim(-0.1 - 0.07 * len(curves), 1.05)
     ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -870,7 +870,7 @@ def curves_overlaid(found: ReportComparison, ax: Axes | None = None) -> Axes:
     each = f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}" if n else ""
     ax.set_ylabel(f"right answers ({each} a length, 95 % interval)")
     ax.legend(frameon=False, fontsize=8, loc="upper right")
-    plots._title(ax, _curve_title(found))
+    plots.set_title(ax, _curve_title(found))
     return ax
 
 
@@ -914,7 +914,7 @@ def scores_overlaid(found: ReportComparison, ax: Axes | None = None) -> Axes:
 
     table, labels = _score_table(found), [run.label for run in found.runs]
     metrics = list(dict.fromkeys(table["metric"]))
-    ax = plots._axes(ax, 0.7 + 0.24 * len(table))
+    ax = plots.new_axes(ax, 0.7 + 0.24 * len(table))
     step = len(labels) + 0.6
     for row in table.to_dict("records"):
         place = labels.index(row["model"])
@@ -937,5 +937,5 @@ def scores_overlaid(found: ReportComparison, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("score (95 % interval); colours as above")
     tests = table["p_holm"].dropna()
     n_apart = int((tests < 1 - LEVEL).sum())
-    plots._title(ax, f"{n_apart} of {len(tests)} scores differ (paired by item, Holm)")
+    plots.set_title(ax, f"{n_apart} of {len(tests)} scores differ (paired by item, Holm)")
     return ax

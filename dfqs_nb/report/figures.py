@@ -10,7 +10,7 @@ from matplotlib.ticker import PercentFormatter
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-from dfqs_nb.core.figures import INK, PALETTE, _axes, _title  # NEEDS
+from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title  # NEEDS
 
 
 def report_shares(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -20,7 +20,7 @@ def report_shares(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         table: columns ``group``, ``label``, ``n``, ``value``, ``low``, ``high``, ``mark`` (guess rate of a
             score, threshold of the failure boundary; NaN for none), in drawing order.
     """
-    ax = _axes(ax, 1.4 + 0.24 * len(table))
+    ax = new_axes(ax, 1.4 + 0.24 * len(table))
     for colour, group in zip(PALETTE, dict.fromkeys(table["group"]), strict=False):
         rows = np.flatnonzero(table["group"] == group)
         part = table.iloc[rows]
@@ -45,5 +45,5 @@ def report_shares(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.16), ncols=3)
     below = int((table["high"] < table["mark"]).sum())
     above = int((table["low"] > table["mark"]).sum())
-    _title(ax, f"{above} of {len(marked)} lie above their mark beyond doubt, {below} below it")
+    set_title(ax, f"{above} of {len(marked)} lie above their mark beyond doubt, {below} below it")
     return ax

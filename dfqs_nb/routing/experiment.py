@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.machine import CPUINFO, usable_cores
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.core.progress import tqdm
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.model import Model, chat_prompt, open_model, threads_for

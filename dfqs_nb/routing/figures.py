@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-from dfqs_nb.core.figures import INK, PALETTE, _axes, _title  # NEEDS
+from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title  # NEEDS
 
 
 def routing_agreement(agreement: pd.DataFrame, n_tokens: int, ax: Axes | None = None) -> Axes:
@@ -21,7 +21,7 @@ def routing_agreement(agreement: pd.DataFrame, n_tokens: int, ax: Axes | None = 
         agreement: index condition, one column a layer, values 0 to 1.
         n_tokens: expert sets a tile.
     """
-    ax = _axes(ax, 1.2 + 0.24 * len(agreement))
+    ax = new_axes(ax, 1.2 + 0.24 * len(agreement))
     differ = 1 - agreement.to_numpy(float)
     ax.imshow(differ**0.5, cmap="Oranges", aspect="auto", vmin=0, vmax=max(0.5, float(differ.max()) ** 0.5))
     for row, column in zip(*differ.nonzero(), strict=True):
@@ -40,7 +40,7 @@ def routing_agreement(agreement: pd.DataFrame, n_tokens: int, ax: Axes | None = 
     ax.set_xlabel(f"layer (tiles: share of n = {n_tokens:,} sets that differ)")
     ax.tick_params(length=0)
     same = int((differ.max(axis=1) == 0).sum())
-    _title(ax, f"{same} of {len(agreement)} comparisons leave every expert set as it was")
+    set_title(ax, f"{same} of {len(agreement)} comparisons leave every expert set as it was")
     return ax
 
 
@@ -51,7 +51,7 @@ def router_margins(margins: pd.DataFrame, flips: pd.DataFrame, ax: Axes | None =
         margins: column ``margin``, one row a choice.
         flips: columns ``margin`` and ``kind``, one row a choice that differed under a change of settings.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     values = margins["margin"][margins["margin"] > 0]
     edges = np.geomspace(values.min(), values.max(), 40)
     heights, _, _ = ax.hist(values, bins=edges, color=PALETTE[4], alpha=0.7)
@@ -73,11 +73,11 @@ def router_margins(margins: pd.DataFrame, flips: pd.DataFrame, ax: Axes | None =
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_yticks([tick for tick in ax.get_yticks() if tick >= 0])
     if not len(flips):
-        _title(ax, f"No choice flipped; half of the margins lie below {values.median():.2g}")
+        set_title(ax, f"No choice flipped; half of the margins lie below {values.median():.2g}")
         return ax
     ax.legend(frameon=False, fontsize=8, title="flips under a change of", title_fontsize=8, loc="upper left")
     largest = flips["margin"].max()
-    _title(
+    set_title(
         ax,
         f"All {len(flips)} flips lie at margins up to {largest:.2g}, as do "
         f"{(margins['margin'] <= largest).mean():.0%} of all choices",
@@ -93,7 +93,7 @@ def expert_usage(usage: pd.DataFrame, loads: pd.DataFrame, ax: Axes | None = Non
         loads: columns ``layer``, ``entropy`` (bits) and ``share_of_even``.
     """
     table = usage.pivot(index="layer", columns="expert", values="share")
-    ax = _axes(ax, 1.3 + 0.3 * len(table))
+    ax = new_axes(ax, 1.3 + 0.3 * len(table))
     image = ax.imshow(table * table.shape[1], cmap="viridis", aspect="auto", vmin=0)
     ax.set_yticks(range(len(table)), [str(layer) for layer in table.index])
     for row, load in enumerate(loads.itertuples()):
@@ -105,7 +105,7 @@ def expert_usage(usage: pd.DataFrame, loads: pd.DataFrame, ax: Axes | None = Non
     least = loads.loc[loads["share_of_even"].idxmin()]
     idle = int((usage["share"] == 0).sum())
     used = f"{idle} experts are never used" if idle else "Every expert is used"
-    _title(
+    set_title(
         ax,
         f"{used}; the least even layer, {int(least['layer'])}, keeps {least['share_of_even']:.0%} "
         "of the even load's entropy",
@@ -120,7 +120,7 @@ def flips_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes:
         positions: columns ``start``, ``end`` (tokens), ``n``, ``rate``, ``rate_low``, ``rate_high`` (95 %
             interval), ``margin_p5`` and ``margin_median``.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     middle = np.sqrt(positions["end"] * positions["start"].clip(lower=positions["end"].min() / 2))
     spread = [positions["rate"] - positions["rate_low"], positions["rate_high"] - positions["rate"]]
     ax.errorbar(
@@ -143,7 +143,7 @@ def flips_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     first, last = positions.iloc[0], positions.iloc[-1]
     apart = last["rate_low"] > first["rate_high"] or last["rate_high"] < first["rate_low"]
-    _title(
+    set_title(
         ax,
         f"Flips go from {first['rate']:.2%} at the start to {last['rate']:.2%} at the end"
         f"{'' if apart else ': the intervals overlap'}",
@@ -158,7 +158,7 @@ def drift_by_flips(tokens: pd.DataFrame, ax: Axes | None = None) -> Axes:
         tokens: columns ``drift`` (largest change of a logit, above 0) and ``flips`` (layers).
     """
     groups = [(int(flips), group["drift"]) for flips, group in tokens.groupby("flips")]
-    ax = _axes(ax, 1.2 + 0.45 * len(groups))
+    ax = new_axes(ax, 1.2 + 0.45 * len(groups))
     for row, (_, drift) in enumerate(groups):
         height = row + 0.28 * np.sin(np.arange(len(drift)) * 2.399963)  # spread, the same every time
         ax.plot(drift, height, ".", color=PALETTE[0 if row == 0 else 5], markersize=3, alpha=0.35)
@@ -170,7 +170,7 @@ def drift_by_flips(tokens: pd.DataFrame, ax: Axes | None = None) -> Axes:
     still, moved = tokens.loc[tokens["flips"] == 0, "drift"], tokens.loc[tokens["flips"] > 0, "drift"]
     if len(still) and len(moved):
         times = moved.median() / still.median()
-        _title(ax, f"A token whose experts change moves its logits {times:.1f} times as far")
+        set_title(ax, f"A token whose experts change moves its logits {times:.1f} times as far")
     else:
-        _title(ax, f"No expert changed; logits moved by {tokens['drift'].median():.2g} (median)")
+        set_title(ax, f"No expert changed; logits moved by {tokens['drift'].median():.2g} (median)")
     return ax

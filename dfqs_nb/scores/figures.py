@@ -10,7 +10,7 @@ from matplotlib.ticker import PercentFormatter
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-from dfqs_nb.core.figures import INK, PALETTE, _axes, _title  # NEEDS
+from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title  # NEEDS
 
 
 def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -20,7 +20,7 @@ def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         table: columns ``set``, ``family``, ``length``, ``n``, ``accuracy``, ``low``, ``high`` (95 %
             interval) and ``guess_rate``, in drawing order.
     """
-    ax = _axes(ax, 1.2 + 0.2 * len(table))
+    ax = new_axes(ax, 1.2 + 0.2 * len(table))
     sets = list(dict.fromkeys(table["set"]))
     for colour, name in zip(PALETTE, sets, strict=False):
         rows = np.flatnonzero(table["set"] == name)
@@ -46,7 +46,7 @@ def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     below = (0.0, -0.24 if len(table) < 14 else -0.12)
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=below, ncols=len(sets) + 1)
     above = int(((table["low"] > table["guess_rate"]) & (table["correct"] > 0)).sum())
-    _title(ax, f"{above} of {len(table)} families lie above guessing beyond doubt")
+    set_title(ax, f"{above} of {len(table)} families lie above guessing beyond doubt")
     return ax
 
 
@@ -57,7 +57,7 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         table: columns ``phase``, ``depth`` (tokens), ``median``, ``values`` (tokens a second), ``roof``,
             ``utilisation`` and ``contended``.
     """
-    ax, decode = _axes(ax), table[table["phase"] == "decode"]
+    ax, decode = new_axes(ax), table[table["phase"] == "decode"]
     ax.plot(decode["depth"], decode["roof"], "--", color=INK, label="roof: memory bandwidth / bytes a token")
     for one in decode.itertuples():
         ax.plot([one.depth] * len(one.values), one.values, "o", color=PALETTE[5], alpha=0.4, markersize=5)
@@ -80,7 +80,7 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("tokens a second")
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0.4, 0.5))
     busy = " (the machine was busy)" if decode["contended"].any() else ""
-    _title(ax, f"Decode reaches {decode['utilisation'].max():.1%} of what memory allows{busy}")
+    set_title(ax, f"Decode reaches {decode['utilisation'].max():.1%} of what memory allows{busy}")
     return ax
 
 
@@ -90,7 +90,7 @@ def card_bounds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Args:
         table: columns ``machine``, ``claimed_low``, ``claimed_high``, ``bound`` (tokens a second).
     """
-    ax = _axes(ax, 1.0 + 0.22 * len(table))
+    ax = new_axes(ax, 1.0 + 0.22 * len(table))
     rows = np.arange(len(table))
     claimed = table["claimed_low"], table["claimed_high"]
     ax.hlines(rows, *claimed, color=PALETTE[1], linewidth=6, label="the card")
@@ -105,5 +105,5 @@ def card_bounds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("tokens a second")
     ax.legend(frameon=False, fontsize=8, loc="upper right")
     near = table.loc[table["reached"].idxmax()]
-    _title(ax, f"Nearest to its bound: the card's {near['machine']}")
+    set_title(ax, f"Nearest to its bound: the card's {near['machine']}")
     return ax

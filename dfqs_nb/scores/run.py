@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from dfqs_nb import __version__
 from dfqs_nb.context.prompts import PromptError
+from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.journal import Journal
-from dfqs_nb.core.progress import tqdm
 from dfqs_nb.llama.model import (
     GREEDY,
     Completion,

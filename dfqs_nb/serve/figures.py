@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.ticker import EngFormatter
 
-from dfqs_nb.core.figures import PALETTE, _axes, _title
+from dfqs_nb.core.figures import PALETTE, new_axes, set_title
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +19,7 @@ def speed_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Args:
         speeds: see ``server_checks.speed_of_all``.
     """
-    ax = _axes(ax, 3.4)
+    ax = new_axes(ax, 3.4)
     for rows, style in _by_server(speeds):
         asked = f"{rows['requests'].min()} to {rows['requests'].max()} requests"
         label = f"{rows['server'].iloc[0]} ({asked})"
@@ -34,7 +34,9 @@ def speed_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     }
     best = max(gains, key=lambda name: gains[name])
     fewest = "one" if clients[0] == 1 else clients[0]
-    _title(ax, f"{clients[-1]} clients get at most {gains[best]:.1f} times the tokens of {fewest} ({best})")
+    set_title(
+        ax, f"{clients[-1]} clients get at most {gains[best]:.1f} times the tokens of {fewest} ({best})"
+    )
     return ax
 
 
@@ -44,7 +46,7 @@ def wait_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Args:
         speeds: see ``server_checks.speed_of_all``.
     """
-    ax, servers = _axes(ax, 3.4), _by_server(speeds)
+    ax, servers = new_axes(ax, 3.4), _by_server(speeds)
     for number, (rows, style) in enumerate(servers):
         at = rows["clients"] * (1 + 0.04 * (number - (len(servers) - 1) / 2))
         above = (rows["first_max"] - rows["first_median"]).clip(lower=0)
@@ -63,7 +65,7 @@ def wait_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("wait for the first piece\n(median, up to the longest)")
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     last = speeds[speeds["clients"] == clients[-1]].set_index("server")["first_median"]
-    _title(ax, f"{clients[-1]} clients wait {last.min():.2g} to {last.max():.2g} s for the first piece")
+    set_title(ax, f"{clients[-1]} clients wait {last.min():.2g} to {last.max():.2g} s for the first piece")
     return ax
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dfqs_nb import stats
 from dfqs_nb.context import boundary as degradation
 from dfqs_nb.context.boundary import Counts, crossing, quality_boundary
 from dfqs_nb.stats import non_increasing, wilson
@@ -77,13 +76,6 @@ def test_crossing_is_interpolated_in_log2():
     assert crossing([100, 400], [1.0, 0.0], 0.25) == pytest.approx(100 * 4**0.75)
     assert crossing([100, 200, 400], [0.9, 0.9, 0.9], 0.9) == np.inf
     assert float(crossing([100, 200], [0.2, 0.1], 0.5)) == pytest.approx(100)
-
-
-@pytest.mark.parametrize(
-    "df, expected", [(4, 2.776), (7, 2.365), (11, 2.201), (15, 2.131), (19, 2.093), (30, 2.042)]
-)
-def test_student_quantile_equals_the_printed_table(df, expected):
-    assert stats.student_quantile(0.975, df) == pytest.approx(expected, rel=5e-3)
 
 
 # ---- the boundary ----

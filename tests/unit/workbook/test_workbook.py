@@ -265,7 +265,7 @@ def test_refresh_stores_outputs_without_traces_of_the_machine(tmp_path):
     path = write_notebook(
         tmp_path / "nb" / "01_show.ipynb",
         "print('a')\nimport sys\nsys.stdout.flush()\nprint('b')",
-        "from dfqs_nb.core.progress import tqdm\nfor _ in tqdm(range(3)): pass\n42",
+        "from dfqs_nb.core.display import tqdm\nfor _ in tqdm(range(3)): pass\n42",
         "import os\nfrom pathlib import Path\nPath(os.environ['DFQS_OUTPUTS']) / run_name",
     )
     workbook.refresh_notebooks([path], tmp_path / "outputs")
