@@ -28,7 +28,7 @@ if os.environ.get("TQDM_DISABLE"):
 else:
     from tqdm.auto import tqdm
 
-__all__ = ["markdown_table", "plain", "shown", "size", "tqdm"]
+__all__ = ["markdown", "markdown_table", "plain", "shown", "size", "tqdm"]
 
 
 def size(n_bytes: float) -> str:
@@ -58,6 +58,19 @@ def plain(text: object) -> str:
     )
 
 
+def markdown(text: object) -> str:
+    """Text from outside as Markdown that shows it: no heading, image, link or HTML can come of it.
+
+    >>> print(markdown("# a ![i](http://x) <b>"))
+    \\# a \\!\\[i\\](http&#58;//x) &lt;b&gt;
+    """
+    escaped = html.escape(" ".join(plain(text).split()), quote=False)
+    escaped = re.sub(r"([\\|`*_\[\]!~])", r"\\\1", escaped)
+    escaped = re.sub(r"^([#=+-]|\d+[.)])(?=\s|$|[#=+-])", lambda found: f"\\{found[0]}", escaped)
+    # GitHub and the hub make links of bare addresses, too
+    return escaped.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
 def markdown_table(table: pd.DataFrame) -> str:
     """A frame as a Markdown table whose cells cannot break out of it; numbers stand to the right.
 
@@ -68,14 +81,9 @@ def markdown_table(table: pd.DataFrame) -> str:
     | a\\|&lt;b&gt; | 1 |
     """
     numeric = [table[column].dtype.kind in "iuf" for column in table.columns]
-    rows = [list(map(str, table.columns)), *([str(cell) for cell in row] for row in table.to_numpy(object))]
-    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+    rows = [list(map(str, table.columns)), *(list(row) for row in table.to_numpy(object))]
+    lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("---:" if n else "---" for n in numeric) + "|", *lines[1:]])
-
-
-def _cell(text: str) -> str:
-    escaped = html.escape(plain(text).replace("\n", " "), quote=False)
-    return re.sub(r"([|`*_\[\]])", r"\\\1", escaped)
 
 
 def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[str, ...] = ()) -> HTML:

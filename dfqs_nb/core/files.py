@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CHUNK_BYTES = 8 << 20
+JSON_BYTES = 256 << 20  # more is no report, stage or manifest of this workbook
 _written: dict[Path, None] = {}  # until every stage uses `Stage`
 
 
@@ -74,9 +76,64 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def read_json(path: str | Path) -> Any:
+    """The JSON in a file that somebody else may have written.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is no regular file or too large, not JSON, nested deeper than Python reads, or holds a
+            number that JSON does not have (NaN, infinity) or that no measurement gives (over 19 digits).
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
+    if path.stat().st_size > JSON_BYTES:
+        raise ValueError(f"larger than {JSON_BYTES:,} bytes")
+    try:
+        return json.loads(
+            path.read_text(encoding="utf-8"),
+            parse_constant=_refuse_number,
+            parse_float=_finite,
+            parse_int=lambda digits: int(digits) if len(digits) <= 19 else _refuse_number(digits),
+        )
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _refuse_number(text: str) -> int:
+    raise ValueError(f"{text[:20]} is no JSON number that is read here")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_number(text)
+
+
 def write_table(path: str | Path, table: pd.DataFrame, *, index: bool = True) -> Path:
-    """Write a frame as CSV, whole or not at all, and return the path."""
-    return write_text(path, table.to_csv(index=index, lineterminator="\n"))
+    """Write a frame as CSV, whole or not at all, and return the path.
+
+    A text that a spreadsheet would run as a formula gets an apostrophe before it.
+    """
+    safe = table.copy(deep=False)
+    for place, dtype in enumerate(table.dtypes):
+        if dtype.kind not in "biufcM":
+            safe.isetitem(place, table.iloc[:, place].map(_no_formula))
+    return write_text(path, safe.to_csv(index=index, lineterminator="\n"))
+
+
+def _no_formula(cell: Any) -> Any:
+    """A cell that no spreadsheet runs; numbers with a sign are left alone.
+
+    >>> _no_formula("=1+1"), _no_formula("-12"), _no_formula("-2+3|cmd"), _no_formula(5)
+    ("'=1+1", '-12', "'-2+3|cmd", 5)
+    """
+    if not isinstance(cell, str) or cell[:1] not in ("=", "+", "-", "@", "\t", "\r"):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return "'" + cell
+    return cell
 
 
 def stood_on(path: str | Path) -> None:

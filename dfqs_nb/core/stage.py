@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.errors import StageError
-from dfqs_nb.core.files import _written, canonical_sha256, sha256_of_file, write_json, write_table
+from dfqs_nb.core.files import (
+    _written,
+    canonical_sha256,
+    read_json,
+    sha256_of_file,
+    write_json,
+    write_table,
+)
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.paths import run_dir, tilde
 
@@ -28,7 +35,7 @@ NOTEBOOKS = {
     "routing": "04_check_routing_determinism.ipynb",
     "long_context": "05_measure_long_context.ipynb",
     "scores": "06_score_reasoning_and_code.ipynb",
-    "report": "07_write_dfqs_report.ipynb",
+    "dfqs_report": "07_write_dfqs_report.ipynb",
     "ladder": "08_climb_the_quantization_ladder.ipynb",
     "serving": "09_serve_and_deploy.ipynb",
 }
@@ -43,7 +50,7 @@ class Stage:
     `finish`, so a kernel that restarts half-way does not shrink the seal.
 
     Args:
-        run_name: one plain folder name; the folder is made.
+        run_name: one plain folder name under the outputs, which is made; or a run's folder, as a ``Path``.
         name: of the stage, a key of `NOTEBOOKS`.
 
     Raises:
@@ -54,8 +61,8 @@ class Stage:
         folder: where the run's files are.
     """
 
-    def __init__(self, run_name: str, name: str) -> None:
-        self.name, self.folder = name, run_dir(run_name)
+    def __init__(self, run_name: str | Path, name: str) -> None:
+        self.name, self.folder = name, run_name if isinstance(run_name, Path) else run_dir(run_name)
         self._record = self.folder / f".{name}.files"
         self._files: dict[str, None] = {}
         if self._record.exists():
@@ -131,28 +138,41 @@ class Stage:
         return path
 
 
-def read_stage(folder: str | Path, stage: str, _written_by: str = "") -> dict[str, Any]:
-    """Read the ``<stage>.json`` that an earlier notebook wrote.
+def read_stage(
+    folder: str | Path, stage: str, _written_by: str = "", *, sealed: bool = False
+) -> dict[str, Any]:
+    """Read the ``<stage>.json`` that an earlier notebook wrote; ``sealed``: check its seal as well.
 
     Raises:
         StageError: it is missing or damaged; the message names the notebook to run.
     """
-    path, notebook = Path(folder) / f"{stage}.json", NOTEBOOKS[stage]
+    path, again = Path(folder) / f"{stage}.json", f"run {NOTEBOOKS[stage]} again"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = read_json(path)
     except FileNotFoundError:
-        raise StageError("missing", where=tilde(path), hint=f"run {notebook} first") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise StageError(
-            f"cannot be read ({error})", where=tilde(path), hint=f"run {notebook} again"
-        ) from error
+        raise StageError("missing", where=tilde(path), hint=f"run {NOTEBOOKS[stage]} first") from None
+    except (OSError, ValueError) as error:
+        raise StageError(f"cannot be read ({error})", where=tilde(path), hint=again) from error
     if not isinstance(content, dict) or content.get("stage") != stage:
-        raise StageError(f"not the stage {stage!r}", where=tilde(path), hint=f"run {notebook} again")
+        raise StageError(f"not the stage {stage!r}", where=tilde(path), hint=again)
+    if sealed:
+        _check_seal(path, content, again)
     return content
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+def _check_seal(path: Path, content: Mapping[str, Any], again: str) -> None:
+    """Refuse a stage that was edited, or a file of it that was changed, after it was written."""
+    files = content.get("files")
+    if "seal" not in content or not isinstance(files, dict):
+        raise StageError("has no seal", where=tilde(path), hint=again)
+    if canonical_sha256({key: value for key, value in content.items() if key != "seal"}) != content["seal"]:
+        raise StageError("was edited after it was written", where=tilde(path), hint=again)
+    for name, then in files.items():
+        file = path.parent / name
+        if not file.is_file():
+            raise StageError(f"is missing; {path.name} stands on it", where=tilde(file), hint=again)
+        if sha256_of_file(file) != then:
+            raise StageError(f"was changed after {path.name} was written", where=tilde(file), hint=again)
 
 
 def _without_nan(value: Any) -> Any:
@@ -170,7 +190,7 @@ def _without_nan(value: Any) -> Any:
 def write_stage(
     folder: str | Path, stage: str, *, conditions: dict[str, Any], summary: list[str], **facts: Any
 ) -> Path:
-    """Write ``<stage>.json`` and seal it with every file of the folder that was written since the last one."""
+    """Write ``<stage>.json`` and seal it with every file written since the last one."""
     folder = Path(folder)
     content = {"stage": stage, "conditions": conditions, "summary": summary, **facts}
     content = _without_nan(json.loads(json.dumps(content, default=str)))
