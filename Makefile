@@ -51,10 +51,10 @@ lab: $(READY)
 
 # Execute in place and store clean, small outputs: what `make test` compares with.
 notebooks: $(READY)
-	@$(PY) -m dfqs_nb refresh
+	@$(PY) tools/store_notebooks.py refresh
 
 stamp: $(READY)
-	@$(PY) -m dfqs_nb stamp
+	@$(PY) tools/store_notebooks.py stamp
 
 # SmolLM2-135M-Instruct, 98 MB: a real model that no one here made.
 smollm2: $(READY)

@@ -6,6 +6,7 @@ takes the job. Both speak JSON, one object a line. A child ends when its parent 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,9 +18,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 
+import psutil
+
 from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.paths import REPOSITORY
 
+_running: set[subprocess.Popen[bytes]] = set()
 AnyError = TypeVar("AnyError", bound=DfqsError)
 GRACE_SECONDS = 10.0  # between asking a child to end and killing it
 HINTS = {
@@ -87,6 +91,7 @@ def run(
     where: str | Path | None = None,
     on_message: Callable[[dict[str, Any]], object] = lambda message: None,
     timeout_seconds: float | None = None,
+    log: IO[bytes] | None = None,
 ) -> dict[str, Any]:
     """Run a job in ``python -m module`` and return its answer.
 
@@ -95,6 +100,7 @@ def run(
         where: the file that a failure is about.
         on_message: receives each object that the child sends with `tell`, as it comes.
         timeout_seconds: after which the child is killed; None: no limit.
+        log: a file, open for reading and writing, that keeps the child's standard error.
 
     Raises:
         DfqsError: the one that the child raised, of the same class.
@@ -102,8 +108,10 @@ def run(
     """
     messages: list[dict[str, Any]] = []
     late = threading.Event()
-    with tempfile.TemporaryFile() as errors:
+    with contextlib.ExitStack() as stack:
+        errors = log or stack.enter_context(tempfile.TemporaryFile())
         process = start(module, job, log=errors)
+        _running.add(process)
         timer = threading.Timer(timeout_seconds or 0, _kill, (process, late))
         timer.daemon = True
         if timeout_seconds:
@@ -119,15 +127,16 @@ def run(
         finally:
             timer.cancel()
             end(process, grace_seconds=0)
+            _running.discard(process)
         errors.seek(0)
-        log = errors.read().decode("utf-8", "replace").splitlines()
+        lines = errors.read().decode("utf-8", "replace").splitlines()
     last = messages[-1] if messages else {}
     if "failed" in last:
-        raise _error(last["failed"], log)
+        raise _error(last["failed"], lines)
     if "answer" in last:
         answer: dict[str, Any] = last["answer"]
         return answer
-    raise died("timeout" if late.is_set() else ending(process.returncode), where, messages, log)
+    raise died("timeout" if late.is_set() else ending(process.returncode), where, messages, lines)
 
 
 def end(process: subprocess.Popen[bytes], *, grace_seconds: float = GRACE_SECONDS) -> None:
@@ -144,6 +153,12 @@ def end(process: subprocess.Popen[bytes], *, grace_seconds: float = GRACE_SECOND
         process.wait()
     if process.stdout is not None:
         process.stdout.close()
+
+
+def end_all() -> None:
+    """Kill every child that `run` waits for, in whatever thread; for a process that is about to stop."""
+    for process in list(_running):
+        end(process)
 
 
 def ending(status: int) -> str:
@@ -252,5 +267,9 @@ def tell(**facts: Any) -> None:
 
 
 def _end_with_parent() -> None:
+    """End this process, and what it started, when the parent is gone."""
     os.read(0, 1)  # nothing more is ever sent: this returns when the other end closes
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     os._exit(1)

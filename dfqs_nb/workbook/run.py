@@ -1,8 +1,9 @@
-"""Run the notebooks in order with papermill, stamp them with the public address, refresh their outputs."""
+"""Run the notebooks in order with papermill, and sum up what they found."""
 
 from __future__ import annotations
 
 import ast
+import difflib
 import json
 import os
 import re
@@ -15,34 +16,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dfqs_nb.core.display import plain
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import whole_file
-from dfqs_nb.core.paths import REPOSITORY, outputs_dir, public_address, run_dir, tilde
+from dfqs_nb.core.files import write_text
+from dfqs_nb.core.paths import REPOSITORY, outputs_dir, run_dir, tilde
+from dfqs_nb.core.stage import NOTEBOOKS as STAGES
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 PATTERN = "[0-9][0-9]_*.ipynb"
-# the order of a summary; a stage not named here comes last
-STAGES = (
-    "merge",
-    "header",
-    "generate",
-    "routing",
-    "long_context",
-    "scores",
-    "dfqs_report",
-    "ladder",
-    "serving",
-)
 KERNEL = "python3"
 QUIET = "--log-level=CRITICAL"  # of the kernel: nothing about its own sockets, or its own shutdown
-
-
-# --- running ---------------------------------------------------------------------------------------
+GROUPS = {
+    ".ipynb": "notebooks",
+    ".csv": "tables",
+    ".png": "figures",
+    ".svg": "figures",
+    ".json": "stages",
+    ".html": "report",
+    ".md": "report",
+    ".yml": "report",
+    ".yaml": "report",
+    ".gguf": "models",
+}
 
 
 @dataclass(frozen=True)
 class NotebookRun:
-    """One executed notebook: its name without suffix, how long it took, and where it lies."""
+    """One executed notebook: its name without suffix, how long it took, and where it is."""
 
     name: str
     seconds: float
@@ -51,7 +51,7 @@ class NotebookRun:
 
 @dataclass(frozen=True)
 class WorkbookRun:
-    """A finished run: its folder, its notebooks in order, and the stages' summary lines."""
+    """A finished run: its folder, its notebooks in order, and the lines that each stage sums up in."""
 
     folder: Path
     notebooks: tuple[NotebookRun, ...]
@@ -64,19 +64,20 @@ def find_notebooks(names: Iterable[str] = (), folder: Path = NOTEBOOKS) -> list[
     Raises:
         DfqsError: there is none, or a name fits none.
     """
-    found = sorted(folder.glob(PATTERN))
-    if not found:
+    paths = sorted(folder.glob(PATTERN))
+    if not paths:
         raise DfqsError("no notebooks here", where=folder, hint="run this from a checkout of the workbook")
     wanted = [Path(name).stem for name in names]
+    chosen = [path for path in paths if not wanted or any(_is_called(path, name) for name in wanted)]
     for name in wanted:
-        if not any(path.stem == name or path.stem.startswith(f"{name}_") for path in found):
-            known = ", ".join(path.stem for path in found)
+        if not any(_is_called(path, name) for path in paths):
+            known = ", ".join(path.stem for path in paths)
             raise DfqsError(f"no notebook is called {name!r}", where=folder, hint=f"there are {known}")
-    return [
-        path
-        for path in found
-        if not wanted or any(path.stem == n or path.stem.startswith(f"{n}_") for n in wanted)
-    ]
+    return chosen
+
+
+def _is_called(path: Path, name: str) -> bool:
+    return path.stem == name or path.stem.startswith(f"{name}_")
 
 
 def declared_parameters(path: Path) -> dict[str, dict[str, str]]:
@@ -90,13 +91,14 @@ def declared_parameters(path: Path) -> dict[str, dict[str, str]]:
     from papermill import inspect_notebook
 
     try:
-        return inspect_notebook(str(path))
+        parameters: dict[str, dict[str, str]] = inspect_notebook(str(path))
     except ValueError as error:  # no kernelspec, or not a notebook
         raise DfqsError(
             f"papermill cannot read it ({last_line(str(error))})",
             where=path,
             hint="open it in JupyterLab with the kernel Python 3 and save it",
         ) from error
+    return parameters
 
 
 def check_parameters(parameters: Mapping[str, Any], declared: Iterable[Mapping[str, Any]]) -> None:
@@ -105,13 +107,24 @@ def check_parameters(parameters: Mapping[str, Any], declared: Iterable[Mapping[s
     >>> check_parameters({"n_ctx": 512}, [{"n_ctx": {}, "model": {}}])
     >>> check_parameters({"nctx": 512}, [{"n_ctx": {}, "model": {}}])
     Traceback (most recent call last):
-    dfqs_nb.core.errors.DfqsError: no notebook has a parameter 'nctx'; known: model, n_ctx
+    dfqs_nb.core.errors.DfqsError: no notebook has a parameter 'nctx'; did you mean n_ctx? known: model, n_ctx
     """
     known = sorted({name for names in declared for name in names})
     unknown = sorted(set(parameters) - set(known))
     if unknown:
         names = ", ".join(repr(name) for name in unknown)
-        raise DfqsError(f"no notebook has a parameter {names}", hint=f"known: {', '.join(known) or 'none'}")
+        hint = f"{did_you_mean(unknown[0], known)}known: {', '.join(known) or 'none'}"
+        raise DfqsError(f"no notebook has a parameter {names}", hint=hint)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``did you mean ...? `` for a name close to one that exists; else nothing.
+
+    >>> did_you_mean("max_token", ["max_tokens", "n_ctx"]), did_you_mean("zzz", ["n_ctx"])
+    ('did you mean max_tokens? ', '')
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 def parse_value(name: str, text: str, type_name: str) -> Any:
@@ -129,11 +142,11 @@ def parse_value(name: str, text: str, type_name: str) -> Any:
         return text
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         value = {"true": True, "false": False}.get(text.lower(), text)
-    allowed = {"int": int, "float": (int, float), "bool": bool}.get(type_name, object)
+    allowed: Any = {"int": int, "float": (int, float), "bool": bool}.get(type_name, object)
     if not isinstance(value, allowed) or (isinstance(value, bool) and type_name in ("int", "float")):
-        raise DfqsError(f"parameter {name} takes {type_name}, not {text!r}")
+        raise DfqsError(f"parameter {name} takes {type_name}, not {text!r}", hint=f"give {name}=VALUE")
     return value
 
 
@@ -144,7 +157,7 @@ def parse_parameters(assignments: Iterable[str], notebooks: Iterable[Path]) -> d
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
-            raise DfqsError(f"{assignment!r} is not of the form name=value")
+            raise DfqsError(f"{assignment!r} is not of the form name=value", hint="write -p n_ctx=4096")
         texts[name.strip()] = text
     check_parameters(texts, declared)
     types = {name: p["inferred_type_name"] for names in declared for name, p in names.items()}
@@ -159,8 +172,8 @@ def default_run_name(model: str | None) -> str:
     """
     if not model:
         return "nano"
-    stem = re.sub(r"(-\d{5}-of-\d{5})?(\.gguf)?$", "", model.rstrip("/").rsplit("/", 1)[-1])
-    return re.sub(r"[^\w.-]+", "-", stem).strip(".-") or "nano"
+    stem = re.sub(r"(-\d{5}-of-\d{5})?(\.gguf)?$", "", model.rstrip("/").rsplit("/", 1)[-1], flags=re.I)
+    return re.sub(r"[^\w.-]+", "-", stem).strip(".-")[:100] or "nano"
 
 
 def run_workbook(
@@ -169,8 +182,8 @@ def run_workbook(
     notebooks: Sequence[Path] | None = None,
     fresh: bool = False,
     progress: bool = False,
-    started: Callable[[Path], None] = lambda path: None,
-    finished: Callable[[NotebookRun], None] = lambda done: None,
+    started: Callable[[Path], object] = lambda path: None,
+    finished: Callable[[NotebookRun], object] = lambda done: None,
 ) -> WorkbookRun:
     """Execute notebooks in order into ``outputs/<run>/``, and write ``summary.md`` there.
 
@@ -190,33 +203,42 @@ def run_workbook(
     declared = [declared_parameters(path) for path in paths]
     check_parameters(parameters or {}, declared)
     values = {"run_name": run, **({"fresh": True} if fresh else {}), **_absolute(parameters or {})}
-    folder, done = run_dir(run).resolve(), []
+    folder, done = run_dir(run).absolute(), []
     for path, names in zip(paths, declared, strict=True):
         started(path)
         chosen = {name: value for name, value in values.items() if name in names}
         done.append(_execute(path, folder / path.name, chosen, progress))
         finished(done[-1])
     result = WorkbookRun(folder, tuple(done), read_summary(folder))
-    with whole_file(folder / "summary.md") as file:
-        file.write(summary_markdown(result))
+    write_text(folder / "summary.md", summary_markdown(result))
     return result
 
 
 def _absolute(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Relative paths of existing files made absolute: a notebook runs in another folder than the user."""
+    """Relative paths of existing files made absolute: a notebook runs in another folder than the user.
+
+    Links stay as they are: in a hub cache a shard's name is the link's, not its target's.
+    """
     return {
-        name: str(Path(value).resolve())
-        if isinstance(value, str) and ("/" in value or value.endswith(".gguf")) and Path(value).is_file()
+        name: str(Path(value).absolute())
+        if isinstance(value, str) and ("/" in value or value.lower().endswith(".gguf")) and _is_file(value)
         else value
         for name, value in parameters.items()
     }
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name too long, or with a NUL, is no file
+        return False
 
 
 def _execute(path: Path, target: Path, parameters: dict[str, Any], progress: bool) -> NotebookRun:
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
 
-    begin = time.perf_counter()
+    begin, so_far = time.perf_counter(), f"its output so far is in {tilde(target)}"
     try:
         with kernel_environment():
             execute_notebook(
@@ -231,18 +253,12 @@ def _execute(path: Path, target: Path, parameters: dict[str, Any], progress: boo
             )
     except PapermillExecutionError as error:
         cause = f"{error.ename}: {last_line(error.evalue)}".rstrip(": ")
-        raise DfqsError(
-            f"cell In [{error.exec_count}] failed: {cause}",
-            where=path.name,
-            hint=f"its output so far lies in {tilde(target)}",
-        ) from error
+        what = f"cell In [{error.exec_count}] failed: {cause}"
+        raise DfqsError(what, where=path.name, hint=so_far) from error
     except DeadKernelError as error:
-        raise DfqsError(
-            f"the kernel died in cell {_running_cell(target)} (killed, out of memory, or aborted "
-            "by llama.cpp)",
-            where=path.name,
-            hint=f"its output so far lies in {tilde(target)}",
-        ) from error
+        cell, why = _running_cell(target), "killed, out of memory, or aborted by llama.cpp"
+        what = f"the kernel died in cell {cell} ({why})"
+        raise DfqsError(what, where=path.name, hint=so_far) from error
     return NotebookRun(path.stem, time.perf_counter() - begin, target)
 
 
@@ -267,14 +283,14 @@ def _running_cell(path: Path) -> int | str:
 def kernel_environment(outputs: Path | None = None) -> Iterator[None]:
     """The environment of a kernel: this interpreter's kernel first, absolute folders, no progress bars.
 
-    A user may have a ``python3`` kernel of another interpreter installed; ``JUPYTER_PATH`` comes
-    before it. Bars are for people who watch; in a stored notebook they are noise.
+    A user may have a ``python3`` kernel of another interpreter installed; ``JUPYTER_PATH`` comes before it.
+    Bars are for people who watch; in a stored notebook they are noise.
     """
     ours = {
         "JUPYTER_PATH": os.pathsep.join(
             filter(None, [f"{sys.prefix}/share/jupyter", os.environ.get("JUPYTER_PATH")])
         ),
-        "DFQS_OUTPUTS": str((outputs or outputs_dir()).resolve()),
+        "DFQS_OUTPUTS": str((outputs or outputs_dir()).absolute()),
         "TQDM_DISABLE": "1",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
@@ -290,7 +306,7 @@ def kernel_environment(outputs: Path | None = None) -> Iterator[None]:
                 os.environ[name] = value
 
 
-# --- the summary -----------------------------------------------------------------------------------
+# ---- the summary ----
 
 
 def read_summary(folder: Path) -> dict[str, list[str]]:
@@ -299,28 +315,33 @@ def read_summary(folder: Path) -> dict[str, list[str]]:
     A stage file is an object with ``stage`` (its own name), ``conditions`` and ``summary`` (a list of
     sentences for people); other JSON files are passed over.
     """
-    found = {}
+    summaries = {}
     for path in folder.glob("*.json"):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DfqsError(f"not JSON ({error})", where=path, hint="run again with --fresh") from error
         if isinstance(content, dict) and content.get("stage") == path.stem:
-            found[path.stem] = [str(line) for line in content.get("summary", [])]
+            summaries[path.stem] = [plain(line) for line in content.get("summary", [])]
     order = {stage: number for number, stage in enumerate(STAGES)}
-    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+    return dict(sorted(summaries.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 
 def summary_markdown(result: WorkbookRun) -> str:
-    """What was found, how long each notebook took, and where everything lies."""
+    """What was found, how long each notebook took, and every file of the run."""
     lines = [f"# Run {result.folder.name}", "", "## What was found", ""]
     for stage, sentences in result.summary.items():
-        lines += [f"**{stage}**", "", *(f"- {sentence}" for sentence in sentences), ""]
+        lines += [f"**{stage}**", "", *(f"- {_escaped(sentence)}" for sentence in sentences), ""]
     lines += ["## Notebooks", ""]
     lines += [f"- [{item.name}]({item.path.name}): {item.seconds:.1f} s" for item in result.notebooks]
     lines += ["", "## Files", ""]
-    lines += [f"- `{name}` ({size:,} bytes)" for name, size in list_files(result.folder)]
+    lines += [f"- `{name}` ({n_bytes:,} bytes)" for name, n_bytes in list_files(result.folder)]
     return "\n".join(lines) + "\n"
+
+
+def _escaped(sentence: str) -> str:
+    """A sentence with a model's name in it, in which Markdown finds no tag, image or link."""
+    return re.sub(r"([<>\[\]`|])", r"\\\1", sentence.replace("\n", " "))
 
 
 def summary_text(result: WorkbookRun) -> str:
@@ -328,30 +349,16 @@ def summary_text(result: WorkbookRun) -> str:
     lines = ["What was found"]
     for stage, sentences in result.summary.items():
         lines += [f"  {stage}", *(f"    {sentence}" for sentence in sentences)]
-    lines += ["", f"Where it lies: {tilde(result.folder)}/"]
+    lines += ["", f"Where it is: {tilde(result.folder)}/"]
     groups: dict[str, list[str]] = {}
     for name, _ in list_files(result.folder):
-        kind = "models" if name.endswith(".manifest.json") else KINDS.get(Path(name).suffix, "other files")
-        groups.setdefault("folders" if "/" in name else kind, []).append(name)
+        group = "models" if name.endswith(".manifest.json") else GROUPS.get(Path(name).suffix, "other files")
+        groups.setdefault("folders" if "/" in name else group, []).append(name)
     inside = Counter(name.split("/")[0] for name in groups.get("folders", []))
     groups["folders"] = [f"{name}/ ({count} files)" for name, count in inside.items()]
-    lines += [
-        f"  {kind:<12} {', '.join(groups[kind])}"
-        for kind in dict.fromkeys([*KINDS.values(), "folders", "other files"])
-        if groups.get(kind)
-    ]
+    order = dict.fromkeys([*GROUPS.values(), "folders", "other files"])
+    lines += [f"  {group:<12} {', '.join(groups[group])}" for group in order if groups.get(group)]
     return "\n".join(lines)
-
-
-KINDS = {
-    ".ipynb": "notebooks",
-    ".csv": "tables",
-    ".png": "figures",
-    ".svg": "figures",
-    ".json": "stages",
-    ".md": "summary",
-    ".gguf": "models",
-}
 
 
 def list_files(folder: Path) -> list[tuple[str, int]]:
@@ -361,199 +368,3 @@ def list_files(folder: Path) -> list[tuple[str, int]]:
         for path in folder.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
-
-
-# --- stamping --------------------------------------------------------------------------------------
-
-BRANCH = "main"
-
-SETUP = """\
-# On Colab or Kaggle: fetch the workbook and install it. Elsewhere: nothing.
-import os
-import sys
-
-if {{"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"}} & set(os.environ):
-    if not os.path.isdir("../dfqs_nb"):
-        !git clone -q --depth 1 {address}
-        %cd -q {name}/notebooks
-    %pip install -q -e ..  # builds llama.cpp: ten minutes, once
-    sys.path.insert(0, os.path.abspath(".."))"""
-
-BADGES = (
-    "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-    "(https://colab.research.google.com/github/{slug}/blob/{branch}/notebooks/{file})\n"
-    "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"
-    "(https://kaggle.com/kernels/welcome?src={address}/blob/{branch}/notebooks/{file})"
-)
-
-CLONE = "```sh\ngit clone {address}\ncd {name}\nmake run\n```"
-
-
-def block(name: str, text: str) -> str:
-    """A stamped block of markdown: the markers stay, what is between them is replaced.
-
-    >>> print(block("clone", "text"))
-    <!-- clone -->
-    text
-    <!-- /clone -->
-    """
-    return f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
-
-
-def stamp_block(markdown: str, name: str, text: str) -> str:
-    """Replace what is between the markers of a block, if the markdown has one."""
-    pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
-    return re.sub(pattern, lambda match: block(name, text), markdown, flags=re.DOTALL)
-
-
-def badges(file: str, address: str) -> str:
-    """The Colab and Kaggle badges of one notebook."""
-    slug = address.removeprefix("https://github.com/")
-    return BADGES.format(slug=slug, address=address, branch=BRANCH, file=file)
-
-
-def setup_cell(address: str) -> str:
-    """The source of the cell tagged ``setup``."""
-    return SETUP.format(address=address, name=address.rsplit("/", 1)[-1])
-
-
-def stamped_notebook(text: str, file: str, address: str) -> str:
-    """A notebook's text with its badges (cell tagged ``badges``) and its set-up cell (``setup``) renewed."""
-    import nbformat
-
-    notebook = nbformat.reads(text, as_version=4)
-    for cell in notebook.cells:
-        tags = cell.metadata.get("tags", [])
-        if "badges" in tags and "<!-- badges -->" not in cell.source:
-            cell.source = cell.source.rstrip() + "\n\n" + block("badges", "")
-        if "badges" in tags:
-            cell.source = stamp_block(cell.source, "badges", badges(file, address))
-        if "setup" in tags:
-            cell.source = setup_cell(address)
-    return notebook_text(notebook)
-
-
-def stamped_readme(text: str, notebooks: Sequence[Path], address: str) -> str:
-    """README with its clone commands and its list of notebooks renewed."""
-    text = stamp_block(text, "clone", CLONE.format(address=address, name=address.rsplit("/", 1)[-1]))
-    rows = ["| Notebook | Open in |", "|---|---|"]
-    rows += [
-        f"| [{_title(path)}](notebooks/{path.name}) | {badges(path.name, address).replace(chr(10), ' ')} |"
-        for path in notebooks
-    ]
-    return stamp_block(text, "notebooks", "\n".join(rows))
-
-
-def _title(path: Path) -> str:
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    match = re.search(r"^# (.+)$", "".join(cells[0]["source"]) if cells else "", flags=re.MULTILINE)
-    return f"{path.stem[:2]} {match.group(1)}" if match else path.stem
-
-
-def stamp(root: Path = REPOSITORY, check: bool = False) -> list[Path]:
-    """Write the public address into badges and set-up cells; return the files that were out of date.
-
-    Args:
-        root: the checkout, with pyproject.toml, README.md and notebooks/.
-        check: change nothing.
-    """
-    address = public_address(root / "pyproject.toml")
-    notebooks, readme = sorted((root / "notebooks").glob(PATTERN)), root / "README.md"
-    changed = []
-    for path in [*notebooks, *([readme] if readme.exists() else [])]:
-        old = path.read_text(encoding="utf-8")
-        new = (
-            stamped_readme(old, notebooks, address)
-            if path == readme
-            else stamped_notebook(old, path.name, address)
-        )
-        if new != old:
-            changed.append(path)
-            if not check:
-                with whole_file(path) as file:
-                    file.write(new)
-    return changed
-
-
-# --- stored outputs --------------------------------------------------------------------------------
-
-
-def refresh_notebooks(notebooks: Sequence[Path], outputs: Path) -> None:
-    """Execute notebooks in place, in order, and store small, clean outputs.
-
-    Args:
-        notebooks: which, in order; a later one may read what an earlier one wrote.
-        outputs: the folder that the notebooks write under.
-
-    Raises:
-        DfqsError: a cell fails; that notebook and those after it are left as they were.
-    """
-    import nbformat
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
-
-    for path in notebooks:
-        notebook = nbformat.read(path, as_version=4)
-        client = NotebookClient(
-            notebook,
-            kernel_name=KERNEL,
-            record_timing=False,
-            extra_arguments=[QUIET],
-            resources={"metadata": {"path": str(path.parent)}},
-        )
-        try:
-            with kernel_environment(outputs):
-                client.execute()
-        except CellExecutionError as error:
-            raise DfqsError(f"{error.ename}: {last_line(error.evalue)}", where=path.name) from error
-        with whole_file(path) as file:
-            file.write(notebook_text(clean_notebook(notebook, outputs)))
-
-
-def clean_notebook(notebook: Any, outputs: Path) -> Any:
-    """Strip what differs from run to run or machine to machine; returns the same object.
-
-    Goes: widget state and views, papermill's and execution time stamps, the interpreter's version, and
-    the name of the folder that this execution wrote under (it reads ``outputs/``).
-    """
-    notebook.metadata.clear()
-    notebook.metadata.update(
-        kernelspec={"display_name": "Python 3", "language": "python", "name": KERNEL},
-        language_info={"name": "python"},
-    )
-    for cell in notebook.cells:
-        for name in ("execution", "papermill", "ExecuteTime"):
-            cell.metadata.pop(name, None)
-        if cell.cell_type == "code":
-            cell.outputs = [_with_plain_paths(output, outputs) for output in merged_streams(cell.outputs)]
-            for output in cell.outputs:
-                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-    return notebook
-
-
-def _with_plain_paths(value: Any, outputs: Path) -> Any:
-    """An output with ``outputs/`` for the folder that this execution wrote under, wherever text says it."""
-    if isinstance(value, str):
-        return value.replace(f"{outputs.resolve()}/", "outputs/").replace(str(outputs.resolve()), "outputs")
-    if isinstance(value, dict):
-        return type(value)({key: _with_plain_paths(item, outputs) for key, item in value.items()})
-    return [_with_plain_paths(item, outputs) for item in value] if isinstance(value, list) else value
-
-
-def merged_streams(outputs: Iterable[Any]) -> list[Any]:
-    """Neighbouring pieces of one stream as one output: how print is cut into pieces is chance."""
-    merged: list[Any] = []
-    for output in outputs:
-        last = merged[-1] if merged else {}
-        if output["output_type"] == "stream" == last.get("output_type") and output["name"] == last["name"]:
-            last["text"] += output["text"]
-        else:
-            merged.append(output)
-    return merged
-
-
-def notebook_text(notebook: Any) -> str:
-    """A notebook as the text that Jupyter itself would store."""
-    import nbformat
-
-    return nbformat.writes(notebook, version=4).rstrip("\n") + "\n"

@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+import store_notebooks
 
-from dfqs_nb.core.paths import REPOSITORY
+from dfqs_nb.core.paths import REPOSITORY, public_address
 from dfqs_nb.workbook import run as workbook
 
 PATHS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
@@ -80,10 +81,8 @@ def test_name_and_title_begin_with_the_same_verb(path):
     number, verb, *rest = path.stem.split("_")
     assert re.fullmatch(r"\d\d", number) and verb in VERBS and rest
     title = source(NOTEBOOKS[path.stem]["cells"][0]).splitlines()[0]
-    assert re.match(rf"# {verb.capitalize()}\b", title), title
-    words = [
-        word for word in re.findall(r"\w+", title)[1:] if word.istitle() and word not in ("DFQS", "Python")
-    ]
+    assert re.match(rf"# ({int(number)}\. )?{verb.capitalize()}\b", title), title
+    words = [word for word in re.findall(r"[^\W\d]+", title)[1:] if word.istitle() and word != "Python"]
     assert len(words) <= 1, f"sentence case: {title}"
 
 
@@ -118,7 +117,7 @@ def test_setup_is_short_stamped_and_right_after_the_parameters(notebook):
     cells = tagged(notebook, "setup")
     assert len(cells) == 1
     assert len(source(cells[0]).splitlines()) <= 12
-    assert source(cells[0]) == workbook.setup_cell(workbook.public_address()), "run `make stamp`"
+    assert source(cells[0]) == store_notebooks.setup_cell(public_address()), "run `make stamp`"
     code = code_cells(notebook)
     assert [tagged(notebook, "parameters")[0], cells[0]] == code[:2]
 

@@ -139,3 +139,49 @@ def test_quantize_collects_the_importance_matrix_that_a_recipe_needs(tmp_path):
     assert read_header(out).get("quantize.imatrix.entries_count") == sum(
         "_exps." in name for name in kept.entries
     )
+
+
+def test_every_command_shows_what_it_does_and_an_example():
+    from typer.main import get_command
+
+    from dfqs_nb.workbook import cli
+
+    with pytest.raises(SystemExit):
+        raise SystemExit(cli.main(["--version"]))
+    commands = get_command(cli.app).commands
+    assert {"run", "inspect", "merge", "score", "report", "sweep", "deploy"} <= set(commands)
+    for name, command in commands.items():
+        assert name == "models" or "`dfqs-nb " in command.help, f"{name} shows no example"
+        assert all(option.help for option in command.params if hasattr(option, "help")), name
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_traceback_in_a_log(tmp_path, monkeypatch, capsys):
+    from dfqs_nb.gguf import models
+    from dfqs_nb.workbook import cli
+
+    def broken():
+        raise ZeroDivisionError("a bug\nwith a second line")
+
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
+    monkeypatch.setattr(models, "describe", broken)
+    assert cli.main(["models"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "unexpected ZeroDivisionError: a bug; " in error
+    assert "in broken" in (tmp_path / cli.LOG).read_text()
+
+
+def test_text_from_a_file_does_not_steer_the_terminal(capsys):
+    from dfqs_nb.workbook.cli import say
+
+    say("a\x1b]0;title\x07b")
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_run_that_does_not_exist_is_named_with_those_that_do(tmp_path, monkeypatch, capsys):
+    from dfqs_nb.workbook import cli
+
+    (tmp_path / "nano").mkdir()
+    (tmp_path / "nano" / "merge.json").write_text("{}")
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
+    assert cli.main(["report", "nanno", "--check"]) == 1
+    assert "no run is called 'nanno'; did you mean nano?" in capsys.readouterr().err

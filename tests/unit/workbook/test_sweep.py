@@ -19,7 +19,7 @@ from dfqs_nb.core import journal, paths
 from dfqs_nb.gguf import models as registry
 from dfqs_nb.workbook import run as workbook
 from dfqs_nb.workbook import sweep
-from dfqs_nb.workbook.sweep import SweepError
+from dfqs_nb.workbook.sweep_table import SweepError, read_rows
 
 NANO = "dfqs-nano-iq1_s-xl"
 PARAMETERS = (
@@ -94,7 +94,7 @@ def alive(pid: int) -> bool:
 
 
 def test_the_example_table_that_is_shipped_is_accepted():
-    rows = sweep.read_rows(paths.data_dir() / "sweep_example.csv")
+    rows = read_rows(paths.data_dir() / "sweep_example.csv")
     assert {row.model for row in rows} <= set(registry.models()) and len({row.run for row in rows}) == len(
         rows
     ) >= 2
@@ -102,7 +102,7 @@ def test_the_example_table_that_is_shipped_is_accepted():
 
 def test_empty_cells_are_defaults_and_values_have_the_notebooks_types(tmp_path, notebook):
     table = write_table(tmp_path, "model,run,n,fresh", f"{NANO},one,7,true", "", f"{NANO},two,,")
-    one, two = sweep.read_rows(table, [notebook])
+    one, two = read_rows(table, [notebook])
     assert one.parameters == {"n": 7, "fresh": True} and two.parameters == {}
     assert (one.line, two.line) == (2, 4)
     assert one.key != two.key
@@ -116,12 +116,12 @@ def test_the_run_is_named_after_the_model_and_a_path_stands_beside_the_table(tmp
     with pytest.raises(
         SweepError, match="line 2: the shards Tiny-Q8_0-00002-of-00002.gguf of .* are missing"
     ):
-        sweep.read_rows(table, [notebook])
+        read_rows(table, [notebook])
     (shard.parent / "Tiny-Q8_0-00002-of-00002.gguf").write_bytes(b"GGUF")
-    (row,) = sweep.read_rows(table, [notebook])
+    (row,) = read_rows(table, [notebook])
     assert (row.run, row.model) == ("Tiny-Q8_0", str(shard))
     shard.write_bytes(b"GGUF, another")
-    (again,) = sweep.read_rows(table, [notebook])
+    (again,) = read_rows(table, [notebook])
     assert again.key != row.key, "another file under the same name is another model"
 
 
@@ -131,7 +131,7 @@ def test_the_run_is_named_after_the_model_and_a_path_stands_beside_the_table(tmp
         ([""], "has no rows"),
         (["model,n"], "has no rows"),
         (["run,n", "a,1"], "line 1: there is no column 'model'"),
-        (["model,nn", f"{NANO},1"], r"line 1: no notebook has a parameter 'nn' \(known: .*n_threads"),
+        (["model,nn", f"{NANO},1"], r"line 1: no notebook has a parameter 'nn' .*known: .*n_threads"),
         (["model,n,n", f"{NANO},1,2"], "line 1: two columns are called 'n'"),
         (["model,run_name", f"{NANO},a"], "line 1: the folder's name has the column 'run'"),
         (["model,n", f"{NANO},many"], "line 2: parameter n takes int, not 'many'"),
@@ -158,10 +158,10 @@ def test_a_bad_table_is_refused_with_its_lines_before_anything_runs(
 
 def test_a_missing_or_binary_table_is_an_error(tmp_path, notebook):
     with pytest.raises(SweepError, match="cannot be read"):
-        sweep.read_rows(tmp_path / "none.csv", [notebook])
+        read_rows(tmp_path / "none.csv", [notebook])
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00model")
     with pytest.raises(SweepError, match="not a CSV file in UTF-8"):
-        sweep.read_rows(tmp_path / "b.csv", [notebook])
+        read_rows(tmp_path / "b.csv", [notebook])
 
 
 # ---- here ----
@@ -213,32 +213,10 @@ def test_fresh_and_a_deleted_run_do_a_finished_row_again(outputs, tmp_path, note
     assert starts(folder) == ["a"] * 3
 
 
-def test_rows_whose_times_overlap_on_one_host_are_beside_each_other(tmp_path):
+def test_rows_whose_times_overlap_on_one_host_are_beside_each_other():
     times = {"a": ("x", 0, 10), "b": ("x", 9, 20), "c": ("x", 20, 30), "d": ("y", 0, 30)}
-    for run, (host, start, stop) in times.items():
-        (tmp_path / run).mkdir()
-        sweep._note(tmp_path / run, started=start, host=host)
-        sweep._note(tmp_path / run, started=start, ended=stop)
-    found = {run: sweep.attempts(tmp_path / run, 30) for run in times}
-    assert sweep.beside(found) == {"a": ["b"], "b": ["a"], "c": [], "d": []}
-
-
-def test_a_lost_attempt_counts_as_beside_until_the_next_one_begins(tmp_path):
-    for run, rows in {
-        "a": [{"started": 0, "host": "x"}, {"started": 0, "ended": 10}],
-        "b": [{"started": 5, "host": "x"}, {"started": 12, "host": "x"}, {"started": 12, "ended": 20}],
-        "c": [{"started": 30, "host": "x"}, {"started": 30, "ended": 40}],
-    }.items():
-        (tmp_path / run).mkdir()
-        for row in rows:
-            sweep._note(tmp_path / run, **row)
-    found = {run: sweep.attempts(tmp_path / run, 20) for run in "abc"}
-    assert [(one.started, one.ended, one.whole) for one in found["b"]] == [(5, 12, False), (12, 20, True)]
-    assert sweep.beside(found) == {"a": ["b"], "b": [], "c": []}
-    assert sweep.attempts(tmp_path / "none", 0) == []
-    with (tmp_path / "b" / sweep.ATTEMPTS).open("a") as file:
-        file.write('{"started": 25, "ho')
-    assert sweep.attempts(tmp_path / "b", 20) == found["b"]
+    answers = {run: {"host": host, "started": a, "ended": b} for run, (host, a, b) in times.items()}
+    assert sweep.beside(answers) == {"a": ["b"], "b": ["a"], "c": [], "d": []}
 
 
 @pytest.mark.slow
@@ -265,16 +243,14 @@ def test_as_many_rows_as_asked_for_run_at_once_and_are_marked(outputs, tmp_path,
 
 
 def test_crowding_is_said_before_and_only_where_there_is_any(tmp_path, notebook):
-    table = write_table(tmp_path, "model,run,n_threads", f"{NANO},a,64", f"{NANO},b,64", f"{NANO},c,")
-    rows = sweep.read_rows(table, [notebook])
+    rows = read_rows(write_table(tmp_path, "model,run", f"{NANO},a", f"{NANO},b"), [notebook])
     assert sweep.crowding(rows, 1) == "" and sweep.crowding(rows[:1], 4) == ""
-    assert "128 threads for" in sweep.crowding(rows, 2) and "use --jobs 1" in sweep.crowding(rows, 2)
-    assert sweep.threads_wanted(rows[2:], 1) == 1, "a tiny model takes one thread"
+    assert "2 rows at once on" in sweep.crowding(rows, 3) and "use --jobs 1" in sweep.crowding(rows, 2)
 
 
 def test_two_sweeps_in_one_folder_are_refused(outputs, tmp_path, notebook):
     table = write_table(tmp_path, "model,run", f"{NANO},a")
-    with sweep._alone(paths.run_dir("s")), pytest.raises(SweepError, match="another sweep is at work"):
+    with sweep.alone(paths.run_dir("s")), pytest.raises(SweepError, match="another sweep is at work"):
         sweep.sweep(table, name="s", notebooks=[notebook])
 
 
@@ -417,12 +393,10 @@ def test_a_worker_of_another_version_fails_its_row():
 
 def test_outputs_that_this_machine_cannot_see_fail_the_row():
     class Future:
-        status = "finished"
-
         def result(self):
             return {"status": "done", "reason": "", "host": "far", "folder": "/nowhere/at/all"}
 
-    answer = sweep._answer_of(Future())
+    answer = sweep.answer_of(Future())
     assert answer["status"] == "failed" and "not visible here" in answer["reason"]
 
 
