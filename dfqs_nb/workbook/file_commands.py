@@ -18,7 +18,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")]
 
 @app.command(rich_help_panel=FILES)
 def inspect(
-    paths: Annotated[list[str], typer.Argument(metavar="FILE...")],
+    paths: Annotated[list[str], typer.Argument(metavar="FILE...", help="Anything that should be a model.")],
     llama_cpp: Annotated[bool, typer.Option("--llama-cpp", help="Also ask llama.cpp's loader.")] = False,
 ) -> None:
     """Say what a file is, in milliseconds, from headers, sizes and names alone; changes nothing.
@@ -116,7 +116,7 @@ def _say_written(*results: Any) -> None:
 
 @app.command(rich_help_panel=FILES)
 def repair(
-    path: Annotated[str, typer.Argument(metavar="FILE")],
+    path: Annotated[str, typer.Argument(metavar="FILE", help="The glued file.")],
     output: Annotated[str, typer.Option("-o", "--output", help="The sound file.")] = "",
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Replace FILE; needs 64 MiB of extra disk.")
@@ -137,7 +137,7 @@ def repair(
 
 @app.command(rich_help_panel=FILES)
 def split(
-    path: Annotated[str, typer.Argument(metavar="FILE")],
+    path: Annotated[str, typer.Argument(metavar="FILE", help="The glued file.")],
     folder: Annotated[
         Path | None, typer.Option("-d", "--folder", help="Where the shards go. Default: beside FILE.")
     ] = None,
@@ -155,7 +155,7 @@ def split(
 
 @app.command(rich_help_panel=FILES)
 def verify(
-    path: Annotated[str, typer.Argument(metavar="FILE")],
+    path: Annotated[str, typer.Argument(metavar="FILE", help="The model's file.")],
     sha256: Annotated[str, typer.Option(help="What the file's SHA-256 should be.")] = "",
     against: Annotated[
         list[str] | None, typer.Option(metavar="SHARD", help="Any one shard; or repeat it for each.")
