@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfqs_nb.core.child import environment
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.memory import kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.llama.probe import OpenSettings, build_llama, dry_run
-from dfqs_nb.llama.probe import _child_environment as child_environment
+from dfqs_nb.llama.check import dry_run
+from dfqs_nb.llama.settings import OpenSettings, build_llama
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,7 +123,7 @@ def _measure(path: Path, settings: OpenSettings, fill_tokens: int) -> dict[str, 
         [sys.executable, "-m", "dfqs_nb.context.cost"],
         input=json.dumps(job).encode(),
         capture_output=True,
-        env=child_environment(),
+        env=environment(),
         timeout=TIMEOUT_SECONDS,
         check=False,
     )

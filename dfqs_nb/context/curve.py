@@ -1,7 +1,7 @@
 """Measure how a model's retrieval degrades with context: plan, cost, run, resume, and what it found.
 
 A text is evaluated once and grown, its questions asked from a saved state, where that is proved to change
-nothing (``states.check_reuse``); else, and for one-key prompt sets, every question is evaluated afresh.
+nothing (``check_reuse``); else, and for one-key prompt sets, every question is evaluated afresh.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.stage import write_stage
 from dfqs_nb.gguf.memory import available_memory, estimate
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.llama.model import DecodeError, Model
-from dfqs_nb.llama.probe import OpenSettings, dry_run
-from dfqs_nb.llama.states import TOLERANCE, ReuseCheck, SavedState, check_reuse, restore_state, save_state
+from dfqs_nb.llama.check import dry_run
+from dfqs_nb.llama.model import TOLERANCE, DecodeError, Model, ReuseCheck, SavedState, check_reuse
+from dfqs_nb.llama.settings import OpenSettings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -357,12 +357,12 @@ class Asker:
             self.model.clear()
             self._body, self._state, self._dirty = (), None, False
         if self._dirty and self._state is not None:
-            restore_state(self.model, self._state)
+            self.model.restore(self._state)
         new = body[len(self._body) :]
         if new:
             self._state = None  # one copy at a time
             self.model.decode(new)
-            self._state = save_state(self.model)
+            self._state = self.model.save()
         self._body, self._dirty = body, False
         return len(new)
 
@@ -388,7 +388,7 @@ class Asker:
     def _begin(self, question: Question) -> list[int]:
         if self.grown and self._state is not None:
             if self._dirty:
-                restore_state(self.model, self._state)
+                self.model.restore(self._state)
             self._dirty = True
             return list(question.prompt)
         self.model.clear()
@@ -685,7 +685,7 @@ def replace_plan(run: Run, limit: int) -> Run:
 
 
 def check_plan_reuse(model: Model, plan: Plan, tolerance: float = TOLERANCE) -> ReuseCheck:
-    """Check reuse (``states.check_reuse``) with two questions on the shortest haystack, in two parts."""
+    """Check reuse (``check_reuse``) with two questions on the shortest haystack, in two parts."""
     haystacks = Haystacks(frame_of(model, plan.prompts), plan.prompts, plan.grid)
     cases = [haystacks.case(0, length) for length in plan.grid[:1]]
     body = cases[-1].body

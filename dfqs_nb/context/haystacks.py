@@ -16,7 +16,8 @@ from math import log2
 from typing import Any
 
 from dfqs_nb.context.prompts import PromptError, PromptSet
-from dfqs_nb.llama.model import Model, chat_text
+from dfqs_nb.llama.generate import chat_text
+from dfqs_nb.llama.model import Model
 
 MARK = "HAYSTACK-STANDS-HERE"
 JITTER = 0.3  # of a stratum's width

@@ -12,7 +12,7 @@ import numpy as np
 from dfqs_nb.context.haystacks import Haystacks, frame_of
 from dfqs_nb.context.loss import bands, held_out_text
 from dfqs_nb.context.prompts import PromptSet
-from dfqs_nb.llama.probe import OpenSettings
+from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.trace import Trace, open_recorded, record, require_routed
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from dfqs_nb.core.paths import REPOSITORY
 
 _running: set[subprocess.Popen[bytes]] = set()
 AnyError = TypeVar("AnyError", bound=DfqsError)
+SOURCE_FOLDER = re.compile(r"\S*/(?=[\w.-]+\.(?:cpp|c|cu|h|m):\d+)")  # of the machine that compiled llama.cpp
 GRACE_SECONDS = 10.0  # between asking a child to end and killing it
 HINTS = {
     "SIGABRT": "its header is not what this llama.cpp expects: `dfqs-nb inspect` it, download it again, "
@@ -197,7 +199,7 @@ def died(
 
 def telling_line(log: list[str]) -> str:
     """The line of a log that says why: a failed assertion, else the last line."""
-    lines = [line.strip() for line in log if line.strip(" .")]
+    lines = [SOURCE_FOLDER.sub("", line).strip() for line in log if line.strip(" .")]
     asserted = [line for line in lines if "GGML_ASSERT" in line or "fatal error" in line]
     return (asserted or lines or [""])[-1][:300]
 

@@ -292,3 +292,37 @@ def quantization_by_layer(table: pd.DataFrame) -> pd.DataFrame:
     blocks = table[table["layer"] >= 0]
     mix = blocks.pivot_table(index="layer", columns="type", values="bytes", aggfunc="sum", fill_value=0)
     return mix[mix.sum().sort_values(ascending=False).index]
+
+
+# ---- the early dialect of deepseek4 ----
+
+# The first conversions of DeepSeek-V4 say ``deepseek4`` too, but name some tensors so. Upstream llama.cpp (since
+# b9840) expects the names behind them, and the key ``attention.output_lora_rank``, which those files lack.
+EARLY_NAMES = (
+    (r"\battn_kv_latent\b", "attn_kv"),
+    (r"\battn_compress_", "attn_compressor_"),
+    (r"\bindexer\.compress_", "indexer_compressor_"),
+    (r"^hc_head_", "output_hc_"),
+    (r"\bexp_probs_b(\.weight)?$", "exp_probs_b.bias"),
+    (r"^((?!.*\.(weight|bias)$).*)$", r"\1.weight"),
+)
+
+
+def early_dialect(header: GGUFHeader) -> dict[str, str]:
+    """Tensors named in the early dialect of ``deepseek4``, each with the name that llama.cpp expects.
+
+    Such a file can be sound, and upstream llama.cpp still refuses it: it needs the fork that made it, or a newer
+    conversion.
+
+    >>> from dfqs_nb.gguf.broken import reference_shards
+    >>> early_dialect(reference_shards().as_one)
+    {}
+    """
+    names = {}
+    for tensor in header.tensors if header.architecture == "deepseek4" else ():
+        expected = tensor.name
+        for early, now in EARLY_NAMES:
+            expected = re.sub(early, now, expected)
+        if expected != tensor.name:
+            names[tensor.name] = expected
+    return names

@@ -27,9 +27,9 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import whole_file
 from dfqs_nb.gguf.facts import class_of, layer_of
 from dfqs_nb.gguf.header import MAGIC, GGUFHeader, check_layout, read_header
-from dfqs_nb.llama.graph import _ggml_function, _Tensor
+from dfqs_nb.llama.graph import Tensor, ggml_function
 from dfqs_nb.llama.model import Model, open_model
-from dfqs_nb.llama.probe import OpenSettings, default_context_params
+from dfqs_nb.llama.settings import OpenSettings, default_context_params
 from dfqs_nb.routing.trace import RecordedModel
 
 if TYPE_CHECKING:
@@ -286,8 +286,8 @@ class Collector:
 
         self.callback = api.ggml_backend_sched_eval_callback(self._hear)
         void, size = ctypes.c_void_p, ctypes.c_size_t
-        self._copy = _ggml_function("ggml_backend_tensor_get", None, void, void, size, size)
-        self._nbytes = _ggml_function("ggml_nbytes", size, void)
+        self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, size, size)
+        self._nbytes = ggml_function("ggml_nbytes", size, void)
         codes = _op_codes()
         self._dense, self._routed = codes["MUL_MAT"], codes["MUL_MAT_ID"]
         self._sums: dict[str, np.ndarray] = {}
@@ -319,7 +319,7 @@ class Collector:
         """llama.cpp asks about a node, and comes again once it is computed; no exception may pass through."""
         if self._error is None:
             try:
-                node = _Tensor.from_address(address)
+                node = Tensor.from_address(address)
                 return self._wants(node) if asks else self._take(node)
             except Exception as error:
                 self._error = error
@@ -330,18 +330,18 @@ class Collector:
             return True
         if node.op != self._dense:
             return False
-        rows = _Tensor.from_address(node.src[1])
-        weight = _Tensor.from_address(node.src[0])
+        rows = Tensor.from_address(node.src[1])
+        weight = Tensor.from_address(node.src[0])
         return rows.ne[1] >= LEAST_ROWS and rows.type == 0 and _name(weight).startswith("blk.")
 
     def _take(self, node: Any) -> bool:
-        weight, rows = (_Tensor.from_address(node.src[i]) for i in range(2))
+        weight, rows = (Tensor.from_address(node.src[i]) for i in range(2))
         if node.op == self._routed:
             self._take_routed(
                 _name(weight),
                 weight.ne[2],
                 self._read(node.src[1], rows, np.float32),
-                self._read(node.src[2], _Tensor.from_address(node.src[2]), np.int32),
+                self._read(node.src[2], Tensor.from_address(node.src[2]), np.int32),
             )
         else:
             self._take_dense(_name(weight), weight, self._read(node.src[1], rows, np.float32))
@@ -392,7 +392,7 @@ def _name(tensor: Any) -> str:
 @functools.cache
 def _op_codes() -> dict[str, int]:
     """ggml's codes of its operations, by name, as this build numbers them."""
-    function = _ggml_function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
+    function = ggml_function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
     codes: dict[str, int] = {}
     for code in range(64):  # far fewer than there are, and as many as are sure to exist
         codes.setdefault((function(code) or b"").decode(), code)

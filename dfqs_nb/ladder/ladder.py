@@ -32,8 +32,9 @@ from dfqs_nb.gguf.facts import bits_per_weight, class_of, class_sizes, types_by_
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.ladder import divergence, imatrix, quantize
-from dfqs_nb.llama import model as runtime
-from dfqs_nb.llama.probe import OpenSettings, llama_version
+from dfqs_nb.llama import model as llama_model
+from dfqs_nb.llama import timing as llama_timing
+from dfqs_nb.llama.settings import OpenSettings, llama_version
 from dfqs_nb.routing import compare
 from dfqs_nb.routing import trace as routing
 from dfqs_nb.scores import compare as comparison
@@ -198,7 +199,7 @@ def climb(
     settings, folder = settings or Settings(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards = open_shards(source)
-    settings = replace(settings, n_threads=settings.n_threads or runtime.threads_for(shards.paths[0]))
+    settings = replace(settings, n_threads=settings.n_threads or llama_model.threads_for(shards.paths[0]))
     top = _own_type(shards.as_one)
     recipes = _recipes([name for name in rungs if name != top])
     sha256 = quantize.source_sha256(shards.paths)
@@ -331,9 +332,9 @@ def calibrated(
     Raises:
         ImatrixError, ModelError, DecodeError: as ``imatrix.collect``.
     """
-    threads = settings.n_threads or runtime.threads_for(source)
+    threads = settings.n_threads or llama_model.threads_for(source)
     opened = OpenSettings(n_ctx=settings.calibration_tokens, n_threads=threads)
-    with runtime.open_model(source, replace(opened, n_ctx=256)) as model:
+    with llama_model.open_model(source, replace(opened, n_ctx=256)) as model:
         tokens = text.tokens(model)
     tokens = tokens[: settings.calibration_tokens * settings.calibration_chunks]
     return imatrix.collect(
@@ -561,7 +562,7 @@ def _ask(job: dict[str, Any], settings: Settings, place: Path) -> dict[str, Any]
     opened = OpenSettings(
         n_ctx=max(settings.n_ctx, settings.longest + long_context.SPARE_TOKENS), n_threads=settings.n_threads
     )
-    with closing(runtime.open_model(job["path"], opened, probe=False)) as model:
+    with closing(llama_model.open_model(job["path"], opened, trial=False)) as model:
         runs = [
             scores.score_set(
                 model,
@@ -576,7 +577,7 @@ def _ask(job: dict[str, Any], settings: Settings, place: Path) -> dict[str, Any]
         ]
         run = _measure_context(model, job, settings, place)
         with watched_load() as load:
-            speed = runtime.measure_speed(
+            speed = llama_timing.measure_speed(
                 model, settings.speed_depth, settings.speed_tokens, settings.speed_repetitions
             )
     decode = speed.decode_tokens_per_sec
@@ -603,7 +604,7 @@ def _ask(job: dict[str, Any], settings: Settings, place: Path) -> dict[str, Any]
 
 
 def _measure_context(
-    model: runtime.Model, job: dict[str, Any], settings: Settings, place: Path
+    model: llama_model.Model, job: dict[str, Any], settings: Settings, place: Path
 ) -> long_context.Run:
     budget = settings.budget_seconds or float("inf")
     plan = long_context.make_plan(

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dfqs_nb.core.child import died, ending
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.files import fsync_dir
@@ -37,8 +38,8 @@ from dfqs_nb.gguf.facts import class_of, layer_of
 from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, TENSOR_TYPES, Tensor, check_layout, padded, read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.ladder.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
-from dfqs_nb.llama import ggml
-from dfqs_nb.llama.probe import death, llama_version
+from dfqs_nb.llama import check
+from dfqs_nb.llama.settings import llama_version
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -637,7 +638,7 @@ def _check_written(part: Path, planned: Plan) -> None:
             where=part,
             hint="is the disk full?",
         )
-    if not ggml.parse(part).accepted:
+    if not check.parse(part).accepted:
         raise IntegrityError("llama.cpp's parser refuses it", where=part, hint="report this file")
 
 
@@ -693,7 +694,7 @@ def run_child(
     if "failed" in last:
         raise QuantizeError(last["failed"], where=last.get("where") or where, hint=last.get("hint", ""))
     if "done" not in last:
-        raise death(where, child.returncode, "load", log)
+        raise died(ending(child.returncode), where, [], log, "while loading it")
     return last
 
 

@@ -6,7 +6,7 @@ import ctypes
 from typing import Any
 
 
-class _Tensor(ctypes.Structure):
+class Tensor(ctypes.Structure):
     """``struct ggml_tensor`` of ggml.h (llama-cpp-python 0.3.36)."""
 
     _fields_ = [
@@ -25,10 +25,10 @@ class _Tensor(ctypes.Structure):
     ]
 
 
-_NAME = _Tensor.name.offset
+NAME_OFFSET = Tensor.name.offset
 
 
-def _ggml_function(name: str, result: Any, *arguments: Any) -> Any:
+def ggml_function(name: str, result: Any, *arguments: Any) -> Any:
     """A function of the libggml that llama.cpp runs on, found through libllama, which depends on it.
 
     It keeps Python's lock: one so short is not worth handing it over.

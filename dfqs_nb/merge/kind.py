@@ -5,7 +5,7 @@ shards is an "invalid split file name", an error page of a web server has "inval
 module looks at the first bytes, at every GGUF header inside the file, at the sizes these call for, and at the
 names of the neighbours, and says in one sentence what it found and what to do next.
 
-`llama_cpp_verdict` (from `loader`) says what llama.cpp makes of the same file.
+`loader_verdict` (from `loader`) says what llama.cpp makes of the same file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from dfqs_nb.core.errors import DfqsError, HeaderError, ShardError
 from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, Tensor, padded, read_header
 from dfqs_nb.gguf.shards import SHARD_NAME, shard_path
-from dfqs_nb.llama.loader import llama_cpp_verdict, llama_cpp_verdicts
+from dfqs_nb.llama.check import loader_verdict, loader_verdicts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +36,7 @@ __all__ = [
     "byte_parts",
     "diagnose",
     "diagnosis_table",
-    "llama_cpp_verdict",
+    "loader_verdict",
     "raw_concatenation",
 ]
 
@@ -863,7 +863,7 @@ def diagnosis_table(paths: Iterable[str | Path], *, with_llama_cpp: bool = True)
         }
     ).set_index("file")
     if with_llama_cpp:
-        verdicts = llama_cpp_verdicts([one.path for one in found])
+        verdicts = loader_verdicts([one.path for one in found])
         table["llama_cpp"] = [
             "loads" if verdict.accepted else verdict.reason + (f" ({verdict.death})" if verdict.death else "")
             for verdict in verdicts

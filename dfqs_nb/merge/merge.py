@@ -27,7 +27,7 @@ from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.files import sha256_of
 from dfqs_nb.gguf.header import MAGIC, GGUFHeader, Tensor, check_layout, padded, read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
-from dfqs_nb.llama import ggml
+from dfqs_nb.llama import check
 from dfqs_nb.merge import copy as transfer
 from dfqs_nb.merge import holes
 from dfqs_nb.merge.copy import Copy, Plan
@@ -345,7 +345,7 @@ def validate(path: Path, plan: Plan) -> None:
     """
     header = read_header(path)
     check_layout(header)
-    verdict = ggml.parse(path)
+    verdict = check.parse(path)
     if not verdict.accepted:
         raise IntegrityError(
             f"llama.cpp refuses the result: {verdict.message}",

@@ -138,9 +138,9 @@ def _hashes_of(files: str | Path | Sequence[str | Path], progress: bool) -> dict
 
 def _published(path: Path, sha256: str) -> tuple[str, str] | None:
     """Title and SHA-256 of the registered file that has this hash, or that has this name and size."""
-    from dfqs_nb.gguf.models import models
+    from dfqs_nb.gguf.models import registered
 
-    files = [(model, file) for model in models().values() for file in model.files]
+    files = [(model, file) for model in registered().values() for file in model.files]
     this = path.name, path.stat().st_size
     known = [(model, file) for model, file in files if file.sha256 == sha256] or [
         (model, file) for model, file in files if (file.name, file.size_bytes) == this

@@ -21,7 +21,7 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf.facts import bits_per_weight, layer_of, parameters, types_by_bytes
 from dfqs_nb.gguf.header import TENSOR_TYPES, GGUFHeader
 from dfqs_nb.gguf.memory import CACHE_TYPES, kv_cache_bytes, weights_bytes
-from dfqs_nb.gguf.models import models
+from dfqs_nb.gguf.models import registered
 from dfqs_nb.report.envelope import GB, read_spec
 from dfqs_nb.scores.speed import FLASH, ActiveBytes, active_bytes, card_table
 
@@ -145,7 +145,7 @@ class Evidence:
     @property
     def nbytes(self) -> int:
         """Size of the published single file in bytes."""
-        return models()[SINGLE].size_bytes
+        return registered()[SINGLE].size_bytes
 
     @property
     def weights(self) -> int:
@@ -190,8 +190,8 @@ def artifact_match(header: GGUFHeader | None, stages: Mapping[str, Mapping[str, 
     if header is None:
         return Match("another", model.get("name", "no model"), "no header was given")
     name = model.get("name") or header.get("general.name", header.path.stem)
-    known = {one.sha256 for key in (SHARDS, SINGLE) for one in models()[key].files}
-    known |= {models()[key].merged_sha256 for key in (SHARDS, SINGLE)} - {""}
+    known = {one.sha256 for key in (SHARDS, SINGLE) for one in registered()[key].files}
+    known |= {registered()[key].merged_sha256 for key in (SHARDS, SINGLE)} - {""}
     if header.get("split.count", 0) > 1:
         return Match("another", name, "its header lists the tensors of one shard")
     shape = published_shape()
@@ -202,7 +202,7 @@ def artifact_match(header: GGUFHeader | None, stages: Mapping[str, Mapping[str, 
     if model.get("sha256") in known:
         return Match("artifact", name, "SHA-256 of the file")
     most = next(iter(types_by_bytes(header.tensors)), "no tensors")
-    size = models()[SINGLE].size_bytes
+    size = registered()[SINGLE].size_bytes
     if most == QUANTIZATION and abs(header.file_size - size) <= SIZE_MARGIN * size:
         return Match("artifact", name, f"shape, types and size ({header.file_size:,} bytes)")
     return Match("model", name, f"shape of {shape.name}; {most}, {header.file_size:,} bytes")
@@ -522,7 +522,7 @@ def family(type_name: str) -> str:
 @check
 def merged(claim: Claim, at: Evidence) -> Finding:
     """The sizes of the published shards added up; a merge would drop the second shard's header."""
-    shards, single = models()[SHARDS], models()[SINGLE]
+    shards, single = registered()[SHARDS], registered()[SINGLE]
     terms = " + ".join(f"{one.size_bytes:,}" for one in shards.files)
     if shards.size_bytes != single.size_bytes:
         return Finding(
@@ -556,7 +556,7 @@ def sha256(claim: Claim, at: Evidence) -> Finding:
 @check
 def loads(claim: Claim, at: Evidence) -> Finding:
     """What llama.cpp says of the reference model's shards put end to end, as the published file's are."""
-    if models()[SHARDS].size_bytes != models()[SINGLE].size_bytes:
+    if registered()[SHARDS].size_bytes != registered()[SINGLE].size_bytes:
         return Finding("not known", NOT_TESTABLE, "the published file is no concatenation by its size")
     seen = (
         f"an independent download shows {at.published['independent_tensors']:,} of "
@@ -585,11 +585,11 @@ def loads(claim: Claim, at: Evidence) -> Finding:
 def _concatenation_refused() -> str:
     """Why llama.cpp refuses the reference model's shards put end to end; empty where it does not."""
     from dfqs_nb.gguf.broken import glue
-    from dfqs_nb.llama.loader import llama_cpp_verdict
+    from dfqs_nb.llama.check import loader_verdict
 
     with tempfile.TemporaryDirectory() as folder:
         path = glue(folder)
-        reason = llama_cpp_verdict(path).reason
+        reason = loader_verdict(path).reason
     return reason.split(":")[0].strip()
 
 

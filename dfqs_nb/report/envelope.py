@@ -20,14 +20,14 @@ from dfqs_nb.core.paths import data_dir, outputs_dir, tilde
 from dfqs_nb.gguf.facts import class_sizes
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import kv_cache_bytes, weights_bytes
-from dfqs_nb.gguf.models import models
+from dfqs_nb.gguf.models import registered
 from dfqs_nb.merge.repair import methods_table
 from dfqs_nb.scores.speed import FLASH, active_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from dfqs_nb.llama.probe import OpenSettings
+    from dfqs_nb.llama.settings import OpenSettings
 
 FITS, DOES_NOT_FIT, NOT_KNOWN = "fits", "does not fit", "not known"
 CONTEXTS = (8192, 32768, 131072, 1048576)
@@ -94,7 +94,7 @@ def planned_compute(path: str | Path, contexts: Iterable[int], settings: OpenSet
     from dataclasses import replace
 
     from dfqs_nb.core.errors import ModelError
-    from dfqs_nb.llama.probe import dry_run
+    from dfqs_nb.llama.check import dry_run
 
     found: dict[int, dict] = {}
     for n_ctx in contexts:
@@ -164,7 +164,7 @@ def published_envelope(machine: Machine | None = None, *, flash_attn: bool = Fal
     configuration. Compute buffer: llama.cpp's plan for a file of these shapes (``data/spec``).
     """
     shape, spec = published_shape(), read_spec("requirements")["envelope"]
-    nbytes = models()["deepseek-v4-flash-iq1_s-xl-single"].size_bytes
+    nbytes = registered()["deepseek-v4-flash-iq1_s-xl-single"].size_bytes
     embedding = FLASH.weights - FLASH.dense - FLASH.routed_total
     weights = [
         {"class": "routed experts", "bytes": FLASH.routed_total, "types": "IQ1_S, Q2_K"},

@@ -22,7 +22,7 @@ from dfqs_nb.core.files import canonical_sha256, sha256_of_file, write_json
 from dfqs_nb.core.paths import data_dir, tilde
 from dfqs_nb.gguf.facts import identity
 from dfqs_nb.gguf.header import GGUFHeader, read_header
-from dfqs_nb.llama.probe import OpenSettings
+from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.report import claims, envelope
 from dfqs_nb.report import requirements as conformance
 from dfqs_nb.report.stages import STAGES, ReportError, finite, read_stages

@@ -20,14 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dfqs_nb.core.child import died, ending
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.machine import CPUINFO, usable_cores
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.llama.model import Model, chat_prompt, open_model, threads_for
-from dfqs_nb.llama.probe import OpenSettings, death, llama_version
+from dfqs_nb.llama.generate import chat_prompt
+from dfqs_nb.llama.model import Model, open_model, threads_for
+from dfqs_nb.llama.settings import OpenSettings, llama_version
 from dfqs_nb.routing.compare import compare
 from dfqs_nb.routing.trace import RoutingError, Schedule, Trace, load_trace, open_recorded, record
 
@@ -389,7 +391,7 @@ def _run_child(job: dict[str, Any]) -> str:
     if "failed" in answer:
         return f"failed: {answer['failed']}"
     log = child.stderr.decode("utf-8", "replace").splitlines()
-    return f"failed: {death(job['path'], child.returncode, 'load', log).what}"
+    return f"failed: {died(ending(child.returncode), job['path'], [], log, 'while loading it').what}"
 
 
 # ---- the child process ----

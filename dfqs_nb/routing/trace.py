@@ -27,9 +27,9 @@ import numpy as np
 
 from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.files import whole_file
-from dfqs_nb.llama.graph import _NAME, _ggml_function, _Tensor  # MOVED
+from dfqs_nb.llama.graph import NAME_OFFSET, Tensor, ggml_function  # MOVED
 from dfqs_nb.llama.model import ContextFullError, DecodeError, Model, open_model
-from dfqs_nb.llama.probe import OpenSettings, default_context_params
+from dfqs_nb.llama.settings import OpenSettings, default_context_params
 
 FLUSH_BYTES = 4 << 20  # of raw scores, before they are reduced to margins and weights
 LOGIT_SAMPLE = 1024  # logits kept of each token; all of them for a small vocabulary
@@ -146,7 +146,7 @@ class _View:
     __slots__ = ("address", "name", "row_bytes", "shape", "steps", "tensor")
 
     def __init__(self, address: int) -> None:
-        self.address, self.tensor = address, _Tensor.from_address(address)
+        self.address, self.tensor = address, Tensor.from_address(address)
         self.name, self.shape, self.steps = self.tensor.name, self.tensor.ne, self.tensor.nb
         self.row_bytes = self.shape[0] * 4
 
@@ -216,9 +216,9 @@ class Recorder:
         self.callback = ctypes.cast(self._function, api.ggml_backend_sched_eval_callback)
         void, size = ctypes.c_void_p, ctypes.c_size_t
         # whichever device holds the tensor
-        self._copy = _ggml_function("ggml_backend_tensor_get", None, void, void, size, size)
+        self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, size, size)
         self._staging, self._address = np.zeros(0, np.int32), 0
-        self._marks: list[tuple[_Tensor, bytes]] = []  # what must lie where, for the known addresses to hold
+        self._marks: list[tuple[Tensor, bytes]] = []  # what must lie where, for the known addresses to hold
         self._listening = False
         self._probs_at = 0
         self._error: BaseException | None = None
@@ -269,7 +269,7 @@ class Recorder:
             if not self._nodes:
                 self._nodes[_Hook(address, self._start)] = False
                 return False
-            prefix = ctypes.string_at(address + _NAME, _PREFIX_BYTES)
+            prefix = ctypes.string_at(address + NAME_OFFSET, _PREFIX_BYTES)
             if prefix == _TOPK:
                 router = _Router(address, self._probs_at)
                 self._marks += router.marks
@@ -526,10 +526,10 @@ def open_recorded(
     """
     recorder = Recorder() if listen else None
     if recorder is None:
-        model = open_model(path, settings, probe=probe)
+        model = open_model(path, settings, trial=probe)
     else:
         with default_context_params(cb_eval=recorder.callback):
-            model = open_model(path, settings, probe=probe)
+            model = open_model(path, settings, trial=probe)
     with model:
         yield RecordedModel(model, recorder)
 

@@ -21,16 +21,8 @@ from dfqs_nb import __version__
 from dfqs_nb.context.prompts import PromptError
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.journal import Journal
-from dfqs_nb.llama.model import (
-    GREEDY,
-    Completion,
-    ContextFullError,
-    DecodeError,
-    Model,
-    Sampling,
-    chat_prompt,
-    stream_tokens,
-)
+from dfqs_nb.llama.generate import GREEDY, Completion, Sampling, chat_prompt, stream_tokens
+from dfqs_nb.llama.model import ContextFullError, DecodeError, Model
 from dfqs_nb.scores import grading as scoring
 from dfqs_nb.scores.item_sets import Item, ItemSet
 from dfqs_nb.scores.sandbox import LIMITS, Limits, Sandbox, Verdict, check_allowed, find_sandbox, run_many

@@ -24,7 +24,8 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf.facts import INTEGER_TYPES, class_of, experts
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import CACHE_TYPES, CSA_RATIO, HCA_RATIO, kv_cache_bytes
-from dfqs_nb.llama.model import Model, measure_speed
+from dfqs_nb.llama.model import Model
+from dfqs_nb.llama.timing import measure_speed
 
 if TYPE_CHECKING:
     import pandas as pd

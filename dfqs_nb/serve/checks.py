@@ -23,8 +23,9 @@ import numpy as np
 
 from dfqs_nb.context.haystacks import MARK
 from dfqs_nb.core.stage import write_stage
-from dfqs_nb.llama.model import GREEDY, Completion, Model, chat_text
-from dfqs_nb.llama.probe import OpenSettings
+from dfqs_nb.llama.generate import GREEDY, Completion, chat_text
+from dfqs_nb.llama.model import Model
+from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.scores import run as scores
 from dfqs_nb.scores.item_sets import Item, ItemSet
 from dfqs_nb.serve import client as endpoints

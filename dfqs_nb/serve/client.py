@@ -26,7 +26,8 @@ from dfqs_nb.context import curve as long_context
 from dfqs_nb.context.haystacks import MARK, Frame, Question
 from dfqs_nb.context.prompts import PromptSet, load_prompts
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.llama.model import GREEDY, Completion, ContextFullError, Sampling
+from dfqs_nb.llama.generate import GREEDY, Completion, Sampling
+from dfqs_nb.llama.model import ContextFullError
 from dfqs_nb.scores import run as scores
 from dfqs_nb.scores.item_sets import Item, ItemSet
 from dfqs_nb.scores.sandbox import check_allowed, find_sandbox

@@ -263,7 +263,7 @@ def write_recipe(
 def _source(model: str | Path) -> _Source:
     from dfqs_nb.gguf import models as registry
 
-    known = registry.models()
+    known = registry.registered()
     if isinstance(model, str) and (name := _registered_as(model, known)):
         if known[name].source.startswith("hf://"):
             return _registered(known[name], known)
@@ -309,8 +309,7 @@ def _local(path: Path) -> _Source:
 
 
 def _on_hub(address: str) -> _Source:
-    from dfqs_nb.gguf.hub import parse_address
-    from dfqs_nb.gguf.models import siblings
+    from dfqs_nb.gguf.models import parse_address, siblings
 
     file = parse_address(address)
     names = siblings(file.file)

@@ -29,10 +29,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dfqs_nb.core.child import HINTS, environment
 from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.llama.probe import DEATH_HINTS, GGML_TYPES, OpenSettings
-from dfqs_nb.llama.probe import _child_environment as child_environment
+from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings
 from dfqs_nb.serve.client import Endpoint, connect
 
 KINDS = {"llama-cpp-python": "llama-cpp-python", "llama.cpp": "xllamacpp"}  # kind: the package that brings it
@@ -138,7 +138,7 @@ def serve(
     Args:
         kind: ``llama-cpp-python`` or ``llama.cpp``.
         path: the GGUF file, or the first of its shards.
-        settings: how it opens the model, as ``runtime.open_model`` would; ``n_ctx`` is that of one request.
+        settings: how it opens the model, as `llama.open_model` would; ``n_ctx`` is that of one request.
         n_parallel: requests at once (slots of llama.cpp's server; the other has one).
         name: of the model to its clients; by default the file's name without its end.
         log: the file that receives all it writes; by default a temporary one, gone at the end.
@@ -206,7 +206,7 @@ def start(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=file,
-            env=child_environment(),
+            env=environment(),
             start_new_session=True,
         )
     server = LocalServer(
@@ -332,7 +332,7 @@ def _check_alive(server: LocalServer, path: str | Path) -> None:
     signal_name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     lines = server.log_lines(1)
     what = f"{server.version} died while it started ({signal_name}){': ' + lines[0].strip() if lines else ''}"
-    hint = DEATH_HINTS.get(signal_name, "read the last lines of its log, below")
+    hint = HINTS.get(signal_name, "read the last lines of its log, below")
     raise _with_log(ModelError(what, where=path, hint=hint), server)
 
 
@@ -407,7 +407,7 @@ def _llama_cpp_params(job: dict[str, Any], settings: OpenSettings, key: str) -> 
 
 
 def _serve_llama_cpp_python(job: dict[str, Any], settings: OpenSettings, key: str, tell: Any) -> None:
-    """llama-cpp-python's server, with the same parameters as ``probe.build_llama``."""
+    """llama-cpp-python's server, with the same parameters as `settings.build_llama`."""
     import uvicorn
 
     server = uvicorn.Server(
@@ -438,7 +438,7 @@ def _llama_cpp_python_app(job: dict[str, Any], settings: OpenSettings, key: str)
     from llama_cpp.server.app import create_app
     from llama_cpp.server.settings import ModelSettings, ServerSettings
 
-    from dfqs_nb.llama.probe import add_rpc_servers, default_context_params, default_model_params
+    from dfqs_nb.llama.settings import add_rpc_servers, default_context_params, default_model_params
 
     add_rpc_servers(settings)
     names = (

@@ -25,7 +25,7 @@ def inspect(
 
     Exit status 1: at least one is no sound model. Example: `dfqs-nb inspect model.gguf`
     """
-    from dfqs_nb.merge.kind import diagnose, llama_cpp_verdict
+    from dfqs_nb.merge.kind import diagnose, loader_verdict
 
     sound = True
     for path in paths:
@@ -36,7 +36,7 @@ def inspect(
             say(f"  -> {diagnosis.next_step}")
         _say_rows(_header_rows(path) if diagnosis.sound else dict(diagnosis.evidence))
         if llama_cpp:
-            say(f"  {'llama.cpp:':<28}{llama_cpp_verdict(path).reason or 'loads'}")
+            say(f"  {'llama.cpp:':<28}{loader_verdict(path).reason or 'loads'}")
     raise typer.Exit(int(not sound))
 
 

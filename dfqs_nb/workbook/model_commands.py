@@ -104,8 +104,9 @@ def score(
 
     Examples: `dfqs-nb score model.gguf`, `dfqs-nb score http://127.0.0.1:8080/v1 --tier nano`
     """
+    from dfqs_nb import llama
     from dfqs_nb.core.files import sha256_of
-    from dfqs_nb.llama import model as runtime
+    from dfqs_nb.llama.generate import Sampling
     from dfqs_nb.scores import item_sets
     from dfqs_nb.scores import run as scoring
     from dfqs_nb.serve import client
@@ -126,8 +127,8 @@ def score(
             identity, name = "", Path(f"endpoint-{opened.model}").name
             score_set: Any = client.score_set
         else:
-            settings = runtime.OpenSettings(n_ctx=n_ctx, n_threads=threads or None)
-            opened = stack.enter_context(runtime.open_model(model, settings))
+            settings = llama.OpenSettings(n_ctx=n_ctx, n_threads=threads or None)
+            opened = stack.enter_context(llama.open_model(model, settings))
             identity, name = sha256_of(opened.path), default_run_name(model)
             score_set = scoring.score_set
         folder = run_dir(run or name)
@@ -138,7 +139,7 @@ def score(
                 item_set,
                 folder / "scores",
                 model_id=identity,
-                sampling=runtime.Sampling(temperature=temperature),
+                sampling=Sampling(temperature=temperature),
                 ks=[k for k in (10, 100) if k <= samples] if of_code else (),
                 n_samples=samples if of_code else 1,
                 limit=limit,

@@ -13,7 +13,7 @@ from dfqs_nb import __version__
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.journal import conditions_hash
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.gguf import hub
+from dfqs_nb.gguf import models as hub
 from dfqs_nb.gguf import models as registry
 from dfqs_nb.workbook import run as workbook
 
@@ -137,7 +137,7 @@ def _model(text: str, base: Path) -> str:
     if not text:
         hint = "give a registered name, a path, or an hf:// address"
         raise SweepError("the cell model is empty", hint=hint)
-    known = registry.models()
+    known = registry.registered()
     if text.startswith("hf://"):
         hub.parse_address(text)
         return text

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.llama.probe import OpenSettings
+from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.trace import open_recorded
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"

@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import llama_cpp_tools
 
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.llama import model as runtime
+from dfqs_nb.llama import model as llama_model
+from dfqs_nb.llama import settings as llama_settings
+from dfqs_nb.llama import timing as llama_timing
 from dfqs_nb.scores import speed
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
@@ -57,8 +59,8 @@ def theirs(bench: Path, model: str, depth: int, tokens: int, threads: int) -> tu
     return speeds[0], speeds[1]
 
 
-def ours(model: runtime.Model, depth: int, tokens: int) -> tuple[float, float]:
-    found = runtime.measure_speed(model, depth, tokens, repetitions=1)
+def ours(model: llama_model.Model, depth: int, tokens: int) -> tuple[float, float]:
+    found = llama_timing.measure_speed(model, depth, tokens, repetitions=1)
     return found.prefill_tokens_per_sec.median, found.decode_tokens_per_sec.median
 
 
@@ -72,9 +74,9 @@ def main() -> int:
     arguments = parser.parse_args()
     bench = llama_cpp_tools.tool("llama-bench")
     depth, tokens, threads = arguments.depth, arguments.tokens, arguments.threads
-    settings = runtime.OpenSettings(n_ctx=depth + tokens, n_threads=threads)
+    settings = llama_settings.OpenSettings(n_ctx=depth + tokens, n_threads=threads)
     pairs = []
-    with runtime.open_model(arguments.model, settings) as model, speed.watched_load() as load:
+    with llama_model.open_model(arguments.model, settings) as model, speed.watched_load() as load:
         for turn in range(arguments.rounds):
 
             def peer() -> tuple[float, float]:

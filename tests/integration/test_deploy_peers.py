@@ -21,8 +21,9 @@ from test_memory import smollm2
 
 from dfqs_nb.gguf import broken as specimens
 from dfqs_nb.gguf import models as registry
-from dfqs_nb.llama import model as runtime
-from dfqs_nb.llama.probe import OpenSettings
+from dfqs_nb.llama import generate as llama_generate
+from dfqs_nb.llama import model as llama_model
+from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.merge.merge import merge
 from dfqs_nb.scores import item_sets
 from dfqs_nb.serve import servers
@@ -67,9 +68,11 @@ def test_node_llama_cpp_gives_the_same_greedy_tokens(name):
     folder = peer(deploy_peers.node_package, "node-llama-cpp", "@node-llama-cpp/linux-x64")
     path = smollm2() if name == "smollm2" else registry.resolve(name)[0]
     items = item_sets.load_item_set("nano-reasoning").items[:: 8 if name == "smollm2" else 4]
-    with runtime.open_model(path, OpenSettings(n_ctx=2048, n_threads=1)) as model:
-        prompts = [p for item in items if len(p := runtime.chat_prompt(model, item.prompt)) < 1500]
-        ours = [runtime.stream_tokens(model, prompt, MAX_TOKENS).completion.token_ids for prompt in prompts]
+    with llama_model.open_model(path, OpenSettings(n_ctx=2048, n_threads=1)) as model:
+        prompts = [p for item in items if len(p := llama_generate.chat_prompt(model, item.prompt)) < 1500]
+        ours = [
+            llama_generate.stream_tokens(model, prompt, MAX_TOKENS).completion.token_ids for prompt in prompts
+        ]
         found = ask_node(folder, path, prompts)
         wrong = [*ours[0][:-1], ours[0][-1] + 1]
         assert parting(model, prompts[0], ours[0], wrong)["at"] == len(wrong) - 1, (
@@ -113,7 +116,9 @@ def ask_node(folder: Path, path: Path, prompts: list[list[int]]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def parting(model: runtime.Model, prompt: list[int], ours: tuple[int, ...], theirs: list[int]) -> dict | None:
+def parting(
+    model: llama_model.Model, prompt: list[int], ours: tuple[int, ...], theirs: list[int]
+) -> dict | None:
     """Where the answers part, and how far apart our logits of the two choices were; None when they do not."""
     for at, (a, b) in enumerate(zip_longest(ours, theirs)):
         if a != b:

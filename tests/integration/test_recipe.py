@@ -14,7 +14,7 @@ import pytest
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf import memory
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.llama import ggml
+from dfqs_nb.llama import check
 
 RECIPE = data_dir() / "reference" / "recipe"
 
@@ -101,7 +101,7 @@ def test_a_few_steps_become_a_file_that_llama_cpp_computes_alike(tmp_path):
     assert (run / "log.jsonl").read_text().count("\n") >= 1
     call(RECIPE / "export.py", run, path, "--type", "F32")
     header = read_header(path)
-    assert header.architecture == "deepseek4" and ggml.parse(path).accepted
+    assert header.architecture == "deepseek4" and check.parse(path).accepted
     assert memory.estimate([header], 512, 512).kv.total > 0
     # 1: a model that has learnt next to nothing may part from llama.cpp where its indexer leaves an entry out
     report = json.loads(call(RECIPE / "prove_export.py", run, path, accepted=(0, 1)))

@@ -13,7 +13,7 @@ import record_references as records
 from gguf_fixtures import Spec, every_type, field, gguf_bytes, split_fields
 
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.llama import ggml
+from dfqs_nb.llama import check
 from dfqs_nb.merge.merge import merge
 
 MERGES = records.read("merge_hashes.json")
@@ -107,5 +107,5 @@ def test_where_the_tool_loses_something_we_keep_it(tmp_path, case):
     }
     merged = read_header(ours)
     assert {name: merged.raw[slice(*merged.fields[name].record)] for name in kept} == kept
-    assert ggml.parse(ours).accepted
-    assert ggml.parse(theirs).accepted == (case != "an alignment of 64")
+    assert check.parse(ours).accepted
+    assert check.parse(theirs).accepted == (case != "an alignment of 64")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dfqs_nb.llama.probe import OpenSettings
+from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.trace import LOGIT_SAMPLE, Schedule, open_recorded, record
 
 NOISE = 5e-5  # selection scores of the two implementations differ by less

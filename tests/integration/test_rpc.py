@@ -15,8 +15,8 @@ import pytest
 from test_routing_remote import free_port, wait_for
 
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.llama import model as runtime
-from dfqs_nb.llama.probe import OpenSettings
+from dfqs_nb.llama import model as llama_model
+from dfqs_nb.llama.settings import OpenSettings
 
 HERE = Path(__file__).resolve().parents[1] / "support"
 
@@ -39,7 +39,7 @@ def test_the_setting_is_checked_and_a_condition_only_where_it_is_set():
 @pytest.mark.skipif(api.llama_supports_rpc(), reason="this build has RPC")
 def test_a_build_without_rpc_says_how_to_get_it(merged_reference):
     with pytest.raises(ModelError, match="built without RPC"):
-        runtime.open_model(
+        llama_model.open_model(
             merged_reference, OpenSettings(n_ctx=256, n_gpu_layers=-1, rpc_servers="127.0.0.1:1")
         )
 

@@ -85,4 +85,4 @@ def test_the_published_mistake_is_repaired_on_the_way(tmp_path, monkeypatch):
     first = [workbook.NOTEBOOKS / "01_merge_shards.ipynb"]
     done = workbook.run_workbook("glued", {"model": str(glued)}, first)
     handed = json.loads((done.folder / "merge.json").read_text())["model"]
-    assert handed["sha256"] == registry.models()["dfqs-nano-iq1_s-xl"].merged_sha256
+    assert handed["sha256"] == registry.registered()["dfqs-nano-iq1_s-xl"].merged_sha256

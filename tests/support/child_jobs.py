@@ -15,7 +15,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     """Add two numbers, or fail in the way that the job names."""
     print("what a library prints is no message")
     child.tell(stage="while adding", pid=os.getpid())
-    match job["do"]:
+    match job.get("do", "wait"):
         case "add":
             return {"sum": sum(job["numbers"])}
         case "refuse":

@@ -11,16 +11,17 @@ import json
 import sys
 
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.llama import model as runtime
-from dfqs_nb.llama.probe import LOG, OpenSettings
+from dfqs_nb.llama import generate as llama_generate
+from dfqs_nb.llama import model as llama_model
+from dfqs_nb.llama.settings import LOG, OpenSettings
 
 PROMPTS = ("Tom is tall. Ann is small. Who is tall?", "Write a short story about a dog and a river.")
 
 
 def answers(path: str, settings: OpenSettings) -> dict:
-    with runtime.open_model(path, settings) as model:
-        said = [runtime.chat(model, prompt, 48) for prompt in PROMPTS]
-        said.append(runtime.complete(model, "def add(a, b):\n", 48))
+    with llama_model.open_model(path, settings) as model:
+        said = [llama_generate.chat(model, prompt, 48) for prompt in PROMPTS]
+        said.append(llama_generate.complete(model, "def add(a, b):\n", 48))
         buffers = [line for line in LOG.tail(500) if "buffer size" in line and "RPC" in line]
         return {
             "tokens": [one.token_ids for one in said],
@@ -35,7 +36,7 @@ def main() -> int:
     here = answers(path, OpenSettings(n_ctx=512, n_threads=1))
     there = answers(path, OpenSettings(n_ctx=512, n_threads=1, n_gpu_layers=-1, rpc_servers=servers))
     try:
-        runtime.open_model(path, OpenSettings(n_ctx=512, n_gpu_layers=-1, rpc_servers="127.0.0.1:1"))
+        llama_model.open_model(path, OpenSettings(n_ctx=512, n_gpu_layers=-1, rpc_servers="127.0.0.1:1"))
         refused = ""
     except ModelError as error:
         refused = str(error)

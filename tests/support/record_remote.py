@@ -14,7 +14,7 @@ import sys
 import llama_cpp.llama_cpp as api
 import numpy as np
 
-from dfqs_nb.llama.probe import OpenSettings
+from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import trace as routing
 
 N_PREFILL, N_DECODE = 150, 50

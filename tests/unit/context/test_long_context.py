@@ -41,9 +41,9 @@ from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.memory import kv_cache_bytes
-from dfqs_nb.llama.model import DecodeError, NanLogitsError, OpenSettings, open_model
-from dfqs_nb.llama.probe import dry_run
-from dfqs_nb.llama.states import check_reuse, restore_state, save_state
+from dfqs_nb.llama.check import dry_run
+from dfqs_nb.llama.model import DecodeError, NanLogitsError, check_reuse, open_model
+from dfqs_nb.llama.settings import OpenSettings
 
 NANO_Q8 = data_dir() / "reference" / "DFQS-Nano-Q8_0-00001-of-00002.gguf"
 SETTINGS = OpenSettings(n_ctx=640, n_threads=1)
@@ -52,13 +52,13 @@ MIB, GIB = 2**20, 2**30
 
 @pytest.fixture(scope="module")
 def nano():
-    with open_model(NANO, SETTINGS, probe=False) as model:
+    with open_model(NANO, SETTINGS, trial=False) as model:
         yield model
 
 
 @pytest.fixture(scope="module")
 def smol():
-    with open_model(smollm2(), SETTINGS, probe=False) as model:
+    with open_model(smollm2(), SETTINGS, trial=False) as model:
         yield model
 
 
@@ -188,9 +188,9 @@ def test_a_restored_state_continues_as_if_nothing_had_happened(which, request):
     text = np.random.default_rng(0).integers(10, model.n_vocab - 10, 300).tolist()
     model.clear()
     model.decode(text[:250])
-    state = save_state(model)
+    state = model.save()
     first = model.evaluate(text[250:])
-    restore_state(model, state)
+    model.restore(state)
     assert model.n_past == 250
     assert np.array_equal(model.evaluate(text[250:]), first)
     model.clear()
@@ -215,7 +215,7 @@ def test_the_gate_judges_what_it_measured(nano):
 
 def test_the_gate_refuses_where_logits_differ():
     """Flash attention computes a batch of another size differently, so reuse is not the same there."""
-    with open_model(NANO, dataclasses.replace(SETTINGS, flash_attn=True), probe=False) as model:
+    with open_model(NANO, dataclasses.replace(SETTINGS, flash_attn=True), trial=False) as model:
         draw = np.random.default_rng(0)
         parts = [draw.integers(10, 700, n).tolist() for n in (150, 150)]
         found = check_reuse(model, parts, [draw.integers(10, 700, 20).tolist()])
@@ -227,7 +227,7 @@ def test_the_gate_refuses_where_logits_differ():
 
 
 def test_a_plan_to_4096_stays_under_the_ratio():
-    with open_model(smollm2(), SETTINGS, probe=False) as model:
+    with open_model(smollm2(), SETTINGS, trial=False) as model:
         plan = make_plan(model, "long-context-standard", 4096, n_haystacks=8)
         assert plan.grown and plan.grid == (256, 512, 1024, 2048, 4096)
         assert plan.ratio() <= 1.25 and 2 <= plan.n_questions <= 6
@@ -306,8 +306,9 @@ def test_grown_and_fresh_give_the_same_answers(smol, tmp_path):
 CHILD = """
 import sys, dataclasses
 from dfqs_nb.context.curve import make_plan, measure
-from dfqs_nb.llama.model import OpenSettings, open_model
-with open_model(sys.argv[1], OpenSettings(n_ctx=640, n_threads=1), probe=False) as model:
+from dfqs_nb.llama.model import open_model
+from dfqs_nb.llama.settings import OpenSettings
+with open_model(sys.argv[1], OpenSettings(n_ctx=640, n_threads=1), trial=False) as model:
     plan = make_plan(model, sys.argv[3], 512 if "nano" in sys.argv[3] else 256, n_haystacks=4)
     run = measure(model, plan, sys.argv[2])
     print(run.items.drop(columns="seconds").to_csv(index=False))
@@ -370,7 +371,7 @@ def test_two_quantizations_are_compared_question_by_question(nano, tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     plan = dataclasses.replace(make_plan(nano, "long-context-nano", 128, n_haystacks=5), rounds=0)
     this = measure(nano, plan, tmp_path / "a").items
-    with open_model(NANO_Q8, SETTINGS, probe=False) as model:
+    with open_model(NANO_Q8, SETTINGS, trial=False) as model:
         baseline = measure(model, plan, tmp_path / "b").items
     table = degradation.paired(this, baseline)
     assert table["n"].tolist() == [5, 5] and table["difference"].between(-1, 1).all()
@@ -381,7 +382,7 @@ def test_two_quantizations_are_compared_question_by_question(nano, tmp_path):
 
 
 def test_a_context_too_small_ends_the_curve_with_its_cause(nano, tmp_path):
-    with open_model(NANO, OpenSettings(n_ctx=256, n_threads=1), probe=False) as model:
+    with open_model(NANO, OpenSettings(n_ctx=256, n_threads=1), trial=False) as model:
         plan = make_plan(model, "long-context-nano", 512, n_haystacks=4)
         run = measure(model, plan, tmp_path)
     assert run.failure.cause == "n_ctx" and run.failure.length == 256

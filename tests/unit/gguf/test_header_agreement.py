@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from dfqs_nb.core.errors import DfqsError, HeaderError
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
-from dfqs_nb.llama import ggml
+from dfqs_nb.llama import check
 
 VOCABULARIES = records.read("vocabulary_digests.json")["files"]
 LIVE = ("bert-bge", "deepseek-coder", "llama-spm", "phi-3")  # gguf-py takes a minute for all of them
@@ -80,7 +80,7 @@ def assert_agrees_with_gguf_py(path: Path) -> None:
 
 
 def assert_agrees_with_libggml(path: Path) -> None:
-    header, theirs = read_header(path), ggml.parse(path, tensors=True)
+    header, theirs = read_header(path), check.parse(path, tensors=True)
     assert theirs.accepted, theirs.message
     assert (header.version, len(header), len(header.tensors), header.alignment, header.data_offset) == (
         theirs.version,
@@ -113,7 +113,7 @@ def test_a_vocabulary_read_side_by_side_with_gguf_py(vocabularies, name):
 
 
 def test_every_vocabulary_lies_where_libggml_says(vocabularies):
-    for path, theirs in zip(vocabularies.values(), ggml.parse_all(list(vocabularies.values())), strict=True):
+    for path, theirs in zip(vocabularies.values(), check.parse_all(list(vocabularies.values())), strict=True):
         header = read_header(path)
         assert (header.version, len(header), header.data_offset) == (
             theirs.version,
@@ -217,7 +217,7 @@ def ours_accepts(path: Path) -> bool:
 
 def assert_no_laxer_than_libggml(paths: list[Path]) -> None:
     accepted = [ours_accepts(path) for path in paths]
-    for path, mine, theirs in zip(paths, accepted, ggml.parse_all(paths), strict=True):
+    for path, mine, theirs in zip(paths, accepted, check.parse_all(paths), strict=True):
         assert theirs.accepted or not mine, f"{path.name}: we accept it, libggml: {theirs.message}"
 
 

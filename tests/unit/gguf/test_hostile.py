@@ -11,7 +11,7 @@ from gguf_fixtures import Spec, field, gguf_bytes, header_bytes, small_gguf, tex
 
 from dfqs_nb.core.errors import DfqsError, HeaderError, LayoutError
 from dfqs_nb.gguf.header import MAX_HEADER_BYTES, check_layout, read_header
-from dfqs_nb.llama import ggml
+from dfqs_nb.llama import check
 
 HUGE = 1 << 61
 
@@ -167,7 +167,7 @@ def test_llama_cpp_refuses_all_of_them_too_but_for_the_known_few(tmp_path):
     cases = {**HEADERS, **LAYOUTS}
     for case, (raw, *_) in cases.items():
         (tmp_path / case).write_bytes(raw)
-    answers = ggml.parse_all([tmp_path / case for case in cases])
+    answers = check.parse_all([tmp_path / case for case in cases])
     assert {case for case, one in zip(cases, answers, strict=True) if one.accepted} == stricter
     assert {case: one.death for case, one in zip(cases, answers, strict=True) if one.death} == {
         "an overflow beside a 0, which aborts llama.cpp": "SIGABRT"

@@ -16,7 +16,8 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.memory import MemoryEstimate, check_fits, estimate, kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.llama import probe
+from dfqs_nb.llama.check import dry_run
+from dfqs_nb.llama.settings import LOG, OpenSettings, build_llama
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 MIB, GIB = 2**20, 2**30
@@ -111,15 +112,14 @@ def flash_file(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("n_ctx", [8192, 32768, 131072, 1048576])
 @pytest.mark.parametrize("swa_full", [False, True])
 def test_flash_cache_is_what_llama_cpp_plans_for_the_real_shape(flash_file, n_ctx, swa_full):
-    planned = probe.dry_run(flash_file, probe.OpenSettings(n_ctx=n_ctx, swa_full=swa_full, n_threads=1))
+    planned = dry_run(flash_file, OpenSettings(n_ctx=n_ctx, swa_full=swa_full, n_threads=1))
     ours = kv_cache_bytes(read_header(flash_file), n_ctx, swa_full=swa_full)
     assert ours.total == pytest.approx(planned["kv_bytes"], abs=0.04 * MIB)
 
 
 def test_flash_compute_buffer_exceeds_the_cache_without_flash_attention(flash_file):
     plain, flash = (
-        probe.dry_run(flash_file, probe.OpenSettings(n_ctx=131072, flash_attn=on, n_threads=1))
-        for on in (False, True)
+        dry_run(flash_file, OpenSettings(n_ctx=131072, flash_attn=on, n_threads=1)) for on in (False, True)
     )
     assert plain["compute_bytes"] > 4 * plain["kv_bytes"]
     assert flash["compute_bytes"] < flash["kv_bytes"]
@@ -131,10 +131,10 @@ def test_flash_compressor_state_does_not_grow(flash):
     assert state.pop() / MIB == pytest.approx(11.6, abs=0.05)
 
 
-def allocated(path: Path, settings: probe.OpenSettings) -> tuple[float, int]:
+def allocated(path: Path, settings: OpenSettings) -> tuple[float, int]:
     """MiB of cache and state buffers that llama.cpp says it allocated, and how many rounded figures that adds."""
-    probe.build_llama(path, settings).close()
-    found = re.findall(r"(?:KV|state) buffer size = +([\d.]+) MiB", "\n".join(probe.LOG.tail(500)))
+    build_llama(path, settings).close()
+    found = re.findall(r"(?:KV|state) buffer size = +([\d.]+) MiB", "\n".join(LOG.tail(500)))
     return sum(map(float, found)), len(found)
 
 
@@ -154,7 +154,7 @@ def allocated(path: Path, settings: probe.OpenSettings) -> tuple[float, int]:
 @pytest.mark.parametrize("model", ["nano", "smollm2"])
 def test_formula_equals_what_llama_cpp_allocates(model, settings):
     path = NANO if model == "nano" else smollm2()
-    chosen = probe.OpenSettings(n_threads=1, **settings)
+    chosen = OpenSettings(n_threads=1, **settings)
     ours = kv_cache_bytes(
         read_header(path),
         chosen.n_ctx,
@@ -172,10 +172,10 @@ def test_formula_equals_what_llama_cpp_allocates(model, settings):
 
 @pytest.mark.parametrize("n_ctx", [512, 8192])
 def test_plan_without_allocation_equals_the_real_allocation(n_ctx):
-    settings = probe.OpenSettings(n_ctx=n_ctx, n_threads=1)
-    planned = probe.dry_run(NANO, settings)
-    probe.build_llama(NANO, settings).close()
-    found = re.findall(r"compute buffer size = +([\d.]+) MiB", "\n".join(probe.LOG.tail(500)))
+    chosen = OpenSettings(n_ctx=n_ctx, n_threads=1)
+    planned = dry_run(NANO, chosen)
+    build_llama(NANO, chosen).close()
+    found = re.findall(r"compute buffer size = +([\d.]+) MiB", "\n".join(LOG.tail(500)))
     assert planned["compute_bytes"] / MIB == pytest.approx(sum(map(float, found)), abs=1e-5)
     assert planned["kv_bytes"] == pytest.approx(
         kv_cache_bytes(read_header(NANO), n_ctx).total, abs=0.05 * MIB

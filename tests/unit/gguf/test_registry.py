@@ -16,7 +16,7 @@ from hub_server import COMMIT, Cut, HubServer
 from dfqs_nb.core import errors
 from dfqs_nb.core.errors import IntegrityError, RegistryError, SpaceError
 from dfqs_nb.core.paths import REPOSITORY, data_dir
-from dfqs_nb.gguf import hub
+from dfqs_nb.gguf import models as hub
 from dfqs_nb.gguf import models as registry
 
 REFERENCE = data_dir() / "reference"
@@ -75,7 +75,7 @@ def server():
 
 @pytest.fixture
 def model() -> registry.Model:
-    return registry.models()["dfqs-nano-iq1_s-xl"]
+    return registry.registered()["dfqs-nano-iq1_s-xl"]
 
 
 # The table
@@ -85,7 +85,7 @@ def test_table_agrees_with_the_files_and_with_sha256sums():
     published = dict(reversed(line.split()) for line in (REFERENCE / "SHA256SUMS").read_text().splitlines())
     registered = {
         file.name: file
-        for model in registry.models().values()
+        for model in registry.registered().values()
         if model.source == "data/reference"
         for file in model.files
     }
@@ -97,13 +97,13 @@ def test_table_agrees_with_the_files_and_with_sha256sums():
 
 
 def test_single_file_is_as_long_as_its_shards_together():
-    known = registry.models()
+    known = registry.registered()
     sharded, single = known["deepseek-v4-flash-iq1_s-xl"], known["deepseek-v4-flash-iq1_s-xl-single"]
     assert sharded.size_bytes == single.size_bytes == 61_540_805_344, "a merge would drop a header"
 
 
 def test_every_entry_is_complete():
-    for model in registry.models().values():
+    for model in registry.registered().values():
         assert model.title and model.licence and model.numbers_from and model.note, model.name
         assert model.source == "data/reference" or model.source.startswith("hf://")
         for file in model.files:
@@ -116,7 +116,7 @@ def test_broken_table_names_itself(tmp_path, monkeypatch):
     (tmp_path / "models.toml").write_text("[x]\ntitle = 'no files'\n")
     monkeypatch.setenv("DFQS_DATA", str(tmp_path))
     with pytest.raises(RegistryError, match="models.toml: cannot read the table"):
-        registry.models()
+        registry.registered()
 
 
 # Local paths

@@ -14,16 +14,18 @@ from dfqs_nb.context import loss
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.ladder import divergence
 from dfqs_nb.ladder.divergence import TextError, Tokens
-from dfqs_nb.llama import model as runtime
+from dfqs_nb.llama import generate as llama_generate
+from dfqs_nb.llama import model as llama_model
+from dfqs_nb.llama import settings as llama_settings
 
 REFERENCE = data_dir() / "reference"
 F16 = REFERENCE / "DFQS-Nano-F16.gguf"
-SETTINGS = runtime.OpenSettings(n_ctx=128, n_threads=1)
+SETTINGS = llama_settings.OpenSettings(n_ctx=128, n_threads=1)
 
 
 @pytest.fixture(scope="module")
 def model():
-    with runtime.open_model(F16, SETTINGS) as opened:
+    with llama_model.open_model(F16, SETTINGS) as opened:
         yield opened
 
 
@@ -61,7 +63,7 @@ def test_the_scored_tokens_lose_what_the_loss_module_says(model):
 def test_a_chat_is_put_in_the_model_s_template_and_ended(model):
     text = divergence.Text("t", (("What is 1 + 1?", "2."), ("def f():",)))
     tokens = text.tokens(model)
-    pieces = runtime.chat_prompt(model, "What is 1 + 1?"), model.tokenize("2.", special=False)
+    pieces = llama_generate.chat_prompt(model, "What is 1 + 1?"), model.tokenize("2.", special=False)
     assert tokens[: len(pieces[0]) + len(pieces[1])] == [*pieces[0], *pieces[1]]
     assert tokens.count(model.llama.token_eos()) == 2 and tokens.count(model.llama.token_bos()) == 2
 
@@ -138,7 +140,7 @@ def test_numbers_agree_with_llama_perplexity_within_its_error_bars(tmp_path, nam
     rows: dict[str, list[np.ndarray]] = {"base": [], "other": []}
     targets: list[np.ndarray] = []
     for kind, file in (("base", F16), ("other", other)):
-        with runtime.open_model(file, SETTINGS) as model:
+        with llama_model.open_model(file, SETTINGS) as model:
             tokens = model.with_bos(model.tokenize(path.read_text(), special=False))
             targets.clear()
             divergence.predict(

@@ -17,18 +17,19 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.ladder import divergence, imatrix
 from dfqs_nb.ladder.imatrix import Entry, ImatrixError, ImportanceMatrix
-from dfqs_nb.llama import ggml
-from dfqs_nb.llama import model as runtime
+from dfqs_nb.llama import check
+from dfqs_nb.llama import model as llama_model
+from dfqs_nb.llama import settings as llama_settings
 from dfqs_nb.routing import trace as routing
 
 F16 = data_dir() / "reference" / "DFQS-Nano-F16.gguf"
-ONE_THREAD = runtime.OpenSettings(n_ctx=128, n_threads=1)
-LIBRARIES = Path(ggml.library_path()).parent
+ONE_THREAD = llama_settings.OpenSettings(n_ctx=128, n_threads=1)
+LIBRARIES = Path(check.library_path()).parent
 
 
 @pytest.fixture(scope="module")
 def tokens() -> list[int]:
-    with runtime.open_model(F16, ONE_THREAD) as model:
+    with llama_model.open_model(F16, ONE_THREAD) as model:
         return divergence.load_text("calibration-nano", "calibration").tokens(model)[:256]
 
 
@@ -70,7 +71,7 @@ def test_what_is_written_is_read_again_and_llama_cpp_parses_it(matrix, tmp_path)
     for name, entry in matrix.entries.items():
         assert np.array_equal(found.entries[name].sums, entry.sums)
         assert np.array_equal(found.entries[name].counts, entry.counts)
-    assert ggml.parse(written.path).n_tensors == 2 * len(matrix.entries)
+    assert check.parse(written.path).n_tensors == 2 * len(matrix.entries)
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
@@ -185,7 +186,7 @@ def plain(tmp_path_factory) -> tuple[Path, list[int]]:
     documents = divergence.load_text("calibration-nano", "calibration").documents[:90]
     path = tmp_path_factory.mktemp("text") / "plain.txt"
     path.write_text(" ".join(" ".join(one) for one in documents), encoding="utf-8")
-    with runtime.open_model(F16, ONE_THREAD) as model:
+    with llama_model.open_model(F16, ONE_THREAD) as model:
         return path, model.with_bos(model.tokenize(path.read_text(encoding="utf-8"), special=False))
 
 

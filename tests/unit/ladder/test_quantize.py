@@ -26,7 +26,7 @@ from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.ladder import imatrix, quantize
 from dfqs_nb.ladder.imatrix import Entry, ImportanceMatrix
 from dfqs_nb.ladder.quantize import QuantizeError, Recipe, Rule, load_recipe
-from dfqs_nb.llama import ggml
+from dfqs_nb.llama import check
 
 REFERENCE = data_dir() / "reference"
 F16 = REFERENCE / "DFQS-Nano-F16.gguf"
@@ -336,10 +336,11 @@ TOOL = {  # what llama-quantize must be told to follow our recipes
 def matrix(tmp_path_factory) -> Path:
     """Importance over a little text; the entries of attn_output_a are in it."""
     from dfqs_nb.ladder import divergence
-    from dfqs_nb.llama import model as runtime
+    from dfqs_nb.llama import model as llama_model
+    from dfqs_nb.llama import settings as llama_settings
 
-    settings = runtime.OpenSettings(n_ctx=256, n_threads=1)
-    with runtime.open_model(F16, settings) as model:
+    settings = llama_settings.OpenSettings(n_ctx=256, n_threads=1)
+    with llama_model.open_model(F16, settings) as model:
         tokens = divergence.load_text("calibration-nano", "calibration").tokens(model)[:1024]
     found = imatrix.collect(F16, tokens, dataset="words", chunk_tokens=256, settings=settings, progress=False)
     return Path(imatrix.write_imatrix(tmp_path_factory.mktemp("matrix") / "m.gguf", found).path)
@@ -381,4 +382,4 @@ def test_shards_are_quantized_without_a_merge(tmp_path, q8):
     first = min(tmp_path.glob("part-*"))
     done = quantize.quantize(first, "Q8_0", tmp_path / "out.gguf", **QUIET)
     assert contents(open_shards(done.path)) == contents(open_shards(q8.path))
-    assert ggml.parse(done.path).accepted and "split.count" not in read_header(done.path)
+    assert check.parse(done.path).accepted and "split.count" not in read_header(done.path)

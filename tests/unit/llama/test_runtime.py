@@ -16,13 +16,18 @@ import numpy as np
 import pytest
 from test_memory import smollm2
 
+from dfqs_nb.core import child
 from dfqs_nb.core.errors import DfqsError, ModelError, SpaceError
 from dfqs_nb.core.machine import available_memory
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.llama import model as runtime
-from dfqs_nb.llama import probe
-from dfqs_nb.llama.model import OpenSettings, Sampling, chat, chat_prompt, complete, open_model, stream_chat
+from dfqs_nb.llama import check, settings
+from dfqs_nb.llama import generate as llama_generate
+from dfqs_nb.llama import model as llama_model
+from dfqs_nb.llama import timing as llama_timing
+from dfqs_nb.llama.generate import Sampling, chat, chat_prompt, complete, stream_chat
+from dfqs_nb.llama.model import open_model
+from dfqs_nb.llama.settings import OpenSettings
 
 REFERENCE = data_dir() / "reference"
 NANO = REFERENCE / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
@@ -106,7 +111,7 @@ def test_greedy_answer_equals_plain_llama_cpp_python(path, prompt):
         [{"role": "user", "content": prompt}], temperature=0.0, repeat_penalty=1.0, max_tokens=40
     )
     llama.close()
-    with open_model(path, SETTINGS, probe=False) as model:
+    with open_model(path, SETTINGS, trial=False) as model:
         ours = chat(model, prompt, max_tokens=40)
     assert ours.text == theirs["choices"][0]["message"]["content"]
     assert ours.n_prompt == theirs["usage"]["prompt_tokens"]
@@ -152,7 +157,7 @@ def test_every_token_of_both_vocabularies_has_its_bytes(nano, smol):
 
 
 def test_same_prompt_twice_gives_the_same_tokens(nano):
-    repeat = runtime.same_tokens_twice(nano, "Explain mixture-of-experts routing")
+    repeat = llama_generate.same_tokens_twice(nano, "Explain mixture-of-experts routing")
     assert repeat.same, f"token {repeat.first_difference} differs"
     assert len(repeat.first.token_ids) > 5
 
@@ -203,7 +208,7 @@ class ScriptedModel:
 
 def test_streamed_pieces_never_split_a_character():
     text = "naïve 漢字 🙂🙂 fin"
-    stream = runtime.stream_tokens(ScriptedModel([bytes([b]) for b in text.encode()]), [0])
+    stream = llama_generate.stream_tokens(ScriptedModel([bytes([b]) for b in text.encode()]), [0])
     pieces = list(stream)
     assert "".join(pieces) == text == stream.completion.text
     assert all("\ufffd" not in piece for piece in pieces)
@@ -211,30 +216,30 @@ def test_streamed_pieces_never_split_a_character():
 
 
 def test_a_broken_last_character_is_shown_as_such():
-    stream = runtime.stream_tokens(ScriptedModel([b"a", "🙂".encode()[:2]]), [0])
+    stream = llama_generate.stream_tokens(ScriptedModel([b"a", "🙂".encode()[:2]]), [0])
     assert "".join(stream) == stream.completion.text == "a\ufffd"
 
 
 def test_stop_text_is_never_shown_even_across_tokens():
     model = ScriptedModel([b"def f", b"():\n", b" pass\n", b"\ncla", b"ss B", b"more"])
-    stream = runtime.stream_tokens(model, [0], stop=["\n\nclass", "###"])
+    stream = llama_generate.stream_tokens(model, [0], stop=["\n\nclass", "###"])
     assert list(stream) == ["def f", "():", "\n pass"]
     assert stream.completion.finish_reason == "stop"
     assert stream.completion.text == "def f():\n pass"
 
 
 def test_held_back_text_is_shown_at_the_end():
-    stream = runtime.stream_tokens(ScriptedModel([b"a\n", b"\n"]), [0], stop=["\n\nclass"])
+    stream = llama_generate.stream_tokens(ScriptedModel([b"a\n", b"\n"]), [0], stop=["\n\nclass"])
     assert "".join(stream) == "a\n\n"
     assert stream.completion.finish_reason == "eos"
 
 
 def test_a_stream_that_failed_has_no_completion():
     model = ScriptedModel([b"a", b"b"])
-    stream = runtime.stream_tokens(model, [0])
+    stream = llama_generate.stream_tokens(model, [0])
     assert next(iter(stream)) == "a"
-    model.evaluate = lambda _tokens: (_ for _ in ()).throw(runtime.NanLogitsError("NaN"))
-    with pytest.raises(runtime.NanLogitsError):
+    model.evaluate = lambda _tokens: (_ for _ in ()).throw(llama_model.NanLogitsError("NaN"))
+    with pytest.raises(llama_model.NanLogitsError):
         list(stream)
     with pytest.raises(ModelError, match="cut off"):
         _ = stream.completion
@@ -251,29 +256,29 @@ def test_stream_equals_chat_and_max_tokens_cuts(nano):
 
 
 def test_prompt_beyond_the_context_is_refused(nano):
-    with pytest.raises(runtime.ContextFullError, match="exceed the context of 512") as caught:
+    with pytest.raises(llama_model.ContextFullError, match="exceed the context of 512") as caught:
         complete(nano, "word " * 600)
     assert caught.value.cause == "n_ctx"
 
 
 def test_answer_stops_where_the_context_ends(nano):
     prompt = np.random.default_rng(1).integers(0, 256, 505).tolist()
-    answer = runtime.stream_tokens(nano, prompt, max_tokens=100).completion
+    answer = llama_generate.stream_tokens(nano, prompt, max_tokens=100).completion
     assert len(answer.token_ids) <= 7
 
 
 def test_speed_has_its_spread_and_clears_up(nano):
-    speed = runtime.measure_speed(nano, depth=64, n_tokens=8, repetitions=3)
+    speed = llama_timing.measure_speed(nano, depth=64, n_tokens=8, repetitions=3)
     for spread in (speed.prefill_tokens_per_sec, speed.decode_tokens_per_sec):
         assert 0 < spread.min <= spread.median <= spread.max and len(spread.values) == 3
     assert nano.n_past == 0
     assert [row["phase"] for row in speed.rows()] == ["prefill", "decode"]
-    with pytest.raises(runtime.ContextFullError):
-        runtime.measure_speed(nano, depth=512, n_tokens=8)
+    with pytest.raises(llama_model.ContextFullError):
+        llama_timing.measure_speed(nano, depth=512, n_tokens=8)
 
 
 def test_closed_model_is_unmapped_and_says_so():
-    model = open_model(NANO_Q8, SETTINGS, probe=False)
+    model = open_model(NANO_Q8, SETTINGS, trial=False)
     mapped = (
         [NANO_Q8.name in line for line in Path("/proc/self/maps").read_text().splitlines()]
         if Path("/proc/self/maps").exists()
@@ -312,7 +317,7 @@ def test_safe_parameters_reach_llama_cpp(seen_params):
 
     default = api.llama_model_default_params
     settings = dataclasses.replace(SETTINGS, n_batch=64, n_ubatch=32, n_gpu_layers=3, flash_attn=True)
-    open_model(NANO, settings, probe=False).close()
+    open_model(NANO, settings, trial=False).close()
     assert default().use_extra_bufts is True, "llama.cpp's default changed: the wrapper may go"
     assert seen_params["model"].use_extra_bufts is False
     assert seen_params["model"].n_gpu_layers == 3
@@ -323,9 +328,9 @@ def test_safe_parameters_reach_llama_cpp(seen_params):
 
 
 def test_plan_uses_the_same_parameters_as_the_model(seen_params):
-    probe.dry_run(NANO, SETTINGS)
+    check.dry_run(NANO, SETTINGS)
     plan = seen_params["context"]
-    open_model(NANO, SETTINGS, probe=False).close()
+    open_model(NANO, SETTINGS, trial=False).close()
     names = [
         name for name, kind in plan._fields_ if kind.__name__ in ("c_int", "c_uint", "c_bool", "c_float")
     ]
@@ -348,25 +353,27 @@ def test_default_parameters_are_restored_after_a_failure(tmp_path):
     default = api.llama_model_default_params
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(60))
     with pytest.raises(ModelError, match="refuses it"):
-        probe.build_llama(tmp_path / "bad.gguf", SETTINGS)
+        settings.build_llama(tmp_path / "bad.gguf", SETTINGS)
     assert api.llama_model_default_params is default
 
 
 def test_no_repacked_copy_of_the_weights():
-    probe.build_llama(NANO, SETTINGS).close()
-    assert not any("REPACK" in line or "AMX" in line for line in probe.LOG.tail(500) if "buffer size" in line)
+    settings.build_llama(NANO, SETTINGS).close()
+    assert not any(
+        "REPACK" in line or "AMX" in line for line in settings.LOG.tail(500) if "buffer size" in line
+    )
 
 
 def test_opening_prints_nothing(capfd):
-    open_model(NANO, SETTINGS, probe=False).close()
+    open_model(NANO, SETTINGS, trial=False).close()
     assert capfd.readouterr() == ("", "")
-    assert any("llama_kv_cache" in line for line in probe.LOG.tail(500))
+    assert any("llama_kv_cache" in line for line in settings.LOG.tail(500))
 
 
 def test_the_same_file_is_tried_once(nano, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_a, **_k: pytest.fail("a second child"))
     model = open_model(NANO, SETTINGS)
-    assert model.probe == nano.probe
+    assert model.trial == nano.trial
     model.close()
 
 
@@ -415,9 +422,7 @@ def test_conditions_name_runtime_and_settings(nano):
 def test_assertion_in_llama_cpp_is_an_exception_here(tmp_path, key, value, stage):
     path = set_key(tmp_path, key, value)
     script = f"import llama_cpp; llama_cpp.Llama({str(path)!r}, verbose=False).eval([1, 2])"
-    naive = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, env=probe._child_environment()
-    )
+    naive = subprocess.run([sys.executable, "-c", script], capture_output=True, env=child.environment())
     assert naive.returncode == -signal.SIGABRT, "this file no longer aborts llama.cpp: find another"
     with pytest.raises(ModelError, match=rf"died .*{stage} \(SIGABRT\): .*GGML_ASSERT") as caught:
         open_model(path, SETTINGS)
@@ -425,7 +430,7 @@ def test_assertion_in_llama_cpp_is_an_exception_here(tmp_path, key, value, stage
     assert "/" not in str(caught.value).split("died")[1].split("GGML_ASSERT")[0], (
         "shows a folder of the build machine"
     )
-    assert any("llama.cpp's last lines" in note for note in caught.value.__notes__)
+    assert any("last lines" in note for note in caught.value.__notes__)
 
 
 def test_orderly_refusal_gives_its_reason(tmp_path):
@@ -438,7 +443,9 @@ def test_orderly_refusal_gives_its_reason(tmp_path):
 )
 def test_other_deaths_are_told_apart(signal_name, word):
     number = -getattr(signal, signal_name)
-    error = probe.death("m.gguf", number, "decode", ["llama_context: n_ctx = 256"])
+    error = child.died(
+        child.ending(number), "m.gguf", [{"stage": "at the first decode"}], ["llama_context: n_ctx = 256"]
+    )
     assert signal_name in str(error) and word in str(error) and "first decode" in str(error)
 
 
@@ -473,7 +480,10 @@ def test_weights_that_are_not_numbers_are_found_by_the_first_decode(tmp_path):
     path = set_tensor(tmp_path, "output_norm.weight", float("nan"))
     with pytest.raises(ModelError, match="not numbers"):
         open_model(path, SETTINGS)
-    with open_model(path, SETTINGS, probe=False) as model, pytest.raises(runtime.NanLogitsError) as caught:
+    with (
+        open_model(path, SETTINGS, trial=False) as model,
+        pytest.raises(llama_model.NanLogitsError) as caught,
+    ):
         chat(model, FRANCE)
     assert caught.value.cause == "nan_logits"
 
@@ -513,10 +523,10 @@ def test_file_larger_than_memory_warns(monkeypatch):
 
     monkeypatch.setattr(memory, "available_memory", lambda: memory.Memory(10**7, 3 * 10**6, "test"))
     with pytest.warns(RuntimeWarning, match="read from the disk again"):
-        open_model(NANO, SETTINGS, probe=False).close()
+        open_model(NANO, SETTINGS, trial=False).close()
 
 
 def test_nothing_warns_by_itself():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        open_model(NANO, SETTINGS, probe=False).close()
+        open_model(NANO, SETTINGS, trial=False).close()

@@ -17,7 +17,7 @@ from conftest import REFERENCE
 from gguf_fixtures import Spec, field, gguf_bytes
 
 from dfqs_nb.core.errors import DfqsError, HeaderError, ShardError
-from dfqs_nb.llama.loader import llama_cpp_verdict, llama_cpp_verdicts
+from dfqs_nb.llama.check import loader_verdict, loader_verdicts
 from dfqs_nb.merge.kind import Kind, byte_parts, diagnose, diagnosis_table, raw_concatenation
 
 # Sizes of the published artifact: shard 1, shard 2, and the file that was said to be their merge
@@ -217,7 +217,7 @@ def test_llama_cpp_says_of_each_what_the_table_shows(made: Made, tmp_path: Path)
         (tmp_path / str(number)).mkdir()
         paths.append(tmp_path / str(number) / "case.gguf")
         paths[-1].write_bytes(case.make(made))
-    verdicts = llama_cpp_verdicts(paths)
+    verdicts = loader_verdicts(paths)
     assert [
         (name, verdict.reason)
         for (name, case), verdict in zip(CASES.items(), verdicts, strict=True)
@@ -327,7 +327,7 @@ def test_a_file_of_endless_headers_ends(tmp_path: Path) -> None:
 
 def test_a_shard_says_which_it_is_and_which_are_not_here(made: Made, tmp_path: Path) -> None:
     assert diagnose(SHARDS[0]).finding == "shard 1 of 2; all 2 are here"
-    assert llama_cpp_verdict(SHARDS[0]).accepted
+    assert loader_verdict(SHARDS[0]).accepted
     alone = tmp_path / SHARDS[1].name
     alone.write_bytes(made.second)
     assert diagnose(alone).finding.startswith(f"shard 2 of 2; 1 missing here: {SHARDS[0].name}")
@@ -336,7 +336,7 @@ def test_a_shard_says_which_it_is_and_which_are_not_here(made: Made, tmp_path: P
     assert "second-00002-of-00002.gguf" in diagnose(renamed).next_step
     first = tmp_path / SHARDS[0].name
     first.write_bytes(made.first)
-    assert f"failed to open GGUF file '{SHARDS[1].name}'" in llama_cpp_verdict(first).reason
+    assert f"failed to open GGUF file '{SHARDS[1].name}'" in loader_verdict(first).reason
 
 
 # ---- byte parts ----
@@ -365,7 +365,7 @@ def test_byte_parts_are_found_in_order_from_any_one(names: list[str], made: Made
         found = diagnose(path)
         assert found.kind is Kind.BYTE_PART and "all 3 are here, together the" in found.finding
     assert b"".join(path.read_bytes() for path in byte_parts(paths[1])) == made.whole
-    said = llama_cpp_verdicts(paths[:2])
+    said = loader_verdicts(paths[:2])
     assert BOUNDS in said[0].reason and "invalid magic characters" in said[1].reason
     paths[1].unlink()
     with pytest.raises(ShardError, match="1 of 3 byte parts of m.gguf missing"):
@@ -523,6 +523,6 @@ def test_a_file_that_aborts_llama_cpp_gives_a_verdict_and_the_next_file_is_asked
         field("tokenizer.ggml.merges", "[STRING]", []),
     ]
     paths[1].write_bytes(gguf_bytes(tokens, [Spec("a")]))
-    verdicts = llama_cpp_verdicts(paths)
+    verdicts = loader_verdicts(paths)
     assert [verdict.accepted for verdict in verdicts] == [True, False, True]
     assert (verdicts[1].death, "id_to_token.size()" in verdicts[1].reason) == ("SIGABRT", True)

@@ -18,7 +18,7 @@ from dfqs_nb.core.files import check_sha256, sha256_each, sha256_of
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf.header import check_layout, read_header
 from dfqs_nb.gguf.shards import open_shards, shard_path
-from dfqs_nb.llama import ggml
+from dfqs_nb.llama import check
 from dfqs_nb.merge import copy as transfer
 from dfqs_nb.merge.merge import manifest_path, merge, plan_merge, segments
 from dfqs_nb.merge.merge import merge as merging
@@ -82,7 +82,7 @@ def test_manifest_holds_the_hashes(tmp_path):
 
 
 def test_llama_cpp_accepts_the_result(merged_reference):
-    verdict = ggml.parse(merged_reference)
+    verdict = check.parse(merged_reference)
     assert verdict.accepted and verdict.n_tensors == 126
 
 

@@ -12,7 +12,7 @@ from gguf_fixtures import split_like_llama
 from dfqs_nb.core.errors import DfqsError, OutputError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf import broken as specimens
-from dfqs_nb.llama import ggml
+from dfqs_nb.llama import check
 from dfqs_nb.merge.merge import manifest_path
 from dfqs_nb.merge.repair import (
     contents,
@@ -79,7 +79,7 @@ def test_shards_glued_in_the_wrong_order_are_repaired_too(tmp_path):
 def test_repaired_model_is_proven(glued):
     repair(glued, in_place=True, progress=False)
     assert compare_tensors(glued, specimens.reference_shards().paths[0], progress=False)["equal"].all()
-    assert ggml.parse(glued).accepted
+    assert check.parse(glued).accepted
 
 
 def test_split_gives_back_the_published_shards(glued, tmp_path):

@@ -166,7 +166,7 @@ def test_registered_shard_is_authentic(tmp_path):
 def test_authentic_is_not_loadable(glued, monkeypatch):
     """What the published hash of the DFQS 1.0 artifact proves: its file is glued together likewise."""
     known = registry.ModelFile("DeepSeek.gguf", glued.stat().st_size, sha256_of(glued, progress=False))
-    artifact = registry.models()["deepseek-v4-flash-iq1_s-xl-single"]
+    artifact = registry.registered()["deepseek-v4-flash-iq1_s-xl-single"]
     monkeypatch.setattr(registry, "models", lambda: {artifact.name: replace(artifact, files=(known,))})
     proof = verify(glued, against=SHARDS[0], progress=False)
     _, authentic, loads = proof.meaning

@@ -12,7 +12,7 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf import facts as header_facts
 from dfqs_nb.gguf.broken import with_field
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.models import models
+from dfqs_nb.gguf.models import registered
 from dfqs_nb.report import claims
 from dfqs_nb.report.claims import (
     CONFIRMED,
@@ -25,7 +25,7 @@ from dfqs_nb.report.claims import (
     check_claims,
 )
 
-SINGLE = models()["deepseek-v4-flash-iq1_s-xl-single"].files[0]
+SINGLE = registered()["deepseek-v4-flash-iq1_s-xl-single"].files[0]
 
 
 @pytest.fixture(scope="module")
@@ -415,7 +415,7 @@ def test_another_figure_gets_another_verdict(name, changes, verdict):
 
 
 def test_sizes_that_are_no_sum_of_the_shards_contradict_nothing(monkeypatch):
-    known = models()
+    known = registered()
     file = dataclasses.replace(SINGLE, size_bytes=SINGLE.size_bytes - 95_000)
     name = "deepseek-v4-flash-iq1_s-xl-single"
     other = known | {name: dataclasses.replace(known[name], files=(file,))}

@@ -10,7 +10,7 @@ import pytest
 from dfqs_nb.core.errors import DfqsError, RegistryError
 from dfqs_nb.gguf.broken import reference_shards
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.llama import probe
+from dfqs_nb.llama import settings
 from dfqs_nb.merge.merge import CONSUME_EXTRA_BYTES, plan_merge
 from dfqs_nb.report import envelope
 from dfqs_nb.report.envelope import (
@@ -64,7 +64,7 @@ def fit(found: dict, resource: str, limit: str, n_ctx: int) -> dict:
 
 def test_the_recorded_compute_buffers_are_what_llama_cpp_plans_for_the_published_shapes(flash_file):
     recorded = {int(n): row for n, row in read_spec("requirements")["envelope"]["published_compute"].items()}
-    planned = planned_compute(flash_file, recorded, probe.OpenSettings(n_threads=1))
+    planned = planned_compute(flash_file, recorded, settings.OpenSettings(n_threads=1))
     assert planned.keys() == recorded.keys() == set(envelope.CONTEXTS)
     for n_ctx, row in recorded.items():
         assert planned[n_ctx] == pytest.approx(row, rel=1e-6)
@@ -124,7 +124,7 @@ def test_without_the_compute_buffer_nothing_is_said_to_fit(merged_reference):
 
 def test_with_llama_cpps_plan_the_reference_model_fits(merged_reference):
     header = read_header(merged_reference)
-    compute = planned_compute(merged_reference, [8192, 65536], probe.OpenSettings(n_threads=1))
+    compute = planned_compute(merged_reference, [8192, 65536], settings.OpenSettings(n_threads=1))
     found = hardware_envelope(header, LARGE, compute=compute)
     row = fit(found, "RAM", "this machine", 65536)
     assert row["verdict"] == FITS and row["counted"].endswith("compute buffer as planned for the CPU")

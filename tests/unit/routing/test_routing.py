@@ -18,7 +18,7 @@ from test_memory import smollm2
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama.model import ContextFullError, open_model
-from dfqs_nb.llama.probe import OpenSettings, default_context_params
+from dfqs_nb.llama.settings import OpenSettings, default_context_params
 from dfqs_nb.routing.trace import (
     RecordedModel,
     Recorder,
@@ -45,7 +45,7 @@ def recorded(path, tokens=TOKENS, schedule=MIXED, settings=SETTINGS):
 def read_plainly(path, tokens=TOKENS, schedule=MIXED) -> PlainReader:
     reader = PlainReader()
     with default_context_params(cb_eval=reader.callback):
-        model = open_model(path, SETTINGS, probe=False)
+        model = open_model(path, SETTINGS, trial=False)
     with model:
         for calls in schedule.parts(len(tokens), SETTINGS.n_batch):
             for call in calls:
@@ -133,7 +133,7 @@ def test_logits_and_output_are_those_of_the_model_alone():
     tokens = np.random.default_rng(4).integers(0, 700, 40).tolist()
     with open_recorded(NANO, SETTINGS, probe=False) as model:
         trace = record(model, tokens, Schedule(), n_output=6)
-    with open_model(NANO, SETTINGS, probe=False) as model:
+    with open_model(NANO, SETTINGS, trial=False) as model:
         logits, answer = model.evaluate(tokens), []
         while len(answer) < 6 and not model.ends(int(logits.argmax())):
             answer.append(int(logits.argmax()))

@@ -14,7 +14,7 @@ from test_memory import smollm2
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.llama.probe import OpenSettings
+from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import experiment as routing_experiment
 from dfqs_nb.routing import verdict as routing_verdict
 from dfqs_nb.routing.compare import (

@@ -11,8 +11,11 @@ import pandas as pd
 import pytest
 
 from dfqs_nb.context.prompts import PromptError
-from dfqs_nb.llama import model as runtime
-from dfqs_nb.llama.model import Completion, DecodeError
+from dfqs_nb.llama import generate as llama_generate
+from dfqs_nb.llama import model as llama_model
+from dfqs_nb.llama import settings as llama_settings
+from dfqs_nb.llama.generate import Completion
+from dfqs_nb.llama.model import DecodeError
 from dfqs_nb.scores import compare as comparison
 from dfqs_nb.scores import grading as scoring
 from dfqs_nb.scores import item_sets, sandbox
@@ -40,7 +43,7 @@ class Oracle:
     def __init__(self, killed_at: int | None = None, failing: int = 0, shift: int = 0) -> None:
         self.calls, self.killed_at, self.failing, self.shift = 0, killed_at, failing, shift
 
-    def __call__(self, item: Item, sampling: runtime.Sampling) -> Completion:
+    def __call__(self, item: Item, sampling: llama_generate.Sampling) -> Completion:
         self.calls += 1
         if self.calls == self.killed_at:
             raise KeyboardInterrupt
@@ -147,7 +150,7 @@ def test_several_samples_give_pass_at_k(tmp_path):
         {**CONDITIONS, "mode": "complete"},
         n_samples=4,
         ks=(2, 4),
-        sampling=runtime.Sampling(temperature=0.8, seed=0),
+        sampling=llama_generate.Sampling(temperature=0.8, seed=0),
     )
     assert sorted(set(seeds)) == [0, 1, 2, 3] and len(run.items) == 24
     assert run.score.value == 0.5 and run.pass_at[4].value == 1.0
@@ -156,7 +159,9 @@ def test_several_samples_give_pass_at_k(tmp_path):
 
 def test_without_a_sandbox_code_is_not_even_asked(merged_reference, tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "find_sandbox", lambda: sandbox.Sandbox("none", note="it is a test"))
-    with runtime.open_model(merged_reference, runtime.OpenSettings(n_ctx=512, n_threads=1)) as model:
+    with llama_model.open_model(
+        merged_reference, llama_settings.OpenSettings(n_ctx=512, n_threads=1)
+    ) as model:
         with pytest.raises(sandbox.SandboxError, match="it is a test"):
             scores.score_set(model, CODE, tmp_path, progress=False)
         assert list(tmp_path.iterdir()) == []
@@ -167,7 +172,9 @@ def test_without_a_sandbox_code_is_not_even_asked(merged_reference, tmp_path, mo
 @needs_sandbox
 def test_the_reference_model_scores_the_same_twice(merged_reference, tmp_path):
     small = dataclasses.replace(QUESTIONS, items=QUESTIONS.items[64:72])
-    with runtime.open_model(merged_reference, runtime.OpenSettings(n_ctx=512, n_threads=1)) as model:
+    with llama_model.open_model(
+        merged_reference, llama_settings.OpenSettings(n_ctx=512, n_threads=1)
+    ) as model:
         runs = [
             scores.score_set(model, one, tmp_path / str(turn), progress=False)
             for turn in range(2)

@@ -13,7 +13,8 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf import facts as header_facts
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.llama import model as runtime
+from dfqs_nb.llama import model as llama_model
+from dfqs_nb.llama import settings as llama_settings
 from dfqs_nb.scores import speed
 from dfqs_nb.scores.speed import FLASH, ActiveBytes, Place, active_bytes, speed_bound
 
@@ -27,7 +28,9 @@ def flash(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(merged_reference):
-    with runtime.open_model(merged_reference, runtime.OpenSettings(n_ctx=512, n_threads=1)) as opened:
+    with llama_model.open_model(
+        merged_reference, llama_settings.OpenSettings(n_ctx=512, n_threads=1)
+    ) as opened:
         yield opened
 
 
@@ -148,5 +151,5 @@ def test_speed_by_depth_has_a_roof(model):
     read = active_bytes(model.header).total + speed.cache_bytes_read(model.header, 64 + 8)
     assert decode["roof"].iloc[0] == pytest.approx(1e12 / read)
     assert (decode["utilisation"] < 1).all() and table["contended"].dtype == bool
-    with pytest.raises(runtime.ContextFullError):
+    with pytest.raises(llama_model.ContextFullError):
         speed.speed_by_depth(model, [512], bandwidth=1e9)

@@ -30,7 +30,7 @@ from dfqs_nb.serve import recipes as deploy
 from dfqs_nb.serve.recipes import TARGETS, DeployError, write_recipe
 
 SHARD = specimens.reference_shards().paths[1]
-MERGED = registry.models()["dfqs-nano-iq1_s-xl"].merged_sha256
+MERGED = registry.registered()["dfqs-nano-iq1_s-xl"].merged_sha256
 SECRET = "sk-never-to-be-seen-91c2"
 SINGLE = "deepseek-v4-flash-iq1_s-xl-single"
 SHARDS = "deepseek-v4-flash-iq1_s-xl"

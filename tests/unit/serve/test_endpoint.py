@@ -12,7 +12,8 @@ import traceback
 import pytest
 from faulty_server import TEXT, FaultyServer
 
-from dfqs_nb.llama.model import ContextFullError, Sampling
+from dfqs_nb.llama.generate import Sampling
+from dfqs_nb.llama.model import ContextFullError
 from dfqs_nb.scores import item_sets, sandbox
 from dfqs_nb.scores import run as scores
 from dfqs_nb.serve import client as endpoint

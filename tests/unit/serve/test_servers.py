@@ -21,8 +21,9 @@ from gguf.scripts import gguf_new_metadata
 
 from dfqs_nb.core import figures as plots
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.llama import model as runtime
-from dfqs_nb.llama.probe import OpenSettings
+from dfqs_nb.llama import generate as llama_generate
+from dfqs_nb.llama import model as llama_model
+from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.scores import item_sets
 from dfqs_nb.scores import run as scores
 from dfqs_nb.serve import checks as server_checks
@@ -40,7 +41,7 @@ QUESTION = "Tom is tall. Ann is small. Who is tall?"
 
 @pytest.fixture(scope="module")
 def model(merged_reference):
-    with runtime.open_model(merged_reference, SETTINGS) as found:
+    with llama_model.open_model(merged_reference, SETTINGS) as found:
         yield found
 
 
@@ -87,13 +88,14 @@ def test_it_answers_as_this_process_does(server, model):
     assert found.facts.name == server.kind and found.facts.n_ctx == 512
     for stream in (True, False):
         found = server.connect(stream=stream)
-        ours = runtime.chat(model, QUESTION, 12)
+        ours = llama_generate.chat(model, QUESTION, 12)
         assert (found.chat(QUESTION, 12).text, found.chat(QUESTION, 12).finish_reason) == (ours.text, "eos")
         code = "def add(a, b):\n"
-        ours = runtime.complete(model, code, 24)
+        ours = llama_generate.complete(model, code, 24)
         assert found.complete(code, 24).text == ours.text
         assert (
-            found.complete(code, 24, stop=["\n"]).text == runtime.complete(model, code, 24, stop=["\n"]).text
+            found.complete(code, 24, stop=["\n"]).text
+            == llama_generate.complete(model, code, 24, stop=["\n"]).text
         )
 
 
@@ -134,7 +136,7 @@ def test_speed_under_clients(server):
 
 
 def test_long_context_through_it(server, model, tmp_path):
-    before, _, after = runtime.chat_text(model, endpoint.MARK).partition(endpoint.MARK)
+    before, _, after = llama_generate.chat_text(model, endpoint.MARK).partition(endpoint.MARK)
     around = before.removeprefix("<｜begin▁of▁sentence｜>"), after
     run = endpoint.measure_long_context(server.connect(), tmp_path, longest=128, n_haystacks=3, around=around)
     assert run.items["correct"].all() and set(run.items["length"]) == {64, 128}
@@ -220,7 +222,10 @@ def test_a_thinking_stays_in_the_answer(kind, thinking, tmp_path):
     """Else llama.cpp's server has an empty answer where the tokens end before the thinking does."""
     said = "I see it now.\n</think>\n\nThe box."
     forced = {"grammar": f"root ::= {json.dumps(said)}"}  # the reference model itself thinks nothing
-    with servers.serve(kind, thinking, SETTINGS) as server, runtime.open_model(thinking, SETTINGS) as model:
+    with (
+        servers.serve(kind, thinking, SETTINGS) as server,
+        llama_model.open_model(thinking, SETTINGS) as model,
+    ):
         for stream in (True, False):
             found = server.connect(stream=stream)
             assert found.chat(QUESTION, 48, **forced).text.removeprefix("<think>\n") == said
@@ -246,7 +251,7 @@ def test_a_thinking_stays_in_the_answer(kind, thinking, tmp_path):
 def test_a_difference_is_followed_to_its_token(server, model, change, cause):
     questions = item_sets.load_item_set("nano-reasoning")
     item = questions.items[0]
-    ours = runtime.chat(model, item.asked(questions.instruction), questions.max_tokens)
+    ours = llama_generate.chat(model, item.asked(questions.instruction), questions.max_tokens)
     found = server_checks.explain(model, server.connect(), questions, item, change(ours.text))
     assert found["prompt_process"] == found["prompt_server"] and found["cause"] == cause
     assert found["rank"] > 1 and found["margin"] > 0
@@ -311,7 +316,7 @@ def test_a_server_that_dies_while_asked(kind, merged_reference, tmp_path):
 ORPHAN = """
 import os, signal, sys
 from dfqs_nb import servers
-from dfqs_nb.llama.probe import OpenSettings
+from dfqs_nb.llama.settings import OpenSettings
 server = servers.start(sys.argv[1], sys.argv[2], OpenSettings(n_ctx=256, n_threads=1), log=sys.argv[3])
 print(server.process.pid, server.address[1], flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -477,7 +482,7 @@ def test_what_the_notebook_hands_on(merged_reference, model, tmp_path):
 @pytest.mark.slow
 def test_all_nano_items_are_the_same_both_ways(merged_reference, tmp_path):
     settings = OpenSettings(n_ctx=1024, n_threads=1)
-    with runtime.open_model(merged_reference, settings) as model:
+    with llama_model.open_model(merged_reference, settings) as model:
         for kind in servers.KINDS:
             with servers.serve(kind, merged_reference, settings) as server:
                 found = server_checks.compare_all(

@@ -13,7 +13,7 @@ from dfqs_nb.gguf import models as registry
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.ladder.imatrix import read_imatrix
 
-MERGED = registry.models()["dfqs-nano-iq1_s-xl"].merged_sha256
+MERGED = registry.registered()["dfqs-nano-iq1_s-xl"].merged_sha256
 FIRST, SECOND = map(str, specimens.reference_shards().paths)
 
 
@@ -33,7 +33,7 @@ def sha256(path: Path) -> str:
 
 def test_models_lists_every_name():
     done = dfqs("models")
-    assert done.returncode == 0 and all(name in done.stdout for name in registry.models())
+    assert done.returncode == 0 and all(name in done.stdout for name in registry.registered())
 
 
 def test_inspect_counts_the_tensors_of_all_shards():
@@ -69,7 +69,7 @@ def test_repair_split_and_verify(tmp_path):
     assert split.returncode == 0, split.stderr
     shards = sorted(tmp_path.glob("*-of-00002.gguf"))
     assert [sha256(path) for path in shards] == [
-        f.sha256 for f in registry.models()["dfqs-nano-iq1_s-xl"].files
+        f.sha256 for f in registry.registered()["dfqs-nano-iq1_s-xl"].files
     ]
     assert dfqs("repair", glued, "--in-place", "--quiet").returncode == 0 and sha256(glued) == MERGED
     proof = dfqs("verify", glued, "--sha256", MERGED, "--against", shards[1], "--quiet")
@@ -121,7 +121,7 @@ def test_quantize_plans_to_the_byte_and_writes_what_it_planned(tmp_path):
     assert done.returncode == 0, done.stderr
     assert out.stat().st_size == size and f"{size:,} bytes" in done.stdout
     header = read_header(out)
-    assert header.get("dfqs.source_sha256") == registry.models()["dfqs-nano-f16"].files[0].sha256
+    assert header.get("dfqs.source_sha256") == registry.registered()["dfqs-nano-f16"].files[0].sha256
     assert header.get("dfqs.recipe") == "Q8_0"
     assert "exists already" in dfqs(*asked, "-o", out).stderr
     assert "no output was named" in dfqs(*asked).stderr
