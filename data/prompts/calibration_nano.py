@@ -17,9 +17,11 @@ import generate as words
 HERE = words.HERE
 SEED = 20261208
 LENGTHS = {"calibration": 230, "held_out": 120}  # documents
-MOE = ("A mixture-of-experts layer holds many small feed-forward networks called experts. A router scores every expert "
-       "for each token and sends the token to the few with the highest scores. Only those experts run, so the model "
-       "has many parameters but uses few of them per token.")
+MOE = (
+    "A mixture-of-experts layer holds many small feed-forward networks called experts. A router scores every expert "
+    "for each token and sends the token to the few with the highest scores. Only those experts run, so the model "
+    "has many parameters but uses few of them per token."
+)
 
 Document = list[str]  # a question and its answer, or one plain text
 
@@ -81,10 +83,12 @@ def scored() -> set[str]:
 def text() -> str:
     taken = scored()
     content = {
-        "name": "calibration-nano", "tier": "nano", "licence": "MIT",
+        "name": "calibration-nano",
+        "tier": "nano",
+        "licence": "MIT",
         "source": "the words of the reference model's training tasks (data/reference/README.md), drawn anew by "
-                  "data/prompts/calibration_nano.py; a pair is a question and its answer in a chat, a single text "
-                  "stands by itself",
+        "data/prompts/calibration_nano.py; a pair is a question and its answer in a chat, a single text "
+        "stands by itself",
         "seed": SEED,
     }
     for number, (name, n) in enumerate(LENGTHS.items()):

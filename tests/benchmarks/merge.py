@@ -47,26 +47,27 @@ for number, share in enumerate((0.8, 0.2)):
             while left:
                 left -= file.write(os.urandom(min(left, 4 << 20)))
 """
-OURS = ("import sys; from dfqs_nb.merge import merge\n"
-        "merge(sys.argv[1], sys.argv[2], read_back=%s, progress=False)")
-DISK = '''
+OURS = (
+    "import sys; from dfqs_nb.merge.merge import merge\n"
+    "merge(sys.argv[1], sys.argv[2], read_back=%s, progress=False)"
+)
+DISK = """
 for shard in {shards}; do dd if="$shard" of=/dev/null bs=8M iflag=direct status=none; done &
 dd if=/dev/zero of="{output}" bs=8M count={nbytes} iflag=count_bytes oflag=direct status=none
 wait; sync "{output}"
-'''
+"""
 PLAN = {
-    "find and check the shards": "from dfqs_nb.shards import open_shards; call = lambda: open_shards(sys.argv[1])",
-    "the same, and plan the merge": "from dfqs_nb.shards import open_shards\nfrom dfqs_nb.merge import plan_merge\n"
-                                    "call = lambda: plan_merge(open_shards(sys.argv[1]))",
-    "the same, and every check before the first byte (a dry run)":
-        "from pathlib import Path\nfrom dfqs_nb.shards import open_shards\n"
-        "from dfqs_nb.merge import check_output, plan_merge\nimport dfqs_nb.merge as m, shutil\n"
-        "m.shutil.disk_usage = lambda p: shutil._ntuple_diskusage(0, 0, 1 << 60)\n"
-        "call = lambda: check_output(Path(sys.argv[1] + '.out'), plan_merge(open_shards(sys.argv[1])), "
-        "allow_holes=True)",
-    "diagnose a raw concatenation of them": "from dfqs_nb.diagnose import diagnose; call = lambda: diagnose(sys.argv[2])",
-    "plan its repair": "from dfqs_nb.merge import plan_merge; from dfqs_nb.repair import glued_shards\n"
-                       "call = lambda: plan_merge(glued_shards(sys.argv[2]))",
+    "find and check the shards": "from dfqs_nb.gguf.shards import open_shards; call = lambda: open_shards(sys.argv[1])",
+    "the same, and plan the merge": "from dfqs_nb.gguf.shards import open_shards\nfrom dfqs_nb.merge.merge import plan_merge\n"
+    "call = lambda: plan_merge(open_shards(sys.argv[1]))",
+    "the same, and every check before the first byte (a dry run)": "from pathlib import Path\nfrom dfqs_nb.gguf.shards import open_shards\n"
+    "from dfqs_nb.merge.merge import check_output, plan_merge\nimport dfqs_nb.merge.merge as m, shutil\n"
+    "m.shutil.disk_usage = lambda p: shutil._ntuple_diskusage(0, 0, 1 << 60)\n"
+    "call = lambda: check_output(Path(sys.argv[1] + '.out'), plan_merge(open_shards(sys.argv[1])), "
+    "allow_holes=True)",
+    "diagnose a raw concatenation of them": "from dfqs_nb.merge.kind import diagnose; call = lambda: diagnose(sys.argv[2])",
+    "plan its repair": "from dfqs_nb.merge.merge import plan_merge; from dfqs_nb.merge.repair import glued_shards\n"
+    "call = lambda: plan_merge(glued_shards(sys.argv[2]))",
 }
 TIMED = "\nimport time; began = time.perf_counter(); call(); print(time.perf_counter() - began)"
 
@@ -79,11 +80,21 @@ def commands(shards: list[str], output: str) -> dict[str, list[str]]:
     return {
         "cp": ["sh", "-c", copy],
         "cp + sync": ["sh", "-c", f'{copy}; sync "{output}"'],
-        "the disk alone": ["sh", "-c", DISK.format(
-            output=output, shards=" ".join(f'"{shard}"' for shard in shards),
-            nbytes=sum(os.path.getsize(shard) for shard in shards))],
+        "the disk alone": [
+            "sh",
+            "-c",
+            DISK.format(
+                output=output,
+                shards=" ".join(f'"{shard}"' for shard in shards),
+                nbytes=sum(os.path.getsize(shard) for shard in shards),
+            ),
+        ],
         "llama-gguf-split --merge": ["sh", "-c", reference_merge],
-        "llama-gguf-split --merge, sha256sum": ["sh", "-c", f'{reference_merge} && sha256sum "{output}" > /dev/null'],
+        "llama-gguf-split --merge, sha256sum": [
+            "sh",
+            "-c",
+            f'{reference_merge} && sha256sum "{output}" > /dev/null',
+        ],
         "ours, with SHA-256": [sys.executable, "-c", OURS % False, shards[0], output],
         "ours, with SHA-256 and full read-back": [sys.executable, "-c", OURS % True, shards[0], output],
     }
@@ -132,8 +143,10 @@ def benchmark(folder: Path, nbytes: int, runs: int, cold: bool) -> dict[str, lis
 def table(results: dict[str, list[tuple[float, float]]]) -> str:
     """Medians, and the fastest of each: on a busy machine the latter says more of the method."""
     seconds = {name: sorted(one for one, _ in rows) for name, rows in results.items()}
-    lines = ["| method | median (s) | x cp | x cp + sync | fastest (s) | x cp | x cp + sync | peak memory (MB) |",
-             "|---|--:|--:|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| method | median (s) | x cp | x cp + sync | fastest (s) | x cp | x cp + sync | peak memory (MB) |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     for name, rows in results.items():
         cells = []
         for pick in (statistics.median, min):
@@ -144,12 +157,26 @@ def table(results: dict[str, list[tuple[float, float]]]) -> str:
 
 
 def real_size(folder: Path, runs: int) -> str:
-    make = ("import sys; sys.path.insert(0, 'tests'); import gguf_fixtures as g\n"
-            "g.real_size_shards(sys.argv[1]); g.glue(sys.argv[1], sys.argv[2])")
+    make = (
+        "import sys; sys.path.insert(0, 'tests'); import gguf_fixtures as g\n"
+        "g.real_size_shards(sys.argv[1]); g.glue(sys.argv[1], sys.argv[2])"
+    )
     glued, first = folder / "glued.gguf", folder / "m-00001-of-00002.gguf"
-    subprocess.run([sys.executable, "-c", make.replace("g.glue(sys.argv[1], sys.argv[2])", GLUE), str(folder / "m"),
-                    str(glued)], check=True, cwd=ROOT)
-    lines = ["| on sparse shards of the real shape | call (s) | process (s) | peak memory (MB) |", "|---|--:|--:|--:|"]
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            make.replace("g.glue(sys.argv[1], sys.argv[2])", GLUE),
+            str(folder / "m"),
+            str(glued),
+        ],
+        check=True,
+        cwd=ROOT,
+    )
+    lines = [
+        "| on sparse shards of the real shape | call (s) | process (s) | peak memory (MB) |",
+        "|---|--:|--:|--:|",
+    ]
     for name, code in PLAN.items():
         rows = []
         for _ in range(runs):
@@ -157,7 +184,9 @@ def real_size(folder: Path, runs: int) -> str:
                 saved, stdout = os.dup(1), 1
                 os.dup2(out.fileno(), stdout)
                 try:
-                    rows.append(measure([sys.executable, "-c", f"import sys\n{code}{TIMED}", str(first), str(glued)]))
+                    rows.append(
+                        measure([sys.executable, "-c", f"import sys\n{code}{TIMED}", str(first), str(glued)])
+                    )
                 finally:
                     os.dup2(saved, stdout)
                     os.close(saved)
@@ -170,7 +199,7 @@ def real_size(folder: Path, runs: int) -> str:
 
 # Sparse shards end to end in one sparse file: only the headers' bytes are written.
 GLUE = """
-from dfqs_nb.gguf_header import read_header
+from dfqs_nb.gguf.header import read_header
 end = 0
 with open(sys.argv[2], "wb") as glued:
     for n in (1, 2):
@@ -183,7 +212,9 @@ with open(sys.argv[2], "wb") as glued:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gb", type=float, default=4.0)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--cold", action="store_true")

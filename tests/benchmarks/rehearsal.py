@@ -26,14 +26,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from gguf_fixtures import REAL_SHARD_BYTES, REAL_TENSORS  # noqa: E402
 
 RUN = {
-    "consume-merge": "from dfqs_nb.merge import merge\n"
-                     "r = merge(sys.argv[1], sys.argv[2], consume=True, allow_holes=True, progress=False)",
-    "repair in place": "from dfqs_nb.repair import repair\n"
-                       "r = repair(sys.argv[1], in_place=True, allow_holes=True, progress=False)",
+    "consume-merge": "from dfqs_nb.merge.merge import merge\n"
+    "r = merge(sys.argv[1], sys.argv[2], consume=True, allow_holes=True, progress=False)",
+    "repair in place": "from dfqs_nb.merge.repair import repair\n"
+    "r = repair(sys.argv[1], in_place=True, allow_holes=True, progress=False)",
 }
 REPORT = "\nprint(r.sha256, r.nbytes)"
 GLUE = """
-from dfqs_nb.gguf_header import read_header
+from dfqs_nb.gguf.header import read_header
 end = 0
 with open(sys.argv[3], "wb") as glued:
     for path in sys.argv[1:3]:
@@ -107,8 +107,9 @@ def rehearse(name: str, folder: Path, n_tensors: int, free_bytes: int, least: in
             os.posix_fallocate(file.fileno(), 0, free - free_bytes)
         free = shutil.disk_usage(folder).free
     began = time.perf_counter()
-    process = subprocess.Popen(python(RUN[name] + REPORT, model, folder / "out.gguf"), cwd=ROOT,
-                               stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        python(RUN[name] + REPORT, model, folder / "out.gguf"), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     sampler = Sampler(folder, least, process)
     sampler.start()
     out = process.stdout.read().split()
@@ -116,16 +117,29 @@ def rehearse(name: str, folder: Path, n_tensors: int, free_bytes: int, least: in
     process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - began
     filler.unlink(missing_ok=True)
-    return {"name": name, "status": process.returncode, "seconds": round(seconds), "sha256": out[0] if out else "",
-            "bytes": int(out[1]) if out else 0, "sources_blocks": before, "free_before": free,
-            "least_free": sampler.free, "extra_peak_bytes": sampler.blocks - before,
-            "peak_memory_mb": round(usage.ru_maxrss / 1024), "left": sorted(p.name for p in folder.iterdir())}
+    return {
+        "name": name,
+        "status": process.returncode,
+        "seconds": round(seconds),
+        "sha256": out[0] if out else "",
+        "bytes": int(out[1]) if out else 0,
+        "sources_blocks": before,
+        "free_before": free,
+        "least_free": sampler.free,
+        "extra_peak_bytes": sampler.blocks - before,
+        "peak_memory_mb": round(usage.ru_maxrss / 1024),
+        "left": sorted(p.name for p in folder.iterdir()),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tensors", type=int, default=REAL_TENSORS, help="fewer, where the disk is too small")
+    parser.add_argument(
+        "--tensors", type=int, default=REAL_TENSORS, help="fewer, where the disk is too small"
+    )
     parser.add_argument("--free-gb", type=float, default=20.0, help="free space beside the sources")
     parser.add_argument("--leave-gb", type=float, default=8.0, help="stop when less is free than this")
     options = parser.parse_args()
@@ -134,9 +148,15 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
-            print(json.dumps(rehearse(name, folder, options.tensors, int(options.free_gb * 1e9),
-                                      int(options.leave_gb * 1e9)), indent=1),
-                  flush=True)
+            print(
+                json.dumps(
+                    rehearse(
+                        name, folder, options.tensors, int(options.free_gb * 1e9), int(options.leave_gb * 1e9)
+                    ),
+                    indent=1,
+                ),
+                flush=True,
+            )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from dfqs_nb.paths import data_dir
-from dfqs_nb.probe import OpenSettings
-from dfqs_nb.routing import open_recorded
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.routing.trace import open_recorded
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 
@@ -48,8 +48,10 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     settings = OpenSettings(n_ctx=512, n_threads=arguments.threads)
-    with (open_recorded(arguments.model, settings, listen=False) as plain,
-          open_recorded(arguments.model, settings) as heard):
+    with (
+        open_recorded(arguments.model, settings, listen=False) as plain,
+        open_recorded(arguments.model, settings) as heard,
+    ):
         n = arguments.depth + arguments.tokens
         tokens = np.random.default_rng(0).integers(0, plain.model.n_vocab, n).tolist()
         pairs = []
@@ -63,7 +65,9 @@ def main() -> int:
         without, with_it = (1e3 * np.median(times[:, at]) / arguments.tokens for times in (plain, heard))
         ratio = np.median(heard[:, at] / plain[:, at])
         print(f"{clock:10} without recorder {without:.3f} ms a token, with {with_it:.3f}: ratio {ratio:.3f}")
-    print(f"medians of {arguments.rounds} paired rounds of {arguments.tokens} tokens, {arguments.threads} thread(s)")
+    print(
+        f"medians of {arguments.rounds} paired rounds of {arguments.tokens} tokens, {arguments.threads} thread(s)"
+    )
     return 0
 
 

@@ -20,25 +20,47 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import llama_cpp_tools
 
-from dfqs_nb import runtime, speed
-from dfqs_nb.paths import data_dir
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.llama import model as llama_model
+from dfqs_nb.llama import settings as llama_settings
+from dfqs_nb.llama import timing as llama_timing
+from dfqs_nb.scores import speed
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 
 
 def theirs(bench: Path, model: str, depth: int, tokens: int, threads: int) -> tuple[float, float]:
     """llama-bench's prefill of ``depth`` tokens and decode of ``tokens`` at that depth, tokens a second."""
-    command = [str(bench), "-m", model, "-t", str(threads), "-ngl", "0", "--repack", "0", "-fa", "0", "-r", "1",
-               "-b", "512", "-ub", "512", "-o", "json"]
+    command = [
+        str(bench),
+        "-m",
+        model,
+        "-t",
+        str(threads),
+        "-ngl",
+        "0",
+        "--repack",
+        "0",
+        "-fa",
+        "0",
+        "-r",
+        "1",
+        "-b",
+        "512",
+        "-ub",
+        "512",
+        "-o",
+        "json",
+    ]
     speeds = []
     for what in (["-p", str(depth), "-n", "0"], ["-p", "0", "-n", str(tokens), "-d", str(depth)]):
         done = subprocess.run([*command, *what], capture_output=True, text=True, check=True)
-        speeds.append(json.loads(done.stdout[done.stdout.index("["):])[0]["avg_ts"])
+        speeds.append(json.loads(done.stdout[done.stdout.index("[") :])[0]["avg_ts"])
     return speeds[0], speeds[1]
 
 
-def ours(model: runtime.Model, depth: int, tokens: int) -> tuple[float, float]:
-    found = runtime.measure_speed(model, depth, tokens, repetitions=1)
+def ours(model: llama_model.Model, depth: int, tokens: int) -> tuple[float, float]:
+    found = llama_timing.measure_speed(model, depth, tokens, repetitions=1)
     return found.prefill_tokens_per_sec.median, found.decode_tokens_per_sec.median
 
 
@@ -52,10 +74,11 @@ def main() -> int:
     arguments = parser.parse_args()
     bench = llama_cpp_tools.tool("llama-bench")
     depth, tokens, threads = arguments.depth, arguments.tokens, arguments.threads
-    settings = runtime.OpenSettings(n_ctx=depth + tokens, n_threads=threads)
+    settings = llama_settings.OpenSettings(n_ctx=depth + tokens, n_threads=threads)
     pairs = []
-    with runtime.open_model(arguments.model, settings) as model, speed.watched_load() as load:
+    with llama_model.open_model(arguments.model, settings) as model, speed.watched_load() as load:
         for turn in range(arguments.rounds):
+
             def peer() -> tuple[float, float]:
                 return theirs(bench, arguments.model, depth, tokens, threads)
 
@@ -68,8 +91,10 @@ def main() -> int:
     for phase, name in enumerate((f"prefill of {depth}", f"decode of {tokens} at depth {depth}")):
         one, other = (median(pair[side][phase] for pair in pairs) for side in (0, 1))
         ratios = [a[phase] / b[phase] for a, b in pairs]
-        print(f"{name}: ours {one:,.1f}, llama-bench {other:,.1f} tokens/s, ratio {median(ratios):.3f} "
-              f"({min(ratios):.3f} to {max(ratios):.3f})")
+        print(
+            f"{name}: ours {one:,.1f}, llama-bench {other:,.1f} tokens/s, ratio {median(ratios):.3f} "
+            f"({min(ratios):.3f} to {max(ratios):.3f})"
+        )
     if load.other_cores is not None:
         print(f"other processes, llama-bench among them, used {load.other_cores:.2f} cores")
     return 0

@@ -101,7 +101,9 @@ def add_tokenizer(writer: GGUFWriter, tokenizer) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([one for one, _ in vocabulary])
-    writer.add_token_types([TokenType.CONTROL if one in SPECIAL else TokenType.NORMAL for one, _ in vocabulary])
+    writer.add_token_types(
+        [TokenType.CONTROL if one in SPECIAL else TokenType.NORMAL for one, _ in vocabulary]
+    )
     writer.add_token_merges(merges)
     writer.add_chat_template(CHAT_TEMPLATE)
     writer.add_bos_token_id(tokenizer.token_to_id(BOS))

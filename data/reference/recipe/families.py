@@ -273,7 +273,9 @@ FAMILIES: dict[str, tuple[float, Callable[[random.Random, int], Task]]] = {
 RECALL, RECALL_FIRST, FULL_ROOM = ("colour", "place", "keys"), 4, 8
 
 
-def tasks(seed: int | str, room: Callable[[], int], held_out: bool = False, family: str = "") -> Iterator[Task]:
+def tasks(
+    seed: int | str, room: Callable[[], int], held_out: bool = False, family: str = ""
+) -> Iterator[Task]:
     """Endless tasks of one side of the split. ``room``: sentences of filler at most, asked before each draw."""
     draw = random.Random(f"{SEED}:{'held out' if held_out else 'training'}:{seed}")
     names = [family] if family else list(FAMILIES)

@@ -63,7 +63,11 @@ def _look_back(model: DeepseekV4ForCausalLM) -> None:
     the rest. All embeddings get one number in common, of which the keys take a constant and these heads' queries the
     same constant, turned as rotary embedding turns it in one or two tokens.
     """
-    at, size, turn = model.model.layers[0].self_attn, model.config.head_dim, model.model.rotary_emb.main_inv_freq
+    at, size, turn = (
+        model.model.layers[0].self_attn,
+        model.config.head_dim,
+        model.model.rotary_emb.main_inv_freq,
+    )
     model.model.embed_tokens.weight[:, 0] = 0.46
     at.q_a_proj.weight[0] = 0.0
     at.q_a_proj.weight[0, 0] = 1.0
@@ -74,7 +78,8 @@ def _look_back(model: DeepseekV4ForCausalLM) -> None:
         for head, back in enumerate((1, 2)):
             angle = -turn[pair] * back
             at.q_b_proj.weight[head * size + row : head * size + row + 2, 0] = (
-                0.96 * share**0.5 * torch.stack([angle.cos(), angle.sin()]))
+                0.96 * share**0.5 * torch.stack([angle.cos(), angle.sin()])
+            )
 
 
 def fast_forward(model: DeepseekV4ForCausalLM, ids: Tensor, index_loss: bool = False
@@ -105,7 +110,9 @@ def _compiled(function):
 
 def _enter(site, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A hyper-connection's shares for leaving, its mixing matrix, and the one stream [batch, length, size] within."""
-    return _shares(streams, site.fn, site.base, site.scale, site.input_norm.eps, site.hc_eps, site.hc_sinkhorn_iters)
+    return _shares(
+        streams, site.fn, site.base, site.scale, site.input_norm.eps, site.hc_eps, site.hc_sinkhorn_iters
+    )
 
 
 @_compiled
@@ -168,7 +175,11 @@ def _attention(at, x: Tensor, rope: dict, position: Tensor, index_loss: bool) ->
             top = at.compressor.indexer.index_topk
             if far.shape[1] > top:
                 kept = index.detach().topk(top, dim=-1).indices
-                bias = torch.full_like(bias, float("-inf")).scatter(-1, kept, 0.0).masked_fill(future, float("-inf"))
+                bias = (
+                    torch.full_like(bias, float("-inf"))
+                    .scatter(-1, kept, 0.0)
+                    .masked_fill(future, float("-inf"))
+                )
             if index_loss:
                 loss = _index_loss(raw.detach(), near.detach(), at.sinks.detach(), index, future)
             bias = bias[:, :, None]
@@ -252,4 +263,8 @@ def _index_loss(raw: Tensor, near: Tensor, sinks: Tensor, index: Tensor, future:
     given, index, closed = given[:, some], index[:, some], future[some]
     target = given / given.sum(-1, keepdim=True).clamp(min=1e-9)
     log_shares = index.log_softmax(-1).masked_fill(closed, 0.0)
-    return (target * (target.clamp(min=1e-9).log() - log_shares)).sum(-1).mean() if some.any() else index.sum() * 0
+    return (
+        (target * (target.clamp(min=1e-9).log() - log_shares)).sum(-1).mean()
+        if some.any()
+        else index.sum() * 0
+    )

@@ -92,7 +92,10 @@ def main() -> int:
     with torch.no_grad():
         choice = model.config.index_topk * min(rate for rate in RATIOS if rate)
         report = compare(model(torch.tensor([ids])).logits[0].numpy(), theirs, choice)
-    report["texts"], report["same_tokens"] = len(texts), sum(map(list.__eq__, their_texts, map(encoder.text, texts)))
+    report["texts"], report["same_tokens"] = (
+        len(texts),
+        sum(map(list.__eq__, their_texts, map(encoder.text, texts))),
+    )
     print(json.dumps(report, indent=1))
     good = report["same_likeliest"] >= AGREE and report["rms_over_spread"] < SPREAD
     return 0 if good and report["same_tokens"] == len(texts) else 1

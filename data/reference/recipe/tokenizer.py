@@ -31,7 +31,12 @@ def train_tokenizer(n_tasks: int = 6000, size: int = VOCABULARY) -> Tokenizer:
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level])
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [text for task in islice(tasks("tokenizer", lambda: 6), n_tasks) for turn in task.turns for text in turn]
+    texts = [
+        text
+        for task in islice(tasks("tokenizer", lambda: 6), n_tasks)
+        for turn in task.turns
+        for text in turn
+    ]
     trainer = trainers.BpeTrainer(
         vocab_size=size - len(SPECIAL), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

@@ -35,7 +35,15 @@ SEED, BIAS_STEP, INDEX_WEIGHT = 7, 2e-3, 0.2
 # Schedules: a value from this progress on.
 PROMPT_WEIGHT = ((0.0, 0.1), (0.25, 0.02), (0.85, 0.05))  # of a prompt's tokens
 BATCH = ((0.0, 512), (0.15, 1024), (0.5, 2048))  # tokens of a micro-batch; each process has one a step
-ROOM = ((0.0, 0), (0.12, 2), (0.22, 4), (0.35, 8), (0.62, 16), (0.76, 34), (0.88, 60))  # sentences of filler at most
+ROOM = (
+    (0.0, 0),
+    (0.12, 2),
+    (0.22, 4),
+    (0.35, 8),
+    (0.62, 16),
+    (0.76, 34),
+    (0.88, 60),
+)  # sentences of filler at most
 
 
 class Muon(torch.optim.Optimizer):
@@ -72,7 +80,10 @@ def optimizers(parameters, peak: float) -> list[torch.optim.Optimizer]:
     for name, one in parameters:
         inner = "layers" in name and one.dim() == 2 and ("self_attn" in name or "shared" in name)
         (matrices if inner and "position_bias" not in name else rest).append(one)
-    return [Muon(matrices, lr=peak * 10), torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.97), weight_decay=0.01)]
+    return [
+        Muon(matrices, lr=peak * 10),
+        torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.97), weight_decay=0.01),
+    ]
 
 
 def at(schedule, progress: float):
@@ -101,8 +112,10 @@ def batches(encoder: Encoder, progress: Callable[[], float], seed: int | str):
         shuffle.shuffle(made)
         for rows in made:
             longest = max(len(ids) for ids, _ in rows)
-            yield (torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows]),
-                   torch.tensor([weights + [0.0] * (longest - len(weights)) for _, weights in rows]))
+            yield (
+                torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows]),
+                torch.tensor([weights + [0.0] * (longest - len(weights)) for _, weights in rows]),
+            )
 
 
 def loss_of(model, ids, weights):
@@ -151,7 +164,9 @@ class Team:
     def __init__(self, model, size: int, barrier) -> None:
         config = model.config
         self.size, self.barrier = size, barrier
-        self.gradients = [[torch.zeros_like(one).share_memory_() for one in model.parameters()] for _ in range(size)]
+        self.gradients = [
+            [torch.zeros_like(one).share_memory_() for one in model.parameters()] for _ in range(size)
+        ]
         shape = (size, config.num_hidden_layers, config.n_routed_experts)
         self.loads = torch.zeros(shape).share_memory_()
         self.facts = torch.zeros(size, 5).share_memory_()
@@ -312,8 +327,12 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2, help="on a GPU always 1")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument("--resume", type=float, metavar="PROGRESS", help="go on from OUT's checkpoint, 0 to 1")
-    parser.add_argument("--evaluate", type=int, default=20, help="held-out questions a family at a checkpoint")
+    parser.add_argument(
+        "--resume", type=float, metavar="PROGRESS", help="go on from OUT's checkpoint, 0 to 1"
+    )
+    parser.add_argument(
+        "--evaluate", type=int, default=20, help="held-out questions a family at a checkpoint"
+    )
     asked = parser.parse_args()
     if torch.cuda.is_available():
         torch.set_default_device("cuda")

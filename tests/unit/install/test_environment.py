@@ -13,7 +13,9 @@ import yaml
 
 import install
 import needs
-from dfqs_nb import __version__, workbook
+import store_notebooks
+from dfqs_nb import __version__
+from dfqs_nb.core.paths import public_address
 
 REPOSITORY = Path(install.REPOSITORY)
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -135,14 +137,14 @@ def without_stamps(name: str, text: str) -> str:
 
 
 def test_the_public_address_stands_in_one_place_only():
-    slug = workbook.public_address().removeprefix("https://github.com/")
+    slug = public_address().removeprefix("https://github.com/")
     holders = [name for name, text in tracked_texts() if slug in without_stamps(name, text)]
     assert holders == ["pyproject.toml"]
     assert (REPOSITORY / "pyproject.toml").read_text().count(slug) == 1
 
 
 def test_badges_and_setup_cells_are_stamped():
-    assert workbook.stamp(check=True) == [], "run `make stamp`"
+    assert store_notebooks.stamp(check=True) == [], "run `make stamp`"
 
 
 def test_every_relative_link_of_the_readme_leads_somewhere():

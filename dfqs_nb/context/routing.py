@@ -1,0 +1,102 @@
+"""Routing against context: does the router use the same experts, and as surely, deep in a context?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dfqs_nb.context.haystacks import Haystacks, frame_of
+from dfqs_nb.context.loss import bands, held_out_text
+from dfqs_nb.context.prompts import PromptSet
+from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.routing.trace import Trace, open_recorded, record, require_routed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def routing_by_position(
+    path: str | Path, settings: OpenSettings, prompts: PromptSet, n_tokens: int, n_texts: int = 6
+) -> pd.DataFrame:
+    """Record the routing of held-out texts, and compare it between bands of position; see
+    ``usage_by_position``.
+
+    Raises:
+        ModelError: a dense model.
+        DecodeError: a text does not fit the context.
+    """
+    with open_recorded(path, settings, probe=False) as recorded:
+        haystacks = Haystacks(frame_of(recorded.model, prompts), prompts, ())
+        texts = [held_out_text(haystacks, number, n_tokens) for number in range(n_texts)]
+        traces = [record(recorded, text, logits=False) for text in texts]
+    require_routed(traces[0], path)
+    return usage_by_position(traces, bands(max(32, len(haystacks.frame.head)), n_tokens))
+
+
+def usage_by_position(traces: Sequence[Trace], edges: Sequence[tuple[int, int]]) -> pd.DataFrame:
+    """How expert usage and router margins change along texts of one kind.
+
+    The overlap of two usages is the sum over experts of the smaller share (1: the same, 0: disjoint),
+    averaged over the layers that route by score. The band of one half of the texts is compared with the
+    first band of the other half. Even a router blind to position does not reach 1, for the texts differ:
+    ``chance`` is the overlap with the same band of the other half. Every band counts as many tokens as
+    the first, spread evenly over it, because few choices overlap less than many.
+
+    Columns ``start``, ``end``, ``choices``, ``overlap`` (mean over all ways to halve the texts), ``low``,
+    ``high`` (the least and the greatest of them), ``chance``, ``margin_p5`` and ``margin_median``.
+    """
+    import pandas as pd
+
+    scored = ~traces[0].hashed
+    usage = np.stack([_usage(trace, scored, edges) for trace in traces])
+    rows = []
+    for band, (start, end) in enumerate(edges):
+        margins = np.concatenate([trace.margin[start:end, scored].ravel() for trace in traces])
+        found = [_overlap(a[band], b[0]) for a, b in _halves(usage)]
+        chance = [_overlap(a[band], b[band]) for a, b in _halves(usage)]
+        rows.append(
+            {
+                "start": start,
+                "end": end,
+                "choices": len(margins),
+                "overlap": float(np.mean(found)),
+                "low": min(found),
+                "high": max(found),
+                "chance": float(np.mean(chance)),
+                "margin_p5": float(np.quantile(margins, 0.05)),
+                "margin_median": float(np.median(margins)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _usage(trace: Trace, scored: np.ndarray, edges: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Choices of each expert: ``(bands, layers, experts)``."""
+    width = edges[0][1] - edges[0][0]
+    picked = [np.linspace(start, end - 1, width).round().astype(int) for start, end in edges]
+    counts = np.zeros((len(edges), int(scored.sum()), trace.n_experts))
+    for band, tokens in enumerate(picked):
+        for layer, chosen in enumerate(trace.experts[tokens][:, scored].swapaxes(0, 1)):
+            counts[band, layer] = np.bincount(chosen.ravel(), minlength=trace.n_experts)
+    return counts
+
+
+def _halves(usage: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Usage summed over each half of the texts, for every way to halve them, both ways round."""
+    texts = set(range(len(usage)))
+    chosen = [set(one) for one in combinations(sorted(texts), len(texts) // 2)]
+    return [(usage[sorted(one)].sum(0), usage[sorted(texts - one)].sum(0)) for one in chosen]
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over layers of the sum of smaller shares.
+
+    >>> _overlap(np.array([[1.0, 1.0]]), np.array([[2.0, 0.0]]))
+    0.5
+    """
+    share_a, share_b = (one / one.sum(axis=1, keepdims=True) for one in (a, b))
+    return float(np.minimum(share_a, share_b).sum(axis=1).mean())

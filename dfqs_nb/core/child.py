@@ -1,0 +1,277 @@
+"""Work in a child process: what may abort ends there and nowhere else.
+
+The parent calls `run` with a module and a job. The module's ``__main__`` calls `serve` with a function that
+takes the job. Both speak JSON, one object a line. A child ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any, NoReturn, TypeVar
+
+import psutil
+
+from dfqs_nb.core.errors import DfqsError, ModelError
+from dfqs_nb.core.paths import REPOSITORY
+
+_running: set[subprocess.Popen[bytes]] = set()
+AnyError = TypeVar("AnyError", bound=DfqsError)
+SOURCE_FOLDER = re.compile(r"\S*/(?=[\w.-]+\.(?:cpp|c|cu|h|m):\d+)")  # of the machine that compiled llama.cpp
+GRACE_SECONDS = 10.0  # between asking a child to end and killing it
+HINTS = {
+    "SIGABRT": "its header is not what this llama.cpp expects: `dfqs-nb inspect` it, download it again, "
+    "or update llama-cpp-python",
+    "SIGFPE": "this build of llama.cpp cannot open this model: use another build",
+    "SIGILL": "llama-cpp-python was built for another CPU: delete .venv and run `make run` again",
+    "SIGSEGV": "the file is damaged, or this llama.cpp does not suit this CPU: `dfqs-nb verify` it, then "
+    "delete .venv and run `make run` again",
+    "SIGBUS": "the file shrank or its disk failed during reading: `dfqs-nb verify` it",
+    "SIGKILL": "the system killed it, most likely for memory: lower n_ctx or close other programs",
+    "timeout": "the disk is very slow, or the file is on a network: copy it to a local disk",
+}
+
+
+class ChildDied(ModelError):
+    """The child ended without an answer.
+
+    Attributes:
+        cause: the signal's name, ``exit status N`` or ``timeout``.
+        messages: what it sent before, in order.
+        log: the lines of its standard error.
+    """
+
+    cause: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
+    log: tuple[str, ...] = ()
+
+
+def environment() -> dict[str, str]:
+    """This environment for a child that runs llama.cpp: the package importable, no debugger on an abort."""
+    roots = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, roots)),
+        "PYTHONIOENCODING": "utf-8",
+        "GGML_NO_BACKTRACE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin for each other crawl on a busy machine
+    }
+
+
+def start(module: str, job: Mapping[str, Any], *, log: Any, **options: Any) -> subprocess.Popen[bytes]:
+    """Start ``python -m module`` and hand it the job; it lives until it ends, or until its input closes.
+
+    Args:
+        log: an open file that receives the child's standard error.
+        options: of ``subprocess.Popen``.
+    """
+    command = [sys.executable, "-P", "-m", module]  # -P: a folder llama_cpp/ in the current one is not ours
+    options = {"env": environment(), **options}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, **options)
+    assert process.stdin is not None
+    try:
+        process.stdin.write(json.dumps(dict(job)).encode() + b"\n")
+        process.stdin.flush()  # and left open: when it closes, the child knows that it is alone
+    except BrokenPipeError:
+        pass  # the child is gone; its exit status says how
+    return process
+
+
+def run(
+    module: str,
+    job: Mapping[str, Any],
+    *,
+    where: str | Path | None = None,
+    on_message: Callable[[dict[str, Any]], object] = lambda message: None,
+    timeout_seconds: float | None = None,
+    log: IO[bytes] | None = None,
+) -> dict[str, Any]:
+    """Run a job in ``python -m module`` and return its answer.
+
+    Args:
+        module: one whose ``__main__`` calls `serve`.
+        where: the file that a failure is about.
+        on_message: receives each object that the child sends with `tell`, as it comes.
+        timeout_seconds: after which the child is killed; None: no limit.
+        log: a file, open for reading and writing, that keeps the child's standard error.
+
+    Raises:
+        DfqsError: the one that the child raised, of the same class.
+        ChildDied: it ended without an answer.
+    """
+    messages: list[dict[str, Any]] = []
+    late = threading.Event()
+    with contextlib.ExitStack() as stack:
+        errors = log or stack.enter_context(tempfile.TemporaryFile())
+        process = start(module, job, log=errors)
+        _running.add(process)
+        timer = threading.Timer(timeout_seconds or 0, _kill, (process, late))
+        timer.daemon = True
+        if timeout_seconds:
+            timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                message = _parsed(line)
+                if message and not {"answer", "failed"} & message.keys():
+                    on_message(message)
+                messages += [message] if message else []
+            process.wait()
+        finally:
+            timer.cancel()
+            end(process, grace_seconds=0)
+            _running.discard(process)
+        errors.seek(0)
+        lines = errors.read().decode("utf-8", "replace").splitlines()
+    last = messages[-1] if messages else {}
+    if "failed" in last:
+        raise _error(last["failed"], lines)
+    if "answer" in last:
+        answer: dict[str, Any] = last["answer"]
+        return answer
+    raise died("timeout" if late.is_set() else ending(process.returncode), where, messages, lines)
+
+
+def end(process: subprocess.Popen[bytes], *, grace_seconds: float = GRACE_SECONDS) -> None:
+    """Ask a child to end by closing its input; kill it if it does not."""
+    if process.stdin is not None and not process.stdin.closed:
+        try:
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # it is gone already
+    try:
+        process.wait(grace_seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def end_all() -> None:
+    """Kill every child that `run` waits for, in whatever thread; for a process that is about to stop."""
+    for process in list(_running):
+        end(process)
+
+
+def ending(status: int) -> str:
+    """What ended a process: the signal's name, ``exit status N``, or "" if it ended well.
+
+    >>> ending(-6), ending(1), ending(0)
+    ('SIGABRT', 'exit status 1', '')
+    """
+    if status >= 0:
+        return f"exit status {status}" if status else ""
+    try:
+        return signal.Signals(-status).name
+    except ValueError:
+        return f"signal {-status}"
+
+
+def died(
+    cause: str, where: str | Path | None, messages: list[dict[str, Any]], log: list[str], doing: str = ""
+) -> ChildDied:
+    """The error for a child that ended without an answer.
+
+    Args:
+        doing: what it did last, like ``while loading it``; by default the ``stage`` of its last message.
+    """
+    stages = [message["stage"] for message in messages if "stage" in message]
+    doing = doing or (stages[-1] if stages else "at start")
+    reason = telling_line(log)
+    error = ChildDied(
+        f"llama.cpp died {doing} ({cause or 'without an answer'}){f': {reason}' if reason else ''}",
+        where=where,
+        hint=HINTS.get(cause, "the child process says why above"),
+    )
+    error.cause, error.messages, error.log = cause, tuple(messages), tuple(log)
+    return _with_log(error, log)
+
+
+def telling_line(log: list[str]) -> str:
+    """The line of a log that says why: a failed assertion, else the last line."""
+    lines = [SOURCE_FOLDER.sub("", line).strip() for line in log if line.strip(" .")]
+    asserted = [line for line in lines if "GGML_ASSERT" in line or "fatal error" in line]
+    return (asserted or lines or [""])[-1][:300]
+
+
+def _kill(process: subprocess.Popen[bytes], late: threading.Event) -> None:
+    late.set()
+    process.kill()
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}  # a library printed something
+    return message if isinstance(message, dict) else {}
+
+
+def _error(failed: dict[str, Any], log: list[str]) -> DfqsError:
+    """The child's error: the class of that name, or the family's."""
+    classes = {cls.__name__: cls for cls in _subclasses(DfqsError)}
+    cls = classes.get(failed["kind"], DfqsError)
+    return _with_log(cls(failed["what"], where=failed["where"], hint=failed["hint"]), log)
+
+
+def _subclasses(cls: type[DfqsError]) -> list[type[DfqsError]]:
+    return [cls, *(below for sub in cls.__subclasses__() for below in _subclasses(sub))]
+
+
+def _with_log(error: AnyError, log: list[str]) -> AnyError:
+    lines = [line for line in log if line.strip(" .")][-12:]
+    if lines:
+        error.add_note("its last lines:\n  " + "\n  ".join(lines))
+    return error
+
+
+# ---- the child's side ----
+
+
+def serve(work: Callable[[dict[str, Any]], Mapping[str, Any] | None]) -> NoReturn:
+    """Take the job from standard input, do the work, answer on standard output, and exit.
+
+    Standard output carries messages only: what libraries print there goes to standard error. From the first
+    line on, the process ends when its parent does, so that no orphan writes beside a later run.
+    """
+    global _channel
+    _channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        tell(answer=dict(work(job) or {}))
+    except DfqsError as error:
+        where = None if error.where is None else str(error.where)
+        tell(failed={"kind": type(error).__name__, "what": error.what, "where": where, "hint": error.hint})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # no teardown of a runtime that may crash in it
+
+
+_channel: IO[str] = sys.stdout
+
+
+def tell(**facts: Any) -> None:
+    """Send the parent one object: progress, or ``stage=...``, which a failure will name."""
+    _channel.write(json.dumps(facts, default=str) + "\n")
+    _channel.flush()
+
+
+def _end_with_parent() -> None:
+    """End this process, and what it started, when the parent is gone."""
+    os.read(0, 1)  # nothing more is ever sent: this returns when the other end closes
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    os._exit(1)

@@ -1,0 +1,114 @@
+"""What people see in a notebook or a terminal: tables, sizes, progress, and text from outside made harmless.
+
+>>> list(tqdm([1, 2], disable=True))
+[1, 2]
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import unicodedata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from IPython.display import HTML
+
+if os.environ.get("TQDM_DISABLE"):
+    import tqdm.std
+
+    class tqdm(tqdm.std.tqdm):  # type: ignore[no-redef, misc]  # noqa: N801
+        """No bar, whatever the caller asks: the variable alone loses against ``disable=False``."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})
+
+else:
+    from tqdm.auto import tqdm
+
+__all__ = ["markdown", "markdown_table", "plain", "shown", "size", "tqdm"]
+
+
+def size(n_bytes: float) -> str:
+    """A number of bytes as people read it, in decimal units.
+
+    >>> size(61_540_805_344), size(999), size(5_800_000)
+    ('61.5 GB', '999 B', '5.8 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n_bytes) < 999.5:
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} TB"
+
+
+def plain(text: object) -> str:
+    """Text from a file, a model or a server, without what steers a terminal: escape sequences and the like.
+
+    >>> plain("a\x1b[31mred\x07")
+    'a\ufffd[31mred\ufffd'
+    """
+    return "".join(
+        character
+        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs")
+        else "\ufffd"
+        for character in str(text)
+    )
+
+
+def markdown(text: object) -> str:
+    """Text from outside as Markdown that shows it: no heading, image, link or HTML can come of it.
+
+    >>> print(markdown("# a ![i](http://x) <b>"))
+    \\# a \\!\\[i\\](http&#58;//x) &lt;b&gt;
+    """
+    escaped = html.escape(" ".join(plain(text).split()), quote=False)
+    escaped = re.sub(r"([\\|`*_\[\]!~])", r"\\\1", escaped)
+    escaped = re.sub(r"^([#=+-]|\d+[.)])(?=\s|$|[#=+-])", lambda found: f"\\{found[0]}", escaped)
+    # GitHub and the hub make links of bare addresses, too
+    return escaped.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """A frame as a Markdown table whose cells cannot break out of it; numbers stand to the right.
+
+    >>> import pandas as pd
+    >>> print(markdown_table(pd.DataFrame({"name": ["a|<b>"], "n": [1]})))
+    | name | n |
+    |---|---:|
+    | a\\|&lt;b&gt; | 1 |
+    """
+    numeric = [table[column].dtype.kind in "iuf" for column in table.columns]
+    rows = [list(map(str, table.columns)), *(list(row) for row in table.to_numpy(object))]
+    lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("---:" if n else "---" for n in numeric) + "|", *lines[1:]])
+
+
+def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[str, ...] = ()) -> HTML:
+    """The frame, dressed for display in a notebook; its values stay as they are.
+
+    Cells are escaped: an answer of a model with HTML in it shows as text. JupyterLab aligns every cell to the
+    right, and drops style sheets from outputs that it has not run itself, so the alignment of text stands in
+    each cell.
+
+    Args:
+        name: of the table in the page, unique in the notebook and the same in every run.
+        precision: digits after the point of floats.
+        percent: columns of shares, shown in per cent.
+    """
+    from IPython.display import HTML
+
+    styler = table.style.format(thousands=",", precision=precision, escape="html")
+    styler = styler.format_index(escape="html").format_index(escape="html", axis=1)
+    if percent:
+        styler = styler.format("{:.1%}", subset=list(percent))
+    page = re.sub(r"<style.*?</style>\s*", "", styler.set_uuid(name).to_html(), flags=re.DOTALL)
+    text = [str(i) for i, column in enumerate(table.columns) if table[column].dtype.kind not in "iufb"]
+    heads = (
+        r"(?:row_heading level\d+ row\d+|index_name level\d+|col_heading level0 col(?:{0})"
+        r"|data row\d+ col(?:{0}))"
+    )
+    aligned = heads.format("|".join(text) or "none")
+    return HTML(re.sub(rf'(class="{aligned}")', r'\1 style="text-align: left"', page))

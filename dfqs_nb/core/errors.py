@@ -1,0 +1,68 @@
+"""The errors of the workbook: each says what is wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+class DfqsError(Exception):
+    """A failure that a user can act on.
+
+    Args:
+        what: what is wrong, in one clause.
+        where: the file (or URL) it is wrong in, when there is one.
+        hint: the next step for the user.
+
+    >>> str(HeaderError("not a GGUF file", where="model.gguf", hint="download it again"))
+    'model.gguf: not a GGUF file; download it again'
+    """
+
+    def __init__(self, what: str, *, where: str | Path | None = None, hint: str = "") -> None:
+        self.what, self.where, self.hint = what, where, hint
+        text = f"{where}: {what}" if where is not None else what
+        super().__init__(f"{text}; {hint}" if hint else text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the three fields, so that a child process can hand its error to its parent."""
+        return _rebuild, (type(self), self.what, self.where, self.hint)
+
+
+def _rebuild(cls: type[DfqsError], what: str, where: str | Path | None, hint: str) -> DfqsError:
+    return cls(what, where=where, hint=hint)
+
+
+class HeaderError(DfqsError):
+    """The bytes of a GGUF header are not what the format allows."""
+
+
+class LayoutError(DfqsError):
+    """The header is readable, but the tensor data does not lie in the file as it says."""
+
+
+class ShardError(DfqsError):
+    """A set of shards is incomplete, inconsistent, or not of one model."""
+
+
+class IntegrityError(DfqsError):
+    """Bytes differ from what a hash or a second reading says they are."""
+
+
+class SpaceError(DfqsError):
+    """The disk, or the memory, does not hold what is asked of it."""
+
+
+class OutputError(DfqsError):
+    """An output exists already, or cannot be written."""
+
+
+class RegistryError(DfqsError):
+    """A model name is unknown, or its files cannot be had."""
+
+
+class ModelError(DfqsError):
+    """llama.cpp refuses the model, or dies on it."""
+
+
+class StageError(DfqsError):
+    """A notebook needs a file that an earlier notebook writes."""

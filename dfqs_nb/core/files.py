@@ -1,0 +1,191 @@
+"""Files: written whole or not at all, and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfqs_nb.core.display import tqdm
+from dfqs_nb.core.errors import IntegrityError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CHUNK_BYTES = 8 << 20
+JSON_BYTES = 256 << 20  # more is no report, stage or manifest of this workbook
+_written: dict[Path, None] = {}  # until every stage uses `Stage`
+
+
+@contextmanager
+def whole_file(path: str | Path, mode: str = "w") -> Iterator[Any]:
+    """Open a temporary file beside ``path``; it takes that name only when the block ends well.
+
+    The bytes are flushed to the disk before the rename, so a reader (or a crash) sees the old file or the
+    new one, never a part. Lone surrogates in a text become ``?``.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".part")
+    try:
+        encoding, errors = (None, None) if "b" in mode else ("utf-8", "replace")
+        with os.fdopen(handle, mode, encoding=encoding, errors=errors) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+        fsync_dir(path.parent)
+        stood_on(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def fsync_dir(folder: str | Path) -> None:
+    """Make a rename in ``folder`` durable (nothing where folders cannot be opened)."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text, whole or not at all, and return the path."""
+    with whole_file(path) as file:
+        file.write(text)
+    return Path(path)
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write ``value`` as indented JSON, whole or not at all, and return the path."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON in a file that somebody else may have written.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is no regular file or too large, not JSON, nested deeper than Python reads, or holds a
+            number that JSON does not have (NaN, infinity) or that no measurement gives (over 19 digits).
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
+    if path.stat().st_size > JSON_BYTES:
+        raise ValueError(f"larger than {JSON_BYTES:,} bytes")
+    try:
+        return json.loads(
+            path.read_text(encoding="utf-8"),
+            parse_constant=_refuse_number,
+            parse_float=_finite,
+            parse_int=lambda digits: int(digits) if len(digits) <= 19 else _refuse_number(digits),
+        )
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _refuse_number(text: str) -> int:
+    raise ValueError(f"{text[:20]} is no JSON number that is read here")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_number(text)
+
+
+def write_table(path: str | Path, table: pd.DataFrame, *, index: bool = True) -> Path:
+    """Write a frame as CSV, whole or not at all, and return the path.
+
+    A text that a spreadsheet would run as a formula gets an apostrophe before it.
+    """
+    safe = table.copy(deep=False)
+    for place, dtype in enumerate(table.dtypes):
+        if dtype.kind not in "biufcM":
+            safe.isetitem(place, table.iloc[:, place].map(_no_formula))
+    return write_text(path, safe.to_csv(index=index, lineterminator="\n"))
+
+
+def _no_formula(cell: Any) -> Any:
+    """A cell that no spreadsheet runs; numbers with a sign are left alone.
+
+    >>> _no_formula("=1+1"), _no_formula("-12"), _no_formula("-2+3|cmd"), _no_formula(5)
+    ("'=1+1", '-12', "'-2+3|cmd", 5)
+    """
+    if not isinstance(cell, str) or cell[:1] not in ("=", "+", "-", "@", "\t", "\r"):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return "'" + cell
+    return cell
+
+
+def stood_on(path: str | Path) -> None:
+    """Note that this process wrote ``path`` (until every stage uses `Stage`)."""
+    _written[Path(path).resolve()] = None
+
+
+def canonical_sha256(value: Any) -> str:
+    """SHA-256, in hex, of a JSON value written in one way only: keys sorted, no spaces.
+
+    >>> canonical_sha256({"b": 1, "a": [0.5]}) == canonical_sha256({"a": [0.5], "b": 1})
+    True
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def sha256_of_file(path: str | Path, on_bytes: Callable[[int], object] = lambda n_bytes: None) -> str:
+    """SHA-256 of a file's bytes, in hex; ``on_bytes`` is told how many were read each time."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            on_bytes(len(chunk))
+    return digest.hexdigest()
+
+
+def sha256_each(
+    paths: Iterable[str | Path], *, name: str = "sha256", progress: bool = True
+) -> tuple[str, ...]:
+    """SHA-256 of each of several files, in hex, under one progress bar of that ``name``."""
+    files = [Path(path) for path in paths]
+    total = sum(path.stat().st_size for path in files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=not progress) as bar:
+        return tuple(sha256_of_file(path, bar.update) for path in files)
+
+
+def sha256_of(path: str | Path, *, progress: bool = True) -> str:
+    """SHA-256 of a large file, in hex, under a progress bar."""
+    return sha256_each([path], progress=progress)[0]
+
+
+def check_sha256(path: str | Path, expected: str, *, progress: bool = True) -> None:
+    """Check a file against the SHA-256 that somebody published.
+
+    Raises:
+        IntegrityError: they differ; the message shows both.
+    """
+    digest = sha256_of(path, progress=progress)
+    if digest != expected.lower():
+        raise IntegrityError(
+            f"SHA-256 is {digest}, expected {expected.lower()}",
+            where=path,
+            hint="the file was changed or damaged: download it again",
+        )

@@ -1,0 +1,109 @@
+"""Records of finished work, so that a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dfqs_nb.core.files import canonical_sha256, stood_on, write_json
+
+
+def conditions_hash(conditions: Mapping[str, Any]) -> str:
+    """A short hash of conditions: equal values in any order give the same one.
+
+    >>> conditions_hash({"a": 1, "b": 2}) == conditions_hash({"b": 2, "a": 1})
+    True
+    """
+    return canonical_sha256(dict(conditions))[:16]
+
+
+class Journal:
+    """Rows of one JSONL file that were made under the same conditions, by their id.
+
+    Each row is one line, flushed to the disk before `add` returns. A last line without its end, left by a
+    kill, is cut off. Rows of other conditions stay in the file and are passed over.
+
+    Args:
+        path: of the file; it is made with the first row.
+        conditions: what a row depends on; any JSON values.
+        fresh: begin anew.
+    """
+
+    def __init__(self, path: str | Path, conditions: Mapping[str, Any], *, fresh: bool = False) -> None:
+        self.path, self.key = Path(path), conditions_hash(conditions)
+        if fresh:
+            self.path.unlink(missing_ok=True)
+        self._rows: dict[str, dict[str, Any]] = {}
+        for row in _read(self.path):
+            if row.pop("conditions", None) == self.key:
+                self._rows[row.pop("id")] = row
+        self.n_found = len(self._rows)
+        stood_on(self.path)
+
+    def __contains__(self, item: str) -> bool:
+        return item in self._rows
+
+    def __getitem__(self, item: str) -> dict[str, Any]:
+        return self._rows[item]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, in the order in which they were added."""
+        return [{"id": item, **row} for item, row in self._rows.items()]
+
+    def add(self, item: str, **row: Any) -> dict[str, Any]:
+        """Append a row and return it as it will be read."""
+        line = json.dumps({"conditions": self.key, "id": item, **row})  # ASCII: no text can break the file
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._rows[item] = json.loads(line)
+        del self._rows[item]["conditions"], self._rows[item]["id"]
+        return self._rows[item]
+
+
+def remembered(
+    note: str | Path,
+    conditions: Mapping[str, Any],
+    make: Callable[[], Mapping[str, Any]],
+    *,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """The facts in a JSON file if they were made under these conditions; else make them and write it.
+
+    Args:
+        note: the file; it holds the facts and the hash of their conditions as ``key``.
+        make: does the work and returns the facts.
+        fresh: do the work again.
+    """
+    note, key = Path(note), conditions_hash(conditions)
+    if not fresh and note.exists():
+        try:
+            facts = json.loads(note.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            facts = {}  # a damaged note: the work is done again
+        if isinstance(facts, dict) and facts.pop("key", None) == key:
+            return facts
+    facts = dict(make())
+    write_json(note, {"key": key, **facts})
+    return facts
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole line; a torn last one is cut off the file."""
+    if not path.exists():
+        return
+    raw = path.read_bytes()
+    whole = raw.rfind(b"\n") + 1
+    if whole < len(raw):
+        os.truncate(path, whole)
+    for line in raw[:whole].split(b"\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # the disk lost a line's bytes: its item is measured again
+        if isinstance(row, dict) and isinstance(row.get("id"), str):
+            yield row

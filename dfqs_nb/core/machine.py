@@ -1,0 +1,112 @@
+"""What this machine may use: memory and cores, as psutil and the container's limits leave them."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+CGROUP = Path("/sys/fs/cgroup")
+CPUINFO = Path("/proc/cpuinfo")
+PACKAGES = ("llama-cpp-python", "gguf", "numpy", "pandas", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of memory: what there is, what is free, and where the smaller limit comes from."""
+
+    total_bytes: int
+    available_bytes: int
+    source: str
+
+
+def available_memory() -> Memory:
+    """Memory that this process can still take, in bytes: psutil's, or the control group's if that is less.
+
+    File cache that the kernel can drop counts as available in both.
+    """
+    facts = psutil.virtual_memory()
+    memory = Memory(facts.total, facts.available, "psutil")
+    group = _cgroup_memory(CGROUP)
+    return group if group is not None and group.available_bytes < memory.available_bytes else memory
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: affinity and the container's CPU quota lower the count."""
+    process = psutil.Process()
+    allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1
+    cores = min(psutil.cpu_count(logical=False) or allowed, allowed)
+    quota = _cpu_quota(CGROUP)
+    return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def has_amx() -> bool:
+    """Whether this processor has AMX, on which llama.cpp's extra buffers crash (ggml-org/llama.cpp#20824)."""
+    return CPUINFO.exists() and "amx_tile" in CPUINFO.read_text(errors="replace")
+
+
+def describe() -> dict[str, str | int]:
+    """Versions and the machine, for the top of a notebook and the conditions of a measurement."""
+    from importlib.metadata import version
+
+    memory = available_memory()
+    return {
+        "Python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _cpu_name(),
+        "usable cores": usable_cores(),
+        "memory (GiB)": f"{memory.total_bytes / 2**30:.1f}, {memory.available_bytes / 2**30:.1f} free",
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's name, which neither psutil nor Python knows on Linux."""
+    lines = CPUINFO.read_text(errors="replace").splitlines() if CPUINFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "not stated"
+
+
+# ---- control groups, versions 2 and 1: no library reads them ----
+
+
+def _cgroup_memory(root: Path) -> Memory | None:
+    """The limit of the control group mounted at ``root``; None without one."""
+    for folder, limit, usage, cache in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        total, used = _number(folder / limit), _number(folder / usage)
+        if total is None or used is None or total > 1 << 60:
+            continue
+        droppable = _cache_bytes(folder / "memory.stat", cache)
+        return Memory(total, max(0, total - max(0, used - droppable)), str(folder / limit))
+    return None
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # missing, or "max"
+        return None
+
+
+def _cache_bytes(path: Path, name: str) -> int:
+    if not path.exists():
+        return 0
+    rows = (line.split() for line in path.read_text().splitlines())
+    return next((int(row[1]) for row in rows if len(row) == 2 and row[0] == name), 0)
+
+
+def _cpu_quota(root: Path) -> float | None:
+    """CPUs' worth of time that the control group grants; None without a limit."""
+    if (root / "cpu.max").exists():
+        quota, period = (root / "cpu.max").read_text().split()
+    else:
+        quota, period = (str(_number(root / f"cpu/cpu.cfs_{name}_us")) for name in ("quota", "period"))
+    if not quota.isdigit() or not period.isdigit() or int(period) == 0:
+        return None
+    return int(quota) / int(period)

@@ -1,0 +1,64 @@
+"""Where things lie, and how a file is written: whole, or not at all; and how a stage is sealed."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dfqs_nb.core.errors import OutputError
+
+if TYPE_CHECKING:
+    pass
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def public_address(pyproject: Path = REPOSITORY / "pyproject.toml") -> str:
+    """The repository's public address, from the one place where it stands."""
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    return str(project["urls"]["Repository"]).rstrip("/")
+
+
+def data_dir() -> Path:
+    """The folder of shipped data: ``$DFQS_DATA``, else ``data/`` of this checkout."""
+    return Path(os.environ.get("DFQS_DATA") or REPOSITORY / "data")
+
+
+def outputs_dir() -> Path:
+    """The folder that receives every run: ``$DFQS_OUTPUTS``, else ``outputs/`` of this checkout."""
+    return Path(os.environ.get("DFQS_OUTPUTS") or REPOSITORY / "outputs")
+
+
+def run_dir(run: str) -> Path:
+    """The folder ``outputs/<run>/``, made if missing.
+
+    Raises:
+        OutputError: the name is not a plain folder name, or the folder cannot be made.
+    """
+    if not run or Path(run).name != run or run.startswith("."):
+        raise OutputError(f"{run!r} is not a run name", hint="use one plain folder name, like 'nano'")
+    folder = outputs_dir() / run
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot make the folder ({error.strerror})",
+            where=folder,
+            hint="set DFQS_OUTPUTS to a folder you may write",
+        ) from error
+    return folder
+
+
+def tilde(path: str | Path) -> str:
+    """A path as people read it: relative to this checkout, or to the home folder, where it can be.
+
+    >>> tilde(REPOSITORY / "data")
+    'data'
+    """
+    path = Path(path)
+    for base, prefix in ((REPOSITORY, ""), (Path.cwd(), ""), (Path.home(), "~/")):
+        if path.is_relative_to(base) and base != Path("/"):
+            return prefix + path.relative_to(base).as_posix()
+    return str(path)

@@ -1,0 +1,205 @@
+"""A stage: what one notebook reads, writes, seals and hands on.
+
+>>> NOTEBOOKS["merge"]
+'01_merge_shards.ipynb'
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfqs_nb.core.errors import StageError
+from dfqs_nb.core.files import (
+    _written,
+    canonical_sha256,
+    read_json,
+    sha256_of_file,
+    write_json,
+    write_table,
+)
+from dfqs_nb.core.journal import Journal
+from dfqs_nb.core.paths import run_dir, tilde
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+NOTEBOOKS = {
+    "merge": "01_merge_shards.ipynb",
+    "header": "02_inspect_header.ipynb",
+    "generate": "03_load_and_generate.ipynb",
+    "routing": "04_check_routing_determinism.ipynb",
+    "long_context": "05_measure_long_context.ipynb",
+    "scores": "06_score_reasoning_and_code.ipynb",
+    "dfqs_report": "07_write_dfqs_report.ipynb",
+    "ladder": "08_climb_the_quantization_ladder.ipynb",
+    "serving": "09_serve_and_deploy.ipynb",
+}
+# Models and manifests have hashes of their own; a notebook changes when somebody opens it.
+UNSEALED = (".gguf", ".manifest.json", ".ipynb")
+
+
+class Stage:
+    """The folder ``outputs/<run>/`` as one notebook sees it.
+
+    Whatever is written through the stage is covered by its seal. The list of files is kept on disk until
+    `finish`, so a kernel that restarts half-way does not shrink the seal.
+
+    Args:
+        run_name: one plain folder name under the outputs, which is made; or a run's folder, as a ``Path``.
+        name: of the stage, a key of `NOTEBOOKS`.
+
+    Raises:
+        OutputError: the run's name is no plain folder name, or the folder cannot be made.
+
+    Attributes:
+        name: of the stage, a key of `NOTEBOOKS`.
+        folder: where the run's files are.
+    """
+
+    def __init__(self, run_name: str | Path, name: str) -> None:
+        self.name, self.folder = name, run_name if isinstance(run_name, Path) else run_dir(run_name)
+        self._record = self.folder / f".{name}.files"
+        self._files: dict[str, None] = {}
+        if self._record.exists():
+            self._files = dict.fromkeys(self._record.read_text(encoding="utf-8").splitlines())
+
+    def __repr__(self) -> str:
+        return f"Stage {self.name!r} in {tilde(self.folder)}"
+
+    def path(self, name: str) -> Path:
+        """A file of this stage that other code writes or appends to; the seal covers it."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return self.add(path)
+
+    def add(self, path: str | Path) -> Path:
+        """Cover a file of the run's folder with this stage's seal, and return its path."""
+        name = Path(path).resolve().relative_to(self.folder.resolve()).as_posix()
+        if name not in self._files:
+            self._files[name] = None
+            with self._record.open("a", encoding="utf-8") as record:
+                record.write(name + "\n")
+        return Path(path)
+
+    def table(self, name: str, table: pd.DataFrame, *, index: bool = False) -> Path:
+        """Write a frame as ``<name>.csv`` and seal it."""
+        return write_table(self.path(f"{name}.csv"), table, index=index)
+
+    def figure(self, name: str, ax: Axes) -> None:
+        """Save the figure of ``ax`` as ``<name>.png`` and seal it."""
+        from dfqs_nb.core.figures import save
+
+        save(ax, self.path(f"{name}.png"))
+
+    def json(self, name: str, value: Any) -> Path:
+        """Write a value as ``<name>.json`` and seal it."""
+        return write_json(self.path(f"{name}.json"), value)
+
+    def journal(self, name: str, conditions: Mapping[str, Any], *, fresh: bool = False) -> Journal:
+        """A journal ``<name>.jsonl`` of finished items, covered by the seal."""
+        return Journal(self.path(f"{name}.jsonl"), conditions, fresh=fresh)
+
+    def read(self, stage: str) -> dict[str, Any]:
+        """What an earlier stage handed on.
+
+        Raises:
+            StageError: it is missing, or not what a stage writes; the message names the notebook to run.
+        """
+        return read_stage(self.folder, stage)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The model that notebook 01 handed on: ``name``, ``path``, ``nbytes`` and ``sha256``."""
+        model: dict[str, Any] = self.read("merge")["model"]
+        return model
+
+    def finish(self, *, conditions: Mapping[str, Any], summary: list[str], **facts: Any) -> Path:
+        """Write ``<stage>.json`` with its seal: what the next notebooks and the report read.
+
+        It holds the conditions, the lines that the end of a run prints, the facts, the SHA-256 of every file
+        that the stage wrote (``files``), and a SHA-256 of all that (``seal``). The seal catches accidents.
+        It does not stop a forger, who can compute it too.
+        """
+        content = {"stage": self.name, "conditions": conditions, "summary": summary, **facts}
+        content = _without_nan(json.loads(json.dumps(content, default=str)))
+        content["files"] = {
+            name: sha256_of_file(self.folder / name)
+            for name in self._files
+            if not name.endswith(UNSEALED) and (self.folder / name).is_file()
+        }
+        path = write_json(self.folder / f"{self.name}.json", {**content, "seal": canonical_sha256(content)})
+        self._record.unlink(missing_ok=True)
+        self._files.clear()
+        return path
+
+
+def read_stage(
+    folder: str | Path, stage: str, _written_by: str = "", *, sealed: bool = False
+) -> dict[str, Any]:
+    """Read the ``<stage>.json`` that an earlier notebook wrote; ``sealed``: check its seal as well.
+
+    Raises:
+        StageError: it is missing or damaged; the message names the notebook to run.
+    """
+    path, again = Path(folder) / f"{stage}.json", f"run {NOTEBOOKS[stage]} again"
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        raise StageError("missing", where=tilde(path), hint=f"run {NOTEBOOKS[stage]} first") from None
+    except (OSError, ValueError) as error:
+        raise StageError(f"cannot be read ({error})", where=tilde(path), hint=again) from error
+    if not isinstance(content, dict) or content.get("stage") != stage:
+        raise StageError(f"not the stage {stage!r}", where=tilde(path), hint=again)
+    if sealed:
+        _check_seal(path, content, again)
+    return content
+
+
+def _check_seal(path: Path, content: Mapping[str, Any], again: str) -> None:
+    """Refuse a stage that was edited, or a file of it that was changed, after it was written."""
+    files = content.get("files")
+    if "seal" not in content or not isinstance(files, dict):
+        raise StageError("has no seal", where=tilde(path), hint=again)
+    if canonical_sha256({key: value for key, value in content.items() if key != "seal"}) != content["seal"]:
+        raise StageError("was edited after it was written", where=tilde(path), hint=again)
+    for name, then in files.items():
+        file = path.parent / name
+        if not file.is_file():
+            raise StageError(f"is missing; {path.name} stands on it", where=tilde(file), hint=again)
+        if sha256_of_file(file) != then:
+            raise StageError(f"was changed after {path.name} was written", where=tilde(file), hint=again)
+
+
+def _without_nan(value: Any) -> Any:
+    """A JSON value whose NaN and infinities, which JSON does not have, are null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- the implicit record, until every stage uses `Stage` ----
+
+
+def write_stage(
+    folder: str | Path, stage: str, *, conditions: dict[str, Any], summary: list[str], **facts: Any
+) -> Path:
+    """Write ``<stage>.json`` and seal it with every file written since the last one."""
+    folder = Path(folder)
+    content = {"stage": stage, "conditions": conditions, "summary": summary, **facts}
+    content = _without_nan(json.loads(json.dumps(content, default=str)))
+    content["files"] = {
+        path.relative_to(folder.resolve()).as_posix(): sha256_of_file(path)
+        for path in _written
+        if path.is_relative_to(folder.resolve()) and path.is_file() and not path.name.endswith(UNSEALED)
+    }
+    _written.clear()
+    written = write_json(folder / f"{stage}.json", {**content, "seal": canonical_sha256(content)})
+    _written.clear()
+    return written

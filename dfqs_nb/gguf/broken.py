@@ -1,0 +1,81 @@
+"""Broken files made from the reference model, to see what the workbook (and llama.cpp) say of each."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from pathlib import Path
+
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf.header import VALUE_TYPES, GGUFHeader, read_header
+from dfqs_nb.gguf.shards import ShardSet, open_shards
+
+NAME = "DFQS-Nano-IQ1_S-XL"
+
+
+def reference_shards() -> ShardSet:
+    """The embedded reference model: two shards of a real ``deepseek4`` mixture of experts."""
+    return open_shards(data_dir() / "reference" / f"{NAME}-00001-of-00002.gguf")
+
+
+def glue(folder: str | Path) -> Path:
+    """A raw concatenation of the reference shards, as the published single file is one of the real shards."""
+    path = Path(folder) / f"{NAME}-glued.gguf"
+    path.write_bytes(b"".join(shard.read_bytes() for shard in reference_shards().paths))
+    return path
+
+
+def with_field(path: str | Path, target: str | Path, name: str, value: int) -> Path:
+    """A copy of a GGUF file with one integer of its metadata changed.
+
+    Raises:
+        KeyError: the header has no such field.
+    """
+    field = read_header(path).fields[name]
+    form = next(form for kind, form in VALUE_TYPES.values() if kind == field.type)
+    shutil.copyfile(path, target)
+    with Path(target).open("r+b") as file:
+        file.seek(field.value_start)
+        file.write(struct.pack(f"<{form}", value))
+    return Path(target)
+
+
+def too_many_experts(folder: str | Path) -> Path:
+    """The reference model with 200 experts a token in its header, of 16: llama.cpp fails an assertion."""
+    folder = Path(folder) / "too-many-experts"
+    folder.mkdir(exist_ok=True)
+    first, second = reference_shards().paths
+    shutil.copyfile(second, folder / second.name)
+    return with_field(first, folder / first.name, "deepseek4.expert_used_count", 200)
+
+
+def collection(folder: str | Path) -> list[Path]:
+    """One file of each kind that people take for a model: sound, glued, cut off, and not a model at all."""
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    first, second = reference_shards().headers
+    body, rest = first.path.read_bytes(), second.path.read_bytes()
+    (folder / first.path.name).write_bytes(body)
+    (folder / second.path.name).write_bytes(rest)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
+    contents = {
+        "cut-off.gguf": body[: len(body) // 2],
+        "cut-in-header.gguf": body[: first.data_offset // 2],
+        "trailing.gguf": rest + b"\x00" * 100,
+        "overlap.gguf": _moved(second, rest, -64),
+        "empty.gguf": b"",
+        "lfs-pointer.gguf": pointer.format("b4e1" * 16, len(body)).encode(),
+        "error-page.gguf": b"<!DOCTYPE html><html><head><title>404 Not Found</title></head></html>",
+        "whole.gguf.part1of2": rest[:1_000_000],
+        "whole.gguf.part2of2": rest[1_000_000:],
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return [folder / first.path.name, glue(folder), *(folder / name for name in contents)]
+
+
+def _moved(header: GGUFHeader, body: bytes, by: int) -> bytes:
+    """The file with its last tensor's offset changed (it is the last number of the tensor table)."""
+    at = len(header.raw) - 8
+    (offset,) = struct.unpack_from("<Q", body, at)
+    return body[:at] + struct.pack("<Q", offset + by) + body[at + 8 :]

@@ -1,0 +1,95 @@
+"""Figures of this stage: a tidy frame and ``ax=None`` in, the Axes out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+from dfqs_nb.core.figures import BYTES, PALETTE, PAPER, new_axes, set_title
+
+ATTENTION_COLOURS = {
+    "sliding window": PALETTE[4],
+    "compressed sparse": PALETTE[0],
+    "heavily compressed": PALETTE[1],
+    "full": PALETTE[2],
+}
+ROUTING_COLOURS = {"hash": PALETTE[3], "scores": PALETTE[2], "dense": PAPER}
+
+
+def class_sizes(sizes: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Bytes by tensor class, each bar marked with its bits a weight.
+
+    Args:
+        sizes: columns ``class``, ``bytes`` and ``bits_per_weight``, largest first.
+    """
+    ax = new_axes(ax, 0.8 + 0.27 * len(sizes))
+    bars = ax.barh(sizes["class"], sizes["bytes"], color=PALETTE[0], height=0.7)
+    ax.bar_label(bars, [f"{bits:.2f} bits" for bits in sizes["bits_per_weight"]], padding=4, fontsize=8)
+    ax.invert_yaxis()
+    ax.xaxis.set_major_formatter(BYTES)
+    ax.margins(x=0.14)
+    ax.set_xlabel("size; labels give bits a weight")
+    share = sizes["bytes"].iloc[0] / sizes["bytes"].sum()
+    set_title(
+        ax,
+        f"{sizes['class'].iloc[0].capitalize()} take {share:.0%} of the bytes "
+        f"at {sizes['bits_per_weight'].iloc[0]:.2f} bits a weight",
+    )
+    return ax
+
+
+def quantization_mix(mix: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Bytes of each layer, stacked by tensor type.
+
+    Args:
+        mix: index ``layer``, one column a tensor type, values in bytes.
+    """
+    ax = new_axes(ax)
+    bottom = 0
+    for colour, kind in zip(PALETTE, mix.columns, strict=False):
+        ax.bar(mix.index, mix[kind], bottom=bottom, color=colour, label=kind, width=0.8)
+        bottom = bottom + mix[kind]
+    ax.yaxis.set_major_formatter(BYTES)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("layer")
+    ax.set_ylabel("size")
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    patterns = len({tuple(row > 0) for row in mix.to_numpy()})
+    set_title(
+        ax,
+        f"{len(mix)} layers use {mix.shape[1]} tensor types in {patterns} mix{'es' if patterns > 1 else ''}",
+    )
+    return ax
+
+
+def attention_layout(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Two strips of tiles, one tile a layer: the kind of attention, and how experts are chosen.
+
+    Args:
+        layers: columns ``layer``, ``kind``, ``ratio`` and ``routing``.
+    """
+    ax = new_axes(ax, 1.9)
+    for row, (column, colours) in enumerate((("kind", ATTENTION_COLOURS), ("routing", ROUTING_COLOURS))):
+        for kind, group in layers.groupby(column, sort=False):
+            ax.bar(
+                group["layer"],
+                0.86,
+                bottom=row + 0.07,
+                width=0.94,
+                color=colours.get(kind, PALETTE[7]),
+                label=f"{'attention' if column == 'kind' else 'experts by'}: {kind}",
+            )
+    ax.set_yticks([0.5, 1.5], ["attention", "experts"])
+    ax.set_ylim(2, 0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("layer")
+    ax.spines["left"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.05))
+    compressed = int((layers["ratio"] > 1).sum())
+    set_title(ax, f"{compressed} of {len(layers)} layers keep a compressed cache")
+    return ax

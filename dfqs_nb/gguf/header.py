@@ -1,0 +1,463 @@
+"""The header of a GGUF file: metadata fields, tensor table, data section.
+
+Only the header's bytes are read, whatever the size of the file, and an array (the tokenizer's
+129,280 strings, say) is decoded when it is asked for, not before. Every count and length is checked
+against the bytes that are there before anything is allocated, so a hostile file costs nothing.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+from dfqs_nb.core.errors import HeaderError, LayoutError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_DIMENSIONS = 4
+MAX_NAME_BYTES = 63  # GGML_MAX_NAME, less its terminating zero
+MAX_HEADER_BYTES = 1 << 28  # real headers stay under 50 MB; a larger claim is a hostile or broken file
+
+# Value types of metadata fields: code -> (name, struct format of one value).
+VALUE_TYPES = {
+    0: ("UINT8", "B"),
+    1: ("INT8", "b"),
+    2: ("UINT16", "H"),
+    3: ("INT16", "h"),
+    4: ("UINT32", "I"),
+    5: ("INT32", "i"),
+    6: ("FLOAT32", "f"),
+    7: ("BOOL", "?"),
+    8: ("STRING", ""),
+    9: ("ARRAY", ""),
+    10: ("UINT64", "Q"),
+    11: ("INT64", "q"),
+    12: ("FLOAT64", "d"),
+}
+
+# Tensor types: code -> (name, elements a block, bytes a block). Source: ggml's type traits
+# (gguf-py gives Q8_1, which no file stores, 40 bytes; ggml gives it 36).
+TENSOR_TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 36),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18),
+    42: ("Q2_0", 64, 18),
+}
+
+CUT_OFF = "the download was cut off, or the file is broken: download it again"
+_FIRST_READ = 1 << 16
+_U64 = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One metadata field, its value still in bytes.
+
+    Attributes:
+        type: name of the value type; for an array, that of its items.
+        count: number of items of an array, ``None`` for a single value.
+        record: ``(start, end)`` of the whole record, in bytes from the start of the header.
+        value_start: where the value (for an array, its first item) starts, likewise.
+    """
+
+    name: str
+    type: str
+    count: int | None
+    record: tuple[int, int]
+    value_start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One row of the tensor table.
+
+    Attributes:
+        shape: elements by dimension in ggml's order, the contiguous one first.
+        type: name of the tensor type, like ``IQ1_S``.
+        offset: bytes from the start of the data section.
+        nbytes: bytes of data, without padding.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    type_code: int
+    offset: int
+    n_elements: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GGUFHeader(Mapping[str, Any]):
+    """A GGUF header as a read-only mapping from field name to value, and its tensor table.
+
+    Attributes:
+        path: the file.
+        start: where the header starts in the file, in bytes (0 but for glued files).
+        version: GGUF version, 2 or 3.
+        alignment: the data section's alignment in bytes.
+        fields: by name, in the file's order.
+        tensors: in the file's order.
+        data_offset: where the data section starts, in bytes from the start of the file.
+        file_size: size of the file in bytes, when it was read.
+        raw: the header's bytes, from its magic to the end of the tensor table.
+    """
+
+    path: Path
+    start: int
+    version: int
+    alignment: int
+    fields: Mapping[str, Field] = field(repr=False)
+    tensors: tuple[Tensor, ...] = field(repr=False)
+    data_offset: int
+    file_size: int
+    raw: bytes = field(repr=False)
+
+    def __getitem__(self, name: str) -> Any:
+        """Decode the value of the field ``name``: int, float, bool, str, or a list of them."""
+        return _decode(self.raw, self.fields[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.fields)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.fields
+
+    @property
+    def architecture(self) -> str:
+        """``general.architecture``, or an empty string in a header without one (shards 2 to N)."""
+        return self.get("general.architecture", "")
+
+    def arch(self, key: str, default: Any = None) -> Any:
+        """The value of the architecture's own ``key``: ``arch("block_count")``."""
+        return self.get(f"{self.architecture}.{key}", default)
+
+    @property
+    def data_nbytes(self) -> int:
+        """Bytes of the data section that the tensor table asks for, each tensor padded."""
+        return max((padded(t.offset + t.nbytes, self.alignment) for t in self.tensors), default=0)
+
+    @property
+    def end_offset(self) -> int:
+        """Where the file ends if it holds just this model, in bytes from the start of the file."""
+        return self.data_offset + self.data_nbytes
+
+
+def padded(nbytes: int, alignment: int) -> int:
+    """``nbytes`` rounded up to a multiple of ``alignment``.
+
+    >>> padded(33, 32)
+    64
+    """
+    return -(-nbytes // alignment) * alignment
+
+
+def read_header(path: str | Path, start: int = 0) -> GGUFHeader:
+    """Read the GGUF header that starts at byte ``start`` of the file.
+
+    Raises:
+        HeaderError: the bytes there are not a GGUF header that llama.cpp could read; the message
+            says what was found, at which byte, and what to do.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = file.seek(0, 2)
+            return _parse(_Cursor(path, file, start, size))
+    except OSError as error:
+        raise HeaderError(
+            f"cannot be read ({error.strerror})", where=path, hint="check the path and its permissions"
+        ) from error
+
+
+def check_layout(header: GGUFHeader) -> None:
+    """Check that the tensors lie one after another, aligned, and inside the file.
+
+    llama.cpp refuses a file where they do not.
+
+    Raises:
+        LayoutError: names the first tensor that is out of place, or the bytes that are missing.
+    """
+    expected = 0
+    for tensor in header.tensors:
+        if tensor.offset != expected:
+            kind = "overlaps the tensor before it" if tensor.offset < expected else "leaves a gap"
+            raise LayoutError(
+                f"tensor {tensor.name!r} {kind} (offset {tensor.offset:,}, expected {expected:,})",
+                where=header.path,
+                hint="the file was written wrongly: get it from its source again",
+            )
+        expected = padded(tensor.offset + tensor.nbytes, header.alignment)
+    last = header.tensors[-1] if header.tensors else None
+    needed = header.data_offset + (last.offset + last.nbytes if last else 0)
+    if header.file_size < needed:
+        raise LayoutError(
+            f"{needed - header.file_size:,} bytes short (has {header.file_size:,}, needs {needed:,})",
+            where=header.path,
+            hint=CUT_OFF,
+        )
+
+
+class _Cursor:
+    """Reads forward through a header, holding its bytes, and never asks for more than there is."""
+
+    def __init__(self, path: Path, file: BinaryIO, start: int, size: int) -> None:
+        self.path, self.file, self.start, self.size = path, file, start, size
+        self.bytes = bytearray()
+        self.position = 0
+
+    @property
+    def remaining(self) -> int:
+        return self.size - self.start - self.position
+
+    def fail(self, what: str, hint: str = "get the file from its source again") -> HeaderError:
+        at = self.start + self.position
+        return HeaderError(f"{what} (at byte {at:,})", where=self.path, hint=hint)
+
+    def need(self, end: int) -> None:
+        """Hold the header's bytes up to ``end``."""
+        if end <= len(self.bytes):
+            return
+        if end > self.size - self.start:
+            raise self.fail(
+                f"the header is cut off: it needs {end:,} bytes and the file has {self.size - self.start:,}",
+                CUT_OFF,
+            )
+        if end > MAX_HEADER_BYTES:
+            raise self.fail(f"the header claims over {MAX_HEADER_BYTES:,} bytes")
+        goal = min(max(end, 2 * len(self.bytes), _FIRST_READ), self.size - self.start, MAX_HEADER_BYTES)
+        self.file.seek(self.start + len(self.bytes))
+        while len(self.bytes) < goal:
+            chunk = self.file.read(goal - len(self.bytes))
+            if not chunk:
+                raise self.fail("the file shrank while it was read", "try again when it is at rest")
+            self.bytes += chunk
+
+    def take(self, nbytes: int) -> bytes:
+        end = self.position + nbytes
+        self.need(end)
+        taken = bytes(self.bytes[self.position : end])
+        self.position = end
+        return taken
+
+    def number(self, form: str) -> Any:
+        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
+
+    def text(self, what: str) -> str:
+        length = self.number("Q")
+        if length > self.remaining:
+            raise self.fail(f"{what} claims {length:,} bytes, more than the file has left", CUT_OFF)
+        try:
+            return self.take(length).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.fail(f"{what} is not UTF-8 text") from error
+
+    def skip_strings(self, count: int, what: str) -> None:
+        position, unpack = self.position, _U64.unpack_from
+        while count:
+            held = self.bytes
+            try:
+                while count:
+                    position += 8 + unpack(held, position)[0]
+                    count -= 1
+            except (struct.error, OverflowError):  # past what is held; past what any file holds
+                if position + 8 > self.size - self.start:
+                    raise self.fail(f"{what} runs past the end of the file", CUT_OFF) from None
+                self.need(position + 8)
+        self.need(position)
+        self.position = position
+
+
+def _parse(cursor: _Cursor) -> GGUFHeader:
+    version, n_tensors, n_fields = _read_preamble(cursor)
+    fields = _read_fields(cursor, n_fields)
+    alignment = _alignment(cursor, fields)
+    tensors = _read_tensors(cursor, n_tensors)
+    raw = bytes(memoryview(cursor.bytes)[: cursor.position])
+    data = padded(len(raw), alignment) if n_tensors else len(raw)
+    if cursor.start + data > cursor.size:
+        raise cursor.fail("the file ends before its data section", CUT_OFF)
+    return GGUFHeader(
+        cursor.path,
+        cursor.start,
+        version,
+        alignment,
+        MappingProxyType(fields),
+        tensors,
+        cursor.start + data,
+        cursor.size,
+        raw,
+    )
+
+
+def _read_preamble(cursor: _Cursor) -> tuple[int, int, int]:
+    _check_magic(cursor)
+    version = cursor.number("I")
+    if version & 0xFFFF == 0:
+        raise cursor.fail(
+            "a big-endian GGUF, which this machine's llama.cpp does not read",
+            "convert it with gguf-py's gguf-convert-endian",
+        )
+    if version not in VERSIONS:
+        raise cursor.fail(
+            f"GGUF version {version}; llama.cpp reads versions 2 and 3",
+            "convert the original model again with a current llama.cpp",
+        )
+    n_tensors, n_fields = cursor.number("Q"), cursor.number("Q")
+    for count, least, noun in ((n_tensors, 24, "tensors"), (n_fields, 13, "metadata fields")):
+        if count * least > cursor.remaining:
+            raise cursor.fail(
+                f"claims {count:,} {noun}, more than its {cursor.size:,} bytes can hold", CUT_OFF
+            )
+    return version, n_tensors, n_fields
+
+
+def _check_magic(cursor: _Cursor) -> None:
+    if cursor.remaining == 0:
+        raise cursor.fail("an empty file", "download it again")
+    magic = cursor.take(min(4, cursor.remaining))
+    if magic == MAGIC:
+        return
+    cursor.position = 0
+    if magic == b"vers":
+        raise cursor.fail("a Git LFS pointer, not the model it points to", "run `git lfs pull`")
+    if magic.lstrip()[:1] == b"<":
+        raise cursor.fail("a web page, not a model", "download the file itself (its 'resolve' address)")
+    raise cursor.fail(f"not a GGUF file: starts with {magic!r}, not {MAGIC!r}", "check what you downloaded")
+
+
+def _read_fields(cursor: _Cursor, count: int) -> dict[str, Field]:
+    fields: dict[str, Field] = {}
+    for i in range(count):
+        start = cursor.position
+        name = cursor.text(f"the name of metadata field {i}")
+        if not name:
+            raise cursor.fail(f"metadata field {i} has no name")
+        if name in fields:
+            raise cursor.fail(f"metadata field {name!r} stands twice")
+        fields[name] = _read_field(cursor, name, start)
+    return fields
+
+
+def _read_field(cursor: _Cursor, name: str, start: int) -> Field:
+    kind, count = cursor.number("I"), None
+    if kind == 9:
+        kind, count = cursor.number("I"), cursor.number("Q")
+    if kind not in VALUE_TYPES or kind == 9:
+        raise cursor.fail(f"metadata field {name!r} has the unknown value type {kind}")
+    type_name, form = VALUE_TYPES[kind]
+    n, least = 1 if count is None else count, struct.calcsize("<" + form) or 8
+    if n * least > cursor.remaining:
+        raise cursor.fail(
+            f"metadata field {name!r} claims {n:,} values, more than the file has left", CUT_OFF
+        )
+    value_start = cursor.position
+    cursor.need(value_start + n * least)
+    if form:
+        cursor.position += n * least
+    else:
+        cursor.skip_strings(n, f"metadata field {name!r}")
+    return Field(name, type_name, count, (start, cursor.position), value_start)
+
+
+def _alignment(cursor: _Cursor, fields: Mapping[str, Field]) -> int:
+    found = fields.get("general.alignment")
+    if found is None:
+        return DEFAULT_ALIGNMENT
+    if found.type != "UINT32" or found.count is not None:
+        raise cursor.fail("general.alignment is not a single UINT32")
+    alignment = _decode(cursor.bytes, found)
+    if alignment == 0 or alignment & (alignment - 1):
+        raise cursor.fail(f"general.alignment is {alignment}, not a power of two")
+    return alignment
+
+
+def _read_tensors(cursor: _Cursor, count: int) -> tuple[Tensor, ...]:
+    tensors: dict[str, Tensor] = {}
+    for i in range(count):
+        name = cursor.text(f"the name of tensor {i}")
+        if len(name.encode()) > MAX_NAME_BYTES:
+            raise cursor.fail(f"the name of tensor {i} is longer than {MAX_NAME_BYTES} bytes")
+        if name in tensors:
+            raise cursor.fail(f"tensor {name!r} stands twice")
+        tensors[name] = _read_tensor(cursor, name)
+    return tuple(tensors.values())
+
+
+def _read_tensor(cursor: _Cursor, name: str) -> Tensor:
+    n_dims = cursor.number("I")
+    if n_dims > MAX_DIMENSIONS:
+        raise cursor.fail(f"tensor {name!r} has {n_dims} dimensions; ggml has {MAX_DIMENSIONS}")
+    shape = struct.unpack(f"<{n_dims}q", cursor.take(8 * n_dims)) or (1,)
+    code, offset = cursor.number("I"), cursor.number("Q")
+    if code not in TENSOR_TYPES:
+        raise cursor.fail(
+            f"tensor {name!r} has the unknown type {code}",
+            "the file may need a newer llama.cpp than this workbook knows",
+        )
+    type_name, block, block_bytes = TENSOR_TYPES[code]
+    n_elements = math.prod(shape)
+    # A dimension of 0 hides no overflow: llama.cpp aborts on the product of the others.
+    if min(shape) < 0 or math.prod(max(extent, 1) for extent in shape) >= 1 << 62 or shape[0] % block:
+        raise cursor.fail(f"tensor {name!r} of type {type_name} cannot have the shape {shape}")
+    return Tensor(name, shape, type_name, code, offset, n_elements, n_elements // block * block_bytes)
+
+
+def _decode(raw: bytes | bytearray, found: Field) -> Any:
+    """The value of a field; text that is not UTF-8 is shown with replacement characters."""
+    n = 1 if found.count is None else found.count
+    if found.type == "STRING":
+        values = list(_strings(raw, found.value_start, n))
+    else:
+        form = next(form for name, form in VALUE_TYPES.values() if name == found.type)
+        values = list(struct.unpack_from(f"<{n}{form}", raw, found.value_start))
+    return values[0] if found.count is None else values
+
+
+def _strings(raw: bytes | bytearray, position: int, count: int) -> Iterator[str]:
+    for _ in range(count):
+        length = _U64.unpack_from(raw, position)[0]
+        position += 8 + length
+        yield raw[position - length : position].decode("utf-8", errors="replace")

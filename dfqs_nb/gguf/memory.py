@@ -1,0 +1,322 @@
+"""What a header says a run will need: weights, KV cache, and whether this machine holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from dfqs_nb.core.errors import HeaderError, SpaceError
+from dfqs_nb.core.machine import Memory, available_memory
+from dfqs_nb.gguf.header import GGUFHeader
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "KvCacheBytes",
+    "MemoryEstimate",
+    "Memory",
+    "available_memory",
+    "binary_size",
+    "cache_table",
+    "check_fits",
+    "estimate",
+    "kv_cache_bytes",
+    "weights_bytes",
+]
+
+# bytes in a block, and elements in it, of the types llama.cpp takes for a KV cache (ggml/src/ggml-common.h)
+CACHE_TYPES: dict[str, tuple[int, int]] = {
+    "f32": (4, 1),
+    "f16": (2, 1),
+    "bf16": (2, 1),
+    "q8_0": (34, 32),
+    "q5_1": (24, 32),
+    "q5_0": (22, 32),
+    "q4_1": (20, 32),
+    "q4_0": (18, 32),
+    "iq4_nl": (18, 32),
+}
+CSA_RATIO, HCA_RATIO = 4, 128
+CELL_PADDING = 256
+F32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class KvCacheBytes:
+    """Bytes of one context's cache by part, and how far to trust them.
+
+    Parts of ``deepseek4``: ``raw`` (sliding window), ``csa`` (ratio 4), ``hca`` (ratio 128), ``indexer``,
+    ``compressor_state``; of the other architectures: ``k`` and ``v``.
+    """
+
+    parts: dict[str, int]
+    exactness: Literal["exact", "upper bound", "rough"] = "exact"
+    note: str = ""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+
+def kv_cache_bytes(
+    header: GGUFHeader,
+    n_ctx: int,
+    n_ubatch: int = 512,
+    n_seq: int = 1,
+    type_k: str = "f16",
+    type_v: str = "f16",
+    swa_full: bool = False,
+) -> KvCacheBytes:
+    """Bytes of the KV cache that llama.cpp allocates for ``n_ctx`` tokens, from the header alone.
+
+    Args:
+        n_ctx: tokens of context over all sequences; llama.cpp rounds it up to a multiple of 256.
+        n_ubatch: tokens computed at once (it sizes the sliding window's cache).
+        n_seq: parallel sequences, each with a cache of its own.
+        type_k, type_v: element types, like ``"f16"`` or ``"q8_0"``.
+        swa_full: keep every token in sliding-window layers (llama.cpp's own default; costly).
+
+    Raises:
+        HeaderError: a key that the formula needs is missing.
+        ValueError: an unknown element type, or a count below 1.
+
+    Source: ``src/llama-kv-cache*.cpp`` of the llama.cpp that llama-cpp-python 0.3.36 vendors.
+    """
+    if min(n_ctx, n_ubatch, n_seq) < 1:
+        raise ValueError("n_ctx, n_ubatch and n_seq must be at least 1")
+    cells = _pad(-(-_pad(n_ctx) // n_seq))
+    n_ubatch = min(n_ctx, n_ubatch)
+    if header.architecture == "deepseek4":
+        return _deepseek4(header, cells, n_ubatch, n_seq, type_k, swa_full)
+    return _attention(header, cells, n_seq, type_k, type_v)
+
+
+def _deepseek4(
+    header: GGUFHeader, cells: int, n_ubatch: int, n_seq: int, type_k: str, swa_full: bool
+) -> KvCacheBytes:
+    """One K row a layer and cell, no V; compressed layers keep a row for each 4 or 128 tokens beside it."""
+    head_dim, indexer_dim = _int(header, "attention.key_length"), _int(header, "attention.indexer.key_length")
+    ratios = _ints(header, "attention.compress_ratios")
+    n_csa, n_hca = ratios.count(CSA_RATIO), ratios.count(HCA_RATIO)
+    window = cells if swa_full else _pad(min(cells, _int(header, "attention.sliding_window") + n_ubatch))
+    csa_cells, hca_cells = _pad(-(-cells // CSA_RATIO)), _pad(-(-cells // HCA_RATIO))
+    state = (
+        (n_csa * 2 * CSA_RATIO * 2 * (head_dim + indexer_dim) + n_hca * HCA_RATIO * head_dim) * 2 * F32_BYTES
+    )
+    return KvCacheBytes(
+        {
+            "raw": n_seq * _int(header, "block_count") * window * _row_bytes(head_dim, type_k),
+            "csa": n_seq * n_csa * csa_cells * _row_bytes(head_dim, type_k),
+            "hca": n_seq * n_hca * hca_cells * _row_bytes(head_dim, type_k),
+            "indexer": n_seq * n_csa * csa_cells * _row_bytes(indexer_dim, type_k),
+            "compressor_state": n_seq * state,
+        }
+    )
+
+
+def _attention(header: GGUFHeader, cells: int, n_seq: int, type_k: str, type_v: str) -> KvCacheBytes:
+    """Grouped-query attention: one K and one V row for each layer and cell; latent attention keeps K only."""
+    heads_kv = _heads_kv(header)
+    head_dim = header.arch("attention.key_length") or _default_head_dim(header)
+    value_dim = header.arch("attention.value_length") or head_dim
+    latent = header.arch("attention.key_length_mla") is not None
+    k = sum(_row_bytes(n * head_dim, type_k) for n in heads_kv) * cells * n_seq
+    v = 0 if latent else sum(_row_bytes(n * value_dim, type_v) for n in heads_kv) * cells * n_seq
+    return KvCacheBytes({"k": k, "v": v}, *_trust(header))
+
+
+def _trust(header: GGUFHeader) -> tuple[Literal["exact", "upper bound", "rough"], str]:
+    if header.arch("ssm.state_size") is not None or header.arch("wkv.head_size") is not None:
+        return "rough", "recurrent layers counted as attention; their state is not counted"
+    if header.arch("attention.sliding_window"):
+        return "upper bound", "sliding-window layers counted as if they kept the whole context"
+    return "exact", ""
+
+
+def _heads_kv(header: GGUFHeader) -> list[int]:
+    """KV heads of each layer; the key holds one number, or one for each layer; without it, every head."""
+    name = "attention.head_count_kv"
+    heads = _ints(header, name if header.arch(name) is not None else "attention.head_count")
+    return heads * _int(header, "block_count") if len(heads) == 1 else heads
+
+
+def _default_head_dim(header: GGUFHeader) -> int:
+    return _int(header, "embedding_length") // max(1, _ints(header, "attention.head_count")[0])
+
+
+def _int(header: GGUFHeader, name: str) -> int:
+    return _ints(header, name)[0]
+
+
+def _ints(header: GGUFHeader, name: str) -> list[int]:
+    """The architecture's own key as a list of counts: a single value is a list of one."""
+    value = header.arch(name)
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(one, int) and one >= 0 for one in values):
+        found = "is missing" if value is None else "is not a count"
+        raise HeaderError(
+            f"the key {header.architecture}.{name} {found}",
+            where=header.path,
+            hint="the file was converted by another tool or an older one: convert it again",
+        )
+    return values
+
+
+def _row_bytes(n_elements: int, cache_type: str) -> int:
+    if cache_type not in CACHE_TYPES:
+        raise ValueError(f"unknown KV cache type {cache_type!r}: use one of {', '.join(CACHE_TYPES)}")
+    block_bytes, block = CACHE_TYPES[cache_type]
+    return -(-n_elements // block) * block_bytes
+
+
+def _pad(cells: int) -> int:
+    return -(-cells // CELL_PADDING) * CELL_PADDING
+
+
+def weights_bytes(header: GGUFHeader | Iterable[GGUFHeader]) -> int:
+    """Bytes of all tensors, over one header or the headers of all shards."""
+    return sum(tensor.nbytes for one in _headers(header) for tensor in one.tensors)
+
+
+def _headers(header: GGUFHeader | Iterable[GGUFHeader]) -> list[GGUFHeader]:
+    return [header] if isinstance(header, GGUFHeader) else list(header)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What one open model takes, in bytes.
+
+    ``weights_bytes`` are mapped from the file: the kernel reads and drops them as it needs.
+    ``weights_resident_bytes`` must lie in memory: all without ``use_mmap``. ``compute_bytes`` is None
+    as long as nobody asked llama.cpp: the header does not say it, and it can exceed the cache.
+    """
+
+    weights_bytes: int
+    weights_resident_bytes: int
+    kv: KvCacheBytes
+    n_ctx: int
+    compute_bytes: int | None = None
+    settings: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def must_fit_bytes(self) -> int:
+        """Bytes that cannot be paged: resident weights, KV cache, and the compute buffer if known."""
+        return self.weights_resident_bytes + self.kv.total + (self.compute_bytes or 0)
+
+    @property
+    def comfortable_bytes(self) -> int:
+        """Bytes at which nothing is read from the disk twice: everything, weights included."""
+        return self.must_fit_bytes + self.weights_bytes - self.weights_resident_bytes
+
+    def with_compute(self, compute_bytes: int) -> MemoryEstimate:
+        """The same estimate with llama.cpp's own figure for the compute buffer."""
+        return replace(self, compute_bytes=compute_bytes)
+
+
+def estimate(
+    header: GGUFHeader | Sequence[GGUFHeader],
+    n_ctx: int,
+    n_ubatch: int = 512,
+    n_seq: int = 1,
+    type_k: str = "f16",
+    type_v: str = "f16",
+    swa_full: bool = False,
+    use_mmap: bool = True,
+    flash_attn: bool = False,
+) -> MemoryEstimate:
+    """Memory that the model of this header (or of these shards' headers, first one first) will take.
+
+    ``flash_attn`` does not change what a header can tell; it is kept for the advice in a refusal.
+
+    Raises:
+        HeaderError: a key that the KV formula needs is missing.
+    """
+    headers = _headers(header)
+    weights = weights_bytes(headers)
+    kv = kv_cache_bytes(headers[0], n_ctx, n_ubatch, n_seq, type_k, type_v, swa_full)
+    settings = {
+        "n_ubatch": n_ubatch,
+        "n_seq": n_seq,
+        "type_k": type_k,
+        "type_v": type_v,
+        "swa_full": swa_full,
+        "flash_attn": flash_attn,
+    }
+    return MemoryEstimate(weights, 0 if use_mmap else weights, kv, n_ctx, settings=settings)
+
+
+def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: object = None) -> str:
+    """Refuse what cannot work, and return a warning for what will be slow (``""`` when all is well).
+
+    Weights are mapped from the file, so a file larger than memory still runs; it pages, and that is the
+    warning. KV cache and compute buffer cannot be paged.
+
+    Raises:
+        SpaceError: resident weights, KV cache and compute buffer exceed the available memory.
+    """
+    memory = memory or available_memory()
+    if needs.must_fit_bytes > memory.available_bytes:
+        raise SpaceError(_shortage(needs, memory), where=where, hint=_advice(needs))
+    if needs.comfortable_bytes <= memory.available_bytes:
+        return ""
+    missing = needs.comfortable_bytes - memory.available_bytes
+    return (
+        f"weights of {binary_size(needs.weights_bytes)} and {binary_size(needs.must_fit_bytes)} beside them "
+        f"exceed the {binary_size(memory.available_bytes)} of free memory by {binary_size(missing)}: parts "
+        "of the file will be read from the disk again and again, so expect a fraction of the usual speed"
+    )
+
+
+def _shortage(needs: MemoryEstimate, memory: Memory) -> str:
+    compute = "not counted" if needs.compute_bytes is None else binary_size(needs.compute_bytes)
+    return (
+        f"a context of {needs.n_ctx:,} tokens needs {binary_size(needs.must_fit_bytes)} "
+        f"(resident weights {binary_size(needs.weights_resident_bytes)}, "
+        f"KV cache {binary_size(needs.kv.total)}, compute buffer {compute}), "
+        f"and {binary_size(memory.available_bytes)} are free ({memory.source})"
+    )
+
+
+def _advice(needs: MemoryEstimate) -> str:
+    steps = ["lower n_ctx"]
+    if needs.settings.get("swa_full"):
+        steps.insert(0, "pass swa_full=False")
+    if needs.weights_resident_bytes:
+        steps.insert(0, "pass use_mmap=True, so that the weights need not fit")
+    if needs.compute_bytes is not None and needs.compute_bytes > needs.kv.total:
+        smaller = (
+            "lower n_ubatch" if needs.settings.get("flash_attn") else "pass flash_attn=True, lower n_ubatch"
+        )
+        steps.append(f"{smaller} (for the compute buffer)")
+    return ", or ".join([*steps, "close other programs"])
+
+
+def binary_size(n_bytes: int) -> str:
+    """Bytes as people compare them with memory.
+
+    >>> binary_size(424 * 2**20), binary_size(7 * 2**30 // 2)
+    ('424.0 MiB', '3.50 GiB')
+    """
+    if n_bytes < 2**30:
+        return f"{n_bytes / 2**20:,.1f} MiB"
+    return f"{n_bytes / 2**30:,.2f} GiB"
+
+
+def cache_table(header: GGUFHeader, contexts: Sequence[int], n_ubatch: int = 512) -> pd.DataFrame:
+    """KV cache in MiB (f16) by context length, as opened here and with llama.cpp's default.
+
+    Index ``n_ctx`` (tokens); columns ``swa_full=False`` and ``swa_full=True``.
+    """
+    import pandas as pd
+
+    rows = {
+        n_ctx: [
+            kv_cache_bytes(header, n_ctx, n_ubatch, swa_full=full).total / 2**20 for full in (False, True)
+        ]
+        for n_ctx in contexts
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["swa_full=False", "swa_full=True"])
+    return table.rename_axis("n_ctx")

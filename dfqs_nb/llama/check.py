@@ -1,0 +1,479 @@
+"""Will llama.cpp take this file? Ask llama.cpp itself, in a child process that may die of the answer.
+
+Three questions, from the cheapest to the most thorough:
+
+- `parse`: does libggml's parser read the header, and which tensors does it see?
+- `loader_verdict`: does the loader take headers, tokenizer and tensors, and can a context be planned? Nothing is
+  allocated.
+- `trial`: plan the memory under given settings, load the weights, and decode a few tokens.
+
+A hostile header can abort the process that reads it, or ask for all of its memory. ``python -m dfqs_nb.llama`` is
+that process; it has a ceiling on its address space wherever no weights are loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dfqs_nb.core import child
+from dfqs_nb.core.errors import ModelError
+from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, check_fits
+from dfqs_nb.llama.settings import (
+    ERROR,
+    GGML_TYPES,
+    INFO,
+    LOG,
+    OpenSettings,
+    add_rpc_servers,
+    build_llama,
+    reason_of,
+    refusal,
+)
+
+MODULE = "dfqs_nb.llama"
+FILES_A_CHILD = 512
+PARSER_BYTES, LOADER_BYTES = 4 << 30, 8 << 30  # of address space: a hostile header asks for more
+TIMEOUT_SECONDS = 60.0
+TRIAL_SECONDS, TRIAL_SECONDS_PER_BYTE = 120.0, 1 / 50e6  # a slow disk
+SMALL_CTX = 256
+PREFILL_TOKENS = 8
+LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll")
+
+
+# ---- the parser ----
+
+
+@dataclass(frozen=True)
+class ParsedTensor:
+    """One row of libggml's tensor table; ``offset`` counts from the data section."""
+
+    name: str
+    type: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What libggml made of one file; the numbers are 0 when it refused it.
+
+    ``message`` holds the lines that llama.cpp logged; ``death`` names the signal (or ``"timeout"``) when
+    the parser did not survive the file.
+    """
+
+    accepted: bool
+    message: str = ""
+    death: str = ""
+    version: int = 0
+    n_kv: int = 0
+    n_tensors: int = 0
+    alignment: int = 0
+    data_offset: int = 0
+    tensors: tuple[ParsedTensor, ...] = ()
+
+
+def parse(path: str | Path, *, tensors: bool = False, timeout_seconds: float = TIMEOUT_SECONDS) -> Parsed:
+    """Ask llama.cpp's parser about one file: the same call that opens a model, without its data.
+
+    With ``tensors=True`` the answer carries libggml's tensor table.
+
+    Raises:
+        ModelError: libggml is not installed, or the child process cannot run it at all.
+    """
+    return parse_all([path], tensors=tensors, timeout_seconds=timeout_seconds)[0]
+
+
+def parse_all(
+    paths: Sequence[str | Path], *, tensors: bool = False, timeout_seconds: float = TIMEOUT_SECONDS
+) -> list[Parsed]:
+    """Ask about many files in as few processes as they leave alive (see `parse`)."""
+    options = {"library": str(library_path()), "tensors": tensors}
+    answers = _ask("parse", paths, options, timeout_seconds)
+    return [
+        Parsed(
+            message="\n".join(log)
+            or (f"llama.cpp's parser died ({facts['death']})" if "death" in facts else ""),
+            tensors=tuple(ParsedTensor(*row) for row in facts.pop("tensors", ())),
+            **facts,
+        )
+        for facts, log in answers
+    ]
+
+
+def library_path() -> Path:
+    """The libggml-base that llama-cpp-python brought, found without importing (and initialising) it.
+
+    Raises:
+        ModelError: llama-cpp-python is not installed, or holds no such library.
+    """
+    spec = find_spec("llama_cpp")
+    folders = [Path(place) / "lib" for place in (spec.submodule_search_locations or ())] if spec else []
+    if os.environ.get("LLAMA_CPP_LIB_PATH"):  # llama-cpp-python's own override
+        folders.insert(0, Path(os.environ["LLAMA_CPP_LIB_PATH"]))
+    for path in (folder / name for folder in folders for name in LIBRARIES):
+        if path.exists():
+            return path
+    raise ModelError("libggml-base is not installed", hint="install llama-cpp-python: make run does it")
+
+
+# ---- the loader ----
+
+
+@dataclass(frozen=True)
+class LoaderVerdict:
+    """What llama.cpp's loader says of one file.
+
+    Attributes:
+        accepted: it loads, and a context can be planned.
+        reason: the line that says why not, without the names of functions and folders; empty when accepted.
+        log: all lines that llama.cpp logged as errors, and what an assertion wrote.
+        death: the signal (or ``"timeout"``) when the process did not survive the file.
+    """
+
+    path: Path
+    accepted: bool
+    reason: str = ""
+    log: tuple[str, ...] = ()
+    death: str = ""
+
+
+def loader_verdict(path: str | Path) -> LoaderVerdict:
+    """Ask llama.cpp's loader about one file: headers, tokenizer, tensors and a context, without their memory.
+
+    Raises:
+        ModelError: llama-cpp-python is not installed, or the child process cannot run it at all.
+    """
+    return loader_verdicts([path])[0]
+
+
+def loader_verdicts(paths: Sequence[str | Path]) -> list[LoaderVerdict]:
+    """Ask about many files in as few processes as they leave alive (see `loader_verdict`)."""
+    verdicts = []
+    for path, (facts, log) in zip(map(Path, paths), _ask("load", paths, {}, TIMEOUT_SECONDS), strict=True):
+        folder = os.path.abspath(path.parent) + os.sep
+        log = [line.replace(folder, "") for line in log]
+        death = facts.get("death", "")
+        reason = "" if facts["accepted"] else reason_of(log) or f"llama.cpp died ({death})"
+        verdicts.append(LoaderVerdict(path, facts["accepted"], reason, tuple(log), death))
+    return verdicts
+
+
+Answer = tuple[dict[str, Any], list[str]]
+
+
+def _ask(
+    question: str, paths: Sequence[str | Path], options: Mapping[str, Any], timeout_seconds: float
+) -> Iterator[Answer]:
+    """What the children say of each file, with the lines that llama.cpp logged about it.
+
+    A file that ends its child gets ``accepted: False`` and its ``death``; another child takes the files after.
+    """
+    n_done = 0
+    while n_done < len(paths):
+        rest = [os.path.abspath(path) for path in paths[n_done : n_done + FILES_A_CHILD]]
+        messages: list[dict[str, Any]] = []
+        job = {"question": question, "paths": rest, **options}
+        try:
+            child.run(MODULE, job, on_message=messages.append, timeout_seconds=timeout_seconds)
+        except child.ChildDied as error:
+            log = "\n".join(error.log).rpartition("\0")[2].splitlines()
+            if not messages:
+                raise ModelError(
+                    f"cannot run llama.cpp ({child.telling_line(log) or error.cause})",
+                    hint="install llama-cpp-python again: make run does it",
+                ) from error
+            messages.append({"facts": {"accepted": False, "death": error.cause}, "log": log})
+        for message in messages[1:]:
+            lines = [child.SOURCE_FOLDER.sub("", line).strip() for line in message["log"]]
+            yield message["facts"], [line for line in lines if line]
+        n_done += len(messages) - 1
+
+
+# ---- a trial ----
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the child process measured.
+
+    ``kv_bytes`` and ``compute_bytes`` are llama.cpp's own figures (to 0.01 MiB a buffer) from a run without
+    allocation; ``compute_bytes`` counts the buffers in this machine's memory, not a GPU's.
+    """
+
+    kv_bytes: int
+    compute_bytes: int
+    load_seconds: float
+    decode_seconds: float
+    seconds: float
+
+
+def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEstimate) -> Trial:
+    """Plan, load and decode a model (its shards, first one first) in a child process.
+
+    The same files and settings are tried once a session. The child loads with a context of 256 tokens and
+    evaluates 9 with one thread. It reads through the page cache that this process will use, so a file that fits
+    in memory is read from the disk once; llama.cpp reads a larger file through at every load, and then the
+    child's reading comes on top.
+
+    Raises:
+        ModelError: llama.cpp refuses the file, dies on it, or computes logits that are not numbers.
+        SpaceError: the context's cache and llama.cpp's compute buffer exceed the free memory.
+    """
+    return _trial_once(tuple(map(_identity, paths)), settings, json.dumps(dataclasses.asdict(needs)))
+
+
+def _identity(path: str | Path) -> tuple[str, str, int, int]:
+    """The path as the user gave it (for messages), the file it leads to, its size and its time of change."""
+    stat = os.stat(path)
+    return str(path), os.path.realpath(path), stat.st_size, stat.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=64)
+def _trial_once(identity: tuple[tuple[str, str, int, int], ...], settings: OpenSettings, needs: str) -> Trial:
+    path, estimate = identity[0][0], json.loads(needs)
+    job = {"question": "trial", "path": path, "settings": settings.as_dict(), "needs": estimate}
+    timeout = TRIAL_SECONDS + estimate["weights_bytes"] * TRIAL_SECONDS_PER_BYTE
+    started = time.perf_counter()
+    facts = child.run(MODULE, job, where=path, timeout_seconds=timeout)
+    return Trial(**facts, seconds=time.perf_counter() - started)
+
+
+def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
+    """Bytes of KV cache and compute buffer that llama.cpp itself plans; nothing is allocated or loaded.
+
+    Uses ``no_alloc`` of ``llama_model_params``: llama.cpp reads the header, builds the graph, adds up. It runs in
+    this process, so the file must have passed a `trial`.
+
+    Raises:
+        ModelError: llama.cpp refuses the file or these settings.
+    """
+    import llama_cpp.llama_cpp as api
+
+    LOG.install()
+    LOG.clear()
+    add_rpc_servers(settings)
+    with contextlib.ExitStack() as stack:
+        model = api.llama_model_load_from_file(os.fsencode(path), _plan_model_params(settings))
+        if not model:
+            raise refusal(path)
+        stack.callback(api.llama_model_free, model)
+        context = api.llama_init_from_model(model, _plan_context_params(settings))
+        if not context:
+            raise refusal(path)
+        stack.callback(api.llama_free, context)
+        return planned_bytes(LOG.tail(500))
+
+
+def _plan_model_params(settings: OpenSettings) -> Any:
+    import llama_cpp.llama_cpp as api
+
+    params = api.llama_model_default_params()
+    params.no_alloc, params.use_extra_bufts = True, settings.use_extra_bufts
+    params.load_mode = api.LLAMA_LOAD_MODE_NONE
+    params.n_gpu_layers = 0x7FFFFFFF if settings.n_gpu_layers == -1 else settings.n_gpu_layers
+    return params
+
+
+def _plan_context_params(settings: OpenSettings) -> Any:
+    import llama_cpp.llama_cpp as api
+
+    params = api.llama_context_default_params()
+    params.n_ctx, params.swa_full = settings.n_ctx, settings.swa_full
+    params.n_batch = min(settings.n_ctx, settings.n_batch)
+    params.n_ubatch = min(params.n_batch, settings.n_ubatch)
+    params.n_threads, params.n_threads_batch = settings.n_threads, settings.n_threads_batch
+    params.type_k, params.type_v = GGML_TYPES[settings.type_k], GGML_TYPES[settings.type_v]
+    params.flash_attn_type = (
+        api.LLAMA_FLASH_ATTN_TYPE_ENABLED if settings.flash_attn else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    )
+    return params
+
+
+def planned_bytes(log: Sequence[str]) -> dict[str, int]:
+    """Add up llama.cpp's logged buffers: KV cache with its state, and compute buffers in this memory."""
+    text = "\n".join(log)
+    kv = re.findall(r": size = +([\d.]+) MiB \(| state buffer size = +([\d.]+) MiB", text)
+    compute = re.findall(r"(\S+) compute buffer size = +([\d.]+) MiB", text)
+    in_memory = [
+        size for name, size in compute if name.startswith("CPU") or name.endswith("_Host") or "MTL" in name
+    ]
+    mebibytes = {"kv_bytes": [a or b for a, b in kv], "compute_bytes": in_memory}
+    return {name: round(sum(map(float, sizes)) * 2**20) for name, sizes in mebibytes.items()}
+
+
+# ---- the child's side ----
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """Answer one question; the child process calls this."""
+    questions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        "parse": _parse_files,
+        "load": _load_files,
+        "trial": _try,
+    }
+    return questions[job["question"]](job)
+
+
+def _limit_memory(n_bytes: int) -> None:
+    try:
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (n_bytes, hard))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, OSError, ValueError):
+        pass  # a system without such limits (macOS, Windows)
+
+
+def _parse_files(job: dict[str, Any]) -> dict[str, Any]:
+    _limit_memory(PARSER_BYTES)
+    ggml = _Ggml(job["library"])
+    child.tell(ready=True)
+    for path in job["paths"]:
+        os.write(2, b"\0")
+        ggml.log.clear()
+        facts = ggml.parse(path, job["tensors"])
+        child.tell(facts=facts, log=b"".join(ggml.log).decode("utf-8", "replace").split("\n"))
+    return {}
+
+
+class _GgufParams(ctypes.Structure):
+    """``struct gguf_init_params`` of gguf.h."""
+
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.POINTER(ctypes.c_void_p))]
+
+
+class _Ggml:
+    """The parser of libggml-base, through ctypes: importing llama_cpp would initialise much more."""
+
+    def __init__(self, library: str) -> None:
+        try:
+            self._library = ctypes.CDLL(library)
+        except OSError as error:
+            raise ModelError(
+                f"cannot run libggml ({error})", hint="install llama-cpp-python again"
+            ) from error
+        void, text, i64, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_size_t
+        self.log: list[bytes] = []
+        self._callback = ctypes.CFUNCTYPE(None, ctypes.c_int, text, void)(self._receive)
+        self._function("ggml_log_set", None, type(self._callback), void)(self._callback, None)
+        self._init = self._function("gguf_init_from_file", void, text, _GgufParams)
+        self._free = (self._function("gguf_free", None, void), self._function("ggml_free", None, void))
+        self._facts = {
+            "version": self._function("gguf_get_version", ctypes.c_uint32, void),
+            "n_kv": self._function("gguf_get_n_kv", i64, void),
+            "n_tensors": self._function("gguf_get_n_tensors", i64, void),
+            "alignment": self._function("gguf_get_alignment", size, void),
+            "data_offset": self._function("gguf_get_data_offset", size, void),
+        }
+        self._name = self._function("gguf_get_tensor_name", text, void, i64)
+        self._type = self._function("gguf_get_tensor_type", ctypes.c_int, void, i64)
+        self._type_name = self._function("ggml_type_name", text, ctypes.c_int)
+        self._offset = self._function("gguf_get_tensor_offset", size, void, i64)
+        self._size = self._function("gguf_get_tensor_size", size, void, i64)
+
+    def _function(self, name: str, result: Any, *arguments: Any) -> Any:
+        function = getattr(self._library, name)
+        function.restype, function.argtypes = result, arguments
+        return function
+
+    def _receive(self, _level: int, text: bytes, _user_data: object) -> None:
+        self.log.append(text)
+        os.write(2, text)  # all that is left if the process dies
+
+    def parse(self, path: str, with_tensors: bool) -> dict[str, Any]:
+        tensors = ctypes.c_void_p()  # llama.cpp always asks for the tensors' table too, without their data
+        gguf = self._init(os.fsencode(path), _GgufParams(True, ctypes.pointer(tensors)))
+        if not gguf:
+            return {"accepted": False}
+        facts = {name: function(gguf) for name, function in self._facts.items()}
+        if with_tensors:
+            facts["tensors"] = [self._tensor(gguf, i) for i in range(facts["n_tensors"])]
+        self._free[0](gguf)
+        self._free[1](tensors)
+        return {"accepted": True, **facts}
+
+    def _tensor(self, gguf: Any, i: int) -> tuple[str, str, int, int]:
+        name = self._name(gguf, i).decode("utf-8", "surrogateescape")
+        kind = self._type_name(self._type(gguf, i)).decode().upper()
+        return name, kind, self._offset(gguf, i), self._size(gguf, i)
+
+
+def _load_files(job: dict[str, Any]) -> dict[str, Any]:
+    _limit_memory(LOADER_BYTES)
+    LOG.echo = ERROR
+    settings = OpenSettings(n_ctx=SMALL_CTX, n_threads=1)
+    import llama_cpp  # noqa: F401  (one that does not import is no verdict on the file)
+
+    child.tell(ready=True)
+    for path in job["paths"]:
+        os.write(2, b"\0")
+        accepted = True
+        try:
+            dry_run(path, settings)
+        except (ModelError, MemoryError):
+            accepted = False
+        child.tell(facts={"accepted": accepted}, log=LOG.tail(500, ERROR))
+    return {}
+
+
+def _try(job: dict[str, Any]) -> dict[str, Any]:
+    """Plan, load with a small context, evaluate a short prompt and one more token."""
+    LOG.echo = INFO
+    _keep_stderr_open()
+    settings, path = OpenSettings(**job["settings"]), job["path"]
+    child.tell(stage="while planning its memory")
+    planned = dry_run(path, settings)
+    _check_memory(path, job["needs"], planned)
+    child.tell(stage="while loading it")
+    small = dataclasses.replace(
+        settings, n_ctx=min(settings.n_ctx, SMALL_CTX), n_threads=1, n_threads_batch=1
+    )
+    started = time.perf_counter()
+    llama = build_llama(path, small)
+    loaded = time.perf_counter()
+    child.tell(stage="at the first decode")
+    tokens = [token % llama.n_vocab() for token in range(1, PREFILL_TOKENS + 1)]
+    for part in (tokens, tokens[:1]):
+        llama.eval(part)
+        _check_finite(llama, path)
+    return {**planned, "load_seconds": loaded - started, "decode_seconds": time.perf_counter() - loaded}
+
+
+def _check_memory(path: str, needs: dict[str, Any], planned: dict[str, int]) -> None:
+    kv = KvCacheBytes(**needs.pop("kv"))
+    if kv.exactness != "exact":
+        kv = KvCacheBytes({"planned by llama.cpp": planned["kv_bytes"]})
+    check_fits(MemoryEstimate(kv=kv, **needs).with_compute(planned["compute_bytes"]), where=path)
+
+
+def _check_finite(llama: Any, path: str) -> None:
+    import numpy as np
+
+    if not np.isfinite(np.ctypeslib.as_array(llama._ctx.get_logits_ith(-1), shape=(llama.n_vocab(),))).all():
+        raise ModelError(
+            "the first decode gives logits that are not numbers",
+            where=path,
+            hint="the weights are damaged: verify the file's hash, or get it again",
+        )
+
+
+def _keep_stderr_open() -> None:
+    """Keep standard error open while llama_cpp loads: an assertion that fails is written there."""
+    import llama_cpp._internals as internals
+    import llama_cpp.llama as module
+
+    for place in (internals, module):
+        place.suppress_stdout_stderr = lambda disable=True: contextlib.nullcontext()

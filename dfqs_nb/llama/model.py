@@ -1,0 +1,413 @@
+"""Open a model safely, evaluate tokens with it, and save and restore its state."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfqs_nb.core.errors import ModelError
+from dfqs_nb.core.machine import usable_cores
+from dfqs_nb.gguf.header import GGUFHeader
+from dfqs_nb.gguf.memory import MemoryEstimate, check_fits, estimate
+from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.llama import check
+from dfqs_nb.llama.check import Trial
+from dfqs_nb.llama.settings import LOG, OpenSettings, build_llama, llama_version
+
+Floats = NDArray[np.float32]
+TOLERANCE = 1e-2  # of a logit; the logits of a vocabulary spread over about 2
+SMALL_MODEL_BYTES = 64 << 20
+
+
+class DecodeError(ModelError):
+    """A decode failed; ``cause`` names it as the failure boundary does."""
+
+    cause = "decode_error"
+
+
+class ContextFullError(DecodeError):
+    """More tokens were asked for than the context holds."""
+
+    cause = "n_ctx"
+
+
+class NanLogitsError(DecodeError):
+    """The logits hold NaN."""
+
+    cause = "nan_logits"
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """One sequence's cache with everything else it needs, and how many tokens it holds."""
+
+    n_tokens: int
+    data: Any = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copy, which lies in this process's memory."""
+        return len(self.data)
+
+
+@dataclass(repr=False)
+class Model:
+    """An open model: its header, how it was opened, and llama-cpp-python's ``Llama`` itself.
+
+    Close it (or use it in a ``with`` block) to give its memory back.
+
+    Attributes:
+        warnings: what llama.cpp warned of while it loaded the model.
+        keep_lock: keep Python's lock while single tokens are decoded. A callback that llama.cpp calls at every
+            node of its graph then costs half as much.
+    """
+
+    llama: Any
+    path: Path
+    header: GGUFHeader
+    settings: OpenSettings
+    memory: MemoryEstimate
+    trial: Trial | None
+    load_seconds: float
+    warnings: tuple[str, ...] = ()
+    keep_lock: bool = False
+
+    def __repr__(self) -> str:
+        """In a notebook: the file's name, without the folders of this machine."""
+        state = "" if self.llama is not None else ", closed"
+        s = self.settings
+        how = f"n_ctx={s.n_ctx}, n_threads={s.n_threads}{state}"
+        return f"Model({self.path.name}, {self.header.architecture}, {how})"
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the weights and the context; closing twice is fine."""
+        if self.llama is not None:
+            self.llama.close()
+            self.llama = None
+
+    # ---- tokens ----
+
+    @property
+    def n_vocab(self) -> int:
+        """Tokens in the vocabulary."""
+        return int(self._open().n_vocab())
+
+    @property
+    def n_past(self) -> int:
+        """Tokens evaluated in the context now."""
+        return int(self._open().n_tokens)
+
+    @property
+    def bos(self) -> int:
+        """The token that begins every text, or -1 where the vocabulary asks for none."""
+        llama = self._open()
+        return int(llama.token_bos()) if llama._model.add_bos_token() else -1
+
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of ``text``, without a BOS; ``special``: the text of a control token is that token."""
+        ids: list[int] = self._open().tokenize(text.encode("utf-8"), add_bos=False, special=special)
+        return ids
+
+    def with_bos(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens with exactly one BOS in front where the vocabulary asks for one, else unchanged."""
+        missing = self.bos >= 0 and list(tokens[:1]) != [self.bos]
+        return [self.bos, *tokens] if missing else list(tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token's text; control tokens have none.
+
+        (``Llama.detokenize`` of llama-cpp-python 0.3.36 loses tokens longer than 32 bytes.)
+        """
+        import llama_cpp
+
+        vocab, size = self._open()._model.vocab, 64
+        buffer = ctypes.create_string_buffer(size)
+        while (n := llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, False)) < 0:
+            size = -n
+            buffer = ctypes.create_string_buffer(size)
+        return buffer.raw[:n]
+
+    def ends(self, token: int) -> bool:
+        """Whether this token ends a generation."""
+        import llama_cpp
+
+        return bool(llama_cpp.llama_vocab_is_eog(self._open()._model.vocab, token))
+
+    # ---- evaluation ----
+
+    def clear(self) -> None:
+        """Empty the context, wholly: ``deepseek4`` refuses to forget a part of it."""
+        llama = self._open()
+        llama._ctx.kv_cache_clear()
+        llama.reset()
+
+    def decode(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens after those in the context, without fetching logits.
+
+        Raises:
+            ContextFullError: they do not fit in ``n_ctx``.
+            DecodeError: llama.cpp fails.
+        """
+        self._check_room(tokens)
+        for start in range(0, len(tokens), self.settings.n_batch):
+            self._decode_batch(tokens[start : start + self.settings.n_batch], every_logit=False)
+
+    def evaluate(self, tokens: Sequence[int]) -> Floats:
+        """Evaluate tokens after those in the context; the logits after the last, float32 ``(n_vocab,)``.
+
+        Raises:
+            ContextFullError: they do not fit in ``n_ctx``.
+            NanLogitsError: a logit is NaN.
+            DecodeError: llama.cpp fails.
+        """
+        self.decode(tokens)
+        logits = np.ctypeslib.as_array(self.llama._ctx.get_logits_ith(-1), shape=(self.n_vocab,)).copy()
+        if np.isnan(logits).any():
+            raise NanLogitsError(
+                f"the logits after {self.n_past:,} tokens hold NaN",
+                where=self.path,
+                hint="the weights are damaged, or the KV type is too coarse: try type_k='f16'",
+            )
+        return logits
+
+    def logits(self, tokens: Sequence[int], chunk_tokens: int | None = None) -> Iterator[Floats]:
+        """Evaluate tokens after those in the context, and yield the logits after each, chunk by chunk.
+
+        Each chunk is a view, float32 ``(n, n_vocab)``, that the next one overwrites: copy what you keep. Memory
+        does not grow with the number of tokens.
+
+        Args:
+            chunk_tokens: tokens of a chunk, at most ``n_batch`` (the default).
+
+        Raises:
+            ContextFullError: they do not fit in ``n_ctx``; nothing is evaluated then.
+            DecodeError: llama.cpp fails.
+        """
+        self._check_room(tokens)
+        step = min(chunk_tokens or self.settings.n_batch, self.settings.n_batch)
+        for start in range(0, len(tokens), step):
+            chunk = tokens[start : start + step]
+            self._decode_batch(chunk, every_logit=True)
+            yield np.ctypeslib.as_array(self.llama._ctx.get_logits(), shape=(len(chunk), self.n_vocab))
+
+    def _check_room(self, tokens: Sequence[int]) -> None:
+        n_tokens = self.n_past + len(tokens)
+        if not len(tokens):
+            raise DecodeError("there are no tokens to evaluate", where=self.path, hint="give a prompt")
+        if n_tokens > self.settings.n_ctx:
+            raise ContextFullError(
+                f"{n_tokens:,} tokens exceed the context of {self.settings.n_ctx:,}",
+                where=self.path,
+                hint="open the model with a larger n_ctx, or shorten the prompt",
+            )
+
+    def _decode_batch(self, tokens: Sequence[int], *, every_logit: bool) -> None:
+        """One ``llama_decode``, with logits for each token or for the last one."""
+        import llama_cpp.llama_cpp as api
+
+        llama, n, n_past = self._open(), len(tokens), self.n_past
+        sequence = (api.llama_seq_id * 1)(0)
+        batch = api.llama_batch(
+            n_tokens=n,
+            token=(api.llama_token * n)(*tokens),
+            embd=None,
+            pos=(api.llama_pos * n)(*range(n_past, n_past + n)),
+            n_seq_id=(ctypes.c_int32 * n)(*[1] * n),
+            seq_id=(ctypes.POINTER(api.llama_seq_id) * n)(*[sequence] * n),
+            logits=(ctypes.c_int8 * n)(*[every_logit] * (n - 1), 1),
+        )
+        run = _decode_with_lock() if self.keep_lock and n == 1 else api.llama_decode
+        status = run(llama.ctx, batch)
+        if status != 0:
+            last = "; ".join(LOG.tail(2))
+            raise DecodeError(
+                f"llama_decode returned {status} after {n_past:,} tokens ({last})",
+                where=self.path,
+                hint="clear the context and try again; lower n_ubatch if memory is short",
+            )
+        llama.n_tokens = n_past + n
+
+    # ---- the state of the sequence ----
+
+    def save(self) -> SavedState:
+        """Copy the context's state, so that several questions can follow one evaluated text.
+
+        Raises:
+            DecodeError: llama.cpp does not give it.
+        """
+        import llama_cpp.llama_cpp as api
+
+        context = self._open().ctx
+        size = api.llama_state_seq_get_size(context, 0)
+        data = (ctypes.c_uint8 * size)()
+        if size == 0 or api.llama_state_seq_get_data(context, data, size, 0) != size:
+            raise DecodeError("llama.cpp does not give its state", where=self.path, hint="use reuse=False")
+        return SavedState(self.n_past, data)
+
+    def restore(self, state: SavedState) -> None:
+        """Put a saved state back; the tokens evaluated since are forgotten.
+
+        Raises:
+            DecodeError: llama.cpp does not take it.
+        """
+        import llama_cpp.llama_cpp as api
+
+        self.clear()
+        size = len(state.data)
+        if api.llama_state_seq_set_data(self.llama.ctx, state.data, size, 0) != size:
+            raise DecodeError(
+                "llama.cpp does not take its state back", where=self.path, hint="use reuse=False"
+            )
+        self.llama.n_tokens = state.n_tokens
+
+    def conditions(self) -> dict[str, Any]:
+        """What a measurement with this model depends on, beside the model and the prompts."""
+        import llama_cpp
+
+        return {
+            "runtime": f"llama-cpp-python {llama_version()}",
+            "system_info": llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip(),
+            **self.settings.as_dict(),
+        }
+
+    def _open(self) -> Any:
+        if self.llama is None:
+            raise ModelError("the model is closed", where=self.path, hint="open it again")
+        return self.llama
+
+
+@functools.cache
+def _decode_with_lock() -> Any:
+    """``llama_decode`` that keeps Python's lock."""
+    import llama_cpp.llama_cpp as api
+
+    function = ctypes.PyDLL(api._lib._name).llama_decode
+    function.argtypes, function.restype = api.llama_decode.argtypes, api.llama_decode.restype
+    return function
+
+
+def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial: bool = True) -> Model:
+    """Check a model's files, its memory and its first decode, and only then open it in this process.
+
+    Args:
+        path: the GGUF file, or any of its shards.
+        settings: how to open it; the defaults are those of the class.
+        trial: try it in a child process first. Without it a damaged file can end this process.
+
+    Raises:
+        HeaderError, ShardError: the file is not a complete, readable GGUF model.
+        SpaceError: KV cache and compute buffer exceed the free memory.
+        ModelError: llama.cpp refuses the model, dies on it, or computes NaN; llama.cpp's last lines are a
+            note of the exception.
+
+    Warns:
+        RuntimeWarning: weights exceed the free memory, so they will be read again and again.
+    """
+    settings = settings or OpenSettings()
+    shards = open_shards(path)
+    first = shards.paths[0]
+    needs = _needs(shards.headers, settings)
+    # a certain shortage is refused early; llama.cpp's own plan judges the others, and a GPU has its own memory
+    certain = settings.n_gpu_layers == 0 and needs.kv.exactness == "exact"
+    slow = check_fits(needs, where=first) if certain else ""
+    tried = check.trial(shards.paths, settings, needs) if trial else None
+    if tried is not None:
+        needs = needs.with_compute(tried.compute_bytes)
+    if slow:
+        warnings.warn(slow, RuntimeWarning, stacklevel=2)
+    started = time.perf_counter()
+    llama = build_llama(first, settings)
+    seconds = time.perf_counter() - started
+    return Model(llama, first, shards.headers[0], settings, needs, tried, seconds)
+
+
+def threads_for(path: str | Path) -> int:
+    """Threads that suit the model: one where handing work around costs more than it saves, else all cores.
+
+    A model of under 64 MB computes a token in a millisecond; a second thread then mostly waits for the first.
+    """
+    return 1 if open_shards(path).nbytes < SMALL_MODEL_BYTES else usable_cores()
+
+
+def _needs(headers: Sequence[GGUFHeader], settings: OpenSettings) -> MemoryEstimate:
+    return estimate(
+        headers,
+        settings.n_ctx,
+        min(settings.n_batch, settings.n_ubatch),
+        type_k=settings.type_k,
+        type_v=settings.type_v,
+        swa_full=settings.swa_full,
+        use_mmap=settings.use_mmap,
+        flash_attn=settings.flash_attn,
+    )
+
+
+# ---- does a restored state compute the same? ----
+
+
+@dataclass(frozen=True)
+class ReuseCheck:
+    """Logits after a question asked from a saved state, against those of the same tokens evaluated afresh.
+
+    ``largest_difference`` is over all logits and questions; ``evaluated_tokens`` is what the check itself cost.
+    """
+
+    allowed: bool
+    bit_identical: bool
+    same_choice: bool
+    largest_difference: float
+    tolerance: float
+    evaluated_tokens: int
+
+    @property
+    def sentence(self) -> str:
+        """The verdict for people."""
+        how = "bit-identical" if self.bit_identical else f"largest difference {self.largest_difference:.1e}"
+        end = (
+            "one haystack serves all its questions" if self.allowed else "every question is evaluated afresh"
+        )
+        return f"logits from a saved state against fresh ones: {how} (tolerance {self.tolerance:g}); {end}"
+
+
+def check_reuse(
+    model: Model,
+    parts: Sequence[Sequence[int]],
+    questions: Sequence[Sequence[int]],
+    tolerance: float = TOLERANCE,
+) -> ReuseCheck:
+    """Whether growing a text in ``parts`` and asking from its saved state equals fresh evaluation.
+
+    Allowed when every logit agrees within ``tolerance`` and the most likely token is the same.
+    """
+    model.clear()
+    for part in parts:
+        model.decode(part)
+    state, reused = model.save(), []
+    for question in questions:
+        model.restore(state)
+        reused.append(model.evaluate(question))
+    text = [token for part in parts for token in part]
+    fresh, n_tokens = [], len(text)
+    for question in questions:
+        model.clear()
+        fresh.append(model.evaluate([*text, *question]))
+        n_tokens += len(text) + 2 * len(question)
+    largest = max(float(np.abs(a - b).max()) for a, b in zip(reused, fresh, strict=True))
+    same = all(np.argmax(a) == np.argmax(b) for a, b in zip(reused, fresh, strict=True))
+    model.clear()
+    return ReuseCheck(same and largest <= tolerance, largest == 0, same, largest, tolerance, n_tokens)

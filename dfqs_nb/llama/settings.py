@@ -1,0 +1,343 @@
+"""How a model is opened: the settings, llama.cpp's parameters made from them, RPC servers, and llama.cpp's log.
+
+llama-cpp-python does not expose every parameter of llama.cpp. Two that it hides matter here: ``use_extra_bufts``
+and ``cb_eval``. So `default_model_params` and `default_context_params` change the defaults while a model is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import re
+import socket
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dfqs_nb.core.child import SOURCE_FOLDER
+from dfqs_nb.core.errors import ModelError
+from dfqs_nb.core.machine import usable_cores
+
+# ggml_type of the KV cache types, from ggml.h
+GGML_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "q8_0": 8,
+    "iq4_nl": 20,
+    "bf16": 30,
+}
+MAX_CTX = 2**31 - 256
+COUNTS = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")
+RPC_ADDRESS = re.compile(r"[\w.\-]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
+DEBUG, INFO, WARNING, ERROR, CONTINUES = 1, 2, 3, 4, 5  # ggml_log_level of ggml.h
+
+
+@dataclass(frozen=True)
+class OpenSettings:
+    """How a model is opened: every field is a condition of what is measured with it.
+
+    Args:
+        n_ctx: tokens of context.
+        n_batch, n_ubatch: tokens handed over, and computed, at once in prefill.
+        n_threads, n_threads_batch: threads in decode and in prefill; None: the usable physical cores.
+        n_gpu_layers: layers put on the GPU; -1: all.
+        seed: of the sampler; greedy decoding does not use it.
+        flash_attn: flash attention; a quantized V cache needs it.
+        type_k, type_v: element types of the KV cache.
+        use_mmap: map the weights, so that they need not fit in memory.
+        use_extra_bufts: repack weights for this CPU. False by default: it crashes on CPUs with AMX
+            (ggml-org/llama.cpp#20824) and keeps a second copy of the weights in memory.
+        swa_full: keep all tokens in sliding-window layers; llama.cpp's default True multiplies the cache.
+        rpc_servers: ``host:port`` of llama.cpp's RPC servers, as a tuple or with commas: the layers on the
+            GPU (``n_gpu_layers``) go there. The protocol knows no key: use hosts that you trust.
+
+    Raises:
+        ModelError: a count below its minimum, an unknown cache type, or RPC servers that nothing is put on.
+    """
+
+    n_ctx: int = 4096
+    n_batch: int = 512
+    n_ubatch: int = 512
+    n_threads: int | None = None
+    n_threads_batch: int | None = None
+    n_gpu_layers: int = 0
+    seed: int = 42
+    flash_attn: bool = False
+    type_k: str = "f16"
+    type_v: str = "f16"
+    use_mmap: bool = True
+    use_extra_bufts: bool = False
+    swa_full: bool = False
+    rpc_servers: tuple[str, ...] | str = ()
+
+    def __post_init__(self) -> None:
+        threads = self.n_threads or usable_cores()
+        object.__setattr__(self, "n_threads", threads)
+        object.__setattr__(self, "n_threads_batch", self.n_threads_batch or threads)
+        object.__setattr__(self, "rpc_servers", _addresses(self.rpc_servers))
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise ModelError(f"{name} is {getattr(self, name)}", hint="use 1 or more")
+        if self.n_ctx > MAX_CTX:
+            raise ModelError(f"n_ctx is {self.n_ctx:,}", hint=f"use at most {MAX_CTX:,}")
+        for name in ("type_k", "type_v"):
+            if getattr(self, name) not in GGML_TYPES:
+                hint = f"use one of {', '.join(GGML_TYPES)}"
+                raise ModelError(f"{name} is {getattr(self, name)!r}", hint=hint)
+        if self.rpc_servers and self.n_gpu_layers == 0:
+            raise ModelError(
+                "RPC servers are given, but no layers for them",
+                hint="pass n_gpu_layers: -1 puts all of them there",
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for a report's conditions; RPC servers only where there are any."""
+        values = dataclasses.asdict(self)
+        if not values["rpc_servers"]:
+            del values["rpc_servers"]
+        return values
+
+
+def _addresses(servers: Sequence[str] | str) -> tuple[str, ...]:
+    """RPC servers as a tuple of ``host:port``.
+
+    >>> _addresses("10.0.0.2:50052, 10.0.0.3:50052")
+    ('10.0.0.2:50052', '10.0.0.3:50052')
+    """
+    parts = servers.split(",") if isinstance(servers, str) else servers
+    addresses = tuple(part.strip() for part in parts if part.strip())
+    for address in addresses:
+        if not RPC_ADDRESS.fullmatch(address):
+            raise ModelError(f"{address!r} is not an RPC server", hint="write host:port, several with commas")
+    return addresses
+
+
+def llama_version() -> str:
+    """The version of llama-cpp-python, which pins the llama.cpp inside."""
+    import llama_cpp
+
+    return str(llama_cpp.__version__)
+
+
+# ---- llama.cpp's log ----
+
+
+class LlamaLog:
+    """The last lines that llama.cpp logged in this process; nothing of it is printed."""
+
+    def __init__(self, n_lines: int = 500) -> None:
+        self._lines: deque[tuple[int, str]] = deque(maxlen=n_lines)
+        self._open_line = ""
+        self._level = 0
+        self._callback: Any = None
+        self.echo: int | None = None  # the least level of what is also written to standard error
+
+    def install(self) -> None:
+        """Take llama.cpp's log over (once; importing llama_cpp sets a callback that prints)."""
+        if self._callback is None:
+            import llama_cpp
+
+            self._callback = llama_cpp.llama_log_callback(self._receive)
+            llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _receive(self, level: int, text: bytes, _user_data: object) -> None:
+        self._level = self._level if level == CONTINUES else level
+        if self._level == DEBUG:
+            return
+        if self.echo is not None and self._level >= self.echo:
+            os.write(2, text)
+        *lines, self._open_line = (self._open_line + text.decode("utf-8", "replace")).split("\n")
+        self._lines.extend((self._level, line) for line in lines)
+
+    def clear(self) -> None:
+        """Forget the lines so far."""
+        self._lines.clear()
+
+    def tail(self, n_lines: int = 12, level: int = 0) -> list[str]:
+        """The last lines of at least this level (`WARNING`, `ERROR`), oldest first."""
+        return [line for found, line in self._lines if found >= level][-n_lines:]
+
+
+LOG = LlamaLog()
+
+
+# ---- parameters that llama-cpp-python does not expose ----
+
+_building = threading.RLock()  # a context's parameters are set around its model's
+
+
+@contextlib.contextmanager
+def _default_params(maker: str, fields: dict[str, object]) -> Iterator[None]:
+    """Make what ``llama_cpp.<maker>()`` returns carry ``fields``. It is put back, also on errors."""
+    import llama_cpp.llama_cpp as api
+
+    original = getattr(api, maker)
+
+    def wrapped() -> Any:
+        params = original()
+        for name, value in fields.items():
+            setattr(params, name, value)
+        return params
+
+    with _building:
+        setattr(api, maker, wrapped)
+        try:
+            yield
+        finally:
+            setattr(api, maker, original)
+
+
+def default_model_params(**fields: object) -> contextlib.AbstractContextManager[None]:
+    """Make llama.cpp's default model parameters carry ``fields`` while a model is built.
+
+    ``llama_cpp.Llama`` does not expose ``use_extra_bufts``.
+    """
+    return _default_params("llama_model_default_params", fields)
+
+
+def default_context_params(**fields: object) -> contextlib.AbstractContextManager[None]:
+    """The same for the parameters of its context: ``llama_cpp.Llama`` does not expose ``cb_eval``."""
+    return _default_params("llama_context_default_params", fields)
+
+
+def build_llama(path: str | Path, settings: OpenSettings) -> Any:
+    """A ``llama_cpp.Llama`` of this file with exactly these settings, opened in this process.
+
+    Raises:
+        ModelError: llama.cpp refuses the file. A file that aborts it ends this process: see `check.trial`.
+    """
+    import llama_cpp
+
+    LOG.install()
+    LOG.clear()
+    add_rpc_servers(settings)
+    names = (*COUNTS, "n_gpu_layers", "flash_attn", "use_mmap", "swa_full")
+    try:
+        with default_model_params(use_extra_bufts=settings.use_extra_bufts):
+            llama = llama_cpp.Llama(
+                model_path=str(path),
+                verbose=False,
+                type_k=GGML_TYPES[settings.type_k],
+                type_v=GGML_TYPES[settings.type_v],
+                **{name: getattr(settings, name) for name in names},
+            )
+    except ValueError as error:
+        raise refusal(path) from error
+    llama.set_seed(settings.seed)
+    return llama
+
+
+# ---- refusals ----
+
+REFUSAL_HINTS = (
+    ("key not found", "the file is in another dialect of its architecture: get a newer conversion"),
+    ("split", "keep all shards under their own names in one folder, or merge them (01_merge_shards)"),
+    ("not within the file bounds", "the file is cut off: resume or repeat the download"),
+    ("quantized V cache", "pass flash_attn=True, or type_v='f16'"),
+    ("tensor", "the file does not hold the tensors its header promises: get it again, or merge its shards"),
+    ("", "inspect its header (02_inspect_header), or update llama-cpp-python"),
+)
+_WRAPPERS = re.compile(
+    r"^(?:(?:error loading model(?: hyperparameters| vocabulary)?|failed to initialize the context): )+"
+)
+_PASSED_ON = re.compile(
+    r"(?:llama_model_loader: )?failed to (?:load model(?: from .*)?|load GGUF split .*|read tensor data)"
+)
+
+
+def refusal(path: str | Path) -> ModelError:
+    """The error for a file that llama.cpp has just declined in an orderly way, from what it logged."""
+    reason = reason_of(LOG.tail(40, ERROR)) or "no reason given"
+    unknown = re.search(r"unknown model architecture: '([^']*)'", reason)
+    if unknown:
+        error = ModelError(
+            f"this llama.cpp (llama-cpp-python {llama_version()}) does not know the architecture "
+            f"{unknown[1]!r}",
+            where=path,
+            hint="update llama-cpp-python, or convert the model again",
+        )
+    else:
+        hint = next(hint for word, hint in REFUSAL_HINTS if word in reason)
+        error = ModelError(f"llama.cpp refuses it: {reason}", where=path, hint=hint)
+    lines = [line for line in LOG.tail(40) if line.strip(" .")][-12:]
+    error.add_note("llama.cpp's last lines:\n  " + "\n  ".join(lines or ["(none)"]))
+    return error
+
+
+def reason_of(log: Sequence[str]) -> str:
+    """The line that says why: an assertion, else the first error that does not just pass a failure on.
+
+    >>> reason_of(["gguf_init_from_file_ptr: failed to read magic", "llama_model_load: error loading model: x"])
+    'failed to read magic'
+    """
+    lines = [_WRAPPERS.sub("", re.sub(r"^\w+: ", "", SOURCE_FOLDER.sub("", line).strip())) for line in log]
+    asserted = [line for line in lines if "GGML_ASSERT" in line or "fatal error" in line]
+    telling = [line for line in lines if line and not _PASSED_ON.fullmatch(line)]
+    return (asserted or telling or lines or [""])[0]
+
+
+# ---- RPC servers ----
+
+_rpc_added: set[str] = set()
+
+
+def add_rpc_servers(settings: OpenSettings) -> None:
+    """Make the devices of RPC servers known to llama.cpp in this process, once each.
+
+    Raises:
+        ModelError: this build of llama.cpp has no RPC, or a server does not answer.
+    """
+    new = [address for address in settings.rpc_servers if address not in _rpc_added]
+    if not new:
+        return
+    import llama_cpp.llama_cpp as api
+
+    if not api.llama_supports_rpc():
+        raise ModelError(
+            f"llama-cpp-python {llama_version()} was built without RPC",
+            hint='build it with CMAKE_ARGS="-DGGML_RPC=ON", or point LLAMA_CPP_LIB_PATH at such a build',
+        )
+    for address in new:
+        _check_listens(address)
+        _register_rpc(api, address)
+        _rpc_added.add(address)
+
+
+def _check_listens(address: str) -> None:
+    """llama.cpp ends the process where an RPC server is not there, so look first."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ModelError(
+            f"no RPC server answers at {address} ({error.strerror or error})",
+            hint="start it there: rpc-server -H HOST -p PORT",
+        ) from error
+
+
+def _register_rpc(api: Any, address: str) -> None:
+    """What llama.cpp's own ``--rpc`` does, through the same functions of ggml."""
+    void, text = ctypes.c_void_p, ctypes.c_char_p
+
+    def function(name: str, result: Any, *arguments: Any) -> Any:
+        symbol = getattr(api._lib, name)
+        symbol.restype, symbol.argtypes = result, arguments
+        return symbol
+
+    registry = function("ggml_backend_reg_by_name", void, text)(b"RPC")
+    find = function("ggml_backend_reg_get_proc_address", void, void, text)
+    server = ctypes.CFUNCTYPE(void, text)(find(registry, b"ggml_backend_rpc_add_server"))(address.encode())
+    if not server:
+        raise ModelError(
+            f"the RPC server at {address} is not taken", hint="use one of the same llama.cpp build"
+        )
+    function("ggml_backend_register", None, void)(server)

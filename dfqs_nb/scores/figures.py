@@ -1,0 +1,109 @@
+"""Figures of this stage: a tidy frame and ``ax=None`` in, the Axes out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.ticker import PercentFormatter
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title  # NEEDS
+
+
+def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Accuracy of each family with its interval, and what guessing would give.
+
+    Args:
+        table: columns ``set``, ``family``, ``length``, ``n``, ``accuracy``, ``low``, ``high`` (95 %
+            interval) and ``guess_rate``, in drawing order.
+    """
+    ax = new_axes(ax, 1.2 + 0.2 * len(table))
+    sets = list(dict.fromkeys(table["set"]))
+    for colour, name in zip(PALETTE, sets, strict=False):
+        rows = np.flatnonzero(table["set"] == name)
+        part = table.iloc[rows]
+        spread = [part["accuracy"] - part["low"], part["high"] - part["accuracy"]]
+        ax.errorbar(part["accuracy"], rows, xerr=spread, fmt="o", color=colour, capsize=3, label=name)
+    guessed = np.flatnonzero(table["guess_rate"] > 0)
+    ax.plot(
+        table["guess_rate"].iloc[guessed],
+        guessed,
+        "|",
+        color=INK,
+        markersize=13,
+        markeredgewidth=1.5,
+        label="guessing",
+    )
+    names = [f"{one.family}, {one.length} (n = {one.n})" for one in table.itertuples()]
+    ax.set_yticks(range(len(table)), names, fontsize=8)
+    ax.set_ylim(len(table) - 0.4, -0.6)
+    ax.set_xlim(-0.02, 1.02)
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.set_xlabel("right answers (95 % Wilson interval)")
+    below = (0.0, -0.24 if len(table) < 14 else -0.12)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=below, ncols=len(sets) + 1)
+    above = int(((table["low"] > table["guess_rate"]) & (table["correct"] > 0)).sum())
+    set_title(ax, f"{above} of {len(table)} families lie above guessing beyond doubt")
+    return ax
+
+
+def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Decode speed by depth, every repetition, below the roof that reading the weights sets.
+
+    Args:
+        table: columns ``phase``, ``depth`` (tokens), ``median``, ``values`` (tokens a second), ``roof``,
+            ``utilisation`` and ``contended``.
+    """
+    ax, decode = new_axes(ax), table[table["phase"] == "decode"]
+    ax.plot(decode["depth"], decode["roof"], "--", color=INK, label="roof: memory bandwidth / bytes a token")
+    for one in decode.itertuples():
+        ax.plot([one.depth] * len(one.values), one.values, "o", color=PALETTE[5], alpha=0.4, markersize=5)
+    ax.plot(
+        decode["depth"],
+        decode["median"],
+        "_-",
+        color=PALETTE[5],
+        markersize=16,
+        markeredgewidth=2,
+        label=f"decode, median of {len(decode['values'].iloc[0])}",
+    )
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(decode["depth"], [f"{depth:,}" for depth in decode["depth"]])
+    ax.minorticks_off()
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    ax.set_ylim(decode["median"].min() / 3, decode["roof"].max() * 2)
+    ax.set_xlabel("tokens in the context")
+    ax.set_ylabel("tokens a second")
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0.4, 0.5))
+    busy = " (the machine was busy)" if decode["contended"].any() else ""
+    set_title(ax, f"Decode reaches {decode['utilisation'].max():.1%} of what memory allows{busy}")
+    return ax
+
+
+def card_bounds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """The card's speeds beside the bound that reading sets, a row a machine.
+
+    Args:
+        table: columns ``machine``, ``claimed_low``, ``claimed_high``, ``bound`` (tokens a second).
+    """
+    ax = new_axes(ax, 1.0 + 0.22 * len(table))
+    rows = np.arange(len(table))
+    claimed = table["claimed_low"], table["claimed_high"]
+    ax.hlines(rows, *claimed, color=PALETTE[1], linewidth=6, label="the card")
+    ax.plot(table["bound"], rows, "D", color=PALETTE[0], label="bound by reading")
+    for row, bound in zip(rows, table["bound"], strict=True):
+        text = f"{bound:,.2g}" if bound < 10 else f"{bound:,.0f}"
+        ax.annotate(text, (bound, row), xytext=(7, 0), textcoords="offset points", fontsize=8, va="center")
+    ax.set_yticks(rows, table["machine"], fontsize=8)
+    ax.set_ylim(len(table) - 0.4, -0.6)
+    ax.set_xscale("log")
+    ax.margins(x=0.12)
+    ax.set_xlabel("tokens a second")
+    ax.legend(frameon=False, fontsize=8, loc="upper right")
+    near = table.loc[table["reached"].idxmax()]
+    set_title(ax, f"Nearest to its bound: the card's {near['machine']}")
+    return ax

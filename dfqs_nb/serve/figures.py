@@ -1,0 +1,89 @@
+"""Figures of served models, in the manner of `plots`: a frame in, the Axes out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from matplotlib.ticker import EngFormatter
+
+from dfqs_nb.core.figures import PALETTE, new_axes, set_title
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+
+def speed_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Tokens a second of all clients together against their number, a line a server.
+
+    Args:
+        speeds: see ``server_checks.speed_of_all``.
+    """
+    ax = new_axes(ax, 3.4)
+    for rows, style in _by_server(speeds):
+        asked = f"{rows['requests'].min()} to {rows['requests'].max()} requests"
+        label = f"{rows['server'].iloc[0]} ({asked})"
+        ax.plot(rows["clients"], rows["tokens_per_sec"], linewidth=1.4, label=label, **style)
+    clients = _client_axis(ax, speeds)
+    ax.set_ylim(0, speeds["tokens_per_sec"].max() * 1.25)
+    ax.set_ylabel("tokens a second, all clients together")
+    ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+    gains = {
+        name: rows["tokens_per_sec"].iloc[-1] / rows["tokens_per_sec"].iloc[0]
+        for name, rows in speeds.groupby("server", sort=False)
+    }
+    best = max(gains, key=lambda name: gains[name])
+    fewest = "one" if clients[0] == 1 else clients[0]
+    set_title(
+        ax, f"{clients[-1]} clients get at most {gains[best]:.1f} times the tokens of {fewest} ({best})"
+    )
+    return ax
+
+
+def wait_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Seconds to the first piece of an answer against the number of clients: median, and up to the longest.
+
+    Args:
+        speeds: see ``server_checks.speed_of_all``.
+    """
+    ax, servers = new_axes(ax, 3.4), _by_server(speeds)
+    for number, (rows, style) in enumerate(servers):
+        at = rows["clients"] * (1 + 0.04 * (number - (len(servers) - 1) / 2))
+        above = (rows["first_max"] - rows["first_median"]).clip(lower=0)
+        ax.errorbar(
+            at,
+            rows["first_median"],
+            yerr=[above * 0, above],
+            capsize=3,
+            linewidth=1,
+            label=rows["server"].iloc[0],
+            **style,
+        )
+    clients = _client_axis(ax, speeds)
+    ax.yaxis.set_major_formatter(EngFormatter(unit="s"))
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("wait for the first piece\n(median, up to the longest)")
+    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    last = speeds[speeds["clients"] == clients[-1]].set_index("server")["first_median"]
+    set_title(ax, f"{clients[-1]} clients wait {last.min():.2g} to {last.max():.2g} s for the first piece")
+    return ax
+
+
+def _by_server(speeds: pd.DataFrame) -> list[tuple[pd.DataFrame, dict[str, str]]]:
+    """Rows and line style of each server, in the frame's order."""
+    colours = (PALETTE[0], PALETTE[5], *PALETTE[2:4])
+    groups = [rows for _, rows in speeds.groupby("server", sort=False)]
+    return [
+        (rows, {"color": colours[number % 4], "marker": "os^D"[number % 4], "linestyle": "-"})
+        for number, rows in enumerate(groups)
+    ]
+
+
+def _client_axis(ax: Axes, speeds: pd.DataFrame) -> list[int]:
+    """Clients on a log2 axis; their numbers, ascending."""
+    clients = sorted(set(speeds["clients"]))
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(clients, [str(n) for n in clients])
+    ax.minorticks_off()
+    ax.set_xlabel("clients at once (log scale)")
+    return clients

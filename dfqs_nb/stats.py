@@ -1,0 +1,136 @@
+"""Every interval and every test of the workbook, on scipy's distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf, sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+LEVEL = 0.95
+# The bootstrap's quantiles are taken at 96 %: an isotonic fit is not smooth, so at 95 % its percentile
+# interval covered the truth in 92-96 % of simulated runs, and at 96 % in 94-97 %.
+BOOTSTRAP_LEVEL = 0.96
+N_BOOT = 2000
+LEAST_VALUES = 6  # for an interval: with fewer, a bootstrap's is too narrow
+
+
+def wilson(successes: Any, n: Any, level: float = LEVEL) -> tuple[Floats, Floats]:
+    """Wilson's score interval for a share of ``n`` (Wilson 1927, JASA 22:209); (0, 1) where ``n`` is 0.
+
+    By hand, because it takes whole arrays and scipy's takes one count.
+
+    >>> low, high = wilson(8, 10)
+    >>> round(float(low), 3), round(float(high), 3)
+    (0.49, 0.943)
+    """
+    from scipy.special import ndtri
+
+    successes, n = np.asarray(successes, float), np.asarray(n, float)
+    z = float(ndtri((1 + level) / 2))
+    safe = np.maximum(n, 1)
+    share = successes / safe
+    centre = (share + z**2 / (2 * safe)) / (1 + z**2 / safe)
+    half = z * np.sqrt(share * (1 - share) / safe + z**2 / (4 * safe**2)) / (1 + z**2 / safe)
+    # at none and at all of n the bounds are exact, whatever the rounding
+    low = np.where(successes > 0, np.clip(centre - half, 0, 1), 0.0)
+    high = np.where(successes < safe, np.clip(centre + half, 0, 1), 1.0)
+    return np.where(n > 0, low, 0.0), np.where(n > 0, high, 1.0)
+
+
+def clopper_pearson(successes: int, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """The exact two-sided interval for a share (Clopper and Pearson 1934); (0, 1) where ``n`` is 0.
+
+    >>> [round(bound, 4) for bound in clopper_pearson(0, 100)]
+    [0.0, 0.0362]
+    """
+    from scipy.stats import binomtest
+
+    if n == 0:
+        return 0.0, 1.0
+    interval = binomtest(successes, n).proportion_ci(level, method="exact")
+    return float(interval.low), float(interval.high)
+
+
+def non_increasing(successes: Any, trials: Any) -> Floats:
+    """The non-increasing accuracies nearest to these counts, along the last axis (isotonic least squares).
+
+    Each is min over a <= i of max over b >= i of the pooled accuracy from a to b (Barlow et al. 1972, 1.4).
+    By hand, because it fits thousands of rows at once and scipy's fits one. Every ``trials`` must be positive.
+
+    >>> non_increasing([9, 10, 4], [10, 10, 10]).tolist()
+    [0.95, 0.95, 0.4]
+    """
+    right, n = np.broadcast_arrays(np.asarray(successes, float), np.asarray(trials, float))
+    zero = np.zeros((*right.shape[:-1], 1))
+    rights, totals = (np.concatenate([zero, np.cumsum(counts, -1)], -1) for counts in (right, n))
+    fit = np.full(right.shape, inf)
+    for a in range(right.shape[-1]):
+        pooled = (rights[..., a + 1 :] - rights[..., a : a + 1]) / (
+            totals[..., a + 1 :] - totals[..., a : a + 1]
+        )
+        best = np.maximum.accumulate(pooled[..., ::-1], -1)[..., ::-1]
+        fit[..., a:] = np.minimum(fit[..., a:], best)
+    return fit
+
+
+def bootstrap_weights(n: int, n_boot: int, seed: int) -> Floats:
+    """How often each of ``n`` values is drawn: ``(n_boot, n)``, rows summing to ``n``."""
+    draw = np.random.default_rng(seed)
+    return draw.multinomial(n, np.full(n, 1 / n), n_boot).astype(float)
+
+
+def expanded_tail(n: int, level: float = BOOTSTRAP_LEVEL) -> float:
+    """The tail probability of an expanded percentile interval from ``n`` clusters (Hesterberg 2015).
+
+    >>> round(expanded_tail(8), 4), round(expanded_tail(10_000), 4)
+    (0.0036, 0.02)
+    """
+    from scipy.special import ndtr, stdtrit
+
+    return float(ndtr(sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - level) / 2)))
+
+
+def mean_interval(values: Floats, n_boot: int = N_BOOT, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of independent values by the expanded bootstrap.
+
+    It is (NaN, NaN) for fewer than ``LEAST_VALUES`` values.
+
+    >>> mean_interval(np.array([0.1, 0.2, 0.3]))
+    (nan, nan)
+    """
+    n = len(values)
+    if n < LEAST_VALUES:
+        return float("nan"), float("nan")
+    means = bootstrap_weights(n, n_boot, seed) @ values / n
+    tail = expanded_tail(n, LEVEL)
+    return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """P value of the exact two-sided McNemar test (McNemar 1947): a fair coin for each discordant item.
+
+    >>> mcnemar(0, 0), round(mcnemar(1, 5), 5), round(mcnemar(0, 10), 6)
+    (1.0, 0.21875, 0.001953)
+    """
+    from scipy.stats import binomtest
+
+    n = only_a + only_b
+    return float(binomtest(only_a, n).pvalue) if n else 1.0
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """P values adjusted for their number (Holm 1979), in the order given. scipy has no Holm.
+
+    >>> [round(value, 3) for value in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    adjusted, highest = [0.0] * len(p), 0.0
+    for rank, place in enumerate(sorted(range(len(p)), key=lambda place: p[place])):
+        highest = max(highest, min(1.0, (len(p) - rank) * p[place]))
+        adjusted[place] = highest
+    return adjusted

@@ -1,0 +1,199 @@
+"""The command ``dfqs-nb``: the workbook as a whole, and the one place where every error ends.
+
+`file_commands` handles files, `model_commands` measures a model, `report_commands` reports on runs. Other
+packages are imported inside the functions, so that a fast command starts fast.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dfqs_nb import __version__
+from dfqs_nb.core.display import plain
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.paths import outputs_dir, tilde
+
+app = typer.Typer(
+    name="dfqs-nb",
+    help="Merge, inspect, run, score and report GGUF models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+LOG = "dfqs-nb-error.log"
+WHOLE, FILES, MEASURE, REPORT = "The workbook", "Files", "Measure a model", "Report"
+
+
+def say(text: object = "") -> None:
+    """Print a line; what steers a terminal, in text from a file or a server, is taken out."""
+    print(plain(text), flush=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(f"dfqs-nb {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(rich_help_panel=WHOLE)
+def run(
+    notebooks: Annotated[
+        list[str] | None, typer.Argument(help="Some of them, as 01 or 01_merge_shards. Default: all.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="A name of `dfqs-nb models`, a file, or hf://owner/repo/file.")
+    ] = "",
+    run: Annotated[
+        str, typer.Option(help="The folder under outputs/. Default: nano, or the model's name.")
+    ] = "",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do again what an earlier run left.")] = False,
+    parameter: Annotated[
+        list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="Any parameter.")
+    ] = None,
+) -> None:
+    """Execute the notebooks in order into outputs/RUN/.
+
+    Examples: `dfqs-nb run`, `dfqs-nb run 01 02 --model model.gguf`, `dfqs-nb run -p n_ctx=4096`
+    """
+    from dfqs_nb.workbook import run as workbook
+
+    paths = workbook.find_notebooks(notebooks or [])
+    assignments = (parameter or []) + ([f"model={model}"] if model else [])
+    values = workbook.parse_parameters(assignments, paths)
+    name = run or values.get("run_name") or workbook.default_run_name(values.get("model"))
+    values.pop("run_name", None)
+    result = workbook.run_workbook(
+        name,
+        values,
+        paths,
+        fresh=fresh,
+        progress=sys.stderr.isatty(),
+        started=lambda path: say(f"{path.stem} ..."),
+        finished=lambda done: say(f"{done.name}: {done.seconds:.1f} s -> {tilde(done.path)}"),
+    )
+    say(f"\n{workbook.summary_text(result)}")
+
+
+@app.command(rich_help_panel=WHOLE)
+def models() -> None:
+    """List the models known by name."""
+    from dfqs_nb.gguf import models as registry
+
+    for row in registry.describe():
+        say(
+            f"{row['name']}\n    {row['title']}\n    {row['files']} file(s), {row['gigabytes']:,} GB, "
+            f"{row['licence']}, {row['source']}\n    {row['note']}"
+        )
+
+
+@app.command(rich_help_panel=WHOLE)
+def sweep(
+    table: Annotated[
+        Path, typer.Argument(metavar="MODELS.CSV", help="Columns: model, run, and any notebook parameter.")
+    ],
+    jobs: Annotated[
+        int | None, typer.Option(help="Rows at once. Default: 1 here, all workers of a cluster.")
+    ] = None,
+    scheduler: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="A Dask cluster that sees the same files: tcp://HOST:8786.")
+    ] = "",
+    name: Annotated[
+        str, typer.Option(help="The folder under outputs/. Default: sweep- and the table's name.")
+    ] = "",
+    notebook: Annotated[
+        list[str] | None, typer.Option(metavar="NN", help="Only these notebooks. Default: all.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do again what an earlier sweep did.")] = False,
+) -> None:
+    """Run the workbook once for each row of a table, then rank the reports.
+
+    A sweep that is killed goes on with the same command. Example: `dfqs-nb sweep data/sweep_example.csv`
+    """
+    from dfqs_nb.report import leaderboard as boards
+    from dfqs_nb.workbook import run as workbook
+    from dfqs_nb.workbook import sweep as sweeps
+    from dfqs_nb.workbook.sweep_table import read_rows
+
+    notebooks = workbook.find_notebooks(notebook or [])
+    rows = read_rows(table, notebooks)
+    if not scheduler and (warning := sweeps.crowding(rows, jobs or 1)):
+        print(f"dfqs-nb: {warning}", file=sys.stderr)
+    result = sweeps.sweep(
+        table,
+        jobs=jobs,
+        scheduler=scheduler,
+        name=name,
+        notebooks=notebooks,
+        fresh=fresh,
+        started=lambda row: say(f"{row.run} ({row.model}) ..."),
+        finished=lambda row, answer: say(f"{row.run}: {answer['status']} {answer['reason']}".rstrip()),
+    )
+    columns = ["line", "run", "status", "seconds", "beside", "reason"]
+    say(f"\n{result.rows[columns].to_string(index=False)}\n")
+    say(boards.markdown(result.folder, result.leaderboard))
+    say(f"{len(result.rows) - result.n_failed} of {len(result.rows)} rows done: {tilde(result.folder)}/")
+    raise typer.Exit(int(result.n_failed > 0))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    1: an error, as one line on standard error; 2: the command line is wrong; 130: interrupted. What nobody
+    foresaw is one line too, and its traceback goes to a log.
+    """
+    import click
+
+    from dfqs_nb.workbook import file_commands, model_commands, report_commands  # noqa: F401  they register
+
+    try:
+        status: Any = app(argv if argv is not None else sys.argv[1:], standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except DfqsError as error:
+        return _fail(str(error))
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted; what was written stays, and the same command goes on", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        kind = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        return _fail(f"unexpected {kind}; its place in the code is in {tilde(_log_traceback())}")
+
+
+def _fail(message: str, status: int = 1) -> int:
+    print(f"dfqs-nb: {plain(message)}", file=sys.stderr)
+    return status
+
+
+def _log_traceback() -> Path:
+    for folder in (outputs_dir(), Path(tempfile.gettempdir())):
+        try:
+            with (folder / LOG).open("a", encoding="utf-8", errors="replace") as log:
+                log.write(traceback.format_exc() + "\n")
+        except OSError:
+            continue  # not there, or not ours to write
+        return folder / LOG
+    return Path(os.devnull)

@@ -1,0 +1,232 @@
+"""Commands for files: what a file is, one sound file out of what there is, and other types."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.workbook.cli import FILES, app, say
+
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing output once the new one is proven.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")]
+
+
+@app.command(rich_help_panel=FILES)
+def inspect(
+    paths: Annotated[list[str], typer.Argument(metavar="FILE...", help="Anything that should be a model.")],
+    llama_cpp: Annotated[bool, typer.Option("--llama-cpp", help="Also ask llama.cpp's loader.")] = False,
+) -> None:
+    """Say what a file is, in milliseconds, from headers, sizes and names alone; changes nothing.
+
+    Exit status 1: at least one is no sound model. Example: `dfqs-nb inspect model.gguf`
+    """
+    from dfqs_nb.merge.kind import diagnose, loader_verdict
+
+    sound = True
+    for path in paths:
+        diagnosis = diagnose(path)
+        sound &= diagnosis.sound
+        say(f"{path}: {diagnosis.kind}\n  {diagnosis.finding}")
+        if diagnosis.next_step:
+            say(f"  -> {diagnosis.next_step}")
+        _say_rows(_header_rows(path) if diagnosis.sound else dict(diagnosis.evidence))
+        if llama_cpp:
+            say(f"  {'llama.cpp:':<28}{loader_verdict(path).reason or 'loads'}")
+    raise typer.Exit(int(not sound))
+
+
+def _say_rows(rows: dict[str, Any]) -> None:
+    for what, value in rows.items():
+        say(f"  {what + ':':<28}{value:,}" if type(value) is int else f"  {what + ':':<28}{value}")
+
+
+def _header_rows(path: str) -> dict[str, Any]:
+    """The whole model's facts, from all its shards when they are there."""
+    from dfqs_nb.core.errors import ShardError
+    from dfqs_nb.gguf import facts
+    from dfqs_nb.gguf.header import read_header
+    from dfqs_nb.gguf.shards import open_shards
+
+    try:
+        header = open_shards(path).as_one
+    except ShardError:
+        header = read_header(path)
+    rows = facts.identity(header) | facts.architecture(header)
+    rows = {what: value for what, value in rows.items() if value != "not stated"}
+    experts = facts.experts(header)
+    if experts.total:
+        rows["experts"] = (
+            f"{experts.used} of {experts.total} a token, {experts.shared} shared, "
+            f"{experts.moe_layers} layers, {experts.hash_layers} of them by hash"
+        )
+    for row in facts.class_sizes(header):
+        bits = f"{row['bytes']:>16,} bytes {row['bits_per_weight']:7.2f} bits a weight"
+        rows[str(row["class"])] = f"{bits}  {row['types']}"
+    return rows
+
+
+@app.command(rich_help_panel=FILES)
+def merge(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="SHARD...", help="Any one shard, or all; or a registered name.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The merged file.")],
+    consume: Annotated[
+        bool,
+        typer.Option(
+            "--consume",
+            help="DELETES the shards: their space is released while they are copied. Needs 64 MiB of disk.",
+        ),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge shards (or join byte parts) into one proven file; goes on after a kill.
+
+    Example: `dfqs-nb merge model-00001-of-00002.gguf -o model.gguf`
+    """
+    from dfqs_nb.gguf import models as registry
+    from dfqs_nb.merge import repair
+    from dfqs_nb.merge.merge import check_output
+
+    files = [file for path in paths for file in registry.resolve(path)]
+    model = files[0] if len(files) == 1 else files
+    if dry_run:
+        plan = repair.plan_any(model)
+        check_output(output, plan, overwrite=overwrite, consume=consume)
+        say(
+            f"{len(plan.sources)} file(s) -> {output}: {plan.nbytes:,} bytes, {len(plan.copies):,} copies; "
+            "nothing was written"
+        )
+        return
+    _say_written(repair.merge_any(model, output, overwrite=overwrite, consume=consume, progress=not quiet))
+
+
+def _say_written(*results: Any) -> None:
+    for result in results:
+        say(f"{result.path}: {result.nbytes:,} bytes, read back equal, in {result.seconds:,.1f} s")
+        say(f"SHA-256 {result.sha256}")
+
+
+@app.command(rich_help_panel=FILES)
+def repair(
+    path: Annotated[str, typer.Argument(metavar="FILE", help="The glued file.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="The sound file.")] = "",
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Replace FILE; needs 64 MiB of extra disk.")
+    ] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a sound model of shards that were glued together.
+
+    Example: `dfqs-nb repair DeepSeek-V4-Flash-IQ1_S-XL.gguf --in-place`
+    """
+    from dfqs_nb.merge.repair import repair as make
+
+    if bool(output) == in_place:
+        raise typer.BadParameter("give either -o OUTPUT or --in-place")
+    _say_written(make(path, output or None, in_place=in_place, overwrite=overwrite, progress=not quiet))
+
+
+@app.command(rich_help_panel=FILES)
+def split(
+    path: Annotated[str, typer.Argument(metavar="FILE", help="The glued file.")],
+    folder: Annotated[
+        Path | None, typer.Option("-d", "--folder", help="Where the shards go. Default: beside FILE.")
+    ] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Cut glued shards apart again, at their inner headers.
+
+    Example: `dfqs-nb split glued.gguf -d shards/`
+    """
+    from dfqs_nb.merge.repair import split as cut
+
+    _say_written(*cut(path, folder, overwrite=overwrite, progress=not quiet))
+
+
+@app.command(rich_help_panel=FILES)
+def verify(
+    path: Annotated[str, typer.Argument(metavar="FILE", help="The model's file.")],
+    sha256: Annotated[str, typer.Option(help="What the file's SHA-256 should be.")] = "",
+    against: Annotated[
+        list[str] | None, typer.Option(metavar="SHARD", help="Any one shard; or repeat it for each.")
+    ] = None,
+    write_manifest: Annotated[
+        bool, typer.Option("--write-manifest", help="Keep the hashes beside FILE, for a later check.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare every tensor with the file's manifest, a published hash, or its shards.
+
+    Example: `dfqs-nb verify model.gguf --against model-00001-of-00002.gguf`
+    """
+    from dfqs_nb.merge import verify as verifying
+
+    shards = against[0] if against and len(against) == 1 else against or None
+    result = verifying.verify(path, sha256=sha256 or None, against=shards, progress=not quiet)
+    say(f"{result.path}: {result.nbytes:,} bytes, {len(result.tensors):,} tensors, SHA-256 {result.sha256}")
+    for sentence in result.meaning:
+        say(f"  {sentence}")
+    if write_manifest:
+        say(f"  kept in {verifying.write_manifest(path, progress=not quiet).name}")
+    raise typer.Exit(int(not result.diagnosis.sound))
+
+
+@app.command(rich_help_panel=FILES)
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="F32, F16 or BF16: a name or a file.")],
+    recipe: Annotated[str, typer.Argument(help="A name in data/quantize/, or a .toml file.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Required unless --dry-run.")] = "",
+    imatrix: Annotated[
+        str, typer.Option(metavar="FILE", help="An importance matrix, of llama-imatrix or of the workbook.")
+    ] = "",
+    calibrate: Annotated[
+        str, typer.Option(metavar="TEXT", help="Collect one over this text or prompt set; it is kept.")
+    ] = "",
+    threads: Annotated[int, typer.Option(help="0: the usable cores.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List types and exact sizes; write nothing.")
+    ] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a model tensor by tensor as a recipe says, with llama.cpp's own quantizer.
+
+    Example: `dfqs-nb quantize dfqs-nano-f16 iq1_s-xl -o small.gguf --calibrate calibration-nano`
+    """
+    from dfqs_nb.gguf import models as registry
+    from dfqs_nb.ladder import divergence, ladder
+    from dfqs_nb.ladder import imatrix as matrices
+    from dfqs_nb.ladder import quantize as quantizing
+
+    path, chosen = registry.resolve(source)[0], quantizing.load_recipe(recipe)
+    if not (output or dry_run):
+        raise DfqsError("no output was named", hint="pass -o FILE, or --dry-run to see what it would be")
+    if imatrix and calibrate:
+        raise typer.BadParameter("give either --imatrix or --calibrate")
+    matrix: Any = imatrix or None
+    if calibrate and chosen.weights:
+        text = divergence.load_text(calibrate, "calibration")
+        matrix = ladder.calibrated(path, text, ladder.Settings(n_threads=threads), progress=not quiet)
+        if not dry_run:
+            matrices.write_imatrix(Path(f"{output}.imatrix.gguf"), matrix)
+    if dry_run:
+        plan = quantizing.plan(path, chosen, matrix)
+    else:
+        plan = quantizing.quantize(
+            path, chosen, output, imatrix=matrix, n_threads=threads, overwrite=overwrite, progress=not quiet
+        ).plan
+    say(plan.by_class().to_string(index=False, float_format="{:.2f}".format))
+    for fallback in plan.fallbacks:
+        say(fallback)
+    where = "would be" if dry_run else f"{output}:"
+    say(f"{where} {plan.nbytes:,} bytes, {plan.bits_per_weight:.2f} bits a weight")

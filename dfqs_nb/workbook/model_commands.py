@@ -1,0 +1,222 @@
+"""Commands that measure a model: its routing, its scores, and recipes to run it elsewhere."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.paths import run_dir, tilde
+from dfqs_nb.workbook.cli import MEASURE, app, say
+
+KeyVariable = Annotated[
+    str, typer.Option(metavar="NAME", help="The environment variable that holds the server's key.")
+]
+COLUMNS = "condition against n_choices n_differ margin_differ logits_equal logit_drift same_output status"
+
+
+class Tier(StrEnum):
+    """Which question sets: small ones for the reference model, or those for real models."""
+
+    NANO = "nano"
+    STANDARD = "standard"
+
+
+@app.command(rich_help_panel=MEASURE)
+def routing(
+    model: Annotated[str, typer.Argument(help="A name of `dfqs-nb models`, or a file.")],
+    run: Annotated[str, typer.Option(help="The folder under outputs/ for traces and tables.")] = "routing",
+    tokens: Annotated[int, typer.Option(help="Length of the text.")] = 384,
+    other: Annotated[str, typer.Option(metavar="MODEL", help="Another quantization to compare with.")] = "",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Record again what an earlier run left.")] = False,
+) -> None:
+    """Say whether routing is deterministic, and which settings change it.
+
+    Exit status 1: it is not. Example: `dfqs-nb routing model.gguf`
+    """
+    from dfqs_nb.gguf import models as registry
+    from dfqs_nb.routing import experiment as experiments
+    from dfqs_nb.routing import verdict as verdicts
+    from dfqs_nb.serve.client import check_in_process
+
+    check_in_process(model, "routing")
+    path, folder = registry.resolve(model)[0], run_dir(run)
+    experiment = experiments.run_experiment(
+        path,
+        folder / "routing",
+        n_tokens=tokens,
+        fresh=fresh,
+        others=experiments.quantizations(path, other),
+    )
+    verdict = verdicts.judge(experiment.table)
+    table = experiment.table.reindex(columns=COLUMNS.split())
+    say(table.to_string(index=False, float_format="{:.3g}".format))
+    say("\n".join(["", verdict.text, "", *verdicts.advice(experiment.table), ""]))
+    for row in verdicts.claims(experiment).itertuples():
+        say(f'"{row.claim}": {row.status}\n  {row.evidence}')
+    written = verdicts.write_tables(experiment, folder)
+    say(f"\nwrote {', '.join(path.name for path in written)} to {tilde(folder)}/")
+    raise typer.Exit(int(not verdict.passed))
+
+
+@app.command(rich_help_panel=MEASURE)
+def score(
+    model: Annotated[
+        str, typer.Argument(help="A GGUF file, any of its shards, or the URL of a server.")
+    ] = "",
+    endpoint: Annotated[str, typer.Option(metavar="URL", help="Score this server, not a file.")] = "",
+    endpoint_model: Annotated[str, typer.Option(metavar="NAME", help="Which of the server's models.")] = "",
+    key_variable: KeyVariable = "",
+    concurrency: Annotated[
+        int, typer.Option(help="Requests at once to a server; more than 1 can change answers.")
+    ] = 1,
+    tier: Annotated[Tier, typer.Option(help="Which question sets.")] = Tier.STANDARD,
+    set_names: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME", help="Only these sets, or JSONL files.")
+    ] = None,
+    n_ctx: Annotated[int, typer.Option(help="Tokens of context.")] = 4096,
+    threads: Annotated[int, typer.Option(help="0: the usable cores.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option(help="Only so many questions a set; nothing is scored then.")
+    ] = None,
+    run: Annotated[str, typer.Option(help="The folder under outputs/. Default: from the model.")] = "",
+    samples: Annotated[int, typer.Option(help="Answers a code task; gives pass@k up to that k.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    long_context: Annotated[
+        bool, typer.Option("--long-context", help="Of a server: also retrieval at growing lengths.")
+    ] = False,
+    longest: Annotated[int, typer.Option(metavar="TOKENS", help="The longest of them.")] = 1024,
+    shortest: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="The shortest. Default: the prompt set's.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Answer again what an earlier run answered.")
+    ] = False,
+    allow_unsandboxed: Annotated[
+        bool, typer.Option("--allow-unsandboxed", help="Run generated code without a sandbox.")
+    ] = False,
+) -> None:
+    """Score a model's reasoning and code; goes on after a kill.
+
+    Examples: `dfqs-nb score model.gguf`, `dfqs-nb score http://127.0.0.1:8080/v1 --tier nano`
+    """
+    from dfqs_nb import llama
+    from dfqs_nb.core.files import sha256_of
+    from dfqs_nb.llama.generate import Sampling
+    from dfqs_nb.scores import item_sets
+    from dfqs_nb.scores import run as scoring
+    from dfqs_nb.serve import client
+    from dfqs_nb.workbook.run import default_run_name
+
+    url = endpoint or (model if client.is_url(model) else "")
+    if bool(endpoint) == bool(model):
+        raise DfqsError("say what to score", hint="give a GGUF file, or --endpoint URL, and not both")
+    if long_context and not url:
+        hint = f"of a file, notebook 05 measures it: dfqs-nb run 01 05 --model {model}"
+        raise DfqsError("--long-context is for a server", where=model, hint=hint)
+    sets = [item_sets.load_item_set(name) for name in set_names or []] or item_sets.sets_of_tier(tier)
+    with ExitStack() as stack:
+        if url:
+            opened: Any = client.connect(
+                url, endpoint_model, key_variable=key_variable, concurrency=concurrency
+            )
+            identity, name = "", Path(f"endpoint-{opened.model}").name
+            score_set: Any = client.score_set
+        else:
+            settings = llama.OpenSettings(n_ctx=n_ctx, n_threads=threads or None)
+            opened = stack.enter_context(llama.open_model(model, settings))
+            identity, name = sha256_of(opened.path), default_run_name(model)
+            score_set = scoring.score_set
+        folder = run_dir(run or name)
+        for item_set in sets:
+            of_code = item_set.kind == "code"
+            result = score_set(
+                opened,
+                item_set,
+                folder / "scores",
+                model_id=identity,
+                sampling=Sampling(temperature=temperature),
+                ks=[k for k in (10, 100) if k <= samples] if of_code else (),
+                n_samples=samples if of_code else 1,
+                limit=limit,
+                allow_unsandboxed=allow_unsandboxed,
+                fresh=fresh,
+            )
+            say("\n".join(part.sentence for part in (result.score, *result.pass_at.values())))
+        if long_context:
+            _long_context(opened, folder / "long_context", tier, longest, shortest, fresh)
+    say(f"answers: {tilde(folder / 'scores')}/")
+
+
+def _long_context(
+    server: Any, folder: Path, tier: str, longest: int, shortest: int | None, fresh: bool
+) -> None:
+    """The curve of retrieval over an endpoint, and where it ends."""
+    from dfqs_nb.context.prompts import PROBES
+    from dfqs_nb.serve import client
+
+    result = client.measure_long_context(
+        server, folder, prompt_set=PROBES[tier], longest=longest, shortest=shortest, fresh=fresh
+    )
+    if result.failure:
+        say(f"{result.failure.length:,} tokens: {result.failure.message}")
+    if len(result.items):
+        columns = ["length", "correct", "n", "accuracy", "low", "high", "curve"]
+        say(result.curve()[columns].to_string(index=False, float_format="{:.3f}".format))
+        say(f"retrieval {result.boundary().sentence}")
+    say(f"haystacks: {tilde(folder)}/")
+
+
+@app.command(rich_help_panel=MEASURE)
+def deploy(
+    target: Annotated[str, typer.Argument(help="A program; see --list.")] = "",
+    model: Annotated[
+        str, typer.Argument(help="A file, a name of `dfqs-nb models`, or hf://... (not downloaded).")
+    ] = "",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Default: deploy-TARGET under outputs/.")
+    ] = None,
+    n_ctx: Annotated[
+        int | None, typer.Option(help="Tokens of context. Default: what this machine holds.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Default: the usable cores.")] = None,
+    gpu_layers: Annotated[int | None, typer.Option(help="Default: what this machine's GPU holds.")] = None,
+    hub: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Fetch this; MODEL only says what fits.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Of the server. Default: the target's own.")] = None,
+    key_variable: KeyVariable = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier recipe.")] = False,
+    list_targets: Annotated[bool, typer.Option("--list", help="The targets, and what ran here.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="All that is known of them, as Markdown.")] = False,
+) -> None:
+    """Write the files and commands that run a model with another program.
+
+    Examples: `dfqs-nb deploy --list`, `dfqs-nb deploy ollama model.gguf`
+    """
+    from dfqs_nb.serve import recipes
+
+    if table or list_targets:
+        say((recipes.table_text() if table else recipes.list_text()).rstrip("\n"))
+        return
+    if not (target and model):
+        raise DfqsError("a target and a model are needed", hint="see `dfqs-nb deploy --list`")
+    recipes.target_of(target)
+    recipe = recipes.write_recipe(
+        target,
+        model,
+        output or run_dir(f"deploy-{target}"),
+        n_ctx=n_ctx,
+        n_threads=threads,
+        n_gpu_layers=gpu_layers,
+        hub=hub,
+        port=port,
+        key_variable=key_variable,
+        overwrite=overwrite,
+    )
+    say("\n".join([*(f"- {note}" for note in recipe.notes), "", *recipe.commands]))
+    say(f"\nwrote {', '.join(tilde(path) for path in recipe.files)}")

@@ -1,0 +1,370 @@
+"""Run the notebooks in order with papermill, and sum up what they found."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dfqs_nb.core.display import plain
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.files import write_text
+from dfqs_nb.core.paths import REPOSITORY, outputs_dir, run_dir, tilde
+from dfqs_nb.core.stage import NOTEBOOKS as STAGES
+
+NOTEBOOKS = REPOSITORY / "notebooks"
+PATTERN = "[0-9][0-9]_*.ipynb"
+KERNEL = "python3"
+QUIET = "--log-level=CRITICAL"  # of the kernel: nothing about its own sockets, or its own shutdown
+GROUPS = {
+    ".ipynb": "notebooks",
+    ".csv": "tables",
+    ".png": "figures",
+    ".svg": "figures",
+    ".json": "stages",
+    ".html": "report",
+    ".md": "report",
+    ".yml": "report",
+    ".yaml": "report",
+    ".gguf": "models",
+}
+
+
+@dataclass(frozen=True)
+class NotebookRun:
+    """One executed notebook: its name without suffix, how long it took, and where it is."""
+
+    name: str
+    seconds: float
+    path: Path
+
+
+@dataclass(frozen=True)
+class WorkbookRun:
+    """A finished run: its folder, its notebooks in order, and the lines that each stage sums up in."""
+
+    folder: Path
+    notebooks: tuple[NotebookRun, ...]
+    summary: dict[str, list[str]]
+
+
+def find_notebooks(names: Iterable[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
+    """The workbook's notebooks in order, or those named (``01``, ``01_merge_shards`` or a path).
+
+    Raises:
+        DfqsError: there is none, or a name fits none.
+    """
+    paths = sorted(folder.glob(PATTERN))
+    if not paths:
+        raise DfqsError("no notebooks here", where=folder, hint="run this from a checkout of the workbook")
+    wanted = [Path(name).stem for name in names]
+    chosen = [path for path in paths if not wanted or any(_is_called(path, name) for name in wanted)]
+    for name in wanted:
+        if not any(_is_called(path, name) for path in paths):
+            known = ", ".join(path.stem for path in paths)
+            raise DfqsError(f"no notebook is called {name!r}", where=folder, hint=f"there are {known}")
+    return chosen
+
+
+def _is_called(path: Path, name: str) -> bool:
+    return path.stem == name or path.stem.startswith(f"{name}_")
+
+
+def declared_parameters(path: Path) -> dict[str, dict[str, str]]:
+    """The parameters of a notebook's cell tagged ``parameters``, as papermill reads them.
+
+    Each value has the keys ``name``, ``inferred_type_name``, ``default`` and ``help``.
+
+    Raises:
+        DfqsError: it is not a notebook that papermill can run.
+    """
+    from papermill import inspect_notebook
+
+    try:
+        parameters: dict[str, dict[str, str]] = inspect_notebook(str(path))
+    except ValueError as error:  # no kernelspec, or not a notebook
+        raise DfqsError(
+            f"papermill cannot read it ({last_line(str(error))})",
+            where=path,
+            hint="open it in JupyterLab with the kernel Python 3 and save it",
+        ) from error
+    return parameters
+
+
+def check_parameters(parameters: Mapping[str, Any], declared: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse a parameter that no notebook declares: papermill would only warn, and run without it.
+
+    >>> check_parameters({"n_ctx": 512}, [{"n_ctx": {}, "model": {}}])
+    >>> check_parameters({"nctx": 512}, [{"n_ctx": {}, "model": {}}])
+    Traceback (most recent call last):
+    dfqs_nb.core.errors.DfqsError: no notebook has a parameter 'nctx'; did you mean n_ctx? known: model, n_ctx
+    """
+    known = sorted({name for names in declared for name in names})
+    unknown = sorted(set(parameters) - set(known))
+    if unknown:
+        names = ", ".join(repr(name) for name in unknown)
+        hint = f"{did_you_mean(unknown[0], known)}known: {', '.join(known) or 'none'}"
+        raise DfqsError(f"no notebook has a parameter {names}", hint=hint)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``did you mean ...? `` for a name close to one that exists; else nothing.
+
+    >>> did_you_mean("max_token", ["max_tokens", "n_ctx"]), did_you_mean("zzz", ["n_ctx"])
+    ('did you mean max_tokens? ', '')
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def parse_value(name: str, text: str, type_name: str) -> Any:
+    """A parameter's value from the command line, by the type that the notebook declares.
+
+    >>> parse_value("n_ctx", "4096", "int"), parse_value("model", "4096", "str")
+    (4096, '4096')
+    >>> parse_value("prompts", "['a', 'b']", "list[str]"), parse_value("threads", "None", "int | None")
+    (['a', 'b'], None)
+
+    Raises:
+        DfqsError: the text is not of that type.
+    """
+    if type_name == "str":
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        value = {"true": True, "false": False}.get(text.lower(), text)
+    allowed: Any = {"int": int, "float": (int, float), "bool": bool}.get(type_name, object)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and type_name in ("int", "float")):
+        raise DfqsError(f"parameter {name} takes {type_name}, not {text!r}", hint=f"give {name}=VALUE")
+    return value
+
+
+def parse_parameters(assignments: Iterable[str], notebooks: Iterable[Path]) -> dict[str, Any]:
+    """``["n_ctx=4096", ...]`` as values, each of the type that a notebook declares for it."""
+    declared = [declared_parameters(path) for path in notebooks]
+    texts = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise DfqsError(f"{assignment!r} is not of the form name=value", hint="write -p n_ctx=4096")
+        texts[name.strip()] = text
+    check_parameters(texts, declared)
+    types = {name: p["inferred_type_name"] for names in declared for name, p in names.items()}
+    return {name: parse_value(name, text, types[name]) for name, text in texts.items()}
+
+
+def default_run_name(model: str | None) -> str:
+    """The run's folder name when none is given: one folder for a model.
+
+    >>> default_run_name(None), default_run_name("/models/Qwen3-Q8_0-00001-of-00002.gguf")
+    ('nano', 'Qwen3-Q8_0')
+    """
+    if not model:
+        return "nano"
+    stem = re.sub(r"(-\d{5}-of-\d{5})?(\.gguf)?$", "", model.rstrip("/").rsplit("/", 1)[-1], flags=re.I)
+    return re.sub(r"[^\w.-]+", "-", stem).strip(".-")[:100] or "nano"
+
+
+def run_workbook(
+    run: str = "nano",
+    parameters: Mapping[str, Any] | None = None,
+    notebooks: Sequence[Path] | None = None,
+    fresh: bool = False,
+    progress: bool = False,
+    started: Callable[[Path], object] = lambda path: None,
+    finished: Callable[[NotebookRun], object] = lambda done: None,
+) -> WorkbookRun:
+    """Execute notebooks in order into ``outputs/<run>/``, and write ``summary.md`` there.
+
+    Args:
+        run: the folder's name, handed to every notebook that declares ``run_name`` (IPython takes a
+            line that begins with ``run`` for its magic, so a parameter cannot be called that).
+        parameters: handed to each notebook that declares them.
+        notebooks: which; all of the workbook by default.
+        fresh: do again what an earlier run left (handed on as ``fresh``).
+        progress: show papermill's bar over cells.
+        started, finished: called before and after each notebook.
+
+    Raises:
+        DfqsError: no notebook declares a parameter, or a cell fails; what earlier notebooks wrote stays.
+    """
+    paths = list(notebooks) if notebooks is not None else find_notebooks()
+    declared = [declared_parameters(path) for path in paths]
+    check_parameters(parameters or {}, declared)
+    values = {"run_name": run, **({"fresh": True} if fresh else {}), **_absolute(parameters or {})}
+    folder, done = run_dir(run).absolute(), []
+    for path, names in zip(paths, declared, strict=True):
+        started(path)
+        chosen = {name: value for name, value in values.items() if name in names}
+        done.append(_execute(path, folder / path.name, chosen, progress))
+        finished(done[-1])
+    result = WorkbookRun(folder, tuple(done), read_summary(folder))
+    write_text(folder / "summary.md", summary_markdown(result))
+    return result
+
+
+def _absolute(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Relative paths of existing files made absolute: a notebook runs in another folder than the user.
+
+    Links stay as they are: in a hub cache a shard's name is the link's, not its target's.
+    """
+    return {
+        name: str(Path(value).absolute())
+        if isinstance(value, str) and ("/" in value or value.lower().endswith(".gguf")) and _is_file(value)
+        else value
+        for name, value in parameters.items()
+    }
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name too long, or with a NUL, is no file
+        return False
+
+
+def _execute(path: Path, target: Path, parameters: dict[str, Any], progress: bool) -> NotebookRun:
+    from nbclient.exceptions import DeadKernelError
+    from papermill import PapermillExecutionError, execute_notebook
+
+    begin, so_far = time.perf_counter(), f"its output so far is in {tilde(target)}"
+    try:
+        with kernel_environment():
+            execute_notebook(
+                path,
+                target,
+                parameters,
+                kernel_name=KERNEL,
+                cwd=path.parent,
+                progress_bar=progress,
+                log_output=False,
+                extra_arguments=[QUIET],
+            )
+    except PapermillExecutionError as error:
+        cause = f"{error.ename}: {last_line(error.evalue)}".rstrip(": ")
+        what = f"cell In [{error.exec_count}] failed: {cause}"
+        raise DfqsError(what, where=path.name, hint=so_far) from error
+    except DeadKernelError as error:
+        cell, why = _running_cell(target), "killed, out of memory, or aborted by llama.cpp"
+        what = f"the kernel died in cell {cell} ({why})"
+        raise DfqsError(what, where=path.name, hint=so_far) from error
+    return NotebookRun(path.stem, time.perf_counter() - begin, target)
+
+
+def last_line(text: str) -> str:
+    """The last line of an error's text that says anything.
+
+    >>> last_line("first\\nmodel.gguf: truncated\\n\\n")
+    'model.gguf: truncated'
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _running_cell(path: Path) -> int | str:
+    """The number, in the executed notebook, of the last cell that began; papermill notes no failure there."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
+    states = [cell["metadata"].get("papermill", {}).get("status", "pending") for cell in cells]
+    return max((number for number, state in enumerate(states, 1) if state != "pending"), default="?")
+
+
+@contextmanager
+def kernel_environment(outputs: Path | None = None) -> Iterator[None]:
+    """The environment of a kernel: this interpreter's kernel first, absolute folders, no progress bars.
+
+    A user may have a ``python3`` kernel of another interpreter installed; ``JUPYTER_PATH`` comes before it.
+    Bars are for people who watch; in a stored notebook they are noise.
+    """
+    ours = {
+        "JUPYTER_PATH": os.pathsep.join(
+            filter(None, [f"{sys.prefix}/share/jupyter", os.environ.get("JUPYTER_PATH")])
+        ),
+        "DFQS_OUTPUTS": str((outputs or outputs_dir()).absolute()),
+        "TQDM_DISABLE": "1",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+# ---- the summary ----
+
+
+def read_summary(folder: Path) -> dict[str, list[str]]:
+    """The ``summary`` lines of every stage file ``<stage>.json`` in a run's folder, in stage order.
+
+    A stage file is an object with ``stage`` (its own name), ``conditions`` and ``summary`` (a list of
+    sentences for people); other JSON files are passed over.
+    """
+    summaries = {}
+    for path in folder.glob("*.json"):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise DfqsError(f"not JSON ({error})", where=path, hint="run again with --fresh") from error
+        if isinstance(content, dict) and content.get("stage") == path.stem:
+            summaries[path.stem] = [plain(line) for line in content.get("summary", [])]
+    order = {stage: number for number, stage in enumerate(STAGES)}
+    return dict(sorted(summaries.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+
+
+def summary_markdown(result: WorkbookRun) -> str:
+    """What was found, how long each notebook took, and every file of the run."""
+    lines = [f"# Run {result.folder.name}", "", "## What was found", ""]
+    for stage, sentences in result.summary.items():
+        lines += [f"**{stage}**", "", *(f"- {_escaped(sentence)}" for sentence in sentences), ""]
+    lines += ["## Notebooks", ""]
+    lines += [f"- [{item.name}]({item.path.name}): {item.seconds:.1f} s" for item in result.notebooks]
+    lines += ["", "## Files", ""]
+    lines += [f"- `{name}` ({n_bytes:,} bytes)" for name, n_bytes in list_files(result.folder)]
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(sentence: str) -> str:
+    """A sentence with a model's name in it, in which Markdown finds no tag, image or link."""
+    return re.sub(r"([<>\[\]`|])", r"\\\1", sentence.replace("\n", " "))
+
+
+def summary_text(result: WorkbookRun) -> str:
+    """The same for a terminal."""
+    lines = ["What was found"]
+    for stage, sentences in result.summary.items():
+        lines += [f"  {stage}", *(f"    {sentence}" for sentence in sentences)]
+    lines += ["", f"Where it is: {tilde(result.folder)}/"]
+    groups: dict[str, list[str]] = {}
+    for name, _ in list_files(result.folder):
+        group = "models" if name.endswith(".manifest.json") else GROUPS.get(Path(name).suffix, "other files")
+        groups.setdefault("folders" if "/" in name else group, []).append(name)
+    inside = Counter(name.split("/")[0] for name in groups.get("folders", []))
+    groups["folders"] = [f"{name}/ ({count} files)" for name, count in inside.items()]
+    order = dict.fromkeys([*GROUPS.values(), "folders", "other files"])
+    lines += [f"  {group:<12} {', '.join(groups[group])}" for group in order if groups.get(group)]
+    return "\n".join(lines)
+
+
+def list_files(folder: Path) -> list[tuple[str, int]]:
+    """Every file under a folder as (path relative to it, size in bytes), hidden ones left out."""
+    return sorted(
+        (path.relative_to(folder).as_posix(), path.stat().st_size)
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )

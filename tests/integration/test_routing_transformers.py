@@ -1,0 +1,72 @@
+"""The routing of a random DeepSeek-V4 model, against transformers' own implementation of it.
+
+Slow, and only with ``pip install --group peer``, or when ``$DFQS_PEER_PYTHON`` names an interpreter that has
+torch, transformers and gguf.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.routing.trace import LOGIT_SAMPLE, Schedule, open_recorded, record
+
+NOISE = 5e-5  # selection scores of the two implementations differ by less
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+    """The model's file, and what transformers computed."""
+    here = sys.executable if find_spec("transformers") and find_spec("torch") else ""
+    python = os.environ.get("DFQS_PEER_PYTHON") or here
+    if not python:
+        pytest.skip("needs torch and transformers (pip install --group peer), or DFQS_PEER_PYTHON")
+    folder = tmp_path_factory.mktemp("peer")
+    script = Path(__file__).resolve().parents[1] / "support" / "transformers_peer.py"
+    subprocess.run([python, script, folder / "model.gguf", folder / "result.npz"], check=True, timeout=600)
+    with np.load(folder / "result.npz") as found:
+        return folder / "model.gguf", dict(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule(350)], ids=["prefill", "prefill and decode"])
+def test_routing_equals_transformers_token_for_token(peer, schedule, record_property):
+    path, theirs = peer
+    settings = OpenSettings(n_ctx=1024, n_threads=1, type_k="f32", type_v="f32")
+    with open_recorded(path, settings) as model:
+        ours = record(model, theirs["tokens"].tolist(), schedule)
+    assert ours.hashed.tolist() == [True, False, False, False] and ours.logits.values.shape[1] <= LOGIT_SAMPLE
+    assert ours.n_tokens == 700
+    drift = np.abs(ours.logits.values - theirs["logits"][:, ours.logits.ids]).max()
+    worst, clear, same = 0.0, 0, 0
+    for layer in range(4):
+        experts = theirs[f"experts_{layer}"]
+        equal = (np.sort(ours.experts[:, layer], axis=1) == np.sort(experts, axis=1)).all(axis=1)
+        if layer == 0:
+            assert equal.all(), "hash layer"
+            continue
+        ranked = -np.sort(-theirs[f"scores_{layer}"], axis=1)
+        margin = ranked[:, 1] - ranked[:, 2]
+        worst = max(worst, float(np.abs(ours.margin[:, layer] - margin)[equal].max()))
+        assert equal[margin > NOISE].all(), f"layer {layer} chooses otherwise at a clear margin"
+        clear, same = clear + int((margin > NOISE).sum()), same + int(equal.sum())
+        order = np.argsort(ours.experts[equal, layer], axis=1), np.argsort(experts[equal], axis=1)
+        np.testing.assert_allclose(
+            np.take_along_axis(ours.weights[equal, layer], order[0], 1),
+            np.take_along_axis(theirs[f"weights_{layer}"][equal], order[1], 1),
+            atol=3e-3,
+        )
+    for name, value in (("logit_drift", drift), ("margin_drift", worst), ("clear", clear), ("same", same)):
+        record_property(name, value)
+    print(
+        f"\nlogits within {drift:.2g}, margins within {worst:.2g}; {same} of 2,100 sets equal, "
+        f"{clear} of them asked for (margin above {NOISE})"
+    )
+    assert worst < NOISE and drift < 1e-2

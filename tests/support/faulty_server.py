@@ -1,0 +1,298 @@
+"""A server of OpenAI's protocol on loopback with faults on demand: such faults cannot be had from real ones.
+
+``faults`` are taken from the front, one a completion; when there are none left, it answers well. Ways of
+streaming and ending a response follow what llama.cpp's and llama-cpp-python's servers send.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+ANSWER = ("The", " red", " key", ".")
+TEXT = "".join(ANSWER)
+OVERFLOW = {
+    "code": 400,
+    "message": "request (6002 tokens) exceeds the available context size (1024 tokens), try increasing it",
+    "type": "exceed_context_size_error",
+    "n_prompt_tokens": 6002,
+    "n_ctx": 1024,
+}
+
+
+@dataclass
+class FaultyServer:
+    """Serve for a ``with`` block. ``log`` holds path, body and key of each request."""
+
+    faults: list[str] = field(default_factory=list)
+    models: tuple[str, ...] = ("good",)
+    meta: dict = field(default_factory=dict)  # that the list of models has beside each name
+    key: str = ""
+    answer: object = None  # a function of the request's body that gives the text
+    pages: dict[str, list[tuple[int, object]]] = field(
+        default_factory=dict
+    )  # status and JSON in turn; the last stays
+    log: list[tuple[str, dict, str]] = field(default_factory=list)
+    port: int = 0
+    busiest: int = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    @property
+    def asked(self) -> list[dict]:
+        return [body for path, body, _ in self.log if path.endswith("completions")]
+
+    def __enter__(self) -> FaultyServer:
+        self.http = _Server(("127.0.0.1", self.port), _Handler)
+        self.http.owner, self.port = self, self.http.server_port
+        self.lock, self.now = threading.Lock(), 0
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    owner: FaultyServer
+
+    def handle_error(self, *_args: object) -> None:
+        """A client that goes away is part of the tests."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def log_message(self, *_args: object) -> None:
+        pass
+
+    @property
+    def owner(self) -> FaultyServer:
+        return self.server.owner
+
+    def _seen(self) -> dict:
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+        self.owner.log.append((self.path, body, self.headers.get("Authorization", "")))
+        return body
+
+    def _refused(self) -> bool:
+        if self.owner.key and self.headers.get("Authorization") != f"Bearer {self.owner.key}":
+            self._json(401, {"error": {"message": "Invalid API key", "type": "authentication_error"}})
+            return True
+        return False
+
+    def _json(self, status: int, value: object, **headers: str) -> None:
+        raw = json.dumps(value).encode()
+        self.send_response(status)
+        for name, text in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(raw)),
+            **headers,
+        }.items():
+            self.send_header(name.replace("_", "-"), text)
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def do_GET(self) -> None:
+        self._seen()
+        if self.path == "/v1/models" and not self._refused():
+            listed = [{"id": name, "object": "model", **self.owner.meta} for name in self.owner.models]
+            self._json(200, {"object": "list", "data": listed})
+        elif self.path != "/v1/models":
+            self._page()
+
+    def _page(self) -> None:
+        answers = self.owner.pages.get(self.path, [(404, {"detail": "Not Found"})])
+        self._json(*(answers.pop(0) if len(answers) > 1 else answers[0]))
+
+    def do_POST(self) -> None:
+        body = self._seen()
+        if self._refused():
+            return
+        if not self.path.endswith("completions"):
+            return self._page()
+        self.inside = True
+        with self.owner.lock:
+            fault = self.owner.faults.pop(0) if self.owner.faults else "none"
+            self.owner.now += 1
+            self.owner.busiest = max(self.owner.busiest, self.owner.now)
+        try:
+            getattr(self, f"_{fault.partition(' ')[0].replace('-', '_')}")(body, fault.partition(" ")[2])
+        finally:
+            self._left()
+
+    def _left(self) -> None:
+        """This request is no longer worked on; said before its last byte leaves."""
+        with self.owner.lock:
+            self.owner.now -= self.inside
+        self.inside = False
+
+    # ---- good answers ----
+
+    def _none(self, body: dict, _extra: str) -> None:
+        self._begin(body)
+        self._end(body)
+
+    def _slow(self, body: dict, seconds: str) -> None:
+        threading.Event().wait(float(seconds))
+        self._none(body, "")
+
+    def _thinks(self, body: dict, seconds: str) -> None:
+        """As llama.cpp and vLLM for a template with a reasoning: it comes first, in a field of its own."""
+        self._begin(body, 0)
+        for text in ("Let", " me", " see"):
+            choice = self._choice(body, "", None)
+            choice["delta"] = {"reasoning_content": text}
+            self._event(self._object(body, [choice], False))
+        threading.Event().wait(float(seconds))
+        for text in self._pieces(body):
+            self._event(self._object(body, [self._choice(body, text, None)], False))
+        self._end(body)
+
+    def _pieces(self, body: dict) -> tuple[str, ...]:
+        return (self.owner.answer(body),) if self.owner.answer else ANSWER
+
+    def _choice(self, body: dict, text: str, reason: str | None) -> dict:
+        chat, stream = "messages" in body, body.get("stream")
+        held = (
+            {"delta" if stream else "message": {"content": text, "role": "assistant"}}
+            if chat
+            else {"text": text}
+        )
+        return {"index": 0, "finish_reason": reason, "logprobs": None, **held}
+
+    def _object(self, body: dict, choices: list[dict], usage: bool) -> dict:
+        kind = "chat.completion" if "messages" in body else "text_completion"
+        n = len(self._pieces(body))
+        counted = {"prompt_tokens": 7, "completion_tokens": n, "total_tokens": 7 + n} if usage else None
+        return {
+            "id": "1",
+            "object": kind,
+            "created": 1,
+            "model": body.get("model"),
+            "choices": choices,
+            "usage": counted,
+        }
+
+    def _begin(self, body: dict, n: int = 99) -> None:
+        """The head and the first pieces of a stream; of a whole answer nothing yet."""
+        if body.get("stream"):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for text in self._pieces(body)[:n]:
+                self._event(self._object(body, [self._choice(body, text, None)], False))
+
+    def _event(self, value: object) -> None:
+        raw = b"data: " + (value if isinstance(value, bytes) else json.dumps(value).encode()) + b"\n\n"
+        self.wfile.write(f"{len(raw):x}\r\n".encode() + raw + b"\r\n")
+        self.wfile.flush()
+
+    def _end(self, body: dict, reason: str = "stop") -> None:
+        self._left()
+        if not body.get("stream"):
+            choice = self._choice(body, "".join(self._pieces(body)), reason)
+            return self._json(200, self._object(body, [choice], True))
+        self._event(self._object(body, [self._choice(body, "", reason)], True))
+        self._event(b"[DONE]")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _length(self, body: dict, _extra: str) -> None:
+        self._begin(body)
+        self._end(body, "length")
+
+    # ---- faults ----
+
+    def _429(self, _body: dict, retry_after: str) -> None:
+        self._json(
+            429,
+            {"error": {"message": "slow down", "type": "rate_limit"}},
+            **({"Retry_After": retry_after} if retry_after else {}),
+        )
+
+    def _500(self, _body: dict, _extra: str) -> None:
+        self._json(500, {"error": {"message": "llama_decode failed", "type": "server_error"}})
+
+    def _404(self, _body: dict, _extra: str) -> None:
+        self._json(404, {"error": {"message": "model not found", "type": "not_found_error"}})
+
+    def _422(self, _body: dict, _extra: str) -> None:
+        self._json(422, {"detail": [{"msg": "field required"}]})
+
+    def _overflow(self, _body: dict, _extra: str) -> None:
+        self._json(400, {"error": OVERFLOW})
+
+    def _quiet_overflow(self, body: dict, _extra: str) -> None:
+        """As llama-cpp-python 0.3.36: a stream that ends without an event; asked whole, the reason."""
+        if not body.get("stream"):
+            return self._json(
+                400,
+                {"error": {**OVERFLOW, "type": "invalid_request_error", "code": "context_length_exceeded"}},
+            )
+        self.owner.faults.insert(0, "quiet-overflow")
+        self._begin(body, 0)
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _truncated(self, body: dict, _extra: str) -> None:
+        """The connection closes in order, after half of an answer."""
+        if body.get("stream"):
+            self._begin(body, 2)
+            self.wfile.write(b"0\r\n\r\n")
+        else:
+            self._json(200, self._object(body, [self._choice(body, ANSWER[0], None)], True))
+
+    def _event_error(self, body: dict, _extra: str) -> None:
+        """As llama.cpp: an error event in the stream."""
+        if not body.get("stream"):
+            return self._500(body, "")
+        self._begin(body, 2)
+        self._event({"error": {"code": 500, "message": "failed to decode", "type": "server_error"}})
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _die(self, body: dict, _extra: str) -> None:
+        """The process is gone: the connection is reset in the middle."""
+        self._begin(body, 2)
+        if not body.get("stream"):
+            self.wfile.write(
+                b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n{"id"'
+            )
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+
+    def _garbage(self, body: dict, _extra: str) -> None:
+        if body.get("stream"):
+            self._begin(body, 1)
+            self._event(b"{not json")
+            self.wfile.write(b"0\r\n\r\n")
+        else:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", "9")
+            self.end_headers()
+            self.wfile.write(b"{not json")
+
+    def _null(self, body: dict, _extra: str) -> None:
+        """A proxy's answer without its message."""
+        if not body.get("stream"):
+            return self._json(
+                200, self._object(body, [{"index": 0, "message": None, "finish_reason": "stop"}], True)
+            )
+        self._begin(body, 0)
+        self._event(self._object(body, [{"index": 0, "delta": None, "finish_reason": None}], False))
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _filtered(self, body: dict, reason: str) -> None:
+        self._begin(body, 1)
+        self._end(body, reason)

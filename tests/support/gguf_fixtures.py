@@ -1,0 +1,378 @@
+"""GGUF files made by hand: small ones, hostile ones, one of the real artifact's shape, and shards.
+
+The writer knows nothing of the package under test. Block sizes come from gguf-py, and
+`split_like_llama` is held to hashes recorded from llama.cpp's own tool (tests/test_reference_tools.py).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+# Value types of the format, in the order of their codes; ARRAY (9) is written "[UINT8]".
+SCALARS = {
+    "UINT8": "B",
+    "INT8": "b",
+    "UINT16": "H",
+    "INT16": "h",
+    "UINT32": "I",
+    "INT32": "i",
+    "FLOAT32": "f",
+    "BOOL": "B",
+    "STRING": "",
+    "ARRAY": "",
+    "UINT64": "Q",
+    "INT64": "q",
+    "FLOAT64": "d",
+}
+CODES = {name: code for code, name in enumerate(SCALARS)}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor to write: ``type`` is a name or a raw code; ``offset`` and ``data`` follow from the rest
+    unless they are given."""
+
+    name: str
+    type: str | int = "F32"
+    shape: tuple[int, ...] = (8,)
+    offset: int | None = None
+    data: bytes | None = None
+
+    @property
+    def code(self) -> int:
+        return self.type if isinstance(self.type, int) else GGMLQuantizationType[self.type].value
+
+    @property
+    def nbytes(self) -> int:
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(self.code)]
+        return math.prod(self.shape) // block * size
+
+    def bytes(self) -> bytes:
+        return random.Random(self.name).randbytes(self.nbytes) if self.data is None else self.data
+
+
+def text(value: str | bytes, order: str = "<") -> bytes:
+    """A string of the format: its length in 8 bytes, then its bytes."""
+    raw = value.encode() if isinstance(value, str) else value
+    return struct.pack(order + "Q", len(raw)) + raw
+
+
+def field(name: str | bytes, kind: str, value: Any, order: str = "<") -> bytes:
+    """One metadata record; ``kind`` is a scalar type's name, or that name in brackets for an array."""
+    head, item = text(name, order), kind.strip("[]")
+    if kind.startswith("["):
+        values = list(value)
+        head += struct.pack(order + "IIQ", CODES["ARRAY"], CODES[item], len(values))
+    else:
+        values = [value]
+        head += struct.pack(order + "I", CODES[item])
+    if item == "STRING":
+        return head + b"".join(text(one, order) for one in values)
+    return head + struct.pack(f"{order}{len(values)}{SCALARS[item]}", *values)
+
+
+def every_type() -> list[bytes]:
+    """Metadata of all the 13 value types, the extremes of each, and arrays of every scalar type."""
+    extremes = {
+        "BOOL": (0, 1),
+        "STRING": ("", "räksmörgås \n"),
+        "FLOAT32": (-1.5, float("inf")),
+        "FLOAT64": (5e-324, -1e300),
+    }
+    for kind, form in SCALARS.items():
+        if kind not in extremes and form:
+            bits, low = 8 * struct.calcsize(form), form.islower()
+            extremes[kind] = (-(1 << bits - 1), (1 << bits - 1) - 1) if low else (0, (1 << bits) - 1)
+    return [
+        record
+        for kind, (low, high) in extremes.items()
+        for record in (
+            field(f"{kind}.low", kind, low),
+            field(f"{kind}.high", kind, high),
+            field(f"{kind}.array", f"[{kind}]", [low, high, low]),
+            field(f"{kind}.none", f"[{kind}]", []),
+        )
+    ]
+
+
+def padding(nbytes: int, alignment: int) -> bytes:
+    return bytes(-nbytes % alignment)
+
+
+def header_bytes(
+    fields: Sequence[bytes] = (),
+    tensors: Sequence[Spec] = (),
+    *,
+    magic: bytes = b"GGUF",
+    version: int = 3,
+    order: str = "<",
+    alignment: int = 32,
+    n_fields: int | None = None,
+    n_tensors: int | None = None,
+) -> bytes:
+    """A header and the padding after it; the counts may lie, ``order=">"`` is big-endian."""
+    counts = (len(tensors) if n_tensors is None else n_tensors, len(fields) if n_fields is None else n_fields)
+    raw = magic + struct.pack(order + "IQQ", version, *counts) + b"".join(fields)
+    offset = 0
+    for spec in tensors:
+        at = offset if spec.offset is None else spec.offset
+        raw += text(spec.name, order) + struct.pack(
+            f"{order}I{len(spec.shape)}qIQ", len(spec.shape), *spec.shape, spec.code, at
+        )
+        if spec.offset is None:
+            offset += spec.nbytes + -spec.nbytes % alignment
+    return raw + (padding(len(raw), alignment) if tensors else b"")
+
+
+def gguf_bytes(
+    fields: Sequence[bytes] = (), tensors: Sequence[Spec] = (), *, alignment: int = 32, **header: Any
+) -> bytes:
+    """A whole small file: header, then each tensor's data, padded (see `header_bytes`)."""
+    raw = header_bytes(fields, tensors, alignment=alignment, **header)
+    return raw + b"".join(spec.bytes() + padding(spec.nbytes, alignment) for spec in tensors)
+
+
+def small_gguf() -> bytes:
+    """A valid file of about 2 kB: every value type, and tensors of plain and block types."""
+    return gguf_bytes(
+        every_type(),
+        [
+            Spec("a.weight", "F32", (4, 3)),
+            Spec("b.weight", "Q8_0", (64, 2)),
+            Spec("c.bias", "F16", (5,)),
+            Spec("d.weight", "IQ1_S", (256, 1, 2)),
+            Spec("e.table", "I32", (2, 3, 1, 2)),
+        ],
+    )
+
+
+def split_like_llama(path: str | Path, n_tensors_per_shard: int, out_prefix: str | Path) -> list[Path]:
+    """Write the shards that ``llama-gguf-split --split --split-max-tensors N`` writes, byte for byte.
+
+    The first shard holds all metadata; every shard ends it with the three ``split.*`` fields, in the order
+    in which the tool leaves them.
+    """
+    from dfqs_nb.gguf.header import read_header
+
+    header = read_header(path)
+    kept = [
+        header.raw[slice(*one.record)] for name, one in header.fields.items() if not name.startswith("split.")
+    ]
+    groups = [
+        header.tensors[i : i + n_tensors_per_shard]
+        for i in range(0, len(header.tensors), n_tensors_per_shard)
+    ]
+    blob, paths = Path(path).read_bytes(), []
+    for number, group in enumerate(groups):
+        fields = kept if number == 0 else []
+        specs = [
+            Spec(t.name, t.type_code, t.shape, data=blob[header.data_offset + t.offset :][: t.nbytes])
+            for t in group
+        ]
+        paths.append(Path(f"{out_prefix}-{number + 1:05}-of-{len(groups):05}.gguf"))
+        paths[-1].write_bytes(
+            gguf_bytes([*fields, *split_fields(number, len(groups), len(header.tensors))], specs)
+        )
+    return paths
+
+
+def split_fields(number: int, count: int, n_tensors: int) -> list[bytes]:
+    return [
+        field("split.no", "UINT16", number),
+        field("split.tensors.count", "INT32", n_tensors),
+        field("split.count", "UINT16", count),
+    ]
+
+
+# The real artifact's shape: DeepSeek-V4-Flash from its published config and llama.cpp's loader
+# (src/models/deepseek4.cpp), 43 layers, 1,328 tensors, 129,280 tokens, 127,741 merges.
+
+REAL_TENSORS, REAL_TOKENS, REAL_MERGES = 1328, 129_280, 127_741
+REAL_SHARD_BYTES = 49_952_658_368  # the published first shard
+RATIOS = [0, 0] + [4 if i % 2 else 128 for i in range(1, 42)]
+
+
+def real_size_tensors(n_tensors: int = REAL_TENSORS) -> list[Spec]:
+    """The tensor table of the artifact (fewer or more rows on request, for other published counts)."""
+    specs = [
+        Spec("output.weight", "Q8_0", (4096, REAL_TOKENS)),
+        Spec("output_hc_base.weight", "F32", (4,)),
+        Spec("output_hc_fn.weight", "F32", (16384, 4)),
+        Spec("output_hc_scale.weight", "F32", (1,)),
+        Spec("output_norm.weight", "F32", (4096,)),
+        Spec("token_embd.weight", "Q8_0", (4096, REAL_TOKENS)),
+    ]
+    specs += [spec for layer, ratio in enumerate(RATIOS) for spec in _layer(layer, ratio)]
+    specs += [Spec(f"extra.{i}.weight", "F32", (4096,)) for i in range(n_tensors - len(specs))]
+    return specs[:n_tensors]
+
+
+def _layer(layer: int, ratio: int) -> Iterator[Spec]:
+    down = "Q2_K" if layer < 2 else "IQ1_S"
+    rows: dict[str, tuple[str, tuple[int, ...]]] = {
+        "attn_kv": ("Q8_0", (4096, 512)),
+        "attn_kv_a_norm": ("F32", (512,)),
+        "attn_norm": ("F32", (4096,)),
+        "attn_output_a": ("Q8_0", (4096, 8192)),
+        "attn_output_b": ("Q8_0", (8192, 4096)),
+        "attn_q_a": ("Q8_0", (4096, 1024)),
+        "attn_q_a_norm": ("F32", (1024,)),
+        "attn_q_b": ("Q8_0", (1024, 32768)),
+        "attn_sinks": ("F32", (64,)),
+        "ffn_down_exps": (down, (2048, 4096, 256)),
+        "ffn_down_shexp": ("Q8_0", (2048, 4096)),
+        "ffn_gate_exps": ("IQ1_S", (4096, 2048, 256)),
+        "ffn_gate_inp": ("F32", (4096, 256)),
+        "ffn_gate_shexp": ("Q8_0", (4096, 2048)),
+        "ffn_norm": ("F32", (4096,)),
+        "ffn_up_exps": ("IQ1_S", (4096, 2048, 256)),
+        "ffn_up_shexp": ("Q8_0", (4096, 2048)),
+    }
+    for half in ("attn", "ffn"):
+        rows |= {
+            f"hc_{half}_base": ("F32", (24,)),
+            f"hc_{half}_fn": ("F32", (16384, 24)),
+            f"hc_{half}_scale": ("F32", (3,)),
+        }
+    if layer < 3:
+        rows["ffn_gate_tid2eid"] = ("I32", (6, REAL_TOKENS))
+    if ratio:
+        rows |= _compressor("attn_compressor", 1024 if ratio == 4 else 512, 512, ratio)
+    if ratio == 4:
+        rows |= {
+            "indexer.attn_q_b": ("Q8_0", (1024, 8192)),
+            "indexer.proj": ("Q8_0", (4096, 64)),
+            **_compressor("indexer_compressor", 256, 128, ratio),
+        }
+    for name, (kind, shape) in rows.items():
+        yield Spec(f"blk.{layer}.{name}.weight", kind, shape)
+    if layer >= 3:
+        yield Spec(f"blk.{layer}.exp_probs_b.bias", "F32", (256,))
+
+
+def _compressor(prefix: str, width: int, norm: int, ratio: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {
+        f"{prefix}_ape": ("F32", (width, ratio)),
+        f"{prefix}_gate": ("Q8_0", (4096, width)),
+        f"{prefix}_kv": ("Q8_0", (4096, width)),
+        f"{prefix}_norm": ("F32", (norm,)),
+    }
+
+
+def real_size_fields() -> list[bytes]:
+    """The artifact's metadata: every key that llama.cpp's loader requires, and a tokenizer of its size."""
+    integers = {
+        "block_count": 43,
+        "context_length": 1_048_576,
+        "embedding_length": 4096,
+        "vocab_size": REAL_TOKENS,
+        "feed_forward_length": 2048,
+        "attention.head_count": 64,
+        "attention.head_count_kv": 1,
+        "attention.key_length": 512,
+        "attention.value_length": 512,
+        "attention.q_lora_rank": 1024,
+        "attention.output_lora_rank": 1024,
+        "attention.output_group_count": 8,
+        "attention.sliding_window": 128,
+        "attention.indexer.head_count": 64,
+        "attention.indexer.key_length": 128,
+        "attention.indexer.top_k": 512,
+        "rope.dimension_count": 64,
+        "expert_count": 256,
+        "expert_used_count": 6,
+        "expert_shared_count": 1,
+        "expert_feed_forward_length": 2048,
+        "expert_gating_func": 4,
+        "hash_layer_count": 3,
+        "hyper_connection.count": 4,
+        "hyper_connection.sinkhorn_iterations": 20,
+    }
+    floats = {
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.freq_base": 10_000.0,
+        "attention.compress_rope_freq_base": 160_000.0,
+        "expert_weights_scale": 1.5,
+        "hyper_connection.epsilon": 1e-6,
+    }
+    return [
+        field("general.architecture", "STRING", "deepseek4"),
+        field("general.name", "STRING", "DeepSeek-V4-Flash"),
+        field("general.type", "STRING", "model"),
+        *(field(f"deepseek4.{key}", "UINT32", value) for key, value in integers.items()),
+        *(field(f"deepseek4.{key}", "FLOAT32", value) for key, value in floats.items()),
+        field("deepseek4.expert_weights_norm", "BOOL", 1),
+        field("deepseek4.swiglu_clamp_exp", "[FLOAT32]", [10.0] * 43),
+        field("deepseek4.attention.compress_ratios", "[INT32]", RATIOS),
+        *_tokenizer(),
+    ]
+
+
+def _tokenizer() -> list[bytes]:
+    draw = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyzĠ"
+    pieces = ["".join(draw.choices(letters, k=draw.randint(2, 10))) for _ in range(REAL_TOKENS)]
+    merges = [f"{piece[:1]} {piece[1:]}" for piece in pieces[:REAL_MERGES]]
+    return [
+        field("tokenizer.ggml.model", "STRING", "gpt2"),
+        field("tokenizer.ggml.pre", "STRING", "joyai-llm"),
+        field("tokenizer.ggml.tokens", "[STRING]", pieces),
+        field("tokenizer.ggml.token_type", "[INT32]", [1] * REAL_TOKENS),
+        field("tokenizer.ggml.merges", "[STRING]", merges),
+        field("tokenizer.ggml.bos_token_id", "UINT32", 0),
+        field("tokenizer.ggml.eos_token_id", "UINT32", 1),
+        field(
+            "tokenizer.chat_template", "STRING", "{% for m in messages %}{{ m.content }}{% endfor %}" * 100
+        ),
+        field("general.quantization_version", "UINT32", 2),
+        field("general.file_type", "UINT32", 24),
+    ]
+
+
+def real_size_header(
+    path: str | Path, *, n_tensors: int = REAL_TENSORS, sparse_size: int | None = None
+) -> Path:
+    """Write a sparse file of the artifact's shape: about 62 GB by its size, 4 MB on the disk.
+
+    ``sparse_size`` cuts it off (or lengthens it) to that many bytes.
+    """
+    path, specs = Path(path), real_size_tensors(n_tensors)
+    raw = header_bytes(real_size_fields(), specs)
+    return _sparse(path, raw, specs, sparse_size)
+
+
+def real_size_shards(
+    prefix: str | Path, *, n_tensors: int = REAL_TENSORS, first_shard_bytes: int = REAL_SHARD_BYTES
+) -> list[Path]:
+    """The same model as two sparse shards, the first no larger than the published one."""
+    specs = real_size_tensors(n_tensors)
+    fields, taken, cut = real_size_fields(), 0, len(specs)
+    budget = first_shard_bytes - len(header_bytes(fields, specs))
+    for i, spec in enumerate(specs):
+        taken += spec.nbytes + -spec.nbytes % 32
+        if taken > budget:
+            cut = i
+            break
+    paths = []
+    for number, group in enumerate((specs[:cut], specs[cut:])):
+        own = [*(fields if number == 0 else ()), *split_fields(number, 2, len(specs))]
+        paths.append(
+            _sparse(Path(f"{prefix}-{number + 1:05}-of-00002.gguf"), header_bytes(own, group), group, None)
+        )
+    return paths
+
+
+def _sparse(path: Path, raw: bytes, specs: Sequence[Spec], size: int | None) -> Path:
+    whole = len(raw) + sum(spec.nbytes + -spec.nbytes % 32 for spec in specs)
+    with path.open("wb") as file:
+        file.write(raw)
+        file.truncate(whole if size is None else size)
+    return path

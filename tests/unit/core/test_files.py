@@ -1,0 +1,61 @@
+"""What the core does with files that others wrote, and with text that others chose."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pandas as pd
+import pytest
+
+from dfqs_nb.core.display import markdown
+from dfqs_nb.core.errors import StageError
+from dfqs_nb.core.files import read_json, write_table
+from dfqs_nb.core.stage import Stage, read_stage
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a": NaN}', '{"a": 1e999}', '{"a": ' + "9" * 400 + "}", "", "{", "\x00", "\xff"]
+)
+def test_json_of_others_gives_a_value_error_and_nothing_else(text, tmp_path):
+    (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError):
+        read_json(tmp_path / "x.json")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_a_fifo_is_refused_and_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "x.json")
+    with pytest.raises(ValueError, match="not a regular file"):
+        read_json(tmp_path / "x.json")
+
+
+def test_cells_of_a_csv_are_no_formulas_and_numbers_stay(tmp_path):
+    table = pd.DataFrame({"a": ["=1+1", "-12", "@x", "plain", None], "n": [-1.5, 2, 3, 4, 5]})
+    again = pd.read_csv(write_table(tmp_path / "t.csv", table, index=False))
+    assert again["a"].tolist()[:4] == ["'=1+1", "-12", "'@x", "plain"] and pd.isna(again["a"][4])
+    assert again["n"].tolist() == [-1.5, 2, 3, 4, 5] and table["a"][0] == "=1+1"
+
+
+@pytest.mark.parametrize(
+    "text", ["# H", "a\n\n# H", "![x](y)", "[a](javascript:b)", "<script>", "http://x", "www.x.y"]
+)
+def test_text_of_others_makes_no_heading_image_link_or_html(text):
+    import nbconvert.filters.markdown_mistune as mistune
+
+    page = mistune.markdown2html_mistune(markdown(text))
+    assert not [tag for tag in ("<h1", "<img", "<a ", "<script") if tag in page], page
+
+
+def test_a_sealed_stage_is_refused_when_it_or_a_file_of_it_was_edited(tmp_path):
+    stage = Stage(tmp_path, "scores")
+    stage.table("items", pd.DataFrame({"a": [1]}))
+    path = stage.finish(conditions={}, summary=[])
+    assert read_stage(tmp_path, "scores", sealed=True)["files"].keys() == {"items.csv"}
+    (tmp_path / "items.csv").write_text("a\n2\n")
+    with pytest.raises(StageError, match="items.csv: was changed after scores.json"):
+        read_stage(tmp_path, "scores", sealed=True)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "value": 1}))
+    with pytest.raises(StageError, match="was edited after it was written; run 06_score"):
+        read_stage(tmp_path, "scores", sealed=True)
+    assert read_stage(tmp_path, "scores")["value"] == 1

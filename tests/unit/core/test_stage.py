@@ -1,0 +1,91 @@
+"""Stages: what a seal covers, also when the kernel restarts half-way; and what the next notebook reads."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pandas as pd
+import pytest
+
+from dfqs_nb.core.errors import OutputError, StageError
+from dfqs_nb.core.files import canonical_sha256, sha256_of_file
+from dfqs_nb.core.stage import Stage, read_stage
+
+TABLE = pd.DataFrame({"length": [256, 512], "accuracy": [1.0, 0.5]})
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
+    return tmp_path
+
+
+def finished(stage: Stage, **facts) -> dict:
+    return json.loads(stage.finish(conditions={"n_ctx": 512}, summary=["a line"], **facts).read_text())
+
+
+def test_the_seal_covers_what_was_written_through_the_stage(outputs):
+    stage = Stage("nano", "long_context")
+    stage.table("curve", TABLE)
+    stage.json("facts", {"a": 1})
+    stage.journal("answers", {"n_ctx": 512}).add("first", right=True)
+    (outputs / "nano" / "not_ours.csv").write_text("1")
+    content = finished(stage, boundary=627)
+    assert set(content["files"]) == {"curve.csv", "facts.json", "answers.jsonl"}
+    assert all(sha256_of_file(outputs / "nano" / name) == sha for name, sha in content["files"].items())
+    assert content.pop("seal") == canonical_sha256(content)
+    assert content["stage"] == "long_context" and content["boundary"] == 627
+
+
+def test_models_and_files_that_were_not_written_have_no_place_in_the_seal(outputs):
+    stage = Stage("nano", "merge")
+    stage.path("model.gguf").write_bytes(b"GGUF")
+    stage.path("announced.csv")
+    assert finished(stage)["files"] == {}
+
+
+def test_a_kernel_that_restarts_half_way_does_not_shrink_the_seal(outputs):
+    Stage("nano", "scores").table("before", TABLE)
+    again = Stage("nano", "scores")
+    again.table("after", TABLE)
+    assert set(finished(again)["files"]) == {"before.csv", "after.csv"}
+    assert finished(Stage("nano", "scores"))["files"] == {}, "a finished stage begins anew"
+
+
+def test_two_stages_at_work_in_one_process_keep_their_files_apart(outputs):
+    first, second = Stage("nano", "routing"), Stage("nano", "scores")
+    second.table("scores", TABLE)
+    first.table("routing", TABLE)
+    assert set(finished(first)["files"]) == {"routing.csv"}
+    assert set(finished(second)["files"]) == {"scores.csv"}
+
+
+def test_what_is_no_json_number_becomes_null(outputs):
+    content = finished(Stage("nano", "generate"), speed=math.nan, nested=[{"limit": math.inf}])
+    assert content["speed"] is None and content["nested"] == [{"limit": None}]
+
+
+def test_the_model_is_what_notebook_01_handed_on(outputs):
+    finished(Stage("nano", "merge"), model={"name": "m", "path": "/m.gguf"})
+    assert Stage("nano", "header").model["name"] == "m"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"stage": "other"}', "[" * 5000, '{"stage": "merge", "x": NaN}']
+)
+def test_a_stage_that_cannot_be_read_names_the_notebook_to_run(outputs, text):
+    (outputs / "merge.json").write_text(text)
+    with pytest.raises(StageError, match="run 01_merge_shards.ipynb again"):
+        read_stage(outputs, "merge")
+
+
+def test_a_missing_stage_names_the_notebook_to_run(outputs):
+    with pytest.raises(StageError, match="missing; run 01_merge_shards.ipynb first"):
+        Stage("nano", "header").read("merge")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", ".hidden"])
+def test_a_run_name_is_one_plain_folder_name(outputs, name):
+    with pytest.raises(OutputError, match="is not a run name"):
+        Stage(name, "merge")

@@ -1,0 +1,38 @@
+"""Tables for people: what stands to the left, and that it does so where style sheets are dropped."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from dfqs_nb.core.display import shown
+
+TABLE = pd.DataFrame(
+    {"name": ["one", "two"], "bytes": [1234567, 5], "share": [0.5, 0.25]},
+    index=pd.Index(["a", "b"], name="row"),
+)
+
+
+def cells(html: str) -> dict[str, str]:
+    """Attributes of each body cell, by its text."""
+    rows = [line.strip() for line in html.splitlines() if line.strip().startswith(("<td", "<th id"))]
+    return {line.split(">")[1].split("<")[0]: line.split(">")[0] for line in rows}
+
+
+def test_text_stands_left_and_numbers_do_not():
+    found = cells(shown(TABLE, "t").data)
+    left = {text for text, attributes in found.items() if 'style="text-align: left"' in attributes}
+    assert left == {"name", "one", "two", "a", "b"}
+
+
+def test_no_style_sheet_is_needed_and_a_name_gives_the_same_page_twice():
+    first, again = (shown(TABLE, "t").data for _ in range(2))
+    assert first == again and "<style" not in first and 'id="T_t"' in first
+
+
+def test_numbers_are_readable():
+    found = cells(shown(TABLE, "t", percent=("share",)).data)
+    assert {"1,234,567", "50.0%", "25.0%"} <= set(found)
+
+
+def test_a_table_of_numbers_alone():
+    assert "1,234,567" in shown(TABLE[["bytes"]], "t").data

@@ -1,0 +1,26 @@
+"""The dialect of the first DeepSeek-V4 conversions, against llama.cpp's loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from models_apart import Apart, early_dialect
+
+from dfqs_nb.gguf import facts
+from dfqs_nb.gguf.header import read_header
+from dfqs_nb.llama.check import loader_verdict
+
+
+def test_a_file_of_the_early_dialect_is_sound_and_upstream_llama_cpp_refuses_it(
+    merged_reference: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "early.gguf"
+    path.write_bytes(early_dialect(Apart.of(merged_reference)).bytes())
+    names = facts.early_dialect(read_header(path))
+    assert "key not found in model: deepseek4.attention.output_lora_rank" in loader_verdict(path).reason
+    assert names["blk.2.attn_kv_latent.weight"] == "blk.2.attn_kv.weight"
+    assert names["hc_head_fn"] == "output_hc_fn.weight"
+    assert names["blk.0.ffn_gate_tid2eid"] == "blk.0.ffn_gate_tid2eid.weight"
+    assert names["blk.1.exp_probs_b"] == "blk.1.exp_probs_b.bias"
+    assert names["blk.1.indexer.compress_ape.weight"] == "blk.1.indexer_compressor_ape.weight"
+    assert set(names.values()) <= {tensor.name for tensor in read_header(merged_reference).tensors}

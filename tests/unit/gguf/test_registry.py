@@ -1,0 +1,354 @@
+"""Names to files, and downloads from a hub that breaks: a real HTTP server and the real huggingface_hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import COMMIT, Cut, HubServer
+
+from dfqs_nb.core import errors
+from dfqs_nb.core.errors import IntegrityError, RegistryError, SpaceError
+from dfqs_nb.core.paths import REPOSITORY, data_dir
+from dfqs_nb.gguf import models as hub
+from dfqs_nb.gguf import models as registry
+
+REFERENCE = data_dir() / "reference"
+BIG = "DFQS-Nano-Q8_0-00001-of-00002.gguf"
+SHARDS = ("DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf", "DFQS-Nano-IQ1_S-XL-00002-of-00002.gguf")
+
+# Resolves each argument and prints what came of it. Only this machine may be reached; waits are cut short.
+CLIENT = """
+import json, socket, sys, time
+time.sleep = lambda seconds: None
+lookup = socket.getaddrinfo
+def local_only(host, *rest, **more):
+    assert host in ("127.0.0.1", "localhost"), f"the client tried to reach {host}"
+    return lookup(host, *rest, **more)
+socket.getaddrinfo = local_only
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.gguf.models import resolve
+def attempt(name):
+    try:
+        return {"paths": [str(path) for path in resolve(name)]}
+    except DfqsError as error:
+        return {"error": type(error).__name__, "text": str(error)}
+print(json.dumps([attempt(name) for name in sys.argv[1:]]))
+"""
+
+
+def client(endpoint: str, home: Path, *names: str, patch: str = "", **env: str) -> list[dict]:
+    """Run ``resolve`` on each name in a fresh process, as a user would, with these environment variables."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.upper().endswith("_PROXY") and not key.startswith("HF_")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", patch + CLIENT, *names],
+        cwd=REPOSITORY,
+        timeout=120,
+        env={**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), **env},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def server():
+    files = {name: REFERENCE / name for name in (*SHARDS, BIG)}
+    with HubServer({"someone/nano": files, "someone/empty": {}}) as server:
+        yield server
+
+
+@pytest.fixture
+def model() -> registry.Model:
+    return registry.registered()["dfqs-nano-iq1_s-xl"]
+
+
+# The table
+
+
+def test_table_agrees_with_the_files_and_with_sha256sums():
+    published = dict(reversed(line.split()) for line in (REFERENCE / "SHA256SUMS").read_text().splitlines())
+    registered = {
+        file.name: file
+        for model in registry.registered().values()
+        if model.source == "data/reference"
+        for file in model.files
+    }
+    assert published == {name: file.sha256 for name, file in registered.items()}
+    for name, file in registered.items():
+        assert (REFERENCE / name).stat().st_size == file.size_bytes, name
+        assert sha256(REFERENCE / name) == file.sha256, name
+    assert {path.name for path in REFERENCE.glob("*.gguf")} == registered.keys()
+
+
+def test_single_file_is_as_long_as_its_shards_together():
+    known = registry.registered()
+    sharded, single = known["deepseek-v4-flash-iq1_s-xl"], known["deepseek-v4-flash-iq1_s-xl-single"]
+    assert sharded.size_bytes == single.size_bytes == 61_540_805_344, "a merge would drop a header"
+
+
+def test_every_entry_is_complete():
+    for model in registry.registered().values():
+        assert model.title and model.licence and model.numbers_from and model.note, model.name
+        assert model.source == "data/reference" or model.source.startswith("hf://")
+        for file in model.files:
+            assert file.size_bytes > 0 and len(bytes.fromhex(file.sha256)) == 32, file.name
+        assert [file.name for file in model.files] == registry.siblings(model.files[0].name)
+    assert [row["files"] for row in registry.describe()] == [2, 2, 1, 2, 1]
+
+
+def test_broken_table_names_itself(tmp_path, monkeypatch):
+    (tmp_path / "models.toml").write_text("[x]\ntitle = 'no files'\n")
+    monkeypatch.setenv("DFQS_DATA", str(tmp_path))
+    with pytest.raises(RegistryError, match="models.toml: cannot read the table"):
+        registry.registered()
+
+
+# Local paths
+
+
+def test_local_shard_is_given_back_alone():
+    assert registry.resolve(REFERENCE / SHARDS[1]) == (REFERENCE / SHARDS[1],)
+    assert registry.resolve(str(REFERENCE / SHARDS[1])) == (REFERENCE / SHARDS[1],)
+
+
+def test_folder_of_one_model(tmp_path):
+    for name in reversed(SHARDS):
+        shutil.copy(REFERENCE / name, tmp_path)
+    assert [path.name for path in registry.resolve(tmp_path)] == list(SHARDS)
+
+
+def test_folder_of_two_models_or_none(tmp_path):
+    with pytest.raises(
+        RegistryError, match="3 models .*DFQS-Nano-F16.gguf, DFQS-Nano-IQ1_S-XL, DFQS-Nano-Q8_0"
+    ):
+        registry.resolve(REFERENCE)
+    with pytest.raises(RegistryError, match="no .gguf file"):
+        registry.resolve(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, answer",
+    [
+        ("dfqs-nano-iq1_xl", "no model is called 'dfqs-nano-iq1_xl'; did you mean dfqs-nano-iq1_s-xl?"),
+        ("DFQS-Nano-Q8_0", "did you mean dfqs-nano-q8_0?"),
+        ("zzz", "no model is called 'zzz'; known: dfqs-nano-iq1_s-xl, dfqs-nano-q8_0, dfqs-nano-f16"),
+        ("models/absent.gguf", "models/absent.gguf: no such file"),
+        ("hf://someone/nano", "write hf://owner/repo/file.gguf"),
+    ],
+)
+def test_unknown_names_say_what_is_known(name, answer):
+    with pytest.raises(RegistryError) as caught:
+        registry.resolve(name)
+    assert answer in str(caught.value)
+
+
+def test_missing_reference_file(tmp_path, monkeypatch):
+    shutil.copy(data_dir() / "models.toml", tmp_path)
+    monkeypatch.setenv("DFQS_DATA", str(tmp_path))
+    with pytest.raises(RegistryError, match="missing; .* git checkout -- data/reference"):
+        registry.resolve("dfqs-nano-q8_0")
+
+
+@pytest.mark.parametrize(
+    "address, file",
+    [
+        ("hf://a/b/c.gguf", hub.HubFile("a/b", "c.gguf")),
+        ("hf://a/b/d/c.gguf@refs/pr/1", hub.HubFile("a/b", "d/c.gguf", "refs/pr/1")),
+        ("hf://a/b@v1/c.gguf", hub.HubFile("a/b", "c.gguf", "v1")),
+    ],
+)
+def test_addresses(address, file):
+    assert hub.parse_address(address) == file
+
+
+# Sizes and hashes
+
+
+def damaged_copy(folder: Path, change) -> tuple[Path, ...]:
+    for name in SHARDS:
+        shutil.copy(REFERENCE / name, folder)
+    with open(folder / SHARDS[1], "r+b") as file:
+        change(file)
+    return tuple(folder / name for name in SHARDS)
+
+
+def test_truncated_shard(tmp_path, model):
+    paths = damaged_copy(tmp_path, lambda file: file.truncate(model.files[1].size_bytes - 1024))
+    with pytest.raises(IntegrityError) as caught:
+        registry.check_sizes(paths, model)
+    assert str(caught.value).endswith(
+        "shard 2 of 2 is 1,024 bytes short (expected 1,903,360); download it again"
+    )
+
+
+def test_changed_byte_is_found_by_its_hash_only(tmp_path, model):
+    paths = damaged_copy(tmp_path, lambda file: file.write(b"\0"))
+    registry.check_sizes(paths, model)
+    with pytest.raises(IntegrityError, match="shard 2 of 2 has SHA-256 .* download it again"):
+        registry.check_hashes(paths, model)
+
+
+def test_good_files_pass(model):
+    paths = registry.resolve(model.name)
+    assert registry.check_hashes(paths, model) == tuple(file.sha256 for file in model.files)
+    with pytest.raises(IntegrityError, match="1 files given, but dfqs-nano-iq1_s-xl has 2"):
+        registry.check_sizes(paths[:1], model)
+
+
+# The hub
+
+
+def test_all_shards_are_fetched_from_one_name_and_then_cached(server, tmp_path):
+    name = f"hf://someone/nano/{SHARDS[1]}"
+    (first,) = client(server.endpoint, tmp_path, name)
+    assert [Path(path).name for path in first["paths"]] == list(SHARDS)
+    assert [sha256(path) for path in first["paths"]] == [sha256(REFERENCE / shard) for shard in SHARDS]
+    assert [request.range for request in server.downloads()] == [None, None]
+    server.stop()
+    seen = len(server.log)
+    assert client(server.endpoint, tmp_path, name, HF_HUB_OFFLINE="1") == [first]
+    assert client(server.endpoint, tmp_path, name) == [first], "with the hub down, the cache serves it"
+    assert len(server.log) == seen
+    server.start()
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "restart"])
+def test_a_transfer_that_dies_half_way_is_resumed(server, tmp_path, how):
+    """The file is longer than 2 of huggingface_hub's blocks of 10 MiB: a block is the least that it keeps."""
+    whole = tmp_path / "one.gguf"
+    whole.write_bytes(b"".join(path.read_bytes() for path in sorted(REFERENCE.glob("*.gguf"))))
+    server.repos["someone/one"] = {"one.gguf": whole}
+    server.cuts = [Cut(12_000_000, how), Cut(11_000_000, how)]
+    (answer,) = client(server.endpoint, tmp_path / "home", "hf://someone/one/one.gguf")
+    assert sha256(answer["paths"][0]) == sha256(whole)
+    assert [request.range for request in server.downloads()] == [None, "bytes=10485760-", "bytes=20971520-"]
+    assert sum(request.sent for request in server.downloads()) < 1.5 * whole.stat().st_size
+
+
+def test_a_server_that_dies_for_good_leaves_no_half_file(server, tmp_path):
+    server.cuts = [Cut(1_000_000, "stop")]
+    server.repos["someone/one"] = {"one.gguf": REFERENCE / BIG}
+    (answer,) = client(server.endpoint, tmp_path, "hf://someone/one/one.gguf")
+    assert answer["error"] == "RegistryError"
+    assert "the download was interrupted" in answer["text"] and "this one starts over" in answer["text"]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 1000]
+    server.start()
+
+
+def test_each_refusal_says_why_and_what_next(server, tmp_path):
+    expected = {
+        "hf://someone/nano/absent.gguf": f"no such file; it has {SHARDS[0]}, {SHARDS[1]}, {BIG}",
+        "hf://someone/empty/absent.gguf": "no such file; it shows no .gguf file",
+        "hf://someone/absent/x.gguf": "no such repository, or it is private; check the spelling",
+        "hf://private/any/x.gguf": "no such repository, or it is private; check the spelling",
+        "hf://gated/any/x.gguf": "the repository is gated; accept its terms",
+        "hf://forbidden/any/x.gguf": "the hub answers 403; the token lacks the right",
+        "hf://busy/any/x.gguf": "the hub answers 503; the hub has a problem: run again later",
+        f"hf://someone/nano/{BIG}@v9": "no such revision",
+        "hf://some--one/-nano-/x.gguf": "not a name the hub allows",
+    }
+    answers = client(server.endpoint, tmp_path, *expected)
+    for answer, (name, text) in zip(answers, expected.items(), strict=True):
+        assert answer.get("error") in ("RegistryError", "FileNotInRepo"), (name, answer)
+        assert answer["text"].startswith(name) and text in answer["text"], answer
+    assert not server.downloads()
+
+
+def test_one_missing_shard_stops_before_the_first_byte(server, tmp_path):
+    del server.repos["someone/nano"][SHARDS[1]]
+    (answer,) = client(server.endpoint, tmp_path, f"hf://someone/nano/{SHARDS[0]}")
+    assert f"{SHARDS[1]}: the repository has no such file" in answer["text"]
+    assert not server.downloads()
+
+
+def test_offline_and_not_cached(server, tmp_path):
+    (answer,) = client(server.endpoint, tmp_path, f"hf://someone/nano/{BIG}", HF_HUB_OFFLINE="1")
+    assert "not in the cache, and offline; unset HF_HUB_OFFLINE" in answer["text"]
+    assert not server.log
+
+
+def test_no_network(server, tmp_path):
+    server.stop()
+    (answer,) = client(server.endpoint, tmp_path, f"hf://someone/nano/{BIG}")
+    assert f"not in the cache, and {server.endpoint} cannot be reached" in answer["text"]
+    server.start()
+
+
+def test_revision(server, tmp_path):
+    (answer,) = client(server.endpoint, tmp_path, f"hf://someone/nano/{SHARDS[0]}@{COMMIT}")
+    assert COMMIT in answer["paths"][0]
+    assert {request.path.split("/")[4] for request in server.log if "resolve" in request.path} == {COMMIT}
+
+
+def test_registered_model_is_found_in_another_folder_and_its_size_checked(server, tmp_path):
+    """The first file is as registered, in a folder; the second has other contents than the table says."""
+    entry = (data_dir() / "models.toml").read_text().replace('"data/reference"', '"hf://someone/nano"', 1)
+    (tmp_path / "models.toml").write_text(entry)
+    server.repos["someone/nano"] = {
+        f"IQ1/{SHARDS[0]}": REFERENCE / SHARDS[0],
+        SHARDS[1]: REFERENCE / SHARDS[1],
+    }
+    (good,) = client(server.endpoint, tmp_path / "good", "dfqs-nano-iq1_s-xl", DFQS_DATA=str(tmp_path))
+    assert Path(good["paths"][0]).parent.name == "IQ1" and len(good["paths"]) == 2
+    server.repos["someone/nano"][SHARDS[1]] = REFERENCE / SHARDS[0]
+    (bad,) = client(server.endpoint, tmp_path / "bad", "dfqs-nano-iq1_s-xl", DFQS_DATA=str(tmp_path))
+    assert bad["error"] == "IntegrityError"
+    assert "shard 2 of 2 is 1,946,400 bytes too long (expected 1,903,360); delete " in bad["text"]
+    assert "/blobs/" in bad["text"], "the bytes to delete are behind the link"
+
+
+def test_wrong_contents_of_the_right_size_are_found_by_hash(server, tmp_path, model):
+    damaged_copy(tmp_path, lambda file: file.write(b"\0"))
+    server.repos["someone/nano"][SHARDS[1]] = tmp_path / SHARDS[1]
+    (answer,) = client(server.endpoint, tmp_path / "home", f"hf://someone/nano/{SHARDS[0]}")
+    paths = tuple(map(Path, answer["paths"]))
+    registry.check_sizes(paths, model)
+    with pytest.raises(IntegrityError, match="shard 2 of 2 has SHA-256"):
+        registry.check_hashes(paths, model)
+
+
+def test_full_disk_is_seen_before_the_first_byte(server, tmp_path):
+    patch = "import shutil, types\nshutil.disk_usage = lambda path: types.SimpleNamespace(free=1000)\n"
+    (answer,) = client(server.endpoint, tmp_path, f"hf://someone/nano/{SHARDS[0]}", patch=patch)
+    need = sum((REFERENCE / name).stat().st_size for name in SHARDS)
+    assert answer["error"] == "SpaceError"
+    assert f"needs {need:,} bytes and the disk has 1,000 free" in answer["text"]
+    assert not server.downloads()
+
+
+@pytest.mark.parametrize(
+    "number, kind, text",
+    [("ENOSPC", SpaceError, "the disk filled up"), ("EACCES", errors.OutputError, "cannot be written")],
+)
+def test_disk_errors_during_the_download(number, kind, text):
+    import errno
+
+    error = hub._explain(OSError(getattr(errno, number), "no"), hub.HubFile("a/b", "c.gguf"))
+    assert isinstance(error, kind) and text in str(error)
+
+
+def test_importing_the_registry_is_light():
+    code = (
+        "import sys, dfqs_nb.gguf.models; "
+        "print([name for name in ('pandas', 'huggingface_hub', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,167 @@
+"""Perplexity and KL divergence against closed forms and against llama-perplexity."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+
+import llama_cpp_tools
+import numpy as np
+import pytest
+
+from dfqs_nb.context import loss
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.ladder import divergence
+from dfqs_nb.ladder.divergence import TextError, Tokens
+from dfqs_nb.llama import generate as llama_generate
+from dfqs_nb.llama import model as llama_model
+from dfqs_nb.llama import settings as llama_settings
+
+REFERENCE = data_dir() / "reference"
+F16 = REFERENCE / "DFQS-Nano-F16.gguf"
+SETTINGS = llama_settings.OpenSettings(n_ctx=128, n_threads=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    with llama_model.open_model(F16, SETTINGS) as opened:
+        yield opened
+
+
+def test_the_divergence_of_two_coins_is_the_closed_form():
+    p, q = np.log(np.array([[0.75, 0.25]], np.float32)), np.log(np.array([[0.5, 0.5]], np.float32))
+    nll, base, kld, same = divergence.compare_chunk(p, q, np.array([1]))
+    assert kld[0] == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
+    assert (nll[0], base[0]) == (pytest.approx(math.log(2)), pytest.approx(math.log(4)))
+    assert same.tolist() == [True]
+
+
+def test_probabilities_sum_to_one_even_far_from_zero():
+    rows = divergence.log_probs(np.array([[1e4, 1e4 - 1, -1e4], [0, 0, 0]], np.float32))
+    assert np.exp(rows).sum(axis=1) == pytest.approx([1, 1])
+
+
+def test_the_scored_tokens_lose_what_the_loss_module_says(model):
+    """Against `loss.token_losses`, which walks through the text in other pieces."""
+    tokens = divergence.load_text("calibration-nano").tokens(model)[:256]
+    found: list[np.ndarray] = []
+    divergence.predict(
+        model,
+        tokens,
+        128,
+        2,
+        lambda number, said, targets: found.append(-said[np.arange(len(targets)), targets]),
+    )
+    for number, losses in enumerate(found):
+        chunk = tokens[128 * number : 128 * (number + 1)]
+        bos = model.llama.token_bos()
+        assert losses == pytest.approx(loss.token_losses(model, [bos, *chunk[1:]])[64:], abs=2e-3)
+        assert len(losses) == 63
+
+
+def test_a_chat_is_put_in_the_model_s_template_and_ended(model):
+    text = divergence.Text("t", (("What is 1 + 1?", "2."), ("def f():",)))
+    tokens = text.tokens(model)
+    pieces = llama_generate.chat_prompt(model, "What is 1 + 1?"), model.tokenize("2.", special=False)
+    assert tokens[: len(pieces[0]) + len(pieces[1])] == [*pieces[0], *pieces[1]]
+    assert tokens.count(model.llama.token_eos()) == 2 and tokens.count(model.llama.token_bos()) == 2
+
+
+def test_a_text_file_is_one_document_and_a_short_one_is_refused(model, tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_text("Here we go. " * 5)
+    tokens = divergence.load_text(path).tokens(model)
+    assert tokens == model.with_bos(model.tokenize("Here we go. " * 5, special=False))
+    with pytest.raises(TextError, match="do not fill two chunks of 128"):
+        divergence.predict(model, tokens, 128, 2, print)
+    with pytest.raises(TextError, match="cannot be read"):
+        divergence.load_text(tmp_path / "missing.txt")
+
+
+def test_intervals_come_from_chunks_and_widen_where_chunks_differ():
+    even = np.full((8, 10), 0.5)
+    apart = even + np.linspace(-0.4, 0.4, 8)[:, None]
+    tokens = [Tokens(one, even, one, one > 2) for one in (even, apart)]
+    narrow, wide = (divergence.summarize(one).kld for one in tokens)
+    assert narrow.low == narrow.high == narrow.value == pytest.approx(0.5)
+    assert wide.low < 0.4 and wide.high > 0.6
+    assert divergence.summarize(tokens[1]).row()["kld_high"] == wide.high
+
+
+@pytest.mark.parametrize("n", [2, 5, 6])
+def test_few_chunks_have_no_interval(n):
+    values = np.linspace(0.1, 0.5, n)[:, None] * np.ones((n, 4))
+    found = divergence.summarize(Tokens(values, values, values, values > 0.2))
+    for one in (found.perplexity, found.log_ratio, found.kld, found.same_top):
+        assert (math.isnan(one.low), math.isnan(one.high)) == (n < 6, n < 6) and one.value >= 0
+
+
+def test_what_is_saved_is_loaded_again(tmp_path):
+    tokens = Tokens(*(np.random.default_rng(0).random((3, 4)) for _ in range(4)))
+    found = Tokens.load(tokens.save(tmp_path / "t.npz"))
+    assert all(np.array_equal(value, getattr(found, name)) for name, value in vars(tokens).items())
+    assert len(divergence.token_frame(tokens)) == 12
+
+
+def tool_perplexity(*arguments: object) -> str:
+    command = [str(llama_cpp_tools.tool("llama-perplexity")), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def value(said: str, name: str) -> tuple[float, float]:
+    """The number behind a line's name, and its uncertainty."""
+    found = re.search(rf"{re.escape(name)} *: *([\d.-]+) *(?:±|\+/-) *([\d.]+)", said)
+    assert found, said[-2000:]
+    return float(found[1]), float(found[2])
+
+
+def summary(
+    base: list[np.ndarray], other: list[np.ndarray], targets: list[np.ndarray]
+) -> divergence.Divergence:
+    rows = zip(*map(divergence.compare_chunk, base, other, targets), strict=True)
+    return divergence.summarize(Tokens(*map(np.stack, rows)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["IQ1_S-XL", "Q8_0"])
+def test_numbers_agree_with_llama_perplexity_within_its_error_bars(tmp_path, name):
+    """The tool's own build runs other kernels, so nothing is equal to the last digit."""
+    other = REFERENCE / f"DFQS-Nano-{name}-00001-of-00002.gguf"
+    path = tmp_path / "plain.txt"
+    path.write_text(" ".join(" ".join(one) for one in divergence.load_text("calibration-nano").documents))
+    common = ["-c", 128, "-b", 128, "-ub", 128, "-t", 1, "--no-repack", "-fa", "off"]
+    base = ["--kl-divergence-base", tmp_path / "base.bin"]
+    tool_perplexity("-m", F16, "-f", path, "--chunks", 24, *base, *common)
+    said = tool_perplexity("-m", other, "--kl-divergence", *base, *common)
+
+    rows: dict[str, list[np.ndarray]] = {"base": [], "other": []}
+    targets: list[np.ndarray] = []
+    for kind, file in (("base", F16), ("other", other)):
+        with llama_model.open_model(file, SETTINGS) as model:
+            tokens = model.with_bos(model.tokenize(path.read_text(), special=False))
+            targets.clear()
+            divergence.predict(
+                model,
+                tokens,
+                128,
+                24,
+                lambda _, logs, came, kind=kind: (rows[kind].append(logs), targets.append(came)),
+            )
+    ours = summary(rows["base"], rows["other"], targets)
+    # the tool stores the base in 16 bits and cuts it off 16 nats below its best token
+    cut = summary(
+        [np.maximum(one, one.max(axis=1, keepdims=True) - 16) for one in rows["base"]], rows["other"], targets
+    )
+    for found, line in (
+        (ours.perplexity, "Mean PPL(Q)"),
+        (ours.kld, "Mean    KLD"),
+        (cut.log_ratio, "Mean ln(PPL(Q)/PPL(base))"),
+    ):
+        theirs, bar = value(said, line)
+        assert abs(found.value - theirs) <= bar, line
+        assert found.standard_error == pytest.approx(bar, rel=0.25), line
+    theirs, bar = value(said, "Same top p")
+    assert abs(100 * ours.same_top.value - theirs) <= bar

@@ -1,0 +1,250 @@
+"""Importance matrices against llama-imatrix, the routing recorder, and llama.cpp's own parser."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import llama_cpp_tools
+import numpy as np
+import pytest
+
+from dfqs_nb.core.errors import HeaderError
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf.header import read_header
+from dfqs_nb.ladder import divergence, imatrix
+from dfqs_nb.ladder.imatrix import Entry, ImatrixError, ImportanceMatrix
+from dfqs_nb.llama import check
+from dfqs_nb.llama import model as llama_model
+from dfqs_nb.llama import settings as llama_settings
+from dfqs_nb.routing import trace as routing
+
+F16 = data_dir() / "reference" / "DFQS-Nano-F16.gguf"
+ONE_THREAD = llama_settings.OpenSettings(n_ctx=128, n_threads=1)
+LIBRARIES = Path(check.library_path()).parent
+
+
+@pytest.fixture(scope="module")
+def tokens() -> list[int]:
+    with llama_model.open_model(F16, ONE_THREAD) as model:
+        return divergence.load_text("calibration-nano", "calibration").tokens(model)[:256]
+
+
+@pytest.fixture(scope="module")
+def matrix(tokens) -> ImportanceMatrix:
+    return imatrix.collect(
+        F16, tokens, dataset="a text", chunk_tokens=128, settings=ONE_THREAD, progress=False
+    )
+
+
+def test_each_expert_is_counted_as_often_as_the_router_chose_it(matrix, tokens):
+    """Against the routing recorder, which reads the router's own nodes and not the products."""
+    with routing.open_recorded(F16, ONE_THREAD) as recorded:
+        for piece in imatrix.chunks(tokens, 128):
+            imatrix.feed_chunk(recorded, piece)
+        found = recorded.recorder.arrays()
+    for column, layer in enumerate(found["layers"]):
+        chosen = np.bincount(found["experts"][:, column].ravel(), minlength=found["n_experts"])
+        for part in ("gate", "up", "down"):
+            assert (matrix.entries[f"blk.{layer}.ffn_{part}_exps.weight"].counts == chosen).all()
+
+
+def test_gate_and_up_see_the_same_rows_and_dense_weights_all_of_them(matrix, tokens):
+    for layer in range(4):
+        gate, up = (matrix.entries[f"blk.{layer}.ffn_{part}_exps.weight"] for part in ("gate", "up"))
+        shared = matrix.entries[f"blk.{layer}.ffn_gate_shexp.weight"]
+        assert np.array_equal(gate.sums, up.sums)
+        assert shared.counts.tolist() == [len(tokens)]
+        # every token goes to k experts, so their sums are k times those of the shared expert's same input
+        used = read_header(F16).arch("expert_used_count")
+        assert np.allclose(gate.sums.sum(axis=0), used * shared.sums[0], rtol=1e-5)
+
+
+def test_what_is_written_is_read_again_and_llama_cpp_parses_it(matrix, tmp_path):
+    written = imatrix.write_imatrix(tmp_path / "m.gguf", matrix)
+    found = imatrix.read_imatrix(written.path)
+    assert (found.datasets, found.chunk_count, found.chunk_size) == (("a text",), 2, 128)
+    assert set(found.entries) == set(matrix.entries)
+    for name, entry in matrix.entries.items():
+        assert np.array_equal(found.entries[name].sums, entry.sums)
+        assert np.array_equal(found.entries[name].counts, entry.counts)
+    assert check.parse(written.path).n_tensors == 2 * len(matrix.entries)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_entries_of_another_size_than_their_tensor_are_left_out(matrix):
+    """llama-quantize refuses them: deepseek4 multiplies attn_output_a in groups."""
+    kept = matrix.fitting(read_header(F16))
+    assert {name.split(".")[2] for name in set(matrix.entries) - set(kept.entries)} == {"attn_output_a"}
+
+
+def test_an_expert_that_was_never_chosen_weighs_all_columns_alike():
+    entry = Entry(np.array([[2.0, 4.0], [0.0, 0.0]], np.float32), np.array([2, 0]))
+    assert entry.weights().tolist() == [1.0, 2.0, 1.0, 1.0]
+    table = imatrix.coverage(ImportanceMatrix({"blk.1.ffn_up_exps.weight": entry}))
+    assert table.loc[0, ["matrices", "unused", "least", "most", "class"]].tolist() == [
+        2,
+        1,
+        0,
+        2,
+        "routed experts",
+    ]
+
+
+def test_a_flat_matrix_has_an_entry_for_each_matrix_of_the_blocks():
+    header = read_header(F16)
+    flat = imatrix.flat(header)
+    assert "blk.0.ffn_up_exps.weight" in flat.entries and "output.weight" not in flat.entries
+    assert set(flat.fitting(header).entries) == set(flat.entries)
+    assert {float(value) for entry in flat.entries.values() for value in np.unique(entry.weights())} == {1.0}
+
+
+def legacy(entries: dict[str, list[float]], calls: int, tail: bytes) -> bytes:
+    raw = struct.pack("<i", len(entries))
+    for name, values in entries.items():
+        raw += struct.pack(
+            f"<i{len(name)}sii{len(values)}f", len(name), name.encode(), calls, len(values), *values
+        )
+    return raw + tail
+
+
+def test_the_older_format_is_read_with_and_without_its_tail(tmp_path):
+    path = tmp_path / "old.dat"
+    path.write_bytes(legacy({"a": [2.0, 4.0]}, 2, struct.pack("<ii4s", 7, 4, b"text")))
+    found = imatrix.read_imatrix(path)
+    assert found.entries["a"].weights().tolist() == [1.0, 2.0]
+    assert (found.datasets, found.chunk_count) == (("text",), 7)
+    path.write_bytes(legacy({"a": [2.0, 4.0]}, 2, b""))
+    assert imatrix.read_imatrix(path).datasets == ()
+
+
+def test_what_is_no_importance_matrix_is_refused(tmp_path, matrix):
+    with pytest.raises(ImatrixError, match="a GGUF of type model"):
+        imatrix.read_imatrix(F16)
+    with pytest.raises(ImatrixError, match="cannot be read"):
+        imatrix.read_imatrix(tmp_path / "missing")
+    broken = tmp_path / "broken.dat"
+    for raw in (
+        b"",
+        b"abc",
+        struct.pack("<i", 0),
+        legacy({"a": [1.0]}, 1, b"")[:-2],
+        struct.pack("<ii1sii", 1, 1, b"a", 1, 2**30),
+    ):
+        broken.write_bytes(raw)
+        with pytest.raises(ImatrixError, match="not an importance matrix"):
+            imatrix.read_imatrix(broken)
+    whole = imatrix.write_imatrix(tmp_path / "m.gguf", matrix)
+    Path(whole.path).write_bytes(Path(whole.path).read_bytes()[:500])
+    with pytest.raises(HeaderError):
+        imatrix.read_imatrix(whole.path)
+
+
+def test_sums_without_counts_are_refused(tmp_path):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "none")
+    writer.add_type("imatrix")
+    writer.add_tensor("a.in_sum2", np.ones((1, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ImatrixError, match="a has sums but no counts"):
+        imatrix.read_imatrix(tmp_path / "m.gguf")
+
+
+def test_too_short_a_text_is_refused_before_the_model_is_opened():
+    with pytest.raises(ImatrixError, match="3 tokens do not fill one chunk of 128"):
+        imatrix.collect("no such model", [1, 2, 3], dataset="", chunk_tokens=128)
+
+
+def test_the_calibration_text_is_what_its_generator_makes_and_holds_no_scored_item():
+    done = subprocess.run(
+        [sys.executable, "-B", str(data_dir() / "prompts" / "calibration_nano.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    parts = [
+        {one[0] for one in divergence.load_text("calibration-nano", part).documents}
+        for part in ("calibration", "held_out")
+    ]
+    assert parts[0] & parts[1] <= {"Explain mixture-of-experts routing"}
+
+
+# ---- against the tool ----
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> tuple[Path, list[int]]:
+    """A text without control tokens, as a file and as the tool's tokens."""
+    documents = divergence.load_text("calibration-nano", "calibration").documents[:90]
+    path = tmp_path_factory.mktemp("text") / "plain.txt"
+    path.write_text(" ".join(" ".join(one) for one in documents), encoding="utf-8")
+    with llama_model.open_model(F16, ONE_THREAD) as model:
+        return path, model.with_bos(model.tokenize(path.read_text(encoding="utf-8"), special=False))
+
+
+def tool_imatrix(*arguments: object) -> None:
+    """llama-imatrix on the libraries that llama-cpp-python runs on, so that only the collecting differs."""
+    command = [str(llama_cpp_tools.tool("llama-imatrix")), *map(str, arguments)]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(LIBRARIES)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["gguf", "dat"])
+def test_the_matrix_is_llama_imatrix_s_on_the_same_text(plain, tmp_path, form):
+    path, tokens = plain
+    tool_imatrix(
+        "-m",
+        F16,
+        "-f",
+        path,
+        "-o",
+        tmp_path / f"theirs.{form}",
+        "--output-format",
+        form,
+        "-c",
+        256,
+        "-b",
+        256,
+        "-ub",
+        256,
+        "-t",
+        1,
+        "--chunks",
+        8,
+        "--no-repack",
+        "--no-ppl",
+        "-fa",
+        "off",
+    )
+    theirs = imatrix.read_imatrix(tmp_path / f"theirs.{form}")
+    ours = imatrix.collect(
+        F16, tokens[: 8 * 256], dataset="plain.txt", chunk_tokens=256, settings=ONE_THREAD, progress=False
+    )
+    assert set(ours.entries) == set(theirs.entries)
+    assert theirs.chunk_count == ours.chunk_count == 8
+    for name, entry in ours.entries.items():
+        if form == "gguf":
+            assert np.array_equal(entry.counts, theirs.entries[name].counts), name
+        # the tool adds up in single precision
+        assert np.allclose(entry.weights(), theirs.entries[name].weights(), rtol=1e-4, atol=1e-9), name
+
+
+@pytest.mark.slow
+def test_llama_imatrix_reads_our_file_and_gives_it_back(matrix, tmp_path):
+    written = imatrix.write_imatrix(tmp_path / "ours.gguf", matrix)
+    tool_imatrix("-m", F16, "--in-file", written.path, "-o", tmp_path / "back.gguf", "-c", 128)
+    back = imatrix.read_imatrix(tmp_path / "back.gguf")
+    assert back.datasets == matrix.datasets
+    for name, entry in matrix.entries.items():
+        assert np.array_equal(back.entries[name].sums, entry.sums)
+        assert np.array_equal(back.entries[name].counts, entry.counts)

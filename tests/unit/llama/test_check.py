@@ -1,0 +1,124 @@
+"""llama.cpp's parser in a child process: its answers, and that nothing it does reaches us."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import child_jobs
+import pytest
+from gguf_fixtures import Spec, gguf_bytes, header_bytes, small_gguf
+
+from dfqs_nb.core.errors import ModelError
+from dfqs_nb.gguf.header import TENSOR_TYPES
+from dfqs_nb.llama import check
+
+
+def test_a_valid_file_is_accepted_with_its_numbers(tmp_path):
+    path = tmp_path / "räksmörgås.gguf"
+    path.write_bytes(small_gguf())
+    parsed = check.parse(path, tensors=True)
+    assert parsed.accepted and not parsed.message and not parsed.death
+    assert (parsed.version, parsed.n_kv, parsed.n_tensors, parsed.alignment) == (3, 48, 5, 32)
+    assert parsed.tensors[1] == check.ParsedTensor("b.weight", "Q8_0", 64, 136)
+
+
+def test_a_refusal_carries_llama_cpps_words(tmp_path):
+    path = tmp_path / "not.gguf"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    parsed = check.parse(path)
+    assert not parsed.accepted and not parsed.death
+    assert "invalid magic characters: 'vers'" in parsed.message
+
+
+def test_many_files_each_with_its_own_message(tmp_path):
+    paths = [tmp_path / name for name in ("a", "b", "c", "absent")]
+    for path, raw in zip(paths, (small_gguf(), b"GGUF\1\0\0\0", small_gguf()), strict=False):
+        path.write_bytes(raw)
+    answers = check.parse_all(paths)
+    assert [one.accepted for one in answers] == [True, False, True, False]
+    assert "GGUFv1" in answers[1].message and answers[2].message == ""
+    assert "No such file" in answers[3].message
+
+
+def test_a_header_that_asks_for_the_machine_meets_a_ceiling(tmp_path):
+    """2^30 strings of 32 bytes: libggml allocates them before it reads them."""
+    path = tmp_path / "greedy.gguf"
+    key = b"\1\0\0\0\0\0\0\0k" + b"\x09\0\0\0" + b"\x08\0\0\0" + (1 << 30).to_bytes(8, "little")
+    with path.open("wb") as file:
+        file.write(header_bytes([key]))
+        file.truncate(10 << 30)
+    parsed = check.parse(path, timeout_seconds=20)
+    assert not parsed.accepted
+    if sys.platform == "linux":
+        assert "bad_alloc" in parsed.message
+
+
+def test_a_parser_that_aborts_is_a_refusal_and_the_next_files_are_still_asked(tmp_path):
+    """This header passes libggml's checks and fails an assertion in the call after them."""
+    paths = [tmp_path / name for name in ("a", "bad", "c")]
+    for path, shape in zip(paths, ((3,), (3, 0, 1 << 62), (3,)), strict=True):
+        path.write_bytes(gguf_bytes([], [Spec("t", "F32", shape)]))
+    answers = check.parse_all(paths)
+    assert [one.accepted for one in answers] == [True, False, True]
+    assert answers[1].death == "SIGABRT"
+    assert answers[1].message.startswith("ggml.c:") and "GGML_ASSERT" in answers[1].message
+
+
+def test_a_parser_that_hangs_is_stopped(tmp_path, monkeypatch):
+    (tmp_path / "slow").write_bytes(small_gguf())
+    monkeypatch.setattr(check, "MODULE", "child_jobs")
+    monkeypatch.setenv("PYTHONPATH", str(Path(child_jobs.__file__).parent))  # which waits for a minute
+    parsed = check.parse(tmp_path / "slow", timeout_seconds=0.5)
+    assert not parsed.accepted and parsed.death == "timeout"
+
+
+def test_without_the_library_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    monkeypatch.delenv("LLAMA_CPP_LIB_PATH", raising=False)
+    with pytest.raises(ModelError, match="install llama-cpp-python"):
+        check.library_path()
+
+
+def test_a_library_that_does_not_load_is_no_verdict_on_the_file(tmp_path, monkeypatch):
+    (tmp_path / "libggml-base.so").write_bytes(b"not a library")
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
+    with pytest.raises(ModelError, match="cannot run libggml"):
+        check.parse(tmp_path / "any.gguf")
+
+
+def test_llama_cpp_itself_is_not_imported(tmp_path):
+    code = "import sys, dfqs_nb.llama.check as g; g.library_path(); assert 'llama_cpp' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_our_table_of_tensor_types_is_libggmls():
+    """Names, block and byte sizes; that libggml knows no later type is the next test."""
+    lib = ctypes.CDLL(str(check.library_path()))
+    lib.ggml_type_name.restype = ctypes.c_char_p
+    lib.ggml_type_size.restype, lib.ggml_blck_size.restype = ctypes.c_size_t, ctypes.c_int64
+    theirs = {
+        code: (lib.ggml_type_name(code).decode().upper(), lib.ggml_blck_size(code), lib.ggml_type_size(code))
+        for code in range(max(TENSOR_TYPES) + 1)
+        if lib.ggml_blck_size(code)
+    }
+    ours = {code: (name.upper(), *sizes) for code, (name, *sizes) in TENSOR_TYPES.items()}
+    assert ours == theirs
+
+
+def test_libggml_knows_no_type_after_our_last(tmp_path):
+    path = tmp_path / "new_type.gguf"
+    spec = Spec("t", max(TENSOR_TYPES) + 1, (256,), offset=0)
+    path.write_bytes(header_bytes([], [spec]))
+    parsed = check.parse(path)
+    assert not parsed.accepted and "invalid ggml type" in parsed.message
+
+
+def test_the_table_of_a_whole_small_file(tmp_path):
+    specs = [Spec(f"t{i}", kind, (256, 2)) for i, kind in enumerate(("F32", "IQ1_S", "Q2_K", "Q8_0", "I32"))]
+    path = tmp_path / "t.gguf"
+    path.write_bytes(gguf_bytes([], specs))
+    table = check.parse(path, tensors=True).tensors
+    assert [(row.name, row.type, row.nbytes) for row in table] == [(s.name, s.type, s.nbytes) for s in specs]

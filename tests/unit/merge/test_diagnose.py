@@ -1,0 +1,526 @@
+"""What a file really is: every kind made from the real reference shards, and what llama.cpp's loader says of it."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import gguf_fixtures as fixtures
+import pytest
+from conftest import REFERENCE
+from gguf_fixtures import Spec, field, gguf_bytes
+from models_apart import Apart
+
+from dfqs_nb.core.errors import DfqsError, HeaderError, ShardError
+from dfqs_nb.gguf.header import read_header
+from dfqs_nb.llama.check import loader_verdict, loader_verdicts
+from dfqs_nb.merge.kind import Kind, byte_parts, diagnose, diagnosis_table, raw_concatenation
+
+# Sizes of the published artifact: shard 1, shard 2, and the file that was said to be their merge
+# (arishma108/deepseek-v4-gguf and the DFQS 1.0 document).
+PUBLISHED = (49_952_658_368, 11_588_146_976, 61_540_805_344)
+SHARDS = [REFERENCE / f"DFQS-Nano-IQ1_S-XL-0000{number}-of-00002.gguf" for number in (1, 2)]
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 61540805344\n"
+PAGE = b"<!DOCTYPE html>\n<html><head><title>\n Sign in &mdash; Hub </title></head><body>no</body></html>"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file's bytes, and what we and llama.cpp say of it; ``says`` is empty where llama.cpp loads it."""
+
+    make: Callable[[Made], bytes]
+    kind: Kind
+    finding: str
+    says: str = ""
+
+
+@dataclass(frozen=True)
+class Made:
+    """The reference model: whole, and as its two shards."""
+
+    whole: bytes
+    first: bytes
+    second: bytes
+
+
+@pytest.fixture(scope="module")
+def made(merged_reference: Path) -> Made:
+    return Made(merged_reference.read_bytes(), *(path.read_bytes() for path in SHARDS))
+
+
+def shifted(step: int) -> bytes:
+    """Two tensors, the second ``step`` bytes from where it should be."""
+    return gguf_bytes(
+        [field("general.architecture", "STRING", "llama")],
+        [Spec("a", shape=(64,)), Spec("b", shape=(64,), offset=256 + step), Spec("c", offset=512 + step)],
+    ) + bytes(max(step, 0))
+
+
+BOUNDS = "data is not within the file bounds, model is corrupted or incomplete"
+CASES = {
+    "single": Case(lambda m: m.whole, Kind.SINGLE_FILE, "a sound model in a single file of 5,753,"),
+    "two shards glued": Case(
+        lambda m: m.first + m.second,
+        Kind.RAW_CONCATENATION,
+        "2 shards glued together byte for byte",
+        "invalid split file name: case.gguf",
+    ),
+    "two shards glued in the wrong order": Case(
+        lambda m: m.second + m.first,
+        Kind.RAW_CONCATENATION,
+        "2 shards glued together byte for byte in the order 2, 1",
+        "illegal split file idx: 1 (file: case.gguf), model must be loaded with the first split",
+    ),
+    "shard twice": Case(
+        lambda m: m.first + m.first,
+        Kind.DAMAGED_CONCATENATION,
+        "shard 1 is there twice",
+        "invalid split file name",
+    ),
+    "both shards, one of them twice": Case(
+        lambda m: m.first + m.second + m.second,
+        Kind.DAMAGED_CONCATENATION,
+        "shard 2 is there twice",
+        "invalid split file name",
+    ),
+    "glued and cut off": Case(
+        lambda m: (m.first + m.second)[:-1000],
+        Kind.DAMAGED_CONCATENATION,
+        "shard 2 is cut off, 1,000 bytes short",
+        "invalid split file name",
+    ),
+    "glued and cut off in the second header": Case(
+        lambda m: m.first + m.second[:900],
+        Kind.DAMAGED_CONCATENATION,
+        "another GGUF at byte 3,849,760",
+        "invalid split file name",
+    ),
+    "glued, with more after it": Case(
+        lambda m: m.first + m.second + b"more",
+        Kind.DAMAGED_CONCATENATION,
+        "4 bytes follow that belong to no shard",
+        "invalid split file name",
+    ),
+    "two models glued": Case(lambda m: m.whole + m.whole, Kind.GLUED_MODELS, "2 models glued together"),
+    "cut off in the data": Case(
+        lambda m: m.whole[:-1000],
+        Kind.TRUNCATED,
+        "cut off: 1,000 bytes short, from tensor 'blk.3.indexer_compressor_kv.weight' on",
+        BOUNDS,
+    ),
+    "cut off in the header": Case(
+        lambda m: m.whole[:10_000], Kind.TRUNCATED, "cut off inside its header", "exceeds remaining file size"
+    ),
+    "cut off in the preamble": Case(
+        lambda m: m.whole[:6], Kind.TRUNCATED, "cut off inside its header", "failed to read header"
+    ),
+    "more after the end": Case(
+        lambda m: m.whole + b"<!-- bye -->", Kind.TRAILING_BYTES, "and 12 bytes after its end"
+    ),
+    "gap": Case(
+        lambda m: shifted(32),
+        Kind.GAPS_BETWEEN_TENSORS,
+        "its tensors leave gaps",
+        "has offset 288, expected 256",
+    ),
+    "overlap": Case(
+        lambda m: shifted(-32),
+        Kind.OVERLAPPING_TENSORS,
+        "its tensors overlap",
+        "has offset 224, expected 256",
+    ),
+    "empty": Case(lambda m: b"", Kind.EMPTY, "an empty file", "failed to read magic"),
+    "Git LFS pointer": Case(
+        lambda m: POINTER,
+        Kind.LFS_POINTER,
+        "a Git LFS pointer to the model (61,540,805,344 bytes)",
+        "invalid magic characters: 'vers', expected 'GGUF'",
+    ),
+    "web page": Case(
+        lambda m: PAGE,
+        Kind.HTML,
+        "a web page saved as a model: Sign in &mdash; Hub",
+        "invalid magic characters: '<!DO'",
+    ),
+    "json": Case(
+        lambda m: b'{"error":"Repository not found"}',
+        Kind.JSON,
+        "Repository not found",
+        "invalid magic characters",
+    ),
+    "xml": Case(
+        lambda m: b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>expired</Message></Error>",
+        Kind.XML,
+        "AccessDenied: expired",
+        "invalid magic characters: '<?xm'",
+    ),
+    "text": Case(
+        lambda m: b"Entry not found", Kind.TEXT, "Entry not found", "invalid magic characters: 'Entr'"
+    ),
+    "zeros": Case(lambda m: bytes(100_000), Kind.ZEROS, "zeros", "invalid magic characters"),
+    "big-endian": Case(
+        lambda m: gguf_bytes([field("a", "UINT8", 1, ">")], order=">"),
+        Kind.BIG_ENDIAN,
+        "big-endian",
+        "is there a mismatch between the host and model endianness",
+    ),
+    "version 1": Case(
+        lambda m: m.whole[:4] + struct.pack("<I", 1) + m.whole[8:],
+        Kind.OLD_VERSION,
+        "GGUF version 1",
+        "GGUFv1 is no longer supported",
+    ),
+    "broken header": Case(
+        lambda m: gguf_bytes([field("a", "UINT8", 1)] * 2),
+        Kind.BROKEN_HEADER,
+        "'a' stands twice",
+        "duplicate key 'a'",
+    ),
+    "safetensors": Case(
+        lambda m: struct.pack("<Q", 40) + b'{"a": {}}',
+        Kind.OTHER_FORMAT,
+        "a safetensors file",
+        "invalid magic characters",
+    ),
+    "zip": Case(
+        lambda m: b"PK\x03\x04" + bytes(100),
+        Kind.OTHER_FORMAT,
+        "a zip archive",
+        "invalid magic characters: 'PK",
+    ),
+    "noise": Case(
+        lambda m: bytes(range(255, 0, -1)), Kind.NOT_GGUF, "not a GGUF", "invalid magic characters"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_kind_is_told_apart_and_left_as_it_was(name: str, made: Made, tmp_path: Path) -> None:
+    case, path = CASES[name], tmp_path / "case.gguf"
+    path.write_bytes(content := case.make(made))
+    before = path.stat().st_mtime_ns
+    found = diagnose(path)
+    assert (found.kind, case.finding in found.finding) == (case.kind, True), found.finding
+    assert found.next_step or found.sound
+    assert "\n" not in found.finding and all(len(row) == 2 for row in found.evidence)
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == (content, before)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_llama_cpp_says_of_each_what_the_table_shows(made: Made, tmp_path: Path) -> None:
+    paths = []
+    for number, case in enumerate(CASES.values()):
+        (tmp_path / str(number)).mkdir()
+        paths.append(tmp_path / str(number) / "case.gguf")
+        paths[-1].write_bytes(case.make(made))
+    verdicts = loader_verdicts(paths)
+    assert [
+        (name, verdict.reason)
+        for (name, case), verdict in zip(CASES.items(), verdicts, strict=True)
+        if verdict.accepted != (not case.says) or case.says not in verdict.reason
+    ] == []
+    assert str(tmp_path) not in "".join(verdict.reason + "".join(verdict.log) for verdict in verdicts)
+    table = diagnosis_table(paths)
+    assert table["kind"].tolist() == [case.kind for case in CASES.values()]
+    assert table["llama_cpp"].iloc[0] == "loads" and "invalid split" in table["llama_cpp"].iloc[1]
+
+
+# ---- raw concatenations ----
+
+
+@pytest.mark.parametrize("n_shards", [2, 3, 7])
+def test_every_inner_header_of_a_raw_concatenation_is_found(
+    n_shards: int, merged_reference: Path, tmp_path: Path
+) -> None:
+    shards = fixtures.split_like_llama(merged_reference, -(-126 // n_shards), tmp_path / "s")
+    assert len(shards) == n_shards
+    glued = tmp_path / "glued.gguf"
+    glued.write_bytes(b"".join(path.read_bytes() for path in shards))
+    found, sizes = diagnose(glued), [path.stat().st_size for path in shards]
+    assert found.kind is Kind.RAW_CONCATENATION and str(n_shards) in found.finding
+    assert [part.nbytes for part in found.parts] == sizes and sum(sizes) == glued.stat().st_size
+    assert [part.start for part in found.parts] == [sum(sizes[:i]) for i in range(n_shards)]
+    assert [(part.number, part.count) for part in found.parts] == [(i + 1, n_shards) for i in range(n_shards)]
+    headers = raw_concatenation(glued)
+    assert [header.start for header in headers] == [part.start for part in found.parts]
+    assert sum(len(header.tensors) for header in headers) == 126
+    assert found.next_step == "dfqs-nb repair glued.gguf"
+
+
+def test_missing_shards_are_named(merged_reference: Path, tmp_path: Path) -> None:
+    shards = fixtures.split_like_llama(merged_reference, 18, tmp_path / "s")
+    glued = tmp_path / "glued.gguf"
+    glued.write_bytes(b"".join(shards[i].read_bytes() for i in (0, 1, 4, 6)))
+    found = diagnose(glued)
+    assert (found.kind, "shard 3, 4, 6 of 7 is missing" in found.finding) == (
+        Kind.DAMAGED_CONCATENATION,
+        True,
+    )
+    with pytest.raises(ShardError, match="shard 3, 4, 6 of 7 is missing"):
+        raw_concatenation(glued)
+
+
+def test_shards_of_two_models_are_no_concatenation_of_one(made: Made, tmp_path: Path) -> None:
+    glued = tmp_path / "glued.gguf"
+    glued.write_bytes(made.second + (REFERENCE / "DFQS-Nano-Q8_0-00001-of-00002.gguf").read_bytes())
+    assert (
+        diagnose(glued).kind is Kind.RAW_CONCATENATION
+    )  # same tensors, other types: what merging would refuse
+    specs = [Spec("a"), Spec("b")]
+    shards = [
+        gguf_bytes(fixtures.split_fields(i, 2, n), [spec])
+        for i, (spec, n) in enumerate(zip(specs, (2, 3), strict=True))
+    ]
+    glued.write_bytes(b"".join(shards))
+    assert "they hold 2 tensors and say the model has 2, 3" in diagnose(glued).finding
+    shards = [gguf_bytes(fixtures.split_fields(i, 2, 2), [Spec("a")]) for i in range(2)]
+    glued.write_bytes(b"".join(shards))
+    assert "a tensor is in two shards" in diagnose(glued).finding
+
+
+def test_an_unpadded_last_tensor_hides_no_shard(tmp_path: Path) -> None:
+    parts = [
+        gguf_bytes(fixtures.split_fields(i, 3, 3), [Spec(name, shape=(5,))]) for i, name in enumerate("abc")
+    ]
+    for cuts in ((12, 12, 12), (0, 12, 0), (12, 0, 12)):
+        glued = tmp_path / "glued.gguf"
+        glued.write_bytes(b"".join(part[: len(part) - cut] for part, cut in zip(parts, cuts, strict=True)))
+        assert diagnose(glued).kind is Kind.RAW_CONCATENATION
+        assert [header.tensors[0].name for header in raw_concatenation(glued)] == ["a", "b", "c"]
+
+
+def test_a_first_shard_without_tensors_is_followed(tmp_path: Path) -> None:
+    """``llama-gguf-split --no-tensor-first-split`` pads a header that has no tensors after it."""
+    first = gguf_bytes(fixtures.split_fields(0, 2, 1))
+    glued = tmp_path / "glued.gguf"
+    glued.write_bytes(
+        first + bytes(-len(first) % 32) + gguf_bytes(fixtures.split_fields(1, 2, 1), [Spec("a")])
+    )
+    assert diagnose(glued).kind is Kind.RAW_CONCATENATION
+
+
+@pytest.mark.parametrize("name", ["single", "cut off in the data", "web page", "empty", "two models glued"])
+def test_anything_else_is_no_raw_concatenation_and_the_error_says_what(
+    name: str, made: Made, tmp_path: Path
+) -> None:
+    path = tmp_path / "case.gguf"
+    path.write_bytes(CASES[name].make(made))
+    with pytest.raises(DfqsError, match="is not a raw concatenation") as caught:
+        raw_concatenation(path)
+    assert CASES[name].finding in str(caught.value)
+
+
+def test_a_file_of_endless_headers_ends(tmp_path: Path) -> None:
+    path = tmp_path / "endless.gguf"
+    path.write_bytes(gguf_bytes() * 20_000)
+    started = time.process_time()
+    assert diagnose(path).kind is Kind.GLUED_MODELS
+    assert time.process_time() - started < 10
+
+
+# ---- shards ----
+
+
+def test_a_shard_says_which_it_is_and_which_are_not_here(made: Made, tmp_path: Path) -> None:
+    assert diagnose(SHARDS[0]).finding == "shard 1 of 2; all 2 are here"
+    assert loader_verdict(SHARDS[0]).accepted
+    alone = tmp_path / SHARDS[1].name
+    alone.write_bytes(made.second)
+    assert diagnose(alone).finding.startswith(f"shard 2 of 2; 1 missing here: {SHARDS[0].name}")
+    renamed = alone.rename(tmp_path / "second.gguf")
+    assert "shard 2 of 2 by its header, but not named so" in diagnose(renamed).finding
+    assert "second-00002-of-00002.gguf" in diagnose(renamed).next_step
+    first = tmp_path / SHARDS[0].name
+    first.write_bytes(made.first)
+    assert f"failed to open GGUF file '{SHARDS[1].name}'" in loader_verdict(first).reason
+
+
+# ---- byte parts ----
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["m.gguf.part1of3", "m.gguf.part2of3", "m.gguf.part3of3"],
+        ["m.gguf-split-a", "m.gguf-split-b", "m.gguf-split-c"],
+        ["m.gguf.001", "m.gguf.002", "m.gguf.003"],
+        ["m.gguf.00", "m.gguf.01", "m.gguf.02"],
+        ["m.gguf.partaa", "m.gguf.partab", "m.gguf.partac"],
+        ["m.gguf.part1", "m.gguf.part2", "m.gguf.part3"],
+        ["m.gguf.aa", "m.gguf.ab", "m.gguf.ac"],
+        ["m-part1of3.gguf", "m-part2of3.gguf", "m-part3of3.gguf"],
+    ],
+)
+def test_byte_parts_are_found_in_order_from_any_one(names: list[str], made: Made, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in names]
+    for path, start in zip(paths, (0, 2_000_000, 4_000_000), strict=True):
+        path.write_bytes(made.whole[start : start + 2_000_000])
+    (tmp_path / "other.gguf.part9").write_bytes(b"x")
+    for path in paths:
+        assert byte_parts(path) == tuple(paths)
+        found = diagnose(path)
+        assert found.kind is Kind.BYTE_PART and "all 3 are here, together the" in found.finding
+    assert b"".join(path.read_bytes() for path in byte_parts(paths[1])) == made.whole
+    said = loader_verdicts(paths[:2])
+    assert BOUNDS in said[0].reason and "invalid magic characters" in said[1].reason
+    paths[1].unlink()
+    with pytest.raises(ShardError, match="1 of 3 byte parts of m.gguf missing"):
+        byte_parts(paths[2])
+    assert diagnose(paths[0]).kind is Kind.BYTE_PART
+
+
+def test_byte_parts_whose_sizes_do_not_add_up_are_refused(made: Made, tmp_path: Path) -> None:
+    paths = [tmp_path / "m.gguf.part1", tmp_path / "m.gguf.part2"]
+    paths[0].write_bytes(made.whole[:3_000_000])
+    paths[1].write_bytes(made.whole[3_000_000:-500])
+    with pytest.raises(ShardError, match="500 less than their header needs"):
+        byte_parts(paths[0])
+    assert "500 less" in diagnose(paths[1]).finding
+    paths[1].write_bytes(made.whole[3_000_000:] + bytes(70))
+    with pytest.raises(ShardError, match="70 more than their header accounts for"):
+        byte_parts(paths[0])
+
+
+def test_a_header_that_spans_parts_is_found_and_said(made: Made, tmp_path: Path) -> None:
+    paths = [tmp_path / f"m.gguf.part{i}of2" for i in (1, 2)]
+    paths[0].write_bytes(made.whole[:9000])
+    paths[1].write_bytes(made.whole[9000:])
+    assert byte_parts(paths[1]) == tuple(paths)
+    assert "the header spans several parts" in diagnose(paths[0]).finding
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("m.gguf.part1of2", "m.gguf.part2of2"),
+        ("m-part1.gguf", "m-part2.gguf"),
+        ("m.gguf-split-a", "m.gguf-split-b"),
+    ],
+)
+def test_shards_named_like_byte_parts_are_still_shards(
+    first: str, second: str, made: Made, tmp_path: Path
+) -> None:
+    (tmp_path / first).write_bytes(made.first)
+    (tmp_path / second).write_bytes(made.second)
+    assert [diagnose(tmp_path / name).kind for name in (first, second)] == [Kind.SHARD] * 2
+    with pytest.raises(ShardError, match="a GGUF header of its own, so it is a shard"):
+        byte_parts(tmp_path / first)
+
+
+@pytest.mark.parametrize("name", ["m.gguf.1", "m.gguf.bak", "m.gguf.tmp", "m.gguf", "m-00001-of-00002.gguf"])
+def test_a_cut_off_file_under_a_common_name_is_no_byte_part(name: str, made: Made, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(made.whole[:3_000_000])
+    assert diagnose(tmp_path / name).kind is Kind.TRUNCATED
+
+
+def test_an_error_page_named_as_a_part_is_an_error_page(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf.part1of2").write_bytes(made.whole[:3_000_000])
+    (tmp_path / "m.gguf.part2of2").write_bytes(PAGE)
+    assert diagnose(tmp_path / "m.gguf.part2of2").kind is Kind.HTML
+
+
+# ---- nothing but headers is read ----
+
+
+def read_bytes() -> int:
+    """Bytes this process has asked the system for so far."""
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+
+def published(folder: Path) -> Path:
+    """A sparse file of the published artifact's shape: two shards of its exact sizes, glued. The model's tensors
+    as far as they fit, and one more in each shard that fills it up."""
+    path, left = folder / "DeepSeek-V4-Flash-IQ1_S-XL.gguf", fixtures.real_size_tensors()
+    groups: list[list[Spec]] = []
+    for room in PUBLISHED[:2]:
+        group, room = [], room - 10_000_000
+        while left and room > left[0].nbytes + 64:
+            room -= left[0].nbytes + 64
+            group.append(left.pop(0))
+        groups.append(group)
+    n_tensors = sum(map(len, groups)) + 2
+    with path.open("wb") as file:
+        for number, (group, size) in enumerate(zip(groups, PUBLISHED, strict=False)):
+            fields = [
+                *([] if number else fixtures.real_size_fields()),
+                *fixtures.split_fields(number, 2, n_tensors),
+            ]
+            filler = Spec(f"filler.{number}", "I8", (1,))
+            used = len(fixtures.header_bytes(fields, [*group, filler])) + sum(
+                -(-s.nbytes // 32) * 32 for s in group
+            )
+            file.seek(sum(PUBLISHED[:number]))
+            file.write(fixtures.header_bytes(fields, [*group, replace(filler, shape=(size - used,))]))
+        file.truncate(PUBLISHED[2])
+    return path
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's /proc/self/io")
+def test_the_published_file_is_seen_through_in_milliseconds(tmp_path: Path) -> None:
+    assert PUBLISHED[0] + PUBLISHED[1] == PUBLISHED[2]
+    path = published(tmp_path)
+    before, started = read_bytes(), time.process_time()
+    found = diagnose(path)
+    seconds, n_read = time.process_time() - started, read_bytes() - before
+    assert (found.kind, [part.nbytes for part in found.parts]) == (
+        Kind.RAW_CONCATENATION,
+        list(PUBLISHED[:2]),
+    )
+    assert sum(part.n_tensors for part in found.parts) > 1200
+    assert ("file size", "61,540,805,344 bytes = 49,952,658,368 + 11,588,146,976") in found.evidence
+    assert n_read < 10_000_000 and seconds < 0.5, (n_read, seconds)
+    path.rename(other := tmp_path / "model-00001-of-00002.gguf")
+    assert diagnose(other).kind is Kind.RAW_CONCATENATION  # whatever it is called
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's /proc/self/io")
+@pytest.mark.parametrize("size", [None, 61_000_000_000, 3_000_000])
+def test_real_sizes_are_read_by_their_headers_only(size: int | None, tmp_path: Path) -> None:
+    path = fixtures.real_size_header(tmp_path / "real.gguf", sparse_size=size)
+    before = read_bytes()
+    found = diagnose(path)
+    assert read_bytes() - before < 10_000_000
+    assert found.kind is (Kind.SINGLE_FILE if size is None else Kind.TRUNCATED)
+    if size is None:
+        assert dict(found.evidence)["stored on the disk"].endswith("or the file system compresses")
+
+
+def test_the_import_is_light() -> None:
+    code = "import sys, dfqs_nb.merge.kind; print(sorted({'pandas', 'llama_cpp', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---- what cannot be read at all ----
+
+
+def test_what_is_no_file_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(HeaderError, match="a folder"):
+        diagnose(tmp_path)
+    with pytest.raises(HeaderError, match="No such file"):
+        diagnose(tmp_path / "missing.gguf")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.gguf")
+        with pytest.raises(HeaderError, match="not a regular file"):
+            diagnose(tmp_path / "pipe.gguf")
+
+
+def test_a_file_that_aborts_llama_cpp_gives_a_verdict_and_the_next_file_is_asked(
+    made: Made, tmp_path: Path
+) -> None:
+    """A token that stands twice fails an assertion while the tokenizer is loaded."""
+    paths = [tmp_path / f"{i}.gguf" for i in range(3)]
+    for path in (paths[0], paths[2]):
+        path.write_bytes(made.whole)
+    tokens = read_header(paths[0])["tokenizer.ggml.tokens"]
+    twice = Apart.of(paths[0]).with_field("tokenizer.ggml.tokens", "[STRING]", [*tokens[:-1], tokens[0]])
+    paths[1].write_bytes(twice.bytes())
+    verdicts = loader_verdicts(paths)
+    assert [verdict.accepted for verdict in verdicts] == [True, False, True]
+    assert (verdicts[1].death, "id_to_token.size()" in verdicts[1].reason) == ("SIGABRT", True)

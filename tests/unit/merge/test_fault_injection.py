@@ -1,0 +1,575 @@
+"""Kill, starve and mislead merge, consuming merge and in-place repair: no byte is lost, and the end is the same.
+
+Reduced here; in full (100 points each) with ``make test-slow PYTEST=tests/test_fault_injection.py``.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from gguf_fixtures import Spec, field, gguf_bytes, split_fields
+from killable import ACTIONS, SMALL
+
+from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceError
+from dfqs_nb.core.paths import REPOSITORY, data_dir
+from dfqs_nb.gguf.shards import open_shards, shard_path
+from dfqs_nb.merge import copy as transfer
+from dfqs_nb.merge import holes
+from dfqs_nb.merge import merge as merging
+from dfqs_nb.merge.copy import Plan, journal_path, part_path, read_journal
+from dfqs_nb.merge.merge import manifest_path, merge, plan_merge
+from dfqs_nb.merge.repair import glued_shards, plan_join, repair
+
+NAME = "DFQS-Nano-IQ1_S-XL"
+SHARDS = [shard_path(data_dir() / "reference" / NAME, n, 2) for n in (1, 2)]
+RECORDED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.json").read_text())["models"][
+    "IQ1_S-XL"
+]
+CONSUMING = ["consume", "repair"]
+
+needs_holes = pytest.mark.skipif(
+    not holes.can_punch(tempfile.gettempdir()), reason="no holes on this file system"
+)
+consuming_actions = pytest.mark.parametrize("action", [pytest.param(a, marks=needs_holes) for a in CONSUMING])
+all_actions = pytest.mark.parametrize("action", ["merge", *consuming_actions.args[1]])
+
+
+@dataclass(frozen=True)
+class Case:
+    """An action on fresh files, and what it must end in."""
+
+    action: str
+    sources: tuple[Path, ...]
+    output: Path
+    plan: Plan
+
+    def run(self) -> str:
+        return ACTIONS[self.action](self.sources[0], self.output).sha256
+
+    @property
+    def done(self) -> bool:
+        return manifest_path(self.output).exists() and not journal_path(self.output).exists()
+
+    def start(self, at: int = 0, number: int = signal.SIGKILL) -> subprocess.Popen:
+        """The action in a process that sends itself the signal ``number`` at tick ``at``."""
+        job = {
+            "action": self.action,
+            "model": str(self.sources[0]),
+            "output": str(self.output),
+            "at": at,
+            "signal": int(number),
+        }
+        child = subprocess.Popen(
+            [
+                sys.executable,
+                str(Path(__file__).resolve().parents[2] / "support" / "killable.py"),
+                json.dumps(job),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TQDM_DISABLE": "1"},
+        )
+        assert child.stdout.readline() == "ready\n"
+        return child
+
+    def check_nothing_lost(self, whole: bytes) -> None:
+        """Each byte of the model is in the proven part of the part file, or still in its source."""
+        if (
+            self.output.exists()
+            and self.output.stat().st_size == len(whole)
+            and not part_path(self.output).exists()
+        ):
+            if self.output.read_bytes() == whole:
+                return
+        windows = [line["end"] for line in read_journal(self.output) if "end" in line]
+        done = max(windows, default=0)
+        assert not done or part_path(self.output).read_bytes()[:done] == whole[:done], "the part lost bytes"
+        files = [path.read_bytes() for path in self.sources]
+        for copy in self.plan.copies:
+            skip = min(max(done - copy.target_offset, 0), copy.nbytes)
+            here = files[copy.source][copy.source_offset + skip : copy.source_offset + copy.nbytes]
+            assert here == whole[copy.target_offset + skip : copy.target_offset + copy.nbytes], (
+                f"{copy.name} is neither in its source nor in the part"
+            )
+
+    def check_end(self, sha256: str) -> None:
+        assert sha256 == RECORDED["merged"] == hashlib.sha256(self.output.read_bytes()).hexdigest()
+        kept = {self.output, manifest_path(self.output)} | (
+            set(self.sources) if self.action == "merge" else set()
+        )
+        assert set(self.output.parent.iterdir()) == kept, "something was left, or is missing"
+        if self.action == "merge":
+            assert [path.read_bytes() for path in self.sources] == [path.read_bytes() for path in SHARDS]
+
+
+def new_case(action: str, folder: Path) -> Case:
+    folder.mkdir(exist_ok=True)
+    if action == "repair":
+        output = folder / "glued.gguf"
+        output.write_bytes(b"".join(path.read_bytes() for path in SHARDS))
+        return Case(action, (output,), output, plan_merge(glued_shards(output)))
+    if action == "join":
+        return Case(action, byte_parts_of(folder), folder / "out.gguf", plan_join(folder / "m.gguf.part1of3"))
+    sources = tuple(Path(shutil.copy(path, folder)) for path in SHARDS)
+    return Case(action, sources, folder / "out.gguf", plan_merge(open_shards(sources[0])))
+
+
+def byte_parts_of(folder: Path) -> tuple[Path, ...]:
+    """The merged model cut in three by bytes."""
+    whole = merge(SHARDS[0], folder / "m.gguf", progress=False)
+    raw, cut = whole.path.read_bytes(), (0, 2_000_001, 4_000_000, whole.nbytes)
+    whole.path.unlink()
+    manifest_path(whole.path).unlink()
+    parts = tuple(folder / f"m.gguf.part{n}of3" for n in (1, 2, 3))
+    for part, low, high in zip(parts, cut, cut[1:], strict=False):
+        part.write_bytes(raw[low:high])
+    return parts
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The reference model in 88 chunks and 22 or 44 windows."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(transfer, name, value)
+
+
+@pytest.fixture(scope="session")
+def whole(merged_reference) -> bytes:
+    return merged_reference.read_bytes()
+
+
+@cache
+def measure(action: str) -> tuple[int, float]:
+    """Ticks and seconds of an action when nothing happens to it."""
+    with tempfile.TemporaryDirectory() as folder:
+        child = new_case(action, Path(folder) / "f").start()
+        began = time.perf_counter()
+        return int(child.communicate()[0]), time.perf_counter() - began
+
+
+def kill_and_resume(action: str, seed: int, folder: Path, whole: bytes) -> None:
+    """Kill once or twice, at a random call or a random time, look for lost bytes, go on, and compare."""
+    ticks, seconds = measure(action)
+    draw = random.Random(f"{action} {seed}")
+    case = new_case(action, folder / "f")
+    for _ in range(draw.choice([1, 1, 2])):
+        by_call = draw.random() < 0.7
+        child = case.start(at=draw.randint(1, ticks) if by_call else 0)
+        try:
+            child.communicate(timeout=None if by_call else draw.uniform(0, seconds))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+        case.check_nothing_lost(whole)
+        assert child.returncode in (0, -signal.SIGKILL), "the child failed by itself"
+        if case.done:
+            break
+    case.check_end(RECORDED["merged"] if case.done else case.run())
+    shutil.rmtree(folder / "f")
+
+
+@all_actions
+@pytest.mark.parametrize("seed", range(8))
+def test_killed_at_a_random_point(action, seed, tmp_path, whole):
+    kill_and_resume(action, seed, tmp_path, whole)
+
+
+@pytest.mark.slow
+@all_actions
+def test_killed_at_100_random_points(action, tmp_path, whole):
+    for seed in range(1000, 1100):
+        kill_and_resume(action, seed, tmp_path, whole)
+
+
+@needs_holes
+def test_killed_join_of_byte_parts(tmp_path, whole):
+    """The first part keeps its header, by which the others are found again."""
+    case = half_done("join", tmp_path / "f")
+    case.check_nothing_lost(whole)
+    case.check_end(case.run())
+
+
+@all_actions
+def test_killed_within_the_last_calls(action, tmp_path, whole):
+    """Where the part takes its name, its hashes are kept, and sources and journal go."""
+    for back in (1, 3, 5, 8, 11, 14):
+        case = new_case(action, tmp_path / str(back))
+        case.start(at=measure(action)[0] - back).communicate()
+        case.check_nothing_lost(whole)
+        case.check_end(case.run())
+
+
+@all_actions
+@pytest.mark.parametrize("seed", range(4))
+def test_disk_full_at_a_random_call(action, seed, tmp_path, monkeypatch, small, whole):
+    case, calls = new_case(action, tmp_path / "f"), []
+    nth = random.Random(seed).randint(1, 88)
+    real = os.pwrite
+
+    def pwrite(*arguments):
+        calls.append(1)
+        if len(calls) >= nth:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(SpaceError, match="filled up"):
+            case.run()
+    case.check_nothing_lost(whole)
+    if action == "merge":
+        assert set(case.output.parent.iterdir()) == set(case.sources), "the partial output was left"
+    case.check_end(case.run())
+
+
+@consuming_actions
+@pytest.mark.parametrize("nth", [1, 2, 3, 30])
+def test_disk_too_full_for_a_whole_line_of_the_journal(action, nth, tmp_path, monkeypatch, small, whole):
+    """A short write is no written line: nothing may be released on its word."""
+    case, calls, real = new_case(action, tmp_path / "f"), [], transfer._locked
+
+    class Nearly:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            calls.append(1)
+            if len(calls) > nth:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data[:5] if len(calls) == nth else data)
+
+    @transfer.contextmanager
+    def locked(output, create=True):
+        with real(output, create) as file:
+            yield file and Nearly(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "_locked", locked)
+        with pytest.raises(SpaceError):
+            case.run()
+    case.check_nothing_lost(whole)
+    case.check_end(case.run())
+
+
+@needs_holes
+def test_consume_on_a_real_full_disk(tmp_path, monkeypatch, small, whole):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    if subprocess.run([*mount, "size=6200k", "none", str(disk)], check=False, capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk here")
+    try:
+        case = new_case("consume", disk / "f")
+        with pytest.raises(SpaceError, match="needs 67,"):
+            case.run()
+        monkeypatch.setattr(merging, "CONSUME_EXTRA_BYTES", 0)
+        monkeypatch.setattr(transfer, "CONSUME_WINDOW_BYTES", 1 << 20)
+        with pytest.raises(SpaceError, match="run the same command again"):
+            case.run()
+        case.check_nothing_lost(whole)
+        subprocess.run([*mount[:-1], "-o", "remount,size=20m", "none", str(disk)], check=True)
+        case.check_end(case.run())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# A source, or the call, is another one the second time.
+
+
+def half_done(action: str, folder: Path) -> Case:
+    """A case whose process was killed half-way."""
+    case = new_case(action, folder)
+    case.start(at=measure(action)[0] // 2).communicate()
+    assert any("end" in line for line in read_journal(case.output)), "killed too early to show anything"
+    return case
+
+
+@all_actions
+def test_changed_source_is_refused(action, tmp_path, whole):
+    case = half_done(action, tmp_path / "f")
+    path, before = case.sources[-1], case.sources[-1].stat()
+    os.utime(path, (1, 10_000_000_000))
+    with pytest.raises(IntegrityError, match="changed since its merge began"):
+        case.run()
+    if action == "merge":
+        assert set(case.output.parent.iterdir()) == set(case.sources)
+        return
+    case.check_nothing_lost(whole)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with path.open("ab") as file:
+        file.write(b"x")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DfqsError):
+        case.run()
+    os.truncate(path, before.st_size)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    case.check_nothing_lost(whole)
+    case.check_end(case.run())
+
+
+@needs_holes
+def test_unfinished_consuming_merge_is_safe_from_other_calls(tmp_path, whole):
+    """The part file is then the only place of some bytes: no other call on that output may touch it."""
+    case = half_done("consume", tmp_path / "f")
+    other = merge(SHARDS[0], tmp_path / "other.gguf", progress=False).path
+    for call in (
+        lambda: merge(case.sources[0], case.output, progress=False),
+        lambda: merge(other, case.output, progress=False),
+        lambda: merge(other, case.output, consume=True, progress=False),
+    ):
+        with pytest.raises(IntegrityError, match="is in the way"):
+            call()
+        case.check_nothing_lost(whole)
+    with pytest.raises(IntegrityError, match="has a hole"):
+        merge(case.sources[0], tmp_path / "f" / "second.gguf", progress=False)
+    assert other.exists()
+    case.check_end(case.run())
+
+
+def test_unfinished_plain_merge_gives_way(tmp_path, small):
+    case = half_done("merge", tmp_path / "f")
+    shards = [shard_path(data_dir() / "reference/DFQS-Nano-Q8_0", n, 2) for n in (1, 2)]
+    result = merge(shards[0], case.output, progress=False)
+    assert result.sha256 == hashlib.sha256(case.output.read_bytes()).hexdigest() != RECORDED["merged"]
+
+
+def test_validated_merge_of_other_shards_is_not_passed_off(tmp_path):
+    """Killed just before it took its name, then asked for something else."""
+    case = new_case("merge", tmp_path / "f")
+    for back in range(1, 40):
+        case.start(at=measure("merge")[0] - back).communicate()
+        if (lines := read_journal(case.output)) and "valid" in lines[-1]:
+            break
+    shard = shard_path(data_dir() / "reference/DFQS-Nano-Q8_0", 1, 2)
+    result = merge(shard, case.output, overwrite=True, progress=False)
+    assert result.sha256 == hashlib.sha256(case.output.read_bytes()).hexdigest() != RECORDED["merged"]
+
+
+@all_actions
+def test_lost_part_file_is_said_so(action, tmp_path):
+    case = half_done(action, tmp_path / "f")
+    os.truncate(part_path(case.output), 1000)
+    with pytest.raises(IntegrityError, match="shorter than its journal says"):
+        case.run()
+    if action == "merge":
+        case.check_end(case.run())
+    else:
+        assert journal_path(case.output).exists()
+
+
+@all_actions
+def test_longer_part_file_is_cut(action, tmp_path):
+    case = half_done(action, tmp_path / "f")
+    with part_path(case.output).open("ab") as file:
+        file.write(bytes(10_000_000))
+    case.check_end(case.run())
+
+
+@all_actions
+def test_torn_journal_counts_as_unwritten(action, tmp_path, whole):
+    case = half_done(action, tmp_path / "f")
+    with journal_path(case.output).open("ab") as file:
+        file.write(b'\0\0\0\n{"end":5753024,"xx')
+    case.check_nothing_lost(whole)
+    case.check_end(case.run())
+
+
+# Two at once.
+
+
+def stopped(case: Case, at: int) -> subprocess.Popen:
+    child = case.start(at=at, number=signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+    return child
+
+
+@all_actions
+def test_second_process_is_refused(action, tmp_path):
+    case = new_case(action, tmp_path / "f")
+    child = stopped(case, measure(action)[0] // 2)
+    try:
+        before = {path: path.read_bytes() for path in case.output.parent.iterdir()}
+        with pytest.raises(OutputError, match="another process is writing it"):
+            case.run()
+        if action == "consume":
+            with pytest.raises((OutputError, IntegrityError)):
+                replace(case, output=case.output.with_name("second.gguf")).run()
+        assert {path: path.read_bytes() for path in case.output.parent.iterdir()} == before
+    finally:
+        child.send_signal(signal.SIGCONT)
+    child.communicate()
+    assert child.returncode == 0
+    case.check_end(RECORDED["merged"])
+
+
+@needs_holes
+def test_shards_being_read_are_not_consumed(tmp_path):
+    case = new_case("merge", tmp_path / "f")
+    child = stopped(case, measure("merge")[0] // 2)
+    try:
+        with pytest.raises(OutputError, match="another process is merging this file"):
+            merge(case.sources[0], tmp_path / "second.gguf", consume=True, progress=False)
+    finally:
+        child.send_signal(signal.SIGCONT)
+    child.communicate()
+    case.check_end(RECORDED["merged"])
+
+
+# What must not be consumed.
+
+
+@consuming_actions
+def test_flipped_bit_releases_nothing(action, tmp_path, monkeypatch, small, whole):
+    case, real, calls = new_case(action, tmp_path / "f"), os.pwrite, []
+
+    def pwrite(handle, view, offset):
+        data = bytearray(view)
+        calls.append(offset)
+        if len(calls) == 40:
+            data[len(data) // 2] ^= 1
+        return real(handle, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(
+            IntegrityError, match="came back from the disk changed; nothing more was released"
+        ):
+            case.run()
+    done = max(line["end"] for line in read_journal(case.output) if "end" in line)
+    assert done <= calls[39], "the damaged window counts as done"
+    case.check_nothing_lost(whole)
+    case.check_end(case.run())
+
+
+def test_source_with_a_hole_is_refused(tmp_path):
+    case = new_case("consume", tmp_path / "f")
+    with case.sources[1].open("r+b") as file:
+        if not holes.punch(file.fileno(), 1 << 20, 1 << 21):
+            pytest.skip("no holes here")
+    with pytest.raises(IntegrityError, match="has a hole at byte 1,048,576"):
+        case.run()
+    assert set(case.output.parent.iterdir()) == set(case.sources)
+
+
+@pytest.mark.parametrize("action", CONSUMING)
+def test_no_holes_is_said_before_the_start(action, tmp_path, monkeypatch):
+    case = new_case(action, tmp_path / "f")
+    monkeypatch.setattr(holes, "can_punch", lambda _: False)
+    before = set(case.output.parent.iterdir())
+    with pytest.raises(OutputError, match="cannot give back parts of a file.*merge without consume"):
+        case.run()
+    assert set(case.output.parent.iterdir()) == before
+
+
+@needs_holes
+def test_hard_links_are_not_emptied(tmp_path):
+    case = new_case("consume", tmp_path / "f")
+    os.link(case.sources[1], tmp_path / "second-name.gguf")
+    with pytest.raises(OutputError, match="second name"):
+        case.run()
+    assert (tmp_path / "second-name.gguf").read_bytes() == SHARDS[1].read_bytes()
+
+
+@needs_holes
+def test_links_of_a_cache_go_with_what_they_point_to(tmp_path):
+    store, links = tmp_path / "blobs", tmp_path / "snapshot"
+    store.mkdir()
+    links.mkdir()
+    for path in SHARDS:
+        shutil.copy(path, store / path.name)
+        (links / path.name).symlink_to(store / path.name)
+    result = merge(links / SHARDS[0].name, tmp_path / "out.gguf", consume=True, progress=False)
+    assert result.sha256 == RECORDED["merged"]
+    assert not list(store.iterdir()) and not list(links.iterdir())
+
+
+@needs_holes
+def test_repair_in_place_of_a_link(tmp_path):
+    case = new_case("repair", tmp_path / "f")
+    link = tmp_path / "link.gguf"
+    link.symlink_to(case.output)
+    assert repair(link, in_place=True, progress=False).sha256 == RECORDED["merged"]
+    assert link.is_symlink() and link.read_bytes() == case.output.read_bytes()
+
+
+@needs_holes
+def test_output_under_another_spelling_is_not_removed(tmp_path):
+    """A killed in-place repair, finished by a call that names the file otherwise."""
+    case = new_case("repair", tmp_path / "f")
+    (tmp_path / "g").mkdir()
+    odd = replace(case, sources=(tmp_path / "g/../f/glued.gguf",))
+    odd.start(at=measure("repair")[0] - 9).communicate()
+    case.check_end(case.run())
+
+
+# How much disk it takes.
+
+
+@needs_holes
+@pytest.mark.parametrize("action", CONSUMING)
+def test_peak_extra_disk(action, tmp_path, monkeypatch):
+    """By blocks: at most 64 MiB and the header beyond what the sources held."""
+    paths, n_bytes = random_shards(tmp_path, tensors=(13, 6), tensor_bytes=9_000_000)
+    plan = plan_merge(open_shards(paths[0]))
+    expected = merge(paths[0], tmp_path / "expected.gguf", progress=False).sha256
+    output = tmp_path / "out.gguf"
+    if action == "repair":
+        output.write_bytes(b"".join(path.read_bytes() for path in paths))
+        for path in paths:
+            path.unlink()
+        paths = [output]
+    before, peak = blocks(paths), []
+
+    def sampled(real):
+        def call(*arguments):
+            result = real(*arguments)
+            peak.append(blocks([*paths, part_path(output)]))
+            return result
+
+        return call
+
+    for owner, name in ((os, "pwrite"), (holes, "punch"), (os, "fdatasync")):
+        monkeypatch.setattr(owner, name, sampled(getattr(owner, name)))
+    assert ACTIONS[action](paths[0], output).sha256 == expected
+    extra = max(peak) - before
+    assert extra <= (64 << 20) + len(plan.header), f"{extra:,} bytes of {n_bytes:,}"
+
+
+def blocks(paths: list[Path]) -> int:
+    """Bytes on the disk."""
+    return sum(path.stat().st_blocks * 512 for path in paths if path.exists())
+
+
+def random_shards(folder: Path, tensors: tuple[int, int], tensor_bytes: int) -> tuple[list[Path], int]:
+    """Two shards of random data in large tensors, not whole blocks long."""
+    draw, paths, total = random.Random(0), [], 0
+    for number, count in enumerate(tensors):
+        specs = [
+            Spec(
+                f"blk.{number}.{i}.weight",
+                "F32",
+                (tensor_bytes // 4 + i,),
+                data=draw.randbytes(tensor_bytes // 4 * 4 + 4 * i),
+            )
+            for i in range(count)
+        ]
+        fields = [field("general.architecture", "STRING", "x")] if number == 0 else []
+        paths.append(shard_path(folder / "m", number + 1, 2))
+        paths[-1].write_bytes(gguf_bytes([*fields, *split_fields(number, 2, sum(tensors))], specs))
+        total += paths[-1].stat().st_size
+    return paths, total

@@ -1,0 +1,320 @@
+"""Merging: byte-identical to llama.cpp's own tool, whole or not at all, and nothing lost on the way."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gguf_fixtures import Spec, field, gguf_bytes, split_fields, split_like_llama
+
+from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceError
+from dfqs_nb.core.files import check_sha256, sha256_each, sha256_of
+from dfqs_nb.core.paths import REPOSITORY, data_dir
+from dfqs_nb.gguf.header import check_layout, read_header
+from dfqs_nb.gguf.shards import open_shards, shard_path
+from dfqs_nb.llama import check
+from dfqs_nb.merge import copy as transfer
+from dfqs_nb.merge.merge import manifest_path, merge, plan_merge, segments
+from dfqs_nb.merge.merge import merge as merging
+from dfqs_nb.merge.verify import compare_tensors, tensor_hashes
+
+REFERENCE = data_dir() / "reference"
+RECORDED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.json").read_text())["models"]
+SHARD = {name: shard_path(REFERENCE / f"DFQS-Nano-{name}", 1, 2) for name in RECORDED}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[Path]:
+    return [Path(shutil.copy(shard_path(REFERENCE / "DFQS-Nano-IQ1_S-XL", n, 2), tmp_path)) for n in (1, 2)]
+
+
+def leftovers(folder: Path, *expected: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {path.name for path in expected}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_shipped_pair_merges_as_the_reference_tool_does(tmp_path, name):
+    result = merge(SHARD[name], tmp_path / "out.gguf", progress=False)
+    assert sha256(result.path) == result.sha256 == RECORDED[name]["merged"]
+    assert result.nbytes == result.path.stat().st_size == RECORDED[name]["bytes"]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("n_shards", ["2", "3", "7"])
+def test_splits_merge_as_the_reference_tool_does(tmp_path, merged_reference, name, n_shards):
+    recorded = RECORDED[name]["splits"][n_shards]
+    whole = (
+        merged_reference if name == "IQ1_S-XL" else merge(SHARD[name], tmp_path / "w", progress=False).path
+    )
+    paths = split_like_llama(whole, recorded["split_max_tensors"], tmp_path / "m")
+    assert [sha256(path) for path in paths] == recorded["shards"], "the fixture is not the tool's split"
+    assert merge(paths[-1], tmp_path / "out.gguf", progress=False).sha256 == recorded["merged"]
+
+
+def test_every_tensor_has_its_shards_bytes(tmp_path, merged_reference):
+    table = compare_tensors(merged_reference, SHARD["IQ1_S-XL"], progress=False)
+    assert len(table) == 126 and table["equal"].all()
+    damaged = Path(shutil.copy(merged_reference, tmp_path))
+    with damaged.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(b"\xa5")
+    table = compare_tensors(damaged, SHARD["IQ1_S-XL"], progress=False)
+    header = read_header(merged_reference)
+    assert table.index[~table["equal"]].to_list() == [header.tensors[-1].name] or (~table["equal"]).sum() == 1
+
+
+def test_manifest_holds_the_hashes(tmp_path):
+    result = merge(SHARD["IQ1_S-XL"], tmp_path / "out.gguf", progress=False)
+    kept = json.loads(manifest_path(result.path).read_text())
+    assert kept["sha256"] == result.sha256 and kept["file"] == "out.gguf"
+    assert kept["tensors"] == tensor_hashes(read_header(result.path), progress=False)
+    assert str(tmp_path) not in manifest_path(result.path).read_text(), "a path of this machine was kept"
+
+
+def test_llama_cpp_accepts_the_result(merged_reference):
+    verdict = check.parse(merged_reference)
+    assert verdict.accepted and verdict.n_tensors == 126
+
+
+def test_merging_a_merged_file_changes_nothing(tmp_path, merged_reference):
+    assert merge(merged_reference, tmp_path / "again.gguf", progress=False).sha256 == sha256(merged_reference)
+
+
+def test_one_dimensional_tails_and_alignment(tmp_path):
+    """Shapes with trailing ones, a zero-length array, and an alignment of 64 (see the module's note)."""
+    specs = [Spec("a", "F32", (3, 1, 1)), Spec("b", "Q8_0", (32, 5, 1, 1)), Spec("c", "F32", (1, 1))]
+    keys = [
+        field("general.architecture", "STRING", "x"),
+        field("general.alignment", "UINT32", 64),
+        field("none", "[STRING]", []),
+    ]
+    paths = [shard_path(tmp_path / "m", n, 2) for n in (1, 2)]
+    paths[0].write_bytes(gguf_bytes([*keys, *split_fields(0, 2, 3)], specs[:2], alignment=64))
+    paths[1].write_bytes(gguf_bytes([keys[1], *split_fields(1, 2, 3)], specs[2:], alignment=64))
+    header = read_header(merge(paths[0], tmp_path / "out.gguf", progress=False).path)
+    check_layout(header)
+    assert [t.shape for t in header.tensors] == [(3,), (32, 5), (1,)]
+    assert header["split.count"] == 0 and list(header)[-1] == "split.count"
+    data = header.path.read_bytes()[header.data_offset :]
+    assert [data[t.offset :][: t.nbytes] for t in header.tensors] == [spec.bytes() for spec in specs]
+
+
+def test_a_first_shard_without_tensors(tmp_path):
+    """As `llama-gguf-split --no-tensor-first-split` writes it: metadata and padding only."""
+    header = read_header(merge(SHARD["Q8_0"], tmp_path / "whole.gguf", progress=False).path)
+    kept = [header.raw[slice(*one.record)] for name, one in header.fields.items() if "split" not in name]
+    whole = header.path.read_bytes()
+    specs = [
+        Spec(t.name, t.type_code, t.shape, data=whole[header.data_offset + t.offset :][: t.nbytes])
+        for t in header.tensors
+    ]
+    first, second = (shard_path(tmp_path / "m", n, 2) for n in (1, 2))
+    lead = gguf_bytes([*kept, *split_fields(0, 2, 126)])
+    first.write_bytes(lead + bytes(-len(lead) % 32))
+    second.write_bytes(gguf_bytes(split_fields(1, 2, 126), specs))
+    assert len(lead) % 32, "the padding is what this tests"
+    assert merge(first, tmp_path / "out.gguf", progress=False).sha256 == RECORDED["Q8_0"]["merged"]
+
+
+def test_segments_cover_each_file():
+    shards = open_shards(SHARD["IQ1_S-XL"])
+    plan = plan_merge(shards)
+    totals = segments(shards, "merged").groupby("file", sort=False)["nbytes"].sum()
+    assert totals.to_list() == [*(path.stat().st_size for path in shards.paths), plan.nbytes]
+
+
+# Nothing is written over, nothing is left behind.
+
+
+def refused(
+    error: type[DfqsError], *words: str, output: Path, model: Path = SHARD["IQ1_S-XL"], **options
+) -> None:
+    before = output.read_bytes() if output.is_file() else None
+    kept = set(output.parent.iterdir()) if output.parent.is_dir() else set()
+    with pytest.raises(error) as caught:
+        merge(model, output, progress=False, **options)
+    for word in words:
+        assert word in str(caught.value), f"{word!r} not in: {caught.value}"
+    assert (output.read_bytes() if output.is_file() else None) == before
+    assert (set(output.parent.iterdir()) if output.parent.is_dir() else set()) == kept, "something was left"
+
+
+def test_existing_output_is_kept(tmp_path):
+    output = tmp_path / "out.gguf"
+    output.write_bytes(b"precious")
+    refused(OutputError, "exists already", "overwrite=True", output=output)
+    assert merge(SHARD["IQ1_S-XL"], output, overwrite=True, progress=False).sha256 == sha256(output)
+
+
+def test_output_may_not_be_a_shard(pair):
+    for output in pair:
+        refused(OutputError, "is one of the files", output=output, model=pair[0], overwrite=True)
+    link = pair[0].with_name("link.gguf")
+    link.symlink_to(pair[1])
+    refused(OutputError, "is one of the files", output=link, model=pair[0], overwrite=True)
+
+
+def test_folder_missing(tmp_path):
+    refused(OutputError, "the folder does not exist", output=tmp_path / "none" / "out.gguf")
+
+
+def test_no_space_is_seen_before_the_first_byte(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    refused(SpaceError, "needs 5,753,024 bytes", "1,000 are free", output=tmp_path / "out.gguf")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """The reference model in 88 chunks and 22 windows, not in 2 and 1."""
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(transfer, "WINDOW_BYTES", 1 << 18)
+
+
+@pytest.mark.parametrize("nth", [1, 5, 60])
+def test_no_space_on_the_way(tmp_path, monkeypatch, small_chunks, nth):
+    calls, real = [], os.pwrite
+
+    def pwrite(*arguments):
+        calls.append(1)
+        if len(calls) >= nth:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    refused(SpaceError, "filled up", "removed", output=tmp_path / "out.gguf")
+
+
+def test_no_space_on_a_real_full_disk(tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk here")
+    try:
+        refused(SpaceError, "needs 5,753,024 bytes", output=disk / "out.gguf")
+        monkeypatch.setattr(merging, "check_output", lambda *_, **__: None)
+        refused(SpaceError, "filled up", "removed", output=disk / "out.gguf")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_read_only_folder(tmp_path):
+    """As an ordinary user: root may write everywhere."""
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o555)
+    script = (
+        "import os, sys\n"
+        "from dfqs_nb.merge.merge import merge\n"
+        "from dfqs_nb.core.errors import OutputError\n"
+        "os.getuid() or os.setuid(65534)\n"
+        "try: merge(sys.argv[1], sys.argv[2], progress=False)\n"
+        "except OutputError as error: print(error)\n"
+    )
+    shards = [shutil.copy(path, tmp_path) for path in open_shards(SHARD["IQ1_S-XL"]).paths]
+    for place in (tmp_path, *tmp_path.parents):
+        if place.stat().st_uid == os.getuid() and place.is_relative_to("/tmp"):
+            place.chmod(place.stat().st_mode | 0o055)
+            if place.parent == Path("/tmp"):
+                break
+    folder.chmod(0o555)
+    ran = subprocess.run(
+        [sys.executable, "-c", script, shards[0], str(folder / "out.gguf")],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=False,
+    )
+    assert "cannot be written (Permission denied)" in ran.stdout, ran.stderr
+    assert list(folder.iterdir()) == []
+
+
+def test_second_process_on_one_output_is_refused(tmp_path):
+    output = tmp_path / "out.gguf"
+    with transfer._locked(output):
+        with pytest.raises(OutputError, match="another process is writing it"):
+            merge(SHARD["IQ1_S-XL"], output, progress=False)
+        assert transfer.journal_path(output).exists(), "the first one's work was removed"
+
+
+def test_stale_part_of_a_killed_merge_is_no_obstacle(tmp_path):
+    (tmp_path / ".out.gguf.part").write_bytes(os.urandom(9_000_000))
+    result = merge(SHARD["IQ1_S-XL"], tmp_path / "out.gguf", progress=False)
+    assert result.sha256 == RECORDED["IQ1_S-XL"]["merged"] == sha256(result.path)
+
+
+def test_bit_flipped_on_the_way_to_disk_is_caught(tmp_path, monkeypatch, small_chunks):
+    real, calls = os.pwrite, []
+
+    def pwrite(handle, view, offset):
+        calls.append(1)
+        data = bytearray(view)
+        if len(calls) == 40:
+            data[len(data) // 2] ^= 1
+        return real(handle, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    refused(IntegrityError, "came back from the disk changed", output=tmp_path / "out.gguf")
+
+
+def test_file_systems_without_direct_writes(tmp_path, monkeypatch, small_chunks):
+    """It is not there at all, or refused when it is used."""
+    real = os.pwrite
+
+    def pwrite(handle, view, offset):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & direct:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(handle, view, offset)
+
+    direct = getattr(os, "O_DIRECT", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        assert (
+            merge(SHARD["IQ1_S-XL"], tmp_path / "a", progress=False).sha256 == RECORDED["IQ1_S-XL"]["merged"]
+        )
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    result = merge(SHARD["IQ1_S-XL"], tmp_path / "b", progress=False)
+    assert result.sha256 == RECORDED["IQ1_S-XL"]["merged"] == sha256(result.path) == sha256(tmp_path / "a")
+
+
+def test_shard_cut_while_merging_is_caught(pair, tmp_path, monkeypatch):
+    real = merging.plan_merge
+
+    def plan_then_cut(shards):
+        os.truncate(pair[1], 900_000)
+        return real(shards)
+
+    monkeypatch.setattr(merging, "plan_merge", plan_then_cut)
+    output = tmp_path / "o"
+    with pytest.raises(IntegrityError, match="ended inside tensor"):
+        merge(pair[0], output, progress=False)
+    assert leftovers(tmp_path, *pair) == set()
+
+
+def test_shard_changed_while_merging_is_caught(pair, tmp_path, monkeypatch):
+    real = merging.validate
+    monkeypatch.setattr(merging, "validate", lambda *a: (real(*a), os.utime(pair[0], (1, 1))))
+    with pytest.raises(IntegrityError, match="changed since its merge began"):
+        merge(pair[0], tmp_path / "o", progress=False)
+    assert leftovers(tmp_path, *pair) == set()
+
+
+def test_published_hash(merged_reference):
+    check_sha256(merged_reference, RECORDED["IQ1_S-XL"]["merged"].upper(), progress=False)
+    with pytest.raises(IntegrityError, match="expected 0000"):
+        check_sha256(merged_reference, "0" * 64, progress=False)
+    whole = hashlib.sha256(merged_reference.read_bytes()).hexdigest()
+    assert sha256_of(merged_reference, progress=False) == whole
+    assert sha256_each([merged_reference] * 2, progress=False) == (whole, whole)

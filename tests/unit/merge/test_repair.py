@@ -1,0 +1,180 @@
+"""Repair of raw concatenations, splitting them again, joining byte parts, and taking files as they come."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from gguf_fixtures import split_like_llama
+
+from dfqs_nb.core.errors import DfqsError, OutputError
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf import broken as specimens
+from dfqs_nb.llama import check
+from dfqs_nb.merge.merge import manifest_path
+from dfqs_nb.merge.repair import (
+    contents,
+    glued_shards,
+    make_sound,
+    merge_any,
+    methods_table,
+    plan_any,
+    repair,
+    source_files,
+    split,
+)
+from dfqs_nb.merge.verify import compare_tensors
+
+RECORDED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.json").read_text())["models"][
+    "IQ1_S-XL"
+]
+MERGED = RECORDED["merged"]
+SUMS = dict(reversed(line.split()) for line in (data_dir() / "reference/SHA256SUMS").read_text().splitlines())
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def glued(tmp_path: Path) -> Path:
+    return specimens.glue(tmp_path)
+
+
+@pytest.fixture(params=["2", "3", "7"])
+def glued_any(request, tmp_path, merged_reference) -> Path:
+    (tmp_path / "s").mkdir()
+    shards = split_like_llama(
+        merged_reference, RECORDED["splits"][request.param]["split_max_tensors"], tmp_path / "s" / "m"
+    )
+    path = tmp_path / "glued.gguf"
+    path.write_bytes(b"".join(shard.read_bytes() for shard in shards))
+    return path
+
+
+def test_repair_gives_the_file_of_a_true_merge(glued_any, tmp_path):
+    before = sha256(glued_any)
+    result = repair(glued_any, tmp_path / "out.gguf", progress=False)
+    assert result.sha256 == sha256(result.path) == MERGED
+    assert sha256(glued_any) == before, "the damaged file is only read"
+
+
+def test_repair_in_place_gives_the_file_of_a_true_merge(glued_any):
+    size = glued_any.stat().st_size
+    result = repair(glued_any, in_place=True, progress=False)
+    assert result.path == glued_any and result.sha256 == sha256(glued_any) == MERGED
+    assert result.nbytes < size
+    assert {p.name for p in glued_any.parent.iterdir()} == {"s", "glued.gguf", manifest_path(glued_any).name}
+
+
+def test_shards_glued_in_the_wrong_order_are_repaired_too(tmp_path):
+    first, second = specimens.reference_shards().paths
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(second.read_bytes() + first.read_bytes())
+    assert repair(path, tmp_path / "out.gguf", progress=False).sha256 == MERGED
+
+
+def test_repaired_model_is_proven(glued):
+    repair(glued, in_place=True, progress=False)
+    assert compare_tensors(glued, specimens.reference_shards().paths[0], progress=False)["equal"].all()
+    assert check.parse(glued).accepted
+
+
+def test_split_gives_back_the_published_shards(glued, tmp_path):
+    (tmp_path / "shards").mkdir()
+    results = split(glued, tmp_path / "shards", progress=False)
+    published = [SUMS[path.name] for path in specimens.reference_shards().paths]
+    assert [result.sha256 for result in results] == published == [sha256(r.path) for r in results]
+    assert [r.path.name for r in results] == [f"{glued.stem}-0000{n}-of-00002.gguf" for n in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: p.write_bytes(specimens.reference_shards().paths[0].read_bytes()),
+        lambda p: p.write_bytes(b""),
+    ],
+    ids=["shard", "empty"],
+)
+def test_what_is_no_concatenation_is_refused(tmp_path, make):
+    path = tmp_path / "x.gguf"
+    make(path)
+    before = path.read_bytes()
+    for act in (lambda: repair(path, in_place=True), lambda: split(path), lambda: glued_shards(path)):
+        with pytest.raises(DfqsError) as caught:
+            act()
+        assert caught.value.hint
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_concatenation_that_lacks_its_end_is_refused_and_kept(glued):
+    os.truncate(glued, glued.stat().st_size - 1000)
+    with pytest.raises(DfqsError, match="short|cut"):
+        repair(glued, in_place=True, progress=False)
+    assert glued.exists() and len(list(glued.parent.iterdir())) == 1
+
+
+def test_the_target_must_be_said_once(glued, tmp_path):
+    for options in ({}, {"output": tmp_path / "o", "in_place": True}):
+        with pytest.raises(OutputError, match="say where"):
+            repair(glued, **options)
+    with pytest.raises(OutputError, match="is one of the files"):
+        repair(glued, glued, overwrite=True)
+
+
+def test_byte_parts_are_joined(tmp_path, merged_reference):
+    body = merged_reference.read_bytes()
+    parts = [tmp_path / f"m.gguf.part{n}of3" for n in (1, 2, 3)]
+    for part, start in zip(parts, (0, 2_000_000, 4_000_000), strict=True):
+        part.write_bytes(body[start : start + 2_000_000])
+    assert merge_any(parts[1], tmp_path / "out.gguf", progress=False).sha256 == MERGED
+    parts[2].unlink()
+    with pytest.raises(DfqsError, match="missing"):
+        merge_any(parts[0], tmp_path / "out2.gguf", progress=False)
+
+
+def test_make_sound_takes_what_comes(glued, tmp_path, merged_reference):
+    first = specimens.reference_shards().paths[0]
+    for number, model in enumerate((first, glued)):
+        assert make_sound(model, tmp_path / f"{number}.gguf", progress=False).sha256 == MERGED
+    alone = make_sound(merged_reference, tmp_path / "none.gguf", progress=False)
+    assert alone.path == merged_reference and alone.sha256 == MERGED and not (tmp_path / "none.gguf").exists()
+
+
+def test_source_files_and_contents_go_by_the_bytes(glued, tmp_path, merged_reference):
+    pair = specimens.reference_shards().paths
+    assert source_files(pair[1]) == pair and contents(pair).paths == pair
+    assert source_files(glued) == (glued,) and len(contents([glued]).headers) == 2
+    parts = [tmp_path / f"m.gguf.part{n}of2" for n in (1, 2)]
+    body = merged_reference.read_bytes()
+    for part, piece in zip(parts, (body[:3_000_000], body[3_000_000:]), strict=True):
+        part.write_bytes(piece)
+    assert source_files(parts[1]) == tuple(parts) and len(contents(parts).tensors) == 126
+
+
+def test_a_plan_says_what_would_be_written(glued):
+    plans = [plan_any(specimens.reference_shards().paths[1]), plan_any(glued)]
+    assert [plan.nbytes for plan in plans] == [RECORDED["bytes"]] * 2
+    assert [len(plan.sources) for plan in plans] == [2, 1]
+
+
+def test_make_sound_does_not_do_the_same_work_twice(tmp_path):
+    pair = [Path(shutil.copy(path, tmp_path)) for path in specimens.reference_shards().paths]
+    output = tmp_path / "out.gguf"
+    first = make_sound(pair[0], output, progress=False)
+    again = make_sound(pair[1], output, progress=False)
+    assert not first.reused and again.reused and again.sha256 == first.sha256
+    assert not make_sound(pair[0], output, fresh=True, progress=False).reused
+    os.utime(output, (1, 1))
+    assert not make_sound(pair[0], output, progress=False).reused, "the output was touched"
+    os.utime(pair[0], (1, 1))
+    assert not make_sound(pair[0], output, progress=False).reused, "a shard was touched"
+
+
+def test_methods_table_bounds_the_extra_disk():
+    table = methods_table(61_540_787_232, 6_000_000, {"merge, repair": "1.0"})
+    assert table["extra disk (bytes)"].iloc[-1] == (64 << 20) + 6_000_000
+    assert (table["extra disk (bytes)"].iloc[:3] == 61_540_787_232).all()
+    assert table["seconds here"].to_list() == ["not measured", "not measured", "1.0", "not measured"]

@@ -1,0 +1,182 @@
+"""Verification: what it proves, and which tensor it names when it cannot."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from llama_cpp_tools import Unavailable, tool
+
+from dfqs_nb.core.errors import IntegrityError, LayoutError
+from dfqs_nb.core.files import sha256_of
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf import models as registry
+from dfqs_nb.gguf.header import read_header
+from dfqs_nb.gguf.shards import shard_path
+from dfqs_nb.merge.merge import merge
+from dfqs_nb.merge.verify import hash_once, manifest_path, tensor_hashes, verify, write_manifest
+
+SHARDS = [shard_path(data_dir() / "reference/DFQS-Nano-IQ1_S-XL", n, 2) for n in (1, 2)]
+DATA = Path(__file__).resolve().parents[2] / "data"
+MERGED_SHA256 = json.loads((DATA / "merge_hashes.json").read_text())["models"]["IQ1_S-XL"]["merged"]
+RECORDED = DATA / "xxh64_reference.txt"  # what llama-gguf-hash --xxh64 printed, by the slow test below
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return merge(SHARDS[0], tmp_path / "model.gguf", progress=False).path
+
+
+@pytest.fixture
+def glued(tmp_path: Path) -> Path:
+    path = tmp_path / "glued.gguf"
+    path.write_bytes(b"".join(shard.read_bytes() for shard in SHARDS))
+    return path
+
+
+def damage(path: Path, tensor: str) -> None:
+    header = read_header(path)
+    found = next(t for t in header.tensors if t.name == tensor)
+    flip(path, header.data_offset + found.offset + found.nbytes // 2)
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+def recorded() -> dict[str, str]:
+    """Tensor to XXH64, from lines like ``xxh64  0123456789abcdef  model.gguf:token_embd.weight``."""
+    rows = [line.split() for line in RECORDED.read_text().splitlines()]
+    return {row[2].split(":", 1)[1]: row[1] for row in rows if len(row) == 3 and ":" in row[2]}
+
+
+def test_hashes_are_those_of_llama_gguf_hash(model):
+    assert len(recorded()) == 126
+    assert tensor_hashes(read_header(model), progress=False) == recorded()
+    assert hash_once(model, [read_header(model)], progress=False) == (MERGED_SHA256, recorded())
+
+
+@pytest.mark.slow
+def test_recorded_hashes_are_still_those_of_the_tool(model):
+    try:
+        program = tool("llama-gguf-hash")
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    ran = subprocess.run(
+        [str(program), "--xxh64", model.name], cwd=model.parent, capture_output=True, text=True, check=True
+    )
+    assert {tuple(line.split()[1:]) for line in ran.stdout.splitlines() if ":" in line} == {
+        (value, f"model.gguf:{name}") for name, value in recorded().items()
+    }
+
+
+def test_merged_model_passes_everything(model):
+    proof = verify(model, sha256=MERGED_SHA256.upper(), against=SHARDS[0], progress=False)
+    assert (proof.sha256, proof.tensors, proof.nbytes) == (MERGED_SHA256, recorded(), model.stat().st_size)
+    assert proof.compared == (
+        "its manifest",
+        "the tensors of its shards",
+        "the SHA-256 that was given",
+        "the SHA-256 in its manifest",
+    )
+    assert not proof.published and "was not tried" in proof.meaning[-1]
+
+
+def test_damaged_tensor_is_named(model):
+    damage(model, "blk.3.ffn_gate_exps.weight")
+    words = "1 of 126 tensors differ from its manifest: blk.3.ffn_gate_exps.weight; get it"
+    with pytest.raises(IntegrityError, match=words):
+        verify(model, progress=False)
+    manifest_path(model).unlink()
+    with pytest.raises(
+        IntegrityError, match="differ from the tensors of its shards: blk.3.ffn_gate_exps.weight"
+    ):
+        verify(model, against=SHARDS, progress=False)
+    with pytest.raises(IntegrityError, match="SHA-256 is .* the SHA-256 that was given is"):
+        verify(model, sha256=MERGED_SHA256, progress=False)
+
+
+def test_two_damaged_tensors_are_named(model):
+    damage(model, "token_embd.weight")
+    damage(model, "output_norm.weight")
+    with pytest.raises(
+        IntegrityError,
+        match="2 of 126 .*: token_embd.weight, output_norm.weight|2 of 126 .*: "
+        "output_norm.weight, token_embd.weight",
+    ):
+        verify(model, progress=False)
+
+
+def test_damaged_header_is_told_from_damaged_tensors(model):
+    header = read_header(model)
+    flip(model, header.fields["general.name"].value_start + 9)
+    with pytest.raises(IntegrityError, match="its tensors are those of its manifest, so header or padding"):
+        verify(model, progress=False)
+
+
+def test_cut_model(model):
+    with model.open("r+b") as file:
+        file.truncate(model.stat().st_size - 1000)
+    with pytest.raises(IntegrityError, match="its manifest says 5,753,024"):
+        verify(model, progress=False)
+    manifest_path(model).unlink()
+    with pytest.raises(LayoutError, match="short"):
+        verify(model, progress=False)
+
+
+def test_manifest_for_a_file_that_has_none(model):
+    before = json.loads(manifest_path(model).read_text())
+    manifest_path(model).unlink()
+    assert verify(model, progress=False).compared == ()
+    assert "compared with nothing" in verify(model, progress=False).meaning[0]
+    after = json.loads(write_manifest(model, progress=False).read_text())
+    assert after["tensors"] == before["tensors"] and after["sha256"] == before["sha256"]
+    damage(model, "output.weight")
+    with pytest.raises(IntegrityError, match="output.weight"):
+        verify(model, progress=False)
+
+
+def test_broken_manifest_is_said_so(model):
+    manifest_path(model).write_text("{")
+    with pytest.raises(IntegrityError, match="manifest.json: cannot be read"):
+        verify(model, progress=False)
+
+
+def test_shards_of_another_model(model):
+    with pytest.raises(IntegrityError, match="tensors differ from the tensors of its shards"):
+        verify(model, against=shard_path(data_dir() / "reference/DFQS-Nano-Q8_0", 1, 2), progress=False)
+
+
+def test_registered_shard_is_authentic(tmp_path):
+    shard = Path(shutil.copy(SHARDS[1], tmp_path))
+    proof = verify(shard, progress=False)
+    assert proof.published == f"{shard.name} of dfqs-nano-iq1_s-xl"
+    assert "its published SHA-256" in proof.compared and "authentic" in proof.meaning[1]
+    flip(shard, shard.stat().st_size - 500)
+    with pytest.raises(IntegrityError, match="its published SHA-256 is ed3cc"):
+        verify(shard, progress=False)
+
+
+def test_authentic_is_not_loadable(glued, monkeypatch):
+    """What the published hash of the DFQS 1.0 artifact proves: its file is glued together likewise."""
+    known = registry.ModelFile("DeepSeek.gguf", glued.stat().st_size, sha256_of(glued, progress=False))
+    artifact = registry.registered()["deepseek-v4-flash-iq1_s-xl-single"]
+    monkeypatch.setattr(registry, "models", lambda: {artifact.name: replace(artifact, files=(known,))})
+    proof = verify(glued, against=SHARDS[0], progress=False)
+    _, authentic, loads = proof.meaning
+    assert "byte for byte what was published as DeepSeek.gguf" in authentic
+    assert loads.startswith("yet it does not load: 2 shards glued together")
+    assert proof.tensors == recorded()
+
+
+def test_hash_once_reads_across_every_piece(model, monkeypatch):
+    from dfqs_nb.merge import verify as module
+
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4099)
+    assert hash_once(model, [read_header(model)], progress=False) == (MERGED_SHA256, recorded())

@@ -1,0 +1,212 @@
+"""The hardware envelope: what fits where, against llama.cpp's own plan and the published shapes."""
+
+from __future__ import annotations
+
+import json
+
+import gguf_fixtures
+import pytest
+
+from dfqs_nb.core.errors import DfqsError, RegistryError
+from dfqs_nb.gguf.broken import reference_shards
+from dfqs_nb.gguf.header import read_header
+from dfqs_nb.llama import settings
+from dfqs_nb.merge.merge import CONSUME_EXTRA_BYTES, plan_merge
+from dfqs_nb.report import envelope
+from dfqs_nb.report.envelope import (
+    DOES_NOT_FIT,
+    FITS,
+    GB,
+    NOT_KNOWN,
+    Machine,
+    envelope_tables,
+    hardware_envelope,
+    planned_compute,
+    published_envelope,
+    read_spec,
+)
+
+SMALL = Machine(16 * GB, 12 * GB, 100 * GB)
+LARGE = Machine(256 * GB, 200 * GB, 1000 * GB, vram_bytes=80 * GB)
+
+
+@pytest.fixture(scope="module")
+def flash_file(tmp_path_factory):
+    """The real shape with 129,280 distinct tokens, sparse, so that llama.cpp itself plans it."""
+    n = gguf_fixtures.REAL_TOKENS
+    kept = [one for one in gguf_fixtures.real_size_fields() if b"tokenizer." not in one[:24]]
+    vocabulary = [
+        gguf_fixtures.field(f"tokenizer.ggml.{name}", kind, value)
+        for name, kind, value in (
+            ("model", "STRING", "gpt2"),
+            ("pre", "STRING", "gpt-2"),
+            ("tokens", "[STRING]", [f"t{i}" for i in range(n)]),
+            ("token_type", "[INT32]", [1] * n),
+            ("merges", "[STRING]", ["t 1"]),
+        )
+    ]
+    tensors = gguf_fixtures.real_size_tensors()
+    path = tmp_path_factory.mktemp("flash") / "flash.gguf"
+    raw = gguf_fixtures.header_bytes(kept + vocabulary, tensors)
+    with path.open("wb") as file:
+        file.write(raw)
+        file.truncate(len(raw) + sum(tensor.nbytes + -tensor.nbytes % 32 for tensor in tensors))
+    return path
+
+
+def fit(found: dict, resource: str, limit: str, n_ctx: int) -> dict:
+    return next(
+        row
+        for row in found["fits"]
+        if (row["resource"], row["limit"], row["n_ctx"]) == (resource, limit, n_ctx)
+    )
+
+
+def test_the_recorded_compute_buffers_are_what_llama_cpp_plans_for_the_published_shapes(flash_file):
+    recorded = {int(n): row for n, row in read_spec("requirements")["envelope"]["published_compute"].items()}
+    planned = planned_compute(flash_file, recorded, settings.OpenSettings(n_threads=1))
+    assert planned.keys() == recorded.keys() == set(envelope.CONTEXTS)
+    for n_ctx, row in recorded.items():
+        assert planned[n_ctx] == pytest.approx(row, rel=1e-6)
+
+
+def test_header_and_published_shape_give_the_same_cache(flash_file):
+    own, published = hardware_envelope(read_header(flash_file), SMALL), published_envelope(SMALL)
+    for mine, theirs in zip(own["cache"], published["cache"], strict=True):
+        for key in ("n_ctx", "kv_bytes", "kv_swa_full_bytes"):
+            assert mine[key] == theirs[key]
+
+
+def test_the_classes_add_up_to_the_weights(flash_file, merged_reference):
+    for found in (
+        hardware_envelope(read_header(flash_file), SMALL),
+        published_envelope(SMALL),
+        hardware_envelope(read_header(merged_reference), SMALL),
+    ):
+        assert sum(row["bytes"] for row in found["weights"]) == found["weights_bytes"]
+
+
+def test_the_published_artifact_in_the_specifications_table():
+    found = published_envelope(SMALL)
+    assert fit(found, "RAM", "DFQS 1.0 minimum", 8192)["verdict"] == FITS
+    assert fit(found, "RAM", "DFQS 1.0 minimum", 1048576)["verdict"] == DOES_NOT_FIT
+    assert fit(found, "RAM", "DFQS 1.0 recommended", 1048576)["verdict"] == FITS
+    assert fit(found, "VRAM", "DFQS 1.0 minimum", 8192)["verdict"] == DOES_NOT_FIT
+    assert fit(found, "VRAM", "DFQS 1.0 minimum", 8192)["least_verdict"] == FITS
+    modes = {row["mode"]: row for row in found["storage"]}
+    assert modes["merge into a new file"]["DFQS 1.0 recommended"] == FITS
+    assert {row["DFQS 1.0 minimum"] for row in modes.values()} == {DOES_NOT_FIT}
+
+
+def test_flash_attention_brings_a_million_tokens_under_the_minimum():
+    assert (
+        fit(published_envelope(SMALL, flash_attn=True), "RAM", "DFQS 1.0 minimum", 1048576)["verdict"] == FITS
+    )
+
+
+def test_this_machine_decides_what_fits_here():
+    small, large = published_envelope(SMALL), published_envelope(LARGE)
+    assert fit(small, "RAM", "this machine", 8192)["verdict"] == DOES_NOT_FIT
+    assert fit(small, "RAM", "this machine", 8192)["least_verdict"] == FITS
+    assert fit(small, "VRAM", "this machine", 8192)["verdict"] == NOT_KNOWN
+    assert fit(large, "RAM", "this machine", 1048576)["verdict"] == FITS
+    assert fit(large, "VRAM", "this machine", 8192)["verdict"] == FITS
+    assert [row["this machine"] for row in small["storage"]] == [DOES_NOT_FIT, FITS, FITS]
+
+
+def test_without_the_compute_buffer_nothing_is_said_to_fit(merged_reference):
+    header = read_header(merged_reference)
+    found = hardware_envelope(header, LARGE)
+    assert {row["verdict"] for row in found["fits"]} == {NOT_KNOWN}
+    tiny = Machine(10**6, 10**6, 10**6)
+    assert fit(hardware_envelope(header, tiny), "RAM", "this machine", 8192)["verdict"] == DOES_NOT_FIT
+
+
+def test_with_llama_cpps_plan_the_reference_model_fits(merged_reference):
+    header = read_header(merged_reference)
+    compute = planned_compute(merged_reference, [8192, 65536], settings.OpenSettings(n_threads=1))
+    found = hardware_envelope(header, LARGE, compute=compute)
+    row = fit(found, "RAM", "this machine", 65536)
+    assert row["verdict"] == FITS and row["counted"].endswith("compute buffer as planned for the CPU")
+    assert row["need_bytes"] == found["weights_bytes"] + row["least_bytes"]
+    assert fit(found, "RAM", "this machine", 131072)["verdict"] == NOT_KNOWN
+
+
+def test_the_models_own_context_is_added_and_what_lies_beyond_is_marked(merged_reference):
+    rows = hardware_envelope(read_header(merged_reference), SMALL)["cache"]
+    assert [row["n_ctx"] for row in rows] == [8192, 32768, 65536, 131072, 1048576]
+    assert [row["within_model"] for row in rows] == [True, True, True, False, False]
+
+
+def test_a_cache_that_is_an_upper_bound_refuses_nothing_alone(tmp_path, monkeypatch, merged_reference):
+    from dfqs_nb.gguf.memory import KvCacheBytes
+
+    bound = KvCacheBytes({"k": 50 * GB, "v": 50 * GB}, "upper bound")
+    monkeypatch.setattr(envelope, "kv_cache_bytes", lambda *_, **__: bound)
+    compute = {8192: {"plain": 0, "flash": 0}}
+    found = hardware_envelope(read_header(merged_reference), SMALL, contexts=[8192], compute=compute)
+    assert fit(found, "RAM", "this machine", 8192)["verdict"] == NOT_KNOWN
+    assert fit(found, "RAM", "DFQS 1.0 recommended", 8192)["verdict"] == FITS
+
+
+def test_disk_by_mode_is_the_merge_modules_own_figure(merged_reference):
+    header = read_header(merged_reference)
+    plan = plan_merge(reference_shards())
+    rows = {row["mode"]: row for row in hardware_envelope(header, SMALL)["storage"]}
+    assert rows["merge into a new file"]["extra_bytes"] == plan.nbytes == header.file_size
+    big = published_envelope(SMALL)["storage"]
+    assert {row["extra_bytes"] for row in big if row["mode"] != "merge into a new file"} == {
+        CONSUME_EXTRA_BYTES
+    }
+
+
+def test_the_consuming_modes_count_the_header(flash_file):
+    header = read_header(flash_file)
+    rows = {row["mode"]: row for row in hardware_envelope(header, SMALL)["storage"]}
+    assert rows["repair --in-place"]["extra_bytes"] == CONSUME_EXTRA_BYTES + header.data_offset
+
+
+def test_a_file_that_is_here_needs_room_for_the_extra_only(flash_file):
+    narrow = Machine(16 * GB, 12 * GB, 1 * GB)
+    here = {
+        row["mode"]: row["this machine"]
+        for row in hardware_envelope(read_header(flash_file), narrow)["storage"]
+    }
+    assert list(here.values()) == [DOES_NOT_FIT, FITS, FITS]
+    assert {row["this machine"] for row in published_envelope(narrow)["storage"]} == {DOES_NOT_FIT}
+
+
+def test_shards_give_the_weights_of_the_merged_file(merged_reference):
+    shards = hardware_envelope(reference_shards().headers, SMALL)
+    merged = hardware_envelope(read_header(merged_reference), SMALL)
+    assert shards["weights_bytes"] == merged["weights_bytes"]
+    assert {r["class"]: r["bytes"] for r in shards["weights"]} == {
+        r["class"]: r["bytes"] for r in merged["weights"]
+    }
+
+
+def test_the_envelope_is_json_and_its_tables_come_from_it_alone(merged_reference):
+    found = json.loads(json.dumps(hardware_envelope(read_header(merged_reference), SMALL)))
+    tables = envelope_tables(found)
+    assert list(tables) == ["weights", "cache", "fits", "storage"]
+    assert tables["weights"]["MB"].sum() == pytest.approx(found["weights_bytes"] / 1e6)
+    assert set(tables["fits"].to_numpy().ravel()) <= {FITS, DOES_NOT_FIT, NOT_KNOWN}
+    assert len(tables["fits"]) == 2 * 7
+    assert "GB" in envelope_tables(published_envelope(SMALL))["weights"]
+
+
+def test_this_machine_is_measured_where_none_is_given(tmp_path):
+    here = envelope.this_machine(tmp_path / "not" / "yet")
+    assert 0 < here.available_bytes <= here.memory_bytes and here.disk_free_bytes > 0
+    assert published_envelope()["machine"]["memory_bytes"] == here.memory_bytes
+
+
+def test_something_else_is_refused():
+    with pytest.raises(DfqsError, match="not a hardware envelope"):
+        envelope_tables({"weights": []})
+
+
+def test_a_missing_table_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("DFQS_DATA", str(tmp_path))
+    with pytest.raises(RegistryError, match="restore it with git"):
+        read_spec("requirements")

@@ -1,0 +1,143 @@
+"""Reports ranked: within equal conditions only, and nothing left out in silence."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pandas as pd
+import pytest
+from report_builder import CONDITIONS, make_run
+
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.report import leaderboard as boards
+from dfqs_nb.report.leaderboard import leaderboard, markdown, write_leaderboard
+
+
+def other_conditions(**changes):
+    conditions = json.loads(json.dumps(CONDITIONS))
+    conditions["scores"] |= changes
+    return conditions
+
+
+def test_reports_are_ranked_by_score_and_have_their_intervals(tmp_path):
+    for name, skill in (("weak", -0.2), ("strong", 0.4), ("middle", 0.1)):
+        make_run(tmp_path / name, name.title(), skill=skill)
+    table = leaderboard(tmp_path)
+    assert list(table["run"]) == ["strong", "middle", "weak"] and list(table["place"]) == [1, 2, 3]
+    assert (table["reasoning_score_low"] < table["reasoning_score"]).all()
+    assert (table["reasoning_score"] < table["reasoning_score_high"]).all()
+    stated = json.loads((tmp_path / "strong" / "report.json").read_text())["metrics"]
+    assert table["failure_boundary_tokens"].iloc[0] == stated["failure_boundary_tokens"]
+
+
+def test_equal_scores_share_a_place(tmp_path):
+    make_run(tmp_path / "b", "One", created="2026-01-01")
+    make_run(tmp_path / "a", "One", created="2026-01-02")
+    make_run(tmp_path / "c", "Worse", skill=-0.4)
+    assert list(leaderboard(tmp_path)["place"]) == [1, 1, 3]
+
+
+def test_other_conditions_and_tiers_are_sections_of_their_own_with_places_of_their_own(tmp_path):
+    make_run(tmp_path / "a", "A")
+    make_run(tmp_path / "b", "B", skill=0.4, conditions=other_conditions(n_threads=8))
+    make_run(tmp_path / "c", "C", tier="standard")
+    make_run(tmp_path / "d", "D", skill=0.2)
+    table = leaderboard(tmp_path)
+    sections = table.groupby(["tier", "conditions"], sort=False)
+    assert len(sections) == 3 and table["tier"].iloc[0] == "standard"
+    assert all(list(group["place"]) == list(range(1, len(group) + 1)) for _, group in sections)
+    text = markdown(tmp_path, table)
+    assert len(re.findall("^## Tier", text, re.M)) == 3
+    assert "scores.n_threads (1 there, 8 here)" in text
+    assert text.count("is no measure of a large model") == 2, "both nano sections say so"
+
+
+def test_a_withheld_score_is_last_without_a_place_and_with_its_reason(tmp_path):
+    make_run(tmp_path / "a", "A", skill=-0.4)
+    make_run(tmp_path / "b", "B", skill=0.4, withheld={"reasoning_score": "3 of 40 items have a result"})
+    table = leaderboard(tmp_path)
+    assert list(table["run"]) == ["a", "b"] and pd.isna(table["place"].iloc[1])
+    text = markdown(tmp_path, table)
+    assert "| withheld |" in text and "- b: withheld: reasoning_score: 3 of 40 items have a result" in text
+
+
+def test_a_report_with_everything_withheld_is_still_listed(tmp_path):
+    names = (
+        "reasoning_score",
+        "code_score",
+        "context_stability_curve",
+        "failure_boundary_tokens",
+        "cpu_tokens_per_sec",
+    )
+    make_run(tmp_path / "a", "A", withheld=dict.fromkeys(names, "not run"))
+    table = leaderboard(tmp_path)
+    assert table["run"].tolist() == ["a"] and table["withheld"].iloc[0].count("not run") == 5
+    assert markdown(tmp_path, table).count("| withheld ") >= 4
+
+
+def test_what_cannot_be_read_or_was_edited_is_listed_with_its_reason(tmp_path):
+    make_run(tmp_path / "good", "Good")
+    for name in ("edited", "torn", "empty", "foreign"):
+        make_run(tmp_path / name, name.title())
+    edited = tmp_path / "edited" / "report.json"
+    edited.write_text(
+        re.sub(r'"reasoning_score": 0\.\d+', '"reasoning_score": 0.99', edited.read_text(), count=1)
+    )
+    torn = tmp_path / "torn" / "report.json"
+    torn.write_text(torn.read_text()[:500])
+    (tmp_path / "empty" / "report.json").write_text("")
+    (tmp_path / "foreign" / "report.json").write_text('{"hello": "world"}')
+    table = leaderboard(tmp_path)
+    bad = table[table["problem"] != ""]
+    assert list(bad["report"]) == [f"{name}/report.json" for name in ("edited", "empty", "foreign", "torn")]
+    assert bad["problem"].str.len().gt(5).all() and bad["place"].isna().all()
+    assert list(table[table["problem"] == ""]["run"]) == ["good"]
+    text = markdown(tmp_path, table)
+    assert all(f"- `{name}`: " in text for name in bad["report"])
+
+
+def test_a_copy_of_a_report_counts_once(tmp_path):
+    make_run(tmp_path / "a", "A")
+    shutil.copytree(tmp_path / "a", tmp_path / "z")
+    table = leaderboard(tmp_path)
+    assert list(table["report"]) == ["a/report.json", "z/report.json"]
+    assert table["problem"].tolist() == ["", "the same report as a/report.json"]
+
+
+def test_reports_gathered_in_one_folder_are_found_and_hidden_ones_are_not(tmp_path):
+    make_run(tmp_path / "runs" / "a", "A")
+    shutil.copy(tmp_path / "runs" / "a" / "report.json", tmp_path / "gathered.report.json")
+    shutil.copytree(tmp_path / "runs", tmp_path / ".cache" / "runs")
+    (tmp_path / "comparison.json").write_text("{}")
+    found = [path.relative_to(tmp_path).as_posix() for path in boards.find_reports(tmp_path)]
+    assert found == ["gathered.report.json", "runs/a/report.json"]
+
+
+def test_a_boundary_that_was_not_reached_and_a_busy_machine_are_marked(tmp_path):
+    make_run(tmp_path / "holds", "Holds", flat=0.99, contended=True)
+    make_run(tmp_path / "swept", "Swept", flat=0.0)
+    (tmp_path / "swept" / "sweep_row.json").write_text('{"beside": ["holds"]}')
+    table = leaderboard(tmp_path)
+    text = markdown(tmp_path, table)
+    assert table["contended"].all() and text.count("(contended)") == 2
+    assert "| over 1,024 |" in text and "(floor)" in text
+
+
+def test_an_empty_folder_gives_an_empty_table_and_a_missing_one_an_error(tmp_path):
+    table = leaderboard(tmp_path)
+    assert len(table) == 0 and list(table.columns) == list(boards.COLUMNS)
+    assert "No report counts here." in markdown(tmp_path, table)
+    with pytest.raises(DfqsError, match="no such folder"):
+        leaderboard(tmp_path / "none")
+
+
+def test_the_files_hold_the_table(tmp_path):
+    make_run(tmp_path / "a", "A|B")
+    table = leaderboard(tmp_path)
+    csv, text = write_leaderboard(tmp_path, table)
+    again = pd.read_csv(csv)
+    assert list(again.columns) == list(boards.COLUMNS) and again["model"].tolist() == ["A|B"]
+    assert "A\\|B" in text.read_text()
+    assert len(leaderboard(tmp_path)) == 1, "its own files are no reports"

@@ -1,0 +1,415 @@
+"""Reports side by side: what is refused, and whether the tests and intervals say what is so."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from math import comb
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from report_builder import CONDITIONS, make_run, reseal
+
+from dfqs_nb import stats
+from dfqs_nb.context import boundary as degradation
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.journal import Journal
+from dfqs_nb.report import compare as report_compare
+from dfqs_nb.report.compare import RETRIEVAL, compare_reports
+from dfqs_nb.scores.compare import ComparisonError
+
+LENGTHS = (64, 128, 256, 512, 1024)
+
+
+def rows(found, metric, model=None):
+    table = found.table[found.table["metric"] == metric]
+    return table[table["model"] == model].iloc[0] if model else table
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Two runs under equal conditions; the second is a little better at everything."""
+    return [make_run(tmp_path / "one", "One"), make_run(tmp_path / "two", "Two", skill=0.15, seed=3)]
+
+
+# ---- what comes out ----
+
+
+def test_two_reports_give_one_table_with_differences_intervals_and_tests(pair):
+    found = compare_reports(pair)
+    assert list(found.table["metric"].unique()) == [
+        "reasoning_score",
+        "code_score",
+        RETRIEVAL,
+        "failure_boundary_tokens",
+        "cpu_tokens_per_sec",
+    ]
+    assert list(rows(found, "code_score")["model"]) == ["One", "Two"]
+    for metric in ("reasoning_score", "code_score", RETRIEVAL):
+        base, row = rows(found, metric, "One"), rows(found, metric, "Two")
+        assert row["difference"] == pytest.approx(row["value"] - base["value"])
+        assert row["difference_low"] <= row["difference"] <= row["difference_high"]
+        assert row["low"] <= row["value"] <= row["high"] and row["p"] <= row["p_holm"] <= 1
+        assert math.isnan(base["difference"]) and base["reading"] == "baseline"
+    tested = found.table[found.table["p"].notna()]
+    assert stats.holm(list(tested["p"])) == list(tested["p_holm"])
+
+
+def test_scores_are_compared_as_the_item_level_comparison_does(pair):
+    found = compare_reports(pair)
+    items = [pd.read_csv(folder / "score_items.csv", dtype={"id": str}) for folder in pair]
+    for name, metric in (("nano-reasoning", "reasoning_score"), ("nano-code", "code_score")):
+        a, b = (one[one["set"] == name].set_index("id")["correct"] for one in items)
+        row = rows(found, metric, "Two")
+        assert row["p"] == stats.mcnemar(int((a & ~b).sum()), int((b & ~a).sum()))
+        stated = json.loads((pair[1] / "report.json").read_text())["metrics"][metric]
+        assert row["value"] == pytest.approx(stated)
+
+
+def test_three_reports_are_all_compared_with_the_first_and_corrected_together(tmp_path, pair):
+    third = make_run(tmp_path / "three", "Three", skill=-0.3, seed=5)
+    found = compare_reports([*pair, third])
+    assert found.table["p"].notna().sum() == 6
+    assert list(rows(found, RETRIEVAL)["model"]) == ["One", "Two", "Three"]
+    assert set(found.lengths["model"]) == {"Two", "Three"}
+    alone = compare_reports([pair[0], third])
+    assert rows(found, RETRIEVAL, "Three")["p"] == rows(alone, RETRIEVAL, "Three")["p"]
+    assert rows(found, RETRIEVAL, "Three")["p_holm"] >= rows(alone, RETRIEVAL, "Three")["p_holm"]
+
+
+def test_a_run_compared_with_a_copy_of_its_answers_shows_no_difference(tmp_path):
+    pair = [make_run(tmp_path / name, "Same", created=f"2026-01-0{n}") for n, name in ((1, "a"), (2, "b"))]
+    found = compare_reports(pair)
+    assert list(rows(found, "code_score")["model"]) == ["Same (a)", "Same (b)"]
+    tested = found.table[found.table["p"].notna()]
+    assert (tested["p"] == 1).all() and (tested["difference"] == 0).all()
+    assert rows(found, "failure_boundary_tokens", "Same (b)")["difference"] == 1
+
+
+def test_the_files_are_written_whole_and_say_what_was_found(pair, tmp_path):
+    found = compare_reports(pair)
+    written = report_compare.write_comparison(found, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in written)
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert text.startswith("# One against Two\n\nNano tier: ")
+    row = rows(found, "code_score", "Two")
+    assert f"{row['difference']:+.3f} [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]" in text
+    stored = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [one["label"] for one in stored["reports"]] == ["One", "Two"]
+    assert len(stored["table"]) == len(found.table) == len(pd.read_csv(tmp_path / "out" / "comparison.csv"))
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_markdown_table_keeps_its_columns(pair):
+    lines = [
+        line for line in report_compare.markdown(compare_reports(pair)).splitlines() if line.startswith("|")
+    ]
+    for _, block in itertools.groupby(lines, key=lambda line: line.count("|")):
+        assert len(list(block)) > 3
+
+
+def test_the_figure_has_every_model_and_its_boundary(tmp_path, pair):
+    third = make_run(tmp_path / "three", "Three", flat=0.98, seed=5)  # never falls: censored
+    found = compare_reports([*pair, third])
+    ax = report_compare.curves_overlaid(found)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["One", "Two", "Three"]
+    markers = [
+        line.get_marker() for line in ax.lines if line.get_ydata()[0] < 0 and len(line.get_ydata()) == 1
+    ]
+    assert markers.count("D") == 2 and ">" in markers
+    assert len(report_compare.scores_overlaid(found).containers) == 6
+    plt.close("all")
+
+
+# ---- what is refused ----
+
+
+def test_differing_conditions_are_refused_with_every_field(tmp_path, pair):
+    conditions = json.loads(json.dumps(CONDITIONS))
+    conditions["scores"]["n_ctx"], conditions["long_context"]["type_k"] = 4096, "q8_0"
+    other = make_run(tmp_path / "three", "Three", conditions=conditions)
+    with pytest.raises(ComparisonError) as caught:
+        compare_reports([*pair, other])
+    assert "three/report.json: long_context.type_k (f16 and q8_0), scores.n_ctx (1024 and 4096)" in str(
+        caught.value
+    )
+    assert "two/report.json" not in str(caught.value) and "--accept" not in str(caught.value)
+
+
+def test_only_a_chat_template_can_be_accepted_and_is_then_said_first(tmp_path):
+    conditions = json.loads(json.dumps(CONDITIONS))
+    conditions["scores"]["nano-reasoning"]["chat_template_sha256"] = "f" * 64
+    pair = [make_run(tmp_path / "one", "One"), make_run(tmp_path / "two", "Two", conditions=conditions)]
+    with pytest.raises(
+        ComparisonError, match="nano-reasoning.chat_template_sha256.*--accept chat_template_sha256"
+    ):
+        compare_reports(pair)
+    found = compare_reports(pair, accept=["chat_template_sha256"])
+    assert list(found.accepted) == ["scores.nano-reasoning.chat_template_sha256"]
+    assert "through its own chat template" in report_compare.markdown(found).split("\n| ")[0]
+    with pytest.raises(ComparisonError, match="a difference in scores.n_ctx cannot be accepted"):
+        compare_reports(pair, accept=["scores.n_ctx"])
+
+
+def test_tiers_never_mix(tmp_path, pair):
+    other = make_run(tmp_path / "three", "Three", tier="standard")
+    with pytest.raises(ComparisonError, match="tiers never mix: .*one.* is nano.*three.* is standard"):
+        compare_reports([pair[0], other])
+
+
+def test_one_report_or_one_twice_is_refused(tmp_path, pair):
+    with pytest.raises(ComparisonError, match="1 report given"):
+        compare_reports(pair[:1])
+    with pytest.raises(ComparisonError, match="given twice"):
+        compare_reports([pair[0], pair[0] / "report.json"])
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in pair[0].iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(ComparisonError, match="copy/report.json: the same report as .*one/report.json"):
+        compare_reports([pair[0], copy])
+
+
+def test_an_edited_report_is_refused(pair):
+    path = pair[1] / "report.json"
+    path.write_text(path.read_text().replace('"run": "two"', '"run": "three"'))
+    with pytest.raises(DfqsError):
+        compare_reports(pair)
+
+
+@pytest.mark.parametrize("name", ["score_items.csv", "long_context_items.jsonl"])
+def test_missing_or_edited_items_are_refused(pair, name):
+    path = pair[1] / name
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"False", b"True", 1).replace(b"false", b"true", 1))
+    with pytest.raises(ComparisonError, match=f"{name} is not the file that the report was made from"):
+        compare_reports(pair)
+    path.unlink()
+    with pytest.raises(ComparisonError, match=rf"the report's items are missing \({name}\)"):
+        compare_reports(pair)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "score_items.csv",
+            {b"wrong,False": b"correct,True"},
+            "its items give a reasoning_score of .* and the report says",
+        ),
+        (
+            "score_items.csv",
+            {b"False": b"True"},
+            "the grade of nano-reasoning/.* contradicts its column correct",
+        ),
+        (
+            "long_context_items.jsonl",
+            {b'"correct": false': b'"correct": true'},
+            "its items do not give the report's curve",
+        ),
+    ],
+)
+def test_items_that_do_not_give_the_reports_numbers_are_refused(pair, name, changes, message):
+    """Even where the report's hashes were made to agree."""
+    path = pair[1] / name
+    for old, new in changes.items():
+        path.write_bytes(path.read_bytes().replace(old, new))
+    reseal(pair[1], rehash=True)
+    with pytest.raises(ComparisonError, match=message):
+        compare_reports(pair)
+
+
+def test_different_questions_are_refused(tmp_path, pair):
+    other = make_run(tmp_path / "three", "Three", n_code=20)
+    with pytest.raises(ComparisonError, match="did not answer the same items"):
+        compare_reports([pair[0], other])
+
+
+# ---- what is not compared ----
+
+
+def test_a_withheld_metric_is_said_and_the_others_are_compared(tmp_path, pair):
+    other = make_run(tmp_path / "three", "Three", withheld={"code_score": "no sandbox on this machine"})
+    found = compare_reports([pair[0], other])
+    row = rows(found, "code_score", "Three")
+    assert row["reading"] == "not compared: Three withholds it (no sandbox on this machine)"
+    assert math.isnan(row["p"]) and "withheld" in report_compare.markdown(found)
+    assert rows(found, "reasoning_score", "Three")["p"] <= 1
+    row = rows(compare_reports([other, pair[0]]), "code_score", "One")
+    stated = json.loads((pair[0] / "report.json").read_text())["metrics"]["code_score"]
+    assert row["value"] == stated and math.isnan(row["difference"]), "its own value is shown all the same"
+
+
+@pytest.mark.parametrize(
+    "metric", ["context_stability_curve", "failure_boundary_tokens", "cpu_tokens_per_sec"]
+)
+def test_any_metric_may_be_withheld_on_either_side(tmp_path, pair, metric):
+    other = make_run(tmp_path / "three", "Three", withheld={metric: "not run"})
+    for reports in ([pair[0], other], [other, pair[0]]):
+        found = compare_reports(reports)
+        assert "not compared: " in "".join(found.table["reading"]) and "not run" in report_compare.markdown(
+            found
+        )
+        plt.close(report_compare.figure(found))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"contended": True}, "the machine was busy when Three was timed"),
+        ({"machine": {"processor": "another"}}, "measured on different machines (processor: "),
+        ({"machine": {"usable cores": 64}}, "measured on different machines (usable cores: "),
+    ],
+)
+def test_speeds_are_compared_only_where_they_are_of_one_kind(tmp_path, pair, change, reason):
+    other = make_run(tmp_path / "three", "Three", **change)
+    row = rows(compare_reports([pair[0], other]), "cpu_tokens_per_sec", "Three")
+    assert row["reading"].startswith(f"not compared: {reason}") and math.isnan(row["difference"])
+    row = rows(compare_reports(pair), "cpu_tokens_per_sec", "Two")
+    assert row["difference_low"] <= row["difference"] <= row["difference_high"]
+
+
+def test_a_speed_taken_beside_another_row_of_a_sweep_is_not_compared(pair):
+    (pair[1] / "sweep_row.json").write_text(json.dumps({"beside": ["another"]}))
+    reading = rows(compare_reports(pair), "cpu_tokens_per_sec", "Two")["reading"]
+    assert reading == "not compared: Two ran beside another in a sweep"
+
+
+def test_boundaries_that_were_not_reached_bound_the_ratio_from_one_side(tmp_path):
+    falls, holds, also = (
+        make_run(tmp_path / name, name.title(), **change)
+        for name, change in (("falls", {}), ("holds", {"flat": 0.98}), ("also", {"flat": 0.99, "seed": 9}))
+    )
+    row = rows(compare_reports([falls, holds]), "failure_boundary_tokens", "Holds")
+    assert (
+        row["reading"].startswith("at least") and row["difference"] > 1 and row["difference_high"] == math.inf
+    )
+    row = rows(compare_reports([holds, falls]), "failure_boundary_tokens", "Falls")
+    assert row["reading"].startswith("at most") and row["difference"] < 1 and row["difference_low"] == 0
+    row = rows(compare_reports([holds, also]), "failure_boundary_tokens", "Also")
+    assert row["reading"].startswith("neither") and math.isnan(row["difference"])
+
+
+def test_a_model_at_chance_has_no_boundary_to_compare(tmp_path, pair):
+    lost = make_run(tmp_path / "lost", "Lost", flat=0.0)
+    row = rows(compare_reports([pair[0], lost]), "failure_boundary_tokens", "Lost")
+    assert row["reading"] == "not compared: Lost does no better than chance"
+
+
+def test_a_journal_of_several_runs_gives_the_reports_own(pair):
+    path = pair[1] / "long_context_items.jsonl"
+    before = compare_reports(pair).table
+    other = Journal(path, {"another": "run"})
+    other.add(
+        "0/64/key",
+        haystack=0,
+        length=64,
+        planned=True,
+        task="pass key",
+        question="key",
+        depth=0.5,
+        expected="x",
+        answer="x",
+        correct=True,
+        n_prompt=60,
+        n_needles=1,
+        n_evaluated=61,
+        seconds=0.1,
+    )
+    reseal(pair[1], rehash=True)
+    pd.testing.assert_frame_equal(compare_reports(pair).table, before)
+
+
+def test_questions_with_other_answers_are_not_paired(tmp_path, pair):
+    """Tokenizers of their own give texts of their own; only equal keys with equal answers are one question."""
+    other = make_run(tmp_path / "three", "Three", expected="another {}")
+    found = compare_reports([pair[0], other])
+    assert (
+        rows(found, RETRIEVAL, "Three")["reading"] == "not compared: the two were asked no question in common"
+    )
+    assert not len(found.lengths)
+
+
+# ---- the statistics ----
+
+
+def contexts(change):
+    """Two frames of answers in which haystack i differs by change[i] questions of 8."""
+    both = ([], [])
+    for haystack, delta in enumerate(change):
+        for number in range(8):
+            right = (number < 4, number < 4 + delta)
+            for frame, correct in zip(both, right, strict=True):
+                frame.append(
+                    {"haystack": haystack, "length": 64, "question": f"q{number}", "correct": correct}
+                )
+    return tuple(pd.DataFrame(frame) for frame in both)
+
+
+def test_the_flip_test_is_the_exact_sign_test_where_all_differences_are_alike():
+    a, b = contexts([1, 1, 1, 1, 1, 1, -1, 0, 0])
+    n, fewer = 7, 1
+    assert report_compare._flip_test(a, b, 0) == pytest.approx(
+        2 * sum(comb(n, k) for k in range(fewer + 1)) / 2**n
+    )
+    assert report_compare._flip_test(a, a, 0) == 1
+    many = contexts([1] * 20)
+    assert report_compare._flip_test(*many, 0) < 1e-4
+
+
+def test_the_flip_test_rejects_no_more_often_than_it_should():
+    draw, rejected = np.random.default_rng(7), 0
+    for _ in range(400):
+        change = draw.integers(-2, 3, 10)
+        rejected += report_compare._flip_test(*contexts(change), 0) < 0.05
+    assert rejected / 400 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
+
+
+def test_the_ratios_interval_covers_the_truth():
+    """Two models of equal ability, drawn afresh: the true ratio is 1."""
+    draw, covered, n = np.random.default_rng(11), 0, 120
+    for _ in range(n):
+        runs = []
+        for _ in range(2):
+            records = [
+                {
+                    "haystack": h,
+                    "length": length,
+                    "planned": True,
+                    "question": "key",
+                    "expected": "x",
+                    "correct": bool(draw.random() < 1 / (1 + (length / 300) ** 2.5)),
+                }
+                for h in range(15)
+                for length in LENGTHS
+            ]
+            items = pd.DataFrame(records)
+            found = degradation.quality_boundary(degradation.Counts.of(items), n_boot=50)
+            report = {
+                "metrics": {"failure_boundary_tokens": found.tokens},
+                "details": {"failure_boundary_tokens": found.as_dict()},
+            }
+            runs.append(report_compare.RunItems("m", Path("r"), report, (), items))
+        _, low, high = report_compare.boundary_ratio(*runs, n_boot=300)
+        covered += low <= 1 <= high
+    assert covered / n >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / n)
+
+
+def test_a_runtime_failure_caps_the_boundary_in_every_draw(tmp_path, pair):
+    stopped = make_run(tmp_path / "stopped", "Stopped", flat=0.99, failure=("oom", 2048))
+    found = compare_reports([pair[0], stopped])
+    row = rows(found, "failure_boundary_tokens", "Stopped")
+    assert row["value"] == 2048 and math.isfinite(row["difference_high"])
+    assert "2,048" in report_compare.markdown(found) and "(oom)" in report_compare.markdown(found)
+
+
+def test_the_hash_of_items_is_of_their_bytes(pair):
+    report = json.loads((pair[0] / "report.json").read_text())
+    for group in report["items"].values():
+        for one in group:
+            assert hashlib.sha256((pair[0] / one["file"]).read_bytes()).hexdigest() == one["sha256"]

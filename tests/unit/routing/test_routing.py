@@ -1,0 +1,252 @@
+"""The recorder against a plain reading of every router node and against the published formulas; traces on disk."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import tracemalloc
+
+import moe_models
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from llama_cpp_tools import Unavailable, tool
+from moe_models import ARCHITECTURES, VOCAB, PlainReader, choose, write_model
+from test_memory import smollm2
+
+from dfqs_nb.core.errors import ModelError
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.llama.model import ContextFullError, open_model
+from dfqs_nb.llama.settings import OpenSettings, default_context_params
+from dfqs_nb.routing.trace import (
+    RecordedModel,
+    Recorder,
+    RoutingError,
+    Schedule,
+    load_trace,
+    open_recorded,
+    record,
+    require_routed,
+)
+
+NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
+# batches that do not divide the text, micro-batches that do not divide a batch, then decode
+SETTINGS = OpenSettings(n_ctx=256, n_threads=1, n_batch=32, n_ubatch=7)
+MIXED = Schedule(prefill=45)
+TOKENS = np.random.default_rng(1).integers(0, VOCAB, 60).tolist()
+
+
+def recorded(path, tokens=TOKENS, schedule=MIXED, settings=SETTINGS):
+    with open_recorded(path, settings, probe=False) as model:
+        return record(model, tokens, schedule)
+
+
+def read_plainly(path, tokens=TOKENS, schedule=MIXED) -> PlainReader:
+    reader = PlainReader()
+    with default_context_params(cb_eval=reader.callback):
+        model = open_model(path, SETTINGS, trial=False)
+    with model:
+        for calls in schedule.parts(len(tokens), SETTINGS.n_batch):
+            for call in calls:
+                RecordedModel(model, None).feed(tokens[call.start : call.stop])
+    return reader
+
+
+def last_weights(reader: PlainReader, layer: int) -> np.ndarray:
+    """What multiplies the experts' outputs: the last node that build_moe_ffn makes of the weights."""
+    for kind in ("weights_scaled", "weights_norm", "weights_softmax", "weights"):
+        if f"{kind}-{layer}" in reader.found:
+            return reader.rows(kind, layer)
+    raise LookupError(layer)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def tiny(request, tmp_path_factory):
+    path = write_model(request.param, tmp_path_factory.mktemp("moe"))
+    return request.param, path, recorded(path), read_plainly(path)
+
+
+def test_every_architecture_is_read_as_the_plain_reader_reads_it(tiny):
+    arch, _, trace, plain = tiny
+    assert trace.layers.tolist() == list(range(moe_models.LEAD.get(arch, 0), moe_models.LAYERS))
+    assert trace.n_experts == moe_models.EXPERTS and not trace.hashed.any()
+    for column, layer in enumerate(trace.layers):
+        np.testing.assert_array_equal(trace.experts[:, column], plain.rows("topk", layer))
+        np.testing.assert_allclose(trace.weights[:, column], last_weights(plain, layer), rtol=1e-3)
+
+
+def test_every_architecture_chooses_as_its_formula_says(tiny):
+    arch, path, trace, plain = tiny
+    biases = {t.name: t.data for t in GGUFReader(path).tensors if "exp_probs_b" in t.name}
+    for column, layer in enumerate(trace.layers):
+        logits = plain.rows("probs" if arch == "gpt-oss" else "logits", layer)
+        experts, weights, margin = choose(arch, logits, biases.get(f"blk.{layer}.exp_probs_b.bias", 0.0))
+        np.testing.assert_array_equal(trace.experts[:, column], experts)
+        np.testing.assert_allclose(trace.weights[:, column], weights, rtol=2e-3)
+        np.testing.assert_allclose(trace.margin[:, column], margin, atol=2e-6)
+
+
+@pytest.fixture(scope="module")
+def nano():
+    tokens = np.random.default_rng(2).integers(0, 700, 60).tolist()
+    return tokens, recorded(NANO, tokens), read_plainly(NANO, tokens)
+
+
+def test_deepseek4_hash_layers_follow_the_table_and_have_no_margin(nano, merged_reference):
+    tokens, trace, _ = nano
+    table = next(t.data for t in GGUFReader(merged_reference).tensors if "tid2eid" in t.name)
+    assert trace.hashed.tolist() == [True, False, False, False]
+    np.testing.assert_array_equal(trace.experts[:, 0], np.asarray(table).reshape(-1, 2)[tokens])
+    assert np.isnan(trace.margin[:, 0]).all() and (trace.margin[:, 1:] >= 0).all()
+
+
+def test_deepseek4_scores_are_sqrt_softplus_with_a_bias(nano, merged_reference):
+    _, trace, plain = nano
+    biases = {t.name: t.data for t in GGUFReader(merged_reference).tensors if "exp_probs_b" in t.name}
+    for layer in (1, 2, 3):
+        scores = np.sqrt(np.log1p(np.exp(plain.rows("logits", layer).astype(float))))
+        biased = scores + biases[f"blk.{layer}.exp_probs_b.bias"]
+        order = np.argsort(-biased, axis=1)[:, :3]
+        ranked = np.take_along_axis(biased, order, axis=1)
+        np.testing.assert_allclose(trace.margin[:, layer], ranked[:, 1] - ranked[:, 2], atol=1e-5)
+        np.testing.assert_array_equal(trace.experts[:, layer], order[:, :2])
+        np.testing.assert_array_equal(trace.experts[:, layer], plain.rows("topk", layer))
+        np.testing.assert_allclose(trace.weights[:, layer], last_weights(plain, layer), rtol=1e-3)
+
+
+def test_decode_through_known_addresses_equals_decode_by_name():
+    """Long enough that compressed caches fill and the graph changes on the way; prefill comes in between."""
+    tokens = np.random.default_rng(3).integers(0, 700, 200).tolist()
+    with open_recorded(NANO, SETTINGS, probe=False) as model:
+        first = record(model, tokens, Schedule(0))
+        record(model, tokens, Schedule())
+        again = record(model, tokens, Schedule(0))
+    reader = read_plainly(NANO, tokens, Schedule(0))
+    for layer in range(4):
+        np.testing.assert_array_equal(first.experts[:, layer], reader.rows("topk", layer))
+    np.testing.assert_array_equal(first.margin, again.margin)
+    np.testing.assert_array_equal(first.logits.digest, again.logits.digest)
+
+
+def test_logits_and_output_are_those_of_the_model_alone():
+    tokens = np.random.default_rng(4).integers(0, 700, 40).tolist()
+    with open_recorded(NANO, SETTINGS, probe=False) as model:
+        trace = record(model, tokens, Schedule(), n_output=6)
+    with open_model(NANO, SETTINGS, trial=False) as model:
+        logits, answer = model.evaluate(tokens), []
+        while len(answer) < 6 and not model.ends(int(logits.argmax())):
+            answer.append(int(logits.argmax()))
+            logits = model.evaluate(answer[-1:])
+    assert trace.logits.best[-1] == (answer[0] if answer else trace.logits.best[-1])
+    assert trace.output.tolist() == answer
+
+
+def test_a_context_that_is_too_small_is_an_error():
+    with open_recorded(NANO, SETTINGS, probe=False) as model, pytest.raises(ContextFullError):
+        record(model, [5] * 300)
+
+
+def test_a_trace_survives_the_disk(tmp_path, nano):
+    _, trace, _ = nano
+    found = load_trace(trace.save(tmp_path / "trace.npz", key="k"))
+    for name in ("tokens", "layers", "hashed", "experts", "weights", "margin", "output"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(trace, name))
+    np.testing.assert_array_equal(found.logits.digest, trace.logits.digest)
+    assert found.conditions == trace.conditions and found.n_experts == 16
+    assert found.conditions["n_ubatch"] == 7 and found.conditions["model"]["architecture"] == "deepseek4"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04", b"x" * 99])
+def test_a_file_that_is_no_trace_is_an_error(tmp_path, content):
+    path = tmp_path / "trace.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RoutingError, match="not a routing trace"):
+        load_trace(path)
+
+
+def test_a_dense_model_has_no_routed_experts_but_logits():
+    trace = recorded(smollm2(), schedule=Schedule(50), settings=OpenSettings(n_ctx=256, n_threads=1))
+    assert trace.experts.shape == (60, 0, 0) and len(trace.logits.digest) == 60
+    with pytest.raises(ModelError, match="no routed experts here"):
+        require_routed(trace)
+
+
+def stage(recorder: Recorder, layer: int, ids: np.ndarray, scores: np.ndarray) -> None:
+    """Hand the recorder what llama.cpp would, without a bias."""
+    raw = ids.astype(np.int32).tobytes() + scores.astype(np.float32).tobytes()
+    at = recorder._reserve(len(raw))
+    ctypes.memmove(recorder._address + at, raw, len(raw))
+    recorder._staged[layer].append((at, len(ids), 4 * ids.size))
+
+
+def fill(recorder: Recorder, n_tokens: int, n_layers: int, k: int, n_experts: int, step: int = 256) -> None:
+    """A long run in which the first k experts lead."""
+    recorder.reset()
+    recorder._shape, recorder._staged = (k, n_experts), {layer: [] for layer in range(n_layers)}
+    recorder._hashed = recorder._biased = dict.fromkeys(range(n_layers), False)
+    ids = np.tile(np.arange(k), (step, 1))
+    scores = np.tile(np.linspace(1, 0, n_experts), (step, 1))
+    for _ in range(0, n_tokens, step):
+        recorder.begin(step)
+        for layer in range(n_layers):
+            stage(recorder, layer, ids, scores)
+            recorder._rows[layer] = recorder._expected
+        recorder.end()
+
+
+@pytest.mark.parametrize("n_tokens", [4096, pytest.param(100_096, marks=pytest.mark.slow)])
+def test_memory_grows_with_tokens_layers_and_k_only(n_tokens):
+    recorder = Recorder()
+    tracemalloc.start()
+    fill(recorder, n_tokens, 43, 6, 256)
+    arrays = recorder.arrays()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    kept = sum(arrays[name].nbytes for name in ("experts", "weights", "margin"))
+    assert kept == n_tokens * 43 * (6 * 1 + 6 * 2 + 4)
+    assert peak < 3 * kept + 128e6, f"{peak / 1e6:.0f} MB"
+    assert peak < 1e9
+    assert arrays["experts"].dtype == np.uint8 and (arrays["margin"] > 0).all()
+
+
+def test_scores_that_contradict_the_choice_are_an_error():
+    recorder = Recorder()
+    recorder.begin(1)
+    recorder._shape, recorder._staged, recorder._rows = (1, 2), {0: []}, {0: 1}
+    recorder._hashed = recorder._biased = {0: False}
+    stage(recorder, 0, np.array([[1]]), np.array([[0.9, 0.1]]))
+    with pytest.raises(RoutingError, match="do not score highest"):
+        recorder.arrays()
+
+
+def test_a_layer_that_was_not_heard_is_an_error():
+    recorder = Recorder()
+    recorder.begin(2)
+    recorder._rows = {3: 1}
+    with pytest.raises(RoutingError, match="layer 3 routed 1 of 2 tokens"):
+        recorder.end()
+
+
+@pytest.mark.slow
+def test_llama_cpps_own_random_models_are_read_as_the_plain_reader_reads_them(tmp_path):
+    """2 experts of 2: nothing to choose, but other tensor layouts, such as merged gate and up weights."""
+    try:
+        program = tool("test-llama-archs")
+    except Unavailable as error:
+        pytest.skip(str(error))
+    wanted = "qwen3moe|olmoe|granitemoe|deepseek2|gpt-oss|glm4moe|bailingmoe2|llama|grovemoe"
+    subprocess.run([program, "-a", f"^({wanted})$", "-s", "7", "-o", str(tmp_path)], check=True, timeout=600)
+    paths = sorted(tmp_path.glob("*-moe.gguf"))
+    assert len(paths) == 9
+    for path in paths:
+        if path.name.startswith("grovemoe"):  # asks a second router a layer
+            with pytest.raises(RoutingError, match="of 32 tokens"):
+                recorded(path)
+            continue
+        trace, plain = recorded(path), read_plainly(path)
+        for column, layer in enumerate(trace.layers):
+            np.testing.assert_array_equal(trace.experts[:, column], plain.rows("topk", layer))
+            np.testing.assert_allclose(trace.weights[:, column], last_weights(plain, layer), rtol=2e-3)
+    shutil.rmtree(tmp_path)

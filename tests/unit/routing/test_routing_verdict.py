@@ -1,0 +1,348 @@
+"""Comparison, verdict and experiment: counted by hand, held to published bounds, and shown a planted fault."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_memory import smollm2
+
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf.header import read_header
+from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.routing import experiment as routing_experiment
+from dfqs_nb.routing import verdict as routing_verdict
+from dfqs_nb.routing.compare import (
+    by_layer,
+    by_position,
+    compare,
+    compare_all,
+    flips,
+    load_entropy,
+    lower_bound,
+    upper_bound,
+    usage,
+)
+from dfqs_nb.routing.experiment import Condition, run_experiment
+from dfqs_nb.routing.trace import Logits, RoutingError, Schedule, Trace
+from dfqs_nb.routing.verdict import advice, claims, judge, sensitivities
+
+NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
+REPEATS = (
+    "prefill, same process again",
+    "prefill, fresh process",
+    "decode, same process again",
+    "decode, fresh process",
+)
+
+
+def trace(experts, hashed=(False, False), tokens=None, margin=None, drift=0.0, output=(1, 2)) -> Trace:
+    """A made-up run of 2 layers and 4 experts."""
+    experts = np.array(experts, np.uint8)
+    n = len(experts)
+    values = np.zeros((n, 3), np.float32) + drift
+    kept = Logits(values[:, 0].view(np.uint32).astype(np.uint64), np.zeros(n, np.int32), np.arange(3), values)
+    return Trace(
+        np.arange(n) if tokens is None else np.array(tokens),
+        np.array([3, 4], np.int16),
+        np.array(hashed),
+        experts,
+        np.ones(experts.shape, np.float16),
+        np.full(experts.shape[:2], 0.5, np.float32) if margin is None else np.float32(margin),
+        4,
+        {},
+        kept,
+        np.array(output),
+    )
+
+
+A = trace(
+    [[[0, 1], [2, 3]], [[0, 1], [2, 3]], [[0, 1], [2, 3]]], margin=[[0.5, 0.4], [0.3, 0.01], [0.2, 0.02]]
+)
+
+
+def test_order_of_experts_does_not_matter_and_sets_do():
+    b = trace([[[1, 0], [2, 3]], [[0, 1], [2, 1]], [[0, 1], [0, 1]]], drift=0.25, output=(1, 3))
+    found = compare(A, b)
+    assert (found.n_choices, found.n_differ, found.first_token, found.first_layer) == (6, 2, 1, 4)
+    assert found.share_identical == pytest.approx(4 / 6) and found.overlap == pytest.approx((4 + 0.5 + 0) / 6)
+    assert found.margin_differ == pytest.approx(0.02) and found.margin_same == pytest.approx(0.35)
+    assert found.logits_equal == 0.0 and found.logit_drift == 0.25 and found.same_output is False
+    assert flips(A, b)[["token", "layer"]].to_numpy().tolist() == [[1, 4], [2, 4]]
+    assert by_layer(A, b)["differ"].tolist() == [0, 2]
+    assert by_position(A, b, [0, 1, 3])["differ"].tolist() == [0, 2]
+
+
+def test_hash_layers_are_counted_apart():
+    b = trace([[[2, 3], [2, 3]]] * 3, hashed=(True, False))
+    found = compare(dataclasses.replace(A, hashed=np.array([True, False])), b)
+    assert (found.n_choices, found.n_differ, found.n_hash_differ) == (3, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (trace([[[0, 1], [2, 3]]] * 3, tokens=[0, 1, 9]), "different prompts .they differ at token 2"),
+        (trace([[[0, 1], [2, 3]]] * 2), "different prompts .3 and 2 tokens"),
+        (trace([[[0], [2]]] * 3), "different routers"),
+        (dataclasses.replace(A, layers=np.array([0, 1])), "different routers"),
+    ],
+)
+def test_traces_that_answer_different_questions_are_refused(other, says):
+    with pytest.raises(RoutingError, match=says):
+        compare(A, other)
+
+
+def test_a_matrix_has_every_pair():
+    table = compare_all({"x": A, "y": A, "z": A})
+    assert table[["a", "b"]].to_numpy().tolist() == [["x", "y"], ["x", "z"], ["y", "z"]]
+    assert (table["share_identical"] == 1).all()
+
+
+def test_usage_and_entropy():
+    table = usage(A)
+    assert table.groupby("layer")["share"].sum().tolist() == [1, 1]
+    assert load_entropy(A)["entropy"].tolist() == [1.0, 1.0] and load_entropy(A)["unused"].tolist() == [2, 2]
+
+
+# Clopper and Pearson's two-sided 95 % intervals, as R's binom.test(x, n) prints them
+@pytest.mark.parametrize(
+    ("x", "n", "low", "high"),
+    [
+        (0, 10, 0.0, 0.3084971),
+        (1, 10, 0.002528579, 0.4450161),
+        (5, 10, 0.1870860, 0.8129140),
+        (10, 10, 0.6915029, 1.0),
+        (682, 925, 0.7076683, 0.7654066),
+    ],
+)
+def test_bounds_are_the_published_ones(x, n, low, high):
+    assert upper_bound(x, n, 0.975) == pytest.approx(high, abs=5e-7)
+    assert lower_bound(x, n, 0.975) == pytest.approx(low, abs=5e-7)
+
+
+@pytest.mark.parametrize("n", [1, 59, 1000, 10**7])
+def test_no_event_has_a_closed_form(n):
+    assert upper_bound(0, n) == pytest.approx(1 - 0.05 ** (1 / n), rel=1e-6)
+
+
+def test_the_bound_is_where_the_tail_is_five_per_cent():
+    p = upper_bound(3, 40)
+    assert sum(math.comb(40, i) * p**i * (1 - p) ** (40 - i) for i in range(4)) == pytest.approx(0.05)
+
+
+def test_bounds_of_long_runs_stay_finite():
+    assert 0.5 < upper_bound(500_000, 1_000_000) < 0.501 and upper_bound(2, 10**7) < 1e-6
+
+
+# ---- the verdict ----
+
+
+def table_of(*rows) -> pd.DataFrame:
+    """The experiment's table for pairs (condition, kind, against, a, b)."""
+    found = [
+        {
+            "condition": name,
+            "kind": kind,
+            "against": against,
+            "status": "done",
+            **dataclasses.asdict(compare(a, b)),
+        }
+        for name, kind, against, a, b in rows
+    ]
+    return pd.DataFrame(found)
+
+
+FLIPPED = trace([[[0, 1], [2, 3]], [[0, 1], [2, 1]], [[0, 1], [2, 3]]], drift=0.5)
+
+
+def test_the_verdict_passes_on_equal_runs():
+    verdict = judge(table_of(("again", "identical", "x", A, A), ("batch 7", "batch", "x", A, FLIPPED)))
+    assert verdict.passed and verdict.n_choices == 6 and verdict.n_differ == 0
+    assert verdict.upper_bound == pytest.approx(1 - 0.05 ** (1 / 6)) and verdict.text.startswith(
+        "PASS: 0 of 6"
+    )
+
+
+def test_the_verdict_fails_on_one_flip_under_identical_conditions():
+    verdict = judge(table_of(("again", "identical", "x", A, A), ("fresh", "identical", "x", A, FLIPPED)))
+    assert not verdict.passed and (verdict.n_differ, verdict.n_choices) == (1, 12)
+    assert verdict.text.startswith("FAIL: 1 of 12")
+    assert 1 / 12 < verdict.upper_bound < 0.4
+
+
+def test_the_verdict_fails_when_a_repetition_did_not_run():
+    table = table_of(("again", "identical", "x", A, A), ("fresh", "identical", "x", A, A))
+    table.loc[1, "status"] = "failed: llama.cpp died"
+    assert not judge(table).passed and "did not run" in judge(table).text
+    assert not judge(table[table["kind"] == "none"]).passed
+
+
+def test_sensitivities_are_ranked_and_become_advice():
+    table = table_of(
+        ("1 thread", "threads", "x", A, A),
+        ("n_batch 7", "batch", "x", A, FLIPPED),
+        ("all by decode", "phase", "x", A, dataclasses.replace(A, logits=FLIPPED.logits)),
+    )
+    assert sensitivities(table)["condition"].tolist() == ["n_batch 7", "all by decode", "1 thread"]
+    lines = advice(table)
+    assert lines[0].startswith('Fix n_batch and n_ubatch: "n_batch 7" changed 1 of 6 choices')
+    assert "no choice changed, but logits moved by up to 0.5" in lines[1]
+    assert lines[2].startswith("Free: n_threads and n_threads_batch.")
+
+
+# ---- the experiment ----
+
+
+def poisoned(folder):
+    """The reference model with router rows that are nearly equal: every choice is a near-tie."""
+    for path in NANO.parent.glob("DFQS-Nano-IQ1_S-XL-*.gguf"):
+        shutil.copy(path, folder)
+    rng = np.random.default_rng(6)
+    for path in folder.glob("*.gguf"):
+        header = read_header(path)
+        for tensor in header.tensors:
+            at = slice(header.data_offset + tensor.offset, header.data_offset + tensor.offset + tensor.nbytes)
+            if "ffn_gate_inp" in tensor.name or "exp_probs_b" in tensor.name:
+                data = bytearray(path.read_bytes())
+                values = np.frombuffer(data[at], "<f4").reshape(tensor.shape[::-1])
+                nearly = values[:1] * (1 + 1e-6 * rng.standard_normal(values.shape))
+                data[at] = ("exp_probs_b" not in tensor.name) * nearly.astype("<f4").tobytes() or bytes(
+                    tensor.nbytes
+                )
+                path.write_bytes(data)
+    return folder / NANO.name
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    path = poisoned(folder)
+    return run_experiment(
+        path,
+        folder / "traces",
+        settings=OpenSettings(n_ctx=256, n_threads=1),
+        n_tokens=150,
+        n_output=4,
+        chosen=[*REPEATS, "n_batch 7", "all by decode"],
+    )
+
+
+def test_a_planted_fault_is_caught(planted):
+    """Near-ties flip when the batch changes, and only there: the same run still repeats itself."""
+    table = planted.table.set_index("condition")
+    assert (table.loc[["n_batch 7", "all by decode"], "n_differ"] > 20).all()
+    assert (table.loc[["n_batch 7", "all by decode"], "margin_differ"] < 1e-4).all()
+    assert judge(planted.table).passed
+    assert np.nanmedian(planted.traces["prefill"].margin) < 1e-5
+    assert claims(planted).set_index("claim").loc["routing stable", "status"] == "contradicted"
+    assert any(line.startswith("Fix n_batch and n_ubatch") for line in advice(planted.table))
+    found = routing_verdict.flipped_margins(planted)
+    assert len(found) == table.loc[["n_batch 7", "all by decode"], "n_differ"].sum()
+    assert found["margin"].max() < 1e-4 and set(found["layer"]) <= {1, 2, 3}
+
+
+def test_the_sound_model_does_not_look_like_the_planted_one(tmp_path):
+    found = run_experiment(
+        NANO,
+        tmp_path,
+        settings=OpenSettings(n_ctx=256, n_threads=1),
+        n_tokens=150,
+        n_output=4,
+        chosen=["n_batch 7"],
+    )
+    assert found.table["n_differ"].sum() <= 2
+    assert np.nanmedian(found.traces["prefill"].margin) > 1e-2
+
+
+def test_traces_are_reused_only_under_the_same_conditions(tmp_path):
+    options = {
+        "settings": OpenSettings(n_ctx=256, n_threads=1),
+        "n_output": 2,
+        "chosen": ["prefill in two calls"],
+    }
+    first = run_experiment(NANO, tmp_path, n_tokens=60, **options)
+    assert (first.n_made, first.n_reused) == (2, 0)  # the condition, and its reference
+    again = run_experiment(NANO, tmp_path, n_tokens=60, **options)
+    assert (again.n_made, again.n_reused) == (0, 2)
+    pd.testing.assert_frame_equal(first.table, again.table)
+    (tmp_path / "prefill.npz").write_bytes(b"cut off")  # a killed run leaves no such file, but a disk may
+    assert run_experiment(NANO, tmp_path, n_tokens=60, **options).n_made == 1
+    assert run_experiment(NANO, tmp_path, n_tokens=61, **options).n_made == 2
+    assert run_experiment(NANO, tmp_path, n_tokens=61, fresh=True, **options).n_made == 2
+
+
+def test_a_condition_that_llama_cpp_refuses_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch):
+    settings = OpenSettings(n_ctx=256, n_threads=1)
+    bad = Condition(
+        "KV cache q8_0 without flash attention",
+        "cache",
+        "prefill",
+        dataclasses.replace(settings, type_k="q8_0", type_v="q8_0"),
+    )
+    planned = [
+        Condition("prefill", "reference", "", settings),
+        bad,
+        Condition("prefill, fresh process", "identical", "prefill", settings),
+    ]
+    monkeypatch.setattr(routing_experiment, "conditions", lambda *_args, **_options: planned)
+    found = run_experiment(NANO, tmp_path, settings=settings, n_tokens=60, n_output=2)
+    status = found.table.set_index("condition")["status"]
+    assert status["prefill, fresh process"] == "done"
+    assert status[bad.name].startswith("failed: llama.cpp refuses it")
+    assert judge(found.table).passed and len(sensitivities(found.table)) == 0
+
+
+def test_another_quantization_is_compared_and_another_model_is_reported(tmp_path):
+    assert list(routing_experiment.quantizations(NANO)) == ["dfqs-nano-q8_0"]
+    assert routing_experiment.quantizations(smollm2()) == {}
+    found = run_experiment(
+        NANO,
+        tmp_path,
+        settings=OpenSettings(n_ctx=256, n_threads=1),
+        n_tokens=60,
+        n_output=2,
+        others={**routing_experiment.quantizations(NANO), "stranger": smollm2()},
+        chosen=["weights: dfqs-nano-q8_0", "weights: stranger"],
+    )
+    table = found.table.set_index("condition")
+    assert 10 < table.loc["weights: dfqs-nano-q8_0", "n_differ"] < 90
+    assert table.loc["weights: stranger", "status"].startswith("not comparable: ")
+    assert len(sensitivities(found.table)) == 1
+
+
+def test_an_unknown_condition_is_an_error(tmp_path):
+    with pytest.raises(DfqsError, match="no condition is called 'nonsense'.*there are prefill"):
+        run_experiment(
+            NANO, tmp_path, settings=OpenSettings(n_ctx=256, n_threads=1), n_tokens=60, chosen=["nonsense"]
+        )
+
+
+def test_a_dense_model_is_judged_by_its_logits(tmp_path):
+    found = run_experiment(
+        smollm2(),
+        tmp_path,
+        settings=OpenSettings(n_ctx=256, n_threads=2),
+        n_tokens=48,
+        n_output=2,
+        max_threads=2,
+        chosen=[REPEATS[0], REPEATS[1], "all by decode"],
+    )
+    verdict = judge(found.table)
+    assert verdict.passed and not verdict.routed and "no routed experts here" in verdict.text
+    assert claims(found)["status"].tolist() == ["not testable here", "confirmed", "not testable here"]
+    assert found.table.set_index("condition").loc["all by decode", "logits_equal"] < 1
+    assert "logits moved by up to" in advice(found.table)[0]
+    written = routing_verdict.write_tables(found, tmp_path)
+    assert all(path.exists() for path in written)
+
+
+def test_schedules_cover_the_text_once():
+    for schedule in (Schedule(), Schedule(0), Schedule(5), Schedule(5, decode=False), Schedule(99)):
+        first, second = schedule.parts(20, 4)
+        assert [i for call in [*first, *second] for i in call] == list(range(20))

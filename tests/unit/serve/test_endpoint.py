@@ -1,0 +1,435 @@
+"""Any OpenAI-compatible server: what is asked, what fails, and that no failure becomes an answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import socket
+import traceback
+
+import pytest
+from faulty_server import TEXT, FaultyServer
+
+from dfqs_nb.llama.generate import Sampling
+from dfqs_nb.llama.model import ContextFullError
+from dfqs_nb.scores import item_sets, sandbox
+from dfqs_nb.scores import run as scores
+from dfqs_nb.serve import client as endpoint
+from dfqs_nb.serve.client import (
+    BrokenAnswerError,
+    BusyError,
+    ContextOverflowError,
+    EndpointError,
+    KeyRefusedError,
+    UnknownModelError,
+    UnreachableError,
+)
+from dfqs_nb.workbook import cli
+
+QUESTIONS = item_sets.load_item_set("nano-reasoning")
+KEY = "sk-never-to-be-seen-5f3a"
+PASSING = ["429", "429 0", "500", "truncated", "event-error", "die", "garbage", "null"]
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE_SECONDS", 0.001)
+
+
+@pytest.fixture
+def server():
+    with FaultyServer() as found:
+        yield found
+
+
+def oracle(body: dict) -> str:
+    """Right answers to the questions of the set."""
+    asked = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+    return next(
+        (one.answer or one.reference for one in QUESTIONS.items if one.asked(QUESTIONS.instruction) == asked),
+        "no",
+    )
+
+
+# ---- connecting ----
+
+
+@pytest.mark.parametrize("form", ["{}", "{}/", "{}/v1", "{}/v1/"])
+def test_an_address_works_with_and_without_v1(server, form):
+    found = endpoint.connect(form.format(server.url.removesuffix("/v1")))
+    assert (found.base_url, found.model) == (server.url, "good")
+
+
+def test_a_port_where_nothing_listens():
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        with pytest.raises(UnreachableError, match="nothing answers there") as caught:
+            endpoint.connect(f"http://127.0.0.1:{held.getsockname()[1]}", retries=1)
+    assert "asked 2 times" in caught.value.__notes__
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:80", "ftp://a/v1", "http://", "http://user:secret@host/v1"])
+def test_what_is_no_address(address):
+    with pytest.raises(UnreachableError, match="not an address") as caught:
+        endpoint.connect(address)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_of_something_else(server):
+    with pytest.raises(UnreachableError, match="not this protocol"):
+        endpoint.connect(server.url.replace("/v1", "/blog/v1"))
+
+
+def test_a_wrong_model_names_those_that_are_there(server):
+    server.models = ("good", "other")
+    for name in ("bad", ""):
+        with pytest.raises(UnknownModelError, match="good, other"):
+            endpoint.connect(server.url, name)
+    assert endpoint.connect(server.url, "other").model == "other"
+
+
+def test_a_model_that_went_away_is_not_asked_for_again(server):
+    found = endpoint.connect(server.url)
+    server.faults = ["404"]
+    with pytest.raises(UnknownModelError, match="it has good"):
+        found.chat("x")
+    assert len(server.asked) == 1
+
+
+# ---- keys ----
+
+
+def test_a_key_is_sent_and_never_shown(server, monkeypatch):
+    server.key = KEY
+    with pytest.raises(KeyRefusedError, match="401"):
+        endpoint.connect(server.url)
+    with pytest.raises(KeyRefusedError, match="DFQS_TEST_KEY is not set"):
+        endpoint.connect(server.url, key_variable="DFQS_TEST_KEY")
+    monkeypatch.setenv("DFQS_TEST_KEY", KEY)
+    found = endpoint.connect(server.url, key_variable="DFQS_TEST_KEY")
+    assert found.chat("x").text == TEXT and server.log[-1][2] == f"Bearer {KEY}"
+    shown = repr(found) + str(dataclasses.asdict(found)) + json.dumps(found.conditions()) + str(vars(found))
+    assert KEY not in shown and "a key" in shown
+
+
+LOADING = (503, {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}})
+PROPS = (200, {"default_generation_settings": {"n_ctx": 1024}, "build_info": "b1", "total_slots": 1})
+
+
+def test_a_busy_moment_does_not_hide_what_a_server_is(server):
+    """Taken for an unknown server it would keep its prompt cache, which can change answers."""
+    server.pages["/props"] = [LOADING, PROPS]
+    found = endpoint.connect(server.url)
+    assert (found.facts.name, found.facts.n_ctx, found.options["cache_prompt"]) == ("llama.cpp", 1024, False)
+    assert found.chat("x").text and server.asked[-1]["reasoning_format"] == "none"
+
+
+def test_a_server_that_still_loads_its_model_says_so(server):
+    server.pages["/props"] = [LOADING]
+    with pytest.raises(BusyError, match="503 .Loading model"):
+        endpoint.connect(server.url)
+
+
+def test_a_path_that_always_fails_is_one_that_is_not_there(server):
+    server.pages["/props"] = [(500, {"detail": "no"})]
+    assert endpoint.connect(server.url).facts.name == "unknown"
+
+
+def test_a_length_is_not_guessed_when_the_server_stops_counting(server):
+    server.pages |= {
+        "/props": [PROPS],
+        "/tokenize": [(200, {"tokens": []}), (200, {"tokens": [1, 2]}), (500, {})],
+    }
+    count, counted_by = endpoint.token_counter(endpoint.connect(server.url))
+    assert (count("two tokens"), counted_by) == (2, "the server's tokens")
+    with pytest.raises(BusyError, match="stopped"):
+        count("other tokens")
+
+
+def test_another_service_s_key_is_not_sent(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-mine")
+    endpoint.connect(server.url).chat("x")
+    assert all(KEY not in key for _, _, key in server.log)
+
+
+def test_no_key_in_errors_nor_in_any_file(server, tmp_path):
+    server.key, server.answer = KEY, oracle
+    found = endpoint.connect(server.url, key=KEY, retries=0)
+    endpoint.score_set(found, QUESTIONS, tmp_path, limit=3, progress=False)
+    server.faults = ["500"]
+    with pytest.raises(BusyError) as caught:
+        found.chat("x")
+    assert KEY not in "".join(traceback.format_exception(caught.value))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files and not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+# ---- answers ----
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_is_mapped(server, stream):
+    found = endpoint.connect(server.url, stream=stream)
+    said = found.chat("x", 12)
+    assert (said.text, said.finish_reason, said.n_tokens, said.n_prompt, said.attempts) == (
+        TEXT,
+        "eos",
+        4,
+        7,
+        1,
+    )
+    assert math.isnan(said.first_seconds) != stream and said.counted_by == "server"
+    assert found.complete("x", stop=["\n"]).finish_reason == "stop"
+    server.faults = ["length"]
+    assert found.complete("x").finish_reason == "length"
+    request = server.asked[0]
+    assert request["temperature"] == 0 and request["seed"] == 42 and request["max_tokens"] == 12
+    assert "top_p" not in request and server.asked[1]["stop"] == ["\n"]
+
+
+def test_a_reasoning_kept_apart_is_time_and_no_text(server):
+    """Its tokens are counted, so decoding began with it: else a model that thinks would seem very fast."""
+    server.faults = ["thinks 0.3"]
+    said = endpoint.connect(server.url).chat("Where?")
+    assert said.text == TEXT and said.first_seconds > 0 and said.decode_seconds > 0.25
+
+
+def test_sampling_is_passed_on(server):
+    endpoint.connect(server.url).chat("x", sampling=Sampling(temperature=0.7, seed=5))
+    assert (server.asked[0]["temperature"], server.asked[0]["seed"], server.asked[0]["top_p"]) == (
+        0.7,
+        5,
+        0.95,
+    )
+
+
+# ---- faults ----
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_passing_fault_is_tried_again(server, fault, stream):
+    server.faults = [fault]
+    said = endpoint.connect(server.url, stream=stream).chat("x")
+    assert said.text == TEXT and said.attempts == 2 == len(server.asked)
+
+
+@pytest.mark.parametrize(
+    "fault, kind, words",
+    [
+        ("429", BusyError, "429 .*slow down"),
+        ("500", BusyError, "llama_decode failed"),
+        ("truncated", BrokenAnswerError, "without saying why"),
+        ("garbage", BrokenAnswerError, "broke off|holds no answer"),
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_lasting_fault_is_an_error_after_all_attempts(server, fault, kind, words, stream):
+    found = endpoint.connect(server.url, retries=2, stream=stream)
+    server.faults = [fault] * 3
+    with pytest.raises(kind, match=words) as caught:
+        found.chat("x")
+    assert len(server.asked) == 3 and "asked 3 times" in caught.value.__notes__
+    assert isinstance(caught.value, EndpointError) and caught.value.hint
+
+
+def test_a_server_that_dies_is_an_error_that_names_the_address(server):
+    found = endpoint.connect(server.url, retries=1)
+    server.faults = ["die", "die"]
+    with pytest.raises((BrokenAnswerError, UnreachableError)) as caught:
+        found.chat("x")
+    assert server.url in str(caught.value) and len(server.asked) == 2
+
+
+@pytest.mark.parametrize("fault, asked", [("overflow", 1), ("quiet-overflow", 2)])
+def test_an_overflow_is_its_own_error_and_not_tried_again(server, fault, asked):
+    found = endpoint.connect(server.url)
+    server.faults = [fault]
+    with pytest.raises(ContextOverflowError, match="6002 tokens") as caught:
+        found.chat("x")
+    assert isinstance(caught.value, ContextFullError) and caught.value.cause == "n_ctx"
+    assert len(server.asked) == asked
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("reason", ["content_filter", "tool_calls"])
+def test_an_answer_that_the_server_ends_for_a_reason_is_not_asked_for_again(server, reason, stream):
+    found = endpoint.connect(server.url, stream=stream)
+    server.faults = [f"filtered {reason}"]
+    with pytest.raises(EndpointError, match=reason) as caught:
+        found.chat("x")
+    assert len(server.asked) == 1 and caught.value.hint and not isinstance(caught.value, BrokenAnswerError)
+
+
+def test_a_request_that_is_refused_is_not_repeated(server):
+    found = endpoint.connect(server.url)
+    server.faults = ["422"]
+    with pytest.raises(EndpointError, match="422"):
+        found.chat("x")
+    assert len(server.asked) == 1
+
+
+def test_retry_after_is_honoured(server, monkeypatch):
+    waited = []
+    monkeypatch.setattr(endpoint.time, "sleep", waited.append)
+    server.faults = ["429 7", "429 9999", "500", "500"]
+    assert endpoint.connect(server.url).chat("x").attempts == 5
+    assert waited == [7, endpoint.LONGEST_PAUSE_SECONDS, 0.004, 0.008]
+
+
+def test_a_server_that_says_nothing_ends_in_time(server):
+    found = endpoint.connect(server.url, timeout_seconds=0.3, retries=0)
+    server.faults = ["slow 5"]
+    with pytest.raises(EndpointError, match="no answer in time|broke off"):
+        found.chat("x")
+
+
+# ---- scores ----
+
+
+def test_scores_over_an_endpoint_are_those_of_the_answers(server, tmp_path):
+    server.answer = oracle
+    run = endpoint.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, progress=False)
+    assert run.score.value == 1.0 and run.score.n == 128 and server.busiest == 1
+    assert run.conditions["endpoint_model"] == "good" and run.conditions["concurrency"] == 1
+    assert server.asked[0]["messages"][0]["content"] == QUESTIONS.items[0].asked(QUESTIONS.instruction)
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_failure_stops_the_run_and_loses_nothing(server, tmp_path, concurrency):
+    server.answer = oracle
+    found = endpoint.connect(server.url, retries=0, concurrency=concurrency)
+    server.faults = ["none"] * 20 + ["500"] * 200
+    with pytest.raises(BusyError):
+        endpoint.score_set(found, QUESTIONS, tmp_path, progress=False)
+    kept = (tmp_path / "answers-nano-reasoning.jsonl").read_text().splitlines()
+    assert len(kept) == 20 and len(server.asked) <= 20 + 2 * concurrency
+    server.faults.clear()
+    run = endpoint.score_set(found, QUESTIONS, tmp_path, progress=False)
+    assert run.n_resumed == 20 and run.score.value == 1.0
+    assert (server.busiest > 1) == (concurrency > 1) and server.busiest <= concurrency
+
+
+def test_passing_faults_do_not_change_a_score(server, tmp_path):
+    server.answer = oracle
+    server.faults = [fault for one in PASSING for fault in (one, "none", "none")]
+    run = endpoint.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, progress=False)
+    assert run.score.value == 1.0 and len(server.asked) == 128 + len(PASSING)
+
+
+def test_an_overflow_stops_a_run_and_is_no_wrong_answer(server, tmp_path):
+    server.faults = ["overflow"]
+    with pytest.raises(ContextOverflowError):
+        endpoint.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, progress=False)
+    assert not (tmp_path / "answers-nano-reasoning.jsonl").exists()
+
+
+def test_conditions_of_another_server_do_not_share_answers(server, tmp_path):
+    server.answer = oracle
+    for version, asked in (("1", 4), ("1", 4), ("2", 8)):
+        found = endpoint.connect(server.url, version=version)
+        endpoint.score_set(found, QUESTIONS, tmp_path, limit=4, progress=False)
+        assert len(server.asked) == asked
+
+
+def test_another_file_under_the_same_name_does_not_share_answers(server, tmp_path):
+    """As llama.cpp's server lists what it serves; a model's name is only what its user called it."""
+    for ftype, n_resumed in (("Q8_0", 0), ("IQ1_S", 0), ("Q8_0", 4)):
+        server.meta = {"meta": {"n_params": 14881885, "size": 16495092, "ftype": ftype}}
+        run = endpoint.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, limit=4, progress=False)
+        assert run.n_resumed == n_resumed
+
+
+def test_code_without_a_sandbox_is_not_asked_for(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint, "find_sandbox", lambda: sandbox.Sandbox("none"))
+    with pytest.raises(sandbox.SandboxError):
+        endpoint.score_set(endpoint.connect(server.url), item_sets.load_item_set("nano-code"), tmp_path)
+    assert not server.asked
+
+
+def test_the_command_scores_an_endpoint(server, tmp_path, monkeypatch, capsys):
+    server.answer = oracle
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
+    monkeypatch.setenv("DFQS_TEST_KEY", KEY)
+    server.key = KEY
+    given = ["--set", "nano-reasoning", "--run", "served"]
+    assert (
+        cli.main(
+            [
+                "score",
+                "--endpoint",
+                server.url,
+                "--endpoint-model",
+                "good",
+                "--key-variable",
+                "DFQS_TEST_KEY",
+                *given,
+            ]
+        )
+        == 0
+    )
+    assert "1.000" in capsys.readouterr().out
+    assert cli.main(["score", server.url, "--key-variable", "DFQS_TEST_KEY", *given]) == 0
+    assert len(server.asked) == 128  # the second call found all answers
+    assert cli.main(["score", server.url, *given]) == 1 and "401" in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+def test_routing_needs_the_process(server):
+    found = endpoint.connect(server.url)
+    for target in (found, server.url):
+        with pytest.raises(EndpointError, match="cannot be seen through an endpoint"):
+            endpoint.check_in_process(target, "routing")
+    endpoint.check_in_process("model.gguf", "routing")
+
+
+# ---- long context and speed ----
+
+
+def test_long_context_is_asked_in_text_and_counts_what_is_right(server, tmp_path):
+    def recall(body: dict) -> str:
+        """The code that the needle in the text has, if the text is short enough for this server."""
+        codes = re.findall(r"\d{4,5}", body["prompt"])
+        return f"The pass key is {codes[0]}." if codes and len(body["prompt"]) < 10000 else "0."
+
+    server.answer = recall
+    run = endpoint.measure_long_context(endpoint.connect(server.url), tmp_path, longest=1024, n_haystacks=3)
+    items = run.items
+    assert set(items["length"]) == {64, 128, 256, 512, 1024}
+    assert items["correct"].equals(items["length"] <= 256)  # this server counts 40 characters a token
+    asked = len(server.asked)
+    endpoint.measure_long_context(endpoint.connect(server.url), tmp_path, longest=1024, n_haystacks=3)
+    assert len(server.asked) == asked + 1  # the sample that tokens are estimated from
+
+
+def test_a_context_that_ends_bounds_the_curve(server, tmp_path):
+    server.answer = lambda body: "0."
+    found = endpoint.connect(server.url)
+    server.faults = ["none"] * 7 + ["overflow"]
+    run = endpoint.measure_long_context(found, tmp_path, longest=512, n_haystacks=3)
+    assert run.failure is not None and run.failure.cause == "n_ctx" and len(run.items) == 6
+
+
+def test_speed_counts_what_all_clients_got(server):
+    server.faults = ["none"] + ["slow 0.05"] * 40
+    table = endpoint.speed_by_clients(endpoint.connect(server.url), (1, 4), repetitions=2)
+    assert table["requests"].tolist() == [2, 8] and table["tokens"].tolist() == [8, 32]
+    assert server.busiest == 4 and (table["first_median"] > 0.04).all()
+    assert table["tokens_per_sec"].iloc[1] > 1.5 * table["tokens_per_sec"].iloc[0]
+
+
+def test_scores_stay_one_function():
+    """What is answered in parallel is the same set of rows as what is answered in turn."""
+
+    def answer(item, sampling):
+        return endpoint.Reply(item.answer, (), "eos", 1, 0.1, 0.1, 1, usage_tokens=2)
+
+    todo = [(item, 0) for item in QUESTIONS.items]
+    found = [
+        {one[0].id: said["completion"] for one, said in scores._answers(answer, todo, Sampling(), n)}
+        for n in (1, 5)
+    ]
+    assert found[0] == found[1] and len(found[0]) == 128

@@ -1,0 +1,494 @@
+"""Real local servers with the reference model: both kinds come up, answer as this process does, and go away."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gguf
+import pandas as pd
+import pytest
+from conftest import REFERENCE
+from faulty_server import FaultyServer
+from gguf.scripts import gguf_new_metadata
+
+from dfqs_nb.core import figures as plots
+from dfqs_nb.core.errors import ModelError
+from dfqs_nb.llama import generate as llama_generate
+from dfqs_nb.llama import model as llama_model
+from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.scores import item_sets
+from dfqs_nb.scores import run as scores
+from dfqs_nb.serve import checks as server_checks
+from dfqs_nb.serve import client as endpoint
+from dfqs_nb.serve import figures as serve_plots
+from dfqs_nb.serve import servers
+from dfqs_nb.serve.client import ContextOverflowError, KeyRefusedError, UnreachableError
+from dfqs_nb.serve.servers import ServerError
+from dfqs_nb.workbook import cli
+
+KEY = "sk-never-to-be-seen-77c1"
+SETTINGS = OpenSettings(n_ctx=512, n_threads=1)
+QUESTION = "Tom is tall. Ann is small. Who is tall?"
+
+
+@pytest.fixture(scope="module")
+def model(merged_reference):
+    with llama_model.open_model(merged_reference, SETTINGS) as found:
+        yield found
+
+
+@pytest.fixture(scope="module", params=sorted(servers.KINDS))
+def server(request, merged_reference, tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with servers.serve(request.param, merged_reference, SETTINGS, name="nano", log=log) as found:
+        yield found
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses that a process listens on, from the kernel's tables (Linux)."""
+    own = set()
+    for handle in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            own.add(os.readlink(handle))
+        except OSError:
+            pass
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:
+                found.add(fields[1].split(":")[0])
+    return found
+
+
+def wait_until(condition, seconds: float = 60.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_it_listens_on_loopback_only(server):
+    assert server.address[0] == "127.0.0.1" and server.alive
+    assert listening(server.process.pid) == {"0100007F"}
+
+
+def test_it_answers_as_this_process_does(server, model):
+    found = server.connect()
+    assert found.facts.name == server.kind and found.facts.n_ctx == 512
+    for stream in (True, False):
+        found = server.connect(stream=stream)
+        ours = llama_generate.chat(model, QUESTION, 12)
+        assert (found.chat(QUESTION, 12).text, found.chat(QUESTION, 12).finish_reason) == (ours.text, "eos")
+        code = "def add(a, b):\n"
+        ours = llama_generate.complete(model, code, 24)
+        assert found.complete(code, 24).text == ours.text
+        assert (
+            found.complete(code, 24, stop=["\n"]).text
+            == llama_generate.complete(model, code, 24, stop=["\n"]).text
+        )
+
+
+def test_its_tokens_are_ours(server, model):
+    tokens = endpoint.tokenizer(server.connect())
+    for text in (QUESTION, "def add(a, b):\n", "<｜User｜>Hello<｜Assistant｜>", ""):
+        assert tokens(text) == model.tokenize(text)
+
+
+def test_an_overflow_is_told_from_other_failures(server):
+    for stream in (True, False):
+        with pytest.raises(ContextOverflowError):
+            server.connect(stream=stream, retries=1).complete("a b c " * 600, 4)
+    assert server.alive and server.connect().chat(QUESTION, 4).text
+
+
+def test_the_checks_find_a_sound_server(server, model):
+    table = server_checks.check_server(server.connect(), model, server).set_index("check")
+    assert set(table["verdict"]) <= {"pass", "note"}, table["finding"].tolist()
+    for check in ("health", "context length", "chat template", "same again"):
+        assert table.loc[check, "verdict"] == "pass", table.loc[check, "finding"]
+    assert "answers to any name" in table.loc["model name", "finding"]
+
+
+def test_the_same_items_in_process_and_through_it(server, model, tmp_path):
+    questions = item_sets.load_item_set("nano-reasoning")
+    found = server_checks.compare_with_process(
+        model, server.connect(), questions, tmp_path, limit=24, progress=False
+    )
+    assert len(found.items) == 24 and found.items["same_text"].all(), found.sentence
+    assert "all 24 answers are the same both ways" in found.sentence
+    assert server_checks.answers_sha256(found.process) == server_checks.answers_sha256(found.server)
+
+
+def test_speed_under_clients(server):
+    table = endpoint.speed_by_clients(server.connect(), (1, 2), n_tokens=16, repetitions=1)
+    assert (table["tokens_per_sec"] > 0).all() and (table["first_median"] > 0).all()
+
+
+def test_long_context_through_it(server, model, tmp_path):
+    before, _, after = llama_generate.chat_text(model, endpoint.MARK).partition(endpoint.MARK)
+    around = before.removeprefix("<｜begin▁of▁sentence｜>"), after
+    run = endpoint.measure_long_context(server.connect(), tmp_path, longest=128, n_haystacks=3, around=around)
+    assert run.items["correct"].all() and set(run.items["length"]) == {64, 128}
+    assert run.items["n_evaluated"].le(128 + 16).all()
+
+
+@pytest.mark.parametrize("tier, lengths", [("nano", (256,)), ("standard", (384,))])
+def test_the_command_measures_long_context_through_it(server, tier, lengths, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
+    asked = [
+        "score",
+        server.base_url,
+        "--tier",
+        tier,
+        "--set",
+        "nano-reasoning",
+        "--limit",
+        "1",
+        "--run",
+        "r",
+        "--long-context",
+        "--shortest",
+        str(lengths[0]),
+        "--longest",
+        str(lengths[-1]),
+    ]
+    assert cli.main(asked) == 0
+    said = capsys.readouterr().out
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "r/long_context/long_context_items.jsonl").read_text().splitlines()
+    ]
+    assert {row["length"] for row in rows if "question" in row} == set(lengths)
+    assert all(re.search(rf"^ +{length} ", said, re.MULTILINE) for length in lengths), said
+    assert re.search("^retrieval .*(interval|no better than chance)", said, re.MULTILINE), said
+    assert cli.main(asked) == 0 and capsys.readouterr().out == said, "answers are kept"
+
+
+def test_a_set_beyond_the_context_is_refused_before_it_is_asked(server, tmp_path):
+    questions = item_sets.load_item_set("nano-reasoning")
+    long = dataclasses.replace(questions.items[0], prompt="The dog slept near the fire. " * 80)
+    many = dataclasses.replace(questions, items=(*questions.items, long))
+    needed = endpoint.check_context(server.connect(), questions)
+    assert 0 < needed <= 512
+    with pytest.raises(ContextOverflowError, match="tokens of context, and the server has 512"):
+        endpoint.score_set(server.connect(), many, tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_context_that_a_set_needs_is_counted_as_in_this_process(server, model):
+    questions = item_sets.load_item_set("nano-reasoning")
+    ours, theirs = scores.check_context(model, questions), endpoint.check_context(server.connect(), questions)
+    assert ours - theirs in ((0, 1) if server.kind == "llama.cpp" else range(12)), (
+        "a BOS, or the template, apart"
+    )
+
+
+# ---- models that think ----
+
+THINKS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}<｜Assistant｜>"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory):
+    """The shipped F16 model with a template that opens a thinking, as those of models that always think do."""
+    path = tmp_path_factory.mktemp("thinking") / "thinking.gguf"
+    details = gguf_new_metadata.MetadataDetails(gguf.GGUFValueType.STRING, THINKS)
+    gguf_new_metadata.copy_with_new_metadata(
+        gguf.GGUFReader(REFERENCE / "DFQS-Nano-F16.gguf"),
+        gguf.GGUFWriter(path, "deepseek4"),
+        {gguf.Keys.Tokenizer.CHAT_TEMPLATE: details},
+        [],
+    )
+    return path
+
+
+@pytest.mark.parametrize("kind", sorted(servers.KINDS))
+def test_a_thinking_stays_in_the_answer(kind, thinking, tmp_path):
+    """Else llama.cpp's server has an empty answer where the tokens end before the thinking does."""
+    said = "I see it now.\n</think>\n\nThe box."
+    forced = {"grammar": f"root ::= {json.dumps(said)}"}  # the reference model itself thinks nothing
+    with (
+        servers.serve(kind, thinking, SETTINGS) as server,
+        llama_model.open_model(thinking, SETTINGS) as model,
+    ):
+        for stream in (True, False):
+            found = server.connect(stream=stream)
+            assert found.chat(QUESTION, 48, **forced).text.removeprefix("<think>\n") == said
+        if kind == "llama.cpp":
+            split = found.chat(QUESTION, 48, reasoning_format="deepseek", **forced).text
+            assert "</think>" not in split and "The box." in split, "what this is about"
+        compared = server_checks.compare_with_process(
+            model, found, item_sets.load_item_set("nano-reasoning"), tmp_path, limit=4, progress=False
+        )
+        assert compared.items["same_text"].all(), compared.sentence
+
+
+# ---- differences are explained ----
+
+
+@pytest.mark.parametrize(
+    "change, cause",
+    [
+        (lambda text: text[:-1], "where it ends"),
+        (lambda text: "zzz" + text, "other numbers"),
+    ],
+)
+def test_a_difference_is_followed_to_its_token(server, model, change, cause):
+    questions = item_sets.load_item_set("nano-reasoning")
+    item = questions.items[0]
+    ours = llama_generate.chat(model, item.asked(questions.instruction), questions.max_tokens)
+    found = server_checks.explain(model, server.connect(), questions, item, change(ours.text))
+    assert found["prompt_process"] == found["prompt_server"] and found["cause"] == cause
+    assert found["rank"] > 1 and found["margin"] > 0
+
+
+def test_a_near_tie_is_called_one(server, model, monkeypatch):
+    questions = item_sets.load_item_set("nano-reasoning")
+    item = questions.items[0]
+    prompt = endpoint.scores.prompt_tokens(model, questions, item)
+    model.clear()
+    logits = model.evaluate(prompt)
+    second = int(logits.argsort()[-2])
+    monkeypatch.setattr(server_checks, "NEAR_TIE", float(logits.max() - logits[second]) + 1e-6)
+    served = model.token_bytes(second).decode()
+    found = server_checks.explain(model, server.connect(), questions, item, served)
+    assert found["cause"] == "near-tie" and found["token"] == 0 and found["rank"] == 2
+
+
+def test_another_prompt_is_called_one(server, model, monkeypatch):
+    questions = item_sets.load_item_set("nano-reasoning")
+    monkeypatch.setattr(server_checks, "_prompt_tokens", lambda *_: 3)
+    found = server_checks.explain(model, server.connect(), questions, questions.items[0], "x")
+    assert found["cause"] == "other prompt"
+
+
+# ---- starting and ending ----
+
+
+@pytest.mark.parametrize("kind", sorted(servers.KINDS))
+@pytest.mark.parametrize("use_mmap", [True, False])
+def test_a_file_is_mapped_only_if_that_is_asked_for(kind, use_mmap, merged_reference, tmp_path):
+    settings = dataclasses.replace(SETTINGS, use_mmap=use_mmap)
+    with servers.serve(kind, merged_reference, settings, log=tmp_path / "log") as server:
+        maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert (merged_reference.name in maps) == use_mmap
+
+
+@pytest.mark.parametrize("kind", sorted(servers.KINDS))
+def test_a_stopped_server_is_gone(kind, merged_reference, tmp_path):
+    with servers.serve(kind, merged_reference, SETTINGS, log=tmp_path / "log") as server:
+        assert server_checks.check_health(server.connect(), server).verdict == "pass"
+    assert not server.alive and servers.port_is_free(*server.address)
+    assert server_checks.check_shutdown(server).verdict == "pass"
+    assert server.stop() < 1
+    with pytest.raises(UnreachableError):
+        server.connect(retries=0)
+
+
+@pytest.mark.parametrize("kind", sorted(servers.KINDS))
+def test_a_server_that_dies_while_asked(kind, merged_reference, tmp_path):
+    server = servers.start(kind, merged_reference, SETTINGS, log=tmp_path / "log")
+    try:
+        found = server.connect(retries=1)
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait(30)
+        with pytest.raises(endpoint.EndpointError):
+            found.chat(QUESTION, 8)
+    finally:
+        server.stop()
+
+
+ORPHAN = """
+import os, signal, sys
+from dfqs_nb import servers
+from dfqs_nb.llama.settings import OpenSettings
+server = servers.start(sys.argv[1], sys.argv[2], OpenSettings(n_ctx=256, n_threads=1), log=sys.argv[3])
+print(server.process.pid, server.address[1], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("kind", sorted(servers.KINDS))
+def test_it_ends_with_the_process_that_started_it(kind, merged_reference, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", ORPHAN, kind, merged_reference, tmp_path / "log"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-500:]
+    pid, port = map(int, done.stdout.split())
+    assert wait_until(
+        lambda: (
+            servers.port_is_free("127.0.0.1", port)
+            and not Path(f"/proc/{pid}").exists()
+            or "zombie" in Path(f"/proc/{pid}/status").read_text()
+        )
+    )
+
+
+@pytest.mark.parametrize("kind", sorted(servers.KINDS))
+def test_a_key_is_asked_for_and_is_in_no_file(kind, merged_reference, tmp_path, monkeypatch):
+    monkeypatch.setenv("DFQS_TEST_KEY", KEY)
+    questions = item_sets.load_item_set("nano-reasoning")
+    with servers.serve(
+        kind, merged_reference, SETTINGS, log=tmp_path / "log", key_variable="DFQS_TEST_KEY"
+    ) as server:
+        with pytest.raises(KeyRefusedError):
+            server.connect(key_variable="").chat(QUESTION, 4)
+        endpoint.score_set(server.connect(), questions, tmp_path, limit=2, progress=False)
+        command = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 2 and KEY.encode() not in command
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_other_machines_are_kept_out_unless_asked_for(merged_reference):
+    for host in ("0.0.0.0", "::", "example.org"):
+        with pytest.raises(ServerError, match="reached from other machines"):
+            servers.start("llama.cpp", merged_reference, SETTINGS, host=host)
+
+
+def test_what_cannot_start_says_why(merged_reference, tmp_path):
+    with pytest.raises(ServerError, match="llama-cpp-python, llama.cpp"):
+        servers.start("ollama", merged_reference)
+    with pytest.raises(ServerError, match="NOT_SET is not set"):
+        servers.start("llama.cpp", merged_reference, key_variable="NOT_SET")
+    broken = tmp_path / "broken.gguf"
+    raw = bytearray(Path(merged_reference).read_bytes())
+    at = raw.index(b"deepseek4")
+    raw[at : at + 9] = b"deepseekX"
+    broken.write_bytes(raw)
+    for kind in servers.KINDS:
+        with pytest.raises(ModelError, match="died while it started") as caught:
+            servers.start(kind, broken, SETTINGS, log=tmp_path / "log")
+        assert "last lines" in caught.value.__notes__[0]
+
+
+def test_slots_share_batches_and_numbers_move(merged_reference):
+    """One slot: bit for bit the same beside others. Four: not, which is why one request at a time is the default."""
+    drifts = {}
+    for n in (1, 4):
+        with servers.serve("llama.cpp", merged_reference, SETTINGS, n_parallel=n) as server:
+            found = server.connect()
+            assert (found.facts.n_slots, found.facts.n_ctx) == (n, 512)
+            for _ in range(5 if n > 1 else 1):  # on a busy machine requests may not meet at the first try
+                drifts[n] = max(drifts.get(n, 0.0), server_checks.max_drift(found, server_checks.PROMPTS, 4))
+    assert drifts[1] == 0.0 < drifts[4] < 0.1
+
+
+@pytest.mark.parametrize(
+    "fault, verdict", [("404", "pass"), ("422", "pass"), ("500", "fail"), ("die", "fail"), ("none", "note")]
+)
+def test_only_a_refusal_is_a_refused_name(fault, verdict):
+    with FaultyServer(faults=[fault]) as faulty:
+        found = endpoint.connect(faulty.url)
+        made = server_checks._made("model name", lambda: server_checks.check_name(found))
+    assert (made.check, made.verdict) == ("model name", verdict), made.finding
+
+
+def test_numbers_that_a_server_did_not_give_are_no_drift(monkeypatch):
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE_SECONDS", 0.001)
+    shown = (200, {"completion_probabilities": [{"id": 1, "logprob": -0.5}]})
+    props = (200, {"default_generation_settings": {"n_ctx": 512}})
+    for answers, drift in (([shown], 0.0), ([shown] * 2 + [(500, {})], None)):
+        with FaultyServer(pages={"/props": [props], "/completion": answers}) as faulty:
+            assert server_checks.max_drift(endpoint.connect(faulty.url), ("a", "b"), 2) == drift
+
+
+@pytest.mark.parametrize("clients, said", [((1, 4), "tokens of one "), ((2, 4), "tokens of 2 ")])
+def test_the_gain_of_clients_is_over_the_fewest_that_were_timed(clients, said):
+    speeds = pd.DataFrame({"server": "s", "clients": clients, "tokens_per_sec": (10.0, 20.0), "requests": 4})
+    assert said in serve_plots.speed_by_clients(speeds).get_title(loc="left")
+
+
+@pytest.mark.parametrize(
+    "name, folder", [("llama.cpp", "llama.cpp"), ("../../etc", "etc"), ("a/b c", "a-b-c"), ("..", "unknown")]
+)
+def test_a_server_s_name_leads_to_no_other_folder(name, folder):
+    facts = endpoint.ServerFacts(name)
+    assert server_checks.folder_name(endpoint.Endpoint("http://127.0.0.1/v1", "m", facts)) == folder
+
+
+def test_mistakes_have_errors_of_their_own(server):
+    table = server_checks.bad_input(server.connect()).set_index("mistake")
+    assert table["error"].to_dict() == {
+        "a port where nothing listens": "UnreachableError",
+        "a path of something else": "UnreachableError",
+        "a model that is not there": "UnknownModelError",
+        "a prompt beyond the context": "ContextOverflowError",
+        "routing through an endpoint": "EndpointError",
+    }
+    assert "it has nano" in table.loc["a model that is not there", "message"]
+    assert table["tries"].to_dict() == dict.fromkeys(table.index, 1) | {"a port where nothing listens": 2}
+
+
+def test_what_the_notebook_hands_on(merged_reference, model, tmp_path):
+    questions = [item_sets.load_item_set("nano-reasoning")]
+    with servers.serve("llama.cpp", merged_reference, SETTINGS, name="nano", log=tmp_path / "log") as server:
+        connected = {"llama.cpp": server.connect()}
+        checks = server_checks.check_all(connected, model, {"llama.cpp": server})
+        speeds = server_checks.speed_of_all(connected, (1, 2), n_tokens=8, repetitions=1)
+        compared = server_checks.compare_all(
+            model, connected, questions, tmp_path, limit=4, progress=False, model_id="0", local=("llama.cpp",)
+        )
+        others = server_checks.compare_all(
+            model, connected, questions, tmp_path, limit=1, progress=False, model_id="0"
+        )
+        assert [one.server.model for one in compared.values()] == ["0"], "the model that it was started with"
+        assert [one.server.model for one in others.values()] == [connected["llama.cpp"].identity], (
+            "nobody knows"
+        )
+    drift = server_checks.drift_by_slots(merged_reference, SETTINGS, (1, 2), 2, repetitions=1)
+    shutdown = pd.DataFrame([{"server": "llama.cpp", **vars(server_checks.check_shutdown(server))}])
+    lines = server_checks.hand_on(
+        tmp_path,
+        checks=checks,
+        drift=drift,
+        speeds=speeds,
+        compared=compared,
+        connected=connected,
+        model={"sha256": "0"},
+        recipes=["ollama"],
+        shutdown=shutdown,
+    )
+    stage = json.loads((tmp_path / "serving.json").read_text())
+    assert stage[
+        "summary"
+    ] == lines and "4 of 4 answers of nano-reasoning are those of this process" in "\n".join(lines)
+    assert stage["conditions"]["llama.cpp"]["n_ctx"] == 512 and "127.0.0.1" not in json.dumps(stage)
+    for draw in (serve_plots.speed_by_clients, serve_plots.wait_by_clients):
+        ax = draw(speeds)
+        assert ax.get_title(loc="left") and ax.get_xlabel() and ax.get_ylabel() and ax.lines
+        plots.save(ax, tmp_path / f"{draw.__name__}.png")
+
+
+@pytest.mark.slow
+def test_all_nano_items_are_the_same_both_ways(merged_reference, tmp_path):
+    settings = OpenSettings(n_ctx=1024, n_threads=1)
+    with llama_model.open_model(merged_reference, settings) as model:
+        for kind in servers.KINDS:
+            with servers.serve(kind, merged_reference, settings) as server:
+                found = server_checks.compare_all(
+                    model, {kind: server.connect()}, item_sets.sets_of_tier("nano"), tmp_path, progress=False
+                )
+            for one in found.values():
+                assert one.differences.empty, one.sentence
+                assert one.process.score.value == one.server.score.value is not None
+                assert one.process.score.n == one.server.score.n == len(one.process.item_set.items)

@@ -1,0 +1,52 @@
+"""Intervals and tests: against printed tables, closed forms, and what they promise."""
+
+from __future__ import annotations
+
+from math import comb
+
+import numpy as np
+import pytest
+
+from dfqs_nb.stats import clopper_pearson, expanded_tail, holm, mcnemar, mean_interval, wilson
+
+
+@pytest.mark.parametrize("n, expected", [(10, 0.3085), (20, 0.1684), (100, 0.0362), (1152, 0.0032)])
+def test_no_success_bounds_the_rate_as_the_closed_form_says(n, expected):
+    low, high = clopper_pearson(0, n)
+    assert low == 0 and high == pytest.approx(1 - 0.025 ** (1 / n)) == pytest.approx(expected, abs=5e-5)
+
+
+def test_all_successes_are_the_mirror_image_of_none():
+    low, high = clopper_pearson(20, 20)
+    assert (1 - low, 1 - high) == pytest.approx(clopper_pearson(0, 20)[::-1])
+
+
+def test_wilson_takes_arrays_and_nothing_tells_nothing():
+    low, high = wilson([0, 5, 0], [0, 10, 10])
+    assert low.tolist()[0] == 0 and high.tolist()[0] == 1
+    assert high[2] == pytest.approx(1.959964**2 / (10 + 1.959964**2))
+
+
+@pytest.mark.parametrize("a, b", [(0, 1), (3, 9), (10, 2), (6, 6)])
+def test_mcnemar_is_a_fair_coin(a, b):
+    n, fewer = a + b, min(a, b)
+    assert mcnemar(a, b) == pytest.approx(min(1, 2 * sum(comb(n, k) for k in range(fewer + 1)) / 2**n))
+
+
+def test_holm_never_lets_a_larger_p_overtake():
+    assert holm([0.01, 0.02, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
+    assert holm([]) == []
+
+
+def test_the_expanded_interval_is_wider_for_few_clusters_and_exact_for_many():
+    tails = [expanded_tail(n, 0.95) for n in (6, 12, 24, 10_000)]
+    assert tails == sorted(tails) and tails[-1] == pytest.approx(0.025, rel=1e-3)
+
+
+def test_the_interval_of_a_mean_covers_it():
+    draw = np.random.default_rng(1)
+    hits = 0
+    for seed in range(300):
+        low, high = mean_interval(draw.normal(0.3, 1.0, 12), n_boot=500, seed=seed)
+        hits += low <= 0.3 <= high
+    assert 0.92 <= hits / 300 <= 0.98

@@ -1,0 +1,187 @@
+"""The command line as people type it: exit codes, one-line errors, and files that are what they should be."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dfqs_nb.core.paths import REPOSITORY
+from dfqs_nb.gguf import broken as specimens
+from dfqs_nb.gguf import models as registry
+from dfqs_nb.gguf.header import read_header
+from dfqs_nb.ladder.imatrix import read_imatrix
+
+MERGED = registry.registered()["dfqs-nano-iq1_s-xl"].merged_sha256
+FIRST, SECOND = map(str, specimens.reference_shards().paths)
+
+
+def dfqs(*words: str | Path, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dfqs_nb", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+    )
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_models_lists_every_name():
+    done = dfqs("models")
+    assert done.returncode == 0 and all(name in done.stdout for name in registry.registered())
+
+
+def test_inspect_counts_the_tensors_of_all_shards():
+    done = dfqs("inspect", SECOND)
+    assert done.returncode == 0, done.stderr
+    assert "shard 2 of 2" in done.stdout
+    for text in ("126", "14,880,349", "2 of 16 a token", "IQ1_S, Q2_K"):
+        assert text in done.stdout
+
+
+def test_inspect_says_what_is_wrong_and_what_to_do(tmp_path):
+    done = dfqs("inspect", specimens.glue(tmp_path), "--llama-cpp")
+    assert done.returncode == 1
+    assert "raw concatenation" in done.stdout and "dfqs-nb repair" in done.stdout
+    assert "invalid split file name" in done.stdout, "llama.cpp's own words stand beside it"
+
+
+def test_merge_by_registered_name_and_a_dry_run(tmp_path):
+    out = tmp_path / "out.gguf"
+    dry = dfqs("merge", "dfqs-nano-iq1_s-xl", "-o", out, "--dry-run")
+    assert dry.returncode == 0 and "5,753,024 bytes" in dry.stdout and not out.exists()
+    done = dfqs("merge", "dfqs-nano-iq1_s-xl", "-o", out, "--quiet")
+    assert done.returncode == 0 and MERGED in done.stdout and sha256(out) == MERGED
+    for more in ("--quiet", "--dry-run"):
+        again = dfqs("merge", FIRST, "-o", out, more)
+        assert again.returncode == 1 and "exists already" in again.stderr
+    assert dfqs("merge", FIRST, SECOND, "-o", out, "--overwrite", "--quiet").returncode == 0
+
+
+def test_repair_split_and_verify(tmp_path):
+    glued = specimens.glue(tmp_path)
+    split = dfqs("split", glued, "-d", tmp_path, "--quiet")
+    assert split.returncode == 0, split.stderr
+    shards = sorted(tmp_path.glob("*-of-00002.gguf"))
+    assert [sha256(path) for path in shards] == [
+        f.sha256 for f in registry.registered()["dfqs-nano-iq1_s-xl"].files
+    ]
+    assert dfqs("repair", glued, "--in-place", "--quiet").returncode == 0 and sha256(glued) == MERGED
+    proof = dfqs("verify", glued, "--sha256", MERGED, "--against", shards[1], "--quiet")
+    assert proof.returncode == 0 and "the tensors of its shards" in proof.stdout, proof.stderr
+    with glued.open("r+b") as file:
+        file.seek(3_000_000)
+        file.write(b"\xff\x00\xff")
+    damaged = dfqs("verify", glued, "--quiet")
+    assert damaged.returncode == 1 and "1 of 126 tensors differ" in damaged.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "none.gguf"),
+        ("merge", "none.gguf", "-o", "x.gguf"),
+        ("repair", FIRST, "--in-place"),
+        ("verify", "none.gguf"),
+    ],
+)
+def test_errors_are_one_line_and_no_traceback(words, tmp_path):
+    done = dfqs(*words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("dfqs-nb: "), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_long_context_of_a_file_is_the_notebook_s():
+    done = dfqs("score", FIRST, "--long-context")
+    assert done.returncode == 1 and "notebook 05" in done.stderr
+
+
+def test_inspect_starts_without_the_heavy_imports():
+    code = "import sys, dfqs_nb.workbook.cli as c; c.main(['inspect', sys.argv[1]]); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, FIRST], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    )
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert loaded.isdisjoint({"numpy", "pandas", "matplotlib", "llama_cpp", "gguf", "huggingface_hub"})
+
+
+def test_quantize_plans_to_the_byte_and_writes_what_it_planned(tmp_path):
+    out = tmp_path / "rung.gguf"
+    asked = ("quantize", "dfqs-nano-f16", "q8_0", "--quiet")
+    dry = dfqs(*asked, "--dry-run")
+    assert dry.returncode == 0 and not list(tmp_path.iterdir()), dry.stderr
+    size = int(dry.stdout.split("would be ")[1].split()[0].replace(",", ""))
+    done = dfqs(*asked, "-o", out)
+    assert done.returncode == 0, done.stderr
+    assert out.stat().st_size == size and f"{size:,} bytes" in done.stdout
+    header = read_header(out)
+    assert header.get("dfqs.source_sha256") == registry.registered()["dfqs-nano-f16"].files[0].sha256
+    assert header.get("dfqs.recipe") == "Q8_0"
+    assert "exists already" in dfqs(*asked, "-o", out).stderr
+    assert "no output was named" in dfqs(*asked).stderr
+
+
+def test_quantize_collects_the_importance_matrix_that_a_recipe_needs(tmp_path):
+    out = tmp_path / "rung.gguf"
+    bare = dfqs("quantize", "dfqs-nano-f16", "iq1_s-xl", "-o", out, "--quiet")
+    assert bare.returncode == 1 and "needs an importance matrix" in bare.stderr and not out.exists()
+    done = dfqs(
+        "quantize", "dfqs-nano-f16", "iq1_s-xl", "-o", out, "--calibrate", "calibration-nano", "--quiet"
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    kept = read_imatrix(tmp_path / "rung.gguf.imatrix.gguf")
+    assert read_header(out).get("quantize.imatrix.entries_count") == sum(
+        "_exps." in name for name in kept.entries
+    )
+
+
+def test_every_command_shows_what_it_does_and_an_example():
+    from typer.main import get_command
+
+    from dfqs_nb.workbook import cli
+
+    with pytest.raises(SystemExit):
+        raise SystemExit(cli.main(["--version"]))
+    commands = get_command(cli.app).commands
+    assert {"run", "inspect", "merge", "score", "report", "sweep", "deploy"} <= set(commands)
+    for name, command in commands.items():
+        assert name == "models" or "`dfqs-nb " in command.help, f"{name} shows no example"
+        assert all(option.help for option in command.params if hasattr(option, "help")), name
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_traceback_in_a_log(tmp_path, monkeypatch, capsys):
+    from dfqs_nb.gguf import models
+    from dfqs_nb.workbook import cli
+
+    def broken():
+        raise ZeroDivisionError("a bug\nwith a second line")
+
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
+    monkeypatch.setattr(models, "describe", broken)
+    assert cli.main(["models"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "unexpected ZeroDivisionError: a bug; " in error
+    assert "in broken" in (tmp_path / cli.LOG).read_text()
+
+
+def test_text_from_a_file_does_not_steer_the_terminal(capsys):
+    from dfqs_nb.workbook.cli import say
+
+    say("a\x1b]0;title\x07b")
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_run_that_does_not_exist_is_named_with_those_that_do(tmp_path, monkeypatch, capsys):
+    from dfqs_nb.workbook import cli
+
+    (tmp_path / "nano").mkdir()
+    (tmp_path / "nano" / "merge.json").write_text("{}")
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
+    assert cli.main(["report", "nanno", "--check"]) == 1
+    assert "no run is called 'nanno'; did you mean nano?" in capsys.readouterr().err

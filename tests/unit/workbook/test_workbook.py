@@ -1,0 +1,225 @@
+"""The runner: order, parameters, failures, summary; and its command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from dfqs_nb.core.errors import DfqsError, OutputError
+from dfqs_nb.workbook import cli
+from dfqs_nb.workbook import run as workbook
+
+PARAMETERS = 'run_name: str = "nano"  # folder under outputs/\nn_ctx: int = 512  # tokens'
+STAGE = """
+import json, os
+from pathlib import Path
+folder = Path(os.environ["DFQS_OUTPUTS"]) / run_name
+stage = {"stage": NAME, "conditions": {"n_ctx": n_ctx}, "summary": [f"{NAME} saw {n_ctx}"]}
+(folder / f"{NAME}.json").write_text(json.dumps(stage))
+"""
+
+
+def write_notebook(path: Path, *sources: str, parameters: str = PARAMETERS) -> Path:
+    cells = [
+        nbformat.v4.new_markdown_cell("# Try a thing", metadata={"tags": ["badges"]}),
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("", metadata={"tags": ["setup"]}),
+    ]
+    cells += [nbformat.v4.new_code_cell(source) for source in sources]
+    path.parent.mkdir(exist_ok=True)
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    return path
+
+
+def texts(path: Path) -> str:
+    """Everything that the code cells of an executed notebook printed or returned."""
+    found = []
+    for cell in nbformat.read(path, as_version=4).cells:
+        for output in cell.get("outputs", []):
+            found.append(output.get("text") or output.get("data", {}).get("text/plain", ""))
+    return "\n".join(found)
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path / "outputs"))
+    return tmp_path / "outputs"
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Two notebooks; the second reads what the first wrote, and only the first declares n_ctx."""
+    first = write_notebook(
+        tmp_path / "nb" / "01_write.ipynb",
+        STAGE.replace("NAME", "'merge'"),
+        "import sys, os\nprint(sys.executable, os.getcwd())",
+    )
+    second = write_notebook(
+        tmp_path / "nb" / "02_read.ipynb",
+        "import json, os\nfrom pathlib import Path\n"
+        "folder = Path(os.environ['DFQS_OUTPUTS']) / run_name\n"
+        "print('read', json.loads((folder / 'merge.json').read_text())['conditions'])",
+        parameters='run_name: str = "nano"  # folder',
+    )
+    return [first, second]
+
+
+def test_runs_in_order_with_parameters_and_sums_up(outputs, pair):
+    result = workbook.run_workbook("mine", {"n_ctx": 77}, pair)
+    assert [item.name for item in result.notebooks] == ["01_write", "02_read"]
+    assert "read {'n_ctx': 77}" in texts(outputs / "mine" / "02_read.ipynb")
+    assert result.summary == {"merge": ["merge saw 77"]}
+    summary = (outputs / "mine" / "summary.md").read_text()
+    assert "- merge saw 77" in summary and "[02_read](02_read.ipynb)" in summary and "`merge.json`" in summary
+    assert "merge saw 77" in workbook.summary_text(result)
+
+
+def test_the_kernel_is_this_interpreter_even_beside_a_users_kernel(outputs, pair, tmp_path, monkeypatch):
+    """A `python3` kernel of the user's that cannot start must not be taken."""
+    spec = tmp_path / "user" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(
+        json.dumps(
+            {"argv": ["/nowhere/python", "{connection_file}"], "display_name": "x", "language": "python"}
+        )
+    )
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "user"))
+    workbook.run_workbook("kernel", {}, pair[:1])
+    executable, cwd = texts(outputs / "kernel" / "01_write.ipynb").splitlines()[-1].split()
+    assert os.path.samefile(Path(executable).parent, Path(sys.executable).parent)
+    assert cwd == str(pair[0].parent)
+
+
+def test_an_unknown_parameter_fails_and_names_the_known(outputs, pair):
+    with pytest.raises(
+        DfqsError, match=r"no notebook has a parameter 'nctx'; did you mean n_ctx\? known: n_ctx, run_name"
+    ):
+        workbook.run_workbook("mine", {"nctx": 1}, pair)
+    assert not (outputs / "mine").exists()
+
+
+NO_KERNEL = (
+    '{"cells": [{"cell_type": "code", "id": "a", "metadata": {"tags": ["parameters"]}, "source": "a = 1", '
+    '"outputs": [], "execution_count": null}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
+)
+
+
+@pytest.mark.parametrize("text", ["", "not JSON", NO_KERNEL])
+def test_a_file_that_papermill_cannot_run_is_named(outputs, tmp_path, text):
+    path = tmp_path / "01_broken.ipynb"
+    path.write_text(text)
+    with pytest.raises(DfqsError, match="01_broken.ipynb: papermill cannot read it"):
+        workbook.run_workbook("mine", {}, [path])
+
+
+def test_a_failing_cell_is_named_and_earlier_outputs_stay(outputs, pair, tmp_path):
+    bad = write_notebook(
+        tmp_path / "nb" / "03_fail.ipynb", "print('so far')", "raise ValueError('one\\ntwo')"
+    )
+    after = write_notebook(tmp_path / "nb" / "04_never.ipynb", "print('never')")
+    with pytest.raises(DfqsError) as caught:
+        workbook.run_workbook("mine", {}, [*pair, bad, after])
+    message = str(caught.value)
+    assert message.startswith("03_fail.ipynb: cell In [4] failed: ValueError: two")
+    assert str(outputs / "mine" / "03_fail.ipynb") in message
+    assert "so far" in texts(outputs / "mine" / "03_fail.ipynb")
+    assert (outputs / "mine" / "02_read.ipynb").exists() and (outputs / "mine" / "merge.json").exists()
+    assert not (outputs / "mine" / "04_never.ipynb").exists()
+
+
+def test_a_dead_kernel_is_an_error_with_its_cell(outputs, tmp_path):
+    dead = write_notebook(tmp_path / "nb" / "01_die.ipynb", "print('alive')", "import os; os.abort()")
+    with pytest.raises(DfqsError, match=r"01_die.ipynb: the kernel died in cell 6 .*its output so far is in"):
+        workbook.run_workbook("mine", {}, [dead])
+    assert "alive" in texts(outputs / "mine" / "01_die.ipynb")
+
+
+def test_a_relative_model_file_reaches_the_notebook_as_absolute(outputs, tmp_path, monkeypatch):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    show = write_notebook(
+        tmp_path / "nb" / "01_show.ipynb",
+        "print('got', model)",
+        parameters='model: str = "nano"  # name or file',
+    )
+    workbook.run_workbook("mine", {"model": "m.gguf"}, [show])
+    assert f"got {tmp_path / 'm.gguf'}" in texts(outputs / "mine" / "01_show.ipynb")
+    workbook.run_workbook("mine", {"model": "outputs"}, [show])
+    assert "got outputs\n" in texts(outputs / "mine" / "01_show.ipynb"), "a registry name is not a path"
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden"])
+def test_a_run_name_cannot_leave_the_outputs(outputs, pair, name):
+    with pytest.raises(OutputError):
+        workbook.run_workbook(name, {}, pair)
+
+
+@pytest.mark.parametrize(
+    "text, type_name", [("many", "int"), ("1.5", "int"), ("True", "int"), ("x", "float"), ("1", "bool")]
+)
+def test_a_value_of_another_type_is_refused(text, type_name):
+    with pytest.raises(DfqsError, match=f"parameter n takes {type_name}"):
+        workbook.parse_value("n", text, type_name)
+
+
+def test_summary_order_is_that_of_the_stages_and_other_json_is_left_out(tmp_path):
+    for stage in ("zeta", "generate", "merge", "header"):
+        (tmp_path / f"{stage}.json").write_text(json.dumps({"stage": stage, "summary": [stage]}))
+    (tmp_path / "table.json").write_text("[1, 2]")
+    assert list(workbook.read_summary(tmp_path)) == ["merge", "header", "generate", "zeta"]
+    (tmp_path / "torn.json").write_text("{")
+    with pytest.raises(DfqsError, match="torn.json: not JSON"):
+        workbook.read_summary(tmp_path)
+
+
+# --- the command line ------------------------------------------------------------------------------
+
+
+def test_command_line_runs_types_values_and_prints_the_summary(outputs, pair, monkeypatch, capsys):
+    monkeypatch.setattr(workbook, "find_notebooks", lambda names=(): pair)
+    assert cli.main(["run", "--run", "mine", "-p", "n_ctx=99"]) == 0
+    printed = capsys.readouterr().out
+    assert "merge saw 99" in printed and "Where it is" in printed and "02_read: " in printed
+    assert cli.main(["run", "-p", "n_ctx=many"]) == 1
+    error = capsys.readouterr().err
+    assert error == "dfqs-nb: parameter n_ctx takes int, not 'many'; give n_ctx=VALUE\n"
+
+
+def test_an_unknown_notebook_is_named_with_those_that_exist(tmp_path, pair):
+    assert workbook.find_notebooks(["02"], pair[0].parent) == [pair[1]]
+    with pytest.raises(DfqsError, match="no notebook is called '07'; .*"):
+        try:
+            workbook.find_notebooks(["07"], pair[0].parent)
+        except DfqsError as error:
+            assert "01_write, 02_read" in str(error)
+            raise DfqsError(error.what, hint=error.hint) from error
+
+
+def test_a_user_error_is_one_line_without_a_traceback():
+    done = subprocess.run(
+        [sys.executable, "-m", "dfqs_nb", "run", "-p", "x"],
+        capture_output=True,
+        text=True,
+        cwd=workbook.REPOSITORY,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("dfqs-nb: ")
+
+
+def test_starting_the_command_line_imports_nothing_heavy():
+    code = (
+        "import sys, dfqs_nb.workbook.cli as c; c.main(['--version']); print(sorted({'pandas', 'papermill', 'numpy', 'gguf', "
+        "'llama_cpp', 'matplotlib', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=workbook.REPOSITORY
+    )
+    assert done.stdout.split("\n")[1] == "[]"
