@@ -8,12 +8,12 @@ import subprocess
 import tomllib
 from pathlib import Path
 
-import pytest
-import yaml
-
 import install
 import needs
+import pytest
 import store_notebooks
+import yaml
+
 from dfqs_nb import __version__
 from dfqs_nb.core.paths import public_address
 

@@ -16,10 +16,9 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-
 import install
 import needs
+import pytest
 
 REPOSITORY = Path(install.REPOSITORY)
 SCRIPT = REPOSITORY / "tools" / "install.py"
