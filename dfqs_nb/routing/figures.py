@@ -152,7 +152,7 @@ def drift_by_flips(tokens: pd.DataFrame, ax: Axes | None = None) -> Axes:
     still, moved = tokens.loc[tokens["flips"] == 0, "drift"], tokens.loc[tokens["flips"] > 0, "drift"]
     if len(still) and len(moved):
         times = moved.median() / still.median()
-        set_title(ax, f"Tokens with a changed expert: logits move {times:,.1f} times as far as others")
+        set_title(ax, f"Tokens with a changed expert: logits move {times:.2g} times as far as others")
     else:
         set_title(ax, f"No expert changed; logits moved by {tokens['drift'].median():.2g} (median)")
     return ax
