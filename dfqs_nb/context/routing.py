@@ -13,7 +13,7 @@ from dfqs_nb.context.haystacks import Haystacks, frame_of
 from dfqs_nb.context.loss import bands, held_out_text
 from dfqs_nb.context.prompts import PromptSet
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing.trace import Trace, open_recorded, record, require_routed
+from dfqs_nb.routing import Trace, open_recorded, record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,11 +29,11 @@ def routing_by_position(
         ModelError: a dense model.
         DecodeError: a text does not fit the context.
     """
-    with open_recorded(path, settings, probe=False) as recorded:
+    with open_recorded(path, settings, trial=False) as recorded:
         haystacks = Haystacks(frame_of(recorded.model, prompts), prompts, ())
         texts = [held_out_text(haystacks, number, n_tokens) for number in range(n_texts)]
         traces = [record(recorded, text, logits=False) for text in texts]
-    require_routed(traces[0], path)
+    traces[0].require_routed(path)
     return usage_by_position(traces, bands(max(32, len(haystacks.frame.head)), n_tokens))
 
 

@@ -26,6 +26,7 @@ from dfqs_nb.core.paths import run_dir, tilde
 
 if TYPE_CHECKING:
     import pandas as pd
+    from IPython.display import Image
     from matplotlib.axes import Axes
 
 NOTEBOOKS = {
@@ -90,11 +91,12 @@ class Stage:
         """Write a frame as ``<name>.csv`` and seal it."""
         return write_table(self.path(f"{name}.csv"), table, index=index)
 
-    def figure(self, name: str, ax: Axes) -> None:
-        """Save the figure of ``ax`` as ``<name>.png`` and seal it."""
-        from dfqs_nb.core.figures import save
+    def figure(self, name: str, ax: Axes) -> Image:
+        """Save the figure of ``ax`` as ``<name>.png``, seal it, and return it for display; it is closed."""
+        from dfqs_nb.core.figures import compact, save
 
         save(ax, self.path(f"{name}.png"))
+        return compact(ax)
 
     def json(self, name: str, value: Any) -> Path:
         """Write a value as ``<name>.json`` and seal it."""

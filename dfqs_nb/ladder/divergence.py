@@ -23,7 +23,7 @@ from dfqs_nb.core.files import whole_file
 from dfqs_nb.ladder.imatrix import chunks, feed_chunk
 from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model
-from dfqs_nb.routing.trace import RecordedModel
+from dfqs_nb.routing import RecordedModel
 from dfqs_nb.stats import mean_interval
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from dfqs_nb.gguf.header import MAGIC, GGUFHeader, check_layout, read_header
 from dfqs_nb.llama.graph import Tensor, ggml_function
 from dfqs_nb.llama.model import Model, open_model
 from dfqs_nb.llama.settings import OpenSettings, default_context_params
-from dfqs_nb.routing.trace import RecordedModel
+from dfqs_nb.routing import RecordedModel
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dfqs_nb import routing
 from dfqs_nb.context import curve as long_context
 from dfqs_nb.context.boundary import Counts, boot_boundaries, crossing
 from dfqs_nb.core.display import tqdm
@@ -35,8 +36,6 @@ from dfqs_nb.ladder import divergence, imatrix, quantize
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama import timing as llama_timing
 from dfqs_nb.llama.settings import OpenSettings, llama_version
-from dfqs_nb.routing import compare
-from dfqs_nb.routing import trace as routing
 from dfqs_nb.scores import compare as comparison
 from dfqs_nb.scores import item_sets
 from dfqs_nb.scores import run as scores
@@ -522,7 +521,7 @@ def _predict(job: dict[str, Any], settings: Settings, place: Path) -> None:
 
     with (
         whole_file(job["reference"], "wb") if base is None else nullcontext() as kept,
-        routing.open_recorded(job["path"], opened, probe=False) as recorded,
+        routing.open_recorded(job["path"], opened, trial=False) as recorded,
     ):
         tokens = divergence.load_text(settings.text).tokens(recorded.model)
         n_chunks = len(imatrix.chunks(tokens, settings.chunk_tokens, settings.n_chunks))
@@ -532,16 +531,8 @@ def _predict(job: dict[str, Any], settings: Settings, place: Path) -> None:
             found.append(divergence.compare_chunk(said if base is None else base[number], said, targets))
 
         n = divergence.predict(recorded, tokens, settings.chunk_tokens, settings.n_chunks, use)
-        conditions = {
-            "model": routing.model_identity(recorded.model),
-            **recorded.model.conditions(),
-            "chunk_tokens": settings.chunk_tokens,
-        }
-        trace = routing.Trace(
-            np.asarray(tokens[: n * settings.chunk_tokens], np.int32),
-            **recorded.recorder.arrays(),
-            conditions=conditions,
-        )
+        scored = tokens[: n * settings.chunk_tokens]
+        trace = recorded.trace(scored, chunk_tokens=settings.chunk_tokens)
     divergence.Tokens(*map(np.stack, zip(*found, strict=True))).save(place / "tokens.npz")
     trace.save(place / "trace.npz")
     write_json(note, {"key": job["key"]})
@@ -685,7 +676,7 @@ def class_table(ladder: Ladder) -> pd.DataFrame:
 
 def routing_share(source: Rung, rung: Rung) -> divergence.Estimate:
     """Share of the expert sets that are the source's, in layers that choose by score; NaN without such."""
-    same = ~compare.differences(source.trace, rung.trace)[:, ~source.trace.hashed]
+    same = ~routing.differences(source.trace, rung.trace)[:, ~source.trace.hashed]
     return _share(same, source.trace)
 
 
@@ -707,7 +698,7 @@ def routing_table(ladder: Ladder) -> pd.DataFrame:
 
     rows, source = [], ladder.source.trace
     for rung in ladder.rungs[1:]:
-        same, overlap = ~compare.differences(source, rung.trace), compare.overlaps(source, rung.trace)
+        same, overlap = ~routing.differences(source, rung.trace), routing.overlaps(source, rung.trace)
         for column, layer in enumerate(source.layers):
             share = _share(same[:, column : column + 1], source)
             rows.append(

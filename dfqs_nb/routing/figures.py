@@ -1,4 +1,4 @@
-"""Figures of this stage: a tidy frame and ``ax=None`` in, the Axes out."""
+"""Figures of notebook 04: a tidy frame and ``ax=None`` in, the Axes out."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, token_axis
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title  # NEEDS
 
 
 def routing_agreement(agreement: pd.DataFrame, n_tokens: int, ax: Axes | None = None) -> Axes:
@@ -23,29 +24,24 @@ def routing_agreement(agreement: pd.DataFrame, n_tokens: int, ax: Axes | None = 
     """
     ax = new_axes(ax, 1.2 + 0.24 * len(agreement))
     differ = 1 - agreement.to_numpy(float)
-    ax.imshow(differ**0.5, cmap="Oranges", aspect="auto", vmin=0, vmax=max(0.5, float(differ.max()) ** 0.5))
+    most = float(differ.max())
+    # the square root shows a share of 1 % beside one of 30 %
+    ax.imshow(differ**0.5, cmap="Oranges", aspect="auto", vmin=0, vmax=max(0.5, most**0.5))
     for row, column in zip(*differ.nonzero(), strict=True):
-        dark = differ[row, column] > 0.6 * differ.max() and differ.max() > 0.1
-        ax.text(
-            column,
-            row,
-            f"{differ[row, column]:.1%}",
-            ha="center",
-            va="center",
-            fontsize=7,
-            color="white" if dark else INK,
-        )
+        share = differ[row, column]
+        colour = "white" if share > 0.6 * most and most > 0.1 else INK
+        ax.text(column, row, f"{share:.1%}", ha="center", va="center", fontsize=7, color=colour)
     ax.set_yticks(range(len(agreement)), agreement.index, fontsize=8)
     ax.set_xticks(range(agreement.shape[1]), [str(layer) for layer in agreement.columns])
-    ax.set_xlabel(f"layer (tiles: share of n = {n_tokens:,} sets that differ)")
+    ax.set_xlabel(f"layer (tiles: share of n = {n_tokens:,} expert sets that differ)")
     ax.tick_params(length=0)
     same = int((differ.max(axis=1) == 0).sum())
-    set_title(ax, f"{same} of {len(agreement)} comparisons leave every expert set as it was")
+    set_title(ax, f"In {same} of {len(agreement)} comparisons no expert choice changes")
     return ax
 
 
 def router_margins(margins: pd.DataFrame, flips: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """How close the router's calls are, with the choices that flipped marked below.
+    """The router's margins, with the choices that flipped marked below.
 
     Args:
         margins: column ``margin``, one row a choice.
@@ -54,35 +50,33 @@ def router_margins(margins: pd.DataFrame, flips: pd.DataFrame, ax: Axes | None =
     ax = new_axes(ax)
     values = margins["margin"][margins["margin"] > 0]
     edges = np.geomspace(values.min(), values.max(), 40)
-    heights, _, _ = ax.hist(values, bins=edges, color=PALETTE[4], alpha=0.7)
-    kinds = list(dict.fromkeys(flips["kind"]))
-    for row, (colour, kind) in enumerate(zip(PALETTE[5::-1], kinds, strict=False), start=1):
-        at = flips.loc[flips["kind"] == kind, "margin"]
-        ax.plot(
-            at,
-            [-0.055 * row * heights.max()] * len(at),
-            "|",
-            color=colour,
-            markersize=8,
-            label=f"{kind} ({len(at)})",
-        )
+    heights, _ = np.histogram(values, edges)
+    ax.stairs(heights, edges, fill=True, color=PALETTE[4], alpha=0.7)
+    for row, (kind, group) in enumerate(flips.groupby("kind", sort=False), start=1):
+        at, depth = group["margin"], -0.055 * row * heights.max()
+        colour, label = PALETTE[5 - row % 6], f"{kind} ({len(at)})"
+        ax.plot(at, [depth] * len(at), "|", color=colour, markersize=8, label=label)
     ax.axhline(0, color=INK, linewidth=0.6)
     ax.set_xscale("log")
     ax.set_xlabel("router margin: k-th score minus the next (scores have no unit)")
     ax.set_ylabel(f"choices (n = {len(margins):,})")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_yticks([tick for tick in ax.get_yticks() if tick >= 0])
-    if not len(flips):
-        set_title(ax, f"No choice flipped; half of the margins lie below {values.median():.2g}")
-        return ax
-    ax.legend(frameon=False, fontsize=8, title="flips under a change of", title_fontsize=8, loc="upper left")
-    largest = flips["margin"].max()
-    set_title(
-        ax,
-        f"All {len(flips)} flips lie at margins up to {largest:.2g}, as do "
-        f"{(margins['margin'] <= largest).mean():.0%} of all choices",
-    )
+    if len(flips):
+        ax.legend(
+            frameon=False, fontsize=8, title="flips under a change of", title_fontsize=8, loc="upper left"
+        )
+    set_title(ax, _margin_title(margins["margin"].median(), flips["margin"]))
     return ax
+
+
+def _margin_title(typical: float, flipped: pd.Series) -> str:
+    if not len(flipped):
+        return f"No choice flipped; the median margin is {typical:.2g}"
+    times = typical / flipped.median()
+    if times < 1:
+        return "Flipped choices have no smaller margins than others"
+    return f"Flipped choices have a median margin {times:,.0f} times smaller than typical"
 
 
 def expert_usage(usage: pd.DataFrame, loads: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -93,23 +87,20 @@ def expert_usage(usage: pd.DataFrame, loads: pd.DataFrame, ax: Axes | None = Non
         loads: columns ``layer``, ``entropy`` (bits) and ``share_of_even``.
     """
     table = usage.pivot(index="layer", columns="expert", values="share")
+    n_experts = table.shape[1]
     ax = new_axes(ax, 1.3 + 0.3 * len(table))
-    image = ax.imshow(table * table.shape[1], cmap="viridis", aspect="auto", vmin=0)
+    image = ax.imshow(table * n_experts, cmap="viridis", aspect="auto", vmin=0)
     ax.set_yticks(range(len(table)), [str(layer) for layer in table.index])
-    for row, load in enumerate(loads.itertuples()):
-        ax.text(table.shape[1] - 0.3, row, f"{load.entropy:.2f} bits", va="center", fontsize=8, color=INK)
+    for row, load in enumerate(loads["entropy"]):
+        ax.text(n_experts - 0.3, row, f"{load:.2f} bits", va="center", fontsize=8, color=INK)
     ax.figure.colorbar(image, ax=ax, label="load (1: even)", pad=0.12)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel(f"expert (labels give the load's entropy; even: {math.log2(table.shape[1]):.2f} bits)")
+    ax.set_xlabel(f"expert (right: entropy of the load; an even load has {math.log2(n_experts):.2f} bits)")
     ax.set_ylabel("layer")
     least = loads.loc[loads["share_of_even"].idxmin()]
     idle = int((usage["share"] == 0).sum())
     used = f"{idle} experts are never used" if idle else "Every expert is used"
-    set_title(
-        ax,
-        f"{used}; the least even layer, {int(least['layer'])}, keeps {least['share_of_even']:.0%} "
-        "of the even load's entropy",
-    )
+    set_title(ax, f"{used}; layer {int(least['layer'])} has the least even load")
     return ax
 
 
@@ -121,33 +112,24 @@ def flips_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes:
             interval), ``margin_p5`` and ``margin_median``.
     """
     ax = new_axes(ax)
-    middle = np.sqrt(positions["end"] * positions["start"].clip(lower=positions["end"].min() / 2))
-    spread = [positions["rate"] - positions["rate_low"], positions["rate_high"] - positions["rate"]]
-    ax.errorbar(
-        middle, positions["rate"], yerr=spread, fmt="o-", color=PALETTE[5], capsize=3, linewidth=1, zorder=3
-    )
+    ends, rates = positions["end"], positions["rate"]
+    middle = np.sqrt(ends * positions["start"].clip(lower=ends.min() / 2))
+    spread = [rates - positions["rate_low"], positions["rate_high"] - rates]
+    ax.errorbar(middle, rates, yerr=spread, fmt="o-", color=PALETTE[5], capsize=3, linewidth=1, zorder=3)
     right = ax.twinx()
     right.plot(middle, positions["margin_p5"], "s--", color=PALETTE[0], linewidth=1)
     right.set_ylabel("router margin (5th percentile)", color=PALETTE[0])
     right.set_ylim(bottom=0)
     right.spines["top"].set_visible(False)
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(positions["end"], [f"{end:,}" for end in positions["end"]])
-    ax.minorticks_off()
+    n = positions["n"]
+    token_axis(ax, ends, f"position in the context (tokens); n = {n.min():,} to {n.max():,} choices a point")
     ax.set_ylim(bottom=0)
-    ax.set_xlabel(
-        f"position in the context (tokens); n = {positions['n'].min():,} to "
-        f"{positions['n'].max():,} choices a point"
-    )
     ax.set_ylabel("choices that flip (95 % interval)", color=PALETTE[5])
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     first, last = positions.iloc[0], positions.iloc[-1]
     apart = last["rate_low"] > first["rate_high"] or last["rate_high"] < first["rate_low"]
-    set_title(
-        ax,
-        f"Flips go from {first['rate']:.2%} at the start to {last['rate']:.2%} at the end"
-        f"{'' if apart else ': the intervals overlap'}",
-    )
+    change = f"{first['rate']:.2%} of choices flip at the start, {last['rate']:.2%} at the end"
+    set_title(ax, change if apart else f"{change} (intervals overlap)")
     return ax
 
 
@@ -157,7 +139,7 @@ def drift_by_flips(tokens: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Args:
         tokens: columns ``drift`` (largest change of a logit, above 0) and ``flips`` (layers).
     """
-    groups = [(int(flips), group["drift"]) for flips, group in tokens.groupby("flips")]
+    groups = [(flips, group["drift"]) for flips, group in tokens.groupby("flips")]
     ax = new_axes(ax, 1.2 + 0.45 * len(groups))
     for row, (_, drift) in enumerate(groups):
         height = row + 0.28 * np.sin(np.arange(len(drift)) * 2.399963)  # spread, the same every time
@@ -165,12 +147,12 @@ def drift_by_flips(tokens: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.plot([drift.median()] * 2, [row - 0.36, row + 0.36], color=INK, linewidth=2)
     ax.set_xscale("log")
     ax.set_yticks(range(len(groups)), [f"{flips} (n = {len(drift):,})" for flips, drift in groups])
-    ax.set_ylabel("layers that flipped")
+    ax.set_ylabel("layers with another expert set")
     ax.set_xlabel("largest change of a token's logits (bar: median)")
     still, moved = tokens.loc[tokens["flips"] == 0, "drift"], tokens.loc[tokens["flips"] > 0, "drift"]
     if len(still) and len(moved):
         times = moved.median() / still.median()
-        set_title(ax, f"A token whose experts change moves its logits {times:.1f} times as far")
+        set_title(ax, f"Tokens with a changed expert: logits move {times:.2g} times as far as others")
     else:
         set_title(ax, f"No expert changed; logits moved by {tokens['drift'].median():.2g} (median)")
     return ax

@@ -8,20 +8,24 @@ when a setting differs is sensitivity, not failure.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dfqs_nb.core.files import write_table
-from dfqs_nb.routing.compare import by_position, by_token, load_entropy, lower_bound, upper_bound, usage
-from dfqs_nb.routing.experiment import IDENTICAL, Experiment
+from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.routing.compare import by_layer, by_position, by_token, flips, load_entropy, usage
 from dfqs_nb.routing.trace import Trace
+from dfqs_nb.stats import clopper_pearson
 
 if TYPE_CHECKING:
     import pandas as pd
 
+IDENTICAL = "identical"  # the kind of a condition that repeats its reference exactly
 STABLE_SHARE = 0.99  # identical sets under every setting of the runtime, for "routing stable"
 EXTREME_TOKENS = 8192  # DFQS looks at long contexts from 8K on; "extreme token pressure" is not below
 FIXES = {
@@ -37,8 +41,17 @@ FIXES = {
 }
 
 
+def at_most(n_events: int, n: int) -> float:
+    """The exact 95 % upper bound on a rate, one-sided (Clopper and Pearson 1934); NaN of no trials.
+
+    >>> round(at_most(0, 4), 3), round(at_most(0, 1152), 4)
+    (0.527, 0.0026)
+    """
+    return clopper_pearson(n_events, n, level=0.90)[1] if n else math.nan
+
+
 @dataclass(frozen=True)
-class Verdict:
+class Determinism:
     """Whether routing was deterministic under identical conditions.
 
     Attributes:
@@ -47,7 +60,10 @@ class Verdict:
         n_tokens, n_layers, n_runs: the text, the layers that score, the repetitions.
         n_choices: tokens x layers, over all repetitions.
         n_differ: of these, how many chose another set.
-        upper_bound: the largest rate of such choices that these counts allow, 95 %, one-sided, exact.
+        n_runs_differ: repetitions in which anything judged differed (sets; of a dense model, logits).
+        upper_bound: 95 % upper bound on the rate of such choices. A repetition makes the same choices again,
+            so it counts tokens x layers once.
+        runs_upper_bound: 95 % upper bound on the rate of repetitions that differ.
         logits_equal: share of tokens whose logits were equal bit for bit.
         same_output: whether every greedy continuation was equal.
         failed_runs: repetitions that did not run.
@@ -60,122 +76,289 @@ class Verdict:
     n_runs: int
     n_choices: int
     n_differ: int
+    n_runs_differ: int
     upper_bound: float
+    runs_upper_bound: float
     logits_equal: float
     same_output: bool
     failed_runs: tuple[str, ...]
 
     @property
     def text(self) -> str:
-        """The verdict in one sentence."""
+        """The verdict in a sentence or two."""
         word = "PASS" if self.passed else "FAIL"
         if self.failed_runs:
             return f"{word}: {len(self.failed_runs)} of the repetitions did not run ({self.failed_runs[0]})."
         if not self.routed:
             return (
-                f"{word}: no routed experts here (a dense model); the logits of {self.logits_equal:.2%} "
+                f"{word}: dense model, nothing to route; the logits of {self.logits_equal:.2%} "
                 f"of {self.n_tokens:,} tokens were equal bit for bit over {self.n_runs} repetitions."
             )
         return (
-            f"{word}: {self.n_differ:,} of {self.n_choices:,} choices differed under the same conditions "
-            f"({self.n_tokens:,} tokens x {self.n_layers} layers x {self.n_runs} repetitions); with 95 % "
-            f"confidence fewer than {self.upper_bound:.2g} of all choices do."
+            f"{word}: {self.n_differ:,} of {self.n_choices:,} choices differed under identical conditions "
+            f"({self.n_tokens:,} tokens x {self.n_layers} layers x {self.n_runs} repetitions). 95 % upper "
+            f"bounds: {self.upper_bound:.2%} of such choices, {self.runs_upper_bound:.0%} of repeated runs."
         )
 
 
-def judge(table: pd.DataFrame) -> Verdict:
+def judge(table: pd.DataFrame) -> Determinism:
     """The verdict on the table of an experiment.
 
     A dense model passes when its logits were equal bit for bit.
     """
     repeats = table[table["kind"] == IDENTICAL]
-    done = repeats[repeats["status"] == "done"]
-    broken = repeats[repeats["status"] != "done"]
+    done, broken = (repeats[(repeats["status"] == "done") == ran] for ran in (True, False))
     failed = tuple(f"{row.condition}: {row.status}" for row in broken.itertuples())
-    n, differ = int(done["n_choices"].sum()), int(done["n_differ"].sum())
-    equal = float(done["logits_equal"].mean()) if len(done) else math.nan
-    clean = differ == 0 if n else equal == 1.0
-    return Verdict(
-        passed=bool(len(done)) and not failed and clean,
+    n, n_differ = int(done["n_choices"].sum()), int(done["n_differ"].sum())
+    n_tokens, n_layers = (int(done[name].max()) if len(done) else 0 for name in ("n_tokens", "n_layers"))
+    differing = done["n_differ"] > 0 if n else done["logits_equal"] < 1
+    n_runs_differ = int(differing.sum())
+    each = n_tokens * n_layers
+    return Determinism(
+        passed=bool(len(done)) and not failed and not n_runs_differ,
         routed=n > 0,
-        n_tokens=int(done["n_tokens"].max()) if len(done) else 0,
-        n_layers=int(done["n_layers"].max()) if len(done) else 0,
+        n_tokens=n_tokens,
+        n_layers=n_layers,
         n_runs=len(done),
         n_choices=n,
-        n_differ=differ,
-        upper_bound=upper_bound(differ, n) if n else math.nan,
-        logits_equal=equal,
-        same_output=bool((done["same_output"] != False).all()),
-        failed_runs=failed,  # noqa: E712
+        n_differ=n_differ,
+        n_runs_differ=n_runs_differ,
+        upper_bound=at_most(min(n_differ, each), each),
+        runs_upper_bound=at_most(n_runs_differ, len(done)),
+        logits_equal=float(done["logits_equal"].mean()) if len(done) else math.nan,
+        same_output=not _changed(done["same_output"]),
+        failed_runs=failed,
+    )
+
+
+def _changed(same_output: Iterable[Any]) -> bool:
+    """Whether a greedy answer changed; runs without answers (None) do not count."""
+    return any(same is not None and same == False for same in same_output)  # noqa: E712 - numpy's too
+
+
+def with_rates(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with ``rate`` of different sets and its exact 95 % interval ``rate_low``, ``rate_high``."""
+    counts = [(int(x), int(n)) for x, n in zip(table["n_differ"], table["n_choices"], strict=True)]
+    limits = [clopper_pearson(x, n) if n else (math.nan, math.nan) for x, n in counts]
+    return table.assign(
+        rate=[x / n if n else math.nan for x, n in counts],
+        rate_low=[low for low, _ in limits],
+        rate_high=[high for _, high in limits],
     )
 
 
 def sensitivities(table: pd.DataFrame) -> pd.DataFrame:
-    """The conditions that change a setting, most different first, with the exact 95 % interval of their rate.
-
-    Columns: those of the table, ``rate`` (of different sets), ``rate_low``, ``rate_high``.
-    """
-    changed = table[(table["kind"] != IDENTICAL) & (table["status"] == "done")].copy()
-    pairs = list(zip(changed["n_differ"].astype(int), changed["n_choices"].astype(int), strict=True))
-    changed["rate"] = [x / n if n else math.nan for x, n in pairs]
-    changed["rate_low"] = [lower_bound(x, n, 0.975) if n else math.nan for x, n in pairs]
-    changed["rate_high"] = [upper_bound(x, n, 0.975) if n else math.nan for x, n in pairs]
+    """The conditions that change a setting, most different first; columns as in `with_rates`."""
+    changed = with_rates(table[(table["kind"] != IDENTICAL) & (table["status"] == "done")])
     return changed.sort_values(["rate", "logit_drift"], ascending=False, kind="stable", ignore_index=True)
 
 
 def advice(table: pd.DataFrame) -> list[str]:
     """What to fix in order to reproduce a run, one sentence a kind of setting, most important first."""
-    lines = []
-    for kind, rows in sensitivities(table).groupby("kind", sort=False):
-        worst, what = rows.iloc[0], FIXES.get(str(kind), str(kind))
-        differ, n = int(worst["n_differ"]), int(worst["n_choices"])
-        if kind == "weights":
-            name = worst["condition"].removeprefix("weights: ")
-            lines.append(
-                f"Compare runs of one quantization only: {name} chose other "
-                f"experts in {differ:,} of {n:,} choices ({differ / max(n, 1):.1%})."
-            )
-        elif differ:
-            lines.append(
-                f'Fix {what}: "{worst["condition"]}" changed {differ:,} of {n:,} choices '
-                f"({differ / n:.2%}), at margins up to {worst['margin_differ']:.2g}; "
-                f"{_output(rows)}."
-            )
-        elif (rows["logits_equal"] < 1).any():
-            still = "no choice changed, but logits" if n else "logits"
-            lines.append(
-                f"Fix {what} for equal logits: {still} moved by up to "
-                f"{rows['logit_drift'].max():.2g}; {_output(rows)}."
-            )
-        else:
-            lines.append(
-                f"Free: {what}. Logits were equal bit for bit in {len(rows)} "
-                f"comparison{'s' if len(rows) > 1 else ''}."
-            )
-    return lines
+    groups = sensitivities(table).groupby("kind", sort=False)
+    return [_advice_on(str(kind), rows) for kind, rows in groups]
 
 
-def _output(rows: pd.DataFrame) -> str:
-    changed = (rows["same_output"] == False).any()  # noqa: E712
-    return "the greedy answer changed too" if changed else "the greedy answer stayed"
+def _advice_on(kind: str, rows: pd.DataFrame) -> str:
+    worst, what = rows.iloc[0], FIXES.get(kind, kind)
+    differ, n, name = int(worst["n_differ"]), int(worst["n_choices"]), worst["condition"]
+    output = f"the greedy answer {'changed too' if _changed(rows['same_output']) else 'stayed'}"
+    if kind == "weights":
+        found = f"chose other experts in {differ:,} of {n:,} choices ({differ / n:.1%})" if n else output
+        return f"Compare runs of one quantization only: {name.removeprefix('weights: ')} {found}."
+    if differ:
+        return (
+            f'Fix {what}: "{name}" changed {differ:,} of {n:,} choices ({differ / n:.2%}), '
+            f"at margins up to {worst['margin_differ']:.2g}; {output}."
+        )
+    if (rows["logits_equal"] < 1).any():
+        still, drift = "no choice changed, but logits" if n else "logits", rows["logit_drift"].max()
+        return f"Fix {what} for equal logits: {still} moved by up to {drift:.2g}; {output}."
+    times = f"{len(rows)} comparison{'s' if len(rows) > 1 else ''}"
+    return f"Free: {what}. Logits were equal bit for bit in {times}."
 
 
-def claims(experiment: Experiment) -> pd.DataFrame:
-    """The card's statements on routing: ``claim``, ``status`` and ``evidence``, in its order."""
+# ---- an experiment, and its tables ----
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What every condition gave, and what it means.
+
+    Attributes:
+        tokens: the text, int32 ``(n,)``.
+        table: one row a comparison: ``condition``, ``kind``, ``against``, ``status`` (``done``, or why not),
+            and the fields of `TraceDifference`.
+        traces: by the condition's name.
+        settings: the reference's settings.
+        n_made, n_reused: traces recorded now, and found.
+    """
+
+    tokens: np.ndarray = field(repr=False)
+    table: pd.DataFrame = field(repr=False)
+    traces: dict[str, Trace] = field(repr=False)
+    settings: OpenSettings
+    n_made: int
+    n_reused: int
+
+    @property
+    def reference(self) -> Trace:
+        """The run that all others are compared with, directly or through another."""
+        return self.traces["prefill"]
+
+    @cached_property
+    def verdict(self) -> Determinism:
+        """Whether identical conditions gave identical choices."""
+        return judge(self.table)
+
+    @cached_property
+    def advice(self) -> list[str]:
+        """What to fix in order to reproduce a run; see `advice`."""
+        return advice(self.table)
+
+    def conclusions(self) -> list[str]:
+        """What this experiment showed, in sentences made from its counts."""
+        changed = sensitivities(self.table)
+        runtime = changed[changed["kind"] != "weights"]
+        moved = "n_differ" if self.reference.routed else "logit_drift"
+        what = "an expert choice" if self.reference.routed else "a logit"
+        lines = [
+            self.verdict.text,
+            f"{int((runtime[moved] > 0).sum())} of {len(runtime)} changes of settings changed {what}.",
+        ]
+        flipped = self.flips()
+        if len(flipped):
+            typical, close = self.margins()["margin"].median(), flipped["margin"].median()
+            lines.append(f"The median margin is {typical:.2g}, and {close:.2g} where a choice flipped.")
+        return lines
+
+    def _pairs(self) -> list[tuple[Any, Trace, Trace]]:
+        """Row of the table, reference and trace, of every change of a setting of the runtime."""
+        rows = sensitivities(self.table)
+        runtime = rows[rows["kind"] != "weights"].itertuples()
+        return [(row, self.traces[row.against], self.traces[row.condition]) for row in runtime]
+
+    def claims(self) -> pd.DataFrame:
+        """The card's statements on routing: ``claim``, ``status`` and ``evidence``, in its order."""
+        import pandas as pd
+
+        rows = [
+            ("routing stable", *_stable(sensitivities(self.table))),
+            ("deterministic execution", *_deterministic(self.verdict)),
+            ("routing variance grows under extreme token pressure", *self._pressure()),
+        ]
+        return pd.DataFrame(rows, columns=["claim", "status", "evidence"])
+
+    def _pressure(self) -> tuple[str, str]:
+        """Flips in the last against the first quarter of the text, pooled over the changes of settings."""
+        quarters = [round(len(self.tokens) * i / 4) for i in range(5)]
+        pooled = self._pooled_positions(quarters)
+        (early, n_early), (late, n_late) = (
+            (int(pooled["n_differ"].iloc[at]), int(pooled["n_choices"].iloc[at])) for at in (0, -1)
+        )
+        if not n_early:
+            return "not testable here", "no routed experts"
+        seen = (
+            f"{early:,} of {n_early:,} choices flip in the first quarter, {late:,} of {n_late:,} in "
+            f"the last, over {len(self.tokens):,} tokens"
+        )
+        if len(self.tokens) < EXTREME_TOKENS:
+            return "not testable here", f"{seen}; extreme begins at {EXTREME_TOKENS:,} tokens"
+        grows = clopper_pearson(late, n_late)[0] > clopper_pearson(early, n_early)[1]
+        return ("confirmed" if grows else "contradicted"), seen
+
+    def agreement(self) -> pd.DataFrame:
+        """Share of identical sets: a row a condition, as ranked, a column a layer, hash layers included."""
+        import pandas as pd
+
+        repeats = self.table[(self.table["kind"] == IDENTICAL) & (self.table["status"] == "done")]
+        ranked = [*repeats["condition"], *sensitivities(self.table)["condition"][::-1]]
+        against = dict(zip(self.table["condition"], self.table["against"], strict=True))
+        rows = {
+            name: by_layer(self.traces[against[name]], self.traces[name]).set_index("layer")[
+                "share_identical"
+            ]
+            for name in ranked
+        }
+        return pd.DataFrame(rows).T
+
+    def flips(self) -> pd.DataFrame:
+        """Flips under changes of settings: ``condition``, ``kind``, ``token``, ``layer``, ``margin``."""
+        parts = [flips(a, b).assign(condition=row.condition, kind=row.kind) for row, a, b in self._pairs()]
+        return _joined(parts, ["condition", "kind", "token", "layer", "margin"])
+
+    def margins(self) -> pd.DataFrame:
+        """The margin of every choice of the reference: ``token``, ``layer``, ``margin``; no hash layers."""
+        import pandas as pd
+
+        trace = self.reference
+        scored = trace.layers[~trace.hashed]
+        token, layer = np.repeat(np.arange(trace.n_tokens), len(scored)), np.tile(scored, trace.n_tokens)
+        values = trace.margin[:, ~trace.hashed].ravel()
+        return pd.DataFrame({"token": token, "layer": layer, "margin": values})
+
+    def positions(self) -> pd.DataFrame:
+        """Flips along the context, pooled over the changes of runtime settings.
+
+        One row a stretch, each twice as long as the one before: ``start``, ``end``, ``n`` choices,
+        ``differ``, ``rate`` with ``rate_low`` and ``rate_high``, and the reference's margin
+        (``margin_p5``, ``margin_median``, ``margin_p95``).
+        """
+        n = len(self.tokens)
+        pooled = self._pooled_positions([0, *(2**i for i in range(5, n.bit_length()) if 2**i < n), n])
+        return with_rates(pooled).rename(columns={"n_choices": "n", "n_differ": "differ"})
+
+    def _pooled_positions(self, edges: list[int]) -> pd.DataFrame:
+        parts = [by_position(a, b, edges) for _, a, b in self._pairs()]
+        pooled = by_position(self.reference, self.reference, edges)
+        counts = {
+            "n_choices": sum((part["n"] for part in parts), start=0 * pooled["n"]),
+            "n_differ": sum((part["differ"] for part in parts), start=0 * pooled["n"]),
+        }
+        return pooled.drop(columns=["n", "differ", "share_identical"]).assign(**counts)
+
+    def drifts(self) -> pd.DataFrame:
+        """Every token under every change of runtime settings that moved its logits.
+
+        Columns ``condition``, ``token``, ``drift`` and ``flips`` (layers whose expert set differs).
+        """
+        parts = [by_token(a, b).assign(condition=row.condition) for row, a, b in self._pairs()]
+        table = _joined(parts, ["condition", "token", "drift", "flips"])
+        return table[table["drift"] > 0].reset_index(drop=True)
+
+    def usage(self) -> pd.DataFrame:
+        """How often the reference chose each expert; see `compare.usage`."""
+        return usage(self.reference)
+
+    def loads(self) -> pd.DataFrame:
+        """How evenly the reference loads its experts; see `compare.load_entropy`."""
+        return load_entropy(self.reference)
+
+    def write_tables(self, folder: str | Path) -> list[Path]:
+        """Write the tables ``routing_*.csv`` and return their paths."""
+        tables = {
+            "conditions": self.table,
+            "claims": self.claims(),
+            "layers": self.agreement().rename_axis("condition").reset_index(),
+            "positions": self.positions(),
+            "flips": self.flips(),
+            "usage": self.usage(),
+        }
+        return [
+            write_table(Path(folder) / f"routing_{name}.csv", table, index=False)
+            for name, table in tables.items()
+        ]
+
+
+def _joined(parts: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
     import pandas as pd
 
-    table = experiment.table
-    rows = [
-        ("routing stable", *_stable(sensitivities(table))),
-        ("deterministic execution", *_deterministic(judge(table))),
-        ("routing variance grows under extreme token pressure", *_pressure(experiment)),
-    ]
-    return pd.DataFrame(rows, columns=["claim", "status", "evidence"])
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
-def _stable(found: pd.DataFrame) -> tuple[str, str]:
+def _stable(changed: pd.DataFrame) -> tuple[str, str]:
     """Judged over the settings of the runtime; another quantization is another model."""
-    runtime = found[(found["kind"] != "weights") & (found["n_choices"] > 0)]
+    runtime = changed[(changed["kind"] != "weights") & (changed["n_choices"] > 0)]
     if not len(runtime):
         return "not testable here", "no routed experts"
     worst = runtime.iloc[0]
@@ -187,7 +370,7 @@ def _stable(found: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-def _deterministic(verdict: Verdict) -> tuple[str, str]:
+def _deterministic(verdict: Determinism) -> tuple[str, str]:
     if not verdict.n_runs:
         return "not testable here", "no repetition ran"
     answers = "equal" if verdict.same_output else "differ"
@@ -197,134 +380,3 @@ def _deterministic(verdict: Verdict) -> tuple[str, str]:
         f"under identical conditions {choices}logits of {verdict.logits_equal:.2%} of tokens are equal bit "
         f"for bit; answers {answers}"
     )
-
-
-def _pressure(experiment: Experiment) -> tuple[str, str]:
-    """Flips in the last against the first quarter of the text, pooled over the changes of settings."""
-    early, late = pressure(experiment)
-    seen = (
-        f"{early[0]:,} of {early[1]:,} choices flip in the first quarter, {late[0]:,} of {late[1]:,} in "
-        f"the last, over {len(experiment.tokens):,} tokens"
-    )
-    if not early[1]:
-        return "not testable here", "no routed experts"
-    if len(experiment.tokens) < EXTREME_TOKENS:
-        return "not testable here", f"{seen}; extreme begins at {EXTREME_TOKENS:,} tokens"
-    grows = lower_bound(*late, 0.975) > upper_bound(*early, 0.975)
-    return ("confirmed" if grows else "contradicted"), seen
-
-
-def pressure(experiment: Experiment) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Flips and choices in the first and the last quarter of the text, over all changes of settings."""
-    quarters = [round(len(experiment.tokens) * i / 4) for i in range(5)]
-    parts = [
-        by_position(experiment.traces[row.against], experiment.traces[row.condition], quarters)
-        for row in sensitivities(experiment.table).itertuples()
-        if row.kind != "weights"
-    ]
-    early, late = ([(p["differ"].iloc[at], p["n"].iloc[at]) for p in parts] for at in (0, -1))
-    return tuple((int(sum(x for x, _ in part)), int(sum(n for _, n in part))) for part in (early, late))
-
-
-# ---- tables for figures ----
-
-
-def agreement(experiment: Experiment) -> pd.DataFrame:
-    """Share of identical sets for each condition (rows, as ranked) and layer (columns); hash layers too."""
-    import pandas as pd
-
-    from dfqs_nb.routing.compare import by_layer
-
-    ranked = [
-        *experiment.table.query("kind == @IDENTICAL and status == 'done'")["condition"],
-        *sensitivities(experiment.table)["condition"][::-1],
-    ]
-    against = dict(zip(experiment.table["condition"], experiment.table["against"], strict=True))
-    rows = {
-        name: by_layer(experiment.traces[against[name]], experiment.traces[name]).set_index("layer")[
-            "share_identical"
-        ]
-        for name in ranked
-    }
-    return pd.DataFrame(rows).T
-
-
-def flipped_margins(experiment: Experiment) -> pd.DataFrame:
-    """Every flip under a change of settings: ``condition``, ``kind``, ``token``, ``layer``, ``margin``."""
-    import pandas as pd
-
-    from dfqs_nb.routing.compare import flips
-
-    rows = sensitivities(experiment.table)
-    found = [
-        flips(experiment.traces[row.against], experiment.traces[row.condition]).assign(
-            condition=row.condition, kind=row.kind
-        )
-        for row in rows[rows["kind"] != "weights"].itertuples()
-    ]
-    columns = ["condition", "kind", "token", "layer", "margin"]
-    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
-
-
-def margins(trace: Trace) -> pd.DataFrame:
-    """The margin of every choice: ``token``, ``layer``, ``margin``; layers that score only."""
-    import pandas as pd
-
-    scored = trace.layers[~trace.hashed]
-    token, layer = np.repeat(np.arange(trace.n_tokens), len(scored)), np.tile(scored, trace.n_tokens)
-    return pd.DataFrame({"token": token, "layer": layer, "margin": trace.margin[:, ~trace.hashed].ravel()})
-
-
-def positions(experiment: Experiment) -> pd.DataFrame:
-    """Stretches of the context, each twice as long as the one before, pooled over the changes of runtime
-    settings: the columns of `by_position`, with ``rate`` of flips and its exact 95 % interval ``rate_low``,
-    ``rate_high``."""
-    n, rows = len(experiment.tokens), sensitivities(experiment.table)
-    edges = [0, *(2**i for i in range(5, n.bit_length()) if 2**i < n), n]
-    parts = [
-        by_position(experiment.traces[row.against], experiment.traces[row.condition], edges)
-        for row in rows[rows["kind"] != "weights"].itertuples()
-    ]
-    pooled = by_position(experiment.traces["prefill"], experiment.traces["prefill"], edges)
-    pooled["n"], pooled["differ"] = sum(p["n"] for p in parts), sum(p["differ"] for p in parts)
-    counts = [(int(x), int(n)) for x, n in zip(pooled["differ"], pooled["n"], strict=True)]
-    pooled["rate"] = [x / n if n else math.nan for x, n in counts]
-    pooled["rate_low"] = [lower_bound(x, n, 0.975) if n else math.nan for x, n in counts]
-    pooled["rate_high"] = [upper_bound(x, n, 0.975) if n else math.nan for x, n in counts]
-    return pooled.drop(columns="share_identical")
-
-
-def token_drifts(experiment: Experiment) -> pd.DataFrame:
-    """Every token under every change of runtime settings that moved its logits: ``condition``, ``token``,
-    ``drift`` and ``flips`` (layers whose expert set differs)."""
-    import pandas as pd
-
-    rows = sensitivities(experiment.table)
-    found = [
-        by_token(experiment.traces[row.against], experiment.traces[row.condition]).assign(
-            condition=row.condition
-        )
-        for row in rows[rows["kind"] != "weights"].itertuples()
-    ]
-    columns = ["condition", "token", "drift", "flips"]
-    table = pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
-    return table[table["drift"] > 0].reset_index(drop=True)
-
-
-def loads(experiment: Experiment) -> pd.DataFrame:
-    """`load_entropy` of the reference run."""
-    return load_entropy(experiment.traces["prefill"])
-
-
-def write_tables(experiment: Experiment, folder: str | Path) -> list[Path]:
-    """Write the experiment's tables as CSV and return their paths: conditions, claims, layers, positions,
-    flips and expert usage."""
-    tables = {
-        "routing_conditions": experiment.table,
-        "routing_claims": claims(experiment),
-        "routing_layers": agreement(experiment).rename_axis("condition").reset_index(),
-        "routing_positions": positions(experiment),
-        "routing_flips": flipped_margins(experiment),
-        "routing_usage": usage(experiment.traces["prefill"]),
-    }
-    return [write_table(Path(folder) / f"{name}.csv", table, index=False) for name, table in tables.items()]

@@ -39,28 +39,20 @@ def routing(
     Exit status 1: it is not. Example: `dfqs-nb routing model.gguf`
     """
     from dfqs_nb.gguf import models as registry
-    from dfqs_nb.routing import experiment as experiments
-    from dfqs_nb.routing import verdict as verdicts
+    from dfqs_nb.routing import run_experiment
     from dfqs_nb.serve.client import check_in_process
 
     check_in_process(model, "routing")
     path, folder = registry.resolve(model)[0], run_dir(run)
-    experiment = experiments.run_experiment(
-        path,
-        folder / "routing",
-        n_tokens=tokens,
-        fresh=fresh,
-        others=experiments.quantizations(path, other),
-    )
-    verdict = verdicts.judge(experiment.table)
+    experiment = run_experiment(path, folder / "routing", n_tokens=tokens, fresh=fresh, other=other)
     table = experiment.table.reindex(columns=COLUMNS.split())
     say(table.to_string(index=False, float_format="{:.3g}".format))
-    say("\n".join(["", verdict.text, "", *verdicts.advice(experiment.table), ""]))
-    for row in verdicts.claims(experiment).itertuples():
+    say("\n".join(["", experiment.verdict.text, "", *experiment.advice, ""]))
+    for row in experiment.claims().itertuples():
         say(f'"{row.claim}": {row.status}\n  {row.evidence}')
-    written = verdicts.write_tables(experiment, folder)
+    written = experiment.write_tables(folder)
     say(f"\nwrote {', '.join(path.name for path in written)} to {tilde(folder)}/")
-    raise typer.Exit(int(not verdict.passed))
+    raise typer.Exit(int(not experiment.verdict.passed))
 
 
 @app.command(rich_help_panel=MEASURE)

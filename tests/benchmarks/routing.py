@@ -20,7 +20,7 @@ import numpy as np
 
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing.trace import open_recorded
+from dfqs_nb.routing import open_recorded
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 

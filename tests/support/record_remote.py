@@ -14,8 +14,8 @@ import sys
 import llama_cpp.llama_cpp as api
 import numpy as np
 
+from dfqs_nb import routing
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing import trace as routing
 
 N_PREFILL, N_DECODE = 150, 50
 BUFFER = 8  # offset of ggml_tensor.buffer

@@ -12,6 +12,7 @@ import llama_cpp_tools
 import numpy as np
 import pytest
 
+from dfqs_nb import routing
 from dfqs_nb.core.errors import HeaderError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
@@ -20,7 +21,6 @@ from dfqs_nb.ladder.imatrix import Entry, ImatrixError, ImportanceMatrix
 from dfqs_nb.llama import check
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama import settings as llama_settings
-from dfqs_nb.routing import trace as routing
 
 F16 = data_dir() / "reference" / "DFQS-Nano-F16.gguf"
 ONE_THREAD = llama_settings.OpenSettings(n_ctx=128, n_threads=1)

@@ -15,7 +15,7 @@ from dfqs_nb.core.stage import read_stage
 from dfqs_nb.ladder import divergence, ladder, quantize
 from dfqs_nb.ladder import figures as ladder_plots
 from dfqs_nb.ladder.ladder import SAME, LadderError, Settings
-from dfqs_nb.routing.compare import by_layer
+from dfqs_nb.routing import by_layer
 from dfqs_nb.scores import item_sets
 from dfqs_nb.scores import run as scores
 

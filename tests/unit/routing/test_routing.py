@@ -19,16 +19,8 @@ from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama.model import ContextFullError, open_model
 from dfqs_nb.llama.settings import OpenSettings, default_context_params
-from dfqs_nb.routing.trace import (
-    RecordedModel,
-    Recorder,
-    RoutingError,
-    Schedule,
-    load_trace,
-    open_recorded,
-    record,
-    require_routed,
-)
+from dfqs_nb.routing.recorder import Recorder, RoutingError
+from dfqs_nb.routing.trace import RecordedModel, Schedule, load_trace, open_recorded, record
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 # batches that do not divide the text, micro-batches that do not divide a batch, then decode
@@ -38,7 +30,7 @@ TOKENS = np.random.default_rng(1).integers(0, VOCAB, 60).tolist()
 
 
 def recorded(path, tokens=TOKENS, schedule=MIXED, settings=SETTINGS):
-    with open_recorded(path, settings, probe=False) as model:
+    with open_recorded(path, settings, trial=False) as model:
         return record(model, tokens, schedule)
 
 
@@ -118,7 +110,7 @@ def test_deepseek4_scores_are_sqrt_softplus_with_a_bias(nano, merged_reference):
 def test_decode_through_known_addresses_equals_decode_by_name():
     """Long enough that compressed caches fill and the graph changes on the way; prefill comes in between."""
     tokens = np.random.default_rng(3).integers(0, 700, 200).tolist()
-    with open_recorded(NANO, SETTINGS, probe=False) as model:
+    with open_recorded(NANO, SETTINGS, trial=False) as model:
         first = record(model, tokens, Schedule(0))
         record(model, tokens, Schedule())
         again = record(model, tokens, Schedule(0))
@@ -131,7 +123,7 @@ def test_decode_through_known_addresses_equals_decode_by_name():
 
 def test_logits_and_output_are_those_of_the_model_alone():
     tokens = np.random.default_rng(4).integers(0, 700, 40).tolist()
-    with open_recorded(NANO, SETTINGS, probe=False) as model:
+    with open_recorded(NANO, SETTINGS, trial=False) as model:
         trace = record(model, tokens, Schedule(), n_output=6)
     with open_model(NANO, SETTINGS, trial=False) as model:
         logits, answer = model.evaluate(tokens), []
@@ -143,13 +135,13 @@ def test_logits_and_output_are_those_of_the_model_alone():
 
 
 def test_a_context_that_is_too_small_is_an_error():
-    with open_recorded(NANO, SETTINGS, probe=False) as model, pytest.raises(ContextFullError):
+    with open_recorded(NANO, SETTINGS, trial=False) as model, pytest.raises(ContextFullError):
         record(model, [5] * 300)
 
 
 def test_a_trace_survives_the_disk(tmp_path, nano):
     _, trace, _ = nano
-    found = load_trace(trace.save(tmp_path / "trace.npz", key="k"))
+    found = load_trace(trace.save(tmp_path / "trace.npz"))
     for name in ("tokens", "layers", "hashed", "experts", "weights", "margin", "output"):
         np.testing.assert_array_equal(getattr(found, name), getattr(trace, name))
     np.testing.assert_array_equal(found.logits.digest, trace.logits.digest)
@@ -170,7 +162,7 @@ def test_a_dense_model_has_no_routed_experts_but_logits():
     trace = recorded(smollm2(), schedule=Schedule(50), settings=OpenSettings(n_ctx=256, n_threads=1))
     assert trace.experts.shape == (60, 0, 0) and len(trace.logits.digest) == 60
     with pytest.raises(ModelError, match="no routed experts here"):
-        require_routed(trace)
+        trace.require_routed()
 
 
 def stage(recorder: Recorder, layer: int, ids: np.ndarray, scores: np.ndarray) -> None:

@@ -16,21 +16,11 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import experiment as routing_experiment
-from dfqs_nb.routing import verdict as routing_verdict
-from dfqs_nb.routing.compare import (
-    by_layer,
-    by_position,
-    compare,
-    compare_all,
-    flips,
-    load_entropy,
-    lower_bound,
-    upper_bound,
-    usage,
-)
+from dfqs_nb.routing.compare import by_layer, by_position, compare, flips, load_entropy, usage
 from dfqs_nb.routing.experiment import Condition, run_experiment
-from dfqs_nb.routing.trace import Logits, RoutingError, Schedule, Trace
-from dfqs_nb.routing.verdict import advice, claims, judge, sensitivities
+from dfqs_nb.routing.recorder import RoutingError
+from dfqs_nb.routing.trace import Logits, Schedule, Trace
+from dfqs_nb.routing.verdict import advice, at_most, judge, sensitivities
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 REPEATS = (
@@ -98,46 +88,25 @@ def test_traces_that_answer_different_questions_are_refused(other, says):
         compare(A, other)
 
 
-def test_a_matrix_has_every_pair():
-    table = compare_all({"x": A, "y": A, "z": A})
-    assert table[["a", "b"]].to_numpy().tolist() == [["x", "y"], ["x", "z"], ["y", "z"]]
-    assert (table["share_identical"] == 1).all()
-
-
 def test_usage_and_entropy():
     table = usage(A)
     assert table.groupby("layer")["share"].sum().tolist() == [1, 1]
     assert load_entropy(A)["entropy"].tolist() == [1.0, 1.0] and load_entropy(A)["unused"].tolist() == [2, 2]
 
 
-# Clopper and Pearson's two-sided 95 % intervals, as R's binom.test(x, n) prints them
-@pytest.mark.parametrize(
-    ("x", "n", "low", "high"),
-    [
-        (0, 10, 0.0, 0.3084971),
-        (1, 10, 0.002528579, 0.4450161),
-        (5, 10, 0.1870860, 0.8129140),
-        (10, 10, 0.6915029, 1.0),
-        (682, 925, 0.7076683, 0.7654066),
-    ],
-)
-def test_bounds_are_the_published_ones(x, n, low, high):
-    assert upper_bound(x, n, 0.975) == pytest.approx(high, abs=5e-7)
-    assert lower_bound(x, n, 0.975) == pytest.approx(low, abs=5e-7)
-
-
 @pytest.mark.parametrize("n", [1, 59, 1000, 10**7])
 def test_no_event_has_a_closed_form(n):
-    assert upper_bound(0, n) == pytest.approx(1 - 0.05 ** (1 / n), rel=1e-6)
+    assert at_most(0, n) == pytest.approx(1 - 0.05 ** (1 / n), rel=1e-6)
 
 
 def test_the_bound_is_where_the_tail_is_five_per_cent():
-    p = upper_bound(3, 40)
+    p = at_most(3, 40)
     assert sum(math.comb(40, i) * p**i * (1 - p) ** (40 - i) for i in range(4)) == pytest.approx(0.05)
 
 
 def test_bounds_of_long_runs_stay_finite():
-    assert 0.5 < upper_bound(500_000, 1_000_000) < 0.501 and upper_bound(2, 10**7) < 1e-6
+    assert 0.5 < at_most(500_000, 1_000_000) < 0.501 and at_most(2, 10**7) < 1e-6
+    assert at_most(7, 7) == 1.0 and math.isnan(at_most(0, 0))
 
 
 # ---- the verdict ----
@@ -169,11 +138,19 @@ def test_the_verdict_passes_on_equal_runs():
     )
 
 
+def test_both_bounds_are_stated_and_repetitions_are_no_new_choices():
+    """Of 2 repetitions of 6 choices: 0 of 6 choices (not of 12), and 0 of 2 runs."""
+    verdict = judge(table_of(("again", "identical", "x", A, A), ("fresh", "identical", "x", A, A)))
+    assert verdict.n_choices == 12 and verdict.upper_bound == pytest.approx(1 - 0.05 ** (1 / 6))
+    assert verdict.runs_upper_bound == pytest.approx(1 - 0.05**0.5)
+    assert "95 % upper bounds: 39.30% of such choices, 78% of repeated runs" in verdict.text
+
+
 def test_the_verdict_fails_on_one_flip_under_identical_conditions():
     verdict = judge(table_of(("again", "identical", "x", A, A), ("fresh", "identical", "x", A, FLIPPED)))
     assert not verdict.passed and (verdict.n_differ, verdict.n_choices) == (1, 12)
-    assert verdict.text.startswith("FAIL: 1 of 12")
-    assert 1 / 12 < verdict.upper_bound < 0.4
+    assert verdict.text.startswith("FAIL: 1 of 12") and verdict.n_runs_differ == 1
+    assert 1 / 6 < verdict.upper_bound < 0.6 and 1 / 2 < verdict.runs_upper_bound < 1
 
 
 def test_the_verdict_fails_when_a_repetition_did_not_run():
@@ -240,14 +217,15 @@ def test_a_planted_fault_is_caught(planted):
     assert (table.loc[["n_batch 7", "all by decode"], "margin_differ"] < 1e-4).all()
     assert judge(planted.table).passed
     assert np.nanmedian(planted.traces["prefill"].margin) < 1e-5
-    assert claims(planted).set_index("claim").loc["routing stable", "status"] == "contradicted"
-    assert any(line.startswith("Fix n_batch and n_ubatch") for line in advice(planted.table))
-    found = routing_verdict.flipped_margins(planted)
+    assert planted.claims().set_index("claim").loc["routing stable", "status"] == "contradicted"
+    assert any(line.startswith("Fix n_batch and n_ubatch") for line in planted.advice)
+    found = planted.flips()
     assert len(found) == table.loc[["n_batch 7", "all by decode"], "n_differ"].sum()
     assert found["margin"].max() < 1e-4 and set(found["layer"]) <= {1, 2, 3}
 
 
-def test_the_sound_model_does_not_look_like_the_planted_one(tmp_path):
+def test_the_sound_model_does_not_look_like_the_planted_one(tmp_path, planted):
+    """How many near-ties fall the other way depends on the processor: a tenth of the planted at most."""
     found = run_experiment(
         NANO,
         tmp_path,
@@ -256,7 +234,8 @@ def test_the_sound_model_does_not_look_like_the_planted_one(tmp_path):
         n_output=4,
         chosen=["n_batch 7"],
     )
-    assert found.table["n_differ"].sum() <= 2
+    differ = planted.table.set_index("condition")["n_differ"]
+    assert found.table["n_differ"].sum() < differ["n_batch 7"] / 10
     assert np.nanmedian(found.traces["prefill"].margin) > 1e-2
 
 
@@ -334,11 +313,11 @@ def test_a_dense_model_is_judged_by_its_logits(tmp_path):
         chosen=[REPEATS[0], REPEATS[1], "all by decode"],
     )
     verdict = judge(found.table)
-    assert verdict.passed and not verdict.routed and "no routed experts here" in verdict.text
-    assert claims(found)["status"].tolist() == ["not testable here", "confirmed", "not testable here"]
+    assert verdict.passed and not verdict.routed and "dense model, nothing to route" in verdict.text
+    assert found.claims()["status"].tolist() == ["not testable here", "confirmed", "not testable here"]
     assert found.table.set_index("condition").loc["all by decode", "logits_equal"] < 1
     assert "logits moved by up to" in advice(found.table)[0]
-    written = routing_verdict.write_tables(found, tmp_path)
+    written = found.write_tables(tmp_path)
     assert all(path.exists() for path in written)
 
 

@@ -1,0 +1,329 @@
+"""Listen to llama.cpp's graph and keep what the routers chose.
+
+llama.cpp asks a callback (``cb_eval``) about every node of its graph. The recorder says yes to one node a
+layer, ``ffn_moe_topk``, where the graph then stops: the chosen ids are computed, and nothing that follows has
+overwritten the scores they were chosen by. Names and order of the nodes: ``build_moe_ffn`` in llama.cpp's
+src/llama-graph.cpp, which all its common mixture-of-experts architectures go through. A stop changes how the
+graph is cut, so compare recorded runs only with recorded runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.llama.graph import NAME_OFFSET, Tensor, ggml_function
+
+FLUSH_BYTES = 4 << 20  # of raw scores, before they are reduced to margins and weights
+SMALLEST_SUM = 6.103515625e-5  # build_moe_ffn clamps the sum of weights here
+_PREFIX_BYTES = 13  # tells the names below apart
+_TOPK, _PROBS, _WEIGHTS, _ARGSORT = b"ffn_moe_topk-", b"ffn_moe_probs", b"ffn_moe_weigh", b"ffn_moe_argsort"
+
+
+class RoutingError(DfqsError):
+    """Routing was not recorded, or two records cannot be compared."""
+
+
+class _View:
+    """One tensor of llama.cpp's graph, read where it lies."""
+
+    __slots__ = ("address", "name", "row_bytes", "shape", "steps", "tensor")
+
+    def __init__(self, address: int) -> None:
+        self.address, self.tensor = address, Tensor.from_address(address)
+        self.name, self.shape, self.steps = self.tensor.name, self.tensor.ne, self.tensor.nb
+        self.row_bytes = self.shape[0] * 4
+
+
+class _Hook:
+    """A key of `_Nodes` that calls a function when its address is looked up.
+
+    A dictionary asks a key for equality only when the hashes are equal, so Python code runs at these few
+    nodes, and the hundreds of others are answered by the dictionary alone.
+    """
+
+    __slots__ = ("address", "call")
+
+    def __init__(self, address: int, call: Callable[[], object]) -> None:
+        self.address, self.call = address, call
+
+    def __hash__(self) -> int:
+        return hash(self.address)
+
+    def __eq__(self, other: object) -> bool:
+        if self.address == other:
+            self.call()
+            return True
+        return self is other
+
+
+class _Nodes(dict[Any, bool]):
+    """For every node of the graph, by address: does llama.cpp stop there? Unknown ones are learned."""
+
+    def __init__(self, learn: Callable[[int], bool]) -> None:
+        self._learn = learn
+
+    def __missing__(self, address: int) -> bool:
+        return self._learn(address)
+
+
+class _Router:
+    """One layer's router in llama.cpp's graph: its ids, selection scores and probabilities."""
+
+    def __init__(self, address: int, probs: int) -> None:
+        self.ids, self.probs = _View(address), _View(probs)
+        self.layer = int(self.ids.name.rsplit(b"-", 1)[1])
+        self.source = _View(self.ids.tensor.src[0])
+        self.hashed = not self.source.name.startswith(_ARGSORT)
+        scores = probs if self.hashed else self.source.tensor.src[0]
+        self.scores = self.probs if scores == probs else _View(scores)
+        self.by_expert = [self.probs] if scores == probs else [self.probs, self.scores]
+        self.stopped = False
+        self.marks = [(view.tensor, view.name) for view in {self.ids, self.probs, self.scores}]
+
+
+class Recorder:
+    """Receives every node that llama.cpp evaluates and keeps what the routers chose.
+
+    In decode a graph of the same shape comes again and again at the same addresses. So nodes are known by
+    address: reading each one's name costs a small model 40 % of its speed, a dictionary 5 %. At the first
+    node of each graph the names at the addresses that matter are checked; another graph is learned afresh.
+    """
+
+    def __init__(self) -> None:
+        import llama_cpp.llama_cpp as api
+
+        self._nodes = _Nodes(self._learn)
+        # llama.cpp also passes whether it asks or has computed, and user data: a node that we stop at
+        # comes exactly twice, so we leave both out, which makes the call cheaper
+        self._function = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(self._nodes.__getitem__)
+        self.callback = ctypes.cast(self._function, api.ggml_backend_sched_eval_callback)
+        void, size = ctypes.c_void_p, ctypes.c_size_t
+        # whichever device holds the tensor
+        self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, size, size)
+        self._staging, self._address = np.zeros(0, np.int32), 0
+        self._marks: list[tuple[Tensor, bytes]] = []  # what must lie where, for the known addresses to hold
+        self._listening = False
+        self._probs_at = 0
+        self._error: BaseException | None = None
+        self._weighting: dict[str, float] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was recorded."""
+        self._free = 0  # bytes of the staging area in use
+        self._staged: dict[int, list[tuple[int, int, int]]] = {}  # by layer: offset, rows, bytes of the ids
+        self._rows: dict[int, int] = {}
+        self._blocks: list[dict[int, tuple[np.ndarray, ...]]] = []
+        self._expected = 0
+        self._shape: tuple[int, int] = (0, 0)
+        self._hashed: dict[int, bool] = {}
+        self._biased: dict[int, bool] = {}
+
+    # -- around each llama_decode --
+
+    def begin(self, n_tokens: int) -> None:
+        """Say that the next ``llama_decode`` evaluates this many tokens, to be recorded."""
+        self._expected += n_tokens
+        self._listening = True
+
+    def end(self) -> None:
+        """Check that every layer routed every token once.
+
+        Raises:
+            RoutingError: a layer did not, or the recorder failed.
+        """
+        self._listening = False
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise RoutingError(f"the recorder failed ({error})", hint="report the architecture") from error
+        for layer, rows in self._rows.items():
+            if rows != self._expected:
+                raise RoutingError(
+                    f"layer {layer} routed {rows:,} of {self._expected:,} tokens",
+                    hint="this architecture has no common expert block once a layer",
+                )
+
+    # -- inside it: no exception may pass through llama.cpp, so end() raises them --
+
+    def _learn(self, address: int) -> bool:
+        """A node at an unknown address, by its name."""
+        stop = False
+        try:
+            if not self._nodes:
+                self._nodes[_Hook(address, self._start)] = False
+                return False
+            prefix = ctypes.string_at(address + NAME_OFFSET, _PREFIX_BYTES)
+            if prefix == _TOPK:
+                router = _Router(address, self._probs_at)
+                self._marks += router.marks
+                self._nodes[_Hook(address, functools.partial(self._visit, router))] = stop = True
+                self._visit(router)
+                return stop
+            if prefix in (_PROBS, _WEIGHTS):
+                self._learn_named(_View(address))
+        except Exception as error:
+            self._error = error
+        self._nodes[address] = stop
+        return stop
+
+    def _learn_named(self, view: _View) -> None:
+        """The probabilities, and what build_moe_ffn does to the chosen ones, from the names of its nodes."""
+        step = view.name.rsplit(b"-", 1)[0].decode()
+        if step == "ffn_moe_probs" and b" " not in view.name:
+            self._probs_at = view.address
+        elif step.startswith("ffn_moe_weights_"):
+            factor = struct.unpack("f", struct.pack("i", view.tensor.op_params[0]))[0]
+            self._weighting[step.removeprefix("ffn_moe_weights_")] = factor
+
+    def _start(self) -> None:
+        """The first node of a graph: forget the known addresses unless they hold what they held."""
+        for tensor, name in self._marks:
+            if tensor.name != name:
+                self._nodes.clear()
+                self._marks = []
+                return
+
+    def _visit(self, router: _Router) -> None:
+        """A router's node: first llama.cpp asks whether to stop behind it, then it has stopped."""
+        router.stopped = not router.stopped
+        if router.stopped or not self._listening:
+            return
+        try:
+            self._take(router)
+        except Exception as error:
+            self._error = error
+
+    def _take(self, router: _Router) -> None:
+        """Copy the ids, as they lie (with a stride in prefill), and the scores of every expert behind."""
+        n, ids, copy = router.ids.shape[1], router.ids, self._copy
+        ids_bytes = ids.row_bytes if n == 1 else (n - 1) * ids.steps[1] + ids.row_bytes
+        width = n * router.probs.row_bytes
+        if router.layer not in self._rows:
+            self._meet(router)
+        at = self._reserve(ids_bytes + width * len(router.by_expert))
+        self._staged[router.layer].append((at, n, ids_bytes))
+        target = self._address + at
+        copy(ids.address, target, 0, ids_bytes)
+        target += ids_bytes
+        for view in router.by_expert:
+            copy(view.address, target, 0, width)
+            target += width
+        self._rows[router.layer] += n
+
+    def _reserve(self, nbytes: int) -> int:
+        """Room in the staging area, as an offset in bytes; what it holds is reduced first if it is full."""
+        if self._free + nbytes > self._staging.nbytes:
+            self._flush()
+            if nbytes > self._staging.nbytes:
+                self._staging = np.zeros(max(nbytes, FLUSH_BYTES) // 4, np.int32)
+                self._address = self._staging.ctypes.data
+        at, self._free = self._free, self._free + nbytes
+        return at
+
+    def _meet(self, router: _Router) -> None:
+        """The first rows of a layer."""
+        shape = router.ids.row_bytes // 4, router.probs.row_bytes // 4
+        if self._shape not in ((0, 0), shape):
+            raise RoutingError(f"layer {router.layer} chooses {shape[0]} of {shape[1]}, unlike others")
+        self._shape, self._hashed[router.layer] = shape, router.hashed
+        self._biased[router.layer] = len(router.by_expert) > 1
+        self._rows[router.layer], self._staged[router.layer] = 0, []
+
+    # -- from raw scores to margins and weights --
+
+    def _flush(self) -> None:
+        block: dict[int, tuple[np.ndarray, ...]] = {}
+        for layer, staged in self._staged.items():
+            if staged:
+                chosen, scores, probs = self._unpack(np.array(staged), self._biased[layer])
+                margins = np.full(len(chosen), np.nan, np.float32)
+                if not self._hashed[layer]:
+                    margins = margin(scores, chosen)
+                block[layer] = chosen.astype(self._id_type()), self._weights(probs, chosen), margins
+                staged.clear()
+        if block:
+            self._blocks.append(block)
+        self._free = 0
+
+    def _unpack(self, staged: np.ndarray, biased: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, selection scores and probabilities of a layer, a row a token, from the staging area."""
+        at, n, ids_bytes = staged.T
+        call = np.repeat(np.arange(len(n)), n)
+        row = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
+        k, width = (4 * size for size in self._shape)
+        step = (ids_bytes - k) // np.maximum(n - 1, 1)
+        probs = (at + ids_bytes)[call] + row * width
+        scores = probs + biased * n[call] * width
+        return (
+            self._gather(at[call] + row * step[call], k),
+            self._gather(scores, width).view(np.float32),
+            self._gather(probs, width).view(np.float32),
+        )
+
+    def _gather(self, starts: np.ndarray, nbytes: int) -> np.ndarray:
+        gathered: np.ndarray = self._staging[starts[:, None] // 4 + np.arange(nbytes // 4)]
+        return gathered
+
+    def _id_type(self) -> type:
+        return np.uint8 if self._shape[1] <= 256 else np.uint16
+
+    def _weights(self, probs: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        weights = np.take_along_axis(probs, chosen, axis=1)
+        if "softmax" in self._weighting:
+            weights = np.exp(weights - weights.max(axis=1, keepdims=True))
+            weights /= weights.sum(axis=1, keepdims=True)
+        if "norm" in self._weighting:
+            weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), SMALLEST_SUM)
+        return (weights * self._weighting.get("scaled", 1.0)).astype(np.float16)
+
+    def arrays(self) -> dict[str, Any]:
+        """What was recorded since `reset`, as fields of a `Trace`.
+
+        Raises:
+            RoutingError: a choice contradicts its scores: they were overwritten before they were read.
+        """
+        self._flush()
+        layers = sorted(self._rows)
+        kept: dict[str, np.ndarray] = {
+            "experts": np.zeros((self._expected, 0, 0), np.uint8),
+            "weights": np.zeros((self._expected, 0, 0), np.float16),
+            "margin": np.zeros((self._expected, 0), np.float32),
+        }
+        for i, name in enumerate(kept if layers else ()):
+            parts = [[block[layer][i] for block in self._blocks if layer in block] for layer in layers]
+            kept[name] = np.stack([np.concatenate(part) for part in parts], axis=1)
+        if (kept["margin"] < 0).any():
+            raise RoutingError("chosen experts do not score highest", hint="report the architecture")
+        return {
+            "layers": np.array(layers, np.int16),
+            "hashed": np.array([self._hashed[layer] for layer in layers], bool),
+            "n_experts": int(self._shape[1]),
+            **kept,
+        }
+
+
+def margin(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """The smallest score among the chosen experts minus the largest among the others.
+
+    Args:
+        scores: selection scores, float32 ``(n, experts)``; minus infinity where a group was excluded.
+        chosen: expert ids, integers ``(n, k)``.
+
+    Returns:
+        float32 ``(n,)``; infinite where nothing else could be chosen.
+
+    >>> margin(np.array([[0.5, 0.25, 0.75, 0.125]], np.float32), np.array([[2, 0]])).tolist()
+    [0.25]
+    """
+    last = np.take_along_axis(scores, chosen, axis=1).min(axis=1)
+    rest = scores.copy()
+    np.put_along_axis(rest, chosen, -np.inf, axis=1)
+    margins: np.ndarray = last - rest.max(axis=1, initial=-np.inf)
+    return margins
