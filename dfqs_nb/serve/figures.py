@@ -1,8 +1,8 @@
-"""Figures of served models, in the manner of `plots`: a frame in, the Axes out."""
+"""Figures of served models: a frame in, the Axes out."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import EngFormatter
 
@@ -17,7 +17,7 @@ def speed_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Tokens a second of all clients together against their number, a line a server.
 
     Args:
-        speeds: see ``server_checks.speed_of_all``.
+        speeds: see ``checks.speed_of_all``.
     """
     ax = new_axes(ax, 3.4)
     for rows, style in _by_server(speeds):
@@ -44,7 +44,7 @@ def wait_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Seconds to the first piece of an answer against the number of clients: median, and up to the longest.
 
     Args:
-        speeds: see ``server_checks.speed_of_all``.
+        speeds: see ``checks.speed_of_all``.
     """
     ax, servers = new_axes(ax, 3.4), _by_server(speeds)
     for number, (rows, style) in enumerate(servers):
@@ -69,7 +69,7 @@ def wait_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _by_server(speeds: pd.DataFrame) -> list[tuple[pd.DataFrame, dict[str, str]]]:
+def _by_server(speeds: pd.DataFrame) -> list[tuple[pd.DataFrame, dict[str, Any]]]:
     """Rows and line style of each server, in the frame's order."""
     colours = (PALETTE[0], PALETTE[5], *PALETTE[2:4])
     groups = [rows for _, rows in speeds.groupby("server", sort=False)]

@@ -1,79 +1,113 @@
 """Run a local server for a model: llama-cpp-python's own, or llama.cpp's own (from ``xllamacpp``).
 
-The server is a child process that binds a free port of this machine's loopback itself and says which. It
-ends when it is told to, and also when the process that started it dies, however that happens: its standard
-input is a pipe that nobody else holds, and it ends when that pipe does. ``python -m dfqs_nb.serve.servers`` is that
-child.
+The server is a child process that binds a free port of this machine's loopback itself and reports which. It
+ends when it is told to, and also when the process that started it dies. Clients need its key, which is made
+for it unless an environment variable has one: without a key, any web page open in a browser could ask it.
+``python -m dfqs_nb.serve.servers`` is that child.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import ipaddress
 import json
 import os
+import re
+import secrets
 import select
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
-from dfqs_nb.core.child import HINTS, environment
-from dfqs_nb.core.errors import DfqsError, ModelError
+from dfqs_nb.core import child
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings
 from dfqs_nb.serve.client import Endpoint, connect
+from dfqs_nb.serve.wire import Secret, is_loopback
 
 KINDS = {"llama-cpp-python": "llama-cpp-python", "llama.cpp": "xllamacpp"}  # kind: the package that brings it
 START_SECONDS = 300.0
 STOP_SECONDS = 20.0
 POLL_SECONDS = 0.05
 LOG_LINES = 15
+LOAD_VERBOSITY = 4
+LOAD_CHARACTERS = 1 << 20  # of the log, in which the model is loaded
+NO_ORIGIN = "null.invalid"  # a web page's origin that does not exist
 
 
 class ServerError(DfqsError):
     """A local server does not start, or does not stay."""
 
 
+class Options(TypedDict, total=False):
+    """How a server is run, beside the settings of its model; each may be left out.
+
+    ``n_parallel``: requests at once (slots of llama.cpp's server; the other has one). ``name``: of the model
+    to its clients; by default the file's name without its end. ``log``: the file that receives all it
+    writes; by default a temporary one, gone at the end. ``host``, ``port``: by default 127.0.0.1, and a free
+    port. ``key_variable``: the environment variable with the key that clients must send; by default a random
+    key. ``expose``: allow a ``host`` that other machines can reach. ``start_seconds``: the longest wait.
+    """
+
+    n_parallel: int
+    name: str
+    log: str | Path | None
+    host: str
+    port: int
+    key_variable: str
+    expose: bool
+    start_seconds: float
+
+
 @dataclass(repr=False)
 class LocalServer:
-    """A server that runs: where it is asked, what it serves, and where it logs.
+    """A server that runs; in a ``with`` block it is stopped at the end.
 
     Attributes:
-        kind: a key of ``KINDS``.
+        kind: a key of `KINDS`.
         base_url: for clients of OpenAI's protocol, with ``/v1``.
         model: the name that it serves the model under.
-        version: of the package that brings the server.
+        version: of the package that brings the server, as the server's process loaded it.
         log: everything that it wrote.
+        key: that clients must send.
         start_seconds: from the start of the process to its first answer.
     """
 
     kind: str
-    base_url: str
     model: str
-    version: str
     log: Path
     settings: OpenSettings
     n_parallel: int
-    key_variable: str
+    key: Secret
     process: subprocess.Popen[bytes]
+    base_url: str = ""
+    version: str = ""
     start_seconds: float = 0.0
+    keep_log: bool = True
+    _loaded: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """In a notebook: what runs where, without folders and process numbers."""
         state = "running" if self.alive else "stopped"
         return f"LocalServer({self.kind}, {self.version}, {self.model}, {self.base_url}, {state})"
+
+    def __enter__(self) -> LocalServer:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.stop()
 
     @property
     def alive(self) -> bool:
@@ -87,151 +121,115 @@ class LocalServer:
         return host.strip("[]"), int(port)
 
     def connect(self, **options: Any) -> Endpoint:
-        """An endpoint for this server; options as ``endpoint.connect``."""
-        defaults = {"key_variable": self.key_variable, "version": self.version}
-        found = connect(self.base_url, self.model, **{**defaults, **options})
-        n_ctx = found.facts.n_ctx or self.settings.n_ctx
-        return dataclasses.replace(found, facts=dataclasses.replace(found.facts, n_ctx=n_ctx))
+        """An endpoint for this server; options as ``client.connect``."""
+        defaults = {"key": self.key.reveal(), "version": self.version}
+        endpoint = connect(self.base_url, self.model, **{**defaults, **options})
+        n_ctx = endpoint.facts.n_ctx or self.settings.n_ctx
+        return dataclasses.replace(endpoint, facts=dataclasses.replace(endpoint.facts, n_ctx=n_ctx))
 
     def log_lines(self, n_lines: int = LOG_LINES) -> list[str]:
-        """The last lines of its log that say something."""
-        lines = self.log.read_text("utf-8", "replace").splitlines()
+        """The last lines of its log that have something in them."""
+        lines = self.log.read_text("utf-8", "replace").splitlines() if self.log.exists() else []
         return [line for line in lines if line.strip(" .")][-n_lines:]
+
+    def loaded(self) -> dict[str, Any]:
+        """What llama.cpp reports of the loaded model: see `loaded_facts`; ``version`` is the server's."""
+        if not self._loaded:
+            with self.log.open(encoding="utf-8", errors="replace") as file:
+                text = file.read(LOAD_CHARACTERS)
+            self._loaded = {"version": self.version, **loaded_facts(text)}
+        return self._loaded
 
     def stop(self, seconds: float = STOP_SECONDS) -> float:
         """End the server and wait until its process is gone; the seconds it took. Stopping twice is fine.
 
         It is asked to (SIGTERM), and killed if it has not ended in time. Its port is closed with the process;
-        that is not waited for, since another program may take it at once (``port_is_free``).
+        that is not waited for, since another program may take it at once (`port_is_free`).
         """
         started = time.perf_counter()
         if self.alive:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(seconds)
-        if self.alive:
-            self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(OSError):
-                pipe.close() if pipe else None
+        child.end(self.process, grace_seconds=0)
+        if not self.keep_log:
+            self.loaded()
+            self.log.unlink(missing_ok=True)
         return time.perf_counter() - started
 
 
-@contextlib.contextmanager
-def serve(
-    kind: str,
-    path: str | Path,
-    settings: OpenSettings | None = None,
-    *,
-    n_parallel: int = 1,
-    name: str = "",
-    log: str | Path | None = None,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    key_variable: str = "",
-    expose: bool = False,
-    start_seconds: float = START_SECONDS,
-) -> Iterator[LocalServer]:
-    """A server for this model, while the block runs.
+def start(
+    kind: str, path: str | Path, settings: OpenSettings | None = None, **options: Unpack[Options]
+) -> LocalServer:
+    """Start a server for this model. It ends with its ``with`` block, with `LocalServer.stop`, or with this
+    process.
 
     Args:
         kind: ``llama-cpp-python`` or ``llama.cpp``.
-        path: the GGUF file, or the first of its shards.
-        settings: how it opens the model, as `llama.open_model` would; ``n_ctx`` is that of one request.
-        n_parallel: requests at once (slots of llama.cpp's server; the other has one).
-        name: of the model to its clients; by default the file's name without its end.
-        log: the file that receives all it writes; by default a temporary one, gone at the end.
-        port: 0: a free one.
-        key_variable: the environment variable with the key that clients must send; empty: none.
-        expose: allow a ``host`` that other machines can reach.
+        path: the GGUF file, or one of its shards.
+        settings: how it opens the model; ``n_ctx`` is that of one request.
+        options: see `Options`.
 
     Raises:
         ServerError: the host is not loopback, or the server does not come up in time.
         ModelError: it dies while it starts; the log's last lines are a note of the exception.
     """
-    server = start(
-        kind,
-        path,
-        settings,
-        n_parallel=n_parallel,
-        name=name,
-        log=log,
-        host=host,
-        port=port,
-        key_variable=key_variable,
-        expose=expose,
-        start_seconds=start_seconds,
-    )
-    try:
-        yield server
-    finally:
-        server.stop()
-        if log is None:
-            server.log.unlink(missing_ok=True)
-
-
-def start(
-    kind: str,
-    path: str | Path,
-    settings: OpenSettings | None = None,
-    *,
-    n_parallel: int = 1,
-    name: str = "",
-    log: str | Path | None = None,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    key_variable: str = "",
-    expose: bool = False,
-    start_seconds: float = START_SECONDS,
-) -> LocalServer:
-    """``serve`` for those who stop it themselves; it ends with this process in any case."""
     settings, model_path = settings or OpenSettings(), open_shards(path).paths[0]
-    _check(kind, settings, host, expose, key_variable)
-    name, started = name or Path(model_path).stem, time.perf_counter()
-    log_path = Path(log) if log else _temporary_log()
-    job = {
+    host, variable = options.get("host", "127.0.0.1"), options.get("key_variable", "")
+    _check(kind, settings, host, options.get("expose", False), variable)
+    log, began = options.get("log"), time.perf_counter()
+    job: dict[str, Any] = {
         "kind": kind,
         "path": os.path.abspath(model_path),
         "settings": settings.as_dict(),
-        "name": name,
-        "n_parallel": n_parallel,
+        "name": options.get("name") or Path(model_path).stem,
+        "n_parallel": options.get("n_parallel", 1),
         "host": host,
-        "port": port,
-        "key_variable": key_variable,
+        "port": options.get("port", 0),
+        "key": os.environ[variable] if variable else secrets.token_urlsafe(24),
     }
+    log_path = Path(log) if log else Path(tempfile.mkstemp(prefix="dfqs-server-", suffix=".log")[1])
     with log_path.open("ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dfqs_nb.serve.servers"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=file,
-            env=environment(),
-            start_new_session=True,
-        )
+        process = child.start(__name__, job, log=file, start_new_session=True)
     server = LocalServer(
         kind,
-        "",
-        name,
-        f"{KINDS[kind]} {version(KINDS[kind])}",
+        job["name"],
         log_path,
         settings,
-        n_parallel,
-        key_variable,
+        job["n_parallel"],
+        Secret(job["key"]),
         process,
+        keep_log=bool(log),
     )
     try:
-        _send(process, job)
-        found = _its_port(server, model_path, started + start_seconds)
-        server.base_url = f"http://{f'[{host}]' if ':' in host else host}:{found}/v1"
-        _wait_for_answer(server, model_path, started + start_seconds)
+        _wait(server, model_path, host, began + options.get("start_seconds", START_SECONDS))
     except BaseException:
         server.stop(0.5)
-        if log is None:
-            log_path.unlink(missing_ok=True)
         raise
-    server.start_seconds = time.perf_counter() - started
+    server.start_seconds = time.perf_counter() - began
     return server
+
+
+def start_all(
+    path: str | Path, settings: OpenSettings, folder: str | Path, kinds: Sequence[str] = tuple(KINDS)
+) -> dict[str, LocalServer]:
+    """A server of each kind, all started at once; each logs into ``folder/<kind>.log``.
+
+    Raises:
+        ServerError, ModelError: one does not come up; the others are stopped.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        starting = {
+            kind: pool.submit(start, kind, path, settings, log=Path(folder) / f"{kind}.log") for kind in kinds
+        }
+    failed = [one.exception() for one in starting.values() if one.exception()]
+    if failed and failed[0]:
+        for one in starting.values():
+            if not one.exception():
+                one.result().stop()
+        raise failed[0]
+    return {kind: one.result() for kind, one in starting.items()}
 
 
 def _check(kind: str, settings: OpenSettings, host: str, expose: bool, key_variable: str) -> None:
@@ -240,75 +238,41 @@ def _check(kind: str, settings: OpenSettings, host: str, expose: bool, key_varia
     if settings.rpc_servers and kind != "llama-cpp-python":
         raise ServerError("the prebuilt llama.cpp server has no RPC", hint="serve with llama-cpp-python")
     if not expose and not is_loopback(host):
-        raise ServerError(
-            f"{host} can be reached from other machines",
-            hint="use 127.0.0.1, or pass expose=True and a key if that is what you want",
-        )
+        hint = "use 127.0.0.1, or pass expose=True if that is what you want"
+        raise ServerError(f"{host} can be reached from other machines", hint=hint)
     if key_variable and not os.environ.get(key_variable):
-        raise ServerError(
-            f"the environment variable {key_variable} is not set",
-            hint=f"export {key_variable} with the key that clients will send",
-        )
+        hint = f"export {key_variable} with the key that clients will send"
+        raise ServerError(f"the environment variable {key_variable} is not set", hint=hint)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a host; names count only when they are ``localhost``.
-
-    >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0"), is_loopback("example.org")
-    (True, True, False, False)
-    """
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _temporary_log() -> Path:
-    handle, name = tempfile.mkstemp(prefix="dfqs-server-", suffix=".log")
-    os.close(handle)
-    return Path(name)
-
-
-def _send(process: subprocess.Popen[bytes], job: dict[str, Any]) -> None:
-    """Hand the job over; the pipe stays open, because its end is the child's end."""
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it died already: waiting for its port says why
-        process.stdin.write(json.dumps(job).encode() + b"\n")
-        process.stdin.flush()
-
-
-def _its_port(server: LocalServer, path: str | Path, until: float) -> int:
-    """The port that the child says it listens on."""
-    said, stdout = b"", server.process.stdout
+def _wait(server: LocalServer, path: str | Path, host: str, until: float) -> None:
+    """Wait until the child has named its port, and answers there."""
+    raw, stdout = b"", server.process.stdout
     assert stdout is not None
-    while b"\n" not in said:
-        _check_alive(server, path)
+    healthy = False
+    while not healthy:
+        if server.process.poll() is not None:
+            _died(server, path)
         if time.perf_counter() > until:
-            raise _with_log(
-                ServerError(
-                    "the server did not come up in time",
-                    where=path,
-                    hint="a large model needs longer: raise start_seconds",
-                ),
-                server,
-            )
-        if select.select([stdout], [], [], POLL_SECONDS)[0]:
-            said += os.read(stdout.fileno(), 4096)
-    return int(json.loads(said.split(b"\n")[0])["port"])
+            hint = f"a large model needs longer: raise start_seconds. The last lines of {server.log.name}:"
+            lines = "\n  ".join(server.log_lines() or ["(none)"])
+            error = ServerError("the server did not come up in time", where=path, hint=hint)
+            error.add_note(f"its last lines:\n  {lines}")
+            raise error
+        if server.base_url:
+            healthy = is_healthy(server)
+            time.sleep(0 if healthy else POLL_SECONDS)
+        elif select.select([stdout], [], [], POLL_SECONDS)[0]:
+            raw += os.read(stdout.fileno(), 4096)
+            if b"\n" in raw:
+                facts = json.loads(raw.split(b"\n")[0])
+                server.version = f"{KINDS[server.kind]} {facts['version']}"
+                server.base_url = f"http://{f'[{host}]' if ':' in host else host}:{facts['port']}/v1"
 
 
-def _wait_for_answer(server: LocalServer, path: str | Path, until: float) -> None:
-    """Poll until it answers as healthy."""
-    while not is_healthy(server):
-        _check_alive(server, path)
-        if time.perf_counter() > until:
-            raise _with_log(
-                ServerError(
-                    "the server listens, but does not become healthy", where=path, hint="read its log"
-                ),
-                server,
-            )
-        time.sleep(POLL_SECONDS)
+def _died(server: LocalServer, path: str | Path) -> None:
+    cause = child.ending(server.process.returncode)
+    raise child.died(cause, path, [], server.log_lines(200), doing="while it started as a server")
 
 
 def is_healthy(server: LocalServer) -> bool:
@@ -318,27 +282,11 @@ def is_healthy(server: LocalServer) -> bool:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=10) as answer:
-            return answer.status == 200
+            return bool(answer.status == 200)
     except urllib.error.HTTPError as error:
         return error.code == 401  # it lives, and wants a key
     except OSError:
         return False
-
-
-def _check_alive(server: LocalServer, path: str | Path) -> None:
-    status = server.process.poll()
-    if status is None:
-        return
-    signal_name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-    lines = server.log_lines(1)
-    what = f"{server.version} died while it started ({signal_name}){': ' + lines[0].strip() if lines else ''}"
-    hint = HINTS.get(signal_name, "read the last lines of its log, below")
-    raise _with_log(ModelError(what, where=path, hint=hint), server)
-
-
-def _with_log(error: DfqsError, server: LocalServer) -> DfqsError:
-    error.add_note("the server's last lines:\n  " + "\n  ".join(server.log_lines() or ["(none)"]))
-    return error
 
 
 def port_is_free(host: str, port: int) -> bool:
@@ -348,35 +296,50 @@ def port_is_free(host: str, port: int) -> bool:
         return probe.connect_ex((host, port)) != 0
 
 
+def loaded_facts(log: str) -> dict[str, Any]:
+    """How llama.cpp loaded a model, from its own log: what ran, not what was asked for.
+
+    Returns:
+        ``layers_offloaded`` to a GPU, like ``0/9``, or ``no GPU support``; ``buffers`` of the weights, like
+        ``CPU_Mapped 5.46 MiB``; and ``repacked``: whether weights were copied into another layout for this
+        processor.
+
+    >>> loaded_facts("load_tensors:   CPU_Mapped model buffer size =     5.44 MiB")
+    {'layers_offloaded': 'no GPU support', 'buffers': ['CPU_Mapped 5.44 MiB'], 'repacked': False}
+    """
+    layers = re.search(r"offloaded (\d+/\d+) layers to GPU", log)
+    buffers = [
+        f"{name} {size} MiB" for name, size in re.findall(r"(\S+) +model buffer size = +([\d.]+) MiB", log)
+    ]
+    return {
+        "layers_offloaded": layers[1] if layers else "no GPU support" if buffers else "not logged",
+        "buffers": buffers,
+        "repacked": any(re.search("REPACK|AMX|KLEIDIAI", name) for name in buffers),
+    }
+
+
 # ---- the child process ----
 
 
-def main() -> int:
-    """Read a job from standard input, serve, and end with standard input or at SIGTERM."""
-    job = json.loads(sys.stdin.buffer.readline())
-    answers = os.dup(1)
-    os.dup2(2, 1)  # what libraries print goes into the log
+def _serve(job: dict[str, Any]) -> None:
     settings = OpenSettings(**job["settings"])
-    key = os.environ[job["key_variable"]] if job["key_variable"] else ""
     run = _serve_llama_cpp if job["kind"] == "llama.cpp" else _serve_llama_cpp_python
-    run(job, settings, key, lambda port: os.write(answers, json.dumps({"port": port}).encode() + b"\n"))
-    return 0
+    run(job, settings, lambda port: child.tell(port=port, version=version(KINDS[job["kind"]])))
 
 
-def _serve_llama_cpp(job: dict[str, Any], settings: OpenSettings, key: str, tell: Any) -> None:
+def _serve_llama_cpp(job: dict[str, Any], settings: OpenSettings, tell: Callable[[int], None]) -> None:
     """llama.cpp's C++ server, which works in threads of its own."""
     import xllamacpp
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    server = xllamacpp.Server(_llama_cpp_params(job, settings, key))
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    server = xllamacpp.Server(_llama_cpp_params(job, settings))
     tell(int(server.listening_address.rpartition(":")[2]))
-    try:
-        sys.stdin.buffer.read()
-    finally:
-        del server
+    stopped.wait()
+    del server
 
 
-def _llama_cpp_params(job: dict[str, Any], settings: OpenSettings, key: str) -> Any:
+def _llama_cpp_params(job: dict[str, Any], settings: OpenSettings) -> Any:
     import xllamacpp
 
     params, n_parallel = xllamacpp.CommonParams(), job["n_parallel"]
@@ -396,78 +359,61 @@ def _llama_cpp_params(job: dict[str, Any], settings: OpenSettings, key: str) -> 
     params.cache_type_k = xllamacpp.ggml_type(GGML_TYPES[settings.type_k])
     params.cache_type_v = xllamacpp.ggml_type(GGML_TYPES[settings.type_v])
     flash = xllamacpp.llama_flash_attn_type
-    params.flash_attn_type = (
-        flash.LLAMA_FLASH_ATTN_TYPE_ENABLED if settings.flash_attn else flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    )
+    enabled, disabled = flash.LLAMA_FLASH_ATTN_TYPE_ENABLED, flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.flash_attn_type = enabled if settings.flash_attn else disabled
     params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
     params.no_extra_bufts = not settings.use_extra_bufts
     params.fit_params = params.ui = False  # what is asked for is what runs, and no web page
-    params.api_keys = [key] if key else []
+    params.verbosity = LOAD_VERBOSITY  # llama.cpp's own lines about the model, for `loaded_facts`
+    params.api_keys = [job["key"]]
+    params.cors_origins = NO_ORIGIN  # no web page reads an answer
     return params
 
 
-def _serve_llama_cpp_python(job: dict[str, Any], settings: OpenSettings, key: str, tell: Any) -> None:
-    """llama-cpp-python's server, with the same parameters as `settings.build_llama`."""
+def _serve_llama_cpp_python(job: dict[str, Any], settings: OpenSettings, tell: Callable[[int], None]) -> None:
+    """llama-cpp-python's server, with the same parameters as a model in this process."""
     import uvicorn
 
-    server = uvicorn.Server(
-        uvicorn.Config(
-            _llama_cpp_python_app(job, settings, key), log_level="info", timeout_graceful_shutdown=2
-        )
-    )
-    family = socket.AF_INET6 if ":" in job["host"] else socket.AF_INET
-    listener = socket.socket(family)
+    app = _llama_cpp_python_app(job, settings)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=2))
+    listener = socket.socket(socket.AF_INET6 if ":" in job["host"] else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((job["host"], job["port"]))
     listener.listen(128)
-    threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
     tell(listener.getsockname()[1])
     server.run(sockets=[listener])
 
 
-def _end_with_stdin(server: Any) -> None:
-    """Ask the server to end when the parent is gone, and insist."""
-    sys.stdin.buffer.read()
-    server.should_exit = True
-    time.sleep(STOP_SECONDS / 2)
-    os._exit(1)
-
-
-def _llama_cpp_python_app(job: dict[str, Any], settings: OpenSettings, key: str) -> Any:
-    """The app. Its default would cut an answer off when another request comes; ours does not."""
+def _llama_cpp_python_app(job: dict[str, Any], settings: OpenSettings) -> Any:
+    """The app. Its defaults would cut an answer off when another request comes, and let every web page read
+    its answers; ours does neither.
+    """
     from llama_cpp.server.app import create_app
     from llama_cpp.server.settings import ModelSettings, ServerSettings
+    from starlette.middleware.cors import CORSMiddleware
 
     from dfqs_nb.llama.settings import add_rpc_servers, default_context_params, default_model_params
 
     add_rpc_servers(settings)
-    names = (
-        "n_ctx",
-        "n_batch",
-        "n_ubatch",
-        "n_threads",
-        "n_threads_batch",
-        "n_gpu_layers",
-        "flash_attn",
-        "use_mmap",
-        "seed",
-    )
+    names = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "n_gpu_layers", "flash_attn")
     model = ModelSettings(
         model=job["path"],
         model_alias=job["name"],
         logits_all=False,
-        verbose=False,
+        verbose=True,  # into the log, for `loaded_facts`
         type_k=GGML_TYPES[settings.type_k],
         type_v=GGML_TYPES[settings.type_v],
-        **{name: getattr(settings, name) for name in names},
+        **{name: getattr(settings, name) for name in (*names, "use_mmap", "seed")},
     )
-    server = ServerSettings(host=job["host"], port=job["port"], interrupt_requests=False, api_key=key or None)
+    options = ServerSettings(host=job["host"], port=job["port"], interrupt_requests=False, api_key=job["key"])
     with (
         default_model_params(use_extra_bufts=settings.use_extra_bufts),
         default_context_params(swa_full=settings.swa_full),
     ):
-        return create_app(server_settings=server, model_settings=[model])
+        app = create_app(server_settings=options, model_settings=[model])
+    app.user_middleware = [layer for layer in app.user_middleware if layer.cls is not CORSMiddleware]
+    return app
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    child.serve(_serve)

@@ -40,7 +40,7 @@ def routing(
     """
     from dfqs_nb.gguf import models as registry
     from dfqs_nb.routing import run_experiment
-    from dfqs_nb.serve.client import check_in_process
+    from dfqs_nb.serve import check_in_process
 
     check_in_process(model, "routing")
     path, folder = registry.resolve(model)[0], run_dir(run)
@@ -66,6 +66,11 @@ def score(
     concurrency: Annotated[
         int, typer.Option(help="Requests at once to a server; more than 1 can change answers.")
     ] = 1,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=NEW", help="A server's name of a request's field; `seed=` leaves it out."),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for a piece of a server's answer.")] = 600.0,
     tier: Annotated[Tier, typer.Option(help="Which question sets.")] = Tier.STANDARD,
     set_names: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME", help="Only these sets, or JSONL files.")
@@ -96,15 +101,14 @@ def score(
 
     Examples: `dfqs-nb score model.gguf`, `dfqs-nb score http://127.0.0.1:8080/v1 --tier nano`
     """
-    from dfqs_nb import llama
+    from dfqs_nb import llama, serve
     from dfqs_nb.core.files import sha256_of
     from dfqs_nb.llama.generate import Sampling
     from dfqs_nb.scores import item_sets
     from dfqs_nb.scores import run as scoring
-    from dfqs_nb.serve import client
     from dfqs_nb.workbook.run import default_run_name
 
-    url = endpoint or (model if client.is_url(model) else "")
+    url = endpoint or (model if serve.is_url(model) else "")
     if bool(endpoint) == bool(model):
         raise DfqsError("say what to score", hint="give a GGUF file, or --endpoint URL, and not both")
     if long_context and not url:
@@ -113,11 +117,16 @@ def score(
     sets = [item_sets.load_item_set(name) for name in set_names or []] or item_sets.sets_of_tier(tier)
     with ExitStack() as stack:
         if url:
-            opened: Any = client.connect(
-                url, endpoint_model, key_variable=key_variable, concurrency=concurrency
+            opened: Any = serve.connect(
+                url,
+                endpoint_model,
+                key_variable=key_variable,
+                concurrency=concurrency,
+                timeout_seconds=timeout,
+                fields=dict(_renamed(name) for name in field or []),
             )
             identity, name = "", Path(f"endpoint-{opened.model}").name
-            score_set: Any = client.score_set
+            score_set: Any = serve.score_set
         else:
             settings = llama.OpenSettings(n_ctx=n_ctx, n_threads=threads or None)
             opened = stack.enter_context(llama.open_model(model, settings))
@@ -144,14 +153,26 @@ def score(
     say(f"answers: {tilde(folder / 'scores')}/")
 
 
+def _renamed(given: str) -> tuple[str, str]:
+    """A field's name and the server's name of it.
+
+    >>> _renamed("max_tokens=max_completion_tokens"), _renamed("seed=")
+    (('max_tokens', 'max_completion_tokens'), ('seed', ''))
+    """
+    name, equals, new = given.partition("=")
+    if not name or not equals:
+        raise DfqsError(f"--field {given} has no `=`", hint=f"--field {name or 'seed'}= leaves it out")
+    return name, new
+
+
 def _long_context(
     server: Any, folder: Path, tier: str, longest: int, shortest: int | None, fresh: bool
 ) -> None:
     """The curve of retrieval over an endpoint, and where it ends."""
+    from dfqs_nb import serve
     from dfqs_nb.context.prompts import PROBES
-    from dfqs_nb.serve import client
 
-    result = client.measure_long_context(
+    result = serve.measure_long_context(
         server, folder, prompt_set=PROBES[tier], longest=longest, shortest=shortest, fresh=fresh
     )
     if result.failure:

@@ -34,6 +34,7 @@ SHARD = specimens.reference_shards().paths[0]
 PARIS = "The capital of France is Paris."
 NAME = "dfqs-nano-iq1-s-xl"
 MAX_TOKENS = 24
+KEY = "any"
 NEAR_TIE = 0.05  # logits; seen between builds and batch sizes: a few 1e-3
 
 
@@ -46,10 +47,18 @@ def peer(make, *arguments, **options):
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(tmp_path, monkeypatch):
     """llama.cpp's own server with the reference model and its whole context."""
+    monkeypatch.setenv("DFQS_TEST_KEY", KEY)
     settings = OpenSettings(n_ctx=65_536, n_threads=1)
-    with servers.serve("llama.cpp", SHARD, settings, name=NAME, log=tmp_path / "server.log") as running:
+    with servers.start(
+        "llama.cpp",
+        SHARD,
+        settings,
+        name=NAME,
+        log=tmp_path / "server.log",
+        key_variable="DFQS_TEST_KEY",
+    ) as running:
         yield running
 
 
@@ -180,7 +189,7 @@ def test_pi_answers_through_its_recipe(server, tmp_path):
         path=folder / "node_modules" / ".bin",
         cwd=tmp_path,
         HOME=str(tmp_path),
-        DFQS_TEST_KEY="any",
+        DFQS_TEST_KEY=KEY,
         PI_TELEMETRY="0",
     )
     assert done.returncode == 0, done.stderr
@@ -219,7 +228,7 @@ def test_hermes_agent_answers_through_its_recipe(server, tmp_path):
         "hermes-agent", SHARD, tmp_path / "recipe", port=server.address[1], key_variable="DFQS_TEST_KEY"
     )
     done = deploy_peers.shell(
-        recipe.commands[-1], path=python.parent, cwd=tmp_path, HOME=str(tmp_path), DFQS_TEST_KEY="any"
+        recipe.commands[-1], path=python.parent, cwd=tmp_path, HOME=str(tmp_path), DFQS_TEST_KEY=KEY
     )
     assert done.returncode == 0, done.stderr
     assert PARIS in done.stdout.splitlines(), done.stdout

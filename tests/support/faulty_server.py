@@ -37,12 +37,18 @@ class FaultyServer:
         default_factory=dict
     )  # status and JSON in turn; the last stays
     log: list[tuple[str, dict, str]] = field(default_factory=list)
+    window: int = 1 << 30
     port: int = 0
     busiest: int = 0
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
+
+    def count(self, body: dict) -> int:
+        """Tokens of a prompt: 10 characters each, up to the window from which on this server cuts them."""
+        text = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
+        return min(1 + len(text) // 10, self.window)
 
     @property
     def asked(self) -> list[dict]:
@@ -174,7 +180,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _object(self, body: dict, choices: list[dict], usage: bool) -> dict:
         kind = "chat.completion" if "messages" in body else "text_completion"
         n = len(self._pieces(body))
-        counted = {"prompt_tokens": 7, "completion_tokens": n, "total_tokens": 7 + n} if usage else None
+        counted = None
+        if usage:
+            n_prompt = self.owner.count(body)
+            counted = {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}
         return {
             "id": "1",
             "object": kind,

@@ -19,6 +19,7 @@ from conftest import REFERENCE
 from faulty_server import FaultyServer
 from gguf.scripts import gguf_new_metadata
 
+from dfqs_nb import core
 from dfqs_nb.core import figures as plots
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.llama import generate as llama_generate
@@ -28,9 +29,9 @@ from dfqs_nb.scores import item_sets
 from dfqs_nb.scores import run as scores
 from dfqs_nb.serve import checks as server_checks
 from dfqs_nb.serve import client as endpoint
+from dfqs_nb.serve import compare, retrieval, scoring, servers, wire
 from dfqs_nb.serve import figures as serve_plots
-from dfqs_nb.serve import servers
-from dfqs_nb.serve.client import ContextOverflowError, KeyRefusedError, UnreachableError
+from dfqs_nb.serve.errors import ContextOverflowError, EndpointError, KeyRefusedError, UnreachableError
 from dfqs_nb.serve.servers import ServerError
 from dfqs_nb.workbook import cli
 
@@ -48,7 +49,7 @@ def model(merged_reference):
 @pytest.fixture(scope="module", params=sorted(servers.KINDS))
 def server(request, merged_reference, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with servers.serve(request.param, merged_reference, SETTINGS, name="nano", log=log) as found:
+    with servers.start(request.param, merged_reference, SETTINGS, name="nano", log=log) as found:
         yield found
 
 
@@ -100,7 +101,7 @@ def test_it_answers_as_this_process_does(server, model):
 
 
 def test_its_tokens_are_ours(server, model):
-    tokens = endpoint.tokenizer(server.connect())
+    tokens = retrieval.tokenizer(server.connect())
     for text in (QUESTION, "def add(a, b):\n", "<｜User｜>Hello<｜Assistant｜>", ""):
         assert tokens(text) == model.tokenize(text)
 
@@ -122,23 +123,26 @@ def test_the_checks_find_a_sound_server(server, model):
 
 def test_the_same_items_in_process_and_through_it(server, model, tmp_path):
     questions = item_sets.load_item_set("nano-reasoning")
-    found = server_checks.compare_with_process(
-        model, server.connect(), questions, tmp_path, limit=24, progress=False
+    compared = compare.compare_all(
+        model, {"s": server.connect()}, [questions], tmp_path, limit=24, progress=False
     )
+    found = compared["s", "nano-reasoning"]
     assert len(found.items) == 24 and found.items["same_text"].all(), found.sentence
     assert "all 24 answers are the same both ways" in found.sentence
-    assert server_checks.answers_sha256(found.process) == server_checks.answers_sha256(found.server)
+    assert found.process.items["completion"].equals(found.server.items["completion"])
 
 
 def test_speed_under_clients(server):
-    table = endpoint.speed_by_clients(server.connect(), (1, 2), n_tokens=16, repetitions=1)
+    table = server_checks.speed_by_clients(server.connect(), (1, 2), n_tokens=16, repetitions=1)
     assert (table["tokens_per_sec"] > 0).all() and (table["first_median"] > 0).all()
 
 
 def test_long_context_through_it(server, model, tmp_path):
-    before, _, after = llama_generate.chat_text(model, endpoint.MARK).partition(endpoint.MARK)
+    before, _, after = llama_generate.chat_text(model, retrieval.MARK).partition(retrieval.MARK)
     around = before.removeprefix("<｜begin▁of▁sentence｜>"), after
-    run = endpoint.measure_long_context(server.connect(), tmp_path, longest=128, n_haystacks=3, around=around)
+    run = retrieval.measure_long_context(
+        server.connect(), tmp_path, longest=128, n_haystacks=3, around=around
+    )
     assert run.items["correct"].all() and set(run.items["length"]) == {64, 128}
     assert run.items["n_evaluated"].le(128 + 16).all()
 
@@ -146,9 +150,12 @@ def test_long_context_through_it(server, model, tmp_path):
 @pytest.mark.parametrize("tier, lengths", [("nano", (256,)), ("standard", (384,))])
 def test_the_command_measures_long_context_through_it(server, tier, lengths, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
+    monkeypatch.setenv("DFQS_TEST_KEY", server.key.reveal())
     asked = [
         "score",
         server.base_url,
+        "--key-variable",
+        "DFQS_TEST_KEY",
         "--tier",
         tier,
         "--set",
@@ -179,16 +186,16 @@ def test_a_set_beyond_the_context_is_refused_before_it_is_asked(server, tmp_path
     questions = item_sets.load_item_set("nano-reasoning")
     long = dataclasses.replace(questions.items[0], prompt="The dog slept near the fire. " * 80)
     many = dataclasses.replace(questions, items=(*questions.items, long))
-    needed = endpoint.check_context(server.connect(), questions)
+    needed = scoring.check_context(server.connect(), questions)
     assert 0 < needed <= 512
     with pytest.raises(ContextOverflowError, match="tokens of context, and the server has 512"):
-        endpoint.score_set(server.connect(), many, tmp_path, progress=False)
+        scoring.score_set(server.connect(), many, tmp_path, progress=False)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_context_that_a_set_needs_is_counted_as_in_this_process(server, model):
     questions = item_sets.load_item_set("nano-reasoning")
-    ours, theirs = scores.check_context(model, questions), endpoint.check_context(server.connect(), questions)
+    ours, theirs = scores.check_context(model, questions), scoring.check_context(server.connect(), questions)
     assert ours - theirs in ((0, 1) if server.kind == "llama.cpp" else range(12)), (
         "a BOS, or the template, apart"
     )
@@ -223,7 +230,7 @@ def test_a_thinking_stays_in_the_answer(kind, thinking, tmp_path):
     said = "I see it now.\n</think>\n\nThe box."
     forced = {"grammar": f"root ::= {json.dumps(said)}"}  # the reference model itself thinks nothing
     with (
-        servers.serve(kind, thinking, SETTINGS) as server,
+        servers.start(kind, thinking, SETTINGS) as server,
         llama_model.open_model(thinking, SETTINGS) as model,
     ):
         for stream in (True, False):
@@ -232,9 +239,10 @@ def test_a_thinking_stays_in_the_answer(kind, thinking, tmp_path):
         if kind == "llama.cpp":
             split = found.chat(QUESTION, 48, reasoning_format="deepseek", **forced).text
             assert "</think>" not in split and "The box." in split, "what this is about"
-        compared = server_checks.compare_with_process(
-            model, found, item_sets.load_item_set("nano-reasoning"), tmp_path, limit=4, progress=False
-        )
+        questions = item_sets.load_item_set("nano-reasoning")
+        (compared,) = compare.compare_all(
+            model, {"s": found}, [questions], tmp_path, limit=4, progress=False
+        ).values()
         assert compared.items["same_text"].all(), compared.sentence
 
 
@@ -252,7 +260,7 @@ def test_a_difference_is_followed_to_its_token(server, model, change, cause):
     questions = item_sets.load_item_set("nano-reasoning")
     item = questions.items[0]
     ours = llama_generate.chat(model, item.asked(questions.instruction), questions.max_tokens)
-    found = server_checks.explain(model, server.connect(), questions, item, change(ours.text))
+    found = compare.explain(model, server.connect(), questions, item, change(ours.text))
     assert found["prompt_process"] == found["prompt_server"] and found["cause"] == cause
     assert found["rank"] > 1 and found["margin"] > 0
 
@@ -260,20 +268,20 @@ def test_a_difference_is_followed_to_its_token(server, model, change, cause):
 def test_a_near_tie_is_called_one(server, model, monkeypatch):
     questions = item_sets.load_item_set("nano-reasoning")
     item = questions.items[0]
-    prompt = endpoint.scores.prompt_tokens(model, questions, item)
+    prompt = scores.prompt_tokens(model, questions, item)
     model.clear()
     logits = model.evaluate(prompt)
     second = int(logits.argsort()[-2])
-    monkeypatch.setattr(server_checks, "NEAR_TIE", float(logits.max() - logits[second]) + 1e-6)
+    monkeypatch.setattr(compare, "NEAR_TIE", float(logits.max() - logits[second]) + 1e-6)
     served = model.token_bytes(second).decode()
-    found = server_checks.explain(model, server.connect(), questions, item, served)
+    found = compare.explain(model, server.connect(), questions, item, served)
     assert found["cause"] == "near-tie" and found["token"] == 0 and found["rank"] == 2
 
 
 def test_another_prompt_is_called_one(server, model, monkeypatch):
     questions = item_sets.load_item_set("nano-reasoning")
-    monkeypatch.setattr(server_checks, "_prompt_tokens", lambda *_: 3)
-    found = server_checks.explain(model, server.connect(), questions, questions.items[0], "x")
+    monkeypatch.setattr(compare, "prompt_size", lambda *_: 3)
+    found = compare.explain(model, server.connect(), questions, questions.items[0], "x")
     assert found["cause"] == "other prompt"
 
 
@@ -284,14 +292,14 @@ def test_another_prompt_is_called_one(server, model, monkeypatch):
 @pytest.mark.parametrize("use_mmap", [True, False])
 def test_a_file_is_mapped_only_if_that_is_asked_for(kind, use_mmap, merged_reference, tmp_path):
     settings = dataclasses.replace(SETTINGS, use_mmap=use_mmap)
-    with servers.serve(kind, merged_reference, settings, log=tmp_path / "log") as server:
+    with servers.start(kind, merged_reference, settings, log=tmp_path / "log") as server:
         maps = Path(f"/proc/{server.process.pid}/maps").read_text()
     assert (merged_reference.name in maps) == use_mmap
 
 
 @pytest.mark.parametrize("kind", sorted(servers.KINDS))
 def test_a_stopped_server_is_gone(kind, merged_reference, tmp_path):
-    with servers.serve(kind, merged_reference, SETTINGS, log=tmp_path / "log") as server:
+    with servers.start(kind, merged_reference, SETTINGS, log=tmp_path / "log") as server:
         assert server_checks.check_health(server.connect(), server).verdict == "pass"
     assert not server.alive and servers.port_is_free(*server.address)
     assert server_checks.check_shutdown(server).verdict == "pass"
@@ -307,7 +315,7 @@ def test_a_server_that_dies_while_asked(kind, merged_reference, tmp_path):
         found = server.connect(retries=1)
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait(30)
-        with pytest.raises(endpoint.EndpointError):
+        with pytest.raises(EndpointError):
             found.chat(QUESTION, 8)
     finally:
         server.stop()
@@ -315,7 +323,7 @@ def test_a_server_that_dies_while_asked(kind, merged_reference, tmp_path):
 
 ORPHAN = """
 import os, signal, sys
-from dfqs_nb import servers
+from dfqs_nb.serve import servers
 from dfqs_nb.llama.settings import OpenSettings
 server = servers.start(sys.argv[1], sys.argv[2], OpenSettings(n_ctx=256, n_threads=1), log=sys.argv[3])
 print(server.process.pid, server.address[1], flush=True)
@@ -347,12 +355,12 @@ def test_it_ends_with_the_process_that_started_it(kind, merged_reference, tmp_pa
 def test_a_key_is_asked_for_and_is_in_no_file(kind, merged_reference, tmp_path, monkeypatch):
     monkeypatch.setenv("DFQS_TEST_KEY", KEY)
     questions = item_sets.load_item_set("nano-reasoning")
-    with servers.serve(
+    with servers.start(
         kind, merged_reference, SETTINGS, log=tmp_path / "log", key_variable="DFQS_TEST_KEY"
     ) as server:
         with pytest.raises(KeyRefusedError):
-            server.connect(key_variable="").chat(QUESTION, 4)
-        endpoint.score_set(server.connect(), questions, tmp_path, limit=2, progress=False)
+            endpoint.connect(server.base_url).chat(QUESTION, 4)
+        scoring.score_set(server.connect(), questions, tmp_path, limit=2, progress=False)
         command = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) >= 2 and KEY.encode() not in command
@@ -385,7 +393,7 @@ def test_slots_share_batches_and_numbers_move(merged_reference):
     """One slot: bit for bit the same beside others. Four: not, which is why one request at a time is the default."""
     drifts = {}
     for n in (1, 4):
-        with servers.serve("llama.cpp", merged_reference, SETTINGS, n_parallel=n) as server:
+        with servers.start("llama.cpp", merged_reference, SETTINGS, n_parallel=n) as server:
             found = server.connect()
             assert (found.facts.n_slots, found.facts.n_ctx) == (n, 512)
             for _ in range(5 if n > 1 else 1):  # on a busy machine requests may not meet at the first try
@@ -399,12 +407,12 @@ def test_slots_share_batches_and_numbers_move(merged_reference):
 def test_only_a_refusal_is_a_refused_name(fault, verdict):
     with FaultyServer(faults=[fault]) as faulty:
         found = endpoint.connect(faulty.url)
-        made = server_checks._made("model name", lambda: server_checks.check_name(found))
+        made = server_checks.made("model name", lambda: server_checks.check_name(found))
     assert (made.check, made.verdict) == ("model name", verdict), made.finding
 
 
 def test_numbers_that_a_server_did_not_give_are_no_drift(monkeypatch):
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(wire, "FIRST_PAUSE_SECONDS", 0.001)
     shown = (200, {"completion_probabilities": [{"id": 1, "logprob": -0.5}]})
     props = (200, {"default_generation_settings": {"n_ctx": 512}})
     for answers, drift in (([shown], 0.0), ([shown] * 2 + [(500, {})], None)):
@@ -423,7 +431,7 @@ def test_the_gain_of_clients_is_over_the_fewest_that_were_timed(clients, said):
 )
 def test_a_server_s_name_leads_to_no_other_folder(name, folder):
     facts = endpoint.ServerFacts(name)
-    assert server_checks.folder_name(endpoint.Endpoint("http://127.0.0.1/v1", "m", facts)) == folder
+    assert compare.folder_name(endpoint.Endpoint("http://127.0.0.1/v1", "m", facts)) == folder
 
 
 def test_mistakes_have_errors_of_their_own(server):
@@ -441,14 +449,14 @@ def test_mistakes_have_errors_of_their_own(server):
 
 def test_what_the_notebook_hands_on(merged_reference, model, tmp_path):
     questions = [item_sets.load_item_set("nano-reasoning")]
-    with servers.serve("llama.cpp", merged_reference, SETTINGS, name="nano", log=tmp_path / "log") as server:
+    with servers.start("llama.cpp", merged_reference, SETTINGS, name="nano", log=tmp_path / "log") as server:
         connected = {"llama.cpp": server.connect()}
         checks = server_checks.check_all(connected, model, {"llama.cpp": server})
         speeds = server_checks.speed_of_all(connected, (1, 2), n_tokens=8, repetitions=1)
-        compared = server_checks.compare_all(
+        compared = compare.compare_all(
             model, connected, questions, tmp_path, limit=4, progress=False, model_id="0", local=("llama.cpp",)
         )
-        others = server_checks.compare_all(
+        others = compare.compare_all(
             model, connected, questions, tmp_path, limit=1, progress=False, model_id="0"
         )
         assert [one.server.model for one in compared.values()] == ["0"], "the model that it was started with"
@@ -457,8 +465,10 @@ def test_what_the_notebook_hands_on(merged_reference, model, tmp_path):
         )
     drift = server_checks.drift_by_slots(merged_reference, SETTINGS, (1, 2), 2, repetitions=1)
     shutdown = pd.DataFrame([{"server": "llama.cpp", **vars(server_checks.check_shutdown(server))}])
-    lines = server_checks.hand_on(
-        tmp_path,
+    stage = core.Stage(tmp_path, "serving")
+    lines = compare.hand_on(
+        stage,
+        running={"llama.cpp": server},
         checks=checks,
         drift=drift,
         speeds=speeds,
@@ -484,8 +494,8 @@ def test_all_nano_items_are_the_same_both_ways(merged_reference, tmp_path):
     settings = OpenSettings(n_ctx=1024, n_threads=1)
     with llama_model.open_model(merged_reference, settings) as model:
         for kind in servers.KINDS:
-            with servers.serve(kind, merged_reference, settings) as server:
-                found = server_checks.compare_all(
+            with servers.start(kind, merged_reference, settings) as server:
+                found = compare.compare_all(
                     model, {kind: server.connect()}, item_sets.sets_of_tier("nano"), tmp_path, progress=False
                 )
             for one in found.values():

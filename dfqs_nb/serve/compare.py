@@ -1,0 +1,321 @@
+"""The same questions in this process and through a server, item by item.
+
+Each difference is followed to the token where the two part, and how sure the model was there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dfqs_nb.context.haystacks import MARK
+from dfqs_nb.core.machine import usable_cores
+from dfqs_nb.core.stage import Stage
+from dfqs_nb.llama.generate import GREEDY, Completion, chat_text
+from dfqs_nb.llama.model import Model
+from dfqs_nb.scores import run as scores
+from dfqs_nb.scores.item_sets import Item, ItemSet, sets_of_tier
+from dfqs_nb.scores.sandbox import find_sandbox
+from dfqs_nb.serve import scoring
+from dfqs_nb.serve.client import Endpoint
+from dfqs_nb.serve.servers import LocalServer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NEAR_TIE = 0.1  # of a logit: well above what other batches and kernels move (see check_concurrent)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same items in process and through a server.
+
+    Attributes:
+        items: a row an item, see `compare_all`.
+        process, server: the runs, with their scores.
+    """
+
+    items: pd.DataFrame = field(repr=False)
+    process: scores.SetRun
+    server: scores.SetRun
+
+    @property
+    def differences(self) -> pd.DataFrame:
+        """The items whose text differs."""
+        return self.items[~self.items["same_text"]]
+
+    @property
+    def causes(self) -> str:
+        """How many differences have which cause; empty where there are none."""
+        other = self.differences
+        counts = other["cause"].value_counts().items() if len(other) else ()
+        return ", ".join(f"{count} {cause}" for cause, count in counts)
+
+    @property
+    def sentence(self) -> str:
+        """How many differ in process and through the server, and why."""
+        n, other, name = len(self.items), self.differences, self.process.item_set.name
+        if other.empty:
+            return f"{name}: all {n} answers are the same both ways"
+        n_grades = int((other["correct_process"] != other["correct_server"]).sum())
+        return (
+            f"{name}: {len(other)} of {n} answers differ ({self.causes}), {n_grades} of them in correctness"
+        )
+
+
+def compare_all(
+    model: Model,
+    connected: Mapping[str, Endpoint],
+    item_sets: Sequence[ItemSet],
+    folder: str | Path,
+    *,
+    model_id: str = "",
+    local: Collection[str] = (),
+    **options: Any,
+) -> dict[tuple[str, str], Comparison]:
+    """Score sets in process and through servers, and explain each difference: by server and set.
+
+    Where the model leaves cores free, this process and every server answer at once.
+
+    Args:
+        model_id: the SHA-256 of the model in this process, under which its answers are kept.
+        local: names of the servers that were started with this process's file: ``model_id`` is theirs too.
+            What another server has loaded, only that server knows.
+        options: ``limit``, ``allow_unsandboxed``, ``fresh``, ``progress`` of ``score_set``.
+
+    ``items`` of each has ``id``, ``family``, ``text_process``, ``text_server``, ``same_text``,
+    ``correct_process``, ``correct_server``; and where the texts differ: ``prompt_process`` and
+    ``prompt_server`` (tokens; 0: not reported), ``token`` (the first of ours that theirs does not have),
+    ``margin`` (of the logits in process, our token before the server's), ``rank`` (of the server's token in
+    process, 1 is ours) and ``cause``: ``near-tie`` (the server took the runner-up within `NEAR_TIE`), ``other
+    prompt``, ``where it ends`` (the same text up to the end of one), ``token boundary`` (the same characters
+    up to a cut token) or ``other numbers``.
+    """
+    ids = {name: model_id if name in local else "" for name in connected}
+    at_once = (model.settings.n_threads or 1) < usable_cores()
+
+    def in_process() -> list[scores.SetRun]:
+        place = Path(folder) / "process"
+        return [scores.score_set(model, chosen, place, model_id=model_id, **options) for chosen in item_sets]
+
+    def through(name: str) -> list[scores.SetRun]:
+        place, server = Path(folder) / folder_name(connected[name]), connected[name]
+        return [
+            scoring.score_set(server, chosen, place, model_id=ids[name], **options) for chosen in item_sets
+        ]
+
+    with ThreadPoolExecutor(len(connected) if at_once else 1) as pool:
+        ours = None if at_once else in_process()
+        asked = {name: pool.submit(through, name) for name in connected}
+        ours = ours or in_process()
+        served = {name: future.result() for name, future in asked.items()}
+    return {
+        (name, here.item_set.name): _compared(model, connected[name], here, there)
+        for name in connected
+        for here, there in zip(ours, served[name], strict=True)
+    }
+
+
+def askable_sets(tier: str, allow_unsandboxed: bool = False) -> list[ItemSet]:
+    """The question sets of a tier (``nano`` or ``standard``); code only where its answers can be run."""
+    safe = find_sandbox().safe or allow_unsandboxed
+    return [item_set for item_set in sets_of_tier(tier) if safe or item_set.kind != "code"]
+
+
+def folder_name(endpoint: Endpoint) -> str:
+    """A folder for a server's answers. Its name may come from its list of models, so it may be anything."""
+    return re.sub(r"[^\w.-]+", "-", endpoint.facts.name).strip(".-")[:80] or "unknown"
+
+
+def _compared(model: Model, endpoint: Endpoint, ours: scores.SetRun, theirs: scores.SetRun) -> Comparison:
+    import pandas as pd
+
+    return Comparison(pd.DataFrame(list(_rows(model, endpoint, ours, theirs))), ours, theirs)
+
+
+def _rows(
+    model: Model, endpoint: Endpoint, ours: scores.SetRun, theirs: scores.SetRun
+) -> Iterator[dict[str, Any]]:
+    item_set = ours.item_set
+    items, opening = {item.id: item for item in item_set.items}, _opening(model, item_set)
+    for here, there in zip(ours.items.itertuples(), theirs.items.itertuples(), strict=True):
+        served = str(there.completion).removeprefix(opening)
+        row = {
+            "id": here.id,
+            "family": here.family,
+            "text_process": here.completion,
+            "text_server": served,
+            "same_text": here.completion == served,
+            "correct_process": here.correct,
+            "correct_server": there.correct,
+        }
+        yield row if row["same_text"] else row | explain(model, endpoint, item_set, items[here.id], served)
+
+
+def _opening(model: Model, item_set: ItemSet) -> str:
+    """The beginning of a thinking that the template itself writes: llama.cpp's server repeats it."""
+    if item_set.mode != "chat" or not model.header.get("tokenizer.chat_template"):
+        return ""
+    _, opened, rest = chat_text(model, MARK).rpartition(MARK)[2].partition("<think>")
+    return opened + rest
+
+
+def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Item, served: str) -> dict[str, Any]:
+    """Why the server's text is not the one of this process; fields as `compare_all` has them."""
+    prompt = scores.prompt_tokens(model, item_set, item)
+    ours = scores.answerer(model, item_set)(item, GREEDY)
+    at, before = _parting(model, ours, served)
+    model.clear()
+    logits = model.evaluate([*prompt, *ours.token_ids[:at]])
+    token = ours.token_ids[at] if at < len(ours.token_ids) else int(np.argmax(logits))
+    theirs = _next_token(model, logits, served.encode()[len(before) :])
+    facts = {
+        "prompt_process": len(prompt),
+        "prompt_server": prompt_size(endpoint, item_set, item),
+        "token": at,
+        "margin": float("nan") if theirs is None else float(logits[token] - logits[theirs]),
+        "rank": 0 if theirs is None else int((logits > logits[theirs]).sum()) + 1,
+    }
+    return facts | {"cause": _cause(facts, ours.text, served)}
+
+
+def prompt_size(endpoint: Endpoint, item_set: ItemSet, item: Item) -> int:
+    """Tokens of an item's prompt as the server counts them."""
+    whole = dataclasses.replace(endpoint, stream=False)
+    if item_set.mode == "chat":
+        return whole.chat(item.asked(item_set.instruction), 1).n_prompt
+    return whole.complete(item.prompt, 1).n_prompt
+
+
+def _parting(model: Model, ours: Completion, served: str) -> tuple[int, bytes]:
+    """The index of the first token of ours that the server's text does not continue, and the bytes before."""
+    raw, before = served.encode(), b""
+    for at, token in enumerate(ours.token_ids):
+        piece = model.token_bytes(token)
+        if raw[len(before) : len(before) + len(piece)] != piece:
+            return at, before
+        before += piece
+    return len(ours.token_ids), before
+
+
+def _next_token(model: Model, logits: np.ndarray, rest: bytes) -> int | None:
+    """The likeliest token that the server's text goes on with; where it ends, the likeliest that ends one."""
+    for token in np.argsort(-logits, kind="stable").tolist():
+        piece = model.token_bytes(token)
+        if model.ends(token) if not rest else (piece and rest.startswith(piece)):
+            return int(token)
+    return None
+
+
+def _cause(facts: dict[str, Any], ours: str, theirs: str) -> str:
+    if facts["prompt_server"] not in (0, facts["prompt_process"]):
+        return "other prompt"
+    if facts["rank"] > 1 and facts["margin"] <= NEAR_TIE:
+        return "near-tie"
+    if ours.startswith(theirs) or theirs.startswith(ours):
+        return "where it ends"
+    return "token boundary" if facts["rank"] == 1 else "other numbers"
+
+
+# ---- tables, and what the notebook hands on ----
+
+Compared = Mapping[tuple[str, str], Comparison]
+
+
+def comparison_table(compared: Compared) -> pd.DataFrame:
+    """A row a server and set: ``server``, ``set``, ``items``, ``same_text``, ``right_process``,
+    ``right_server`` (counts) and ``causes`` of the differences.
+    """
+    import pandas as pd
+
+    rows = [
+        {
+            "server": name,
+            "set": set_name,
+            "items": len(pair.items),
+            "same_text": int(pair.items["same_text"].sum()),
+            "right_process": int(pair.items["correct_process"].sum()),
+            "right_server": int(pair.items["correct_server"].sum()),
+            "causes": pair.causes or "none",
+        }
+        for (name, set_name), pair in compared.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def item_table(compared: Compared) -> pd.DataFrame:
+    """The items of all comparisons, with columns ``server`` and ``set`` in front."""
+    import pandas as pd
+
+    tables = {names: pair.items for names, pair in compared.items()}
+    return pd.concat(tables, names=["server", "set"]).reset_index(["server", "set"]).reset_index(drop=True)
+
+
+def hand_on(
+    stage: Stage,
+    *,
+    checks: pd.DataFrame,
+    drift: pd.DataFrame,
+    speeds: pd.DataFrame,
+    compared: Compared,
+    connected: Mapping[str, Endpoint],
+    running: Mapping[str, LocalServer],
+    recipes: Sequence[str],
+    shutdown: pd.DataFrame,
+    model: dict[str, Any] | None = None,
+) -> list[str]:
+    """Write ``serving.json``, and return its summary lines.
+
+    Args:
+        running: the servers that were started here: what each loaded is recorded as ``loaded``.
+        model: by default the one that notebook 01 handed on.
+    """
+    table = comparison_table(compared)
+    lines = [
+        *(f"{name}: {_counted(rows['verdict'])}" for name, rows in checks.groupby("server", sort=False)),
+        *(
+            f"{row.server}: {row.same_text} of {row.items} answers of {row.set} are those of this process"
+            + (f" ({row.causes})" if row.causes != "none" else "")
+            for row in table.itertuples()
+        ),
+        *_drift_lines(drift),
+        *(
+            f"{name}: {rows['tokens_per_sec'].iloc[0]:,.0f} tokens/s for {rows['clients'].iloc[0]} client, "
+            f"{rows['tokens_per_sec'].iloc[-1]:,.0f} for {rows['clients'].iloc[-1]}"
+            for name, rows in speeds.groupby("server", sort=False)
+        ),
+        f"shutdown: {_counted(shutdown['verdict'])}",
+    ]
+    tables = {"checks": checks, "drift": drift, "speeds": speeds, "comparisons": table, "shutdown": shutdown}
+    stage.finish(
+        conditions={name: endpoint.conditions() for name, endpoint in connected.items()},
+        summary=lines,
+        model=stage.model if model is None else model,
+        recipes=list(recipes),
+        loaded={name: server.loaded() for name, server in running.items()},
+        **{name: frame.to_dict("records") for name, frame in tables.items()},
+    )
+    return lines
+
+
+def _counted(verdicts: pd.Series) -> str:
+    counts = ", ".join(f"{n} {name}" for name, n in verdicts.value_counts().items())
+    return f"{len(verdicts)} checks: {counts}"
+
+
+def _drift_lines(drift: pd.DataFrame) -> list[str]:
+    if drift.empty:
+        return []
+    fewest, most = drift.to_dict("records")[0], drift.to_dict("records")[-1]
+    return [
+        f"llama.cpp's server beside {most['requests']} requests: log-probabilities move by "
+        f"{fewest['drift']:.1e} with {fewest['slots']} slot, {most['drift']:.1e} with {most['slots']}; "
+        f"{drift['differ'].sum()} of {drift['answers'].sum()} texts differ"
+    ]
