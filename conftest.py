@@ -1,0 +1,23 @@
+"""How pytest-xdist spreads the tests over processes. `make test WORKERS=0` does without."""
+
+import os
+
+import pytest
+
+if "DFQS_OUTPUTS" in os.environ:  # a folder for each process: a test never meets what another one wrote
+    os.environ["DFQS_OUTPUTS"] += os.environ.get("PYTEST_XDIST_WORKER", "")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """A file of tests stays in one process, for its fixtures; all notebooks stay in one, in their order.
+
+    They must: each notebook reads what the notebooks before it wrote.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class NotebooksTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "notebooks" if nodeid.startswith("notebooks/") else super()._split_scope(nodeid)
+
+    return NotebooksTogether(config, log)
