@@ -31,7 +31,8 @@ from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.stage import write_stage
-from dfqs_nb.gguf.memory import available_memory, estimate
+from dfqs_nb.core.machine import available_memory
+from dfqs_nb.gguf.memory import estimate
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.check import dry_run
 from dfqs_nb.llama.model import TOLERANCE, DecodeError, Model, ReuseCheck, SavedState, check_reuse

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dfqs_nb.core.display import plain
+from dfqs_nb.core.errors import ModelError
 from dfqs_nb.gguf.header import GGUFHeader, Tensor
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ CLASSES = (
     ("dense feed-forward", r"^ffn"),
 )
 INTEGER_TYPES = ("I8", "I16", "I32", "I64")  # tables, not weights
+MAX_SHOWN = 200  # characters of a text in a table: a name can have 100,000
 GATING = {1: "softmax", 2: "sigmoid", 3: "softmax over the chosen", 4: "sqrtsoftplus"}  # llama.cpp's codes
 
 
@@ -41,7 +44,7 @@ class Experts:
 
     Attributes:
         total: routed experts a layer; 0 for a dense model.
-        used: routed experts a token.
+        used: routed experts a token; the most, where layers differ.
         shared: experts that every token uses besides.
         moe_layers: layers with routed experts.
         hash_layers: how many of them, the first ones, choose by token id from a table, without a score.
@@ -95,41 +98,48 @@ def class_of(name: str) -> str:
 
 
 def experts(header: GGUFHeader) -> Experts:
-    """The expert layout; see ``Experts``."""
-    moe_layers = {layer_of(t.name) for t in header.tensors if class_of(t.name) == "routed experts"}
-    code = int(header.arch("expert_gating_func", 0))
+    """The expert layout; see ``Experts``.
+
+    Raises:
+        HeaderError: a count is something else.
+    """
+    own, scale = header.architecture, header.arch("expert_weights_scale")
     return Experts(
-        int(header.arch("expert_count", 0)),
-        int(header.arch("expert_used_count", 0)),
-        int(header.arch("expert_shared_count", 0)),
-        len(moe_layers),
-        int(header.arch("hash_layer_count", 0)),
-        GATING.get(code, "not stated"),
-        float(header.arch("expert_weights_scale", 1.0)),
+        header.count(f"{own}.expert_count"),
+        header.count(f"{own}.expert_used_count"),
+        header.count(f"{own}.expert_shared_count"),
+        len(_moe_layers(header)),
+        header.count(f"{own}.hash_layer_count"),
+        GATING.get(header.count(f"{own}.expert_gating_func"), "not stated"),
+        float(scale) if isinstance(scale, (int, float)) else 1.0,
     )
+
+
+def _moe_layers(header: GGUFHeader) -> set[int | None]:
+    return {layer_of(t.name) for t in header.tensors if class_of(t.name) == "routed experts"}
 
 
 def parameters(header: GGUFHeader) -> Parameters:
     """Count the weights from the tensor shapes; see ``Parameters``."""
-    layout, total, active, routed = experts(header), 0, 0.0, 0
+    n_experts = header.count(f"{header.architecture}.expert_count")
+    used = header.counts(f"{header.architecture}.expert_used_count") or [0]
+    has_output = any(
+        tensor.name == "output.weight" for tensor in header.tensors
+    )  # else the embedding is both
+    total, active, routed = 0, 0.0, 0
     for tensor in header.tensors:
         if tensor.type in INTEGER_TYPES:
             continue
         total += tensor.n_elements
         kind = class_of(tensor.name)
-        if kind == "routed experts" and layout.total:
+        if kind == "routed experts" and n_experts:
             routed += tensor.n_elements
-            active += tensor.n_elements * layout.used / layout.total
-        elif kind == "embedding" and _has_output(header):
+            active += tensor.n_elements * used[min(layer_of(tensor.name) or 0, len(used) - 1)] / n_experts
+        elif kind == "embedding" and has_output:
             active += tensor.shape[0]
         else:
             active += tensor.n_elements
     return Parameters(total, round(active), routed)
-
-
-def _has_output(header: GGUFHeader) -> bool:
-    """Whether the output matrix is a tensor of its own (else the embedding serves as both)."""
-    return any(tensor.name == "output.weight" for tensor in header.tensors)
 
 
 def bits_per_weight(tensors: Iterable[Tensor]) -> float:
@@ -174,15 +184,13 @@ def attention_layers(header: GGUFHeader) -> list[dict[str, Any]]:
     indexer that picks) or ``heavily compressed`` (ratio 128). Other architectures: ``full``, or ``sliding
     window`` where the header declares a window without saying for which layers.
     """
-    ratios = header.arch("attention.compress_ratios")
+    ratios = header.counts(f"{header.architecture}.attention.compress_ratios")
     names = {0: "sliding window", 4: "compressed sparse", 128: "heavily compressed"}
     default = "sliding window" if header.arch("attention.sliding_window") else "full"
-    n_layers = int(header.arch("block_count", 0))
-    moe = {layer_of(t.name) for t in header.tensors if class_of(t.name) == "routed experts"}
-    hashed = experts(header).hash_layers
+    moe, hashed = _moe_layers(header), experts(header).hash_layers
     rows = []
-    for layer in range(n_layers):
-        ratio = ratios[layer] if ratios and layer < len(ratios) else None
+    for layer in range(header.count(f"{header.architecture}.block_count")):
+        ratio = ratios[layer] if layer < len(ratios) else None
         kind = default if ratio is None else names.get(ratio, f"compressed by {ratio}")
         routing = "dense" if layer not in moe else "hash" if layer < hashed else "scores"
         rows.append({"layer": layer, "kind": kind, "ratio": ratio or 1, "routing": routing})
@@ -192,10 +200,10 @@ def attention_layers(header: GGUFHeader) -> list[dict[str, Any]]:
 def identity(header: GGUFHeader) -> dict[str, Any]:
     """Who the file says it is: name, architecture, licence, sizes, quantization, provenance."""
     count = parameters(header)
-    fields = {
-        "name": header.get("general.name", "not stated"),
+    return {
+        "name": header.text("general.name") or "not stated",
         "architecture": header.architecture or "not stated",
-        "licence": header.get("general.license", "not stated"),
+        "licence": header.text("general.license") or "not stated",
         "file size (bytes)": header.file_size,
         "GGUF version": header.version,
         "metadata fields": len(header),
@@ -204,9 +212,8 @@ def identity(header: GGUFHeader) -> dict[str, Any]:
         "active parameters a token": count.active,
         "bits a weight": round(bits_per_weight(header.tensors), 3),
         "tensor types": ", ".join(types_by_bytes(header.tensors)),
-        "importance matrix": header.get("quantize.imatrix.file", "not stated"),
+        "importance matrix": header.text("quantize.imatrix.file") or "not stated",
     }
-    return fields
 
 
 def architecture(header: GGUFHeader) -> dict[str, Any]:
@@ -232,35 +239,36 @@ def tokenizer(header: GGUFHeader) -> dict[str, Any]:
     """The tokenizer's model, vocabulary and special tokens."""
     tokens = header.fields.get("tokenizer.ggml.tokens")
     merges = header.fields.get("tokenizer.ggml.merges")
+    texts: list[Any] = header["tokenizer.ggml.tokens"] if tokens is not None and tokens.count else []
     facts: dict[str, Any] = {
         "model": header.get("tokenizer.ggml.model", "not stated"),
         "pre-tokenizer": header.get("tokenizer.ggml.pre", "not stated"),
-        "vocabulary (tokens)": tokens.count if tokens else 0,
-        "merges": merges.count if merges else 0,
+        "vocabulary (tokens)": (tokens and tokens.count) or 0,
+        "merges": (merges and merges.count) or 0,
     }
-    texts = header["tokenizer.ggml.tokens"] if tokens else []
     for role in ("bos", "eos", "eot", "unknown", "padding"):
         token = header.get(f"tokenizer.ggml.{role}_token_id")
+        known = type(token) is int and 0 <= token < len(texts)  # some files have -1, or a list
         if token is not None:
-            facts[f"{role} token"] = f"{texts[token]} ({token})" if token < len(texts) else str(token)
+            facts[f"{role} token"] = f"{texts[token]} ({token})" if known else str(token)
     facts["adds bos itself"] = header.get("tokenizer.ggml.add_bos_token", "not stated")
     return facts
 
 
 def chat_template(header: GGUFHeader) -> str:
     """The chat template, in Jinja; empty when the header has none."""
-    return header.get("tokenizer.chat_template", "")
+    return header.text("tokenizer.chat_template")
 
 
 def facts_frame(facts: dict[str, Any], name: str = "value") -> pd.DataFrame:
-    """A dict of facts as a one-column table, numbers with thousands separators."""
+    """A dict of facts as a one-column table, numbers with thousands separators, long texts cut."""
     import pandas as pd
 
-    shown = {
-        key: f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        for key, value in facts.items()
-    }
-    return pd.DataFrame({name: shown})
+    def shown(value: Any) -> str:
+        text = f"{value:,}" if type(value) is int else plain(value)
+        return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
+
+    return pd.DataFrame({name: {key: shown(value) for key, value in facts.items()}})
 
 
 def tensor_table(header: GGUFHeader) -> pd.DataFrame:
@@ -292,6 +300,48 @@ def quantization_by_layer(table: pd.DataFrame) -> pd.DataFrame:
     blocks = table[table["layer"] >= 0]
     mix = blocks.pivot_table(index="layer", columns="type", values="bytes", aggfunc="sum", fill_value=0)
     return mix[mix.sum().sort_values(ascending=False).index]
+
+
+# ---- what kind of file it is ----
+
+# What a GGUF file is when it is no language model, by ``general.type`` or the architecture.
+OTHER_ROLES = {
+    "mmproj": "a multimodal projector",
+    "clip": "a multimodal projector",
+    "adapter": "a LoRA adapter",
+    "imatrix": "an importance matrix",
+    "controlvector": "a control vector",
+}
+MODEL = "a language model"
+
+
+def role(header: GGUFHeader) -> str:
+    """What the file is: `MODEL`, or something that belongs to a model.
+
+    Of a set of shards, ask the header of the whole (`ShardSet.as_one`): a first shard can be without tensors.
+
+    >>> from dfqs_nb.gguf.broken import reference_shards
+    >>> role(reference_shards().as_one)
+    'a language model'
+    """
+    for name in (header.text("general.type"), header.architecture):
+        if name in OTHER_ROLES:
+            return OTHER_ROLES[name]
+    if not header.tensors and "tokenizer.ggml.tokens" in header:
+        return "a vocabulary without weights"
+    return MODEL
+
+
+def require_model(header: GGUFHeader) -> None:
+    """Refuse a file that belongs to a model and is none.
+
+    Raises:
+        ModelError: it is an adapter, a projector, an importance matrix, a vocabulary or a control vector.
+    """
+    if role(header) != MODEL:
+        raise ModelError(
+            f"{role(header)}, not a language model", where=header.path, hint="name the model it was made for"
+        )
 
 
 # ---- the early dialect of deepseek4 ----

@@ -25,6 +25,7 @@ DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME, less its terminating zero
 MAX_HEADER_BYTES = 1 << 28  # real headers stay under 50 MB; a larger claim is a hostile or broken file
+MAX_STRINGS = 1 << 22  # in one array: the largest vocabularies and merge lists have under a million
 
 # Value types of metadata fields: code -> (name, struct format of one value).
 VALUE_TYPES = {
@@ -43,44 +44,31 @@ VALUE_TYPES = {
     12: ("FLOAT64", "d"),
 }
 
-# Tensor types: code -> (name, elements a block, bytes a block). Source: ggml's type traits
+# Tensor types: code, name, elements of a block, bytes of a block. Source: ggml's type traits
 # (gguf-py gives Q8_1, which no file stores, 40 bytes; ggml gives it 36).
+_TYPES = """
+0 F32 1 4 | 1 F16 1 2 | 2 Q4_0 32 18 | 3 Q4_1 32 20 | 6 Q5_0 32 22 | 7 Q5_1 32 24 | 8 Q8_0 32 34 |
+9 Q8_1 32 36 | 10 Q2_K 256 84 | 11 Q3_K 256 110 | 12 Q4_K 256 144 | 13 Q5_K 256 176 |
+14 Q6_K 256 210 | 15 Q8_K 256 292 | 16 IQ2_XXS 256 66 | 17 IQ2_XS 256 74 | 18 IQ3_XXS 256 98 |
+19 IQ1_S 256 50 | 20 IQ4_NL 32 18 | 21 IQ3_S 256 110 | 22 IQ2_S 256 82 | 23 IQ4_XS 256 136 |
+24 I8 1 1 | 25 I16 1 2 | 26 I32 1 4 | 27 I64 1 8 | 28 F64 1 8 | 29 IQ1_M 256 56 | 30 BF16 1 2 |
+34 TQ1_0 256 54 | 35 TQ2_0 256 66 | 39 MXFP4 32 17 | 40 NVFP4 64 36 | 41 Q1_0 128 18 |
+42 Q2_0 64 18
+"""
 TENSOR_TYPES = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    9: ("Q8_1", 32, 36),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    15: ("Q8_K", 256, 292),
-    16: ("IQ2_XXS", 256, 66),
-    17: ("IQ2_XS", 256, 74),
-    18: ("IQ3_XXS", 256, 98),
-    19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18),
-    21: ("IQ3_S", 256, 110),
-    22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136),
-    24: ("I8", 1, 1),
-    25: ("I16", 1, 2),
-    26: ("I32", 1, 4),
-    27: ("I64", 1, 8),
-    28: ("F64", 1, 8),
-    29: ("IQ1_M", 256, 56),
-    30: ("BF16", 1, 2),
-    34: ("TQ1_0", 256, 54),
-    35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17),
-    40: ("NVFP4", 64, 36),
-    41: ("Q1_0", 128, 18),
-    42: ("Q2_0", 64, 18),
+    int(code): (name, int(elements), int(n_bytes))
+    for code, name, elements, n_bytes in (row.split() for row in _TYPES.split("|"))
+}
+# Types that llama.cpp removed: their codes are not used again by it, but by its forks.
+REMOVED_TYPES = {
+    4: "Q4_2",
+    5: "Q4_3",
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4 (bitnet.cpp: I2_S)",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
 }
 
 CUT_OFF = "the download was cut off, or the file is broken: download it again"
@@ -168,11 +156,42 @@ class GGUFHeader(Mapping[str, Any]):
     @property
     def architecture(self) -> str:
         """``general.architecture``, or an empty string in a header without one (shards 2 to N)."""
-        return self.get("general.architecture", "")
+        return self.text("general.architecture")
 
     def arch(self, key: str, default: Any = None) -> Any:
         """The value of the architecture's own ``key``: ``arch("block_count")``."""
         return self.get(f"{self.architecture}.{key}", default)
+
+    # A field may hold any type in a file from elsewhere, so code that computes reads it through these.
+
+    def text(self, name: str) -> str:
+        """A field that should be text; empty where it is missing or something else."""
+        value = self.get(name)
+        return value if isinstance(value, str) else ""
+
+    def counts(self, name: str) -> list[int]:
+        """A field that should be a count, or one for each layer, as a list; empty where it is missing.
+
+        Raises:
+            HeaderError: it holds something else.
+        """
+        value = self.get(name, [])
+        values = value if isinstance(value, list) else [value]
+        if not all(type(item) is int and item >= 0 for item in values):
+            raise HeaderError(
+                f"the key {name} is not a count",
+                where=self.path,
+                hint="the file was converted by another tool or an older one: convert it again",
+            )
+        return values
+
+    def count(self, name: str, default: int = 0) -> int:
+        """A field that should be one count; of one for each layer, the largest.
+
+        Raises:
+            HeaderError: it holds something else.
+        """
+        return max(self.counts(name), default=default)
 
     @property
     def data_nbytes(self) -> int:
@@ -227,7 +246,8 @@ def check_layout(header: GGUFHeader) -> None:
             raise LayoutError(
                 f"tensor {tensor.name!r} {kind} (offset {tensor.offset:,}, expected {expected:,})",
                 where=header.path,
-                hint="the file was written wrongly: get it from its source again",
+                hint="the file was written wrongly, or by a fork of llama.cpp with other type numbers: get it "
+                "from its source again",
             )
         expected = padded(tensor.offset + tensor.nbytes, header.alignment)
     last = header.tensors[-1] if header.tensors else None
@@ -295,6 +315,8 @@ class _Cursor:
             raise self.fail(f"{what} is not UTF-8 text") from error
 
     def skip_strings(self, count: int, what: str) -> None:
+        if count > MAX_STRINGS:
+            raise self.fail(f"{what} claims {count:,} texts; no tokenizer has over {MAX_STRINGS:,}")
         position, unpack = self.position, _U64.unpack_from
         while count:
             held = self.bytes
@@ -403,12 +425,12 @@ def _read_field(cursor: _Cursor, name: str, start: int) -> Field:
 
 
 def _alignment(cursor: _Cursor, fields: Mapping[str, Field]) -> int:
-    found = fields.get("general.alignment")
-    if found is None:
+    entry = fields.get("general.alignment")
+    if entry is None:
         return DEFAULT_ALIGNMENT
-    if found.type != "UINT32" or found.count is not None:
+    if entry.type != "UINT32" or entry.count is not None:
         raise cursor.fail("general.alignment is not a single UINT32")
-    alignment = _decode(cursor.bytes, found)
+    alignment: int = _decode(cursor.bytes, entry)
     if alignment == 0 or alignment & (alignment - 1):
         raise cursor.fail(f"general.alignment is {alignment}, not a power of two")
     return alignment
@@ -433,10 +455,7 @@ def _read_tensor(cursor: _Cursor, name: str) -> Tensor:
     shape = struct.unpack(f"<{n_dims}q", cursor.take(8 * n_dims)) or (1,)
     code, offset = cursor.number("I"), cursor.number("Q")
     if code not in TENSOR_TYPES:
-        raise cursor.fail(
-            f"tensor {name!r} has the unknown type {code}",
-            "the file may need a newer llama.cpp than this workbook knows",
-        )
+        raise _unknown_type(cursor, name, code)
     type_name, block, block_bytes = TENSOR_TYPES[code]
     n_elements = math.prod(shape)
     # A dimension of 0 hides no overflow: llama.cpp aborts on the product of the others.
@@ -445,15 +464,27 @@ def _read_tensor(cursor: _Cursor, name: str) -> Tensor:
     return Tensor(name, shape, type_name, code, offset, n_elements, n_elements // block * block_bytes)
 
 
-def _decode(raw: bytes | bytearray, found: Field) -> Any:
+def _unknown_type(cursor: _Cursor, name: str, code: int) -> HeaderError:
+    if code in REMOVED_TYPES:
+        return cursor.fail(
+            f"tensor {name!r} has the type {code}, {REMOVED_TYPES[code]}, which llama.cpp removed",
+            "quantize the model again from its original, or run the file in the build that made it",
+        )
+    return cursor.fail(
+        f"tensor {name!r} has the type {code}, which llama.cpp does not know",
+        "a fork (ik_llama.cpp, for example) or a newer llama.cpp made it: run it there, or get another file",
+    )
+
+
+def _decode(raw: bytes | bytearray, entry: Field) -> Any:
     """The value of a field; text that is not UTF-8 is shown with replacement characters."""
-    n = 1 if found.count is None else found.count
-    if found.type == "STRING":
-        values = list(_strings(raw, found.value_start, n))
+    n = 1 if entry.count is None else entry.count
+    if entry.type == "STRING":
+        values = list(_strings(raw, entry.value_start, n))
     else:
-        form = next(form for name, form in VALUE_TYPES.values() if name == found.type)
-        values = list(struct.unpack_from(f"<{n}{form}", raw, found.value_start))
-    return values[0] if found.count is None else values
+        form = next(form for name, form in VALUE_TYPES.values() if name == entry.type)
+        values = list(struct.unpack_from(f"<{n}{form}", raw, entry.value_start))
+    return values[0] if entry.count is None else values
 
 
 def _strings(raw: bytes | bytearray, position: int, count: int) -> Iterator[str]:

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dfqs_nb.core.errors import HeaderError, SpaceError
 from dfqs_nb.core.machine import Memory, available_memory
-from dfqs_nb.gguf.header import GGUFHeader
+from dfqs_nb.gguf.header import GGUFHeader, padded
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = [
-    "KvCacheBytes",
-    "MemoryEstimate",
-    "Memory",
-    "available_memory",
-    "binary_size",
-    "cache_table",
-    "check_fits",
-    "estimate",
-    "kv_cache_bytes",
-    "weights_bytes",
-]
 
 # bytes in a block, and elements in it, of the types llama.cpp takes for a KV cache (ggml/src/ggml-common.h)
 CACHE_TYPES: dict[str, tuple[int, int]] = {
@@ -119,12 +107,16 @@ def _deepseek4(
 
 def _attention(header: GGUFHeader, cells: int, n_seq: int, type_k: str, type_v: str) -> KvCacheBytes:
     """Grouped-query attention: one K and one V row for each layer and cell; latent attention keeps K only."""
-    heads_kv = _heads_kv(header)
-    head_dim = header.arch("attention.key_length") or _default_head_dim(header)
-    value_dim = header.arch("attention.value_length") or head_dim
+    heads = _ints(header, "attention.head_count_kv", "attention.head_count")
+    if len(heads) == 1:
+        heads = heads * _int(header, "block_count")
+    head_dim = header.count(f"{header.architecture}.attention.key_length") or (
+        _int(header, "embedding_length") // max(1, _int(header, "attention.head_count"))
+    )
+    value_dim = header.count(f"{header.architecture}.attention.value_length") or head_dim
     latent = header.arch("attention.key_length_mla") is not None
-    k = sum(_row_bytes(n * head_dim, type_k) for n in heads_kv) * cells * n_seq
-    v = 0 if latent else sum(_row_bytes(n * value_dim, type_v) for n in heads_kv) * cells * n_seq
+    k = sum(_row_bytes(n * head_dim, type_k) for n in heads) * cells * n_seq
+    v = 0 if latent else sum(_row_bytes(n * value_dim, type_v) for n in heads) * cells * n_seq
     return KvCacheBytes({"k": k, "v": v}, *_trust(header))
 
 
@@ -136,33 +128,20 @@ def _trust(header: GGUFHeader) -> tuple[Literal["exact", "upper bound", "rough"]
     return "exact", ""
 
 
-def _heads_kv(header: GGUFHeader) -> list[int]:
-    """KV heads of each layer; the key holds one number, or one for each layer; without it, every head."""
-    name = "attention.head_count_kv"
-    heads = _ints(header, name if header.arch(name) is not None else "attention.head_count")
-    return heads * _int(header, "block_count") if len(heads) == 1 else heads
-
-
-def _default_head_dim(header: GGUFHeader) -> int:
-    return _int(header, "embedding_length") // max(1, _ints(header, "attention.head_count")[0])
+def _ints(header: GGUFHeader, *names: str) -> list[int]:
+    """The architecture's first key that is there: a count, or one for each layer."""
+    for name in names:
+        if values := header.counts(f"{header.architecture}.{name}"):
+            return values
+    raise HeaderError(
+        f"the key {header.architecture}.{names[0]} is missing",
+        where=header.path,
+        hint="the file was converted by another tool or an older one: convert it again",
+    )
 
 
 def _int(header: GGUFHeader, name: str) -> int:
     return _ints(header, name)[0]
-
-
-def _ints(header: GGUFHeader, name: str) -> list[int]:
-    """The architecture's own key as a list of counts: a single value is a list of one."""
-    value = header.arch(name)
-    values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(one, int) and one >= 0 for one in values):
-        found = "is missing" if value is None else "is not a count"
-        raise HeaderError(
-            f"the key {header.architecture}.{name} {found}",
-            where=header.path,
-            hint="the file was converted by another tool or an older one: convert it again",
-        )
-    return values
 
 
 def _row_bytes(n_elements: int, cache_type: str) -> int:
@@ -173,12 +152,12 @@ def _row_bytes(n_elements: int, cache_type: str) -> int:
 
 
 def _pad(cells: int) -> int:
-    return -(-cells // CELL_PADDING) * CELL_PADDING
+    return padded(cells, CELL_PADDING)
 
 
 def weights_bytes(header: GGUFHeader | Iterable[GGUFHeader]) -> int:
     """Bytes of all tensors, over one header or the headers of all shards."""
-    return sum(tensor.nbytes for one in _headers(header) for tensor in one.tensors)
+    return sum(tensor.nbytes for shard in _headers(header) for tensor in shard.tensors)
 
 
 def _headers(header: GGUFHeader | Iterable[GGUFHeader]) -> list[GGUFHeader]:
@@ -248,7 +227,7 @@ def estimate(
     return MemoryEstimate(weights, 0 if use_mmap else weights, kv, n_ctx, settings=settings)
 
 
-def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: object = None) -> str:
+def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: str | Path | None = None) -> str:
     """Refuse what cannot work, and return a warning for what will be slow (``""`` when all is well).
 
     Weights are mapped from the file, so a file larger than memory still runs; it pages, and that is the
@@ -259,10 +238,18 @@ def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: objec
     """
     memory = memory or available_memory()
     if needs.must_fit_bytes > memory.available_bytes:
-        raise SpaceError(_shortage(needs, memory), where=where, hint=_advice(needs))
-    if needs.comfortable_bytes <= memory.available_bytes:
-        return ""
+        compute = "not counted" if needs.compute_bytes is None else binary_size(needs.compute_bytes)
+        raise SpaceError(
+            f"a context of {needs.n_ctx:,} tokens needs {binary_size(needs.must_fit_bytes)} "
+            f"(resident weights {binary_size(needs.weights_resident_bytes)}, "
+            f"KV cache {binary_size(needs.kv.total)}, compute buffer {compute}), "
+            f"and {binary_size(memory.available_bytes)} are free ({memory.source})",
+            where=where,
+            hint=", or ".join(_advice(needs)),
+        )
     missing = needs.comfortable_bytes - memory.available_bytes
+    if missing <= 0:
+        return ""
     return (
         f"weights of {binary_size(needs.weights_bytes)} and {binary_size(needs.must_fit_bytes)} beside them "
         f"exceed the {binary_size(memory.available_bytes)} of free memory by {binary_size(missing)}: parts "
@@ -270,28 +257,17 @@ def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: objec
     )
 
 
-def _shortage(needs: MemoryEstimate, memory: Memory) -> str:
-    compute = "not counted" if needs.compute_bytes is None else binary_size(needs.compute_bytes)
-    return (
-        f"a context of {needs.n_ctx:,} tokens needs {binary_size(needs.must_fit_bytes)} "
-        f"(resident weights {binary_size(needs.weights_resident_bytes)}, "
-        f"KV cache {binary_size(needs.kv.total)}, compute buffer {compute}), "
-        f"and {binary_size(memory.available_bytes)} are free ({memory.source})"
-    )
-
-
-def _advice(needs: MemoryEstimate) -> str:
-    steps = ["lower n_ctx"]
-    if needs.settings.get("swa_full"):
-        steps.insert(0, "pass swa_full=False")
+def _advice(needs: MemoryEstimate) -> Iterator[str]:
+    """What makes the model fit, the greatest saving first."""
     if needs.weights_resident_bytes:
-        steps.insert(0, "pass use_mmap=True, so that the weights need not fit")
+        yield "pass use_mmap=True, so that the weights need not fit"
+    if needs.settings.get("swa_full"):
+        yield "pass swa_full=False"
+    yield "lower n_ctx"
     if needs.compute_bytes is not None and needs.compute_bytes > needs.kv.total:
-        smaller = (
-            "lower n_ubatch" if needs.settings.get("flash_attn") else "pass flash_attn=True, lower n_ubatch"
-        )
-        steps.append(f"{smaller} (for the compute buffer)")
-    return ", or ".join([*steps, "close other programs"])
+        flash = "" if needs.settings.get("flash_attn") else "pass flash_attn=True, "
+        yield f"{flash}lower n_ubatch (for the compute buffer)"
+    yield "close other programs"
 
 
 def binary_size(n_bytes: int) -> str:

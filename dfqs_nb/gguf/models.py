@@ -1,7 +1,11 @@
 """Names to files: the models that the workbook knows, any local path, and any GGUF file of the hub.
 
 The table is data: ``data/models.toml``. Downloads go through huggingface_hub: its cache, progress and environment
-variables.
+variables. Added here: every file is asked for before the first is fetched, so that a missing file or a full disk
+shows at once; and each failure names its likely cause and the next step.
+
+huggingface_hub resumes a connection that closes early. After a reset, and in a later run, it begins that file again
+(huggingface/huggingface_hub#4196); files that were complete stay in its cache.
 """
 
 from __future__ import annotations
@@ -15,17 +19,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, RegistryError, SpaceError
 from dfqs_nb.core.files import sha256_each
 from dfqs_nb.core.paths import data_dir, tilde
-from dfqs_nb.gguf.shards import SHARD_NAME
+from dfqs_nb.gguf.shards import SHARD_NAME, shard_path
 
 ADDRESS = re.compile(
-    r"hf://(?P<repo>[^/@\s]+/[^/@\s]+)(@(?P<early>[^/@]+))?/(?P<file>[^@]+\.gguf)(@(?P<late>\S+))?"
+    r"hf://(?P<repo>[^/@\s]+/[^/@\s]+)(@(?P<early>[^/@]+))?/(?P<file>[^@]+\.gguf)(@(?P<late>\S+))?", re.I
+)
+PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/(?P<repo>[^/\s]+/[^/\s]+)/"
+    r"(?:blob|resolve|raw)/(?P<revision>refs/[^/]+/[^/]+|[^/]+)/(?P<file>[^?#\s]+\.gguf)(?:[?#]\S*)?",
+    re.I,
 )
 LARGER_DISK = "free some space, or set HF_HOME to a folder on a larger disk"
+TRIES = 4  # of a download whose connection is reset
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,8 @@ class Model:
 
     ``merged_sha256`` is what ``llama-gguf-split --merge`` makes of the files; empty where nobody recorded it.
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     name: str
     title: str
@@ -63,26 +75,25 @@ def registered() -> dict[str, Model]:
     """The registered models by name, in the order of ``data/models.toml``.
 
     Raises:
-        RegistryError: the table is missing, not TOML, or lacks a field.
+        RegistryError: the table is missing, not TOML, or has a wrong field.
 
     >>> [len(model.files) for model in registered().values()]
     [2, 2, 1, 2, 1]
     """
+    from pydantic import TypeAdapter
+
     path = data_dir() / "models.toml"
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-        return {name: _model(name, entry) for name, entry in table.items()}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        entries = [{"name": name, **entry} for name, entry in table.items()]
+        models = TypeAdapter(list[Model]).validate_python(entries)
+    except (OSError, ValueError, TypeError) as error:  # pydantic's errors are ValueErrors
         raise RegistryError(
             f"cannot read the table of models ({error})",
             where=tilde(path),
             hint="restore it with git, or set DFQS_DATA to a folder that has it",
         ) from error
-
-
-def _model(name: str, entry: dict[str, Any]) -> Model:
-    files = tuple(ModelFile(**file) for file in entry["files"])
-    return Model(name=name, **{**entry, "files": files})
+    return {model.name: model for model in models}
 
 
 def describe() -> list[dict[str, Any]]:
@@ -106,17 +117,18 @@ def resolve(
     *,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
-    local_files_only: bool | None = None,
+    local_files_only: bool = False,
 ) -> tuple[Path, ...]:
     """The local paths of a model's files, shards in order; what is missing here is downloaded.
 
     Args:
         model: a registered name; a local file (returned as it is, also when it is one shard of several) or a
-            folder that holds one model; or ``hf://owner/repo/path/file.gguf[@revision]``, where the name of
-            one shard stands for all of them. A registered name goes before a folder of that name.
+            folder that holds one model; or a file of the hub, as ``hf://owner/repo/path/file.gguf[@revision]`` or
+            by the address of its page, where the name of one shard stands for all of them. A registered name
+            goes before a folder of that name.
         revision: branch, tag or commit on the hub, instead of the one in the address.
         cache_dir: the hub cache to use; huggingface_hub's own by default.
-        local_files_only: take only what is in that cache; by default as ``HF_HUB_OFFLINE`` says.
+        local_files_only: take only what is in that cache. ``HF_HUB_OFFLINE`` does the same.
 
     Raises:
         RegistryError: nothing has that name, or the hub does not give the files.
@@ -127,8 +139,8 @@ def resolve(
     >>> [path.name for path in resolve("dfqs-nano-iq1_s-xl")]
     ['DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf', 'DFQS-Nano-IQ1_S-XL-00002-of-00002.gguf']
     """
-    options = {"cache_dir": cache_dir, "local_files_only": bool(local_files_only)}
-    if isinstance(model, str) and model.startswith("hf://"):
+    options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only}
+    if isinstance(model, str) and re.match(r"(hf|https?)://", model):
         address = parse_address(model)
         files = [HubFile(address.repo, name, revision or address.revision) for name in siblings(address.file)]
         return download(files, **options)
@@ -146,7 +158,7 @@ def siblings(file: str) -> list[str]:
     match = SHARD_NAME.fullmatch(file)
     if match is None or not 1 <= int(match["number"]) <= (count := int(match["count"])):
         return [file]
-    return [f"{match['prefix']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    return [shard_path(match["prefix"], number, count).as_posix() for number in range(1, count + 1)]
 
 
 def check_sizes(paths: Sequence[Path], model: Model) -> None:
@@ -163,11 +175,8 @@ def check_sizes(paths: Sequence[Path], model: Model) -> None:
     for number, (path, file) in enumerate(zip(paths, model.files, strict=True), 1):
         surplus = Path(path).stat().st_size - file.size_bytes
         if surplus:
-            raise _damaged(
-                path,
-                f"{_which(number, model)} is {abs(surplus):,} bytes "
-                f"{'short' if surplus < 0 else 'too long'} (expected {file.size_bytes:,})",
-            )
+            how = f"{abs(surplus):,} bytes {'short' if surplus < 0 else 'too long'}"
+            raise _damaged(path, model, number, f"is {how} (expected {file.size_bytes:,})")
 
 
 def check_hashes(paths: Sequence[Path], model: Model) -> tuple[str, ...]:
@@ -178,40 +187,33 @@ def check_hashes(paths: Sequence[Path], model: Model) -> tuple[str, ...]:
     """
     check_sizes(paths, model)
     hashes = sha256_each(paths, name=f"SHA-256 of {model.name}")
-    for number, (path, file, found) in enumerate(zip(paths, model.files, hashes, strict=True), 1):
-        if found != file.sha256:
-            raise _damaged(
-                path, f"{_which(number, model)} has SHA-256 {found[:16]}... (expected {file.sha256[:16]}...)"
-            )
+    for number, (path, file, digest) in enumerate(zip(paths, model.files, hashes, strict=True), 1):
+        if digest != file.sha256:
+            text = f"has SHA-256 {digest[:16]}... (expected {file.sha256[:16]}...)"
+            raise _damaged(path, model, number, text)
     return hashes
 
 
-def _which(number: int, model: Model) -> str:
-    count = len(model.files)
-    return "the file" if count == 1 else f"shard {number} of {count}"
-
-
-def _damaged(path: Path, what: str) -> IntegrityError:
+def _damaged(path: Path, model: Model, number: int, what: str) -> IntegrityError:
+    which = f"shard {number} of {len(model.files)}" if len(model.files) > 1 else "the file"
     real = Path(path).resolve()  # in the hub's cache the name is a link, and the bytes are elsewhere
     first = f"delete {tilde(real)} and " if real != Path(path).absolute() else ""
-    return IntegrityError(what, where=tilde(path), hint=f"{first}download it again")
+    return IntegrityError(f"{which} {what}", where=tilde(path), hint=f"{first}download it again")
 
 
 def _registered(model: Model, revision: str | None, options: dict[str, Any]) -> tuple[Path, ...]:
     if model.source.startswith("hf://"):
         repo = model.source.removeprefix("hf://")
-        files = [HubFile(repo, file.name, revision) for file in model.files]
-        paths = download(files, any_folder=True, **options)
+        paths = download(
+            [HubFile(repo, file.name, revision) for file in model.files], any_folder=True, **options
+        )
     else:
         folder = data_dir() / PurePosixPath(model.source).relative_to("data")
         paths = tuple(folder / file.name for file in model.files)
         for path in paths:
             if not path.is_file():
-                raise RegistryError(
-                    "missing",
-                    where=tilde(path),
-                    hint=f"it belongs to the repository: git checkout -- {model.source}",
-                )
+                hint = f"it belongs to the repository: git checkout -- {model.source}"
+                raise RegistryError("missing", where=tilde(path), hint=hint)
     check_sizes(paths, model)
     return paths
 
@@ -221,28 +223,27 @@ def _local(path: Path, given: str) -> tuple[Path, ...]:
         return (path,)
     if path.is_dir():
         return _folder(path)
-    if "/" in given or "\\" in given or given.endswith(".gguf"):
-        raise RegistryError(
-            "no such file",
-            where=given,
-            hint=f"check the path, or give the name of a known model: {', '.join(registered())}",
-        )
+    known = ", ".join(registered())
+    if "/" in given or "\\" in given or given.lower().endswith(".gguf"):
+        hint = f"check the path, or give the name of a known model: {known}"
+        raise RegistryError("no such file", where=given, hint=hint)
     close = difflib.get_close_matches(given.lower(), registered(), n=1, cutoff=0.4)
     question = f"did you mean {close[0]}? " if close else ""
     raise RegistryError(
         f"no model is called {given!r}",
-        hint=f"{question}known: {', '.join(registered())}; or give a path or hf://owner/repo/file.gguf",
+        hint=f"{question}known: {known}; or give a path or hf://owner/repo/file.gguf",
     )
 
 
 def _folder(folder: Path) -> tuple[Path, ...]:
-    paths = sorted(folder.glob("*.gguf"))
-    stems = sorted(
-        {(match["prefix"] if (match := SHARD_NAME.fullmatch(path.name)) else path.name) for path in paths}
-    )
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
+    matches = {path.name: SHARD_NAME.fullmatch(path.name) for path in paths}
+    stems = sorted({match["prefix"] if match else name for name, match in matches.items()})
     if len(stems) != 1:
-        found = f"{len(stems)} models ({', '.join(stems[:5])})" if stems else "no .gguf file"
-        raise RegistryError(f"the folder has {found}", where=tilde(folder), hint="give the path of one file")
+        contents = f"{len(stems)} models ({', '.join(stems[:5])})" if stems else "no .gguf file"
+        raise RegistryError(
+            f"the folder has {contents}", where=tilde(folder), hint="give the path of one file"
+        )
     return tuple(paths)
 
 
@@ -261,15 +262,28 @@ class HubFile:
         return f"hf://{self.repo}/{self.file}" + (f"@{self.revision}" if self.revision else "")
 
 
+class FileNotInRepo(RegistryError):
+    """The repository is there, the file is not; ``files`` are its GGUF files, as far as the hub tells."""
+
+    files: tuple[str, ...] = ()
+
+
 def parse_address(address: str) -> HubFile:
-    """Take ``hf://owner/repo/path/file.gguf@revision`` apart, or ``repo@revision/path``, as the hub does.
+    """Take an address of a hub file apart: ``hf://owner/repo/path/file.gguf@revision``, ``repo@revision/path`` as
+    the hub does, or the address of the file's page or download.
 
     Raises:
         RegistryError: it names no GGUF file of a repository.
 
     >>> parse_address("hf://someone/models/IQ1/tiny.gguf@v1")
     HubFile(repo='someone/models', file='IQ1/tiny.gguf', revision='v1')
+    >>> parse_address("https://huggingface.co/someone/models/blob/main/tiny.gguf?download=true")
+    HubFile(repo='someone/models', file='tiny.gguf', revision='main')
     """
+    from urllib.parse import unquote
+
+    if page := PAGE.fullmatch(address):
+        return HubFile(page["repo"], unquote(page["file"]), unquote(page["revision"]))
     match = ADDRESS.fullmatch(address)
     if match is None:
         raise RegistryError(
@@ -289,6 +303,8 @@ def download(
 ) -> tuple[Path, ...]:
     """Local paths of ``files`` in the hub's cache, fetched if they are not there yet.
 
+    The paths are the cache's links: their targets have other names, so never resolve them.
+
     Args:
         any_folder: when the path is not there, take the file of that name in another folder.
 
@@ -300,26 +316,34 @@ def download(
     options = {"cache_dir": cache_dir, "local_files_only": local_files_only}
     plans = [_plan(file, options, any_folder) for file in files]
     _check_space([info.file_size or 0 for _, info in plans if info.will_download], cache_dir)
-    return tuple(Path(_call(file, options)) for file, _ in plans)
+    return tuple(Path(_fetch(file, options)) for file, _ in plans)
 
 
 def _plan(file: HubFile, options: dict[str, Any], any_folder: bool) -> tuple[HubFile, Any]:
     """Where the file is and what its download would cost, without fetching it."""
     try:
-        return file, _call(file, options, dry_run=True)
+        return file, _fetch(file, options, dry_run=True)
     except FileNotInRepo as error:
         name = PurePosixPath(file.file).name
-        found = [path for path in error.files if PurePosixPath(path).name == name]
-        if not any_folder or len(found) != 1:
+        places = [path for path in error.files if PurePosixPath(path).name == name]
+        if not any_folder or len(places) != 1:
             raise
-        return (there := replace(file, file=found[0])), _call(there, options, dry_run=True)
+        return (there := replace(file, file=places[0])), _fetch(there, options, dry_run=True)
 
 
-def _call(file: HubFile, options: dict[str, Any], **more: Any) -> Any:
+def _fetch(file: HubFile, options: dict[str, Any], **more: Any) -> Any:
+    import httpx2
     from huggingface_hub import hf_hub_download
+    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-    with _clear_errors(file), _resets_resumed():
-        return hf_hub_download(file.repo, file.file, revision=file.revision, **options, **more)
+    resets = Retrying(
+        retry=retry_if_exception_type((httpx2.ReadError, httpx2.RemoteProtocolError)),
+        stop=stop_after_attempt(TRIES),
+        wait=wait_exponential(max=30),
+        reraise=True,
+    )
+    with _clear_errors(file):
+        return resets(hf_hub_download, file.repo, file.file, revision=file.revision, **options, **more)
 
 
 def _check_space(sizes_bytes: Sequence[int], cache_dir: str | Path | None) -> None:
@@ -335,49 +359,6 @@ def _check_space(sizes_bytes: Sequence[int], cache_dir: str | Path | None) -> No
             where=tilde(folder),
             hint=LARGER_DISK,
         )
-
-
-class FileNotInRepo(RegistryError):
-    """The repository is there, the file is not; ``files`` are its GGUF files, as far as the hub tells."""
-
-    files: tuple[str, ...] = ()
-
-
-@contextmanager
-def _resets_resumed() -> Iterator[None]:
-    """Let huggingface_hub resume after a connection reset, as it does after a connection that closes early.
-
-    Its download loop resumes on ``RemoteProtocolError`` but not on ``ReadError``, which is how httpx reports
-    a reset, so the body of each response reports the one as the other while the block runs.
-    """
-    from huggingface_hub.utils import get_session
-
-    hooks = get_session().event_hooks
-    before = hooks["response"]
-    get_session().event_hooks = {**hooks, "response": [*before, _translate_resets]}
-    try:
-        yield
-    finally:
-        get_session().event_hooks = {**get_session().event_hooks, "response": before}
-
-
-def _translate_resets(response: Any) -> None:
-    import httpx2
-
-    class Body(httpx2.SyncByteStream):
-        def __init__(self, stream: Any) -> None:
-            self.stream = stream
-
-        def __iter__(self) -> Iterator[bytes]:
-            try:
-                yield from self.stream
-            except httpx2.ReadError as error:
-                raise httpx2.RemoteProtocolError(str(error) or "connection reset") from error
-
-        def close(self) -> None:
-            self.stream.close()
-
-    response.stream = Body(response.stream)
 
 
 @contextmanager
@@ -396,91 +377,66 @@ def _explain(error: Exception, file: HubFile) -> DfqsError:
     import httpx2
     from huggingface_hub import errors as hub
 
+    def refused(what: str, hint: str = "") -> RegistryError:
+        return RegistryError(what, where=str(file), hint=hint)
+
     match error:
         case hub.LocalEntryNotFoundError():
             return _not_cached(error.__cause__, file)
         case hub.RemoteEntryNotFoundError():
             return _not_in_repo(file)
         case hub.RevisionNotFoundError():
-            return RegistryError(
-                "the repository has no such revision",
-                where=file,
-                hint="name a branch, a tag or a commit of it",
-            )
+            return refused("the repository has no such revision", "name a branch, a tag or a commit of it")
         case hub.GatedRepoError():
-            return RegistryError(
-                "the repository is gated",
-                where=file,
-                hint="accept its terms on its web page, then log in with `hf auth login`",
-            )
+            hint = "accept its terms on its web page, then log in with `hf auth login`"
+            return refused("the repository is gated", hint)
         case hub.RepositoryNotFoundError():
-            return RegistryError(
-                "no such repository, or it is private",
-                where=file,
-                hint="check the spelling; for a private one log in with `hf auth login`",
-            )
+            hint = "check the spelling; for a private one log in with `hf auth login`"
+            return refused("no such repository, or it is private", hint)
         case hub.HfHubHTTPError():
             return _refused(error.response.status_code, file)
         case OSError(errno=errno.ENOSPC):
-            return SpaceError("the disk filled up during the download", where=file, hint=LARGER_DISK)
+            return SpaceError("the disk filled up during the download", where=str(file), hint=LARGER_DISK)
         case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS):
-            return OutputError(
-                "the hub's cache cannot be written",
-                where=error.filename,
-                hint="set HF_HOME to a folder you may write",
-            )
+            hint = "set HF_HOME to a folder you may write"
+            return OutputError("the hub's cache cannot be written", where=error.filename, hint=hint)
         case hub.HFValidationError():
-            return RegistryError(
-                f"not a name the hub allows ({error})", where=file, hint="check the spelling"
-            )
+            return refused(f"not a name the hub allows ({error})", "check the spelling")
         case ValueError():  # over 50 GB without hf_xet, for example: the message says what to do
-            return RegistryError(str(error), where=file)
+            return refused(str(error))
         case httpx2.ProxyError():
-            return RegistryError(f"the proxy refuses ({error})", where=file, hint="check HTTPS_PROXY")
+            return refused(f"the proxy refuses ({error})", "check HTTPS_PROXY")
         case _:
-            return RegistryError(
-                f"the download was interrupted ({error})",
-                where=file,
-                hint="run again: complete files are kept, this one starts over",
-            )
+            hint = "run again: complete files are kept, this one starts over"
+            return refused(f"the download was interrupted ({error})", hint)
 
 
 def _not_cached(cause: BaseException | None, file: HubFile) -> RegistryError:
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
-    if cause is None or isinstance(cause, hub.OfflineModeIsEnabled):
-        return RegistryError(
-            "not in the cache, and offline",
-            where=file,
-            hint="unset HF_HUB_OFFLINE (or local_files_only) and run once with a network",
-        )
     if isinstance(cause, hub.HfHubHTTPError):
         return _refused(cause.response.status_code, file)
-    if isinstance(cause, hub.FileMetadataError):
-        return RegistryError(
-            f"{constants.ENDPOINT} does not answer like a hub",
-            where=file,
-            hint="check HF_ENDPOINT, and any proxy in between",
-        )
-    return RegistryError(
-        f"not in the cache, and {constants.ENDPOINT} cannot be reached ({cause})",
-        where=file,
-        hint="check the network, the proxy and HF_ENDPOINT, then run again",
-    )
+    if cause is None or isinstance(cause, hub.OfflineModeIsEnabled):
+        what = "not in the cache, and offline"
+        hint = "unset HF_HUB_OFFLINE (or local_files_only) and run once with a network"
+    elif isinstance(cause, hub.FileMetadataError):
+        what = f"{constants.ENDPOINT} does not answer like a hub"
+        hint = "check HF_ENDPOINT, and any proxy in between"
+    else:
+        what = f"not in the cache, and {constants.ENDPOINT} cannot be reached ({cause})"
+        hint = "check the network, the proxy and HF_ENDPOINT, then run again"
+    return RegistryError(what, where=str(file), hint=hint)
 
 
 def _refused(status: int, file: HubFile) -> RegistryError:
-    hint = {
+    hints = {
         401: "the token is not valid: `hf auth login`, or unset HF_TOKEN",
         403: "the token lacks the right to read it: `hf auth login` with one that has it",
         429: "too many requests: wait some minutes, or log in with `hf auth login`",
     }
-    return RegistryError(
-        f"the hub answers {status}",
-        where=file,
-        hint=hint.get(status, "the hub has a problem: run again later"),
-    )
+    hint = hints.get(status, "the hub has a problem: run again later")
+    return RegistryError(f"the hub answers {status}", where=str(file), hint=hint)
 
 
 def _not_in_repo(file: HubFile) -> FileNotInRepo:
@@ -491,10 +447,7 @@ def _not_in_repo(file: HubFile) -> FileNotInRepo:
     except OSError:  # the hub's errors are of this kind; without the list the message is shorter
         names = []
     files = tuple(name for name in names if name.endswith(".gguf"))
-    error = FileNotInRepo(
-        "the repository has no such file",
-        where=file,
-        hint=f"it has {', '.join(files[:8])}" if files else "it shows no .gguf file",
-    )
+    hint = f"it has {', '.join(files[:8])}" if files else "it shows no .gguf file"
+    error = FileNotInRepo("the repository has no such file", where=str(file), hint=hint)
     error.files = files
     return error

@@ -1,13 +1,15 @@
 """Shards of one model: find them all from any one, and check that they belong together.
 
 llama.cpp names them ``PREFIX-00001-of-00002.gguf`` and writes three fields into each header:
-``split.no`` (from 0), ``split.count`` and ``split.tensors.count`` (of the whole model). A model in
-a single file is a set of one.
+``split.no`` (from 0), ``split.count`` and ``split.tensors.count`` (of the whole model). Like llama.cpp, we need
+``split.count`` only in shard 1. A model in a single file is a set of one, whatever its name and ``split.no`` are.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +21,11 @@ from dfqs_nb.gguf.header import GGUFHeader, Tensor, check_layout, padded, read_h
 if TYPE_CHECKING:
     import pandas as pd
 
-SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?i:gguf)", re.DOTALL)
 MAX_SHARDS = 65_535  # split.count is a u16
 FEW_EXPERTS = 4  # expert tensors on each side before their types are compared
+SAME_SHAPE = ("ffn_norm.weight", "attn_norm.weight", "ffn_gate_inp.weight")
+ONE_MODEL = "take all shards from one model"
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class ShardSet:
 
     @property
     def paths(self) -> tuple[Path, ...]:
+        """The files, shard 1 first."""
         return tuple(header.path for header in self.headers)
 
     @property
@@ -70,8 +75,21 @@ def shard_path(prefix: str | Path, number: int, count: int) -> Path:
 
 
 def split_count(header: GGUFHeader) -> int:
-    """How many shards the header says its model has; 1 for a model in a single file."""
-    return max(int(header.get("split.count", 0)), 1)
+    """How many shards the header says its model has; 1 for a model in a single file.
+
+    Raises:
+        HeaderError: the field is not a count.
+    """
+    return max(header.count("split.count"), 1)
+
+
+def _place(header: GGUFHeader) -> tuple[int, int]:
+    """Number (from 1) and count of the shard; a shard without a count has the one of its name."""
+    count = split_count(header)
+    match = SHARD_NAME.fullmatch(header.path.name)
+    if "split.count" not in header and "split.no" in header and match:
+        count = int(match["count"])
+    return (header.count("split.no") + 1, count) if count > 1 else (1, 1)
 
 
 def find_shards(path: str | Path) -> tuple[Path, ...]:
@@ -82,48 +100,42 @@ def find_shards(path: str | Path) -> tuple[Path, ...]:
         ShardError: a shard is missing, or the file's name is not the one its header calls for.
     """
     path = Path(path)
-    header = read_header(path)
-    count = split_count(header)
+    number, count = _place(read_header(path))
     if count == 1:
         return (path,)
     if count > MAX_SHARDS:
         raise ShardError(f"claims {count:,} shards", where=path, hint="get it from its source again")
     match = SHARD_NAME.fullmatch(path.name)
-    number = int(header.get("split.no", 0)) + 1
-    if match is None or (int(match["number"]), int(match["count"])) != (number, count):
-        expected = shard_path(match["prefix"] if match else path.stem, number, count).name
+    prefix = match["prefix"] if match else path.stem
+    expected = shard_path(prefix, number, count).name
+    if path.name != expected:  # llama.cpp wants exactly this, also in lower case
         raise ShardError(
             f"is shard {number} of {count} by its header, but is not named so",
             where=path,
             hint=f"rename it to {expected!r}, or name all {count} shards",
         )
-    siblings = tuple(shard_path(path.parent / match["prefix"], i, count) for i in range(1, count + 1))
-    _check_present(siblings)
+    siblings = tuple(shard_path(path.parent / prefix, i, count) for i in range(1, count + 1))
+    missing = [sibling for sibling in siblings if not sibling.is_file()]
+    if missing:
+        raise ShardError(
+            f"{len(missing)} of {count} shards missing: {', '.join(sibling.name for sibling in missing)}",
+            where=path.parent,
+            hint=_renamed(missing[0], siblings) or "download what is missing into that folder",
+        )
     return siblings
-
-
-def _check_present(paths: Sequence[Path]) -> None:
-    missing = [path for path in paths if not path.is_file()]
-    if not missing:
-        return
-    names = ", ".join(path.name for path in missing)
-    raise ShardError(
-        f"{len(missing)} of {len(paths)} shards missing: {names}",
-        where=paths[0].parent,
-        hint=_renamed(missing[0], paths) or "download what is missing into that folder",
-    )
 
 
 def _renamed(missing: Path, siblings: Sequence[Path]) -> str:
     """A hint when another file of the folder says, in its header, that it is the missing shard."""
-    wanted = (siblings.index(missing), len(siblings))
-    for other in sorted(set(missing.parent.glob("*.gguf")) - set(siblings)):
+    wanted = (siblings.index(missing) + 1, len(siblings))
+    others = (path for path in missing.parent.iterdir() if path.suffix.lower() == ".gguf")
+    for other in sorted(set(others) - set(siblings)):
         try:
-            header = read_header(other)
+            place = _place(read_header(other))
         except DfqsError:
             continue
-        if (header.get("split.no"), split_count(header)) == wanted:
-            return f"{other.name!r} says that it is that shard: rename it, or name all shards"
+        if place == wanted:
+            return f"{other.name!r} says that it is that shard: rename it to {missing.name!r}"
     return ""
 
 
@@ -136,11 +148,14 @@ def open_shards(model: str | Path | Sequence[str | Path], *, allow_mixed: bool =
 
     Args:
         model: one path, from which the siblings are found, or the paths of all shards.
-        allow_mixed: accept shards whose routed experts have no quantization type in common.
+        allow_mixed: do not warn of shards whose routed experts have no quantization type in common.
 
     Raises:
         HeaderError, LayoutError: a file is not a sound GGUF.
         ShardError: what is wrong with the set, which shard, and what to do.
+
+    Warns:
+        RuntimeWarning: two shards may be of two quantizations.
     """
     paths = find_shards(model) if isinstance(model, (str, Path)) else tuple(map(Path, model))
     return check_set([read_header(path) for path in paths], allow_mixed=allow_mixed)
@@ -155,63 +170,67 @@ def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False, allow_mixed
     Raises:
         LayoutError, ShardError: see ``open_shards``.
     """
-    count = split_count(headers[0]) if headers else 0
-    _check_numbers(headers, count)
-    headers = sorted(headers, key=lambda header: header.get("split.no", 0))
+    headers = _in_order(headers)
+    count = len(headers)
     if not glued:
-        _check_names(headers, count)
+        _check_names(headers)
         for number, header in enumerate(headers, 1):
             _check_size(header, number, count)
-    _check_tensors(headers, count)
-    _check_same_model(headers, allow_mixed)
+    if count > 1:
+        _check_tensors(headers)
+    _check_same_model(headers)
+    if not allow_mixed:
+        _warn_of_mixed_types(headers)
     return ShardSet(tuple(headers))
 
 
-def _check_numbers(headers: Sequence[GGUFHeader], count: int) -> None:
+def _in_order(headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
     if not headers:
         raise ShardError("no shard was named", hint="name one shard, or all of them")
-    seen: dict[int, GGUFHeader] = {}
+    count = next((count for header in headers if (count := _place(header)[1]) > 1), 1)
+    folder = headers[0].path.parent
+    by_number: dict[int, GGUFHeader] = {}
     for header in headers:
-        if split_count(header) != count:
+        if "split.count" in header and split_count(header) != count:
             raise ShardError(
                 f"belongs to a set of {split_count(header)}, not of {count}",
                 where=header.path,
-                hint="take all shards from one model",
+                hint=ONE_MODEL,
             )
-        number = int(header.get("split.no", 0))
-        if number in seen:
+        number = header.count("split.no") + 1 if count > 1 else 1
+        if number in by_number:
             raise ShardError(
-                f"is shard {number + 1} of {count}, and so is {seen[number].path.name}",
+                f"is shard {number} of {count}, and so is {by_number[number].path.name}",
                 where=header.path,
                 hint="name each shard once",
             )
-        seen[number] = header
-    missing = [str(i + 1) for i in range(count) if i not in seen]
+        by_number[number] = header
+    missing = [str(i) for i in range(1, count + 1) if i not in by_number]
     if missing:
         raise ShardError(
             f"shard {', '.join(missing)} of {count} is missing",
-            where=headers[0].path.parent,
+            where=folder,
             hint=f"name all {count} shards",
         )
-    if len(seen) > count:
-        raise ShardError(
-            f"{len(seen)} shards of a set of {count}",
-            where=headers[0].path.parent,
-            hint="take all shards from one model",
-        )
+    if len(by_number) > count:
+        raise ShardError(f"{len(by_number)} shards of a set of {count}", where=folder, hint=ONE_MODEL)
+    return [by_number[number] for number in sorted(by_number)]
 
 
-def _check_names(headers: Sequence[GGUFHeader], count: int) -> None:
+def _check_names(headers: Sequence[GGUFHeader]) -> None:
+    """Names that follow the pattern must agree with the headers; a single file may have any name."""
+    if len(headers) == 1:
+        return
     prefixes = set()
     for number, header in enumerate(headers, 1):
         match = SHARD_NAME.fullmatch(header.path.name)
         if match is None:
             continue
         prefixes.add(match["prefix"])
-        if (int(match["number"]), int(match["count"])) != (number, count):
+        if (int(match["number"]), int(match["count"])) != (number, len(headers)):
             raise ShardError(
                 f"is named shard {int(match['number'])} of {int(match['count'])}, but its "
-                f"header says shard {number} of {count}",
+                f"header says shard {number} of {len(headers)}",
                 where=header.path,
                 hint="two shards were swapped or renamed: give each its own name back",
             )
@@ -219,7 +238,7 @@ def _check_names(headers: Sequence[GGUFHeader], count: int) -> None:
         raise ShardError(
             f"shards of different models: {', '.join(sorted(prefixes))}",
             where=headers[0].path.parent,
-            hint="take all shards from one model",
+            hint=ONE_MODEL,
         )
 
 
@@ -227,10 +246,8 @@ def _check_size(header: GGUFHeader, number: int, count: int) -> None:
     surplus = header.file_size - header.end_offset
     if not header.tensors and header.file_size == padded(header.end_offset, header.alignment):
         return  # `llama-gguf-split --no-tensor-first-split` pads even where no data follows
-    unpadded = max(
-        (header.data_offset + t.offset + t.nbytes for t in header.tensors), default=header.end_offset
-    )
-    if header.file_size < unpadded:
+    ends = [header.data_offset + tensor.offset + tensor.nbytes for tensor in header.tensors]
+    if header.file_size < max(ends, default=header.end_offset):  # the last tensor may lack its padding
         raise ShardError(
             f"shard {number} of {count} is {-surplus:,} bytes short (expected {header.end_offset:,})",
             where=header.path,
@@ -246,79 +263,65 @@ def _check_size(header: GGUFHeader, number: int, count: int) -> None:
         )
 
 
-def _check_tensors(headers: Sequence[GGUFHeader], count: int) -> None:
+def _check_tensors(headers: Sequence[GGUFHeader]) -> None:
     owner: dict[str, int] = {}
     for number, header in enumerate(headers, 1):
         for tensor in header.tensors:
             if tensor.name in owner:
                 raise ShardError(
                     f"tensor {tensor.name!r} is in shard {owner[tensor.name]} and in shard "
-                    f"{number} of {count}",
+                    f"{number} of {len(headers)}",
                     where=header.path,
                     hint="these are shards of different models, or one shard twice",
                 )
             owner[tensor.name] = number
     for number, header in enumerate(headers, 1):
-        total = header.get("split.tensors.count", len(owner))
+        total = header.count("split.tensors.count", len(owner))
         if total != len(owner):
             raise ShardError(
-                f"shard {number} of {count} says the model has {total:,} tensors; the shards "
+                f"shard {number} of {len(headers)} says the model has {total:,} tensors; the shards "
                 f"hold {len(owner):,}",
                 where=header.path,
                 hint="these are shards of different models: take all from one",
             )
 
 
-def _check_same_model(headers: Sequence[GGUFHeader], allow_mixed: bool) -> None:
-    first = headers[0]
-    if not first.architecture:
-        raise ShardError(
-            "shard 1 names no architecture", where=first.path, hint="get it from its source again"
-        )
+def _check_same_model(headers: Sequence[GGUFHeader]) -> None:
+    """Fields and shapes must agree; alignment may not: llama.cpp reads each shard by its own."""
+    first, shapes = headers[0], _shapes(headers[0])
+    if not first.architecture and "general.type" not in first:
+        raise ShardError("names no architecture", where=first.path, hint="get it from its source again")
     for number, header in enumerate(headers[1:], 2):
-        if header.alignment != first.alignment:
-            raise ShardError(
-                f"shard {number} is aligned to {header.alignment} bytes, shard 1 to {first.alignment}",
-                where=header.path,
-                hint="take all shards from one model",
-            )
-        for key in set(first) & set(header) - {"split.no"}:
+        for key in set(first) & set(header) - {"split.no", "split.count", "general.alignment"}:
             if header[key] != first[key]:
                 raise ShardError(
-                    f"shard {number} says {key} = {header[key]!r}, shard 1 says {first[key]!r}",
+                    f"shard {number} says {key} = {header[key]!r:.80}, shard 1 says {first[key]!r:.80}",
                     where=header.path,
-                    hint="take all shards from one model",
+                    hint=ONE_MODEL,
                 )
-        _check_same_shapes(first, header, number)
-    if not allow_mixed:
-        _check_same_quantization(headers)
+        for role, theirs in _shapes(header).items():
+            both = shapes[role] | theirs
+            if len(both) > 1:
+                raise ShardError(
+                    f"shard {number} has {role} of another shape than shard 1: "
+                    f"{' and '.join(map(str, sorted(both)))}",
+                    where=header.path,
+                    hint=ONE_MODEL,
+                )
 
 
-def _by_role(header: GGUFHeader) -> dict[str, list[Tensor]]:
-    """Tensors of blocks by their name without the block's number."""
-    roles: dict[str, list[Tensor]] = {}
+def _shapes(header: GGUFHeader) -> dict[str, set[tuple[int, ...]]]:
+    """Shapes of the tensors that are alike in every block, by their name without the block's number."""
+    shapes: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for tensor in header.tensors:
-        match = re.fullmatch(r"blk\.\d+\.(.+)", tensor.name)
-        if match:
-            roles.setdefault(match[1], []).append(tensor)
-    return roles
+        role = re.sub(r"^blk\.\d+\.", "", tensor.name)
+        if role in SAME_SHAPE:
+            shapes[role].add(tensor.shape)
+    return shapes
 
 
-def _check_same_shapes(first: GGUFHeader, other: GGUFHeader, number: int) -> None:
-    ours, theirs = _by_role(first), _by_role(other)
-    for role in ("ffn_norm.weight", "attn_norm.weight", "ffn_gate_inp.weight"):
-        shapes = {tensor.shape for tensor in ours.get(role, []) + theirs.get(role, [])}
-        if len(shapes) > 1:
-            raise ShardError(
-                f"shard {number} has {role} of another shape than shard 1: "
-                f"{' and '.join(map(str, sorted(shapes)))}",
-                where=other.path,
-                hint="take all shards from one model",
-            )
-
-
-def _check_same_quantization(headers: Sequence[GGUFHeader]) -> None:
-    """Refuse routed experts that share no type from one shard on: a shard of another quantization.
+def _warn_of_mixed_types(headers: Sequence[GGUFHeader]) -> None:
+    """Warn of routed experts that share no type from one shard on: two quantizations, or a recipe by layer.
 
     Shards with fewer than ``FEW_EXPERTS`` expert tensors say nothing: in a set of many small shards one
     may hold just the first layer, which is often quantized higher.
@@ -328,12 +331,12 @@ def _check_same_quantization(headers: Sequence[GGUFHeader]) -> None:
     for number, header in enumerate(headers, 1):
         here = [tensor.type for tensor in header.tensors if "_exps." in tensor.name]
         if min(len(here), n_before) >= FEW_EXPERTS and before.isdisjoint(here):
-            raise ShardError(
-                f"the routed experts up to shard {number - 1} are {', '.join(sorted(before))}, "
-                f"those of shard {number} {', '.join(sorted(set(here)))}: two quantizations of "
-                "one model?",
-                where=header.path,
-                hint="take all shards from one, or pass allow_mixed=True if it was made so",
+            warnings.warn(
+                f"{header.path.name}: the routed experts up to shard {number - 1} are "
+                f"{', '.join(sorted(before))}, those of shard {number} {', '.join(sorted(set(here)))}. "
+                "A recipe by layer gives this; so do shards of two quantizations of one model",
+                RuntimeWarning,
+                stacklevel=4,
             )
         before |= set(here)
         n_before += len(here)

@@ -23,6 +23,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -472,8 +473,7 @@ def _check_finite(llama: Any, path: str) -> None:
 
 def _keep_stderr_open() -> None:
     """Keep standard error open while llama_cpp loads: an assertion that fails is written there."""
-    import llama_cpp._internals as internals
-    import llama_cpp.llama as module
-
-    for place in (internals, module):
-        place.suppress_stdout_stderr = lambda disable=True: contextlib.nullcontext()
+    for module in ("llama_cpp._internals", "llama_cpp.llama"):
+        setattr(
+            import_module(module), "suppress_stdout_stderr", lambda disable=True: contextlib.nullcontext()
+        )

@@ -228,7 +228,7 @@ class Model:
             embd=None,
             pos=(api.llama_pos * n)(*range(n_past, n_past + n)),
             n_seq_id=(ctypes.c_int32 * n)(*[1] * n),
-            seq_id=(ctypes.POINTER(api.llama_seq_id) * n)(*[sequence] * n),
+            seq_id=(ctypes.POINTER(api.llama_seq_id) * n)(*[sequence] * n),  # type: ignore[misc]
             logits=(ctypes.c_int8 * n)(*[every_logit] * (n - 1), 1),
         )
         run = _decode_with_lock() if self.keep_lock and n == 1 else api.llama_decode

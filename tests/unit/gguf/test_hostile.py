@@ -99,12 +99,12 @@ HEADERS = {
     "an overflow beside a 0, which aborts llama.cpp": (tensor((3, 0, 1 << 62)), "cannot have the shape", ""),
     "a tensor type from nowhere": (
         header_bytes([], [Spec("t", 99, (32,), offset=0)]),
-        "the unknown type 99",
+        "the type 99, which llama.cpp does not know",
         "newer llama.cpp",
     ),
     "a tensor type that llama.cpp dropped": (
         header_bytes([], [Spec("t", 4, (32,), offset=0)]),
-        "the unknown type 4",
+        "the type 4, Q4_2, which llama.cpp removed",
         "",
     ),
     "cut off in a field": (small_gguf()[:100], "cut off|more than", "download it again"),
