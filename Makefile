@@ -5,6 +5,8 @@ VENV     ?= .venv
 PYTHON   ?=
 MODEL    ?=
 RUN      ?=
+TIER     ?=
+BUDGET   ?=
 PARAMS   ?=
 PYTEST   ?=
 WORKERS  ?= 2
@@ -20,6 +22,8 @@ version   = $(shell "$(1)" -c "import sys; print('%d.%d' % sys.version_info[:2])
 export PYTHON
 export DFQS_MAKE_MODEL  := $(value MODEL)
 export DFQS_MAKE_RUN    := $(value RUN)
+export DFQS_MAKE_TIER   := $(value TIER)
+export DFQS_MAKE_BUDGET := $(value BUDGET)
 export DFQS_MAKE_PARAMS := $(value PARAMS)
 
 .PHONY: help venv run test lab smollm2 test-slow lint notebooks stamp lock wheelhouse clean moved
@@ -45,7 +49,8 @@ run: $(READY) ## install what is missing, run the notebooks in order, print the 
 	    { echo "PARAMS has a quotation mark without its partner: $$DFQS_MAKE_PARAMS" >&2; exit 2; }; \
 	set --; while IFS= read -r word; do [ -z "$$word" ] || set -- "$$@" -p "$$word"; done <<< "$$words"; \
 	$(PY) -m dfqs_nb run $${DFQS_MAKE_MODEL:+--model "$$DFQS_MAKE_MODEL"} \
-	    $${DFQS_MAKE_RUN:+--run "$$DFQS_MAKE_RUN"} "$$@"
+	    $${DFQS_MAKE_RUN:+--run "$$DFQS_MAKE_RUN"} $${DFQS_MAKE_TIER:+--tier "$$DFQS_MAKE_TIER"} \
+	    $${DFQS_MAKE_BUDGET:+--budget-minutes "$$DFQS_MAKE_BUDGET"} "$$@"
 
 # The notebooks write under a folder of their own, so a test never touches a run of yours.
 test: $(READY) ## test the package, and the notebooks against their stored outputs (WORKERS=2 processes)
@@ -67,7 +72,7 @@ help: ## list the targets
 	    match($$0, /^[a-z0-9-]+:.*## /) { split($$0, half, ":"); text = substr($$0, RSTART + RLENGTH); \
 	        printf "  make %-12s%s\n", half[1], text }' Makefile
 	@printf '\n%s\n' 'Examples'
-	@printf '  %s\n' 'make run MODEL=path/to/any-shard.gguf RUN=my-run' \
+	@printf '  %s\n' 'make run MODEL=path/to/any-shard.gguf RUN=my-run BUDGET=120   minutes, for the whole run' \
 	    "make run PARAMS=\"n_ctx=4096 prompt='What is a router?'\"" \
 	    'make run PYTHON=/path/to/python3.12   make .venv with this Python' \
 	    'make test PYTEST="-k merge" WORKERS=0   some tests, in one process'

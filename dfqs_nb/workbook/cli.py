@@ -65,6 +65,12 @@ def run(
         str, typer.Option(help="The folder under outputs/. Default: nano, or the model's name.")
     ] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Do again what an earlier run left.")] = False,
+    tier: Annotated[
+        str, typer.Option(help="nano or standard. Default: nano for the reference model, else standard.")
+    ] = "",
+    budget_minutes: Annotated[
+        float, typer.Option(help="For the whole run; long measurements are shortened to fit.")
+    ] = 60.0,
     parameter: Annotated[
         list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="Any parameter.")
     ] = None,
@@ -74,17 +80,25 @@ def run(
     Examples: `dfqs-nb run`, `dfqs-nb run 01 02 --model model.gguf`, `dfqs-nb run -p n_ctx=4096`
     """
     from dfqs_nb.workbook import run as workbook
+    from dfqs_nb.workbook import tiers
 
     paths = workbook.find_notebooks(notebooks or [])
     assignments = (parameter or []) + ([f"model={model}"] if model else [])
     values = workbook.parse_parameters(assignments, paths)
     name = run or values.get("run_name") or workbook.default_run_name(values.get("model"))
     values.pop("run_name", None)
+    tier = tier or tiers.tier_of(values.get("model"), name)
+    settings = {key: value for key, value in tiers.settings_of(tier).items() if key not in values}
+    say(f"run {name}: {tier} tier, {len(paths)} notebooks, at most about {budget_minutes:.0f} minutes")
+    if settings:
+        say("  " + ", ".join(f"{key}={value}" for key, value in settings.items()))
     result = workbook.run_workbook(
         name,
         values,
         paths,
         fresh=fresh,
+        tier=tier,
+        budget_minutes=budget_minutes,
         progress=sys.stderr.isatty(),
         started=lambda path: say(f"{path.stem} ..."),
         finished=lambda done: say(f"{done.name}: {done.seconds:.1f} s -> {tilde(done.path)}"),

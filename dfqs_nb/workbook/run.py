@@ -21,6 +21,7 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import write_text
 from dfqs_nb.core.paths import REPOSITORY, outputs_dir, run_dir, tilde
 from dfqs_nb.core.stage import NOTEBOOKS as STAGES
+from dfqs_nb.workbook import tiers
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 PATTERN = "[0-9][0-9]_*.ipynb"
@@ -182,6 +183,8 @@ def run_workbook(
     notebooks: Sequence[Path] | None = None,
     fresh: bool = False,
     progress: bool = False,
+    tier: str = "",
+    budget_minutes: float = tiers.BUDGET_MINUTES,
     started: Callable[[Path], object] = lambda path: None,
     finished: Callable[[NotebookRun], object] = lambda done: None,
 ) -> WorkbookRun:
@@ -194,6 +197,9 @@ def run_workbook(
         notebooks: which; all of the workbook by default.
         fresh: do again what an earlier run left (handed on as ``fresh``).
         progress: show papermill's bar over cells.
+        tier: ``nano`` or ``standard``, which sets the parameters that are not given (`tiers`); by default
+            the model's.
+        budget_minutes: of the whole run, divided among the notebooks that obey a budget.
         started, finished: called before and after each notebook.
 
     Raises:
@@ -202,11 +208,16 @@ def run_workbook(
     paths = list(notebooks) if notebooks is not None else find_notebooks()
     declared = [declared_parameters(path) for path in paths]
     check_parameters(parameters or {}, declared)
-    values = {"run_name": run, **({"fresh": True} if fresh else {}), **_absolute(parameters or {})}
-    folder, done = run_dir(run).absolute(), []
-    for path, names in zip(paths, declared, strict=True):
+    given = _absolute(parameters or {})
+    settings = tiers.settings_of(tier or tiers.tier_of(given.get("model"), run))
+    values = {**settings, "run_name": run, **({"fresh": True} if fresh else {}), **given}
+    folder, done, begin = run_dir(run).absolute(), [], time.monotonic()
+    for number, (path, names) in enumerate(zip(paths, declared, strict=True)):
         started(path)
-        chosen = {name: value for name, value in values.items() if name in names}
+        left = budget_minutes - (time.monotonic() - begin) / 60
+        budget = tiers.budget_of(path.stem, left, [later.stem for later in paths[number:]])
+        now = {"budget_minutes": round(budget, 1), **values}
+        chosen = {name: value for name, value in now.items() if name in names}
         done.append(_execute(path, folder / path.name, chosen, progress))
         finished(done[-1])
     result = WorkbookRun(folder, tuple(done), read_summary(folder))
@@ -263,9 +274,9 @@ def _execute(path: Path, target: Path, parameters: dict[str, Any], progress: boo
 
 
 def last_line(text: str) -> str:
-    """The last line of an error's text that says anything.
+    r"""The last line of an error's text that says anything.
 
-    >>> last_line("first\\nmodel.gguf: truncated\\n\\n")
+    >>> last_line("first\nmodel.gguf: truncated\n\n")
     'model.gguf: truncated'
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -419,4 +418,4 @@ def test_the_real_workbook_is_swept_and_ends_in_a_leaderboard(outputs, tmp_path)
         assert workbook.read_summary(found.folder / run).keys() >= {"merge", "scores"}
     assert (found.folder / "leaderboard.csv").exists()
     assert journal.Journal(found.folder / sweep.JOURNAL, sweep.FORMAT).n_found == 2
-    assert os.path.exists(found.folder / "leaderboard.md")
+    assert (found.folder / "leaderboard.md").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,7 +92,7 @@ def test_the_kernel_is_this_interpreter_even_beside_a_users_kernel(outputs, pair
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "user"))
     workbook.run_workbook("kernel", {}, pair[:1])
     executable, cwd = texts(outputs / "kernel" / "01_write.ipynb").splitlines()[-1].split()
-    assert os.path.samefile(Path(executable).parent, Path(sys.executable).parent)
+    assert Path(executable).parent.samefile(Path(sys.executable).parent)
     assert cwd == str(pair[0].parent)
 
 

@@ -1,0 +1,66 @@
+"""Which settings a run takes: the nano tier for the reference model, the standard tier for any other.
+
+The values are data: ``data/tiers.toml``.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dfqs_nb.core.errors import DfqsError, StageError
+from dfqs_nb.core.paths import data_dir, outputs_dir
+from dfqs_nb.core.stage import read_stage
+from dfqs_nb.gguf import models as registry
+
+NANO, STANDARD = "nano", "standard"
+BUDGET_MINUTES = 60.0
+
+
+def tier_of(model: str | None, run: str = "") -> str:
+    """The tier of a model: ``nano`` for a registered reference model, else ``standard``.
+
+    Args:
+        model: as the user names it; None: the one that the run's notebook 01 prepared, else the default.
+        run: the run's folder name under the outputs.
+    """
+    if not model and run:
+        try:
+            model = str(read_stage(outputs_dir() / run, "merge")["conditions"]["model"])
+        except (StageError, KeyError):
+            model = None  # notebook 01 has not run: its default is the reference model
+    if not model:
+        return NANO
+    reference = data_dir() / "reference"
+    known = registry.registered().get(model)
+    local = known is not None and not known.source.startswith("hf://")
+    return NANO if local or Path(model).absolute().is_relative_to(reference.absolute()) else STANDARD
+
+
+def settings_of(tier: str) -> dict[str, Any]:
+    """The parameters that a tier sets; none for ``nano``, whose values are the notebooks' defaults.
+
+    Raises:
+        DfqsError: there is no such tier.
+    """
+    if tier not in (NANO, STANDARD):
+        raise DfqsError(f"there is no tier {tier!r}", hint="use --tier nano or --tier standard")
+    return dict(_table().get(tier, {}))
+
+
+def budget_of(notebook: str, left_minutes: float, to_come: Iterable[str]) -> float:
+    """Minutes for one notebook: its share of what is left, among those that still come (itself included).
+
+    >>> names = ["05_measure_long_context", "08_climb_the_quantization_ladder"]
+    >>> round(budget_of("05_measure_long_context", 50, names))
+    35
+    """
+    shares: Mapping[str, float] = _table()["budget_shares"]
+    total = sum(shares.get(name, 0) for name in to_come)
+    return max(0.5, left_minutes * shares.get(notebook, 0) / total) if total else left_minutes
+
+
+def _table() -> dict[str, Any]:
+    return tomllib.loads((data_dir() / "tiers.toml").read_text(encoding="utf-8"))

@@ -1,0 +1,59 @@
+"""Tiers: the reference model means nano, any other model means standard; and a run's one budget."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.workbook import run as workbook
+from dfqs_nb.workbook import tiers
+
+
+@pytest.mark.parametrize(
+    "model, tier",
+    [
+        (None, "nano"),
+        ("dfqs-nano-q8_0", "nano"),
+        (str(data_dir() / "reference" / "DFQS-Nano-F16.gguf"), "nano"),
+        ("deepseek-v4-flash-iq1_s-xl", "standard"),
+        ("hf://owner/repo/file.gguf", "standard"),
+        ("/models/other.gguf", "standard"),
+    ],
+)
+def test_the_reference_model_means_nano_and_any_other_standard(model, tier):
+    assert tiers.tier_of(model) == tier
+
+
+def test_a_run_that_goes_on_keeps_its_models_tier(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
+    assert tiers.tier_of(None, "mine") == "nano"
+    (tmp_path / "mine").mkdir()
+    stage = {"stage": "merge", "conditions": {"model": "/models/other.gguf"}}
+    (tmp_path / "mine" / "merge.json").write_text(json.dumps(stage))
+    assert tiers.tier_of(None, "mine") == "standard"
+
+
+def test_every_setting_of_a_tier_is_a_parameter_of_its_type():
+    declared = {}
+    for path in workbook.find_notebooks():
+        declared |= workbook.declared_parameters(path)
+    for name, value in tiers.settings_of("standard").items():
+        assert name in declared, f"data/tiers.toml sets {name}, which no notebook declares"
+        assert type(value).__name__ == declared[name]["inferred_type_name"], name
+
+
+def test_the_budget_is_divided_among_what_still_comes():
+    names = [path.stem for path in workbook.find_notebooks()]
+    left, spent = 60.0, 0.0
+    for number, name in enumerate(names):
+        share = tiers.budget_of(name, left - spent, names[number:])
+        spent += share if name[:2] not in ("01", "02", "07") else 0
+    assert 59 <= spent <= 61, "all of the budget is given out, and no more"
+
+
+def test_an_unknown_tier_is_refused():
+    with pytest.raises(DfqsError, match="no tier 'small'; use --tier nano or --tier standard"):
+        tiers.settings_of("small")
