@@ -102,7 +102,7 @@ def stamped_readme(text: str, notebooks: Sequence[Path], address: str) -> str:
 
 def _title(path: Path) -> str:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    match = re.search(r"^# (.+)$", "".join(cells[0]["source"]) if cells else "", flags=re.MULTILINE)
+    match = re.search(r"^# (?:\d+\. )?(.+)$", "".join(cells[0]["source"]) if cells else "", flags=re.MULTILINE)
     return f"{path.stem[:2]} {match.group(1)}" if match else path.stem
 
 
