@@ -1,4 +1,7 @@
-"""Each notebook runs with other parameters than its own: what it says must follow from them."""
+"""Each notebook runs with other parameters than its own: what it says must follow from them.
+
+The runs are slow tests: `make test` executes every notebook once, with nbval, and `make run` does it with papermill.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,7 @@ def names():
     return [path.stem for path in sorted(workbook.NOTEBOOKS.glob(workbook.PATTERN))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names())
 def test_changed_parameters_reach_the_notebook(result, name):
     done = next(item for item in result.notebooks if item.name == name)
@@ -61,6 +65,7 @@ def test_changed_parameters_reach_the_notebook(result, name):
         assert f"{key} = {value!r}".replace("'", '"') in injected[0]
 
 
+@pytest.mark.slow
 def test_every_notebook_leaves_its_stage_file_and_sentences(result):
     assert len(result.summary) >= len(result.notebooks)
     for stage, sentences in result.summary.items():
@@ -73,11 +78,12 @@ def test_every_notebook_leaves_its_stage_file_and_sentences(result):
 @pytest.mark.parametrize("name", names())
 def test_a_misspelled_parameter_fails(name, tmp_path, monkeypatch):
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
-    with pytest.raises(DfqsError, match="no notebook has a parameter 'modle'; known: .*run_name"):
+    with pytest.raises(DfqsError, match="no notebook has a parameter 'modle'; .*known: .*run_name"):
         workbook.run_workbook("typo", {"modle": "x"}, [workbook.NOTEBOOKS / f"{name}.ipynb"])
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_published_mistake_is_repaired_on_the_way(tmp_path, monkeypatch):
     """The user of the published single file gives it as it is, and goes on with a sound model."""
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path / "outputs"))
