@@ -138,9 +138,7 @@ def check_health(endpoint: Endpoint, server: LocalServer | None = None) -> Check
 
 
 def check_name(endpoint: Endpoint) -> Check:
-    """What a wrong model name gets: a refusal is right, another model's answer is a trap; a server that is
-    busy or gone gives neither.
-    """
+    """What a wrong model name gets: a refusal is right, another model's answer is a trap."""
     wrong = dataclasses.replace(endpoint, model=f"{endpoint.model}-that-is-not-there", retries=0)
     listed = ", ".join(endpoint.facts.models)
     try:
@@ -220,8 +218,9 @@ def _differing(endpoint: Endpoint, prompts: Sequence[str], n_concurrent: int) ->
 def max_drift(
     endpoint: Endpoint, prompts: Sequence[str], n_concurrent: int, repetitions: int = 1
 ) -> float | None:
-    """The largest change of a greedy token's log-probability between asking alone and beside others, up to
-    where the tokens part; None where the server shows none, or stopped showing them.
+    """The largest change of a greedy token's log-probability between asking alone and beside others.
+
+    It is taken up to where the tokens part; None where the server shows none, or stopped showing them.
 
     Args:
         repetitions: of asking beside others, because requests need not meet.

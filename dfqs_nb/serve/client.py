@@ -410,9 +410,7 @@ def _facts(wire: Wire, listed: Sequence[_Listed]) -> ServerFacts:
 
 
 def _of_model(facts: ServerFacts, listed: _Listed) -> ServerFacts:
-    """The facts with what the list of models has: the weights (llama.cpp), and a context length (vLLM,
-    llama.cpp) if there is none yet.
-    """
+    """The facts with what the list of models adds: weights, and a context length if there is none yet."""
     meta = listed.meta or _Meta()
     weights = " ".join(str(value) for value in (meta.size, meta.n_params, meta.ftype) if value)
     n_ctx = facts.n_ctx or listed.max_model_len or meta.n_ctx

@@ -230,8 +230,10 @@ Compared = Mapping[tuple[str, str], Comparison]
 
 
 def comparison_table(compared: Compared) -> pd.DataFrame:
-    """A row a server and set: ``server``, ``set``, ``items``, ``same_text``, ``right_process``,
-    ``right_server`` (counts) and ``causes`` of the differences.
+    """A row a server and set.
+
+    Columns ``server``, ``set``, ``items``, ``same_text``, ``right_process``, ``right_server`` (counts) and
+    ``causes`` of the differences.
     """
     import pandas as pd
 

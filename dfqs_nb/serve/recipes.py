@@ -1,8 +1,8 @@
 """Recipes to run a model elsewhere: files and commands for each way of running that the documents list.
 
 What is known of each target is data (``data/deploy/targets.toml``), and so are the texts of its files
-(``data/deploy/templates/``). This module finds the settings (context, threads, GPU layers, chat template)
-from the model's header and this machine, fills them in, and writes the recipe whole or not at all.
+(``data/deploy/templates/``, jinja). This module finds the settings (context, threads, GPU layers, chat
+template) from the model's header and this machine, fills them in, and writes the recipe whole or not at all.
 
 A key is never written: files and commands name the environment variable that holds it.
 """
@@ -10,30 +10,40 @@ A key is never written: files and commands name the environment variable that ho
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import shlex
 import shutil
 import subprocess
-import tomllib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dfqs_nb.core.errors import DfqsError, SpaceError
-from dfqs_nb.core.files import whole_file
+from dfqs_nb.core.errors import SpaceError
+from dfqs_nb.core.files import write_text
 from dfqs_nb.core.machine import available_memory, usable_cores
-from dfqs_nb.core.paths import data_dir, public_address, tilde
+from dfqs_nb.core.paths import public_address, tilde
+from dfqs_nb.gguf import models as registry
 from dfqs_nb.gguf.facts import chat_template
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import binary_size, check_fits, estimate
 from dfqs_nb.gguf.shards import ShardSet, open_shards
+from dfqs_nb.llama.model import threads_for
+from dfqs_nb.serve.targets import (
+    DeployError,
+    Target,
+    list_text,
+    shared,
+    table_text,
+    target_of,
+    targets,
+    targets_table,
+)
+from dfqs_nb.serve.templates import Ready, file_text, filled
+from dfqs_nb.serve.templates import commands as commands_of
 
-if TYPE_CHECKING:
-    import pandas as pd
+__all__ = ["Recipe", "list_text", "table_text", "target_of", "targets", "targets_table", "write_recipe"]
 
 HOST = "127.0.0.1"  # nothing listens beyond this machine
 PROMPT = "What is the capital of France?"
@@ -46,48 +56,9 @@ NO_REPACK = (
 )
 BUILD = "b11063"  # the newest llama.cpp build seen to load `deepseek4` from a prebuilt library
 SPARE_GPU_BYTES = 1 << 30  # for compute buffers and what else uses the GPU
-FACTS = ("recipe", "checked_how", "run_here", "loads_deepseek4", "split_files", "since", "limits", "source")
-PLACEHOLDER = re.compile(r"@\{(\w+)\}")
-MACRO = re.compile(r"@\{(llama_server|key_for_llama_server|wait)\}")  # commands that several targets share
-OPTIONAL = re.compile(r"\{\?(.*?)\?\}", re.DOTALL)
+SHARD_ENDING = re.compile(r"-\d{5}-of-\d{5}$")
 WEIGHTS_FROM = "deepseek-ai/DeepSeek-V4-Flash"
 NOT_GIVEN = "OWNER/ORIGINAL-MODEL"
-
-
-class DeployError(DfqsError):
-    """A recipe cannot be written."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """One way of running, as ``targets.toml`` has it; the comments there say what each field means."""
-
-    name: str
-    title: str
-    recipe: str
-    checked_how: str
-    run_here: str
-    loads_deepseek4: str
-    split_files: str
-    since: str
-    limits: str
-    source: list[str]
-    date: str
-    files: dict[str, str]
-    install: list[str]
-    run: list[str]
-    manual: list[str] = field(default_factory=list)
-    also: list[str] = field(default_factory=list)
-    stop: list[str] = field(default_factory=list)
-    server: int = 0
-    prefix: str = ""
-    served_name: str = "@{name}"
-    single_file: bool = False
-    needs_key: bool = False
-    least_n_ctx: int = 0
-    place: str = ""
-    fetch_to: str = ""
-    mount: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,74 +93,24 @@ class Recipe:
 
 @dataclass(frozen=True)
 class _Source:
-    """A model, here or on the hub: where it lies (``folder``), and what a header would say of it."""
+    """A model, here or on the hub: where it is (``folder``), and what a header would tell of it."""
 
     name: str
     files: tuple[str, ...]
     folder: str
     nbytes: int
-    header: GGUFHeader | None = None
     shards: ShardSet | None = None
     fetch: Callable[[str], list[str]] | None = None
     original: str = NOT_GIVEN
     notes: tuple[str, ...] = ()
 
+    @property
+    def header(self) -> GGUFHeader | None:
+        return self.shards.as_one if self.shards else None
 
-def _table() -> dict[str, Any]:
-    path = data_dir() / "deploy" / "targets.toml"
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DeployError(
-            f"cannot read the table of targets ({error})",
-            where=tilde(path),
-            hint="restore it with git, or set DFQS_DATA to a folder that has it",
-        ) from error
-
-
-@cache
-def targets() -> dict[str, Target]:
-    """The targets by name, in the order of ``data/deploy/targets.toml``.
-
-    >>> len(targets()), targets()["ollama"].server
-    (17, 11434)
-    """
-    return {name: Target(name, **entry) for name, entry in _table().items() if name != "common"}
-
-
-def __getattr__(name: str) -> Any:
-    """``TARGETS``: the names of the targets; read when it is asked for."""
-    if name == "TARGETS":
-        return tuple(targets())
-    raise AttributeError(name)
-
-
-def target_of(name: str) -> Target:
-    """The target of this name.
-
-    Raises:
-        DeployError: there is none; names the ones there are.
-    """
-    if name not in targets():
-        raise DeployError(f"no target is called {name!r}", hint=f"there are {', '.join(targets())}")
-    return targets()[name]
-
-
-def targets_table() -> pd.DataFrame:
-    """One row a target: ``target``, ``title``, then what is known of it, each a text.
-
-    ``run_here`` is what ran, with its version, or "generated, not run".
-    """
-    import pandas as pd
-
-    rows = [
-        {"target": one.name, "title": one.title, **{name: getattr(one, name) for name in FACTS}}
-        for one in targets().values()
-    ]
-    table = pd.DataFrame(rows)
-    table["source"] = table["source"].map(" ".join)
-    table["run_here"] = table["run_here"].replace("", "generated, not run")
-    return table
+    def arch(self, key: str) -> int:
+        """A number of the header; 0 where there is none."""
+        return int(self.header.arch(key, 0)) if self.header else 0
 
 
 def write_recipe(
@@ -209,7 +130,7 @@ def write_recipe(
     """Write the files and commands that run this model with this target.
 
     Args:
-        target: one of ``TARGETS``.
+        target: a name of `targets`.
         model: a local GGUF file (any of its shards), a name of the registry, or ``hf://owner/repo/file``.
             Nothing is downloaded.
         folder: receives the recipe; made if missing.
@@ -225,35 +146,34 @@ def write_recipe(
         overwrite: replace the files of an earlier recipe.
 
     Raises:
-        DeployError: no such target; a file that no runtime loads; a context the model was not made for; or
-            files that are there already.
+        DeployError: no such target; a file that no runtime loads; a context the model was not made for; a
+            path that the target's files cannot hold; or files that exist already.
         HeaderError, ShardError, RegistryError: the model is not a complete GGUF, or nothing has that name.
     """
     chosen, source = target_of(target), _source(model)
-    chosen = replace(chosen, server=port or chosen.server)
+    chosen = chosen.model_copy(update={"server": port or chosen.server})
     key_variable = key_variable or (DEFAULT_KEY_VARIABLE if chosen.needs_key else "")
+    if key_variable and not key_variable.isidentifier():
+        raise DeployError("that is no name of an environment variable", hint="give its name, not the key")
     if hub is not None:
-        there = _source(hub)
-        source = replace(there, header=source.header, shards=source.shards, nbytes=source.nbytes)
-    folder = Path(os.path.abspath(folder))
+        source = replace(_source(hub), shards=source.shards, nbytes=source.nbytes)
+    folder = Path(folder).absolute()
     settings = _settings(chosen, source, n_ctx, n_threads, n_gpu_layers)
     values, get = _values(chosen, source, settings, folder, key_variable, prompt)
     texts = {
-        name: _file(chosen.files[name], name, values)
-        for name in chosen.files
+        name: file_text(template, name, values)
+        for name, template in chosen.files.items()
         if name != "chat_template.jinja" or values["template_text"]
     }
-    recipe = Recipe(
-        target,
-        values["model"],
-        settings,
-        tuple(folder / name for name in (*texts, "RECIPE.md")),
-        (*get, *_commands(chosen.install, values), *_commands(chosen.run, values)),
-        tuple(_commands(_table()["common"]["check"], values)) if chosen.server else (),
-        (*source.notes, *_notes(chosen, source, settings, values)),
+    commands, checks, also, stop = (
+        tuple(commands_of(part, values))
+        for part in ([*chosen.install, *chosen.run], shared()["check"], chosen.also, chosen.stop)
     )
-    texts["RECIPE.md"] = recipe_text(recipe, _commands(chosen.also, values), _commands(chosen.stop, values))
-    _write(folder, texts, overwrite)
+    notes = (*source.notes, *_notes(chosen, source, settings, values, [*texts.values(), *commands]))
+    written = tuple(folder / name for name in (*texts, "RECIPE.md"))
+    checks = checks if chosen.server else ()
+    recipe = Recipe(target, values["model"], settings, written, (*get, *commands), checks, notes)
+    _write(folder, texts | {"RECIPE.md": recipe_text(recipe, also, stop)}, overwrite)
     return recipe
 
 
@@ -261,8 +181,6 @@ def write_recipe(
 
 
 def _source(model: str | Path) -> _Source:
-    from dfqs_nb.gguf import models as registry
-
     known = registry.registered()
     if isinstance(model, str) and (name := _registered_as(model, known)):
         if known[name].source.startswith("hf://"):
@@ -272,62 +190,44 @@ def _source(model: str | Path) -> _Source:
     return _local(registry.resolve(model)[0])
 
 
-def _registered_as(model: str, known: dict[str, Any]) -> str:
+def _registered_as(model: str, known: Mapping[str, registry.Model]) -> str:
     """The registered name of this name or address; empty when there is none."""
-    if model in known:
-        return model
     bare = model.rpartition("@")[0] or model
-    return next(
-        (
-            name
-            for name, one in known.items()
-            if any(bare == f"{one.source}/{file.name}" for file in one.files)
-        ),
-        "",
-    )
+    addresses = {f"{entry.source}/{file.name}": name for name, entry in known.items() for file in entry.files}
+    return model if model in known else addresses.get(bare, "")
 
 
 def _local(path: Path) -> _Source:
     from dfqs_nb.merge.kind import diagnose
 
-    found = diagnose(path)
-    if not found.sound:
-        raise DeployError(f"no runtime loads it: {found.finding}", where=tilde(path), hint=found.next_step)
+    diagnosis = diagnose(path)
+    if not diagnosis.sound:
+        what = f"no runtime loads it: {diagnosis.finding}"
+        raise DeployError(what, where=tilde(path), hint=diagnosis.next_step)
     shards = open_shards(path)
-    header = shards.as_one
-    url = str(header.get("general.base_model.0.repo_url", ""))
+    url = str(shards.as_one.get("general.base_model.0.repo_url", ""))
     original = url.removeprefix("https://huggingface.co/") if "huggingface.co/" in url else NOT_GIVEN
-    return _Source(
-        shards.name,
-        tuple(one.name for one in shards.paths),
-        os.path.dirname(os.path.abspath(shards.paths[0])),
-        shards.nbytes,
-        header,
-        shards,
-        original=original,
-    )
+    files = tuple(shard.name for shard in shards.paths)
+    folder = str(shards.paths[0].absolute().parent)
+    return _Source(shards.name, files, folder, shards.nbytes, shards, original=original)
 
 
 def _on_hub(address: str) -> _Source:
-    from dfqs_nb.gguf.models import parse_address, siblings
-
-    file = parse_address(address)
-    names = siblings(file.file)
+    file = registry.parse_address(address)
+    names = registry.siblings(file.file)
     revision = ["--revision", file.revision] if file.revision else []
 
     def fetch(folder: str) -> list[str]:
         return [shlex.join(["hf", "download", file.repo, *names, *revision, "--local-dir", folder])]
 
-    name = re.sub(r"-\d{5}-of-\d{5}$", "", PurePosixPath(file.file).stem)
-    return _Source(name, tuple(names), "", 0, fetch=fetch)
+    return _Source(SHARD_ENDING.sub("", PurePosixPath(file.file).stem), tuple(names), "", 0, fetch=fetch)
 
 
-def _registered(model: Any, known: dict[str, Any]) -> _Source:
+def _registered(model: registry.Model, known: Mapping[str, registry.Model]) -> _Source:
     """A registered model of the hub; the workbook fetches its shards, whose folder there is not recorded."""
-    name = re.sub(r"-\d{5}-of-\d{5}$", "", model.files[0].name.removesuffix(".gguf"))
-    one_file = f"{name}.gguf"
+    name = SHARD_ENDING.sub("", model.files[0].name.removesuffix(".gguf"))
+    one_file, repo = f"{name}.gguf", model.source.removeprefix("hf://")
     glued = _glued_from(model, known)
-    repo = model.source.removeprefix("hf://")
 
     def fetch(folder: str) -> list[str]:
         path = _join(folder, one_file)
@@ -336,35 +236,22 @@ def _registered(model: Any, known: dict[str, Any]) -> _Source:
         get = [shlex.join(["hf", "download", repo, one_file, "--local-dir", folder])]
         return [*get, *([shlex.join(["dfqs-nb", "repair", path, "--in-place"])] if glued else [])]
 
+    notes = (_glued_note(model, glued), model.note) if glued else (model.note,)
     original = WEIGHTS_FROM if name.lower().startswith("deepseek-v4-flash") else NOT_GIVEN
-    return _Source(
-        name,
-        (one_file,),
-        "",
-        model.size_bytes,
-        fetch=fetch,
-        original=original,
-        notes=((_glued_note(model, glued),) if glued else ()) + (model.note,),
-    )
+    return _Source(name, (one_file,), "", model.size_bytes, fetch=fetch, original=original, notes=notes)
 
 
-def _glued_from(model: Any, known: dict[str, Any]) -> str:
+def _glued_from(model: registry.Model, known: Mapping[str, registry.Model]) -> str:
     """The model whose shards, put end to end, have exactly this single file's size: a merge is smaller."""
-    return next(
-        (
-            name
-            for name, other in known.items()
-            if len(model.files) == 1 and len(other.files) > 1 and other.size_bytes == model.size_bytes
-        ),
-        "",
-    )
+    sums = {other.size_bytes: name for name, other in known.items() if len(other.files) > 1}
+    return sums.get(model.size_bytes, "") if len(model.files) == 1 else ""
 
 
-def _glued_note(model: Any, shards: str) -> str:
+def _glued_note(model: registry.Model, shards: str) -> str:
     return (
-        f"The published file is {model.size_bytes:,} bytes, exactly the sum of the shards of {shards}: "
-        "they were put end to end, which is no merge, and no runtime loads it (llama.cpp: invalid split "
-        f"file name). The recipe repairs it in place. Or give the name {shards} instead."
+        f"The published file has {model.size_bytes:,} bytes, exactly the sum of the shards of {shards}: it "
+        "was concatenated, not merged, and no runtime loads it (llama.cpp: invalid split file name). The recipe "
+        f"repairs it in place. Or give the name {shards} instead."
     )
 
 
@@ -376,9 +263,11 @@ def _settings(
 ) -> Settings:
     n_ctx = _n_ctx(target, source, n_ctx)
     if n_threads is None:
-        n_threads = _threads(source)
-    if n_gpu_layers is None:
-        n_gpu_layers = _gpu_layers_here(source, n_ctx)
+        n_threads = threads_for(source.shards.paths[0]) if source.shards else usable_cores()
+    if n_gpu_layers is None and source.shards:
+        cache_bytes = estimate(source.shards.headers, n_ctx).kv.total
+        n_gpu_layers = gpu_layers(gpu_free_bytes(), source.nbytes, cache_bytes, source.arch("block_count"))
+    n_gpu_layers = n_gpu_layers or 0
     if n_threads < 1 or n_gpu_layers < 0:
         raise DeployError("threads must be at least 1, and GPU layers at least 0", hint="leave them out")
     return Settings(n_ctx, n_threads, n_gpu_layers)
@@ -386,20 +275,16 @@ def _settings(
 
 def _n_ctx(target: Target, source: _Source, wanted: int | None) -> int:
     """The context in tokens: what was asked for, if it can be, or what fits."""
-    trained = int(source.header.arch("context_length", 0)) if source.header else 0
+    trained = source.arch("context_length")
     least, limit = max(target.least_n_ctx, 1), trained or 2**31 - 256
     if target.least_n_ctx > limit:
-        raise DeployError(
-            f"{target.title} wants a context of {least:,} tokens, and the model was trained on {trained:,}",
-            hint="take another target",
-        )
+        what = f"{target.title} wants a context of {least:,} tokens, and the model was trained on {trained:,}"
+        raise DeployError(what, hint="take another target")
     if wanted is None:
-        return max(least if target.least_n_ctx else 1, _fitting(source, limit))
+        return max(least, _fitting(source, limit))
     if not least <= wanted <= limit:
-        raise DeployError(
-            f"a context of {wanted:,} tokens is not between {least:,} and {limit:,}",
-            hint="leave it out, and it is chosen",
-        )
+        what = f"a context of {wanted:,} tokens is not between {least:,} and {limit:,}"
+        raise DeployError(what, hint="leave it out, and it is chosen")
     return wanted
 
 
@@ -413,19 +298,6 @@ def _fitting(source: _Source, limit: int) -> int:
     while n_ctx > LEAST_N_CTX and estimate(source.shards.headers, n_ctx).kv.total > room // 2:
         n_ctx //= 2
     return n_ctx
-
-
-def _threads(source: _Source) -> int:
-    from dfqs_nb.llama.model import threads_for
-
-    return threads_for(source.shards.paths[0]) if source.shards else usable_cores()
-
-
-def _gpu_layers_here(source: _Source, n_ctx: int) -> int:
-    if source.shards is None or source.header is None:
-        return 0
-    cache_bytes = estimate(source.shards.headers, n_ctx).kv.total
-    return gpu_layers(gpu_free_bytes(), source.nbytes, cache_bytes, int(source.header.arch("block_count", 0)))
 
 
 def gpu_layers(free_bytes: int, weights_bytes: int, cache_bytes: int, n_layers: int) -> int:
@@ -477,14 +349,14 @@ def slug_of(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "model"
 
 
-def _lies(target: Target, source: _Source, folder: Path) -> tuple[str, list[str]]:
+def _place(target: Target, source: _Source, folder: Path) -> tuple[str, list[str]]:
     """The folder in which the target finds the model's files, and the commands that bring them there."""
     if source.fetch is None:
-        place = target.place and _fill(target.place, {"file": "", "slug": slug_of(source.name)}, str)
+        place = filled(target.place, {"file": "", "slug": slug_of(source.name)}, str)
         return (place.rstrip("/\\") or source.folder), []
     there = target.fetch_to or str(folder / "models")
     get = source.fetch(there)
-    if target.fetch_to and any(one.startswith("dfqs-nb ") for one in get):
+    if target.fetch_to and any(command.startswith("dfqs-nb ") for command in get):
         get = [shlex.join(["python", "-m", "pip", "install", "-q", f"git+{public_address()}"]), *get]
     return there, get
 
@@ -493,161 +365,72 @@ def _values(
     target: Target, source: _Source, settings: Settings, folder: Path, key_variable: str, prompt: str
 ) -> tuple[dict[str, Any], list[str]]:
     """What templates and commands may name, and the commands that bring the model."""
-    if key_variable and not key_variable.isidentifier():
-        raise DeployError("that is no name of an environment variable", hint="give its name, not the key")
-    lies, get = _lies(target, source, folder)
+    place, get = _place(target, source, folder)
     files = source.files
     if target.single_file and len(files) > 1:
         joined = str(folder / f"{source.name}.gguf")
-        get = [*get, shlex.join(["dfqs-nb", "merge", _join(lies, files[0]), "-o", joined])]
-        lies, files = str(folder), (f"{source.name}.gguf",)
-    inner = target.mount or lies
-    values = _names(target, source, settings) | {
-        "model": _join(inner, files[0]),
-        "models": [_join(inner, one) for one in files],
-        "file": files[0],
-        "model_folder": lies,
-        "mount": target.mount,
-        "folder": str(folder),
-        "get": get,
-        "prompt": prompt,
-        "models_folder": str(folder / "models"),
-        "key": key_variable,
-        "key_name": key_variable,
-        "key_or_default": key_variable or DEFAULT_KEY_VARIABLE,
-        "kaggle_id": f"INSERT_KAGGLE_USERNAME/{slug_of(source.name)}",
-        "template": str(folder / "chat_template.jinja") if _template(source) else "",
-    }
-    values["kaggle_dataset"] = "" if source.fetch else values["kaggle_id"]
-    in_notebook = any(name.endswith(".ipynb") for name in target.files)
-    return values, [] if in_notebook else get
-
-
-def _template(source: _Source) -> str:
-    return chat_template(source.header) if source.header is not None else ""
-
-
-def _names(target: Target, source: _Source, settings: Settings) -> dict[str, Any]:
-    """Values that do not depend on where things lie."""
-    slug, n_layers = slug_of(source.name), int(source.header.arch("block_count", 0)) if source.header else 0
-    share = round(min(1.0, settings.n_gpu_layers / (n_layers + 1)), 2)
-    served = _fill(target.served_name, {"name": slug, "slug": slug}, str)
+        get = [*get, shlex.join(["dfqs-nb", "merge", _join(place, files[0]), "-o", joined])]
+        place, files = str(folder), (f"{source.name}.gguf",)
+    slug, inner, drive = slug_of(source.name), target.mount or place, "drive" in target.place
+    template = chat_template(source.header) if source.header is not None else ""
+    share = round(min(1.0, settings.n_gpu_layers / (source.arch("block_count") + 1)), 2)
     cuda = "ON" if settings.n_gpu_layers and platform.system() != "Darwin" else ""  # there it is Metal
-    return {
+    served = filled(target.served_name, {"name": slug, "slug": slug}, str)
+    question = {"model": served, "messages": [{"role": "user", "content": PROMPT}]}
+    n_ctx, n_threads, n_gpu_layers = settings.n_ctx, settings.n_threads, settings.n_gpu_layers
+    arm = platform.machine().lower() in ("arm64", "aarch64")
+    kaggle_id = f"INSERT_KAGGLE_USERNAME/{slug}"
+    attached = "A local file goes up as a dataset first, and appears under /kaggle/input."
+    values = {
         "name": slug,
         "slug": slug,
         "nbytes": source.nbytes,
-        "n_ctx": settings.n_ctx,
-        "n_threads": settings.n_threads,
-        "n_gpu_layers": settings.n_gpu_layers,
-        "n_ctx_text": str(settings.n_ctx),
-        "n_threads_text": str(settings.n_threads),
-        "n_gpu_layers_text": str(settings.n_gpu_layers),
-        "max_tokens": min(4096, settings.n_ctx // 4),
+        "n_ctx": n_ctx,
+        "n_threads": n_threads,
+        "n_gpu_layers": n_gpu_layers,
+        "max_tokens": min(4096, n_ctx // 4),
         "gpu_ratio": share,
         "gpu_share": "off" if not share else "max" if share == 1 else str(share),
         "host": HOST,
         "port": target.server,
         "publish": f"{HOST}:{target.server}:8080",
         "base_url": f"http://{HOST}:{target.server}{target.prefix}/v1",
-        "template_text": _template(source),
+        "template_text": template,
+        "template": str(folder / "chat_template.jinja") if template else "",
         "build": BUILD,
-        "system": _system(),
+        "system": f"{'macos' if platform.system() == 'Darwin' else 'ubuntu'}-{'arm64' if arm else 'x64'}",
         "cuda": cuda,
         "gpu_driver": "nvidia" if cuda else "",
         "image": f"ghcr.io/ggml-org/llama.cpp:server{'-cuda' if cuda else ''}-{BUILD}",
         "original": source.original,
         "runner_model": f"dfqs/{slug}",
-        "lemonade_args": f"--threads {settings.n_threads} --n-gpu-layers {settings.n_gpu_layers} --no-repack",
-        "question": _question(served),
+        "lemonade_args": f"--threads {n_threads} --n-gpu-layers {n_gpu_layers} --no-repack",
+        "question": json.dumps({**question, "max_tokens": 32, "temperature": 0}),
         "platform": target.title,
-        "drive": "/content/drive" if "drive" in target.place else "",
-        "where_it_is": "A file of your Drive appears once it is mounted."
-        if "drive" in target.place
-        else "A local file goes up as a dataset first, and appears under /kaggle/input.",
+        "drive": "/content/drive" if drive else "",
+        "where_it_is": "A file of your Drive appears once it is mounted." if drive else attached,
+        "model": _join(inner, files[0]),
+        "models": [_join(inner, file) for file in files],
+        "file": files[0],
+        "model_folder": place,
+        "mount": target.mount,
+        "folder": str(folder),
+        "get": get,
+        "prompt": prompt,
+        "models_folder": str(folder / "models"),
+        "key": key_variable,
+        "key_or_default": key_variable or DEFAULT_KEY_VARIABLE,
+        "key_or_none": Ready(f'"${{{key_variable or DEFAULT_KEY_VARIABLE}:-none}}"'),
+        "kaggle_id": kaggle_id,
+        "kaggle_dataset": "" if source.fetch else kaggle_id,
     }
+    in_notebook = any(name.endswith(".ipynb") for name in target.files)
+    return values, [] if in_notebook else get
 
 
-def _question(served: str) -> str:
-    messages = [{"role": "user", "content": PROMPT}]
-    return json.dumps({"model": served, "messages": messages, "max_tokens": 32, "temperature": 0})
-
-
-def _system() -> str:
-    """The part of a release archive's name that says for which system it is."""
-    arm = platform.machine().lower() in ("arm64", "aarch64")
-    return f"{'macos' if platform.system() == 'Darwin' else 'ubuntu'}-{'arm64' if arm else 'x64'}"
-
-
-# ---- filling in ----
-
-
-def _fill(text: str, values: dict[str, Any], quote: Callable[[Any], str]) -> str:
-    """``text`` with its values; a part between {? and ?} goes when a value in it is empty."""
-
-    def part(match: re.Match[str]) -> str:
-        return match[1] if all(values[name] for name in PLACEHOLDER.findall(match[1])) else ""
-
-    return PLACEHOLDER.sub(lambda match: quote(values[match[1]]), OPTIONAL.sub(part, text))
-
-
-def _commands(templates: Sequence[str], values: dict[str, Any]) -> list[str]:
-    """Shell commands, each value quoted for the shell."""
-    macros = _table()["common"]
-    expand = partial(MACRO.sub, lambda match: macros[match[1]])
-    return [_fill(expand(text), values, _for_shell) for text in templates]
-
-
-def _for_shell(value: Any) -> str:
-    return shlex.join(value) if isinstance(value, list) else shlex.quote(str(value))
-
-
-def _for_json(value: Any) -> str:
-    """A literal of JSON, which is one of YAML and of Python too."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _for_compose(value: Any) -> str:
-    return _for_json(value).replace("$", "$$")
-
-
-def _for_powershell(value: Any) -> str:
-    return str(value) if isinstance(value, int) else "'" + str(value).replace("'", "''") + "'"
-
-
-def _file(template: str, name: str, values: dict[str, Any]) -> str:
-    """The text of one file of the recipe."""
-    text = (data_dir() / "deploy" / "templates" / template).read_text(encoding="utf-8")
-    kinds = {
-        ".json": _for_json,
-        ".yaml": _for_json,
-        ".yml": _for_json,
-        ".py": _for_json,
-        ".ipynb": _for_json,
-        ".ps1": _for_powershell,
-    }
-    quote = _for_compose if name == "compose.yaml" else kinds.get(PurePosixPath(name).suffix, str)
-    filled = _fill(text, values, quote)
-    return _notebook(filled, values) if name.endswith(".ipynb") else filled
-
-
-def _notebook(text: str, values: dict[str, Any]) -> str:
-    """A notebook of a Python file whose cells begin with ``# %%``."""
-    import nbformat
-
-    cells = []
-    for number, part in enumerate(re.split(r"^# %%", text, flags=re.MULTILINE)[1:]):
-        kind, _, body = part.partition("\n")
-        prose = "markdown" in kind
-        body = re.sub(r"^# ?", "", body, flags=re.MULTILINE) if prose else body
-        make = nbformat.v4.new_markdown_cell if prose else nbformat.v4.new_code_cell
-        cells.append(make(body.strip("\n"), id=f"cell-{number}"))
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
-    return nbformat.writes(book) + "\n"
-
-
-def _notes(target: Target, source: _Source, settings: Settings, values: dict[str, Any]) -> list[str]:
+def _notes(
+    target: Target, source: _Source, settings: Settings, values: Mapping[str, Any], texts: Sequence[str]
+) -> list[str]:
     """What to know before running the recipe."""
     notes = [f"Limits: {target.limits}."]
     if target.run_here == "":
@@ -658,26 +441,27 @@ def _notes(target: Target, source: _Source, settings: Settings, values: dict[str
             "the local file for settings that fit."
         )
     else:
-        notes += _memory_notes(source, settings)
+        notes += _memory_notes(source.shards, settings)
     if target.single_file and len(source.files) > 1:
         notes.append(
             f"{target.title} takes one file: the shards are merged first, which takes "
             f"{binary_size(source.nbytes)} more of the disk (`--consume` releases them meanwhile)."
         )
-    if source.header is not None and not values["template_text"]:
+    if source.shards and not values["template_text"]:
         notes.append("The header has no chat template: a server falls back on a template of its own.")
-    if values["original"] == NOT_GIVEN and any("@{original}" in one for one in target.run):
+    if any(NOT_GIVEN in text for text in texts):
         notes.append(f"Replace {NOT_GIVEN} by the repository that the GGUF was made from.")
-    if any("@{llama_server}" in one or "--no-repack" in one for one in target.run):
+    if target.amx:
+        notes.append(target.amx)
+    elif any("--no-repack" in text for text in texts):
         notes.append(NO_REPACK)
     if target.place or target.fetch_to:
         notes.append("Context, threads and GPU layers suit the machine that wrote this recipe.")
     return [*notes, *target.manual]
 
 
-def _memory_notes(source: _Source, settings: Settings) -> list[str]:
-    assert source.shards is not None
-    needs = estimate(source.shards.headers, settings.n_ctx)
+def _memory_notes(shards: ShardSet, settings: Settings) -> list[str]:
+    needs = estimate(shards.headers, settings.n_ctx)
     notes = [
         f"The cache of {settings.n_ctx:,} tokens takes {binary_size(needs.kv.total)} (swa_full off), "
         f"beside {binary_size(needs.weights_bytes)} of weights. The compute buffer is not counted."
@@ -694,86 +478,45 @@ def _memory_notes(source: _Source, settings: Settings) -> list[str]:
 
 def recipe_text(recipe: Recipe, also: Sequence[str] = (), stop: Sequence[str] = ()) -> str:
     """The recipe as people read it: Markdown."""
-    one, settings = target_of(recipe.target), recipe.settings
+    target, settings = target_of(recipe.target), recipe.settings
     blocks = [("Run", recipe.commands), ("Check", recipe.checks), ("Or", also), ("Stop", stop)]
     facts = {
-        "loads deepseek4": one.loads_deepseek4,
-        "split files": one.split_files,
-        "since": one.since,
-        "facts of": one.date,
+        "loads deepseek4": target.loads_deepseek4,
+        "split files": target.split_files,
+        "since": target.since,
+        "facts of": target.date,
     }
-    lines = [
-        f"# {one.title}",
-        "",
-        f"Written by `dfqs-nb deploy {recipe.target}`: {one.recipe}.",
-        "",
+    head = (
         f"Context: {settings.n_ctx:,} tokens. Threads: {settings.n_threads}. Layers on the GPU: "
-        f"{settings.n_gpu_layers}.",
-        "",
-    ]
-    lines += [f"- {note}" for note in recipe.notes]
+        f"{settings.n_gpu_layers}."
+    )
+    written = f"Written by `dfqs-nb deploy {recipe.target}`: {target.recipe}."
+    lines = [f"# {target.title}", "", written, "", head, "", *(f"- {note}" for note in recipe.notes)]
     for title, commands in blocks:
         if commands:
-            lines += ["", f"## {title}", "", "```sh", *commands, "```"]
-    lines += ["", "## Known", "", *[f"- {name}: {text}" for name, text in facts.items()]]
-    return "\n".join([*lines, *[f"- {url}" for url in one.source]]) + "\n"
+            ticks = re.findall("`+", "\n".join(commands))
+            fence = "`" * max(3, 1 + max(map(len, ticks), default=0))  # a path may hold a fence
+            lines += ["", f"## {title}", "", f"{fence}sh", *commands, fence]
+    lines += ["", "## Known", "", *(f"- {name}: {text}" for name, text in facts.items())]
+    return "\n".join([*lines, *(f"- {url}" for url in target.source)]) + "\n"
 
 
-def _write(folder: Path, texts: dict[str, str], overwrite: bool) -> None:
-    """Write all files, or none: what is there stays unless it may be replaced."""
-    there = [name for name in texts if (folder / name).exists()]
-    if there and not overwrite:
-        raise DeployError(
-            f"{', '.join(there)} is there already",
-            where=tilde(folder),
-            hint="take another folder, or pass overwrite (--overwrite)",
-        )
+def _write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> None:
+    """Write all files, or none: what exists stays unless it may be replaced."""
+    existing = [name for name in texts if (folder / name).exists()]
+    if existing and not overwrite:
+        hint = "take another folder, or pass overwrite (--overwrite)"
+        raise DeployError(f"already there: {', '.join(existing)}", where=tilde(folder), hint=hint)
+    if any(re.search("[\ud800-\udfff]", text) for text in texts.values()):
+        hint = "rename the folder or the file"
+        raise DeployError("the model's path is not UTF-8, and a recipe is", where=tilde(folder), hint=hint)
     done: list[Path] = []
     try:
         for name, text in texts.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(folder / name) as file:
-                file.write(text)
-            done.append(folder / name)
+            done.append(write_text(folder / name, text))
     except OSError as error:
-        for path in done if not there else []:
+        for path in done if not existing else []:
             path.unlink(missing_ok=True)
-        raise DeployError(
-            f"cannot write the recipe ({error.strerror})",
-            where=tilde(folder),
-            hint="take a folder you may write",
-        ) from error
-
-
-def list_text() -> str:
-    """The targets, one a line: name, title, and what ran here."""
-    lines = [
-        f"{one.name:<22}{one.title:<24}{one.run_here or 'generated, not run'}" for one in targets().values()
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def table_text() -> str:
-    """``data/deploy/README.md``: what is known of every target, as Markdown."""
-    rows = targets_table().to_dict("records")
-    for row in rows:
-        row["title (name)"] = f"{row['title']} (`{row['target']}`)"
-        row["source"] = ", ".join(f"[{n}]({url})" for n, url in enumerate(row["source"].split(), 1))
-    how = {"target": "title (name)", "recipe": "recipe", "run here": "run_here", "checked how": "checked_how"}
-    limits = {
-        "target": "title",
-        "loads `deepseek4`": "loads_deepseek4",
-        "split files": "split_files",
-        "since": "since",
-        "limits": "limits",
-        "source": "source",
-    }
-    dates = ", ".join(sorted({one.date for one in targets().values()}))
-    page = (data_dir() / "deploy" / "templates" / "README.md").read_text(encoding="utf-8")
-    return _fill(page, {"how": _markdown(rows, how), "limits": _markdown(rows, limits), "dates": dates}, str)
-
-
-def _markdown(rows: Sequence[dict[str, str]], columns: dict[str, str]) -> str:
-    """A table of these columns: the head's text, and the row's key."""
-    lines = [columns, ["---"] * len(columns), *([row[key] for key in columns.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        what = f"cannot write the recipe ({error.strerror})"
+        raise DeployError(what, where=tilde(folder), hint="take a folder you may write") from error

@@ -36,10 +36,10 @@ class _Applied(BaseModel):
 
 
 def tokenizer(endpoint: Endpoint) -> Callable[[str], list[int]] | None:
-    """Token ids of a text as the server sees them, control tokens included, without a BOS; None where it
-    shows none. llama.cpp, llama-cpp-python and vLLM do.
+    """Token ids of a text as the server sees them, control tokens included, without a BOS.
 
-    The function raises ``BusyError`` where the server stops counting: a length is never guessed in silence.
+    None where it shows none; llama.cpp, llama-cpp-python and vLLM do. The function raises ``BusyError`` where
+    the server stops counting: a length is never guessed in silence.
     """
     forms: dict[str, tuple[str, str, dict[str, Any]]] = {
         "llama.cpp": ("/tokenize", "content", {"add_special": False, "parse_special": True}),

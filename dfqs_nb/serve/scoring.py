@@ -54,8 +54,10 @@ def run_conditions(endpoint: Endpoint, item_set: ItemSet, sampling: Sampling = G
 
 
 def check_context(endpoint: Endpoint, item_set: ItemSet) -> int:
-    """The context in tokens that the longest items need at least; 0 where the server does not report its
-    context or shows no tokenizer. A server that lacks the room may cut answers off without a word.
+    """The context in tokens that the longest items need at least.
+
+    0 where the server does not report its context or shows no tokenizer. A server that lacks the room may cut
+    answers off without a word.
 
     Raises:
         ContextOverflowError: it is more than the server has.

@@ -161,8 +161,7 @@ class LocalServer:
 def start(
     kind: str, path: str | Path, settings: OpenSettings | None = None, **options: Unpack[Options]
 ) -> LocalServer:
-    """Start a server for this model. It ends with its ``with`` block, with `LocalServer.stop`, or with this
-    process.
+    """Start a server for this model; it ends with its ``with`` block, or with this process at the latest.
 
     Args:
         kind: ``llama-cpp-python`` or ``llama.cpp``.
@@ -180,7 +179,7 @@ def start(
     log, began = options.get("log"), time.perf_counter()
     job: dict[str, Any] = {
         "kind": kind,
-        "path": os.path.abspath(model_path),
+        "path": str(Path(model_path).absolute()),
         "settings": settings.as_dict(),
         "name": options.get("name") or Path(model_path).stem,
         "n_parallel": options.get("n_parallel", 1),
@@ -385,9 +384,7 @@ def _serve_llama_cpp_python(job: dict[str, Any], settings: OpenSettings, tell: C
 
 
 def _llama_cpp_python_app(job: dict[str, Any], settings: OpenSettings) -> Any:
-    """The app. Its defaults would cut an answer off when another request comes, and let every web page read
-    its answers; ours does neither.
-    """
+    """The app, which by default ends an answer when another request comes, and lets web pages read it."""
     from llama_cpp.server.app import create_app
     from llama_cpp.server.settings import ModelSettings, ServerSettings
     from starlette.middleware.cors import CORSMiddleware

@@ -130,9 +130,9 @@ class Wire:
         )
 
     def hide(self, text: str) -> str:
-        """A text from outside: without this address's secrets, halves of characters joined or replaced.
+        r"""A text from outside: without this address's secrets, halves of characters joined or replaced.
 
-        >>> Wire("http://a/v1", Secret("sk-12345")).hide("no sk-12345 \\ud83d\\ude00 \\udcaf")
+        >>> Wire("http://a/v1", Secret("sk-12345")).hide("no sk-12345 \ud83d\ude00 \udcaf")
         'no *** 😀 �'
         """
         values = [self.key.reveal(), *(value for _, value in parse_qsl(self.query.reveal()))]

@@ -5,7 +5,7 @@ import sys
 import llama_cpp.llama_cpp as api
 from llama_cpp import Llama
 
-MODEL = @{model}
+MODEL = {{ model }}
 default_params = api.llama_model_default_params
 
 
@@ -17,9 +17,9 @@ def without_repacking():
 
 
 api.llama_model_default_params = without_repacking
-llama = Llama(MODEL, n_ctx=@{n_ctx}, n_threads=@{n_threads}, n_gpu_layers=@{n_gpu_layers},
+llama = Llama(MODEL, n_ctx={{ n_ctx }}, n_threads={{ n_threads }}, n_gpu_layers={{ n_gpu_layers }},
               swa_full=False, seed=42, verbose=False)
-messages = [{"role": "user", "content": " ".join(sys.argv[1:]) or @{prompt}}]
+messages = [{"role": "user", "content": " ".join(sys.argv[1:]) or {{ prompt }}}]
 answer = llama.create_chat_completion(messages, max_tokens=256, temperature=0.0)
 print(answer["choices"][0]["message"]["content"])
 llama.close()

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Ask @{name} on @{platform}
+# # Ask {{ name }} on {{ platform }}
 #
 # Written by `dfqs-nb deploy`. Run all cells. The installation compiles llama.cpp and takes minutes.
 
@@ -9,13 +9,16 @@
 # %%
 import os
 import shutil
-{?
-from google.colab import drive  # mounted at @{drive}
-?}
-MODEL = @{model}
-NBYTES = @{nbytes}
-N_CTX = @{n_ctx}
-{?
+
+{% if drive %}
+from google.colab import drive  # mounted at {{ drive }}
+
+{% endif %}
+MODEL = {{ model }}
+NBYTES = {{ nbytes }}
+N_CTX = {{ n_ctx }}
+
+{% if get %}
 # %% [markdown]
 # Fetch the file. The disk must hold it.
 
@@ -23,17 +26,20 @@ N_CTX = @{n_ctx}
 os.makedirs(os.path.dirname(MODEL), exist_ok=True)
 free = shutil.disk_usage(os.path.dirname(MODEL)).free
 assert os.path.exists(MODEL) or free > NBYTES, f"{NBYTES:,} bytes needed, {free:,} free"
-commands = @{get}
+commands = {{ get }}
 for command in commands:
     assert os.system(command) == 0, command
-?}
+
+{% endif %}
 # %% [markdown]
-# Open it. @{where_it_is}
+# Open it. {{ where_it_is }}
 
 # %%
-{?if MODEL.startswith(@{drive}):
-    drive.mount(@{drive})
-?}assert os.path.exists(MODEL), f"put the file (and its other shards) at {MODEL}"
+{% if drive %}
+if MODEL.startswith({{ drive }}):
+    drive.mount({{ drive }})
+{% endif %}
+assert os.path.exists(MODEL), f"put the file (and its other shards) at {MODEL}"
 memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 if NBYTES > memory:
     print(f"{NBYTES:,} bytes of weights, {memory:,} of memory: expect seconds or minutes a token")
@@ -52,9 +58,9 @@ def without_repacking():
 
 
 api.llama_model_default_params = without_repacking
-llama = Llama(MODEL, n_ctx=N_CTX, n_gpu_layers=@{n_gpu_layers}, swa_full=False, seed=42, verbose=False)
+llama = Llama(MODEL, n_ctx=N_CTX, n_gpu_layers={{ n_gpu_layers }}, swa_full=False, seed=42, verbose=False)
 
 # %%
-messages = [{"role": "user", "content": @{prompt}}]
+messages = [{"role": "user", "content": {{ prompt }}}]
 answer = llama.create_chat_completion(messages, max_tokens=256, temperature=0.0)
 print(answer["choices"][0]["message"]["content"])

@@ -1,5 +1,7 @@
 # Written by `dfqs-nb deploy`: serve the model on this machine only. Stop it with Ctrl+C.
-$model = @{model}
+$model = {{ model }}
 if (-not (Test-Path -LiteralPath $model)) { throw "put the file (and its other shards) at $model" }
-{?$env:LLAMA_API_KEY = [Environment]::GetEnvironmentVariable(@{key})
-?}llama-server --model $model --alias @{name} --ctx-size @{n_ctx} --parallel 1 --threads @{n_threads} --n-gpu-layers @{n_gpu_layers} --jinja --no-repack --host @{host} --port @{port}
+{% if key %}
+$env:LLAMA_API_KEY = [Environment]::GetEnvironmentVariable({{ key }})
+{% endif %}
+llama-server --model $model --alias {{ name }} --ctx-size {{ n_ctx }} --parallel 1 --threads {{ n_threads }} --n-gpu-layers {{ n_gpu_layers }} --jinja --no-repack --host {{ host }} --port {{ port }}

@@ -15,10 +15,10 @@ from pathlib import Path
 import gguf
 import pandas as pd
 import pytest
-from conftest import REFERENCE
 from faulty_server import FaultyServer
 from gguf.scripts import gguf_new_metadata
 
+from conftest import REFERENCE
 from dfqs_nb import core
 from dfqs_nb.core import figures as plots
 from dfqs_nb.core.errors import ModelError
