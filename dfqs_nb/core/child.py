@@ -268,6 +268,18 @@ def tell(**facts: Any) -> None:
     _channel.flush()
 
 
+def limit_memory(n_bytes: int) -> None:
+    """Bound this process's address space, and write no core file; nothing on a system without such limits."""
+    try:
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (n_bytes, hard))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, OSError, ValueError):
+        pass  # macOS, Windows
+
+
 def _end_with_parent() -> None:
     """End this process, and what it started, when the parent is gone."""
     os.read(0, 1)  # nothing more is ever sent: this returns when the other end closes

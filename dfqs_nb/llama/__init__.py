@@ -1,6 +1,7 @@
 """llama.cpp through llama-cpp-python: ask it about a file, open a model, generate with it, time it.
 
->>> OpenSettings(n_ctx=1024).n_ctx
+>>> from dfqs_nb import llama
+>>> llama.OpenSettings(n_ctx=1024).n_ctx
 1024
 """
 

@@ -327,19 +327,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     return questions[job["question"]](job)
 
 
-def _limit_memory(n_bytes: int) -> None:
-    try:
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (n_bytes, hard))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (ImportError, OSError, ValueError):
-        pass  # a system without such limits (macOS, Windows)
-
-
 def _parse_files(job: dict[str, Any]) -> dict[str, Any]:
-    _limit_memory(PARSER_BYTES)
+    child.limit_memory(PARSER_BYTES)
     ggml = _Ggml(job["library"])
     child.tell(ready=True)
     for path in job["paths"]:
@@ -413,7 +402,7 @@ class _Ggml:
 
 
 def _load_files(job: dict[str, Any]) -> dict[str, Any]:
-    _limit_memory(LOADER_BYTES)
+    child.limit_memory(LOADER_BYTES)
     LOG.echo = ERROR
     settings = OpenSettings(n_ctx=SMALL_CTX, n_threads=1)
     import llama_cpp  # noqa: F401  (one that does not import is no verdict on the file)

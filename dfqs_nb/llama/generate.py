@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.llama.model import Model
+from dfqs_nb.llama.model import Floats, Model
+from dfqs_nb.llama.template import Message
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,9 +81,9 @@ class TextStream:
         self, model: Model, prompt: Sequence[int], max_tokens: int, sampling: Sampling, stop: Sequence[str]
     ) -> None:
         self._model, self._prompt, self._sampling = model, list(prompt), sampling
-        self._max_tokens, self._stop = max_tokens, tuple(stop)
+        self._max_tokens, self._stop = max_tokens, tuple(text for text in stop if text)
         self._tokens: list[int] = []
-        self._seconds = [0.0, 0.0]
+        self._prefill_seconds = self._decode_seconds = 0.0
         self._n_decoded = 0
         self._pieces = self._run()
         self._completion: Completion | None = None
@@ -108,9 +109,9 @@ class TextStream:
                 break
             self._tokens.append(token)
             text += decoder.decode(self._model.token_bytes(token))
-            cut = _first_stop(text, self._stop)
-            if cut is not None:
-                text, reason = text[:cut], "stop"
+            stops = [at for at in map(text.find, self._stop) if at >= 0]
+            if stops:
+                text, reason = text[: min(stops)], "stop"
                 break
             safe = len(text) - _held_back(text, self._stop)
             if safe > shown:
@@ -120,30 +121,34 @@ class TextStream:
         if len(text) > shown:
             yield text[shown:]
         self._completion = Completion(
-            text, tuple(self._tokens), reason, len(self._prompt), *self._seconds, self._n_decoded
+            text,
+            tuple(self._tokens),
+            reason,
+            len(self._prompt),
+            self._prefill_seconds,
+            self._decode_seconds,
+            self._n_decoded,
         )
 
     def _generate(self) -> Iterator[int]:
         """Chosen tokens: prefill from a cleared context, then one evaluation for each but the first."""
-        self._model.clear()
-        logits = self._timed(self._prompt, 0)
-        choose = _chooser(self._model, self._sampling)
-        limit = min(self._max_tokens, self._model.settings.n_ctx - len(self._prompt))
-        for left in range(limit - 1, -1, -1):
+        model = self._model
+        model.clear()
+        started = time.perf_counter()
+        logits = model.evaluate(self._prompt)
+        self._prefill_seconds = time.perf_counter() - started
+        choose = _chooser(model, self._sampling)
+        for left in range(min(self._max_tokens, model.settings.n_ctx - len(self._prompt)) - 1, -1, -1):
             token = choose(logits)
             yield token
             if left:
-                logits = self._timed([token], 1)
+                started = time.perf_counter()
+                logits = model.evaluate([token])
+                self._decode_seconds += time.perf_counter() - started
                 self._n_decoded += 1
 
-    def _timed(self, tokens: Sequence[int], phase: int) -> np.ndarray:
-        started = time.perf_counter()
-        logits = self._model.evaluate(tokens)
-        self._seconds[phase] += time.perf_counter() - started
-        return logits
 
-
-def _chooser(model: Model, sampling: Sampling) -> Any:
+def _chooser(model: Model, sampling: Sampling) -> Callable[[Floats], int]:
     if sampling.temperature <= 0:
         return lambda logits: int(np.argmax(logits))
     model.llama.set_seed(sampling.seed)
@@ -157,23 +162,19 @@ def _chooser(model: Model, sampling: Sampling) -> Any:
     return lambda _logits: int(sampler.sample(model.llama._ctx, -1))
 
 
-def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the earliest stop text begins, or None."""
-    found = [at for at in (text.find(one) for one in stop if one) if at >= 0]
-    return min(found, default=None)
-
-
 def _held_back(text: str, stop: Sequence[str]) -> int:
     """Characters at the end that may turn out to begin a stop text.
 
     >>> _held_back("def f():\\n", ["\\n\\n", "\\nclass"])
     1
     """
-    lengths = (n for one in stop for n in range(min(len(one), len(text)), 0, -1) if one.startswith(text[-n:]))
-    return max(lengths, default=0)
+    starts = (
+        n for mark in stop for n in range(min(len(mark), len(text)), 0, -1) if mark.startswith(text[-n:])
+    )
+    return max(starts, default=0)
 
 
-def chat_prompt(model: Model, prompt: str | Sequence[dict[str, str]]) -> list[int]:
+def chat_prompt(model: Model, prompt: str | Sequence[Message]) -> list[int]:
     """Token ids of a chat in the model's own template, up to where the answer begins, with at most one BOS.
 
     Args:
@@ -185,32 +186,18 @@ def chat_prompt(model: Model, prompt: str | Sequence[dict[str, str]]) -> list[in
     return model.with_bos(model.tokenize(chat_text(model, prompt)))
 
 
-def chat_text(model: Model, prompt: str | Sequence[dict[str, str]]) -> str:
+def chat_text(model: Model, prompt: str | Sequence[Message]) -> str:
     """The text of a chat in the model's own template, up to where the answer begins.
 
     Raises:
-        ModelError: the header has no chat template, or the template refuses the messages.
+        ModelError: the header has no chat template, or the template fails, refuses the messages or leaves the
+            question out.
     """
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    template = model.header.get("tokenizer.chat_template")
-    if not template:
+    if not model.header.text("tokenizer.chat_template"):
         raise ModelError(
             "its header has no chat template", where=model.path, hint="use complete() with plain text"
         )
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    llama = model._open()
-    bos, eos = (_token_text(llama, token) for token in (llama.token_bos(), llama.token_eos()))
-    try:
-        return Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)(messages=messages).prompt
-    except Exception as error:  # a template is code of the file's author, and may raise anything
-        raise ModelError(
-            f"its chat template fails ({error})", where=model.path, hint="use complete() with plain text"
-        ) from error
-
-
-def _token_text(llama: Any, token: int) -> str:
-    return llama._model.token_get_text(token) if token >= 0 else ""
+    return model.template.render([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
 
 
 def stream_tokens(
@@ -231,7 +218,7 @@ def stream_tokens(
 
 def stream_chat(
     model: Model,
-    prompt: str | Sequence[dict[str, str]],
+    prompt: str | Sequence[Message],
     max_tokens: int = 256,
     sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
@@ -242,7 +229,7 @@ def stream_chat(
 
 def chat(
     model: Model,
-    prompt: str | Sequence[dict[str, str]],
+    prompt: str | Sequence[Message],
     max_tokens: int = 256,
     sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
@@ -269,8 +256,8 @@ def answer_table(model: Model, prompts: Sequence[str], max_tokens: int = 256) ->
 
     answers = [chat(model, prompt, max_tokens) for prompt in prompts]
     rows = [
-        (prompt, one.text, len(one.token_ids), one.finish_reason)
-        for prompt, one in zip(prompts, answers, strict=True)
+        (prompt, answer.text, answer.n_tokens, answer.finish_reason)
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
     return pd.DataFrame(rows, columns=["prompt", "answer", "tokens", "finish_reason"])
 

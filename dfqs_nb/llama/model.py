@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,16 +17,20 @@ from numpy.typing import NDArray
 
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import usable_cores
+from dfqs_nb.gguf.facts import require_model
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import MemoryEstimate, check_fits, estimate
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama import check
 from dfqs_nb.llama.check import Trial
-from dfqs_nb.llama.settings import LOG, OpenSettings, build_llama, llama_version
+from dfqs_nb.llama.settings import LOG, WARNING, OpenSettings, build_llama, llama_version
+from dfqs_nb.llama.template import CLOCK, ChatTemplate
 
 Floats = NDArray[np.float32]
 TOLERANCE = 1e-2  # of a logit; the logits of a vocabulary spread over about 2
 SMALL_MODEL_BYTES = 64 << 20
+# Warnings of llama.cpp that say nothing of the file: the context is shorter than the model's, as asked for.
+HARMLESS = re.compile(r"full capacity of the model will not be utilized")
 
 
 class DecodeError(ModelError):
@@ -81,6 +86,11 @@ class Model:
     warnings: tuple[str, ...] = ()
     keep_lock: bool = False
 
+    def __post_init__(self) -> None:
+        """Have the chat template at hand; its process starts with the first chat."""
+        bos, eos = (self._token_text(token) for token in (self.llama.token_bos(), self.llama.token_eos()))
+        self.template = ChatTemplate(self.header.text("tokenizer.chat_template"), bos, eos, self.path)
+
     def __repr__(self) -> str:
         """In a notebook: the file's name, without the folders of this machine."""
         state = "" if self.llama is not None else ", closed"
@@ -96,6 +106,7 @@ class Model:
 
     def close(self) -> None:
         """Free the weights and the context; closing twice is fine."""
+        self.template.close()
         if self.llama is not None:
             self.llama.close()
             self.llama = None
@@ -119,8 +130,14 @@ class Model:
         return int(llama.token_bos()) if llama._model.add_bos_token() else -1
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of ``text``, without a BOS; ``special``: the text of a control token is that token."""
-        ids: list[int] = self._open().tokenize(text.encode("utf-8"), add_bos=False, special=special)
+        """Token ids of ``text``, without a BOS; a lone surrogate becomes ``?``.
+
+        Args:
+            special: the text of a control token is that token.
+        """
+        ids: list[int] = self._open().tokenize(
+            text.encode("utf-8", "replace"), add_bos=False, special=special
+        )
         return ids
 
     def with_bos(self, tokens: Sequence[int]) -> list[int]:
@@ -141,6 +158,10 @@ class Model:
             size = -n
             buffer = ctypes.create_string_buffer(size)
         return buffer.raw[:n]
+
+    def _token_text(self, token: int) -> str:
+        """A token as the vocabulary writes it, control tokens too."""
+        return str(self._open()._model.token_get_text(token)) if token >= 0 else ""
 
     def ends(self, token: int) -> bool:
         """Whether this token ends a generation."""
@@ -205,6 +226,12 @@ class Model:
             self._decode_batch(chunk, every_logit=True)
             yield np.ctypeslib.as_array(self.llama._ctx.get_logits(), shape=(len(chunk), self.n_vocab))
 
+    def synchronize(self) -> None:
+        """Wait until everything that was evaluated is computed (a GPU works on its own)."""
+        import llama_cpp
+
+        llama_cpp.llama_synchronize(self._open().ctx)
+
     def _check_room(self, tokens: Sequence[int]) -> None:
         n_tokens = self.n_past + len(tokens)
         if not len(tokens):
@@ -221,16 +248,10 @@ class Model:
         import llama_cpp.llama_cpp as api
 
         llama, n, n_past = self._open(), len(tokens), self.n_past
-        sequence = (api.llama_seq_id * 1)(0)
-        batch = api.llama_batch(
-            n_tokens=n,
-            token=(api.llama_token * n)(*tokens),
-            embd=None,
-            pos=(api.llama_pos * n)(*range(n_past, n_past + n)),
-            n_seq_id=(ctypes.c_int32 * n)(*[1] * n),
-            seq_id=(ctypes.POINTER(api.llama_seq_id) * n)(*[sequence] * n),  # type: ignore[misc]
-            logits=(ctypes.c_int8 * n)(*[every_logit] * (n - 1), 1),
-        )
+        ids = (api.llama_token * n)(*tokens)  # the batch points into it
+        batch = api.llama_batch_get_one(ids, n)
+        if every_logit:
+            batch.logits = (ctypes.c_int8 * n)(*[1] * n)
         run = _decode_with_lock() if self.keep_lock and n == 1 else api.llama_decode
         status = run(llama.ctx, batch)
         if status != 0:
@@ -310,16 +331,18 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
         trial: try it in a child process first. Without it a damaged file can end this process.
 
     Raises:
-        HeaderError, ShardError: the file is not a complete, readable GGUF model.
+        HeaderError, ShardError: the file is not a complete, readable GGUF file.
         SpaceError: KV cache and compute buffer exceed the free memory.
-        ModelError: llama.cpp refuses the model, dies on it, or computes NaN; llama.cpp's last lines are a
-            note of the exception.
+        ModelError: it is no language model, or llama.cpp refuses it, dies on it, or computes NaN; llama.cpp's
+            last lines are a note of the exception.
 
     Warns:
-        RuntimeWarning: weights exceed the free memory, so they will be read again and again.
+        RuntimeWarning: weights exceed the free memory, so they will be read again and again; or llama.cpp warns of
+            the file (`Model.warnings`).
     """
     settings = settings or OpenSettings()
     shards = open_shards(path)
+    require_model(shards.as_one)
     first = shards.paths[0]
     needs = _needs(shards.headers, settings)
     # a certain shortage is refused early; llama.cpp's own plan judges the others, and a GPU has its own memory
@@ -333,7 +356,20 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
     started = time.perf_counter()
     llama = build_llama(first, settings)
     seconds = time.perf_counter() - started
-    return Model(llama, first, shards.headers[0], settings, needs, tried, seconds)
+    model = Model(llama, first, shards.headers[0], settings, needs, tried, seconds)
+    model.warnings = _warnings(model)
+    for text in model.warnings:
+        warnings.warn(f"{first.name}: {text}", RuntimeWarning, stacklevel=2)
+    return model
+
+
+def _warnings(model: Model) -> tuple[str, ...]:
+    """What llama.cpp warned of while it loaded the model, each line once, and what we have to say."""
+    lines = [re.sub(r"^\w+: ", "", line).strip(" *-") for line in LOG.tail(500, WARNING)]
+    texts = [f"llama.cpp warns: {line}" for line in lines if line and not HARMLESS.search(line)]
+    if model.template.dated:
+        texts.append(f"its chat template writes the date: it gets {CLOCK:%d %B %Y}, so that prompts repeat")
+    return tuple(dict.fromkeys(texts))
 
 
 def threads_for(path: str | Path) -> int:

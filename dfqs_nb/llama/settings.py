@@ -14,7 +14,7 @@ import re
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ GGML_TYPES = {
     "iq4_nl": 20,
     "bf16": 30,
 }
+MAX_LINE = 2000  # characters kept of a line of the log: a model's name can have 100,000
 MAX_CTX = 2**31 - 256
 COUNTS = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")
 RPC_ADDRESS = re.compile(r"[\w.\-]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
@@ -156,7 +157,8 @@ class LlamaLog:
         if self.echo is not None and self._level >= self.echo:
             os.write(2, text)
         *lines, self._open_line = (self._open_line + text.decode("utf-8", "replace")).split("\n")
-        self._lines.extend((self._level, line) for line in lines)
+        self._open_line = self._open_line[:MAX_LINE]
+        self._lines.extend((self._level, line[:MAX_LINE]) for line in lines)
 
     def clear(self) -> None:
         """Forget the lines so far."""
@@ -176,24 +178,26 @@ _building = threading.RLock()  # a context's parameters are set around its model
 
 
 @contextlib.contextmanager
-def _default_params(maker: str, fields: dict[str, object]) -> Iterator[None]:
-    """Make what ``llama_cpp.<maker>()`` returns carry ``fields``. It is put back, also on errors."""
+def _replaced(owner: Any, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Pass what the function ``owner.name`` returns through ``change``. It is put back, also on errors."""
+    with _building:
+        original = getattr(owner, name)
+        setattr(owner, name, lambda *arguments: change(original(*arguments)))
+        try:
+            yield
+        finally:
+            setattr(owner, name, original)
+
+
+def _default_params(maker: str, fields: dict[str, object]) -> contextlib.AbstractContextManager[None]:
     import llama_cpp.llama_cpp as api
 
-    original = getattr(api, maker)
-
-    def wrapped() -> Any:
-        params = original()
+    def change(params: Any) -> Any:
         for name, value in fields.items():
             setattr(params, name, value)
         return params
 
-    with _building:
-        setattr(api, maker, wrapped)
-        try:
-            yield
-        finally:
-            setattr(api, maker, original)
+    return _replaced(api, maker, change)
 
 
 def default_model_params(**fields: object) -> contextlib.AbstractContextManager[None]:
@@ -216,13 +220,23 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
         ModelError: llama.cpp refuses the file. A file that aborts it ends this process: see `check.trial`.
     """
     import llama_cpp
+    from llama_cpp._internals import LlamaModel
+
+    def without_templates(metadata: dict[str, str]) -> dict[str, str]:
+        """``Llama`` parses every chat template at once and fails on one, used or not: we render it ourselves."""
+        return {
+            name: text for name, text in metadata.items() if not name.startswith("tokenizer.chat_template")
+        }
 
     LOG.install()
     LOG.clear()
     add_rpc_servers(settings)
     names = (*COUNTS, "n_gpu_layers", "flash_attn", "use_mmap", "swa_full")
     try:
-        with default_model_params(use_extra_bufts=settings.use_extra_bufts):
+        with (
+            default_model_params(use_extra_bufts=settings.use_extra_bufts),
+            _replaced(LlamaModel, "metadata", without_templates),
+        ):
             llama = llama_cpp.Llama(
                 model_path=str(path),
                 verbose=False,
@@ -239,6 +253,11 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
 # ---- refusals ----
 
 REFUSAL_HINTS = (
+    (
+        "wrong number of tensors",
+        "it holds tensors that this llama.cpp does not use (a vision part, for example) or lacks some: get a "
+        "conversion made for llama.cpp",
+    ),
     ("key not found", "the file is in another dialect of its architecture: get a newer conversion"),
     ("split", "keep all shards under their own names in one folder, or merge them (01_merge_shards)"),
     ("not within the file bounds", "the file is cut off: resume or repeat the download"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dfqs_nb.llama.model import ContextFullError, DecodeError, Model
+from dfqs_nb.llama.model import ContextFullError, Model
 
 
 @dataclass(frozen=True)
@@ -83,27 +83,13 @@ def measure_speed(
 
 
 def _time_once(model: Model, prompt: Sequence[int], forced: Sequence[int]) -> tuple[float, float]:
-    """Seconds of the prefill, and of the decode of all forced tokens.
-
-    Tokens are handed to llama.cpp as llama-bench does it, so that Python's share of a token is small.
-    """
-    import llama_cpp
-
+    """Seconds of the prefill, and of the decode of all forced tokens."""
     model.clear()
-    context = model.llama.ctx
-    one = (llama_cpp.llama_token * 1)()
-    batch = llama_cpp.llama_batch_get_one(one, 1)
     started = time.perf_counter()
     model.decode(prompt)
-    llama_cpp.llama_synchronize(context)
+    model.synchronize()
     filled = time.perf_counter()
     for token in forced:
-        one[0] = token
-        if llama_cpp.llama_decode(context, batch):
-            raise DecodeError(
-                "llama.cpp fails while it is timed",
-                where=model.path,
-                hint="lower the depth, or n_ubatch if memory is short",
-            )
-        llama_cpp.llama_synchronize(context)
+        model.decode([token])
+        model.synchronize()
     return filled - started, time.perf_counter() - filled

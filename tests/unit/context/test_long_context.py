@@ -276,8 +276,10 @@ def test_a_budget_that_ends_during_the_run_censors(nano, tmp_path):
 
 def count_evaluated(model, monkeypatch) -> list[int]:
     sizes: list[int] = []
-    evaluate = model.llama.eval
-    monkeypatch.setattr(model.llama, "eval", lambda tokens: sizes.append(len(tokens)) or evaluate(tokens))
+    decode = model._decode_batch
+    monkeypatch.setattr(
+        model, "_decode_batch", lambda tokens, **how: sizes.append(len(tokens)) or decode(tokens, **how)
+    )
     return sizes
 
 

@@ -1,0 +1,199 @@
+"""A model's chat template, rendered in a child process.
+
+A template is code of the file's author: jinja's sandbox keeps it from our files, and the child's limits on time,
+memory and length keep it from taking this process along. ``python -m dfqs_nb.llama.template`` is that child; it
+lives as long as its model is open, because a process for each prompt would take longer than the prompt.
+
+The environment is that of llama-cpp-python's ``Jinja2ChatFormatter``, which follows Hugging Face Transformers. One
+difference: the clock stands still at `CLOCK`, so that a template that writes the date gives the same prompt every day.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dfqs_nb.core import child
+from dfqs_nb.core.errors import ModelError
+
+CLOCK = datetime(2026, 1, 1, 12)
+SECONDS = 10.0
+MAX_CHARACTERS = 1 << 24  # of a rendered chat
+MEMORY_BYTES = 2 << 30  # of the child's address space
+PLAIN = "use complete() with plain text, or a file with a sound template"
+
+Message = Mapping[str, str]
+
+
+class ChatTemplate:
+    """One model's template.
+
+    Args:
+        source: the template, in Jinja.
+        bos, eos: the texts of these tokens.
+        where: the model's file, for messages.
+
+    Attributes:
+        dated: whether it asks for the time; it gets that of `CLOCK`.
+    """
+
+    def __init__(self, source: str, bos: str, eos: str, where: Path) -> None:
+        self._job = {"source": source, "bos": bos, "eos": eos}
+        self.where, self.dated = where, "strftime_now" in source
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end: Callable[[], object] = lambda: None
+        self._fault = ""  # that of a child that had to be killed: no other prompt waits for that long
+        self._lock = threading.Lock()
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text of a chat, up to where the answer begins.
+
+        Raises:
+            ModelError: the template has a fault, refuses the messages, leaves the question out, or exceeds its
+                limits of time, memory and length.
+        """
+        with self._lock:
+            answer = self._ask([dict(message) for message in messages])
+        if "text" not in answer:
+            raise ModelError(f"its chat template fails ({answer['fault']})", where=self.where, hint=PLAIN)
+        text: str = answer["text"]
+        question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+        if not _holds(text, question):
+            raise ModelError("its chat template leaves out the question", where=self.where, hint=PLAIN)
+        return text
+
+    def close(self) -> None:
+        """End the child, if there is one."""
+        self._process = None
+        self._end()
+
+    def _ask(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        if self._fault:
+            return {"fault": self._fault}
+        if self._process is None:
+            self._process = child.start(__name__, self._job, log=subprocess.DEVNULL)
+            self._end = weakref.finalize(self, child.end, self._process, grace_seconds=1.0)
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        timer = threading.Timer(SECONDS, process.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            process.stdin.write(json.dumps(messages).encode() + b"\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        finally:
+            in_time = timer.is_alive()
+            timer.cancel()
+        if not line.endswith(b"\n"):
+            self.close()
+            self._fault = f"it exceeds its limit of {'memory' if in_time else f'{SECONDS:.0f} seconds'}"
+            return {"fault": self._fault}
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def _holds(text: str, question: str) -> bool:
+    """Whether the question is in the text; a template may quote it, or strip its lines.
+
+    >>> _holds('["say", "hi"]', 'say "hi"'), _holds("Hello", "What is 2 + 2?")
+    (True, False)
+    """
+    return question.strip() in text or all(word in text for word in re.findall(r"\w+", question))
+
+
+# ---- the child's side ----
+
+
+def _renderer(source: str, bos: str, eos: str) -> Any:
+    """A function of the messages that yields the text piece by piece.
+
+    Raises:
+        jinja2.TemplateError: Jinja cannot parse the source.
+    """
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationTag(Extension):
+        """``{% generation %}`` of Transformers marks the answer for training; here it does nothing."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            parser.stream.skip(1)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        loader=jinja2.BaseLoader(),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[GenerationTag, loopcontrols],
+    )
+    environment.filters["tojson"] = to_json
+    template = environment.from_string(source)
+    values = {
+        "bos_token": bos,
+        "eos_token": eos,
+        "add_generation_prompt": True,
+        "raise_exception": refuse,
+        "strftime_now": CLOCK.strftime,
+        **dict.fromkeys(("functions", "function_call", "tools", "tool_choice")),
+    }
+    return lambda messages: template.generate(messages=messages, **values)
+
+
+def _render(pieces: Any) -> str:
+    text = ""
+    for piece in pieces:
+        text += piece
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(f"its text exceeds {MAX_CHARACTERS:,} characters")
+    return text
+
+
+def main() -> None:
+    """Take the template, then answer each line of messages with a line: the text, or what is wrong."""
+    child.limit_memory(MEMORY_BYTES)
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    job, render, fault = json.loads(sys.stdin.readline()), None, ""
+    try:
+        render = _renderer(**job)
+    except Exception as error:  # Jinja raises its own errors, and Python's
+        fault = _words(error)
+    for line in sys.stdin:
+        answer = {"fault": fault}
+        if render is not None:
+            try:
+                answer = {"text": _render(render(json.loads(line)))}
+            except Exception as error:  # the template is code: it may raise anything
+                answer = {"fault": _words(error)}
+        channel.write(json.dumps(answer) + "\n")
+        channel.flush()
+
+
+def _words(error: Exception) -> str:
+    number = getattr(error, "lineno", None)  # of Jinja's syntax errors
+    line = f"line {number}: " if number else ""
+    return (line + (str(error) or type(error).__name__))[:300]
+
+
+if __name__ == "__main__":
+    main()
