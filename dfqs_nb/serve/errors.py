@@ -11,6 +11,7 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.llama.model import ContextFullError
 
 BUSY = (408, 409, 425, 429)  # and 5xx: worth asking again
+NEEDED = ("model", "prompt", "messages")  # fields of a request that none can be without
 OVERFLOW = re.compile(
     r"exceed_context_size|context_length_exceeded|exceeds? (the )?(available )?context|maximum context length"
     r"|context (window|size|length)[^.]{0,40}exceed|max_model_len",
@@ -183,10 +184,11 @@ def _field_hint(words: str, fields: Sequence[str]) -> str:
     >>> _field_hint("Unsupported parameter: 'seed'", ("max_tokens", "seed"))
     'leave it out with --field seed= (fields={"seed": ""}), or rename it with --field seed=NEWNAME'
     """
-    named = [name for name in fields if re.search(rf"\b{re.escape(name)}\b", words)]
+    found = [match for name in fields if (match := re.search(rf"\b{re.escape(name)}\b", words))]
+    named = [match[0] for match in sorted(found, key=re.Match.start) if match[0] not in NEEDED]
     if not named:
         return ""
-    name = max(named, key=len)
+    name = named[0]
     other = "max_completion_tokens" if name == "max_tokens" else "NEWNAME"
     drop = json.dumps({name: ""})
     return f"leave it out with --field {name}= (fields={drop}), or rename it with --field {name}={other}"

@@ -249,9 +249,9 @@ def _glued_from(model: registry.Model, known: Mapping[str, registry.Model]) -> s
 
 def _glued_note(model: registry.Model, shards: str) -> str:
     return (
-        f"The published file has {model.size_bytes:,} bytes, exactly the sum of the shards of {shards}: it "
-        "was concatenated, not merged, and no runtime loads it (llama.cpp: invalid split file name). The recipe "
-        f"repairs it in place. Or give the name {shards} instead."
+        f"The published file has {model.size_bytes:,} bytes, exactly the sum of the shards of {shards}: "
+        "it was concatenated, not merged, and no runtime loads it (llama.cpp: invalid split file name). "
+        f"The recipe repairs it in place. Or give the name {shards} instead."
     )
 
 

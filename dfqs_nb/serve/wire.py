@@ -125,9 +125,13 @@ class Wire:
             project="",
             timeout=timeout,
             max_retries=0,
-            default_query=dict(parse_qsl(self.query.reveal(), keep_blank_values=True)),
+            default_query=dict(self._asked),
             http_client=http,
         )
+
+    @property
+    def _asked(self) -> list[tuple[str, str]]:
+        return parse_qsl(self.query.reveal(), keep_blank_values=True)
 
     def hide(self, text: str) -> str:
         r"""A text from outside: without this address's secrets, halves of characters joined or replaced.
@@ -135,8 +139,8 @@ class Wire:
         >>> Wire("http://a/v1", Secret("sk-12345")).hide("no sk-12345 \ud83d\ude00 \udcaf")
         'no *** 😀 �'
         """
-        values = [self.key.reveal(), *(value for _, value in parse_qsl(self.query.reveal()))]
-        for secret in values:
+        values = [self.key.reveal(), *(value or name for name, value in self._asked)]
+        for secret in sorted(values, key=len, reverse=True):
             text = text.replace(secret, "***") if len(secret) >= SHORTEST_SECRET else text
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 

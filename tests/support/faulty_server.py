@@ -52,7 +52,7 @@ class FaultyServer:
 
     @property
     def asked(self) -> list[dict]:
-        return [body for path, body, _ in self.log if path.endswith("completions")]
+        return [body for path, body, _ in self.log if path.partition("?")[0].endswith("completions")]
 
     def __enter__(self) -> FaultyServer:
         self.http = _Server(("127.0.0.1", self.port), _Handler)
@@ -111,6 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._seen()
+        self.path = self.path.partition("?")[0]
         if self.path == "/v1/models" and not self._refused():
             listed = [{"id": name, "object": "model", **self.owner.meta} for name in self.owner.models]
             self._json(200, {"object": "list", "data": listed})
@@ -125,8 +126,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._seen()
         if self._refused():
             return
-        if not self.path.endswith("completions"):
-            return self._page()
+        if not self.path.partition("?")[0].endswith("completions"):
+            self._page()
+            return
         self.inside = True
         with self.owner.lock:
             fault = self.owner.faults.pop(0) if self.owner.faults else "none"
@@ -212,7 +214,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._left()
         if not body.get("stream"):
             choice = self._choice(body, "".join(self._pieces(body)), reason)
-            return self._json(200, self._object(body, [choice], True))
+            self._json(200, self._object(body, [choice], True))
+            return
         self._event(self._object(body, [self._choice(body, "", reason)], True))
         self._event(b"[DONE]")
         self.wfile.write(b"0\r\n\r\n")
@@ -245,10 +248,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _quiet_overflow(self, body: dict, _extra: str) -> None:
         """As llama-cpp-python 0.3.36: a stream that ends without an event; asked whole, the reason."""
         if not body.get("stream"):
-            return self._json(
+            self._json(
                 400,
                 {"error": {**OVERFLOW, "type": "invalid_request_error", "code": "context_length_exceeded"}},
             )
+            return
         self.owner.faults.insert(0, "quiet-overflow")
         self._begin(body, 0)
         self.wfile.write(b"0\r\n\r\n")
@@ -264,7 +268,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _event_error(self, body: dict, _extra: str) -> None:
         """As llama.cpp: an error event in the stream."""
         if not body.get("stream"):
-            return self._500(body, "")
+            self._500(body, "")
+            return
         self._begin(body, 2)
         self._event({"error": {"code": 500, "message": "failed to decode", "type": "server_error"}})
         self.wfile.write(b"0\r\n\r\n")
@@ -295,12 +300,82 @@ class _Handler(BaseHTTPRequestHandler):
     def _null(self, body: dict, _extra: str) -> None:
         """A proxy's answer without its message."""
         if not body.get("stream"):
-            return self._json(
+            self._json(
                 200, self._object(body, [{"index": 0, "message": None, "finish_reason": "stop"}], True)
             )
+            return
         self._begin(body, 0)
         self._event(self._object(body, [{"index": 0, "delta": None, "finish_reason": None}], False))
         self.wfile.write(b"0\r\n\r\n")
+
+    # ---- hostile ----
+
+    def _halves(self, body: dict, pieces: str) -> None:
+        """Pieces, given as JSON, that hold halves of a character."""
+        self._left()
+        texts = json.loads(pieces)
+        if not body.get("stream"):
+            self._json(200, self._object(body, [self._choice(body, "".join(texts), "stop")], True))
+            return
+        self._begin(body, 0)
+        for text in texts:
+            self._event(self._object(body, [self._choice(body, text, None)], False))
+        self._event(self._object(body, [self._choice(body, "", "stop")], True))
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _raw(self, _body: dict, kind: str) -> None:
+        """An answer of its own shape: bytes that are not UTF-8, JSON in a thousand brackets, numbers as texts."""
+        raw = {
+            "bytes": b'{"choices":[{"text":"a\xff\xfeb","message":{"content":"a\xff\xfeb"},"finish_reason":"stop"}]}',
+            "deep": b"[" * 100_000,
+            "usage": b'{"choices":[{"text":"x","message":{"content":"x"},"finish_reason":"stop"}],"usage":{"completion_tokens":"many"}}',
+            "list": b'["not", "an", "answer"]',
+            "content": b'{"choices":[{"text":[1],"message":{"content":[1]},"finish_reason":"stop"}]}',
+        }[kind]
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def _drip(self, _body: dict, where: str) -> None:
+        """One byte after the other, for ever: of the headers, or of an event."""
+        head = b"HTTP/1.1 200 OK\r\nX-Slow: "
+        if where == "body":
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n: "
+        self.wfile.write(head)
+        for _ in range(300):
+            self.wfile.write(b"a")
+            self.wfile.flush()
+            threading.Event().wait(0.1)
+
+    def _endless(self, body: dict, n_bytes: str) -> None:
+        """A stream, or a whole answer, without an end (but for this test's patience)."""
+        self.send_response(200)
+        stream = body.get("stream")
+        self.send_header("Content-Type", "text/event-stream" if stream else "application/json")
+        self.end_headers()
+        event = json.dumps(self._object(body, [self._choice(body, "word " * 100, None)], False)).encode()
+        part = b"data: " + event + b"\n\n" if stream else b'{"choices": "' + b"a" * 65536
+        for _ in range(int(n_bytes) // len(part)):
+            self.wfile.write(part)
+
+    def _refuses(self, body: dict, name: str) -> None:
+        """As servers that do not know a field; this one never forgets it."""
+        self.owner.faults.insert(0, f"refuses {name}")
+        if name not in body:
+            self._none(body, "")
+            return
+        words = f"Unsupported parameter: '{name}' is not supported with this model."
+        self._json(400, {"error": {"message": words, "type": "invalid_request_error"}})
+
+    def _echo(self, _body: dict, status: str) -> None:
+        """The key, in the words of an error (or of an answer)."""
+        sent = self.headers.get("Authorization", "") + self.path
+        if status == "200":
+            self._json(200, self._object(_body, [self._choice(_body, sent, "stop")], True))
+            return
+        self._json(int(status), {"error": {"message": f"who is {sent}?", "type": sent}})
 
     def _filtered(self, body: dict, reason: str) -> None:
         self._begin(body, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ from dfqs_nb.gguf import broken as specimens
 from dfqs_nb.gguf import models as registry
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.serve import recipes as deploy
+from dfqs_nb.serve import templates
 from dfqs_nb.serve.recipes import write_recipe
 from dfqs_nb.serve.targets import DeployError
 
@@ -127,7 +129,7 @@ def test_recipe_for_the_local_file(target, odd_folder, tmp_path, monkeypatch):
     words = commands_of(recipe)
     whole = "\n".join([*texts(recipe).values(), *recipe.commands, *recipe.checks, *recipe.notes])
     assert SECRET not in whole, "a key was written"
-    assert os.path.isabs(recipe.model) or recipe.model.startswith("C:\\"), recipe.model
+    assert Path(recipe.model).is_absolute() or recipe.model.startswith("C:\\"), recipe.model
     assert recipe.settings.n_ctx <= 65_536 and recipe.settings.n_threads == 1
     assert deploy.targets()[target].limits in whole and words is not None
     if deploy.targets()[target].server:
@@ -462,6 +464,71 @@ def test_the_command_line(tmp_path):
             and failed.stderr.count("\n") == 1
             and failed.stderr.startswith("dfqs-nb: ")
         )
+
+
+@pytest.fixture
+def named(tmp_path):
+    """The reference shards in a folder of this name, and a recipe for them."""
+
+    def made(target: str, folder: str | bytes) -> deploy.Recipe:
+        place = tmp_path / os.fsdecode(folder)
+        place.mkdir()
+        for path in specimens.reference_shards().paths:
+            shutil.copy(path, place)
+        return write_recipe(target, place / SHARD.name, tmp_path / "recipe")
+
+    return made
+
+
+def test_typographic_quotes_end_no_string_of_powershell(tmp_path):
+    """PowerShell takes four of them for a plain quote: in a string, each is doubled."""
+    name = "it's \u2018Ann\u2019s\u201a \u201bmodel; calc"
+    shell = templates._for_powershell(name)
+    assert shell == "'" + re.sub("(['\u2018\u2019\u201a\u201b])", r"\1\1", name) + "'"
+    closing = re.sub("(?:''|\u2018\u2018|\u2019\u2019|\u201a\u201a|\u201b\u201b)", "", shell[1:-1])
+    assert not re.search("['\u2018\u2019\u201a\u201b]", closing)
+
+
+@pytest.mark.parametrize("folder", ["a\nPARAMETER stop x", "a\rb", "a\u2028b", "a\x1bb"])
+def test_a_line_break_cannot_get_into_a_modelfile(named, folder, tmp_path):
+    """The folder that receives the recipe, into which the shards are merged, is the one that it names."""
+    with pytest.raises(DeployError, match="a Modelfile cannot name"):
+        write_recipe("ollama", SHARD, tmp_path / folder)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["a```b", "```", "x ~~~ ````"])
+def test_fences_in_a_path_end_no_block_of_the_recipe(named, folder):
+    text = texts(named("llama-cpp-brew", folder))["RECIPE.md"]
+    fences = re.findall("^(`{3,})", text, re.MULTILINE)
+    assert len(set(fences)) == 2 and len(fences) == 4 and max(fences) not in folder
+
+
+@pytest.mark.parametrize("target", ["llama-cpp-docker", "jan", "pi", "lemonade", "llama-cpp-python"])
+@pytest.mark.parametrize("folder", ["a\u2028b", "a\x85b", "a\ufeffb", "a\nb", 'a"b', "a: b #c"])
+def test_every_character_of_a_path_survives(named, target, folder):
+    recipe = named(target, folder)
+    found = {word for words in commands_of(recipe) for word in words}
+    for name, text in texts(recipe).items():
+        if name.endswith((".json", ".yaml", ".yml")):
+            found |= set(map(str, values_of(yaml.safe_load(text))))
+        elif name.endswith(".py"):
+            found |= {node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)}
+    assert any(folder in str(word) for word in found)
+
+
+def test_a_path_that_is_not_utf_8_is_refused(named):
+    with pytest.raises(DeployError, match="not UTF-8"):
+        named("jan", b"a\xffb")
+
+
+def test_a_processor_with_amx_is_thought_of(tmp_path):
+    """A default build dies there: each recipe for llama.cpp passes what avoids it, or says what to know."""
+    for target in TARGETS:
+        recipe = write_recipe(target, SHARD, tmp_path / target)
+        whole = "\n".join([*texts(recipe).values(), *recipe.commands])
+        avoids = "--no-repack" in whole or "use_extra_bufts" in whole
+        assert avoids or any("AMX" in note for note in recipe.notes) or target == "vllm", target
 
 
 # ---- what is known of the targets ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -57,10 +58,8 @@ def listening(pid: int) -> set[str]:
     """Addresses that a process listens on, from the kernel's tables (Linux)."""
     own = set()
     for handle in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            own.add(os.readlink(handle))
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            own.add(str(handle.readlink()))
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:

@@ -1,0 +1,322 @@
+"""Servers that break characters, drip, never end, cut prompts, refuse fields or repeat the key, and proxies."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+import time
+import traceback
+
+import pytest
+from faulty_server import TEXT, FaultyServer
+
+from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.scores import item_sets
+from dfqs_nb.serve import client, retrieval, scoring, servers, wire
+from dfqs_nb.serve.errors import (
+    BrokenAnswerError,
+    BusyError,
+    ContextOverflowError,
+    EndlessAnswerError,
+    EndpointError,
+    KeyRefusedError,
+    UnreachableError,
+)
+from dfqs_nb.workbook import cli
+
+QUESTIONS = item_sets.load_item_set("nano-reasoning")
+KEY = "sk-never-to-be-seen-9d21"
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(wire, "FIRST_PAUSE_SECONDS", 0.001)
+
+
+@pytest.fixture
+def server():
+    with FaultyServer() as faulty:
+        yield faulty
+
+
+# ---- characters ----
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    "pieces, text",
+    [
+        (["\ud83d", "\ude00", "<answer>18"], "\U0001f600<answer>18"),
+        (["\udcaf", "<answer>18"], "\ufffd<answer>18"),
+        (["a\ud83d"], "a\ufffd"),
+        (["\x00nul"], "\x00nul"),
+    ],
+)
+def test_halves_of_a_character_are_joined_or_replaced(server, pieces, text, stream):
+    server.faults = [f"halves {json.dumps(pieces)}"]
+    assert client.connect(server.url, stream=stream).chat("x").text == text
+
+
+def test_halves_of_a_character_do_not_stop_a_run(server, tmp_path):
+    server.faults = ['halves ["\\udcaf"]'] * 3
+    run = scoring.score_set(client.connect(server.url), QUESTIONS, tmp_path, limit=3, progress=False)
+    assert run.items["completion"].tolist() == ["\ufffd"] * 3
+    again = scoring.score_set(client.connect(server.url), QUESTIONS, tmp_path, limit=3, progress=False)
+    assert again.n_resumed == 3
+
+
+def test_halves_of_a_character_in_what_a_server_reports(server):
+    server.models = ("a\ud83d",)
+    server.pages["/props"] = [
+        (
+            200,
+            {"default_generation_settings": {"n_ctx": 64}, "build_info": "\udc00", "chat_template": "\ud800"},
+        )
+    ]
+    facts = client.connect(server.url).facts
+    assert (facts.models, facts.version, facts.chat_template) == (("a\ufffd",), "\ufffd", "\ufffd")
+
+
+def test_bytes_that_are_not_utf_8_are_replaced(server):
+    server.faults = ["raw bytes"]
+    assert client.connect(server.url, stream=False).chat("x").text == "a\ufffd\ufffdb"
+
+
+@pytest.mark.parametrize("kind", ["deep", "usage", "list", "content"])
+def test_an_answer_of_another_shape_is_a_broken_one(server, kind):
+    server.faults = [f"raw {kind}"] * 2
+    with pytest.raises(BrokenAnswerError) as caught:
+        client.connect(server.url, stream=False, retries=1).chat("x")
+    assert len(str(caught.value)) < 500 and len(server.asked) == 2
+
+
+@pytest.mark.parametrize(
+    "page", [[], {"default_generation_settings": []}, {"default_generation_settings": 7}, "x"]
+)
+def test_a_page_of_another_shape_is_no_page(server, page):
+    server.pages["/props"] = [(200, page)]
+    assert client.connect(server.url).facts.name == "unknown"
+
+
+# ---- limits ----
+
+
+@pytest.mark.parametrize("where", ["headers", "body"])
+def test_an_answer_that_drips_ends_in_time(server, where):
+    endpoint = client.connect(server.url, timeout_seconds=0.4, retries=3)
+    server.faults = [f"drip {where}"] * 4
+    started = time.monotonic()
+    with pytest.raises(EndlessAnswerError, match="does not end"):
+        endpoint.chat("x", 6)
+    assert time.monotonic() - started < 3 and len(server.asked) == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_of_100_megabytes_is_left(server, stream):
+    server.faults = ["endless 100000000"]
+    with pytest.raises(EndlessAnswerError, match="bytes"):
+        client.connect(server.url, stream=stream).chat("x", 16)
+
+
+def test_a_list_of_models_that_drips_ends_in_time(monkeypatch):
+    """Also before anything is known of the server."""
+    monkeypatch.setattr(client, "LISTING_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(4096)
+                for _ in range(100):
+                    try:
+                        connection.sendall(b"H")
+                    except OSError:
+                        return
+                    time.sleep(0.1)
+
+        threading.Thread(target=drip, daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(EndpointError):
+            client.connect(f"http://127.0.0.1:{listening.getsockname()[1]}")
+    assert time.monotonic() - started < 5
+
+
+# ---- prompts that are cut ----
+
+
+def recall(body: dict) -> str:
+    """The code that the needle in the text has: a perfect memory of what was read."""
+    codes = re.findall(r"\d{4,5}", body["prompt"])
+    return f"The pass key is {codes[0]}." if codes else "0."
+
+
+@pytest.mark.parametrize("window, last", [(150, 128), (300, 256), (1 << 30, 1024)])
+def test_a_server_that_cuts_long_prompts_has_too_little_context(server, tmp_path, window, last):
+    server.window = window
+    server.answer = lambda body: recall({"prompt": body["prompt"][-10 * window :]})
+    run = retrieval.measure_long_context(client.connect(server.url), tmp_path, longest=1024, n_haystacks=3)
+    assert run.items["correct"].all() and run.items["length"].max() == last
+    if last < 1024:
+        assert run.failure is not None and run.failure.cause == "n_ctx"
+        assert "the server cut the prompt: it read" in run.failure.message
+    else:
+        assert run.failure is None
+
+
+def test_a_server_that_counts_other_than_estimated_is_not_accused(server, tmp_path):
+    """Its prompt cache leaves most of a prompt out of the count; halves are counted without it."""
+    server.answer = recall
+    server.count = lambda body: (
+        1 + len(body.get("prompt", "")) // (10 if len(body.get("prompt", "")) < 300 else 13)
+    )
+    run = retrieval.measure_long_context(client.connect(server.url), tmp_path, longest=512, n_haystacks=3)
+    assert run.failure is None and run.items["length"].max() == 512
+
+
+def test_a_question_that_is_cut_is_no_wrong_answer(server, tmp_path):
+    long = QUESTIONS.items[0].__class__(
+        **{**vars(QUESTIONS.items[0]), "id": "long", "prompt": "The dog slept. " * 99}
+    )
+    questions = QUESTIONS.__class__(**{**vars(QUESTIONS), "items": (*QUESTIONS.items[:3], long)})
+    server.window = 70
+    with pytest.raises(ContextOverflowError, match="cut the prompt"):
+        scoring.score_set(client.connect(server.url), questions, tmp_path, progress=False)
+
+
+# ---- fields ----
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "seed", "stream_options", "temperature"])
+def test_a_field_that_is_refused_can_be_left_out(server, name):
+    server.faults = [f"refuses {name}"]
+    endpoint = client.connect(server.url, stream=name == "stream_options")
+    with pytest.raises(EndpointError, match=f"--field {name}=") as caught:
+        endpoint.chat("x")
+    assert type(caught.value) is EndpointError and len(server.asked) == 1
+    other = client.connect(server.url, stream=name == "stream_options", fields={name: ""})
+    assert other.chat("x").text == TEXT and name not in server.asked[-1]
+    assert other.conditions()["request_fields"] == {name: ""}
+
+
+def test_a_field_can_have_another_name(server, tmp_path, monkeypatch):
+    server.faults = ["refuses max_tokens"]
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
+    asked = ["score", server.url, "--set", "nano-reasoning", "--limit", "1"]
+    assert cli.main(asked) == 1
+    assert cli.main([*asked, "--field", "max_tokens=max_completion_tokens"]) == 0
+    assert server.asked[-1]["max_completion_tokens"] == QUESTIONS.max_tokens
+    assert cli.main([*asked, "--field", "max_tokens"]) == 1
+
+
+# ---- secrets ----
+
+
+@pytest.mark.parametrize("status, kind", [(400, EndpointError), (500, BusyError), (401, KeyRefusedError)])
+def test_a_server_that_repeats_the_key_does_not_get_it_shown(server, status, kind):
+    endpoint = client.connect(f"{server.url}?api_key=in-the-query-{KEY}", key=KEY, retries=0)
+    assert endpoint.base_url == server.url and "in-the-query" in server.log[-1][0]
+    server.faults = [f"echo {status}"]
+    with pytest.raises(kind) as caught:
+        endpoint.chat("x")
+    shown = "".join(traceback.format_exception(caught.value)) + repr(endpoint)
+    assert KEY not in shown and "in-the-query" not in shown
+
+
+def test_a_key_in_an_answer_is_in_no_file(server, tmp_path):
+    server.faults = ["echo 200"] * 2
+    endpoint = client.connect(server.url, key=KEY, stream=False)
+    scoring.score_set(endpoint, QUESTIONS, tmp_path, limit=2, progress=False)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files and not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "http://user:{key}@{host}/v1",
+        "http://{host}/v1?api_key={key}",
+        "http://{host}/{key}@x/v1",
+        "http://{host}/v1?{key}",
+        "http://user:a/{key}@{host}",
+    ],
+)
+def test_a_secret_in_an_address_is_masked(form):
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{held.getsockname()[1]}"
+        url = form.format(key=KEY, host=host)
+        with pytest.raises(UnreachableError) as caught:
+            client.connect(url, retries=0)
+        with pytest.raises(EndpointError) as refused:
+            client.check_in_process(url, "routing")
+    assert KEY not in str(caught.value) + str(refused.value)
+
+
+def test_a_redirect_is_not_followed(server):
+    """It would take the key, or the question, to another address."""
+    server.pages["/props"] = [(307, {})]
+    assert client.connect(server.url).facts.name == "unknown"
+
+
+# ---- proxies and our own servers ----
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    """A proxy that keeps what it is asked."""
+    seen: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                except OSError:
+                    return
+                with connection:
+                    seen.append(connection.recv(65536))
+                    connection.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{listening.getsockname()[1]}")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        yield seen
+
+
+def test_this_machine_is_asked_without_a_proxy(server, proxy):
+    server.key = KEY
+    for host in ("127.0.0.1", "localhost"):
+        endpoint = client.connect(server.url.replace("127.0.0.1", host), key=KEY, retries=0)
+        assert endpoint.chat("x").text == TEXT
+    assert not proxy
+
+
+def test_other_machines_are_asked_through_the_proxy(proxy):
+    with pytest.raises(BusyError, match="502"):
+        client.connect("http://models.example/v1", retries=0)
+    assert proxy and b"models.example" in proxy[0]
+
+
+def test_our_server_is_reached_without_the_proxy_and_admits_no_web_page(proxy, merged_reference, tmp_path):
+    import urllib.request
+
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for kind in servers.KINDS:
+        settings = OpenSettings(n_ctx=256, n_threads=1)
+        with servers.start(kind, merged_reference, settings, log=tmp_path / kind) as server:
+            assert server.connect(retries=0).complete("The", 1).n_tokens == 1
+            with pytest.raises(KeyRefusedError):
+                client.connect(server.base_url).complete("The", 1)
+            headers = {"Origin": "http://evil.example", "Authorization": f"Bearer {server.key.reveal()}"}
+            request = urllib.request.Request(f"{server.base_url}/models", headers=headers)
+            with direct.open(request) as answer:
+                allowed = answer.headers.get("Access-Control-Allow-Origin", "")
+            assert allowed in ("", servers.NO_ORIGIN)
+            assert server.key.reveal() not in repr(server) + str(server.loaded())
+            assert server.loaded()["layers_offloaded"] == "no GPU support" and not server.loaded()["repacked"]
+            assert server.loaded()["buffers"] and servers.KINDS[kind] in server.loaded()["version"]
+    assert not proxy and not [path for path in tmp_path.iterdir() if server.key.reveal() in path.read_text()]
