@@ -1,4 +1,4 @@
-"""Figures of this stage: a tidy frame and ``ax=None`` in, the Axes out."""
+"""Figures of notebook 02: a tidy frame and ``ax=None`` in, the Axes out."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from matplotlib.ticker import MaxNLocator
 
+from dfqs_nb.core.figures import BYTES, PALETTE, PAPER, new_axes, set_title
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-from dfqs_nb.core.figures import BYTES, PALETTE, PAPER, new_axes, set_title
 
 ATTENTION_COLOURS = {
     "sliding window": PALETTE[4],
@@ -36,7 +37,7 @@ def class_sizes(sizes: pd.DataFrame, ax: Axes | None = None) -> Axes:
     share = sizes["bytes"].iloc[0] / sizes["bytes"].sum()
     set_title(
         ax,
-        f"{sizes['class'].iloc[0].capitalize()} take {share:.0%} of the bytes "
+        f"{sizes['class'].iloc[0].capitalize()} hold {share:.0%} of the bytes "
         f"at {sizes['bits_per_weight'].iloc[0]:.2f} bits a weight",
     )
     return ax
@@ -58,11 +59,9 @@ def quantization_mix(mix: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("layer")
     ax.set_ylabel("size")
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    patterns = len({tuple(row > 0) for row in mix.to_numpy()})
-    set_title(
-        ax,
-        f"{len(mix)} layers use {mix.shape[1]} tensor types in {patterns} mix{'es' if patterns > 1 else ''}",
-    )
+    n_mixes = len({tuple(row > 0) for row in mix.to_numpy()})
+    same = f"All {len(mix)} layers use the same tensor types"
+    set_title(ax, same if n_mixes < 2 else f"{len(mix)} layers, {n_mixes} different mixes of tensor types")
     return ax
 
 
@@ -91,5 +90,5 @@ def attention_layout(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.tick_params(axis="y", length=0)
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.05))
     compressed = int((layers["ratio"] > 1).sum())
-    set_title(ax, f"{compressed} of {len(layers)} layers keep a compressed cache")
+    set_title(ax, f"{compressed} of {len(layers)} layers compress their attention cache")
     return ax

@@ -9,20 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dfqs_nb.llama import check, figures
+    from dfqs_nb.llama import figures
     from dfqs_nb.llama.generate import answer_table, complete, same_tokens_twice, stream_chat
     from dfqs_nb.llama.model import open_model, threads_for
     from dfqs_nb.llama.settings import OpenSettings
-    from dfqs_nb.llama.timing import measure_speed
+    from dfqs_nb.llama.timing import measure_speed, plan_cost
 
 __all__ = [
     "OpenSettings",
     "answer_table",
-    "check",
     "complete",
     "figures",
     "measure_speed",
     "open_model",
+    "plan_cost",
     "same_tokens_twice",
     "stream_chat",
     "threads_for",
@@ -34,6 +34,7 @@ _HOMES = {
     "complete": "generate",
     "measure_speed": "timing",
     "open_model": "model",
+    "plan_cost": "timing",
     "same_tokens_twice": "generate",
     "stream_chat": "generate",
     "threads_for": "model",
@@ -42,8 +43,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import a name when it is used: the child process of `check` starts in half the time without numpy."""
-    if name in ("check", "figures"):
-        return import_module(f"{__name__}.{name}")
+    if name == "figures":
+        return import_module(f"{__name__}.figures")
     if name in _HOMES:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,6 +30,8 @@ from typing import Any
 
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import ModelError
+from dfqs_nb.gguf.facts import early_dialect
+from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, check_fits
 from dfqs_nb.llama.settings import (
     ERROR,
@@ -148,6 +150,23 @@ class LoaderVerdict:
     reason: str = ""
     log: tuple[str, ...] = ()
     death: str = ""
+
+    def explain(self, header: GGUFHeader) -> str:
+        """The verdict for people; of a file in the early dialect of ``deepseek4`` it says so.
+
+        Args:
+            header: of the same file.
+        """
+        if self.accepted:
+            return "llama.cpp's loader takes this file"
+        if early := early_dialect(header):
+            name, expected = next(iter(early.items()))
+            return (
+                f"a sound file that upstream llama.cpp refuses: {len(early)} of its tensors have names of an early "
+                f"conversion, such as {name} for {expected}. Run it with the fork that made it, or get a newer "
+                f"conversion. llama.cpp's reason: {self.reason}"
+            )
+        return f"llama.cpp refuses this file: {self.reason}{f' ({self.death})' if self.death else ''}"
 
 
 def loader_verdict(path: str | Path) -> LoaderVerdict:

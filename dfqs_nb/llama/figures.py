@@ -1,13 +1,16 @@
-"""Figures of this stage: a tidy frame and ``ax=None`` in, the Axes out."""
+"""Figures of notebook 03: a tidy frame and ``ax=None`` in, the Axes out."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title  # NEEDS
+
+COLOURS = {"prefill": PALETTE[0], "decode": PALETTE[5]}
 
 
 def speeds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -18,22 +21,20 @@ def speeds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
             context), ``median`` and ``values`` (tokens a second, one a repetition).
     """
     ax = new_axes(ax, 1.1 + 0.4 * len(table))
-    for row, one in enumerate(table.itertuples()):
-        colour = PALETTE[0 if one.phase == "prefill" else 5]
-        ax.plot(one.values, [row] * len(one.values), "o", color=colour, alpha=0.5, markersize=6)
-        ax.plot(one.median, row, "|", color=INK, markersize=16, markeredgewidth=2)
-        ax.annotate(
-            f"{one.median:,.0f}",
-            (one.median, row),
-            xytext=(0, 11),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-        )
-    ax.set_yticks(range(len(table)), [f"{one.phase}, depth {one.depth:,}" for one in table.itertuples()])
+    for row, (phase, values, middle) in enumerate(
+        zip(table["phase"], table["values"], table["median"], strict=True)
+    ):
+        ax.plot(values, [row] * len(values), "o", color=COLOURS[phase], alpha=0.5, markersize=6)
+        ax.plot(middle, row, "|", color=INK, markersize=16, markeredgewidth=2)
+        label = {"xytext": (0, 11), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+        ax.annotate(f"{middle:,.0f}" if middle >= 10 else f"{middle:.2f}", (middle, row), **label)
+    labels = [
+        f"{phase}, depth {depth:,}" for phase, depth in zip(table["phase"], table["depth"], strict=True)
+    ]
+    ax.set_yticks(range(len(table)), labels)
     ax.set_ylim(len(table) - 0.5, -0.6)
     ax.set_xlim(left=0)
     ax.set_xlabel(f"tokens a second (n = {len(table['values'].iloc[0])} repetitions; bar: median)")
     middles = table.groupby("phase")["median"].median()
-    set_title(ax, f"Prefill runs at {middles['prefill'] / middles['decode']:.1f} times the speed of decode")
+    set_title(ax, f"Prefill is {middles['prefill'] / middles['decode']:.1f} times as fast as decode")
     return ax

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.llama.model import Floats, Model
 from dfqs_nb.llama.template import Message
@@ -254,7 +255,8 @@ def answer_table(model: Model, prompts: Sequence[str], max_tokens: int = 256) ->
     """
     import pandas as pd
 
-    answers = [chat(model, prompt, max_tokens) for prompt in prompts]
+    asked = tqdm(prompts, desc="answers", leave=False)
+    answers = [chat(model, prompt, max_tokens) for prompt in asked]
     rows = [
         (prompt, answer.text, answer.n_tokens, answer.finish_reason)
         for prompt, answer in zip(prompts, answers, strict=True)

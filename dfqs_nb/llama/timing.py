@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dfqs_nb.core.display import tqdm
 from dfqs_nb.llama.model import ContextFullError, Model
 
 
@@ -51,6 +52,84 @@ class Speed:
         ]
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What answering and timing will take, at the speed of a short probe.
+
+    Attributes:
+        max_tokens: of an answer. depth, n_tokens, repetitions: of `measure_speed`.
+        seconds: of all of it, as planned.
+        full_seconds: without the cuts that the budget asked for.
+    """
+
+    max_tokens: int
+    depth: int
+    n_tokens: int
+    repetitions: int
+    seconds: float
+    full_seconds: float
+
+    @property
+    def sentence(self) -> str:
+        """The plan for people."""
+        plan = (
+            f"about {_span(self.seconds)}: answers of up to {self.max_tokens} tokens, then {self.repetitions} x "
+            f"{self.n_tokens} timed tokens at depth {self.depth}"
+        )
+        cut = f" (cut to fit the budget; {_span(self.full_seconds)} in full)"
+        return plan + (cut if self.seconds < self.full_seconds else "")
+
+
+# What a plan that exceeds its budget gives up, in this order.
+CUTS: tuple[dict[str, int], ...] = (
+    {},
+    {"repetitions": 3},
+    {"n_tokens": 32},
+    {"max_tokens": 32},
+    {"depth": 128},
+    {"n_tokens": 8},
+    {"max_tokens": 8},
+    {"repetitions": 1},
+)
+PROMPT_TOKENS = 32  # of a short question in its template
+
+
+def plan_cost(
+    model: Model,
+    *,
+    n_answers: int,
+    max_tokens: int,
+    depth: int = 512,
+    n_tokens: int = 128,
+    repetitions: int = 5,
+    budget_minutes: float = 60.0,
+) -> Cost:
+    """Time a short probe, and cut the plan (`CUTS`) until it fits the budget; the last cut may exceed it.
+
+    Args:
+        n_answers: answers that will be generated; each is planned at full length.
+    """
+    prefill, decode = _time_once(model, list(range(16)), list(range(4)))
+    model.clear()
+    plan = {"max_tokens": max_tokens, "depth": depth, "n_tokens": n_tokens, "repetitions": repetitions}
+
+    def seconds() -> float:
+        answers = n_answers * (PROMPT_TOKENS * prefill / 16 + plan["max_tokens"] * decode / 4)
+        timed = (plan["repetitions"] + 0.1) * (plan["depth"] * prefill / 16 + plan["n_tokens"] * decode / 4)
+        return answers + timed
+
+    full_seconds = seconds()
+    for cut in CUTS:
+        plan |= {name: min(value, plan[name]) for name, value in cut.items()}
+        if seconds() <= 60 * budget_minutes:
+            break
+    return Cost(**plan, seconds=seconds(), full_seconds=full_seconds)
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds < 100 else f"{seconds / 60:,.0f} minutes"
+
+
 def measure_speed(
     model: Model, depth: int = 512, n_tokens: int = 128, repetitions: int = 5, seed: int = 42
 ) -> Speed:
@@ -70,7 +149,8 @@ def measure_speed(
             hint="lower the depth, or open the model with a larger n_ctx",
         )
     _time_once(model, prompt[:16], forced[:4])
-    seconds = [_time_once(model, prompt, forced) for _ in range(repetitions)]
+    rounds = tqdm(range(repetitions), desc="timing", leave=False)
+    seconds = [_time_once(model, prompt, forced) for _ in rounds]
     model.clear()
     return Speed(
         depth,

@@ -17,7 +17,10 @@ def test_a_file_of_the_early_dialect_is_sound_and_upstream_llama_cpp_refuses_it(
     path = tmp_path / "early.gguf"
     path.write_bytes(early_dialect(Apart.of(merged_reference)).bytes())
     names = facts.early_dialect(read_header(path))
-    assert "key not found in model: deepseek4.attention.output_lora_rank" in loader_verdict(path).reason
+    verdict = loader_verdict(path)
+    assert "key not found in model: deepseek4.attention.output_lora_rank" in verdict.reason
+    words = verdict.explain(read_header(path))
+    assert words.startswith("a sound file that upstream llama.cpp refuses: ") and verdict.reason in words
     assert names["blk.2.attn_kv_latent.weight"] == "blk.2.attn_kv.weight"
     assert names["hc_head_fn"] == "output_hc_fn.weight"
     assert names["blk.0.ffn_gate_tid2eid"] == "blk.0.ffn_gate_tid2eid.weight"

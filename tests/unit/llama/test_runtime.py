@@ -29,6 +29,7 @@ from dfqs_nb.llama import timing as llama_timing
 from dfqs_nb.llama.generate import Sampling, chat, chat_prompt, complete, stream_chat
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.llama.timing import plan_cost
 
 REFERENCE = data_dir() / "reference"
 NANO = REFERENCE / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
@@ -571,3 +572,19 @@ def test_a_restored_state_goes_on_as_before(nano):
     nano.restore(state)
     assert nano.n_past == state.n_tokens == 60 and state.nbytes > 1000
     assert np.abs(nano.evaluate(tokens[:7]) - after).max() < 1e-2
+
+
+# ---- cost ----
+
+
+def test_a_plan_is_cut_in_the_stated_order_until_it_fits(nano):
+    wanted = {"n_answers": 9, "max_tokens": 96, "depth": 256, "n_tokens": 128, "repetitions": 5}
+    whole = plan_cost(nano, **wanted, budget_minutes=60)
+    assert (whole.max_tokens, whole.depth, whole.n_tokens, whole.repetitions) == (96, 256, 128, 5)
+    assert whole.seconds == whole.full_seconds and "cut" not in whole.sentence
+    assert nano.n_past == 0
+    tight = plan_cost(nano, **wanted, budget_minutes=0.7 * whole.seconds / 60)
+    assert tight.repetitions == 3 and tight.seconds < tight.full_seconds
+    none = plan_cost(nano, **wanted, budget_minutes=0)
+    assert (none.max_tokens, none.depth, none.n_tokens, none.repetitions) == (8, 128, 8, 1)
+    assert "cut to fit the budget" in none.sentence and "1 x 8 timed tokens at depth 128" in none.sentence
