@@ -20,7 +20,7 @@ from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.llama.generate import chat_text
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.serve.client import Endpoint, Reply, check_in_process, connect, read
+from dfqs_nb.serve.client import Endpoint, Reply, check_in_process, connect
 from dfqs_nb.serve.errors import (
     BrokenAnswerError,
     BusyError,
@@ -28,6 +28,7 @@ from dfqs_nb.serve.errors import (
     EndpointError,
     UnreachableError,
 )
+from dfqs_nb.serve.facts import read
 from dfqs_nb.serve.retrieval import token_counter
 from dfqs_nb.serve.servers import LocalServer, is_healthy, port_is_free, start
 

@@ -14,14 +14,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, TypeVar
-
-from pydantic import BaseModel, PlainValidator, ValidationError
+from typing import Any
 
 from dfqs_nb.llama.generate import GREEDY, Completion, Sampling
 from dfqs_nb.serve.errors import (
     Broken,
-    BrokenAnswerError,
     EndpointError,
     KeyRefusedError,
     Refused,
@@ -29,12 +26,22 @@ from dfqs_nb.serve.errors import (
     UnreachableError,
     is_broken,
 )
+from dfqs_nb.serve.facts import (
+    PROBE_RETRIES,
+    Answer,
+    Listed,
+    Models,
+    Part,
+    ServerFacts,
+    facts_of,
+    read,
+    root_of,
+)
 from dfqs_nb.serve.wire import Limits, Secret, Wire, optional, shown_url
 
 TIMEOUT_SECONDS = 600.0  # between two pieces of an answer, the first one included
 LISTING_SECONDS = 20.0  # for the whole list of models
 RETRIES = 4
-PROBE_RETRIES = 2  # of a request for what a server need not have
 FINAL = ("content_filter", "tool_calls", "function_call")  # ends of an answer: asking again changes nothing
 TOKENS_PER_TIMEOUT = 60  # an answer may take a timeout more for as many tokens: 10 s a token by default
 ANSWER_BYTES, BYTES_PER_TOKEN = 1 << 20, 4096  # events of a stream repeat the model's name with each token
@@ -48,108 +55,6 @@ PLAIN: dict[str, dict[str, Any]] = {
     "llama-cpp-python": {"repeat_penalty": 1.0},
     "vLLM": {"repetition_penalty": 1.0},
 }
-
-
-# ---- what servers answer: the fields that are read, typed ----
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    raise ValueError("not a text")
-
-
-Page = TypeVar("Page", bound=BaseModel)
-Text = Annotated[str, PlainValidator(_text)]  # pydantic's own refuses halves of characters
-
-
-class _Part(BaseModel):
-    content: Text = ""
-    reasoning_content: Text = ""  # of a reasoning that the server keeps apart: no text, but tokens
-    reasoning: Text = ""
-
-
-class _Choice(BaseModel):
-    text: Text = ""
-    message: _Part | None = None
-    delta: _Part | None = None
-    finish_reason: str | None = None
-
-
-class _Usage(BaseModel):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-
-
-class _Answer(BaseModel):
-    choices: list[_Choice] | None = None
-    usage: _Usage | None = None
-
-
-class _Meta(BaseModel):
-    n_ctx: int | None = None
-    size: int | None = None
-    n_params: int | None = None
-    ftype: Text = ""
-
-
-class _Listed(BaseModel):
-    id: Text
-    owned_by: Text = ""
-    max_model_len: int | None = None
-    meta: _Meta | None = None
-
-
-class _Models(BaseModel):
-    data: list[_Listed] | None
-
-
-class _Generation(BaseModel):
-    n_ctx: int | None = None
-
-
-class _Props(BaseModel):
-    default_generation_settings: _Generation
-    build_info: Text = ""
-    total_slots: int | None = None
-    chat_template: Text = ""
-
-
-class _Version(BaseModel):
-    version: Text
-
-
-class _Info(BaseModel):
-    title: Text = ""
-    version: Text = ""
-
-
-class _Described(BaseModel):
-    info: _Info
-
-
-@dataclass(frozen=True)
-class ServerFacts:
-    """What a server reports of itself; None or empty where it reports nothing.
-
-    Attributes:
-        name: ``llama.cpp``, ``llama-cpp-python``, ``Ollama``, ``vLLM`` or ``unknown``.
-        models: names that it lists.
-        n_ctx: tokens of context of one request.
-        n_slots: requests that it works on at once.
-        chat_template: the text of its chat template.
-        weights: what it reports of the model's weights: bytes, number and type.
-    """
-
-    name: str = "unknown"
-    version: str = ""
-    models: tuple[str, ...] = ()
-    n_ctx: int | None = None
-    n_slots: int | None = None
-    chat_template: str = field(default="", repr=False)
-    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -243,11 +148,11 @@ class Endpoint:
         Raises:
             BusyError: it answered 429 or 503 every time.
         """
-        return optional(self.wire, "get", _root(self.base_url) + path, PROBE_RETRIES)
+        return optional(self.wire, "get", root_of(self.base_url) + path, PROBE_RETRIES)
 
     def post(self, path: str, **body: Any) -> Any:
         """What the server answers to JSON sent to a path; None and errors as `get`."""
-        return optional(self.wire, "post", _root(self.base_url) + path, PROBE_RETRIES, body)
+        return optional(self.wire, "post", root_of(self.base_url) + path, PROBE_RETRIES, body)
 
 
 # ---- connecting ----
@@ -294,8 +199,7 @@ def connect(
     wire = Wire(url, secret, Secret(query), min(timeout_seconds, LISTING_SECONDS))
     listed = _listed(wire, retries)
     chosen = _chosen(model, [item.id for item in listed], wire)
-    facts = _facts(wire, listed)
-    facts = _of_model(facts, next((item for item in listed if item.id == chosen), _Listed(id=chosen)))
+    facts = facts_of(wire, listed, chosen)
     facts = dataclasses.replace(facts, version=version or facts.version)
     return Endpoint(
         url,
@@ -354,30 +258,18 @@ def _address(url: str) -> tuple[str, str]:
     return path if re.search(r"/v\d+\w*$", path) else path + "/v1", query
 
 
-def _root(url: str) -> str:
-    return re.sub(r"/v\d+\w*$", "", url)
-
-
-def _listed(wire: Wire, retries: int) -> list[_Listed]:
+def _listed(wire: Wire, retries: int) -> list[Listed]:
     """What the server lists."""
     limits = Limits(wire.timeout_seconds)
     answer = wire.ask(
         lambda _: wire.client.get(f"{wire.url}/models", cast_to=object), retries=retries, limits=limits
     )
-    models = read(_Models, wire.hidden(answer))
+    models = read(Models, wire.hidden(answer))
     if models is None:
         what = "something answers there, but it does not list models"
         hint = "check port and path: the address ends in /v1 as a rule"
         raise UnreachableError(what, where=wire.url, hint=hint)
     return models.data or []
-
-
-def read(kind: type[Page], answer: object) -> Page | None:
-    """An answer as a page of this kind; None where it is none."""
-    try:
-        return kind.model_validate(answer)
-    except (ValidationError, RecursionError):
-        return None
 
 
 def _chosen(model: str, models: Sequence[str], wire: Wire) -> str:
@@ -387,34 +279,6 @@ def _chosen(model: str, models: Sequence[str], wire: Wire) -> str:
     if not model and len(models) != 1:
         raise UnknownModelError("name the model to ask", where=wire.url, hint=has)
     return model or models[0]
-
-
-def _facts(wire: Wire, listed: Sequence[_Listed]) -> ServerFacts:
-    """Name and version, from the paths that each kind of server has of its own."""
-    root, models = _root(wire.url), tuple(item.id for item in listed)
-
-    def page(path: str, kind: type[Page]) -> Page | None:
-        return read(kind, optional(wire, "get", root + path, PROBE_RETRIES))
-
-    if props := page("/props", _Props):
-        n_ctx, template = props.default_generation_settings.n_ctx, props.chat_template
-        return ServerFacts("llama.cpp", props.build_info, models, n_ctx, props.total_slots, template)
-    for path, name in (("/api/version", "Ollama"), ("/version", "vLLM")):
-        if version := page(path, _Version):
-            return ServerFacts(name, version.version, models)
-    described = page("/openapi.json", _Described)
-    if described and "llama.cpp Python" in described.info.title:
-        return ServerFacts("llama-cpp-python", described.info.version, models, n_slots=1)
-    owners = {item.owned_by for item in listed}
-    return ServerFacts(owners.pop() if len(owners) == 1 and "" not in owners else "unknown", models=models)
-
-
-def _of_model(facts: ServerFacts, listed: _Listed) -> ServerFacts:
-    """The facts with what the list of models adds: weights, and a context length if there is none yet."""
-    meta = listed.meta or _Meta()
-    weights = " ".join(str(value) for value in (meta.size, meta.n_params, meta.ftype) if value)
-    n_ctx = facts.n_ctx or listed.max_model_len or meta.n_ctx
-    return dataclasses.replace(facts, n_ctx=n_ctx, weights=weights)
 
 
 # ---- asking ----
@@ -449,8 +313,7 @@ def ask(
     def request(attempt: int) -> Reply:
         nonlocal streaming
         try:
-            answered = _streamed if streaming else _whole
-            return dataclasses.replace(answered(endpoint, path, body, stop), attempts=attempt)
+            return dataclasses.replace(_answered(endpoint, path, body, stop, streaming), attempts=attempt)
         except Exception as error:
             streaming = streaming and not is_broken(error)
             raise
@@ -499,57 +362,24 @@ def _renamed(request: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str,
     return {name: value for name, value in named.items() if name}
 
 
-def _whole(endpoint: Endpoint, path: str, body: Mapping[str, Any], stop: Sequence[str]) -> Reply:
-    started = time.perf_counter()
-    answer = endpoint.wire.client.post(path, cast_to=object, body=body)
-    seconds = time.perf_counter() - started
-    read = _Answer.model_validate(answer)
-    if not read.choices:
-        raise Broken("it holds no answer")
-    choice = read.choices[0]
-    if "messages" in body and choice.message is None:
-        raise Broken("it holds no message")
-    text = choice.message.content if choice.message else choice.text
-    return _reply(endpoint, text, choice.finish_reason, stop, read.usage, 0, float("nan"), seconds)
-
-
-def _streamed(endpoint: Endpoint, path: str, body: Mapping[str, Any], stop: Sequence[str]) -> Reply:
+def _answered(
+    endpoint: Endpoint, path: str, body: Mapping[str, Any], stop: Sequence[str], streaming: bool
+) -> Reply:
+    """The pieces of an answer (one, where it comes whole) as a `Reply`."""
     started, first, n_pieces = time.perf_counter(), float("nan"), 0
     text, reason, usage = "", None, None
-    asked = {"stream": True, "stream_options": {"include_usage": True}}
-    for piece in _pieces(endpoint, path, {**body, **_renamed(asked, endpoint.fields)}):
+    for piece in _pieces(endpoint, path, body, streaming):
         usage = piece.usage or usage
         for choice in (piece.choices or [])[:1]:
-            part = choice.delta or _Part()
+            if not streaming and "messages" in body and choice.message is None:
+                raise Broken("it holds no message")
+            part = choice.delta or choice.message or Part()
             new = choice.text or part.content
-            if new or part.reasoning_content or part.reasoning:
+            if streaming and (new or part.reasoning_content or part.reasoning):
                 first = time.perf_counter() - started if n_pieces == 0 else first
                 n_pieces += 1
             text, reason = text + new, choice.finish_reason or reason
     seconds = time.perf_counter() - started
-    return _reply(endpoint, text, reason, stop, usage, n_pieces, first, seconds)
-
-
-def _pieces(endpoint: Endpoint, path: str, body: Mapping[str, Any]) -> Iterator[_Answer]:
-    import openai
-
-    options = {"cast_to": object, "body": dict(body), "stream": True, "stream_cls": openai.Stream[object]}
-    with endpoint.wire.client.post(path, **options) as events:
-        for event in events:
-            yield _Answer.model_validate(event)
-
-
-def _reply(
-    endpoint: Endpoint,
-    text: str,
-    reason: str | None,
-    stop: Sequence[str],
-    usage: _Usage | None,
-    n_pieces: int,
-    first: float,
-    seconds: float,
-) -> Reply:
-    """The parts as a `Reply`; ``eos`` and ``stop`` are one word in the protocol."""
     if reason in FINAL:
         raise Refused(reason)
     if reason not in ("stop", "length"):
@@ -561,7 +391,7 @@ def _reply(
     return Reply(
         endpoint.wire.hide(text),
         (),
-        "length" if reason == "length" else "stop" if stop else "eos",
+        "length" if reason == "length" else "stop" if stop else "eos",  # one word in the protocol
         (usage and usage.prompt_tokens) or 0,
         to_first,
         max(0.0, seconds - to_first),
@@ -572,13 +402,15 @@ def _reply(
     )
 
 
-__all__ = [
-    "BrokenAnswerError",
-    "Endpoint",
-    "Reply",
-    "ServerFacts",
-    "ask",
-    "check_in_process",
-    "connect",
-    "is_url",
-]
+def _pieces(endpoint: Endpoint, path: str, body: Mapping[str, Any], streaming: bool) -> Iterator[Answer]:
+    import openai
+
+    post = endpoint.wire.client.post
+    if not streaming:
+        yield Answer.model_validate(post(path, cast_to=object, body=dict(body)))
+        return
+    asked = _renamed({"stream": True, "stream_options": {"include_usage": True}}, endpoint.fields)
+    options = {"cast_to": object, "stream": True, "stream_cls": openai.Stream[object]}
+    with post(path, body={**body, **asked}, **options) as events:
+        for event in events:
+            yield Answer.model_validate(event)

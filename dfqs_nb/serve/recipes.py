@@ -9,6 +9,7 @@ A key is never written: files and commands name the environment variable that ho
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import re
@@ -35,12 +36,11 @@ from dfqs_nb.serve.targets import (
     Target,
     list_text,
     shared,
-    table_text,
     target_of,
     targets,
     targets_table,
 )
-from dfqs_nb.serve.templates import Ready, file_text, filled
+from dfqs_nb.serve.templates import Ready, file_text, filled, table_text
 from dfqs_nb.serve.templates import commands as commands_of
 
 __all__ = ["Recipe", "list_text", "table_text", "target_of", "targets", "targets_table", "write_recipe"]
@@ -352,7 +352,7 @@ def slug_of(name: str) -> str:
 def _place(target: Target, source: _Source, folder: Path) -> tuple[str, list[str]]:
     """The folder in which the target finds the model's files, and the commands that bring them there."""
     if source.fetch is None:
-        place = filled(target.place, {"file": "", "slug": slug_of(source.name)}, str)
+        place = filled(target.place, {"file": "", "name": slug_of(source.name)}, str)
         return (place.rstrip("/\\") or source.folder), []
     there = target.fetch_to or str(folder / "models")
     get = source.fetch(there)
@@ -371,44 +371,27 @@ def _values(
         joined = str(folder / f"{source.name}.gguf")
         get = [*get, shlex.join(["dfqs-nb", "merge", _join(place, files[0]), "-o", joined])]
         place, files = str(folder), (f"{source.name}.gguf",)
-    slug, inner, drive = slug_of(source.name), target.mount or place, "drive" in target.place
-    template = chat_template(source.header) if source.header is not None else ""
-    share = round(min(1.0, settings.n_gpu_layers / (source.arch("block_count") + 1)), 2)
-    cuda = "ON" if settings.n_gpu_layers and platform.system() != "Darwin" else ""  # there it is Metal
-    served = filled(target.served_name, {"name": slug, "slug": slug}, str)
-    question = {"model": served, "messages": [{"role": "user", "content": PROMPT}]}
-    n_ctx, n_threads, n_gpu_layers = settings.n_ctx, settings.n_threads, settings.n_gpu_layers
+    name, inner = slug_of(source.name), target.mount or place
+    offloads, mac = settings.n_gpu_layers > 0, platform.system() == "Darwin"
     arm = platform.machine().lower() in ("arm64", "aarch64")
-    kaggle_id = f"INSERT_KAGGLE_USERNAME/{slug}"
-    attached = "A local file goes up as a dataset first, and appears under /kaggle/input."
+    flags = f"--threads {settings.n_threads} --n-gpu-layers {settings.n_gpu_layers} --no-repack"
     values = {
-        "name": slug,
-        "slug": slug,
+        **vars(settings),
+        "target": target,
+        "name": name,
         "nbytes": source.nbytes,
-        "n_ctx": n_ctx,
-        "n_threads": n_threads,
-        "n_gpu_layers": n_gpu_layers,
-        "max_tokens": min(4096, n_ctx // 4),
-        "gpu_ratio": share,
-        "gpu_share": "off" if not share else "max" if share == 1 else str(share),
+        "gpu_ratio": round(min(1.0, settings.n_gpu_layers / (source.arch("block_count") + 1)), 2),
+        "cuda": "ON" if offloads and not mac else "",  # there it is Metal
         "host": HOST,
         "port": target.server,
-        "publish": f"{HOST}:{target.server}:8080",
         "base_url": f"http://{HOST}:{target.server}{target.prefix}/v1",
-        "template_text": template,
-        "template": str(folder / "chat_template.jinja") if template else "",
+        "template_text": chat_template(source.header) if source.header is not None else "",
         "build": BUILD,
-        "system": f"{'macos' if platform.system() == 'Darwin' else 'ubuntu'}-{'arm64' if arm else 'x64'}",
-        "cuda": cuda,
-        "gpu_driver": "nvidia" if cuda else "",
-        "image": f"ghcr.io/ggml-org/llama.cpp:server{'-cuda' if cuda else ''}-{BUILD}",
+        "system": f"{'macos' if mac else 'ubuntu'}-{'arm64' if arm else 'x64'}",
         "original": source.original,
-        "runner_model": f"dfqs/{slug}",
-        "lemonade_args": f"--threads {n_threads} --n-gpu-layers {n_gpu_layers} --no-repack",
-        "question": json.dumps({**question, "max_tokens": 32, "temperature": 0}),
-        "platform": target.title,
-        "drive": "/content/drive" if drive else "",
-        "where_it_is": "A file of your Drive appears once it is mounted." if drive else attached,
+        "lemonade_args": flags,
+        "question": _question(filled(target.served_name, {"name": name}, str)),
+        "drive": "/content/drive" if "drive" in target.place else "",
         "model": _join(inner, files[0]),
         "models": [_join(inner, file) for file in files],
         "file": files[0],
@@ -416,16 +399,19 @@ def _values(
         "mount": target.mount,
         "folder": str(folder),
         "get": get,
+        "uploaded": source.fetch is None,
         "prompt": prompt,
-        "models_folder": str(folder / "models"),
         "key": key_variable,
-        "key_or_default": key_variable or DEFAULT_KEY_VARIABLE,
+        "default_key": DEFAULT_KEY_VARIABLE,
         "key_or_none": Ready(f'"${{{key_variable or DEFAULT_KEY_VARIABLE}:-none}}"'),
-        "kaggle_id": kaggle_id,
-        "kaggle_dataset": "" if source.fetch else kaggle_id,
     }
-    in_notebook = any(name.endswith(".ipynb") for name in target.files)
+    in_notebook = any(file.endswith(".ipynb") for file in target.files)
     return values, [] if in_notebook else get
+
+
+def _question(model: str) -> str:
+    messages = [{"role": "user", "content": PROMPT}]
+    return json.dumps({"model": model, "messages": messages, "max_tokens": 32, "temperature": 0})
 
 
 def _notes(
@@ -478,27 +464,16 @@ def _memory_notes(shards: ShardSet, settings: Settings) -> list[str]:
 
 def recipe_text(recipe: Recipe, also: Sequence[str] = (), stop: Sequence[str] = ()) -> str:
     """The recipe as people read it: Markdown."""
-    target, settings = target_of(recipe.target), recipe.settings
-    blocks = [("Run", recipe.commands), ("Check", recipe.checks), ("Or", also), ("Stop", stop)]
-    facts = {
-        "loads deepseek4": target.loads_deepseek4,
-        "split files": target.split_files,
-        "since": target.since,
-        "facts of": target.date,
+    blocks = {"Run": recipe.commands, "Check": recipe.checks, "Or": also, "Stop": stop}
+    ticks = re.findall("`+", "\n".join(itertools.chain(*blocks.values())))
+    values = {
+        "target": target_of(recipe.target),
+        "settings": recipe.settings,
+        "notes": recipe.notes,
+        "blocks": {title: commands for title, commands in blocks.items() if commands},
+        "fence": "`" * max(3, 1 + max(map(len, ticks), default=0)),  # a path may hold a fence
     }
-    head = (
-        f"Context: {settings.n_ctx:,} tokens. Threads: {settings.n_threads}. Layers on the GPU: "
-        f"{settings.n_gpu_layers}."
-    )
-    written = f"Written by `dfqs-nb deploy {recipe.target}`: {target.recipe}."
-    lines = [f"# {target.title}", "", written, "", head, "", *(f"- {note}" for note in recipe.notes)]
-    for title, commands in blocks:
-        if commands:
-            ticks = re.findall("`+", "\n".join(commands))
-            fence = "`" * max(3, 1 + max(map(len, ticks), default=0))  # a path may hold a fence
-            lines += ["", f"## {title}", "", f"{fence}sh", *commands, fence]
-    lines += ["", "## Known", "", *(f"- {name}: {text}" for name, text in facts.items())]
-    return "\n".join([*lines, *(f"- {url}" for url in target.source)]) + "\n"
+    return filled("{% include 'RECIPE.md' %}", values, str)
 
 
 def _write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> None:

@@ -19,8 +19,9 @@ from pydantic import BaseModel
 from dfqs_nb.context import curve as long_context
 from dfqs_nb.context.haystacks import MARK, Frame, Question
 from dfqs_nb.context.prompts import PromptSet, load_prompts
-from dfqs_nb.serve.client import Endpoint, Reply, Text, read
+from dfqs_nb.serve.client import Endpoint, Reply
 from dfqs_nb.serve.errors import BusyError, ContextOverflowError
+from dfqs_nb.serve.facts import Text, read
 
 SAMPLE = "The red key is kept in the old box. " * 8
 MOST_CHARACTERS = 12  # a token, on the average of a text

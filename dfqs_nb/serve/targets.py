@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,34 +113,3 @@ def list_text() -> str:
     """The targets, one a line: name, title, and what ran here."""
     rows = targets_table().itertuples()
     return "".join(f"{row.target:<22}{row.title:<24}{row.run_here}\n" for row in rows)
-
-
-def table_text() -> str:
-    """``data/deploy/README.md``: what is known of every target, as Markdown."""
-    rows = targets_table().to_dict("records")
-    for row in rows:
-        row["title (name)"] = f"{row['title']} (`{row['target']}`)"
-        row["source"] = ", ".join(f"[{n}]({url})" for n, url in enumerate(row["source"].split(), 1))
-    how = {"target": "title (name)", "recipe": "recipe", "run here": "run_here", "checked how": "checked_how"}
-    limits = {
-        "target": "title",
-        "loads `deepseek4`": "loads_deepseek4",
-        "split files": "split_files",
-        "since": "since",
-        "limits": "limits",
-        "source": "source",
-    }
-    values = {
-        "how": _markdown(rows, how),
-        "limits": _markdown(rows, limits),
-        "dates": ", ".join(sorted({target.date for target in targets().values()})),
-    }
-    from dfqs_nb.serve.templates import filled
-
-    return filled("{% include 'README.md' %}", values, str)
-
-
-def _markdown(rows: Sequence[Mapping[Any, str]], columns: Mapping[str, str]) -> str:
-    """A table of these columns: the head's text, and the row's key."""
-    lines = [columns, ["---"] * len(columns), *([row[key] for key in columns.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.serve.targets import DeployError, shared
+from dfqs_nb.serve.targets import DeployError, shared, targets
 
 if TYPE_CHECKING:
     import jinja2
@@ -116,3 +116,8 @@ def _notebook(text: str) -> str:
     book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
     written: str = nbformat.writes(book)
     return written + "\n"
+
+
+def table_text() -> str:
+    """``data/deploy/README.md``: what is known of every target, as Markdown."""
+    return filled("{% include 'README.md' %}", {"targets": list(targets().values())}, str)

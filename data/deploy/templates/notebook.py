@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Ask {{ name }} on {{ platform }}
+# # Ask {{ name }} on {{ target.title }}
 #
 # Written by `dfqs-nb deploy`. Run all cells. The installation compiles llama.cpp and takes minutes.
 
@@ -32,7 +32,7 @@ for command in commands:
 
 {% endif %}
 # %% [markdown]
-# Open it. {{ where_it_is }}
+# Open it. {% if drive %}A file of your Drive appears once it is mounted.{% else %}A local file goes up as a dataset first, and appears under /kaggle/input.{% endif %}
 
 # %%
 {% if drive %}
