@@ -134,3 +134,25 @@ def holm(p: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p) - rank) * p[place]))
         adjusted[place] = highest
     return adjusted
+
+
+def paired_bootstrap(
+    change: Any, groups: Any = None, n_boot: int = N_BOOT, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of a mean change, from drawing items anew.
+
+    Args:
+        change: one value an item, such as right in b less right in a.
+        groups: the item's group; items are then drawn within groups, and the groups' means averaged.
+
+    >>> paired_bootstrap([0.0, 0.0, 0.0])
+    (0.0, 0.0)
+    """
+    draw, change = np.random.default_rng(seed), np.asarray(change, float)
+    labels = np.zeros(len(change)) if groups is None else np.asarray(groups)
+    means = []
+    for label in dict.fromkeys(labels.tolist()):
+        members = change[labels == label]
+        means.append(members[draw.integers(0, len(members), (n_boot, len(members)))].mean(1))
+    low, high = np.quantile(np.mean(means, axis=0), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)

@@ -30,8 +30,8 @@ from dfqs_nb.context.prompts import PromptSet, load_prompts
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.journal import Journal
-from dfqs_nb.core.stage import write_stage
 from dfqs_nb.core.machine import available_memory
+from dfqs_nb.core.stage import write_stage
 from dfqs_nb.gguf.memory import estimate
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.check import dry_run

@@ -15,7 +15,8 @@ from functools import lru_cache
 from math import log2
 from typing import Any
 
-from dfqs_nb.context.prompts import PromptError, PromptSet
+from dfqs_nb.context.prompts import PromptSet
+from dfqs_nb.core.errors import PromptError
 from dfqs_nb.llama.generate import chat_text
 from dfqs_nb.llama.model import Model
 

@@ -7,15 +7,11 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.paths import data_dir, tilde
 
 # The long-context probe of each tier.
 PROBES = {"nano": "long-context-nano-keys", "standard": "long-context-standard"}
-
-
-class PromptError(DfqsError):
-    """A prompt set is missing or broken, or does not fit what it is used for."""
 
 
 @dataclass(frozen=True)

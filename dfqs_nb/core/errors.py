@@ -64,5 +64,13 @@ class ModelError(DfqsError):
     """llama.cpp refuses the model, or dies on it."""
 
 
+class PromptError(DfqsError):
+    """A set of prompts or questions is missing or broken, or does not fit what it is used for."""
+
+
+class ComparisonError(DfqsError):
+    """Two runs that cannot be compared."""
+
+
 class StageError(DfqsError):
     """A notebook needs a file that an earlier notebook writes."""

@@ -20,6 +20,24 @@ def conditions_hash(conditions: Mapping[str, Any]) -> str:
     return canonical_sha256(dict(conditions))[:16]
 
 
+def differing_fields(
+    a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """Every field in which two nested conditions differ, with both values.
+
+    >>> differing_fields({"n_ctx": 1, "sampling": {"seed": 1}}, {"n_ctx": 1, "sampling": {"seed": 2}})
+    {'sampling.seed': (1, 2)}
+    """
+    differing: dict[str, tuple[Any, Any]] = {}
+    for key in sorted({*a, *b}):
+        mine, theirs = a.get(key, "absent"), b.get(key, "absent")
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            differing |= differing_fields(mine, theirs, f"{prefix}{key}.")
+        elif mine != theirs:
+            differing[f"{prefix}{key}"] = (mine, theirs)
+    return differing
+
+
 class Journal:
     """Rows of one JSONL file that were made under the same conditions, by their id.
 

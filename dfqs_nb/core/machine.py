@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
+BUSY_CORES = 0.15  # of others' work beside a measurement, from which on it counts as contended
 PACKAGES = ("llama-cpp-python", "gguf", "numpy", "pandas", "matplotlib")
 
 
@@ -41,6 +45,35 @@ def usable_cores() -> int:
     cores = min(psutil.cpu_count(logical=False) or allowed, allowed)
     quota = _cpu_quota(CGROUP)
     return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+@dataclass
+class Load:
+    """Work of others while something was measured, in cores; None until it is known."""
+
+    other_cores: float | None = None
+
+    @property
+    def contended(self) -> bool:
+        """Whether others worked enough to disturb a measurement."""
+        return (self.other_cores or 0.0) > BUSY_CORES
+
+
+@contextmanager
+def watched_load() -> Iterator[Load]:
+    """Watch what the machine does beside this process while the block runs."""
+    load, others, started = Load(), _seconds_of_others(), time.perf_counter()
+    yield load
+    seconds = time.perf_counter() - started
+    load.other_cores = max(0.0, (_seconds_of_others() - others) / max(seconds, 1e-9))
+
+
+def _seconds_of_others() -> float:
+    """CPU seconds that everything but this process has used, a hypervisor's other guests included."""
+    machine, mine = psutil.cpu_times(), os.times()
+    quiet = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is in the user's already
+    busy = sum(machine) - sum(getattr(machine, name, 0.0) for name in quiet)
+    return float(busy - mine.user - mine.system)
 
 
 def has_amx() -> bool:

@@ -27,6 +27,7 @@ from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import whole_file, write_json
 from dfqs_nb.core.journal import conditions_hash
+from dfqs_nb.core.machine import watched_load
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.core.stage import write_stage
 from dfqs_nb.gguf.facts import bits_per_weight, class_of, class_sizes, types_by_bytes
@@ -36,11 +37,7 @@ from dfqs_nb.ladder import divergence, imatrix, quantize
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama import timing as llama_timing
 from dfqs_nb.llama.settings import OpenSettings, llama_version
-from dfqs_nb.scores import compare as comparison
-from dfqs_nb.scores import item_sets
-from dfqs_nb.scores import run as scores
-from dfqs_nb.scores.sandbox import find_sandbox
-from dfqs_nb.scores.speed import watched_load
+from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun, compare_runs, find_sandbox, score_set
 from dfqs_nb.stats import LEAST_VALUES, LEVEL, bootstrap_weights, expanded_tail, mean_interval
 
 if TYPE_CHECKING:
@@ -121,7 +118,7 @@ class Rung:
     made_seconds: float
     tokens: divergence.Tokens = field(repr=False)
     trace: routing.Trace = field(repr=False)
-    runs: tuple[scores.SetRun, ...] = field(repr=False)
+    runs: tuple[SetRun, ...] = field(repr=False)
     items: pd.DataFrame = field(repr=False)
     curve: pd.DataFrame = field(repr=False)
     boundary: dict[str, Any] = field(repr=False)
@@ -446,8 +443,8 @@ def _loaded(
     import pandas as pd
 
     runs = tuple(
-        scores.collect(
-            _no_answer, one, place / "scores", known["scores"][one.name], model_id=sha256, progress=False
+        Answerer(_no_answer, known["scores"][one.name]["mode"], known["scores"][one.name], sha256).score(
+            one, place / "scores", Options(progress=False)
         )
         for one in _sets(settings)
         if one.name in known["scores"]
@@ -471,14 +468,14 @@ def _no_answer(*_arguments: Any) -> Any:
     raise LadderError("an answer is missing from the rung's journal", hint="climb again with fresh=True")
 
 
-def _sets(settings: Settings) -> list[item_sets.ItemSet]:
+def _sets(settings: Settings) -> list[ItemSet]:
     """The tier's sets, each cut to its share of questions; code only where it can be run."""
-    chosen = item_sets.sets_of_tier(settings.tier)
+    chosen = ItemSet.of_tier(settings.tier)
     runs_code = find_sandbox().safe or settings.allow_unsandboxed
     return [_part_of(one, settings.max_items) for one in chosen if one.kind != "code" or runs_code]
 
 
-def _part_of(item_set: item_sets.ItemSet, max_items: int) -> item_sets.ItemSet:
+def _part_of(item_set: ItemSet, max_items: int) -> ItemSet:
     """The first questions of each family, as many of each, under a name of its own."""
     if not max_items or max_items >= len(item_set.items):
         return item_set
@@ -555,14 +552,12 @@ def _ask(job: dict[str, Any], settings: Settings, place: Path) -> dict[str, Any]
     )
     with closing(llama_model.open_model(job["path"], opened, trial=False)) as model:
         runs = [
-            scores.score_set(
+            score_set(
                 model,
                 one,
                 place / "scores",
+                Options(fresh=job["fresh"], allow_unsandboxed=settings.allow_unsandboxed, progress=False),
                 model_id=job["sha256"],
-                fresh=job["fresh"],
-                allow_unsandboxed=settings.allow_unsandboxed,
-                progress=False,
             )
             for one in _sets(settings)
         ]
@@ -573,8 +568,7 @@ def _ask(job: dict[str, Any], settings: Settings, place: Path) -> dict[str, Any]
             )
     decode = speed.decode_tokens_per_sec
     asked = {
-        one.item_set.name: {key: value for key, value in one.conditions.items() if key != "sandbox"}
-        for one in runs
+        one.name: {key: value for key, value in one.conditions.items() if key != "sandbox"} for one in runs
     }
     first = long_context.first_task(run.items, run.plan.prompts)
     return {
@@ -657,10 +651,10 @@ def table(ladder: Ladder) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _metric(run: scores.SetRun, runs: Sequence[scores.SetRun]) -> str:
+def _metric(run: SetRun, runs: Sequence[SetRun]) -> str:
     """The score's name, with its set's where several sets have that score."""
     alone = sum(one.score.name == run.score.name for one in runs) == 1
-    return run.score.name if alone else f"{run.score.name} ({run.item_set.name})"
+    return run.score.name if alone else f"{run.score.name} ({run.name})"
 
 
 def class_table(ladder: Ladder) -> pd.DataFrame:
@@ -801,7 +795,7 @@ def _interval(drawn: np.ndarray, n: int, level: float) -> tuple[float, float]:
 def _score_steps(one: Rung, other: Rung, n_pairs: int) -> list[Step]:
     """McNemar's exact test on the items, its p multiplied by the number of pairs; the interval is 95 %."""
     found = []
-    for run, result in zip(one.runs, comparison.compare(one.runs, other.runs), strict=True):
+    for run, result in zip(one.runs, compare_runs(one.runs, other.runs), strict=True):
         sure = min(1.0, result.p * n_pairs) < 1 - LEVEL
         verdict = ("better" if result.difference > 0 else "worse") if sure else SAME
         found.append(

@@ -17,6 +17,7 @@ from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.llama.model import Floats, Model
 from dfqs_nb.llama.template import Message
+from dfqs_nb.llama.thinking import answer_start, opens_thinking
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,6 +38,7 @@ class Sampling:
 
 
 GREEDY = Sampling()
+PROMPT_END = 16  # tokens, which hold any mark that begins a thinking
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Completion:
 class TextStream:
     """Pieces of text as they come; after the last one, ``completion`` holds the whole.
 
-    A piece never ends inside a character, and never holds the start of a stop text.
+    A piece never ends inside a character, and never holds the start of a stop text. A stop text counts only
+    behind the thinking of a model that thinks.
     """
 
     def __init__(
@@ -104,13 +107,16 @@ class TextStream:
     def _run(self) -> Iterator[str]:
         text, shown, reason = "", 0, "length"
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        end = b"".join(map(self._model.token_bytes, self._prompt[-PROMPT_END:])) if self._stop else b""
+        opened = opens_thinking(end.decode("utf-8", "replace"))
         for token in self._generate():
             if self._model.ends(token):
                 reason = "eos"
                 break
             self._tokens.append(token)
             text += decoder.decode(self._model.token_bytes(token))
-            stops = [at for at in map(text.find, self._stop) if at >= 0]
+            start = answer_start(text, opened) if self._stop else None
+            stops = [at for mark in self._stop if start is not None and (at := text.find(mark, start)) >= 0]
             if stops:
                 text, reason = text[: min(stops)], "stop"
                 break
@@ -175,19 +181,20 @@ def _held_back(text: str, stop: Sequence[str]) -> int:
     return max(starts, default=0)
 
 
-def chat_prompt(model: Model, prompt: str | Sequence[Message]) -> list[int]:
+def chat_prompt(model: Model, prompt: str | Sequence[Message], **variables: bool) -> list[int]:
     """Token ids of a chat in the model's own template, up to where the answer begins, with at most one BOS.
 
     Args:
         prompt: the user's message, or messages with ``role`` and ``content``.
+        variables: what the template may ask for, such as ``enable_thinking``.
 
     Raises:
         ModelError: the header has no chat template, or the template refuses the messages.
     """
-    return model.with_bos(model.tokenize(chat_text(model, prompt)))
+    return model.with_bos(model.tokenize(chat_text(model, prompt, **variables)))
 
 
-def chat_text(model: Model, prompt: str | Sequence[Message]) -> str:
+def chat_text(model: Model, prompt: str | Sequence[Message], **variables: bool) -> str:
     """The text of a chat in the model's own template, up to where the answer begins.
 
     Raises:
@@ -198,7 +205,8 @@ def chat_text(model: Model, prompt: str | Sequence[Message]) -> str:
         raise ModelError(
             "its header has no chat template", where=model.path, hint="use complete() with plain text"
         )
-    return model.template.render([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return model.template.render(messages, variables)
 
 
 def stream_tokens(

@@ -54,15 +54,18 @@ class ChatTemplate:
         self._fault = ""  # that of a child that had to be killed: no other prompt waits for that long
         self._lock = threading.Lock()
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], variables: Mapping[str, bool] | None = None) -> str:
         """The text of a chat, up to where the answer begins.
+
+        Args:
+            variables: what the template may ask for, such as ``enable_thinking``.
 
         Raises:
             ModelError: the template has a fault, refuses the messages, leaves the question out, or exceeds its
                 limits of time, memory and length.
         """
         with self._lock:
-            answer = self._ask([dict(message) for message in messages])
+            answer = self._ask({"messages": [dict(message) for message in messages], **(variables or {})})
         if "text" not in answer:
             raise ModelError(f"its chat template fails ({answer['fault']})", where=self.where, hint=PLAIN)
         text: str = answer["text"]
@@ -76,7 +79,7 @@ class ChatTemplate:
         self._process = None
         self._end()
 
-    def _ask(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+    def _ask(self, chat: dict[str, Any]) -> dict[str, Any]:
         if self._fault:
             return {"fault": self._fault}
         if self._process is None:
@@ -88,7 +91,7 @@ class ChatTemplate:
         timer.daemon = True
         timer.start()
         try:
-            process.stdin.write(json.dumps(messages).encode() + b"\n")
+            process.stdin.write(json.dumps(chat).encode() + b"\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
@@ -117,7 +120,7 @@ def _holds(text: str, question: str) -> bool:
 
 
 def _renderer(source: str, bos: str, eos: str) -> Any:
-    """A function of the messages that yields the text piece by piece.
+    """A function of the messages and variables that yields the text piece by piece.
 
     Raises:
         jinja2.TemplateError: Jinja cannot parse the source.
@@ -157,7 +160,7 @@ def _renderer(source: str, bos: str, eos: str) -> Any:
         "strftime_now": CLOCK.strftime,
         **dict.fromkeys(("functions", "function_call", "tools", "tool_choice")),
     }
-    return lambda messages: template.generate(messages=messages, **values)
+    return lambda chat: template.generate(**values, **chat)
 
 
 def _render(pieces: Any) -> str:
@@ -170,7 +173,7 @@ def _render(pieces: Any) -> str:
 
 
 def main() -> None:
-    """Take the template, then answer each line of messages with a line: the text, or what is wrong."""
+    """Take the template, then answer each line of a chat with a line: the text, or what is wrong."""
     child.limit_memory(MEMORY_BYTES)
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     job, render, fault = json.loads(sys.stdin.readline()), None, ""

@@ -22,8 +22,9 @@ from dfqs_nb.gguf.facts import bits_per_weight, layer_of, parameters, types_by_b
 from dfqs_nb.gguf.header import TENSOR_TYPES, GGUFHeader
 from dfqs_nb.gguf.memory import CACHE_TYPES, kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.models import registered
+from dfqs_nb.gguf.reading import FLASH, ActiveBytes, active_bytes
 from dfqs_nb.report.envelope import GB, read_spec
-from dfqs_nb.scores.speed import FLASH, ActiveBytes, active_bytes, card_table
+from dfqs_nb.scores import speed as scores_speed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -708,7 +709,7 @@ def offload(claim: Claim, at: Evidence) -> Finding:
 @check
 def speed(claim: Claim, at: Evidence) -> Finding:
     """The bound that reading a token's weights sets on that machine, and the artifact's measured speed."""
-    table = card_table(at.active).set_index("machine")
+    table = scores_speed.card_table(at.active).set_index("machine")
     bound = float(table.loc[claim.args["machine"], "bound"])
     low, high = claim.value[0], claim.value[-1]
     said = (

@@ -16,18 +16,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, nan
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dfqs_nb.context.boundary import Counts, boot_boundaries, curve_table, paired
 from dfqs_nb.context.curve import GUESS_RATE, JOURNAL, item_frame
+from dfqs_nb.core.errors import ComparisonError
 from dfqs_nb.core.files import sha256_of_file, whole_file, write_json, write_table
+from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.report.leaderboard import boundary_status, is_contended, markdown_table, run_beside
-from dfqs_nb.scores import grading as scoring
-from dfqs_nb.scores.compare import ComparisonError, compare, differing_fields
+from dfqs_nb.scores import SetRun, compare_runs
 from dfqs_nb.stats import BOOTSTRAP_LEVEL, LEVEL, N_BOOT, bootstrap_weights, expanded_tail, holm
 
 if TYPE_CHECKING:
@@ -156,23 +156,11 @@ def _sets(report: Mapping[str, Any], folder: Path) -> list[Any]:
     for metric in SCORES:
         stated = report["details"][metric]
         if stated["value"] is not None:
-            one = _set(metric, items[items["set"] == stated["set"]])
+            own = items[items["set"] == stated["set"]]
+            one = SetRun.of(metric.removesuffix("_score"), stated["set"], own)
             _check_equal(one.score.value, stated["value"], metric, path)
             sets.append(one)
     return sets
-
-
-def _set(metric: str, items: pd.DataFrame) -> Any:
-    """The items of a metric's set with their score, as ``comparison.compare`` takes them."""
-    name, n = items["set"].iloc[0] if len(items) else "", items["id"].nunique()
-    if metric == "code_score":
-        score = scoring.code_score(items.rename(columns={"grade": "outcome"}), name, n)
-    else:
-        score = scoring.reasoning_score(items[items["sample"] == 0], name, n)
-    kind = metric.removesuffix("_score")
-    return SimpleNamespace(
-        item_set=SimpleNamespace(name=name, kind=kind), items=items, score=score, conditions={}
-    )
 
 
 def _context(report: Mapping[str, Any], folder: Path) -> pd.DataFrame:
@@ -391,7 +379,7 @@ def _score_rows(first: RunItems, run: RunItems, n_boot: int, seed: int) -> list[
             rows.append(missing)
             withheld.append(metric)
     pairs = [[one for one in each.sets if one.score.name not in withheld] for each in (first, run)]
-    found = compare(*pairs, n_boot=n_boot, seed=seed) if pairs[0] else []
+    found = compare_runs(*pairs, n_boot=n_boot, seed=seed) if pairs[0] else []
     for one, this in zip(found, pairs[1], strict=True):
         score, reading = this.score, _reading(one.only_a, one.only_b)
         rows.append(

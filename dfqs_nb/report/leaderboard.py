@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import whole_file, write_table
+from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.scores.compare import differing_fields
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
+from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title
+from dfqs_nb.scores.speed import metric_row
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title  # NEEDS
 
 
 def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -37,7 +39,7 @@ def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         markeredgewidth=1.5,
         label="guessing",
     )
-    names = [f"{one.family}, {one.length} (n = {one.n})" for one in table.itertuples()]
+    names = [f"{row.family}, {row.length} (n = {row.n})" for row in table.itertuples()]
     ax.set_yticks(range(len(table)), names, fontsize=8)
     ax.set_ylim(len(table) - 0.4, -0.6)
     ax.set_xlim(-0.02, 1.02)
@@ -46,7 +48,7 @@ def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     below = (0.0, -0.24 if len(table) < 14 else -0.12)
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=below, ncols=len(sets) + 1)
     above = int(((table["low"] > table["guess_rate"]) & (table["correct"] > 0)).sum())
-    set_title(ax, f"{above} of {len(table)} families lie above guessing beyond doubt")
+    set_title(ax, f"{above} of {len(table)} families are answered better than by guessing")
     return ax
 
 
@@ -59,8 +61,8 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     ax, decode = new_axes(ax), table[table["phase"] == "decode"]
     ax.plot(decode["depth"], decode["roof"], "--", color=INK, label="roof: memory bandwidth / bytes a token")
-    for one in decode.itertuples():
-        ax.plot([one.depth] * len(one.values), one.values, "o", color=PALETTE[5], alpha=0.4, markersize=5)
+    for row in decode.itertuples():
+        ax.plot([row.depth] * len(row.values), row.values, "o", color=PALETTE[5], alpha=0.4, markersize=5)
     ax.plot(
         decode["depth"],
         decode["median"],
@@ -80,7 +82,8 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("tokens a second")
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0.4, 0.5))
     busy = " (the machine was busy)" if decode["contended"].any() else ""
-    set_title(ax, f"Decode reaches {decode['utilisation'].max():.1%} of what memory allows{busy}")
+    at = metric_row(table)
+    set_title(ax, f"Decode at depth {at['depth']:,} reaches {at['utilisation']:.1%} of the roof{busy}")
     return ax
 
 
@@ -90,10 +93,11 @@ def card_bounds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Args:
         table: columns ``machine``, ``claimed_low``, ``claimed_high``, ``bound`` (tokens a second).
     """
-    ax = new_axes(ax, 1.0 + 0.22 * len(table))
+    ax = new_axes(ax, 1.0 + 0.24 * len(table))
     rows = np.arange(len(table))
-    claimed = table["claimed_low"], table["claimed_high"]
-    ax.hlines(rows, *claimed, color=PALETTE[1], linewidth=6, label="the card")
+    ax.hlines(
+        rows, table["claimed_low"], table["claimed_high"], color=PALETTE[1], linewidth=6, label="the card"
+    )
     ax.plot(table["bound"], rows, "D", color=PALETTE[0], label="bound by reading")
     for row, bound in zip(rows, table["bound"], strict=True):
         text = f"{bound:,.2g}" if bound < 10 else f"{bound:,.0f}"
@@ -103,7 +107,7 @@ def card_bounds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xscale("log")
     ax.margins(x=0.12)
     ax.set_xlabel("tokens a second")
-    ax.legend(frameon=False, fontsize=8, loc="upper right")
-    near = table.loc[table["reached"].idxmax()]
-    set_title(ax, f"Nearest to its bound: the card's {near['machine']}")
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    cpu = table.iloc[0]
+    set_title(ax, f"The card's CPU speed is at most {cpu['reached']:.0%} of what its memory allows")
     return ax

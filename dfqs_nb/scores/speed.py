@@ -1,7 +1,7 @@
 """How fast a model runs, and how fast this machine's memory (or disk) would let it run.
 
 Decode reads every active weight once a token, so bandwidth divided by those bytes is a roof that no decode
-exceeds. The same arithmetic says what the real artifact can reach on a machine that is described, not owned.
+exceeds. The same arithmetic gives a bound for the real artifact on a machine that is only described.
 """
 
 from __future__ import annotations
@@ -11,118 +11,46 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.gguf.facts import INTEGER_TYPES, class_of, experts
-from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import CACHE_TYPES, CSA_RATIO, HCA_RATIO, kv_cache_bytes
+from dfqs_nb.core.machine import available_memory, usable_cores, watched_load
+from dfqs_nb.gguf.reading import FLASH, ActiveBytes, active_bytes, cache_bytes_read
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.timing import measure_speed
 
 if TYPE_CHECKING:
     import pandas as pd
 
-BUSY_CORES = 0.15  # of others' work beside a measurement, from which on it counts as contended
 BANDWIDTH_BYTES = 256 << 20  # read by each thread: more than the processor's caches hold
 DISK_BYTES = 256 << 20
+METRIC_DEPTH = 512  # of ``cpu_tokens_per_sec``
 GB = 1e9
-
-
-# ---- bytes a token ----
-
-
-@dataclass(frozen=True)
-class ActiveBytes:
-    """Bytes of weights that one token of decode reads.
-
-    Attributes:
-        dense: of what every token uses: attention, shared experts, output. Of look-up tables, one row.
-        routed: of the routed experts that it is sent to.
-        routed_total: of all routed experts.
-        weights: of all weights.
-    """
-
-    dense: int
-    routed: int
-    routed_total: int
-    weights: int
-
-    @property
-    def total(self) -> int:
-        """Bytes a token."""
-        return self.dense + self.routed
-
-
-# DeepSeek-V4-Flash-IQ1_S-XL. Experts: from the shapes and types of its configuration. The rest: what the
-# published file's 61,540,805,344 bytes leave, less the embedding (129,280 x 4096 at Q8_0), of which a token
-# reads a row. With everything but experts at Q8_0 or F32, shapes alone would say 8.7 GB a token instead of
-# 7.6.
-FLASH = ActiveBytes(
-    dense=6_301_231_840, routed=1_281_490_944, routed_total=54_676_946_944, weights=61_540_805_344
-)
-
-
-def active_bytes(headers: GGUFHeader | Sequence[GGUFHeader]) -> ActiveBytes:
-    """Bytes that a token reads, from the tensor tables of a model's file or its shards (first one first)."""
-    headers = [headers] if isinstance(headers, GGUFHeader) else list(headers)
-    layout = experts(headers[0])
-    tensors = [tensor for header in headers for tensor in header.tensors]
-    has_output = any(tensor.name == "output.weight" for tensor in tensors)
-    dense = routed_total = 0
-    for tensor in tensors:
-        kind = class_of(tensor.name)
-        is_table = tensor.type in INTEGER_TYPES or (kind == "embedding" and has_output)
-        if kind == "routed experts" and layout.total:
-            routed_total += tensor.nbytes
-        elif is_table:
-            dense += tensor.nbytes // max(tensor.shape[-1], 1)
-        else:
-            dense += tensor.nbytes
-    routed = round(routed_total * layout.used / layout.total) if layout.total else 0
-    return ActiveBytes(dense, routed, routed_total, sum(tensor.nbytes for tensor in tensors))
-
-
-def cache_bytes_read(header: GGUFHeader, depth: int, type_k: str = "f16", type_v: str = "f16") -> int:
-    """Bytes of KV cache that a token at ``depth`` must read at least; 0 where the header does not say
-    exactly.
-
-    ``deepseek4``: the sliding window in every layer; in layers of ratio 4 the indexer's keys and the entries
-    that it picks; in layers of ratio 128 every entry.
-    """
-    if header.architecture != "deepseek4":
-        cache = kv_cache_bytes(header, max(depth, 1), type_k=type_k, type_v=type_v)
-        return cache.total * depth // (-(-max(depth, 1) // 256) * 256) if cache.exactness == "exact" else 0
-    block_bytes, block = CACHE_TYPES[type_k]
-    width, indexer = (
-        int(header.arch(key, 0)) for key in ("attention.key_length", "attention.indexer.key_length")
-    )
-    ratios = list(header.arch("attention.compress_ratios", []))[: int(header.arch("block_count", 0))]
-    picked = min(depth // CSA_RATIO, int(header.arch("attention.indexer.top_k", 0)))
-    elements = len(ratios) * min(depth, int(header.arch("attention.sliding_window", 0))) * width
-    elements += ratios.count(CSA_RATIO) * (picked * width + depth // CSA_RATIO * indexer)
-    elements += ratios.count(HCA_RATIO) * (depth // HCA_RATIO) * width
-    return elements * block_bytes // block
 
 
 # ---- what this machine gives ----
 
 
-def memory_bandwidth(n_threads: int, nbytes: int = BANDWIDTH_BYTES, repetitions: int = 3) -> float:
-    """Bytes a second that ``n_threads`` read from memory together, the best of several tries.
+def memory_bandwidth(
+    n_threads: int | None = None, nbytes: int = BANDWIDTH_BYTES, repetitions: int = 3
+) -> float:
+    """Bytes a second that threads read from memory together, the best of several tries.
+
+    One core alone rarely reads as fast as the memory is, so by default there is a thread on each.
 
     Each thread searches its own buffer for a byte that is not there (the C library's ``memchr``, which reads
     as fast as the processor can and lets Python's other threads run).
     """
     search = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memchr
     search.argtypes, search.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
+    n_threads = n_threads or usable_cores()
     buffers = [np.zeros(nbytes, np.uint8) for _ in range(n_threads)]
     for buffer in buffers:
         buffer[::4096] = 2  # touches each page, so that it is memory and not a promise
@@ -163,46 +91,9 @@ def disk_bandwidth(folder: str | Path, nbytes: int = DISK_BYTES) -> float | None
 
 
 def _read_from_disk() -> int | None:
-    """Bytes that this process has had fetched from storage so far."""
-    try:
-        rows = (line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-        return int(dict(rows)["read_bytes"])
-    except (OSError, KeyError):
-        return None
-
-
-@dataclass
-class Load:
-    """Work of others while something was measured, in cores; None where the system does not say."""
-
-    other_cores: float | None = None
-
-    @property
-    def contended(self) -> bool:
-        """Whether others worked enough to disturb a measurement."""
-        return (self.other_cores or 0.0) > BUSY_CORES
-
-
-@contextmanager
-def watched_load() -> Iterator[Load]:
-    """Watch what the machine does beside this process while the block runs."""
-    load, before, started = Load(), _busy_seconds(), time.perf_counter()
-    yield load
-    after, seconds = _busy_seconds(), time.perf_counter() - started
-    if before is not None and after is not None and seconds > 0:
-        load.other_cores = max(0.0, (after[0] - before[0] - (after[1] - before[1])) / seconds)
-
-
-def _busy_seconds() -> tuple[float, float] | None:
-    """CPU seconds that all processes (and a hypervisor) have used, and those of this one."""
-    try:
-        fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-    except OSError:
-        return None
-    idle, waiting = fields[3], fields[4]
-    busy = sum(fields[:8]) - idle - waiting
-    mine = os.times()
-    return busy / os.sysconf("SC_CLK_TCK"), mine.user + mine.system
+    """Bytes that this process has had fetched from storage so far; None where the system does not count."""
+    counters = getattr(psutil.Process(), "io_counters", None)
+    return int(counters().read_bytes) if counters else None
 
 
 # ---- measurements ----
@@ -215,25 +106,23 @@ def speed_by_depth(
     repetitions: int = 5,
     bandwidth: float | None = None,
     seed: int = 42,
-    n_weights: ActiveBytes | None = None,
 ) -> pd.DataFrame:
-    """Prefill and decode speed at several depths, beside the roof that memory sets.
+    """Prefill and decode speed at several depths, beside the roof that the memory of this machine sets.
 
     One row a phase and depth: ``phase``, ``depth``, ``n_threads``, ``repetitions``, ``tokens``, ``median``,
     ``min``, ``max``, ``values`` (tokens a second); for decode ``roof`` (tokens a second) and ``utilisation``
     (median / roof); ``other_cores`` and ``contended``.
 
     Args:
-        bandwidth: bytes a second; measured here when not given.
-        n_weights: bytes a token; from the model's header when not given.
+        bandwidth: bytes a second that all cores read together; measured here when not given.
 
     Raises:
         ContextFullError: a depth and its tokens exceed ``n_ctx``.
     """
     import pandas as pd
 
-    bandwidth = bandwidth or memory_bandwidth(model.settings.n_threads or 1)
-    weights = n_weights or active_bytes(model.header)
+    bandwidth = bandwidth or memory_bandwidth()
+    weights = active_bytes(model.header)
     rows = []
     for depth in depths:
         with watched_load() as load:
@@ -242,17 +131,29 @@ def speed_by_depth(
         cache = cache_bytes_read(model.header, depth + n_tokens // 2, settings.type_k, settings.type_v)
         roof = bandwidth / (weights.total + cache)
         for row in speed.rows():
-            is_decode = row["phase"] == "decode"
-            rows.append(
-                row
-                | {
-                    "roof": roof if is_decode else float("nan"),
-                    "utilisation": row["median"] / roof if is_decode else float("nan"),
-                    "other_cores": load.other_cores,
-                    "contended": load.contended,
-                }
-            )
+            row |= {"other_cores": load.other_cores, "contended": load.contended}
+            roofs = {"roof": roof, "utilisation": row["median"] / roof} if row["phase"] == "decode" else {}
+            rows.append({**row, **roofs})
     return pd.DataFrame(rows)
+
+
+def metric_row(speeds: pd.DataFrame) -> pd.Series:
+    """The row of decode that gives ``cpu_tokens_per_sec``: depth 512, else the deepest that was timed."""
+    decode = speeds[speeds["phase"] == "decode"].set_index("depth", drop=False)
+    return decode.loc[METRIC_DEPTH if METRIC_DEPTH in decode.index else decode.index[-1]]
+
+
+def weights_read(model: Model) -> tuple[int, int]:
+    """Bytes of weights that a token reads, and bytes of all weights."""
+    weights = active_bytes(model.header)
+    return weights.total, weights.weights
+
+
+def sentence(row: pd.Series) -> str:
+    """A row of decode in words."""
+    spread = f"({row['min']:,.1f} to {row['max']:,.1f}, n = {row['repetitions']})"
+    busy = ", contended" if row["contended"] else ""
+    return f"decode {row['median']:,.1f} tokens/s at depth {row['depth']} {spread}{busy}"
 
 
 # ---- what a described machine gives ----
@@ -303,65 +204,69 @@ def speed_bound(weights: ActiveBytes, places: Sequence[Place]) -> Bound:
     return Bound(1 / seconds, shares)
 
 
-# The card's table (tokens a second) and a machine for each row. Bandwidths: JEDEC's rates for two channels
-# (DDR4-3200: 51.2 GB/s, DDR5-5600: 89.6 GB/s), NVIDIA's data sheets (RTX 3090: 936 GB/s and 24 GB; H100 SXM:
-# 3,350 GB/s and 80 GB), SATA's limit (0.55 GB/s) and a PCIe 3 drive (3.5 GB/s).
-DISK = float("inf")
-_RAM = Place("memory", 120 * GB, 51.2 * GB)
+# The card's table (tokens a second) and a machine for each row; then two machines that it does not name, to show what paging costs. Bandwidths: JEDEC's rate for two channels of DDR5-5600 (89.6 GB/s), NVIDIA's data
+# sheets (RTX 3090: 936 GB/s and 24 GB; H100 SXM: 3,350 GB/s and 80 GB), a PCIe 3 drive (3.5 GB/s), and SATA's
+# limit (0.55 GB/s).
+DISK, NO_CLAIM = float("inf"), (float("nan"), float("nan"))
+DDR5 = 89.6 * GB
 CARD: tuple[tuple[str, tuple[float, float], tuple[Place, ...]], ...] = (
-    ("CPU, 128 GB of DDR5-5600", (0.2, 0.5), (Place("memory", 120 * GB, 89.6 * GB),)),
-    ("CPU, 128 GB of DDR4-3200", (0.2, 0.5), (_RAM,)),
-    (
-        "CPU, 32 GB, NVMe disk",
-        (0.2, 0.5),
-        (Place("memory", 28 * GB, 51.2 * GB), Place("disk", DISK, 3.5 * GB)),
-    ),
-    (
-        "CPU, 32 GB, SATA disk",
-        (0.2, 0.5),
-        (Place("memory", 28 * GB, 51.2 * GB), Place("disk", DISK, 0.55 * GB)),
-    ),
-    ("RTX 3090", (1.0, 3.0), (Place("GPU", 22 * GB, 936 * GB), _RAM)),
-    ("2 x RTX 3090", (5.0, 8.0), (Place("GPU", 44 * GB, 936 * GB), _RAM)),
+    ("CPU, 128 GB of DDR5-5600", (0.2, 0.5), (Place("memory", 120 * GB, DDR5),)),
+    ("RTX 3090", (1.0, 3.0), (Place("GPU", 22 * GB, 936 * GB), Place("memory", 120 * GB, DDR5))),
+    ("2 x RTX 3090", (5.0, 8.0), (Place("GPU", 44 * GB, 936 * GB), Place("memory", 120 * GB, DDR5))),
     ("H100", (15.0, 25.0), (Place("GPU", 76 * GB, 3350 * GB),)),
+    (
+        "not in the card: 32 GB, NVMe",
+        NO_CLAIM,
+        (Place("memory", 28 * GB, DDR5), Place("disk", DISK, 3.5 * GB)),
+    ),
+    (
+        "not in the card: 32 GB, SATA",
+        NO_CLAIM,
+        (Place("memory", 28 * GB, DDR5), Place("disk", DISK, 0.55 * GB)),
+    ),
 )
 
 
-def card_table(weights: ActiveBytes | None = None, here: Sequence[Place] = ()) -> pd.DataFrame:
+def card_table(weights: ActiveBytes = FLASH, here: Sequence[Place] = ()) -> pd.DataFrame:
     """What the card claims beside what reading allows.
 
-    Columns: ``machine``, ``claimed_low``, ``claimed_high``, ``bound`` (tokens a second), ``from_disk``
-    (share of
-    a token's bytes), ``reached`` (the claim's upper end / the bound); of this machine nothing is claimed.
+    Columns: ``machine``, ``claimed_low``, ``claimed_high``, ``bound`` (tokens a second), ``from_disk`` (share
+    of a token's bytes), ``reached`` (the claim's upper end / the bound; NaN where nothing is claimed).
 
     Args:
-        weights: bytes a token; DeepSeek-V4-Flash-IQ1_S-XL's when not given.
+        weights: bytes a token; DeepSeek-V4-Flash-IQ1_S-XL's by default.
         here: this machine's places, for a row of its own.
     """
     import pandas as pd
 
-    rows, weights, no_claim = [], weights or FLASH, (float("nan"), float("nan"))
-    for name, (low, high), places in (*CARD, *([("this machine", no_claim, tuple(here))] if here else [])):
+    rows = []
+    for name, (low, high), places in (*CARD, *([("this machine", NO_CLAIM, tuple(here))] if here else [])):
         bound = speed_bound(weights, places)
         rows.append(
-            (
-                name,
-                low,
-                high,
-                bound.tokens_per_sec,
-                bound.shares.get("disk", 0.0),
-                high / bound.tokens_per_sec,
-            )
+            {
+                "machine": name,
+                "claimed_low": low,
+                "claimed_high": high,
+                "bound": bound.tokens_per_sec,
+                "from_disk": bound.shares.get("disk", 0.0),
+                "reached": high / bound.tokens_per_sec,
+            }
         )
-    return pd.DataFrame(
-        rows, columns=["machine", "claimed_low", "claimed_high", "bound", "from_disk", "reached"]
+    return pd.DataFrame(rows)
+
+
+def card_sentence(table: pd.DataFrame) -> str:
+    """What the bounds say of the card's CPU speed, in words."""
+    cpu, paged = table.iloc[0], table[table["from_disk"] > 0].iloc[-1 if len(table) == len(CARD) else -2]
+    return (
+        f"{cpu['machine']}: the card's {cpu['claimed_low']} to {cpu['claimed_high']} tokens/s are at most "
+        f"{cpu['reached']:.0%} of the bound, {cpu['bound']:,.1f}. With {paged['from_disk']:.0%} of each token's "
+        f"bytes from a SATA disk the bound is {paged['bound']:,.2f}."
     )
 
 
-def places_here(
-    n_threads: int, free_bytes: int, folder: str | Path, bandwidth: float | None = None
-) -> tuple[Place, ...]:
+def places_here(folder: str | Path, bandwidth: float) -> tuple[Place, ...]:
     """This machine as places: its free memory and its disk (left out where it cannot be measured)."""
-    memory = Place("memory", float(free_bytes), bandwidth or memory_bandwidth(n_threads))
-    disk = disk_bandwidth(folder)
+    free = float(available_memory().available_bytes)
+    memory, disk = Place("memory", free, bandwidth), disk_bandwidth(folder)
     return (memory, Place("disk", DISK, disk)) if disk else (memory,)

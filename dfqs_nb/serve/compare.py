@@ -18,11 +18,9 @@ import numpy as np
 from dfqs_nb.context.haystacks import MARK
 from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.core.stage import Stage
-from dfqs_nb.llama.generate import GREEDY, Completion, chat_text
+from dfqs_nb.llama.generate import Completion, chat_text
 from dfqs_nb.llama.model import Model
-from dfqs_nb.scores import run as scores
-from dfqs_nb.scores.item_sets import Item, ItemSet, sets_of_tier
-from dfqs_nb.scores.sandbox import find_sandbox
+from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun, find_sandbox, score_set
 from dfqs_nb.serve import scoring
 from dfqs_nb.serve.client import Endpoint
 from dfqs_nb.serve.servers import LocalServer
@@ -43,8 +41,8 @@ class Comparison:
     """
 
     items: pd.DataFrame = field(repr=False)
-    process: scores.SetRun
-    server: scores.SetRun
+    process: SetRun
+    server: SetRun
 
     @property
     def differences(self) -> pd.DataFrame:
@@ -61,7 +59,7 @@ class Comparison:
     @property
     def sentence(self) -> str:
         """How many differ in process and through the server, and why."""
-        n, other, name = len(self.items), self.differences, self.process.item_set.name
+        n, other, name = len(self.items), self.differences, self.process.name
         if other.empty:
             return f"{name}: all {n} answers are the same both ways"
         n_grades = int((other["correct_process"] != other["correct_server"]).sum())
@@ -101,14 +99,17 @@ def compare_all(
     ids = {name: model_id if name in local else "" for name in connected}
     at_once = (model.settings.n_threads or 1) < usable_cores()
 
-    def in_process() -> list[scores.SetRun]:
+    def in_process() -> list[SetRun]:
         place = Path(folder) / "process"
-        return [scores.score_set(model, chosen, place, model_id=model_id, **options) for chosen in item_sets]
+        return [
+            score_set(model, chosen, place, Options(**options), model_id=model_id) for chosen in item_sets
+        ]
 
-    def through(name: str) -> list[scores.SetRun]:
+    def through(name: str) -> list[SetRun]:
         place, server = Path(folder) / folder_name(connected[name]), connected[name]
         return [
-            scoring.score_set(server, chosen, place, model_id=ids[name], **options) for chosen in item_sets
+            scoring.score_set(server, chosen, place, Options(**options), model_id=ids[name])
+            for chosen in item_sets
         ]
 
     with ThreadPoolExecutor(len(connected) if at_once else 1) as pool:
@@ -117,16 +118,16 @@ def compare_all(
         ours = ours or in_process()
         served = {name: future.result() for name, future in asked.items()}
     return {
-        (name, here.item_set.name): _compared(model, connected[name], here, there)
+        (name, here.name): _compared(model, connected[name], item_set, here, there)
         for name in connected
-        for here, there in zip(ours, served[name], strict=True)
+        for item_set, here, there in zip(item_sets, ours, served[name], strict=True)
     }
 
 
 def askable_sets(tier: str, allow_unsandboxed: bool = False) -> list[ItemSet]:
     """The question sets of a tier (``nano`` or ``standard``); code only where its answers can be run."""
     safe = find_sandbox().safe or allow_unsandboxed
-    return [item_set for item_set in sets_of_tier(tier) if safe or item_set.kind != "code"]
+    return [item_set for item_set in ItemSet.of_tier(tier) if safe or item_set.kind != "code"]
 
 
 def folder_name(endpoint: Endpoint) -> str:
@@ -134,16 +135,17 @@ def folder_name(endpoint: Endpoint) -> str:
     return re.sub(r"[^\w.-]+", "-", endpoint.facts.name).strip(".-")[:80] or "unknown"
 
 
-def _compared(model: Model, endpoint: Endpoint, ours: scores.SetRun, theirs: scores.SetRun) -> Comparison:
+def _compared(
+    model: Model, endpoint: Endpoint, item_set: ItemSet, ours: SetRun, theirs: SetRun
+) -> Comparison:
     import pandas as pd
 
-    return Comparison(pd.DataFrame(list(_rows(model, endpoint, ours, theirs))), ours, theirs)
+    return Comparison(pd.DataFrame(list(_rows(model, endpoint, item_set, ours, theirs))), ours, theirs)
 
 
 def _rows(
-    model: Model, endpoint: Endpoint, ours: scores.SetRun, theirs: scores.SetRun
+    model: Model, endpoint: Endpoint, item_set: ItemSet, ours: SetRun, theirs: SetRun
 ) -> Iterator[dict[str, Any]]:
-    item_set = ours.item_set
     items, opening = {item.id: item for item in item_set.items}, _opening(model, item_set)
     for here, there in zip(ours.items.itertuples(), theirs.items.itertuples(), strict=True):
         served = str(there.completion).removeprefix(opening)
@@ -167,10 +169,11 @@ def _opening(model: Model, item_set: ItemSet) -> str:
     return opened + rest
 
 
-def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Item, served: str) -> dict[str, Any]:
+def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Any, served: str) -> dict[str, Any]:
     """Why the server's text is not the one of this process; fields as `compare_all` has them."""
-    prompt = scores.prompt_tokens(model, item_set, item)
-    ours = scores.answerer(model, item_set)(item, GREEDY)
+    answerer = Answerer.of(model, item_set)
+    request = answerer.request(item_set, item)
+    prompt, ours = request.tokens(model), answerer.answer(request)
     at, before = _parting(model, ours, served)
     model.clear()
     logits = model.evaluate([*prompt, *ours.token_ids[:at]])
@@ -186,7 +189,7 @@ def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Item, ser
     return facts | {"cause": _cause(facts, ours.text, served)}
 
 
-def prompt_size(endpoint: Endpoint, item_set: ItemSet, item: Item) -> int:
+def prompt_size(endpoint: Endpoint, item_set: ItemSet, item: Any) -> int:
     """Tokens of an item's prompt as the server counts them."""
     whole = dataclasses.replace(endpoint, stream=False)
     if item_set.mode == "chat":

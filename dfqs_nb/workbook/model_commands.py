@@ -26,6 +26,14 @@ class Tier(StrEnum):
     STANDARD = "standard"
 
 
+class Thinking(StrEnum):
+    """Whether a model that can think does: as its chat template has it, always, or never."""
+
+    TEMPLATE = "template"
+    ON = "on"
+    OFF = "off"
+
+
 @app.command(rich_help_panel=MEASURE)
 def routing(
     model: Annotated[str, typer.Argument(help="A name of `dfqs-nb models`, or a file.")],
@@ -81,8 +89,11 @@ def score(
         int | None, typer.Option(help="Only so many questions a set; nothing is scored then.")
     ] = None,
     run: Annotated[str, typer.Option(help="The folder under outputs/. Default: from the model.")] = "",
-    samples: Annotated[int, typer.Option(help="Answers a code task; gives pass@k up to that k.")] = 1,
+    samples: Annotated[int, typer.Option(help="Answers a question; of code, pass@k up to that k.")] = 1,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Counts above temperature 0.")] = 0.95,
+    thinking: Annotated[Thinking, typer.Option(help="What the chat template is told.")] = Thinking.TEMPLATE,
+    thinking_tokens: Annotated[int, typer.Option(help="For the thinking, beside a set's own limit.")] = 0,
     long_context: Annotated[
         bool, typer.Option("--long-context", help="Of a server: also retrieval at growing lengths.")
     ] = False,
@@ -103,9 +114,8 @@ def score(
     """
     from dfqs_nb import llama, serve
     from dfqs_nb.core.files import sha256_of
-    from dfqs_nb.llama.generate import Sampling
-    from dfqs_nb.scores import item_sets
-    from dfqs_nb.scores import run as scoring
+    from dfqs_nb.scores import ItemSet, Options
+    from dfqs_nb.scores import score_set as score_model
     from dfqs_nb.workbook.run import default_run_name
 
     url = endpoint or (model if serve.is_url(model) else "")
@@ -114,7 +124,18 @@ def score(
     if long_context and not url:
         hint = f"of a file, notebook 05 measures it: dfqs-nb run 01 05 --model {model}"
         raise DfqsError("--long-context is for a server", where=model, hint=hint)
-    sets = [item_sets.load_item_set(name) for name in set_names or []] or item_sets.sets_of_tier(tier)
+    sets = [ItemSet.load(name) for name in set_names or []] or ItemSet.of_tier(tier)
+    options = Options(
+        temperature=temperature,
+        top_p=top_p,
+        n_samples=samples,
+        ks=tuple(k for k in (10, 100) if k <= samples),
+        thinking=thinking.value,
+        thinking_tokens=thinking_tokens,
+        limit=limit,
+        allow_unsandboxed=allow_unsandboxed,
+        fresh=fresh,
+    )
     with ExitStack() as stack:
         if url:
             opened: Any = serve.connect(
@@ -131,22 +152,10 @@ def score(
             settings = llama.OpenSettings(n_ctx=n_ctx, n_threads=threads or None)
             opened = stack.enter_context(llama.open_model(model, settings))
             identity, name = sha256_of(opened.path), default_run_name(model)
-            score_set = scoring.score_set
+            score_set = score_model
         folder = run_dir(run or name)
         for item_set in sets:
-            of_code = item_set.kind == "code"
-            result = score_set(
-                opened,
-                item_set,
-                folder / "scores",
-                model_id=identity,
-                sampling=Sampling(temperature=temperature),
-                ks=[k for k in (10, 100) if k <= samples] if of_code else (),
-                n_samples=samples if of_code else 1,
-                limit=limit,
-                allow_unsandboxed=allow_unsandboxed,
-                fresh=fresh,
-            )
+            result = score_set(opened, item_set, folder / "scores", options, model_id=identity)
             say("\n".join(part.sentence for part in (result.score, *result.pass_at.values())))
         if long_context:
             _long_context(opened, folder / "long_context", tier, longest, shortest, fresh)

@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import llama_cpp_tools
 
+from dfqs_nb.core.machine import watched_load
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama import settings as llama_settings
 from dfqs_nb.llama import timing as llama_timing
-from dfqs_nb.scores import speed
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 
@@ -76,7 +76,7 @@ def main() -> int:
     depth, tokens, threads = arguments.depth, arguments.tokens, arguments.threads
     settings = llama_settings.OpenSettings(n_ctx=depth + tokens, n_threads=threads)
     pairs = []
-    with llama_model.open_model(arguments.model, settings) as model, speed.watched_load() as load:
+    with llama_model.open_model(arguments.model, settings) as model, watched_load() as load:
         for turn in range(arguments.rounds):
 
             def peer() -> tuple[float, float]:

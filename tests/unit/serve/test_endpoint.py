@@ -14,7 +14,7 @@ from faulty_server import TEXT, FaultyServer
 
 from dfqs_nb.llama.generate import Sampling
 from dfqs_nb.llama.model import ContextFullError
-from dfqs_nb.scores import item_sets, sandbox
+from dfqs_nb.scores import Answerer, ItemSet, Options, sandbox
 from dfqs_nb.scores import run as scores
 from dfqs_nb.serve import checks, retrieval, scoring, wire
 from dfqs_nb.serve import client as endpoint
@@ -29,7 +29,7 @@ from dfqs_nb.serve.errors import (
 )
 from dfqs_nb.workbook import cli
 
-QUESTIONS = item_sets.load_item_set("nano-reasoning")
+QUESTIONS = ItemSet.load("nano-reasoning")
 KEY = "sk-never-to-be-seen-5f3a"
 PASSING = ["429", "429 0", "500", "truncated", "event-error", "die", "garbage", "null"]
 
@@ -159,7 +159,7 @@ def test_another_service_s_key_is_not_sent(server, monkeypatch):
 def test_no_key_in_errors_nor_in_any_file(server, tmp_path):
     server.key, server.answer = KEY, oracle
     found = endpoint.connect(server.url, key=KEY, retries=0)
-    scoring.score_set(found, QUESTIONS, tmp_path, limit=3, progress=False)
+    scoring.score_set(found, QUESTIONS, tmp_path, Options(limit=3, progress=False))
     server.faults = ["500"]
     with pytest.raises(BusyError) as caught:
         found.chat("x")
@@ -293,7 +293,7 @@ def test_a_server_that_says_nothing_ends_in_time(server):
 
 def test_scores_over_an_endpoint_are_those_of_the_answers(server, tmp_path):
     server.answer = oracle
-    run = scoring.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, progress=False)
+    run = scoring.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
     assert run.score.value == 1.0 and run.score.n == 128 and server.busiest == 1
     assert run.conditions["endpoint_model"] == "good" and run.conditions["concurrency"] == 1
     assert server.asked[0]["messages"][0]["content"] == QUESTIONS.items[0].asked(QUESTIONS.instruction)
@@ -305,11 +305,11 @@ def test_a_failure_stops_the_run_and_loses_nothing(server, tmp_path, concurrency
     found = endpoint.connect(server.url, retries=0, concurrency=concurrency)
     server.faults = ["none"] * 20 + ["500"] * 200
     with pytest.raises(BusyError):
-        scoring.score_set(found, QUESTIONS, tmp_path, progress=False)
+        scoring.score_set(found, QUESTIONS, tmp_path, Options(progress=False))
     kept = (tmp_path / "answers-nano-reasoning.jsonl").read_text().splitlines()
     assert len(kept) == 20 and len(server.asked) <= 20 + 2 * concurrency
     server.faults.clear()
-    run = scoring.score_set(found, QUESTIONS, tmp_path, progress=False)
+    run = scoring.score_set(found, QUESTIONS, tmp_path, Options(progress=False))
     assert run.n_resumed == 20 and run.score.value == 1.0
     assert (server.busiest > 1) == (concurrency > 1) and server.busiest <= concurrency
 
@@ -317,14 +317,14 @@ def test_a_failure_stops_the_run_and_loses_nothing(server, tmp_path, concurrency
 def test_passing_faults_do_not_change_a_score(server, tmp_path):
     server.answer = oracle
     server.faults = [fault for one in PASSING for fault in (one, "none", "none")]
-    run = scoring.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, progress=False)
+    run = scoring.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
     assert run.score.value == 1.0 and len(server.asked) == 128 + len(PASSING)
 
 
 def test_an_overflow_stops_a_run_and_is_no_wrong_answer(server, tmp_path):
     server.faults = ["overflow"]
     with pytest.raises(ContextOverflowError):
-        scoring.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, progress=False)
+        scoring.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
     assert not (tmp_path / "answers-nano-reasoning.jsonl").exists()
 
 
@@ -332,7 +332,7 @@ def test_conditions_of_another_server_do_not_share_answers(server, tmp_path):
     server.answer = oracle
     for version, asked in (("1", 4), ("1", 4), ("2", 8)):
         found = endpoint.connect(server.url, version=version)
-        scoring.score_set(found, QUESTIONS, tmp_path, limit=4, progress=False)
+        scoring.score_set(found, QUESTIONS, tmp_path, Options(limit=4, progress=False))
         assert len(server.asked) == asked
 
 
@@ -340,14 +340,16 @@ def test_another_file_under_the_same_name_does_not_share_answers(server, tmp_pat
     """As llama.cpp's server lists what it serves; a model's name is only what its user called it."""
     for ftype, n_resumed in (("Q8_0", 0), ("IQ1_S", 0), ("Q8_0", 4)):
         server.meta = {"meta": {"n_params": 14881885, "size": 16495092, "ftype": ftype}}
-        run = scoring.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, limit=4, progress=False)
+        run = scoring.score_set(
+            endpoint.connect(server.url), QUESTIONS, tmp_path, Options(limit=4, progress=False)
+        )
         assert run.n_resumed == n_resumed
 
 
 def test_code_without_a_sandbox_is_not_asked_for(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "find_sandbox", lambda: sandbox.Sandbox("none"))
+    monkeypatch.setattr(scores, "find_sandbox", lambda: sandbox.Sandbox("none"))
     with pytest.raises(sandbox.SandboxError):
-        scoring.score_set(endpoint.connect(server.url), item_sets.load_item_set("nano-code"), tmp_path)
+        scoring.score_set(endpoint.connect(server.url), ItemSet.load("nano-code"), tmp_path)
     assert not server.asked
 
 
@@ -422,15 +424,17 @@ def test_speed_counts_what_all_clients_got(server):
     assert table["tokens_per_sec"].iloc[1] > 1.5 * table["tokens_per_sec"].iloc[0]
 
 
-def test_scores_stay_one_function():
+def test_scores_stay_one_function(tmp_path):
     """What is answered in parallel is the same set of rows as what is answered in turn."""
 
-    def answer(item, sampling):
-        return endpoint.Reply(item.answer, (), "eos", 1, 0.1, 0.1, 1, usage_tokens=2)
+    def answer(request):
+        return endpoint.Reply(request.text[-9:], (), "eos", 1, 0.1, 0.1, 1, usage_tokens=2)
 
-    todo = [(item, 0) for item in QUESTIONS.items]
-    found = [
-        {one[0].id: said["completion"] for one, said in scores._answers(answer, todo, Sampling(), n)}
+    runs = [
+        Answerer(answer, "chat", {}, "m", n_parallel=n).score(
+            QUESTIONS, tmp_path / str(n), Options(progress=False)
+        )
         for n in (1, 5)
     ]
-    assert found[0] == found[1] and len(found[0]) == 128
+    one, other = (run.items.drop(columns="seconds") for run in runs)
+    assert one.equals(other) and len(one) == len(QUESTIONS.items)

@@ -13,7 +13,7 @@ import pytest
 from faulty_server import TEXT, FaultyServer
 
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.scores import item_sets
+from dfqs_nb.scores import ItemSet, Options
 from dfqs_nb.serve import client, retrieval, scoring, servers, wire
 from dfqs_nb.serve.errors import (
     BrokenAnswerError,
@@ -26,7 +26,7 @@ from dfqs_nb.serve.errors import (
 )
 from dfqs_nb.workbook import cli
 
-QUESTIONS = item_sets.load_item_set("nano-reasoning")
+QUESTIONS = ItemSet.load("nano-reasoning")
 KEY = "sk-never-to-be-seen-9d21"
 
 
@@ -61,9 +61,11 @@ def test_halves_of_a_character_are_joined_or_replaced(server, pieces, text, stre
 
 def test_halves_of_a_character_do_not_stop_a_run(server, tmp_path):
     server.faults = ['halves ["\\udcaf"]'] * 3
-    run = scoring.score_set(client.connect(server.url), QUESTIONS, tmp_path, limit=3, progress=False)
+    run = scoring.score_set(client.connect(server.url), QUESTIONS, tmp_path, Options(limit=3, progress=False))
     assert run.items["completion"].tolist() == ["\ufffd"] * 3
-    again = scoring.score_set(client.connect(server.url), QUESTIONS, tmp_path, limit=3, progress=False)
+    again = scoring.score_set(
+        client.connect(server.url), QUESTIONS, tmp_path, Options(limit=3, progress=False)
+    )
     assert again.n_resumed == 3
 
 
@@ -182,7 +184,7 @@ def test_a_question_that_is_cut_is_no_wrong_answer(server, tmp_path):
     questions = QUESTIONS.__class__(**{**vars(QUESTIONS), "items": (*QUESTIONS.items[:3], long)})
     server.window = 70
     with pytest.raises(ContextOverflowError, match="cut the prompt"):
-        scoring.score_set(client.connect(server.url), questions, tmp_path, progress=False)
+        scoring.score_set(client.connect(server.url), questions, tmp_path, Options(progress=False))
 
 
 # ---- fields ----
@@ -227,7 +229,7 @@ def test_a_server_that_repeats_the_key_does_not_get_it_shown(server, status, kin
 def test_a_key_in_an_answer_is_in_no_file(server, tmp_path):
     server.faults = ["echo 200"] * 2
     endpoint = client.connect(server.url, key=KEY, stream=False)
-    scoring.score_set(endpoint, QUESTIONS, tmp_path, limit=2, progress=False)
+    scoring.score_set(endpoint, QUESTIONS, tmp_path, Options(limit=2, progress=False))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files and not [path for path in files if KEY.encode() in path.read_bytes()]
 

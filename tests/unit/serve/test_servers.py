@@ -26,7 +26,7 @@ from dfqs_nb.core.errors import ModelError
 from dfqs_nb.llama import generate as llama_generate
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.scores import item_sets
+from dfqs_nb.scores import Answerer, ItemSet, Options
 from dfqs_nb.scores import run as scores
 from dfqs_nb.serve import checks as server_checks
 from dfqs_nb.serve import client as endpoint
@@ -121,7 +121,7 @@ def test_the_checks_find_a_sound_server(server, model):
 
 
 def test_the_same_items_in_process_and_through_it(server, model, tmp_path):
-    questions = item_sets.load_item_set("nano-reasoning")
+    questions = ItemSet.load("nano-reasoning")
     compared = compare.compare_all(
         model, {"s": server.connect()}, [questions], tmp_path, limit=24, progress=False
     )
@@ -182,19 +182,22 @@ def test_the_command_measures_long_context_through_it(server, tier, lengths, tmp
 
 
 def test_a_set_beyond_the_context_is_refused_before_it_is_asked(server, tmp_path):
-    questions = item_sets.load_item_set("nano-reasoning")
+    questions = ItemSet.load("nano-reasoning")
     long = dataclasses.replace(questions.items[0], prompt="The dog slept near the fire. " * 80)
     many = dataclasses.replace(questions, items=(*questions.items, long))
     needed = scoring.check_context(server.connect(), questions)
     assert 0 < needed <= 512
     with pytest.raises(ContextOverflowError, match="tokens of context, and the server has 512"):
-        scoring.score_set(server.connect(), many, tmp_path, progress=False)
+        scoring.score_set(server.connect(), many, tmp_path, Options(progress=False))
     assert not list(tmp_path.iterdir())
 
 
 def test_the_context_that_a_set_needs_is_counted_as_in_this_process(server, model):
-    questions = item_sets.load_item_set("nano-reasoning")
-    ours, theirs = scores.check_context(model, questions), scoring.check_context(server.connect(), questions)
+    questions = ItemSet.load("nano-reasoning")
+    ours, theirs = (
+        scores.check_prompts(model, questions, Answerer.of(model, questions)),
+        scoring.check_context(server.connect(), questions),
+    )
     assert ours - theirs in ((0, 1) if server.kind == "llama.cpp" else range(12)), (
         "a BOS, or the template, apart"
     )
@@ -238,7 +241,7 @@ def test_a_thinking_stays_in_the_answer(kind, thinking, tmp_path):
         if kind == "llama.cpp":
             split = found.chat(QUESTION, 48, reasoning_format="deepseek", **forced).text
             assert "</think>" not in split and "The box." in split, "what this is about"
-        questions = item_sets.load_item_set("nano-reasoning")
+        questions = ItemSet.load("nano-reasoning")
         (compared,) = compare.compare_all(
             model, {"s": found}, [questions], tmp_path, limit=4, progress=False
         ).values()
@@ -256,7 +259,7 @@ def test_a_thinking_stays_in_the_answer(kind, thinking, tmp_path):
     ],
 )
 def test_a_difference_is_followed_to_its_token(server, model, change, cause):
-    questions = item_sets.load_item_set("nano-reasoning")
+    questions = ItemSet.load("nano-reasoning")
     item = questions.items[0]
     ours = llama_generate.chat(model, item.asked(questions.instruction), questions.max_tokens)
     found = compare.explain(model, server.connect(), questions, item, change(ours.text))
@@ -265,9 +268,9 @@ def test_a_difference_is_followed_to_its_token(server, model, change, cause):
 
 
 def test_a_near_tie_is_called_one(server, model, monkeypatch):
-    questions = item_sets.load_item_set("nano-reasoning")
+    questions = ItemSet.load("nano-reasoning")
     item = questions.items[0]
-    prompt = scores.prompt_tokens(model, questions, item)
+    prompt = Answerer.of(model, questions).request(questions, item).tokens(model)
     model.clear()
     logits = model.evaluate(prompt)
     second = int(logits.argsort()[-2])
@@ -278,7 +281,7 @@ def test_a_near_tie_is_called_one(server, model, monkeypatch):
 
 
 def test_another_prompt_is_called_one(server, model, monkeypatch):
-    questions = item_sets.load_item_set("nano-reasoning")
+    questions = ItemSet.load("nano-reasoning")
     monkeypatch.setattr(compare, "prompt_size", lambda *_: 3)
     found = compare.explain(model, server.connect(), questions, questions.items[0], "x")
     assert found["cause"] == "other prompt"
@@ -353,13 +356,13 @@ def test_it_ends_with_the_process_that_started_it(kind, merged_reference, tmp_pa
 @pytest.mark.parametrize("kind", sorted(servers.KINDS))
 def test_a_key_is_asked_for_and_is_in_no_file(kind, merged_reference, tmp_path, monkeypatch):
     monkeypatch.setenv("DFQS_TEST_KEY", KEY)
-    questions = item_sets.load_item_set("nano-reasoning")
+    questions = ItemSet.load("nano-reasoning")
     with servers.start(
         kind, merged_reference, SETTINGS, log=tmp_path / "log", key_variable="DFQS_TEST_KEY"
     ) as server:
         with pytest.raises(KeyRefusedError):
             endpoint.connect(server.base_url).chat(QUESTION, 4)
-        scoring.score_set(server.connect(), questions, tmp_path, limit=2, progress=False)
+        scoring.score_set(server.connect(), questions, tmp_path, Options(limit=2, progress=False))
         command = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) >= 2 and KEY.encode() not in command
@@ -447,7 +450,7 @@ def test_mistakes_have_errors_of_their_own(server):
 
 
 def test_what_the_notebook_hands_on(merged_reference, model, tmp_path):
-    questions = [item_sets.load_item_set("nano-reasoning")]
+    questions = [ItemSet.load("nano-reasoning")]
     with servers.start("llama.cpp", merged_reference, SETTINGS, name="nano", log=tmp_path / "log") as server:
         connected = {"llama.cpp": server.connect()}
         checks = server_checks.check_all(connected, model, {"llama.cpp": server})
@@ -495,7 +498,7 @@ def test_all_nano_items_are_the_same_both_ways(merged_reference, tmp_path):
         for kind in servers.KINDS:
             with servers.start(kind, merged_reference, settings) as server:
                 found = compare.compare_all(
-                    model, {kind: server.connect()}, item_sets.sets_of_tier("nano"), tmp_path, progress=False
+                    model, {kind: server.connect()}, ItemSet.of_tier("nano"), tmp_path, progress=False
                 )
             for one in found.values():
                 assert one.differences.empty, one.sentence

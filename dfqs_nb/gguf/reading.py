@@ -1,0 +1,83 @@
+"""Bytes that one token of decode reads from memory, from the tensor tables of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dfqs_nb.gguf.facts import INTEGER_TYPES, class_of, experts
+from dfqs_nb.gguf.header import GGUFHeader
+from dfqs_nb.gguf.memory import CACHE_TYPES, CSA_RATIO, HCA_RATIO, kv_cache_bytes
+
+
+@dataclass(frozen=True)
+class ActiveBytes:
+    """Bytes of weights that one token of decode reads.
+
+    Attributes:
+        dense: of what every token uses: attention, shared experts, output. Of look-up tables, one row.
+        routed: of the routed experts that it is sent to.
+        routed_total: of all routed experts.
+        weights: of all weights.
+    """
+
+    dense: int
+    routed: int
+    routed_total: int
+    weights: int
+
+    @property
+    def total(self) -> int:
+        """Bytes a token."""
+        return self.dense + self.routed
+
+
+# DeepSeek-V4-Flash-IQ1_S-XL. Experts: from the shapes and types of its configuration. The rest: what the
+# published file's 61,540,805,344 bytes leave, less the embedding (129,280 x 4096 at Q8_0), of which a token
+# reads a row. With everything but experts at Q8_0 or F32, shapes alone would say 8.7 GB a token instead of
+# 7.6.
+FLASH = ActiveBytes(
+    dense=6_301_231_840, routed=1_281_490_944, routed_total=54_676_946_944, weights=61_540_805_344
+)
+
+
+def active_bytes(headers: GGUFHeader | Sequence[GGUFHeader]) -> ActiveBytes:
+    """Bytes that a token reads, from the tensor tables of a model's file or its shards (first one first)."""
+    headers = [headers] if isinstance(headers, GGUFHeader) else list(headers)
+    layout = experts(headers[0])
+    tensors = [tensor for header in headers for tensor in header.tensors]
+    has_output = any(tensor.name == "output.weight" for tensor in tensors)
+    dense = routed_total = 0
+    for tensor in tensors:
+        kind = class_of(tensor.name)
+        is_table = tensor.type in INTEGER_TYPES or (kind == "embedding" and has_output)
+        if kind == "routed experts" and layout.total:
+            routed_total += tensor.nbytes
+        elif is_table:
+            dense += tensor.nbytes // max(tensor.shape[-1], 1)
+        else:
+            dense += tensor.nbytes
+    routed = round(routed_total * layout.used / layout.total) if layout.total else 0
+    return ActiveBytes(dense, routed, routed_total, sum(tensor.nbytes for tensor in tensors))
+
+
+def cache_bytes_read(header: GGUFHeader, depth: int, type_k: str = "f16", type_v: str = "f16") -> int:
+    """Bytes of KV cache that a token at ``depth`` must read at least; 0 where the header does not say
+    exactly.
+
+    ``deepseek4``: the sliding window in every layer; in layers of ratio 4 the indexer's keys and the entries
+    that it picks; in layers of ratio 128 every entry.
+    """
+    if header.architecture != "deepseek4":
+        cache = kv_cache_bytes(header, max(depth, 1), type_k=type_k, type_v=type_v)
+        return cache.total * depth // (-(-max(depth, 1) // 256) * 256) if cache.exactness == "exact" else 0
+    block_bytes, block = CACHE_TYPES[type_k]
+    width, indexer = (
+        int(header.arch(key, 0)) for key in ("attention.key_length", "attention.indexer.key_length")
+    )
+    ratios = list(header.arch("attention.compress_ratios", []))[: int(header.arch("block_count", 0))]
+    picked = min(depth // CSA_RATIO, int(header.arch("attention.indexer.top_k", 0)))
+    elements = len(ratios) * min(depth, int(header.arch("attention.sliding_window", 0))) * width
+    elements += ratios.count(CSA_RATIO) * (picked * width + depth // CSA_RATIO * indexer)
+    elements += ratios.count(HCA_RATIO) * (depth // HCA_RATIO) * width
+    return elements * block_bytes // block

@@ -1,0 +1,369 @@
+"""What runs inside the sandbox: a judge with the tests, and the candidate in a process of its own.
+
+`sandbox` starts this file's text as a program, so it imports nothing of the package. The judge starts the
+same text again as the candidate. The two exchange pickles that may hold plain data only, so an object that
+says it equals everything arrives as a handle and equals nothing; and the candidate's process never sees a
+test. The judge reports on a descriptor that the candidate does not have.
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterable
+from typing import IO, Any, NoReturn
+
+MOST_BYTES = 64 << 20  # of one message
+BASES = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset)
+PLAIN = {
+    "builtins": (*(base.__name__ for base in BASES), "bytearray", "range", "slice"),
+    "collections": ("OrderedDict", "Counter", "deque"),
+    "fractions": ("Fraction",),
+    "decimal": ("Decimal",),
+    "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
+}
+FORWARDED = tuple(
+    f"__{name}__" for name in "len iter next getitem setitem contains hash enter exit str repr".split()
+)
+
+
+class Gone(Exception):
+    """The other process ended."""
+
+
+class Handle:
+    """An object of the other process: it can be called and asked, but equals only what is its equal there."""
+
+    def __init__(self, peer: Peer, number: int) -> None:
+        self.__dict__.update(_peer=peer, _number=number)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._peer.ask("get", self._number, name)
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        value, changed = self._peer.ask("call", self._number, args, named)
+        _change(args, changed)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._peer.ask("put", self._number, name, value)
+
+    def __bool__(self) -> bool:
+        return bool(self._peer.ask("true", self._number))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Handle) and bool(self._peer.ask("same", self._number, other))
+
+
+def _forward(name: str) -> Callable[..., Any]:
+    def method(self: Handle, *args: Any) -> Any:
+        try:
+            return self.__getattr__(name)(*args)
+        except AttributeError as error:  # what Python raises for an object without that method
+            raise TypeError(str(error)) from None
+
+    return method
+
+
+for _name in FORWARDED:
+    setattr(Handle, _name, _forward(_name))
+
+
+def _change(mine: Iterable[Any], theirs: Iterable[Any]) -> None:
+    """Change arguments as the call changed its copies of them."""
+    for old, new in zip(mine, theirs, strict=False):
+        if type(old) is not type(new) or not isinstance(old, (list, dict, set, bytearray)) or old == new:
+            continue
+        if isinstance(old, (list, bytearray)):
+            old[:] = new
+        else:
+            old.clear()
+            old.update(new)
+
+
+class Peer:
+    """One end of the pipe: it asks, and while it waits for the answer it answers what the other end asks."""
+
+    def __init__(self, incoming: IO[bytes], outgoing: IO[bytes]) -> None:
+        self.incoming, self.outgoing = incoming, outgoing
+        self.objects: dict[int, Any] = {}  # what the other end has handles of
+        self.more: tuple[str, ...] = ()  # operations beside those on handles
+
+    def ask(self, operation: str, *args: Any) -> Any:
+        self.send(("ask", operation, args))
+        while True:
+            kind, *rest = self.receive()
+            if kind == "ask":
+                self.answer(*rest)
+            elif kind == "value":
+                return rest[0]
+            else:
+                raise _rebuilt(*rest)
+
+    def answer(self, operation: str, args: tuple[Any, ...]) -> None:
+        try:
+            if operation not in ("get", "put", "call", "true", "same", *self.more):
+                raise Gone(f"it asks for {operation}")
+            self.send(("value", getattr(self, operation)(*args)))
+        except Gone:
+            raise
+        except BaseException as error:
+            kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
+            self.send(("error", type(error).__name__, kinds, _text(error)))
+
+    # the operations
+
+    def load(self, sources: list[str], names: list[str]) -> dict[str, Any]:
+        module = types.ModuleType("candidate")
+        module.__file__ = "/tmp/candidate.py"
+        sys.modules["candidate"] = module
+        for source in sources:
+            exec(compile(source.lstrip("\ufeff"), "<candidate>", "exec", dont_inherit=True), module.__dict__)
+        if names and names[0] not in module.__dict__:
+            raise NameError(f"name {names[0]!r} is not defined")
+        return {name: module.__dict__[name] for name in names if name in module.__dict__}
+
+    def get(self, number: int, name: str) -> Any:
+        return getattr(self.objects[number], _open(name))
+
+    def put(self, number: int, name: str, value: Any) -> None:
+        setattr(self.objects[number], _open(name), value)
+
+    def call(self, number: int, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return self.objects[number](*args, **named), args
+
+    def true(self, number: int) -> bool:
+        return bool(self.objects[number])
+
+    def same(self, number: int, other: Any) -> bool:
+        return bool(self.objects[number] == other)
+
+    # the messages
+
+    def send(self, message: tuple[Any, ...]) -> None:
+        buffer = io.BytesIO()
+        _Pickler(buffer, self).dump(message)
+        self.outgoing.write(struct.pack("<Q", buffer.tell()) + buffer.getbuffer())
+        self.outgoing.flush()
+
+    def receive(self) -> tuple[Any, ...]:
+        size = self.incoming.read(8)
+        if len(size) < 8:
+            raise Gone
+        n_bytes = struct.unpack("<Q", size)[0]
+        if n_bytes > MOST_BYTES:
+            raise Gone(f"an answer of {n_bytes:,} bytes")
+        raw = self.incoming.read(n_bytes)
+        if len(raw) < n_bytes:
+            raise Gone
+        message: tuple[Any, ...] = _Unpickler(io.BytesIO(raw), self).load()
+        return message
+
+
+def _open(name: str) -> str:
+    """The name of an attribute that the other process may ask for: ``__globals__`` would show the tests."""
+    if name.startswith("_") and name not in FORWARDED:
+        raise AttributeError(name)
+    return name
+
+
+class _Pickler(pickle.Pickler):
+    """Plain data as it is, a subclass of a plain type as that type, anything else as a handle."""
+
+    def __init__(self, file: IO[bytes], peer: Peer) -> None:
+        super().__init__(file, protocol=5)
+        self.peer = peer
+
+    def reducer_override(self, value: Any) -> Any:
+        kind = type(value)
+        if any(value is mark for mark in MARKS) or _is_plain(value if isinstance(value, type) else kind):
+            return NotImplemented
+        if kind is Handle and value._peer is self.peer:
+            return _mine, (value._number,)
+        if kind.__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
+            return _plain, (value.item(),)
+        for base in BASES:
+            if isinstance(value, base):
+                return base, (_stripped(base, value),)
+        self.peer.objects[id(value)] = value
+        return _theirs, (id(value),)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Takes plain types and handles only, so nothing in a pickle can run code."""
+
+    def __init__(self, file: IO[bytes], peer: Peer) -> None:
+        super().__init__(file)
+        self.meanings: dict[str, Callable[..., Any]] = {
+            "_mine": peer.objects.__getitem__,
+            "_theirs": lambda number: Handle(peer, number),
+            "_plain": lambda value: value,
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == __name__ and name in self.meanings:
+            return self.meanings[name]
+        if name in PLAIN.get(module, ()):
+            return getattr(__import__(module), name)
+        raise Gone(f"its answer holds {module}.{name}")
+
+
+def _mine(number: int) -> Any:
+    """A name in a pickle; the other end reads its own meaning into it."""
+
+
+def _theirs(number: int) -> Any: ...
+
+
+def _plain(value: Any) -> Any: ...
+
+
+MARKS = (_mine, _theirs, _plain)
+
+
+def _is_plain(kind: type) -> bool:
+    return kind.__name__ in PLAIN.get(kind.__module__, ())
+
+
+def _stripped(base: type, value: Any) -> Any:
+    """The value of a subclass, read by the base class's own methods."""
+    if base is dict:
+        return list(dict.items(value))
+    if base in (tuple, list, set, frozenset):
+        return list(base.__iter__(value))
+    return str.__str__(value) if base is str else base(value)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)[:300]
+    except Exception:
+        return ""
+
+
+def _rebuilt(name: str, kinds: list[str], text: str) -> BaseException:
+    """The nearest built-in exception; `shown` says what it was in the other process."""
+    for kind in kinds:
+        try:
+            error: BaseException = getattr(builtins, kind)(text)
+        except TypeError:
+            continue  # UnicodeDecodeError and a few others take more than a text
+        error.__dict__["shown"] = f"{name}: {text}"
+        return error
+    return Exception(text)
+
+
+# ---- the two processes ----
+
+
+def judge() -> NoReturn:
+    job = json.loads(sys.stdin.buffer.read())
+    _limit(job["limits"], job["user"])
+    out = os.dup(1)
+    os.set_inheritable(out, False)
+    _silence()
+    os.write(out, b"ready\n")
+    process = subprocess.Popen(
+        [*sys.orig_argv, "candidate"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        _check(Peer(process.stdout, process.stdin), job)
+        answer = {"outcome": "passed", "detail": "", "nonce": job["nonce"]}
+    except (Gone, BrokenPipeError) as error:
+        answer = _ending(process, str(error))
+    except BaseException as error:
+        kinds = {AssertionError: "wrong", MemoryError: "memory", SystemExit: "exited"}
+        outcome = next((word for kind, word in kinds.items() if isinstance(error, kind)), "error")
+        shown = getattr(error, "shown", f"{type(error).__name__}: {_text(error)}")
+        answer = {"outcome": outcome, "detail": shown[:300]}
+    os.write(out, json.dumps(answer).encode())
+    process.kill()
+    os._exit(0)
+
+
+def _check(candidate: Peer, job: dict[str, Any]) -> None:
+    """Load the candidate, and run the tests on it here."""
+    if not job["tests"]:
+        candidate.ask("load", job["sources"], [])
+        return
+    entry = job["entry_point"]
+    code = compile(f"{job['tests']}\ncheck({entry})", "<tests>", "exec", dont_inherit=True)
+    namespace = candidate.ask("load", job["sources"], [entry, *_names(code)])
+    function = namespace[entry]
+    try:
+        exec(compile(job["helpers"], "<task>", "exec", dont_inherit=True), namespace)
+    except SyntaxError:
+        pass  # a task may break off anywhere: its tests then need nothing of it
+    namespace |= {entry: function, "__name__": "tests"}
+    exec(code, namespace)
+
+
+def _names(code: types.CodeType) -> list[str]:
+    inner = (name for part in code.co_consts if isinstance(part, types.CodeType) for name in _names(part))
+    return [*code.co_names, *inner]
+
+
+def _ending(process: subprocess.Popen[bytes], why: str) -> dict[str, Any]:
+    """How the candidate's process ended, when it did not answer."""
+    try:
+        status = process.wait(0 if why else 2.0)
+    except subprocess.TimeoutExpired:
+        return {"outcome": "exited", "detail": why or "it closed its pipe"}
+    if hasattr(signal, "SIGXCPU") and status == -signal.SIGXCPU:
+        return {"outcome": "timeout", "detail": "CPU time"}
+    if status < 0:
+        return {"outcome": "crashed", "detail": f"signal {-status}"}
+    return {"outcome": "exited", "detail": why or f"status {status} before its tests ended"}
+
+
+def candidate() -> NoReturn:
+    incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    _silence()
+    builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # `site` defines them, which is left out
+    peer = Peer(incoming, outgoing)
+    peer.more = ("load",)
+    try:
+        while True:
+            _, operation, args = peer.receive()
+            peer.answer(operation, args)
+    finally:
+        os._exit(0)  # no thread, hook or buffer of the candidate delays the end
+
+
+def _limit(limits: dict[str, int], user: int) -> None:
+    try:
+        import resource
+    except ImportError:  # no limits on Windows
+        return
+    for name, value in limits.items():
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        most = value + (name == "RLIMIT_CPU")  # SIGXCPU says why, SIGKILL a second later does not
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (min(value, most), most))
+    if user:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+
+
+def _silence() -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+
+
+if __name__ == "__main__":
+    candidate() if sys.argv[-1] == "candidate" else judge()

@@ -1,0 +1,26 @@
+"""What others do on this machine while something is measured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from dfqs_nb.core.machine import Load, watched_load
+
+
+def test_work_of_others_is_seen():
+    code = "import time\nend = time.time() + 2\nwhile time.time() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", code]) as busy, watched_load() as load:
+        busy.wait()
+    assert load.contended and load.other_cores > 0.3
+    assert not Load(0.05).contended and not Load(None).contended
+
+
+def test_ones_own_work_is_not_that_of_others():
+    with watched_load() as load:
+        sum(i * i for i in range(3_000_000))
+    others = load.other_cores
+    with watched_load() as idle:
+        pass
+    assert idle.other_cores is None or idle.other_cores >= 0
+    assert others is None or others < 64
