@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.merge.merge import merge
+from dfqs_nb.merge import merge_model
 
 REFERENCE = data_dir() / "reference"
 # Scripts for other interpreters, or to be run by hand: pytest would import them for their doctests.
@@ -22,4 +22,4 @@ def merged_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference model at IQ1_S-XL as one file. Not to be written to."""
     output = tmp_path_factory.mktemp("merged") / "DFQS-Nano-IQ1_S-XL.gguf"
     shard = REFERENCE / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
-    return merge(shard, output, progress=False).path
+    return merge_model(shard, output, progress=False).path

@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,8 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[Any]:
     new one, never a part. Lone surrogates in a text become ``?``.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".part")
+    stem = os.fsdecode(os.fsencode(path.name)[:80])  # in bytes: a name of 255 bytes has no room for more
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{stem}.", suffix=".part")
     try:
         encoding, errors = (None, None) if "b" in mode else ("utf-8", "replace")
         with os.fdopen(handle, mode, encoding=encoding, errors=errors) as file:
@@ -151,13 +153,19 @@ def canonical_sha256(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def sha256_of_file(path: str | Path, on_bytes: Callable[[int], object] = lambda n_bytes: None) -> str:
-    """SHA-256 of a file's bytes, in hex; ``on_bytes`` is told how many were read each time."""
+def sha256_of_file(path: str | Path, on_chunk: Callable[[bytes], object] = lambda chunk: None) -> str:
+    """SHA-256 of a file's bytes, in hex; ``on_chunk`` receives each piece of them, in order.
+
+    The hash is computed on a thread of its own, while the next piece is read and ``on_chunk`` works.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+        hashing: Future[None] | None = None
         while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            on_bytes(len(chunk))
+            if hashing is not None:
+                hashing.result()
+            hashing = beside.submit(digest.update, chunk)
+            on_chunk(chunk)
     return digest.hexdigest()
 
 
@@ -168,7 +176,7 @@ def sha256_each(
     files = [Path(path) for path in paths]
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=not progress) as bar:
-        return tuple(sha256_of_file(path, bar.update) for path in files)
+        return tuple(sha256_of_file(path, lambda chunk: bar.update(len(chunk))) for path in files)
 
 
 def sha256_of(path: str | Path, *, progress: bool = True) -> str:

@@ -1,0 +1,36 @@
+"""Say what a file is, make one sound model of shards, byte parts or glued shards, and verify its bytes.
+
+>>> from dfqs_nb.gguf.broken import reference_shards
+>>> diagnose(reference_shards().paths[0]).finding
+'shard 1 of 2; all 2 are here'
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dfqs_nb.merge.kind import diagnose, diagnosis_table
+from dfqs_nb.merge.merge import merge_model, merge_once, methods_table, open_source, repair
+from dfqs_nb.merge.verify import compare_tensors, verify_model
+
+if TYPE_CHECKING:
+    from dfqs_nb.merge import figures
+
+__all__ = [
+    "compare_tensors",
+    "diagnose",
+    "diagnosis_table",
+    "figures",
+    "merge_model",
+    "merge_once",
+    "methods_table",
+    "open_source",
+    "repair",
+    "verify_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the figures when they are used: matplotlib is slow."""
+    if name == "figures":
+        return import_module(f"{__name__}.figures")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

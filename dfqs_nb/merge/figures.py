@@ -1,13 +1,35 @@
-"""Figures of this stage: a tidy frame and ``ax=None`` in, the Axes out."""
+"""Figures of notebook 01: a tidy frame and ``ax=None`` in, the Axes out."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from dfqs_nb.core.figures import BYTES, PALETTE, new_axes, set_title
+from dfqs_nb.gguf.shards import ShardSet
+from dfqs_nb.merge.plan import plan_merge
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
-from dfqs_nb.core.figures import BYTES, PALETTE, new_axes, set_title  # NEEDS
+
+
+def segments(shards: ShardSet, output_name: str = "merged") -> pd.DataFrame:
+    """Where the bytes of shards and result lie, for a figure.
+
+    One row a piece: ``file`` (``shard N`` or ``output_name``), ``part`` (``header`` or ``data of shard N``),
+    ``start`` and ``nbytes``.
+    """
+    rows, merged, position = [], [], len(plan_merge(shards).header)
+    merged.append((output_name, "header", 0, position))
+    for number, header in enumerate(shards.headers, 1):
+        part = f"data of shard {number}"
+        size = header.data_offset - header.start
+        rows.append((f"shard {number}", "header", 0, size))
+        rows.append((f"shard {number}", part, size, header.data_nbytes))
+        merged.append((output_name, part, position, header.data_nbytes))
+        position += header.data_nbytes
+    return pd.DataFrame(rows + merged, columns=["file", "part", "start", "nbytes"])
 
 
 def file_map(segments: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -17,43 +39,26 @@ def file_map(segments: pd.DataFrame, ax: Axes | None = None) -> Axes:
         segments: columns ``file``, ``part``, ``start`` and ``nbytes`` (bytes), in drawing order.
     """
     files, parts = list(dict.fromkeys(segments["file"])), list(dict.fromkeys(segments["part"]))
-    ax = new_axes(ax, 0.9 + 0.45 * len(files))
+    ax = new_axes(ax, 1.1 + 0.45 * len(files))
     for colour, part in zip(PALETTE, parts, strict=False):
         rows = segments[segments["part"] == part]
-        ax.barh(
-            [files.index(file) for file in rows["file"]],
-            rows["nbytes"],
-            left=rows["start"],
-            height=0.62,
-            color=colour,
-            label=part,
-            edgecolor="white",
-            linewidth=0.6,
-        )
+        places = [files.index(file) for file in rows["file"]]
+        style: dict[str, Any] = {"height": 0.62, "color": colour, "edgecolor": "white", "linewidth": 0.6}
+        ax.barh(places, rows["nbytes"], left=rows["start"], label=part, **style)
     total = segments.groupby("file", sort=False)["nbytes"].sum()
     headers = segments[segments["part"] == "header"].set_index("file")["nbytes"]
     for row, file in enumerate(files):
-        ax.annotate(
-            f"header {headers[file]:,} of {total[file]:,} bytes",
-            (total[file], row),
-            va="center",
-            xytext=(6, 0),
-            textcoords="offset points",
-            fontsize=8,
-        )
+        label = f"header {headers[file]:,} of {total[file]:,} bytes"
+        place: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+        ax.annotate(label, (total[file], row), **place)
     ax.set_yticks(range(len(files)), files)
     ax.invert_yaxis()
     ax.set_xlim(right=total.max() * 1.45)
     ax.xaxis.set_major_formatter(BYTES)
     ax.set_xlabel("position in the file")
-    ax.legend(
-        frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.32), ncols=min(len(parts), 5)
-    )
+    columns = min(len(parts), 5)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.32), ncols=columns)
     spare = total.iloc[:-1].sum() - total.iloc[-1]
-    set_title(
-        ax,
-        f"The merged file is {spare:,} bytes smaller than its {len(files) - 1} shards together"
-        if len(files) > 2
-        else "A model in one file needs no merge",
-    )
+    title = f"The merged file is {spare:,} bytes smaller than its {len(files) - 1} shards together"
+    set_title(ax, title if len(files) > 2 else "A model in one file needs no merge")
     return ax

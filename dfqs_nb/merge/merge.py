@@ -1,44 +1,43 @@
-"""Merge the shards of a model into one GGUF, streaming, verified, and whole or not at all.
+"""One sound GGUF file out of what there is: shards, byte parts, or shards that were glued together.
 
-The result is the file that llama.cpp's ``llama-gguf-split --merge`` writes, byte for byte: shard 1's
-metadata with ``split.count`` set to 0 (which moves that field to the end), the tensor tables of all
-shards one after another, then every tensor's bytes, each padded to the alignment. Where that tool holds a
-whole tensor in memory, overwrites nothing but also checks nothing, this module streams through a few
-buffers, computes the SHA-256 of the result on the way, and reads the result back from the disk.
+The result is the file that llama.cpp's ``llama-gguf-split --merge`` writes, byte for byte: shard 1's metadata
+with ``split.count`` set to 0 (which moves that field to the end), the tensor tables of all shards one after
+another, then every tensor's bytes, each padded to the alignment. That tool holds a whole tensor in memory and
+checks nothing. This module streams through two buffers, computes the SHA-256 of the result on the way, and
+reads the result back from the disk.
 
 One difference: for a model whose alignment is not 32 bytes the reference tool pads to 32 nevertheless, and
-llama.cpp then refuses its output; this module pads to the model's own alignment.
+llama.cpp then refuses its output. This module pads to the model's own alignment.
 """
 
 from __future__ import annotations
 
-import glob
-import json
 import os
-import shutil
-import struct
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
+from dfqs_nb.core.errors import HeaderError, IntegrityError, OutputError, RegistryError, ShardError
 from dfqs_nb.core.files import sha256_of
-from dfqs_nb.gguf.header import MAGIC, GGUFHeader, Tensor, check_layout, padded, read_header
-from dfqs_nb.gguf.shards import ShardSet, open_shards
-from dfqs_nb.llama import check
-from dfqs_nb.merge import copy as transfer
-from dfqs_nb.merge import holes
-from dfqs_nb.merge.copy import Copy, Plan
-from dfqs_nb.merge.verify import manifest_path, save_manifest, tensor_hashes
+from dfqs_nb.core.paths import outputs_dir, tilde
+from dfqs_nb.gguf import facts
+from dfqs_nb.gguf.header import check_layout, padded, read_header
+from dfqs_nb.gguf.shards import ShardSet, check_set, open_shards, shard_path
+from dfqs_nb.merge import disk
+from dfqs_nb.merge.byte_parts import byte_parts
+from dfqs_nb.merge.checks import CONSUME_EXTRA_BYTES, check_output
+from dfqs_nb.merge.copy import Copied, Plan, copy, identities
+from dfqs_nb.merge.journal import read_journal
+from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose, shard_number
+from dfqs_nb.merge.plan import plan_cut, plan_join, plan_merge
+from dfqs_nb.merge.verify import hash_file, manifest_path, read_manifest, save_manifest, tensor_hashes
 
 if TYPE_CHECKING:
     import pandas as pd
 
-GGUF_VERSION = 3
-CONSUME_EXTRA_BYTES = 64 << 20  # what a consuming transfer may need beyond its sources, plus the header
-_TYPE_U16 = 2
+Given = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,11 @@ class MergeResult:
     Attributes:
         path: the merged file.
         nbytes: its size in bytes.
-        sha256: SHA-256 of the whole file, from the bytes as they were written.
+        sha256: SHA-256 of the whole file.
         tensors: XXH64 of each tensor's bytes, as ``llama-gguf-hash`` prints it: the same in shard and file.
         sources: name, size in bytes and modification time (ns) of each shard.
         seconds: wall time of the merge.
-        reused: an earlier merge of the same shards was found, and nothing was done.
+        reused: an earlier merge of the same shards was used, or the file itself; nothing was written.
     """
 
     path: Path
@@ -64,56 +63,99 @@ class MergeResult:
     reused: bool = False
 
 
-def plan_merge(shards: ShardSet) -> Plan:
-    """Lay out the merged file. Reads nothing and writes nothing."""
-    first = shards.headers[0]
-    sources = tuple(dict.fromkeys(shards.paths))
-    tables, runs, offset = [], [], 0
-    for header in shards.headers:
-        for tensor in header.tensors:
-            step = padded(tensor.nbytes, first.alignment)
-            tables.append(_tensor_record(tensor, offset))
-            runs.append(
-                (
-                    tensor.name,
-                    sources.index(header.path),
-                    header.data_offset + tensor.offset,
-                    offset,
-                    tensor.nbytes,
-                    step - tensor.nbytes,
-                )
-            )
-            offset += step
-    head = _merged_fields(first, len(tables)) + b"".join(tables)
-    head += bytes(padded(len(head), first.alignment) - len(head))
-    copies = tuple(
-        Copy(name, source, start, len(head) + target, nbytes, padding)
-        for name, source, start, target, nbytes, padding in runs
-    )
-    return Plan(sources, head, copies, len(head) + offset)
+@dataclass(frozen=True)
+class Source:
+    """A model as it lies on the disk, opened once.
+
+    Attributes:
+        files: its shards or byte parts in order, or the one file.
+        kind: of these files.
+        shards: the headers in them, checked as one set.
+    """
+
+    files: tuple[Path, ...]
+    kind: Kind
+    shards: ShardSet
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the merge."""
+        return plan_join(self.files) if self.kind is Kind.BYTE_PART else plan_merge(self.shards)
+
+    def dry_run(self, output: str | Path, *, overwrite: bool = False, consume: bool = False) -> Plan:
+        """Check all that `merge_model` checks before the first byte; write nothing, and return its plan."""
+        plan = self.plan
+        check_output(Path(output), plan, overwrite=overwrite, consume=consume)
+        return plan
+
+    def split(
+        self, folder: str | Path | None = None, *, overwrite: bool = False, progress: bool = True
+    ) -> tuple[MergeResult, ...]:
+        """Cut a raw concatenation back into the shards that it was made from, byte for byte.
+
+        Args:
+            folder: where the shards go, named ``NAME-0000k-of-0000N.gguf``; by default beside the file.
+
+        Raises:
+            ShardError: this is no raw concatenation.
+            OutputError, SpaceError, IntegrityError: as `merge_model`.
+        """
+        path, results = self.files[0], []
+        headers = sorted(_glued(path).headers, key=lambda header: header.start)
+        ends = [*(header.start for header in headers[1:]), path.stat().st_size]
+        for header, end in zip(headers, ends, strict=True):
+            target = shard_path(Path(folder or path.parent) / path.stem, *shard_number(header))
+            plan = plan_cut(path, header, end)
+            check_output(target, plan, overwrite=overwrite)
+            results.append(_carry_out(plan, target, replace=overwrite, progress=progress))
+        return tuple(results)
 
 
-def _merged_fields(first: GGUFHeader, n_tensors: int) -> bytes:
-    """Preamble and metadata: shard 1's fields as they are, but ``split.count`` = 0 at the end."""
-    kept = [first.raw[slice(*field.record)] for name, field in first.fields.items() if name != "split.count"]
-    key = b"split.count"
-    kept.append(struct.pack("<Q", len(key)) + key + struct.pack("<IH", _TYPE_U16, 0))
-    return MAGIC + struct.pack("<IQQ", GGUF_VERSION, n_tensors, len(kept)) + b"".join(kept)
+def open_source(model: Given, *, allow_mixed: bool = False, merged_to: Path | None = None) -> Source:
+    """Find all files of a model, by what their bytes say, and check that they belong together.
+
+    Args:
+        model: a registered name, an ``hf://`` address, or a path: the file, or any one of its shards or byte
+            parts. Or all of these, in any order (byte parts in theirs). What is missing here is downloaded.
+        allow_mixed: see `open_shards`.
+        merged_to: a folder where an earlier merge may have put the model, before it deleted these files.
+
+    Raises:
+        HeaderError, LayoutError, ShardError, RegistryError: the files are missing, not sound, or not one set.
+    """
+    try:
+        files = tuple(file for given in _each(model) for file in _resolved(given))
+    except RegistryError as error:
+        raise (merged_to and _merged_before(model, merged_to)) or error from error
+    first = diagnose(files[0], allow_holes=True)
+    if first.kind is Kind.BYTE_PART:
+        parts = byte_parts(files[0]) if len(files) == 1 else files
+        return Source(parts, first.kind, ShardSet((read_header(parts[0]),)))
+    if first.kind is Kind.RAW_CONCATENATION and len(files) == 1:
+        return Source(files, first.kind, check_set(first.headers, glued=True))
+    if len(files) == 1 and not (first.sound or first.headers):
+        raise ShardError(f"is no model: {first.finding}", where=files[0], hint=first.next_step)
+    shards = open_shards(files[0] if len(files) == 1 else files, allow_mixed=allow_mixed)
+    return Source(shards.paths, first.kind, shards)
 
 
-def _tensor_record(tensor: Tensor, offset: int) -> bytes:
-    """A row of the tensor table; trailing dimensions of 1 are dropped, as ggml does."""
-    shape = list(tensor.shape)
-    while len(shape) > 1 and shape[-1] == 1:
-        shape.pop()
-    name = tensor.name.encode()
-    return struct.pack(
-        f"<Q{len(name)}sI{len(shape)}qIQ", len(name), name, len(shape), *shape, tensor.type_code, offset
-    )
+def _resolved(given: str | Path) -> tuple[Path, ...]:
+    if Path(given).is_file():
+        return (Path(given),)
+    from dfqs_nb.gguf.models import resolve  # here: it is slow to import
+
+    return resolve(given)
 
 
-def merge(
-    model: str | Path | Sequence[str | Path],
+def _each(model: Given) -> list[str | Path]:
+    return [model] if isinstance(model, (str, Path)) else list(model)
+
+
+# ---- merge, repair, split ----
+
+
+def merge_model(
+    model: Given,
     output: str | Path,
     *,
     overwrite: bool = False,
@@ -123,218 +165,168 @@ def merge(
     allow_mixed: bool = False,
     allow_holes: bool = False,
 ) -> MergeResult:
-    """Merge the shards of ``model`` into the single file ``output``.
+    """Make the single file ``output`` of a model's shards, byte parts, or glued shards.
 
-    Memory stays under some 50 MB whatever the largest tensor. The output appears under its name only after
-    its header was accepted by this package's reader and by llama.cpp's own parser, and its bytes, read
-    back from the disk, have the hash that they have in the shards. A sidecar ``<output>.manifest.json``
-    keeps the hashes. A killed merge goes on where it was when the same call is made again.
+    Memory stays under 100 MB whatever the largest tensor. The output appears under its name only after its
+    header was accepted by this package's reader and by llama.cpp's own parser, and its bytes, read back from
+    the disk, have the hash that they have in the shards. A file ``<output>.manifest.json`` keeps the hashes.
+    A killed merge goes on where it was when the same call is made again.
 
     Args:
-        model: any one shard, or all of them in any order.
+        model: see `open_source`.
         overwrite: replace an existing output (which stays until the new one is proven).
-        consume: give each shard's bytes back to the disk once their copy is proven, and remove the shards
-            at the end: the merge then needs no second copy of the model. Without it shards are only read.
-        read_back: read the result from the disk again and compare; without it only what was read and
-            handed to the operating system is known. ``consume`` always reads back.
-        allow_mixed: see ``open_shards``.
+        consume: delete the shards. Each shard's bytes are given back to the disk once their copy is proven,
+        so
+            the merge needs no second copy of the model. Without it shards are only read.
+        read_back: read the result from the disk again and compare; ``consume`` always does.
+        allow_mixed: see `open_shards`.
         allow_holes: accept shards with holes, whose missing bytes read as zeros.
 
     Raises:
         HeaderError, LayoutError, ShardError: the shards are not sound, or not one set.
-        OutputError: the output exists, is one of the shards, or cannot be written there.
+        OutputError: the output exists, is one of the shards, or cannot be written there; or the shards must
+        not
+            be consumed.
         SpaceError: the disk has too little room, found before or on the way.
         IntegrityError: a shard changed or ended while it was read, or the disk gave back other bytes.
     """
     output = Path(output)
-    settled = finish_interrupted(output, [model] if isinstance(model, (str, Path)) else model)
-    if settled:
-        return settled
-    plan = plan_merge(open_shards(model, allow_mixed=allow_mixed))
+    if consume and (finished := _finish_consumed(model, output)):
+        return finished
+    plan = open_source(model, allow_mixed=allow_mixed, merged_to=output.parent).plan
     check_output(output, plan, overwrite=overwrite, consume=consume, allow_holes=allow_holes)
-    return carry_out(plan, output, consume=consume, read_back=read_back, progress=progress)
-
-
-def carry_out(
-    plan: Plan, output: Path, *, consume: bool = False, read_back: bool = True, progress: bool = True
-) -> MergeResult:
-    """Transfer, validate, name, and keep the hashes: what ``merge`` and ``repair`` have in common."""
-    began = time.perf_counter()
-    transfer.transfer(
+    return _carry_out(
         plan,
         output,
-        validate=lambda part: validate(part, plan),
         consume=consume,
+        replace=overwrite,
         read_back=read_back,
-        keep_hashes=lambda record: _write_manifest(output, record, time.perf_counter() - began),
+        allow_holes=allow_holes,
         progress=progress,
     )
-    return earlier_result(output)
 
 
-def finish_interrupted(output: Path, asked: Sequence[str | Path] = ()) -> MergeResult | None:
-    """Settle a validated transfer into ``output`` that a killed run left, if there is one.
+def merge_once(
+    model: Source,
+    output: str | Path,
+    *,
+    fresh: bool = False,
+    consume: bool = False,
+    progress: bool = True,
+) -> MergeResult:
+    """`merge_model`, unless it is done already: what was made before from the same files is used again.
 
-    Returns:
-        Its result, when it was made from the files ``asked`` for, and they did not change since.
-    """
-    record = transfer.settle(output, lambda record: _write_manifest(output, record, 0.0))
-    if record is None:
-        return None
-    made_from = dict(zip((Path(path).resolve() for path in record["paths"]), record["sources"], strict=True))
-    asked_for = {Path(path).resolve() for path in asked}
-    changed = [
-        path
-        for path, then in made_from.items()
-        if not record["consume"] and path.exists() and transfer.identities([path]) != [then]
-    ]
-    return earlier_result(output) if asked_for <= set(made_from) and not changed else None
-
-
-def use_where_it_lies(shards: ShardSet, *, progress: bool = True) -> MergeResult:
-    """Check and hash a model that is in one file already; nothing is written.
+    A sound single file is used where it lies. The same files have the same names, sizes and times.
 
     Raises:
-        IntegrityError: llama.cpp's parser refuses it.
+        As `merge_model`; an existing output that no manifest shows to be ours is not replaced.
     """
-    began, path = time.perf_counter(), shards.paths[0]
-    validate(path, Plan(shards.paths, b"", (), path.stat().st_size, of_tensors=False))
-    hashes = tensor_hashes(shards.headers, progress=progress)
-    sha256 = sha256_of(path, progress=progress)
-    sources = tuple(transfer.identities(shards.paths))
-    return MergeResult(path, shards.nbytes, sha256, hashes, sources, time.perf_counter() - began, True)
+    output = Path(output)
+    facts.require_model(model.shards.as_one)
+    if len(model.files) == 1 and model.kind is not Kind.RAW_CONCATENATION:
+        return _use_where_it_lies(diagnose(model.files[0]), progress)
+    earlier, plan = earlier_result(output), model.plan
+    if earlier and not fresh and earlier.sources == plan.identities:
+        return replace(earlier, reused=True)
+    ours = manifest_path(output).exists() or output.resolve().is_relative_to(outputs_dir().resolve())
+    check_output(output, plan, overwrite=ours, consume=consume)
+    return _carry_out(plan, output, consume=consume, replace=ours, progress=progress)
 
 
-def earlier_result(output: Path) -> MergeResult | None:
-    """What the manifest says of ``output``, if it is there and of the size and time that it says."""
-    try:
-        kept = json.loads(manifest_path(output).read_text(encoding="utf-8"))
-        stat = output.stat()
-    except (OSError, ValueError):
-        return None
-    if (kept.get("nbytes"), kept.get("mtime_ns")) != (stat.st_size, stat.st_mtime_ns):
-        return None
-    return MergeResult(
-        output, kept["nbytes"], kept["sha256"], kept["tensors"], tuple(kept["sources"]), kept["seconds"]
+def repair(
+    path: str | Path,
+    output: str | Path | None = None,
+    *,
+    in_place: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    allow_holes: bool = False,
+) -> MergeResult:
+    """Make the sound model that the raw concatenation ``path`` should have been.
+
+    Shards that were glued together byte for byte have everything in them, but the second shard's header
+    stands in the middle of the data. The published single file of DFQS 1.0 is such a file. The result is the
+    file that merging the original shards gives, byte for byte.
+
+    Args:
+        output: the new file; ``path`` is then only read.
+        in_place: instead, let the model take the place of ``path``, which is thereby deleted. Needs at most
+            64 MiB and the header in extra disk: what is copied and proven is given back at once. Until it
+            ends ``path`` is partly empty and ``.<name>.part`` grows beside it; a killed repair goes on with
+            the same call.
+        overwrite, allow_holes: see `merge_model`.
+
+    Raises:
+        OutputError: neither, or both, of ``output`` and ``in_place``; or as `merge_model`.
+        DfqsError: ``path`` is not a raw concatenation; or as `merge_model`.
+    """
+    path = Path(path)
+    if in_place == (output is not None):
+        hint = "name an output, or ask for in_place=True"
+        raise OutputError("say where the repaired model goes", where=path, hint=hint)
+    target = path if output is None else Path(output)
+    if in_place and (finished := _finish_consumed(path, target)):
+        return finished
+    plan = plan_merge(check_set(_glued(path).headers, glued=True))
+    check_output(
+        target, plan, overwrite=overwrite, consume=in_place, in_place=in_place, allow_holes=allow_holes
+    )
+    replaced = overwrite or in_place
+    return _carry_out(
+        plan, target, consume=in_place, replace=replaced, allow_holes=allow_holes, progress=progress
     )
 
 
-def _write_manifest(output: Path, record: dict[str, Any], seconds: float) -> None:
-    place = manifest_path(output)
-    for stale in place.parent.glob(f".{glob.escape(place.name)}.*.part"):
-        stale.unlink()  # of a run that was killed here
-    save_manifest(output, record["sha256"], record["hashes"], record["sources"], seconds)
-
-
-def segments(shards: ShardSet, output_name: str) -> pd.DataFrame:
-    """Where the bytes of shards and result lie, for a figure.
-
-    One row a piece: ``file`` (``shard N`` or ``output_name``), ``part`` (``header`` or ``data of shard N``),
-    ``start`` and ``nbytes``.
-    """
-    import pandas as pd
-
-    rows, merged, position = [], [], len(plan_merge(shards).header)
-    merged.append((output_name, "header", 0, position))
-    for number, header in enumerate(shards.headers, 1):
-        part = f"data of shard {number}"
-        size = header.data_offset - header.start
-        rows.append((f"shard {number}", "header", 0, size))
-        rows.append((f"shard {number}", part, size, header.data_nbytes))
-        merged.append((output_name, part, position, header.data_nbytes))
-        position += header.data_nbytes
-    return pd.DataFrame(rows + merged, columns=["file", "part", "start", "nbytes"])
-
-
-def check_output(
-    output: Path,
-    plan: Plan,
-    *,
-    overwrite: bool = False,
-    consume: bool = False,
-    in_place: bool = False,
-    allow_holes: bool = False,
-) -> None:
-    """Check, before the first byte, that ``output`` may be written and that the disk holds it.
+def _glued(path: Path) -> Diagnosis:
+    """The diagnosis of a raw concatenation of all shards of one model.
 
     Raises:
-        OutputError, SpaceError, IntegrityError: see ``merge``.
+        ShardError: it is something else, or a shard in it is missing, doubled or cut off; says which.
     """
-    if output.exists() and not in_place:
-        if any(output.samefile(path) for path in plan.sources):
-            raise OutputError(
-                "is one of the files that it would be made from",
-                where=output,
-                hint="choose another name for the output",
-            )
-        if not overwrite:
-            raise OutputError(
-                "exists already", where=output, hint="choose another name, or pass overwrite=True"
-            )
-    if not output.parent.is_dir():
-        raise OutputError("the folder does not exist", where=output.parent, hint="make it first")
-    journal = transfer.read_journal(output)
-    if not (allow_holes or (journal and journal[0]["consume"])):
-        _check_stored(plan.sources)
-    if consume:
-        _check_punch(plan.sources)
-    _check_space(output, plan, consume)
+    diagnosis = diagnose(path, allow_holes=True)
+    if diagnosis.kind is not Kind.RAW_CONCATENATION:
+        message = f"is not a raw concatenation of shards: {diagnosis.finding}"
+        raise ShardError(message, where=path, hint=diagnosis.next_step)
+    return diagnosis
 
 
-def _check_stored(paths: Sequence[Path]) -> None:
-    for path in paths:
-        hole = holes.first_hole(path)
-        if hole is not None:
-            raise IntegrityError(
-                f"has a hole at byte {hole:,}, which reads as zeros",
-                where=path,
-                hint="a download or a consuming merge was interrupted: finish it, or download the file "
-                "again; pass allow_holes=True if it is sparse on purpose",
-            )
+def _carry_out(
+    plan: Plan,
+    output: Path,
+    *,
+    consume: bool = False,
+    replace: bool = False,
+    read_back: bool = True,
+    allow_holes: bool = False,
+    progress: bool = True,
+) -> MergeResult:
+    """Copy, check, keep the hashes, and only then give the file its name."""
+    began = time.perf_counter()
+    results: list[MergeResult] = []
 
+    def record(part: Path, copied: Copied) -> None:
+        hashes = copied.hashes if plan.tensors else tensor_hashes(read_header(part), progress=progress)
+        seconds = time.perf_counter() - began
+        save_manifest(output, part, copied.sha256, hashes, copied.sources, seconds)
+        results.append(MergeResult(output, plan.nbytes, copied.sha256, hashes, copied.sources, seconds))
 
-def _check_punch(paths: Sequence[Path]) -> None:
-    for path in paths:
-        if path.stat().st_nlink > 1:
-            raise OutputError(
-                "has a second name (a hard link), and would be emptied under both",
-                where=path,
-                hint="remove the other name, or merge without consume",
-            )
-    for folder in {path.resolve().parent for path in paths}:
-        if not os.access(folder, os.W_OK):
-            raise OutputError(
-                "cannot be written, so nothing in it can be given back",
-                where=folder,
-                hint="merge without consume, into another folder",
-            )
-        if not holes.can_punch(folder):
-            raise OutputError(
-                "this file system cannot give back parts of a file (punch holes)",
-                where=folder,
-                hint="merge without consume; it needs room for a second copy",
-            )
-
-
-def _check_space(output: Path, plan: Plan, consume: bool) -> None:
-    part = transfer.part_path(output)
-    needed = plan.nbytes - _stored_bytes(part) if part.exists() else plan.nbytes
-    if consume:
-        device = output.parent.stat().st_dev
-        needed -= sum(_stored_bytes(path) for path in plan.sources if path.stat().st_dev == device)
-        needed = max(needed, 0) + CONSUME_EXTRA_BYTES + len(plan.header)
-    free = shutil.disk_usage(output.parent).free
-    if free < needed:
-        also = "" if consume else ", or merge with consume=True, which needs no second copy"
-        raise SpaceError(
-            f"needs {needed:,} bytes and {free:,} are free",
-            where=output.parent,
-            hint=f"free {needed - free:,} bytes{also}",
+    try:
+        copy(
+            plan,
+            output,
+            accept=lambda part: validate(part, plan),
+            record=record,
+            consume=consume,
+            replace=replace,
+            read_back=read_back,
+            allow_holes=allow_holes,
+            progress=progress,
         )
-
-
-def _stored_bytes(path: Path) -> int:
-    return path.stat().st_blocks * 512
+    except BaseException:
+        if results and earlier_result(output) is None:
+            manifest_path(output).unlink(missing_ok=True)  # another file has the name
+        raise
+    return results[0]
 
 
 def validate(path: Path, plan: Plan) -> None:
@@ -343,20 +335,122 @@ def validate(path: Path, plan: Plan) -> None:
     Raises:
         IntegrityError: what differs.
     """
+    from dfqs_nb.llama.check import parse  # here: it is slow to import
+
     header = read_header(path)
     check_layout(header)
-    verdict = check.parse(path)
+    verdict = parse(path)
     if not verdict.accepted:
+        hint = "check the sources: `dfqs-nb inspect` says what they are"
+        raise IntegrityError(f"llama.cpp refuses the result: {verdict.message}", where=path, hint=hint)
+    planned = [(copy.name, copy.target_offset, copy.nbytes) for copy in plan.copies]
+    written = [(t.name, header.data_offset + t.offset, t.nbytes) for t in header.tensors]
+    if header.file_size != plan.nbytes or (plan.of_tensors and written != planned):
+        hint = "the disk may be failing: use another"
+        raise IntegrityError("the written header is not the planned one", where=path, hint=hint)
+
+
+def _use_where_it_lies(diagnosis: Diagnosis, progress: bool) -> MergeResult:
+    """Check and hash a model that is in one file already; nothing is written."""
+    path, began = diagnosis.path, time.perf_counter()
+    if diagnosis.kind is not Kind.SINGLE_FILE:
+        raise ShardError(diagnosis.finding, where=path, hint=diagnosis.next_step)
+    header = diagnosis.headers[0]
+    validate(path, Plan((path,), b"", (), header.file_size, (), (), of_tensors=False))
+    sha256, hashes = hash_file(path, [header], progress=progress)
+    seconds = time.perf_counter() - began
+    return MergeResult(path, header.file_size, sha256, hashes, identities([path]), seconds, True)
+
+
+def earlier_result(output: Path) -> MergeResult | None:
+    """What the manifest says of ``output``, if it is there and of the size and time that it says."""
+    try:
+        kept = read_manifest(output)
+        if kept is None or kept["mtime_ns"] != output.stat().st_mtime_ns:
+            return None
+    except (OSError, IntegrityError):
+        return None
+    sources = tuple(kept["sources"])
+    return MergeResult(output, kept["nbytes"], kept["sha256"], kept["tensors"], sources, kept["seconds"])
+
+
+# ---- after a consuming merge ----
+
+
+def _finish_consumed(model: Given, output: Path) -> MergeResult | None:
+    """Finish a consuming merge that was killed after its file had its name: delete the emptied sources.
+
+    Nothing is deleted on a journal's word: the output must have the hash of its manifest, and a source must
+    lie in the folder that was named, and have nothing left in it but its header.
+    """
+    journal = read_journal(output)
+    earlier = earlier_result(output) if journal and not disk.part_path(output).exists() else None
+    if earlier is None or journal[0].get("sources") != list(earlier.sources):
+        return None
+    if sha256_of(output) != earlier.sha256:
         raise IntegrityError(
-            f"llama.cpp refuses the result: {verdict.message}",
-            where=path,
-            hint="check the sources: `dfqs-nb inspect` says what they are",
+            "differs from its manifest", where=output, hint="keep what is left of its sources"
         )
-    expected = [(copy.name, copy.target_offset, copy.nbytes) for copy in plan.copies]
-    found = [(t.name, header.data_offset + t.offset, t.nbytes) for t in header.tensors]
-    if header.file_size != plan.nbytes or (plan.of_tensors and found != expected):
-        raise IntegrityError(
-            "the written header is not the planned one",
-            where=path,
-            hint="the disk may be failing: use another",
-        )
+    with disk.only_writer(output, disk.lock_path(output)):
+        folders = {path if path.is_dir() else path.parent for path in map(Path, _each(model))}
+        for path in (folder / str(source["name"]) for folder in folders for source in earlier.sources):
+            if path.is_file() and not path.is_symlink() and not path.samefile(output) and _emptied(path):
+                path.unlink()
+        disk.journal_path(output).unlink(missing_ok=True)
+    return earlier
+
+
+def _emptied(path: Path) -> bool:
+    """Whether a consuming copy gave back every whole block behind a file's header."""
+    try:
+        start = read_header(path).data_offset
+    except HeaderError:
+        start = 0  # a later byte part
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        block = status.st_blksize
+        first, last = padded(start, block), status.st_size - 2 * block
+        try:
+            return first < last and os.lseek(file.fileno(), first, os.SEEK_DATA) >= last
+        except OSError:
+            return True  # ENXIO: nothing but a hole up to the end
+
+
+def _merged_before(model: Given, folder: Path) -> ShardError | None:
+    """An error that says where a model is whose shards an earlier merge deleted."""
+    names = {Path(given).name for given in _each(model) if not Path(given).exists()}
+    for manifest in sorted(folder.glob("*.manifest.json")):
+        output = manifest.with_name(manifest.name.removesuffix(".manifest.json"))
+        earlier = earlier_result(output)
+        if earlier and names & {str(source["name"]) for source in earlier.sources}:
+            hint = f"go on with the merged model: {tilde(output)}"
+            return ShardError("was merged and then deleted (consume)", where=sorted(names)[0], hint=hint)
+    return None
+
+
+# ---- a table for the notebook ----
+
+
+def methods_table(nbytes: int, header_nbytes: int, reported: dict[str, str]) -> pd.DataFrame:
+    """Ways to one file, side by side: extra disk in bytes, and what each one leaves to luck.
+
+    Args:
+        nbytes: size of the model in bytes.
+        header_nbytes: size of its merged header in bytes.
+        reported: seconds, or "not measured", by method.
+
+    What the reference tool does and does not is read from its source (``tools/gguf-split`` of llama.cpp).
+    """
+    import pandas as pd
+
+    consuming = min(CONSUME_EXTRA_BYTES, nbytes) + header_nbytes
+    rows = [
+        ("raw concatenation (cat)", nbytes, "no", "no", "no", "stays half written"),
+        ("llama-gguf-split --merge", nbytes, "yes", "no", "no", "stays half written"),
+        ("merge, repair", nbytes, "yes", "yes", "yes", "goes on"),
+        ("merge --consume, repair --in-place", consuming, "yes", "yes", "yes", "goes on"),
+    ]
+    columns = ["method", "extra disk (bytes)", "loads", "hashed", "read back", "after a kill"]
+    table = pd.DataFrame(rows, columns=columns)
+    table["seconds here"] = [reported.get(method, "not measured") for method in table["method"]]
+    return table.set_index("method")

@@ -1,18 +1,17 @@
 """Prove that a model's bytes are what a hash, a manifest or its shards say, and name the tensor where not.
 
 A manifest is a file beside the model, ``<model>.manifest.json``: the SHA-256 of the whole, and the XXH64 of
-each tensor as ``llama-gguf-hash --xxh64`` prints it. ``merge`` and ``repair`` leave one; ``write_manifest``
-makes one for any other model.
+each tensor as ``llama-gguf-hash --xxh64`` prints it. A merge leaves one; `verify_model` writes one for any
+file.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import ctypes
+import glob
 import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,17 +20,19 @@ import xxhash
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import IntegrityError
-from dfqs_nb.core.files import CHUNK_BYTES, write_json
-from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
+from dfqs_nb.core.files import CHUNK_BYTES, read_json, sha256_of_file, write_json
+from dfqs_nb.gguf.header import TENSOR_TYPES, GGUFHeader, Tensor, check_layout, read_header
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.merge.copy import N_BUFFERS, hash_range, identities
-from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose, raw_concatenation
+from dfqs_nb.merge.copy import identities
+from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose
 
 if TYPE_CHECKING:
     import pandas as pd
 
 NAMED_AT_MOST = 8  # damaged tensors in one message
 AGAIN = "get it from its source again, or merge its shards again"
+ZEROS_BYTES = 4096  # the disk's block: a lost write leaves whole ones
+FEWEST_ZEROS = 16  # such blocks in a row; rows of unused tokens can be zeros, too
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,9 @@ class Verification:
     @property
     def meaning(self) -> tuple[str, ...]:
         """What this proves and what it does not, in sentences."""
-        first = (
-            f"its bytes are equal to {', '.join(self.compared)}"
-            if self.compared
-            else (
-                "its bytes were compared with nothing: no hash was given or is published, and it has no manifest"
-            )
-        )
+        first = "its bytes were compared with nothing: there is no hash, given or published, and no manifest"
+        if self.compared:
+            first = f"its bytes are equal to {', '.join(self.compared)}"
         authentic = f"it is authentic: byte for byte what was published as {self.published}"
         loads = "its header is sound and its tensors lie where it says; that it runs was not tried"
         if not self.diagnosis.sound:
@@ -72,11 +69,13 @@ class Verification:
         return (first, *([authentic] if self.published else []), loads)
 
 
-def verify(
+def verify_model(
     path: str | Path,
     *,
     sha256: str | None = None,
     against: str | Path | Sequence[str | Path] | None = None,
+    data: bool = False,
+    write_manifest: bool = False,
     progress: bool = True,
 ) -> Verification:
     """Read a model once, and compare it with all there is to compare it with.
@@ -84,56 +83,61 @@ def verify(
     That is: the hash given; the hash published for a file of its name and size (``data/models.toml``); its
     manifest; the tensors of the shards (or the raw concatenation) it was made from.
 
+    Args:
+        data: read the tensors once more, and look for runs of zeros and for scales that are not numbers.
+        write_manifest: then keep its hashes beside it, for a later check.
+
     Raises:
-        IntegrityError: bytes differ; names the damaged tensors where a manifest or shards tell them.
+        IntegrityError: bytes differ; names the damaged tensors where a manifest or shards tell them. Or the
+            file changed meanwhile.
         HeaderError, LayoutError, ShardError: a file is too broken to compare, or not a model.
     """
     path, began = Path(path), time.perf_counter()
-    diagnosis, kept = diagnose(path), read_manifest(path)
-    with ThreadPoolExecutor(1) as beside:
-        theirs = beside.submit(_hashes_of, against, progress) if against else None
-        found, ours = hash_once(path, _headers(path, diagnosis), progress=progress)
-        expected = {
-            "its manifest": kept["tensors"] if kept else None,
-            "the tensors of its shards": theirs.result() if theirs else None,
-        }
-    published = _published(path, found)
-    for what, hashes in expected.items():
-        if hashes is not None:
-            _compare_hashes(path, ours, hashes, what)
+    before, diagnosis, manifest = identities([path]), diagnose(path), read_manifest(path)
+    headers = _headers(path, diagnosis)
+    digest, tensors = hash_file(path, headers, progress=progress)
+    expected = {"its manifest": manifest and manifest["tensors"], "the tensors of its shards": None}
+    if against:
+        theirs = open_shards(against).headers if not isinstance(against, (str, Path)) else _shards_of(against)
+        expected["the tensors of its shards"] = tensor_hashes(theirs, progress=progress)
+    published = _published(path, digest)
     wholes = {
         "the SHA-256 that was given": sha256,
-        "the SHA-256 in its manifest": kept and kept["sha256"],
+        "the SHA-256 in its manifest": manifest and manifest["sha256"],
         "its published SHA-256": published and published[1],
     }
-    for what, digest in wholes.items():
-        if digest and digest.lower() != found:
-            raise _differs(path, found, digest, what, bool(kept))
-    compared = [what for what, value in (*expected.items(), *wholes.items()) if value]
-    return Verification(
-        path,
-        path.stat().st_size,
-        found,
-        ours,
-        tuple(compared),
-        published[0] if published else "",
-        diagnosis,
-        time.perf_counter() - began,
-    )
+    for what, hashes in expected.items():
+        if hashes is not None:
+            _compare(path, tensors, hashes, what)
+    for what, other in wholes.items():
+        if other and other.lower() != digest:
+            equal = "; its tensors are those of its manifest, so header or padding was changed"
+            message = f"SHA-256 is {digest}, {what} is {other.lower()}{equal if manifest else ''}"
+            raise IntegrityError(message, where=path, hint=f"the file was changed or damaged: {AGAIN}")
+    if data:
+        check_data(headers, progress=progress)
+    if identities([path]) != before:
+        raise IntegrityError("changed while it was read", where=path, hint="try again when it is at rest")
+    seconds = time.perf_counter() - began
+    if write_manifest:
+        save_manifest(path, path, digest, tensors, (), seconds)
+    compared = tuple(what for what, value in (*expected.items(), *wholes.items()) if value)
+    name = published[0] if published else ""
+    return Verification(path, path.stat().st_size, digest, tensors, compared, name, diagnosis, seconds)
 
 
-def _headers(path: Path, diagnosis: Diagnosis) -> Sequence[GGUFHeader]:
+def _headers(path: Path, diagnosis: Diagnosis) -> tuple[GGUFHeader, ...]:
+    """The headers that tell where the tensors are: of a raw concatenation all, else the file's own."""
     if diagnosis.kind is Kind.RAW_CONCATENATION:
-        return raw_concatenation(path)
+        return diagnosis.headers
     header = read_header(path)
     check_layout(header)
-    return [header]
+    return (header,)
 
 
-def _hashes_of(files: str | Path | Sequence[str | Path], progress: bool) -> dict[str, str]:
-    if isinstance(files, (str, Path)) and diagnose(files).kind is Kind.RAW_CONCATENATION:
-        return tensor_hashes(raw_concatenation(files), progress=progress)
-    return tensor_hashes(open_shards(files).headers, progress=progress)
+def _shards_of(path: str | Path) -> tuple[GGUFHeader, ...]:
+    diagnosis = diagnose(path)
+    return diagnosis.headers if diagnosis.kind is Kind.RAW_CONCATENATION else open_shards(path).headers
 
 
 def _published(path: Path, sha256: str) -> tuple[str, str] | None:
@@ -142,35 +146,20 @@ def _published(path: Path, sha256: str) -> tuple[str, str] | None:
 
     files = [(model, file) for model in registered().values() for file in model.files]
     this = path.name, path.stat().st_size
-    known = [(model, file) for model, file in files if file.sha256 == sha256] or [
-        (model, file) for model, file in files if (file.name, file.size_bytes) == this
-    ]
+    known = [(model, file) for model, file in files if file.sha256 == sha256]
+    known += [(model, file) for model, file in files if (file.name, file.size_bytes) == this]
     return (f"{known[0][1].name} of {known[0][0].name}", known[0][1].sha256) if known else None
 
 
-def _compare_hashes(path: Path, ours: dict[str, str], expected: dict[str, str], what: str) -> None:
+def _compare(path: Path, ours: Mapping[str, str], expected: Mapping[str, str], what: str) -> None:
     damaged = [name for name in expected if name in ours and ours[name] != expected[name]]
     if damaged:
-        names = ", ".join(damaged[:NAMED_AT_MOST]) + (", ..." if len(damaged) > NAMED_AT_MOST else "")
-        raise IntegrityError(
-            f"{len(damaged)} of {len(expected):,} tensors differ from {what}: {names}", where=path, hint=AGAIN
-        )
-    odd = sorted(ours.keys() ^ expected.keys())
-    if odd:
-        raise IntegrityError(
-            f"has not the same tensors as {what}: {', '.join(odd[:NAMED_AT_MOST])}",
-            where=path,
-            hint="these are of different models",
-        )
-
-
-def _differs(path: Path, found: str, expected: str, what: str, tensors_equal: bool) -> IntegrityError:
-    so = "; its tensors are those of its manifest, so header or padding was changed" if tensors_equal else ""
-    return IntegrityError(
-        f"SHA-256 is {found}, {what} is {expected.lower()}{so}",
-        where=path,
-        hint="the file was changed or damaged: get it from its source again",
-    )
+        names = ", ".join(damaged[:NAMED_AT_MOST]) + ", ..." * (len(damaged) > NAMED_AT_MOST)
+        message = f"{len(damaged)} of {len(expected):,} tensors differ from {what}: {names}"
+        raise IntegrityError(message, where=path, hint=AGAIN)
+    if odd := sorted(ours.keys() ^ expected.keys()):
+        message = f"has not the same tensors as {what}: {', '.join(odd[:NAMED_AT_MOST])}"
+        raise IntegrityError(message, where=path, hint="these are of different models")
 
 
 # ---- the manifest ----
@@ -182,54 +171,60 @@ def manifest_path(output: Path) -> Path:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a model, or ``None`` when it has none.
+    """The manifest of a model, or None when it has none.
 
     Raises:
         IntegrityError: it cannot be read, or is of a file of another size.
     """
     place = manifest_path(path)
     try:
-        kept = json.loads(place.read_text(encoding="utf-8"))
-        known, nbytes = (kept["sha256"], kept["tensors"]), kept["nbytes"]
+        manifest = read_json(place)
+        problem = _manifest_problem(manifest)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(
-            f"cannot be read ({error})",
-            where=place,
-            hint="remove it, if you trust the model file, and write it anew",
-        ) from error
-    if nbytes != path.stat().st_size or not all(known):
-        raise IntegrityError(
-            f"has {path.stat().st_size:,} bytes, its manifest says {nbytes:,}", where=path, hint=AGAIN
-        )
-    return kept
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    if problem:
+        hint = "if you trust the model file, remove it, and write it anew: `dfqs-nb verify --write-manifest`"
+        raise IntegrityError(f"cannot be read ({problem})", where=place, hint=hint)
+    size = path.stat().st_size
+    if manifest["nbytes"] != size:
+        message = f"has {size:,} bytes, its manifest says {manifest['nbytes']:,}"
+        raise IntegrityError(message, where=path, hint=AGAIN)
+    return manifest  # type: ignore[no-any-return]
 
 
-def write_manifest(path: str | Path, *, progress: bool = True) -> Path:
-    """Hash a model as it is now, and keep the hashes beside it, for a later ``verify``.
-
-    Raises:
-        IntegrityError: the file changed while it was read.
-        HeaderError, LayoutError: it is not a sound model.
-    """
-    path, began = Path(path), time.perf_counter()
-    before = identities([path])
-    sha256, tensors = hash_once(path, _headers(path, diagnose(path)), progress=progress)
-    if identities([path]) != before:
-        raise IntegrityError("changed while it was read", where=path, hint="try again when it is at rest")
-    return save_manifest(path, sha256, tensors, (), time.perf_counter() - began)
+def _manifest_problem(manifest: Any) -> str:
+    """What keeps JSON from being a manifest; empty when nothing does."""
+    if not isinstance(manifest, dict):
+        return "it is no JSON object"
+    types = {"nbytes": int, "mtime_ns": int, "sha256": str, "seconds": (int, float), "sources": list}
+    wrong = [name for name, kind in types.items() if not isinstance(manifest.get(name), kind)]  # type: ignore[arg-type]
+    tensors = manifest.get("tensors")
+    if not isinstance(tensors, dict) or not all(isinstance(value, str) for value in tensors.values()):
+        wrong.append("tensors")
+    if not all(isinstance(source, dict) for source in manifest.get("sources") or []):
+        wrong.append("sources")
+    return f"{wrong[0]} is not what it should be" if wrong else ""
 
 
 def save_manifest(
-    path: Path, sha256: str, tensors: dict[str, str], sources: Sequence[dict[str, Any]], seconds: float
+    output: Path,
+    file: Path,
+    sha256: str,
+    tensors: dict[str, str],
+    sources: Sequence[dict[str, Any]],
+    seconds: float,
 ) -> Path:
-    """Write the manifest of ``path``, whole or not at all."""
-    stat = path.stat()
+    """Write the manifest of ``output``, whole or not at all; ``file`` is where its bytes are now."""
+    stat, place = file.stat(), manifest_path(output)
+    stem = glob.escape(os.fsdecode(os.fsencode(place.name)[:80]))  # as `whole_file` names its temporary file
+    for stale in place.parent.glob(f".{stem}.*.part"):
+        stale.unlink()  # of a run that was killed here
     return write_json(
-        manifest_path(path),
+        place,
         {
-            "file": path.name,
+            "file": output.name,
             "nbytes": stat.st_size,
             "mtime_ns": stat.st_mtime_ns,
             "sha256": sha256,
@@ -243,93 +238,115 @@ def save_manifest(
 # ---- hashes ----
 
 
-def hash_once(
-    path: Path,
-    headers: Sequence[GGUFHeader],
-    *,
-    progress: bool = True,
+def hash_file(
+    path: Path, headers: Sequence[GGUFHeader], *, progress: bool = True
 ) -> tuple[str, dict[str, str]]:
-    """SHA-256 of a file and XXH64 of its tensors, in one reading: the first on a core of its own.
+    """SHA-256 of a file and XXH64 of the tensors of the headers in it, in one reading.
 
     Raises:
         IntegrityError: the file cannot be read to its end.
     """
-    ranges = sorted((h.data_offset + t.offset, t.nbytes, t.name) for h in headers for t in h.tensors)
-    sha256, digests, first = hashlib.sha256(), {name: xxhash.xxh64() for _, _, name in ranges}, 0
-    with ThreadPoolExecutor(1) as pool:
-        for start, view, busy in _chunks(path, progress):
-            busy.append(pool.submit(sha256.update, view))
-            end = start + len(view)
-            for low, nbytes, name in ranges[first:]:
-                if low >= end:
-                    break
-                digests[name].update(view[max(low - start, 0) : max(low + nbytes - start, 0)])
-            while first < len(ranges) and sum(ranges[first][:2]) <= end:
-                first += 1
-    return sha256.hexdigest(), {name: digest.hexdigest() for name, digest in digests.items()}
+    runs = sorted((h.data_offset + t.offset, t.nbytes, t.name) for h in headers for t in h.tensors)
+    digests, first, position = {name: xxhash.xxh64() for _, _, name in runs}, 0, 0
+    size = path.stat().st_size
 
+    def update(chunk: bytes) -> None:
+        nonlocal first, position
+        view, end = memoryview(chunk), position + len(chunk)
+        for start, nbytes, name in runs[first:]:
+            if start >= end:
+                break
+            digests[name].update(view[max(start - position, 0) : max(start + nbytes - position, 0)])
+        while first < len(runs) and sum(runs[first][:2]) <= end:
+            first += 1
+        position = end
+        bar.update(len(chunk))
 
-def _chunks(path: Path, progress: bool) -> Iterator[tuple[int, memoryview, list[Future]]]:
-    """Offset and bytes of each piece of a file, with a list for the work that still needs these bytes."""
-    buffers: list[tuple[bytearray, list[Future]]] = [(bytearray(CHUNK_BYTES), []) for _ in range(N_BUFFERS)]
-    size, position, turn = path.stat().st_size, 0, 0
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc="verify", disable=not progress)
-    with bar, path.open("rb", buffering=0) as file:
-        while position < size:
-            buffer, busy = buffers[turn]
-            while busy:
-                busy.pop().result()
-            n = _read_into(file, buffer)
-            if n == 0:
-                raise IntegrityError(
-                    "ended while it was read", where=path, hint="try again when it is at rest"
-                )
-            yield position, memoryview(buffer)[:n], busy
-            bar.update(n)
-            position, turn = position + n, (turn + 1) % N_BUFFERS
-
-
-def _read_into(file: Any, buffer: bytearray) -> int:
-    try:
-        return file.readinto(buffer)
-    except OSError as error:
-        raise IntegrityError(
-            f"cannot be read ({error.strerror})",
-            where=file.name,
-            hint="the disk may be failing: copy or download the file again",
-        ) from error
+    with tqdm(total=size, unit="B", unit_scale=True, desc="verify", disable=not progress) as bar:
+        try:
+            sha256 = sha256_of_file(path, update)
+        except OSError as error:
+            hint = "the disk may be failing: copy or download the file again"
+            raise IntegrityError(f"cannot be read ({error.strerror})", where=path, hint=hint) from error
+    if position != size:
+        raise IntegrityError("ended while it was read", where=path, hint="try again when it is at rest")
+    return sha256, {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def tensor_hashes(headers: GGUFHeader | Sequence[GGUFHeader], *, progress: bool = True) -> dict[str, str]:
     """XXH64 of every tensor's bytes, by name: what ``llama-gguf-hash --xxh64`` prints for them.
 
-    Tensors are hashed on all cores, each in pieces of 4 MiB. Several headers (shards) give one dict.
+    Several headers (shards) give one dict.
 
     Raises:
         LayoutError: the data is not where a header says.
     """
-    headers = [headers] if isinstance(headers, GGUFHeader) else list(headers)
+    digests: dict[str, Any] = {}
+    for tensor, piece in _tensor_data(headers, "hash", progress):
+        digests.setdefault(tensor.name, xxhash.xxh64()).update(piece)
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def _tensor_data(
+    headers: GGUFHeader | Sequence[GGUFHeader], what: str, progress: bool
+) -> Iterator[tuple[Tensor, bytes]]:
+    """Each tensor's bytes, in pieces of whole quantization blocks; of an empty tensor one empty piece."""
+    headers = [headers] if isinstance(headers, GGUFHeader) else headers
     for header in headers:
         check_layout(header)
-    jobs = [(header, tensor) for header in headers for tensor in header.tensors]
-    total = sum(tensor.nbytes for _, tensor in jobs)
-    handles = {header.path: os.open(header.path, os.O_RDONLY) for header in headers}
-    try:
-        with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            tqdm(total=total, unit="B", unit_scale=True, desc="hash", disable=not progress) as bar,
-        ):
+    total = sum(tensor.nbytes for header in headers for tensor in header.tensors)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=not progress) as bar:
+        for header in headers:
+            with header.path.open("rb", buffering=0) as file:
+                for tensor in header.tensors:
+                    block_bytes = TENSOR_TYPES[tensor.type_code][2]
+                    left = tensor.nbytes
+                    file.seek(header.data_offset + tensor.offset)
+                    while True:
+                        piece = file.read(min(left, CHUNK_BYTES // block_bytes * block_bytes))
+                        yield tensor, piece
+                        left -= len(piece)
+                        bar.update(len(piece))
+                        if not left or not piece:
+                            break
 
-            def work(job):
-                header, tensor = job
-                found = hash_range(handles[header.path], header.data_offset + tensor.offset, tensor.nbytes)
-                bar.update(tensor.nbytes)
-                return tensor.name, found
 
-            return dict(pool.map(work, jobs))
-    finally:
-        for handle in handles.values():
-            os.close(handle)
+def check_data(headers: Sequence[GGUFHeader], *, progress: bool = True) -> None:
+    """Look at the tensors' own bytes for what a lost write or a broken conversion leaves.
+
+    Raises:
+        IntegrityError: a tensor has a long run of zeros, or values or scales that are not finite numbers (by
+            llama.cpp's own check, ``ggml_validate_row_data``); names the tensors.
+    """
+    import numpy as np
+
+    from dfqs_nb.llama.check import library_path
+
+    validate = ctypes.CDLL(str(library_path())).ggml_validate_row_data
+    validate.restype, validate.argtypes = ctypes.c_bool, (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)
+    zeros: dict[str, int] = {}
+    broken: dict[str, None] = {}
+    run = 0
+    for tensor, piece in _tensor_data(headers, "data", progress):
+        if not validate(tensor.type_code, piece, len(piece)):
+            broken[tensor.name] = None
+        blocks = np.frombuffer(piece, np.uint8)[: len(piece) // ZEROS_BYTES * ZEROS_BYTES]
+        used = np.flatnonzero(blocks.reshape(-1, ZEROS_BYTES).any(axis=1))
+        edges = np.diff(np.concatenate(([-1], used, [len(blocks) // ZEROS_BYTES])))
+        run = int(edges.max()) - 1
+        if run >= FEWEST_ZEROS:
+            zeros[tensor.name] = zeros.get(tensor.name, 0) + run * ZEROS_BYTES
+    path = headers[0].path
+    if broken:
+        names = ", ".join(list(broken)[:NAMED_AT_MOST])
+        message = f"{len(broken)} tensors hold values that are not finite numbers: {names}"
+        raise IntegrityError(message, where=path, hint=AGAIN)
+    if zeros:
+        rows = [f"{name} ({nbytes:,} bytes)" for name, nbytes in list(zeros.items())[:NAMED_AT_MOST]]
+        message = f"{len(zeros)} tensors have long runs of zeros, as lost writes leave: {', '.join(rows)}"
+        raise IntegrityError(
+            message, where=path, hint="compare its SHA-256 with a published one, or download it again"
+        )
 
 
 def compare_tensors(

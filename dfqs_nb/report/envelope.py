@@ -22,7 +22,7 @@ from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.models import registered
 from dfqs_nb.gguf.reading import FLASH, active_bytes
-from dfqs_nb.merge.repair import methods_table
+from dfqs_nb.merge import methods_table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -198,7 +198,7 @@ def _registered_as(model: str, known: Mapping[str, registry.Model]) -> str:
 
 
 def _local(path: Path) -> _Source:
-    from dfqs_nb.merge.kind import diagnose
+    from dfqs_nb.merge import diagnose
 
     diagnosis = diagnose(path)
     if not diagnosis.sound:

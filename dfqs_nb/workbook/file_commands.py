@@ -25,7 +25,7 @@ def inspect(
 
     Exit status 1: at least one is no sound model. Example: `dfqs-nb inspect model.gguf`
     """
-    from dfqs_nb.merge.kind import diagnose, loader_verdict
+    from dfqs_nb.merge import diagnose
 
     sound = True
     for path in paths:
@@ -36,6 +36,8 @@ def inspect(
             say(f"  -> {diagnosis.next_step}")
         _say_rows(_header_rows(path) if diagnosis.sound else dict(diagnosis.evidence))
         if llama_cpp:
+            from dfqs_nb.llama.check import loader_verdict
+
             say(f"  {'llama.cpp:':<28}{loader_verdict(path).reason or 'loads'}")
     raise typer.Exit(int(not sound))
 
@@ -80,7 +82,7 @@ def merge(
         bool,
         typer.Option(
             "--consume",
-            help="DELETES the shards: their space is released while they are copied. Needs 64 MiB of disk.",
+            help="DELETES the shards while they are merged, so that 64 MiB of free disk are enough.",
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
@@ -91,21 +93,16 @@ def merge(
 
     Example: `dfqs-nb merge model-00001-of-00002.gguf -o model.gguf`
     """
-    from dfqs_nb.gguf import models as registry
-    from dfqs_nb.merge import repair
-    from dfqs_nb.merge.merge import check_output
+    from dfqs_nb.merge import merge_model, open_source
 
-    files = [file for path in paths for file in registry.resolve(path)]
-    model = files[0] if len(files) == 1 else files
     if dry_run:
-        plan = repair.plan_any(model)
-        check_output(output, plan, overwrite=overwrite, consume=consume)
+        plan = open_source(paths).dry_run(output, overwrite=overwrite, consume=consume)
         say(
             f"{len(plan.sources)} file(s) -> {output}: {plan.nbytes:,} bytes, {len(plan.copies):,} copies; "
             "nothing was written"
         )
         return
-    _say_written(repair.merge_any(model, output, overwrite=overwrite, consume=consume, progress=not quiet))
+    _say_written(merge_model(paths, output, overwrite=overwrite, consume=consume, progress=not quiet))
 
 
 def _say_written(*results: Any) -> None:
@@ -119,7 +116,8 @@ def repair(
     path: Annotated[str, typer.Argument(metavar="FILE", help="The glued file.")],
     output: Annotated[str, typer.Option("-o", "--output", help="The sound file.")] = "",
     in_place: Annotated[
-        bool, typer.Option("--in-place", help="Replace FILE; needs 64 MiB of extra disk.")
+        bool,
+        typer.Option("--in-place", help="DELETES FILE: the sound model replaces it. Needs 64 MiB of disk."),
     ] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -128,7 +126,7 @@ def repair(
 
     Example: `dfqs-nb repair DeepSeek-V4-Flash-IQ1_S-XL.gguf --in-place`
     """
-    from dfqs_nb.merge.repair import repair as make
+    from dfqs_nb.merge import repair as make
 
     if bool(output) == in_place:
         raise typer.BadParameter("give either -o OUTPUT or --in-place")
@@ -148,9 +146,9 @@ def split(
 
     Example: `dfqs-nb split glued.gguf -d shards/`
     """
-    from dfqs_nb.merge.repair import split as cut
+    from dfqs_nb.merge import open_source
 
-    _say_written(*cut(path, folder, overwrite=overwrite, progress=not quiet))
+    _say_written(*open_source(path).split(folder, overwrite=overwrite, progress=not quiet))
 
 
 @app.command(rich_help_panel=FILES)
@@ -163,21 +161,31 @@ def verify(
     write_manifest: Annotated[
         bool, typer.Option("--write-manifest", help="Keep the hashes beside FILE, for a later check.")
     ] = False,
+    data: Annotated[
+        bool, typer.Option("--data", help="Also look for runs of zeros and for scales that are not numbers.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare every tensor with the file's manifest, a published hash, or its shards.
 
     Example: `dfqs-nb verify model.gguf --against model-00001-of-00002.gguf`
     """
-    from dfqs_nb.merge import verify as verifying
+    from dfqs_nb.merge import verify_model
 
     shards = against[0] if against and len(against) == 1 else against or None
-    result = verifying.verify(path, sha256=sha256 or None, against=shards, progress=not quiet)
+    result = verify_model(
+        path,
+        sha256=sha256 or None,
+        against=shards,
+        data=data,
+        write_manifest=write_manifest,
+        progress=not quiet,
+    )
     say(f"{result.path}: {result.nbytes:,} bytes, {len(result.tensors):,} tensors, SHA-256 {result.sha256}")
     for sentence in result.meaning:
         say(f"  {sentence}")
     if write_manifest:
-        say(f"  kept in {verifying.write_manifest(path, progress=not quiet).name}")
+        say(f"  kept in {result.path.name}.manifest.json")
     raise typer.Exit(int(not result.diagnosis.sound))
 
 

@@ -24,7 +24,7 @@ from dfqs_nb.gguf import models as registry
 from dfqs_nb.llama import generate as llama_generate
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.merge.merge import merge
+from dfqs_nb.merge import merge_model
 from dfqs_nb.scores import ItemSet
 from dfqs_nb.serve import servers
 from dfqs_nb.serve.recipes import write_recipe
@@ -327,7 +327,7 @@ def test_a_linter_of_modelfiles_finds_only_what_ollamas_reference_leaves_out(tmp
     """num_thread and num_gpu are fields of Runner in Ollama's api/types.go, which its FormatParams takes."""
     python = peer(deploy_peers.python_package, "owist-modelfile-lint")
     recipe = write_recipe("ollama", SHARD, tmp_path)
-    merge(SHARD, tmp_path / "DFQS-Nano-IQ1_S-XL.gguf", progress=False)
+    merge_model(SHARD, tmp_path / "DFQS-Nano-IQ1_S-XL.gguf", progress=False)
     lint = [python.with_name("modelfile-lint"), "--json", "--no-estimate", recipe.files[0]]
     found = json.loads(subprocess.run(lint, capture_output=True, text=True, check=False).stdout)["issues"]
     errors = [one["message"] for one in found if one["severity"] == "ERROR"]

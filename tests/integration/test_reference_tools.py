@@ -14,7 +14,7 @@ from gguf_fixtures import Spec, every_type, field, gguf_bytes, split_fields
 
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama import check
-from dfqs_nb.merge.merge import merge
+from dfqs_nb.merge import merge_model
 
 MERGES = records.read("merge_hashes.json")
 
@@ -84,7 +84,7 @@ def merge_both(folder: Path, first: bytes) -> tuple[Path, Path, Path]:
     subprocess.run(
         [tool, "--merge", str(paths[0]), str(folder / "theirs.gguf")], check=True, capture_output=True
     )
-    return paths[0], merge(paths[0], folder / "ours.gguf", progress=False).path, folder / "theirs.gguf"
+    return paths[0], merge_model(paths[0], folder / "ours.gguf", progress=False).path, folder / "theirs.gguf"
 
 
 @pytest.mark.slow

@@ -19,10 +19,11 @@ from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf.header import check_layout, read_header
 from dfqs_nb.gguf.shards import open_shards, shard_path
 from dfqs_nb.llama import check
-from dfqs_nb.merge import copy as transfer
-from dfqs_nb.merge.merge import manifest_path, merge, plan_merge, segments
-from dfqs_nb.merge.merge import merge as merging
-from dfqs_nb.merge.verify import compare_tensors, tensor_hashes
+from dfqs_nb.merge import compare_tensors, copy, disk, merge_model
+from dfqs_nb.merge import merge as merging
+from dfqs_nb.merge.figures import segments
+from dfqs_nb.merge.plan import plan_merge
+from dfqs_nb.merge.verify import manifest_path, tensor_hashes
 
 REFERENCE = data_dir() / "reference"
 RECORDED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.json").read_text())["models"]
@@ -44,7 +45,7 @@ def leftovers(folder: Path, *expected: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_shipped_pair_merges_as_the_reference_tool_does(tmp_path, name):
-    result = merge(SHARD[name], tmp_path / "out.gguf", progress=False)
+    result = merge_model(SHARD[name], tmp_path / "out.gguf", progress=False)
     assert sha256(result.path) == result.sha256 == RECORDED[name]["merged"]
     assert result.nbytes == result.path.stat().st_size == RECORDED[name]["bytes"]
 
@@ -54,11 +55,13 @@ def test_shipped_pair_merges_as_the_reference_tool_does(tmp_path, name):
 def test_splits_merge_as_the_reference_tool_does(tmp_path, merged_reference, name, n_shards):
     recorded = RECORDED[name]["splits"][n_shards]
     whole = (
-        merged_reference if name == "IQ1_S-XL" else merge(SHARD[name], tmp_path / "w", progress=False).path
+        merged_reference
+        if name == "IQ1_S-XL"
+        else merge_model(SHARD[name], tmp_path / "w", progress=False).path
     )
     paths = split_like_llama(whole, recorded["split_max_tensors"], tmp_path / "m")
     assert [sha256(path) for path in paths] == recorded["shards"], "the fixture is not the tool's split"
-    assert merge(paths[-1], tmp_path / "out.gguf", progress=False).sha256 == recorded["merged"]
+    assert merge_model(paths[-1], tmp_path / "out.gguf", progress=False).sha256 == recorded["merged"]
 
 
 def test_every_tensor_has_its_shards_bytes(tmp_path, merged_reference):
@@ -74,7 +77,7 @@ def test_every_tensor_has_its_shards_bytes(tmp_path, merged_reference):
 
 
 def test_manifest_holds_the_hashes(tmp_path):
-    result = merge(SHARD["IQ1_S-XL"], tmp_path / "out.gguf", progress=False)
+    result = merge_model(SHARD["IQ1_S-XL"], tmp_path / "out.gguf", progress=False)
     kept = json.loads(manifest_path(result.path).read_text())
     assert kept["sha256"] == result.sha256 and kept["file"] == "out.gguf"
     assert kept["tensors"] == tensor_hashes(read_header(result.path), progress=False)
@@ -87,7 +90,9 @@ def test_llama_cpp_accepts_the_result(merged_reference):
 
 
 def test_merging_a_merged_file_changes_nothing(tmp_path, merged_reference):
-    assert merge(merged_reference, tmp_path / "again.gguf", progress=False).sha256 == sha256(merged_reference)
+    assert merge_model(merged_reference, tmp_path / "again.gguf", progress=False).sha256 == sha256(
+        merged_reference
+    )
 
 
 def test_one_dimensional_tails_and_alignment(tmp_path):
@@ -101,7 +106,7 @@ def test_one_dimensional_tails_and_alignment(tmp_path):
     paths = [shard_path(tmp_path / "m", n, 2) for n in (1, 2)]
     paths[0].write_bytes(gguf_bytes([*keys, *split_fields(0, 2, 3)], specs[:2], alignment=64))
     paths[1].write_bytes(gguf_bytes([keys[1], *split_fields(1, 2, 3)], specs[2:], alignment=64))
-    header = read_header(merge(paths[0], tmp_path / "out.gguf", progress=False).path)
+    header = read_header(merge_model(paths[0], tmp_path / "out.gguf", progress=False).path)
     check_layout(header)
     assert [t.shape for t in header.tensors] == [(3,), (32, 5), (1,)]
     assert header["split.count"] == 0 and list(header)[-1] == "split.count"
@@ -111,7 +116,7 @@ def test_one_dimensional_tails_and_alignment(tmp_path):
 
 def test_a_first_shard_without_tensors(tmp_path):
     """As `llama-gguf-split --no-tensor-first-split` writes it: metadata and padding only."""
-    header = read_header(merge(SHARD["Q8_0"], tmp_path / "whole.gguf", progress=False).path)
+    header = read_header(merge_model(SHARD["Q8_0"], tmp_path / "whole.gguf", progress=False).path)
     kept = [header.raw[slice(*one.record)] for name, one in header.fields.items() if "split" not in name]
     whole = header.path.read_bytes()
     specs = [
@@ -123,7 +128,7 @@ def test_a_first_shard_without_tensors(tmp_path):
     first.write_bytes(lead + bytes(-len(lead) % 32))
     second.write_bytes(gguf_bytes(split_fields(1, 2, 126), specs))
     assert len(lead) % 32, "the padding is what this tests"
-    assert merge(first, tmp_path / "out.gguf", progress=False).sha256 == RECORDED["Q8_0"]["merged"]
+    assert merge_model(first, tmp_path / "out.gguf", progress=False).sha256 == RECORDED["Q8_0"]["merged"]
 
 
 def test_segments_cover_each_file():
@@ -142,7 +147,7 @@ def refused(
     before = output.read_bytes() if output.is_file() else None
     kept = set(output.parent.iterdir()) if output.parent.is_dir() else set()
     with pytest.raises(error) as caught:
-        merge(model, output, progress=False, **options)
+        merge_model(model, output, progress=False, **options)
     for word in words:
         assert word in str(caught.value), f"{word!r} not in: {caught.value}"
     assert (output.read_bytes() if output.is_file() else None) == before
@@ -153,7 +158,7 @@ def test_existing_output_is_kept(tmp_path):
     output = tmp_path / "out.gguf"
     output.write_bytes(b"precious")
     refused(OutputError, "exists already", "overwrite=True", output=output)
-    assert merge(SHARD["IQ1_S-XL"], output, overwrite=True, progress=False).sha256 == sha256(output)
+    assert merge_model(SHARD["IQ1_S-XL"], output, overwrite=True, progress=False).sha256 == sha256(output)
 
 
 def test_output_may_not_be_a_shard(pair):
@@ -175,14 +180,13 @@ def test_no_space_is_seen_before_the_first_byte(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
-    """The reference model in 88 chunks and 22 windows, not in 2 and 1."""
-    monkeypatch.setattr(transfer, "CHUNK_BYTES", 1 << 16)
-    monkeypatch.setattr(transfer, "WINDOW_BYTES", 1 << 18)
+def small_windows(monkeypatch):
+    """The reference model in 88 windows, not in one."""
+    monkeypatch.setattr(copy, "WINDOW_BYTES", 1 << 16)
 
 
 @pytest.mark.parametrize("nth", [1, 5, 60])
-def test_no_space_on_the_way(tmp_path, monkeypatch, small_chunks, nth):
+def test_no_space_on_the_way(tmp_path, monkeypatch, small_windows, nth):
     calls, real = [], os.pwrite
 
     def pwrite(*arguments):
@@ -217,10 +221,11 @@ def test_read_only_folder(tmp_path):
     folder.mkdir(mode=0o555)
     script = (
         "import os, sys\n"
-        "from dfqs_nb.merge.merge import merge\n"
+        "from filelock import FileLock, SoftFileLock\n"
+        "from dfqs_nb.merge import merge_model\n"
         "from dfqs_nb.core.errors import OutputError\n"
         "os.getuid() or os.setuid(65534)\n"
-        "try: merge(sys.argv[1], sys.argv[2], progress=False)\n"
+        "try: merge_model(sys.argv[1], sys.argv[2], progress=False)\n"
         "except OutputError as error: print(error)\n"
     )
     shards = [shutil.copy(path, tmp_path) for path in open_shards(SHARD["IQ1_S-XL"]).paths]
@@ -243,19 +248,19 @@ def test_read_only_folder(tmp_path):
 
 def test_second_process_on_one_output_is_refused(tmp_path):
     output = tmp_path / "out.gguf"
-    with transfer._locked(output):
+    with disk.only_writer(output, disk.lock_path(output)):
         with pytest.raises(OutputError, match="another process is writing it"):
-            merge(SHARD["IQ1_S-XL"], output, progress=False)
-        assert transfer.journal_path(output).exists(), "the first one's work was removed"
+            merge_model(SHARD["IQ1_S-XL"], output, progress=False)
+        assert disk.lock_path(output).exists(), "the first one's lock was removed"
 
 
 def test_stale_part_of_a_killed_merge_is_no_obstacle(tmp_path):
     (tmp_path / ".out.gguf.part").write_bytes(os.urandom(9_000_000))
-    result = merge(SHARD["IQ1_S-XL"], tmp_path / "out.gguf", progress=False)
+    result = merge_model(SHARD["IQ1_S-XL"], tmp_path / "out.gguf", progress=False)
     assert result.sha256 == RECORDED["IQ1_S-XL"]["merged"] == sha256(result.path)
 
 
-def test_bit_flipped_on_the_way_to_disk_is_caught(tmp_path, monkeypatch, small_chunks):
+def test_bit_flipped_on_the_way_to_disk_is_caught(tmp_path, monkeypatch, small_windows):
     real, calls = os.pwrite, []
 
     def pwrite(handle, view, offset):
@@ -269,7 +274,7 @@ def test_bit_flipped_on_the_way_to_disk_is_caught(tmp_path, monkeypatch, small_c
     refused(IntegrityError, "came back from the disk changed", output=tmp_path / "out.gguf")
 
 
-def test_file_systems_without_direct_writes(tmp_path, monkeypatch, small_chunks):
+def test_file_systems_without_direct_writes(tmp_path, monkeypatch, small_windows):
     """It is not there at all, or refused when it is used."""
     real = os.pwrite
 
@@ -282,10 +287,11 @@ def test_file_systems_without_direct_writes(tmp_path, monkeypatch, small_chunks)
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", pwrite)
         assert (
-            merge(SHARD["IQ1_S-XL"], tmp_path / "a", progress=False).sha256 == RECORDED["IQ1_S-XL"]["merged"]
+            merge_model(SHARD["IQ1_S-XL"], tmp_path / "a", progress=False).sha256
+            == RECORDED["IQ1_S-XL"]["merged"]
         )
     monkeypatch.delattr(os, "O_DIRECT", raising=False)
-    result = merge(SHARD["IQ1_S-XL"], tmp_path / "b", progress=False)
+    result = merge_model(SHARD["IQ1_S-XL"], tmp_path / "b", progress=False)
     assert result.sha256 == RECORDED["IQ1_S-XL"]["merged"] == sha256(result.path) == sha256(tmp_path / "a")
 
 
@@ -299,7 +305,7 @@ def test_shard_cut_while_merging_is_caught(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(merging, "plan_merge", plan_then_cut)
     output = tmp_path / "o"
     with pytest.raises(IntegrityError, match="ended inside tensor"):
-        merge(pair[0], output, progress=False)
+        merge_model(pair[0], output, progress=False)
     assert leftovers(tmp_path, *pair) == set()
 
 
@@ -307,7 +313,7 @@ def test_shard_changed_while_merging_is_caught(pair, tmp_path, monkeypatch):
     real = merging.validate
     monkeypatch.setattr(merging, "validate", lambda *a: (real(*a), os.utime(pair[0], (1, 1))))
     with pytest.raises(IntegrityError, match="changed since its merge began"):
-        merge(pair[0], tmp_path / "o", progress=False)
+        merge_model(pair[0], tmp_path / "o", progress=False)
     assert leftovers(tmp_path, *pair) == set()
 
 

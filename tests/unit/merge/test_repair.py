@@ -13,19 +13,15 @@ from dfqs_nb.core.errors import DfqsError, OutputError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf import broken as specimens
 from dfqs_nb.llama import check
-from dfqs_nb.merge.merge import manifest_path
-from dfqs_nb.merge.repair import (
-    contents,
-    glued_shards,
-    make_sound,
-    merge_any,
+from dfqs_nb.merge import (
+    compare_tensors,
+    merge_model,
+    merge_once,
     methods_table,
-    plan_any,
+    open_source,
     repair,
-    source_files,
-    split,
 )
-from dfqs_nb.merge.verify import compare_tensors
+from dfqs_nb.merge.verify import manifest_path
 
 RECORDED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.json").read_text())["models"][
     "IQ1_S-XL"
@@ -36,6 +32,10 @@ SUMS = dict(reversed(line.split()) for line in (data_dir() / "reference/SHA256SU
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def once(model, output, **options):
+    return merge_once(open_source(model), output, **options)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_repaired_model_is_proven(glued):
 
 def test_split_gives_back_the_published_shards(glued, tmp_path):
     (tmp_path / "shards").mkdir()
-    results = split(glued, tmp_path / "shards", progress=False)
+    results = open_source(glued).split(tmp_path / "shards", progress=False)
     published = [SUMS[path.name] for path in specimens.reference_shards().paths]
     assert [result.sha256 for result in results] == published == [sha256(r.path) for r in results]
     assert [r.path.name for r in results] == [f"{glued.stem}-0000{n}-of-00002.gguf" for n in (1, 2)]
@@ -102,7 +102,11 @@ def test_what_is_no_concatenation_is_refused(tmp_path, make):
     path = tmp_path / "x.gguf"
     make(path)
     before = path.read_bytes()
-    for act in (lambda: repair(path, in_place=True), lambda: split(path), lambda: glued_shards(path)):
+    for act in (
+        lambda: repair(path, in_place=True),
+        lambda: open_source(path).split(),
+        lambda: repair(path, tmp_path / "o"),
+    ):
         with pytest.raises(DfqsError) as caught:
             act()
         assert caught.value.hint
@@ -129,48 +133,44 @@ def test_byte_parts_are_joined(tmp_path, merged_reference):
     parts = [tmp_path / f"m.gguf.part{n}of3" for n in (1, 2, 3)]
     for part, start in zip(parts, (0, 2_000_000, 4_000_000), strict=True):
         part.write_bytes(body[start : start + 2_000_000])
-    assert merge_any(parts[1], tmp_path / "out.gguf", progress=False).sha256 == MERGED
+    assert merge_model(parts[1], tmp_path / "out.gguf", progress=False).sha256 == MERGED
     parts[2].unlink()
     with pytest.raises(DfqsError, match="missing"):
-        merge_any(parts[0], tmp_path / "out2.gguf", progress=False)
+        merge_model(parts[0], tmp_path / "out2.gguf", progress=False)
 
 
-def test_make_sound_takes_what_comes(glued, tmp_path, merged_reference):
+def test_merge_once_takes_what_comes(glued, tmp_path, merged_reference):
     first = specimens.reference_shards().paths[0]
     for number, model in enumerate((first, glued)):
-        assert make_sound(model, tmp_path / f"{number}.gguf", progress=False).sha256 == MERGED
-    alone = make_sound(merged_reference, tmp_path / "none.gguf", progress=False)
+        assert once(model, tmp_path / f"{number}.gguf", progress=False).sha256 == MERGED
+    alone = once(merged_reference, tmp_path / "none.gguf", progress=False)
     assert alone.path == merged_reference and alone.sha256 == MERGED and not (tmp_path / "none.gguf").exists()
 
 
-def test_source_files_and_contents_go_by_the_bytes(glued, tmp_path, merged_reference):
+def test_a_source_is_opened_by_what_its_bytes_say(glued, tmp_path, merged_reference):
     pair = specimens.reference_shards().paths
-    assert source_files(pair[1]) == pair and contents(pair).paths == pair
-    assert source_files(glued) == (glued,) and len(contents([glued]).headers) == 2
+    assert open_source(pair[1]).files == open_source(pair).shards.paths == pair
+    assert open_source(glued).files == (glued,) and len(open_source(glued).shards.headers) == 2
     parts = [tmp_path / f"m.gguf.part{n}of2" for n in (1, 2)]
     body = merged_reference.read_bytes()
     for part, piece in zip(parts, (body[:3_000_000], body[3_000_000:]), strict=True):
         part.write_bytes(piece)
-    assert source_files(parts[1]) == tuple(parts) and len(contents(parts).tensors) == 126
+    source = open_source(parts[1])
+    assert source.files == tuple(parts) and len(source.shards.tensors) == 126
+    assert [open_source(model).plan.nbytes for model in (pair[1], glued, parts[0])] == [RECORDED["bytes"]] * 3
 
 
-def test_a_plan_says_what_would_be_written(glued):
-    plans = [plan_any(specimens.reference_shards().paths[1]), plan_any(glued)]
-    assert [plan.nbytes for plan in plans] == [RECORDED["bytes"]] * 2
-    assert [len(plan.sources) for plan in plans] == [2, 1]
-
-
-def test_make_sound_does_not_do_the_same_work_twice(tmp_path):
+def test_merge_once_does_not_do_the_same_work_twice(tmp_path):
     pair = [Path(shutil.copy(path, tmp_path)) for path in specimens.reference_shards().paths]
     output = tmp_path / "out.gguf"
-    first = make_sound(pair[0], output, progress=False)
-    again = make_sound(pair[1], output, progress=False)
+    first = once(pair[0], output, progress=False)
+    again = once(pair[1], output, progress=False)
     assert not first.reused and again.reused and again.sha256 == first.sha256
-    assert not make_sound(pair[0], output, fresh=True, progress=False).reused
+    assert not once(pair[0], output, fresh=True, progress=False).reused
     os.utime(output, (1, 1))
-    assert not make_sound(pair[0], output, progress=False).reused, "the output was touched"
+    assert not once(pair[0], output, progress=False).reused, "the output was touched"
     os.utime(pair[0], (1, 1))
-    assert not make_sound(pair[0], output, progress=False).reused, "a shard was touched"
+    assert not once(pair[0], output, progress=False).reused, "a shard was touched"
 
 
 def test_methods_table_bounds_the_extra_disk():

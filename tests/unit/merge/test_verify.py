@@ -15,8 +15,9 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf import models as registry
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.shards import shard_path
-from dfqs_nb.merge.merge import merge
-from dfqs_nb.merge.verify import hash_once, manifest_path, tensor_hashes, verify, write_manifest
+from dfqs_nb.merge import merge_model
+from dfqs_nb.merge import verify_model as verify
+from dfqs_nb.merge.verify import hash_file, manifest_path, tensor_hashes
 
 SHARDS = [shard_path(data_dir() / "reference/DFQS-Nano-IQ1_S-XL", n, 2) for n in (1, 2)]
 DATA = Path(__file__).resolve().parents[2] / "data"
@@ -26,7 +27,7 @@ RECORDED = DATA / "xxh64_reference.txt"  # what llama-gguf-hash --xxh64 printed,
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return merge(SHARDS[0], tmp_path / "model.gguf", progress=False).path
+    return merge_model(SHARDS[0], tmp_path / "model.gguf", progress=False).path
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def recorded() -> dict[str, str]:
 def test_hashes_are_those_of_llama_gguf_hash(model):
     assert len(recorded()) == 126
     assert tensor_hashes(read_header(model), progress=False) == recorded()
-    assert hash_once(model, [read_header(model)], progress=False) == (MERGED_SHA256, recorded())
+    assert hash_file(model, [read_header(model)], progress=False) == (MERGED_SHA256, recorded())
 
 
 @pytest.mark.slow
@@ -135,7 +136,7 @@ def test_manifest_for_a_file_that_has_none(model):
     manifest_path(model).unlink()
     assert verify(model, progress=False).compared == ()
     assert "compared with nothing" in verify(model, progress=False).meaning[0]
-    after = json.loads(write_manifest(model, progress=False).read_text())
+    after = json.loads(manifest_path(verify(model, write_manifest=True, progress=False).path).read_text())
     assert after["tensors"] == before["tensors"] and after["sha256"] == before["sha256"]
     damage(model, "output.weight")
     with pytest.raises(IntegrityError, match="output.weight"):
@@ -167,7 +168,7 @@ def test_authentic_is_not_loadable(glued, monkeypatch):
     """What the published hash of the DFQS 1.0 artifact proves: its file is glued together likewise."""
     known = registry.ModelFile("DeepSeek.gguf", glued.stat().st_size, sha256_of(glued, progress=False))
     artifact = registry.registered()["deepseek-v4-flash-iq1_s-xl-single"]
-    monkeypatch.setattr(registry, "models", lambda: {artifact.name: replace(artifact, files=(known,))})
+    monkeypatch.setattr(registry, "registered", lambda: {artifact.name: replace(artifact, files=(known,))})
     proof = verify(glued, against=SHARDS[0], progress=False)
     _, authentic, loads = proof.meaning
     assert "byte for byte what was published as DeepSeek.gguf" in authentic
@@ -176,7 +177,7 @@ def test_authentic_is_not_loadable(glued, monkeypatch):
 
 
 def test_hash_once_reads_across_every_piece(model, monkeypatch):
-    from dfqs_nb.merge import verify as module
+    from dfqs_nb.core import files
 
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4099)
-    assert hash_once(model, [read_header(model)], progress=False) == (MERGED_SHA256, recorded())
+    monkeypatch.setattr(files, "CHUNK_BYTES", 4099)
+    assert hash_file(model, [read_header(model)], progress=False) == (MERGED_SHA256, recorded())

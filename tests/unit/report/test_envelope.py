@@ -11,7 +11,8 @@ from dfqs_nb.core.errors import DfqsError, RegistryError
 from dfqs_nb.gguf.broken import reference_shards
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama import settings
-from dfqs_nb.merge.merge import CONSUME_EXTRA_BYTES, plan_merge
+from dfqs_nb.merge.checks import CONSUME_EXTRA_BYTES
+from dfqs_nb.merge.plan import plan_merge
 from dfqs_nb.report import envelope
 from dfqs_nb.report.envelope import (
     DOES_NOT_FIT,

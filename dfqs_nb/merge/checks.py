@@ -1,0 +1,139 @@
+"""Checks before the first byte.
+
+The output may have its name, its sources are whole, they may be deleted where that is asked for, and the disk
+has room.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
+from dfqs_nb.core.paths import REPOSITORY, data_dir
+from dfqs_nb.merge import disk
+from dfqs_nb.merge.copy import Plan
+from dfqs_nb.merge.journal import in_the_way, read_journal, windows
+from dfqs_nb.merge.kind import download_mark
+from dfqs_nb.merge.verify import manifest_path
+
+CONSUME_EXTRA_BYTES = 64 << 20  # what a consuming merge may need beyond its sources, plus the header
+
+
+def check_output(
+    output: Path,
+    plan: Plan,
+    *,
+    overwrite: bool = False,
+    consume: bool = False,
+    in_place: bool = False,
+    allow_holes: bool = False,
+) -> None:
+    """Check, before the first byte, that ``output`` may be written and that the disk holds it.
+
+    Raises:
+        OutputError, SpaceError, IntegrityError: see `merge_model`.
+    """
+    with disk.readable_errors(output, plan.nbytes, "nothing was written"):
+        _check_name(output)
+        if os.path.lexists(output) and not in_place:
+            if output.exists() and any(output.samefile(path) for path in plan.sources):
+                what, hint = "is one of the files that it would be made from", "choose another name"
+                raise OutputError(what, where=output, hint=hint)
+            if not overwrite:
+                hint = "choose another name, or pass --overwrite (overwrite=True)"
+                raise OutputError("exists already", where=output, hint=hint)
+        going_on = bool(windows(read_journal(output)))
+        if going_on and not consume:
+            raise in_the_way(disk.journal_path(output))
+        for path in plan.sources:
+            _check_stored(path, allow_holes or going_on)
+        if consume:
+            _check_consumable(output, plan)
+        _check_space(output, plan, consume)
+
+
+def _check_name(output: Path) -> None:
+    """Check that the output, and the working files beside it, can have their names."""
+    folder = output.parent
+    if not folder.is_dir():
+        raise OutputError("the folder does not exist", where=folder, hint="make it first")
+    if os.path.lexists(output) and not (output.is_symlink() or stat.S_ISREG(output.lstat().st_mode)):
+        raise OutputError("is no regular file", where=output, hint="name a file, like model.gguf")
+    try:
+        output.name.encode()
+    except UnicodeEncodeError:
+        hint = "choose another name"
+        raise OutputError("its name is not valid UTF-8", where=output, hint=hint) from None
+    longest = max(len(path.name.encode()) for path in (manifest_path(output), disk.journal_path(output)))
+    limit = os.pathconf(folder, "PC_NAME_MAX")
+    if longest > limit:
+        hint = f"choose a name that is {longest - limit} bytes shorter"
+        raise OutputError("its name is too long for the working files beside it", where=output, hint=hint)
+
+
+def _check_stored(path: Path, allow_holes: bool) -> None:
+    """Check that every byte of a source is there."""
+    mark = download_mark(path)
+    missing, first = (0, 0) if allow_holes else disk.missing_bytes(path)
+    if missing:
+        mark = f"has a hole at byte {first:,}: {missing:,} bytes were never stored and read as zeros"
+    if mark:
+        hint = "finish the download, or the stopped merge; or, if it is sparse on purpose: allow_holes=True"
+        raise IntegrityError(mark, where=path, hint=hint)
+
+
+def _check_consumable(output: Path, plan: Plan) -> None:
+    """Check that the sources may be deleted: they belong to nobody else, and can give their bytes back."""
+    if not plan.header:
+        what = "the header goes on in the second part, so a killed merge could not go on"
+        raise OutputError(what, where=output, hint="merge without --consume")
+    for path in plan.sources:
+        if reason := _shared(path):
+            hint = "merge without --consume, into a new file; it needs room for a second copy"
+            raise OutputError(f"must not be deleted: {reason}", where=path, hint=hint)
+    for folder in {path.parent for path in plan.sources}:
+        if not disk.can_punch(folder):
+            hint = "merge without --consume; it needs room for a second copy"
+            what = "this file system cannot give back parts of a file (punch holes)"
+            raise OutputError(what, where=folder, hint=hint)
+
+
+def _shared(path: Path) -> str:
+    """Why a file is not one model's alone to delete; empty when it is."""
+    real = path.resolve()
+    if any(real.is_relative_to(folder.resolve()) for folder in (data_dir(), REPOSITORY / "data")):
+        return "it is part of the workbook's own data"
+    if path.is_symlink():
+        return f"it is a link to {real}"
+    if path.stat().st_nlink > 1:
+        return "it has a second name (a hard link)"
+    stores = [folder for folder in real.parents if folder.name in ("blobs", "snapshots")]
+    if any(
+        (folder.parent / "blobs").is_dir() and (folder.parent / "snapshots").is_dir() for folder in stores
+    ):
+        return "it belongs to a cache of the Hugging Face hub"
+    if not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK):
+        return "it, or its folder, may not be written"
+    return ""
+
+
+def _check_space(output: Path, plan: Plan, consume: bool) -> None:
+    part, needed = disk.part_path(output), plan.nbytes
+    if part.exists():
+        needed -= _stored_bytes(part)
+    if consume:
+        device = output.parent.stat().st_dev
+        needed -= sum(_stored_bytes(path) for path in plan.sources if path.stat().st_dev == device)
+        needed = max(needed, 0) + CONSUME_EXTRA_BYTES + len(plan.header)
+    free = shutil.disk_usage(output.parent).free
+    if free < needed:
+        also = "" if consume else ", or pass --consume, which deletes the shards and needs no second copy"
+        message = f"needs {needed:,} bytes and {free:,} are free"
+        raise SpaceError(message, where=output.parent, hint=f"free {needed - free:,} bytes{also}")
+
+
+def _stored_bytes(path: Path) -> int:
+    return path.stat().st_blocks * 512
