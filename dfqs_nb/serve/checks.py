@@ -273,7 +273,7 @@ def drift_by_slots(
     settings: OpenSettings,
     slots: Sequence[int] = (1, 2, 4),
     n_concurrent: int = 4,
-    repetitions: int = 3,
+    repetitions: int = 2,
 ) -> pd.DataFrame:
     """llama.cpp's server with more and more slots under the same requests at once, its prompt cache off.
 

@@ -26,17 +26,15 @@ def speed_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.plot(rows["clients"], rows["tokens_per_sec"], linewidth=1.4, label=label, **style)
     clients = _client_axis(ax, speeds)
     ax.set_ylim(0, speeds["tokens_per_sec"].max() * 1.25)
-    ax.set_ylabel("tokens a second, all clients together")
+    ax.set_ylabel("tokens per second, all clients together")
     ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
     gains = {
         name: rows["tokens_per_sec"].iloc[-1] / rows["tokens_per_sec"].iloc[0]
         for name, rows in speeds.groupby("server", sort=False)
     }
     best = max(gains, key=lambda name: gains[name])
-    fewest = "one" if clients[0] == 1 else clients[0]
-    set_title(
-        ax, f"{clients[-1]} clients get at most {gains[best]:.1f} times the tokens of {fewest} ({best})"
-    )
+    fewest = "one client" if clients[0] == 1 else f"{clients[0]} clients"
+    set_title(ax, f"{clients[-1]} clients get up to {gains[best]:.1f} times the tokens of {fewest} ({best})")
     return ax
 
 
@@ -62,10 +60,11 @@ def wait_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     clients = _client_axis(ax, speeds)
     ax.yaxis.set_major_formatter(EngFormatter(unit="s"))
     ax.set_ylim(bottom=0)
-    ax.set_ylabel("wait for the first piece\n(median, up to the longest)")
+    ax.set_ylabel("time to first token\n(median, up to the longest)")
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     last = speeds[speeds["clients"] == clients[-1]].set_index("server")["first_median"]
-    set_title(ax, f"{clients[-1]} clients wait {last.min():.2g} to {last.max():.2g} s for the first piece")
+    waits = " to ".join(f"{last[name]:.2g} s ({name})" for name in (last.idxmin(), last.idxmax()))
+    set_title(ax, f"Time to first token with {clients[-1]} clients: {waits}")
     return ax
 
 
