@@ -123,6 +123,28 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, n).pvalue) if n else 1.0
 
 
+def sign_flip(differences: Floats, n_resamples: int = 9999, seed: int = 0) -> float:
+    """P value of the two-sided sign-flip test that paired differences have a mean of 0 (Fisher 1935).
+
+    It is exact where 2^n is at most ``n_resamples``; NaN for fewer than two differences.
+
+    >>> sign_flip(np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])), sign_flip(np.zeros(8)), sign_flip(np.zeros(1))
+    (0.03125, 1.0, nan)
+    """
+    from scipy.stats import permutation_test
+
+    if len(differences) < 2:
+        return float("nan")
+    test = permutation_test(
+        (differences,),
+        lambda values, axis: values.mean(axis=axis),
+        permutation_type="samples",
+        n_resamples=n_resamples,
+        rng=np.random.default_rng(seed),
+    )
+    return float(test.pvalue)
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """P values adjusted for their number (Holm 1979), in the order given. scipy has no Holm.
 

@@ -26,27 +26,37 @@ _written: dict[Path, None] = {}  # until every stage uses `Stage`
 
 @contextmanager
 def whole_file(path: str | Path, mode: str = "w") -> Iterator[Any]:
-    """Open a temporary file beside ``path``; it takes that name only when the block ends well.
+    """Open a temporary file beside ``path``, which takes that name only when the block ends well.
 
-    The bytes are flushed to the disk before the rename, so a reader (or a crash) sees the old file or the
-    new one, never a part. Lone surrogates in a text become ``?``.
+    Lone surrogates in a text become ``?``.
+    """
+    encoding, errors = (None, None) if "b" in mode else ("utf-8", "replace")
+    with whole_path(path) as part, part.open(mode, encoding=encoding, errors=errors) as file:
+        yield file
+    stood_on(path)
+
+
+@contextmanager
+def whole_path(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` for others to write; it takes that name when the block ends well.
+
+    The bytes are flushed to the disk before the rename, so a reader (or a crash) sees the old file or the new
+    one, never a part.
     """
     path = Path(path)
     stem = os.fsdecode(os.fsencode(path.name)[:80])  # in bytes: a name of 255 bytes has no room for more
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{stem}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
     try:
-        encoding, errors = (None, None) if "b" in mode else ("utf-8", "replace")
-        with os.fdopen(handle, mode, encoding=encoding, errors=errors) as file:
-            yield file
-            file.flush()
+        yield part
+        with part.open("rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        part.chmod(0o666 & ~_umask())
+        os.replace(part, path)
         fsync_dir(path.parent)
-        stood_on(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -154,18 +164,27 @@ def canonical_sha256(value: Any) -> str:
 
 
 def sha256_of_file(path: str | Path, on_chunk: Callable[[bytes], object] = lambda chunk: None) -> str:
-    """SHA-256 of a file's bytes, in hex; ``on_chunk`` receives each piece of them, in order.
+    """SHA-256 of a file's bytes, in hex; ``on_chunk`` receives each piece of them, in order."""
+    return sha256_of_files([path], on_chunk)
+
+
+def sha256_of_files(
+    paths: Iterable[str | Path], on_chunk: Callable[[bytes], object] = lambda chunk: None
+) -> str:
+    """SHA-256, in hex, of the bytes of several files one after another, as of a model's shards.
 
     The hash is computed on a thread of its own, while the next piece is read and ``on_chunk`` works.
     """
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
-        hashing: Future[None] | None = None
-        while chunk := file.read(CHUNK_BYTES):
-            if hashing is not None:
-                hashing.result()
-            hashing = beside.submit(digest.update, chunk)
-            on_chunk(chunk)
+    hashing: Future[None] | None = None
+    with ThreadPoolExecutor(1) as beside:
+        for path in paths:
+            with open(path, "rb", buffering=0) as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    if hashing is not None:
+                        hashing.result()
+                    hashing = beside.submit(digest.update, chunk)
+                    on_chunk(chunk)
     return digest.hexdigest()
 
 

@@ -1,0 +1,34 @@
+"""Notebook 08: one model at ever fewer bits, each rung quantized from the same source and measured alike.
+
+>>> load_recipe("Q8_0").mix
+'Q8_0'
+"""
+
+from typing import Any
+
+from dfqs_nb.ladder import tables
+from dfqs_nb.ladder.measure import Settings
+from dfqs_nb.ladder.quantizer import plan, quantize
+from dfqs_nb.ladder.recipes import load_recipe
+from dfqs_nb.ladder.run import RUNGS, calibrated, climb, collected
+
+__all__ = [
+    "RUNGS",
+    "Settings",
+    "calibrated",
+    "climb",
+    "collected",
+    "figures",
+    "load_recipe",
+    "plan",
+    "quantize",
+    "tables",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "figures":  # brings matplotlib, which only notebooks need
+        from importlib import import_module
+
+        return import_module("dfqs_nb.ladder.figures")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

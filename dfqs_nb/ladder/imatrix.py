@@ -1,9 +1,9 @@
 """Importance matrices: how strongly each input column of a weight is used, collected, read and written.
 
 A low-bit quantizer weighs its error by the mean square of the activation that meets each column. llama.cpp
-collects those sums with ``llama-imatrix`` through the evaluation callback; here the same callback is taken
+collects those sums with ``llama-imatrix`` through the evaluation callback. Here the same callback is taken
 from Python: the input of every matrix product whose weight is a tensor of a block, and for the routed experts
-the rows that each expert was given. The files are llama.cpp's own (``general.type = imatrix``, and the older
+the rows that each expert received. The files are llama.cpp's own (``general.type = imatrix``, and the older
 ``.dat``): format in its common/imatrix-loader.cpp, arithmetic in tools/imatrix/imatrix.cpp.
 """
 
@@ -12,9 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-import shutil
 import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,13 +22,13 @@ import numpy as np
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import whole_file
+from dfqs_nb.core.files import whole_path
 from dfqs_nb.gguf.facts import class_of, layer_of
 from dfqs_nb.gguf.header import MAGIC, GGUFHeader, check_layout, read_header
+from dfqs_nb.ladder.divergence import Array, chunks, feed_chunk
 from dfqs_nb.llama.graph import Tensor, ggml_function
-from dfqs_nb.llama.model import Model, open_model
+from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings, default_context_params
-from dfqs_nb.routing import RecordedModel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,8 +36,9 @@ if TYPE_CHECKING:
 CHUNK_TOKENS = 512  # llama-imatrix's default
 LEAST_ROWS = 16  # llama-imatrix passes over smaller products of dense weights
 SUMS, COUNTS = ".in_sum2", ".counts"
-FLAT = "none (every column weighs the same)"
-_MAX_LEGACY_NAME = 1024
+UNIFORM = "none (every column weighs the same)"
+MAX_NAME_BYTES = 1024  # of an entry in the older format
+COLLECT = "collect one with llama-imatrix, or in notebook 08"
 
 
 class ImatrixError(DfqsError):
@@ -55,10 +54,10 @@ class Entry:
         counts: rows of activations summed, int64 ``(matrices,)``, or ``(1,)`` for all matrices together.
     """
 
-    sums: np.ndarray
-    counts: np.ndarray
+    sums: Array
+    counts: Array
 
-    def weights(self) -> np.ndarray:
+    def weights(self) -> Array:
         """Mean squares, float32 and flat, as llama-quantize hands them over; 1 where nothing was counted.
 
         >>> entry = Entry(np.array([[2.0, 4.0], [0.0, 0.0]], np.float32), np.array([2, 0]))
@@ -79,6 +78,9 @@ class ImportanceMatrix:
         datasets: names of the texts it was collected on.
         chunk_count, chunk_size: how many pieces of how many tokens.
         path: the file it was read from or written to; empty otherwise.
+
+    Raises:
+        ImatrixError: a value is not finite or negative. llama.cpp would blame the model's weights for it.
     """
 
     entries: Mapping[str, Entry] = field(repr=False)
@@ -86,6 +88,15 @@ class ImportanceMatrix:
     chunk_count: int = 0
     chunk_size: int = 0
     path: str = ""
+
+    def __post_init__(self) -> None:
+        for name, entry in self.entries.items():
+            if not (np.isfinite(entry.sums).all() and (entry.sums >= 0).all() and (entry.counts >= 0).all()):
+                raise ImatrixError(
+                    f"the importance matrix has values for {name} that are not finite or negative",
+                    where=self.path or None,
+                    hint="collect it again; if that repeats, `dfqs-nb verify` the model",
+                )
 
     def only(self, pattern: str) -> ImportanceMatrix:
         """The entries whose name contains a match of the pattern."""
@@ -95,14 +106,95 @@ class ImportanceMatrix:
     def fitting(self, header: GGUFHeader) -> ImportanceMatrix:
         """The entries that have a value for each column (and expert) of the model's tensor of that name.
 
-        llama-quantize refuses the others: of ``deepseek4`` those of ``attn_output_a``, whose groups of
-        columns llama.cpp multiplies as matrices of their own.
+        llama-quantize refuses the others. Of ``deepseek4`` it refuses those of ``attn_output_a``, whose
+        groups of columns llama.cpp multiplies as matrices of their own.
+
+        Raises:
+            ImatrixError: most entries do not fit, so it is a matrix of another model.
         """
         sizes = {
-            one.name: one.shape[0] * (one.shape[2] if len(one.shape) > 2 else 1) for one in header.tensors
+            tensor.name: tensor.shape[0] * (tensor.shape[2] if len(tensor.shape) > 2 else 1)
+            for tensor in header.tensors
         }
         kept = {name: entry for name, entry in self.entries.items() if sizes.get(name) == entry.sums.size}
+        if 2 * len(kept) < len(self.entries):
+            odd = next(name for name in self.entries if name not in kept)
+            why = (
+                f"{self.entries[odd].sums.size:,} values, not {sizes[odd]:,}"
+                if odd in sizes
+                else "no such tensor"
+            )
+            raise ImatrixError(
+                f"the importance matrix is of another model: {len(self.entries) - len(kept):,} of its "
+                f"{len(self.entries):,} entries do not fit this one ({odd}: {why})",
+                where=self.path or None,
+                hint="collect one on this model: `dfqs-nb quantize ... --calibrate TEXT`",
+            )
         return replace(self, entries=kept)
+
+    def coverage(self) -> pd.DataFrame:
+        """How many rows each entry counts, one row a weight.
+
+        Columns ``weight``, ``class``, ``layer``, ``matrices`` (experts), ``least`` and ``most`` rows counted
+        in one of them, ``unused`` (experts never chosen), and ``top_tenth``: the share of the squares that
+        lies in the tenth of the columns with the largest.
+        """
+        import pandas as pd
+
+        rows = []
+        for name, entry in sorted(self.entries.items()):
+            columns, layer = np.sort(entry.sums.sum(axis=0))[::-1], layer_of(name)
+            rows.append(
+                {
+                    "weight": name,
+                    "class": class_of(name),
+                    "layer": -1 if layer is None else layer,
+                    "matrices": len(entry.counts),
+                    "least": int(entry.counts.min()),
+                    "most": int(entry.counts.max()),
+                    "unused": int((entry.counts == 0).sum()),
+                    "top_tenth": float(
+                        columns[: max(1, len(columns) // 10)].sum() / max(columns.sum(), 1e-30)
+                    ),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def save(self, path: str | Path) -> ImportanceMatrix:
+        """Write a GGUF that llama-quantize and llama-imatrix read; the matrix with its path."""
+        import gguf
+
+        class Writer(gguf.GGUFWriter):
+            def add_architecture(self) -> None:
+                """None: it is not a model."""
+
+        with whole_path(path) as part:
+            writer = Writer(part, "")
+            writer.add_type("imatrix")
+            writer.add_array("imatrix.datasets", list(self.datasets) or ["not stated"])
+            writer.add_uint32("imatrix.chunk_count", self.chunk_count)
+            writer.add_uint32("imatrix.chunk_size", self.chunk_size)
+            for name, entry in sorted(self.entries.items()):
+                writer.add_tensor(name + SUMS, entry.sums.reshape(len(entry.counts), -1).astype(np.float32))
+                writer.add_tensor(name + COUNTS, entry.counts.astype(np.float32)[:, None])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+        return replace(self, path=str(path))
+
+
+def uniform(header: GGUFHeader) -> ImportanceMatrix:
+    """A matrix in which every column weighs the same: what a quantization without one would be.
+
+    llama.cpp refuses the lowest types without a matrix, so their quality without one is measured with this.
+    """
+    entries = {}
+    for tensor in header.tensors:
+        if len(tensor.shape) > 1 and layer_of(tensor.name) is not None:
+            n = tensor.shape[2] if len(tensor.shape) > 2 else 1
+            entries[tensor.name] = Entry(np.ones((n, tensor.shape[0]), np.float32), np.ones(n, np.int64))
+    return ImportanceMatrix(entries, (UNIFORM,), path=UNIFORM)
 
 
 # ---- files ----
@@ -129,28 +221,25 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     check_layout(header)
     if header.get("general.type") != "imatrix":
         kind = header.get("general.type", header.architecture or "unknown")
-        raise ImatrixError(
-            f"a GGUF of type {kind}, not an importance matrix",
-            where=path,
-            hint="collect one with imatrix.collect, or with llama-imatrix",
-        )
-    tensors = {one.name: one for one in header.tensors}
+        raise ImatrixError(f"a GGUF of type {kind}, not an importance matrix", where=path, hint=COLLECT)
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+
+    def values(name: str) -> Array:
+        if name not in tensors or tensors[name].type != "F32":
+            raise ImatrixError(f"{name} is missing or not F32", where=path, hint=COLLECT)
+        at = header.data_offset + tensors[name].offset
+        return np.fromfile(path, np.float32, tensors[name].n_elements, offset=at)
+
     entries = {}
-    for name in tensors:
-        if name.endswith(SUMS):
-            base = name.removesuffix(SUMS)
-            if base + COUNTS not in tensors:
-                raise ImatrixError(f"{base} has sums but no counts", where=path, hint="collect it again")
-            sums, counts = _values(header, tensors[name]), _values(header, tensors[base + COUNTS])
-            if not counts.size or sums.size % counts.size:
-                raise ImatrixError(
-                    f"{base} has {sums.size:,} sums for {counts.size:,} counts",
-                    where=path,
-                    hint="collect it again",
-                )
-            entries[base] = Entry(sums.reshape(counts.size, -1), np.rint(counts).astype(np.int64))
+    for base in [name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)]:
+        sums, counts = values(base + SUMS), values(base + COUNTS)
+        if not counts.size or sums.size % counts.size:
+            what = f"{base} has {sums.size:,} sums for {counts.size:,} counts"
+            raise ImatrixError(what, where=path, hint=COLLECT)
+        counts = np.where(np.isfinite(counts), np.rint(counts), -1)
+        entries[base] = Entry(sums.reshape(counts.size, -1), counts.astype(np.int64))
     if not entries:
-        raise ImatrixError("holds no entry", where=path, hint="collect it again")
+        raise ImatrixError("holds no entry", where=path, hint=COLLECT)
     return ImportanceMatrix(
         entries,
         tuple(header.get("imatrix.datasets", ())),
@@ -160,119 +249,34 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     )
 
 
-def _values(header: GGUFHeader, tensor: Any) -> np.ndarray:
-    if tensor.type != "F32":
-        raise ImatrixError(
-            f"{tensor.name} is {tensor.type}, not F32", where=header.path, hint="collect it again"
-        )
-    at = header.data_offset + tensor.offset
-    return np.fromfile(header.path, np.float32, tensor.n_elements, offset=at)
-
-
 def _read_legacy(path: Path) -> ImportanceMatrix:
     """The format before GGUF: a count of entries, each with name, calls and means; then chunks, dataset."""
     raw, position = path.read_bytes(), 0
 
     def take(form: str) -> Any:
         nonlocal position
-        value = struct.unpack_from("<" + form, raw, position)
+        (value,) = struct.unpack_from("<" + form, raw, position)
         position += struct.calcsize("<" + form)
-        return value[0] if len(value) == 1 else value
+        return value
 
     entries: dict[str, Entry] = {}
     try:
-        n_entries = take("i")
-        for _ in range(n_entries):
-            length = take("i")
-            if not 0 < length <= _MAX_LEGACY_NAME:
+        for _ in range(take("i")):
+            if not 0 < (length := take("i")) <= MAX_NAME_BYTES:
                 raise ValueError(f"a name of {length:,} bytes")
             name = take(f"{length}s").decode("utf-8")
             calls, n = take("i"), take("i")
             if n < 1 or calls < 0 or 4 * n > len(raw) - position:
                 raise ValueError(f"{name} claims {n:,} values")
-            sums = np.frombuffer(raw, "<f4", n, position).reshape(1, -1)
-            entries[name] = Entry(sums, np.array([calls], np.int64))
+            entries[name] = Entry(np.frombuffer(raw, "<f4", n, position).reshape(1, -1), np.array([calls]))
             position += 4 * n
         if not entries:
             raise ValueError("no entries")
-        chunks = take("i") if position < len(raw) else 0
+        n_chunks = take("i") if position < len(raw) else 0
         dataset = take(f"{take('i')}s").decode("utf-8", "replace") if position < len(raw) else ""
-    except (struct.error, ValueError, UnicodeDecodeError) as error:
-        raise ImatrixError(
-            f"not an importance matrix ({error})",
-            where=path,
-            hint="collect one with imatrix.collect, or with llama-imatrix",
-        ) from error
-    return ImportanceMatrix(entries, (dataset,) if dataset else (), chunks, 0, str(path))
-
-
-def write_imatrix(path: str | Path, matrix: ImportanceMatrix) -> ImportanceMatrix:
-    """Write a GGUF that llama-quantize and llama-imatrix read, whole or not at all; the matrix with its path."""
-    import gguf
-
-    class Writer(gguf.GGUFWriter):
-        def add_architecture(self) -> None:
-            """None: it is not a model."""
-
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "imatrix.gguf"
-        writer = Writer(made, "")
-        writer.add_type("imatrix")
-        writer.add_array("imatrix.datasets", list(matrix.datasets) or ["not stated"])
-        writer.add_uint32("imatrix.chunk_count", matrix.chunk_count)
-        writer.add_uint32("imatrix.chunk_size", matrix.chunk_size)
-        for name, entry in sorted(matrix.entries.items()):
-            writer.add_tensor(name + SUMS, entry.sums.reshape(len(entry.counts), -1).astype(np.float32))
-            writer.add_tensor(name + COUNTS, entry.counts.astype(np.float32)[:, None])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with whole_file(path, "wb") as file, made.open("rb") as finished:
-            shutil.copyfileobj(finished, file)
-    return replace(matrix, path=str(path))
-
-
-def flat(header: GGUFHeader) -> ImportanceMatrix:
-    """A matrix in which every column weighs the same: what a quantization without one would be.
-
-    llama.cpp refuses the lowest types without a matrix, so their quality without one is measured with this.
-    """
-    entries = {}
-    for one in header.tensors:
-        if len(one.shape) > 1 and layer_of(one.name) is not None:
-            n = one.shape[2] if len(one.shape) > 2 else 1
-            entries[one.name] = Entry(np.ones((n, one.shape[0]), np.float32), np.ones(n, np.int64))
-    return ImportanceMatrix(entries, (FLAT,), 0, 0, FLAT)
-
-
-def coverage(matrix: ImportanceMatrix) -> pd.DataFrame:
-    """How well each entry was fed, one row a weight.
-
-    Columns ``weight``, ``class``, ``layer``, ``matrices`` (experts), ``least`` and ``most`` rows counted in
-    one of them, ``unused`` (experts never chosen), and ``top_tenth``: the share of the squares that lies in
-    the tenth of the columns with the largest.
-    """
-    import pandas as pd
-
-    rows = []
-    for name, entry in sorted(matrix.entries.items()):
-        columns = np.sort(entry.sums.sum(axis=0))[::-1]
-        top = columns[: max(1, len(columns) // 10)].sum() / max(columns.sum(), 1e-30)
-        layer = layer_of(name)
-        rows.append(
-            {
-                "weight": name,
-                "class": class_of(name),
-                "layer": -1 if layer is None else layer,
-                "matrices": len(entry.counts),
-                "least": int(entry.counts.min()),
-                "most": int(entry.counts.max()),
-                "unused": int((entry.counts == 0).sum()),
-                "top_tenth": float(top),
-            }
-        )
-    return pd.DataFrame(rows)
+    except (struct.error, ValueError) as error:
+        raise ImatrixError(f"not an importance matrix ({error})", where=path, hint=COLLECT) from error
+    return ImportanceMatrix(entries, (dataset,) if dataset else (), n_chunks, 0, str(path))
 
 
 # ---- collecting ----
@@ -290,8 +294,8 @@ class Collector:
         self._nbytes = ggml_function("ggml_nbytes", size, void)
         codes = _op_codes()
         self._dense, self._routed = codes["MUL_MAT"], codes["MUL_MAT_ID"]
-        self._sums: dict[str, np.ndarray] = {}
-        self._counts: dict[str, np.ndarray] = {}
+        self._sums: dict[str, Array] = {}
+        self._counts: dict[str, Array] = {}
         self._error: BaseException | None = None
 
     def matrix(self, datasets: Sequence[str], chunk_count: int, chunk_size: int) -> ImportanceMatrix:
@@ -347,14 +351,14 @@ class Collector:
             self._take_dense(_name(weight), weight, self._read(node.src[1], rows, np.float32))
         return True
 
-    def _read(self, address: int, tensor: Any, kind: type) -> np.ndarray:
+    def _read(self, address: int, tensor: Any, kind: type) -> Array:
         """A tensor of the graph as an array (slowest dimension first), whichever device and strides."""
         nbytes = self._nbytes(address)
         raw = np.empty(nbytes, np.uint8)
         self._copy(address, raw.ctypes.data, 0, nbytes)
         return np.lib.stride_tricks.as_strided(raw.view(kind), tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1])
 
-    def _take_routed(self, name: str, n_experts: int, rows: np.ndarray, ids: np.ndarray) -> None:
+    def _take_routed(self, name: str, n_experts: int, rows: Array, ids: Array) -> None:
         """Rows ``(1, tokens, k or 1, columns)``; ids ``(1, 1, tokens, k)``: which expert each row enters."""
         rows, ids = rows[0], ids[0, 0]
         sums, counts = self._entry(name, n_experts, n_experts, rows.shape[2])
@@ -365,7 +369,7 @@ class Collector:
             sums[chosen] += np.add.reduceat(squares[order], first, axis=0)
             counts[chosen] += n
 
-    def _take_dense(self, name: str, weight: Any, rows: np.ndarray) -> None:
+    def _take_dense(self, name: str, weight: Any, rows: Array) -> None:
         """Rows ``(n3, n2, n, columns)``; a weight of several matrices takes the planes in turn."""
         n_matrices = weight.ne[2] * weight.ne[3]
         sums, counts = self._entry(name, n_matrices, 1, rows.shape[3])
@@ -374,9 +378,7 @@ class Collector:
             sums[(i3 % weight.ne[3]) * weight.ne[2] + i2 % weight.ne[2]] += squares[i3, i2]
         counts += rows.shape[0] * rows.shape[1] * rows.shape[2] // n_matrices
 
-    def _entry(
-        self, name: str, n_matrices: int, n_counts: int, n_columns: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _entry(self, name: str, n_matrices: int, n_counts: int, n_columns: int) -> tuple[Array, Array]:
         if name not in self._sums:
             self._sums[name] = np.zeros((n_matrices, n_columns))
             self._counts[name] = np.zeros(n_counts, np.int64)
@@ -385,13 +387,13 @@ class Collector:
 
 def _name(tensor: Any) -> str:
     """A tensor's name without what a device's copy puts around it (``CUDA0#name#0``)."""
-    text = tensor.name.decode("utf-8", "replace")
+    text: str = tensor.name.decode("utf-8", "replace")
     return text.split("#")[1] if "#" in text else text
 
 
 @functools.cache
 def _op_codes() -> dict[str, int]:
-    """ggml's codes of its operations, by name, as this build numbers them."""
+    """Ggml's codes of its operations, by name, as this build numbers them."""
     function = ggml_function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
     codes: dict[str, int] = {}
     for code in range(64):  # far fewer than there are, and as many as are sure to exist
@@ -419,7 +421,7 @@ def collect(
 
     Raises:
         ImatrixError: fewer tokens than one chunk, or a node that could not be read.
-        ModelError, DecodeError: as ``open_model`` and ``Model.decode``.
+        ModelError, DecodeError: llama.cpp refuses the model, or fails.
     """
     pieces = chunks(tokens, chunk_tokens)
     if not pieces:
@@ -427,34 +429,10 @@ def collect(
             f"{len(tokens):,} tokens do not fill one chunk of {chunk_tokens:,}",
             hint="take a longer text, or smaller chunks",
         )
-    settings = replace(settings or OpenSettings(), n_ctx=chunk_tokens)
     collector = Collector()
     with default_context_params(cb_eval=collector.callback):
-        model = open_model(path, settings)
+        model = open_model(path, replace(settings or OpenSettings(), n_ctx=chunk_tokens))
     with model:
         for piece in tqdm(pieces, desc="importance matrix", disable=not progress):
             feed_chunk(model, piece)
     return collector.matrix([dataset], len(pieces), chunk_tokens)
-
-
-def chunks(tokens: Sequence[int], size: int, limit: int | None = None) -> list[list[int]]:
-    """Whole pieces of ``size`` tokens, in order; what is left over is not used.
-
-    >>> chunks([1, 2, 3, 4, 5], 2)
-    [[1, 2], [3, 4]]
-    """
-    pieces = [list(tokens[at : at + size]) for at in range(0, len(tokens) - size + 1, size)]
-    return pieces[:limit]
-
-
-def feed_chunk(model: Model | RecordedModel, piece: Sequence[int]) -> np.ndarray:
-    """Evaluate one chunk from a cleared context, BOS in place of its first token where the vocabulary adds
-    one; the logits after each token, float32 ``(n, n_vocab)``, copied."""
-    recorded = model if isinstance(model, RecordedModel) else RecordedModel(model, None)
-    llama = recorded.model._open()
-    bos = llama.token_bos() if llama._model.add_bos_token() else -1
-    piece = [bos, *piece[1:]] if bos >= 0 else list(piece)
-    recorded.model.clear()
-    step = recorded.model.settings.n_batch
-    parts = [recorded.feed(piece[at : at + step]).copy() for at in range(0, len(piece), step)]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -212,29 +212,26 @@ def quantize(
     Example: `dfqs-nb quantize dfqs-nano-f16 iq1_s-xl -o small.gguf --calibrate calibration-nano`
     """
     from dfqs_nb.gguf import models as registry
-    from dfqs_nb.ladder import divergence, ladder
-    from dfqs_nb.ladder import imatrix as matrices
-    from dfqs_nb.ladder import quantize as quantizing
+    from dfqs_nb import ladder
 
-    path, chosen = registry.resolve(source)[0], quantizing.load_recipe(recipe)
+    path, chosen = registry.resolve(source)[0], ladder.load_recipe(recipe)
     if not (output or dry_run):
         raise DfqsError("no output was named", hint="pass -o FILE, or --dry-run to see what it would be")
     if imatrix and calibrate:
         raise typer.BadParameter("give either --imatrix or --calibrate")
     matrix: Any = imatrix or None
     if calibrate and chosen.weights:
-        text = divergence.load_text(calibrate, "calibration")
-        matrix = ladder.calibrated(path, text, ladder.Settings(n_threads=threads), progress=not quiet)
+        matrix = ladder.calibrated(path, calibrate, ladder.Settings(n_threads=threads), progress=not quiet)
         if not dry_run:
-            matrices.write_imatrix(Path(f"{output}.imatrix.gguf"), matrix)
+            matrix.save(Path(f"{output}.imatrix.gguf"))
     if dry_run:
-        plan = quantizing.plan(path, chosen, matrix)
+        plan = ladder.plan(path, chosen, matrix)
     else:
-        plan = quantizing.quantize(
+        plan = ladder.quantize(
             path, chosen, output, imatrix=matrix, n_threads=threads, overwrite=overwrite, progress=not quiet
         ).plan
     say(plan.by_class().to_string(index=False, float_format="{:.2f}".format))
-    for fallback in plan.fallbacks:
-        say(fallback)
+    for note in plan.notes:
+        say(note)
     where = "would be" if dry_run else f"{output}:"
     say(f"{where} {plan.nbytes:,} bytes, {plan.bits_per_weight:.2f} bits a weight")

@@ -1,0 +1,307 @@
+"""What a climb found, as tables, and rungs compared in pairs on the same chunks, questions and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dfqs_nb.gguf.facts import class_sizes
+from dfqs_nb.ladder.divergence import Array, Estimate
+from dfqs_nb.ladder.run import Ladder, Rung
+from dfqs_nb.routing import differences, overlaps
+from dfqs_nb.scores import SetRun, compare_runs
+from dfqs_nb.stats import LEVEL, holm, mean_interval, sign_flip
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dfqs_nb.core import Stage
+
+# The hierarchy that DFQS 1.0 states. GGUF has no 8-bit floats; Q8_0 is the nearest.
+LEVELS: dict[str, tuple[str, ...]] = {
+    "FP16/FP8": ("F32", "BF16", "F16", "Q8_0"),
+    "Q4-Q6": ("Q6_K", "Q5_K_M", "Q4_K_M"),
+    "IQ2": ("IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS"),
+    "IQ1_S-XL": ("IQ1_S-XL",),
+}
+SAME = "no evidence of a difference"
+
+
+def table(ladder: Ladder) -> pd.DataFrame:
+    """One row a rung: sizes, bits, and every metric with its 95 % interval (``_low``, ``_high``)."""
+    import pandas as pd
+
+    rows = []
+    for rung in ladder.rungs:
+        same = Estimate.of(_same_experts(ladder.source, rung)) if _has_routers(ladder) else None
+        row = {
+            "rung": rung.name,
+            "bytes": rung.header.file_size,
+            "bits_per_weight": rung.bits_per_weight,
+            "expert_bits": rung.expert_bits,
+            **rung.divergence.row(),
+            "routing": same.value if same else np.nan,
+            "routing_low": max(same.low, 0.0) if same else np.nan,
+            "routing_high": min(same.high, 1.0) if same else np.nan,
+        }
+        for run in rung.runs:
+            name, score = _score_name(run, rung.runs), run.score
+            row |= {
+                name: score.value,
+                f"{name}_low": score.low,
+                f"{name}_high": score.high,
+                f"{name}_n": score.n,
+            }
+        row |= {
+            f"boundary{end and '_' + end}": rung.boundary[end or "tokens"]
+            for end in ("", "low", "high", "status")
+        }
+        speed = rung.speed
+        row |= {"decode": speed["median"], "decode_low": speed["min"], "decode_high": speed["max"]}
+        rows.append(row | {"contended": speed["contended"]})
+    return pd.DataFrame(rows)
+
+
+def _score_name(run: SetRun, runs: Sequence[SetRun]) -> str:
+    """The score's name, with its set's where several sets have that score."""
+    alone = sum(other.score.name == run.score.name for other in runs) == 1
+    return run.score.name if alone else f"{run.score.name} ({run.name})"
+
+
+def class_table(ladder: Ladder) -> pd.DataFrame:
+    """Bits a weight by tensor class (rows) and rung (columns)."""
+    import pandas as pd
+
+    columns = {
+        rung.name: {row["class"]: row["bits_per_weight"] for row in class_sizes(rung.header)}
+        for rung in ladder.rungs
+    }
+    return pd.DataFrame(columns).rename_axis("class")
+
+
+def _has_routers(ladder: Ladder) -> bool:
+    return bool((~ladder.source.trace.hashed).any())
+
+
+def _same_experts(source: Rung, rung: Rung, layers: Array | None = None) -> Array:
+    """Whether each expert set is the source's, ``(chunks, n)``; by default in all layers with scores."""
+    layers = ~source.trace.hashed if layers is None else layers
+    same = ~differences(source.trace, rung.trace)[:, layers]
+    rows: Array = same.reshape(-1, source.trace.conditions["chunk_tokens"] * same.shape[1]).astype(float)
+    return rows
+
+
+def routing_table(ladder: Ladder) -> pd.DataFrame:
+    """Agreement of expert choices with the source, one row a rung and layer.
+
+    Columns ``rung``, ``bits_per_weight``, ``layer``, ``hashed``, ``n`` choices, ``identical`` with ``low``
+    and ``high``, ``overlap`` (mean share of the k experts that both chose).
+    """
+    import pandas as pd
+
+    rows, source = [], ladder.source
+    for rung in ladder.rungs[1:]:
+        overlap = overlaps(source.trace, rung.trace).mean(axis=0)
+        for column, layer in enumerate(source.trace.layers):
+            same = Estimate.of(_same_experts(source, rung, np.array([column])))
+            rows.append(
+                {
+                    "rung": rung.name,
+                    "bits_per_weight": rung.bits_per_weight,
+                    "layer": int(layer),
+                    "hashed": bool(source.trace.hashed[column]),
+                    "n": source.trace.n_tokens,
+                    "identical": same.value,
+                    "low": max(same.low, 0.0),
+                    "high": min(same.high, 1.0),
+                    "overlap": float(overlap[column]),
+                }
+            )
+    columns = ["rung", "bits_per_weight", "layer", "hashed", "n", "identical", "low", "high", "overlap"]
+    return pd.DataFrame(rows, columns=columns).astype({"hashed": bool})
+
+
+def curve_table(ladder: Ladder) -> pd.DataFrame:
+    """The stability curves under each other, with columns ``rung`` and ``bits_per_weight`` in front."""
+    import pandas as pd
+
+    joined = pd.concat(
+        [rung.curve.assign(rung=rung.name, bits_per_weight=rung.bits_per_weight) for rung in ladder.rungs],
+        ignore_index=True,
+    )
+    front = ["rung", "bits_per_weight"]
+    return joined[front + [name for name in joined if name not in front]]
+
+
+# ---- pairs ----
+
+
+def steps(ladder: Ladder) -> pd.DataFrame:
+    """Compare neighbours, and the pairs of `hierarchy`, on every metric; one row a pair and metric.
+
+    Columns ``a`` (the rung above), ``b``, ``metric``, ``kind`` (``fidelity``: likeness to the source;
+    ``ability``: scores and retrieval; ``perplexity``, which is neither), ``n`` units, ``value_a``,
+    ``value_b``, ``difference`` of b to a with its unadjusted 95 % interval ``low`` to ``high`` (NaN for fewer
+    than 6 units), ``p``, ``p_holm``, and ``verdict`` of b: ``better``, ``worse``, ``no evidence of a
+    difference`` or ``not measured``.
+
+    Differences come from the same chunks, questions and texts: a sign-flip test over chunks or texts,
+    McNemar's test over questions. Holm's correction is over all pairs and metrics together. The source's
+    divergence from itself is 0, so the first step's divergence says only whether anything changed.
+    """
+    import pandas as pd
+
+    names = [rung.name for rung in ladder.rungs]
+    pairs = dict.fromkeys([*pairwise(names), *((a, b) for _, _, a, b in _level_pairs(names))])
+    rows = [row for a, b in pairs for row in _compared(ladder, ladder[a], ladder[b])]
+    for row, p_holm in zip(rows, _holm([row["p"] for row in rows]), strict=True):
+        up = row.pop("larger_is_better")
+        better = "better" if (row["difference"] > 0) == up else "worse"
+        verdict = "not measured" if p_holm != p_holm else better if p_holm < 1 - LEVEL else SAME
+        row |= {"p_holm": p_holm, "verdict": verdict}
+    return pd.DataFrame(rows)
+
+
+def _holm(p: Sequence[float]) -> list[float]:
+    """Holm's correction over those that were tested; NaN for the others."""
+    tested = iter(holm([value for value in p if value == value]))
+    return [next(tested) if value == value else value for value in p]
+
+
+def _compared(ladder: Ladder, a: Rung, b: Rung) -> list[dict[str, Any]]:
+    source = ladder.source
+    rows = [
+        _paired(a, b, "KL divergence", "fidelity", a.tokens.kld.mean(1), b.tokens.kld.mean(1), up=False),
+        _paired(a, b, "same top token", "fidelity", a.tokens.same_top.mean(1), b.tokens.same_top.mean(1)),
+    ]
+    if _has_routers(ladder):
+        experts = [_same_experts(source, rung).mean(1) for rung in (a, b)]
+        rows.append(_paired(a, b, "same experts", "fidelity", *experts))
+    rows.append(
+        _paired(a, b, "log-perplexity", "perplexity", a.tokens.nll.mean(1), b.tokens.nll.mean(1), up=False)
+    )
+    for run, result in zip(a.runs, compare_runs(a.runs, b.runs), strict=True):
+        row = {"a": a.name, "b": b.name, "metric": _score_name(run, a.runs), "kind": "ability", "n": result.n}
+        row |= {"value_a": result.a, "value_b": result.b, "difference": result.difference}
+        rows.append(row | {"low": result.low, "high": result.high, "p": result.p, "larger_is_better": True})
+    right = [rung.items.groupby("haystack")["correct"].mean() for rung in (a, b)]
+    shared = right[0].index.intersection(right[1].index)
+    return [
+        *rows,
+        _paired(a, b, "retrieval", "ability", *(values[shared].to_numpy(float) for values in right)),
+    ]
+
+
+def _paired(
+    a: Rung, b: Rung, metric: str, kind: str, first: Array, second: Array, *, up: bool = True
+) -> dict[str, Any]:
+    """One metric of two rungs, from its value in each unit; ``up``: larger is better."""
+    change = second - first
+    low, high = mean_interval(change)
+    return {
+        "a": a.name,
+        "b": b.name,
+        "metric": metric,
+        "kind": kind,
+        "n": len(change),
+        "value_a": float(first.mean()),
+        "value_b": float(second.mean()),
+        "difference": float(change.mean()),
+        "low": low,
+        "high": high,
+        "p": sign_flip(change),
+        "larger_is_better": up,
+    }
+
+
+def verdict_table(compared: pd.DataFrame) -> pd.DataFrame:
+    """The verdicts of `steps` alone: a row a pair, a column a metric."""
+    labelled = compared.assign(step=compared["a"] + " -> " + compared["b"])
+    table = labelled.pivot(index="step", columns="metric", values="verdict")
+    return table.loc[labelled["step"].unique(), compared["metric"].unique()].rename_axis(columns=None)
+
+
+def _level_pairs(names: Sequence[str]) -> list[tuple[str, str, str, str]]:
+    """Two levels of the hierarchy, the smallest rung of the upper one and the largest of the lower one."""
+    levels = {level: [name for name in names if name in members] for level, members in LEVELS.items()}
+    present = [(level, members) for level, members in levels.items() if members]
+    return [(above, below, a[-1], b[0]) for (above, a), (below, b) in pairwise(present)]
+
+
+def hierarchy(ladder: Ladder, compared: pd.DataFrame) -> pd.DataFrame:
+    """The hierarchy of DFQS 1.0, tested between levels: the smallest rung of one and the largest of the next.
+
+    Columns ``step``, ``a``, ``b``, ``bits_a``, ``bits_b`` (a weight), one column a metric with its verdict,
+    and ``fidelity`` and ``ability``: the verdicts of their metrics together (one that differs decides;
+    ``mixed`` where two contradict each other). Perplexity belongs to neither: a model can be surprised less
+    by a text and yet be less like the original, and able to do less.
+
+    Args:
+        compared: see `steps`.
+    """
+    import pandas as pd
+
+    rows = []
+    for above, below, a, b in _level_pairs([rung.name for rung in ladder.rungs]):
+        pair = compared[(compared["a"] == a) & (compared["b"] == b)]
+        row: dict[str, Any] = {"step": f"{above} -> {below}", "a": a, "b": b}
+        row |= {"bits_a": ladder[a].bits_per_weight, "bits_b": ladder[b].bits_per_weight}
+        row |= dict(zip(pair["metric"], pair["verdict"], strict=True))
+        row |= {kind: together(pair[pair["kind"] == kind]["verdict"]) for kind in ("fidelity", "ability")}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def together(verdicts: Iterable[str]) -> str:
+    """Several verdicts in one.
+
+    >>> together(["worse", "no evidence of a difference"]), together(["worse", "better"])
+    ('worse', 'mixed')
+    """
+    differing = set(verdicts) & {"better", "worse"}
+    return "mixed" if len(differing) == 2 else differing.pop() if differing else SAME
+
+
+# ---- handing on ----
+
+
+def hand_on(stage: Stage, ladder: Ladder, compared: pd.DataFrame) -> list[str]:
+    """Write ``ladder.json`` (see `Stage.finish`), and return its summary lines."""
+    rows, tested = table(ladder), hierarchy(ladder, compared)
+    top, low = rows.iloc[0], rows.iloc[-1]
+    others = rows.iloc[[1, -1]] if len(rows) > 2 else rows.iloc[1:]
+    lines = [
+        f"{ladder.source.path.name}: {len(rows)} rungs from {top['rung']} ({top['bits_per_weight']:.2f} bits "
+        f"a weight) to {low['rung']} ({low['bits_per_weight']:.2f}, routed experts {low['expert_bits']:.2f})",
+        *(
+            f"{row['rung']}: KL divergence {row['kld']:.2g} nats ({_interval_text(row)}, 99 % of tokens "
+            f"under {row['kld_tail']:.2g}, n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks), "
+            f"same experts in {row['routing']:.1%}"
+            for row in others.to_dict("records")
+        ),
+        *(
+            f"{row['step']} ({row['a']} at {row['bits_a']:.2f} bits to {row['b']} at {row['bits_b']:.2f}): "
+            f"fidelity {row['fidelity']}; ability {row['ability']}"
+            for row in tested.to_dict("records")
+        ),
+        *(f"{name} failed: {why}" for name, why in ladder.failed.items()),
+    ]
+    stage.finish(
+        conditions=ladder.conditions,
+        summary=lines,
+        tier=ladder.settings.tier,
+        rungs=rows.to_dict("records"),
+        hierarchy=tested.to_dict("records"),
+        steps=compared.to_dict("records"),
+        failed=ladder.failed,
+    )
+    return lines
+
+
+def _interval_text(row: dict[str, Any]) -> str:
+    if row["kld_low"] != row["kld_low"]:
+        return "95 % interval unknown"
+    return f"95 % interval {row['kld_low']:.2g} to {row['kld_high']:.2g}"
