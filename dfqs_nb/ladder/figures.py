@@ -1,4 +1,4 @@
-"""Figures of the quantization ladder, in the manner of `plots`: a frame in, the Axes out."""
+"""Figures of the quantization ladder: a frame of `tables` in, the Axes out."""
 
 from __future__ import annotations
 
@@ -9,80 +9,45 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, token_axis
+from dfqs_nb.ladder.divergence import Array
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-BITS = "bits a weight, over the whole file (log scale)"
-
-
-def _bit_axis(ax: Axes, bits: pd.Series | np.ndarray, label: str = BITS) -> None:
-    """Bits on a log2 axis with round ticks, most on the left: down the ladder is to the right."""
-    ax.set_xscale("log", base=2)
-    low, high = bits.min() / 1.2, bits.max() * 1.2
-    ticks = [tick for tick in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32) if low < tick < high]
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.minorticks_off()
-    ax.set_xlim(high, low)
-    ax.set_xlabel(label)
-
-
-def _spread(table: pd.DataFrame, name: str) -> list[np.ndarray]:
-    low, value, high = (table[key].astype(float) for key in (f"{name}_low", name, f"{name}_high"))
-    return [(value - low).clip(lower=0).to_numpy(), (high - value).clip(lower=0).to_numpy()]
-
-
-def _interval_kind(low: pd.Series) -> str:
-    return "95 % interval" if low.notna().any() else "interval unknown"
+TICKS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
 def divergence_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """KL divergence from the source against bits: filled over the whole file, hollow over its experts.
 
     Args:
-        table: see ``ladder.table``; the first row is the source, which has no divergence from itself.
+        table: see `tables.table`; the first row is the source, which has no divergence from itself.
     """
     ax, source, rows = new_axes(ax, 4.2), table.iloc[0]["rung"], table.iloc[1:]
-    for one in rows.itertuples():
-        colour = PALETTE[5] if one.expert_bits < one.bits_per_weight / 1.5 else PALETTE[0]
-        ax.errorbar(
-            one.bits_per_weight,
-            one.kld,
-            yerr=[[one.kld - one.kld_low], [one.kld_high - one.kld]],
-            fmt="o",
-            color=colour,
-            capsize=3,
-            linewidth=1,
-            zorder=3,
-        )
-        if one.expert_bits == one.expert_bits:  # NaN for a dense model
-            ax.plot([one.bits_per_weight, one.expert_bits], [one.kld] * 2, ":", color=colour, linewidth=0.9)
-            ax.plot(one.expert_bits, one.kld, "o", color=colour, markerfacecolor="white", zorder=3)
-        ax.annotate(
-            one.rung,
-            (one.bits_per_weight, one.kld),
-            xytext=(-7, 0),
-            textcoords="offset points",
-            fontsize=8,
-            ha="right",
-            va="center",
-        )
+    for rung in rows.itertuples():
+        colour = PALETTE[5] if rung.expert_bits < rung.bits_per_weight / 1.5 else PALETTE[0]
+        bits, spread = rung.bits_per_weight, [[rung.kld - rung.kld_low], [rung.kld_high - rung.kld]]
+        ax.errorbar(bits, rung.kld, yerr=spread, fmt="o", color=colour, capsize=3, linewidth=1, zorder=3)
+        ax.plot(bits, rung.kld_tail, "_", color=colour, markersize=9)
+        if rung.expert_bits == rung.expert_bits:  # NaN for a dense model
+            ax.plot([bits, rung.expert_bits], [rung.kld] * 2, ":", color=colour, linewidth=0.9)
+            ax.plot(rung.expert_bits, rung.kld, "o", color=colour, markerfacecolor="white", zorder=3)
+        place = {"xytext": (-7, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+        ax.annotate(rung.rung, (bits, rung.kld), fontsize=8, **place)
     ax.set_yscale("log")
     both = np.concatenate([rows["bits_per_weight"] * 1.1, rows["expert_bits"].dropna()])
-    _bit_axis(ax, both, "bits a weight (log scale); filled: over the whole file, hollow: the routed experts")
-    n, n_chunks = rows["n_tokens"].iloc[0], rows["n_chunks"].iloc[0]
+    _bit_axis(ax, both, "bits a weight (log scale); filled: the whole file, hollow: its routed experts")
     ax.set_ylabel(
-        f"KL divergence from {source} (nats a token)\n{_interval_kind(rows['kld_low'])}, n = {n:,} "
-        f"tokens in {n_chunks} chunks",
+        f"KL divergence from {source} (nats a token)\n{_interval_kind(rows['kld_low'])}; dash: 99 % of all "
+        f"lie below\nn = {rows['n_tokens'].iloc[0]:,} tokens in {rows['n_chunks'].iloc[0]} chunks",
         fontsize=9,
     )
     ax.margins(y=0.12)
     far, near = rows.loc[rows["kld"].idxmax()], rows.loc[rows["kld"].idxmin()]
+    ratio = far["kld"] / near["kld"]
     set_title(
-        ax,
-        f"{far['rung']} is furthest from {source}: {far['kld'] / near['kld']:,.0f} times as far as "
-        f"{near['rung']}",
+        ax, f"{far['rung']} predicts least like {source}: {ratio:,.0f} times as far from it as {near['rung']}"
     )
     return ax
 
@@ -91,108 +56,80 @@ def scores_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Scores against bits, with their intervals; the source's as a line across.
 
     Args:
-        table: see ``ladder.table``; every column ``<score>_n`` names a score.
+        table: see `tables.table`; every column ``<score>_n`` names a score.
     """
-    ax = new_axes(ax, 3.8)
+    ax, source = new_axes(ax, 3.8), table.iloc[0]
     names = [column.removesuffix("_n") for column in table if column.endswith("_n")]
+    outside = 0
     for number, name in enumerate(names):
         colour, form = (PALETTE[0], PALETTE[5], *PALETTE[2:4])[number % 4], "os^D"[number % 4]
-        n, shift = int(table[f"{name}_n"].iloc[0]), 1 - 0.022 * (number - (len(names) - 1) / 2)
+        low, score, high = (table[key].astype(float) for key in (f"{name}_low", name, f"{name}_high"))
         ax.errorbar(
-            table["bits_per_weight"] * shift,
-            table[name],
-            yerr=_spread(table, name),
+            table["bits_per_weight"] * (1 - 0.022 * (number - (len(names) - 1) / 2)),
+            score,
+            yerr=[(score - low).clip(lower=0), (high - score).clip(lower=0)],
             fmt=form,
             color=colour,
             capsize=3,
             linewidth=1,
-            label=f"{name.replace('_', ' ')} (n = {n})",
+            label=f"{name.replace('_', ' ')} (n = {int(source[f'{name}_n'])})",
         )
-        ax.axhline(table[name].iloc[0], color=colour, linewidth=0.8, linestyle=":")
-    _label_rungs(ax, table, [f"{name}_high" for name in names])
+        ax.axhline(source[name], color=colour, linewidth=0.8, linestyle=":")
+        outside += int((~score[1:].between(source[f"{name}_low"], source[f"{name}_high"])).sum())
+    _label_rungs(ax, table, table[[f"{name}_high" for name in names]].max(axis=1))
     _bit_axis(ax, table["bits_per_weight"])
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_ylim(0, 1.3)  # room for names above a score of 100 %
     ax.set_yticks(np.linspace(0, 1, 6))
     ax.set_ylabel("score (95 % interval)")
     ax.legend(frameon=False, fontsize=8, loc="lower left")
-    inside = sum(
-        bool(
-            (
-                (table[name] >= table[f"{name}_low"].iloc[0]) & (table[name] <= table[f"{name}_high"].iloc[0])
-            ).all()
-        )
-        for name in names
-    )
-    what = "All scores" if inside == len(names) else f"{inside} of {len(names)} scores"
-    set_title(ax, f"{what} stay within the interval of {table['rung'].iloc[0]}'s at every rung")
+    n = len(names) * (len(table) - 1)
+    what = f"{outside} of {n} scores lie" if outside else "No score of another rung lies"
+    set_title(ax, f"{what} outside the 95 % interval of {source['rung']}'s")
     return ax
 
 
-def _label_rungs(ax: Axes, table: pd.DataFrame, above: list[str]) -> None:
-    """The rungs' names, upright, above the highest of their marks."""
-    for _, row in table.iterrows():
-        ax.annotate(
-            row["rung"],
-            (row["bits_per_weight"], max(row[name] for name in above)),
-            xytext=(0, 5),
-            textcoords="offset points",
-            fontsize=7,
-            rotation=90,
-            ha="center",
-            va="bottom",
-        )
-
-
 def routing_by_bits(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Share of expert sets that are the source's, a line a layer; layers that choose by hash are left out.
+    """Share of expert sets that are the source's, by layer; layers that choose by hash are left out.
 
     Args:
-        layers: see ``ladder.routing_table``.
+        layers: see `tables.routing_table`.
     """
     ax, scored = new_axes(ax, 3.8), layers[~layers["hashed"]].sort_values("bits_per_weight", ascending=False)
     if scored.empty:
         set_title(ax, "No layer chooses experts by score")
         return ax
-    deep = scored["layer"].unique()
-    shades = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(deep)))
-    for number, (colour, layer) in enumerate(zip(shades, sorted(deep), strict=True)):
+    deep = sorted(scored["layer"].unique())
+    for number, layer in enumerate(deep):
         rows = scored[scored["layer"] == layer]
         shift = 1 - 0.012 * (number - (len(deep) - 1) / 2) * min(1, 4 / len(deep))
         spread = [rows["identical"] - rows["low"], rows["high"] - rows["identical"]]
         ax.errorbar(
             rows["bits_per_weight"] * shift,
             rows["identical"],
-            yerr=[one.clip(lower=0) for one in spread],
+            yerr=[side.clip(lower=0) for side in spread],
             fmt="o",
-            color=colour,
+            color=plt.get_cmap("viridis")(0.1 + 0.75 * number / max(len(deep) - 1, 1)),
             capsize=2,
             linewidth=1,
             markersize=4,
             label=f"layer {layer}",
         )
-    held = scored.assign(
-        low=scored["low"].fillna(scored["identical"]), high=scored["high"].fillna(scored["identical"])
-    )
-    tops = (
-        held.groupby("rung", sort=False)
-        .agg(bits_per_weight=("bits_per_weight", "first"), top=("high", "max"))
-        .reset_index()
-    )
-    _label_rungs(ax, tops, ["top"])
+    highest = scored["high"].fillna(scored["identical"]).groupby(scored["rung"], sort=False).max()
+    least = scored["low"].fillna(scored["identical"]).min()
+    _label_rungs(ax, scored.drop_duplicates("rung"), highest)
     _bit_axis(ax, scored["bits_per_weight"])
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    ax.set_ylim(max(0.0, held["low"].min() - 0.06), 1.0 + 0.28 * (1 - held["low"].min()))
+    ax.set_ylim(max(0.0, least - 0.06), 1.0 + 0.28 * (1 - least))
     ax.set_yticks([tick for tick in ax.get_yticks() if tick <= 1])
-    ax.set_ylabel(
-        f"same experts as the source\n({_interval_kind(scored['low'])}, n = {scored['n'].iloc[0]:,} a layer)"
-    )
+    kind, n = _interval_kind(scored["low"]), scored["n"].iloc[0]
+    ax.set_ylabel(f"same experts as the source\n({kind}, n = {n:,} a layer)")
     ax.legend(frameon=False, fontsize=8, loc="lower left", ncols=-(-len(deep) // 6))
     mean = scored.groupby("rung", sort=False)["identical"].mean()
+    most, fewest = mean.idxmax(), mean.idxmin()
     set_title(
         ax,
-        f"Choices of the source's experts: from {mean.max():.0%} ({mean.idxmax()}) down to "
-        f"{mean.min():.0%} ({mean.idxmin()})",
+        f"{most} chooses the source's experts in {mean[most]:.0%} of cases, {fewest} in {mean[fewest]:.0%}",
     )
     return ax
 
@@ -201,43 +138,51 @@ def curves(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Stability curves over each other: the source with its interval in black, the rungs by their bits.
 
     Args:
-        curve: see ``ladder.curve_table``; the first rung in it is the source.
+        curve: see `tables.curve_table`; the first rung in it is the source.
     """
     ax, rungs = new_axes(ax, 3.8), list(dict.fromkeys(curve["rung"]))
-    shades = plt.get_cmap("plasma")(np.linspace(0.05, 0.88, max(1, len(rungs) - 1)))
+    shades = [INK, *plt.get_cmap("plasma")(np.linspace(0.05, 0.88, max(1, len(rungs) - 1)))]
     first = curve[curve["rung"] == rungs[0]]
     ax.fill_between(first["length"], first["low"], first["high"], color=INK, alpha=0.08, linewidth=0)
     for number, rung in enumerate(rungs):
-        rows = curve[curve["rung"] == rung]
-        colour, width = (INK, 2.2) if number == 0 else (shades[number - 1], 1.2)
+        rows, width = curve[curve["rung"] == rung], 1.2 if number else 2.2
         at = rows["length"] * (1 + 0.009 * (number - len(rungs) / 2))
-        ax.plot(at, rows["fit"], "-", color=colour, linewidth=width, alpha=0.9, label=rung)
-        ax.plot(at, rows["accuracy"], "o", color=colour, markersize=3.5, alpha=0.7)
+        ax.plot(at, rows["fit"], "-", color=shades[number], linewidth=width, alpha=0.9, label=rung)
+        ax.plot(at, rows["accuracy"], "o", color=shades[number], markersize=3.5, alpha=0.7)
     shared = curve.groupby("length")["rung"].nunique()
-    token_axis(
-        ax,
-        shared[shared == len(rungs)].index.tolist(),
-        "context (tokens); points: measured, lines: isotonic fit",
-    )
+    shared_lengths = shared[shared == len(rungs)].index.tolist()
+    token_axis(ax, shared_lengths, "context (tokens); points: measured, lines: isotonic fit")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_ylim(-0.03, 1.06)
-    ax.set_ylabel(
-        f"right answers (n = {curve['n'].min()} to {curve['n'].max()} a length)"
-        if curve["n"].nunique() > 1
-        else f"right answers (n = {curve['n'].iloc[0]} a length)"
-    )
-    ax.legend(
-        frameon=False,
-        fontsize=8,
-        loc="upper left",
-        bbox_to_anchor=(1.0, 1.0),
-        title=f"band: 95 % of {rungs[0]}",
-        title_fontsize=8,
-    )
-    others = curve[curve["rung"] != rungs[0]].merge(
-        first[["length", "low", "high"]], on="length", suffixes=("", "_first")
-    )
-    inside = others["accuracy"].between(others["low_first"], others["high_first"])
-    out = int((~inside).sum())
-    set_title(ax, f"{out} of {len(others)} points of other rungs leave the interval of {rungs[0]}")
+    n = sorted({curve["n"].min(), curve["n"].max()})
+    ax.set_ylabel(f"right answers (n = {' to '.join(map(str, n))} a length)")
+    legend = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "title": f"band: 95 % of {rungs[0]}"}
+    ax.legend(frameon=False, fontsize=8, title_fontsize=8, **legend)
+    bounds = first[["length", "low", "high"]]
+    others = curve[curve["rung"] != rungs[0]].merge(bounds, on="length", suffixes=("", "_first"))
+    out = int((~others["accuracy"].between(others["low_first"], others["high_first"])).sum())
+    what = f"{out} of {len(others)} points of other rungs lie" if out else "No other rung's retrieval lies"
+    set_title(ax, f"{what} outside the 95 % interval of {rungs[0]}'s")
     return ax
+
+
+def _bit_axis(ax: Axes, bits: Array | pd.Series, label: str = "bits a weight (log scale)") -> None:
+    """Bits on a log2 axis with round ticks, most on the left: down the ladder is to the right."""
+    ax.set_xscale("log", base=2)
+    low, high = bits.min() / 1.2, bits.max() * 1.2
+    ticks = [tick for tick in TICKS if low < tick < high]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set_xlim(high, low)
+    ax.set_xlabel(label)
+
+
+def _label_rungs(ax: Axes, table: pd.DataFrame, heights: pd.Series) -> None:
+    """The rungs' names, upright, above the highest of their marks."""
+    style = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+    for (_, row), height in zip(table.iterrows(), heights, strict=True):
+        ax.annotate(row["rung"], (row["bits_per_weight"], height), fontsize=7, rotation=90, **style)
+
+
+def _interval_kind(low: pd.Series) -> str:
+    return "95 % interval" if low.notna().any() else "interval unknown"

@@ -23,7 +23,6 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import read_json, sha256_of_file, sha256_of_files
 from dfqs_nb.core.journal import conditions_hash, remembered
 from dfqs_nb.core.machine import available_memory, usable_cores
-from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.facts import bits_per_weight, class_of, types_by_bytes
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.shards import ShardSet, open_shards
@@ -245,6 +244,8 @@ class _Climber:
             for name, future in {top: source, **rungs}.items():
                 try:
                     measured[name] = future.result()
+                except LadderError:
+                    raise
                 except DfqsError as error:
                     if name == top:
                         raise self._no_source(error) from error

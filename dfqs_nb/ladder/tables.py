@@ -305,3 +305,40 @@ def _interval_text(row: dict[str, Any]) -> str:
     if row["kld_low"] != row["kld_low"]:
         return "95 % interval unknown"
     return f"95 % interval {row['kld_low']:.2g} to {row['kld_high']:.2g}"
+
+
+def conclusions(ladder: Ladder, compared: pd.DataFrame) -> list[str]:
+    """What this climb showed, in sentences; each is computed."""
+    rows, source = table(ladder).set_index("rung"), ladder.source.name
+    rest = rows.iloc[1:]
+    if rest.empty:
+        return ["No rung below the source was measured."]
+    near, far, smallest = rest["kld"].idxmin(), rest["kld"].idxmax(), rest["bits_per_weight"].idxmin()
+    lines = [
+        f"{near} predicts most like {source} (KL divergence {rest.loc[near, 'kld']:.2g} nats), {far} least "
+        f"({rest.loc[far, 'kld']:.2g}; for 1 % of the tokens over {rest.loc[far, 'kld_tail']:.2g}).",
+        f"{smallest} has the fewest bits. It is{' not' * (smallest != far)} the furthest from {source}.",
+    ]
+    if rest["routing"].notna().any():
+        best, worst = rest["routing"].idxmax(), rest["routing"].idxmin()
+        lines.append(
+            f"The routers of {best} choose {source}'s experts in {rest.loc[best, 'routing']:.1%} of cases, "
+            f"those of {worst} in {rest.loc[worst, 'routing']:.1%}."
+        )
+    least = rows["perplexity"].idxmin()
+    rank = int(rows["kld"].rank(ascending=False)[least])
+    lines.append(
+        f"{least} has the lowest perplexity ({rows.loc[least, 'perplexity']:.2f}, 95 % interval "
+        f"{rows.loc[least, 'perplexity_low']:.2f} to {rows.loc[least, 'perplexity_high']:.2f}). By distance "
+        f"from {source} it is number {rank} of {len(rows)}, counted from the furthest."
+    )
+    for kind in ("fidelity", "ability"):
+        tested = compared[compared["kind"] == kind]
+        n_seen = tested["verdict"].isin(["better", "worse"]).sum()
+        lines.append(f"{n_seen} of {len(tested)} comparisons of {kind} show a difference.")
+    fast, slow, contended = rows["decode"].idxmax(), rows["decode"].idxmin(), int(rows["contended"].sum())
+    lines.append(
+        f"{fast} decodes fastest ({rows.loc[fast, 'decode']:,.0f} tokens a second), {slow} slowest "
+        f"({rows.loc[slow, 'decode']:,.0f}). Other programs disturbed {contended} of {len(rows)} timings."
+    )
+    return lines

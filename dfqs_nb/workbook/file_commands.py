@@ -211,8 +211,8 @@ def quantize(
 
     Example: `dfqs-nb quantize dfqs-nano-f16 iq1_s-xl -o small.gguf --calibrate calibration-nano`
     """
-    from dfqs_nb.gguf import models as registry
     from dfqs_nb import ladder
+    from dfqs_nb.gguf import models as registry
 
     path, chosen = registry.resolve(source)[0], ladder.load_recipe(recipe)
     if not (output or dry_run):

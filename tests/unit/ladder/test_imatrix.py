@@ -43,8 +43,8 @@ def matrix(tokens) -> ImportanceMatrix:
 def test_each_expert_is_counted_as_often_as_the_router_chose_it(matrix, tokens):
     """Against the routing recorder, which reads the router's own nodes and not the products."""
     with routing.open_recorded(F16, ONE_THREAD) as recorded:
-        for piece in imatrix.chunks(tokens, 128):
-            imatrix.feed_chunk(recorded, piece)
+        for piece in divergence.chunks(tokens, 128):
+            divergence.feed_chunk(recorded, piece)
         found = recorded.recorder.arrays()
     for column, layer in enumerate(found["layers"]):
         chosen = np.bincount(found["experts"][:, column].ravel(), minlength=found["n_experts"])
@@ -64,7 +64,7 @@ def test_gate_and_up_see_the_same_rows_and_dense_weights_all_of_them(matrix, tok
 
 
 def test_what_is_written_is_read_again_and_llama_cpp_parses_it(matrix, tmp_path):
-    written = imatrix.write_imatrix(tmp_path / "m.gguf", matrix)
+    written = matrix.save(tmp_path / "m.gguf")
     found = imatrix.read_imatrix(written.path)
     assert (found.datasets, found.chunk_count, found.chunk_size) == (("a text",), 2, 128)
     assert set(found.entries) == set(matrix.entries)
@@ -84,7 +84,7 @@ def test_entries_of_another_size_than_their_tensor_are_left_out(matrix):
 def test_an_expert_that_was_never_chosen_weighs_all_columns_alike():
     entry = Entry(np.array([[2.0, 4.0], [0.0, 0.0]], np.float32), np.array([2, 0]))
     assert entry.weights().tolist() == [1.0, 2.0, 1.0, 1.0]
-    table = imatrix.coverage(ImportanceMatrix({"blk.1.ffn_up_exps.weight": entry}))
+    table = ImportanceMatrix({"blk.1.ffn_up_exps.weight": entry}).coverage()
     assert table.loc[0, ["matrices", "unused", "least", "most", "class"]].tolist() == [
         2,
         1,
@@ -96,7 +96,7 @@ def test_an_expert_that_was_never_chosen_weighs_all_columns_alike():
 
 def test_a_flat_matrix_has_an_entry_for_each_matrix_of_the_blocks():
     header = read_header(F16)
-    flat = imatrix.flat(header)
+    flat = imatrix.uniform(header)
     assert "blk.0.ffn_up_exps.weight" in flat.entries and "output.weight" not in flat.entries
     assert set(flat.fitting(header).entries) == set(flat.entries)
     assert {float(value) for entry in flat.entries.values() for value in np.unique(entry.weights())} == {1.0}
@@ -137,10 +137,28 @@ def test_what_is_no_importance_matrix_is_refused(tmp_path, matrix):
         broken.write_bytes(raw)
         with pytest.raises(ImatrixError, match="not an importance matrix"):
             imatrix.read_imatrix(broken)
-    whole = imatrix.write_imatrix(tmp_path / "m.gguf", matrix)
+    whole = matrix.save(tmp_path / "m.gguf")
     Path(whole.path).write_bytes(Path(whole.path).read_bytes()[:500])
     with pytest.raises(HeaderError):
         imatrix.read_imatrix(whole.path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+def test_values_that_no_sum_of_squares_has_blame_the_importance_matrix(tmp_path, matrix, value):
+    """llama.cpp would say that the weights hold NaN."""
+    broken = {name: Entry(entry.sums.copy(), entry.counts) for name, entry in matrix.entries.items()}
+    next(iter(broken.values())).sums[0, 0] = value
+    with pytest.raises(
+        ImatrixError, match="the importance matrix has values for blk.* not finite or negative"
+    ):
+        ImportanceMatrix(broken)
+    written = Path(matrix.save(tmp_path / "m.gguf").path)
+    header = read_header(written)
+    with written.open("rb+") as file:
+        file.seek(header.data_offset)
+        file.write(struct.pack("<f", value))
+    with pytest.raises(ImatrixError, match="m.gguf: the importance matrix has values for"):
+        imatrix.read_imatrix(written)
 
 
 def test_sums_without_counts_are_refused(tmp_path):
@@ -153,7 +171,7 @@ def test_sums_without_counts_are_refused(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ImatrixError, match="a has sums but no counts"):
+    with pytest.raises(ImatrixError, match="a.counts is missing"):
         imatrix.read_imatrix(tmp_path / "m.gguf")
 
 
@@ -241,7 +259,7 @@ def test_the_matrix_is_llama_imatrix_s_on_the_same_text(plain, tmp_path, form):
 
 @pytest.mark.slow
 def test_llama_imatrix_reads_our_file_and_gives_it_back(matrix, tmp_path):
-    written = imatrix.write_imatrix(tmp_path / "ours.gguf", matrix)
+    written = matrix.save(tmp_path / "ours.gguf")
     tool_imatrix("-m", F16, "--in-file", written.path, "-o", tmp_path / "back.gguf", "-c", 128)
     back = imatrix.read_imatrix(tmp_path / "back.gguf")
     assert back.datasets == matrix.datasets

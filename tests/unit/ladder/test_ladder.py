@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 
+from dfqs_nb import ladder
+from dfqs_nb.core import Stage, child
+from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.core.stage import read_stage
-from dfqs_nb.ladder import divergence, ladder, quantize
-from dfqs_nb.ladder import figures as ladder_plots
-from dfqs_nb.ladder.ladder import SAME, LadderError, Settings
+from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.ladder import divergence, figures, measure, run, tables
+from dfqs_nb.ladder.measure import Settings
+from dfqs_nb.ladder.run import Ladder, LadderError, Rung
+from dfqs_nb.ladder.tables import SAME
 from dfqs_nb.routing import by_layer
 from dfqs_nb.scores import Answerer, ItemSet, Options
+from dfqs_nb.stats import holm
 
 matplotlib.use("Agg")
 F16 = data_dir() / "reference" / "DFQS-Nano-F16.gguf"
@@ -65,18 +71,18 @@ def test_a_rung_that_cannot_be_made_is_named_and_does_not_end_the_climb(climbed)
 
 
 def test_every_rung_has_every_measurement(climbed):
-    table = ladder.table(climbed).set_index("rung")
+    table = tables.table(climbed).set_index("rung")
     assert table["n_tokens"].eq(3 * 31).all()
     assert table.loc["Q8_0", "kld"] < table.loc["Q4_K_M", "kld"]
     assert table[["kld_low", "kld_high"]].isna().all().all()  # of 3 chunks
     assert table["bits_per_weight"].is_monotonic_decreasing
     assert table.loc["Q8_0", "expert_bits"] == 8.5
     assert table[["reasoning_score", "boundary", "decode"]].notna().all().all()
-    assert set(ladder.class_table(climbed).columns) == {"F16", "Q8_0", "Q4_K_M"}
+    assert set(tables.class_table(climbed).columns) == {"F16", "Q8_0", "Q4_K_M"}
 
 
 def test_routing_agreement_is_that_of_the_routing_module(climbed):
-    rows = ladder.routing_table(climbed)
+    rows = tables.routing_table(climbed)
     for rung in climbed.rungs[1:]:
         mine = rows[rows["rung"] == rung.name]
         theirs = by_layer(climbed.source.trace, rung.trace)
@@ -89,24 +95,53 @@ def test_what_is_done_is_not_done_again(climbed, folder, monkeypatch):
     def never(*_arguments, **_options):
         raise AssertionError("a child was started")
 
-    monkeypatch.setattr(quantize, "run_child", never)
+    monkeypatch.setattr(child, "run", never)
     again = ladder.climb(F16, folder, ["Q8_0", "Q4_K_M"], settings=SMALL, progress=False)
     assert again.n_made == 0 and not again.failed
-    pd.testing.assert_frame_equal(ladder.table(again), ladder.table(climbed))
+    pd.testing.assert_frame_equal(tables.table(again), tables.table(climbed))
 
 
 def test_other_settings_measure_anew_but_quantize_nothing(folder, climbed, monkeypatch):
     jobs = []
-    monkeypatch.setattr(
-        quantize,
-        "run_child",
-        lambda module, job, where: (
-            jobs.append((module, job["path"])) or ((_ for _ in ()).throw(quantize.QuantizeError("not now")))
-        ),
-    )
+
+    def refuse(module, job, where):
+        jobs.append((job["work"], job["path"]))
+        raise ModelError("not now")
+
+    monkeypatch.setattr(child, "run", refuse)
     with pytest.raises(LadderError, match="the source cannot be measured: .*not now"):
         ladder.climb(F16, folder, ["Q8_0"], settings=dataclasses.replace(SMALL, n_chunks=2), progress=False)
-    assert jobs == [("dfqs_nb.ladder.ladder", str(F16.resolve()))]
+    assert jobs == [("measure", str(F16.resolve()))]
+
+
+def test_speed_is_measured_last_and_a_rung_that_dies_of_it_is_named(folder, climbed, monkeypatch):
+    jobs, real = [], child.run
+
+    def dies_of_q8(module, job, **options):
+        jobs.append(list(job["paths"]))
+        if "Q8_0" in job["paths"]:
+            error = child.ChildDied("llama.cpp died (SIGSEGV)")
+            error.messages = ({"timing": "F16"}, {"timing": "Q8_0"})
+            raise error
+        return real(module, job, **options)
+
+    monkeypatch.setattr(child, "run", dies_of_q8)
+    slower = dataclasses.replace(climbed.settings, speed_tokens=3)
+    climber = run._Climber(open_shards(F16), folder, slower, None, fresh=True)
+    speeds = climber._speeds({rung.name: (rung.path, rung.name) for rung in climbed.rungs})
+    assert jobs == [["F16", "Q8_0", "Q4_K_M"], ["F16", "Q4_K_M"]]
+    assert set(speeds) == {"F16", "Q4_K_M"} and all(speed["median"] > 0 for speed in speeds.values())
+    assert "SIGSEGV" in climber.failed["Q8_0"]
+    (folder / "speeds.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "cores, threads, memory, workers", [(2, 1, 8e9, 2), (8, 4, 8e9, 2), (2, 2, 8e9, 1), (64, 1, 2e9, 3)]
+)
+def test_as_many_rungs_run_at_once_as_cores_and_memory_hold(monkeypatch, cores, threads, memory, workers):
+    monkeypatch.setattr(run, "usable_cores", lambda: cores)
+    monkeypatch.setattr(run, "available_memory", lambda: SimpleNamespace(available_bytes=int(memory)))
+    assert run._n_workers(open_shards(F16), threads) == workers
 
 
 def test_predictions_that_are_gone_are_said_to_be(folder, climbed, tmp_path):
@@ -125,67 +160,95 @@ def test_the_importance_matrix_is_collected_once(climbed, folder):
     assert found.chunk_count == 2 and found.datasets[0].startswith("calibration-nano (calibration")
 
 
-def test_steps_compare_neighbours_on_the_same_items(climbed):
-    found = ladder.step_table(ladder.steps(climbed))
-    assert set(zip(found["a"], found["b"], strict=True)) == {("F16", "Q8_0"), ("Q8_0", "Q4_K_M")}
-    assert {"KL divergence", "log-perplexity", "reasoning_score", "boundary"} <= set(found["metric"])
-    assert found["verdict"].isin(["better", "worse", SAME, "not measured"]).all()
-    first = found[(found["a"] == "F16") & (found["metric"] == "KL divergence")].iloc[0]
+@pytest.fixture(scope="module")
+def compared(climbed):
+    return tables.steps(climbed)
+
+
+def test_steps_compare_neighbours_on_the_same_items(compared):
+    assert set(zip(compared["a"], compared["b"], strict=True)) == {("F16", "Q8_0"), ("Q8_0", "Q4_K_M")}
+    assert {"KL divergence", "log-perplexity", "reasoning_score", "retrieval"} <= set(compared["metric"])
+    assert compared["verdict"].isin(["better", "worse", SAME]).all()
+    first = compared[(compared["a"] == "F16") & (compared["metric"] == "KL divergence")].iloc[0]
     assert first["difference"] > 0 and np.isnan(first["low"]) and first["verdict"] == SAME  # of 3 chunks
+    assert compared["p_holm"].tolist() == pytest.approx(holm(compared["p"].tolist()))  # all pairs and metrics
+    shown = tables.verdict_table(compared)
+    assert list(shown.index) == ["F16 -> Q8_0", "Q8_0 -> Q4_K_M"] and shown.notna().all().all()
 
 
-def test_the_hierarchy_takes_the_rungs_that_there_are(climbed):
-    tested = ladder.hierarchy(climbed)
+def test_the_hierarchy_takes_the_rungs_that_there_are(climbed, compared):
+    tested = tables.hierarchy(climbed, compared)
     assert tested[["step", "a", "b"]].to_numpy().tolist() == [["FP16/FP8 -> Q4-Q6", "Q8_0", "Q4_K_M"]]
     assert tested["fidelity"].isin(["better", "worse", SAME]).all()
 
 
-def test_the_stage_hands_on_its_summary(climbed, tmp_path):
-    lines = ladder.hand_on(tmp_path, climbed)
-    stage = read_stage(tmp_path, "ladder", "notebook 08")
-    assert stage["summary"] == lines and any("FP16/FP8 -> Q4-Q6" in line for line in lines)
-    assert any("interval unknown, n = 93 tokens in 3 chunks" in line for line in lines)
+def test_perplexity_is_part_of_no_verdict(climbed, compared):
+    """A model can be surprised less by a text and yet be less like the original and able to do less."""
+    kinds = dict(zip(compared["metric"], compared["kind"], strict=True))
+    assert kinds["log-perplexity"] == "perplexity"
+    assert {metric for metric, kind in kinds.items() if kind == "fidelity"} == {
+        "KL divergence",
+        "same top token",
+        "same experts",
+    }
+    better = compared.assign(verdict=np.where(compared["kind"] == "perplexity", "better", SAME))
+    tested = tables.hierarchy(climbed, better).iloc[0]
+    assert tested["log-perplexity"] == "better" and tested["fidelity"] == tested["ability"] == SAME
+
+
+def test_the_stage_hands_on_its_summary(climbed, compared, tmp_path, monkeypatch):
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
+    stage = Stage("r", "ladder")
+    lines = tables.hand_on(stage, climbed, compared)
+    content = stage.read("ladder")
+    assert content["summary"] == lines and any("FP16/FP8 -> Q4-Q6" in line for line in lines)
+    assert any("interval unknown" in line and "n = 93 tokens in 3 chunks" in line for line in lines)
     assert any(line.startswith("broken failed") for line in lines)
-    assert [row["rung"] for row in stage["rungs"]] == ["F16", "Q8_0", "Q4_K_M"]
+    assert [row["rung"] for row in content["rungs"]] == ["F16", "Q8_0", "Q4_K_M"]
+
+
+def test_the_conclusions_are_computed(climbed, compared):
+    lines = tables.conclusions(climbed, compared)
+    table = tables.table(climbed).set_index("rung")
+    assert (
+        lines[0].startswith("Q8_0 predicts most like F16") and f"{table.loc['Q4_K_M', 'kld']:.2g}" in lines[0]
+    )
+    assert lines[1] == "Q4_K_M has the fewest bits. It is the furthest from F16."
+    assert f"{table['perplexity'].idxmin()} has the lowest perplexity" in lines[3]
+    assert "0 of 6 comparisons of fidelity show a difference." in lines
+    alone = dataclasses.replace(climbed, rungs=climbed.rungs[:1])
+    assert tables.conclusions(alone, compared) == ["No rung below the source was measured."]
 
 
 def test_figures_are_drawn_for_dense_models_and_single_rungs_too(climbed):
-    table = ladder.table(climbed)
+    table = tables.table(climbed)
     for drawn in (table, table.iloc[:2], table.assign(expert_bits=float("nan"))):
-        ax = ladder_plots.divergence_by_bits(drawn)
+        ax = figures.divergence_by_bits(drawn)
         assert ax.get_title("left") and "interval unknown" in ax.get_ylabel()
         known = drawn.assign(kld_low=drawn["kld"], kld_high=drawn["kld"])
-        assert "95 % interval" in ladder_plots.divergence_by_bits(known).get_ylabel()
-        assert ladder_plots.scores_by_bits(drawn).get_title("left")
-    assert ladder_plots.routing_by_bits(ladder.routing_table(climbed)).get_title("left")
-    assert ladder_plots.routing_by_bits(ladder.routing_table(climbed).iloc[:0]).get_title("left")
-    assert ladder_plots.curves(ladder.curve_table(climbed)).get_title("left")
+        assert "95 % interval" in figures.divergence_by_bits(known).get_ylabel()
+        assert figures.scores_by_bits(drawn).get_title("left")
+    assert figures.routing_by_bits(tables.routing_table(climbed)).get_title("left")
+    assert figures.routing_by_bits(tables.routing_table(climbed).iloc[:0]).get_title("left")
+    assert figures.curves(tables.curve_table(climbed)).get_title("left")
 
 
-def test_a_note_does_not_outlive_what_it_vouches_for(tmp_path, monkeypatch):
+def test_a_note_does_not_outlive_what_it_vouches_for(climbed, folder, tmp_path, monkeypatch):
     """A climb that is killed under other settings must not leave their predictions under the old key."""
     for name in ("rung.json", "predicted.json"):
-        (tmp_path / name).write_text('{"key": "old"}')
-    job = {
-        "key": "new",
-        "path": str(tmp_path / "gone.gguf"),
-        "place": str(tmp_path),
-        "base": "",
-        "fresh": False,
-        "sha256": "",
-        "reference": str(tmp_path / "reference.npy"),
-        "settings": dataclasses.asdict(SMALL),
-    }
-    monkeypatch.setattr(quantize, "read_job", lambda: job)
-    ladder.main()
-    assert not list(tmp_path.iterdir())
+        (tmp_path / "F16" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "F16" / name).write_text('{"key": "old"}')
+    monkeypatch.setattr(child, "run", lambda module, job, where: measure.work({**job, "path": "gone.gguf"}))
+    with pytest.raises(LadderError, match="gone.gguf"):
+        ladder.climb(F16, tmp_path, [], settings=SMALL, progress=False)
+    assert not list((tmp_path / "F16").iterdir())
 
 
 def test_predictions_are_kept_chunk_by_chunk_as_one_array(climbed, folder, tmp_path):
     chunks = np.random.default_rng(0).standard_normal((3, 5, 7)).astype(np.float32)
     with (tmp_path / "kept.npy").open("wb") as file:
         for number, chunk in enumerate(chunks):
-            ladder._keep(file, chunk, number, len(chunks))
+            measure.keep(file, chunk, number, len(chunks))
     assert np.array_equal(np.load(tmp_path / "kept.npy", mmap_mode="r"), chunks)
     kept = np.load(folder / "reference.npy", mmap_mode="r")
     assert kept.shape[:2] == (3, 31) and np.allclose(np.exp(kept).sum(axis=2), 1, atol=1e-4)
@@ -194,7 +257,7 @@ def test_predictions_are_kept_chunk_by_chunk_as_one_array(climbed, folder, tmp_p
 # ---- arithmetic ----
 
 
-def rung(name: str, kld: float, right: list[list[bool]], noise: float = 0.0) -> ladder.Rung:
+def rung(name: str, kld: float, right: list[list[bool]], noise: float = 0.0) -> Rung:
     """A rung with this divergence, and these answers (a row a haystack, a column a length)."""
     draw = np.random.default_rng(list(name.encode()))  # hash() would draw anew in every process
     values = np.abs(kld + noise * draw.standard_normal((16, 8)))
@@ -206,59 +269,58 @@ def rung(name: str, kld: float, right: list[list[bool]], noise: float = 0.0) -> 
             for k, one in enumerate(row)
         ]
     )
-    return ladder.Rung(name, F16, None, 0.0, tokens, None, (), items, None, {"tokens": 1}, {})
+    trace = SimpleNamespace(hashed=np.zeros(0, bool))
+    return Rung(name, F16, None, 0.0, tokens, trace, (), items, None, {"tokens": 1}, {})
+
+
+def compared_as(a: Rung, b: Rung) -> dict[str, pd.Series]:
+    found = tables.steps(Ladder((a, b), SMALL, {}))
+    return {row["metric"]: row for _, row in found.iterrows()}
 
 
 def test_a_clear_loss_is_worse_a_clear_gain_better_and_noise_no_evidence():
-    good, bad = [[True, True, True, True]] * 8, [[True, True, False, False]] * 8
-    found = {}
-    for pair in (("near", "far"), ("far", "near"), ("near", "twin")):
-        made = {
-            "near": rung("near", 0.1, good, 0.01),
-            "far": rung("far", 0.5, bad, 0.01),
-            "twin": rung("twin", 0.1, good, 0.01),
-        }
-        one = ladder.Ladder((made[pair[0]], made[pair[1]]), SMALL, {})
-        found[pair] = {step.metric: step for step in ladder.steps(one)}
-    assert [step.verdict for step in found["near", "far"].values()] == ["worse"] * 3
-    assert [step.verdict for step in found["far", "near"].values()] == ["better"] * 3
-    assert [step.verdict for step in found["near", "twin"].values()] == [SAME] * 3
-    assert found["near", "far"]["boundary"].difference < 0
+    good, bad = [[True, True, True, True]] * 12, [[True, True, False, False]] * 12
+    near, far, twin = (
+        rung("near", 0.1, good, 0.01),
+        rung("far", 0.5, bad, 0.01),
+        rung("twin", 0.1, good, 0.01),
+    )
+    metrics = ("KL divergence", "log-perplexity", "retrieval")
+    for a, b, verdict in ((near, far, "worse"), (far, near, "better"), (near, twin, SAME)):
+        assert [compared_as(a, b)[metric]["verdict"] for metric in metrics] == [verdict] * 3
+    assert compared_as(near, far)["retrieval"]["difference"] == -0.5
 
 
-def test_intervals_allow_for_the_number_of_pairs():
-    rungs = tuple(rung(f"r{i}", 0.1 + 0.01 * i, [[True, True]] * 4, 0.1) for i in range(9))
-    wide = ladder.steps(ladder.Ladder(rungs, SMALL, {}))[0]
-    narrow = ladder.steps(ladder.Ladder(rungs[:2], SMALL, {}))[0]
-    assert wide.difference == narrow.difference
-    assert wide.high - wide.low > narrow.high - narrow.low
+@pytest.mark.parametrize("n, verdict", [(5, SAME), (6, SAME), (12, "worse")])
+def test_few_texts_that_agree_are_no_evidence_beyond_what_a_sign_test_finds(n, verdict):
+    """Of 6 texts without any difference all agree in 1 of 32 draws; five tests together allow 1 in 100."""
+    good, bad = ([[True, True, right, right]] * n for right in (True, False))
+    step = compared_as(rung("a", 0.1, good), rung("b", 0.1, bad))["retrieval"]
+    assert step["p"] == pytest.approx(2 * 0.5**n) or n > 10
+    assert step["verdict"] == verdict
 
 
-@pytest.mark.parametrize(
-    "n, n_pairs, verdict", [(5, 1, SAME), (6, 1, "worse"), (6, 2, SAME), (8, 7, SAME), (9, 7, "worse")]
-)
-def test_few_haystacks_that_agree_are_no_evidence_beyond_what_a_sign_test_finds(n, n_pairs, verdict):
-    """Of 6 haystacks without any difference all agree in 1 of 32 draws; 7 pairs allow 1 in 140."""
-    good, bad = ([[True, True, one, one]] * n for one in (True, False))
-    pair = rung("a", 0.1, good), rung("b", 0.1, bad)
-    step = ladder._boundary_step(*pair, 1 - 0.05 / n_pairs)
-    assert step.high < 0 and step.verdict == verdict
+def test_one_text_says_nothing_of_retrieval():
+    assert (
+        compared_as(*(rung(name, 0.1, [[True, False]]) for name in "ab"))["retrieval"]["verdict"]
+        == "not measured"
+    )
 
 
-def test_one_haystack_says_nothing_of_a_boundary():
-    pair = tuple(rung(name, 0.1, [[True, False]]) for name in "ab")
-    assert [step.verdict for step in ladder.steps(ladder.Ladder(pair, SMALL, {}))][-1] == "not measured"
+def test_a_dense_model_has_no_expert_agreement():
+    found = compared_as(*(rung(name, 0.1, [[True]] * 6) for name in "ab"))
+    assert "same experts" not in found and "KL divergence" in found
 
 
 def test_a_part_of_a_set_takes_from_each_family_alike_and_has_a_name_of_its_own():
     whole = ItemSet.load("nano-reasoning")
-    part = ladder._part_of(whole, 16)
+    part = measure.part_of(whole, 16)
     assert part.name == "nano-reasoning-16" and len(part.items) == 16
     assert part.families() == whole.families() and len(part.families()) == 8
-    assert ladder._part_of(whole, 0) is whole and ladder._part_of(whole, 1000) is whole
+    assert measure.part_of(whole, 0) is whole and measure.part_of(whole, 1000) is whole
 
 
 def test_no_answer_is_asked_for_when_a_finished_rung_is_read(tmp_path):
-    item_set = ladder._part_of(ItemSet.load("nano-reasoning"), 8)
+    item_set = measure.part_of(ItemSet.load("nano-reasoning"), 8)
     with pytest.raises(LadderError, match="an answer is missing"):
-        Answerer(ladder._no_answer, "chat", {}, "m").score(item_set, tmp_path, Options(progress=False))
+        Answerer(run._no_answer, "chat", {}, "m").score(item_set, tmp_path, Options(progress=False))

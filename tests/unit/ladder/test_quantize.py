@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,19 +16,21 @@ import llama_cpp_tools
 import numpy as np
 import pytest
 
-from dfqs_nb.core.errors import IntegrityError, ModelError, OutputError, SpaceError
+from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.facts import class_of
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
-from dfqs_nb.ladder import imatrix, quantize
-from dfqs_nb.ladder.imatrix import Entry, ImportanceMatrix
-from dfqs_nb.ladder.quantize import QuantizeError, Recipe, Rule, load_recipe
+from dfqs_nb.ladder import imatrix, quantizer
+from dfqs_nb.ladder.imatrix import Entry, ImatrixError, ImportanceMatrix
+from dfqs_nb.ladder.quantizer import plan, quantize
+from dfqs_nb.ladder.recipes import QuantizeError, Recipe, Rule, file_types, find_recipes, load_recipe
 from dfqs_nb.llama import check
 
 REFERENCE = data_dir() / "reference"
 F16 = REFERENCE / "DFQS-Nano-F16.gguf"
 HYPER = ("hc_", "_ape\\.weight$")
+ONES = np.ones((1, 32), np.float32), np.ones(1, np.int64)
 QUIET = {"progress": False, "n_threads": 1}
 
 
@@ -47,12 +47,12 @@ def contents(shards: ShardSet) -> dict[str, tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def flat() -> ImportanceMatrix:
-    return imatrix.flat(read_header(F16))
+    return imatrix.uniform(read_header(F16))
 
 
 @pytest.fixture(scope="module")
-def q8(tmp_path_factory) -> quantize.Quantized:
-    return quantize.quantize(F16, "Q8_0", tmp_path_factory.mktemp("q8") / "q8.gguf", **QUIET)
+def q8(tmp_path_factory) -> quantizer.Quantized:
+    return quantize(F16, "Q8_0", tmp_path_factory.mktemp("q8") / "q8.gguf", **QUIET)
 
 
 # ---- what comes out ----
@@ -65,37 +65,37 @@ def test_q8_0_is_byte_for_byte_the_shipped_model_that_llama_quantize_made(q8):
 
 def test_iq1_s_xl_gives_each_tensor_the_type_of_the_shipped_artifact(flat):
     shipped = open_shards(REFERENCE / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf")
-    planned = quantize.plan(F16, "IQ1_S-XL", flat)
+    planned = plan(F16, "IQ1_S-XL", flat)
     assert {one.name: one.type for one in planned.tensors} == {one.name: one.type for one in shipped.tensors}
     assert planned.entries == int(shipped.headers[0]["quantize.imatrix.entries_count"])
 
 
 def test_the_dry_run_is_exact_to_the_byte_and_writes_nothing(q8, tmp_path):
-    planned = quantize.plan(F16, "Q8_0")
+    planned = plan(F16, "Q8_0")
     assert planned.nbytes == q8.path.stat().st_size
     assert planned.by_class()["bytes"].sum() == sum(one.nbytes for one in open_shards(q8.path).tensors)
-    mixed = quantize.quantize(F16, "Q3_K_M", tmp_path / "mixed.gguf", **QUIET)
+    mixed = quantize(F16, "Q3_K_M", tmp_path / "mixed.gguf", **QUIET)
     assert mixed.plan.nbytes == mixed.path.stat().st_size
-    assert mixed.plan.tensors == quantize.plan(F16, "Q3_K_M").tensors
+    assert mixed.plan.tensors == plan(F16, "Q3_K_M").tensors
     assert os.listdir(tmp_path) == ["mixed.gguf"]
 
 
 def test_llama_cpp_says_where_a_shape_does_not_suit_its_mix(tmp_path):
-    planned = quantize.plan(F16, "Q4_K_M")
+    planned = plan(F16, "Q4_K_M")
     rows = [one for one in planned.tensors if one.shape[0] % 256 and one.type == "Q5_0"]
     assert len(rows) == len(planned.fallbacks) > 0
     assert "attn_output_a.weight: ncols 128 not divisible by 256" in planned.fallbacks[0]
 
 
-@pytest.mark.parametrize("name", sorted(quantize.find_recipes()))
+@pytest.mark.parametrize("name", sorted(find_recipes()))
 def test_every_recipe_keeps_hyper_connections_routers_norms_and_biases(name, flat):
-    for one in quantize.plan(F16, name, flat).tensors:
+    for one in plan(F16, name, flat).tensors:
         if class_of(one.name) in ("hyper-connections", "router", "norms") or re.search(HYPER[1], one.name):
             assert one.type == one.source_type, one.name
 
 
 def test_without_the_recipe_llama_cpp_would_quantize_hyper_connections():
-    bare = quantize.plan(F16, Recipe("bare", "Q8_0"))
+    bare = plan(F16, Recipe("bare", "Q8_0"))
     changed = {
         one.name.split(".", 2)[-1] for one in bare.tensors if one.source_type == "F32" and one.type != "F32"
     }
@@ -112,7 +112,7 @@ def test_the_header_says_where_the_file_comes_from(tmp_path, flat):
         rules=(Rule("blk.3.ffn_gate_exps", "IQ2_XXS"), Rule("exps", "F16"), Rule("^output", "Q6_K")),
     )
     matrix = dataclasses.replace(flat, path="somewhere/m.gguf", datasets=("words",), chunk_count=7)
-    done = quantize.quantize(F16, recipe, tmp_path / "one.gguf", imatrix=matrix, **QUIET)
+    done = quantize(F16, recipe, tmp_path / "one.gguf", imatrix=matrix, **QUIET)
     header, source = read_header(done.path), read_header(F16)
     assert header["dfqs.recipe"] == "one tensor" and header["dfqs.recipe_sha256"] == "f" * 64
     assert header["dfqs.source_sha256"] == hashlib.sha256(F16.read_bytes()).hexdigest()
@@ -127,15 +127,15 @@ def test_the_header_says_where_the_file_comes_from(tmp_path, flat):
 def test_a_source_of_higher_precision_gives_the_same_tensors(tmp_path, q8):
     """F16 to F32 is exact, so Q8_0 made of either is the same."""
     wide = Recipe("F32", "Q8_0", keep=HYPER, rules=(Rule(".", "F32"),), file_type="F32")
-    source = quantize.quantize(F16, wide, tmp_path / "f32.gguf", **QUIET)
-    again = quantize.quantize(source.path, "Q8_0", tmp_path / "q8.gguf", **QUIET)
+    source = quantize(F16, wide, tmp_path / "f32.gguf", **QUIET)
+    again = quantize(source.path, "Q8_0", tmp_path / "q8.gguf", **QUIET)
     assert contents(open_shards(again.path)) == contents(open_shards(q8.path))
 
 
 def test_f16_to_f16_changes_no_tensor_and_says_so_in_the_file_type(tmp_path):
-    done = quantize.quantize(F16, "F16", tmp_path / "f16.gguf", **QUIET)
+    done = quantize(F16, "F16", tmp_path / "f16.gguf", **QUIET)
     assert contents(open_shards(done.path)) == contents(open_shards(F16))
-    assert read_header(done.path)["general.file_type"] == quantize.file_types()["F16"] == 1
+    assert read_header(done.path)["general.file_type"] == file_types()["F16"] == 1
 
 
 # ---- what is refused, with nothing left behind ----
@@ -161,55 +161,71 @@ def test_f16_to_f16_changes_no_tensor_and_says_so_in_the_file_type(tmp_path):
 )
 def test_a_recipe_that_does_not_fit_is_refused(tmp_path, recipe, message):
     with pytest.raises(QuantizeError, match=message):
-        quantize.quantize(F16, recipe, tmp_path / "out.gguf", **QUIET)
+        quantize(F16, recipe, tmp_path / "out.gguf", **QUIET)
     assert not os.listdir(tmp_path)
 
 
 def test_an_optional_rule_may_match_nothing():
-    planned = quantize.plan(F16, Recipe("r", "Q8_0", rules=(Rule("no_such", "Q4_0", optional=True),)))
+    planned = plan(F16, Recipe("r", "Q8_0", rules=(Rule("no_such", "Q4_0", optional=True),)))
     assert all(one.decided_by == "llama.cpp" for one in planned.tensors)
+
+
+def test_the_importance_matrix_of_another_model_is_refused(flat):
+    """Named, with an entry that does not fit; llama.cpp would pass over most of them without a word."""
+    others = {f"x.{name}": entry for name, entry in flat.entries.items()}
+    with pytest.raises(ImatrixError, match=r"of another model: \d+ of its \d+ entries .* no such tensor"):
+        plan(F16, "IQ1_S-XL", dataclasses.replace(flat, entries=others))
+    wider = {name: Entry(np.tile(entry.sums, 2), entry.counts) for name, entry in flat.entries.items()}
+    with pytest.raises(ImatrixError, match="of another model: .* values, not"):
+        plan(F16, "Q4_K_M", ImportanceMatrix(wider))
+
+
+def test_entries_that_do_not_fit_are_named(flat):
+    more = dataclasses.replace(flat, entries={**flat.entries, "blk.99.ffn_up_exps.weight": Entry(*ONES)})
+    assert plan(F16, "IQ1_S-XL", flat).notes == ()
+    assert (
+        "1 entries of the importance matrix do not fit and are not used: blk.99"
+        in plan(F16, "IQ1_S-XL", more).notes[-1]
+    )
 
 
 def test_a_matrix_that_lacks_a_tensor_is_refused_for_the_types_that_need_it(flat):
     fewer = flat.only("blk.[01].")
     with pytest.raises(QuantizeError, match=r"blk.2.ffn_down_exps.weight \(and 5 more\)"):
-        quantize.plan(F16, "IQ1_S-XL", fewer)
-    odd = ImportanceMatrix({name: Entry(one.sums[:, :128], one.counts) for name, one in flat.entries.items()})
-    with pytest.raises(QuantizeError, match="needs an importance matrix"):
-        quantize.plan(F16, "IQ1_S-XL", odd)
+        plan(F16, "IQ1_S-XL", fewer)
 
 
 def test_a_quantized_source_is_refused():
     with pytest.raises(QuantizeError, match="is quantized already .Q8_0."):
-        quantize.plan(REFERENCE / "DFQS-Nano-Q8_0-00001-of-00002.gguf", "Q6_K")
+        plan(REFERENCE / "DFQS-Nano-Q8_0-00001-of-00002.gguf", "Q6_K")
 
 
 def test_an_existing_output_stays_unless_told_otherwise(tmp_path, q8):
     output = tmp_path / "out.gguf"
     output.write_text("precious")
     with pytest.raises(OutputError, match="exists already"):
-        quantize.quantize(F16, "Q8_0", output, **QUIET)
+        quantize(F16, "Q8_0", output, **QUIET)
     assert output.read_text() == "precious"
-    quantize.quantize(F16, "Q8_0", output, overwrite=True, **QUIET)
+    quantize(F16, "Q8_0", output, overwrite=True, **QUIET)
     assert output.read_bytes() == q8.path.read_bytes()
     with pytest.raises(OutputError, match="the source itself"):
-        quantize.quantize(F16, "Q8_0", F16, overwrite=True, **QUIET)
+        quantize(F16, "Q8_0", F16, overwrite=True, **QUIET)
     with pytest.raises(OutputError, match="folder does not exist"):
-        quantize.quantize(F16, "Q8_0", tmp_path / "no" / "out.gguf", **QUIET)
+        quantize(F16, "Q8_0", tmp_path / "no" / "out.gguf", **QUIET)
 
 
 def test_a_disk_without_room_is_refused_before_the_work(tmp_path, monkeypatch, q8):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=q8.nbytes - 1))
     with pytest.raises(SpaceError, match=f"needs {q8.nbytes:,} bytes.*free 1 bytes"):
-        quantize.quantize(F16, "Q8_0", tmp_path / "out.gguf", **QUIET)
+        quantize(F16, "Q8_0", tmp_path / "out.gguf", **QUIET)
     assert not os.listdir(tmp_path)
 
 
 def test_a_file_that_is_not_what_was_planned_does_not_appear(tmp_path, monkeypatch):
-    right = quantize._file_bytes
-    monkeypatch.setattr(quantize, "_file_bytes", lambda *arguments: right(*arguments) + 32)
+    right = quantizer._file_bytes
+    monkeypatch.setattr(quantizer, "_file_bytes", lambda *arguments: right(*arguments) + 32)
     with pytest.raises(IntegrityError, match="were planned"):
-        quantize.quantize(F16, "Q8_0", tmp_path / "out.gguf", **QUIET)
+        quantize(F16, "Q8_0", tmp_path / "out.gguf", **QUIET)
     assert not os.listdir(tmp_path)
 
 
@@ -222,7 +238,7 @@ def test_what_llama_cpp_cannot_load_is_an_error_with_its_words(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(QuantizeError, match="key not found in model: deepseek4"):
-        quantize.quantize(source, Recipe("r", "Q8_0"), tmp_path / "out.gguf", **QUIET)
+        quantize(source, Recipe("r", "Q8_0"), tmp_path / "out.gguf", **QUIET)
     assert os.listdir(tmp_path) == ["source.gguf"]
 
 
@@ -236,52 +252,15 @@ def test_a_source_of_another_alignment_is_refused_before_the_work(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(QuantizeError, match="aligned to 64 bytes"):
-        quantize.quantize(source, Recipe("r", "Q8_0"), tmp_path / "out.gguf", **QUIET)
+        quantize(source, Recipe("r", "Q8_0"), tmp_path / "out.gguf", **QUIET)
     assert os.listdir(tmp_path) == ["source.gguf"]
-
-
-def test_a_child_that_aborts_does_not_take_this_process_along(tmp_path, monkeypatch):
-    (tmp_path / "dies.py").write_text("import os\nos.abort()\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(ModelError, match="SIGABRT"):
-        quantize.run_child("dies", {}, F16)
-
-
-def test_a_child_ends_when_its_parent_is_killed(tmp_path):
-    """Else an orphan would go on writing beside the run that takes its place."""
-    (tmp_path / "waits.py").write_text(
-        "import os, time\nfrom dfqs_nb.ladder.quantize import read_job\nopen(read_job()['pid'], 'w').write(str(os.getpid()))\n"
-        "time.sleep(60)\n"
-    )
-    pid = tmp_path / "pid"
-    code = f"from dfqs_nb.ladder.quantize import run_child; run_child('waits', {{'pid': {str(pid)!r}}}, 'x')"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    with subprocess.Popen([sys.executable, "-c", code], env=environment) as parent:
-        assert wait_for(lambda: pid.exists() and pid.read_text())
-        parent.kill()
-    assert wait_for(lambda: not running(int(pid.read_text())))
-
-
-def wait_for(condition, seconds: float = 20.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not condition():
-        time.sleep(0.05)
-    return bool(condition())
-
-
-def running(pid: int) -> bool:
-    """Whether it runs; one that nobody has buried yet does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 # ---- recipes ----
 
 
 def test_the_shipped_recipes_are_found_by_name_in_any_case():
-    assert set(quantize.find_recipes()) >= {
+    assert set(find_recipes()) >= {
         "F16",
         "Q8_0",
         "Q6_K",
@@ -303,6 +282,7 @@ def test_the_shipped_recipes_are_found_by_name_in_any_case():
         'mix = "Q8_0"',
         'name = "a"\nmix = "Q8_0"\nmore = 1',
         'name = "a"\nmix = "Q8_0"\n[[rules]]\npattern = "a"',
+        'name = "a"\nmix = "Q8_0"\nkeep = "a"',
     ],
 )
 def test_a_broken_recipe_file_is_refused(tmp_path, text):
@@ -343,14 +323,14 @@ def matrix(tmp_path_factory) -> Path:
     with llama_model.open_model(F16, settings) as model:
         tokens = divergence.load_text("calibration-nano", "calibration").tokens(model)[:1024]
     found = imatrix.collect(F16, tokens, dataset="words", chunk_tokens=256, settings=settings, progress=False)
-    return Path(imatrix.write_imatrix(tmp_path_factory.mktemp("matrix") / "m.gguf", found).path)
+    return Path(found.save(tmp_path_factory.mktemp("matrix") / "m.gguf").path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOOL)
 def test_every_tensor_is_byte_for_byte_llama_quantize_s(tmp_path, matrix, name):
     recipe = load_recipe(name)
-    ours = quantize.quantize(F16, recipe, tmp_path / "ours.gguf", imatrix=matrix, progress=False)
+    ours = quantize(F16, recipe, tmp_path / "ours.gguf", imatrix=matrix, progress=False)
     command = [
         llama_cpp_tools.tool("llama-quantize"),
         *(["--imatrix", matrix] if recipe.weights else []),
@@ -380,6 +360,6 @@ def test_shards_are_quantized_without_a_merge(tmp_path, q8):
         capture_output=True,
     )
     first = min(tmp_path.glob("part-*"))
-    done = quantize.quantize(first, "Q8_0", tmp_path / "out.gguf", **QUIET)
+    done = quantize(first, "Q8_0", tmp_path / "out.gguf", **QUIET)
     assert contents(open_shards(done.path)) == contents(open_shards(q8.path))
     assert check.parse(done.path).accepted and "split.count" not in read_header(done.path)
