@@ -64,7 +64,7 @@ def wait_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     last = speeds[speeds["clients"] == clients[-1]].set_index("server")["first_median"]
     waits = " to ".join(f"{last[name]:.2g} s ({name})" for name in (last.idxmin(), last.idxmax()))
-    set_title(ax, f"Time to first token with {clients[-1]} clients: {waits}")
+    set_title(ax, f"Time to first token with {clients[-1]} clients:\n{waits}")
     return ax
 
 

@@ -13,6 +13,7 @@ from dfqs_nb.serve.errors import ContextOverflowError, EndpointError
 from dfqs_nb.serve.retrieval import PromptGuard, shown_around, tokenizer
 
 COUNTED_ITEMS = 8  # the longest of a set, whose tokens are counted before the first is asked
+DEFAULTS = Options()
 CUT_SHARE = 0.6  # questions of one set differ in their characters a token
 
 
@@ -68,7 +69,7 @@ def score_set(
     endpoint: Endpoint,
     item_set: ItemSet,
     folder: str | Path,
-    options: Options = Options(),
+    options: Options = DEFAULTS,
     *,
     model_id: str = "",
 ) -> SetRun:

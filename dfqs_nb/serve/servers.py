@@ -43,7 +43,7 @@ STOP_SECONDS = 20.0
 POLL_SECONDS = 0.05
 LOG_LINES = 15
 LOAD_VERBOSITY = 4
-LOAD_CHARACTERS = 1 << 20  # of the log, in which the model is loaded
+LOAD_BYTES = 1 << 20  # of the log, in which the model is loaded
 NO_ORIGIN = "null.invalid"  # a web page's origin that does not exist
 
 
@@ -96,6 +96,7 @@ class LocalServer:
     version: str = ""
     start_seconds: float = 0.0
     keep_log: bool = True
+    _log_start: int = 0  # a log is continued by each run
     _loaded: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -135,8 +136,9 @@ class LocalServer:
     def loaded(self) -> dict[str, Any]:
         """What llama.cpp reports of the loaded model: see `loaded_facts`; ``version`` is the server's."""
         if not self._loaded:
-            with self.log.open(encoding="utf-8", errors="replace") as file:
-                text = file.read(LOAD_CHARACTERS)
+            with self.log.open("rb") as file:
+                file.seek(self._log_start)
+                text = file.read(LOAD_BYTES).decode("utf-8", "replace")
             self._loaded = {"version": self.version, **loaded_facts(text)}
         return self._loaded
 
@@ -187,8 +189,9 @@ def start(
         "port": options.get("port", 0),
         "key": os.environ[variable] if variable else secrets.token_urlsafe(24),
     }
-    log_path = Path(log) if log else Path(tempfile.mkstemp(prefix="dfqs-server-", suffix=".log")[1])
+    log_path = Path(log) if log else _temporary_log()
     with log_path.open("ab") as file:
+        log_start = file.tell()
         process = child.start(__name__, job, log=file, start_new_session=True)
     server = LocalServer(
         kind,
@@ -199,6 +202,7 @@ def start(
         Secret(job["key"]),
         process,
         keep_log=bool(log),
+        _log_start=log_start,
     )
     try:
         _wait(server, model_path, host, began + options.get("start_seconds", START_SECONDS))
@@ -242,6 +246,11 @@ def _check(kind: str, settings: OpenSettings, host: str, expose: bool, key_varia
     if key_variable and not os.environ.get(key_variable):
         hint = f"export {key_variable} with the key that clients will send"
         raise ServerError(f"the environment variable {key_variable} is not set", hint=hint)
+
+
+def _temporary_log() -> Path:
+    with tempfile.NamedTemporaryFile(prefix="dfqs-server-", suffix=".log", delete=False) as file:
+        return Path(file.name)
 
 
 def _wait(server: LocalServer, path: str | Path, host: str, until: float) -> None:

@@ -422,7 +422,9 @@ def test_numbers_that_a_server_did_not_give_are_no_drift(monkeypatch):
             assert server_checks.max_drift(endpoint.connect(faulty.url), ("a", "b"), 2) == drift
 
 
-@pytest.mark.parametrize("clients, said", [((1, 4), "tokens of one client "), ((2, 4), "tokens of 2 clients ")])
+@pytest.mark.parametrize(
+    "clients, said", [((1, 4), "tokens of one client "), ((2, 4), "tokens of 2 clients ")]
+)
 def test_the_gain_of_clients_is_over_the_fewest_that_were_timed(clients, said):
     speeds = pd.DataFrame({"server": "s", "clients": clients, "tokens_per_sec": (10.0, 20.0), "requests": 4})
     assert said in serve_plots.speed_by_clients(speeds).get_title(loc="left")
