@@ -200,15 +200,10 @@ def only_writer(output: Path, path: Path) -> Iterator[None]:
     """
     from filelock import FileLock, SoftFileLock, Timeout
 
-    lock: FileLock | SoftFileLock = FileLock(path, timeout=0)
+    locks = _has_locks(output.parent)
+    lock = FileLock(path, timeout=0) if locks else SoftFileLock(path, timeout=0)
     try:
-        try:
-            lock.acquire()
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            lock = SoftFileLock(path, timeout=0)
-            lock.acquire()
+        lock.acquire()
     except Timeout:
         raise OutputError(
             "another process is writing it", where=output, hint="wait for it, or choose another name"
@@ -216,9 +211,18 @@ def only_writer(output: Path, path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if isinstance(lock, FileLock):
+        if locks:
             path.unlink(missing_ok=True)  # while it is held: filelock leaves the file behind
         lock.release()
+
+
+def _has_locks(folder: Path) -> bool:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in NO_LOCKS
+    return True
 
 
 @contextmanager

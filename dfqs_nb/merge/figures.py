@@ -49,7 +49,12 @@ def file_map(segments: pd.DataFrame, ax: Axes | None = None) -> Axes:
     headers = segments[segments["part"] == "header"].set_index("file")["nbytes"]
     for row, file in enumerate(files):
         label = f"header {headers[file]:,} of {total[file]:,} bytes"
-        place: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+        place: dict[str, Any] = {
+            "xytext": (6, 0),
+            "textcoords": "offset points",
+            "va": "center",
+            "fontsize": 8,
+        }
         ax.annotate(label, (total[file], row), **place)
     ax.set_yticks(range(len(files)), files)
     ax.invert_yaxis()

@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
@@ -147,8 +147,23 @@ def diagnose(path: str | Path, *, allow_holes: bool = False) -> Diagnosis:
             path, kind, finding, step, (("header", error.what), ("file size", f"{size:,} bytes"))
         )
     else:
-        found = _of_headers(path, walk, allow_holes)
+        found = _of_headers(path, walk)
+    if not allow_holes:
+        found = _unless_unfinished(found, size)
     return (_byte_part(path) or found) if found.kind is Kind.UNFINISHED else found
+
+
+def _unless_unfinished(found: Diagnosis, size: int) -> Diagnosis:
+    """A diagnosis in the light of holes, of the file's name, and of a downloader's control file."""
+    missing, first = disk.missing_bytes(found.path)
+    mark, evidence = download_mark(found.path), found.evidence
+    if missing:
+        evidence = (*evidence, ("never stored", f"{missing:,} of {size:,} bytes, from byte {first:,} on"))
+        mark = f"{missing:,} of its {size:,} bytes were never stored (they read as zeros)"
+    if mark and found.kind in (Kind.SINGLE_FILE, Kind.SHARD, Kind.COMPANION, Kind.DAMAGED):
+        finding = f"a GGUF of which {mark}" if missing else f"a GGUF of the right size, but {mark}"
+        return replace(found, kind=Kind.UNFINISHED, finding=finding, next_step=RESUME, evidence=evidence)
+    return replace(found, evidence=evidence)
 
 
 # ---- the headers inside ----
@@ -216,19 +231,12 @@ def shard_number(header: GGUFHeader) -> tuple[int, int]:
     return number + 1, count
 
 
-def _of_headers(path: Path, walk: _Walk, allow_holes: bool) -> Diagnosis:
+def _of_headers(path: Path, walk: _Walk) -> Diagnosis:
     header = walk.headers[0]
     kind, finding, step, more = (_of_one if len(walk.headers) == 1 else _of_several)(path, walk)
     named = (("name", header.text("general.name")), ("architecture", header.architecture))
     rows = [(label, value[:80]) for label, value in named if value]
     rows += [("GGUF version", str(header.version)), ("tensors", f"{len(header.tensors):,}"), *more]
-    missing, first = (0, 0) if allow_holes else disk.missing_bytes(path)
-    mark = download_mark(path)
-    if missing:
-        rows.append(("never stored", f"{missing:,} of {walk.size:,} bytes, from byte {first:,} on"))
-        mark = f"{missing:,} of its {walk.size:,} bytes were never stored (they read as zeros)"
-    if mark and kind in (Kind.SINGLE_FILE, Kind.SHARD, Kind.COMPANION):
-        kind, finding, step = Kind.UNFINISHED, f"a GGUF of the right size, but {mark}", RESUME
     return Diagnosis(path, kind, finding, step, tuple(rows), walk.parts, walk.headers)
 
 

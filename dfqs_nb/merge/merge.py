@@ -70,12 +70,21 @@ class Source:
     Attributes:
         files: its shards or byte parts in order, or the one file.
         kind: of these files.
-        shards: the headers in them, checked as one set.
+        set_of_shards: the headers in them, checked as one set; None for byte parts.
     """
 
     files: tuple[Path, ...]
     kind: Kind
-    shards: ShardSet
+    set_of_shards: ShardSet | None
+
+    @property
+    def shards(self) -> ShardSet:
+        """The headers of the model.
+
+        Raises:
+            HeaderError: the header of a file in byte parts goes on in the second part: merge it first.
+        """
+        return self.set_of_shards or ShardSet((read_header(self.files[0]),))
 
     @property
     def plan(self) -> Plan:
@@ -130,7 +139,7 @@ def open_source(model: Given, *, allow_mixed: bool = False, merged_to: Path | No
     first = diagnose(files[0], allow_holes=True)
     if first.kind is Kind.BYTE_PART:
         parts = byte_parts(files[0]) if len(files) == 1 else files
-        return Source(parts, first.kind, ShardSet((read_header(parts[0]),)))
+        return Source(parts, first.kind, None)
     if first.kind is Kind.RAW_CONCATENATION and len(files) == 1:
         return Source(files, first.kind, check_set(first.headers, glued=True))
     if len(files) == 1 and not (first.sound or first.headers):

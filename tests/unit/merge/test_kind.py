@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import struct
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +20,10 @@ from gguf_fixtures import Spec, field, gguf_bytes
 from models_apart import Apart
 
 from conftest import REFERENCE
-from dfqs_nb.core.errors import DfqsError, HeaderError, ShardError
+from dfqs_nb.core.errors import DfqsError, HeaderError, IntegrityError, ShardError
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama.check import loader_verdict, loader_verdicts
+from dfqs_nb.merge import merge_model, merge_once, open_source
 from dfqs_nb.merge.byte_parts import byte_parts
 from dfqs_nb.merge.kind import Kind, diagnose, diagnosis_table
 from dfqs_nb.merge.merge import _glued
@@ -530,3 +534,226 @@ def test_a_file_that_aborts_llama_cpp_gives_a_verdict_and_the_next_file_is_asked
     verdicts = loader_verdicts(paths)
     assert [verdict.accepted for verdict in verdicts] == [True, False, True]
     assert (verdicts[1].death, "id_to_token.size()" in verdicts[1].reason) == ("SIGABRT", True)
+
+
+# ---- every byte must be stored ----
+
+
+def sparse(path: Path, raw: bytes, stored: int) -> Path:
+    """A file of its full size of which only the first bytes were written."""
+    with path.open("wb") as file:
+        file.write(raw[:stored])
+        file.truncate(len(raw))
+    return path
+
+
+@pytest.mark.parametrize("stored", [8192, 3_000_000, 5_700_000])
+def test_a_file_with_holes_is_an_unfinished_download(stored: int, made: Made, tmp_path: Path) -> None:
+    path = sparse(tmp_path / "m.gguf", made.whole, stored // 4096 * 4096)
+    found = diagnose(path)
+    missing = len(made.whole) - stored // 4096 * 4096
+    assert (found.kind, found.sound) == (Kind.UNFINISHED, False)
+    assert "were never stored" in found.finding and "resume the download" in found.next_step
+    assert dict(found.evidence)["never stored"].startswith(f"{missing:,} of 5,753,024 bytes")
+    with path.open("r+b") as file:
+        file.write(made.whole)
+    assert diagnose(path).kind is Kind.SINGLE_FILE
+
+
+@pytest.mark.parametrize(
+    "name", ["m.gguf.incomplete", "0123abcd.incomplete", "m.gguf.crdownload", "m.gguf.part"]
+)
+def test_a_name_that_says_unfinished_is_believed(name: str, made: Made, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(made.whole)
+    found = diagnose(tmp_path / name)
+    assert found.kind is Kind.UNFINISHED and "has not ended" in found.finding
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_control_file_of_aria2_says_unfinished(shard: bool, made: Made, tmp_path: Path) -> None:
+    path = tmp_path / (SHARDS[0].name if shard else "m.gguf")
+    path.write_bytes(made.first if shard else made.whole)
+    path.with_name(f"{path.name}.aria2").write_bytes(b"\0\1")
+    found = diagnose(path)
+    assert found.kind is Kind.UNFINISHED and "aria2 has not finished it" in found.finding
+    if shard:
+        shutil.copy(SHARDS[1], tmp_path)
+        with pytest.raises(IntegrityError, match="aria2"):
+            merge_model(path, tmp_path / "out.gguf", progress=False)
+
+
+# ---- files that go with a model, or with another runtime ----
+
+
+def llama(*fields: bytes, tensors: list[Spec] | None = None) -> bytes:
+    """A small file that says it is a llama model."""
+    base = [field("general.architecture", "STRING", "llama"), field("llama.block_count", "UINT32", 1)]
+    return gguf_bytes(
+        [*base, *fields], [Spec("token_embd.weight", shape=(32, 8))] if tensors is None else tensors
+    )
+
+
+COMPANIONS = {
+    "a multimodal projector": gguf_bytes(
+        [field("general.architecture", "STRING", "clip"), field("general.type", "STRING", "mmproj")],
+        [Spec("v.patch_embd.weight", shape=(16, 16))],
+    ),
+    "a LoRA adapter": llama(
+        field("general.type", "STRING", "adapter"),
+        field("adapter.type", "STRING", "lora"),
+        tensors=[Spec("blk.0.attn_q.weight.lora_a", shape=(32, 4))],
+    ),
+    "an importance matrix": gguf_bytes(
+        [field("general.type", "STRING", "imatrix"), field("imatrix.datasets", "[STRING]", ["wiki"])],
+        [Spec("blk.0.attn_q.weight.in_sum2", shape=(32,))],
+    ),
+    "a control vector": gguf_bytes(
+        [field("general.architecture", "STRING", "controlvector")], [Spec("direction.1", shape=(32,))]
+    ),
+    "a vocabulary without weights": llama(
+        field("tokenizer.ggml.model", "STRING", "gpt2"),
+        field("tokenizer.ggml.tokens", "[STRING]", ["a", "b"]),
+        tensors=[],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", COMPANIONS)
+def test_a_file_that_goes_with_a_model_is_no_model(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(COMPANIONS[what])
+    found = diagnose(path)
+    assert (found.kind, found.sound) == (Kind.COMPANION, False)
+    assert found.finding == f"{what}, not a language model" and found.next_step
+    with pytest.raises(DfqsError, match=what):
+        merge_once(open_source(path), tmp_path / "out.gguf", progress=False)
+
+
+def test_a_first_shard_without_tensors_is_no_vocabulary(tmp_path: Path) -> None:
+    tokens = [
+        field("tokenizer.ggml.tokens", "[STRING]", ["a"]),
+        field("tokenizer.ggml.model", "STRING", "gpt2"),
+    ]
+    path = tmp_path / "m-00001-of-00002.gguf"
+    path.write_bytes(llama(*tokens, *fixtures.split_fields(0, 2, 1), tensors=[]))
+    assert diagnose(path).kind is Kind.SHARD
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(31, "llama.cpp removed"), (36, "llama.cpp removed"), (144, "fork")]
+)
+def test_a_tensor_type_of_another_runtime(code: int, words: str, tmp_path: Path) -> None:
+    head = fixtures.header_bytes(
+        [field("general.architecture", "STRING", "llama")], [Spec("a", "F32", (256, 8))]
+    )
+    at = len(head.rstrip(b"\0")) // 32 * 32
+    raw = head.replace(struct.pack("<2qI", 256, 8, 0), struct.pack("<2qI", 256, 8, code))
+    assert raw != head and at
+    path = tmp_path / "m.gguf"
+    path.write_bytes(raw + bytes(13_824))
+    found = diagnose(path)
+    assert found.kind is Kind.FOREIGN and str(code) in found.finding
+    assert words in found.finding + found.next_step
+
+
+def test_a_type_that_a_fork_numbers_otherwise_shows_as_a_gap(tmp_path: Path) -> None:
+    """The first tensor takes 144 bytes here, and 192 in the fork that wrote the file."""
+    specs = [Spec("blk.0.ffn_down.weight", "Q4_0", (256, 1)), Spec("blk.0.ffn_norm.weight", offset=192)]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes([field("general.architecture", "STRING", "llama")], specs) + bytes(64))
+    found = diagnose(path)
+    assert found.kind is Kind.DAMAGED and "fork of llama.cpp where type 2 is not Q4_0" in found.next_step
+
+
+def test_a_model_with_an_encoder_in_the_same_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(
+        llama(tensors=[Spec("token_embd.weight"), Spec("v.blk.0.attn_q.weight"), Spec("mm.0.weight")])
+    )
+    found = diagnose(path)
+    assert found.kind is Kind.FOREIGN and not found.sound
+    assert "2 tensors of an encoder (v.blk.0.attn_q.weight)" in found.finding and "mmproj" in found.next_step
+
+
+# ---- names and neighbours ----
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [(b"", "an empty file"), (POINTER, "a Git LFS pointer"), (PAGE, "a web page")],
+    ids=["empty", "pointer", "page"],
+)
+def test_a_second_shard_that_is_none_is_told_at_the_first(
+    second: bytes, words: str, made: Made, tmp_path: Path
+) -> None:
+    (tmp_path / SHARDS[0].name).write_bytes(made.first)
+    (tmp_path / SHARDS[1].name).write_bytes(second)
+    found = diagnose(tmp_path / SHARDS[0].name)
+    assert found.kind is Kind.SHARD and "are here" not in found.finding
+    assert f"{SHARDS[1].name} is {words}" in found.finding and found.next_step
+    with pytest.raises(DfqsError):
+        merge_model(tmp_path / SHARDS[0].name, tmp_path / "out.gguf", progress=False)
+
+
+def test_an_extension_in_capitals(made: Made, tmp_path: Path) -> None:
+    paths = [tmp_path / path.with_suffix(".GGUF").name for path in SHARDS]
+    for path, body in zip(paths, (made.first, made.second), strict=True):
+        path.write_bytes(body)
+    found = diagnose(paths[0])
+    assert found.kind is Kind.SHARD and SHARDS[0].name in found.next_step
+    with pytest.raises(ShardError, match="rename it to"):
+        merge_model(paths[0], tmp_path / "out.gguf", progress=False)
+    assert merge_model(paths, tmp_path / "out.gguf", progress=False).path.read_bytes() == made.whole
+
+
+def test_split_keys_of_another_type(tmp_path: Path) -> None:
+    odd = {
+        "text": [field("split.no", "STRING", "one"), field("split.count", "STRING", "two")],
+        "array": [field("split.no", "[UINT16]", [0]), field("split.count", "[UINT16]", [2])],
+        "float": [field("split.no", "FLOAT32", 0.0), field("split.count", "FLOAT32", 2.0)],
+        "total": [field("split.tensors.count", "STRING", "many")],
+    }
+    for name, fields in odd.items():
+        path = tmp_path / f"{name}.gguf"
+        path.write_bytes(llama(*fields))
+        assert diagnose(path).finding
+        with contextlib.suppress(DfqsError):
+            merge_model(path, tmp_path / f"{name}.out", progress=False)
+
+
+def test_a_name_that_is_not_utf_8(made: Made, tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mod\xe8le.gguf"))
+    path.write_bytes(made.whole)
+    found = diagnose(path)
+    assert found.kind is Kind.SINGLE_FILE
+    glued = path.with_name(os.fsdecode(b"gl\xfced.gguf"))
+    glued.write_bytes(made.first + made.second)
+    (found.finding + diagnose(glued).next_step).encode()
+    assert diagnosis_table([path, glued], with_llama_cpp=False).index.str.encode("utf-8").size == 2
+    assert merge_model(path, tmp_path / "out.gguf", progress=False).path.read_bytes() == made.whole
+    ran = subprocess.run(
+        [sys.executable, "-m", "dfqs_nb", "inspect", path],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_shards_of_a_per_layer_recipe_merge(tmp_path: Path) -> None:
+    """Experts of the first layers in one type, in shard 1; those of the others in another, in shard 2."""
+    shards = []
+    for number, kind in enumerate(("Q8_0", "Q4_0")):
+        names = [
+            f"blk.{2 * number + layer}.ffn_{part}_exps.weight"
+            for layer in (0, 1)
+            for part in ("up", "down", "gate")
+        ]
+        head = [field("general.architecture", "STRING", "llama")] if number == 0 else []
+        shards.append(tmp_path / f"m-0000{number + 1}-of-00002.gguf")
+        specs = [Spec(name, kind, (64, 4)) for name in names]
+        shards[-1].write_bytes(gguf_bytes([*head, *fixtures.split_fields(number, 2, 12)], specs))
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        result = merge_model(shards[0], tmp_path / "out.gguf", progress=False)
+    assert len(result.tensors) == 12 and diagnose(result.path).kind is Kind.SINGLE_FILE

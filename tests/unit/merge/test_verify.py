@@ -181,3 +181,89 @@ def test_hash_once_reads_across_every_piece(model, monkeypatch):
 
     monkeypatch.setattr(files, "CHUNK_BYTES", 4099)
     assert hash_file(model, [read_header(model)], progress=False) == (MERGED_SHA256, recorded())
+
+
+# ---- what lies in the tensors ----
+
+
+@pytest.mark.parametrize("shipped", ["IQ1_S-XL", "Q8_0"])
+def test_data_of_the_shipped_models_is_sound(shipped, tmp_path):
+    shard = shard_path(data_dir() / f"reference/DFQS-Nano-{shipped}", 1, 2)
+    path = merge_model(shard, tmp_path / "m.gguf", progress=False).path
+    assert verify(path, data=True, progress=False).diagnosis.sound
+
+
+@pytest.mark.parametrize(("start", "nbytes"), [(3_000_001, 1 << 20), (1_000_000, 100_000)])
+def test_zeroed_stretches_are_found_without_a_manifest(start, nbytes, model):
+    manifest_path(model).unlink()
+    with model.open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(nbytes))
+    assert verify(model, progress=False).compared == ()
+    with pytest.raises(IntegrityError, match="long runs of zeros.*blk"):
+        verify(model, data=True, progress=False)
+
+
+@pytest.mark.parametrize("scale", [b"\x00\x7c", b"\x01\x7e", b"\x00\xfc"], ids=["inf", "nan", "-inf"])
+@pytest.mark.parametrize("kind", ["IQ1_S", "Q2_K", "Q8_0", "F32"])
+def test_scales_that_are_not_numbers_are_found(scale, kind, model):
+    """The offset of a block's 16-bit scale, from ggml's own structures."""
+    header = read_header(model)
+    tensor = next(t for t in header.tensors if t.type == kind)
+    at = {"IQ1_S": 0, "Q2_K": 80, "Q8_0": 0, "F32": 2}[kind]
+    manifest_path(model).unlink()
+    with model.open("r+b") as file:
+        file.seek(header.data_offset + tensor.offset + at)
+        file.write(b"\x80\x7f" if kind == "F32" else scale)
+    with pytest.raises(
+        IntegrityError, match=f"1 tensors hold values that are not finite numbers: {tensor.name}"
+    ):
+        verify(model, data=True, progress=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        "[" * 4000,
+        '{"a":' * 5000,
+        '{"nbytes": "5", "tensors": []}',
+        '{"nbytes": 1e999}',
+        "NaN",
+    ],
+)
+def test_a_manifest_of_junk_is_said_so(text, model, tmp_path):
+    manifest_path(model).write_text(text)
+    with pytest.raises(IntegrityError, match=r"manifest.json: cannot be read"):
+        verify(model, progress=False)
+    shard = SHARDS[0]
+    assert merge_model(shard, model, overwrite=True, progress=False).sha256 == MERGED_SHA256
+
+
+@pytest.mark.parametrize(
+    "change", [{"tensors": {"a": 1}}, {"sources": ["x"]}, {"sha256": 5}, {"nbytes": None}]
+)
+def test_a_manifest_with_values_of_another_type_is_said_so(change, model):
+    kept = json.loads(manifest_path(model).read_text())
+    manifest_path(model).write_text(json.dumps({**kept, **change}))
+    with pytest.raises(IntegrityError, match="is not what it should be"):
+        verify(model, progress=False)
+
+
+def test_joined_and_split_files_have_a_manifest_of_their_tensors(model, tmp_path):
+    body = model.read_bytes()
+    for cut in (3_000_000, 9_000):  # in the data; in the header
+        parts = [tmp_path / f"p{cut}.gguf.part{n}of2" for n in (1, 2)]
+        parts[0].write_bytes(body[:cut])
+        parts[1].write_bytes(body[cut:])
+        joined = merge_model(parts[0], tmp_path / f"{cut}.gguf", progress=False)
+        assert joined.tensors == recorded() and verify(joined.path, progress=False).compared
+
+
+def test_a_split_shard_verifies(glued):
+    from dfqs_nb.merge import open_source
+
+    for result in open_source(glued).split(progress=False):
+        assert "its manifest" in verify(result.path, progress=False).compared
