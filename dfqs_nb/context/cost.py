@@ -44,6 +44,11 @@ class PublishedShape:
         """As ``GGUFHeader.arch``."""
         return self.keys.get(key, default)
 
+    def counts(self, name: str) -> list[int]:
+        """As ``GGUFHeader.counts``."""
+        value = self.keys.get(name.removeprefix(f"{self.architecture}."), [])
+        return value if isinstance(value, list) else [value]
+
 
 def published_shape(name: str = "deepseek_v4_flash") -> PublishedShape:
     """The shape that ``data/<name>.json`` holds, with its source.

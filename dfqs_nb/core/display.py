@@ -28,7 +28,7 @@ if os.environ.get("TQDM_DISABLE"):
 else:
     from tqdm.auto import tqdm
 
-__all__ = ["markdown", "markdown_table", "plain", "shown", "size", "tqdm"]
+__all__ = ["cell", "markdown", "markdown_table", "plain", "shown", "size", "tqdm"]
 
 
 def size(n_bytes: float) -> str:
@@ -42,6 +42,21 @@ def size(n_bytes: float) -> str:
             return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1000
     return f"{n_bytes:.1f} TB"
+
+
+def cell(value: Any) -> str:
+    """A value as people read it: counts with thousands, floats to four digits.
+
+    >>> cell(0.8645833333333334), cell(61540805344), cell(True), cell(None)
+    ('0.8646', '61,540,805,344', 'yes', 'not stated')
+    """
+    if value is None or value != value:
+        return "not stated"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def plain(text: object) -> str:
@@ -62,10 +77,12 @@ def markdown(text: object) -> str:
     """Text from outside as Markdown that shows it: no heading, image, link or HTML can come of it.
 
     >>> print(markdown("# a ![i](http://x) <b>"))
-    \\# a \\!\\[i\\](http&#58;//x) &lt;b&gt;
+    \\# a ![i\\](http&#58;//x) &lt;b&gt;
     """
     escaped = html.escape(" ".join(plain(text).split()), quote=False)
-    escaped = re.sub(r"([\\|`*_\[\]!~])", r"\\\1", escaped)
+    escaped = re.sub(r"([\\|`*~])", r"\\\1", escaped)
+    # within a word `_` is no emphasis, and `]` ends a link only before these; snake_case and [1, 2] stay legible
+    escaped = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:])", r"\\\g<0>", escaped)
     escaped = re.sub(r"^([#=+-]|\d+[.)])(?=\s|$|[#=+-])", lambda found: f"\\{found[0]}", escaped)
     # GitHub and the hub make links of bare addresses, too
     return escaped.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")

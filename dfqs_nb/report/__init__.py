@@ -1,0 +1,39 @@
+"""Notebook 07: the DFQS report of a run, checked, compared and ranked.
+
+>>> from dfqs_nb import report
+>>> report.read_report("no/such/run")
+Traceback (most recent call last):
+dfqs_nb.report.stages.ReportError: no/such/run: there is no report; ...
+"""
+
+from typing import Any
+
+from dfqs_nb.report.board import leaderboard
+from dfqs_nb.report.compare import compare_reports
+from dfqs_nb.report.files import check_run, write_report
+from dfqs_nb.report.metrics import build_report, read_report
+from dfqs_nb.report.stages import refusal_of_an_edit
+from dfqs_nb.report.text import tables
+from dfqs_nb.report.verdicts import verdict
+
+__all__ = [
+    "build_report",
+    "check_run",
+    "compare_reports",
+    "figures",
+    "leaderboard",
+    "read_report",
+    "refusal_of_an_edit",
+    "tables",
+    "verdict",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The figures, imported when they are asked for: matplotlib takes its time."""
+    if name == "figures":
+        from importlib import import_module
+
+        return import_module("dfqs_nb.report.figures")
+    raise AttributeError(name)

@@ -1,7 +1,7 @@
-"""The DFQS report: five metrics, every requirement, every claim, in one file that can be checked.
+"""The DFQS report: five metrics, every requirement and every statement, in one file that can be checked.
 
-``report.json`` has exactly the metrics that DFQS 1.0 asks for, with the types it names, and beside them what
-makes them numbers: intervals, counts, conditions, the model's identity, the machine. It is built from a run's
+``report.json`` has the metrics that DFQS 1.0 asks for, with the types it names, and beside them what makes
+them numbers: intervals, counts, conditions, the model's identity, the machine. It is built from a run's
 sealed stages only, follows the JSON Schema ``data/spec/report.schema.json``, and carries its own hash.
 """
 
@@ -10,127 +10,135 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dfqs_nb.core import machine
-from dfqs_nb.core.files import canonical_sha256, sha256_of_file, write_json
+from dfqs_nb.core.files import canonical_sha256, read_json, sha256_of_file
 from dfqs_nb.core.paths import data_dir, tilde
+from dfqs_nb.core.stage import NOTEBOOKS
 from dfqs_nb.gguf.facts import identity
 from dfqs_nb.gguf.header import GGUFHeader, read_header
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.report import claims, envelope
-from dfqs_nb.report import requirements as conformance
-from dfqs_nb.report.stages import STAGES, ReportError, finite, read_stages
-
-if TYPE_CHECKING:
-    import pandas as pd
+from dfqs_nb.report.artifact import artifact_match
+from dfqs_nb.report.claims import check_claims
+from dfqs_nb.report.envelope import (
+    CONTEXTS,
+    Machine,
+    hardware_envelope,
+    planned_compute,
+    published_envelope,
+    this_machine,
+)
+from dfqs_nb.report.requirements import check_requirements
+from dfqs_nb.report.stages import DRAWN_ON, ModelFile, ReportError, Run, SetScore, read_run
+from dfqs_nb.stats import LEVEL
 
 SCHEMA = "dfqs-report/1.0"
 FILE = "report.json"
-LEVEL = 0.95
+FEW_TEXTS = 12  # below, the boundary is provisional
+LARGEST = 1e15  # no count, size or speed is larger
 PACKAGES = ("dfqs-workbook", "llama-cpp-python", "gguf", "numpy", "pandas")
-OF_THE_MODEL = ("model",)  # conditions that name the model: two models are compared under the same rest
+AGAIN = "write the report again: `dfqs-nb report RUN`"
 
 
 def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str, Any]:
     """The report on the run in ``folder``, as JSON takes it; nothing is written.
 
-    A metric whose stage is missing or incomplete is withheld: null, with the reason in ``details``.
+    A metric whose stage is missing or incomplete is withheld: null, with the reason in ``details``. The
+    statements and the hardware table of DeepSeek-V4-Flash-IQ1_S-XL are part of a report on that file, and of
+    the reference model's as a demonstration; another model's report has none of them.
 
     Args:
         ask_llama_cpp: let llama.cpp, in child processes, plan compute buffers and refuse a raw concatenation.
 
     Raises:
-        ReportError: the run cannot be trusted (see `report_files.read_stages`), or its model is gone.
+        StageError, ReportError: the run cannot be trusted (see `read_run`), or its model is gone.
     """
     folder = Path(folder)
-    stages = read_stages(folder)
-    merged = stages["merge"]["model"]
-    header = _header(merged)
-    details = {name: measure(stages) for name, measure in METRICS.items()}
+    run = read_run(folder)
+    header, here = _header(run), this_machine(folder)
+    match = artifact_match(header, run)
+    details = {
+        "reasoning_score": _score(run, "reasoning_score"),
+        "code_score": _score(run, "code_score"),
+        "context_stability_curve": _curve(run),
+        "cpu_tokens_per_sec": _speed(run),
+        "failure_boundary_tokens": _boundary(run),
+    }
     metrics = {name: one["value"] for name, one in details.items()}
     conditions = {
-        name: _without(stages[name]["conditions"], OF_THE_MODEL)
-        for name in ("scores", "long_context")
-        if name in stages
+        name: {key: value for key, value in stage.conditions.items() if key != "model"}
+        for name, stage in (("scores", run.scores), ("long_context", run.long_context))
+        if stage is not None
     }
-    here = envelope.this_machine(folder)
-    judged = conformance.check_requirements(stages, header, machine=here, metrics=metrics)
-    checked = claims.check_claims(stages, header, ask_llama_cpp=ask_llama_cpp)
+    about = match.level != "another"
+    claims = check_claims(run, header, ask_llama_cpp=ask_llama_cpp).to_dict("records") if about else []
     report = {
         "schema": SCHEMA,
         "specification": "DFQS 1.0",
-        "tier": _tier(stages),
+        "tier": run.tier,
         "run": folder.resolve().name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": _model(merged, header),
+        "model": _model(run, header, match.level),
         "metrics": metrics,
         "details": details,
         "conditions": conditions,
         "conditions_sha256": canonical_sha256(conditions),
-        "items": _items(stages),
-        "routing": stages.get("routing", {}).get("verdict"),
-        "conformance": judged.to_dict("records"),
-        "claims": checked.to_dict("records"),
-        "hardware_envelope": _envelopes(header, here, merged["path"], stages, ask_llama_cpp),
-        "machine": stages.get("scores", {}).get("machine") or machine.describe(),  # that of the speeds
+        "items": _items(run),
+        "routing": run.routing.verdict.model_dump() if run.routing and run.routing.verdict else None,
+        "conformance": check_requirements(run, header, machine=here, metrics=metrics).to_dict("records"),
+        "claims": claims,
+        "hardware_envelope": _envelopes(run, header, here, match.level, ask_llama_cpp),
+        "machine": (run.scores.machine if run.scores else None) or machine.describe(),  # that of the speeds
         "versions": _versions(),
-        "sources": _sources(folder, stages),
+        "sources": _sources(folder, run),
     }
     report = json.loads(json.dumps(report, default=str, allow_nan=False))
     return {**report, "integrity": {"sha256": canonical_sha256(report)}}
 
 
-def with_figures(report: Mapping[str, Any], folder: str | Path, names: Sequence[str]) -> dict[str, Any]:
-    """The report with figures that were drawn from it among its sources, and its hash anew."""
+def with_files(report: Mapping[str, Any], folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The report with files that were drawn from it among its sources, and its hash anew."""
     body = {key: value for key, value in report.items() if key != "integrity"}
-    drawn = {name: sha256_of_file(Path(folder) / name) for name in names}
+    drawn = {name: sha256_of_file(folder / name) for name in names}
     body["sources"] = dict(sorted({**report["sources"], **drawn}.items()))
     return {**body, "integrity": {"sha256": canonical_sha256(body)}}
 
 
-def write_report(folder: str | Path, report: Mapping[str, Any]) -> Path:
-    """Write ``report.json`` into a run's folder, checked against the schema, and return its path.
-
-    Raises:
-        ReportError: it does not follow the schema.
-    """
-    path = Path(folder) / FILE
-    check_report(report, path)
-    return write_json(path, report)
+# ---- reading and checking ----
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
-    """A report, from its file or from the folder that holds it, checked: schema, then its own hash.
+    """A report, from its file or from the folder that holds it, checked: schema, hashes, contradictions.
 
     Raises:
-        ReportError: it is missing, not a report, incomplete, or was edited.
+        ReportError: it is missing, not a report, incomplete, contradicts itself, or was edited.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
     except FileNotFoundError:
         raise ReportError(
             "there is no report",
             where=tilde(path),
-            hint="run 07_write_dfqs_report.ipynb, or `dfqs-nb report RUN`",
+            hint=f"run {NOTEBOOKS['dfqs_report']}, or `dfqs-nb report RUN`",
         ) from None
     except (OSError, ValueError) as error:
-        raise ReportError(
-            f"is not JSON ({error})", where=tilde(path), hint="write the report again"
-        ) from error
+        raise ReportError(f"is not JSON ({error})", where=tilde(path), hint=AGAIN) from error
     check_report(report, path)
-    return report
+    checked: dict[str, Any] = report
+    return checked
 
 
 def check_report(report: Any, path: str | Path) -> None:
-    """Check a report against the schema and its own hashes.
+    """Check a report against the schema, its own hashes and itself.
 
     Raises:
         ReportError: the first thing that is wrong, and where in the file.
@@ -139,325 +147,295 @@ def check_report(report: Any, path: str | Path) -> None:
 
     validator = jsonschema.Draft202012Validator(schema())
     fault = jsonschema.exceptions.best_match(validator.iter_errors(report))
-    again = "write the report again: `dfqs-nb report RUN`"
     if fault is not None:
-        raise ReportError(
-            f"does not follow the schema at {fault.json_path}: {fault.message[:200]}",
-            where=tilde(path),
-            hint=again,
-        )
+        what = f"does not follow the schema at {fault.json_path}: {fault.message[:200]}"
+        raise ReportError(what, where=tilde(path), hint=AGAIN)
     body = {key: value for key, value in report.items() if key != "integrity"}
     if canonical_sha256(body) != report["integrity"]["sha256"]:
-        raise ReportError("was edited after it was written", where=tilde(path), hint=again)
+        raise ReportError("was edited after it was written", where=tilde(path), hint=AGAIN)
     if canonical_sha256(report["conditions"]) != report["conditions_sha256"]:
-        raise ReportError("its conditions do not have the hash that it states", where=tilde(path), hint=again)
+        raise ReportError("its conditions do not have the hash that it states", where=tilde(path), hint=AGAIN)
+    if wrong := contradictions(report):
+        raise ReportError(f"contradicts itself: {'; '.join(wrong)}", where=tilde(path), hint=AGAIN)
 
 
-def check_sources(report: Mapping[str, Any], folder: str | Path) -> None:
-    """Check that every file a report draws on is as it was.
-
-    Raises:
-        ReportError: which is missing or was changed.
-    """
-    for name, then in report["sources"].items():
-        file = Path(folder) / name
-        if not file.is_file() or sha256_of_file(file) != then:
-            what = "was changed since the report was written" if file.is_file() else "is missing"
-            raise ReportError(
-                what, where=tilde(file), hint="run the notebook that writes it, then write the report again"
-            )
-
-
-def schema() -> dict[str, Any]:
-    """The published JSON Schema (draft 2020-12) of ``report.json``."""
-    return json.loads((data_dir() / "spec" / "report.schema.json").read_text(encoding="utf-8"))
-
-
-def sentences(report: Mapping[str, Any]) -> list[str]:
-    """The five metrics as people read them, a line each."""
-    return [f"{name}: {_sentence(name, report['details'][name])}" for name in report["metrics"]]
-
-
-def _sentence(name: str, one: Mapping[str, Any]) -> str:
-    if one["withheld"]:
-        return f"withheld ({one['withheld']})"
-    if name == "context_stability_curve":
-        points = zip(one["lengths"], one["value"], strict=True)
-        return ", ".join(f"{value:.2f} at {length:,}" for length, value in points)
-    if name == "failure_boundary_tokens":
-        return one["sentence"]
-    if name == "cpu_tokens_per_sec":
-        busy = "; the machine was busy" if one["contended"] else ""
-        spread = f"{one['low']:,.1f} to {one['high']:,.1f}"
-        return f"{one['value']:,.1f} at depth {one['depth']} ({spread}, n = {one['n']}{busy})"
-    return (
-        f"{one['value']:.3f} (95 % interval {one['low']:.3f} to {one['high']:.3f}, n = {one['n']}, "
-        f"guess rate {one['guess_rate']:.3f}; {one['set']})"
+def contradictions(report: Mapping[str, Any]) -> list[str]:
+    """What two places of a report say differently, each in a clause; a schema cannot see it."""
+    wrong = []
+    for name, value in report["metrics"].items():
+        detail = report["details"][name]
+        low, high, n = detail["low"], detail["high"], detail["n"]
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if value != detail["value"]:
+            wrong.append(f"{name} is {value} and {detail['value']}")
+        elif any(not math.isfinite(one) or abs(one) > LARGEST for one in (*values, low or 0, high or 0, n)):
+            wrong.append(f"{name} has a number that no measurement gives")
+        elif value is not None and n < 1:
+            wrong.append(f"{name} has a value from no answers")
+        elif len(values) == 1 and not isinstance(value, list):
+            floor = detail.get("status") == "floor"
+            if not floor and (
+                (low is not None and low > value + 1e-9) or (high is not None and value > high + 1e-9)
+            ):
+                wrong.append(f"{name} {value} lies outside its interval, {low} to {high}")
+    curve, boundary = (
+        report["details"]["context_stability_curve"],
+        report["details"]["failure_boundary_tokens"],
     )
+    if curve["value"] is not None and len(curve["value"]) != len(curve.get("lengths", curve["value"])):
+        wrong.append("the curve has another number of points than of lengths")
+    if boundary["value"] is not None and boundary.get("tokens", boundary["value"]) != boundary["value"]:
+        wrong.append(f"the boundary is {boundary['value']} and {boundary['tokens']} tokens")
+    for name in ("reasoning_score", "code_score"):
+        detail = report["details"][name]
+        total = sum(detail.get("counts", {}).values())
+        if detail["value"] is not None and total and total < detail["n"]:
+            wrong.append(f"{name} counts {total} answers of {detail['n']}")
+    return wrong
 
 
-def shares(report: Mapping[str, Any]) -> pd.DataFrame:
-    """Scores, and retrieval by length, as ``plots.report_shares`` draws them; withheld ones are left out."""
-    import pandas as pd
-
-    details, nan = report["details"], float("nan")
-    rows = [
-        (
-            "scores",
-            name.removesuffix("_score"),
-            one["n"],
-            one["value"],
-            one["low"],
-            one["high"],
-            one["guess_rate"] or nan,
-        )
-        for name in ("reasoning_score", "code_score")
-        if not (one := details[name])["withheld"]
-    ]
-    curve, boundary = details["context_stability_curve"], details["failure_boundary_tokens"]
-    if not curve["withheld"]:
-        rows += [
-            (
-                "retrieval by length",
-                f"{row['length']:,} tokens",
-                row["n"],
-                row["accuracy"],
-                row["low"],
-                row["high"],
-                boundary.get("threshold", nan),
-            )
-            for row in curve["points"]
-        ]
-    return pd.DataFrame(rows, columns=["group", "label", "n", "value", "low", "high", "mark"])
+def schema() -> Any:
+    """The published JSON Schema (draft 2020-12) of ``report.json``."""
+    return read_json(data_dir() / "spec" / "report.schema.json")
 
 
 # ---- the five metrics, each from its stage ----
 
 
-def _withheld(why: str, stage: str, **more: Any) -> dict[str, Any]:
-    return {
-        "value": None,
-        "n": 0,
-        "low": None,
-        "high": None,
-        "level": LEVEL,
-        "guess_rate": None,
-        "withheld": why,
-        "source": f"{stage}.json",
-        **more,
-    }
+def _withheld(why: str, stage: str, unit: str, **more: Any) -> dict[str, Any]:
+    empty = dict.fromkeys(("value", "low", "high", "guess_rate"))
+    return {**empty, "n": 0, "level": LEVEL, "unit": unit, "withheld": why, "source": f"{stage}.json", **more}
 
 
-def _missing(stage: str, **more: Any) -> dict[str, Any]:
-    return _withheld(f"this run has no stage {stage}: run {STAGES[stage]}", stage, **more)
+def _no_stage(stage: str, unit: str, **more: Any) -> dict[str, Any]:
+    return _withheld(f"this run has no stage {stage}: run {NOTEBOOKS[stage]}", stage, unit, **more)
 
 
-def _score(name: str) -> Any:
-    """The measure of a score: of the tier's own set, with the other sets beside it."""
-    kind = name.removesuffix("_score")
+def _score(run: Run, name: str) -> dict[str, Any]:
+    """A score: of the tier's own set, with the other sets beside it."""
+    stage, kind = run.scores, name.removesuffix("_score")
+    if stage is None:
+        return _no_stage("scores", "share")
+    own = f"{stage.tier}-{kind}"
+    sets = {one.set: one for one in stage.scores if one.name == name}
+    others = [one.model_dump() for key, one in sets.items() if key != own]
+    if own not in sets:
+        why = f"the set {own} was not answered"
+        if kind == "code" and stage.sandbox in (None, "", "none"):
+            why += ": without a sandbox no generated code is run"
+        return _withheld(why, "scores", "share", others=others)
+    one: SetScore = sets[own]
+    detail = one.model_dump(exclude={"name", "n_missing"})
+    detail |= {"level": LEVEL, "unit": "share", "source": "scores.json", "others": others, "withheld": None}
+    if one.value is None:
+        why = f"{one.n_missing} of {one.n} items lack a result"
+        return {**detail, "low": None, "high": None, "withheld": why}
+    return detail
 
-    def measure(stages: Mapping[str, Any]) -> dict[str, Any]:
-        if "scores" not in stages:
-            return _missing("scores", unit="share")
-        stage = stages["scores"]
-        found = {one["set"]: one for one in stage["scores"] if one["name"] == name}
-        own = f"{stage['tier']}-{kind}"
-        if own not in found:
-            why = f"the set {own} was not answered"
-            if kind == "code" and stage.get("sandbox") in (None, "", "none"):
-                why += ": without a sandbox no generated code is run"
-            return _withheld(why, "scores", unit="share", others=list(found.values()))
-        one = found.pop(own)
-        facts = {
-            "n": one["n"],
-            "low": one["low"],
-            "high": one["high"],
-            "level": LEVEL,
-            "guess_rate": one["guess_rate"],
-            "unit": "share",
-            "set": own,
-            "counts": one["counts"],
-            "standard_error": one["standard_error"],
-            "source": "scores.json",
-            "others": list(found.values()),
+
+def _curve(run: Run) -> dict[str, Any]:
+    stage, unit = run.long_context, "share of the short-context accuracy above guessing"
+    if stage is None:
+        return _no_stage("long_context", unit)
+    points, boundary = [row.model_dump() for row in stage.curve], stage.boundary
+    planned = [row for row in points if row.get("planned", True)]
+    detail = _withheld(
+        "the accuracy at short contexts is that of guessing, or no length was finished",
+        "long_context",
+        unit,
+        lengths=[row["length"] for row in planned],
+        points=points,
+    )
+    if boundary is not None:
+        detail |= {
+            "n": boundary.n_items,
+            "guess_rate": boundary.guess_rate,
+            "n_haystacks": boundary.n_haystacks,
+            "n_keys": stage.conditions.get("n_keys"),
         }
-        if not finite(one["value"]):
-            why = f"{one['n_missing']} of {one['n']} items lack a result"
-            return {**facts, "value": None, "low": None, "high": None, "withheld": why}
-        return {**facts, "value": float(one["value"]), "withheld": None}
-
-    return measure
+    value = stage.context_stability_curve
+    if not value or any(one is None or not math.isfinite(one) for one in value):
+        return detail
+    return {**detail, "value": value, "withheld": None}
 
 
-def _curve(stages: Mapping[str, Any]) -> dict[str, Any]:
-    if "long_context" not in stages:
-        return _missing("long_context", unit="share of the short-context accuracy above guessing")
-    stage = stages["long_context"]
-    rows, boundary = stage["curve"], stage["boundary"]
-    facts = {
-        "n": boundary["n_items"],
-        "low": None,
-        "high": None,
-        "level": LEVEL,
-        "guess_rate": boundary["guess_rate"],
-        "unit": "share of the short-context accuracy above guessing",
-        "lengths": [row["length"] for row in rows],
-        "points": rows,
-        "n_haystacks": boundary["n_haystacks"],
-        "source": "long_context.json",
-    }
-    value = stage["context_stability_curve"]
-    if not finite(value):
-        return {
-            **facts,
-            "value": None,
-            "withheld": "the accuracy at short contexts is that of guessing, or no length was finished",
-        }
-    return {**facts, "value": [float(one) for one in value], "withheld": None}
-
-
-def _boundary(stages: Mapping[str, Any]) -> dict[str, Any]:
-    from dfqs_nb.context.boundary import Boundary
-
-    if "long_context" not in stages:
-        return _missing("long_context", unit="tokens")
-    stage = stages["long_context"]
-    one = stage["boundary"]
-    facts = {
+def _boundary(run: Run) -> dict[str, Any]:
+    stage = run.long_context
+    if stage is None:
+        return _no_stage("long_context", "tokens")
+    if stage.boundary is None or stage.failure_boundary_tokens is None:
+        return _withheld("no length was finished", "long_context", "tokens")
+    one = stage.boundary.model_dump()
+    detail = {
         **one,
-        "n": one["n_items"],
+        "provisional": bool(one.get("provisional")) or stage.boundary.n_haystacks < FEW_TEXTS,
+        "value": stage.failure_boundary_tokens,
+        "n": stage.boundary.n_items,
         "level": LEVEL,
         "unit": "tokens",
+        "withheld": None,
         "source": "long_context.json",
-        "sentence": Boundary(**one).sentence,
-        "runtime_failure": stage.get("runtime_failure"),
+        "runtime_failure": stage.runtime_failure,
+        "largest_fall": stage.largest_fall,
     }
-    if not finite(stage["failure_boundary_tokens"]):
-        return {**facts, "value": None, "low": None, "high": None, "withheld": "no length was finished"}
-    return {**facts, "value": int(stage["failure_boundary_tokens"]), "withheld": None}
+    return {**detail, "sentence": boundary_sentence(detail)}
 
 
-def _speed(stages: Mapping[str, Any]) -> dict[str, Any]:
-    if "scores" not in stages:
-        return _missing("scores", unit="tokens a second", contended=None)
-    stage = stages["scores"]
-    value = stage.get("cpu_tokens_per_sec")
-    rows = [row for row in stage["speeds"] if row["phase"] == "decode" and row["median"] == value]
-    if not rows or not finite(value):
-        return _withheld("decode was not timed", "scores", unit="tokens a second", contended=None)
-    if stage["conditions"].get("n_gpu_layers"):
-        return _withheld("layers were on a GPU", "scores", unit="tokens a second", contended=None)
-    row = rows[0]
+def _speed(run: Run) -> dict[str, Any]:
+    stage, unit = run.scores, "tokens a second"
+    if stage is None:
+        return _no_stage("scores", unit, contended=None)
+    value = stage.cpu_tokens_per_sec
+    row = next((one for one in stage.speeds if one.phase == "decode" and one.median == value), None)
+    if row is None or value is None:
+        return _withheld("decode was not timed", "scores", unit, contended=None)
+    if stage.settings.n_gpu_layers:
+        return _withheld("layers were on a GPU", "scores", unit, contended=None)
     return {
-        "value": float(value),
-        "n": row["repetitions"],
-        "low": row["min"],
-        "high": row["max"],
+        "value": value,
+        "n": row.repetitions,
+        "low": row.min,
+        "high": row.max,
         "level": None,
         "spread": "least and most of the repetitions",
         "guess_rate": None,
-        "unit": "tokens a second",
-        "depth": row["depth"],
-        "n_threads": row["n_threads"],
-        "contended": row["contended"],
-        "utilisation": row["utilisation"],
-        "by_depth": stage["speeds"],
+        "unit": unit,
+        **{key: getattr(row, key) for key in ("depth", "n_threads", "contended", "utilisation")},
+        "by_depth": [one.model_dump() for one in stage.speeds],
         "withheld": None,
         "source": "scores.json",
     }
 
 
-METRICS = {
-    "reasoning_score": _score("reasoning_score"),
-    "code_score": _score("code_score"),
-    "context_stability_curve": _curve,
-    "cpu_tokens_per_sec": _speed,
-    "failure_boundary_tokens": _boundary,
-}
+def boundary_sentence(one: Mapping[str, Any]) -> str:
+    """The failure boundary in words, with everything that must stand beside the number.
+
+    >>> boundary_sentence({"status": "measured", "cause": "quality", "tokens": 404, "low": 350, "high": None})
+    'falls below 85 % of the short-context score at 404 tokens (95 % interval 350 to open)'
+    """
+    if one.get("status") == "floor":
+        return f"no better than guessing at every length (a_0 = {one['a_0']:.2f})"
+    ends = ("open" if end is None else f"{end:,}" for end in (one.get("low"), one.get("high")))
+    interval = f"95 % interval {' to '.join(ends)}"
+    if one.get("right_censored"):
+        text = f"carries to the longest length measured, {one['tokens']:,} tokens or more ({interval})"
+    elif one.get("cause") not in ("quality", None):
+        text = f"stops at {one['tokens']:,} tokens (cause: {one['cause']})"
+    else:
+        text = f"falls below 85 % of the short-context score at {one['tokens']:,} tokens ({interval})"
+    return "; ".join([text, *boundary_flags(one)])
+
+
+def boundary_flags(one: Mapping[str, Any]) -> list[str]:
+    """What else a reader of the boundary must know: few texts, or a dip with recovery."""
+    flags = []
+    if one.get("provisional"):
+        flags.append(f"provisional: {one['n_haystacks']} texts, fewer than {FEW_TEXTS}")
+    if one.get("not_monotone"):
+        first = one.get("first_crossing")
+        at = f" (first crossing at {first:,} tokens)" if isinstance(first, int) else ""
+        flags.append(f"not monotone: the accuracy dips and recovers{at}")
+    return flags
+
+
+def metric_sentence(name: str, one: Mapping[str, Any]) -> str:
+    """A metric as people read it, with its interval and what qualifies it; ``one``: its details."""
+    if one["withheld"]:
+        return f"withheld ({one['withheld']})"
+    if name == "context_stability_curve":
+        points = zip(one["lengths"], one["value"], strict=True)
+        keys = f", {one['n_keys']} keys at every length" if one.get("n_keys") else ""
+        return (
+            ", ".join(f"{value:.2f} at {length:,}" for length, value in points) + f" (n = {one['n']}{keys})"
+        )
+    if name == "failure_boundary_tokens":
+        return boundary_sentence(one)
+    if name == "cpu_tokens_per_sec":
+        busy = ", contended: the machine was busy" if one["contended"] else ""
+        return (
+            f"{one['value']:,.1f} tokens/s at depth {one['depth']} ({one['low']:,.1f} to {one['high']:,.1f}, "
+            f"n = {one['n']}{busy})"
+        )
+    counts = one.get("counts", {})
+    cut = f", truncated {counts['truncated']} of {one['n']}" if "truncated" in counts else ""
+    return (
+        f"{one['value']:.3f} (95 % interval {one['low']:.3f} to {one['high']:.3f}, n = {one['n']}, "
+        f"guess rate {one['guess_rate']:.3f}{cut}; {one['set']})"
+    )
 
 
 # ---- what stands beside them ----
 
 
-def _header(merged: Mapping[str, Any]) -> GGUFHeader:
-    path = Path(merged["path"])
+def _file(run: Run) -> ModelFile:
+    if run.file is None:
+        raise ReportError("merge.json names no model", hint=f"run {NOTEBOOKS['merge']} again")
+    return run.file
+
+
+def _header(run: Run) -> GGUFHeader:
+    merged = _file(run)
+    path = Path(merged.path)
+    again = f"put it back, or run {NOTEBOOKS['merge']} again"
     if not path.is_file():
-        raise ReportError(
-            "the model of this run is gone",
-            where=tilde(path),
-            hint=f"put it back, or run {STAGES['merge']} again",
-        )
-    if path.stat().st_size != merged["nbytes"]:
-        raise ReportError(
-            f"is not the model of this run: it has {path.stat().st_size:,} bytes, not {merged['nbytes']:,}",
-            where=tilde(path),
-            hint=f"run {STAGES['merge']} again",
-        )
+        raise ReportError("the model of this run is gone", where=tilde(path), hint=again)
+    if path.stat().st_size != merged.nbytes:
+        what = f"is not the model of this run: it has {path.stat().st_size:,} bytes, not {merged.nbytes:,}"
+        raise ReportError(what, where=tilde(path), hint=again)
     return read_header(path)
 
 
-def _model(merged: Mapping[str, Any], header: GGUFHeader) -> dict[str, Any]:
-    facts = identity(header)
+def _model(run: Run, header: GGUFHeader, level: str) -> dict[str, Any]:
+    facts, merged = identity(header), _file(run)
     return {
-        "name": merged["name"],
-        "sha256": merged["sha256"],
-        "size_bytes": merged["nbytes"],
+        "name": merged.name,
+        "sha256": merged.sha256,
+        "size_bytes": merged.nbytes,
         "header_fingerprint": hashlib.sha256(header.raw).hexdigest(),
         "architecture": header.architecture,
         "parameters": facts["parameters"],
         "active_parameters": facts["active parameters a token"],
         "bits_per_weight": facts["bits a weight"],
         "tensor_types": facts["tensor types"],
+        "relation_to_artifact": level,
     }
 
 
-def _tier(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    """The tier of the stages that have one; `report_files` has checked that they agree."""
-    return next((stage["tier"] for stage in stages.values() if "tier" in stage), "nano")
+def _items(run: Run) -> dict[str, list[dict[str, str]]]:
+    """The files with one row an answer, from which scores and curve are counted again."""
 
+    def named(stage: Any, end: str) -> list[dict[str, str]]:
+        files = stage.files if stage is not None else {}
+        return [{"file": name, "sha256": digest} for name, digest in files.items() if name.endswith(end)]
 
-def _without(conditions: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {key: value for key, value in conditions.items() if key not in names}
-
-
-def _items(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, str]]]:
-    """The files with one row an item, which a paired comparison of two reports reads."""
-    files = {name: stage["files"] for name, stage in stages.items()}
-    scored = [
-        {"file": name, "sha256": digest}
-        for name, digest in files.get("scores", {}).items()
-        if name == "score_items.csv"
-    ]
-    context = [
-        {"file": name, "sha256": digest}
-        for name, digest in files.get("long_context", {}).items()
-        if name.endswith(".jsonl")
-    ]
+    scored = [one for one in named(run.scores, ".csv") if one["file"] == "score_items.csv"]
+    context = [one for one in named(run.long_context, ".jsonl") if one["file"].startswith("long_context")]
     return {"reasoning": scored, "code": scored, "long_context": context}
 
 
-def _sources(folder: Path, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """SHA-256 of the stage files and of every file that they stand on."""
-    found = {f"{name}.json": sha256_of_file(folder / f"{name}.json") for name in stages}
-    for stage in stages.values():
-        found |= stage["files"]
+def _sources(folder: Path, run: Run) -> dict[str, str]:
+    """SHA-256 of the stage files that the report draws on, and of every file that they stand on."""
+    found: dict[str, str] = {}
+    for name, stage in run:
+        if name in DRAWN_ON:
+            found |= {f"{name}.json": sha256_of_file(folder / f"{name}.json"), **stage.files}
     return dict(sorted(found.items()))
 
 
 def _envelopes(
-    header: GGUFHeader, here: envelope.Machine, path: str, stages: Mapping[str, Any], ask_llama_cpp: bool
+    run: Run, header: GGUFHeader, here: Machine, level: str, ask_llama_cpp: bool
 ) -> dict[str, Any]:
-    """The hardware envelope of this model, and the published artifact's beside it."""
-    given = stages.get("generate", {}).get("conditions", {})
-    names = OpenSettings.__dataclass_fields__
-    settings = OpenSettings(**{key: given[key] for key in names if key in given})
-    contexts = sorted({*envelope.CONTEXTS, header.arch("context_length") or envelope.CONTEXTS[0]})
-    compute = envelope.planned_compute(path, contexts, settings) if ask_llama_cpp else {}
-    return {
-        "model": envelope.hardware_envelope(header, here, compute=compute, flash_attn=settings.flash_attn),
-        "artifact": envelope.published_envelope(here),
-        "machine": asdict(here),
-    }
+    """The hardware envelope of this model, and of the published artifact where the report is about it."""
+    given = run.generate.conditions if run.generate else {}
+    names = {one.name for one in fields(OpenSettings)}
+    settings = OpenSettings(**{key: value for key, value in given.items() if key in names})
+    contexts = sorted({*CONTEXTS, header.arch("context_length") or CONTEXTS[0]})
+    compute = planned_compute(_file(run).path, contexts, settings) if ask_llama_cpp else {}
+    own = hardware_envelope(
+        header, here, compute=compute, flash_attn=settings.flash_attn, is_artifact=level == "artifact"
+    )
+    demonstrated = published_envelope(here) if level in ("reference", "model") else None
+    return {"model": own, "artifact": demonstrated, "machine": asdict(here)}
 
 
 def _versions() -> dict[str, str]:

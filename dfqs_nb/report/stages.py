@@ -1,162 +1,324 @@
-"""What a report may draw on: the stages of one run, each with the seal under which it was written."""
+"""The stages of one run that a report draws on: read once, checked against their seals, typed.
+
+What a stage did not measure is an absence with a type (None, an empty list). A field of another type is an
+error with its name, so that a fault of the workbook never passes for "not tested".
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import canonical_sha256, sha256_of_file
-from dfqs_nb.core.paths import tilde
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-STAGES = {
-    "merge": "01_merge_shards.ipynb",
-    "header": "02_inspect_header.ipynb",
-    "generate": "03_load_and_generate.ipynb",
-    "routing": "04_check_routing_determinism.ipynb",
-    "long_context": "05_measure_long_context.ipynb",
-    "scores": "06_score_reasoning_and_code.ipynb",
-}
-BESIDE = {  # stages that a report does not draw on
-    "ladder": "08_climb_the_quantization_ladder.ipynb",
-    "serving": "09_serve_and_deploy.ipynb",
-}
-WHICH_MODEL = "merge"  # the one stage without which nobody knows what the rest is about
+from dfqs_nb.core.errors import DfqsError, StageError
+from dfqs_nb.core.paths import tilde
+from dfqs_nb.core.stage import NOTEBOOKS, read_stage
+
+DRAWN_ON = ("merge", "header", "generate", "routing", "long_context", "scores")
+BESIDE = ("ladder", "serving")  # shown in the texts, and no part of the five metrics
 
 
 class ReportError(DfqsError):
     """A run, or a report, that cannot be trusted as it lies there."""
 
 
-def read_stages(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """The stages that a run has, each checked: its own seal, the hashes of its files, its model and its tier.
+class Record(BaseModel):
+    """A part of a stage: the fields that a report needs, typed; others are kept and not looked at."""
 
-    A stage that was never run is left out; what needs it is then withheld.
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+
+class ModelFile(Record):
+    """The file that notebook 01 handed on."""
+
+    name: str
+    sha256: str
+    nbytes: int = 0
+    path: str = ""
+
+
+class Settings(Record):
+    """Conditions under which a stage ran; None where it does not state one."""
+
+    model: str | None = None
+    runtime: str | None = None
+    system_info: str | None = None
+    n_ctx: int | None = None
+    n_batch: int | None = None
+    n_ubatch: int | None = None
+    n_threads: int | None = None
+    n_threads_batch: int | None = None
+    n_gpu_layers: int | None = None
+    seed: int | None = None
+    flash_attn: bool | None = None
+    type_k: str | None = None
+    type_v: str | None = None
+    use_mmap: bool | None = None
+    use_extra_bufts: bool | None = None
+    swa_full: bool | None = None
+
+
+class Sampling(Record):
+    """How tokens were drawn."""
+
+    temperature: float = 0.0
+
+
+class SetConditions(Record):
+    """Which frozen set was asked, and how."""
+
+    prompt_set: str = ""
+    prompt_set_sha256: str = ""
+    sampling: Sampling = Sampling()
+
+
+class Stage(Record):
+    """What every stage file has."""
+
+    conditions: dict[str, Any] = {}
+    summary: list[str] = []
+    files: dict[str, str] = {}
+    model: ModelFile | None = None
+    tier: str | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """The conditions, typed."""
+        return Settings.model_validate(self.conditions)
+
+    @property
+    def sha256(self) -> str | None:
+        """SHA-256 of the model that the stage is about."""
+        return self.model.sha256 if self.model else self.settings.model
+
+
+class Answer(Record):
+    """An answer of notebook 03: how many tokens it took."""
+
+    tokens: int
+
+
+class Generate(Stage):
+    """Notebook 03."""
+
+    answers: list[Answer] = []
+
+    @property
+    def answered(self) -> str:
+        """How many prompts got tokens, or nothing."""
+        some = sum(answer.tokens > 0 for answer in self.answers)
+        return f"{some} of {len(self.answers)} prompts" if some else ""
+
+
+class RoutingVerdict(Record):
+    """Notebook 04 on repetitions under identical conditions."""
+
+    passed: bool
+    routed: bool
+    n_tokens: int
+    n_layers: int
+    n_runs: int
+    n_choices: int
+    n_differ: int
+    upper_bound: float | None = None
+    logits_equal: float | None = None
+    same_output: bool = False
+    failed_runs: list[str] = []
+
+
+class RoutingClaim(Record):
+    """Notebook 04's judgement of a statement about routing."""
+
+    claim: str
+    status: str
+    evidence: str
+
+
+class Routing(Stage):
+    """Notebook 04."""
+
+    verdict: RoutingVerdict | None = None
+    claims: list[RoutingClaim] = []
+
+
+class CurvePoint(Record):
+    """Retrieval at one length."""
+
+    length: int
+    n: int
+    accuracy: float
+    low: float
+    high: float
+
+
+class Boundary(Record):
+    """The failure boundary with what must stand beside it."""
+
+    tokens: int
+    low: int | None = None
+    high: int | None = None
+    right_censored: bool = False
+    status: str
+    cause: str | None = None
+    a_0: float
+    threshold: float
+    guess_rate: float
+    n_haystacks: int
+    n_items: int
+    provisional: bool = False
+    not_monotone: bool = False
+
+
+class LongContext(Stage):
+    """Notebook 05."""
+
+    context_stability_curve: list[float | None] = []
+    failure_boundary_tokens: int | None = None
+    curve: list[CurvePoint] = []
+    boundary: Boundary | None = None
+    runtime_failure: Any = None
+    largest_fall: dict[str, Any] | None = None
+
+
+class SetScore(Record):
+    """The score of one set; ``value`` is None while an item lacks its result."""
+
+    name: str
+    set: str
+    value: float | None
+    n: int
+    low: float | None = None
+    high: float | None = None
+    n_missing: int = 0
+    guess_rate: float = 0.0
+    standard_error: float | None = None
+    counts: dict[str, int] = {}
+
+
+class Speed(Record):
+    """Prefill or decode at one depth, in tokens a second."""
+
+    phase: str
+    depth: int
+    n_threads: int
+    repetitions: int
+    median: float
+    min: float
+    max: float
+    utilisation: float | None = None
+    contended: bool = False
+
+
+class Scores(Stage):
+    """Notebook 06."""
+
+    scores: list[SetScore] = []
+    cpu_tokens_per_sec: float | None = None
+    speeds: list[Speed] = []
+    machine: dict[str, Any] = {}
+    sandbox: str | None = None
+
+    def sets(self) -> list[SetConditions]:
+        """The conditions of every set that was scored."""
+        return [SetConditions.model_validate(self.conditions.get(one.set, {})) for one in self.scores]
+
+
+class Run(Record):
+    """The stages of one run; None for what was not run."""
+
+    merge: Stage | None = None
+    header: Stage | None = None
+    generate: Generate | None = None
+    routing: Routing | None = None
+    long_context: LongContext | None = None
+    scores: Scores | None = None
+    ladder: Stage | None = None
+    serving: Stage | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Stage]]:  # type: ignore[override]
+        """The stages that there are, with their names, in the order of the notebooks."""
+        for name in (*DRAWN_ON, *BESIDE):
+            if (stage := getattr(self, name)) is not None:
+                yield name, stage
+
+    @property
+    def file(self) -> ModelFile | None:
+        """The model that was run."""
+        return self.merge.model if self.merge else None
+
+    @property
+    def tier(self) -> str:
+        """Of the stages that have one; `read_run` checks that they agree."""
+        return next((stage.tier for _, stage in self if stage.tier), "nano")
+
+
+def typed(stages: Mapping[str, Any], folder: Path | None = None) -> Run:
+    """Stages as they were written, typed.
 
     Raises:
-        ReportError: there is no run here, or a stage is incomplete, foreign, edited, of another model or
-            of another tier than the rest; the message names the file and the notebook that writes it.
+        ReportError: a field is missing or of another type; the message names it and the notebook to run.
+    """
+    try:
+        return Run.model_validate(stages)
+    except ValidationError as error:
+        first = error.errors()[0]
+        stage, *path = map(str, first["loc"])
+        raise ReportError(
+            f"{'.'.join(path)}: {first['msg']}",
+            where=tilde(folder / f"{stage}.json") if folder else f"{stage}.json",
+            hint=f"run {NOTEBOOKS.get(stage, 'its notebook')} again",
+        ) from error
+
+
+def read_run(folder: str | Path) -> Run:
+    """The stages of a run, each checked: its seal, the hashes of its files, its fields, its model, its tier.
+
+    Raises:
+        StageError: a stage is damaged, or was edited after it was written.
+        ReportError: there is no run here, or a stage lacks a field, or is of another model or tier.
     """
     folder = Path(folder)
-    stages = {
-        name: read_sealed(folder, name, notebook)
-        for name, notebook in STAGES.items()
-        if (folder / f"{name}.json").exists()
-    }
-    if WHICH_MODEL not in stages:
+    there = [name for name in (*DRAWN_ON, *BESIDE) if (folder / f"{name}.json").exists()]
+    if "merge" not in there:
         raise ReportError(
             "this folder has no run",
             where=tilde(folder),
-            hint=f"run {STAGES[WHICH_MODEL]} first, with this folder's name as run_name",
+            hint=f"run {NOTEBOOKS['merge']} first, with this folder's name as run_name",
         )
-    _check_one_model(folder, stages)
-    _check_one_tier(folder, stages)
-    return stages
-
-
-def check_beside(folder: str | Path) -> list[str]:
-    """Check the seals of the stages that stand beside a report, and return the names of those that are there.
-
-    Raises:
-        ReportError: one is incomplete, or was edited; see `read_stages`.
-    """
-    folder = Path(folder)
-    found = [name for name in BESIDE if (folder / f"{name}.json").exists()]
-    for name in found:
-        read_sealed(folder, name, BESIDE[name])
-    return found
-
-
-def read_sealed(folder: Path, stage: str, notebook: str) -> dict[str, Any]:
-    """One stage's JSON, as it was written.
-
-    Raises:
-        ReportError: see `read_stages`.
-    """
-    path = folder / f"{stage}.json"
-    again = f"run {notebook} again"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except (OSError, ValueError) as error:
-        raise ReportError(f"cannot be read ({error})", where=tilde(path), hint=again) from error
-    if not isinstance(content, dict) or content.get("stage") != stage:
-        raise ReportError(f"is not the stage {stage!r} of a run", where=tilde(path), hint=again)
-    if "seal" not in content or not isinstance(content.get("files"), dict):
-        raise ReportError(
-            "has no seal: an earlier version of the workbook wrote it", where=tilde(path), hint=again
-        )
-    if canonical_sha256({k: v for k, v in content.items() if k != "seal"}) != content["seal"]:
-        raise ReportError("was edited after it was written", where=tilde(path), hint=again)
-    for name, then in content["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise ReportError(f"is missing; {path.name} stands on it", where=tilde(file), hint=again)
-        if sha256_of_file(file) != then:
-            raise ReportError(f"was changed after {path.name} was written", where=tilde(file), hint=again)
-    return content
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def model_of(stage: Mapping[str, Any]) -> str | None:
-    """SHA-256 of the model that a stage is about."""
-    return (stage.get("model") or {}).get("sha256") or stage.get("conditions", {}).get("model")
-
-
-def _check_one_model(folder: Path, stages: Mapping[str, Mapping[str, Any]]) -> None:
-    wanted = model_of(stages[WHICH_MODEL])
-    for name, stage in stages.items():
-        if model_of(stage) != wanted:
+    run = typed({name: read_stage(folder, name, sealed=True) for name in there}, folder)
+    wanted = run.merge.sha256 if run.merge else None
+    for name, stage in run:
+        if name in DRAWN_ON and stage.sha256 != wanted:
+            found, first = ((one or "unknown")[:12] for one in (stage.sha256, wanted))
             raise ReportError(
-                f"is about another model ({_short(model_of(stage))}) than {WHICH_MODEL}.json "
-                f"({_short(wanted)})",
+                f"is about another model ({found}...) than merge.json ({first}...)",
                 where=tilde(folder / f"{name}.json"),
-                hint=f"run {STAGES[name]} again, or give each model a run_name of its own",
+                hint=f"run {NOTEBOOKS[name]} again, or give each model a run_name of its own",
             )
-
-
-def _check_one_tier(folder: Path, stages: Mapping[str, Mapping[str, Any]]) -> None:
-    tiers = {name: stage["tier"] for name, stage in stages.items() if "tier" in stage}
+    tiers = {name: stage.tier for name, stage in run if stage.tier and name in DRAWN_ON}
     if len(set(tiers.values())) > 1:
         found = ", ".join(f"{name} is {tier}" for name, tier in tiers.items())
         raise ReportError(
             f"its stages are of different tiers ({found})",
             where=tilde(folder),
-            hint="tiers never mix: run notebooks 05 and 06 with the same tier",
+            hint="run notebooks 05 and 06 with the same tier",
         )
-
-
-def _short(sha256: str | None) -> str:
-    return f"{sha256[:12]}..." if sha256 else "unknown"
-
-
-def finite(value: Any) -> bool:
-    """Whether a metric's value can be reported: a finite number, or a list of some.
-
-    >>> finite(0.5), finite([1.0, float("nan")]), finite(None), finite([])
-    (True, False, False, False)
-    """
-    if isinstance(value, list):
-        return bool(value) and all(finite(one) for one in value)
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return run
 
 
 def refusal_of_an_edit(folder: str | Path) -> str:
-    """What `read_sealed` says of a copy of a run's last stage in which a number was put in by hand; "" if
-    nothing.
+    """What `read_run` answers when a number in a copy of the run's last stage was edited; "" if nothing.
 
-    Only that stage and the files that it stands on are copied. The run itself is not touched.
+    Only that stage and the files that it names are copied. The run itself is not touched.
     """
     folder = Path(folder)
-    stage = [name for name in STAGES if (folder / f"{name}.json").exists()][-1]
-    content = json.loads((folder / f"{stage}.json").read_text(encoding="utf-8"))
+    stage = [name for name in DRAWN_ON if (folder / f"{name}.json").exists()][-1]
+    content = read_stage(folder, stage)
     with tempfile.TemporaryDirectory() as copy:
         for name in content["files"]:
             (Path(copy) / name).parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +326,7 @@ def refusal_of_an_edit(folder: str | Path) -> str:
         edited = Path(copy) / f"{stage}.json"
         edited.write_text(json.dumps({**content, "edited": 0.99}), encoding="utf-8")
         try:
-            read_sealed(Path(copy), stage, STAGES[stage])
-        except ReportError as error:
+            read_stage(copy, stage, sealed=True)
+        except StageError as error:
             return f"{edited.name} {error.what}"
     return ""

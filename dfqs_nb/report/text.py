@@ -1,31 +1,39 @@
-"""A report as people read it: Markdown, a page in one HTML file, and the hub's ``model-index``."""
+"""A report as people read it: Markdown, one HTML page, two forms for the hub. The prose is in templates."""
 
 from __future__ import annotations
 
 import base64
-import html
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.core.files import whole_file
-from dfqs_nb.report import claims, envelope
-from dfqs_nb.report import requirements as conformance
-from dfqs_nb.report.metrics import sentences
-from dfqs_nb.report.stages import ReportError
+from dfqs_nb.core import display
+from dfqs_nb.core.paths import public_address
+from dfqs_nb.core.stage import read_stage
+from dfqs_nb.report import claims, requirements
+from dfqs_nb.report.envelope import envelope_tables
+from dfqs_nb.report.metrics import metric_sentence
+from dfqs_nb.report.spec import claims_spec
+from dfqs_nb.report.stages import BESIDE, ReportError
+from dfqs_nb.report.verdicts import verdict
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from jinja2 import Environment
 
 NANO = (
-    "Nano tier: made with the small prompt sets of the embedded reference model. Nothing here is "
-    "evidence about a real model."
+    "Nano tier: made with the small prompt sets of the embedded reference model. Nothing here is evidence "
+    "about a real model."
 )
-FIGURES = {  # of the run's folder, in the order of the text; those that are there are shown
-    "report_shares.png": "The metrics with their intervals",
+FIGURES = {  # of the run's folder, in the order of the text; those that the report's hashes cover are shown
+    "report_shares.png": "Scores and retrieval by length, each with its 95 % interval",
     "context_curve.png": "Retrieval by length of context, and where it fails",
     "score_families.png": "Right answers by family of questions",
     "routing_agreement.png": "Share of identical expert choices by condition and layer",
-    "router_margins.png": "How narrowly the router decides",
-    "decode_roofline.png": "Decode speed against what memory allows",
+    "router_margins.png": "How narrowly the router decides between experts",
+    "decode_roofline.png": "Decode speed against what the memory allows",
 }
 METRIC_TYPES = {
     "reasoning_score": "accuracy",
@@ -33,153 +41,227 @@ METRIC_TYPES = {
     "cpu_tokens_per_sec": "tokens_per_second",
     "failure_boundary_tokens": "tokens",
 }  # of the hub's model-index; a curve has no place there
-STYLE = """
-body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; background: #fff;
-       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1, h2, h3 { line-height: 1.2; margin-top: 2.2rem; }
-blockquote { margin: 1rem 0; padding: .6rem 1rem; background: #fff6e0; border-left: 4px solid #d99a00; }
-table { border-collapse: collapse; width: 100%; font-size: .85rem; margin: 1rem 0; display: block;
-        overflow-x: auto; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid #d8dee4; }
-th { border-bottom: 2px solid #8c959f; white-space: nowrap; }
-td { overflow-wrap: break-word; }
-img { max-width: 100%; }
-code { font-size: .9em; background: #f3f4f6; padding: .1em .3em; border-radius: 3px;
-       overflow-wrap: anywhere; }
-"""
+HUB_SETS = {"standard-code": ("openai/openai_humaneval", "openai_humaneval")}  # that exist as data sets there
 
 
-def markdown(report: Mapping[str, Any], figures: Iterable[str] = ()) -> str:
-    """The report for people, and for the text of a model card; ``figures``: those at hand, by file name."""
+# ---- what the templates are given ----
+
+
+def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """What a report holds, as frames to show.
+
+    ``metrics``, ``requirements``, ``claims``, ``contradicted``; of the model ``weights``, ``cache``, ``fits``
+    and ``storage``, and the same of the artifact as ``artifact_...`` where the report is about it.
+    """
     import pandas as pd
 
-    model, verdicts = report["model"], pd.DataFrame(report["conformance"])
-    stated = pd.DataFrame(report["claims"])
-    at_hand = [name for name in FIGURES if name in set(figures)]
-    required = ("id", "level", "requirement", "verdict", "evidence", "notebook")
-    claimed = ("document", "claim", "found", "verdict", "evidence", "source")
-    lines = [
-        *(["> " + NANO, ""] if report["tier"] == "nano" else []),
-        f"# DFQS report: {_text(model['name'])}",
-        "",
-        f"{report['specification']}, {report['tier']} tier, run `{_text(report['run'])}`, "
-        f"{report['created']}.",
-        "",
-        "## Metrics",
-        "",
-        *table(["metric", "value"], [row.split(": ", 1) for row in sentences(report)]),
-        "",
-        *_figures(at_hand),
-        "## The model",
-        "",
-        *table(["what", "value"], [(k.replace("_", " "), _text(v)) for k, v in model.items()]),
-        "",
-        "## Requirements",
-        "",
-        conformance.counts(verdicts) + ".",
-        "",
-        *table(
-            ["", "level", "requirement", "verdict", "evidence", "notebook"],
-            [[row[key] for key in required] for row in report["conformance"]],
+    lines = [(name, metric_sentence(name, report["details"][name])) for name in report["metrics"]]
+    columns = ["number", "document", "section", "claim", "found", "verdict", "evidence", "source"]
+    stated = pd.DataFrame(report["claims"], columns=["id", *columns]).set_index("id")
+    frames = {
+        "metrics": pd.DataFrame(lines, columns=["metric", "value"]).set_index("metric"),
+        "requirements": pd.DataFrame(report["conformance"]).set_index("id"),
+        "claims": stated,
+        "contradicted": stated[stated["verdict"].str.startswith("contradict")],
+        **envelope_tables(report["hardware_envelope"]["model"]),
+    }
+    if artifact := report["hardware_envelope"]["artifact"]:
+        frames |= {f"artifact_{name}": frame for name, frame in envelope_tables(artifact).items()}
+    return frames
+
+
+def _texts(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame whose index is a column and whose cells are texts, see `core.display.cell`."""
+    flat = frame.reset_index()
+    flat.columns = flat.columns.map(str)
+    return flat.map(display.cell)
+
+
+def _pairs(rows: Iterable[tuple[Any, Any]], name: str) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame([(str(key), display.cell(value)) for key, value in rows], columns=[name, "value"])
+
+
+def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """All that the templates of a report show, as texts and frames of texts."""
+    frames, level = tables(report), report["model"].get("relation_to_artifact", "another")
+    envelopes = report["hardware_envelope"]
+    return {
+        "report": report,
+        "nano": NANO if report["tier"] == "nano" else "",
+        "verdict": verdict(report),
+        "demonstration": level == "reference" and bool(report["claims"]),
+        "metrics": _texts(frames["metrics"]),
+        "figures": [(name, alt) for name, alt in FIGURES.items() if name in report["sources"]],
+        "curve": _curve(report["details"]["context_stability_curve"].get("points") or []),
+        "requirement_counts": requirements.counts(frames["requirements"]),
+        "requirements": _texts(frames["requirements"]),
+        "claim_counts": claims.counts(frames["claims"]),
+        "claims": _texts(frames["claims"]),
+        "documents": {name: one.source for name, one in claims_spec().documents.items()},
+        "envelopes": [_envelope(one) for one in (envelopes["model"], envelopes["artifact"]) if one],
+        "beside": _beside(folder),
+        "model": _pairs(
+            ((key.replace("_", " "), one) for key, one in report["model"].items()), "of the model"
         ),
-        "",
-        "## What the documents say",
-        "",
-        claims.counts(stated) + ". A statement about DeepSeek-V4-Flash-IQ1_S-XL is judged by that file and "
-        "what was published of it, not by the model of this run.",
-        "",
-        *table(
-            ["document", "statement", "found", "verdict", "evidence", "source"],
-            [[row[key] for key in claimed] for row in report["claims"]],
-        ),
-        "",
-        *_envelope_lines(report["hardware_envelope"]),
-        "## Conditions",
-        "",
-        f"Two reports are compared only when this hash is equal: `{report['conditions_sha256']}`",
-        "",
-        *_conditions(report["conditions"]),
-        "",
-        "## Where it ran",
-        "",
-        *table(["what", "value"], [*report["machine"].items(), *report["versions"].items()]),
-        "",
-        f"Drawn from {len(report['sources'])} files of the run, each by its SHA-256; "
-        f"`report.json` has the hash `{report['integrity']['sha256']}`.",
-        "",
+        "conditions": _pairs(_flat(report["conditions"]), "condition"),
+        "machine": _pairs([*report["machine"].items(), *report["versions"].items()], "where it ran"),
+    }
+
+
+def _curve(points: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = [
+        (
+            f"{row['length']:,}",
+            str(row["n"]),
+            f"{row['accuracy']:.2f}",
+            f"{row['low']:.2f} to {row['high']:.2f}",
+        )
+        for row in points
     ]
-    return "\n".join(lines)
+    return pd.DataFrame(rows, columns=["context (tokens)", "n", "right answers", "95 % interval"])
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """Rows as lines of a Markdown table.
+def _envelope(envelope: Mapping[str, Any]) -> dict[str, Any]:
+    frames = {name: _texts(frame) for name, frame in envelope_tables(envelope).items()}
+    return {**envelope, "tables": frames, "counted": sorted({row["counted"] for row in envelope["fits"]})}
 
-    >>> table(["a"], [["x | y"]])
-    ['| a |', '|---|', '| x \\\\| y |']
-    """
-    cells = [[_text(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return (
-        [f"| {' | '.join(row)} |" for row in ([*columns],)]
-        + ["|" + "---|" * len(columns)]
-        + [f"| {' | '.join(row)} |" for row in cells]
+
+def _beside(folder: Path) -> list[tuple[str, list[str]]]:
+    """The summaries of the stages that a run has beside its report: ladder and serving."""
+    there = [name for name in BESIDE if (folder / f"{name}.json").is_file()]
+    return [(name, list(map(str, read_stage(folder, name).get("summary", [])))) for name in there]
+
+
+def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        return [(name, value)]
+    return [row for key, inner in value.items() for row in _flat(inner, f"{name}.{key}" if name else key)]
+
+
+# ---- the templates ----
+
+
+@lru_cache(maxsize=2)
+def _environment(is_html: bool) -> Environment:
+    """Jinja in which everything is escaped: as HTML, or as Markdown."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def escaped(value: Any) -> Any:
+        if isinstance(value, Markup):
+            return value
+        return display.plain(value) if is_html else display.markdown(value)
+
+    made = Environment(
+        loader=PackageLoader("dfqs_nb.report"),
+        autoescape=is_html,
+        finalize=escaped,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    made.filters |= {"linked": linked, "table": lambda frame: Markup(display.markdown_table(frame))}
+    return made
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "not stated"}[value]
-    return f"{value:,}" if isinstance(value, int) else html.escape(str(value), quote=False)
+def render(name: str, **values: Any) -> str:
+    """A template of ``report/templates/``, filled in; whatever stands in it is escaped."""
+    return _environment(name.endswith(".html")).get_template(name).render(**values)
 
 
-def _figures(names: Iterable[str]) -> list[str]:
-    return [line for name in names for line in (f"![{FIGURES[name]}]({name})", "")]
+LINKS = (
+    (re.compile(r"(?<![\w/.-])([\w.-]+/[\w.-]+?)(?: PR)? ?#(\d+)"), r"https://github.com/\1/issues/\2"),
+    (re.compile(r"\barXiv:(\d{4}\.\d{4,5})"), r"https://arxiv.org/abs/\1"),
+    (
+        re.compile(r"(?<![\w/.-])((?:deepseek-ai|persadian|teamblobfish)/[\w.-]*\w)"),
+        r"https://huggingface.co/\1",
+    ),
+    (
+        re.compile(r"(?<![\w/.-])((?:ggml-org|imanu86|arishma108)/[\w.-]*\w)(?![\w/#.-]| ?(?:PR )?#)"),
+        r"https://github.com/\1",
+    ),
+)
 
 
-def _envelope_lines(found: Mapping[str, Any]) -> list[str]:
-    lines = ["## Hardware envelope", ""]
-    for which in ("model", "artifact"):
-        one = found[which]
-        lines += [f"### {one['model']}", "", f"From {one['source']}.", ""]
-        for name, frame in envelope.envelope_tables(one).items():
-            flat = frame.reset_index()
-            flat.columns = [str(column) for column in flat.columns]
-            shown = flat.map(lambda cell: f"{cell:,.2f}" if isinstance(cell, float) else cell)
-            lines += [f"**{name}**", "", *table(list(shown.columns), shown.itertuples(index=False)), ""]
-    return lines
+def linked(text: str) -> Any:
+    """A source with links to the places that it names, for HTML; only addresses made here become links.
+
+    >>> str(linked("ggml-org/llama.cpp#9613 <b>"))
+    '<a href="https://github.com/ggml-org/llama.cpp/issues/9613">ggml-org/llama.cpp#9613</a> &lt;b&gt;'
+    """
+    from markupsafe import Markup, escape
+
+    text, made, at = display.plain(text), Markup(""), 0
+    found = sorted(
+        (one.start(), one.end(), one.expand(to)) for form, to in LINKS for one in form.finditer(text)
+    )
+    for start, end, address in found:
+        if start >= at:
+            made += escape(text[at:start]) + Markup('<a href="{}">{}</a>').format(address, text[start:end])
+            at = end
+    return made + escape(text[at:])
 
 
-def _conditions(conditions: Mapping[str, Any]) -> list[str]:
-    rows = []
-
-    def walk(value: Any, name: str) -> None:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                walk(inner, f"{name}.{key}" if name else key)
-        else:
-            rows.append((f"`{name}`", value))
-
-    walk(conditions, "")
-    return table(["condition", "value"], rows)
+def markdown(report: Mapping[str, Any], folder: Path) -> str:
+    """The report for people, and for the text of a model card."""
+    return render("report.md", **view(report, folder))
 
 
-# ---- the hub's model card ----
+def page(report: Mapping[str, Any], folder: Path) -> str:
+    """The report as one HTML page that opens anywhere: figures inside, no scripts, nothing fetched.
+
+    Raises:
+        ReportError: a figure is missing.
+    """
+    shown = view(report, folder)
+    images = []
+    for name, alt in shown["figures"]:
+        file = folder / name
+        if not file.is_file():
+            raise ReportError("the figure is missing", where=file, hint="run its notebook again")
+        images.append((alt, base64.b64encode(file.read_bytes()).decode()))
+    return render("report.html", **{**shown, "figures": images})
+
+
+# ---- the hub ----
+
+
+def _results(report: Mapping[str, Any]) -> Iterable[tuple[str, str, float, str]]:
+    """Each metric that has a value: name, type, value to six digits, and what qualifies it."""
+    for name, kind in METRIC_TYPES.items():
+        one = report["details"][name]
+        if not one["withheld"]:
+            value = one["value"] if isinstance(one["value"], int) else float(f"{one['value']:.6g}")
+            yield name, kind, value, metric_sentence(name, one)
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
 
 
 def model_index(report: Mapping[str, Any]) -> str:
     """The YAML block ``model-index`` for the front matter of a card on the hub.
 
     Withheld metrics have no entry, and the curve has none: the hub's format takes numbers.
+
+    Raises:
+        ReportError: every metric is withheld.
     """
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
-    from huggingface_hub.utils import yaml_dump
 
     results = []
-    for name, kind in METRIC_TYPES.items():
+    for name, kind, value, sentence in _results(report):
         one = report["details"][name]
-        if one["withheld"]:
-            continue
         questions = one.get("set") or f"{report['tier']}-{name}"
+        facts = {"conditions_sha256": report["conditions_sha256"], "n": one["n"], "stated": sentence}
+        facts |= {"contended": True} if one.get("contended") else {}
         results.append(
             EvalResult(
                 task_type="text-generation",
@@ -188,72 +270,40 @@ def model_index(report: Mapping[str, Any]) -> str:
                 dataset_name=f"DFQS 1.0, {questions}",
                 metric_type=kind,
                 metric_name=name,
-                metric_value=one["value"],
-                dataset_args={"conditions_sha256": report["conditions_sha256"], "n": one["n"]},
+                metric_value=value,
+                dataset_args=facts,
             )
         )
     if not results:
-        raise ReportError(
-            "every metric is withheld, so there is nothing for a model card", hint="run notebooks 05 and 06"
+        what = "every metric is withheld, so there is nothing for a model card"
+        raise ReportError(what, hint="run notebooks 05 and 06")
+    name = display.plain(report["model"]["name"])
+    block = _yaml({"model-index": eval_results_to_model_index(name, results)})
+    return (f"# {NANO}\n" if report["tier"] == "nano" else "") + block
+
+
+def eval_results(report: Mapping[str, Any]) -> str:
+    """The file ``.eval_results/dfqs.yaml`` of a model's repository on the hub; "" without metrics."""
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    address = public_address()
+    repository = address.removeprefix("https://github.com/")
+    entries = []
+    for name, _, value, sentence in _results(report):
+        questions = report["details"][name].get("set") or f"{report['tier']}-{name}"
+        dataset, task = HUB_SETS.get(questions, (repository, questions))
+        entries.append(
+            EvalResultEntry(
+                dataset_id=dataset,
+                task_id=task,
+                value=value,
+                date=report["created"],
+                source_url=address,
+                source_name="DFQS workbook",
+                notes=f"{name} {sentence}",
+            )
         )
-    block = yaml_dump(
-        {"model-index": eval_results_to_model_index(report["model"]["name"], results)}, sort_keys=False
-    )
-    first = f"# {NANO}\n" if report["tier"] == "nano" else ""
-    return first + block
-
-
-# ---- one page ----
-
-
-def page(text: str, folder: str | Path, title: str) -> str:
-    """Markdown as one HTML page that opens anywhere: figures inside, no scripts, nothing fetched.
-
-    Args:
-        folder: where the figures lie that the text names.
-
-    Raises:
-        ReportError: a figure is missing.
-    """
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_anchor_links=True)
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(_embedded(text, Path(folder)))])
-    body, _ = exporter.from_notebook_node(notebook)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n"
-        "</html>\n"
-    )
-
-
-def _embedded(text: str, folder: Path) -> str:
-    def embed(match: re.Match[str]) -> str:
-        file = folder / match["file"]
-        if not file.is_file():
-            raise ReportError("the figure is missing", where=file, hint="run its notebook again")
-        data = base64.b64encode(file.read_bytes()).decode()
-        return f"![{match['alt']}](data:image/png;base64,{data})"
-
-    return re.sub(r"!\[(?P<alt>[^\]]*)\]\((?P<file>[\w.-]+\.png)\)", embed, text)
-
-
-def write_texts(folder: str | Path, report: Mapping[str, Any]) -> list[Path]:
-    """Write ``report.md``, ``report.html`` and ``model-index.yml`` beside ``report.json``; their paths.
-
-    Where every metric is withheld there is no ``model-index.yml``, and an earlier one goes. Figures are taken
-    from the run's folder only, and only those that the report's hashes cover.
-    """
-    folder = Path(folder)
-    text = markdown(report, report["sources"])
-    texts = {"report.md": text, "report.html": page(text, folder, f"DFQS report: {report['model']['name']}")}
-    if any(report["metrics"][name] is not None for name in METRIC_TYPES):
-        texts["model-index.yml"] = model_index(report)
-    else:  # one of an earlier report would state what this one withholds
-        (folder / "model-index.yml").unlink(missing_ok=True)
-    for name, content in texts.items():
-        with whole_file(folder / name) as file:
-            file.write(content)
-    return [folder / name for name in texts]
+    if not entries:
+        return ""
+    block = _yaml(eval_result_entries_to_yaml(entries))
+    return (f"# {NANO}\n" if report["tier"] == "nano" else "") + block

@@ -141,7 +141,6 @@ def sweep(
 
     A sweep that is killed goes on with the same command. Example: `dfqs-nb sweep data/sweep_example.csv`
     """
-    from dfqs_nb.report import leaderboard as boards
     from dfqs_nb.workbook import run as workbook
     from dfqs_nb.workbook import sweep as sweeps
     from dfqs_nb.workbook.sweep_table import read_rows
@@ -162,7 +161,7 @@ def sweep(
     )
     columns = ["line", "run", "status", "seconds", "beside", "reason"]
     say(f"\n{result.rows[columns].to_string(index=False)}\n")
-    say(boards.markdown(result.folder, result.leaderboard))
+    say(str(result.leaderboard))
     say(f"{len(result.rows) - result.n_failed} of {len(result.rows)} rows done: {tilde(result.folder)}/")
     raise typer.Exit(int(result.n_failed > 0))
 

@@ -38,23 +38,14 @@ def report(
 
     Examples: `dfqs-nb report nano`, `dfqs-nb report nano --check`
     """
-    from dfqs_nb.core import figures
-    from dfqs_nb.report import figures as drawings
-    from dfqs_nb.report import metrics, stages, text
+    from dfqs_nb import report as reports
 
     folder = run_folder(run)
     if check:
-        checked = metrics.read_report(folder)
-        metrics.check_sources(checked, folder)
-        say(f"{tilde(folder / metrics.FILE)}: as it was written, with {len(checked['sources'])} files")
-        for name in stages.check_beside(folder):
-            say(f"{tilde(folder / name)}.json: as it was written")
+        say("\n".join(f"{tilde(folder)}/{line}" for line in reports.check_run(folder)))
         return
-    made = metrics.build_report(folder)
-    figures.save(drawings.report_shares(metrics.shares(made)), folder / "report_shares.png")
-    made = metrics.with_figures(made, folder, ["report_shares.png"])
-    written = [metrics.write_report(folder, made), *text.write_texts(folder, made)]
-    say("\n".join([*[text.NANO] * (made["tier"] == "nano"), *metrics.sentences(made)]))
+    written = reports.write_report(folder, reports.build_report(folder))
+    say(str(reports.verdict(reports.read_report(folder))))
     say(f"wrote {', '.join(path.name for path in written)} to {tilde(folder)}/")
 
 
@@ -75,14 +66,13 @@ def compare(
 
     Example: `dfqs-nb compare nano other-run`
     """
-    from dfqs_nb.report import compare as comparing
+    from dfqs_nb import report
 
     places = [name if Path(name).is_file() else str(run_folder(name)) for name in reports]
-    comparison = comparing.compare_reports(places, accept=accept or [])
-    name = "-".join(["compare", *(run.report["run"] for run in comparison.runs)])
-    folder = output or run_dir(name)
-    written = comparing.write_comparison(comparison, folder)
-    say(comparing.markdown(comparison))
+    comparison = report.compare_reports(places, accept=accept or [])
+    folder = output or run_dir("-".join(["compare", *(run.report["run"] for run in comparison.runs)]))
+    written = comparison.write(folder)
+    say(str(comparison))
     say(f"wrote {', '.join(path.name for path in written)} to {tilde(folder)}/")
 
 
@@ -94,11 +84,10 @@ def leaderboard(
 
     Exit status 1: a report cannot be used. Example: `dfqs-nb leaderboard`
     """
-    from dfqs_nb.report import leaderboard as boards
+    from dfqs_nb import report
 
-    place = folder or outputs_dir()
-    table = boards.leaderboard(place)
-    written = boards.write_leaderboard(place, table)
-    say(boards.markdown(place, table))
-    say(f"wrote {', '.join(path.name for path in written)} to {tilde(place)}/")
-    raise typer.Exit(int(bool((table["problem"] != "").any())))
+    ranked = report.leaderboard(folder or outputs_dir())
+    written = ranked.write()
+    say(str(ranked))
+    say(f"wrote {', '.join(path.name for path in written)} to {tilde(ranked.folder)}/")
+    raise typer.Exit(int(ranked.n_problems > 0))

@@ -33,6 +33,8 @@ from dfqs_nb.workbook.sweep_table import Row, SweepError, read_rows
 if TYPE_CHECKING:
     import pandas as pd
 
+    from dfqs_nb.report.board import Leaderboard
+
 JOURNAL = "sweep.jsonl"
 FORMAT = {"format": "dfqs-sweep/1"}
 ROW_FILE = "sweep_row.json"  # in a run's folder: when and where it ran, and beside which other rows
@@ -58,7 +60,7 @@ class SweepResult:
 
     folder: Path
     rows: pd.DataFrame
-    leaderboard: pd.DataFrame
+    leaderboard: Leaderboard
 
     @property
     def n_failed(self) -> int:
@@ -290,7 +292,7 @@ def beside(answers: Mapping[str, Answer]) -> dict[str, list[str]]:
 def _result(rows: Sequence[Row], ran_now: set[str], journal: Journal, folder: Path) -> SweepResult:
     import pandas as pd
 
-    from dfqs_nb.report import leaderboard
+    from dfqs_nb import report
 
     answers = {row.run: journal[row.key] for row in rows if row.key in journal}
     shared, records = beside(answers), []
@@ -312,8 +314,8 @@ def _result(rows: Sequence[Row], ran_now: set[str], journal: Journal, folder: Pa
         records.append(record | {"beside": " ".join(record["beside"])})
     table = pd.DataFrame(records)
     write_table(folder / "sweep.csv", table, index=False)
-    ranked = leaderboard.leaderboard(folder)
-    leaderboard.write_leaderboard(folder, ranked)
+    ranked = report.leaderboard(folder)
+    ranked.write()
     return SweepResult(folder, table, ranked)
 
 

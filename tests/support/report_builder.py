@@ -85,6 +85,8 @@ def make_run(
         "value": curve["curve"].tolist(),
         "n": int(curve["n"].sum()),
         "lengths": curve["length"].tolist(),
+        "points": curve[["length", "correct", "n", "accuracy", "low", "high"]].to_dict("records"),
+        "guess_rate": boundary.guess_rate,
     }
     details["failure_boundary_tokens"] = {
         **DETAIL,
@@ -131,7 +133,7 @@ def make_run(
         "routing": None,
         "conformance": [],
         "claims": [],
-        "hardware_envelope": {"model": [], "artifact": [], "machine": {}},
+        "hardware_envelope": {"model": {}, "artifact": None, "machine": {}},
         "machine": {**MACHINE, **(machine or {})},
         "versions": {},
         "sources": {"score_items.csv": "", "long_context_items.jsonl": ""},

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dfqs_nb.core import files as core_files
-from dfqs_nb.core import stage as core_stage
+import pandas as pd
+
+from dfqs_nb.core.files import read_json
+from dfqs_nb.core.stage import Stage
+from dfqs_nb.report.stages import DRAWN_ON, Run, typed
 
 RECORDED = Path(__file__).resolve().parents[1] / "data" / "run"
-ORDER = ("merge", "header", "generate", "routing", "long_context", "scores")
 
 
 def recorded(stage: str) -> dict[str, Any]:
+    """A stage as it was recorded."""
     return json.loads((RECORDED / f"{stage}.json").read_text(encoding="utf-8"))
+
+
+def run_of(*, without: tuple[str, ...] = (), **changed: Mapping[str, Any]) -> Run:
+    """The recorded stages, typed; ``changed`` has, by stage, facts that replace recorded ones."""
+    stages = {name: {**recorded(name), **changed.get(name, {})} for name in DRAWN_ON if name not in without}
+    return typed(stages)
 
 
 def make_run(folder: Path, model: Path, *, without: tuple[str, ...] = (), **changed: dict[str, Any]) -> Path:
@@ -23,15 +33,52 @@ def make_run(folder: Path, model: Path, *, without: tuple[str, ...] = (), **chan
     ``changed`` has, by stage, facts that replace recorded ones before sealing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for stage in ORDER:
-        if stage in without:
+    for name in DRAWN_ON:
+        if name in without:
             continue
-        content = {**recorded(stage), **changed.get(stage, {})}
+        content = {**recorded(name), **changed.get(name, {})}
         if "model" in content:
             content["model"] = {**content["model"], "path": str(model)}
-        with core_files.whole_file(folder / f"{stage}_table.csv") as file:
-            file.write(f"stage\n{stage}\n")
-        content.pop("stage")
-        conditions, summary = content.pop("conditions"), content.pop("summary")
-        core_stage.write_stage(folder, stage, conditions=conditions, summary=summary, **content)
+        stage = Stage(folder, name)
+        stage.table(f"{name}_table", pd.DataFrame({"stage": [name]}))
+        facts = {
+            key: value for key, value in content.items() if key not in ("stage", "conditions", "summary")
+        }
+        stage.finish(conditions=content["conditions"], summary=content["summary"], **facts)
+    return folder
+
+
+def with_answers(folder: Path, model: Path) -> Path:
+    """A run whose scores and curve follow from answers beside it, as notebooks 05 and 06 write them."""
+    import report_builder
+
+    made = report_builder.make_run(folder, "DFQS-Nano-IQ1_S-XL")
+    details = read_json(made / "report.json")["details"]
+    (made / "report.json").unlink()
+    scores, context = recorded("scores"), recorded("long_context")
+    for one in scores["scores"]:
+        own = details[one["name"]]
+        one |= {key: own[key] for key in ("value", "low", "high", "n", "guess_rate")}
+        one["counts"] = {}
+    curve, boundary = details["context_stability_curve"], details["failure_boundary_tokens"]
+    names = {"tokens", "low", "high", "right_censored", "status", "cause", "a_0", "threshold", "guess_rate"}
+    context["boundary"] = {key: boundary[key] for key in (*names, "n_haystacks", "n_items")}
+    context["failure_boundary_tokens"] = boundary["value"]
+    context["context_stability_curve"] = curve["value"]
+    context["curve"] = curve["points"]
+    items = {"scores": "score_items.csv", "long_context": "long_context_items.jsonl"}
+    for name, content in {
+        **{one: recorded(one) for one in DRAWN_ON},
+        "scores": scores,
+        "long_context": context,
+    }.items():
+        if "model" in content:
+            content["model"] = {**content["model"], "path": str(model)}
+        stage = Stage(folder, name)
+        if name in items:
+            stage.add(folder / items[name])
+        facts = {
+            key: value for key, value in content.items() if key not in ("stage", "conditions", "summary")
+        }
+        stage.finish(conditions=content["conditions"], summary=content["summary"], **facts)
     return folder

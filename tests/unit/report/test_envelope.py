@@ -7,7 +7,7 @@ import json
 import gguf_fixtures
 import pytest
 
-from dfqs_nb.core.errors import DfqsError, RegistryError
+from dfqs_nb.core.errors import RegistryError
 from dfqs_nb.gguf.broken import reference_shards
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama import settings
@@ -24,8 +24,8 @@ from dfqs_nb.report.envelope import (
     hardware_envelope,
     planned_compute,
     published_envelope,
-    read_spec,
 )
+from dfqs_nb.report.spec import Compute, requirements_spec
 
 SMALL = Machine(16 * GB, 12 * GB, 100 * GB)
 LARGE = Machine(256 * GB, 200 * GB, 1000 * GB, vram_bytes=80 * GB)
@@ -64,11 +64,11 @@ def fit(found: dict, resource: str, limit: str, n_ctx: int) -> dict:
 
 
 def test_the_recorded_compute_buffers_are_what_llama_cpp_plans_for_the_published_shapes(flash_file):
-    recorded = {int(n): row for n, row in read_spec("requirements")["envelope"]["published_compute"].items()}
+    recorded = requirements_spec().envelope.published_compute
     planned = planned_compute(flash_file, recorded, settings.OpenSettings(n_threads=1))
     assert planned.keys() == recorded.keys() == set(envelope.CONTEXTS)
     for n_ctx, row in recorded.items():
-        assert planned[n_ctx] == pytest.approx(row, rel=1e-6)
+        assert planned[n_ctx].model_dump() == pytest.approx(row.model_dump(), rel=1e-6)
 
 
 def test_header_and_published_shape_give_the_same_cache(flash_file):
@@ -93,7 +93,9 @@ def test_the_published_artifact_in_the_specifications_table():
     assert fit(found, "RAM", "DFQS 1.0 minimum", 1048576)["verdict"] == DOES_NOT_FIT
     assert fit(found, "RAM", "DFQS 1.0 recommended", 1048576)["verdict"] == FITS
     assert fit(found, "VRAM", "DFQS 1.0 minimum", 8192)["verdict"] == DOES_NOT_FIT
-    assert fit(found, "VRAM", "DFQS 1.0 minimum", 8192)["least_verdict"] == FITS
+    assert fit(found, "VRAM", "DFQS 1.0 minimum", 8192)["least_verdict"] == NOT_KNOWN, (
+        "a GPU's buffer is not known"
+    )
     modes = {row["mode"]: row for row in found["storage"]}
     assert modes["merge into a new file"]["DFQS 1.0 recommended"] == FITS
     assert {row["DFQS 1.0 minimum"] for row in modes.values()} == {DOES_NOT_FIT}
@@ -111,7 +113,7 @@ def test_this_machine_decides_what_fits_here():
     assert fit(small, "RAM", "this machine", 8192)["least_verdict"] == FITS
     assert fit(small, "VRAM", "this machine", 8192)["verdict"] == NOT_KNOWN
     assert fit(large, "RAM", "this machine", 1048576)["verdict"] == FITS
-    assert fit(large, "VRAM", "this machine", 8192)["verdict"] == FITS
+    assert fit(large, "VRAM", "this machine", 8192)["verdict"] == NOT_KNOWN
     assert [row["this machine"] for row in small["storage"]] == [DOES_NOT_FIT, FITS, FITS]
 
 
@@ -144,10 +146,12 @@ def test_a_cache_that_is_an_upper_bound_refuses_nothing_alone(tmp_path, monkeypa
 
     bound = KvCacheBytes({"k": 50 * GB, "v": 50 * GB}, "upper bound")
     monkeypatch.setattr(envelope, "kv_cache_bytes", lambda *_, **__: bound)
-    compute = {8192: {"plain": 0, "flash": 0}}
+    compute = {8192: Compute(plain=0, flash=0)}
     found = hardware_envelope(read_header(merged_reference), SMALL, contexts=[8192], compute=compute)
     assert fit(found, "RAM", "this machine", 8192)["verdict"] == NOT_KNOWN
-    assert fit(found, "RAM", "DFQS 1.0 recommended", 8192)["verdict"] == FITS
+    assert fit(found, "RAM", "this machine", 8192)["verdict"] == NOT_KNOWN
+    roomy = hardware_envelope(read_header(merged_reference), LARGE, contexts=[8192], compute=compute)
+    assert fit(roomy, "RAM", "this machine", 8192)["verdict"] == FITS
 
 
 def test_disk_by_mode_is_the_merge_modules_own_figure(merged_reference):
@@ -192,7 +196,8 @@ def test_the_envelope_is_json_and_its_tables_come_from_it_alone(merged_reference
     assert list(tables) == ["weights", "cache", "fits", "storage"]
     assert tables["weights"]["MB"].sum() == pytest.approx(found["weights_bytes"] / 1e6)
     assert set(tables["fits"].to_numpy().ravel()) <= {FITS, DOES_NOT_FIT, NOT_KNOWN}
-    assert len(tables["fits"]) == 2 * 7
+    assert len(tables["fits"]) == 2 * 3, "the hardware table of DFQS 1.0 is about another model"
+    assert len(envelope_tables(published_envelope(SMALL))["fits"]) == 2 * 7
     assert "GB" in envelope_tables(published_envelope(SMALL))["weights"]
 
 
@@ -202,12 +207,25 @@ def test_this_machine_is_measured_where_none_is_given(tmp_path):
     assert published_envelope()["machine"]["memory_bytes"] == here.memory_bytes
 
 
-def test_something_else_is_refused():
-    with pytest.raises(DfqsError, match="not a hardware envelope"):
-        envelope_tables({"weights": []})
+def test_the_split_of_the_artifact_is_a_range_that_adds_up_and_says_what_it_assumes():
+    found = published_envelope(SMALL)
+    experts, others = found["weights"]
+    assert experts["bytes"] + others["bytes"] == found["file_bytes"]
+    assert experts["least_bytes"] + others["most_bytes"] == found["file_bytes"]
+    text = " ".join(found["assumptions"])
+    assert "54.11 GB if all are IQ1_S" in text and "not all at Q8_0" in text
+    least, most = (one / GB for one in found["token_bytes"])
+    assert 7.5 < least < most < 8.8
+
+
+def test_of_a_gpu_nothing_is_planned_from_the_cpu():
+    found = published_envelope(LARGE)
+    assert {row["verdict"] for row in found["fits"] if row["resource"] == "VRAM"} <= {NOT_KNOWN, DOES_NOT_FIT}
+    assert all("not known" in row["counted"] for row in found["fits"] if row["resource"] == "VRAM")
+    assert "logged on a GPU (GB)" in envelope_tables(found)["cache"]
 
 
 def test_a_missing_table_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("DFQS_DATA", str(tmp_path))
-    with pytest.raises(RegistryError, match="restore it with git"):
-        read_spec("requirements")
+    with pytest.raises(RegistryError, match="git checkout data/spec"):
+        requirements_spec()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 
 import pandas as pd
 import pytest
-from report_builder import CONDITIONS, make_run
+from nbconvert.filters.markdown_mistune import markdown2html_mistune
+from report_builder import CONDITIONS, make_run, reseal
 
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.report import leaderboard as boards
-from dfqs_nb.report.leaderboard import leaderboard, markdown, write_leaderboard
+from dfqs_nb.report import board as boards
+from dfqs_nb.report.board import leaderboard
 
 
 def other_conditions(**changes):
@@ -24,7 +26,7 @@ def other_conditions(**changes):
 def test_reports_are_ranked_by_score_and_have_their_intervals(tmp_path):
     for name, skill in (("weak", -0.2), ("strong", 0.4), ("middle", 0.1)):
         make_run(tmp_path / name, name.title(), skill=skill)
-    table = leaderboard(tmp_path)
+    table = leaderboard(tmp_path).table
     assert list(table["run"]) == ["strong", "middle", "weak"] and list(table["place"]) == [1, 2, 3]
     assert (table["reasoning_score_low"] < table["reasoning_score"]).all()
     assert (table["reasoning_score"] < table["reasoning_score_high"]).all()
@@ -36,7 +38,7 @@ def test_equal_scores_share_a_place(tmp_path):
     make_run(tmp_path / "b", "One", created="2026-01-01")
     make_run(tmp_path / "a", "One", created="2026-01-02")
     make_run(tmp_path / "c", "Worse", skill=-0.4)
-    assert list(leaderboard(tmp_path)["place"]) == [1, 1, 3]
+    assert list(leaderboard(tmp_path).table["place"]) == [1, 1, 3]
 
 
 def test_other_conditions_and_tiers_are_sections_of_their_own_with_places_of_their_own(tmp_path):
@@ -44,11 +46,11 @@ def test_other_conditions_and_tiers_are_sections_of_their_own_with_places_of_the
     make_run(tmp_path / "b", "B", skill=0.4, conditions=other_conditions(n_threads=8))
     make_run(tmp_path / "c", "C", tier="standard")
     make_run(tmp_path / "d", "D", skill=0.2)
-    table = leaderboard(tmp_path)
+    table = leaderboard(tmp_path).table
     sections = table.groupby(["tier", "conditions"], sort=False)
     assert len(sections) == 3 and table["tier"].iloc[0] == "standard"
     assert all(list(group["place"]) == list(range(1, len(group) + 1)) for _, group in sections)
-    text = markdown(tmp_path, table)
+    text = str(leaderboard(tmp_path))
     assert len(re.findall("^## Tier", text, re.M)) == 3
     assert "scores.n_threads (1 there, 8 here)" in text
     assert text.count("is no measure of a large model") == 2, "both nano sections say so"
@@ -57,9 +59,9 @@ def test_other_conditions_and_tiers_are_sections_of_their_own_with_places_of_the
 def test_a_withheld_score_is_last_without_a_place_and_with_its_reason(tmp_path):
     make_run(tmp_path / "a", "A", skill=-0.4)
     make_run(tmp_path / "b", "B", skill=0.4, withheld={"reasoning_score": "3 of 40 items have a result"})
-    table = leaderboard(tmp_path)
+    table = leaderboard(tmp_path).table
     assert list(table["run"]) == ["a", "b"] and pd.isna(table["place"].iloc[1])
-    text = markdown(tmp_path, table)
+    text = str(leaderboard(tmp_path))
     assert "| withheld |" in text and "- b: withheld: reasoning_score: 3 of 40 items have a result" in text
 
 
@@ -72,9 +74,9 @@ def test_a_report_with_everything_withheld_is_still_listed(tmp_path):
         "cpu_tokens_per_sec",
     )
     make_run(tmp_path / "a", "A", withheld=dict.fromkeys(names, "not run"))
-    table = leaderboard(tmp_path)
+    table = leaderboard(tmp_path).table
     assert table["run"].tolist() == ["a"] and table["withheld"].iloc[0].count("not run") == 5
-    assert markdown(tmp_path, table).count("| withheld ") >= 4
+    assert str(leaderboard(tmp_path)).count("| withheld ") >= 4
 
 
 def test_what_cannot_be_read_or_was_edited_is_listed_with_its_reason(tmp_path):
@@ -89,19 +91,19 @@ def test_what_cannot_be_read_or_was_edited_is_listed_with_its_reason(tmp_path):
     torn.write_text(torn.read_text()[:500])
     (tmp_path / "empty" / "report.json").write_text("")
     (tmp_path / "foreign" / "report.json").write_text('{"hello": "world"}')
-    table = leaderboard(tmp_path)
+    table = leaderboard(tmp_path).table
     bad = table[table["problem"] != ""]
     assert list(bad["report"]) == [f"{name}/report.json" for name in ("edited", "empty", "foreign", "torn")]
     assert bad["problem"].str.len().gt(5).all() and bad["place"].isna().all()
     assert list(table[table["problem"] == ""]["run"]) == ["good"]
-    text = markdown(tmp_path, table)
-    assert all(f"- `{name}`: " in text for name in bad["report"])
+    text = str(leaderboard(tmp_path))
+    assert all(f"- {name}: " in text for name in bad["report"])
 
 
 def test_a_copy_of_a_report_counts_once(tmp_path):
     make_run(tmp_path / "a", "A")
     shutil.copytree(tmp_path / "a", tmp_path / "z")
-    table = leaderboard(tmp_path)
+    table = leaderboard(tmp_path).table
     assert list(table["report"]) == ["a/report.json", "z/report.json"]
     assert table["problem"].tolist() == ["", "the same report as a/report.json"]
 
@@ -119,25 +121,143 @@ def test_a_boundary_that_was_not_reached_and_a_busy_machine_are_marked(tmp_path)
     make_run(tmp_path / "holds", "Holds", flat=0.99, contended=True)
     make_run(tmp_path / "swept", "Swept", flat=0.0)
     (tmp_path / "swept" / "sweep_row.json").write_text('{"beside": ["holds"]}')
-    table = leaderboard(tmp_path)
-    text = markdown(tmp_path, table)
+    table = leaderboard(tmp_path).table
+    text = str(leaderboard(tmp_path))
     assert table["contended"].all() and text.count("(contended)") == 2
     assert "| over 1,024 |" in text and "(floor)" in text
 
 
 def test_an_empty_folder_gives_an_empty_table_and_a_missing_one_an_error(tmp_path):
-    table = leaderboard(tmp_path)
+    table = leaderboard(tmp_path).table
     assert len(table) == 0 and list(table.columns) == list(boards.COLUMNS)
-    assert "No report counts here." in markdown(tmp_path, table)
+    assert "No report counts here." in str(leaderboard(tmp_path))
     with pytest.raises(DfqsError, match="no such folder"):
         leaderboard(tmp_path / "none")
 
 
 def test_the_files_hold_the_table(tmp_path):
     make_run(tmp_path / "a", "A|B")
-    table = leaderboard(tmp_path)
-    csv, text = write_leaderboard(tmp_path, table)
+    csv, text = leaderboard(tmp_path).write()
     again = pd.read_csv(csv)
     assert list(again.columns) == list(boards.COLUMNS) and again["model"].tolist() == ["A|B"]
     assert "A\\|B" in text.read_text()
-    assert len(leaderboard(tmp_path)) == 1, "its own files are no reports"
+    assert len(leaderboard(tmp_path).table) == 1, "its own files are no reports"
+
+
+# ---- reports of others ----
+
+
+HOSTILE = "<img src=x onerror=alert(1)> | x |\n\n# H1 ![t](http://127.0.0.1:9/t.png) [c](javascript:alert(1)) \x1b[31m"
+
+
+def edited(folder, change):
+    """A report with a right hash, whatever is in it."""
+    path = folder / "report.json"
+    report = json.loads(path.read_text())
+    change(report)
+    path.write_text(json.dumps(report))
+    reseal(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda r: r["metrics"].update(reasoning_score=0.992), "reasoning_score is 0.992 and"),
+        (
+            lambda r: (
+                r["metrics"].update(code_score=0.99),
+                r["details"]["code_score"].update(value=0.99, high=1.0),
+            ),
+            "its items give code_score value",
+        ),
+        (lambda r: r["details"]["code_score"].update(low=0.99), "outside its interval"),
+        (lambda r: r["details"]["code_score"].update(n=0), "from no answers"),
+        (lambda r: r["details"]["reasoning_score"].update(low=None), "its items give reasoning_score low"),
+        (lambda r: r["metrics"].update(cpu_tokens_per_sec=-1.0), "does not follow the schema"),
+        (
+            lambda r: [
+                r[k].update(failure_boundary_tokens=v)
+                for k, v in (
+                    ("metrics", 10**17),
+                    (
+                        "details",
+                        r["details"]["failure_boundary_tokens"] | {"value": 10**17, "tokens": 10**17},
+                    ),
+                )
+            ],
+            "no measurement gives",
+        ),
+        (lambda r: r["details"]["failure_boundary_tokens"].update(tokens=7), "the boundary is"),
+        (lambda r: r["details"]["context_stability_curve"].update(lengths=[64]), "another number of points"),
+    ],
+)
+def test_a_forged_or_contradictory_report_is_listed_with_its_reason_and_the_rest_is_ranked(
+    tmp_path, change, problem
+):
+    make_run(tmp_path / "good", "Good")
+    edited(make_run(tmp_path / "forged", "Forged", seed=3), change)
+    table = leaderboard(tmp_path).table
+    assert list(table["run"].dropna()) == ["good"] and problem in table["problem"].iloc[1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"a": NaN}',
+        '{"a": 1e999}',
+        '{"a": ' + "9" * 5000 + "}",
+        '"\\ud800"',
+        "\x00",
+        "{}",
+        "[]",
+    ],
+    ids=["deep", "NaN", "inf", "big", "surrogate", "zero", "object", "list"],
+)
+def test_no_file_ends_the_leaderboard(tmp_path, text):
+    make_run(tmp_path / "good", "Good")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "report.json").write_text(text)
+    ranked = leaderboard(tmp_path)
+    assert ranked.n_problems == 1 and list(ranked.table["run"].dropna()) == ["good"]
+    assert "- bad/report.json: " in str(ranked)
+
+
+def test_a_fifo_a_link_to_a_folder_and_a_surrogate_name_do_no_harm(tmp_path):
+    make_run(tmp_path / "good", "Good")
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "report.json")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    edited(make_run(tmp_path / "odd", "Odd"), lambda r: r["model"].update(name="a\ud800"))
+    ranked = leaderboard(tmp_path)
+    assert ranked.n_problems == 1 and len(ranked.table) == 3
+    str(ranked).encode()
+    ranked.write()
+
+
+def test_names_of_others_stay_names(tmp_path):
+    make_run(tmp_path / "good", "Good")
+    bad = make_run(tmp_path / "bad", "Bad", seed=3)
+    edited(bad, lambda r: (r["model"].update(name=HOSTILE), r.update(run='=HYPERLINK("http://127.0.0.1:9")')))
+    ranked = leaderboard(tmp_path)
+    csv, text = ranked.write()
+    page = markdown2html_mistune(text.read_text())
+    assert not [tag for tag in ("<img", "<h1>H1", 'href="javascript', 'href="http') if tag in page]
+    assert "\x1b" not in text.read_text() + csv.read_text() + str(ranked)
+    assert not re.search(r'(^|,)"?=', csv.read_text(), re.M), "a cell is a formula"
+
+
+def test_a_report_without_its_answers_has_no_place(tmp_path):
+    make_run(tmp_path / "whole", "Whole", skill=-0.3)
+    alone = make_run(tmp_path / "alone", "Alone", skill=0.4)
+    (alone / "score_items.csv").unlink()
+    ranked = leaderboard(tmp_path)
+    assert list(ranked.table["run"]) == ["whole", "alone"]
+    assert ranked.table["place"].iloc[0] == 1 and pd.isna(ranked.table["place"].iloc[1])
+    assert "alone (answers not here)" in str(ranked)
+
+
+def test_no_number_of_seventeen_digits_is_written(tmp_path):
+    make_run(tmp_path / "a", "A")
+    csv, text = leaderboard(tmp_path).write()
+    assert not re.search(r"\d\.\d{8,}", csv.read_text() + text.read_text())

@@ -7,20 +7,20 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import jsonschema
 import pytest
-from sealed_run import make_run, recorded
+import yaml
+from nbconvert.filters.markdown_mistune import markdown2html_mistune
+from sealed_run import make_run, recorded, with_answers
 
-from dfqs_nb.core import figures as plots
+from dfqs_nb import report
 from dfqs_nb.core import files as core_files
-from dfqs_nb.core import stage as core_stage
-from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.journal import Journal
-from dfqs_nb.report import figures as report_figures
-from dfqs_nb.report import metrics as report
-from dfqs_nb.report import stages as report_files
-from dfqs_nb.report import text as report_text
+from dfqs_nb.core.errors import DfqsError, StageError
+from dfqs_nb.core.stage import NOTEBOOKS, Stage
+from dfqs_nb.report import metrics, stages, text
+from dfqs_nb.report.files import uncovered
 from dfqs_nb.report.stages import ReportError
 from dfqs_nb.workbook import cli
 
@@ -31,6 +31,7 @@ METRICS = {
     "cpu_tokens_per_sec": float,
     "failure_boundary_tokens": int,
 }
+HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>\n# H1\n![t](http://127.0.0.1:9/t.png) [c](javascript:a) \x1b[31m'
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,28 @@ def made(run):
     return report.build_report(run, ask_llama_cpp=False)
 
 
+@pytest.fixture(scope="module")
+def written(merged_reference, tmp_path_factory):
+    """A run with answers, and its report in all its files."""
+    folder = with_answers(tmp_path_factory.mktemp("written") / "nano", merged_reference)
+    report.write_report(folder, report.build_report(folder, ask_llama_cpp=False))
+    return folder
+
+
 @pytest.fixture
 def own(run, tmp_path):
     return shutil.copytree(run, tmp_path / "own")
+
+
+@pytest.fixture
+def copied(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "nano")
+
+
+def store(folder: Path, body: dict) -> Path:
+    """Write ``report.json`` after the checks that every report passes."""
+    metrics.check_report(body, folder / metrics.FILE)
+    return core_files.write_json(folder / metrics.FILE, body)
 
 
 def resealed(body: dict) -> dict:
@@ -73,7 +93,7 @@ def test_metrics_are_those_of_the_stages(made):
     ]
 
 
-def test_conditions_hash_ignores_which_model_it_was(run, made, merged_reference, tmp_path):
+def test_conditions_hash_ignores_which_model_it_was(made, merged_reference, tmp_path):
     changed = {
         name: {"conditions": {**recorded(name)["conditions"], "model": "a" * 64}}
         for name in ("header", "generate", "routing", "scores")
@@ -87,36 +107,51 @@ def test_conditions_hash_ignores_which_model_it_was(run, made, merged_reference,
     assert other["conditions_sha256"] == made["conditions_sha256"]
 
 
+def test_a_report_of_another_model_has_none_of_the_artifacts_statements_or_hardware(
+    merged_reference, tmp_path
+):
+    changed = {
+        name: {"conditions": {**recorded(name)["conditions"], "model": "a" * 64}}
+        for name in ("header", "generate", "routing", "scores")
+    }
+    for name in ("merge", "long_context"):
+        changed[name] = {"model": {**recorded(name)["model"], "sha256": "a" * 64}}
+    folder = make_run(tmp_path / "other", merged_reference, **changed)
+    other = report.build_report(folder, ask_llama_cpp=False)
+    assert other["claims"] == [] and other["hardware_envelope"]["artifact"] is None
+    assert not [row for row in other["hardware_envelope"]["model"]["fits"] if "DFQS" in row["limit"]]
+    for written in (text.markdown(other, folder), text.page(other, folder)):
+        assert "DeepSeek-V4-Flash" not in written and "Flash-IQ1_S" not in written
+
+
+def test_the_reference_models_report_is_marked_as_a_demonstration(made, run):
+    assert len(made["claims"]) > 100 and made["model"]["relation_to_artifact"] == "reference"
+    assert "A demonstration" in text.page(made, run) and "A demonstration" in text.markdown(made, run)
+
+
 def test_conditions_hash_changes_with_a_setting(made, merged_reference, tmp_path):
     scores = recorded("scores")
     scores["conditions"]["n_threads"] = 2
-    other = make_run(tmp_path / "other", merged_reference, scores=scores)
-    found = report.build_report(other, ask_llama_cpp=False)
+    found = report.build_report(
+        make_run(tmp_path / "other", merged_reference, scores=scores), ask_llama_cpp=False
+    )
     assert found["conditions_sha256"] != made["conditions_sha256"]
     verdicts = {row["id"]: row["verdict"] for row in found["conformance"]}
     assert verdicts["identical-conditions"] == "not met"
 
 
 def test_written_report_reads_back_equal_and_follows_the_published_schema(made, own):
-    path = report.write_report(own, made)
+    path = store(own, made)
     assert report.read_report(own) == report.read_report(path) == json.loads(json.dumps(made))
-    jsonschema.Draft202012Validator.check_schema(report.schema())
-    jsonschema.validate(made, report.schema())
-
-
-def test_its_sources_are_the_stages_and_their_files(made, own):
-    assert {"scores.json", "scores_table.csv", "routing.json"} <= set(made["sources"])
-    report.check_sources(made, own)
-    (own / "scores_table.csv").write_text("other")
-    with pytest.raises(ReportError, match="was changed since the report was written"):
-        report.check_sources(made, own)
+    jsonschema.Draft202012Validator.check_schema(metrics.schema())
+    jsonschema.validate(made, metrics.schema())
 
 
 # ---- what it withholds ----
 
 
 @pytest.mark.parametrize(
-    "stage, metrics",
+    "stage, names",
     [
         ("scores", ["reasoning_score", "code_score", "cpu_tokens_per_sec"]),
         ("long_context", ["context_stability_curve", "failure_boundary_tokens"]),
@@ -125,51 +160,44 @@ def test_its_sources_are_the_stages_and_their_files(made, own):
         ("header", []),
     ],
 )
-def test_missing_stage_withholds_its_metrics_and_names_its_notebook(
-    stage, metrics, merged_reference, tmp_path
-):
-    found = report.build_report(
-        make_run(tmp_path / "r", merged_reference, without=(stage,)), ask_llama_cpp=False
-    )
-    assert [name for name, value in found["metrics"].items() if value is None] == metrics
-    for name in metrics:
-        assert report_files.STAGES[stage] in found["details"][name]["withheld"]
-    jsonschema.validate(found, report.schema())
-    assert report.sentences(found)
+def test_missing_stage_withholds_its_metrics_and_names_its_notebook(stage, names, merged_reference, tmp_path):
+    folder = make_run(tmp_path / "r", merged_reference, without=(stage,))
+    found = report.build_report(folder, ask_llama_cpp=False)
+    assert [name for name, value in found["metrics"].items() if value is None] == names
+    for name in names:
+        assert NOTEBOOKS[stage] in found["details"][name]["withheld"]
+    jsonschema.validate(found, metrics.schema())
+    assert len(report.verdict(found).lines) == 6 and text.page(found, folder)
 
 
 def test_partial_score_is_withheld_and_says_how_many_are_missing(merged_reference, tmp_path):
     scores = recorded("scores")["scores"]
     scores[0] |= {"value": None, "low": None, "high": None, "n_missing": 3}
-    found = report.build_report(
-        make_run(tmp_path / "r", merged_reference, scores={"scores": scores}), ask_llama_cpp=False
-    )
+    folder = make_run(tmp_path / "r", merged_reference, scores={"scores": scores})
+    found = report.build_report(folder, ask_llama_cpp=False)
     assert found["metrics"]["reasoning_score"] is None and found["metrics"]["code_score"] is not None
     assert found["details"]["reasoning_score"]["withheld"] == "3 of 128 items lack a result"
 
 
 def test_code_that_was_never_run_is_withheld(merged_reference, tmp_path):
     changed = {"scores": recorded("scores")["scores"][:1], "sandbox": "none"}
-    found = report.build_report(
-        make_run(tmp_path / "r", merged_reference, scores=changed), ask_llama_cpp=False
-    )
+    folder = make_run(tmp_path / "r", merged_reference, scores=changed)
+    found = report.build_report(folder, ask_llama_cpp=False)
     assert "without a sandbox" in found["details"]["code_score"]["withheld"]
 
 
 def test_nan_is_withheld_not_written(merged_reference, tmp_path):
     changed = {"context_stability_curve": [1.0, float("nan")]}
-    found = report.build_report(
-        make_run(tmp_path / "r", merged_reference, long_context=changed), ask_llama_cpp=False
-    )
+    folder = make_run(tmp_path / "r", merged_reference, long_context=changed)
+    found = report.build_report(folder, ask_llama_cpp=False)
     assert found["metrics"]["context_stability_curve"] is None
     assert "NaN" not in json.dumps(found)
 
 
 def test_speed_on_a_gpu_is_no_cpu_speed(merged_reference, tmp_path):
     conditions = {**recorded("scores")["conditions"], "n_gpu_layers": 9}
-    found = report.build_report(
-        make_run(tmp_path / "r", merged_reference, scores={"conditions": conditions}), ask_llama_cpp=False
-    )
+    folder = make_run(tmp_path / "r", merged_reference, scores={"conditions": conditions})
+    found = report.build_report(folder, ask_llama_cpp=False)
     assert found["details"]["cpu_tokens_per_sec"]["withheld"] == "layers were on a GPU"
 
 
@@ -198,59 +226,61 @@ def edit(path, change):
 )
 def test_edited_stage_is_refused_by_name(name, change, refusal, own):
     edit(own / name, change)
-    with pytest.raises(ReportError, match=refusal) as error:
+    with pytest.raises(StageError, match=refusal) as error:
         report.build_report(own, ask_llama_cpp=False)
     assert name in str(error.value) and "run 0" in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"stage": "scores", "x": NaN}', "\x00"])
-def test_stage_that_is_cut_or_foreign_is_refused(text, own):
-    (own / "scores.json").write_text(text)
-    with pytest.raises(ReportError, match=r"scores\.json.*run 06"):
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", "null", '{"stage": "scores", "x": NaN}', "\x00", "[" * 100_000], ids=str
+)
+def test_stage_that_is_cut_or_foreign_is_refused(content, own):
+    (own / "scores.json").write_text(content)
+    with pytest.raises(StageError, match=r"scores\.json.*run 06"):
         report.build_report(own, ask_llama_cpp=False)
 
 
 def test_edited_or_missing_table_is_refused(own):
     (own / "long_context_table.csv").write_text("stage\nbetter\n")
-    with pytest.raises(ReportError, match="long_context_table.csv: was changed after long_context.json"):
-        report_files.read_stages(own)
+    with pytest.raises(StageError, match="long_context_table.csv: was changed after long_context.json"):
+        stages.read_run(own)
     (own / "long_context_table.csv").unlink()
-    with pytest.raises(ReportError, match="is missing"):
-        report_files.read_stages(own)
+    with pytest.raises(StageError, match="is missing"):
+        stages.read_run(own)
 
 
 def test_stages_of_two_models_are_refused(merged_reference, tmp_path):
     conditions = {**recorded("scores")["conditions"], "model": "b" * 64}
-    run = make_run(tmp_path / "r", merged_reference, scores={"conditions": conditions})
+    folder = make_run(tmp_path / "r", merged_reference, scores={"conditions": conditions})
     with pytest.raises(ReportError, match="another model"):
-        report_files.read_stages(run)
+        stages.read_run(folder)
 
 
 def test_mixed_tiers_are_refused(merged_reference, tmp_path):
-    run = make_run(tmp_path / "r", merged_reference, scores={"tier": "standard"})
+    folder = make_run(tmp_path / "r", merged_reference, scores={"tier": "standard"})
     with pytest.raises(ReportError, match="long_context is nano, scores is standard"):
-        report_files.read_stages(run)
+        stages.read_run(folder)
 
 
 def test_empty_folder_is_refused(tmp_path):
     with pytest.raises(ReportError, match="has no run.*01_merge_shards"):
-        report_files.read_stages(tmp_path)
+        stages.read_run(tmp_path)
 
 
 def test_model_that_is_gone_or_another_is_refused(merged_reference, tmp_path):
     model = tmp_path / "m.gguf"
-    run = make_run(tmp_path / "r", model)
+    folder = make_run(tmp_path / "r", model)
     with pytest.raises(ReportError, match="is gone"):
-        report.build_report(run)
+        report.build_report(folder)
     shutil.copy(merged_reference, model)
     with model.open("ab") as file:
         file.write(b"x")
     with pytest.raises(ReportError, match="not the model of this run"):
-        report.build_report(run)
+        report.build_report(folder)
 
 
 def test_edited_report_is_refused_on_reading(made, own):
-    path = report.write_report(own, made)
+    path = store(own, made)
     edit(path, lambda c: c["metrics"].update(code_score=1.0))
     with pytest.raises(ReportError, match="edited after it was written"):
         report.read_report(own)
@@ -275,20 +305,36 @@ def test_report_against_the_schema_is_refused_even_with_a_right_hash(change, whe
     wrong = copy.deepcopy(made)
     change(wrong)
     with pytest.raises(ReportError, match=f"schema at .*{where}"):
-        report.write_report(own, resealed(wrong))
-    assert not (own / report.FILE).exists()
+        store(own, resealed(wrong))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["metrics"].update(code_score=1.0),
+        lambda c: c["details"]["code_score"].update(low=0.9),
+        lambda c: c["details"]["failure_boundary_tokens"].update(tokens=1),
+        lambda c: c["details"]["context_stability_curve"].update(lengths=[64]),
+        lambda c: c["details"]["reasoning_score"]["counts"].update(correct=1),
+    ],
+)
+def test_a_report_that_contradicts_itself_is_refused_even_with_a_right_hash(change, made, own):
+    wrong = copy.deepcopy(made)
+    change(wrong)
+    with pytest.raises(ReportError, match="contradicts itself"):
+        store(own, resealed(wrong))
 
 
 def test_conditions_that_do_not_have_their_hash_are_refused(made, own):
     wrong = copy.deepcopy(made)
     wrong["conditions"]["scores"]["n_threads"] = 64
     with pytest.raises(ReportError, match="conditions do not have the hash"):
-        report.write_report(own, resealed(wrong))
+        store(own, resealed(wrong))
 
 
-@pytest.mark.parametrize("text", ["", "not json", "[]", '{"model": 1}'])
-def test_foreign_report_is_refused(text, tmp_path):
-    (tmp_path / report.FILE).write_text(text)
+@pytest.mark.parametrize("content", ["", "not json", "[]", '{"model": 1}'])
+def test_foreign_report_is_refused(content, tmp_path):
+    (tmp_path / metrics.FILE).write_text(content)
     with pytest.raises(ReportError):
         report.read_report(tmp_path)
 
@@ -298,109 +344,218 @@ def test_no_report_is_refused_with_what_to_run(tmp_path):
         report.read_report(tmp_path)
 
 
+# ---- the verdict ----
+
+
+def test_the_verdict_answers_six_questions_with_intervals_and_caveats(made):
+    lines = report.verdict(made).lines
+    assert [line.question.split()[0] for line in lines] == ["Is", "Does", "Is", "How", "What", "Which"]
+    assert all(
+        line.answer and line.caveat and line.mark in ("yes", "no", "in part", "unknown") for line in lines
+    )
+    by = {line.question: line for line in lines}
+    assert "269 to 450" in by["How far does the context carry?"].answer
+    assert "Reasoning 0.54 (0.45 to 0.62, n = 128)" in by["What does it score?"].answer
+    assert by["Does it run here, and how fast?"].caveat.startswith("Contended")
+
+
+def test_the_verdict_is_no_better_than_its_evidence(merged_reference, tmp_path):
+    routing = recorded("routing")["verdict"] | {"passed": False, "n_differ": 7}
+    boundary = recorded("long_context")["boundary"] | {
+        "status": "floor",
+        "tokens": 0,
+        "low": None,
+        "high": None,
+    }
+    changed = {
+        "routing": {"verdict": routing},
+        "long_context": {"boundary": boundary, "failure_boundary_tokens": 0},
+        "generate": {"answers": []},
+    }
+    folder = make_run(tmp_path / "r", merged_reference, **changed)
+    marks = [line.mark for line in report.verdict(report.build_report(folder, ask_llama_cpp=False)).lines]
+    assert marks == ["no", "no", "no", "no", "yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"provisional": True, "n_haystacks": 6}, "provisional: 6 texts, fewer than 12"),
+        ({"not_monotone": True, "first_crossing": 181}, "not monotone.*first crossing at 181"),
+        ({"right_censored": True, "status": "right_censored", "high": None}, "or more .*to open"),
+        ({"status": "floor", "tokens": 0}, "no better than guessing"),
+    ],
+)
+def test_flags_of_the_boundary_stand_wherever_it_stands(merged_reference, tmp_path, changes, words):
+    boundary = recorded("long_context")["boundary"] | changes
+    changed = {"boundary": boundary, "failure_boundary_tokens": boundary["tokens"]}
+    folder = make_run(tmp_path / "r", merged_reference, long_context=changed)
+    found = report.build_report(folder, ask_llama_cpp=False)
+    for place in (
+        text.markdown(found, folder),
+        text.model_index(found),
+        text.eval_results(found),
+        str(report.verdict(found)),
+    ):
+        assert re.search(words, " ".join(place.split()), re.I), place
+
+
 # ---- the texts ----
 
 
-@pytest.fixture(scope="module")
-def texts(made, run, tmp_path_factory):
-    folder = shutil.copytree(run, tmp_path_factory.mktemp("texts") / "nano")
-    plots.save(report_figures.report_shares(report.shares(made)), folder / "report_shares.png")
-    full = report.with_figures(made, folder, ["report_shares.png"])
-    report.write_report(folder, full)
-    return {
-        path.name: path.read_text() for path in report_text.write_texts(folder, report.read_report(folder))
-    }
+def test_nano_tier_says_so_on_the_first_line(written):
+    assert "Nano tier" in (written / "report.md").read_text().splitlines()[0]
+    assert "Nano tier" in (written / "model-index.yml").read_text().splitlines()[0]
+    body = (written / "report.html").read_text().split("<body>")[1]
+    assert "Nano tier" in body[:600]
 
 
-def test_nano_tier_says_so_on_the_first_line(texts):
-    assert "Nano tier" in texts["report.md"].splitlines()[0]
-    assert "Nano tier" in texts["model-index.yml"].splitlines()[0]
-    assert (
-        re.sub(r"<[^>]+>|\s+", " ", texts["report.html"].split("<body>")[1]).strip().startswith("Nano tier")
+def test_standard_tier_does_not(made, run):
+    assert "Nano tier" not in text.markdown({**made, "tier": "standard"}, run)
+
+
+def test_the_texts_open_with_the_verdict_and_have_every_requirement_and_statement(written):
+    own = report.read_report(written)
+    for name in ("report.md", "report.html"):
+        content = (written / name).read_text()
+        assert content.index("Which demands of DFQS are met?") < content.index("The five metrics")
+        assert all(row["verdict"] in content for row in (*own["conformance"], *own["claims"]))
+    page = (written / "report.html").read_text()
+    assert all(f'id="claim-{row["id"]}"' in page for row in own["claims"])
+    rows = [line for line in (written / "report.md").read_text().splitlines() if line.startswith("| C")]
+    assert len(rows) == sum(row["number"].startswith("C") for row in own["claims"])
+
+
+def test_the_hub_parses_both_of_its_forms(written):
+    from huggingface_hub import ModelCard, parse_eval_result_entries
+
+    own = report.read_report(written)
+    card = ModelCard(
+        f"---\n{(written / 'model-index.yml').read_text()}---\n\n{(written / 'report.md').read_text()}"
     )
-
-
-def test_standard_tier_does_not(made):
-    assert report_text.markdown({**made, "tier": "standard"}).startswith("# DFQS report")
-
-
-def test_markdown_has_every_requirement_and_statement(made, texts):
-    for row in (*made["conformance"], *made["claims"]):
-        assert row["verdict"] in texts["report.md"]
-    assert texts["report.md"].count("\n| ") > len(made["conformance"]) + len(made["claims"])
-    for name in METRICS:
-        assert f"| {name} | " in texts["report.md"]
-
-
-def test_the_hub_parses_the_model_index(made, texts):
-    from huggingface_hub import ModelCard
-
-    card = ModelCard(f"---\n{texts['model-index.yml']}---\n\n{texts['report.md']}")
-    assert card.data.model_name == made["model"]["name"]
+    assert card.data.model_name == own["model"]["name"]
     found = {one.metric_name: one.metric_value for one in card.data.eval_results}
-    assert found == {name: made["metrics"][name] for name in METRICS if name != "context_stability_curve"}
+    wanted = {name: value for name, value in own["metrics"].items() if name != "context_stability_curve"}
+    assert found == pytest.approx(wanted, rel=1e-5)
     sets = {one.metric_name: one.dataset_name for one in card.data.eval_results}
     assert sets["code_score"].endswith("nano-code") and sets["reasoning_score"].endswith("nano-reasoning")
+    speed = next(one for one in card.data.eval_results if one.metric_name == "cpu_tokens_per_sec")
+    assert speed.dataset_args["contended"] is True
+    entries = parse_eval_result_entries(yaml.safe_load((written / ".eval_results" / "dfqs.yaml").read_text()))
+    assert {one.value for one in entries} == set(found.values()) and all(one.date for one in entries)
 
 
-class Fetched(HTMLParser):
-    """What a page would fetch, and whether it holds code."""
+class Parsed(HTMLParser):
+    """What a page would fetch, where it links to, and its tags."""
 
     def __init__(self):
         super().__init__()
-        self.fetched, self.tags = [], []
+        self.fetched, self.links, self.tags, self.ids, self.handlers = [], [], [], set(), []
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.fetched += [value for name, value in attributes if name in ("src", "href") and value]
+        self.fetched += [value for name, value in attributes if name == "src" and value]
+        self.links += [value for name, value in attributes if name == "href" and value]
+        self.ids |= {value for name, value in attributes if name == "id"}
+        self.handlers += [name for name, _ in attributes if name.startswith("on")]
 
 
-def test_page_is_one_file_without_scripts_that_fetches_nothing(texts):
-    page = Fetched()
-    page.feed(texts["report.html"])
-    assert "script" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
+def parsed(content: str) -> Parsed:
+    page = Parsed()
+    page.feed(content)
+    return page
+
+
+def test_page_is_one_file_without_scripts_that_fetches_nothing(written):
+    content = (written / "report.html").read_text()
+    page = parsed(content)
+    assert not {"script", "link", "iframe", "object", "form"} & set(page.tags) and not page.handlers
     assert page.fetched and all(one.startswith("data:image/png;base64,") for one in page.fetched)
-    assert "url(" not in texts["report.html"] and "In [" not in texts["report.html"]
+    assert "default-src 'none'" in content and "url(" not in content
+    anchors = {one[1:] for one in page.links if one.startswith("#")}
+    assert anchors and anchors <= page.ids
+    rest = [one for one in page.links if not one.startswith("#")]
+    hosts = ("https://github.com/", "https://arxiv.org/", "https://huggingface.co/")
+    assert len(rest) > 20 and all(one.startswith(hosts) for one in rest)
 
 
-def test_figure_outside_the_hashes_is_not_shown(made, run):
-    assert "![" not in report_text.markdown(made, ["somewhere_else.png"])
+def test_every_image_has_words_and_the_page_bends_to_small_dark_and_paper(written):
+    content = (written / "report.html").read_text()
+    assert all(alt for alt in re.findall(r'<img alt="([^"]*)"', content))
+    assert (
+        "prefers-color-scheme: dark" in content
+        and "max-width: 700px" in content
+        and "@media print" in content
+    )
+
+
+def test_no_number_of_seventeen_digits_is_shown(written):
+    names = [
+        "report.md",
+        "model-index.yml",
+        "claims.csv",
+        "conformance.csv",
+        "dfqs_report.json",
+        ".eval_results/dfqs.yaml",
+    ]
+    for name in names[:4] + names[5:]:
+        assert not re.search(r"\d\.\d{8,}", (written / name).read_text()), name
+    page = re.sub(r"base64,[^\"]+", "", (written / "report.html").read_text())
+    assert not re.search(r"\d\.\d{8,}", page)
+    assert not re.search(
+        r"\d\.\d{8,}", " ".join(json.loads((written / "dfqs_report.json").read_text())["summary"])
+    )
+
+
+def test_a_figure_that_is_missing_is_said(made, run):
+    shown = {**made, "sources": {**made["sources"], "context_curve.png": "0" * 64}}
     with pytest.raises(ReportError, match="figure is missing"):
-        report_text.page("![x](report_shares.png)", run, "t")
+        text.page(shown, run)
 
 
-def test_markup_in_a_model_name_does_not_reach_the_page(made, tmp_path):
+def test_names_of_others_run_no_script_and_make_no_headings_images_or_links(made, run):
     evil = copy.deepcopy(made)
-    evil["model"]["name"] = "<script>alert(1)</script>"
-    page = report_text.page(report_text.markdown(evil), tmp_path, evil["model"]["name"])
-    assert "<script" not in page
+    evil["model"] |= {"name": HOSTILE, "architecture": HOSTILE, "tensor_types": HOSTILE}
+    evil["run"] = HOSTILE
+    evil["machine"]["processor"] = HOSTILE
+    evil["hardware_envelope"]["model"]["model"] = HOSTILE
+    evil["conformance"][0]["evidence"] = HOSTILE
+    evil["claims"][0]["source"] = HOSTILE
+    page = text.page(evil, run)
+    clean = parsed(page)
+    assert not {"script", "h4"} & set(clean.tags) and not clean.handlers and "\x1b" not in page
+    assert not clean.fetched and not [one for one in clean.links if "javascript" in one or "127.0.0.1" in one]
+    assert clean.tags.count("h1") == 1
+    shown = markdown2html_mistune(text.markdown(evil, run))
+    assert not [
+        tag for tag in ("<script", "<img src=x", 'javascript:a"', '127.0.0.1:9/t.png"') if tag in shown
+    ]
+    assert "\x1b" not in text.markdown(evil, run) and parsed(shown).tags.count("h1") == 1
+    assert "\x1b" not in text.model_index(evil) and "\x1b" not in str(report.verdict(evil))
 
 
 def test_nothing_measured_gives_no_model_index(merged_reference, tmp_path):
-    run = make_run(tmp_path / "r", merged_reference, without=("scores", "long_context"))
-    found = report.build_report(run, ask_llama_cpp=False)
+    folder = make_run(tmp_path / "r", merged_reference, without=("scores", "long_context"))
+    found = report.build_report(folder, ask_llama_cpp=False)
     with pytest.raises(ReportError, match="nothing for a model card"):
-        report_text.model_index(found)
-    report.write_report(run, found)
-    assert [path.name for path in report_text.write_texts(run, found)] == ["report.md", "report.html"]
-
-
-def test_model_index_of_an_earlier_report_does_not_outlive_its_metrics(made, merged_reference, tmp_path):
-    run = make_run(tmp_path / "r", merged_reference, without=("scores", "long_context"))
-    (run / "model-index.yml").write_text("an earlier report's")
-    report_text.write_texts(run, report.build_report(run, ask_llama_cpp=False))
-    assert not (run / "model-index.yml").exists()
+        text.model_index(found)
+    (folder / "model-index.yml").write_text("an earlier report's")
+    names = {path.name for path in report.write_report(folder, found)}
+    assert {"report.md", "report.html", "report.json"} <= names and "model-index.yml" not in names
+    assert not (folder / "model-index.yml").exists(), (
+        "one of an earlier report would state what this withholds"
+    )
 
 
 def test_the_machine_is_the_one_that_was_timed_wherever_the_report_is_written(merged_reference, tmp_path):
     timed = {"system": "Plan 9", "processor": "another"}
-    run = make_run(tmp_path / "r", merged_reference, scores={"machine": timed})
-    assert report.build_report(run, ask_llama_cpp=False)["machine"] == timed
+    folder = make_run(tmp_path / "r", merged_reference, scores={"machine": timed})
+    assert report.build_report(folder, ask_llama_cpp=False)["machine"] == timed
     bare = make_run(tmp_path / "bare", merged_reference, without=("scores",))
     assert report.build_report(bare, ask_llama_cpp=False)["machine"]["usable cores"] >= 1
 
 
-# ---- the seal ----
+# ---- seals and checks ----
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -416,44 +571,74 @@ def test_the_edit_that_is_shown_is_the_same_in_whatever_order_a_folder_lists_its
         shutil, "copyfile", lambda a, b, **more: copied.append(a.name) or copy_file(a, b, **more)
     )
     before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
-    assert report_files.refusal_of_an_edit(own) == "scores.json was edited after it was written"
+    assert report.refusal_of_an_edit(own) == "scores.json was edited after it was written"
     assert copied == ["scores_table.csv"]
     assert before == {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
 
 
-def test_check_looks_at_the_stages_beside_the_report_too(own, made, capsys):
-    report.write_report(own, made)
-    for name in report_files.BESIDE:
-        with core_files.whole_file(own / f"{name}_table.csv") as file:
-            file.write("1")
-        core_stage.write_stage(own, name, conditions={}, summary=[])
-    assert cli.main(["report", str(own), "--check"]) == 0
-    assert "ladder.json: as it was written" in capsys.readouterr().out
-    (own / "serving_table.csv").write_text("2")
-    assert cli.main(["report", str(own), "--check"]) == 1
-    assert "09_serve_and_deploy.ipynb" in capsys.readouterr().err
-    edited = json.loads((own / "ladder.json").read_text()) | {"tier": "standard"}
-    (own / "ladder.json").write_text(json.dumps(edited))
-    with pytest.raises(ReportError, match="was edited"):
-        report_files.check_beside(own)
+def test_check_counts_again_and_names_what_it_checked(copied, capsys):
+    assert cli.main(["report", str(copied), "--check"]) == 0
+    out = capsys.readouterr().out
+    assert "counted again from the answers: reasoning_score, code_score, context_stability_curve" in out
+    assert "scores.json: as it was written" in out and "dfqs_report.json: as it was written" in out
 
 
-def test_seal_covers_files_written_since_the_stage_before(tmp_path):
-    with core_files.whole_file(tmp_path / "a.csv") as file:
-        file.write("1")
-    core_stage.write_stage(tmp_path, "one", conditions={}, summary=[])
-    Journal(tmp_path / "b.jsonl", {}).add("x", value=1)
-    core_stage.write_stage(tmp_path, "two", conditions={}, summary=[])
-    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert (list(first["files"]), list(second["files"])) == (["a.csv"], ["b.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "report.html", "report.md", "report.json", "model-index.yml", "claims.csv", "conformance.csv", "scores.json",
+        "report_shares.png", ".eval_results/dfqs.yaml", "score_items.csv", "long_context_items.jsonl", "summary.md",
+        "routing/trace.npz", "ladder.json", "ladder_table.csv", "serving_table.csv", "dfqs_report.json",
+    ],
+)  # fmt: skip
+def test_a_change_of_any_file_is_noticed(copied, name, capsys):
+    (copied / "summary.md").write_text("# Run\n")
+    (copied / "routing").mkdir()
+    (copied / "routing" / "trace.npz").write_bytes(b"trace")
+    for beside in ("ladder", "serving"):
+        stage = Stage(copied, beside)
+        core_files.write_text(stage.path(f"{beside}_table.csv"), "1\n")
+        stage.finish(conditions={}, summary=[f"{beside} found"])
+    report.write_report(copied, report.read_report(copied))
+    assert cli.main(["report", str(copied), "--check"]) == 0
+    path = copied / name
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert cli.main(["report", str(copied), "--check"]) == 1
+    assert re.search("run|again", capsys.readouterr().err)
+    path.unlink()
+    assert cli.main(["report", str(copied), "--check"]) == 1
 
 
-def test_resumed_journal_is_sealed_though_nothing_was_added(tmp_path):
-    Journal(tmp_path / "b.jsonl", {}).add("x", value=1)
-    core_stage.write_stage(tmp_path, "one", conditions={}, summary=[])
-    Journal(tmp_path / "b.jsonl", {})
-    core_stage.write_stage(tmp_path, "one", conditions={}, summary=[])
-    assert list(json.loads((tmp_path / "one.json").read_text())["files"]) == ["b.jsonl"]
+def test_what_ladder_and_serving_found_is_shown_and_sealed_again_after_the_summary(copied):
+    stage = Stage(copied, "ladder")
+    stage.finish(conditions={}, summary=["Q4 loses <b>nothing</b>"])
+    report.write_report(copied, report.read_report(copied))
+    assert "Q4 loses &lt;b&gt;nothing&lt;/b&gt;" in (copied / "report.html").read_text()
+    core_files.write_text(copied / "summary.md", "# Run\n")
+    report.write_report(copied)
+    assert report.check_run(copied)
+    (copied / "summary.md").write_text("# Better\n")
+    with pytest.raises(StageError, match="summary.md: was changed"):
+        report.check_run(copied)
+
+
+def test_twelve_lines_of_forgery_are_refused(copied):
+    """Hashes and seals made right again: the answers do not give the number."""
+    body = json.loads((copied / "report.json").read_text())
+    body["metrics"]["reasoning_score"] = body["details"]["reasoning_score"]["value"] = 0.992
+    body["details"]["reasoning_score"] |= {"low": 0.97, "high": 1.0}
+    report.write_report(copied, resealed(body))
+    with pytest.raises(ReportError, match="its items give reasoning_score value"):
+        report.check_run(copied)
+
+
+def test_models_notebooks_and_hidden_files_need_no_seal(copied):
+    for name in ("m.gguf", "01_merge_shards.ipynb", ".scores.files", "x.part"):
+        (copied / name).write_bytes(b"x")
+    (copied / "extra.txt").write_text("x")
+    known = set(json.loads((copied / "dfqs_report.json").read_text())["files"])
+    assert [path.name for path in uncovered(copied, known)] == ["extra.txt"]
 
 
 def test_report_errors_are_the_package_s_own():

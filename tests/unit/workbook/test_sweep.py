@@ -412,8 +412,9 @@ def test_the_real_workbook_is_swept_and_ends_in_a_leaderboard(outputs, tmp_path)
     )
     found = sweep.sweep(table, name="s")
     assert found.n_failed == 0, found.rows[["run", "reason"]].to_string()
-    assert set(found.leaderboard["run"]) == {"iq1", "q8"} and (found.leaderboard["problem"] == "").all()
-    assert found.leaderboard["conditions"].nunique() == 1
+    ranked = found.leaderboard.table
+    assert set(ranked["run"]) == {"iq1", "q8"} and (ranked["problem"] == "").all()
+    assert ranked["conditions"].nunique() == 1
     for run in ("iq1", "q8"):
         assert workbook.read_summary(found.folder / run).keys() >= {"merge", "scores"}
     assert (found.folder / "leaderboard.csv").exists()

@@ -1,0 +1,253 @@
+"""What is known of the artifact, DeepSeek-V4-Flash-IQ1_S-XL, as named facts.
+
+Where the model of a run is that file, its header and measurements are the facts; where it is another one, the
+public record is, and what only a run of the artifact shows is None, with the reason.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from dfqs_nb import scores
+from dfqs_nb.context.cost import published_shape
+from dfqs_nb.gguf.facts import bits_per_weight, layer_of, parameters, types_by_bytes
+from dfqs_nb.gguf.header import GGUFHeader
+from dfqs_nb.gguf.memory import CACHE_TYPES, kv_cache_bytes, weights_bytes
+from dfqs_nb.gguf.models import registered
+from dfqs_nb.gguf.reading import FLASH, active_bytes
+from dfqs_nb.report.envelope import CONTEXTS, SINGLE
+from dfqs_nb.report.spec import GB, GIB, claims_spec, requirements_spec
+from dfqs_nb.report.stages import Run
+
+SHARDS = "deepseek-v4-flash-iq1_s-xl"  # in data/models.toml
+QUANTIZATION = "IQ1_S"  # of most bytes of the artifact
+SIZE_MARGIN = 0.03  # within this share of its size, a file of its shapes and types is taken for the artifact
+OFFLOADED = (35, 43)  # layers that the documents put on GPUs
+MACHINES = {"cpu": "CPU", "3090": "RTX 3090", "2x3090": "2 x RTX 3090", "h100": "H100"}  # of the card's table
+
+
+@dataclass(frozen=True)
+class Match:
+    """How the model of a run is related to the artifact.
+
+    Attributes:
+        level: ``artifact`` (this file, merged or not), ``model`` (DeepSeek-V4-Flash in another quantization),
+            ``reference`` (the model that the workbook ships) or ``another``.
+        name: of the model that was run.
+        reason: what that rests on.
+    """
+
+    level: Literal["artifact", "model", "reference", "another"]
+    name: str
+    reason: str
+
+
+def artifact_match(header: GGUFHeader | None, run: Run) -> Match:
+    """Whether the model of a run is the artifact: by SHA-256, or by architecture, types and size.
+
+    No quantity that a statement is about decides it, so that a header can contradict a statement.
+    """
+    name = run.file.name if run.file else header.path.stem if header else "no model"
+    digest = run.file.sha256 if run.file else None
+    hashes = {
+        key: {one.sha256 for one in model.files} | {model.merged_sha256} - {""}
+        for key, model in registered().items()
+    }
+    shipped = {key for key, model in registered().items() if model.source.startswith("data/")}
+    if any(digest in hashes[key] for key in shipped):
+        return Match("reference", name, "the model that the workbook ships")
+    if header is None:
+        return Match("another", name, "no header was given")
+    if header.get("split.count", 0) > 1:
+        return Match("another", name, "its header lists the tensors of one shard")
+    shape = published_shape()
+    differs = [key for key, value in shape.keys.items() if _of_header(header, key, value) != value]
+    if header.architecture != shape.architecture or differs:
+        why = differs[0] if header.architecture == shape.architecture else f"it is {header.architecture}"
+        return Match("another", name, f"not the shape of {shape.name} ({why})")
+    if digest in hashes[SHARDS] | hashes[SINGLE]:
+        return Match("artifact", name, "SHA-256 of the file")
+    most = next(iter(types_by_bytes(header.tensors)), "no tensors")
+    size = registered()[SINGLE].size_bytes
+    if most == QUANTIZATION and abs(header.file_size - size) <= SIZE_MARGIN * size:
+        return Match("artifact", name, f"shape, types and size ({header.file_size:,} bytes)")
+    return Match("model", name, f"shape of {shape.name}; {most}, {header.file_size:,} bytes")
+
+
+def _of_header(header: GGUFHeader, key: str, like: Any) -> Any:
+    """A key as the published shape writes it: a list as long (a next-token layer may follow in the file)."""
+    value = header.arch(key)
+    return value[: len(like)] if isinstance(like, list) and isinstance(value, list) else value
+
+
+def facts(run: Run, header: GGUFHeader | None, *, ask_llama_cpp: bool = True) -> dict[str, Any]:
+    """Every fact by its name; None for one that nobody knows here. ``why`` says so in a sentence.
+
+    Args:
+        run: whose measurements count where its model is the artifact.
+        header: of the model that was run.
+        ask_llama_cpp: have llama.cpp (in a child process) say what it makes of two shards put end to end.
+    """
+    match = artifact_match(header, run)
+    own = header if match.level in ("artifact", "model") else None
+    file = header if match.level == "artifact" else None
+    basis = {
+        "artifact": "the file's own header",
+        "model": "the header of the same model in another quantization",
+    }
+    measured = (
+        "the artifact was not run"
+        if run.file is None
+        else f"this run measured {match.name}, not the artifact"
+    )
+    return {
+        "stated": True,
+        "basis": basis.get(match.level, "the published configuration"),
+        "why": "this run did not measure it" if file else measured,
+        **_sizes(file),
+        **_shape(own, file),
+        **_identity(run, file, ask_llama_cpp),
+        **_memory(own, file),
+        **_measurements(run if file else None, run),
+    }
+
+
+def _sizes(file: GGUFHeader | None) -> dict[str, Any]:
+    published, nbytes, shards = claims_spec().published, registered()[SINGLE].size_bytes, registered()[SHARDS]
+    weights = weights_bytes(file) if file else FLASH.weights
+    active = active_bytes(file) if file else FLASH
+    n_layers = int(published_shape().arch("block_count"))
+    layers = {
+        n: sum(t.nbytes for t in file.tensors if layer_of(t.name) in range(n_layers - n, n_layers))
+        if file
+        else round(active.routed_total * n / n_layers)
+        for n in OFFLOADED
+    }
+    table = scores.speed.card_table(active).set_index("machine")["bound"]
+    return {
+        "file_bytes": nbytes,
+        "file_gb": nbytes / GB,
+        "file_gib": nbytes / GIB,
+        "two_files_gb": 2 * nbytes / GB,
+        "shards_sum": " + ".join(f"{one.size_bytes:,}" for one in shards.files) + f" = {shards.size_bytes:,}",
+        "merged": False if shards.size_bytes == nbytes else None,
+        "weights_gb": weights / GB,
+        "weights_gib": weights / GIB,
+        "experts_gb": active.routed_total / GB,
+        "token_gb": active.total / GB,
+        "native_gb": published.native_bytes / GB,
+        "native_bits": 8 * published.native_bytes / published.parameters,
+        "ratio": published.native_bytes / nbytes,
+        "saved": 100 * (1 - nbytes / published.native_bytes),
+        "layers_are": "all their tensors" if file else "their routed experts alone",
+        **{f"layers_{n}_gb": size / GB for n, size in layers.items()},
+        **{
+            f"bound_{key}": float(table[table.index.str.startswith(name)].iloc[0])
+            for key, name in MACHINES.items()
+        },
+        "dram_share": 100 * 0.5 / float(table[table.index.str.startswith("CPU")].iloc[0]),
+    }
+
+
+def _shape(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
+    published = claims_spec().published
+    count = parameters(own) if own else None
+    total, active, routed = (
+        (count.total, count.active, count.routed)
+        if count
+        else (published.parameters, published.active_parameters, published.routed_parameters)
+    )
+    keys = {key: own.arch(key) if own else value for key, value in published.keys.items()}
+    used, number = keys["expert_used_count"], keys["expert_count"]
+    sizes = types_by_bytes(file.tensors) if file else {}
+    shares = ", ".join(f"{name} {size / sum(sizes.values()):.1%}" for name, size in list(sizes.items())[:4])
+    return {
+        **keys,
+        "parameters": total,
+        "parameters_b": total / 1e9,
+        "active_parameters": active,
+        "active_b": active / 1e9,
+        "active_with_2_b": (active + routed * (2 - used) / number) / 1e9 if used and number else None,
+        "mean_bits": bits_per_weight(file.tensors) if file else 8 * registered()[SINGLE].size_bytes / total,
+        "main_type": next(iter(sizes), None),
+        "type_shares": shares,
+        "family": "i-quant" if QUANTIZATION.startswith("IQ") else "k-quant",
+    }
+
+
+def _identity(run: Run, file: GGUFHeader | None, ask_llama_cpp: bool) -> dict[str, Any]:
+    published = claims_spec().published
+    own = run.file if file and run.file and run.file.nbytes == registered()[SINGLE].size_bytes else None
+    glued = registered()[SHARDS].size_bytes == registered()[SINGLE].size_bytes
+    refusal = _concatenation_refused() if glued and ask_llama_cpp else "not asked in this run"
+    return {
+        "sha256": own.sha256 if own else published.independent_sha256,
+        "whose_sha256": "this run's file has"
+        if own
+        else "an independent download of the file is recorded with",
+        "refusal": refusal,
+        "loads": False if glued and refusal else None,
+        "shown_tensors": published.independent_tensors,
+        "all_tensors": published.all_tensors,
+    }
+
+
+@lru_cache(maxsize=1)
+def _concatenation_refused() -> str:
+    """Why llama.cpp refuses the reference model's shards put end to end; empty where it does not."""
+    from dfqs_nb.gguf.broken import glue
+    from dfqs_nb.llama.check import loader_verdict
+
+    with tempfile.TemporaryDirectory() as folder:
+        reason = loader_verdict(glue(folder)).reason
+    return reason.split(":")[0].strip()
+
+
+def _memory(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
+    shape: Any = own or published_shape()
+    weights = weights_bytes(file) if file else FLASH.weights
+    spec = requirements_spec().envelope
+    known: dict[str, Any] = {}
+    for n_ctx in CONTEXTS:
+        sizes = {
+            (name, full): kv_cache_bytes(shape, n_ctx, type_k=name, type_v=name, swa_full=full).total / GB
+            for name in CACHE_TYPES
+            for full in (False, True)
+        }
+        least, compute = weights / GB + sizes["f16", False], spec.published_compute[n_ctx].plain / GB
+        known |= {
+            f"kv_{n_ctx}": list(sizes.values()),
+            f"kv_{n_ctx}_gb": sizes["f16", False],
+            f"kv_{n_ctx}_full_gb": sizes["f16", True],
+            f"compute_{n_ctx}_gb": compute,
+            f"least_{n_ctx}_gb": least,
+            f"least_{n_ctx}_gib": least * GB / GIB,
+            f"need_{n_ctx}_gb": least + compute,
+        }
+    n_gpu, logged = min(spec.gpu_compute.items())
+    return {**known, "gpu_context": n_gpu, "gpu_compute_gb": logged / GB}
+
+
+def _measurements(own: Run | None, run: Run) -> dict[str, Any]:
+    """What only a run of the artifact shows; ``_there`` facts say what this run showed of its own model."""
+    scored, context = own.scores if own else None, own.long_context if own else None
+    human = next((one for one in scored.scores if one.set == "standard-code"), None) if scored else None
+    known: dict[str, Any] = {
+        "cpu_tokens_per_sec": scored.cpu_tokens_per_sec if scored else None,
+        "humaneval": None,
+        "boundary": context.boundary if context else None,
+        "longest": max((row.length for row in context.curve), default=None) if context else None,
+        "largest_fall": context.largest_fall if context else None,
+        "routing_there": "",
+    }
+    if human and not human.n_missing and None not in (human.value, human.low, human.high):
+        known["humaneval"] = tuple(100 * (part or 0.0) for part in (human.value, human.low, human.high))
+        known["humaneval_n"] = human.n
+    for one in run.routing.claims if run.routing else []:
+        key = "_".join(one.claim.split()[:2])
+        known[key] = one.status if own else None
+        known[f"{key}_evidence"] = one.evidence
+    return known

@@ -1,0 +1,270 @@
+"""A table over a folder of reports: one section for each tier and conditions, none ranked across two.
+
+What cannot be read, or was edited, is listed with its reason. A report whose answers are not beside it is
+listed without a place, because its scores cannot be counted again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import nan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfqs_nb.core.display import plain, size
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.files import read_json, write_table, write_text
+from dfqs_nb.core.journal import differing_fields
+from dfqs_nb.core.paths import tilde
+from dfqs_nb.report.items import SCORES, missing_items, read_items
+from dfqs_nb.report.metrics import FILE, boundary_flags, read_report
+from dfqs_nb.report.text import render
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NUMBERS = (*SCORES, "failure_boundary_tokens", "cpu_tokens_per_sec")
+ROW_FILE = "sweep_row.json"  # the sweep writes it into each of its runs' folders
+COLUMNS = (
+    ("tier", "conditions", "place", "run", "model", "size_bytes", "bits_per_weight", "active_parameters")
+    + tuple(f"{name}{part}" for name in NUMBERS for part in ("", "_low", "_high"))
+    + ("boundary_status", "longest", "curve_at_longest", "contended", "withheld", "checked", "report")
+    + ("problem",)
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """Reports of a folder, ranked.
+
+    Attributes:
+        folder: where they were found.
+        table: one row a report, columns `COLUMNS`, in sections of equal ``tier`` and ``conditions`` (the
+            first 12 digits of their SHA-256). Within a section by reasoning score, then code score, highest
+            first; ``place`` counts from 1, and equal scores share it. Withheld scores come last, without a
+            place, and so do reports whose answers are not here (``checked`` is false). ``contended``: the
+            speed was taken on a busy machine, or beside other rows of a sweep. ``problem``: why a file is no
+            report that counts; its other cells are empty.
+        conditions: of each section, by their first 12 digits.
+    """
+
+    folder: Path
+    table: pd.DataFrame
+    conditions: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def n_problems(self) -> int:
+        """Files that are no reports that count."""
+        return int((self.table["problem"] != "").sum())
+
+    def __str__(self) -> str:
+        """The leaderboard as Markdown: a section for each tier and conditions, then what does not count."""
+        good = self.table[self.table["problem"] == ""]
+        sections = []
+        first: Mapping[str, Any] = {}
+        for (tier, conditions), group in good.groupby(["tier", "conditions"], sort=False):
+            own = self.conditions[conditions]
+            first = first or own
+            differ = differing_fields(first, own)
+            held = [(row.run, row.withheld) for row in group.itertuples() if row.withheld]
+            sections.append((tier, conditions, differ, _shown(group), held))
+        bad = [(row.report, row.problem) for row in self.table.itertuples() if row.problem]
+        return render("leaderboard.md", sections=sections, bad=bad)
+
+    def write(self) -> list[Path]:
+        """Write ``leaderboard.csv`` and ``leaderboard.md`` into the folder, each whole or not at all."""
+        rounded = self.table.map(lambda cell: float(f"{cell:.6g}") if isinstance(cell, float) else cell)
+        return [
+            write_table(self.folder / "leaderboard.csv", rounded, index=False),
+            write_text(self.folder / "leaderboard.md", str(self)),
+        ]
+
+
+def find_reports(folder: str | Path) -> list[Path]:
+    """Every ``report.json`` and ``*.report.json`` under a folder, hidden folders and links to folders apart.
+
+    Raises:
+        DfqsError: there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DfqsError("no such folder", where=tilde(folder), hint="give a folder that holds reports")
+    found = {*folder.rglob(FILE), *folder.rglob(f"*.{FILE}")}
+    return sorted(
+        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def leaderboard(folder: str | Path) -> Leaderboard:
+    """Rank the reports found under a folder. Every report is checked, and its scores are counted again.
+
+    Intervals stand beside every number: a place above another says nothing where they overlap
+    (`compare_reports` tests that, item by item).
+
+    Raises:
+        DfqsError: there is no such folder.
+    """
+    import pandas as pd
+
+    folder, rows = Path(folder), []
+    seen: dict[str, str] = {}
+    conditions: dict[str, Mapping[str, Any]] = {}
+    for path in find_reports(folder):
+        name = plain(path.relative_to(folder).as_posix())
+        try:
+            report = read_report(path)
+            identity = report["integrity"]["sha256"]
+            if identity in seen:
+                raise DfqsError(f"the same report as {seen[identity]}")
+            checked = not missing_items(report, path.parent)
+            if checked:
+                read_items(report, path.parent)
+            row = _row(report, path) | {"checked": checked}
+            seen[identity], conditions[row["conditions"]] = name, report["conditions"]
+        except DfqsError as error:
+            row = {"problem": plain(f"{error.what}; {error.hint}" if error.hint else error.what)}
+        rows.append({**row, "report": name})
+    return Leaderboard(folder, _placed(pd.DataFrame(rows, columns=list(COLUMNS))), conditions)
+
+
+def _row(report: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    model, details = report["model"], report["details"]
+    curve, boundary = details["context_stability_curve"], details["failure_boundary_tokens"]
+    held = [f"{name}: {one['withheld']}" for name, one in details.items() if one["withheld"]]
+    row = {
+        "tier": report["tier"],
+        "conditions": report["conditions_sha256"][:12],
+        "run": plain(report["run"]),
+        "model": plain(model["name"]),
+        **{key: model.get(key) for key in ("size_bytes", "bits_per_weight", "active_parameters")},
+        "boundary_status": boundary_status(boundary),
+        "longest": (curve.get("lengths") or [None])[-1],
+        "curve_at_longest": (curve["value"] or [None])[-1],
+        "contended": is_contended(report, path),
+        "withheld": plain("; ".join(held)),
+        "problem": "",
+    }
+    for name in NUMBERS:
+        row |= {
+            f"{name}{part}": details[name][key]
+            for part, key in (("", "value"), ("_low", "low"), ("_high", "high"))
+        }
+    return row
+
+
+def boundary_status(boundary: Mapping[str, Any]) -> str:
+    """How the boundary is to be read: ``quality``, another cause, ``right censored``, ``floor``; with flags.
+
+    >>> boundary_status({"status": "right_censored", "right_censored": True, "cause": None})
+    'right censored'
+    """
+    status = str(boundary.get("status") or "")
+    status = str(boundary.get("cause") or "") if status == "measured" else status.replace("_", " ")
+    return ", ".join([status, *(flag.partition(":")[0] for flag in boundary_flags(boundary))])
+
+
+def is_contended(report: Mapping[str, Any], path: Path) -> bool:
+    """Whether a report's speed was measured on a busy machine, or in a sweep beside other rows."""
+    return bool(report["details"]["cpu_tokens_per_sec"].get("contended")) or bool(run_beside(path))
+
+
+def run_beside(path: str | Path) -> list[str]:
+    """The rows of a sweep that ran beside the run which a report lies in."""
+    try:
+        row = read_json(Path(path).parent / ROW_FILE)
+    except (OSError, ValueError):
+        return []  # no row of a sweep
+    beside = row.get("beside") if isinstance(row, dict) else None
+    return [plain(name) for name in beside] if isinstance(beside, list) else []
+
+
+def _placed(table: pd.DataFrame) -> pd.DataFrame:
+    """Standard before nano, sections with most reports first, rows by score, problems last."""
+    import pandas as pd
+
+    table = table.assign(problem=table["problem"].fillna(""))
+    good, bad = table[table["problem"] == ""].copy(), table[table["problem"] != ""].sort_values("report")
+    good[list(NUMBERS)] = good[list(NUMBERS)].astype(float)
+    keys = {
+        "nano": good["tier"] == "nano",
+        "size": -good.groupby(["tier", "conditions"])["run"].transform("size"),
+        "open": ~good["checked"].astype(bool),
+    }
+    order = ["nano", "size", "conditions", "open", *SCORES, "run"]
+    good = good.assign(**keys).sort_values(
+        order, ascending=[name not in SCORES for name in order], na_position="last", kind="stable"
+    )
+    good["place"] = [
+        place for _, group in good.groupby(["tier", "conditions"], sort=False) for place in _places(group)
+    ]
+    return pd.concat([good[list(COLUMNS)].astype(object), bad.astype(object)], ignore_index=True)
+
+
+def _places(group: pd.DataFrame) -> list[float]:
+    """1 for the first row; equal scores share a place; none without a reasoning score that was checked."""
+    keys = list(zip(*(group[name] for name in SCORES), strict=True))
+    checked = group["checked"].tolist()
+    return [
+        nan if key[0] != key[0] or not ok else keys.index(key) + 1
+        for key, ok in zip(keys, checked, strict=True)
+    ]
+
+
+# ---- as text ----
+
+
+def _shown(group: pd.DataFrame) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = []
+    for row in group.to_dict("records"):
+        speed = with_interval(row, "cpu_tokens_per_sec", "{:,.1f}")
+        rows.append(
+            {
+                "place": "" if _empty(row["place"]) else f"{int(row['place'])}",
+                "run": row["run"] if row["checked"] else f"{row['run']} (answers not here)",
+                "model": row["model"],
+                "size": "" if _empty(row["size_bytes"]) else size(row["size_bytes"]),
+                "reasoning_score": with_interval(row, "reasoning_score", "{:.3f}"),
+                "code_score": with_interval(row, "code_score", "{:.3f}"),
+                "stability at the longest": "withheld"
+                if _empty(row["curve_at_longest"])
+                else f"{row['curve_at_longest']:.2f} at {row['longest']:,.0f}",
+                "failure_boundary_tokens": boundary_text(row),
+                "cpu_tokens_per_sec": f"{speed} (contended)"
+                if row["contended"] and speed != "withheld"
+                else speed,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def with_interval(row: Mapping[str, Any], name: str, form: str) -> str:
+    """A value and its interval as text.
+
+    >>> with_interval({"s": 0.5, "s_low": 0.25, "s_high": None}, "s", "{:.2f}")
+    '0.50 [0.25, open]'
+    """
+    if _empty(row[name]):
+        return "withheld"
+    low, high = (
+        "open" if _empty(row[f"{name}_{end}"]) else form.format(row[f"{name}_{end}"])
+        for end in ("low", "high")
+    )
+    return form.format(row[name]) + ("" if low == high == "open" else f" [{low}, {high}]")
+
+
+def boundary_text(row: Mapping[str, Any]) -> str:
+    """The failure boundary as text: a lower bound where it was not reached, and what qualifies it."""
+    text, status = with_interval(row, "failure_boundary_tokens", "{:,.0f}"), row["boundary_status"]
+    if text == "withheld":
+        return text
+    if status.startswith("right censored"):
+        text, status = f"over {row['failure_boundary_tokens']:,.0f}", status.removeprefix("right censored")
+    status = status.removeprefix("quality").strip(", ")
+    return f"{text} ({status})" if status else text
+
+
+def _empty(value: Any) -> bool:
+    return value is None or value == "" or value != value

@@ -1,0 +1,128 @@
+"""All files of a report: written together, sealed together, checked together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dfqs_nb.core.files import read_json, sha256_of_file, write_text
+from dfqs_nb.core.paths import tilde
+from dfqs_nb.core.stage import UNSEALED, Stage, read_stage
+from dfqs_nb.report import claims, requirements
+from dfqs_nb.report.items import read_items
+from dfqs_nb.report.metrics import AGAIN, FILE, check_report, read_report, with_files
+from dfqs_nb.report.stages import BESIDE, DRAWN_ON, ReportError
+from dfqs_nb.report.text import METRIC_TYPES, NANO, eval_results, markdown, model_index, page
+from dfqs_nb.report.verdicts import verdict
+
+SEALED = "dfqs_report"  # the stage of notebook 07
+HUB = {"model-index.yml": model_index, ".eval_results/dfqs.yaml": eval_results}
+
+
+def write_report(stage: Stage | str | Path, report: Mapping[str, Any] | None = None) -> list[Path]:
+    """Write every file of a report into its run's folder, and seal them; their paths.
+
+    ``report.json``, ``report.md``, ``report.html``, ``model-index.yml``, ``.eval_results/dfqs.yaml``,
+    ``claims.csv``, ``conformance.csv``, ``report_shares.png`` and ``dfqs_report.json``. The seal of the last
+    covers every file of the folder that no other stage covers, such as traces and ``summary.md``.
+
+    Args:
+        stage: the stage ``dfqs_report``, or the run's folder.
+        report: None seals again the files that are there.
+
+    Raises:
+        ReportError: the report does not follow the schema, or a figure is missing.
+    """
+    stage = stage if isinstance(stage, Stage) else Stage(Path(stage), SEALED)
+    folder = stage.folder
+    if report is None:
+        report = read_report(folder)
+        there = read_stage(folder, SEALED).get("files", {})
+        written = [folder / name for name in there if (folder / name).is_file()]
+    else:
+        report, written = _write(stage, report)
+    for path in [*written, *uncovered(folder, {path.relative_to(folder).as_posix() for path in written})]:
+        stage.add(path)
+    lines = [NANO] * (report["tier"] == "nano") + verdict(report).summary
+    return [*written, stage.finish(conditions=report["conditions"], tier=report["tier"], summary=lines)]
+
+
+def _write(stage: Stage, report: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Path]]:
+    """Write the files; the report with its figure among its sources, and the paths."""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    from dfqs_nb.core import figures as drawing
+    from dfqs_nb.report import figures
+
+    folder = stage.folder
+    ax = figures.report_shares(figures.shares(report))
+    drawing.save(ax, folder / "report_shares.png")
+    plt.close(ax.figure)
+    report = with_files(report, folder, ["report_shares.png"])
+    check_report(report, folder / FILE)
+    written = [stage.json("report", report), folder / "report_shares.png"]
+    texts = {"report.md": markdown(report, folder), "report.html": page(report, folder)}
+    for name, make in HUB.items():
+        if any(report["metrics"][metric] is not None for metric in METRIC_TYPES):
+            texts[name] = make(report)
+        else:  # one of an earlier report would state what this one withholds
+            (folder / name).unlink(missing_ok=True)
+    written += [write_text(stage.path(name), text) for name, text in texts.items()]
+    for name, rows, columns in (
+        ("conformance", report["conformance"], requirements.COLUMNS),
+        ("claims", report["claims"], claims.COLUMNS),
+    ):
+        written.append(stage.table(name, pd.DataFrame(rows, columns=list(columns))))
+    return report, written
+
+
+def uncovered(folder: Path, known: set[str]) -> list[Path]:
+    """Files of a run's folder that no stage's seal covers: models, notebooks and parts of files apart."""
+    stages = [*DRAWN_ON, *BESIDE, SEALED]
+    for name in stages:
+        if (folder / f"{name}.json").is_file() and name != SEALED:
+            content = read_json(folder / f"{name}.json")
+            known |= set(content.get("files", {})) if isinstance(content, dict) else set()
+    known |= {f"{name}.json" for name in stages}
+    found = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name in known or name.endswith((*UNSEALED, ".part", ".lock", ".files")):
+            continue
+        if path.is_file() and not path.is_symlink() and not name.startswith("."):
+            found.append(path)
+    return found
+
+
+def check_run(folder: str | Path) -> list[str]:
+    """Check a report and everything that it stands on; a line for each file that was checked.
+
+    Its schema, hashes and contradictions; every stage's seal, which covers texts, tables, traces and figures;
+    its texts, rendered again; its scores and curve, counted again from the answers.
+
+    Raises:
+        DfqsError: the first thing that is not as it was written, with the notebook that writes it.
+    """
+    folder = Path(folder)
+    report = read_report(folder)
+    stages = [name for name in (*DRAWN_ON, *BESIDE, SEALED) if (folder / f"{name}.json").exists()]
+    if SEALED not in stages:
+        raise ReportError("is missing", where=tilde(folder / f"{SEALED}.json"), hint=AGAIN)
+    sealed = {name: read_stage(folder, name, sealed=True)["files"] for name in stages}
+    for name, then in report["sources"].items():
+        if not (folder / name).is_file() or sha256_of_file(folder / name) != then:
+            what = "is missing, or was changed since the report was written"
+            raise ReportError(what, where=tilde(folder / name), hint=AGAIN)
+    for name, text in (("report.md", markdown(report, folder)), ("report.html", page(report, folder))):
+        if (folder / name).read_text(encoding="utf-8") != text:
+            what = "is not what report.json gives: edited, or written by another version of the workbook"
+            raise ReportError(what, where=tilde(folder / name), hint=AGAIN)
+    items = read_items(report, folder)
+    again = [*items.scores, *(["context_stability_curve"] if len(items.context) else [])]
+    return [
+        f"{FILE}: as it was written",
+        *(f"{name}.json: as it was written, with {len(files)} files" for name, files in sealed.items()),
+        f"counted again from the answers: {', '.join(again) or 'nothing, every metric is withheld'}",
+    ]

@@ -1,0 +1,216 @@
+"""What DFQS 1.0 demands and what the documents state: the two tables of ``data/spec/``, typed."""
+
+from __future__ import annotations
+
+import tomllib
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dfqs_nb.core.errors import RegistryError
+from dfqs_nb.core.paths import data_dir, tilde
+
+GB = 10**9  # the specification writes GB; so are its figures read here
+GIB = 2**30
+CONFIRMED, CONTRADICTED, CONTRADICTS_ITSELF = "confirmed", "contradicted", "contradicts itself"
+NOT_TESTABLE, NOT_CHECKABLE = "not testable here", "not checkable"
+CLAIM_VERDICTS = (CONFIRMED, CONTRADICTED, CONTRADICTS_ITSELF, NOT_TESTABLE, NOT_CHECKABLE)
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Requirement(_Entry):
+    """One demand. ``level`` is the keyword of the text, or "condition" where the text has none."""
+
+    id: str
+    level: Literal["SHALL", "MUST", "SHOULD", "MAY", "condition"]
+    text: str
+    source: str
+    how: str
+    check: str
+    notebook: str
+
+
+class Limits(_Entry):
+    """A row of the specification's table of hardware, in GB."""
+
+    minimum_gb: float
+    recommended_gb: float
+
+
+class Compute(_Entry):
+    """Compute buffer in bytes, without and with flash attention."""
+
+    plain: int
+    flash: int
+
+
+class Envelope(_Entry):
+    """The table of hardware, and what llama.cpp plans for the published shapes by context in tokens."""
+
+    source: str
+    ram: Limits
+    vram: Limits
+    storage: Limits
+    published_compute: dict[int, Compute]
+    gpu_compute: dict[int, int]
+    gpu_source: str
+
+
+class Requirements(_Entry):
+    """``data/spec/requirements.toml``."""
+
+    requirements: list[Requirement]
+    metrics: dict[str, Literal["float", "int", "list[float]"]]
+    envelope: Envelope
+
+
+class Fact(_Entry):
+    """What statements are held against: how it is come by, the fact in short, and the sentence of evidence.
+
+    ``found`` and ``evidence`` are formats; their fields are the names of facts, and ``figure``.
+    """
+
+    how: str
+    found: str = ""
+    evidence: str = ""
+
+
+class Claim(_Entry):
+    """One statement: see ``data/spec/claims.toml``. ``tolerance`` is a share of the figure."""
+
+    id: str
+    document: str
+    section: str
+    text: str
+    source: str
+    fact: str = "stated"
+    test: str = "equals"
+    value: Any = None
+    unit: str = ""
+    tolerance: float | None = None
+    limit: float | None = None
+    yes: str = CONFIRMED
+    no: str = CONTRADICTED
+    verdict: str = ""
+    found: str = ""
+    evidence: str = ""
+    number: str = ""
+
+    def agrees(self, measured: float) -> bool:
+        """Whether a number agrees with the figure: within its tolerance, or one unit of its last digit.
+
+        >>> claim = Claim(id="x", document="", section="", text="", source="", value=61.6)
+        >>> [claim.agrees(measured) for measured in (61.54, 61.4)]
+        [True, False]
+        """
+        if self.tolerance is not None:
+            return bool(abs(measured - self.value) <= self.tolerance * self.value)
+        return bool(abs(measured - self.value) < 10.0 ** int(Decimal(str(self.value)).as_tuple().exponent))
+
+    @property
+    def figure(self) -> str:
+        """The figure with its unit."""
+        return figure(self.value, self.unit)
+
+
+def figure(value: Any, unit: str = "") -> str:
+    """A figure as people read it.
+
+    >>> figure(1048576, "tokens"), figure([0.2, 0.5], "tokens/s"), figure(68, "%")
+    ('1,048,576 tokens', '0.2 to 0.5 tokens/s', '68 %')
+    """
+    if isinstance(value, list):
+        text = f"{value[0]:,} to {value[-1]:,}"
+    else:
+        text = f"{value:,}" if isinstance(value, int | float) else str(value)
+    return f"{text} {unit}".strip()
+
+
+class Published(_Entry):
+    """What others published of the artifact and of its model."""
+
+    keys: dict[str, int]
+    native_bytes: int
+    parameters: int
+    active_parameters: int
+    routed_parameters: int
+    independent_sha256: str
+    independent_tensors: int
+    all_tensors: int
+
+
+class Document(_Entry):
+    """A document: the letter that its statements are numbered with, and where it was published."""
+
+    letter: str
+    source: str
+
+
+class Claims(_Entry):
+    """``data/spec/claims.toml``."""
+
+    documents: dict[str, Document]
+    published: Published
+    facts: dict[str, Fact]
+    claims: list[Claim]
+
+    def numbered(self) -> list[Claim]:
+        """The statements, numbered in the order of each document: C1, C2, ..., D1, ..."""
+        counts = dict.fromkeys(self.documents, 0)
+        listed = []
+        for claim in self.claims:
+            counts[claim.document] += 1
+            number = f"{self.documents[claim.document].letter}{counts[claim.document]}"
+            listed.append(claim.model_copy(update={"number": number}))
+        return listed
+
+
+@lru_cache(maxsize=4)
+def _read(name: str, text: str) -> Any:
+    table = tomllib.loads(text)
+    return Claims.model_validate(table) if name == "claims" else Requirements.model_validate(table)
+
+
+def requirements_spec() -> Requirements:
+    """The demands.
+
+    Raises:
+        RegistryError: the table is missing, no TOML, or has a field of another name or type.
+
+    >>> requirements_spec().envelope.ram.minimum_gb
+    80.0
+    """
+    spec: Requirements = _table("requirements")
+    return spec
+
+
+def claims_spec() -> Claims:
+    """The statements.
+
+    Raises:
+        RegistryError: the table is missing, no TOML, or has a field of another name or type.
+
+    >>> list(claims_spec().documents)[:2]
+    ['card', 'DFQS 1.0']
+    """
+    spec: Claims = _table("claims")
+    return spec
+
+
+def _table(name: str) -> Any:
+    path = data_dir() / "spec" / f"{name}.toml"
+    try:
+        return _read(name, path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+        raise RegistryError(
+            f"cannot be read ({reason})",
+            where=tilde(path),
+            hint="restore it with `git checkout data/spec`, or set DFQS_DATA to a folder that has it",
+        ) from error
