@@ -296,8 +296,8 @@ def _reading(only_first: int, only_this: int) -> str:
 
 
 def _score_row(first: RunItems, run: RunItems, metric: str, n_boot: int, seed: int) -> dict[str, Any]:
-    sets = [[one.items.scores[metric]] for one in (first, run)]
-    found, own = compare_runs(*sets, n_boot=n_boot, seed=seed)[0], run.items.scores[metric].score
+    a, b = (one.items.scores[metric] for one in (first, run))
+    found, own = compare_runs([a], [b], n_boot, seed)[0], b.score
     return _row(
         run,
         metric,

@@ -59,7 +59,7 @@ def _write(stage: Stage, report: Mapping[str, Any]) -> tuple[Mapping[str, Any], 
     folder = stage.folder
     ax = figures.report_shares(figures.shares(report))
     drawing.save(ax, folder / "report_shares.png")
-    plt.close(ax.figure)
+    plt.close("all")
     report = with_files(report, folder, ["report_shares.png"])
     check_report(report, folder / FILE)
     written = [stage.json("report", report), folder / "report_shares.png"]

@@ -76,7 +76,7 @@ def _sound(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Line:
         mark,
         "Is the file sound?",
         evidence,
-        f"{size(model['size_bytes'])}, {model['bits_per_weight']:.3g} bits a weight; nothing is said of quality",
+        f"{size(model['size_bytes'])}, {model['bits_per_weight']:.3g} bits a weight. Quality is judged below",
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfqs_nb.core.display import plain
+from dfqs_nb.core.display import markdown, plain
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import write_text
 from dfqs_nb.core.paths import REPOSITORY, outputs_dir, run_dir, tilde
@@ -52,11 +52,12 @@ class NotebookRun:
 
 @dataclass(frozen=True)
 class WorkbookRun:
-    """A finished run: its folder, its notebooks in order, and the lines that each stage sums up in."""
+    """A finished run: its folder, its notebooks in order, each stage's lines, and the report's verdict."""
 
     folder: Path
     notebooks: tuple[NotebookRun, ...]
     summary: dict[str, list[str]]
+    verdict: str = ""
 
 
 def find_notebooks(names: Iterable[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
@@ -220,9 +221,25 @@ def run_workbook(
         chosen = {name: value for name, value in now.items() if name in names}
         done.append(_execute(path, folder / path.name, chosen, progress))
         finished(done[-1])
-    result = WorkbookRun(folder, tuple(done), read_summary(folder))
+    verdict = _renewed_report(folder)
+    result = WorkbookRun(folder, tuple(done), read_summary(folder), verdict)
     write_text(folder / "summary.md", summary_markdown(result))
+    if verdict:
+        from dfqs_nb import report
+
+        report.write_report(folder)  # seals the summary, too
     return result
+
+
+def _renewed_report(folder: Path) -> str:
+    """Write the report's texts again, with what later notebooks found; its verdict, if there is a report."""
+    from dfqs_nb import report
+
+    if not (folder / "report.json").is_file():
+        return ""
+    own = report.read_report(folder)
+    report.write_report(folder, own)
+    return str(report.verdict(own))
 
 
 def _absolute(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,9 +357,14 @@ def read_summary(folder: Path) -> dict[str, list[str]]:
 
 def summary_markdown(result: WorkbookRun) -> str:
     """What was found, how long each notebook took, and every file of the run."""
-    lines = [f"# Run {result.folder.name}", "", "## What was found", ""]
+    lines = [f"# Run {result.folder.name}", ""]
+    if result.verdict:
+        title, *answers = result.verdict.splitlines()
+        lines += ["## Verdict", "", markdown(title), "", *(f"- {markdown(line)}" for line in answers), ""]
+        lines += ["The whole report: [report.html](report.html)", ""]
+    lines += ["## What was found", ""]
     for stage, sentences in result.summary.items():
-        lines += [f"**{stage}**", "", *(f"- {_escaped(sentence)}" for sentence in sentences), ""]
+        lines += [f"**{stage}**", "", *(f"- {markdown(sentence)}" for sentence in sentences), ""]
     lines += ["## Notebooks", ""]
     lines += [f"- [{item.name}]({item.path.name}): {item.seconds:.1f} s" for item in result.notebooks]
     lines += ["", "## Files", ""]
@@ -350,15 +372,11 @@ def summary_markdown(result: WorkbookRun) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _escaped(sentence: str) -> str:
-    """A sentence with a model's name in it, in which Markdown finds no tag, image or link."""
-    return re.sub(r"([<>\[\]`|])", r"\\\1", sentence.replace("\n", " "))
-
-
 def summary_text(result: WorkbookRun) -> str:
-    """The same for a terminal."""
-    lines = ["What was found"]
-    for stage, sentences in result.summary.items():
+    """The same for a terminal: the verdict, or without a report what each stage found."""
+    lines = [result.verdict, f"open {tilde(result.folder / 'report.html')}"] if result.verdict else []
+    lines += [] if result.verdict else ["What was found"]
+    for stage, sentences in result.summary.items() if not result.verdict else ():
         lines += [f"  {stage}", *(f"    {sentence}" for sentence in sentences)]
     lines += ["", f"Where it is: {tilde(result.folder)}/"]
     groups: dict[str, list[str]] = {}

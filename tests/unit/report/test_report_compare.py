@@ -147,7 +147,7 @@ def test_only_a_chat_template_can_be_accepted_and_is_then_said_first(tmp_path):
     conditions["scores"]["nano-reasoning"]["chat_template_sha256"] = "f" * 64
     pair = [make_run(tmp_path / "one", "One"), make_run(tmp_path / "two", "Two", conditions=conditions)]
     with pytest.raises(
-        ReportError, match="nano-reasoning.chat_template_sha256.*--accept chat_template_sha256"
+        ComparisonError, match="nano-reasoning.chat_template_sha256.*--accept chat_template_sha256"
     ):
         compare_reports(pair)
     found = compare_reports(pair, accept=["chat_template_sha256"])
