@@ -189,7 +189,7 @@ def attention_layers(header: GGUFHeader) -> list[dict[str, Any]]:
     default = "sliding window" if header.arch("attention.sliding_window") else "full"
     moe, hashed = _moe_layers(header), experts(header).hash_layers
     rows = []
-    for layer in range(header.count(f"{header.architecture}.block_count")):
+    for layer in range(header.n_layers):
         ratio = ratios[layer] if layer < len(ratios) else None
         kind = default if ratio is None else names.get(ratio, f"compressed by {ratio}")
         routing = "dense" if layer not in moe else "hash" if layer < hashed else "scores"

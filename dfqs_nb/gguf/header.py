@@ -24,6 +24,7 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME, less its terminating zero
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_HEADER_BYTES = 1 << 28  # real headers stay under 50 MB; a larger claim is a hostile or broken file
 MAX_STRINGS = 1 << 22  # in one array: the largest vocabularies and merge lists have under a million
 
@@ -175,15 +176,7 @@ class GGUFHeader(Mapping[str, Any]):
         Raises:
             HeaderError: it holds something else.
         """
-        value = self.get(name, [])
-        values = value if isinstance(value, list) else [value]
-        if not all(type(item) is int and item >= 0 for item in values):
-            raise HeaderError(
-                f"the key {name} is not a count",
-                where=self.path,
-                hint="the file was converted by another tool or an older one: convert it again",
-            )
-        return values
+        return as_counts(self.get(name, []), name, self.path)
 
     def count(self, name: str, default: int = 0) -> int:
         """A field that should be one count; of one for each layer, the largest.
@@ -194,6 +187,15 @@ class GGUFHeader(Mapping[str, Any]):
         return max(self.counts(name), default=default)
 
     @property
+    def n_layers(self) -> int:
+        """The architecture's ``block_count``; 0 where it is missing.
+
+        Raises:
+            HeaderError: it is no count, or more than llama.cpp takes.
+        """
+        return layers(self.count(f"{self.architecture}.block_count"), self.path)
+
+    @property
     def data_nbytes(self) -> int:
         """Bytes of the data section that the tensor table asks for, each tensor padded."""
         return max((padded(t.offset + t.nbytes, self.alignment) for t in self.tensors), default=0)
@@ -202,6 +204,27 @@ class GGUFHeader(Mapping[str, Any]):
     def end_offset(self) -> int:
         """Where the file ends if it holds just this model, in bytes from the start of the file."""
         return self.data_offset + self.data_nbytes
+
+
+def as_counts(value: Any, name: str, where: str | Path) -> list[int]:
+    """The value of a field as a list of counts.
+
+    Raises:
+        HeaderError: it is no count, and no list of counts.
+    """
+    values = value if isinstance(value, list) else [value]
+    if not all(type(item) is int and item >= 0 for item in values):
+        hint = "the file was converted by another tool or an older one: convert it again"
+        raise HeaderError(f"the key {name} is not a count", where=where, hint=hint)
+    return values
+
+
+def layers(count: int, where: str | Path) -> int:
+    """A number of layers that is not more than llama.cpp takes: a hostile one fills the memory."""
+    if count > MAX_LAYERS:
+        hint = "get the file from its source again"
+        raise HeaderError(f"claims {count:,} layers; llama.cpp takes {MAX_LAYERS}", where=where, hint=hint)
+    return count
 
 
 def padded(nbytes: int, alignment: int) -> int:

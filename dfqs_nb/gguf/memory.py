@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from dfqs_nb.core.errors import HeaderError, SpaceError
 from dfqs_nb.core.machine import Memory, available_memory
-from dfqs_nb.gguf.header import GGUFHeader, padded
+from dfqs_nb.gguf.header import GGUFHeader, as_counts, layers, padded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +31,18 @@ CELL_PADDING = 256
 F32_BYTES = 4
 
 
+class Shape(Protocol):
+    """What the formulas need of a header; a model that is not here can have it too."""
+
+    @property
+    def architecture(self) -> str: ...  # noqa: D102
+
+    @property
+    def path(self) -> str | Path: ...  # noqa: D102
+
+    def arch(self, key: str, default: Any = None) -> Any: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class KvCacheBytes:
     """Bytes of one context's cache by part, and how far to trust them.
@@ -50,7 +62,7 @@ class KvCacheBytes:
 
 
 def kv_cache_bytes(
-    header: GGUFHeader,
+    header: Shape,
     n_ctx: int,
     n_ubatch: int = 512,
     n_seq: int = 1,
@@ -83,7 +95,7 @@ def kv_cache_bytes(
 
 
 def _deepseek4(
-    header: GGUFHeader, cells: int, n_ubatch: int, n_seq: int, type_k: str, swa_full: bool
+    header: Shape, cells: int, n_ubatch: int, n_seq: int, type_k: str, swa_full: bool
 ) -> KvCacheBytes:
     """One K row a layer and cell, no V; compressed layers keep a row for each 4 or 128 tokens beside it."""
     head_dim, indexer_dim = _int(header, "attention.key_length"), _int(header, "attention.indexer.key_length")
@@ -105,22 +117,21 @@ def _deepseek4(
     )
 
 
-def _attention(header: GGUFHeader, cells: int, n_seq: int, type_k: str, type_v: str) -> KvCacheBytes:
+def _attention(header: Shape, cells: int, n_seq: int, type_k: str, type_v: str) -> KvCacheBytes:
     """Grouped-query attention: one K and one V row for each layer and cell; latent attention keeps K only."""
     heads = _ints(header, "attention.head_count_kv", "attention.head_count")
     if len(heads) == 1:
-        heads = heads * _int(header, "block_count")
-    head_dim = header.count(f"{header.architecture}.attention.key_length") or (
-        _int(header, "embedding_length") // max(1, _int(header, "attention.head_count"))
-    )
-    value_dim = header.count(f"{header.architecture}.attention.value_length") or head_dim
+        heads = heads * layers(_int(header, "block_count"), header.path)
+    default = _int(header, "embedding_length") // max(1, _int(header, "attention.head_count"))
+    head_dim = _int(header, "attention.key_length", default)
+    value_dim = _int(header, "attention.value_length", head_dim)
     latent = header.arch("attention.key_length_mla") is not None
     k = sum(_row_bytes(n * head_dim, type_k) for n in heads) * cells * n_seq
     v = 0 if latent else sum(_row_bytes(n * value_dim, type_v) for n in heads) * cells * n_seq
     return KvCacheBytes({"k": k, "v": v}, *_trust(header))
 
 
-def _trust(header: GGUFHeader) -> tuple[Literal["exact", "upper bound", "rough"], str]:
+def _trust(header: Shape) -> tuple[Literal["exact", "upper bound", "rough"], str]:
     if header.arch("ssm.state_size") is not None or header.arch("wkv.head_size") is not None:
         return "rough", "recurrent layers counted as attention; their state is not counted"
     if header.arch("attention.sliding_window"):
@@ -128,10 +139,10 @@ def _trust(header: GGUFHeader) -> tuple[Literal["exact", "upper bound", "rough"]
     return "exact", ""
 
 
-def _ints(header: GGUFHeader, *names: str) -> list[int]:
+def _ints(header: Shape, *names: str) -> list[int]:
     """The architecture's first key that is there: a count, or one for each layer."""
     for name in names:
-        if values := header.counts(f"{header.architecture}.{name}"):
+        if values := as_counts(header.arch(name, []), f"{header.architecture}.{name}", header.path):
             return values
     raise HeaderError(
         f"the key {header.architecture}.{names[0]} is missing",
@@ -140,8 +151,10 @@ def _ints(header: GGUFHeader, *names: str) -> list[int]:
     )
 
 
-def _int(header: GGUFHeader, name: str) -> int:
-    return _ints(header, name)[0]
+def _int(header: Shape, name: str, default: int | None = None) -> int:
+    if default is not None and header.arch(name) is None:
+        return default
+    return _ints(header, name)[0] or default or 0
 
 
 def _row_bytes(n_elements: int, cache_type: str) -> int:
@@ -281,7 +294,7 @@ def binary_size(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:,.2f} GiB"
 
 
-def cache_table(header: GGUFHeader, contexts: Sequence[int], n_ubatch: int = 512) -> pd.DataFrame:
+def cache_table(header: Shape, contexts: Sequence[int], n_ubatch: int = 512) -> pd.DataFrame:
     """KV cache in MiB (f16) by context length, as opened here and with llama.cpp's default.
 
     Index ``n_ctx`` (tokens); columns ``swa_full=False`` and ``swa_full=True``.

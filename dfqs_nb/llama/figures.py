@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title
 
@@ -26,7 +26,12 @@ def speeds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ):
         ax.plot(values, [row] * len(values), "o", color=COLOURS[phase], alpha=0.5, markersize=6)
         ax.plot(middle, row, "|", color=INK, markersize=16, markeredgewidth=2)
-        label = {"xytext": (0, 11), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+        label: dict[str, Any] = {
+            "xytext": (0, 11),
+            "textcoords": "offset points",
+            "ha": "center",
+            "fontsize": 8,
+        }
         ax.annotate(f"{middle:,.0f}" if middle >= 10 else f"{middle:.2f}", (middle, row), **label)
     labels = [
         f"{phase}, depth {depth:,}" for phase, depth in zip(table["phase"], table["depth"], strict=True)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import REFERENCE
 from gguf_fixtures import Spec, field, gguf_bytes, header_bytes
 from models_apart import Apart
 
+from conftest import REFERENCE
 from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError
 from dfqs_nb.gguf import facts, memory
 from dfqs_nb.gguf.header import MAX_STRINGS, check_layout, read_header
@@ -167,12 +170,37 @@ def test_no_field_of_another_type_gives_a_traceback(nano, tmp_path):
             except HeaderError:
                 continue
             for fact in FACTS:
-                if name == "deepseek4.block_count" and value == (1 << 64) - 1:
-                    continue  # a table of that many layers
                 try:
                     fact(header)
                 except DfqsError as error:
                     assert error.hint
+
+
+@pytest.mark.slow
+def test_20_000_mutated_headers_give_facts_or_our_own_errors(merged_reference, tmp_path):
+    """Bytes of the header changed, moved and repeated at random: no traceback, no hang, no gigabyte."""
+    raw = bytearray(read_header(merged_reference).raw + bytes(64))
+    draw, path = random.Random(20260519), tmp_path / "x.gguf"
+    n_read = 0
+    before = psutil.Process().memory_info().rss
+    for _ in range(20_000):
+        changed = bytearray(raw)
+        for _ in range(draw.choice((1, 1, 2, 8))):
+            at, n = draw.randrange(24, len(raw)), draw.choice((1, 2, 4, 8))
+            other = draw.randrange(len(raw) - n)
+            changed[at : at + n] = draw.choice(
+                (draw.randbytes(n), raw[other : other + n], b"\xff" * n, bytes(n))
+            )
+        path.write_bytes(changed)
+        started = time.perf_counter()
+        with contextlib.suppress(DfqsError):
+            header = read_header(path)
+            n_read += 1
+            for fact in FACTS[:-1]:  # the table for display takes most of the time
+                with contextlib.suppress(DfqsError):
+                    fact(header)
+        assert time.perf_counter() - started < 10
+    assert n_read > 2_000 and psutil.Process().memory_info().rss - before < 1 << 30
 
 
 @pytest.mark.parametrize("kind, value, shown", [("INT32", -1, "-1"), ("[UINT32]", [765, 766], "[765, 766]")])
@@ -194,10 +222,10 @@ def test_more_texts_than_a_tokenizer_has_are_refused_at_once(tmp_path):
     with path.open("wb") as file:
         file.write(header_bytes([field("k", "[STRING]", [])])[:-8] + (31_000_000).to_bytes(8, "little"))
         file.truncate(300_000_000)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(HeaderError, match=f"claims 31,000,000 texts; no tokenizer has over {MAX_STRINGS:,}"):
         read_header(path)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize(
