@@ -4,7 +4,7 @@ The Makefile runs this script with whatever Python there is. So it is written fo
 the standard library. pip installs uv from the lock; uv installs the rest and builds llama.cpp.
 
     python install.py install VENV [PACKAGE ...]   PACKAGE: an optional package of the lock
-    python install.py here                         into the Python that runs this (Colab, Kaggle)
+    python install.py here                         what the Python that runs this lacks (Colab, Kaggle)
     python install.py wheelhouse VENV FOLDER       download what an install without network needs
 """
 
@@ -84,7 +84,7 @@ class Target(object):
         self.environ = dict(os.environ, PIP_USER="0", PIP_DISABLE_PIP_VERSION_CHECK="1", PYTHONNOUSERSITE="1")
         self.environ.update(NINJA_STATUS="[%f/%t] ", PIP_RETRIES=os.environ.get("PIP_RETRIES", "3"))
 
-    def run(self, tool, arguments, what):  # type: (str, list[str], str) -> None
+    def run(self, tool, arguments, what, failed="failed"):  # type: (str, list[str], str, str) -> None
         """Run a module of the target. What it prints goes to the log; the screen shows the progress."""
         progress, printed = Progress(what), b""
         with open(self.log, "ab") as log:
@@ -97,7 +97,7 @@ class Target(object):
                 log.write(piece)
                 printed += piece
                 progress.update(piece.decode("utf-8", "replace"))
-        progress.end("failed" if process.wait() else "done")
+        progress.end(failed if process.wait() else "done")
         if process.returncode:
             cause = needs.explain(printed.decode("utf-8", "replace"), "no-index" in pip_settings(self.python))
             raise needs.Stop("%s\n(everything that %s printed: %s)" % (cause, tool, self.log))
@@ -108,7 +108,7 @@ class Target(object):
             flags = ["--no-deps", "--require-hashes", "--no-build-isolation"]
             self.run("pip", verb + flags + ["-r", path], what)
 
-    def uv(self, arguments, what):  # type: (list[str], str) -> None
+    def uv(self, arguments, what, failed="failed"):  # type: (list[str], str, str) -> None
         """`uv pip install`, with the index, mirror or folder that pip was told to use; uv's variables win."""
         settings = pip_settings(self.python)
         for name, variable in FOR_UV.items():
@@ -117,20 +117,67 @@ class Target(object):
                 self.environ.setdefault(variable, separator.join(settings[name].split()))
         # As with pip, a file may come from any index: its hash decides whether it is trusted.
         self.environ.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
-        flags = ["--python", self.python, "--no-deps", "--no-build-isolation"]
-        flags += ["--no-index"] if "no-index" in settings else []
-        self.run("uv", ["pip", "install"] + flags + arguments, what)
+        flags = ["--python", self.python] + (["--no-index"] if "no-index" in settings else [])
+        self.run("uv", ["pip", "install"] + flags + arguments, what, failed)
 
     def fill(self, optional):  # type: (list[str]) -> None
         """Install everything in the lock, and this package."""
         names = (set(lock_blocks(LOCK)) - OPTIONAL - {BUILT_HERE}) | set(optional)
         self.pip(["install", "--only-binary", ":all:"], {"uv"}, "installing uv")
+        exactly = ["--no-deps", "--no-build-isolation"]
         with locked(names) as path:
-            self.uv(["--require-hashes", "-r", path], "installing the packages of requirements.lock")
+            self.uv(
+                exactly + ["--require-hashes", "-r", path], "installing the packages of requirements.lock"
+            )
         with locked({BUILT_HERE}) as path:
             arguments = ["--require-hashes", "-v", "-C", "cmake.args=" + build_options(), "-r", path]
-            self.uv(arguments, "building llama.cpp (2 to 3 minutes on 2 cores, once)")
-        self.uv(["-e", "."], "installing this package")
+            self.uv(exactly + arguments, "building llama.cpp (2 to 3 minutes on 2 cores, once)")
+        self.uv(exactly + ["-e", "."], "installing this package")
+
+    def fill_gaps(self):  # type: () -> None
+        """Install what the notebooks need and a hosted machine lacks; what is there and new enough stays.
+
+        What is missing comes at the lock's version, with its hash. uv adds what such a package needs newer.
+        """
+        import hosted
+
+        self.environ.update(UV_BREAK_SYSTEM_PACKAGES="1", PIP_BREAK_SYSTEM_PACKAGES="1")
+        needed, lacks = (
+            hosted.requirements(),
+            {name for name in lock_blocks(LOCK) if not hosted.is_kept(name)},
+        )
+        runtime = [pin for pin in needed if pin.startswith(BUILT_HERE)]
+        others = [pin for pin in needed if pin not in runtime]
+        complete = hosted.is_workbook_installed() and all(map(hosted.is_met, needed))
+        if not complete and needs.output([self.python, "-m", "uv", "--version"]) is None:
+            self.pip(["install", "--only-binary", ":all:"], {"uv"}, "installing uv")
+        with locked(lacks - {BUILT_HERE}) as path:
+            if not all(map(hosted.is_met, others)):
+                self.uv(["-c", path] + others, "installing what is missing here")
+            if not all(map(hosted.is_met, runtime)):
+                self.add_runtime(["-c", path] + runtime)
+        if not hosted.is_workbook_installed():
+            self.uv(["--no-deps", "--build-constraints", LOCK, "-e", "."], "installing this package")
+
+    def add_runtime(self, arguments):  # type: (list[str]) -> None
+        """llama-cpp-python: prebuilt where the index has that, else built here; for a GPU always built here."""
+        import hosted
+
+        what = "building llama.cpp (2 to 3 minutes on 2 cores, once)"
+        if hosted.has_gpu() and hosted.has_cuda_compiler():
+            what = "building llama.cpp for the GPU (tens of minutes on 2 cores, once)"
+            os.environ["CMAKE_ARGS"] = "-DGGML_CUDA=on " + os.environ.get("CMAKE_ARGS", "")
+            self.environ.update(os.environ)
+        else:
+            try:
+                self.uv(["--only-binary", BUILT_HERE] + arguments, "looking for a prebuilt llama.cpp", "none")
+                return
+            except needs.Stop:
+                pass
+        check_machine(self.python, sys.prefix)
+        with locked({BUILT_HERE}) as path:
+            build = ["--no-binary", BUILT_HERE, "--build-constraints", LOCK, "-c", path, "-v"]
+            self.uv(build + ["-C", "cmake.args=" + build_options()] + arguments, what)
 
 
 def say(text, end="\n"):  # type: (str, str) -> None
@@ -259,8 +306,11 @@ def main(arguments):  # type: (list[str]) -> int
         if verb == "install":
             install(paths[0], arguments[2:])
         elif verb == "here":
-            check_machine(sys.executable, sys.prefix)
-            Target(sys.executable, os.path.join(tempfile.gettempdir(), "dfqs-install.log")).fill([])
+            if not needs.is_suitable(sys.version_info[:2]):
+                raise needs.Stop(
+                    "this notebook runs Python %d.%d, but it needs 3.11, 3.12 or 3.13" % sys.version_info[:2]
+                )
+            Target(sys.executable, os.path.join(tempfile.gettempdir(), "dfqs-install.log")).fill_gaps()
         else:
             target = Target(os.path.join(paths[0], "bin", "python"), os.path.join(paths[0], "install.log"))
             target.pip(["download", "-d", paths[1]], set(lock_blocks(LOCK)), "downloading into " + paths[1])

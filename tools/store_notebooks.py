@@ -24,16 +24,18 @@ from dfqs_nb.workbook.run import KERNEL, PATTERN, QUIET, find_notebooks, kernel_
 BRANCH = "main"
 
 SETUP = """\
-# On Colab or Kaggle: fetch the workbook and install it. Elsewhere: nothing.
+# On Colab or Kaggle: fetch the workbook, install it, prepare the model.
 import os
 import sys
 
 if {{"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"}} & set(os.environ):
-    if not os.path.isdir("../dfqs_nb"):
-        !git clone -q --depth 1 {address}
-        %cd -q {name}/notebooks
-    %pip install -q -e ..  # builds llama.cpp: ten minutes, once
-    sys.path.insert(0, os.path.abspath(".."))"""
+    place = os.path.expanduser("~/{name}")
+    if not os.path.isdir(place):
+        !git clone -q --depth 1 {address} {{place}}
+    if not os.path.isdir(place):
+        sys.exit("No network? On Kaggle: Settings > Internet > On.")
+    sys.path.insert(0, place + "/tools")
+    __import__("hosted").prepare(globals())"""
 
 BADGES = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
@@ -102,7 +104,9 @@ def stamped_readme(text: str, notebooks: Sequence[Path], address: str) -> str:
 
 def _title(path: Path) -> str:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    match = re.search(r"^# (?:\d+\. )?(.+)$", "".join(cells[0]["source"]) if cells else "", flags=re.MULTILINE)
+    match = re.search(
+        r"^# (?:\d+\. )?(.+)$", "".join(cells[0]["source"]) if cells else "", flags=re.MULTILINE
+    )
     return f"{path.stem[:2]} {match.group(1)}" if match else path.stem
 
 

@@ -70,6 +70,4 @@ def compact(ax: Axes) -> Image:
 
 
 def _figure(ax: Axes) -> Figure:
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    return figure
+    return ax.figure.canvas.figure  # of a subfigure, too, and in every version
