@@ -1,7 +1,7 @@
 """Prepare a notebook that Colab or Kaggle opened. The set-up cell of each notebook calls `prepare`.
 
-It runs before anything is installed, so it imports only the standard library. `install.py here` asks this module
-what a hosted machine lacks.
+It runs before anything is installed, so it imports only the standard library. `install.py here` asks it what
+is missing.
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ def prepare(namespace: dict[str, Any]) -> None:
     """Make a notebook work alone: its packages, its outputs folder, its model.
 
     Args:
-        namespace: of the notebook, after its parameters. Changed where they have their defaults: ``n_gpu_layers``
-            by a GPU, ``model`` and ``run_name`` by the variable ``DFQS_MODEL``, ``output_dir`` and (for a
-            read-only input) ``consume`` by Kaggle.
+        namespace: of the notebook, after its parameters. Those with their defaults may change: for a GPU
+            ``n_gpu_layers``, for the variable ``DFQS_MODEL`` the model, the run and the settings of its tier,
+            on Kaggle ``output_dir``. For a model in Kaggle's inputs ``consume`` is switched off.
 
     Raises:
         Stop: the install or notebook 01 fails, or the kernel restarts.
@@ -177,7 +177,8 @@ def run(arguments: list[str], failure: str, quiet: bool = False) -> None:
 
 def versions() -> dict[str, str]:
     """Every installed package with its version."""
-    return {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
+    found = reversed(list(importlib.metadata.distributions()))  # what comes first on the path counts
+    return {distribution.metadata["Name"]: distribution.version for distribution in found}
 
 
 def replaced_while_loaded(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:
@@ -229,7 +230,36 @@ def use_own_model(namespace: dict[str, Any]) -> str:
 
         namespace["run_name"] = default_run_name(model)
     print(f"DFQS_MODEL: {model}, in the run {namespace['run_name']}")
+    use_tier(namespace, model)
     return model
+
+
+def use_tier(namespace: dict[str, Any], model: str) -> None:
+    """Give parameters that have their defaults the values of the model's tier, as `make run` does."""
+    from dfqs_nb.workbook.tiers import settings_of, tier_of
+
+    defaults = notebook_defaults()
+    settings = {
+        name: value
+        for name, value in settings_of(tier_of(model)).items()
+        if name in namespace and namespace[name] in defaults[name]
+    }
+    namespace.update(settings)
+    if settings:
+        print("Changed for it:", ", ".join(f"{name} = {value!r}" for name, value in settings.items()))
+
+
+def notebook_defaults() -> dict[str, list[Any]]:
+    """The values that the notebooks give to each parameter."""
+    defaults: dict[str, list[Any]] = {}
+    for path in sorted((REPOSITORY / "notebooks").glob("[0-9]*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if "parameters" in cell["metadata"].get("tags", []):
+                values: dict[str, Any] = {}
+                exec("".join(cell["source"]), {}, values)
+                for name, value in values.items():
+                    defaults.setdefault(name, []).append(value)
+    return defaults
 
 
 def use_kaggle_disks(namespace: dict[str, Any]) -> None:
@@ -244,9 +274,12 @@ def use_kaggle_disks(namespace: dict[str, Any]) -> None:
 
 
 def scratch(model: str) -> str:
-    """Where Kaggle has room for a merged model; an empty string elsewhere, and for the reference model."""
-    wanted = "KAGGLE_KERNEL_RUN_TYPE" in os.environ and model not in ("", REFERENCE)
-    return str(Path(tempfile.gettempdir(), "dfqs-models")) if wanted else ""
+    """A folder where Kaggle has room for a merged model; "" elsewhere, and for the reference model."""
+    if "KAGGLE_KERNEL_RUN_TYPE" not in os.environ or model in ("", REFERENCE):
+        return ""
+    folder = Path(tempfile.gettempdir(), "dfqs-models")
+    folder.mkdir(exist_ok=True)
+    return str(folder)
 
 
 def make_merge(run_name: str, model: str) -> None:

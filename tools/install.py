@@ -160,14 +160,16 @@ class Target(object):
             self.uv(["--no-deps", "--build-constraints", LOCK, "-e", "."], "installing this package")
 
     def add_runtime(self, arguments):  # type: (list[str]) -> None
-        """llama-cpp-python: prebuilt where the index has that, else built here; for a GPU always built here."""
+        """llama-cpp-python: prebuilt where the index has that; else, and for a GPU always, built here."""
         import hosted
 
         what = "building llama.cpp (2 to 3 minutes on 2 cores, once)"
         if hosted.has_gpu() and hosted.has_cuda_compiler():
             what = "building llama.cpp for the GPU (tens of minutes on 2 cores, once)"
             os.environ["CMAKE_ARGS"] = "-DGGML_CUDA=on " + os.environ.get("CMAKE_ARGS", "")
-            self.environ.update(os.environ)
+            self.environ.update(
+                CMAKE_ARGS=os.environ["CMAKE_ARGS"], CUDACXX=os.environ.get("CUDACXX", "nvcc")
+            )
         else:
             try:
                 self.uv(["--only-binary", BUILT_HERE] + arguments, "looking for a prebuilt llama.cpp", "none")

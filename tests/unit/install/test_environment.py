@@ -8,11 +8,13 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import hosted
 import install
 import needs
 import pytest
 import store_notebooks
 import yaml
+from packaging.version import Version
 
 from dfqs_nb import __version__
 from dfqs_nb.core.paths import public_address
@@ -46,6 +48,24 @@ def test_each_pin_has_its_reason_beside_it():
     for number, line in enumerate(lines):
         if re.match(r'"[\w.-]+==', line) and not re.match(r'"[\w.-]+==', lines[number - 1]):
             assert lines[number - 1].startswith("#"), f"{line} has no reason above it"
+
+
+def test_what_a_hosted_machine_may_keep_is_needed_and_no_newer_than_the_lock():
+    oldest, locked = hosted.bounds(), {name: LOCK[name].split("==")[1].split()[0] for name in LOCK}
+    direct = {canonical(re.split(r"[\[=]", pin)[0]) for pin in PROJECT["dependencies"]}
+    assert set(oldest) <= direct | {"numpy"}, "numpy comes with pandas; the rest are dependencies"
+    for name, version in oldest.items():
+        assert Version(version) <= Version(locked[name]), name
+    pinned = {canonical(re.split(r"[\[=]", pin)[0]) for pin in hosted.requirements() if "==" in pin}
+    assert direct - pinned - set(oldest) == {"jupyterlab", "nbval"}, "not needed there"
+    assert {"llama-cpp-python", "gguf", "papermill"} <= pinned, "exact, as everywhere"
+
+
+def test_each_bound_of_a_hosted_machine_has_its_reason_above():
+    text = (REPOSITORY / "pyproject.toml").read_text()
+    section = text[text.index("[tool.dfqs.hosted.oldest]\n") : text.index("[dependency-groups]")]
+    bounds = re.findall(r"((?:#.*\n)+)((?:[\w-]+ = .*\n)+)", section)
+    assert sum(lines.count("\n") for _, lines in bounds) == len(hosted.bounds())
 
 
 def test_every_package_of_the_lock_has_hashes():
