@@ -29,12 +29,12 @@ import os
 import sys
 
 if {{"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"}} & set(os.environ):
-    place = os.path.expanduser("~/{name}")
-    if not os.path.isdir(place):
-        !git clone -q --depth 1 {address} {{place}}
-    if not os.path.isdir(place):
+    home = os.path.expanduser("~/{name}")
+    if not os.path.isdir(home):
+        !git clone --depth 1 {address} {{home}}
+    if not os.path.isdir(home):
         sys.exit("No network? On Kaggle: Settings > Internet > On.")
-    sys.path.insert(0, place + "/tools")
+    sys.path.insert(0, home + "/tools")
     __import__("hosted").prepare(globals())"""
 
 BADGES = (
