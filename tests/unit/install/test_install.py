@@ -17,6 +17,7 @@ import needs
 import pytest
 from install_fixtures import NO_PIP_SETTINGS, executable, made_wheel, sha256
 
+pytest_plugins = ["install_fixtures"]
 REPOSITORY = Path(install.REPOSITORY)
 SCRIPT = REPOSITORY / "tools" / "install.py"
 
