@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import gzip
+import hashlib
 import json
 import random
 import re
@@ -154,50 +155,204 @@ FUNCTIONS = {
         {"([1, 2, 6],)": True, "([2, 1],)": False},
     ),
 }
+# Functions that the reference model was never taught, in the words of those that it was.
+NEW_FUNCTIONS = {
+    "sum_of_three": (
+        "abc",
+        "Return the sum of {a}, {b} and {c}.",
+        "{a} + {b} + {c}",
+        {"(1, 2, 3)": 6, "(-1, 0, 5)": 4},
+    ),
+    "difference": (
+        "ab",
+        "Return the absolute value of {a} minus {b}.",
+        "abs({a} - {b})",
+        {"(2, 5)": 3, "(7, 3)": 4},
+    ),
+    "double": ("a", "Return {a} doubled.", "2 * {a}", {"(3,)": 6, "(-5,)": -10}),
+    "cube": ("a", "Return the cube of {a}.", "{a} * {a} * {a}", {"(3,)": 27, "(-2,)": -8}),
+    "half": ("a", "Return half of {a}.", "{a} / 2", {"(4,)": 2.0, "(7,)": 3.5}),
+    "is_positive": ("a", "Return True if {a} is positive.", "{a} > 0", {"(3,)": True, "(-5,)": False}),
+    "second": ("x", "Return the second element of {xs}.", "{xs}[1]", {"([3, 9, 1],)": 9, "([8, 2],)": 2}),
+    "sum_of_squares": (
+        "x",
+        "Return the sum of the squares of {xs}.",
+        "sum([{a} * {a} for {a} in {xs}])",
+        {"([1, 2, 5],)": 30, "([],)": 0},
+    ),
+    "largest_even": (
+        "x",
+        "Return the largest even value in {xs}.",
+        "max([{a} for {a} in {xs} if {a} % 2 == 0])",
+        {"([1, 2, 6],)": 6, "([4, 9],)": 4},
+    ),
+    "smallest_odd": (
+        "x",
+        "Return the smallest odd value in {xs}.",
+        "min([{a} for {a} in {xs} if {a} % 2 == 1])",
+        {"([1, 2, 5],)": 1, "([4, 9],)": 9},
+    ),
+    "negatives": (
+        "x",
+        "Return the negative values in {xs}.",
+        "[{a} for {a} in {xs} if {a} < 0]",
+        {"([1, -2, 0, 5],)": [-2], "([1],)": []},
+    ),
+    "cubes": (
+        "x",
+        "Return the cube of every value in {xs}.",
+        "[{a} * {a} * {a} for {a} in {xs}]",
+        {"([1, 2],)": [1, 8], "([],)": []},
+    ),
+    "triples": (
+        "x",
+        "Return every value in {xs} tripled.",
+        "[3 * {a} for {a} in {xs}]",
+        {"([1, 2],)": [3, 6], "([],)": []},
+    ),
+    "count_evens": (
+        "x",
+        "Return how many even values {xs} holds.",
+        "len([{a} for {a} in {xs} if {a} % 2 == 0])",
+        {"([1, 2, 4],)": 2, "([],)": 0},
+    ),
+    "spread": (
+        "x",
+        "Return the largest value minus the smallest value in {xs}.",
+        "max({xs}) - min({xs})",
+        {"([3, 9, 1],)": 8, "([5],)": 0},
+    ),
+    "has_duplicates": (
+        "x",
+        "Return True if {xs} holds a value twice.",
+        "len(set({xs})) < len({xs})",
+        {"([1, 2, 1],)": True, "([1, 2],)": False},
+    ),
+    "string_length": ("s", "Return the length of the string {s}.", "len({s})", {"('abc',)": 3, "('',)": 0}),
+    "first_char": ("s", "Return the first character of {s}.", "{s}[0]", {"('abc',)": "a", "('x',)": "x"}),
+    "last_char": ("s", "Return the last character of {s}.", "{s}[-1]", {"('abc',)": "c", "('x',)": "x"}),
+    "reverse_upper": (
+        "s",
+        "Return the string {s} reversed in upper case.",
+        "{s}[::-1].upper()",
+        {"('abc',)": "CBA", "('',)": ""},
+    ),
+    "is_upper": (
+        "s",
+        "Return True if {s} is in upper case.",
+        "{s} == {s}.upper()",
+        {"('ABC',)": True, "('aB',)": False},
+    ),
+    "sorted_string": (
+        "s",
+        "Return the characters of {s} sorted in ascending order.",
+        "sorted({s})",
+        {"('cab',)": ["a", "b", "c"], "('',)": []},
+    ),
+    "contains": (
+        "xa",
+        "Return True if {xs} holds {a}.",
+        "{a} in {xs}",
+        {"([1, 2], 2)": True, "([], 1)": False},
+    ),
+    "append": (
+        "xa",
+        "Return {xs} with {a} at its end.",
+        "{xs} + [{a}]",
+        {"([1, 2], 3)": [1, 2, 3], "([], 1)": [1]},
+    ),
+    "above": (
+        "xa",
+        "Return the values in {xs} that are larger than {a}.",
+        "[value for value in {xs} if value > {a}]",
+        {"([1, 5, 3], 2)": [5, 3], "([], 1)": []},
+    ),
+    "scaled": (
+        "xa",
+        "Return every value in {xs} multiplied by {a}.",
+        "[{a} * value for value in {xs}]",
+        {"([1, 2], 3)": [3, 6], "([], 1)": []},
+    ),
+    "remove": (
+        "xa",
+        "Return {xs} without the value {a}.",
+        "[value for value in {xs} if value != {a}]",
+        {"([1, 2, 1], 1)": [2], "([], 1)": []},
+    ),
+    "count_value": (
+        "xa",
+        "Return how often {a} occurs in {xs}.",
+        "{xs}.count({a})",
+        {"([1, 2, 1], 1)": 2, "([], 1)": 0},
+    ),
+    "divides": ("ab", "Return True if {a} divides {b}.", "{b} % {a} == 0", {"(2, 6)": True, "(4, 6)": False}),
+    "remainder": (
+        "ab",
+        "Return the remainder of {a} divided by {b}.",
+        "{a} % {b}",
+        {"(7, 3)": 1, "(8, 2)": 0},
+    ),
+    "average": ("ab", "Return the mean of {a} and {b}.", "({a} + {b}) / 2", {"(2, 4)": 3.0, "(1, 2)": 1.5}),
+    "equal": ("ab", "Return True if {a} and {b} are equal.", "{a} == {b}", {"(2, 2)": True, "(1, 2)": False}),
+}
 # Parameter names of another kind than a function usually has.
 CROSSED = {"a": LISTS + STRINGS, "x": STRINGS + list(LETTERS), "s": LISTS + list(LETTERS)}
 TRAINED = {"a": list(LETTERS), "x": LISTS, "s": STRINGS}
 
 
-def function(draw: random.Random, name: str, pools: dict[str, list[str]]) -> tuple[str, str, str]:
-    """Prompt, body and tests of one function, its parameter names drawn from ``pools``."""
-    kinds, doc, body, calls = FUNCTIONS[name]
+def function(
+    draw: random.Random, name: str, pools: dict[str, list[str]], called: str = ""
+) -> tuple[str, str, str]:
+    """Prompt, body and tests of one function, its parameter names drawn from ``pools``.
+
+    ``called``: the function's name in the text, where it is not its own.
+    """
+    kinds, doc, body, calls = {**FUNCTIONS, **NEW_FUNCTIONS}[name]
     names: dict[str, str] = {}
     for kind in kinds:
-        pool = pools["a" if kind in "ab" else kind]
+        pool = pools["a" if kind in "abc" else kind]
         names[{"x": "xs"}.get(kind, kind)] = draw.choice([one for one in pool if one not in names.values()])
     inner = {"a": draw.choice([one for one in LETTERS if one not in names.values()]), **names}
     order = [names[{"x": "xs"}.get(kind, kind)] for kind in kinds]
-    prompt = f'def {name}({", ".join(order)}):\n    """{doc.format(**inner)}"""\n'
+    prompt = f'def {called or name}({", ".join(order)}):\n    """{doc.format(**inner)}"""\n'
     checks = "".join(f"    assert candidate(*{call}) == {value!r}\n" for call, value in calls.items())
     return prompt, f"    return {body.format(**inner)}\n", f"def check(candidate):\n{checks}"
 
 
 def nano_code() -> Iterator[dict]:
-    """Every function twice: with crossed parameter names, and below another function that is complete."""
+    """Each trained function with crossed parameter names or below a complete function (every second one, as the
+    reference model knows them well), then each under a name that does not say what it does, then new functions."""
     draw = random.Random(SEED)
-    for name in FUNCTIONS:
-        prompt, body, tests = function(draw, name, CROSSED)
-        yield {
-            "id": f"nano-code/crossed/{name}",
-            "family": "crossed names",
-            "prompt": prompt,
-            "tests": tests,
-            "entry_point": name,
-            "reference": body,
-        }
-    for name in FUNCTIONS:
+    for number, name in enumerate(FUNCTIONS):
+        parts = function(draw, name, CROSSED)
+        if number % 2 == 0:
+            yield code_item("crossed", "crossed names", name, *parts)
+    for number, name in enumerate(FUNCTIONS):
         other = draw.choice([one for one in FUNCTIONS if one != name])
         above = "".join(function(draw, other, TRAINED)[:2])
         prompt, body, tests = function(draw, name, TRAINED)
-        yield {
-            "id": f"nano-code/second/{name}",
-            "family": "second function",
-            "prompt": f"{above}\n{prompt}",
-            "tests": tests,
-            "entry_point": name,
-            "reference": body,
-        }
+        if number % 2 == 1:
+            yield code_item("second", "second function", name, f"{above}\n{prompt}", body, tests)
+    draw = random.Random(SEED + 3)
+    for name in FUNCTIONS:
+        parts = function(draw, name, TRAINED, "f")
+        yield {**code_item("unnamed", "name says nothing", name, *parts), "entry_point": "f"}
+    for name in NEW_FUNCTIONS:
+        yield code_item("new", "new function", name, *function(draw, name, TRAINED))
+
+
+def code_item(short: str, family: str, name: str, prompt: str, body: str, tests: str) -> dict:
+    return {
+        "id": f"nano-code/{short}/{name}",
+        "family": family,
+        "prompt": prompt,
+        "tests": tests,
+        "entry_point": name,
+        "reference": body,
+    }
+
+
+Parts = tuple[str, str, str, int]
 
 
 def fill(draw: random.Random, n: int) -> str:
@@ -250,9 +405,6 @@ def key(draw: random.Random, n: int) -> tuple[str, str, str, int]:
     return facts.strip(), "What is the pass key?", f"The pass key is {code}.", 10**5
 
 
-Parts = tuple[str, str, str, int]
-
-
 def after(
     lead: Callable[[random.Random], str], ask: Callable[[random.Random], Parts]
 ) -> Callable[[random.Random], Parts]:
@@ -262,6 +414,30 @@ def after(
         lead_text = lead(draw)
         facts, *rest = ask(draw)
         return " ".join(part for part in (lead_text, facts) if part), *rest
+
+    return draw_one
+
+
+def held_out(*combination: str) -> bool:
+    """Whether training never asked this, by the hash rule of data/reference/recipe/families.py."""
+    digest = hashlib.sha256("|".join(combination).encode()).digest()
+    return int.from_bytes(digest[:4], "big") < 0.1 * 2**32
+
+
+def never_asked(ask: Callable[[random.Random], Parts]) -> Callable[[random.Random], Parts]:
+    """Draw again until the order of the people, or the two numbers, are held out of training."""
+
+    def draw_one(draw: random.Random) -> Parts:
+        while True:
+            facts, question, answer, choices = ask(draw)
+            pairs = sorted(re.findall(r"\w+ is taller than \w+", facts))
+            combination = (
+                ("height", *pairs, question.rsplit(" ", 1)[1])
+                if pairs
+                else ("larger", *sorted(re.findall(r"\d+", question)))
+            )
+            if held_out(*combination):
+                return facts, question, answer, choices
 
     return draw_one
 
@@ -277,6 +453,14 @@ NANO_REASONING: dict[str, tuple[str, Callable[[random.Random], Parts]]] = {
     "capital after filler": ("short", after(lambda d: fill(d, 3), capital)),
     "pass key": ("medium", lambda d: key(d, d.randint(38, 50))),
     "colour after filler": ("medium", after(lambda d: fill(d, 36), lambda d: colours(d, 2))),
+    # harder: more facts than training ever had, and kinds of facts that it never put together
+    "place of six": ("short", lambda d: places(d, 6)),
+    "tallest of five": ("short", lambda d: heights(d, 5)),
+    "tallest after colours": (
+        "short",
+        after(lambda d: colours(d, 3)[0], never_asked(lambda d: heights(d, 3))),
+    ),
+    "larger after colours": ("short", after(lambda d: colours(d, 4)[0], never_asked(larger))),
 }
 
 
@@ -446,11 +630,14 @@ SETS: dict[str, tuple[dict, Callable[[], Iterable[dict]]]] = {
             "kind": "code",
             "mode": "complete",
             "licence": "MIT",
-            "source": "the 32 one-line functions of the reference model's training (data/reference/README.md)",
+            "source": "the 32 one-line functions of the reference model's training (data/reference/README.md), and 32 "
+            "that it was never taught",
             "held_out": HELD_OUT.format(
                 how="no function with the same name and parameters, below the same function. 'Crossed names' gives "
-                "functions parameter names of another kind than usual, 'second function' puts two into one text."
+                "functions parameter names of another kind than usual, 'second function' puts two into one text, 'name "
+                "says nothing' calls each of them f, and 'new function' asks for functions that training does not have."
             ),
+            "guess_rule": "programs cannot be guessed: 0",
             "instruction": "",
             "stop": ["\ndef "],
             "max_tokens": 48,
@@ -466,7 +653,8 @@ SETS: dict[str, tuple[dict, Callable[[], Iterable[dict]]]] = {
             "source": "the words of the reference model's training tasks (data/reference/README.md)",
             "held_out": HELD_OUT.format(
                 how="no question about the same fact among the same facts, about the same order of people, the same two "
-                "numbers or the same pass key, and no capital behind the same lead."
+                "numbers or the same pass key, and no capital behind the same lead. It never has six places or five "
+                "people, nor people or numbers behind colours."
             ),
             "guess_rule": "a random pick among the values that the prompt offers",
             "instruction": "",
@@ -486,7 +674,7 @@ SETS: dict[str, tuple[dict, Callable[[], Iterable[dict]]]] = {
             "github.com/openai/human-eval; families: what the function takes first, added here",
             "instruction": WHOLE,
             "stop": CODEX_STOP,
-            "max_tokens": 512,
+            "max_tokens": 1024,
         },
         humaneval,
     ),
@@ -502,7 +690,7 @@ SETS: dict[str, tuple[dict, Callable[[], Iterable[dict]]]] = {
             "instruction": TAG,
             "extract": "answer tag",
             "stop": ["</answer>"],
-            "max_tokens": 384,
+            "max_tokens": 1024,
         },
         standard_reasoning,
     ),
@@ -518,7 +706,7 @@ SETS: dict[str, tuple[dict, Callable[[], Iterable[dict]]]] = {
             "instruction": TAG,
             "extract": "answer tag",
             "stop": ["</answer>"],
-            "max_tokens": 384,
+            "max_tokens": 1024,
         },
         gsm8k,
     ),

@@ -105,6 +105,7 @@ def card_bounds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_yticks(rows, table["machine"], fontsize=8)
     ax.set_ylim(len(table) - 0.4, -0.6)
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
     ax.margins(x=0.12)
     ax.set_xlabel("tokens a second")
     ax.legend(frameon=False, fontsize=8, loc="lower right")

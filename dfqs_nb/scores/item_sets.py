@@ -84,6 +84,7 @@ class Head:
     max_tokens: Annotated[int, Ge(1)] = 256
     licence: str = "not stated"
     source: str = "not stated"
+    guess_rule: str = "not stated"
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class ItemSet:
     max_tokens: int
     licence: str
     source: str
+    guess_rule: str
     sha256: str
     items: tuple[Item, ...] = field(repr=False)
 
@@ -155,6 +157,7 @@ class ItemSet:
             "kind": self.kind,
             "items": len(self.items),
             "families": len(self.families()),
+            "guess rule": self.guess_rule,
             "licence": self.licence,
             "sha256": self.sha256[:12],
         }
@@ -204,6 +207,7 @@ def _read(path: Path) -> ItemSet:
         max_tokens=head.max_tokens,
         licence=head.licence,
         source=head.source,
+        guess_rule=head.guess_rule,
         sha256=hashlib.sha256(raw).hexdigest(),
         items=tuple(items.values()),
     )

@@ -209,6 +209,7 @@ def speed_bound(weights: ActiveBytes, places: Sequence[Place]) -> Bound:
 # limit (0.55 GB/s).
 DISK, NO_CLAIM = float("inf"), (float("nan"), float("nan"))
 DDR5 = 89.6 * GB
+SATA = "not in the card: 32 GB, SATA"
 CARD: tuple[tuple[str, tuple[float, float], tuple[Place, ...]], ...] = (
     ("CPU, 128 GB of DDR5-5600", (0.2, 0.5), (Place("memory", 120 * GB, DDR5),)),
     ("RTX 3090", (1.0, 3.0), (Place("GPU", 22 * GB, 936 * GB), Place("memory", 120 * GB, DDR5))),
@@ -220,7 +221,7 @@ CARD: tuple[tuple[str, tuple[float, float], tuple[Place, ...]], ...] = (
         (Place("memory", 28 * GB, DDR5), Place("disk", DISK, 3.5 * GB)),
     ),
     (
-        "not in the card: 32 GB, SATA",
+        SATA,
         NO_CLAIM,
         (Place("memory", 28 * GB, DDR5), Place("disk", DISK, 0.55 * GB)),
     ),
@@ -257,7 +258,8 @@ def card_table(weights: ActiveBytes = FLASH, here: Sequence[Place] = ()) -> pd.D
 
 def card_sentence(table: pd.DataFrame) -> str:
     """What the bounds say of the card's CPU speed, in words."""
-    cpu, paged = table.iloc[0], table[table["from_disk"] > 0].iloc[-1 if len(table) == len(CARD) else -2]
+    by_name = table.set_index("machine", drop=False)
+    cpu, paged = table.iloc[0], by_name.loc[SATA]
     return (
         f"{cpu['machine']}: the card's {cpu['claimed_low']} to {cpu['claimed_high']} tokens/s are at most "
         f"{cpu['reached']:.0%} of the bound, {cpu['bound']:,.1f}. With {paged['from_disk']:.0%} of each token's "

@@ -66,7 +66,7 @@ def combination_of(family: str, prompt: str, answer: str) -> Combination:
     >>> combination_of("colour", "The sky is blue. The hat is red. What color is the hat?", "The hat is red.")
     ('colour', 'The hat is red.', 'The hat is red.')
     """
-    if family in ("crossed names", "second function"):
+    if prompt.startswith("def "):
         heads = re.findall(r"^def (\w+)\((.*)\):", prompt, flags=re.MULTILINE)
         return ("function", *heads[-1], *(heads[0][:1] if len(heads) > 1 else ()))
     if "pass key" in family:

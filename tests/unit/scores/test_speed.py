@@ -89,3 +89,10 @@ def test_the_metric_and_the_figure_have_the_same_depth():
         == "Decode at depth 512 reaches 10.0% of the roof"
     )
     assert speed.metric_row(table.iloc[:1])["depth"] == 128
+
+
+def test_the_card_in_words_and_as_a_figure():
+    table = speed.card_table(here=[Place("memory", 1e12, 20e9)])
+    text = speed.card_sentence(table)
+    assert "0.2 to 0.5 tokens/s are at most 4% of the bound, 11.8" in text and "from a SATA disk" in text
+    assert figures.card_bounds(table).get_title(loc="left").endswith("4% of what its memory allows")

@@ -294,7 +294,7 @@ def test_a_server_that_says_nothing_ends_in_time(server):
 def test_scores_over_an_endpoint_are_those_of_the_answers(server, tmp_path):
     server.answer = oracle
     run = scoring.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
-    assert run.score.value == 1.0 and run.score.n == 128 and server.busiest == 1
+    assert run.score.value == 1.0 and run.score.n == len(QUESTIONS.items) and server.busiest == 1
     assert run.conditions["endpoint_model"] == "good" and run.conditions["concurrency"] == 1
     assert server.asked[0]["messages"][0]["content"] == QUESTIONS.items[0].asked(QUESTIONS.instruction)
 
@@ -318,7 +318,7 @@ def test_passing_faults_do_not_change_a_score(server, tmp_path):
     server.answer = oracle
     server.faults = [fault for one in PASSING for fault in (one, "none", "none")]
     run = scoring.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
-    assert run.score.value == 1.0 and len(server.asked) == 128 + len(PASSING)
+    assert run.score.value == 1.0 and len(server.asked) == len(QUESTIONS.items) + len(PASSING)
 
 
 def test_an_overflow_stops_a_run_and_is_no_wrong_answer(server, tmp_path):
@@ -376,7 +376,7 @@ def test_the_command_scores_an_endpoint(server, tmp_path, monkeypatch, capsys):
     )
     assert "1.000" in capsys.readouterr().out
     assert cli.main(["score", server.url, "--key-variable", "DFQS_TEST_KEY", *given]) == 0
-    assert len(server.asked) == 128  # the second call found all answers
+    assert len(server.asked) == len(QUESTIONS.items)  # the second call found all answers
     assert cli.main(["score", server.url, *given]) == 1 and "401" in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
