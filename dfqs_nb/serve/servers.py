@@ -313,7 +313,7 @@ def loaded_facts(log: str) -> dict[str, Any]:
         processor.
 
     >>> loaded_facts("load_tensors:   CPU_Mapped model buffer size =     5.44 MiB")
-    {'layers_offloaded': 'no GPU support', 'buffers': ['CPU_Mapped 5.44 MiB'], 'repacked': False}
+    {'layers_offloaded': 'no GPU support', 'buffers': 'CPU_Mapped 5.44 MiB', 'repacked': False}
     """
     layers = re.search(r"offloaded (\d+/\d+) layers to GPU", log)
     buffers = [
@@ -321,7 +321,7 @@ def loaded_facts(log: str) -> dict[str, Any]:
     ]
     return {
         "layers_offloaded": layers[1] if layers else "no GPU support" if buffers else "not logged",
-        "buffers": buffers,
+        "buffers": ", ".join(buffers),
         "repacked": any(re.search("REPACK|AMX|KLEIDIAI", name) for name in buffers),
     }
 
