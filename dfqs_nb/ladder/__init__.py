@@ -7,10 +7,10 @@
 from typing import Any
 
 from dfqs_nb.ladder import tables
-from dfqs_nb.ladder.measure import Settings
+from dfqs_nb.ladder.measure import Settings, calibrated, collected
 from dfqs_nb.ladder.quantizer import plan, quantize
 from dfqs_nb.ladder.recipes import load_recipe
-from dfqs_nb.ladder.run import RUNGS, calibrated, climb, collected
+from dfqs_nb.ladder.run import RUNGS, climb
 
 __all__ = [
     "RUNGS",

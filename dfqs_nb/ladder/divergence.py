@@ -200,63 +200,37 @@ def compare_chunk(base: Array, other: Array, targets: Array) -> tuple[Array, Arr
     )
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean, its 95 % interval (bootstrap over chunks; NaN under 6) and its standard error over tokens."""
+def estimate(name: str, values: Array) -> dict[str, float]:
+    """The mean of values ``(chunks, n)`` under this name, with its uncertainty.
 
-    value: float
-    low: float
-    high: float
-    standard_error: float
+    ``<name>_low`` and ``<name>_high``: the 95 % interval (bootstrap over chunks; NaN for fewer than 6);
+    ``<name>_se``: the standard error over tokens.
 
-    @classmethod
-    def of(cls, values: Array) -> Estimate:
-        """The mean of values ``(chunks, n)``."""
-        low, high = mean_interval(values.mean(axis=1))
-        return cls(float(values.mean()), low, high, float(values.std()) / sqrt(max(values.size - 1, 1)))
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Summary of `Tokens`: ``n`` scored tokens in ``n_chunks`` chunks.
-
-    Attributes:
-        log_ratio: ln(perplexity / the original's perplexity).
-        kld_tail: the KL divergence that 99 % of the tokens stay below, in nats.
+    >>> estimate("kld", np.full((2, 3), 0.5))
+    {'kld': 0.5, 'kld_low': nan, 'kld_high': nan, 'kld_se': 0.0}
     """
+    low, high = mean_interval(values.mean(axis=1))
+    error = float(values.std()) / sqrt(max(values.size - 1, 1))
+    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high, f"{name}_se": error}
 
-    n: int
-    n_chunks: int
-    perplexity: Estimate
-    log_ratio: Estimate
-    kld: Estimate
-    same_top: Estimate
-    kld_tail: float
 
-    @classmethod
-    def of(cls, tokens: Tokens) -> Divergence:
-        """Summarize the scored tokens."""
-        nll = Estimate.of(tokens.nll)
-        mean = exp(nll.value)
-        return cls(
-            tokens.nll.size,
-            len(tokens.nll),
-            Estimate(mean, exp(nll.low), exp(nll.high), mean * nll.standard_error),
-            Estimate.of(tokens.nll - tokens.nll_base),
-            Estimate.of(tokens.kld),
-            Estimate.of(tokens.same_top.astype(float)),
-            float(np.quantile(tokens.kld, TAIL)),
-        )
+def summary(tokens: Tokens) -> dict[str, Any]:
+    """Estimates of the scored tokens, flat, for a table.
 
-    def row(self) -> dict[str, Any]:
-        """Flat, for a table: each estimate as ``name``, ``name_low``, ``name_high``, ``name_se``."""
-        flat: dict[str, Any] = {"n_tokens": self.n, "n_chunks": self.n_chunks}
-        for name in ("perplexity", "log_ratio", "kld", "same_top"):
-            estimate = getattr(self, name)
-            flat |= {
-                name: estimate.value,
-                f"{name}_low": estimate.low,
-                f"{name}_high": estimate.high,
-                f"{name}_se": estimate.standard_error,
-            }
-        return flat | {"kld_tail": self.kld_tail}
+    Keys ``n_tokens``, ``n_chunks``; `estimate` of ``perplexity``, ``log_ratio`` (ln of the perplexity over
+    the original's), ``kld`` and ``same_top``; and ``kld_tail``, which the KL of 99 % of the tokens is below.
+    """
+    perplexity = {
+        name: value if name.endswith("se") else exp(value)
+        for name, value in estimate("perplexity", tokens.nll).items()
+    }
+    perplexity["perplexity_se"] *= perplexity["perplexity"]
+    return {
+        "n_tokens": tokens.nll.size,
+        "n_chunks": len(tokens.nll),
+        **perplexity,
+        **estimate("log_ratio", tokens.nll - tokens.nll_base),
+        **estimate("kld", tokens.kld),
+        **estimate("same_top", tokens.same_top.astype(float)),
+        "kld_tail": float(np.quantile(tokens.kld, TAIL)),
+    }

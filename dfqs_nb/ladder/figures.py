@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -33,8 +33,7 @@ def divergence_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         if rung.expert_bits == rung.expert_bits:  # NaN for a dense model
             ax.plot([bits, rung.expert_bits], [rung.kld] * 2, ":", color=colour, linewidth=0.9)
             ax.plot(rung.expert_bits, rung.kld, "o", color=colour, markerfacecolor="white", zorder=3)
-        place = {"xytext": (-7, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
-        ax.annotate(rung.rung, (bits, rung.kld), fontsize=8, **place)
+        _label(ax, rung.rung, (bits, rung.kld), xytext=(-7, 0), fontsize=8, ha="right", va="center")
     ax.set_yscale("log")
     both = np.concatenate([rows["bits_per_weight"] * 1.1, rows["expert_bits"].dropna()])
     _bit_axis(ax, both, "bits a weight (log scale); filled: the whole file, hollow: its routed experts")
@@ -156,8 +155,10 @@ def curves(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylim(-0.03, 1.06)
     n = sorted({curve["n"].min(), curve["n"].max()})
     ax.set_ylabel(f"right answers (n = {' to '.join(map(str, n))} a length)")
-    legend = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "title": f"band: 95 % of {rungs[0]}"}
-    ax.legend(frameon=False, fontsize=8, title_fontsize=8, **legend)
+    band = f"band: 95 % of {rungs[0]}"
+    ax.legend(
+        frameon=False, fontsize=8, title=band, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)
+    )
     bounds = first[["length", "low", "high"]]
     others = curve[curve["rung"] != rungs[0]].merge(bounds, on="length", suffixes=("", "_first"))
     out = int((~others["accuracy"].between(others["low_first"], others["high_first"])).sum())
@@ -179,9 +180,12 @@ def _bit_axis(ax: Axes, bits: Array | pd.Series, label: str = "bits a weight (lo
 
 def _label_rungs(ax: Axes, table: pd.DataFrame, heights: pd.Series) -> None:
     """The rungs' names, upright, above the highest of their marks."""
-    style = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "va": "bottom"}
-    for (_, row), height in zip(table.iterrows(), heights, strict=True):
-        ax.annotate(row["rung"], (row["bits_per_weight"], height), fontsize=7, rotation=90, **style)
+    for name, bits, height in zip(table["rung"], table["bits_per_weight"], heights, strict=True):
+        _label(ax, name, (bits, height), xytext=(0, 5), fontsize=7, rotation=90, ha="center", va="bottom")
+
+
+def _label(ax: Axes, text: str, place: tuple[float, float], **style: Any) -> None:
+    ax.annotate(text, place, textcoords="offset points", **style)
 
 
 def _interval_kind(low: pd.Series) -> str:

@@ -1,7 +1,8 @@
-"""Measure one model of the ladder, in a child process of its own."""
+"""How a rung is measured: the settings, the importance matrix, and the child process that does the work."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -12,17 +13,22 @@ import numpy as np
 
 from dfqs_nb.context import curve as long_context
 from dfqs_nb.core import child
-from dfqs_nb.core.files import whole_file
-from dfqs_nb.core.journal import remembered
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.files import sha256_of_files, whole_file
+from dfqs_nb.core.journal import conditions_hash, remembered
 from dfqs_nb.core.machine import watched_load
-from dfqs_nb.ladder import divergence
+from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.ladder import divergence, imatrix
 from dfqs_nb.ladder.divergence import Array
-from dfqs_nb.ladder.imatrix import CHUNK_TOKENS
-from dfqs_nb.llama.model import Model, open_model
-from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.llama.model import Model, open_model, threads_for
+from dfqs_nb.llama.settings import OpenSettings, llama_version
 from dfqs_nb.llama.timing import measure_speed
 from dfqs_nb.routing import open_recorded
 from dfqs_nb.scores import ItemSet, Options, find_sandbox, score_set
+
+
+class LadderError(DfqsError):
+    """The ladder cannot be climbed."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Settings:
     chunk_tokens: int = 256
     n_chunks: int = 0
     calibration: str = ""
-    calibration_tokens: int = CHUNK_TOKENS
+    calibration_tokens: int = imatrix.CHUNK_TOKENS
     calibration_chunks: int = 24
     tier: str = "nano"
     max_items: int = 64
@@ -81,6 +87,91 @@ def part_of(item_set: ItemSet, max_items: int) -> ItemSet:
         taken[item.family] += 1
         items += [item] if taken[item.family] <= each else []
     return replace(item_set, name=f"{item_set.name}-{len(items)}", items=tuple(items))
+
+
+# ---- the importance matrix of a source ----
+
+
+def collected(
+    source: str | Path,
+    folder: str | Path,
+    settings: Settings,
+    *,
+    given: str | Path | None = None,
+    source_sha256: str = "",
+    fresh: bool = False,
+    progress: bool = True,
+) -> imatrix.ImportanceMatrix:
+    """The importance matrix over the calibration text, from ``folder/imatrix.gguf`` where it is there.
+
+    Args:
+        given: the file of another one, which is read instead.
+
+    Raises:
+        ImatrixError: the one that is given cannot be read.
+        LadderError: there is no text but the one to measure on.
+    """
+    if given:
+        return imatrix.read_imatrix(given)
+    path = Path(folder) / "imatrix.gguf"
+    if not settings.calibration and Path(settings.text).suffix:
+        raise LadderError(
+            "the held-out text would also be the calibration text",
+            where=settings.text,
+            hint="give calibration a text of its own, or an importance matrix",
+        )
+    text = divergence.load_text(settings.calibration or settings.text, "calibration")
+    conditions = {
+        "source": source_sha256 or sha256_of_files(open_shards(source).paths),
+        "text": text.name,
+        "tokens": settings.calibration_tokens,
+        "chunks": settings.calibration_chunks,
+        "runtime": llama_version(),
+        "words": hashlib.sha256(repr(text.documents).encode()).hexdigest(),
+    }
+    dataset = f"{text.name} {conditions_hash(conditions)}"
+    if path.exists() and not fresh:
+        matrix = imatrix.read_imatrix(path)
+        if matrix.datasets == (dataset,):
+            return matrix
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return calibrated(source, text, settings, dataset, progress=progress).save(path)
+
+
+def calibrated(
+    source: str | Path,
+    text: str | divergence.Text,
+    settings: Settings | None = None,
+    dataset: str = "",
+    *,
+    progress: bool = True,
+) -> imatrix.ImportanceMatrix:
+    """An importance matrix over a text: at most ``calibration_chunks`` chunks of ``calibration_tokens``.
+
+    Args:
+        text: a text, or the name of a prompt set or a text file.
+        dataset: what the text is called in the matrix; its name where not given.
+
+    Raises:
+        TextError, PromptError: there is no such text.
+        ImatrixError, ModelError, DecodeError: see `imatrix.collect`.
+    """
+    settings = settings or Settings()
+    text = divergence.load_text(text, "calibration") if isinstance(text, str) else text
+    opened = OpenSettings(n_ctx=256, n_threads=settings.n_threads or threads_for(source))
+    with open_model(source, opened) as model:
+        tokens = text.tokens(model)
+    return imatrix.collect(
+        source,
+        tokens[: settings.calibration_tokens * settings.calibration_chunks],
+        dataset=dataset or text.name,
+        chunk_tokens=settings.calibration_tokens,
+        settings=opened,
+        progress=progress,
+    )
+
+
+# ---- the child process ----
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import re
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.files import sha256_of_files, whole_path
 from dfqs_nb.core.machine import usable_cores
-from dfqs_nb.gguf.facts import class_of, layer_of
+from dfqs_nb.gguf.facts import bits_per_weight, class_of, class_sizes, layer_of
 from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, TENSOR_TYPES, Tensor, check_layout, padded, read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.ladder.imatrix import ImportanceMatrix, read_imatrix
@@ -54,21 +54,18 @@ BUFFER_BYTES = 512 << 20  # of rows that the child holds at once
 MAX_TEXT_BYTES = 127  # of a key's value, as llama.cpp overrides it
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 REPORT = "report this file and recipe as a bug of the workbook"
+CHILD = "dfqs_nb.ladder"
 
 
 # ---- the plan ----
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One tensor before and after; ``decided_by``: ``rule``, ``keep`` or ``llama.cpp``."""
+class Planned(Tensor):
+    """A tensor as it will be, and as it is now; ``decided_by``: ``rule``, ``keep`` or ``llama.cpp``."""
 
-    name: str
-    shape: tuple[int, ...]
     source_type: str
-    type: str
     source_nbytes: int
-    nbytes: int
     decided_by: str
 
 
@@ -95,7 +92,7 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Average over all weights, without tables of integers."""
-        return bits(self.tensors)
+        return bits_per_weight(self.tensors)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -105,39 +102,15 @@ class Plan:
         return (*self.fallbacks, *([unused] if self.left_out else []))
 
     def by_class(self) -> pd.DataFrame:
-        """One row a tensor class, largest first: tensors, weights, bytes before and after, bits, types."""
+        """One row a tensor class, largest first; see `gguf.facts.class_sizes`, and ``source_bytes``."""
         import pandas as pd
 
-        groups: dict[str, list[Planned]] = {}
+        before: Counter[str] = Counter()
         for tensor in self.tensors:
-            groups.setdefault(class_of(tensor.name), []).append(tensor)
-        rows = [
-            {
-                "class": name,
-                "tensors": len(group),
-                "weights": sum(prod(tensor.shape) for tensor in group),
-                "source_bytes": sum(tensor.source_nbytes for tensor in group),
-                "bytes": sum(tensor.nbytes for tensor in group),
-                "bits_per_weight": bits(group),
-                "types": ", ".join(_types_by_bytes(group)),
-            }
-            for name, group in groups.items()
-        ]
-        return pd.DataFrame(rows).sort_values("bytes", ascending=False, ignore_index=True)
-
-
-def bits(tensors: Iterable[Planned]) -> float:
-    """Bits a weight over these tensors."""
-    chosen = [tensor for tensor in tensors if tensor.type not in INTEGERS]
-    weights = sum(prod(tensor.shape) for tensor in chosen)
-    return 8 * sum(tensor.nbytes for tensor in chosen) / weights if weights else float("nan")
-
-
-def _types_by_bytes(tensors: Iterable[Planned]) -> list[str]:
-    sizes: dict[str, int] = {}
-    for tensor in tensors:
-        sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.nbytes
-    return sorted(sizes, key=lambda kind: -sizes[kind])
+            before[class_of(tensor.name)] += tensor.source_nbytes
+        sizes = pd.DataFrame(class_sizes(replace(self.source.as_one, tensors=self.tensors)))
+        sizes.insert(3, "source_bytes", sizes["class"].map(before))
+        return sizes
 
 
 def plan(
@@ -179,7 +152,7 @@ def _prepare(
         "overrides": overrides,
         "keys": keys,
     }
-    answer = child.run("dfqs_nb.ladder", {**job, "dry_run": True}, where=shards.paths[0])
+    answer = child.run(CHILD, {**job, "dry_run": True}, where=shards.paths[0])
     by_name = {tensor.name: tensor for tensor in shards.tensors}
     chosen = dict(answer["tensors"])
     if set(chosen) != set(by_name):
@@ -199,7 +172,8 @@ def _prepare(
 def _planned(tensor: Tensor, kind: str, decided_by: str) -> Planned:
     block, block_nbytes = BLOCKS[kind]
     nbytes = tensor.n_elements // block * block_nbytes
-    return Planned(tensor.name, tensor.shape, tensor.type, kind, tensor.nbytes, nbytes, decided_by)
+    after = asdict(tensor) | {"type": kind, "type_code": CODES[kind], "nbytes": nbytes}
+    return Planned(**after, source_type=tensor.type, source_nbytes=tensor.nbytes, decided_by=decided_by)
 
 
 def _usable(
@@ -256,7 +230,7 @@ def _shortened(text: str) -> str:
     return text.encode("utf-8")[:MAX_TEXT_BYTES].decode("utf-8", "ignore")
 
 
-def _n_layers(tensors: Iterable[Tensor | Planned]) -> int:
+def _n_layers(tensors: Iterable[Tensor]) -> int:
     return 1 + max((layer_of(tensor.name) or 0 for tensor in tensors), default=0)
 
 
@@ -400,12 +374,7 @@ def quantize(
         with tqdm(
             total=len(planned.tensors), desc=planned.recipe.name, unit="tensor", disable=not progress
         ) as bar:
-            child.run(
-                "dfqs_nb.ladder",
-                job,
-                where=shards.paths[0],
-                on_message=lambda message: bar.update(message["tensor"] - bar.n),
-            )
+            child.run(CHILD, job, where=source, on_message=lambda told: bar.update(told["tensor"] - bar.n))
         _check_written(part, planned)
     return Quantized(output, planned.nbytes, planned, time.perf_counter() - started)
 

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.context.boundary import Counts
 from dfqs_nb.core import child
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
@@ -27,10 +26,10 @@ from dfqs_nb.gguf.facts import bits_per_weight, class_of, types_by_bytes
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.ladder import divergence, imatrix, quantizer
-from dfqs_nb.ladder.measure import Settings, question_sets
+from dfqs_nb.ladder.measure import LadderError, Settings, collected, question_sets
 from dfqs_nb.ladder.recipes import Recipe, load_recipe
-from dfqs_nb.llama.model import open_model, threads_for
-from dfqs_nb.llama.settings import OpenSettings, llama_version
+from dfqs_nb.llama.model import threads_for
+from dfqs_nb.llama.settings import llama_version
 from dfqs_nb.routing import Trace, load_trace
 from dfqs_nb.scores import Answerer, Options, SetRun
 
@@ -44,8 +43,8 @@ HELD_BYTES = 512 << 20  # of a child beside its model: context, Python and its l
 CHILD = "dfqs_nb.ladder"
 
 
-class LadderError(DfqsError):
-    """The ladder cannot be climbed."""
+class ReferenceGone(LadderError):
+    """The source is measured, but its predictions, which rungs are compared with, are not there."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +83,6 @@ class Rung:
     def expert_bits(self) -> float:
         """Over the routed experts' weights; NaN for a dense model."""
         return bits_per_weight([t for t in self.header.tensors if class_of(t.name) == "routed experts"])
-
-    @property
-    def divergence(self) -> divergence.Divergence:
-        """Perplexity, KL divergence and top-token agreement with their intervals."""
-        return divergence.Divergence.of(self.tokens)
-
-    def counts(self) -> Counts:
-        """Right answers by haystack and length."""
-        return Counts.of(self.items)
 
 
 @dataclass(frozen=True)
@@ -234,21 +224,22 @@ class _Climber:
         The rungs are made while the source is measured; each is measured once it and the source are ready.
         Every task waits only for tasks that were submitted before it, so one worker is enough.
         """
+        matrix = self._matrix(recipes)
         pool = ThreadPoolExecutor(_n_workers(self.shards, self.settings.n_threads))
         measured: dict[str, _Measured] = {}
         try:
             source = pool.submit(self._measured, top, self.source, self.sha256, "")
-            matrix = pool.submit(self._matrix, recipes)
             making = {name: pool.submit(self._made, name, recipes[name], matrix) for name in recipes}
             rungs = {name: pool.submit(self._rung, name, making[name], source) for name in recipes}
             for name, future in {top: source, **rungs}.items():
                 try:
                     measured[name] = future.result()
-                except LadderError:
+                except ReferenceGone:
                     raise
                 except DfqsError as error:
                     if name == top:
-                        raise self._no_source(error) from error
+                        what = f"the source cannot be measured: {error}"
+                        raise LadderError(what, where=self.source, hint="open it in notebook 03") from error
                     self.failed[name] = str(error)
                 on_rung()
         except BaseException:
@@ -259,10 +250,6 @@ class _Climber:
         speeds = self._speeds({name: (rung.path, rung.sha256) for name, rung in measured.items()})
         return [self._loaded(name, rung, speeds[name]) for name, rung in measured.items() if name in speeds]
 
-    def _no_source(self, error: DfqsError) -> LadderError:
-        what = f"the source cannot be measured: {error}"
-        return LadderError(what, where=self.source, hint="open it in notebook 03")
-
     def _place(self, name: str) -> Path:
         place = self.folder / folder_name(name)
         place.mkdir(parents=True, exist_ok=True)
@@ -270,22 +257,28 @@ class _Climber:
 
     # -- making --
 
-    def _matrix(self, recipes: Mapping[str, Recipe]) -> imatrix.ImportanceMatrix | None:
-        """The importance matrix, where a rung needs one."""
-        if not any(recipe.weights and not name.endswith(FLAT) for name, recipe in recipes.items()):
-            return None
-        return collected(
-            self.source,
-            self.folder,
-            self.settings,
-            given=self.given,
-            source_sha256=self.sha256,
-            fresh=self.fresh,
-            progress=False,
-        )
+    def _matrix(self, recipes: Mapping[str, Recipe]) -> Future[imatrix.ImportanceMatrix]:
+        """The importance matrix, where a rung needs one, or the error that each of these rungs ends with."""
+        matrix: Future[imatrix.ImportanceMatrix] = Future()
+        if any(recipe.weights and not name.endswith(FLAT) for name, recipe in recipes.items()):
+            try:
+                matrix.set_result(
+                    collected(
+                        self.source,
+                        self.folder,
+                        self.settings,
+                        given=self.given,
+                        source_sha256=self.sha256,
+                        fresh=self.fresh,
+                        progress=False,
+                    )
+                )
+            except DfqsError as error:
+                matrix.set_exception(error)
+        return matrix
 
     def _made(
-        self, name: str, recipe: Recipe, collecting: Future[imatrix.ImportanceMatrix | None]
+        self, name: str, recipe: Recipe, collecting: Future[imatrix.ImportanceMatrix]
     ) -> tuple[Path, dict[str, Any]]:
         """The rung's model file, made now or before, and what is known of it."""
         matrix = None
@@ -336,7 +329,7 @@ class _Climber:
 
         def measure() -> dict[str, Any]:
             if base_sha256 and not reference.exists():
-                raise LadderError(
+                raise ReferenceGone(
                     "the source's predictions are gone",
                     where=reference,
                     hint="climb again with fresh=True: the source is then measured again",
@@ -373,6 +366,8 @@ class _Climber:
                     job = {"work": "time", "paths": todo, "settings": asdict(self.settings)}
                     return {**child.run(CHILD, job), "failed": failed}
                 except child.ChildDied as error:  # the others are timed again, without this one
+                    if not error.messages:
+                        raise
                     name = error.messages[-1]["timing"]
                     failed[name] = str(error)
                     del todo[name]
@@ -412,85 +407,3 @@ class _Climber:
 
 def _no_answer(*_arguments: Any) -> Any:
     raise LadderError("an answer is missing from the rung's journal", hint="climb again with fresh=True")
-
-
-# ---- the importance matrix of a source ----
-
-
-def collected(
-    source: str | Path,
-    folder: str | Path,
-    settings: Settings,
-    *,
-    given: str | Path | None = None,
-    source_sha256: str = "",
-    fresh: bool = False,
-    progress: bool = True,
-) -> imatrix.ImportanceMatrix:
-    """The importance matrix over the calibration text, from ``folder/imatrix.gguf`` where it is there.
-
-    Args:
-        given: the file of another one, which is read instead.
-
-    Raises:
-        ImatrixError: the one that is given cannot be read.
-        LadderError: there is no text but the one to measure on.
-    """
-    if given:
-        return imatrix.read_imatrix(given)
-    path = Path(folder) / "imatrix.gguf"
-    if not settings.calibration and Path(settings.text).suffix:
-        raise LadderError(
-            "the held-out text would also be the calibration text",
-            where=settings.text,
-            hint="give calibration a text of its own, or an importance matrix",
-        )
-    text = divergence.load_text(settings.calibration or settings.text, "calibration")
-    conditions = {
-        "source": source_sha256 or sha256_of_files(open_shards(source).paths),
-        "text": text.name,
-        "tokens": settings.calibration_tokens,
-        "chunks": settings.calibration_chunks,
-        "runtime": llama_version(),
-        "words": hashlib.sha256(repr(text.documents).encode()).hexdigest(),
-    }
-    dataset = f"{text.name} {conditions_hash(conditions)}"
-    if path.exists() and not fresh:
-        matrix = imatrix.read_imatrix(path)
-        if matrix.datasets == (dataset,):
-            return matrix
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return calibrated(source, text, settings, dataset, progress=progress).save(path)
-
-
-def calibrated(
-    source: str | Path,
-    text: str | divergence.Text,
-    settings: Settings | None = None,
-    dataset: str = "",
-    *,
-    progress: bool = True,
-) -> imatrix.ImportanceMatrix:
-    """An importance matrix over a text: at most ``calibration_chunks`` chunks of ``calibration_tokens``.
-
-    Args:
-        text: a text, or the name of a prompt set or a text file.
-        dataset: what the text is called in the matrix; its name where not given.
-
-    Raises:
-        TextError, PromptError: there is no such text.
-        ImatrixError, ModelError, DecodeError: see `imatrix.collect`.
-    """
-    settings = settings or Settings()
-    text = divergence.load_text(text, "calibration") if isinstance(text, str) else text
-    opened = OpenSettings(n_ctx=256, n_threads=settings.n_threads or threads_for(source))
-    with open_model(source, opened) as model:
-        tokens = text.tokens(model)
-    return imatrix.collect(
-        source,
-        tokens[: settings.calibration_tokens * settings.calibration_chunks],
-        dataset=dataset or text.name,
-        chunk_tokens=settings.calibration_tokens,
-        settings=opened,
-        progress=progress,
-    )

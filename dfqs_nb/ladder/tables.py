@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfqs_nb.gguf.facts import class_sizes
-from dfqs_nb.ladder.divergence import Array, Estimate
+from dfqs_nb.ladder.divergence import Array, estimate, summary
 from dfqs_nb.ladder.run import Ladder, Rung
 from dfqs_nb.routing import differences, overlaps
 from dfqs_nb.scores import SetRun, compare_runs
@@ -36,16 +36,13 @@ def table(ladder: Ladder) -> pd.DataFrame:
 
     rows = []
     for rung in ladder.rungs:
-        same = Estimate.of(_same_experts(ladder.source, rung)) if _has_routers(ladder) else None
         row = {
             "rung": rung.name,
             "bytes": rung.header.file_size,
             "bits_per_weight": rung.bits_per_weight,
             "expert_bits": rung.expert_bits,
-            **rung.divergence.row(),
-            "routing": same.value if same else np.nan,
-            "routing_low": max(same.low, 0.0) if same else np.nan,
-            "routing_high": min(same.high, 1.0) if same else np.nan,
+            **summary(rung.tokens),
+            **_share("routing", _same_experts(ladder.source, rung)),
         }
         for run in rung.runs:
             name, score = _score_name(run, rung.runs), run.score
@@ -82,6 +79,15 @@ def class_table(ladder: Ladder) -> pd.DataFrame:
     return pd.DataFrame(columns).rename_axis("class")
 
 
+def _share(name: str, same: Array) -> dict[str, float]:
+    """The mean with its interval held inside 0 to 1; NaN where there is nothing to choose."""
+    if not same.size:
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
+    share = estimate(name, same)
+    low, high = max(share[f"{name}_low"], 0.0), min(share[f"{name}_high"], 1.0)
+    return {name: share[name], f"{name}_low": low, f"{name}_high": high}
+
+
 def _has_routers(ladder: Ladder) -> bool:
     return bool((~ladder.source.trace.hashed).any())
 
@@ -106,7 +112,7 @@ def routing_table(ladder: Ladder) -> pd.DataFrame:
     for rung in ladder.rungs[1:]:
         overlap = overlaps(source.trace, rung.trace).mean(axis=0)
         for column, layer in enumerate(source.trace.layers):
-            same = Estimate.of(_same_experts(source, rung, np.array([column])))
+            same = _share("identical", _same_experts(source, rung, np.array([column])))
             rows.append(
                 {
                     "rung": rung.name,
@@ -114,9 +120,9 @@ def routing_table(ladder: Ladder) -> pd.DataFrame:
                     "layer": int(layer),
                     "hashed": bool(source.trace.hashed[column]),
                     "n": source.trace.n_tokens,
-                    "identical": same.value,
-                    "low": max(same.low, 0.0),
-                    "high": min(same.high, 1.0),
+                    "identical": same["identical"],
+                    "low": same["identical_low"],
+                    "high": same["identical_high"],
                     "overlap": float(overlap[column]),
                 }
             )
