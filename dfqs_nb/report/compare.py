@@ -24,7 +24,8 @@ from dfqs_nb.core.errors import ComparisonError
 from dfqs_nb.core.files import write_json, write_table, write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.report.board import boundary_status, is_contended, run_beside
+from dfqs_nb.report.board import is_contended, run_beside
+from dfqs_nb.report.compare_text import BOUNDARY, RETRIEVAL, SPEED, by_length, shown
 from dfqs_nb.report.items import SCORES, Items, read_items
 from dfqs_nb.report.metrics import FILE, boundary_flags, read_report
 from dfqs_nb.report.text import render
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 ACCEPTABLE = "chat_template_sha256"  # the one condition that is a property of a model's own file
 SPEED_FACTS = ("system", "processor", "usable cores")  # of the machine: equal, or speeds are not compared
 N_FLIPS = 20_000  # of signs, where there are too many texts for all
-RETRIEVAL, BOUNDARY, SPEED = "retrieval accuracy", "failure_boundary_tokens", "cpu_tokens_per_sec"
-FORMS = {BOUNDARY: "{:,.0f}", SPEED: "{:,.1f}"}
 COLUMNS = (
     ("metric", "model", "n", "value", "low", "high", "kind")
     + ("difference", "difference_low", "difference_high", "p", "p_holm", "reading")
@@ -184,7 +183,7 @@ class ReportComparison:
 
     def __str__(self) -> str:
         """The comparison as Markdown to paste: what was compared, one table, retrieval by length, methods."""
-        return render("comparison.md", found=self, shown=_shown(self), by_length=_by_length_texts(self))
+        return render("comparison.md", found=self, shown=shown(self), by_length=by_length(self))
 
     def write(self, folder: str | Path) -> list[Path]:
         """Write ``comparison.json``, ``.md``, ``.csv`` and ``.png`` into a folder, each whole."""
@@ -494,85 +493,3 @@ def _with_baseline(rows: list[dict[str, Any]], first: RunItems, n_boot: int, see
         ordered += [_row(first, metric, **values, reading="baseline")]
         ordered += [row for row in rows if row["metric"] == metric]
     return pd.DataFrame(ordered, columns=list(COLUMNS))
-
-
-# ---- as text ----
-
-
-def _shown(found: ReportComparison) -> pd.DataFrame:
-    """One line a metric and model: both values with their intervals, the difference, p, and what it says."""
-    import pandas as pd
-
-    first, by_label = found.runs[0], {run.label: run for run in found.runs}
-    rows = []
-    for metric, group in found.table.groupby("metric", sort=False):
-        own = group[group["model"] == first.label].iloc[0]
-        for row in group[group["model"] != first.label].to_dict("records"):
-            base = value_text(own, first)
-            if metric == RETRIEVAL and row["kind"] and row["n"] != own["n"]:
-                base = f"{row['value'] - row['difference']:.3f} on these"
-            rows.append(
-                {
-                    "metric": metric,
-                    "n": "" if row["n"] != row["n"] else f"{row['n']:,.0f}",
-                    f"{first.label} (baseline)": base,
-                    "model": row["model"],
-                    "value": value_text(row, by_label[row["model"]]),
-                    "difference": difference_text(row),
-                    "p (Holm)": "" if row["p_holm"] != row["p_holm"] else f"{row['p_holm']:.2g}",
-                    "reading": row["reading"],
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def value_text(row: Mapping[str, Any], run: RunItems) -> str:
-    """A metric's value with its interval, and what qualifies it."""
-    if row["value"] != row["value"]:
-        return "withheld"
-    form = FORMS.get(row["metric"], "{:.3f}")
-    low, high = ("open" if row[end] != row[end] else form.format(row[end]) for end in ("low", "high"))
-    text = f"{form.format(row['value'])} [{low}, {high}]"
-    if row["metric"] == SPEED and run.detail(SPEED).get("contended"):
-        return f"{text} (contended)"
-    if row["metric"] != BOUNDARY:
-        return text
-    status = boundary_status(run.detail(BOUNDARY))
-    return {"quality": text, "right censored": f"over {text}", "floor": "at chance"}.get(
-        status, f"{text} ({status})"
-    )
-
-
-def difference_text(row: Mapping[str, Any]) -> str:
-    """A difference (signed) or a ratio (x) with its interval.
-
-    >>> row = {"kind": "ratio", "difference": 1.5, "difference_low": 1.2, "difference_high": float("inf")}
-    >>> difference_text(row)
-    'x 1.50 [1.20, open]'
-    """
-    if not row["kind"]:
-        return ""
-    form, lead = ("{:.2f}", "x ") if row["kind"] == "ratio" else ("{:+.3f}", "")
-    low, high = (
-        "open" if row[end] in (0.0, inf) and row["kind"] == "ratio" else form.format(row[end])
-        for end in ("difference_low", "difference_high")
-    )
-    value = "unknown" if row["difference"] != row["difference"] else lead + form.format(row["difference"])
-    return f"{value} [{low}, {high}]"
-
-
-def _by_length_texts(found: ReportComparison) -> pd.DataFrame:
-    import pandas as pd
-
-    rows = [
-        {
-            "context (tokens)": f"{row.length:,}",
-            "n": f"{row.n}",
-            "baseline": f"{row.baseline:.2f}",
-            "model": row.model,
-            "accuracy": f"{row.accuracy:.2f}",
-            "difference": f"{row.difference:+.2f} [{row.low:+.2f}, {row.high:+.2f}]",
-        }
-        for row in found.lengths.itertuples()
-    ]
-    return pd.DataFrame(rows)

@@ -300,7 +300,7 @@ def _speed(run: Run) -> dict[str, Any]:
         "spread": "least and most of the repetitions",
         "guess_rate": None,
         "unit": unit,
-        **{key: getattr(row, key) for key in ("depth", "n_threads", "contended", "utilisation")},
+        **row.model_dump(include={"depth", "n_threads", "contended", "utilisation"}),
         "by_depth": [one.model_dump() for one in stage.speeds],
         "withheld": None,
         "source": "scores.json",

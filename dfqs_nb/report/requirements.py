@@ -406,7 +406,7 @@ def reproducible(case: Case) -> Judgement:
     """Greedy decoding, one seed, and a repetition that gave the same."""
     scores, routed = _there(case.run.scores), _there(case.run.routing)
     seeds = {stage.settings.seed for stage in (scores, routed, _there(case.run.long_context))}
-    hottest = max((one.sampling.temperature for one in scores.sets()), default=0.0)
+    hottest = max((one.sampling.get("temperature", 0.0) for one in scores.sets()), default=0.0)
     found, wrong = routed.verdict, []
     if len(seeds) > 1:
         wrong.append(f"seeds {', '.join(sorted(map(str, seeds)))}")

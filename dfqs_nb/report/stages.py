@@ -63,18 +63,12 @@ class Settings(Record):
     swa_full: bool | None = None
 
 
-class Sampling(Record):
-    """How tokens were drawn."""
-
-    temperature: float = 0.0
-
-
 class SetConditions(Record):
     """Which frozen set was asked, and how."""
 
     prompt_set: str = ""
     prompt_set_sha256: str = ""
-    sampling: Sampling = Sampling()
+    sampling: dict[str, Any] = {}
 
 
 class Stage(Record):
@@ -196,7 +190,6 @@ class SetScore(Record):
     high: float | None = None
     n_missing: int = 0
     guess_rate: float = 0.0
-    standard_error: float | None = None
     counts: dict[str, int] = {}
 
 
@@ -210,7 +203,6 @@ class Speed(Record):
     median: float
     min: float
     max: float
-    utilisation: float | None = None
     contended: bool = False
 
 
