@@ -38,6 +38,7 @@ from dfqs_nb.scores.sandbox import (
 )
 
 ATTEMPTS = 3  # at decoding one item
+THINKING = ("template", "on", "off")
 BATCH = 32  # candidates judged between two writes
 
 
@@ -67,6 +68,12 @@ class Options:
     allow_unsandboxed: bool = False
     fresh: bool = False
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.thinking not in THINKING:
+            raise PromptError(f"thinking is {self.thinking!r}", hint=f"use one of {', '.join(THINKING)}")
+        if self.n_samples > 1 and not self.temperature:
+            raise PromptError("greedy samples are all the same", hint="give a temperature, or one sample")
 
     @property
     def sampling(self) -> Sampling:

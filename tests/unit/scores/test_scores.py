@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dfqs_nb.core.errors import ComparisonError, ModelError, PromptError
-from dfqs_nb.llama.generate import Completion
+from dfqs_nb.llama.generate import Completion, TextStream, stream_tokens
 from dfqs_nb.llama.model import DecodeError, open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.llama.template import ChatTemplate
@@ -165,6 +165,21 @@ def test_a_template_that_begins_the_thinking_needs_its_end(tmp_path):
     assert set(collect(answer, tmp_path / "a", opens=True).items["grade"]) == {"truncated"}
     closed = collect(lambda item, _: said(f"Hm.</think>{item.answer}"), tmp_path / "b", opens=True)
     assert closed.score.value == 1.0
+
+
+@pytest.mark.parametrize(("opened", "text"), [(False, "<think>"), (True, "")])
+def test_a_stop_text_counts_only_behind_the_thinking(model, monkeypatch, opened, text):
+    said = text + "It must end in </answer>.</think><answer>12</answer> and so on"
+    monkeypatch.setattr(TextStream, "_generate", lambda self: iter(model.tokenize(said, special=False)))
+    prompt = model.tokenize("Q?<think>\n" if opened else "Q?", special=False)
+    made = stream_tokens(model, prompt, 99, stop=["</answer>"]).completion
+    assert made.text == text + "It must end in </answer>.</think><answer>12" and made.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("options", [{"thinking": "yes"}, {"n_samples": 2}])
+def test_options_that_mean_nothing_are_refused(options):
+    with pytest.raises(PromptError):
+        Options(**options)
 
 
 @needs_sandbox
