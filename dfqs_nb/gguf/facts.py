@@ -150,8 +150,10 @@ def bits_per_weight(tensors: Iterable[Tensor]) -> float:
 
 
 def class_sizes(header: GGUFHeader) -> list[dict[str, Any]]:
-    """One dict a tensor class, largest first: ``class``, ``tensors``, ``weights``, ``bytes``,
-    ``bits_per_weight`` and ``types`` (most bytes first)."""
+    """One dict a tensor class, largest first.
+
+    Keys: ``class``, ``tensors``, ``weights``, ``bytes``, ``bits_per_weight``, ``types`` (most bytes first).
+    """
     groups: dict[str, list[Tensor]] = {}
     for tensor in header.tensors:
         groups.setdefault(class_of(tensor.name), []).append(tensor)
@@ -272,8 +274,11 @@ def facts_frame(facts: dict[str, Any], name: str = "value") -> pd.DataFrame:
 
 
 def tensor_table(header: GGUFHeader) -> pd.DataFrame:
-    """One row a tensor: ``name``, ``layer`` (-1 outside the blocks), ``class``, ``type``, ``shape``
-    (ggml's order), ``weights``, ``bytes``, ``bits_per_weight``."""
+    """One row a tensor.
+
+    Columns: ``name``, ``layer`` (-1 outside the blocks), ``class``, ``type``, ``shape`` (ggml's order),
+    ``weights``, ``bytes``, ``bits_per_weight``.
+    """
     import pandas as pd
 
     rows = []
@@ -346,8 +351,9 @@ def require_model(header: GGUFHeader) -> None:
 
 # ---- the early dialect of deepseek4 ----
 
-# The first conversions of DeepSeek-V4 say ``deepseek4`` too, but name some tensors so. Upstream llama.cpp (since
-# b9840) expects the names behind them, and the key ``attention.output_lora_rank``, which those files lack.
+# The first conversions of DeepSeek-V4 say ``deepseek4`` too, but name some tensors so. Upstream llama.cpp
+# (since b9840) expects the names behind them, and the key ``attention.output_lora_rank``, which those files
+# lack.
 EARLY_NAMES = (
     (r"\battn_kv_latent\b", "attn_kv"),
     (r"\battn_compress_", "attn_compressor_"),
@@ -361,8 +367,8 @@ EARLY_NAMES = (
 def early_dialect(header: GGUFHeader) -> dict[str, str]:
     """Tensors named in the early dialect of ``deepseek4``, each with the name that llama.cpp expects.
 
-    Such a file can be sound, and upstream llama.cpp still refuses it: it needs the fork that made it, or a newer
-    conversion.
+    Such a file can be sound, and upstream llama.cpp still refuses it: it needs the fork that made it, or a
+    newer conversion.
 
     >>> from dfqs_nb.gguf.broken import reference_shards
     >>> early_dialect(reference_shards().as_one)

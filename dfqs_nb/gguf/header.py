@@ -269,8 +269,8 @@ def check_layout(header: GGUFHeader) -> None:
             raise LayoutError(
                 f"tensor {tensor.name!r} {kind} (offset {tensor.offset:,}, expected {expected:,})",
                 where=header.path,
-                hint="the file was written wrongly, or by a fork of llama.cpp with other type numbers: get it "
-                "from its source again",
+                hint="the file was written wrongly, or by a fork of llama.cpp with other type numbers: "
+                "get it from its source again",
             )
         expected = padded(tensor.offset + tensor.nbytes, header.alignment)
     last = header.tensors[-1] if header.tensors else None

@@ -1,11 +1,11 @@
 """Names to files: the models that the workbook knows, any local path, and any GGUF file of the hub.
 
-The table is data: ``data/models.toml``. Downloads go through huggingface_hub: its cache, progress and environment
-variables. Added here: every file is asked for before the first is fetched, so that a missing file or a full disk
-shows at once; and each failure names its likely cause and the next step.
+The table is data: ``data/models.toml``. Downloads go through huggingface_hub: its cache, progress and
+environment variables. Added here: every file is asked for before the first is fetched, so that a missing
+file or a full disk shows at once; and each failure names its likely cause and the next step.
 
-huggingface_hub resumes a connection that closes early. After a reset, and in a later run, it begins that file again
-(huggingface/huggingface_hub#4196); files that were complete stay in its cache.
+huggingface_hub resumes a connection that closes early. After a reset, and in a later run, it begins that file
+again (huggingface/huggingface_hub#4196); files that were complete stay in its cache.
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ def resolve(
 
     Args:
         model: a registered name; a local file (returned as it is, also when it is one shard of several) or a
-            folder that holds one model; or a file of the hub, as ``hf://owner/repo/path/file.gguf[@revision]`` or
-            by the address of its page, where the name of one shard stands for all of them. A registered name
-            goes before a folder of that name.
+            folder that holds one model; or a file of the hub, as
+            ``hf://owner/repo/path/file.gguf[@revision]`` or by the address of its page, where the name of one
+            shard stands for all of them. A registered name goes before a folder of that name.
         revision: branch, tag or commit on the hub, instead of the one in the address.
         cache_dir: the hub cache to use; huggingface_hub's own by default.
         local_files_only: take only what is in that cache. ``HF_HUB_OFFLINE`` does the same.
@@ -269,8 +269,10 @@ class FileNotInRepo(RegistryError):
 
 
 def parse_address(address: str) -> HubFile:
-    """Take an address of a hub file apart: ``hf://owner/repo/path/file.gguf@revision``, ``repo@revision/path`` as
-    the hub does, or the address of the file's page or download.
+    """Take the address of a hub file apart.
+
+    It is ``hf://owner/repo/path/file.gguf@revision``, or ``repo@revision/path`` as the hub writes it, or the
+    address of the file's page or download.
 
     Raises:
         RegistryError: it names no GGUF file of a repository.

@@ -1,8 +1,9 @@
 """Shards of one model: find them all from any one, and check that they belong together.
 
 llama.cpp names them ``PREFIX-00001-of-00002.gguf`` and writes three fields into each header:
-``split.no`` (from 0), ``split.count`` and ``split.tensors.count`` (of the whole model). Like llama.cpp, we need
-``split.count`` only in shard 1. A model in a single file is a set of one, whatever its name and ``split.no`` are.
+``split.no`` (from 0), ``split.count`` and ``split.tensors.count`` (of the whole model). Like llama.cpp, we
+need ``split.count`` only in shard 1. A model in a single file is a set of one, whatever its name and
+``split.no`` are.
 """
 
 from __future__ import annotations
@@ -343,8 +344,10 @@ def _warn_of_mixed_types(headers: Sequence[GGUFHeader]) -> None:
 
 
 def shard_table(shards: ShardSet) -> pd.DataFrame:
-    """One row a shard: ``shard``, ``file``, ``tensors``, ``first_tensor``, ``header_bytes``,
-    ``data_bytes``, ``file_bytes`` (bytes)."""
+    """One row a shard, index ``shard`` (from 1).
+
+    Columns: ``file``, ``tensors``, ``first_tensor``, ``header_bytes``, ``data_bytes``, ``file_bytes``.
+    """
     import pandas as pd
 
     rows = [

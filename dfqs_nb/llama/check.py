@@ -3,12 +3,12 @@
 Three questions, from the cheapest to the most thorough:
 
 - `parse`: does libggml's parser read the header, and which tensors does it see?
-- `loader_verdict`: does the loader take headers, tokenizer and tensors, and can a context be planned? Nothing is
-  allocated.
+- `loader_verdict`: does the loader take headers, tokenizer and tensors, and can a context be planned?
+  Nothing is allocated.
 - `trial`: plan the memory under given settings, load the weights, and decode a few tokens.
 
-A hostile header can abort the process that reads it, or ask for all of its memory. ``python -m dfqs_nb.llama`` is
-that process; it has a ceiling on its address space wherever no weights are loaded.
+A hostile header can abort the process that reads it, or ask for all of its memory. That process is
+``python -m dfqs_nb.llama``. It has a ceiling on its address space wherever no weights are loaded.
 """
 
 from __future__ import annotations
@@ -162,9 +162,9 @@ class LoaderVerdict:
         if early := early_dialect(header):
             name, expected = next(iter(early.items()))
             return (
-                f"a sound file that upstream llama.cpp refuses: {len(early)} of its tensors have names of an early "
-                f"conversion, such as {name} for {expected}. Run it with the fork that made it, or get a newer "
-                f"conversion. llama.cpp's reason: {self.reason}"
+                f"a sound file that upstream llama.cpp refuses: {len(early)} of its tensors have names of "
+                f"an early conversion, such as {name} for {expected}. Run it with the fork that made it, or "
+                f"get a newer conversion. llama.cpp's reason: {self.reason}"
             )
         return f"llama.cpp refuses this file: {self.reason}{f' ({self.death})' if self.death else ''}"
 
@@ -182,7 +182,7 @@ def loader_verdicts(paths: Sequence[str | Path]) -> list[LoaderVerdict]:
     """Ask about many files in as few processes as they leave alive (see `loader_verdict`)."""
     verdicts = []
     for path, (facts, log) in zip(map(Path, paths), _ask("load", paths, {}, TIMEOUT_SECONDS), strict=True):
-        folder = os.path.abspath(path.parent) + os.sep
+        folder = f"{path.parent.absolute()}{os.sep}"
         log = [line.replace(folder, "") for line in log]
         death = facts.get("death", "")
         reason = "" if facts["accepted"] else reason_of(log) or f"llama.cpp died ({death})"
@@ -198,11 +198,11 @@ def _ask(
 ) -> Iterator[Answer]:
     """What the children say of each file, with the lines that llama.cpp logged about it.
 
-    A file that ends its child gets ``accepted: False`` and its ``death``; another child takes the files after.
+    A file that ends its child gets ``accepted: False`` and its ``death``; another child takes the next files.
     """
     n_done = 0
     while n_done < len(paths):
-        rest = [os.path.abspath(path) for path in paths[n_done : n_done + FILES_A_CHILD]]
+        rest = [str(Path(path).absolute()) for path in paths[n_done : n_done + FILES_A_CHILD]]
         messages: list[dict[str, Any]] = []
         job = {"question": question, "paths": rest, **options}
         try:
@@ -243,9 +243,9 @@ def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEsti
     """Plan, load and decode a model (its shards, first one first) in a child process.
 
     The same files and settings are tried once a session. The child loads with a context of 256 tokens and
-    evaluates 9 with one thread. It reads through the page cache that this process will use, so a file that fits
-    in memory is read from the disk once; llama.cpp reads a larger file through at every load, and then the
-    child's reading comes on top.
+    evaluates 9 with one thread. It reads through the page cache that this process will use, so a file that
+    fits in memory is read from the disk once. llama.cpp reads a larger file through at every load, and then
+    the child's reading comes on top.
 
     Raises:
         ModelError: llama.cpp refuses the file, dies on it, or computes logits that are not numbers.
@@ -256,7 +256,7 @@ def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEsti
 
 def _identity(path: str | Path) -> tuple[str, str, int, int]:
     """The path as the user gave it (for messages), the file it leads to, its size and its time of change."""
-    stat = os.stat(path)
+    stat = Path(path).stat()
     return str(path), os.path.realpath(path), stat.st_size, stat.st_mtime_ns
 
 
@@ -273,8 +273,8 @@ def _trial_once(identity: tuple[tuple[str, str, int, int], ...], settings: OpenS
 def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
     """Bytes of KV cache and compute buffer that llama.cpp itself plans; nothing is allocated or loaded.
 
-    Uses ``no_alloc`` of ``llama_model_params``: llama.cpp reads the header, builds the graph, adds up. It runs in
-    this process, so the file must have passed a `trial`.
+    Uses ``no_alloc`` of ``llama_model_params``: llama.cpp reads the header, builds the graph, adds up. It
+    runs in this process, so the file must have passed a `trial`.
 
     Raises:
         ModelError: llama.cpp refuses the file or these settings.
@@ -482,6 +482,4 @@ def _check_finite(llama: Any, path: str) -> None:
 def _keep_stderr_open() -> None:
     """Keep standard error open while llama_cpp loads: an assertion that fails is written there."""
     for module in ("llama_cpp._internals", "llama_cpp.llama"):
-        setattr(
-            import_module(module), "suppress_stdout_stderr", lambda disable=True: contextlib.nullcontext()
-        )
+        vars(import_module(module))["suppress_stdout_stderr"] = lambda disable=True: contextlib.nullcontext()

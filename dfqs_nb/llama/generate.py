@@ -170,9 +170,9 @@ def _chooser(model: Model, sampling: Sampling) -> Callable[[Floats], int]:
 
 
 def _held_back(text: str, stop: Sequence[str]) -> int:
-    """Characters at the end that may turn out to begin a stop text.
+    r"""Characters at the end that may turn out to begin a stop text.
 
-    >>> _held_back("def f():\\n", ["\\n\\n", "\\nclass"])
+    >>> _held_back("def f():\n", ["\n\n", "\nclass"])
     1
     """
     starts = (

@@ -72,8 +72,8 @@ class Model:
 
     Attributes:
         warnings: what llama.cpp warned of while it loaded the model.
-        keep_lock: keep Python's lock while single tokens are decoded. A callback that llama.cpp calls at every
-            node of its graph then costs half as much.
+        keep_lock: keep Python's lock while single tokens are decoded. A callback that llama.cpp calls at
+            every node of its graph then costs half as much.
     """
 
     llama: Any
@@ -209,8 +209,8 @@ class Model:
     def logits(self, tokens: Sequence[int], chunk_tokens: int | None = None) -> Iterator[Floats]:
         """Evaluate tokens after those in the context, and yield the logits after each, chunk by chunk.
 
-        Each chunk is a view, float32 ``(n, n_vocab)``, that the next one overwrites: copy what you keep. Memory
-        does not grow with the number of tokens.
+        Each chunk is a view, float32 ``(n, n_vocab)``, that the next one overwrites: copy what you keep.
+        Memory does not grow with the number of tokens.
 
         Args:
             chunk_tokens: tokens of a chunk, at most ``n_batch`` (the default).
@@ -337,15 +337,16 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
             last lines are a note of the exception.
 
     Warns:
-        RuntimeWarning: weights exceed the free memory, so they will be read again and again; or llama.cpp warns of
-            the file (`Model.warnings`).
+        RuntimeWarning: weights exceed the free memory, so they will be read again and again; or llama.cpp
+            warns of the file (`Model.warnings`).
     """
     settings = settings or OpenSettings()
     shards = open_shards(path)
     require_model(shards.as_one)
     first = shards.paths[0]
     needs = _needs(shards.headers, settings)
-    # a certain shortage is refused early; llama.cpp's own plan judges the others, and a GPU has its own memory
+    # a certain shortage is refused early; llama.cpp's own plan judges the others, and a GPU has its own
+    # memory
     certain = settings.n_gpu_layers == 0 and needs.kv.exactness == "exact"
     slow = check_fits(needs, where=first) if certain else ""
     tried = check.trial(shards.paths, settings, needs) if trial else None
@@ -400,7 +401,8 @@ def _needs(headers: Sequence[GGUFHeader], settings: OpenSettings) -> MemoryEstim
 class ReuseCheck:
     """Logits after a question asked from a saved state, against those of the same tokens evaluated afresh.
 
-    ``largest_difference`` is over all logits and questions; ``evaluated_tokens`` is what the check itself cost.
+    ``largest_difference`` is over all logits and questions; ``evaluated_tokens`` is what the check itself
+    cost.
     """
 
     allowed: bool

@@ -1,7 +1,8 @@
-"""How a model is opened: the settings, llama.cpp's parameters made from them, RPC servers, and llama.cpp's log.
+"""How a model is opened: settings, llama.cpp's parameters made from them, RPC servers, and llama.cpp's log.
 
-llama-cpp-python does not expose every parameter of llama.cpp. Two that it hides matter here: ``use_extra_bufts``
-and ``cb_eval``. So `default_model_params` and `default_context_params` change the defaults while a model is built.
+llama-cpp-python does not expose every parameter of llama.cpp. Two that it hides matter here:
+``use_extra_bufts`` and ``cb_eval``. So `default_model_params` and `default_context_params` change the
+defaults while a model is built.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class LlamaLog:
 
     def tail(self, n_lines: int = 12, level: int = 0) -> list[str]:
         """The last lines of at least this level (`WARNING`, `ERROR`), oldest first."""
-        return [line for found, line in self._lines if found >= level][-n_lines:]
+        return [line for line_level, line in self._lines if line_level >= level][-n_lines:]
 
 
 LOG = LlamaLog()
@@ -223,7 +224,7 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
     from llama_cpp._internals import LlamaModel
 
     def without_templates(metadata: dict[str, str]) -> dict[str, str]:
-        """``Llama`` parses every chat template at once and fails on one, used or not: we render it ourselves."""
+        """``Llama`` parses every chat template at once and fails on any; we render them ourselves."""
         return {
             name: text for name, text in metadata.items() if not name.startswith("tokenizer.chat_template")
         }
@@ -265,8 +266,9 @@ REFUSAL_HINTS = (
     ("tensor", "the file does not hold the tensors its header promises: get it again, or merge its shards"),
     ("", "inspect its header (02_inspect_header), or update llama-cpp-python"),
 )
-_WRAPPERS = re.compile(
-    r"^(?:(?:error loading model(?: hyperparameters| vocabulary)?|failed to initialize the context): )+"
+# Names of functions, and words that only pass an error on.
+_PREFIXES = re.compile(
+    r"^(?:(?:\w+|error loading model(?: hyperparameters| vocabulary)?|failed to initialize the context): )+"
 )
 _PASSED_ON = re.compile(
     r"(?:llama_model_loader: )?failed to (?:load model(?: from .*)?|load GGUF split .*|read tensor data)"
@@ -295,10 +297,10 @@ def refusal(path: str | Path) -> ModelError:
 def reason_of(log: Sequence[str]) -> str:
     """The line that says why: an assertion, else the first error that does not just pass a failure on.
 
-    >>> reason_of(["gguf_init_from_file_ptr: failed to read magic", "llama_model_load: error loading model: x"])
-    'failed to read magic'
+    >>> reason_of(["gguf_init_from_file_ptr: failed to read magic", "x: error loading model: y"])
+    x"]) 'failed to read magic'
     """
-    lines = [_WRAPPERS.sub("", re.sub(r"^\w+: ", "", SOURCE_FOLDER.sub("", line).strip())) for line in log]
+    lines = [_PREFIXES.sub("", SOURCE_FOLDER.sub("", line).strip()) for line in log]
     asserted = [line for line in lines if "GGML_ASSERT" in line or "fatal error" in line]
     telling = [line for line in lines if line and not _PASSED_ON.fullmatch(line)]
     return (asserted or telling or lines or [""])[0]

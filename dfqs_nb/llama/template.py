@@ -1,11 +1,13 @@
 """A model's chat template, rendered in a child process.
 
-A template is code of the file's author: jinja's sandbox keeps it from our files, and the child's limits on time,
-memory and length keep it from taking this process along. ``python -m dfqs_nb.llama.template`` is that child; it
-lives as long as its model is open, because a process for each prompt would take longer than the prompt.
+A template is code of the file's author: jinja's sandbox keeps it from our files, and the child's limits on
+time, memory and length keep it from taking this process along. ``python -m dfqs_nb.llama.template`` is that
+child; it lives as long as its model is open, because a process for each prompt would take longer than the
+prompt.
 
-The environment is that of llama-cpp-python's ``Jinja2ChatFormatter``, which follows Hugging Face Transformers. One
-difference: the clock stands still at `CLOCK`, so that a template that writes the date gives the same prompt every day.
+The environment is that of llama-cpp-python's ``Jinja2ChatFormatter``, which follows Hugging Face
+Transformers. One difference: the clock stands still at `CLOCK`, so that a template that writes the date gives
+the same prompt every day.
 """
 
 from __future__ import annotations
@@ -61,8 +63,8 @@ class ChatTemplate:
             variables: what the template may ask for, such as ``enable_thinking``.
 
         Raises:
-            ModelError: the template has a fault, refuses the messages, leaves the question out, or exceeds its
-                limits of time, memory and length.
+            ModelError: the template has a fault, refuses the messages, leaves the question out, or exceeds
+                its limits of time, memory and length.
         """
         with self._lock:
             answer = self._ask({"messages": [dict(message) for message in messages], **(variables or {})})

@@ -73,8 +73,8 @@ class Cost:
     def sentence(self) -> str:
         """The plan for people."""
         plan = (
-            f"about {_span(self.seconds)}: answers of up to {self.max_tokens} tokens, then {self.repetitions} x "
-            f"{self.n_tokens} timed tokens at depth {self.depth}"
+            f"about {_span(self.seconds)}: answers of up to {self.max_tokens} tokens, then "
+            f"{self.repetitions} x {self.n_tokens} timed tokens at depth {self.depth}"
         )
         cut = f" (cut to fit the budget; {_span(self.full_seconds)} in full)"
         return plan + (cut if self.seconds < self.full_seconds else "")

@@ -209,7 +209,7 @@ def test_a_special_token_that_is_none_is_shown_as_it_is(nano, tmp_path, kind, va
     assert facts.tokenizer(read_header(path))["padding token"] == shown
 
 
-def test_a_name_of_100_kB_is_cut_where_it_is_shown(nano, tmp_path):
+def test_a_name_of_100_kilobytes_is_cut_where_it_is_shown(nano, tmp_path):
     header = read_header(
         write(tmp_path / "x.gguf", nano.with_field("general.name", "STRING", "y\x1b" * 50_000).bytes())
     )

@@ -203,7 +203,7 @@ def test_a_sound_model_has_no_warnings(nano, tmp_path):
     assert model.warnings == ()
 
 
-def test_a_name_of_100_kB_costs_no_time(nano, tmp_path):
+def test_a_name_of_100_kilobytes_costs_no_time(nano, tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(nano.with_field("general.name", "STRING", "y" * 100_000).bytes())
     started = time.perf_counter()
