@@ -298,7 +298,7 @@ def reason_of(log: Sequence[str]) -> str:
     """The line that says why: an assertion, else the first error that does not just pass a failure on.
 
     >>> reason_of(["gguf_init_from_file_ptr: failed to read magic", "x: error loading model: y"])
-    x"]) 'failed to read magic'
+    'failed to read magic'
     """
     lines = [_PREFIXES.sub("", SOURCE_FOLDER.sub("", line).strip()) for line in log]
     asserted = [line for line in lines if "GGML_ASSERT" in line or "fatal error" in line]
