@@ -1,83 +1,140 @@
-"""Memory against context: what the header and llama.cpp's own plan predict, and what a process really takes.
-
-``python -m dfqs_nb.context.cost`` is the process that is measured: a fresh one, so that nothing an earlier
-context left behind counts.
-"""
+"""What a context costs: prefill time by depth, and memory by length, predicted and measured."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.core.child import environment
-from dfqs_nb.core.errors import ModelError
-from dfqs_nb.core.paths import data_dir
-from dfqs_nb.gguf.memory import kv_cache_bytes, weights_bytes
+import numpy as np
+
+from dfqs_nb.context.search import octaves
+from dfqs_nb.core import child
+from dfqs_nb.core.machine import available_memory
+from dfqs_nb.gguf.memory import estimate, kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.check import dry_run
-from dfqs_nb.llama.settings import OpenSettings, build_llama
+from dfqs_nb.llama.model import Model
+from dfqs_nb.llama.settings import OpenSettings
 
 if TYPE_CHECKING:
     import pandas as pd
 
-STATUS = Path("/proc/self/status")
+SPEED_CHUNK = 256
+SPARE_TOKENS = 64  # of context, for the answer
 TIMEOUT_SECONDS = 600.0
 
 
+# ---- time ----
+
+
 @dataclass(frozen=True)
-class PublishedShape:
-    """Sizes of a model that is not here, enough of a header for ``memory.kv_cache_bytes``."""
+class PrefillSpeed:
+    """Prefill time of a token: ``base`` seconds, and ``by_depth`` seconds for each token before it."""
 
-    name: str
-    architecture: str
-    source: str
-    keys: dict[str, Any] = field(repr=False)
-    card: dict[str, Any] = field(repr=False)
-    path: str = ""
+    base: float
+    by_depth: float
 
-    def arch(self, key: str, default: Any = None) -> Any:
-        """As ``GGUFHeader.arch``."""
-        return self.keys.get(key, default)
+    def seconds(self, length: float, start: float = 0) -> float:
+        """Seconds to evaluate the tokens from ``start`` to ``length``."""
+        return self.base * (length - start) + self.by_depth * (length**2 - start**2) / 2
 
-    def counts(self, name: str) -> list[int]:
-        """As ``GGUFHeader.counts``."""
-        value = self.keys.get(name.removeprefix(f"{self.architecture}."), [])
-        return value if isinstance(value, list) else [value]
+    def tokens_per_sec(self, depth: float) -> float:
+        """Prefill speed at a depth."""
+        return 1 / (self.base + self.by_depth * depth)
+
+    def table(self, depths: Sequence[int]) -> pd.DataFrame:
+        """Prefill speed at these depths: columns ``depth`` and ``tokens_per_second``."""
+        import pandas as pd
+
+        speeds = [self.tokens_per_sec(depth) for depth in depths]
+        return pd.DataFrame({"depth": list(depths), "tokens_per_second": speeds})
 
 
-def published_shape(name: str = "deepseek_v4_flash") -> PublishedShape:
-    """The shape that ``data/<name>.json`` holds, with its source.
+def measure_prefill(model: Model, deepest: int = 1024, repetitions: int = 2) -> PrefillSpeed:
+    """Time 256 tokens at the beginning and 256 up to ``deepest``; between them, cost is linear in depth."""
+    import llama_cpp
 
-    >>> published_shape().keys["block_count"]
-    43
+    tokens = np.random.default_rng(0).integers(0, model.n_vocab, min(deepest, model.settings.n_ctx)).tolist()
+    model.clear()
+    model.decode(tokens[:SPEED_CHUNK])  # warms up
+    times: dict[int, float] = {}
+    for _ in range(repetitions):
+        model.clear()
+        for start in range(0, len(tokens), SPEED_CHUNK):
+            chunk, begun = tokens[start : start + SPEED_CHUNK], time.perf_counter()
+            model.decode(chunk)
+            llama_cpp.llama_synchronize(model.llama.ctx)
+            seconds = (time.perf_counter() - begun) / len(chunk)
+            times[start] = min(seconds, times.get(start, inf))
+    model.clear()
+    depth = max(times)
+    slope = max(0.0, (times[depth] - times[0]) / depth) if depth else 0.0
+    return PrefillSpeed(max(times[0] - slope * SPEED_CHUNK / 2, times[0] / 2), slope)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them.
+
+    >>> duration(42.2), duration(2400), duration(31 * 3600)
+    ('42 s', '40 min', '31 h')
     """
-    return PublishedShape(**json.loads((data_dir() / f"{name}.json").read_text(encoding="utf-8")))
+    if seconds == inf:
+        return "no limit"
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:,.0f} s"
 
 
-def flash_cache_table(lengths: Sequence[int], n_ubatch: int = 512) -> pd.DataFrame:
-    """The cache of DeepSeek-V4-Flash at f16, in bytes, beside what its card says.
+# ---- memory, before anything is opened ----
 
-    Columns ``n_ctx``, ``swa_window`` (``swa_full=False``), ``swa_full`` and ``card`` (NaN where it is
-    silent).
+
+@dataclass(frozen=True)
+class RuntimeFailure:
+    """The first length that could not be run, and why; ``predicted``: it was not even tried."""
+
+    length: int
+    cause: str
+    message: str
+    predicted: bool = False
+
+
+def predict_failure(
+    path: str | Path, lengths: Sequence[int], settings: OpenSettings, available_bytes: int | None = None
+) -> RuntimeFailure | None:
+    """The first length whose memory (KV cache, its saved copy, compute buffer) exceeds what is free.
+
+    The cache comes from the header's formula, the buffer from llama.cpp's own plan, which allocates nothing.
     """
-    import pandas as pd
+    available = available_memory().available_bytes if available_bytes is None else available_bytes
+    shards = open_shards(path)
+    for length in sorted(lengths):
+        at = replace(settings, n_ctx=length)
+        types: dict[str, Any] = {"type_k": at.type_k, "type_v": at.type_v, "swa_full": at.swa_full}
+        n_ubatch = min(at.n_batch, at.n_ubatch)
+        needs = estimate(shards.headers, length, n_ubatch, **types, use_mmap=at.use_mmap)
+        needs = needs.with_compute(dry_run(shards.paths[0], at)["compute_bytes"])
+        required = needs.must_fit_bytes + needs.kv.total
+        if required > available:
+            what = f"{length:,} tokens need {required:,} bytes beside the weights, and {available:,} are free"
+            return RuntimeFailure(length, "oom", what, predicted=True)
+    return None
 
-    shape = published_shape()
-    card = {int(n): gigabytes * 1e9 for n, gigabytes in shape.card["kv_cache_gigabytes"].items()}
-    rows = [
-        {"n_ctx": n, "card": card.get(n, float("nan"))}
-        | {
-            name: kv_cache_bytes(shape, n, n_ubatch, swa_full=full).total  # type: ignore[arg-type]
-            for name, full in (("swa_window", False), ("swa_full", True))
-        }
-        for n in lengths
-    ]
-    return pd.DataFrame(rows)[["n_ctx", "swa_window", "swa_full", "card"]]
+
+def settings_for(
+    path: str | Path, longest: int, settings: OpenSettings
+) -> tuple[OpenSettings, RuntimeFailure | None]:
+    """Settings with room for the longest length that fits in memory, and the first that does not."""
+    failure = predict_failure(path, octaves(256, longest) or [longest], settings)
+    reach = longest if failure is None else failure.length // 2
+    return replace(settings, n_ctx=reach + SPARE_TOKENS), failure
+
+
+# ---- memory, predicted beside measured ----
 
 
 def memory_table(
@@ -98,16 +155,11 @@ def memory_table(
     rows = []
     for n_ctx in lengths:
         at = replace(settings, n_ctx=n_ctx)
-        found = _measure(shards.paths[0], at, fill_tokens)
-        kv = kv_cache_bytes(
-            shards.headers[0],
-            n_ctx,
-            min(at.n_batch, at.n_ubatch),
-            type_k=at.type_k,
-            type_v=at.type_v,
-            swa_full=at.swa_full,
-        )
+        types: dict[str, Any] = {"type_k": at.type_k, "type_v": at.type_v, "swa_full": at.swa_full}
+        kv = kv_cache_bytes(shards.headers[0], n_ctx, min(at.n_batch, at.n_ubatch), **types)
         plan = dry_run(shards.paths[0], at)
+        job = {"path": str(shards.paths[0]), "fill_tokens": fill_tokens, "settings": at.as_dict()}
+        taken = child.run("dfqs_nb.context.memory_child", job, where=path, timeout_seconds=TIMEOUT_SECONDS)
         rows.append(
             {
                 "n_ctx": n_ctx,
@@ -116,56 +168,7 @@ def memory_table(
                 "compute_bytes": plan["compute_bytes"],
                 "weights_bytes": weights_bytes(shards.headers),
                 "predicted_bytes": kv.total + plan["compute_bytes"],
-                **found,
+                **taken,
             }
         )
     return pd.DataFrame(rows)
-
-
-def _measure(path: Path, settings: OpenSettings, fill_tokens: int) -> dict[str, float]:
-    job = {"path": str(path), "fill_tokens": fill_tokens, "settings": settings.as_dict()}
-    child = subprocess.run(
-        [sys.executable, "-m", "dfqs_nb.context.cost"],
-        input=json.dumps(job).encode(),
-        capture_output=True,
-        env=environment(),
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
-    lines = [line for line in child.stdout.decode().splitlines() if line.startswith("{")]
-    if child.returncode or not lines:
-        last = child.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
-        what = f"the process that is measured died at n_ctx {settings.n_ctx:,} ({' '.join(last)})"
-        raise ModelError(what, where=path, hint="lower n_ctx")
-    return json.loads(lines[-1])
-
-
-# ---- the child process ----
-
-
-def main() -> int:
-    """Open the model, fill the context, and say what the process takes."""
-    job = json.loads(sys.stdin.read())
-    settings = OpenSettings(**job["settings"])
-    import llama_cpp  # noqa: F401  its own memory is not the model's
-
-    before = resident()
-    llama = build_llama(job["path"], settings)
-    llama.eval([1 + i % 100 for i in range(min(settings.n_ctx, job["fill_tokens"]))])
-    after = resident()
-    found = {"anonymous_bytes": after["RssAnon"] - before["RssAnon"], "resident_bytes": after["VmRSS"]}
-    sys.stdout.write(json.dumps(found) + "\n")
-    return 0
-
-
-def resident() -> dict[str, float]:
-    """Bytes of this process in memory: all, and those that are not a mapped file; NaN off Linux."""
-    names = ("VmRSS", "RssAnon")
-    if not STATUS.exists():
-        return dict.fromkeys(names, float("nan"))
-    rows = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return {name: int(rows[name].split()[0]) * 1024.0 for name in names}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

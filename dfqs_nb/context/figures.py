@@ -1,66 +1,63 @@
-"""Figures of this stage: a tidy frame and ``ax=None`` in, the Axes out."""
+"""Figures of notebook 05: a tidy frame and ``ax=None`` in, the Axes out."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import PercentFormatter
 
+from dfqs_nb.core.figures import BYTES, INK, PALETTE, new_axes, set_title, token_axis
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-from dfqs_nb.core.figures import BYTES, INK, PALETTE, new_axes, set_title, token_axis  # NEEDS
 
 
 def context_curve(
     curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None = None, label: str = ""
 ) -> Axes:
-    """Accuracy by context length with its intervals, the isotonic fit, the threshold and the boundary.
+    """Accuracy by context length with its intervals, the non-increasing fit, the threshold and the boundary.
 
     Args:
-        curve: columns ``length`` (tokens), ``n``, ``accuracy``, ``low``, ``high`` and ``fit``.
+        curve: columns ``length`` (tokens), ``planned``, ``n``, ``accuracy``, ``low``, ``high`` and ``fit``.
+            Lengths that were not planned are drawn hollow.
         boundary: ``Boundary.as_dict()``.
         label: of the model, where several share the axes.
     """
     first = ax is None or not ax.lines
     ax = new_axes(ax, 3.6)
     colour = PALETTE[0] if first else PALETTE[5]
-    spread = [curve["accuracy"] - curve["low"], curve["high"] - curve["accuracy"]]
-    ax.errorbar(
-        curve["length"],
-        curve["accuracy"],
-        yerr=[one.clip(lower=0) for one in spread],
-        fmt="o",
-        color=colour,
-        capsize=3,
-        linewidth=1,
-        zorder=3,
-        label=label or "accuracy, 95 % interval",
-    )
+    for planned, part in curve.groupby("planned"):
+        spread = [(part["accuracy"] - part["low"]).clip(lower=0), (part["high"] - part["accuracy"]).clip(0)]
+        ax.errorbar(
+            part["length"],
+            part["accuracy"],
+            yerr=spread,
+            fmt="o",
+            color=colour,
+            markerfacecolor=colour if planned else "white",
+            capsize=3,
+            linewidth=1,
+            zorder=3,
+            label=label if planned else None,
+        )
     ax.plot(curve["length"], curve["fit"], color=colour, linewidth=1, alpha=0.7)
-    ax.axhline(boundary["threshold"], color=INK, linewidth=0.8, linestyle=":")
-    ax.annotate(
-        f"threshold {boundary['threshold']:.2f}",
-        (curve["length"].min(), boundary["threshold"]),
-        xytext=(0, 3),
-        textcoords="offset points",
-        fontsize=8,
-        va="bottom",
-    )
-    right = boundary["high"] or curve["length"].max()
+    shortest = curve["length"].min()
+    for name in ("threshold", "guess_rate"):
+        ax.axhline(boundary[name], color=INK, linewidth=0.8, linestyle=":")
+        note = f"{name.replace('_', ' ')} {boundary[name]:.2f}"
+        ax.annotate(
+            note, (shortest, boundary[name]), (0, 3), textcoords="offset points", fontsize=8, va="bottom"
+        )
     if boundary["status"] == "measured":
-        ax.axvspan(boundary["low"] or curve["length"].min(), right, color=colour, alpha=0.13, linewidth=0)
+        right = boundary["high"] or curve["length"].max()
+        ax.axvspan(boundary["low"] or shortest, right, color=colour, alpha=0.13, linewidth=0)
         ax.axvline(boundary["tokens"], color=colour, linewidth=1.2, linestyle="--")
-    planned = curve.loc[curve["length"].map(lambda n: math.log2(n).is_integer()), "length"]
-    token_axis(ax, planned, "context (tokens)")
+    token_axis(ax, curve.loc[curve["planned"], "length"], "context (tokens)")
     ax.set_ylim(-0.03, 1.05)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.set_ylabel(
-        f"right answers (n = {curve['n'].min()} to {curve['n'].max()} a length)"
-        if curve["n"].nunique() > 1
-        else f"right answers (n = {curve['n'].iloc[0]} a length)"
-    )
+    least, most = curve["n"].min(), curve["n"].max()
+    ax.set_ylabel(f"right answers (n = {least}{'' if least == most else f' to {most}'} a length)")
     if label:
         ax.legend(frameon=False, fontsize=8, loc="lower left")
     if first:
@@ -75,7 +72,11 @@ def _boundary_title(boundary: dict[str, Any]) -> str:
         return f"Retrieval holds to the longest context measured, {boundary['tokens']:,} tokens"
     high = "open" if boundary["high"] is None else f"{boundary['high']:,}"
     what = "Retrieval fails" if boundary["cause"] == "quality" else f"The context ends ({boundary['cause']})"
-    return f"{what} at {boundary['tokens']:,} tokens (95 % interval {boundary['low'] or 0:,} to {high})"
+    provisional = "; provisional" if boundary["provisional"] else ""
+    return (
+        f"{what} at {boundary['tokens']:,} tokens "
+        f"(95 % interval {boundary['low'] or 0:,} to {high}{provisional})"
+    )
 
 
 def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -89,30 +90,26 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = new_axes(ax, 1.4 + 0.34 * len(share))
     image = ax.imshow(share, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for row, column in zip(*share.notna().to_numpy().nonzero(), strict=True):
-        ax.text(
-            column,
-            row,
-            f"{int(counts.iat[row, column])}",
-            ha="center",
-            va="center",
-            fontsize=7,
-            color=INK if share.iat[row, column] > 0.6 else "white",
-        )
+        value = float(share.iat[row, column])
+        text = f"{value:.0%} (n = {int(counts.iat[row, column])})"
+        colour = INK if value > 0.6 else "white"
+        ax.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
     ends = tiles.groupby("depth")["depth_end"].first()
     strata = {depth: f"{depth:.0%} to {end:.0%}" for depth, end in ends.items()}
     ax.set_yticks(range(len(share)), [strata[depth] for depth in share.index], fontsize=8)
     ax.set_xticks(range(share.shape[1]), [f"{length:,}" for length in share.columns], fontsize=8)
-    ax.set_xlabel("context (tokens); tiles give the number of questions")
+    ax.set_xlabel("context (tokens); cells with fewer than 10 questions are left out")
     ax.set_ylabel("depth of the key")
     ax.tick_params(length=0)
     bar = ax.figure.colorbar(image, ax=ax, label="right answers")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    at = tiles.groupby("depth")[["correct", "n"]].sum()
-    at = at["correct"] / at["n"]
+    by_depth = tiles.groupby("depth")[["correct", "n"]].sum()
+    by_depth["share"] = by_depth["correct"] / by_depth["n"]
+    best, worst = by_depth["share"].idxmax(), by_depth["share"].idxmin()
     set_title(
         ax,
-        f"Found best {strata[at.idxmax()]} deep ({at.max():.0%}), worst {strata[at.idxmin()]} deep "
-        f"({at.min():.0%})",
+        f"Keys {strata[best]} deep are found most often ({by_depth['share'][best]:.0%}), "
+        f"{strata[worst]} deep least often ({by_depth['share'][worst]:.0%})",
     )
     return ax
 
@@ -128,32 +125,30 @@ def loss_by_position(losses: pd.DataFrame, ax: Axes | None = None) -> Axes:
     middle = (losses["start"] * losses["end"]) ** 0.5
     spread = [losses["loss"] - losses["low"], losses["high"] - losses["loss"]]
     ax.errorbar(middle, losses["loss"], yerr=spread, fmt="o-", color=PALETTE[0], capsize=3, linewidth=1)
-    ax.axhline(losses["source"].iloc[0], color=INK, linestyle=":", linewidth=0.8)
-    ax.annotate(
-        "entropy of the texts' source",
-        (middle.iloc[0], losses["source"].iloc[0]),
-        xytext=(0, -4),
-        textcoords="offset points",
-        fontsize=8,
-        va="top",
-    )
-    token_axis(
-        ax,
-        [*losses["start"], losses["end"].iloc[-1]],
-        f"position in the context (tokens); {losses['texts'].iloc[0]} texts",
-    )
+    source = losses["source"].iloc[0]
+    ax.axhline(source, color=INK, linestyle=":", linewidth=0.8)
+    note, at = "entropy of the texts' source", (middle.iloc[0], source)
+    ax.annotate(note, at, (0, -4), textcoords="offset points", fontsize=8, va="top")
+    label = f"position in the context (tokens); n = {losses['texts'].iloc[0]} texts"
+    token_axis(ax, [*losses["start"], losses["end"].iloc[-1]], label)
     ax.set_ylabel("loss (nats a token, 95 % interval)")
     ax.margins(y=0.2)
+    set_title(ax, _loss_title(losses))
+    return ax
+
+
+def _loss_title(losses: pd.DataFrame) -> str:
     known = losses["high"].notna().all()
     best, last = losses.loc[losses["high" if known else "loss"].idxmin()], losses.iloc[-1]
-    apart = " (intervals overlap)" if known else " (too few texts for intervals)"
-    apart = "" if last["low"] > best["high"] else apart
-    set_title(
-        ax,
-        f"Loss is {best['loss']:.3f} at {best['start']:,.0f} to {best['end']:,.0f} tokens and "
-        f"{last['loss']:.3f} beyond {last['start']:,.0f}{apart}",
+    if last["start"] == best["start"]:
+        return f"Loss is lowest at the end of the context, {last['loss']:.2f} nats a token"
+    text = (
+        f"Loss rises from {best['loss']:.2f} at {best['start']:,.0f} tokens to {last['loss']:.2f} "
+        f"beyond {last['start']:,.0f}"
     )
-    return ax
+    if not known:
+        return f"{text} (too few texts for intervals)"
+    return text if last["low"] > best["high"] else f"{text} (intervals overlap)"
 
 
 def cost_by_length(costs: pd.DataFrame, memory: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -174,26 +169,23 @@ def cost_by_length(costs: pd.DataFrame, memory: pd.DataFrame, ax: Axes | None = 
     ax.set_ylim(bottom=0)
     ax.set_ylabel("memory beside the weights")
     right = ax.twinx()
-    right.plot(
-        costs["depth"], costs["tokens_per_second"], color=PALETTE[7], linewidth=2, label="prefill speed"
-    )
-    right.set_ylim(0, 1.15 * costs["tokens_per_second"].max())
+    speed = costs["tokens_per_second"]
+    right.plot(costs["depth"], speed, color=PALETTE[7], linewidth=2, label="prefill speed")
+    right.set_ylim(0, 1.15 * speed.max())
     right.set_ylabel("prefill (tokens a second)", color="#666666")
     right.spines["top"].set_visible(False)
     token_axis(ax, memory["n_ctx"], "context, or depth (tokens)")
-    handles = [*ax.get_lines(), *right.get_lines()]
-    ax.legend(
-        handles,
-        [one.get_label() for one in handles],
-        frameon=False,
-        fontsize=8,
-        ncols=2,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.2),
-    )
-    growth = memory["anonymous_bytes"].iloc[-1] - memory["anonymous_bytes"].iloc[0]
+    lines = [*ax.get_lines(), *right.get_lines()]
+    labels = [str(line.get_label()) for line in lines]
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
+    ax.legend(handles=lines, labels=labels, frameon=False, fontsize=8, ncols=2, **below)
+    grown = memory[["anonymous_bytes", "predicted_bytes"]].iloc[-1] - memory.iloc[0]
     times = memory["n_ctx"].iloc[-1] / memory["n_ctx"].iloc[0]
-    set_title(ax, f"A context {times:,.0f} times as long takes {growth / 1e6:,.1f} MB more")
+    set_title(
+        ax,
+        f"A {times:,.0f} times longer context takes {grown['anonymous_bytes'] / 1e6:,.1f} MB more "
+        f"(predicted: {grown['predicted_bytes'] / 1e6:,.1f} MB)",
+    )
     return ax
 
 
@@ -204,22 +196,20 @@ def flash_cache(cache: pd.DataFrame, ax: Axes | None = None) -> Axes:
         cache: columns ``n_ctx``, ``swa_window``, ``swa_full`` and ``card`` (bytes, NaN where silent).
     """
     ax = new_axes(ax)
-    ax.plot(cache["n_ctx"], cache["swa_window"], "o-", color=PALETTE[0], label="swa_full=False")
-    ax.plot(
-        cache["n_ctx"], cache["swa_full"], "s--", color=PALETTE[5], label="swa_full=True, llama.cpp's default"
-    )
-    ax.plot(cache["n_ctx"], cache["card"], "D", color=INK, markersize=6, label="the card")
+    for column, form, colour, name in (
+        ("swa_window", "o-", PALETTE[0], "swa_full=False"),
+        ("swa_full", "s--", PALETTE[5], "swa_full=True, llama.cpp's default"),
+        ("card", "D", INK, "the card"),
+    ):
+        ax.plot(cache["n_ctx"], cache[column], form, color=colour, markersize=6, label=name)
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(BYTES)
     ax.set_ylabel("KV cache (f16)")
     token_axis(ax, cache["n_ctx"], "context (tokens)")
     ax.legend(frameon=False, fontsize=8)
     last = cache.iloc[-1]
-    set_title(
-        ax,
-        f"At {last['n_ctx']:,.0f} tokens the setting swa_full multiplies the cache by "
-        f"{last['swa_full'] / last['swa_window']:.1f}",
-    )
+    times = last["swa_full"] / last["swa_window"]
+    set_title(ax, f"At {last['n_ctx']:,.0f} tokens swa_full=True makes the cache {times:.1f} times larger")
     return ax
 
 
@@ -232,40 +222,26 @@ def routing_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes
     """
     ax = new_axes(ax)
     middle = (positions["start"] * positions["end"]) ** 0.5
-    spread = [
-        (positions["overlap"] - positions["low"]).clip(lower=0),
-        (positions["high"] - positions["overlap"]).clip(lower=0),
-    ]
-    ax.errorbar(
-        middle,
-        positions["overlap"],
-        yerr=spread,
-        fmt="o-",
-        color=PALETTE[0],
-        capsize=3,
-        linewidth=1,
-        label="with the first band",
-    )
-    ax.plot(middle, positions["chance"], ":", color=INK, linewidth=1, label="chance: same band, other texts")
+    overlap, chance, margin = positions["overlap"], positions["chance"], positions["margin_median"]
+    spread = [(overlap - positions["low"]).clip(lower=0), (positions["high"] - overlap).clip(lower=0)]
+    style: dict[str, Any] = {"fmt": "o-", "color": PALETTE[0], "capsize": 3, "linewidth": 1}
+    ax.errorbar(middle, overlap, yerr=spread, label="with the first band", **style)
+    ax.plot(middle, chance, ":", color=INK, linewidth=1, label="chance: same band, other texts")
     ax.set_ylabel("overlap of expert usage", color=PALETTE[0])
     right = ax.twinx()
-    right.plot(middle, positions["margin_median"], "s--", color=PALETTE[5], linewidth=1)
+    right.plot(middle, margin, "s--", color=PALETTE[5], linewidth=1)
     right.set_ylabel("router margin (median)", color=PALETTE[5])
-    right.set_ylim(0, 1.15 * positions["margin_median"].max())
+    right.set_ylim(0, 1.15 * margin.max())
     right.spines["top"].set_visible(False)
-    token_axis(
-        ax,
-        [*positions["start"], positions["end"].iloc[-1]],
-        f"position in the context (tokens); n = {positions['choices'].min():,} to "
-        f"{positions['choices'].max():,} choices a band",
-    )
+    least, most = positions["choices"].min(), positions["choices"].max()
+    label = f"position in the context (tokens); n = {least:,} to {most:,} choices a band"
+    token_axis(ax, [*positions["start"], positions["end"].iloc[-1]], label)
     ax.legend(frameon=False, fontsize=8, loc="lower left")
+    ax.set_ylim(max(0, overlap.min() - 0.15), min(1.02, overlap.max() + 0.08))
     last = positions.iloc[-1]
-    low, high = positions["overlap"].min(), positions["overlap"].max()
-    ax.set_ylim(max(0, low - 0.15), min(1.02, high + 0.08))
     set_title(
         ax,
-        f"Beyond {last['start']:,.0f} tokens usage overlaps the start's by {last['overlap']:.0%} "
-        f"(chance: {last['chance']:.0%})",
+        f"Beyond {last['start']:,.0f} tokens, expert usage overlaps the start's by {last['overlap']:.0%} "
+        f"(same position, other texts: {last['chance']:.0%})",
     )
     return ax

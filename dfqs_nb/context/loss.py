@@ -1,133 +1,150 @@
-"""Loss by position: how well each token of a held-out text is foreseen, by how deep in the context it lies.
-
-No ``logits_all``: logits are asked for in chunks, so memory does not grow with the context.
-"""
+"""Held-out texts: next-token loss and routing by how deep a token lies in the context."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from math import log
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dfqs_nb.context.haystacks import Frame, Haystacks, frame_of, sentences
-from dfqs_nb.context.prompts import PromptSet
-from dfqs_nb.llama.model import DecodeError, Model
+from dfqs_nb.context.haystacks import Frame, Haystacks, Probe, frame_of, sentences
+from dfqs_nb.context.routing import usage_by_position
+from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.routing import RecordedModel, Trace, open_recorded
+from dfqs_nb.stats import mean_interval
 
 if TYPE_CHECKING:
     import pandas as pd
-from dfqs_nb.stats import mean_interval  # MOVED
 
-CHUNK_TOKENS = 128
+CHUNK_TOKENS = 128  # evaluated at once, so that logits take little memory
+FIRST_BAND = 32  # tokens before it belong to the chat template
 
 
-def token_losses(model: Model, tokens: Sequence[int]) -> np.ndarray:
-    """Negative log-likelihood in nats of each token after the first, given all before it, as
-    float64 ``(n - 1,)``.
+@dataclass(frozen=True)
+class HeldOut:
+    """Texts of a probe's filler, without keys, each read once.
+
+    Attributes:
+        losses: nats of each token after the first, float64 ``(texts, n - 1)``.
+        traces: the experts chosen, a trace a text; without layers for a dense model.
+        edges: bands of position, ``(start, end)`` in tokens, that double in width.
+        source: nats a token of the source that the texts are drawn from.
+    """
+
+    losses: np.ndarray = field(repr=False)
+    traces: tuple[Trace, ...] = field(repr=False)
+    edges: tuple[tuple[int, int], ...]
+    source: float
+
+    @property
+    def routed(self) -> bool:
+        """Whether the model has routed experts."""
+        return self.traces[0].routed
+
+    def loss_by_position(self) -> pd.DataFrame:
+        """Mean loss in bands of position.
+
+        Columns ``start``, ``end`` (tokens), ``texts``, ``tokens``, ``loss`` (nats a token), ``low``,
+        ``high``: 95 % interval from a bootstrap over texts, and ``source``.
+        """
+        import pandas as pd
+
+        rows = []
+        for start, end in self.edges:
+            part = self.losses[:, start - 1 : end - 1]
+            limits = mean_interval(part.mean(1))
+            rows.append((start, end, len(part), part.size, part.mean(), *limits, self.source))
+        names = ["start", "end", "texts", "tokens", "loss", "low", "high", "source"]
+        return pd.DataFrame(rows, columns=names)
+
+    def routing_by_position(self) -> pd.DataFrame:
+        """Expert usage and router margins by position; see `usage_by_position`.
+
+        Raises:
+            ModelError: a dense model.
+        """
+        self.traces[0].require_routed()
+        return usage_by_position(self.traces, self.edges)
+
+
+def read_held_out(
+    path: str | Path, settings: OpenSettings, probe: Probe, n_tokens: int, n_texts: int = 6
+) -> HeldOut:
+    """Evaluate held-out texts, with a recorder on the routers.
+
+    Raises:
+        DecodeError: a text does not fit the context.
+    """
+    with open_recorded(path, settings, trial=False) as recorded:
+        haystacks = Haystacks(frame_of(recorded.model, probe), probe)
+        losses, traces = [], []
+        for number in range(n_texts):
+            tokens = held_out_text(haystacks, number, n_tokens)
+            losses.append(token_losses(recorded, tokens))
+            traces.append(recorded.trace(tokens))
+        source = source_entropy(haystacks.frame, probe)
+    edges = bands(max(FIRST_BAND, len(haystacks.frame.head)), n_tokens)
+    return HeldOut(np.stack(losses), tuple(traces), tuple(edges), source)
+
+
+def token_losses(recorded: RecordedModel, tokens: Sequence[int]) -> np.ndarray:
+    """Negative log-likelihood in nats of each token after the first, given all before it.
+
+    Returns:
+        float64 ``(n - 1,)``.
 
     Raises:
         DecodeError: the context does not hold them, or llama.cpp fails.
     """
-    model.clear()
-    losses, carried = [], None
-    for start in range(0, len(tokens), CHUNK_TOKENS):
-        logits = _chunk_logits(model, tokens[start : start + CHUNK_TOKENS])
-        before = logits[:-1] if carried is None else np.concatenate([carried, logits[:-1]])
-        targets = tokens[start + (carried is None) : start + len(logits)]
-        losses.append(_nats(before, targets))
-        carried = logits[-1:]
-    model.clear()
+    recorded.clear()
+    step = min(CHUNK_TOKENS, recorded.model.settings.n_batch)
+    losses = [
+        nats(recorded.feed(tokens[at : at + step]), tokens[at + 1 : at + step + 1])
+        for at in range(0, len(tokens), step)
+    ]
     return np.concatenate(losses)
 
 
-def _chunk_logits(model: Model, tokens: Sequence[int]) -> np.ndarray:
-    """Evaluate a chunk; the logits after each of its tokens, float32 ``(n, n_vocab)``, copied."""
-    llama = model._open()
-    n_past = llama.n_tokens
-    if n_past + len(tokens) > model.settings.n_ctx:
-        raise DecodeError(
-            "the text exceeds the context", where=model.path, hint="open it with a larger n_ctx"
-        )
-    llama._batch.set_batch(batch=list(tokens), n_past=n_past, logits_all=True)
-    try:
-        llama._ctx.decode(llama._batch)
-    except RuntimeError as error:
-        raise DecodeError(str(error), where=model.path, hint="lower n_ubatch if memory is short") from error
-    llama.n_tokens = n_past + len(tokens)
-    return np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(len(tokens), model.n_vocab)).copy()
+def nats(logits: np.ndarray, targets: Sequence[int]) -> np.ndarray:
+    """Cross-entropy of each target under its row of logits; a last row without a target is left out.
 
-
-def _nats(logits: np.ndarray, targets: Sequence[int]) -> np.ndarray:
-    """Cross-entropy of each row's target.
-
-    >>> _nats(np.zeros((1, 8), np.float32), [3]).round(4).tolist()  # log(8)
+    >>> nats(np.zeros((2, 8), np.float32), [3]).round(4).tolist()  # log(8)
     [2.0794]
     """
-    peak = logits.max(axis=1, keepdims=True)
-    total = np.log(np.exp((logits - peak).astype(np.float64)).sum(axis=1)) + peak[:, 0]
-    return total - logits[np.arange(len(targets)), list(targets)]
+    from scipy.special import log_softmax
+
+    rows = log_softmax(logits[: len(targets)].astype(np.float64), axis=1)
+    return np.asarray(-rows[np.arange(len(targets)), list(targets)])
 
 
 def held_out_text(haystacks: Haystacks, number: int, n_tokens: int) -> list[int]:
-    """Filler of the prompt set without needles, drawn apart from every haystack, behind the chat
-    template's head.
-    """
-    frame, draw = haystacks.frame, haystacks.random("held out", number)
+    """Filler of the probe, drawn apart from every haystack, behind the chat template's head."""
+    frame, draw = haystacks.frame, haystacks.generator("held out", number)
     tokens = list(frame.head)
-    for text in sentences(haystacks.prompts, draw):
+    for text in sentences(haystacks.probe, draw):
         tokens += frame.text((" " if len(tokens) > len(frame.head) else "") + text)
         if len(tokens) >= n_tokens:
-            return tokens[:n_tokens]
-    raise AssertionError("filler does not end")
+            break
+    return tokens[:n_tokens]
 
 
-def source_entropy(frame: Frame, prompts: PromptSet, n_sentences: int = 2000) -> float:
+def source_entropy(frame: Frame, probe: Probe, n_sentences: int = 2000) -> float:
     """Nats a token of the filler's source: no model that knows only the source can be below it on average.
 
     Sentences are drawn evenly, and words evenly into their slots, so a sentence carries log(sentences) +
     sum of log(words of each slot).
     """
-    sizes = {slot: len(words) for slot, words in prompts["slots"].items()}
-    templates = prompts["sentences"]
-    words = [log(sizes[slot]) for text in templates for slot in re.findall(r"{(\w+)}", text)]
-    drawn = islice(sentences(prompts, Haystacks(frame, prompts, ()).random("entropy")), n_sentences)
+    sizes = {slot: len(words) for slot, words in probe.slots.items()}
+    words = [log(sizes[slot]) for text in probe.sentences for slot in re.findall(r"{(\w+)}", text)]
+    drawn = islice(sentences(probe, Haystacks(frame, probe).generator("entropy")), n_sentences)
     tokens = [len(frame.text(" " + text)) for text in drawn]
-    return (log(len(templates)) + sum(words) / len(templates)) / (sum(tokens) / len(tokens))
-
-
-def loss_by_position(model: Model, prompts: PromptSet, n_tokens: int, n_texts: int = 8) -> pd.DataFrame:
-    """Mean loss on held-out texts in bands of position that double.
-
-    Columns ``start``, ``end`` (tokens), ``texts``, ``tokens``, ``loss`` (nats a token), ``low``, ``high``:
-    95 % interval from a bootstrap over texts, and ``source``: the entropy of the text's source.
-    """
-    import pandas as pd
-
-    frame = frame_of(model, prompts)
-    haystacks = Haystacks(frame, prompts, ())
-    texts = [held_out_text(haystacks, number, n_tokens) for number in range(n_texts)]
-    losses = np.stack([token_losses(model, text) for text in texts])
-    entropy = source_entropy(frame, prompts)
-    rows = []
-    for start, end in bands(max(32, len(frame.head)), n_tokens):
-        part = losses[:, start - 1 : end - 1]
-        low, high = mean_interval(part.mean(1))
-        rows.append(
-            {
-                "start": start,
-                "end": end,
-                "texts": n_texts,
-                "tokens": part.size,
-                "loss": part.mean(),
-                "low": low,
-                "high": high,
-                "source": entropy,
-            }
-        )
-    return pd.DataFrame(rows)
+    n = len(probe.sentences)
+    return (log(n) + sum(words) / n) / (sum(tokens) / len(tokens))
 
 
 def bands(first: int, n_tokens: int) -> list[tuple[int, int]]:

@@ -4,37 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dfqs_nb.context.haystacks import Haystacks, frame_of
-from dfqs_nb.context.loss import bands, held_out_text
-from dfqs_nb.context.prompts import PromptSet
-from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing import Trace, open_recorded, record
+from dfqs_nb.routing import Trace, expert_counts
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-def routing_by_position(
-    path: str | Path, settings: OpenSettings, prompts: PromptSet, n_tokens: int, n_texts: int = 6
-) -> pd.DataFrame:
-    """Record the routing of held-out texts, and compare it between bands of position; see
-    ``usage_by_position``.
-
-    Raises:
-        ModelError: a dense model.
-        DecodeError: a text does not fit the context.
-    """
-    with open_recorded(path, settings, trial=False) as recorded:
-        haystacks = Haystacks(frame_of(recorded.model, prompts), prompts, ())
-        texts = [held_out_text(haystacks, number, n_tokens) for number in range(n_texts)]
-        traces = [record(recorded, text, logits=False) for text in texts]
-    traces[0].require_routed(path)
-    return usage_by_position(traces, bands(max(32, len(haystacks.frame.head)), n_tokens))
 
 
 def usage_by_position(traces: Sequence[Trace], edges: Sequence[tuple[int, int]]) -> pd.DataFrame:
@@ -53,19 +30,20 @@ def usage_by_position(traces: Sequence[Trace], edges: Sequence[tuple[int, int]])
 
     scored = ~traces[0].hashed
     usage = np.stack([_usage(trace, scored, edges) for trace in traces])
+    halves = _halves(usage)
     rows = []
     for band, (start, end) in enumerate(edges):
         margins = np.concatenate([trace.margin[start:end, scored].ravel() for trace in traces])
-        found = [_overlap(a[band], b[0]) for a, b in _halves(usage)]
-        chance = [_overlap(a[band], b[band]) for a, b in _halves(usage)]
+        overlaps = [_overlap(a[band], b[0]) for a, b in halves]
+        chance = [_overlap(a[band], b[band]) for a, b in halves]
         rows.append(
             {
                 "start": start,
                 "end": end,
                 "choices": len(margins),
-                "overlap": float(np.mean(found)),
-                "low": min(found),
-                "high": max(found),
+                "overlap": float(np.mean(overlaps)),
+                "low": min(overlaps),
+                "high": max(overlaps),
                 "chance": float(np.mean(chance)),
                 "margin_p5": float(np.quantile(margins, 0.05)),
                 "margin_median": float(np.median(margins)),
@@ -78,18 +56,14 @@ def _usage(trace: Trace, scored: np.ndarray, edges: Sequence[tuple[int, int]]) -
     """Choices of each expert: ``(bands, layers, experts)``."""
     width = edges[0][1] - edges[0][0]
     picked = [np.linspace(start, end - 1, width).round().astype(int) for start, end in edges]
-    counts = np.zeros((len(edges), int(scored.sum()), trace.n_experts))
-    for band, tokens in enumerate(picked):
-        for layer, chosen in enumerate(trace.experts[tokens][:, scored].swapaxes(0, 1)):
-            counts[band, layer] = np.bincount(chosen.ravel(), minlength=trace.n_experts)
-    return counts
+    return np.stack([expert_counts(trace.experts[tokens][:, scored], trace.n_experts) for tokens in picked])
 
 
 def _halves(usage: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Usage summed over each half of the texts, for every way to halve them, both ways round."""
     texts = set(range(len(usage)))
-    chosen = [set(one) for one in combinations(sorted(texts), len(texts) // 2)]
-    return [(usage[sorted(one)].sum(0), usage[sorted(texts - one)].sum(0)) for one in chosen]
+    chosen = map(set, combinations(sorted(texts), len(texts) // 2))
+    return [(usage[sorted(half)].sum(0), usage[sorted(texts - half)].sum(0)) for half in chosen]
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:
@@ -98,5 +72,5 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
     >>> _overlap(np.array([[1.0, 1.0]]), np.array([[2.0, 0.0]]))
     0.5
     """
-    share_a, share_b = (one / one.sum(axis=1, keepdims=True) for one in (a, b))
+    share_a, share_b = (counts / counts.sum(axis=1, keepdims=True) for counts in (a, b))
     return float(np.minimum(share_a, share_b).sum(axis=1).mean())

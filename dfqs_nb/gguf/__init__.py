@@ -7,7 +7,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.gguf import broken, facts, memory, models, shards
+from dfqs_nb.gguf import broken, facts, memory, models, published, shards
 from dfqs_nb.gguf.header import check_layout, read_header
 from dfqs_nb.gguf.shards import open_shards
 
@@ -22,6 +22,7 @@ __all__ = [
     "memory",
     "models",
     "open_shards",
+    "published",
     "read_header",
     "shards",
 ]

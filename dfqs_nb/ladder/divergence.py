@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dfqs_nb.context.prompts import load_prompts
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import whole_file
+from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model
 from dfqs_nb.routing import RecordedModel
@@ -58,6 +58,13 @@ class Text:
         return ids
 
 
+class Documents(PromptSet):
+    """A set of texts to calibrate on and to measure on; a document is a text, or a prompt and its answer."""
+
+    calibration: tuple[tuple[str, ...], ...]
+    held_out: tuple[tuple[str, ...], ...]
+
+
 def load_text(source: str | Path, part: str = "held_out") -> Text:
     """A part of a frozen set, as ``"calibration-nano"``, or the path of a plain text file.
 
@@ -75,9 +82,9 @@ def load_text(source: str | Path, part: str = "held_out") -> Text:
             raise TextError(
                 f"cannot be read as text ({error})", where=path, hint="give a UTF-8 file"
             ) from error
-    prompts = load_prompts(str(source))
+    prompts = load_prompts(str(source), Documents)
     name = f"{prompts.name} ({part.replace('_', ' ')}, {prompts.sha256[:12]})"
-    return Text(name, tuple(tuple(document) for document in prompts[part]))
+    return Text(name, tuple(tuple(document) for document in getattr(prompts, part)))
 
 
 def chunks(tokens: Sequence[int], size: int, limit: int = 0) -> list[list[int]]:

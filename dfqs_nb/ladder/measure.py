@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dfqs_nb.context import curve as long_context
+from dfqs_nb import context
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import sha256_of_files, whole_file
@@ -249,7 +249,7 @@ def keep(file: Any, rows: Array, number: int, n_chunks: int) -> None:
 
 def _ask(job: dict[str, Any], settings: Settings, place: Path) -> dict[str, Any]:
     """Scores and the stability curve."""
-    n_ctx = max(settings.n_ctx, settings.longest + long_context.SPARE_TOKENS)
+    n_ctx = max(settings.n_ctx, settings.longest + 64)  # room for the answers
     opened = OpenSettings(n_ctx=n_ctx, n_threads=settings.n_threads)
     options = Options(fresh=job["fresh"], allow_unsandboxed=settings.allow_unsandboxed, progress=False)
     with open_model(job["path"], opened, trial=False) as model:
@@ -263,14 +263,14 @@ def _ask(job: dict[str, Any], settings: Settings, place: Path) -> dict[str, Any]
             run.name: {key: value for key, value in run.conditions.items() if key != "sandbox"}
             for run in runs
         },
-        "items": long_context.first_task(run.items, run.plan.prompts).to_dict("records"),
+        "items": run.retrieval.to_dict("records"),
         "curve": run.curve().to_dict("records"),
         "boundary": run.boundary().as_dict(),
     }
 
 
-def _measure_context(model: Model, job: dict[str, Any], settings: Settings, place: Path) -> long_context.Run:
-    plan = long_context.make_plan(
+def _measure_context(model: Model, job: dict[str, Any], settings: Settings, place: Path) -> context.Run:
+    plan = context.make_plan(
         model,
         settings.prompt_set,
         settings.longest,
@@ -278,8 +278,4 @@ def _measure_context(model: Model, job: dict[str, Any], settings: Settings, plac
         n_haystacks=settings.n_haystacks,
         budget_seconds=settings.budget_seconds or float("inf"),
     )
-    speed = long_context.measure_prefill(model, settings.longest) if settings.budget_seconds else None
-    plan = long_context.within_budget(plan, speed) if speed else plan
-    return long_context.measure(
-        model, plan, place, model_sha256=job["sha256"], speed=speed, fresh=job["fresh"]
-    )
+    return context.measure(model, plan.within_budget(), place, model_sha256=job["sha256"], fresh=job["fresh"])

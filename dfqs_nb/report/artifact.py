@@ -12,11 +12,11 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from dfqs_nb import scores
-from dfqs_nb.context.cost import published_shape
 from dfqs_nb.gguf.facts import bits_per_weight, layer_of, parameters, types_by_bytes
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import CACHE_TYPES, kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.models import registered
+from dfqs_nb.gguf.published import published_shape
 from dfqs_nb.gguf.reading import FLASH, active_bytes
 from dfqs_nb.report.envelope import CONTEXTS, SINGLE
 from dfqs_nb.report.spec import GB, GIB, claims_spec, requirements_spec
@@ -64,7 +64,7 @@ def artifact_match(header: GGUFHeader | None, run: Run) -> Match:
     if header.get("split.count", 0) > 1:
         return Match("another", name, "its header lists the tensors of one shard")
     shape = published_shape()
-    differs = [key for key, value in shape.keys.items() if _of_header(header, key, value) != value]
+    differs = [key for key, value in shape.sizes.items() if _of_header(header, key, value) != value]
     if header.architecture != shape.architecture or differs:
         why = differs[0] if header.architecture == shape.architecture else f"it is {header.architecture}"
         return Match("another", name, f"not the shape of {shape.name} ({why})")

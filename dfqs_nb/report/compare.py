@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfqs_nb.context.boundary import Counts, boot_boundaries, paired
-from dfqs_nb.context.curve import GUESS_RATE
+from dfqs_nb.context import Counts, paired
 from dfqs_nb.core.errors import ComparisonError
 from dfqs_nb.core.files import write_json, write_table, write_text
 from dfqs_nb.core.journal import differing_fields
@@ -30,7 +29,7 @@ from dfqs_nb.report.items import SCORES, Items, read_items
 from dfqs_nb.report.metrics import FILE, boundary_flags, read_report
 from dfqs_nb.report.text import render
 from dfqs_nb.scores import compare_runs
-from dfqs_nb.stats import BOOTSTRAP_LEVEL, LEVEL, N_BOOT, bootstrap_weights, expanded_tail, holm
+from dfqs_nb.stats import BOOTSTRAP_LEVEL, LEVEL, N_BOOT, expanded_tail, holm
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -414,7 +413,7 @@ def boundary_ratio(
     drawn = []
     for one in (first, run):
         counts = Counts.of(one.context[one.context["haystack"].isin(shared)])
-        boundaries = boot_boundaries(counts, GUESS_RATE, bootstrap_weights(len(shared), n_boot, seed))
+        boundaries = counts.drawn(n_boot, seed).tokens
         if one.detail(BOUNDARY).get("cause") not in (None, "quality"):
             boundaries = np.minimum(boundaries, one.value(BOUNDARY))
         drawn.append((boundaries, float(counts.lengths[-1])))

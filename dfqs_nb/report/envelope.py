@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.context.cost import published_shape
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import available_memory
 from dfqs_nb.core.paths import outputs_dir
@@ -20,6 +19,7 @@ from dfqs_nb.gguf.facts import class_sizes
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.models import registered
+from dfqs_nb.gguf.published import published_shape
 from dfqs_nb.gguf.reading import FLASH, active_bytes
 from dfqs_nb.merge import methods_table
 from dfqs_nb.report.spec import GB, Compute, claims_spec, requirements_spec

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from dfqs_nb.context.boundary import curve_table
-from dfqs_nb.context.curve import GUESS_RATE
 from dfqs_nb.core.figures import INK, PALETTE, PAPER, new_axes, set_title, token_axis
 from dfqs_nb.report.items import SCORES
 from dfqs_nb.stats import LEVEL
@@ -119,7 +117,7 @@ def comparison(found: ReportComparison) -> Figure:
 def curves_overlaid(found: ReportComparison, ax: Axes | None = None) -> Axes:
     """Accuracy by length of every model with intervals and fits; boundaries, with intervals, below."""
     ax = new_axes(ax, 4.2)
-    curves = [(run, curve_table(run.counts, GUESS_RATE)) for run in found.runs if run.counts is not None]
+    curves = [(run, run.counts.curve()) for run in found.runs if run.counts is not None]
     for place, (run, curve) in enumerate(curves):
         colour, shift = PALETTE[place % 8], 2 ** (0.04 * (place - (len(curves) - 1) / 2))
         spread = [

@@ -5,7 +5,6 @@ A report's hashes catch accidents. Its numbers are believed because they follow 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfqs_nb.context.boundary import Counts, curve_table
-from dfqs_nb.context.curve import JOURNAL, item_frame
+from dfqs_nb.context import Counts, read_answers
 from dfqs_nb.core.display import cell
 from dfqs_nb.core.files import sha256_of_file
 from dfqs_nb.core.paths import tilde
@@ -24,6 +22,7 @@ from dfqs_nb.scores import SetRun
 if TYPE_CHECKING:
     import pandas as pd
 
+JOURNAL = "long_context_items.jsonl"
 SCORES = ("reasoning_score", "code_score")
 SCORE_ITEMS = "score_items.csv"
 RIGHT = ("correct", "passed")  # grades of questions, outcomes of code
@@ -129,19 +128,15 @@ def _context(report: Mapping[str, Any], folder: Path) -> pd.DataFrame:
     if curve is None:
         return pd.DataFrame()
     path = folder / JOURNAL
-    runs: dict[str, list[dict[str, Any]]] = {}
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            runs.setdefault(str(row.pop("conditions", "")), []).append(row)
-        frames = [item_frame(rows) for rows in reversed(runs.values())]  # the newest first
+        frames = read_answers(folder)
     except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise ReportError(f"cannot be read ({error})", where=tilde(path), hint=AGAIN) from error
-    guess = float(report["details"]["context_stability_curve"]["guess_rate"] or 0.0)
     for items in frames:
-        for task in items["task"].unique() if len(items) else ():
+        for task in items["task"].unique():
             own = items[items["task"] == task]
-            made = curve_table(Counts.of(own), guess)["curve"].to_numpy()
+            rows = Counts.of(own).curve()
+            made = rows.loc[rows["planned"], "curve"].to_numpy()
             if len(made) == len(curve) and np.allclose(made, curve):
                 return own.reset_index(drop=True)
     raise ReportError("its items do not give the report's curve", where=tilde(path), hint=AGAIN)

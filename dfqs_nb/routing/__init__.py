@@ -6,17 +6,21 @@ Traceback (most recent call last):
 dfqs_nb.routing.recorder.RoutingError: missing.npz: not a routing trace ...
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.routing.compare import by_layer, differences, overlaps
+from dfqs_nb.routing.compare import differences, expert_counts, overlaps
 from dfqs_nb.routing.experiment import run_experiment
 from dfqs_nb.routing.trace import RecordedModel, Trace, load_trace, open_recorded, record
+
+if TYPE_CHECKING:
+    from dfqs_nb.routing import figures
 
 __all__ = [
     "RecordedModel",
     "Trace",
-    "by_layer",
     "differences",
+    "expert_counts",
     "figures",
     "load_trace",
     "open_recorded",
@@ -27,8 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "figures":  # brings matplotlib, which only notebooks need
-        from importlib import import_module
-
-        return import_module("dfqs_nb.routing.figures")
+    """Import the figures when they are used: matplotlib is slow."""
+    if name == "figures":
+        return import_module(f"{__name__}.figures")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

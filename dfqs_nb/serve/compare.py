@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfqs_nb.context.haystacks import MARK
 from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama.generate import Completion, chat_text
@@ -28,6 +27,7 @@ from dfqs_nb.serve.servers import LocalServer
 if TYPE_CHECKING:
     import pandas as pd
 
+QUESTION_MARK = "QUESTION-STANDS-HERE"
 NEAR_TIE = 0.1  # of a logit: well above what other batches and kernels move (see check_concurrent)
 
 
@@ -165,7 +165,7 @@ def _opening(model: Model, item_set: ItemSet) -> str:
     """The beginning of a thinking that the template itself writes: llama.cpp's server repeats it."""
     if item_set.mode != "chat" or not model.header.get("tokenizer.chat_template"):
         return ""
-    _, opened, rest = chat_text(model, MARK).rpartition(MARK)[2].partition("<think>")
+    _, opened, rest = chat_text(model, QUESTION_MARK).rpartition(QUESTION_MARK)[2].partition("<think>")
     return opened + rest
 
 

@@ -7,7 +7,6 @@ server counts are compared with those that were sent.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,13 +15,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dfqs_nb.context import curve as long_context
-from dfqs_nb.context.haystacks import MARK, Frame, Question
-from dfqs_nb.context.prompts import PromptSet, load_prompts
+from dfqs_nb import context
 from dfqs_nb.serve.client import Endpoint, Reply
 from dfqs_nb.serve.errors import BusyError, ContextOverflowError
 from dfqs_nb.serve.facts import Text, read
 
+MARK = "MESSAGE-STANDS-HERE"
 SAMPLE = "The red key is kept in the old box. " * 8
 MOST_CHARACTERS = 12  # a token, on the average of a text
 CUT_SHARE, CUT_TOKENS = 0.02, 8  # by which halves may have more tokens than their whole, which ends in no cut
@@ -161,14 +159,13 @@ class Remote:
         self._guard = PromptGuard(endpoint.base_url, lambda text: endpoint.complete(text, 1))
         self._body: tuple[Any, ...] = ()
 
-    def pieces(self, text: str, special: bool = True) -> tuple[Any, ...]:
+    def tokenize(self, text: str, *, special: bool = True) -> tuple[Any, ...]:
         """As many pieces as the text has tokens."""
         return (text, *[""] * (self._count(text) - 1)) if text else ()
 
-    def frame(self, prompts: PromptSet) -> Frame:
-        """The frame of a haystack around this server's chat template (or plain text)."""
-        before, after = self.around
-        return Frame((*self.pieces(before), *self.pieces(prompts["intro"])), after, self.pieces)
+    def with_bos(self, tokens: Any) -> Any:
+        """The pieces as they are: the server puts its BOS in front."""
+        return tokens
 
     def conditions(self) -> dict[str, Any]:
         """Those of the endpoint, and how lengths are counted."""
@@ -182,20 +179,17 @@ class Remote:
         self._body = body
         return 0
 
-    def ask(self, question: Question) -> long_context.Answer:
-        """The greedy answer to a question about the haystack that is held.
+    def ask(self, question: Any) -> tuple[str, int]:
+        """The greedy answer to a question about the haystack that is held, and the tokens evaluated.
 
         Raises:
             ContextOverflowError: the server has no room for it, or cuts it.
         """
-        started, sent = time.perf_counter(), (*self._body, *question.prompt)
+        sent = (*self._body, *question.prompt)
         text = "".join(map(str, sent))
         reply = self.endpoint.complete(text, question.max_tokens)
         self._guard.check(text, reply, len(sent))
-        answer = reply.text.strip()
-        right = answer == question.expected or (not question.whole and answer.startswith(question.expected))
-        n_evaluated = (reply.n_prompt or len(sent)) + reply.n_tokens
-        return long_context.Answer(answer, right, n_evaluated, time.perf_counter() - started)
+        return reply.text.strip(), (reply.n_prompt or len(sent)) + reply.n_tokens
 
 
 def measure_long_context(
@@ -209,7 +203,7 @@ def measure_long_context(
     around: tuple[str, str] | None = None,
     model_id: str = "",
     fresh: bool = False,
-) -> long_context.Run:
+) -> Any:
     """Notebook 05's retrieval at growing lengths, asked in text through ``/v1/completions``.
 
     Lengths are the server's tokens where it shows its tokenizer, else an estimate (``conditions`` tell
@@ -226,23 +220,13 @@ def measure_long_context(
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     remote: Any = Remote(endpoint, around)  # in the place of a model
-    frame = remote.frame(load_prompts(prompt_set))
-    plan = long_context.make_plan(
+    plan = context.make_plan(
         remote,
         prompt_set,
         longest,
         shortest=shortest,
         n_haystacks=n_haystacks,
         rounds=0,
-        grown=False,
-        frame=frame,
+        reuse=False,
     )
-    return long_context.measure(
-        remote,
-        plan,
-        folder,
-        model_sha256=model_id or endpoint.identity,
-        fresh=fresh,
-        frame=frame,
-        asker=remote,
-    )
+    return context.measure(remote, plan, folder, model_sha256=model_id or endpoint.identity, fresh=fresh)

@@ -179,10 +179,9 @@ def _long_context(
 ) -> None:
     """The curve of retrieval over an endpoint, and where it ends."""
     from dfqs_nb import serve
-    from dfqs_nb.context.prompts import PROBES
 
     result = serve.measure_long_context(
-        server, folder, prompt_set=PROBES[tier], longest=longest, shortest=shortest, fresh=fresh
+        server, folder, prompt_set=tier, longest=longest, shortest=shortest, fresh=fresh
     )
     if result.failure:
         say(f"{result.failure.length:,} tokens: {result.failure.message}")

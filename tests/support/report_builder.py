@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dfqs_nb.context.boundary import Counts, curve_table, quality_boundary, with_runtime_failure
+from dfqs_nb.context import Counts
 from dfqs_nb.core.files import canonical_sha256, sha256_of_file
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.scores import grading as scoring
@@ -74,10 +74,10 @@ def make_run(
     folder.mkdir(parents=True)
     scores = _score_items(folder, skill, seed, n_code)
     context = _context_items(folder, skill, flat, seed, expected)
-    boundary = quality_boundary(Counts.of(context), n_boot=200)
+    boundary = Counts.of(context).boundary(n_boot=200)
     if failure:
-        boundary = with_runtime_failure(boundary, failure[1], failure[0])
-    curve = curve_table(Counts.of(context))
+        boundary = boundary.capped(failure[1], failure[0])
+    curve = Counts.of(context).curve()
     speed = 100 + 10 * seed + 50 * skill
     details = {score.name: _score_detail(score) for score in scores}
     details["context_stability_curve"] = {

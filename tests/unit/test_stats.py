@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import comb
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -25,6 +26,39 @@ def test_wilson_takes_arrays_and_nothing_tells_nothing():
     low, high = wilson([0, 5, 0], [0, 10, 10])
     assert low.tolist()[0] == 0 and high.tolist()[0] == 1
     assert high[2] == pytest.approx(1.959964**2 / (10 + 1.959964**2))
+
+
+@pytest.mark.parametrize("right, n", [(0, 10), (1, 10), (8, 10), (10, 10), (81, 263), (15, 148)])
+def test_wilson_limits_are_the_roots_of_the_score_equation(right, n):
+    """The limits p solve |right/n - p| = z sqrt(p (1 - p) / n): Wilson's own definition."""
+    z = NormalDist().inv_cdf(0.975)
+    for p in wilson(right, n):
+        assert abs(right / n - p) == pytest.approx(z * (p * (1 - p) / n) ** 0.5, abs=1e-7)
+
+
+def test_wilson_agrees_with_published_values():
+    """Newcombe 1998, Statistics in Medicine 17:857, table I, method 3."""
+    for right, n, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
+        assert np.round(wilson(right, n), 4).tolist() == pytest.approx([low, high], abs=1e-4)
+
+
+# Two-sided 95 % intervals as R's binom.test(x, n) prints them
+@pytest.mark.parametrize(
+    ("x", "n", "low", "high"),
+    [
+        (1, 10, 0.002528579, 0.4450161),
+        (5, 10, 0.1870860, 0.8129140),
+        (10, 10, 0.6915029, 1.0),
+        (682, 925, 0.7076683, 0.7654066),
+    ],
+)
+def test_clopper_pearson_agrees_with_published_values(x, n, low, high):
+    assert clopper_pearson(x, n) == pytest.approx((low, high), abs=5e-7)
 
 
 @pytest.mark.parametrize("a, b", [(0, 1), (3, 9), (10, 2), (6, 6)])

@@ -20,7 +20,7 @@ from dfqs_nb.ladder import divergence, figures, measure, run, tables
 from dfqs_nb.ladder.measure import LadderError, Settings
 from dfqs_nb.ladder.run import Ladder, Rung
 from dfqs_nb.ladder.tables import SAME
-from dfqs_nb.routing import by_layer
+from dfqs_nb.routing.compare import by_layer
 from dfqs_nb.scores import Answerer, ItemSet, Options
 from dfqs_nb.stats import holm
 

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from report_builder import CONDITIONS, make_run, reseal
 
 from dfqs_nb import stats
-from dfqs_nb.context import boundary as degradation
+from dfqs_nb.context import Counts
 from dfqs_nb.core.errors import ComparisonError, DfqsError
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.report import compare as report_compare
@@ -388,7 +388,7 @@ def test_the_ratios_interval_covers_the_truth():
                 for length in LENGTHS
             ]
             items = pd.DataFrame(records)
-            found = degradation.quality_boundary(degradation.Counts.of(items), n_boot=50)
+            found = Counts.of(items).boundary(n_boot=50)
             report = {
                 "metrics": {"failure_boundary_tokens": found.tokens},
                 "details": {"failure_boundary_tokens": found.as_dict()},

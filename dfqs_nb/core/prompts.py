@@ -1,0 +1,79 @@
+"""Frozen prompt sets: wording, licence and source in a file under ``data/prompts/``, known by its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal, TypeVar, overload
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dfqs_nb.core.errors import PromptError
+from dfqs_nb.core.paths import data_dir, tilde
+
+AnySet = TypeVar("AnySet", bound="PromptSet")
+
+
+class PromptSet(BaseModel):
+    """A frozen set. ``sha256`` is that of its file, so any change of wording is another set.
+
+    A set may be ``of`` another: its wording in another tier. Then the other's hash is hashed with the file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+    tier: Literal["nano", "standard"]
+    licence: str
+    source: str
+    sha256: str
+
+    def identity(self) -> dict[str, str]:
+        """Name and hash, for the conditions of a report."""
+        return {"prompt_set": self.name, "prompt_set_sha256": self.sha256}
+
+
+@overload
+def load_prompts(name: str) -> PromptSet: ...
+@overload
+def load_prompts(name: str, kind: type[AnySet]) -> AnySet: ...
+def load_prompts(name: str, kind: Any = PromptSet) -> Any:
+    """A frozen set by its name, checked against what its kind holds.
+
+    Args:
+        name: like ``"long-context-nano"``.
+        kind: `PromptSet`, or a class derived from it that names the fields.
+
+    Raises:
+        PromptError: there is no such set, or its file is not one.
+
+    >>> load_prompts("long-context-nano").licence
+    'MIT'
+    """
+    folder = data_dir() / "prompts"
+    path = folder / f"{name.replace('-', '_')}.json"
+    try:
+        content, digest = _content(name)
+        return kind(**content, sha256=digest)
+    except FileNotFoundError:
+        known = ", ".join(sorted(file.stem.replace("_", "-") for file in folder.glob("*.json")))
+        raise PromptError(f"no prompt set is called {name!r}", hint=f"there are: {known or 'none'}") from None
+    except ValidationError as error:
+        what = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
+        raise PromptError(
+            f"not a prompt set ({what})", where=tilde(path), hint="restore it with git"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise PromptError(
+            f"not a prompt set ({error})", where=tilde(path), hint="restore it with git"
+        ) from error
+
+
+def _content(name: str) -> tuple[dict[str, Any], str]:
+    """A set's fields, those of the set that it is ``of`` included, and their hash."""
+    raw = (data_dir() / "prompts" / f"{name.replace('-', '_')}.json").read_bytes()
+    content: dict[str, Any] = json.loads(raw)
+    if "of" in content:
+        whole, digest = _content(content["of"])
+        raw, content = raw + digest.encode(), whole | content
+    return content, hashlib.sha256(raw).hexdigest()

@@ -1,0 +1,94 @@
+"""A model that is not here: the sizes that its makers published, enough to compute its cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf.header import GGUFHeader
+from dfqs_nb.gguf.memory import kv_cache_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ARCHITECTURE = "deepseek4"
+
+
+@dataclass(frozen=True)
+class PublishedShape(GGUFHeader):
+    """Sizes of a model that is not here, as a header without tensors.
+
+    Attributes:
+        name, source: the model, and where its sizes come from.
+        sizes: by the architecture's own keys, like ``block_count``.
+        card: what the model's card says beside them.
+    """
+
+    name: str = ""
+    source: str = ""
+    sizes: dict[str, Any] = field(repr=False, default_factory=dict)
+    card: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._by_name()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name())
+
+    def __len__(self) -> int:
+        return len(self._by_name())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name()
+
+    def _by_name(self) -> dict[str, Any]:
+        sizes = {f"{ARCHITECTURE}.{key}": value for key, value in self.sizes.items()}
+        return {"general.architecture": ARCHITECTURE, **sizes}
+
+
+def published_shape() -> PublishedShape:
+    """The published sizes of DeepSeek-V4-Flash, from ``data/deepseek_v4_flash.json``.
+
+    >>> published_shape().arch("block_count")
+    43
+    """
+    content = json.loads((data_dir() / "deepseek_v4_flash.json").read_text(encoding="utf-8"))
+    return PublishedShape(
+        path=Path(content["name"]),
+        start=0,
+        version=3,
+        alignment=32,
+        fields={},
+        tensors=(),
+        data_offset=0,
+        file_size=0,
+        raw=b"",
+        name=content["name"],
+        source=content["source"],
+        sizes=content["keys"],
+        card=content["card"],
+    )
+
+
+def flash_cache_table(lengths: Sequence[int], n_ubatch: int = 512) -> pd.DataFrame:
+    """The cache of DeepSeek-V4-Flash at f16, in bytes, beside what its card says.
+
+    Columns ``n_ctx``, ``swa_window`` (``swa_full=False``), ``swa_full`` and ``card`` (NaN where it is
+    silent).
+    """
+    import pandas as pd
+
+    shape = published_shape()
+    card = {int(n): gigabytes * 1e9 for n, gigabytes in shape.card["kv_cache_gigabytes"].items()}
+    return pd.DataFrame(
+        {
+            "n_ctx": list(lengths),
+            "swa_window": [kv_cache_bytes(shape, n, n_ubatch, swa_full=False).total for n in lengths],
+            "swa_full": [kv_cache_bytes(shape, n, n_ubatch, swa_full=True).total for n in lengths],
+            "card": [card.get(n, float("nan")) for n in lengths],
+        }
+    )

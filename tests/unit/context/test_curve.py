@@ -1,0 +1,329 @@
+"""The long-context measurement: its plan, its accounting, its resumption, and its failures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from math import inf
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_memory import NANO, smollm2
+
+from dfqs_nb import context
+from dfqs_nb.context import curve as curves
+from dfqs_nb.context.boundary import paired
+from dfqs_nb.context.cost import PrefillSpeed, RuntimeFailure
+from dfqs_nb.context.curve import depth_tiles, measure, read_answers, task_table
+from dfqs_nb.context.haystacks import probe_of
+from dfqs_nb.context.plan import BudgetError, Plan, make_plan
+from dfqs_nb.core.journal import Journal
+from dfqs_nb.core.paths import REPOSITORY, data_dir
+from dfqs_nb.core.stage import Stage
+from dfqs_nb.llama.model import DecodeError, NanLogitsError, check_reuse, open_model
+from dfqs_nb.llama.settings import OpenSettings
+
+NANO_Q8 = data_dir() / "reference" / "DFQS-Nano-Q8_0-00001-of-00002.gguf"
+SETTINGS = OpenSettings(n_ctx=640, n_threads=1)
+
+
+@pytest.fixture(scope="module")
+def nano():
+    with open_model(NANO, SETTINGS, trial=False) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def smol():
+    with open_model(smollm2(), SETTINGS, trial=False) as model:
+        yield model
+
+
+def one_key(model, longest: int = 512, n: int = 4, **options) -> Plan:
+    return make_plan(model, "long-context-nano", longest, n_haystacks=n, rounds=0, **options)
+
+
+# ---- reuse ----
+
+
+def test_asking_a_dense_model_from_a_saved_state_changes_no_bit(smol):
+    draw = np.random.default_rng(0)
+    parts = [draw.integers(10, smol.n_vocab - 10, n).tolist() for n in (150, 100)]
+    found = check_reuse(smol, parts, [draw.integers(10, smol.n_vocab - 10, 20).tolist() for _ in range(2)])
+    assert found.allowed and found.bit_identical, found.sentence
+    assert found.evaluated_tokens == 250 + 2 * (250 + 40)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_the_gate_judges_what_it_measured(flash):
+    """Whether near-ties fall the other way in a batch of another size depends on the processor."""
+    with open_model(NANO, dataclasses.replace(SETTINGS, flash_attn=flash), trial=False) as model:
+        draw = np.random.default_rng(0)
+        parts = [draw.integers(10, 700, n).tolist() for n in (150, 150)]
+        questions = [draw.integers(10, 700, 20).tolist() for _ in range(2)]
+        usual, strict = (check_reuse(model, parts, questions, t) for t in (1e-2, 0.0))
+    assert usual.allowed == (usual.same_choice and usual.largest_difference <= usual.tolerance)
+    assert strict.allowed == strict.bit_identical
+    assert ("afresh" in usual.sentence) != usual.allowed
+
+
+def test_a_model_that_does_not_restore_exactly_is_asked_afresh(nano, tmp_path):
+    plan = make_plan(nano, "nano", 256, n_haystacks=1)
+    run = measure(nano, plan, tmp_path, reuse_tolerance=-1.0)
+    assert plan.reuse and not run.plan.reuse and not run.reuse.allowed
+    assert (run.items["n_evaluated"] > 200).all(), "each question with its text"
+
+
+# ---- plan and cost ----
+
+
+def test_long_plans_cost_twice_the_longest_length_and_their_questions(nano):
+    """Octaves add up to twice the longest, the second set of shortest texts included."""
+    for longest, most in ((2048, 2.5), (16384, 2.1), (2**20, 2.01)):
+        plan = make_plan(nano, "nano", longest)
+        assert plan.grid[0] == 256 and plan.grid[-1] == longest
+        assert 2 < plan.ratio() <= most, longest
+    assert plan.n_texts(256) == 24 and plan.n_texts(512) == 12
+    assert plan.n_questions() == 7 and plan.n_questions(planned=False) == 6
+
+
+def test_cost_of_a_million_tokens_is_known_before_it_starts(nano):
+    plan = make_plan(nano, "nano", 2**20, n_haystacks=4)
+    plan = dataclasses.replace(plan, speed=PrefillSpeed(0.02, 1e-8))
+    seconds = plan.cost_table().set_index("longest")["seconds"]
+    by_hand = sum(4 * (0.02 * n + 1e-8 * n**2 / 2) for n in (256, *plan.grid))
+    assert by_hand < seconds[2**20] < 1.1 * by_hand
+    assert "1,048,576 tokens will take about 55 h; the curve to 262,144 tokens 12 h" in plan.cost_sentence
+
+
+def test_a_budget_cuts_the_plan_and_never_fails_the_model(nano, tmp_path):
+    plan = one_key(nano)
+    plan = dataclasses.replace(plan, speed=PrefillSpeed(0.001, 0), budget_seconds=2.5)
+    short = plan.within_budget()
+    assert short.grid == (64, 128, 256)
+    run = measure(nano, dataclasses.replace(short.up_to(128), budget_seconds=inf), tmp_path)
+    assert run.boundary().right_censored and run.boundary().cause is None
+    with pytest.raises(BudgetError, match="hold no length: 64 take"):
+        dataclasses.replace(plan, budget_seconds=0.01).within_budget()
+
+
+def test_a_budget_that_ends_during_the_run_censors(nano, tmp_path):
+    plan = dataclasses.replace(
+        one_key(nano, n=3), grid=(64, 512), budget_seconds=100, speed=PrefillSpeed(1.0, 0)
+    )
+    run = measure(nano, plan, tmp_path)
+    assert run.budget_hit and run.failure is None
+    assert run.items["length"].unique().tolist() == [64]
+    assert run.boundary().right_censored
+
+
+# ---- the run ----
+
+
+def count_evaluated(model, monkeypatch) -> list[int]:
+    sizes: list[int] = []
+    decode = type(model).decode
+    monkeypatch.setattr(
+        type(model), "decode", lambda self, tokens: sizes.append(len(tokens)) or decode(self, tokens)
+    )
+    return sizes
+
+
+def test_every_evaluated_token_is_accounted_for(nano, tmp_path, monkeypatch):
+    plan = make_plan(nano, "nano", 512, n_haystacks=2, rounds=0)
+    sizes = count_evaluated(nano, monkeypatch)
+    run = measure(nano, plan, tmp_path)
+    assert run.evaluated_tokens == sum(sizes)
+    asked = run.items.groupby("length")["haystack"].nunique()
+    assert asked.to_dict() == {256: 4, 512: 2}, "twice as many texts where a_0 comes from"
+    if run.reuse.allowed:
+        held = sum(row["n_evaluated"] for row in run.journal.rows() if row["id"].endswith("/held"))
+        assert held <= 4 * 256 + 2 * 512, "a text is evaluated once"
+    assert run.items.groupby("task").size().to_dict() == {"retrieve": 36, "two hops": 6}
+    assert (run.items["n_needles"] == 6).all()
+
+
+def test_reused_and_fresh_give_the_same_answers(nano, tmp_path):
+    plan = make_plan(nano, "nano", 256, n_haystacks=1, rounds=0)
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    reused = measure(nano, plan, tmp_path / "a")
+    fresh = measure(nano, dataclasses.replace(plan, reuse=False), tmp_path / "b")
+    if not reused.reuse.bit_identical:
+        pytest.skip("this processor computes a batch of another size otherwise: answers may differ")
+    columns = ["haystack", "length", "question", "answer", "correct", "another_key"]
+    assert reused.items[columns].equals(fresh.items[columns])
+
+
+CHILD = """
+import sys
+from dfqs_nb import context
+from dfqs_nb.llama.model import open_model
+from dfqs_nb.llama.settings import OpenSettings
+with open_model(sys.argv[1], OpenSettings(n_ctx=640, n_threads=1), trial=False) as model:
+    plan = context.make_plan(model, sys.argv[3], 512 if "nano" in sys.argv[3] else 256, n_haystacks=2)
+    run = context.measure(model, plan, sys.argv[2])
+    print(run.items.drop(columns="seconds").to_csv(index=False))
+    print(run.curve().to_csv(index=False), run.boundary(), run.evaluated_tokens)
+"""
+
+
+def child(path: Path, folder: Path, prompt_set: str, kill_after: int | None = None) -> str:
+    """Measure in a process of its own; killed without warning when its journal has so many lines."""
+    folder.mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(path), str(folder), prompt_set],
+        stdout=subprocess.PIPE,
+        cwd=REPOSITORY,
+        env={**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": str(REPOSITORY)},
+    )
+    journal = folder / curves.JOURNAL
+    while kill_after is not None and process.poll() is None:
+        if journal.exists() and journal.read_bytes().count(b"\n") >= kill_after:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            return ""
+        time.sleep(0.005)
+    return process.communicate()[0].decode()
+
+
+@pytest.mark.parametrize(
+    "which, prompt_set",
+    [("nano", "nano"), pytest.param("smol", "long-context-standard", marks=pytest.mark.slow)],
+)
+def test_killed_and_resumed_run_gives_the_same_numbers(which, prompt_set, tmp_path):
+    path = NANO if which == "nano" else smollm2()
+    whole = child(path, tmp_path / "whole", prompt_set)
+    assert "Boundary(" in whole
+    for n in (4, 12):
+        child(path, tmp_path / "killed", prompt_set, kill_after=n)
+    journal = tmp_path / "killed" / curves.JOURNAL
+    with journal.open("ab") as file:
+        file.write(b'{"conditions": "torn')
+    found = journal.read_bytes().count(b"\n")
+    assert 12 <= found < (tmp_path / "whole" / curves.JOURNAL).read_bytes().count(b"\n")
+    assert child(path, tmp_path / "killed", prompt_set) == whole
+
+
+def test_journal_keeps_conditions_apart_and_drops_a_torn_line(tmp_path):
+    path = tmp_path / "items.jsonl"
+    Journal(path, {"n": 1}).add("a", correct=True)
+    Journal(path, {"n": 2}).add("a", correct=False)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"conditions": "x", "id"')
+    assert Journal(path, {"n": 1})["a"] == {"correct": True}
+    assert path.read_bytes() == whole
+    assert "b" not in Journal(path, {"n": 2}) and Journal(path, {"n": 3}).n_found == 0
+
+
+def test_two_quantizations_are_compared_question_by_question(nano, tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    plan = one_key(nano, 128, n=5)
+    this = measure(nano, plan, tmp_path / "a").items
+    with open_model(NANO_Q8, SETTINGS, trial=False) as model:
+        baseline = measure(model, plan, tmp_path / "b").items
+    table = paired(this, baseline)
+    assert table["n"].tolist() == [10, 5] and table["difference"].between(-1, 1).all()
+    assert (this["expected"] == baseline["expected"]).all()
+
+
+def test_items_are_read_back_by_their_conditions_the_newest_first(nano, tmp_path):
+    measure(nano, one_key(nano, 64, n=2), tmp_path)
+    newest = measure(nano, one_key(nano, 64, n=1), tmp_path)
+    frames = read_answers(tmp_path)
+    assert [len(frame) for frame in frames] == [2, 4]
+    assert frames[0].equals(newest.items)
+    rows = [json.loads(line) for line in (tmp_path / curves.JOURNAL).read_text().splitlines()]
+    assert {"haystack", "length", "depth", "expected", "answer", "correct", "n_evaluated"} <= set(rows[0])
+
+
+def test_the_stage_file_holds_planned_lengths_and_refinements_apart(tmp_path, nano, monkeypatch):
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
+    stage = Stage("run", "long_context")
+    (stage.folder / "merge.json").write_text(json.dumps({"stage": "merge", "model": {"sha256": "a"}}))
+    run = measure(nano, make_plan(nano, "nano", 512, n_haystacks=2), stage.folder)
+    run.hand_on(stage, nano.conditions(), pd.DataFrame({"loss": [1.0]}))
+    content = json.loads((stage.folder / "long_context.json").read_text())
+    assert [row["length"] for row in content["curve"]] == [256, 512]
+    assert len(content["context_stability_curve"]) == 2
+    assert all(row["length"] not in (256, 512) for row in content["refined"])
+    assert content["boundary"]["provisional"] and "provisional" in content["summary"][0]
+    assert {row["task"] for row in content["tasks"]} == {"retrieve", "two hops"}
+    assert content["guess"]["keys"] == 6 and curves.JOURNAL in content["files"]
+    assert content["conditions"]["protocol"] and content["largest_fall"]["high"] <= 1.5
+
+
+# ---- what cannot run ----
+
+
+def test_a_context_too_small_ends_the_curve_with_its_cause(tmp_path):
+    with open_model(NANO, OpenSettings(n_ctx=256, n_threads=1), trial=False) as model:
+        run = measure(model, one_key(model), tmp_path)
+    assert run.failure.cause == "n_ctx" and run.failure.length == 256
+    assert run.boundary().cause in ("n_ctx", "quality") and run.boundary().tokens <= 256
+
+
+@pytest.mark.parametrize(
+    "error, cause",
+    [(DecodeError("decode returned -3"), "decode_error"), (NanLogitsError("NaN"), "nan_logits")],
+)
+def test_a_decode_that_fails_is_the_boundary_with_its_cause(nano, tmp_path, monkeypatch, error, cause):
+    evaluate = type(nano).evaluate
+
+    def failing(self, tokens):
+        if len(tokens) > 100:
+            raise error
+        return evaluate(self, tokens)
+
+    monkeypatch.setattr(type(nano), "evaluate", failing)
+    run = measure(nano, one_key(nano), tmp_path)
+    assert (run.failure.cause, run.failure.length) == (cause, 128)
+    boundary = run.boundary()
+    assert (boundary.cause, boundary.tokens, boundary.right_censored) == (cause, 128, False)
+    assert run.curve()["length"].tolist() == [64], "a failure is not a wrong answer"
+
+
+def test_a_predicted_shortage_bounds_the_run_and_is_its_cause(nano, tmp_path):
+    shortage = RuntimeFailure(128, "oom", "too much", predicted=True)
+    run = measure(nano, one_key(nano), tmp_path, predicted=shortage)
+    assert run.items["length"].max() == 64 and run.boundary().cause == "oom"
+
+
+# ---- tables ----
+
+
+def test_every_task_is_in_the_table_with_the_share_of_other_keys():
+    answers = [("retrieve", True, False), ("retrieve", False, True), ("two hops", False, False)]
+    items = pd.DataFrame(answers, columns=["task", "correct", "another_key"]).assign(length=256)
+    table = task_table(items).set_index("task")
+    assert table.loc["retrieve", ["correct", "n", "wrong", "another_key"]].tolist() == [1, 2, 1, 1]
+    assert table.loc["two hops", ["correct", "n", "wrong", "another_key"]].tolist() == [0, 1, 1, 0]
+
+
+def test_cells_of_fewer_than_ten_questions_are_left_out_of_the_depth_figure():
+    """Of five parts the middle one has too few: the last is still the last fifth."""
+    depth = np.repeat([0.0, 0.35, 0.5, 0.7, 0.99], [12, 12, 9, 12, 12])
+    items = pd.DataFrame({"length": 256, "depth": depth, "correct": depth != 0.35})
+    tiles = depth_tiles(items)
+    assert tiles["depth"].tolist() == pytest.approx([0.0, 0.2, 0.6, 0.8])
+    assert tiles["n"].tolist() == [12] * 4
+    ax = context.figures.depth_by_length(tiles)
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels == ["0% to 20%", "20% to 40%", "60% to 80%", "80% to 100%"]
+    assert "20% to 40% deep least often (0%)" in ax.get_title(loc="left")
+
+
+def test_few_questions_give_fewer_parts_of_depth():
+    items = pd.DataFrame({"length": 256, "depth": np.linspace(0, 0.99, 24), "correct": True})
+    assert depth_tiles(items)["depth"].tolist() == [0.0, 0.5]
+
+
+def test_the_probe_of_a_single_key_has_no_guess_rate(nano, tmp_path):
+    run = measure(nano, one_key(nano, 64, n=1), tmp_path)
+    assert run.boundary().guess_rate == 0.0 and probe_of("long-context-nano").needles == 1
