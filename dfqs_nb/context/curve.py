@@ -131,6 +131,26 @@ class Run:
         """The curve's answers by length and depth; see `depth_tiles`."""
         return depth_tiles(self.retrieval)
 
+    def conclusions(self) -> list[str]:
+        """What this run showed, in sentences made from its counts."""
+        counts, boundary, tasks = self.counts(), self.boundary(), self.tasks()
+        first, fall = self.plan.probe.tasks[0], counts.largest_fall()
+        lines = [f"Retrieval {boundary.sentence}."]
+        if fall:
+            lines.append(
+                f"The largest fall of an octave is {fall['fall']:.0%} of the short-context ability, from "
+                f"{fall['start']:,} to {fall['end']:,} tokens (95 % interval {fall['low']:.0%} to "
+                f"{fall['high']:.0%})."
+            )
+        for task, rows in tasks.groupby("task", sort=False):
+            wrong, another = rows["wrong"].sum(), rows["another_key"].sum()
+            name = "" if task == first else ", which the curve does not count"
+            lines.append(
+                f"{str(task).capitalize()}{name}: {rows['correct'].sum()} of {rows['n'].sum()} right; "
+                f"{another} of {wrong} wrong answers are another key's."
+            )
+        return lines
+
     def facts(self) -> dict[str, Any]:
         """What the stage file says of the run; the two metrics of DFQS 1.0 among it."""
         counts, boundary, tasks = self.counts(), self.boundary(), self.tasks()

@@ -47,7 +47,7 @@ def context_curve(
         ax.axhline(boundary[name], color=INK, linewidth=0.8, linestyle=":")
         note = f"{name.replace('_', ' ')} {boundary[name]:.2f}"
         ax.annotate(
-            note, (shortest, boundary[name]), (0, 3), textcoords="offset points", fontsize=8, va="bottom"
+            note, (shortest, boundary[name]), (0, -3), textcoords="offset points", fontsize=8, va="top"
         )
     if boundary["status"] == "measured":
         right = boundary["high"] or curve["length"].max()
@@ -108,8 +108,8 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
     best, worst = by_depth["share"].idxmax(), by_depth["share"].idxmin()
     set_title(
         ax,
-        f"Keys {strata[best]} deep are found most often ({by_depth['share'][best]:.0%}), "
-        f"{strata[worst]} deep least often ({by_depth['share'][worst]:.0%})",
+        f"Found most often {strata[best]} deep ({by_depth['share'][best]:.0%}), "
+        f"least often {strata[worst]} deep ({by_depth['share'][worst]:.0%})",
     )
     return ax
 
@@ -183,7 +183,7 @@ def cost_by_length(costs: pd.DataFrame, memory: pd.DataFrame, ax: Axes | None = 
     times = memory["n_ctx"].iloc[-1] / memory["n_ctx"].iloc[0]
     set_title(
         ax,
-        f"A {times:,.0f} times longer context takes {grown['anonymous_bytes'] / 1e6:,.1f} MB more "
+        f"{times:,.0f} times the context takes {grown['anonymous_bytes'] / 1e6:,.1f} MB more memory "
         f"(predicted: {grown['predicted_bytes'] / 1e6:,.1f} MB)",
     )
     return ax
@@ -242,6 +242,6 @@ def routing_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes
     set_title(
         ax,
         f"Beyond {last['start']:,.0f} tokens, expert usage overlaps the start's by {last['overlap']:.0%} "
-        f"(same position, other texts: {last['chance']:.0%})",
+        f"(by chance: {last['chance']:.0%})",
     )
     return ax
