@@ -7,8 +7,9 @@ import struct
 from pathlib import Path
 
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.gguf.header import VALUE_TYPES, GGUFHeader, read_header
+from dfqs_nb.gguf.header import GGUFHeader, read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
+from dfqs_nb.gguf.types import VALUE_TYPES
 
 NAME = "DFQS-Nano-IQ1_S-XL"
 

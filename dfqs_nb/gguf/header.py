@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from dfqs_nb.core.errors import HeaderError, LayoutError
+from dfqs_nb.gguf.types import REMOVED_TYPES, TENSOR_TYPES, VALUE_TYPES
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -27,50 +28,6 @@ MAX_NAME_BYTES = 63  # GGML_MAX_NAME, less its terminating zero
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_HEADER_BYTES = 1 << 28  # real headers stay under 50 MB; a larger claim is a hostile or broken file
 MAX_STRINGS = 1 << 22  # in one array: the largest vocabularies and merge lists have under a million
-
-# Value types of metadata fields: code -> (name, struct format of one value).
-VALUE_TYPES = {
-    0: ("UINT8", "B"),
-    1: ("INT8", "b"),
-    2: ("UINT16", "H"),
-    3: ("INT16", "h"),
-    4: ("UINT32", "I"),
-    5: ("INT32", "i"),
-    6: ("FLOAT32", "f"),
-    7: ("BOOL", "?"),
-    8: ("STRING", ""),
-    9: ("ARRAY", ""),
-    10: ("UINT64", "Q"),
-    11: ("INT64", "q"),
-    12: ("FLOAT64", "d"),
-}
-
-# Tensor types: code, name, elements of a block, bytes of a block. Source: ggml's type traits
-# (gguf-py gives Q8_1, which no file stores, 40 bytes; ggml gives it 36).
-_TYPES = """
-0 F32 1 4 | 1 F16 1 2 | 2 Q4_0 32 18 | 3 Q4_1 32 20 | 6 Q5_0 32 22 | 7 Q5_1 32 24 | 8 Q8_0 32 34 |
-9 Q8_1 32 36 | 10 Q2_K 256 84 | 11 Q3_K 256 110 | 12 Q4_K 256 144 | 13 Q5_K 256 176 |
-14 Q6_K 256 210 | 15 Q8_K 256 292 | 16 IQ2_XXS 256 66 | 17 IQ2_XS 256 74 | 18 IQ3_XXS 256 98 |
-19 IQ1_S 256 50 | 20 IQ4_NL 32 18 | 21 IQ3_S 256 110 | 22 IQ2_S 256 82 | 23 IQ4_XS 256 136 |
-24 I8 1 1 | 25 I16 1 2 | 26 I32 1 4 | 27 I64 1 8 | 28 F64 1 8 | 29 IQ1_M 256 56 | 30 BF16 1 2 |
-34 TQ1_0 256 54 | 35 TQ2_0 256 66 | 39 MXFP4 32 17 | 40 NVFP4 64 36 | 41 Q1_0 128 18 |
-42 Q2_0 64 18
-"""
-TENSOR_TYPES = {
-    int(code): (name, int(elements), int(n_bytes))
-    for code, name, elements, n_bytes in (row.split() for row in _TYPES.split("|"))
-}
-# Types that llama.cpp removed: their codes are not used again by it, but by its forks.
-REMOVED_TYPES = {
-    4: "Q4_2",
-    5: "Q4_3",
-    31: "Q4_0_4_4",
-    32: "Q4_0_4_8",
-    33: "Q4_0_8_8",
-    36: "IQ4_NL_4_4 (bitnet.cpp: I2_S)",
-    37: "IQ4_NL_4_8",
-    38: "IQ4_NL_8_8",
-}
 
 CUT_OFF = "the download was cut off, or the file is broken: download it again"
 _FIRST_READ = 1 << 16

@@ -25,8 +25,9 @@ from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.files import sha256_of_files, whole_path
 from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.gguf.facts import bits_per_weight, class_of, class_sizes, layer_of
-from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, TENSOR_TYPES, Tensor, check_layout, padded, read_header
+from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, Tensor, check_layout, padded, read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
+from dfqs_nb.gguf.types import TENSOR_TYPES
 from dfqs_nb.ladder.imatrix import ImportanceMatrix, read_imatrix
 from dfqs_nb.ladder.recipes import (
     FLOATS,

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir, tilde
 from dfqs_nb.gguf.facts import layer_of
-from dfqs_nb.gguf.header import TENSOR_TYPES
+from dfqs_nb.gguf.types import TENSOR_TYPES
 
 FLOATS = ("F32", "F16", "BF16")
 INTEGERS = ("I8", "I16", "I32", "I64")

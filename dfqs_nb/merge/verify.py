@@ -21,8 +21,9 @@ import xxhash
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import IntegrityError
 from dfqs_nb.core.files import CHUNK_BYTES, read_json, sha256_of_file, write_json
-from dfqs_nb.gguf.header import TENSOR_TYPES, GGUFHeader, Tensor, check_layout, read_header
+from dfqs_nb.gguf.header import GGUFHeader, Tensor, check_layout, read_header
 from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.gguf.types import TENSOR_TYPES
 from dfqs_nb.merge.copy import identities
 from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose
 

@@ -12,7 +12,7 @@ import pytest
 from gguf_fixtures import Spec, gguf_bytes, header_bytes, small_gguf
 
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.gguf.header import TENSOR_TYPES
+from dfqs_nb.gguf.types import TENSOR_TYPES
 from dfqs_nb.llama import check
 
 
