@@ -12,7 +12,7 @@ import hosted
 import install
 import needs
 import pytest
-from install_fixtures import NO_PIP_SETTINGS, executable, made_wheel, sha256
+from install_helpers import NO_PIP_SETTINGS, executable, made_wheel, sha256
 
 pytest_plugins = ["install_fixtures"]
 SCRIPT = Path(install.REPOSITORY) / "tools" / "install.py"

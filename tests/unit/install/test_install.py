@@ -15,7 +15,7 @@ from pathlib import Path
 import install
 import needs
 import pytest
-from install_fixtures import NO_PIP_SETTINGS, executable, made_wheel, sha256
+from install_helpers import NO_PIP_SETTINGS, executable, made_wheel, sha256
 
 pytest_plugins = ["install_fixtures"]
 REPOSITORY = Path(install.REPOSITORY)
