@@ -76,7 +76,7 @@ def is_kept(name: str) -> bool:
 def installed_version(name: str) -> str:
     """The version of a package as installed now, or an empty string."""
     try:
-        return importlib.metadata.version(name)
+        return importlib.metadata.version(name) or ""  # None where an install was cut off
     except importlib.metadata.PackageNotFoundError:
         return ""
 
