@@ -214,7 +214,8 @@ def notebook_text(notebook: Any) -> str:
     """A notebook as the text that Jupyter itself would store."""
     import nbformat
 
-    return nbformat.writes(notebook, version=4).rstrip("\n") + "\n"
+    text: str = nbformat.writes(notebook, version=4)
+    return text.rstrip("\n") + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
