@@ -16,11 +16,11 @@ from dfqs_nb.core import child
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import sha256_of_files, whole_file
 from dfqs_nb.core.journal import conditions_hash, remembered
-from dfqs_nb.core.machine import watched_load
+from dfqs_nb.core.machine import usable_cores, watched_load
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.ladder import divergence, imatrix
 from dfqs_nb.ladder.divergence import Array
-from dfqs_nb.llama.model import Model, open_model, threads_for
+from dfqs_nb.llama.model import Model, open_model
 from dfqs_nb.llama.settings import OpenSettings, llama_version
 from dfqs_nb.llama.timing import measure_speed
 from dfqs_nb.routing import open_recorded
@@ -158,7 +158,7 @@ def calibrated(
     """
     settings = settings or Settings()
     text = divergence.load_text(text, "calibration") if isinstance(text, str) else text
-    opened = OpenSettings(n_ctx=256, n_threads=settings.n_threads or threads_for(source))
+    opened = OpenSettings(n_ctx=256, n_threads=settings.n_threads or usable_cores())
     with open_model(source, opened) as model:
         tokens = text.tokens(model)
     return imatrix.collect(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -184,8 +185,9 @@ def _matrix_sha256(matrix: imatrix.ImportanceMatrix) -> str:
 
 @dataclass(frozen=True)
 class _Measured:
-    """A rung's model file, and the facts that its child left."""
+    """A rung's folder, its model file, and the facts that its child left."""
 
+    place: Path
     path: Path
     sha256: str
     made_seconds: float
@@ -318,7 +320,13 @@ class _Climber:
         self, name: str, making: Future[tuple[Path, dict[str, Any]]], source: Future[_Measured]
     ) -> _Measured:
         path, made = making.result()
-        source.result()  # this rung's predictions are compared with the source's
+        base = source.result()  # this rung's predictions are compared with the source's
+        scored = self._place(name) / "scores"
+        scored.mkdir(exist_ok=True)
+        for verdicts in base.place.glob("scores/verdicts-*.jsonl"):
+            # a program that the source wrote too has its verdict already
+            if not (scored / verdicts.name).exists():
+                shutil.copyfile(verdicts, scored / verdicts.name)
         rung = self._measured(name, path, made["sha256"], self.sha256)
         return replace(rung, made_seconds=made["seconds"])
 
@@ -348,9 +356,8 @@ class _Climber:
             }
             return child.run(CHILD, job, where=path)
 
-        return _Measured(
-            path, sha256, 0.0, remembered(place / "rung.json", conditions, measure, fresh=self.fresh)
-        )
+        facts = remembered(place / "rung.json", conditions, measure, fresh=self.fresh)
+        return _Measured(place, path, sha256, 0.0, facts)
 
     def _speeds(self, models: Mapping[str, tuple[Path, str]]) -> dict[str, dict[str, Any]]:
         """The decode speed of each rung, one after another in one child, while nothing else of ours runs."""
@@ -381,8 +388,7 @@ class _Climber:
         """A rung from what its child wrote."""
         import pandas as pd
 
-        place, facts = self._place(name), rung.facts
-        asked = facts["scores"]
+        place, facts, asked = rung.place, rung.facts, rung.facts["scores"]
         runs = tuple(
             Answerer(_no_answer, asked[chosen.name]["mode"], asked[chosen.name], rung.sha256).score(
                 chosen, place / "scores", Options(progress=False)

@@ -91,6 +91,11 @@ def test_routing_agreement_is_that_of_the_routing_module(climbed):
         assert mine.loc[mine["hashed"], "identical"].eq(1).all()
 
 
+def test_a_program_that_the_source_wrote_too_is_not_run_again(climbed, folder):
+    for path in (folder / "F16" / "scores").glob("verdicts-*.jsonl"):
+        assert (folder / "Q8_0" / "scores" / path.name).read_text().startswith(path.read_text())
+
+
 def test_what_is_done_is_not_done_again(climbed, folder, monkeypatch):
     def never(*_arguments, **_options):
         raise AssertionError("a child was started")
