@@ -274,7 +274,7 @@ def _measure_context(model: Model, job: dict[str, Any], settings: Settings, plac
         model,
         settings.prompt_set,
         settings.longest,
-        rounds=1,
+        rounds=0,  # every rung is asked at the same lengths
         n_haystacks=settings.n_haystacks,
         budget_seconds=settings.budget_seconds or float("inf"),
     )

@@ -193,7 +193,7 @@ def _compared(ladder: Ladder, a: Rung, b: Rung) -> list[dict[str, Any]]:
         row = {"a": a.name, "b": b.name, "metric": _score_name(run, a.runs), "kind": "ability", "n": result.n}
         row |= {"value_a": result.a, "value_b": result.b, "difference": result.difference}
         rows.append(row | {"low": result.low, "high": result.high, "p": result.p, "larger_is_better": True})
-    right = [rung.items.groupby("haystack")["correct"].mean() for rung in (a, b)]
+    right = [rung.items.groupby(["length", "haystack"])["correct"].mean() for rung in (a, b)]
     shared = right[0].index.intersection(right[1].index)
     return [
         *rows,

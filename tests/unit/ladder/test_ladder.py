@@ -296,19 +296,18 @@ def test_a_clear_loss_is_worse_a_clear_gain_better_and_noise_no_evidence():
     assert compared_as(near, far)["retrieval"]["difference"] == -0.5
 
 
-@pytest.mark.parametrize("n, verdict", [(5, SAME), (6, SAME), (12, "worse")])
+@pytest.mark.parametrize("n, verdict", [(2, SAME), (3, SAME), (6, "worse")])
 def test_few_texts_that_agree_are_no_evidence_beyond_what_a_sign_test_finds(n, verdict):
-    """Of 6 texts without any difference all agree in 1 of 32 draws; five tests together allow 1 in 100."""
+    """If 6 texts differ by chance, all go one way in 1 of 32 draws; five tests together allow 1 in 100."""
     good, bad = ([[True, True, right, right]] * n for right in (True, False))
     step = compared_as(rung("a", 0.1, good), rung("b", 0.1, bad))["retrieval"]
-    assert step["p"] == pytest.approx(2 * 0.5**n) or n > 10
+    assert step["p"] == pytest.approx(2 * 0.5 ** (2 * n)) or n > 3
     assert step["verdict"] == verdict
 
 
 def test_one_text_says_nothing_of_retrieval():
     assert (
-        compared_as(*(rung(name, 0.1, [[True, False]]) for name in "ab"))["retrieval"]["verdict"]
-        == "not measured"
+        compared_as(*(rung(name, 0.1, [[True]]) for name in "ab"))["retrieval"]["verdict"] == "not measured"
     )
 
 
