@@ -42,7 +42,7 @@ def report(
 
     folder = run_folder(run)
     if check:
-        say("\n".join(f"{tilde(folder)}/{line}" for line in reports.check_run(folder)))
+        say("\n".join([f"{tilde(folder)}/", *(f"  {line}" for line in reports.check_run(folder))]))
         return
     written = reports.write_report(folder, reports.build_report(folder))
     say(str(reports.verdict(reports.read_report(folder))))
