@@ -240,7 +240,7 @@ def _measurements(own: Run | None, run: Run) -> dict[str, Any]:
         "humaneval": None,
         "boundary": context.boundary if context else None,
         "longest": max((row.length for row in context.curve), default=None) if context else None,
-        "largest_fall": context.largest_fall if context else None,
+        "largest_fall": (context.largest_fall or None) if context else None,
         "routing_there": "",
     }
     if human and not human.n_missing and None not in (human.value, human.low, human.high):

@@ -237,21 +237,24 @@ def _curve(run: Run) -> dict[str, Any]:
     stage, unit = run.long_context, "share of the short-context accuracy above guessing"
     if stage is None:
         return _no_stage("long_context", unit)
-    points, boundary = [row.model_dump() for row in stage.curve], stage.boundary
-    planned = [row for row in points if row.get("planned", True)]
+    planned, boundary = [row.model_dump() for row in stage.curve], stage.boundary
+    points = [*planned, *(row.model_dump() for row in stage.refined)]
     detail = _withheld(
         "the accuracy at short contexts is that of guessing, or no length was finished",
         "long_context",
         unit,
         lengths=[row["length"] for row in planned],
-        points=points,
+        points=sorted(points, key=lambda row: row["length"]),
+        tasks=stage.tasks,
+        wrong=stage.guess.get("wrong"),
+        another_key=stage.guess.get("another_key"),
     )
     if boundary is not None:
         detail |= {
             "n": boundary.n_items,
             "guess_rate": boundary.guess_rate,
             "n_haystacks": boundary.n_haystacks,
-            "n_keys": stage.conditions.get("n_keys"),
+            "n_keys": stage.guess.get("keys"),
         }
     value = stage.context_stability_curve
     if not value or any(one is None or not math.isfinite(one) for one in value):
@@ -276,7 +279,7 @@ def _boundary(run: Run) -> dict[str, Any]:
         "withheld": None,
         "source": "long_context.json",
         "runtime_failure": stage.runtime_failure,
-        "largest_fall": stage.largest_fall,
+        "largest_fall": stage.largest_fall or None,
     }
     return {**detail, "sentence": boundary_sentence(detail)}
 

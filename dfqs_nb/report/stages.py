@@ -173,7 +173,10 @@ class LongContext(Stage):
 
     context_stability_curve: list[float | None] = []
     failure_boundary_tokens: int | None = None
-    curve: list[CurvePoint] = []
+    curve: list[CurvePoint] = []  # planned lengths
+    refined: list[CurvePoint] = []  # lengths that were added where the accuracy crosses
+    guess: dict[str, Any] = {}
+    tasks: list[dict[str, Any]] = []
     boundary: Boundary | None = None
     runtime_failure: Any = None
     largest_fall: dict[str, Any] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,8 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "demonstration": level == "reference" and bool(report["claims"]),
         "metrics": _texts(frames["metrics"]),
         "figures": [(name, alt) for name, alt in FIGURES.items() if name in report["sources"]],
-        "curve": _curve(report["details"]["context_stability_curve"].get("points") or []),
+        "curve": _curve(report["details"]["context_stability_curve"]),
+        "guesses": report["details"]["context_stability_curve"],
         "requirement_counts": requirements.counts(frames["requirements"]),
         "requirements": _texts(frames["requirements"]),
         "claim_counts": claims.counts(frames["claims"]),
@@ -110,19 +111,17 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def _curve(points: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def _curve(detail: Mapping[str, Any]) -> pd.DataFrame:
+    """Retrieval by task and length: every task that was asked, or the points of the curve."""
     import pandas as pd
 
+    points = [{"task": "the curve's task", **row} for row in detail.get("points") or []]
     rows = [
-        (
-            f"{row['length']:,}",
-            str(row["n"]),
-            f"{row['accuracy']:.2f}",
-            f"{row['low']:.2f} to {row['high']:.2f}",
-        )
-        for row in points
+        (row["task"], f"{row['length']:,}", str(row["n"]), f"{row['accuracy']:.2f}")
+        + (f"{row['low']:.2f} to {row['high']:.2f}",)
+        for row in detail.get("tasks") or points
     ]
-    return pd.DataFrame(rows, columns=["context (tokens)", "n", "right answers", "95 % interval"])
+    return pd.DataFrame(rows, columns=["task", "context (tokens)", "n", "right answers", "95 % interval"])
 
 
 def _envelope(envelope: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,7 +163,11 @@ def _environment(is_html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"linked": linked, "table": lambda frame: Markup(display.markdown_table(frame))}
+    made.filters |= {
+        "cell": display.cell,
+        "linked": linked,
+        "table": lambda frame: Markup(display.markdown_table(frame)),
+    }
     return made
 
 
