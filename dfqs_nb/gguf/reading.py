@@ -62,8 +62,7 @@ def active_bytes(headers: GGUFHeader | Sequence[GGUFHeader]) -> ActiveBytes:
 
 
 def cache_bytes_read(header: GGUFHeader, depth: int, type_k: str = "f16", type_v: str = "f16") -> int:
-    """Bytes of KV cache that a token at ``depth`` must read at least; 0 where the header does not say
-    exactly.
+    """Bytes of KV cache that a token at ``depth`` must read at least; 0 where the header does not tell.
 
     ``deepseek4``: the sliding window in every layer; in layers of ratio 4 the indexer's keys and the entries
     that it picks; in layers of ratio 128 every entry.

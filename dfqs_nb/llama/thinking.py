@@ -12,9 +12,9 @@ MARKS = (
 
 
 def opens_thinking(prompt: str) -> bool:
-    """Whether a rendered prompt ends with the mark that begins a thinking, as some templates do.
+    r"""Whether a rendered prompt ends with the mark that begins a thinking, as some templates do.
 
-    >>> opens_thinking("<|Assistant|><think>\\n"), opens_thinking("<|Assistant|>")
+    >>> opens_thinking("<|Assistant|><think>\n"), opens_thinking("<|Assistant|>")
     (True, False)
     """
     return prompt.rstrip().endswith(tuple(opening for opening, _ in MARKS))

@@ -18,8 +18,7 @@ MOST_ENDS, MOST_TRIES = 8, 400  # closing fences of a block, and pieces of plain
 
 
 def normalised(text: str) -> str:
-    """An answer without what does not change it: case, spacing, enclosing marks, a final stop, how a number
-    is written.
+    """An answer without what does not change it: case, spacing, marks around it, how a number is written.
 
     >>> normalised(" **1,234.50.** "), normalised("The box  is Red."), normalised("$37/67$")
     ('1234.5', 'the box is red', '37/67')
@@ -38,14 +37,14 @@ def normalised(text: str) -> str:
 
 
 def extract(text: str, how: str, stopped: bool) -> str | None:
-    """The answer in what a model says after its thinking, or None where it has none.
+    r"""The answer in what a model says after its thinking, or None where it has none.
 
     ``answer tag``: what the last ``<answer>`` encloses. ``last line``: the last line that says anything.
 
     Args:
         stopped: a stop text ended it, which may have been the closing tag.
 
-    >>> extract("It is <answer>12</answer>.", "answer tag", False), extract("a\\n12\\n", "last line", False)
+    >>> extract("It is <answer>12</answer>.", "answer tag", False), extract("a\n12\n", "last line", False)
     ('12', '12')
     """
     if how == "last line":
@@ -59,13 +58,13 @@ def extract(text: str, how: str, stopped: bool) -> str | None:
 
 
 def code_in(answer: str, name: str, prompt: str = "") -> str | None:
-    """The code in a chat's answer that defines ``name``: the last code block that does, else plain text.
+    r"""The code in a chat's answer that defines ``name``: the last code block that does, else plain text.
 
     A block may be indented, unclosed, glued to words, or fenced by tildes. A method of a class counts (an
     instance is made), and so does a body alone, which is put below ``prompt``. None where there is no code.
 
-    >>> code_in("Here:\\n~~~python\\ndef f(x):\\n    return x", "f")
-    'def f(x):\\n    return x'
+    >>> code_in("Here:\n~~~python\ndef f(x):\n    return x", "f")
+    'def f(x):\n    return x'
     """
     answer = answer.replace("\r\n", "\n")
     blocks = list(_blocks(answer))

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import IO, Any, NoReturn
 
 MOST_BYTES = 64 << 20  # of one message
@@ -39,10 +40,10 @@ class Gone(Exception):
     """The other process ended."""
 
 
-class Handle:
+class _Handle:
     """An object of the other process: it can be called and asked, but equals only what is its equal there."""
 
-    def __init__(self, peer: Peer, number: int) -> None:
+    def __init__(self, peer: _Peer, number: int) -> None:
         self.__dict__.update(_peer=peer, _number=number)
 
     def __getattr__(self, name: str) -> Any:
@@ -60,11 +61,11 @@ class Handle:
         return bool(self._peer.ask("true", self._number))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Handle) and bool(self._peer.ask("same", self._number, other))
+        return isinstance(other, _Handle) and bool(self._peer.ask("same", self._number, other))
 
 
 def _forward(name: str) -> Callable[..., Any]:
-    def method(self: Handle, *args: Any) -> Any:
+    def method(self: _Handle, *args: Any) -> Any:
         try:
             return self.__getattr__(name)(*args)
         except AttributeError as error:  # what Python raises for an object without that method
@@ -74,7 +75,7 @@ def _forward(name: str) -> Callable[..., Any]:
 
 
 for _name in FORWARDED:
-    setattr(Handle, _name, _forward(_name))
+    setattr(_Handle, _name, _forward(_name))
 
 
 def _change(mine: Iterable[Any], theirs: Iterable[Any]) -> None:
@@ -89,7 +90,7 @@ def _change(mine: Iterable[Any], theirs: Iterable[Any]) -> None:
             old.update(new)
 
 
-class Peer:
+class _Peer:
     """One end of the pipe: it asks, and while it waits for the answer it answers what the other end asks."""
 
     def __init__(self, incoming: IO[bytes], outgoing: IO[bytes]) -> None:
@@ -178,7 +179,7 @@ def _open(name: str) -> str:
 class _Pickler(pickle.Pickler):
     """Plain data as it is, a subclass of a plain type as that type, anything else as a handle."""
 
-    def __init__(self, file: IO[bytes], peer: Peer) -> None:
+    def __init__(self, file: IO[bytes], peer: _Peer) -> None:
         super().__init__(file, protocol=5)
         self.peer = peer
 
@@ -186,7 +187,7 @@ class _Pickler(pickle.Pickler):
         kind = type(value)
         if any(value is mark for mark in MARKS) or _is_plain(value if isinstance(value, type) else kind):
             return NotImplemented
-        if kind is Handle and value._peer is self.peer:
+        if kind is _Handle and value._peer is self.peer:
             return _mine, (value._number,)
         if kind.__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
             return _plain, (value.item(),)
@@ -200,11 +201,11 @@ class _Pickler(pickle.Pickler):
 class _Unpickler(pickle.Unpickler):
     """Takes plain types and handles only, so nothing in a pickle can run code."""
 
-    def __init__(self, file: IO[bytes], peer: Peer) -> None:
+    def __init__(self, file: IO[bytes], peer: _Peer) -> None:
         super().__init__(file)
         self.meanings: dict[str, Callable[..., Any]] = {
             "_mine": peer.objects.__getitem__,
-            "_theirs": lambda number: Handle(peer, number),
+            "_theirs": lambda number: _Handle(peer, number),
             "_plain": lambda value: value,
         }
 
@@ -265,21 +266,28 @@ def _rebuilt(name: str, kinds: list[str], text: str) -> BaseException:
 
 
 def judge() -> NoReturn:
+    """Take the job from standard input, run its tests on the candidate, and write the outcome."""
     job = json.loads(sys.stdin.buffer.read())
-    _limit(job["limits"], job["user"])
+    # older kernels count all processes of the user, so only the candidate gets that limit, when it runs
+    tasks = job["limits"].pop("RLIMIT_NPROC", 0)
+    _limit(job["limits"])
+    if job["user"]:
+        os.setgroups([])
+        os.setgid(job["user"])
+        os.setuid(job["user"])
     out = os.dup(1)
     os.set_inheritable(out, False)
     _silence()
     os.write(out, b"ready\n")
     process = subprocess.Popen(
-        [*sys.orig_argv, "candidate"],
+        [*sys.orig_argv, "candidate", str(tasks)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
     assert process.stdin is not None and process.stdout is not None
     try:
-        _check(Peer(process.stdout, process.stdin), job)
+        _check(_Peer(process.stdout, process.stdin), job)
         answer = {"outcome": "passed", "detail": "", "nonce": job["nonce"]}
     except (Gone, BrokenPipeError) as error:
         answer = _ending(process, str(error))
@@ -293,7 +301,7 @@ def judge() -> NoReturn:
     os._exit(0)
 
 
-def _check(candidate: Peer, job: dict[str, Any]) -> None:
+def _check(candidate: _Peer, job: dict[str, Any]) -> None:
     """Load the candidate, and run the tests on it here."""
     if not job["tests"]:
         candidate.ask("load", job["sources"], [])
@@ -302,10 +310,8 @@ def _check(candidate: Peer, job: dict[str, Any]) -> None:
     code = compile(f"{job['tests']}\ncheck({entry})", "<tests>", "exec", dont_inherit=True)
     namespace = candidate.ask("load", job["sources"], [entry, *_names(code)])
     function = namespace[entry]
-    try:
+    with suppress(SyntaxError):  # a task may break off anywhere: its tests then need nothing of it
         exec(compile(job["helpers"], "<task>", "exec", dont_inherit=True), namespace)
-    except SyntaxError:
-        pass  # a task may break off anywhere: its tests then need nothing of it
     namespace |= {entry: function, "__name__": "tests"}
     exec(code, namespace)
 
@@ -328,11 +334,14 @@ def _ending(process: subprocess.Popen[bytes], why: str) -> dict[str, Any]:
     return {"outcome": "exited", "detail": why or f"status {status} before its tests ended"}
 
 
-def candidate() -> NoReturn:
+def candidate(tasks: int) -> NoReturn:
+    """Answer what the judge asks, until it ends."""
     incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     _silence()
+    if tasks:
+        _limit({"RLIMIT_NPROC": tasks})
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # `site` defines them, which is left out
-    peer = Peer(incoming, outgoing)
+    peer = _Peer(incoming, outgoing)
     peer.more = ("load",)
     try:
         while True:
@@ -342,7 +351,7 @@ def candidate() -> NoReturn:
         os._exit(0)  # no thread, hook or buffer of the candidate delays the end
 
 
-def _limit(limits: dict[str, int], user: int) -> None:
+def _limit(limits: dict[str, int]) -> None:
     try:
         import resource
     except ImportError:  # no limits on Windows
@@ -353,10 +362,6 @@ def _limit(limits: dict[str, int], user: int) -> None:
         most = value + (name == "RLIMIT_CPU")  # SIGXCPU says why, SIGKILL a second later does not
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (min(value, most), most))
-    if user:
-        os.setgroups([])
-        os.setgid(user)
-        os.setuid(user)
 
 
 def _silence() -> None:
@@ -366,4 +371,4 @@ def _silence() -> None:
 
 
 if __name__ == "__main__":
-    candidate() if sys.argv[-1] == "candidate" else judge()
+    candidate(int(sys.argv[2])) if sys.argv[1:2] == ["candidate"] else judge()

@@ -1,5 +1,6 @@
-"""Frozen sets of questions with their answers or tests: JSONL, described by its first line, known by its
-hash.
+"""Frozen sets of questions with their answers or tests, as JSONL.
+
+The first line describes the set, and its hash identifies it.
 
 A set of your own is a file like those in ``data/prompts/``, in a folder of your choice::
 
@@ -32,8 +33,11 @@ Share = Annotated[float, Ge(0), Le(1)]
 
 @dataclass(frozen=True)
 class Item:
-    """One question. ``answer`` is a reasoning item's; ``tests``, ``entry_point`` and ``reference`` (a right
-    solution) are a code item's. ``guess`` is the chance of being right without reasoning."""
+    """One question.
+
+    ``answer`` is a reasoning item's; ``tests``, ``entry_point`` and ``reference`` (a right solution) are a
+    code item's. ``guess`` is the chance of being right without reasoning.
+    """
 
     id: Text
     prompt: Text

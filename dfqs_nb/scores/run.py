@@ -154,8 +154,10 @@ class Answerer:
         return replace(answerer, opens_thinking=first.chat and opens_thinking(first.rendered(model)))
 
     def request(self, item_set: ItemSet, item: Item, options: Options = Options()) -> Request:
-        """An item as this answerer is asked it. A code block may hold any stop text, so in a chat about code
-        none counts."""
+        """An item as this answerer is asked it.
+
+        A code block may hold any stop text, so in a chat about code none counts.
+        """
         chat = self.mode == "chat"
         return Request(
             text=item.asked(item_set.instruction) if chat else item.prompt,
@@ -222,8 +224,9 @@ class Answerer:
     def _answers(
         self, item_set: ItemSet, todo: Sequence[_Sample], options: Options
     ) -> Iterator[tuple[_Sample, dict[str, Any]]]:
-        """Answers as they come. After an error no new item is begun, and what was under way is still handed
-        over before the error is raised.
+        """Answers as they come.
+
+        After an error no new item is begun, and what was under way is handed over before the error is raised.
         """
 
         def ask(sample: _Sample) -> dict[str, Any]:

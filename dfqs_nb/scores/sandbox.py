@@ -391,7 +391,11 @@ def _command(sandbox: Sandbox, filter_end: int) -> list[str]:
     inner = [python, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", DRIVER]
     if not sandbox.safe:
         return inner
-    user = "--cap-add CAP_SETUID --cap-add CAP_SETGID" if sandbox.own_user else "--unshare-user --uid 65534"
+    user = (
+        "--cap-add CAP_SETUID --cap-add CAP_SETGID"
+        if sandbox.own_user
+        else "--unshare-user --uid 65534 --gid 65534"
+    )
     temporary = f"--perms 1777 --size {TEMPORARY_BYTES} --tmpfs"
     filtered = f"--seccomp {filter_end}" if seccomp.program() else ""
     return [
@@ -413,19 +417,19 @@ def _mounts(python: str) -> tuple[str, ...]:
     """
     mounts: list[str] = []
     places: list[str] = []
-    folders = [*SYSTEM_LIBRARIES, *(os.path.join(sys.base_prefix, name) for name in ("lib", "lib64"))]
+    folders = [*map(Path, SYSTEM_LIBRARIES), Path(sys.base_prefix, "lib"), Path(sys.base_prefix, "lib64")]
     for folder in dict.fromkeys(folders):
-        if os.path.islink(folder):
-            mounts += ["--symlink", os.readlink(folder), folder]
-        elif os.path.isdir(folder) and not any(Path(folder).is_relative_to(place) for place in places):
-            mounts += ["--ro-bind", folder, folder]
-            places.append(folder)
-    zones = [ZONES, *(f"{folder}/zoneinfo" for folder in _package("tzdata"))]
-    extra = {ZONES: next((folder for folder in zones if os.path.isdir(folder)), "")}
-    extra |= {f"{PACKAGES}/{name}": f"{folder}{end}" for folder in _package("numpy") for name, end in NUMPY}
-    for place, folder in extra.items():
-        if os.path.isdir(folder):
-            mounts += ["--ro-bind", folder, place]
+        if folder.is_symlink():
+            mounts += ["--symlink", str(folder.readlink()), str(folder)]
+        elif folder.is_dir() and not any(folder.is_relative_to(place) for place in places):
+            mounts += ["--ro-bind", str(folder), str(folder)]
+            places.append(str(folder))
+    zones = [ZONES, *(f"{package}/zoneinfo" for package in _package("tzdata"))]
+    extra = {ZONES: next(filter(os.path.isdir, zones), "")}
+    extra |= {f"{PACKAGES}/{name}": f"{package}{end}" for package in _package("numpy") for name, end in NUMPY}
+    for place, source in extra.items():
+        if source and Path(source).is_dir():
+            mounts += ["--ro-bind", source, place]
             places.append(place)
     for device in DEVICES:
         mounts += ["--dev-bind", device, device]

@@ -64,8 +64,7 @@ def memory_bandwidth(
 
 
 def disk_bandwidth(folder: str | Path, nbytes: int = DISK_BYTES) -> float | None:
-    """Bytes a second read in order from the disk under ``folder``; None where the file cache cannot be
-    emptied.
+    """Bytes a second read in order from the disk under ``folder``; None if the cache cannot be emptied.
 
     Writes a temporary file of random bytes, has the kernel drop it from memory, and reads it back; the
     kernel's own count says whether it came from the disk.
@@ -204,7 +203,8 @@ def speed_bound(weights: ActiveBytes, places: Sequence[Place]) -> Bound:
     return Bound(1 / seconds, shares)
 
 
-# The card's table (tokens a second) and a machine for each row; then two machines that it does not name, to show what paging costs. Bandwidths: JEDEC's rate for two channels of DDR5-5600 (89.6 GB/s), NVIDIA's data
+# The card's table (tokens a second) and a machine for each row; then two machines that it does not name, to
+# show what paging costs. Bandwidths: JEDEC's rate for two channels of DDR5-5600 (89.6 GB/s), NVIDIA's data
 # sheets (RTX 3090: 936 GB/s and 24 GB; H100 SXM: 3,350 GB/s and 80 GB), a PCIe 3 drive (3.5 GB/s), and SATA's
 # limit (0.55 GB/s).
 DISK, NO_CLAIM = float("inf"), (float("nan"), float("nan"))
@@ -262,8 +262,8 @@ def card_sentence(table: pd.DataFrame) -> str:
     cpu, paged = table.iloc[0], by_name.loc[SATA]
     return (
         f"{cpu['machine']}: the card's {cpu['claimed_low']} to {cpu['claimed_high']} tokens/s are at most "
-        f"{cpu['reached']:.0%} of the bound, {cpu['bound']:,.1f}. With {paged['from_disk']:.0%} of each token's "
-        f"bytes from a SATA disk the bound is {paged['bound']:,.2f}."
+        f"{cpu['reached']:.0%} of the bound, {cpu['bound']:,.1f}. With {paged['from_disk']:.0%} of the bytes of "
+        f"a token from a SATA disk the bound is {paged['bound']:,.2f}."
     )
 
 
