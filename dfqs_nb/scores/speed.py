@@ -262,8 +262,8 @@ def card_sentence(table: pd.DataFrame) -> str:
     cpu, paged = table.iloc[0], by_name.loc[SATA]
     return (
         f"{cpu['machine']}: the card's {cpu['claimed_low']} to {cpu['claimed_high']} tokens/s are at most "
-        f"{cpu['reached']:.0%} of the bound, {cpu['bound']:,.1f}. With {paged['from_disk']:.0%} of the bytes of "
-        f"a token from a SATA disk the bound is {paged['bound']:,.2f}."
+        f"{cpu['reached']:.0%} of the bound, {cpu['bound']:,.1f}. With {paged['from_disk']:.0%} of a token's "
+        f"bytes from a SATA disk the bound is {paged['bound']:,.2f}."
     )
 
 
