@@ -154,5 +154,5 @@ def drift_by_flips(tokens: pd.DataFrame, ax: Axes | None = None) -> Axes:
         times = moved.median() / still.median()
         set_title(ax, f"Tokens with a changed expert: logits move {times:.2g} times as far as others")
     else:
-        set_title(ax, f"No expert changed; logits moved by {tokens['drift'].median():.2g} (median)")
+        set_title(ax, f"Changed settings move a token's logits by {tokens['drift'].median():.2g} (median)")
     return ax
