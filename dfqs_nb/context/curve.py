@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 JOURNAL = "long_context_items.jsonl"
-LEAST_CELL = 10  # questions in a cell of the depth figure
+LEAST_CELL, USUAL_CELL = 10, 13  # questions in a cell of the depth figure
 
 
 # ---- asking ----
@@ -253,7 +253,7 @@ def depth_tiles(items: pd.DataFrame) -> pd.DataFrame:
     are left out.
     """
     n_least = int(items.groupby("length").size().min())
-    n_parts = max(1, min(N_STRATA, n_least // LEAST_CELL))
+    n_parts = max(1, min(N_STRATA, n_least // USUAL_CELL))
     part = (items["depth"] * n_parts).astype(int).clip(0, n_parts - 1) / n_parts
     table = items.assign(depth=part).groupby(["length", "depth"])["correct"].agg(["sum", "count"])
     table = table.rename(columns={"sum": "correct", "count": "n"}).reset_index()

@@ -92,8 +92,8 @@ class Determinism:
         if not self.routed:
             return (
                 f"{word}: dense model, nothing to route; the logits of {self.logits_equal:.2%} "
-                f"of {self.n_tokens:,} tokens were equal bit for bit over {self.n_runs} repetitions. 95 % upper "
-                f"bound: {self.runs_upper_bound:.0%} of repeated runs."
+                f"of {self.n_tokens:,} tokens were equal bit for bit over {self.n_runs} repetitions. 95 % "
+                f"upper bound: {self.runs_upper_bound:.0%} of repeated runs."
             )
         return (
             f"{word}: {self.n_differ:,} of {self.n_choices:,} choices differed under identical conditions "
