@@ -1,13 +1,13 @@
 """Merging 4 GB in two shards: ours, llama.cpp's tool, and plain copying, in one run on one disk.
 
-``python tests/benchmarks/merge.py [--gb 4] [--runs 5] [--cold] [--folder /big/disk]``
+``python tests/benchmarks/merge.py [--gb 4] [--runs 5] [--cold] [--folder /big/disk] [--without-reference]``
 
-Each merge is a process of its own, timed from its start to its end, so ours includes Python's start. Before each
-one the output of the one before is removed, the disk is flushed, and the shards are read once (``--cold``: are
-dropped from the page cache instead). ``cp`` is ``cat`` of both shards into one file with cp's ``--sparse=never``
-kind of copying; it returns before its bytes are on the disk, as the reference tool does. "+ sync" waits for them.
-"The disk alone" writes as many bytes past the page cache while another process reads as many past it: nothing
-that writes a model and reads it back from the disk can be much faster, whatever it computes.
+Each merge is one process, timed from start to end, so ours includes Python's start. Before each one we remove the
+output of the one before, flush the disk, and read the shards once (``--cold``: drop them from the page cache
+instead). ``cp`` is ``cat`` of both shards into one file. It returns before its bytes are on the disk, as the
+reference tool does. "+ sync" waits for them. "The disk alone" writes as many bytes past the page cache while
+another process reads as many past it. Nothing that writes a model and reads it back from the disk can be much
+faster, whatever it computes. ``--without-reference`` leaves llama.cpp's tool out, which has to be built first.
 
 ``python tests/benchmarks/merge.py --real-size``: what planning, diagnosis and a dry run cost on sparse shards of
 the real artifact's shape (50 and 11 GB, 1,328 tensors, 129,280 tokens). Target: under 1 s.
@@ -26,11 +26,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 MAKE = """
 import os, sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 from gguf_fixtures import Spec, field, header_bytes, split_fields
 prefix, total = sys.argv[1], int(sys.argv[2])
 large, small = 573 << 20, 32 << 20
@@ -48,8 +48,8 @@ for number, share in enumerate((0.8, 0.2)):
                 left -= file.write(os.urandom(min(left, 4 << 20)))
 """
 OURS = (
-    "import sys; from dfqs_nb.merge.merge import merge\n"
-    "merge(sys.argv[1], sys.argv[2], read_back=%s, progress=False)"
+    "import sys; from dfqs_nb.merge import merge_model\n"
+    "merge_model(sys.argv[1], sys.argv[2], read_back=%s, progress=False)"
 )
 DISK = """
 for shard in {shards}; do dd if="$shard" of=/dev/null bs=8M iflag=direct status=none; done &
@@ -58,25 +58,31 @@ wait; sync "{output}"
 """
 PLAN = {
     "find and check the shards": "from dfqs_nb.gguf.shards import open_shards; call = lambda: open_shards(sys.argv[1])",
-    "the same, and plan the merge": "from dfqs_nb.gguf.shards import open_shards\nfrom dfqs_nb.merge.merge import plan_merge\n"
+    "the same, and plan the merge": "from dfqs_nb.gguf.shards import open_shards\nfrom dfqs_nb.merge.plan import plan_merge\n"
     "call = lambda: plan_merge(open_shards(sys.argv[1]))",
     "the same, and every check before the first byte (a dry run)": "from pathlib import Path\nfrom dfqs_nb.gguf.shards import open_shards\n"
-    "from dfqs_nb.merge.merge import check_output, plan_merge\nimport dfqs_nb.merge.merge as m, shutil\n"
-    "m.shutil.disk_usage = lambda p: shutil._ntuple_diskusage(0, 0, 1 << 60)\n"
+    "from dfqs_nb.merge.checks import check_output\nfrom dfqs_nb.merge.plan import plan_merge\nimport shutil\n"
+    "shutil.disk_usage = lambda p: shutil._ntuple_diskusage(0, 0, 1 << 60)\n"
     "call = lambda: check_output(Path(sys.argv[1] + '.out'), plan_merge(open_shards(sys.argv[1])), "
     "allow_holes=True)",
-    "diagnose a raw concatenation of them": "from dfqs_nb.merge.kind import diagnose; call = lambda: diagnose(sys.argv[2])",
-    "plan its repair": "from dfqs_nb.merge.merge import plan_merge; from dfqs_nb.merge.repair import glued_shards\n"
-    "call = lambda: plan_merge(glued_shards(sys.argv[2]))",
+    "diagnose a raw concatenation of them": "from dfqs_nb.merge import diagnose; call = lambda: diagnose(sys.argv[2])",
+    "plan its repair": "from dfqs_nb.merge import open_source\ncall = lambda: open_source(sys.argv[2]).plan",
 }
 TIMED = "\nimport time; began = time.perf_counter(); call(); print(time.perf_counter() - began)"
 
 
-def commands(shards: list[str], output: str) -> dict[str, list[str]]:
+def reference(shards: list[str], output: str) -> dict[str, list[str]]:
     from llama_cpp_tools import tool
 
-    reference, copy = str(tool("llama-gguf-split")), f'cat "{shards[0]}" "{shards[1]}" > "{output}"'
-    reference_merge = f'"{reference}" --merge "{shards[0]}" "{output}" > /dev/null 2>&1'
+    command = f'"{tool("llama-gguf-split")}" --merge "{shards[0]}" "{output}" > /dev/null 2>&1'
+    return {
+        "llama-gguf-split --merge": ["sh", "-c", command],
+        "llama-gguf-split --merge, sha256sum": ["sh", "-c", f'{command} && sha256sum "{output}" > /dev/null'],
+    }
+
+
+def commands(shards: list[str], output: str) -> dict[str, list[str]]:
+    copy = f'cat "{shards[0]}" "{shards[1]}" > "{output}"'
     return {
         "cp": ["sh", "-c", copy],
         "cp + sync": ["sh", "-c", f'{copy}; sync "{output}"'],
@@ -86,17 +92,17 @@ def commands(shards: list[str], output: str) -> dict[str, list[str]]:
             DISK.format(
                 output=output,
                 shards=" ".join(f'"{shard}"' for shard in shards),
-                nbytes=sum(os.path.getsize(shard) for shard in shards),
+                nbytes=sum(Path(shard).stat().st_size for shard in shards),
             ),
         ],
-        "llama-gguf-split --merge": ["sh", "-c", reference_merge],
-        "llama-gguf-split --merge, sha256sum": [
-            "sh",
+        "the workbook, with SHA-256": [sys.executable, "-c", OURS % False, shards[0], output],
+        "the workbook, with SHA-256 and full read-back": [
+            sys.executable,
             "-c",
-            f'{reference_merge} && sha256sum "{output}" > /dev/null',
+            OURS % True,
+            shards[0],
+            output,
         ],
-        "ours, with SHA-256": [sys.executable, "-c", OURS % False, shards[0], output],
-        "ours, with SHA-256 and full read-back": [sys.executable, "-c", OURS % True, shards[0], output],
     }
 
 
@@ -127,10 +133,13 @@ def prepare(folder: Path, shards: list[str], cold: bool) -> None:
     time.sleep(1)
 
 
-def benchmark(folder: Path, nbytes: int, runs: int, cold: bool) -> dict[str, list[tuple[float, float]]]:
+def benchmark(
+    folder: Path, nbytes: int, runs: int, cold: bool, with_reference: bool
+) -> dict[str, list[tuple[float, float]]]:
     subprocess.run([sys.executable, "-c", MAKE, str(folder / "m"), str(nbytes)], check=True, cwd=ROOT)
     shards = [str(folder / f"m-0000{n}-of-00002.gguf") for n in (1, 2)]
-    todo = commands(shards, str(folder / "out.gguf"))
+    output = str(folder / "out.gguf")
+    todo = commands(shards, output) | (reference(shards, output) if with_reference else {})
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in todo}
     for turn in range(runs):  # in turn, so that a busy minute is shared by all, and each comes after another
         for name in random.Random(turn).sample(list(todo), len(todo)):
@@ -142,7 +151,7 @@ def benchmark(folder: Path, nbytes: int, runs: int, cold: bool) -> dict[str, lis
 
 def table(results: dict[str, list[tuple[float, float]]]) -> str:
     """Medians, and the fastest of each: on a busy machine the latter says more of the method."""
-    seconds = {name: sorted(one for one, _ in rows) for name, rows in results.items()}
+    seconds = {name: sorted(wall for wall, _ in rows) for name, rows in results.items()}
     lines = [
         "| method | median (s) | x cp | x cp + sync | fastest (s) | x cp | x cp + sync | peak memory (MB) |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -158,7 +167,7 @@ def table(results: dict[str, list[tuple[float, float]]]) -> str:
 
 def real_size(folder: Path, runs: int) -> str:
     make = (
-        "import sys; sys.path.insert(0, 'tests'); import gguf_fixtures as g\n"
+        "import sys; sys.path.insert(0, 'tests/support'); import gguf_fixtures as g\n"
         "g.real_size_shards(sys.argv[1]); g.glue(sys.argv[1], sys.argv[2])"
     )
     glued, first = folder / "glued.gguf", folder / "m-00001-of-00002.gguf"
@@ -220,13 +229,15 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--real-size", action="store_true")
+    parser.add_argument("--without-reference", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         print(f"{options.runs} runs each, {os.cpu_count()} cores, Python {sys.version.split()[0]}\n")
         if options.real_size:
             print(real_size(Path(name), options.runs))
         else:
-            print(table(benchmark(Path(name), int(options.gb * 1e9), options.runs, options.cold)))
+            nbytes, with_reference = int(options.gb * 1e9), not options.without_reference
+            print(table(benchmark(Path(name), nbytes, options.runs, options.cold, with_reference)))
 
 
 if __name__ == "__main__":

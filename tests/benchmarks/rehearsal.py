@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from gguf_fixtures import REAL_SHARD_BYTES, REAL_TENSORS  # noqa: E402
 
 RUN = {
-    "consume-merge": "from dfqs_nb.merge.merge import merge\n"
-    "r = merge(sys.argv[1], sys.argv[2], consume=True, allow_holes=True, progress=False)",
-    "repair in place": "from dfqs_nb.merge.repair import repair\n"
+    "consume-merge": "from dfqs_nb.merge import merge_model\n"
+    "r = merge_model(sys.argv[1], sys.argv[2], consume=True, allow_holes=True, progress=False)",
+    "repair in place": "from dfqs_nb.merge import repair\n"
     "r = repair(sys.argv[1], in_place=True, allow_holes=True, progress=False)",
 }
 REPORT = "\nprint(r.sha256, r.nbytes)"
@@ -44,7 +44,7 @@ with open(sys.argv[3], "wb") as glued:
     glued.truncate(end)
 """
 MAKE = """
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 from gguf_fixtures import real_size_shards
 real_size_shards(sys.argv[1], n_tensors=int(sys.argv[2]), first_shard_bytes=int(sys.argv[3]))
 """
