@@ -14,9 +14,9 @@ from pathlib import Path
 from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.merge import disk
-from dfqs_nb.merge.copy import Plan
 from dfqs_nb.merge.journal import in_the_way, read_journal, windows
 from dfqs_nb.merge.kind import download_mark
+from dfqs_nb.merge.plan import Plan
 from dfqs_nb.merge.verify import manifest_path
 
 CONSUME_EXTRA_BYTES = 64 << 20  # what a consuming merge may need beyond its sources, plus the header

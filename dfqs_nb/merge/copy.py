@@ -18,12 +18,10 @@ import fcntl
 import hashlib
 import mmap
 import os
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -34,74 +32,11 @@ from dfqs_nb.core.errors import IntegrityError, OutputError
 from dfqs_nb.core.files import fsync_dir
 from dfqs_nb.merge import disk
 from dfqs_nb.merge.journal import Journal, changed, in_the_way, read_journal, windows
+from dfqs_nb.merge.plan import Identity, Plan
 
 WINDOW_BYTES = 16 << 20  # a consuming copy has at most three windows on the disk twice
 GET_AGAIN = "it was cut off or changed meanwhile: download it again"
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """One run of bytes, usually a tensor's: where it is, and where it goes.
-
-    Attributes:
-        name: the tensor's (or the part's) name.
-        source: index of the source file.
-        source_offset, target_offset: bytes from the start of each file.
-        nbytes: bytes to copy.
-        padding: zero bytes that follow in the target; in the source at most as many lie between two copies.
-    """
-
-    name: str
-    source: int
-    source_offset: int
-    target_offset: int
-    nbytes: int
-    padding: int = 0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a copy writes: ``header``, then each copy in order, ``nbytes`` in all.
-
-    Attributes:
-        identities: name, size and modification time of each source when the plan was made.
-        tensors: what gets a hash of its own; the copies, where these are the tensors of the header.
-        of_tensors: the copies are tensors, and those of the header.
-    """
-
-    sources: tuple[Path, ...]
-    header: bytes = field(repr=False)
-    copies: tuple[Copy, ...] = field(repr=False)
-    nbytes: int
-    identities: tuple[dict[str, int | str], ...] = field(repr=False)
-    tensors: tuple[Copy, ...] = field(repr=False)
-    of_tensors: bool = True
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of everything that determines the result but the data itself."""
-        layout = [
-            (c.name, c.source, c.source_offset, c.target_offset, c.nbytes, c.padding) for c in self.copies
-        ]
-        shape = repr((self.nbytes, len(self.sources), layout))
-        return hashlib.sha256(self.header + shape.encode("utf-8", "surrogatepass")).hexdigest()
-
-    @cached_property
-    def _offsets(self) -> dict[int, list[int]]:
-        return {id(runs): [run.target_offset for run in runs] for runs in (self.copies, self.tensors)}
-
-    def within(self, runs: Sequence[Copy], start: int, nbytes: int) -> Iterator[tuple[Copy, int, int]]:
-        """Those of the copies (or tensors) that reach into a window, and which of their bytes lie in it.
-
-        Of a copy that has only padding there the range is empty.
-        """
-        for index in range(max(bisect_right(self._offsets[id(runs)], start) - 1, 0), len(runs)):
-            run = runs[index]
-            low, high = max(start - run.target_offset, 0), start + nbytes - run.target_offset
-            if high <= 0:
-                return
-            if low < run.nbytes + run.padding:
-                yield run, low, max(low, min(high, run.nbytes))
+FAILING = "power was lost, or the disk or the memory is failing"
 
 
 @dataclass(frozen=True)
@@ -110,13 +45,7 @@ class Copied:
 
     sha256: str
     hashes: dict[str, str]
-    sources: tuple[dict[str, int | str], ...]
-
-
-def identities(paths: Iterable[Path]) -> tuple[dict[str, int | str], ...]:
-    """Name, size in bytes and modification time (ns) of each file."""
-    stats = [(path, path.stat()) for path in paths]
-    return tuple({"name": path.name, "nbytes": s.st_size, "mtime_ns": s.st_mtime_ns} for path, s in stats)
+    sources: tuple[Identity, ...]
 
 
 def copy(
@@ -166,7 +95,10 @@ def copy(
         except BaseException as error:
             if journal in ours and windows(read_journal(output)):
                 if isinstance(error, IntegrityError):
-                    raise _kept(error, part) from error
+                    hint = f"nothing more was released; keep {part.name}: it has what the sources lack now"
+                    raise IntegrityError(
+                        error.what, where=error.where, hint=f"{hint}. {error.hint}"
+                    ) from error
                 raise
             for path in ours:
                 path.unlink(missing_ok=True)
@@ -190,21 +122,9 @@ def _give_name(part: Path, output: Path, replace: bool) -> None:
         try:
             disk.rename_new(part, output)
         except FileExistsError:
-            raise _NameTaken(
-                "another file took this name during the copy",
-                where=output,
-                hint=f"the result is {part.name}: move the other file away, then run the same command again",
-            ) from None
+            hint = f"the result is {part.name}: move the other file away, then run the same command again"
+            raise _NameTaken("another file took this name meanwhile", where=output, hint=hint) from None
     fsync_dir(output.parent)
-
-
-def _kept(error: IntegrityError, part: Path) -> IntegrityError:
-    return IntegrityError(
-        error.what,
-        where=error.where,
-        hint=f"nothing more was released; keep {part.name}: it holds what the sources no longer have. "
-        f"{error.hint}",
-    )
 
 
 class _Run:
@@ -278,23 +198,18 @@ class _Run:
             if expected is not None:
                 self.part.read(view, start)
                 if xxhash.xxh3_64_hexdigest(view) != expected:
-                    raise IntegrityError(
-                        f"bytes {start:,} to {end:,} changed since they were written",
-                        where=self.part.path,
-                        hint="power was lost, or the disk is failing",
-                    )
+                    what, hint = f"bytes {start:,} to {end:,} changed since they were written", FAILING
+                    raise IntegrityError(what, where=self.part.path, hint=hint)
                 return True
             if not self.allow_holes:
-                raise IntegrityError(
-                    f"the sources have holes where bytes {start:,} to {end:,} come from",
-                    where=self.part.path,
-                    hint="the journal that belongs to them was lost: download the sources again",
-                )
+                what = f"the sources have holes where bytes {start:,} to {end:,} come from"
+                hint = "the journal that belongs to them was lost: download the sources again"
+                raise IntegrityError(what, where=self.part.path, hint=hint)
         view[: max(len(self.plan.header) - start, 0)] = self.plan.header[start:end]
         for copy, low, high in self.plan.within(self.plan.copies, start, len(view)):
             at = copy.target_offset - start
             self.sources[copy.source].read(view[at + low : at + high], copy.source_offset + low, copy.name)
-            if low <= copy.nbytes <= high or low > copy.nbytes:
+            if high >= copy.nbytes:
                 padding = view[at + high : at + copy.nbytes + copy.padding]
                 padding[:] = bytes(len(padding))
         return self.journal is None and self.part.has(view, start)
@@ -308,20 +223,14 @@ class _Run:
 
     def _keep(self, view: memoryview, start: int, copied: bool) -> None:
         """Write a window, prove it, record it, and only then release what it was made from."""
-        end, digest = start + len(view), xxhash.xxh3_64_hexdigest(view)
+        end, digest = start + len(view), xxhash.xxh3_64_hexdigest(view) if self.read_back else ""
         if not copied:
             self.part.write(view, start)
-            back = (
-                self.part.from_disk(start, len(view), flush=self.journal is not None)
-                if self.read_back
-                else view
-            )
+        if not copied and self.read_back:
+            back = self.part.from_disk(start, len(view), flush=self.journal is not None)
             if xxhash.xxh3_64_hexdigest(back) != digest:
-                raise IntegrityError(
-                    f"bytes {start:,} to {end:,} came back from the disk changed",
-                    where=self.part.path,
-                    hint="the disk or the memory is failing: use another",
-                )
+                what = f"bytes {start:,} to {end:,} came back from the disk changed"
+                raise IntegrityError(what, where=self.part.path, hint=FAILING)
         if self.journal is None:
             return
         earlier = copied and end <= self.journal.released
@@ -354,7 +263,7 @@ class Source:
     modification time was reset, as our own release of bytes resets it.
     """
 
-    def __init__(self, path: Path, file: IO[bytes], identity: dict[str, int | str]) -> None:
+    def __init__(self, path: Path, file: IO[bytes], identity: Identity) -> None:
         self.path, self.file, self.handle, self.identity = path, file, file.fileno(), identity
         self.ctime_ns = os.fstat(self.handle).st_ctime_ns
         self.low = self.high = self.gap = 0  # the run of copied bytes whose last block is not given back yet
@@ -392,11 +301,9 @@ class Source:
             try:
                 n = os.preadv(self.handle, [view[got:]], offset + got)
             except OSError as error:
-                raise IntegrityError(
-                    f"tensor {name!r} cannot be read ({error.strerror})",
-                    where=self.path,
-                    hint="the disk may be failing: copy or download the file again",
-                ) from error
+                what = f"tensor {name!r} cannot be read ({error.strerror})"
+                hint = "the disk may be failing: copy or download the file again"
+                raise IntegrityError(what, where=self.path, hint=hint) from error
             if n == 0:
                 raise IntegrityError(f"ended inside tensor {name!r}", where=self.path, hint=GET_AGAIN)
             got += n
@@ -480,11 +387,9 @@ class Part:
             IntegrityError: the file is shorter.
         """
         if self._each(self._read, view, offset) < len(view):
-            raise IntegrityError(
-                f"is {offset + len(view) - self.size:,} bytes shorter than its journal says",
-                where=self.path,
-                hint="it was cut or removed meanwhile: put it back, if you can, and go on",
-            )
+            what = f"is {offset + len(view) - self.size:,} bytes shorter than its journal says"
+            hint = "it was cut or removed meanwhile: put it back, if you can, and go on"
+            raise IntegrityError(what, where=self.path, hint=hint)
 
     def from_disk(self, offset: int, nbytes: int, *, flush: bool) -> memoryview:
         """What the disk gives back. ``flush``: wait first until it would survive a loss of power."""

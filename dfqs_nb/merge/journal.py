@@ -19,7 +19,8 @@ from dfqs_nb.core.errors import IntegrityError
 from dfqs_nb.merge import disk
 
 if TYPE_CHECKING:
-    from dfqs_nb.merge.copy import Plan, Source
+    from dfqs_nb.merge.copy import Source
+    from dfqs_nb.merge.plan import Plan
 
 MAX_WINDOW_BYTES = 256 << 20
 TORN_SECONDS = (

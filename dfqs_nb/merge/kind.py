@@ -8,23 +8,20 @@ and at the names of the neighbours. It says in one sentence what the file is, an
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING
 
 from dfqs_nb.core.display import plain
-from dfqs_nb.core.errors import DfqsError, HeaderError, ShardError
+from dfqs_nb.core.errors import DfqsError, HeaderError, LayoutError, ShardError
 from dfqs_nb.gguf import facts
-from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, Tensor, padded, read_header
+from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, check_layout, read_header
 from dfqs_nb.gguf.shards import SHARD_NAME, shard_path
 from dfqs_nb.merge import disk
 from dfqs_nb.merge.byte_parts import (
-    OPENING_BYTES,
     are_parts,
     byte_parts,
     check_sum,
@@ -33,34 +30,16 @@ from dfqs_nb.merge.byte_parts import (
     part_name,
     siblings,
 )
+from dfqs_nb.merge.first_bytes import AGAIN, Finding, Kind, Row, by_first_bytes, shown_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MAX_PARTS = 10_000  # headers followed inside one file
 SHOWN_BYTES = 16
-AGAIN = "get it from its source again"
 RESUME = "resume the download; or, if a merge with --consume was stopped, run the same command again"
 ENCODER = re.compile(r"(v|mm|a)\.")  # tensors of a vision or audio encoder
 DOWNLOADING = re.compile(r"\.(incomplete|crdownload|part|partial|download|!qB)$")
-
-
-class Kind(StrEnum):
-    """What a file turned out to be. Kinds differ in what a user does next."""
-
-    SINGLE_FILE = "sound single file"  # use it
-    SHARD = "shard"  # merge it with the others
-    BYTE_PART = "byte part"  # join it with the others: `dfqs-nb merge` does
-    RAW_CONCATENATION = "raw concatenation"  # of all shards of one model: `dfqs-nb repair`
-    SEVERAL_MODELS = "several models in one file"  # cut it
-    TRAILING_BYTES = "trailing bytes"  # cut them off
-    COMPANION = "no language model"  # a LoRA adapter, a projector: use it beside one
-    FOREIGN = "for another runtime"  # run it there, or quantize the original again
-    UNFINISHED = "unfinished download"  # resume it
-    DAMAGED = "damaged"  # download it again
-    LFS_POINTER = "Git LFS pointer"  # `git lfs pull`
-    DOCUMENT = "document"  # a server's answer: check the address, and what you may download
-    OTHER_FORMAT = "another format"  # convert it, or get the GGUF
 
 
 @dataclass(frozen=True)
@@ -81,9 +60,6 @@ class Part:
     number: int
     count: int
     n_tensors: int
-
-
-Row = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -112,15 +88,6 @@ class Diagnosis:
         return self.kind in (Kind.SINGLE_FILE, Kind.SHARD)
 
 
-class Finding(NamedTuple):
-    """A diagnosis in the making; ``rows`` is the evidence that it adds."""
-
-    kind: Kind
-    finding: str
-    step: str
-    rows: tuple[Row, ...] = ()
-
-
 def diagnose(path: str | Path, *, allow_holes: bool = False) -> Diagnosis:
     """Say what a file is: see `Kind` for what is told apart.
 
@@ -135,8 +102,12 @@ def diagnose(path: str | Path, *, allow_holes: bool = False) -> Diagnosis:
     path = Path(path)
     first, size = opening(path)
     if not first.startswith(MAGIC):
-        kind, finding, step, rows = _by_first_bytes(first, size)
-        shown = (("file size", f"{size:,} bytes"), ("it begins with", _shown(first[:SHOWN_BYTES])), *rows)
+        kind, finding, step, rows = by_first_bytes(first, size)
+        shown = (
+            ("file size", f"{size:,} bytes"),
+            ("it begins with", shown_bytes(first[:SHOWN_BYTES])),
+            *rows,
+        )
         conclusive = not size or kind in (Kind.LFS_POINTER, Kind.DOCUMENT)  # nobody cuts a model into these
         return (None if conclusive else _byte_part(path)) or Diagnosis(path, kind, finding, step, shown)
     try:
@@ -213,14 +184,13 @@ def _next_header(file: IO[bytes], header: GGUFHeader, size: int) -> tuple[int, b
     return (full if size >= full else bare), False
 
 
-def _misplaced(header: GGUFHeader) -> list[tuple[Tensor, int]]:
-    """The tensors that do not start where the one before ends, each with the offset it should have."""
-    wrong, expected = [], 0
-    for tensor in header.tensors:
-        if tensor.offset != expected:
-            wrong.append((tensor, expected))
-        expected = padded(tensor.offset + tensor.nbytes, header.alignment)
-    return wrong
+def _misplaced(header: GGUFHeader) -> LayoutError | None:
+    """Why the tensors do not lie one after another in the file; None when they do."""
+    try:
+        check_layout(header)
+    except LayoutError as error:
+        return error
+    return None
 
 
 def shard_number(header: GGUFHeader) -> tuple[int, int]:
@@ -278,37 +248,27 @@ def _of_one(path: Path, walk: _Walk) -> Finding:
 def _layout(path: Path, walk: _Walk, what: str) -> Finding | None:
     """What is wrong with where the tensors lie, or where the file ends."""
     header, (bare, full) = walk.headers[0], ends(walk.headers[0])
-    if wrong := _misplaced(header):
-        return _out_of_place(header, wrong)
     if walk.size < bare:
         cut = next(t for t in header.tensors if header.data_offset + t.offset + t.nbytes > walk.size)
         whole = f"{header.tensors.index(cut):,} of {len(header.tensors):,}"
         finding = f"cut off: {full - walk.size:,} bytes short, from tensor {cut.name!r} on"
         step = f"resume the download, or repeat it ({full:,} bytes in all)"
         return Finding(Kind.UNFINISHED, finding, step, (("tensors that are whole", whole),))
+    if error := _misplaced(header):
+        return Finding(Kind.DAMAGED, f"{what}, but {error.what}", error.hint)
     if walk.error is not None:
         finding = f"{what}, and the beginning of another GGUF at byte {walk.end:,} that is cut off or broken"
         return Finding(Kind.DAMAGED, finding, AGAIN, (("second header", walk.error.what),))
     if walk.size > walk.end:
         with path.open("rb", buffering=0) as file:
             file.seek(walk.end)
-            rows = (("the bytes after the end begin with", _shown(file.read(SHOWN_BYTES))),)
+            rows = (("the bytes after the end begin with", shown_bytes(file.read(SHOWN_BYTES))),)
         step = f"keep the first {walk.end:,} bytes: truncate -s {walk.end} {_quoted(path)}"
         if shard_number(header)[1] > 1:
             step = f"other shards may follow in a damaged form: {AGAIN}"
         finding = f"{what}, and {walk.size - walk.end:,} bytes after its end"
         return Finding(Kind.TRAILING_BYTES, finding, step, rows)
     return None
-
-
-def _out_of_place(header: GGUFHeader, wrong: list[tuple[Tensor, int]]) -> Finding:
-    (tensor, expected), overlaps = wrong[0], sum(tensor.offset < at for tensor, at in wrong)
-    how = "leave gaps" if not overlaps else "overlap" if overlaps == len(wrong) else "overlap or leave gaps"
-    finding = f"its tensors {how}: {len(wrong)} of them are out of place, the first is {tensor.name!r}"
-    before = header.tensors[header.tensors.index(tensor) - 1]
-    step = f"{AGAIN}; or run it in the fork of llama.cpp where type {before.type_code} is not {before.type}"
-    row = (f"offset of {tensor.name}", f"{tensor.offset:,}, expected {expected:,}")
-    return Finding(Kind.DAMAGED, finding, step, (row,))
 
 
 def _shard(path: Path, number: int, count: int) -> Finding:
@@ -331,7 +291,7 @@ def _shard(path: Path, number: int, count: int) -> Finding:
     for other in others:
         first, size = opening(other)
         if not first.startswith(MAGIC):
-            _, finding, step, _ = _by_first_bytes(first, size)
+            _, finding, step, _ = by_first_bytes(first, size)
             return Finding(Kind.SHARD, f"{what}; but {plain(other.name)} is {finding}", step)
     return Finding(Kind.SHARD, f"{what}; all {count} are here", f"dfqs-nb merge {_quoted(path)}")
 
@@ -372,12 +332,13 @@ def _problems(walk: _Walk) -> list[str]:
         problems.append(f"shard {', '.join(map(str, twice))} is there twice")
     if missing := sorted(set(range(1, min(count, MAX_PARTS) + 1)) - set(numbers)):
         problems.append(f"shard {', '.join(map(str, missing[:10]))} of {count} is missing")
+    short = walk.size < ends(last)[0]
     for number, header in zip(numbers, walk.headers, strict=True):
-        if wrong := _misplaced(header):
-            problems.append(f"the tensors of shard {number} are out of place from {wrong[0][0].name!r} on")
+        if (error := _misplaced(header)) and not (short and header is last):
+            problems.append(f"shard {number} is damaged: {error.what}")
     if walk.error is not None:
         problems.append(f"the header at byte {walk.end:,} cannot be read: {walk.error.what}")
-    elif walk.size < ends(last)[0]:
+    elif short:
         problems.append(f"shard {numbers[-1]} is cut off, {ends(last)[1] - walk.size:,} bytes short")
     elif walk.size > walk.end:
         problems.append(f"{walk.size - walk.end:,} bytes follow that belong to no shard")
@@ -409,83 +370,6 @@ def _refused_header(first: bytes, size: int, error: HeaderError) -> Finding:
     if re.search(r"has the type \d+,", error.what):
         return Finding(Kind.FOREIGN, f"a GGUF for another runtime: {error.what}", error.hint)
     return Finding(Kind.DAMAGED, f"a GGUF with a broken header: {error.what}", error.hint)
-
-
-_UNPACK = "unpack it, or get the GGUF of the model"
-_CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py, or get the GGUF of the model"
-_ANSWER = "a server sent this in place of the model: check the address, and that you may download it"
-# The first bytes of other files, what these are, and what to do with them.
-_FORMATS = (
-    (b"PK\x03\x04", "a zip archive (a PyTorch checkpoint?)", _UNPACK),
-    (b"\x1f\x8b", "a gzip file", _UNPACK),
-    (b"\x28\xb5\x2f\xfd", "a zstd file", _UNPACK),
-    (b"Rar!", "a RAR archive", _UNPACK),
-    (b"7z\xbc\xaf", "a 7-Zip archive", _UNPACK),
-    (b"\x89HDF", "an HDF5 file", _CONVERT),
-    (b"\x80\x02", "a Python pickle (a PyTorch checkpoint?)", _CONVERT),
-    (b"lmgg", "a GGML file from before GGUF", _CONVERT),
-    (b"tjgg", "a GGJT file from before GGUF", _CONVERT),
-    (b"fmgg", "a GGMF file from before GGUF", _CONVERT),
-    (b"FUGG", "a GGUF with its bytes swapped in fours", AGAIN),
-)
-
-
-def _by_first_bytes(first: bytes, size: int) -> Finding:
-    """A file that does not begin with the magic: by its first 4 KiB."""
-    if size == 0:
-        return Finding(Kind.UNFINISHED, "an empty file", "download it again: nothing arrived")
-    if first.startswith(b"version https://git-lfs"):
-        length = re.search(rb"^size (\d{1,18})$", first, re.M)
-        target = f"{int(length[1]):,} bytes" if length else "an unknown number of bytes"
-        finding = f"a Git LFS pointer to the model ({target}), not the model itself"
-        step = "run `git lfs pull` in the clone, or download the file from its 'resolve' address"
-        return Finding(Kind.LFS_POINTER, finding, step)
-    for magic, name, step in _FORMATS:
-        if first.startswith(magic):
-            return Finding(Kind.OTHER_FORMAT, f"{name}, not a GGUF", step)
-    if first[8:10] == b'{"' and int.from_bytes(first[:8], "little") < 1 << 30:
-        return Finding(Kind.OTHER_FORMAT, "a safetensors file, not a GGUF", _CONVERT)
-    if not first.strip(b"\0"):
-        finding = f"zeros: the first {len(first):,} bytes of {size:,} were never written"
-        return Finding(Kind.UNFINISHED, finding, "only its room was reserved: resume or repeat the download")
-    if message := _document(first):
-        finding = f"{message[0]} saved as a model: {message[1]}"
-        return Finding(Kind.DOCUMENT, finding, _ANSWER, (("it says", message[1]),))
-    finding = "not a GGUF: it does not begin with these four letters"
-    return Finding(Kind.OTHER_FORMAT, finding, "check what you downloaded")
-
-
-def _document(first: bytes) -> Row | None:
-    """What kind of text a server sent, and what it says; None when it is no text."""
-    text = first.decode("utf-8-sig", "ignore" if len(first) == OPENING_BYTES else "replace").strip()
-    if not text or "\ufffd" in text or any(not char.isprintable() and not char.isspace() for char in text):
-        return None
-    lower, start = text[:500].lower(), " ".join(text.split())[:80]
-    if lower.startswith("<") and ("<html" in lower or "<!doctype html" in lower):
-        title = re.search(r"<title[^>]*>(.*?)</title", text, re.I | re.S)
-        return "a web page", " ".join(title[1].split())[:200] if title else "without a title"
-    if lower.startswith("<"):
-        fields = re.findall(r"<(?:code|message|error)>([^<]*)</", text, re.I)
-        return "an XML document", ": ".join(value.strip() for value in fields)[:200] or start
-    if text[0] not in "{[":
-        return "a text", start
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = {}
-    keys = ("error", "message", "detail", "error_description", "title")
-    messages = [str(value[key])[:200] for key in keys if isinstance(value, dict) and key in value]
-    return "a JSON document", (messages or [start])[0]
-
-
-def _shown(raw: bytes) -> str:
-    r"""Bytes as people read them: hex, and the letters among them.
-
-    >>> _shown(b"GGUF\x03")
-    '47 47 55 46 03 (GGUF.)'
-    """
-    letters = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in raw)
-    return f"{raw.hex(' ')} ({letters})" if raw else "nothing"
 
 
 def _quoted(path: Path) -> str:

@@ -28,10 +28,11 @@ from dfqs_nb.gguf.shards import ShardSet, check_set, open_shards, shard_path
 from dfqs_nb.merge import disk
 from dfqs_nb.merge.byte_parts import byte_parts
 from dfqs_nb.merge.checks import CONSUME_EXTRA_BYTES, check_output
-from dfqs_nb.merge.copy import Copied, Plan, copy, identities
+from dfqs_nb.merge.copy import Copied, copy
+from dfqs_nb.merge.first_bytes import Kind
 from dfqs_nb.merge.journal import read_journal
-from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose, shard_number
-from dfqs_nb.merge.plan import plan_cut, plan_join, plan_merge
+from dfqs_nb.merge.kind import Diagnosis, diagnose, shard_number
+from dfqs_nb.merge.plan import Identity, Plan, identities, plan_cut, plan_join, plan_merge
 from dfqs_nb.merge.verify import hash_file, manifest_path, read_manifest, save_manifest, tensor_hashes
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class MergeResult:
     nbytes: int
     sha256: str
     tensors: dict[str, str]
-    sources: tuple[dict[str, int | str], ...]
+    sources: tuple[Identity, ...]
     seconds: float
     reused: bool = False
 
@@ -120,13 +121,12 @@ class Source:
         return tuple(results)
 
 
-def open_source(model: Given, *, allow_mixed: bool = False, merged_to: Path | None = None) -> Source:
+def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
     """Find all files of a model, by what their bytes say, and check that they belong together.
 
     Args:
         model: a registered name, an ``hf://`` address, or a path: the file, or any one of its shards or byte
             parts. Or all of these, in any order (byte parts in theirs). What is missing here is downloaded.
-        allow_mixed: see `open_shards`.
         merged_to: a folder where an earlier merge may have put the model, before it deleted these files.
 
     Raises:
@@ -144,7 +144,7 @@ def open_source(model: Given, *, allow_mixed: bool = False, merged_to: Path | No
         return Source(files, first.kind, check_set(first.headers, glued=True))
     if len(files) == 1 and not (first.sound or first.headers):
         raise ShardError(f"is no model: {first.finding}", where=files[0], hint=first.next_step)
-    shards = open_shards(files[0] if len(files) == 1 else files, allow_mixed=allow_mixed)
+    shards = open_shards(files[0] if len(files) == 1 else files)
     return Source(shards.paths, first.kind, shards)
 
 
@@ -171,7 +171,6 @@ def merge_model(
     consume: bool = False,
     read_back: bool = True,
     progress: bool = True,
-    allow_mixed: bool = False,
     allow_holes: bool = False,
 ) -> MergeResult:
     """Make the single file ``output`` of a model's shards, byte parts, or glued shards.
@@ -188,7 +187,6 @@ def merge_model(
         so
             the merge needs no second copy of the model. Without it shards are only read.
         read_back: read the result from the disk again and compare; ``consume`` always does.
-        allow_mixed: see `open_shards`.
         allow_holes: accept shards with holes, whose missing bytes read as zeros.
 
     Raises:
@@ -202,17 +200,10 @@ def merge_model(
     output = Path(output)
     if consume and (finished := _finish_consumed(model, output)):
         return finished
-    plan = open_source(model, allow_mixed=allow_mixed, merged_to=output.parent).plan
+    plan = open_source(model, merged_to=output.parent).plan
     check_output(output, plan, overwrite=overwrite, consume=consume, allow_holes=allow_holes)
-    return _carry_out(
-        plan,
-        output,
-        consume=consume,
-        replace=overwrite,
-        read_back=read_back,
-        allow_holes=allow_holes,
-        progress=progress,
-    )
+    options = {"consume": consume, "replace": overwrite, "read_back": read_back, "allow_holes": allow_holes}
+    return _carry_out(plan, output, progress=progress, **options)
 
 
 def merge_once(
@@ -277,13 +268,9 @@ def repair(
     if in_place and (finished := _finish_consumed(path, target)):
         return finished
     plan = plan_merge(check_set(_glued(path).headers, glued=True))
-    check_output(
-        target, plan, overwrite=overwrite, consume=in_place, in_place=in_place, allow_holes=allow_holes
-    )
-    replaced = overwrite or in_place
-    return _carry_out(
-        plan, target, consume=in_place, replace=replaced, allow_holes=allow_holes, progress=progress
-    )
+    options = {"consume": in_place, "allow_holes": allow_holes}
+    check_output(target, plan, overwrite=overwrite, in_place=in_place, **options)
+    return _carry_out(plan, target, progress=progress, replace=overwrite or in_place, **options)
 
 
 def _glued(path: Path) -> Diagnosis:
@@ -299,17 +286,8 @@ def _glued(path: Path) -> Diagnosis:
     return diagnosis
 
 
-def _carry_out(
-    plan: Plan,
-    output: Path,
-    *,
-    consume: bool = False,
-    replace: bool = False,
-    read_back: bool = True,
-    allow_holes: bool = False,
-    progress: bool = True,
-) -> MergeResult:
-    """Copy, check, keep the hashes, and only then give the file its name."""
+def _carry_out(plan: Plan, output: Path, *, progress: bool, **options: bool) -> MergeResult:
+    """Copy (with the options of `copy`), check, keep the hashes, and only then give the file its name."""
     began = time.perf_counter()
     results: list[MergeResult] = []
 
@@ -319,18 +297,11 @@ def _carry_out(
         save_manifest(output, part, copied.sha256, hashes, copied.sources, seconds)
         results.append(MergeResult(output, plan.nbytes, copied.sha256, hashes, copied.sources, seconds))
 
+    def accept(part: Path) -> None:
+        validate(part, plan)
+
     try:
-        copy(
-            plan,
-            output,
-            accept=lambda part: validate(part, plan),
-            record=record,
-            consume=consume,
-            replace=replace,
-            read_back=read_back,
-            allow_holes=allow_holes,
-            progress=progress,
-        )
+        copy(plan, output, accept=accept, record=record, progress=progress, **options)
     except BaseException:
         if results and earlier_result(output) is None:
             manifest_path(output).unlink(missing_ok=True)  # another file has the name

@@ -2,18 +2,92 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
-from collections.abc import Sequence
-from dataclasses import replace
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from dfqs_nb.core.errors import HeaderError
 from dfqs_nb.gguf.header import MAGIC, GGUFHeader, Tensor, padded, read_header
 from dfqs_nb.gguf.shards import ShardSet
-from dfqs_nb.merge.copy import Copy, Plan, identities
 
 GGUF_VERSION = 3
 U16 = 2  # the format's code of the value type
+Identity = dict[str, int | str]
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One run of bytes, usually a tensor's: where it is, and where it goes.
+
+    Attributes:
+        name: the tensor's (or the part's) name.
+        source: index of the source file.
+        source_offset, target_offset: bytes from the start of each file.
+        nbytes: bytes to copy.
+        padding: zero bytes that follow in the target; in the source at most as many lie between two copies.
+    """
+
+    name: str
+    source: int
+    source_offset: int
+    target_offset: int
+    nbytes: int
+    padding: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a copy writes: ``header``, then each copy in order, ``nbytes`` in all.
+
+    Attributes:
+        identities: name, size and modification time of each source when the plan was made.
+        tensors: what gets a hash of its own; the copies, where these are the tensors of the header.
+        of_tensors: the copies are tensors, and those of the header.
+    """
+
+    sources: tuple[Path, ...]
+    header: bytes = field(repr=False)
+    copies: tuple[Copy, ...] = field(repr=False)
+    nbytes: int
+    identities: tuple[Identity, ...] = field(repr=False)
+    tensors: tuple[Copy, ...] = field(repr=False)
+    of_tensors: bool = True
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that determines the result but the data itself."""
+        layout = [
+            (c.name, c.source, c.source_offset, c.target_offset, c.nbytes, c.padding) for c in self.copies
+        ]
+        shape = repr((self.nbytes, len(self.sources), layout))
+        return hashlib.sha256(self.header + shape.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @cached_property
+    def _offsets(self) -> dict[int, list[int]]:
+        return {id(runs): [run.target_offset for run in runs] for runs in (self.copies, self.tensors)}
+
+    def within(self, runs: Sequence[Copy], start: int, nbytes: int) -> Iterator[tuple[Copy, int, int]]:
+        """Those of the copies (or tensors) that reach into a window, and which of their bytes lie in it.
+
+        Of a copy that has only padding there the range is empty.
+        """
+        for index in range(max(bisect_right(self._offsets[id(runs)], start) - 1, 0), len(runs)):
+            run = runs[index]
+            low, high = max(start - run.target_offset, 0), start + nbytes - run.target_offset
+            if high <= 0:
+                return
+            if low < run.nbytes + run.padding:
+                yield run, low, max(low, min(high, run.nbytes))
+
+
+def identities(paths: Iterable[Path]) -> tuple[Identity, ...]:
+    """Name, size in bytes and modification time (ns) of each file."""
+    stats = [(path, path.stat()) for path in paths]
+    return tuple({"name": path.name, "nbytes": s.st_size, "mtime_ns": s.st_mtime_ns} for path, s in stats)
 
 
 def plan_merge(shards: ShardSet) -> Plan:

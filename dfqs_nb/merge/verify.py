@@ -24,8 +24,9 @@ from dfqs_nb.core.files import CHUNK_BYTES, read_json, sha256_of_file, write_jso
 from dfqs_nb.gguf.header import GGUFHeader, Tensor, check_layout, read_header
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.gguf.types import TENSOR_TYPES
-from dfqs_nb.merge.copy import identities
-from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose
+from dfqs_nb.merge.first_bytes import Kind
+from dfqs_nb.merge.kind import Diagnosis, diagnose
+from dfqs_nb.merge.plan import identities
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -27,10 +27,9 @@ from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceErr
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf.shards import open_shards, shard_path
 from dfqs_nb.merge import checks, copy, disk, merge_model, open_source
-from dfqs_nb.merge.copy import Plan
 from dfqs_nb.merge.disk import journal_path, lock_path, part_path
 from dfqs_nb.merge.journal import read_journal
-from dfqs_nb.merge.plan import plan_merge
+from dfqs_nb.merge.plan import Plan, plan_merge
 from dfqs_nb.merge.verify import manifest_path
 
 NAME = "DFQS-Nano-IQ1_S-XL"
@@ -181,7 +180,7 @@ def kill_and_resume(action: str, seed: int, folder: Path, whole: bytes) -> None:
 
 
 @all_actions
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_killed_at_a_random_point(action, seed, tmp_path, whole):
     kill_and_resume(action, seed, tmp_path, whole)
 
@@ -204,7 +203,7 @@ def test_killed_join_of_byte_parts(tmp_path, whole):
 @all_actions
 def test_killed_within_the_last_calls(action, tmp_path, whole):
     """Where the part takes its name, its hashes are kept, and sources and journal go."""
-    for back in (1, 3, 5, 8, 11, 14):
+    for back in (1, 5, 9, 13):
         case = new_case(action, tmp_path / str(back))
         case.start(at=measure(action)[0] - back).communicate()
         case.check_nothing_lost(whole)
@@ -351,13 +350,17 @@ def test_unfinished_plain_merge_gives_way(tmp_path, small):
     assert result.sha256 == hashlib.sha256(case.output.read_bytes()).hexdigest() != RECORDED["merged"]
 
 
-def test_complete_part_of_other_shards_is_not_passed_off(tmp_path):
-    """Killed just before it took its name, then asked for something else."""
+def test_complete_part_of_other_shards_is_not_passed_off(tmp_path, monkeypatch):
+    """Stopped just before it took its name, then asked for something else."""
     case = new_case("merge", tmp_path / "f")
-    for back in range(3, 40):
-        case.start(at=measure("merge")[0] - back).communicate()
-        if part_path(case.output).exists() and not case.output.exists():
-            break
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(disk, "rename_new", stop)
+        case.run()
+    assert part_path(case.output).exists() and not case.output.exists()
     shard = shard_path(data_dir() / "reference/DFQS-Nano-Q8_0", 1, 2)
     result = merge_model(shard, case.output, overwrite=True, progress=False)
     assert result.sha256 == hashlib.sha256(case.output.read_bytes()).hexdigest() != RECORDED["merged"]

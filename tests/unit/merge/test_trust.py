@@ -27,6 +27,7 @@ from dfqs_nb.gguf import broken
 from dfqs_nb.merge import copy, disk
 from dfqs_nb.merge.disk import journal_path, lock_path, part_path
 from dfqs_nb.merge.journal import read_journal
+from dfqs_nb.merge.plan import Plan
 from dfqs_nb.merge.verify import manifest_path
 
 MERGED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.json").read_text())["models"][
@@ -150,14 +151,14 @@ def test_a_repeated_consuming_merge_says_where_the_model_is(pair: list[Path], tm
 # ---- planted working files ----
 
 
-def planted_part(output: Path, plan: copy.Plan) -> bytes:
+def planted_part(output: Path, plan: Plan) -> bytes:
     """A part file of the right size, header and tensor table, with other weights in it."""
     forged = plan.header + os.urandom(plan.nbytes - len(plan.header))
     part_path(output).write_bytes(forged)
     return forged
 
 
-def planted_journal(output: Path, planned: copy.Plan, forged: bytes, **more: Any) -> None:
+def planted_journal(output: Path, planned: Plan, forged: bytes, **more: Any) -> None:
     """A journal that claims that the forged part is a proven copy of these sources."""
     import xxhash
 
