@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 
@@ -78,11 +78,9 @@ def start(module: str, job: Mapping[str, Any], *, log: Any, **options: Any) -> s
     options = {"env": environment(), **options}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, **options)
     assert process.stdin is not None
-    try:
+    with contextlib.suppress(BrokenPipeError):  # the child is gone; its exit status says how
         process.stdin.write(json.dumps(dict(job)).encode() + b"\n")
         process.stdin.flush()  # and left open: when it closes, the child knows that it is alone
-    except BrokenPipeError:
-        pass  # the child is gone; its exit status says how
     return process
 
 
@@ -109,25 +107,19 @@ def run(
         ChildDied: it ended without an answer.
     """
     messages: list[dict[str, Any]] = []
-    late = threading.Event()
     with contextlib.ExitStack() as stack:
         errors = log or stack.enter_context(tempfile.TemporaryFile())
         process = start(module, job, log=errors)
         _running.add(process)
-        timer = threading.Timer(timeout_seconds or 0, _kill, (process, late))
-        timer.daemon = True
-        if timeout_seconds:
-            timer.start()
         try:
             assert process.stdout is not None
-            for line in process.stdout:
-                message = _parsed(line)
-                if message and not {"answer", "failed"} & message.keys():
-                    on_message(message)
-                messages += [message] if message else []
-            process.wait()
+            with killed_after(timeout_seconds, process) as late:
+                for message in filter(None, map(_parsed, process.stdout)):
+                    if not {"answer", "failed"} & message.keys():
+                        on_message(message)
+                    messages.append(message)
+                process.wait()
         finally:
-            timer.cancel()
             end(process, grace_seconds=0)
             _running.discard(process)
         errors.seek(0)
@@ -136,18 +128,34 @@ def run(
     if "failed" in last:
         raise _error(last["failed"], lines)
     if "answer" in last:
-        answer: dict[str, Any] = last["answer"]
-        return answer
+        return dict(last["answer"])
     raise died("timeout" if late.is_set() else ending(process.returncode), where, messages, lines)
+
+
+@contextlib.contextmanager
+def killed_after(seconds: float | None, process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
+    """Kill the process if the block takes longer; the event says whether it did. None: no limit."""
+    late = threading.Event()
+
+    def kill() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(seconds or 0, kill)
+    timer.daemon = True
+    if seconds:
+        timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()
 
 
 def end(process: subprocess.Popen[bytes], *, grace_seconds: float = GRACE_SECONDS) -> None:
     """Ask a child to end by closing its input; kill it if it does not."""
-    if process.stdin is not None and not process.stdin.closed:
-        try:
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):  # it is gone already
             process.stdin.close()
-        except BrokenPipeError:
-            pass  # it is gone already
     try:
         process.wait(grace_seconds)
     except subprocess.TimeoutExpired:
@@ -171,10 +179,8 @@ def ending(status: int) -> str:
     """
     if status >= 0:
         return f"exit status {status}" if status else ""
-    try:
-        return signal.Signals(-status).name
-    except ValueError:
-        return f"signal {-status}"
+    names = {number.value: number.name for number in signal.Signals}
+    return names.get(-status, f"signal {-status}")
 
 
 def died(
@@ -202,11 +208,6 @@ def telling_line(log: list[str]) -> str:
     lines = [SOURCE_FOLDER.sub("", line).strip() for line in log if line.strip(" .")]
     asserted = [line for line in lines if "GGML_ASSERT" in line or "fatal error" in line]
     return (asserted or lines or [""])[-1][:300]
-
-
-def _kill(process: subprocess.Popen[bytes], late: threading.Event) -> None:
-    late.set()
-    process.kill()
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

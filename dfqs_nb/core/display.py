@@ -16,19 +16,16 @@ if TYPE_CHECKING:
     import pandas as pd
     from IPython.display import HTML
 
-if os.environ.get("TQDM_DISABLE"):
-    import tqdm.std
-
-    class tqdm(tqdm.std.tqdm):  # type: ignore[no-redef, misc]  # noqa: N801
-        """No bar, whatever the caller asks: the variable alone loses against ``disable=False``."""
-
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **{**options, "disable": True})
-
-else:
-    from tqdm.auto import tqdm
-
 __all__ = ["cell", "markdown", "markdown_table", "plain", "shown", "size", "tqdm"]
+
+
+def tqdm(*arguments: Any, **options: Any) -> Any:
+    """A progress bar; none where ``TQDM_DISABLE`` is set, which alone loses against ``disable=False``."""
+    import tqdm.auto
+
+    if os.environ.get("TQDM_DISABLE"):
+        options["disable"] = True
+    return tqdm.auto.tqdm(*arguments, **options)
 
 
 def size(n_bytes: float) -> str:
@@ -60,10 +57,10 @@ def cell(value: Any) -> str:
 
 
 def plain(text: object) -> str:
-    """Text from a file, a model or a server, without what steers a terminal: escape sequences and the like.
+    r"""Text from a file, a model or a server, without what steers a terminal: escape sequences and the like.
 
     >>> plain("a\x1b[31mred\x07")
-    'a\ufffd[31mred\ufffd'
+    'a�[31mred�'
     """
     return "".join(
         character
@@ -74,14 +71,14 @@ def plain(text: object) -> str:
 
 
 def markdown(text: object) -> str:
-    """Text from outside as Markdown that shows it: no heading, image, link or HTML can come of it.
+    r"""Text from outside as Markdown that shows it: no heading, image, link or HTML can come of it.
 
     >>> print(markdown("# a ![i](http://x) <b>"))
-    \\# a ![i\\](http&#58;//x) &lt;b&gt;
+    \# a ![i\](http&#58;//x) &lt;b&gt;
     """
     escaped = html.escape(" ".join(plain(text).split()), quote=False)
     escaped = re.sub(r"([\\|`*~])", r"\\\1", escaped)
-    # within a word `_` is no emphasis, and `]` ends a link only before these; snake_case and [1, 2] stay legible
+    # within a word `_` is no emphasis, and `]` ends a link only before these; so [1, 2] stays legible
     escaped = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:])", r"\\\g<0>", escaped)
     escaped = re.sub(r"^([#=+-]|\d+[.)])(?=\s|$|[#=+-])", lambda found: f"\\{found[0]}", escaped)
     # GitHub and the hub make links of bare addresses, too
@@ -89,13 +86,13 @@ def markdown(text: object) -> str:
 
 
 def markdown_table(table: pd.DataFrame) -> str:
-    """A frame as a Markdown table whose cells cannot break out of it; numbers stand to the right.
+    r"""A frame as a Markdown table whose cells cannot break out of it; numbers stand to the right.
 
     >>> import pandas as pd
     >>> print(markdown_table(pd.DataFrame({"name": ["a|<b>"], "n": [1]})))
     | name | n |
     |---|---:|
-    | a\\|&lt;b&gt; | 1 |
+    | a\|&lt;b&gt; | 1 |
     """
     numeric = [table[column].dtype.kind in "iuf" for column in table.columns]
     rows = [list(map(str, table.columns)), *(list(row) for row in table.to_numpy(object))]
@@ -123,9 +120,6 @@ def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[
         styler = styler.format("{:.1%}", subset=list(percent))
     page = re.sub(r"<style.*?</style>\s*", "", styler.set_uuid(name).to_html(), flags=re.DOTALL)
     text = [str(i) for i, column in enumerate(table.columns) if table[column].dtype.kind not in "iufb"]
-    heads = (
-        r"(?:row_heading level\d+ row\d+|index_name level\d+|col_heading level0 col(?:{0})"
-        r"|data row\d+ col(?:{0}))"
-    )
-    aligned = heads.format("|".join(text) or "none")
-    return HTML(re.sub(rf'(class="{aligned}")', r'\1 style="text-align: left"', page))
+    columns = "|".join(text) or "none"
+    aligned = rf"(?:row_heading|index_name) level.*?|(?:col_heading level0|data row\d+) col(?:{columns})"
+    return HTML(re.sub(rf'(class="(?:{aligned})")', r'\1 style="text-align: left"', page))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,7 @@ class DfqsError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the three fields, so that a child process can hand its error to its parent."""
-        return _rebuild, (type(self), self.what, self.where, self.hint)
-
-
-def _rebuild(cls: type[DfqsError], what: str, where: str | Path | None, hint: str) -> DfqsError:
-    return cls(what, where=where, hint=hint)
+        return partial(type(self), self.what, where=self.where, hint=self.hint), ()
 
 
 class HeaderError(DfqsError):

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.display import tqdm
-from dfqs_nb.core.errors import IntegrityError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 CHUNK_BYTES = 8 << 20
 JSON_BYTES = 256 << 20  # more is no report, stage or manifest of this workbook
-_written: dict[Path, None] = {}  # until every stage uses `Stage`
 
 
 @contextmanager
@@ -33,7 +31,6 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[Any]:
     encoding, errors = (None, None) if "b" in mode else ("utf-8", "replace")
     with whole_path(path) as part, part.open(mode, encoding=encoding, errors=errors) as file:
         yield file
-    stood_on(path)
 
 
 @contextmanager
@@ -48,21 +45,17 @@ def whole_path(path: str | Path) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{stem}.", suffix=".part")
     os.close(handle)
     part = Path(name)
+    mask = os.umask(0)  # there is no way to ask for it
+    os.umask(mask)
     try:
         yield part
         with part.open("rb+") as file:
             os.fsync(file.fileno())
-        part.chmod(0o666 & ~_umask())
+        part.chmod(0o666 & ~mask)
         os.replace(part, path)
         fsync_dir(path.parent)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def fsync_dir(folder: str | Path) -> None:
@@ -148,11 +141,6 @@ def _no_formula(cell: Any) -> Any:
     return cell
 
 
-def stood_on(path: str | Path) -> None:
-    """Note that this process wrote ``path`` (until every stage uses `Stage`)."""
-    _written[Path(path).resolve()] = None
-
-
 def canonical_sha256(value: Any) -> str:
     """SHA-256, in hex, of a JSON value written in one way only: keys sorted, no spaces.
 
@@ -201,18 +189,3 @@ def sha256_each(
 def sha256_of(path: str | Path, *, progress: bool = True) -> str:
     """SHA-256 of a large file, in hex, under a progress bar."""
     return sha256_each([path], progress=progress)[0]
-
-
-def check_sha256(path: str | Path, expected: str, *, progress: bool = True) -> None:
-    """Check a file against the SHA-256 that somebody published.
-
-    Raises:
-        IntegrityError: they differ; the message shows both.
-    """
-    digest = sha256_of(path, progress=progress)
-    if digest != expected.lower():
-        raise IntegrityError(
-            f"SHA-256 is {digest}, expected {expected.lower()}",
-            where=path,
-            hint="the file was changed or damaged: download it again",
-        )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dfqs_nb.core.files import canonical_sha256, stood_on, write_json
+from dfqs_nb.core.files import canonical_sha256, write_json
 
 
 def conditions_hash(conditions: Mapping[str, Any]) -> str:
@@ -59,7 +59,6 @@ class Journal:
             if row.pop("conditions", None) == self.key:
                 self._rows[row.pop("id")] = row
         self.n_found = len(self._rows)
-        stood_on(self.path)
 
     def __contains__(self, item: str) -> bool:
         return item in self._rows

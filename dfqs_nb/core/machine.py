@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,8 +73,7 @@ def _seconds_of_others() -> float:
     """CPU seconds that everything but this process has used, a hypervisor's other guests included."""
     machine, mine = psutil.cpu_times(), os.times()
     quiet = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is in the user's already
-    busy = sum(machine) - sum(getattr(machine, name, 0.0) for name in quiet)
-    return float(busy - mine.user - mine.system)
+    return float(sum(machine) - sum(getattr(machine, name, 0.0) for name in quiet) - mine.user - mine.system)
 
 
 def has_amx() -> bool:
@@ -98,9 +98,9 @@ def describe() -> dict[str, str | int]:
 
 def _cpu_name() -> str:
     """The processor's name, which neither psutil nor Python knows on Linux."""
-    lines = CPUINFO.read_text(errors="replace").splitlines() if CPUINFO.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "not stated"
+    text = CPUINFO.read_text(errors="replace") if CPUINFO.exists() else ""
+    name = re.search(r"^model name\s*: *(.*\S)", text, re.MULTILINE)
+    return name[1] if name else platform.processor() or "not stated"
 
 
 # ---- control groups, versions 2 and 1: no library reads them ----
@@ -108,14 +108,17 @@ def _cpu_name() -> str:
 
 def _cgroup_memory(root: Path) -> Memory | None:
     """The limit of the control group mounted at ``root``; None without one."""
-    for folder, limit, usage, cache in (
+    versions = (
         (root, "memory.max", "memory.current", "inactive_file"),
         (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
+    )
+    for folder, limit, usage, cache in versions:
         total, used = _number(folder / limit), _number(folder / usage)
         if total is None or used is None or total > 1 << 60:
             continue
-        droppable = _cache_bytes(folder / "memory.stat", cache)
+        stat = folder / "memory.stat"
+        text = stat.read_text() if stat.exists() else ""
+        droppable = sum(map(int, re.findall(rf"^{cache} (\d+)$", text, re.MULTILINE)))
         return Memory(total, max(0, total - max(0, used - droppable)), str(folder / limit))
     return None
 
@@ -125,13 +128,6 @@ def _number(path: Path) -> int | None:
         return int(path.read_text())
     except (OSError, ValueError):  # missing, or "max"
         return None
-
-
-def _cache_bytes(path: Path, name: str) -> int:
-    if not path.exists():
-        return 0
-    rows = (line.split() for line in path.read_text().splitlines())
-    return next((int(row[1]) for row in rows if len(row) == 2 and row[0] == name), 0)
 
 
 def _cpu_quota(root: Path) -> float | None:

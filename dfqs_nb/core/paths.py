@@ -1,16 +1,12 @@
-"""Where things lie, and how a file is written: whole, or not at all; and how a stage is sealed."""
+"""Where things lie: the checkout, its data, and the outputs of a run."""
 
 from __future__ import annotations
 
 import os
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dfqs_nb.core.errors import OutputError
-
-if TYPE_CHECKING:
-    pass
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -43,11 +39,8 @@ def run_dir(run: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(
-            f"cannot make the folder ({error.strerror})",
-            where=folder,
-            hint="set DFQS_OUTPUTS to a folder you may write",
-        ) from error
+        hint = "set DFQS_OUTPUTS to a folder you may write"
+        raise OutputError(f"cannot make the folder ({error.strerror})", where=folder, hint=hint) from error
     return folder
 
 

@@ -58,15 +58,12 @@ def load_prompts(name: str, kind: Any = PromptSet) -> Any:
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem.replace("_", "-") for file in folder.glob("*.json")))
         raise PromptError(f"no prompt set is called {name!r}", hint=f"there are: {known or 'none'}") from None
-    except ValidationError as error:
-        what = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
-        raise PromptError(
-            f"not a prompt set ({what})", where=tilde(path), hint="restore it with git"
-        ) from error
     except (ValueError, TypeError) as error:
-        raise PromptError(
-            f"not a prompt set ({error})", where=tilde(path), hint="restore it with git"
-        ) from error
+        what = str(error)
+        if isinstance(error, ValidationError):  # of pydantic: its text has a line for each field
+            what = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
+        hint = "restore it with git"
+        raise PromptError(f"not a prompt set ({what})", where=tilde(path), hint=hint) from error
 
 
 def _content(name: str) -> tuple[dict[str, Any], str]:

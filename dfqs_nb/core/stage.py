@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.errors import StageError
-from dfqs_nb.core.files import (
-    _written,
-    canonical_sha256,
-    read_json,
-    sha256_of_file,
-    write_json,
-    write_table,
-)
+from dfqs_nb.core.files import canonical_sha256, read_json, sha256_of_file, write_json, write_table
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.paths import run_dir, tilde
 
@@ -56,18 +49,13 @@ class Stage:
 
     Raises:
         OutputError: the run's name is no plain folder name, or the folder cannot be made.
-
-    Attributes:
-        name: of the stage, a key of `NOTEBOOKS`.
-        folder: where the run's files are.
     """
 
     def __init__(self, run_name: str | Path, name: str) -> None:
         self.name, self.folder = name, run_name if isinstance(run_name, Path) else run_dir(run_name)
         self._record = self.folder / f".{name}.files"
-        self._files: dict[str, None] = {}
-        if self._record.exists():
-            self._files = dict.fromkeys(self._record.read_text(encoding="utf-8").splitlines())
+        record = self._record.read_text(encoding="utf-8") if self._record.exists() else ""
+        self._files = dict.fromkeys(record.splitlines())
 
     def __repr__(self) -> str:
         return f"Stage {self.name!r} in {tilde(self.folder)}"
@@ -140,9 +128,7 @@ class Stage:
         return path
 
 
-def read_stage(
-    folder: str | Path, stage: str, _written_by: str = "", *, sealed: bool = False
-) -> dict[str, Any]:
+def read_stage(folder: str | Path, stage: str, *, sealed: bool = False) -> dict[str, Any]:
     """Read the ``<stage>.json`` that an earlier notebook wrote; ``sealed``: check its seal as well.
 
     Raises:
@@ -164,10 +150,10 @@ def read_stage(
 
 def _check_seal(path: Path, content: Mapping[str, Any], again: str) -> None:
     """Refuse a stage that was edited, or a file of it that was changed, after it was written."""
-    files = content.get("files")
+    files, unsealed = content.get("files"), {key: value for key, value in content.items() if key != "seal"}
     if "seal" not in content or not isinstance(files, dict):
         raise StageError("has no seal", where=tilde(path), hint=again)
-    if canonical_sha256({key: value for key, value in content.items() if key != "seal"}) != content["seal"]:
+    if canonical_sha256(unsealed) != content["seal"]:
         raise StageError("was edited after it was written", where=tilde(path), hint=again)
     for name, then in files.items():
         file = path.parent / name
@@ -184,24 +170,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# ---- the implicit record, until every stage uses `Stage` ----
-
-
-def write_stage(
-    folder: str | Path, stage: str, *, conditions: dict[str, Any], summary: list[str], **facts: Any
-) -> Path:
-    """Write ``<stage>.json`` and seal it with every file written since the last one."""
-    folder = Path(folder)
-    content = {"stage": stage, "conditions": conditions, "summary": summary, **facts}
-    content = _without_nan(json.loads(json.dumps(content, default=str)))
-    content["files"] = {
-        path.relative_to(folder.resolve()).as_posix(): sha256_of_file(path)
-        for path in _written
-        if path.is_relative_to(folder.resolve()) and path.is_file() and not path.name.endswith(UNSEALED)
-    }
-    _written.clear()
-    written = write_json(folder / f"{stage}.json", {**content, "seal": canonical_sha256(content)})
-    _written.clear()
-    return written
