@@ -308,11 +308,11 @@ def test_every_task_is_in_the_table_with_the_share_of_other_keys():
 
 def test_cells_of_fewer_than_ten_questions_are_left_out_of_the_depth_figure():
     """Of five parts the middle one has too few: the last is still the last fifth."""
-    depth = np.repeat([0.0, 0.35, 0.5, 0.7, 0.99], [12, 12, 9, 12, 12])
+    depth = np.repeat([0.0, 0.35, 0.5, 0.7, 0.99], [14, 14, 9, 14, 14])
     items = pd.DataFrame({"length": 256, "depth": depth, "correct": depth != 0.35})
     tiles = depth_tiles(items)
     assert tiles["depth"].tolist() == pytest.approx([0.0, 0.2, 0.6, 0.8])
-    assert tiles["n"].tolist() == [12] * 4
+    assert tiles["n"].tolist() == [14] * 4
     ax = context.figures.depth_by_length(tiles)
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert labels == ["0% to 20%", "20% to 40%", "60% to 80%", "80% to 100%"]
