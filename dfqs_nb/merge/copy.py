@@ -89,6 +89,7 @@ def copy(
                 accept(part)
                 run.check_sources()
                 record(part, copied)
+                run.part.check(plan.nbytes)
                 _give_name(part, output, replace)
         except (KeyboardInterrupt, SystemExit, _NameTaken):
             raise
@@ -344,6 +345,7 @@ class Part:
         self.size = os.fstat(self.handle).st_size
         self.direct = self._past_cache(True)
         self.spare = memoryview(b"")
+        self.mtime_ns = 0
 
     def _past_cache(self, wanted: bool) -> bool:
         direct = getattr(os, "O_DIRECT", 0)
@@ -416,3 +418,15 @@ class Part:
         """Cut off what an earlier run wrote behind the end, and flush."""
         os.ftruncate(self.handle, nbytes)
         os.fsync(self.handle)
+        self.mtime_ns = os.fstat(self.handle).st_mtime_ns
+
+    def check(self, nbytes: int) -> None:
+        """Check that the file of this name is still the one that was written, and unchanged since.
+
+        Raises:
+            IntegrityError: somebody changed or replaced it.
+        """
+        now, there = os.fstat(self.handle), self.path.lstat()
+        same = os.path.samestat(now, there) and (now.st_size, now.st_mtime_ns) == (nbytes, self.mtime_ns)
+        if not same:
+            raise IntegrityError("changed while it was checked", where=self.path, hint="see who writes to it")

@@ -205,9 +205,8 @@ def only_writer(output: Path, path: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise OutputError(
-            "another process is writing it", where=output, hint="wait for it, or choose another name"
-        ) from None
+        hint = f"wait for it, or choose another name; if there is none, remove {path.name}"
+        raise OutputError("another process is writing it", where=output, hint=hint) from None
     try:
         yield
     finally:

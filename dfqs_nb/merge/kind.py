@@ -256,6 +256,9 @@ def _layout(path: Path, walk: _Walk, what: str) -> Finding | None:
         return Finding(Kind.UNFINISHED, finding, step, (("tensors that are whole", whole),))
     if error := _misplaced(header):
         return Finding(Kind.DAMAGED, f"{what}, but {error.what}", error.hint)
+    for key in ("split.no", "split.count"):
+        if key in header and type(header[key]) is not int:
+            return Finding(Kind.DAMAGED, f"its key {key} is not a number, as llama.cpp needs it", AGAIN)
     if walk.error is not None:
         finding = f"{what}, and the beginning of another GGUF at byte {walk.end:,} that is cut off or broken"
         return Finding(Kind.DAMAGED, finding, AGAIN, (("second header", walk.error.what),))

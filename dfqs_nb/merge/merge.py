@@ -13,6 +13,7 @@ llama.cpp then refuses its output. This module pads to the model's own alignment
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -110,15 +111,18 @@ class Source:
             ShardError: this is no raw concatenation.
             OutputError, SpaceError, IntegrityError: as `merge_model`.
         """
-        path, results = self.files[0], []
+        path = self.files[0]
         headers = sorted(_glued(path).headers, key=lambda header: header.start)
         ends = [*(header.start for header in headers[1:]), path.stat().st_size]
-        for header, end in zip(headers, ends, strict=True):
-            target = shard_path(Path(folder or path.parent) / path.stem, *shard_number(header))
-            plan = plan_cut(path, header, end)
+        prefix = Path(folder or path.parent) / path.stem
+        targets = [shard_path(prefix, *shard_number(header)) for header in headers]
+        plans = [plan_cut(path, header, end) for header, end in zip(headers, ends, strict=True)]
+        for plan, target in zip(plans, targets, strict=True):
             check_output(target, plan, overwrite=overwrite)
-            results.append(_carry_out(plan, target, replace=overwrite, progress=progress))
-        return tuple(results)
+        return tuple(
+            _carry_out(plan, target, replace=overwrite, progress=progress)
+            for plan, target in zip(plans, targets, strict=True)
+        )
 
 
 def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
@@ -371,7 +375,8 @@ def _finish_consumed(model: Given, output: Path) -> MergeResult | None:
         raise IntegrityError(
             "differs from its manifest", where=output, hint="keep what is left of its sources"
         )
-    with disk.only_writer(output, disk.lock_path(output)):
+    left = "run the same command again"
+    with disk.readable_errors(output, 0, left), disk.only_writer(output, disk.lock_path(output)):
         folders = {path if path.is_dir() else path.parent for path in map(Path, _each(model))}
         for path in (folder / str(source["name"]) for folder in folders for source in earlier.sources):
             if path.is_file() and not path.is_symlink() and not path.samefile(output) and _emptied(path):
@@ -403,7 +408,7 @@ def _merged_before(model: Given, folder: Path) -> ShardError | None:
         output = manifest.with_name(manifest.name.removesuffix(".manifest.json"))
         earlier = earlier_result(output)
         if earlier and names & {str(source["name"]) for source in earlier.sources}:
-            hint = f"go on with the merged model: {tilde(output)}"
+            hint = f"go on with the merged model, {tilde(output)}: `dfqs-nb run --model {shlex.quote(str(output))}`"
             return ShardError("was merged and then deleted (consume)", where=sorted(names)[0], hint=hint)
     return None
 

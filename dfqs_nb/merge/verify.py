@@ -95,7 +95,7 @@ def verify_model(
         HeaderError, LayoutError, ShardError: a file is too broken to compare, or not a model.
     """
     path, began = Path(path), time.perf_counter()
-    before, diagnosis, manifest = identities([path]), diagnose(path), read_manifest(path)
+    diagnosis, before, manifest = diagnose(path), identities([path]), read_manifest(path)
     headers = _headers(path, diagnosis)
     digest, tensors = hash_file(path, headers, progress=progress)
     expected = {"its manifest": manifest and manifest["tensors"], "the tensors of its shards": None}

@@ -360,6 +360,32 @@ def test_a_rename_replaces_nothing(
     assert not first.exists() and (tmp_path / "d").read_bytes() == b"1"
 
 
+@pytest.mark.parametrize("consume", [False, pytest.param(True, marks=needs_holes)])
+@pytest.mark.parametrize("how", ["truncate", "write", "replace"])
+def test_a_part_that_is_changed_after_its_checks_is_not_named(
+    how: str, consume: bool, pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, real = tmp_path / "out.gguf", copy._Run.check_sources
+    part = part_path(output)
+
+    def tampered(self: copy._Run) -> None:
+        real(self)
+        if how == "truncate":
+            os.truncate(part, 5_000_000)
+        elif how == "write":
+            with part.open("r+b") as file:
+                file.seek(3_000_000)
+                file.write(b"changed")
+        else:
+            part.rename(tmp_path / "other")
+            part.write_bytes(bytes(5_753_024))
+
+    monkeypatch.setattr(copy._Run, "check_sources", tampered)
+    with pytest.raises(IntegrityError, match="changed while it was checked"):
+        merged(pair[0], output, consume=consume)
+    assert not output.exists() and all(path.exists() for path in pair)
+
+
 @needs_holes
 @pytest.mark.parametrize("reset", [False, True], ids=["changed", "and its time set back"])
 def test_a_source_that_is_changed_on_the_way_is_noticed(
