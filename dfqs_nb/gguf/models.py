@@ -15,8 +15,7 @@ import errno
 import re
 import shutil
 import tomllib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -36,6 +35,11 @@ PAGE = re.compile(
 )
 LARGER_DISK = "free some space, or set HF_HOME to a folder on a larger disk"
 TRIES = 4  # of a download whose connection is reset
+STATUS_HINTS = {
+    401: "the token is not valid: `hf auth login`, or unset HF_TOKEN",
+    403: "the token lacks the right to read it: `hf auth login` with one that has it",
+    429: "too many requests: wait some minutes, or log in with `hf auth login`",
+}
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,9 @@ def registered() -> dict[str, Model]:
         entries = [{"name": name, **entry} for name, entry in table.items()]
         models = TypeAdapter(list[Model]).validate_python(entries)
     except (OSError, ValueError, TypeError) as error:  # pydantic's errors are ValueErrors
-        raise RegistryError(
-            f"cannot read the table of models ({error})",
-            where=tilde(path),
-            hint="restore it with git, or set DFQS_DATA to a folder that has it",
-        ) from error
+        hint = "restore it with git, or set DFQS_DATA to a folder that has it"
+        what = f"cannot read the table of models ({error})"
+        raise RegistryError(what, where=tilde(path), hint=hint) from error
     return {model.name: model for model in models}
 
 
@@ -168,10 +170,8 @@ def check_sizes(paths: Sequence[Path], model: Model) -> None:
         IntegrityError: a file is shorter or longer, or the number of files is another one.
     """
     if len(paths) != len(model.files):
-        raise IntegrityError(
-            f"{len(paths)} files given, but {model.name} has {len(model.files)}",
-            hint="give all of them, in order",
-        )
+        what = f"{len(paths)} files given, but {model.name} has {len(model.files)}"
+        raise IntegrityError(what, hint="give all of them, in order")
     for number, (path, file) in enumerate(zip(paths, model.files, strict=True), 1):
         surplus = Path(path).stat().st_size - file.size_bytes
         if surplus:
@@ -229,10 +229,8 @@ def _local(path: Path, given: str) -> tuple[Path, ...]:
         raise RegistryError("no such file", where=given, hint=hint)
     close = difflib.get_close_matches(given.lower(), registered(), n=1, cutoff=0.4)
     question = f"did you mean {close[0]}? " if close else ""
-    raise RegistryError(
-        f"no model is called {given!r}",
-        hint=f"{question}known: {known}; or give a path or hf://owner/repo/file.gguf",
-    )
+    hint = f"{question}known: {known}; or give a path or hf://owner/repo/file.gguf"
+    raise RegistryError(f"no model is called {given!r}", hint=hint)
 
 
 def _folder(folder: Path) -> tuple[Path, ...]:
@@ -241,9 +239,8 @@ def _folder(folder: Path) -> tuple[Path, ...]:
     stems = sorted({match["prefix"] if match else name for name, match in matches.items()})
     if len(stems) != 1:
         contents = f"{len(stems)} models ({', '.join(stems[:5])})" if stems else "no .gguf file"
-        raise RegistryError(
-            f"the folder has {contents}", where=tilde(folder), hint="give the path of one file"
-        )
+        hint = "give the path of one file"
+        raise RegistryError(f"the folder has {contents}", where=tilde(folder), hint=hint)
     return tuple(paths)
 
 
@@ -288,11 +285,8 @@ def parse_address(address: str) -> HubFile:
         return HubFile(page["repo"], unquote(page["file"]), unquote(page["revision"]))
     match = ADDRESS.fullmatch(address)
     if match is None:
-        raise RegistryError(
-            "not the address of a GGUF file on the hub",
-            where=address,
-            hint="write hf://owner/repo/file.gguf or hf://owner/repo/file.gguf@revision",
-        )
+        hint = "write hf://owner/repo/file.gguf or hf://owner/repo/file.gguf@revision"
+        raise RegistryError("not the address of a GGUF file on the hub", where=address, hint=hint)
     return HubFile(match["repo"], match["file"], match["early"] or match["late"])
 
 
@@ -334,8 +328,10 @@ def _plan(file: HubFile, options: dict[str, Any], any_folder: bool) -> tuple[Hub
 
 
 def _fetch(file: HubFile, options: dict[str, Any], **more: Any) -> Any:
+    """Call huggingface_hub, again after a reset; what it raises becomes an error of ours."""
     import httpx2
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import XetDownloadError
     from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
     resets = Retrying(
@@ -344,8 +340,10 @@ def _fetch(file: HubFile, options: dict[str, Any], **more: Any) -> Any:
         wait=wait_exponential(max=30),
         reraise=True,
     )
-    with _clear_errors(file):
+    try:
         return resets(hf_hub_download, file.repo, file.file, revision=file.revision, **options, **more)
+    except (OSError, ValueError, RuntimeError, httpx2.HTTPError, XetDownloadError) as error:
+        raise _explain(error, file) from error
 
 
 def _check_space(sizes_bytes: Sequence[int], cache_dir: str | Path | None) -> None:
@@ -356,89 +354,64 @@ def _check_space(sizes_bytes: Sequence[int], cache_dir: str | Path | None) -> No
         folder = folder.parent
     need, free = sum(sizes_bytes), shutil.disk_usage(folder).free
     if need > free:
-        raise SpaceError(
-            f"the download needs {need:,} bytes and the disk has {free:,} free",
-            where=tilde(folder),
-            hint=LARGER_DISK,
-        )
-
-
-@contextmanager
-def _clear_errors(file: HubFile) -> Iterator[None]:
-    """Turn what huggingface_hub raises into an error of ours."""
-    import httpx2
-    from huggingface_hub.errors import XetDownloadError
-
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, httpx2.HTTPError, XetDownloadError) as error:
-        raise _explain(error, file) from error
+        what = f"the download needs {need:,} bytes and the disk has {free:,} free"
+        raise SpaceError(what, where=tilde(folder), hint=LARGER_DISK)
 
 
 def _explain(error: Exception, file: HubFile) -> DfqsError:
-    import httpx2
-    from huggingface_hub import errors as hub
-
-    def refused(what: str, hint: str = "") -> RegistryError:
-        return RegistryError(what, where=str(file), hint=hint)
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     match error:
-        case hub.LocalEntryNotFoundError():
-            return _not_cached(error.__cause__, file)
-        case hub.RemoteEntryNotFoundError():
+        case RemoteEntryNotFoundError():
             return _not_in_repo(file)
-        case hub.RevisionNotFoundError():
-            return refused("the repository has no such revision", "name a branch, a tag or a commit of it")
-        case hub.GatedRepoError():
-            hint = "accept its terms on its web page, then log in with `hf auth login`"
-            return refused("the repository is gated", hint)
-        case hub.RepositoryNotFoundError():
-            hint = "check the spelling; for a private one log in with `hf auth login`"
-            return refused("no such repository, or it is private", hint)
-        case hub.HfHubHTTPError():
-            return _refused(error.response.status_code, file)
         case OSError(errno=errno.ENOSPC):
             return SpaceError("the disk filled up during the download", where=str(file), hint=LARGER_DISK)
         case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS):
             hint = "set HF_HOME to a folder you may write"
             return OutputError("the hub's cache cannot be written", where=error.filename, hint=hint)
-        case hub.HFValidationError():
-            return refused(f"not a name the hub allows ({error})", "check the spelling")
-        case ValueError():  # over 50 GB without hf_xet, for example: the message says what to do
-            return refused(str(error))
-        case httpx2.ProxyError():
-            return refused(f"the proxy refuses ({error})", "check HTTPS_PROXY")
-        case _:
-            hint = "run again: complete files are kept, this one starts over"
-            return refused(f"the download was interrupted ({error})", hint)
-
-
-def _not_cached(cause: BaseException | None, file: HubFile) -> RegistryError:
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub
-
-    if isinstance(cause, hub.HfHubHTTPError):
-        return _refused(cause.response.status_code, file)
-    if cause is None or isinstance(cause, hub.OfflineModeIsEnabled):
-        what = "not in the cache, and offline"
-        hint = "unset HF_HUB_OFFLINE (or local_files_only) and run once with a network"
-    elif isinstance(cause, hub.FileMetadataError):
-        what = f"{constants.ENDPOINT} does not answer like a hub"
-        hint = "check HF_ENDPOINT, and any proxy in between"
-    else:
-        what = f"not in the cache, and {constants.ENDPOINT} cannot be reached ({cause})"
-        hint = "check the network, the proxy and HF_ENDPOINT, then run again"
+    what, hint = _cause(error)
     return RegistryError(what, where=str(file), hint=hint)
 
 
-def _refused(status: int, file: HubFile) -> RegistryError:
-    hints = {
-        401: "the token is not valid: `hf auth login`, or unset HF_TOKEN",
-        403: "the token lacks the right to read it: `hf auth login` with one that has it",
-        429: "too many requests: wait some minutes, or log in with `hf auth login`",
-    }
-    hint = hints.get(status, "the hub has a problem: run again later")
-    return RegistryError(f"the hub answers {status}", where=str(file), hint=hint)
+def _cause(error: BaseException) -> tuple[str, str]:
+    """Why the hub does not give a file, and what to do."""
+    import httpx2
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    match error:
+        case hub.LocalEntryNotFoundError(__cause__=hub.HfHubHTTPError() as answer):
+            return _cause(answer)
+        case hub.LocalEntryNotFoundError(__cause__=None | hub.OfflineModeIsEnabled()):
+            hint = "unset HF_HUB_OFFLINE (or local_files_only) and run once with a network"
+            return "not in the cache, and offline", hint
+        case hub.LocalEntryNotFoundError(__cause__=hub.FileMetadataError()):
+            return f"{constants.ENDPOINT} does not answer like a hub", "check HF_ENDPOINT, and any proxy"
+        case hub.LocalEntryNotFoundError(__cause__=cause):
+            what = f"not in the cache, and {constants.ENDPOINT} cannot be reached ({cause})"
+            return what, "check the network, the proxy and HF_ENDPOINT, then run again"
+        case hub.RevisionNotFoundError():
+            return "the repository has no such revision", "name a branch, a tag or a commit of it"
+        case hub.GatedRepoError():
+            return (
+                "the repository is gated",
+                "accept its terms on its web page, then log in with `hf auth login`",
+            )
+        case hub.RepositoryNotFoundError():
+            hint = "check the spelling; for a private one log in with `hf auth login`"
+            return "no such repository, or it is private", hint
+        case hub.HfHubHTTPError(response=response):
+            hint = STATUS_HINTS.get(response.status_code, "the hub has a problem: run again later")
+            return f"the hub answers {response.status_code}", hint
+        case hub.HFValidationError():
+            return f"not a name the hub allows ({error})", "check the spelling"
+        case ValueError():  # over 50 GB without hf_xet, for example: the message says what to do
+            return str(error), ""
+        case httpx2.ProxyError():
+            return f"the proxy refuses ({error})", "check HTTPS_PROXY"
+        case _:
+            hint = "run again: complete files are kept, this one starts over"
+            return f"the download was interrupted ({error})", hint
 
 
 def _not_in_repo(file: HubFile) -> FileNotInRepo:
