@@ -123,9 +123,7 @@ def parameters(header: GGUFHeader) -> Parameters:
     """Count the weights from the tensor shapes; see ``Parameters``."""
     n_experts = header.count(f"{header.architecture}.expert_count")
     used = header.counts(f"{header.architecture}.expert_used_count") or [0]
-    has_output = any(
-        tensor.name == "output.weight" for tensor in header.tensors
-    )  # else the embedding is both
+    has_output = "output.weight" in {tensor.name for tensor in header.tensors}  # else the embedding is both
     total, active, routed = 0, 0.0, 0
     for tensor in header.tensors:
         if tensor.type in INTEGER_TYPES:
@@ -257,11 +255,6 @@ def tokenizer(header: GGUFHeader) -> dict[str, Any]:
     return facts
 
 
-def chat_template(header: GGUFHeader) -> str:
-    """The chat template, in Jinja; empty when the header has none."""
-    return header.text("tokenizer.chat_template")
-
-
 def facts_frame(facts: dict[str, Any], name: str = "value") -> pd.DataFrame:
     """A dict of facts as a one-column table, numbers with thousands separators, long texts cut."""
     import pandas as pd
@@ -281,23 +274,14 @@ def tensor_table(header: GGUFHeader) -> pd.DataFrame:
     """
     import pandas as pd
 
-    rows = []
-    for t in header.tensors:
-        layer = layer_of(t.name)
-        rows.append(
-            {
-                "name": t.name,
-                "layer": -1 if layer is None else layer,
-                "class": class_of(t.name),
-                "type": t.type,
-                "shape": t.shape,
-                "weights": t.n_elements,
-                "bytes": t.nbytes,
-                "bits_per_weight": 8 * t.nbytes / t.n_elements if t.n_elements else float("nan"),
-            }
-        )
-    columns = ["name", "layer", "class", "type", "shape", "weights", "bytes", "bits_per_weight"]
-    return pd.DataFrame(rows, columns=columns)
+    columns = ["name", "layer", "class", "type", "shape", "weights", "bytes"]
+    rows = [
+        (t.name, -1 if (layer := layer_of(t.name)) is None else layer, class_of(t.name), t.type, t.shape)
+        + (t.n_elements, t.nbytes)
+        for t in header.tensors
+    ]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.assign(bits_per_weight=8 * table["bytes"] / table["weights"])
 
 
 def quantization_by_layer(table: pd.DataFrame) -> pd.DataFrame:
@@ -344,9 +328,8 @@ def require_model(header: GGUFHeader) -> None:
         ModelError: it is an adapter, a projector, an importance matrix, a vocabulary or a control vector.
     """
     if role(header) != MODEL:
-        raise ModelError(
-            f"{role(header)}, not a language model", where=header.path, hint="name the model it was made for"
-        )
+        what, hint = f"{role(header)}, not a language model", "name the model it was made for"
+        raise ModelError(what, where=header.path, hint=hint)
 
 
 # ---- the early dialect of deepseek4 ----

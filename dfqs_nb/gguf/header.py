@@ -29,6 +29,8 @@ MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_HEADER_BYTES = 1 << 28  # real headers stay under 50 MB; a larger claim is a hostile or broken file
 MAX_STRINGS = 1 << 22  # in one array: the largest vocabularies and merge lists have under a million
 
+GET_AGAIN = "get the file from its source again"
+OTHER_TOOL = "the file was converted by another tool or an older one: convert it again"
 CUT_OFF = "the download was cut off, or the file is broken: download it again"
 _FIRST_READ = 1 << 16
 _U64 = struct.Struct("<Q")
@@ -109,7 +111,7 @@ class GGUFHeader(Mapping[str, Any]):
         return len(self.fields)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.fields
+        return name in self.fields  # without decoding it
 
     @property
     def architecture(self) -> str:
@@ -133,7 +135,11 @@ class GGUFHeader(Mapping[str, Any]):
         Raises:
             HeaderError: it holds something else.
         """
-        return as_counts(self.get(name, []), name, self.path)
+        value = self.get(name, [])
+        values = value if isinstance(value, list) else [value]
+        if not all(type(item) is int and item >= 0 for item in values):
+            raise HeaderError(f"the key {name} is not a count", where=self.path, hint=OTHER_TOOL)
+        return values
 
     def count(self, name: str, default: int = 0) -> int:
         """A field that should be one count; of one for each layer, the largest.
@@ -150,7 +156,11 @@ class GGUFHeader(Mapping[str, Any]):
         Raises:
             HeaderError: it is no count, or more than llama.cpp takes.
         """
-        return layers(self.count(f"{self.architecture}.block_count"), self.path)
+        count = self.count(f"{self.architecture}.block_count")
+        if count > MAX_LAYERS:  # a hostile number fills the memory
+            what = f"claims {count:,} layers; llama.cpp takes {MAX_LAYERS}"
+            raise HeaderError(what, where=self.path, hint=GET_AGAIN)
+        return count
 
     @property
     def data_nbytes(self) -> int:
@@ -161,27 +171,6 @@ class GGUFHeader(Mapping[str, Any]):
     def end_offset(self) -> int:
         """Where the file ends if it holds just this model, in bytes from the start of the file."""
         return self.data_offset + self.data_nbytes
-
-
-def as_counts(value: Any, name: str, where: str | Path) -> list[int]:
-    """The value of a field as a list of counts.
-
-    Raises:
-        HeaderError: it is no count, and no list of counts.
-    """
-    values = value if isinstance(value, list) else [value]
-    if not all(type(item) is int and item >= 0 for item in values):
-        hint = "the file was converted by another tool or an older one: convert it again"
-        raise HeaderError(f"the key {name} is not a count", where=where, hint=hint)
-    return values
-
-
-def layers(count: int, where: str | Path) -> int:
-    """A number of layers that is not more than llama.cpp takes: a hostile one fills the memory."""
-    if count > MAX_LAYERS:
-        hint = "get the file from its source again"
-        raise HeaderError(f"claims {count:,} layers; llama.cpp takes {MAX_LAYERS}", where=where, hint=hint)
-    return count
 
 
 def padded(nbytes: int, alignment: int) -> int:
@@ -252,7 +241,7 @@ class _Cursor:
     def remaining(self) -> int:
         return self.size - self.start - self.position
 
-    def fail(self, what: str, hint: str = "get the file from its source again") -> HeaderError:
+    def fail(self, what: str, hint: str = GET_AGAIN) -> HeaderError:
         at = self.start + self.position
         return HeaderError(f"{what} (at byte {at:,})", where=self.path, hint=hint)
 
@@ -318,20 +307,11 @@ def _parse(cursor: _Cursor) -> GGUFHeader:
     alignment = _alignment(cursor, fields)
     tensors = _read_tensors(cursor, n_tensors)
     raw = bytes(memoryview(cursor.bytes)[: cursor.position])
-    data = padded(len(raw), alignment) if n_tensors else len(raw)
-    if cursor.start + data > cursor.size:
+    data = cursor.start + (padded(len(raw), alignment) if n_tensors else len(raw))
+    if data > cursor.size:
         raise cursor.fail("the file ends before its data section", CUT_OFF)
-    return GGUFHeader(
-        cursor.path,
-        cursor.start,
-        version,
-        alignment,
-        MappingProxyType(fields),
-        tensors,
-        cursor.start + data,
-        cursor.size,
-        raw,
-    )
+    place = (cursor.path, cursor.start, version, alignment)
+    return GGUFHeader(*place, MappingProxyType(fields), tensors, data, cursor.size, raw)
 
 
 def _read_preamble(cursor: _Cursor) -> tuple[int, int, int]:

@@ -5,42 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from dfqs_nb.core.errors import HeaderError, SpaceError
 from dfqs_nb.core.machine import Memory, available_memory
-from dfqs_nb.gguf.header import GGUFHeader, as_counts, layers, padded
+from dfqs_nb.gguf.header import OTHER_TOOL, GGUFHeader, padded
+from dfqs_nb.gguf.types import TENSOR_TYPES
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# bytes in a block, and elements in it, of the types llama.cpp takes for a KV cache (ggml/src/ggml-common.h)
-CACHE_TYPES: dict[str, tuple[int, int]] = {
-    "f32": (4, 1),
-    "f16": (2, 1),
-    "bf16": (2, 1),
-    "q8_0": (34, 32),
-    "q5_1": (24, 32),
-    "q5_0": (22, 32),
-    "q4_1": (20, 32),
-    "q4_0": (18, 32),
-    "iq4_nl": (18, 32),
+# Bytes in a block, and elements in it, of the types llama.cpp takes for a KV cache.
+CACHE_TYPES = {
+    name.lower(): (n_bytes, elements)
+    for name, elements, n_bytes in TENSOR_TYPES.values()
+    if name in ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
 }
 CSA_RATIO, HCA_RATIO = 4, 128
 CELL_PADDING = 256
 F32_BYTES = 4
-
-
-class Shape(Protocol):
-    """What the formulas need of a header; a model that is not here can have it too."""
-
-    @property
-    def architecture(self) -> str: ...  # noqa: D102
-
-    @property
-    def path(self) -> str | Path: ...  # noqa: D102
-
-    def arch(self, key: str, default: Any = None) -> Any: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -62,10 +45,9 @@ class KvCacheBytes:
 
 
 def kv_cache_bytes(
-    header: Shape,
+    header: GGUFHeader,
     n_ctx: int,
     n_ubatch: int = 512,
-    n_seq: int = 1,
     type_k: str = "f16",
     type_v: str = "f16",
     swa_full: bool = False,
@@ -73,9 +55,8 @@ def kv_cache_bytes(
     """Bytes of the KV cache that llama.cpp allocates for ``n_ctx`` tokens, from the header alone.
 
     Args:
-        n_ctx: tokens of context over all sequences; llama.cpp rounds it up to a multiple of 256.
+        n_ctx: tokens of context; llama.cpp rounds it up to a multiple of 256.
         n_ubatch: tokens computed at once (it sizes the sliding window's cache).
-        n_seq: parallel sequences, each with a cache of its own.
         type_k, type_v: element types, like ``"f16"`` or ``"q8_0"``.
         swa_full: keep every token in sliding-window layers (llama.cpp's own default; costly).
 
@@ -85,53 +66,49 @@ def kv_cache_bytes(
 
     Source: ``src/llama-kv-cache*.cpp`` of the llama.cpp that llama-cpp-python 0.3.36 vendors.
     """
-    if min(n_ctx, n_ubatch, n_seq) < 1:
-        raise ValueError("n_ctx, n_ubatch and n_seq must be at least 1")
-    cells = _pad(-(-_pad(n_ctx) // n_seq))
-    n_ubatch = min(n_ctx, n_ubatch)
+    if min(n_ctx, n_ubatch) < 1:
+        raise ValueError("n_ctx and n_ubatch must be at least 1")
+    cells = _pad(n_ctx)
     if header.architecture == "deepseek4":
-        return _deepseek4(header, cells, n_ubatch, n_seq, type_k, swa_full)
-    return _attention(header, cells, n_seq, type_k, type_v)
+        return _deepseek4(header, cells, min(n_ctx, n_ubatch), type_k, swa_full)
+    return _attention(header, cells, type_k, type_v)
 
 
-def _deepseek4(
-    header: Shape, cells: int, n_ubatch: int, n_seq: int, type_k: str, swa_full: bool
-) -> KvCacheBytes:
+def _deepseek4(header: GGUFHeader, cells: int, n_ubatch: int, type_k: str, swa_full: bool) -> KvCacheBytes:
     """One K row a layer and cell, no V; compressed layers keep a row for each 4 or 128 tokens beside it."""
     head_dim, indexer_dim = _int(header, "attention.key_length"), _int(header, "attention.indexer.key_length")
     ratios = _ints(header, "attention.compress_ratios")
     n_csa, n_hca = ratios.count(CSA_RATIO), ratios.count(HCA_RATIO)
     window = cells if swa_full else _pad(min(cells, _int(header, "attention.sliding_window") + n_ubatch))
-    csa_cells, hca_cells = _pad(-(-cells // CSA_RATIO)), _pad(-(-cells // HCA_RATIO))
-    state = (
-        (n_csa * 2 * CSA_RATIO * 2 * (head_dim + indexer_dim) + n_hca * HCA_RATIO * head_dim) * 2 * F32_BYTES
-    )
-    return KvCacheBytes(
-        {
-            "raw": n_seq * _int(header, "block_count") * window * _row_bytes(head_dim, type_k),
-            "csa": n_seq * n_csa * csa_cells * _row_bytes(head_dim, type_k),
-            "hca": n_seq * n_hca * hca_cells * _row_bytes(head_dim, type_k),
-            "indexer": n_seq * n_csa * csa_cells * _row_bytes(indexer_dim, type_k),
-            "compressor_state": n_seq * state,
-        }
-    )
+    csa_rows = n_csa * _pad(-(-cells // CSA_RATIO))
+    hca_rows = n_hca * _pad(-(-cells // HCA_RATIO))
+    state = n_csa * 2 * CSA_RATIO * 2 * (head_dim + indexer_dim) + n_hca * HCA_RATIO * head_dim
+    row_bytes = _row_bytes(head_dim, type_k)
+    parts = {
+        "raw": _int(header, "block_count") * window * row_bytes,
+        "csa": csa_rows * row_bytes,
+        "hca": hca_rows * row_bytes,
+        "indexer": csa_rows * _row_bytes(indexer_dim, type_k),
+        "compressor_state": state * 2 * F32_BYTES,
+    }
+    return KvCacheBytes(parts)
 
 
-def _attention(header: Shape, cells: int, n_seq: int, type_k: str, type_v: str) -> KvCacheBytes:
+def _attention(header: GGUFHeader, cells: int, type_k: str, type_v: str) -> KvCacheBytes:
     """Grouped-query attention: one K and one V row for each layer and cell; latent attention keeps K only."""
     heads = _ints(header, "attention.head_count_kv", "attention.head_count")
-    if len(heads) == 1:
-        heads = heads * layers(_int(header, "block_count"), header.path)
+    if len(heads) == 1 and _int(header, "block_count"):
+        heads = heads * header.n_layers
     default = _int(header, "embedding_length") // max(1, _int(header, "attention.head_count"))
     head_dim = _int(header, "attention.key_length", default)
     value_dim = _int(header, "attention.value_length", head_dim)
     latent = header.arch("attention.key_length_mla") is not None
-    k = sum(_row_bytes(n * head_dim, type_k) for n in heads) * cells * n_seq
-    v = 0 if latent else sum(_row_bytes(n * value_dim, type_v) for n in heads) * cells * n_seq
+    k = sum(_row_bytes(n * head_dim, type_k) for n in heads) * cells
+    v = 0 if latent else sum(_row_bytes(n * value_dim, type_v) for n in heads) * cells
     return KvCacheBytes({"k": k, "v": v}, *_trust(header))
 
 
-def _trust(header: Shape) -> tuple[Literal["exact", "upper bound", "rough"], str]:
+def _trust(header: GGUFHeader) -> tuple[Literal["exact", "upper bound", "rough"], str]:
     if header.arch("ssm.state_size") is not None or header.arch("wkv.head_size") is not None:
         return "rough", "recurrent layers counted as attention; their state is not counted"
     if header.arch("attention.sliding_window"):
@@ -139,19 +116,16 @@ def _trust(header: Shape) -> tuple[Literal["exact", "upper bound", "rough"], str
     return "exact", ""
 
 
-def _ints(header: Shape, *names: str) -> list[int]:
+def _ints(header: GGUFHeader, *names: str) -> list[int]:
     """The architecture's first key that is there: a count, or one for each layer."""
     for name in names:
-        if values := as_counts(header.arch(name, []), f"{header.architecture}.{name}", header.path):
+        if values := header.counts(f"{header.architecture}.{name}"):
             return values
-    raise HeaderError(
-        f"the key {header.architecture}.{names[0]} is missing",
-        where=header.path,
-        hint="the file was converted by another tool or an older one: convert it again",
-    )
+    what = f"the key {header.architecture}.{names[0]} is missing"
+    raise HeaderError(what, where=header.path, hint=OTHER_TOOL)
 
 
-def _int(header: Shape, name: str, default: int | None = None) -> int:
+def _int(header: GGUFHeader, name: str, default: int | None = None) -> int:
     if default is not None and header.arch(name) is None:
         return default
     return _ints(header, name)[0] or default or 0
@@ -212,31 +186,24 @@ def estimate(
     header: GGUFHeader | Sequence[GGUFHeader],
     n_ctx: int,
     n_ubatch: int = 512,
-    n_seq: int = 1,
-    type_k: str = "f16",
-    type_v: str = "f16",
+    *,
     swa_full: bool = False,
     use_mmap: bool = True,
     flash_attn: bool = False,
+    **types: str,
 ) -> MemoryEstimate:
     """Memory that the model of this header (or of these shards' headers, first one first) will take.
 
-    ``flash_attn`` does not change what a header can tell; it is kept for the advice in a refusal.
+    ``types`` are those of `kv_cache_bytes`. ``flash_attn`` does not change what a header can tell; it is kept
+    for the advice in a refusal.
 
     Raises:
         HeaderError: a key that the KV formula needs is missing.
     """
     headers = _headers(header)
     weights = weights_bytes(headers)
-    kv = kv_cache_bytes(headers[0], n_ctx, n_ubatch, n_seq, type_k, type_v, swa_full)
-    settings = {
-        "n_ubatch": n_ubatch,
-        "n_seq": n_seq,
-        "type_k": type_k,
-        "type_v": type_v,
-        "swa_full": swa_full,
-        "flash_attn": flash_attn,
-    }
+    kv = kv_cache_bytes(headers[0], n_ctx, n_ubatch, swa_full=swa_full, **types)
+    settings: dict[str, object] = {"swa_full": swa_full, "flash_attn": flash_attn}
     return MemoryEstimate(weights, 0 if use_mmap else weights, kv, n_ctx, settings=settings)
 
 
@@ -252,14 +219,13 @@ def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: str |
     memory = memory or available_memory()
     if needs.must_fit_bytes > memory.available_bytes:
         compute = "not counted" if needs.compute_bytes is None else binary_size(needs.compute_bytes)
-        raise SpaceError(
+        what = (
             f"a context of {needs.n_ctx:,} tokens needs {binary_size(needs.must_fit_bytes)} "
             f"(resident weights {binary_size(needs.weights_resident_bytes)}, "
             f"KV cache {binary_size(needs.kv.total)}, compute buffer {compute}), "
-            f"and {binary_size(memory.available_bytes)} are free ({memory.source})",
-            where=where,
-            hint=", or ".join(_advice(needs)),
+            f"and {binary_size(memory.available_bytes)} are free ({memory.source})"
         )
+        raise SpaceError(what, where=where, hint=", or ".join(_advice(needs)))
     missing = needs.comfortable_bytes - memory.available_bytes
     if missing <= 0:
         return ""
@@ -294,18 +260,16 @@ def binary_size(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:,.2f} GiB"
 
 
-def cache_table(header: Shape, contexts: Sequence[int], n_ubatch: int = 512) -> pd.DataFrame:
+def cache_table(header: GGUFHeader, contexts: Sequence[int], n_ubatch: int = 512) -> pd.DataFrame:
     """KV cache in MiB (f16) by context length, as opened here and with llama.cpp's default.
 
     Index ``n_ctx`` (tokens); columns ``swa_full=False`` and ``swa_full=True``.
     """
     import pandas as pd
 
-    rows = {
-        n_ctx: [
-            kv_cache_bytes(header, n_ctx, n_ubatch, swa_full=full).total / 2**20 for full in (False, True)
-        ]
+    rows = [
+        [kv_cache_bytes(header, n_ctx, n_ubatch, swa_full=full).total / 2**20 for full in (False, True)]
         for n_ctx in contexts
-    }
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["swa_full=False", "swa_full=True"])
-    return table.rename_axis("n_ctx")
+    ]
+    index = pd.Index(contexts, name="n_ctx")
+    return pd.DataFrame(rows, index, ["swa_full=False", "swa_full=True"])

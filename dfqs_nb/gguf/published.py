@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,20 +34,7 @@ class PublishedShape(GGUFHeader):
     card: dict[str, Any] = field(repr=False, default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
-        return self._by_name()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._by_name())
-
-    def __len__(self) -> int:
-        return len(self._by_name())
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._by_name()
-
-    def _by_name(self) -> dict[str, Any]:
-        sizes = {f"{ARCHITECTURE}.{key}": value for key, value in self.sizes.items()}
-        return {"general.architecture": ARCHITECTURE, **sizes}
+        return self.fields[name]  # values here, not the places of bytes
 
 
 def published_shape() -> PublishedShape:
@@ -57,12 +44,14 @@ def published_shape() -> PublishedShape:
     43
     """
     content = json.loads((data_dir() / "deepseek_v4_flash.json").read_text(encoding="utf-8"))
+    keys = {f"{ARCHITECTURE}.{key}": value for key, value in content["keys"].items()}
+    fields: dict[str, Any] = {"general.architecture": ARCHITECTURE, **keys}
     return PublishedShape(
         path=Path(content["name"]),
         start=0,
         version=3,
         alignment=32,
-        fields={},
+        fields=fields,
         tensors=(),
         data_offset=0,
         file_size=0,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dfqs_nb.core.errors import DfqsError, ShardError
-from dfqs_nb.gguf.header import GGUFHeader, Tensor, check_layout, padded, read_header
+from dfqs_nb.gguf.header import GET_AGAIN, GGUFHeader, Tensor, check_layout, padded, read_header
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,6 @@ SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.
 MAX_SHARDS = 65_535  # split.count is a u16
 FEW_EXPERTS = 4  # expert tensors on each side before their types are compared
 SAME_SHAPE = ("ffn_norm.weight", "attn_norm.weight", "ffn_gate_inp.weight")
-ONE_MODEL = "take all shards from one model"
 
 
 @dataclass(frozen=True)
@@ -105,25 +104,24 @@ def find_shards(path: str | Path) -> tuple[Path, ...]:
     if count == 1:
         return (path,)
     if count > MAX_SHARDS:
-        raise ShardError(f"claims {count:,} shards", where=path, hint="get it from its source again")
+        raise _refused(f"claims {count:,} shards", path, GET_AGAIN)
     match = SHARD_NAME.fullmatch(path.name)
     prefix = match["prefix"] if match else path.stem
     expected = shard_path(prefix, number, count).name
     if path.name != expected:  # llama.cpp wants exactly this, also in lower case
-        raise ShardError(
-            f"is shard {number} of {count} by its header, but is not named so",
-            where=path,
-            hint=f"rename it to {expected!r}, or name all {count} shards",
-        )
+        hint = f"rename it to {expected!r}, or name all {count} shards"
+        raise _refused(f"is shard {number} of {count} by its header, but is not named so", path, hint)
     siblings = tuple(shard_path(path.parent / prefix, i, count) for i in range(1, count + 1))
     missing = [sibling for sibling in siblings if not sibling.is_file()]
     if missing:
-        raise ShardError(
-            f"{len(missing)} of {count} shards missing: {', '.join(sibling.name for sibling in missing)}",
-            where=path.parent,
-            hint=_renamed(missing[0], siblings) or "download what is missing into that folder",
-        )
+        what = f"{len(missing)} of {count} shards missing: {', '.join(sibling.name for sibling in missing)}"
+        hint = _renamed(missing[0], siblings) or "download what is missing into that folder"
+        raise _refused(what, path.parent, hint)
     return siblings
+
+
+def _refused(what: str, where: Path, hint: str = "take all shards from one model") -> ShardError:
+    return ShardError(what, where=where, hint=hint)
 
 
 def _renamed(missing: Path, siblings: Sequence[Path]) -> str:
@@ -193,75 +191,52 @@ def _in_order(headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
     by_number: dict[int, GGUFHeader] = {}
     for header in headers:
         if "split.count" in header and split_count(header) != count:
-            raise ShardError(
-                f"belongs to a set of {split_count(header)}, not of {count}",
-                where=header.path,
-                hint=ONE_MODEL,
-            )
+            raise _refused(f"belongs to a set of {split_count(header)}, not of {count}", header.path)
         number = header.count("split.no") + 1 if count > 1 else 1
         if number in by_number:
-            raise ShardError(
-                f"is shard {number} of {count}, and so is {by_number[number].path.name}",
-                where=header.path,
-                hint="name each shard once",
-            )
+            what = f"is shard {number} of {count}, and so is {by_number[number].path.name}"
+            raise _refused(what, header.path, "name each shard once")
         by_number[number] = header
-    missing = [str(i) for i in range(1, count + 1) if i not in by_number]
+    missing = ", ".join(str(i) for i in range(1, count + 1) if i not in by_number)
     if missing:
-        raise ShardError(
-            f"shard {', '.join(missing)} of {count} is missing",
-            where=folder,
-            hint=f"name all {count} shards",
-        )
+        raise _refused(f"shard {missing} of {count} is missing", folder, f"name all {count} shards")
     if len(by_number) > count:
-        raise ShardError(f"{len(by_number)} shards of a set of {count}", where=folder, hint=ONE_MODEL)
+        raise _refused(f"{len(by_number)} shards of a set of {count}", folder)
     return [by_number[number] for number in sorted(by_number)]
 
 
 def _check_names(headers: Sequence[GGUFHeader]) -> None:
     """Names that follow the pattern must agree with the headers; a single file may have any name."""
-    if len(headers) == 1:
-        return
-    prefixes = set()
-    for number, header in enumerate(headers, 1):
+    prefixes, count = set(), len(headers)
+    for number, header in enumerate(headers, 1) if count > 1 else ():
         match = SHARD_NAME.fullmatch(header.path.name)
         if match is None:
             continue
         prefixes.add(match["prefix"])
-        if (int(match["number"]), int(match["count"])) != (number, len(headers)):
-            raise ShardError(
-                f"is named shard {int(match['number'])} of {int(match['count'])}, but its "
-                f"header says shard {number} of {len(headers)}",
-                where=header.path,
-                hint="two shards were swapped or renamed: give each its own name back",
+        named = int(match["number"]), int(match["count"])
+        if named != (number, count):
+            raise _refused(
+                f"is named shard {named[0]} of {named[1]}, but its header says shard {number} of {count}",
+                header.path,
+                "two shards were swapped or renamed: give each its own name back",
             )
     if len(prefixes) > 1:
-        raise ShardError(
-            f"shards of different models: {', '.join(sorted(prefixes))}",
-            where=headers[0].path.parent,
-            hint=ONE_MODEL,
-        )
+        what = f"shards of different models: {', '.join(sorted(prefixes))}"
+        raise _refused(what, headers[0].path.parent)
 
 
 def _check_size(header: GGUFHeader, number: int, count: int) -> None:
     surplus = header.file_size - header.end_offset
     if not header.tensors and header.file_size == padded(header.end_offset, header.alignment):
         return  # `llama-gguf-split --no-tensor-first-split` pads even where no data follows
+    which, expected = f"shard {number} of {count}", f"(expected {header.end_offset:,})"
     ends = [header.data_offset + tensor.offset + tensor.nbytes for tensor in header.tensors]
     if header.file_size < max(ends, default=header.end_offset):  # the last tensor may lack its padding
-        raise ShardError(
-            f"shard {number} of {count} is {-surplus:,} bytes short (expected {header.end_offset:,})",
-            where=header.path,
-            hint="download it again",
-        )
+        raise _refused(f"{which} is {-surplus:,} bytes short {expected}", header.path, "download it again")
     check_layout(header)
     if surplus > 0:
-        raise ShardError(
-            f"shard {number} of {count} has {surplus:,} bytes more than its header accounts "
-            f"for (expected {header.end_offset:,})",
-            where=header.path,
-            hint="files may have been glued together: `dfqs-nb inspect` says more",
-        )
+        what = f"{which} has {surplus:,} bytes more than its header accounts for {expected}"
+        raise _refused(what, header.path, "files may have been glued together: `dfqs-nb inspect` says more")
 
 
 def _check_tensors(headers: Sequence[GGUFHeader]) -> None:
@@ -269,46 +244,32 @@ def _check_tensors(headers: Sequence[GGUFHeader]) -> None:
     for number, header in enumerate(headers, 1):
         for tensor in header.tensors:
             if tensor.name in owner:
-                raise ShardError(
-                    f"tensor {tensor.name!r} is in shard {owner[tensor.name]} and in shard "
-                    f"{number} of {len(headers)}",
-                    where=header.path,
-                    hint="these are shards of different models, or one shard twice",
-                )
+                twice = f"shard {owner[tensor.name]} and in shard {number} of {len(headers)}"
+                hint = "these are shards of different models, or one shard twice"
+                raise _refused(f"tensor {tensor.name!r} is in {twice}", header.path, hint)
             owner[tensor.name] = number
     for number, header in enumerate(headers, 1):
         total = header.count("split.tensors.count", len(owner))
         if total != len(owner):
-            raise ShardError(
-                f"shard {number} of {len(headers)} says the model has {total:,} tensors; the shards "
-                f"hold {len(owner):,}",
-                where=header.path,
-                hint="these are shards of different models: take all from one",
-            )
+            says = f"shard {number} of {len(headers)} says the model has {total:,} tensors"
+            raise _refused(f"{says}; the shards hold {len(owner):,}", header.path)
 
 
 def _check_same_model(headers: Sequence[GGUFHeader]) -> None:
     """Fields and shapes must agree; alignment may not: llama.cpp reads each shard by its own."""
     first, shapes = headers[0], _shapes(headers[0])
     if not first.architecture and "general.type" not in first:
-        raise ShardError("names no architecture", where=first.path, hint="get it from its source again")
+        raise _refused("names no architecture", first.path, GET_AGAIN)
     for number, header in enumerate(headers[1:], 2):
         for key in set(first) & set(header) - {"split.no", "split.count", "general.alignment"}:
             if header[key] != first[key]:
-                raise ShardError(
-                    f"shard {number} says {key} = {header[key]!r:.80}, shard 1 says {first[key]!r:.80}",
-                    where=header.path,
-                    hint=ONE_MODEL,
-                )
+                says = f"shard {number} says {key} = {header[key]!r:.80}"
+                raise _refused(f"{says}, shard 1 says {first[key]!r:.80}", header.path)
         for role, theirs in _shapes(header).items():
-            both = shapes[role] | theirs
-            if len(both) > 1:
-                raise ShardError(
-                    f"shard {number} has {role} of another shape than shard 1: "
-                    f"{' and '.join(map(str, sorted(both)))}",
-                    where=header.path,
-                    hint=ONE_MODEL,
-                )
+            both = " and ".join(map(str, sorted(shapes[role] | theirs)))
+            if len(shapes[role] | theirs) > 1:
+                what = f"shard {number} has {role} of another shape than shard 1: {both}"
+                raise _refused(what, header.path)
 
 
 def _shapes(header: GGUFHeader) -> dict[str, set[tuple[int, ...]]]:

@@ -23,19 +23,11 @@ from typing import Any
 from dfqs_nb.core.child import SOURCE_FOLDER
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import usable_cores
+from dfqs_nb.gguf.memory import CACHE_TYPES
+from dfqs_nb.gguf.types import TENSOR_TYPES
 
 # ggml_type of the KV cache types, from ggml.h
-GGML_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "q4_0": 2,
-    "q4_1": 3,
-    "q5_0": 6,
-    "q5_1": 7,
-    "q8_0": 8,
-    "iq4_nl": 20,
-    "bf16": 30,
-}
+GGML_TYPES = {name.lower(): code for code, (name, *_) in TENSOR_TYPES.items() if name.lower() in CACHE_TYPES}
 MAX_LINE = 2000  # characters kept of a line of the log: a model's name can have 100,000
 MAX_CTX = 2**31 - 256
 COUNTS = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")

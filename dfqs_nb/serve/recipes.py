@@ -26,7 +26,7 @@ from dfqs_nb.core.files import write_text
 from dfqs_nb.core.machine import available_memory, usable_cores
 from dfqs_nb.core.paths import public_address, tilde
 from dfqs_nb.gguf import models as registry
-from dfqs_nb.gguf.facts import chat_template
+from dfqs_nb.gguf.facts import require_model
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import binary_size, check_fits, estimate
 from dfqs_nb.gguf.shards import ShardSet, open_shards
@@ -205,6 +205,7 @@ def _local(path: Path) -> _Source:
         what = f"no runtime loads it: {diagnosis.finding}"
         raise DeployError(what, where=tilde(path), hint=diagnosis.next_step)
     shards = open_shards(path)
+    require_model(shards.as_one)
     url = str(shards.as_one.get("general.base_model.0.repo_url", ""))
     original = url.removeprefix("https://huggingface.co/") if "huggingface.co/" in url else NOT_GIVEN
     files = tuple(shard.name for shard in shards.paths)
@@ -385,7 +386,7 @@ def _values(
         "host": HOST,
         "port": target.server,
         "base_url": f"http://{HOST}:{target.server}{target.prefix}/v1",
-        "template_text": chat_template(source.header) if source.header is not None else "",
+        "template_text": source.header.text("tokenizer.chat_template") if source.header else "",
         "build": BUILD,
         "system": f"{'macos' if mac else 'ubuntu'}-{'arm64' if arm else 'x64'}",
         "original": source.original,

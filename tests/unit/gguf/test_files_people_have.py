@@ -142,7 +142,7 @@ FACTS = (
     facts.identity,
     facts.architecture,
     facts.tokenizer,
-    facts.chat_template,
+    lambda header: header.text("tokenizer.chat_template"),
     facts.role,
     facts.early_dialect,
     lambda header: memory.estimate(header, 512),

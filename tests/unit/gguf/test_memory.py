@@ -159,7 +159,6 @@ def test_formula_equals_what_llama_cpp_allocates(model, settings):
         read_header(path),
         chosen.n_ctx,
         min(chosen.n_batch, chosen.n_ubatch),
-        1,
         chosen.type_k,
         chosen.type_v,
         chosen.swa_full,
