@@ -21,15 +21,7 @@ from dfqs_nb.gguf import facts
 from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, check_layout, read_header
 from dfqs_nb.gguf.shards import SHARD_NAME, shard_path
 from dfqs_nb.merge import disk
-from dfqs_nb.merge.byte_parts import (
-    are_parts,
-    byte_parts,
-    check_sum,
-    ends,
-    opening,
-    part_name,
-    siblings,
-)
+from dfqs_nb.merge.byte_parts import are_parts, byte_parts, check_sum, ends, opening, part_name, siblings
 from dfqs_nb.merge.first_bytes import AGAIN, Finding, Kind, Row, by_first_bytes, shown_bytes
 
 if TYPE_CHECKING:
@@ -222,32 +214,33 @@ def download_mark(path: Path) -> str:
 
 
 def _of_one(path: Path, walk: _Walk) -> Finding:
-    header, size, full = walk.headers[0], walk.size, ends(walk.headers[0])[1]
-    number, count = shard_number(header)
-    what = f"shard {number} of {count}" if count > 1 else "a model in a single file"
-    found = _layout(path, walk, what)
-    role = facts.role(header)
-    encoder = [tensor.name for tensor in header.tensors if ENCODER.match(tensor.name)]
-    if found is not None:
-        pass
-    elif count > 1:
-        found = _shard(path, number, count)
-    elif role != facts.MODEL:
-        step = "give it to a runtime beside the model that it was made for"
-        found = Finding(Kind.COMPANION, f"{role}, not a language model", step)
-    elif encoder:
-        finding = f"a language model and {len(encoder)} tensors of an encoder ({encoder[0]}) in one file"
-        step = "llama.cpp refuses it (wrong number of tensors): get the model and its mmproj as two files"
-        found = Finding(Kind.FOREIGN, finding, step)
-    else:
-        found = Finding(Kind.SINGLE_FILE, f"a sound model in a single file of {size:,} bytes", "")
-    rows = (("file size", f"{size:,} bytes"), ("header accounts for", f"{full:,} bytes"))
+    header = walk.headers[0]
+    found = _layout(path, walk) or _role(header) or _shard(path, header)
+    if found is None:
+        found = Finding(Kind.SINGLE_FILE, f"a sound model in a single file of {walk.size:,} bytes", "")
+    rows = (("file size", f"{walk.size:,} bytes"), ("header accounts for", f"{ends(header)[1]:,} bytes"))
     return found._replace(rows=(*rows, *found.rows))
 
 
-def _layout(path: Path, walk: _Walk, what: str) -> Finding | None:
+def _role(header: GGUFHeader) -> Finding | None:
+    """A sound file that llama.cpp does not take for a model; a shard shows only together with the others."""
+    if shard_number(header)[1] > 1:
+        return None
+    if (role := facts.role(header)) != facts.MODEL:
+        step = "give it to a runtime beside the model that it was made for"
+        return Finding(Kind.COMPANION, f"{role}, not a language model", step)
+    if encoder := [tensor.name for tensor in header.tensors if ENCODER.match(tensor.name)]:
+        finding = f"a language model and {len(encoder)} tensors of an encoder ({encoder[0]}) in one file"
+        step = "llama.cpp refuses it (wrong number of tensors): get the model and its mmproj as two files"
+        return Finding(Kind.FOREIGN, finding, step)
+    return None
+
+
+def _layout(path: Path, walk: _Walk) -> Finding | None:
     """What is wrong with where the tensors lie, or where the file ends."""
     header, (bare, full) = walk.headers[0], ends(walk.headers[0])
+    number, count = shard_number(header)
+    what = f"shard {number} of {count}" if count > 1 else "a model in a single file"
     if walk.size < bare:
         cut = next(t for t in header.tensors if header.data_offset + t.offset + t.nbytes > walk.size)
         whole = f"{header.tensors.index(cut):,} of {len(header.tensors):,}"
@@ -267,15 +260,18 @@ def _layout(path: Path, walk: _Walk, what: str) -> Finding | None:
             file.seek(walk.end)
             rows = (("the bytes after the end begin with", shown_bytes(file.read(SHOWN_BYTES))),)
         step = f"keep the first {walk.end:,} bytes: truncate -s {walk.end} {_quoted(path)}"
-        if shard_number(header)[1] > 1:
+        if count > 1:
             step = f"other shards may follow in a damaged form: {AGAIN}"
         finding = f"{what}, and {walk.size - walk.end:,} bytes after its end"
         return Finding(Kind.TRAILING_BYTES, finding, step, rows)
     return None
 
 
-def _shard(path: Path, number: int, count: int) -> Finding:
+def _shard(path: Path, header: GGUFHeader) -> Finding | None:
     """A sound shard, by its name and its neighbours."""
+    number, count = shard_number(header)
+    if count == 1:
+        return None
     what, name = f"shard {number} of {count}", path.stem + path.suffix.lower()
     match = SHARD_NAME.fullmatch(name)
     if not 1 <= number <= count <= 65_535:
@@ -287,9 +283,8 @@ def _shard(path: Path, number: int, count: int) -> Finding:
     others = [shard_path(path.parent / match["prefix"], i, count) for i in range(1, count + 1)]
     missing = [plain(other.name) for other in others if not other.is_file()]
     if missing:
-        finding = f"{what}; {len(missing)} missing here: {', '.join(missing[:3])}" + " ..." * (
-            len(missing) > 3
-        )
+        names = ", ".join(missing[:3]) + " ..." * (len(missing) > 3)
+        finding = f"{what}; {len(missing)} missing here: {names}"
         return Finding(Kind.SHARD, finding, "download what is missing into the same folder, then merge")
     for other in others:
         first, size = opening(other)

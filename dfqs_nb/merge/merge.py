@@ -72,12 +72,14 @@ class Source:
     Attributes:
         files: its shards or byte parts in order, or the one file.
         kind: of these files.
+        plan: of the merge.
         set_of_shards: the headers in them, checked as one set; None for byte parts.
     """
 
     files: tuple[Path, ...]
     kind: Kind
-    set_of_shards: ShardSet | None
+    plan: Plan
+    set_of_shards: ShardSet | None = None
 
     @property
     def shards(self) -> ShardSet:
@@ -88,16 +90,10 @@ class Source:
         """
         return self.set_of_shards or ShardSet((read_header(self.files[0]),))
 
-    @property
-    def plan(self) -> Plan:
-        """The plan of the merge."""
-        return plan_join(self.files) if self.kind is Kind.BYTE_PART else plan_merge(self.shards)
-
     def dry_run(self, output: str | Path, *, overwrite: bool = False, consume: bool = False) -> Plan:
         """Check all that `merge_model` checks before the first byte; write nothing, and return its plan."""
-        plan = self.plan
-        check_output(Path(output), plan, overwrite=overwrite, consume=consume)
-        return plan
+        check_output(Path(output), self.plan, overwrite=overwrite, consume=consume)
+        return self.plan
 
     def split(
         self, folder: str | Path | None = None, *, overwrite: bool = False, progress: bool = True
@@ -143,13 +139,14 @@ def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
     first = diagnose(files[0], allow_holes=True)
     if first.kind is Kind.BYTE_PART:
         parts = byte_parts(files[0]) if len(files) == 1 else files
-        return Source(parts, first.kind, None)
+        return Source(parts, first.kind, plan_join(parts))
     if first.kind is Kind.RAW_CONCATENATION and len(files) == 1:
-        return Source(files, first.kind, check_set(first.headers, glued=True))
+        shards = check_set(first.headers, glued=True)
+        return Source(files, first.kind, plan_merge(shards), shards)
     if len(files) == 1 and not (first.sound or first.headers):
         raise ShardError(f"is no model: {first.finding}", where=files[0], hint=first.next_step)
     shards = open_shards(files[0] if len(files) == 1 else files)
-    return Source(shards.paths, first.kind, shards)
+    return Source(shards.paths, first.kind, plan_merge(shards), shards)
 
 
 def _resolved(given: str | Path) -> tuple[Path, ...]:
@@ -187,17 +184,15 @@ def merge_model(
     Args:
         model: see `open_source`.
         overwrite: replace an existing output (which stays until the new one is proven).
-        consume: delete the shards. Each shard's bytes are given back to the disk once their copy is proven,
-        so
-            the merge needs no second copy of the model. Without it shards are only read.
+        consume: delete the shards. Their bytes are given back to the disk once their copy is proven, so the
+            merge needs no second copy of the model. Without it shards are only read.
         read_back: read the result from the disk again and compare; ``consume`` always does.
         allow_holes: accept shards with holes, whose missing bytes read as zeros.
 
     Raises:
         HeaderError, LayoutError, ShardError: the shards are not sound, or not one set.
         OutputError: the output exists, is one of the shards, or cannot be written there; or the shards must
-        not
-            be consumed.
+            not be deleted.
         SpaceError: the disk has too little room, found before or on the way.
         IntegrityError: a shard changed or ended while it was read, or the disk gave back other bytes.
     """
@@ -372,9 +367,8 @@ def _finish_consumed(model: Given, output: Path) -> MergeResult | None:
     if earlier is None or journal[0].get("sources") != list(earlier.sources):
         return None
     if sha256_of(output) != earlier.sha256:
-        raise IntegrityError(
-            "differs from its manifest", where=output, hint="keep what is left of its sources"
-        )
+        hint = "keep what is left of its sources"
+        raise IntegrityError("differs from its manifest", where=output, hint=hint)
     left = "run the same command again"
     with disk.readable_errors(output, 0, left), disk.only_writer(output, disk.lock_path(output)):
         folders = {path if path.is_dir() else path.parent for path in map(Path, _each(model))}
@@ -408,7 +402,7 @@ def _merged_before(model: Given, folder: Path) -> ShardError | None:
         output = manifest.with_name(manifest.name.removesuffix(".manifest.json"))
         earlier = earlier_result(output)
         if earlier and names & {str(source["name"]) for source in earlier.sources}:
-            hint = f"go on with the merged model, {tilde(output)}: `dfqs-nb run --model {shlex.quote(str(output))}`"
+            hint = f"go on with the merged model: dfqs-nb run --model {shlex.quote(tilde(output))}"
             return ShardError("was merged and then deleted (consume)", where=sorted(names)[0], hint=hint)
     return None
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import os
+import random
+import re
 import resource
 import shutil
 import signal
@@ -26,9 +29,10 @@ from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf import broken
 from dfqs_nb.merge import copy, disk
 from dfqs_nb.merge.disk import journal_path, lock_path, part_path
-from dfqs_nb.merge.journal import read_journal
+from dfqs_nb.merge.journal import Journal, read_journal, windows
+from dfqs_nb.merge.merge import earlier_result
 from dfqs_nb.merge.plan import Plan
-from dfqs_nb.merge.verify import manifest_path
+from dfqs_nb.merge.verify import manifest_path, read_manifest
 
 MERGED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.json").read_text())["models"][
     "IQ1_S-XL"
@@ -531,3 +535,74 @@ def test_no_journal_is_left_by_a_plain_merge_after_a_consuming_one_that_did_noth
     journal_path(output).write_text('{"plan":"x","window":4096,"sources":[]}\n')
     assert merged(pair[0], output) == MERGED and read_journal(output) == []
     assert not journal_path(output).exists()
+
+
+# ---- mutated manifests and journals ----
+
+
+def mutated(raw: bytes, draw: random.Random) -> bytes:
+    """A few bytes changed, inserted or cut, or a value replaced by one of another kind."""
+    data = bytearray(raw)
+    for _ in range(draw.randint(1, 4)):
+        at = draw.randrange(len(data))
+        action = draw.randrange(5)
+        if action == 0:
+            data[at] = draw.randrange(256)
+        elif action == 1:
+            del data[at : at + draw.randint(1, 200)]
+        elif action == 2:
+            data[at:at] = draw.choice(
+                [b"[" * 3000, b'{"a":' * 3000, b"1e999", b"9" * 5000, b"\xff\xfe", b"null"]
+            )
+        elif action == 3:
+            data[at:] = b""
+        else:
+            value = draw.choice([b"null", b"[]", b"{}", b'"x"', b"-1", b"1e308", b"true"])
+            data = bytearray(
+                re.sub(rb'(": ?)[^,{\[\n]+', rb"\g<1>" + value, bytes(data), count=draw.randint(1, 3))
+            )
+        if not data:
+            return b""
+    return bytes(data)
+
+
+def survive(count: int, pair: list[Path], folder: Path) -> None:
+    """Whatever stands in a manifest or a journal, it is read, or refused with a next step."""
+    result = merge.merge_model(pair[0], folder / "out.gguf", progress=False)
+    place, plan = manifest_path(result.path), merge.open_source(pair[0]).plan
+    manifest = place.read_bytes()
+    planted_journal(result.path, plan, result.path.read_bytes())
+    journal = journal_path(result.path).read_bytes()
+    for seed in range(count):
+        draw = random.Random(seed)
+        place.write_bytes(mutated(manifest, draw))
+        journal_path(result.path).write_bytes(mutated(journal, draw))
+        for call in (
+            lambda: read_manifest(result.path),
+            lambda: earlier_result(result.path),
+            lambda: windows(read_journal(result.path)),
+            lambda: begin(result.path, plan),
+        ):
+            with contextlib.suppress(DfqsError):
+                call()
+    assert [path.read_bytes() for path in pair] == [path.read_bytes() for path in SHARDS]
+    assert sha256(result.path) == MERGED
+
+
+def begin(output: Path, plan: Plan) -> None:
+    with contextlib.ExitStack() as stack:
+        journal = Journal(stack.enter_context(disk.open_own(journal_path(output))), plan, copy.WINDOW_BYTES)
+        pairs = zip(plan.sources, plan.identities, strict=True)
+        files = [(path, stack.enter_context(disk.open_source(path, alone=True)), who) for path, who in pairs]
+        journal.begin([copy.Source(*file) for file in files])
+
+
+def test_mutated_manifests_and_journals_are_refused(pair: list[Path], tmp_path: Path, small: None) -> None:
+    survive(300, pair, tmp_path)
+
+
+@pytest.mark.slow
+def test_20_000_mutated_manifests_and_journals_are_refused(
+    pair: list[Path], tmp_path: Path, small: None
+) -> None:
+    survive(20_000, pair, tmp_path)
