@@ -69,7 +69,8 @@ def report_shares(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xlim(-0.02, 1.02)
     ax.xaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_xlabel("right answers (95 % interval)")
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.16), ncols=3)
+    below = -0.6 / (0.5 + 0.24 * len(table))  # 0.6 inches: under the axis label, however high the axes are
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, below), ncols=3)
     set_title(ax, _finding(table))
     return ax
 
