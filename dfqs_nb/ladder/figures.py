@@ -33,7 +33,7 @@ def divergence_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         if rung.expert_bits == rung.expert_bits:  # NaN for a dense model
             ax.plot([bits, rung.expert_bits], [rung.kld] * 2, ":", color=colour, linewidth=0.9)
             ax.plot(rung.expert_bits, rung.kld, "o", color=colour, markerfacecolor="white", zorder=3)
-        _label(ax, rung.rung, (bits, rung.kld), xytext=(5, -3), fontsize=8, ha="left", va="top")
+        _label(ax, rung.rung, (bits, rung.kld), xytext=(7, -5), fontsize=8, ha="left", va="top")
     ax.set_yscale("log")
     both = np.concatenate([rows["bits_per_weight"] * 1.1, rows["expert_bits"].dropna()])
     _bit_axis(ax, both, "bits a weight (log scale); filled: the whole file, hollow: its routed experts")

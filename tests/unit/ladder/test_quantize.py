@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -77,7 +76,7 @@ def test_the_dry_run_is_exact_to_the_byte_and_writes_nothing(q8, tmp_path):
     mixed = quantize(F16, "Q3_K_M", tmp_path / "mixed.gguf", **QUIET)
     assert mixed.plan.nbytes == mixed.path.stat().st_size
     assert mixed.plan.tensors == plan(F16, "Q3_K_M").tensors
-    assert os.listdir(tmp_path) == ["mixed.gguf"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mixed.gguf"]
 
 
 def test_llama_cpp_says_where_a_shape_does_not_suit_its_mix(tmp_path):
@@ -162,7 +161,7 @@ def test_f16_to_f16_changes_no_tensor_and_says_so_in_the_file_type(tmp_path):
 def test_a_recipe_that_does_not_fit_is_refused(tmp_path, recipe, message):
     with pytest.raises(QuantizeError, match=message):
         quantize(F16, recipe, tmp_path / "out.gguf", **QUIET)
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_optional_rule_may_match_nothing():
@@ -218,7 +217,7 @@ def test_a_disk_without_room_is_refused_before_the_work(tmp_path, monkeypatch, q
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=q8.nbytes - 1))
     with pytest.raises(SpaceError, match=f"needs {q8.nbytes:,} bytes.*free 1 bytes"):
         quantize(F16, "Q8_0", tmp_path / "out.gguf", **QUIET)
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_is_not_what_was_planned_does_not_appear(tmp_path, monkeypatch):
@@ -226,7 +225,7 @@ def test_a_file_that_is_not_what_was_planned_does_not_appear(tmp_path, monkeypat
     monkeypatch.setattr(quantizer, "_file_bytes", lambda *arguments: right(*arguments) + 32)
     with pytest.raises(IntegrityError, match="were planned"):
         quantize(F16, "Q8_0", tmp_path / "out.gguf", **QUIET)
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_llama_cpp_cannot_load_is_an_error_with_its_words(tmp_path):
@@ -239,7 +238,7 @@ def test_what_llama_cpp_cannot_load_is_an_error_with_its_words(tmp_path):
     writer.close()
     with pytest.raises(QuantizeError, match="key not found in model: deepseek4"):
         quantize(source, Recipe("r", "Q8_0"), tmp_path / "out.gguf", **QUIET)
-    assert os.listdir(tmp_path) == ["source.gguf"]
+    assert [path.name for path in tmp_path.iterdir()] == ["source.gguf"]
 
 
 def test_a_source_of_another_alignment_is_refused_before_the_work(tmp_path):
@@ -253,7 +252,7 @@ def test_a_source_of_another_alignment_is_refused_before_the_work(tmp_path):
     writer.close()
     with pytest.raises(QuantizeError, match="aligned to 64 bytes"):
         quantize(source, Recipe("r", "Q8_0"), tmp_path / "out.gguf", **QUIET)
-    assert os.listdir(tmp_path) == ["source.gguf"]
+    assert [path.name for path in tmp_path.iterdir()] == ["source.gguf"]
 
 
 # ---- recipes ----
