@@ -86,7 +86,7 @@ def part_of(item_set: ItemSet, max_items: int) -> ItemSet:
     for item in item_set.items:
         taken[item.family] += 1
         items += [item] if taken[item.family] <= each else []
-    return replace(item_set, name=f"{item_set.name}-{len(items)}", items=tuple(items))
+    return replace(item_set, set=f"{item_set.name}-{len(items)}", items=tuple(items))
 
 
 # ---- the importance matrix of a source ----

@@ -8,8 +8,8 @@ from typing import Any
 
 from dfqs_nb.scores import speed
 from dfqs_nb.scores.compare import compare_runs
+from dfqs_nb.scores.grading import Results, SetRun
 from dfqs_nb.scores.item_sets import ItemSet
-from dfqs_nb.scores.results import Results, SetRun
 from dfqs_nb.scores.run import Answerer, Options, score_set
 from dfqs_nb.scores.sandbox import find_sandbox
 

@@ -13,7 +13,6 @@ import io
 import json
 import os
 import pickle
-import signal
 import struct
 import subprocess
 import sys
@@ -95,8 +94,14 @@ class _Peer:
 
     def __init__(self, incoming: IO[bytes], outgoing: IO[bytes]) -> None:
         self.incoming, self.outgoing = incoming, outgoing
-        self.objects: dict[int, Any] = {}  # what the other end has handles of
-        self.more: tuple[str, ...] = ()  # operations beside those on handles
+        objects = self.objects = dict[int, Any]()  # what the other end has handles of
+        self.operations: dict[str, Callable[..., Any]] = {
+            "get": lambda number, name: getattr(objects[number], _open(name)),
+            "put": lambda number, name, value: setattr(objects[number], _open(name), value),
+            "call": lambda number, args, named: (objects[number](*args, **named), args),
+            "true": lambda number: bool(objects[number]),
+            "same": lambda number, other: bool(objects[number] == other),
+        }
 
     def ask(self, operation: str, *args: Any) -> Any:
         self.send(("ask", operation, args))
@@ -111,43 +116,14 @@ class _Peer:
 
     def answer(self, operation: str, args: tuple[Any, ...]) -> None:
         try:
-            if operation not in ("get", "put", "call", "true", "same", *self.more):
+            if operation not in self.operations:
                 raise Gone(f"it asks for {operation}")
-            self.send(("value", getattr(self, operation)(*args)))
+            self.send(("value", self.operations[operation](*args)))
         except Gone:
             raise
         except BaseException as error:
             kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
             self.send(("error", type(error).__name__, kinds, _text(error)))
-
-    # the operations
-
-    def load(self, sources: list[str], names: list[str]) -> dict[str, Any]:
-        module = types.ModuleType("candidate")
-        module.__file__ = "/tmp/candidate.py"
-        sys.modules["candidate"] = module
-        for source in sources:
-            exec(compile(source.lstrip("\ufeff"), "<candidate>", "exec", dont_inherit=True), module.__dict__)
-        if names and names[0] not in module.__dict__:
-            raise NameError(f"name {names[0]!r} is not defined")
-        return {name: module.__dict__[name] for name in names if name in module.__dict__}
-
-    def get(self, number: int, name: str) -> Any:
-        return getattr(self.objects[number], _open(name))
-
-    def put(self, number: int, name: str, value: Any) -> None:
-        setattr(self.objects[number], _open(name), value)
-
-    def call(self, number: int, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        return self.objects[number](*args, **named), args
-
-    def true(self, number: int) -> bool:
-        return bool(self.objects[number])
-
-    def same(self, number: int, other: Any) -> bool:
-        return bool(self.objects[number] == other)
-
-    # the messages
 
     def send(self, message: tuple[Any, ...]) -> None:
         buffer = io.BytesIO()
@@ -185,17 +161,17 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         kind = type(value)
-        if any(value is mark for mark in MARKS) or _is_plain(value if isinstance(value, type) else kind):
+        if value is _marked or _is_plain(value if isinstance(value, type) else kind):
             return NotImplemented
         if kind is _Handle and value._peer is self.peer:
-            return _mine, (value._number,)
+            return _marked, ("yours", value._number)
         if kind.__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
-            return _plain, (value.item(),)
+            return _marked, ("plain", value.item())
         for base in BASES:
             if isinstance(value, base):
                 return base, (_stripped(base, value),)
         self.peer.objects[id(value)] = value
-        return _theirs, (id(value),)
+        return _marked, ("mine", id(value))
 
 
 class _Unpickler(pickle.Unpickler):
@@ -203,31 +179,23 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, file: IO[bytes], peer: _Peer) -> None:
         super().__init__(file)
-        self.meanings: dict[str, Callable[..., Any]] = {
-            "_mine": peer.objects.__getitem__,
-            "_theirs": lambda number: _Handle(peer, number),
-            "_plain": lambda value: value,
-        }
+        self.peer = peer
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == __name__ and name in self.meanings:
-            return self.meanings[name]
+        if (module, name) == (__name__, "_marked"):
+            return self.meaning
         if name in PLAIN.get(module, ()):
             return getattr(__import__(module), name)
         raise Gone(f"its answer holds {module}.{name}")
 
-
-def _mine(number: int) -> Any:
-    """A name in a pickle; the other end reads its own meaning into it."""
-
-
-def _theirs(number: int) -> Any: ...
+    def meaning(self, mark: str, value: Any) -> Any:
+        if mark == "yours":
+            return self.peer.objects[value]
+        return _Handle(self.peer, value) if mark == "mine" else value
 
 
-def _plain(value: Any) -> Any: ...
-
-
-MARKS = (_mine, _theirs, _plain)
+def _marked(mark: str, value: Any) -> Any:
+    """A name in a pickle, into which the other end reads its own `_Unpickler.meaning`."""
 
 
 def _is_plain(kind: type) -> bool:
@@ -286,11 +254,16 @@ def judge() -> NoReturn:
         stderr=subprocess.DEVNULL,
     )
     assert process.stdin is not None and process.stdout is not None
+    answer: dict[str, Any]
     try:
         _check(_Peer(process.stdout, process.stdin), job)
         answer = {"outcome": "passed", "detail": "", "nonce": job["nonce"]}
     except (Gone, BrokenPipeError) as error:
-        answer = _ending(process, str(error))
+        answer = {"detail": str(error)}
+        try:
+            answer["status"] = process.wait(0 if answer["detail"] else 2.0)
+        except subprocess.TimeoutExpired:
+            answer = {"outcome": "exited", "detail": answer["detail"] or "it closed its pipe"}
     except BaseException as error:
         kinds = {AssertionError: "wrong", MemoryError: "memory", SystemExit: "exited"}
         outcome = next((word for kind, word in kinds.items() if isinstance(error, kind)), "error")
@@ -321,17 +294,16 @@ def _names(code: types.CodeType) -> list[str]:
     return [*code.co_names, *inner]
 
 
-def _ending(process: subprocess.Popen[bytes], why: str) -> dict[str, Any]:
-    """How the candidate's process ended, when it did not answer."""
-    try:
-        status = process.wait(0 if why else 2.0)
-    except subprocess.TimeoutExpired:
-        return {"outcome": "exited", "detail": why or "it closed its pipe"}
-    if hasattr(signal, "SIGXCPU") and status == -signal.SIGXCPU:
-        return {"outcome": "timeout", "detail": "CPU time"}
-    if status < 0:
-        return {"outcome": "crashed", "detail": f"signal {-status}"}
-    return {"outcome": "exited", "detail": why or f"status {status} before its tests ended"}
+def _load(sources: list[str], names: list[str]) -> dict[str, Any]:
+    """Run the candidate's texts as one module, and give what the tests name of it."""
+    module = types.ModuleType("candidate")
+    module.__file__ = "/tmp/candidate.py"
+    sys.modules["candidate"] = module
+    for source in sources:
+        exec(compile(source.lstrip("\ufeff"), "<candidate>", "exec", dont_inherit=True), module.__dict__)
+    if names and names[0] not in module.__dict__:
+        raise NameError(f"name {names[0]!r} is not defined")
+    return {name: module.__dict__[name] for name in names if name in module.__dict__}
 
 
 def candidate(tasks: int) -> NoReturn:
@@ -342,7 +314,7 @@ def candidate(tasks: int) -> NoReturn:
         _limit({"RLIMIT_NPROC": tasks})
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # `site` defines them, which is left out
     peer = _Peer(incoming, outgoing)
-    peer.more = ("load",)
+    peer.operations["load"] = _load
     try:
         while True:
             _, operation, args = peer.receive()

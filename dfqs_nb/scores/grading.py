@@ -1,4 +1,4 @@
-"""Grade answers, and turn grades into scores with their uncertainty.
+"""Grade answers, and turn grades into scores with their uncertainty, and into tables and texts.
 
 Strict: an answer counts when it is the expected one after normalisation, and a program when its tests run to
 their end. Nothing is given for being close.
@@ -6,9 +6,12 @@ their end. Nothing is given for being close.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from math import comb, sqrt
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dfqs_nb.llama.thinking import answer_start
 from dfqs_nb.scores.answers import extract, normalised
@@ -17,6 +20,8 @@ from dfqs_nb.stats import wilson
 if TYPE_CHECKING:
     import pandas as pd
 
+COLUMNS = "set id sample family length guess prompt completion expected grade reason correct truncated"
+COLUMNS += " tokens seconds"
 GRADES = ("correct", "wrong", "no_answer", "truncated")
 
 
@@ -82,6 +87,13 @@ class Score:
     guess_rate: float
     counts: dict[str, int]
 
+    @classmethod
+    def of(cls, name: str, set: str, *, value: float, worth: float, n_missing: int, **facts: Any) -> Score:
+        """A score with its interval at ``worth`` items; it is withheld where items are missing."""
+        low, high = map(float, wilson(value * worth, worth))
+        held = None if n_missing else value
+        return cls(name=name, set=set, value=held, low=low, high=high, n_missing=n_missing, **facts)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a stage file."""
         return asdict(self)
@@ -119,17 +131,17 @@ def reasoning_score(items: pd.DataFrame, name: str, n_expected: int) -> Score:
         right = right.groupby("id", sort=False).agg({"family": "first", "guess": "first", "correct": "mean"})
     groups = right.groupby("family", sort=False)
     share, n, guess = groups["correct"].mean(), groups.size(), groups["guess"].mean()
-    weight = 1 / max(len(n), 1)
-    counts = {grade: int((items["grade"] == grade).sum()) for grade in GRADES}
-    return _score(
+    n_families = max(len(n), 1)
+    return Score.of(
         "reasoning_score",
         name,
-        value=float(share.mean()) if len(n) else 0.0,
-        error=weight * sqrt(float((share * (1 - share) / (n - 1).clip(lower=1)).sum())),
-        worth=1 / float((weight**2 / n).sum()) if len(n) else 0.0,
-        n=(n_expected, len(right)),
-        guess=guess.mean(),
-        counts=counts,
+        value=float(share.sum()) / n_families,
+        worth=n_families**2 / float((1 / n).sum()) if len(n) else 0.0,
+        standard_error=sqrt(float((share * (1 - share) / (n - 1).clip(lower=1)).sum())) / n_families,
+        n=n_expected,
+        n_missing=n_expected - len(right),
+        guess_rate=float(guess.sum()) / n_families,
+        counts={grade: int((items["grade"] == grade).sum()) for grade in GRADES},
     )
 
 
@@ -144,78 +156,125 @@ def code_score(samples: pd.DataFrame, name: str, n_expected: int, k: int = 1) ->
     Raises:
         ValueError: a task has fewer samples than ``k``.
     """
-    passed = samples.assign(passed=samples["grade"] == "passed").groupby("id", sort=False)["passed"]
-    table = passed.agg(["count", "sum"])
-    values = [pass_at_k(int(n), int(right), k) for n, right in zip(table["count"], table["sum"], strict=True)]
-    n_tasks = len(values)
-    mean = sum(values) / n_tasks if n_tasks else 0.0
-    spread = sum((value - mean) ** 2 for value in values) / max(n_tasks - 1, 1)
-    counts = {str(grade): int(count) for grade, count in samples["grade"].value_counts().items()}
-    return _score(
+    passed = (samples["grade"] == "passed").groupby(samples["id"], sort=False)
+    values = [pass_at_k(len(task), int(task.sum()), k) for _, task in passed]
+    return Score.of(
         "code_score" if k == 1 else f"pass@{k}",
         name,
-        value=mean,
-        error=sqrt(spread / max(n_tasks, 1)),
-        worth=n_tasks,
-        n=(n_expected, n_tasks),
-        guess=0.0,
-        counts=counts,
+        value=float(np.mean(values)) if values else 0.0,
+        worth=len(values),
+        standard_error=float(np.std(values, ddof=1)) / sqrt(len(values)) if len(values) > 1 else 0.0,
+        n=n_expected,
+        n_missing=n_expected - len(values),
+        guess_rate=0.0,
+        counts={str(grade): int(count) for grade, count in samples["grade"].value_counts().items()},
     )
 
 
-def _score(
-    label: str,
-    name: str,
-    *,
-    value: float,
-    error: float,
-    worth: float,
-    n: tuple[int, int],
-    guess: float,
-    counts: dict[str, int],
-) -> Score:
-    """``n``: items of the set, and those with a result; ``worth``: the items that the interval stands on."""
-    low, high = wilson(value * worth, worth)
-    missing = n[0] - n[1]
-    return Score(
-        label,
-        name,
-        None if missing else value,
-        float(low),
-        float(high),
-        error,
-        n[0],
-        missing,
-        float(guess) if n[1] else 0.0,
-        counts,
-    )
+@dataclass(frozen=True)
+class SetRun:
+    """A set, answered and judged.
 
-
-def family_table(items: pd.DataFrame) -> pd.DataFrame:
-    """One row a family and length: counts, accuracy with Wilson's interval, guess rate, and how it failed.
-
-    ``items`` has columns ``set``, ``id``, ``family``, ``length``, ``guess``, ``grade`` (of code: the
-    outcome), ``correct`` and ``truncated``.
+    Attributes:
+        kind, name: of the set.
+        items: one row a sample, with the columns ``COLUMNS``; ``grade`` of code is the sandbox's outcome.
+        score: of the whole set; its value is None while items lack a result.
+        pass_at: for code with several samples: the score at each k asked for.
+        conditions: all that the score depends on, the model's SHA-256 apart.
+        model: the model's SHA-256 (or a name, where none is known).
+        n_resumed: samples whose answer an earlier run had written.
     """
-    import pandas as pd
 
-    rows = []
-    for (name, family, length), group in items.groupby(["set", "family", "length"], sort=False):
-        n_items = group["id"].nunique()  # samples of one item are no evidence of their own
-        low, high = wilson(group["correct"].mean() * n_items, n_items)
-        rows.append(
-            {
-                "set": name,
-                "family": family,
-                "length": length,
-                "n": len(group),
-                "correct": int(group["correct"].sum()),
-                "accuracy": group["correct"].mean(),
-                "low": float(low),
-                "high": float(high),
-                "guess_rate": group["guess"].mean(),
-                "truncated": int(group["truncated"].sum()),
-                "no_answer": int((group["grade"] == "no_answer").sum()),
-            }
+    kind: str
+    name: str
+    items: pd.DataFrame = field(repr=False)
+    score: Score
+    pass_at: dict[int, Score] = field(default_factory=dict)
+    conditions: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    model: str = ""
+    n_resumed: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        name: str,
+        items: pd.DataFrame | list[dict[str, Any]],
+        *,
+        n_items: int | None = None,
+        ks: Sequence[int] = (),
+        **facts: Any,
+    ) -> SetRun:
+        """A run from its judged items: the one place where items become a score.
+
+        Args:
+            n_items: of the whole set; by default those that are here.
+            facts: ``conditions``, ``model`` and ``n_resumed``.
+        """
+        import pandas as pd
+
+        table = pd.DataFrame(items, columns=COLUMNS.split()) if isinstance(items, list) else items
+        n = table["id"].nunique() if n_items is None else n_items
+        if kind == "reasoning":
+            return cls(kind, name, table, reasoning_score(table, name, n), **facts)
+        pass_at = {k: code_score(table, name, n, k) for k in ks}
+        return cls(kind, name, table, code_score(table, name, n), pass_at, **facts)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Several sets, answered by one model."""
+
+    runs: Sequence[SetRun]
+
+    @property
+    def items(self) -> pd.DataFrame:
+        """The items of all sets; columns as `SetRun.items`."""
+        import pandas as pd
+
+        return pd.concat([run.items for run in self.runs], ignore_index=True)
+
+    def table(self) -> pd.DataFrame:
+        """One row a set: the metric, its value and interval, the guess rate, and how items failed."""
+        import pandas as pd
+
+        rows = []
+        for run in self.runs:
+            fields = {"set": run.name} | run.score.as_dict()
+            no_answer = fields.pop("counts").get("no_answer", 0)
+            rows.append({**fields, "truncated": int(run.items["truncated"].sum()), "no_answer": no_answer})
+        return pd.DataFrame(rows)
+
+    def families(self) -> pd.DataFrame:
+        """One row a family and length: counts, accuracy with Wilson's interval, guess rate, how it failed."""
+        items = self.items
+        table = (
+            items.assign(no_answer=items["grade"] == "no_answer")
+            .groupby(["set", "family", "length"], sort=False)
+            .agg(
+                n=("id", "size"),
+                n_items=("id", "nunique"),
+                correct=("correct", "sum"),
+                accuracy=("correct", "mean"),
+                guess_rate=("guess", "mean"),
+                truncated=("truncated", "sum"),
+                no_answer=("no_answer", "sum"),
+            )
         )
-    return pd.DataFrame(rows)
+        n_items = table.pop("n_items")  # samples of one item are no evidence of their own
+        low, high = wilson(table["accuracy"] * n_items, n_items)
+        table.insert(3, "low", low)
+        table.insert(4, "high", high)
+        return table.reset_index()
+
+    def failures(self, n: int = 3) -> pd.DataFrame:
+        """Failed items to read, ``n`` a set, spread over its families: what was asked, said and expected."""
+        items = self.items
+        failed = items[~items["correct"]]
+        turn = failed.groupby(["set", "family"], sort=False).cumcount()
+        chosen = failed.loc[turn.sort_values(kind="stable").index].groupby("set").head(n).sort_index()
+        return chosen[["family", "prompt", "completion", "expected", "reason"]].reset_index(drop=True)
+
+    def sentences(self) -> list[str]:
+        """The score of each set in words."""
+        return [run.score.sentence for run in self.runs]

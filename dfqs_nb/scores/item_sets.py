@@ -11,7 +11,7 @@ A set of your own is a file like those in ``data/prompts/``, in a folder of your
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -76,48 +76,43 @@ class Item:
 
 @dataclass(frozen=True)
 class Head:
-    """The first line of a set; fields that are not here are kept, and mean nothing to the workbook."""
+    """The first line of a set; fields that are not here are kept, and mean nothing to the workbook.
+
+    Attributes:
+        set: its name.
+        kind: ``reasoning`` (the answer is compared) or ``code`` (the candidate is run).
+        mode: ``chat`` (through the chat template, with ``instruction`` behind the prompt, or around it
+            where it has a ``{prompt}``; of code the answer's code counts) or ``complete`` (plain
+            continuation, which is also what a code set falls back to where a model has no chat template).
+        extract: where a reasoning answer is found.
+        tier: ``nano``, ``standard``, or ``own``; scores of different tiers are never put side by side.
+        stop, max_tokens: where generation ends; the stop texts of a code set are for plain continuation.
+    """
 
     set: Text
     kind: Literal["reasoning", "code"]
-    mode: Literal["chat", "complete"] | None = None
+    mode: Literal["chat", "complete", ""] = ""
     extract: Literal["answer tag", "last line"] = "last line"
     tier: str = "own"
     instruction: str = ""
-    stop: list[Text] = field(default_factory=list)
+    stop: tuple[Text, ...] = ()
     max_tokens: Annotated[int, Ge(1)] = 256
     licence: str = "not stated"
     source: str = "not stated"
     guess_rule: str = "not stated"
 
 
-@dataclass(frozen=True)
-class ItemSet:
-    """One set. ``sha256`` is that of the file, so any change is another set.
+@dataclass(frozen=True, kw_only=True)
+class ItemSet(Head):
+    """A set; ``sha256`` is that of its file, so any change is another set."""
 
-    Attributes:
-        tier: ``nano``, ``standard``, or ``own``; scores of different tiers are never put side by side.
-        kind: ``reasoning`` (the answer is compared) or ``code`` (the candidate is run).
-        mode: ``chat`` (through the chat template, with ``instruction`` behind the prompt, or around it
-            where it has a ``{prompt}``; of code the answer's code counts) or ``complete`` (plain
-            continuation, which is also what a code set falls back to where a model has no chat template).
-        extract: where a reasoning answer is found: ``answer tag`` or ``last line``.
-        stop, max_tokens: where generation ends; the stop texts of a code set are for plain continuation.
-    """
-
-    name: str
-    tier: str
-    kind: str
-    mode: str
-    extract: str
-    instruction: str
-    stop: tuple[str, ...]
-    max_tokens: int
-    licence: str
-    source: str
-    guess_rule: str
     sha256: str
     items: tuple[Item, ...] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The name of the set."""
+        return self.set
 
     @classmethod
     def load(cls, name: str | Path, folder: str | Path | None = None) -> ItemSet:
@@ -192,7 +187,7 @@ def _read(path: Path) -> ItemSet:
     for number, line in enumerate(lines, start=2):
         if not line.strip():
             continue
-        item = _typed("Item", line, number, path)
+        item = _typed(Item, line, number, path)
         needed = ("answer",) if head.kind == "reasoning" else ("tests", "entry_point")
         missing = [name for name in needed if not getattr(item, name)]
         if missing or item.id in items:
@@ -200,39 +195,27 @@ def _read(path: Path) -> ItemSet:
         items[item.id] = item
     if not items:
         raise _broken(path, 2, "there are no items")
-    return ItemSet(
-        name=head.set,
-        tier=head.tier,
-        kind=head.kind,
-        mode=head.mode or ("complete" if head.kind == "code" else "chat"),
-        extract=head.extract,
-        instruction=head.instruction,
-        stop=tuple(head.stop),
-        max_tokens=head.max_tokens,
-        licence=head.licence,
-        source=head.source,
-        guess_rule=head.guess_rule,
-        sha256=hashlib.sha256(raw).hexdigest(),
-        items=tuple(items.values()),
-    )
+    mode = head.mode or ("complete" if head.kind == "code" else "chat")
+    fields = asdict(head) | {"mode": mode, "sha256": hashlib.sha256(raw).hexdigest()}
+    return ItemSet(**fields, items=tuple(items.values()))
 
 
 def _head(line: bytes, path: Path) -> Head:
-    head: Head = _typed("Head", line, 1, path)
+    head: Head = _typed(Head, line, 1, path)
     if not all(character.isalnum() or character in "-_. " for character in head.set):
         raise _broken(path, 1, f"set: {head.set!r} names files: use letters, digits, '-', '_' and '.'")
     return head
 
 
 @cache
-def _reader(kind: str) -> Any:
+def _reader(kind: Any) -> Any:
     from pydantic import TypeAdapter
 
-    return TypeAdapter({"Head": Head, "Item": Item}[kind])
+    return TypeAdapter(kind)
 
 
-def _typed(kind: str, line: bytes, number: int, path: Path) -> Any:
-    """A line as the dataclass of that name, each value of exactly the type that the field states."""
+def _typed(kind: Any, line: bytes, number: int, path: Path) -> Any:
+    """A line as that dataclass, each value of exactly the type that the field states."""
     from pydantic import ValidationError
 
     try:

@@ -23,9 +23,8 @@ from dfqs_nb.core.journal import Journal
 from dfqs_nb.llama.generate import GREEDY, Completion, Sampling, chat_prompt, chat_text, stream_tokens
 from dfqs_nb.llama.model import ContextFullError, DecodeError, Model
 from dfqs_nb.llama.thinking import answer_start, opens_thinking
-from dfqs_nb.scores.grading import grade
+from dfqs_nb.scores.grading import SetRun, grade
 from dfqs_nb.scores.item_sets import Item, ItemSet
-from dfqs_nb.scores.results import SetRun
 from dfqs_nb.scores.sandbox import (
     DRIVER,
     LIMITS,
@@ -34,7 +33,6 @@ from dfqs_nb.scores.sandbox import (
     Verdict,
     check_allowed,
     find_sandbox,
-    run_many,
 )
 
 ATTEMPTS = 3  # at decoding one item
@@ -82,8 +80,8 @@ class Options:
 
     def conditions(self) -> dict[str, Any]:
         """What an answer depends on."""
-        names = ("thinking", "thinking_tokens")
-        return {"sampling": asdict(self.sampling), **{name: getattr(self, name) for name in names}}
+        thinking = {"thinking": self.thinking, "thinking_tokens": self.thinking_tokens}
+        return {"sampling": asdict(self.sampling), **thinking}
 
 
 @dataclass(frozen=True)
@@ -180,91 +178,82 @@ class Answerer:
         sandbox = find_sandbox() if item_set.kind == "code" else None
         if sandbox:
             check_allowed(sandbox, options.allow_unsandboxed)
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        paths = {kind: Path(folder) / f"{kind}-{item_set.name}.jsonl" for kind in ("answers", "verdicts")}
-        conditions = {
-            **item_set.identity(),
-            "mode": self.mode,
-            **options.conditions(),
-            "scoring": __version__,
-        }
-        conditions |= self.conditions
-        key = {name: value for name, value in conditions.items() if name not in ("repeats", "sandbox")}
-        journal = Journal(paths["answers"], {**key, "model": self.model_id}, fresh=options.fresh)
-        wanted = [
-            _Sample(item, number)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        own = {"mode": self.mode, **options.conditions(), "scoring": __version__}
+        conditions = {**item_set.identity(), **own, **self.conditions}
+        place, known = folder / f"answers-{item_set.name}.jsonl", {**conditions, "model": self.model_id}
+        journal = Journal(place, known, fresh=options.fresh)
+        wanted = {
+            f"{item.id}#{number}": (item, number)
             for item in item_set.items[: options.limit]
             for number in range(options.n_samples)
-        ]
-        todo = [sample for sample in wanted if sample.key not in journal]
-        n_resumed = len(wanted) - len(todo)
-        with tqdm(
-            total=len(wanted), initial=n_resumed, desc=item_set.name, disable=not options.progress
-        ) as bar:
-            for sample, fields in self._answers(item_set, todo, options):
-                journal.add(sample.key, **fields)
+        }
+        todo = {key: sample for key, sample in wanted.items() if key not in journal}
+        n_resumed, quiet = len(wanted) - len(todo), not options.progress
+        with tqdm(total=len(wanted), initial=n_resumed, desc=item_set.name, disable=quiet) as bar:
+            for key, fields in self._answers(item_set, todo, options):
+                journal.add(key, **fields)
                 bar.update()
-        rows = [_row(item_set, sample, journal[sample.key]) for sample in wanted]
+        rows = [_row(item_set, *wanted[key], journal[key]) for key in wanted]
         if sandbox:
-            candidates = [_candidate(sample.item, journal[sample.key], self.mode) for sample in wanted]
-            _judge(rows, candidates, sandbox, paths["verdicts"], options)
+            candidates = [_candidate(item, journal[key], self.mode) for key, (item, _) in wanted.items()]
+            _judge(rows, candidates, sandbox, folder / f"verdicts-{item_set.name}.jsonl", options)
             conditions["sandbox"] = sandbox.level
-        conditions["repeats"] = options.n_samples
         return SetRun.of(
             item_set.kind,
             item_set.name,
             rows,
             n_items=len(item_set.items),
             ks=options.ks,
-            conditions=conditions,
+            conditions=conditions | {"repeats": options.n_samples},
             model=self.model_id,
             n_resumed=n_resumed,
         )
 
     def _answers(
-        self, item_set: ItemSet, todo: Sequence[_Sample], options: Options
-    ) -> Iterator[tuple[_Sample, dict[str, Any]]]:
-        """Answers as they come.
+        self, item_set: ItemSet, todo: Mapping[str, tuple[Item, int]], options: Options
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Answers as they come, by the key of their sample.
 
         After an error no new item is begun, and what was under way is handed over before the error is raised.
         """
 
-        def ask(sample: _Sample) -> dict[str, Any]:
-            seeded = replace(options, seed=options.seed + sample.number)
-            return self._asked(self.request(item_set, sample.item, seeded))
+        def ask(key: str) -> dict[str, Any]:
+            item, number = todo[key]
+            return self._asked(self.request(item_set, item, replace(options, seed=options.seed + number)))
 
         if self.n_parallel == 1:
-            yield from ((sample, ask(sample)) for sample in todo)
+            yield from ((key, ask(key)) for key in todo)
             return
         left, failed = iter(todo), None
-        under_way: dict[Future[dict[str, Any]], _Sample] = {}
+        under_way: dict[Future[dict[str, Any]], str] = {}
         with ThreadPoolExecutor(self.n_parallel) as pool:
             while True:
-                for sample in islice(left, self.n_parallel - len(under_way) if failed is None else 0):
-                    under_way[pool.submit(ask, sample)] = sample
+                for key in islice(left, self.n_parallel - len(under_way) if failed is None else 0):
+                    under_way[pool.submit(ask, key)] = key
                 if not under_way:
                     break
                 for done in wait(under_way, return_when=FIRST_COMPLETED).done:
-                    sample, error = under_way.pop(done), done.exception()
+                    key, error = under_way.pop(done), done.exception()
                     failed = failed or error
                     if error is None:
-                        yield sample, done.result()
+                        yield key, done.result()
         if failed is not None:
             raise failed
 
     def _asked(self, request: Request) -> dict[str, Any]:
-        """The answer to a request, as it is written down."""
+        """The answer to a request, as it is written down; an error of the runtime is tried again."""
+        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
+
+        again = retry_if_exception(
+            lambda error: isinstance(error, DecodeError) and not isinstance(error, ContextFullError)
+        )
+        retrying = Retrying(
+            stop=stop_after_attempt(ATTEMPTS), wait=wait_fixed(0.1), retry=again, reraise=True
+        )
         started = time.perf_counter()
-        for attempt in range(ATTEMPTS):
-            try:
-                completion = self.answer(request)
-                break
-            except ContextFullError:
-                raise
-            except DecodeError:
-                if attempt == ATTEMPTS - 1:
-                    raise
-                time.sleep(0.1)
+        completion = retrying(self.answer, request)
         return {
             # half of a surrogate pair is no text, and no file could hold it
             "completion": completion.text.encode("utf-8", "replace").decode(),
@@ -273,18 +262,6 @@ class Answerer:
             "tokens": completion.n_tokens,
             "seconds": round(time.perf_counter() - started, 4),
         }
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """One of the answers to an item."""
-
-    item: Item
-    number: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.item.id}#{self.number}"
 
 
 def score_set(
@@ -301,8 +278,6 @@ def score_set(
         ModelError: the chat template fails, or leaves a question out.
         DecodeError: llama.cpp fails at an item three times.
     """
-    if item_set.kind == "code":
-        check_allowed(find_sandbox(), options.allow_unsandboxed)
     answerer = Answerer.of(model, item_set, options, model_id)
     check_prompts(model, item_set, answerer, options)
     return answerer.score(item_set, folder, options)
@@ -325,35 +300,23 @@ def check_prompts(model: Model, item_set: ItemSet, answerer: Answerer, options: 
     return longest
 
 
-def _row(item_set: ItemSet, sample: _Sample, answer: Mapping[str, Any]) -> dict[str, Any]:
+def _row(item_set: ItemSet, item: Item, number: int, answer: Mapping[str, Any]) -> dict[str, Any]:
     """One row of the frame; code is judged later."""
-    item = sample.item
-    row = {
-        "set": item_set.name,
-        "id": item.id,
-        "sample": sample.number,
-        "family": item.family,
-        "length": item.length,
-        "guess": item.guess,
-        "prompt": item.prompt,
-        "completion": answer["completion"],
-        "expected": item.answer or item.reference,
-        "tokens": answer["tokens"],
-        "seconds": answer["seconds"],
-        "truncated": answer["finish_reason"] == "length",
-    }
+    shared = ("id", "family", "length", "guess", "prompt")
+    row = {"set": item_set.name, "sample": number} | {name: getattr(item, name) for name in shared}
+    row |= {name: answer[name] for name in ("completion", "tokens", "seconds")}
+    row |= {"expected": item.answer or item.reference, "truncated": answer["finish_reason"] == "length"}
     if item_set.kind == "code":
         return row
     how = item_set.extract
-    given = grade(answer["completion"], answer["finish_reason"], item.answer, how, answer["opened"])
+    grade_, given = grade(answer["completion"], answer["finish_reason"], item.answer, how, answer["opened"])
     reasons = {
-        "wrong": f"answered {given[1]!r}",
+        "wrong": f"answered {given!r}",
         "no_answer": f"no answer in its {how}",
         "truncated": f"cut off after {answer['tokens']} tokens",
-        "correct": "",
     }
-    grades = {"grade": given[0], "reason": reasons[given[0]], "correct": given[0] == "correct"}
-    return {**row, **grades, "truncated": given[0] == "truncated"}
+    judged = {"grade": grade_, "reason": reasons.get(grade_, ""), "correct": grade_ == "correct"}
+    return {**row, **judged, "truncated": grade_ == "truncated"}
 
 
 def _candidate(item: Item, answer: Mapping[str, Any], mode: str) -> Candidate | Verdict:
@@ -379,15 +342,13 @@ def _judge(
     todo = {one.key: one for one in candidates if isinstance(one, Candidate) and one.key not in journal}
     with tqdm(total=len(todo), desc="tests", disable=not options.progress or not todo) as bar:
         for start in range(0, len(todo), BATCH):
-            part = list(todo.items())[start : start + BATCH]
-            verdicts = run_many([candidate for _, candidate in part], sandbox)
-            for (key, _), verdict in zip(part, verdicts, strict=True):
+            part = list(todo)[start : start + BATCH]
+            for key, verdict in zip(part, sandbox.verdicts([todo[key] for key in part]), strict=True):
                 journal.add(key, outcome=verdict.outcome, detail=verdict.detail)
             bar.update(len(part))
     for row, candidate in zip(rows, candidates, strict=True):
-        known = isinstance(candidate, Verdict)
         verdict = candidate if isinstance(candidate, Verdict) else Verdict(**journal[candidate.key])
         cut = (row["truncated"] or verdict.outcome == "truncated") and not verdict.passed
-        lead = "cut off; " if cut and not known else ""
+        lead = "cut off; " if cut and isinstance(candidate, Candidate) else ""
         reason = "" if verdict.passed else f"{lead}{verdict.outcome}: {verdict.detail}".rstrip(": ")
         row |= {"grade": verdict.outcome, "reason": reason, "correct": verdict.passed, "truncated": cut}

@@ -21,8 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -40,7 +41,12 @@ SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 ZONES = "/usr/share/zoneinfo"
 PACKAGES = "/packages"  # where numpy lies inside
-TEMPORARY_BYTES = 32 << 20  # of /tmp, and of /dev/shm, which multiprocessing needs
+# arguments of bwrap
+APART = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try --die-with-parent"
+APART += " --new-session --cap-drop ALL --hostname sandbox"
+OWN_USER, NO_USER = "--cap-add CAP_SETUID --cap-add CAP_SETGID", "--unshare-user --uid 65534 --gid 65534"
+SMALL = f"--perms 1777 --size {32 << 20} --tmpfs"
+TEMPORARY = f"{SMALL} /tmp {SMALL} /dev/shm --remount-ro / --chdir /tmp"  # multiprocessing needs /dev/shm
 ATTEMPTS = 3  # at starting one candidate; a sandbox that does not start says nothing about the candidate
 FIRST_OWN_USER = 1 << 28  # no system gives out numbers like these
 LOOK_SECONDS = 0.1  # between two looks at the memory of a candidate's processes
@@ -152,9 +158,11 @@ class Sandbox:
     own_user: bool = False
     note: str = ""
 
-    def verdicts(self, candidates: Sequence[Candidate | str]) -> list[Verdict]:
-        """What becomes of each of several candidates, see `run_many`."""
-        return run_many(candidates, self)
+    def verdicts(self, candidates: Sequence[Candidate | str], limits: Limits = LIMITS) -> list[Verdict]:
+        """The verdict of each candidate, in order; as many run at once as there are CPUs; see `run`."""
+        n_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        with ThreadPoolExecutor(n_workers) as pool:
+            return list(pool.map(lambda candidate: run(candidate, self, limits), candidates))
 
     @property
     def safe(self) -> bool:
@@ -215,7 +223,7 @@ def _tried(sandbox: Sandbox) -> Sandbox:
     with tempfile.NamedTemporaryFile() as secret:
         guards = [text.replace("{secret!r}", repr(secret.name)) for text in GUARDS.values()]
         try:
-            verdicts = run_many(guards, sandbox, replace(LIMITS, wall_seconds=20.0))
+            verdicts = sandbox.verdicts(guards, replace(LIMITS, wall_seconds=20.0))
         except SandboxError as error:
             return Sandbox("none", note=error.what)
     failed = [name for name, verdict in zip(GUARDS, verdicts, strict=True) if not verdict.passed]
@@ -232,38 +240,13 @@ def check_allowed(sandbox: Sandbox, allow_unsandboxed: bool = False) -> None:
 
     Raises:
         SandboxError: the level is ``none`` and ``allow_unsandboxed`` is false.
-
-    >>> check_allowed(Sandbox("none", note="bubblewrap needs Linux"))
-    Traceback (most recent call last):
-    dfqs_nb.scores.sandbox.SandboxError: no sandbox for generated code (bubblewrap needs Linux); pass
-    allow_unsandboxed=True to run it on this machine as it is
     """
     if not sandbox.safe and not allow_unsandboxed:
-        raise SandboxError(
-            f"no sandbox for generated code ({sandbox.note})",
-            hint="pass allow_unsandboxed=True to run it on this machine as it is",
-        )
+        hint = "pass allow_unsandboxed=True to run it on this machine as it is"
+        raise SandboxError(f"no sandbox for generated code ({sandbox.note})", hint=hint)
 
 
 # ---- running candidates ----
-
-
-def run_many(
-    candidates: Sequence[Candidate | str],
-    sandbox: Sandbox,
-    limits: Limits = LIMITS,
-    progress: Callable[[Iterable[Verdict]], Iterable[Verdict]] = iter,
-) -> list[Verdict]:
-    """The verdict of each candidate, in order; as many run at once as there are CPUs.
-
-    ``progress`` wraps the iterator of verdicts, as ``tqdm`` does.
-
-    Raises:
-        SandboxError: a sandbox does not start, even at the third try.
-    """
-    n_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(n_workers) as pool:
-        return list(progress(pool.map(lambda candidate: run(candidate, sandbox, limits), candidates)))
 
 
 def run(candidate: Candidate | str, sandbox: Sandbox, limits: Limits = LIMITS) -> Verdict:
@@ -291,22 +274,25 @@ def _run_once(candidate: Candidate, sandbox: Sandbox, limits: Limits) -> tuple[V
     job = {**asdict(candidate), "nonce": nonce, "user": user, "limits": limits.rlimits()}
     if not sandbox.safe:
         job["limits"].pop("RLIMIT_NPROC")  # it would count all processes of this user
-    with tempfile.TemporaryDirectory(prefix="dfqs-") as folder, tempfile.TemporaryFile() as output:
-        filter_end = _filled_pipe(seccomp.program()) if sandbox.safe else -1
+    with (
+        tempfile.TemporaryDirectory(prefix="dfqs-") as folder,
+        tempfile.TemporaryFile() as output,
+        tempfile.TemporaryFile() as calls,
+    ):
+        calls.write(seccomp.program())
+        calls.seek(0)
         started = time.perf_counter()
-        process = subprocess.Popen(
-            _command(sandbox, filter_end),
+        with subprocess.Popen(
+            _command(sandbox, calls.fileno()),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.PIPE,
             cwd=folder,
             env=ENVIRONMENT,
-            pass_fds=[filter_end] if sandbox.safe else [],
+            pass_fds=[calls.fileno()] if sandbox.safe else [],
             start_new_session=True,
-        )
-        if sandbox.safe:
-            os.close(filter_end)
-        stopped, complaint = _feed(process, json.dumps(job).encode(), limits)
+        ) as process:
+            stopped, complaint = _feed(process, json.dumps(job).encode(), limits)
         seconds = time.perf_counter() - started
         output.seek(0)
         ready, _, answer = output.read(1 << 16).partition(b"\n")
@@ -314,14 +300,6 @@ def _run_once(candidate: Candidate, sandbox: Sandbox, limits: Limits) -> tuple[V
         return None, complaint.strip() or f"no answer, status {process.returncode}"
     verdict = stopped or _verdict(answer, nonce, process.returncode)
     return replace(verdict, seconds=seconds), ""
-
-
-def _filled_pipe(content: bytes) -> int:
-    """The reading end of a pipe that holds these few bytes."""
-    reading, writing = os.pipe()
-    with os.fdopen(writing, "wb") as pipe:
-        pipe.write(content)
-    return reading
 
 
 def _feed(process: subprocess.Popen[bytes], job: bytes | None, limits: Limits) -> tuple[Verdict | None, str]:
@@ -337,76 +315,50 @@ def _feed(process: subprocess.Popen[bytes], job: bytes | None, limits: Limits) -
                 return Verdict("timeout", "wall time"), ""
             if _held_bytes(process.pid) > limits.memory_bytes:
                 return Verdict("memory", f"{limits.memory_bytes >> 20} MiB in all its processes"), ""
-    finally:
-        _end(process)
+    finally:  # it and all that it started
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (AttributeError, ProcessLookupError, PermissionError):
+            process.kill()
 
 
 def _held_bytes(pid: int) -> int:
     """Memory of all processes below this one; pages that they share count once where that matters."""
     held, shared_once = 0, 0
-    try:
-        family = psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return 0
-    for member in family:
-        try:
-            held += member.memory_info().rss
-            shared_once += member.memory_full_info().pss if held > LIMITS.memory_bytes // 4 else 0
-        except (psutil.Error, AttributeError):
-            continue  # it ended, or this system does not say
+    with suppress(psutil.NoSuchProcess):
+        for member in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.Error, AttributeError):  # it ended, or this system does not say
+                held += member.memory_info().rss
+                shared_once += member.memory_full_info().pss if held > LIMITS.memory_bytes // 4 else 0
     return shared_once
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process and all that it started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (AttributeError, ProcessLookupError, PermissionError):
-        process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stderr):
-        if pipe is not None:
-            pipe.close()
-
-
 def _verdict(answer: bytes, nonce: str, status: int) -> Verdict:
+    """What the judge wrote, or how the candidate (of a silent judge: the judge) ended."""
     try:
         facts: dict[str, Any] = json.loads(answer)
     except ValueError:
-        facts = {}
-    outcome = facts.get("outcome")
+        facts = {"status": 128 - status if status > 128 else status}
+    outcome, detail, ended = facts.get("outcome"), facts.get("detail"), facts.get("status", status)
     if outcome in OUTCOMES and (outcome != "passed" or facts["nonce"] == nonce):
-        return Verdict(str(outcome), plain(facts["detail"]))
-    number = status - 128 if status > 128 else -status
-    if number == getattr(signal, "SIGXCPU", None):
+        return Verdict(str(outcome), plain(detail))
+    if ended == -getattr(signal, "SIGXCPU", 0) < 0:
         return Verdict("timeout", "CPU time")
-    if number > 0:
-        return Verdict("crashed", f"signal {number}")
-    return Verdict("exited", f"status {status} before its tests ended")
+    if ended < 0:
+        return Verdict("crashed", f"signal {-ended}")
+    return Verdict("exited", plain(detail or f"status {ended} before its tests ended"))
 
 
-def _command(sandbox: Sandbox, filter_end: int) -> list[str]:
+def _command(sandbox: Sandbox, calls: int) -> list[str]:
     """The command line: bwrap with its guards, then the interpreter with nothing but its own library."""
     python = os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable)
     inner = [python, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", DRIVER]
     if not sandbox.safe:
         return inner
-    user = (
-        "--cap-add CAP_SETUID --cap-add CAP_SETGID"
-        if sandbox.own_user
-        else "--unshare-user --uid 65534 --gid 65534"
-    )
-    temporary = f"--perms 1777 --size {TEMPORARY_BYTES} --tmpfs"
-    filtered = f"--seccomp {filter_end}" if seccomp.program() else ""
-    return [
-        sandbox.program,
-        *"--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try".split(),
-        *"--die-with-parent --new-session --cap-drop ALL --hostname sandbox".split(),
-        *f"{filtered} {user}".split(),
-        *_mounts(python),
-        *f"{temporary} /tmp {temporary} /dev/shm --remount-ro / --chdir /tmp".split(),
-        *inner,
-    ]
+    user = OWN_USER if sandbox.own_user else NO_USER
+    filtered = f"--seccomp {calls}" if seccomp.program() else ""
+    before = f"{APART} {filtered} {user}".split()
+    return [sandbox.program, *before, *_mounts(python), *TEMPORARY.split(), *inner]
 
 
 @lru_cache(maxsize=4)
@@ -416,27 +368,24 @@ def _mounts(python: str) -> tuple[str, ...]:
     Their parent folders are made here: bwrap's own cannot be entered by another user.
     """
     mounts: list[str] = []
-    places: list[str] = []
-    folders = [*map(Path, SYSTEM_LIBRARIES), Path(sys.base_prefix, "lib"), Path(sys.base_prefix, "lib64")]
-    for folder in dict.fromkeys(folders):
+    places: dict[str, str] = {}  # inside, and the folder or file that is seen there
+    system = [*map(Path, SYSTEM_LIBRARIES), Path(sys.base_prefix, "lib"), Path(sys.base_prefix, "lib64")]
+    for folder in dict.fromkeys(system):
         if folder.is_symlink():
             mounts += ["--symlink", str(folder.readlink()), str(folder)]
         elif folder.is_dir() and not any(folder.is_relative_to(place) for place in places):
-            mounts += ["--ro-bind", str(folder), str(folder)]
-            places.append(str(folder))
+            places[str(folder)] = str(folder)
     zones = [ZONES, *(f"{package}/zoneinfo" for package in _package("tzdata"))]
     extra = {ZONES: next(filter(os.path.isdir, zones), "")}
-    extra |= {f"{PACKAGES}/{name}": f"{package}{end}" for package in _package("numpy") for name, end in NUMPY}
-    for place, source in extra.items():
-        if source and Path(source).is_dir():
-            mounts += ["--ro-bind", source, place]
-            places.append(place)
+    for package in _package("numpy"):  # its libraries lie beside it
+        extra |= {f"{PACKAGES}/numpy": package, f"{PACKAGES}/numpy.libs": f"{package}.libs"}
+    places |= {place: source for place, source in extra.items() if source and Path(source).is_dir()} | {
+        python: python
+    }
+    for place, source in places.items():
+        mounts += ["--ro-bind", source, place]
     for device in DEVICES:
         mounts += ["--dev-bind", device, device]
-    mounts += ["--ro-bind", python, python]
-    parents = {str(one) for place in (*places, *DEVICES, python) for one in Path(place).parents} - {"/"}
+    parents = {str(folder) for place in (*places, *DEVICES) for folder in Path(place).parents} - {"/"}
     made = [word for folder in sorted(parents) for word in ("--perms", "0755", "--dir", folder)]
     return (*made, *mounts)
-
-
-NUMPY = (("numpy", ""), ("numpy.libs", ".libs"))  # the package, and its libraries beside it

@@ -16,42 +16,25 @@ NUMBER, ARCHITECTURE, ARGUMENT = 0, 4, 16  # offsets in `struct seccomp_data`
 NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS, CGROUP, UTS, IPC, USER, PID and NET
 FAMILIES = (1, 2, 10, 16)  # of sockets: UNIX, INET, INET6, NETLINK; not VSOCK, ALG, PACKET and the rest
 
-# Linux's numbers for x86_64 and aarch64 (from 424 on they are the same everywhere).
+# What is refused, for each reason: a call with Linux's numbers for x86_64 and aarch64 (from 424 on they are
+# the same everywhere).
+REFUSED = {
+    "the caller's keyring": "add_key 248 217, request_key 249 218, keyctl 250 219",
+    "namespaces": "unshare 272 97, setns 308 268",
+    "mounts": "mount 165 40, umount2 166 39, pivot_root 155 41, open_tree 428 428, move_mount 429 429, "
+    "fsopen 430 430, mount_setattr 442 442",
+    "other processes' memory and files": "ptrace 101 117, process_vm_readv 310 270, "
+    "process_vm_writev 311 271, kcmp 312 272, pidfd_getfd 438 438",
+    "memory that outlives its process, and that no limit on processes counts": "shmget 29 194, "
+    "semget 64 190, msgget 68 186, memfd_create 319 279, memfd_secret 447 447",
+    "large parts of the kernel that no program under test needs": "io_uring_setup 425 425, "
+    "io_uring_enter 426 426, io_uring_register 427 427, bpf 321 280, perf_event_open 298 241, "
+    "userfaultfd 323 282, open_by_handle_at 304 265",
+}
 CALLS: dict[str, tuple[int, int]] = {
-    # the caller's keyring
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    # namespaces and mounts
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "open_tree": (428, 428),
-    "move_mount": (429, 429),
-    "fsopen": (430, 430),
-    "mount_setattr": (442, 442),
-    # other processes' memory and files
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "kcmp": (312, 272),
-    "pidfd_getfd": (438, 438),
-    # memory that outlives the process which took it, and that no limit on processes counts
-    "shmget": (29, 194),
-    "semget": (64, 190),
-    "msgget": (68, 186),
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    # large parts of the kernel that no program under test needs
-    "io_uring_setup": (425, 425),
-    "io_uring_enter": (426, 426),
-    "io_uring_register": (427, 427),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "open_by_handle_at": (304, 265),
+    name: (int(x86), int(arm))
+    for calls in REFUSED.values()
+    for name, x86, arm in (call.split() for call in calls.split(","))
 }
 CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}

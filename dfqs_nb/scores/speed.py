@@ -13,9 +13,8 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import psutil
@@ -43,10 +42,9 @@ def memory_bandwidth(
 ) -> float:
     """Bytes a second that threads read from memory together, the best of several tries.
 
-    One core alone rarely reads as fast as the memory is, so by default there is a thread on each.
-
-    Each thread searches its own buffer for a byte that is not there (the C library's ``memchr``, which reads
-    as fast as the processor can and lets Python's other threads run).
+    By default there is a thread on each core, as one alone rarely reads as fast as the memory is. Each
+    searches its own buffer for a byte that is not there, by the C library's ``memchr``, which reads as fast
+    as the processor can and lets Python's other threads run.
     """
     search = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memchr
     search.argtypes, search.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
@@ -69,7 +67,8 @@ def disk_bandwidth(folder: str | Path, nbytes: int = DISK_BYTES) -> float | None
     Writes a temporary file of random bytes, has the kernel drop it from memory, and reads it back; the
     kernel's own count says whether it came from the disk.
     """
-    if not hasattr(os, "posix_fadvise"):
+    counters = getattr(psutil.Process(), "io_counters", None)
+    if counters is None or not hasattr(os, "posix_fadvise"):
         return None
     with tempfile.TemporaryFile(dir=folder) as file:
         chunk = np.random.default_rng(0).bytes(1 << 22)
@@ -78,21 +77,13 @@ def disk_bandwidth(folder: str | Path, nbytes: int = DISK_BYTES) -> float | None
         file.flush()
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        before, started = _read_from_disk(), time.perf_counter()
+        before, started = counters().read_bytes, time.perf_counter()
         file.seek(0)
         while file.read(1 << 22):
             pass
         seconds = time.perf_counter() - started
-        after = _read_from_disk()
-    if before is None or after is None or after - before < 0.9 * nbytes:
-        return None
-    return nbytes / seconds
-
-
-def _read_from_disk() -> int | None:
-    """Bytes that this process has had fetched from storage so far; None where the system does not count."""
-    counters = getattr(psutil.Process(), "io_counters", None)
-    return int(counters().read_bytes) if counters else None
+        from_disk = counters().read_bytes - before
+    return nbytes / seconds if from_disk >= 0.9 * nbytes else None
 
 
 # ---- measurements ----
@@ -126,13 +117,11 @@ def speed_by_depth(
     for depth in depths:
         with watched_load() as load:
             speed = measure_speed(model, depth, n_tokens, repetitions, seed)
-        settings = model.settings
-        cache = cache_bytes_read(model.header, depth + n_tokens // 2, settings.type_k, settings.type_v)
-        roof = bandwidth / (weights.total + cache)
-        for row in speed.rows():
-            row |= {"other_cores": load.other_cores, "contended": load.contended}
-            roofs = {"roof": roof, "utilisation": row["median"] / roof} if row["phase"] == "decode" else {}
-            rows.append({**row, **roofs})
+        types = model.settings.type_k, model.settings.type_v
+        roof = bandwidth / (weights.total + cache_bytes_read(model.header, depth + n_tokens // 2, *types))
+        busy = {"other_cores": load.other_cores, "contended": load.contended}
+        prefill, decode = (row | busy for row in speed.rows())
+        rows += [prefill, decode | {"roof": roof, "utilisation": decode["median"] / roof}]
     return pd.DataFrame(rows)
 
 
@@ -158,8 +147,7 @@ def sentence(row: pd.Series) -> str:
 # ---- what a described machine gives ----
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A place that weights are read from: its name, how many bytes of them it holds, bytes a second."""
 
     name: str
@@ -167,8 +155,7 @@ class Place:
     bytes_per_sec: float
 
 
-@dataclass(frozen=True)
-class Bound:
+class Bound(NamedTuple):
     """A bound on decode speed: ``shares`` says what part of a token's bytes comes from each place."""
 
     tokens_per_sec: float
@@ -188,14 +175,13 @@ def speed_bound(weights: ActiveBytes, places: Sequence[Place]) -> Bound:
     Raises:
         DfqsError: the places together hold less than the weights.
     """
-    dense, routed = float(weights.dense), float(weights.weights - weights.dense)
-    seconds, shares = 0.0, {}
+    experts = weights.weights - weights.dense
+    dense, routed, seconds, shares = float(weights.dense), float(experts), 0.0, {}
     for place in places:
-        room = place.capacity_bytes
-        here = min(dense, room)
-        there = min(routed, room - here)
+        here = min(dense, place.capacity_bytes)
+        there = min(routed, place.capacity_bytes - here)
         dense, routed = dense - here, routed - there
-        read = here + weights.routed * (there / max(weights.weights - weights.dense, 1))
+        read = here + weights.routed * (there / max(experts, 1))
         seconds += read / place.bytes_per_sec
         shares[place.name] = read / weights.total
     if dense + routed > 1:
@@ -208,24 +194,16 @@ def speed_bound(weights: ActiveBytes, places: Sequence[Place]) -> Bound:
 # sheets (RTX 3090: 936 GB/s and 24 GB; H100 SXM: 3,350 GB/s and 80 GB), a PCIe 3 drive (3.5 GB/s), and SATA's
 # limit (0.55 GB/s).
 DISK, NO_CLAIM = float("inf"), (float("nan"), float("nan"))
-DDR5 = 89.6 * GB
 SATA = "not in the card: 32 GB, SATA"
-CARD: tuple[tuple[str, tuple[float, float], tuple[Place, ...]], ...] = (
-    ("CPU, 128 GB of DDR5-5600", (0.2, 0.5), (Place("memory", 120 * GB, DDR5),)),
-    ("RTX 3090", (1.0, 3.0), (Place("GPU", 22 * GB, 936 * GB), Place("memory", 120 * GB, DDR5))),
-    ("2 x RTX 3090", (5.0, 8.0), (Place("GPU", 44 * GB, 936 * GB), Place("memory", 120 * GB, DDR5))),
-    ("H100", (15.0, 25.0), (Place("GPU", 76 * GB, 3350 * GB),)),
-    (
-        "not in the card: 32 GB, NVMe",
-        NO_CLAIM,
-        (Place("memory", 28 * GB, DDR5), Place("disk", DISK, 3.5 * GB)),
-    ),
-    (
-        SATA,
-        NO_CLAIM,
-        (Place("memory", 28 * GB, DDR5), Place("disk", DISK, 0.55 * GB)),
-    ),
-)
+DDR5, SMALL_DDR5 = Place("memory", 120 * GB, 89.6 * GB), Place("memory", 28 * GB, 89.6 * GB)
+CARD: list[tuple[str, tuple[float, float], list[Place]]] = [
+    ("CPU, 128 GB of DDR5-5600", (0.2, 0.5), [DDR5]),
+    ("RTX 3090", (1.0, 3.0), [Place("GPU", 22 * GB, 936 * GB), DDR5]),
+    ("2 x RTX 3090", (5.0, 8.0), [Place("GPU", 44 * GB, 936 * GB), DDR5]),
+    ("H100", (15.0, 25.0), [Place("GPU", 76 * GB, 3350 * GB)]),
+    ("not in the card: 32 GB, NVMe", NO_CLAIM, [SMALL_DDR5, Place("disk", DISK, 3.5 * GB)]),
+    (SATA, NO_CLAIM, [SMALL_DDR5, Place("disk", DISK, 0.55 * GB)]),
+]
 
 
 def card_table(weights: ActiveBytes = FLASH, here: Sequence[Place] = ()) -> pd.DataFrame:
@@ -240,26 +218,18 @@ def card_table(weights: ActiveBytes = FLASH, here: Sequence[Place] = ()) -> pd.D
     """
     import pandas as pd
 
-    rows = []
-    for name, (low, high), places in (*CARD, *([("this machine", NO_CLAIM, tuple(here))] if here else [])):
-        bound = speed_bound(weights, places)
-        rows.append(
-            {
-                "machine": name,
-                "claimed_low": low,
-                "claimed_high": high,
-                "bound": bound.tokens_per_sec,
-                "from_disk": bound.shares.get("disk", 0.0),
-                "reached": high / bound.tokens_per_sec,
-            }
-        )
-    return pd.DataFrame(rows)
+    machines = [*CARD, ("this machine", NO_CLAIM, list(here))] if here else CARD
+    bounds = [speed_bound(weights, places) for _, _, places in machines]
+    table = pd.DataFrame([(name, *claim) for name, claim, _ in machines])
+    table.columns = pd.Index(["machine", "claimed_low", "claimed_high"])
+    table["bound"] = [bound.tokens_per_sec for bound in bounds]
+    table["from_disk"] = [bound.shares.get("disk", 0.0) for bound in bounds]
+    return table.assign(reached=table["claimed_high"] / table["bound"])
 
 
 def card_sentence(table: pd.DataFrame) -> str:
     """What the bounds say of the card's CPU speed, in words."""
-    by_name = table.set_index("machine", drop=False)
-    cpu, paged = table.iloc[0], by_name.loc[SATA]
+    cpu, paged = table.iloc[0], table.set_index("machine").loc[SATA]
     return (
         f"{cpu['machine']}: the card's {cpu['claimed_low']} to {cpu['claimed_high']} tokens/s are at most "
         f"{cpu['reached']:.0%} of the bound, {cpu['bound']:,.1f}. With {paged['from_disk']:.0%} of a token's "
@@ -267,8 +237,8 @@ def card_sentence(table: pd.DataFrame) -> str:
     )
 
 
-def places_here(folder: str | Path, bandwidth: float) -> tuple[Place, ...]:
+def places_here(folder: str | Path, bandwidth: float) -> list[Place]:
     """This machine as places: its free memory and its disk (left out where it cannot be measured)."""
-    free = float(available_memory().available_bytes)
-    memory, disk = Place("memory", free, bandwidth), disk_bandwidth(folder)
-    return (memory, Place("disk", DISK, disk)) if disk else (memory,)
+    memory = Place("memory", float(available_memory().available_bytes), bandwidth)
+    disk = disk_bandwidth(folder)
+    return [memory, Place("disk", DISK, disk)] if disk else [memory]

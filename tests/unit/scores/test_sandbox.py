@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dfqs_nb.scores import ItemSet, sandbox, seccomp
-from dfqs_nb.scores.sandbox import LIMITS, Candidate, Sandbox, SandboxError, run, run_many
+from dfqs_nb.scores.sandbox import LIMITS, Candidate, Sandbox, SandboxError, run
 
 MARK = f"# started by the tests in process {os.getpid()}\n"
 sandbox.DRIVER += MARK
@@ -47,12 +47,12 @@ def test_every_canonical_solution_passes_and_no_stub_does():
     items = ItemSet.load("standard-code").items
     assert len(items) == 164
     started = time.perf_counter()
-    verdicts = run_many([item.candidate(item.reference, "complete") for item in items], FOUND)
+    verdicts = FOUND.verdicts([item.candidate(item.reference, "complete") for item in items])
     seconds = time.perf_counter() - started
     failed = [(i.id, v) for i, v in zip(items, verdicts, strict=True) if not v.passed]
     assert not failed
     assert seconds < 45, "15 s on 2 free cores; three times that where the machine is busy"
-    stubs = run_many([item.candidate("    pass\n", "complete") for item in items], FOUND)
+    stubs = FOUND.verdicts([item.candidate("    pass\n", "complete") for item in items])
     assert [v.outcome for v in stubs if v.passed] == []
 
 
@@ -60,7 +60,7 @@ def test_every_canonical_solution_passes_and_no_stub_does():
 def test_every_reference_solution_of_the_nano_set_passes():
     items = ItemSet.load("nano-code").items
     assert all(
-        one.passed for one in run_many([item.candidate(item.reference, "complete") for item in items], FOUND)
+        one.passed for one in FOUND.verdicts([item.candidate(item.reference, "complete") for item in items])
     )
 
 
@@ -284,7 +284,7 @@ def test_candidates_run_at_the_same_time():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "_run_once", counted)
-        run_many(["import time; time.sleep(0.2)"] * 4, FOUND)
+        FOUND.verdicts(["import time; time.sleep(0.2)"] * 4)
     assert most[0] == min(4, len(os.sched_getaffinity(0)))
 
 
@@ -300,7 +300,7 @@ def test_verdicts_agree_with_human_evals_own_checker():
         item.reference.replace(*changes[i % len(changes)], 1) if i % 7 else "    pass\n"
         for i, item in enumerate(items)
     ]
-    ours = run_many([i.candidate(c, "complete") for i, c in zip(items, completions, strict=True)], FOUND)
+    ours = FOUND.verdicts([i.candidate(c, "complete") for i, c in zip(items, completions, strict=True)])
     for item, completion, said in zip(items, completions, ours, strict=True):
         theirs = execution.check_correctness(problems[item.id], completion, timeout=30.0)
         assert said.passed == theirs["passed"], (item.id, said, theirs)

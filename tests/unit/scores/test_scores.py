@@ -235,7 +235,7 @@ def test_code_is_run_once_and_its_verdicts_are_kept(tmp_path, monkeypatch):
     run = collect(Oracle(), tmp_path, CODE, mode="complete")
     assert run.score.n == 6 and run.conditions["sandbox"] == FOUND.level
     assert run.items["correct"].sum() == sum(sum(i.id.encode()) % 3 != 0 for i in CODE.items)
-    monkeypatch.setattr(scores, "run_many", lambda *_: pytest.fail("judged again"))
+    monkeypatch.setattr(sandbox, "run", lambda *_: pytest.fail("judged again"))
     assert collect(Oracle(), tmp_path, CODE, mode="complete").score == run.score
 
 
@@ -360,10 +360,10 @@ def test_two_runs_are_compared_item_by_item(tmp_path):
     both = a.items.merge(b.items, on="id")
     assert one.only_a == (both["correct_x"] & ~both["correct_y"]).sum()
     assert one.difference == pytest.approx(b.score.value - a.score.value)
-    assert one.low <= one.difference <= one.high and one.p == one.p_holm == mcnemar(one.only_a, one.only_b)
+    assert one.low <= one.difference <= one.high and one.p == mcnemar(one.only_a, one.only_b)
     same = compare_runs([a], [a])[0]
     assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
-    assert one.n == same.n == N and "no evidence" in same.sentence
+    assert one.n == same.n == N
 
 
 def test_other_conditions_are_refused_by_name(tmp_path):
