@@ -1,4 +1,4 @@
-"""What an answer says: the part after the thinking, the answer in it, the code in it."""
+"""What an answer says: in a form that can be compared, and the code in it."""
 
 from __future__ import annotations
 
@@ -34,27 +34,6 @@ def normalised(text: str) -> str:
     except InvalidOperation:
         return text.casefold()
     return format(number.normalize() + 0, "f") if number.is_finite() else text.casefold()
-
-
-def extract(text: str, how: str, stopped: bool) -> str | None:
-    r"""The answer in what a model says after its thinking, or None where it has none.
-
-    ``answer tag``: what the last ``<answer>`` encloses. ``last line``: the last line that says anything.
-
-    Args:
-        stopped: a stop text ended it, which may have been the closing tag.
-
-    >>> extract("It is <answer>12</answer>.", "answer tag", False), extract("a\n12\n", "last line", False)
-    ('12', '12')
-    """
-    if how == "last line":
-        lines = [line for line in text.splitlines() if line.strip()]
-        return lines[-1].strip() if lines else None
-    opened = text.rfind("<answer>")
-    if opened < 0:
-        return None
-    inner, closed, _ = text[opened + len("<answer>") :].partition("</answer>")
-    return (inner.strip() or None) if closed or stopped else None
 
 
 def code_in(answer: str, name: str, prompt: str = "") -> str | None:

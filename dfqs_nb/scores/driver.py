@@ -127,7 +127,9 @@ class _Peer:
 
     def send(self, message: tuple[Any, ...]) -> None:
         buffer = io.BytesIO()
-        _Pickler(buffer, self).dump(message)
+        pickler = _Pickler(buffer, protocol=5)
+        pickler.peer = self
+        pickler.dump(message)
         self.outgoing.write(struct.pack("<Q", buffer.tell()) + buffer.getbuffer())
         self.outgoing.flush()
 
@@ -141,7 +143,9 @@ class _Peer:
         raw = self.incoming.read(n_bytes)
         if len(raw) < n_bytes:
             raise Gone
-        message: tuple[Any, ...] = _Unpickler(io.BytesIO(raw), self).load()
+        unpickler = _Unpickler(io.BytesIO(raw))
+        unpickler.peer = self
+        message: tuple[Any, ...] = unpickler.load()
         return message
 
 
@@ -155,13 +159,12 @@ def _open(name: str) -> str:
 class _Pickler(pickle.Pickler):
     """Plain data as it is, a subclass of a plain type as that type, anything else as a handle."""
 
-    def __init__(self, file: IO[bytes], peer: _Peer) -> None:
-        super().__init__(file, protocol=5)
-        self.peer = peer
+    peer: _Peer
 
     def reducer_override(self, value: Any) -> Any:
         kind = type(value)
-        if value is _marked or _is_plain(value if isinstance(value, type) else kind):
+        named = value if isinstance(value, type) else kind
+        if value is _marked or named.__name__ in PLAIN.get(named.__module__, ()):
             return NotImplemented
         if kind is _Handle and value._peer is self.peer:
             return _marked, ("yours", value._number)
@@ -177,9 +180,7 @@ class _Pickler(pickle.Pickler):
 class _Unpickler(pickle.Unpickler):
     """Takes plain types and handles only, so nothing in a pickle can run code."""
 
-    def __init__(self, file: IO[bytes], peer: _Peer) -> None:
-        super().__init__(file)
-        self.peer = peer
+    peer: _Peer
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == (__name__, "_marked"):
@@ -196,10 +197,6 @@ class _Unpickler(pickle.Unpickler):
 
 def _marked(mark: str, value: Any) -> Any:
     """A name in a pickle, into which the other end reads its own `_Unpickler.meaning`."""
-
-
-def _is_plain(kind: type) -> bool:
-    return kind.__name__ in PLAIN.get(kind.__module__, ())
 
 
 def _stripped(base: type, value: Any) -> Any:

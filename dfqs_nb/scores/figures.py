@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.ticker import PercentFormatter
@@ -30,18 +31,15 @@ def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         spread = [part["accuracy"] - part["low"], part["high"] - part["accuracy"]]
         ax.errorbar(part["accuracy"], rows, xerr=spread, fmt="o", color=colour, capsize=3, label=name)
     guessed = np.flatnonzero(table["guess_rate"] > 0)
-    ax.plot(
-        table["guess_rate"].iloc[guessed],
-        guessed,
-        "|",
-        color=INK,
-        markersize=13,
-        markeredgewidth=1.5,
-        label="guessing",
-    )
-    names = [f"{row.family}, {row.length} (n = {row.n})" for row in table.itertuples()]
-    ax.set_yticks(range(len(table)), names, fontsize=8)
-    ax.set_ylim(len(table) - 0.4, -0.6)
+    bar: dict[str, Any] = {
+        "marker": "|",
+        "linestyle": "",
+        "color": INK,
+        "markersize": 13,
+        "markeredgewidth": 1.5,
+    }
+    ax.plot(table["guess_rate"].iloc[guessed], guessed, **bar, label="guessing")
+    _name_rows(ax, [f"{row.family}, {row.length} (n = {row.n})" for row in table.itertuples()])
     ax.set_xlim(-0.02, 1.02)
     ax.xaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_xlabel("right answers (95 % Wilson interval)")
@@ -63,20 +61,14 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.plot(decode["depth"], decode["roof"], "--", color=INK, label="roof: memory bandwidth / bytes a token")
     for row in decode.itertuples():
         ax.plot([row.depth] * len(row.values), row.values, "o", color=PALETTE[5], alpha=0.4, markersize=5)
-    ax.plot(
-        decode["depth"],
-        decode["median"],
-        "_-",
-        color=PALETTE[5],
-        markersize=16,
-        markeredgewidth=2,
-        label=f"decode, median of {len(decode['values'].iloc[0])}",
-    )
+    line: dict[str, Any] = {"color": PALETTE[5], "markersize": 16, "markeredgewidth": 2}
+    label = f"decode, median of {len(decode['values'].iloc[0])}"
+    ax.plot(decode["depth"], decode["median"], "_-", **line, label=label)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(decode["depth"], [f"{depth:,}" for depth in decode["depth"]])
     ax.minorticks_off()
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    ax.yaxis.set_major_formatter(_speed)
     ax.set_ylim(decode["median"].min() / 3, decode["roof"].max() * 2)
     ax.set_xlabel("tokens in the context")
     ax.set_ylabel("tokens a second")
@@ -95,20 +87,27 @@ def card_bounds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     ax = new_axes(ax, 1.0 + 0.24 * len(table))
     rows = np.arange(len(table))
-    ax.hlines(
-        rows, table["claimed_low"], table["claimed_high"], color=PALETTE[1], linewidth=6, label="the card"
-    )
+    claim: dict[str, Any] = {"color": PALETTE[1], "linewidth": 6, "label": "the card"}
+    ax.hlines(rows, table["claimed_low"], table["claimed_high"], **claim)
     ax.plot(table["bound"], rows, "D", color=PALETTE[0], label="bound by reading")
     for row, bound in zip(rows, table["bound"], strict=True):
         text = f"{bound:,.2g}" if bound < 10 else f"{bound:,.0f}"
         ax.annotate(text, (bound, row), xytext=(7, 0), textcoords="offset points", fontsize=8, va="center")
-    ax.set_yticks(rows, table["machine"], fontsize=8)
-    ax.set_ylim(len(table) - 0.4, -0.6)
+    _name_rows(ax, table["machine"])
     ax.set_xscale("log")
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    ax.xaxis.set_major_formatter(_speed)
     ax.margins(x=0.12)
     ax.set_xlabel("tokens a second")
     ax.legend(frameon=False, fontsize=8, loc="lower right")
     cpu = table.iloc[0]
     set_title(ax, f"The card's CPU speed is at most {cpu['reached']:.0%} of what its memory allows")
     return ax
+
+
+def _name_rows(ax: Axes, names: Sequence[str]) -> None:
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+
+
+def _speed(value: float, _: float) -> str:
+    return f"{value:,.0f}" if value >= 1 else f"{value:g}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfqs_nb.llama.thinking import answer_start
-from dfqs_nb.scores.answers import extract, normalised
+from dfqs_nb.scores.answers import normalised
 from dfqs_nb.stats import wilson
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def grade(text: str, finish_reason: str, answer: str, how: str, opened: bool = F
     says anything about the answer.
 
     Args:
-        how: where the answer is, see `answers.extract`.
+        how: where the answer is: ``answer tag``, what the last ``<answer>`` encloses (a stop text may have
+            been its end), or ``last line``, the last line that says anything.
         opened: the prompt has begun the thinking.
 
     >>> grade("Let me see", "length", "12", "answer tag")
@@ -41,10 +42,15 @@ def grade(text: str, finish_reason: str, answer: str, how: str, opened: bool = F
     start = answer_start(text, opened)
     if start is None:
         return "truncated", ""
-    given = extract(text[start:], how, finish_reason == "stop")
-    if finish_reason == "length" and (given is None or how == "last line"):
+    if how == "last line":
+        given = "".join(text[start:].strip().splitlines()[-1:]).strip()
+    else:
+        _, opening, after = text[start:].rpartition("<answer>")
+        given, closing, _ = after.partition("</answer>")
+        given = given.strip() if opening and (closing or finish_reason == "stop") else ""
+    if finish_reason == "length" and (not given or how == "last line"):
         return "truncated", ""
-    if given is None:
+    if not given:
         return "no_answer", ""
     return ("correct" if normalised(given) == normalised(answer) else "wrong"), given
 
@@ -100,11 +106,7 @@ class Score:
 
     @property
     def sentence(self) -> str:
-        """The score as people read it.
-
-        >>> Score("code_score", "s", 0.5, 0.4, 0.6, 0.05, 100, 0, 0.0, {}).sentence
-        'code_score 0.500 (95 % interval 0.400 to 0.600, n = 100, guess rate 0.000; s)'
-        """
+        """The score as people read it."""
         if self.value is None:
             done = self.n - self.n_missing
             return f"{self.name} withheld: {done} of {self.n} items have a result ({self.set})"

@@ -55,9 +55,8 @@ class Item:
         >>> Item("1", "p").asked(" Why?"), Item("1", "p").asked("Read {prompt}.")
         ('p Why?', 'Read p.')
         """
-        if "{prompt}" in instruction:
-            return instruction.replace("{prompt}", self.prompt)
-        return self.prompt + instruction
+        around = instruction if "{prompt}" in instruction else "{prompt}" + instruction
+        return around.replace("{prompt}", self.prompt)
 
     def candidate(self, answer: str, mode: str) -> Candidate | None:
         """The code in an answer with this item's tests; None where a chat's answer has none.
@@ -137,8 +136,8 @@ class ItemSet(Head):
         """
         if tier not in TIERS:
             raise PromptError(f"no tier is called {tier!r}", hint=f"there are: {', '.join(TIERS)}")
-        own = [_read(path) for path in item_set_paths(folder).values()] if folder else []
-        return [cls.load(name) for name in TIERS[tier]] + own
+        own = item_set_paths(folder).values() if folder else ()
+        return [cls.load(name) for name in (*TIERS[tier], *own)]
 
     def identity(self) -> dict[str, Any]:
         """What a score depends on, for the conditions of a run."""

@@ -25,15 +25,7 @@ from dfqs_nb.llama.model import ContextFullError, DecodeError, Model
 from dfqs_nb.llama.thinking import answer_start, opens_thinking
 from dfqs_nb.scores.grading import SetRun, grade
 from dfqs_nb.scores.item_sets import Item, ItemSet
-from dfqs_nb.scores.sandbox import (
-    DRIVER,
-    LIMITS,
-    Candidate,
-    Sandbox,
-    Verdict,
-    check_allowed,
-    find_sandbox,
-)
+from dfqs_nb.scores.sandbox import DRIVER, LIMITS, Candidate, Sandbox, Verdict, check_allowed, find_sandbox
 
 ATTEMPTS = 3  # at decoding one item
 THINKING = ("template", "on", "off")
@@ -246,13 +238,11 @@ class Answerer:
         """The answer to a request, as it is written down; an error of the runtime is tried again."""
         from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 
-        again = retry_if_exception(
-            lambda error: isinstance(error, DecodeError) and not isinstance(error, ContextFullError)
-        )
-        retrying = Retrying(
-            stop=stop_after_attempt(ATTEMPTS), wait=wait_fixed(0.1), retry=again, reraise=True
-        )
-        started = time.perf_counter()
+        def passing(error: BaseException) -> bool:
+            return isinstance(error, DecodeError) and not isinstance(error, ContextFullError)
+
+        stop, started = stop_after_attempt(ATTEMPTS), time.perf_counter()
+        retrying = Retrying(stop=stop, wait=wait_fixed(0.1), retry=retry_if_exception(passing), reraise=True)
         completion = retrying(self.answer, request)
         return {
             # half of a surrogate pair is no text, and no file could hold it
@@ -293,10 +283,8 @@ def check_prompts(model: Model, item_set: ItemSet, answerer: Answerer, options: 
     requests = (answerer.request(item_set, item, options) for item in item_set.items)
     longest = max(len(request.tokens(model)) + request.max_tokens for request in requests)
     if longest > model.settings.n_ctx:
-        raise PromptError(
-            f"the set {item_set.name} needs {longest:,} tokens of context",
-            hint=f"open the model with n_ctx of at least {longest:,}, not {model.settings.n_ctx:,}",
-        )
+        hint = f"open the model with n_ctx of at least {longest:,}, not {model.settings.n_ctx:,}"
+        raise PromptError(f"the set {item_set.name} needs {longest:,} tokens of context", hint=hint)
     return longest
 
 

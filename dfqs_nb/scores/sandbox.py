@@ -227,12 +227,11 @@ def _tried(sandbox: Sandbox) -> Sandbox:
         except SandboxError as error:
             return Sandbox("none", note=error.what)
     failed = [name for name, verdict in zip(GUARDS, verdicts, strict=True) if not verdict.passed]
-    if not failed:
-        return sandbox
+    named = " and ".join(failed)
     if {"network", "files"} & set(failed):
-        return Sandbox("none", note=f"bubblewrap does not keep {' and '.join(failed)} apart here")
-    level = f"bubblewrap without a limit on {' and '.join(failed)}"
-    return replace(sandbox, level=level, note="the kernel does not enforce that limit for this user")
+        return Sandbox("none", note=f"bubblewrap does not keep {named} apart here")
+    note = "the kernel does not enforce that limit for this user"
+    return replace(sandbox, level=f"bubblewrap without a limit on {named}", note=note) if failed else sandbox
 
 
 def check_allowed(sandbox: Sandbox, allow_unsandboxed: bool = False) -> None:
@@ -261,10 +260,8 @@ def run(candidate: Candidate | str, sandbox: Sandbox, limits: Limits = LIMITS) -
         if verdict is not None:
             return verdict
         time.sleep(0.2 * attempt)
-    raise SandboxError(
-        f"the sandbox does not start: {complaint}",
-        hint="see whether `bwrap --ro-bind / / true` works; containers may forbid it",
-    )
+    hint = "see whether `bwrap --ro-bind / / true` works; containers may forbid it"
+    raise SandboxError(f"the sandbox does not start: {complaint}", hint=hint)
 
 
 def _run_once(candidate: Candidate, sandbox: Sandbox, limits: Limits) -> tuple[Verdict | None, str]:
@@ -274,11 +271,8 @@ def _run_once(candidate: Candidate, sandbox: Sandbox, limits: Limits) -> tuple[V
     job = {**asdict(candidate), "nonce": nonce, "user": user, "limits": limits.rlimits()}
     if not sandbox.safe:
         job["limits"].pop("RLIMIT_NPROC")  # it would count all processes of this user
-    with (
-        tempfile.TemporaryDirectory(prefix="dfqs-") as folder,
-        tempfile.TemporaryFile() as output,
-        tempfile.TemporaryFile() as calls,
-    ):
+    temporary = tempfile.TemporaryFile
+    with tempfile.TemporaryDirectory(prefix="dfqs-") as folder, temporary() as output, temporary() as calls:
         calls.write(seccomp.program())
         calls.seek(0)
         started = time.perf_counter()
@@ -379,13 +373,10 @@ def _mounts(python: str) -> tuple[str, ...]:
     extra = {ZONES: next(filter(os.path.isdir, zones), "")}
     for package in _package("numpy"):  # its libraries lie beside it
         extra |= {f"{PACKAGES}/numpy": package, f"{PACKAGES}/numpy.libs": f"{package}.libs"}
-    places |= {place: source for place, source in extra.items() if source and Path(source).is_dir()} | {
-        python: python
-    }
-    for place, source in places.items():
-        mounts += ["--ro-bind", source, place]
-    for device in DEVICES:
-        mounts += ["--dev-bind", device, device]
+    places |= {place: source for place, source in extra.items() if source and Path(source).is_dir()}
+    places[python] = python
+    mounts += [word for place, source in places.items() for word in ("--ro-bind", source, place)]
+    mounts += [word for device in DEVICES for word in ("--dev-bind", device, device)]
     parents = {str(folder) for place in (*places, *DEVICES) for folder in Path(place).parents} - {"/"}
     made = [word for folder in sorted(parents) for word in ("--perms", "0755", "--dir", folder)]
     return (*made, *mounts)
