@@ -37,9 +37,7 @@ GB = 1e9
 # ---- what this machine gives ----
 
 
-def memory_bandwidth(
-    n_threads: int | None = None, nbytes: int = BANDWIDTH_BYTES, repetitions: int = 3
-) -> float:
+def memory_bandwidth(n_threads: int = 0, nbytes: int = BANDWIDTH_BYTES, repetitions: int = 3) -> float:
     """Bytes a second that threads read from memory together, the best of several tries.
 
     By default there is a thread on each core, as one alone rarely reads as fast as the memory is. Each
