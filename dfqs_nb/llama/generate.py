@@ -77,12 +77,21 @@ class Completion:
 class TextStream:
     """Pieces of text as they come; after the last one, ``completion`` holds the whole.
 
-    A piece never ends inside a character, and never holds the start of a stop text. A stop text counts only
-    behind the thinking of a model that thinks.
+    The prompt's tokens are continued from a cleared context. A piece never ends inside a character, and never
+    holds the start of a stop text. A stop text counts only behind the thinking of a model that thinks.
+
+    Raises (when it is read):
+        ContextFullError: the prompt alone exceeds ``n_ctx``.
+        NanLogitsError, DecodeError: as ``Model.evaluate``.
     """
 
     def __init__(
-        self, model: Model, prompt: Sequence[int], max_tokens: int, sampling: Sampling, stop: Sequence[str]
+        self,
+        model: Model,
+        prompt: Sequence[int],
+        max_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
     ) -> None:
         self._model, self._prompt, self._sampling = model, list(prompt), sampling
         self._max_tokens, self._stop = max_tokens, tuple(text for text in stop if text)
@@ -209,22 +218,6 @@ def chat_text(model: Model, prompt: str | Sequence[Message], **variables: bool) 
     return model.template.render(messages, variables)
 
 
-def stream_tokens(
-    model: Model,
-    prompt: Sequence[int],
-    max_tokens: int = 256,
-    sampling: Sampling = GREEDY,
-    stop: Sequence[str] = (),
-) -> TextStream:
-    """Stream the continuation of these tokens, from a cleared context.
-
-    Raises (when the stream is read):
-        ContextFullError: the prompt alone exceeds ``n_ctx``.
-        NanLogitsError, DecodeError: as ``Model.evaluate``.
-    """
-    return TextStream(model, prompt, max_tokens, sampling, stop)
-
-
 def stream_chat(
     model: Model,
     prompt: str | Sequence[Message],
@@ -233,7 +226,7 @@ def stream_chat(
     stop: Sequence[str] = (),
 ) -> TextStream:
     """Stream the answer to a chat, piece by piece; ``.completion`` of the result is the whole."""
-    return stream_tokens(model, chat_prompt(model, prompt), max_tokens, sampling, stop)
+    return TextStream(model, chat_prompt(model, prompt), max_tokens, sampling, stop)
 
 
 def chat(
@@ -251,9 +244,8 @@ def complete(
     model: Model, text: str, max_tokens: int = 256, sampling: Sampling = GREEDY, stop: Sequence[str] = ()
 ) -> Completion:
     """The continuation of plain text, such as code: no template, and control tokens have no meaning."""
-    return stream_tokens(
-        model, model.with_bos(model.tokenize(text, special=False)), max_tokens, sampling, stop
-    ).completion
+    tokens = model.with_bos(model.tokenize(text, special=False))
+    return TextStream(model, tokens, max_tokens, sampling, stop).completion
 
 
 def answer_table(model: Model, prompts: Sequence[str], max_tokens: int = 256) -> pd.DataFrame:
@@ -263,12 +255,10 @@ def answer_table(model: Model, prompts: Sequence[str], max_tokens: int = 256) ->
     """
     import pandas as pd
 
-    asked = tqdm(prompts, desc="answers", leave=False)
-    answers = [chat(model, prompt, max_tokens) for prompt in asked]
-    rows = [
-        (prompt, answer.text, answer.n_tokens, answer.finish_reason)
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    rows = []
+    for prompt in tqdm(prompts, desc="answers", leave=False):
+        answer = chat(model, prompt, max_tokens)
+        rows.append((prompt, answer.text, answer.n_tokens, answer.finish_reason))
     return pd.DataFrame(rows, columns=["prompt", "answer", "tokens", "finish_reason"])
 
 

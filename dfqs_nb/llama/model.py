@@ -29,6 +29,7 @@ from dfqs_nb.llama.template import CLOCK, ChatTemplate
 Floats = NDArray[np.float32]
 TOLERANCE = 1e-2  # of a logit; the logits of a vocabulary spread over about 2
 SMALL_MODEL_BYTES = 64 << 20
+MEMORY_SETTINGS = ("type_k", "type_v", "swa_full", "use_mmap", "flash_attn")
 # Warnings of llama.cpp that say nothing of the file: the context is shorter than the model's, as asked for.
 HARMLESS = re.compile(r"full capacity of the model will not be utilized")
 
@@ -344,7 +345,8 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
     shards = open_shards(path)
     require_model(shards.as_one)
     first = shards.paths[0]
-    needs = _needs(shards.headers, settings)
+    kept = {name: getattr(settings, name) for name in MEMORY_SETTINGS}
+    needs = estimate(shards.headers, settings.n_ctx, min(settings.n_batch, settings.n_ubatch), **kept)
     # a certain shortage is refused early; llama.cpp's own plan judges the others, and a GPU has its own
     # memory
     certain = settings.n_gpu_layers == 0 and needs.kv.exactness == "exact"
@@ -379,19 +381,6 @@ def threads_for(path: str | Path) -> int:
     A model of under 64 MB computes a token in a millisecond; a second thread then mostly waits for the first.
     """
     return 1 if open_shards(path).nbytes < SMALL_MODEL_BYTES else usable_cores()
-
-
-def _needs(headers: Sequence[GGUFHeader], settings: OpenSettings) -> MemoryEstimate:
-    return estimate(
-        headers,
-        settings.n_ctx,
-        min(settings.n_batch, settings.n_ubatch),
-        type_k=settings.type_k,
-        type_v=settings.type_v,
-        swa_full=settings.swa_full,
-        use_mmap=settings.use_mmap,
-        flash_attn=settings.flash_attn,
-    )
 
 
 # ---- does a restored state compute the same? ----

@@ -25,6 +25,7 @@ from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.gguf.memory import CACHE_TYPES
 from dfqs_nb.gguf.types import TENSOR_TYPES
+from dfqs_nb.llama.graph import ggml_function
 
 # ggml_type of the KV cache types, from ggml.h
 GGML_TYPES = {name.lower(): code for code, (name, *_) in TENSOR_TYPES.items() if name.lower() in CACHE_TYPES}
@@ -194,15 +195,12 @@ def _default_params(maker: str, fields: dict[str, object]) -> contextlib.Abstrac
 
 
 def default_model_params(**fields: object) -> contextlib.AbstractContextManager[None]:
-    """Make llama.cpp's default model parameters carry ``fields`` while a model is built.
-
-    ``llama_cpp.Llama`` does not expose ``use_extra_bufts``.
-    """
+    """Make llama.cpp's default model parameters carry ``fields`` while a model is built."""
     return _default_params("llama_model_default_params", fields)
 
 
 def default_context_params(**fields: object) -> contextlib.AbstractContextManager[None]:
-    """The same for the parameters of its context: ``llama_cpp.Llama`` does not expose ``cb_eval``."""
+    """The same for the parameters of its context."""
     return _default_params("llama_context_default_params", fields)
 
 
@@ -246,6 +244,7 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
 # ---- refusals ----
 
 REFUSAL_HINTS = (
+    ("unknown model architecture", "update llama-cpp-python, or convert the model again"),
     (
         "wrong number of tensors",
         "it holds tensors that this llama.cpp does not use (a vision part, for example) or lacks some: get a "
@@ -270,17 +269,14 @@ _PASSED_ON = re.compile(
 def refusal(path: str | Path) -> ModelError:
     """The error for a file that llama.cpp has just declined in an orderly way, from what it logged."""
     reason = reason_of(LOG.tail(40, ERROR)) or "no reason given"
-    unknown = re.search(r"unknown model architecture: '([^']*)'", reason)
-    if unknown:
-        error = ModelError(
-            f"this llama.cpp (llama-cpp-python {llama_version()}) does not know the architecture "
-            f"{unknown[1]!r}",
-            where=path,
-            hint="update llama-cpp-python, or convert the model again",
-        )
-    else:
-        hint = next(hint for word, hint in REFUSAL_HINTS if word in reason)
-        error = ModelError(f"llama.cpp refuses it: {reason}", where=path, hint=hint)
+    what, hint = (
+        f"llama.cpp refuses it: {reason}",
+        next(hint for word, hint in REFUSAL_HINTS if word in reason),
+    )
+    if unknown := re.search(r"unknown model architecture: '([^']*)'", reason):
+        runtime = f"this llama.cpp (llama-cpp-python {llama_version()})"
+        what = f"{runtime} does not know the architecture {unknown[1]!r}"
+    error = ModelError(what, where=path, hint=hint)
     lines = [line for line in LOG.tail(40) if line.strip(" .")][-12:]
     error.add_note("llama.cpp's last lines:\n  " + "\n  ".join(lines or ["(none)"]))
     return error
@@ -321,7 +317,7 @@ def add_rpc_servers(settings: OpenSettings) -> None:
         )
     for address in new:
         _check_listens(address)
-        _register_rpc(api, address)
+        _register_rpc(address)
         _rpc_added.add(address)
 
 
@@ -337,20 +333,13 @@ def _check_listens(address: str) -> None:
         ) from error
 
 
-def _register_rpc(api: Any, address: str) -> None:
+def _register_rpc(address: str) -> None:
     """What llama.cpp's own ``--rpc`` does, through the same functions of ggml."""
     void, text = ctypes.c_void_p, ctypes.c_char_p
-
-    def function(name: str, result: Any, *arguments: Any) -> Any:
-        symbol = getattr(api._lib, name)
-        symbol.restype, symbol.argtypes = result, arguments
-        return symbol
-
-    registry = function("ggml_backend_reg_by_name", void, text)(b"RPC")
-    find = function("ggml_backend_reg_get_proc_address", void, void, text)
+    registry = ggml_function("ggml_backend_reg_by_name", void, text)(b"RPC")
+    find = ggml_function("ggml_backend_reg_get_proc_address", void, void, text)
     server = ctypes.CFUNCTYPE(void, text)(find(registry, b"ggml_backend_rpc_add_server"))(address.encode())
     if not server:
-        raise ModelError(
-            f"the RPC server at {address} is not taken", hint="use one of the same llama.cpp build"
-        )
-    function("ggml_backend_register", None, void)(server)
+        hint = "use one of the same llama.cpp build"
+        raise ModelError(f"the RPC server at {address} is not taken", hint=hint)
+    ggml_function("ggml_backend_register", None, void)(server)

@@ -12,6 +12,8 @@ the same prompt every day.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import re
@@ -89,24 +91,16 @@ class ChatTemplate:
             self._end = weakref.finalize(self, child.end, self._process, grace_seconds=1.0)
         process = self._process
         assert process.stdin is not None and process.stdout is not None
-        timer = threading.Timer(SECONDS, process.kill)
-        timer.daemon = True
-        timer.start()
-        try:
+        line = b""
+        with child.killed_after(SECONDS, process) as late, contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps(chat).encode() + b"\n")
             process.stdin.flush()
             line = process.stdout.readline()
-        except BrokenPipeError:
-            line = b""
-        finally:
-            in_time = timer.is_alive()
-            timer.cancel()
         if not line.endswith(b"\n"):
             self.close()
-            self._fault = f"it exceeds its limit of {'memory' if in_time else f'{SECONDS:.0f} seconds'}"
+            self._fault = f"it exceeds its limit of {f'{SECONDS:.0f} seconds' if late.is_set() else 'memory'}"
             return {"fault": self._fault}
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return dict(json.loads(line))
 
 
 def _holds(text: str, question: str) -> bool:
@@ -121,8 +115,9 @@ def _holds(text: str, question: str) -> bool:
 # ---- the child's side ----
 
 
-def _renderer(source: str, bos: str, eos: str) -> Any:
-    """A function of the messages and variables that yields the text piece by piece.
+@functools.cache
+def _renderer(source: str, bos: str, eos: str) -> Callable[[dict[str, Any]], str]:
+    """A function of the messages and variables that gives the text.
 
     Raises:
         jinja2.TemplateError: Jinja cannot parse the source.
@@ -162,34 +157,28 @@ def _renderer(source: str, bos: str, eos: str) -> Any:
         "strftime_now": CLOCK.strftime,
         **dict.fromkeys(("functions", "function_call", "tools", "tool_choice")),
     }
-    return lambda chat: template.generate(**values, **chat)
 
+    def render(chat: dict[str, Any]) -> str:
+        text = ""
+        for piece in template.generate(**values, **chat):
+            text += piece
+            if len(text) > MAX_CHARACTERS:
+                raise ValueError(f"its text exceeds {MAX_CHARACTERS:,} characters")
+        return text
 
-def _render(pieces: Any) -> str:
-    text = ""
-    for piece in pieces:
-        text += piece
-        if len(text) > MAX_CHARACTERS:
-            raise ValueError(f"its text exceeds {MAX_CHARACTERS:,} characters")
-    return text
+    return render
 
 
 def main() -> None:
     """Take the template, then answer each line of a chat with a line: the text, or what is wrong."""
     child.limit_memory(MEMORY_BYTES)
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    job, render, fault = json.loads(sys.stdin.readline()), None, ""
-    try:
-        render = _renderer(**job)
-    except Exception as error:  # Jinja raises its own errors, and Python's
-        fault = _words(error)
+    job = json.loads(sys.stdin.readline())
     for line in sys.stdin:
-        answer = {"fault": fault}
-        if render is not None:
-            try:
-                answer = {"text": _render(render(json.loads(line)))}
-            except Exception as error:  # the template is code: it may raise anything
-                answer = {"fault": _words(error)}
+        try:
+            answer = {"text": _renderer(**job)(json.loads(line))}
+        except Exception as error:  # the template is code: it may raise anything; Jinja raises its own errors
+            answer = {"fault": _words(error)}
         channel.write(json.dumps(answer) + "\n")
         channel.flush()
 

@@ -20,7 +20,7 @@ from dfqs_nb import __version__
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.journal import Journal
-from dfqs_nb.llama.generate import GREEDY, Completion, Sampling, chat_prompt, chat_text, stream_tokens
+from dfqs_nb.llama.generate import GREEDY, Completion, Sampling, TextStream, chat_prompt, chat_text
 from dfqs_nb.llama.model import ContextFullError, DecodeError, Model
 from dfqs_nb.llama.thinking import answer_start, opens_thinking
 from dfqs_nb.scores.grading import SetRun, grade
@@ -136,7 +136,7 @@ class Answerer:
 
         def answer(request: Request) -> Completion:
             tokens = request.tokens(model)
-            return stream_tokens(model, tokens, request.max_tokens, request.sampling, request.stop).completion
+            return TextStream(model, tokens, request.max_tokens, request.sampling, request.stop).completion
 
         conditions = {"chat_template_sha256": used, **model.conditions()}
         answerer = cls(answer, mode, conditions, model_id or model.path.name)

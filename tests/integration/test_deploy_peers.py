@@ -80,7 +80,7 @@ def test_node_llama_cpp_gives_the_same_greedy_tokens(name):
     with llama_model.open_model(path, OpenSettings(n_ctx=2048, n_threads=1)) as model:
         prompts = [p for item in items if len(p := llama_generate.chat_prompt(model, item.prompt)) < 1500]
         ours = [
-            llama_generate.stream_tokens(model, prompt, MAX_TOKENS).completion.token_ids for prompt in prompts
+            llama_generate.TextStream(model, prompt, MAX_TOKENS).completion.token_ids for prompt in prompts
         ]
         found = ask_node(folder, path, prompts)
         wrong = [*ours[0][:-1], ours[0][-1] + 1]

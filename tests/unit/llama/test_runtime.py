@@ -205,7 +205,7 @@ class ScriptedModel:
 
 def test_streamed_pieces_never_split_a_character():
     text = "naïve 漢字 🙂🙂 fin"
-    stream = llama_generate.stream_tokens(ScriptedModel([bytes([b]) for b in text.encode()]), [0])
+    stream = llama_generate.TextStream(ScriptedModel([bytes([b]) for b in text.encode()]), [0])
     pieces = list(stream)
     assert "".join(pieces) == text == stream.completion.text
     assert all("\ufffd" not in piece for piece in pieces)
@@ -213,27 +213,27 @@ def test_streamed_pieces_never_split_a_character():
 
 
 def test_a_broken_last_character_is_shown_as_such():
-    stream = llama_generate.stream_tokens(ScriptedModel([b"a", "🙂".encode()[:2]]), [0])
+    stream = llama_generate.TextStream(ScriptedModel([b"a", "🙂".encode()[:2]]), [0])
     assert "".join(stream) == stream.completion.text == "a\ufffd"
 
 
 def test_stop_text_is_never_shown_even_across_tokens():
     model = ScriptedModel([b"def f", b"():\n", b" pass\n", b"\ncla", b"ss B", b"more"])
-    stream = llama_generate.stream_tokens(model, [0], stop=["\n\nclass", "###"])
+    stream = llama_generate.TextStream(model, [0], stop=["\n\nclass", "###"])
     assert list(stream) == ["def f", "():", "\n pass"]
     assert stream.completion.finish_reason == "stop"
     assert stream.completion.text == "def f():\n pass"
 
 
 def test_held_back_text_is_shown_at_the_end():
-    stream = llama_generate.stream_tokens(ScriptedModel([b"a\n", b"\n"]), [0], stop=["\n\nclass"])
+    stream = llama_generate.TextStream(ScriptedModel([b"a\n", b"\n"]), [0], stop=["\n\nclass"])
     assert "".join(stream) == "a\n\n"
     assert stream.completion.finish_reason == "eos"
 
 
 def test_a_stream_that_failed_has_no_completion():
     model = ScriptedModel([b"a", b"b"])
-    stream = llama_generate.stream_tokens(model, [0])
+    stream = llama_generate.TextStream(model, [0])
     assert next(iter(stream)) == "a"
     model.evaluate = lambda _tokens: (_ for _ in ()).throw(llama_model.NanLogitsError("NaN"))
     with pytest.raises(llama_model.NanLogitsError):
@@ -260,7 +260,7 @@ def test_prompt_beyond_the_context_is_refused(nano):
 
 def test_answer_stops_where_the_context_ends(nano):
     prompt = np.random.default_rng(1).integers(0, 256, 505).tolist()
-    answer = llama_generate.stream_tokens(nano, prompt, max_tokens=100).completion
+    answer = llama_generate.TextStream(nano, prompt, max_tokens=100).completion
     assert len(answer.token_ids) <= 7
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dfqs_nb.core.errors import ComparisonError, ModelError, PromptError
-from dfqs_nb.llama.generate import Completion, TextStream, stream_tokens
+from dfqs_nb.llama.generate import Completion, TextStream
 from dfqs_nb.llama.model import DecodeError, open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.llama.template import ChatTemplate
@@ -172,7 +172,7 @@ def test_a_stop_text_counts_only_behind_the_thinking(model, monkeypatch, opened,
     said = text + "It must end in </answer>.</think><answer>12</answer> and so on"
     monkeypatch.setattr(TextStream, "_generate", lambda self: iter(model.tokenize(said, special=False)))
     prompt = model.tokenize("Q?<think>\n" if opened else "Q?", special=False)
-    made = stream_tokens(model, prompt, 99, stop=["</answer>"]).completion
+    made = TextStream(model, prompt, 99, stop=["</answer>"]).completion
     assert made.text == text + "It must end in </answer>.</think><answer>12" and made.finish_reason == "stop"
 
 
