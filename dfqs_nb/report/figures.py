@@ -52,7 +52,7 @@ def report_shares(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         table: columns ``group``, ``label``, ``n``, ``value``, ``low``, ``high``, ``mark`` (guess rate of a
             score, threshold of the failure boundary; NaN for none), in drawing order.
     """
-    ax = new_axes(ax, 1.4 + 0.24 * len(table))
+    ax = new_axes(ax, 1.4 + 0.24 * max(len(table), 3))
     for colour, group in zip(PALETTE, dict.fromkeys(table["group"]), strict=False):
         rows = np.flatnonzero(table["group"] == group)
         part = table.iloc[rows]
@@ -69,7 +69,9 @@ def report_shares(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xlim(-0.02, 1.02)
     ax.xaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_xlabel("right answers (95 % interval)")
-    below = -0.6 / (0.5 + 0.24 * len(table))  # 0.6 inches: under the axis label, however high the axes are
+    below = -0.6 / (
+        0.5 + 0.24 * max(len(table), 3)
+    )  # 0.6 inches: under the axis label, however high the axes are
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, below), ncols=3)
     set_title(ax, _finding(table))
     return ax
