@@ -31,6 +31,7 @@ MAX_STRINGS = 1 << 22  # in one array: the largest vocabularies and merge lists 
 
 GET_AGAIN = "get the file from its source again"
 OTHER_TOOL = "the file was converted by another tool or an older one: convert it again"
+WRITTEN_WRONGLY = "the file was written wrongly, or by a fork of llama.cpp with other type numbers"
 CUT_OFF = "the download was cut off, or the file is broken: download it again"
 _FIRST_READ = 1 << 16
 _U64 = struct.Struct("<Q")
@@ -195,9 +196,8 @@ def read_header(path: str | Path, start: int = 0) -> GGUFHeader:
             size = file.seek(0, 2)
             return _parse(_Cursor(path, file, start, size))
     except OSError as error:
-        raise HeaderError(
-            f"cannot be read ({error.strerror})", where=path, hint="check the path and its permissions"
-        ) from error
+        hint = "check the path and its permissions"
+        raise HeaderError(f"cannot be read ({error.strerror})", where=path, hint=hint) from error
 
 
 def check_layout(header: GGUFHeader) -> None:
@@ -212,21 +212,14 @@ def check_layout(header: GGUFHeader) -> None:
     for tensor in header.tensors:
         if tensor.offset != expected:
             kind = "overlaps the tensor before it" if tensor.offset < expected else "leaves a gap"
-            raise LayoutError(
-                f"tensor {tensor.name!r} {kind} (offset {tensor.offset:,}, expected {expected:,})",
-                where=header.path,
-                hint="the file was written wrongly, or by a fork of llama.cpp with other type numbers: "
-                "get it from its source again",
-            )
+            what = f"tensor {tensor.name!r} {kind} (offset {tensor.offset:,}, expected {expected:,})"
+            raise LayoutError(what, where=header.path, hint=f"{WRITTEN_WRONGLY}: {GET_AGAIN}")
         expected = padded(tensor.offset + tensor.nbytes, header.alignment)
     last = header.tensors[-1] if header.tensors else None
     needed = header.data_offset + (last.offset + last.nbytes if last else 0)
     if header.file_size < needed:
-        raise LayoutError(
-            f"{needed - header.file_size:,} bytes short (has {header.file_size:,}, needs {needed:,})",
-            where=header.path,
-            hint=CUT_OFF,
-        )
+        what = f"{needed - header.file_size:,} bytes short (has {header.file_size:,}, needs {needed:,})"
+        raise LayoutError(what, where=header.path, hint=CUT_OFF)
 
 
 class _Cursor:
@@ -250,10 +243,8 @@ class _Cursor:
         if end <= len(self.bytes):
             return
         if end > self.size - self.start:
-            raise self.fail(
-                f"the header is cut off: it needs {end:,} bytes and the file has {self.size - self.start:,}",
-                CUT_OFF,
-            )
+            has = f"the file has {self.size - self.start:,}"
+            raise self.fail(f"the header is cut off: it needs {end:,} bytes and {has}", CUT_OFF)
         if end > MAX_HEADER_BYTES:
             raise self.fail(f"the header claims over {MAX_HEADER_BYTES:,} bytes")
         goal = min(max(end, 2 * len(self.bytes), _FIRST_READ), self.size - self.start, MAX_HEADER_BYTES)
@@ -330,9 +321,8 @@ def _read_preamble(cursor: _Cursor) -> tuple[int, int, int]:
     n_tensors, n_fields = cursor.number("Q"), cursor.number("Q")
     for count, least, noun in ((n_tensors, 24, "tensors"), (n_fields, 13, "metadata fields")):
         if count * least > cursor.remaining:
-            raise cursor.fail(
-                f"claims {count:,} {noun}, more than its {cursor.size:,} bytes can hold", CUT_OFF
-            )
+            what = f"claims {count:,} {noun}, more than its {cursor.size:,} bytes can hold"
+            raise cursor.fail(what, CUT_OFF)
     return version, n_tensors, n_fields
 
 
@@ -372,9 +362,8 @@ def _read_field(cursor: _Cursor, name: str, start: int) -> Field:
     type_name, form = VALUE_TYPES[kind]
     n, least = 1 if count is None else count, struct.calcsize("<" + form) or 8
     if n * least > cursor.remaining:
-        raise cursor.fail(
-            f"metadata field {name!r} claims {n:,} values, more than the file has left", CUT_OFF
-        )
+        what = f"metadata field {name!r} claims {n:,} values, more than the file has left"
+        raise cursor.fail(what, CUT_OFF)
     value_start = cursor.position
     cursor.need(value_start + n * least)
     if form:

@@ -21,7 +21,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -104,15 +104,12 @@ def parse_all(
     """Ask about many files in as few processes as they leave alive (see `parse`)."""
     options = {"library": str(library_path()), "tensors": tensors}
     answers = _ask("parse", paths, options, timeout_seconds)
-    return [
-        Parsed(
-            message="\n".join(log)
-            or (f"llama.cpp's parser died ({facts['death']})" if "death" in facts else ""),
-            tensors=tuple(ParsedTensor(*row) for row in facts.pop("tensors", ())),
-            **facts,
-        )
-        for facts, log in answers
-    ]
+    parsed = []
+    for facts, log in answers:
+        death = f"llama.cpp's parser died ({facts['death']})" if "death" in facts else ""
+        table = tuple(ParsedTensor(*row) for row in facts.pop("tensors", ()))
+        parsed.append(Parsed(message="\n".join(log) or death, tensors=table, **facts))
+    return parsed
 
 
 def library_path() -> Path:
@@ -190,12 +187,9 @@ def loader_verdicts(paths: Sequence[str | Path]) -> list[LoaderVerdict]:
     return verdicts
 
 
-Answer = tuple[dict[str, Any], list[str]]
-
-
 def _ask(
     question: str, paths: Sequence[str | Path], options: Mapping[str, Any], timeout_seconds: float
-) -> Iterator[Answer]:
+) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """What the children say of each file, with the lines that llama.cpp logged about it.
 
     A file that ends its child gets ``accepted: False`` and its ``death``; another child takes the next files.
@@ -338,12 +332,7 @@ def planned_bytes(log: Sequence[str]) -> dict[str, int]:
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Answer one question; the child process calls this."""
-    questions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-        "parse": _parse_files,
-        "load": _load_files,
-        "trial": _try,
-    }
-    return questions[job["question"]](job)
+    return {"parse": _parse_files, "load": _load_files, "trial": _try}[job["question"]](job)
 
 
 def _parse_files(job: dict[str, Any]) -> dict[str, Any]:
@@ -371,9 +360,8 @@ class _Ggml:
         try:
             self._library = ctypes.CDLL(library)
         except OSError as error:
-            raise ModelError(
-                f"cannot run libggml ({error})", hint="install llama-cpp-python again"
-            ) from error
+            hint = "install llama-cpp-python again"
+            raise ModelError(f"cannot run libggml ({error})", hint=hint) from error
         void, text, i64, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_size_t
         self.log: list[bytes] = []
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_int, text, void)(self._receive)
@@ -445,11 +433,13 @@ def _try(job: dict[str, Any]) -> dict[str, Any]:
     settings, path = OpenSettings(**job["settings"]), job["path"]
     child.tell(stage="while planning its memory")
     planned = dry_run(path, settings)
-    _check_memory(path, job["needs"], planned)
+    needs, kv = job["needs"], KvCacheBytes(**job["needs"].pop("kv"))
+    if kv.exactness != "exact":
+        kv = KvCacheBytes({"planned by llama.cpp": planned["kv_bytes"]})
+    check_fits(MemoryEstimate(kv=kv, **needs).with_compute(planned["compute_bytes"]), where=path)
     child.tell(stage="while loading it")
-    small = dataclasses.replace(
-        settings, n_ctx=min(settings.n_ctx, SMALL_CTX), n_threads=1, n_threads_batch=1
-    )
+    n_ctx = min(settings.n_ctx, SMALL_CTX)
+    small = dataclasses.replace(settings, n_ctx=n_ctx, n_threads=1, n_threads_batch=1)
     started = time.perf_counter()
     llama = build_llama(path, small)
     loaded = time.perf_counter()
@@ -461,22 +451,12 @@ def _try(job: dict[str, Any]) -> dict[str, Any]:
     return {**planned, "load_seconds": loaded - started, "decode_seconds": time.perf_counter() - loaded}
 
 
-def _check_memory(path: str, needs: dict[str, Any], planned: dict[str, int]) -> None:
-    kv = KvCacheBytes(**needs.pop("kv"))
-    if kv.exactness != "exact":
-        kv = KvCacheBytes({"planned by llama.cpp": planned["kv_bytes"]})
-    check_fits(MemoryEstimate(kv=kv, **needs).with_compute(planned["compute_bytes"]), where=path)
-
-
 def _check_finite(llama: Any, path: str) -> None:
     import numpy as np
 
     if not np.isfinite(np.ctypeslib.as_array(llama._ctx.get_logits_ith(-1), shape=(llama.n_vocab(),))).all():
-        raise ModelError(
-            "the first decode gives logits that are not numbers",
-            where=path,
-            hint="the weights are damaged: verify the file's hash, or get it again",
-        )
+        hint = "the weights are damaged: verify the file's hash, or get it again"
+        raise ModelError("the first decode gives logits that are not numbers", where=path, hint=hint)
 
 
 def _keep_stderr_open() -> None:

@@ -136,15 +136,9 @@ class TextStream:
         text += "" if reason == "stop" else decoder.decode(b"", final=True)
         if len(text) > shown:
             yield text[shown:]
-        self._completion = Completion(
-            text,
-            tuple(self._tokens),
-            reason,
-            len(self._prompt),
-            self._prefill_seconds,
-            self._decode_seconds,
-            self._n_decoded,
-        )
+        seconds = (self._prefill_seconds, self._decode_seconds)
+        ids, n_prompt = tuple(self._tokens), len(self._prompt)
+        self._completion = Completion(text, ids, reason, n_prompt, *seconds, self._n_decoded)
 
     def _generate(self) -> Iterator[int]:
         """Chosen tokens: prefill from a cleared context, then one evaluation for each but the first."""
@@ -211,9 +205,8 @@ def chat_text(model: Model, prompt: str | Sequence[Message], **variables: bool) 
             question out.
     """
     if not model.header.text("tokenizer.chat_template"):
-        raise ModelError(
-            "its header has no chat template", where=model.path, hint="use complete() with plain text"
-        )
+        hint = "use complete() with plain text"
+        raise ModelError("its header has no chat template", where=model.path, hint=hint)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return model.template.render(messages, variables)
 

@@ -200,10 +200,9 @@ class Model:
         self.decode(tokens)
         logits = np.ctypeslib.as_array(self.llama._ctx.get_logits_ith(-1), shape=(self.n_vocab,)).copy()
         if np.isnan(logits).any():
+            hint = "the weights are damaged, or the KV type is too coarse: try type_k='f16'"
             raise NanLogitsError(
-                f"the logits after {self.n_past:,} tokens hold NaN",
-                where=self.path,
-                hint="the weights are damaged, or the KV type is too coarse: try type_k='f16'",
+                f"the logits after {self.n_past:,} tokens hold NaN", where=self.path, hint=hint
             )
         return logits
 
@@ -238,11 +237,9 @@ class Model:
         if not len(tokens):
             raise DecodeError("there are no tokens to evaluate", where=self.path, hint="give a prompt")
         if n_tokens > self.settings.n_ctx:
-            raise ContextFullError(
-                f"{n_tokens:,} tokens exceed the context of {self.settings.n_ctx:,}",
-                where=self.path,
-                hint="open the model with a larger n_ctx, or shorten the prompt",
-            )
+            what = f"{n_tokens:,} tokens exceed the context of {self.settings.n_ctx:,}"
+            hint = "open the model with a larger n_ctx, or shorten the prompt"
+            raise ContextFullError(what, where=self.path, hint=hint)
 
     def _decode_batch(self, tokens: Sequence[int], *, every_logit: bool) -> None:
         """One ``llama_decode``, with logits for each token or for the last one."""
@@ -256,12 +253,9 @@ class Model:
         run = _decode_with_lock() if self.keep_lock and n == 1 else api.llama_decode
         status = run(llama.ctx, batch)
         if status != 0:
-            last = "; ".join(LOG.tail(2))
-            raise DecodeError(
-                f"llama_decode returned {status} after {n_past:,} tokens ({last})",
-                where=self.path,
-                hint="clear the context and try again; lower n_ubatch if memory is short",
-            )
+            what = f"llama_decode returned {status} after {n_past:,} tokens ({'; '.join(LOG.tail(2))})"
+            hint = "clear the context and try again; lower n_ubatch if memory is short"
+            raise DecodeError(what, where=self.path, hint=hint)
         llama.n_tokens = n_past + n
 
     # ---- the state of the sequence ----
@@ -292,9 +286,8 @@ class Model:
         self.clear()
         size = len(state.data)
         if api.llama_state_seq_set_data(self.llama.ctx, state.data, size, 0) != size:
-            raise DecodeError(
-                "llama.cpp does not take its state back", where=self.path, hint="use reuse=False"
-            )
+            hint = "use reuse=False"
+            raise DecodeError("llama.cpp does not take its state back", where=self.path, hint=hint)
         self.llama.n_tokens = state.n_tokens
 
     def conditions(self) -> dict[str, Any]:

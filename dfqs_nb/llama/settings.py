@@ -89,10 +89,8 @@ class OpenSettings:
                 hint = f"use one of {', '.join(GGML_TYPES)}"
                 raise ModelError(f"{name} is {getattr(self, name)!r}", hint=hint)
         if self.rpc_servers and self.n_gpu_layers == 0:
-            raise ModelError(
-                "RPC servers are given, but no layers for them",
-                hint="pass n_gpu_layers: -1 puts all of them there",
-            )
+            hint = "pass n_gpu_layers: -1 puts all of them there"
+            raise ModelError("RPC servers are given, but no layers for them", hint=hint)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for a report's conditions; RPC servers only where there are any."""
@@ -215,9 +213,7 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
 
     def without_templates(metadata: dict[str, str]) -> dict[str, str]:
         """``Llama`` parses every chat template at once and fails on any; we render them ourselves."""
-        return {
-            name: text for name, text in metadata.items() if not name.startswith("tokenizer.chat_template")
-        }
+        return {name: text for name, text in metadata.items() if "tokenizer.chat_template" not in name}
 
     LOG.install()
     LOG.clear()
@@ -311,10 +307,8 @@ def add_rpc_servers(settings: OpenSettings) -> None:
     import llama_cpp.llama_cpp as api
 
     if not api.llama_supports_rpc():
-        raise ModelError(
-            f"llama-cpp-python {llama_version()} was built without RPC",
-            hint='build it with CMAKE_ARGS="-DGGML_RPC=ON", or point LLAMA_CPP_LIB_PATH at such a build',
-        )
+        hint = 'build it with CMAKE_ARGS="-DGGML_RPC=ON", or point LLAMA_CPP_LIB_PATH at such a build'
+        raise ModelError(f"llama-cpp-python {llama_version()} was built without RPC", hint=hint)
     for address in new:
         _check_listens(address)
         _register_rpc(address)
@@ -327,10 +321,8 @@ def _check_listens(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
-        raise ModelError(
-            f"no RPC server answers at {address} ({error.strerror or error})",
-            hint="start it there: rpc-server -H HOST -p PORT",
-        ) from error
+        what = f"no RPC server answers at {address} ({error.strerror or error})"
+        raise ModelError(what, hint="start it there: rpc-server -H HOST -p PORT") from error
 
 
 def _register_rpc(address: str) -> None:

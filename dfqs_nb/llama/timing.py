@@ -43,12 +43,10 @@ class Speed:
     def rows(self) -> list[dict[str, Any]]:
         """One row for each of prefill and decode, ready for a DataFrame."""
         shared = {"depth": self.depth, "n_threads": self.n_threads, "repetitions": self.repetitions}
+        prefill, decode = asdict(self.prefill_tokens_per_sec), asdict(self.decode_tokens_per_sec)
         return [
-            {"phase": phase, **shared, "tokens": tokens, **asdict(spread)}
-            for phase, tokens, spread in (
-                ("prefill", self.depth, self.prefill_tokens_per_sec),
-                ("decode", self.n_tokens, self.decode_tokens_per_sec),
-            )
+            {"phase": "prefill", **shared, "tokens": self.depth, **prefill},
+            {"phase": "decode", **shared, "tokens": self.n_tokens, **decode},
         ]
 
 
@@ -143,23 +141,16 @@ def measure_speed(
     tokens = np.random.default_rng(seed).integers(0, model.n_vocab, depth + n_tokens).tolist()
     prompt, forced = tokens[:depth], tokens[depth:]
     if len(tokens) > model.settings.n_ctx:
-        raise ContextFullError(
-            f"{len(tokens):,} tokens exceed the context of {model.settings.n_ctx:,}",
-            where=model.path,
-            hint="lower the depth, or open the model with a larger n_ctx",
-        )
+        what = f"{len(tokens):,} tokens exceed the context of {model.settings.n_ctx:,}"
+        hint = "lower the depth, or open the model with a larger n_ctx"
+        raise ContextFullError(what, where=model.path, hint=hint)
     _time_once(model, prompt[:16], forced[:4])
     rounds = tqdm(range(repetitions), desc="timing", leave=False)
     seconds = [_time_once(model, prompt, forced) for _ in rounds]
     model.clear()
-    return Speed(
-        depth,
-        n_tokens,
-        repetitions,
-        model.settings.n_threads or 0,
-        Spread.of([depth / prefill for prefill, _ in seconds]),
-        Spread.of([n_tokens / decode for _, decode in seconds]),
-    )
+    prefill = Spread.of([depth / prefill for prefill, _ in seconds])
+    decode = Spread.of([n_tokens / decode for _, decode in seconds])
+    return Speed(depth, n_tokens, repetitions, model.settings.n_threads or 0, prefill, decode)
 
 
 def _time_once(model: Model, prompt: Sequence[int], forced: Sequence[int]) -> tuple[float, float]:
