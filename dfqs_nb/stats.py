@@ -60,7 +60,7 @@ def non_increasing(successes: Any, trials: Any) -> Floats:
     """The non-increasing accuracies nearest to these counts, along the last axis (isotonic least squares).
 
     Each is min over a <= i of max over b >= i of the pooled accuracy from a to b (Barlow et al. 1972, 1.4).
-    By hand, because it fits thousands of rows at once and scipy's fits one. Every ``trials`` must be positive.
+    By hand, because it fits thousands of rows at once and scipy fits one. Every ``trials`` must be positive.
 
     >>> non_increasing([9, 10, 4], [10, 10, 10]).tolist()
     [0.95, 0.95, 0.4]

@@ -52,7 +52,7 @@ def whole_path(path: str | Path) -> Iterator[Path]:
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.chmod(0o666 & ~mask)
-        os.replace(part, path)
+        part.replace(path)
         fsync_dir(path.parent)
     finally:
         part.unlink(missing_ok=True)
@@ -167,7 +167,7 @@ def sha256_of_files(
     hashing: Future[None] | None = None
     with ThreadPoolExecutor(1) as beside:
         for path in paths:
-            with open(path, "rb", buffering=0) as file:
+            with Path(path).open("rb", buffering=0) as file:
                 while chunk := file.read(CHUNK_BYTES):
                     if hashing is not None:
                         hashing.result()

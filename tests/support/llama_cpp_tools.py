@@ -87,7 +87,7 @@ def source() -> Path:
         with tempfile.TemporaryDirectory(dir=cache()) as scratch:
             _unpack(_download(version, sha256, Path(scratch)), Path(scratch) / "unpacked")
             try:
-                os.replace(Path(scratch) / "unpacked" / home.name, home)
+                (Path(scratch) / "unpacked" / home.name).replace(home)
             except OSError:
                 if not home.exists():  # else another process was faster
                     raise
@@ -151,7 +151,7 @@ def tool(name: str) -> Path:
     if not (folder / name).exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            os.replace(_compile(name, libraries, Path(scratch)), folder / name)
+            _compile(name, libraries, Path(scratch)).replace(folder / name)
     return folder / name
 
 

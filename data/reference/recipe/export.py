@@ -7,13 +7,11 @@ hyper-connections, position biases, sinks) are F32 in both types.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFWriter, TokenType
-
 from model import RATIOS
 from tokenizer import BOS, CHAT_TEMPLATE, EOS, SPECIAL
 from train import restored
@@ -125,7 +123,7 @@ def export(model, tokenizer, path: Path, kind: str = "F16") -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    os.replace(fresh, path)
+    Path(fresh).replace(path)
 
 
 def main() -> None:

@@ -74,7 +74,6 @@ def compare(ours: np.ndarray, theirs: np.ndarray, choice: int) -> dict:
 
 def main() -> int:
     import torch
-
     from families import tasks
     from model import RATIOS
     from train import restored

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable
@@ -25,10 +24,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-
 from families import FAMILIES, tasks
 from model import fast_forward, new_model
+from safetensors.torch import load_file, save_file
 from tokenizer import Encoder, load, train_tokenizer
 
 SEED, BIAS_STEP, INDEX_WEIGHT = 7, 2e-3, 0.2
@@ -149,7 +147,7 @@ def exact_match(model, encoder: Encoder, family: str, n: int, room: int) -> floa
 def save(model, out: Path) -> None:
     fresh = out / "model.safetensors.new"
     save_file({name: one.contiguous() for name, one in model.state_dict().items()}, fresh)
-    os.replace(fresh, out / "model.safetensors")
+    Path(fresh).replace(out / "model.safetensors")
 
 
 class Team:

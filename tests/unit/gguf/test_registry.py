@@ -188,7 +188,7 @@ def test_addresses(address, file):
 def damaged_copy(folder: Path, change) -> tuple[Path, ...]:
     for name in SHARDS:
         shutil.copy(REFERENCE / name, folder)
-    with open(folder / SHARDS[1], "r+b") as file:
+    with (folder / SHARDS[1]).open("r+b") as file:
         change(file)
     return tuple(folder / name for name in SHARDS)
 
