@@ -174,8 +174,10 @@ class Answerer:
         folder.mkdir(parents=True, exist_ok=True)
         own = {"mode": self.mode, **options.conditions(), "scoring": __version__}
         conditions = {**item_set.identity(), **own, **self.conditions}
-        place, known = folder / f"answers-{item_set.name}.jsonl", {**conditions, "model": self.model_id}
-        journal = Journal(place, known, fresh=options.fresh)
+        # conditions of an earlier run, read again, name what an answer doesn't depend on
+        known = {name: value for name, value in conditions.items() if name not in ("repeats", "sandbox")}
+        place = folder / f"answers-{item_set.name}.jsonl"
+        journal = Journal(place, {**known, "model": self.model_id}, fresh=options.fresh)
         wanted = {
             f"{item.id}#{number}": (item, number)
             for item in item_set.items[: options.limit]
