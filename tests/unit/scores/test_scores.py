@@ -84,9 +84,10 @@ def test_a_killed_run_continues_and_ends_with_the_same_score(tmp_path):
 
 
 def test_a_finished_run_asks_nothing_and_other_conditions_ask_all(tmp_path):
-    collect(Oracle(), tmp_path)
+    run = collect(Oracle(), tmp_path)
     for conditions, options, calls in (
         (CONDITIONS, {}, 0),
+        (run.conditions, {}, 0),
         ({"n_ctx": 512}, {}, N),
         (CONDITIONS, {"thinking": "off"}, N),
         (CONDITIONS, {"thinking_tokens": 64}, N),
