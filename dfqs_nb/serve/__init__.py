@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from dfqs_nb.serve import checks, compare, recipes, servers
 from dfqs_nb.serve.client import check_in_process, connect, is_url
-from dfqs_nb.serve.retrieval import measure_long_context
-from dfqs_nb.serve.scoring import score_set
+from dfqs_nb.serve.measure import measure_long_context, score_set
 
 if TYPE_CHECKING:
     from dfqs_nb.serve import figures

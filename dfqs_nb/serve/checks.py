@@ -1,4 +1,4 @@
-"""What a user should know of a server before trusting its answers, checked by asking it."""
+"""What a user should know of a server before trusting its answers, found out by asking it."""
 
 from __future__ import annotations
 
@@ -14,29 +14,27 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel
-
 from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.llama.generate import chat_text
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.serve.client import Endpoint, Reply, check_in_process, connect
-from dfqs_nb.serve.errors import (
+from dfqs_nb.serve.client import Endpoint, Reply, check_in_process, connect, pick
+from dfqs_nb.serve.measure import token_counter
+from dfqs_nb.serve.servers import LocalServer, is_healthy, port_is_free, start
+from dfqs_nb.serve.wire import (
     BrokenAnswerError,
     BusyError,
     ContextOverflowError,
     EndpointError,
     UnreachableError,
 )
-from dfqs_nb.serve.facts import read
-from dfqs_nb.serve.retrieval import token_counter
-from dfqs_nb.serve.servers import LocalServer, is_healthy, port_is_free, start
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Work = TypeVar("Work")
 Made = TypeVar("Made")
+Finding = tuple[str, str]  # ``pass``, ``fail``, ``note`` or ``not measured``, and what was seen
 PASS, FAIL, NOTE, UNSEEN = "pass", "fail", "note", "not measured"
 PROMPTS = (
     "Tom is tall. Ann is small. Who is tall?",
@@ -45,7 +43,8 @@ PROMPTS = (
     "def add(a, b):",
 )
 CLIENTS = (1, 2, 4, 8)
-TIMED_PROMPT = "The red key is kept in the old box. The blue key is kept in the new box. "
+N_CONCURRENT = 4  # requests at once for the check of determinism
+TIMED_PROMPT = "The red key is kept in the old box. The blue key is kept in the new box. " * 2
 MAX_TOKENS = 32
 REPETITIONS = 4
 LONGEST_TRIED = 65_536  # tokens of context that are filled to try them out
@@ -54,12 +53,178 @@ CACHE_PROMPT = (FILLER + "Rain fell softly on the roof. ") * 16
 
 
 @dataclass(frozen=True)
-class Check:
-    """One check: what was looked at, ``pass``, ``fail``, ``note`` or ``not measured``, and the finding."""
+class Subject:
+    """What is checked: an endpoint; where they are here, the same file in this process, and our server."""
 
-    check: str
-    verdict: str
-    finding: str
+    endpoint: Endpoint
+    model: Model | None = None
+    server: LocalServer | None = None
+
+
+# ---- the checks ----
+
+
+def check_health(subject: Subject) -> Finding:
+    """The server answers, to its health check and to a request of one token."""
+    server = subject.server
+    healthy = server is None or is_healthy(server)
+    started = time.perf_counter()
+    subject.endpoint.complete("The", 1)
+    seconds = time.perf_counter() - started
+    came_up = f"came up in {server.start_seconds:.1f} s; " if server else ""
+    state = "healthy" if healthy else "not healthy"
+    return PASS if healthy else FAIL, f"{came_up}{state}; one token in {seconds:.2f} s"
+
+
+def check_name(subject: Subject) -> Finding:
+    """What a wrong model name gets: a refusal is right, another model's answer is a trap."""
+    endpoint = subject.endpoint
+    listed = ", ".join(endpoint.facts.models)
+    try:
+        dataclasses.replace(endpoint, model=f"{endpoint.model}-that-is-not-there", retries=0).complete(
+            "The", 1
+        )
+    except (BusyError, UnreachableError, BrokenAnswerError):
+        raise
+    except EndpointError as error:
+        return PASS, f"lists {listed}; refuses another name ({type(error).__name__})"
+    trap = "answers to any name, so a wrong one goes unnoticed unless the list is read first (connect does)"
+    return NOTE, f"lists {listed}; {trap}"
+
+
+def check_context(subject: Subject) -> Finding:
+    """How many tokens it really takes: what it reports, and what it refuses."""
+    endpoint, n_ctx = subject.endpoint, subject.endpoint.facts.n_ctx
+    count, counted_by = token_counter(endpoint)
+    if n_ctx is None or n_ctx > LONGEST_TRIED:
+        return UNSEEN, f"reports {n_ctx}; not tried out"
+    each = count(FILLER * 16) / 16
+    fits, exceeds = FILLER * int((n_ctx - 24) / each - 1), FILLER * int(n_ctx / each + 2)
+    endpoint.complete(fits, 4)
+    try:
+        endpoint.complete(exceeds, 4)
+    except ContextOverflowError:
+        takes = f"takes {count(fits):,} and refuses {count(exceeds):,} ({counted_by})"
+        return PASS, f"reports {n_ctx:,}; {takes}"
+    dropped = f"{count(exceeds):,} {counted_by} got an answer: part of such a prompt is dropped"
+    return FAIL, f"reports {n_ctx:,}, but {dropped}"
+
+
+def check_template(subject: Subject) -> Finding:
+    """Whether its chat template gives the tokens that ours gives."""
+    endpoint, model = subject.endpoint, subject.model
+    if model is None or not model.header.get("tokenizer.chat_template"):
+        return UNSEEN, "needs the model in this process, with a chat template"
+    ours = chat_text(model, PROMPTS[0])
+    n_ours = len(model.with_bos(model.tokenize(ours)))
+    n_theirs = dataclasses.replace(endpoint, stream=False).chat(PROMPTS[0], 1).n_prompt
+    page = endpoint.post("/apply-template", messages=[{"role": "user", "content": PROMPTS[0]}])
+    shown = pick(page, "prompt", str) or ""
+    before = ours.removesuffix(shown)  # some leave out a BOS, which they add as a token
+    same = ours.endswith(shown) and len(model.tokenize(before)) <= 1
+    text = "its text is not shown" if not shown else "the same text" if same else "another text"
+    verdict = PASS if n_ours == n_theirs and text != "another text" else FAIL
+    return verdict, f"{n_theirs} tokens, in process {n_ours}; {text}"
+
+
+def check_repeated(subject: Subject) -> Finding:
+    """Greedy answers to the same requests, one after another."""
+    chat, n = subject.endpoint.chat, len(PROMPTS)
+    texts = [{chat(prompt, MAX_TOKENS).text for _ in range(REPETITIONS)} for prompt in PROMPTS]
+    n_same = sum(len(answers) == 1 for answers in texts)
+    return (
+        PASS if n_same == n else FAIL,
+        f"{n_same} of {n} prompts: the same text {REPETITIONS} times in turn",
+    )
+
+
+def check_concurrent(subject: Subject) -> Finding:
+    """Greedy answers to the same requests beside others: slots share batches, and batches change numbers."""
+    n_other, n_asked = _differing(subject.endpoint, N_CONCURRENT)
+    drift = max_drift(subject.endpoint, PROMPTS, N_CONCURRENT)
+    moved = "" if drift is None else f"; log-probabilities moved by up to {drift:.1e}"
+    finding = f"{n_other} of {n_asked} answers differ with {N_CONCURRENT} requests at once{moved}"
+    return PASS if n_other == 0 else NOTE, finding
+
+
+def check_cache(subject: Subject) -> Finding:
+    """What reusing the last prompt's cache saves, and whether the text stays the same."""
+    options: list[dict[str, Any]] = [{"cache_prompt": False}, {"cache_prompt": True}]
+    can_switch = subject.endpoint.facts.name == "llama.cpp"
+    seconds, texts = [], []
+    for chosen in options if can_switch else [{}]:
+        for _ in range(REPETITIONS):
+            started = time.perf_counter()
+            texts.append(subject.endpoint.complete(CACHE_PROMPT, 8, **chosen).text)
+            seconds.append(time.perf_counter() - started)
+    n_texts = len(set(texts))
+    same = "the same text" if n_texts == 1 else f"{n_texts} different texts"
+    if not can_switch:
+        times = f"the same prompt took {seconds[0]:.3f} s, then {median(seconds[1:]):.3f} s"
+        return NOTE if n_texts == 1 else FAIL, f"cannot be switched here; {times}, with {same}"
+    off, on = median(seconds[1:REPETITIONS]), median(seconds[REPETITIONS + 1 :])
+    finding = f"{off:.3f} s without, {on:.3f} s with it ({off / on:.1f} times as fast), with {same}"
+    return PASS if n_texts == 1 else NOTE, f"the same prompt again: {finding}"
+
+
+CHECKS: dict[str, Callable[[Subject], Finding]] = {
+    "health": check_health,
+    "model name": check_name,
+    "context length": check_context,
+    "chat template": check_template,
+    "same again": check_repeated,
+    "same beside others": check_concurrent,
+    "prompt cache": check_cache,
+}
+
+
+def check(name: str, subject: Subject) -> dict[str, str]:
+    """One of `CHECKS`: ``check``, ``verdict`` and ``finding``. What stops it is a finding too."""
+    try:
+        verdict, finding = CHECKS[name](subject)
+    except EndpointError as error:
+        verdict, finding = FAIL, f"it stopped: {type(error).__name__}: {error.what}"
+    return {"check": name, "verdict": verdict, "finding": finding}
+
+
+def check_all(
+    connected: Mapping[str, Endpoint],
+    model: Model | None = None,
+    running: Mapping[str, LocalServer] | None = None,
+) -> pd.DataFrame:
+    """All checks of each server: columns ``check``, ``server``, ``verdict`` and ``finding``.
+
+    Args:
+        model: the same file, open in this process, to compare the chat template with.
+        running: the servers that are ours: their health is asked.
+    """
+    import pandas as pd
+
+    running = running or {}
+    threads = [server.settings.n_threads or 1 for server in running.values()]
+
+    def rows(name: str) -> list[dict[str, str]]:
+        subject = Subject(connected[name], model, running.get(name))
+        return [check(chosen, subject) | {"server": name} for chosen in CHECKS]
+
+    made = side_by_side(rows, connected, usable_cores() // max(threads, default=1))
+    return pd.DataFrame([row for table in made for row in table])[["check", "server", "verdict", "finding"]]
+
+
+def shut_down(running: Mapping[str, LocalServer]) -> pd.DataFrame:
+    """Stop each server, and look whether anything of it is left: columns as `check_all` has them."""
+    import pandas as pd
+
+    rows = []
+    for name, server in running.items():
+        seconds = server.stop()
+        status, free = server.process.returncode, port_is_free(*server.address)
+        finding = f"ended in {seconds:.1f} s (status {status}); its port is {'free' if free else 'taken'}"
+        rows.append((name, "shutdown", PASS if status in (0, -15) and free else FAIL, finding))
+    return pd.DataFrame(rows, columns=["server", "check", "verdict", "finding"])
+
+
+# ---- what requests beside others change ----
 
 
 def side_by_side(work: Callable[[Work], Made], items: Iterable[Work], n_at_once: int) -> list[Made]:
@@ -68,152 +233,15 @@ def side_by_side(work: Callable[[Work], Made], items: Iterable[Work], n_at_once:
         return list(pool.map(work, items))
 
 
-def servers_at_once(servers: Iterable[LocalServer]) -> int:
-    """How many of these servers this machine's cores can keep busy at once without one slowing another."""
-    threads = [server.settings.n_threads or 1 for server in servers]
-    return max(1, usable_cores() // max(threads, default=1))
-
-
-def check_server(
-    endpoint: Endpoint,
-    model: Model | None = None,
-    server: LocalServer | None = None,
-    prompts: Sequence[str] = PROMPTS,
-    n_concurrent: int = 4,
-) -> pd.DataFrame:
-    """All checks that can be made from outside: columns ``check``, ``verdict`` and ``finding``.
-
-    Args:
-        model: the same file, open in this process, to compare the chat template with.
-        server: when it is one of ours: its health is asked.
-        n_concurrent: requests at once for the check of determinism.
-    """
-    import pandas as pd
-
-    checks: dict[str, Callable[[], Check]] = {
-        "health": lambda: check_health(endpoint, server),
-        "model name": lambda: check_name(endpoint),
-        "context length": lambda: check_context(endpoint),
-        "chat template": lambda: check_template(endpoint, model),
-        "same again": lambda: check_repeated(endpoint, prompts),
-        "same beside others": lambda: check_concurrent(endpoint, prompts, n_concurrent),
-        "prompt cache": lambda: check_cache(endpoint),
-    }
-    return pd.DataFrame([dataclasses.asdict(made(name, check)) for name, check in checks.items()])
-
-
-def made(name: str, check: Callable[[], Check]) -> Check:
-    """A check's result; what stops it is a finding too."""
-    try:
-        return check()
-    except EndpointError as error:
-        return Check(name, FAIL, f"it stopped: {type(error).__name__}: {error.what}")
-
-
-def check_all(
-    connected: Mapping[str, Endpoint],
-    model: Model | None = None,
-    running: Mapping[str, LocalServer] | None = None,
-) -> pd.DataFrame:
-    """`check_server` of each server: columns ``check``, ``server``, ``verdict`` and ``finding``."""
-    import pandas as pd
-
-    running = running or {}
-
-    def check(name: str) -> pd.DataFrame:
-        return check_server(connected[name], model, running.get(name)).assign(server=name)
-
-    tables = side_by_side(check, connected, servers_at_once(running.values()))
-    return pd.concat(tables, ignore_index=True)[["check", "server", "verdict", "finding"]]
-
-
-def check_health(endpoint: Endpoint, server: LocalServer | None = None) -> Check:
-    """The server answers, to its health check and to a request of one token."""
-    healthy = server is None or is_healthy(server)
-    started = time.perf_counter()
-    endpoint.complete("The", 1)
-    seconds = time.perf_counter() - started
-    came_up = f"came up in {server.start_seconds:.1f} s; " if server else ""
-    state = "healthy" if healthy else "not healthy"
-    return Check("health", PASS if healthy else FAIL, f"{came_up}{state}; one token in {seconds:.2f} s")
-
-
-def check_name(endpoint: Endpoint) -> Check:
-    """What a wrong model name gets: a refusal is right, another model's answer is a trap."""
-    wrong = dataclasses.replace(endpoint, model=f"{endpoint.model}-that-is-not-there", retries=0)
-    listed = ", ".join(endpoint.facts.models)
-    try:
-        wrong.complete("The", 1)
-    except (BusyError, UnreachableError, BrokenAnswerError):
-        raise
-    except EndpointError as error:
-        return Check("model name", PASS, f"lists {listed}; refuses another name ({type(error).__name__})")
-    trap = "answers to any name, so a wrong one goes unnoticed unless the list is read first (connect does)"
-    return Check("model name", NOTE, f"lists {listed}; {trap}")
-
-
-def check_context(endpoint: Endpoint) -> Check:
-    """How many tokens it really takes: what it reports, and what it refuses."""
-    n_ctx = endpoint.facts.n_ctx
-    count, counted_by = token_counter(endpoint)
-    if n_ctx is None or n_ctx > LONGEST_TRIED:
-        return Check("context length", UNSEEN, f"reports {n_ctx}; not tried out")
-    each = count(FILLER * 16) / 16
-    fits, exceeds = FILLER * int((n_ctx - 24) / each - 1), FILLER * int(n_ctx / each + 2)
-    endpoint.complete(fits, 4)
-    try:
-        endpoint.complete(exceeds, 4)
-    except ContextOverflowError:
-        takes = f"takes {count(fits):,} and refuses {count(exceeds):,} ({counted_by})"
-        return Check("context length", PASS, f"reports {n_ctx:,}; {takes}")
-    dropped = f"{count(exceeds):,} {counted_by} got an answer: part of such a prompt is dropped"
-    return Check("context length", FAIL, f"reports {n_ctx:,}, but {dropped}")
-
-
-def check_template(endpoint: Endpoint, model: Model | None) -> Check:
-    """Whether its chat template gives the tokens that ours gives."""
-    if model is None or not model.header.get("tokenizer.chat_template"):
-        return Check("chat template", UNSEEN, "needs the model in this process, with a chat template")
-    ours = chat_text(model, PROMPTS[0])
-    n_ours = len(model.with_bos(model.tokenize(ours)))
-    n_theirs = dataclasses.replace(endpoint, stream=False).chat(PROMPTS[0], 1).n_prompt
-    shown = endpoint.post("/apply-template", messages=[{"role": "user", "content": PROMPTS[0]}])
-    same_text = "its text is not shown"
-    if isinstance(shown, dict) and isinstance(shown.get("prompt"), str):
-        before = ours.removesuffix(shown["prompt"])  # some leave out a BOS, which they add as a token
-        same = ours.endswith(shown["prompt"]) and len(model.tokenize(before)) <= 1
-        same_text = "the same text" if same else "another text"
-    verdict = PASS if n_ours == n_theirs and same_text != "another text" else FAIL
-    return Check("chat template", verdict, f"{n_theirs} tokens, in process {n_ours}; {same_text}")
-
-
-def check_repeated(endpoint: Endpoint, prompts: Sequence[str], repetitions: int = REPETITIONS) -> Check:
-    """Greedy answers to the same requests, one after another."""
-    texts = [{endpoint.chat(prompt, MAX_TOKENS).text for _ in range(repetitions)} for prompt in prompts]
-    n_same = sum(len(answers) == 1 for answers in texts)
-    finding = f"{n_same} of {len(prompts)} prompts: the same text {repetitions} times in turn"
-    return Check("same again", PASS if n_same == len(prompts) else FAIL, finding)
-
-
-def check_concurrent(endpoint: Endpoint, prompts: Sequence[str], n_concurrent: int) -> Check:
-    """Greedy answers to the same requests beside others: slots share batches, and batches change numbers."""
-    n_other, n_asked = _differing(endpoint, prompts, n_concurrent)
-    drift = max_drift(endpoint, prompts, n_concurrent)
-    moved = "" if drift is None else f"; log-probabilities moved by up to {drift:.1e}"
-    finding = f"{n_other} of {n_asked} answers differ with {n_concurrent} requests at once{moved}"
-    return Check("same beside others", PASS if n_other == 0 else NOTE, finding)
-
-
-def _differing(endpoint: Endpoint, prompts: Sequence[str], n_concurrent: int) -> tuple[int, int]:
+def _differing(endpoint: Endpoint, n_concurrent: int) -> tuple[int, int]:
     """How many greedy texts differ between asking alone and beside others, and how many were asked for."""
 
-    def ask(number: int) -> str:
-        return endpoint.chat(prompts[number], MAX_TOKENS).text
+    def ask(prompt: str) -> str:
+        return endpoint.chat(prompt, MAX_TOKENS).text
 
-    alone = [ask(number) for number in range(len(prompts))]
-    asked = list(range(len(prompts))) * n_concurrent
-    beside = side_by_side(ask, asked, n_concurrent)
-    return sum(text != alone[i] for i, text in zip(asked, beside, strict=True)), len(asked)
+    alone = [ask(prompt) for prompt in PROMPTS] * n_concurrent
+    beside = side_by_side(ask, PROMPTS * n_concurrent, n_concurrent)
+    return sum(text != other for text, other in zip(alone, beside, strict=True)), len(alone)
 
 
 def max_drift(
@@ -226,36 +254,21 @@ def max_drift(
     Args:
         repetitions: of asking beside others, because requests need not meet.
     """
-    alone = [_logprobs(endpoint, prompt) for prompt in prompts]
+
+    def ask(prompt: str) -> list[tuple[int, float]]:
+        """Tokens and their log-probabilities, from llama.cpp's own path, which does not round them."""
+        options = {"temperature": 0, "n_probs": 1, "ignore_eos": True, "cache_prompt": False}
+        page = endpoint.post("/completion", prompt=prompt, n_predict=MAX_TOKENS, **options)
+        tokens = pick(page, "completion_probabilities", list) or []
+        return [(pick(token, "id", int) or 0, pick(token, "logprob", float) or 0.0) for token in tokens]
+
+    alone = [ask(prompt) for prompt in prompts] if endpoint.facts.name == "llama.cpp" else [[]]
     if not all(alone):
         return None
-    asked = list(range(len(prompts))) * n_concurrent
-    largest = 0.0
-    for _ in range(repetitions):
-        beside = side_by_side(lambda i: _logprobs(endpoint, prompts[i]), asked, n_concurrent)
-        if not all(beside):
-            return None
-        largest = max(largest, *(_drift(alone[i], shown) for i, shown in zip(asked, beside, strict=True)))
-    return largest
-
-
-class _Chosen(BaseModel):
-    id: int
-    logprob: float
-
-
-class _Probabilities(BaseModel):
-    completion_probabilities: list[_Chosen] = []
-
-
-def _logprobs(endpoint: Endpoint, prompt: str) -> list[tuple[int, float]]:
-    """Tokens and their log-probabilities, from llama.cpp's own path, which does not round them."""
-    if endpoint.facts.name != "llama.cpp":
-        return []
-    options = {"temperature": 0, "n_probs": 1, "ignore_eos": True, "cache_prompt": False}
-    answer = endpoint.post("/completion", prompt=prompt, n_predict=MAX_TOKENS, **options)
-    shown = read(_Probabilities, answer) or _Probabilities()
-    return [(token.id, token.logprob) for token in shown.completion_probabilities]
+    beside = side_by_side(ask, list(prompts) * n_concurrent * repetitions, n_concurrent)
+    if not all(beside):
+        return None
+    return max(map(_drift, alone * n_concurrent * repetitions, beside))
 
 
 def _drift(alone: Sequence[tuple[int, float]], beside: Sequence[tuple[int, float]]) -> float:
@@ -272,7 +285,7 @@ def drift_by_slots(
     path: str | Path,
     settings: OpenSettings,
     slots: Sequence[int] = (1, 2, 4),
-    n_concurrent: int = 4,
+    n_concurrent: int = N_CONCURRENT,
     repetitions: int = 2,
 ) -> pd.DataFrame:
     """llama.cpp's server with more and more slots under the same requests at once, its prompt cache off.
@@ -285,119 +298,15 @@ def drift_by_slots(
     def measure(n: int) -> dict[str, Any]:
         with start("llama.cpp", path, settings, n_parallel=n) as server:
             endpoint = server.connect()
-            differ, answers = _differing(endpoint, PROMPTS, n_concurrent)
+            differ, answers = _differing(endpoint, n_concurrent)
             drift = max_drift(endpoint, PROMPTS, n_concurrent, repetitions)
         shown = float("nan") if drift is None else drift
         return {"slots": n, "requests": n_concurrent, "drift": shown, "answers": answers, "differ": differ}
 
-    at_once = max(1, usable_cores() // (settings.n_threads or 1))
-    return pd.DataFrame(side_by_side(measure, slots, at_once))
-
-
-def check_cache(endpoint: Endpoint, repetitions: int = REPETITIONS) -> Check:
-    """What reusing the last prompt's cache saves, and whether the text stays the same."""
-    if endpoint.facts.name != "llama.cpp":
-        times, texts = _timed(endpoint, {}, repetitions)
-        finding = (
-            f"the same prompt took {times[0]:.3f} s, then {median(times[1:]):.3f} s, with {_same(texts)}"
-        )
-        return Check(
-            "prompt cache", NOTE if len(set(texts)) == 1 else FAIL, f"cannot be switched here; {finding}"
-        )
-    (times_off, texts), (times_on, more) = (
-        _timed(endpoint, {"cache_prompt": on}, repetitions) for on in (False, True)
-    )
-    off, on, texts = median(times_off[1:]), median(times_on[1:]), [*texts, *more]
-    finding = f"{off:.3f} s without, {on:.3f} s with it ({off / on:.1f} times as fast), with {_same(texts)}"
-    return Check("prompt cache", PASS if len(set(texts)) == 1 else NOTE, f"the same prompt again: {finding}")
-
-
-def _timed(endpoint: Endpoint, options: dict[str, Any], repetitions: int) -> tuple[list[float], list[str]]:
-    seconds, texts = [], []
-    for _ in range(repetitions):
-        started = time.perf_counter()
-        texts.append(endpoint.complete(CACHE_PROMPT, 8, **options).text)
-        seconds.append(time.perf_counter() - started)
-    return seconds, texts
-
-
-def _same(texts: Sequence[str]) -> str:
-    return "the same text" if len(set(texts)) == 1 else f"{len(set(texts))} different texts"
-
-
-def check_shutdown(server: LocalServer) -> Check:
-    """Stop the server, and look whether anything of it is left."""
-    host, port = server.address
-    seconds = server.stop()
-    status, free = server.process.returncode, port_is_free(host, port)
-    finding = f"ended in {seconds:.1f} s (status {status}); its port is {'free' if free else 'taken'}"
-    return Check("shutdown", PASS if status in (0, -15) and free else FAIL, finding)
-
-
-def shut_down(running: Mapping[str, LocalServer]) -> pd.DataFrame:
-    """`check_shutdown` of each server: columns ``server``, ``check``, ``verdict`` and ``finding``."""
-    import pandas as pd
-
-    return pd.DataFrame(
-        [{"server": kind, **vars(check_shutdown(server))} for kind, server in running.items()]
-    )
+    return pd.DataFrame(side_by_side(measure, slots, usable_cores() // (settings.n_threads or 1)))
 
 
 # ---- speed ----
-
-
-def speed_by_clients(
-    endpoint: Endpoint,
-    clients: Sequence[int] = CLIENTS,
-    n_tokens: int = 64,
-    repetitions: int = 3,
-    prompt: str = TIMED_PROMPT * 2,
-) -> pd.DataFrame:
-    """Speed under several clients at once, each sending one request after another, after a warm-up.
-
-    One row a number of clients: ``clients``, ``requests``, ``tokens`` (of all answers), ``seconds``,
-    ``tokens_per_sec`` (of all clients together), ``first_median``, ``first_max`` (seconds to the first
-    piece), ``decode_median`` (tokens a second of one client, after its first piece; NaN where every answer
-    came whole), ``counted_by``.
-
-    Raises:
-        EndpointError: a request failed for good.
-    """
-    import pandas as pd
-
-    no_end: dict[str, Any] = {"ignore_eos": True}  # so that no answer ends early
-    full = {"llama.cpp": no_end, "vLLM": no_end, "llama-cpp-python": {"min_tokens": n_tokens}}
-    options = full.get(endpoint.facts.name, {})
-    endpoint = dataclasses.replace(endpoint, stream=True)
-
-    def ask(number: int) -> Reply:
-        return endpoint.complete(f"{prompt}The key {number}", n_tokens, **options)
-
-    ask(0)
-    rows = []
-    for n in clients:
-        with ThreadPoolExecutor(n) as pool:
-            started = time.perf_counter()
-            replies = list(pool.map(ask, range(n * repetitions)))
-            seconds = time.perf_counter() - started
-        rows.append({"clients": n, **_speed_row(replies, seconds)})
-    return pd.DataFrame(rows)
-
-
-def _speed_row(replies: Sequence[Reply], seconds: float) -> dict[str, Any]:
-    tokens = sum(reply.n_tokens for reply in replies)
-    first = [reply.first_seconds for reply in replies]
-    timed = [r for r in replies if r.first_seconds == r.first_seconds and r.n_decoded and r.decode_seconds]
-    return {
-        "requests": len(replies),
-        "tokens": tokens,
-        "seconds": seconds,
-        "tokens_per_sec": tokens / seconds,
-        "first_median": median(first),
-        "first_max": max(first),
-        "decode_median": median(r.decode_tokens_per_sec for r in timed) if timed else float("nan"),
-        "counted_by": replies[0].counted_by,
-    }
 
 
 def speed_of_all(
@@ -406,13 +315,41 @@ def speed_of_all(
     n_tokens: int = 48,
     repetitions: int = 2,
 ) -> pd.DataFrame:
-    """`speed_by_clients` of each server in turn, in one frame with a column ``server`` in front."""
+    """Speed of each server in turn under several clients at once, each sending one request after another.
+
+    One row a server and number of clients, after a warm-up: ``server``, ``clients``, ``requests``, ``tokens``
+    (of all answers), ``seconds``, ``tokens_per_sec`` (of all clients together), ``first_median``,
+    ``first_max`` (seconds to the first piece), ``decode_median`` (tokens a second of one client, after its
+    first piece; NaN where every answer came whole), ``counted_by``.
+
+    Raises:
+        EndpointError: a request failed for good.
+    """
     import pandas as pd
 
-    tables = [speed_by_clients(server, clients, n_tokens, repetitions) for server in connected.values()]
-    return (
-        pd.concat(tables, keys=list(connected), names=["server"]).reset_index("server").reset_index(drop=True)
-    )
+    no_end: dict[str, Any] = {"ignore_eos": True}  # so that no answer ends early
+    full = {"llama.cpp": no_end, "vLLM": no_end, "llama-cpp-python": {"min_tokens": n_tokens}}
+    rows = []
+    for name, endpoint in connected.items():
+        streaming = dataclasses.replace(endpoint, stream=True)
+
+        def ask(number: int, server: Endpoint = streaming) -> Reply:
+            options = full.get(server.facts.name, {})
+            return server.complete(f"{TIMED_PROMPT}The key {number}", n_tokens, **options)
+
+        ask(0)
+        for n in clients:
+            started = time.perf_counter()
+            replies = side_by_side(ask, range(n * repetitions), n)
+            seconds, tokens = time.perf_counter() - started, sum(reply.n_tokens for reply in replies)
+            first = pd.Series([reply.first_seconds for reply in replies])
+            decoding = [r.decode_tokens_per_sec for r in replies if r.n_decoded and r.decode_seconds]
+            row = {"server": name, "clients": n, "requests": len(replies), "tokens": tokens}
+            row |= {"seconds": seconds, "tokens_per_sec": tokens / seconds}
+            row |= {"first_median": first.median(), "first_max": first.max()}
+            row |= {"decode_median": median(decoding) if decoding else float("nan")}
+            rows.append(row | {"counted_by": replies[0].counted_by})
+    return pd.DataFrame(rows)
 
 
 # ---- mistakes ----
@@ -426,8 +363,7 @@ def bad_input(endpoint: Endpoint) -> pd.DataFrame:
     """
     import pandas as pd
 
-    quick = dataclasses.replace(endpoint, retries=1)
-    key, url = endpoint.key.reveal(), endpoint.base_url
+    key, url = endpoint.wire.key.get_secret_value(), endpoint.base_url
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{held.getsockname()[1]}/v1"
@@ -436,7 +372,7 @@ def bad_input(endpoint: Endpoint) -> pd.DataFrame:
             "a port where nothing listens": lambda: connect(nobody, retries=1),
             "a path of something else": lambda: connect(f"{url}/v2/blog", key=key, retries=1),
             "a model that is not there": lambda: connect(url, "gpt-oss-120b", key=key),
-            "a prompt beyond the context": lambda: quick.complete(too_long, 4),
+            "a prompt beyond the context": lambda: endpoint.complete(too_long, 4),
             "routing through an endpoint": lambda: check_in_process(endpoint, "routing"),
         }
         return pd.DataFrame([_mistake(name, make) for name, make in mistakes.items()])

@@ -11,34 +11,25 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, PlainValidator, SecretStr
 
 from dfqs_nb.llama.generate import GREEDY, Completion, Sampling
-from dfqs_nb.serve.errors import (
-    Broken,
+from dfqs_nb.serve.wire import (
     EndpointError,
     KeyRefusedError,
-    Refused,
+    Limits,
     UnknownModelError,
     UnreachableError,
-    is_broken,
+    Wire,
+    broken,
+    shown_url,
 )
-from dfqs_nb.serve.facts import (
-    PROBE_RETRIES,
-    Answer,
-    Listed,
-    Models,
-    Part,
-    ServerFacts,
-    facts_of,
-    read,
-    root_of,
-)
-from dfqs_nb.serve.wire import Limits, Secret, Wire, optional, shown_url
 
+Kind = TypeVar("Kind")
 TIMEOUT_SECONDS = 600.0  # between two pieces of an answer, the first one included
 LISTING_SECONDS = 20.0  # for the whole list of models
 RETRIES = 4
@@ -55,6 +46,91 @@ PLAIN: dict[str, dict[str, Any]] = {
     "llama-cpp-python": {"repeat_penalty": 1.0},
     "vLLM": {"repetition_penalty": 1.0},
 }
+
+
+# ---- what servers say ----
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str | None):
+        raise ValueError("not a text")
+    return value or ""
+
+
+Text = Annotated[str, PlainValidator(_text)]  # pydantic's own refuses halves of characters
+
+
+class Answer(BaseModel):
+    """The fields of a completion, or of an event of its stream; each object in it has some of them."""
+
+    choices: list[Answer] | None = None
+    message: Answer | None = None
+    delta: Answer | None = None
+    text: Text = ""
+    content: Text = ""
+    reasoning_content: Text = ""  # kept apart by the server: it has tokens, but no text
+    reasoning: Text = ""
+    finish_reason: str | None = None
+    usage: Answer | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+def pick(page: Any, path: str, kind: type[Kind]) -> Kind | None:
+    """What a page has at a path, if it is of this kind.
+
+    >>> pick({"info": {"version": "1"}}, "info.version", str), pick([], "info.version", str)
+    ('1', None)
+    """
+    for name in path.split("."):
+        page = page.get(name) if isinstance(page, dict) else None
+    return page if isinstance(page, kind) else None
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What a server reports of itself; None or empty where it reports nothing.
+
+    Attributes:
+        name: ``llama.cpp``, ``llama-cpp-python``, ``Ollama``, ``vLLM`` or ``unknown``.
+        n_ctx: tokens of context of one request.
+        n_slots: requests that it works on at once.
+        chat_template: the text of its chat template.
+        models: names that it lists.
+        weights: what it reports of the model's weights: bytes, number and type.
+    """
+
+    name: str = "unknown"
+    version: str = ""
+    n_ctx: int | None = None
+    n_slots: int | None = None
+    chat_template: str = field(default="", repr=False)
+    models: tuple[str, ...] = ()
+    weights: str = ""
+
+
+def _facts(wire: Wire, listed: Mapping[str, Any]) -> ServerFacts:
+    """Name and version, from the paths that each kind of server has of its own."""
+    props = wire.optional("/props")
+    if pick(props, "default_generation_settings", dict):
+        return ServerFacts(
+            "llama.cpp",
+            pick(props, "build_info", str) or "",
+            pick(props, "default_generation_settings.n_ctx", int),
+            pick(props, "total_slots", int),
+            pick(props, "chat_template", str) or "",
+        )
+    for path, name in (("/api/version", "Ollama"), ("/version", "vLLM")):
+        if version := pick(wire.optional(path), "version", str):
+            return ServerFacts(name, version)
+    described = wire.optional("/openapi.json")
+    if "llama.cpp Python" in (pick(described, "info.title", str) or ""):
+        return ServerFacts("llama-cpp-python", pick(described, "info.version", str) or "", n_slots=1)
+    owner, *others = {pick(entry, "owned_by", str) for entry in listed.values()} or {None}
+    return ServerFacts(owner if owner and not others else "unknown")
+
+
+# ---- endpoints ----
 
 
 @dataclass(frozen=True)
@@ -83,22 +159,19 @@ class Reply(Completion):
 class Endpoint:
     """A server that was asked for its models, and how it is asked from then on. See `connect`."""
 
-    base_url: str
+    wire: Wire
     model: str
     facts: ServerFacts
-    key: Secret = field(default_factory=Secret)
-    query: Secret = field(default_factory=Secret)
-    timeout_seconds: float = TIMEOUT_SECONDS
     retries: int = RETRIES
     concurrency: int = 1
     stream: bool = True
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     fields: Mapping[str, str] = field(default_factory=dict, hash=False)
 
-    @cached_property
-    def wire(self) -> Wire:
-        """The connection."""
-        return Wire(self.base_url, self.key, self.query, self.timeout_seconds)
+    @property
+    def base_url(self) -> str:
+        """The address, with ``/v1``, as it may be shown."""
+        return self.wire.url
 
     @property
     def identity(self) -> str:
@@ -119,40 +192,21 @@ class Endpoint:
             **({"request_fields": dict(self.fields)} if self.fields else {}),
         }
 
-    def chat(
-        self,
-        prompt: str | Sequence[dict[str, str]],
-        max_tokens: int = 256,
-        sampling: Sampling = GREEDY,
-        stop: Sequence[str] = (),
-        **options: Any,
-    ) -> Reply:
-        """The answer to a chat in the server's template; errors as `ask`."""
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        return ask(self, {"messages": messages}, max_tokens, sampling, stop, **options)
+    def chat(self, prompt: str, max_tokens: int = 256, **options: Any) -> Reply:
+        """The answer to a chat in the server's template; options and errors as `ask`."""
+        return ask(self, {"messages": [{"role": "user", "content": prompt}]}, max_tokens, **options)
 
-    def complete(
-        self,
-        text: str,
-        max_tokens: int = 256,
-        sampling: Sampling = GREEDY,
-        stop: Sequence[str] = (),
-        **options: Any,
-    ) -> Reply:
-        """The continuation of plain text, without a template; errors as `ask`."""
-        return ask(self, {"prompt": text}, max_tokens, sampling, stop, **options)
+    def complete(self, text: str, max_tokens: int = 256, **options: Any) -> Reply:
+        """The continuation of plain text, without a template; options and errors as `ask`."""
+        return ask(self, {"prompt": text}, max_tokens, **options)
 
-    def get(self, path: str) -> Any:
-        """The JSON at a path of the server (``/props``); None where it has no such path.
+    def post(self, path: str, **body: Any) -> Any:
+        """The JSON that the server answers to JSON sent to a path; None where it has no such path.
 
         Raises:
             BusyError: it answered 429 or 503 every time.
         """
-        return optional(self.wire, "get", root_of(self.base_url) + path, PROBE_RETRIES)
-
-    def post(self, path: str, **body: Any) -> Any:
-        """What the server answers to JSON sent to a path; None and errors as `get`."""
-        return optional(self.wire, "post", root_of(self.base_url) + path, PROBE_RETRIES, body)
+        return self.wire.optional(path, body)
 
 
 # ---- connecting ----
@@ -194,26 +248,27 @@ def connect(
         UnknownModelError: the server lists other models; the message names them.
         BusyError: it is busy, or still loads its model.
     """
+    if key_variable and not key and not os.environ.get(key_variable):
+        hint = f"export {key_variable} with the key, or leave the variable out"
+        raise KeyRefusedError(f"the environment variable {key_variable} is not set", hint=hint)
     url, query = _address(base_url)
-    secret = _secret(key, key_variable)
-    wire = Wire(url, secret, Secret(query), min(timeout_seconds, LISTING_SECONDS))
+    key = key or os.environ.get(key_variable, "")
+    wire = Wire(url, SecretStr(key), SecretStr(query), min(timeout_seconds, LISTING_SECONDS))
     listed = _listed(wire, retries)
-    chosen = _chosen(model, [item.id for item in listed], wire)
-    facts = facts_of(wire, listed, chosen)
-    facts = dataclasses.replace(facts, version=version or facts.version)
-    return Endpoint(
-        url,
-        chosen,
+    model = _chosen(model, listed, url)
+    facts, entry = _facts(wire, listed), listed.get(model)
+    weights = [pick(entry, f"meta.{name}", object) for name in ("size", "n_params", "ftype")]
+    facts = dataclasses.replace(
         facts,
-        secret,
-        Secret(query),
-        timeout_seconds,
-        retries,
-        concurrency,
-        facts.name != "llama-cpp-python" if stream is None else stream,
-        PLAIN.get(facts.name, {}),
-        dict(fields or {}),
+        n_ctx=facts.n_ctx or pick(entry, "max_model_len", int) or pick(entry, "meta.n_ctx", int),
+        models=tuple(listed),
+        weights=" ".join(str(value) for value in weights if value),
+        version=version or facts.version,
     )
+    wire = dataclasses.replace(wire, timeout_seconds=timeout_seconds, models=facts.models)
+    stream = facts.name != "llama-cpp-python" if stream is None else stream
+    plain = PLAIN.get(facts.name, {})
+    return Endpoint(wire, model, facts, retries, concurrency, stream, plain, dict(fields or {}))
 
 
 def is_url(text: object) -> bool:
@@ -232,16 +287,9 @@ def check_in_process(target: object, what: str) -> None:
         EndpointError: ``target`` is an endpoint or its address.
     """
     if isinstance(target, Endpoint) or is_url(target):
-        where = target.base_url if isinstance(target, Endpoint) else shown_url(str(target))
+        where = target.wire.url if isinstance(target, Endpoint) else shown_url(str(target))
         hint = "give the GGUF file: it is read inside the runtime, in this process"
         raise EndpointError(f"{what} cannot be seen through an endpoint", where=where, hint=hint)
-
-
-def _secret(key: str, key_variable: str) -> Secret:
-    if key_variable and not key and not os.environ.get(key_variable):
-        hint = f"export {key_variable} with the key, or leave the variable out"
-        raise KeyRefusedError(f"the environment variable {key_variable} is not set", hint=hint)
-    return Secret(key or os.environ.get(key_variable, ""))
 
 
 def _address(url: str) -> tuple[str, str]:
@@ -258,27 +306,26 @@ def _address(url: str) -> tuple[str, str]:
     return path if re.search(r"/v\d+\w*$", path) else path + "/v1", query
 
 
-def _listed(wire: Wire, retries: int) -> list[Listed]:
-    """What the server lists."""
+def _listed(wire: Wire, retries: int) -> dict[str, Any]:
+    """What the server lists, by name."""
     limits = Limits(wire.timeout_seconds)
-    answer = wire.ask(
-        lambda _: wire.client.get(f"{wire.url}/models", cast_to=object), retries=retries, limits=limits
-    )
-    models = read(Models, wire.hidden(answer))
-    if models is None:
+    answer = wire.ask(lambda *_: wire.get(f"{wire.url}/models"), retries=retries, limits=limits)
+    if not isinstance(answer, dict) or "data" not in answer:
         what = "something answers there, but it does not list models"
         hint = "check port and path: the address ends in /v1 as a rule"
         raise UnreachableError(what, where=wire.url, hint=hint)
-    return models.data or []
+    entries = pick(wire.hidden(answer), "data", list) or []
+    return {name: entry for entry in entries if (name := pick(entry, "id", str)) is not None}
 
 
-def _chosen(model: str, models: Sequence[str], wire: Wire) -> str:
-    has = f"it has {', '.join(models[:8]) or 'none'}{' and more' if len(models) > 8 else ''}"
-    if model and models and model not in models:
-        raise UnknownModelError(f"no model is called {model!r} there", where=wire.url, hint=has)
-    if not model and len(models) != 1:
-        raise UnknownModelError("name the model to ask", where=wire.url, hint=has)
-    return model or models[0]
+def _chosen(model: str, listed: Collection[str], url: str) -> str:
+    """The model of this name, or the only one. A server that lists none may have it nevertheless."""
+    has = f"it has {', '.join(list(listed)[:8]) or 'none'}{' and more' if len(listed) > 8 else ''}"
+    if model and listed and model not in listed:
+        raise UnknownModelError(f"no model is called {model!r} there", where=url, hint=has)
+    if not model and len(listed) != 1:
+        raise UnknownModelError("name the model to ask", where=url, hint=has)
+    return model or next(iter(listed))
 
 
 # ---- asking ----
@@ -306,38 +353,6 @@ def ask(
         KeyRefusedError, UnknownModelError, EndpointError: the request is refused; not tried again.
         BusyError, UnreachableError, BrokenAnswerError: it failed every time.
     """
-    body = _request(endpoint, prompt, max_tokens, sampling, stop, options)
-    path = "/chat/completions" if "messages" in prompt else "/completions"
-    streaming = endpoint.stream
-
-    def request(attempt: int) -> Reply:
-        nonlocal streaming
-        try:
-            return dataclasses.replace(_answered(endpoint, path, body, stop, streaming), attempts=attempt)
-        except Exception as error:
-            streaming = streaming and not is_broken(error)
-            raise
-
-    names = tuple(endpoint.fields.get(name, name) for name in (*body, "stream_options"))
-    timeouts = 2 + max_tokens / TOKENS_PER_TIMEOUT
-    return endpoint.wire.ask(
-        request,
-        retries=endpoint.retries,
-        limits=Limits(endpoint.timeout_seconds * timeouts, ANSWER_BYTES + BYTES_PER_TOKEN * max_tokens),
-        model=endpoint.model,
-        models=endpoint.facts.models,
-        fields=names,
-    )
-
-
-def _request(
-    endpoint: Endpoint,
-    prompt: Mapping[str, Any],
-    max_tokens: int,
-    sampling: Sampling,
-    stop: Sequence[str],
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
     request = {
         "model": endpoint.model,
         **prompt,
@@ -349,7 +364,17 @@ def _request(
         **endpoint.options,
         **options,
     }
-    return _renamed(request, endpoint.fields)
+    wait = endpoint.wire.timeout_seconds * (2 + max_tokens / TOKENS_PER_TIMEOUT)
+
+    def reply(attempt: int, broke: bool) -> Reply:
+        made = _answered(endpoint, request, endpoint.stream and not broke)
+        return dataclasses.replace(made, attempts=attempt)
+
+    return endpoint.wire.ask(
+        reply,
+        retries=endpoint.retries,
+        limits=Limits(wait, ANSWER_BYTES + BYTES_PER_TOKEN * max_tokens),
+    )
 
 
 def _renamed(request: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
@@ -362,18 +387,21 @@ def _renamed(request: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str,
     return {name: value for name, value in named.items() if name}
 
 
-def _answered(
-    endpoint: Endpoint, path: str, body: Mapping[str, Any], stop: Sequence[str], streaming: bool
-) -> Reply:
+def _answered(endpoint: Endpoint, request: Mapping[str, Any], streaming: bool) -> Reply:
     """The pieces of an answer (one, where it comes whole) as a `Reply`."""
+    wire, chat = endpoint.wire, "messages" in request
+    url = f"{wire.url}/chat/completions" if chat else f"{wire.url}/completions"
+    extra = {"stream": True, "stream_options": {"include_usage": True}} if streaming else {}
+    body = _renamed({**request, **extra}, endpoint.fields)
     started, first, n_pieces = time.perf_counter(), float("nan"), 0
-    text, reason, usage = "", None, None
-    for piece in _pieces(endpoint, path, body, streaming):
+    text, reason, usage = "", None, Answer()
+    for event in wire.stream(url, body) if streaming else [wire.post(url, body)]:
+        piece = Answer.model_validate(event)
         usage = piece.usage or usage
         for choice in (piece.choices or [])[:1]:
-            if not streaming and "messages" in body and choice.message is None:
-                raise Broken("it holds no message")
-            part = choice.delta or choice.message or Part()
+            if not streaming and chat and choice.message is None:
+                raise broken("it holds no message", wire.url)
+            part = choice.delta or choice.message or Answer()
             new = choice.text or part.content
             if streaming and (new or part.reasoning_content or part.reasoning):
                 first = time.perf_counter() - started if n_pieces == 0 else first
@@ -381,36 +409,26 @@ def _answered(
             text, reason = text + new, choice.finish_reason or reason
     seconds = time.perf_counter() - started
     if reason in FINAL:
-        raise Refused(reason)
+        hint = "switch filters and tools off at the server, or take another server"
+        raise EndpointError(f"the server ended the answer for {reason!r}", where=wire.url, hint=hint)
     if reason not in ("stop", "length"):
         ended = f"it ended after {len(text):,} characters without saying why"
-        raise Broken(ended if reason is None else f"the server ended it for {reason!r}")
-    counted = usage.completion_tokens if usage else None
-    n_tokens = n_pieces if counted is None else counted
+        raise broken(ended if reason is None else f"the server ended it for {reason!r}", wire.url)
+    n_tokens = n_pieces if usage.completion_tokens is None else usage.completion_tokens
     to_first = first if first == first else seconds
     return Reply(
-        endpoint.wire.hide(text),
+        wire.hide(text),
         (),
-        "length" if reason == "length" else "stop" if stop else "eos",  # one word in the protocol
-        (usage and usage.prompt_tokens) or 0,
+        "length"
+        if reason == "length"
+        else "stop"
+        if request.get("stop")
+        else "eos",  # one word in the protocol
+        usage.prompt_tokens or 0,
         to_first,
         max(0.0, seconds - to_first),
         max(0, n_tokens - 1),
         usage_tokens=n_tokens,
-        counted_by="pieces" if counted is None else "server",
+        counted_by="pieces" if usage.completion_tokens is None else "server",
         first_seconds=first,
     )
-
-
-def _pieces(endpoint: Endpoint, path: str, body: Mapping[str, Any], streaming: bool) -> Iterator[Answer]:
-    import openai
-
-    post = endpoint.wire.client.post
-    if not streaming:
-        yield Answer.model_validate(post(path, cast_to=object, body=dict(body)))
-        return
-    asked = _renamed({"stream": True, "stream_options": {"include_usage": True}}, endpoint.fields)
-    options = {"cast_to": object, "stream": True, "stream_cls": openai.Stream[object]}
-    with post(path, body={**body, **asked}, **options) as events:
-        for event in events:
-            yield Answer.model_validate(event)

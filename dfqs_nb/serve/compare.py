@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +20,13 @@ from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama.generate import Completion, chat_text
 from dfqs_nb.llama.model import Model
 from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun, find_sandbox, score_set
-from dfqs_nb.serve import scoring
+from dfqs_nb.serve import measure
 from dfqs_nb.serve.client import Endpoint
 from dfqs_nb.serve.servers import LocalServer
 
 if TYPE_CHECKING:
     import pandas as pd
 
-QUESTION_MARK = "QUESTION-STANDS-HERE"
 NEAR_TIE = 0.1  # of a logit: well above what other batches and kernels move (see check_concurrent)
 
 
@@ -45,27 +44,12 @@ class Comparison:
     server: SetRun
 
     @property
-    def differences(self) -> pd.DataFrame:
-        """The items whose text differs."""
-        return self.items[~self.items["same_text"]]
-
-    @property
     def causes(self) -> str:
         """How many differences have which cause; empty where there are none."""
-        other = self.differences
-        counts = other["cause"].value_counts().items() if len(other) else ()
-        return ", ".join(f"{count} {cause}" for cause, count in counts)
+        return "" if self.items["same_text"].all() else _counted(self.items["cause"])
 
-    @property
-    def sentence(self) -> str:
-        """How many differ in process and through the server, and why."""
-        n, other, name = len(self.items), self.differences, self.process.name
-        if other.empty:
-            return f"{name}: all {n} answers are the same both ways"
-        n_grades = int((other["correct_process"] != other["correct_server"]).sum())
-        return (
-            f"{name}: {len(other)} of {n} answers differ ({self.causes}), {n_grades} of them in correctness"
-        )
+
+Compared = Mapping[tuple[str, str], Comparison]  # by server and set
 
 
 def compare_all(
@@ -96,22 +80,20 @@ def compare_all(
     prompt``, ``where it ends`` (the same text up to the end of one), ``token boundary`` (the same characters
     up to a cut token) or ``other numbers``.
     """
-    ids = {name: model_id if name in local else "" for name in connected}
-    at_once = (model.settings.n_threads or 1) < usable_cores()
+    chosen = Options(**options)
 
     def in_process() -> list[SetRun]:
         place = Path(folder) / "process"
-        return [
-            score_set(model, chosen, place, Options(**options), model_id=model_id) for chosen in item_sets
-        ]
+        return [score_set(model, questions, place, chosen, model_id=model_id) for questions in item_sets]
 
     def through(name: str) -> list[SetRun]:
         place, server = Path(folder) / folder_name(connected[name]), connected[name]
+        known = model_id if name in local else ""
         return [
-            scoring.score_set(server, chosen, place, Options(**options), model_id=ids[name])
-            for chosen in item_sets
+            measure.score_set(server, questions, place, chosen, model_id=known) for questions in item_sets
         ]
 
+    at_once = (model.settings.n_threads or 1) < usable_cores()
     with ThreadPoolExecutor(len(connected) if at_once else 1) as pool:
         ours = None if at_once else in_process()
         asked = {name: pool.submit(through, name) for name in connected}
@@ -140,32 +122,26 @@ def _compared(
 ) -> Comparison:
     import pandas as pd
 
-    return Comparison(pd.DataFrame(list(_rows(model, endpoint, item_set, ours, theirs))), ours, theirs)
-
-
-def _rows(
-    model: Model, endpoint: Endpoint, item_set: ItemSet, ours: SetRun, theirs: SetRun
-) -> Iterator[dict[str, Any]]:
-    items, opening = {item.id: item for item in item_set.items}, _opening(model, item_set)
-    for here, there in zip(ours.items.itertuples(), theirs.items.itertuples(), strict=True):
-        served = str(there.completion).removeprefix(opening)
-        row = {
-            "id": here.id,
-            "family": here.family,
-            "text_process": here.completion,
-            "text_server": served,
-            "same_text": here.completion == served,
-            "correct_process": here.correct,
-            "correct_server": there.correct,
-        }
-        yield row if row["same_text"] else row | explain(model, endpoint, item_set, items[here.id], served)
+    by_id, opening = {item.id: item for item in item_set.items}, _opening(model, item_set)
+    items = ours.items[["id", "family"]].assign(
+        text_process=ours.items["completion"],
+        text_server=theirs.items["completion"].astype(str).str.removeprefix(opening),
+        same_text=lambda table: table["text_process"] == table["text_server"],
+        correct_process=ours.items["correct"],
+        correct_server=theirs.items["correct"],
+    )
+    why = {
+        row.Index: explain(model, endpoint, item_set, by_id[row.id], row.text_server)
+        for row in items[~items["same_text"]].itertuples()
+    }
+    return Comparison(items.join(pd.DataFrame.from_dict(why, orient="index")), ours, theirs)
 
 
 def _opening(model: Model, item_set: ItemSet) -> str:
     """The beginning of a thinking that the template itself writes: llama.cpp's server repeats it."""
     if item_set.mode != "chat" or not model.header.get("tokenizer.chat_template"):
         return ""
-    _, opened, rest = chat_text(model, QUESTION_MARK).rpartition(QUESTION_MARK)[2].partition("<think>")
+    _, opened, rest = chat_text(model, measure.MARK).rpartition(measure.MARK)[2].partition("<think>")
     return opened + rest
 
 
@@ -179,14 +155,25 @@ def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Any, serv
     logits = model.evaluate([*prompt, *ours.token_ids[:at]])
     token = ours.token_ids[at] if at < len(ours.token_ids) else int(np.argmax(logits))
     theirs = _next_token(model, logits, served.encode()[len(before) :])
-    facts = {
+    n_prompt = prompt_size(endpoint, item_set, item)
+    margin = float("nan") if theirs is None else float(logits[token] - logits[theirs])
+    rank = 0 if theirs is None else int((logits > logits[theirs]).sum()) + 1
+    if n_prompt not in (0, len(prompt)):
+        cause = "other prompt"
+    elif rank > 1 and margin <= NEAR_TIE:
+        cause = "near-tie"
+    elif ours.text.startswith(served) or served.startswith(ours.text):
+        cause = "where it ends"
+    else:
+        cause = "token boundary" if rank == 1 else "other numbers"
+    return {
         "prompt_process": len(prompt),
-        "prompt_server": prompt_size(endpoint, item_set, item),
+        "prompt_server": n_prompt,
         "token": at,
-        "margin": float("nan") if theirs is None else float(logits[token] - logits[theirs]),
-        "rank": 0 if theirs is None else int((logits > logits[theirs]).sum()) + 1,
+        "margin": margin,
+        "rank": rank,
+        "cause": cause,
     }
-    return facts | {"cause": _cause(facts, ours.text, served)}
 
 
 def prompt_size(endpoint: Endpoint, item_set: ItemSet, item: Any) -> int:
@@ -217,42 +204,7 @@ def _next_token(model: Model, logits: np.ndarray, rest: bytes) -> int | None:
     return None
 
 
-def _cause(facts: dict[str, Any], ours: str, theirs: str) -> str:
-    if facts["prompt_server"] not in (0, facts["prompt_process"]):
-        return "other prompt"
-    if facts["rank"] > 1 and facts["margin"] <= NEAR_TIE:
-        return "near-tie"
-    if ours.startswith(theirs) or theirs.startswith(ours):
-        return "where it ends"
-    return "token boundary" if facts["rank"] == 1 else "other numbers"
-
-
 # ---- tables, and what the notebook hands on ----
-
-Compared = Mapping[tuple[str, str], Comparison]
-
-
-def comparison_table(compared: Compared) -> pd.DataFrame:
-    """A row a server and set.
-
-    Columns ``server``, ``set``, ``items``, ``same_text``, ``right_process``, ``right_server`` (counts) and
-    ``causes`` of the differences.
-    """
-    import pandas as pd
-
-    rows = [
-        {
-            "server": name,
-            "set": set_name,
-            "items": len(pair.items),
-            "same_text": int(pair.items["same_text"].sum()),
-            "right_process": int(pair.items["correct_process"].sum()),
-            "right_server": int(pair.items["correct_server"].sum()),
-            "causes": pair.causes or "none",
-        }
-        for (name, set_name), pair in compared.items()
-    ]
-    return pd.DataFrame(rows)
 
 
 def item_table(compared: Compared) -> pd.DataFrame:
@@ -261,6 +213,22 @@ def item_table(compared: Compared) -> pd.DataFrame:
 
     tables = {names: pair.items for names, pair in compared.items()}
     return pd.concat(tables, names=["server", "set"]).reset_index(["server", "set"]).reset_index(drop=True)
+
+
+def comparison_table(compared: Compared) -> pd.DataFrame:
+    """A row a server and set.
+
+    Columns ``server``, ``set``, ``items``, ``same_text``, ``right_process``, ``right_server`` (counts) and
+    ``causes`` of the differences.
+    """
+    groups = item_table(compared).groupby(["server", "set"], sort=False)
+    table = groups.agg(
+        items=("id", "size"),
+        same_text=("same_text", "sum"),
+        right_process=("correct_process", "sum"),
+        right_server=("correct_server", "sum"),
+    ).reset_index()
+    return table.assign(causes=[pair.causes or "none" for pair in compared.values()])
 
 
 def hand_on(
@@ -283,20 +251,26 @@ def hand_on(
         model: by default the one that notebook 01 handed on.
     """
     table = comparison_table(compared)
+    fewest, *_, most = drift.to_dict("records")
     lines = [
-        *(f"{name}: {_counted(rows['verdict'])}" for name, rows in checks.groupby("server", sort=False)),
+        *(
+            f"{name}: {len(rows)} checks: {_counted(rows['verdict'])}"
+            for name, rows in checks.groupby("server", sort=False)
+        ),
         *(
             f"{row.server}: {row.same_text} of {row.items} answers of {row.set} are those of this process"
             + (f" ({row.causes})" if row.causes != "none" else "")
             for row in table.itertuples()
         ),
-        *_drift_lines(drift),
+        f"llama.cpp's server beside {most['requests']} requests: log-probabilities move by "
+        f"{fewest['drift']:.1e} with {fewest['slots']} slot, {most['drift']:.1e} with {most['slots']}; "
+        f"{drift['differ'].sum()} of {drift['answers'].sum()} texts differ",
         *(
             f"{name}: {rows['tokens_per_sec'].iloc[0]:,.0f} tokens/s for {rows['clients'].iloc[0]} client, "
             f"{rows['tokens_per_sec'].iloc[-1]:,.0f} for {rows['clients'].iloc[-1]}"
             for name, rows in speeds.groupby("server", sort=False)
         ),
-        f"shutdown: {_counted(shutdown['verdict'])}",
+        f"shutdown: {len(shutdown)} checks: {_counted(shutdown['verdict'])}",
     ]
     tables = {"checks": checks, "drift": drift, "speeds": speeds, "comparisons": table, "shutdown": shutdown}
     stage.finish(
@@ -310,17 +284,5 @@ def hand_on(
     return lines
 
 
-def _counted(verdicts: pd.Series) -> str:
-    counts = ", ".join(f"{n} {name}" for name, n in verdicts.value_counts().items())
-    return f"{len(verdicts)} checks: {counts}"
-
-
-def _drift_lines(drift: pd.DataFrame) -> list[str]:
-    if drift.empty:
-        return []
-    fewest, most = drift.to_dict("records")[0], drift.to_dict("records")[-1]
-    return [
-        f"llama.cpp's server beside {most['requests']} requests: log-probabilities move by "
-        f"{fewest['drift']:.1e} with {fewest['slots']} slot, {most['drift']:.1e} with {most['slots']}; "
-        f"{drift['differ'].sum()} of {drift['answers'].sum()} texts differ"
-    ]
+def _counted(words: pd.Series) -> str:
+    return ", ".join(f"{n} {word}" for word, n in words.value_counts().items())

@@ -1,16 +1,14 @@
 """Recipes to run a model elsewhere: files and commands for each way of running that the documents list.
 
-What is known of each target is data (``data/deploy/targets.toml``), and so are the texts of its files
-(``data/deploy/templates/``, jinja). This module finds the settings (context, threads, GPU layers, chat
-template) from the model's header and this machine, fills them in, and writes the recipe whole or not at all.
+What is known of each target is data (``data/deploy/targets.toml``), and so are commands, notes and the texts
+of files (``data/deploy/templates/``), in jinja. This module finds the settings (context, threads, GPU layers,
+chat template) from the model's header and this machine, and writes the recipe whole or not at all.
 
 A key is never written: files and commands name the environment variable that holds it.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import platform
 import re
 import shlex
@@ -27,21 +25,23 @@ from dfqs_nb.core.machine import available_memory, usable_cores
 from dfqs_nb.core.paths import public_address, tilde
 from dfqs_nb.gguf import models as registry
 from dfqs_nb.gguf.facts import require_model
-from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import binary_size, check_fits, estimate
+from dfqs_nb.gguf.memory import check_fits, estimate
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.llama.model import threads_for
-from dfqs_nb.serve.targets import (
+from dfqs_nb.serve.templates import (
     DeployError,
+    Ready,
     Target,
+    file_text,
+    filled,
+    for_shell,
     list_text,
     shared,
+    table_text,
     target_of,
     targets,
     targets_table,
 )
-from dfqs_nb.serve.templates import Ready, file_text, filled, table_text
-from dfqs_nb.serve.templates import commands as commands_of
 
 __all__ = ["Recipe", "list_text", "table_text", "target_of", "targets", "targets_table", "write_recipe"]
 
@@ -50,15 +50,13 @@ PROMPT = "What is the capital of France?"
 DEFAULT_KEY_VARIABLE = "DFQS_API_KEY"
 MOST_N_CTX, LEAST_N_CTX = 32_768, 4_096  # tokens, unless told otherwise
 UNKNOWN_N_CTX = 8_192  # tokens, for a model whose header is not here
-NO_REPACK = (
-    "--no-repack is for CPUs with AMX, where repacked weights crash at the first decode "
-    "(ggml-org/llama.cpp#20824); it saves a second copy in memory. Elsewhere it may cost speed."
-)
 BUILD = "b11063"  # the newest llama.cpp build seen to load `deepseek4` from a prebuilt library
 SPARE_GPU_BYTES = 1 << 30  # for compute buffers and what else uses the GPU
 SHARD_ENDING = re.compile(r"-\d{5}-of-\d{5}$")
 WEIGHTS_FROM = "deepseek-ai/DeepSeek-V4-Flash"
 NOT_GIVEN = "OWNER/ORIGINAL-MODEL"
+
+# ---- recipes ----
 
 
 @dataclass(frozen=True)
@@ -91,28 +89,6 @@ class Recipe:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A model, here or on the hub: where it is (``folder``), and what a header would tell of it."""
-
-    name: str
-    files: tuple[str, ...]
-    folder: str
-    nbytes: int
-    shards: ShardSet | None = None
-    fetch: Callable[[str], list[str]] | None = None
-    original: str = NOT_GIVEN
-    notes: tuple[str, ...] = ()
-
-    @property
-    def header(self) -> GGUFHeader | None:
-        return self.shards.as_one if self.shards else None
-
-    def arch(self, key: str) -> int:
-        """A number of the header; 0 where there is none."""
-        return int(self.header.arch(key, 0)) if self.header else 0
-
-
 def write_recipe(
     target: str,
     model: str | Path,
@@ -124,7 +100,6 @@ def write_recipe(
     hub: str | None = None,
     port: int | None = None,
     key_variable: str = "",
-    prompt: str = PROMPT,
     overwrite: bool = False,
 ) -> Recipe:
     """Write the files and commands that run this model with this target.
@@ -159,42 +134,93 @@ def write_recipe(
         source = replace(_source(hub), shards=source.shards, nbytes=source.nbytes)
     folder = Path(folder).absolute()
     settings = _settings(chosen, source, n_ctx, n_threads, n_gpu_layers)
-    values, get = _values(chosen, source, settings, folder, key_variable, prompt)
+    values = _values(chosen, source, settings, folder, key_variable)
     texts = {
         name: file_text(template, name, values)
         for name, template in chosen.files.items()
         if name != "chat_template.jinja" or values["template_text"]
     }
-    commands, checks, also, stop = (
-        tuple(commands_of(part, values))
-        for part in ([*chosen.install, *chosen.run], shared()["check"], chosen.also, chosen.stop)
+
+    def commands(templates: Sequence[str]) -> tuple[str, ...]:
+        return tuple(filled(text, values, for_shell) for text in templates)
+
+    run = commands([*chosen.install, *chosen.run])
+    values["written"] = "\n".join([*texts.values(), *run])
+    notes = [filled(note, values, str) for note in shared()["notes"]] + chosen.manual
+    recipe = Recipe(
+        target,
+        values["model"],
+        settings,
+        tuple(folder / name for name in (*texts, "RECIPE.md")),
+        (*(() if any(name.endswith(".ipynb") for name in texts) else values["get"]), *run),
+        commands(shared()["check"]) if chosen.server else (),
+        tuple(filter(None, notes)),
     )
-    notes = (*source.notes, *_notes(chosen, source, settings, values, [*texts.values(), *commands]))
-    written = tuple(folder / name for name in (*texts, "RECIPE.md"))
-    checks = checks if chosen.server else ()
-    recipe = Recipe(target, values["model"], settings, written, (*get, *commands), checks, notes)
-    _write(folder, texts | {"RECIPE.md": recipe_text(recipe, also, stop)}, overwrite)
+    blocks = {"Run": recipe.commands, "Check": recipe.checks}
+    blocks |= {"Or": commands(chosen.also), "Stop": commands(chosen.stop)}
+    ticks = re.findall("`+", str(blocks))
+    fence = "`" * max(3, 1 + max(map(len, ticks), default=0))  # a path may hold a fence
+    page = values | {"notes": recipe.notes, "blocks": blocks, "fence": fence}
+    _write(folder, texts | {"RECIPE.md": filled("{% include 'RECIPE.md' %}", page, str)}, overwrite)
     return recipe
+
+
+def _write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> None:
+    """Write all files, or none: what exists stays unless it may be replaced."""
+    existing = [name for name in texts if (folder / name).exists()]
+    if existing and not overwrite:
+        hint = "take another folder, or pass overwrite (--overwrite)"
+        raise DeployError(f"already there: {', '.join(existing)}", where=tilde(folder), hint=hint)
+    if any(re.search("[\ud800-\udfff]", text) for text in texts.values()):
+        hint = "rename the folder or the file"
+        raise DeployError("the model's path is not UTF-8, and a recipe is", where=tilde(folder), hint=hint)
+    done: list[Path] = []
+    try:
+        for name, text in texts.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            done.append(write_text(folder / name, text))
+    except OSError as error:
+        for path in done if not existing else []:
+            path.unlink(missing_ok=True)
+        what = f"cannot write the recipe ({error.strerror})"
+        raise DeployError(what, where=tilde(folder), hint="take a folder you may write") from error
 
 
 # ---- the model ----
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A model, here or on the hub: where it is (``folder``), and what a header would tell of it.
+
+    ``fetch`` has the commands that bring it into a folder. ``glued`` names the model whose shards, put end to
+    end, have exactly the size of this ``published`` file.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    folder: str = ""
+    nbytes: int = 0
+    shards: ShardSet | None = None
+    fetch: Callable[[str], list[str]] | None = None
+    original: str = NOT_GIVEN
+    published: registry.Model | None = None
+    glued: str = ""
+
+    def arch(self, key: str) -> int:
+        """A number of the header; 0 where there is none."""
+        return int(self.shards.as_one.arch(key, 0)) if self.shards else 0
+
+
 def _source(model: str | Path) -> _Source:
     known = registry.registered()
-    if isinstance(model, str) and (name := _registered_as(model, known)):
-        if known[name].source.startswith("hf://"):
-            return _registered(known[name], known)
-    elif isinstance(model, str) and model.startswith("hf://"):
-        return _on_hub(model)
+    addresses = {f"{entry.source}/{file.name}": entry for entry in known.values() for file in entry.files}
+    entry = known.get(str(model)) or addresses.get(str(model).rpartition("@")[0] or str(model))
+    if entry and entry.source.startswith("hf://"):
+        return _registered(entry, known)
+    if not entry and str(model).startswith("hf://"):
+        return _on_hub(str(model))
     return _local(registry.resolve(model)[0])
-
-
-def _registered_as(model: str, known: Mapping[str, registry.Model]) -> str:
-    """The registered name of this name or address; empty when there is none."""
-    bare = model.rpartition("@")[0] or model
-    addresses = {f"{entry.source}/{file.name}": name for name, entry in known.items() for file in entry.files}
-    return model if model in known else addresses.get(bare, "")
 
 
 def _local(path: Path) -> _Source:
@@ -221,14 +247,15 @@ def _on_hub(address: str) -> _Source:
     def fetch(folder: str) -> list[str]:
         return [shlex.join(["hf", "download", file.repo, *names, *revision, "--local-dir", folder])]
 
-    return _Source(SHARD_ENDING.sub("", PurePosixPath(file.file).stem), tuple(names), "", 0, fetch=fetch)
+    return _Source(SHARD_ENDING.sub("", PurePosixPath(file.file).stem), tuple(names), fetch=fetch)
 
 
 def _registered(model: registry.Model, known: Mapping[str, registry.Model]) -> _Source:
     """A registered model of the hub; the workbook fetches its shards, whose folder there is not recorded."""
     name = SHARD_ENDING.sub("", model.files[0].name.removesuffix(".gguf"))
     one_file, repo = f"{name}.gguf", model.source.removeprefix("hf://")
-    glued = _glued_from(model, known)
+    sums = {other.size_bytes: other.name for other in known.values() if len(other.files) > 1}
+    glued = sums.get(model.size_bytes, "") if len(model.files) == 1 else ""  # a merge would be smaller
 
     def fetch(folder: str) -> list[str]:
         path = _join(folder, one_file)
@@ -237,22 +264,14 @@ def _registered(model: registry.Model, known: Mapping[str, registry.Model]) -> _
         get = [shlex.join(["hf", "download", repo, one_file, "--local-dir", folder])]
         return [*get, *([shlex.join(["dfqs-nb", "repair", path, "--in-place"])] if glued else [])]
 
-    notes = (_glued_note(model, glued), model.note) if glued else (model.note,)
-    original = WEIGHTS_FROM if name.lower().startswith("deepseek-v4-flash") else NOT_GIVEN
-    return _Source(name, (one_file,), "", model.size_bytes, fetch=fetch, original=original, notes=notes)
-
-
-def _glued_from(model: registry.Model, known: Mapping[str, registry.Model]) -> str:
-    """The model whose shards, put end to end, have exactly this single file's size: a merge is smaller."""
-    sums = {other.size_bytes: name for name, other in known.items() if len(other.files) > 1}
-    return sums.get(model.size_bytes, "") if len(model.files) == 1 else ""
-
-
-def _glued_note(model: registry.Model, shards: str) -> str:
-    return (
-        f"The published file has {model.size_bytes:,} bytes, exactly the sum of the shards of {shards}: "
-        "it was concatenated, not merged, and no runtime loads it (llama.cpp: invalid split file name). "
-        f"The recipe repairs it in place. Or give the name {shards} instead."
+    return _Source(
+        name,
+        (one_file,),
+        nbytes=model.size_bytes,
+        fetch=fetch,
+        original=WEIGHTS_FROM if name.lower().startswith("deepseek-v4-flash") else NOT_GIVEN,
+        published=model,
+        glued=glued,
     )
 
 
@@ -275,30 +294,26 @@ def _settings(
 
 
 def _n_ctx(target: Target, source: _Source, wanted: int | None) -> int:
-    """The context in tokens: what was asked for, if it can be, or what fits."""
+    """The tokens asked for, if they can be; else the largest power of two up to the limits that fits.
+
+    It fits where its cache takes at most half of what the weights leave of the memory.
+    """
     trained = source.arch("context_length")
     least, limit = max(target.least_n_ctx, 1), trained or 2**31 - 256
-    if target.least_n_ctx > limit:
+    if least > limit:
         what = f"{target.title} wants a context of {least:,} tokens, and the model was trained on {trained:,}"
         raise DeployError(what, hint="take another target")
-    if wanted is None:
-        return max(least, _fitting(source, limit))
-    if not least <= wanted <= limit:
+    if wanted is not None and not least <= wanted <= limit:
         what = f"a context of {wanted:,} tokens is not between {least:,} and {limit:,}"
         raise DeployError(what, hint="leave it out, and it is chosen")
-    return wanted
-
-
-def _fitting(source: _Source, limit: int) -> int:
-    """The largest power of two up to the limits whose cache fits in what the weights leave of the memory."""
-    if source.shards is None:
-        return min(UNKNOWN_N_CTX, limit)
+    if wanted is not None or source.shards is None:
+        return wanted or max(least, min(UNKNOWN_N_CTX, limit))
     free = available_memory().available_bytes
     room = free - source.nbytes if source.nbytes < free else free // 4
     n_ctx = min(MOST_N_CTX, limit)
     while n_ctx > LEAST_N_CTX and estimate(source.shards.headers, n_ctx).kv.total > room // 2:
         n_ctx //= 2
-    return n_ctx
+    return max(least, n_ctx)
 
 
 def gpu_layers(free_bytes: int, weights_bytes: int, cache_bytes: int, n_layers: int) -> int:
@@ -350,149 +365,66 @@ def slug_of(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "model"
 
 
-def _place(target: Target, source: _Source, folder: Path) -> tuple[str, list[str]]:
-    """The folder in which the target finds the model's files, and the commands that bring them there."""
+def _place(target: Target, source: _Source, folder: Path) -> tuple[str, tuple[str, ...], list[str]]:
+    """The folder in which the target finds the model, its files there, and the commands that bring them."""
+    files, get = source.files, []
     if source.fetch is None:
-        place = filled(target.place, {"file": "", "name": slug_of(source.name)}, str)
-        return (place.rstrip("/\\") or source.folder), []
-    there = target.fetch_to or str(folder / "models")
-    get = source.fetch(there)
-    if target.fetch_to and any(command.startswith("dfqs-nb ") for command in get):
-        get = [shlex.join(["python", "-m", "pip", "install", "-q", f"git+{public_address()}"]), *get]
-    return there, get
-
-
-def _values(
-    target: Target, source: _Source, settings: Settings, folder: Path, key_variable: str, prompt: str
-) -> tuple[dict[str, Any], list[str]]:
-    """What templates and commands may name, and the commands that bring the model."""
-    place, get = _place(target, source, folder)
-    files = source.files
+        there = filled(target.place, {"file": "", "name": slug_of(source.name)}, str).rstrip("/\\")
+        place = there or source.folder
+    else:
+        place = target.fetch_to or str(folder / "models")
+        get = source.fetch(place)
+        if target.fetch_to and any(command.startswith("dfqs-nb ") for command in get):
+            get = [shlex.join(["python", "-m", "pip", "install", "-q", f"git+{public_address()}"]), *get]
     if target.single_file and len(files) > 1:
         joined = str(folder / f"{source.name}.gguf")
         get = [*get, shlex.join(["dfqs-nb", "merge", _join(place, files[0]), "-o", joined])]
         place, files = str(folder), (f"{source.name}.gguf",)
+    return place, files, get
+
+
+def _values(
+    target: Target, source: _Source, settings: Settings, folder: Path, key_variable: str
+) -> dict[str, Any]:
+    """What templates, commands and notes may name."""
+    place, files, get = _place(target, source, folder)
     name, inner = slug_of(source.name), target.mount or place
-    offloads, mac = settings.n_gpu_layers > 0, platform.system() == "Darwin"
-    arm = platform.machine().lower() in ("arm64", "aarch64")
-    flags = f"--threads {settings.n_threads} --n-gpu-layers {settings.n_gpu_layers} --no-repack"
-    values = {
+    mac, arm = platform.system() == "Darwin", platform.machine().lower() in ("arm64", "aarch64")
+    return {
         **vars(settings),
         "target": target,
+        "source": source,
         "name": name,
-        "nbytes": source.nbytes,
+        "served": filled(target.served_name, {"name": name}, str),
         "gpu_ratio": round(min(1.0, settings.n_gpu_layers / (source.arch("block_count") + 1)), 2),
-        "cuda": "ON" if offloads and not mac else "",  # there it is Metal
+        "cuda": "ON" if settings.n_gpu_layers > 0 and not mac else "",  # there it is Metal
         "host": HOST,
         "port": target.server,
         "base_url": f"http://{HOST}:{target.server}{target.prefix}/v1",
-        "template_text": source.header.text("tokenizer.chat_template") if source.header else "",
+        "template_text": source.shards.as_one.text("tokenizer.chat_template") if source.shards else "",
         "build": BUILD,
         "system": f"{'macos' if mac else 'ubuntu'}-{'arm64' if arm else 'x64'}",
-        "original": source.original,
-        "lemonade_args": flags,
-        "question": _question(filled(target.served_name, {"name": name}, str)),
-        "drive": "/content/drive" if "drive" in target.place else "",
         "model": _join(inner, files[0]),
         "models": [_join(inner, file) for file in files],
         "file": files[0],
         "model_folder": place,
-        "mount": target.mount,
         "folder": str(folder),
         "get": get,
-        "uploaded": source.fetch is None,
-        "prompt": prompt,
+        "prompt": PROMPT,
         "key": key_variable,
-        "default_key": DEFAULT_KEY_VARIABLE,
+        "key_name": key_variable or DEFAULT_KEY_VARIABLE,
         "key_or_none": Ready(f'"${{{key_variable or DEFAULT_KEY_VARIABLE}:-none}}"'),
+        **_memory(source, settings),
     }
-    in_notebook = any(file.endswith(".ipynb") for file in target.files)
-    return values, [] if in_notebook else get
 
 
-def _question(model: str) -> str:
-    messages = [{"role": "user", "content": PROMPT}]
-    return json.dumps({"model": model, "messages": messages, "max_tokens": 32, "temperature": 0})
-
-
-def _notes(
-    target: Target, source: _Source, settings: Settings, values: Mapping[str, Any], texts: Sequence[str]
-) -> list[str]:
-    """What to know before running the recipe."""
-    notes = [f"Limits: {target.limits}."]
-    if target.run_here == "":
-        notes.append(f"Generated, not run here. Checked: {target.checked_how}.")
+def _memory(source: _Source, settings: Settings) -> dict[str, Any]:
+    """What it needs of the memory (``needs``), and a sentence where that is too much (``slow``)."""
     if source.shards is None:
-        notes.append(
-            f"The header is not here, so a context of {settings.n_ctx:,} tokens is a guess: give "
-            "the local file for settings that fit."
-        )
-    else:
-        notes += _memory_notes(source.shards, settings)
-    if target.single_file and len(source.files) > 1:
-        notes.append(
-            f"{target.title} takes one file: the shards are merged first, which takes "
-            f"{binary_size(source.nbytes)} more of the disk (`--consume` releases them meanwhile)."
-        )
-    if source.shards and not values["template_text"]:
-        notes.append("The header has no chat template: a server falls back on a template of its own.")
-    if any(NOT_GIVEN in text for text in texts):
-        notes.append(f"Replace {NOT_GIVEN} by the repository that the GGUF was made from.")
-    if target.amx:
-        notes.append(target.amx)
-    elif any("--no-repack" in text for text in texts):
-        notes.append(NO_REPACK)
-    if target.place or target.fetch_to:
-        notes.append("Context, threads and GPU layers suit the machine that wrote this recipe.")
-    return [*notes, *target.manual]
-
-
-def _memory_notes(shards: ShardSet, settings: Settings) -> list[str]:
-    needs = estimate(shards.headers, settings.n_ctx)
-    notes = [
-        f"The cache of {settings.n_ctx:,} tokens takes {binary_size(needs.kv.total)} (swa_full off), "
-        f"beside {binary_size(needs.weights_bytes)} of weights. The compute buffer is not counted."
-    ]
+        return {"needs": None, "slow": ""}
+    needs = estimate(source.shards.headers, settings.n_ctx)
     try:
         slow = check_fits(needs)
     except SpaceError as error:
         slow = f"Not on this machine: {error.what}"
-    return [*notes, f"{slow[0].upper()}{slow[1:]}."] if slow else notes
-
-
-# ---- writing ----
-
-
-def recipe_text(recipe: Recipe, also: Sequence[str] = (), stop: Sequence[str] = ()) -> str:
-    """The recipe as people read it: Markdown."""
-    blocks = {"Run": recipe.commands, "Check": recipe.checks, "Or": also, "Stop": stop}
-    ticks = re.findall("`+", "\n".join(itertools.chain(*blocks.values())))
-    values = {
-        "target": target_of(recipe.target),
-        "settings": recipe.settings,
-        "notes": recipe.notes,
-        "blocks": {title: commands for title, commands in blocks.items() if commands},
-        "fence": "`" * max(3, 1 + max(map(len, ticks), default=0)),  # a path may hold a fence
-    }
-    return filled("{% include 'RECIPE.md' %}", values, str)
-
-
-def _write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> None:
-    """Write all files, or none: what exists stays unless it may be replaced."""
-    existing = [name for name in texts if (folder / name).exists()]
-    if existing and not overwrite:
-        hint = "take another folder, or pass overwrite (--overwrite)"
-        raise DeployError(f"already there: {', '.join(existing)}", where=tilde(folder), hint=hint)
-    if any(re.search("[\ud800-\udfff]", text) for text in texts.values()):
-        hint = "rename the folder or the file"
-        raise DeployError("the model's path is not UTF-8, and a recipe is", where=tilde(folder), hint=hint)
-    done: list[Path] = []
-    try:
-        for name, text in texts.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            done.append(write_text(folder / name, text))
-    except OSError as error:
-        for path in done if not existing else []:
-            path.unlink(missing_ok=True)
-        what = f"cannot write the recipe ({error.strerror})"
-        raise DeployError(what, where=tilde(folder), hint="take a folder you may write") from error
+    return {"needs": needs, "slow": slow and f"{slow[0].upper()}{slow[1:]}."}

@@ -21,21 +21,24 @@ import subprocess
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+from pydantic import SecretStr
 
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings
 from dfqs_nb.serve.client import Endpoint, connect
-from dfqs_nb.serve.wire import Secret, is_loopback
+from dfqs_nb.serve.wire import is_loopback
 
 KINDS = {"llama-cpp-python": "llama-cpp-python", "llama.cpp": "xllamacpp"}  # kind: the package that brings it
 START_SECONDS = 300.0
@@ -51,52 +54,32 @@ class ServerError(DfqsError):
     """A local server does not start, or does not stay."""
 
 
-class Options(TypedDict, total=False):
-    """How a server is run, beside the settings of its model; each may be left out.
-
-    ``n_parallel``: requests at once (slots of llama.cpp's server; the other has one). ``name``: of the model
-    to its clients; by default the file's name without its end. ``log``: the file that receives all it
-    writes; by default a temporary one, gone at the end. ``host``, ``port``: by default 127.0.0.1, and a free
-    port. ``key_variable``: the environment variable with the key that clients must send; by default a random
-    key. ``expose``: allow a ``host`` that other machines can reach. ``start_seconds``: the longest wait.
-    """
-
-    n_parallel: int
-    name: str
-    log: str | Path | None
-    host: str
-    port: int
-    key_variable: str
-    expose: bool
-    start_seconds: float
-
-
 @dataclass(repr=False)
 class LocalServer:
     """A server that runs; in a ``with`` block it is stopped at the end.
 
     Attributes:
         kind: a key of `KINDS`.
-        base_url: for clients of OpenAI's protocol, with ``/v1``.
         model: the name that it serves the model under.
-        version: of the package that brings the server, as the server's process loaded it.
-        log: everything that it wrote.
+        settings: how it opens the model.
         key: that clients must send.
+        log: everything that it wrote, this run's from ``log_start``; deleted at the end unless ``keep_log``.
+        base_url: for clients of OpenAI's protocol, with ``/v1``.
+        version: of the package that brings the server, as the server's process loaded it.
         start_seconds: from the start of the process to its first answer.
     """
 
     kind: str
     model: str
-    log: Path
     settings: OpenSettings
-    n_parallel: int
-    key: Secret
+    key: SecretStr
     process: subprocess.Popen[bytes]
+    log: Path
+    log_start: int
+    keep_log: bool
     base_url: str = ""
     version: str = ""
     start_seconds: float = 0.0
-    keep_log: bool = True
-    _log_start: int = 0  # a log is continued by each run
     _loaded: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -118,12 +101,12 @@ class LocalServer:
     @property
     def address(self) -> tuple[str, int]:
         """Host and port."""
-        host, _, port = self.base_url.split("//")[1].split("/")[0].rpartition(":")
-        return host.strip("[]"), int(port)
+        parts = urlsplit(self.base_url)
+        return parts.hostname or "", parts.port or 0
 
     def connect(self, **options: Any) -> Endpoint:
         """An endpoint for this server; options as ``client.connect``."""
-        defaults = {"key": self.key.reveal(), "version": self.version}
+        defaults = {"key": self.key.get_secret_value(), "version": self.version}
         endpoint = connect(self.base_url, self.model, **{**defaults, **options})
         n_ctx = endpoint.facts.n_ctx or self.settings.n_ctx
         return dataclasses.replace(endpoint, facts=dataclasses.replace(endpoint.facts, n_ctx=n_ctx))
@@ -137,7 +120,7 @@ class LocalServer:
         """What llama.cpp reports of the loaded model: see `loaded_facts`; ``version`` is the server's."""
         if not self._loaded:
             with self.log.open("rb") as file:
-                file.seek(self._log_start)
+                file.seek(self.log_start)
                 text = file.read(LOAD_BYTES).decode("utf-8", "replace")
             self._loaded = {"version": self.version, **loaded_facts(text)}
         return self._loaded
@@ -161,7 +144,16 @@ class LocalServer:
 
 
 def start(
-    kind: str, path: str | Path, settings: OpenSettings | None = None, **options: Unpack[Options]
+    kind: str,
+    path: str | Path,
+    settings: OpenSettings | None = None,
+    *,
+    n_parallel: int = 1,
+    name: str = "",
+    log: str | Path | None = None,
+    host: str = "127.0.0.1",
+    key_variable: str = "",
+    start_seconds: float = START_SECONDS,
 ) -> LocalServer:
     """Start a server for this model; it ends with its ``with`` block, or with this process at the latest.
 
@@ -169,43 +161,37 @@ def start(
         kind: ``llama-cpp-python`` or ``llama.cpp``.
         path: the GGUF file, or one of its shards.
         settings: how it opens the model; ``n_ctx`` is that of one request.
-        options: see `Options`.
+        n_parallel: requests at once: slots of llama.cpp's server; the other has one.
+        name: of the model to its clients; by default the file's name without its end.
+        log: the file that receives all it writes; by default a temporary one, gone at the end.
+        host: one that only this machine reaches.
+        key_variable: the environment variable with the key that clients must send; by default a random key.
+        start_seconds: the longest wait.
 
     Raises:
         ServerError: the host is not loopback, or the server does not come up in time.
         ModelError: it dies while it starts; the log's last lines are a note of the exception.
     """
-    settings, model_path = settings or OpenSettings(), open_shards(path).paths[0]
-    host, variable = options.get("host", "127.0.0.1"), options.get("key_variable", "")
-    _check(kind, settings, host, options.get("expose", False), variable)
-    log, began = options.get("log"), time.perf_counter()
-    job: dict[str, Any] = {
+    settings, began = settings or OpenSettings(), time.perf_counter()
+    _check(kind, settings, host, key_variable)
+    model_path = Path(open_shards(path).paths[0]).absolute()
+    name, key = name or model_path.stem, os.environ.get(key_variable) or secrets.token_urlsafe(24)
+    job = {
         "kind": kind,
-        "path": str(Path(model_path).absolute()),
+        "path": str(model_path),
         "settings": settings.as_dict(),
-        "name": options.get("name") or Path(model_path).stem,
-        "n_parallel": options.get("n_parallel", 1),
+        "name": name,
+        "n_parallel": n_parallel,
         "host": host,
-        "port": options.get("port", 0),
-        "key": os.environ[variable] if variable else secrets.token_urlsafe(24),
+        "key": key,
     }
-    log_path = Path(log) if log else _temporary_log()
-    with log_path.open("ab") as file:
-        log_start = file.tell()
+    temporary = partial(tempfile.NamedTemporaryFile, prefix="dfqs-server-", suffix=".log", delete=False)
+    with Path(log).open("ab") if log else temporary("ab") as file:
+        place, log_start = Path(file.name), file.tell()
         process = child.start(__name__, job, log=file, start_new_session=True)
-    server = LocalServer(
-        kind,
-        job["name"],
-        log_path,
-        settings,
-        job["n_parallel"],
-        Secret(job["key"]),
-        process,
-        keep_log=bool(log),
-        _log_start=log_start,
-    )
+    server = LocalServer(kind, name, settings, SecretStr(key), process, place, log_start, bool(log))
     try:
-        _wait(server, model_path, host, began + options.get("start_seconds", START_SECONDS))
+        _wait(server, model_path, host, began + start_seconds)
     except BaseException:
         server.stop(0.5)
         raise
@@ -226,50 +212,42 @@ def start_all(
         starting = {
             kind: pool.submit(start, kind, path, settings, log=Path(folder) / f"{kind}.log") for kind in kinds
         }
-    failed = [one.exception() for one in starting.values() if one.exception()]
-    if failed and failed[0]:
-        for one in starting.values():
-            if not one.exception():
-                one.result().stop()
-        raise failed[0]
-    return {kind: one.result() for kind, one in starting.items()}
+    try:
+        return {kind: future.result() for kind, future in starting.items()}
+    except BaseException:
+        for future in starting.values():
+            if not future.exception():
+                future.result().stop()
+        raise
 
 
-def _check(kind: str, settings: OpenSettings, host: str, expose: bool, key_variable: str) -> None:
+def _check(kind: str, settings: OpenSettings, host: str, key_variable: str) -> None:
     if kind not in KINDS:
         raise ServerError(f"no kind of server is called {kind!r}", hint=f"there are {', '.join(KINDS)}")
     if settings.rpc_servers and kind != "llama-cpp-python":
         raise ServerError("the prebuilt llama.cpp server has no RPC", hint="serve with llama-cpp-python")
-    if not expose and not is_loopback(host):
-        hint = "use 127.0.0.1, or pass expose=True if that is what you want"
-        raise ServerError(f"{host} can be reached from other machines", hint=hint)
+    if not is_loopback(host):
+        raise ServerError(f"{host} can be reached from other machines", hint="use 127.0.0.1")
     if key_variable and not os.environ.get(key_variable):
         hint = f"export {key_variable} with the key that clients will send"
         raise ServerError(f"the environment variable {key_variable} is not set", hint=hint)
 
 
-def _temporary_log() -> Path:
-    with tempfile.NamedTemporaryFile(prefix="dfqs-server-", suffix=".log", delete=False) as file:
-        return Path(file.name)
-
-
-def _wait(server: LocalServer, path: str | Path, host: str, until: float) -> None:
+def _wait(server: LocalServer, path: Path, host: str, until: float) -> None:
     """Wait until the child has named its port, and answers there."""
     raw, stdout = b"", server.process.stdout
     assert stdout is not None
-    healthy = False
-    while not healthy:
-        if server.process.poll() is not None:
-            _died(server, path)
+    while not (server.base_url and is_healthy(server)):
+        if not server.alive:
+            cause = child.ending(server.process.returncode)
+            raise child.died(cause, path, [], server.log_lines(200), doing="while it started as a server")
         if time.perf_counter() > until:
             hint = f"a large model needs longer: raise start_seconds. The last lines of {server.log.name}:"
-            lines = "\n  ".join(server.log_lines() or ["(none)"])
             error = ServerError("the server did not come up in time", where=path, hint=hint)
-            error.add_note(f"its last lines:\n  {lines}")
+            error.add_note("its last lines:\n  " + "\n  ".join(server.log_lines() or ["(none)"]))
             raise error
         if server.base_url:
-            healthy = is_healthy(server)
-            time.sleep(0 if healthy else POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         elif select.select([stdout], [], [], POLL_SECONDS)[0]:
             raw += os.read(stdout.fileno(), 4096)
             if b"\n" in raw:
@@ -278,23 +256,14 @@ def _wait(server: LocalServer, path: str | Path, host: str, until: float) -> Non
                 server.base_url = f"http://{f'[{host}]' if ':' in host else host}:{facts['port']}/v1"
 
 
-def _died(server: LocalServer, path: str | Path) -> None:
-    cause = child.ending(server.process.returncode)
-    raise child.died(cause, path, [], server.log_lines(200), doing="while it started as a server")
-
-
 def is_healthy(server: LocalServer) -> bool:
     """Whether the server answers: ``/health`` of llama.cpp's, the list of models of the other."""
-    root = server.base_url.removesuffix("/v1")
-    request = urllib.request.Request(root + ("/health" if server.kind == "llama.cpp" else "/v1/models"))
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    path = "/health" if server.kind == "llama.cpp" else "/v1/models"
     try:
-        with opener.open(request, timeout=10) as answer:
-            return bool(answer.status == 200)
-    except urllib.error.HTTPError as error:
-        return error.code == 401  # it lives, and wants a key
-    except OSError:
+        answer = httpx2.get(server.base_url.removesuffix("/v1") + path, timeout=10, trust_env=False)
+    except httpx2.TransportError:
         return False
+    return answer.status_code in (200, 401)  # 401: it lives, and wants a key
 
 
 def port_is_free(host: str, port: int) -> bool:
@@ -350,23 +319,21 @@ def _serve_llama_cpp(job: dict[str, Any], settings: OpenSettings, tell: Callable
 def _llama_cpp_params(job: dict[str, Any], settings: OpenSettings) -> Any:
     import xllamacpp
 
-    params, n_parallel = xllamacpp.CommonParams(), job["n_parallel"]
+    params, mode, flash = xllamacpp.CommonParams(), xllamacpp.llama_load_mode, xllamacpp.llama_flash_attn_type
     params.model.path, params.model_alias = job["path"], {job["name"]}
-    params.port = job["port"]
     if hasattr(params, "hostnames"):  # since some build after b11063
         params.hostnames = [job["host"]]
     else:
         params.hostname = job["host"]
-    params.n_parallel, params.n_ctx = n_parallel, settings.n_ctx * n_parallel
-    params.n_batch, params.n_ubatch = settings.n_batch, settings.n_ubatch
+    params.port = 0  # a free one
+    params.n_parallel, params.n_ctx = job["n_parallel"], settings.n_ctx * job["n_parallel"]
+    for name in ("n_batch", "n_ubatch", "n_gpu_layers", "swa_full"):
+        setattr(params, name, getattr(settings, name))
     params.cpuparams.n_threads = settings.n_threads
     params.cpuparams_batch.n_threads = settings.n_threads_batch
-    mode = xllamacpp.llama_load_mode
     params.load_mode = mode.LLAMA_LOAD_MODE_MMAP if settings.use_mmap else mode.LLAMA_LOAD_MODE_NONE
-    params.n_gpu_layers, params.swa_full = settings.n_gpu_layers, settings.swa_full
     params.cache_type_k = xllamacpp.ggml_type(GGML_TYPES[settings.type_k])
     params.cache_type_v = xllamacpp.ggml_type(GGML_TYPES[settings.type_v])
-    flash = xllamacpp.llama_flash_attn_type
     enabled, disabled = flash.LLAMA_FLASH_ATTN_TYPE_ENABLED, flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.flash_attn_type = enabled if settings.flash_attn else disabled
     params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
@@ -379,21 +346,11 @@ def _llama_cpp_params(job: dict[str, Any], settings: OpenSettings) -> Any:
 
 
 def _serve_llama_cpp_python(job: dict[str, Any], settings: OpenSettings, tell: Callable[[int], None]) -> None:
-    """llama-cpp-python's server, with the same parameters as a model in this process."""
+    """llama-cpp-python's server, with the same parameters as a model in this process.
+
+    By default it ends an answer when another request comes, and lets web pages read it: not here.
+    """
     import uvicorn
-
-    app = _llama_cpp_python_app(job, settings)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=2))
-    listener = socket.socket(socket.AF_INET6 if ":" in job["host"] else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((job["host"], job["port"]))
-    listener.listen(128)
-    tell(listener.getsockname()[1])
-    server.run(sockets=[listener])
-
-
-def _llama_cpp_python_app(job: dict[str, Any], settings: OpenSettings) -> Any:
-    """The app, which by default ends an answer when another request comes, and lets web pages read it."""
     from llama_cpp.server.app import create_app
     from llama_cpp.server.settings import ModelSettings, ServerSettings
     from starlette.middleware.cors import CORSMiddleware
@@ -411,14 +368,18 @@ def _llama_cpp_python_app(job: dict[str, Any], settings: OpenSettings) -> Any:
         type_v=GGML_TYPES[settings.type_v],
         **{name: getattr(settings, name) for name in (*names, "use_mmap", "seed")},
     )
-    options = ServerSettings(host=job["host"], port=job["port"], interrupt_requests=False, api_key=job["key"])
+    options = ServerSettings(interrupt_requests=False, api_key=job["key"])
     with (
         default_model_params(use_extra_bufts=settings.use_extra_bufts),
         default_context_params(swa_full=settings.swa_full),
     ):
         app = create_app(server_settings=options, model_settings=[model])
     app.user_middleware = [layer for layer in app.user_middleware if layer.cls is not CORSMiddleware]
-    return app
+    server = uvicorn.Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=2))
+    family = socket.AF_INET6 if ":" in job["host"] else socket.AF_INET
+    listener = socket.create_server((job["host"], 0), family=family, backlog=128)
+    tell(listener.getsockname()[1])
+    server.run(sockets=[listener])
 
 
 if __name__ == "__main__":

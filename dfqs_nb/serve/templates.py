@@ -1,20 +1,135 @@
-"""Fill in the templates of recipes: jinja, with each value quoted as the file's kind needs."""
+"""The ways of running a model elsewhere, as ``data/deploy`` has them: targets, and templates of their files.
+
+Templates are jinja; each value is quoted as the file's kind needs.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.core.paths import data_dir
-from dfqs_nb.serve.targets import DeployError, shared, targets
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.paths import data_dir, tilde
+from dfqs_nb.gguf.memory import binary_size
 
 if TYPE_CHECKING:
     import jinja2
+    import pandas as pd
+
+FACTS = ("recipe", "checked_how", "run_here", "loads_deepseek4", "split_files", "since", "limits", "source")
+
+
+class DeployError(DfqsError):
+    """A recipe cannot be written."""
+
+
+# ---- the targets ----
+
+
+class Target(BaseModel):
+    """One way of running, as ``targets.toml`` has it; the comments there say what each field means."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    title: str
+    recipe: str
+    checked_how: str
+    run_here: str
+    loads_deepseek4: str
+    split_files: str
+    since: str
+    limits: str
+    source: list[str]
+    date: str
+    files: dict[str, str]
+    install: list[str]
+    run: list[str]
+    manual: list[str] = []
+    also: list[str] = []
+    stop: list[str] = []
+    server: int = 0
+    prefix: str = ""
+    served_name: str = "{{ name }}"
+    single_file: bool = False
+    needs_key: bool = False
+    least_n_ctx: int = 0
+    place: str = ""
+    fetch_to: str = ""
+    mount: str = ""
+    amx: str = ""
+
+
+@cache
+def _tables(path: Path) -> tuple[dict[str, Any], dict[str, Target]]:
+    """The parts that commands and notes share, and the targets by name."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        common = table.pop("common")
+        return common, {name: Target(name=name, **entry) for name, entry in table.items()}
+    except (OSError, ValueError, KeyError, ValidationError) as error:
+        what, hint = f"cannot read the table of targets ({error})", "restore it with git, or set DFQS_DATA"
+        raise DeployError(what, where=tilde(path), hint=hint) from error
+
+
+def shared() -> dict[str, Any]:
+    """The parts of ``[common]``, by name."""
+    return _tables(data_dir() / "deploy" / "targets.toml")[0]
+
+
+def targets() -> dict[str, Target]:
+    """The targets by name, in the order of ``data/deploy/targets.toml``.
+
+    >>> len(targets()), targets()["ollama"].server
+    (17, 11434)
+    """
+    return _tables(data_dir() / "deploy" / "targets.toml")[1]
+
+
+def target_of(name: str) -> Target:
+    """The target of this name.
+
+    Raises:
+        DeployError: there is none; names the ones there are.
+    """
+    if name not in targets():
+        raise DeployError(f"no target is called {name!r}", hint=f"there are {', '.join(targets())}")
+    return targets()[name]
+
+
+def targets_table() -> pd.DataFrame:
+    """One row a target: ``target``, ``title``, then what is known of it, each a text.
+
+    ``run_here`` is what ran, with its version, or "generated, not run".
+    """
+    import pandas as pd
+
+    table = pd.DataFrame([target.model_dump() for target in targets().values()])
+    table = table.rename(columns={"name": "target"})[["target", "title", *FACTS]]
+    table["source"] = table["source"].map(" ".join)
+    return table.replace({"run_here": {"": "generated, not run"}})
+
+
+def list_text() -> str:
+    """The targets, one a line: name, title, and what ran here."""
+    rows = targets_table().itertuples()
+    return "".join(f"{row.target:<22}{row.title:<24}{row.run_here}\n" for row in rows)
+
+
+def table_text() -> str:
+    """``data/deploy/README.md``: what is known of every target, as Markdown."""
+    return filled("{% include 'README.md' %}", {"targets": list(targets().values())}, str)
+
+
+# ---- templates: each value quoted as the file's kind needs ----
 
 
 class Ready(str):
@@ -27,13 +142,15 @@ def _environment(quote: Callable[[Any], str], folder: Path) -> jinja2.Environmen
     import jinja2
 
     parts = {name: text for name, text in shared().items() if isinstance(text, str)}
-    return jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.DictLoader(parts), jinja2.FileSystemLoader(folder)]),
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: value if isinstance(value, Ready) else quote(value),
         trim_blocks=True,
         keep_trailing_newline=True,
     )  # autoescape is for HTML: `finalize` quotes for each kind of file
+    made.filters |= {"json": json.dumps, "bytes": binary_size, "number": "{:,}".format}
+    return made
 
 
 def filled(text: str, values: Mapping[str, Any], quote: Callable[[Any], str]) -> str:
@@ -41,12 +158,8 @@ def filled(text: str, values: Mapping[str, Any], quote: Callable[[Any], str]) ->
     return _environment(quote, data_dir() / "deploy" / "templates").from_string(text).render(values)
 
 
-def commands(templates: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-    """Shell commands, each value quoted for the shell."""
-    return [filled(text, values, _for_shell) for text in templates]
-
-
-def _for_shell(value: Any) -> str:
+def for_shell(value: Any) -> str:
+    """One word, or several, of a shell's command."""
     return shlex.join(value) if isinstance(value, list) else shlex.quote(str(value))
 
 
@@ -82,20 +195,18 @@ def _for_modelfile(value: Any) -> str:
     """
     text = str(value)
     if text != " ".join(text.splitlines()).strip() or not text.isprintable():
-        hint = "rename the folder or the file"
-        raise DeployError(f"a Modelfile cannot name {text!r}", hint=hint)
+        raise DeployError(f"a Modelfile cannot name {text!r}", hint="rename the folder or the file")
     return text
 
 
-KINDS = {"Modelfile": _for_modelfile, "compose.yaml": _for_compose, ".ps1": _for_powershell}
-KINDS |= dict.fromkeys((".json", ".yaml", ".yml", ".py", ".ipynb"), _for_json)
+QUOTES = {"Modelfile": _for_modelfile, "compose.yaml": _for_compose, ".ps1": _for_powershell}
+QUOTES |= dict.fromkeys((".json", ".yaml", ".yml", ".py", ".ipynb"), _for_json)
 
 
 def file_text(template: str, name: str, values: Mapping[str, Any]) -> str:
     """The text of one file of the recipe."""
-    text = (data_dir() / "deploy" / "templates" / template).read_text(encoding="utf-8")
-    quote = KINDS.get(name) or KINDS.get(PurePosixPath(name).suffix) or str
-    written = filled(text, values, quote)
+    quote = QUOTES.get(name) or QUOTES.get(PurePosixPath(name).suffix) or str
+    written = filled(f"{{% include {template!r} %}}", values, quote)
     if name.endswith(".ps1") and not written.isascii():
         return "\ufeff" + written  # without it Windows PowerShell reads another encoding
     return _notebook(written) if name.endswith(".ipynb") else written
@@ -113,11 +224,4 @@ def _notebook(text: str) -> str:
         make: Any = nbformat.v4.new_markdown_cell if prose else nbformat.v4.new_code_cell
         cells.append(make(body.strip("\n"), id=f"cell-{number}"))
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
-    written: str = nbformat.writes(book)
-    return written + "\n"
-
-
-def table_text() -> str:
-    """``data/deploy/README.md``: what is known of every target, as Markdown."""
-    return filled("{% include 'README.md' %}", {"targets": list(targets().values())}, str)
+    return str(nbformat.writes(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}))) + "\n"

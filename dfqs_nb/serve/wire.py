@@ -1,4 +1,4 @@
-"""One address of a server: the connection to it, its limits of time and bytes, its secrets, its retries.
+"""One address of a server: the connection to it, its limits of time and bytes, secrets, errors and retries.
 
 Requests to this machine never go through a proxy. A response has a limit of seconds and bytes from its first
 byte to its last, headers included. Bytes that are not UTF-8 become U+FFFD. Keys are sent and never shown.
@@ -6,8 +6,9 @@ byte to its last, headers included. Bytes that are not UTF-8 become U+FFFD. Keys
 
 from __future__ import annotations
 
-import codecs
 import ipaddress
+import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -19,14 +20,140 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpcore2
 import httpx2
+from pydantic import SecretStr, ValidationError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
-from dfqs_nb.serve.errors import BusyError, EndpointError, TooMuch, meaning
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.llama.model import ContextFullError
 
 Answer = TypeVar("Answer")
 CONNECT_SECONDS = 10.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 60.0
 SHORTEST_SECRET = 4  # characters; shorter ones stand in ordinary words
+BUSY = (408, 409, 425, 429)  # and 5xx: worth asking again
+NEEDED = ("model", "prompt", "messages")  # fields of a request that none can be without
+OVERFLOW = re.compile(
+    r"exceed_context_size|context_length_exceeded|exceeds? (the )?(available )?context|maximum context length"
+    r"|context (window|size|length)[^.]{0,40}exceed|max_model_len",
+    re.IGNORECASE,
+)
+
+
+# ---- what a server's failures mean, and which of them may pass ----
+
+
+class EndpointError(DfqsError):
+    """An endpoint cannot be asked, or does not answer.
+
+    Attributes:
+        temporary: asking again may help.
+        status: of HTTP; 0 where no answer came.
+        retry_after: seconds that the server asks to wait; None where it says nothing.
+    """
+
+    temporary: bool = False
+    status: int = 0
+    retry_after: float | None = None
+
+
+class UnreachableError(EndpointError):
+    """Nothing answers at the address, or not in time."""
+
+    temporary = True
+
+
+class KeyRefusedError(EndpointError):
+    """The server wants another key (401 or 403)."""
+
+
+class UnknownModelError(EndpointError):
+    """The server has no model of that name."""
+
+
+class BusyError(EndpointError):
+    """The server answers 429 or 5xx, every time."""
+
+    temporary = True
+
+
+class BrokenAnswerError(EndpointError):
+    """An answer ends before its end, every time."""
+
+    temporary = True
+
+
+class EndlessAnswerError(EndpointError):
+    """An answer takes longer in all, or is larger, than any honest one."""
+
+
+class ContextOverflowError(EndpointError, ContextFullError):
+    """The prompt and the answer exceed the context that the server has. Asking again does not help."""
+
+
+def broken(why: str, url: str) -> EndpointError:
+    """The error for an answer without its end; what the server says may be that its context is full.
+
+    >>> type(broken("request (6002 tokens) exceeds the available context size", "http://a/v1")).__name__
+    'ContextOverflowError'
+    """
+    if OVERFLOW.search(why):
+        hint = "start the server with a larger context, or shorten the prompt"
+        return ContextOverflowError(
+            f"it does not fit into the server's context ({why})", where=url, hint=hint
+        )
+    hint = "read the server's log; nothing of this answer was kept"
+    return BrokenAnswerError(f"the answer broke off ({why})", where=url, hint=hint)
+
+
+def refusal(
+    status: int, words: str, url: str, model: str = "", models: Sequence[str] = (), fields: Iterable[str] = ()
+) -> EndpointError:
+    """The error for a status that is no success.
+
+    Args:
+        words: the server's own.
+        url: its address, as it may be shown.
+        model, models: the model that was asked for, and those that the server lists.
+        fields: of the request: a refusal that names one of them gets a hint how to do without it.
+    """
+    if OVERFLOW.search(words) and status in (400, 413, 422, 500):
+        return broken(words, url)
+    kind, what = EndpointError, f"the server refuses the request: {status} ({words})"
+    hint = _field_hint(words, fields) or "the answer to this request will not change: change the request"
+    if status in (401, 403):
+        kind, what = KeyRefusedError, f"the key is refused ({status})"
+        hint = "put the right key into an environment variable and pass its name"
+    elif status == 404 and model:
+        kind, what = UnknownModelError, f"no model {model!r}, or no such path ({words})"
+        hint = f"it has {', '.join(models)}" if models else "ask GET /v1/models what it has"
+    elif status == 404:
+        kind, what = UnreachableError, f"something answers there, but not this protocol ({words})"
+        hint = "check port and path: the address ends in /v1 as a rule"
+    elif status in BUSY or status >= 500:
+        kind, what = BusyError, f"the server says {status} ({words})"
+        hint = "wait, lower the concurrency, or read the server's log"
+    error = kind(what, where=url, hint=hint)
+    error.temporary = kind is BusyError
+    return error
+
+
+def _field_hint(words: str, fields: Iterable[str]) -> str:
+    """How to do without the field that a refusal names; empty where it names none of the request's.
+
+    >>> _field_hint("Unsupported parameter: 'seed'", ("max_tokens", "seed"))
+    'leave it out with --field seed= (fields={"seed": ""}), or rename it with --field seed=NEWNAME'
+    """
+    places = {name: re.search(rf"\b{re.escape(name)}\b", words) for name in fields if name not in NEEDED}
+    named = {name: place.start() for name, place in places.items() if place}
+    if not named:
+        return ""
+    name = min(named, key=lambda name: named[name])
+    other = "max_completion_tokens" if name == "max_tokens" else "NEWNAME"
+    drop = json.dumps({name: ""})
+    return f"leave it out with --field {name}= (fields={drop}), or rename it with --field {name}={other}"
+
+
+# ---- limits and secrets ----
 
 
 @dataclass(frozen=True)
@@ -38,29 +165,6 @@ class Limits:
 
 
 LIMITS: ContextVar[Limits] = ContextVar("LIMITS", default=Limits())  # noqa: B039 (it is frozen)
-
-
-class Secret:
-    """Texts that show themselves to no one who does not ask: not in reprs, not in JSON, not in tracebacks.
-
-    >>> Secret("sk-1"), f"{Secret('sk-1')}", bool(Secret(""))
-    (a key, 'a key', False)
-    """
-
-    __slots__ = ("_text",)
-
-    def __init__(self, text: str = "") -> None:
-        self._text = text
-
-    def __repr__(self) -> str:
-        return "a key" if self._text else "no key"
-
-    def __bool__(self) -> bool:
-        return bool(self._text)
-
-    def reveal(self) -> str:
-        """The text itself, for the one place that needs it."""
-        return self._text
 
 
 def is_loopback(host: str) -> bool:
@@ -76,18 +180,12 @@ def is_loopback(host: str) -> bool:
 
 
 def shown_url(url: str) -> str:
-    """An address without what may be a secret: user, password and the values of its query.
+    """An address without what may be a secret: user, password and query.
 
     >>> shown_url("http://user:word@host/v1?api_key=sk-1&x")
-    'http://***@host/v1?api_key=***&***'
+    'http://***@host/v1?***'
     """
-    scheme, colon, rest = url.partition("://")
-    rest = f"***@{rest.rpartition('@')[2]}" if "@" in rest else rest
-    path, mark, query = rest.partition("?")
-    parts = [
-        f"{name}=***" if equals else "***" for name, equals, _ in (p.partition("=") for p in query.split("&"))
-    ]
-    return scheme + colon + path + (mark + "&".join(parts) if mark else "")
+    return re.sub(r"\?.*", "?***", re.sub("(?<=://).*@", "***@", url))
 
 
 @dataclass(frozen=True)
@@ -99,116 +197,199 @@ class Wire:
         key: sent as a bearer token.
         query: of the address, sent with every request.
         timeout_seconds: the longest wait for a piece of an answer.
+        models: that the server lists.
     """
 
     url: str
-    key: Secret = Secret()  # noqa: RUF009 (it cannot be changed)
-    query: Secret = Secret()  # noqa: RUF009
+    key: SecretStr = SecretStr("")  # noqa: RUF009 (it cannot be changed)
+    query: SecretStr = SecretStr("")  # noqa: RUF009
     timeout_seconds: float = 600.0
+    models: tuple[str, ...] = ()
 
     @cached_property
-    def client(self) -> Any:
-        """An ``openai`` client that sends this key or none, whatever the environment holds.
-
-        Its own retries are off: it would not ask again after a stream that breaks.
-        """
-        import openai
-
-        timeout = openai.Timeout(self.timeout_seconds, connect=min(CONNECT_SECONDS, self.timeout_seconds))
-        http = httpx2.Client(
-            transport=_Transport(self.url), timeout=timeout, trust_env=False, follow_redirects=False
-        )
-        return openai.OpenAI(
-            base_url=self.url,
-            api_key=self.key.reveal() or "none",
-            organization="",
-            project="",
-            timeout=timeout,
-            max_retries=0,
-            default_query=dict(self._asked),
-            http_client=http,
+    def client(self) -> httpx2.Client:
+        """The connections: with this key or none, whatever the environment holds."""
+        parts, seconds = urlsplit(self.url), self.timeout_seconds
+        host = parts.hostname or ""
+        proxies = {} if is_loopback(host) or proxy_bypass(host) else getproxies()
+        proxy = proxies.get(parts.scheme) or proxies.get("all")
+        # not compressed: a small answer must not unpack into a large one
+        headers = {"accept-encoding": "identity"}
+        return httpx2.Client(
+            headers=headers
+            | ({"authorization": f"Bearer {self.key.get_secret_value()}"} if self.key else {}),
+            params=self.query.get_secret_value(),
+            timeout=httpx2.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds)),
+            transport=_Transport(proxy=proxy if not proxy or "://" in proxy else f"http://{proxy}"),
+            trust_env=False,
         )
 
     @property
-    def _asked(self) -> list[tuple[str, str]]:
-        return parse_qsl(self.query.reveal(), keep_blank_values=True)
+    def root(self) -> str:
+        """The server's address, without the protocol's ``/v1``."""
+        return re.sub(r"/v\d+\w*$", "", self.url)
 
     def hide(self, text: str) -> str:
         r"""A text from outside: without this address's secrets, halves of characters joined or replaced.
 
-        >>> Wire("http://a/v1", Secret("sk-12345")).hide("no sk-12345 \ud83d\ude00 \udcaf")
+        >>> Wire("http://a/v1", SecretStr("sk-12345")).hide("no sk-12345 \ud83d\ude00 \udcaf")
         'no *** 😀 �'
         """
-        values = [self.key.reveal(), *(value or name for name, value in self._asked)]
-        for secret in sorted(values, key=len, reverse=True):
+        query = parse_qsl(self.query.get_secret_value(), keep_blank_values=True)
+        for secret in sorted(
+            [self.key.get_secret_value(), *(value or name for name, value in query)], key=len
+        )[::-1]:
             text = text.replace(secret, "***") if len(secret) >= SHORTEST_SECRET else text
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
     def hidden(self, value: Any) -> Any:
         """A JSON value with `hide` applied to every text in it."""
         if isinstance(value, dict):
-            return {self.hide(str(key)): self.hidden(item) for key, item in value.items()}
+            return {self.hide(key): self.hidden(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self.hidden(item) for item in value]
         return self.hide(value) if isinstance(value, str) else value
 
+    # ---- one request; failures as `ask` has them ----
+
+    def get(self, url: str) -> Any:
+        """The JSON at an address."""
+        return self._json(self.client.get(url), {})
+
+    def post(self, url: str, body: Mapping[str, Any]) -> Any:
+        """The JSON that an address answers to JSON."""
+        return self._json(self.client.post(url, json=body), body)
+
+    def stream(self, url: str, body: Mapping[str, Any]) -> Iterator[Any]:
+        """The events that an address answers to JSON, each JSON."""
+        with self.client.stream("POST", url, json=body) as response:
+            if not response.is_success:
+                response.read()
+                self._json(response, body)
+            rest = b""
+            for chunk in response.iter_bytes():
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    data = line.removeprefix(b"data:").strip()
+                    if data == b"[DONE]":
+                        return
+                    if line.startswith(b"data:"):
+                        yield self._event(json.loads(data.decode("utf-8", "replace")))
+
+    def _event(self, event: Any) -> Any:
+        if isinstance(event, dict) and event.get("error"):
+            raise broken(self.hide(_words(event)), self.url)
+        return event
+
+    def _json(self, response: httpx2.Response, body: Mapping[str, Any]) -> Any:
+        text = response.content.decode("utf-8", "replace")
+        if response.is_success:
+            return json.loads(text)
+        try:
+            words = _words(json.loads(text))
+        except (ValueError, RecursionError):
+            words = text[:300] or response.reason_phrase
+        model = str(body.get("model", ""))
+        error = refusal(response.status_code, self.hide(words), self.url, model, self.models, body)
+        error.status = response.status_code
+        error.retry_after = _seconds(response.headers.get("retry-after", ""))
+        raise error
+
+    # ---- asking until it answers ----
+
     def ask(
-        self,
-        request: Callable[[int], Answer],
-        *,
-        retries: int,
-        limits: Limits | None = None,
-        model: str = "",
-        models: Sequence[str] = (),
-        fields: Sequence[str] = (),
+        self, request: Callable[[int, bool], Answer], *, retries: int, limits: Limits | None = None
     ) -> Answer:
         """The answer to a request, asked again with growing pauses where the failure may pass.
 
         Args:
-            request: gets the number of the attempt, from 1.
+            request: gets the number of the attempt, from 1, and whether an answer broke off before.
             limits: of each response.
-            model, models, fields: see ``errors.meaning``.
 
         Raises:
             EndpointError: the one that the failure means; a note says how often it was asked.
         """
+        broke = False
+        retrying = Retrying(
+            stop=stop_after_attempt(retries + 1),
+            retry=retry_if_exception(lambda error: getattr(error, "temporary", False)),
+            wait=_pause,
+            reraise=True,
+        )
 
-        def attempt(number: int) -> Answer:
+        def attempt() -> Answer:
+            nonlocal broke
             token = LIMITS.set(limits or Limits(min(self.timeout_seconds, 60.0)))
             try:
-                return request(number)
+                return request(retrying.statistics["attempt_number"], broke)
             except Exception as error:
-                made = meaning(error, self.url, model, models, fields)
-                if made is None:
-                    raise
-                raise self._without_secrets(made) from RuntimeError(
-                    self.hide(f"{type(error).__name__}: {str(error)[:300]}")
-                )  # the client's errors hold the request, whose header has the key
+                meant = self._meaning(error)
+                broke = broke or isinstance(meant, BrokenAnswerError)
+                raise meant from None  # the client's errors hold the request, whose header has the key
             finally:
                 LIMITS.reset(token)
 
-        number = 0
         try:
-            for turn in Retrying(
-                stop=stop_after_attempt(retries + 1),
-                retry=retry_if_exception(lambda error: getattr(error, "temporary", False)),
-                wait=_pause,
-                sleep=lambda seconds: time.sleep(seconds),
-                reraise=True,
-            ):
-                with turn:
-                    number = turn.retry_state.attempt_number
-                    return attempt(number)
+            return retrying(attempt)
         except EndpointError as error:
-            if number > 1:
-                error.add_note(f"asked {number} times")
+            if retrying.statistics["attempt_number"] > 1:
+                error.add_note(f"asked {retrying.statistics['attempt_number']} times")
             raise
-        raise AssertionError("the last attempt raises")
 
-    def _without_secrets(self, error: EndpointError) -> EndpointError:
-        made = type(error)(self.hide(error.what), where=error.where, hint=self.hide(error.hint))
-        made.temporary, made.retry_after, made.status = error.temporary, error.retry_after, error.status
-        return made
+    def _meaning(self, error: Exception) -> Exception:
+        """The failure as an error of this stage; itself where it is none of the connection's."""
+        why = self.hide(" ".join(str(error).split())[:200]) or type(error).__name__
+        match error:
+            case EndlessAnswerError():
+                return EndlessAnswerError(error.what, where=self.url, hint=error.hint)
+            case httpx2.TimeoutException():
+                hint = "raise --timeout (timeout_seconds), or ask for fewer tokens"
+                return UnreachableError("no answer in time", where=self.url, hint=hint)
+            case httpx2.ReadError() | httpx2.RemoteProtocolError():
+                return broken(why, self.url)
+            case json.JSONDecodeError() | UnicodeError() | ValidationError() | RecursionError():
+                return broken(why, self.url)
+            case httpx2.TransportError():
+                hint = "check the address, and that the server is running"
+                return UnreachableError(f"nothing answers there ({why})", where=self.url, hint=hint)
+        return error
+
+    def optional(self, path: str, body: Mapping[str, Any] | None = None, retries: int = 2) -> Any:
+        """JSON at a path of the server; None where there is no such path, or what is there is not JSON.
+
+        A server that is busy is asked again: taken for one without the path, it would be asked differently
+        from then on. llama.cpp's lists its models while it loads one, and answers 503 to all else.
+
+        Raises:
+            BusyError: it answered 429 or 503 every time.
+        """
+        url = self.root + path
+        try:
+            answer = self.ask(
+                lambda *_: self.get(url) if body is None else self.post(url, body), retries=retries
+            )
+        except EndpointError as error:
+            if error.status in (429, 503):
+                raise
+            return None
+        return self.hidden(answer)
+
+
+def _words(body: Any) -> str:
+    """The server's own words in the JSON of an error."""
+    body = body if isinstance(body, dict) else {"detail": body}
+    inner = body.get("error", body)
+    inner = inner if isinstance(inner, dict) else {"message": inner}
+    kind = inner.get("type") or inner.get("code") or ""
+    return f"{inner.get('message') or body.get('detail') or body} {kind}".strip()[:300]
+
+
+def _seconds(text: str) -> float | None:
+    """Seconds of a ``Retry-After`` header; dates are not read."""
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        return None
 
 
 def _pause(state: RetryCallState) -> float:
@@ -218,87 +399,36 @@ def _pause(state: RetryCallState) -> float:
     return min(seconds, LONGEST_PAUSE_SECONDS)
 
 
-# ---- the transport ----
+# ---- limits, which httpx has for each read and not for a whole response ----
 
 
-class _Transport(httpx2.BaseTransport):
-    """httpx's own transport has no limit of total time or bytes; this one has, down to the socket."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        host, limited = parts.hostname or "", _Backend()
-        proxies = {} if is_loopback(host) or proxy_bypass(host) else getproxies()
-        proxy = proxies.get(parts.scheme) or proxies.get("all")
-        context = httpx2.create_ssl_context() if parts.scheme == "https" else None
-        self._pool: httpcore2.ConnectionPool
-        if proxy:
-            address = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-            auth = (address.username or "", address.password or "") if address.username else None
-            where = f"{address.scheme}://{address.netloc.rpartition('@')[2]}"
-            self._pool = httpcore2.HTTPProxy(
-                where, proxy_auth=auth, ssl_context=context, network_backend=limited
-            )
-        else:
-            self._pool = httpcore2.ConnectionPool(ssl_context=context, network_backend=limited)
+class _Transport(httpx2.HTTPTransport):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._pool._network_backend = _Backend()  # a setting of the pool that httpx does not pass on
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        url = httpcore2.URL(
-            scheme=request.url.raw_scheme,
-            host=request.url.raw_host,
-            port=request.url.port,
-            target=request.url.raw_path,
-        )
-        request.headers["accept-encoding"] = "identity"  # a small answer must not unpack into a large one
-        made = httpcore2.Request(
-            request.method,
-            url,
-            headers=request.headers.raw,
-            content=request.stream,
-            extensions=request.extensions,
-        )
-        response = self._pool.handle_request(made)
-        headers = [(name, value) for name, value in response.headers if name.lower() != b"content-encoding"]
-        return httpx2.Response(
-            response.status, headers=headers, stream=_Body(response.stream), extensions=response.extensions
-        )
-
-    def close(self) -> None:
-        self._pool.close()
-
-
-class _Body(httpx2.SyncByteStream):
-    """The bytes of a response, as valid UTF-8."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[bytes]:
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for chunk in self._stream:
-            yield decoder.decode(chunk).encode()
-        yield decoder.decode(b"", final=True).encode()
-
-    def close(self) -> None:
-        self._stream.close()
+        response = super().handle_request(request)
+        response.headers.pop("content-encoding", None)  # it was not asked for
+        return response
 
 
 class _Backend(httpcore2.SyncBackend):
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore2.NetworkStream:
-        return _Stream(super().connect_tcp(host, port, timeout, local_address, socket_options))
+    def connect_tcp(self, *arguments: Any, **options: Any) -> Any:
+        return _Stream(super().connect_tcp(*arguments, **options))
 
 
-class _Stream(httpcore2.NetworkStream):
+class _Stream:
     """A connection that ends a response at its limits; each request begins them anew."""
 
     def __init__(self, inner: httpcore2.NetworkStream) -> None:
         self._inner, self._until, self._left = inner, float("inf"), 1 << 62
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def start_tls(self, *arguments: Any, **options: Any) -> _Stream:
+        return _Stream(self._inner.start_tls(*arguments, **options))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         limits = LIMITS.get()
@@ -306,46 +436,17 @@ class _Stream(httpcore2.NetworkStream):
         self._inner.write(buffer, timeout)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        left = self._until - time.monotonic()
-        if left <= 0:
-            raise TooMuch(f"more than {LIMITS.get().seconds:,.0f} s")
+        seconds = max(0.001, self._until - time.monotonic())
         try:
-            chunk = self._inner.read(max_bytes, left if timeout is None else min(timeout, left))
+            chunk = self._inner.read(max_bytes, seconds if timeout is None else min(timeout, seconds))
         except httpcore2.ReadTimeout:
-            if time.monotonic() >= self._until:
-                raise TooMuch(f"more than {LIMITS.get().seconds:,.0f} s") from None
-            raise
+            if time.monotonic() < self._until:
+                raise
+            chunk = b""
         self._left -= len(chunk)
-        if self._left < 0:
-            raise TooMuch(f"more than {LIMITS.get().n_bytes:,} bytes")
+        limits, late = LIMITS.get(), time.monotonic() >= self._until
+        if late or self._left < 0:
+            most = f"{limits.seconds:,.0f} s" if late else f"{limits.n_bytes:,} bytes"
+            hint = "raise --timeout (timeout_seconds) if this server is that slow; else take another server"
+            raise EndlessAnswerError(f"the answer does not end (more than {most})", hint=hint)
         return chunk
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def start_tls(self, *arguments: Any, **options: Any) -> httpcore2.NetworkStream:
-        return _Stream(self._inner.start_tls(*arguments, **options))
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._inner.get_extra_info(info)
-
-
-def optional(wire: Wire, method: str, path: str, retries: int, body: Mapping[str, Any] | None = None) -> Any:
-    """JSON at a path of the server; None where there is no such path, or what is there is not JSON.
-
-    A server that is busy is asked again: taken for one without the path, it would be asked differently from
-    then on. llama.cpp's lists its models while it loads one, and answers 503 to all else.
-
-    Raises:
-        BusyError: it answered 429 or 503 every time.
-    """
-    options = {"cast_to": object} if body is None else {"cast_to": object, "body": dict(body)}
-    try:
-        answer = wire.ask(lambda _: getattr(wire.client, method)(path, **options), retries=retries)
-    except BusyError as error:
-        if error.status in (429, 503):
-            raise
-        return None
-    except EndpointError:
-        return None
-    return wire.hidden(answer) if isinstance(answer, (dict, list)) else None

@@ -1,3 +1,4 @@
+{% set drive = "/content/drive" if "drive" in target.place else "" %}
 # %% [markdown]
 # # Ask {{ name }} on {{ target.title }}
 #
@@ -15,7 +16,7 @@ from google.colab import drive  # mounted at {{ drive }}
 
 {% endif %}
 MODEL = {{ model }}
-NBYTES = {{ nbytes }}
+NBYTES = {{ source.nbytes }}
 N_CTX = {{ n_ctx }}
 
 {% if get %}

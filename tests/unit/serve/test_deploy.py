@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import deploy_peers
@@ -30,7 +31,7 @@ from dfqs_nb.gguf.header import read_header
 from dfqs_nb.serve import recipes as deploy
 from dfqs_nb.serve import templates
 from dfqs_nb.serve.recipes import write_recipe
-from dfqs_nb.serve.targets import DeployError
+from dfqs_nb.serve.templates import DeployError
 
 TARGETS = tuple(deploy.targets())
 SHARD = specimens.reference_shards().paths[1]
@@ -346,7 +347,13 @@ def real_size(tmp_path_factory) -> Path:
     return path
 
 
-def test_context_follows_the_machines_memory(real_size, tmp_path, monkeypatch):
+@pytest.fixture
+def unstored(monkeypatch):
+    """A recipe for a file whose bytes were never stored, which is not sound."""
+    monkeypatch.setattr("dfqs_nb.merge.diagnose", lambda path: types.SimpleNamespace(sound=True))
+
+
+def test_context_follows_the_machines_memory(real_size, unstored, tmp_path, monkeypatch):
     n_ctx = {}
     for gigabytes in (128, 62, 2):
         memory = Memory(gigabytes << 30, gigabytes << 30, "test")
@@ -356,7 +363,7 @@ def test_context_follows_the_machines_memory(real_size, tmp_path, monkeypatch):
     assert n_ctx[2] < n_ctx[128], "a small machine gets a shorter context"
 
 
-def test_gpu_layers_follow_the_gpus_memory(real_size, tmp_path, monkeypatch):
+def test_gpu_layers_follow_the_gpus_memory(real_size, unstored, tmp_path, monkeypatch):
     """A program in nvidia-smi's place that answers in its format: two GPUs with 24 GiB free each."""
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()

@@ -16,9 +16,9 @@ from dfqs_nb.llama.generate import Sampling
 from dfqs_nb.llama.model import ContextFullError
 from dfqs_nb.scores import Answerer, ItemSet, Options, sandbox
 from dfqs_nb.scores import run as scores
-from dfqs_nb.serve import checks, retrieval, scoring, wire
+from dfqs_nb.serve import checks, measure, wire
 from dfqs_nb.serve import client as endpoint
-from dfqs_nb.serve.errors import (
+from dfqs_nb.serve.wire import (
     BrokenAnswerError,
     BusyError,
     ContextOverflowError,
@@ -112,7 +112,7 @@ def test_a_key_is_sent_and_never_shown(server, monkeypatch):
     found = endpoint.connect(server.url, key_variable="DFQS_TEST_KEY")
     assert found.chat("x").text == TEXT and server.log[-1][2] == f"Bearer {KEY}"
     shown = repr(found) + str(dataclasses.asdict(found)) + json.dumps(found.conditions()) + str(vars(found))
-    assert KEY not in shown and "a key" in shown
+    assert KEY not in shown and "SecretStr('***" in shown
 
 
 LOADING = (503, {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}})
@@ -143,7 +143,7 @@ def test_a_length_is_not_guessed_when_the_server_stops_counting(server):
         "/props": [PROPS],
         "/tokenize": [(200, {"tokens": []}), (200, {"tokens": [1, 2]}), (500, {})],
     }
-    count, counted_by = retrieval.token_counter(endpoint.connect(server.url))
+    count, counted_by = measure.token_counter(endpoint.connect(server.url))
     assert (count("two tokens"), counted_by) == (2, "the server's tokens")
     with pytest.raises(BusyError, match="stopped"):
         count("other tokens")
@@ -159,7 +159,7 @@ def test_another_service_s_key_is_not_sent(server, monkeypatch):
 def test_no_key_in_errors_nor_in_any_file(server, tmp_path):
     server.key, server.answer = KEY, oracle
     found = endpoint.connect(server.url, key=KEY, retries=0)
-    scoring.score_set(found, QUESTIONS, tmp_path, Options(limit=3, progress=False))
+    measure.score_set(found, QUESTIONS, tmp_path, Options(limit=3, progress=False))
     server.faults = ["500"]
     with pytest.raises(BusyError) as caught:
         found.chat("x")
@@ -293,7 +293,7 @@ def test_a_server_that_says_nothing_ends_in_time(server):
 
 def test_scores_over_an_endpoint_are_those_of_the_answers(server, tmp_path):
     server.answer = oracle
-    run = scoring.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
+    run = measure.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
     assert run.score.value == 1.0 and run.score.n == len(QUESTIONS.items) and server.busiest == 1
     assert run.conditions["endpoint_model"] == "good" and run.conditions["concurrency"] == 1
     assert server.asked[0]["messages"][0]["content"] == QUESTIONS.items[0].asked(QUESTIONS.instruction)
@@ -305,11 +305,11 @@ def test_a_failure_stops_the_run_and_loses_nothing(server, tmp_path, concurrency
     found = endpoint.connect(server.url, retries=0, concurrency=concurrency)
     server.faults = ["none"] * 20 + ["500"] * 200
     with pytest.raises(BusyError):
-        scoring.score_set(found, QUESTIONS, tmp_path, Options(progress=False))
+        measure.score_set(found, QUESTIONS, tmp_path, Options(progress=False))
     kept = (tmp_path / "answers-nano-reasoning.jsonl").read_text().splitlines()
     assert len(kept) == 20 and len(server.asked) <= 20 + 2 * concurrency
     server.faults.clear()
-    run = scoring.score_set(found, QUESTIONS, tmp_path, Options(progress=False))
+    run = measure.score_set(found, QUESTIONS, tmp_path, Options(progress=False))
     assert run.n_resumed == 20 and run.score.value == 1.0
     assert (server.busiest > 1) == (concurrency > 1) and server.busiest <= concurrency
 
@@ -317,14 +317,14 @@ def test_a_failure_stops_the_run_and_loses_nothing(server, tmp_path, concurrency
 def test_passing_faults_do_not_change_a_score(server, tmp_path):
     server.answer = oracle
     server.faults = [fault for one in PASSING for fault in (one, "none", "none")]
-    run = scoring.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
+    run = measure.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
     assert run.score.value == 1.0 and len(server.asked) == len(QUESTIONS.items) + len(PASSING)
 
 
 def test_an_overflow_stops_a_run_and_is_no_wrong_answer(server, tmp_path):
     server.faults = ["overflow"]
     with pytest.raises(ContextOverflowError):
-        scoring.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
+        measure.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
     assert not (tmp_path / "answers-nano-reasoning.jsonl").exists()
 
 
@@ -332,7 +332,7 @@ def test_conditions_of_another_server_do_not_share_answers(server, tmp_path):
     server.answer = oracle
     for version, asked in (("1", 4), ("1", 4), ("2", 8)):
         found = endpoint.connect(server.url, version=version)
-        scoring.score_set(found, QUESTIONS, tmp_path, Options(limit=4, progress=False))
+        measure.score_set(found, QUESTIONS, tmp_path, Options(limit=4, progress=False))
         assert len(server.asked) == asked
 
 
@@ -340,7 +340,7 @@ def test_another_file_under_the_same_name_does_not_share_answers(server, tmp_pat
     """As llama.cpp's server lists what it serves; a model's name is only what its user called it."""
     for ftype, n_resumed in (("Q8_0", 0), ("IQ1_S", 0), ("Q8_0", 4)):
         server.meta = {"meta": {"n_params": 14881885, "size": 16495092, "ftype": ftype}}
-        run = scoring.score_set(
+        run = measure.score_set(
             endpoint.connect(server.url), QUESTIONS, tmp_path, Options(limit=4, progress=False)
         )
         assert run.n_resumed == n_resumed
@@ -349,7 +349,7 @@ def test_another_file_under_the_same_name_does_not_share_answers(server, tmp_pat
 def test_code_without_a_sandbox_is_not_asked_for(server, tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "find_sandbox", lambda: sandbox.Sandbox("none"))
     with pytest.raises(sandbox.SandboxError):
-        scoring.score_set(endpoint.connect(server.url), ItemSet.load("nano-code"), tmp_path)
+        measure.score_set(endpoint.connect(server.url), ItemSet.load("nano-code"), tmp_path)
     assert not server.asked
 
 
@@ -399,12 +399,12 @@ def test_long_context_is_asked_in_text_and_counts_what_is_right(server, tmp_path
         return f"The pass key is {codes[0]}." if codes and len(body["prompt"]) < 3000 else "0."
 
     server.answer = recall
-    run = retrieval.measure_long_context(endpoint.connect(server.url), tmp_path, longest=1024, n_haystacks=3)
+    run = measure.measure_long_context(endpoint.connect(server.url), tmp_path, longest=1024, n_haystacks=3)
     items = run.items
     assert set(items["length"]) == {64, 128, 256, 512, 1024}
     assert items["correct"].equals(items["length"] <= 256)  # this server counts 10 characters a token
     asked = len(server.asked)
-    retrieval.measure_long_context(endpoint.connect(server.url), tmp_path, longest=1024, n_haystacks=3)
+    measure.measure_long_context(endpoint.connect(server.url), tmp_path, longest=1024, n_haystacks=3)
     assert len(server.asked) == asked + 1  # the sample that tokens are estimated from
 
 
@@ -412,13 +412,13 @@ def test_a_context_that_ends_bounds_the_curve(server, tmp_path):
     server.answer = lambda body: "0."
     found = endpoint.connect(server.url)
     server.faults = ["none"] * 7 + ["overflow"]
-    run = retrieval.measure_long_context(found, tmp_path, longest=512, n_haystacks=3)
+    run = measure.measure_long_context(found, tmp_path, longest=512, n_haystacks=3)
     assert run.failure is not None and run.failure.cause == "n_ctx" and len(run.items) == 6
 
 
 def test_speed_counts_what_all_clients_got(server):
     server.faults = ["none"] + ["slow 0.05"] * 40
-    table = checks.speed_by_clients(endpoint.connect(server.url), (1, 4), repetitions=2)
+    table = checks.speed_of_all({"s": endpoint.connect(server.url)}, (1, 4))
     assert table["requests"].tolist() == [2, 8] and table["tokens"].tolist() == [8, 32]
     assert server.busiest == 4 and (table["first_median"] > 0.04).all()
     assert table["tokens_per_sec"].iloc[1] > 1.5 * table["tokens_per_sec"].iloc[0]

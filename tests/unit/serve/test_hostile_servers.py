@@ -14,8 +14,8 @@ from faulty_server import TEXT, FaultyServer
 
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.scores import ItemSet, Options
-from dfqs_nb.serve import client, retrieval, scoring, servers, wire
-from dfqs_nb.serve.errors import (
+from dfqs_nb.serve import client, measure, servers, wire
+from dfqs_nb.serve.wire import (
     BrokenAnswerError,
     BusyError,
     ContextOverflowError,
@@ -61,9 +61,9 @@ def test_halves_of_a_character_are_joined_or_replaced(server, pieces, text, stre
 
 def test_halves_of_a_character_do_not_stop_a_run(server, tmp_path):
     server.faults = ['halves ["\\udcaf"]'] * 3
-    run = scoring.score_set(client.connect(server.url), QUESTIONS, tmp_path, Options(limit=3, progress=False))
+    run = measure.score_set(client.connect(server.url), QUESTIONS, tmp_path, Options(limit=3, progress=False))
     assert run.items["completion"].tolist() == ["\ufffd"] * 3
-    again = scoring.score_set(
+    again = measure.score_set(
         client.connect(server.url), QUESTIONS, tmp_path, Options(limit=3, progress=False)
     )
     assert again.n_resumed == 3
@@ -158,7 +158,7 @@ def recall(body: dict) -> str:
 def test_a_server_that_cuts_long_prompts_has_too_little_context(server, tmp_path, window, last):
     server.window = window
     server.answer = lambda body: recall({"prompt": body["prompt"][-10 * window :]})
-    run = retrieval.measure_long_context(client.connect(server.url), tmp_path, longest=1024, n_haystacks=3)
+    run = measure.measure_long_context(client.connect(server.url), tmp_path, longest=1024, n_haystacks=3)
     assert run.items["correct"].all() and run.items["length"].max() == last
     if last < 1024:
         assert run.failure is not None and run.failure.cause == "n_ctx"
@@ -173,7 +173,7 @@ def test_a_server_that_counts_other_than_estimated_is_not_accused(server, tmp_pa
     server.count = lambda body: (
         1 + len(body.get("prompt", "")) // (10 if len(body.get("prompt", "")) < 300 else 13)
     )
-    run = retrieval.measure_long_context(client.connect(server.url), tmp_path, longest=512, n_haystacks=3)
+    run = measure.measure_long_context(client.connect(server.url), tmp_path, longest=512, n_haystacks=3)
     assert run.failure is None and run.items["length"].max() == 512
 
 
@@ -184,7 +184,7 @@ def test_a_question_that_is_cut_is_no_wrong_answer(server, tmp_path):
     questions = QUESTIONS.__class__(**{**vars(QUESTIONS), "items": (*QUESTIONS.items[:3], long)})
     server.window = 70
     with pytest.raises(ContextOverflowError, match="cut the prompt"):
-        scoring.score_set(client.connect(server.url), questions, tmp_path, Options(progress=False))
+        measure.score_set(client.connect(server.url), questions, tmp_path, Options(progress=False))
 
 
 # ---- fields ----
@@ -229,7 +229,7 @@ def test_a_server_that_repeats_the_key_does_not_get_it_shown(server, status, kin
 def test_a_key_in_an_answer_is_in_no_file(server, tmp_path):
     server.faults = ["echo 200"] * 2
     endpoint = client.connect(server.url, key=KEY, stream=False)
-    scoring.score_set(endpoint, QUESTIONS, tmp_path, Options(limit=2, progress=False))
+    measure.score_set(endpoint, QUESTIONS, tmp_path, Options(limit=2, progress=False))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files and not [path for path in files if KEY.encode() in path.read_bytes()]
 
@@ -314,15 +314,20 @@ def test_our_server_is_reached_without_the_proxy_and_admits_no_web_page(proxy, m
             assert server.connect(retries=0).complete("The", 1).n_tokens == 1
             with pytest.raises(KeyRefusedError):
                 client.connect(server.base_url).complete("The", 1)
-            headers = {"Origin": "http://evil.example", "Authorization": f"Bearer {server.key.reveal()}"}
+            headers = {
+                "Origin": "http://evil.example",
+                "Authorization": f"Bearer {server.key.get_secret_value()}",
+            }
             request = urllib.request.Request(f"{server.base_url}/models", headers=headers)
             with direct.open(request) as answer:
                 allowed = answer.headers.get("Access-Control-Allow-Origin", "")
             assert allowed in ("", servers.NO_ORIGIN)
-            assert server.key.reveal() not in repr(server) + str(server.loaded())
+            assert server.key.get_secret_value() not in repr(server) + str(server.loaded())
             assert server.loaded()["layers_offloaded"] == "no GPU support" and not server.loaded()["repacked"]
             assert (
                 server.loaded()["buffers"].count("MiB") == 1
                 and servers.KINDS[kind] in server.loaded()["version"]
             )
-    assert not proxy and not [path for path in tmp_path.iterdir() if server.key.reveal() in path.read_text()]
+    assert not proxy and not [
+        path for path in tmp_path.iterdir() if server.key.get_secret_value() in path.read_text()
+    ]

@@ -30,10 +30,10 @@ from dfqs_nb.scores import Answerer, ItemSet, Options
 from dfqs_nb.scores import run as scores
 from dfqs_nb.serve import checks as server_checks
 from dfqs_nb.serve import client as endpoint
-from dfqs_nb.serve import compare, retrieval, scoring, servers, wire
+from dfqs_nb.serve import compare, measure, servers, wire
 from dfqs_nb.serve import figures as serve_plots
-from dfqs_nb.serve.errors import ContextOverflowError, EndpointError, KeyRefusedError, UnreachableError
 from dfqs_nb.serve.servers import ServerError
+from dfqs_nb.serve.wire import ContextOverflowError, EndpointError, KeyRefusedError, UnreachableError
 from dfqs_nb.workbook import cli
 
 KEY = "sk-never-to-be-seen-77c1"
@@ -100,7 +100,7 @@ def test_it_answers_as_this_process_does(server, model):
 
 
 def test_its_tokens_are_ours(server, model):
-    tokens = retrieval.tokenizer(server.connect())
+    tokens = measure.tokenizer(server.connect())
     for text in (QUESTION, "def add(a, b):\n", "<｜User｜>Hello<｜Assistant｜>", ""):
         assert tokens(text) == model.tokenize(text)
 
@@ -113,7 +113,7 @@ def test_an_overflow_is_told_from_other_failures(server):
 
 
 def test_the_checks_find_a_sound_server(server, model):
-    table = server_checks.check_server(server.connect(), model, server).set_index("check")
+    table = server_checks.check_all({"s": server.connect()}, model, {"s": server}).set_index("check")
     assert set(table["verdict"]) <= {"pass", "note"}, table["finding"].tolist()
     for check in ("health", "context length", "chat template", "same again"):
         assert table.loc[check, "verdict"] == "pass", table.loc[check, "finding"]
@@ -126,22 +126,19 @@ def test_the_same_items_in_process_and_through_it(server, model, tmp_path):
         model, {"s": server.connect()}, [questions], tmp_path, limit=24, progress=False
     )
     found = compared["s", "nano-reasoning"]
-    assert len(found.items) == 24 and found.items["same_text"].all(), found.sentence
-    assert "all 24 answers are the same both ways" in found.sentence
+    assert len(found.items) == 24 and found.items["same_text"].all(), found.causes
     assert found.process.items["completion"].equals(found.server.items["completion"])
 
 
 def test_speed_under_clients(server):
-    table = server_checks.speed_by_clients(server.connect(), (1, 2), n_tokens=16, repetitions=1)
+    table = server_checks.speed_of_all({"s": server.connect()}, (1, 2), n_tokens=16, repetitions=1)
     assert (table["tokens_per_sec"] > 0).all() and (table["first_median"] > 0).all()
 
 
 def test_long_context_through_it(server, model, tmp_path):
-    before, _, after = llama_generate.chat_text(model, retrieval.MARK).partition(retrieval.MARK)
+    before, _, after = llama_generate.chat_text(model, measure.MARK).partition(measure.MARK)
     around = before.removeprefix("<｜begin▁of▁sentence｜>"), after
-    run = retrieval.measure_long_context(
-        server.connect(), tmp_path, longest=128, n_haystacks=3, around=around
-    )
+    run = measure.measure_long_context(server.connect(), tmp_path, longest=128, n_haystacks=3, around=around)
     assert run.items["correct"].all() and set(run.items["length"]) == {64, 128}
     assert run.items["n_evaluated"].le(128 + 16).all()
 
@@ -149,7 +146,7 @@ def test_long_context_through_it(server, model, tmp_path):
 @pytest.mark.parametrize("tier, lengths", [("nano", (256,)), ("standard", (384,))])
 def test_the_command_measures_long_context_through_it(server, tier, lengths, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
-    monkeypatch.setenv("DFQS_TEST_KEY", server.key.reveal())
+    monkeypatch.setenv("DFQS_TEST_KEY", server.key.get_secret_value())
     asked = [
         "score",
         server.base_url,
@@ -185,10 +182,10 @@ def test_a_set_beyond_the_context_is_refused_before_it_is_asked(server, tmp_path
     questions = ItemSet.load("nano-reasoning")
     long = dataclasses.replace(questions.items[0], prompt="The dog slept near the fire. " * 80)
     many = dataclasses.replace(questions, items=(*questions.items, long))
-    needed = scoring.check_context(server.connect(), questions)
+    needed = measure.check_context(server.connect(), questions)
     assert 0 < needed <= 512
     with pytest.raises(ContextOverflowError, match="tokens of context, and the server has 512"):
-        scoring.score_set(server.connect(), many, tmp_path, Options(progress=False))
+        measure.score_set(server.connect(), many, tmp_path, Options(progress=False))
     assert not list(tmp_path.iterdir())
 
 
@@ -196,7 +193,7 @@ def test_the_context_that_a_set_needs_is_counted_as_in_this_process(server, mode
     questions = ItemSet.load("nano-reasoning")
     ours, theirs = (
         scores.check_prompts(model, questions, Answerer.of(model, questions)),
-        scoring.check_context(server.connect(), questions),
+        measure.check_context(server.connect(), questions),
     )
     assert ours - theirs in ((0, 1) if server.kind == "llama.cpp" else range(12)), (
         "a BOS, or the template, apart"
@@ -245,7 +242,7 @@ def test_a_thinking_stays_in_the_answer(kind, thinking, tmp_path):
         (compared,) = compare.compare_all(
             model, {"s": found}, [questions], tmp_path, limit=4, progress=False
         ).values()
-        assert compared.items["same_text"].all(), compared.sentence
+        assert compared.items["same_text"].all(), compared.causes
 
 
 # ---- differences are explained ----
@@ -302,9 +299,9 @@ def test_a_file_is_mapped_only_if_that_is_asked_for(kind, use_mmap, merged_refer
 @pytest.mark.parametrize("kind", sorted(servers.KINDS))
 def test_a_stopped_server_is_gone(kind, merged_reference, tmp_path):
     with servers.start(kind, merged_reference, SETTINGS, log=tmp_path / "log") as server:
-        assert server_checks.check_health(server.connect(), server).verdict == "pass"
+        assert server_checks.check_health(server_checks.Subject(server.connect(), server=server))[0] == "pass"
     assert not server.alive and servers.port_is_free(*server.address)
-    assert server_checks.check_shutdown(server).verdict == "pass"
+    assert server_checks.shut_down({kind: server})["verdict"].tolist() == ["pass"]
     assert server.stop() < 1
     with pytest.raises(UnreachableError):
         server.connect(retries=0)
@@ -362,7 +359,7 @@ def test_a_key_is_asked_for_and_is_in_no_file(kind, merged_reference, tmp_path, 
     ) as server:
         with pytest.raises(KeyRefusedError):
             endpoint.connect(server.base_url).chat(QUESTION, 4)
-        scoring.score_set(server.connect(), questions, tmp_path, Options(limit=2, progress=False))
+        measure.score_set(server.connect(), questions, tmp_path, Options(limit=2, progress=False))
         command = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) >= 2 and KEY.encode() not in command
@@ -408,9 +405,8 @@ def test_slots_share_batches_and_numbers_move(merged_reference):
 )
 def test_only_a_refusal_is_a_refused_name(fault, verdict):
     with FaultyServer(faults=[fault]) as faulty:
-        found = endpoint.connect(faulty.url)
-        made = server_checks.made("model name", lambda: server_checks.check_name(found))
-    assert (made.check, made.verdict) == ("model name", verdict), made.finding
+        made = server_checks.check("model name", server_checks.Subject(endpoint.connect(faulty.url)))
+    assert made["verdict"] == verdict, made["finding"]
 
 
 def test_numbers_that_a_server_did_not_give_are_no_drift(monkeypatch):
@@ -435,7 +431,7 @@ def test_the_gain_of_clients_is_over_the_fewest_that_were_timed(clients, said):
 )
 def test_a_server_s_name_leads_to_no_other_folder(name, folder):
     facts = endpoint.ServerFacts(name)
-    assert compare.folder_name(endpoint.Endpoint("http://127.0.0.1/v1", "m", facts)) == folder
+    assert compare.folder_name(endpoint.Endpoint(wire.Wire("http://127.0.0.1/v1"), "m", facts)) == folder
 
 
 def test_mistakes_have_errors_of_their_own(server):
@@ -468,7 +464,7 @@ def test_what_the_notebook_hands_on(merged_reference, model, tmp_path):
             "nobody knows"
         )
     drift = server_checks.drift_by_slots(merged_reference, SETTINGS, (1, 2), 2, repetitions=1)
-    shutdown = pd.DataFrame([{"server": "llama.cpp", **vars(server_checks.check_shutdown(server))}])
+    shutdown = server_checks.shut_down({"llama.cpp": server})
     stage = core.Stage(tmp_path, "serving")
     lines = compare.hand_on(
         stage,
@@ -503,6 +499,6 @@ def test_all_nano_items_are_the_same_both_ways(merged_reference, tmp_path):
                     model, {kind: server.connect()}, ItemSet.of_tier("nano"), tmp_path, progress=False
                 )
             for one in found.values():
-                assert one.differences.empty, one.sentence
+                assert one.items["same_text"].all(), one.causes
                 assert one.process.score.value == one.server.score.value is not None
                 assert one.process.score.n == one.server.score.n == len(one.process.item_set.items)

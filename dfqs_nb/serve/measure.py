@@ -1,37 +1,33 @@
-"""Long context through a server: notebook 05's retrieval, asked in text, with its lengths in tokens.
+"""Measure a served model: what notebooks 05 and 06 ask of a file, asked of a server, in text.
 
-A server that cuts a long prompt without a word would look like a model that forgets. So the tokens that the
-server counts are compared with those that were sent.
+A server that cuts a long prompt without a word would look like a model that forgets, or is wrong. So the
+tokens that the server counts are compared with those that were sent.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from pydantic import BaseModel
-
 from dfqs_nb import context
-from dfqs_nb.serve.client import Endpoint, Reply
-from dfqs_nb.serve.errors import BusyError, ContextOverflowError
-from dfqs_nb.serve.facts import Text, read
+from dfqs_nb.llama.generate import Completion
+from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun
+from dfqs_nb.serve.client import Endpoint, Reply, pick
+from dfqs_nb.serve.wire import BusyError, ContextOverflowError, EndpointError
 
 MARK = "MESSAGE-STANDS-HERE"
 SAMPLE = "The red key is kept in the old box. " * 8
 MOST_CHARACTERS = 12  # a token, on the average of a text
 CUT_SHARE, CUT_TOKENS = 0.02, 8  # by which halves may have more tokens than their whole, which ends in no cut
-
-
-class _Tokens(BaseModel):
-    tokens: list[int]
-
-
-class _Applied(BaseModel):
-    prompt: Text
+LEAST_SHARE = 0.95  # of the tokens that a text should have, below which its halves are asked for
+LEAST_SHARE_OF_ITEMS = 0.6  # questions of one set differ in their characters a token
+COUNTED_ITEMS = 8  # the longest of a set, whose tokens are counted before the first is asked
+DEFAULTS = Options()
 
 
 def tokenizer(endpoint: Endpoint) -> Callable[[str], list[int]] | None:
@@ -50,13 +46,11 @@ def tokenizer(endpoint: Endpoint) -> Callable[[str], list[int]] | None:
     path, name, options = forms[endpoint.facts.name]
 
     def ids(text: str) -> list[int] | None:
-        page = read(_Tokens, endpoint.post(path, **{name: text}, **options))
-        return page.tokens if page else None
+        return pick(endpoint.post(path, **{name: text}, **options), "tokens", list)
 
     start = ids("")  # llama-cpp-python puts a BOS in front
     if start is None:
         return None
-    n_start = len(start)
 
     def tokens(text: str) -> list[int]:
         counted = ids(text)
@@ -64,7 +58,7 @@ def tokenizer(endpoint: Endpoint) -> Callable[[str], list[int]] | None:
             what = "the server counted tokens and stopped doing so"
             hint = "read the server's log; the same call goes on from there"
             raise BusyError(what, where=endpoint.base_url, hint=hint)
-        return counted[n_start:]
+        return counted[len(start) :]
 
     return tokens
 
@@ -84,11 +78,9 @@ def token_counter(endpoint: Endpoint) -> tuple[Callable[[str], int], str]:
 
 def shown_around(endpoint: Endpoint) -> tuple[str, str] | None:
     """What the server's chat template puts before and after a message; None where it does not show that."""
-    page = read(_Applied, endpoint.post("/apply-template", messages=[{"role": "user", "content": MARK}]))
-    if page is None or MARK not in page.prompt:
-        return None
-    before, _, after = page.prompt.partition(MARK)
-    return before, after
+    page = endpoint.post("/apply-template", messages=[{"role": "user", "content": MARK}])
+    before, mark, after = (pick(page, "prompt", str) or "").partition(MARK)
+    return (before, after) if mark else None
 
 
 class PromptGuard:
@@ -99,10 +91,10 @@ class PromptGuard:
 
     Args:
         ask: sends a text for an answer of one token.
-        share: of the tokens that a text should have, below which the halves are asked for.
+        share: see `LEAST_SHARE`.
     """
 
-    def __init__(self, url: str, ask: Callable[[str], Reply], share: float = 0.95) -> None:
+    def __init__(self, url: str, ask: Callable[[str], Reply], share: float = LEAST_SHARE) -> None:
         self._url, self._ask, self._share = url, ask, share
         self._per_character, self._numbers = 0.0, itertools.count(1)
 
@@ -138,11 +130,6 @@ class PromptGuard:
         return self._ask(f"{next(self._numbers)}. {text}").n_prompt
 
 
-@dataclass(frozen=True)
-class _Room:
-    n_ctx: int
-
-
 class Remote:
     """An endpoint in the place of a model, for `measure_long_context`: it frames, holds and asks in text.
 
@@ -155,7 +142,7 @@ class Remote:
         self._count = lru_cache(maxsize=8192)(count)
         self.endpoint = endpoint
         self.around = around or shown_around(endpoint) or ("", "\nAnswer:")
-        self.settings = _Room(endpoint.facts.n_ctx or 2**31)
+        self.settings = SimpleNamespace(n_ctx=endpoint.facts.n_ctx or 2**31)
         self._guard = PromptGuard(endpoint.base_url, lambda text: endpoint.complete(text, 1))
         self._body: tuple[Any, ...] = ()
 
@@ -230,3 +217,82 @@ def measure_long_context(
         reuse=False,
     )
     return context.measure(remote, plan, folder, model_sha256=model_id or endpoint.identity, fresh=fresh)
+
+
+# ---- scores ----
+
+
+def answerer(endpoint: Endpoint, item_set: ItemSet, model_id: str = "") -> Answerer:
+    """How an endpoint answers the items of this set; the template is the server's, as far as it shows it.
+
+    It raises ``ContextOverflowError`` for a server that cuts a prompt and answers from the rest.
+    """
+    chat = item_set.mode == "chat"
+    ask = endpoint.chat if chat else endpoint.complete
+    guard = PromptGuard(endpoint.base_url, lambda text: ask(text, 1), LEAST_SHARE_OF_ITEMS)
+
+    def answer(request: Any) -> Completion:
+        reply = ask(request.text, request.max_tokens, sampling=request.sampling, stop=request.stop)
+        guard.check(request.text, reply)
+        return reply
+
+    template = endpoint.facts.chat_template
+    known = hashlib.sha256(template.encode()).hexdigest() if template else "the server's"
+    conditions = {"chat_template_sha256": known if chat else "none", **endpoint.conditions()}
+    identity = model_id or endpoint.identity
+    return Answerer(answer, item_set.mode, conditions, identity, n_parallel=endpoint.concurrency)
+
+
+def check_context(endpoint: Endpoint, item_set: ItemSet) -> int:
+    """The context in tokens that the longest items need at least.
+
+    0 where the server does not report its context or shows no tokenizer. A server that lacks the room may cut
+    answers off without a word.
+
+    Raises:
+        ContextOverflowError: it is more than the server has.
+    """
+    n_ctx = endpoint.facts.n_ctx
+    tokens = tokenizer(endpoint) if n_ctx else None
+    if tokens is None or n_ctx is None:
+        return 0
+    chat = item_set.mode == "chat"
+    before, after = (shown_around(endpoint) or ("", "")) if chat else ("", "")
+    prompts = (item.asked(item_set.instruction) if chat else item.prompt for item in item_set.items)
+    longest = sorted((before + prompt + after for prompt in prompts), key=len)[-COUNTED_ITEMS:]
+    needed = max(len(tokens(text)) for text in longest) + item_set.max_tokens
+    if needed > n_ctx:
+        raise ContextOverflowError(
+            f"the set {item_set.name} needs {needed:,} tokens of context, and the server has {n_ctx:,}",
+            where=endpoint.base_url,
+            hint="start the server with a larger context for each request",
+        )
+    return needed
+
+
+def score_set(
+    endpoint: Endpoint,
+    item_set: ItemSet,
+    folder: str | Path,
+    options: Options = DEFAULTS,
+    *,
+    model_id: str = "",
+) -> SetRun:
+    """``score_set`` of the scores stage over an endpoint: what is answered stays, whatever fails later.
+
+    Args:
+        model_id: the model's SHA-256, where it is known; else ``Endpoint.identity``.
+
+    Raises:
+        SandboxError: the set is code and there is no sandbox; nothing has been asked yet.
+        ContextOverflowError: an item does not fit into the server's context, or the server cuts it.
+        EndpointError: the server failed at an item for good; a second call goes on from there.
+    """
+    if options.thinking != "template":
+        raise EndpointError(
+            "a server decides about thinking when it starts",
+            where=endpoint.base_url,
+            hint="start it with thinking on or off, and leave --thinking out",
+        )
+    check_context(endpoint, item_set)
+    return answerer(endpoint, item_set, model_id).score(item_set, folder, options)
