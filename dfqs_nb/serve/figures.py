@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import EngFormatter
@@ -28,13 +29,11 @@ def speed_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylim(0, speeds["tokens_per_sec"].max() * 1.25)
     ax.set_ylabel("tokens per second, all clients together")
     ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
-    gains = {
-        name: rows["tokens_per_sec"].iloc[-1] / rows["tokens_per_sec"].iloc[0]
-        for name, rows in speeds.groupby("server", sort=False)
-    }
-    best = max(gains, key=lambda name: gains[name])
+    by_server = speeds.groupby("server", sort=False)["tokens_per_sec"]
+    gains = by_server.last() / by_server.first()
+    best = gains.idxmax()
     fewest = "one client" if clients[0] == 1 else f"{clients[0]} clients"
-    set_title(ax, f"{clients[-1]} clients get up to {gains[best]:.1f} times the tokens of {fewest} ({best})")
+    set_title(ax, f"{clients[-1]} clients get up to {gains.max():.1f} times the tokens of {fewest} ({best})")
     return ax
 
 
@@ -48,15 +47,8 @@ def wait_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for number, (rows, style) in enumerate(servers):
         at = rows["clients"] * (1 + 0.04 * (number - (len(servers) - 1) / 2))
         above = (rows["first_max"] - rows["first_median"]).clip(lower=0)
-        ax.errorbar(
-            at,
-            rows["first_median"],
-            yerr=[above * 0, above],
-            capsize=3,
-            linewidth=1,
-            label=rows["server"].iloc[0],
-            **style,
-        )
+        style |= {"label": rows["server"].iloc[0], "capsize": 3, "linewidth": 1}
+        ax.errorbar(at, rows["first_median"], yerr=[above * 0, above], **style)
     clients = _client_axis(ax, speeds)
     ax.yaxis.set_major_formatter(EngFormatter(unit="s"))
     ax.set_ylim(bottom=0)
@@ -70,11 +62,10 @@ def wait_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 def _by_server(speeds: pd.DataFrame) -> list[tuple[pd.DataFrame, dict[str, Any]]]:
     """Rows and line style of each server, in the frame's order."""
-    colours = (PALETTE[0], PALETTE[5], *PALETTE[2:4])
-    groups = [rows for _, rows in speeds.groupby("server", sort=False)]
+    styles = itertools.cycle(zip((PALETTE[0], PALETTE[5], *PALETTE[2:4]), "os^D", strict=True))
     return [
-        (rows, {"color": colours[number % 4], "marker": "os^D"[number % 4], "linestyle": "-"})
-        for number, rows in enumerate(groups)
+        (rows, {"color": colour, "marker": marker, "linestyle": "-"})
+        for (_, rows), (colour, marker) in zip(speeds.groupby("server", sort=False), styles, strict=False)
     ]
 
 

@@ -28,6 +28,7 @@ from dfqs_nb.llama.model import ContextFullError
 
 Answer = TypeVar("Answer")
 CONNECT_SECONDS = 10.0
+PROBE_RETRIES = 2  # of a request for what a server need not have
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 60.0
 SHORTEST_SECRET = 4  # characters; shorter ones stand in ordinary words
 BUSY = (408, 409, 425, 429)  # and 5xx: worth asking again
@@ -354,7 +355,7 @@ class Wire:
                 return UnreachableError(f"nothing answers there ({why})", where=self.url, hint=hint)
         return error
 
-    def optional(self, path: str, body: Mapping[str, Any] | None = None, retries: int = 2) -> Any:
+    def optional(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """JSON at a path of the server; None where there is no such path, or what is there is not JSON.
 
         A server that is busy is asked again: taken for one without the path, it would be asked differently
@@ -365,14 +366,13 @@ class Wire:
         """
         url = self.root + path
         try:
-            answer = self.ask(
-                lambda *_: self.get(url) if body is None else self.post(url, body), retries=retries
+            return self.hidden(
+                self.ask(lambda *_: self.post(url, body) if body else self.get(url), retries=PROBE_RETRIES)
             )
         except EndpointError as error:
             if error.status in (429, 503):
                 raise
             return None
-        return self.hidden(answer)
 
 
 def _words(body: Any) -> str:
