@@ -6,7 +6,6 @@ changes nothing (`check_reuse`). Else, and for probes of a single key, every que
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,8 @@ from dfqs_nb.context.haystacks import N_STRATA, Case, Haystacks, Question, Stand
 from dfqs_nb.context.plan import Plan
 from dfqs_nb.context.search import search_lengths
 from dfqs_nb.core.display import tqdm
-from dfqs_nb.core.journal import Journal
+from dfqs_nb.core.files import parse_json
+from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama.model import TOLERANCE, DecodeError, Model, ReuseCheck, SavedState, check_reuse
 from dfqs_nb.stats import wilson
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 JOURNAL = "long_context_items.jsonl"
+ITEM = {  # what an answer in it holds
+    **dict.fromkeys(("task", "question", "expected", "answer"), str),
+    **dict.fromkeys(("haystack", "length", "n_prompt", "n_needles", "n_evaluated"), int),
+    **dict.fromkeys(("depth", "seconds"), float),
+    **dict.fromkeys(("planned", "correct", "another_key"), bool),
+}
 LEAST_CELL, USUAL_CELL = 10, 13  # questions in a cell of the depth figure
 
 
@@ -219,11 +225,25 @@ def item_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(items).sort_values(order, ignore_index=True) if items else pd.DataFrame()
 
 
+def _is_whole(row: dict[str, Any]) -> bool:
+    """Whether a row of the journal is as `measure` writes it."""
+    return holds(row, {"n_evaluated": int}) and (
+        "question" not in row or holds({"another_key": False, **row}, ITEM)
+    )
+
+
 def read_answers(folder: str | Path) -> list[pd.DataFrame]:
-    """The answers that a folder's journal holds, a frame for each set of conditions, the newest first."""
+    """The answers that a folder's journal holds, a frame for each set of conditions, the newest first.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line is not what a run writes.
+    """
     runs: dict[str, list[dict[str, Any]]] = {}
-    for line in (Path(folder) / JOURNAL).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for line in (Path(folder) / JOURNAL).read_bytes().splitlines():
+        row = parse_json(line)
+        if not isinstance(row, dict) or not _is_whole(row):
+            raise ValueError(f"not an answer: {line[:80].decode('utf-8', 'replace')}")
         runs.setdefault(str(row.pop("conditions", "")), []).append(row)
     frames = [item_frame(rows) for rows in reversed(runs.values())]
     return [frame for frame in frames if len(frame)]
@@ -360,7 +380,7 @@ def measure(
         if not reuse.allowed:
             plan = replace(plan, reuse=False, rounds=0)
     conditions = {**model.conditions(), **plan.conditions(), "model_sha256": model_sha256}
-    journal = Journal(Path(folder) / JOURNAL, conditions, fresh=fresh)
+    journal = Journal(Path(folder) / JOURNAL, conditions, fresh=fresh, whole=_is_whole)
     plan = plan if predicted is None else plan.up_to(max(plan.grid[0], predicted.length - 1))
     run = Run(plan, reuse, journal, failure=predicted)
     asker = Asker(model, plan.reuse) if isinstance(model, Model) else model

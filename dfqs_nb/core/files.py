@@ -94,9 +94,18 @@ def read_json(path: str | Path) -> Any:
         raise ValueError("not a regular file")
     if path.stat().st_size > JSON_BYTES:
         raise ValueError(f"larger than {JSON_BYTES:,} bytes")
+    return parse_json(path.read_bytes())
+
+
+def parse_json(raw: bytes) -> Any:
+    """JSON that somebody else may have written.
+
+    Raises:
+        ValueError: as `read_json`.
+    """
     try:
         return json.loads(
-            path.read_text(encoding="utf-8"),
+            raw.decode("utf-8"),
             parse_constant=_refuse_number,
             parse_float=_finite,
             parse_int=lambda digits: int(digits) if len(digits) <= 19 else _refuse_number(digits),

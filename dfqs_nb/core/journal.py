@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dfqs_nb.core.files import canonical_sha256, write_json
+from dfqs_nb.core.files import canonical_sha256, parse_json, write_json
 
 
 def conditions_hash(conditions: Mapping[str, Any]) -> str:
@@ -38,26 +38,45 @@ def differing_fields(
     return differing
 
 
+def holds(row: Mapping[str, Any], fields: Mapping[str, type]) -> bool:
+    """Whether a row has these fields, each of its type.
+
+    >>> holds({"tokens": 3, "text": "a"}, {"tokens": int}), holds({"tokens": "3"}, {"tokens": int})
+    (True, False)
+    """
+    return all(isinstance(row.get(name), kind) for name, kind in fields.items())
+
+
 class Journal:
     """Rows of one JSONL file that were made under the same conditions, by their id.
 
     Each row is one line, flushed to the disk before `add` returns. A last line without its end, left by a
-    kill, is cut off. Rows of other conditions stay in the file and are passed over.
+    kill, is cut off. Rows of other conditions, and rows that are not as they were written, stay in the file
+    and are passed over: their items are measured again.
 
     Args:
         path: of the file; it is made with the first row.
         conditions: what a row depends on; any JSON values.
         fresh: begin anew.
+        whole: says of a row, without its id, whether it is as its writer writes it.
     """
 
-    def __init__(self, path: str | Path, conditions: Mapping[str, Any], *, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        conditions: Mapping[str, Any],
+        *,
+        fresh: bool = False,
+        whole: Callable[[dict[str, Any]], bool] = lambda row: True,
+    ) -> None:
         self.path, self.key = Path(path), conditions_hash(conditions)
         if fresh:
             self.path.unlink(missing_ok=True)
         self._rows: dict[str, dict[str, Any]] = {}
         for row in _read(self.path):
-            if row.pop("conditions", None) == self.key:
-                self._rows[row.pop("id")] = row
+            item, key = row.pop("id"), row.pop("conditions", None)
+            if key == self.key and whole(row):
+                self._rows[item] = row
         self.n_found = len(self._rows)
 
     def __contains__(self, item: str) -> bool:
@@ -119,8 +138,8 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
         os.truncate(path, whole)
     for line in raw[:whole].split(b"\n"):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse_json(line)
+        except ValueError:
             continue  # the disk lost a line's bytes: its item is measured again
         if isinstance(row, dict) and isinstance(row.get("id"), str):
             yield row

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from dfqs_nb.core import child
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import read_json, sha256_of_file, sha256_of_files
+from dfqs_nb.core.files import sha256_of_file, sha256_of_files
 from dfqs_nb.core.journal import conditions_hash, remembered
 from dfqs_nb.core.machine import available_memory, usable_cores
 from dfqs_nb.gguf.facts import bits_per_weight, class_of, types_by_bytes
@@ -311,8 +311,10 @@ class _Climber:
             "matrix": "" if matrix is None else _matrix_sha256(matrix),
             "runtime": llama_version(),
         }
-        whole = note.exists() and path.exists() and read_json(note).get("nbytes") == path.stat().st_size
-        return path, remembered(note, conditions, make, fresh=self.fresh or not whole)
+        facts = remembered(note, conditions, make, fresh=self.fresh or not path.exists())
+        if facts.get("nbytes") != path.stat().st_size:  # the file is no longer what was made
+            facts = remembered(note, conditions, make, fresh=True)
+        return path, facts
 
     # -- measuring --
 

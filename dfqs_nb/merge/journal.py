@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from dfqs_nb.core.errors import IntegrityError
+from dfqs_nb.core.files import parse_json
 from dfqs_nb.merge import disk
 
 if TYPE_CHECKING:
@@ -131,8 +132,8 @@ def _events(raw: bytes) -> tuple[list[Event], int]:
     end = 0
     for line in raw.split(b"\n")[:-1]:
         try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
+            event = parse_json(line)
+        except ValueError:
             break
         if not isinstance(event, dict):
             break

@@ -130,7 +130,7 @@ def _context(report: Mapping[str, Any], folder: Path) -> pd.DataFrame:
     path = folder / JOURNAL
     try:
         frames = read_answers(folder)
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ReportError(f"cannot be read ({error})", where=tilde(path), hint=AGAIN) from error
     for items in frames:
         for task in items["task"].unique():

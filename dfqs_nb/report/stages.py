@@ -85,6 +85,14 @@ class Stage(Record):
         """The conditions, typed."""
         return Settings.model_validate(self.conditions)
 
+    def check_conditions(self) -> None:
+        """Check the types of the conditions that a report needs.
+
+        Raises:
+            ValidationError: one has another type.
+        """
+        self.settings  # noqa: B018  it validates
+
     @property
     def sha256(self) -> str | None:
         """SHA-256 of the model that the stage is about."""
@@ -181,6 +189,11 @@ class LongContext(Stage):
     runtime_failure: Any = None
     largest_fall: dict[str, Any] | None = None
 
+    def check_conditions(self) -> None:
+        """As of every stage, and that of its set."""
+        super().check_conditions()
+        SetConditions.model_validate(self.conditions)
+
 
 class SetScore(Record):
     """The score of one set; ``value`` is None while an item lacks its result."""
@@ -217,6 +230,11 @@ class Scores(Stage):
     speeds: list[Speed] = []
     machine: dict[str, Any] = {}
     sandbox: str | None = None
+
+    def check_conditions(self) -> None:
+        """As of every stage, and those of its sets."""
+        super().check_conditions()
+        self.sets()
 
     def sets(self) -> list[SetConditions]:
         """The conditions of every set that was scored."""
@@ -258,15 +276,20 @@ def typed(stages: Mapping[str, Any], folder: Path | None = None) -> Run:
     Raises:
         ReportError: a field is missing or of another type; the message names it and the notebook to run.
     """
+    within: tuple[str, ...] = ()
     try:
-        return Run.model_validate(stages)
+        run = Run.model_validate(stages)
+        for name, stage in run:
+            within = (name, "conditions")
+            stage.check_conditions()
+        return run
     except ValidationError as error:
         first = error.errors()[0]
-        stage, *path = map(str, first["loc"])
+        at, *path = map(str, (*within, *first["loc"]))
         raise ReportError(
             f"{'.'.join(path)}: {first['msg']}",
-            where=tilde(folder / f"{stage}.json") if folder else f"{stage}.json",
-            hint=f"run {NOTEBOOKS.get(stage, 'its notebook')} again",
+            where=tilde(folder / f"{at}.json") if folder else f"{at}.json",
+            hint=f"run {NOTEBOOKS.get(at, 'its notebook')} again",
         ) from error
 
 

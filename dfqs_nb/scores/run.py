@@ -19,7 +19,7 @@ from typing import Any
 from dfqs_nb import __version__
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import PromptError
-from dfqs_nb.core.journal import Journal
+from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.llama.generate import GREEDY, Completion, Sampling, TextStream, chat_prompt, chat_text
 from dfqs_nb.llama.model import ContextFullError, DecodeError, Model
 from dfqs_nb.llama.thinking import answer_start, opens_thinking
@@ -30,6 +30,9 @@ from dfqs_nb.scores.sandbox import DRIVER, LIMITS, Candidate, Sandbox, Verdict, 
 ATTEMPTS = 3  # at decoding one item
 THINKING = ("template", "on", "off")
 BATCH = 32  # candidates judged between two writes
+# what a line of the two files holds
+ANSWER = {"completion": str, "finish_reason": str, "opened": bool, "tokens": int, "seconds": float}
+VERDICT = {"outcome": str, "detail": str}
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,12 @@ class Answerer:
         # conditions of an earlier run, read again, name what an answer doesn't depend on
         known = {name: value for name, value in conditions.items() if name not in ("repeats", "sandbox")}
         place = folder / f"answers-{item_set.name}.jsonl"
-        journal = Journal(place, {**known, "model": self.model_id}, fresh=options.fresh)
+        journal = Journal(
+            place,
+            {**known, "model": self.model_id},
+            fresh=options.fresh,
+            whole=lambda row: holds(row, ANSWER),
+        )
         wanted = {
             f"{item.id}#{number}": (item, number)
             for item in item_set.items[: options.limit]
@@ -318,6 +326,10 @@ def _candidate(item: Item, answer: Mapping[str, Any], mode: str) -> Candidate | 
     return candidate or Verdict("no_answer", "no code that defines the function")
 
 
+def _verdict(row: Mapping[str, Any]) -> Verdict:
+    return Verdict(row["outcome"], row["detail"])
+
+
 def _judge(
     rows: list[dict[str, Any]],
     candidates: Sequence[Candidate | Verdict],
@@ -328,7 +340,7 @@ def _judge(
     """Run the candidates that have no verdict yet, and put grade and reason into the rows."""
     driver = hashlib.sha256(DRIVER.encode()).hexdigest()[:16]
     conditions = {"sandbox": sandbox.level, "limits": asdict(LIMITS), "driver": driver}
-    journal = Journal(path, conditions, fresh=options.fresh)
+    journal = Journal(path, conditions, fresh=options.fresh, whole=lambda row: holds(row, VERDICT))
     todo = {one.key: one for one in candidates if isinstance(one, Candidate) and one.key not in journal}
     with tqdm(total=len(todo), desc="tests", disable=not options.progress or not todo) as bar:
         for start in range(0, len(todo), BATCH):
@@ -337,7 +349,7 @@ def _judge(
                 journal.add(key, outcome=verdict.outcome, detail=verdict.detail)
             bar.update(len(part))
     for row, candidate in zip(rows, candidates, strict=True):
-        verdict = candidate if isinstance(candidate, Verdict) else Verdict(**journal[candidate.key])
+        verdict = candidate if isinstance(candidate, Verdict) else _verdict(journal[candidate.key])
         cut = (row["truncated"] or verdict.outcome == "truncated") and not verdict.passed
         lead = "cut off; " if cut and isinstance(candidate, Candidate) else ""
         reason = "" if verdict.passed else f"{lead}{verdict.outcome}: {verdict.detail}".rstrip(": ")

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -176,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from dfqs_nb.workbook import file_commands, model_commands, report_commands  # noqa: F401  they register
 
+    warnings.formatwarning = lambda message, *place, **more: f"dfqs-nb: {plain(message)}\n"
     try:
         status: Any = app(argv if argv is not None else sys.argv[1:], standalone_mode=False)
         return status if isinstance(status, int) else 0

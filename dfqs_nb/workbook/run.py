@@ -243,21 +243,21 @@ def _renewed_report(folder: Path) -> str:
 
 
 def _absolute(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Relative paths of existing files made absolute: a notebook runs in another folder than the user.
+    """Relative paths of existing files and folders made absolute: a notebook runs in another folder than the user.
 
     Links stay as they are: in a hub cache a shard's name is the link's, not its target's.
     """
     return {
         name: str(Path(value).absolute())
-        if isinstance(value, str) and ("/" in value or value.lower().endswith(".gguf")) and _is_file(value)
+        if isinstance(value, str) and ("/" in value or value.lower().endswith(".gguf")) and _exists(value)
         else value
         for name, value in parameters.items()
     }
 
 
-def _is_file(path: str) -> bool:
+def _exists(path: str) -> bool:
     try:
-        return Path(path).is_file()
+        return Path(path).exists()
     except (OSError, ValueError):  # a name too long, or with a NUL, is no file
         return False
 

@@ -24,7 +24,7 @@ from dfqs_nb import __version__
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import write_json, write_table
-from dfqs_nb.core.journal import Journal
+from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.core.paths import run_dir, tilde
 from dfqs_nb.workbook import run as workbook
@@ -44,6 +44,7 @@ NO_WORKER_SECONDS = 60.0  # without a single worker, after which a sweep gives u
 GRACE_SECONDS = 15.0  # that a row's process has for ending its kernel
 
 Answer = dict[str, Any]
+ANSWER = {"status": str, "reason": str, "started": float, "ended": float, "host": str, "folder": str}
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def sweep(
     folder = run_dir(name or f"sweep-{Path(table).stem}").absolute()
     with ExitStack() as stack:
         stack.enter_context(alone(folder))
-        journal = Journal(folder / JOURNAL, FORMAT, fresh=fresh)
+        journal = Journal(folder / JOURNAL, FORMAT, fresh=fresh, whole=lambda row: holds(row, ANSWER))
         todo = [row for row in rows if not _is_done(row, journal, folder)]
         work = [(row, _job(row, folder, notebooks, fresh)) for row in todo]
         pool, at_once, check = stack.enter_context(_cluster(scheduler) if scheduler and todo else _here(jobs))

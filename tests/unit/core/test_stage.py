@@ -10,6 +10,7 @@ import pytest
 
 from dfqs_nb.core.errors import OutputError, StageError
 from dfqs_nb.core.files import canonical_sha256, sha256_of_file
+from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.core.stage import Stage, read_stage
 
 TABLE = pd.DataFrame({"length": [256, 512], "accuracy": [1.0, 0.5]})
@@ -89,3 +90,20 @@ def test_a_missing_stage_names_the_notebook_to_run(outputs):
 def test_a_run_name_is_one_plain_folder_name(outputs, name):
     with pytest.raises(OutputError, match="is not a run name"):
         Stage(name, "merge")
+
+
+ODD = ["[" * 4_000, '{"id": 3}', '{"id": "b", "conditions": []}', "NaN", "9" * 5_000, '"\\ud83d"', "\\xff"]
+
+
+def test_a_row_of_a_journal_that_is_not_as_it_was_written_is_passed_over(tmp_path):
+    path, fields = tmp_path / "j.jsonl", {"tokens": int}
+    journal = Journal(path, {"n": 1})
+    journal.add("a", tokens=3)
+    journal.add("b", tokens="3")
+    journal.add("c")
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in ODD)
+    again = Journal(path, {"n": 1}, whole=lambda row: holds(row, fields))
+    assert again.rows() == [{"id": "a", "tokens": 3}]
+    again.add("b", tokens=4)
+    assert Journal(path, {"n": 1}, whole=lambda row: holds(row, fields)).n_found == 2

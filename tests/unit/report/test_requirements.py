@@ -229,3 +229,19 @@ def test_an_unknown_check_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(requirements, "CHECKS", {})
     with pytest.raises(RegistryError, match="no check is called 'single_file'"):
         judged({})
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "value"),
+    [
+        ("routing", "n_ctx", "1024"),
+        ("scores", "seed", 1e308),
+        ("scores", "nano-reasoning", {"prompt_set": 3}),
+        ("scores", "nano-code", ["x"]),
+        ("long_context", "prompt_set_sha256", None),
+    ],
+)
+def test_a_condition_of_another_type_is_refused_with_its_stage_and_field(stage, key, value):
+    with pytest.raises(ReportError, match="conditions") as caught:
+        typed(changed(stage, "conditions", key, to=value))
+    assert f"{stage}.json" in str(caught.value) and "\n" not in caught.value.what

@@ -546,3 +546,17 @@ def test_random_guesses_score_the_guess_rate_on_the_nano_set():
 def test_shipped_sets_lie_where_they_are_looked_for():
     assert set(item_sets.item_set_paths()) == set(SHIPPED)
     assert all(isinstance(path, Path) for path in item_sets.item_set_paths().values())
+
+
+def test_every_shipped_file_is_in_the_list_and_what_others_wrote_has_its_licence():
+    listed = (PROMPTS / "README.md").read_text(encoding="utf-8")
+    for path in PROMPTS.iterdir():
+        assert path.suffix in (".py", ".md") or path.is_dir() or f"`{path.name}`" in listed, path.name
+    for name, title in {
+        "HumanEval": "The MIT License",
+        "GSM8K": "MIT License",
+        "reasoning-gym": "Apache License",
+    }.items():
+        text = (PROMPTS / "licences" / f"{name}.txt").read_text(encoding="utf-8")
+        assert title in text[:200] and f"licences/{name}.txt" in listed
+        assert "Copyright (c)" in text or "TERMS AND CONDITIONS" in text
