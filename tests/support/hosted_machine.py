@@ -149,7 +149,7 @@ class Machine:
             content = message["content"]
             shown.append(content.get("text", "") + "\n".join(content.get("traceback", [])))
 
-        reply = self.client.execute_interactive(source, output_hook=hook, allow_stdin=False, timeout=300)
+        reply = self.client.execute_interactive(source, output_hook=hook, allow_stdin=False, timeout=1800)
         return reply["content"]["status"], "".join(shown)
 
     def stop(self) -> None:
