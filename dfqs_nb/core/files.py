@@ -81,6 +81,18 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def there_is(path: str | Path) -> bool:
+    r"""Whether there is a file or folder of that name; none has a name too long, or with a NUL.
+
+    >>> there_is("x" * 100_000), there_is("a\0b"), there_is(".")
+    (False, False, True)
+    """
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def read_json(path: str | Path) -> Any:
     """The JSON in a file that somebody else may have written.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.errors import StageError
-from dfqs_nb.core.files import canonical_sha256, read_json, sha256_of_file, write_json, write_table
+from dfqs_nb.core.files import canonical_sha256, read_json, sha256_of_file, there_is, write_json, write_table
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.paths import run_dir, tilde
 
@@ -157,7 +157,7 @@ def _check_seal(path: Path, content: Mapping[str, Any], again: str) -> None:
         raise StageError("was edited after it was written", where=tilde(path), hint=again)
     for name, then in files.items():
         file = path.parent / name
-        if not file.is_file():
+        if not there_is(file) or not file.is_file():
             raise StageError(f"is missing; {path.name} stands on it", where=tilde(file), hint=again)
         if sha256_of_file(file) != then:
             raise StageError(f"was changed after {path.name} was written", where=tilde(file), hint=again)

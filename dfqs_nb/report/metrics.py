@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dfqs_nb.core import machine
-from dfqs_nb.core.files import canonical_sha256, read_json, sha256_of_file
+from dfqs_nb.core.files import canonical_sha256, read_json, sha256_of_file, there_is
 from dfqs_nb.core.paths import data_dir, tilde
 from dfqs_nb.core.stage import NOTEBOOKS
 from dfqs_nb.gguf.facts import identity
@@ -380,7 +380,7 @@ def _header(run: Run) -> GGUFHeader:
     merged = _file(run)
     path = Path(merged.path)
     again = f"put it back, or run {NOTEBOOKS['merge']} again"
-    if not path.is_file():
+    if not there_is(path) or not path.is_file():
         raise ReportError("the model of this run is gone", where=tilde(path), hint=again)
     if path.stat().st_size != merged.nbytes:
         what = f"is not the model of this run: it has {path.stat().st_size:,} bytes, not {merged.nbytes:,}"
@@ -431,7 +431,9 @@ def _envelopes(
     """The hardware envelope of this model, and of the published artifact where the report is about it."""
     given = run.generate.conditions if run.generate else {}
     names = {one.name for one in fields(OpenSettings)}
-    settings = OpenSettings(**{key: value for key, value in given.items() if key in names})
+    settings = OpenSettings(
+        **{key: value for key, value in given.items() if key in names and value is not None}
+    )
     contexts = sorted({*CONTEXTS, header.arch("context_length") or CONTEXTS[0]})
     compute = planned_compute(_file(run).path, contexts, settings) if ask_llama_cpp else {}
     own = hardware_envelope(

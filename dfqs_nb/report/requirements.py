@@ -171,10 +171,13 @@ def cpu_only(case: Case) -> Judgement:
 def _memory(case: Case, at: Settings) -> str:
     if case.header is None:
         return "memory not estimated (no header)"
+    stated = {name: value for name in ESTIMATED if (value := getattr(at, name)) is not None}
+    if at.n_ctx is None:
+        return "memory not estimated (no n_ctx)"
     try:
-        needs = estimate(case.header, **{name: getattr(at, name) for name in ESTIMATED})
-    except HeaderError as error:
-        return f"memory not estimated ({error.what})"
+        needs = estimate(case.header, **stated)
+    except (HeaderError, ValueError) as error:  # of an unknown type of the cache, or a count of 0
+        return f"memory not estimated ({getattr(error, 'what', error)})"
     room = case.machine.memory_bytes
     how = "in memory as a whole" if needs.comfortable_bytes <= room else "weights partly read from the disk"
     return (
@@ -406,7 +409,7 @@ def reproducible(case: Case) -> Judgement:
     """Greedy decoding, one seed, and a repetition that gave the same."""
     scores, routed = _there(case.run.scores), _there(case.run.routing)
     seeds = {stage.settings.seed for stage in (scores, routed, _there(case.run.long_context))}
-    hottest = max((one.sampling.get("temperature", 0.0) for one in scores.sets()), default=0.0)
+    hottest = max((one.sampling.temperature for one in scores.sets()), default=0.0)
     found, wrong = routed.verdict, []
     if len(seeds) > 1:
         wrong.append(f"seeds {', '.join(sorted(map(str, seeds)))}")

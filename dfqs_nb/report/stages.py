@@ -63,12 +63,18 @@ class Settings(Record):
     swa_full: bool | None = None
 
 
+class Sampling(Record):
+    """How tokens were chosen."""
+
+    temperature: float = 0.0
+
+
 class SetConditions(Record):
     """Which frozen set was asked, and how."""
 
     prompt_set: str = ""
     prompt_set_sha256: str = ""
-    sampling: dict[str, Any] = {}
+    sampling: Sampling = Sampling()
 
 
 class Stage(Record):

@@ -190,7 +190,7 @@ def _read(path: Path) -> ItemSet:
         needed = ("answer",) if head.kind == "reasoning" else ("tests", "entry_point")
         missing = [name for name in needed if not getattr(item, name)]
         if missing or item.id in items:
-            raise _broken(path, number, f"no {missing[0]}" if missing else f"the id {item.id!r} is taken")
+            raise _broken(path, number, f"no {missing[0]}" if missing else f"the id {item.id!r:.60} is taken")
         items[item.id] = item
     if not items:
         raise _broken(path, 2, "there are no items")
@@ -202,7 +202,7 @@ def _read(path: Path) -> ItemSet:
 def _head(line: bytes, path: Path) -> Head:
     head: Head = _typed(Head, line, 1, path)
     if not all(character.isalnum() or character in "-_. " for character in head.set):
-        raise _broken(path, 1, f"set: {head.set!r} names files: use letters, digits, '-', '_' and '.'")
+        raise _broken(path, 1, f"set: {head.set!r:.60} names files: use letters, digits, '-', '_' and '.'")
     return head
 
 

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,12 +29,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import psutil
 
 from dfqs_nb.core.display import plain
 from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.files import parse_json
 from dfqs_nb.scores import seccomp
 
 OUTCOMES = ("passed", "wrong", "error", "timeout", "memory", "exited", "crashed")
@@ -296,15 +298,20 @@ def _run_once(candidate: Candidate, sandbox: Sandbox, limits: Limits) -> tuple[V
     return replace(verdict, seconds=seconds), ""
 
 
-def _feed(process: subprocess.Popen[bytes], job: bytes | None, limits: Limits) -> tuple[Verdict | None, str]:
+def _feed(process: subprocess.Popen[bytes], job: bytes, limits: Limits) -> tuple[Verdict | None, str]:
     """Hand over the job and wait: a verdict where a limit ended it, and what it wrote to standard error."""
     deadline = time.monotonic() + limits.wall_seconds
+    pipe, process.stdin = process.stdin, None
+
+    def hand_over() -> None:  # `communicate` would drop what a pipe does not take before its first timeout
+        with suppress(OSError), cast(IO[bytes], pipe) as into:
+            into.write(job)
+
+    threading.Thread(target=hand_over, daemon=True).start()
     try:
         while True:
-            try:
-                return None, process.communicate(job, LOOK_SECONDS)[1].decode("utf-8", "replace")
-            except subprocess.TimeoutExpired:
-                job = None  # it is on its way
+            with suppress(subprocess.TimeoutExpired):
+                return None, process.communicate(timeout=LOOK_SECONDS)[1].decode("utf-8", "replace")
             if time.monotonic() > deadline:
                 return Verdict("timeout", "wall time"), ""
             if _held_bytes(process.pid) > limits.memory_bytes:
@@ -329,13 +336,14 @@ def _held_bytes(pid: int) -> int:
 
 def _verdict(answer: bytes, nonce: str, status: int) -> Verdict:
     """What the judge wrote, or how the candidate (of a silent judge: the judge) ended."""
-    try:
-        facts: dict[str, Any] = json.loads(answer)
-    except ValueError:
+    facts: Any = None
+    with suppress(ValueError):
+        facts = parse_json(answer)
+    if not isinstance(facts, dict) or type(facts.get("status", 0)) is not int:
         facts = {"status": 128 - status if status > 128 else status}
-    outcome, detail, ended = facts.get("outcome"), facts.get("detail"), facts.get("status", status)
-    if outcome in OUTCOMES and (outcome != "passed" or facts["nonce"] == nonce):
-        return Verdict(str(outcome), plain(detail))
+    outcome, detail, ended = str(facts.get("outcome")), facts.get("detail"), facts.get("status", status)
+    if outcome in OUTCOMES and (outcome != "passed" or facts.get("nonce") == nonce):
+        return Verdict(outcome, plain(detail))
     if ended == -getattr(signal, "SIGXCPU", 0) < 0:
         return Verdict("timeout", "CPU time")
     if ended < 0:

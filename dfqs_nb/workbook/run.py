@@ -18,7 +18,7 @@ from typing import Any
 
 from dfqs_nb.core.display import markdown, plain
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import write_text
+from dfqs_nb.core.files import there_is, write_text
 from dfqs_nb.core.paths import REPOSITORY, outputs_dir, run_dir, tilde
 from dfqs_nb.core.stage import NOTEBOOKS as STAGES
 from dfqs_nb.workbook import tiers
@@ -243,23 +243,16 @@ def _renewed_report(folder: Path) -> str:
 
 
 def _absolute(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Relative paths of existing files and folders made absolute: a notebook runs in another folder than the user.
+    """Relative paths of what exists made absolute: a notebook runs in another folder than the user.
 
     Links stay as they are: in a hub cache a shard's name is the link's, not its target's.
     """
     return {
         name: str(Path(value).absolute())
-        if isinstance(value, str) and ("/" in value or value.lower().endswith(".gguf")) and _exists(value)
+        if isinstance(value, str) and ("/" in value or value.lower().endswith(".gguf")) and there_is(value)
         else value
         for name, value in parameters.items()
     }
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except (OSError, ValueError):  # a name too long, or with a NUL, is no file
-        return False
 
 
 def _execute(path: Path, target: Path, parameters: dict[str, Any], progress: bool) -> NotebookRun:

@@ -6,6 +6,7 @@ No other exception, no hang, no gigabyte. Headers have such a test of their own 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 import resource
@@ -38,7 +39,7 @@ from dfqs_nb.scores import Answerer, ItemSet, Options
 
 pytestmark = pytest.mark.slow
 SECONDS, GIBIBYTE = 30, 1 << 30
-COUNTS = {"set": 300, "manifest": 100, "answers": 100, "merge": 50, "report": 100, "stage": 100}
+COUNTS = {"set": 6_000, "manifest": 4_000, "answers": 3_000, "merge": 1_000, "report": 3_000, "stage": 3_000}
 # assert sum(COUNTS.values()) == 20_000
 DEEP = b"[" * 4_000
 SCRAPS = (
@@ -249,8 +250,9 @@ def test_the_journal_of_a_consuming_merge(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_reports(tmp_path: Path) -> None:
     """Half of them with hashes that are right again, so that what stands behind the hashes is read."""
-    good = report_builder.make_run(tmp_path / "board/good", "Good")
+    good = report_builder.make_run(tmp_path / "good", "Good")
     bad = report_builder.make_run(tmp_path / "board/bad", "Bad", seed=2)
+    turn = itertools.count()
     path, items = bad / "report.json", bad / "long_context_items.jsonl"
     raw, answers = path.read_bytes(), items.read_bytes()
     few = b"\n".join(answers.splitlines()[:4]) + b"\n"
@@ -269,10 +271,11 @@ def test_reports(tmp_path: Path) -> None:
 
     def read() -> None:
         board = report.leaderboard(tmp_path / "board")
-        str(board), board.write()
-        assert len(board.table) == 2
+        assert str(board) and len(board.table) == 1
         report.read_report(bad)
-        report.compare_reports([good, bad], n_boot=20)
+        if next(turn) % 10 == 0:  # the dearer readers
+            board.write()
+            report.compare_reports([good, bad], n_boot=20)
 
     assert survive("report", 5, change, read) > COUNTS["report"] // 2
 
@@ -296,6 +299,7 @@ def test_stages(tmp_path: Path, merged_reference: Path) -> None:
     def read() -> None:
         read_stage(folder, last)
         read_run(folder)
+        report.build_report(folder, ask_llama_cpp=False)
 
     assert survive("stage", 6, change, read) > COUNTS["stage"] // 4
 

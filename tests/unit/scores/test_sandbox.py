@@ -405,6 +405,29 @@ def test_honest_code_passes(name):
     assert verdict(HONEST[name] + "\n", LIMITS).passed, verdict(HONEST[name] + "\n", LIMITS)
 
 
+@needs_sandbox
+def test_a_program_larger_than_a_pipe_arrives_whole_on_a_slow_machine(monkeypatch):
+    monkeypatch.setattr(sandbox, "LOOK_SECONDS", 1e-4)  # the first look comes before the sandbox reads
+    found = verdict(f"TABLE = {list(range(60_000))}\n{RIGHT}", LIMITS)
+    assert found.passed and found.seconds < LIMITS.wall_seconds, found
+
+
+JUDGED = (
+    b"[" * 5000,
+    b"[]",
+    b"{}",
+    b'{"status": "x"}',
+    b'{"outcome": []}',
+    b'{"outcome": "passed"}',
+    b"\xff",
+)
+
+
+@pytest.mark.parametrize("answer", JUDGED)
+def test_an_answer_that_no_judge_gives_is_no_pass(answer):
+    assert sandbox._verdict(answer, "nonce", 0).outcome == "exited"
+
+
 # What crosses between tests and candidate: code with its tests.
 CROSSING = {
     "changes in place": ("def double(xs): xs.sort()", "    x = [3, 1]; candidate(x)\n    assert x == [1, 3]"),
