@@ -121,6 +121,8 @@ def verify_model(
     if identities([path]) != before:
         raise IntegrityError("changed while it was read", where=path, hint="try again when it is at rest")
     seconds = time.perf_counter() - began
+    if write_manifest and diagnosis.kind is Kind.UNFINISHED:
+        raise IntegrityError(f"gets no manifest: {diagnosis.finding}", where=path, hint=diagnosis.next_step)
     if write_manifest:
         save_manifest(path, path, digest, tensors, (), seconds)
     compared = tuple(what for what, value in (*expected.items(), *wholes.items()) if value)

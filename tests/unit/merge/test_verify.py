@@ -143,6 +143,19 @@ def test_manifest_for_a_file_that_has_none(model):
         verify(model, progress=False)
 
 
+def test_an_unfinished_download_verifies_as_such_and_gets_no_manifest(model):
+    manifest_path(model).unlink()
+    raw = model.read_bytes()
+    with model.open("wb") as file:
+        file.write(raw[:4_000_000])
+        file.truncate(len(raw))
+    proof = verify(model, progress=False)
+    assert not proof.diagnosis.sound and "were never stored" in proof.meaning[-1]
+    with pytest.raises(IntegrityError, match="gets no manifest"):
+        verify(model, write_manifest=True, progress=False)
+    assert not manifest_path(model).exists()
+
+
 def test_broken_manifest_is_said_so(model):
     manifest_path(model).write_text("{")
     with pytest.raises(IntegrityError, match="manifest.json: cannot be read"):
