@@ -1,8 +1,9 @@
 """Copy bytes from source files into one new file: streamed, hashed, read back from the disk, and resumable.
 
 The engine under merge and repair. A plan says which bytes go where. They pass in windows of 16 MiB: a window
-is read from the sources, written, read back from the disk and compared, while a second thread computes the
-SHA-256. The bytes grow in ``.X.part`` beside the output ``X``, which gets its name at the very end.
+is read from the sources, written, read back from the disk and compared, while other threads compute the
+SHA-256 and read the next one. The bytes grow in ``.X.part`` beside the output ``X``, which gets its name at
+the very end.
 
 A copy that only reads its sources trusts nothing that it finds on the disk: when it goes on after a kill, it
 compares what is there with the sources. A copy that consumes its sources gives the bytes of a window back to
@@ -163,39 +164,46 @@ class _Run:
         for source in self.sources:
             source.check()
         self.window = self.journal.window if self.journal is not None else WINDOW_BYTES
+        self.done = self.journal.windows if self.journal is not None else {}
+        self.released = self.journal.released if self.journal is not None else 0
         fsync_dir(output.parent)
 
     def copy(self, progress: bool) -> Copied:
-        """Copy every window; the SHA-256 of one is computed while the next is read and written."""
+        """Copy every window; one is hashed and written while the next is read.
+
+        A window is written only after the one before is proven, so a failure releases nothing more.
+        """
         sha256, digests = hashlib.sha256(), {tensor.name: xxhash.xxh64() for tensor in self.plan.tensors}
         buffers = [memoryview(mmap.mmap(-1, self.window)) for _ in range(2)]  # they begin on a page
-        hashing: list[Future[None] | None] = [None, None]
+        hashing: list[Future[None]] = []
+        keeping: list[Future[None]] = []
         total = self.plan.nbytes
         with (
-            ThreadPoolExecutor(1) as beside,
+            ThreadPoolExecutor(2) as beside,
             tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=not progress) as bar,
         ):
             for number, start in enumerate(range(0, total, self.window)):
-                earlier = hashing[number % 2]
-                if earlier is not None:
-                    earlier.result()
                 view = buffers[number % 2][: min(self.window, total - start)]
                 copied = self._load(view, start)
-                hashing[number % 2] = beside.submit(sha256.update, view)
+                for job in (*hashing, *keeping):  # hashes are taken in order, and this frees the other buffer
+                    job.result()
+                hashing = [beside.submit(sha256.update, view)]
+                keeping = [beside.submit(self._keep, view, start, copied)]
                 for tensor, low, high in self.plan.within(self.plan.tensors, start, len(view)):
                     at = tensor.target_offset - start
                     digests[tensor.name].update(view[at + low : at + high])
-                self._keep(view, start, copied)
                 bar.update(len(view))
+            for job in (*hashing, *keeping):
+                job.result()
         self.part.finish(total)
         hashes = {name: digest.hexdigest() for name, digest in digests.items()}
         return Copied(sha256.hexdigest(), hashes, tuple(source.identity for source in self.sources))
 
     def _load(self, view: memoryview, start: int) -> bool:
-        """Fill a window; say whether the part file holds it already."""
+        """Fill a window; say whether it came from the part file, because its sources were given back."""
         end = start + len(view)
         if self.journal is not None and not self._stored(start, len(view)):
-            expected = self.journal.windows.get(end)
+            expected = self.done.get(end)
             if expected is not None:
                 self.part.read(view, start)
                 if xxhash.xxh3_64_hexdigest(view) != expected:
@@ -213,7 +221,7 @@ class _Run:
             if high >= copy.nbytes:
                 padding = view[at + high : at + copy.nbytes + copy.padding]
                 padding[:] = bytes(len(padding))
-        return self.journal is None and self.part.has(view, start)
+        return False
 
     def _stored(self, start: int, nbytes: int) -> bool:
         """Whether the sources hold every byte of a window."""
@@ -225,6 +233,7 @@ class _Run:
     def _keep(self, view: memoryview, start: int, copied: bool) -> None:
         """Write a window, prove it, record it, and only then release what it was made from."""
         end, digest = start + len(view), xxhash.xxh3_64_hexdigest(view) if self.read_back else ""
+        copied = copied or (self.journal is None and self.part.has(view, start))
         if not copied:
             self.part.write(view, start)
         if not copied and self.read_back:
@@ -234,7 +243,7 @@ class _Run:
                 raise IntegrityError(what, where=self.part.path, hint=FAILING)
         if self.journal is None:
             return
-        earlier = copied and end <= self.journal.released
+        earlier = copied and end <= self.released
         if not copied:
             self.journal.add({"end": end, "xxh3": digest}, durable=True)
         for copy, low, high in self.plan.within(self.plan.copies, start, len(view)):
