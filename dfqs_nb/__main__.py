@@ -2,7 +2,10 @@
 
 import sys
 
-from dfqs_nb.workbook.cli import main
+if not sys.flags.safe_path:
+    del sys.path[0]  # the current folder, whose llama_cpp/ or numpy/ is not ours
+
+from dfqs_nb.workbook.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

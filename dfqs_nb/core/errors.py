@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+LONGEST = 3_000  # characters of a part of a message
+
 
 class DfqsError(Exception):
     """A failure that a user can act on.
@@ -21,12 +23,18 @@ class DfqsError(Exception):
 
     def __init__(self, what: str, *, where: str | Path | None = None, hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint
-        text = f"{where}: {what}" if where is not None else what
+        what, hint = _cut(what), _cut(hint)
+        text = f"{_cut(str(where))}: {what}" if where is not None else what
         super().__init__(f"{text}; {hint}" if hint else text)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the three fields, so that a child process can hand its error to its parent."""
         return partial(type(self), self.what, where=self.where, hint=self.hint), ()
+
+
+def _cut(text: str) -> str:
+    """A text from a file may have any length; a message has not."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 class HeaderError(DfqsError):

@@ -207,7 +207,7 @@ def _manifest_problem(manifest: Any) -> str:
     tensors = manifest.get("tensors")
     if not isinstance(tensors, dict) or not all(isinstance(value, str) for value in tensors.values()):
         wrong.append("tensors")
-    if not all(isinstance(source, dict) for source in manifest.get("sources") or []):
+    if not wrong and not all(isinstance(source, dict) for source in manifest["sources"]):
         wrong.append("sources")
     return f"{wrong[0]} is not what it should be" if wrong else ""
 

@@ -84,8 +84,8 @@ def _scores(report: Mapping[str, Any], folder: Path) -> dict[str, SetRun]:
     items, path = _score_items(folder / SCORE_ITEMS), folder / SCORE_ITEMS
     scores = {}
     for name, detail in stated.items():
-        own = items[items["set"] == detail["set"]]
-        run = SetRun.of(name.removesuffix("_score"), detail["set"], own, n_items=detail["n"])
+        own = items[items["set"] == str(detail.get("set"))]
+        run = SetRun.of(name.removesuffix("_score"), str(detail.get("set")), own, n_items=detail["n"])
         for key in ("value", "low", "high", "guess_rate"):
             made = getattr(run.score, key)
             if made is None or detail[key] is None or not np.isclose(made, detail[key], atol=1e-9):

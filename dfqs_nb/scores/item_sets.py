@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, MinLen
 
 from dfqs_nb.core.errors import PromptError
+from dfqs_nb.core.files import there_is
 from dfqs_nb.core.paths import data_dir, tilde
 from dfqs_nb.scores.answers import code_in
 from dfqs_nb.scores.sandbox import Candidate
@@ -175,6 +176,8 @@ def item_set_paths(folder: str | Path | None = None) -> dict[str, Path]:
 
 
 def _read(path: Path) -> ItemSet:
+    if there_is(path) and not path.is_file():
+        raise PromptError("not a regular file", where=tilde(path), hint="give the path of a JSONL file")
     try:
         raw = path.read_bytes()
     except OSError as error:

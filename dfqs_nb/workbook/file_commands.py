@@ -29,6 +29,9 @@ def inspect(
 
     sound = True
     for path in paths:
+        if "://" in path:
+            hint = "`dfqs-nb merge ADDRESS -o FILE` downloads it; inspect the file then"
+            raise DfqsError(f"{path} is an address, not a file", hint=hint)
         diagnosis = diagnose(path)
         sound &= diagnosis.sound
         say(f"{path}: {diagnosis.kind}\n  {diagnosis.finding}")

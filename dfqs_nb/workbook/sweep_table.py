@@ -74,6 +74,8 @@ def read_rows(path: str | Path, notebooks: Sequence[Path] | None = None) -> list
 
 def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The header, and each line that is not blank with its number."""
+    if path.exists() and not path.is_file():
+        raise SweepError("not a regular file", where=tilde(path), hint="give a CSV file with a column model")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)

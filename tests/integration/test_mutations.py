@@ -143,7 +143,7 @@ def survive(kind: str, seed: int, change: Callable[[Draw], object], read: Callab
             try:
                 read()
             except DfqsError as error:
-                assert "\n" not in error.what[:200] and len(str(error)) < 4_000, (kind, number, str(error))
+                assert "\n" not in error.what[:200] and len(str(error)) < 10_000, (kind, number, str(error))
                 refused += 1
             except BaseException as error:
                 raise AssertionError(

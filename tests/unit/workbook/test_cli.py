@@ -1,6 +1,7 @@
 """The command line as people type it: exit codes, one-line errors, and files that are what they should be."""
 
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from dfqs_nb.gguf import broken as specimens
 from dfqs_nb.gguf import models as registry
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.ladder.imatrix import read_imatrix
+from dfqs_nb.workbook import cli
 
 MERGED = registry.registered()["dfqs-nano-iq1_s-xl"].merged_sha256
 FIRST, SECOND = map(str, specimens.reference_shards().paths)
@@ -185,3 +187,24 @@ def test_a_run_that_does_not_exist_is_named_with_those_that_do(tmp_path, monkeyp
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
     assert cli.main(["report", "nanno", "--check"]) == 1
     assert "no run is called 'nanno'; did you mean nano?" in capsys.readouterr().err
+
+
+def test_what_is_no_plain_file_or_is_an_address_is_refused_at_once(tmp_path, capsys):
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    for arguments, words in (
+        (["score", "dfqs-nano-iq1_s-xl", "--set", str(pipe)], "not a regular file"),
+        (["sweep", str(pipe)], "not a regular file"),
+        (["inspect", "https://huggingface.co/someone/models/blob/main/m.gguf"], "an address, not a file"),
+    ):
+        assert cli.main(arguments) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_a_folder_called_like_a_library_in_the_current_one_is_not_imported(tmp_path):
+    for name in ("llama_cpp", "typer"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('planted')")
+    command = [sys.executable, "-m", "dfqs_nb", "inspect", str(tmp_path / "typer.py")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert "planted" not in done.stderr and done.returncode == 1 and "typer.py" in done.stdout
