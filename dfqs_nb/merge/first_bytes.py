@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from enum import StrEnum
 from typing import NamedTuple
@@ -77,34 +76,19 @@ def by_first_bytes(first: bytes, size: int) -> Finding:
     if not first.strip(b"\0"):
         finding = f"zeros: the first {len(first):,} bytes of {size:,} were never written"
         return Finding(Kind.UNFINISHED, finding, "only its room was reserved: resume or repeat the download")
-    if message := _document(first):
-        finding = f"{message[0]} saved as a model: {message[1]}"
-        return Finding(Kind.DOCUMENT, finding, _ANSWER, (("it says", message[1]),))
+    if text := _text(first):
+        return Finding(Kind.DOCUMENT, f"a text or web page saved as a model: {text}", _ANSWER)
     finding = "not a GGUF: it does not begin with these four letters"
     return Finding(Kind.OTHER_FORMAT, finding, "check what you downloaded")
 
 
-def _document(first: bytes) -> Row | None:
-    """What kind of text a server sent, and what it says; None when it is no text."""
+def _text(first: bytes) -> str:
+    """What a server sent in place of a model, without its tags; empty when it is no text."""
     text = first.decode("utf-8-sig", "ignore" if len(first) == OPENING_BYTES else "replace").strip()
-    if not text or "\ufffd" in text or any(not char.isprintable() and not char.isspace() for char in text):
-        return None
-    lower, start = text[:500].lower(), " ".join(text.split())[:80]
-    if lower.startswith("<") and ("<html" in lower or "<!doctype html" in lower):
-        title = re.search(r"<title[^>]*>(.*?)</title", text, re.I | re.S)
-        return "a web page", " ".join(title[1].split())[:200] if title else "without a title"
-    if lower.startswith("<"):
-        fields = re.findall(r"<(?:code|message|error)>([^<]*)</", text, re.I)
-        return "an XML document", ": ".join(value.strip() for value in fields)[:200] or start
-    if text[0] not in "{[":
-        return "a text", start
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = {}
-    keys = ("error", "message", "detail", "error_description", "title")
-    messages = [str(value[key])[:200] for key in keys if isinstance(value, dict) and key in value]
-    return "a JSON document", (messages or [start])[0]
+    if "\ufffd" in text or any(not char.isprintable() and not char.isspace() for char in text):
+        return ""
+    title = re.search(r"<title[^>]*>(.*?)</title", text, re.I | re.S)
+    return " ".join(re.sub(r"<[^>]*>", " ", title[1] if title else text).split())[:200] or text[:80]
 
 
 def shown_bytes(raw: bytes) -> str:

@@ -19,7 +19,7 @@ from dfqs_nb.core.display import plain
 from dfqs_nb.core.errors import DfqsError, HeaderError, LayoutError, ShardError
 from dfqs_nb.gguf import facts
 from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, check_layout, read_header
-from dfqs_nb.gguf.shards import SHARD_NAME, shard_path
+from dfqs_nb.gguf.shards import SHARD_NAME, check_set, shard_path
 from dfqs_nb.merge import disk
 from dfqs_nb.merge.byte_parts import are_parts, byte_parts, check_sum, ends, opening, part_name, siblings
 from dfqs_nb.merge.first_bytes import AGAIN, Finding, Kind, Row, by_first_bytes, shown_bytes
@@ -106,27 +106,27 @@ def diagnose(path: str | Path, *, allow_holes: bool = False) -> Diagnosis:
         walk = _walk(path)
     except HeaderError as error:
         kind, finding, step, rows = _refused_header(first, size, error)
-        found = Diagnosis(
+        diagnosis = Diagnosis(
             path, kind, finding, step, (("header", error.what), ("file size", f"{size:,} bytes"))
         )
     else:
-        found = _of_headers(path, walk)
+        diagnosis = _of_headers(path, walk)
     if not allow_holes:
-        found = _unless_unfinished(found, size)
-    return (_byte_part(path) or found) if found.kind is Kind.UNFINISHED else found
+        diagnosis = _unless_unfinished(diagnosis, size)
+    return (_byte_part(path) or diagnosis) if diagnosis.kind is Kind.UNFINISHED else diagnosis
 
 
-def _unless_unfinished(found: Diagnosis, size: int) -> Diagnosis:
+def _unless_unfinished(diagnosis: Diagnosis, size: int) -> Diagnosis:
     """A diagnosis in the light of holes, of the file's name, and of a downloader's control file."""
-    missing, first = disk.missing_bytes(found.path)
-    mark, evidence = download_mark(found.path), found.evidence
+    missing, first = disk.missing_bytes(diagnosis.path)
+    mark, evidence = download_mark(diagnosis.path), diagnosis.evidence
     if missing:
         evidence = (*evidence, ("never stored", f"{missing:,} of {size:,} bytes, from byte {first:,} on"))
         mark = f"{missing:,} of its {size:,} bytes were never stored (they read as zeros)"
-    if mark and found.kind in (Kind.SINGLE_FILE, Kind.SHARD, Kind.COMPANION, Kind.DAMAGED):
+    if mark and diagnosis.kind in (Kind.SINGLE_FILE, Kind.SHARD, Kind.COMPANION, Kind.DAMAGED):
         finding = f"a GGUF of which {mark}" if missing else f"a GGUF of the right size, but {mark}"
-        return replace(found, kind=Kind.UNFINISHED, finding=finding, next_step=RESUME, evidence=evidence)
-    return replace(found, evidence=evidence)
+        return replace(diagnosis, kind=Kind.UNFINISHED, finding=finding, next_step=RESUME, evidence=evidence)
+    return replace(diagnosis, evidence=evidence)
 
 
 # ---- the headers inside ----
@@ -215,11 +215,11 @@ def download_mark(path: Path) -> str:
 
 def _of_one(path: Path, walk: _Walk) -> Finding:
     header = walk.headers[0]
-    found = _layout(path, walk) or _role(header) or _shard(path, header)
-    if found is None:
-        found = Finding(Kind.SINGLE_FILE, f"a sound model in a single file of {walk.size:,} bytes", "")
+    diagnosis = _layout(path, walk) or _role(header) or _shard(path, header)
+    if diagnosis is None:
+        diagnosis = Finding(Kind.SINGLE_FILE, f"a sound model in a single file of {walk.size:,} bytes", "")
     rows = (("file size", f"{walk.size:,} bytes"), ("header accounts for", f"{ends(header)[1]:,} bytes"))
-    return found._replace(rows=(*rows, *found.rows))
+    return diagnosis._replace(rows=(*rows, *diagnosis.rows))
 
 
 def _role(header: GGUFHeader) -> Finding | None:
@@ -298,7 +298,7 @@ def _shard(path: Path, header: GGUFHeader) -> Finding | None:
 
 
 def _of_several(path: Path, walk: _Walk) -> Finding:
-    parts, problems = walk.parts, _problems(walk)
+    parts, problem = walk.parts, _problem(walk)
     rest = walk.size - sum(part.nbytes for part in parts)
     terms = [f"{part.nbytes:,}" for part in parts[:6]] + ["..."] * (len(parts) > 6)
     terms += [f"{rest:,} unread"] if rest else []
@@ -306,13 +306,12 @@ def _of_several(path: Path, walk: _Walk) -> Finding:
     for part in parts[:12]:
         what = f"shard {part.number} of {part.count}, {part.n_tensors:,} tensors, {part.nbytes:,} bytes"
         rows.append((f"header at byte {part.start:,}", what))
-    rows += [("problem", problem) for problem in problems]
     if all(part.count == 1 for part in parts):
-        finding = "; ".join([f"{len(parts)} models glued together; a runtime sees the first only", *problems])
+        finding = f"{len(parts)} models glued together; a runtime sees the first only"
         step = f"cut it at byte {parts[1].start:,}, or get the files from their source again"
-        return Finding(Kind.SEVERAL_MODELS, finding, step, tuple(rows))
-    if problems:
-        finding = f"shards glued together byte for byte, and not all of them sound: {problems[0]}"
+        return Finding(Kind.SEVERAL_MODELS, f"{finding}; {problem}".rstrip("; "), step, tuple(rows))
+    if problem:
+        finding = f"shards glued together byte for byte, and not all of them sound: {problem}"
         return Finding(Kind.DAMAGED, finding, "get the shards from their source again", tuple(rows))
     order = [part.number for part in parts]
     how = "" if order == sorted(order) else f" in the order {', '.join(map(str, order))}"
@@ -320,35 +319,26 @@ def _of_several(path: Path, walk: _Walk) -> Finding:
     return Finding(Kind.RAW_CONCATENATION, finding, f"dfqs-nb repair {_quoted(path)}", tuple(rows))
 
 
-def _problems(walk: _Walk) -> list[str]:
+def _problem(walk: _Walk) -> str:
     """Why the shards in a file are not all the shards of one model; empty when they are."""
-    parts, last, problems = walk.parts, walk.headers[-1], []
-    count, numbers = parts[0].count, [part.number for part in parts]
-    if any(part.count != count for part in parts):
-        problems.append(f"they say that they are of {', '.join(str(part.count) for part in parts)} shards")
-    if twice := sorted({number for number in numbers if numbers.count(number) > 1 and count > 1}):
-        problems.append(f"shard {', '.join(map(str, twice))} is there twice")
-    if missing := sorted(set(range(1, min(count, MAX_PARTS) + 1)) - set(numbers)):
-        problems.append(f"shard {', '.join(map(str, missing[:10]))} of {count} is missing")
-    short = walk.size < ends(last)[0]
-    for number, header in zip(numbers, walk.headers, strict=True):
-        if (error := _misplaced(header)) and not (short and header is last):
-            problems.append(f"shard {number} is damaged: {error.what}")
+    last, count = walk.headers[-1], len(walk.headers)
     if walk.error is not None:
-        problems.append(f"the header at byte {walk.end:,} cannot be read: {walk.error.what}")
-    elif short:
-        problems.append(f"shard {numbers[-1]} is cut off, {ends(last)[1] - walk.size:,} bytes short")
-    elif walk.size > walk.end:
-        problems.append(f"{walk.size - walk.end:,} bytes follow that belong to no shard")
-    if problems or count == 1:
-        return problems
-    names = [tensor.name for header in walk.headers for tensor in header.tensors]
-    totals = sorted({str(header.get("split.tensors.count", len(names))) for header in walk.headers})
-    if len(set(names)) != len(names):
-        problems.append("they are of different models: a tensor is in two shards")
-    elif totals != [str(len(names))]:
-        problems.append(f"they hold {len(names):,} tensors and say the model has {', '.join(totals)}")
-    return problems
+        return f"the header at byte {walk.end:,} cannot be read: {walk.error.what}"
+    if walk.size < ends(last)[0]:
+        return f"the last of {count} is cut off, {ends(last)[1] - walk.size:,} bytes short"
+    if walk.size > walk.end:
+        return f"{walk.size - walk.end:,} bytes follow that belong to no shard"
+    numbers = [part.number for part in walk.parts if part.count > 1]
+    if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
+        return f"shard {', '.join(map(str, twice))} is there twice"
+    try:
+        for header in walk.headers:
+            check_layout(header)
+        if numbers:
+            check_set(walk.headers, glued=True, allow_mixed=True)
+    except DfqsError as error:
+        return error.what
+    return ""
 
 
 # ---- a file without a readable header ----
