@@ -1,6 +1,6 @@
 """Copy bytes from source files into one new file: streamed, hashed, read back from the disk, and resumable.
 
-The engine under merge and repair. A plan says which bytes go where. They pass in windows of 16 MiB: a window
+The engine under merge and repair. A plan says which bytes go where. They pass in windows of 12 MiB: a window
 is read from the sources, written, read back from the disk and compared, while other threads compute the
 SHA-256 and read the next one. The bytes grow in ``.X.part`` beside the output ``X``, which gets its name at
 the very end.
@@ -35,7 +35,8 @@ from dfqs_nb.merge import disk
 from dfqs_nb.merge.journal import Journal, changed, in_the_way, read_journal, windows
 from dfqs_nb.merge.plan import Identity, Plan
 
-WINDOW_BYTES = 16 << 20  # a consuming copy has at most three windows on the disk twice
+WINDOW_BYTES = 12 << 20  # in a consuming copy at most two windows are on the disk twice
+N_BUFFERS = 3  # one is filled, one hashed, one written
 GET_AGAIN = "it was cut off or changed meanwhile: download it again"
 FAILING = "power was lost, or the disk or the memory is failing"
 
@@ -164,6 +165,7 @@ class _Run:
         for source in self.sources:
             source.check()
         self.window = self.journal.window if self.journal is not None else WINDOW_BYTES
+        self.failed = False
         self.done = self.journal.windows if self.journal is not None else {}
         self.released = self.journal.released if self.journal is not None else 0
         fsync_dir(output.parent)
@@ -171,29 +173,32 @@ class _Run:
     def copy(self, progress: bool) -> Copied:
         """Copy every window; one is hashed and written while the next is read.
 
-        A window is written only after the one before is proven, so a failure releases nothing more.
+        Each thread takes the windows in order.
         """
         sha256, digests = hashlib.sha256(), {tensor.name: xxhash.xxh64() for tensor in self.plan.tensors}
-        buffers = [memoryview(mmap.mmap(-1, self.window)) for _ in range(2)]  # they begin on a page
-        hashing: list[Future[None]] = []
-        keeping: list[Future[None]] = []
+        buffers = [memoryview(mmap.mmap(-1, self.window)) for _ in range(N_BUFFERS)]  # they begin on a page
+        jobs: list[list[Future[None]]] = [[] for _ in buffers]  # that still need a buffer's bytes
         total = self.plan.nbytes
         with (
-            ThreadPoolExecutor(2) as beside,
+            ThreadPoolExecutor(1) as hasher,
+            ThreadPoolExecutor(1) as writer,
             tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=not progress) as bar,
         ):
             for number, start in enumerate(range(0, total, self.window)):
-                view = buffers[number % 2][: min(self.window, total - start)]
-                copied = self._load(view, start)
-                for job in (*hashing, *keeping):  # hashes are taken in order, and this frees the other buffer
+                turn = number % N_BUFFERS
+                for job in jobs[turn]:
                     job.result()
-                hashing = [beside.submit(sha256.update, view)]
-                keeping = [beside.submit(self._keep, view, start, copied)]
+                view = buffers[turn][: min(self.window, total - start)]
+                copied = self._load(view, start)
+                jobs[turn] = [
+                    hasher.submit(sha256.update, view),
+                    writer.submit(self._keep, view, start, copied),
+                ]
                 for tensor, low, high in self.plan.within(self.plan.tensors, start, len(view)):
                     at = tensor.target_offset - start
                     digests[tensor.name].update(view[at + low : at + high])
                 bar.update(len(view))
-            for job in (*hashing, *keeping):
+            for job in (job for pair in jobs for job in pair):
                 job.result()
         self.part.finish(total)
         hashes = {name: digest.hexdigest() for name, digest in digests.items()}
@@ -231,7 +236,17 @@ class _Run:
         )
 
     def _keep(self, view: memoryview, start: int, copied: bool) -> None:
-        """Write a window, prove it, record it, and only then release what it was made from."""
+        """Write a window, prove it, record it, and only then release what it was made from.
+
+        Windows come in order. After a failure none is written any more, so nothing more is released.
+        """
+        if self.failed:
+            return
+        self.failed = True  # until this window is through
+        self._write(view, start, copied)
+        self.failed = False
+
+    def _write(self, view: memoryview, start: int, copied: bool) -> None:
         end, digest = start + len(view), xxhash.xxh3_64_hexdigest(view) if self.read_back else ""
         copied = copied or (self.journal is None and self.part.has(view, start))
         if not copied:

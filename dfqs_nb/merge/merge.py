@@ -3,7 +3,7 @@
 The result is the file that llama.cpp's ``llama-gguf-split --merge`` writes, byte for byte: shard 1's metadata
 with ``split.count`` set to 0 (which moves that field to the end), the tensor tables of all shards one after
 another, then every tensor's bytes, each padded to the alignment. That tool holds a whole tensor in memory and
-checks nothing. This module streams through two buffers, computes the SHA-256 of the result on the way, and
+checks nothing. This module streams through three buffers, computes the SHA-256 of the result on the way, and
 reads the result back from the disk.
 
 One difference: for a model whose alignment is not 32 bytes the reference tool pads to 32 nevertheless, and
