@@ -178,11 +178,13 @@ def contradictions(report: Mapping[str, Any]) -> list[str]:
                 (low is not None and low > value + 1e-9) or (high is not None and value > high + 1e-9)
             ):
                 wrong.append(f"{name} {value} lies outside its interval, {low} to {high}")
+    if wrong:  # the schema types the metrics: their details are of the same types only where they are equal
+        return wrong
     curve, boundary = (
         report["details"]["context_stability_curve"],
         report["details"]["failure_boundary_tokens"],
     )
-    if curve["value"] is not None and len(curve["value"]) != len(curve.get("lengths", curve["value"])):
+    if curve["value"] is not None and len(curve["value"]) != len(curve.get("lengths", ())):
         wrong.append("the curve has another number of points than of lengths")
     if boundary["value"] is not None and boundary.get("tokens", boundary["value"]) != boundary["value"]:
         wrong.append(f"the boundary is {boundary['value']} and {boundary['tokens']} tokens")

@@ -207,7 +207,9 @@ def routing_sentence(found: RoutingVerdict) -> str:
         )
     bounds = ""
     if not found.n_differ:
-        once, runs = (clopper_pearson(0, n, 0.9)[1] for n in (found.n_choices // found.n_runs, found.n_runs))
+        once, runs = (
+            clopper_pearson(0, max(n, 1), 0.9)[1] for n in (found.n_choices // found.n_runs, found.n_runs)
+        )
         bounds = (
             f"; with 95 % confidence fewer than {once:.2g} of such choices differ, and fewer than {runs:.0%} "
             "of runs"

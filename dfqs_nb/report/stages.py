@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.paths import tilde
@@ -130,9 +130,9 @@ class RoutingVerdict(Record):
     routed: bool
     n_tokens: int
     n_layers: int
-    n_runs: int
-    n_choices: int
-    n_differ: int
+    n_runs: int = Field(ge=1)
+    n_choices: int = Field(ge=0)
+    n_differ: int = Field(ge=0)
     upper_bound: float | None = None
     logits_equal: float | None = None
     same_output: bool = False
