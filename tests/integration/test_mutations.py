@@ -40,7 +40,7 @@ from dfqs_nb.scores import Answerer, ItemSet, Options
 pytestmark = pytest.mark.slow
 SECONDS, GIBIBYTE = 30, 1 << 30
 COUNTS = {"set": 6_000, "manifest": 4_000, "answers": 3_000, "merge": 1_000, "report": 3_000, "stage": 3_000}
-# assert sum(COUNTS.values()) == 20_000
+# together 20,000
 DEEP = b"[" * 4_000
 SCRAPS = (
     DEEP,
