@@ -4,9 +4,9 @@
 'deepseek4'
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dfqs_nb.core.doors import lazy
 from dfqs_nb.gguf import broken, facts, memory, models, published, shards
 from dfqs_nb.gguf.header import check_layout, read_header
 from dfqs_nb.gguf.shards import open_shards
@@ -27,9 +27,4 @@ __all__ = [
     "shards",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import the figures when they are used: matplotlib is slow."""
-    if name == "figures":
-        return import_module(f"{__name__}.figures")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(__name__, figures="figures")

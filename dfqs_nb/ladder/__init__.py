@@ -4,8 +4,7 @@
 'Q8_0'
 """
 
-from typing import Any
-
+from dfqs_nb.core.doors import lazy
 from dfqs_nb.ladder import tables
 from dfqs_nb.ladder.measure import Settings, calibrated, collected
 from dfqs_nb.ladder.quantizer import plan, quantize
@@ -25,10 +24,4 @@ __all__ = [
     "tables",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name == "figures":  # brings matplotlib, which only notebooks need
-        from importlib import import_module
-
-        return import_module("dfqs_nb.ladder.figures")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(__name__, figures="figures")

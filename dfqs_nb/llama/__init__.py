@@ -5,8 +5,9 @@
 1024
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dfqs_nb.core.doors import lazy
 
 if TYPE_CHECKING:
     from dfqs_nb.llama import figures
@@ -28,23 +29,17 @@ __all__ = [
     "threads_for",
 ]
 
-_HOMES = {
-    "OpenSettings": "settings",
-    "answer_table": "generate",
-    "complete": "generate",
-    "measure_speed": "timing",
-    "open_model": "model",
-    "plan_cost": "timing",
-    "same_tokens_twice": "generate",
-    "stream_chat": "generate",
-    "threads_for": "model",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name when it is used: the child process of `check` starts in half the time without numpy."""
-    if name == "figures":
-        return import_module(f"{__name__}.figures")
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# also the rest: the child process of `check` starts in half the time without numpy
+__getattr__ = lazy(
+    __name__,
+    figures="figures",
+    OpenSettings="settings",
+    answer_table="generate",
+    complete="generate",
+    measure_speed="timing",
+    open_model="model",
+    plan_cost="timing",
+    same_tokens_twice="generate",
+    stream_chat="generate",
+    threads_for="model",
+)

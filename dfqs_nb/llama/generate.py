@@ -205,7 +205,7 @@ def chat_text(model: Model, prompt: str | Sequence[Message], **variables: bool) 
             question out.
     """
     if not model.header.text("tokenizer.chat_template"):
-        hint = "use complete() with plain text"
+        hint = "use a file with a chat template; in Python, llama.complete(model, text) needs none"
         raise ModelError("its header has no chat template", where=model.path, hint=hint)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return model.template.render(messages, variables)

@@ -33,7 +33,7 @@ CLOCK = datetime(2026, 1, 1, 12)
 SECONDS = 10.0
 MAX_CHARACTERS = 1 << 24  # of a rendered chat
 MEMORY_BYTES = 2 << 30  # of the child's address space
-PLAIN = "use complete() with plain text, or a file with a sound template"
+PLAIN = "use a file with a sound chat template; in Python, llama.complete(model, text) needs none"
 
 Message = Mapping[str, str]
 

@@ -5,9 +5,9 @@
 'shard 1 of 2; all 2 are here'
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dfqs_nb.core.doors import lazy
 from dfqs_nb.merge.kind import diagnose, diagnosis_table
 from dfqs_nb.merge.merge import merge_model, merge_once, methods_table, open_source, repair
 from dfqs_nb.merge.verify import compare_tensors, verify_model
@@ -28,9 +28,4 @@ __all__ = [
     "verify_model",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import the figures when they are used: matplotlib is slow."""
-    if name == "figures":
-        return import_module(f"{__name__}.figures")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(__name__, figures="figures")

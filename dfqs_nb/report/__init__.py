@@ -6,8 +6,7 @@ Traceback (most recent call last):
 dfqs_nb.report.stages.ReportError: no/such/run: there is no report; ...
 """
 
-from typing import Any
-
+from dfqs_nb.core.doors import lazy
 from dfqs_nb.report.board import leaderboard
 from dfqs_nb.report.compare import compare_reports
 from dfqs_nb.report.files import check_run, write_report
@@ -29,11 +28,4 @@ __all__ = [
     "write_report",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """The figures, imported when they are asked for: matplotlib takes its time."""
-    if name == "figures":
-        from importlib import import_module
-
-        return import_module("dfqs_nb.report.figures")
-    raise AttributeError(name)
+__getattr__ = lazy(__name__, figures="figures")

@@ -6,9 +6,9 @@ Traceback (most recent call last):
 dfqs_nb.routing.recorder.RoutingError: missing.npz: not a routing trace ...
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dfqs_nb.core.doors import lazy
 from dfqs_nb.routing.compare import differences, expert_counts, overlaps
 from dfqs_nb.routing.experiment import run_experiment
 from dfqs_nb.routing.trace import RecordedModel, Trace, load_trace, open_recorded, record
@@ -29,9 +29,4 @@ __all__ = [
     "run_experiment",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import the figures when they are used: matplotlib is slow."""
-    if name == "figures":
-        return import_module(f"{__name__}.figures")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(__name__, figures="figures")

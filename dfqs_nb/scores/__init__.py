@@ -4,8 +4,7 @@
 ['nano-reasoning', 'nano-code']
 """
 
-from typing import Any
-
+from dfqs_nb.core.doors import lazy
 from dfqs_nb.scores import speed
 from dfqs_nb.scores.compare import compare_runs
 from dfqs_nb.scores.grading import Results, SetRun
@@ -26,11 +25,4 @@ __all__ = [
     "speed",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """The figures, imported when they are asked for: matplotlib takes its time."""
-    if name == "figures":
-        from importlib import import_module
-
-        return import_module("dfqs_nb.scores.figures")
-    raise AttributeError(name)
+__getattr__ = lazy(__name__, figures="figures")

@@ -4,10 +4,9 @@
 True
 """
 
-from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
+from dfqs_nb.core.doors import lazy
 from dfqs_nb.serve import checks, compare, recipes, servers
 from dfqs_nb.serve.client import check_in_process, connect, is_url
 from dfqs_nb.serve.measure import measure_long_context, score_set
@@ -28,9 +27,4 @@ __all__ = [
     "servers",
 ]
 
-
-def __getattr__(name: str) -> ModuleType:
-    """``figures``, when it is asked for: it needs matplotlib, which takes a second."""
-    if name == "figures":
-        return import_module("dfqs_nb.serve.figures")
-    raise AttributeError(name)
+__getattr__ = lazy(__name__, figures="figures")

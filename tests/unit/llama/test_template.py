@@ -104,7 +104,7 @@ def test_a_question_may_be_trimmed_or_quoted(source):
     ],
 )
 def test_a_fault_in_a_template_is_an_error_that_says_which(source, words):
-    with pytest.raises(ModelError, match=f"its chat template fails .*{words}.*use complete"):
+    with pytest.raises(ModelError, match=f"its chat template fails .*{words}.*llama.complete"):
         render(source)
 
 
