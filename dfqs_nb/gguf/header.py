@@ -9,6 +9,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
 from collections.abc import Iterator, Mapping
@@ -183,8 +184,11 @@ def padded(nbytes: int, alignment: int) -> int:
     return -(-nbytes // alignment) * alignment
 
 
-def read_header(path: str | Path, start: int = 0) -> GGUFHeader:
+def read_header(path: str | Path, start: int = 0, *, file: Any = None) -> GGUFHeader:
     """Read the GGUF header that starts at byte ``start`` of the file.
+
+    Args:
+        file: an open binary file to read instead of the one at ``path``, such as a `remote.RemoteFile`.
 
     Raises:
         HeaderError: the bytes there are not a GGUF header that llama.cpp could read; the message
@@ -192,9 +196,9 @@ def read_header(path: str | Path, start: int = 0) -> GGUFHeader:
     """
     path = Path(path)
     try:
-        with path.open("rb", buffering=0) as file:
-            size = file.seek(0, 2)
-            return _parse(_Cursor(path, file, start, size))
+        with contextlib.nullcontext(file) if file else path.open("rb", buffering=0) as opened:
+            size = opened.seek(0, 2)
+            return _parse(_Cursor(path, opened, start, size))
     except OSError as error:
         hint = "check the path and its permissions"
         raise HeaderError(f"cannot be read ({error.strerror})", where=path, hint=hint) from error

@@ -315,6 +315,15 @@ def download(
     return tuple(Path(_fetch(file, options)) for file, _ in plans)
 
 
+def located(file: HubFile) -> HubFile:
+    """The same file in the folder of its repository that it lies in.
+
+    Raises:
+        RegistryError: the hub does not give it, or several folders have one of that name.
+    """
+    return _plan(file, {}, any_folder=True)[0]
+
+
 def _plan(file: HubFile, options: dict[str, Any], any_folder: bool) -> tuple[HubFile, Any]:
     """Where the file is and what its download would cost, without fetching it."""
     try:
@@ -343,7 +352,7 @@ def _fetch(file: HubFile, options: dict[str, Any], **more: Any) -> Any:
     try:
         return resets(hf_hub_download, file.repo, file.file, revision=file.revision, **options, **more)
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError, XetDownloadError) as error:
-        raise _explain(error, file) from error
+        raise explained(error, file) from error
 
 
 def _check_space(sizes_bytes: Sequence[int], cache_dir: str | Path | None) -> None:
@@ -358,7 +367,8 @@ def _check_space(sizes_bytes: Sequence[int], cache_dir: str | Path | None) -> No
         raise SpaceError(what, where=tilde(folder), hint=LARGER_DISK)
 
 
-def _explain(error: Exception, file: HubFile) -> DfqsError:
+def explained(error: Exception, file: HubFile) -> DfqsError:
+    """Why the hub does not give a file, from what huggingface_hub raised."""
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     match error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,35 +15,77 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output once the new one is proven.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")]
+OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here
 
 
 @app.command(rich_help_panel=FILES)
 def inspect(
-    paths: Annotated[list[str], typer.Argument(metavar="FILE...", help="Anything that should be a model.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE...", help="Anything that should be a model, here or at hf://... or https://..."
+        ),
+    ],
     llama_cpp: Annotated[bool, typer.Option("--llama-cpp", help="Also ask llama.cpp's loader.")] = False,
 ) -> None:
     """Say what a file is, in milliseconds, from headers, sizes and names alone; changes nothing.
 
-    Exit status 1: at least one is no sound model. Example: `dfqs-nb inspect model.gguf`
-    """
-    from dfqs_nb.merge import diagnose
+    Of an address it fetches the headers only, and says whether llama.cpp knows the model and whether it fits.
 
-    sound = True
-    for path in paths:
-        if "://" in path:
-            hint = "`dfqs-nb merge ADDRESS -o FILE` downloads it; inspect the file then"
-            raise DfqsError(f"{path} is an address, not a file", hint=hint)
-        diagnosis = diagnose(path)
-        sound &= diagnosis.sound
+    Exit status 1: at least one is no sound model.
+
+    Examples: `dfqs-nb inspect model.gguf`, `dfqs-nb inspect hf://owner/repo/model.gguf`
+    """
+    sound = [_inspect(path, llama_cpp) for path in paths]
+    raise typer.Exit(int(not all(sound)))
+
+
+def _inspect(path: str, llama_cpp: bool) -> bool:
+    from dfqs_nb.gguf import remote
+    from dfqs_nb.merge import diagnose
+    from dfqs_nb.merge.first_bytes import Kind
+
+    with ExitStack() as stack:
+        local, far = Path(path), remote.is_address(path)
+        if far:
+            copy = stack.enter_context(remote.headers_of(path))
+            local = copy.path
+        diagnosis = diagnose(local, allow_holes=far)
         say(f"{path}: {diagnosis.kind}\n  {diagnosis.finding}")
         if diagnosis.next_step:
-            say(f"  -> {diagnosis.next_step}")
-        _say_rows(_header_rows(path) if diagnosis.sound else dict(diagnosis.evidence))
-        if llama_cpp:
+            say(f"  -> {'after the download: ' if far else ''}{diagnosis.next_step}")
+        _say_rows(_header_rows(str(local)) if diagnosis.sound else dict(diagnosis.evidence))
+        if far:
+            say(f"  {'read over the network:':<28}{copy.fetched_bytes:,} bytes of headers")
+            if diagnosis.sound or diagnosis.kind is Kind.RAW_CONCATENATION:
+                _say_rows(_outlook(local))
+        elif llama_cpp:
             from dfqs_nb.llama.check import loader_verdict
 
-            say(f"  {'llama.cpp:':<28}{loader_verdict(path).reason or 'loads'}")
-    raise typer.Exit(int(not sound))
+            say(f"  {'llama.cpp:':<28}{loader_verdict(local).reason or 'loads'}")
+        return diagnosis.sound
+
+
+def _outlook(path: Path) -> dict[str, Any]:
+    """Whether llama.cpp knows the model of these headers, glued or not, and what it needs of this machine."""
+    from dfqs_nb.core.errors import ShardError, SpaceError
+    from dfqs_nb.gguf import memory, remote
+    from dfqs_nb.llama.check import loader_verdict
+
+    try:
+        with remote.outline(path) as model:
+            verdict = loader_verdict(model.path).explain(model.shards.as_one)
+            needs = memory.estimate(model.shards.headers, OUTLOOK_N_CTX)
+    except ShardError as error:
+        return {"the whole set": error.what}
+    try:
+        fits = memory.check_fits(needs) or "fits, weights and all"
+    except SpaceError as error:
+        fits = error.what
+    return {
+        "llama.cpp": f"{verdict}{', once it is repaired' if model.glued else ''}",
+        f"memory, {OUTLOOK_N_CTX:,} tokens": fits,
+    }
 
 
 def _say_rows(rows: dict[str, Any]) -> None:

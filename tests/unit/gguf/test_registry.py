@@ -347,7 +347,7 @@ def test_full_disk_is_seen_before_the_first_byte(server, tmp_path):
 def test_disk_errors_during_the_download(number, kind, text):
     import errno
 
-    error = registry._explain(OSError(getattr(errno, number), "no"), registry.HubFile("a/b", "c.gguf"))
+    error = registry.explained(OSError(getattr(errno, number), "no"), registry.HubFile("a/b", "c.gguf"))
     assert isinstance(error, kind) and text in str(error)
 
 

@@ -1,0 +1,374 @@
+"""A look before the download: the headers of files on the hub, or behind any address, read by HTTP ranges.
+
+They are laid into sparse files of the originals' sizes, so that whatever reads headers works on those too:
+the diagnosis, the shards' cross-check, and llama.cpp's own loader, which plans a model without its data.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+from dfqs_nb.core.errors import DfqsError, HeaderError, OutputError, RegistryError
+from dfqs_nb.gguf import models
+from dfqs_nb.gguf.header import MAGIC, GGUFHeader, padded, read_header
+from dfqs_nb.gguf.shards import ShardSet, check_set, open_shards, shard_path
+
+FIRST_BYTES, NEXT_BYTES = (
+    1 << 20,
+    1 << 18,
+)  # of one request, at the least: where the first header is; elsewhere
+MOST_BYTES = 64 << 20  # of headers in one file; real ones stay under 50 MB
+SMALL_BYTES = 1 << 20  # a whole answer of up to this size is taken, such as a page that says "not found"
+AT_ONCE = 8
+TIMEOUT_SECONDS, TRIES = 20.0, 3
+RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one file is: its address for people, its name, its URL, and its place on the hub, if any."""
+
+    address: str
+    name: str
+    url: str
+    hub: models.HubFile | None = None
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Files of the originals' sizes that hold their headers, and nothing else.
+
+    Attributes:
+        path: of the file that was asked for; its other shards lie beside it, as far as the server has them.
+        fetched_bytes: what the network brought.
+    """
+
+    path: Path
+    fetched_bytes: int
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The headers of a whole model, wherever its files are; llama.cpp's loader can plan it from ``shards``.
+
+    Attributes:
+        glued: the shards lie in one file, byte after byte, which no runtime loads before `dfqs-nb repair`.
+        fetched_bytes: what the network brought; None for files that are here.
+    """
+
+    model: str
+    shards: ShardSet
+    glued: bool = False
+    fetched_bytes: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file to name to llama.cpp."""
+        return self.shards.paths[0]
+
+
+def is_address(model: str | Path) -> bool:
+    """Whether this names a file of the hub or of a web server.
+
+    >>> is_address("hf://a/b/c.gguf"), is_address("https://x.org/c.gguf"), is_address("models/c.gguf")
+    (True, True, False)
+    """
+    return isinstance(model, str) and re.match(r"(hf|https?)://", model) is not None
+
+
+@contextmanager
+def outline(model: str | Path) -> Iterator[Outline]:
+    """The headers of a model that is here or not: a path, a registered name, or an address.
+
+    Only headers are downloaded; what lies in the hub's cache is read there. Copies go when the block ends.
+
+    Raises:
+        RegistryError: nothing has that name, or the server does not give the file, or gives no ranges.
+        HeaderError, LayoutError, ShardError: the files are not all shards of one model.
+    """
+    with ExitStack() as stack:
+        fetched, path = None, _here(model)
+        if path is None:
+            copy = stack.enter_context(headers_of(_address(str(model))))
+            path, fetched = copy.path, copy.fetched_bytes
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dfqs-headers-"))
+        try:
+            shards, glued = _all_shards(path, folder)
+        except DfqsError as error:
+            if fetched is None:
+                raise
+            raise type(error)(error.what, where=str(model), hint=error.hint) from None  # not the copy's name
+        yield Outline(str(model), shards, glued, fetched)
+
+
+def _all_shards(path: Path, folder: str) -> tuple[ShardSet, bool]:
+    """The shards of a file, and whether they are glued; glued ones are laid out in ``folder``."""
+    headers = headers_inside(path)
+    if len(headers) == 1:
+        return open_shards(path), False
+    check_set(headers, glued=True, allow_mixed=True)
+    return open_shards(laid_out(headers, folder), allow_mixed=True), True
+
+
+def _here(model: str | Path) -> Path | None:
+    """The first file of a model on this machine, be it in the hub's cache; None where there is none."""
+    entry = models.registered().get(str(model))
+    if not is_address(model) and (entry is None or not entry.source.startswith("hf://")):
+        return models.resolve(model)[0]
+    try:
+        return models.resolve(model, local_files_only=True)[0]
+    except RegistryError:
+        return None
+
+
+def _address(model: str) -> str:
+    """The address of a registered model's first file, in whatever folder of its repository; or an address."""
+    entry = models.registered().get(model)
+    if entry is None:
+        return model
+    file = models.HubFile(entry.source.removeprefix("hf://"), entry.files[0].name)
+    return str(models.located(file))
+
+
+@contextmanager
+def headers_of(address: str) -> Iterator[Copy]:
+    """Fetch the headers of a remote file and of its other shards; the copies go when the block ends.
+
+    Args:
+        address: ``hf://owner/repo/file.gguf[@revision]``, the address of a file's page on the hub, or any
+            ``https://`` address.
+
+    Raises:
+        RegistryError: the server does not give the file, or gives no ranges.
+        HeaderError: its headers are larger than any real ones.
+    """
+    places = places_of(address)
+    wanted = next(place for place in places if place.address == address)
+    with tempfile.TemporaryDirectory(prefix="dfqs-headers-") as folder, ThreadPoolExecutor(AT_ONCE) as pool:
+        path, fetched = _copied(wanted, Path(folder), FIRST_BYTES)
+        others = [place for place in places if place is not wanted]
+        yield Copy(path, fetched + sum(pool.map(lambda place: _if_there(place, Path(folder)), others)))
+
+
+def places_of(address: str) -> list[Place]:
+    """The file of an address and its other shards, by their names, in order.
+
+    >>> [place.name for place in places_of("https://x.org/m-00001-of-00002.gguf?download=true")]
+    ['m-00001-of-00002.gguf', 'm-00002-of-00002.gguf']
+    """
+    from huggingface_hub import constants, hf_hub_url
+
+    page = address.replace(constants.ENDPOINT.rstrip("/"), "https://huggingface.co", 1)
+    if address.startswith("hf://") or models.PAGE.fullmatch(page):
+        file = models.parse_address(page)
+        places = []
+        for name in models.siblings(file.file):
+            one = models.HubFile(file.repo, name, file.revision)
+            label = address if name == file.file else str(one)
+            url = hf_hub_url(one.repo, one.file, revision=one.revision)
+            places.append(Place(label, PurePosixPath(name).name, url, one))
+        return places
+    scheme, host, path, query, _ = urlsplit(address)
+    folder, own = unquote(path).rpartition("/")[::2]
+    urls = {
+        name: urlunsplit((scheme, host, quote(f"{folder}/{name}"), query, ""))
+        for name in models.siblings(own)
+    }
+    return [Place(address if name == own else url, name or "index", url) for name, url in urls.items()]
+
+
+def laid_out(headers: Sequence[GGUFHeader], folder: str | Path) -> tuple[Path, ...]:
+    """Shards that lie glued in one file, each as a sparse file that llama.cpp's loader can plan."""
+    paths = []
+    ordered = sorted(headers, key=lambda header: header.count("split.no"))
+    for number, header in enumerate(ordered, 1):
+        path = shard_path(Path(folder) / "glued", number, len(ordered))
+        with path.open("wb") as file:
+            file.write(header.raw)
+            file.truncate(header.end_offset - header.start)
+        paths.append(path)
+    return tuple(paths)
+
+
+def headers_inside(path: str | Path) -> list[GGUFHeader]:
+    """The header of a file, and those of the shards that are glued behind it."""
+    headers: list[GGUFHeader] = []
+    start: int | None = 0
+    with Path(path).open("rb", buffering=0) as file:
+        while start is not None:
+            headers.append(read_header(path, start))
+            start = _next_start(headers[-1], file)
+    return headers
+
+
+def _if_there(place: Place, folder: Path) -> int:
+    """Copy one more shard; the bytes that came. The shards' cross-check names one that is missing."""
+    try:
+        return _copied(place, folder, NEXT_BYTES)[1]
+    except RegistryError:
+        (folder / place.name).unlink(missing_ok=True)
+        return 0
+
+
+def _copied(place: Place, folder: Path, block: int) -> tuple[Path, int]:
+    """A sparse copy of one file's headers, and the bytes that came."""
+    path = folder / place.name
+    with path.open("w+b") as copy:
+        remote = RemoteFile(place, copy, block)
+        remote.block = NEXT_BYTES
+        start: int | None = 0
+        while start is not None:
+            try:
+                header = read_header(path, start, file=remote)
+            except HeaderError as error:
+                if remote.fetched_bytes >= MOST_BYTES:
+                    raise HeaderError(error.what, where=place.address, hint=error.hint) from None
+                break  # whoever reads the copy meets the same bytes, and says what is wrong
+            start = _next_start(header, remote)
+    return path, remote.fetched_bytes
+
+
+def _next_start(header: GGUFHeader, file: Any) -> int | None:
+    """Where another header follows this one's data, with or without padding; None at the end."""
+    end = header.data_offset + max((t.offset + t.nbytes for t in header.tensors), default=0)
+    full = header.start + padded(end - header.start, header.alignment)
+    file.seek(end)
+    following = file.read(full - end + len(MAGIC)) or b""
+    at = next((at for at in (0, full - end) if following[at : at + len(MAGIC)] == MAGIC), None)
+    return None if at is None else end + at
+
+
+class RemoteFile(io.RawIOBase):
+    """A file behind an address, for reading: each range is fetched once, and kept in ``copy`` at its place.
+
+    Raises:
+        RegistryError: as `headers_of`, at the first read.
+    """
+
+    def __init__(self, place: Place, copy: BinaryIO, block: int) -> None:
+        self.place, self.copy, self.block = place, copy, block
+        self.position = self.fetched_bytes = self.size = 0
+        self.window = (0, 0)
+        self._fetch(0, block)
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Move; nothing is fetched."""
+        self.position = offset + (0, self.position, self.size)[whence]
+        return self.position
+
+    def read(self, n: int = -1) -> bytes:
+        """Up to ``n`` bytes from here on; fewer at the end only."""
+        end = self.size if n < 0 else min(self.position + n, self.size)
+        if end <= self.position:
+            return b""
+        start, stop = self.window
+        if not start <= self.position <= stop:
+            self.window = (self.position, self.position)
+        while self.window[1] < end:
+            before = self.window[1]
+            self._fetch(before, min(max(end, before + self.block), self.size))
+            if self.window[1] == before:
+                raise RegistryError("the server sends no more", where=self.place.address, hint="try again")
+        self.copy.seek(self.position)
+        taken = self.copy.read(end - self.position)
+        self.position = end
+        return taken
+
+    def _fetch(self, start: int, end: int) -> None:
+        """Bring one range; a connection that breaks is tried again."""
+        import httpx2
+        from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+        if self.fetched_bytes >= MOST_BYTES:
+            what = f"its headers take more than {MOST_BYTES:,} bytes"
+            raise HeaderError(what, where=self.place.address, hint="no real model's do: check the address")
+        again = Retrying(
+            retry=retry_if_exception_type((httpx2.NetworkError, httpx2.RemoteProtocolError)),
+            stop=stop_after_attempt(TRIES),
+            wait=wait_exponential(max=2),
+            reraise=True,
+        )
+        try:
+            again(self._fetch_once, start, end)
+        except (OSError, ValueError, RuntimeError, httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise _refusal(error, self.place) from error
+
+    def _fetch_once(self, start: int, end: int) -> None:
+        from huggingface_hub.utils import _headers, _http
+
+        headers = _headers.build_hf_headers() if self.place.hub else {}
+        headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        options: dict[str, Any] = {"headers": headers, "timeout": TIMEOUT_SECONDS}
+        with _http.get_session().stream("GET", self.place.url, **options) as answer:
+            if answer.status_code >= 400:
+                answer.read()
+                _http.hf_raise_for_status(answer)
+            self._grow(_size_told(answer, start, self.place.address))
+            self.copy.seek(start)
+            at = start
+            for chunk in answer.iter_raw():
+                self.copy.write(chunk[: end - at])
+                at += len(chunk[: end - at])
+                self.fetched_bytes += len(chunk)
+                if at == end:
+                    break
+        self.copy.flush()
+        self.window = (self.window[0], at)
+
+    def _grow(self, size: int) -> None:
+        """Give the copy the original's size, once."""
+        if self.size not in (0, size):
+            hint = "try again when it is at rest"
+            raise RegistryError("the file changed while it was read", where=self.place.address, hint=hint)
+        if self.size == size:
+            return
+        self.size = size
+        try:
+            self.copy.truncate(size)
+        except OSError as error:
+            what = f"no sparse file of {size:,} bytes can be made here ({error.strerror})"
+            raise OutputError(what, where=self.copy.name, hint="set TMPDIR to a folder on a disk") from error
+
+
+def _refusal(error: Exception, place: Place) -> DfqsError:
+    """The network's and the hub's errors in our words."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if place.hub and status:
+        return models.explained(error, place.hub)
+    if status:
+        return RegistryError(f"the server answers {status}", where=place.address, hint="check the address")
+    if isinstance(error, OfflineModeIsEnabled):
+        return RegistryError("offline, and not here", where=place.address, hint="unset HF_HUB_OFFLINE")
+    hint = "check the address, the network and any proxy"
+    return RegistryError(f"cannot be reached ({error})", where=place.address, hint=hint)
+
+
+def _size_told(answer: Any, start: int, address: str) -> int:
+    """The file's size, from an answer to a request for a range.
+
+    Raises:
+        RegistryError: the server gave the whole file, or another range.
+    """
+    told = RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+    if answer.status_code == 206 and told and int(told[1]) == start:
+        return int(told[3])
+    length = answer.headers.get("Content-Length", "")
+    if answer.status_code == 200 and start == 0 and length.isdigit() and int(length) <= SMALL_BYTES:
+        return int(length)
+    hint = "download the file, and inspect it here"
+    raise RegistryError("this server gives no byte ranges, only whole files", where=address, hint=hint)

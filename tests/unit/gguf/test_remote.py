@@ -1,0 +1,144 @@
+"""A look before the download: a real server with ranges, and headers of the artifact's real shape."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gguf_fixtures import REAL_TENSORS, real_size_shards
+from hub_server import HubServer
+
+from dfqs_nb.core.errors import RegistryError, ShardError
+from dfqs_nb.core.paths import REPOSITORY, data_dir
+from dfqs_nb.gguf import remote
+from dfqs_nb.gguf.header import read_header
+from dfqs_nb.merge import diagnose
+
+NANO = [data_dir() / "reference" / f"DFQS-Nano-IQ1_S-XL-0000{i}-of-00002.gguf" for i in (1, 2)]
+MOST_BYTES = 30_000_000
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> dict[str, Path]:
+    """Two sparse shards of the published shape, and the same glued into one file, as it was published."""
+    folder = tmp_path_factory.mktemp("real")
+    shards = real_size_shards(folder / "flash")
+    glued, end = folder / "glued.gguf", 0
+    with glued.open("wb") as file:
+        for shard in shards:
+            header = read_header(shard)
+            file.seek(end)
+            file.write(header.raw)
+            end += header.file_size
+        file.truncate(end)
+    return {path.name: path for path in [*shards, glued]}
+
+
+@pytest.fixture(scope="module")
+def server(real):
+    files = {**real, **{path.name: path for path in NANO}, "one/alone-00001-of-00002.gguf": NANO[0]}
+    with HubServer({"someone/flash": files}) as server:
+        yield server
+
+
+def dfqs(server: HubServer, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user would type it, with this server as the hub, and without a proxy."""
+    kept = {key: value for key, value in os.environ.items() if not key.upper().endswith("_PROXY")}
+    return subprocess.run(
+        [sys.executable, "-m", "dfqs_nb", *words],
+        env={**kept, "HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"},
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=False,
+        timeout=120,
+    )
+
+
+def address(server: HubServer, name: str) -> str:
+    return f"{server.endpoint}/someone/flash/resolve/main/{name}"
+
+
+def test_a_glued_file_of_the_real_size_is_seen_through_before_the_download(server, tmp_path):
+    server.log.clear()
+    done = dfqs(server, tmp_path, "inspect", "hf://someone/flash/glued.gguf")
+    assert done.returncode == 1, "it is no sound model"
+    for words in ("raw concatenation", "after the download: dfqs-nb repair", "llama.cpp's loader takes"):
+        assert words in done.stdout, done.stdout + done.stderr
+    assert "of free memory by" in done.stdout, "62 GB do not fit here"
+    assert sum(request.sent for request in server.log) < MOST_BYTES
+
+
+@pytest.mark.parametrize("form", ["hf://someone/flash/{}", "{}/someone/flash/blob/main/{}"])
+def test_all_shards_of_a_set_are_read_from_the_address_of_any(server, tmp_path, form):
+    name = "flash-00002-of-00002.gguf"
+    where = form.format(*([name] if form.startswith("hf") else [server.endpoint, name]))
+    server.log.clear()
+    done = dfqs(server, tmp_path, "inspect", where)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for words in (f"{REAL_TENSORS:,}", "284,332,240,471", "6 of 256 a token", "loader takes this file"):
+        assert words in done.stdout, done.stdout
+    assert sum(request.sent for request in server.log) < MOST_BYTES
+
+
+def test_the_copy_is_the_file_as_far_as_headers_go(server):
+    with remote.headers_of(address(server, NANO[1].name)) as copy:
+        assert copy.path.stat().st_size == NANO[1].stat().st_size
+        assert read_header(copy.path).raw == read_header(NANO[1]).raw
+        assert diagnose(copy.path, allow_holes=True).kind == diagnose(NANO[1]).kind
+    assert not copy.path.exists(), "the copy goes with the block"
+
+
+def test_a_model_is_outlined_wherever_it_is(server, real):
+    glued = str(real["glued.gguf"])
+    for model in (glued, address(server, "glued.gguf"), address(server, "flash-00001-of-00002.gguf")):
+        with remote.outline(model) as outline:
+            assert len(outline.shards.tensors) == REAL_TENSORS and outline.path.is_file()
+            assert outline.glued == ("glued" in model)
+            assert (outline.fetched_bytes is None) == (model == glued)
+
+
+def test_a_missing_shard_is_named(server):
+    with (
+        pytest.raises(ShardError, match="alone-00002-of-00002.gguf"),
+        remote.outline(address(server, "one/alone-00001-of-00002.gguf")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("/someone/flash/resolve/main/none.gguf", "the server answers 404"),
+        ("/nobody/flash/resolve/main/none.gguf", "the server answers 404"),
+        (":1/m.gguf", "cannot be reached"),
+    ],
+)
+def test_what_a_server_does_not_give_is_one_message(server, where, words):
+    base = "http://127.0.0.1" if where.startswith(":") else server.endpoint
+    with pytest.raises(RegistryError, match=words), remote.headers_of(base + where):
+        pass
+
+
+def test_a_server_without_ranges_is_named(server):
+    server.ranges = False
+    try:
+        with (
+            pytest.raises(RegistryError, match="no byte ranges"),
+            remote.headers_of(address(server, NANO[0].name)),
+        ):
+            pass
+    finally:
+        server.ranges = True
+
+
+def test_a_page_instead_of_a_file_is_diagnosed(server, tmp_path):
+    page = tmp_path / "page.gguf"
+    page.write_text("<!DOCTYPE html><html><title>Log in</title></html>")
+    server.repos["someone/page"] = {"page.gguf": page}
+    where = f"{server.endpoint}/someone/page/resolve/main/page.gguf"
+    with remote.headers_of(where) as copy:
+        assert "page" in str(diagnose(copy.path, allow_holes=True).finding)
