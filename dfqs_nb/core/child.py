@@ -21,6 +21,7 @@ from typing import IO, Any, NoReturn, TypeVar
 
 import psutil
 
+from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.paths import REPOSITORY
 
@@ -29,13 +30,13 @@ AnyError = TypeVar("AnyError", bound=DfqsError)
 SOURCE_FOLDER = re.compile(r"\S*/(?=[\w.-]+\.(?:cpp|c|cu|h|m):\d+)")  # of the machine that compiled llama.cpp
 GRACE_SECONDS = 10.0  # between asking a child to end and killing it
 HINTS = {
-    "SIGABRT": "its header is not what this llama.cpp expects: `dfqs-nb inspect` it, download it again, "
-    "or update llama-cpp-python",
+    "SIGABRT": "its header is not what this llama.cpp expects: look with `dfqs-nb inspect {file}`, "
+    "download it again, or update llama-cpp-python",
     "SIGFPE": "this build of llama.cpp cannot open this model: use another build",
     "SIGILL": "llama-cpp-python was built for another CPU: delete .venv and run `make run` again",
-    "SIGSEGV": "the file is damaged, or this llama.cpp does not suit this CPU: `dfqs-nb verify` it, then "
-    "delete .venv and run `make run` again",
-    "SIGBUS": "the file shrank or its disk failed during reading: `dfqs-nb verify` it",
+    "SIGSEGV": "the file is damaged, or this llama.cpp does not suit this CPU: `dfqs-nb verify {file}`, "
+    "then delete .venv and run `make run` again",
+    "SIGBUS": "the file shrank or its disk failed during reading: `dfqs-nb verify {file}`",
     "SIGKILL": "the system killed it, most likely for memory: lower n_ctx or close other programs",
     "timeout": "the disk is very slow, or the file is on a network: copy it to a local disk",
 }
@@ -197,7 +198,7 @@ def died(
     error = ChildDied(
         f"llama.cpp died {doing} ({cause or 'without an answer'}){f': {reason}' if reason else ''}",
         where=where,
-        hint=HINTS.get(cause, "the child process says why above"),
+        hint=HINTS.get(cause, "the child process says why above").format(file=quoted(where or "FILE")),
     )
     error.cause, error.messages, error.log = cause, tuple(messages), tuple(log)
     return _with_log(error, log)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import html
 import os
 import re
+import shlex
 import unicodedata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
     from IPython.display import HTML
 
-__all__ = ["cell", "markdown", "markdown_table", "plain", "shown", "size", "tqdm"]
+__all__ = ["cell", "markdown", "markdown_table", "plain", "quoted", "shown", "size", "tqdm"]
 
 
 def tqdm(*arguments: Any, **options: Any) -> Any:
@@ -68,6 +70,15 @@ def plain(text: object) -> str:
         else "\ufffd"
         for character in str(text)
     )
+
+
+def quoted(path: str | Path) -> str:
+    """A path as a word of a command that a shell takes as pasted.
+
+    >>> quoted("my model.gguf")
+    "'my model.gguf'"
+    """
+    return plain(shlex.quote(str(path)))
 
 
 def markdown(text: object) -> str:

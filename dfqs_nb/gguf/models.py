@@ -212,7 +212,7 @@ def _registered(model: Model, revision: str | None, options: dict[str, Any]) -> 
         paths = tuple(folder / file.name for file in model.files)
         for path in paths:
             if not path.is_file():
-                hint = f"it belongs to the repository: git checkout -- {model.source}"
+                hint = f"it belongs to the repository: `git checkout -- {model.source}`"
                 raise RegistryError("missing", where=tilde(path), hint=hint)
     check_sizes(paths, model)
     return paths

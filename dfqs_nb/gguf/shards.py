@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError, ShardError
 from dfqs_nb.gguf.header import GET_AGAIN, GGUFHeader, Tensor, check_layout, padded, read_header
 
@@ -236,7 +237,8 @@ def _check_size(header: GGUFHeader, number: int, count: int) -> None:
     check_layout(header)
     if surplus > 0:
         what = f"{which} has {surplus:,} bytes more than its header accounts for {expected}"
-        raise _refused(what, header.path, "files may have been glued together: `dfqs-nb inspect` says more")
+        hint = f"files may have been glued together: `dfqs-nb inspect {quoted(header.path)}` says more"
+        raise _refused(what, header.path, hint)
 
 
 def _check_tensors(headers: Sequence[GGUFHeader]) -> None:

@@ -95,7 +95,7 @@ class ImportanceMatrix:
                 raise ImatrixError(
                     f"the importance matrix has values for {name} that are not finite or negative",
                     where=self.path or None,
-                    hint="collect it again; if that repeats, `dfqs-nb verify` the model",
+                    hint="collect it again; if that repeats, get the model again",
                 )
 
     def only(self, pattern: str) -> ImportanceMatrix:
@@ -128,7 +128,7 @@ class ImportanceMatrix:
                 f"the importance matrix is of another model: {len(self.entries) - len(kept):,} of its "
                 f"{len(self.entries):,} entries do not fit this one ({odd}: {why})",
                 where=self.path or None,
-                hint="collect one on this model: `dfqs-nb quantize ... --calibrate TEXT`",
+                hint="collect one on this model: `--calibrate calibration-nano` does, or llama-imatrix",
             )
         return replace(self, entries=kept)
 

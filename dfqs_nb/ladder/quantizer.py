@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core import child
-from dfqs_nb.core.display import tqdm
+from dfqs_nb.core.display import quoted, tqdm
 from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.files import sha256_of_files, whole_path
 from dfqs_nb.core.machine import usable_cores
@@ -294,7 +294,7 @@ def _check_matrix(tensors: Sequence[Planned], matrix: ImportanceMatrix | None, s
             where=shards.paths[0],
             hint="collect it over more text, or give these tensors another type"
             if matrix
-            else "collect one: `dfqs-nb quantize ... --calibrate TEXT`, or llama-imatrix and --imatrix",
+            else "add --calibrate with a text, or --imatrix with a file of llama-imatrix",
         )
 
 
@@ -435,7 +435,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         raise QuantizeError(
             reasons[-1] if reasons else "llama.cpp could not quantize it",
             where=job["source"],
-            hint="correct the recipe, or `dfqs-nb verify` the source",
+            hint=f"correct the recipe, or check the source: `dfqs-nb verify {quoted(job['source'])}`",
         )
     rows = re.findall(
         r"\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\S+), size = +[\d.]+ MiB(?: -> +[\d.]+ MiB \((\S+)\))?",

@@ -342,7 +342,7 @@ class _Climber:
                 raise ReferenceGone(
                     "the source's predictions are gone",
                     where=reference,
-                    hint="climb again with fresh=True: the source is then measured again",
+                    hint="set fresh = True in notebook 08: the source is then measured again",
                 )
             (place / "rung.json").unlink(missing_ok=True)  # it would vouch for what is replaced from here on
             job = {
@@ -414,4 +414,4 @@ class _Climber:
 
 
 def _no_answer(*_arguments: Any) -> Any:
-    raise LadderError("an answer is missing from the rung's journal", hint="climb again with fresh=True")
+    raise LadderError("an answer is missing from the rung's journal", hint="set fresh = True in notebook 08")

@@ -125,7 +125,7 @@ def library_path() -> Path:
     for path in (folder / name for folder in folders for name in LIBRARIES):
         if path.exists():
             return path
-    raise ModelError("libggml-base is not installed", hint="install llama-cpp-python: make run does it")
+    raise ModelError("libggml-base is not installed", hint="`make run` installs it")
 
 
 # ---- the loader ----
@@ -206,7 +206,7 @@ def _ask(
             if not messages:
                 raise ModelError(
                     f"cannot run llama.cpp ({child.telling_line(log) or error.cause})",
-                    hint="install llama-cpp-python again: make run does it",
+                    hint="delete .venv and type `make run`: it installs llama-cpp-python again",
                 ) from error
             messages.append({"facts": {"accepted": False, "death": error.cause}, "log": log})
         for message in messages[1:]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import HeaderError, ShardError
 from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, padded, read_header
 
@@ -157,7 +158,9 @@ def byte_parts(path: str | Path) -> tuple[Path, ...]:
     for index, part in list(parts.items())[1:]:
         if opening(part)[0].startswith(MAGIC):
             what = f"part {name.like(index)} begins with a GGUF header of its own, so it is a shard"
-            raise ShardError(what, where=part, hint="`dfqs-nb inspect` shows the name that it needs")
+            raise ShardError(
+                what, where=part, hint=f"`dfqs-nb inspect {quoted(part)}` shows the name that it needs"
+            )
     check_sum(tuple(parts.values()))
     return tuple(parts.values())
 

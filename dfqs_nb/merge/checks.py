@@ -11,6 +11,7 @@ import shutil
 import stat
 from pathlib import Path
 
+from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.merge import disk
@@ -81,7 +82,9 @@ def _check_stored(path: Path, allow_holes: bool) -> None:
     if missing:
         mark = f"has a hole at byte {first:,}: {missing:,} bytes were never stored and read as zeros"
     if mark:
-        hint = "finish the download, or the stopped merge; or, if it is sparse on purpose: allow_holes=True"
+        copy = path.with_name(f"whole-{path.name}")
+        hint = "finish the download, or the stopped merge; if its holes are meant, fill them: "
+        hint += f"`cp --sparse=never {quoted(path)} {quoted(copy)}`"
         raise IntegrityError(mark, where=path, hint=hint)
 
 

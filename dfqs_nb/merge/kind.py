@@ -9,13 +9,12 @@ and at the names of the neighbours. It says in one sentence what the file is, an
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from dfqs_nb.core.display import plain
+from dfqs_nb.core.display import plain, quoted
 from dfqs_nb.core.errors import DfqsError, HeaderError, LayoutError, ShardError
 from dfqs_nb.gguf import facts
 from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, check_layout, read_header
@@ -259,7 +258,7 @@ def _layout(path: Path, walk: _Walk) -> Finding | None:
         with path.open("rb", buffering=0) as file:
             file.seek(walk.end)
             rows = (("the bytes after the end begin with", shown_bytes(file.read(SHOWN_BYTES))),)
-        step = f"keep the first {walk.end:,} bytes: truncate -s {walk.end} {_quoted(path)}"
+        step = f"keep the first {walk.end:,} bytes: `truncate -s {walk.end} {quoted(path)}`"
         if count > 1:
             step = f"other shards may follow in a damaged form: {AGAIN}"
         finding = f"{what}, and {walk.size - walk.end:,} bytes after its end"
@@ -278,7 +277,7 @@ def _shard(path: Path, header: GGUFHeader) -> Finding | None:
         return Finding(Kind.SHARD, f"{what}: numbers that llama.cpp cannot have", AGAIN)
     if match is None or name != path.name or (int(match["number"]), int(match["count"])) != (number, count):
         wanted = plain(shard_path(match["prefix"] if match else path.stem, number, count).name)
-        step = f"rename it to {wanted!r}, or name all {count} shards to `dfqs-nb merge`"
+        step = f"rename it: mv {quoted(path)} {quoted(path.with_name(wanted))}"
         return Finding(Kind.SHARD, f"{what} by its header, but not named so, as llama.cpp needs it", step)
     others = [shard_path(path.parent / match["prefix"], i, count) for i in range(1, count + 1)]
     missing = [plain(other.name) for other in others if not other.is_file()]
@@ -291,7 +290,8 @@ def _shard(path: Path, header: GGUFHeader) -> Finding | None:
         if not first.startswith(MAGIC):
             _, finding, step, _ = by_first_bytes(first, size)
             return Finding(Kind.SHARD, f"{what}; but {plain(other.name)} is {finding}", step)
-    return Finding(Kind.SHARD, f"{what}; all {count} are here", f"dfqs-nb merge {_quoted(path)}")
+    step = f"dfqs-nb merge {quoted(path)} -o {quoted(path.with_name(match['prefix'] + '.gguf'))}"
+    return Finding(Kind.SHARD, f"{what}; all {count} are here", step)
 
 
 # ---- a file with several headers ----
@@ -316,7 +316,7 @@ def _of_several(path: Path, walk: _Walk) -> Finding:
     order = [part.number for part in parts]
     how = "" if order == sorted(order) else f" in the order {', '.join(map(str, order))}"
     finding = f"{len(parts)} shards glued together byte for byte{how}, which is no merge: no runtime loads it"
-    return Finding(Kind.RAW_CONCATENATION, finding, f"dfqs-nb repair {_quoted(path)}", tuple(rows))
+    return Finding(Kind.RAW_CONCATENATION, finding, f"dfqs-nb repair {quoted(path)} --in-place", tuple(rows))
 
 
 def _problem(walk: _Walk) -> str:
@@ -360,10 +360,6 @@ def _refused_header(first: bytes, size: int, error: HeaderError) -> Finding:
     return Finding(Kind.DAMAGED, f"a GGUF with a broken header: {error.what}", error.hint)
 
 
-def _quoted(path: Path) -> str:
-    return plain(shlex.quote(path.name))
-
-
 def _byte_part(path: Path) -> Diagnosis | None:
     """The diagnosis of a byte part, or None when its name or the parts' content speak against it."""
     name = part_name(path.name)
@@ -385,7 +381,8 @@ def _byte_part(path: Path) -> Diagnosis | None:
     except DfqsError as error:
         return Diagnosis(path, Kind.BYTE_PART, f"{what}: {error.what}", error.hint, rows)
     finding = f"{what}; all {len(parts)} are here, together the {total:,} bytes {needs}"
-    return Diagnosis(path, Kind.BYTE_PART, finding, f"join them: dfqs-nb merge {_quoted(files[0])}", rows)
+    step = f"join them: dfqs-nb merge {quoted(files[0])} -o {quoted(path.with_name(name.whole))}"
+    return Diagnosis(path, Kind.BYTE_PART, finding, step, rows)
 
 
 # ---- a table for the notebook ----

@@ -13,16 +13,16 @@ llama.cpp then refuses its output. This module pads to the model's own alignment
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import HeaderError, IntegrityError, OutputError, RegistryError, ShardError
 from dfqs_nb.core.files import sha256_of
-from dfqs_nb.core.paths import outputs_dir, tilde
+from dfqs_nb.core.paths import outputs_dir
 from dfqs_nb.gguf import facts
 from dfqs_nb.gguf.header import check_layout, padded, read_header
 from dfqs_nb.gguf.shards import ShardSet, check_set, open_shards, shard_path
@@ -320,7 +320,7 @@ def validate(path: Path, plan: Plan) -> None:
     check_layout(header)
     verdict = parse(path)
     if not verdict.accepted:
-        hint = "check the sources: `dfqs-nb inspect` says what they are"
+        hint = f"`dfqs-nb inspect {' '.join(map(quoted, plan.sources))}` says what the sources are"
         raise IntegrityError(f"llama.cpp refuses the result: {verdict.message}", where=path, hint=hint)
     planned = [(copy.name, copy.target_offset, copy.nbytes) for copy in plan.copies]
     written = [(t.name, header.data_offset + t.offset, t.nbytes) for t in header.tensors]
@@ -402,7 +402,7 @@ def _merged_before(model: Given, folder: Path) -> ShardError | None:
         output = manifest.with_name(manifest.name.removesuffix(".manifest.json"))
         earlier = earlier_result(output)
         if earlier and names & {str(source["name"]) for source in earlier.sources}:
-            hint = f"go on with the merged model: dfqs-nb run --model {shlex.quote(tilde(output))}"
+            hint = f"go on with the merged model: dfqs-nb run --model {quoted(output)}"
             return ShardError("was merged and then deleted (consume)", where=sorted(names)[0], hint=hint)
     return None
 

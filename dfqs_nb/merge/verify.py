@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from dfqs_nb.core.display import tqdm
+from dfqs_nb.core.display import quoted, tqdm
 from dfqs_nb.core.errors import IntegrityError
 from dfqs_nb.core.files import CHUNK_BYTES, read_json, sha256_of_file, write_json
 from dfqs_nb.gguf.header import GGUFHeader, Tensor, check_layout, read_header
@@ -189,7 +189,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         problem = str(error)
     if problem:
-        hint = "if you trust the model file, remove it, and write it anew: `dfqs-nb verify --write-manifest`"
+        hint = f"remove it; if you trust the model: `dfqs-nb verify {quoted(path)} --write-manifest`"
         raise IntegrityError(f"cannot be read ({problem})", where=place, hint=hint)
     size = path.stat().st_size
     if manifest["nbytes"] != size:

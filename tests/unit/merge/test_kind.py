@@ -266,7 +266,7 @@ def test_every_inner_header_of_a_raw_concatenation_is_found(
     headers = _glued(glued).headers
     assert [header.start for header in headers] == [part.start for part in found.parts]
     assert sum(len(header.tensors) for header in headers) == 126
-    assert found.next_step == "dfqs-nb repair glued.gguf"
+    assert found.next_step == f"dfqs-nb repair {glued} --in-place"
 
 
 def test_missing_shards_are_named(merged_reference: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,21 @@ def test_errors_are_one_line_and_no_traceback(words, tmp_path):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("dfqs-nb: "), done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("merge", "x"), "Missing option '-o'"),
+        (("inspct", "x"), "No such command 'inspct'. Did you mean 'inspect'"),
+        (("repair", "x"), "either -o OUTPUT or --in-place"),
+        (("score", "x", "--tier", "big"), "'big' is not one of 'nano', 'standard'"),
+        ((), "Usage: dfqs-nb"),
+    ],
+)
+def test_a_wrong_command_line_says_what_is_wrong_with_it(words, says, capsys):
+    assert cli.main(list(words)) == 2
+    assert says in " ".join(re.sub("[│╭╮╰╯─]", " ", "".join(capsys.readouterr())).split())
 
 
 def test_long_context_of_a_file_is_the_notebook_s():
