@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import ExitStack
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -191,6 +193,75 @@ def _long_context(
         say(result.curve()[columns].to_string(index=False, float_format="{:.3f}".format))
         say(f"retrieval {result.boundary().sentence}")
     say(f"haystacks: {tilde(folder)}/")
+
+
+@app.command(rich_help_panel=MEASURE)
+def record(
+    source: Annotated[str, typer.Argument(help="The original: a GGUF file, or the URL of a server.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The record, a JSONL file.")],
+    prompts: Annotated[
+        str, typer.Option(help="A question set, or a text file with a prompt on each line.")
+    ] = "standard-reasoning",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 64,
+    top: Annotated[int, typer.Option(min=1, help="Likeliest tokens to keep at each.")] = 20,
+    limit: Annotated[int, typer.Option(help="The most prompts; 0: all.")] = 32,
+    plain: Annotated[bool, typer.Option("--plain", help="Continue texts; no chat template.")] = False,
+    endpoint_model: Annotated[str, typer.Option(metavar="NAME", help="Which of the server's models.")] = "",
+    key_variable: KeyVariable = "",
+    n_ctx: Annotated[int, typer.Option(help="Tokens of context.")] = 4096,
+    licence: Annotated[str, typer.Option(help="Of prompts and answers, for the record.")] = "not stated",
+) -> None:
+    """Record a model's predictions, so that its quantizations can be compared where it is not.
+
+    Goes on after a kill. Example: `dfqs-nb record http://127.0.0.1:8080/v1 -o original.jsonl`
+    """
+    from dfqs_nb import llama, serve
+    from dfqs_nb.core.files import sha256_of
+    from dfqs_nb.ladder import fidelity
+    from dfqs_nb.serve.logprobs import continuation
+
+    asked = fidelity.load_prompts(prompts, limit, chat=not plain)
+    if serve.is_url(source):
+        server = serve.connect(source, endpoint_model, key_variable=key_variable)
+        name, facts = server.model, {"runtime": server.conditions()["runtime"]}
+        steps: Any = partial(continuation, server, n_tokens=tokens, top_k=top)
+    else:
+        model = llama.open_model(source, llama.OpenSettings(n_ctx, n_threads=llama.threads_for(source)))
+        name, steps = model.path.name, partial(fidelity.continuation, model, n_tokens=tokens, top_k=top)
+        facts = {"runtime": model.conditions()["runtime"], "source_sha256": sha256_of(model.path)}
+    fidelity.write_record(
+        output, asked, steps, source=name, top_k=top, licence=licence, conditions={"tokens": tokens}, **facts
+    )
+    say(f"wrote {tilde(output)}; now compare: dfqs-nb fidelity MODEL {shlex.quote(str(output))}")
+
+
+@app.command(rich_help_panel=MEASURE)
+def fidelity(
+    model: Annotated[str, typer.Argument(help="The quantization: a GGUF file, or any of its shards.")],
+    record: Annotated[Path, typer.Argument(help="What `dfqs-nb record` wrote of the original.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Also write a row a token, as CSV.")
+    ] = None,
+    n_ctx: Annotated[int, typer.Option(help="Tokens of context.")] = 4096,
+    threads: Annotated[int, typer.Option(help="0: the usable cores.")] = 0,
+) -> None:
+    """Compare a quantization with an original that is not here, from a record of its predictions.
+
+    Example: `dfqs-nb fidelity model-IQ2_XXS.gguf original.jsonl`
+    """
+    from dfqs_nb import llama
+    from dfqs_nb.core.files import write_table
+    from dfqs_nb.ladder import fidelity as compared
+
+    loaded = compared.Record.load(record)
+    settings = llama.OpenSettings(n_ctx, n_threads=threads or llama.threads_for(model))
+    with llama.open_model(model, settings) as opened:
+        result = compared.compare_record(opened, loaded)
+    say(result.sentence)
+    if result.aligned:
+        say(result.by_position().to_string(index=False, float_format="{:.4f}".format))
+    if output:
+        say(f"wrote {tilde(write_table(output, result.tokens, index=False))}")
 
 
 @app.command(rich_help_panel=MEASURE)

@@ -1,0 +1,97 @@
+"""What a server predicts at each token of its answer: the tokens, and the likeliest others beside each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from dfqs_nb.serve.client import Answer, Endpoint
+from dfqs_nb.serve.wire import EndpointError, Limits
+
+BYTES_PER_GUESS = 400  # of JSON, for a token among the likeliest
+
+
+class Guess(BaseModel):
+    """A token in the protocol's words; ``bytes`` is missing where a server does not tell them."""
+
+    token: str = ""
+    logprob: float
+    bytes: list[int] | None = None
+    top_logprobs: list[Guess] = Field(default_factory=list)
+
+    def pair(self) -> tuple[str, float]:
+        """Its bytes in hex, and its log-probability."""
+        raw = self.token.encode("utf-8", "replace") if self.bytes is None else bytes(self.bytes)
+        return raw.hex(), min(self.logprob, 0.0)
+
+
+class Listed(BaseModel):
+    """Log-probabilities of an answer: ``content`` of a chat, the three others of the older completions."""
+
+    content: list[Guess] | None = None
+    tokens: list[str] = Field(default_factory=list)
+    token_logprobs: list[float | None] = Field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = Field(default_factory=list)
+
+    def guesses(self) -> list[Guess]:
+        """A guess a token, in either form."""
+        if self.content is not None:
+            return self.content
+        rows = zip(self.tokens, self.token_logprobs, self.top_logprobs, strict=False)
+        return [
+            Guess(
+                token=token,
+                logprob=value or 0.0,
+                top_logprobs=[Guess(token=text, logprob=number) for text, number in (top or {}).items()],
+            )
+            for token, value, top in rows
+        ]
+
+
+def continuation(
+    endpoint: Endpoint, text: str, chat: bool, n_tokens: int, top_k: int
+) -> list[dict[str, Any]]:
+    """A server's greedy answer, token by token: ``token`` (bytes in hex), ``logprob``, ``top`` (best first).
+
+    Raises:
+        EndpointError: it gives no log-probabilities, or those of another text than its answer.
+    """
+    wire = endpoint.wire
+    prompt = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+    asked = {"logprobs": True, "top_logprobs": top_k} if chat else {"logprobs": top_k}
+    body = {
+        "model": endpoint.model,
+        **prompt,
+        **asked,
+        "max_tokens": n_tokens,
+        "temperature": 0,
+        **endpoint.options,
+    }
+    url = f"{wire.url}/{'chat/' if chat else ''}completions"
+    limits = Limits(wire.timeout_seconds, 4 << 20 | BYTES_PER_GUESS * n_tokens * (top_k + 1))
+    page = wire.ask(lambda *_: wire.post(url, body), retries=endpoint.retries, limits=limits)
+    try:
+        choice = page["choices"][0]
+        answer = Answer.model_validate(choice.get("message") or choice)
+        guesses = Listed.model_validate(choice.get("logprobs") or {}).guesses()
+        steps = [_step(guess) for guess in guesses]
+    except (ValidationError, LookupError, TypeError, AttributeError, ValueError) as error:
+        what = f"its log-probabilities cannot be read ({str(error).splitlines()[0][:100]})"
+        raise EndpointError(what, where=wire.url, hint="take another server, or a GGUF file") from None
+    said = (answer.content or answer.text).encode("utf-8", "replace")
+    if not steps and said:
+        hint = "take a server that gives `logprobs`, such as llama.cpp's own, or a GGUF file"
+        raise EndpointError("it gives no log-probabilities", where=wire.url, hint=hint)
+    while steps and steps[-1]["token"] == "":
+        steps.pop()  # the token that ends an answer has no text
+    if bytes.fromhex("".join(step["token"] for step in steps)).strip() != said.strip():
+        hint = "switch off what changes the text: a reasoning kept apart, a filter, a tool parser"
+        raise EndpointError("its log-probabilities belong to another text", where=wire.url, hint=hint)
+    return steps
+
+
+def _step(guess: Guess) -> dict[str, Any]:
+    token, value = guess.pair()
+    top = sorted((other.pair() for other in guess.top_logprobs), key=lambda pair: -pair[1])
+    return {"token": token, "logprob": value, "top": top or [(token, value)]}
