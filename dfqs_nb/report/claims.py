@@ -7,7 +7,6 @@ facts.
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from dfqs_nb.report.spec import (
     NOT_TESTABLE,
     Claim,
     claims_spec,
+    filled,
 )
 from dfqs_nb.report.stages import Run
 
@@ -58,34 +58,20 @@ def check_claims(
 
     known, spec = facts(run, header, ask_llama_cpp=ask_llama_cpp), claims_spec()
     rows = []
-    for one in claims if claims is not None else spec.numbered():
-        if one.fact not in spec.facts or one.test not in TESTS:
-            raise RegistryError(
-                f"{one.id}: there is no fact {one.fact!r} with a test {one.test!r}",
-                where="data/spec/claims.toml",
-                hint=f"facts: {', '.join(spec.facts)}; tests: {', '.join(TESTS)}",
-            )
-        fact, value = spec.facts[one.fact], known.get(one.fact)
-        verdict = one.verdict or (TESTS[one.test](one, value, known) if value is not None else NOT_TESTABLE)
-        found, evidence = one.found or fact.found, one.evidence or fact.evidence
-        if value is None:
-            found, evidence = "not measured", "{why}"
-        words = {**known, "figure": one.figure}
-        rows.append(
-            (one.number, one.id, one.document, one.section, one.text, fact.how)
-            + (_WORDS.vformat(found, (), words), verdict, _WORDS.vformat(evidence, (), words), one.source)
-        )
+    for claim in claims if claims is not None else spec.numbered():
+        if claim.fact not in spec.facts or claim.test not in TESTS:
+            what = f"{claim.id}: there is no fact {claim.fact!r} with a test {claim.test!r}"
+            hint = f"facts: {', '.join(spec.facts)}; tests: {', '.join(TESTS)}"
+            raise RegistryError(what, where="data/spec/claims.toml", hint=hint)
+        fact, value = spec.facts[claim.fact], known.get(claim.fact)
+        verdict = claim.verdict or (NOT_TESTABLE if value is None else TESTS[claim.test](claim, value, known))
+        texts = ("not measured", "{why}")
+        if value is not None:
+            texts = claim.found or fact.found, claim.evidence or fact.evidence
+        found, evidence = (filled(text, {**known, "figure": claim.figure}) for text in texts)
+        stated = (claim.number, claim.id, claim.document, claim.section, claim.text)
+        rows.append((*stated, fact.how, found, verdict, evidence, claim.source))
     return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-class _Words(string.Formatter):
-    """Formats of the table; a fact that is not known reads so."""
-
-    def format_field(self, value: Any, form: str) -> str:
-        return "unknown" if value is None else str(super().format_field(value, form))
-
-
-_WORDS = _Words()
 
 
 def counts(table: pd.DataFrame) -> str:
@@ -106,9 +92,9 @@ def counts(table: pd.DataFrame) -> str:
 def _equals(claim: Claim, value: Any, known: Mapping[str, Any]) -> str:
     """The figure is the fact; of a list, one of it."""
     if isinstance(value, str) or isinstance(claim.value, bool):
-        return claim.yes if value == claim.value else claim.no
+        return _is(claim, value, known)
     values = value if isinstance(value, list) else [value]
-    return claim.yes if any(claim.agrees(one) for one in values) else claim.no
+    return claim.yes if any(claim.agrees(number) for number in values) else claim.no
 
 
 def _is(claim: Claim, value: Any, known: Mapping[str, Any]) -> str:
@@ -143,11 +129,6 @@ def _interval(claim: Claim, value: tuple[float, float, float], known: Mapping[st
     return CONFIRMED if value[1] <= claim.value <= value[2] else CONTRADICTED
 
 
-def _status(claim: Claim, value: str, known: Mapping[str, Any]) -> str:
-    """A notebook has judged it already."""
-    return value
-
-
 def _reaches(claim: Claim, value: Any, known: Mapping[str, Any]) -> str:
     """Retrieval carries to the context named, and that far was measured."""
     if value.right_censored:
@@ -169,7 +150,7 @@ TESTS: dict[str, Callable[[Claim, Any, Mapping[str, Any]], str]] = {
     "size": _size,
     "speed": _speed,
     "interval": _interval,
-    "status": _status,
+    "status": lambda claim, value, known: value,  # a notebook has judged it already
     "reaches": _reaches,
     "gradual": _gradual,
 }

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,11 +36,13 @@ from dfqs_nb.report.envelope import (
     this_machine,
 )
 from dfqs_nb.report.requirements import check_requirements
-from dfqs_nb.report.stages import DRAWN_ON, ModelFile, ReportError, Run, SetScore, read_run
+from dfqs_nb.report.stages import DRAWN_ON, LongContext, ModelFile, ReportError, Run, Scores, read_run
 from dfqs_nb.stats import LEVEL
 
 SCHEMA = "dfqs-report/1.0"
 FILE = "report.json"
+SCORES = ("reasoning_score", "code_score")
+CURVE, BOUNDARY, SPEED = "context_stability_curve", "failure_boundary_tokens", "cpu_tokens_per_sec"
 FEW_TEXTS = 12  # below, the boundary is provisional
 LARGEST = 1e15  # no count, size or speed is larger
 PACKAGES = ("dfqs-workbook", "llama-cpp-python", "gguf", "numpy", "pandas")
@@ -63,51 +65,52 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
     folder = Path(folder)
     run = read_run(folder)
     header, here = _header(run), this_machine(folder)
-    match = artifact_match(header, run)
-    details = {
-        "reasoning_score": _score(run, "reasoning_score"),
-        "code_score": _score(run, "code_score"),
-        "context_stability_curve": _curve(run),
-        "cpu_tokens_per_sec": _speed(run),
-        "failure_boundary_tokens": _boundary(run),
-    }
-    metrics = {name: one["value"] for name, one in details.items()}
+    level, details = artifact_match(header, run).level, _details(run)
+    metrics = {name: detail["value"] for name, detail in details.items()}
+    measured = {"scores": run.scores, "long_context": run.long_context}
     conditions = {
         name: {key: value for key, value in stage.conditions.items() if key != "model"}
-        for name, stage in (("scores", run.scores), ("long_context", run.long_context))
+        for name, stage in measured.items()
         if stage is not None
     }
-    about = match.level != "another"
-    claims = check_claims(run, header, ask_llama_cpp=ask_llama_cpp).to_dict("records") if about else []
+    sources = {
+        f"{name}.json": sha256_of_file(folder / f"{name}.json") for name in run.stages if name in DRAWN_ON
+    }
+    for name, stage in run.stages.items():
+        sources |= stage.files if name in DRAWN_ON else {}
+    verdict = run.routing.verdict if run.routing else None
+    claims = None if level == "another" else check_claims(run, header, ask_llama_cpp=ask_llama_cpp)
     report = {
         "schema": SCHEMA,
         "specification": "DFQS 1.0",
         "tier": run.tier,
         "run": folder.resolve().name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": _model(run, header, match.level),
+        "model": _model(run, header, level),
         "metrics": metrics,
         "details": details,
         "conditions": conditions,
         "conditions_sha256": canonical_sha256(conditions),
         "items": _items(run),
-        "routing": run.routing.verdict.model_dump() if run.routing and run.routing.verdict else None,
+        "routing": asdict(verdict) if verdict else None,
         "conformance": check_requirements(run, header, machine=here, metrics=metrics).to_dict("records"),
-        "claims": claims,
-        "hardware_envelope": _envelopes(run, header, here, match.level, ask_llama_cpp),
+        "claims": [] if claims is None else claims.to_dict("records"),
+        "hardware_envelope": _envelopes(run, header, here, level, ask_llama_cpp),
         "machine": (run.scores.machine if run.scores else None) or machine.describe(),  # that of the speeds
         "versions": _versions(),
-        "sources": _sources(folder, run),
+        "sources": dict(sorted(sources.items())),
     }
-    report = json.loads(json.dumps(report, default=str, allow_nan=False))
-    return {**report, "integrity": {"sha256": canonical_sha256(report)}}
+    return _sealed(json.loads(json.dumps(report, default=str, allow_nan=False)))
 
 
 def with_files(report: Mapping[str, Any], folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """The report with files that were drawn from it among its sources, and its hash anew."""
     body = {key: value for key, value in report.items() if key != "integrity"}
     drawn = {name: sha256_of_file(folder / name) for name in names}
-    body["sources"] = dict(sorted({**report["sources"], **drawn}.items()))
+    return _sealed({**body, "sources": dict(sorted({**report["sources"], **drawn}.items()))})
+
+
+def _sealed(body: dict[str, Any]) -> dict[str, Any]:
     return {**body, "integrity": {"sha256": canonical_sha256(body)}}
 
 
@@ -123,18 +126,14 @@ def read_report(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     try:
-        report = read_json(path)
+        report: dict[str, Any] = read_json(path)
     except FileNotFoundError:
-        raise ReportError(
-            "there is no report",
-            where=tilde(path),
-            hint=f"run {NOTEBOOKS['dfqs_report']}, or `dfqs-nb report RUN`",
-        ) from None
+        hint = f"run {NOTEBOOKS['dfqs_report']}, or `dfqs-nb report RUN`"
+        raise ReportError("there is no report", where=tilde(path), hint=hint) from None
     except (OSError, ValueError) as error:
         raise ReportError(f"is not JSON ({error})", where=tilde(path), hint=AGAIN) from error
     check_report(report, path)
-    checked: dict[str, Any] = report
-    return checked
+    return report
 
 
 def check_report(report: Any, path: str | Path) -> None:
@@ -143,57 +142,66 @@ def check_report(report: Any, path: str | Path) -> None:
     Raises:
         ReportError: the first thing that is wrong, and where in the file.
     """
+    if wrong := _fault(report):
+        raise ReportError(wrong, where=tilde(path), hint=AGAIN)
+
+
+def _fault(report: Any) -> str:
     import jsonschema
 
     validator = jsonschema.Draft202012Validator(schema())
     fault = jsonschema.exceptions.best_match(validator.iter_errors(report))
     if fault is not None:
-        what = f"does not follow the schema at {fault.json_path}: {fault.message[:200]}"
-        raise ReportError(what, where=tilde(path), hint=AGAIN)
+        return f"does not follow the schema at {fault.json_path}: {fault.message[:200]}"
     body = {key: value for key, value in report.items() if key != "integrity"}
     if canonical_sha256(body) != report["integrity"]["sha256"]:
-        raise ReportError("was edited after it was written", where=tilde(path), hint=AGAIN)
+        return "was edited after it was written"
     if canonical_sha256(report["conditions"]) != report["conditions_sha256"]:
-        raise ReportError("its conditions do not have the hash that it states", where=tilde(path), hint=AGAIN)
-    if wrong := contradictions(report):
-        raise ReportError(f"contradicts itself: {'; '.join(wrong)}", where=tilde(path), hint=AGAIN)
+        return "its conditions do not have the hash that it states"
+    wrong = contradictions(report)
+    return f"contradicts itself: {'; '.join(wrong)}" if wrong else ""
 
 
 def contradictions(report: Mapping[str, Any]) -> list[str]:
     """What two places of a report say differently, each in a clause; a schema cannot see it."""
-    wrong = []
-    for name, value in report["metrics"].items():
-        detail = report["details"][name]
-        low, high, n = detail["low"], detail["high"], detail["n"]
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if value != detail["value"]:
-            wrong.append(f"{name} is {value} and {detail['value']}")
-        elif any(not math.isfinite(one) or abs(one) > LARGEST for one in (*values, low or 0, high or 0, n)):
-            wrong.append(f"{name} has a number that no measurement gives")
-        elif value is not None and n < 1:
-            wrong.append(f"{name} has a value from no answers")
-        elif len(values) == 1 and not isinstance(value, list):
-            floor = detail.get("status") == "floor"
-            if not floor and (
-                (low is not None and low > value + 1e-9) or (high is not None and value > high + 1e-9)
-            ):
-                wrong.append(f"{name} {value} lies outside its interval, {low} to {high}")
+    details = report["details"]
+    wrong = [
+        f"{name} {fault}"
+        for name, value in report["metrics"].items()
+        if (fault := _odd(value, details[name]))
+    ]
     if wrong:  # the schema types the metrics: their details are of the same types only where they are equal
         return wrong
-    curve, boundary = (
-        report["details"]["context_stability_curve"],
-        report["details"]["failure_boundary_tokens"],
-    )
+    curve, boundary = details[CURVE], details[BOUNDARY]
     if curve["value"] is not None and len(curve["value"]) != len(curve.get("lengths", ())):
         wrong.append("the curve has another number of points than of lengths")
     if boundary["value"] is not None and boundary.get("tokens", boundary["value"]) != boundary["value"]:
         wrong.append(f"the boundary is {boundary['value']} and {boundary['tokens']} tokens")
-    for name in ("reasoning_score", "code_score"):
-        detail = report["details"][name]
-        total = sum(detail.get("counts", {}).values())
-        if detail["value"] is not None and total and total < detail["n"]:
-            wrong.append(f"{name} counts {total} answers of {detail['n']}")
+    for name in SCORES:
+        total = sum(details[name].get("counts", {}).values())
+        if details[name]["value"] is not None and 0 < total < details[name]["n"]:
+            wrong.append(f"{name} counts {total} answers of {details[name]['n']}")
     return wrong
+
+
+def _odd(value: Any, detail: Mapping[str, Any]) -> str:
+    """What is wrong with a metric and its details, which the schema has typed one by one."""
+    low, high, n = detail["low"], detail["high"], detail["n"]
+    if value != detail["value"]:
+        return f"is {value} and {detail['value']}"
+    if value is None:
+        return ""
+    values = value if isinstance(value, list) else [value]
+    if any(
+        not math.isfinite(number) or abs(number) > LARGEST for number in (*values, low or 0, high or 0, n)
+    ):
+        return "has a number that no measurement gives"
+    if n < 1:
+        return "has a value from no answers"
+    if isinstance(value, list) or detail.get("status") == "floor":
+        return ""
+    outside = (low is not None and low > value + 1e-9) or (high is not None and value > high + 1e-9)
+    return f"{value} lies outside its interval, {low} to {high}" if outside else ""
 
 
 def schema() -> Any:
@@ -201,101 +209,85 @@ def schema() -> Any:
     return read_json(data_dir() / "spec" / "report.schema.json")
 
 
-# ---- the five metrics, each from its stage ----
+# ---- the five metrics, each from its stage: what differs from an empty detail ----
 
 
-def _withheld(why: str, stage: str, unit: str, **more: Any) -> dict[str, Any]:
-    empty = dict.fromkeys(("value", "low", "high", "guess_rate"))
-    return {**empty, "n": 0, "level": LEVEL, "unit": unit, "withheld": why, "source": f"{stage}.json", **more}
+def _details(run: Run) -> dict[str, dict[str, Any]]:
+    details = {}
+    for name, (stage, unit, measured) in METRICS.items():
+        source = getattr(run, stage)
+        empty = dict.fromkeys(("value", "low", "high", "guess_rate", "withheld"))
+        empty |= {"n": 0, "level": LEVEL, "unit": unit, "source": f"{stage}.json"}
+        missing = {"withheld": f"this run has no stage {stage}: run {NOTEBOOKS[stage]}"}
+        details[name] = empty | (missing if source is None else measured(source, name))
+    details[SPEED].setdefault("contended", None)
+    return details
 
 
-def _no_stage(stage: str, unit: str, **more: Any) -> dict[str, Any]:
-    return _withheld(f"this run has no stage {stage}: run {NOTEBOOKS[stage]}", stage, unit, **more)
-
-
-def _score(run: Run, name: str) -> dict[str, Any]:
+def _score(stage: Scores, name: str) -> dict[str, Any]:
     """A score: of the tier's own set, with the other sets beside it."""
-    stage, kind = run.scores, name.removesuffix("_score")
-    if stage is None:
-        return _no_stage("scores", "share")
-    own = f"{stage.tier}-{kind}"
-    sets = {one.set: one for one in stage.scores if one.name == name}
-    others = [one.model_dump() for key, one in sets.items() if key != own]
+    kind = name.removesuffix("_score")
+    own, sets = f"{stage.tier}-{kind}", {score.set: score for score in stage.scores if score.name == name}
+    others = {"others": [score.model_dump() for key, score in sets.items() if key != own]}
     if own not in sets:
-        why = f"the set {own} was not answered"
-        if kind == "code" and stage.sandbox in (None, "", "none"):
-            why += ": without a sandbox no generated code is run"
-        return _withheld(why, "scores", "share", others=others)
-    one: SetScore = sets[own]
-    detail = one.model_dump(exclude={"name", "n_missing"})
-    detail |= {"level": LEVEL, "unit": "share", "source": "scores.json", "others": others, "withheld": None}
-    if one.value is None:
-        why = f"{one.n_missing} of {one.n} items lack a result"
-        return {**detail, "low": None, "high": None, "withheld": why}
+        unsafe = kind == "code" and stage.sandbox in (None, "", "none")
+        why = ": without a sandbox no generated code is run" if unsafe else ""
+        return {"withheld": f"the set {own} was not answered{why}", **others}
+    score = sets[own]
+    detail = score.model_dump(exclude={"name", "n_missing"}) | others
+    if score.value is None:
+        return {
+            **detail,
+            "low": None,
+            "high": None,
+            "withheld": f"{score.n_missing} of {score.n} items lack a result",
+        }
     return detail
 
 
-def _curve(run: Run) -> dict[str, Any]:
-    stage, unit = run.long_context, "share of the short-context accuracy above guessing"
-    if stage is None:
-        return _no_stage("long_context", unit)
-    planned, boundary = [row.model_dump() for row in stage.curve], stage.boundary
-    points = [*planned, *(row.model_dump() for row in stage.refined)]
-    detail = _withheld(
-        "the accuracy at short contexts is that of guessing, or no length was finished",
-        "long_context",
-        unit,
-        lengths=[row["length"] for row in planned],
-        points=sorted(points, key=lambda row: row["length"]),
-        tasks=stage.tasks,
-        wrong=stage.guess.get("wrong"),
-        another_key=stage.guess.get("another_key"),
-    )
-    if boundary is not None:
+def _curve(stage: LongContext, name: str) -> dict[str, Any]:
+    planned, value = [row.model_dump() for row in stage.curve], stage.context_stability_curve
+    points = sorted(planned + [row.model_dump() for row in stage.refined], key=lambda row: row["length"])
+    detail = {
+        "lengths": [row["length"] for row in planned],
+        "points": points,
+        "tasks": stage.tasks,
+        "wrong": stage.guess.get("wrong"),
+        "another_key": stage.guess.get("another_key"),
+    }
+    if stage.boundary is not None:
         detail |= {
-            "n": boundary.n_items,
-            "guess_rate": boundary.guess_rate,
-            "n_haystacks": boundary.n_haystacks,
+            "n": sum(row["n"] for row in planned),
+            "guess_rate": stage.boundary.guess_rate,
+            "n_haystacks": stage.boundary.n_haystacks,
             "n_keys": stage.guess.get("keys"),
         }
-    value = stage.context_stability_curve
-    if not value or any(one is None or not math.isfinite(one) for one in value):
-        return detail
-    return {**detail, "value": value, "withheld": None}
+    if not value or any(number is None or not math.isfinite(number) for number in value):
+        why = "the accuracy at short contexts is that of guessing, or no length was finished"
+        return {**detail, "withheld": why}
+    return {**detail, "value": value}
 
 
-def _boundary(run: Run) -> dict[str, Any]:
-    stage = run.long_context
-    if stage is None:
-        return _no_stage("long_context", "tokens")
+def _boundary(stage: LongContext, name: str) -> dict[str, Any]:
     if stage.boundary is None or stage.failure_boundary_tokens is None:
-        return _withheld("no length was finished", "long_context", "tokens")
-    one = stage.boundary.model_dump()
-    detail = {
-        **one,
-        "provisional": bool(one.get("provisional")) or stage.boundary.n_haystacks < FEW_TEXTS,
+        return {"withheld": "no length was finished"}
+    detail = stage.boundary.model_dump() | {
+        "provisional": stage.boundary.provisional or stage.boundary.n_haystacks < FEW_TEXTS,
         "value": stage.failure_boundary_tokens,
         "n": stage.boundary.n_items,
-        "level": LEVEL,
-        "unit": "tokens",
-        "withheld": None,
-        "source": "long_context.json",
         "runtime_failure": stage.runtime_failure,
         "largest_fall": stage.largest_fall or None,
     }
     return {**detail, "sentence": boundary_sentence(detail)}
 
 
-def _speed(run: Run) -> dict[str, Any]:
-    stage, unit = run.scores, "tokens a second"
-    if stage is None:
-        return _no_stage("scores", unit, contended=None)
+def _speed(stage: Scores, name: str) -> dict[str, Any]:
     value = stage.cpu_tokens_per_sec
-    row = next((one for one in stage.speeds if one.phase == "decode" and one.median == value), None)
+    row = next((speed for speed in stage.speeds if speed.phase == "decode" and speed.median == value), None)
     if row is None or value is None:
-        return _withheld("decode was not timed", "scores", unit, contended=None)
+        return {"withheld": "decode was not timed"}
     if stage.settings.n_gpu_layers:
-        return _withheld("layers were on a GPU", "scores", unit, contended=None)
+        return {"withheld": "layers were on a GPU"}
     return {
         "value": value,
         "n": row.repetitions,
@@ -303,70 +295,72 @@ def _speed(run: Run) -> dict[str, Any]:
         "high": row.max,
         "level": None,
         "spread": "least and most of the repetitions",
-        "guess_rate": None,
-        "unit": unit,
         **row.model_dump(include={"depth", "n_threads", "contended", "utilisation"}),
-        "by_depth": [one.model_dump() for one in stage.speeds],
-        "withheld": None,
-        "source": "scores.json",
+        "by_depth": [speed.model_dump() for speed in stage.speeds],
     }
 
 
-def boundary_sentence(one: Mapping[str, Any]) -> str:
+METRICS: dict[str, tuple[str, str, Callable[[Any, str], dict[str, Any]]]] = {
+    "reasoning_score": ("scores", "share", _score),
+    "code_score": ("scores", "share", _score),
+    CURVE: ("long_context", "share of the short-context accuracy above guessing", _curve),
+    SPEED: ("scores", "tokens a second", _speed),
+    BOUNDARY: ("long_context", "tokens", _boundary),
+}
+
+
+# ---- and each in words ----
+
+
+def boundary_sentence(detail: Mapping[str, Any]) -> str:
     """The failure boundary in words, with everything that must stand beside the number.
 
     >>> boundary_sentence({"status": "measured", "cause": "quality", "tokens": 404, "low": 350, "high": None})
-    'falls below 85 % of the short-context score at 404 tokens (95 % interval 350 to open)'
+    'loses 15 % of its short-context ability at 404 tokens (95 % interval 350 to open)'
     """
-    if one.get("status") == "floor":
-        return f"no better than guessing at every length (a_0 = {one['a_0']:.2f})"
-    ends = ("open" if end is None else f"{end:,}" for end in (one.get("low"), one.get("high")))
-    interval = f"95 % interval {' to '.join(ends)}"
-    if one.get("right_censored"):
-        text = f"carries to the longest length measured, {one['tokens']:,} tokens or more ({interval})"
-    elif one.get("cause") not in ("quality", None):
-        text = f"stops at {one['tokens']:,} tokens (cause: {one['cause']})"
+    if detail.get("status") == "floor":
+        return f"no better than guessing at every length (a_0 = {detail['a_0']:.2f})"
+    ends = ("open" if end is None else f"{end:,}" for end in (detail.get("low"), detail.get("high")))
+    interval, tokens = f"95 % interval {' to '.join(ends)}", f"{detail['tokens']:,} tokens"
+    if detail.get("right_censored"):
+        text = f"carries to the longest length measured, {tokens} or more ({interval})"
+    elif detail.get("cause") not in ("quality", None):
+        text = f"stops at {tokens} (cause: {detail['cause']})"
     else:
-        text = f"falls below 85 % of the short-context score at {one['tokens']:,} tokens ({interval})"
-    return "; ".join([text, *boundary_flags(one)])
+        text = f"loses 15 % of its short-context ability at {tokens} ({interval})"
+    return "; ".join([text, *boundary_flags(detail)])
 
 
-def boundary_flags(one: Mapping[str, Any]) -> list[str]:
+def boundary_flags(detail: Mapping[str, Any]) -> list[str]:
     """What else a reader of the boundary must know: few texts, or a dip with recovery."""
     flags = []
-    if one.get("provisional"):
-        flags.append(f"provisional: {one['n_haystacks']} texts, fewer than {FEW_TEXTS}")
-    if one.get("not_monotone"):
-        first = one.get("first_crossing")
+    if detail.get("provisional"):
+        flags.append(f"provisional: {detail['n_haystacks']} texts, fewer than {FEW_TEXTS}")
+    if detail.get("not_monotone"):
+        first = detail.get("first_crossing")
         at = f" (first crossing at {first:,} tokens)" if isinstance(first, int) else ""
         flags.append(f"not monotone: the accuracy dips and recovers{at}")
     return flags
 
 
-def metric_sentence(name: str, one: Mapping[str, Any]) -> str:
-    """A metric as people read it, with its interval and what qualifies it; ``one``: its details."""
-    if one["withheld"]:
-        return f"withheld ({one['withheld']})"
-    if name == "context_stability_curve":
-        points = zip(one["lengths"], one["value"], strict=True)
-        keys = f", {one['n_keys']} keys at every length" if one.get("n_keys") else ""
-        return (
-            ", ".join(f"{value:.2f} at {length:,}" for length, value in points) + f" (n = {one['n']}{keys})"
-        )
-    if name == "failure_boundary_tokens":
-        return boundary_sentence(one)
-    if name == "cpu_tokens_per_sec":
-        busy = ", contended: the machine was busy" if one["contended"] else ""
-        return (
-            f"{one['value']:,.1f} tokens/s at depth {one['depth']} ({one['low']:,.1f} to {one['high']:,.1f}, "
-            f"n = {one['n']}{busy})"
-        )
-    counts = one.get("counts", {})
-    cut = f", truncated {counts['truncated']} of {one['n']}" if "truncated" in counts else ""
-    return (
-        f"{one['value']:.3f} (95 % interval {one['low']:.3f} to {one['high']:.3f}, n = {one['n']}, "
-        f"guess rate {one['guess_rate']:.3f}{cut}; {one['set']})"
-    )
+def metric_sentence(name: str, detail: Mapping[str, Any]) -> str:
+    """A metric as people read it, with its interval and what qualifies it."""
+    if detail["withheld"]:
+        return f"withheld ({detail['withheld']})"
+    value, low, high, n = (detail[key] for key in ("value", "low", "high", "n"))
+    if name == BOUNDARY:
+        return boundary_sentence(detail)
+    if name == CURVE:
+        points = ", ".join(f"{y:.2f} at {x:,}" for x, y in zip(detail["lengths"], value, strict=True))
+        keys = f", {detail['n_keys']} keys at every length" if detail.get("n_keys") else ""
+        return f"{points} (n = {n}{keys})"
+    if name == SPEED:
+        busy = ", contended: the machine was busy" if detail["contended"] else ""
+        return f"{value:,.1f} tokens/s at depth {detail['depth']} ({low:,.1f} to {high:,.1f}, n = {n}{busy})"
+    counts = detail.get("counts", {})
+    cut = f", truncated {counts['truncated']} of {n}" if "truncated" in counts else ""
+    interval = f"95 % interval {low:.3f} to {high:.3f}, n = {n}, guess rate {detail['guess_rate']:.3f}"
+    return f"{value:.3f} ({interval}{cut}; {detail['set']})"
 
 
 # ---- what stands beside them ----
@@ -379,23 +373,22 @@ def _file(run: Run) -> ModelFile:
 
 
 def _header(run: Run) -> GGUFHeader:
-    merged = _file(run)
-    path = Path(merged.path)
-    again = f"put it back, or run {NOTEBOOKS['merge']} again"
+    file = _file(run)
+    path, again = Path(file.path), f"put it back, or run {NOTEBOOKS['merge']} again"
     if not there_is(path) or not path.is_file():
         raise ReportError("the model of this run is gone", where=tilde(path), hint=again)
-    if path.stat().st_size != merged.nbytes:
-        what = f"is not the model of this run: it has {path.stat().st_size:,} bytes, not {merged.nbytes:,}"
+    if (nbytes := path.stat().st_size) != file.nbytes:
+        what = f"is not the model of this run: it has {nbytes:,} bytes, not {file.nbytes:,}"
         raise ReportError(what, where=tilde(path), hint=again)
     return read_header(path)
 
 
 def _model(run: Run, header: GGUFHeader, level: str) -> dict[str, Any]:
-    facts, merged = identity(header), _file(run)
+    facts, file = identity(header), _file(run)
     return {
-        "name": merged.name,
-        "sha256": merged.sha256,
-        "size_bytes": merged.nbytes,
+        "name": file.name,
+        "sha256": file.sha256,
+        "size_bytes": file.nbytes,
         "header_fingerprint": hashlib.sha256(header.raw).hexdigest(),
         "architecture": header.architecture,
         "parameters": facts["parameters"],
@@ -409,22 +402,15 @@ def _model(run: Run, header: GGUFHeader, level: str) -> dict[str, Any]:
 def _items(run: Run) -> dict[str, list[dict[str, str]]]:
     """The files with one row an answer, from which scores and curve are counted again."""
 
-    def named(stage: Any, end: str) -> list[dict[str, str]]:
-        files = stage.files if stage is not None else {}
-        return [{"file": name, "sha256": digest} for name, digest in files.items() if name.endswith(end)]
+    def named(stage: Scores | LongContext | None, start: str, end: str) -> list[dict[str, str]]:
+        files = (stage.files if stage is not None else {}).items()
+        return [
+            {"file": n, "sha256": digest} for n, digest in files if n.startswith(start) and n.endswith(end)
+        ]
 
-    scored = [one for one in named(run.scores, ".csv") if one["file"] == "score_items.csv"]
-    context = [one for one in named(run.long_context, ".jsonl") if one["file"].startswith("long_context")]
+    scored = named(run.scores, "score_items.csv", "")
+    context = named(run.long_context, "long_context", ".jsonl")
     return {"reasoning": scored, "code": scored, "long_context": context}
-
-
-def _sources(folder: Path, run: Run) -> dict[str, str]:
-    """SHA-256 of the stage files that the report draws on, and of every file that they stand on."""
-    found: dict[str, str] = {}
-    for name, stage in run:
-        if name in DRAWN_ON:
-            found |= {f"{name}.json": sha256_of_file(folder / f"{name}.json"), **stage.files}
-    return dict(sorted(found.items()))
 
 
 def _envelopes(
@@ -432,10 +418,8 @@ def _envelopes(
 ) -> dict[str, Any]:
     """The hardware envelope of this model, and of the published artifact where the report is about it."""
     given = run.generate.conditions if run.generate else {}
-    names = {one.name for one in fields(OpenSettings)}
-    settings = OpenSettings(
-        **{key: value for key, value in given.items() if key in names and value is not None}
-    )
+    known = {field.name for field in fields(OpenSettings)}
+    settings = OpenSettings(**{key: given[key] for key in known & {*given} if given[key] is not None})
     contexts = sorted({*CONTEXTS, header.arch("context_length") or CONTEXTS[0]})
     compute = planned_compute(_file(run).path, contexts, settings) if ask_llama_cpp else {}
     own = hardware_envelope(
@@ -446,10 +430,10 @@ def _envelopes(
 
 
 def _versions() -> dict[str, str]:
-    found = {"Python": platform.python_version()}
+    versions = {"Python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:  # run from a checkout, without an install
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions

@@ -1,8 +1,8 @@
 """The requirements of DFQS 1.0, each judged by what a run recorded.
 
-``data/spec/requirements.toml`` says what is required, how it is judged and which notebook shows it. A check
-reads the stages and the header, and nothing else. Without the stages that it needs, a requirement is "not
-tested".
+``data/spec/requirements.toml`` says what is required, how it is judged, which notebook shows it, and in which
+sentences. A check reads the stages and the header, and nothing else. Without the stages that it needs, a
+requirement is "not tested".
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import HeaderError, RegistryError
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import estimate
 from dfqs_nb.report.envelope import Machine, this_machine
-from dfqs_nb.report.spec import requirements_spec
-from dfqs_nb.report.stages import RoutingVerdict, Run, SetConditions, Settings, Stage
-from dfqs_nb.stats import clopper_pearson
+from dfqs_nb.report.spec import Requirement, filled, requirements_spec
+from dfqs_nb.report.stages import Run, Settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,30 +33,35 @@ ESTIMATED = ("n_ctx", "n_ubatch", "type_k", "type_v", "swa_full", "use_mmap")  #
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """A verdict, and the sentence of evidence that it rests on."""
-
-    verdict: str
-    evidence: str
-
-
-@dataclass(frozen=True)
 class Case:
-    """What the checks may look at."""
+    """What a check may look at. It calls `judged` with its verdict and the name of a sentence."""
 
+    requirement: Requirement
     run: Run
     header: GGUFHeader | None
     machine: Machine
     metrics: Mapping[str, Any]
 
+    def text(self, sentence: str, /, **values: Any) -> str:
+        """The sentence of that name of this requirement, with its values."""
+        at = self.run.generate.settings if self.run.generate else None
+        known = {"run": self.run, "file": self.run.file, "at": at, **values}
+        return filled(self.requirement.evidence[sentence], known)
 
-S = TypeVar("S", bound=Stage)
-Check = Callable[[Case], Judgement]
+    def judged(self, verdict: str, sentence: str, /, **values: Any) -> tuple[str, str]:
+        """A verdict, and the sentence of evidence that it rests on."""
+        return verdict, self.text(sentence, **values)
+
+
+Check = Callable[..., tuple[str, str]]
 CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {}
 
 
 def check(*needs: str) -> Callable[[Check], Check]:
-    """Register a check under its function's name; without the stages it ``needs`` nothing is tested."""
+    """Register a check under its function's name; it is given the stages that it ``needs``.
+
+    Without one of them nothing is tested.
+    """
 
     def register(function: Check) -> Check:
         CHECKS[function.__name__] = function, needs
@@ -89,26 +93,21 @@ def check_requirements(
     """
     import pandas as pd
 
-    values = metrics if metrics is not None else required_metrics(run)
-    case = Case(run, header, machine or this_machine(), values)
+    values, machine = required_metrics(run) if metrics is None else metrics, machine or this_machine()
     rows = []
-    for one in requirements_spec().requirements:
-        if one.check not in CHECKS:
-            raise RegistryError(
-                f"no check is called {one.check!r}",
-                where="data/spec/requirements.toml",
-                hint=f"use one of {', '.join(CHECKS)}",
-            )
-        function, needs = CHECKS[one.check]
-        missing = [name for name in needs if getattr(run, name) is None]
-        judged = (
-            Judgement(NOT_TESTED, f"this run has no stage {' and no stage '.join(missing)}")
+    for row in requirements_spec().requirements:
+        if row.check not in CHECKS:
+            hint, where = f"use one of {', '.join(CHECKS)}", "data/spec/requirements.toml"
+            raise RegistryError(f"no check is called {row.check!r}", where=where, hint=hint)
+        function, needs = CHECKS[row.check]
+        given = [getattr(run, name) for name in needs]
+        missing = [name for name, stage in zip(needs, given, strict=True) if stage is None]
+        verdict, evidence = (
+            (NOT_TESTED, f"this run has no stage {' and no stage '.join(missing)}")
             if missing
-            else function(case)
+            else function(Case(row, run, header, machine, values), *given)
         )
-        rows.append(
-            (one.id, one.level, one.text, judged.verdict, judged.evidence, one.notebook, one.how, one.source)
-        )
+        rows.append((row.id, row.level, row.text, verdict, evidence, row.notebook, row.how, row.source))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -127,124 +126,72 @@ def counts(table: pd.DataFrame) -> str:
     return "; ".join(parts)
 
 
-def _there(stage: S | None) -> S:
-    """A stage that `check` has seen to be there."""
-    assert stage is not None
-    return stage
-
-
 # ---- SHALL ----
 
 
 @check("merge", "generate")
-def single_file(case: Case) -> Judgement:
+def single_file(case: Case, merge: Any, generate: Any) -> tuple[str, str]:
     """One file was made, and that file ran."""
-    model, generate = case.run.file, _there(case.run.generate)
-    if case.header is not None and case.header.get("split.count", 0) > 1:
-        return Judgement(NOT_MET, f"the file is one of {case.header['split.count']} shards")
-    if model is None or generate.settings.model != model.sha256:
-        return Judgement(NOT_TESTED, "the file that answered is not the file that was made")
-    if not generate.answered:
-        return Judgement(NOT_MET, f"one file of {model.nbytes:,} bytes, and it gave no token")
-    return Judgement(
-        MET,
-        f"one file of {model.nbytes:,} bytes (SHA-256 {model.sha256[:16]}...), accepted by llama.cpp's "
-        f"parser; it answered {generate.answered}",
-    )
+    n_shards = case.header.get("split.count", 0) if case.header is not None else 0
+    if n_shards > 1:
+        return case.judged(NOT_MET, "shard", n_shards=n_shards)
+    if case.run.file is None or generate.settings.model != case.run.file.sha256:
+        return case.judged(NOT_TESTED, "other")
+    return case.judged(MET, "met") if generate.answered else case.judged(NOT_MET, "silent")
 
 
 @check("generate")
-def cpu_only(case: Case) -> Judgement:
+def cpu_only(case: Case, generate: Any) -> tuple[str, str]:
     """Ran with no layer on a GPU; what it needs, against the machine's memory."""
-    generate = _there(case.run.generate)
-    at = generate.settings
-    if at.n_gpu_layers != 0:
-        return Judgement(NOT_TESTED, f"n_gpu_layers was {at.n_gpu_layers}, so a GPU may have helped")
-    memory = _memory(case, at)
-    if not generate.answered:
-        return Judgement(NOT_MET, f"no token was generated on the CPU; {memory}")
-    return Judgement(
-        MET, f"n_gpu_layers 0: it answered {generate.answered} with {at.n_threads} thread(s); {memory}"
-    )
+    if generate.settings.n_gpu_layers != 0:
+        return case.judged(NOT_TESTED, "gpu")
+    verdict, name = (MET, "met") if generate.answered else (NOT_MET, "silent")
+    return case.judged(verdict, name, memory=_memory(case, generate.settings))
 
 
 def _memory(case: Case, at: Settings) -> str:
-    if case.header is None:
-        return "memory not estimated (no header)"
+    if case.header is None or at.n_ctx is None:
+        return case.text("unknown", why="no header" if case.header is None else "no n_ctx")
     stated = {name: value for name in ESTIMATED if (value := getattr(at, name)) is not None}
-    if at.n_ctx is None:
-        return "memory not estimated (no n_ctx)"
     try:
         needs = estimate(case.header, **stated)
     except (HeaderError, ValueError) as error:  # of an unknown type of the cache, or a count of 0
-        return f"memory not estimated ({getattr(error, 'what', error)})"
+        return case.text("unknown", why=getattr(error, "what", error))
     room = case.machine.memory_bytes
     how = "in memory as a whole" if needs.comfortable_bytes <= room else "weights partly read from the disk"
-    return (
-        f"weights {size(needs.weights_bytes)} and KV cache {size(needs.kv.total)} at {at.n_ctx:,} "
-        f"tokens of context, of {size(room)} of memory: {how}"
-    )
+    weights, cache = size(needs.weights_bytes), size(needs.kv.total)
+    return case.text("memory", weights=weights, cache=cache, room=size(room), how=how)
 
 
 @check("routing")
-def routing(case: Case) -> Judgement:
+def routing(case: Case, routing: Any) -> tuple[str, str]:
     """The verdict of notebook 04 on identical conditions."""
-    found = _there(case.run.routing).verdict
-    if found is None or not found.n_runs or found.failed_runs:
-        failed = "; ".join(found.failed_runs if found else ()) or "none ran"
-        return Judgement(
-            NOT_MET if found and found.n_differ else NOT_TESTED, f"repetitions that did not run: {failed}"
-        )
-    return Judgement(MET if found.passed else NOT_MET, routing_sentence(found))
-
-
-def routing_sentence(found: RoutingVerdict) -> str:
-    """What repetitions showed, with both bounds: on choices of this text, and on runs that differ."""
-    if not found.routed:
-        return (
-            f"no routed experts; the logits of {found.logits_equal or 0:.2%} of {found.n_tokens:,} tokens "
-            f"were equal bit for bit over {found.n_runs} repetitions"
-        )
-    bounds = ""
-    if not found.n_differ:
-        once, runs = (
-            clopper_pearson(0, max(n, 1), 0.9)[1] for n in (found.n_choices // found.n_runs, found.n_runs)
-        )
-        bounds = (
-            f"; with 95 % confidence fewer than {once:.2g} of such choices differ, and fewer than {runs:.0%} "
-            "of runs"
-        )
-    return (
-        f"{found.n_differ:,} of {found.n_choices:,} expert choices differed under identical conditions "
-        f"({found.n_tokens:,} tokens, {found.n_layers} layers that score, {found.n_runs} repetitions{bounds})"
-    )
+    it = routing.verdict
+    if it is None or not it.n_runs or it.failed_runs:
+        failed = "; ".join(it.failed_runs if it else ()) or "none ran"
+        return case.judged(NOT_MET if it and it.n_differ else NOT_TESTED, "broken", failed=failed)
+    return case.judged(MET if it.passed else NOT_MET, "judged" if it.routed else "dense", it=it)
 
 
 @check("long_context", "scores")
-def metrics(case: Case) -> Judgement:
+def metrics(case: Case, curve: Any, scores: Any) -> tuple[str, str]:
     """Every metric is there, and of its type."""
-    wrong = []
+    values, wrong = case.metrics, []
     for name, kind in requirements_spec().metrics.items():
-        if case.metrics.get(name) is None:
+        if values.get(name) is None:
             wrong.append(f"{name} is withheld")
-        elif not is_of(case.metrics[name], kind):
+        elif not is_of(values[name], kind):
             wrong.append(f"{name} is no {kind}")
     if wrong:
-        return Judgement(NOT_MET, "; ".join(wrong))
-    values = case.metrics
-    return Judgement(
-        MET,
-        f"reasoning_score {values['reasoning_score']:.3f}, code_score {values['code_score']:.3f}, "
-        f"context_stability_curve of {len(values['context_stability_curve'])} points, cpu_tokens_per_sec "
-        f"{values['cpu_tokens_per_sec']:.4g}, failure_boundary_tokens {values['failure_boundary_tokens']:,}",
-    )
+        return case.judged(NOT_MET, "wrong", wrong="; ".join(wrong))
+    return case.judged(MET, "met", n_points=len(values["context_stability_curve"]), **values)
 
 
 def required_metrics(run: Run) -> dict[str, Any]:
     """The five metrics by name from the stages that measured them; None for what is withheld."""
     values: dict[str, Any] = dict.fromkeys(requirements_spec().metrics)
     if run.scores:
-        values |= {one.name: one.value for one in run.scores.scores if one.name in values}
+        values |= {score.name: score.value for score in run.scores.scores if score.name in values}
         values["cpu_tokens_per_sec"] = run.scores.cpu_tokens_per_sec
     if run.long_context:
         values["context_stability_curve"] = run.long_context.context_stability_curve or None
@@ -259,7 +206,7 @@ def is_of(value: Any, kind: str) -> bool:
     (True, True, False, False)
     """
     if kind.startswith("list["):
-        return isinstance(value, list) and bool(value) and all(is_of(one, kind[5:-1]) for one in value)
+        return isinstance(value, list) and bool(value) and all(is_of(item, kind[5:-1]) for item in value)
     if kind == "int":
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, float) and math.isfinite(value)
@@ -269,87 +216,65 @@ def is_of(value: Any, kind: str) -> bool:
 
 
 @check("generate")
-def llama_cpp(case: Case) -> Judgement:
+def llama_cpp(case: Case, generate: Any) -> tuple[str, str]:
     """llama.cpp opened the file and generated."""
-    generate = _there(case.run.generate)
     name = generate.settings.runtime or "not stated"
     if "llama" not in name.lower():
-        return Judgement(NOT_TESTED, f"the runtime was {name}")
-    answered = generate.answered
-    return Judgement(MET if answered else NOT_MET, f"{name} answered {answered or 'no prompt'}")
+        return case.judged(NOT_TESTED, "other", name=name)
+    return case.judged(MET, "met") if generate.answered else case.judged(NOT_MET, "silent")
 
 
 @check("long_context")
-def long_context(case: Case) -> Judgement:
+def long_context(case: Case, stage: Any) -> tuple[str, str]:
     """An analysis was made; how far it reached is stated."""
-    stage = _there(case.run.long_context)
     if not stage.curve or stage.boundary is None:
-        return Judgement(NOT_MET, "the curve has no length")
-    lengths, one = [row.length for row in stage.curve], stage.boundary
-    reach = (
-        "no boundary up to there"
-        if one.right_censored
-        else f"boundary at {one.tokens:,} tokens (cause: {one.cause})"
-    )
-    named = f"the paper's {LONG_FROM:,} to {LONG_TO:,} tokens"
-    longest, tier = max(lengths), stage.tier or "not stated"
-    if longest < LONG_FROM:
-        extent = f"{named} were not reached in the {tier} tier"
-    else:
-        part = "" if longest >= LONG_TO else f" up to {longest:,}"
-        extent = f"{named} were covered{part} ({tier} tier)"
-    return Judgement(
+        return case.judged(NOT_MET, "empty")
+    lengths = [row.length for row in stage.curve]
+    longest, one = max(lengths), stage.boundary
+    name = "short" if longest < LONG_FROM else "part" if longest < LONG_TO else "covered"
+    limits = {"start": LONG_FROM, "end": LONG_TO, "longest": longest, "tier": stage.tier or "not stated"}
+    return case.judged(
         MET,
-        f"{len(lengths)} lengths from {min(lengths):,} to {longest:,} tokens, "
-        f"{sum(row.n for row in stage.curve):,} answers, {reach}; {extent}",
+        "met",
+        n=len(lengths),
+        least=min(lengths),
+        longest=longest,
+        answers=sum(row.n for row in stage.curve),
+        reach=case.text("censored" if one.right_censored else "crossed", one=one),
+        extent=case.text(name, **limits),
     )
 
 
 @check("generate")
-def gpu(case: Case) -> Judgement:
+def gpu(case: Case, generate: Any) -> tuple[str, str]:
     """An option: whether this run used it."""
-    at = _there(case.run.generate)
-    layers, offloaded = at.settings.n_gpu_layers, at.conditions.get("offloaded_layers")
-    if layers == 0 or offloaded == 0:
-        why = "n_gpu_layers 0" if layers == 0 else f"n_gpu_layers {layers}, and no layer was offloaded"
-        return Judgement(NOT_TESTED, f"an option that this run did not use ({why})")
-    return Judgement(
-        MET, "all layers on a GPU (n_gpu_layers -1)" if layers == -1 else f"n_gpu_layers {layers}"
-    )
+    layers = generate.settings.n_gpu_layers
+    if layers == 0 or generate.conditions.get("offloaded_layers") == 0:
+        return case.judged(NOT_TESTED, "unused" if layers == 0 else "idle")
+    return case.judged(MET, "all" if layers == -1 else "some")
 
 
 @check()
-def beyond_64k(case: Case) -> Judgement:
+def beyond_64k(case: Case) -> tuple[str, str]:
     """An option: what the header declares, and what was measured."""
     declared = case.header.arch("context_length") if case.header is not None else None
     curve = case.run.long_context.curve if case.run.long_context else []
     measured = max((row.length for row in curve), default=0)
-    seen = f"longest context measured: {measured:,} tokens" if measured else "no context was measured"
+    seen = case.text("longest" if measured else "nothing", measured=measured)
     if measured > LONG_TO:
-        return Judgement(MET, seen)
+        return case.judged(MET, "measured", seen=seen)
     if declared is None:
-        return Judgement(NOT_TESTED, f"the header declares no context length; {seen}")
-    if declared > LONG_TO:
-        return Judgement(NOT_TESTED, f"the header declares {declared:,} tokens; {seen}")
-    return Judgement(
-        NOT_MET,
-        f"an option that this model does not offer: its header declares {declared:,} tokens, and 64K is "
-        f"{LONG_TO:,}; {seen}",
-    )
+        return case.judged(NOT_TESTED, "unknown", seen=seen)
+    verdict, name = (NOT_TESTED, "declared") if declared > LONG_TO else (NOT_MET, "less")
+    return case.judged(verdict, name, declared=declared, seen=seen)
 
 
-# ---- MUST, and the evaluation conditions ----
-
-
-def _measured(case: Case) -> tuple[tuple[str, Stage], tuple[str, Stage]]:
-    """The two stages that the metrics come from."""
-    return ("curve", _there(case.run.long_context)), ("scores", _there(case.run.scores))
+# ---- MUST, and the evaluation conditions: of the two stages that the metrics come from ----
 
 
 @check("long_context", "scores")
-def identical_conditions(case: Case) -> Judgement:
+def identical_conditions(case: Case, curve: Any, scores: Any) -> tuple[str, str]:
     """The stages that measured ran one model with one runtime and one set of settings."""
-    (_, curve), (_, scores) = _measured(case)
     first, second = curve.settings, scores.settings
     pairs = {name: (getattr(first, name), getattr(second, name)) for name in SHARED}
     silent = [name for name, pair in pairs.items() if None in pair]
@@ -357,77 +282,54 @@ def identical_conditions(case: Case) -> Judgement:
     if curve.sha256 != (scores.sha256 or (case.run.file.sha256 if case.run.file else None)):
         differ.append("the model")
     if differ:
-        return Judgement(NOT_MET, f"the curve and the scores differ in {', '.join(differ)}")
+        return case.judged(NOT_MET, "differ", names=", ".join(differ))
     if silent:
-        return Judgement(NOT_TESTED, f"one of the two stages does not state {', '.join(silent)}")
-    return Judgement(
-        MET,
-        f"the curve and the scores share the model and {len(SHARED)} settings (runtime {first.runtime}, "
-        f"{first.n_threads} thread(s), cache {first.type_k}); n_ctx is {first.n_ctx or 0:,} for the curve, "
-        f"which varies the length, and {second.n_ctx or 0:,} for the scores",
-    )
+        return case.judged(NOT_TESTED, "unstated", names=", ".join(silent))
+    return case.judged(MET, "met", n=len(SHARED), curve=first, scores=second)
 
 
 @check("long_context", "scores")
-def cpu_baseline(case: Case) -> Judgement:
+def cpu_baseline(case: Case, curve: Any, scores: Any) -> tuple[str, str]:
     """No layer on a GPU where metrics were measured. The curve may say otherwise; the CPU's speed may not."""
-    (_, curve), (_, scores) = _measured(case)
-    if scores.settings.n_gpu_layers:
-        return Judgement(
-            NOT_MET, f"cpu_tokens_per_sec was measured with n_gpu_layers {scores.settings.n_gpu_layers}"
-        )
-    if curve.settings.n_gpu_layers:
-        return Judgement(
-            MET,
-            "n_gpu_layers 0 for the scores and the speed; the conditions of the curve state n_gpu_layers "
-            f"{curve.settings.n_gpu_layers}",
-        )
-    return Judgement(MET, "n_gpu_layers 0 for the curve, the scores and the speed")
+    at = {"curve": curve.settings, "scores": scores.settings}
+    if at["scores"].n_gpu_layers:
+        return case.judged(NOT_MET, "scores", **at)
+    return case.judged(MET, "curve" if at["curve"].n_gpu_layers else "met", **at)
 
 
 @check("long_context", "scores")
-def runtime(case: Case) -> Judgement:
+def runtime(case: Case, *stages: Any) -> tuple[str, str]:
     """The runtime that the stages recorded is llama.cpp's."""
-    names = sorted({stage.settings.runtime or "not stated" for _, stage in _measured(case)})
-    return Judgement(MET if all("llama" in name.lower() for name in names) else NOT_MET, ", ".join(names))
+    names = sorted({stage.settings.runtime or "not stated" for stage in stages})
+    verdict = MET if all("llama" in name.lower() for name in names) else NOT_MET
+    return case.judged(verdict, "judged", names=", ".join(names))
 
 
 @check("long_context", "scores")
-def prompt_sets(case: Case) -> Judgement:
+def prompt_sets(case: Case, curve: Any, scores: Any) -> tuple[str, str]:
     """The curve and each score name a set and its hash."""
-    curve, scores = _there(case.run.long_context), _there(case.run.scores)
-    recorded = [SetConditions.model_validate(curve.conditions), *scores.sets()]
-    named = [one for one in recorded if one.prompt_set_sha256]
-    if len(named) < len(recorded):
-        return Judgement(
-            NOT_MET, f"{len(recorded) - len(named)} of {len(recorded)} sets have no recorded hash"
-        )
-    sets = ", ".join(f"{one.prompt_set} ({one.prompt_set_sha256[:8]}...)" for one in named)
-    return Judgement(MET, f"frozen sets, by SHA-256: {sets}")
+    recorded = [*curve.sets, *scores.sets]
+    named = [f"{it.prompt_set} ({it.prompt_set_sha256:.8}...)" for it in recorded if it.prompt_set_sha256]
+    if n := len(recorded) - len(named):
+        return case.judged(NOT_MET, "unknown", n=n, total=len(recorded))
+    return case.judged(MET, "met", sets=", ".join(named))
 
 
 @check("routing", "long_context", "scores")
-def reproducible(case: Case) -> Judgement:
+def reproducible(case: Case, routing: Any, curve: Any, scores: Any) -> tuple[str, str]:
     """Greedy decoding, one seed, and a repetition that gave the same."""
-    scores, routed = _there(case.run.scores), _there(case.run.routing)
-    seeds = {stage.settings.seed for stage in (scores, routed, _there(case.run.long_context))}
-    hottest = max((one.sampling.temperature for one in scores.sets()), default=0.0)
-    found, wrong = routed.verdict, []
+    seeds = {stage.settings.seed for stage in (scores, routing, curve)}
+    hottest = max((it.sampling.temperature for it in scores.sets), default=0.0)
+    it, wrong = routing.verdict, []
     if len(seeds) > 1:
-        wrong.append(f"seeds {', '.join(sorted(map(str, seeds)))}")
+        wrong.append(case.text("seeds", seeds=", ".join(sorted(map(str, seeds)))))
     if hottest:
-        wrong.append(f"a temperature of {hottest}")
-    if found is None or not (found.passed and found.same_output and found.logits_equal == 1):
-        wrong.append(
-            f"repeated runs: {found.logits_equal or 0:.2%} of logits equal, answers "
-            f"{'equal' if found.same_output else 'differ'}"
-            if found
-            else "no repetition ran"
-        )
-    if wrong or found is None:
-        return Judgement(NOT_MET, "; ".join(wrong))
-    return Judgement(
-        MET,
-        f"temperature 0, seed {seeds.pop()}; over {found.n_runs} repetitions the logits of all "
-        f"{found.n_tokens:,} tokens and the answers were equal",
-    )
+        wrong.append(case.text("hot", temperature=hottest))
+    if it is None:
+        wrong.append(case.text("alone"))
+    elif not (it.passed and it.same_output and it.logits_equal == 1):
+        answers = "equal" if it.same_output else "differ"
+        wrong.append(case.text("repeats", it=it, answers=answers))
+    if wrong:
+        return case.judged(NOT_MET, "wrong", wrong="; ".join(wrong))
+    return case.judged(MET, "met", seed=seeds.pop(), it=it)

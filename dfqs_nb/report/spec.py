@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import string
 import tomllib
+from collections.abc import Mapping
 from decimal import Decimal
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -24,7 +26,10 @@ class _Entry(BaseModel):
 
 
 class Requirement(_Entry):
-    """One demand. ``level`` is the keyword of the text, or "condition" where the text has none."""
+    """One demand. ``level`` is the keyword of the text, or "condition" where the text has none.
+
+    ``evidence`` has a sentence, as a format, for each case that the check tells apart.
+    """
 
     id: str
     level: Literal["SHALL", "MUST", "SHOULD", "MAY", "condition"]
@@ -33,6 +38,7 @@ class Requirement(_Entry):
     how: str
     check: str
     notebook: str
+    evidence: dict[str, str]
 
 
 class Limits(_Entry):
@@ -170,10 +176,20 @@ class Claims(_Entry):
         return listed
 
 
-@lru_cache(maxsize=4)
-def _read(name: str, text: str) -> Any:
-    table = tomllib.loads(text)
-    return Claims.model_validate(table) if name == "claims" else Requirements.model_validate(table)
+class _Words(string.Formatter):
+    """Formats of the two tables; what is not known reads so."""
+
+    def format_field(self, value: Any, form: str) -> str:
+        return "unknown" if value is None else str(super().format_field(value, form))
+
+
+def filled(form: str, values: Mapping[str, Any]) -> str:
+    """A sentence of the two tables with its values.
+
+    >>> filled("{n:,} bytes, {speed:.2f} tokens/s", {"n": 1000, "speed": None})
+    '1,000 bytes, unknown tokens/s'
+    """
+    return _Words().vformat(form, (), values)
 
 
 def requirements_spec() -> Requirements:
@@ -185,32 +201,33 @@ def requirements_spec() -> Requirements:
     >>> requirements_spec().envelope.ram.minimum_gb
     80.0
     """
-    spec: Requirements = _table("requirements")
-    return spec
+    return _table("requirements", Requirements)
 
 
 def claims_spec() -> Claims:
-    """The statements.
-
-    Raises:
-        RegistryError: the table is missing, no TOML, or has a field of another name or type.
+    """The statements; raises as `requirements_spec` does.
 
     >>> list(claims_spec().documents)[:2]
     ['card', 'DFQS 1.0']
     """
-    spec: Claims = _table("claims")
-    return spec
+    return _table("claims", Claims)
 
 
-def _table(name: str) -> Any:
+T = TypeVar("T", Requirements, Claims)
+
+
+@lru_cache(maxsize=4)
+def _read(kind: type[BaseModel], text: str) -> Any:
+    return kind.model_validate(tomllib.loads(text))
+
+
+def _table(name: str, kind: type[T]) -> T:
     path = data_dir() / "spec" / f"{name}.toml"
     try:
-        return _read(name, path.read_text(encoding="utf-8"))
+        table: T = _read(kind, path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
-        raise RegistryError(
-            f"cannot be read ({reason})",
-            where=tilde(path),
-            hint="restore it with `git checkout data/spec`, or set DFQS_DATA to a folder that has it",
-        ) from error
+        hint = "restore it with `git checkout data/spec`, or set DFQS_DATA to a folder that has it"
+        raise RegistryError(f"cannot be read ({reason})", where=tilde(path), hint=hint) from error
+    return table

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.core.stage import NOTEBOOKS, read_stage
+from dfqs_nb.routing import Determinism
 
 DRAWN_ON = ("merge", "header", "generate", "routing", "long_context", "scores")
 BESIDE = ("ladder", "serving")  # shown in the texts, and no part of the five metrics
@@ -91,13 +92,10 @@ class Stage(Record):
         """The conditions, typed."""
         return Settings.model_validate(self.conditions)
 
-    def check_conditions(self) -> None:
-        """Check the types of the conditions that a report needs.
-
-        Raises:
-            ValidationError: one has another type.
-        """
-        self.settings  # noqa: B018  it validates
+    @property
+    def sets(self) -> list[SetConditions]:
+        """The frozen sets that the stage asked."""
+        return []
 
     @property
     def sha256(self) -> str | None:
@@ -123,22 +121,6 @@ class Generate(Stage):
         return f"{some} of {len(self.answers)} prompts" if some else ""
 
 
-class RoutingVerdict(Record):
-    """Notebook 04 on repetitions under identical conditions."""
-
-    passed: bool
-    routed: bool
-    n_tokens: int
-    n_layers: int
-    n_runs: int = Field(ge=1)
-    n_choices: int = Field(ge=0)
-    n_differ: int = Field(ge=0)
-    upper_bound: float | None = None
-    logits_equal: float | None = None
-    same_output: bool = False
-    failed_runs: list[str] = []
-
-
 class RoutingClaim(Record):
     """Notebook 04's judgement of a statement about routing."""
 
@@ -148,9 +130,9 @@ class RoutingClaim(Record):
 
 
 class Routing(Stage):
-    """Notebook 04."""
+    """Notebook 04; its verdict is on repetitions under identical conditions."""
 
-    verdict: RoutingVerdict | None = None
+    verdict: Determinism | None = None
     claims: list[RoutingClaim] = []
 
 
@@ -183,22 +165,22 @@ class Boundary(Record):
 
 
 class LongContext(Stage):
-    """Notebook 05."""
+    """Notebook 05; ``refined`` are lengths that were added where the accuracy crosses."""
 
     context_stability_curve: list[float | None] = []
     failure_boundary_tokens: int | None = None
-    curve: list[CurvePoint] = []  # planned lengths
-    refined: list[CurvePoint] = []  # lengths that were added where the accuracy crosses
+    curve: list[CurvePoint] = []
+    refined: list[CurvePoint] = []
     guess: dict[str, Any] = {}
     tasks: list[dict[str, Any]] = []
     boundary: Boundary | None = None
     runtime_failure: Any = None
     largest_fall: dict[str, Any] | None = None
 
-    def check_conditions(self) -> None:
-        """As of every stage, and that of its set."""
-        super().check_conditions()
-        SetConditions.model_validate(self.conditions)
+    @property
+    def sets(self) -> list[SetConditions]:
+        """The one set."""
+        return [SetConditions.model_validate(self.conditions)]
 
 
 class SetScore(Record):
@@ -237,14 +219,10 @@ class Scores(Stage):
     machine: dict[str, Any] = {}
     sandbox: str | None = None
 
-    def check_conditions(self) -> None:
-        """As of every stage, and those of its sets."""
-        super().check_conditions()
-        self.sets()
-
+    @property
     def sets(self) -> list[SetConditions]:
-        """The conditions of every set that was scored."""
-        return [SetConditions.model_validate(self.conditions.get(one.set, {})) for one in self.scores]
+        """Every set that was scored."""
+        return [SetConditions.model_validate(self.conditions.get(score.set, {})) for score in self.scores]
 
 
 class Run(Record):
@@ -259,11 +237,11 @@ class Run(Record):
     ladder: Stage | None = None
     serving: Stage | None = None
 
-    def __iter__(self) -> Iterator[tuple[str, Stage]]:  # type: ignore[override]
-        """The stages that there are, with their names, in the order of the notebooks."""
-        for name in (*DRAWN_ON, *BESIDE):
-            if (stage := getattr(self, name)) is not None:
-                yield name, stage
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The stages that there are, by name, in the order of the notebooks."""
+        there = {name: getattr(self, name) for name in (*DRAWN_ON, *BESIDE)}
+        return {name: stage for name, stage in there.items() if stage is not None}
 
     @property
     def file(self) -> ModelFile | None:
@@ -273,10 +251,10 @@ class Run(Record):
     @property
     def tier(self) -> str:
         """Of the stages that have one; `read_run` checks that they agree."""
-        return next((stage.tier for _, stage in self if stage.tier), "nano")
+        return next((stage.tier for stage in self.stages.values() if stage.tier), "nano")
 
 
-def typed(stages: Mapping[str, Any], folder: Path | None = None) -> Run:
+def typed(stages: Mapping[str, Any], folder: Path = Path()) -> Run:
     """Stages as they were written, typed.
 
     Raises:
@@ -284,17 +262,17 @@ def typed(stages: Mapping[str, Any], folder: Path | None = None) -> Run:
     """
     within: tuple[str, ...] = ()
     try:
-        run = Run.model_validate(stages)
-        for name, stage in run:
+        run = Run.model_validate_json(json.dumps(stages))  # JSON has no tuples, and strict types know that
+        for name, stage in run.stages.items():
             within = (name, "conditions")
-            stage.check_conditions()
+            _ = stage.settings, stage.sets
         return run
     except ValidationError as error:
         first = error.errors()[0]
         at, *path = map(str, (*within, *first["loc"]))
         raise ReportError(
             f"{'.'.join(path)}: {first['msg']}",
-            where=tilde(folder / f"{at}.json") if folder else f"{at}.json",
+            where=tilde(folder / f"{at}.json"),
             hint=f"run {NOTEBOOKS.get(at, 'its notebook')} again",
         ) from error
 
@@ -309,29 +287,21 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     there = [name for name in (*DRAWN_ON, *BESIDE) if (folder / f"{name}.json").exists()]
     if "merge" not in there:
-        raise ReportError(
-            "this folder has no run",
-            where=tilde(folder),
-            hint=f"run {NOTEBOOKS['merge']} first, with this folder's name as run_name",
-        )
+        hint = f"run {NOTEBOOKS['merge']} first, with this folder's name as run_name"
+        raise ReportError("this folder has no run", where=tilde(folder), hint=hint)
     run = typed({name: read_stage(folder, name, sealed=True) for name in there}, folder)
-    wanted = run.merge.sha256 if run.merge else None
-    for name, stage in run:
-        if name in DRAWN_ON and stage.sha256 != wanted:
-            found, first = ((one or "unknown")[:12] for one in (stage.sha256, wanted))
-            raise ReportError(
-                f"is about another model ({found}...) than merge.json ({first}...)",
-                where=tilde(folder / f"{name}.json"),
-                hint=f"run {NOTEBOOKS[name]} again, or give each model a run_name of its own",
-            )
-    tiers = {name: stage.tier for name, stage in run if stage.tier and name in DRAWN_ON}
+    drawn = {name: stage for name, stage in run.stages.items() if name in DRAWN_ON}
+    models = {name: str(stage.sha256 or "unknown") for name, stage in drawn.items()}
+    for name, model in models.items():
+        if model != models["merge"]:
+            what = f"is about another model ({model:.12}...) than merge.json ({models['merge']:.12}...)"
+            hint = f"run {NOTEBOOKS[name]} again, or give each model a run_name of its own"
+            raise ReportError(what, where=tilde(folder / f"{name}.json"), hint=hint)
+    tiers = {name: stage.tier for name, stage in drawn.items() if stage.tier}
     if len(set(tiers.values())) > 1:
-        found = ", ".join(f"{name} is {tier}" for name, tier in tiers.items())
-        raise ReportError(
-            f"its stages are of different tiers ({found})",
-            where=tilde(folder),
-            hint="run notebooks 05 and 06 with the same tier",
-        )
+        listed = ", ".join(f"{name} is {tier}" for name, tier in tiers.items())
+        hint = "run notebooks 05 and 06 with the same tier"
+        raise ReportError(f"its stages are of different tiers ({listed})", where=tilde(folder), hint=hint)
     return run
 
 

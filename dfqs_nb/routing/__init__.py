@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from dfqs_nb.core.doors import lazy
 from dfqs_nb.routing.compare import differences, expert_counts, overlaps
 from dfqs_nb.routing.experiment import run_experiment
-from dfqs_nb.routing.trace import RecordedModel, Trace, load_trace, open_recorded, record
+from dfqs_nb.routing.trace import RecordedModel, Trace, load_trace, open_recorded
+from dfqs_nb.routing.verdict import Determinism
 
 if TYPE_CHECKING:
     from dfqs_nb.routing import figures
 
 __all__ = [
+    "Determinism",
     "RecordedModel",
     "Trace",
     "differences",
@@ -25,7 +27,6 @@ __all__ = [
     "load_trace",
     "open_recorded",
     "overlaps",
-    "record",
     "run_experiment",
 ]
 

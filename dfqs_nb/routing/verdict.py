@@ -42,12 +42,12 @@ FIXES = {
 
 
 def at_most(n_events: int, n: int) -> float:
-    """The exact 95 % upper bound on a rate, one-sided (Clopper and Pearson 1934); NaN of no trials.
+    """The exact 95 % upper bound on a rate, one-sided (Clopper and Pearson 1934); no trials bound nothing.
 
-    >>> round(at_most(0, 4), 3), round(at_most(0, 1152), 4)
-    (0.527, 0.0026)
+    >>> round(at_most(0, 4), 3), round(at_most(0, 1152), 4), at_most(0, 0)
+    (0.527, 0.0026, 1.0)
     """
-    return clopper_pearson(n_events, n, level=0.90)[1] if n else math.nan
+    return clopper_pearson(n_events, n, level=0.90)[1] if n else 1.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def judge(table: pd.DataFrame) -> Determinism:
         n_runs_differ=n_runs_differ,
         upper_bound=at_most(min(n_differ, each), each),
         runs_upper_bound=at_most(n_runs_differ, len(done)),
-        logits_equal=float(done["logits_equal"].mean()) if len(done) else math.nan,
+        logits_equal=float(done["logits_equal"].mean()) if len(done) else 0.0,
         same_output=not _changed(done["same_output"]),
         failed_runs=failed,
     )

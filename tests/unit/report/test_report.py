@@ -176,7 +176,7 @@ def test_partial_score_is_withheld_and_says_how_many_are_missing(merged_referenc
     folder = make_run(tmp_path / "r", merged_reference, scores={"scores": scores})
     found = report.build_report(folder, ask_llama_cpp=False)
     assert found["metrics"]["reasoning_score"] is None and found["metrics"]["code_score"] is not None
-    assert found["details"]["reasoning_score"]["withheld"] == "3 of 128 items lack a result"
+    assert found["details"]["reasoning_score"]["withheld"] == "3 of 192 items lack a result"
 
 
 def test_code_that_was_never_run_is_withheld(merged_reference, tmp_path):
@@ -354,8 +354,8 @@ def test_the_verdict_answers_six_questions_with_intervals_and_caveats(made):
         line.answer and line.caveat and line.mark in ("yes", "no", "in part", "unknown") for line in lines
     )
     by = {line.question: line for line in lines}
-    assert "269 to 450" in by["How far does the context carry?"].answer
-    assert "Reasoning 0.54 (0.45 to 0.62, n = 128)" in by["What does it score?"].answer
+    assert "512 to open" in by["How far does the context carry?"].answer
+    assert "Reasoning 0.74 (0.68 to 0.80, n = 192)" in by["What does it score?"].answer
     assert by["Does it run here, and how fast?"].caveat.startswith("Contended")
 
 

@@ -162,7 +162,7 @@ def test_each_requirement_is_judged_both_ways(header, name, stages, verdict, evi
 
 def test_the_lengths_reached_are_stated(header):
     near = judged(run_stages(), header).loc["long-context-analysis", "evidence"]
-    assert "64 to 1,024 tokens" in near and "were not reached in the nano tier" in near
+    assert "256 to 2,048 tokens" in near and "were not reached in the nano tier" in near
     reach = changed("long_context", "curve", to=[point(n) for n in (256, 8192, 65536)])
     reach["long_context"]["tier"] = "standard"
     assert "were covered (standard tier)" in judged(reach, header).loc["long-context-analysis", "evidence"]
@@ -222,7 +222,8 @@ def test_levels_are_those_of_the_text():
 
 def test_both_bounds_of_determinism_are_stated(header):
     evidence = judged(run_stages(), header).loc["routing-deterministic", "evidence"]
-    assert "fewer than 0.0026 of such choices differ, and fewer than 53% of runs" in evidence
+    assert "in 0 of 4 repetitions" in evidence
+    assert "95 % upper bounds: 0.26% of the choices about this text, 53% of repeated runs" in evidence
 
 
 def test_an_unknown_check_is_refused_by_name(monkeypatch):
