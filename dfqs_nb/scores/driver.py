@@ -9,6 +9,7 @@ test. The judge reports on a descriptor that the candidate does not have.
 from __future__ import annotations
 
 import builtins
+import importlib
 import io
 import json
 import os
@@ -30,9 +31,10 @@ PLAIN = {
     "decimal": ("Decimal",),
     "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
 }
-FORWARDED = tuple(
-    f"__{name}__" for name in "len iter next getitem setitem contains hash enter exit str repr".split()
-)
+# not `__contains__`: an object that says it holds everything is searched item by item instead
+FORWARDED = tuple(f"__{name}__" for name in "len iter next getitem setitem hash enter exit str repr".split())
+# what these lead to: the tests, and every built-in function of their process
+INNER = (types.ModuleType, types.FrameType, types.CodeType, types.TracebackType)
 
 
 class Gone(Exception):
@@ -173,14 +175,17 @@ class _Pickler(pickle.Pickler):
         for base in BASES:
             if isinstance(value, base):
                 return base, (_stripped(base, value),)
+        if isinstance(value, INNER):
+            raise TypeError(f"a {kind.__name__} stays in its process")
         self.peer.objects[id(value)] = value
         return _marked, ("mine", id(value))
 
 
-class _Unpickler(pickle.Unpickler):
-    """Takes plain types and handles only, so nothing in a pickle can run code."""
+class _Unpickler(pickle._Unpickler):  # type: ignore[misc,name-defined]  # the one in Python: C's has no table
+    """Takes plain types and handles only, and changes no object that exists: a pickle can run no code."""
 
     peer: _Peer
+    dispatch = {code: step for code, step in pickle._Unpickler.dispatch.items() if code != pickle.BUILD[0]}  # type: ignore[attr-defined]
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == (__name__, "_marked"):
@@ -278,8 +283,14 @@ def _check(candidate: _Peer, job: dict[str, Any]) -> None:
         return
     entry = job["entry_point"]
     code = compile(f"{job['tests']}\ncheck({entry})", "<tests>", "exec", dont_inherit=True)
-    namespace = candidate.ask("load", job["sources"], [entry, *_names(code)])
+    # its own `all` or `math` would judge its answers
+    names = [name for name in _names(code) if not hasattr(builtins, name)]
+    namespace, modules = candidate.ask("load", job["sources"], [entry, *names])
     function = namespace[entry]
+    modules |= {name: name for name in namespace if name in sys.stdlib_module_names}
+    for name, module in modules.items():
+        if module.partition(".")[0] in (*sys.stdlib_module_names, "numpy"):
+            namespace[name] = importlib.import_module(module)
     with suppress(SyntaxError):  # a task may break off anywhere: its tests then need nothing of it
         exec(compile(job["helpers"], "<task>", "exec", dont_inherit=True), namespace)
     namespace |= {entry: function, "__name__": "tests"}
@@ -291,8 +302,8 @@ def _names(code: types.CodeType) -> list[str]:
     return [*code.co_names, *inner]
 
 
-def _load(sources: list[str], names: list[str]) -> dict[str, Any]:
-    """Run the candidate's texts as one module, and give what the tests name of it."""
+def _load(sources: list[str], names: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Run the candidate's texts as one module, and give what the tests name of it; modules by their names."""
     module = types.ModuleType("candidate")
     module.__file__ = "/tmp/candidate.py"
     sys.modules["candidate"] = module
@@ -300,7 +311,9 @@ def _load(sources: list[str], names: list[str]) -> dict[str, Any]:
         exec(compile(source.lstrip("\ufeff"), "<candidate>", "exec", dont_inherit=True), module.__dict__)
     if names and names[0] not in module.__dict__:
         raise NameError(f"name {names[0]!r} is not defined")
-    return {name: module.__dict__[name] for name in names if name in module.__dict__}
+    given = {name: module.__dict__[name] for name in names if name in module.__dict__}
+    modules = {name: value.__name__ for name, value in given.items() if isinstance(value, types.ModuleType)}
+    return {name: value for name, value in given.items() if name not in modules}, modules
 
 
 def candidate(tasks: int) -> NoReturn:

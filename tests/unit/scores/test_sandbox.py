@@ -370,6 +370,58 @@ def test_a_forgery_fails_and_the_run_goes_on(name):
     assert verdict(RIGHT).passed
 
 
+# What the tests use to judge is not the candidate's: code, and the body of a test.
+JUDGING = {
+    "a built-in function": ("def abs(x): return 0\ndef double(n): return 0.0", "abs(c(2) - 4) < 1e-6"),
+    "all": ("def all(xs): return True\ndef double(n): return 0", "all(c(n) == 2 * n for n in range(1, 4))"),
+    "range": ("def range(*a): return []\ndef double(n): return 0", "all(c(n) == 2 * n for n in range(1, 4))"),
+    "a class with a library's name": (
+        "class math:\n    isclose = lambda *a: True\ndef double(n): return 0",
+        "math.isclose(c(2), 4)",
+    ),
+    "a library of its own": (
+        "import sys, types\nsys.modules['math'] = types.ModuleType('math')\nimport math\n"
+        "math.isclose = lambda *a: True\ndef double(n): return 0",
+        "math.isclose(c(2), 4)",
+    ),
+    "an object that holds everything": (
+        "class All:\n    def __contains__(self, x): return True\ndef double(n): return All()",
+        "4 in c(2)",
+    ),
+    "the frame of a generator": (
+        "def double(xs): return xs.gi_frame.f_builtins['eval']('2 * 21')",
+        "c(x for x in [1]) == 42",
+    ),
+    "a class of the library, changed by a pickle": (
+        # GLOBAL Fraction; BUILD it with a function of the candidate as `__eq__`; answer with a Fraction
+        "import __main__, struct, sys\ndef yes(*a): return True\ndef double(n):\n    frame = sys._getframe()\n"
+        "    while not isinstance(frame.f_locals.get('self'), __main__._Peer): frame = frame.f_back\n"
+        "    peer = frame.f_locals['self']\n    peer.objects[7] = yes\n"
+        "    mark = b'c__main__\\n_marked\\n(Vmine\\nI7\\ntR'\n"
+        "    raw = b'(Vvalue\\n(cfractions\\nFraction\\n(N(V__eq__\\n' + mark + b'dtb)R)tt.'\n"
+        "    peer.outgoing.write(struct.pack('<Q', len(raw)) + raw); peer.outgoing.flush()\n"
+        "    while True: peer.answer(*peer.receive()[1:])",
+        "c(2) == 4",
+    ),
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", JUDGING)
+def test_the_candidate_does_not_judge_itself(name):
+    code, test = JUDGING[name]
+    said = verdict(code + "\n", LIMITS, f"def check(c):\n    assert {test}\n")
+    assert said.outcome in ("wrong", "error"), said
+
+
+@needs_sandbox
+def test_tests_may_use_a_library_that_the_candidate_imports():
+    code = "import math, numpy as np, os.path as paths\ndef double(n): return 2 * n"
+    tests = "def check(c):\n    assert math.isclose(c(2), 4) and np.allclose(c(2), 4) and paths.join('a')\n"
+    said = verdict(code, LIMITS, tests)
+    assert said.passed, said
+
+
 # ---- right code of every kind passes, whatever it uses ----
 
 HONEST = {
