@@ -181,11 +181,12 @@ class _Pickler(pickle.Pickler):
         return _marked, ("mine", id(value))
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[misc,name-defined]  # the one in Python: C's has no table
+class _Unpickler(pickle._Unpickler):  # the one in Python: C's has no table
     """Takes plain types and handles only, and changes no object that exists: a pickle can run no code."""
 
     peer: _Peer
-    dispatch = {code: step for code, step in pickle._Unpickler.dispatch.items() if code != pickle.BUILD[0]}  # type: ignore[attr-defined]
+    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch.pop(pickle.BUILD[0])
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == (__name__, "_marked"):

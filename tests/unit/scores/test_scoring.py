@@ -156,6 +156,22 @@ RIGHT = {
         "python\n", "python\nimport math\n\n\ndef helper(x):\n    return math.fabs(x)\n\n\n"
     ),
     "decorated": WHOLE.replace(SIGN, f"import functools\n\n\n@functools.wraps(any)\n{SIGN}"),
+    "a function in a class, without self": f"```python\nclass Solution:\n    {SIGN}    {BODY.replace(chr(10), chr(10) + '    ')}\n```",
+    "its helper in an earlier block": "```python\nfrom itertools import combinations\n\n\n@staticmethod\ndef gap(a, b):\n"
+    f"    return abs(a - b)\n```\nthen\n```python\nfrom __future__ import annotations\n\n{SIGN}"
+    "    return any(gap(a, b) < threshold for a, b in combinations(numbers, 2))\n```\n",
+    "under a condition": f"```python\nimport sys\nif sys.version_info > (3,):\n    {SIGN}    {BODY.replace(chr(10), chr(10) + '    ')}\n```",
+    "where a library is missing": f"```python\ntry:\n    import no_such_library\nexcept ImportError:\n    {SIGN}    {BODY.replace(chr(10), chr(10) + '    ')}\n```",
+    "one of several names": f"```python\n{SIGN.replace('has_close', 'near')}{BODY}\nhas_close, other = near, None\n```",
+    "quoted": "".join(f"> {line}\n" for line in WHOLE.splitlines()),
+    "as in a terminal": "```\n>>> "
+    + "... ".join((SIGN + BODY).splitlines(keepends=True))
+    + ">>> has_close([1.0], 2.0)\nFalse\n```",
+    "as in a page": f"<pre><code class='python'>{(SIGN + BODY).replace('<', '&lt;').replace('>', '&gt;')}</code></pre>",
+    "odd spaces": WHOLE.replace("    ", "\u00a0" * 4).replace("def", "\u200bdef"),
+    "other line ends": WHOLE.replace("\n", "\u2028"),
+    "old line ends": WHOLE.replace("\n", "\r"),
+    "a body alone, without a fence": BODY,
     "behind a thinking of code": f"<think>{WHOLE.replace('<', '>')}</think>{WHOLE}",
 }
 TASK = item_sets.Item(
@@ -187,6 +203,7 @@ def test_right_code_is_found_however_it_is_written(way):
         "has_close is easy",
         "(" * 4000,
         "def " * 3000,
+        "```python\nif a: pass\n" + "elif a: pass\n" * 900 + "```",
     ],
 )
 def test_an_answer_without_the_function_has_no_code(text):
