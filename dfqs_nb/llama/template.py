@@ -6,8 +6,8 @@ child; it lives as long as its model is open, because a process for each prompt 
 prompt.
 
 The environment is that of llama-cpp-python's ``Jinja2ChatFormatter``, which follows Hugging Face
-Transformers. One difference: the clock stands still at `CLOCK`, so that a template that writes the date gives
-the same prompt every day.
+Transformers. One difference: it gives the same prompt in every run. The clock stands still at `CLOCK`, random
+choices repeat, and an address in memory is a fault.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -33,6 +34,7 @@ CLOCK = datetime(2026, 1, 1, 12)
 SECONDS = 10.0
 MAX_CHARACTERS = 1 << 24  # of a rendered chat
 MEMORY_BYTES = 2 << 30  # of the child's address space
+ADDRESS = re.compile(r" at 0x[0-9a-f]{4,}")  # in what Python shows of an object
 PLAIN = "use a file with a sound chat template; in Python, llama.complete(model, text) needs none"
 
 Message = Mapping[str, str]
@@ -104,12 +106,17 @@ class ChatTemplate:
 
 
 def _holds(text: str, question: str) -> bool:
-    """Whether the question is in the text; a template may quote it, or strip its lines.
+    """Whether the question's words are in the text, in order; a template may quote it, or strip its lines.
 
     >>> _holds('["say", "hi"]', 'say "hi"'), _holds("Hello", "What is 2 + 2?")
     (True, False)
     """
-    return question.strip() in text or all(word in text for word in re.findall(r"\w+", question))
+    at = 0
+    for word in re.findall(r"\w+", question):
+        at = text.find(word, at) + len(word)
+        if at < len(word):
+            return False
+    return True
 
 
 # ---- the child's side ----
@@ -160,10 +167,13 @@ def _renderer(source: str, bos: str, eos: str) -> Callable[[dict[str, Any]], str
 
     def render(chat: dict[str, Any]) -> str:
         text = ""
+        random.seed(0)
         for piece in template.generate(**values, **chat):
             text += piece
             if len(text) > MAX_CHARACTERS:
                 raise ValueError(f"its text exceeds {MAX_CHARACTERS:,} characters")
+        if ADDRESS.search(text) and not ADDRESS.search(str(chat["messages"])):
+            raise ValueError("its text has an address in memory, which is another in every run")
         return text
 
     return render

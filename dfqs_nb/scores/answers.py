@@ -43,9 +43,9 @@ def normalised(text: str) -> str:
 def code_in(answer: str, name: str, prompt: str = "") -> str | None:
     r"""The code in a chat's answer that defines ``name``: the last code block that does, else plain text.
 
-    A block may be indented, unclosed, glued to words, fenced by tildes, quoted, or in HTML. A method of a class
-    counts (an instance is made where it needs one), and so does a body alone, which is put below ``prompt``.
-    None where there is no code.
+    A block may be indented, unclosed, glued to words, fenced by tildes, quoted, or in HTML. A method of a
+    class counts (an instance is made where it needs one), and so does a body alone, which is put below
+    ``prompt``. None where there is no code.
 
     >>> code_in("Here:\n~~~python\ndef f(x):\n    return x", "f")
     'def f(x):\n    return x'

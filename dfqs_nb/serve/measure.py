@@ -237,7 +237,9 @@ def answerer(endpoint: Endpoint, item_set: ItemSet, model_id: str = "") -> Answe
         return reply
 
     template = endpoint.facts.chat_template
-    known = hashlib.sha256(template.encode()).hexdigest() if template else "the server's"
+    dated = chat and "strftime_now" in template  # the server's clock is not ours: what it writes counts, too
+    written = "".join((shown_around(endpoint) or ()) if dated else ())
+    known = hashlib.sha256((template + written).encode()).hexdigest() if template else "the server's"
     conditions = {"chat_template_sha256": known if chat else "none", **endpoint.conditions()}
     identity = model_id or endpoint.identity
     return Answerer(answer, item_set.mode, conditions, identity, n_parallel=endpoint.concurrency)

@@ -67,6 +67,9 @@ def test_what_llama_cpp_python_offers_a_template_is_offered():
         "{{ messages[0]['content'][0]['text'] }}",  # takes content for a list of parts
         "{{ bos_token }}",
         "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}",
+        "{{ messages[0].content | reverse }}",
+        "{{ messages[0].content.split() | sort | join(' ') }}",
+        "{{ messages[0].content.split()[0] }}",
     ],
 )
 def test_a_template_that_leaves_the_question_out_is_refused(source):
@@ -146,6 +149,20 @@ def test_the_clock_of_a_template_stands_still():
     assert render(source).startswith("Today is 01 January 2026 12:00. What") and render(source) == render(
         source
     )
+
+
+@pytest.mark.parametrize("source", ["{{ range(99999) | random }}", "{{ lipsum(2) }}"])
+def test_a_template_that_draws_at_random_gives_the_same_prompt_in_every_run(source):
+    source += "{{ messages[0].content }}"
+    assert render(source) == render(source)
+
+
+@pytest.mark.parametrize("source", ["{{ cycler(1, 2) }}", "{{ '' ~ raise_exception }}", "{{ [joiner()] }}"])
+def test_an_address_in_memory_is_no_part_of_a_prompt(source):
+    with pytest.raises(ModelError, match="address in memory"):
+        render(source + "{{ messages[0].content }}")
+    question = "What does <f at 0x7fddf2cf0e50> mean?"
+    assert render("{{ messages[0].content }}", question) == question
 
 
 def test_a_lone_surrogate_in_a_question_is_no_traceback(nano, tmp_path):

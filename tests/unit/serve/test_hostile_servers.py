@@ -187,6 +187,18 @@ def test_a_question_that_is_cut_is_no_wrong_answer(server, tmp_path):
         measure.score_set(client.connect(server.url), questions, tmp_path, Options(progress=False))
 
 
+def test_a_template_that_writes_the_date_has_other_conditions_on_another_day(server):
+    facts = {"default_generation_settings": {"n_ctx": 4096}, "chat_template": "{{ strftime_now('%d') }}"}
+    server.pages["/props"] = [(200, facts)]
+    hashes = []
+    for day in ("26", "26", "27"):
+        server.pages["/apply-template"] = [(200, {"prompt": f"On {day}: {measure.MARK}"})]
+        hashes.append(
+            measure.answerer(client.connect(server.url), QUESTIONS).conditions["chat_template_sha256"]
+        )
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 # ---- fields ----
 
 
