@@ -196,6 +196,38 @@ def _long_context(
 
 
 @app.command(rich_help_panel=MEASURE)
+def choices(
+    model: Annotated[str, typer.Argument(help="A GGUF file, or any of its shards.")],
+    set_name: Annotated[
+        str, typer.Option("--set", metavar="NAME", help="A reasoning set, or a JSONL file of choices.")
+    ] = "standard-reasoning",
+    run: Annotated[str, typer.Option(help="The folder under outputs/. Default: from the model.")] = "",
+    n_ctx: Annotated[int, typer.Option(help="Tokens of context.")] = 4096,
+    threads: Annotated[int, typer.Option(help="0: as suits the model.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Only the first questions.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Score again what an earlier run scored.")] = False,
+) -> None:
+    """Answer multiple choice by log-likelihood, and write the result as lm-evaluation-harness does.
+
+    Goes on after a kill. Example: `dfqs-nb choices model.gguf --set questions.jsonl`
+    """
+    from dfqs_nb import llama
+    from dfqs_nb.core.files import sha256_of
+    from dfqs_nb.scores import likelihood
+    from dfqs_nb.workbook.run import default_run_name
+
+    questions = likelihood.ChoiceSet.load(set_name)
+    folder = run_dir(run or default_run_name(model)) / "scores"
+    settings = llama.OpenSettings(n_ctx, n_threads=threads or llama.threads_for(model))
+    with llama.open_model(model, settings) as opened:
+        identity = sha256_of(opened.path)
+        result = likelihood.answer(opened, questions, folder, model_id=identity, limit=limit, fresh=fresh)
+    say(result.sentence)
+    say(result.families().to_string(index=False, float_format="{:.3f}".format))
+    say(f"wrote {tilde(result.save(folder / f'{questions.head.set}.lm_eval.json'))}")
+
+
+@app.command(rich_help_panel=MEASURE)
 def record(
     source: Annotated[str, typer.Argument(help="The original: a GGUF file, or the URL of a server.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The record, a JSONL file.")],

@@ -1,0 +1,352 @@
+"""Multiple choice by log-likelihood: the answer that the model finds likeliest, without generating any.
+
+The protocol is that of lm-evaluation-harness (``multiple_choice``, Gao et al. 2024): the context and each
+choice are tokenized together, a choice's score is the sum of its tokens' log-probabilities, and ``acc_norm``
+divides it by the choice's length in characters. The results are written in that program's layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from annotated_types import Ge, MinLen
+from scipy.special import log_softmax
+
+from dfqs_nb.core.display import tqdm
+from dfqs_nb.core.errors import PromptError
+from dfqs_nb.core.files import write_json
+from dfqs_nb.core.journal import Journal
+from dfqs_nb.core.paths import tilde
+from dfqs_nb.llama.generate import chat_prompt
+from dfqs_nb.llama.model import Floats, Model
+from dfqs_nb.scores.item_sets import ItemSet, Text, _broken, _typed
+from dfqs_nb.stats import mean_interval, wilson
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+N_CHOICES = 4  # of a question that is made from a set of questions with one answer each
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A question with its choices; ``gold`` is the index of the right one."""
+
+    id: Text
+    query: Text
+    choices: Annotated[tuple[Text, ...], MinLen(2)]
+    gold: Annotated[int, Ge(0)]
+    family: Text = "all"
+
+
+@dataclass(frozen=True)
+class Head:
+    """The first line of a set of your own.
+
+    Attributes:
+        mode: ``complete``: plain text; ``chat``: the query is a user's message in the model's template.
+        delimiter: between the query and a choice.
+        examples: questions that are shown solved before each query (few-shot).
+    """
+
+    set: Text
+    kind: Literal["choice"]
+    mode: Literal["chat", "complete"] = "complete"
+    delimiter: str = " "
+    examples: tuple[Choices, ...] = ()
+    licence: str = "not stated"
+    source: str = "not stated"
+
+
+@dataclass(frozen=True)
+class ChoiceSet:
+    """A set of multiple-choice questions; any change of its file is another ``sha256``."""
+
+    head: Head
+    sha256: str
+    items: tuple[Choices, ...] = field(repr=False)
+
+    @classmethod
+    def load(cls, source: str | Path) -> ChoiceSet:
+        """A JSONL file of your own, or a shipped set of questions, whose other answers become the choices.
+
+        Raises:
+            PromptError: there is no such set, or its file is broken; the message names line and field.
+        """
+        path = Path(source)
+        if path.suffix != ".jsonl" or b'"choice"' not in _first_line(path):
+            return cls.made_of(ItemSet.load(source))
+        raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        lines = raw.split(b"\n")
+        head = _typed(Head, lines[0], 1, path)
+        items: dict[str, Choices] = {}
+        for number, line in enumerate(lines[1:], start=2):
+            if line.strip():
+                item: Choices = _typed(Choices, line, number, path)
+                if item.id in items or item.gold >= len(item.choices):
+                    what = f"the id {item.id!r:.60} is taken" if item.id in items else "gold names no choice"
+                    raise _broken(path, number, what)
+                items[item.id] = item
+        if not items:
+            raise _broken(path, 2, "there are no items")
+        return cls(head, hashlib.sha256(raw).hexdigest(), tuple(items.values()))
+
+    @classmethod
+    def made_of(cls, questions: ItemSet) -> ChoiceSet:
+        """Multiple choice from a reasoning set: the choices are answers of the same family.
+
+        Which ones, and their order, follow from a hash of the question, so they are always the same.
+
+        Raises:
+            PromptError: no family has enough different answers (a code set has none).
+        """
+        answers: dict[str, list[str]] = {}
+        for item in questions.items:
+            known = answers.setdefault(item.family, [])
+            known += [item.answer] if item.answer and item.answer not in known else []
+        items = []
+        for item in questions.items:
+            others = [answer for answer in answers[item.family] if answer != item.answer]
+            if len(others) >= N_CHOICES - 1:
+                draw = np.random.default_rng(list(hashlib.sha256(item.prompt.encode()).digest()))
+                chosen = [others[at] for at in draw.permutation(len(others))[: N_CHOICES - 1]]
+                gold = int(draw.integers(N_CHOICES))
+                chosen.insert(gold, item.answer)
+                items.append(Choices(item.id, item.prompt, tuple(chosen), gold, item.family))
+        if not items:
+            hint = "take a reasoning set, or write a JSONL file of choices (see data/prompts/README.md)"
+            raise PromptError(f"{questions.name} has no {N_CHOICES} answers a family", hint=hint)
+        head = Head(
+            f"{questions.name}-choices", "choice", "chat", "", (), questions.licence, questions.source
+        )
+        return cls(head, questions.sha256, tuple(items))
+
+
+def _first_line(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.readline(1 << 20)
+    except OSError as error:
+        hint = "give the path of a JSONL file, or the name of a set"
+        raise PromptError(f"cannot be read ({error.strerror})", where=tilde(path), hint=hint) from error
+
+
+# ---- one model ----
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A set, answered by likelihood.
+
+    ``items`` has a row a question: ``id``, ``family``, ``gold``, ``log_likelihoods`` (nats, one a choice),
+    ``greedy`` (whether a choice is what greedy decoding gives), ``acc`` and ``acc_norm`` (0 or 1), ``margin``
+    (nats between the right choice and the best wrong one), ``guess``. ``n_evaluated``: tokens that it took.
+    """
+
+    questions: ChoiceSet
+    model: str
+    conditions: dict[str, Any] = field(repr=False)
+    items: pd.DataFrame = field(repr=False)
+    n_evaluated: int = 0
+
+    @property
+    def sentence(self) -> str:
+        """The result for people."""
+        parts = []
+        for name in ("acc", "acc_norm"):
+            right, n = int(self.items[name].sum()), len(self.items)
+            low, high = map(float, wilson(right, n))
+            parts.append(f"{name} {right / n:.3f} ({low:.3f} to {high:.3f})")
+        guess = float(self.items["guess"].mean())
+        return f"{self.questions.head.set}: {', '.join(parts)}, n = {len(self.items)}, guess rate {guess:.3f}"
+
+    def families(self) -> pd.DataFrame:
+        """A row a family: ``n``, ``acc``, ``acc_norm``, ``margin`` and its 95 % interval (nats)."""
+        groups = self.items.groupby("family", sort=False)
+        table = groups[["acc", "acc_norm", "margin"]].mean()
+        table.insert(0, "n", groups.size())
+        bounds = [mean_interval(group["margin"].to_numpy(float)) for _, group in groups]
+        return table.assign(
+            margin_low=[low for low, _ in bounds], margin_high=[high for _, high in bounds]
+        ).reset_index()
+
+    def as_lm_eval(self) -> dict[str, Any]:
+        """In lm-evaluation-harness's layout: ``results``, ``n-samples``, ``n-shot``, ``config``, ``samples``."""
+        name, n = self.questions.head.set, len(self.items)
+        scores: dict[str, Any] = {"alias": name}
+        for metric in ("acc", "acc_norm"):
+            values = self.items[metric].to_numpy(float)
+            error = float(values.std(ddof=1)) / sqrt(n) if n > 1 else 0.0
+            scores |= {f"{metric},none": float(values.mean()), f"{metric}_stderr,none": error}
+        by_id = {item.id: item for item in self.questions.items}
+        samples = [
+            {
+                "doc_id": number,
+                "doc": {
+                    "id": row.id,
+                    "query": by_id[row.id].query,
+                    "choices": list(by_id[row.id].choices),
+                },
+                "target": int(row.gold),
+                "resps": [
+                    [[value, greedy]] for value, greedy in zip(row.log_likelihoods, row.greedy, strict=True)
+                ],
+                "acc": float(row.acc),
+                "acc_norm": float(row.acc_norm),
+            }
+            for number, row in enumerate(self.items.itertuples())
+        ]
+        return {
+            "results": {name: scores},
+            "n-samples": {name: {"original": n, "effective": n}},
+            "n-shot": {name: len(self.questions.head.examples)},
+            "config": {"model": self.model, **self.conditions},
+            "samples": {name: samples},
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write `as_lm_eval` as JSON, whole or not at all."""
+        return write_json(path, self.as_lm_eval())
+
+
+def answer(
+    model: Model,
+    questions: ChoiceSet,
+    folder: str | Path,
+    *,
+    model_id: str = "",
+    limit: int | None = None,
+    fresh: bool = False,
+) -> Answers:
+    """Score every choice of every question. A run that is killed goes on with the same call.
+
+    What questions have in common (the solved examples), and what the choices of one have in common (the
+    query), is evaluated once and then restored, so four choices cost little more than one.
+
+    Args:
+        folder: where the answers are kept, as ``<set>.likelihood.jsonl``.
+        model_id: the model's SHA-256.
+        limit: only the first questions.
+
+    Raises:
+        ContextFullError: a question does not fit into the context.
+        ModelError: a chat set meets a model without a chat template. DecodeError: llama.cpp fails.
+    """
+    import pandas as pd
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    conditions = {"prompt_set_sha256": questions.sha256, "model": model_id, **model.conditions()}
+    journal = Journal(folder / f"{questions.head.set}.likelihood.jsonl", conditions, fresh=fresh)
+    items = questions.items[:limit]
+    encoded = {item.id: encode(model, questions.head, item) for item in items if item.id not in journal}
+    scorer = _Scorer(model, common_prefix([parts[0] for parts in encoded.values()]))
+    for item in tqdm(items, desc=questions.head.set, leave=False):
+        if item.id in encoded:
+            scored = scorer.choices(*encoded[item.id])
+            journal.add(
+                item.id, log_likelihoods=[value for value, _ in scored], greedy=[best for _, best in scored]
+            )
+    rows = []
+    for item in items:
+        kept = journal[item.id]
+        values = np.array(kept["log_likelihoods"])
+        normed = values / np.array([len(choice) for choice in item.choices])
+        rows.append(
+            {
+                "id": item.id,
+                "family": item.family,
+                "gold": item.gold,
+                **kept,
+                "acc": int(values.argmax() == item.gold),
+                "acc_norm": int(normed.argmax() == item.gold),
+                "margin": float(values[item.gold] - np.delete(values, item.gold).max()),
+                "guess": 1 / len(values),
+            }
+        )
+    return Answers(questions, model_id or model.path.name, conditions, pd.DataFrame(rows), scorer.n_evaluated)
+
+
+def encode(model: Model, head: Head, item: Choices) -> tuple[list[int], list[list[int]]]:
+    """Token ids of the context, and of each choice behind it.
+
+    Blanks at the context's end belong to the choices, and both are tokenized together, because tokenizers
+    join a blank with the word behind it.
+    """
+    if head.mode == "chat":
+        context = chat_prompt(model, item.query)
+        return context, [model.tokenize(head.delimiter + choice, special=False) for choice in item.choices]
+    solved = [f"{shot.query}{head.delimiter}{shot.choices[shot.gold]}\n\n" for shot in head.examples]
+    text = "".join([*solved, item.query])
+    blanks = text[len(text.rstrip()) :]
+    text = text.rstrip()
+    context = model.with_bos(model.tokenize(text, special=False))
+    whole = [
+        model.with_bos(model.tokenize(text + blanks + head.delimiter + choice, special=False))
+        for choice in item.choices
+    ]
+    return context, [tokens[len(context) :] or tokens[-1:] for tokens in whole]
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens that all rows begin with.
+
+    >>> common_prefix([[1, 2, 3], [1, 2, 4]]), common_prefix([[1]]), common_prefix([])
+    ([1, 2], [1], [])
+    """
+    shared = 0
+    for column in zip(*rows, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared += 1
+    return list(rows[0][:shared]) if rows else []
+
+
+class _Scorer:
+    """Scores choices behind contexts that all begin with ``shared``, which is evaluated once."""
+
+    def __init__(self, model: Model, shared: Sequence[int]) -> None:
+        self._model, self._shared, self.n_evaluated = model, list(shared), 0
+        model.clear()
+        if self._shared:
+            self._decode(self._shared)
+            self._start = model.save()
+
+    def choices(self, context: Sequence[int], choices: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
+        """The log-likelihood of each choice in nats, and whether greedy decoding gives it."""
+        model, rest = self._model, context[len(self._shared) :]
+        if self._shared and rest:
+            model.restore(self._start)
+        else:  # the whole context is shared: its last token is evaluated again, for its logits
+            model.clear()
+            rest = context
+        self.n_evaluated += len(rest)
+        first = log_softmax(model.evaluate(rest).astype(float))
+        longer = sum(len(tokens) > 1 for tokens in choices)
+        state = model.save() if longer > 1 else None
+        scored = []
+        for tokens in choices:
+            value, greedy = float(first[tokens[0]]), bool(first.argmax() == tokens[0])
+            if len(tokens) > 1:
+                if state is not None:
+                    model.restore(state)
+                rows = log_softmax(self._logits(tokens[:-1]).astype(float), axis=-1)
+                at = np.arange(len(rows))
+                value += float(rows[at, tokens[1:]].sum())
+                greedy = greedy and bool((rows.argmax(axis=1) == tokens[1:]).all())
+            scored.append((value, greedy))
+        return scored
+
+    def _decode(self, tokens: Sequence[int]) -> None:
+        self.n_evaluated += len(tokens)
+        self._model.decode(tokens)
+
+    def _logits(self, tokens: Sequence[int]) -> Floats:
+        self.n_evaluated += len(tokens)
+        return np.concatenate([rows.copy() for rows in self._model.logits(tokens)])

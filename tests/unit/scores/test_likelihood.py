@@ -1,0 +1,141 @@
+"""Multiple choice by log-likelihood, held against whole evaluations and against sums done by hand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from dfqs_nb.core.errors import PromptError
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.llama.model import ContextFullError, open_model
+from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.scores import ItemSet, likelihood
+from dfqs_nb.scores.likelihood import ChoiceSet
+
+HEAD = {
+    "set": "own",
+    "kind": "choice",
+    "examples": [{"id": "e", "query": "The sky is", "choices": ["blue.", "green."], "gold": 0}],
+}
+ITEMS = [
+    {"id": "1", "query": "The grass is", "choices": ["green.", "blue.", "a river"], "gold": 0},
+    {"id": "2", "query": "Rain fell softly on the ", "choices": ["roof.", "sun"], "gold": 0},
+    {"id": "3", "query": "The sun", "choices": [" is yellow.", " x"], "gold": 1, "family": "odd"},
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    with open_model(
+        data_dir() / "reference" / "DFQS-Nano-F16.gguf", OpenSettings(n_ctx=256, n_threads=1)
+    ) as opened:
+        yield opened
+
+
+@pytest.fixture
+def own(tmp_path):
+    def write(head=HEAD, items=ITEMS):
+        path = tmp_path / "own.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in [head, *items]), encoding="utf-8")
+        return path
+
+    return write
+
+
+def whole(model, context, tokens):
+    """The log-likelihood of tokens behind a context, evaluated in one piece, and whether each is the likeliest."""
+    model.clear()
+    rows = np.concatenate([rows.copy() for rows in model.logits([*context, *tokens])]).astype(float)
+    rows = log_softmax(rows, axis=1)[len(context) - 1 : -1]
+    return rows[np.arange(len(tokens)), tokens].sum(), bool((rows.argmax(axis=1) == tokens).all())
+
+
+def test_restored_states_give_what_whole_evaluations_give(model, own, tmp_path):
+    questions = ChoiceSet.load(own())
+    answers = likelihood.answer(model, questions, tmp_path)
+    n_whole = 0
+    for item, row in zip(questions.items, answers.items.itertuples(), strict=True):
+        context, choices = likelihood.encode(model, questions.head, item)
+        expected = [whole(model, context, tokens) for tokens in choices]
+        n_whole += sum(len(context) + len(tokens) for tokens in choices)
+        assert row.log_likelihoods == pytest.approx([value for value, _ in expected], abs=0.02)
+        assert row.greedy == [best for _, best in expected]
+        assert row.acc == int(np.argmax(row.log_likelihoods) == item.gold)
+    assert answers.n_evaluated < n_whole / 2  # what is shared was evaluated once
+
+
+def test_context_and_choices_are_tokenized_together(model, own):
+    questions = ChoiceSet.load(own())
+    context, choices = likelihood.encode(model, questions.head, questions.items[1])
+    text = b"".join(map(model.token_bytes, [*context, *choices[0]])).decode()
+    assert text == "The sky is blue.\n\nRain fell softly on the  roof."
+    assert model.token_bytes(context[-1]).decode()[-1] == "e", "blanks belong to the choice"
+
+
+def test_acc_norm_divides_by_the_length_of_a_choice(model, own, tmp_path):
+    answers = likelihood.answer(model, ChoiceSet.load(own()), tmp_path)
+    for item, row in zip(ITEMS, answers.items.itertuples(), strict=True):
+        per_letter = [
+            value / len(choice) for value, choice in zip(row.log_likelihoods, item["choices"], strict=True)
+        ]
+        assert row.acc_norm == int(np.argmax(per_letter) == item["gold"])
+    assert set(answers.families()["family"]) == {"all", "odd"}
+
+
+def test_the_file_has_the_layout_of_lm_eval(model, own, tmp_path):
+    answers = likelihood.answer(model, ChoiceSet.load(own()), tmp_path)
+    result = json.loads(answers.save(tmp_path / "result.json").read_text())
+    scores, samples = result["results"]["own"], result["samples"]["own"]
+    right = [sample["acc"] for sample in samples]
+    assert scores["acc,none"] == pytest.approx(np.mean(right))
+    assert scores["acc_stderr,none"] == pytest.approx(np.std(right, ddof=1) / np.sqrt(3))
+    assert result["n-shot"]["own"] == 1 and result["n-samples"]["own"] == {"original": 3, "effective": 3}
+    assert len(samples[0]["resps"]) == 3 and samples[0]["target"] == 0
+
+
+def test_a_second_run_evaluates_nothing(model, own, tmp_path):
+    questions = ChoiceSet.load(own())
+    first = likelihood.answer(model, questions, tmp_path)
+    second = likelihood.answer(model, questions, tmp_path)
+    assert first.items.equals(second.items) and second.n_evaluated == 0 < first.n_evaluated
+
+
+def test_a_shipped_set_becomes_multiple_choice_the_same_way_each_time(model, tmp_path):
+    questions = ChoiceSet.load("nano-reasoning")
+    assert questions == ChoiceSet.made_of(ItemSet.load("nano-reasoning"))
+    answers = {item.id: item.answer for item in ItemSet.load("nano-reasoning").items}
+    for item in questions.items:
+        assert item.choices[item.gold] == answers[item.id] and len(set(item.choices)) == 4
+    places = np.bincount([item.gold for item in questions.items], minlength=4) / len(questions.items)
+    assert places.min() > 0.1, "the right choice stands at every place"
+    result = likelihood.answer(model, questions, tmp_path, limit=8)
+    assert len(result.items) == 8 and "guess rate 0.250" in result.sentence
+
+
+@pytest.mark.parametrize(
+    ("head", "items", "message"),
+    [
+        (HEAD, [], "line 2: there are no items"),
+        (HEAD, [ITEMS[0], ITEMS[0]], "line 3: the id '1' is taken"),
+        (HEAD, [{**ITEMS[0], "gold": 3}], "line 2: gold names no choice"),
+        (HEAD, [{**ITEMS[0], "gold": "0"}], "line 2: gold"),
+        (HEAD, [{**ITEMS[0], "choices": ["one"]}], "line 2: choices"),
+        ({**HEAD, "mode": "dream"}, ITEMS, "line 1: mode"),
+    ],
+)
+def test_a_broken_set_names_line_and_field(own, head, items, message):
+    with pytest.raises(PromptError, match=message):
+        ChoiceSet.load(own(head, items))
+
+
+def test_what_cannot_be_asked_is_refused(model, own, tmp_path):
+    with pytest.raises(PromptError, match="has no 4 answers a family"):
+        ChoiceSet.load("nano-code")
+    with pytest.raises(PromptError, match="cannot be read"):
+        ChoiceSet.load(tmp_path / "missing.jsonl")
+    long = ChoiceSet.load(own(HEAD, [{**ITEMS[0], "query": "The sky is blue. " * 300}]))
+    with pytest.raises(ContextFullError):
+        likelihood.answer(model, long, tmp_path)
