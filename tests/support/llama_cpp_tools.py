@@ -39,9 +39,10 @@ ONE_FILE = {
         "common/log.cpp",
         "common/fit.cpp",
     ],
+    "test-llama-archs": ["tests/test-llama-archs.cpp", "common/common.cpp", "common/log.cpp", "common/fit.cpp"],
 }
-# What llama-bench refers to beside these files: reading `-fa 0`. All else (downloads, JSON, samplers) is not
-# called in a benchmark; calling it ends the program.
+# What a tool refers to beside these files: llama-bench reads `-fa 0`. All else (downloads, JSON, samplers) is
+# not called in what we run; calling it ends the program.
 SHIMS = {
     "llama-bench": """
 #include <string>
@@ -50,7 +51,8 @@ bool is_truthy(const std::string & v) { return v == "on" || v == "1" || v == "tr
 bool is_falsey(const std::string & v) { return v == "off" || v == "0" || v == "false"; }
 bool is_autoy(const std::string & v) { return v == "auto" || v == "-1"; }
 }
-"""
+""",
+    "test-llama-archs": "",
 }
 AS_C = ("sha256.c", "xxhash.c")  # the rest is C++, sha1.c too: llama.cpp puts it in a namespace
 
