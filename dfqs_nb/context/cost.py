@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,14 @@ from dfqs_nb.gguf.memory import estimate, kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.check import dry_run
 from dfqs_nb.llama.model import Model
-from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.llama.settings import OpenSettings, own_context
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SPEED_CHUNK = 256
+SPEED_CHUNK, WARM_UP = 256, 32
 SPARE_TOKENS = 64  # of context, for the answer
+NO_LIMIT = 8192  # tokens, where a header states no limit
 TIMEOUT_SECONDS = 600.0
 
 
@@ -54,40 +54,37 @@ class PrefillSpeed:
         return pd.DataFrame({"depth": list(depths), "tokens_per_second": speeds})
 
 
-def measure_prefill(model: Model, deepest: int = 1024, repetitions: int = 2) -> PrefillSpeed:
-    """Time 256 tokens at the beginning and 256 up to ``deepest``; between them, cost is linear in depth."""
-    import llama_cpp
+def measure_prefill(model: Model, deepest: int = 1024, probe_seconds: float = 10.0) -> PrefillSpeed:
+    """Time chunks of up to 256 tokens, one after another, up to ``deepest`` or for ``probe_seconds``.
+
+    A robust line through them (Theil and Sen's) gives the cost of a token and how it grows with depth; with
+    fewer than three chunks it is taken not to grow.
+    """
+    from scipy.stats import theilslopes
 
     tokens = np.random.default_rng(0).integers(0, model.n_vocab, min(deepest, model.settings.n_ctx)).tolist()
+
+    def timed(chunk: Sequence[int]) -> float:
+        started = time.perf_counter()
+        model.decode(chunk)
+        model.synchronize()
+        return (time.perf_counter() - started) / len(chunk)
+
     model.clear()
-    model.decode(tokens[:SPEED_CHUNK])  # warms up
-    times: dict[int, float] = {}
-    for _ in range(repetitions):
-        model.clear()
-        for start in range(0, len(tokens), SPEED_CHUNK):
-            chunk, begun = tokens[start : start + SPEED_CHUNK], time.perf_counter()
-            model.decode(chunk)
-            llama_cpp.llama_synchronize(model.llama.ctx)
-            seconds = (time.perf_counter() - begun) / len(chunk)
-            times[start] = min(seconds, times.get(start, inf))
+    size = SPEED_CHUNK if timed(tokens[:WARM_UP]) * SPEED_CHUNK < probe_seconds / 4 else WARM_UP
     model.clear()
-    depth = max(times)
-    slope = max(0.0, (times[depth] - times[0]) / depth) if depth else 0.0
-    return PrefillSpeed(max(times[0] - slope * SPEED_CHUNK / 2, times[0] / 2), slope)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them.
-
-    >>> duration(42.2), duration(2400), duration(31 * 3600)
-    ('42 s', '40 min', '31 h')
-    """
-    if seconds == inf:
-        return "no limit"
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:,.0f} {unit}"
-    return f"{seconds:,.0f} s"
+    begun, depths, seconds = time.perf_counter(), [], []
+    for start in range(0, len(tokens), size):
+        chunk = tokens[start : start + size]
+        seconds.append(timed(chunk))
+        depths.append(start + len(chunk) / 2)
+        if time.perf_counter() - begun > probe_seconds:
+            break
+    model.clear()
+    if len(depths) < 3:
+        return PrefillSpeed(min(seconds), 0.0)
+    slope, base, *_ = theilslopes(seconds, depths)
+    return PrefillSpeed(max(float(base), min(seconds) / 2), max(float(slope), 0.0))
 
 
 # ---- memory, before anything is opened ----
@@ -128,7 +125,14 @@ def predict_failure(
 def settings_for(
     path: str | Path, longest: int, settings: OpenSettings
 ) -> tuple[OpenSettings, RuntimeFailure | None]:
-    """Settings with room for the longest length that fits in memory, and the first that does not."""
+    """Settings with room for the longest length that fits in memory, and the first that does not.
+
+    Args:
+        longest: tokens; 0: the model's own limit, which also bounds a longer one. A header that states no
+            limit gets `NO_LIMIT`.
+    """
+    own = own_context(path)
+    longest = min(longest or own or NO_LIMIT, own or longest or NO_LIMIT)
     failure = predict_failure(path, octaves(256, longest) or [longest], settings)
     reach = longest if failure is None else failure.length // 2
     return replace(settings, n_ctx=reach + SPARE_TOKENS), failure

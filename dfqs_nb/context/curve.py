@@ -289,6 +289,7 @@ class _Measurement:
         self.started = time.perf_counter()
         self.bar = tqdm(total=run.plan.tokens(), unit="tok", unit_scale=True, desc="long context")
         self._measured: set[int] = set()
+        self._planned = self._taken = 0.0  # seconds of the texts so far: by the plan, and really
 
     def length(self, length: int, planned: bool) -> Counts | None:
         """Ask about all texts of a length; the counts of all lengths so far, or None to end the search."""
@@ -308,12 +309,15 @@ class _Measurement:
         if self._over_budget(length):
             self.run.budget_hit = True
             return False
+        begun = time.perf_counter()
         try:
             self._ask(case, missing, planned)
         except DecodeError as error:
             at = self.n_ctx if error.cause == "n_ctx" else length
             self.run.failure = RuntimeFailure(min(at, length), error.cause, str(error))
             return False
+        self._taken += time.perf_counter() - begun
+        self._planned += self.run.plan.text_seconds(length) * len(missing) / len(case.questions)
         return True
 
     def _ask(self, case: Case, questions: Sequence[Question], planned: bool) -> None:
@@ -349,7 +353,12 @@ class _Measurement:
 
     def _over_budget(self, length: int) -> bool:
         plan, spent = self.run.plan, time.perf_counter() - self.started
-        return spent + plan.text_seconds(length) > plan.budget_seconds  # never, without a speed (NaN)
+        if not self._measured and not self._planned:
+            return False  # the first text is always asked: a run without an answer says nothing
+        slower = max(1.0, self._taken / self._planned) if self._planned else 1.0
+        return (
+            spent + slower * plan.text_seconds(length) > plan.budget_seconds
+        )  # never, without a speed (NaN)
 
 
 def measure(

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf, nan
 from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.context.cost import PrefillSpeed, duration, measure_prefill
+from dfqs_nb.context.cost import SPARE_TOKENS, PrefillSpeed, measure_prefill
 from dfqs_nb.context.haystacks import Haystacks, Probe, StandIn, frame_of, probe_of
 from dfqs_nb.context.search import octaves
+from dfqs_nb.core.budget import Fitted, duration, fit
 from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama.model import Model
 
 if TYPE_CHECKING:
     import pandas as pd
 
+LOGIT_SECONDS = 3e-8  # that a logit takes to become a probability, measured on one core
 PROTOCOL = "fixed keys, fresh texts for each length"  # answers under another one are not comparable
-
-
-class BudgetError(DfqsError):
-    """A time budget holds not even the shortest length."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Plan:
         budget_seconds: no text is begun that is not expected to end in time; what is not measured is
             censored, not failed.
         speed: measured prefill speed, which costs are made of; None: not timed.
+        left_out: sentences about what the budget took away.
     """
 
     probe: Probe
@@ -48,6 +49,7 @@ class Plan:
     in_a_row: int = 2
     budget_seconds: float = inf
     speed: PrefillSpeed | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -110,30 +112,82 @@ class Plan:
         return table.assign(within_budget=table["seconds"] <= self.budget_seconds)
 
     def within_budget(self) -> Plan:
-        """The plan cut to the lengths that its budget holds.
+        """The plan cut until its budget holds it: texts a length first, then the longest lengths.
 
-        Raises:
-            BudgetError: it holds none.
+        The order: 6 and 4 texts, lengths down to four of them, 2 texts, the other lengths, one text. What is
+        left then is measured even where it takes longer.
         """
         if self.budget_seconds == inf:
             return self
-        kept = [length for length in self.grid if self.up_to(length).seconds <= self.budget_seconds]
-        if not kept:
-            first = duration(self.up_to(self.grid[0]).seconds)
-            raise BudgetError(
-                f"{duration(self.budget_seconds)} hold no length: {self.grid[0]} take {first}",
-                hint="raise the budget, or take fewer texts",
-            )
-        return self.up_to(kept[-1])
+        cut = self
+        for texts, lengths in self._cuts():
+            cut = replace(self, n_haystacks=texts, grid=self.grid[:lengths])
+            if cut.seconds <= self.budget_seconds:
+                break
+        left_out = []
+        if cut.n_haystacks < self.n_haystacks:
+            left_out.append(f"{cut.n_haystacks} texts a length, not {self.n_haystacks}")
+        if cut.longest < self.longest:
+            left_out.append(f"lengths above {cut.longest:,} tokens, of up to {self.longest:,}")
+        return replace(cut, left_out=tuple(left_out))
+
+    def _cuts(self) -> Iterator[tuple[int, int]]:
+        """Texts a length and number of lengths, from the whole plan down."""
+        n, most = len(self.grid), self.n_haystacks
+        yield most, n
+        yield from ((min(texts, most), n) for texts in (6, 4))
+        yield from ((min(4, most), lengths) for lengths in range(n - 1, 3, -1))
+        yield from ((min(2, most), lengths) for lengths in range(min(n, 4), 0, -1))
+        yield 1, 1
+
+    def kept(self, stage: Stage, model_sha256: str, *, fresh: bool = False) -> Plan:
+        """The plan within its budget, or as an earlier run of the stage cut it; the stage notes the cuts."""
+
+        def make() -> dict[str, Any]:
+            cut = self.within_budget()
+            return {"grid": cut.grid, "n_haystacks": cut.n_haystacks, "left_out": cut.left_out}
+
+        made = stage.plan({**self.conditions(), "model": model_sha256}, make, fresh=fresh)
+        stage.leave_out(made["left_out"])
+        grid, left_out = tuple(made["grid"]), tuple(made["left_out"])
+        return replace(self, grid=grid, n_haystacks=made["n_haystacks"], left_out=left_out)
+
+    def held_out(self, n_texts: int, n_vocab: int, seconds: float) -> Fitted:
+        """How many held-out texts (``texts``), of how many ``tokens``, these seconds hold; at least two.
+
+        Args:
+            n_vocab: a logit for each is turned into a probability.
+        """
+        speed, halves = self.speed, [self.longest >> k for k in range(1, 20) if self.longest >> k >= 256]
+        if speed is None:
+            return Fitted({"texts": n_texts, "tokens": self.longest}, nan, nan)
+        cuts = [{"texts": 4}, *({"tokens": n} for n in halves), {"texts": 2}]
+
+        def cost(plan: dict[str, int]) -> float:
+            return plan["texts"] * (speed.seconds(plan["tokens"]) + plan["tokens"] * n_vocab * LOGIT_SECONDS)
+
+        names = {"texts": "held-out texts", "tokens": "tokens of a held-out text"}
+        return fit({"texts": n_texts, "tokens": self.longest}, cuts, cost, seconds, names)
+
+    def filled(self, load_seconds: float, seconds: float) -> tuple[list[int], int, list[str]]:
+        """Lengths whose memory is measured, the tokens that fill each, and what these seconds leave out."""
+        lengths = [n for n in self.grid if n >= 256] or list(self.grid)
+        wanted, fill = list(lengths), 4096
+        while len(lengths) > 1 and len(lengths) * load_seconds > seconds / 2:
+            lengths.pop(0)
+        while fill > 256 and self.speed and len(lengths) * self.speed.seconds(fill) > seconds / 2:
+            fill //= 2
+        left_out = [f"memory of {len(lengths)} lengths, not {len(wanted)}"] if lengths != wanted else []
+        return lengths, fill, left_out
 
     @property
     def cost_sentence(self) -> str:
-        """The cost of the whole plan, and of a shorter one, as a sentence."""
+        """The cost of the whole plan, and of a shorter one, as a sentence; and what the budget took away."""
         text = f"the curve to {self.longest:,} tokens will take about {duration(self.seconds)}"
         shorter = [self.up_to(length) for length in self.grid if length <= self.longest / 4][-1:]
         for plan in shorter:
             text += f"; the curve to {plan.longest:,} tokens {duration(plan.seconds)}"
-        return text
+        return text + (f". Cut to keep to the budget: {'; '.join(self.left_out)}" if self.left_out else "")
 
     def conditions(self) -> dict[str, Any]:
         """What the answers depend on, beside the model."""
@@ -165,6 +219,7 @@ def make_plan(
     Args:
         model: open, or what is asked in its place.
         prompt_set: the name of a probe, or a tier.
+        longest: 0: all that the open model's context holds.
         shortest: by default 256 tokens, or 64 for a probe of a single key.
         reuse: False evaluates every question afresh.
         timed: measure the prefill speed, for the costs; always done where there is a budget.
@@ -175,6 +230,7 @@ def make_plan(
     """
     probe = probe_of(prompt_set)
     shortest = shortest or (256 if probe.needles > 1 else 64)
+    longest = longest or model.settings.n_ctx - SPARE_TOKENS
     grid = tuple(octaves(shortest, longest))
     if not grid:
         raise DfqsError(f"no length up to {longest:,} tokens", hint=f"the shortest is {shortest}")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.errors import StageError
 from dfqs_nb.core.files import canonical_sha256, read_json, sha256_of_file, there_is, write_json, write_table
-from dfqs_nb.core.journal import Journal
+from dfqs_nb.core.journal import Journal, remembered
 from dfqs_nb.core.paths import run_dir, tilde
 
 if TYPE_CHECKING:
@@ -46,12 +47,18 @@ class Stage:
     Args:
         run_name: one plain folder name under the outputs, which is made; or a run's folder, as a ``Path``.
         name: of the stage, a key of `NOTEBOOKS`.
+        budget_minutes: that the stage may take from now on; 0: no limit.
+
+    Attributes:
+        left_out: sentences about what the budget did not allow; they go into the stage file.
 
     Raises:
         OutputError: the run's name is no plain folder name, or the folder cannot be made.
     """
 
-    def __init__(self, run_name: str | Path, name: str) -> None:
+    def __init__(self, run_name: str | Path, name: str, budget_minutes: float = 0.0) -> None:
+        self.budget_seconds, self.left_out = 60 * budget_minutes or math.inf, list[str]()
+        self._started = time.monotonic()
         self.name, self.folder = name, run_name if isinstance(run_name, Path) else run_dir(run_name)
         self._record = self.folder / f".{name}.files"
         record = self._record.read_text(encoding="utf-8") if self._record.exists() else ""
@@ -59,6 +66,35 @@ class Stage:
 
     def __repr__(self) -> str:
         return f"Stage {self.name!r} in {tilde(self.folder)}"
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the budget; infinite without one."""
+        return max(0.0, self._started + self.budget_seconds - time.monotonic())
+
+    def leave_out(self, sentences: Iterable[str]) -> None:
+        """Note what the budget did not allow: the stage file and its summary say it."""
+        self.left_out = list(dict.fromkeys([*self.left_out, *sentences]))
+
+    def plan(
+        self, conditions: Mapping[str, Any], make: Callable[[], Mapping[str, Any]], *, fresh: bool = False
+    ) -> dict[str, Any]:
+        """A plan that is kept, so that a run that goes on measures the same things.
+
+        It is made again for other conditions, and where the budget is now more than twice as large.
+
+        Args:
+            conditions: what the plan depends on, beside the budget.
+            make: plans; gives plain values.
+        """
+        note = self.folder / f".{self.name}.plan.json"
+        limit = None if self.budget_seconds == math.inf else self.budget_seconds
+        plan = remembered(note, conditions, lambda: {"budget_seconds": limit, "plan": make()}, fresh=fresh)
+        then = plan["budget_seconds"]
+        if then is not None and self.budget_seconds > 2 * then:
+            return self.plan(conditions, make, fresh=True)
+        kept: dict[str, Any] = plan["plan"]
+        return kept
 
     def path(self, name: str) -> Path:
         """A file of this stage that other code writes or appends to; the seal covers it."""
@@ -115,7 +151,12 @@ class Stage:
         that the stage wrote (``files``), and a SHA-256 of all that (``seal``). The seal catches accidents.
         It does not stop a forger, who can compute it too.
         """
-        content = {"stage": self.name, "conditions": conditions, "summary": summary, **facts}
+        missing = [f"left out to keep to the budget: {'; '.join(self.left_out)}"] if self.left_out else []
+        content = {"stage": self.name, "conditions": conditions, "summary": [*summary, *missing], **facts}
+        if self.budget_seconds < math.inf:
+            seconds = round(time.monotonic() - self._started, 1)
+            content["budget"] = {"seconds": self.budget_seconds, "used_seconds": seconds}
+            content["left_out"] = self.left_out
         content = _without_nan(json.loads(json.dumps(content, default=str)))
         content["files"] = {
             name: sha256_of_file(self.folder / name)

@@ -29,8 +29,7 @@ from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.ladder import divergence, imatrix, quantizer
 from dfqs_nb.ladder.measure import LadderError, Settings, collected, question_sets
 from dfqs_nb.ladder.recipes import Recipe, load_recipe
-from dfqs_nb.llama.model import threads_for
-from dfqs_nb.llama.settings import llama_version
+from dfqs_nb.llama.settings import llama_version, threads_for
 from dfqs_nb.routing import Trace, load_trace
 from dfqs_nb.scores import Answerer, Options, SetRun
 

@@ -12,7 +12,7 @@ from dfqs_nb.core.doors import lazy
 if TYPE_CHECKING:
     from dfqs_nb.llama import figures
     from dfqs_nb.llama.generate import answer_table, complete, same_tokens_twice, stream_chat
-    from dfqs_nb.llama.model import open_model, threads_for
+    from dfqs_nb.llama.model import open_model
     from dfqs_nb.llama.settings import OpenSettings
     from dfqs_nb.llama.timing import measure_speed, plan_cost
 
@@ -26,7 +26,6 @@ __all__ = [
     "plan_cost",
     "same_tokens_twice",
     "stream_chat",
-    "threads_for",
 ]
 
 # also the rest: the child process of `check` starts in half the time without numpy
@@ -41,5 +40,4 @@ __getattr__ = lazy(
     plan_cost="timing",
     same_tokens_twice="generate",
     stream_chat="generate",
-    threads_for="model",
 )

@@ -15,7 +15,7 @@ import numpy as np
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.llama.model import Floats, Model
+from dfqs_nb.llama.model import PLAIN_CHAT, PLAIN_STOP, Floats, Model
 from dfqs_nb.llama.template import Message
 from dfqs_nb.llama.thinking import answer_start, opens_thinking
 
@@ -192,7 +192,7 @@ def chat_prompt(model: Model, prompt: str | Sequence[Message], **variables: bool
         variables: what the template may ask for, such as ``enable_thinking``.
 
     Raises:
-        ModelError: the header has no chat template, or the template refuses the messages.
+        ModelError: the template refuses the messages.
     """
     return model.with_bos(model.tokenize(chat_text(model, prompt, **variables)))
 
@@ -200,13 +200,14 @@ def chat_prompt(model: Model, prompt: str | Sequence[Message], **variables: bool
 def chat_text(model: Model, prompt: str | Sequence[Message], **variables: bool) -> str:
     """The text of a chat in the model's own template, up to where the answer begins.
 
+    A file without a template, as a base model's, gets the messages in `PLAIN_CHAT`.
+
     Raises:
-        ModelError: the header has no chat template, or the template fails, refuses the messages or leaves the
-            question out.
+        ModelError: the template fails, refuses the messages or leaves the question out.
     """
-    if not model.header.text("tokenizer.chat_template"):
-        hint = "use a file with a chat template; in Python, llama.complete(model, text) needs none"
-        raise ModelError("its header has no chat template", where=model.path, hint=hint)
+    if not model.has_template:
+        texts = [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
+        return PLAIN_CHAT.replace("{prompt}", "\n".join(texts))
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return model.template.render(messages, variables)
 
@@ -219,6 +220,7 @@ def stream_chat(
     stop: Sequence[str] = (),
 ) -> TextStream:
     """Stream the answer to a chat, piece by piece; ``.completion`` of the result is the whole."""
+    stop = stop if model.has_template else (*stop, PLAIN_STOP)
     return TextStream(model, chat_prompt(model, prompt), max_tokens, sampling, stop)
 
 

@@ -16,20 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.gguf.facts import require_model
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import MemoryEstimate, check_fits, estimate
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama import check
 from dfqs_nb.llama.check import Trial
+from dfqs_nb.llama.loaded import loaded_facts
 from dfqs_nb.llama.settings import LOG, WARNING, OpenSettings, build_llama, llama_version
 from dfqs_nb.llama.template import CLOCK, ChatTemplate
 
 Floats = NDArray[np.float32]
 TOLERANCE = 1e-2  # of a logit; the logits of a vocabulary spread over about 2
-SMALL_MODEL_BYTES = 64 << 20
 MEMORY_SETTINGS = ("type_k", "type_v", "swa_full", "use_mmap", "flash_attn")
+PLAIN_CHAT = "Question: {prompt}\nAnswer:"  # what a file without a chat template is asked
+PLAIN_STOP = "\nQuestion:"  # there a base model would ask itself the next question
 # Warnings of llama.cpp that say nothing of the file: the context is shorter than the model's, as asked for.
 HARMLESS = re.compile(r"full capacity of the model will not be utilized")
 
@@ -73,6 +74,7 @@ class Model:
 
     Attributes:
         warnings: what llama.cpp warned of while it loaded the model.
+        loaded: what llama.cpp reports of the loaded weights, see `loaded_facts`.
         keep_lock: keep Python's lock while single tokens are decoded. A callback that llama.cpp calls at
             every node of its graph then costs half as much.
     """
@@ -86,6 +88,7 @@ class Model:
     load_seconds: float
     warnings: tuple[str, ...] = ()
     keep_lock: bool = False
+    loaded: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Have the chat template at hand; its process starts with the first chat."""
@@ -111,6 +114,11 @@ class Model:
         if self.llama is not None:
             self.llama.close()
             self.llama = None
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the file has a chat template; without one, a chat's prompt goes into `PLAIN_CHAT`."""
+        return bool(self.header.text("tokenizer.chat_template"))
 
     # ---- tokens ----
 
@@ -294,10 +302,14 @@ class Model:
         """What a measurement with this model depends on, beside the model and the prompts."""
         import llama_cpp
 
+        plain = {} if self.has_template else {"chat_frame": PLAIN_CHAT}
         return {
             "runtime": f"llama-cpp-python {llama_version()}",
             "system_info": llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip(),
             **self.settings.as_dict(),
+            "offloaded_layers": self.loaded.get("offloaded_layers"),
+            "repacked": self.loaded.get("repacked"),
+            **plain,
         }
 
     def _open(self) -> Any:
@@ -352,7 +364,8 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
     started = time.perf_counter()
     llama = build_llama(first, settings)
     seconds = time.perf_counter() - started
-    model = Model(llama, first, shards.headers[0], settings, needs, tried, seconds)
+    loaded = loaded_facts("\n".join(LOG.tail(500)))
+    model = Model(llama, first, shards.headers[0], settings, needs, tried, seconds, loaded=loaded)
     model.warnings = _warnings(model)
     for text in model.warnings:
         warnings.warn(f"{first.name}: {text}", RuntimeWarning, stacklevel=2)
@@ -365,15 +378,9 @@ def _warnings(model: Model) -> tuple[str, ...]:
     texts = [f"llama.cpp warns: {line}" for line in lines if line and not HARMLESS.search(line)]
     if model.template.dated:
         texts.append(f"its chat template writes the date: it gets {CLOCK:%d %B %Y}, so that prompts repeat")
+    if not model.has_template:
+        texts.append(f"it has no chat template, as base models: a prompt is asked as {PLAIN_CHAT!r}")
     return tuple(dict.fromkeys(texts))
-
-
-def threads_for(path: str | Path) -> int:
-    """Threads that suit the model: one where handing work around costs more than it saves, else all cores.
-
-    A model of under 64 MB computes a token in a millisecond; a second thread then mostly waits for the first.
-    """
-    return 1 if open_shards(path).nbytes < SMALL_MODEL_BYTES else usable_cores()
 
 
 # ---- does a restored state compute the same? ----

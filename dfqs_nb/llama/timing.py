@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dfqs_nb.core.budget import duration, fit
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.llama.model import ContextFullError, Model
 
@@ -58,6 +59,7 @@ class Cost:
         max_tokens: of an answer. depth, n_tokens, repetitions: of `measure_speed`.
         seconds: of all of it, as planned.
         full_seconds: without the cuts that the budget asked for.
+        left_out: a sentence for each cut.
     """
 
     max_tokens: int
@@ -67,20 +69,48 @@ class Cost:
     seconds: float
     full_seconds: float
 
+    left_out: tuple[str, ...] = ()
+
     @property
     def sentence(self) -> str:
         """The plan for people."""
         plan = (
-            f"about {_span(self.seconds)}: answers of up to {self.max_tokens} tokens, then "
+            f"about {duration(self.seconds)}: answers of up to {self.max_tokens} tokens, then "
             f"{self.repetitions} x {self.n_tokens} timed tokens at depth {self.depth}"
         )
-        cut = f" (cut to fit the budget; {_span(self.full_seconds)} in full)"
-        return plan + (cut if self.seconds < self.full_seconds else "")
+        return plan + (
+            f" (cut to fit the budget; {duration(self.full_seconds)} in full)" if self.left_out else ""
+        )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that a token of prompt and a token of answer take at a short context."""
+
+    prefill: float
+    decode: float
+
+    def seconds(self, n_prompt: float, n_answer: float) -> float:
+        """Seconds of a prompt and an answer of so many tokens."""
+        return n_prompt * self.prefill + n_answer * self.decode
+
+
+def probe(model: Model, n_prompt: int = 16, n_answer: int = 4, enough_seconds: float = 5.0) -> Pace:
+    """Time a few tokens: three times, unless the first took long; the fastest counts.
+
+    The first time reads weights from the disk, which later tokens find in memory.
+    """
+    tokens = np.random.default_rng(0).integers(0, model.n_vocab, n_prompt + n_answer).tolist()
+    times = [_time_once(model, tokens[:n_prompt], tokens[n_prompt:])]
+    while len(times) < 3 and sum(map(sum, times)) < enough_seconds:
+        times.append(_time_once(model, tokens[:n_prompt], tokens[n_prompt:]))
+    model.clear()
+    prefill, decode = (min(seconds) for seconds in zip(*times, strict=True))
+    return Pace(prefill / n_prompt, decode / n_answer)
 
 
 # What a plan that exceeds its budget gives up, in this order.
 CUTS: tuple[dict[str, int], ...] = (
-    {},
     {"repetitions": 3},
     {"n_tokens": 32},
     {"max_tokens": 32},
@@ -89,6 +119,12 @@ CUTS: tuple[dict[str, int], ...] = (
     {"max_tokens": 8},
     {"repetitions": 1},
 )
+NAMES = {
+    "max_tokens": "tokens of an answer",
+    "depth": "tokens of depth",
+    "n_tokens": "timed tokens",
+    "repetitions": "repetitions",
+}
 PROMPT_TOKENS = 32  # of a short question in its template
 
 
@@ -106,26 +142,21 @@ def plan_cost(
 
     Args:
         n_answers: answers that will be generated; each is planned at full length.
+        depth, n_tokens: at most a half and a quarter of the context.
     """
-    prefill, decode = _time_once(model, list(range(16)), list(range(4)))
-    model.clear()
+    pace = probe(model)
+
+    def seconds(plan: dict[str, int]) -> float:
+        answers = n_answers * pace.seconds(PROMPT_TOKENS, plan["max_tokens"])
+        return answers + (plan["repetitions"] + 0.1) * pace.seconds(plan["depth"], plan["n_tokens"])
+
+    n_ctx = model.settings.n_ctx
+    depth, n_tokens = min(depth, n_ctx // 2), min(n_tokens, n_ctx // 4)
     plan = {"max_tokens": max_tokens, "depth": depth, "n_tokens": n_tokens, "repetitions": repetitions}
-
-    def seconds() -> float:
-        answers = n_answers * (PROMPT_TOKENS * prefill / 16 + plan["max_tokens"] * decode / 4)
-        timed = (plan["repetitions"] + 0.1) * (plan["depth"] * prefill / 16 + plan["n_tokens"] * decode / 4)
-        return answers + timed
-
-    full_seconds = seconds()
-    for cut in CUTS:
-        plan |= {name: min(value, plan[name]) for name, value in cut.items()}
-        if seconds() <= 60 * budget_minutes:
-            break
-    return Cost(**plan, seconds=seconds(), full_seconds=full_seconds)
-
-
-def _span(seconds: float) -> str:
-    return f"{seconds:,.0f} s" if seconds < 100 else f"{seconds / 60:,.0f} minutes"
+    fitted = fit(plan, CUTS, seconds, 60 * budget_minutes, NAMES)
+    return Cost(
+        **fitted.values, seconds=fitted.seconds, full_seconds=fitted.full_seconds, left_out=fitted.left_out
+    )
 
 
 def measure_speed(

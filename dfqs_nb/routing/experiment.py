@@ -23,8 +23,8 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.generate import chat_prompt
-from dfqs_nb.llama.model import Model, open_model, threads_for
-from dfqs_nb.llama.settings import OpenSettings, llama_version
+from dfqs_nb.llama.model import Model, open_model
+from dfqs_nb.llama.settings import OpenSettings, llama_version, threads_for
 from dfqs_nb.routing.compare import compare
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.trace import Schedule, Trace, load_trace

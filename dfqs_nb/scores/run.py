@@ -21,7 +21,7 @@ from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.llama.generate import GREEDY, Completion, Sampling, TextStream, chat_prompt, chat_text
-from dfqs_nb.llama.model import ContextFullError, DecodeError, Model
+from dfqs_nb.llama.model import PLAIN_STOP, ContextFullError, DecodeError, Model
 from dfqs_nb.llama.thinking import answer_start, opens_thinking
 from dfqs_nb.scores.grading import SetRun, grade
 from dfqs_nb.scores.item_sets import Item, ItemSet
@@ -135,11 +135,13 @@ class Answerer:
         """A model in this process; it continues a code set's text where it has no chat template."""
         template = str(model.header.get("tokenizer.chat_template") or "")
         mode = "complete" if item_set.kind == "code" and not template else item_set.mode
+        plain = (PLAIN_STOP,) if mode == "chat" and not template else ()
         used = hashlib.sha256(template.encode()).hexdigest() if mode == "chat" and template else "none"
 
         def answer(request: Request) -> Completion:
             tokens = request.tokens(model)
-            return TextStream(model, tokens, request.max_tokens, request.sampling, request.stop).completion
+            stop = (*request.stop, *plain)
+            return TextStream(model, tokens, request.max_tokens, request.sampling, stop).completion
 
         conditions = {"chat_template_sha256": used, **model.conditions()}
         answerer = cls(answer, mode, conditions, model_id or model.path.name)

@@ -27,7 +27,7 @@ from dfqs_nb.gguf import models as registry
 from dfqs_nb.gguf.facts import require_model
 from dfqs_nb.gguf.memory import check_fits, estimate
 from dfqs_nb.gguf.shards import ShardSet, open_shards
-from dfqs_nb.llama.model import threads_for
+from dfqs_nb.llama.settings import threads_for
 from dfqs_nb.serve.templates import (
     DeployError,
     Ready,

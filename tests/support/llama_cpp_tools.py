@@ -39,7 +39,12 @@ ONE_FILE = {
         "common/log.cpp",
         "common/fit.cpp",
     ],
-    "test-llama-archs": ["tests/test-llama-archs.cpp", "common/common.cpp", "common/log.cpp", "common/fit.cpp"],
+    "test-llama-archs": [
+        "tests/test-llama-archs.cpp",
+        "common/common.cpp",
+        "common/log.cpp",
+        "common/fit.cpp",
+    ],
 }
 # What a tool refers to beside these files: llama-bench reads `-fa 0`. All else (downloads, JSON, samplers) is
 # not called in what we run; calling it ends the program.

@@ -23,7 +23,7 @@ from dfqs_nb.context.boundary import paired
 from dfqs_nb.context.cost import PrefillSpeed, RuntimeFailure
 from dfqs_nb.context.curve import depth_tiles, measure, read_answers, task_table
 from dfqs_nb.context.haystacks import probe_of
-from dfqs_nb.context.plan import BudgetError, Plan, make_plan
+from dfqs_nb.context.plan import Plan, make_plan
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.core.stage import Stage
@@ -107,11 +107,28 @@ def test_a_budget_cuts_the_plan_and_never_fails_the_model(nano, tmp_path):
     plan = one_key(nano)
     plan = dataclasses.replace(plan, speed=PrefillSpeed(0.001, 0), budget_seconds=2.5)
     short = plan.within_budget()
-    assert short.grid == (64, 128, 256)
+    assert (short.grid, short.n_haystacks) == ((64, 128, 256, 512), 2)
+    assert short.left_out == ("2 texts a length, not 4",)
     run = measure(nano, dataclasses.replace(short.up_to(128), budget_seconds=inf), tmp_path)
     assert run.boundary().right_censored and run.boundary().cause is None
-    with pytest.raises(BudgetError, match="hold no length: 64 take"):
-        dataclasses.replace(plan, budget_seconds=0.01).within_budget()
+    least = dataclasses.replace(plan, budget_seconds=0.01).within_budget()
+    assert (least.grid, least.n_haystacks) == ((64,), 1), "the least is measured, whatever it costs"
+
+
+def test_texts_are_cut_before_lengths_and_four_lengths_are_kept(nano):
+    plan = dataclasses.replace(make_plan(nano, "nano", 8192), speed=PrefillSpeed(0.001, 0))
+    cut = [
+        dataclasses.replace(plan, budget_seconds=plan.seconds * share).within_budget()
+        for share in (1, 0.6, 0.35, 0.2, 0.1, 0.02)
+    ]
+    assert [(one.n_haystacks, len(one.grid)) for one in cut] == [
+        (12, 6), (6, 6), (4, 6), (4, 5), (4, 4), (2, 2)
+    ]  # fmt: skip
+    assert cut[0].left_out == () and "4 texts a length, not 12" in cut[3].cost_sentence
+
+
+def test_a_plan_without_a_length_goes_to_what_the_context_holds(nano):
+    assert make_plan(nano, "nano", 0).longest == 512  # 640, less the answer
 
 
 def test_a_budget_that_ends_during_the_run_censors(nano, tmp_path):

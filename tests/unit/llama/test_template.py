@@ -184,12 +184,13 @@ def test_a_template_that_jinja_cannot_parse_does_not_stop_plain_completion(nano,
                 chat(model, "What is the capital of France?")
 
 
-def test_a_model_without_a_template_says_so(nano, tmp_path):
-    with (
-        opened(nano.without_field("tokenizer.chat_template"), tmp_path) as model,
-        pytest.raises(ModelError, match="no chat template"),
-    ):
-        chat(model, "What is the capital of France?")
+def test_a_model_without_a_template_is_asked_in_a_plain_frame_and_says_so(nano, tmp_path):
+    with pytest.warns(RuntimeWarning, match="no chat template"):
+        model = opened(nano.without_field("tokenizer.chat_template"), tmp_path)
+    with model:
+        assert chat_text(model, "What is 1 + 1?") == "Question: What is 1 + 1?\nAnswer:"
+        assert chat(model, "What is 1 + 1?", max_tokens=4).n_tokens
+        assert model.conditions()["chat_frame"] == "Question: {prompt}\nAnswer:"
 
 
 def test_warnings_of_llama_cpp_are_collected_and_shown_once(nano, tmp_path):
