@@ -5,9 +5,9 @@
 """
 
 from dfqs_nb.core.doors import lazy
-from dfqs_nb.scores import speed
+from dfqs_nb.scores import plan, speed
 from dfqs_nb.scores.compare import compare_runs
-from dfqs_nb.scores.grading import Results, SetRun
+from dfqs_nb.scores.grading import SetRun
 from dfqs_nb.scores.item_sets import ItemSet
 from dfqs_nb.scores.run import Answerer, Options, score_set
 from dfqs_nb.scores.sandbox import find_sandbox
@@ -16,11 +16,11 @@ __all__ = [
     "Answerer",
     "ItemSet",
     "Options",
-    "Results",
     "SetRun",
     "compare_runs",
     "figures",
     "find_sandbox",
+    "plan",
     "score_set",
     "speed",
 ]

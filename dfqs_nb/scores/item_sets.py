@@ -11,7 +11,8 @@ A set of your own is a file like those in ``data/prompts/``, in a folder of your
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -108,6 +109,7 @@ class ItemSet(Head):
 
     sha256: str
     items: tuple[Item, ...] = field(repr=False)
+    divisor: int = 1  # of a part: 1 of so many questions of each family
 
     @property
     def name(self) -> str:
@@ -147,7 +149,21 @@ class ItemSet(Head):
             "prompt_set_sha256": self.sha256,
             "tier": self.tier,
             "max_tokens": self.max_tokens,
+            **({"part": f"1 of {self.divisor} questions of each family"} if self.divisor > 1 else {}),
         }
+
+    def part(self, divisor: int) -> ItemSet:
+        """The first of each family's questions, 1 of ``divisor`` and at least one; larger parts hold it.
+
+        It keeps the name: its ``identity`` says that it is a part.
+        """
+        wanted = {family: -(-n // divisor) for family, n in Counter(i.family for i in self.items).items()}
+        taken, items = Counter[str](), []
+        for item in self.items:
+            taken[item.family] += 1
+            items += [item] if taken[item.family] <= wanted[item.family] else []
+        whole = len(items) == len(self.items)
+        return replace(self, items=tuple(items), divisor=1 if whole else divisor)
 
     def row(self) -> dict[str, Any]:
         """The set in one row of a table."""

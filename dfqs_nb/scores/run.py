@@ -180,7 +180,9 @@ class Answerer:
         own = {"mode": self.mode, **options.conditions(), "scoring": __version__}
         conditions = {**item_set.identity(), **own, **self.conditions}
         # conditions of an earlier run, read again, name what an answer doesn't depend on
-        known = {name: value for name, value in conditions.items() if name not in ("repeats", "sandbox")}
+        known = {
+            name: value for name, value in conditions.items() if name not in ("repeats", "sandbox", "part")
+        }
         place = folder / f"answers-{item_set.name}.jsonl"
         journal = Journal(
             place,

@@ -1,0 +1,140 @@
+"""Which questions a budget holds, and the speeds beside them: planned before the first is asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dfqs_nb.core.budget import Fitted, duration, fit
+from dfqs_nb.llama.model import Model
+from dfqs_nb.llama.timing import Pace, probe
+from dfqs_nb.scores.grading import Results
+from dfqs_nb.scores.item_sets import ItemSet
+from dfqs_nb.scores.run import Options, score_set
+
+DIVISORS = (1, 2, 4, 8, 16, 32, 64)  # a part asks 1 of so many questions of each family, at least one
+SPEED_CUTS: tuple[dict[str, int], ...] = (
+    {"repetitions": 3},
+    {"n_tokens": 32},
+    {"depths": 2},
+    {"repetitions": 1},
+    {"n_tokens": 8},
+    {"depths": 1},
+)
+SPEED_NAMES = {"repetitions": "timed repetitions", "n_tokens": "timed tokens", "depths": "timed depths"}
+
+
+@dataclass(frozen=True)
+class QuestionPlan:
+    """The sets, cut to what fits.
+
+    Attributes:
+        chosen: the whole sets.
+        parts: the sets, or even parts of them, that will be asked; the last sets are the first to go.
+        seconds, full_seconds: of these and of all questions, if every answer has its full length.
+        budget_seconds: where answers are shorter, larger parts are asked as long as this holds them.
+        pace: of a token.
+    """
+
+    model: Model = field(repr=False)
+    chosen: tuple[ItemSet, ...]
+    parts: tuple[ItemSet, ...]
+    seconds: float
+    full_seconds: float
+    budget_seconds: float
+    pace: Pace
+    options: Options
+
+    @property
+    def sentence(self) -> str:
+        """The plan for people."""
+        n, most = (sum(len(one.items) for one in sets) for sets in (self.parts, self.chosen))
+        text = f"{n:,} of {most:,} questions, at most {duration(self.seconds)}"
+        if self.parts == self.chosen:
+            return text
+        return f"{text} (all: up to {duration(self.full_seconds)}); more, if answers turn out shorter"
+
+    def ask(self, folder: str | Path, *, model_id: str = "") -> tuple[Results, list[str]]:
+        """Ask the planned parts, then larger ones while the budget holds them; results and what was left out.
+
+        A larger part keeps the answers of the smaller one.
+        """
+        parts, started = self.parts, time.perf_counter()
+        results = self._asked(parts, folder, model_id)
+        for larger in self._larger(parts):
+            planned = _seconds(parts, self.pace, self.options)
+            slower = float(results.items["seconds"].sum()) / planned  # answers of an earlier run count, too
+            more = 1.2 * slower * (_seconds(larger, self.pace, self.options) - planned)
+            if time.perf_counter() - started + more > self.budget_seconds:
+                break
+            parts = larger
+            results = self._asked(parts, folder, model_id)
+        return results, left_out(self.chosen, parts)
+
+    def _asked(self, parts: Sequence[ItemSet], folder: str | Path, model_id: str) -> Results:
+        return Results([score_set(self.model, one, folder, self.options, model_id=model_id) for one in parts])
+
+    def _larger(self, parts: Sequence[ItemSet]) -> Iterator[tuple[ItemSet, ...]]:
+        for candidate in reversed(_candidates(self.chosen)):
+            if sum(len(one.items) for one in candidate) > sum(len(one.items) for one in parts):
+                yield candidate
+
+
+def plan_questions(
+    model: Model, item_sets: Sequence[ItemSet], options: Options, seconds: float
+) -> QuestionPlan:
+    """Time a few tokens, and cut the sets to what these seconds hold: evenly first, then the last sets.
+
+    The least that is asked is one question of each family of the first set.
+    """
+    chosen, pace = tuple(item_sets), probe(model)
+    full = _seconds(chosen, pace, options)
+    parts, cost = chosen, full
+    for candidate in _candidates(chosen):
+        parts, cost = candidate, _seconds(candidate, pace, options)
+        if cost <= seconds:
+            break
+    return QuestionPlan(model, chosen, parts, cost, full, seconds, pace, options)
+
+
+def _candidates(chosen: tuple[ItemSet, ...]) -> list[tuple[ItemSet, ...]]:
+    """Parts of all sets, the largest first; then fewer sets."""
+    even = [tuple(one.part(divisor) for one in chosen) for divisor in DIVISORS]
+    return even + [even[-1][:n] for n in range(len(chosen) - 1, 0, -1)]
+
+
+def _seconds(item_sets: Sequence[ItemSet], pace: Pace, options: Options) -> float:
+    """Seconds of all answers at their full length; prompts are counted by four characters a token."""
+    thinking = options.thinking_tokens
+    return options.n_samples * sum(
+        pace.seconds(len(item.asked(one.instruction)) / 4 + 16, one.max_tokens + thinking)
+        for one in item_sets
+        for item in one.items[: options.limit]
+    )
+
+
+def left_out(chosen: Sequence[ItemSet], parts: Sequence[ItemSet]) -> list[str]:
+    """What the parts lack, in sentences."""
+    asked = {one.name: len(one.items) for one in parts}
+    return [
+        f"{asked[one.name]} of {len(one.items)} questions of {one.name}, spread over its families"
+        if one.name in asked
+        else f"the set {one.name}"
+        for one in chosen
+        if asked.get(one.name) != len(one.items)
+    ]
+
+
+def plan_speeds(depths: Sequence[int], pace: Pace, seconds: float) -> tuple[list[int], Fitted]:
+    """Depths to time and ``repetitions`` and ``n_tokens`` of each, cut to these seconds; depth 512 stays."""
+    order = sorted(depths, key=lambda depth: (depth != 512, depth))
+
+    def cost(plan: dict[str, int]) -> float:
+        timed = order[: plan["depths"]]
+        return (plan["repetitions"] + 0.3) * sum(pace.seconds(depth, plan["n_tokens"]) for depth in timed)
+
+    plan = {"repetitions": 5, "n_tokens": 128, "depths": len(order)}
+    fitted = fit(plan, SPEED_CUTS, cost, seconds, SPEED_NAMES)
+    return sorted(order[: fitted.values["depths"]]), fitted
