@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import secrets
 import select
 import signal
@@ -35,7 +36,6 @@ from pydantic import SecretStr
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.llama.loaded import loaded_facts
 from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings
 from dfqs_nb.serve.client import Endpoint, connect
 from dfqs_nb.serve.wire import is_loopback
@@ -271,6 +271,28 @@ def port_is_free(host: str, port: int) -> bool:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.settimeout(2)
         return probe.connect_ex((host, port)) != 0
+
+
+def loaded_facts(log: str) -> dict[str, Any]:
+    """How llama.cpp loaded a model, from its own log: what ran, not what was asked for.
+
+    Returns:
+        ``layers_offloaded`` to a GPU, like ``0/9``, or ``no GPU support``; ``buffers`` of the weights, like
+        ``CPU_Mapped 5.46 MiB``; and ``repacked``: whether weights were copied into another layout for this
+        processor.
+
+    >>> loaded_facts("load_tensors:   CPU_Mapped model buffer size =     5.44 MiB")
+    {'layers_offloaded': 'no GPU support', 'buffers': 'CPU_Mapped 5.44 MiB', 'repacked': False}
+    """
+    layers = re.search(r"offloaded (\d+/\d+) layers to GPU", log)
+    buffers = [
+        f"{name} {size} MiB" for name, size in re.findall(r"(\S+) +model buffer size = +([\d.]+) MiB", log)
+    ]
+    return {
+        "layers_offloaded": layers[1] if layers else "no GPU support" if buffers else "not logged",
+        "buffers": ", ".join(buffers),
+        "repacked": any(re.search("REPACK|AMX|KLEIDIAI", name) for name in buffers),
+    }
 
 
 # ---- the child process ----
