@@ -1,0 +1,55 @@
+"""A budget takes questions from every family evenly, then whole sets; and says so."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from dfqs_nb.llama.timing import Pace
+from dfqs_nb.scores import ItemSet, Options, plan
+
+SETS = ItemSet.of_tier("standard")
+PACE = Pace(prefill=0.001, decode=0.01)
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    monkeypatch.setattr(plan, "probe", lambda model: PACE)
+    return lambda seconds: plan.plan_questions(SimpleNamespace(), SETS, Options(), seconds)
+
+
+def test_a_part_asks_as_much_of_every_family_and_larger_parts_hold_it():
+    whole = SETS[0]
+    ids = {}
+    for divisor in plan.DIVISORS:
+        part = whole.part(divisor)
+        assert part.families() == whole.families() and part.name == whole.name
+        ids[divisor] = {item.id for item in part.items}
+        assert ("part" in part.identity()) == (len(part.items) < len(whole.items))
+    assert ids[64] <= ids[8] <= ids[2] < ids[1]
+
+
+def test_without_a_limit_all_is_asked(planned):
+    made = planned(math.inf)
+    assert made.parts == tuple(SETS) and plan.left_out(SETS, made.parts) == []
+
+
+def test_a_budget_is_kept_and_the_last_sets_go_last(planned):
+    full = planned(math.inf).full_seconds
+    for share in (0.5, 0.1, 0.03):
+        made = planned(full * share)
+        assert made.seconds <= full * share and len(made.parts) == len(SETS)
+        assert "more, if answers turn out shorter" in made.sentence
+    least = planned(0)
+    assert [one.name for one in least.parts] == [SETS[0].name]
+    assert f"the set {SETS[-1].name}" in plan.left_out(SETS, least.parts)
+
+
+def test_the_depth_of_the_metric_is_the_last_to_go():
+    depths, fitted = plan.plan_speeds([128, 512, 896], PACE, math.inf)
+    assert depths == [128, 512, 896] and fitted.left_out == ()
+    depths, fitted = plan.plan_speeds([128, 512, 896], PACE, 0)
+    assert depths == [512] and fitted.values["repetitions"] == 1
+    assert "1 timed repetitions, not 5" in fitted.left_out
