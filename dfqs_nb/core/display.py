@@ -14,16 +14,35 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfqs_nb.core.paths import REPOSITORY
+
 if TYPE_CHECKING:
     import pandas as pd
-    from IPython.display import HTML
+    from IPython.display import HTML, SVG
 
-__all__ = ["cell", "markdown", "markdown_table", "plain", "quoted", "shown", "size", "tqdm"]
+__all__ = [
+    "cell",
+    "diagram",
+    "label",
+    "markdown",
+    "markdown_table",
+    "plain",
+    "quoted",
+    "shown",
+    "size",
+    "tqdm",
+]
 
 
 def tqdm(*arguments: Any, **options: Any) -> Any:
-    """A progress bar; none where ``TQDM_DISABLE`` is set, which alone loses against ``disable=False``."""
+    """A progress bar that goes when it is done; none where ``TQDM_DISABLE`` is set.
+
+    The variable alone loses against ``disable=False``. A bar that stays is an error in a notebook that is
+    opened again: its widget is gone.
+    """
     import tqdm.auto
+
+    options.setdefault("leave", False)
 
     if os.environ.get("TQDM_DISABLE"):
         options["disable"] = True
@@ -111,10 +130,60 @@ def markdown_table(table: pd.DataFrame) -> str:
     return "\n".join([lines[0], "|" + "|".join("---:" if n else "---" for n in numeric) + "|", *lines[1:]])
 
 
+LABELS = {  # of columns whose names say too little; "low" and "high" are ends of intervals
+    "n_ctx": "context (tokens)",
+    "length": "context (tokens)",
+    "longest": "longest context (tokens)",
+    "depth": "depth (tokens)",
+    "nbytes": "bytes",
+    "expected_nbytes": "bytes by its header",
+    "low": "95 % from",
+    "high": "95 % to",
+    "median": "median (tokens/s)",
+    "min": "lowest",
+    "max": "highest",
+    "roof": "roof (tokens/s)",
+    "other_cores": "cores busy elsewhere",
+    "kld": "KL divergence (nats)",
+    "kld_tail": "99 % of tokens under",
+    "boundary": "boundary (tokens)",
+    "decode": "decode (tokens/s)",
+    "bits_per_weight": "bits a weight",
+    "expert_bits": "bits a weight of experts",
+    "bits_a": "bits a weight of a",
+    "bits_b": "bits a weight of b",
+    "drift": "log-probabilities move by (nats)",
+    "logit_drift": "logits move by at most",
+    "llama_cpp": "llama.cpp",
+    "finish_reason": "ended by",
+}
+
+
+def label(name: object) -> str:
+    """A column's name as people read it, with its unit.
+
+    >>> label("kld"), label("n_missing"), label("perplexity_low"), label("IQ1_S-XL")
+    ('KL divergence (nats)', 'missing', 'perplexity from', 'IQ1_S-XL')
+    """
+    text = str(name)
+    if text in LABELS or not re.fullmatch(r"[a-z]+(_[a-z]+)+", text):
+        return LABELS.get(text, text)
+    text = re.sub("_high$", " to", re.sub("_low$", " from", text.removeprefix("n_")))
+    return text.replace("_", " ")
+
+
+def diagram(name: str) -> SVG:
+    """A drawing of an idea, from ``notebooks/diagrams/``."""
+    from IPython.display import SVG
+
+    return SVG(filename=str(REPOSITORY / "notebooks" / "diagrams" / f"{name}.svg"))
+
+
 def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[str, ...] = ()) -> HTML:
     """The frame, dressed for display in a notebook; its values stay as they are.
 
-    Cells are escaped: an answer of a model with HTML in it shows as text. JupyterLab aligns every cell to the
+    Columns are named as people read them (`label`). Cells are escaped: an answer of a model with HTML in it
+    shows as text. A table that is too wide scrolls, and the page does not. JupyterLab aligns all cells to the
     right, and drops style sheets from outputs that it has not run itself, so the alignment of text stands in
     each cell.
 
@@ -125,12 +194,14 @@ def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[
     """
     from IPython.display import HTML
 
-    styler = table.style.format(thousands=",", precision=precision, escape="html")
-    styler = styler.format_index(escape="html").format_index(escape="html", axis=1)
+    table = table.rename_axis(index=lambda name: name and label(name))
+    styler = table.style.format(thousands=",", precision=precision, escape="html").format_index(escape="html")
+    styler = styler.relabel_index([html.escape(label(column)) for column in table.columns], axis=1)
     if percent:
         styler = styler.format("{:.1%}", subset=list(percent))
     page = re.sub(r"<style.*?</style>\s*", "", styler.set_uuid(name).to_html(), flags=re.DOTALL)
     text = [str(i) for i, column in enumerate(table.columns) if table[column].dtype.kind not in "iufb"]
     columns = "|".join(text) or "none"
     aligned = rf"(?:row_heading|index_name) level.*?|(?:col_heading level0|data row\d+) col(?:{columns})"
-    return HTML(re.sub(rf'(class="(?:{aligned})")', r'\1 style="text-align: left"', page))
+    page = re.sub(rf'(class="(?:{aligned})")', r'\1 style="text-align: left"', page)
+    return HTML(f'<div style="overflow-x: auto">\n{page}</div>')

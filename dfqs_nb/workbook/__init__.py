@@ -1,5 +1,6 @@
 """The workbook as a whole: run the notebooks, sweep many models, and the command line."""
 
+from dfqs_nb.workbook import start
 from dfqs_nb.workbook.run import find_notebooks, run_workbook
 
-__all__ = ["find_notebooks", "run_workbook"]
+__all__ = ["find_notebooks", "run_workbook", "start"]

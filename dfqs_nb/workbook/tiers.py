@@ -62,5 +62,11 @@ def budget_of(notebook: str, left_minutes: float, to_come: Iterable[str]) -> flo
     return max(0.5, left_minutes * shares.get(notebook, 0) / total) if total else left_minutes
 
 
+def share_of(notebook: str) -> float:
+    """A notebook's share of the budget of a run of all notebooks; 0 for one without a budget."""
+    shares: Mapping[str, float] = _table()["budget_shares"]
+    return shares.get(notebook, 0) / sum(shares.values())
+
+
 def _table() -> dict[str, Any]:
     return tomllib.loads((data_dir() / "tiers.toml").read_text(encoding="utf-8"))

@@ -1,0 +1,43 @@
+"""What notebook 00 shows, and how columns are named for people."""
+
+import pandas as pd
+
+from dfqs_nb.core.display import diagram, shown
+from dfqs_nb.core.paths import REPOSITORY
+from dfqs_nb.workbook import find_notebooks, start
+
+
+def test_the_overview_has_every_notebook_and_invents_no_figure():
+    table = start.overview()
+    assert list(table.index) == [path.stem for path in find_notebooks()][1:]
+    figures = table[list(start.SIZES.values())].stack()
+    assert figures.str.fullmatch(
+        r"not measured|[\d.]+ min, [\d.]+ GB|(up to \d+ min|minutes not measured), ~\d+ GB"
+    ).all()
+
+
+def test_the_parameters_are_those_of_the_notebooks_with_the_values_of_both_tiers():
+    table = start.parameters()
+    assert table.loc["n_ctx", ["reference model", "other models"]].tolist() == ["1024", "4096"]
+    assert "03" in table.loc["n_ctx", "notebooks"] and set(table.loc["run_name", "notebooks"].split()) >= {
+        "00",
+        "09",
+    }
+
+
+def test_a_table_has_names_with_units_and_stays_as_it_is():
+    table = pd.DataFrame(
+        {"kld": [0.5], "n_missing": [3], "<b>": ["<i>"]}, index=pd.Index(["a"], name="n_ctx")
+    )
+    page = shown(table, "x").data
+    assert "KL divergence (nats)" in page and ">missing<" in page and "context (tokens)" in page
+    assert "<b>" not in page and "<i>" not in page and "overflow-x" in page
+    assert list(table.columns) == ["kld", "n_missing", "<b>"] and table.index.name == "n_ctx"
+
+
+def test_every_drawing_is_used_by_a_notebook_and_has_a_title():
+    said = "".join(path.read_text() for path in find_notebooks())
+    for path in (REPOSITORY / "notebooks" / "diagrams").glob("*.svg"):
+        if path.stem != "router":  # of notebook 04
+            assert f'core.diagram(\\"{path.stem}\\")' in said, path.stem
+        assert "<title>" in diagram(path.stem).data
