@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -168,6 +169,19 @@ def refresh_notebooks(notebooks: Sequence[Path], outputs: Path) -> None:
         write_text(path, notebook_text(clean_notebook(notebook, outputs)))
 
 
+SAMPLE = ("report.json", "report.md", "report.html", "score_items.csv", "long_context_items.jsonl")
+
+
+def store_sample(run: Path, sample: Path = REPOSITORY / "docs" / "sample_report") -> None:
+    """Keep the report of a run as the sample that README shows, with the answers that its scores come from."""
+    from dfqs_nb import report
+
+    report.write_report(run, report.read_report(run))  # again: notebooks 08 and 09 ran after it was written
+    sample.mkdir(parents=True, exist_ok=True)
+    for name in SAMPLE:
+        shutil.copyfile(run / name, sample / name)
+
+
 def clean_notebook(notebook: Any, outputs: Path) -> Any:
     """Strip what differs from run to run or machine to machine; returns the same object.
 
@@ -235,9 +249,10 @@ def main(argv: list[str] | None = None) -> int:
             return int(arguments.check and bool(changed))
         with tempfile.TemporaryDirectory(prefix="dfqs-refresh-") as folder:
             stamp()
-            refresh_notebooks(
-                find_notebooks(arguments.notebooks), Path(os.environ.get("DFQS_OUTPUTS") or folder)
-            )
+            outputs = Path(os.environ.get("DFQS_OUTPUTS") or folder)
+            refresh_notebooks(find_notebooks(arguments.notebooks), outputs)
+            if not arguments.notebooks:
+                store_sample(outputs / "nano")
     except DfqsError as error:
         print(error, file=sys.stderr)
         return 1
