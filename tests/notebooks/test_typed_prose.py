@@ -1,0 +1,130 @@
+"""Prose that a run could refute: a claim has an assert beside it, or a computed number in it, or a reason here."""
+
+from __future__ import annotations
+
+import ast
+import html
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+
+import pytest
+
+from dfqs_nb.core.paths import REPOSITORY, data_dir
+
+COMPARES = re.compile(
+    r"\b(?:\w+er than|larg(?:er|est)|small(?:er|est)|long(?:er|est)|short(?:er|est)|high(?:er|est)|low(?:er|est)"
+    r"|few(?:er|est)|fast(?:er|est)|slow(?:er|est)|better|best|worse|worst|same|equal|identical|only|most|more than"
+    r"|less than|at most|at least|never|always|predict\w*|agrees?|twice|exactly|nearly|almost|tiny)\b"
+    r"|\d[\d.,]*\s?(?:%|[kMGT]i?B\b|tokens?\b|bits?\b|seconds?\b|s\b|ms\b|minutes?\b|times\b|x\b)",
+    re.I,
+)
+BY_CONSTRUCTION = "says what the code does; tests of that stage hold it"
+METHOD = "says how something is measured or defined, not what came out"
+OPEN = "a question to the reader, or what was not shown"
+# The sentences that stand alone, by their beginnings. A new one needs an assert beside it, or a place here.
+ALONE = {
+    "01": {
+        BY_CONSTRUCTION: ["The merge streams", "The check reads only", "It reads each window", "The file gets its name", "If the merge is"],
+        OPEN: ["- that the weights are", "What does `dfqs-nb inspect", "- [Don't merge with cat]"],
+        "the recap of asserts above": ["We recognised a raw"],
+    },
+    "02": {
+        BY_CONSTRUCTION: ["`read_header` reads only"],
+        OPEN: ["Which class of tensors"],
+        "the recap of asserts above": ["The header alone says"],
+    },
+    "03": {
+        OPEN: ["- that routing stays", "How much larger"],
+        "the recap of asserts above": ["The same prompt gave"],
+    },
+    "04": {
+        METHOD: ["It scores all experts", "- again under identical", "The same in sentences", "- **Free**", "This matters only"]
+        + ["The figure pools", "It covers the length", "DFQS calls a context", "- **Fix for equal logits**"]
+        + ["Recording itself slightly", "A router that always"],
+    },
+    "06": {
+        "stated by the set itself, held by tests of the sets": ["Its training never asked", "Some families are harder"],
+        OPEN: ["- that its answers"],
+    },
+    "07": {METHOD: ["A verdict is given only"]},
+    "09": {
+        BY_CONSTRUCTION: ["It opens the same file", "Keys are never written"],
+        OPEN: ["This did **not show** how a large", "Does the largest shift", "Start Ollama with"],
+    },
+    "report.md": {METHOD: ["The curve is the accuracy", "Two reports are compared"]},
+    "report.html": {
+        METHOD: ["The curve is the accuracy", "Its interval is"]
+        + ["The number of keys"],
+    },
+    "comparison.md": {METHOD: ["Brackets are 95 %", "The boundary's ratio"]},
+    "leaderboard.md": {METHOD: ["Brackets: 95 %", "A higher place is"]},
+}  # fmt: skip
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The sentences of Markdown, without headings, badges and tables."""
+    for block in re.split(r"\n\s*\n|\n(?=[-*] |\d+\. |#)", text):
+        for sentence in re.split(r"(?<=[.!?:;])\s+(?=[A-Z`\"*])", " ".join(block.split())):
+            if sentence and not sentence.startswith(("#", "<!--", "[", "|")):
+                yield sentence
+
+
+def asserts(cell: dict) -> bool:
+    source = re.sub(r"^(\s*)[!%].*$", r"\1pass", "".join(cell["source"]), flags=re.MULTILINE)
+    return any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(source)))
+
+
+def alone_in_notebook(path) -> list[str]:
+    """Comparing sentences whose next code cells, above and below, assert nothing; the first two cells apart."""
+    cells, found = json.loads(path.read_text(encoding="utf-8"))["cells"], []
+    for at, cell in enumerate(cells[2:], start=2):
+        if cell["cell_type"] != "markdown":
+            continue
+        beside = []
+        for step in (-1, 1):
+            place = at + step
+            while 0 <= place < len(cells) and cells[place]["cell_type"] == "code":
+                beside.append(cells[place])
+                place += step
+        if not any(map(asserts, beside)):
+            found += [one for one in sentences("".join(cell["source"])) if COMPARES.search(one)]
+    return found
+
+
+def alone_in_template(path) -> list[str]:
+    """Comparing sentences of a template that no value stands in."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".html":
+        text = html.unescape("\n\n".join(re.findall(r"<p[^>]*>(.*?)</p>", text, re.DOTALL)))
+        text = re.sub(r"<[^>]+>", "", text)
+    text = re.sub(r"\{%.*?%\}", "\n\n", text, flags=re.DOTALL)
+    return [one for one in sentences(text) if COMPARES.search(one) and "{{" not in one]
+
+
+def unexplained(name: str, found: list[str]) -> tuple[list[str], list[str]]:
+    """Sentences without a reason, and reasons without a sentence."""
+    known = [start for starts in ALONE.get(name, {}).values() for start in starts]
+    new = [one for one in found if not any(one.startswith(start) for start in known)]
+    return new, [start for start in known if not any(one.startswith(start) for one in found)]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem
+)
+def test_every_comparison_in_a_notebook_has_an_assert_beside_it_or_a_reason(path):
+    assert unexplained(path.name[:2], alone_in_notebook(path)) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.html", "comparison.md", "leaderboard.md"])
+def test_every_comparison_in_a_template_is_computed_or_has_a_reason(name):
+    found = alone_in_template(REPOSITORY / "dfqs_nb" / "report" / "templates" / name)
+    assert unexplained(name, found) == ([], [])
+
+
+def test_every_sentence_of_evidence_on_a_run_is_filled_from_the_run():
+    table = tomllib.loads((data_dir() / "spec" / "requirements.toml").read_text(encoding="utf-8"))
+    for one in table["requirements"]:
+        for name, form in one["evidence"].items():
+            assert "{" in form or not re.search(r"\d{2,}|\d%", form), (one["id"], name)
