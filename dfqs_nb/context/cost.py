@@ -15,7 +15,7 @@ from dfqs_nb.core import child
 from dfqs_nb.core.machine import available_memory
 from dfqs_nb.gguf.memory import estimate, kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.llama.check import dry_run
+from dfqs_nb.llama.check import plan_memory
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.settings import OpenSettings, own_context
 
@@ -105,20 +105,22 @@ def predict_failure(
 ) -> RuntimeFailure | None:
     """The first length whose memory (KV cache, its saved copy, compute buffer) exceeds what is free.
 
-    The cache comes from the header's formula, the buffer from llama.cpp's own plan, which allocates nothing.
+    The cache comes from the header's formula, the buffer from llama.cpp's own plan. That allocates nothing,
+    and it is made in a child process, because the file has not been tried yet.
     """
     available = available_memory().available_bytes if available_bytes is None else available_bytes
     shards = open_shards(path)
-    for length in sorted(lengths):
-        at = replace(settings, n_ctx=length)
+    opened = [replace(settings, n_ctx=length) for length in sorted(lengths)]
+    for at, plan in zip(opened, plan_memory(shards.paths[0], opened), strict=True):
         types: dict[str, Any] = {"type_k": at.type_k, "type_v": at.type_v, "swa_full": at.swa_full}
         n_ubatch = min(at.n_batch, at.n_ubatch)
-        needs = estimate(shards.headers, length, n_ubatch, **types, use_mmap=at.use_mmap)
-        needs = needs.with_compute(dry_run(shards.paths[0], at)["compute_bytes"])
-        required = needs.must_fit_bytes + needs.kv.total
+        needs = estimate(shards.headers, at.n_ctx, n_ubatch, **types, use_mmap=at.use_mmap)
+        required = needs.with_compute(plan["compute_bytes"]).must_fit_bytes + needs.kv.total
         if required > available:
-            what = f"{length:,} tokens need {required:,} bytes beside the weights, and {available:,} are free"
-            return RuntimeFailure(length, "oom", what, predicted=True)
+            what = (
+                f"{at.n_ctx:,} tokens need {required:,} bytes beside the weights, and {available:,} are free"
+            )
+            return RuntimeFailure(at.n_ctx, "oom", what, predicted=True)
     return None
 
 
@@ -156,12 +158,11 @@ def memory_table(
     import pandas as pd
 
     shards = open_shards(path)
-    rows = []
-    for n_ctx in lengths:
-        at = replace(settings, n_ctx=n_ctx)
+    opened, rows = [replace(settings, n_ctx=n_ctx) for n_ctx in lengths], []
+    for at, plan in zip(opened, plan_memory(shards.paths[0], opened), strict=True):
+        n_ctx = at.n_ctx
         types: dict[str, Any] = {"type_k": at.type_k, "type_v": at.type_v, "swa_full": at.swa_full}
         kv = kv_cache_bytes(shards.headers[0], n_ctx, min(at.n_batch, at.n_ubatch), **types)
-        plan = dry_run(shards.paths[0], at)
         job = {"path": str(shards.paths[0]), "fill_tokens": fill_tokens, "settings": at.as_dict()}
         taken = child.run("dfqs_nb.context.memory_child", job, where=path, timeout_seconds=TIMEOUT_SECONDS)
         rows.append(

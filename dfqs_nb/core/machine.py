@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import re
 import time
 from collections.abc import Iterator
@@ -46,6 +47,26 @@ def usable_cores() -> int:
     cores = min(psutil.cpu_count(logical=False) or allowed, allowed)
     quota = _cpu_quota(CGROUP)
     return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def random_read_speed(path: str | Path, piece_bytes: int = 1 << 21, seconds: float = 1.0) -> float | None:
+    """Bytes a second read from random places of a large file, not from the cache; None where that is unsure.
+
+    That is what paging costs: experts lie all over the file. The kernel's count says that the disk was read.
+    """
+    counters = getattr(psutil.Process(), "io_counters", None)
+    size = Path(path).stat().st_size
+    if counters is None or not hasattr(os, "posix_fadvise") or size < 64 * piece_bytes:
+        return None
+    draw, total, began, before = random.Random(0), 0, time.perf_counter(), counters().read_bytes
+    with Path(path).open("rb", buffering=0) as file:
+        while time.perf_counter() - began < seconds:
+            at = draw.randrange(size - piece_bytes)
+            os.posix_fadvise(file.fileno(), at, piece_bytes, os.POSIX_FADV_DONTNEED)
+            file.seek(at)
+            total += len(file.read(piece_bytes))
+    took, from_disk = time.perf_counter() - began, counters().read_bytes - before
+    return total / took if from_disk >= 0.9 * total else None
 
 
 @dataclass

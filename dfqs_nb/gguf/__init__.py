@@ -7,9 +7,8 @@
 from typing import TYPE_CHECKING
 
 from dfqs_nb.core.doors import lazy
-from dfqs_nb.gguf import broken, facts, memory, models, published, shards
+from dfqs_nb.gguf import broken, facts, memory, models, placement, published, shards
 from dfqs_nb.gguf.header import check_layout, read_header
-from dfqs_nb.gguf.shards import open_shards
 
 if TYPE_CHECKING:
     from dfqs_nb.gguf import figures
@@ -21,7 +20,7 @@ __all__ = [
     "figures",
     "memory",
     "models",
-    "open_shards",
+    "placement",
     "published",
     "read_header",
     "shards",

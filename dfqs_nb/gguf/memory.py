@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,35 +67,62 @@ def kv_cache_bytes(
 
     Source: ``src/llama-kv-cache*.cpp`` of the llama.cpp that llama-cpp-python 0.3.36 vendors.
     """
+    parts: Counter[str] = Counter()
+    for layer in cache_by_layer(header, n_ctx, n_ubatch, type_k, type_v, swa_full):
+        parts.update(layer)
+    return KvCacheBytes(dict(parts), *(("exact", "") if _is_v4(header) else _trust(header)))
+
+
+def cache_by_layer(
+    header: GGUFHeader,
+    n_ctx: int,
+    n_ubatch: int = 512,
+    type_k: str = "f16",
+    type_v: str = "f16",
+    swa_full: bool = False,
+) -> list[dict[str, int]]:
+    """The parts of `kv_cache_bytes` layer by layer: each lies where its layer does.
+
+    Raises: as `kv_cache_bytes`.
+    """
     if min(n_ctx, n_ubatch) < 1:
         raise ValueError("n_ctx and n_ubatch must be at least 1")
     cells = _pad(n_ctx)
-    if header.architecture == "deepseek4":
+    if _is_v4(header):
         return _deepseek4(header, cells, min(n_ctx, n_ubatch), type_k, swa_full)
     return _attention(header, cells, type_k, type_v)
 
 
-def _deepseek4(header: GGUFHeader, cells: int, n_ubatch: int, type_k: str, swa_full: bool) -> KvCacheBytes:
+def _is_v4(header: GGUFHeader) -> bool:
+    return header.architecture == "deepseek4"
+
+
+def _deepseek4(
+    header: GGUFHeader, cells: int, n_ubatch: int, type_k: str, swa_full: bool
+) -> list[dict[str, int]]:
     """One K row a layer and cell, no V; compressed layers keep a row for each 4 or 128 tokens beside it."""
     head_dim, indexer_dim = _int(header, "attention.key_length"), _int(header, "attention.indexer.key_length")
-    ratios = _ints(header, "attention.compress_ratios")
-    n_csa, n_hca = ratios.count(CSA_RATIO), ratios.count(HCA_RATIO)
+    ratios = _ints(header, "attention.compress_ratios")[: header.n_layers]
     window = cells if swa_full else _pad(min(cells, _int(header, "attention.sliding_window") + n_ubatch))
-    csa_rows = n_csa * _pad(-(-cells // CSA_RATIO))
-    hca_rows = n_hca * _pad(-(-cells // HCA_RATIO))
-    state = n_csa * 2 * CSA_RATIO * 2 * (head_dim + indexer_dim) + n_hca * HCA_RATIO * head_dim
-    row_bytes = _row_bytes(head_dim, type_k)
-    parts = {
-        "raw": _int(header, "block_count") * window * row_bytes,
-        "csa": csa_rows * row_bytes,
-        "hca": hca_rows * row_bytes,
-        "indexer": csa_rows * _row_bytes(indexer_dim, type_k),
-        "compressor_state": state * 2 * F32_BYTES,
+    csa_rows, hca_rows = (_pad(-(-cells // ratio)) for ratio in (CSA_RATIO, HCA_RATIO))
+    row_bytes, state_bytes = _row_bytes(head_dim, type_k), 2 * F32_BYTES
+    extra = {
+        CSA_RATIO: {
+            "csa": csa_rows * row_bytes,
+            "indexer": csa_rows * _row_bytes(indexer_dim, type_k),
+            "compressor_state": 2 * CSA_RATIO * 2 * (head_dim + indexer_dim) * state_bytes,
+        },
+        HCA_RATIO: {
+            "hca": hca_rows * row_bytes,
+            "compressor_state": HCA_RATIO * head_dim * state_bytes,
+        },
     }
-    return KvCacheBytes(parts)
+    raw = {"raw": window * row_bytes, **dict.fromkeys(("csa", "hca", "indexer", "compressor_state"), 0)}
+    ratios += [0] * (_int(header, "block_count") - len(ratios))
+    return [raw | extra.get(ratio, {}) for ratio in ratios]
 
 
-def _attention(header: GGUFHeader, cells: int, type_k: str, type_v: str) -> KvCacheBytes:
+def _attention(header: GGUFHeader, cells: int, type_k: str, type_v: str) -> list[dict[str, int]]:
     """Grouped-query attention: one K and one V row for each layer and cell; latent attention keeps K only."""
     heads = _ints(header, "attention.head_count_kv", "attention.head_count")
     if len(heads) == 1 and _int(header, "block_count"):
@@ -103,9 +131,13 @@ def _attention(header: GGUFHeader, cells: int, type_k: str, type_v: str) -> KvCa
     head_dim = _int(header, "attention.key_length", default)
     value_dim = _int(header, "attention.value_length", head_dim)
     latent = header.arch("attention.key_length_mla") is not None
-    k = sum(_row_bytes(n * head_dim, type_k) for n in heads) * cells
-    v = 0 if latent else sum(_row_bytes(n * value_dim, type_v) for n in heads) * cells
-    return KvCacheBytes({"k": k, "v": v}, *_trust(header))
+    return [
+        {
+            "k": _row_bytes(n * head_dim, type_k) * cells,
+            "v": 0 if latent else _row_bytes(n * value_dim, type_v) * cells,
+        }
+        for n in heads
+    ]
 
 
 def _trust(header: GGUFHeader) -> tuple[Literal["exact", "upper bound", "rough"], str]:

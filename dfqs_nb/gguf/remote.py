@@ -9,10 +9,10 @@ from __future__ import annotations
 import io
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -28,6 +28,7 @@ FIRST_BYTES, NEXT_BYTES = (
 )  # of one request, at the least: where the first header is; elsewhere
 MOST_BYTES = 64 << 20  # of headers in one file; real ones stay under 50 MB
 SMALL_BYTES = 1 << 20  # a whole answer of up to this size is taken, such as a page that says "not found"
+STREAM_BYTES = 64 << 20  # of one request for data
 AT_ONCE = 8
 TIMEOUT_SECONDS, TRIES = 20.0, 3
 RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
@@ -50,10 +51,12 @@ class Copy:
     Attributes:
         path: of the file that was asked for; its other shards lie beside it, as far as the server has them.
         fetched_bytes: what the network brought.
+        places: where each copy's original is.
     """
 
     path: Path
     fetched_bytes: int
+    places: Mapping[Path, Place]
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,24 @@ class Outline:
     Attributes:
         glued: the shards lie in one file, byte after byte, which no runtime loads before `dfqs-nb repair`.
         fetched_bytes: what the network brought; None for files that are here.
+        places: where the originals of the shards are that are not here.
     """
 
     model: str
     shards: ShardSet
     glued: bool = False
     fetched_bytes: int | None = None
+    places: Mapping[Path, Place] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
         """The file to name to llama.cpp."""
         return self.shards.paths[0]
+
+    def open(self, path: Path) -> AbstractContextManager[Any]:
+        """A shard's bytes for reading, wherever they are."""
+        place = self.places.get(path)
+        return path.open("rb") if place is None else nullcontext(Stream(place))
 
 
 def is_address(model: str | Path) -> bool:
@@ -97,9 +107,10 @@ def outline(model: str | Path) -> Iterator[Outline]:
     """
     with ExitStack() as stack:
         fetched, path = None, _here(model)
+        places: Mapping[Path, Place] = {}
         if path is None:
             copy = stack.enter_context(headers_of(_address(str(model))))
-            path, fetched = copy.path, copy.fetched_bytes
+            path, fetched, places = copy.path, copy.fetched_bytes, copy.places
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dfqs-headers-"))
         try:
             shards, glued = _all_shards(path, folder)
@@ -107,7 +118,7 @@ def outline(model: str | Path) -> Iterator[Outline]:
             if fetched is None:
                 raise
             raise type(error)(error.what, where=str(model), hint=error.hint) from None  # not the copy's name
-        yield Outline(str(model), shards, glued, fetched)
+        yield Outline(str(model), shards, glued, fetched, places)
 
 
 def _all_shards(path: Path, folder: str) -> tuple[ShardSet, bool]:
@@ -156,7 +167,8 @@ def headers_of(address: str) -> Iterator[Copy]:
     with tempfile.TemporaryDirectory(prefix="dfqs-headers-") as folder, ThreadPoolExecutor(AT_ONCE) as pool:
         path, fetched = _copied(wanted, Path(folder), FIRST_BYTES)
         others = [place for place in places if place is not wanted]
-        yield Copy(path, fetched + sum(pool.map(lambda place: _if_there(place, Path(folder)), others)))
+        fetched += sum(pool.map(lambda place: _if_there(place, Path(folder)), others))
+        yield Copy(path, fetched, {Path(folder) / place.name: place for place in places})
 
 
 def places_of(address: str) -> list[Place]:
@@ -251,7 +263,7 @@ class RemoteFile(io.RawIOBase):
     """A file behind an address, for reading: each range is fetched once, and kept in ``copy`` at its place.
 
     Raises:
-        RegistryError: as `headers_of`, at the first read.
+        RegistryError: as `headers_of`.
     """
 
     def __init__(self, place: Place, copy: BinaryIO, block: int) -> None:
@@ -277,70 +289,100 @@ class RemoteFile(io.RawIOBase):
         start, stop = self.window
         if not start <= self.position <= stop:
             self.window = (self.position, self.position)
-        while self.window[1] < end:
-            before = self.window[1]
+        while (before := self.window[1]) < end:
             self._fetch(before, min(max(end, before + self.block), self.size))
-            if self.window[1] == before:
-                raise RegistryError("the server sends no more", where=self.place.address, hint="try again")
         self.copy.seek(self.position)
         taken = self.copy.read(end - self.position)
         self.position = end
         return taken
 
     def _fetch(self, start: int, end: int) -> None:
-        """Bring one range; a connection that breaks is tried again."""
-        import httpx2
-        from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
-
         if self.fetched_bytes >= MOST_BYTES:
             what = f"its headers take more than {MOST_BYTES:,} bytes"
             raise HeaderError(what, where=self.place.address, hint="no real model's do: check the address")
-        again = Retrying(
-            retry=retry_if_exception_type((httpx2.NetworkError, httpx2.RemoteProtocolError)),
-            stop=stop_after_attempt(TRIES),
-            wait=wait_exponential(max=2),
-            reraise=True,
-        )
-        try:
-            again(self._fetch_once, start, end)
-        except (OSError, ValueError, RuntimeError, httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise _refusal(error, self.place) from error
-
-    def _fetch_once(self, start: int, end: int) -> None:
-        from huggingface_hub.utils import _headers, _http
-
-        headers = _headers.build_hf_headers() if self.place.hub else {}
-        headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-        options: dict[str, Any] = {"headers": headers, "timeout": TIMEOUT_SECONDS}
-        with _http.get_session().stream("GET", self.place.url, **options) as answer:
-            if answer.status_code >= 400:
-                answer.read()
-                _http.hf_raise_for_status(answer)
-            self._grow(_size_told(answer, start, self.place.address))
-            self.copy.seek(start)
-            at = start
-            for chunk in answer.iter_raw():
-                self.copy.write(chunk[: end - at])
-                at += len(chunk[: end - at])
-                self.fetched_bytes += len(chunk)
-                if at == end:
-                    break
-        self.copy.flush()
-        self.window = (self.window[0], at)
-
-    def _grow(self, size: int) -> None:
-        """Give the copy the original's size, once."""
+        data, size = fetch(self.place, start, end)
         if self.size not in (0, size):
             hint = "try again when it is at rest"
             raise RegistryError("the file changed while it was read", where=self.place.address, hint=hint)
-        if self.size == size:
-            return
+        if not self.size:
+            self._grow(size)
+        self.copy.seek(start)
+        self.copy.write(data)
+        self.copy.flush()
+        self.fetched_bytes += len(data)
+        self.window = (self.window[0], start + len(data))
+
+    def _grow(self, size: int) -> None:
         self.size = size
         try:
             self.copy.truncate(size)
         except OSError as error:
             what = f"no sparse file of {size:,} bytes can be made here ({error.strerror})"
             raise OutputError(what, where=self.copy.name, hint="set TMPDIR to a folder on a disk") from error
+
+
+class Stream:
+    """The same for data: a window of bytes in memory that moves on, and nothing on the disk."""
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.position = place, 0
+        self.start, self.window = 0, b""
+
+    def seek(self, offset: int) -> None:
+        """Move; nothing is fetched."""
+        self.position = offset
+
+    def read(self, n: int) -> bytes:
+        """Up to ``n`` bytes from here on, at least one before the end of the file."""
+        if not self.start <= self.position < self.start + len(self.window):
+            self.start = self.position
+            self.window, _ = fetch(self.place, self.start, self.start + STREAM_BYTES)
+        at = self.position - self.start
+        taken = self.window[at : at + n]
+        self.position += len(taken)
+        return taken
+
+
+def fetch(place: Place, start: int, end: int) -> tuple[bytes, int]:
+    """Bytes of a remote file (fewer at its end), and its size; a connection that breaks is tried again.
+
+    Raises:
+        RegistryError: the server does not give them.
+    """
+    import httpx2
+    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+    again = Retrying(
+        retry=retry_if_exception_type((httpx2.NetworkError, httpx2.RemoteProtocolError)),
+        stop=stop_after_attempt(TRIES),
+        wait=wait_exponential(max=2),
+        reraise=True,
+    )
+    try:
+        data, size = again(_fetch_once, place, start, end)
+    except (OSError, ValueError, RuntimeError, httpx2.HTTPError, httpx2.InvalidURL) as error:
+        raise _refusal(error, place) from error
+    if len(data) < min(end, size) - start:
+        raise RegistryError("the server sends no more", where=place.address, hint="try again")
+    return data, size
+
+
+def _fetch_once(place: Place, start: int, end: int) -> tuple[bytes, int]:
+    from huggingface_hub.utils import _headers, _http
+
+    headers = _headers.build_hf_headers() if place.hub else {}
+    headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    options: dict[str, Any] = {"headers": headers, "timeout": TIMEOUT_SECONDS}
+    with _http.get_session().stream("GET", place.url, **options) as answer:
+        if answer.status_code >= 400:
+            answer.read()
+            _http.hf_raise_for_status(answer)
+        size, data = _size_told(answer, start, place.address), bytearray()
+        for chunk in answer.iter_raw():
+            data += chunk
+            if len(data) >= end - start:
+                break
+    return bytes(data[: end - start]), size
 
 
 def _refusal(error: Exception, place: Place) -> DfqsError:

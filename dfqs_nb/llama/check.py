@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import json
 import os
+import platform
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ from typing import Any
 
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import ModelError
+from dfqs_nb.core.files import canonical_sha256, read_json, write_json
+from dfqs_nb.core.paths import outputs_dir
 from dfqs_nb.gguf.facts import early_dialect
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, check_fits
@@ -41,6 +44,7 @@ from dfqs_nb.llama.settings import (
     OpenSettings,
     add_rpc_servers,
     build_llama,
+    llama_version,
     reason_of,
     refusal,
 )
@@ -51,6 +55,7 @@ PARSER_BYTES, LOADER_BYTES = 4 << 30, 8 << 30  # of address space: a hostile hea
 TIMEOUT_SECONDS = 60.0
 TRIAL_SECONDS, TRIAL_SECONDS_PER_BYTE = 120.0, 1 / 50e6  # a slow disk
 SMALL_CTX = 256
+LONG_SECONDS = 5.0  # of loading: a trial that took longer is worth remembering
 PREFILL_TOKENS = 8
 LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll")
 
@@ -218,6 +223,18 @@ def _ask(
 # ---- a trial ----
 
 
+def plan_memory(path: str | Path, settings: Sequence[OpenSettings]) -> list[dict[str, int]]:
+    """`dry_run` under each of the settings, in a child process: a header that aborts it harms nothing here.
+
+    Raises:
+        ModelError: llama.cpp refuses the file or a setting, or dies on it.
+    """
+    job = {"question": "plan", "path": str(path), "settings": [one.as_dict() for one in settings]}
+    answer = child.run(MODULE, job, where=path, timeout_seconds=TIMEOUT_SECONDS * (1 + len(settings)))
+    plans: list[dict[str, int]] = answer["plans"]
+    return plans
+
+
 @dataclass(frozen=True)
 class Trial:
     """What the child process measured.
@@ -236,7 +253,9 @@ class Trial:
 def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEstimate) -> Trial:
     """Plan, load and decode a model (its shards, first one first) in a child process.
 
-    The same files and settings are tried once a session. The child loads with a context of 256 tokens and
+    The same files and settings are tried once a session. A file that took long to load is not loaded again by
+    a later session on this machine, as long as it and llama.cpp are the same (`_remembered`): only its memory
+    is planned anew. The child loads with a context of 256 tokens and
     evaluates 9 with one thread. It reads through the page cache that this process will use, so a file that
     fits in memory is read from the disk once. llama.cpp reads a larger file through at every load, and then
     the child's reading comes on top.
@@ -248,20 +267,58 @@ def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEsti
     return _trial_once(tuple(map(_identity, paths)), settings, json.dumps(dataclasses.asdict(needs)))
 
 
-def _identity(path: str | Path) -> tuple[str, str, int, int]:
-    """The path as the user gave it (for messages), the file it leads to, its size and its time of change."""
+Identity = tuple[str, str, int, int, int]
+
+
+def _identity(path: str | Path) -> Identity:
+    """The path as the user gave it (for messages); the file behind it, its size, time of change, inode."""
     stat = Path(path).stat()
-    return str(path), os.path.realpath(path), stat.st_size, stat.st_mtime_ns
+    return str(path), os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def _remembered(identity: tuple[Identity, ...], settings: OpenSettings) -> Path:
+    """Where a trial of these files is kept: by what can change whether they load, and on which machine."""
+    context = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "seed")
+    kept = {name: value for name, value in settings.as_dict().items() if name not in context}
+    key = canonical_sha256([[file[1:] for file in identity], kept, llama_version(), platform.node()])
+    return outputs_dir() / ".trials" / f"{key[:24]}.json"
 
 
 @functools.lru_cache(maxsize=64)
-def _trial_once(identity: tuple[tuple[str, str, int, int], ...], settings: OpenSettings, needs: str) -> Trial:
+def _trial_once(identity: tuple[Identity, ...], settings: OpenSettings, needs: str) -> Trial:
     path, estimate = identity[0][0], json.loads(needs)
+    remembered = _remembered(identity, settings)
+    if earlier := _recalled(remembered):
+        planned = plan_memory(path, [settings])[0]
+        check_fits(_with_plan(estimate, planned), where=path)
+        return Trial(**{**earlier, **planned})
     job = {"question": "trial", "path": path, "settings": settings.as_dict(), "needs": estimate}
     timeout = TRIAL_SECONDS + estimate["weights_bytes"] * TRIAL_SECONDS_PER_BYTE
     started = time.perf_counter()
     facts = child.run(MODULE, job, where=path, timeout_seconds=timeout)
-    return Trial(**facts, seconds=time.perf_counter() - started)
+    done = Trial(**facts, seconds=time.perf_counter() - started)
+    if done.load_seconds > LONG_SECONDS:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        write_json(remembered, dataclasses.asdict(done))
+    return done
+
+
+def _recalled(path: Path) -> dict[str, Any]:
+    """A trial that was kept; empty where none was, or its file is damaged."""
+    try:
+        kept = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    names = {field.name for field in dataclasses.fields(Trial)}
+    return kept if isinstance(kept, dict) and kept.keys() == names else {}
+
+
+def _with_plan(needs: dict[str, Any], planned: Mapping[str, int]) -> MemoryEstimate:
+    """An estimate as JSON has it, with llama.cpp's own figures."""
+    kv = KvCacheBytes(**needs["kv"])
+    if kv.exactness != "exact":
+        kv = KvCacheBytes({"planned by llama.cpp": planned["kv_bytes"]})
+    return MemoryEstimate(**{**needs, "kv": kv}).with_compute(planned["compute_bytes"])
 
 
 def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
@@ -332,7 +389,8 @@ def planned_bytes(log: Sequence[str]) -> dict[str, int]:
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Answer one question; the child process calls this."""
-    return {"parse": _parse_files, "load": _load_files, "trial": _try}[job["question"]](job)
+    questions = {"parse": _parse_files, "load": _load_files, "plan": _plan, "trial": _try}
+    return questions[job["question"]](job)
 
 
 def _parse_files(job: dict[str, Any]) -> dict[str, Any]:
@@ -426,6 +484,14 @@ def _load_files(job: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _plan(job: dict[str, Any]) -> dict[str, Any]:
+    child.limit_memory(LOADER_BYTES)
+    LOG.echo = ERROR
+    _keep_stderr_open()
+    child.tell(stage="while planning its memory")
+    return {"plans": [dry_run(job["path"], OpenSettings(**settings)) for settings in job["settings"]]}
+
+
 def _try(job: dict[str, Any]) -> dict[str, Any]:
     """Plan, load with a small context, evaluate a short prompt and one more token."""
     LOG.echo = INFO
@@ -433,10 +499,7 @@ def _try(job: dict[str, Any]) -> dict[str, Any]:
     settings, path = OpenSettings(**job["settings"]), job["path"]
     child.tell(stage="while planning its memory")
     planned = dry_run(path, settings)
-    needs, kv = job["needs"], KvCacheBytes(**job["needs"].pop("kv"))
-    if kv.exactness != "exact":
-        kv = KvCacheBytes({"planned by llama.cpp": planned["kv_bytes"]})
-    check_fits(MemoryEstimate(kv=kv, **needs).with_compute(planned["compute_bytes"]), where=path)
+    check_fits(_with_plan(job["needs"], planned), where=path)
     child.tell(stage="while loading it")
     n_ctx = min(settings.n_ctx, SMALL_CTX)
     small = dataclasses.replace(settings, n_ctx=n_ctx, n_threads=1, n_threads_batch=1)

@@ -223,7 +223,7 @@ def merge_once(
     output = Path(output)
     facts.require_model(model.shards.as_one)
     if len(model.files) == 1 and model.kind is not Kind.RAW_CONCATENATION:
-        return _use_where_it_lies(diagnose(model.files[0]), progress)
+        return _use_where_it_lies(diagnose(model.files[0]), fresh, progress)
     earlier, plan = earlier_result(output), model.plan
     if earlier and not fresh and earlier.sources == plan.identities:
         return replace(earlier, reused=True)
@@ -329,23 +329,25 @@ def validate(path: Path, plan: Plan) -> None:
         raise IntegrityError("the written header is not the planned one", where=path, hint=hint)
 
 
-def _use_where_it_lies(diagnosis: Diagnosis, progress: bool) -> MergeResult:
-    """Check and hash a model that is in one file already; nothing is written."""
+def _use_where_it_lies(diagnosis: Diagnosis, fresh: bool, progress: bool) -> MergeResult:
+    """Check a model that is in one file already, and hash it, unless its manifest has the hash."""
     path, began = diagnosis.path, time.perf_counter()
     if diagnosis.kind is not Kind.SINGLE_FILE:
         raise ShardError(diagnosis.finding, where=path, hint=diagnosis.next_step)
     header = diagnosis.headers[0]
     validate(path, Plan((path,), b"", (), header.file_size, (), (), of_tensors=False))
+    if not fresh and (earlier := earlier_result(path)):
+        return replace(earlier, reused=True)
     sha256, hashes = hash_file(path, [header], progress=progress)
     seconds = time.perf_counter() - began
     return MergeResult(path, header.file_size, sha256, hashes, identities([path]), seconds, True)
 
 
 def earlier_result(output: Path) -> MergeResult | None:
-    """What the manifest says of ``output``, if it is there and of the size and time that it says."""
+    """What the manifest says of ``output``, if it is the file of that size, time and inode."""
     try:
-        kept = read_manifest(output)
-        if kept is None or kept["mtime_ns"] != output.stat().st_mtime_ns:
+        kept, stat = read_manifest(output), output.stat()
+        if kept is None or (kept["mtime_ns"], kept.get("inode")) != (stat.st_mtime_ns, stat.st_ino):
             return None
     except (OSError, IntegrityError):
         return None

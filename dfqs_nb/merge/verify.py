@@ -231,6 +231,7 @@ def save_manifest(
             "file": output.name,
             "nbytes": stat.st_size,
             "mtime_ns": stat.st_mtime_ns,
+            "inode": stat.st_ino,
             "sha256": sha256,
             "seconds": seconds,
             "sources": list(sources),

@@ -1,7 +1,8 @@
 """The command ``dfqs-nb``: the workbook as a whole, and the one place where every error ends.
 
-`file_commands` handles files, `model_commands` measures a model, `report_commands` reports on runs. Other
-packages are imported inside the functions, so that a fast command starts fast.
+`file_commands` handles files, `size_commands` says what fits, `model_commands` measures a model,
+`report_commands` reports on runs. Other packages are imported inside the functions, so that a fast command
+starts fast.
 """
 
 from __future__ import annotations
@@ -192,7 +193,12 @@ def main(argv: list[str] | None = None) -> int:
     1: an error, as one line on standard error; 2: the command line is wrong; 130: interrupted. What nobody
     foresaw is one line too, and its traceback goes to a log.
     """
-    from dfqs_nb.workbook import file_commands, model_commands, report_commands  # noqa: F401  they register
+    from dfqs_nb.workbook import (  # noqa: F401  they register
+        file_commands,
+        model_commands,
+        report_commands,
+        size_commands,
+    )
 
     warnings.formatwarning = lambda message, *place, **more: f"dfqs-nb: {plain(message)}\n"
     try:

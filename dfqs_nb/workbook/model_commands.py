@@ -117,6 +117,7 @@ def score(
     """
     from dfqs_nb import llama, serve
     from dfqs_nb.core.files import sha256_of
+    from dfqs_nb.merge.merge import earlier_result
     from dfqs_nb.scores import ItemSet, Options
     from dfqs_nb.scores import score_set as score_model
     from dfqs_nb.workbook.run import default_run_name
@@ -154,7 +155,8 @@ def score(
         else:
             settings = llama.OpenSettings(n_ctx=n_ctx, n_threads=threads or None)
             opened = stack.enter_context(llama.open_model(model, settings))
-            identity, name = sha256_of(opened.path), default_run_name(model)
+            earlier = earlier_result(opened.path)  # made here: its manifest has the hash
+            identity, name = earlier.sha256 if earlier else sha256_of(opened.path), default_run_name(model)
             score_set = score_model
         folder = run_dir(run or name)
         for item_set in sets:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,13 @@ import pytest
 from gguf_fixtures import Spec, gguf_bytes, header_bytes, small_gguf
 
 from dfqs_nb.core.errors import ModelError
+from dfqs_nb.gguf.broken import too_many_experts
+from dfqs_nb.gguf.header import read_header
+from dfqs_nb.gguf.memory import estimate
+from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.types import TENSOR_TYPES
 from dfqs_nb.llama import check
+from dfqs_nb.llama.settings import OpenSettings
 
 
 def test_a_valid_file_is_accepted_with_its_numbers(tmp_path):
@@ -122,3 +129,47 @@ def test_the_table_of_a_whole_small_file(tmp_path):
     path.write_bytes(gguf_bytes([], specs))
     table = check.parse(path, tensors=True).tensors
     assert [(row.name, row.type, row.nbytes) for row in table] == [(s.name, s.type, s.nbytes) for s in specs]
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """The questions that children are asked."""
+    questions, run = [], check.child.run
+
+    def noted(module, job, **options):
+        questions.append(job["question"])
+        return run(module, job, **options)
+
+    monkeypatch.setattr(check.child, "run", noted)
+    return questions
+
+
+def test_a_file_that_was_tried_is_not_loaded_again(merged_reference, tmp_path, monkeypatch, asked):
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setattr(check, "LONG_SECONDS", 0.0)
+    path = tmp_path / "m.gguf"
+    shutil.copy(merged_reference, path)
+    needs = estimate(read_header(path), 512)
+
+    def tried(n_ctx: int) -> check.Trial:
+        check._trial_once.cache_clear()  # as in another notebook's kernel
+        return check.trial([path], OpenSettings(n_ctx=n_ctx, n_threads=1), needs)
+
+    first = tried(512)
+    again = tried(1024)
+    assert asked == ["trial", "plan"], "its memory is planned anew, and nothing is loaded"
+    assert again.load_seconds == first.load_seconds and again.kv_bytes > first.kv_bytes
+    os.utime(path)
+    tried(512)
+    assert asked[2:] == ["trial"], "another time of change is another file"
+    for kept in (tmp_path / "outputs" / ".trials").iterdir():
+        kept.write_text("{")
+    tried(512)
+    assert asked[3:] == ["trial"], "a damaged record counts for nothing"
+
+
+def test_memory_is_planned_in_a_child_that_a_header_may_kill(tmp_path, asked):
+    plans = check.plan_memory(resolve("dfqs-nano-iq1_s-xl")[0], [OpenSettings(n_ctx=n) for n in (256, 4096)])
+    assert plans[0]["kv_bytes"] < plans[1]["kv_bytes"]
+    with pytest.raises(ModelError, match="died while planning its memory"):
+        check.plan_memory(too_many_experts(tmp_path), [OpenSettings(n_ctx=256)])

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf_fixtures import split_like_llama
@@ -21,7 +22,7 @@ from dfqs_nb.merge import (
     open_source,
     repair,
 )
-from dfqs_nb.merge.verify import manifest_path
+from dfqs_nb.merge.verify import hash_file, manifest_path
 
 RECORDED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.json").read_text())["models"][
     "IQ1_S-XL"
@@ -145,6 +146,26 @@ def test_merge_once_takes_what_comes(glued, tmp_path, merged_reference):
         assert once(model, tmp_path / f"{number}.gguf", progress=False).sha256 == MERGED
     alone = once(merged_reference, tmp_path / "none.gguf", progress=False)
     assert alone.path == merged_reference and alone.sha256 == MERGED and not (tmp_path / "none.gguf").exists()
+
+
+def test_a_hash_that_a_merge_computed_is_not_computed_again(tmp_path, monkeypatch):
+    made = merge_model(specimens.reference_shards().paths[0], tmp_path / "m.gguf", progress=False)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for path in (made.path, manifest_path(made.path)):
+        shutil.copy2(path, moved)
+    hashed: list[Path] = []
+
+    def noted(path: Path, *rest: Any, **options: Any) -> tuple[str, dict[str, str]]:
+        hashed.append(path)
+        return hash_file(path, *rest, **options)
+
+    monkeypatch.setattr("dfqs_nb.merge.merge.hash_file", noted)
+    again = once(made.path, tmp_path / "none.gguf", progress=False)
+    assert again.reused and again.sha256 == made.sha256 and not hashed
+    once(made.path, tmp_path / "none.gguf", fresh=True, progress=False)
+    once(moved / "m.gguf", tmp_path / "none.gguf", progress=False)
+    assert hashed == [made.path, moved / "m.gguf"], "a copy has another inode, whatever its time"
 
 
 def test_a_source_is_opened_by_what_its_bytes_say(glued, tmp_path, merged_reference):

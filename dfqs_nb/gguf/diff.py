@@ -1,0 +1,124 @@
+"""How two models differ: metadata fields, tensors, types, shapes, and the bytes where asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dfqs_nb.core.display import tqdm
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.gguf.header import GGUFHeader, Tensor
+from dfqs_nb.gguf.remote import Outline
+
+SHOWN = 60  # characters of a value
+CHUNK = 8 << 20
+SPLIT = ("split.no", "split.count", "split.tensors.count")  # they say how the model is cut, not what it is
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs, line by line; ``n_compared`` tensors had their bytes compared."""
+
+    lines: dict[str, list[str]]
+    n_fields: int
+    n_tensors: int
+    n_compared: int | None
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs of what was compared."""
+        return not any(self.lines.values())
+
+    @property
+    def sentence(self) -> str:
+        """The result for people."""
+        scope = f"{self.n_fields:,} metadata fields and {self.n_tensors:,} tensors"
+        bytes_too = "bytes not compared (--data does)"
+        if self.n_compared is not None:
+            bytes_too = f"bytes of {self.n_compared:,} tensors compared"
+        return f"{'equal' if self.equal else 'different'}: {scope}; {bytes_too}"
+
+
+def compare(a: Outline, b: Outline, *, data: bool = False) -> Difference:
+    """Compare two models, whole or in shards, here or not.
+
+    Args:
+        data: also hash every tensor that both have with equal type and shape. Of a remote model this reads
+            the whole file, without storing it.
+    """
+    one, two = a.shards.as_one, b.shards.as_one
+    fields = [name for name in {**one.fields, **two.fields} if name not in SPLIT]
+    left, right = ({tensor.name: tensor for tensor in header.tensors} for header in (one, two))
+    both = [name for name in left if name in right]
+    lines = {
+        "only in the first": [_row(left[name]) for name in left if name not in right],
+        "only in the second": [_row(right[name]) for name in right if name not in left],
+        "other type or shape": [
+            f"{name}: {_kind(left[name])} | {_kind(right[name])}"
+            for name in both
+            if _kind(left[name]) != _kind(right[name])
+        ],
+        "metadata": [line for name in fields if (line := _field(name, one, two))],
+    }
+    n_compared = None
+    if data:
+        alike = {name for name in both if _kind(left[name]) == _kind(right[name])}
+        with ThreadPoolExecutor(2) as pool:
+            hashes = list(pool.map(lambda side: _hashes(side, alike), (a, b)))
+        lines["other bytes"] = sorted(name for name in alike if hashes[0][name] != hashes[1][name])
+        n_compared = len(alike)
+    return Difference({k: v for k, v in lines.items() if v}, len(fields), len({**left, **right}), n_compared)
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.type} {' x '.join(map(str, tensor.shape))}"
+
+
+def _row(tensor: Tensor) -> str:
+    return f"{tensor.name}: {_kind(tensor)}"
+
+
+def _field(name: str, a: GGUFHeader, b: GGUFHeader) -> str:
+    """The line for one field; empty where both have it with the same type and value."""
+    texts = [_shown(header, name) for header in (a, b)]
+    same = name in a and name in b and a[name] == b[name] and a.fields[name].type == b.fields[name].type
+    return "" if same else f"{name}: {texts[0]} | {texts[1]}"
+
+
+def _shown(header: GGUFHeader, name: str) -> str:
+    if name not in header:
+        return "missing"
+    field, value = header.fields[name], header[name]
+    text = f"{field.type} {value!r}" if field.count is None else f"{field.count:,} x {field.type}"
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+
+
+def _hashes(model: Outline, names: set[str]) -> dict[str, str]:
+    """XXH64 of tensors, shard by shard, each read in the order of its file."""
+    import xxhash
+
+    if model.glued:
+        hint = "run `dfqs-nb repair` on it first"
+        raise DfqsError("the bytes of glued shards are not compared", where=model.model, hint=hint)
+    digests = {}
+    with ExitStack() as stack:
+        for header in model.shards.headers:
+            file = stack.enter_context(model.open(header.path))
+            for tensor in tqdm(header.tensors, desc=Path(header.path).name, leave=False):
+                if tensor.name in names:
+                    digest = xxhash.xxh64()
+                    for chunk in _chunks(file, header.data_offset + tensor.offset, tensor.nbytes):
+                        digest.update(chunk)
+                    digests[tensor.name] = digest.hexdigest()
+    return digests
+
+
+def _chunks(file: Any, start: int, nbytes: int) -> Iterator[bytes]:
+    file.seek(start)
+    while nbytes and (chunk := file.read(min(CHUNK, nbytes))):
+        nbytes -= len(chunk)
+        yield chunk

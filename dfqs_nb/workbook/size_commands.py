@@ -1,0 +1,161 @@
+"""Commands about the real size: where a model fits, how two models differ, a specimen to rehearse with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dfqs_nb.core.display import size
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.paths import tilde
+from dfqs_nb.workbook.cli import FILES, app, say
+
+MACHINES = ("64GB", "96GB", "128GB")
+RAM, GPU, DISK = "RAM", "GPU", "disk"
+
+
+@app.command(rich_help_panel=FILES)
+def plan(
+    model: Annotated[str, typer.Argument(help="A file, a name of `dfqs-nb models`, hf://..., https://...")],
+    ram: Annotated[str, typer.Option(metavar="64GB", help="Memory. Default: what is free here.")] = "",
+    vram: Annotated[str, typer.Option(metavar="24GB,24GB", help="Of each graphics card.")] = "",
+    context: Annotated[int, typer.Option(metavar="TOKENS", help="Of context.")] = 8192,
+    ram_gbs: Annotated[float, typer.Option(metavar="GB/S", help="Of memory. 0: measured here.")] = 0.0,
+    gpu_gbs: Annotated[float, typer.Option(metavar="GB/S", help="Of a card's memory. 0: unknown.")] = 0.0,
+    disk_gbs: Annotated[float, typer.Option(metavar="GB/S", help="Of the disk. 0: measured here.")] = 0.0,
+) -> None:
+    """Say where a model's tensors and cache would lie, with which llama-server command, and how fast at most.
+
+    Nothing is downloaded but headers. Examples: `dfqs-nb plan model.gguf`,
+    `dfqs-nb plan hf://owner/repo/model.gguf --ram 64GB --vram 24GB,24GB --context 32768`
+    """
+    from dfqs_nb.core.machine import available_memory
+    from dfqs_nb.gguf import placement, remote
+
+    if context < 1:
+        raise typer.BadParameter("--context must be at least 1")
+    cards = [placement.size_of(text) for text in vram.split(",") if text.strip()]
+    memory = placement.size_of(ram) if ram else available_memory().available_bytes
+    with remote.outline(model) as known:
+        shape = placement.Model(known.shards.headers)
+        if shape.n_context and context > shape.n_context:
+            what = f"a context of {context:,} tokens; the model was made for {shape.n_context:,}"
+            raise DfqsError(what, where=model, hint=f"give --context {shape.n_context} or less")
+        say(f"{model}: {size(known.shards.nbytes)}, {known.shards.as_one.architecture}")
+        compute = _runtime_rows(known, context)
+        local = known.path if known.fetched_bytes is None and not known.glued else None
+        placed = placement.place(shape, context, memory, cards, compute_bytes=compute)
+        speeds = _speeds(placed, local, {RAM: ram_gbs, GPU: gpu_gbs, DISK: disk_gbs})
+        name = known.path.name if is_far(known) else tilde(known.path)
+        say(f"\n{placement.table(placed).to_string()}\n")
+        for line in _advice(shape, placed, memory, cards, speeds, compute):
+            say(line)
+        say(f"\n{placed.command(name)}")
+        if not ram and not cards:
+            table = placement.machines_table(shape, context, MACHINES, speeds, compute_bytes=compute)
+            say(f"\n{table.drop(columns=['on cards', 'flags']).to_string(float_format='{:.2f}'.format)}")
+
+
+def is_far(known: Any) -> bool:
+    """Whether an outline is of files that are not here as they will be."""
+    return known.fetched_bytes is not None or known.glued
+
+
+def _runtime_rows(known: Any, n_ctx: int) -> int | None:
+    """Say whether llama.cpp knows the model; its plan of the compute buffer on a CPU, where it gives one."""
+    from dfqs_nb.core.errors import ModelError
+    from dfqs_nb.llama import OpenSettings
+    from dfqs_nb.llama.check import loader_verdict, plan_memory
+
+    if known.glued:
+        say("  its shards are glued together: run `dfqs-nb repair` on it first")
+    if known.fetched_bytes is not None:
+        say(f"  read over the network: {known.fetched_bytes:,} bytes of headers")
+    verdict = loader_verdict(known.path)
+    say(f"  {verdict.explain(known.shards.as_one)}")
+    if not verdict.accepted:
+        return None
+    try:
+        return plan_memory(known.path, [OpenSettings(n_ctx=n_ctx)])[0]["compute_bytes"]
+    except ModelError as error:
+        say(f"  its compute buffer is not known: {error.what}")
+        return None
+
+
+def _speeds(placed: Any, local: Path | None, given: dict[str, float]) -> dict[str, float]:
+    """Bytes a second by device, as given or measured here; what is neither is left out."""
+    from dfqs_nb.core.machine import random_read_speed
+    from dfqs_nb.core.paths import outputs_dir
+    from dfqs_nb.scores import speed
+
+    speeds = {name: 1e9 * value for name, value in given.items() if value}
+    speeds.setdefault(RAM, speed.memory_bandwidth())
+    if DISK not in speeds and placed.disk_token_bytes:
+        folder = outputs_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        measured = random_read_speed(local) if local else None
+        measured = measured or speed.disk_bandwidth(folder)
+        speeds |= {DISK: measured} if measured else {}
+    return speeds
+
+
+def _advice(
+    shape: Any, placed: Any, memory: int, cards: list[int], speeds: dict[str, float], compute: int | None
+) -> list[str]:
+    from dfqs_nb.gguf import placement
+
+    largest = placement.largest_context(shape, memory, cards, compute_bytes=compute)
+    lines = [f"largest context: {largest:,} tokens" if largest else "no context fits"]
+    bound = placed.tokens_per_sec(speeds)
+    stated = ", ".join(f"{name} {value / 1e9:.3g} GB/s" for name, value in speeds.items())
+    lines.append(
+        f"at most {bound:.2f} tokens/s by reading weights alone ({stated})" if bound else _no_bound()
+    )
+    if not placed.works:
+        lines.append("memory does not hold the cache and the compute buffer: lower --context")
+    elif placed.disk_token_bytes:
+        lines.append(
+            f"memory does not hold all weights: a token reads at least {size(placed.disk_token_bytes)} from "
+            "the disk. It helps to leave mlock off, to lower n_ubatch, and to lower the disk's read-ahead "
+            "(blockdev --setra 256)"
+        )
+    if cards:
+        lines.append(
+            "a card's compute buffer was not measured, and 1 GiB of each is left for it. On the machine "
+            "itself llama-server places without these flags too (--fit), and measures that buffer"
+        )
+    return lines
+
+
+def _no_bound() -> str:
+    return "no bound on speed: give --gpu-gbs, the bandwidth of the card's memory"
+
+
+@app.command(rich_help_panel=FILES)
+def diff(
+    a: Annotated[str, typer.Argument(help="A file, a name of `dfqs-nb models`, hf://..., https://...")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+    data: Annotated[
+        bool, typer.Option("--data", help="Also compare the tensors' bytes; remote ones are read for that.")
+    ] = False,
+    most: Annotated[int, typer.Option(help="Lines of each kind of difference.")] = 20,
+) -> None:
+    """Compare two models: metadata keys, tensors, types, shapes, and with --data their bytes.
+
+    Exit status 1: they differ. Example: `dfqs-nb diff model-Q8_0.gguf hf://owner/repo/model-Q4_0.gguf`
+    """
+    from dfqs_nb.gguf import diff as compare
+    from dfqs_nb.gguf import remote
+
+    with remote.outline(a) as left, remote.outline(b) as right:
+        difference = compare.compare(left, right, data=data)
+    for kind, lines in difference.lines.items():
+        say(f"{kind}: {len(lines):,}")
+        for line in lines[:most]:
+            say(f"  {line}")
+        if len(lines) > most:
+            say(f"  ... and {len(lines) - most:,} more (--most {len(lines)})")
+    say(difference.sentence)
+    raise typer.Exit(int(not difference.equal))

@@ -1,0 +1,126 @@
+"""Placement: every tensor and its layer's cache counted once, where llama.cpp's rules put it."""
+
+from __future__ import annotations
+
+import bisect
+import re
+
+import pytest
+from gguf_fixtures import real_size_header
+
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.gguf import placement
+from dfqs_nb.gguf.broken import reference_shards
+from dfqs_nb.gguf.facts import layer_of
+from dfqs_nb.gguf.header import read_header
+from dfqs_nb.gguf.memory import cache_by_layer, kv_cache_bytes
+from dfqs_nb.gguf.reading import active_bytes
+
+GB = 1 << 30
+MACHINES = [
+    (24, ()),
+    (64, ()),
+    (64, (24,)),
+    (64, (24, 24)),
+    (64, (24, 12)),
+    (128, (80,)),
+    (64, (8,)),
+    (16, (4,)),
+]
+
+
+@pytest.fixture(scope="module")
+def flash(tmp_path_factory):
+    return read_header(real_size_header(tmp_path_factory.mktemp("real") / "flash.gguf"))
+
+
+def replay(header, flags, n_devices: int) -> list[int]:
+    """Bytes of weights on each card and in memory, by llama.cpp's own rules applied to a command line.
+
+    ``load_tensors`` of src/llama-model.cpp and the overrides of common/arg.cpp, tensor by tensor.
+    """
+    words = dict(zip(flags[::2], flags[1::2], strict=True))
+    n_layers, n_gpu = header.n_layers, int(words["-ngl"])
+    shares = [float(part) for part in words.get("-ts", "1").split(",")][:n_devices]
+    splits = [sum(shares[: i + 1]) / sum(shares) for i in range(len(shares))]
+    start, active = max(n_layers + 1 - n_gpu, 0), min(n_gpu, n_layers + 1)
+    patterns = [rf"blk\.{i}{placement.EXPERTS}" for i in range(int(words.get("--n-cpu-moe", 0)))]
+    patterns += [words["-ot"].removesuffix("=CPU")] if "-ot" in words else []
+    held = [0] * (n_devices + 1)
+    for tensor in header.tensors:
+        layer = layer_of(tensor.name)
+        at = n_layers if layer is None else layer
+        device = -1
+        if tensor.name != "token_embd.weight" and n_devices and start <= at < start + active:
+            device = bisect.bisect_right(splits, (at - start) / active)
+        if any(re.search(pattern, tensor.name) for pattern in patterns):
+            device = -1
+        held[device] += tensor.nbytes
+    return held
+
+
+@pytest.mark.parametrize(("ram", "cards"), MACHINES)
+def test_the_flags_put_every_tensor_where_the_plan_has_it(flash, ram, cards):
+    placed = placement.place(placement.Model(flash), 32768, ram * GB, [card * GB for card in cards])
+    planned = [device.dense_bytes + device.expert_bytes for device in placed.devices]
+    assert replay(flash, placed.flags, len(cards)) == planned
+    assert sum(planned) == sum(tensor.nbytes for tensor in flash.tensors)
+    caches = [device.cache_bytes for device in placed.devices]
+    assert sum(caches) == kv_cache_bytes(flash, 32768).total
+    assert all(device.left_bytes >= placement.SPARE_BYTES for device in placed.devices[:-1])
+    read = sum(device.token_bytes for device in placed.devices)
+    assert read == pytest.approx(active_bytes(flash).total, abs=4), "a token reads as much wherever it lies"
+
+
+def test_caches_by_layer_are_the_cache(flash):
+    nano = reference_shards().as_one
+    for header in (flash, nano):
+        layers = cache_by_layer(header, 4096)
+        assert len(layers) == header.n_layers
+        assert sum(sum(parts.values()) for parts in layers) == kv_cache_bytes(header, 4096).total
+
+
+def test_flags_read_as_people_write_them(flash):
+    model = placement.Model(flash)
+
+    def flags(*cards: int) -> str:
+        return " ".join(placement.place(model, 32768, 64 * GB, [card * GB for card in cards]).flags)
+
+    assert flags() == "-ngl 0"
+    assert re.fullmatch(r"-ngl 99 --n-cpu-moe \d+", flags(24))
+    assert re.fullmatch(r"-ngl 99 -ts \d+,\d+ -ot blk\\\.\([\d|]+\)\\\.ffn_.*=CPU", flags(24, 24))
+    assert flags(80) == "-ngl 99"
+    assert re.fullmatch(r"-ngl \d+ --n-cpu-moe 43", flags(8)), "some layers on no card at all"
+
+
+def test_more_of_anything_is_never_slower_and_never_holds_less(flash):
+    model, speeds = placement.Model(flash), {"GPU": 936e9, "RAM": 80e9, "disk": 3.5e9}
+    rates = [
+        placement.place(model, 8192, ram * GB, [card * GB for card in cards]).tokens_per_sec(speeds)
+        for ram, cards in ((16, ()), (32, ()), (64, ()), (64, (24,)), (64, (24, 24)), (64, (80,)))
+    ]
+    assert rates == sorted(rates)
+    assert placement.place(model, 8192, 64 * GB, [24 * GB]).tokens_per_sec({"RAM": 80e9}) is None
+
+
+def test_the_largest_context_is_the_largest(flash):
+    model, machine = placement.Model(flash), (64 * GB, [8 * GB])
+    n_ctx = placement.largest_context(model, *machine)
+    layers = placement.place(model, 256, *machine).n_gpu_layers
+    assert 256 <= n_ctx < 1_048_576 and n_ctx % 256 == 0
+    assert placement.place(model, n_ctx, *machine).n_gpu_layers == layers
+    assert placement.place(model, n_ctx + 256, *machine).n_gpu_layers < layers
+    assert placement.largest_context(model, 1 << 20) == 0, "memory for no cache at all"
+
+
+def test_a_table_of_machines(flash):
+    table = placement.machines_table(
+        placement.Model(flash), 8192, ["24 GB", "128 GB", "64GB + 24GB"], {"RAM": 80e9}
+    )
+    assert table.loc["128 GB", "from disk a token"] == "0 B"
+    assert table["at most tokens/s"].isna().tolist() == [True, False, True], "no disk speed was given"
+
+
+def test_a_size_that_is_none_is_refused():
+    with pytest.raises(DfqsError, match="is no size; write 64GB"):
+        placement.size_of("much")
