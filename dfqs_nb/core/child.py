@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -78,11 +79,87 @@ def start(module: str, job: Mapping[str, Any], *, log: Any, **options: Any) -> s
     command = [sys.executable, "-P", "-m", module]  # -P: a folder llama_cpp/ in the current one is not ours
     options = {"env": environment(), **options}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, **options)
+    _send(process, job)
+    return process
+
+
+def _send(process: subprocess.Popen[bytes], job: Mapping[str, Any]) -> None:
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # the child is gone; its exit status says how
         process.stdin.write(json.dumps(dict(job)).encode() + b"\n")
         process.stdin.flush()  # and left open: when it closes, the child knows that it is alone
-    return process
+
+
+class Worker:
+    """A child ``python -m module`` that does one job after another, so that its libraries load once.
+
+    After a death the next job starts a new child. Close the worker, or use it in a ``with`` block.
+
+    Args:
+        module: one whose ``__main__`` calls `serve`.
+        log: a file, open for reading and writing, that keeps the child's standard error.
+    """
+
+    def __init__(self, module: str, *, log: IO[bytes] | None = None) -> None:
+        self.module, self._log = module, log or tempfile.TemporaryFile()  # noqa: SIM115
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill the child, if there is one."""
+        if self._process is not None:
+            end(self._process, grace_seconds=0)
+            _running.discard(self._process)
+            self._process = None
+
+    def run(
+        self,
+        job: Mapping[str, Any],
+        *,
+        where: str | Path | None = None,
+        on_message: Callable[[dict[str, Any]], object] = lambda message: None,
+        timeout_seconds: float | None = None,
+    ) -> dict[str, Any]:
+        """Do a job and return its answer; arguments and errors as the function `run`."""
+        begin, messages = os.fstat(self._log.fileno()).st_size, list[dict[str, Any]]()
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._process = start(self.module, job, log=self._log)
+            _running.add(self._process)
+        else:
+            _send(self._process, job)
+        process = self._process
+        assert process.stdout is not None
+        try:
+            with killed_after(timeout_seconds, process) as late:
+                for message in filter(None, map(_parsed, process.stdout)):
+                    messages.append(message)
+                    if {"answer", "failed"} & message.keys():
+                        break
+                    on_message(message)
+                else:
+                    process.wait()
+        except BaseException:
+            self.close()
+            raise
+        lines = self._logged(begin)
+        last = messages[-1] if messages else {}
+        if "failed" in last:
+            raise _error(last["failed"], lines)
+        if "answer" in last:
+            return dict(last["answer"])
+        raise died("timeout" if late.is_set() else ending(process.returncode), where, messages, lines)
+
+    def _logged(self, begin: int) -> list[str]:
+        """Lines of the log from there; the child's place in the file, which it shares, does not move."""
+        handle = self._log.fileno()
+        raw = os.pread(handle, os.fstat(handle).st_size - begin, begin)
+        return raw.decode("utf-8", "replace").splitlines()
 
 
 def run(
@@ -94,43 +171,19 @@ def run(
     timeout_seconds: float | None = None,
     log: IO[bytes] | None = None,
 ) -> dict[str, Any]:
-    """Run a job in ``python -m module`` and return its answer.
+    """Run a job in a child of its own and return its answer; see `Worker` for ``module`` and ``log``.
 
     Args:
-        module: one whose ``__main__`` calls `serve`.
         where: the file that a failure is about.
         on_message: receives each object that the child sends with `tell`, as it comes.
         timeout_seconds: after which the child is killed; None: no limit.
-        log: a file, open for reading and writing, that keeps the child's standard error.
 
     Raises:
         DfqsError: the one that the child raised, of the same class.
         ChildDied: it ended without an answer.
     """
-    messages: list[dict[str, Any]] = []
-    with contextlib.ExitStack() as stack:
-        errors = log or stack.enter_context(tempfile.TemporaryFile())
-        process = start(module, job, log=errors)
-        _running.add(process)
-        try:
-            assert process.stdout is not None
-            with killed_after(timeout_seconds, process) as late:
-                for message in filter(None, map(_parsed, process.stdout)):
-                    if not {"answer", "failed"} & message.keys():
-                        on_message(message)
-                    messages.append(message)
-                process.wait()
-        finally:
-            end(process, grace_seconds=0)
-            _running.discard(process)
-        errors.seek(0)
-        lines = errors.read().decode("utf-8", "replace").splitlines()
-    last = messages[-1] if messages else {}
-    if "failed" in last:
-        raise _error(last["failed"], lines)
-    if "answer" in last:
-        return dict(last["answer"])
-    raise died("timeout" if late.is_set() else ending(process.returncode), where, messages, lines)
+    with Worker(module, log=log) as worker:
+        return worker.run(job, where=where, on_message=on_message, timeout_seconds=timeout_seconds)
 
 
 @contextlib.contextmanager
@@ -241,24 +294,27 @@ def _with_log(error: AnyError, log: list[str]) -> AnyError:
 
 
 def serve(work: Callable[[dict[str, Any]], Mapping[str, Any] | None]) -> NoReturn:
-    """Take the job from standard input, do the work, answer on standard output, and exit.
+    """Take jobs from standard input, do the work, and answer on standard output.
 
-    Standard output carries messages only: what libraries print there goes to standard error. From the first
-    line on, the process ends when its parent does, so that no orphan writes beside a later run.
+    Standard output carries messages only: what libraries print there goes to standard error. The process
+    ends when its parent does, or closes the input, so that no orphan writes beside a later run.
     """
     global _channel
     _channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    job = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        tell(answer=dict(work(job) or {}))
-    except DfqsError as error:
-        where = None if error.where is None else str(error.where)
-        tell(failed={"kind": type(error).__name__, "what": error.what, "where": where, "hint": error.hint})
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # no teardown of a runtime that may crash in it
+    jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(jobs,), daemon=True).start()
+    while True:
+        job = jobs.get()
+        try:
+            answer = {"answer": dict(work(job) or {})}
+        except DfqsError as error:
+            where = None if error.where is None else str(error.where)
+            failed = {"kind": type(error).__name__, "what": error.what, "where": where, "hint": error.hint}
+            answer = {"failed": failed}
+        sys.stdout.flush()
+        sys.stderr.flush()
+        tell(**answer)
 
 
 _channel: IO[str] = sys.stdout
@@ -282,10 +338,11 @@ def limit_memory(n_bytes: int) -> None:
         pass  # macOS, Windows
 
 
-def _end_with_parent() -> None:
-    """End this process, and what it started, when the parent is gone."""
-    os.read(0, 1)  # nothing more is ever sent: this returns when the other end closes
+def _receive(jobs: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Hand on the parent's jobs; when it is gone, end this process and what it started."""
+    for line in sys.stdin:
+        jobs.put(json.loads(line))
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    os._exit(1)
+    os._exit(1)  # no teardown of a runtime that may crash in it

@@ -123,6 +123,7 @@ def remembered(
             facts = {}  # a damaged note: the work is done again
         if isinstance(facts, dict) and facts.pop("key", None) == key:
             return facts
+    note.unlink(missing_ok=True)  # it would vouch for what is replaced from here on
     facts = dict(make())
     write_json(note, {"key": key, **facts})
     return facts

@@ -6,7 +6,8 @@
 
 from dfqs_nb.core.doors import lazy
 from dfqs_nb.ladder import tables
-from dfqs_nb.ladder.measure import Settings, calibrated, collected
+from dfqs_nb.ladder.imatrix import collect
+from dfqs_nb.ladder.measure import Settings, collected
 from dfqs_nb.ladder.quantizer import plan, quantize
 from dfqs_nb.ladder.recipes import load_recipe
 from dfqs_nb.ladder.run import RUNGS, climb
@@ -14,8 +15,8 @@ from dfqs_nb.ladder.run import RUNGS, climb
 __all__ = [
     "RUNGS",
     "Settings",
-    "calibrated",
     "climb",
+    "collect",
     "collected",
     "figures",
     "load_recipe",

@@ -4,5 +4,5 @@ from dfqs_nb.core import child
 from dfqs_nb.ladder import measure, quantizer
 
 if __name__ == "__main__":
-    works = {"quantize": quantizer.work, "measure": measure.work, "time": measure.time_all}
+    works = {"quantize": quantizer.work, "measure": measure.work, "time": measure.time_decode}
     child.serve(lambda job: works[job["work"]](job))

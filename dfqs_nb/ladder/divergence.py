@@ -9,7 +9,7 @@ the best token, so on text that surprises the model its ratio of perplexities is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, sqrt
 from pathlib import Path
@@ -79,21 +79,26 @@ def load_text(source: str | Path, part: str = "held_out") -> Text:
         try:
             return Text(path.name, ((path.read_text(encoding="utf-8"),),))
         except (OSError, UnicodeDecodeError) as error:
-            raise TextError(
-                f"cannot be read as text ({error})", where=path, hint="give a UTF-8 file"
-            ) from error
+            what = f"cannot be read as text ({error})"
+            raise TextError(what, where=path, hint="give a UTF-8 file") from error
     prompts = load_prompts(str(source), Documents)
     name = f"{prompts.name} ({part.replace('_', ' ')}, {prompts.sha256[:12]})"
     return Text(name, tuple(tuple(document) for document in getattr(prompts, part)))
 
 
-def chunks(tokens: Sequence[int], size: int, limit: int = 0) -> list[list[int]]:
+def chunks(tokens: Sequence[int], size: int, limit: int = 0, *, least: int = 1) -> list[list[int]]:
     """Whole pieces of ``size`` tokens, in order, at most ``limit`` of them (0: all); the rest is not used.
+
+    Raises:
+        TextError: there are fewer than ``least`` pieces.
 
     >>> chunks([1, 2, 3, 4, 5], 2)
     [[1, 2], [3, 4]]
     """
     pieces = [list(tokens[at : at + size]) for at in range(0, len(tokens) - size + 1, size)]
+    if len(pieces) < least:
+        what = f"{len(tokens):,} tokens fill fewer than {least} chunks of {size:,}"
+        raise TextError(what, hint="take a longer text, or smaller chunks")
     return pieces[: limit or None]
 
 
@@ -110,9 +115,6 @@ def feed_chunk(model: Model | RecordedModel, piece: Sequence[int]) -> Array:
     return np.concatenate([recorded.feed(piece[at : at + step]).copy() for at in range(0, len(piece), step)])
 
 
-# ---- one model ----
-
-
 def log_probs(logits: Array) -> Array:
     """Natural logarithms of the softmax along the last axis, summed in float64, as float32.
 
@@ -125,36 +127,14 @@ def log_probs(logits: Array) -> Array:
     return rows
 
 
-def predict(
-    model: Model | RecordedModel,
-    tokens: Sequence[int],
-    chunk_tokens: int,
-    n_chunks: int,
-    use: Callable[[int, Array, Array], Any],
-) -> int:
-    """Evaluate chunk after chunk and hand on the predictions in the second half of each.
-
-    Args:
-        n_chunks: the most chunks; 0: all.
-        use: called with the chunk's number, the log-probabilities float32 ``(n, n_vocab)``, and the tokens
-            that came, ``(n,)``; n = chunk_tokens - 1 - chunk_tokens // 2.
+def predict(model: Model | RecordedModel, piece: Sequence[int]) -> tuple[Array, Array]:
+    """Evaluate a chunk; the predictions in its second half, and the tokens that came.
 
     Returns:
-        The number of chunks.
-
-    Raises:
-        TextError: the text does not fill two chunks.
-        DecodeError: llama.cpp fails.
+        Log-probabilities float32 ``(n, n_vocab)``, and token ids ``(n,)``; n = size - 1 - size // 2.
     """
-    pieces, first = chunks(tokens, chunk_tokens, n_chunks), chunk_tokens // 2
-    if len(pieces) < 2:
-        raise TextError(
-            f"{len(tokens):,} tokens do not fill two chunks of {chunk_tokens:,}",
-            hint="take a longer text, or smaller chunks",
-        )
-    for number, piece in enumerate(pieces):
-        use(number, log_probs(feed_chunk(model, piece)[first:-1]), np.asarray(piece[first + 1 :]))
-    return len(pieces)
+    first = len(piece) // 2
+    return log_probs(feed_chunk(model, piece)[first:-1]), np.asarray(piece[first + 1 :])
 
 
 # ---- against the original ----

@@ -9,7 +9,6 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, token_axis
-from dfqs_nb.ladder.divergence import Array
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,8 +26,8 @@ def divergence_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax, source, rows = new_axes(ax, 4.2), table.iloc[0]["rung"], table.iloc[1:]
     for rung in rows.itertuples():
         colour = PALETTE[5] if rung.expert_bits < rung.bits_per_weight / 1.5 else PALETTE[0]
-        bits, spread = rung.bits_per_weight, [[rung.kld - rung.kld_low], [rung.kld_high - rung.kld]]
-        ax.errorbar(bits, rung.kld, yerr=spread, fmt="o", color=colour, capsize=3, linewidth=1, zorder=3)
+        bits = rung.bits_per_weight
+        _intervals(ax, bits, rung.kld_low, rung.kld, rung.kld_high, color=colour, zorder=3)
         ax.plot(bits, rung.kld_tail, "_", color=colour, markersize=9)
         if rung.expert_bits == rung.expert_bits:  # NaN for a dense model
             ax.plot([bits, rung.expert_bits], [rung.kld] * 2, ":", color=colour, linewidth=0.9)
@@ -37,17 +36,13 @@ def divergence_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_yscale("log")
     both = np.concatenate([rows["bits_per_weight"] * 1.1, rows["expert_bits"].dropna()])
     _bit_axis(ax, both, "bits a weight (log scale); filled: the whole file, hollow: its routed experts")
-    ax.set_ylabel(
-        f"KL divergence from {source} (nats a token)\n{_interval_kind(rows['kld_low'])}; dash: 99 % of all "
-        f"lie below\nn = {rows['n_tokens'].iloc[0]:,} tokens in {rows['n_chunks'].iloc[0]} chunks",
-        fontsize=9,
-    )
+    counts = f"n = {rows['n_tokens'].iloc[0]:,} tokens in {rows['n_chunks'].iloc[0]} chunks"
+    kind = f"{_interval_kind(rows['kld_low'])}; dash: 99 % of all lie below"
+    ax.set_ylabel(f"KL divergence from {source} (nats a token)\n{kind}\n{counts}", fontsize=9)
     ax.margins(y=0.12)
     far, near = rows.loc[rows["kld"].idxmax()], rows.loc[rows["kld"].idxmin()]
-    ratio = far["kld"] / near["kld"]
-    set_title(
-        ax, f"{far['rung']} predicts least like {source}: {ratio:,.0f} times as far from it as {near['rung']}"
-    )
+    ratio = f"{far['kld'] / near['kld']:,.0f} times as far from it as {near['rung']}"
+    set_title(ax, f"{far['rung']} predicts least like {source}: {ratio}")
     return ax
 
 
@@ -57,24 +52,16 @@ def scores_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Args:
         table: see `tables.table`; every column ``<score>_n`` names a score.
     """
-    ax, source = new_axes(ax, 3.8), table.iloc[0]
+    ax, source, outside = new_axes(ax, 3.8), table.iloc[0], 0
     names = [column.removesuffix("_n") for column in table if column.endswith("_n")]
-    outside = 0
     for number, name in enumerate(names):
-        colour, form = (PALETTE[0], PALETTE[5], *PALETTE[2:4])[number % 4], "os^D"[number % 4]
         low, score, high = (table[key].astype(float) for key in (f"{name}_low", name, f"{name}_high"))
-        ax.errorbar(
-            table["bits_per_weight"] * (1 - 0.022 * (number - (len(names) - 1) / 2)),
-            score,
-            yerr=[(score - low).clip(lower=0), (high - score).clip(lower=0)],
-            fmt=form,
-            color=colour,
-            capsize=3,
-            linewidth=1,
-            label=f"{name.replace('_', ' ')} (n = {int(source[f'{name}_n'])})",
-        )
-        ax.axhline(source[name], color=colour, linewidth=0.8, linestyle=":")
-        outside += int((~score[1:].between(source[f"{name}_low"], source[f"{name}_high"])).sum())
+        bits = table["bits_per_weight"] * (1 - 0.022 * (number - (len(names) - 1) / 2))
+        style = {"color": PALETTE[(0, 5, 2, 3)[number % 4]], "fmt": "os^D"[number % 4]}
+        label = f"{name.replace('_', ' ')} (n = {int(source[f'{name}_n'])})"
+        _intervals(ax, bits, low, score, high, label=label, **style)
+        ax.axhline(source[name], color=style["color"], linewidth=0.8, linestyle=":")
+        outside += int((~score[1:].between(low[0], high[0])).sum())
     _label_rungs(ax, table, table[[f"{name}_high" for name in names]].max(axis=1))
     _bit_axis(ax, table["bits_per_weight"])
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -101,35 +88,23 @@ def routing_by_bits(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
     deep = sorted(scored["layer"].unique())
     for number, layer in enumerate(deep):
         rows = scored[scored["layer"] == layer]
-        shift = 1 - 0.012 * (number - (len(deep) - 1) / 2) * min(1, 4 / len(deep))
-        spread = [rows["identical"] - rows["low"], rows["high"] - rows["identical"]]
-        ax.errorbar(
-            rows["bits_per_weight"] * shift,
-            rows["identical"],
-            yerr=[side.clip(lower=0) for side in spread],
-            fmt="o",
-            color=plt.get_cmap("viridis")(0.1 + 0.75 * number / max(len(deep) - 1, 1)),
-            capsize=2,
-            linewidth=1,
-            markersize=4,
-            label=f"layer {layer}",
-        )
-    highest = scored["high"].fillna(scored["identical"]).groupby(scored["rung"], sort=False).max()
-    least = scored["low"].fillna(scored["identical"]).min()
-    _label_rungs(ax, scored.drop_duplicates("rung"), highest)
+        bits = rows["bits_per_weight"] * (1 - 0.012 * (number - (len(deep) - 1) / 2) * min(1, 4 / len(deep)))
+        colour = plt.get_cmap("viridis")(0.1 + 0.75 * number / max(len(deep) - 1, 1))
+        values = rows["low"], rows["identical"], rows["high"]
+        _intervals(ax, bits, *values, color=colour, markersize=4, label=f"layer {layer}")
+    high, low = (scored[end].fillna(scored["identical"]) for end in ("high", "low"))
+    _label_rungs(ax, scored.drop_duplicates("rung"), high.groupby(scored["rung"], sort=False).max())
     _bit_axis(ax, scored["bits_per_weight"])
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    ax.set_ylim(max(0.0, least - 0.06), 1.0 + 0.28 * (1 - least))
+    ax.set_ylim(max(0.0, low.min() - 0.06), 1.0 + 0.28 * (1 - low.min()))
     ax.set_yticks([tick for tick in ax.get_yticks() if tick <= 1])
     kind, n = _interval_kind(scored["low"]), scored["n"].iloc[0]
     ax.set_ylabel(f"same experts as the source\n({kind}, n = {n:,} a layer)")
     ax.legend(frameon=False, fontsize=8, loc="lower left", ncols=-(-len(deep) // 6))
     mean = scored.groupby("rung", sort=False)["identical"].mean()
     most, fewest = mean.idxmax(), mean.idxmin()
-    set_title(
-        ax,
-        f"{most} chooses the source's experts in {mean[most]:.0%} of cases, {fewest} in {mean[fewest]:.0%}",
-    )
+    what = f"{most} chooses the source's experts in {mean[most]:.0%} of cases"
+    set_title(ax, f"{what}, {fewest} in {mean[fewest]:.0%}")
     return ax
 
 
@@ -149,16 +124,14 @@ def curves(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.plot(at, rows["fit"], "-", color=shades[number], linewidth=width, alpha=0.9, label=rung)
         ax.plot(at, rows["accuracy"], "o", color=shades[number], markersize=3.5, alpha=0.7)
     shared = curve.groupby("length")["rung"].nunique()
-    shared_lengths = shared[shared == len(rungs)].index.tolist()
-    token_axis(ax, shared_lengths, "context (tokens); points: measured, lines: isotonic fit")
+    lengths = shared[shared == len(rungs)].index.tolist()
+    token_axis(ax, lengths, "context (tokens); points: measured, lines: isotonic fit")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_ylim(-0.03, 1.06)
-    n = sorted({curve["n"].min(), curve["n"].max()})
-    ax.set_ylabel(f"right answers (n = {' to '.join(map(str, n))} a length)")
-    band = f"band: 95 % of {rungs[0]}"
-    ax.legend(
-        frameon=False, fontsize=8, title=band, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)
-    )
+    n = " to ".join(map(str, sorted({curve["n"].min(), curve["n"].max()})))
+    ax.set_ylabel(f"right answers (n = {n} a length)")
+    place = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+    ax.legend(frameon=False, fontsize=8, title=f"band: 95 % of {rungs[0]}", title_fontsize=8, **place)
     bounds = first[["length", "low", "high"]]
     others = curve[curve["rung"] != rungs[0]].merge(bounds, on="length", suffixes=("", "_first"))
     out = int((~others["accuracy"].between(others["low_first"], others["high_first"])).sum())
@@ -167,7 +140,13 @@ def curves(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _bit_axis(ax: Axes, bits: Array | pd.Series, label: str = "bits a weight (log scale)") -> None:
+def _intervals(ax: Axes, bits: Any, low: Any, value: Any, high: Any, **style: Any) -> None:
+    """Points with their intervals."""
+    spread = np.clip([np.atleast_1d(value - low), np.atleast_1d(high - value)], 0, None)
+    ax.errorbar(bits, value, yerr=spread, **{"fmt": "o", "capsize": 2.5, "linewidth": 1, **style})
+
+
+def _bit_axis(ax: Axes, bits: Any, label: str = "bits a weight (log scale)") -> None:
     """Bits on a log2 axis with round ticks, most on the left: down the ladder is to the right."""
     ax.set_xscale("log", base=2)
     low, high = bits.min() / 1.2, bits.max() * 1.2

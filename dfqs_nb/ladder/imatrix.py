@@ -10,10 +10,10 @@ the rows that each expert received. The files are llama.cpp's own (``general.typ
 from __future__ import annotations
 
 import ctypes
-import functools
+import hashlib
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,10 @@ import numpy as np
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import whole_path
+from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.gguf.facts import class_of, layer_of
 from dfqs_nb.gguf.header import MAGIC, GGUFHeader, check_layout, read_header
-from dfqs_nb.ladder.divergence import Array, chunks, feed_chunk
+from dfqs_nb.ladder.divergence import Array, Text, chunks, feed_chunk, load_text
 from dfqs_nb.llama.graph import Tensor, ggml_function
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings, default_context_params
@@ -37,7 +38,6 @@ CHUNK_TOKENS = 512  # llama-imatrix's default
 LEAST_ROWS = 16  # llama-imatrix passes over smaller products of dense weights
 SUMS, COUNTS = ".in_sum2", ".counts"
 UNIFORM = "none (every column weighs the same)"
-MAX_NAME_BYTES = 1024  # of an entry in the older format
 COLLECT = "collect one with llama-imatrix, or in notebook 08"
 
 
@@ -92,11 +92,17 @@ class ImportanceMatrix:
     def __post_init__(self) -> None:
         for name, entry in self.entries.items():
             if not (np.isfinite(entry.sums).all() and (entry.sums >= 0).all() and (entry.counts >= 0).all()):
-                raise ImatrixError(
-                    f"the importance matrix has values for {name} that are not finite or negative",
-                    where=self.path or None,
-                    hint="collect it again; if that repeats, get the model again",
-                )
+                what = f"the importance matrix has values for {name} that are not finite or negative"
+                hint = "collect it again; if that repeats, get the model again"
+                raise ImatrixError(what, where=self.path or None, hint=hint)
+
+    @property
+    def sha256(self) -> str:
+        """Of names, sums and counts, in hex."""
+        digest = hashlib.sha256()
+        for name, entry in sorted(self.entries.items()):
+            digest.update(name.encode() + entry.sums.tobytes() + entry.counts.tobytes())
+        return digest.hexdigest()
 
     def only(self, pattern: str) -> ImportanceMatrix:
         """The entries whose name contains a match of the pattern."""
@@ -112,53 +118,39 @@ class ImportanceMatrix:
         Raises:
             ImatrixError: most entries do not fit, so it is a matrix of another model.
         """
-        sizes = {
-            tensor.name: tensor.shape[0] * (tensor.shape[2] if len(tensor.shape) > 2 else 1)
-            for tensor in header.tensors
-        }
-        kept = {name: entry for name, entry in self.entries.items() if sizes.get(name) == entry.sums.size}
-        if 2 * len(kept) < len(self.entries):
-            odd = next(name for name in self.entries if name not in kept)
-            why = (
-                f"{self.entries[odd].sums.size:,} values, not {sizes[odd]:,}"
-                if odd in sizes
-                else "no such tensor"
-            )
+        sizes = {t.name: t.shape[0] * (t.shape[2] if len(t.shape) > 2 else 1) for t in header.tensors}
+        odd = [name for name, entry in self.entries.items() if sizes.get(name) != entry.sums.size]
+        if 2 * len(odd) > len(self.entries):
+            n_values, size = self.entries[odd[0]].sums.size, sizes.get(odd[0])
+            why = "no such tensor" if size is None else f"{n_values:,} values, not {size:,}"
             raise ImatrixError(
-                f"the importance matrix is of another model: {len(self.entries) - len(kept):,} of its "
-                f"{len(self.entries):,} entries do not fit this one ({odd}: {why})",
+                f"the importance matrix is of another model: {len(odd):,} of its {len(self.entries):,} "
+                f"entries do not fit this one ({odd[0]}: {why})",
                 where=self.path or None,
                 hint="collect one on this model: `--calibrate calibration-nano` does, or llama-imatrix",
             )
-        return replace(self, entries=kept)
+        return replace(self, entries={name: entry for name, entry in self.entries.items() if name not in odd})
 
     def coverage(self) -> pd.DataFrame:
         """How many rows each entry counts, one row a weight.
 
-        Columns ``weight``, ``class``, ``layer``, ``matrices`` (experts), ``least`` and ``most`` rows counted
-        in one of them, ``unused`` (experts never chosen), and ``top_tenth``: the share of the squares that
-        lies in the tenth of the columns with the largest.
+        Columns ``weight``, ``class``, ``matrices`` (experts), ``least`` and ``most`` rows counted in one of
+        them, and ``unused`` (experts never chosen).
         """
         import pandas as pd
 
-        rows = []
-        for name, entry in sorted(self.entries.items()):
-            columns, layer = np.sort(entry.sums.sum(axis=0))[::-1], layer_of(name)
-            rows.append(
-                {
-                    "weight": name,
-                    "class": class_of(name),
-                    "layer": -1 if layer is None else layer,
-                    "matrices": len(entry.counts),
-                    "least": int(entry.counts.min()),
-                    "most": int(entry.counts.max()),
-                    "unused": int((entry.counts == 0).sum()),
-                    "top_tenth": float(
-                        columns[: max(1, len(columns) // 10)].sum() / max(columns.sum(), 1e-30)
-                    ),
-                }
+        rows = [
+            (
+                name,
+                class_of(name),
+                len(counts),
+                int(counts.min()),
+                int(counts.max()),
+                int((counts == 0).sum()),
             )
-        return pd.DataFrame(rows)
+            for name, counts in sorted((name, entry.counts) for name, entry in self.entries.items())
+        ]
+        return pd.DataFrame(rows, columns=["weight", "class", "matrices", "least", "most", "unused"])
 
     def save(self, path: str | Path) -> ImportanceMatrix:
         """Write a GGUF that llama-quantize and llama-imatrix read; the matrix with its path."""
@@ -210,23 +202,24 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            magic = file.read(4)
+            is_gguf = file.read(4) == MAGIC
+        return _read_gguf(path) if is_gguf else _read_legacy(path)
     except OSError as error:
         raise ImatrixError(f"cannot be read ({error.strerror})", where=path, hint="check the path") from error
-    return _read_gguf(path) if magic == MAGIC else _read_legacy(path)
+    except (struct.error, ValueError) as error:
+        raise ImatrixError(f"not an importance matrix ({error})", where=path, hint=COLLECT) from error
 
 
 def _read_gguf(path: Path) -> ImportanceMatrix:
     header = read_header(path)
     check_layout(header)
     if header.get("general.type") != "imatrix":
-        kind = header.get("general.type", header.architecture or "unknown")
-        raise ImatrixError(f"a GGUF of type {kind}, not an importance matrix", where=path, hint=COLLECT)
+        raise ValueError(f"a GGUF of type {header.get('general.type', header.architecture or 'unknown')}")
     tensors = {tensor.name: tensor for tensor in header.tensors}
 
     def values(name: str) -> Array:
         if name not in tensors or tensors[name].type != "F32":
-            raise ImatrixError(f"{name} is missing or not F32", where=path, hint=COLLECT)
+            raise ValueError(f"{name} is missing or not F32")
         at = header.data_offset + tensors[name].offset
         return np.fromfile(path, np.float32, tensors[name].n_elements, offset=at)
 
@@ -234,19 +227,13 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     for base in [name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)]:
         sums, counts = values(base + SUMS), values(base + COUNTS)
         if not counts.size or sums.size % counts.size:
-            what = f"{base} has {sums.size:,} sums for {counts.size:,} counts"
-            raise ImatrixError(what, where=path, hint=COLLECT)
+            raise ValueError(f"{base} has {sums.size:,} sums for {counts.size:,} counts")
         counts = np.where(np.isfinite(counts), np.rint(counts), -1)
         entries[base] = Entry(sums.reshape(counts.size, -1), counts.astype(np.int64))
     if not entries:
-        raise ImatrixError("holds no entry", where=path, hint=COLLECT)
-    return ImportanceMatrix(
-        entries,
-        tuple(header.get("imatrix.datasets", ())),
-        int(header.get("imatrix.chunk_count", 0)),
-        int(header.get("imatrix.chunk_size", 0)),
-        str(path),
-    )
+        raise ValueError("it holds no entry")
+    n, size = (int(header.get(f"imatrix.chunk_{name}", 0)) for name in ("count", "size"))
+    return ImportanceMatrix(entries, tuple(header.get("imatrix.datasets", ())), n, size, str(path))
 
 
 def _read_legacy(path: Path) -> ImportanceMatrix:
@@ -260,22 +247,17 @@ def _read_legacy(path: Path) -> ImportanceMatrix:
         return value
 
     entries: dict[str, Entry] = {}
-    try:
-        for _ in range(take("i")):
-            if not 0 < (length := take("i")) <= MAX_NAME_BYTES:
-                raise ValueError(f"a name of {length:,} bytes")
-            name = take(f"{length}s").decode("utf-8")
-            calls, n = take("i"), take("i")
-            if n < 1 or calls < 0 or 4 * n > len(raw) - position:
-                raise ValueError(f"{name} claims {n:,} values")
-            entries[name] = Entry(np.frombuffer(raw, "<f4", n, position).reshape(1, -1), np.array([calls]))
-            position += 4 * n
-        if not entries:
-            raise ValueError("no entries")
-        n_chunks = take("i") if position < len(raw) else 0
-        dataset = take(f"{take('i')}s").decode("utf-8", "replace") if position < len(raw) else ""
-    except (struct.error, ValueError) as error:
-        raise ImatrixError(f"not an importance matrix ({error})", where=path, hint=COLLECT) from error
+    for _ in range(take("i")):
+        name = take(f"{min(max(take('i'), 0), len(raw))}s").decode("utf-8")
+        calls, n = take("i"), take("i")
+        if n < 1 or calls < 0 or 4 * n > len(raw) - position:
+            raise ValueError(f"{name[:100]} claims {n:,} values")
+        entries[name] = Entry(np.frombuffer(raw, "<f4", n, position).reshape(1, -1), np.array([calls]))
+        position += 4 * n
+    if not entries:
+        raise ValueError("it holds no entry")
+    n_chunks = take("i") if position < len(raw) else 0
+    dataset = take(f"{max(take('i'), 0)}s").decode("utf-8", "replace") if position < len(raw) else ""
     return ImportanceMatrix(entries, (dataset,) if dataset else (), n_chunks, 0, str(path))
 
 
@@ -292,32 +274,27 @@ class Collector:
         void, size = ctypes.c_void_p, ctypes.c_size_t
         self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, size, size)
         self._nbytes = ggml_function("ggml_nbytes", size, void)
-        codes = _op_codes()
-        self._dense, self._routed = codes["MUL_MAT"], codes["MUL_MAT_ID"]
-        self._sums: dict[str, Array] = {}
-        self._counts: dict[str, Array] = {}
+        name_of = ggml_function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
+        names = [name_of(code) for code in range(64)]  # fewer than there are: all of these are sure to exist
+        self._dense, self._routed = names.index(b"MUL_MAT"), names.index(b"MUL_MAT_ID")
+        self._totals: dict[str, tuple[Array, Array]] = {}  # sums and counts, as of `Entry`
         self._error: BaseException | None = None
 
-    def matrix(self, datasets: Sequence[str], chunk_count: int, chunk_size: int) -> ImportanceMatrix:
+    def entries(self) -> dict[str, Entry]:
         """What was collected.
 
         Raises:
-            ImatrixError: a node could not be read, nothing was collected, or values are not finite.
+            ImatrixError: a node could not be read, or nothing was collected.
         """
         if self._error is not None:
-            raise ImatrixError(
-                f"the collector failed ({self._error})", hint="report the architecture"
-            ) from self._error
-        entries = {
+            what = f"the collector failed ({self._error})"
+            raise ImatrixError(what, hint="report the architecture") from self._error
+        if not self._totals:
+            raise ImatrixError("no weight was used", hint="report the architecture")
+        return {
             name: Entry(sums.astype(np.float32).reshape(len(counts), -1), counts)
-            for name, sums in self._sums.items()
-            for counts in [self._counts[name]]
+            for name, (sums, counts) in self._totals.items()
         }
-        broken = [name for name, entry in entries.items() if not np.isfinite(entry.sums).all()]
-        if not entries or broken:
-            what = f"{broken[0]} met values that are not finite" if broken else "no weight was used"
-            raise ImatrixError(what, hint="verify the model's hash")
-        return ImportanceMatrix(entries, tuple(datasets), chunk_count, chunk_size)
 
     def _hear(self, address: int, asks: bool, _user_data: object) -> bool:
         """llama.cpp asks about a node, and comes again once it is computed; no exception may pass through."""
@@ -330,38 +307,30 @@ class Collector:
         return not asks
 
     def _wants(self, node: Any) -> bool:
-        if node.op == self._routed:
-            return True
         if node.op != self._dense:
-            return False
-        rows = Tensor.from_address(node.src[1])
-        weight = Tensor.from_address(node.src[0])
+            return bool(node.op == self._routed)
+        weight, rows = (Tensor.from_address(node.src[i]) for i in range(2))
         return rows.ne[1] >= LEAST_ROWS and rows.type == 0 and _name(weight).startswith("blk.")
 
     def _take(self, node: Any) -> bool:
-        weight, rows = (Tensor.from_address(node.src[i]) for i in range(2))
+        weight, rows = Tensor.from_address(node.src[0]), self._read(node.src[1], np.float32)
         if node.op == self._routed:
-            self._take_routed(
-                _name(weight),
-                weight.ne[2],
-                self._read(node.src[1], rows, np.float32),
-                self._read(node.src[2], Tensor.from_address(node.src[2]), np.int32),
-            )
+            self._take_routed(_name(weight), weight.ne[2], rows[0], self._read(node.src[2], np.int32)[0, 0])
         else:
-            self._take_dense(_name(weight), weight, self._read(node.src[1], rows, np.float32))
+            self._take_dense(_name(weight), weight.ne[2] * weight.ne[3], rows)
         return True
 
-    def _read(self, address: int, tensor: Any, kind: type) -> Array:
+    def _read(self, address: int, kind: type) -> Array:
         """A tensor of the graph as an array (slowest dimension first), whichever device and strides."""
-        nbytes = self._nbytes(address)
+        tensor, nbytes = Tensor.from_address(address), self._nbytes(address)
         raw = np.empty(nbytes, np.uint8)
         self._copy(address, raw.ctypes.data, 0, nbytes)
         return np.lib.stride_tricks.as_strided(raw.view(kind), tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1])
 
     def _take_routed(self, name: str, n_experts: int, rows: Array, ids: Array) -> None:
-        """Rows ``(1, tokens, k or 1, columns)``; ids ``(1, 1, tokens, k)``: which expert each row enters."""
-        rows, ids = rows[0], ids[0, 0]
-        sums, counts = self._entry(name, n_experts, n_experts, rows.shape[2])
+        """Rows ``(tokens, k or 1, columns)``; ids ``(tokens, k)``: which expert each row enters."""
+        empty = np.zeros((n_experts, rows.shape[2])), np.zeros(n_experts, np.int64)
+        sums, counts = self._totals.setdefault(name, empty)
         for place in range(ids.shape[1]):
             squares = np.square(rows[:, place % rows.shape[1]], dtype=np.float64)
             order = np.argsort(ids[:, place], kind="stable")
@@ -369,20 +338,14 @@ class Collector:
             sums[chosen] += np.add.reduceat(squares[order], first, axis=0)
             counts[chosen] += n
 
-    def _take_dense(self, name: str, weight: Any, rows: Array) -> None:
+    def _take_dense(self, name: str, n_matrices: int, rows: Array) -> None:
         """Rows ``(n3, n2, n, columns)``; a weight of several matrices takes the planes in turn."""
-        n_matrices = weight.ne[2] * weight.ne[3]
-        sums, counts = self._entry(name, n_matrices, 1, rows.shape[3])
-        squares = np.square(rows, dtype=np.float64).sum(axis=2)
-        for i3, i2 in np.ndindex(squares.shape[:2]):
-            sums[(i3 % weight.ne[3]) * weight.ne[2] + i2 % weight.ne[2]] += squares[i3, i2]
-        counts += rows.shape[0] * rows.shape[1] * rows.shape[2] // n_matrices
-
-    def _entry(self, name: str, n_matrices: int, n_counts: int, n_columns: int) -> tuple[Array, Array]:
-        if name not in self._sums:
-            self._sums[name] = np.zeros((n_matrices, n_columns))
-            self._counts[name] = np.zeros(n_counts, np.int64)
-        return self._sums[name], self._counts[name]
+        empty = np.zeros((n_matrices, rows.shape[3])), np.zeros(1, np.int64)
+        sums, counts = self._totals.setdefault(name, empty)
+        planes = np.square(rows, dtype=np.float64).sum(axis=2).reshape(-1, rows.shape[3])
+        for number, plane in enumerate(planes):
+            sums[number % n_matrices] += plane
+        counts += len(planes) * rows.shape[2] // n_matrices
 
 
 def _name(tensor: Any) -> str:
@@ -391,48 +354,40 @@ def _name(tensor: Any) -> str:
     return text.split("#")[1] if "#" in text else text
 
 
-@functools.cache
-def _op_codes() -> dict[str, int]:
-    """Ggml's codes of its operations, by name, as this build numbers them."""
-    function = ggml_function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
-    codes: dict[str, int] = {}
-    for code in range(64):  # far fewer than there are, and as many as are sure to exist
-        codes.setdefault((function(code) or b"").decode(), code)
-    return codes
-
-
 def collect(
-    path: str | Path,
-    tokens: Sequence[int],
+    source: str | Path,
+    text: Text | str,
     *,
-    dataset: str,
     chunk_tokens: int = CHUNK_TOKENS,
-    settings: OpenSettings | None = None,
+    n_chunks: int = 24,
+    n_threads: int = 0,
+    dataset: str = "",
     progress: bool = True,
 ) -> ImportanceMatrix:
-    """Collect an importance matrix over these tokens, in chunks that each begin from a cleared context.
+    """Collect an importance matrix over a text, in chunks that each begin from a cleared context.
 
     As llama-imatrix does: whole chunks only, the first token of each replaced by BOS where the vocabulary
     asks for one, and every token taken through every layer.
 
     Args:
-        path: the model, in the precision that the quantization starts from.
-        dataset: what the text is called, for the file's header.
+        source: the model, in the precision that the quantization starts from.
+        text: a text, or the name of a prompt set or a text file.
+        n_chunks: the most chunks; 0: all.
+        n_threads: 0: the usable cores.
+        dataset: what the text is called in the file's header; its name where not given.
 
     Raises:
-        ImatrixError: fewer tokens than one chunk, or a node that could not be read.
+        TextError, PromptError: there is no such text, or it has fewer tokens than one chunk.
+        ImatrixError: a node could not be read.
         ModelError, DecodeError: llama.cpp refuses the model, or fails.
     """
-    pieces = chunks(tokens, chunk_tokens)
-    if not pieces:
-        raise ImatrixError(
-            f"{len(tokens):,} tokens do not fill one chunk of {chunk_tokens:,}",
-            hint="take a longer text, or smaller chunks",
-        )
+    text = load_text(text, "calibration") if isinstance(text, str) else text
     collector = Collector()
+    settings = OpenSettings(n_ctx=chunk_tokens, n_threads=n_threads or usable_cores())
     with default_context_params(cb_eval=collector.callback):
-        model = open_model(path, replace(settings or OpenSettings(), n_ctx=chunk_tokens))
+        model = open_model(source, settings)
     with model:
+        pieces = chunks(text.tokens(model), chunk_tokens, n_chunks)
         for piece in tqdm(pieces, desc="importance matrix", disable=not progress):
             feed_chunk(model, piece)
-    return collector.matrix([dataset], len(pieces), chunk_tokens)
+    return ImportanceMatrix(collector.entries(), (dataset or text.name,), len(pieces), chunk_tokens)

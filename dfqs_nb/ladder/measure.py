@@ -1,4 +1,4 @@
-"""How a rung is measured: the settings, the importance matrix, and the child process that does the work."""
+"""How a rung is measured: the settings, the importance matrix, and the work of the child processes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from typing import Any
 import numpy as np
 
 from dfqs_nb import context
-from dfqs_nb.core import child
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import sha256_of_files, whole_file
+from dfqs_nb.core.files import sha256_of_files, whole_path
 from dfqs_nb.core.journal import conditions_hash, remembered
-from dfqs_nb.core.machine import usable_cores, watched_load
+from dfqs_nb.core.machine import watched_load
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.ladder import divergence, imatrix
-from dfqs_nb.ladder.divergence import Array
-from dfqs_nb.llama.model import Model, open_model
+from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings, llama_version
 from dfqs_nb.llama.timing import measure_speed
 from dfqs_nb.routing import open_recorded
@@ -89,9 +87,6 @@ def part_of(item_set: ItemSet, max_items: int) -> ItemSet:
     return replace(item_set, set=f"{item_set.name}-{len(items)}", items=tuple(items))
 
 
-# ---- the importance matrix of a source ----
-
-
 def collected(
     source: str | Path,
     folder: str | Path,
@@ -113,19 +108,21 @@ def collected(
     """
     if given:
         return imatrix.read_imatrix(given)
-    path = Path(folder) / "imatrix.gguf"
+    path, chunk_tokens, n_chunks = (
+        Path(folder) / "imatrix.gguf",
+        settings.calibration_tokens,
+        settings.calibration_chunks,
+    )
     if not settings.calibration and Path(settings.text).suffix:
-        raise LadderError(
-            "the held-out text would also be the calibration text",
-            where=settings.text,
-            hint="give calibration a text of its own, or an importance matrix",
-        )
+        what = "the held-out text would also be the calibration text"
+        hint = "give calibration a text of its own, or an importance matrix"
+        raise LadderError(what, where=settings.text, hint=hint)
     text = divergence.load_text(settings.calibration or settings.text, "calibration")
     conditions = {
         "source": source_sha256 or sha256_of_files(open_shards(source).paths),
         "text": text.name,
-        "tokens": settings.calibration_tokens,
-        "chunks": settings.calibration_chunks,
+        "tokens": chunk_tokens,
+        "chunks": n_chunks,
         "runtime": llama_version(),
         "words": hashlib.sha256(repr(text.documents).encode()).hexdigest(),
     }
@@ -135,40 +132,8 @@ def collected(
         if matrix.datasets == (dataset,):
             return matrix
     path.parent.mkdir(parents=True, exist_ok=True)
-    return calibrated(source, text, settings, dataset, progress=progress).save(path)
-
-
-def calibrated(
-    source: str | Path,
-    text: str | divergence.Text,
-    settings: Settings | None = None,
-    dataset: str = "",
-    *,
-    progress: bool = True,
-) -> imatrix.ImportanceMatrix:
-    """An importance matrix over a text: at most ``calibration_chunks`` chunks of ``calibration_tokens``.
-
-    Args:
-        text: a text, or the name of a prompt set or a text file.
-        dataset: what the text is called in the matrix; its name where not given.
-
-    Raises:
-        TextError, PromptError: there is no such text.
-        ImatrixError, ModelError, DecodeError: see `imatrix.collect`.
-    """
-    settings = settings or Settings()
-    text = divergence.load_text(text, "calibration") if isinstance(text, str) else text
-    opened = OpenSettings(n_ctx=256, n_threads=settings.n_threads or usable_cores())
-    with open_model(source, opened) as model:
-        tokens = text.tokens(model)
-    return imatrix.collect(
-        source,
-        tokens[: settings.calibration_tokens * settings.calibration_chunks],
-        dataset=dataset or text.name,
-        chunk_tokens=settings.calibration_tokens,
-        settings=opened,
-        progress=progress,
-    )
+    how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "n_chunks": n_chunks, "dataset": dataset}
+    return imatrix.collect(source, text, **how, n_threads=settings.n_threads, progress=progress).save(path)
 
 
 # ---- the child process ----
@@ -176,26 +141,73 @@ def calibrated(
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Measure one model: predictions and routing first, then scores and the stability curve."""
-    settings, place = Settings(**job["settings"]), Path(job["place"])
-    remembered(
-        place / "predicted.json",
-        {"key": job["key"]},
-        lambda: _predict(job, settings, place),
-        fresh=job["fresh"],
-    )
-    return _ask(job, settings, place)
+    settings, place, fresh = Settings(**job["settings"]), Path(job["place"]), job["fresh"]
+    note = place / "predicted.json"
+    remembered(note, {"key": job["key"]}, lambda: _predict(job, settings, place), fresh=fresh)
+    n_ctx = max(settings.n_ctx, settings.longest + 64)  # room for the answers
+    opened = OpenSettings(n_ctx=n_ctx, n_threads=settings.n_threads)
+    options = Options(fresh=fresh, allow_unsandboxed=settings.allow_unsandboxed, progress=False)
+    with open_model(job["path"], opened, trial=False) as model:
+        runs = [
+            score_set(model, chosen, place / "scores", options, model_id=job["sha256"])
+            for chosen in question_sets(settings)
+        ]
+        plan = context.make_plan(
+            model,
+            settings.prompt_set,
+            settings.longest,
+            rounds=0,  # every rung is asked at the same lengths
+            n_haystacks=settings.n_haystacks,
+            budget_seconds=settings.budget_seconds or float("inf"),
+        ).within_budget()
+        curve = context.measure(model, plan, place, model_sha256=job["sha256"], fresh=fresh)
+    sets = [
+        {"kind": run.kind, "name": run.name, "n_items": run.score.n, "conditions": run.conditions}
+        | {"items": run.items.to_dict("records"), "model": run.model}
+        for run in runs
+    ]
+    return {
+        "sets": sets,
+        "items": curve.retrieval.to_dict("records"),
+        "curve": curve.curve().to_dict("records"),
+        "boundary": curve.boundary().as_dict(),
+    }
 
 
-def time_all(job: dict[str, Any]) -> dict[str, Any]:
-    """The decode speed of several models, one after another."""
+def _predict(job: dict[str, Any], settings: Settings, place: Path) -> dict[str, Any]:
+    """Predictions and routing on the held-out text; the source's predictions are kept for the others."""
+    opened = OpenSettings(n_ctx=settings.chunk_tokens, n_threads=settings.n_threads)
+    is_source, reference = job["is_source"], Path(job["reference"])
+    with (
+        open_recorded(job["path"], opened, trial=False) as recorded,
+        whole_path(reference) if is_source else nullcontext(reference) as path,
+    ):
+        tokens = divergence.load_text(settings.text).tokens(recorded.model)
+        pieces = divergence.chunks(tokens, settings.chunk_tokens, settings.n_chunks, least=2)
+        predictions = (divergence.predict(recorded, piece) for piece in pieces)
+        rows = []
+        if is_source:
+            n_scored = settings.chunk_tokens - 1 - settings.chunk_tokens // 2
+            shape = (len(pieces), n_scored, recorded.model.n_vocab)
+            base = np.lib.format.open_memmap(path, "w+", np.float32, shape)  # it need not fit in memory
+        else:
+            base = np.load(path, mmap_mode="r")
+        for kept, (predicted, targets) in zip(base, predictions, strict=True):
+            if is_source:
+                kept[:] = predicted
+            rows.append(divergence.compare_chunk(kept, predicted, targets))
+        del base  # flushes it
+        trace = recorded.trace(np.concatenate(pieces).tolist(), chunk_tokens=settings.chunk_tokens)
+    divergence.Tokens(*map(np.stack, zip(*rows, strict=True))).save(place / "tokens.npz")
+    trace.save(place / "trace.npz")
+    return {"n_chunks": len(pieces)}
+
+
+def time_decode(job: dict[str, Any]) -> dict[str, Any]:
+    """The decode speed of one model."""
     settings = Settings(**job["settings"])
-    return {"speeds": {name: _timed(name, path, settings) for name, path in job["paths"].items()}}
-
-
-def _timed(name: str, path: str, settings: Settings) -> dict[str, Any]:
-    child.tell(timing=name)
     opened = OpenSettings(n_ctx=settings.speed_depth + settings.speed_tokens, n_threads=settings.n_threads)
-    with open_model(path, opened, trial=False) as model, watched_load() as load:
+    with open_model(job["path"], opened, trial=False) as model, watched_load() as load:
         speed = measure_speed(model, settings.speed_depth, settings.speed_tokens, settings.speed_repetitions)
     decode = speed.decode_tokens_per_sec
     return {
@@ -207,75 +219,3 @@ def _timed(name: str, path: str, settings: Settings) -> dict[str, Any]:
         "contended": load.contended,
         "other_cores": load.other_cores,
     }
-
-
-def _predict(job: dict[str, Any], settings: Settings, place: Path) -> dict[str, Any]:
-    """Predictions and routing on the held-out text; the source's predictions are kept for the others."""
-    (place / "predicted.json").unlink(missing_ok=True)
-    opened = OpenSettings(n_ctx=settings.chunk_tokens, n_threads=settings.n_threads)
-    is_source, reference = job["is_source"], Path(job["reference"])
-    base = None if is_source else np.load(reference, mmap_mode="r")
-    rows: list[tuple[Array, ...]] = []
-    with (
-        whole_file(reference, "wb") if is_source else nullcontext() as kept,
-        open_recorded(job["path"], opened, trial=False) as recorded,
-    ):
-        tokens = divergence.load_text(settings.text).tokens(recorded.model)
-        n_chunks = len(divergence.chunks(tokens, settings.chunk_tokens, settings.n_chunks))
-
-        def use(number: int, predicted: Array, targets: Array) -> None:
-            if base is None:
-                keep(kept, predicted, number, n_chunks)
-            rows.append(
-                divergence.compare_chunk(predicted if base is None else base[number], predicted, targets)
-            )
-
-        divergence.predict(recorded, tokens, settings.chunk_tokens, settings.n_chunks, use)
-        kept_tokens = tokens[: n_chunks * settings.chunk_tokens]
-        trace = recorded.trace(kept_tokens, chunk_tokens=settings.chunk_tokens)
-    divergence.Tokens(*map(np.stack, zip(*rows, strict=True))).save(place / "tokens.npz")
-    trace.save(place / "trace.npz")
-    return {"n_chunks": n_chunks}
-
-
-def keep(file: Any, rows: Array, number: int, n_chunks: int) -> None:
-    """Append one chunk's predictions to what becomes the ``.npy`` of all, which need not fit in memory."""
-    rows = np.ascontiguousarray(rows, "<f4")
-    if number == 0:
-        header = {"descr": "<f4", "fortran_order": False, "shape": (n_chunks, *rows.shape)}
-        np.lib.format.write_array_header_1_0(file, header)
-    file.write(rows.data)
-
-
-def _ask(job: dict[str, Any], settings: Settings, place: Path) -> dict[str, Any]:
-    """Scores and the stability curve."""
-    n_ctx = max(settings.n_ctx, settings.longest + 64)  # room for the answers
-    opened = OpenSettings(n_ctx=n_ctx, n_threads=settings.n_threads)
-    options = Options(fresh=job["fresh"], allow_unsandboxed=settings.allow_unsandboxed, progress=False)
-    with open_model(job["path"], opened, trial=False) as model:
-        runs = [
-            score_set(model, chosen, place / "scores", options, model_id=job["sha256"])
-            for chosen in question_sets(settings)
-        ]
-        run = _measure_context(model, job, settings, place)
-    return {
-        "scores": {
-            run.name: {key: value for key, value in run.conditions.items() if key != "sandbox"}
-            for run in runs
-        },
-        "items": run.retrieval.to_dict("records"),
-        "curve": run.curve().to_dict("records"),
-        "boundary": run.boundary().as_dict(),
-    }
-
-
-def _measure_context(model: Model, job: dict[str, Any], settings: Settings, place: Path) -> context.Run:
-    plan = context.make_plan(
-        model,
-        settings.prompt_set,
-        settings.longest,
-        rounds=0,  # every rung is asked at the same lengths
-        n_haystacks=settings.n_haystacks,
-        budget_seconds=settings.budget_seconds or float("inf"),
-    )
-    return context.measure(model, plan.within_budget(), place, model_sha256=job["sha256"], fresh=job["fresh"])

@@ -12,10 +12,10 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,36 +24,26 @@ from dfqs_nb.core.display import quoted, tqdm
 from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.files import sha256_of_files, whole_path
 from dfqs_nb.core.machine import usable_cores
-from dfqs_nb.gguf.facts import bits_per_weight, class_of, class_sizes, layer_of
+from dfqs_nb.gguf.facts import INTEGER_TYPES, bits_per_weight, class_of, class_sizes, layer_of
 from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, Tensor, check_layout, padded, read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.gguf.types import TENSOR_TYPES
 from dfqs_nb.ladder.imatrix import ImportanceMatrix, read_imatrix
-from dfqs_nb.ladder.recipes import (
-    FLOATS,
-    INTEGERS,
-    QuantizeError,
-    Recipe,
-    Rule,
-    check_recipe,
-    file_types,
-    load_recipe,
-)
+from dfqs_nb.ladder.recipes import FLOATS, QuantizeError, Recipe, Rule, file_types, load_recipe
 from dfqs_nb.llama import check
-from dfqs_nb.llama.settings import llama_version
+from dfqs_nb.llama.settings import ERROR, LOG, llama_version
 
 if TYPE_CHECKING:
     import pandas as pd
 
-BLOCKS = {name: (block, nbytes) for name, block, nbytes in TENSOR_TYPES.values()}
-CODES = {name: code for code, (name, *_) in TENSOR_TYPES.items()}
+BLOCKS = {name: (code, block, nbytes) for code, (name, block, nbytes) in TENSOR_TYPES.items()}
 # llama.cpp refuses these without an importance matrix, but for the embedding and the output
 # (tensor_requires_imatrix in src/llama-quant.cpp)
 NEED_MATRIX = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
-NO_MATRIX = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+NO_MATRIX = {"token_embd.weight", "per_layer_token_embd.weight", "output.weight"}
 BUFFER_BYTES = 512 << 20  # of rows that the child holds at once
 MAX_TEXT_BYTES = 127  # of a key's value, as llama.cpp overrides it
-SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+SPLIT_KEYS = {"split.no", "split.count", "split.tensors.count"}
 REPORT = "report this file and recipe as a bug of the workbook"
 CHILD = "dfqs_nb.ladder"
 
@@ -62,20 +52,11 @@ CHILD = "dfqs_nb.ladder"
 
 
 @dataclass(frozen=True)
-class Planned(Tensor):
-    """A tensor as it will be, and as it is now; ``decided_by``: ``rule``, ``keep`` or ``llama.cpp``."""
-
-    source_type: str
-    source_nbytes: int
-    decided_by: str
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What a quantization will write.
+    """What a quantization writes.
 
     Attributes:
-        tensors: in the order of the file.
+        tensors: as they will be, in the order of the file.
         nbytes: of the file, exactly.
         fallbacks: llama.cpp's lines about tensors whose shape does not suit the type it wanted.
         entries: of the importance matrix that will be used.
@@ -84,7 +65,7 @@ class Plan:
 
     recipe: Recipe
     source: ShardSet = field(repr=False)
-    tensors: tuple[Planned, ...] = field(repr=False)
+    tensors: tuple[Tensor, ...] = field(repr=False)
     nbytes: int
     fallbacks: tuple[str, ...] = ()
     entries: int = 0
@@ -107,8 +88,8 @@ class Plan:
         import pandas as pd
 
         before: Counter[str] = Counter()
-        for tensor in self.tensors:
-            before[class_of(tensor.name)] += tensor.source_nbytes
+        for tensor in self.source.tensors:
+            before[class_of(tensor.name)] += tensor.nbytes
         sizes = pd.DataFrame(class_sizes(replace(self.source.as_one, tensors=self.tensors)))
         sizes.insert(3, "source_bytes", sizes["class"].map(before))
         return sizes
@@ -130,81 +111,95 @@ def plan(
         HeaderError, ShardError, LayoutError: the source is not a sound model.
         ModelError: llama.cpp dies on it.
     """
-    return _prepare(source, recipe, imatrix)[0]
+    with child.Worker(CHILD) as worker:
+        return _prepare(source, recipe, imatrix, worker)[0]
 
 
 def _prepare(
-    source: str | Path, recipe: Recipe | str, imatrix: str | Path | ImportanceMatrix | None
+    source: str | Path,
+    recipe: Recipe | str,
+    imatrix: str | Path | ImportanceMatrix | None,
+    worker: child.Worker,
 ) -> tuple[Plan, dict[str, Any], ImportanceMatrix | None]:
     """The plan, the child's job without its output, and the entries of the matrix that are used."""
-    recipe = load_recipe(recipe) if isinstance(recipe, str) else check_recipe(recipe)
-    shards = open_shards(source)
+    recipe, shards = load_recipe(recipe) if isinstance(recipe, str) else recipe, open_shards(source)
+    where, matrix, left_out = shards.paths[0], None, list[str]()
     _check_source(shards)
-    matrix, left_out = _usable(imatrix, recipe, shards)
-    types, kept = _types_by_rule(shards, recipe)
-    overrides = [
-        [f"^{re.escape(name)}$".replace(r"\-", "-"), CODES[kind]] for name, kind in {**types, **kept}.items()
-    ]
+    if imatrix is not None and recipe.weights:
+        given = imatrix if isinstance(imatrix, ImportanceMatrix) else read_imatrix(imatrix)
+        given.fitting(shards.as_one)  # refuses the matrix of another model, whatever the recipe uses of it
+        matrix = given.only(recipe.weights).fitting(shards.as_one)
+        left_out = sorted(given.only(recipe.weights).entries.keys() - matrix.entries.keys())
+    types, by_rule = _types_by_rule(shards, recipe)
     keys = _keys(recipe, matrix)
     job = {
         "work": "quantize",
-        "source": str(shards.paths[0].resolve()),
+        "source": str(where.resolve()),
         "mix": file_types()[recipe.mix],
-        "overrides": overrides,
+        "overrides": [
+            [f"^{re.escape(name)}$".replace(r"\-", "-"), BLOCKS[kind][0]] for name, kind in types.items()
+        ],
         "keys": keys,
     }
-    answer = child.run(CHILD, {**job, "dry_run": True}, where=shards.paths[0])
-    by_name = {tensor.name: tensor for tensor in shards.tensors}
-    chosen = dict(answer["tensors"])
-    if set(chosen) != set(by_name):
-        raise QuantizeError(
-            "llama.cpp's dry run names other tensors than the header", where=source, hint=REPORT
-        )
-    deciders = dict.fromkeys(types, "rule") | dict.fromkeys(kept, "keep")
-    tensors = tuple(
-        _planned(by_name[name], kind, deciders.get(name, "llama.cpp")) for name, kind in chosen.items()
-    )
-    _check_followed(tensors, recipe, shards)
-    _check_matrix(tensors, matrix, shards)
+    answer = worker.run({**job, "dry_run": True}, where=where)
+    chosen, before = dict(answer["tensors"]), {tensor.name: tensor for tensor in shards.tensors}
+    if set(chosen) != set(before):
+        what = "llama.cpp's dry run names other tensors than the header"
+        raise QuantizeError(what, where=where, hint=REPORT)
+    for rule, names in by_rule.items():  # llama.cpp leaves norms, routers and vectors as they are
+        if names and all(chosen[name] != rule.type for name in names):
+            what = (
+                f"llama.cpp keeps {names[0]} at {chosen[names[0]]}, whatever the rule {rule.pattern!r} says"
+            )
+            raise QuantizeError(what, where=where, hint="take the rule out")
+    _check_matrix(chosen, before, matrix, where)
+    tensors = []
+    for name, kind in chosen.items():
+        code, block, nbytes = BLOCKS[kind]
+        nbytes *= before[name].n_elements // block
+        tensors.append(replace(before[name], type=kind, type_code=code, nbytes=nbytes))
     nbytes, entries = _file_bytes(shards, tensors, keys), len(matrix.entries) if matrix else 0
-    return Plan(recipe, shards, tensors, nbytes, tuple(answer["fallbacks"]), entries, left_out), job, matrix
-
-
-def _planned(tensor: Tensor, kind: str, decided_by: str) -> Planned:
-    block, block_nbytes = BLOCKS[kind]
-    nbytes = tensor.n_elements // block * block_nbytes
-    after = asdict(tensor) | {"type": kind, "type_code": CODES[kind], "nbytes": nbytes}
-    return Planned(**after, source_type=tensor.type, source_nbytes=tensor.nbytes, decided_by=decided_by)
-
-
-def _usable(
-    given: str | Path | ImportanceMatrix | None, recipe: Recipe, shards: ShardSet
-) -> tuple[ImportanceMatrix | None, tuple[str, ...]]:
-    """The entries of the importance matrix that will be used, and the names of those that do not fit."""
-    if given is None or not recipe.weights:
-        return None, ()
-    matrix = given if isinstance(given, ImportanceMatrix) else read_imatrix(given)
-    matrix.fitting(shards.as_one)  # refuses the matrix of another model, whatever the recipe uses of it
-    matrix = matrix.only(recipe.weights)
-    used = matrix.fitting(shards.as_one)
-    return used, tuple(sorted(set(matrix.entries) - set(used.entries)))
+    notes = tuple(answer["fallbacks"])
+    return Plan(recipe, shards, tuple(tensors), nbytes, notes, entries, tuple(left_out)), job, matrix
 
 
 def _check_source(shards: ShardSet) -> None:
     where = shards.paths[0]
     if (alignment := shards.headers[0].alignment) != DEFAULT_ALIGNMENT:  # it pads to 32, and keeps the key
-        raise QuantizeError(
-            f"its tensors are aligned to {alignment:,} bytes: llama.cpp would write a file that it refuses",
-            where=where,
-            hint=f"write the source again with an alignment of {DEFAULT_ALIGNMENT}",
-        )
+        what = f"its tensors are aligned to {alignment:,} bytes: llama.cpp would write a file that it refuses"
+        hint = f"write the source again with an alignment of {DEFAULT_ALIGNMENT}"
+        raise QuantizeError(what, where=where, hint=hint)
     for tensor in shards.tensors:
-        if tensor.type not in (*FLOATS, *INTEGERS):
-            raise QuantizeError(
-                f"{tensor.name} is quantized already ({tensor.type})",
-                where=where,
-                hint="quantize the original F32, F16 or BF16 model: losses add up",
-            )
+        if tensor.type not in (*FLOATS, *INTEGER_TYPES):
+            what = f"{tensor.name} is quantized already ({tensor.type})"
+            hint = "quantize the original F32, F16 or BF16 model: losses add up"
+            raise QuantizeError(what, where=where, hint=hint)
+
+
+def _types_by_rule(shards: ShardSet, recipe: Recipe) -> tuple[dict[str, str], dict[Rule, list[str]]]:
+    """Types of the tensors that the recipe names, and the names of the tensors that each rule is about."""
+    where = shards.paths[0]
+    n_layers = 1 + max((layer_of(tensor.name) or 0 for tensor in shards.tensors), default=0)
+    types: dict[str, str] = {}
+    by_rule: dict[Rule, list[str]] = {rule: [] for rule in recipe.rules}
+    for tensor in shards.tensors:
+        if tensor.type in INTEGER_TYPES:
+            continue
+        if any(re.search(pattern, tensor.name) for pattern in recipe.keep):
+            types[tensor.name] = tensor.type
+        elif rule := next((rule for rule in recipe.rules if rule.matches(tensor.name, n_layers)), None):
+            by_rule[rule].append(tensor.name)
+            types[tensor.name] = rule.type
+            columns, block = tensor.shape[0], BLOCKS[rule.type][1]
+            if len(tensor.shape) > 1 and columns % block:
+                what = f"{tensor.name} has rows of {columns:,} values, which blocks of {block} ({rule.type})"
+                hint = "give it Q8_0 or Q4_0 (blocks of 32), or leave it to the mix"
+                raise QuantizeError(f"{what} do not divide", where=where, hint=hint)
+    for rule, names in by_rule.items():
+        if not names and not rule.optional:
+            what = f"no tensor matches {rule.pattern!r} of the recipe {recipe.name}"
+            raise QuantizeError(what, where=where, hint="correct the pattern, or say optional = true")
+    return types, by_rule
 
 
 def _keys(recipe: Recipe, used: ImportanceMatrix | None) -> dict[str, str | int]:
@@ -224,111 +219,45 @@ def _keys(recipe: Recipe, used: ImportanceMatrix | None) -> dict[str, str | int]
             "quantize.imatrix.entries_count": len(used.entries),
         }
         keys |= {"quantize.imatrix.chunks_count": used.chunk_count} if used.chunk_count > 0 else {}
-    return {name: value if isinstance(value, int) else _shortened(value) for name, value in keys.items()}
+    return {
+        name: value if isinstance(value, int) else value.encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
+        for name, value in keys.items()
+    }
 
 
-def _shortened(text: str) -> str:
-    return text.encode("utf-8")[:MAX_TEXT_BYTES].decode("utf-8", "ignore")
-
-
-def _n_layers(tensors: Iterable[Tensor]) -> int:
-    return 1 + max((layer_of(tensor.name) or 0 for tensor in tensors), default=0)
-
-
-def _types_by_rule(shards: ShardSet, recipe: Recipe) -> tuple[dict[str, str], dict[str, str]]:
-    """Types of the tensors that a rule names, and of those that are kept."""
-    n_layers, where = _n_layers(shards.tensors), shards.paths[0]
-    types, kept, hit = {}, {}, set()
-    for tensor in shards.tensors:
-        if tensor.type in INTEGERS:
-            continue
-        if any(re.search(pattern, tensor.name) for pattern in recipe.keep):
-            kept[tensor.name] = tensor.type
-        elif rule := _rule_for(tensor.name, recipe, n_layers):
-            hit.add(rule)
-            types[tensor.name] = rule.type
-            block = BLOCKS[rule.type][0]
-            if len(tensor.shape) > 1 and tensor.shape[0] % block:
-                raise QuantizeError(
-                    f"{tensor.name} has rows of {tensor.shape[0]:,} values, which blocks of {block} "
-                    f"({rule.type}) do not divide",
-                    where=where,
-                    hint="give it Q8_0 or Q4_0 (blocks of 32), or leave it to the mix",
-                )
-    for rule in recipe.rules:
-        if rule not in hit and not rule.optional:
-            what = f"no tensor matches {rule.pattern!r} of the recipe {recipe.name}"
-            raise QuantizeError(what, where=where, hint="correct the pattern, or say optional = true")
-    return types, kept
-
-
-def _rule_for(name: str, recipe: Recipe, n_layers: int) -> Rule | None:
-    return next((rule for rule in recipe.rules if rule.matches(name, n_layers)), None)
-
-
-def _check_followed(tensors: Sequence[Planned], recipe: Recipe, shards: ShardSet) -> None:
-    """Refuse a rule that llama.cpp follows for none of its tensors: it leaves norms, routers and vectors."""
-    n_layers = _n_layers(tensors)
-    ruled = [tensor for tensor in tensors if tensor.decided_by == "rule"]
-    for rule in recipe.rules:
-        mine = [tensor for tensor in ruled if _rule_for(tensor.name, recipe, n_layers) is rule]
-        if mine and all(tensor.type != rule.type for tensor in mine):
-            raise QuantizeError(
-                f"llama.cpp keeps {mine[0].name} at {mine[0].type}, whatever the rule {rule.pattern!r} says",
-                where=shards.paths[0],
-                hint="take the rule out",
-            )
-
-
-def _check_matrix(tensors: Sequence[Planned], matrix: ImportanceMatrix | None, shards: ShardSet) -> None:
-    known = {*NO_MATRIX, *(matrix.entries if matrix else ())}
+def _check_matrix(
+    chosen: Mapping[str, str], before: Mapping[str, Tensor], matrix: ImportanceMatrix | None, where: Path
+) -> None:
+    known = NO_MATRIX | (matrix.entries.keys() if matrix else set())
     bare = [
-        tensor
-        for tensor in tensors
-        if tensor.type in NEED_MATRIX and tensor.name not in known and tensor.type != tensor.source_type
+        name
+        for name, kind in chosen.items()
+        if kind in NEED_MATRIX and name not in known and kind != before[name].type
     ]
     if bare:
         more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
-        raise QuantizeError(
-            f"{bare[0].type} needs an importance matrix for {bare[0].name}{more}",
-            where=shards.paths[0],
-            hint="collect it over more text, or give these tensors another type"
-            if matrix
-            else "add --calibrate with a text, or --imatrix with a file of llama-imatrix",
-        )
+        hint = "add --calibrate with a text, or --imatrix with a file of llama-imatrix"
+        if matrix:
+            hint = "collect it over more text, or give these tensors another type"
+        what = f"{chosen[bare[0]]} needs an importance matrix for {bare[0]}{more}"
+        raise QuantizeError(what, where=where, hint=hint)
 
 
-def _file_bytes(shards: ShardSet, tensors: Sequence[Planned], keys: Mapping[str, str | int]) -> int:
+def _file_bytes(shards: ShardSet, tensors: Sequence[Tensor], keys: Mapping[str, str | int]) -> int:
     """The size of the file that llama.cpp will write, from the format's rules."""
     added = {**keys, "general.quantization_version": 2}
-    records = [
-        end - start
-        for name, entry in shards.headers[0].fields.items()
-        if name not in {*added, *SPLIT_KEYS}
-        for start, end in [entry.record]
-    ]
-    records += [
-        12 + len(name) + (8 + len(value.encode()) if isinstance(value, str) else 4)
-        for name, value in added.items()
-    ]
+    gone = added.keys() | SPLIT_KEYS
+    kept = [entry.record for name, entry in shards.headers[0].fields.items() if name not in gone]
+    nbytes = 24 + sum(end - start for start, end in kept)
+    for name, value in added.items():
+        nbytes += 12 + len(name) + (8 + len(value.encode()) if isinstance(value, str) else 4)
     for tensor in tensors:
         n_dims = max((i for i, extent in enumerate(tensor.shape, 1) if extent > 1), default=1)
-        records.append(8 + len(tensor.name.encode()) + 4 + 8 * n_dims + 4 + 8)
-    data = sum(padded(tensor.nbytes, DEFAULT_ALIGNMENT) for tensor in tensors)
-    return padded(24 + sum(records), DEFAULT_ALIGNMENT) + data
+        nbytes += 8 + len(tensor.name.encode()) + 4 + 8 * n_dims + 4 + 8
+    return padded(nbytes, DEFAULT_ALIGNMENT) + sum(padded(t.nbytes, DEFAULT_ALIGNMENT) for t in tensors)
 
 
 # ---- the work ----
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A finished quantization: the file, its size, what was planned, and how long it took."""
-
-    path: Path
-    nbytes: int
-    plan: Plan = field(repr=False)
-    seconds: float
 
 
 def quantize(
@@ -340,8 +269,10 @@ def quantize(
     n_threads: int = 0,
     overwrite: bool = False,
     progress: bool = True,
-) -> Quantized:
-    """Quantize a model into one file, which appears whole or not at all.
+    source_sha256: str = "",
+    worker: child.Worker | None = None,
+) -> Plan:
+    """Quantize a model into one file, which appears whole or not at all; returns what was written.
 
     Args:
         source: as for `plan`; shards need no merge first.
@@ -349,6 +280,8 @@ def quantize(
         imatrix: as for `plan`.
         n_threads: 0: the usable cores. The result does not depend on it.
         overwrite: replace an existing output.
+        source_sha256: where it is known; else the source is hashed.
+        worker: a child of the ladder that serves several calls; a new one by default.
 
     Raises:
         OutputError: the output exists, or is the source.
@@ -356,28 +289,27 @@ def quantize(
         QuantizeError, ImatrixError, ModelError: as `plan`, or llama.cpp fails; nothing is left behind then.
         IntegrityError: what llama.cpp wrote is not what was planned.
     """
-    output, started = Path(output), time.perf_counter()
-    shards = open_shards(source)
+    output, shards = Path(output), open_shards(source)
     _check_output(output, shards, overwrite)
-    planned, job, matrix = _prepare(source, recipe, imatrix)
-    free = shutil.disk_usage(output.parent).free  # an output that is replaced stays until then
-    if free < planned.nbytes:
-        raise SpaceError(
-            f"needs {planned.nbytes:,} bytes and {free:,} are free",
-            where=output.parent,
-            hint=f"free {planned.nbytes - free:,} bytes, or take another disk",
-        )
-    job["keys"]["dfqs.source_sha256"] = sha256_of_files(shards.paths)
-    with tempfile.TemporaryDirectory() as folder, whole_path(output) as part:
-        job |= {"n_threads": n_threads or usable_cores(), "output": str(part)}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        nullcontext(worker) if worker else child.Worker(CHILD) as serving,
+    ):
+        planned, job, matrix = _prepare(source, recipe, imatrix, serving)
+        free = shutil.disk_usage(output.parent).free  # an output that is replaced stays until then
+        if free < planned.nbytes:
+            what = f"needs {planned.nbytes:,} bytes and {free:,} are free"
+            hint = f"free {planned.nbytes - free:,} bytes, or take another disk"
+            raise SpaceError(what, where=output.parent, hint=hint)
+        job["keys"]["dfqs.source_sha256"] = source_sha256 or sha256_of_files(shards.paths)
         if matrix and matrix.entries:
             job["imatrix"] = matrix.save(Path(folder) / "used.gguf").path
-        with tqdm(
-            total=len(planned.tensors), desc=planned.recipe.name, unit="tensor", disable=not progress
-        ) as bar:
-            child.run(CHILD, job, where=source, on_message=lambda told: bar.update(told["tensor"] - bar.n))
-        _check_written(part, planned)
-    return Quantized(output, planned.nbytes, planned, time.perf_counter() - started)
+        bar = tqdm(total=len(planned.tensors), desc=planned.recipe.name, unit="tensor", disable=not progress)
+        with whole_path(output) as part, bar:
+            job |= {"n_threads": n_threads or usable_cores(), "output": str(part)}
+            serving.run(job, where=source, on_message=lambda message: bar.update(message["tensor"] - bar.n))
+            _check_written(part, planned)
+    return planned
 
 
 def _check_output(output: Path, shards: ShardSet, overwrite: bool) -> None:
@@ -393,15 +325,12 @@ def _check_written(part: Path, planned: Plan) -> None:
     """Compare the file with the plan, and ask llama.cpp's own parser."""
     header = read_header(part)
     check_layout(header)
-    written = [(tensor.name, tensor.type, tensor.nbytes) for tensor in header.tensors]
-    if written != [(tensor.name, tensor.type, tensor.nbytes) for tensor in planned.tensors]:
+    written, wanted = ([(t.name, t.type, t.nbytes) for t in each.tensors] for each in (header, planned))
+    if written != wanted:
         raise IntegrityError("llama.cpp wrote other types than in its dry run", where=part, hint=REPORT)
     if header.file_size != planned.nbytes:
-        raise IntegrityError(
-            f"has {header.file_size:,} bytes; {planned.nbytes:,} were planned",
-            where=part,
-            hint="is the disk full?",
-        )
+        what = f"has {header.file_size:,} bytes; {planned.nbytes:,} were planned"
+        raise IntegrityError(what, where=part, hint="is the disk full?")
     if not check.parse(part).accepted:
         raise IntegrityError("llama.cpp's parser refuses it", where=part, hint=REPORT)
 
@@ -419,32 +348,30 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         lines.append(text.decode("utf-8", "replace"))
         if begun := re.match(r"\[ *(\d+)/", lines[-1]):
             child.tell(tensor=int(begun[1]))
-        if level >= 4:  # errors, and what continues them
+        if level >= ERROR:  # and what continues errors
             os.write(2, text)
 
     callback = api.llama_log_callback(hear)
     api.llama_log_set(callback, None)
     params, alive = _params(job)
-    status = api.llama_model_quantize(
-        os.fsencode(job["source"]), os.fsencode(job.get("output", "")), ctypes.byref(params)
-    )
+    paths = os.fsencode(job["source"]), os.fsencode(job.get("output", ""))
+    status = api.llama_model_quantize(*paths, ctypes.byref(params))
+    LOG.install()  # takes the log back: the callback ends with this call
     del alive
     log = "".join(lines)
     if status:
-        reasons = re.findall(r"failed to quantize: (.*)", log)
-        raise QuantizeError(
-            reasons[-1] if reasons else "llama.cpp could not quantize it",
-            where=job["source"],
-            hint=f"correct the recipe, or check the source: `dfqs-nb verify {quoted(job['source'])}`",
-        )
-    rows = re.findall(
-        r"\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\S+), size = +[\d.]+ MiB(?: -> +[\d.]+ MiB \((\S+)\))?",
-        log,
+        reason = [*re.findall(r"failed to quantize: (.*)", log)[-1:], "llama.cpp could not quantize it"][0]
+        hint = f"correct the recipe, or check the source: `dfqs-nb verify {quoted(job['source'])}`"
+        raise QuantizeError(reason, where=job["source"], hint=hint)
+    row = (
+        r"\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\S+), size = +[\d.]+ MiB(?: -> +[\d.]+ MiB \((\S+)\))?"
     )
-    warned = re.findall(r"warning: +(\S+) +- (ncols.*?)\) .*?(-> falling back to +\S+)", log)
+    warning = r"warning: +(\S+) +- (ncols.*?)\) .*?(-> falling back to +\S+)"
     return {
-        "tensors": [(name, (new or old).upper()) for name, old, new in rows],
-        "fallbacks": [" ".join(f"{name}: {why}) {what}".split()) for name, why, what in warned],
+        "tensors": [(name, (new or old).upper()) for name, old, new in re.findall(row, log)],
+        "fallbacks": [
+            " ".join(f"{name}: {why}) {what}".split()) for name, why, what in re.findall(warning, log)
+        ],
     }
 
 

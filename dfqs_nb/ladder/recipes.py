@@ -6,32 +6,47 @@ the mix for tensors by name.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import hashlib
 import re
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
 
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir, tilde
-from dfqs_nb.gguf.facts import layer_of
+from dfqs_nb.gguf.facts import INTEGER_TYPES, layer_of
 from dfqs_nb.gguf.types import TENSOR_TYPES
 
 FLOATS = ("F32", "F16", "BF16")
-INTEGERS = ("I8", "I16", "I32", "I64")
-NOT_WRITTEN = ("Q8_1", "Q8_K", "F64", *INTEGERS)  # types of activations and tables: no weight is stored so
+NOT_WRITTEN = ("Q8_1", "Q8_K", "F64", *INTEGER_TYPES)  # types of activations and tables, not of weights
 
 
 class QuantizeError(DfqsError):
     """A recipe does not fit a model, or llama.cpp refuses it."""
 
 
-def _a_pattern(text: str) -> str:
+def file_types() -> dict[str, int]:
+    """llama.cpp's file types by name, as this build numbers them."""
+    import llama_cpp.llama_cpp as api
+
+    prefix = re.compile(r"LLAMA_FTYPE_(MOSTLY_|ALL_)?(?!GUESSED)")
+    return {prefix.sub("", name): value for name, value in vars(api).items() if prefix.match(name)}
+
+
+def _one_of(what: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name and name not in (known := list(names())):
+            raise ValueError(f"unknown {what} {name!r}; there are: {', '.join(known)}")
+        return name
+
+    return AfterValidator(check)
+
+
+def _compiles(text: str) -> str:
     try:
         re.compile(text)
     except re.error as error:
@@ -39,32 +54,22 @@ def _a_pattern(text: str) -> str:
     return text
 
 
-def _a_type(name: str) -> str:
-    known = [kind for kind, *_ in TENSOR_TYPES.values() if kind not in NOT_WRITTEN]
-    if name not in known:
-        raise ValueError(f"unknown type {name!r}; there are: {', '.join(known)}")
-    return name
-
-
-def _a_file_type(name: str) -> str:
-    if name and name not in file_types():
-        raise ValueError(f"unknown file type {name!r}; there are: {', '.join(file_types())}")
-    return name
-
-
-def _a_mix(name: str) -> str:
+def _leaves_room(name: str) -> str:
     if name in FLOATS:
-        raise ValueError(
-            f"{name} as a mix leaves no tensor to the rules: take Q8_0, and a rule of pattern '.' and {name}"
-        )
-    return _a_file_type(name)
+        what = f"{name} as a mix leaves no tensor to the rules"
+        raise ValueError(f"{what}: take Q8_0, and a rule of pattern '.' and {name}")
+    return name
 
 
-Pattern = Annotated[str, AfterValidator(_a_pattern)]
+Pattern = Annotated[str, AfterValidator(_compiles)]
+FileType = Annotated[str, _one_of("file type", file_types)]
+TensorType = Annotated[
+    str, _one_of("type", lambda: (kind for kind, *_ in TENSOR_TYPES.values() if kind not in NOT_WRITTEN))
+]
 STRICT = ConfigDict(extra="forbid")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Rule:
     """Tensors whose name contains a match of ``pattern`` get ``type``.
 
@@ -74,10 +79,8 @@ class Rule:
         optional: whether the rule may match no tensor.
     """
 
-    __pydantic_config__ = STRICT
-
     pattern: Pattern
-    type: Annotated[str, AfterValidator(_a_type)]
+    type: TensorType
     layers: float = 1.0
     optional: bool = False
 
@@ -94,9 +97,9 @@ class Rule:
         return self.layers >= 1 or (layer is not None and layer < max(1, int(self.layers * n_layers)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
-    """How a model is quantized.
+    """How a model is quantized; pydantic's ``ValidationError``, a ``ValueError``, says what is wrong with it.
 
     Attributes:
         mix: llama.cpp's file type: its mix chooses for tensors that no rule names.
@@ -107,21 +110,14 @@ class Recipe:
         sha256: of the recipe's file.
     """
 
-    __pydantic_config__ = STRICT
-
     name: str
-    mix: Annotated[str, AfterValidator(_a_mix)]
+    mix: Annotated[FileType, AfterValidator(_leaves_room)]
     note: str = ""
     keep: tuple[Pattern, ...] = ()
     rules: tuple[Rule, ...] = ()
     weights: Pattern = ""
-    file_type: Annotated[str, AfterValidator(_a_file_type)] = ""
+    file_type: FileType = ""
     sha256: str = ""
-
-
-def find_recipes() -> dict[str, Path]:
-    """The shipped recipe files by the name that stands in each."""
-    return {load_recipe(path).name: path for path in sorted((data_dir() / "quantize").glob("*.toml"))}
 
 
 def load_recipe(name: str | Path) -> Recipe:
@@ -133,61 +129,23 @@ def load_recipe(name: str | Path) -> Recipe:
     >>> load_recipe("iq1_s-xl").rules[0]
     Rule(pattern='ffn_down_exps', type='Q2_K', layers=0.125, optional=False)
     """
-    path = Path(name)
+    path, folder = Path(name), data_dir() / "quantize"
     if path.suffix != ".toml":
-        path = data_dir() / "quantize" / f"{str(name).lower()}.toml"
+        path = folder / f"{str(name).lower()}.toml"
         if not path.exists():
-            raise QuantizeError(
-                f"no recipe is called {str(name)!r}",
-                hint=f"there are: {', '.join(find_recipes())}; or give a .toml file",
-            )
+            known = ", ".join(sorted(file.stem.upper() for file in folder.glob("*.toml")))
+            hint = f"there are: {known}; or give a .toml file"
+            raise QuantizeError(f"no recipe is called {str(name)!r}", hint=hint)
     try:
         raw = path.read_bytes()
-        content = tomllib.loads(raw.decode("utf-8"))
+        return Recipe(**tomllib.loads(raw.decode("utf-8")), sha256=hashlib.sha256(raw).hexdigest())
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
         raise QuantizeError(what, where=path, hint="check the path") from error
-    except ValueError as error:
-        raise _wrong(str(error), tilde(path)) from error
-    return check_recipe(content | {"sha256": hashlib.sha256(raw).hexdigest()}, tilde(path))
-
-
-def check_recipe(recipe: Recipe | dict[str, Any], where: str = "") -> Recipe:
-    """The recipe, checked.
-
-    Raises:
-        QuantizeError: a field is missing or unknown, a type is unknown, or a pattern is no regular
-            expression.
-    """
-    content = dataclasses.asdict(recipe) if isinstance(recipe, Recipe) else recipe
-    try:
-        checked: Recipe = _adapter().validate_python(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        what = str(first["msg"]).removeprefix("Value error, ")
-        raise _wrong(f"{place}: {what}", where) from error
-    return checked
-
-
-@functools.cache
-def _adapter() -> TypeAdapter[Recipe]:
-    return TypeAdapter(Recipe)
-
-
-def _wrong(what: str, where: str) -> QuantizeError:
-    return QuantizeError(
-        f"not a recipe ({what})", where=where or None, hint="see data/quantize/ for the format"
-    )
-
-
-def file_types() -> dict[str, int]:
-    """llama.cpp's file types by name, as this build numbers them."""
-    import llama_cpp.llama_cpp as api
-
-    types = {
-        name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_"): value
-        for name, value in vars(api).items()
-        if name.startswith("LLAMA_FTYPE_")
-    }
-    return {name: value for name, value in types.items() if name != "GUESSED"}
+    except (ValueError, TypeError) as error:  # TypeError: the file gives its own sha256
+        what = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
+        hint = "see data/quantize/ for the format"
+        raise QuantizeError(f"not a recipe ({what})", where=tilde(path), hint=hint) from error

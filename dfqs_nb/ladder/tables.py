@@ -36,26 +36,15 @@ def table(ladder: Ladder) -> pd.DataFrame:
 
     rows = []
     for rung in ladder.rungs:
-        row = {
-            "rung": rung.name,
-            "bytes": rung.header.file_size,
-            "bits_per_weight": rung.bits_per_weight,
-            "expert_bits": rung.expert_bits,
-            **summary(rung.tokens),
-            **_share("routing", _same_experts(ladder.source, rung)),
-        }
+        row = {"rung": rung.name, "bytes": rung.header.file_size, "bits_per_weight": rung.bits_per_weight}
+        row |= {"expert_bits": rung.expert_bits, **summary(rung.tokens)}
+        row |= _share("routing", _same_experts(ladder.source, rung))
         for run in rung.runs:
             name, score = _score_name(run, rung.runs), run.score
-            row |= {
-                name: score.value,
-                f"{name}_low": score.low,
-                f"{name}_high": score.high,
-                f"{name}_n": score.n,
-            }
-        row |= {
-            f"boundary{end and '_' + end}": rung.boundary[end or "tokens"]
-            for end in ("", "low", "high", "status")
-        }
+            row |= {name: score.value, f"{name}_low": score.low}
+            row |= {f"{name}_high": score.high, f"{name}_n": score.n}
+        row["boundary"] = rung.boundary["tokens"]
+        row |= {f"boundary_{end}": rung.boundary[end] for end in ("low", "high", "status")}
         speed = rung.speed
         row |= {"decode": speed["median"], "decode_low": speed["min"], "decode_high": speed["max"]}
         rows.append(row | {"contended": speed["contended"]})
@@ -88,14 +77,9 @@ def _share(name: str, same: Array) -> dict[str, float]:
     return {name: share[name], f"{name}_low": low, f"{name}_high": high}
 
 
-def _has_routers(ladder: Ladder) -> bool:
-    return bool((~ladder.source.trace.hashed).any())
-
-
 def _same_experts(source: Rung, rung: Rung, layers: Array | None = None) -> Array:
     """Whether each expert set is the source's, ``(chunks, n)``; by default in all layers with scores."""
-    layers = ~source.trace.hashed if layers is None else layers
-    same = ~differences(source.trace, rung.trace)[:, layers]
+    same = ~differences(source.trace, rung.trace)[:, ~source.trace.hashed if layers is None else layers]
     rows: Array = same.reshape(-1, source.trace.conditions["chunk_tokens"] * same.shape[1]).astype(float)
     return rows
 
@@ -108,23 +92,13 @@ def routing_table(ladder: Ladder) -> pd.DataFrame:
     """
     import pandas as pd
 
-    rows, source = [], ladder.source
+    rows, trace = [], ladder.source.trace
     for rung in ladder.rungs[1:]:
-        overlap = overlaps(source.trace, rung.trace).mean(axis=0)
-        for column, layer in enumerate(source.trace.layers):
-            same = _share("identical", _same_experts(source, rung, np.array([column])))
+        overlap = overlaps(trace, rung.trace).mean(axis=0)
+        for column, (layer, hashed) in enumerate(zip(trace.layers, trace.hashed, strict=True)):
+            same = _share("identical", _same_experts(ladder.source, rung, np.array([column]))).values()
             rows.append(
-                {
-                    "rung": rung.name,
-                    "bits_per_weight": rung.bits_per_weight,
-                    "layer": int(layer),
-                    "hashed": bool(source.trace.hashed[column]),
-                    "n": source.trace.n_tokens,
-                    "identical": same["identical"],
-                    "low": same["identical_low"],
-                    "high": same["identical_high"],
-                    "overlap": float(overlap[column]),
-                }
+                (rung.name, rung.bits_per_weight, layer, hashed, trace.n_tokens, *same, overlap[column])
             )
     columns = ["rung", "bits_per_weight", "layer", "hashed", "n", "identical", "low", "high", "overlap"]
     return pd.DataFrame(rows, columns=columns).astype({"hashed": bool})
@@ -134,12 +108,9 @@ def curve_table(ladder: Ladder) -> pd.DataFrame:
     """The stability curves under each other, with columns ``rung`` and ``bits_per_weight`` in front."""
     import pandas as pd
 
-    joined = pd.concat(
-        [rung.curve.assign(rung=rung.name, bits_per_weight=rung.bits_per_weight) for rung in ladder.rungs],
-        ignore_index=True,
-    )
-    front = ["rung", "bits_per_weight"]
-    return joined[front + [name for name in joined if name not in front]]
+    curves = {(rung.name, rung.bits_per_weight): rung.curve for rung in ladder.rungs}
+    joined = pd.concat(curves, names=["rung", "bits_per_weight", "row"])
+    return joined.droplevel("row").reset_index()
 
 
 # ---- pairs ----
@@ -162,65 +133,43 @@ def steps(ladder: Ladder) -> pd.DataFrame:
 
     names = [rung.name for rung in ladder.rungs]
     pairs = dict.fromkeys([*pairwise(names), *((a, b) for _, _, a, b in _level_pairs(names))])
-    rows = [row for a, b in pairs for row in _compared(ladder, ladder[a], ladder[b])]
-    for row, p_holm in zip(rows, _holm([row["p"] for row in rows]), strict=True):
-        up = row.pop("larger_is_better")
-        better = "better" if (row["difference"] > 0) == up else "worse"
-        verdict = "not measured" if p_holm != p_holm else better if p_holm < 1 - LEVEL else SAME
-        row |= {"p_holm": p_holm, "verdict": verdict}
+    rows = [row for a, b in pairs for row in _compared(ladder.source, ladder[a], ladder[b])]
+    adjusted = iter(holm([row["p"] for row in rows if row["p"] == row["p"]]))
+    for row in rows:
+        row["p_holm"] = next(adjusted) if row["p"] == row["p"] else row["p"]  # NaN: not tested
+        better = "better" if (row["difference"] > 0) == row.pop("larger_is_better") else "worse"
+        row["verdict"] = better if row["p_holm"] < 1 - LEVEL else SAME
+        row["verdict"] = row["verdict"] if row["p"] == row["p"] else "not measured"
     return pd.DataFrame(rows)
 
 
-def _holm(p: Sequence[float]) -> list[float]:
-    """Holm's correction over those that were tested; NaN for the others."""
-    tested = iter(holm([value for value in p if value == value]))
-    return [next(tested) if value == value else value for value in p]
+def _compared(source: Rung, a: Rung, b: Rung) -> list[dict[str, Any]]:
+    """One row a metric, from its values in each chunk, question or text."""
+    pair, rows = (a, b), []
 
+    def paired(metric: str, kind: str, first: Array, second: Array, *, up: bool = True) -> None:
+        change = second - first
+        row = {"n": len(change), "value_a": float(first.mean()), "value_b": float(second.mean())}
+        row |= {
+            "difference": float(change.mean()),
+            **dict(zip(("low", "high"), mean_interval(change), strict=True)),
+        }
+        row |= {"p": sign_flip(change), "larger_is_better": up}
+        rows.append({"a": a.name, "b": b.name, "metric": metric, "kind": kind, **row})
 
-def _compared(ladder: Ladder, a: Rung, b: Rung) -> list[dict[str, Any]]:
-    source = ladder.source
-    rows = [
-        _paired(a, b, "KL divergence", "fidelity", a.tokens.kld.mean(1), b.tokens.kld.mean(1), up=False),
-        _paired(a, b, "same top token", "fidelity", a.tokens.same_top.mean(1), b.tokens.same_top.mean(1)),
-    ]
-    if _has_routers(ladder):
-        experts = [_same_experts(source, rung).mean(1) for rung in (a, b)]
-        rows.append(_paired(a, b, "same experts", "fidelity", *experts))
-    rows.append(
-        _paired(a, b, "log-perplexity", "perplexity", a.tokens.nll.mean(1), b.tokens.nll.mean(1), up=False)
-    )
+    paired("KL divergence", "fidelity", *(rung.tokens.kld.mean(1) for rung in pair), up=False)
+    paired("same top token", "fidelity", *(rung.tokens.same_top.mean(1) for rung in pair))
+    if not source.trace.hashed.all():
+        paired("same experts", "fidelity", *(_same_experts(source, rung).mean(1) for rung in pair))
+    paired("log-perplexity", "perplexity", *(rung.tokens.nll.mean(1) for rung in pair), up=False)
     for run, result in zip(a.runs, compare_runs(a.runs, b.runs), strict=True):
         row = {"a": a.name, "b": b.name, "metric": _score_name(run, a.runs), "kind": "ability", "n": result.n}
         row |= {"value_a": result.a, "value_b": result.b, "difference": result.difference}
         rows.append(row | {"low": result.low, "high": result.high, "p": result.p, "larger_is_better": True})
-    right = [rung.items.groupby(["length", "haystack"])["correct"].mean() for rung in (a, b)]
+    right = [rung.items.groupby(["length", "haystack"])["correct"].mean() for rung in pair]
     shared = right[0].index.intersection(right[1].index)
-    return [
-        *rows,
-        _paired(a, b, "retrieval", "ability", *(values[shared].to_numpy(float) for values in right)),
-    ]
-
-
-def _paired(
-    a: Rung, b: Rung, metric: str, kind: str, first: Array, second: Array, *, up: bool = True
-) -> dict[str, Any]:
-    """One metric of two rungs, from its value in each unit; ``up``: larger is better."""
-    change = second - first
-    low, high = mean_interval(change)
-    return {
-        "a": a.name,
-        "b": b.name,
-        "metric": metric,
-        "kind": kind,
-        "n": len(change),
-        "value_a": float(first.mean()),
-        "value_b": float(second.mean()),
-        "difference": float(change.mean()),
-        "low": low,
-        "high": high,
-        "p": sign_flip(change),
-        "larger_is_better": up,
-    }
+    paired("retrieval", "ability", *(values[shared].to_numpy(float) for values in right))
+    return rows
 
 
 def verdict_table(compared: pd.DataFrame) -> pd.DataFrame:
@@ -276,41 +225,36 @@ def together(verdicts: Iterable[str]) -> str:
 
 def hand_on(stage: Stage, ladder: Ladder, compared: pd.DataFrame) -> list[str]:
     """Write ``ladder.json`` (see `Stage.finish`), and return its summary lines."""
-    rows, tested = table(ladder), hierarchy(ladder, compared)
-    top, low = rows.iloc[0], rows.iloc[-1]
-    others = rows.iloc[[1, -1]] if len(rows) > 2 else rows.iloc[1:]
+    rungs, levels = table(ladder).to_dict("records"), hierarchy(ladder, compared).to_dict("records")
+    top, low = rungs[0], rungs[-1]
     lines = [
-        f"{ladder.source.path.name}: {len(rows)} rungs from {top['rung']} ({top['bits_per_weight']:.2f} bits "
-        f"a weight) to {low['rung']} ({low['bits_per_weight']:.2f}, routed experts {low['expert_bits']:.2f})",
-        *(
-            f"{row['rung']}: KL divergence {row['kld']:.2g} nats ({_interval_text(row)}, 99 % of tokens "
+        f"{ladder.source.path.name}: {len(rungs)} rungs from {top['rung']} "
+        f"({top['bits_per_weight']:.2f} bits a weight) to {low['rung']} ({low['bits_per_weight']:.2f}, routed experts {low['expert_bits']:.2f})"
+    ]
+    for row in (rungs[1], low) if len(rungs) > 2 else rungs[1:]:
+        known = row["kld_low"] == row["kld_low"]
+        interval = f"{row['kld_low']:.2g} to {row['kld_high']:.2g}" if known else "unknown"
+        lines.append(
+            f"{row['rung']}: KL divergence {row['kld']:.2g} nats (95 % interval {interval}, 99 % of tokens "
             f"under {row['kld_tail']:.2g}, n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks), "
             f"same experts in {row['routing']:.1%}"
-            for row in others.to_dict("records")
-        ),
-        *(
-            f"{row['step']} ({row['a']} at {row['bits_a']:.2f} bits to {row['b']} at {row['bits_b']:.2f}): "
-            f"fidelity {row['fidelity']}; ability {row['ability']}"
-            for row in tested.to_dict("records")
-        ),
-        *(f"{name} failed: {why}" for name, why in ladder.failed.items()),
+        )
+    lines += [
+        f"{row['step']} ({row['a']} at {row['bits_a']:.2f} bits to {row['b']} at {row['bits_b']:.2f}): "
+        f"fidelity {row['fidelity']}; ability {row['ability']}"
+        for row in levels
     ]
+    lines += [f"{name} failed: {why}" for name, why in ladder.failed.items()]
     stage.finish(
         conditions=ladder.conditions,
         summary=lines,
         tier=ladder.settings.tier,
-        rungs=rows.to_dict("records"),
-        hierarchy=tested.to_dict("records"),
+        rungs=rungs,
+        hierarchy=levels,
         steps=compared.to_dict("records"),
         failed=ladder.failed,
     )
     return lines
-
-
-def _interval_text(row: dict[str, Any]) -> str:
-    if row["kld_low"] != row["kld_low"]:
-        return "95 % interval unknown"
-    return f"95 % interval {row['kld_low']:.2g} to {row['kld_high']:.2g}"
 
 
 def conclusions(ladder: Ladder, compared: pd.DataFrame) -> list[str]:
@@ -331,17 +275,17 @@ def conclusions(ladder: Ladder, compared: pd.DataFrame) -> list[str]:
             f"The routers of {best} choose {source}'s experts in {rest.loc[best, 'routing']:.1%} of cases, "
             f"those of {worst} in {rest.loc[worst, 'routing']:.1%}."
         )
-    least = rows["perplexity"].idxmin()
-    rank = int(rows["kld"].rank(ascending=False)[least])
+    least = rows.loc[rows["perplexity"].idxmin()]
+    rank = int(rows["kld"].rank(ascending=False)[least.name])
     lines.append(
-        f"{least} has the lowest perplexity ({rows.loc[least, 'perplexity']:.2f}, 95 % interval "
-        f"{rows.loc[least, 'perplexity_low']:.2f} to {rows.loc[least, 'perplexity_high']:.2f}). By distance "
-        f"from {source} it is number {rank} of {len(rows)}, counted from the furthest."
+        f"{least.name} has the lowest perplexity ({least['perplexity']:.2f}, 95 % interval "
+        f"{least['perplexity_low']:.2f} to {least['perplexity_high']:.2f}). By distance from {source} it is "
+        f"number {rank} of {len(rows)}, counted from the furthest."
     )
     for kind in ("fidelity", "ability"):
-        tested = compared[compared["kind"] == kind]
-        n_seen = tested["verdict"].isin(["better", "worse"]).sum()
-        lines.append(f"{n_seen} of {len(tested)} comparisons of {kind} show a difference.")
+        verdicts = compared[compared["kind"] == kind]["verdict"]
+        n_differ = verdicts.isin(["better", "worse"]).sum()
+        lines.append(f"{n_differ} of {len(verdicts)} comparisons of {kind} show a difference.")
     fast, slow, contended = rows["decode"].idxmax(), rows["decode"].idxmin(), int(rows["contended"].sum())
     lines.append(
         f"{fast} decodes fastest ({rows.loc[fast, 'decode']:,.0f} tokens a second), {slow} slowest "

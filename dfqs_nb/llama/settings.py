@@ -175,12 +175,11 @@ class LlamaLog:
         self.echo: int | None = None  # the least level of what is also written to standard error
 
     def install(self) -> None:
-        """Take llama.cpp's log over (once; importing llama_cpp sets a callback that prints)."""
-        if self._callback is None:
-            import llama_cpp
+        """Take llama.cpp's log over (importing llama_cpp sets a callback that prints)."""
+        import llama_cpp
 
-            self._callback = llama_cpp.llama_log_callback(self._receive)
-            llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+        self._callback = self._callback or llama_cpp.llama_log_callback(self._receive)
+        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def _receive(self, level: int, text: bytes, _user_data: object) -> None:
         self._level = self._level if level == CONTINUES else level

@@ -269,7 +269,7 @@ def quantize(
         raise typer.BadParameter("give either --imatrix or --calibrate")
     matrix: Any = imatrix or None
     if calibrate and chosen.weights:
-        matrix = ladder.calibrated(path, calibrate, ladder.Settings(n_threads=threads), progress=not quiet)
+        matrix = ladder.collect(path, calibrate, n_threads=threads, progress=not quiet)
         if not dry_run:
             matrix.save(Path(f"{output}.imatrix.gguf"))
     if dry_run:
@@ -277,7 +277,7 @@ def quantize(
     else:
         plan = ladder.quantize(
             path, chosen, output, imatrix=matrix, n_threads=threads, overwrite=overwrite, progress=not quiet
-        ).plan
+        )
     say(plan.by_class().to_string(index=False, float_format="{:.2f}".format))
     for note in plan.notes:
         say(note)

@@ -46,16 +46,9 @@ def test_probabilities_sum_to_one_even_far_from_zero():
 def test_the_scored_tokens_lose_what_the_loss_module_says(model):
     """Against `loss.token_losses`, which walks through the text in other pieces."""
     tokens = divergence.load_text("calibration-nano").tokens(model)[:256]
-    found: list[np.ndarray] = []
-    divergence.predict(
-        model,
-        tokens,
-        128,
-        2,
-        lambda number, said, targets: found.append(-said[np.arange(len(targets)), targets]),
-    )
-    for number, losses in enumerate(found):
-        chunk = tokens[128 * number : 128 * (number + 1)]
+    for chunk in divergence.chunks(tokens, 128, 2):
+        predicted, targets = divergence.predict(model, chunk)
+        losses = -predicted[np.arange(len(targets)), targets]
         bos = model.llama.token_bos()
         assert losses == pytest.approx(
             loss.token_losses(RecordedModel(model, None), [bos, *chunk[1:]])[64:], abs=2e-3
@@ -76,8 +69,8 @@ def test_a_text_file_is_one_document_and_a_short_one_is_refused(model, tmp_path)
     path.write_text("Here we go. " * 5)
     tokens = divergence.load_text(path).tokens(model)
     assert tokens == model.with_bos(model.tokenize("Here we go. " * 5, special=False))
-    with pytest.raises(TextError, match="do not fill two chunks of 128"):
-        divergence.predict(model, tokens, 128, 2, print)
+    with pytest.raises(TextError, match="fill fewer than 2 chunks of 128"):
+        divergence.chunks(tokens, 128, least=2)
     with pytest.raises(TextError, match="cannot be read"):
         divergence.load_text(tmp_path / "missing.txt")
 
@@ -85,8 +78,8 @@ def test_a_text_file_is_one_document_and_a_short_one_is_refused(model, tmp_path)
 def test_intervals_come_from_chunks_and_widen_where_chunks_differ():
     even = np.full((8, 10), 0.5)
     apart = even + np.linspace(-0.4, 0.4, 8)[:, None]
-    tokens = [Tokens(one, even, one, one > 2) for one in (even, apart)]
-    narrow, wide = (divergence.summary(one) for one in tokens)
+    tokens = [Tokens(nll, even, nll, nll > 2) for nll in (even, apart)]
+    narrow, wide = (divergence.summary(scored) for scored in tokens)
     assert narrow["kld_low"] == narrow["kld_high"] == narrow["kld"] == pytest.approx(0.5)
     assert wide["kld_low"] < 0.4 and wide["kld_high"] > 0.6
     assert wide["kld_tail"] == pytest.approx(np.quantile(apart, 0.99))
@@ -144,18 +137,12 @@ def test_numbers_agree_with_llama_perplexity_within_its_error_bars(tmp_path, nam
     for kind, file in (("base", F16), ("other", other)):
         with llama_model.open_model(file, SETTINGS) as model:
             tokens = model.with_bos(model.tokenize(path.read_text(), special=False))
-            targets.clear()
-            divergence.predict(
-                model,
-                tokens,
-                128,
-                24,
-                lambda _, logs, came, kind=kind: (rows[kind].append(logs), targets.append(came)),
-            )
+            scored = [divergence.predict(model, chunk) for chunk in divergence.chunks(tokens, 128, 24)]
+            rows[kind], targets = map(list, zip(*scored, strict=True))
     ours = summary(rows["base"], rows["other"], targets)
     # the tool stores the base in 16 bits and cuts it off 16 nats below its best token
     cut = summary(
-        [np.maximum(one, one.max(axis=1, keepdims=True) - 16) for one in rows["base"]], rows["other"], targets
+        [np.maximum(row, row.max(axis=1, keepdims=True) - 16) for row in rows["base"]], rows["other"], targets
     )
     for found, name, line in (
         (ours, "perplexity", "Mean PPL(Q)"),

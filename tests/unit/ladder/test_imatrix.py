@@ -35,9 +35,8 @@ def tokens() -> list[int]:
 
 @pytest.fixture(scope="module")
 def matrix(tokens) -> ImportanceMatrix:
-    return imatrix.collect(
-        F16, tokens, dataset="a text", chunk_tokens=128, settings=ONE_THREAD, progress=False
-    )
+    how = {"chunk_tokens": 128, "n_chunks": 2, "n_threads": 1, "progress": False}
+    return imatrix.collect(F16, "calibration-nano", dataset="a text", **how)
 
 
 def test_each_expert_is_counted_as_often_as_the_router_chose_it(matrix, tokens):
@@ -85,13 +84,8 @@ def test_an_expert_that_was_never_chosen_weighs_all_columns_alike():
     entry = Entry(np.array([[2.0, 4.0], [0.0, 0.0]], np.float32), np.array([2, 0]))
     assert entry.weights().tolist() == [1.0, 2.0, 1.0, 1.0]
     table = ImportanceMatrix({"blk.1.ffn_up_exps.weight": entry}).coverage()
-    assert table.loc[0, ["matrices", "unused", "least", "most", "class"]].tolist() == [
-        2,
-        1,
-        0,
-        2,
-        "routed experts",
-    ]
+    columns = ["matrices", "unused", "least", "most", "class"]
+    assert table.loc[0, columns].tolist() == [2, 1, 0, 2, "routed experts"]
 
 
 def test_a_flat_matrix_has_an_entry_for_each_matrix_of_the_blocks():
@@ -175,9 +169,9 @@ def test_sums_without_counts_are_refused(tmp_path):
         imatrix.read_imatrix(tmp_path / "m.gguf")
 
 
-def test_too_short_a_text_is_refused_before_the_model_is_opened():
-    with pytest.raises(ImatrixError, match="3 tokens do not fill one chunk of 128"):
-        imatrix.collect("no such model", [1, 2, 3], dataset="", chunk_tokens=128)
+def test_too_short_a_text_is_refused():
+    with pytest.raises(divergence.TextError, match="tokens fill fewer than 1 chunks of 128"):
+        imatrix.collect(F16, divergence.Text("t", (("one two",),)), chunk_tokens=128, n_threads=1)
 
 
 def test_the_calibration_text_is_what_its_generator_makes_and_holds_no_scored_item():
@@ -199,13 +193,12 @@ def test_the_calibration_text_is_what_its_generator_makes_and_holds_no_scored_it
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> tuple[Path, list[int]]:
-    """A text without control tokens, as a file and as the tool's tokens."""
+def plain(tmp_path_factory) -> Path:
+    """A text without control tokens, which the tool reads as we do."""
     documents = divergence.load_text("calibration-nano", "calibration").documents[:90]
     path = tmp_path_factory.mktemp("text") / "plain.txt"
-    path.write_text(" ".join(" ".join(one) for one in documents), encoding="utf-8")
-    with llama_model.open_model(F16, ONE_THREAD) as model:
-        return path, model.with_bos(model.tokenize(path.read_text(encoding="utf-8"), special=False))
+    path.write_text(" ".join(" ".join(document) for document in documents), encoding="utf-8")
+    return path
 
 
 def tool_imatrix(*arguments: object) -> None:
@@ -219,7 +212,7 @@ def tool_imatrix(*arguments: object) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["gguf", "dat"])
 def test_the_matrix_is_llama_imatrix_s_on_the_same_text(plain, tmp_path, form):
-    path, tokens = plain
+    path = plain
     tool_imatrix(
         "-m",
         F16,
@@ -245,9 +238,8 @@ def test_the_matrix_is_llama_imatrix_s_on_the_same_text(plain, tmp_path, form):
         "off",
     )
     theirs = imatrix.read_imatrix(tmp_path / f"theirs.{form}")
-    ours = imatrix.collect(
-        F16, tokens[: 8 * 256], dataset="plain.txt", chunk_tokens=256, settings=ONE_THREAD, progress=False
-    )
+    text = divergence.load_text(path)
+    ours = imatrix.collect(F16, text, chunk_tokens=256, n_chunks=8, n_threads=1, progress=False)
     assert set(ours.entries) == set(theirs.entries)
     assert theirs.chunk_count == ours.chunk_count == 8
     for name, entry in ours.entries.items():

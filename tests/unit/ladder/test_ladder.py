@@ -21,7 +21,7 @@ from dfqs_nb.ladder.measure import LadderError, Settings
 from dfqs_nb.ladder.run import Ladder, Rung
 from dfqs_nb.ladder.tables import SAME
 from dfqs_nb.routing.compare import by_layer
-from dfqs_nb.scores import Answerer, ItemSet, Options
+from dfqs_nb.scores import ItemSet
 from dfqs_nb.stats import holm
 
 matplotlib.use("Agg")
@@ -100,44 +100,41 @@ def test_what_is_done_is_not_done_again(climbed, folder, monkeypatch):
     def never(*_arguments, **_options):
         raise AssertionError("a child was started")
 
-    monkeypatch.setattr(child, "run", never)
+    monkeypatch.setattr(child.Worker, "run", never)
     again = ladder.climb(F16, folder, ["Q8_0", "Q4_K_M"], settings=SMALL, progress=False)
-    assert again.n_made == 0 and not again.failed
+    assert not again.failed
     pd.testing.assert_frame_equal(tables.table(again), tables.table(climbed))
 
 
 def test_other_settings_measure_anew_but_quantize_nothing(folder, climbed, monkeypatch):
     jobs = []
 
-    def refuse(module, job, where):
+    def refuse(worker, job, where):
         jobs.append((job["work"], job["path"]))
         raise ModelError("not now")
 
-    monkeypatch.setattr(child, "run", refuse)
+    monkeypatch.setattr(child.Worker, "run", refuse)
     with pytest.raises(LadderError, match="the source cannot be measured: .*not now"):
         ladder.climb(F16, folder, ["Q8_0"], settings=dataclasses.replace(SMALL, n_chunks=2), progress=False)
     assert jobs == [("measure", str(F16.resolve()))]
 
 
 def test_speed_is_measured_last_and_a_rung_that_dies_of_it_is_named(folder, climbed, monkeypatch):
-    jobs, real = [], child.run
+    jobs, real = [], child.Worker.run
 
-    def dies_of_q8(module, job, **options):
-        jobs.append(list(job["paths"]))
-        if "Q8_0" in job["paths"]:
-            error = child.ChildDied("llama.cpp died (SIGSEGV)")
-            error.messages = ({"timing": "F16"}, {"timing": "Q8_0"})
-            raise error
-        return real(module, job, **options)
+    def dies_of_q8(worker, job, **options):
+        jobs.append(job["work"])
+        if "Q8_0" in job["path"]:
+            raise child.ChildDied("llama.cpp died (SIGSEGV)")
+        return real(worker, job, **options)
 
-    monkeypatch.setattr(child, "run", dies_of_q8)
-    slower = dataclasses.replace(climbed.settings, speed_tokens=3)
-    climber = run._Climber(open_shards(F16), folder, slower, None, fresh=True)
-    speeds = climber._speeds({rung.name: (rung.path, rung.name) for rung in climbed.rungs})
-    assert jobs == [["F16", "Q8_0", "Q4_K_M"], ["F16", "Q4_K_M"]]
-    assert set(speeds) == {"F16", "Q4_K_M"} and all(speed["median"] > 0 for speed in speeds.values())
-    assert "SIGSEGV" in climber.failed["Q8_0"]
-    (folder / "speeds.json").unlink()
+    monkeypatch.setattr(child.Worker, "run", dies_of_q8)
+    (folder / "speeds.json").rename(folder / "kept.json")
+    again = ladder.climb(F16, folder, ["Q8_0", "Q4_K_M"], settings=SMALL, progress=False)
+    assert jobs[-3:] == ["time"] * 3 and "SIGSEGV" in again.failed["Q8_0"]
+    assert [rung.name for rung in again.rungs] == ["F16", "Q4_K_M"]
+    assert all(rung.speed["median"] > 0 for rung in again.rungs)
+    (folder / "kept.json").replace(folder / "speeds.json")
 
 
 @pytest.mark.parametrize(
@@ -146,23 +143,27 @@ def test_speed_is_measured_last_and_a_rung_that_dies_of_it_is_named(folder, clim
 def test_as_many_rungs_run_at_once_as_cores_and_memory_hold(monkeypatch, cores, threads, memory, workers):
     monkeypatch.setattr(run, "usable_cores", lambda: cores)
     monkeypatch.setattr(run, "available_memory", lambda: SimpleNamespace(available_bytes=int(memory)))
-    assert run._n_workers(open_shards(F16), threads) == workers
+    assert run.n_workers(open_shards(F16), threads) == workers
 
 
-def test_predictions_that_are_gone_are_said_to_be(folder, climbed, tmp_path):
+def test_predictions_that_are_gone_are_made_again_and_nothing_else(folder, climbed, tmp_path):
     """The source's note still says that it is measured; another rung has nothing to be held against."""
     shutil.copytree(folder / "F16", tmp_path / "F16")
+    answers = next((tmp_path / "F16" / "scores").glob("answers-*.jsonl"))
+    before = answers.read_bytes()
     (tmp_path / "again.toml").write_text('name = "again"\nmix = "Q8_0"\n')
-    with pytest.raises(LadderError, match="predictions are gone.*fresh=True"):
-        ladder.climb(F16, tmp_path, [str(tmp_path / "again.toml")], settings=SMALL, progress=False)
+    again = ladder.climb(F16, tmp_path, [str(tmp_path / "again.toml")], settings=SMALL, progress=False)
+    assert [rung.name for rung in again.rungs] == ["F16", "again"]
+    assert answers.read_bytes() == before
+    assert np.array_equal(again.source.tokens.nll, climbed.source.tokens.nll)
 
 
 def test_the_importance_matrix_is_collected_once(climbed, folder):
     assert (folder / "imatrix.gguf").exists()
     before = (folder / "imatrix.gguf").stat().st_mtime_ns
-    found = ladder.collected(F16, folder, climbed.settings)
+    matrix = ladder.collected(F16, folder, climbed.settings)
     assert (folder / "imatrix.gguf").stat().st_mtime_ns == before
-    assert found.chunk_count == 2 and found.datasets[0].startswith("calibration-nano (calibration")
+    assert matrix.chunk_count == 2 and matrix.datasets[0].startswith("calibration-nano (calibration")
 
 
 @pytest.fixture(scope="module")
@@ -243,18 +244,15 @@ def test_a_note_does_not_outlive_what_it_vouches_for(climbed, folder, tmp_path, 
     for name in ("rung.json", "predicted.json"):
         (tmp_path / "F16" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "F16" / name).write_text('{"key": "old"}')
-    monkeypatch.setattr(child, "run", lambda module, job, where: measure.work({**job, "path": "gone.gguf"}))
+    monkeypatch.setattr(
+        child.Worker, "run", lambda worker, job, where: measure.work({**job, "path": "gone.gguf"})
+    )
     with pytest.raises(LadderError, match="gone.gguf"):
         ladder.climb(F16, tmp_path, [], settings=SMALL, progress=False)
     assert not list((tmp_path / "F16").iterdir())
 
 
-def test_predictions_are_kept_chunk_by_chunk_as_one_array(climbed, folder, tmp_path):
-    chunks = np.random.default_rng(0).standard_normal((3, 5, 7)).astype(np.float32)
-    with (tmp_path / "kept.npy").open("wb") as file:
-        for number, chunk in enumerate(chunks):
-            measure.keep(file, chunk, number, len(chunks))
-    assert np.array_equal(np.load(tmp_path / "kept.npy", mmap_mode="r"), chunks)
+def test_the_source_s_predictions_are_kept_as_one_array_of_log_probabilities(climbed, folder):
     kept = np.load(folder / "reference.npy", mmap_mode="r")
     assert kept.shape[:2] == (3, 31) and np.allclose(np.exp(kept).sum(axis=2), 1, atol=1e-4)
 
@@ -269,18 +267,17 @@ def rung(name: str, kld: float, right: list[list[bool]], noise: float = 0.0) -> 
     tokens = divergence.Tokens(values + 1, np.ones((16, 8)), values, values < 1)
     items = pd.DataFrame(
         [
-            {"haystack": h, "length": 64 * 2**k, "planned": True, "correct": one, "question": "q"}
+            {"haystack": h, "length": 64 * 2**k, "planned": True, "correct": correct, "question": "q"}
             for h, row in enumerate(right)
-            for k, one in enumerate(row)
+            for k, correct in enumerate(row)
         ]
     )
     trace = SimpleNamespace(hashed=np.zeros(0, bool))
-    return Rung(name, F16, None, 0.0, tokens, trace, (), items, None, {"tokens": 1}, {})
+    return Rung(name, F16, "", None, tokens, trace, (), items, None, {"tokens": 1})
 
 
 def compared_as(a: Rung, b: Rung) -> dict[str, pd.Series]:
-    found = tables.steps(Ladder((a, b), SMALL, {}))
-    return {row["metric"]: row for _, row in found.iterrows()}
+    return {row["metric"]: row for _, row in tables.steps(Ladder((a, b), SMALL, {})).iterrows()}
 
 
 def test_a_clear_loss_is_worse_a_clear_gain_better_and_noise_no_evidence():
@@ -312,8 +309,8 @@ def test_one_text_says_nothing_of_retrieval():
 
 
 def test_a_dense_model_has_no_expert_agreement():
-    found = compared_as(*(rung(name, 0.1, [[True]] * 6) for name in "ab"))
-    assert "same experts" not in found and "KL divergence" in found
+    metrics = compared_as(*(rung(name, 0.1, [[True]] * 6) for name in "ab"))
+    assert "same experts" not in metrics and "KL divergence" in metrics
 
 
 def test_a_part_of_a_set_takes_from_each_family_alike_and_has_a_name_of_its_own():
@@ -323,9 +320,3 @@ def test_a_part_of_a_set_takes_from_each_family_alike_and_has_a_name_of_its_own(
     assert part.name == f"nano-reasoning-{2 * n}" and len(part.items) == 2 * n
     assert part.families() == whole.families()
     assert measure.part_of(whole, 0) is whole and measure.part_of(whole, 1000) is whole
-
-
-def test_no_answer_is_asked_for_when_a_finished_rung_is_read(tmp_path):
-    item_set = measure.part_of(ItemSet.load("nano-reasoning"), 8)
-    with pytest.raises(LadderError, match="an answer is missing"):
-        Answerer(run._no_answer, "chat", {}, "m").score(item_set, tmp_path, Options(progress=False))
