@@ -130,7 +130,7 @@ def curves(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylim(-0.03, 1.06)
     n = " to ".join(map(str, sorted({curve["n"].min(), curve["n"].max()})))
     ax.set_ylabel(f"right answers (n = {n} a length)")
-    place = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
     ax.legend(frameon=False, fontsize=8, title=f"band: 95 % of {rungs[0]}", title_fontsize=8, **place)
     bounds = first[["length", "low", "high"]]
     others = curve[curve["rung"] != rungs[0]].merge(bounds, on="length", suffixes=("", "_first"))

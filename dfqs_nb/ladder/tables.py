@@ -229,7 +229,8 @@ def hand_on(stage: Stage, ladder: Ladder, compared: pd.DataFrame) -> list[str]:
     top, low = rungs[0], rungs[-1]
     lines = [
         f"{ladder.source.path.name}: {len(rungs)} rungs from {top['rung']} "
-        f"({top['bits_per_weight']:.2f} bits a weight) to {low['rung']} ({low['bits_per_weight']:.2f}, routed experts {low['expert_bits']:.2f})"
+        f"({top['bits_per_weight']:.2f} bits a weight) to {low['rung']} "
+        f"({low['bits_per_weight']:.2f}, routed experts {low['expert_bits']:.2f})"
     ]
     for row in (rungs[1], low) if len(rungs) > 2 else rungs[1:]:
         known = row["kld_low"] == row["kld_low"]
