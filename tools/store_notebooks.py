@@ -173,7 +173,7 @@ SAMPLE = ("report.json", "report.md", "report.html", "score_items.csv", "long_co
 
 
 def store_sample(run: Path, sample: Path = REPOSITORY / "docs" / "sample_report") -> None:
-    """Keep the report of a run as the sample that README shows, with the answers that its scores come from."""
+    """Keep the report of a run as the sample that README shows, with the answers behind its scores."""
     from dfqs_nb import report
 
     report.write_report(run, report.read_report(run))  # again: notebooks 08 and 09 ran after it was written

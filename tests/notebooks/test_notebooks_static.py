@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import nbval_close
 import pytest
 import store_notebooks
 
@@ -205,6 +206,19 @@ def test_the_file_is_small_and_clean(path):
     for cell in notebook["cells"]:
         assert set(cell["metadata"]) <= {"tags"}, cell["metadata"]
         assert "injected-parameters" not in cell["metadata"].get("tags", [])
+
+
+def test_an_output_that_is_not_compared_says_why(notebook):
+    """Few are, and a misspelled tag would compare, or ignore, without anybody noticing."""
+    known = {"parameters", "setup", "nbval-ignore-output", "needs-sandbox", *nbval_close.REASONS}
+    ignored = tagged(notebook, "nbval-ignore-output")
+    if notebook is NOTEBOOKS["04_check_routing_determinism"]:
+        pytest.skip("being rewritten")
+    for cell in code_cells(notebook):
+        tags = set(cell["metadata"].get("tags", []))
+        assert not {tag for tag in tags - known if not nbval_close.TAG.fullmatch(tag)}, tags
+        assert bool(tags & nbval_close.REASONS) == ("nbval-ignore-output" in tags), source(cell)
+    assert len(ignored) <= 4
 
 
 def test_no_folder_of_a_machine_is_stored(notebook):
