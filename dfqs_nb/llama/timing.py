@@ -101,9 +101,9 @@ def probe(model: Model, n_prompt: int = 16, n_answer: int = 4, enough_seconds: f
     The first time reads weights from the disk, which later tokens find in memory.
     """
     tokens = np.random.default_rng(0).integers(0, model.n_vocab, n_prompt + n_answer).tolist()
-    times = [_time_once(model, tokens[:n_prompt], tokens[n_prompt:])]
+    times = [time_once(model, tokens[:n_prompt], tokens[n_prompt:])]
     while len(times) < 3 and sum(map(sum, times)) < enough_seconds:
-        times.append(_time_once(model, tokens[:n_prompt], tokens[n_prompt:]))
+        times.append(time_once(model, tokens[:n_prompt], tokens[n_prompt:]))
     model.clear()
     prefill, decode = (min(seconds) for seconds in zip(*times, strict=True))
     return Pace(prefill / n_prompt, decode / n_answer)
@@ -175,17 +175,17 @@ def measure_speed(
         what = f"{len(tokens):,} tokens exceed the context of {model.settings.n_ctx:,}"
         hint = "lower the depth, or open the model with a larger n_ctx"
         raise ContextFullError(what, where=model.path, hint=hint)
-    _time_once(model, prompt[:16], forced[:4])
+    time_once(model, prompt[:16], forced[:4])
     rounds = tqdm(range(repetitions), desc="timing", leave=False)
-    seconds = [_time_once(model, prompt, forced) for _ in rounds]
+    seconds = [time_once(model, prompt, forced) for _ in rounds]
     model.clear()
     prefill = Spread.of([depth / prefill for prefill, _ in seconds])
     decode = Spread.of([n_tokens / decode for _, decode in seconds])
     return Speed(depth, n_tokens, repetitions, model.settings.n_threads or 0, prefill, decode)
 
 
-def _time_once(model: Model, prompt: Sequence[int], forced: Sequence[int]) -> tuple[float, float]:
-    """Seconds of the prefill, and of the decode of all forced tokens."""
+def time_once(model: Model, prompt: Sequence[int], forced: Sequence[int]) -> tuple[float, float]:
+    """Seconds of the prefill, and of the decode of all forced tokens, from a cleared context."""
     model.clear()
     started = time.perf_counter()
     model.decode(prompt)

@@ -177,7 +177,7 @@ class Answers:
         ).reset_index()
 
     def as_lm_eval(self) -> dict[str, Any]:
-        """In lm-evaluation-harness's layout: ``results``, ``n-samples``, ``n-shot``, ``config``, ``samples``."""
+        """In the layout of lm-evaluation-harness: ``results``, ``n-shot``, ``config``, ``samples``."""
         name, n = self.questions.head.set, len(self.items)
         scores: dict[str, Any] = {"alias": name}
         for metric in ("acc", "acc_norm"):

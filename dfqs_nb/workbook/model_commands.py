@@ -198,6 +198,86 @@ def _long_context(
 
 
 @app.command(rich_help_panel=MEASURE)
+def bench(
+    model: Annotated[str, typer.Argument(help="A GGUF file, or any of its shards.")],
+    threads: Annotated[str, typer.Option(help="Values with commas. Default: 1, 2, 4 ... to all cores.")] = "",
+    batch: Annotated[str, typer.Option(help="n_batch.")] = "512",
+    ubatch: Annotated[str, typer.Option(help="n_ubatch.")] = "512",
+    cache_type: Annotated[str, typer.Option(help="Of keys and values, as f16,q8_0.")] = "f16",
+    flash_attn: Annotated[str, typer.Option(help="0, 1, or both.")] = "0",
+    gpu_layers: Annotated[str, typer.Option(help="Layers on the GPU; -1: all.")] = "0",
+    prompt: Annotated[int, typer.Option(min=0, help="Tokens of prefill to time; 0: none.")] = 512,
+    gen: Annotated[int, typer.Option(min=0, help="Tokens of decode to time; 0: none.")] = 128,
+    depth: Annotated[str, typer.Option(help="Tokens in the context before.")] = "0",
+    rounds: Annotated[int, typer.Option(min=1, help="Each times every setting once.")] = 5,
+    budget_minutes: Annotated[float, typer.Option(help="No round begins that would exceed it.")] = 10.0,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Also write a .csv, .json or .md file.")
+    ] = None,
+) -> None:
+    """Time a model under many settings, in llama-bench's columns, and name the fastest.
+
+    Example: `dfqs-nb bench model.gguf --threads 4,8,16 --flash-attn 0,1`
+    """
+    from dfqs_nb.core.display import markdown_table
+    from dfqs_nb.core.files import write_text
+    from dfqs_nb.core.machine import usable_cores, watched_load
+    from dfqs_nb.llama import OpenSettings
+    from dfqs_nb.llama import bench as benches
+
+    if output and output.suffix not in (".csv", ".json", ".md"):
+        raise DfqsError("its name says no format", where=output, hint="end it in .csv, .json or .md")
+    cores = usable_cores()
+    doubling = ",".join(str(n) for n in sorted({*(2**k for k in range(cores.bit_length())), cores}))
+    axes: dict[str, Any] = {
+        "n_threads": _numbers(threads or doubling, "--threads"),
+        "n_batch": _numbers(batch, "--batch"),
+        "n_ubatch": _numbers(ubatch, "--ubatch"),
+        "cache_type": cache_type.split(","),
+        "flash_attn": [bool(value) for value in _numbers(flash_attn, "--flash-attn")],
+        "n_gpu_layers": _numbers(gpu_layers, "--gpu-layers"),
+    }
+    cases = benches.grid(OpenSettings(), axes, prompt, gen, _numbers(depth, "--depth"))
+    say(f"{len(cases)} tests, up to {rounds} rounds, at most about {budget_minutes:g} minutes")
+    with watched_load() as load:
+        result = benches.run(model, cases, rounds, budget_minutes)
+    table = result.table()
+    shown = ["n_threads", "n_ubatch", "type_k", "flash_attn", "n_gpu_layers"]
+    varied = [name for name in shown if table[name].nunique() > 1] or ["n_threads"]
+    text = table.assign(test=[case.name for at, case in enumerate(result.cases) if at in result.seconds])
+    say(text[[*varied, "test", "avg_ts", "stddev_ts"]].to_string(index=False, float_format="{:.1f}".format))
+    energy = table["joules_per_token"]
+    say(
+        "energy: not readable here"
+        if energy.isna().all()
+        else f"energy: {energy.min():.2f} J a token at best"
+    )
+    busy = ["contended: other processes were busy, so the speeds are too low"] if load.contended else []
+    say(
+        "\n".join([*result.advice(), *busy, *(f"left out: {reason}" for reason in {*result.failed.values()})])
+    )
+    if output:
+        made = {
+            ".csv": table.to_csv(index=False),
+            ".json": table.to_json(orient="records", indent=2),
+            ".md": markdown_table(table) + "\n",
+        }
+        say(f"wrote {tilde(write_text(output, made[output.suffix]))}")
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """Whole numbers with commas between them.
+
+    >>> _numbers("1,2", "--threads")
+    [1, 2]
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise DfqsError(f"{option} {text!r} is no list of numbers", hint=f"write {option} 1,2,4") from None
+
+
+@app.command(rich_help_panel=MEASURE)
 def choices(
     model: Annotated[str, typer.Argument(help="A GGUF file, or any of its shards.")],
     set_name: Annotated[

@@ -579,7 +579,7 @@ def test_a_restored_state_goes_on_as_before(nano):
 
 def test_a_plan_is_cut_in_the_stated_order_until_it_fits(nano, monkeypatch):
     """A probe of 16 and 4 tokens that takes 10 ms a token."""
-    monkeypatch.setattr(llama_timing, "_time_once", lambda *_: (0.16, 0.04))
+    monkeypatch.setattr(llama_timing, "time_once", lambda *_: (0.16, 0.04))
     wanted = {"n_answers": 9, "max_tokens": 96, "depth": 256, "n_tokens": 128, "repetitions": 5}
     whole = plan_cost(nano, **wanted, budget_minutes=60)
     assert (whole.max_tokens, whole.depth, whole.n_tokens, whole.repetitions) == (96, 256, 128, 5)
