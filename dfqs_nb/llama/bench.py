@@ -19,7 +19,6 @@ import numpy as np
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.model import Model, open_model
 from dfqs_nb.llama.settings import OpenSettings, llama_version
@@ -188,7 +187,7 @@ def describe(model: Model) -> dict[str, Any]:
         "model_filename": model.path.name,
         "model_type": model.header.architecture,
         "model_size": model.memory.weights_bytes,
-        "model_n_params": parameters(headers).total,
+        "model_n_params": sum(tensor.n_elements for tensor in headers.tensors),
     }
 
 
