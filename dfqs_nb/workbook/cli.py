@@ -120,7 +120,7 @@ def run(
         fresh=fresh,
         tier=tier,
         budget_minutes=budget_minutes,
-        progress=sys.stderr.isatty(),
+        watch=sys.stderr,
         started=lambda path: say(f"{path.stem} ..."),
         finished=lambda done: say(f"{done.name}: {done.seconds:.1f} s -> {tilde(done.path)}"),
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dfqs_nb.core.display import markdown, plain
 from dfqs_nb.core.errors import DfqsError
@@ -22,6 +22,7 @@ from dfqs_nb.core.files import there_is, write_text
 from dfqs_nb.core.paths import REPOSITORY, outputs_dir, run_dir, tilde
 from dfqs_nb.core.stage import NOTEBOOKS as STAGES
 from dfqs_nb.workbook import tiers
+from dfqs_nb.workbook.live import Live, stopped, use
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 PATTERN = "[0-9][0-9]_*.ipynb"
@@ -183,7 +184,7 @@ def run_workbook(
     parameters: Mapping[str, Any] | None = None,
     notebooks: Sequence[Path] | None = None,
     fresh: bool = False,
-    progress: bool = False,
+    watch: IO[str] | None = None,
     tier: str = "",
     budget_minutes: float = tiers.BUDGET_MINUTES,
     started: Callable[[Path], object] = lambda path: None,
@@ -197,7 +198,7 @@ def run_workbook(
         parameters: handed to each notebook that declares them.
         notebooks: which; all of the workbook by default.
         fresh: do again what an earlier run left (handed on as ``fresh``).
-        progress: show papermill's bar over cells.
+        watch: where to show which cell runs, for how long, and what its processes do.
         tier: ``nano`` or ``standard``, which sets the parameters that are not given (`tiers`); by default
             the model's.
         budget_minutes: of the whole run, divided among the notebooks that obey a budget.
@@ -219,7 +220,8 @@ def run_workbook(
         budget = tiers.budget_of(path.stem, left, [later.stem for later in paths[number:]])
         now = {"budget_minutes": round(budget, 1), **values}
         chosen = {name: value for name, value in now.items() if name in names}
-        done.append(_execute(path, folder / path.name, chosen, progress))
+        live = Live(path, folder / path.name, budget if "budget_minutes" in names else 0.0, watch)
+        done.append(_execute(path, folder / path.name, chosen, live))
         finished(done[-1])
     verdict = _renewed_report(folder)
     result = WorkbookRun(folder, tuple(done), read_summary(folder), verdict)
@@ -255,20 +257,21 @@ def _absolute(parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _execute(path: Path, target: Path, parameters: dict[str, Any], progress: bool) -> NotebookRun:
+def _execute(path: Path, target: Path, parameters: dict[str, Any], live: Live) -> NotebookRun:
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
 
     begin, so_far = time.perf_counter(), f"its output so far is in {tilde(target)}"
     try:
-        with kernel_environment():
+        with kernel_environment(), live:
             execute_notebook(
                 path,
                 target,
                 parameters,
                 kernel_name=KERNEL,
                 cwd=path.parent,
-                progress_bar=progress,
+                engine_name=use(live),
+                progress_bar=False,
                 log_output=False,
                 extra_arguments=[QUIET],
             )
@@ -276,6 +279,9 @@ def _execute(path: Path, target: Path, parameters: dict[str, Any], progress: boo
         cause = f"{error.ename}: {last_line(error.evalue)}".rstrip(": ")
         what = f"cell In [{error.exec_count}] failed: {cause}"
         raise DfqsError(what, where=path.name, hint=so_far) from error
+    except KeyboardInterrupt:
+        stopped(live, tilde(target))
+        raise
     except DeadKernelError as error:
         cell, why = _running_cell(target), "killed, out of memory, or aborted by llama.cpp"
         what = f"the kernel died in cell {cell} ({why})"

@@ -1,0 +1,187 @@
+"""What a run is doing now: the notebook, its cell, how long it takes, and signs of life of its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from dfqs_nb.core.budget import duration
+from dfqs_nb.core.display import plain, size
+
+ENGINE = "dfqs-live"  # its name in papermill
+BAR = 10  # characters
+HEARTBEAT_SECONDS = 10.0  # between lines where there is no terminal to redraw one in
+REDRAW_SECONDS = 1.0
+
+
+class Live:
+    """One line that follows a notebook's execution; in a log file, a line every ten seconds of a long cell.
+
+    Args:
+        notebook: the notebook.
+        target: the executed notebook; what an earlier run left there says how long each cell took.
+        budget_minutes: of a notebook that keeps one; 0: it keeps none.
+        stream: receives the lines; None: nobody watches.
+    """
+
+    def __init__(self, notebook: Path, target: Path, budget_minutes: float, stream: IO[str] | None) -> None:
+        self.name, self.stream, self.budget = notebook.stem, stream, 60 * budget_minutes
+        self.earlier = cell_seconds(target)
+        self.titles: list[str] = []
+        self.index, self.begun, self.cell_begun = 0, time.monotonic(), time.monotonic()
+        self.activity = Activity()
+        self.done = threading.Event()
+        self.drawn = 0
+
+    def __enter__(self) -> Live:
+        if self.stream is not None:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.done.set()
+        self._erase()
+
+    def cell(self, titles: Sequence[str], index: int) -> None:
+        """A cell begins."""
+        self.titles, self.index, self.cell_begun = list(titles), index, time.monotonic()
+
+    @property
+    def place(self) -> str:
+        """The cell that runs now, by its number and the heading above it."""
+        if not self.titles:
+            return "starting"
+        return f"{self.index + 1}/{len(self.titles)} {self.titles[self.index]}"
+
+    def line(self) -> str:
+        """What is going on, for how long, what is left, and what the processes do."""
+        now, full = time.monotonic(), BAR * self.index // max(1, len(self.titles))
+        parts = [
+            f"{self.name} [{'#' * full}{'.' * (BAR - full)}] {self.place}",
+            duration(now - self.begun),
+            self._left(now),
+            self.activity.text(),
+        ]
+        return plain(" | ".join(filter(None, parts)))
+
+    def _left(self, now: float) -> str:
+        """What is left: as long as the cells took last time; else what the budget leaves."""
+        if self.titles and len(self.earlier) == len(self.titles):
+            here = max(0.0, self.earlier[self.index] - (now - self.cell_begun))
+            return f"about {duration(here + sum(self.earlier[self.index + 1 :]))} left, as last time"
+        if self.budget:
+            return f"at most about {duration(max(0.0, self.budget - (now - self.begun)))} left"
+        return ""
+
+    def _watch(self) -> None:
+        assert self.stream is not None
+        terminal = self.stream.isatty()
+        while not self.done.wait(REDRAW_SECONDS if terminal else HEARTBEAT_SECONDS):
+            if terminal:
+                self._draw(self.line())
+            elif time.monotonic() - self.cell_begun >= HEARTBEAT_SECONDS:
+                print(self.line(), file=self.stream, flush=True)
+
+    def _draw(self, line: str) -> None:
+        assert self.stream is not None
+        line = line[: shutil.get_terminal_size().columns - 1]
+        self.stream.write("\r" + line.ljust(self.drawn))
+        self.stream.flush()
+        self.drawn = len(line)
+
+    def _erase(self) -> None:
+        if self.stream is not None and self.drawn:
+            self.stream.write("\r" + " " * self.drawn + "\r")
+            self.stream.flush()
+            self.drawn = 0
+
+
+class Activity:
+    """What the processes below this one do: bytes that they read from the disk, and processors at work."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[int, float]] = {}
+        self.total, self.at = 0, time.monotonic()
+
+    def text(self) -> str:
+        """What happened since the last call, and the bytes read in all."""
+        reads, seconds, resident = 0, 0.0, 0
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                read = process.io_counters().read_bytes if hasattr(process, "io_counters") else 0
+                times = process.cpu_times()
+                used = times.user + times.system
+                before = self.seen.get(process.pid, (read, used))
+                self.seen[process.pid] = read, used
+                reads += max(0, read - before[0])
+                seconds += max(0.0, used - before[1])
+                resident += process.memory_info().rss
+        now = time.monotonic()
+        elapsed, self.at = max(now - self.at, 1e-3), now
+        self.total += reads
+        disk = f"{size(self.total)} read from the disk, {size(reads / elapsed)}/s, " if self.total else ""
+        return f"{disk}{size(resident)} in memory, {seconds / elapsed:.1f} cores"
+
+
+def cell_seconds(path: Path) -> list[float]:
+    """How long each cell of an executed notebook took; empty where not all of them ran."""
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        seconds = [cell["metadata"]["papermill"]["duration"] for cell in cells]
+    except (OSError, ValueError, KeyError):
+        return []
+    return [] if None in seconds else seconds
+
+
+def cell_titles(cells: Sequence[Any]) -> list[str]:
+    """For each cell the heading that it stands under."""
+    titles, title = [], ""
+    for cell in cells:
+        if cell["cell_type"] == "markdown" and (heading := re.search(r"^#+ +(.+)$", cell["source"], re.M)):
+            title = heading[1].strip()
+        titles.append(title)
+    return titles
+
+
+def use(live: Live) -> str:
+    """Have papermill tell ``live`` which cell runs; the name of the engine that does."""
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class Watched(NBClientEngine):  # type: ignore[misc]
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
+            titles, begin = cell_titles(nb_man.nb.cells), nb_man.cell_start
+
+            def started(cell: Any, cell_index: int = 0, **more: Any) -> None:
+                live.cell(titles, cell_index)
+                begin(cell, cell_index, **more)
+
+            nb_man.cell_start = started
+            try:
+                return super().execute_managed_notebook(nb_man, kernel_name, **options)
+            except KeyboardInterrupt:  # else papermill marks the cells that never ran as completed
+                cell = nb_man.nb.cells[live.index]
+                nb_man.cell_exception(cell, cell_index=live.index)
+                nb_man.save()
+                raise
+
+    papermill_engines.register(ENGINE, Watched)
+    return ENGINE
+
+
+def stopped(live: Live, where: str) -> None:
+    """Say where a run was interrupted."""
+    print(
+        f"\nstopped in {live.name}, cell {plain(live.place)}; its output so far is in {where}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,92 @@
+"""What a run shows while it works, and what Ctrl-C leaves."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+from test_workbook import texts, write_notebook
+
+from dfqs_nb.core.paths import REPOSITORY
+from dfqs_nb.workbook import live
+from dfqs_nb.workbook import run as workbook
+
+RUN = """
+import sys
+from pathlib import Path
+from dfqs_nb.workbook.run import run_workbook
+run_workbook("mine", {}, [Path(sys.argv[1])], watch=sys.stderr)
+"""
+MARK = "import pathlib, time\npathlib.Path({!r}).touch()\ntime.sleep(600)"
+
+
+def test_a_long_cell_shows_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setattr(live, "HEARTBEAT_SECONDS", 0.2)
+    notebook = write_notebook(tmp_path / "01_sleep.ipynb", "import time\ntime.sleep(2)", "print('end')")
+    shown = io.StringIO()
+    workbook.run_workbook("mine", {}, [notebook], watch=shown)
+    lines = shown.getvalue().splitlines()
+    assert any("01_sleep [" in line and "Try a thing" in line and "cores" in line for line in lines), lines
+    again = io.StringIO()
+    workbook.run_workbook("mine", {}, [notebook], watch=again)
+    assert "left, as last time" in again.getvalue(), "the run before says how long it takes"
+
+
+def test_a_terminal_gets_one_line_that_is_redrawn(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(live, "REDRAW_SECONDS", 0.05)
+    shown = Terminal()
+    with live.Live(tmp_path / "03_x.ipynb", tmp_path / "none.ipynb", 4.0, shown) as watched:
+        watched.cell(["One", "Two"], 1)
+        deadline = time.monotonic() + 20
+        while shown.getvalue().count("\r") < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert "\n" not in shown.getvalue() and "03_x [#####.....] 2/2 Two" in shown.getvalue()
+    assert "at most about" in shown.getvalue() and shown.getvalue().endswith(" \r")
+
+
+def test_titles_are_the_headings_above():
+    cells = [
+        {"cell_type": "markdown", "source": "# A\ntext"},
+        {"cell_type": "code", "source": "# no heading"},
+    ]
+    assert live.cell_titles(cells) == ["A", "A"]
+
+
+def test_ctrl_c_leaves_the_executed_part_and_no_kernel(tmp_path):
+    mark, outputs = tmp_path / "mark", tmp_path / "outputs"
+    notebook = write_notebook(
+        tmp_path / "01_stop.ipynb", "print('so far')", MARK.format(str(mark)), "print('never')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(notebook)],
+        env={**os.environ, "DFQS_OUTPUTS": str(outputs), "PYTHONPATH": str(REPOSITORY)},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not mark.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    kernels = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    left = outputs / "mine" / "01_stop.ipynb"
+    assert "so far" in texts(left) and "stopped in 01_stop, cell 6/7 Try a thing" in errors, errors
+    status = [cell.metadata.papermill["status"] for cell in nbformat.read(left, as_version=4).cells]
+    assert status[-2:] == ["failed", "pending"], "what never ran is not marked as done"
+    assert kernels and not psutil.wait_procs(kernels, timeout=30)[1], "the kernel ends with the run"
+    assert json.loads(Path(left).read_text())["cells"]
