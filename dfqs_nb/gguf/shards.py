@@ -61,9 +61,9 @@ class ShardSet:
 
     @property
     def name(self) -> str:
-        """The file name's prefix: ``model`` for ``model-00001-of-00002.gguf`` and ``model.gguf``."""
+        """``model`` for ``model-00001-of-00002.gguf``, ``model.gguf`` and ``model.gguf.part00``."""
         match = SHARD_NAME.fullmatch(self.paths[0].name)
-        return match["prefix"] if match else self.paths[0].stem
+        return match["prefix"] if match else self.paths[0].stem.removesuffix(".gguf")
 
 
 def shard_path(prefix: str | Path, number: int, count: int) -> Path:

@@ -122,7 +122,11 @@ def run(
         budget_minutes=budget_minutes,
         watch=sys.stderr,
         started=lambda path: say(f"{path.stem} ..."),
-        finished=lambda done: say(f"{done.name}: {done.seconds:.1f} s -> {tilde(done.path)}"),
+        finished=lambda done: say(
+            f"{done.name}: left out: {done.left_out}"
+            if done.left_out
+            else f"{done.name}: {done.seconds:.1f} s -> {tilde(done.path)}"
+        ),
     )
     say(f"\n{workbook.summary_text(result)}")
 

@@ -21,6 +21,7 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import there_is, write_text
 from dfqs_nb.core.paths import REPOSITORY, outputs_dir, run_dir, tilde
 from dfqs_nb.core.stage import NOTEBOOKS as STAGES
+from dfqs_nb.core.stage import Stage
 from dfqs_nb.workbook import tiers
 from dfqs_nb.workbook.live import Live, stopped, use
 
@@ -44,11 +45,12 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class NotebookRun:
-    """One executed notebook: its name without suffix, how long it took, and where it is."""
+    """One notebook: its name without suffix, how long it took, where it is, and why it was left out."""
 
     name: str
     seconds: float
     path: Path
+    left_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,8 @@ def default_run_name(model: str | None) -> str:
     """
     if not model:
         return "nano"
-    stem = re.sub(r"(-\d{5}-of-\d{5})?(\.gguf)?$", "", model.rstrip("/").rsplit("/", 1)[-1], flags=re.I)
+    stem = model.rstrip("/").rsplit("/", 1)[-1]
+    stem = re.sub(r"(-\d{5}-of-\d{5})?(\.gguf([._-]?(part|split)?[._-]?\w{1,9})?)?$", "", stem, flags=re.I)
     return re.sub(r"[^\w.-]+", "-", stem).strip(".-")[:100] or "nano"
 
 
@@ -220,8 +223,14 @@ def run_workbook(
         budget = tiers.budget_of(path.stem, left, [later.stem for later in paths[number:]])
         now = {"budget_minutes": round(budget, 1), **values}
         chosen = {name: value for name, value in now.items() if name in names}
-        live = Live(path, folder / path.name, budget if "budget_minutes" in names else 0.0, watch)
-        done.append(_execute(path, folder / path.name, chosen, live))
+        why = ""
+        if "ladder_source" in names and settings and not chosen.get("ladder_source"):
+            chosen["ladder_source"], why = _own_weights(run)
+        if why:
+            done.append(NotebookRun(path.stem, 0.0, folder / path.name, why))
+        else:
+            live = Live(path, folder / path.name, budget if "budget_minutes" in names else 0.0, watch)
+            done.append(_execute(path, folder / path.name, chosen, live))
         finished(done[-1])
     verdict = _renewed_report(folder)
     result = WorkbookRun(folder, tuple(done), read_summary(folder), verdict)
@@ -231,6 +240,15 @@ def run_workbook(
 
         report.write_report(folder)  # seals the summary, too
     return result
+
+
+def _own_weights(run: str) -> tuple[str, str]:
+    """The source of the ladder of a run's own model, or why there is none; the stage file says why, too."""
+    try:
+        return tiers.ladder_source(run), ""
+    except DfqsError as error:
+        Stage(run, "ladder").finish(conditions={}, summary=[f"not climbed: {error}"])
+        return "", str(error)
 
 
 def _renewed_report(folder: Path) -> str:
@@ -365,7 +383,12 @@ def summary_markdown(result: WorkbookRun) -> str:
     for stage, sentences in result.summary.items():
         lines += [f"**{stage}**", "", *(f"- {markdown(sentence)}" for sentence in sentences), ""]
     lines += ["## Notebooks", ""]
-    lines += [f"- [{item.name}]({item.path.name}): {item.seconds:.1f} s" for item in result.notebooks]
+    lines += [
+        f"- {item.name}: left out: {markdown(item.left_out)}"
+        if item.left_out
+        else f"- [{item.name}]({item.path.name}): {item.seconds:.1f} s"
+        for item in result.notebooks
+    ]
     lines += ["", "## Files", ""]
     lines += [f"- `{name}` ({n_bytes:,} bytes)" for name, n_bytes in list_files(result.folder)]
     return "\n".join(lines) + "\n"

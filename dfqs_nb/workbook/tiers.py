@@ -14,9 +14,12 @@ from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.paths import data_dir, outputs_dir
 from dfqs_nb.core.stage import read_stage
 from dfqs_nb.gguf import models as registry
+from dfqs_nb.gguf.facts import types_by_bytes
+from dfqs_nb.gguf.shards import open_shards
 
 NANO, STANDARD = "nano", "standard"
 BUDGET_MINUTES = 60.0
+UNQUANTIZED = {"F16", "BF16", "F32", "I32"}
 
 
 def tier_of(model: str | None, run: str = "") -> str:
@@ -48,6 +51,23 @@ def settings_of(tier: str) -> dict[str, Any]:
     if tier not in (NANO, STANDARD):
         raise DfqsError(f"there is no tier {tier!r}", hint="use --tier nano or --tier standard")
     return dict(_table().get(tier, {}))
+
+
+def ladder_source(run: str) -> str:
+    """The weights that a run's own model gives to the ladder: its file, where that is not quantized.
+
+    Raises:
+        DfqsError: it is quantized already, and losses would add up.
+    """
+    model = read_stage(outputs_dir() / run, "merge")["model"]
+    types = types_by_bytes(open_shards(model["path"]).as_one.tensors)
+    if set(types) <= UNQUANTIZED:
+        return str(model["path"])
+    name, kind = Path(model["path"]).name, next(iter(types))
+    raise DfqsError(
+        f"{name} is quantized already ({kind}), and a ladder starts from F16 weights",
+        hint='give the model\'s F16 weights: PARAMS="ladder_source=F16.gguf held_out_text=text.txt"',
+    )
 
 
 def budget_of(notebook: str, left_minutes: float, to_come: Iterable[str]) -> float:

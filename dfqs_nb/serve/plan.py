@@ -1,0 +1,111 @@
+"""What checking the servers will take, cut to a time before they start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dfqs_nb.core.budget import duration, fit
+from dfqs_nb.llama.model import open_model
+from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.llama.timing import probe
+from dfqs_nb.scores import ItemSet
+
+N_SERVERS = 2
+CHECK_TOKENS = 4 * 4 * 32 + 2 * (4 + 16) * 32  # of the answers of one server's checks
+DRIFT_TOKENS = (4 + 16 + 4 + 32) * 32  # of one server with some slots
+CACHE_TOKENS = 8 * 512  # of the prompts that try the cache out
+# What a plan that exceeds its budget gives up, in this order.
+CUTS: tuple[dict[str, int], ...] = (
+    {"items": 4},
+    {"clients": 1},
+    {"tokens": 16},
+    {"items": 2},
+    {"slots": 2},
+    {"items": 1},
+    {"sets": 1},
+    {"tokens": 4},
+)
+NAMES = {
+    "items": "questions of a set asked both ways",
+    "clients": "numbers of clients",
+    "tokens": "timed tokens of an answer",
+    "slots": "numbers of slots",
+    "sets": "question sets",
+}
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """What will be asked of the servers.
+
+    Attributes:
+        sets, items: the question sets, and how many questions of each; 0: all.
+        clients, tokens: clients at once that are timed, and the tokens of each of their answers.
+        slots: numbers of slots whose drift is measured.
+    """
+
+    sets: list[ItemSet]
+    items: int
+    clients: list[int]
+    tokens: int
+    slots: list[int]
+    seconds: float
+    left_out: tuple[str, ...]
+
+    @property
+    def sentence(self) -> str:
+        """The plan for people."""
+        cut = f" Cut to keep to the budget: {'; '.join(self.left_out)}." if self.left_out else ""
+        return f"At most about {duration(self.seconds)}, if every answer has its full length.{cut}"
+
+
+def plan_checks(
+    path: str | Path,
+    settings: OpenSettings,
+    sets: Sequence[ItemSet],
+    *,
+    items: int,
+    clients: Sequence[int],
+    tokens: int,
+    slots: Sequence[int] = (1, 2, 4),
+    seconds: float,
+) -> ServePlan:
+    """Time a few tokens, and cut what is planned in the order of `CUTS` to what these seconds hold.
+
+    The checks themselves are always made.
+    """
+    with open_model(path, settings) as model:
+        pace, load = probe(model), model.load_seconds
+
+    def cost(plan: dict[str, int]) -> float:
+        checks = load + pace.seconds(settings.n_ctx + CACHE_TOKENS, CHECK_TOKENS)
+        drift = plan["slots"] * (load + pace.seconds(0, DRIFT_TOKENS))
+        answers = sum(
+            pace.seconds(len(item.prompt) / 4 + 16, one.max_tokens)
+            for one in sets[: plan["sets"]]
+            for item in one.items[: plan["items"]]
+        )
+        speeds = (N_SERVERS + 1) * 2 * sum(clients[: plan["clients"]]) * pace.seconds(64, plan["tokens"])
+        return N_SERVERS * checks + drift + (N_SERVERS + 1) * answers + load + speeds
+
+    whole = {
+        "items": items or max(len(one.items) for one in sets),
+        "clients": len(clients),
+        "sets": len(sets),
+    }
+    whole |= {"tokens": tokens, "slots": len(slots)}
+    fitted = fit(whole, CUTS, cost, seconds, NAMES)
+    cut = fitted.values
+    # one slot is the baseline; the largest number shows most
+    chosen = [*slots[: cut["slots"] - 1], slots[-1]]
+    return ServePlan(
+        list(sets[: cut["sets"]]),
+        items if cut["items"] == whole["items"] else cut["items"],
+        list(clients[: cut["clients"]]),
+        cut["tokens"],
+        chosen,
+        fitted.seconds,
+        fitted.left_out,
+    )
