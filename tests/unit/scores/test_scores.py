@@ -15,8 +15,8 @@ from dfqs_nb.llama.model import DecodeError, open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.llama.template import ChatTemplate
 from dfqs_nb.scores import Answerer, ItemSet, Options, compare_runs, sandbox, score_set
-from dfqs_nb.scores.grading import Results
 from dfqs_nb.scores import run as scores
+from dfqs_nb.scores.grading import Results
 from dfqs_nb.scores.run import Request
 from dfqs_nb.stats import holm, mcnemar, paired_bootstrap
 
