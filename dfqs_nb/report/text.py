@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core import display
 from dfqs_nb.core.paths import public_address
-from dfqs_nb.core.stage import read_stage
+from dfqs_nb.core.stage import NOTEBOOKS, read_stage
 from dfqs_nb.report import claims, requirements
 from dfqs_nb.report.envelope import envelope_tables
 from dfqs_nb.report.metrics import metric_sentence
@@ -130,9 +130,15 @@ def _envelope(envelope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _beside(folder: Path) -> list[tuple[str, list[str]]]:
-    """The summaries of the stages that a run has beside its report: ladder and serving."""
-    there = [name for name in BESIDE if (folder / f"{name}.json").is_file()]
-    return [(name, list(map(str, read_stage(folder, name).get("summary", [])))) for name in there]
+    """What else a run found: the summaries of ladder and serving, and what any stage's budget left out."""
+    stages = {name: read_stage(folder, name) for name in NOTEBOOKS if (folder / f"{name}.json").is_file()}
+    found = [(name, list(map(str, stages[name].get("summary", [])))) for name in BESIDE if name in stages]
+    left_out = [
+        f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {sentence}"
+        for name, stage in stages.items()
+        for sentence in stage.get("left_out") or ()
+    ]
+    return [*found, *([("left_out", left_out)] if left_out else [])]
 
 
 def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
