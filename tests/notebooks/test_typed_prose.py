@@ -25,6 +25,7 @@ METHOD = "says how something is measured or defined, not what came out"
 OPEN = "a question to the reader, or what was not shown"
 # The sentences that stand alone, by their beginnings. A new one needs an assert beside it, or a place here.
 ALONE = {
+    "00": {OPEN: ["It also does not promise", "Which of them costs"]},
     "01": {
         BY_CONSTRUCTION: ["The merge streams", "The check reads only", "It reads each window", "The file gets its name", "If the merge is"],
         OPEN: ["- that the weights are", "What does `dfqs-nb inspect", "- [Don't merge with cat]"],
@@ -43,6 +44,10 @@ ALONE = {
         METHOD: ["It scores all experts", "- again under identical", "The same in sentences", "- **Free**", "This matters only"]
         + ["The figure pools", "It covers the length", "DFQS calls a context", "- **Fix for equal logits**"]
         + ["Recording itself slightly", "A router that always"],
+    },
+    "05": {
+        METHOD: ["The context must hold", "Every text hides the", "So the plan costs about", "The curve may take"]
+        + ["A longer plan is cut"],
     },
     "06": {
         "stated by the set itself, held by tests of the sets": ["Its training never asked", "Some families are harder"],
