@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from dfqs_nb.core.files import whole_file
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from IPython.display import Image
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -46,6 +47,17 @@ def token_axis(ax: Axes, ticks: pd.Series | Sequence[int], label: str) -> None:
     ax.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
     ax.minorticks_off()
     ax.set_xlabel(label)
+
+
+def share_axis(axis: Axis, label: str) -> None:
+    """An axis of shares, in per cent."""
+    axis.set_major_formatter(PercentFormatter(1.0))
+    axis.set_label_text(label)
+
+
+def whiskers(table: pd.DataFrame, value: str) -> list[pd.Series]:
+    """How far ``low`` and ``high`` lie from a column's values, for error bars."""
+    return [(table[value] - table["low"]).clip(lower=0), (table["high"] - table[value]).clip(lower=0)]
 
 
 def save(ax: Axes, path: str | Path) -> None:

@@ -17,8 +17,8 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import read_json, write_table, write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.report.items import SCORES, missing_items, read_items
-from dfqs_nb.report.metrics import FILE, boundary_flags, read_report
+from dfqs_nb.report.items import missing_items, read_items
+from dfqs_nb.report.metrics import FILE, SCORES, boundary_flags, read_report
 from dfqs_nb.report.text import render
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def leaderboard(folder: str | Path) -> Leaderboard:
                 raise DfqsError(f"the same report as {seen[identity]}")
             checked = not missing_items(report, path.parent)
             if checked:
-                read_items(report, path.parent)
+                read_items(report, path)
             row = _row(report, path) | {"checked": checked}
             seen[identity], conditions[row["conditions"]] = name, report["conditions"]
         except DfqsError as error:

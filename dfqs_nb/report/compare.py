@@ -10,8 +10,9 @@ have templates of their own can never have equal conditions. The comparison then
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,11 @@ from dfqs_nb.core.errors import ComparisonError
 from dfqs_nb.core.files import write_json, write_table, write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
+from dfqs_nb.report import compare_text
 from dfqs_nb.report.board import is_contended, run_beside
-from dfqs_nb.report.compare_text import BOUNDARY, RETRIEVAL, SPEED, by_length, shown
-from dfqs_nb.report.items import SCORES, Items, read_items
-from dfqs_nb.report.metrics import FILE, boundary_flags, read_report
-from dfqs_nb.report.text import render
+from dfqs_nb.report.compare_text import RETRIEVAL
+from dfqs_nb.report.items import RunItems, read_answers
+from dfqs_nb.report.metrics import BOUNDARY, CURVE, FILE, SCORES, SPEED, boundary_flags
 from dfqs_nb.scores import compare_runs
 from dfqs_nb.stats import BOOTSTRAP_LEVEL, LEVEL, N_BOOT, expanded_tail, holm
 
@@ -38,61 +39,9 @@ ACCEPTABLE = "chat_template_sha256"  # the one condition that is a property of a
 SPEED_FACTS = ("system", "processor", "usable cores")  # of the machine: equal, or speeds are not compared
 N_FLIPS = 20_000  # of signs, where there are too many texts for all
 COLUMNS = (
-    ("metric", "model", "n", "value", "low", "high", "kind")
-    + ("difference", "difference_low", "difference_high", "p", "p_holm", "reading")
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class RunItems:
-    """A report with the answers it was made from; ``label`` is how tables call the model."""
-
-    label: str
-    path: Path
-    report: Mapping[str, Any]
-    items: Items
-
-    @property
-    def counts(self) -> Counts | None:
-        """Counts by text and length; None where the curve is withheld."""
-        return self.items.counts
-
-    @property
-    def context(self) -> pd.DataFrame:
-        """Long-context answers, of the task that the curve is made of."""
-        return self.items.context
-
-    def value(self, metric: str) -> Any:
-        """A metric, None where it is withheld."""
-        return self.report["metrics"][metric]
-
-    def detail(self, metric: str) -> Mapping[str, Any]:
-        """What stands beside a metric."""
-        found: Mapping[str, Any] = self.report["details"].get(metric) or {}
-        return found
-
-    def stated(self, metric: str) -> dict[str, float]:
-        """Count, value and interval as the report states them; NaN where it states none."""
-        detail = self.detail(metric)
-        values = {
-            "n": detail.get("n"),
-            "value": self.value(metric),
-            "low": detail.get("low"),
-            "high": detail.get("high"),
-        }
-        return {name: nan if value is None else float(value) for name, value in values.items()}
-
-
-def read_answers(path: str | Path) -> RunItems:
-    """A report, from its file or its run's folder, with its answers; both are checked.
-
-    Raises:
-        ReportError: the report is incomplete or was edited, or its answers are missing or do not give it.
-    """
-    path = Path(path)
-    path = path / FILE if path.is_dir() else path
-    report = read_report(path)
-    return RunItems(str(report["model"]["name"]), path, report, read_items(report, path.parent))
+    "metric model n value low high kind difference difference_low difference_high p p_holm reading".split()
+)
+Row = dict[str, Any]
 
 
 # ---- what may be compared ----
@@ -114,36 +63,27 @@ def check_reports(runs: Sequence[RunItems], accept: Sequence[str] = ()) -> dict[
     for run in runs:
         other = seen.setdefault(run.report["integrity"]["sha256"], run.path)
         if other is not run.path:
-            raise ComparisonError(
-                f"the same report as {tilde(other)}", where=tilde(run.path), hint="give it once"
-            )
+            what = f"the same report as {tilde(other)}"
+            raise ComparisonError(what, where=tilde(run.path), hint="give it once")
     if len({run.report["tier"] for run in runs}) > 1:
         each = ", ".join(f"{tilde(run.path)} is {run.report['tier']}" for run in runs)
         raise ComparisonError(f"tiers never mix: {each}", hint="run both on one tier")
-    return _check_conditions(runs, accept)
-
-
-def _check_conditions(runs: Sequence[RunItems], accept: Sequence[str]) -> dict[str, list[Any]]:
-    first = runs[0]
-    refused: list[str] = []
-    names: set[str] = set()
-    accepted: set[str] = set()
-    for run in runs[1:]:
-        differ = differing_fields(first.report["conditions"], run.report["conditions"])
-        allowed = {name for name in differ if any(name == one or name.endswith(f".{one}") for one in accept)}
-        accepted |= allowed
-        names |= {*differ} - allowed
-        named = [f"{name} ({a} and {b})" for name, (a, b) in differ.items() if name not in allowed]
-        if named:
-            refused.append(f"{tilde(run.path)}: {', '.join(named)}")
+    conditions = [run.report["conditions"] for run in runs]
+    differ = [differing_fields(conditions[0], other) for other in conditions]
+    names = {name for fields in differ for name in fields}
+    accepted = {name for name in names if any(name == one or name.endswith(f".{one}") for one in accept)}
+    refused = [
+        f"{tilde(run.path)}: "
+        + ", ".join(f"{name} ({a} and {b})" for name, (a, b) in fields.items() if name not in accepted)
+        for run, fields in zip(runs, differ, strict=True)
+        if {*fields} - accepted
+    ]
     if refused:
-        only_templates = all(name.split(".")[-1] == ACCEPTABLE for name in names)
+        only_templates = all(name.split(".")[-1] == ACCEPTABLE for name in names - accepted)
         way = f"; --accept {ACCEPTABLE} compares models across their own templates" if only_templates else ""
-        raise ComparisonError(
-            f"the conditions differ from those of {tilde(first.path)} in " + " | ".join(refused),
-            hint=f"run all again under the same conditions{way}",
-        )
-    return {name: [_at(run.report["conditions"], name) for run in runs] for name in sorted(accepted)}
+        what = f"the conditions differ from those of {tilde(runs[0].path)} in " + " | ".join(refused)
+        raise ComparisonError(what, hint=f"run all again under the same conditions{way}")
+    return {name: [_at(values, name) for values in conditions] for name in sorted(accepted)}
 
 
 def _at(conditions: Mapping[str, Any], name: str) -> Any:
@@ -182,7 +122,7 @@ class ReportComparison:
 
     def __str__(self) -> str:
         """The comparison as Markdown to paste: what was compared, one table, retrieval by length, methods."""
-        return render("comparison.md", found=self, shown=shown(self), by_length=by_length(self))
+        return compare_text.markdown(self.runs, self.accepted, self.table, self.lengths)
 
     def write(self, folder: str | Path) -> list[Path]:
         """Write ``comparison.json``, ``.md``, ``.csv`` and ``.png`` into a folder, each whole."""
@@ -195,25 +135,25 @@ class ReportComparison:
         numbers = self.table.select_dtypes("number").map(lambda value: float(f"{value:.6g}"))
         write_table(folder / "comparison.csv", self.table.assign(**numbers), index=False)
         write_text(folder / "comparison.md", str(self))
-        drawing.save(figures.comparison(self).axes[0], folder / "comparison.png")
+        drawing.save(figures.comparison(self.runs, self.table).axes[0], folder / "comparison.png")
         return [folder / f"comparison{suffix}" for suffix in (".json", ".md", ".csv", ".png")]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, with what identifies each report; NaN as null."""
-        keys = ("run", "conditions_sha256", "created")
+        reports = [
+            {
+                "label": run.label,
+                "model_sha256": run.report["model"]["sha256"],
+                "report_sha256": run.report["integrity"]["sha256"],
+                **{key: run.report[key] for key in ("run", "conditions_sha256", "created")},
+            }
+            for run in self.runs
+        ]
         return {
             "schema": "dfqs-comparison/1.0",
             "tier": self.tier,
             "accepted": self.accepted,
-            "reports": [
-                {
-                    "label": run.label,
-                    "model_sha256": run.report["model"]["sha256"],
-                    "report_sha256": run.report["integrity"]["sha256"],
-                    **{key: run.report[key] for key in keys},
-                }
-                for run in self.runs
-            ],
+            "reports": reports,
             "conditions": self.runs[0].report["conditions"],
             "level": LEVEL,
             "table": _plain(self.table),
@@ -221,14 +161,15 @@ class ReportComparison:
         }
 
 
-def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
-    rows = table.astype(object).to_dict("records")
-    return [{str(key): _json(value) for key, value in row.items()} for row in rows]
+def _plain(table: pd.DataFrame) -> list[Row]:
+    def plain(value: Any) -> Any:
+        value = value.item() if isinstance(value, np.generic) else value
+        return None if isinstance(value, float) and not np.isfinite(value) else value
 
-
-def _json(value: Any) -> Any:
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and (value != value or value in (inf, -inf)) else value
+    return [
+        {str(key): plain(value) for key, value in row.items()}
+        for row in table.astype(object).to_dict("records")
+    ]
 
 
 def compare_reports(
@@ -252,110 +193,129 @@ def compare_reports(
         raise ComparisonError(f"given twice: {', '.join(twice)}", hint="give each report once")
     runs = _labelled([read_answers(path) for path in paths])
     accepted = check_reports(runs, accept)
-    rows, lengths, first = [], [], runs[0]
-    for run in runs[1:]:
-        for metric in (*SCORES, RETRIEVAL, BOUNDARY, SPEED):
-            missing = _withheld(first, run, metric)
-            rows.append(missing or _ROWS[metric](first, run, metric, n_boot, seed))
-        lengths.append(_by_length(first, run, n_boot, seed))
-    table = _with_baseline(_corrected(rows), first, n_boot, seed)
-    return ReportComparison(tuple(runs), accepted, table, pd.concat(lengths, ignore_index=True))
+    pairs = [Pair(runs[0], run, n_boot, seed) for run in runs[1:]]
+    rows = _corrected([pair.row(metric) for metric in ROWS for pair in pairs])
+    table = []
+    for metric in ROWS:
+        base = {"metric": metric, "model": runs[0].label, "kind": "", "reading": "baseline"}
+        table += [
+            base | (_alone(runs[0].context, n_boot, seed) if metric == RETRIEVAL else runs[0].stated(metric))
+        ]
+        table += [row for row in rows if row["metric"] == metric]
+    lengths = pd.concat([pair.by_length() for pair in pairs], ignore_index=True)
+    return ReportComparison(tuple(runs), accepted, pd.DataFrame(table, columns=COLUMNS), lengths)
 
 
 def _labelled(runs: Sequence[RunItems]) -> list[RunItems]:
     """Names that tell the reports apart: the model's, then with the run's, then with the folder's."""
     names = [run.label for run in runs]
     for add in (lambda run: run.report["run"], lambda run: tilde(run.path.parent)):
+        many = {name for name in names if names.count(name) > 1}
         names = [
-            name if names.count(name) == 1 else f"{name} ({add(run)})"
-            for name, run in zip(names, runs, strict=True)
+            f"{name} ({add(run)})" if name in many else name for name, run in zip(names, runs, strict=True)
         ]
     return [replace(run, label=name) for name, run in zip(names, runs, strict=True)]
 
 
-def _row(run: RunItems, metric: str, **values: Any) -> dict[str, Any]:
-    empty = dict.fromkeys(COLUMNS, nan)
-    return {**empty, "metric": metric, "model": run.label, "kind": "", "reading": "", **values}
+def _corrected(rows: list[Row]) -> list[Row]:
+    """Holm's correction over all tests of the table, and what each says."""
+    tested = [row for row in rows if "p" in row]
+    for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
+        higher = "higher" if row["difference"] > 0 else "lower"
+        word = higher if p < 1 - LEVEL else "no evidence of a difference"
+        row |= {"p_holm": p, "reading": f"{word}; {row['reading']}"}
+    return rows
 
 
-def _withheld(first: RunItems, run: RunItems, metric: str) -> dict[str, Any] | None:
-    """A row that says why a metric is not compared: one of the two withholds it."""
-    name = "context_stability_curve" if metric == RETRIEVAL else metric
-    own = {} if metric == RETRIEVAL else run.stated(metric)
-    for one in (first, run):
-        if one.value(name) is None:
-            why = one.detail(name).get("withheld") or "no value"
-            return _row(run, metric, **own, reading=f"not compared: {one.label} withholds it ({why})")
-    return None
+# ---- one run against the baseline, metric by metric ----
 
 
-def _reading(only_first: int, only_this: int) -> str:
-    return f"{only_first} right in the baseline alone, {only_this} here alone"
+@dataclass(frozen=True)
+class Pair:
+    """The baseline and another run; their long-context answers to questions with equal keys and answers."""
+
+    first: RunItems
+    run: RunItems
+    n_boot: int = N_BOOT
+    seed: int = 0
+
+    @cached_property
+    def both(self) -> tuple[RunItems, RunItems]:
+        """The baseline, and the other."""
+        return self.first, self.run
+
+    @cached_property
+    def shared(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The long-context answers of each to the questions that both were asked."""
+        a, b, keys = self.first.context, self.run.context, ["haystack", "length", "question", "expected"]
+        if not len(a) or not len(b):
+            return a[:0], b[:0]
+        common = a[keys].merge(b[keys], on=keys)
+        return a.merge(common, on=keys), b.merge(common, on=keys)
+
+    def row(self, metric: str) -> Row:
+        """The row of a metric: the run's own value, and its difference to the baseline or why it has none."""
+        own: Row = {"metric": metric, "model": self.run.label, "kind": "", "reading": ""}
+        own |= {} if metric == RETRIEVAL else self.run.stated(metric)
+        name = CURVE if metric == RETRIEVAL else metric
+        for run in self.both:
+            if run.value(name) is None:
+                why = run.detail(name).get("withheld") or "no value"
+                return own | {"reading": f"not compared: {run.label} withholds it ({why})"}
+        return own | ROWS[metric](self, metric)
+
+    def by_length(self) -> pd.DataFrame:
+        """The difference in retrieval by length."""
+        a, b = self.shared
+        import pandas as pd
+
+        table = paired(b, a, n_boot=self.n_boot, seed=self.seed) if len(a) else pd.DataFrame()
+        return table.assign(model=self.run.label)
 
 
-def _score_row(first: RunItems, run: RunItems, metric: str, n_boot: int, seed: int) -> dict[str, Any]:
-    a, b = (one.items.scores[metric] for one in (first, run))
-    found, own = compare_runs([a], [b], n_boot, seed)[0], b.score
-    return _row(
-        run,
-        metric,
-        n=found.n,
-        value=found.b,
-        low=own.low,
-        high=own.high,
-        kind="difference",
-        difference=found.difference,
-        difference_low=found.low,
-        difference_high=found.high,
-        p=found.p,
-        reading=_reading(found.only_a, found.only_b),
-    )
+def _differs(kind: str, value: float, low: float, high: float, reading: str) -> Row:
+    ends = {"difference": value, "difference_low": low, "difference_high": high}
+    return {"kind": kind, **ends, "reading": reading}
 
 
-def _shared(first: RunItems, run: RunItems) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The long-context answers of both to questions with equal keys and equal answers."""
-    keys = ["haystack", "length", "question", "expected"]
-    if not len(first.context) or not len(run.context):
-        return first.context[:0], run.context[:0]
-    both = first.context[keys].merge(run.context[keys], on=keys)
-    return first.context.merge(both, on=keys), run.context.merge(both, on=keys)
+def _score(pair: Pair, metric: str) -> Row:
+    a, b = pair.first.scores[metric], pair.run.scores[metric]
+    it = compare_runs([a], [b], pair.n_boot, pair.seed)[0]
+    reading = f"{it.only_a} right in the baseline alone, {it.only_b} here alone"
+    return {
+        "n": it.n,
+        "value": it.b,
+        "p": it.p,
+        **_differs("difference", it.difference, it.low, it.high, reading),
+    }
 
 
-def _retrieval_row(first: RunItems, run: RunItems, metric: str, n_boot: int, seed: int) -> dict[str, Any]:
+def _retrieval(pair: Pair, metric: str) -> Row:
     """Accuracy over all planned lengths that both measured, on the questions that both were asked."""
-    a, b = (one[one["planned"]] for one in _shared(first, run))
+    a, b = (items[items["planned"]] for items in pair.shared)
     if not len(a):
-        return _row(run, metric, reading="not compared: the two were asked no question in common")
-    whole = paired(_as_one(b), _as_one(a), n_boot=n_boot, seed=seed).iloc[0]
-    low, high = _alone(b, n_boot, seed)
-    planned = int(first.context["planned"].sum())
+        return {"reading": "not compared: the two were asked no question in common"}
+    it = paired(_pooled(b), _pooled(a), n_boot=pair.n_boot, seed=pair.seed).iloc[0]
+    planned = int(pair.first.context["planned"].sum())
     left = "" if len(a) == planned else f"; of {planned} questions {len(a)} were asked of both"
-    return _row(
-        run,
-        metric,
-        n=int(whole["n"]),
-        value=whole["accuracy"],
-        low=low,
-        high=high,
-        kind="difference",
-        difference=whole["difference"],
-        difference_low=whole["low"],
-        difference_high=whole["high"],
-        p=flip_test(a, b, seed),
-        reading=_reading(int(whole["only_baseline"]), int(whole["only_this"])) + left,
-    )
+    reading = f"{it['only_baseline']:.0f} right in the baseline alone, {it['only_this']:.0f} here alone{left}"
+    own, p = _alone(b, pair.n_boot, pair.seed), flip_test(a, b, pair.seed)
+    return {**own, "p": p, **_differs("difference", it["difference"], it["low"], it["high"], reading)}
 
 
-def _as_one(items: pd.DataFrame) -> pd.DataFrame:
+def _pooled(items: pd.DataFrame) -> pd.DataFrame:
     """All lengths as one, so that ``paired`` gives the difference over all of them."""
     return items.assign(question=items["length"].astype(str) + "/" + items["question"], length=0)
 
 
-def _alone(items: pd.DataFrame, n_boot: int, seed: int) -> tuple[float, float]:
-    """The interval of one model's accuracy: its difference to a model that knows nothing."""
-    nothing = _as_one(items).assign(correct=False)
-    found = paired(_as_one(items), nothing, n_boot=n_boot, seed=seed).iloc[0]
-    return max(0.0, float(found["low"])), min(1.0, float(found["high"]))
+def _alone(items: pd.DataFrame, n_boot: int, seed: int) -> Row:
+    """A model's accuracy over planned lengths; its interval is that of its lead on one that knows nothing."""
+    if not len(items):
+        return {}
+    items = items[items["planned"]]
+    it = paired(_pooled(items), _pooled(items).assign(correct=False), n_boot=n_boot, seed=seed).iloc[0]
+    low, high = max(0.0, float(it["low"])), min(1.0, float(it["high"]))
+    return {"n": len(items), "value": items["correct"].mean(), "low": low, "high": high}
 
 
 def flip_test(a: pd.DataFrame, b: pd.DataFrame, seed: int) -> float:
@@ -364,40 +324,30 @@ def flip_test(a: pd.DataFrame, b: pd.DataFrame, seed: int) -> float:
     Were the two models equally able, each text's difference could as well have had the other sign.
     """
     change = (b.groupby("haystack")["correct"].sum() - a.groupby("haystack")["correct"].sum()).to_numpy(float)
-    n = len(change)
+    n, least = len(change), abs(change.sum()) - 1e-9
     if n <= 14:
         signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-        return float((np.abs(signs @ change) >= abs(change.sum()) - 1e-9).mean())
+        return float((np.abs(signs @ change) >= least).mean())
     signs = np.random.default_rng(seed).choice([-1, 1], (N_FLIPS, n))
-    return float((1 + (np.abs(signs @ change) >= abs(change.sum()) - 1e-9).sum()) / (N_FLIPS + 1))
+    return float((1 + (np.abs(signs @ change) >= least).sum()) / (N_FLIPS + 1))
 
 
-def _by_length(first: RunItems, run: RunItems, n_boot: int, seed: int) -> pd.DataFrame:
-    import pandas as pd
-
-    a, b = _shared(first, run)
-    found = paired(b, a, n_boot=n_boot, seed=seed) if len(a) else pd.DataFrame()
-    return found.assign(model=run.label)
-
-
-def _boundary_row(first: RunItems, run: RunItems, metric: str, n_boot: int, seed: int) -> dict[str, Any]:
-    values = run.stated(metric)
-    states = [str(one.detail(metric).get("status")) for one in (first, run)]
-    if "floor" in states or not len(first.context) or not len(run.context):
-        who = [one.label for one, state in zip((first, run), states, strict=True) if state == "floor"]
-        verb = "does" if len(who) == 1 else "do"
-        why = f"{' and '.join(who)} {verb} no better than chance" if who else "there is no curve"
-        return _row(run, metric, **values, reading=f"not compared: {why}")
-    ratio, low, high = boundary_ratio(first, run, n_boot, seed)
-    apart = "the interval excludes 1" if low > 1 or high < 1 else "the interval includes 1"
-    reading = {
-        (True, True): "neither boundary was reached",
-        (True, False): f"at most: the baseline's was not reached; {apart}",
-        (False, True): f"at least: it was not reached; {apart}",
-    }.get((states[0] == "right_censored", states[1] == "right_censored"), apart)
-    differ = {"kind": "ratio", "difference": ratio, "difference_low": low, "difference_high": high}
-    flags = [f"{one.label} {flag}" for one in (first, run) for flag in boundary_flags(one.detail(metric))]
-    return _row(run, metric, **values, **differ, reading="; ".join([reading, *flags]))
+def _boundary(pair: Pair, metric: str) -> Row:
+    states = [str(run.detail(metric).get("status")) for run in pair.both]
+    if lost := [run.label for run, state in zip(pair.both, states, strict=True) if state == "floor"]:
+        verb = "does" if len(lost) == 1 else "do"
+        return {"reading": f"not compared: {' and '.join(lost)} {verb} no better than chance"}
+    if not all(len(run.context) for run in pair.both):
+        return {"reading": "not compared: there is no curve"}
+    ratio, low, high = boundary_ratio(*pair.both, pair.n_boot, pair.seed)
+    apart = f"the interval {'excludes' if low > 1 or high < 1 else 'includes'} 1"
+    base_open, own_open = (state == "right_censored" for state in states)
+    reading = "neither boundary was reached" if base_open and own_open else apart
+    if base_open != own_open:
+        which = "at most: the baseline's was not reached" if base_open else "at least: it was not reached"
+        reading = f"{which}; {apart}"
+    flags = [f"{run.label} {flag}" for run in pair.both for flag in boundary_flags(run.detail(metric))]
+    return _differs("ratio", ratio, low, high, "; ".join([reading, *flags]))
 
 
 def boundary_ratio(
@@ -430,28 +380,12 @@ def boundary_ratio(
     )
 
 
-def _speed_row(first: RunItems, run: RunItems, metric: str, n_boot: int, seed: int) -> dict[str, Any]:
-    base, values = first.stated(metric), run.stated(metric)
-    if why := why_speeds_differ(first, run):
-        return _row(run, metric, **values, reading=f"not compared: {why}")
-    return _row(
-        run,
-        metric,
-        **values,
-        kind="ratio",
-        difference=values["value"] / base["value"],
-        difference_low=values["low"] / base["high"],
-        difference_high=values["high"] / base["low"],
-        reading="of medians, one session each",
-    )
-
-
-_ROWS = {
-    **dict.fromkeys(SCORES, _score_row),
-    RETRIEVAL: _retrieval_row,
-    BOUNDARY: _boundary_row,
-    SPEED: _speed_row,
-}
+def _speed(pair: Pair, metric: str) -> Row:
+    if why := why_speeds_differ(pair.first, pair.run):
+        return {"reading": f"not compared: {why}"}
+    base, own = pair.first.stated(metric), pair.run.stated(metric)
+    ends = own["low"] / base["high"], own["high"] / base["low"]
+    return _differs("ratio", own["value"] / base["value"], *ends, "of medians, one session each")
 
 
 def why_speeds_differ(first: RunItems, run: RunItems) -> str:
@@ -468,27 +402,9 @@ def why_speeds_differ(first: RunItems, run: RunItems) -> str:
     return ""
 
 
-def _corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Holm's correction over all tests of the table, and what each says."""
-    tested = [row for row in rows if row["p"] == row["p"]]
-    for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
-        higher = "higher" if row["difference"] > 0 else "lower"
-        word = higher if p < 1 - LEVEL else "no evidence of a difference"
-        row |= {"p_holm": p, "reading": f"{word}; {row['reading']}"}
-    return rows
-
-
-def _with_baseline(rows: list[dict[str, Any]], first: RunItems, n_boot: int, seed: int) -> pd.DataFrame:
-    """The table in the order of metrics, the baseline's own row before the others' rows."""
-    import pandas as pd
-
-    ordered = []
-    for metric in dict.fromkeys(row["metric"] for row in rows):
-        values: dict[str, Any] = {} if metric == RETRIEVAL else first.stated(metric)
-        if metric == RETRIEVAL and len(first.context):
-            items = first.context[first.context["planned"]]
-            low, high = _alone(items, n_boot, seed)
-            values = {"n": len(items), "value": items["correct"].mean(), "low": low, "high": high}
-        ordered += [_row(first, metric, **values, reading="baseline")]
-        ordered += [row for row in rows if row["metric"] == metric]
-    return pd.DataFrame(ordered, columns=list(COLUMNS))
+ROWS: dict[str, Callable[[Pair, str], Row]] = {
+    **dict.fromkeys(SCORES, _score),
+    RETRIEVAL: _retrieval,
+    BOUNDARY: _boundary,
+    SPEED: _speed,
+}

@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.report.board import boundary_status
+from dfqs_nb.report.items import RunItems
+from dfqs_nb.report.metrics import BOUNDARY, SPEED
+from dfqs_nb.report.text import render
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from dfqs_nb.report.compare import ReportComparison, RunItems
-
-RETRIEVAL, BOUNDARY, SPEED = "retrieval accuracy", "failure_boundary_tokens", "cpu_tokens_per_sec"
+RETRIEVAL = "retrieval accuracy"
 FORMS = {BOUNDARY: "{:,.0f}", SPEED: "{:,.1f}"}
 
 
-def shown(found: ReportComparison) -> pd.DataFrame:
+def markdown(
+    runs: Sequence[RunItems], accepted: Mapping[str, Any], table: pd.DataFrame, lengths: pd.DataFrame
+) -> str:
+    """The comparison as Markdown; see `ReportComparison` for its parts."""
+    rows = {"shown": shown(runs, table), "by_length": by_length(lengths)}
+    return render("comparison.md", runs=runs, accepted=accepted, table=table, **rows)
+
+
+def shown(runs: Sequence[RunItems], table: pd.DataFrame) -> pd.DataFrame:
     """One line a metric and model: both values with their intervals, the difference, p, and what it says."""
     import pandas as pd
 
-    first, by_label = found.runs[0], {run.label: run for run in found.runs}
-    rows = []
-    for metric, group in found.table.groupby("metric", sort=False):
-        own = group[group["model"] == first.label].iloc[0]
-        for row in group[group["model"] != first.label].to_dict("records"):
+    first, by_label, lines = runs[0], {run.label: run for run in runs}, []
+    for metric, group in table.groupby("metric", sort=False):
+        own, *others = group.to_dict("records")
+        for row in others:
             base = value_text(own, first)
             if metric == RETRIEVAL and row["kind"] and row["n"] != own["n"]:
                 base = f"{row['value'] - row['difference']:.3f} on these"
-            rows.append(
-                {
-                    "metric": metric,
-                    "n": "" if row["n"] != row["n"] else f"{row['n']:,.0f}",
-                    f"{first.label} (baseline)": base,
-                    "model": row["model"],
-                    "value": value_text(row, by_label[row["model"]]),
-                    "difference": difference_text(row),
-                    "p (Holm)": "" if row["p_holm"] != row["p_holm"] else f"{row['p_holm']:.2g}",
-                    "reading": row["reading"],
-                }
-            )
-    return pd.DataFrame(rows)
+            line = {
+                "metric": metric,
+                "n": _or_empty(row["n"], "{:,.0f}"),
+                f"{first.label} (baseline)": base,
+                "model": row["model"],
+                "value": value_text(row, by_label[row["model"]]),
+                "difference": difference_text(row),
+                "p (Holm)": _or_empty(row["p_holm"], "{:.2g}"),
+                "reading": row["reading"],
+            }
+            lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _or_empty(value: float, form: str) -> str:
+    return "" if value != value else form.format(value)
 
 
 def value_text(row: Mapping[str, Any], run: RunItems) -> str:
@@ -49,16 +60,13 @@ def value_text(row: Mapping[str, Any], run: RunItems) -> str:
     if row["value"] != row["value"]:
         return "withheld"
     form = FORMS.get(row["metric"], "{:.3f}")
-    low, high = ("open" if row[end] != row[end] else form.format(row[end]) for end in ("low", "high"))
+    low, high = (_or_empty(row[end], form) or "open" for end in ("low", "high"))
     text = f"{form.format(row['value'])} [{low}, {high}]"
     if row["metric"] == SPEED and run.detail(SPEED).get("contended"):
         return f"{text} (contended)"
-    if row["metric"] != BOUNDARY:
-        return text
-    status = boundary_status(run.detail(BOUNDARY))
-    return {"quality": text, "right censored": f"over {text}", "floor": "at chance"}.get(
-        status, f"{text} ({status})"
-    )
+    status = boundary_status(run.detail(BOUNDARY)) if row["metric"] == BOUNDARY else "quality"
+    known = {"quality": text, "right censored": f"over {text}", "floor": "at chance"}
+    return known.get(status, f"{text} ({status})")
 
 
 def difference_text(row: Mapping[str, Any]) -> str:
@@ -70,16 +78,17 @@ def difference_text(row: Mapping[str, Any]) -> str:
     """
     if not row["kind"]:
         return ""
-    form, lead = ("{:.2f}", "x ") if row["kind"] == "ratio" else ("{:+.3f}", "")
-    low, high = (
-        "open" if row[end] in (0.0, inf) and row["kind"] == "ratio" else form.format(row[end])
-        for end in ("difference_low", "difference_high")
+    is_ratio = row["kind"] == "ratio"
+    form, lead, ends = ("{:.2f}", "x ", (0.0, inf)) if is_ratio else ("{:+.3f}", "", ())
+    parts = [row[f"difference{end}"] for end in ("_low", "_high")]
+    low, high = ("open" if part in ends else form.format(part) for part in parts)
+    value = (
+        f"{lead}{_or_empty(row['difference'], form)}" if row["difference"] == row["difference"] else "unknown"
     )
-    value = "unknown" if row["difference"] != row["difference"] else lead + form.format(row["difference"])
     return f"{value} [{low}, {high}]"
 
 
-def by_length(found: ReportComparison) -> pd.DataFrame:
+def by_length(lengths: pd.DataFrame) -> pd.DataFrame:
     """Retrieval by length, on the questions that both were asked."""
     import pandas as pd
 
@@ -92,6 +101,6 @@ def by_length(found: ReportComparison) -> pd.DataFrame:
             "accuracy": f"{row.accuracy:.2f}",
             "difference": f"{row.difference:+.2f} [{row.low:+.2f}, {row.high:+.2f}]",
         }
-        for row in found.lengths.itertuples()
+        for row in lengths.itertuples()
     ]
     return pd.DataFrame(rows)

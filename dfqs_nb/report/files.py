@@ -119,7 +119,7 @@ def check_run(folder: str | Path) -> list[str]:
         if (folder / name).read_text(encoding="utf-8") != text:
             what = "is not what report.json gives: edited, or written by another version of the workbook"
             raise ReportError(what, where=tilde(folder / name), hint=AGAIN)
-    items = read_items(report, folder)
+    items = read_items(report, folder / FILE)
     again = [*items.scores, *(["context_stability_curve"] if len(items.context) else [])]
     return [
         f"{FILE}: as it was written",

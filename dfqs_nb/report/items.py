@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfqs_nb.context import Counts, read_answers
+from dfqs_nb import context
+from dfqs_nb.context import Counts
 from dfqs_nb.core.display import cell
 from dfqs_nb.core.files import sha256_of_file
 from dfqs_nb.core.paths import tilde
+from dfqs_nb.report.metrics import CURVE, FILE, SCORES, read_report
 from dfqs_nb.report.stages import ReportError
 from dfqs_nb.scores import SetRun
 
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 JOURNAL = "long_context_items.jsonl"
-SCORES = ("reasoning_score", "code_score")
 SCORE_ITEMS = "score_items.csv"
 RIGHT = ("correct", "passed")  # grades of questions, outcomes of code
 COLUMNS = ("set", "id", "sample", "family", "guess", "grade", "correct")
@@ -31,14 +33,19 @@ AGAIN = "run notebooks 05 to 07 again"
 
 
 @dataclass(frozen=True)
-class Items:
-    """The answers behind a report's metrics; what the report withholds has none.
+class RunItems:
+    """A report with the answers that it was made from; what it withholds has none.
 
     Attributes:
+        label: how tables call the model.
+        path: of the report.
         scores: by metric the tier's set with its answers and the score that they give.
         context: long-context answers of the task that the curve is made of.
     """
 
+    label: str
+    path: Path
+    report: Mapping[str, Any]
     scores: Mapping[str, SetRun]
     context: pd.DataFrame = field(repr=False)
 
@@ -46,6 +53,32 @@ class Items:
     def counts(self) -> Counts | None:
         """Counts by haystack and length; None where the curve is withheld."""
         return Counts.of(self.context) if len(self.context) else None
+
+    def value(self, metric: str) -> Any:
+        """A metric, None where it is withheld."""
+        return self.report["metrics"][metric]
+
+    def detail(self, metric: str) -> Mapping[str, Any]:
+        """What stands beside a metric."""
+        detail: Mapping[str, Any] = self.report["details"].get(metric) or {}
+        return detail
+
+    def stated(self, metric: str) -> dict[str, float]:
+        """Count, value and interval as the report states them; NaN where it states none."""
+        values = {**self.detail(metric), "value": self.value(metric)}
+        given = {name: values.get(name) for name in ("n", "value", "low", "high")}
+        return {name: nan if value is None else float(value) for name, value in given.items()}
+
+
+def read_answers(path: str | Path) -> RunItems:
+    """A report, from its file or its run's folder, with its answers; both are checked.
+
+    Raises:
+        ReportError: the report is incomplete or was edited, or its answers are missing or do not give it.
+    """
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    return read_items(read_report(path), path)
 
 
 def missing_items(report: Mapping[str, Any], folder: Path) -> list[str]:
@@ -55,44 +88,47 @@ def missing_items(report: Mapping[str, Any], folder: Path) -> list[str]:
 
 def _files(report: Mapping[str, Any]) -> dict[str, str]:
     """The files of answers with their SHA-256."""
-    named = {one["file"]: one["sha256"] for group in report["items"].values() for one in group}
-    own = {name: digest for name, digest in report["sources"].items() if name in (SCORE_ITEMS, JOURNAL)}
-    return named | own
+    named = {item["file"]: item["sha256"] for group in report["items"].values() for item in group}
+    return named | {
+        name: report["sources"][name] for name in (SCORE_ITEMS, JOURNAL) if name in report["sources"]
+    }
 
 
-def read_items(report: Mapping[str, Any], folder: Path) -> Items:
+def read_items(report: Mapping[str, Any], path: Path) -> RunItems:
     """The answers of a report, from the folder that it lies in.
+
+    Args:
+        path: of the report.
 
     Raises:
         ReportError: they are missing, were edited, or do not give the report's scores and curve.
     """
+    folder = path.parent
     for name, digest in _files(report).items():
         file = folder / name
         if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
-            raise ReportError(f"the report's items are missing ({name})", where=tilde(folder), hint=AGAIN)
+            raise _refused(folder, f"the report's items are missing ({name})")
         if sha256_of_file(file) != digest:
-            raise ReportError(
-                f"{name} is not the file that the report was made from", where=tilde(folder), hint=AGAIN
-            )
-    return Items(_scores(report, folder), _context(report, folder))
+            raise _refused(folder, f"{name} is not the file that the report was made from")
+    name = str(report["model"]["name"])
+    return RunItems(name, path, report, _scores(report, folder / SCORE_ITEMS), _context(report, folder))
 
 
-def _scores(report: Mapping[str, Any], folder: Path) -> dict[str, SetRun]:
+def _refused(where: Path, what: str) -> ReportError:
+    return ReportError(what, where=tilde(where), hint=AGAIN)
+
+
+def _scores(report: Mapping[str, Any], path: Path) -> dict[str, SetRun]:
     stated = {name: report["details"][name] for name in SCORES if report["metrics"][name] is not None}
-    if not stated:
-        return {}
-    items, path = _score_items(folder / SCORE_ITEMS), folder / SCORE_ITEMS
-    scores = {}
+    items, scores = _score_items(path) if stated else None, {}
     for name, detail in stated.items():
-        own = items[items["set"] == str(detail.get("set"))]
-        run = SetRun.of(name.removesuffix("_score"), str(detail.get("set")), own, n_items=detail["n"])
+        own, kind = str(detail.get("set")), name.removesuffix("_score")
+        run = SetRun.of(kind, own, items[items["set"] == own], n_items=detail["n"])  # type: ignore[index]
         for key in ("value", "low", "high", "guess_rate"):
-            made = getattr(run.score, key)
-            if made is None or detail[key] is None or not np.isclose(made, detail[key], atol=1e-9):
-                raise ReportError(
-                    f"its items give {name} {key} {cell(made)}, and the report states {cell(detail[key])}",
-                    where=tilde(path),
-                    hint=AGAIN,
+            made, then = getattr(run.score, key), detail[key]
+            if made is None or then is None or not np.isclose(made, then, atol=1e-9):
+                raise _refused(
+                    path, f"its items give {name} {key} {cell(made)}, and the report states {cell(then)}"
                 )
         scores[name] = run
     return scores
@@ -101,22 +137,21 @@ def _scores(report: Mapping[str, Any], folder: Path) -> dict[str, SetRun]:
 def _score_items(path: Path) -> pd.DataFrame:
     import pandas as pd
 
+    types = dict.fromkeys(("set", "id", "family", "grade"), str) | {
+        "correct": bool,
+        "sample": int,
+        "guess": float,
+    }
     try:
-        text = {"set": str, "id": str, "family": str, "grade": str}
-        items = pd.read_csv(
-            path, keep_default_na=False, dtype={**text, "correct": bool, "sample": int, "guess": float}
-        )
+        items = pd.read_csv(path, keep_default_na=False, dtype=types)
     except (OSError, ValueError) as error:
-        raise ReportError(f"cannot be read ({str(error)[:200]})", where=tilde(path), hint=AGAIN) from error
+        raise _refused(path, f"cannot be read ({str(error)[:200]})") from error
     absent = [name for name in COLUMNS if name not in items]
     if absent:
-        raise ReportError(f"has no column {', '.join(absent)}", where=tilde(path), hint=AGAIN)
+        raise _refused(path, f"has no column {', '.join(absent)}")
     wrong = items["grade"].isin(RIGHT) != items["correct"]
     if wrong.any():
-        where = items["id"][wrong].iloc[0]
-        raise ReportError(
-            f"the grade of {where} contradicts its column correct", where=tilde(path), hint=AGAIN
-        )
+        raise _refused(path, f"the grade of {items['id'][wrong].iloc[0]} contradicts its column correct")
     return items
 
 
@@ -124,19 +159,16 @@ def _context(report: Mapping[str, Any], folder: Path) -> pd.DataFrame:
     """The answers that give the report's curve; a journal may hold other runs and tasks beside them."""
     import pandas as pd
 
-    curve = report["metrics"]["context_stability_curve"]
+    curve = report["metrics"][CURVE]
     if curve is None:
         return pd.DataFrame()
-    path = folder / JOURNAL
     try:
-        frames = read_answers(folder)
+        frames = context.read_answers(folder)
     except (OSError, ValueError) as error:
-        raise ReportError(f"cannot be read ({error})", where=tilde(path), hint=AGAIN) from error
-    for items in frames:
-        for task in items["task"].unique():
-            own = items[items["task"] == task]
-            rows = Counts.of(own).curve()
-            made = rows.loc[rows["planned"], "curve"].to_numpy()
-            if len(made) == len(curve) and np.allclose(made, curve):
-                return own.reset_index(drop=True)
-    raise ReportError("its items do not give the report's curve", where=tilde(path), hint=AGAIN)
+        raise _refused(folder / JOURNAL, f"cannot be read ({error})") from error
+    for own in (group for items in frames for _, group in items.groupby("task", sort=False)):
+        rows = Counts.of(own).curve()
+        made = rows.loc[rows["planned"], "curve"].to_numpy()
+        if len(made) == len(curve) and np.allclose(made, curve):
+            return own.reset_index(drop=True)
+    raise _refused(folder / JOURNAL, "its items do not give the report's curve")

@@ -21,8 +21,9 @@ from dfqs_nb.core.errors import ComparisonError, DfqsError
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.report import compare as report_compare
 from dfqs_nb.report import figures as report_figures
-from dfqs_nb.report.compare import RETRIEVAL, compare_reports
-from dfqs_nb.report.items import Items
+from dfqs_nb.report.compare import compare_reports
+from dfqs_nb.report.compare_text import RETRIEVAL
+from dfqs_nb.report.items import RunItems
 from dfqs_nb.report.stages import ReportError
 
 REFUSED = (ComparisonError, ReportError)
@@ -117,13 +118,13 @@ def test_a_markdown_table_keeps_its_columns(pair):
 def test_the_figure_has_every_model_and_its_boundary(tmp_path, pair):
     third = make_run(tmp_path / "three", "Three", flat=0.98, seed=5)  # never falls: censored
     found = compare_reports([*pair, third])
-    ax = report_figures.curves_overlaid(found)
+    ax = report_figures.curves_overlaid(found.runs, found.table)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["One", "Two", "Three"]
     markers = [
         line.get_marker() for line in ax.lines if line.get_ydata()[0] < 0 and len(line.get_ydata()) == 1
     ]
     assert markers.count("D") == 2 and ">" in markers
-    assert len(report_figures.scores_overlaid(found).containers) == 6
+    assert len(report_figures.scores_overlaid(found.runs, found.table).containers) == 6
     plt.close("all")
 
 
@@ -254,7 +255,7 @@ def test_any_metric_may_be_withheld_on_either_side(tmp_path, pair, metric):
     for reports in ([pair[0], other], [other, pair[0]]):
         found = compare_reports(reports)
         assert "not compared: " in "".join(found.table["reading"]) and "not run" in str(found)
-        plt.close(report_figures.comparison(found))
+        plt.close(report_figures.comparison(found.runs, found.table))
 
 
 @pytest.mark.parametrize(
@@ -393,7 +394,7 @@ def test_the_ratios_interval_covers_the_truth():
                 "metrics": {"failure_boundary_tokens": found.tokens},
                 "details": {"failure_boundary_tokens": found.as_dict()},
             }
-            runs.append(report_compare.RunItems("m", Path("r"), report, Items({}, items)))
+            runs.append(RunItems("m", Path("r"), report, {}, items))
         _, low, high = report_compare.boundary_ratio(*runs, n_boot=300)
         covered += low <= 1 <= high
     assert covered / n >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / n)

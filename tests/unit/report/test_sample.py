@@ -13,7 +13,7 @@ FOLDER = REPOSITORY / "docs" / "sample_report"
 
 def test_the_sample_follows_the_schema_and_its_scores_are_counted_again():
     report = read_report(FOLDER)
-    again = read_items(report, FOLDER)
+    again = read_items(report, FOLDER / "report.json")
     assert set(again.scores) == {"reasoning_score", "code_score"} and len(again.context)
 
 
