@@ -198,6 +198,52 @@ def _long_context(
 
 
 @app.command(rich_help_panel=MEASURE)
+def tasks(
+    model: Annotated[str, typer.Argument(help="A GGUF file, or any of its shards.")],
+    task: Annotated[
+        list[str] | None, typer.Option("--task", metavar="NAME", help="Only these tasks. Default: all.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens, with commas.")] = "512,1024,2048,4096",
+    texts: Annotated[int, typer.Option(min=1, help="Texts of a task at a length.")] = 12,
+    budget_minutes: Annotated[float, typer.Option(help="What does not fit is left out, and named.")] = 30.0,
+    run: Annotated[str, typer.Option(help="The folder under outputs/. Default: from the model.")] = "",
+    threads: Annotated[int, typer.Option(help="0: as suits the model.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ask again what an earlier run asked.")] = False,
+) -> None:
+    """Ask long-context tasks in the manner of RULER and NoLiMa, at growing lengths.
+
+    Goes on after a kill. Example: `dfqs-nb tasks model.gguf --lengths 1024,4096 --task "several keys"`
+    """
+    from dfqs_nb import llama
+    from dfqs_nb.context.tasks import measure_tasks
+    from dfqs_nb.core.files import sha256_of, write_table
+    from dfqs_nb.workbook.run import default_run_name
+
+    sizes = sorted(_numbers(lengths, "--lengths"))
+    folder = run_dir(run or default_run_name(model)) / "long_context"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = llama.OpenSettings(sizes[-1], n_threads=threads or llama.threads_for(model))
+    with llama.open_model(model, settings) as opened:
+        result = measure_tasks(
+            opened,
+            folder,
+            sizes,
+            tasks=task or [],
+            n_texts=texts,
+            budget_seconds=60 * budget_minutes,
+            model_id=sha256_of(opened.path),
+            fresh=fresh,
+        )
+    if not len(result.items):
+        hint = "raise --budget-minutes, or take longer --lengths"
+        raise DfqsError(f"nothing was asked: {'; '.join(result.left_out)}", where=model, hint=hint)
+    say(result.table().to_string(index=False, float_format="{:.2f}".format))
+    say(result.effective().to_string(index=False, float_format="{:.2f}".format))
+    say("\n".join(f"left out: {what}" for what in result.left_out))
+    say(f"wrote {tilde(write_table(folder / 'tasks.csv', result.items, index=False))}")
+
+
+@app.command(rich_help_panel=MEASURE)
 def bench(
     model: Annotated[str, typer.Argument(help="A GGUF file, or any of its shards.")],
     threads: Annotated[str, typer.Option(help="Values with commas. Default: 1, 2, 4 ... to all cores.")] = "",

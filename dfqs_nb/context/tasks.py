@@ -1,0 +1,384 @@
+"""Long-context tasks by the names that people know: RULER's and NoLiMa's ideas, in wording of our own.
+
+Each text is drawn fresh for its task and length, from a seed, and sized by the model's own tokens. An answer
+is right when it holds every expected word. The multi-key curve of DFQS 1.0 (`curve`) stands apart from these.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import BaseModel
+
+from dfqs_nb.context.boundary import SHARE
+from dfqs_nb.context.haystacks import Probe, around, sentences
+from dfqs_nb.core.display import tqdm
+from dfqs_nb.core.errors import PromptError
+from dfqs_nb.core.journal import Journal
+from dfqs_nb.core.prompts import PromptSet, load_prompts
+from dfqs_nb.llama.model import Model
+from dfqs_nb.stats import wilson
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NAME = "long-context-tasks"
+LETTERS = "bdfgklmnprstvz", "aeiou"
+ANSWER_TOKENS = 16  # beside three times the tokens of what is expected
+COMMON, RARE = 10, 2  # how often words of the list of common words come, in its smallest unit
+
+
+class Task(BaseModel):
+    """A task's wording, and how many keys, values, hops and people it has."""
+
+    kind: Literal["keys", "chain", "common", "frequent", "people", "meaning"]
+    like: str
+    question: str
+    answer: str
+    fact: str = ""
+    link: str = ""
+    keys: int = 1
+    values: int = 1
+    asked: int = 1
+    hops: int = 0
+    people: int = 1
+
+
+class Tasks(PromptSet):
+    """The frozen set of tasks; ``filler`` names the set whose sentences, keys and names they use."""
+
+    seed: int
+    filler: str
+    intro: str
+    joint: str
+    trades: tuple[str, ...]
+    sights: tuple[tuple[str, str], ...]
+    words: tuple[str, ...]
+    tasks: dict[str, Task]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a task hides, asks and expects: ``facts`` to scatter among filler, or a ``text`` of its own.
+
+    ``guess``: the chance of naming what is expected by picking among the text's candidates.
+    """
+
+    question: str
+    answer: str
+    expected: tuple[str, ...]
+    facts: tuple[str, ...] = ()
+    text: str = ""
+    guess: float = 0.0
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text with its question, as tokens, and what an answer must hold."""
+
+    task: str
+    length: int
+    number: int
+    tokens: tuple[int, ...] = field(repr=False)
+    expected: tuple[str, ...] = ()
+    guess: float = 0.0
+    max_tokens: int = ANSWER_TOKENS
+
+    def recall(self, answer: str) -> float:
+        """The share of what is expected that an answer names, each as a whole word."""
+        named = [
+            re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer, re.IGNORECASE) for word in self.expected
+        ]
+        return sum(match is not None for match in named) / len(named)
+
+
+class Writer:
+    """Writes the texts of all tasks for a model: ``tokenize`` gives token ids of a text."""
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        tokenize: Callable[[str], Sequence[int]],
+        around: tuple[str, str],
+        bos: Sequence[int] = (),
+    ) -> None:
+        self.tasks, self.probe = tasks, load_prompts(tasks.filler, Probe)
+        self._tokenize, self._around, self._bos = tokenize, around, tuple(bos)
+
+    @classmethod
+    def of(cls, model: Model) -> Writer:
+        """For an open model, in its chat template where it has one."""
+        bos = [model.bos] if model.bos >= 0 else []
+        return cls(load_prompts(NAME, Tasks), model.tokenize, around(model), bos)
+
+    def text(self, task: str, length: int, number: int) -> Text:
+        """The text of this number: with its question it takes at most ``length`` tokens, and nearly as many.
+
+        Raises:
+            PromptError: the length does not hold the task.
+        """
+        wording = self.tasks.tasks[task]
+        draw = random.Random(f"{self.tasks.seed}:{task}:{length}:{number}")
+        before, after = self._around
+
+        def written(amount: int) -> tuple[list[int], Drawn]:
+            draw.seed(f"{self.tasks.seed}:{task}:{length}:{number}")
+            drawn = getattr(self, f"_{wording.kind}")(wording, draw, amount)
+            body = drawn.text or " ".join(self._scattered(drawn.facts, draw, amount))
+            whole = f"{before}{self.tasks.intro}{body}{self.tasks.joint}{drawn.question}{after}{drawn.answer}"
+            return [*self._bos, *self._tokenize(whole)], drawn
+
+        low, (tokens, drawn) = 0, written(0)
+        spare = ANSWER_TOKENS + 3 * len(self._tokenize(" ".join(drawn.expected)))
+        room = length - spare
+        if len(tokens) > room:
+            raise PromptError(
+                f"{length} tokens do not hold {task!r}", hint=f"use {len(tokens) + spare} or more"
+            )
+        high = 16
+        while len(written(high)[0]) <= room:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if len(written(middle)[0]) <= room else (low, middle)
+        tokens, drawn = written(low)
+        return Text(task, length, number, tuple(tokens), drawn.expected, drawn.guess, spare)
+
+    # -- kinds of task: each gets its wording, a generator, and how much text to make --
+
+    def _keys(self, task: Task, draw: random.Random, _amount: int) -> Drawn:
+        keys, codes = self._names_of_keys(draw, task.keys), self._codes(draw, task.keys * task.values)
+        pairs = [(key, codes.pop()) for key in keys for _ in range(task.values)]
+        asked = keys[: task.asked]
+        words = {"key": ", the ".join(asked)}
+        return Drawn(
+            task.question.format(**words),
+            task.answer.format(**words),
+            tuple(code for key, code in pairs if key in asked),
+            tuple(draw.sample([task.fact.format(key=key, value=code) for key, code in pairs], len(pairs))),
+            guess=1 / task.keys if task.keys > task.asked else 0.0,
+        )
+
+    def _chain(self, task: Task, draw: random.Random, _amount: int) -> Drawn:
+        """A chain of things with one number, and another of the same length with another number."""
+        keys, (code, other) = self._names_of_keys(draw, 2 * (task.hops + 1)), self._codes(draw, 2)
+        facts = []
+        for value, chain in ((code, keys[: task.hops + 1]), (other, keys[task.hops + 1 :])):
+            facts.append(task.fact.format(key=chain[0], value=value))
+            facts += [task.link.format(key=b, before=a) for a, b in zip(chain, chain[1:], strict=False)]
+        half = len(facts) // 2  # the two chains take turns, each in its own order
+        mixed = [fact for pair in zip(facts[:half], facts[half:], strict=True) for fact in pair]
+        words = {"value": code}
+        expected = tuple(keys[: task.hops + 1])
+        return Drawn(task.question.format(**words), task.answer.format(**words), expected, tuple(mixed))
+
+    def _common(self, task: Task, draw: random.Random, amount: int) -> Drawn:
+        """A shuffled list: a few words come five times as often as the others."""
+        words = draw.sample(self.tasks.words, len(self.tasks.words))
+        common, rare = words[: task.asked], words[task.asked :]
+        n_rare = min(len(rare), 8 + amount // 8)
+        times = 1 + amount // (8 * len(rare))
+        listed = common * (COMMON * times) + rare[:n_rare] * (RARE * times)
+        draw.shuffle(listed)
+        return Drawn(task.question, task.answer, tuple(common), text=", ".join(listed))
+
+    def _frequent(self, task: Task, draw: random.Random, amount: int) -> Drawn:
+        """Made-up words whose frequency falls with their rank squared, as in RULER."""
+        words: list[str] = []
+        while len(words) < 40:
+            word = "".join(draw.choice(LETTERS[k % 2]) for k in range(6))
+            words += [word] if word not in words else []
+        weights = [1 / (rank + 1) ** 2 for rank in range(len(words))]
+        listed = words[:1] * 3 + words[1:2] * 2 + words[2:3] + draw.choices(words, weights, k=12 + amount)
+        ranked = Counter(listed).most_common()
+        while ranked[task.asked - 1][1] == ranked[task.asked][1]:  # no tie about which are the most frequent
+            listed.append(ranked[task.asked - 1][0])
+            ranked = Counter(listed).most_common()
+        draw.shuffle(listed)
+        most = [word for word, _ in ranked[: task.asked]]
+        return Drawn(task.question, task.answer, tuple(most), text=" ".join(listed))
+
+    def _people(self, task: Task, draw: random.Random, amount: int) -> Drawn:
+        """Facts about many people; the question is about one of them."""
+        n, names = 3 + amount, self.probe.slots["name"]
+        numbers = draw.sample(range(100, 100 + 10 * n), n)
+        rows = [
+            {
+                "name": draw.choice(names),
+                "number": number,
+                "house": draw.randrange(1, 1000),
+                "trade": draw.choice(self.tasks.trades),
+            }
+            for number in numbers
+        ]
+        asked = draw.choice(rows)
+        words = {key: asked[key] for key in ("name", "number")}
+        return Drawn(
+            task.question.format(**words),
+            task.answer.format(**words),
+            (str(asked["trade"]),),
+            text=" ".join(task.fact.format(**row) for row in rows),
+            guess=1 / len(self.tasks.trades),
+        )
+
+    def _meaning(self, task: Task, draw: random.Random, _amount: int) -> Drawn:
+        """The question names a town, the text only what stands there."""
+        sights = draw.sample(self.tasks.sights, task.people)
+        names = draw.sample(self.probe.slots["name"], task.people)
+        facts = [
+            task.fact.format(name=name, sight=sight) for name, (sight, _) in zip(names, sights, strict=True)
+        ]
+        words = {"town": sights[0][1]}
+        return Drawn(
+            task.question.format(**words),
+            task.answer.format(**words),
+            (names[0],),
+            tuple(draw.sample(facts, len(facts))),
+            guess=1 / task.people,
+        )
+
+    # -- words --
+
+    def _names_of_keys(self, draw: random.Random, n: int) -> list[str]:
+        first, second = self.probe.keys
+        return draw.sample([f"{a} {b}" for a in first for b in second], n)
+
+    def _codes(self, draw: random.Random, n: int) -> list[str]:
+        digits = self.probe.code_digits
+        return [f"{code:0{digits}}" for code in draw.sample(range(10**digits), n)]
+
+    def _scattered(self, facts: Sequence[str], draw: random.Random, n_filler: int) -> Iterator[str]:
+        """The facts in their order, at places drawn evenly among filler that names none of their words."""
+        drawn = sentences(self.probe, draw)
+        filler = [next(drawn) for _ in range(n_filler)]
+        places = sorted(draw.randrange(n_filler + 1) for _ in facts)
+        for at in range(n_filler + 1):
+            yield from (fact for fact, place in zip(facts, places, strict=True) if place == at)
+            yield from filler[at : at + 1]
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """Answers to the tasks.
+
+    ``items`` has a row a text: ``task``, ``length``, ``number``, ``expected``, ``answer``, ``recall`` (share of
+    what is expected), ``right`` (all of it), ``guess``. ``left_out``: what the budget or the length forbade.
+    """
+
+    items: pd.DataFrame = field(repr=False)
+    left_out: tuple[str, ...] = ()
+
+    def table(self) -> pd.DataFrame:
+        """By task and length: ``n``, ``right``, ``recall``, ``guess``; ``accuracy``, its ``low``, ``high``."""
+        groups = self.items.groupby(["task", "length"], sort=False)
+        table = groups.agg(
+            n=("right", "size"), right=("right", "sum"), recall=("recall", "mean"), guess=("guess", "mean")
+        ).reset_index()
+        low, high = wilson(table["right"], table["n"])
+        return table.assign(accuracy=table["right"] / table["n"], low=low, high=high)
+
+    def effective(self) -> pd.DataFrame:
+        """A row a task: ``base`` accuracy, ``guess``, ``effective`` tokens and ``censored``.
+
+        ``effective`` is the longest length up to which 85 % of the base above guessing is left (NoLiMa's
+        rule), and 0 where the base is not above guessing; ``censored``: no length fell below.
+        """
+        import pandas as pd
+
+        rows = []
+        for task, part in self.table().groupby("task", sort=False):
+            first = part.iloc[0]
+            held = (
+                part["accuracy"] >= first["guess"] + SHARE * (first["accuracy"] - first["guess"])
+            ).cummin()
+            able = bool(first["low"] > first["guess"])
+            rows.append(
+                {
+                    "task": task,
+                    "base": first["accuracy"],
+                    "guess": first["guess"],
+                    "effective": int(part.loc[held, "length"].max()) if able else 0,
+                    "censored": able and bool(held.all()),
+                }
+            )
+        return pd.DataFrame(rows)
+
+
+def measure_tasks(
+    model: Model,
+    folder: str | Path,
+    lengths: Sequence[int],
+    *,
+    tasks: Sequence[str] = (),
+    n_texts: int = 12,
+    budget_seconds: float = float("inf"),
+    model_id: str = "",
+    fresh: bool = False,
+) -> TaskRun:
+    """Ask every task at every length, short lengths first; goes on after a kill.
+
+    Args:
+        folder: receives ``long_context_tasks.jsonl``.
+        lengths: tokens of text, question and answer.
+        tasks: names; none: all of the set.
+        n_texts: texts of a task at a length.
+        budget_seconds: no text is begun that is not expected to end in time; what is left out is named.
+
+    Raises:
+        PromptError: there is no such task. DecodeError: llama.cpp fails.
+    """
+    import pandas as pd
+
+    writer = Writer.of(model)
+    known = writer.tasks.tasks
+    if unknown := [name for name in tasks if name not in known]:
+        raise PromptError(f"there is no task {unknown[0]!r}", hint=f"there are: {', '.join(known)}")
+    chosen = list(tasks) or list(known)
+    conditions = {**model.conditions(), **writer.tasks.identity(), "model": model_id}
+    journal = Journal(Path(folder) / "long_context_tasks.jsonl", conditions, fresh=fresh)
+    began, spent_tokens, left_out, rows = time.monotonic(), 0, [], []
+    for length in tqdm(sorted(lengths), desc="lengths", leave=False):
+        for task, number in [(task, number) for task in chosen for number in range(n_texts)]:
+            key = f"{task}/{length}/{number}"
+            if key not in journal:
+                seconds = time.monotonic() - began
+                if seconds + length * seconds / max(spent_tokens, 1) > budget_seconds:
+                    left_out.append(f"{task} at {length:,} tokens")
+                    continue
+                try:
+                    text = writer.text(task, length, number)
+                except PromptError as error:
+                    left_out.append(error.what)
+                    continue
+                answer = greedy(model, text)
+                spent_tokens += length
+                recall = text.recall(answer)
+                journal.add(key, answer=answer, expected=text.expected, recall=recall, guess=text.guess)
+            row = journal[key]
+            rows.append(
+                {"task": task, "length": length, "number": number, **row, "right": row["recall"] == 1}
+            )
+    return TaskRun(pd.DataFrame(rows), tuple(dict.fromkeys(left_out)))
+
+
+def greedy(model: Model, text: Text) -> str:
+    """The greedy answer, up to the text's limit or the end of its first line."""
+    model.clear()
+    logits, raw = model.evaluate(text.tokens), b""
+    for _ in range(text.max_tokens):
+        token = int(np.argmax(logits))
+        if model.ends(token):
+            break
+        raw += model.token_bytes(token)
+        if b"\n" in raw.strip():
+            break
+        logits = model.evaluate([token])
+    return raw.decode("utf-8", "replace").strip()

@@ -1,0 +1,136 @@
+"""Public long-context tasks: what their texts hold, and how answers count."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+from dfqs_nb.context import tasks
+from dfqs_nb.context.tasks import TaskRun, Text, Writer
+from dfqs_nb.core.errors import PromptError
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.core.prompts import load_prompts
+from dfqs_nb.llama.model import open_model
+from dfqs_nb.llama.settings import OpenSettings
+
+SET = load_prompts(tasks.NAME, tasks.Tasks)
+
+
+@pytest.fixture(scope="module")
+def writer() -> Writer:
+    """Words are tokens, so that tokens can be read."""
+    return Writer(SET, lambda text: text.split(" "), ("<user>", "</user>\n"))
+
+
+def body(writer: Writer, task: str, length: int = 400, number: int = 0) -> tuple[Text, str]:
+    text = writer.text(task, length, number)
+    return text, " ".join(map(str, text.tokens)).partition(SET.intro)[2].partition(SET.joint)[0]
+
+
+@pytest.mark.parametrize("name", SET.tasks)
+def test_a_text_fills_its_length_and_is_the_same_every_time(writer, name):
+    for length in (300, 1200):
+        text = writer.text(name, length, 3)
+        assert text == writer.text(name, length, 3) and text != writer.text(name, length, 4)
+        assert 0.6 * length < len(text.tokens) + text.max_tokens <= length
+    with pytest.raises(PromptError, match="do not hold"):
+        writer.text(name, 20, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_keys", "n_values", "n_expected", "guess"),
+    [
+        ("single needle", 1, 1, 1, 0.0),
+        ("several keys", 4, 4, 1, 0.25),
+        ("several values", 1, 4, 4, 0.0),
+        ("several questions", 4, 4, 4, 0.0),
+    ],
+)
+def test_keys_and_values_as_ruler_has_them(writer, name, n_keys, n_values, n_expected, guess):
+    depths = []
+    for number in range(20):
+        text, haystack = body(writer, name, number=number)
+        facts = re.findall(r"code of the ([a-z ]+?) is (\d+)\.", haystack)
+        assert len({key for key, _ in facts}) == n_keys and len({value for _, value in facts}) == n_values
+        assert len(text.expected) == n_expected and set(text.expected) <= {value for _, value in facts}
+        assert text.guess == guess
+        depths.append(haystack.index(text.expected[0]) / len(haystack))
+    assert min(depths) < 0.25 and max(depths) > 0.75, "facts lie over the whole text"
+
+
+@pytest.mark.parametrize("hops", [2, 4])
+def test_a_chain_leads_from_its_number_to_every_expected_thing(writer, hops):
+    text, haystack = body(writer, f"variables, {hops} hops")
+    start = re.findall(r"The ([a-z ]+) has the number (\d+)\.", haystack)
+    links = re.findall(r"The ([a-z ]+) has the same number as the ([a-z ]+)\.", haystack)
+    code = re.search(r"number (\d+)\?", " ".join(map(str, text.tokens)))
+    assert len(start) == 2 and len(links) == 2 * hops and code
+    reached = [key for key, value in start if value == code[1]]
+    for _ in range(hops):
+        reached += [key for key, before in links if before == reached[-1]]
+    assert reached == list(text.expected) and len(reached) == hops + 1
+
+
+def test_common_and_frequent_words_are_the_most_frequent(writer):
+    for name, split in (("common words", ", "), ("frequent words", " ")):
+        for length in (300, 1500):
+            text, haystack = body(writer, name, length)
+            counts = Counter(haystack.strip().split(split)).most_common()
+            assert {word for word, _ in counts[:3]} == set(text.expected)
+            assert counts[2][1] > counts[3][1], "without a tie"
+
+
+def test_the_question_without_shared_words_shares_none(writer):
+    text, haystack = body(writer, "no shared words")
+    town = re.search(r"been to ([A-Z][A-Za-z ]+)\?", " ".join(map(str, text.tokens)))
+    assert town and town[1] not in haystack and text.guess == 0.25
+    sight = dict((town, sight) for sight, town in SET.sights)[town[1]]
+    assert f"{text.expected[0]} lives right next to {sight}." in haystack
+
+
+def test_one_of_many_people_is_asked_for(writer):
+    text, haystack = body(writer, "questions on a text")
+    name = re.search(r"What does (\w+ Number \d+) work as", " ".join(map(str, text.tokens)))
+    assert name and re.search(rf"{name[1]} lives in house \d+ and works as a {text.expected[0]}\.", haystack)
+    assert haystack.count(" lives in house ") > 10
+
+
+def test_an_answer_counts_by_whole_words():
+    text = Text("t", 100, 0, (1,), ("12", "34"))
+    assert (text.recall("12 and 34."), text.recall("34, 125"), text.recall("")) == (1.0, 0.5, 0.0)
+
+
+def test_effective_length_ends_at_the_first_fall_and_chance_is_none():
+    import pandas as pd
+
+    rows = [
+        {"task": task, "length": length, "right": k < right, "recall": float(k < right), "guess": guess}
+        for task, guess, by_length in (
+            ("dips", 0.0, {256: 10, 512: 5, 1024: 10}),
+            ("holds", 0.0, {256: 10, 512: 9, 1024: 9}),
+            ("chance", 0.25, {256: 3, 512: 3, 1024: 3}),
+        )
+        for length, right in by_length.items()
+        for k in range(10)
+    ]
+    table = TaskRun(pd.DataFrame(rows)).effective().set_index("task")
+    assert table["effective"].to_dict() == {"dips": 256, "holds": 1024, "chance": 0}
+    assert table["censored"].to_dict() == {"dips": False, "holds": True, "chance": False}
+
+
+def test_a_model_is_asked_and_a_second_run_asks_nothing(tmp_path, monkeypatch):
+    chosen = ["single needle", "common words"]
+    path = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
+    with open_model(path, OpenSettings(n_ctx=512, n_threads=1)) as model:
+        first = tasks.measure_tasks(model, tmp_path, [512, 60], tasks=chosen, n_texts=2)
+        assert len(first.items) == 4 and first.table()["n"].tolist() == [2, 2]
+        assert len(first.left_out) == 2, "60 tokens hold neither task"
+        monkeypatch.setattr(tasks, "greedy", lambda *_: pytest.fail("asked again"))
+        again = tasks.measure_tasks(model, tmp_path, [512], tasks=chosen, n_texts=2)
+        assert again.items["answer"].tolist() == first.items["answer"].tolist()
+        none = tasks.measure_tasks(model, tmp_path, [256], tasks=chosen, n_texts=2, budget_seconds=0)
+        assert not len(none.items) and none.left_out == tuple(f"{name} at 256 tokens" for name in chosen)
+        with pytest.raises(PromptError, match="there is no task 'x'"):
+            tasks.measure_tasks(model, tmp_path, [256], tasks=["x"])
