@@ -159,3 +159,28 @@ def diff(
             say(f"  ... and {len(lines) - most:,} more (--most {len(lines)})")
     say(difference.sentence)
     raise typer.Exit(int(not difference.equal))
+
+
+@app.command(rich_help_panel=FILES)
+def specimen(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
+    full_size: Annotated[
+        bool,
+        typer.Option("--full-size", help="All experts and the whole vocabulary: 62.7 GB for all layers."),
+    ] = False,
+    layers: Annotated[int, typer.Option(help="Default: 8, and with --full-size all 43.")] = 0,
+    concatenated: Annotated[
+        bool, typer.Option("--concatenated", help="As two shards glued together, as it was published.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")] = False,
+) -> None:
+    """Write a model of the published shape with random weights, to rehearse the real size.
+
+    The same command writes the same bytes. Examples: `dfqs-nb specimen small.gguf`,
+    `dfqs-nb specimen flash.gguf --full-size --concatenated`
+    """
+    from dfqs_nb.gguf.specimen import SMALL_LAYERS, Shape, write_specimen
+
+    shape = Shape.full(layers or None) if full_size else Shape(n_layers=layers or SMALL_LAYERS)
+    path = write_specimen(output, shape, concatenated=concatenated, progress=not quiet)
+    say(f"{path}: {path.stat().st_size:,} bytes, {shape.n_layers} layers, {shape.n_experts} experts")

@@ -6,6 +6,7 @@ The writer knows nothing of the package under test. Block sizes come from gguf-p
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import struct
@@ -195,122 +196,49 @@ def split_fields(number: int, count: int, n_tensors: int) -> list[bytes]:
 # The real artifact's shape: DeepSeek-V4-Flash from its published config and llama.cpp's loader
 # (src/models/deepseek4.cpp), 43 layers, 1,328 tensors, 129,280 tokens, 127,741 merges.
 
-REAL_TENSORS, REAL_TOKENS, REAL_MERGES = 1328, 129_280, 127_741
+SHAPE = json.loads((Path(__file__).parents[2] / "data/deepseek_v4_flash.json").read_text())
+REAL_TENSORS, REAL_TOKENS, REAL_MERGES = 1328, SHAPE["specimen"]["tokens"], SHAPE["specimen"]["merges"]
 REAL_SHARD_BYTES = 49_952_658_368  # the published first shard
-RATIOS = [0, 0] + [4 if i % 2 else 128 for i in range(1, 42)]
+RATIOS = SHAPE["keys"]["attention.compress_ratios"]
 
 
 def real_size_tensors(n_tensors: int = REAL_TENSORS) -> list[Spec]:
     """The tensor table of the artifact (fewer or more rows on request, for other published counts)."""
-    specs = [
-        Spec("output.weight", "Q8_0", (4096, REAL_TOKENS)),
-        Spec("output_hc_base.weight", "F32", (4,)),
-        Spec("output_hc_fn.weight", "F32", (16384, 4)),
-        Spec("output_hc_scale.weight", "F32", (1,)),
-        Spec("output_norm.weight", "F32", (4096,)),
-        Spec("token_embd.weight", "Q8_0", (4096, REAL_TOKENS)),
-    ]
-    specs += [spec for layer, ratio in enumerate(RATIOS) for spec in _layer(layer, ratio)]
+    specs = list(_rows("model"))
+    for layer, ratio in enumerate(RATIOS):
+        routing = "hash" if layer < SHAPE["specimen"]["hash_layers"] else "scores"
+        specs += [spec for part in ("layer", routing, str(ratio)) for spec in _rows(part, layer)]
     specs += [Spec(f"extra.{i}.weight", "F32", (4096,)) for i in range(n_tensors - len(specs))]
     return specs[:n_tensors]
 
 
-def _layer(layer: int, ratio: int) -> Iterator[Spec]:
-    down = "Q2_K" if layer < 2 else "IQ1_S"
-    rows: dict[str, tuple[str, tuple[int, ...]]] = {
-        "attn_kv": ("Q8_0", (4096, 512)),
-        "attn_kv_a_norm": ("F32", (512,)),
-        "attn_norm": ("F32", (4096,)),
-        "attn_output_a": ("Q8_0", (4096, 8192)),
-        "attn_output_b": ("Q8_0", (8192, 4096)),
-        "attn_q_a": ("Q8_0", (4096, 1024)),
-        "attn_q_a_norm": ("F32", (1024,)),
-        "attn_q_b": ("Q8_0", (1024, 32768)),
-        "attn_sinks": ("F32", (64,)),
-        "ffn_down_exps": (down, (2048, 4096, 256)),
-        "ffn_down_shexp": ("Q8_0", (2048, 4096)),
-        "ffn_gate_exps": ("IQ1_S", (4096, 2048, 256)),
-        "ffn_gate_inp": ("F32", (4096, 256)),
-        "ffn_gate_shexp": ("Q8_0", (4096, 2048)),
-        "ffn_norm": ("F32", (4096,)),
-        "ffn_up_exps": ("IQ1_S", (4096, 2048, 256)),
-        "ffn_up_shexp": ("Q8_0", (4096, 2048)),
-    }
-    for half in ("attn", "ffn"):
-        rows |= {
-            f"hc_{half}_base": ("F32", (24,)),
-            f"hc_{half}_fn": ("F32", (16384, 24)),
-            f"hc_{half}_scale": ("F32", (3,)),
-        }
-    if layer < 3:
-        rows["ffn_gate_tid2eid"] = ("I32", (6, REAL_TOKENS))
-    if ratio:
-        rows |= _compressor("attn_compressor", 1024 if ratio == 4 else 512, 512, ratio)
-    if ratio == 4:
-        rows |= {
-            "indexer.attn_q_b": ("Q8_0", (1024, 8192)),
-            "indexer.proj": ("Q8_0", (4096, 64)),
-            **_compressor("indexer_compressor", 256, 128, ratio),
-        }
-    for name, (kind, shape) in rows.items():
-        yield Spec(f"blk.{layer}.{name}.weight", kind, shape)
-    if layer >= 3:
-        yield Spec(f"blk.{layer}.exp_probs_b.bias", "F32", (256,))
-
-
-def _compressor(prefix: str, width: int, norm: int, ratio: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {
-        f"{prefix}_ape": ("F32", (width, ratio)),
-        f"{prefix}_gate": ("Q8_0", (4096, width)),
-        f"{prefix}_kv": ("Q8_0", (4096, width)),
-        f"{prefix}_norm": ("F32", (norm,)),
-    }
+def _rows(part: str, layer: int = -1) -> Iterator[Spec]:
+    sizes = SHAPE["specimen"]
+    for name, (kind, *shape) in sizes["tensors"].get(part, {}).items():
+        kind = {"down": "Q2_K" if layer < sizes["q2_k_layers"] else "IQ1_S"}.get(kind, kind)
+        extents = tuple(sizes.get(extent, extent) for extent in shape)
+        yield Spec(name if layer < 0 else f"blk.{layer}.{name}", kind, extents)
 
 
 def real_size_fields() -> list[bytes]:
     """The artifact's metadata: every key that llama.cpp's loader requires, and a tokenizer of its size."""
+    sizes = SHAPE["specimen"]
     integers = {
-        "block_count": 43,
-        "context_length": 1_048_576,
-        "embedding_length": 4096,
+        "block_count": len(RATIOS),
+        **sizes["counts"],
         "vocab_size": REAL_TOKENS,
-        "feed_forward_length": 2048,
-        "attention.head_count": 64,
-        "attention.head_count_kv": 1,
-        "attention.key_length": 512,
-        "attention.value_length": 512,
-        "attention.q_lora_rank": 1024,
-        "attention.output_lora_rank": 1024,
-        "attention.output_group_count": 8,
-        "attention.sliding_window": 128,
-        "attention.indexer.head_count": 64,
-        "attention.indexer.key_length": 128,
-        "attention.indexer.top_k": 512,
-        "rope.dimension_count": 64,
-        "expert_count": 256,
-        "expert_used_count": 6,
-        "expert_shared_count": 1,
-        "expert_feed_forward_length": 2048,
-        "expert_gating_func": 4,
-        "hash_layer_count": 3,
-        "hyper_connection.count": 4,
-        "hyper_connection.sinkhorn_iterations": 20,
-    }
-    floats = {
-        "attention.layer_norm_rms_epsilon": 1e-6,
-        "rope.freq_base": 10_000.0,
-        "attention.compress_rope_freq_base": 160_000.0,
-        "expert_weights_scale": 1.5,
-        "hyper_connection.epsilon": 1e-6,
+        "expert_count": sizes["experts"],
+        "expert_used_count": sizes["used"],
+        "hash_layer_count": sizes["hash_layers"],
     }
     return [
         field("general.architecture", "STRING", "deepseek4"),
         field("general.name", "STRING", "DeepSeek-V4-Flash"),
         field("general.type", "STRING", "model"),
         *(field(f"deepseek4.{key}", "UINT32", value) for key, value in integers.items()),
-        *(field(f"deepseek4.{key}", "FLOAT32", value) for key, value in floats.items()),
+        *(field(f"deepseek4.{key}", "FLOAT32", value) for key, value in sizes["floats"].items()),
         field("deepseek4.expert_weights_norm", "BOOL", 1),
-        field("deepseek4.swiglu_clamp_exp", "[FLOAT32]", [10.0] * 43),
+        field("deepseek4.swiglu_clamp_exp", "[FLOAT32]", [sizes["swiglu_clamp_exp"]] * len(RATIOS)),
         field("deepseek4.attention.compress_ratios", "[INT32]", RATIOS),
         *_tokenizer(),
     ]

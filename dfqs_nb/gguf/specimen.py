@@ -1,0 +1,271 @@
+"""A model of the published shape with random weights: to rehearse the real size without the real file.
+
+It is deterministic, its weights are finite, and llama.cpp loads and runs it. Its answers are noise. The data
+are slices of one pool of random quantized weights a type, so it is written as fast as the disk takes it. The
+shape is data: ``data/deepseek_v4_flash.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfqs_nb.core.display import size, tqdm
+from dfqs_nb.core.errors import DfqsError, OutputError, SpaceError
+from dfqs_nb.core.files import whole_path
+from dfqs_nb.core.paths import data_dir, tilde
+from dfqs_nb.gguf.header import padded
+from dfqs_nb.gguf.types import TENSOR_TYPES
+
+ARCH = "deepseek4"
+SMALL_LAYERS, SMALL_EXPERTS, SMALL_TOKENS = 8, 16, 4096
+SPARE_BYTES = 3_000_000_000  # of disk, left free
+ALIGNMENT = 32
+POOL_BLOCKS = 131_071  # of one type, from which all its tensors are cut; a prime: experts do not repeat
+CHUNK = 16 << 20
+SECOND_SHARD = 0.8  # where the shards part, as the published ones do
+SIZES = {name: (elements, n_bytes) for name, elements, n_bytes in TENSOR_TYPES.values()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor to write; ``shape`` in ggml's order."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        elements, n_bytes = SIZES[self.type]
+        return math.prod(self.shape) // elements * n_bytes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the specimen is: layers, experts a layer, tokens of the vocabulary."""
+
+    n_layers: int = SMALL_LAYERS
+    n_experts: int = SMALL_EXPERTS
+    n_tokens: int = SMALL_TOKENS
+
+    @classmethod
+    def full(cls, n_layers: int | None = None) -> Shape:
+        """The published widths; all layers unless fewer are asked for."""
+        facts = _facts()
+        return cls(n_layers or len(_ratios(facts)), facts["specimen"]["experts"], facts["specimen"]["tokens"])
+
+
+def write_specimen(
+    output: str | Path, shape: Shape | None = None, *, concatenated: bool = False, progress: bool = True
+) -> Path:
+    """Write the specimen, whole or not at all.
+
+    Args:
+        shape: small by default (about 2 GB); `Shape.full` is 62.7 GB.
+        concatenated: as two shards glued together byte for byte, as the artifact was published.
+
+    Raises:
+        OutputError: the file exists.
+        SpaceError: the disk would have less than 3 GB left.
+        DfqsError: there cannot be so many layers.
+    """
+    output, facts = Path(output), _facts()
+    shape = shape or Shape()
+    if not 4 <= shape.n_layers <= len(_ratios(facts)):
+        what = f"{shape.n_layers} layers; the published model has {len(_ratios(facts))}"
+        raise DfqsError(what, hint="give --layers from 4 on: the first layers are of other kinds")
+    if output.exists():
+        raise OutputError("exists already", where=tilde(output), hint="give another name, or delete it")
+    rows = list(_rows(facts, shape))
+    need, free = sum(row.nbytes for row in rows), shutil.disk_usage(output.absolute().parent).free
+    if free - need < SPARE_BYTES:
+        what = (
+            f"the specimen takes {size(need)}, {size(free)} are free, and {size(SPARE_BYTES)} must stay free"
+        )
+        raise SpaceError(what, where=tilde(output), hint="give a folder on a larger disk, or fewer --layers")
+    cut = next(i for i in range(len(rows)) if sum(row.nbytes for row in rows[: i + 1]) > SECOND_SHARD * need)
+    parts = [rows[:cut], rows[cut:]] if concatenated else [rows]
+    pools = _Pools(shape)
+    bar = tqdm(total=need, unit="B", unit_scale=True, desc="specimen", disable=not progress)
+    with bar, whole_path(output) as path, path.open("wb") as file:
+        for number, part in enumerate(parts):
+            split = (number, len(parts), len(rows)) if concatenated else None
+            file.write(_header(facts, shape, part, split, path.with_suffix(".header")))
+            for row in part:
+                for chunk in pools.data(row):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                file.write(bytes(padded(row.nbytes, ALIGNMENT) - row.nbytes))
+    return output
+
+
+# ---- what is in it ----
+
+
+def _facts() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((data_dir() / "deepseek_v4_flash.json").read_text(encoding="utf-8"))
+    return content
+
+
+def _ratios(facts: dict[str, Any]) -> list[int]:
+    ratios: list[int] = facts["keys"]["attention.compress_ratios"]
+    return ratios
+
+
+def _rows(facts: dict[str, Any], shape: Shape) -> Iterator[Row]:
+    sizes = facts["specimen"]
+    extents = {"tokens": shape.n_tokens, "experts": shape.n_experts, "used": sizes["used"]}
+
+    def rows(part: str, layer: int | None = None) -> Iterator[Row]:
+        for name, (kind, *own) in sizes["tensors"].get(part, {}).items():
+            if kind == "down":
+                kind = "Q2_K" if (layer or 0) < sizes["q2_k_layers"] else "IQ1_S"
+            full = name if layer is None else f"blk.{layer}.{name}"
+            yield Row(full, kind, tuple(extents.get(extent, extent) for extent in own))
+
+    yield from rows("model")
+    for layer, ratio in enumerate(_ratios(facts)[: shape.n_layers]):
+        routing = "hash" if layer < sizes["hash_layers"] else "scores"
+        for part in ("layer", routing, str(ratio)):
+            yield from rows(part, layer)
+
+
+def _header(
+    facts: dict[str, Any], shape: Shape, rows: Sequence[Row], split: tuple[int, int, int] | None, place: Path
+) -> bytes:
+    """The header of the model, or of one of its shards, with the padding before the data; by gguf-py."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(place, ARCH)
+    if split is None or split[0] == 0:
+        _metadata(writer, facts, shape)
+    if split is not None:
+        writer.add_uint16("split.no", split[0])
+        writer.add_uint16("split.count", split[1])
+        writer.add_int32("split.tensors.count", split[2])
+    for row in rows:
+        reverse = row.shape[::-1]
+        writer.add_tensor_info(
+            row.name, reverse, np.dtype(np.float32), row.nbytes, GGMLQuantizationType[row.type]
+        )
+    try:
+        writer.write_header_to_file(place)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        raw = place.read_bytes()
+    finally:
+        place.unlink(missing_ok=True)
+    return raw + bytes(padded(len(raw), ALIGNMENT) - len(raw))
+
+
+def _metadata(writer: Any, facts: dict[str, Any], shape: Shape) -> None:
+    sizes = facts["specimen"]
+    counts = {
+        "block_count": shape.n_layers,
+        **sizes["counts"],
+        "vocab_size": shape.n_tokens,
+        "expert_count": shape.n_experts,
+        "expert_used_count": sizes["used"],
+        "hash_layer_count": sizes["hash_layers"],
+    }
+    writer.add_string("general.name", f"Specimen of the shape of {facts['name']}, random weights")
+    writer.add_string("general.type", "model")
+    for key, value in counts.items():
+        writer.add_uint32(f"{ARCH}.{key}", value)
+    for key, value in sizes["floats"].items():
+        writer.add_float32(f"{ARCH}.{key}", value)
+    writer.add_bool(f"{ARCH}.expert_weights_norm", True)
+    writer.add_array(f"{ARCH}.swiglu_clamp_exp", [sizes["swiglu_clamp_exp"]] * shape.n_layers)
+    writer.add_array(f"{ARCH}.attention.compress_ratios", _ratios(facts)[: shape.n_layers])
+    writer.add_uint32("general.quantization_version", 2)
+    writer.add_uint32("general.file_type", 24)
+    _tokenizer(writer, shape.n_tokens, round(shape.n_tokens * sizes["merges"] / sizes["tokens"]))
+
+
+def _tokenizer(writer: Any, n_tokens: int, n_merges: int) -> None:
+    """A vocabulary of that size: two control tokens, the 256 bytes, and words that were made up."""
+    from gguf import TokenType
+
+    codes = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2 writes as themselves
+    others = [chr(256 + i) for i in range(256 - len(codes))]
+    draw, letters = np.random.default_rng(0), np.array(list("abcdefghijklmnopqrstuvwxyzĠ"))
+    tokens = dict.fromkeys(["<|begin|>", "<|end|>", *map(chr, codes), *others])
+    while len(tokens) < n_tokens:
+        word = "".join(letters[draw.integers(0, len(letters), draw.integers(3, 11))])
+        tokens[word] = None
+    words = list(tokens)[258:]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("joyai-llm")
+    writer.add_token_list(list(tokens))
+    writer.add_token_types([TokenType.CONTROL] * 2 + [TokenType.NORMAL] * (n_tokens - 2))
+    writer.add_token_merges([f"{word[0]} {word[1:]}" for word in words[:n_merges]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+
+
+# ---- its data ----
+
+
+class _Pools:
+    """Random blocks of each type, valid and of the size that weights have; tensors are cut from them."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape, self.pools = shape, {}  # type: ignore[var-annotated]
+
+    def data(self, row: Row) -> Iterator[bytes]:
+        """A tensor's bytes, in pieces."""
+        name = row.name.rpartition("blk.")[2]
+        if row.type == "I32":
+            yield self._table(row.shape)
+        elif "norm" in name or name.endswith("scale.weight"):
+            yield np.ones(row.nbytes // 4, "<f4").tobytes()
+        elif row.type == "F32":
+            seed = np.random.default_rng(crc32(row.name.encode()))
+            yield (0.02 * seed.standard_normal(row.nbytes // 4, np.float32)).astype("<f4").tobytes()
+        else:
+            yield from self._cut(row)
+
+    def _cut(self, row: Row) -> Iterator[bytes]:
+        pool, block = self._pool(row.type), SIZES[row.type][1]
+        at, left = crc32(row.name.encode()) % POOL_BLOCKS * block, row.nbytes
+        while left:
+            piece = pool[at : at + min(left, CHUNK)]
+            left -= len(piece)
+            at = (at + len(piece)) % len(pool)
+            yield piece
+
+    def _pool(self, kind: str) -> bytes:
+        if kind not in self.pools:
+            block = SIZES[kind][1]
+            blocks = np.random.default_rng(1).integers(0, 256, (POOL_BLOCKS, block), np.uint8)
+            # scales that give weights of about 1/64, as 4,096 inputs call for
+            scales: dict[str, dict[int, float]] = {
+                "Q8_0": {0: 2.1e-4},
+                "IQ1_S": {0: 2e-3},
+                "Q2_K": {80: 2e-3, 82: 3e-3},
+            }
+            for offset, scale in scales[kind].items():
+                blocks[:, offset : offset + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+            self.pools[kind] = blocks.tobytes()
+        pool: bytes = self.pools[kind]
+        return pool
+
+    def _table(self, shape: tuple[int, ...]) -> bytes:
+        """The experts of each token in a hash layer: different ones for a token, every expert as often."""
+        used, n_tokens = shape
+        tokens: NDArray[np.int64] = np.arange(n_tokens)[:, None]
+        step = 2 * (tokens % (self.shape.n_experts // 2)) + 1  # odd, so it meets no expert twice
+        return ((tokens * 7 + step * np.arange(used)) % self.shape.n_experts).astype("<i4").tobytes()

@@ -1,0 +1,97 @@
+"""The specimen: the published shape, deterministic, and what llama.cpp takes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf_fixtures import REAL_TENSORS, real_size_tensors
+
+from dfqs_nb.core.errors import DfqsError, OutputError, SpaceError
+from dfqs_nb.gguf import facts, specimen
+from dfqs_nb.gguf.header import check_layout, read_header
+from dfqs_nb.gguf.remote import outline
+from dfqs_nb.llama.check import loader_verdict
+from dfqs_nb.merge import diagnose
+
+TINY = specimen.Shape(n_layers=4, n_experts=8, n_tokens=512)  # widths are the real ones: 0.8 GB
+
+
+@pytest.fixture
+def narrow(monkeypatch) -> None:
+    """The same shape an eighth as wide where data is written: llama.cpp would not take it, and it is small."""
+    rows = specimen._rows
+
+    def cut(*arguments):
+        return [
+            specimen.Row(row.name, row.type, (row.shape[0], *(1 for _ in row.shape[1:])))
+            for row in rows(*arguments)
+        ]
+
+    monkeypatch.setattr(specimen, "_rows", cut)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_full_shape_is_the_published_one():
+    rows = list(specimen._rows(specimen._facts(), specimen.Shape.full()))
+    assert len(rows) == REAL_TENSORS
+    assert {(row.name, row.type, row.shape) for row in rows} == {
+        (spec.name, spec.type, spec.shape) for spec in real_size_tensors()
+    }
+    assert sum(row.nbytes for row in rows) == 62_687_281_500
+
+
+def test_the_same_command_writes_the_same_bytes(tmp_path, narrow):
+    paths = [specimen.write_specimen(tmp_path / f"{i}.gguf", TINY, progress=False) for i in (1, 2)]
+    assert sha256(paths[0]) == sha256(paths[1])
+    check_layout(read_header(paths[0]))
+    assert diagnose(paths[0]).sound and sorted(tmp_path.iterdir()) == sorted(paths), "nothing else is left"
+    with pytest.raises(OutputError, match="exists already"):
+        specimen.write_specimen(paths[0], TINY)
+
+
+def test_a_concatenation_is_one_and_has_every_tensor(tmp_path, narrow):
+    path = specimen.write_specimen(tmp_path / "glued.gguf", TINY, concatenated=True, progress=False)
+    whole = specimen.write_specimen(tmp_path / "whole.gguf", TINY, progress=False)
+    assert str(diagnose(path).kind) == "raw concatenation"
+    with outline(path) as glued:
+        assert [t.name for t in glued.shards.tensors] == [t.name for t in read_header(whole).tensors]
+
+
+def test_weights_are_finite_and_tables_name_different_experts():
+    pools = specimen._Pools(specimen.Shape(n_experts=16))
+    table = np.frombuffer(
+        b"".join(pools.data(specimen.Row("blk.0.ffn_gate_tid2eid.weight", "I32", (6, 512)))), "<i4"
+    )
+    experts = table.reshape(512, 6)
+    assert experts.min() == 0 and experts.max() == 15 and all(len(set(row)) == 6 for row in experts)
+    for kind, offsets in (("Q8_0", (0,)), ("IQ1_S", (0,)), ("Q2_K", (80, 82))):
+        blocks = np.frombuffer(pools._pool(kind), np.uint8).reshape(-1, specimen.SIZES[kind][1])
+        for offset in offsets:
+            scales = blocks[:, offset : offset + 2].copy().view("<f2")
+            assert np.isfinite(scales).all() and scales.max() < 0.01
+
+
+def test_what_cannot_be_written_is_said_first(tmp_path, monkeypatch):
+    with pytest.raises(DfqsError, match="44 layers; the published model has 43"):
+        specimen.write_specimen(tmp_path / "m.gguf", specimen.Shape(n_layers=44))
+    monkeypatch.setattr(specimen, "SPARE_BYTES", 1 << 60)
+    with pytest.raises(SpaceError, match="must stay free"):
+        specimen.write_specimen(tmp_path / "m.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_llama_cpp_loads_and_runs_it(tmp_path):
+    from dfqs_nb.llama import OpenSettings, open_model
+
+    path = specimen.write_specimen(tmp_path / "m.gguf", TINY, progress=False)
+    assert loader_verdict(path).accepted and facts.experts(read_header(path)).hash_layers == 3
+    with open_model(path, OpenSettings(n_ctx=256, n_gpu_layers=0)) as model:
+        logits = model.evaluate(model.tokenize("What is the capital of France?"))
+    assert np.isfinite(logits).all() and 0.01 < logits.std() < 100
