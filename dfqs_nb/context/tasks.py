@@ -269,15 +269,15 @@ class Writer:
 class TaskRun:
     """Answers to the tasks.
 
-    ``items`` has a row a text: ``task``, ``length``, ``number``, ``expected``, ``answer``, ``recall`` (share of
-    what is expected), ``right`` (all of it), ``guess``. ``left_out``: what the budget or the length forbade.
+    ``items`` has a row a text: ``task``, ``length``, ``number``, ``expected``, ``answer``, ``recall`` (share
+    of what is expected), ``right`` (all of it), ``guess``. ``left_out``: what had to be left out.
     """
 
     items: pd.DataFrame = field(repr=False)
     left_out: tuple[str, ...] = ()
 
     def table(self) -> pd.DataFrame:
-        """By task and length: ``n``, ``right``, ``recall``, ``guess``; ``accuracy``, its ``low``, ``high``."""
+        """By task and length: ``n``, ``right``, ``recall``, ``guess``, ``accuracy``, ``low``, ``high``."""
         groups = self.items.groupby(["task", "length"], sort=False)
         table = groups.agg(
             n=("right", "size"), right=("right", "sum"), recall=("recall", "mean"), guess=("guess", "mean")

@@ -222,7 +222,7 @@ def tasks(
     sizes = sorted(_numbers(lengths, "--lengths"))
     folder = run_dir(run or default_run_name(model)) / "long_context"
     folder.mkdir(parents=True, exist_ok=True)
-    settings = llama.OpenSettings(sizes[-1], n_threads=threads or llama.threads_for(model))
+    settings = llama.OpenSettings.of(model, n_ctx=sizes[-1], n_threads=threads)
     with llama.open_model(model, settings) as opened:
         result = measure_tasks(
             opened,
@@ -346,7 +346,7 @@ def choices(
 
     questions = likelihood.ChoiceSet.load(set_name)
     folder = run_dir(run or default_run_name(model)) / "scores"
-    settings = llama.OpenSettings(n_ctx, n_threads=threads or llama.threads_for(model))
+    settings = llama.OpenSettings.of(model, n_ctx=n_ctx, n_threads=threads)
     with llama.open_model(model, settings) as opened:
         identity = sha256_of(opened.path)
         result = likelihood.answer(opened, questions, folder, model_id=identity, limit=limit, fresh=fresh)
@@ -386,7 +386,7 @@ def record(
         name, facts = server.model, {"runtime": server.conditions()["runtime"]}
         steps: Any = partial(continuation, server, n_tokens=tokens, top_k=top)
     else:
-        model = llama.open_model(source, llama.OpenSettings(n_ctx, n_threads=llama.threads_for(source)))
+        model = llama.open_model(source, llama.OpenSettings.of(source, n_ctx=n_ctx))
         name, steps = model.path.name, partial(fidelity.continuation, model, n_tokens=tokens, top_k=top)
         facts = {"runtime": model.conditions()["runtime"], "source_sha256": sha256_of(model.path)}
     fidelity.write_record(
@@ -414,7 +414,7 @@ def fidelity(
     from dfqs_nb.ladder import fidelity as compared
 
     loaded = compared.Record.load(record)
-    settings = llama.OpenSettings(n_ctx, n_threads=threads or llama.threads_for(model))
+    settings = llama.OpenSettings.of(model, n_ctx=n_ctx, n_threads=threads)
     with llama.open_model(model, settings) as opened:
         result = compared.compare_record(opened, loaded)
     say(result.sentence)

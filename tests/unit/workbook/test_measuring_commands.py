@@ -1,0 +1,71 @@
+"""The commands that measure a model beyond the notebooks, each on the reference model, as a user types them."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.workbook.cli import main
+
+MODEL = str(data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf")
+ORIGINAL = str(data_dir() / "reference" / "DFQS-Nano-F16.gguf")
+
+
+@pytest.fixture(autouse=True)
+def outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
+
+
+def test_a_record_of_the_original_judges_a_quantization(tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The clock on the wall\nThe grass is\n")
+    record, table = tmp_path / "a record.jsonl", tmp_path / "tokens.csv"
+    asked = ["--prompts", str(prompts), "--plain", "--tokens", "4", "--top", "5", "--n-ctx", "128"]
+    assert main(["record", ORIGINAL, "-o", str(record), *asked]) == 0
+    assert f"dfqs-nb fidelity MODEL '{record}'" in capsys.readouterr().out
+    assert main(["fidelity", MODEL, str(record), "-o", str(table), "--n-ctx", "128"]) == 0
+    assert "same likeliest token" in capsys.readouterr().out
+    assert {"kl_low", "kl_high"} <= set(pd.read_csv(table))
+
+
+def test_choices_are_written_as_lm_eval_writes_them(tmp_path, capsys):
+    assert main(["choices", MODEL, "--set", "nano-reasoning", "--limit", "3", "--run", "x"]) == 0
+    assert "guess rate 0.250" in capsys.readouterr().out
+    result = json.loads((tmp_path / "x" / "scores" / "nano-reasoning-choices.lm_eval.json").read_text())
+    assert len(result["samples"]["nano-reasoning-choices"]) == 3
+
+
+def test_tasks_name_what_the_budget_left_out(tmp_path, capsys):
+    asked = ["tasks", MODEL, "--task", "single needle", "--lengths", "256,512", "--texts", "1", "--run", "x"]
+    assert main(asked) == 0
+    assert len(pd.read_csv(tmp_path / "x" / "long_context" / "tasks.csv")) == 2
+    assert main([*asked, "--budget-minutes", "0", "--fresh"]) == 1
+    assert "nothing was asked: single needle at 256 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "mark"), [("b.csv", "n_threads"), ("b.json", '"n_threads"'), ("b.md", "|")])
+def test_the_sweep_writes_three_formats(tmp_path, capsys, name, mark):
+    sizes = ["--prompt", "8", "--gen", "2", "--rounds", "1", "--threads", "1"]
+    assert main(["bench", MODEL, *sizes, "-o", str(tmp_path / name)]) == 0
+    assert mark in (tmp_path / name).read_text() and "pp8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", MODEL, "--threads", "two"], "--threads 'two' is no list of numbers"),
+        (["bench", MODEL, "-o", "speeds.xlsx"], "end it in .csv, .json or .md"),
+        (["fidelity", MODEL, MODEL], "line 1"),
+        (["fidelity", MODEL, "missing.jsonl"], "dfqs-nb record MODEL -o record.jsonl"),
+        (["choices", MODEL, "--set", "nano-code"], "has no 4 answers"),
+        (["tasks", MODEL, "--task", "x", "--lengths", "256"], "there is no task 'x'"),
+        (["record", MODEL, "-o", "r.jsonl", "--prompts", "missing.txt"], "cannot be read"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(capsys, arguments, message):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.strip().count("\n") == 0
