@@ -298,6 +298,7 @@ def _serve_llama_cpp_python(job: dict[str, Any], settings: OpenSettings) -> None
 def _serve(job: dict[str, Any]) -> None:
     run = _serve_llama_cpp if job["kind"] == "llama.cpp" else _serve_llama_cpp_python
     run(job, OpenSettings(**job["settings"]))
+    os._exit(0)  # it was told to stop: there is no other job, and a teardown of the runtime may crash
 
 
 if __name__ == "__main__":
