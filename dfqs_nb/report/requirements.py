@@ -165,11 +165,13 @@ def _memory(case: Case, at: Settings) -> str:
 
 @check("routing")
 def routing(case: Case, routing: Any) -> tuple[str, str]:
-    """The verdict of notebook 04 on identical conditions."""
+    """The verdict of notebook 04: on the loads where they were judged, else on identical conditions alone."""
     it = routing.verdict
     if it is None or not it.n_runs or it.failed_runs:
         failed = "; ".join(it.failed_runs if it else ()) or "none ran"
         return case.judged(NOT_MET if it and it.n_differ else NOT_TESTED, "broken", failed=failed)
+    if it.load_passed is not None:
+        return case.judged(MET if it.passed and it.load_passed else NOT_MET, "loads", it=it)
     return case.judged(MET if it.passed else NOT_MET, "judged" if it.routed else "dense", it=it)
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from dfqs_nb.core.doors import lazy
 from dfqs_nb.routing.compare import differences, expert_counts, overlaps
 from dfqs_nb.routing.experiment import run_experiment
-from dfqs_nb.routing.trace import RecordedModel, Trace, load_trace, open_recorded
+from dfqs_nb.routing.recorded import RecordedModel, open_recorded
+from dfqs_nb.routing.trace import Trace, load_trace
 from dfqs_nb.routing.verdict import Determinism
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ import numpy as np
 
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.trace import Trace
+from dfqs_nb.stats import bootstrap_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -191,6 +192,91 @@ def by_token(a: Trace, b: Trace) -> pd.DataFrame:
 
     flipped = differences(a, b)[:, ~a.hashed].sum(axis=1)
     return pd.DataFrame({"token": np.arange(a.n_tokens), "drift": drifts(a, b), "flips": flipped})
+
+
+# ---- two files of one model ----
+
+
+def across(a: Trace, b: Trace) -> pd.DataFrame:
+    """How another file of the model routes the same text: one row a layer that scores.
+
+    Columns ``layer``, ``same_set`` (share of equal sets), ``top_1``, ``top_2``, ... (share of the first n
+    experts that both rank among their first n), ``mass`` (of the reference's gates, on experts that both
+    chose), ``rank_correlation`` (Spearman's, of all selection scores, mean over tokens; NaN without scores).
+    """
+    import pandas as pd
+
+    scored = ~a.hashed
+    x, y = a.experts[:, scored], b.experts[:, scored]
+    shared = x[:, :, :, None] == y[:, :, None, :]
+    weights = a.weights[:, scored].astype(float)
+    mass = (weights * shared.any(axis=3)).sum(axis=2) / np.maximum(weights.sum(axis=2), 1e-12)
+    tops = {f"top_{n}": shared[:, :, :n, :n].any(axis=3).mean(axis=(0, 2)) for n in range(1, x.shape[2] + 1)}
+    correlation = np.full(int(scored.sum()), math.nan)
+    if a.scores is not None and b.scores is not None:
+        correlation = _rank_correlation(a.scores[:, scored], b.scores[:, scored])
+    same = 1 - differences(a, b)[:, scored].mean(axis=0)
+    columns = {"layer": a.layers[scored], "same_set": same, **tops, "mass": mass.mean(axis=0)}
+    return pd.DataFrame({**columns, "rank_correlation": correlation})
+
+
+def _rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    from scipy.stats import rankdata
+
+    ranks = [rankdata(scores, axis=2) - (scores.shape[2] + 1) / 2 for scores in (x, y)]
+    size = np.sqrt((ranks[0] ** 2).sum(axis=2) * (ranks[1] ** 2).sum(axis=2))
+    each = (ranks[0] * ranks[1]).sum(axis=2) / np.maximum(size, 1e-12)
+    mean: np.ndarray = each.mean(axis=0)
+    return mean
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Whether changed experts predict a changed prediction: KL divergence regressed on them, by token.
+
+    Attributes:
+        n_tokens, n_logits: tokens, and logits of each that the divergence is computed from (a sample of a
+            large vocabulary).
+        kl: mean KL divergence from the reference, in nats.
+        kl_same, kl_changed: of tokens without and with a changed expert set; NaN where there are none.
+        slope, low, high: nats for each changed layer, with a 95 % interval from drawing blocks of tokens.
+    """
+
+    n_tokens: int
+    n_logits: int
+    kl: float
+    kl_same: float
+    kl_changed: float
+    slope: float
+    low: float
+    high: float
+
+
+def divergence(a: Trace, b: Trace, block: int = 16, n_boot: int = 2000, seed: int = 0) -> Divergence | None:
+    """The regression for two files of one model; None where logits were not kept or no set changed.
+
+    Args:
+        block: neighbouring tokens that are drawn together.
+    """
+    from scipy.special import log_softmax
+
+    if a.logits is None or b.logits is None or not np.array_equal(a.logits.ids, b.logits.ids):
+        return None
+    p, q = (log_softmax(each.values.astype(np.float64), axis=1) for each in (a.logits, b.logits))
+    kl = (np.exp(p) * (p - q)).sum(axis=1)
+    changed = differences(a, b)[:, ~a.hashed].sum(axis=1)
+    n = len(kl) // block * block
+    if n < 2 * block or not changed.var():
+        return None
+    sums = np.stack([np.ones(n), changed[:n], kl[:n], changed[:n] * kl[:n], changed[:n] ** 2])
+    blocks = sums.reshape(5, -1, block).sum(axis=2).T
+    draws = bootstrap_weights(len(blocks), n_boot, seed) @ blocks
+    one, x, y, xy, xx = np.vstack([blocks.sum(axis=0), draws]).T
+    slopes = (one * xy - x * y) / np.maximum(one * xx - x * x, 1e-12)
+    low, high = np.quantile(slopes[1:], [0.025, 0.975])
+    same, other = (_or_nan(np.mean, kl[rows]) for rows in (changed == 0, changed > 0))
+    interval = float(slopes[0]), float(low), float(high)
+    return Divergence(len(kl), len(a.logits.ids), float(kl.mean()), same, other, *interval)
 
 
 # ---- one run by itself ----

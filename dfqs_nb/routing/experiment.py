@@ -1,143 +1,42 @@
-"""Run one text under many conditions, each in a process of its own, and compare what the routers chose.
+"""Run texts under many conditions and loads, with one load of the weights a process, and compare choices.
 
 Every condition is compared with one other run that differs in one thing. A condition that llama.cpp refuses,
-or dies of, is reported as such and does not end the experiment. Traces are kept as ``.npz``; a trace that is
-there and was made under the same conditions is not made again.
+or dies of, is reported as such and does not end the experiment. Traces are kept as ``.npz``; a trace that was
+made under the same conditions is not made again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import tqdm.auto
 
-from dfqs_nb.core import child
-from dfqs_nb.core.display import tqdm
+from dfqs_nb.core import child, display
 from dfqs_nb.core.errors import DfqsError, ModelError
-from dfqs_nb.core.journal import remembered
+from dfqs_nb.core.files import canonical_sha256
+from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.machine import has_amx, usable_cores
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.llama.generate import chat_prompt
-from dfqs_nb.llama.model import Model, open_model
 from dfqs_nb.llama.settings import OpenSettings, llama_version, threads_for
-from dfqs_nb.routing.compare import compare
+from dfqs_nb.routing.loads import read_texts
+from dfqs_nb.routing.placement import require_experts
+from dfqs_nb.routing.plan import Condition, conditions, with_references
 from dfqs_nb.routing.recorder import RoutingError
-from dfqs_nb.routing.trace import Schedule, Trace, load_trace
-from dfqs_nb.routing.verdict import IDENTICAL, Experiment
+from dfqs_nb.routing.trace import Trace, load_trace, require_csv
+from dfqs_nb.routing.verdict import Experiment, comparison_table
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from dfqs_nb.routing.loads import Text
 
 PASSAGE = "prompts/routing_passage.txt"
 QUESTION = "What is the capital of France?"
-BATCHES = (1, 7, 64)  # beside the default of 512
-FORMAT = 2  # of a kept trace; a new number makes old ones be recorded again
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One way to run the text.
-
-    Args:
-        name: what people read.
-        kind: what differs: ``identical``, ``threads``, ``batch``, ``phase``, ``state``, ``attention``,
-            ``cache``, ``context``, ``buffers`` or ``weights``.
-        against: the name of the run to compare with; empty for the runs that only serve as reference.
-        settings: how the model is opened.
-        schedule: how the text is evaluated.
-        model: another file; empty for the model itself.
-        again: a second run in the process of the condition of this name.
-    """
-
-    name: str
-    kind: str
-    against: str
-    settings: OpenSettings
-    schedule: Schedule = Schedule()
-    model: str = ""
-    again: str = ""
-
-
-def conditions(
-    settings: OpenSettings,
-    n_tokens: int,
-    *,
-    max_threads: int = 0,
-    others: Mapping[str, str | Path] | None = None,
-) -> list[Condition]:
-    """The conditions of the experiment, references first.
-
-    Args:
-        settings: the reference.
-        max_threads: thread counts are 1, 2, 4, ... up to this; by default the reference's count.
-        others: quantizations of the same model by name, compared with it.
-    """
-    n_threads = settings.n_threads or 1
-    return [
-        *_repetitions(settings, n_tokens // 2),
-        *_thread_counts(settings, n_tokens // 2, _powers_of_two(max_threads or n_threads) - {n_threads}),
-        *_other_settings(settings, n_tokens // 2),
-        *(
-            Condition(f"weights: {name}", "weights", "prefill", settings, model=str(path))
-            for name, path in (others or {}).items()
-        ),
-    ]
-
-
-def _repetitions(settings: OpenSettings, half: int) -> Iterator[Condition]:
-    """The two references, each repeated in the same process and in a fresh one."""
-    for name, schedule in (("prefill", Schedule()), ("decode", Schedule(half))):
-        yield Condition(name, "reference", "", settings, schedule)
-        yield Condition(f"{name}, same process again", IDENTICAL, name, settings, schedule, again=name)
-        yield Condition(f"{name}, fresh process", IDENTICAL, name, settings, schedule)
-
-
-def _thread_counts(settings: OpenSettings, half: int, counts: set[int]) -> Iterator[Condition]:
-    for n in sorted(counts):
-        threads = replace(settings, n_threads=n, n_threads_batch=n)
-        flash = replace(threads, flash_attn=True)
-        label, decode = f"{n} thread{'s' if n > 1 else ''}", Schedule(half)
-        yield Condition(f"{label}, prefill", "threads", "prefill", threads)
-        yield Condition(f"{label}, decode", "threads", "decode", threads, decode)
-        yield Condition(
-            f"{label}, decode, flash attention", "threads", "flash attention, decode", flash, decode
-        )
-
-
-def _powers_of_two(largest: int) -> set[int]:
-    return {largest} | {2**i for i in range(largest.bit_length())}
-
-
-def _other_settings(settings: OpenSettings, half: int) -> Iterator[Condition]:
-    two_calls, flash = Schedule(half, decode=False), {"flash_attn": True}
-    yield Condition("prefill in two calls", "batch", "prefill", settings, two_calls)
-    restored = replace(two_calls, restore=True)
-    yield Condition("saved state restored", "state", "prefill in two calls", settings, restored)
-    yield Condition("all by decode", "phase", "prefill", settings, Schedule(0))
-    changes: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
-        *((f"n_batch {n}", "batch", "prefill", {"n_batch": n, "n_ubatch": n}) for n in BATCHES),
-        ("n_ubatch 7 in n_batch 512", "batch", "prefill", {"n_ubatch": 7}),
-        ("n_ctx doubled", "context", "prefill", {"n_ctx": 2 * settings.n_ctx}),
-        ("flash attention, prefill", "attention", "prefill", flash),
-        ("KV cache f32", "cache", "prefill", {"type_k": "f32", "type_v": "f32"}),
-        (
-            "KV cache q8_0",
-            "cache",
-            "flash attention, prefill",
-            {**flash, "type_k": "q8_0", "type_v": "q8_0"},
-        ),
-        ("repacked weights (extra buffers)", "buffers", "prefill", {"use_extra_bufts": True}),
-    )
-    for name, kind, against, changed in changes:
-        if changed.get("n_batch") != settings.n_batch:
-            yield Condition(name, kind, against, replace(settings, **changed))
-    flashed = replace(settings, flash_attn=True)
-    yield Condition("flash attention, decode", "attention", "decode", flashed, Schedule(half))
+FORMAT = 3  # of a kept trace; a new number makes old ones be recorded again
+CHILD = "dfqs_nb.routing.record_child"
 
 
 def default_settings(path: str | Path, n_tokens: int, n_output: int = 16, n_threads: int = 0) -> OpenSettings:
@@ -160,27 +59,42 @@ def quantizations(path: str | Path, other: str = "") -> dict[str, Path]:
     return {Path(other).stem: resolve(other)[0]} if other else {}
 
 
-def passage_tokens(model: Model, n_tokens: int) -> list[int]:
-    """The text of the experiment in this model's tokens.
+@dataclass(frozen=True)
+class Words:
+    """The tokens of an experiment: its text, and the short texts with their names and domains."""
 
-    It is the stored passage, again and again as needed, and at the end a question in the model's chat
+    passage: list[int]
+    texts: list[dict[str, Any]]
+
+
+def tokenized(path: str | Path, n_tokens: int, texts: Sequence[Text]) -> Words:
+    """Texts in this model's tokens, before any weights are loaded.
+
+    The passage is the stored one, again and again as needed, and at the end a question in the model's chat
     template, so that the greedy continuation is an answer.
 
     Raises:
-        ModelError: ``n_tokens`` does not hold the question.
+        ModelError: ``n_tokens`` does not hold the question, or a text has no tokens.
     """
-    has_template = bool(model.header.get("tokenizer.chat_template"))
-    question = chat_prompt(model, QUESTION) if has_template else model.tokenize(QUESTION, special=False)
-    passage = model.tokenize((data_dir() / PASSAGE).read_text(encoding="utf-8"), special=False)
+    passage = (data_dir() / PASSAGE).read_text(encoding="utf-8")
+    job = {
+        "path": str(Path(path).resolve()),
+        "question": QUESTION,
+        "texts": [passage, *(t.text for t in texts)],
+    }
+    found = child.run(CHILD, job, where=path)
+    bos = [found["bos"]] if found["bos"] >= 0 else []
+    question, (body, *others) = found["question"], found["texts"]
     left = n_tokens - len(question)
-    if left < 1 or not passage:
-        raise ModelError(
-            f"{n_tokens} tokens do not hold the question ({len(question)})",
-            where=model.path,
-            hint="raise n_tokens",
-        )
-    body = (passage * (left // len(passage) + 1))[:left]
-    return model.with_bos(body)[:left] + question
+    if left < 1 + len(bos) or not all([body, *others]):
+        what = f"{n_tokens} tokens do not hold the question ({len(question)})"
+        raise ModelError(what, where=path, hint=f"use n_tokens={len(question) + 64} or more")
+    body = [*bos, *(body * (left // len(body) + 1))][:left]
+    named = [
+        {"name": text.name, "domain": text.domain, "tokens": [*bos, *ids]}
+        for text, ids in zip(texts, others, strict=True)
+    ]
+    return Words(body + question, named)
 
 
 # ---- running ----
@@ -197,10 +111,13 @@ def run_experiment(
     max_threads: int = 0,
     other: str = "",
     others: Mapping[str, str | Path] | None = None,
+    texts: str | Path = "",
+    budget_minutes: float = 0.0,
     fresh: bool = False,
     chosen: Sequence[str] = (),
+    export: str | Path = "",
 ) -> Experiment:
-    """Run all conditions (or those named, with their references), and compare.
+    """Run all conditions and loads (or those named, with their references), and compare.
 
     Args:
         path: the GGUF file, or any shard of it.
@@ -212,137 +129,178 @@ def run_experiment(
         max_threads: the largest count of threads; by default the usable cores.
         other: another quantization to compare with, as in `quantizations`.
         others: such files by name, in place of ``other``.
+        texts: a folder of texts for loads and profile, a subfolder a domain; empty: the workbook's own.
+        budget_minutes: lengths are halved and runs left out until it fits, as in `plan.fit`; 0: no bound.
         fresh: record again what an earlier run left.
         chosen: names of conditions; all by default.
+        export: also write the traces there, as CSV.
 
     Raises:
-        DfqsError: the model cannot be opened under the reference's settings.
+        DfqsError: the model cannot be opened under the reference's settings, or a parameter is wrong.
     """
     settings = settings or default_settings(path, n_tokens, n_output, n_threads)
-    with open_model(path, settings) as model:
-        tokens = passage_tokens(model, n_tokens)
+    if n_tokens + n_output > settings.n_ctx:
+        what = f"{n_tokens} tokens and {n_output} of the answer exceed n_ctx ({settings.n_ctx})"
+        raise ModelError(what, where=path, hint=f"use n_ctx={n_tokens + n_output} or more")
+    if str(export):
+        require_csv(export)
+        require_experts(path)
+    given = read_texts(texts)
     threads = max_threads or max(usable_cores(), settings.n_threads or 1)
     others = quantizations(path, other) if others is None else others
-    planned = _with_references(conditions(settings, len(tokens), max_threads=threads, others=others), chosen)
-    recording = _Recording(Path(path), Path(folder), tokens, n_output, fresh)
-    recording.folder.mkdir(parents=True, exist_ok=True)
-    for group in tqdm(_processes(planned), desc="conditions", leave=False):
-        recording.run(group)
-    traces = recording.traces
-    if "prefill" not in traces:
+    planned = conditions(settings, n_tokens, max_threads=threads, others=others, n_texts=len(given))
+    planned = with_references(planned, chosen)
+    words = tokenized(path, n_tokens, given)
+    recording = Recording(Path(path), Path(folder), words, n_output, 60 * budget_minutes, fresh)
+    recording.run_all(planned)
+    if "prefill" not in recording.traces:
         why = recording.status["prefill"]
         raise ModelError(f"the reference run failed: {why}", where=path, hint="lower n_ctx")
+    traces = recording.traces
     table = comparison_table(planned, traces, recording.status)
-    n_made = recording.n_made
-    return Experiment(np.asarray(tokens, np.int32), table, traces, settings, n_made, len(traces) - n_made)
-
-
-def _with_references(planned: list[Condition], chosen: Sequence[str]) -> list[Condition]:
-    if not chosen:
-        return planned
-    by_name = {condition.name: condition for condition in planned}
-    unknown = [name for name in chosen if name not in by_name]
-    if unknown:
-        raise DfqsError(f"no condition is called {unknown[0]!r}", hint=f"there are {', '.join(by_name)}")
-    names, queue = {"prefill"}, list(chosen)
-    while queue:
-        condition = by_name[queue.pop()]
-        names.add(condition.name)
-        queue += [name for name in (condition.against, condition.again) if name and name not in names]
-    return [condition for condition in planned if condition.name in names]
-
-
-def _processes(planned: list[Condition]) -> list[list[Condition]]:
-    """Conditions that share a process: a condition, and its repetitions."""
-    groups = {condition.name: [condition] for condition in planned if not condition.again}
-    for condition in planned:
-        if condition.again:
-            groups[condition.again].append(condition)
-    return list(groups.values())
-
-
-def comparison_table(
-    planned: Sequence[Condition], traces: Mapping[str, Trace], status: Mapping[str, str]
-) -> pd.DataFrame:
-    """One row a condition that has a reference; its numbers are missing where its run failed."""
-    import pandas as pd
-
-    rows = []
-    for condition in planned:
-        if condition.against:
-            row = {"condition": condition.name, "kind": condition.kind, "against": condition.against}
-            row["status"] = status[condition.name]
-            if condition.name in traces and condition.against in traces:
-                row |= _compared(traces[condition.against], traces[condition.name])
-            rows.append(row)
-    table = pd.DataFrame(rows)
-    counts = [name for name in table if str(name).startswith(("n_", "first_"))]
-    return table.astype(dict.fromkeys(counts, "Int64"))
-
-
-def _compared(a: Trace, b: Trace) -> dict[str, Any]:
-    try:
-        return asdict(compare(a, b))
-    except RoutingError as error:  # another model than the reference, not another quantization of it
-        return {"status": f"not comparable: {error.what}"}
+    loads = {c.name: c.load for c in planned if c.load and c.kind in ("alone", "load")}
+    experiment = Experiment(
+        traces["prefill"].tokens,
+        table,
+        traces,
+        settings,
+        recording.n_made,
+        len(traces) - recording.n_made,
+        loads=loads,
+        texts=given,
+        status=recording.status,
+        plan=recording.plan_sentence,
+        path=Path(path),
+    )
+    if str(export):
+        experiment.export(export)
+    return experiment
 
 
 @dataclass
-class _Recording:
-    """The traces of one text so far: what was recorded now or earlier, and how each condition ended."""
+class Recording:
+    """The traces so far: what was recorded now or earlier, and how each condition ended."""
 
     path: Path
     folder: Path
-    tokens: list[int]
+    words: Words
     n_output: int
+    budget_seconds: float
     fresh: bool
+    traces: dict[str, Trace] = field(default_factory=dict)
+    status: dict[str, str] = field(default_factory=dict)
+    n_made: int = 0
+    plan_sentence: str = ""
 
-    def __post_init__(self) -> None:
-        self.traces: dict[str, Trace] = {}
-        self.status: dict[str, str] = {}
-        self.n_made = 0
+    def run_all(self, planned: list[Condition]) -> None:
+        """Have all traces; conditions of one process go to one child, which loads the weights once."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        about = {
+            "format": FORMAT,
+            "model": self._identity(self.path),
+            "runtime": llama_version(),
+            "words": canonical_sha256([self.words.passage, self.words.texts]),
+            "n_output": self.n_output,
+        }
+        self.journal = Journal(self.folder / "runs.jsonl", about, fresh=self.fresh)
+        sizes = len(self.words.passage), self.n_output, [len(text["tokens"]) for text in self.words.texts]
+        self.runs = {c.name: c.as_run(*sizes) | {"file": str(self._file(c))} for c in planned}
+        self.by_name = {condition.name: condition for condition in planned}
+        self.plan = {row["id"]: row for row in self.journal.rows()}.get(self._plan_key, {})
+        if not self.budget_seconds:
+            self.plan = {"scale": 1.0, "kept": list(self.runs)}
+        processes = dict.fromkeys(condition.process for condition in planned)
+        self.plan_sentence = f"{len(planned)} runs in {len(processes)} processes, each of which loads once"
+        with display.tqdm(total=len(planned), desc="routing", leave=False) as bar:
+            for process in processes:
+                self._run_process([c for c in planned if c.process == process], bar.update)
 
-    def run(self, group: list[Condition]) -> None:
-        """Have one process's traces, and note how it ended."""
-        why = ""
+    def _run_process(self, group: list[Condition], progress: Callable[[int], object]) -> None:
         if group[0].settings.use_extra_bufts and has_amx():
             why = "not tried: extra buffers crash on CPUs with AMX (ggml-org/llama.cpp#20824)"
-        else:
+            self.status |= {condition.name: why for condition in group}
+            return
+        waiting = [condition for condition in group if not self._known(condition)]
+        progress(len(group) - len(waiting))
+        while waiting := [condition for condition in waiting if condition.name not in self.status]:
+            if self.plan and not set(self.plan["kept"]) & {condition.name for condition in waiting}:
+                break
+            begun = [""]
+
+            def hear(message: dict[str, Any], begun: list[str] = begun) -> None:
+                begun[0] = message.get("begun", begun[0])
+                if "plan" in message:
+                    self._set_plan(message["plan"])
+                if "done" in message:
+                    self._done(self.by_name[message["done"]], message["why"])
+                    progress(1)
+
             try:
-                self.traces |= self._traces(group)
-            except DfqsError as error:
-                why = f"failed: {error.what}"
-        self.status |= {condition.name: why or "done" for condition in group}
+                child.run(CHILD, self._job(waiting), where=self.path, on_message=hear)
+                break
+            except DfqsError as error:  # the run that it died of fails, and a new child takes the others
+                lost = [begun[0]] if begun[0] and begun[0] not in self.status else [c.name for c in waiting]
+                self.status |= {name: f"failed: {error.what}" for name in lost if name not in self.status}
+        for condition in group:
+            self.status.setdefault(condition.name, "left out: it does not fit into budget_minutes")
 
-    def _traces(self, group: list[Condition]) -> dict[str, Trace]:
-        first = group[0]
-        path = Path(first.model) if first.model else self.path
-        files = {condition.name: self.folder / f"{_file_name(condition.name)}.npz" for condition in group}
-        job = {
-            "format": FORMAT,
-            "model": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in open_shards(path).paths],
-            "runtime": llama_version(),
-            "settings": first.settings.as_dict(),
-            "schedule": vars(first.schedule),
-            "tokens": self.tokens,
+    def _job(self, waiting: list[Condition]) -> dict[str, Any]:
+        first, kept = waiting[0], set(self.plan.get("kept", self.runs))
+        names = [condition.name for condition in waiting if condition.name in kept]
+        return {
+            "path": str(Path(first.model or self.path).resolve()),
+            "runs": [self.runs[name] for name in names],
+            "all_runs": [] if self.plan else list(self.runs.values()),
+            "tokens": self.words.passage,
+            "texts": self.words.texts,
             "n_output": self.n_output,
-            "names": list(files),
+            "budget_seconds": self.budget_seconds,
+            "scale": self.plan.get("scale", 0),
         }
-        note = files[first.name].with_suffix(".json")
 
-        def make() -> dict[str, Any]:
-            note.unlink(missing_ok=True)  # it would vouch for traces that are replaced from here on
-            where = {"path": str(path.resolve()), "files": [str(f.resolve()) for f in files.values()]}
-            child.run("dfqs_nb.routing.record_child", {**job, **where}, where=path)
-            self.n_made += len(group)
-            return {"traces": [file.name for file in files.values()]}
+    def _set_plan(self, plan: dict[str, Any]) -> None:
+        self.plan = plan
+        self.journal.add(self._plan_key, **plan)
+        n, kept = len(self.runs), len(plan["kept"])
+        self.plan_sentence = (
+            f"Budget {self.budget_seconds / 60:g} minutes: {kept} of {n} runs, at {plan['scale']:g} of each "
+            f"length. Loading takes {plan['load_seconds']:.1f} s, a token {plan['prefill_seconds']:.2g} s in "
+            f"prefill and {plan['decode_seconds']:.2g} s in decode."
+        )
+        tqdm.auto.tqdm.write(self.plan_sentence)
 
-        remembered(note, job, make, fresh=self.fresh)
+    @property
+    def _plan_key(self) -> str:
+        return f"plan for {self.budget_seconds:g} s"
+
+    def _done(self, condition: Condition, why: str) -> None:
+        self.status[condition.name] = f"failed: {why}" if why else "done"
+        if not why:
+            file = self._file(condition)
+            self.traces[condition.name] = load_trace(file)
+            self.journal.add(self._key(condition), file=file.name)
+            self.n_made += 1
+
+    def _known(self, condition: Condition) -> bool:
+        """Whether an earlier run left this trace."""
+        if self._key(condition) not in self.journal:
+            return False
         try:
-            return {name: load_trace(file) for name, file in files.items()}
-        except RoutingError:  # a disk may lose what the note vouches for
-            remembered(note, job, make, fresh=True)
-            return {name: load_trace(file) for name, file in files.items()}
+            self.traces[condition.name] = load_trace(self._file(condition))
+        except RoutingError:
+            return False  # a disk may lose what the journal vouches for
+        self.status[condition.name] = "done"
+        return True
+
+    def _key(self, condition: Condition) -> str:
+        run = {key: value for key, value in self.runs[condition.name].items() if key != "file"}
+        return canonical_sha256([run, self._identity(Path(condition.model)) if condition.model else ""])
+
+    def _identity(self, path: Path) -> list[Any]:
+        return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in open_shards(path).paths]
+
+    def _file(self, condition: Condition) -> Path:
+        return (self.folder / f"{_file_name(condition.name)}.npz").resolve()
 
 
 def _file_name(name: str) -> str:

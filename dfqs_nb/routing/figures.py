@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +12,40 @@ from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, token_axis
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+
+def load_rates(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Texts and logits that change beside others, one row a load.
+
+    Args:
+        table: columns ``load``, ``n_others``, ``n_texts``, ``n_texts_differ``, ``texts_bound``,
+            ``logits_equal`` and ``texts_equal``, one row a load.
+    """
+    table = table[table["n_others"] > 0].sort_values("n_others", kind="stable", ignore_index=True)
+    ax = new_axes(ax, 1.4 + 0.3 * len(table))
+    rows = np.arange(len(table))
+    share = table["n_texts_differ"] / table["n_texts"]
+    ax.hlines(rows, share, table["texts_bound"], color=PALETTE[5], linewidth=1, alpha=0.6)
+    ax.plot(share, rows, "o", color=PALETTE[5], label="texts with another expert set (to 95 % bound)")
+    ax.plot(
+        1 - table["texts_equal"], rows, "s", mfc="none", color=PALETTE[0], label="greedy answers that change"
+    )
+    ax.plot(1 - table["logits_equal"], rows, "|", color=INK, markersize=9, label="tokens whose logits move")
+    ax.set_yticks(rows, [f"{row.load} (n = {row.n_texts})" for row in table.itertuples()], fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlim(left=-0.01)
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.set_xlabel("share that differs from the same text alone (n: texts)")
+    ax.legend(frameon=False, fontsize=8, loc="upper right")
+    changed = int((table["n_differ"] > 0).sum())
+    what = (
+        "No load changes an expert choice"
+        if not changed
+        else f"{changed} of {len(table)} loads change a choice"
+    )
+    moved = "logits move" if (table["logits_equal"] < 1).any() else "no logit moves"
+    set_title(ax, f"{what}; {moved}")
+    return ax
 
 
 def routing_agreement(agreement: pd.DataFrame, n_tokens: int, ax: Axes | None = None) -> Axes:
@@ -79,28 +112,91 @@ def _margin_title(typical: float, flipped: pd.Series) -> str:
     return f"Flipped choices have a median margin {times:,.0f} times smaller than typical"
 
 
-def expert_usage(usage: pd.DataFrame, loads: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """How often each expert was chosen, layer by layer, with the entropy of the load.
+def usage_by_domain(
+    usage: pd.DataFrame, most: int = 64, layer: int | None = None, ax: Axes | None = None
+) -> Axes:
+    """Which domains use which experts: a row a domain, a column an expert, the most specialized first.
 
     Args:
-        usage: columns ``layer``, ``expert`` and ``share`` (of the layer's choices).
-        loads: columns ``layer``, ``entropy`` (bits) and ``share_of_even``.
+        usage: of `Profile.usage`.
+        most: experts shown.
+        layer: only this one; by default all.
     """
-    table = usage.pivot(index="layer", columns="expert", values="share")
-    n_experts = table.shape[1]
-    ax = new_axes(ax, 1.3 + 0.3 * len(table))
-    image = ax.imshow(table * n_experts, cmap="viridis", aspect="auto", vmin=0)
-    ax.set_yticks(range(len(table)), [str(layer) for layer in table.index])
-    for row, load in enumerate(loads["entropy"]):
-        ax.text(n_experts - 0.3, row, f"{load:.2f} bits", va="center", fontsize=8, color=INK)
-    ax.figure.colorbar(image, ax=ax, label="load (1: even)", pad=0.12)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel(f"expert (right: entropy of the load; an even load has {math.log2(n_experts):.2f} bits)")
-    ax.set_ylabel("layer")
-    least = loads.loc[loads["share_of_even"].idxmin()]
-    idle = int((usage["share"] == 0).sum())
-    used = f"{idle} experts are never used" if idle else "Every expert is used"
-    set_title(ax, f"{used}; layer {int(least['layer'])} has the least even load")
+    rows = usage if layer is None else usage[usage["layer"] == layer]
+    top = rows[rows["share"] > 0].sort_values("specialization", ascending=False, kind="stable").head(most)
+    domains = [name for name in usage if name not in ("layer", "expert", "share", "specialization")]
+    values = top[domains].to_numpy(float).T
+    split = values / values.sum(axis=0)
+    ax = new_axes(ax, 1.5 + 0.3 * len(domains))
+    image = ax.imshow(split, cmap="Oranges", aspect="auto", vmin=0)
+    ax.set_yticks(range(len(domains)), domains)
+    names = [f"{row.layer}.{row.expert}" for row in top.itertuples()]
+    step = -(-len(names) // 32)
+    ax.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=7)
+    ax.tick_params(length=0)
+    ax.set_xlabel(f"layer.expert: {len(top)} of {len(rows)}, the most specialized first")
+    ax.figure.colorbar(image, ax=ax, label="share of the expert's use", pad=0.01)
+    best, index = top.iloc[0], int(split[:, 0].argmax())
+    where = f"Expert {int(best['expert'])} of layer {int(best['layer'])}"
+    set_title(ax, f"{where} gets {split[index, 0]:.0%} of its use from {domains[index]}")
+    return ax
+
+
+def coverage_curves(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """How much of the gate mass the heaviest experts of a layer carry, one curve a domain.
+
+    Args:
+        coverage: of `Profile.coverage`.
+    """
+    ax = new_axes(ax)
+    names = [name for name in coverage if name != "experts"]
+    for number, name in enumerate(names):
+        colour, width = (INK, 2) if name == "all" else (PALETTE[number % 6], 1)
+        ax.plot(coverage["experts"], coverage[name], label=name, color=colour, linewidth=width)
+    for level in (0.8, 0.9, 0.95):
+        ax.axhline(level, color=INK, linewidth=0.4, linestyle=":")
+    ax.set_xscale("log", base=2)
+    ticks = [2**i for i in range(int(coverage["experts"].max()).bit_length())]
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.set_ylim(0, 1.02)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.set_xlabel("experts of a layer, the heaviest first (mean over layers)")
+    ax.set_ylabel("gate mass")
+    ax.legend(frameon=False, fontsize=8)
+    n = int((coverage["all"] < 0.9).sum()) + 1
+    set_title(ax, f"90 % of the gate mass needs {n} of {len(coverage)} experts")
+    return ax
+
+
+def placement_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Reads of experts served from fast memory, by budget: whole layers, and single experts.
+
+    Args:
+        table: of `placement.placement`.
+    """
+    ax = new_axes(ax)
+    places, width = np.arange(len(table)), 0.38
+    ax.bar(places - width / 2, table["hit_rate"], width, color=PALETTE[0], label="whole layers (llama.cpp)")
+    error = np.abs(table[["low", "high"]].to_numpy().T - table["experts_hit_rate"].to_numpy())
+    label = "hottest experts (page cache), on texts not used to choose them"
+    ax.bar(
+        places + width / 2,
+        table["experts_hit_rate"],
+        width,
+        yerr=error,
+        capsize=3,
+        color=PALETTE[5],
+        label=label,
+    )
+    ax.set_xticks(places, [f"{budget:.0%}" for budget in table["budget"]])
+    ax.set_xlabel("fast memory, as a share of the routed experts' bytes (bars: 95 % interval over texts)")
+    ax.set_ylabel("expert reads served")
+    ax.set_ylim(0, 1)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    half = table.iloc[int((table["budget"] - 0.5).abs().argmin())]
+    share, hit = half["budget"], half["experts_hit_rate"]
+    set_title(ax, f"{share:.0%} of the bytes serve {hit:.0%} of the reads if the hottest experts are kept")
     return ax
 
 

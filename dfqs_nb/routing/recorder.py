@@ -12,8 +12,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
+import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.llama.graph import NAME_OFFSET, Tensor, ggml_function
 
 FLUSH_BYTES = 4 << 20  # of raw scores, before they are reduced to margins and weights
+SPILL_BYTES = 16 << 20  # of one column in memory; what is beyond goes to a file
 SMALLEST_SUM = 6.103515625e-5  # build_moe_ffn clamps the sum of weights here
 _PREFIX_BYTES = 13  # tells the names below apart
 _TOPK, _PROBS, _WEIGHTS, _ARGSORT = b"ffn_moe_topk-", b"ffn_moe_probs", b"ffn_moe_weigh", b"ffn_moe_argsort"
@@ -28,6 +30,37 @@ _TOPK, _PROBS, _WEIGHTS, _ARGSORT = b"ffn_moe_topk-", b"ffn_moe_probs", b"ffn_mo
 
 class RoutingError(DfqsError):
     """Routing was not recorded, or two records cannot be compared."""
+
+
+class Column:
+    """Rows of an array, appended piece by piece; long ones lie in a file without a name, not in memory."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+        self._file: IO[bytes] | None = None
+        self._n = self._held = 0
+
+    def add(self, rows: np.ndarray) -> None:
+        """Append rows, all of one type and width."""
+        self._parts.append(rows)
+        self._n, self._held = self._n + len(rows), self._held + rows.nbytes
+        if self._held > SPILL_BYTES:
+            self._spill()
+
+    def _spill(self) -> None:
+        self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the rows
+        for part in self._parts:
+            self._file.write(np.ascontiguousarray(part).data)
+        self._file.flush()
+        self._parts, self._held = [self._parts[-1][:0]], 0
+
+    def array(self) -> np.ndarray:
+        """All rows: in memory, or mapped from the file."""
+        if self._file is None:
+            return self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts)
+        self._spill()
+        kind = self._parts[0]
+        return np.memmap(self._file, kind.dtype, "r", shape=(self._n, *kind.shape[1:]))
 
 
 class _View:
@@ -99,6 +132,7 @@ class Recorder:
     def __init__(self) -> None:
         import llama_cpp.llama_cpp as api
 
+        self.keep_scores = False  # of every expert, for rank correlations
         self._nodes = _Nodes(self._learn)
         # llama.cpp also passes whether it asks or has computed, and user data: a node that we stop at
         # comes exactly twice, so we leave both out, which makes the call cheaper
@@ -110,10 +144,16 @@ class Recorder:
         self._staging, self._address = np.zeros(0, np.int32), 0
         self._marks: list[tuple[Tensor, bytes]] = []  # what must lie where, for the known addresses to hold
         self._listening = False
+        self._inputs: list[np.ndarray] | None = None
         self._probs_at = 0
         self._error: BaseException | None = None
         self._weighting: dict[str, float] = {}
         self.reset()
+
+    def forget_graph(self) -> None:
+        """Forget the known addresses: the context that they lie in is gone."""
+        self._nodes.clear()
+        self._marks = []
 
     def reset(self) -> None:
         """Forget what was recorded."""
@@ -121,6 +161,7 @@ class Recorder:
         self._staged: dict[int, list[tuple[int, int, int]]] = {}  # by layer: offset, rows, bytes of the ids
         self._rows: dict[int, int] = {}
         self._blocks: list[dict[int, tuple[np.ndarray, ...]]] = []
+        self._columns: dict[str, Column] = {}
         self._expected = 0
         self._shape: tuple[int, int] = (0, 0)
         self._hashed: dict[int, bool] = {}
@@ -128,18 +169,24 @@ class Recorder:
 
     # -- around each llama_decode --
 
-    def begin(self, n_tokens: int) -> None:
-        """Say that the next ``llama_decode`` evaluates this many tokens, to be recorded."""
+    def begin(self, n_tokens: int, *, inputs: bool = False) -> None:
+        """Say that the next ``llama_decode`` evaluates this many tokens, to be recorded.
+
+        Args:
+            inputs: also read the tokens that it evaluates, in its order.
+        """
         self._expected += n_tokens
         self._listening = True
+        self._inputs = [] if inputs else None
 
-    def end(self) -> None:
-        """Check that every layer routed every token once.
+    def end(self) -> np.ndarray:
+        """Check that every layer routed every token once; the tokens in llama.cpp's order, where asked for.
 
         Raises:
             RoutingError: a layer did not, or the recorder failed.
         """
         self._listening = False
+        inputs = np.concatenate(self._inputs) if self._inputs else np.zeros(0, np.int32)
         if self._error is not None:
             error, self._error = self._error, None
             raise RoutingError(f"the recorder failed ({error})", hint="report the architecture") from error
@@ -149,6 +196,10 @@ class Recorder:
                     f"layer {layer} routed {rows:,} of {self._expected:,} tokens",
                     hint="this architecture has no common expert block once a layer",
                 )
+        if self._blocks:  # all layers are equally long now
+            self._flush()
+            self._stack()
+        return inputs
 
     # -- inside it: no exception may pass through llama.cpp, so end() raises them --
 
@@ -157,7 +208,8 @@ class Recorder:
         stop = False
         try:
             if not self._nodes:
-                self._nodes[_Hook(address, self._start)] = False
+                self._nodes[_Hook(address, functools.partial(self._start, address))] = False
+                self._read_inputs(address)
                 return False
             prefix = ctypes.string_at(address + NAME_OFFSET, _PREFIX_BYTES)
             if prefix == _TOPK:
@@ -182,13 +234,29 @@ class Recorder:
             factor = struct.unpack("f", struct.pack("i", view.tensor.op_params[0]))[0]
             self._weighting[step.removeprefix("ffn_moe_weights_")] = factor
 
-    def _start(self) -> None:
+    def _start(self, address: int) -> None:
         """The first node of a graph: forget the known addresses unless they hold what they held."""
         for tensor, name in self._marks:
             if tensor.name != name:
-                self._nodes.clear()
+                self._nodes.clear()  # the node is looked up again, and learned
                 self._marks = []
                 return
+        if self._inputs is not None:
+            self._read_inputs(address)
+
+    def _read_inputs(self, address: int) -> None:
+        """The tokens of a graph: its first node looks up their embeddings."""
+        if self._inputs is None:
+            return
+        try:
+            view = _View(_View(address).tensor.src[1] or 0)
+            if view.name != b"inp_tokens":
+                raise RoutingError("its graph does not begin with the tokens")
+            tokens = np.zeros(view.shape[0], np.int32)
+            self._copy(view.address, tokens.ctypes.data, 0, tokens.nbytes)
+            self._inputs.append(tokens)
+        except Exception as error:
+            self._error = error
 
     def _visit(self, router: _Router) -> None:
         """A router's node: first llama.cpp asks whether to stop behind it, then it has stopped."""
@@ -239,6 +307,7 @@ class Recorder:
     # -- from raw scores to margins and weights --
 
     def _flush(self) -> None:
+        """Reduce what lies in the staging area."""
         block: dict[int, tuple[np.ndarray, ...]] = {}
         for layer, staged in self._staged.items():
             if staged:
@@ -246,7 +315,12 @@ class Recorder:
                 margins = np.full(len(chosen), np.nan, np.float32)
                 if not self._hashed[layer]:
                     margins = margin(scores, chosen)
-                block[layer] = chosen.astype(self._id_type()), self._weights(probs, chosen), margins
+                if (margins < 0).any():
+                    hint = "report the architecture"
+                    raise RoutingError("chosen experts do not score highest", hint=hint)
+                weights = self._weights(probs, chosen)
+                kept = chosen.astype(self._id_type()), weights, margins, scores
+                block[layer] = kept[: 3 + self.keep_scores]
                 staged.clear()
         if block:
             self._blocks.append(block)
@@ -271,7 +345,7 @@ class Recorder:
         gathered: np.ndarray = self._staging[starts[:, None] // 4 + np.arange(nbytes // 4)]
         return gathered
 
-    def _id_type(self) -> type:
+    def _id_type(self) -> type[np.unsignedinteger[Any]]:
         return np.uint8 if self._shape[1] <= 256 else np.uint16
 
     def _weights(self, probs: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -283,6 +357,15 @@ class Recorder:
             weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), SMALLEST_SUM)
         return (weights * self._weighting.get("scaled", 1.0)).astype(np.float16)
 
+    def _stack(self) -> None:
+        """Move the blocks of all layers into columns, a row a token."""
+        layers = sorted(self._rows)
+        for i, name in enumerate(("experts", "weights", "margin", "scores")[: 3 + self.keep_scores]):
+            parts = [[block[layer][i] for block in self._blocks if layer in block] for layer in layers]
+            stacked = np.stack([np.concatenate(part) for part in parts], axis=1)
+            self._columns.setdefault(name, Column()).add(stacked)
+        self._blocks.clear()
+
     def arrays(self) -> dict[str, Any]:
         """What was recorded since `reset`, as fields of a `Trace`.
 
@@ -290,22 +373,16 @@ class Recorder:
             RoutingError: a choice contradicts its scores: they were overwritten before they were read.
         """
         self._flush()
-        layers = sorted(self._rows)
-        kept: dict[str, np.ndarray] = {
-            "experts": np.zeros((self._expected, 0, 0), np.uint8),
-            "weights": np.zeros((self._expected, 0, 0), np.float16),
-            "margin": np.zeros((self._expected, 0), np.float32),
-        }
-        for i, name in enumerate(kept if layers else ()):
-            parts = [[block[layer][i] for block in self._blocks if layer in block] for layer in layers]
-            kept[name] = np.stack([np.concatenate(part) for part in parts], axis=1)
-        if (kept["margin"] < 0).any():
-            raise RoutingError("chosen experts do not score highest", hint="report the architecture")
+        if self._blocks:
+            self._stack()
+        layers, n = sorted(self._rows), self._expected
+        empty = np.zeros((n, 0, 0), np.uint8), np.zeros((n, 0, 0), np.float16), np.zeros((n, 0), np.float32)
         return {
             "layers": np.array(layers, np.int16),
             "hashed": np.array([self._hashed[layer] for layer in layers], bool),
             "n_experts": int(self._shape[1]),
-            **kept,
+            **dict(zip(("experts", "weights", "margin"), empty, strict=True)),
+            **{name: column.array() for name, column in self._columns.items()},
         }
 
 

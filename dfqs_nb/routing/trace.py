@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.files import whole_file
-from dfqs_nb.llama.model import Model, open_model
-from dfqs_nb.llama.settings import OpenSettings, default_context_params
-from dfqs_nb.routing.recorder import Recorder, RoutingError
+from dfqs_nb.routing.recorder import RoutingError
 
-LOGIT_SAMPLE = 1024  # logits kept of each token; all of them for a small vocabulary
+if TYPE_CHECKING:
+    import pandas as pd
+
+EXPORT_TOKENS = 4096  # turned into rows of an export at once
 _ARRAYS = ("tokens", "layers", "hashed", "experts", "weights", "margin", "output")
 _LOGITS = ("digest", "best", "ids", "values")
 
@@ -57,7 +56,9 @@ class Trace:
         n_experts: routed experts a layer.
         conditions: the model, the settings, and how the tokens were evaluated.
         logits: what was kept of them, if anything.
-        output: the greedy continuation, int32 ``(m,)``; its routing is not recorded.
+        output: the greedy continuation, int32 ``(m,)``; its routing is not recorded. Of several sequences
+            int32 ``(sequences, m)``, -1 behind the end.
+        scores: the selection scores of all experts, float32 ``(n, L, experts)``, where they were kept.
     """
 
     tokens: np.ndarray
@@ -70,6 +71,7 @@ class Trace:
     conditions: dict[str, Any] = field(repr=False)
     logits: Logits | None = field(repr=False, default=None)
     output: np.ndarray = field(repr=False, default_factory=lambda: np.zeros(0, np.int32))
+    scores: np.ndarray | None = field(repr=False, default=None)
 
     @property
     def n_tokens(self) -> int:
@@ -85,6 +87,16 @@ class Trace:
     def nbytes(self) -> int:
         """Bytes of the routing arrays in memory, without the logits."""
         return sum(a.nbytes for a in (self.tokens, self.experts, self.weights, self.margin))
+
+    def rows(self, chosen: slice | np.ndarray) -> Trace:
+        """The trace of some of its tokens, without the greedy continuation."""
+        logits = self.logits
+        if logits is not None:
+            kept = logits.digest[chosen], logits.best[chosen], logits.ids, logits.values[chosen]
+            logits = Logits(*kept)
+        cut = {name: getattr(self, name)[chosen] for name in ("tokens", "experts", "weights", "margin")}
+        scores = None if self.scores is None else self.scores[chosen]
+        return replace(self, **cut, logits=logits, output=np.zeros(0, np.int32), scores=scores)
 
     def require_routed(self, where: str | Path | None = None) -> None:
         """Refuse a dense model's trace.
@@ -106,6 +118,8 @@ class Trace:
         arrays["conditions"] = np.frombuffer(json.dumps(self.conditions).encode(), np.uint8)
         if self.logits is not None:
             arrays |= {f"logits_{name}": value for name, value in vars(self.logits).items()}
+        if self.scores is not None:
+            arrays["scores"] = self.scores
         with whole_file(path, "wb") as file:
             np.savez_compressed(file, **arrays)
         return Path(path)
@@ -124,172 +138,110 @@ def load_trace(path: str | Path) -> Trace:
                 n_experts=int(stored["n_experts"]),
                 conditions=json.loads(stored["conditions"].tobytes()),
                 logits=Logits(*(stored[f"logits_{n}"] for n in _LOGITS)) if "logits_ids" in stored else None,
+                scores=stored.get("scores"),
             )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise RoutingError(f"not a routing trace ({error})", where=path, hint="record it again") from error
 
 
-# ---- a model that is recorded ----
+def joined(traces: Sequence[Trace], **conditions: Any) -> Trace:
+    """One trace of several sequences, one after another; conditions are the first one's, and those given."""
+    first = traces[0]
+    arrays: dict[str, Any] = {
+        name: np.concatenate([getattr(trace, name) for trace in traces])
+        for name in ("tokens", "experts", "weights", "margin")
+    }
+    kept = [trace.logits for trace in traces if trace.logits is not None]
+    logits = None
+    if kept:
+        digest, best, values = (
+            np.concatenate([getattr(each, name) for each in kept]) for name in ("digest", "best", "values")
+        )
+        logits = Logits(digest, best, kept[0].ids, values)
+    outputs = [trace.output for trace in traces if trace.output.ndim == 2]
+    output = np.concatenate(outputs) if outputs else np.zeros(0, np.int32)
+    about = first.conditions | conditions
+    return replace(first, **arrays, logits=logits, output=output, scores=None, conditions=about)
 
 
-@dataclass
-class RecordedModel:
-    """An open model with a recorder, or without one (to compare speeds)."""
+# ---- traces as a table ----
 
-    model: Model
-    recorder: Recorder | None
+COLUMNS = {
+    "load": "what ran in the same batch; `alone` where nothing did",
+    "domain": "of the text",
+    "sequence": "the text's name",
+    "position": "of the token in its sequence, from 0",
+    "token": "its id in the model's vocabulary",
+    "layer": "block number",
+    "rank": "0: the expert with the highest selection score",
+    "expert": "its number in the layer",
+    "weight": "what multiplies the expert's output",
+    "margin": "selection score of the last chosen expert minus that of the next; empty in hash layers",
+}
 
-    def clear(self) -> None:
-        """Empty the context, and forget what was recorded."""
-        self.model.clear()
-        if self.recorder is not None:
-            self.recorder.reset()
 
-    def feed(self, tokens: Sequence[int], *, listen: bool = True) -> np.ndarray:
-        """Evaluate at most ``n_batch`` tokens; the logits after each, float32 ``(n, n_vocab)``, a view.
+def trace_frames(trace: Trace) -> Iterable[pd.DataFrame]:
+    """The trace as tidy rows, one a chosen expert, with the columns `COLUMNS`, in pieces.
 
-        Logits are asked for every token, because llama.cpp routes only those tokens through its last layer.
+    A trace of several sequences has their names and lengths in its conditions.
+    """
+    import pandas as pd
 
-        Raises:
-            ContextFullError, DecodeError: they do not fit, or llama.cpp fails.
-            RoutingError: a layer's routing was not seen.
-        """
-        recorder = self.recorder if listen else None
-        if recorder is not None:
-            recorder.begin(len(tokens))
-        rows = next(self.model.logits(tokens))
-        if recorder is not None:
-            recorder.end()
-        return rows
-
-    def trace(self, tokens: Sequence[int], *, logits: Logits | None = None, **conditions: Any) -> Trace:
-        """The trace of these tokens: everything that was recorded since `clear`.
-
-        Args:
-            logits: what was kept of them.
-            conditions: beside those of the open model.
-
-        Raises:
-            RoutingError: the model was opened without a recorder.
-        """
-        if self.recorder is None:
-            raise RoutingError("this model was opened without a recorder", hint="open it with listen=True")
-        header = self.model.header
-        identity = {
-            "name": header.get("general.name", self.model.path.stem),
-            "architecture": header.architecture,
-            "first_file_bytes": header.file_size,
-            "header_sha256": hashlib.sha256(header.raw).hexdigest(),
-        }
-        return Trace(
-            tokens=np.asarray(tokens, np.int32),
-            **self.recorder.arrays(),
-            conditions={"model": identity, **self.model.conditions(), **conditions},
-            logits=logits,
+    about = trace.conditions
+    names, domains = about.get("sequences") or ["text"], about.get("domains") or [""]
+    lengths = about.get("lengths") or [trace.n_tokens]
+    places = np.repeat(np.arange(len(lengths)), lengths)
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    _, n_layers, k = trace.experts.shape
+    for start in range(0, trace.n_tokens, EXPORT_TOKENS):
+        rows = np.arange(start, min(start + EXPORT_TOKENS, trace.n_tokens))
+        each = np.repeat(rows, n_layers * k)
+        sequence = places[each]
+        yield pd.DataFrame(
+            {
+                "load": about.get("load", "alone"),
+                "domain": np.array(domains)[sequence % len(domains)],
+                "sequence": np.array(names)[sequence],
+                "position": positions[each],
+                "token": trace.tokens[each],
+                "layer": np.tile(np.repeat(trace.layers, k), len(rows)),
+                "rank": np.tile(np.arange(k), len(rows) * n_layers),
+                "expert": trace.experts[rows].ravel(),
+                "weight": trace.weights[rows].ravel(),
+                "margin": np.repeat(trace.margin[rows].ravel(), k),
+            }
         )
 
 
-@contextmanager
-def open_recorded(
-    path: str | Path, settings: OpenSettings | None = None, *, trial: bool = True, listen: bool = True
-) -> Iterator[RecordedModel]:
-    """Open a model with a recorder on its evaluation callback; arguments and errors as ``open_model``.
-
-    Args:
-        listen: False leaves the recorder out.
-    """
-    recorder = Recorder() if listen else None
-    callback = {} if recorder is None else {"cb_eval": recorder.callback}
-    with default_context_params(**callback):
-        model = open_model(path, settings, trial=trial)
-    model.keep_lock = True  # a callback that need not take Python's lock costs half as much
-    with model:
-        yield RecordedModel(model, recorder)
-
-
-# ---- a run ----
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How a run evaluates its tokens.
-
-    The first ``prefill`` of them (all by default) go in batches of ``n_batch``, then the others one by one,
-    or in batches again if ``decode`` is False. ``restore``: save the state after the first part, clear the
-    context, put the state back, go on.
-    """
-
-    prefill: int | None = None
-    decode: bool = True
-    restore: bool = False
-
-    def parts(self, n_tokens: int, n_batch: int) -> tuple[list[range], list[range]]:
-        """Index ranges of the calls before and after the break.
-
-        >>> Schedule(prefill=5).parts(7, 4)
-        ([range(0, 4), range(4, 5)], [range(5, 6), range(6, 7)])
-        """
-        cut = n_tokens if self.prefill is None else min(self.prefill, n_tokens)
-        step = 1 if self.decode else n_batch
-        return _ranges(0, cut, n_batch), _ranges(cut, n_tokens, step)
-
-
-def _ranges(start: int, stop: int, step: int) -> list[range]:
-    return [range(at, min(at + step, stop)) for at in range(start, stop, step)]
-
-
-def record(
-    recorded: RecordedModel,
-    tokens: Sequence[int],
-    schedule: Schedule | None = None,
-    *,
-    logits: bool = True,
-    n_output: int = 0,
-) -> Trace:
-    """Evaluate these tokens from a cleared context and return what the routers chose.
-
-    Args:
-        logits: keep each token's digest and a sample of its logits too.
-        n_output: then continue greedily for up to this many tokens.
+def require_csv(path: str | Path) -> Path:
+    """Refuse another format (Parquet needs pyarrow, which the workbook does not install), or no folder.
 
     Raises:
-        ContextFullError, DecodeError: as ``RecordedModel.feed``.
-        RoutingError: a layer's routing was not seen.
+        RoutingError: the file cannot be written so.
     """
-    schedule, model = schedule or Schedule(), recorded.model
-    recorded.clear()
-    sample = np.unique(np.linspace(0, model.n_vocab - 1, min(LOGIT_SAMPLE, model.n_vocab)).astype(np.int32))
-    kept, last = [], -1
-    for number, calls in enumerate(schedule.parts(len(tokens), model.settings.n_batch)):
-        if number == 1 and schedule.restore:
-            model.restore(model.save())
-        for call in calls:
-            rows = recorded.feed(tokens[call.start : call.stop])
-            last = int(rows[-1].argmax())
-            if logits:
-                kept.append(_sampled(rows, sample))
-    output = _continue(recorded, last, n_output)
-    joined = [np.concatenate(parts) for parts in zip(*kept, strict=True)]
-    trace = recorded.trace(
-        tokens,
-        logits=Logits(joined[0], joined[1], sample, joined[2]) if kept else None,
-        **vars(schedule),
-        n_output=n_output,
-    )
-    return replace(trace, output=output)
+    path = Path(path).expanduser()
+    if not path.name.endswith((".csv", ".csv.gz")):
+        hint = "name it .csv or .csv.gz; pandas.read_csv(...).to_parquet(...) converts it where pyarrow is"
+        raise RoutingError("traces are exported as CSV", where=path, hint=hint)
+    if not path.parent.is_dir():
+        raise RoutingError("there is no such folder", where=path.parent, hint=f"mkdir -p {path.parent}")
+    return path
 
 
-def _sampled(logits: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    import xxhash
+def export(traces: Iterable[Trace], path: str | Path) -> Path:
+    """Write traces as one CSV (``.csv``, or ``.csv.gz``), which ``pandas.read_csv(path)`` reads.
 
-    digests = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in logits], np.uint64)
-    return digests, logits.argmax(axis=1).astype(np.int32), logits[:, sample]
-
-
-def _continue(recorded: RecordedModel, token: int, n_tokens: int) -> np.ndarray:
-    """The greedy continuation that begins with ``token``; nothing is recorded."""
-    model, output = recorded.model, list[int]()
-    while len(output) < min(n_tokens, model.settings.n_ctx - model.n_past) and not model.ends(token):
-        output.append(token)
-        token = int(recorded.feed([token], listen=False)[0].argmax())
-    return np.array(output, np.int32)
+    Raises:
+        RoutingError: another ending.
+        ModelError: a dense model's trace.
+    """
+    path = require_csv(path)
+    compression = "gzip" if path.name.endswith(".gz") else None
+    with whole_file(path, "wb") as file:
+        first = True
+        for trace in traces:
+            trace.require_routed()
+            for frame in trace_frames(trace):
+                frame.to_csv(file, header=first, index=False, compression=compression, float_format="%.6g")
+                first = False
+    return path

@@ -1,15 +1,15 @@
 """What the comparisons mean: the SHALL judged, sensitivities ranked, advice, and the card's statements.
 
-DFQS 1.0: "routing remains deterministic under standard inference loads". Identical conditions are judged,
-that is, the same run again in the same process and in a fresh one, by prefill and by decode. What differs
-when a setting differs is sensitivity, not failure.
+DFQS 1.0: "routing remains deterministic under standard inference loads". Two things are judged: the same run
+again, in the same process and in a fresh one (`Determinism`), and the same text beside others in one batch
+(`loads.UnderLoad`). What differs when a setting differs is sensitivity, not failure.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,29 @@ import numpy as np
 
 from dfqs_nb.core.files import write_table
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing.compare import by_layer, by_position, by_token, flips, load_entropy, usage
-from dfqs_nb.routing.trace import Trace
+from dfqs_nb.routing.compare import (
+    Divergence,
+    across,
+    by_layer,
+    by_position,
+    by_token,
+    compare,
+    divergence,
+    flips,
+    load_entropy,
+    usage,
+)
+from dfqs_nb.routing.loads import Load, Text, UnderLoad, judge_loads, load_rows, load_table, part
+from dfqs_nb.routing.placement import expert_bytes, placement, write_profile
+from dfqs_nb.routing.plan import IDENTICAL, Condition
+from dfqs_nb.routing.profile import Profile, profile_of
+from dfqs_nb.routing.recorder import RoutingError
+from dfqs_nb.routing.trace import Trace, export
 from dfqs_nb.stats import clopper_pearson
 
 if TYPE_CHECKING:
     import pandas as pd
 
-IDENTICAL = "identical"  # the kind of a condition that repeats its reference exactly
 STABLE_SHARE = 0.99  # identical sets under every setting of the runtime, for "routing stable"
 EXTREME_TOKENS = 8192  # DFQS looks at long contexts from 8K on; "extreme token pressure" is not below
 FIXES = {
@@ -57,16 +72,19 @@ class Determinism:
     Attributes:
         passed: no expert set differed, and every repetition ran.
         routed: whether the model has routers that score; else only logits are judged.
-        n_tokens, n_layers, n_runs: the text, the layers that score, the repetitions.
+        n_tokens, n_layers, n_runs: different tokens, the layers that score, and repeated runs: one a
+            repetition of the text, and one for each short text.
         n_choices: tokens x layers, over all repetitions.
         n_differ: of these, how many chose another set.
-        n_runs_differ: repetitions in which anything judged differed (sets; of a dense model, logits).
-        upper_bound: 95 % upper bound on the rate of such choices. A repetition makes the same choices again,
-            so it counts tokens x layers once.
-        runs_upper_bound: 95 % upper bound on the rate of repetitions that differ.
+        n_runs_differ: runs in which anything judged differed (sets; of a dense model, logits).
+        upper_bound: 95 % upper bound on the rate of such choices if choices were independent, which those of
+            one text are not: the bound on runs is the one to quote.
+        runs_upper_bound: 95 % upper bound on the rate of runs that differ.
         logits_equal: share of tokens whose logits were equal bit for bit.
         same_output: whether every greedy continuation was equal.
         failed_runs: repetitions that did not run.
+        load_passed, load_sentence: whether routing stays the same beside others in one batch, which is what
+            DFQS's "under standard inference loads" is judged by; None and "" where that was not judged.
     """
 
     passed: bool
@@ -82,6 +100,8 @@ class Determinism:
     logits_equal: float
     same_output: bool
     failed_runs: tuple[str, ...]
+    load_passed: bool | None = None
+    load_sentence: str = ""
 
     @property
     def text(self) -> str:
@@ -89,17 +109,52 @@ class Determinism:
         word = "PASS" if self.passed else "FAIL"
         if self.failed_runs:
             return f"{word}: {len(self.failed_runs)} of the repetitions did not run ({self.failed_runs[0]})."
+        bound = f"95 % upper bound: {self.runs_upper_bound:.1%} of repeated runs"
         if not self.routed:
             return (
                 f"{word}: dense model, nothing to route; the logits of {self.logits_equal:.2%} "
-                f"of {self.n_tokens:,} tokens were equal bit for bit over {self.n_runs} repetitions. 95 % "
-                f"upper bound: {self.runs_upper_bound:.0%} of repeated runs."
+                f"of {self.n_tokens:,} tokens were equal bit for bit over {self.n_runs} repeated runs. "
+                f"{bound}."
             )
         return (
-            f"{word}: {self.n_differ:,} of {self.n_choices:,} choices differed under identical conditions "
-            f"({self.n_tokens:,} tokens x {self.n_layers} layers x {self.n_runs} repetitions). 95 % upper "
-            f"bounds: {self.upper_bound:.2%} of such choices, {self.runs_upper_bound:.0%} of repeated runs."
+            f"{word}: {self.n_differ:,} of {self.n_choices:,} choices differed under identical conditions, "
+            f"in {self.n_runs_differ} of {self.n_runs} repeated runs ({self.n_tokens:,} tokens x "
+            f"{self.n_layers} layers). {bound}."
         )
+
+
+def comparison_table(
+    planned: Sequence[Condition], traces: Mapping[str, Trace], status: Mapping[str, str]
+) -> pd.DataFrame:
+    """One row a condition that has a reference; its numbers are missing where its run failed.
+
+    Columns: ``condition``, ``kind``, ``against``, ``status``, ``n_runs`` and ``n_runs_differ`` (each short
+    text is a run), and the fields of `TraceDifference`.
+    """
+    import pandas as pd
+
+    rows = []
+    for condition in planned:
+        if condition.against:
+            row = {"condition": condition.name, "kind": condition.kind, "against": condition.against}
+            row["status"] = status[condition.name]
+            if condition.name in traces and condition.against in traces:
+                row |= _compared(traces[condition.against], traces[condition.name])
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    counts = [name for name in table if str(name).startswith(("n_", "first_"))]
+    return table.astype(dict.fromkeys(counts, "Int64"))
+
+
+def _compared(a: Trace, b: Trace) -> dict[str, Any]:
+    try:
+        whole = compare(a, b)
+        several = a.output.ndim == 2
+        each = [compare(part(a, i), part(b, i)) for i in range(len(a.output))] if several else [whole]
+    except RoutingError as error:  # another model than the reference, not another quantization of it
+        return {"status": f"not comparable: {error.what}"}
+    n_differ = sum(bool(one.n_differ or (not one.n_choices and one.logits_equal < 1)) for one in each)
+    return asdict(whole) | {"n_runs": len(each), "n_runs_differ": n_differ}
 
 
 def judge(table: pd.DataFrame) -> Determinism:
@@ -109,26 +164,26 @@ def judge(table: pd.DataFrame) -> Determinism:
     """
     repeats = table[table["kind"] == IDENTICAL]
     done, broken = (repeats[(repeats["status"] == "done") == ran] for ran in (True, False))
-    failed = tuple(f"{row.condition}: {row.status}" for row in broken.itertuples())
-    n, n_differ = int(done["n_choices"].sum()), int(done["n_differ"].sum())
-    n_tokens, n_layers = (int(done[name].max()) if len(done) else 0 for name in ("n_tokens", "n_layers"))
-    differing = done["n_differ"] > 0 if n else done["logits_equal"] < 1
-    n_runs_differ = int(differing.sum())
-    each = n_tokens * n_layers
+    skipped = broken["status"].astype(str).str.startswith("left out")
+    failed = tuple(f"{row.condition}: {row.status}" for row in broken[~skipped].itertuples())
+    sums = {name: int(done[name].sum()) for name in ("n_choices", "n_differ", "n_runs", "n_runs_differ")}
+    first = done.drop_duplicates("n_tokens")  # the text, and the short texts
+    n_tokens = int(first["n_tokens"].sum())
+    each = int(first["n_choices"].sum())
     return Determinism(
-        passed=bool(len(done)) and not failed and not n_runs_differ,
-        routed=n > 0,
+        passed=bool(len(done)) and not failed and not sums["n_runs_differ"],
+        routed=sums["n_choices"] > 0,
         n_tokens=n_tokens,
-        n_layers=n_layers,
-        n_runs=len(done),
-        n_choices=n,
-        n_differ=n_differ,
-        n_runs_differ=n_runs_differ,
-        upper_bound=at_most(min(n_differ, each), each),
-        runs_upper_bound=at_most(n_runs_differ, len(done)),
+        n_layers=int(done["n_layers"].max()) if len(done) else 0,
+        upper_bound=at_most(min(sums["n_differ"], each), each),
+        runs_upper_bound=at_most(sums["n_runs_differ"], sums["n_runs"]),
         logits_equal=float(done["logits_equal"].mean()) if len(done) else 0.0,
         same_output=not _changed(done["same_output"]),
         failed_runs=failed,
+        n_choices=sums["n_choices"],
+        n_differ=sums["n_differ"],
+        n_runs=sums["n_runs"],
+        n_runs_differ=sums["n_runs_differ"],
     )
 
 
@@ -192,7 +247,11 @@ class Experiment:
             and the fields of `TraceDifference`.
         traces: by the condition's name.
         settings: the reference's settings.
-        n_made, n_reused: traces recorded now, and found.
+        n_made, n_reused: traces recorded now, and kept from earlier.
+        loads, texts: of the runs over the short texts.
+        status: how each condition ended, by its name.
+        plan: what was run, in a sentence.
+        path: the model's file.
     """
 
     tokens: np.ndarray = field(repr=False)
@@ -201,6 +260,11 @@ class Experiment:
     settings: OpenSettings
     n_made: int
     n_reused: int
+    loads: dict[str, Load] = field(repr=False, default_factory=dict)
+    texts: Sequence[Text] = field(repr=False, default=())
+    status: dict[str, str] = field(repr=False, default_factory=dict)
+    plan: str = ""
+    path: Path = Path()
 
     @property
     def reference(self) -> Trace:
@@ -211,6 +275,35 @@ class Experiment:
     def verdict(self) -> Determinism:
         """Whether identical conditions gave identical choices."""
         return judge(self.table)
+
+    @cached_property
+    def load_rows(self) -> pd.DataFrame:
+        """One row a short text in a batch, against the same text alone; see `loads.load_rows`."""
+        return load_rows(self.loads, self.traces, self.texts)
+
+    def load_table(self) -> pd.DataFrame:
+        """One row a load; see `loads.load_table`."""
+        return load_table(self.load_rows) if len(self.load_rows) else self.load_rows
+
+    @cached_property
+    def under_load(self) -> UnderLoad:
+        """Whether routing stays what it is alone when others share the batch."""
+        failed = [
+            f"{name}: {self.status[name]}" for name in self.loads if self.status[name].startswith("failed")
+        ]
+        return judge_loads(self.load_rows, self.verdict.passed, failed)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing contradicts the SHALL: repetitions are equal, and no load changed a choice."""
+        return self.verdict.passed and not self.under_load.changed_at
+
+    def judged(self) -> dict[str, Any]:
+        """The verdict for the stage file: on repetitions, and on the loads, by which the SHALL is judged."""
+        load = self.under_load
+        passed = None if load.level == "not judged" else load.passed
+        facts = {**vars(self.verdict), "load_passed": passed, "load_sentence": load.sentence}
+        return {**facts, "under_load": asdict(load), "loads": self.load_table().to_dict("records")}
 
     @cached_property
     def advice(self) -> list[str]:
@@ -224,6 +317,7 @@ class Experiment:
         moved = "n_differ" if self.reference.routed else "logit_drift"
         what = "an expert choice" if self.reference.routed else "a logit"
         lines = [
+            self.under_load.sentence,
             self.verdict.text,
             f"{int((runtime[moved] > 0).sum())} of {len(runtime)} changes of settings changed {what}.",
         ]
@@ -327,11 +421,46 @@ class Experiment:
         table = _joined(parts, ["condition", "token", "drift", "flips"])
         return table[table["drift"] > 0].reset_index(drop=True)
 
+    @cached_property
+    def profile(self) -> Profile | None:
+        """What the routers prefer, over the short texts; None for a dense model, or where it did not run."""
+        trace = self.traces.get("profile")
+        return profile_of(trace) if trace is not None and trace.routed else None
+
+    @cached_property
+    def layer_bytes(self) -> np.ndarray:
+        """Bytes of each layer's routed experts."""
+        return expert_bytes(self.path, self.reference.layers)
+
+    def placement(self) -> pd.DataFrame:
+        """What to keep in fast memory for a budget; see `placement.placement`."""
+        import pandas as pd
+
+        return placement(self.profile, self.layer_bytes) if self.profile else pd.DataFrame()
+
+    def across(self) -> tuple[pd.DataFrame, Divergence | None]:
+        """Another quantization by layer, and whether changed experts predict changed predictions."""
+        import pandas as pd
+
+        for row in self.table[self.table["kind"] == "weights"].itertuples():
+            if row.status == "done" and self.reference.routed:
+                a, b = self.reference, self.traces[row.condition]
+                return across(a, b).assign(condition=row.condition), divergence(a, b)
+        return pd.DataFrame(), None
+
+    def export(self, path: str | Path) -> Path:
+        """Write every trace as one CSV; see `trace.export` and `trace.COLUMNS`."""
+        runs = [
+            self.reference,
+            *(self.traces[name] for name in ("profile", *self.loads) if name in self.traces),
+        ]
+        return export(runs, path)
+
     def usage(self) -> pd.DataFrame:
         """How often the reference chose each expert; see `compare.usage`."""
         return usage(self.reference)
 
-    def loads(self) -> pd.DataFrame:
+    def balance(self) -> pd.DataFrame:
         """How evenly the reference loads its experts; see `compare.load_entropy`."""
         return load_entropy(self.reference)
 
@@ -339,15 +468,32 @@ class Experiment:
         """Write the tables ``routing_*.csv`` and return their paths."""
         tables = {
             "conditions": self.table,
+            "loads": self.load_table(),
             "claims": self.claims(),
             "layers": self.agreement().rename_axis("condition").reset_index(),
             "positions": self.positions(),
             "flips": self.flips(),
             "usage": self.usage(),
+            "across": self.across()[0],
+            "placement": self.placement(),
         }
-        return [
+        written = []
+        if profile := self.profile:
+            tables |= {
+                "domains": profile.usage(),
+                "specialization": profile.specialization(),
+                "pairs": profile.pairs(),
+                "drift": profile.drift(),
+                "balance": profile.layers(),
+                "coverage": profile.coverage(),
+                "experts_needed": profile.experts_needed().reset_index(),
+                "cross_coverage": profile.cross_coverage().reset_index(),
+            }
+            written = [write_profile(Path(folder) / "routing_profile.json", profile, self.layer_bytes)]
+        return written + [
             write_table(Path(folder) / f"routing_{name}.csv", table, index=False)
             for name, table in tables.items()
+            if len(table.columns)
         ]
 
 

@@ -43,11 +43,14 @@ def routing(
     run: Annotated[str, typer.Option(help="The folder under outputs/ for traces and tables.")] = "routing",
     tokens: Annotated[int, typer.Option(help="Length of the text.")] = 384,
     other: Annotated[str, typer.Option(metavar="MODEL", help="Another quantization to compare with.")] = "",
+    texts: Annotated[str, typer.Option(metavar="FOLDER", help="Your texts, a subfolder a domain.")] = "",
+    budget_minutes: Annotated[float, typer.Option(help="Shorten and leave out runs. 0: no bound.")] = 0.0,
+    export: Annotated[str, typer.Option(metavar="FILE.csv", help="Write the traces as a table.")] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Record again what an earlier run left.")] = False,
 ) -> None:
-    """Say whether routing is deterministic, and which settings change it.
+    """Say whether routing is deterministic, alone and under load, and which settings change it.
 
-    Exit status 1: it is not. Example: `dfqs-nb routing model.gguf`
+    Exit status 1: it is not. Example: `dfqs-nb routing model.gguf --export trace.csv.gz`
     """
     from dfqs_nb.gguf import models as registry
     from dfqs_nb.routing import run_experiment
@@ -55,15 +58,19 @@ def routing(
 
     check_in_process(model, "routing")
     path, folder = registry.resolve(model)[0], run_dir(run)
-    experiment = run_experiment(path, folder / "routing", n_tokens=tokens, fresh=fresh, other=other)
+    options: dict[str, Any] = {"fresh": fresh, "other": other, "texts": texts, "export": export}
+    experiment = run_experiment(
+        path, folder / "routing", n_tokens=tokens, budget_minutes=budget_minutes, **options
+    )
     table = experiment.table.reindex(columns=COLUMNS.split())
     say(table.to_string(index=False, float_format="{:.3g}".format))
-    say("\n".join(["", experiment.verdict.text, "", *experiment.advice, ""]))
+    verdicts = [experiment.under_load.sentence, experiment.verdict.text]
+    say("\n".join(["", experiment.plan, "", *verdicts, "", *experiment.advice, ""]))
     for row in experiment.claims().itertuples():
         say(f'"{row.claim}": {row.status}\n  {row.evidence}')
     written = experiment.write_tables(folder)
     say(f"\nwrote {', '.join(path.name for path in written)} to {tilde(folder)}/")
-    raise typer.Exit(int(not experiment.verdict.passed))
+    raise typer.Exit(int(not experiment.passed))
 
 
 @app.command(rich_help_panel=MEASURE)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing.trace import LOGIT_SAMPLE, Schedule, open_recorded, record
+from dfqs_nb.routing.recorded import LOGIT_SAMPLE, Schedule, open_recorded, record
 
 NOISE = 5e-5  # selection scores of the two implementations differ by less
 

@@ -192,6 +192,7 @@ class PlainReader:
         import llama_cpp.llama_cpp as api
 
         self.found: dict[str, list[np.ndarray]] = {}
+        self.tokens: list[int] = []
         self._ggml = ggml.libggml
         self._ggml.ggml_get_name.restype, self._ggml.ggml_get_name.argtypes = (
             ctypes.c_char_p,
@@ -215,6 +216,10 @@ class PlainReader:
 
     def _hear(self, tensor: int, ask: bool, _data: object) -> bool:
         name = self._ggml.ggml_get_name(tensor).decode()
+        if name == "embd" and ask:  # its second source holds the tokens: src[1] of struct ggml_tensor
+            inputs = ctypes.c_void_p.from_address(tensor + 160).value
+            n = self._ggml.ggml_nelements(inputs)
+            self.tokens += [self.ggml_get_i32_nd(inputs, i, 0, 0, 0) for i in range(n)]
         if not name.startswith("ffn_moe_") or "(" in name:
             return False
         kind = name.rsplit("-", 1)[0].removeprefix("ffn_moe_")

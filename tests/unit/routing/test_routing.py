@@ -19,8 +19,9 @@ from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama.model import ContextFullError, open_model
 from dfqs_nb.llama.settings import OpenSettings, default_context_params
+from dfqs_nb.routing.recorded import RecordedModel, Schedule, open_recorded, record
 from dfqs_nb.routing.recorder import Recorder, RoutingError
-from dfqs_nb.routing.trace import RecordedModel, Schedule, load_trace, open_recorded, record
+from dfqs_nb.routing.trace import load_trace
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 # batches that do not divide the text, micro-batches that do not divide a batch, then decode

@@ -18,9 +18,10 @@ from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import experiment as routing_experiment
 from dfqs_nb.routing.compare import by_layer, by_position, compare, flips, load_entropy, usage
 from dfqs_nb.routing.experiment import Condition, run_experiment
+from dfqs_nb.routing.recorded import Schedule
 from dfqs_nb.routing.recorder import RoutingError
-from dfqs_nb.routing.trace import Logits, Schedule, Trace
-from dfqs_nb.routing.verdict import advice, at_most, judge, sensitivities
+from dfqs_nb.routing.trace import Logits, Trace
+from dfqs_nb.routing.verdict import _compared, advice, at_most, judge, sensitivities
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 REPEATS = (
@@ -120,7 +121,7 @@ def table_of(*rows) -> pd.DataFrame:
             "kind": kind,
             "against": against,
             "status": "done",
-            **dataclasses.asdict(compare(a, b)),
+            **_compared(a, b),
         }
         for name, kind, against, a, b in rows
     ]
@@ -143,7 +144,10 @@ def test_both_bounds_are_stated_and_repetitions_are_no_new_choices():
     verdict = judge(table_of(("again", "identical", "x", A, A), ("fresh", "identical", "x", A, A)))
     assert verdict.n_choices == 12 and verdict.upper_bound == pytest.approx(1 - 0.05 ** (1 / 6))
     assert verdict.runs_upper_bound == pytest.approx(1 - 0.05**0.5)
-    assert "95 % upper bounds: 39.30% of such choices, 78% of repeated runs" in verdict.text
+    assert (
+        "in 0 of 2 repeated runs" in verdict.text
+        and "95 % upper bound: 77.6% of repeated runs" in verdict.text
+    )
 
 
 def test_the_verdict_fails_on_one_flip_under_identical_conditions():

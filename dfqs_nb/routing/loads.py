@@ -1,0 +1,325 @@
+"""Routing under load: the same texts alone in a context, and beside 1, 3 and 7 others in one batch.
+
+DFQS 1.0 asks that routing stays deterministic "under standard inference loads". So every text is compared
+with itself alone, in the same context, while other sequences are evaluated with it. Bounds are on batches and
+on texts, because the choices of one text are not independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.prompts import PromptSet, load_prompts
+from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.routing.compare import compare
+from dfqs_nb.routing.trace import Trace
+from dfqs_nb.stats import bootstrap_weights, clopper_pearson
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+OTHERS = (1, 3, 7)  # sequences beside the one that is looked at
+N_BOOT = 2000
+N_SAME = 4  # texts that run beside copies of themselves
+SUFFIXES = (".txt", ".md", ".py", ".c", ".cpp", ".js", ".java", ".rs", ".go", ".sql", ".tex")
+MAX_CHARACTERS = 1 << 16  # read of each text of a folder
+
+
+class Text(BaseModel):
+    """A short text of one domain."""
+
+    domain: str
+    name: str
+    text: str
+
+
+class RoutingTexts(PromptSet):
+    """The frozen texts of the routing experiment."""
+
+    texts: list[Text]
+
+
+def read_texts(folder: str | Path = "") -> list[Text]:
+    """The workbook's 16 texts of five domains, or those of a folder: a subfolder is a domain.
+
+    Raises:
+        DfqsError: the folder holds fewer than two texts.
+    """
+    if not str(folder):
+        return load_prompts("routing-texts", RoutingTexts).texts
+    root = Path(folder).expanduser()
+    paths = sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    texts = [
+        Text(domain=path.parent.name if path.parent != root else path.stem, name=path.stem, text=text)
+        for path in paths
+        if (text := path.read_text(encoding="utf-8", errors="replace")[:MAX_CHARACTERS].strip())
+    ]
+    if len(texts) < 2:
+        hint = f"put texts there ({', '.join(SUFFIXES)}), in a subfolder for each domain"
+        raise DfqsError(f"{len(texts)} texts, at least 2 are needed", where=folder, hint=hint)
+    return texts
+
+
+# ---- the plan ----
+
+
+@dataclass(frozen=True)
+class Load:
+    """Which texts one batch holds.
+
+    Args:
+        kind: ``alone``, ``together`` (all are prefilled and decoded at once), ``mixed`` (they arrive one
+            after another, so that some decode while others are prefilled) or ``same text``.
+        n_others: sequences beside each one.
+        unified: whether they share one KV cache.
+        members: text numbers, by the sequence that evaluates them.
+        arrivals: the step in which each comes; of ``alone`` unused.
+        n_sequences: that the context is made for.
+        n_prefill, n_tokens: tokens of each text that are prefilled, and in all; the others are decoded.
+    """
+
+    kind: str
+    n_others: int
+    unified: bool
+    members: tuple[int, ...]
+    arrivals: tuple[int, ...]
+    n_sequences: int
+    n_prefill: int
+    n_tokens: int
+
+    @property
+    def label(self) -> str:
+        """The load for people, without what the group was."""
+        if self.kind == "alone":
+            return "alone"
+        cache = "one cache" if self.unified else "a cache each"
+        return f"{self.n_others} other{'s' if self.n_others > 1 else ''}, {self.kind}, {cache}"
+
+
+def load_settings(settings: OpenSettings, n_sequences: int, n_tokens: int, n_prefill: int) -> OpenSettings:
+    """Room for that many sequences, which one batch can prefill."""
+    each = -(-n_tokens // 256) * 256
+    return replace(settings, n_ctx=each * n_sequences, n_batch=max(settings.n_batch, n_sequences * n_prefill))
+
+
+def plan_loads(n_texts: int, n_tokens: int, n_prefill: int, seed: int = 0) -> Iterator[tuple[str, Load]]:
+    """Names and loads, most important first; arrivals and company are drawn from the seed.
+
+    >>> [name for name, _ in plan_loads(8, 32, 16)][:3]
+    ['alone', '7 others, together, a cache each, batch 1', '7 others, mixed, a cache each, batch 1']
+    """
+    draw, most = np.random.default_rng(seed), max(OTHERS) + 1
+    every, sizes = tuple(range(n_texts)), (n_prefill, n_tokens)
+    yield "alone", Load("alone", 0, False, every, (), most, *sizes)
+    for n_others in (7, 1, 3):
+        yield from _batches(draw, every, n_others, False, sizes, most)
+    for unified in (False, True):
+        if unified:
+            yield "alone, one cache", Load("alone", 0, True, every, (), most, *sizes)
+            yield from _batches(draw, every, 7, True, sizes, most)
+        for text in sorted(int(text) for text in draw.permutation(every)[:N_SAME]):
+            arrivals = tuple(int(step) for step in draw.integers(0, 4, most))
+            load = Load("same text", 7, unified, (text,) * most, arrivals, most, *sizes)
+            yield f"{load.label}, text {text + 1}", load
+    yield "alone, a context for one", Load("alone", 0, False, every, (), 1, *sizes)
+
+
+def _batches(
+    draw: np.random.Generator,
+    texts: tuple[int, ...],
+    n_others: int,
+    unified: bool,
+    sizes: tuple[int, int],
+    n_sequences: int,
+) -> Iterator[tuple[str, Load]]:
+    """Every text in one batch of this size at least, together and mixed."""
+    n_prefill, n_tokens = sizes
+    company, size = [int(text) for text in draw.permutation(texts)], n_others + 1
+    company += company[: -len(company) % size]
+    steps = max(2, n_tokens - n_prefill)
+    for number, start in enumerate(range(0, len(company), size), start=1):
+        members = tuple(company[start : start + size])
+        late = tuple(int(step) for step in draw.permutation(np.linspace(0, steps - 1, size).astype(int)))
+        for kind, arrivals in (("together", (0,) * size), ("mixed", late)):
+            load = Load(kind, n_others, unified, members, arrivals, n_sequences, n_prefill, n_tokens)
+            yield f"{load.label}, batch {number}", load
+
+
+# ---- what the runs gave ----
+
+
+def part(trace: Trace, place: int) -> Trace:
+    """One sequence of a trace that holds several equally long ones."""
+    n = trace.n_tokens // len(trace.output)
+    output = trace.output[place]
+    return replace(trace.rows(slice(n * place, n * place + n)), output=output[output >= 0])
+
+
+def load_rows(loads: Mapping[str, Load], traces: Mapping[str, Trace], texts: Sequence[Text]) -> pd.DataFrame:
+    """One row a sequence of a run: ``load``, ``run``, ``text``, ``domain``, and the fields of a comparison.
+
+    Each is compared with the same text alone in the same context (``alone``, or ``alone, one cache``).
+    """
+    import pandas as pd
+
+    rows = []
+    for name, load in loads.items():
+        base = "alone, one cache" if load.unified and name != "alone, one cache" else "alone"
+        if name in (base, "alone") or name not in traces or base not in traces:
+            continue
+        label = load.label if load.kind != "alone" else name
+        for place, text in enumerate(load.members):
+            found = compare(part(traces[base], text), part(traces[name], place))
+            about = {"load": label, "kind": load.kind, "n_others": load.n_others, "run": name}
+            about |= {"text": texts[text].name, "domain": texts[text].domain}
+            rows.append(about | asdict(found))
+    return pd.DataFrame(rows)
+
+
+def load_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a load, in the order run: runs, texts and choices, how many differ, and bounds.
+
+    Columns ``load``, ``n_others``, ``n_runs``, ``n_runs_differ``, ``runs_bound`` (95 %, one-sided, on the
+    rate of runs that differ), ``n_texts``, ``n_texts_differ``, ``texts_bound`` (the same of texts),
+    ``n_choices``, ``n_differ``, ``rate`` with a 95 % interval ``rate_low``, ``rate_high`` from drawing whole
+    texts anew (NaN without a difference: then the bounds count), ``margin_differ`` (largest),
+    ``logits_equal`` (share of tokens), ``logit_drift``, ``texts_equal`` (share of equal greedy texts).
+    """
+    import pandas as pd
+
+    return pd.DataFrame([_summary(str(name), group) for name, group in rows.groupby("load", sort=False)])
+
+
+def _summary(name: str, group: pd.DataFrame) -> dict[str, Any]:
+    by_run = group.groupby("run")["n_differ"].sum() > 0
+    by_text = group.groupby("text")[["n_differ", "n_choices"]].sum()
+    n_changed = int((by_text["n_differ"] > 0).sum())
+    low, high = cluster_interval(by_text["n_differ"].to_numpy(), by_text["n_choices"].to_numpy())
+    n, n_differ = int(group["n_choices"].sum()), int(group["n_differ"].sum())
+    same = group["same_output"].dropna().astype(bool)
+    return {
+        "load": name,
+        "n_others": int(group["n_others"].iloc[0]),
+        "n_runs": len(by_run),
+        "n_runs_differ": int(by_run.sum()),
+        "runs_bound": clopper_pearson(int(by_run.sum()), len(by_run), level=0.90)[1],
+        "n_texts": len(by_text),
+        "n_texts_differ": n_changed,
+        "texts_bound": clopper_pearson(n_changed, len(by_text), level=0.90)[1],
+        "n_choices": n,
+        "n_differ": n_differ,
+        "rate": n_differ / n if n else math.nan,
+        "rate_low": low,
+        "rate_high": high,
+        "margin_differ": float(group["margin_differ"].max()),
+        "logits_equal": float(group["logits_equal"].mean()),
+        "logit_drift": float(group["logit_drift"].max()),
+        "texts_equal": float(same.mean()) if len(same) else math.nan,
+    }
+
+
+def cluster_interval(events: np.ndarray, trials: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of a rate, from drawing whole texts anew; NaN without an event.
+
+    >>> low, high = cluster_interval(np.array([0, 1, 0, 3, 0, 2]), np.array([50] * 6))
+    >>> 0 < low < 6 / 300 < high < 0.05
+    True
+    """
+    if not events.sum():
+        return math.nan, math.nan
+    weights = bootstrap_weights(len(events), N_BOOT, seed)
+    low, high = np.quantile((weights @ events) / (weights @ trials), [0.025, 0.975])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class UnderLoad:
+    """Whether routing stays what it is alone when other sequences share the batch.
+
+    Attributes:
+        passed: no expert set differed in any load, and at least one ran.
+        level: ``under load``, ``alone`` (only there), ``not`` (not even alone), or ``not judged``.
+        n_runs, n_runs_differ: batches, and those in which a set differed.
+        runs_bound, texts_bound: 95 % upper bounds on the rates of such batches, and of texts that change.
+        n_texts, n_domains: of the texts.
+        n_choices, n_differ: choices beside others, and those that differ from the choice alone.
+        rate, rate_low, rate_high: their rate, with a 95 % interval from drawing whole texts anew.
+        changed_at: the loads that change a choice, in the order of their number of sequences.
+        failed: loads that did not run, with the reason.
+        sentence: all this for people.
+    """
+
+    passed: bool = False
+    level: str = "not judged"
+    n_runs: int = 0
+    n_runs_differ: int = 0
+    runs_bound: float = math.nan
+    texts_bound: float = math.nan
+    n_texts: int = 0
+    n_domains: int = 0
+    n_choices: int = 0
+    n_differ: int = 0
+    rate: float = math.nan
+    rate_low: float = math.nan
+    rate_high: float = math.nan
+    changed_at: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    sentence: str = ""
+
+
+def judge_loads(rows: pd.DataFrame, alone_passed: bool, failed: Sequence[str] = ()) -> UnderLoad:
+    """The verdict on the rows of `load_rows`, of those with company.
+
+    Args:
+        alone_passed: whether the same runs repeated themselves.
+        failed: loads that did not run.
+    """
+    beside = rows[rows["n_others"] > 0] if len(rows) else rows
+    if not len(beside) or not beside["n_choices"].sum():
+        why = failed[0] if failed else "no routed experts" if len(beside) else "no load ran"
+        return UnderLoad(failed=tuple(failed), sentence=f"Routing under load was not judged: {why}.")
+    whole = _summary("all", beside)
+    table = load_table(beside).sort_values("n_others", kind="stable")
+    changed = tuple(table.loc[table["n_differ"] > 0, "load"])
+    level = "not" if not alone_passed else "alone" if changed else "under load"
+    counts = {name: whole[name] for name in whole if name in UnderLoad.__dataclass_fields__}
+    verdict = UnderLoad(
+        passed=level == "under load" and not failed,
+        level=level,
+        changed_at=changed,
+        failed=tuple(failed),
+        n_domains=beside["domain"].nunique(),
+        **counts,
+    )
+    return replace(verdict, sentence=_sentence(verdict, beside, len(table)))
+
+
+def _sentence(verdict: UnderLoad, beside: pd.DataFrame, n_loads: int) -> str:
+    sizes = sorted(beside["n_others"].unique())
+    company = f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
+    what = f"{verdict.n_texts} texts of {verdict.n_domains} domains beside {company} others in one batch"
+    if verdict.changed_at:
+        first = "Not deterministic, not even alone" if verdict.level == "not" else "Deterministic alone only"
+        low, high = verdict.rate_low, verdict.rate_high
+        return (
+            f"{first}: with {what}, {verdict.n_differ:,} of {verdict.n_choices:,} choices differ from those "
+            f"alone ({verdict.rate:.2%}, 95 % interval over texts {low:.2%} to {high:.2%}), in "
+            f"{verdict.n_runs_differ} of {verdict.n_runs} batches and {len(verdict.changed_at)} of {n_loads} "
+            f"loads; the smallest is {verdict.changed_at[0]}."
+        )
+    first = "Deterministic under load" if verdict.level == "under load" else "Not deterministic alone"
+    changed = int((beside["same_output"] == False).sum())  # noqa: E712 - None does not count
+    return (
+        f"{first}: with {what}, 0 of {verdict.n_choices:,} choices differ from those alone. Logits move by "
+        f"up to {beside['logit_drift'].max():.2g}, and {changed} of {len(beside)} greedy answers change. "
+        f"95 % upper bounds: {verdict.runs_bound:.1%} of batches (0 of {verdict.n_runs} differ), "
+        f"{verdict.texts_bound:.0%} of texts (0 of {verdict.n_texts})."
+    )

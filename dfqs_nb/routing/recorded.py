@@ -1,0 +1,405 @@
+"""A model whose routing is recorded: open it, change its context, evaluate one sequence or several."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dfqs_nb.llama.model import DecodeError, Model, open_model
+from dfqs_nb.llama.settings import GGML_TYPES, LOG, OpenSettings, default_context_params, refusal
+from dfqs_nb.routing.recorder import Column, Recorder, RoutingError
+from dfqs_nb.routing.trace import Logits, Trace
+
+LOGIT_SAMPLE = 1024  # logits kept of each token; all of them for a small vocabulary
+
+
+# ---- a model that is recorded ----
+
+
+@dataclass
+class RecordedModel:
+    """An open model with a recorder, or without one (to compare speeds)."""
+
+    model: Model
+    recorder: Recorder | None
+    n_sequences: int = 1
+    unified: bool = False
+
+    def clear(self) -> None:
+        """Empty the context, and forget what was recorded."""
+        self.model.clear()
+        if self.recorder is not None:
+            self.recorder.reset()
+
+    def reopen(self, settings: OpenSettings, *, n_sequences: int = 1, unified: bool = False) -> None:
+        """Make another context on the loaded weights; what needs a new load cannot change here.
+
+        Args:
+            n_sequences: that it holds side by side, in ``n_ctx`` tokens together.
+            unified: they share one KV cache; else each has its own part.
+
+        Raises:
+            ModelError: llama.cpp refuses these settings.
+        """
+        from llama_cpp._internals import LlamaContext
+
+        model, llama = self.model, self.model.llama
+        params = llama.context_params
+        for name in ("n_ctx", "n_batch", "n_threads", "n_threads_batch", "swa_full"):
+            setattr(params, name, getattr(settings, name))
+        params.n_ubatch = min(settings.n_batch, settings.n_ubatch)
+        params.type_k, params.type_v = GGML_TYPES[settings.type_k], GGML_TYPES[settings.type_v]
+        params.flash_attn_type = int(settings.flash_attn)
+        params.n_seq_max, params.kv_unified = n_sequences, unified
+        llama._ctx.close()
+        LOG.clear()
+        try:
+            llama._ctx = LlamaContext(model=llama._model, params=params, verbose=False)
+        except ValueError as error:
+            raise refusal(model.path) from error
+        llama.n_tokens, model.settings = 0, settings
+        self.n_sequences, self.unified = n_sequences, unified
+        if self.recorder is not None:
+            self.recorder.forget_graph()
+            self.recorder.reset()
+
+    def feed(self, tokens: Sequence[int], *, listen: bool = True) -> np.ndarray:
+        """Evaluate at most ``n_batch`` tokens; the logits after each, float32 ``(n, n_vocab)``, a view.
+
+        Logits are asked for every token, because llama.cpp routes only those tokens through its last layer.
+
+        Raises:
+            ContextFullError, DecodeError: they do not fit, or llama.cpp fails.
+            RoutingError: a layer's routing was not seen.
+        """
+        recorder = self.recorder if listen else None
+        if recorder is not None:
+            recorder.begin(len(tokens))
+        rows = next(self.model.logits(tokens))
+        if recorder is not None:
+            recorder.end()
+        return rows
+
+    def trace(self, tokens: Sequence[int], *, logits: Logits | None = None, **conditions: Any) -> Trace:
+        """The trace of these tokens: everything that was recorded since `clear`.
+
+        Args:
+            logits: what was kept of them.
+            conditions: beside those of the open model.
+
+        Raises:
+            RoutingError: the model was opened without a recorder.
+        """
+        if self.recorder is None:
+            raise RoutingError("this model was opened without a recorder", hint="open it with listen=True")
+        header = self.model.header
+        identity = {
+            "name": header.get("general.name", self.model.path.stem),
+            "architecture": header.architecture,
+            "first_file_bytes": header.file_size,
+            "header_sha256": hashlib.sha256(header.raw).hexdigest(),
+        }
+        return Trace(
+            tokens=np.asarray(tokens, np.int32),
+            **self.recorder.arrays(),
+            conditions={
+                "model": identity,
+                **self.model.conditions(),
+                "n_sequences": self.n_sequences,
+                "unified": self.unified,
+                **conditions,
+            },
+            logits=logits,
+        )
+
+
+@contextmanager
+def open_recorded(
+    path: str | Path, settings: OpenSettings | None = None, *, trial: bool = True, listen: bool = True
+) -> Iterator[RecordedModel]:
+    """Open a model with a recorder on its evaluation callback; arguments and errors as ``open_model``.
+
+    Args:
+        listen: False leaves the recorder out.
+    """
+    recorder = Recorder() if listen else None
+    callback = {} if recorder is None else {"cb_eval": recorder.callback}
+    with default_context_params(**callback):
+        model = open_model(path, settings, trial=trial)
+    model.keep_lock = True  # a callback that need not take Python's lock costs half as much
+    with model:
+        yield RecordedModel(model, recorder)
+
+
+# ---- a run ----
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a run evaluates its tokens.
+
+    The first ``prefill`` of them (all by default) go in batches of ``n_batch``, then the others one by one,
+    or in batches again if ``decode`` is False. ``restore``: save the state after the first part, clear the
+    context, put the state back, go on.
+    """
+
+    prefill: int | None = None
+    decode: bool = True
+    restore: bool = False
+
+    def parts(self, n_tokens: int, n_batch: int) -> tuple[list[range], list[range]]:
+        """Index ranges of the calls before and after the break.
+
+        >>> Schedule(prefill=5).parts(7, 4)
+        ([range(0, 4), range(4, 5)], [range(5, 6), range(6, 7)])
+        """
+        cut = n_tokens if self.prefill is None else min(self.prefill, n_tokens)
+        step = 1 if self.decode else n_batch
+        return _ranges(0, cut, n_batch), _ranges(cut, n_tokens, step)
+
+
+def _ranges(start: int, stop: int, step: int) -> list[range]:
+    return [range(at, min(at + step, stop)) for at in range(start, stop, step)]
+
+
+def record(
+    recorded: RecordedModel,
+    tokens: Sequence[int],
+    schedule: Schedule | None = None,
+    *,
+    logits: bool = True,
+    n_output: int = 0,
+) -> Trace:
+    """Evaluate these tokens from a cleared context and return what the routers chose.
+
+    Args:
+        logits: keep each token's digest and a sample of its logits too.
+        n_output: then continue greedily for up to this many tokens.
+
+    Raises:
+        ContextFullError, DecodeError: as ``RecordedModel.feed``.
+        RoutingError: a layer's routing was not seen.
+    """
+    schedule, model = schedule or Schedule(), recorded.model
+    recorded.clear()
+    kept, last = _KeptLogits(model.n_vocab) if logits else None, -1
+    for number, calls in enumerate(schedule.parts(len(tokens), model.settings.n_batch)):
+        if number == 1 and schedule.restore:
+            model.restore(model.save())
+        for call in calls:
+            rows = recorded.feed(tokens[call.start : call.stop])
+            last = int(rows[-1].argmax())
+            if kept is not None:
+                kept.add(rows)
+    output = _continue(recorded, last, n_output)
+    conditions = {**vars(schedule), "n_output": n_output}
+    trace = recorded.trace(tokens, logits=kept.logits() if kept is not None else None, **conditions)
+    return replace(trace, output=output)
+
+
+class _KeptLogits:
+    """What is kept of each token's logits."""
+
+    def __init__(self, n_vocab: int) -> None:
+        sample = np.linspace(0, n_vocab - 1, min(LOGIT_SAMPLE, n_vocab))
+        self._sample = np.unique(sample.astype(np.int32))
+        self._columns = Column(), Column(), Column()
+
+    def add(self, rows: np.ndarray) -> None:
+        """Keep some of the logits after each token, float32 ``(n, n_vocab)``."""
+        import xxhash
+
+        digests = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows], np.uint64)
+        best = rows.argmax(axis=1).astype(np.int32)
+        for column, values in zip(self._columns, (digests, best, rows[:, self._sample]), strict=True):
+            column.add(values)
+
+    def logits(self, order: np.ndarray | slice = slice(None)) -> Logits:
+        """All that was kept, in this order."""
+        digest, best, values = (column.array()[order] for column in self._columns)
+        return Logits(digest, best, self._sample, values)
+
+
+def _continue(recorded: RecordedModel, token: int, n_tokens: int) -> np.ndarray:
+    """The greedy continuation that begins with ``token``; nothing is recorded."""
+    model, output = recorded.model, list[int]()
+    while len(output) < min(n_tokens, model.settings.n_ctx - model.n_past) and not model.ends(token):
+        output.append(token)
+        token = int(recorded.feed([token], listen=False)[0].argmax())
+    return np.array(output, np.int32)
+
+
+# ---- several sequences in one batch ----
+
+
+def cut(slots: Sequence[int], n_ubatch: int, rule: str) -> list[int]:
+    """In which order llama.cpp evaluates a batch's entries, by their sequences.
+
+    The rules are those of ``llama_batch_allocr`` in llama.cpp's src/llama-batch.cpp, without sequences that
+    share tokens: ``simple`` (a unified cache) takes entries as they come; ``sequential`` (a cache a sequence)
+    takes equally many of each of the sequences whose numbers follow each other, and ``equal`` of all.
+
+    >>> cut([0, 0, 0, 1], 8, "simple"), cut([0, 0, 0, 1], 8, "sequential"), cut([0, 0, 2], 8, "equal")
+    ([0, 1, 2, 3], [0, 3, 1, 2], [0, 2, 1])
+    """
+    if rule == "simple":
+        return list(range(len(slots)))
+    waiting: dict[int, list[int]] = {}
+    for entry, slot in enumerate(slots):
+        waiting.setdefault(slot, []).append(entry)
+    order: list[int] = []
+    while waiting:
+        together: list[int] = []
+        for slot in sorted(waiting, key=lambda slot: waiting[slot][0]):
+            if len(together) <= n_ubatch and (rule == "equal" or not together or slot == together[-1] + 1):
+                together.append(slot)
+        n = min(min(len(waiting[slot]) for slot in together), max(1, n_ubatch // len(together)))
+        for slot in together:
+            order += waiting[slot][:n]
+            waiting[slot] = waiting[slot][n:]
+        waiting = {slot: entries for slot, entries in waiting.items() if entries}
+    return order
+
+
+RULES = ("simple", "sequential", "equal")
+
+
+class Together:
+    """Several sequences of one context, evaluated side by side and recorded.
+
+    The order in which llama.cpp evaluates a batch decides which routed row belongs to which sequence. It
+    depends on the architecture's cache, so two small batches find the rule, and every batch is checked
+    against the tokens that the graph really evaluates.
+
+    Args:
+        recorded: opened for at least as many sequences.
+
+    Raises:
+        RoutingError: llama.cpp cuts batches in a way that is not known here.
+    """
+
+    def __init__(self, recorded: RecordedModel) -> None:
+        if recorded.recorder is None:
+            raise RoutingError("this model was opened without a recorder", hint="open it with listen=True")
+        self.recorded, self.recorder = recorded, recorded.recorder
+        self.rule, possible = "simple", list(RULES)
+        if recorded.n_sequences > 1:
+            for slots in ([0, 0, 0, 1], [0, 0, 0, recorded.n_sequences - 1]):
+                recorded.clear()
+                seen = self._decode(slots, [1, 2, 3, 4], [0, 1, 2, 0])[1]
+                orders = {rule: 1 + np.array(cut(slots, self._n_ubatch, rule)) for rule in possible}
+                possible = [rule for rule in possible if np.array_equal(orders[rule], seen)]
+            if not possible:
+                raise RoutingError("llama.cpp cuts batches in an unknown way", hint="report the architecture")
+            self.rule = possible[0]
+        recorded.clear()
+
+    @property
+    def _n_ubatch(self) -> int:
+        settings = self.recorded.model.settings
+        return min(settings.n_batch, settings.n_ubatch)
+
+    def feed(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> tuple[Any, Any]:
+        """Evaluate a batch of entries: their logits, a view in the batch's order, and the order of the rows.
+
+        Raises:
+            DecodeError: llama.cpp fails.
+            RoutingError: it evaluates other tokens than the rule says.
+        """
+        rows, seen = self._decode(slots, tokens, positions)
+        order = np.array(cut(slots, self._n_ubatch, self.rule))
+        if not np.array_equal(np.asarray(tokens)[order], seen):
+            raise RoutingError("llama.cpp cut a batch in an unexpected way", hint="report the architecture")
+        return rows, order
+
+    def _decode(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> Any:
+        import llama_cpp.llama_cpp as api
+
+        model, n = self.recorded.model, len(tokens)
+        each = (api.llama_seq_id * n)(*slots)  # one sequence an entry, so each points at its own number
+        pointer, width = ctypes.POINTER(api.llama_seq_id), ctypes.sizeof(api.llama_seq_id)
+        addresses = (ctypes.cast(ctypes.addressof(each) + width * i, pointer) for i in range(n))
+        batch = api.llama_batch(
+            n_tokens=n,
+            token=(api.llama_token * n)(*tokens),
+            pos=(api.llama_pos * n)(*positions),
+            n_seq_id=(ctypes.c_int32 * n)(*[1] * n),
+            seq_id=(pointer * n)(*addresses),
+            logits=(ctypes.c_int8 * n)(*[1] * n),
+        )
+        self.recorder.begin(n, inputs=True)
+        status = api.llama_decode(model.llama.ctx, batch)
+        if status != 0:
+            what = f"llama_decode returned {status} on a batch of {len(set(slots))} sequences"
+            raise DecodeError(f"{what} ({'; '.join(LOG.tail(2))})", where=model.path, hint="lower n_ctx")
+        seen = self.recorder.end()
+        rows = np.ctypeslib.as_array(model.llama._ctx.get_logits(), shape=(n, model.n_vocab))
+        return rows, seen
+
+
+def record_together(
+    together: Together,
+    texts: Sequence[Sequence[int]],
+    arrivals: Sequence[int],
+    n_prefill: int,
+    n_output: int = 0,
+    **conditions: Any,
+) -> Trace:
+    """Evaluate equally long texts side by side, as a server does, and return what the routers chose.
+
+    In every step each text that has arrived hands over its first ``n_prefill`` tokens, or its next token,
+    and after its last one goes on greedily.
+
+    Args:
+        texts: the tokens of the sequences 0, 1, ...
+        arrivals: the step in which each text comes.
+        conditions: kept in the trace.
+
+    Returns:
+        The trace of all texts, one after another; ``output`` has a row each.
+    """
+    model, n = together.recorded.model, len(texts[0])
+    together.recorded.clear()
+    kept, places = _KeptLogits(model.n_vocab), list[np.ndarray]()
+    line = [list(text) for text in texts]  # what is, or will be, evaluated of each
+    done, ended, step = [0] * len(texts), [False] * len(texts), 0
+    while not all(ended):
+        chunks = {
+            slot: range(done[slot], n_prefill if done[slot] == 0 else done[slot] + 1)
+            for slot in range(len(texts))
+            if arrivals[slot] <= step and not ended[slot]
+        }
+        entries = np.array([(slot, at) for slot, chunk in chunks.items() for at in chunk]).reshape(-1, 2)
+        step += 1
+        if not len(entries):
+            continue
+        tokens = [line[slot][at] for slot, at in entries]
+        rows, order = together.feed(entries[:, 0].tolist(), tokens, entries[:, 1].tolist())
+        kept.add(rows[order])
+        places.append(entries[order])
+        last = np.cumsum([len(chunk) for chunk in chunks.values()]) - 1
+        for slot, row in zip(chunks, last, strict=True):
+            done[slot] = chunks[slot].stop
+            if done[slot] >= n:
+                token = int(rows[row].argmax())
+                over = model.ends(token) or len(line[slot]) - n >= n_output
+                line[slot] += [] if over else [token]
+                ended[slot] = over or len(line[slot]) - n >= n_output
+    place = np.concatenate(places)
+    order = np.lexsort((place[:, 1], place[:, 0]))
+    order = order[place[order, 1] < n]
+    every = [token for text in texts for token in text]
+    trace = together.recorded.trace([0] * len(place), rule=together.rule, **conditions)
+    output = np.full((len(texts), n_output), -1, np.int32)
+    for slot, text in enumerate(line):
+        answer = text[n : n + n_output]
+        output[slot, : len(answer)] = answer
+    trace = replace(trace.rows(order), tokens=np.array(every, np.int32), output=output)
+    return replace(trace, logits=kept.logits(order))

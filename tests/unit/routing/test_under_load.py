@@ -1,0 +1,314 @@
+"""Several sequences in one batch: whose row is whose, what a load is compared with, and what its verdict says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import moe_models
+import numpy as np
+import pandas as pd
+import pytest
+from moe_models import ARCHITECTURES, PlainReader, write_model
+
+from dfqs_nb.core.errors import DfqsError, ModelError
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.llama.model import open_model
+from dfqs_nb.llama.settings import OpenSettings, default_context_params
+from dfqs_nb.routing import experiment as routing_experiment
+from dfqs_nb.routing.experiment import run_experiment
+from dfqs_nb.routing.loads import (
+    Load,
+    cluster_interval,
+    judge_loads,
+    load_rows,
+    load_settings,
+    load_table,
+    part,
+    plan_loads,
+    read_texts,
+)
+from dfqs_nb.routing.plan import Costs, conditions, fit, scaled
+from dfqs_nb.routing.recorded import RecordedModel, Together, cut, open_recorded, record, record_together
+from dfqs_nb.routing.recorder import Column, RoutingError
+from dfqs_nb.routing.trace import joined
+
+NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
+N_SEQUENCES, N, N_PREFILL = 4, 18, 12
+SETTINGS = OpenSettings(n_ctx=256 * N_SEQUENCES, n_threads=1)
+
+
+def unlike_texts(n_vocab: int, seed: int = 0) -> list[list[int]]:
+    """Texts without a common token, and without a repeated one: a token says whose it is, and where."""
+    ids = np.random.default_rng(seed).permutation(np.arange(5, n_vocab))
+    return [ids[N * i : N * (i + 1)].tolist() for i in range(N_SEQUENCES)]
+
+
+def plain_rows(path, texts, arrivals, unified, n_ubatch) -> PlainReader:
+    """The same batches, read by the second recorder, without our account of their order."""
+    reader, settings = PlainReader(), replace(SETTINGS, n_ubatch=n_ubatch)
+    more = {"n_seq_max": N_SEQUENCES, "kv_unified": unified, "cb_eval": reader.callback}
+    with default_context_params(**more):
+        model = open_model(path, settings, trial=False)
+    with model, open_recorded(path, settings, trial=False) as ours:
+        ours.reopen(settings, n_sequences=N_SEQUENCES, unified=unified)
+        together = Together(ours)
+        batches = []
+        feed = together.feed
+        together.feed = lambda *batch: batches.append(batch) or feed(*batch)
+        trace = record_together(together, texts, arrivals, N_PREFILL, 2)
+        silent = Together.__new__(Together)
+        silent.recorded, silent.recorder = RecordedModel(model, None), _Deaf()
+        for batch in batches:
+            silent._decode(*batch)
+    return trace, reader
+
+
+class _Deaf:
+    """In place of our recorder, so that only the plain reader listens."""
+
+    def begin(self, *_arguments, **_options):
+        return None
+
+    end = begin
+
+
+@pytest.mark.parametrize("n_ubatch", [512, 7])
+@pytest.mark.parametrize("unified", [True, False])
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "deepseek4"])
+def test_every_row_belongs_to_the_sequence_whose_token_it_is(tmp_path, arch, unified, n_ubatch):
+    path = NANO if arch == "deepseek4" else write_model(arch, tmp_path)
+    texts = unlike_texts(700 if arch == "deepseek4" else moe_models.VOCAB)
+    trace, plain = plain_rows(path, texts, [0, 3, 0, 1], unified, n_ubatch)
+    tokens = np.array(plain.tokens)
+    known = np.isin(tokens, np.concatenate(texts))
+    for column, layer in enumerate(trace.layers):
+        rows = plain.rows("topk", layer)
+        assert len(rows) == len(tokens)
+        by_token = {token: row for token, row in zip(tokens[known], rows[known], strict=True)}
+        wanted = np.array([by_token[token] for text in texts for token in text])
+        # a greedy answer may repeat a token of another text: those rows come later, and are left out
+        first = [np.flatnonzero(tokens == token)[0] for text in texts for token in text]
+        np.testing.assert_array_equal(trace.experts[:, column], rows[first])
+        assert wanted.shape == trace.experts[:, column].shape
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_deepseek4_beside_others_chooses_as_alone_and_answers_alike(unified):
+    rng = np.random.default_rng(5)
+    texts = [rng.integers(5, 700, 40).tolist() for _ in range(N_SEQUENCES)]
+    with open_recorded(NANO, OpenSettings(n_ctx=256, n_threads=1), trial=False) as model:
+        single = record(model, texts[2], n_output=4)
+        model.reopen(SETTINGS, n_sequences=N_SEQUENCES, unified=unified)
+        together = Together(model)
+        assert together.rule == "sequential"  # deepseek4 keeps a cache a sequence in any case
+        alone = record_together(together, [texts[2]], [0], 40, 4)
+        beside = record_together(together, texts, [0] * 4, 40, 4)
+    np.testing.assert_array_equal(alone.output[0][: len(single.output)], single.output)
+    np.testing.assert_array_equal(np.sort(alone.experts, axis=2), np.sort(single.experts, axis=2))
+    theirs = part(beside, 2)
+    differ = (np.sort(theirs.experts, axis=2) != np.sort(alone.experts, axis=2)).any(axis=2)
+    assert differ.mean() < 0.02 and np.abs(theirs.margin - alone.margin)[:, 1:].max() < 0.1
+
+
+def test_batches_are_cut_as_llama_cpps_source_says():
+    slots = [0] * 3 + [1] * 5 + [2]
+    assert cut(slots, 512, "sequential") == [0, 3, 8, 1, 2, 4, 5, 6, 7]
+    assert cut([0, 0, 2, 2], 512, "sequential") == [0, 1, 2, 3]
+    assert cut([0, 0, 2, 2], 512, "equal") == [0, 1, 2, 3]
+    assert cut([0] * 4 + [1] * 4, 4, "sequential") == [0, 1, 4, 5, 2, 3, 6, 7]
+    for rule in ("simple", "sequential", "equal"):
+        assert sorted(cut(slots, 4, rule)) == list(range(9))
+
+
+def test_a_model_without_a_recorder_cannot_be_recorded_together():
+    with open_recorded(NANO, SETTINGS, trial=False, listen=False) as model:
+        with pytest.raises(RoutingError, match="without a recorder"):
+            Together(model)
+
+
+def test_a_new_context_on_loaded_weights_computes_what_a_new_load_does():
+    tokens = np.random.default_rng(3).integers(0, 700, 60).tolist()
+    other = OpenSettings(
+        n_ctx=512, n_threads=1, n_batch=64, n_ubatch=7, flash_attn=True, type_k="q8_0", type_v="q8_0"
+    )
+    with open_recorded(NANO, other, trial=False) as model:
+        fresh = record(model, tokens)
+    with open_recorded(NANO, SETTINGS, trial=False) as model:
+        record(model, tokens)
+        model.reopen(other)
+        again = record(model, tokens)
+        with pytest.raises(ModelError, match="llama.cpp refuses it"):
+            model.reopen(replace(other, flash_attn=False))
+        model.reopen(other)
+        np.testing.assert_array_equal(record(model, tokens).logits.digest, fresh.logits.digest)
+    np.testing.assert_array_equal(again.logits.digest, fresh.logits.digest)
+    np.testing.assert_array_equal(again.experts, fresh.experts)
+
+
+@pytest.mark.parametrize("piece", [10, 5000])
+def test_a_column_gives_back_its_rows_from_memory_and_from_its_file(piece, monkeypatch):
+    monkeypatch.setattr("dfqs_nb.routing.recorder.SPILL_BYTES", 40_000)
+    rows, column = np.random.default_rng(0).random((20_000, 3)).astype(np.float32), Column()
+    for start in range(0, len(rows), piece):
+        column.add(rows[start : start + piece])
+    assert isinstance(column.array(), np.memmap)
+    np.testing.assert_array_equal(column.array(), rows)
+
+
+# ---- texts, plan and budget ----
+
+
+def test_the_texts_are_enough_and_of_enough_domains(tmp_path):
+    texts = read_texts()
+    assert len(texts) >= 12 and len({text.domain for text in texts}) >= 4
+    for domain in ("law", "poems"):
+        (tmp_path / domain).mkdir()
+        (tmp_path / domain / "one.txt").write_text(f"a text about {domain}", encoding="utf-8")
+    assert [(text.domain, text.name) for text in read_texts(tmp_path)] == [("law", "one"), ("poems", "one")]
+    with pytest.raises(DfqsError, match="0 texts, at least 2 are needed"):
+        read_texts(tmp_path / "nowhere")
+
+
+def test_every_text_meets_every_load_and_seeds_repeat():
+    plan = dict(plan_loads(16, 80, 64))
+    assert plan == dict(plan_loads(16, 80, 64)) and plan != dict(plan_loads(16, 80, 64, seed=1))
+    for n_others in (1, 3, 7):
+        for kind in ("together", "mixed"):
+            members = [
+                load.members for load in plan.values() if (load.n_others, load.kind) == (n_others, kind)
+            ]
+            assert {text for each in members for text in each} == set(range(16))
+    mixed = [load for load in plan.values() if load.kind == "mixed"]
+    assert any(arrival > 0 for load in mixed for arrival in load.arrivals)
+
+
+def runs_of(n_texts=16):
+    planned = conditions(OpenSettings(n_ctx=512, n_threads=1), 384, n_texts=n_texts, others={"q8": "q8.gguf"})
+    return [c.as_run(384, 16, [300] * n_texts) for c in planned]
+
+
+def test_a_budget_leaves_out_from_the_end_and_then_shortens():
+    runs, costs = runs_of(), Costs(load_seconds=10, prefill_seconds=0.01, decode_seconds=0.1)
+    assert fit(runs, costs, 0) == (1.0, [run["name"] for run in runs])
+    budget = 0.6 * sum(costs.seconds(run) for run in runs)
+    scale, kept = fit(runs, costs, budget)
+    assert scale == 1.0 and "7 others, mixed, a cache each, batch 1" in kept and "all by decode" not in kept
+    assert sum(costs.seconds(run, scale) for run in runs if run["name"] in kept) + 2 * 10 <= budget
+    short, essential = fit(runs, costs, 1)
+    assert short == 0.125 and essential == ["prefill", "decode", "alone"]  # never nothing to compare with
+    assert fit(runs, costs, budget / 4)[0] < 1
+
+
+def test_a_scaled_run_is_shorter_in_all_its_parts():
+    load = next(run for run in runs_of() if run["name"].startswith("7 others, mixed"))
+    half = scaled(load, 0.5)["load"]
+    assert (half["n_prefill"], half["n_tokens"]) == (32, 40) and max(half["arrivals"]) <= 8
+    decode = next(run for run in runs_of() if run["name"] == "decode")
+    assert scaled(decode, 0.5)["schedule"]["prefill"] == 96
+
+
+def test_what_cannot_work_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    jobs = []
+    run = routing_experiment.child.run
+    monkeypatch.setattr(
+        routing_experiment.child, "run", lambda m, job, **o: jobs.append(job) or run(m, job, **o)
+    )
+    with pytest.raises(ModelError, match="10 tokens do not hold the question .* use n_tokens="):
+        run_experiment(NANO, tmp_path, n_tokens=10)
+    with pytest.raises(ModelError, match="exceed n_ctx"):
+        run_experiment(NANO, tmp_path, n_tokens=400, settings=OpenSettings(n_ctx=256, n_threads=1))
+    with pytest.raises(RoutingError, match="exported as CSV"):
+        run_experiment(NANO, tmp_path, export=tmp_path / "trace.parquet")
+    assert not any("runs" in job for job in jobs)
+
+
+def test_a_budget_shrinks_the_experiment_and_says_how(tmp_path, capsys):
+    chosen = ["prefill, fresh process", "alone, fresh process", "n_batch 7"]
+    options = {"n_tokens": 60, "n_output": 2, "chosen": chosen, "budget_minutes": 1e-4}
+    found = run_experiment(NANO, tmp_path, **options)
+    assert found.plan.startswith("Budget 0.0001 minutes: 2 of 5 runs, at 0.125 of each length.")
+    assert found.plan in capsys.readouterr().out
+    assert set(found.traces) == {"prefill", "alone"} and found.reference.n_tokens == 8
+    status = found.table.set_index("condition")["status"]
+    assert status.str.startswith("left out").all()
+    assert run_experiment(NANO, tmp_path, **options).n_made == 0
+
+
+# ---- the verdict ----
+
+
+def rows_of(n_differ: dict[str, int], n_texts: int = 16) -> pd.DataFrame:
+    """Rows of `load_rows` for loads of 7 others in which one choice each of some texts differs."""
+    return pd.DataFrame(
+        [
+            {
+                "load": load,
+                "kind": "together",
+                "n_others": 7,
+                "run": f"{load} {text // 8}",
+                "text": f"text {text}",
+                "domain": f"domain {text % 4}",
+                "n_choices": 100,
+                "n_differ": int(text < n),
+                "margin_differ": 0.1,
+                "logits_equal": 0.5,
+                "logit_drift": 0.2,
+                "same_output": True,
+            }
+            for load, n in n_differ.items()
+            for text in range(n_texts)
+        ]
+    )
+
+
+def test_nothing_changed_bounds_batches_and_texts():
+    verdict = judge_loads(rows_of({"a": 0, "b": 0}), True)
+    assert verdict.passed and verdict.level == "under load"
+    assert verdict.runs_bound == pytest.approx(1 - 0.05 ** (1 / 4))
+    assert verdict.texts_bound == pytest.approx(1 - 0.05 ** (1 / 16))
+    assert verdict.sentence.startswith("Deterministic under load: with 16 texts of 4 domains")
+    assert judge_loads(rows_of({"a": 0}), False).level == "not"
+    assert not judge_loads(rows_of({"a": 0}), True, ["b: failed"]).passed
+
+
+def test_a_changed_choice_names_its_loads_with_an_interval_over_texts():
+    verdict = judge_loads(rows_of({"a": 0, "b": 3}), True)
+    assert not verdict.passed and verdict.level == "alone" and verdict.changed_at == ("b",)
+    assert verdict.rate == 3 / 3200 and 0 <= verdict.rate_low < verdict.rate < verdict.rate_high
+    assert "Deterministic alone only" in verdict.sentence and "the smallest is b" in verdict.sentence
+
+
+def test_no_load_is_no_verdict():
+    assert judge_loads(pd.DataFrame(), True).level == "not judged"
+    assert "no routed experts" in judge_loads(rows_of({"a": 0}).assign(n_choices=0), True).sentence
+    json.dumps(vars(judge_loads(pd.DataFrame(), True)))
+
+
+def test_the_interval_covers_a_rate_that_differs_between_texts():
+    """Beta-binomial texts: the 95 % interval holds the true rate in 88 % of 300 draws or more (16 clusters)."""
+    draw, hits = np.random.default_rng(0), 0
+    for seed in range(300):
+        events = draw.binomial(200, draw.beta(2, 38, 16))
+        low, high = cluster_interval(events, np.full(16, 200), seed)
+        hits += low <= 0.05 <= high
+    assert hits >= 0.88 * 300
+
+
+def test_each_sequence_is_compared_with_itself_alone(tmp_path):
+    texts = read_texts()[:2]
+    rng = np.random.default_rng(1)
+    lines = [rng.integers(5, 700, 30).tolist() for _ in texts]
+    alone_load = Load("alone", 0, False, (0, 1), (), 2, 20, 30)
+    load = Load("together", 1, False, (1, 0), (0, 0), 2, 20, 30)
+    settings = load_settings(OpenSettings(n_ctx=256, n_threads=1), 2, 30, 20)
+    with open_recorded(NANO, settings, trial=False) as model:
+        model.reopen(settings, n_sequences=2)
+        together = Together(model)
+        alone = joined([record_together(together, [line], [0], 20, 2) for line in lines], lengths=[30, 30])
+        beside = record_together(together, lines[::-1], [0, 0], 20, 2)
+    loads = {"alone": alone_load, "1 other": load}
+    rows = load_rows(loads, {"alone": alone, "1 other": beside}, texts)
+    assert rows["text"].tolist() == [texts[1].name, texts[0].name] and (rows["n_choices"] == 90).all()
+    assert load_table(rows).loc[0, "n_runs"] == 1
+    alone.save(tmp_path / "alone.npz")
