@@ -107,6 +107,8 @@ class Determinism:
     def text(self) -> str:
         """The verdict in a sentence or two."""
         word = "PASS" if self.passed else "FAIL"
+        if not self.n_runs and not self.failed_runs:
+            return "Not judged: no repetition fits into the budget."
         if self.failed_runs:
             return f"{word}: {len(self.failed_runs)} of the repetitions did not run ({self.failed_runs[0]})."
         bound = f"95 % upper bound: {self.runs_upper_bound:.1%} of repeated runs"
