@@ -251,6 +251,14 @@ class Divergence:
     low: float
     high: float
 
+    @property
+    def sentence(self) -> str:
+        """The divergence, and what a changed layer adds to it."""
+        return (
+            f"KL divergence {self.kl:.3g} nats a token; {self.slope:+.2g} for each layer whose experts changed "
+            f"(95 % interval {self.low:.2g} to {self.high:.2g}; {self.n_tokens:,} tokens, {self.n_logits:,} logits)"
+        )
+
 
 def divergence(a: Trace, b: Trace, block: int = 16, n_boot: int = 2000, seed: int = 0) -> Divergence | None:
     """The regression for two files of one model; None where logits were not kept or no set changed.
