@@ -60,6 +60,20 @@ class Experts:
     gating: str
     weights_scale: float
 
+    @property
+    def sentence(self) -> str:
+        """The layout for people.
+
+        >>> Experts(0, 0, 0, 0, 0, "not stated", 1.0).sentence
+        'a dense model: no routed experts, every token uses all weights'
+        """
+        if not self.moe_layers:
+            return "a dense model: no routed experts, every token uses all weights"
+        return (
+            f"{self.used} of {self.total} experts a token in {self.moe_layers} layers, "
+            f"{self.hash_layers} of them by hash"
+        )
+
 
 @dataclass(frozen=True)
 class Parameters:
