@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ import numpy as np
 
 from dfqs_nb.context.search import octaves
 from dfqs_nb.core import child
+from dfqs_nb.core.errors import StageError
 from dfqs_nb.core.machine import available_memory
+from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.memory import estimate, kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.check import plan_memory
@@ -125,19 +128,33 @@ def predict_failure(
 
 
 def settings_for(
-    path: str | Path, longest: int, settings: OpenSettings
+    path: str | Path, longest: int, settings: OpenSettings, stage: Stage | None = None
 ) -> tuple[OpenSettings, RuntimeFailure | None]:
     """Settings with room for the longest length that fits in memory, and the first that does not.
 
     Args:
         longest: tokens; 0: the model's own limit, which also bounds a longer one. A header that states no
             limit gets `NO_LIMIT`.
+        stage: its budget bounds ``longest=0``, by the prefill speed of notebook 03: no cache is allocated for
+            lengths of which it holds no text.
     """
     own = own_context(path)
+    reach = affordable(stage) if stage and not longest else 0
     longest = min(longest or own or NO_LIMIT, own or longest or NO_LIMIT)
+    longest = max(256, min(longest, reach)) if reach else longest
     failure = predict_failure(path, octaves(256, longest) or [longest], settings)
     reach = longest if failure is None else failure.length // 2
     return replace(settings, n_ctx=reach + SPARE_TOKENS), failure
+
+
+def affordable(stage: Stage) -> int:
+    """Tokens of prefill that the stage's budget holds, at the speed of notebook 03; 0: not known."""
+    try:
+        rows = stage.read("generate").get("speed") or []
+    except StageError:
+        return 0  # this notebook runs alone
+    speeds = [row["median"] for row in rows if row.get("phase") == "prefill"]
+    return int(stage.seconds_left * speeds[0]) if speeds and stage.seconds_left < inf else 0
 
 
 # ---- memory, predicted beside measured ----

@@ -13,6 +13,7 @@ import pytest
 from test_memory import NANO, smollm2
 
 from dfqs_nb.context.cost import PrefillSpeed, memory_table, predict_failure, settings_for
+from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.memory import kv_cache_bytes
 from dfqs_nb.gguf.published import flash_cache_table, published_shape
@@ -41,6 +42,18 @@ def test_lack_of_memory_is_predicted_before_it_happens():
 def test_the_context_has_room_for_the_answer():
     settings, failure = settings_for(NANO, 2048, OpenSettings(n_threads=1))
     assert settings.n_ctx > 2048 and failure is None
+
+
+def test_without_a_length_the_model_memory_and_budget_bound_the_context(tmp_path):
+    own = OpenSettings(n_threads=1)
+    assert settings_for(NANO, 10**6, own)[0].n_ctx == 65_536 + 64, (
+        "the model's own limit bounds what is asked"
+    )
+    speed = [{"phase": "prefill", "median": 10.0}, {"phase": "decode", "median": 1.0}]
+    Stage(tmp_path, "generate").finish(conditions={}, summary=[], speed=speed)
+    bounded, _ = settings_for(NANO, 0, own, Stage(tmp_path, "long_context", budget_minutes=2))
+    assert 1_100 <= bounded.n_ctx - 64 <= 1_200, "120 s at 10 tokens/s"
+    assert settings_for(NANO, 2048, own, Stage(tmp_path, "long_context", 2))[0].n_ctx == 2048 + 64
 
 
 def test_flash_cache_is_the_published_table():
