@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from dfqs_nb.core.budget import Fitted, fit
+from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.ladder import divergence
 from dfqs_nb.ladder.measure import Settings, question_sets
+from dfqs_nb.ladder.recipes import load_recipe
+from dfqs_nb.ladder.run import RUNGS
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.llama.timing import probe
@@ -43,8 +46,15 @@ def within_budget(
 ) -> tuple[Settings, list[str], Fitted]:
     """Settings and rungs, cut in the order of `CUTS` until a climb takes no longer than this.
 
-    The speed of the source, timed here on a few tokens, stands for that of every rung.
+    The speed of the source, timed here on a few tokens, stands for that of every rung. Of the default rungs,
+    those for routed experts are left out of a dense model's ladder.
     """
+    header = open_shards(source).as_one
+    fitting = [name for name in rungs if tuple(rungs) != RUNGS or _fits(name, header)]
+    unfit = [
+        f"the rung {name}: its rules match no tensor of this model" for name in rungs if name not in fitting
+    ]
+    rungs = fitting
     opened = OpenSettings.of(source, n_ctx=512, n_threads=settings.n_threads)
     with open_model(source, opened) as model:
         pace, load, n_vocab = probe(model), model.load_seconds, model.n_vocab
@@ -72,4 +82,13 @@ def within_budget(
         n_haystacks=cut["texts"],
         n_chunks=settings.n_chunks if cut["chunks"] == whole["chunks"] else cut["chunks"],
     )
-    return cut_settings, [name for name in rungs if name in chosen], fitted
+    left_out = (*unfit, *fitted.left_out)
+    return cut_settings, [name for name in rungs if name in chosen], replace(fitted, left_out=left_out)
+
+
+def _fits(rung: str, header: GGUFHeader) -> bool:
+    """Whether every rule of a rung's recipe that must match a tensor does."""
+    return all(
+        rule.optional or any(rule.matches(tensor.name, header.n_layers) for tensor in header.tensors)
+        for rule in load_recipe(rung).rules
+    )
