@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel
@@ -25,6 +25,7 @@ from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.model import Model
+from dfqs_nb.llama.timing import probe
 from dfqs_nb.stats import wilson
 
 if TYPE_CHECKING:
@@ -344,29 +345,43 @@ def measure_tasks(
     chosen = list(tasks) or list(known)
     conditions = {**model.conditions(), **writer.tasks.identity(), "model": model_id}
     journal = Journal(Path(folder) / "long_context_tasks.jsonl", conditions, fresh=fresh)
-    began, spent_tokens, left_out, rows = time.monotonic(), 0, [], []
-    for length in tqdm(sorted(lengths), desc="lengths", leave=False):
-        for task, number in [(task, number) for task in chosen for number in range(n_texts)]:
-            key = f"{task}/{length}/{number}"
-            if key not in journal:
-                seconds = time.monotonic() - began
-                if seconds + length * seconds / max(spent_tokens, 1) > budget_seconds:
-                    left_out.append(f"{task} at {length:,} tokens")
-                    continue
-                try:
-                    text = writer.text(task, length, number)
-                except PromptError as error:
-                    left_out.append(error.what)
-                    continue
-                answer = greedy(model, text)
-                spent_tokens += length
-                recall = text.recall(answer)
-                journal.add(key, answer=answer, expected=text.expected, recall=recall, guess=text.guess)
-            row = journal[key]
-            rows.append(
-                {"task": task, "length": length, "number": number, **row, "right": row["recall"] == 1}
-            )
-    return TaskRun(pd.DataFrame(rows), tuple(dict.fromkeys(left_out)))
+    pace, began, spent = probe(model), time.monotonic(), 0.0
+    rows: list[dict[str, Any]] = []
+    left_out: Counter[tuple[str, int]] = Counter()
+    # in turn, so that a short budget leaves every task of a length some texts
+    turns = [(n, number, task) for n in sorted(lengths) for number in range(n_texts) for task in chosen]
+    for length, number, task in tqdm(turns, desc="texts", leave=False):
+        key, cost = f"{task}/{length}/{number}", pace.seconds(length, ANSWER_TOKENS)
+        if key not in journal:
+            slower = max(1.0, (time.monotonic() - began) / spent) if spent else 1.0
+            if time.monotonic() - began + slower * cost > budget_seconds:
+                left_out[task, length] += 1
+                continue
+            try:
+                text = writer.text(task, length, number)
+            except PromptError:
+                left_out[task, length] += 1
+                continue
+            answer = greedy(model, text)
+            spent += cost
+            recall = text.recall(answer)
+            journal.add(key, answer=answer, expected=text.expected, recall=recall, guess=text.guess)
+        row = journal[key]
+        rows.append({"task": task, "length": length, "number": number, **row, "right": row["recall"] == 1})
+    missing = tuple(f"{task} at {n:,} tokens: {k} of {n_texts} texts" for (task, n), k in left_out.items())
+    order = {"task": {name: at for at, name in enumerate(chosen)}}
+    table = pd.DataFrame(rows)
+    if len(table):
+        table = table.sort_values(
+            ["task", "length", "number"], key=lambda c: c.map(order.get(c.name, lambda x: x))
+        )
+    return TaskRun(table.reset_index(drop=True), missing)
+
+
+def planned_seconds(model: Model, lengths: Sequence[int], n_tasks: int, n_texts: int) -> float:
+    """What `measure_tasks` will take at the speed of a few tokens; long texts take somewhat longer."""
+    pace = probe(model)
+    return n_tasks * n_texts * sum(pace.seconds(length, ANSWER_TOKENS) for length in lengths)
 
 
 def greedy(model: Model, text: Text) -> str:

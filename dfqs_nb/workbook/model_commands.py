@@ -222,8 +222,10 @@ def tasks(
     Goes on after a kill. Example: `dfqs-nb tasks model.gguf --lengths 1024,4096 --task "several keys"`
     """
     from dfqs_nb import llama
-    from dfqs_nb.context.tasks import measure_tasks
+    from dfqs_nb.context.tasks import NAME, Tasks, measure_tasks, planned_seconds
+    from dfqs_nb.core.budget import duration
     from dfqs_nb.core.files import sha256_of, write_table
+    from dfqs_nb.core.prompts import load_prompts
     from dfqs_nb.workbook.run import default_run_name
 
     sizes = sorted(_numbers(lengths, "--lengths"))
@@ -231,6 +233,11 @@ def tasks(
     folder.mkdir(parents=True, exist_ok=True)
     settings = llama.OpenSettings.of(model, n_ctx=sizes[-1], n_threads=threads)
     with llama.open_model(model, settings) as opened:
+        n_tasks = len(task or load_prompts(NAME, Tasks).tasks)
+        planned = duration(planned_seconds(opened, sizes, n_tasks, texts))
+        say(
+            f"{n_tasks} tasks, {texts} texts each at {lengths} tokens: about {planned}, at most {budget_minutes:g} min"
+        )
         result = measure_tasks(
             opened,
             folder,

@@ -131,6 +131,8 @@ def test_a_model_is_asked_and_a_second_run_asks_nothing(tmp_path, monkeypatch):
         again = tasks.measure_tasks(model, tmp_path, [512], tasks=chosen, n_texts=2)
         assert again.items["answer"].tolist() == first.items["answer"].tolist()
         none = tasks.measure_tasks(model, tmp_path, [256], tasks=chosen, n_texts=2, budget_seconds=0)
-        assert not len(none.items) and none.left_out == tuple(f"{name} at 256 tokens" for name in chosen)
+        assert not len(none.items) and none.left_out == tuple(
+            f"{name} at 256 tokens: 2 of 2 texts" for name in chosen
+        )
         with pytest.raises(PromptError, match="there is no task 'x'"):
             tasks.measure_tasks(model, tmp_path, [256], tasks=["x"])
