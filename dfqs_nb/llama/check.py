@@ -42,7 +42,6 @@ from dfqs_nb.llama.settings import (
     INFO,
     LOG,
     OpenSettings,
-    add_rpc_servers,
     build_llama,
     llama_version,
     reason_of,
@@ -229,7 +228,7 @@ def plan_memory(path: str | Path, settings: Sequence[OpenSettings]) -> list[dict
     Raises:
         ModelError: llama.cpp refuses the file or a setting, or dies on it.
     """
-    job = {"question": "plan", "path": str(path), "settings": [one.as_dict() for one in settings]}
+    job = {"question": "plan", "path": str(path), "settings": [each.as_dict() for each in settings]}
     answer = child.run(MODULE, job, where=path, timeout_seconds=TIMEOUT_SECONDS * (1 + len(settings)))
     plans: list[dict[str, int]] = answer["plans"]
     return plans
@@ -334,42 +333,28 @@ def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
 
     LOG.install()
     LOG.clear()
-    add_rpc_servers(settings)
-    with contextlib.ExitStack() as stack:
-        model = api.llama_model_load_from_file(os.fsencode(path), _plan_model_params(settings))
-        if not model:
-            raise refusal(path)
-        stack.callback(api.llama_model_free, model)
-        context = api.llama_init_from_model(model, _plan_context_params(settings))
-        if not context:
-            raise refusal(path)
-        stack.callback(api.llama_free, context)
-        return planned_bytes(LOG.tail(500))
-
-
-def _plan_model_params(settings: OpenSettings) -> Any:
-    import llama_cpp.llama_cpp as api
-
     params = api.llama_model_default_params()
     params.no_alloc, params.use_extra_bufts = True, settings.use_extra_bufts
     params.load_mode = api.LLAMA_LOAD_MODE_NONE
     params.n_gpu_layers = 0x7FFFFFFF if settings.n_gpu_layers == -1 else settings.n_gpu_layers
-    return params
-
-
-def _plan_context_params(settings: OpenSettings) -> Any:
-    import llama_cpp.llama_cpp as api
-
-    params = api.llama_context_default_params()
-    params.n_ctx, params.swa_full = settings.n_ctx, settings.swa_full
-    params.n_batch = min(settings.n_ctx, settings.n_batch)
-    params.n_ubatch = min(params.n_batch, settings.n_ubatch)
-    params.n_threads, params.n_threads_batch = settings.n_threads, settings.n_threads_batch
-    params.type_k, params.type_v = GGML_TYPES[settings.type_k], GGML_TYPES[settings.type_v]
-    params.flash_attn_type = (
-        api.LLAMA_FLASH_ATTN_TYPE_ENABLED if settings.flash_attn else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    )
-    return params
+    flash = "ENABLED" if settings.flash_attn else "DISABLED"
+    size = api.llama_context_default_params()
+    size.n_ctx, size.swa_full = settings.n_ctx, settings.swa_full
+    size.n_batch = min(settings.n_ctx, settings.n_batch)
+    size.n_ubatch = min(size.n_batch, settings.n_ubatch)
+    size.n_threads, size.n_threads_batch = settings.n_threads, settings.n_threads_batch
+    size.type_k, size.type_v = GGML_TYPES[settings.type_k], GGML_TYPES[settings.type_v]
+    size.flash_attn_type = getattr(api, f"LLAMA_FLASH_ATTN_TYPE_{flash}")
+    with contextlib.ExitStack() as stack:
+        model = api.llama_model_load_from_file(os.fsencode(path), params)
+        if not model:
+            raise refusal(path)
+        stack.callback(api.llama_model_free, model)
+        context = api.llama_init_from_model(model, size)
+        if not context:
+            raise refusal(path)
+        stack.callback(api.llama_free, context)
+        return planned_bytes(LOG.tail(500))
 
 
 def planned_bytes(log: Sequence[str]) -> dict[str, int]:
@@ -416,54 +401,59 @@ class _Ggml:
 
     def __init__(self, library: str) -> None:
         try:
-            self._library = ctypes.CDLL(library)
+            ggml = ctypes.CDLL(library)
         except OSError as error:
             hint = "install llama-cpp-python again"
             raise ModelError(f"cannot run libggml ({error})", hint=hint) from error
         void, text, i64, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_size_t
-        self.log: list[bytes] = []
-        self._callback = ctypes.CFUNCTYPE(None, ctypes.c_int, text, void)(self._receive)
-        self._function("ggml_log_set", None, type(self._callback), void)(self._callback, None)
-        self._init = self._function("gguf_init_from_file", void, text, _GgufParams)
-        self._free = (self._function("gguf_free", None, void), self._function("ggml_free", None, void))
-        self._facts = {
-            "version": self._function("gguf_get_version", ctypes.c_uint32, void),
-            "n_kv": self._function("gguf_get_n_kv", i64, void),
-            "n_tensors": self._function("gguf_get_n_tensors", i64, void),
-            "alignment": self._function("gguf_get_alignment", size, void),
-            "data_offset": self._function("gguf_get_data_offset", size, void),
+        log = ctypes.CFUNCTYPE(None, ctypes.c_int, text, void)
+        signatures: dict[str, tuple[Any, ...]] = {
+            "ggml_log_set": (None, log, void),
+            "ggml_free": (None, void),
+            "ggml_type_name": (text, ctypes.c_int),
+            "gguf_init_from_file": (void, text, _GgufParams),
+            "gguf_free": (None, void),
+            "gguf_get_version": (ctypes.c_uint32, void),
+            "gguf_get_n_kv": (i64, void),
+            "gguf_get_n_tensors": (i64, void),
+            "gguf_get_alignment": (size, void),
+            "gguf_get_data_offset": (size, void),
+            "gguf_get_tensor_name": (text, void, i64),
+            "gguf_get_tensor_type": (ctypes.c_int, void, i64),
+            "gguf_get_tensor_offset": (size, void, i64),
+            "gguf_get_tensor_size": (size, void, i64),
         }
-        self._name = self._function("gguf_get_tensor_name", text, void, i64)
-        self._type = self._function("gguf_get_tensor_type", ctypes.c_int, void, i64)
-        self._type_name = self._function("ggml_type_name", text, ctypes.c_int)
-        self._offset = self._function("gguf_get_tensor_offset", size, void, i64)
-        self._size = self._function("gguf_get_tensor_size", size, void, i64)
-
-    def _function(self, name: str, result: Any, *arguments: Any) -> Any:
-        function = getattr(self._library, name)
-        function.restype, function.argtypes = result, arguments
-        return function
+        for name, (result, *arguments) in signatures.items():
+            function = getattr(ggml, name)
+            function.restype, function.argtypes = result, arguments
+        self._ggml, self.log = ggml, list[bytes]()
+        self._callback = log(self._receive)
+        ggml.ggml_log_set(self._callback, None)
 
     def _receive(self, _level: int, text: bytes, _user_data: object) -> None:
         self.log.append(text)
         os.write(2, text)  # all that is left if the process dies
 
     def parse(self, path: str, with_tensors: bool) -> dict[str, Any]:
-        tensors = ctypes.c_void_p()  # llama.cpp always asks for the tensors' table too, without their data
-        gguf = self._init(os.fsencode(path), _GgufParams(True, ctypes.pointer(tensors)))
+        ggml, tensors = self._ggml, ctypes.c_void_p()  # llama.cpp always asks for the table, without data
+        gguf = ggml.gguf_init_from_file(os.fsencode(path), _GgufParams(True, ctypes.pointer(tensors)))
         if not gguf:
             return {"accepted": False}
-        facts = {name: function(gguf) for name, function in self._facts.items()}
+        names = ("version", "n_kv", "n_tensors", "alignment", "data_offset")
+        facts: dict[str, Any] = {name: getattr(ggml, f"gguf_get_{name}")(gguf) for name in names}
         if with_tensors:
-            facts["tensors"] = [self._tensor(gguf, i) for i in range(facts["n_tensors"])]
-        self._free[0](gguf)
-        self._free[1](tensors)
+            facts["tensors"] = [
+                (
+                    ggml.gguf_get_tensor_name(gguf, i).decode("utf-8", "surrogateescape"),
+                    ggml.ggml_type_name(ggml.gguf_get_tensor_type(gguf, i)).decode().upper(),
+                    ggml.gguf_get_tensor_offset(gguf, i),
+                    ggml.gguf_get_tensor_size(gguf, i),
+                )
+                for i in range(facts["n_tensors"])
+            ]
+        ggml.gguf_free(gguf)
+        ggml.ggml_free(tensors)
         return {"accepted": True, **facts}
-
-    def _tensor(self, gguf: Any, i: int) -> tuple[str, str, int, int]:
-        name = self._name(gguf, i).decode("utf-8", "surrogateescape")
-        kind = self._type_name(self._type(gguf, i)).decode().upper()
-        return name, kind, self._offset(gguf, i), self._size(gguf, i)
 
 
 def _load_files(job: dict[str, Any]) -> dict[str, Any]:
@@ -494,6 +484,8 @@ def _plan(job: dict[str, Any]) -> dict[str, Any]:
 
 def _try(job: dict[str, Any]) -> dict[str, Any]:
     """Plan, load with a small context, evaluate a short prompt and one more token."""
+    import numpy as np
+
     LOG.echo = INFO
     _keep_stderr_open()
     settings, path = OpenSettings(**job["settings"]), job["path"]
@@ -507,19 +499,16 @@ def _try(job: dict[str, Any]) -> dict[str, Any]:
     llama = build_llama(path, small)
     loaded = time.perf_counter()
     child.tell(stage="at the first decode")
-    tokens = [token % llama.n_vocab() for token in range(1, PREFILL_TOKENS + 1)]
+    n_vocab = llama.n_vocab()
+    tokens = [token % n_vocab for token in range(1, PREFILL_TOKENS + 1)]
     for part in (tokens, tokens[:1]):
         llama.eval(part)
-        _check_finite(llama, path)
+        logits = np.ctypeslib.as_array(llama._ctx.get_logits_ith(-1), shape=(n_vocab,))
+        if not np.isfinite(logits).all():
+            hint = "the weights are damaged: verify the file's hash, or get it again"
+            what = "the first decode gives logits that are not numbers"
+            raise ModelError(what, where=path, hint=hint)
     return {**planned, "load_seconds": loaded - started, "decode_seconds": time.perf_counter() - loaded}
-
-
-def _check_finite(llama: Any, path: str) -> None:
-    import numpy as np
-
-    if not np.isfinite(np.ctypeslib.as_array(llama._ctx.get_logits_ith(-1), shape=(llama.n_vocab(),))).all():
-        hint = "the weights are damaged: verify the file's hash, or get it again"
-        raise ModelError("the first decode gives logits that are not numbers", where=path, hint=hint)
 
 
 def _keep_stderr_open() -> None:

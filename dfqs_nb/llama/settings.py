@@ -1,4 +1,4 @@
-"""How a model is opened: settings, llama.cpp's parameters made from them, RPC servers, and llama.cpp's log.
+"""How a model is opened: settings, llama.cpp's parameters made from them, and llama.cpp's log.
 
 llama-cpp-python does not expose every parameter of llama.cpp. Two that it hides matter here:
 ``use_extra_bufts`` and ``cb_eval``. So `default_model_params` and `default_context_params` change the
@@ -12,7 +12,6 @@ import ctypes
 import dataclasses
 import os
 import re
-import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,6 @@ from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.gguf.memory import CACHE_TYPES
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.gguf.types import TENSOR_TYPES
-from dfqs_nb.llama.graph import ggml_function
 
 # ggml_type of the KV cache types, from ggml.h
 GGML_TYPES = {name.lower(): code for code, (name, *_) in TENSOR_TYPES.items() if name.lower() in CACHE_TYPES}
@@ -34,7 +32,6 @@ MAX_LINE = 2000  # characters kept of a line of the log: a model's name can have
 MAX_CTX = 2**31 - 256
 SMALL_MODEL_BYTES = 64 << 20
 COUNTS = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")
-RPC_ADDRESS = re.compile(r"[\w.\-]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 DEBUG, INFO, WARNING, ERROR, CONTINUES = 1, 2, 3, 4, 5  # ggml_log_level of ggml.h
 
 
@@ -54,11 +51,9 @@ class OpenSettings:
         use_extra_bufts: repack weights for this CPU. False by default: it crashes on CPUs with AMX
             (ggml-org/llama.cpp#20824) and keeps a second copy of the weights in memory.
         swa_full: keep all tokens in sliding-window layers; llama.cpp's default True multiplies the cache.
-        rpc_servers: ``host:port`` of llama.cpp's RPC servers, as a tuple or with commas: the layers on the
-            GPU (``n_gpu_layers``) go there. The protocol knows no key: use hosts that you trust.
 
     Raises:
-        ModelError: a count below its minimum, an unknown cache type, or RPC servers that nothing is put on.
+        ModelError: a count below its minimum, or an unknown cache type.
     """
 
     n_ctx: int = 4096
@@ -74,13 +69,11 @@ class OpenSettings:
     use_mmap: bool = True
     use_extra_bufts: bool = False
     swa_full: bool = False
-    rpc_servers: tuple[str, ...] | str = ()
 
     def __post_init__(self) -> None:
         threads = self.n_threads or usable_cores()
         object.__setattr__(self, "n_threads", threads)
         object.__setattr__(self, "n_threads_batch", self.n_threads_batch or threads)
-        object.__setattr__(self, "rpc_servers", _addresses(self.rpc_servers))
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} is {getattr(self, name)}", hint="use 1 or more")
@@ -90,9 +83,6 @@ class OpenSettings:
             if getattr(self, name) not in GGML_TYPES:
                 hint = f"use one of {', '.join(GGML_TYPES)}"
                 raise ModelError(f"{name} is {getattr(self, name)!r}", hint=hint)
-        if self.rpc_servers and self.n_gpu_layers == 0:
-            hint = "pass n_gpu_layers: -1 puts all of them there"
-            raise ModelError("RPC servers are given, but no layers for them", hint=hint)
 
     @classmethod
     def of(
@@ -107,16 +97,12 @@ class OpenSettings:
         """
         limit = own_context(path)
         n_ctx = min(n_ctx or limit, limit) if limit else n_ctx or cls.n_ctx
-        layers = n_gpu_layers if fields.get("rpc_servers") or has_gpu_support() else 0
-        threads = n_threads or threads_for(path)
+        layers, threads = n_gpu_layers if has_gpu_support() else 0, n_threads or threads_for(path)
         return cls(n_ctx=n_ctx, n_threads=threads, n_gpu_layers=layers, **fields)
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain values, for a report's conditions; RPC servers only where there are any."""
-        values = dataclasses.asdict(self)
-        if not values["rpc_servers"]:
-            del values["rpc_servers"]
-        return values
+        """The settings as plain values, for a report's conditions."""
+        return dataclasses.asdict(self)
 
 
 def threads_for(path: str | Path) -> int:
@@ -138,20 +124,6 @@ def has_gpu_support() -> bool:
     import llama_cpp
 
     return bool(llama_cpp.llama_supports_gpu_offload())
-
-
-def _addresses(servers: Sequence[str] | str) -> tuple[str, ...]:
-    """RPC servers as a tuple of ``host:port``.
-
-    >>> _addresses("10.0.0.2:50052, 10.0.0.3:50052")
-    ('10.0.0.2:50052', '10.0.0.3:50052')
-    """
-    parts = servers.split(",") if isinstance(servers, str) else servers
-    addresses = tuple(part.strip() for part in parts if part.strip())
-    for address in addresses:
-        if not RPC_ADDRESS.fullmatch(address):
-            raise ModelError(f"{address!r} is not an RPC server", hint="write host:port, several with commas")
-    return addresses
 
 
 def llama_version() -> str:
@@ -251,12 +223,11 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
     from llama_cpp._internals import LlamaModel
 
     def without_templates(metadata: dict[str, str]) -> dict[str, str]:
-        """``Llama`` parses every chat template at once and fails on any; we render them ourselves."""
+        # `Llama` parses every chat template at once and fails on any; we render them ourselves
         return {name: text for name, text in metadata.items() if "tokenizer.chat_template" not in name}
 
     LOG.install()
     LOG.clear()
-    add_rpc_servers(settings)
     names = (*COUNTS, "n_gpu_layers", "flash_attn", "use_mmap", "swa_full")
     try:
         with (
@@ -304,10 +275,8 @@ _PASSED_ON = re.compile(
 def refusal(path: str | Path) -> ModelError:
     """The error for a file that llama.cpp has just declined in an orderly way, from what it logged."""
     reason = reason_of(LOG.tail(40, ERROR)) or "no reason given"
-    what, hint = (
-        f"llama.cpp refuses it: {reason}",
-        next(hint for word, hint in REFUSAL_HINTS if word in reason),
-    )
+    what = f"llama.cpp refuses it: {reason}"
+    hint = next(hint for word, hint in REFUSAL_HINTS if word in reason)
     if unknown := re.search(r"unknown model architecture: '([^']*)'", reason):
         runtime = f"this llama.cpp (llama-cpp-python {llama_version()})"
         what = f"{runtime} does not know the architecture {unknown[1]!r}"
@@ -327,50 +296,3 @@ def reason_of(log: Sequence[str]) -> str:
     asserted = [line for line in lines if "GGML_ASSERT" in line or "fatal error" in line]
     telling = [line for line in lines if line and not _PASSED_ON.fullmatch(line)]
     return (asserted or telling or lines or [""])[0]
-
-
-# ---- RPC servers ----
-
-_rpc_added: set[str] = set()
-
-
-def add_rpc_servers(settings: OpenSettings) -> None:
-    """Make the devices of RPC servers known to llama.cpp in this process, once each.
-
-    Raises:
-        ModelError: this build of llama.cpp has no RPC, or a server does not answer.
-    """
-    new = [address for address in settings.rpc_servers if address not in _rpc_added]
-    if not new:
-        return
-    import llama_cpp.llama_cpp as api
-
-    if not api.llama_supports_rpc():
-        hint = 'build it with CMAKE_ARGS="-DGGML_RPC=ON", or point LLAMA_CPP_LIB_PATH at such a build'
-        raise ModelError(f"llama-cpp-python {llama_version()} was built without RPC", hint=hint)
-    for address in new:
-        _check_listens(address)
-        _register_rpc(address)
-        _rpc_added.add(address)
-
-
-def _check_listens(address: str) -> None:
-    """llama.cpp ends the process where an RPC server is not there, so look first."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError as error:
-        what = f"no RPC server answers at {address} ({error.strerror or error})"
-        raise ModelError(what, hint="start it there: rpc-server -H HOST -p PORT") from error
-
-
-def _register_rpc(address: str) -> None:
-    """What llama.cpp's own ``--rpc`` does, through the same functions of ggml."""
-    void, text = ctypes.c_void_p, ctypes.c_char_p
-    registry = ggml_function("ggml_backend_reg_by_name", void, text)(b"RPC")
-    find = ggml_function("ggml_backend_reg_get_proc_address", void, void, text)
-    server = ctypes.CFUNCTYPE(void, text)(find(registry, b"ggml_backend_rpc_add_server"))(address.encode())
-    if not server:
-        hint = "use one of the same llama.cpp build"
-        raise ModelError(f"the RPC server at {address} is not taken", hint=hint)
-    ggml_function("ggml_backend_register", None, void)(server)

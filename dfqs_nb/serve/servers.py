@@ -224,8 +224,6 @@ def start_all(
 def _check(kind: str, settings: OpenSettings, host: str, key_variable: str) -> None:
     if kind not in KINDS:
         raise ServerError(f"no kind of server is called {kind!r}", hint=f"there are {', '.join(KINDS)}")
-    if settings.rpc_servers and kind != "llama-cpp-python":
-        raise ServerError("the prebuilt llama.cpp server has no RPC", hint="serve with llama-cpp-python")
     if not is_loopback(host):
         raise ServerError(f"{host} can be reached from other machines", hint="use 127.0.0.1")
     if key_variable and not os.environ.get(key_variable):
@@ -355,9 +353,8 @@ def _serve_llama_cpp_python(job: dict[str, Any], settings: OpenSettings, tell: C
     from llama_cpp.server.settings import ModelSettings, ServerSettings
     from starlette.middleware.cors import CORSMiddleware
 
-    from dfqs_nb.llama.settings import add_rpc_servers, default_context_params, default_model_params
+    from dfqs_nb.llama.settings import default_context_params, default_model_params
 
-    add_rpc_servers(settings)
     names = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "n_gpu_layers", "flash_attn")
     model = ModelSettings(
         model=job["path"],
