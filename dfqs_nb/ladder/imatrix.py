@@ -23,13 +23,12 @@ import numpy as np
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import whole_path
-from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.gguf.facts import class_of, layer_of
 from dfqs_nb.gguf.header import MAGIC, GGUFHeader, check_layout, read_header
 from dfqs_nb.ladder.divergence import Array, Text, chunks, feed_chunk, load_text
 from dfqs_nb.llama.graph import Tensor, ggml_function
 from dfqs_nb.llama.model import open_model
-from dfqs_nb.llama.settings import OpenSettings, default_context_params
+from dfqs_nb.llama.settings import OpenSettings, default_context_params, threads_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -373,7 +372,7 @@ def collect(
         source: the model, in the precision that the quantization starts from.
         text: a text, or the name of a prompt set or a text file.
         n_chunks: the most chunks; 0: all.
-        n_threads: 0: the usable cores.
+        n_threads: 0: as suits the size of the model.
         dataset: what the text is called in the file's header; its name where not given.
 
     Raises:
@@ -383,7 +382,7 @@ def collect(
     """
     text = load_text(text, "calibration") if isinstance(text, str) else text
     collector = Collector()
-    settings = OpenSettings(n_ctx=chunk_tokens, n_threads=n_threads or usable_cores())
+    settings = OpenSettings(n_ctx=chunk_tokens, n_threads=n_threads or threads_for(source))
     with default_context_params(cb_eval=collector.callback):
         model = open_model(source, settings)
     with model:
