@@ -49,7 +49,6 @@ from dfqs_nb.llama.settings import (
 )
 
 MODULE = "dfqs_nb.llama"
-FILES_A_CHILD = 512
 PARSER_BYTES, LOADER_BYTES = 4 << 30, 8 << 30  # of address space: a hostile header asks for more
 TIMEOUT_SECONDS = 60.0
 TRIAL_SECONDS, TRIAL_SECONDS_PER_BYTE = 120.0, 1 / 50e6  # a slow disk
@@ -76,8 +75,7 @@ class ParsedTensor:
 class Parsed:
     """What libggml made of one file; the numbers are 0 when it refused it.
 
-    ``message`` holds the lines that llama.cpp logged; ``death`` names the signal (or ``"timeout"``) when
-    the parser did not survive the file.
+    ``message``: the lines that it logged; ``death``: the signal (or ``"timeout"``) that the file ended it by.
     """
 
     accepted: bool
@@ -92,9 +90,7 @@ class Parsed:
 
 
 def parse(path: str | Path, *, tensors: bool = False, timeout_seconds: float = TIMEOUT_SECONDS) -> Parsed:
-    """Ask llama.cpp's parser about one file: the same call that opens a model, without its data.
-
-    With ``tensors=True`` the answer carries libggml's tensor table.
+    """Ask llama.cpp's parser about one file, as when a model is opened; ``tensors``: give its table, too.
 
     Raises:
         ModelError: libggml is not installed, or the child process cannot run it at all.
@@ -105,11 +101,10 @@ def parse(path: str | Path, *, tensors: bool = False, timeout_seconds: float = T
 def parse_all(
     paths: Sequence[str | Path], *, tensors: bool = False, timeout_seconds: float = TIMEOUT_SECONDS
 ) -> list[Parsed]:
-    """Ask about many files in as few processes as they leave alive (see `parse`)."""
+    """Ask about many files in one process, as long as they leave it alive (see `parse`)."""
     options = {"library": str(library_path()), "tensors": tensors}
-    answers = _ask("parse", paths, options, timeout_seconds)
     parsed = []
-    for facts, log in answers:
+    for facts, log in _ask("parse", paths, options, timeout_seconds):
         death = f"llama.cpp's parser died ({facts['death']})" if "death" in facts else ""
         table = tuple(ParsedTensor(*row) for row in facts.pop("tensors", ()))
         parsed.append(Parsed(message="\n".join(log) or death, tensors=table, **facts))
@@ -180,7 +175,7 @@ def loader_verdict(path: str | Path) -> LoaderVerdict:
 
 
 def loader_verdicts(paths: Sequence[str | Path]) -> list[LoaderVerdict]:
-    """Ask about many files in as few processes as they leave alive (see `loader_verdict`)."""
+    """Ask about many files in one process, as long as they leave it alive (see `loader_verdict`)."""
     verdicts = []
     for path, (facts, log) in zip(map(Path, paths), _ask("load", paths, {}, TIMEOUT_SECONDS), strict=True):
         folder = f"{path.parent.absolute()}{os.sep}"
@@ -194,29 +189,24 @@ def loader_verdicts(paths: Sequence[str | Path]) -> list[LoaderVerdict]:
 def _ask(
     question: str, paths: Sequence[str | Path], options: Mapping[str, Any], timeout_seconds: float
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """What the children say of each file, with the lines that llama.cpp logged about it.
+    """What a child says of each file, with the lines that llama.cpp logged about it.
 
-    A file that ends its child gets ``accepted: False`` and its ``death``; another child takes the next files.
+    A file that ends the child gets ``accepted: False`` and its ``death``; another one takes the next file.
     """
-    n_done = 0
-    while n_done < len(paths):
-        rest = [str(Path(path).absolute()) for path in paths[n_done : n_done + FILES_A_CHILD]]
-        messages: list[dict[str, Any]] = []
-        job = {"question": question, "paths": rest, **options}
-        try:
-            child.run(MODULE, job, on_message=messages.append, timeout_seconds=timeout_seconds)
-        except child.ChildDied as error:
-            log = "\n".join(error.log).rpartition("\0")[2].splitlines()
-            if not messages:
-                raise ModelError(
-                    f"cannot run llama.cpp ({child.telling_line(log) or error.cause})",
-                    hint="delete .venv and type `make run`: it installs llama-cpp-python again",
-                ) from error
-            messages.append({"facts": {"accepted": False, "death": error.cause}, "log": log})
-        for message in messages[1:]:
-            lines = [child.SOURCE_FOLDER.sub("", line).strip() for line in message["log"]]
-            yield message["facts"], [line for line in lines if line]
-        n_done += len(messages) - 1
+    with child.Worker(MODULE) as worker:
+        for path in paths:
+            job = {"question": question, "path": str(Path(path).absolute()), **options}
+            try:
+                facts = worker.run(job, timeout_seconds=timeout_seconds)
+                log = facts.pop("log")
+            except child.ChildDied as error:
+                if not error.messages:
+                    what = f"cannot run llama.cpp ({child.telling_line(list(error.log)) or error.cause})"
+                    hint = "delete .venv and type `make run`: it installs llama-cpp-python again"
+                    raise ModelError(what, hint=hint) from error
+                facts, log = {"accepted": False, "death": error.cause}, error.log
+            lines = [child.SOURCE_FOLDER.sub("", line).strip() for line in log]
+            yield facts, [line for line in lines if line]
 
 
 # ---- a trial ----
@@ -236,10 +226,9 @@ def plan_memory(path: str | Path, settings: Sequence[OpenSettings]) -> list[dict
 
 @dataclass(frozen=True)
 class Trial:
-    """What the child process measured.
+    """What the child process measured; ``kv_bytes`` and ``compute_bytes`` are llama.cpp's own figures.
 
-    ``kv_bytes`` and ``compute_bytes`` are llama.cpp's own figures (to 0.01 MiB a buffer) from a run without
-    allocation; ``compute_bytes`` counts the buffers in this machine's memory, not a GPU's.
+    They are exact to 0.01 MiB a buffer; ``compute_bytes`` counts this machine's memory, not a GPU's.
     """
 
     kv_bytes: int
@@ -253,11 +242,9 @@ def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEsti
     """Plan, load and decode a model (its shards, first one first) in a child process.
 
     The same files and settings are tried once a session. A file that took long to load is not loaded again by
-    a later session on this machine, as long as it and llama.cpp are the same (`_remembered`): only its memory
-    is planned anew. The child loads with a context of 256 tokens and
-    evaluates 9 with one thread. It reads through the page cache that this process will use, so a file that
-    fits in memory is read from the disk once. llama.cpp reads a larger file through at every load, and then
-    the child's reading comes on top.
+    a later session on this machine, as long as it and llama.cpp are the same: only its memory is planned
+    anew. The child loads with a context of 256 tokens and evaluates 9 with one thread. It reads through the
+    page cache that this process will use. A file larger than memory is read once more for it.
 
     Raises:
         ModelError: llama.cpp refuses the file, dies on it, or computes logits that are not numbers.
@@ -276,7 +263,7 @@ def _identity(path: str | Path) -> Identity:
 
 
 def _remembered(identity: tuple[Identity, ...], settings: OpenSettings) -> Path:
-    """Where a trial of these files is kept: by what can change whether they load, and on which machine."""
+    """Where a trial of these files is kept, by what can change whether they load, and on which machine."""
     context = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "seed")
     kept = {name: value for name, value in settings.as_dict().items() if name not in context}
     key = canonical_sha256([[file[1:] for file in identity], kept, llama_version(), platform.node()])
@@ -374,20 +361,16 @@ def planned_bytes(log: Sequence[str]) -> dict[str, int]:
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Answer one question; the child process calls this."""
-    questions = {"parse": _parse_files, "load": _load_files, "plan": _plan, "trial": _try}
-    return questions[job["question"]](job)
+    return {"parse": _parse, "load": _load, "plan": _plan, "trial": _try}[job["question"]](job)
 
 
-def _parse_files(job: dict[str, Any]) -> dict[str, Any]:
+def _parse(job: dict[str, Any]) -> dict[str, Any]:
     child.limit_memory(PARSER_BYTES)
-    ggml = _Ggml(job["library"])
-    child.tell(ready=True)
-    for path in job["paths"]:
-        os.write(2, b"\0")
-        ggml.log.clear()
-        facts = ggml.parse(path, job["tensors"])
-        child.tell(facts=facts, log=b"".join(ggml.log).decode("utf-8", "replace").split("\n"))
-    return {}
+    ggml = _Ggml.of(job["library"])
+    child.tell(stage="in its parser")
+    ggml.log.clear()
+    facts = ggml.parse(job["path"], job["tensors"])
+    return facts | {"log": b"".join(ggml.log).decode("utf-8", "replace").split("\n")}
 
 
 class _GgufParams(ctypes.Structure):
@@ -430,6 +413,11 @@ class _Ggml:
         self._callback = log(self._receive)
         ggml.ggml_log_set(self._callback, None)
 
+    @classmethod
+    @functools.cache
+    def of(cls, library: str) -> _Ggml:
+        return cls(library)
+
     def _receive(self, _level: int, text: bytes, _user_data: object) -> None:
         self.log.append(text)
         os.write(2, text)  # all that is left if the process dies
@@ -456,22 +444,17 @@ class _Ggml:
         return {"accepted": True, **facts}
 
 
-def _load_files(job: dict[str, Any]) -> dict[str, Any]:
+def _load(job: dict[str, Any]) -> dict[str, Any]:
     child.limit_memory(LOADER_BYTES)
     LOG.echo = ERROR
-    settings = OpenSettings(n_ctx=SMALL_CTX, n_threads=1)
     import llama_cpp  # noqa: F401  (one that does not import is no verdict on the file)
 
-    child.tell(ready=True)
-    for path in job["paths"]:
-        os.write(2, b"\0")
+    child.tell(stage="in its loader")
+    accepted = False
+    with contextlib.suppress(ModelError, MemoryError):
+        dry_run(job["path"], OpenSettings(n_ctx=SMALL_CTX, n_threads=1))
         accepted = True
-        try:
-            dry_run(path, settings)
-        except (ModelError, MemoryError):
-            accepted = False
-        child.tell(facts={"accepted": accepted}, log=LOG.tail(500, ERROR))
-    return {}
+    return {"accepted": accepted, "log": LOG.tail(500, ERROR)}
 
 
 def _plan(job: dict[str, Any]) -> dict[str, Any]:

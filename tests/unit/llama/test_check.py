@@ -78,14 +78,14 @@ def test_a_parser_that_hangs_is_stopped(tmp_path, monkeypatch):
     (tmp_path / "slow").write_bytes(small_gguf())
     monkeypatch.setattr(check, "MODULE", "child_jobs")
     monkeypatch.setenv("PYTHONPATH", str(Path(child_jobs.__file__).parent))  # which waits for a minute
-    parsed = check.parse(tmp_path / "slow", timeout_seconds=0.5)
+    parsed = check.parse(tmp_path / "slow", timeout_seconds=5)
     assert not parsed.accepted and parsed.death == "timeout"
 
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(check, "find_spec", lambda name: None)
     monkeypatch.delenv("LLAMA_CPP_LIB_PATH", raising=False)
-    with pytest.raises(ModelError, match="install llama-cpp-python"):
+    with pytest.raises(ModelError, match="make run. installs it"):
         check.library_path()
 
 
