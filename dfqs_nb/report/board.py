@@ -19,7 +19,7 @@ from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.report.items import missing_items, read_items
 from dfqs_nb.report.metrics import FILE, SCORES, boundary_flags, read_report
-from dfqs_nb.report.text import render
+from dfqs_nb.report.text import page_of, render
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,11 +73,12 @@ class Leaderboard:
         return render("leaderboard.md", sections=sections, bad=bad)
 
     def write(self) -> list[Path]:
-        """Write ``leaderboard.csv`` and ``leaderboard.md`` into the folder, each whole or not at all."""
+        """Write ``leaderboard.csv``, ``.md`` and ``.html`` into the folder, each whole or not at all."""
         rounded = self.table.map(lambda cell: float(f"{cell:.6g}") if isinstance(cell, float) else cell)
         return [
             write_table(self.folder / "leaderboard.csv", rounded, index=False),
             write_text(self.folder / "leaderboard.md", str(self)),
+            write_text(self.folder / "leaderboard.html", page_of(str(self))),
         ]
 
 

@@ -29,6 +29,7 @@ from dfqs_nb.report.board import is_contended, run_beside
 from dfqs_nb.report.compare_text import RETRIEVAL
 from dfqs_nb.report.items import RunItems, read_answers
 from dfqs_nb.report.metrics import BOUNDARY, CURVE, FILE, SCORES, SPEED, boundary_flags
+from dfqs_nb.report.text import page_of
 from dfqs_nb.scores import compare_runs
 from dfqs_nb.stats import BOOTSTRAP_LEVEL, LEVEL, N_BOOT, expanded_tail, holm
 
@@ -125,7 +126,7 @@ class ReportComparison:
         return compare_text.markdown(self.runs, self.accepted, self.table, self.lengths)
 
     def write(self, folder: str | Path) -> list[Path]:
-        """Write ``comparison.json``, ``.md``, ``.csv`` and ``.png`` into a folder, each whole."""
+        """Write ``comparison.json``, ``.md``, ``.csv``, ``.png`` and ``.html`` into a folder, each whole."""
         from dfqs_nb.core import figures as drawing
         from dfqs_nb.report import figures
 
@@ -136,7 +137,9 @@ class ReportComparison:
         write_table(folder / "comparison.csv", self.table.assign(**numbers), index=False)
         write_text(folder / "comparison.md", str(self))
         drawing.save(figures.comparison(self.runs, self.table).axes[0], folder / "comparison.png")
-        return [folder / f"comparison{suffix}" for suffix in (".json", ".md", ".csv", ".png")]
+        reports = {run.label: run.report for run in self.runs}
+        write_text(folder / "comparison.html", page_of(str(self), folder / "comparison.png", reports))
+        return [folder / f"comparison{suffix}" for suffix in (".json", ".md", ".csv", ".png", ".html")]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, with what identifies each report; NaN as null."""

@@ -74,6 +74,7 @@ def compare(
     written = comparison.write(folder)
     say(str(comparison))
     say(f"wrote {', '.join(path.name for path in written)} to {tilde(folder)}/")
+    say(f"open {tilde(folder / 'comparison.html')}")
 
 
 @app.command(rich_help_panel=REPORT)
@@ -90,4 +91,5 @@ def leaderboard(
     written = ranked.write()
     say(str(ranked))
     say(f"wrote {', '.join(path.name for path in written)} to {tilde(ranked.folder)}/")
+    say(f"open {tilde(ranked.folder / 'leaderboard.html')}")
     raise typer.Exit(int(ranked.n_problems > 0))

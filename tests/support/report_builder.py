@@ -100,6 +100,7 @@ def make_run(
         "low": 0.9 * speed,
         "high": 1.1 * speed,
         "n": 5,
+        "depth": 512,
         "contended": contended,
     }
     for metric, why in (withheld or {}).items():

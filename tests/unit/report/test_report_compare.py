@@ -106,6 +106,9 @@ def test_the_files_are_written_whole_and_say_what_was_found(pair, tmp_path):
     stored = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [one["label"] for one in stored["reports"]] == ["One", "Two"]
     assert len(stored["table"]) == len(found.table) == len(pd.read_csv(tmp_path / "out" / "comparison.csv"))
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "Content-Security-Policy" in page and "<script" not in page and page.count("<h1") == 1
+    assert page.count('<span class="mark') >= 12, "six questions of two runs side by side"
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
