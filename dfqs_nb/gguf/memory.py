@@ -130,7 +130,7 @@ def _attention(header: GGUFHeader, cells: int, type_k: str, type_v: str) -> list
     default = _int(header, "embedding_length") // max(1, _int(header, "attention.head_count"))
     head_dim = _int(header, "attention.key_length", default)
     value_dim = _int(header, "attention.value_length", head_dim)
-    latent = header.arch("attention.key_length_mla") is not None
+    latent = bool(header.arch("attention.key_length_mla"))  # 0: llama.cpp's own tools write every key
     return [
         {
             "k": _row_bytes(n * head_dim, type_k) * cells,
@@ -141,7 +141,7 @@ def _attention(header: GGUFHeader, cells: int, type_k: str, type_v: str) -> list
 
 
 def _trust(header: GGUFHeader) -> tuple[Literal["exact", "upper bound", "rough"], str]:
-    if header.arch("ssm.state_size") is not None or header.arch("wkv.head_size") is not None:
+    if header.arch("ssm.state_size") or header.arch("wkv.head_size"):
         return "rough", "recurrent layers counted as attention; their state is not counted"
     if header.arch("attention.sliding_window"):
         return "upper bound", "sliding-window layers counted as if they kept the whole context"

@@ -226,6 +226,11 @@ def llama_cpp(case: Case, generate: Any) -> tuple[str, str]:
     return case.judged(MET, "met") if generate.answered else case.judged(NOT_MET, "silent")
 
 
+def _reach(boundary: Any) -> str:
+    """The text for how a curve ends."""
+    return "floor" if boundary.status == "floor" else "censored" if boundary.right_censored else "crossed"
+
+
 @check("long_context")
 def long_context(case: Case, stage: Any) -> tuple[str, str]:
     """An analysis was made; how far it reached is stated."""
@@ -242,7 +247,7 @@ def long_context(case: Case, stage: Any) -> tuple[str, str]:
         least=min(lengths),
         longest=longest,
         answers=sum(row.n for row in stage.curve),
-        reach=case.text("censored" if one.right_censored else "crossed", one=one),
+        reach=case.text(_reach(one), one=one),
         extent=case.text(name, **limits),
     )
 

@@ -80,14 +80,23 @@ def _sound(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Line:
     )
 
 
+def _rate(value: float) -> str:
+    """Tokens a second: whole from 100 on, else three digits.
+
+    >>> _rate(1170.8), _rate(0.4321)
+    ('1,171', '0.432')
+    """
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.3g}"
+
+
 def _runs(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Line:
     mark, evidence = _of(rows, "cpu-constrained")
     one = report["details"]["cpu_tokens_per_sec"]
     if one["withheld"]:
         return Line(mark, "Does it run here, and how fast?", evidence, f"speed withheld: {one['withheld']}")
     answer = (
-        f"{one['value']:,.3g} tokens/s on the CPU at depth {one['depth']:,} ({one['low']:,.3g} to "
-        f"{one['high']:,.3g} over {one['n']} repetitions)"
+        f"{_rate(one['value'])} tokens/s on the CPU at depth {one['depth']:,} ({_rate(one['low'])} to "
+        f"{_rate(one['high'])} over {one['n']} repetitions)"
     )
     if one["contended"]:
         return Line(
