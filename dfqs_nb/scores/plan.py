@@ -57,13 +57,15 @@ class QuestionPlan:
         return f"{text} (all: up to {duration(self.full_seconds)}); more, if answers turn out shorter"
 
     def ask(self, folder: str | Path, *, model_id: str = "") -> tuple[Results, list[str]]:
-        """Ask the planned parts, then larger ones while the budget holds them; results and what was left out.
+        """Ask ever larger parts while the budget holds the next one; results, and what was left out.
 
-        A larger part keeps the answers of the smaller one.
+        The least part comes first, so a machine that gets busy meanwhile costs questions, not time. A larger
+        part keeps the answers of the smaller one.
         """
-        parts, started = self.parts, time.perf_counter()
+        sizes, started = self._sizes(), time.perf_counter()
+        parts = next(sizes)
         results = self._asked(parts, folder, model_id)
-        for larger in self._larger(parts):
+        for larger in sizes:
             planned = _seconds(parts, self.pace, self.options)
             slower = float(results.items["seconds"].sum()) / planned  # answers of an earlier run count, too
             more = 1.2 * slower * (_seconds(larger, self.pace, self.options) - planned)
@@ -73,13 +75,17 @@ class QuestionPlan:
             results = self._asked(parts, folder, model_id)
         return results, left_out(self.chosen, parts)
 
+    def _sizes(self) -> Iterator[tuple[ItemSet, ...]]:
+        """Parts from the least on, each larger than the one before; all at once where all fit easily."""
+        n_before = 0
+        easy = 4 * self.full_seconds < self.budget_seconds
+        for parts in [self.chosen] if easy else reversed(_candidates(self.chosen)):
+            if (n := sum(len(one.items) for one in parts)) > n_before:
+                yield parts
+                n_before = n
+
     def _asked(self, parts: Sequence[ItemSet], folder: str | Path, model_id: str) -> Results:
         return Results([score_set(self.model, one, folder, self.options, model_id=model_id) for one in parts])
-
-    def _larger(self, parts: Sequence[ItemSet]) -> Iterator[tuple[ItemSet, ...]]:
-        for candidate in reversed(_candidates(self.chosen)):
-            if sum(len(one.items) for one in candidate) > sum(len(one.items) for one in parts):
-                yield candidate
 
 
 def plan_questions(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
 from dfqs_nb.llama.timing import Pace
@@ -53,3 +54,21 @@ def test_the_depth_of_the_metric_is_the_last_to_go():
     depths, fitted = plan.plan_speeds([128, 512, 896], PACE, 0)
     assert depths == [512] and fitted.values["repetitions"] == 1
     assert "1 timed repetitions, not 5" in fitted.left_out
+
+
+@pytest.mark.parametrize("seconds_of_an_answer, all_of_them", [(0.001, True), (5.0, False)])
+def test_parts_grow_from_the_least_as_long_as_the_budget_holds_the_next(
+    planned, monkeypatch, tmp_path, seconds_of_an_answer, all_of_them
+):
+    made, asked = planned(planned(math.inf).full_seconds / 2), []
+
+    def score_set(model, one, folder, options, model_id=""):
+        asked.append(len(one.items))
+        rows = pd.DataFrame({"seconds": [seconds_of_an_answer * one.max_tokens / 100] * len(one.items)})
+        return SimpleNamespace(items=rows)
+
+    monkeypatch.setattr(plan, "score_set", score_set)
+    monkeypatch.setattr(plan, "Results", lambda runs: SimpleNamespace(items=pd.concat(r.items for r in runs)))
+    _, missing = made.ask(tmp_path)
+    assert asked[0] < len(SETS[0].items), "the least part comes first"
+    assert (missing == []) == all_of_them
