@@ -110,6 +110,7 @@ class ItemSet(Head):
     sha256: str
     items: tuple[Item, ...] = field(repr=False)
     divisor: int = 1  # of a part: 1 of so many questions of each family
+    n_families: int = 0  # of a part: only the first ones; 0: all
 
     @property
     def name(self) -> str:
@@ -149,21 +150,33 @@ class ItemSet(Head):
             "prompt_set_sha256": self.sha256,
             "tier": self.tier,
             "max_tokens": self.max_tokens,
-            **({"part": f"1 of {self.divisor} questions of each family"} if self.divisor > 1 else {}),
+            **({"part": self.share} if self.share else {}),
         }
 
-    def part(self, divisor: int) -> ItemSet:
+    @property
+    def share(self) -> str:
+        """What a part holds; empty for a whole set."""
+        some = f"{self.n_families} families" if self.n_families else "all families"
+        return f"1 of {self.divisor} questions of {some}" if self.divisor > 1 or self.n_families else ""
+
+    def part(self, divisor: int, n_families: int = 0) -> ItemSet:
         """The first of each family's questions, 1 of ``divisor`` and at least one; larger parts hold it.
 
         It keeps the name: its ``identity`` says that it is a part.
+
+        Args:
+            n_families: only the first families; 0: all.
         """
-        wanted = {family: -(-n // divisor) for family, n in Counter(i.family for i in self.items).items()}
+        chosen = self.families()[: n_families or None]
+        sizes = Counter(item.family for item in self.items if item.family in chosen)
         taken, items = Counter[str](), []
         for item in self.items:
             taken[item.family] += 1
-            items += [item] if taken[item.family] <= wanted[item.family] else []
+            items += [item] if taken[item.family] <= -(-sizes[item.family] // divisor) else []
         whole = len(items) == len(self.items)
-        return replace(self, items=tuple(items), divisor=1 if whole else divisor)
+        return replace(
+            self, items=tuple(items), divisor=1 if whole else divisor, n_families=0 if whole else n_families
+        )
 
     def row(self) -> dict[str, Any]:
         """The set in one row of a table."""

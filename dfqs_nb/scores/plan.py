@@ -93,7 +93,7 @@ def plan_questions(
 ) -> QuestionPlan:
     """Time a few tokens, and cut the sets to what these seconds hold: evenly first, then the last sets.
 
-    The least that is asked is one question of each family of the first set.
+    The least that is asked is one question of the first set.
     """
     chosen, pace = tuple(item_sets), probe(model)
     full = _seconds(chosen, pace, options)
@@ -106,9 +106,10 @@ def plan_questions(
 
 
 def _candidates(chosen: tuple[ItemSet, ...]) -> list[tuple[ItemSet, ...]]:
-    """Parts of all sets, the largest first; then fewer sets."""
+    """Parts of all sets, the largest first; then fewer sets, and fewer families of the first."""
     even = [tuple(one.part(divisor) for one in chosen) for divisor in DIVISORS]
-    return even + [even[-1][:n] for n in range(len(chosen) - 1, 0, -1)]
+    fewer = [even[-1][:n] for n in range(len(chosen) - 1, 0, -1)]
+    return even + fewer + [(chosen[0].part(DIVISORS[-1], n),) for n in (5, 2, 1)]
 
 
 def _seconds(item_sets: Sequence[ItemSet], pace: Pace, options: Options) -> float:
@@ -124,8 +125,9 @@ def _seconds(item_sets: Sequence[ItemSet], pace: Pace, options: Options) -> floa
 def left_out(chosen: Sequence[ItemSet], parts: Sequence[ItemSet]) -> list[str]:
     """What the parts lack, in sentences."""
     asked = {one.name: len(one.items) for one in parts}
+    shares = {one.name: one.share for one in parts}
     return [
-        f"{asked[one.name]} of {len(one.items)} questions of {one.name}, spread over its families"
+        f"only {asked[one.name]} of {len(one.items)} questions of {one.name} asked ({shares[one.name]})"
         if one.name in asked
         else f"the set {one.name}"
         for one in chosen
