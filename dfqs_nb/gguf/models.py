@@ -20,7 +20,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, RegistryError, SpaceError
+from dfqs_nb.core.errors import (
+    DfqsError,
+    IntegrityError,
+    OutputError,
+    RegistryError,
+    SpaceError,
+    proxy_fault,
+)
 from dfqs_nb.core.files import sha256_each
 from dfqs_nb.core.paths import data_dir, tilde
 from dfqs_nb.gguf.shards import SHARD_NAME, shard_path
@@ -353,6 +360,10 @@ def _fetch(file: HubFile, options: dict[str, Any], **more: Any) -> Any:
         return resets(hf_hub_download, file.repo, file.file, revision=file.revision, **options, **more)
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError, XetDownloadError) as error:
         raise explained(error, file) from error
+    except (ImportError, httpx2.InvalidURL) as error:
+        if isinstance(error, ImportError) and "socksio" not in str(error):
+            raise
+        raise explained(error, file) from error
 
 
 def _check_space(sizes_bytes: Sequence[int], cache_dir: str | Path | None) -> None:
@@ -415,6 +426,10 @@ def _cause(error: BaseException) -> tuple[str, str]:
             return f"the hub answers {response.status_code}", hint
         case hub.HFValidationError():
             return f"not a name the hub allows ({error})", "check the spelling"
+        case ImportError() | httpx2.InvalidURL():
+            return proxy_fault(error)
+        case ValueError() if "proxy URL" in str(error):
+            return proxy_fault(error)
         case ValueError():  # over 50 GB without hf_xet, for example: the message says what to do
             return str(error), ""
         case httpx2.ProxyError():

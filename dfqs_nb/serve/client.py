@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, PlainValidator, SecretStr
 
@@ -252,7 +253,10 @@ def connect(
         hint = f"export {key_variable} with the key, or leave the variable out"
         raise KeyRefusedError(f"the environment variable {key_variable} is not set", hint=hint)
     url, query = _address(base_url)
-    key = key or os.environ.get(key_variable, "")
+    key = (key or os.environ.get(key_variable, "")).strip()
+    if not (key.isascii() and key.isprintable()):
+        hint = f"export {key_variable or 'a variable'} with the key alone"
+        raise KeyRefusedError("the key has characters that no key has", where=url, hint=hint)
     wire = Wire(url, SecretStr(key), SecretStr(query), min(timeout_seconds, LISTING_SECONDS))
     listed = _listed(wire, retries)
     model = _chosen(model, listed, url)
@@ -277,7 +281,7 @@ def is_url(text: object) -> bool:
     >>> is_url("http://127.0.0.1:8080/v1"), is_url("model.gguf")
     (True, False)
     """
-    return str(text).startswith(("http://", "https://"))
+    return str(text).lower().startswith(("http://", "https://"))
 
 
 def check_in_process(target: object, what: str) -> None:
@@ -295,13 +299,19 @@ def check_in_process(target: object, what: str) -> None:
 def _address(url: str) -> tuple[str, str]:
     """The address of the protocol's root, and its query.
 
-    >>> _address("http://localhost:8080/"), _address("https://a.org/api/v1?key=1")
+    >>> _address("HTTP://localhost:8080/"), _address("https://a.org/api/v1?key=1")
     (('http://localhost:8080/v1', ''), ('https://a.org/api/v1', 'key=1'))
     """
-    if not re.fullmatch(r"https?://[^/\s@?#]+(/[^\s@?#]*)?(\?[^\s#]*)?", url):
+    known = re.fullmatch(r"(https?)://[^/\s@?#;]+(/[^\s@?#;]*)?(\?[^\s#]*)?", url, re.IGNORECASE)
+    try:
+        parts = urlsplit(url if known else "")
+        (parts.hostname or "").encode("idna"), parts.port  # they raise for what is none
+    except ValueError:
+        known = None
+    if known is None:
         hint = "give one like http://127.0.0.1:8080/v1; a key goes into a variable"
         raise UnreachableError("not an address", where=shown_url(url), hint=hint)
-    path, _, query = url.partition("?")
+    path, _, query = (known[1].lower() + url[known.end(1) :]).partition("?")
     path = path.rstrip("/")
     return path if re.search(r"/v\d+\w*$", path) else path + "/v1", query
 

@@ -23,7 +23,7 @@ import httpx2
 from pydantic import SecretStr, ValidationError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
-from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.errors import DfqsError, proxy_fault
 from dfqs_nb.llama.model import ContextFullError
 
 Answer = TypeVar("Answer")
@@ -181,12 +181,12 @@ def is_loopback(host: str) -> bool:
 
 
 def shown_url(url: str) -> str:
-    """An address without what may be a secret: user, password and query.
+    """An address without what may be a secret: user, password, query, parameters and fragment.
 
     >>> shown_url("http://user:word@host/v1?api_key=sk-1&x")
     'http://***@host/v1?***'
     """
-    return re.sub(r"\?.*", "?***", re.sub("(?<=://).*@", "***@", url))
+    return re.sub(r"([?#;]).*", r"\1***", re.sub("(?<=://).*@", "***@", url))
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,12 @@ class Wire:
         parts, seconds = urlsplit(self.url), self.timeout_seconds
         host = parts.hostname or ""
         proxies = {} if is_loopback(host) or proxy_bypass(host) else getproxies()
-        proxy = proxies.get(parts.scheme) or proxies.get("all")
+        proxy = (proxies.get(parts.scheme) or proxies.get("all") or "").strip()
+        try:
+            transport = _Transport(proxy=(proxy if "://" in proxy else f"http://{proxy}") if proxy else None)
+        except (ImportError, ValueError, httpx2.InvalidURL) as error:
+            what, hint = proxy_fault(error)
+            raise EndpointError(f"{what}: {shown_url(proxy)}", where=self.url, hint=hint) from None
         # not compressed: a small answer must not unpack into a large one
         headers = {"accept-encoding": "identity"}
         return httpx2.Client(
@@ -221,7 +226,7 @@ class Wire:
             | ({"authorization": f"Bearer {self.key.get_secret_value()}"} if self.key else {}),
             params=self.query.get_secret_value(),
             timeout=httpx2.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds)),
-            transport=_Transport(proxy=proxy if not proxy or "://" in proxy else f"http://{proxy}"),
+            transport=transport,
             trust_env=False,
         )
 

@@ -298,6 +298,19 @@ def test_no_network(server, tmp_path):
     server.start()
 
 
+@pytest.mark.parametrize(
+    ("proxy", "words"),
+    [
+        ("socks5://127.0.0.1:9", "needs the package socksio; pip install socksio"),
+        ("socks4://127.0.0.1:9", "no proxy's address"),
+        ("http://[::1", "no proxy's address"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used(tmp_path, proxy, words):
+    (answer,) = client("http://models.example", tmp_path, "hf://o/r/a.gguf", ALL_PROXY=proxy, NO_PROXY="")
+    assert answer["error"] == "RegistryError" and words in answer["text"]
+
+
 def test_revision(server, tmp_path):
     (answer,) = client(server.endpoint, tmp_path, f"hf://someone/nano/{SHARDS[0]}@{COMMIT}")
     assert COMMIT in answer["paths"][0]

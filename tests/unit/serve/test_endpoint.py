@@ -71,7 +71,11 @@ def test_a_port_where_nothing_listens():
     assert "asked 2 times" in caught.value.__notes__
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:80", "ftp://a/v1", "http://", "http://user:secret@host/v1"])
+NO_ADDRESSES = ["127.0.0.1:80", "ftp://a/v1", "http://", "http://user:secret@host/v1", "http://[::1/v1"]
+NO_ADDRESSES += ["http://host:abc/v1", "http://host:99999/v1", "http://a..b/v1", f"http://{'a' * 99}.org/v1"]
+
+
+@pytest.mark.parametrize("address", NO_ADDRESSES)
 def test_what_is_no_address(address):
     with pytest.raises(UnreachableError, match="not an address") as caught:
         endpoint.connect(address)
@@ -99,7 +103,24 @@ def test_a_model_that_went_away_is_not_asked_for_again(server):
     assert len(server.asked) == 1
 
 
+def test_an_address_in_capitals(server):
+    assert endpoint.is_url("HTTP://host/v1")
+    assert endpoint.connect(server.url.replace("http", "HTTP")).base_url == server.url
+
+
 # ---- keys ----
+
+
+@pytest.mark.parametrize("key", ["schlüssel-9d21", "sk-9d21\r\nX-Other: 1", "sk\x009d21"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(server, key):
+    with pytest.raises(KeyRefusedError, match="characters that no key has") as caught:
+        endpoint.connect(server.url, key=key)
+    assert "9d21" not in str(caught.value) and not server.log
+
+
+def test_the_line_end_of_a_key_from_a_file_is_left_out(server):
+    server.key = KEY
+    assert endpoint.connect(server.url, key=f"{KEY}\r\n").chat("x").text == TEXT
 
 
 def test_a_key_is_sent_and_never_shown(server, monkeypatch):

@@ -315,6 +315,24 @@ def test_other_machines_are_asked_through_the_proxy(proxy):
     assert proxy and b"models.example" in proxy[0]
 
 
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("socks5://user:in-the-proxy@127.0.0.1:9", "needs the package socksio.*pip install socksio"),
+        ("socks4://127.0.0.1:9", "no proxy's address.*check HTTP_PROXY"),
+        ("http://[::1", "no proxy's address"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_explained_at_once(monkeypatch, address, words):
+    for name in ("HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ALL_PROXY", address)
+    monkeypatch.setenv("all_proxy", address)
+    with pytest.raises(EndpointError, match=words) as caught:
+        client.connect("http://models.example/v1")
+    assert "in-the-proxy" not in str(caught.value) and not getattr(caught.value, "__notes__", ())
+
+
 def test_our_server_is_reached_without_the_proxy_and_admits_no_web_page(proxy, merged_reference, tmp_path):
     import urllib.request
 
