@@ -100,13 +100,22 @@ def quoted(path: str | Path) -> str:
     return plain(shlex.quote(str(path)))
 
 
+def one_line(text: object) -> str:
+    r"""Text from outside on one line.
+
+    >>> one_line("a\n\x1b b")
+    'a � b'
+    """
+    return " ".join(plain(text).split())
+
+
 def markdown(text: object) -> str:
     r"""Text from outside as Markdown that shows it: no heading, image, link or HTML can come of it.
 
     >>> print(markdown("# a ![i](http://x) <b>"))
     \# a ![i\](http&#58;//x) &lt;b&gt;
     """
-    escaped = html.escape(" ".join(plain(text).split()), quote=False)
+    escaped = html.escape(one_line(text), quote=False)
     escaped = re.sub(r"([\\|`*~])", r"\\\1", escaped)
     # within a word `_` is no emphasis, and `]` ends a link only before these; so [1, 2] stays legible
     escaped = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:])", r"\\\g<0>", escaped)

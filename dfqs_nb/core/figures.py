@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.text import Text
+from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
 
 from dfqs_nb.core.files import whole_file
 
@@ -82,4 +83,11 @@ def compact(ax: Axes) -> Image:
 
 
 def _figure(ax: Axes) -> Figure:
-    return ax.figure.canvas.figure  # of a subfigure, too, and in every version
+    """The whole figure; a ``$`` in its texts, such as a model's name, begins no formula."""
+    figure: Figure = ax.figure.canvas.figure  # of a subfigure, too, and in every version
+    axes = [axis for part in figure.axes for axis in (part.xaxis, part.yaxis)]
+    logs = [axis for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)]
+    ticks = {label for axis in logs for label in axis.get_ticklabels(which="both")}
+    for text in set(figure.findobj(Text)) - ticks:
+        text.set_parse_math(False)
+    return figure

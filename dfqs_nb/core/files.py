@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CHUNK_BYTES = 8 << 20
+STEERING = re.compile("[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # not the spaces among control characters
 JSON_BYTES = 256 << 20  # more is no report, stage or manifest of this workbook
 
 
@@ -138,12 +140,13 @@ def _finite(text: str) -> float:
 def write_table(path: str | Path, table: pd.DataFrame, *, index: bool = True) -> Path:
     """Write a frame as CSV, whole or not at all, and return the path.
 
-    A text that a spreadsheet would run as a formula gets an apostrophe before it.
+    A text that a spreadsheet would run as a formula gets an apostrophe before it, in headings and the index,
+    too. What steers a terminal becomes U+FFFD.
     """
-    safe = table.copy(deep=False)
+    safe = table.rename(columns=_no_formula, index=_no_formula)
     for place, dtype in enumerate(table.dtypes):
         if dtype.kind not in "biufcM":
-            safe.isetitem(place, table.iloc[:, place].map(_no_formula))
+            safe.isetitem(place, safe.iloc[:, place].map(_no_formula))
     return write_text(path, safe.to_csv(index=index, lineterminator="\n"))
 
 
@@ -153,7 +156,10 @@ def _no_formula(cell: Any) -> Any:
     >>> _no_formula("=1+1"), _no_formula("-12"), _no_formula("-2+3|cmd"), _no_formula(5)
     ("'=1+1", '-12', "'-2+3|cmd", 5)
     """
-    if not isinstance(cell, str) or cell[:1] not in ("=", "+", "-", "@", "\t", "\r"):
+    if not isinstance(cell, str):
+        return cell
+    cell = STEERING.sub("\ufffd", cell)
+    if cell[:1] not in ("=", "+", "-", "@", "\t", "\r"):
         return cell
     try:
         float(cell)

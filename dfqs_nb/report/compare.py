@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfqs_nb.context import Counts, paired
+from dfqs_nb.core.display import one_line
 from dfqs_nb.core.errors import ComparisonError
 from dfqs_nb.core.files import write_json, write_table, write_text
 from dfqs_nb.core.journal import differing_fields
@@ -215,7 +216,8 @@ def _labelled(runs: Sequence[RunItems]) -> list[RunItems]:
     for add in (lambda run: run.report["run"], lambda run: tilde(run.path.parent)):
         many = {name for name in names if names.count(name) > 1}
         names = [
-            f"{name} ({add(run)})" if name in many else name for name, run in zip(names, runs, strict=True)
+            f"{name} ({one_line(add(run))})" if name in many else name
+            for name, run in zip(names, runs, strict=True)
         ]
     return [replace(run, label=name) for name, run in zip(names, runs, strict=True)]
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from dfqs_nb import context
 from dfqs_nb.context import Counts
-from dfqs_nb.core.display import cell
+from dfqs_nb.core.display import cell, one_line
 from dfqs_nb.core.files import sha256_of_file
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.report.metrics import CURVE, FILE, SCORES, read_report
@@ -25,6 +25,7 @@ from dfqs_nb.scores import SetRun
 if TYPE_CHECKING:
     import pandas as pd
 
+LONGEST_NAME = 80  # characters, in tables and figures
 JOURNAL = "long_context_items.jsonl"
 SCORE_ITEMS = "score_items.csv"
 RIGHT = ("correct", "passed")  # grades of questions, outcomes of code
@@ -110,7 +111,7 @@ def read_items(report: Mapping[str, Any], path: Path) -> RunItems:
             raise _refused(folder, f"the report's items are missing ({name})")
         if sha256_of_file(file) != digest:
             raise _refused(folder, f"{name} is not the file that the report was made from")
-    name = str(report["model"]["name"])
+    name = one_line(report["model"]["name"])[:LONGEST_NAME]
     return RunItems(name, path, report, _scores(report, folder / SCORE_ITEMS), _context(report, folder))
 
 

@@ -37,6 +37,15 @@ def test_cells_of_a_csv_are_no_formulas_and_numbers_stay(tmp_path):
     assert again["n"].tolist() == [-1.5, 2, 3, 4, 5] and table["a"][0] == "=1+1"
 
 
+def test_headings_and_the_index_of_a_csv_are_no_formulas_and_nothing_steers_a_terminal(tmp_path):
+    frame = pd.DataFrame({"=1+1": ["\x1b[31mred\x07", "a\nb"]}, index=["@SUM(1)", "-1+1"])
+    text = write_table(tmp_path / "t.csv", frame).read_text()
+    assert text == ",'=1+1\n'@SUM(1),\ufffd[31mred\ufffd\n'-1+1,\"a\nb\"\n"
+    frame.index = pd.MultiIndex.from_tuples([("=a", 1), ("b", 2)], names=["n", "m"])
+    rows = pd.read_csv(write_table(tmp_path / "t.csv", frame))
+    assert rows.columns[-1] == "'=1+1" and rows.iloc[0, 0] == "'=a" and rows.iloc[:, 1].tolist() == [1, 2]
+
+
 @pytest.mark.parametrize(
     "text", ["# H", "a\n\n# H", "![x](y)", "[a](javascript:b)", "<script>", "http://x", "www.x.y"]
 )

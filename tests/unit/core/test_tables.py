@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from dfqs_nb.core import figures
 from dfqs_nb.core.display import shown
 
 TABLE = pd.DataFrame(
@@ -36,3 +37,15 @@ def test_numbers_are_readable():
 
 def test_a_table_of_numbers_alone():
     assert "1,234,567" in shown(TABLE[["bytes"]], "t").data
+
+
+def test_a_dollar_in_a_figure_is_no_formula_and_powers_of_ten_are(tmp_path):
+    ax = figures.new_axes(None)
+    ax.plot([1, 1000], [1, 2], label=r"$\notacommand$")
+    ax.set_xscale("log")
+    ax.legend()
+    figures.set_title(ax, r"costs $5, $\frac{1")
+    figures.save(ax, tmp_path / "figure.png")
+    ticks = {label for label in ax.get_xticklabels() if "mathdefault" in label.get_text()}
+    assert ticks and all(label.get_parse_math() for label in ticks)
+    assert not ax.get_legend().get_texts()[0].get_parse_math()

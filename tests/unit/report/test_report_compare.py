@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import warnings
 from math import comb
 from pathlib import Path
 
@@ -116,6 +117,17 @@ def test_a_markdown_table_keeps_its_columns(pair):
     lines = [line for line in str(compare_reports(pair)).splitlines() if line.startswith("|")]
     for _, block in itertools.groupby(lines, key=lambda line: line.count("|")):
         assert len(list(block)) > 3
+
+
+@pytest.mark.parametrize("name", [r"$\notacommand$", "$x", "\x1b[31m\n# H", "y" * 9000, "%s {x} {{x}}"])
+def test_any_name_of_a_model_can_be_drawn_and_stands_on_one_line(tmp_path, name):
+    make_run(tmp_path / "a", "A")
+    make_run(tmp_path / "b", name, seed=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        written = compare_reports([tmp_path / "a", tmp_path / "b"], n_boot=20).write(tmp_path / "out")
+    table = next(path for path in written if path.suffix == ".csv").read_bytes()
+    assert b"\x1b" not in table and len(table.splitlines()) == 11
 
 
 def test_the_figure_has_every_model_and_its_boundary(tmp_path, pair):

@@ -254,6 +254,8 @@ def test_a_key_in_an_answer_is_in_no_file(server, tmp_path):
         "http://{host}/{key}@x/v1",
         "http://{host}/v1?{key}",
         "http://user:a/{key}@{host}",
+        "http://{host}/v1#{key}",
+        "http://{host}/v1;key={key}",
     ],
 )
 def test_a_secret_in_an_address_is_masked(form):
