@@ -255,8 +255,9 @@ class Divergence:
     def sentence(self) -> str:
         """The divergence, and what a changed layer adds to it."""
         return (
-            f"KL divergence {self.kl:.3g} nats a token; {self.slope:+.2g} for each layer whose experts changed "
-            f"(95 % interval {self.low:.2g} to {self.high:.2g}; {self.n_tokens:,} tokens, {self.n_logits:,} logits)"
+            f"KL divergence {self.kl:.3g} nats a token; {self.slope:+.2g} for each layer whose experts "
+            f"changed (95 % interval {self.low:.2g} to {self.high:.2g}; n = {self.n_tokens:,} tokens, "
+            f"{self.n_logits:,} logits of each)"
         )
 
 

@@ -210,7 +210,9 @@ class Recording:
         if not self.budget_seconds:
             self.plan = {"scale": 1.0, "kept": list(self.runs)}
         processes = dict.fromkeys(condition.process for condition in planned)
-        self.plan_sentence = f"{len(planned)} runs in {len(processes)} processes, each of which loads once"
+        self.plan_sentence = f"{len(planned)} runs in {len(processes)} processes, each of which loads once."
+        if not self.budget_seconds:
+            tqdm.auto.tqdm.write(self.plan_sentence)
         with display.tqdm(total=len(planned), desc="routing", leave=False) as bar:
             for process in processes:
                 self._run_process([c for c in planned if c.process == process], bar.update)

@@ -323,6 +323,11 @@ class Experiment:
             self.verdict.text,
             f"{int((runtime[moved] > 0).sum())} of {len(runtime)} changes of settings changed {what}.",
         ]
+        one_cache = self.traces.get("alone, one cache")
+        if one_cache is not None and one_cache.conditions["rule"] != "simple":
+            lines.append(
+                "llama.cpp keeps a cache a sequence for this architecture even if one cache is asked for."
+            )
         flipped = self.flips()
         if len(flipped):
             typical, close = self.margins()["margin"].median(), flipped["margin"].median()
@@ -369,6 +374,7 @@ class Experiment:
         import pandas as pd
 
         repeats = self.table[(self.table["kind"] == IDENTICAL) & (self.table["status"] == "done")]
+        repeats = repeats[repeats["against"] != "alone"]  # of other texts, with other counts
         ranked = [*repeats["condition"], *sensitivities(self.table)["condition"][::-1]]
         against = dict(zip(self.table["condition"], self.table["against"], strict=True))
         rows = {

@@ -65,7 +65,7 @@ def routing(
     table = experiment.table.reindex(columns=COLUMNS.split())
     say(table.to_string(index=False, float_format="{:.3g}".format))
     verdicts = [experiment.under_load.sentence, experiment.verdict.text]
-    say("\n".join(["", experiment.plan, "", *verdicts, "", *experiment.advice, ""]))
+    say("\n".join(["", *verdicts, "", *experiment.advice, ""]))
     for row in experiment.claims().itertuples():
         say(f'"{row.claim}": {row.status}\n  {row.evidence}')
     written = experiment.write_tables(folder)

@@ -1,4 +1,4 @@
-"""Decoding with the routing recorder against the same decoding without it, in turn in one process.
+"""Prefill and decode with the routing recorder against the same without it, in turn in one process.
 
     python tests/benchmarks/routing.py [MODEL] [--tokens 128] [--rounds 21]
 
@@ -26,17 +26,20 @@ NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 
 
 def seconds(recorded, tokens, depth: int) -> np.ndarray:
-    """Seconds to decode tokens one by one after ``depth`` others: on the clock, and of the processor."""
-    recorded.model.clear()
-    if recorded.recorder is not None:
-        recorded.recorder.reset()
-    recorded.feed(tokens[:depth])
-    started = np.array([time.perf_counter(), time.process_time()])
-    for token in tokens[depth:]:
-        recorded.feed([token])
-    if recorded.recorder is not None:
-        recorded.recorder.arrays()  # reducing the scores counts too
-    return np.array([time.perf_counter(), time.process_time()]) - started
+    """Seconds, a row for prefill and one for decode one by one after ``depth`` tokens: on the clock, and of
+    the processor."""
+    taken = []
+    for before, calls in ((0, [tokens]), (depth, [[token] for token in tokens[depth:]])):
+        recorded.clear()
+        if before:
+            recorded.feed(tokens[:before])
+        started = np.array([time.perf_counter(), time.process_time()])
+        for call in calls:
+            recorded.feed(call)
+        if recorded.recorder is not None:
+            recorded.recorder.arrays()  # reducing the scores counts too
+        taken.append(np.array([time.perf_counter(), time.process_time()]) - started)
+    return np.array(taken)
 
 
 def main() -> int:
@@ -57,16 +60,21 @@ def main() -> int:
         pairs = []
         for turn in range(arguments.rounds + 1):
             order = (plain, heard) if turn % 2 else (heard, plain)
-            taken = {id(one): seconds(one, tokens, arguments.depth) for one in order}
+            taken = {id(model): seconds(model, tokens, arguments.depth) for model in order}
             pairs.append((taken[id(plain)], taken[id(heard)]))
     pairs = pairs[1:]  # the first is a warm-up
     plain, heard = (np.array(column) for column in zip(*pairs, strict=True))
-    for at, clock in enumerate(("wall clock", "processor")):
-        without, with_it = (1e3 * np.median(times[:, at]) / arguments.tokens for times in (plain, heard))
-        ratio = np.median(heard[:, at] / plain[:, at])
-        print(f"{clock:10} without recorder {without:.3f} ms a token, with {with_it:.3f}: ratio {ratio:.3f}")
+    for phase, (what, n_tokens) in enumerate((("prefill", n), ("decode", arguments.tokens))):
+        for at, clock in enumerate(("wall clock", "processor")):
+            times = plain[:, phase, at], heard[:, phase, at]
+            without, with_it = (1e3 * np.median(each) / n_tokens for each in times)
+            ratio = np.median(times[1] / times[0])
+            print(
+                f"{what:8} {clock:10} without recorder {without:.4f} ms a token, with {with_it:.4f}: "
+                f"ratio {ratio:.3f}"
+            )
     print(
-        f"medians of {arguments.rounds} paired rounds of {arguments.tokens} tokens, {arguments.threads} thread(s)"
+        f"medians of {arguments.rounds} paired rounds of {n} and {arguments.tokens} tokens, {arguments.threads} thread(s)"
     )
     return 0
 

@@ -190,7 +190,7 @@ def fill(recorder: Recorder, n_tokens: int, n_layers: int, k: int, n_experts: in
 
 
 @pytest.mark.parametrize("n_tokens", [4096, pytest.param(100_096, marks=pytest.mark.slow)])
-def test_memory_grows_with_tokens_layers_and_k_only(n_tokens):
+def test_memory_does_not_grow_with_the_length(n_tokens):
     recorder = Recorder()
     tracemalloc.start()
     fill(recorder, n_tokens, 43, 6, 256)
@@ -199,8 +199,7 @@ def test_memory_grows_with_tokens_layers_and_k_only(n_tokens):
     tracemalloc.stop()
     kept = sum(arrays[name].nbytes for name in ("experts", "weights", "margin"))
     assert kept == n_tokens * 43 * (6 * 1 + 6 * 2 + 4)
-    assert peak < 3 * kept + 128e6, f"{peak / 1e6:.0f} MB"
-    assert peak < 1e9
+    assert peak < 120e6, f"{peak / 1e6:.0f} MB of {kept / 1e6:.0f} MB kept"
     assert arrays["experts"].dtype == np.uint8 and (arrays["margin"] > 0).all()
 
 
