@@ -7,9 +7,8 @@ route by hash are counted apart: their experts follow from the token alone and c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -168,24 +167,6 @@ def flips(a: Trace, b: Trace) -> pd.DataFrame:
     )
 
 
-def by_position(a: Trace, b: Trace, edges: Sequence[int]) -> pd.DataFrame:
-    """Flips in stretches of the context between ``edges`` (token positions, ascending).
-
-    Columns ``start``, ``end``, ``n`` choices, ``differ``, ``share_identical``, and the router margin's
-    percentiles ``margin_p5``, ``margin_median`` and ``margin_p95``.
-    """
-    import pandas as pd
-
-    differ, margins = differences(a, b)[:, ~a.hashed], a.margin[:, ~a.hashed]
-    rows = []
-    for start, end in pairwise(edges):
-        here, near = differ[start:end], margins[start:end]
-        low, middle, high = np.quantile(near, [0.05, 0.5, 0.95]) if near.size else [math.nan] * 3
-        rows.append((start, end, here.size, int(here.sum()), 1 - _or_nan(np.mean, here), low, middle, high))
-    names = ["start", "end", "n", "differ", "share_identical", "margin_p5", "margin_median", "margin_p95"]
-    return pd.DataFrame(rows, columns=names)
-
-
 def by_token(a: Trace, b: Trace) -> pd.DataFrame:
     """One row a token: ``token``, ``drift`` (largest logit difference), ``flips`` (layers that differ)."""
     import pandas as pd
@@ -313,27 +294,5 @@ def usage(trace: Trace) -> pd.DataFrame:
             "expert": np.tile(np.arange(trace.n_experts), len(trace.layers)),
             "count": counts.ravel(),
             "share": (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).ravel(),
-        }
-    )
-
-
-def load_entropy(trace: Trace) -> pd.DataFrame:
-    """How evenly each layer loads its experts.
-
-    Columns ``layer``, ``hashed``, ``entropy`` (Shannon's, in bits), ``share_of_even`` (of the logarithm of
-    the number of experts; 1: all experts alike) and ``unused`` (experts).
-    """
-    import pandas as pd
-    from scipy.stats import entropy
-
-    counts = expert_counts(trace.experts, trace.n_experts)
-    bits = entropy(counts, base=2, axis=1) if len(counts) else np.zeros(0)
-    return pd.DataFrame(
-        {
-            "layer": trace.layers,
-            "hashed": trace.hashed,
-            "entropy": bits,
-            "share_of_even": bits / math.log2(trace.n_experts) if trace.n_experts > 1 else 1.0,
-            "unused": (counts == 0).sum(axis=1),
         }
     )

@@ -27,8 +27,9 @@ from dfqs_nb.routing.loads import read_texts
 from dfqs_nb.routing.placement import require_experts
 from dfqs_nb.routing.plan import Condition, conditions, with_references
 from dfqs_nb.routing.recorder import RoutingError
+from dfqs_nb.routing.results import Experiment
 from dfqs_nb.routing.trace import Trace, load_trace, require_csv
-from dfqs_nb.routing.verdict import Experiment, comparison_table
+from dfqs_nb.routing.verdict import comparison_table
 
 if TYPE_CHECKING:
     from dfqs_nb.routing.loads import Text

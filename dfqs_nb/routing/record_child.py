@@ -17,14 +17,7 @@ from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.settings import LOG, OpenSettings, default_model_params, refusal
 from dfqs_nb.routing.loads import Load
 from dfqs_nb.routing.plan import LOAD_OUTPUT, Costs, fit, scaled
-from dfqs_nb.routing.recorded import (
-    RecordedModel,
-    Schedule,
-    Together,
-    open_recorded,
-    record,
-    record_together,
-)
+from dfqs_nb.routing.recorded import RecordedModel, Schedule, Together, open_recorded, record, record_together
 from dfqs_nb.routing.trace import Trace, joined
 
 PROBE_TOKENS = 8

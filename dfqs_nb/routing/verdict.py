@@ -9,40 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from dfqs_nb.core.files import write_table
-from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing.compare import (
-    Divergence,
-    across,
-    by_layer,
-    by_position,
-    by_token,
-    compare,
-    divergence,
-    flips,
-    load_entropy,
-    usage,
-)
-from dfqs_nb.routing.loads import Load, Text, UnderLoad, judge_loads, load_rows, load_table, part
-from dfqs_nb.routing.placement import expert_bytes, placement, write_profile
+from dfqs_nb.routing.compare import compare
+from dfqs_nb.routing.loads import part
 from dfqs_nb.routing.plan import IDENTICAL, Condition
-from dfqs_nb.routing.profile import Profile, profile_of
 from dfqs_nb.routing.recorder import RoutingError
-from dfqs_nb.routing.trace import Trace, export
+from dfqs_nb.routing.trace import Trace
 from dfqs_nb.stats import clopper_pearson
 
 if TYPE_CHECKING:
     import pandas as pd
 
 STABLE_SHARE = 0.99  # identical sets under every setting of the runtime, for "routing stable"
-EXTREME_TOKENS = 8192  # DFQS looks at long contexts from 8K on; "extreme token pressure" is not below
 FIXES = {
     "threads": "n_threads and n_threads_batch",
     "batch": "n_batch and n_ubatch",
@@ -180,7 +160,7 @@ def judge(table: pd.DataFrame) -> Determinism:
         upper_bound=at_most(min(sums["n_differ"], each), each),
         runs_upper_bound=at_most(sums["n_runs_differ"], sums["n_runs"]),
         logits_equal=float(done["logits_equal"].mean()) if len(done) else 0.0,
-        same_output=not _changed(done["same_output"]),
+        same_output=not changed(done["same_output"]),
         failed_runs=failed,
         n_choices=sums["n_choices"],
         n_differ=sums["n_differ"],
@@ -189,7 +169,7 @@ def judge(table: pd.DataFrame) -> Determinism:
     )
 
 
-def _changed(same_output: Iterable[Any]) -> bool:
+def changed(same_output: Iterable[Any]) -> bool:
     """Whether a greedy answer changed; runs without answers (None) do not count."""
     return any(same is not None and same == False for same in same_output)  # noqa: E712 - numpy's too
 
@@ -220,7 +200,7 @@ def advice(table: pd.DataFrame) -> list[str]:
 def _advice_on(kind: str, rows: pd.DataFrame) -> str:
     worst, what = rows.iloc[0], FIXES.get(kind, kind)
     differ, n, name = int(worst["n_differ"]), int(worst["n_choices"]), worst["condition"]
-    output = f"the greedy answer {'changed too' if _changed(rows['same_output']) else 'stayed'}"
+    output = f"the greedy answer {'changed too' if changed(rows['same_output']) else 'stayed'}"
     if kind == "weights":
         found = f"chose other experts in {differ:,} of {n:,} choices ({differ / n:.1%})" if n else output
         return f"Compare runs of one quantization only: {name.removeprefix('weights: ')} {found}."
@@ -236,284 +216,12 @@ def _advice_on(kind: str, rows: pd.DataFrame) -> str:
     return f"Free: {what}. Logits were equal bit for bit in {times}."
 
 
-# ---- an experiment, and its tables ----
+# ---- the card's statements: a status, and the evidence ----
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """What every condition gave, and what it means.
-
-    Attributes:
-        tokens: the text, int32 ``(n,)``.
-        table: one row a comparison: ``condition``, ``kind``, ``against``, ``status`` (``done``, or why not),
-            and the fields of `TraceDifference`.
-        traces: by the condition's name.
-        settings: the reference's settings.
-        n_made, n_reused: traces recorded now, and kept from earlier.
-        loads, texts: of the runs over the short texts.
-        status: how each condition ended, by its name.
-        plan: what was run, in a sentence.
-        path: the model's file.
-    """
-
-    tokens: np.ndarray = field(repr=False)
-    table: pd.DataFrame = field(repr=False)
-    traces: dict[str, Trace] = field(repr=False)
-    settings: OpenSettings
-    n_made: int
-    n_reused: int
-    loads: dict[str, Load] = field(repr=False, default_factory=dict)
-    texts: Sequence[Text] = field(repr=False, default=())
-    status: dict[str, str] = field(repr=False, default_factory=dict)
-    plan: str = ""
-    path: Path = Path()
-
-    @property
-    def reference(self) -> Trace:
-        """The run that all others are compared with, directly or through another."""
-        return self.traces["prefill"]
-
-    @cached_property
-    def verdict(self) -> Determinism:
-        """Whether identical conditions gave identical choices."""
-        return judge(self.table)
-
-    @cached_property
-    def load_rows(self) -> pd.DataFrame:
-        """One row a short text in a batch, against the same text alone; see `loads.load_rows`."""
-        return load_rows(self.loads, self.traces, self.texts)
-
-    def load_table(self) -> pd.DataFrame:
-        """One row a load; see `loads.load_table`."""
-        return load_table(self.load_rows) if len(self.load_rows) else self.load_rows
-
-    @cached_property
-    def under_load(self) -> UnderLoad:
-        """Whether routing stays what it is alone when others share the batch."""
-        failed = [
-            f"{name}: {self.status[name]}" for name in self.loads if self.status[name].startswith("failed")
-        ]
-        return judge_loads(self.load_rows, self.verdict.passed, failed)
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing contradicts the SHALL: repetitions are equal, and no load changed a choice."""
-        return self.verdict.passed and not self.under_load.changed_at
-
-    def judged(self) -> dict[str, Any]:
-        """The verdict for the stage file: on repetitions, and on the loads, by which the SHALL is judged."""
-        load = self.under_load
-        passed = None if load.level == "not judged" else load.passed
-        facts = {**vars(self.verdict), "load_passed": passed, "load_sentence": load.sentence}
-        return {**facts, "under_load": asdict(load), "loads": self.load_table().to_dict("records")}
-
-    @cached_property
-    def advice(self) -> list[str]:
-        """What to fix in order to reproduce a run; see `advice`."""
-        return advice(self.table)
-
-    def conclusions(self) -> list[str]:
-        """What this experiment showed, in sentences made from its counts."""
-        changed = sensitivities(self.table)
-        runtime = changed[changed["kind"] != "weights"]
-        moved = "n_differ" if self.reference.routed else "logit_drift"
-        what = "an expert choice" if self.reference.routed else "a logit"
-        lines = [
-            self.under_load.sentence,
-            self.verdict.text,
-            f"{int((runtime[moved] > 0).sum())} of {len(runtime)} changes of settings changed {what}.",
-        ]
-        one_cache = self.traces.get("alone, one cache")
-        if one_cache is not None and one_cache.conditions["rule"] != "simple":
-            lines.append(
-                "llama.cpp keeps a cache a sequence for this architecture even if one cache is asked for."
-            )
-        flipped = self.flips()
-        if len(flipped):
-            typical, close = self.margins()["margin"].median(), flipped["margin"].median()
-            lines.append(f"The median margin is {typical:.2g}, and {close:.2g} where a choice flipped.")
-        return lines
-
-    def _pairs(self) -> list[tuple[Any, Trace, Trace]]:
-        """Row of the table, reference and trace, of every change of a setting of the runtime."""
-        rows = sensitivities(self.table)
-        runtime = rows[rows["kind"] != "weights"].itertuples()
-        return [(row, self.traces[row.against], self.traces[row.condition]) for row in runtime]
-
-    def claims(self) -> pd.DataFrame:
-        """The card's statements on routing: ``claim``, ``status`` and ``evidence``, in its order."""
-        import pandas as pd
-
-        rows = [
-            ("routing stable", *_stable(sensitivities(self.table))),
-            ("deterministic execution", *_deterministic(self.verdict)),
-            ("routing variance grows under extreme token pressure", *self._pressure()),
-        ]
-        return pd.DataFrame(rows, columns=["claim", "status", "evidence"])
-
-    def _pressure(self) -> tuple[str, str]:
-        """Flips in the last against the first quarter of the text, pooled over the changes of settings."""
-        quarters = [round(len(self.tokens) * i / 4) for i in range(5)]
-        pooled = self._pooled_positions(quarters)
-        (early, n_early), (late, n_late) = (
-            (int(pooled["n_differ"].iloc[at]), int(pooled["n_choices"].iloc[at])) for at in (0, -1)
-        )
-        if not n_early:
-            return "not testable here", "no routed experts"
-        seen = (
-            f"{early:,} of {n_early:,} choices flip in the first quarter, {late:,} of {n_late:,} in "
-            f"the last, over {len(self.tokens):,} tokens"
-        )
-        if len(self.tokens) < EXTREME_TOKENS:
-            return "not testable here", f"{seen}; extreme begins at {EXTREME_TOKENS:,} tokens"
-        grows = clopper_pearson(late, n_late)[0] > clopper_pearson(early, n_early)[1]
-        return ("confirmed" if grows else "contradicted"), seen
-
-    def agreement(self) -> pd.DataFrame:
-        """Share of identical sets: a row a condition, as ranked, a column a layer, hash layers included."""
-        import pandas as pd
-
-        repeats = self.table[(self.table["kind"] == IDENTICAL) & (self.table["status"] == "done")]
-        repeats = repeats[repeats["against"] != "alone"]  # of other texts, with other counts
-        ranked = [*repeats["condition"], *sensitivities(self.table)["condition"][::-1]]
-        against = dict(zip(self.table["condition"], self.table["against"], strict=True))
-        rows = {
-            name: by_layer(self.traces[against[name]], self.traces[name]).set_index("layer")[
-                "share_identical"
-            ]
-            for name in ranked
-        }
-        return pd.DataFrame(rows).T
-
-    def flips(self) -> pd.DataFrame:
-        """Flips under changes of settings: ``condition``, ``kind``, ``token``, ``layer``, ``margin``."""
-        parts = [flips(a, b).assign(condition=row.condition, kind=row.kind) for row, a, b in self._pairs()]
-        return _joined(parts, ["condition", "kind", "token", "layer", "margin"])
-
-    def margins(self) -> pd.DataFrame:
-        """The margin of every choice of the reference: ``token``, ``layer``, ``margin``; no hash layers."""
-        import pandas as pd
-
-        trace = self.reference
-        scored = trace.layers[~trace.hashed]
-        token, layer = np.repeat(np.arange(trace.n_tokens), len(scored)), np.tile(scored, trace.n_tokens)
-        values = trace.margin[:, ~trace.hashed].ravel()
-        return pd.DataFrame({"token": token, "layer": layer, "margin": values})
-
-    def positions(self) -> pd.DataFrame:
-        """Flips along the context, pooled over the changes of runtime settings.
-
-        One row a stretch, each twice as long as the one before: ``start``, ``end``, ``n`` choices,
-        ``differ``, ``rate`` with ``rate_low`` and ``rate_high``, and the reference's margin
-        (``margin_p5``, ``margin_median``, ``margin_p95``).
-        """
-        n = len(self.tokens)
-        pooled = self._pooled_positions([0, *(2**i for i in range(5, n.bit_length()) if 2**i < n), n])
-        return with_rates(pooled).rename(columns={"n_choices": "n", "n_differ": "differ"})
-
-    def _pooled_positions(self, edges: list[int]) -> pd.DataFrame:
-        parts = [by_position(a, b, edges) for _, a, b in self._pairs()]
-        pooled = by_position(self.reference, self.reference, edges)
-        counts = {
-            "n_choices": sum((part["n"] for part in parts), start=0 * pooled["n"]),
-            "n_differ": sum((part["differ"] for part in parts), start=0 * pooled["n"]),
-        }
-        return pooled.drop(columns=["n", "differ", "share_identical"]).assign(**counts)
-
-    def drifts(self) -> pd.DataFrame:
-        """Every token under every change of runtime settings that moved its logits.
-
-        Columns ``condition``, ``token``, ``drift`` and ``flips`` (layers whose expert set differs).
-        """
-        parts = [by_token(a, b).assign(condition=row.condition) for row, a, b in self._pairs()]
-        table = _joined(parts, ["condition", "token", "drift", "flips"])
-        return table[table["drift"] > 0].reset_index(drop=True)
-
-    @cached_property
-    def profile(self) -> Profile | None:
-        """What the routers prefer, over the short texts; None for a dense model, or where it did not run."""
-        trace = self.traces.get("profile")
-        return profile_of(trace) if trace is not None and trace.routed else None
-
-    @cached_property
-    def layer_bytes(self) -> np.ndarray:
-        """Bytes of each layer's routed experts."""
-        return expert_bytes(self.path, self.reference.layers)
-
-    def placement(self) -> pd.DataFrame:
-        """What to keep in fast memory for a budget; see `placement.placement`."""
-        import pandas as pd
-
-        return placement(self.profile, self.layer_bytes) if self.profile else pd.DataFrame()
-
-    def across(self) -> tuple[pd.DataFrame, Divergence | None]:
-        """Another quantization by layer, and whether changed experts predict changed predictions."""
-        import pandas as pd
-
-        for row in self.table[self.table["kind"] == "weights"].itertuples():
-            if row.status == "done" and self.reference.routed:
-                a, b = self.reference, self.traces[row.condition]
-                return across(a, b).assign(condition=row.condition), divergence(a, b)
-        return pd.DataFrame(), None
-
-    def export(self, path: str | Path) -> Path:
-        """Write every trace as one CSV; see `trace.export` and `trace.COLUMNS`."""
-        runs = [
-            self.reference,
-            *(self.traces[name] for name in ("profile", *self.loads) if name in self.traces),
-        ]
-        return export(runs, path)
-
-    def usage(self) -> pd.DataFrame:
-        """How often the reference chose each expert; see `compare.usage`."""
-        return usage(self.reference)
-
-    def balance(self) -> pd.DataFrame:
-        """How evenly the reference loads its experts; see `compare.load_entropy`."""
-        return load_entropy(self.reference)
-
-    def write_tables(self, folder: str | Path) -> list[Path]:
-        """Write the tables ``routing_*.csv`` and return their paths."""
-        tables = {
-            "conditions": self.table,
-            "loads": self.load_table(),
-            "claims": self.claims(),
-            "layers": self.agreement().rename_axis("condition").reset_index(),
-            "positions": self.positions(),
-            "flips": self.flips(),
-            "usage": self.usage(),
-            "across": self.across()[0],
-            "placement": self.placement(),
-        }
-        written = []
-        if profile := self.profile:
-            tables |= {
-                "domains": profile.usage(),
-                "specialization": profile.specialization(),
-                "pairs": profile.pairs(),
-                "drift": profile.drift(),
-                "balance": profile.layers(),
-                "coverage": profile.coverage(),
-                "experts_needed": profile.experts_needed().reset_index(),
-                "cross_coverage": profile.cross_coverage().reset_index(),
-            }
-            written = [write_profile(Path(folder) / "routing_profile.json", profile, self.layer_bytes)]
-        return written + [
-            write_table(Path(folder) / f"routing_{name}.csv", table, index=False)
-            for name, table in tables.items()
-            if len(table.columns)
-        ]
-
-
-def _joined(parts: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
-
-
-def _stable(changed: pd.DataFrame) -> tuple[str, str]:
-    """Judged over the settings of the runtime; another quantization is another model."""
-    runtime = changed[(changed["kind"] != "weights") & (changed["n_choices"] > 0)]
+def stable(ranked: pd.DataFrame) -> tuple[str, str]:
+    """Whether "routing stable" holds, over settings of the runtime: another quantization is another model."""
+    runtime = ranked[(ranked["kind"] != "weights") & (ranked["n_choices"] > 0)]
     if not len(runtime):
         return "not testable here", "no routed experts"
     worst = runtime.iloc[0]
@@ -525,7 +233,8 @@ def _stable(changed: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-def _deterministic(verdict: Determinism) -> tuple[str, str]:
+def deterministic(verdict: Determinism) -> tuple[str, str]:
+    """Whether "deterministic execution" holds: equal choices, logits and answers."""
     if not verdict.n_runs:
         return "not testable here", "no repetition ran"
     answers = "equal" if verdict.same_output else "differ"

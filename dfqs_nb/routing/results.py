@@ -1,0 +1,296 @@
+"""What an experiment gave: its verdicts, its tables, and the files that are handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dfqs_nb.core.files import write_table
+from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.routing import compare, verdict
+from dfqs_nb.routing.loads import Load, Text, UnderLoad, judge_loads, load_rows, load_table
+from dfqs_nb.routing.placement import expert_bytes, placement, write_profile
+from dfqs_nb.routing.plan import IDENTICAL
+from dfqs_nb.routing.profile import Profile, profile_of
+from dfqs_nb.routing.trace import Trace, export
+from dfqs_nb.stats import clopper_pearson
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EXTREME_TOKENS = 8192  # DFQS looks at long contexts from 8K on; "extreme token pressure" is not below
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What every condition gave, and what it means.
+
+    Attributes:
+        tokens: the text, int32 ``(n,)``.
+        table: one row a comparison; see `verdict.comparison_table`.
+        traces: by the condition's name.
+        settings: the reference's settings.
+        n_made, n_reused: traces recorded now, and kept from earlier.
+        loads, texts: of the runs over the short texts.
+        status: how each condition ended, by its name.
+        plan: what was run, in a sentence.
+        path: the model's file.
+    """
+
+    tokens: np.ndarray = field(repr=False)
+    table: pd.DataFrame = field(repr=False)
+    traces: dict[str, Trace] = field(repr=False)
+    settings: OpenSettings
+    n_made: int
+    n_reused: int
+    loads: dict[str, Load] = field(repr=False, default_factory=dict)
+    texts: Sequence[Text] = field(repr=False, default=())
+    status: dict[str, str] = field(repr=False, default_factory=dict)
+    plan: str = ""
+    path: Path = Path()
+
+    # ---- verdicts ----
+
+    @property
+    def reference(self) -> Trace:
+        """The run that all others are compared with, directly or through another."""
+        return self.traces["prefill"]
+
+    @cached_property
+    def verdict(self) -> verdict.Determinism:
+        """Whether identical conditions gave identical choices."""
+        return verdict.judge(self.table)
+
+    @cached_property
+    def load_rows(self) -> pd.DataFrame:
+        """One row a short text in a batch, against the same text alone; see `loads.load_rows`."""
+        return load_rows(self.loads, self.traces, self.texts)
+
+    def load_table(self) -> pd.DataFrame:
+        """One row a load; see `loads.load_table`."""
+        return load_table(self.load_rows) if len(self.load_rows) else self.load_rows
+
+    @cached_property
+    def under_load(self) -> UnderLoad:
+        """Whether routing stays what it is alone when others share the batch."""
+        failed = [f"{n}: {self.status[n]}" for n in self.loads if self.status[n].startswith("failed")]
+        return judge_loads(self.load_rows, self.verdict.passed, failed)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing contradicts the SHALL: repetitions are equal, and no load changed a choice."""
+        return self.verdict.passed and not self.under_load.changed_at
+
+    def judged(self) -> dict[str, Any]:
+        """The verdict for the stage file: on repetitions, and on the loads, by which the SHALL is judged."""
+        load = self.under_load
+        passed = None if load.level == "not judged" else load.passed
+        facts = {**vars(self.verdict), "load_passed": passed, "load_sentence": load.sentence}
+        return {**facts, "under_load": asdict(load), "loads": self.load_table().to_dict("records")}
+
+    @cached_property
+    def advice(self) -> list[str]:
+        """What to fix in order to reproduce a run; see `verdict.advice`."""
+        return verdict.advice(self.table)
+
+    def conclusions(self) -> list[str]:
+        """What this experiment showed, in sentences made from its counts."""
+        ranked = verdict.sensitivities(self.table)
+        runtime = ranked[ranked["kind"] != "weights"]
+        moved, what = (
+            ("n_differ", "an expert choice") if self.reference.routed else ("logit_drift", "a logit")
+        )
+        n_moved = int((runtime[moved] > 0).sum())
+        lines = [
+            self.under_load.sentence,
+            self.verdict.text,
+            f"{n_moved} of {len(runtime)} changes of settings changed {what}.",
+        ]
+        one_cache = self.traces.get("alone, one cache")
+        if one_cache is not None and one_cache.conditions["rule"] != "simple":
+            lines.append("llama.cpp keeps a cache a sequence here, even if asked for one.")
+        flipped = self.flips()
+        if len(flipped):
+            typical, close = self.margins()["margin"].median(), flipped["margin"].median()
+            lines.append(f"The median margin is {typical:.2g}, and {close:.2g} where a choice flipped.")
+        return lines
+
+    def claims(self) -> pd.DataFrame:
+        """The card's statements on routing: ``claim``, ``status`` and ``evidence``, in its order."""
+        import pandas as pd
+
+        rows = [
+            ("routing stable", *verdict.stable(verdict.sensitivities(self.table))),
+            ("deterministic execution", *verdict.deterministic(self.verdict)),
+            ("routing variance grows under extreme token pressure", *self._pressure()),
+        ]
+        return pd.DataFrame(rows, columns=["claim", "status", "evidence"])
+
+    def _pressure(self) -> tuple[str, str]:
+        """Flips in the last against the first quarter of the text, pooled over the changes of settings."""
+        n = len(self.tokens)
+        stretches = self._stretches([round(n * i / 4) for i in range(5)])
+        (early, n_early), (late, n_late) = stretches[["n_differ", "n_choices"]].iloc[[0, -1]].to_numpy(int)
+        if not n_early:
+            return "not testable here", "no routed experts"
+        seen = (
+            f"{early:,} of {n_early:,} choices flip in the first quarter, {late:,} of {n_late:,} in the last,"
+            f" over {n:,} tokens"
+        )
+        if n < EXTREME_TOKENS:
+            return "not testable here", f"{seen}; extreme begins at {EXTREME_TOKENS:,} tokens"
+        grows = clopper_pearson(late, n_late)[0] > clopper_pearson(early, n_early)[1]
+        return ("confirmed" if grows else "contradicted"), seen
+
+    # ---- settings ----
+
+    def _pairs(self) -> list[tuple[Any, Trace, Trace]]:
+        """Row of the table, reference and trace, of every change of a setting of the runtime."""
+        rows = verdict.sensitivities(self.table)
+        runtime = rows[rows["kind"] != "weights"].itertuples()
+        return [(row, self.traces[row.against], self.traces[row.condition]) for row in runtime]
+
+    def agreement(self) -> pd.DataFrame:
+        """Share of identical sets: a row a condition, as ranked, a column a layer, hash layers included."""
+        import pandas as pd
+
+        done = self.table[self.table["status"] == "done"]
+        repeats = done[(done["kind"] == IDENTICAL) & (done["against"] != "alone")]  # "alone": other texts
+        ranked = [*repeats["condition"], *verdict.sensitivities(self.table)["condition"][::-1]]
+        against = dict(zip(done["condition"], done["against"], strict=True))
+        shares = {
+            name: 1 - compare.differences(self.traces[against[name]], self.traces[name]).mean(axis=0)
+            for name in ranked
+        }
+        return pd.DataFrame(shares, index=self.reference.layers).T
+
+    def flips(self) -> pd.DataFrame:
+        """Flips under changes of settings: ``condition``, ``kind``, ``token``, ``layer``, ``margin``."""
+        parts = [
+            compare.flips(a, b).assign(condition=row.condition, kind=row.kind) for row, a, b in self._pairs()
+        ]
+        return _joined(parts, ["condition", "kind", "token", "layer", "margin"])
+
+    def drifts(self) -> pd.DataFrame:
+        """Every token under every change of runtime settings that moved its logits.
+
+        Columns ``condition``, ``token``, ``drift`` and ``flips`` (layers whose expert set differs).
+        """
+        parts = [compare.by_token(a, b).assign(condition=row.condition) for row, a, b in self._pairs()]
+        table = _joined(parts, ["condition", "token", "drift", "flips"])
+        return table[table["drift"] > 0].reset_index(drop=True)
+
+    def margins(self) -> pd.DataFrame:
+        """The margin of every choice of the reference: ``token``, ``layer``, ``margin``; no hash layers."""
+        import pandas as pd
+
+        trace = self.reference
+        scored = trace.layers[~trace.hashed]
+        token, layer = np.repeat(np.arange(trace.n_tokens), len(scored)), np.tile(scored, trace.n_tokens)
+        values = trace.margin[:, ~trace.hashed].ravel()
+        return pd.DataFrame({"token": token, "layer": layer, "margin": values})
+
+    def positions(self) -> pd.DataFrame:
+        """Flips along the context, pooled over the changes of runtime settings.
+
+        One row a stretch, each twice as long as the one before: ``start``, ``end``, ``n`` choices,
+        ``differ``, ``rate`` with ``rate_low`` and ``rate_high``, and the reference's margin
+        (``margin_p5``, ``margin_median``, ``margin_p95``).
+        """
+        n = len(self.tokens)
+        table = self._stretches([0, *(2**i for i in range(5, n.bit_length()) if 2**i < n), n])
+        return verdict.with_rates(table).rename(columns={"n_choices": "n", "n_differ": "differ"})
+
+    def _stretches(self, edges: list[int]) -> pd.DataFrame:
+        import pandas as pd
+
+        pairs, scored = self._pairs(), ~self.reference.hashed
+        margins = self.reference.margin[:, scored]
+        flips = sum((compare.differences(a, b)[:, scored] for _, a, b in pairs), np.zeros(margins.shape, int))
+        rows = []
+        for start, end in pairwise(edges):
+            near = margins[start:end]
+            quantiles = np.quantile(near, [0.05, 0.5, 0.95]) if near.size else [np.nan] * 3
+            rows.append((start, end, near.size * len(pairs), int(flips[start:end].sum()), *quantiles))
+        names = ["start", "end", "n_choices", "n_differ", "margin_p5", "margin_median", "margin_p95"]
+        return pd.DataFrame(rows, columns=names)
+
+    # ---- profile, placement, another quantization ----
+
+    @cached_property
+    def profile(self) -> Profile | None:
+        """What the routers prefer, over the short texts; None for a dense model, or where it did not run."""
+        trace = self.traces.get("profile")
+        return profile_of(trace) if trace is not None and trace.routed else None
+
+    @cached_property
+    def layer_bytes(self) -> np.ndarray:
+        """Bytes of each layer's routed experts."""
+        return expert_bytes(self.path, self.reference.layers)
+
+    def placement(self) -> pd.DataFrame:
+        """What to keep in fast memory for a budget; see `placement.placement`."""
+        import pandas as pd
+
+        return placement(self.profile, self.layer_bytes) if self.profile else pd.DataFrame()
+
+    def across(self) -> tuple[pd.DataFrame, compare.Divergence | None]:
+        """Another quantization by layer, and whether changed experts predict changed predictions."""
+        import pandas as pd
+
+        for row in self.table[self.table["kind"] == "weights"].itertuples():
+            if row.status == "done" and self.reference.routed:
+                a, b = self.reference, self.traces[row.condition]
+                return compare.across(a, b).assign(condition=row.condition), compare.divergence(a, b)
+        return pd.DataFrame(), None
+
+    # ---- files ----
+
+    def export(self, path: str | Path) -> Path:
+        """Write the traces of text, profile and loads as one CSV; see `trace.export` and `trace.COLUMNS`."""
+        names = [name for name in ("prefill", "profile", *self.loads) if name in self.traces]
+        return export((self.traces[name] for name in names), path)
+
+    def write_tables(self, folder: str | Path) -> list[Path]:
+        """Write the tables ``routing_*.csv``, and the profile as JSON; return their paths."""
+        tables = {
+            "conditions": self.table,
+            "loads": self.load_table(),
+            "claims": self.claims(),
+            "layers": self.agreement().rename_axis("condition").reset_index(),
+            "positions": self.positions(),
+            "flips": self.flips(),
+            "usage": compare.usage(self.reference),
+            "across": self.across()[0],
+            "placement": self.placement(),
+        }
+        written = []
+        if profile := self.profile:
+            tables |= {
+                "domains": profile.usage(),
+                "specialization": profile.specialization(),
+                "pairs": profile.pairs(),
+                "drift": profile.drift(),
+                "balance": profile.layers(),
+                "coverage": profile.coverage(),
+                "experts_needed": profile.experts_needed().reset_index(),
+                "cross_coverage": profile.cross_coverage().reset_index(),
+            }
+            written = [write_profile(Path(folder) / "routing_profile.json", profile, self.layer_bytes)]
+        there = {name: table for name, table in tables.items() if len(table.columns)}
+        return written + [
+            write_table(Path(folder) / f"routing_{name}.csv", table, index=False)
+            for name, table in there.items()
+        ]
+
+
+def _joined(parts: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
