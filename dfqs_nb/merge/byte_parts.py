@@ -62,12 +62,9 @@ def ends(header: GGUFHeader) -> tuple[int, int]:
 class PartName:
     """A byte part's name taken apart.
 
-    Attributes:
-        whole: name of the file that was cut.
-        family: what its siblings share with it.
-        text: its place as it is written; ``index`` is the number.
-        count: how many there are, where the name says so.
-        explicit: the name says "part" or "split".
+    ``whole`` is the name of the file that was cut, ``family`` what its siblings share with it, ``text`` its
+    place as it is written, ``count`` how many there are, where the name says so. ``explicit``: it says "part"
+    or "split".
     """
 
     whole: str
@@ -103,7 +100,7 @@ def part_name(name: str) -> PartName | None:
     >>> part_name("m.gguf.part2of3").index, part_name("m.gguf-split-b").index, part_name("m.gguf") is None
     (2, 1, True)
     """
-    match = next((match for pattern in NAMES if (match := pattern.fullmatch(name))), None)
+    match = NAMES[0].fullmatch(name) or NAMES[1].fullmatch(name)
     if match is None:
         return None
     text, tail = match["index"], match["tail"]
@@ -145,15 +142,13 @@ def byte_parts(path: str | Path) -> tuple[Path, ...]:
         raise ShardError("is not named as a byte part", where=path, hint=hint)
     parts = siblings(path, name)
     start = min(next(iter(parts)), 1) if name.text.isdigit() else 0
-    stop = start + name.count if name.count is not None else max(parts) + 1
-    missing = [name.like(index) for index in range(start, stop) if index not in parts]
+    n_parts = name.count if name.count is not None else max(parts) + 1 - start
+    missing = [name.like(index) for index in range(start, start + n_parts) if index not in parts]
     if missing:
-        what = (
-            f"{len(missing)} of {stop - start} byte parts of {name.whole} missing: {', '.join(missing[:10])}"
-        )
+        what = f"{len(missing)} of {n_parts} byte parts of {name.whole} missing: {', '.join(missing[:10])}"
         raise ShardError(what, where=path.parent, hint="download what is missing into that folder")
-    if len(parts) > stop - start:
-        what = f"{len(parts)} byte parts, and their names say {stop - start}"
+    if len(parts) > n_parts:
+        what = f"{len(parts)} byte parts, and their names say {n_parts}"
         raise ShardError(what, where=path.parent, hint="keep the parts of one file only")
     for index, part in list(parts.items())[1:]:
         if opening(part)[0].startswith(MAGIC):

@@ -15,7 +15,7 @@ from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.merge import disk
-from dfqs_nb.merge.journal import in_the_way, read_journal, windows
+from dfqs_nb.merge.copy import in_the_way, read_journal, windows
 from dfqs_nb.merge.kind import download_mark
 from dfqs_nb.merge.plan import Plan
 from dfqs_nb.merge.verify import manifest_path
@@ -50,9 +50,17 @@ def check_output(
         if going_on and not consume:
             raise in_the_way(disk.journal_path(output))
         for path in plan.sources:
-            _check_stored(path, allow_holes or going_on)
+            mark = download_mark(path)
+            missing, first = (0, 0) if allow_holes or going_on else disk.missing_bytes(path)
+            if missing:
+                mark = f"has a hole at byte {first:,}: {missing:,} bytes were never stored and read as zeros"
+            if mark:
+                filled = quoted(path.with_name(f"whole-{path.name}"))
+                hint = "finish the download, or the stopped merge; if its holes are meant, fill them: "
+                hint += f"`cp --sparse=never {quoted(path)} {filled}`"
+                raise IntegrityError(mark, where=path, hint=hint)
         if consume:
-            _check_consumable(output, plan)
+            _check_consumable(plan, output)
         _check_space(output, plan, consume)
 
 
@@ -69,37 +77,23 @@ def _check_name(output: Path) -> None:
         hint = "choose another name"
         raise OutputError("its name is not valid UTF-8", where=output, hint=hint) from None
     longest = max(len(path.name.encode()) for path in (manifest_path(output), disk.journal_path(output)))
-    limit = os.pathconf(folder, "PC_NAME_MAX")
-    if longest > limit:
-        hint = f"choose a name that is {longest - limit} bytes shorter"
+    excess = longest - os.pathconf(folder, "PC_NAME_MAX")
+    if excess > 0:
+        hint = f"choose a name that is {excess} bytes shorter"
         raise OutputError("its name is too long for the working files beside it", where=output, hint=hint)
 
 
-def _check_stored(path: Path, allow_holes: bool) -> None:
-    """Check that every byte of a source is there."""
-    mark = download_mark(path)
-    missing, first = (0, 0) if allow_holes else disk.missing_bytes(path)
-    if missing:
-        mark = f"has a hole at byte {first:,}: {missing:,} bytes were never stored and read as zeros"
-    if mark:
-        copy = path.with_name(f"whole-{path.name}")
-        hint = "finish the download, or the stopped merge; if its holes are meant, fill them: "
-        hint += f"`cp --sparse=never {quoted(path)} {quoted(copy)}`"
-        raise IntegrityError(mark, where=path, hint=hint)
-
-
-def _check_consumable(output: Path, plan: Plan) -> None:
+def _check_consumable(plan: Plan, output: Path) -> None:
     """Check that the sources may be deleted: they belong to nobody else, and can give their bytes back."""
     if not plan.header:
         what = "the header goes on in the second part, so a killed merge could not go on"
         raise OutputError(what, where=output, hint="merge without --consume")
+    hint = "merge without --consume, into a new file; it needs room for a second copy"
     for path in plan.sources:
         if reason := _shared(path):
-            hint = "merge without --consume, into a new file; it needs room for a second copy"
             raise OutputError(f"must not be deleted: {reason}", where=path, hint=hint)
     for folder in {path.parent for path in plan.sources}:
         if not disk.can_punch(folder):
-            hint = "merge without --consume; it needs room for a second copy"
             what = "this file system cannot give back parts of a file (punch holes)"
             raise OutputError(what, where=folder, hint=hint)
 
@@ -113,10 +107,9 @@ def _shared(path: Path) -> str:
         return f"it is a link to {real}"
     if path.stat().st_nlink > 1:
         return "it has a second name (a hard link)"
-    stores = [folder for folder in real.parents if folder.name in ("blobs", "snapshots")]
-    if any(
-        (folder.parent / "blobs").is_dir() and (folder.parent / "snapshots").is_dir() for folder in stores
-    ):
+    cache = ("blobs", "snapshots")
+    stores = [folder.parent for folder in real.parents if folder.name in cache]
+    if any(all((store / name).is_dir() for name in cache) for store in stores):
         return "it belongs to a cache of the Hugging Face hub"
     if not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK):
         return "it, or its folder, may not be written"

@@ -14,31 +14,32 @@ the sources have holes there. So whatever lies about in a journal, bytes that st
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
+import json
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import xxhash
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import IntegrityError, OutputError
-from dfqs_nb.core.files import fsync_dir
+from dfqs_nb.core.files import fsync_dir, parse_json
 from dfqs_nb.merge import disk
-from dfqs_nb.merge.journal import Journal, changed, in_the_way, read_journal, windows
-from dfqs_nb.merge.plan import Identity, Plan
+from dfqs_nb.merge.disk import Identity, Part, Source
+from dfqs_nb.merge.plan import Plan
 
+MAX_WINDOW_BYTES = 256 << 20
+TORN_SECONDS = 60  # how long after the last line a punched hole may still have changed a file's time
 WINDOW_BYTES = 12 << 20  # in a consuming copy at most two windows are on the disk twice
 N_BUFFERS = 3  # one is filled, one hashed, one written
-GET_AGAIN = "it was cut off or changed meanwhile: download it again"
 FAILING = "power was lost, or the disk or the memory is failing"
+Event = dict[str, Any]  # a line of the journal
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Copied:
     sha256: str
     hashes: dict[str, str]
     sources: tuple[Identity, ...]
+
+
+class _NameTaken(OutputError):
+    """Another file took the output's name during the copy."""
 
 
 def copy(
@@ -61,29 +66,23 @@ def copy(
     read_back: bool = True,
     allow_holes: bool = False,
     progress: bool = True,
-) -> Copied:
-    """Carry out ``plan`` into ``output``, or go on with a run that was killed.
+) -> None:
+    """Carry out ``plan`` into ``output``, or go on with a run that was killed; errors as `merge_model`.
+
+    Before the complete part file gets its name, ``accept`` checks it and ``record`` keeps its hashes. When
+    the copy fails, a consuming one keeps its part file, which holds bytes that the sources no longer have.
+    Any other removes it, unless a person stopped it, or it is complete and its name is taken.
 
     Args:
-        accept: checks the complete part file, before it gets its name.
-        record: keeps its hashes, likewise.
         consume: give each window's source bytes back once it is proven, and delete the sources at the end.
         replace: take the name from a file that has it.
         read_back: read each window from the disk again; a consuming copy always does.
         allow_holes: copy holes of the sources as zeros.
-
-    Raises:
-        OutputError: another process writes this output or uses a source, or the file cannot be written.
-        SpaceError: the disk filled up.
-        IntegrityError: a source changed, or the disk gave back other bytes.
-
-    When it fails, a consuming copy keeps its part file, which holds bytes that the sources no longer have.
-    Any other removes it, unless a person stopped it, or it is complete and its name is taken.
     """
     part, journal = disk.part_path(output), disk.journal_path(output)
     ours: list[Path] = []  # what this call opened, and may remove when it fails
     left = "run the same command again to go on" if consume else "the partial output was removed"
-    with disk.readable_errors(output, plan.nbytes, left), disk.only_writer(output, disk.lock_path(output)):
+    with disk.readable_errors(output, plan.nbytes, left), disk.only_writer(output):
         try:
             with ExitStack() as stack:
                 run = _Run(plan, output, stack, ours, consume, read_back or consume, allow_holes)
@@ -96,26 +95,18 @@ def copy(
         except (KeyboardInterrupt, SystemExit, _NameTaken):
             raise
         except BaseException as error:
-            if journal in ours and windows(read_journal(output)):
-                if isinstance(error, IntegrityError):
-                    hint = f"nothing more was released; keep {part.name}: it has what the sources lack now"
-                    raise IntegrityError(
-                        error.what, where=error.where, hint=f"{hint}. {error.hint}"
-                    ) from error
-                raise
-            for path in ours:
-                path.unlink(missing_ok=True)
+            if journal not in ours or not windows(read_journal(output)):
+                for path in ours:
+                    path.unlink(missing_ok=True)
+            elif isinstance(error, IntegrityError):
+                hint = f"nothing more was released; keep {part.name}: it has what the sources lack now"
+                raise IntegrityError(error.what, where=error.where, hint=f"{hint}. {error.hint}") from error
             raise
         if consume:
             for path in plan.sources:
                 if path != output:
                     path.unlink(missing_ok=True)
             journal.unlink()
-        return copied
-
-
-class _NameTaken(OutputError):
-    """Another file took the output's name during the copy."""
 
 
 def _give_name(part: Path, output: Path, replace: bool) -> None:
@@ -150,24 +141,25 @@ class _Run:
             ours.append(path)
             return file
 
+        journal = disk.journal_path(output)
         if not consume and (earlier := read_journal(output)):
             if windows(earlier):
-                raise in_the_way(disk.journal_path(output))
-            disk.journal_path(output).unlink()  # of a consuming copy that was killed before its first window
-        self.journal = Journal(opened(disk.journal_path(output)), plan, WINDOW_BYTES) if consume else None
+                raise in_the_way(journal)
+            journal.unlink()  # of a consuming copy that was killed before its first window
+        self.journal = Journal(opened(journal), plan, WINDOW_BYTES) if consume else None
         self.part = Part(opened(disk.part_path(output)))
         self.sources = []
         for path, identity in zip(plan.sources, plan.identities, strict=True):
             file = stack.enter_context(disk.open_source(path, alone=consume))
             self.sources.append(Source(path, file, identity))
+        self.window, self.done, self.released = WINDOW_BYTES, dict[int, str](), 0
         if self.journal is not None:
             self.journal.begin(self.sources)
+            self.window, self.released = self.journal.window, self.journal.released
+            self.done = self.journal.windows
         for source in self.sources:
             source.check()
-        self.window = self.journal.window if self.journal is not None else WINDOW_BYTES
         self.failed = False
-        self.done = self.journal.windows if self.journal is not None else {}
-        self.released = self.journal.released if self.journal is not None else 0
         fsync_dir(output.parent)
 
     def copy(self, progress: bool) -> Copied:
@@ -190,10 +182,8 @@ class _Run:
                     job.result()
                 view = buffers[turn][: min(self.window, total - start)]
                 copied = self._load(view, start)
-                jobs[turn] = [
-                    hasher.submit(sha256.update, view),
-                    writer.submit(self._keep, view, start, copied),
-                ]
+                keep = writer.submit(self._keep, view, start, copied)
+                jobs[turn] = [hasher.submit(sha256.update, view), keep]
                 for tensor, low, high in self.plan.within(self.plan.tensors, start, len(view)):
                     at = tensor.target_offset - start
                     digests[tensor.name].update(view[at + low : at + high])
@@ -206,34 +196,36 @@ class _Run:
 
     def _load(self, view: memoryview, start: int) -> bool:
         """Fill a window; say whether it came from the part file, because its sources were given back."""
-        end = start + len(view)
-        if self.journal is not None and not self._stored(start, len(view)):
-            expected = self.done.get(end)
-            if expected is not None:
-                self.part.read(view, start)
-                if xxhash.xxh3_64_hexdigest(view) != expected:
-                    what, hint = f"bytes {start:,} to {end:,} changed since they were written", FAILING
-                    raise IntegrityError(what, where=self.part.path, hint=hint)
+        end, runs = start + len(view), list(self.plan.within(self.plan.copies, start, len(view)))
+        if self.journal is not None and not all(
+            self.sources[run.source].stores(run.source_offset + low, run.source_offset + high)
+            for run, low, high in runs
+        ):
+            if end in self.done:
+                self._load_copied(view, start)
                 return True
             if not self.allow_holes:
                 what = f"the sources have holes where bytes {start:,} to {end:,} come from"
                 hint = "the journal that belongs to them was lost: download the sources again"
                 raise IntegrityError(what, where=self.part.path, hint=hint)
         view[: max(len(self.plan.header) - start, 0)] = self.plan.header[start:end]
-        for copy, low, high in self.plan.within(self.plan.copies, start, len(view)):
-            at = copy.target_offset - start
-            self.sources[copy.source].read(view[at + low : at + high], copy.source_offset + low, copy.name)
-            if high >= copy.nbytes:
-                padding = view[at + high : at + copy.nbytes + copy.padding]
+        for run, low, high in runs:
+            at = run.target_offset - start
+            self.sources[run.source].read(view[at + low : at + high], run.source_offset + low, run.name)
+            if high >= run.nbytes:
+                padding = view[at + high : at + run.nbytes + run.padding]
                 padding[:] = bytes(len(padding))
         return False
 
-    def _stored(self, start: int, nbytes: int) -> bool:
-        """Whether the sources hold every byte of a window."""
-        return not any(
-            self.sources[copy.source].has_hole(copy.source_offset + low, copy.source_offset + high)
-            for copy, low, high in self.plan.within(self.plan.copies, start, nbytes)
-        )
+    def _load_copied(self, view: memoryview, start: int) -> None:
+        where, end = self.part.path, start + len(view)
+        if self.part.read(view, start) < len(view):
+            what = f"is {end - self.part.size:,} bytes shorter than its journal says"
+            hint = "it was cut or removed meanwhile: put it back, if you can, and go on"
+            raise IntegrityError(what, where=where, hint=hint)
+        if xxhash.xxh3_64_hexdigest(view) != self.done[end]:
+            what = f"bytes {start:,} to {end:,} changed since they were written"
+            raise IntegrityError(what, where=where, hint=FAILING)
 
     def _keep(self, view: memoryview, start: int, copied: bool) -> None:
         """Write a window, prove it, record it, and only then release what it was made from.
@@ -243,10 +235,6 @@ class _Run:
         if self.failed:
             return
         self.failed = True  # until this window is through
-        self._write(view, start, copied)
-        self.failed = False
-
-    def _write(self, view: memoryview, start: int, copied: bool) -> None:
         end, digest = start + len(view), xxhash.xxh3_64_hexdigest(view) if self.read_back else ""
         copied = copied or (self.journal is None and self.part.has(view, start))
         if not copied:
@@ -256,201 +244,139 @@ class _Run:
             if xxhash.xxh3_64_hexdigest(back) != digest:
                 what = f"bytes {start:,} to {end:,} came back from the disk changed"
                 raise IntegrityError(what, where=self.part.path, hint=FAILING)
-        if self.journal is None:
-            return
-        earlier = copied and end <= self.released
-        if not copied:
-            self.journal.add({"end": end, "xxh3": digest}, durable=True)
-        for copy, low, high in self.plan.within(self.plan.copies, start, len(view)):
+        if self.journal is not None:
+            if not copied:
+                self.journal.add({"end": end, "xxh3": digest}, durable=True)
+            self._release(self.journal, start, end, copied and end <= self.released)
+        self.failed = False
+
+    def _release(self, journal: Journal, start: int, end: int, earlier: bool) -> None:
+        for run, low, high in self.plan.within(self.plan.copies, start, end - start):
             if low < high:
-                gap = copy.padding if high == copy.nbytes else 0
-                first, last = copy.source_offset + low, copy.source_offset + high
-                self.sources[copy.source].release(first, last, gap, earlier)
+                gap = run.padding if high == run.nbytes else 0
+                first, last = run.source_offset + low, run.source_offset + high
+                self.sources[run.source].release(first, last, gap, earlier)
         if not earlier:
-            self.journal.add({"released": end})
+            journal.add({"released": end})
 
     def check_sources(self) -> None:
-        """Check that no source was changed, or replaced, while it was read.
-
-        Raises:
-            IntegrityError: which one.
-        """
+        """Raise `IntegrityError` if a source was changed, or replaced, while it was read."""
         for source in self.sources:
             source.check()
             if not (source.path.exists() and os.path.samestat(source.path.stat(), os.fstat(source.handle))):
-                raise changed(source.path)
+                raise disk.changed(source.path)
 
 
-class Source:
-    """A source file, open, that nobody else may change.
+# ---- the journal of a consuming copy ----
 
-    Its status-change time (ctime) is compared too. Nothing can set it back, so it shows a change whose
-    modification time was reset, as our own release of bytes resets it.
+
+class Journal:
+    """The journal of one plan, open: what is proven, and whose bytes were given back.
+
+    One JSON line an event: the plan, its ``window`` in bytes and its sources; ``end`` and ``xxh3`` (XXH3-64)
+    of each window that is on the disk and proven; ``released``, when its source bytes were given back. A torn
+    last line counts as never written. `core.journal` is for rows in any order whose loss costs time. Here a
+    line must be on the disk before bytes go.
+
+    Raises:
+        IntegrityError: the file is the journal of another plan that is unfinished.
     """
 
-    def __init__(self, path: Path, file: IO[bytes], identity: Identity) -> None:
-        self.path, self.file, self.handle, self.identity = path, file, file.fileno(), identity
-        self.ctime_ns = os.fstat(self.handle).st_ctime_ns
-        self.low = self.high = self.gap = 0  # the run of copied bytes whose last block is not given back yet
+    def __init__(self, file: IO[bytes], plan: Plan, window: int) -> None:
+        self.file, self.path, self.plan, self.window = file, Path(file.name), plan, window
+        self.written_ns = os.fstat(file.fileno()).st_mtime_ns
+        self.lines, self.nbytes = _events(file.read())
+        if not self.windows:
+            self.lines, self.nbytes = [], 0
+            return
+        earlier = self.lines[0].get("window")
+        if not isinstance(earlier, int) or self.lines[0].get("plan") != plan.fingerprint:
+            raise in_the_way(self.path)
+        if not 0 < earlier <= MAX_WINDOW_BYTES or earlier % mmap.PAGESIZE:
+            raise in_the_way(self.path)
+        self.window = earlier
 
     @property
-    def mtime_ns(self) -> int:
-        """When it was changed last."""
-        return int(self.identity["mtime_ns"])
+    def windows(self) -> dict[int, str]:
+        """The hash of each window done so far, by its end."""
+        return windows(self.lines)
 
-    def set_time(self, mtime_ns: int) -> None:
-        """Set the modification time, as it was before bytes were given back."""
-        os.utime(self.handle, ns=(os.fstat(self.handle).st_atime_ns, mtime_ns))
-        self.identity = {**self.identity, "mtime_ns": mtime_ns}
-        self.ctime_ns = os.fstat(self.handle).st_ctime_ns
+    @property
+    def released(self) -> int:
+        """Up to where in the target the source bytes were given back."""
+        return max((line["released"] for line in self.lines if type(line.get("released")) is int), default=0)
 
-    def check(self) -> None:
-        """Check that the file is as it was.
+    def begin(self, sources: Sequence[disk.Source]) -> None:
+        """Write the first line, or go on where an earlier run ended.
 
-        Raises:
-            IntegrityError: it changed.
+        Releasing bytes changes a file's time, which is set back at once. A kill between the two shows as a
+        window without its ``released`` line: then a time soon after that line is the release's own. Any other
+        change of a source is an `IntegrityError`.
         """
-        now = os.fstat(self.handle)
-        was = (self.identity["nbytes"], self.mtime_ns, self.ctime_ns)
-        if was != (now.st_size, now.st_mtime_ns, now.st_ctime_ns):
-            raise changed(self.path)
+        recorded = self.lines[0].get("sources") if self.lines else [source.identity for source in sources]
+        if not isinstance(recorded, list) or len(recorded) != len(sources):
+            raise in_the_way(self.path)
+        for source, then in zip(sources, recorded, strict=True):
+            mtime, now = then.get("mtime_ns") if isinstance(then, dict) else None, source.identity["mtime_ns"]
+            torn = self.lines and "end" in self.lines[-1]
+            if torn and type(mtime) is int and mtime < int(now) <= self.written_ns + TORN_SECONDS * 10**9:
+                source.set_time(mtime)
+            if source.identity != then:
+                raise disk.changed(source.path)
+        self.file.truncate(self.nbytes)
+        self.file.seek(self.nbytes)
+        if not self.lines:
+            head = {"plan": self.plan.fingerprint, "window": self.window, "sources": recorded}
+            self.add(head, durable=True)
 
-    def read(self, view: memoryview, offset: int, name: str) -> None:
-        """Fill ``view`` from ``offset``.
-
-        Raises:
-            IntegrityError: the file ends before, or cannot be read there.
-        """
-        got = 0
-        while got < len(view):
-            try:
-                n = os.preadv(self.handle, [view[got:]], offset + got)
-            except OSError as error:
-                what = f"tensor {name!r} cannot be read ({error.strerror})"
-                hint = "the disk may be failing: copy or download the file again"
-                raise IntegrityError(what, where=self.path, hint=hint) from error
-            if n == 0:
-                raise IntegrityError(f"ended inside tensor {name!r}", where=self.path, hint=GET_AGAIN)
-            got += n
-
-    def has_hole(self, start: int, end: int) -> bool:
-        """Whether a byte between two offsets is not stored."""
-        hole = disk.next_hole(self.handle, start)
-        return hole is not None and hole < end
-
-    def release(self, start: int, end: int, gap: int, earlier: bool) -> None:
-        """Give these bytes back, whole blocks at a time, and keep the file's time.
-
-        A block that is partly copied waits for its rest. The ``gap`` bytes of padding after these go with
-        them. A header between two runs does not: it is what a later run finds the tensors by. ``earlier``: a
-        run before this one gave them back.
-        """
-        if not self.high <= start <= self.high + self.gap:
-            self.low = start
-        self.high, self.gap = end, gap
-        if earlier:
-            block = os.fstat(self.handle).st_blksize
-            self.low = max(self.low, end // block * block)
-            return
-        self.check()
-        self.low = disk.punch(self.handle, self.low, end)
-        self.set_time(self.mtime_ns)
+    def add(self, event: Event, *, durable: bool = False) -> None:
+        """Append a line; ``durable``: and wait until it is on the disk."""
+        rest = line_of(event)
+        while rest:  # a disk that is almost full may take a part of a line
+            rest = rest[self.file.write(rest) :]
+        self.lines.append(event)
+        if durable:
+            os.fsync(self.file.fileno())
 
 
-class Part:
-    """The part file, written and read past the page cache (O_DIRECT) where the file system allows it.
+def read_journal(output: Path) -> list[Event]:
+    """The events recorded for ``output``; empty without a journal."""
+    try:
+        with disk.open_own(disk.journal_path(output), create=False) as file:
+            return _events(file.read())[0]
+    except FileNotFoundError:
+        return []
 
-    What is read back then comes from the disk for sure, and the processor is left to the hashes: through the
-    cache the same merge took two to three times as long (tests/benchmarks/RESULTS.md).
-    """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.path, self.handle = Path(file.name), file.fileno()
-        self.size = os.fstat(self.handle).st_size
-        self.direct = self._past_cache(True)
-        self.spare = memoryview(b"")
-        self.mtime_ns = 0
+def windows(lines: Sequence[Event]) -> dict[int, str]:
+    """The hash of each window that a journal's events record, by the window's end."""
+    done = [line for line in lines[1:] if type(line.get("end")) is int and type(line.get("xxh3")) is str]
+    return {line["end"]: line["xxh3"] for line in done}
 
-    def _past_cache(self, wanted: bool) -> bool:
-        direct = getattr(os, "O_DIRECT", 0)
-        flags = fcntl.fcntl(self.handle, fcntl.F_GETFL)
+
+def _events(raw: bytes) -> tuple[list[Event], int]:
+    """The events up to the first line that is none, and where they end."""
+    events: list[Event] = []
+    end = 0
+    for line in raw.split(b"\n")[:-1]:
         try:
-            fcntl.fcntl(self.handle, fcntl.F_SETFL, flags | direct if wanted else flags & ~direct)
-        except OSError:
-            return False
-        return bool(direct) and wanted
+            event = parse_json(line)
+        except ValueError:
+            break
+        if not isinstance(event, dict):
+            break
+        events.append(event)
+        end += len(line) + 1
+    return events, end
 
-    def _each(self, call: Callable[[memoryview, int], int], view: memoryview, offset: int) -> int:
-        """Call until the view is done; return the bytes done.
 
-        Direct calls need whole blocks, else they fail (EINVAL).
-        """
-        done = 0
-        while done < len(view):
-            try:
-                n = call(view[done:], offset + done)
-            except OSError as error:
-                if error.errno != errno.EINVAL or not self.direct:
-                    raise
-                self.direct = self._past_cache(False)
-                continue
-            if n == 0:
-                break
-            done += n
-        return done
+def line_of(event: Event) -> bytes:
+    """An event as it is written."""
+    return json.dumps(event, separators=(",", ":")).encode() + b"\n"
 
-    def write(self, view: memoryview, offset: int) -> None:
-        """Write all of ``view``."""
-        self._each(lambda rest, at: os.pwrite(self.handle, rest, at), view, offset)
 
-    def _read(self, rest: memoryview, at: int) -> int:
-        return os.preadv(self.handle, [rest], at)
-
-    def read(self, view: memoryview, offset: int) -> None:
-        """Fill ``view``.
-
-        Raises:
-            IntegrityError: the file is shorter.
-        """
-        if self._each(self._read, view, offset) < len(view):
-            what = f"is {offset + len(view) - self.size:,} bytes shorter than its journal says"
-            hint = "it was cut or removed meanwhile: put it back, if you can, and go on"
-            raise IntegrityError(what, where=self.path, hint=hint)
-
-    def from_disk(self, offset: int, nbytes: int, *, flush: bool) -> memoryview:
-        """What the disk gives back. ``flush``: wait first until it would survive a loss of power."""
-        if flush or not self.direct:
-            getattr(os, "fdatasync", os.fsync)(self.handle)  # macOS has no fdatasync
-            if not self.direct and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self.handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
-        if len(self.spare) < nbytes:
-            self.spare = memoryview(mmap.mmap(-1, nbytes))
-        done = self._each(self._read, self.spare[:nbytes], offset)
-        return self.spare[:done]
-
-    def has(self, view: memoryview, offset: int) -> bool:
-        """Whether an earlier run wrote these bytes. Every one is compared: a hash can be made to fit."""
-        if offset + len(view) > self.size:
-            return False
-        there = self.from_disk(offset, len(view), flush=False)
-        step = 1 << 20
-        return len(there) == len(view) and all(
-            bytes(there[i : i + step]) == bytes(view[i : i + step]) for i in range(0, len(view), step)
-        )
-
-    def finish(self, nbytes: int) -> None:
-        """Cut off what an earlier run wrote behind the end, and flush."""
-        os.ftruncate(self.handle, nbytes)
-        os.fsync(self.handle)
-        self.mtime_ns = os.fstat(self.handle).st_mtime_ns
-
-    def check(self, nbytes: int) -> None:
-        """Check that the file of this name is still the one that was written, and unchanged since.
-
-        Raises:
-            IntegrityError: somebody changed or replaced it.
-        """
-        now, there = os.fstat(self.handle), self.path.lstat()
-        same = os.path.samestat(now, there) and (now.st_size, now.st_mtime_ns) == (nbytes, self.mtime_ns)
-        if not same:
-            raise IntegrityError("changed while it was checked", where=self.path, hint="see who writes to it")
+def in_the_way(journal: Path) -> IntegrityError:
+    """The error for a copy that would overwrite an unfinished one that consumes its sources."""
+    what, hint = "an unfinished merge that consumes its sources is in the way", "with the same command first"
+    hint = f"finish it {hint}: its part file holds what the sources no longer have"
+    return IntegrityError(what, where=journal, hint=f"{hint}. Remove both only if all sources are whole")

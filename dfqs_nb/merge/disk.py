@@ -8,21 +8,22 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from dfqs_nb.core.errors import DfqsError, OutputError, SpaceError
+from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 
 KEEP_SIZE, PUNCH_HOLE = 0x01, 0x02
 AT_FDCWD, NO_REPLACE = -100, 1
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre, CIFS or NFS without lock support
-BUSY = (errno.EAGAIN, errno.EACCES)
+Identity = dict[str, int | str]  # of a file: its name, nbytes and mtime_ns
 
 
 # ---- holes ----
@@ -40,11 +41,8 @@ def _libc(name: str) -> Callable[..., int] | None:
 def punch(handle: int, start: int, end: int) -> int:
     """Give the whole blocks between two offsets back to the file system; they then read as zeros.
 
-    Returns:
-        Where the bytes begin that were kept: the last, unfinished block, or ``start``.
-
-    Raises:
-        OSError: the system or the file system cannot do it.
+    Returns where the bytes begin that were kept: the last, unfinished block, or ``start``. An `OSError`: the
+    system or the file system cannot do it.
     """
     block = os.fstat(handle).st_blksize
     first, last = -(-start // block) * block, end // block * block
@@ -61,15 +59,15 @@ def punch(handle: int, start: int, end: int) -> int:
 def can_punch(folder: str | Path) -> bool:
     """Whether files in ``folder`` can give bytes back; tried on a small temporary file there."""
     with tempfile.TemporaryFile(dir=folder) as file:
-        block = os.fstat(file.fileno()).st_blksize
-        file.write(bytes([1]) * 4 * block)
-        file.flush()
-        os.fsync(file.fileno())
+        handle = file.fileno()
+        block = os.fstat(handle).st_blksize
+        os.pwrite(handle, bytes([1]) * 4 * block, 0)
+        os.fsync(handle)
         try:
-            punch(file.fileno(), 0, 3 * block)
+            punch(handle, 0, 3 * block)
         except OSError:
             return False
-        return next_hole(file.fileno(), 0) == 0
+        return next_hole(handle, 0) == 0
 
 
 def next_hole(handle: int, start: int) -> int | None:
@@ -101,31 +99,52 @@ def missing_bytes(path: str | Path) -> tuple[int, int]:
         return missing, first
 
 
-# ---- files of our own ----
+# ---- errors ----
 
 
-def part_path(output: Path) -> Path:
-    """Where the bytes of ``output`` grow until they are proven."""
-    return output.with_name(f".{output.name}.part")
+@contextmanager
+def readable_errors(output: Path, nbytes: int, left: str) -> Iterator[None]:
+    """Make of an `OSError` an error that says what to do; ``left`` says what became of the partial output."""
+    try:
+        yield
+    except OSError as error:
+        why = f"({error.strerror}); {left}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what, hint = f"the disk filled up while {nbytes:,} bytes were written", "free some space"
+            raise SpaceError(
+                f"{what} {why}", where=output, hint=f"{hint}, or write to another disk"
+            ) from error
+        if error.errno == errno.EFBIG:
+            what = f"the file system allows no file of {nbytes:,} bytes {why}"
+            hint = "write to another file system (FAT32 ends at 4 GiB), or raise `ulimit -f`"
+            raise OutputError(what, where=output, hint=hint) from error
+        hint, where = "choose a folder you may write", error.filename or output
+        raise OutputError(f"cannot be written {why}", where=where, hint=hint) from error
 
 
-def journal_path(output: Path) -> Path:
-    """Where a consuming copy records what it has proven."""
-    return output.with_name(f".{output.name}.journal")
+def changed(path: Path) -> IntegrityError:
+    """The error for a source that is not as it was."""
+    hint = "put the file back as it was and run the same command again"
+    return IntegrityError("changed since its merge began", where=path, hint=hint)
 
 
-def lock_path(output: Path) -> Path:
-    """The file whose lock says that ``output`` is being written."""
-    return output.with_name(f".{output.name}.lock")
+# ---- names, locks and files of our own ----
+
+
+def _beside(ending: str, output: Path) -> Path:
+    return output.with_name(f".{output.name}.{ending}")
+
+
+# where the bytes of an output grow, where a consuming copy records what it has proven, and whose lock says
+# that the output is being written
+part_path, journal_path, lock_path = (partial(_beside, ending) for ending in ("part", "journal", "lock"))
 
 
 def open_own(path: Path, *, create: bool = True) -> IO[bytes]:
     """Open a working file beside the output for reading and writing.
 
-    Raises:
-        OutputError: something else has that name: a link, a pipe, a folder, a file with a second name. To
-            write to it would change what it stands for.
-        FileNotFoundError: there is none, and ``create`` is false.
+    `OutputError`: something else has that name, a link, a pipe, a folder, a file with a second name. To write
+    to it would change what it stands for. `FileNotFoundError`: there is none, and ``create`` is false.
     """
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0)
     foreign = OutputError("is not a plain file with one name", where=path, hint="remove it: it is in the way")
@@ -145,10 +164,8 @@ def open_own(path: Path, *, create: bool = True) -> IO[bytes]:
 def open_source(path: Path, *, alone: bool) -> IO[bytes]:
     """Open a source and lock it until it is closed: alone, to give its bytes back, or beside other readers.
 
-    Where the file system has no locks, only the check of its times guards it (see `copy.Source`).
-
-    Raises:
-        OutputError: another process reads or consumes it.
+    Where the file system has no locks, only the check of its times guards it (see `Source`). `OutputError`:
+    another process reads or consumes it.
     """
     flags = os.O_RDWR | os.O_NOFOLLOW if alone else os.O_RDONLY
     file = open(path, "r+b" if alone else "rb", buffering=0, opener=lambda name, _: os.open(name, flags))  # noqa: SIM115
@@ -158,7 +175,7 @@ def open_source(path: Path, *, alone: bool) -> IO[bytes]:
         if error.errno in NO_LOCKS:
             return file
         file.close()
-        if error.errno in BUSY:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
             what = "another process is merging this file"
             raise OutputError(what, where=path, hint="wait for it to end") from None
         raise
@@ -166,15 +183,10 @@ def open_source(path: Path, *, alone: bool) -> IO[bytes]:
 
 
 def rename_new(path: Path, target: Path) -> None:
-    """Rename a file to a name that nothing has.
-
-    Raises:
-        FileExistsError: something took that name.
-    """
+    """Rename a file to a name that nothing has; `FileExistsError` where something took it."""
     rename = _libc("renameat2")
     if rename is not None:
-        names = os.fsencode(path), os.fsencode(target)
-        if rename(AT_FDCWD, names[0], AT_FDCWD, names[1], NO_REPLACE) == 0:
+        if rename(AT_FDCWD, os.fsencode(path), AT_FDCWD, os.fsencode(target), NO_REPLACE) == 0:
             return
         number = ctypes.get_errno()
         if number not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
@@ -192,15 +204,16 @@ def rename_new(path: Path, target: Path) -> None:
 
 
 @contextmanager
-def only_writer(output: Path, path: Path) -> Iterator[None]:
-    """Be the only process that writes ``output``; ``path`` is the lock's file.
-
-    Raises:
-        OutputError: another process writes it.
-    """
+def only_writer(output: Path) -> Iterator[None]:
+    """Be the only process that writes ``output``; `OutputError` where another one does."""
     from filelock import FileLock, SoftFileLock, Timeout
 
-    locks = _has_locks(output.parent)
+    path, locks = lock_path(output), True
+    with tempfile.TemporaryFile(dir=output.parent) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            locks = error.errno not in NO_LOCKS
     lock = FileLock(path, timeout=0) if locks else SoftFileLock(path, timeout=0)
     try:
         lock.acquire()
@@ -215,39 +228,150 @@ def only_writer(output: Path, path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _has_locks(folder: Path) -> bool:
-    with tempfile.TemporaryFile(dir=folder) as file:
+# ---- sources, and the part file ----
+
+
+class Source:
+    """A source file, open, that nobody else may change.
+
+    Its status-change time (ctime) is compared too. Nothing can set it back, so it shows a change whose
+    modification time was reset, as our own release of bytes resets it.
+    """
+
+    def __init__(self, path: Path, file: IO[bytes], identity: Identity) -> None:
+        self.path, self.file, self.handle, self.identity = path, file, file.fileno(), identity
+        self.ctime_ns = os.fstat(self.handle).st_ctime_ns
+        self.low = self.high = self.gap = 0  # the run of copied bytes whose last block is not given back yet
+
+    def set_time(self, mtime_ns: int) -> None:
+        """Set the modification time, as it was before bytes were given back."""
+        os.utime(self.handle, ns=(os.fstat(self.handle).st_atime_ns, mtime_ns))
+        self.identity = {**self.identity, "mtime_ns": mtime_ns}
+        self.ctime_ns = os.fstat(self.handle).st_ctime_ns
+
+    def check(self) -> None:
+        """Raise `IntegrityError` unless the file is as it was."""
+        now, was = os.fstat(self.handle), self.identity
+        before = (was["nbytes"], was["mtime_ns"], self.ctime_ns)
+        if before != (now.st_size, now.st_mtime_ns, now.st_ctime_ns):
+            raise changed(self.path)
+
+    def read(self, view: memoryview, offset: int, name: str) -> None:
+        """Fill ``view`` from ``offset``; an `IntegrityError` names the tensor where that is not possible."""
+        while len(view):
+            try:
+                n = os.preadv(self.handle, [view], offset)
+            except OSError as error:
+                what = f"tensor {name!r} cannot be read ({error.strerror})"
+                hint = "the disk may be failing: copy or download the file again"
+                raise IntegrityError(what, where=self.path, hint=hint) from error
+            if n == 0:
+                hint = "it was cut off or changed meanwhile: download it again"
+                raise IntegrityError(f"ended inside tensor {name!r}", where=self.path, hint=hint)
+            view, offset = view[n:], offset + n
+
+    def stores(self, start: int, end: int) -> bool:
+        """Whether every byte between two offsets is stored."""
+        hole = next_hole(self.handle, start)
+        return hole is None or hole >= end
+
+    def release(self, start: int, end: int, gap: int, earlier: bool) -> None:
+        """Give these bytes back, whole blocks at a time, and keep the file's time.
+
+        A block that is partly copied waits for its rest. The ``gap`` bytes of padding after these go with
+        them. A header between two runs does not: it is what a later run finds the tensors by. ``earlier``: a
+        run before this one gave them back.
+        """
+        if not self.high <= start <= self.high + self.gap:
+            self.low = start
+        self.high, self.gap = end, gap
+        if earlier:
+            block = os.fstat(self.handle).st_blksize
+            self.low = max(self.low, end // block * block)
+            return
+        self.check()
+        self.low = punch(self.handle, self.low, end)
+        self.set_time(int(self.identity["mtime_ns"]))
+
+
+class Part:
+    """The part file, written and read past the page cache (O_DIRECT) where the file system allows it.
+
+    What is read back then comes from the disk for sure, and the processor is left to the hashes: through the
+    cache the same merge took two to three times as long (tests/benchmarks/RESULTS.md).
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.path, self.handle = Path(file.name), file.fileno()
+        self.size = os.fstat(self.handle).st_size
+        self.direct = self._past_cache(True)
+        self.spare = memoryview(b"")
+        self.mtime_ns = 0
+
+    def _past_cache(self, wanted: bool) -> bool:
+        direct = getattr(os, "O_DIRECT", 0)
+        flags = fcntl.fcntl(self.handle, fcntl.F_GETFL)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno not in NO_LOCKS
-    return True
+            fcntl.fcntl(self.handle, fcntl.F_SETFL, flags | direct if wanted else flags & ~direct)
+        except OSError:
+            return False
+        return bool(direct) and wanted
 
+    def _each(self, call: Callable[[int, Any, int], int], view: memoryview, offset: int) -> int:
+        """Call until the view is done; return the bytes done.
 
-@contextmanager
-def readable_errors(output: Path, nbytes: int, left: str) -> Iterator[None]:
-    """Make of an `OSError` an error that says what to do; ``left`` says what became of the partial output."""
-    try:
-        yield
-    except OSError as error:
-        raise _readable(error, output, nbytes, left) from error
+        Direct calls need whole blocks, else they fail (EINVAL).
+        """
+        done = 0
+        while done < len(view):
+            try:
+                n = call(self.handle, view[done:], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self.direct:
+                    raise
+                self.direct = self._past_cache(False)
+                continue
+            if n == 0:
+                break
+            done += n
+        return done
 
+    def write(self, view: memoryview, offset: int) -> None:
+        """Write all of ``view``."""
+        self._each(lambda *call: os.pwrite(*call), view, offset)
 
-def _readable(error: OSError, output: Path, nbytes: int, left: str) -> DfqsError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return SpaceError(
-            f"the disk filled up while {nbytes:,} bytes were written ({error.strerror}); {left}",
-            where=output,
-            hint="free some space, or write to another disk",
+    def read(self, view: memoryview, offset: int) -> int:
+        """Fill ``view`` as far as the file goes; the bytes read."""
+        return self._each(lambda handle, rest, at: os.preadv(handle, [rest], at), view, offset)
+
+    def from_disk(self, offset: int, nbytes: int, *, flush: bool) -> memoryview:
+        """What the disk gives back. ``flush``: wait first until it would survive a loss of power."""
+        if flush or not self.direct:
+            getattr(os, "fdatasync", os.fsync)(self.handle)  # macOS has no fdatasync
+            if not self.direct and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self.handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        if len(self.spare) < nbytes:
+            self.spare = memoryview(mmap.mmap(-1, nbytes))
+        return self.spare[: self.read(self.spare[:nbytes], offset)]
+
+    def has(self, view: memoryview, offset: int) -> bool:
+        """Whether an earlier run wrote these bytes. Every one is compared: a hash can be made to fit."""
+        if offset + len(view) > self.size:
+            return False
+        there, step = self.from_disk(offset, len(view), flush=False), 1 << 20
+        return len(there) == len(view) and all(
+            bytes(there[i : i + step]) == bytes(view[i : i + step]) for i in range(0, len(view), step)
         )
-    if error.errno == errno.EFBIG:
-        return OutputError(
-            f"the file system allows no file of {nbytes:,} bytes ({error.strerror}); {left}",
-            where=output,
-            hint="write to another file system (FAT32 ends at 4 GiB), or raise `ulimit -f`",
-        )
-    return OutputError(
-        f"cannot be written ({error.strerror}); {left}",
-        where=error.filename or output,
-        hint="choose a folder you may write",
-    )
+
+    def finish(self, nbytes: int) -> None:
+        """Cut off what an earlier run wrote behind the end, and flush."""
+        os.ftruncate(self.handle, nbytes)
+        os.fsync(self.handle)
+        self.mtime_ns = os.fstat(self.handle).st_mtime_ns
+
+    def check(self, nbytes: int) -> None:
+        """Raise `IntegrityError` unless the file of this name is the one that was written, and unchanged."""
+        now, there = os.fstat(self.handle), self.path.lstat()
+        same = os.path.samestat(now, there) and (now.st_size, now.st_mtime_ns) == (nbytes, self.mtime_ns)
+        if not same:
+            raise IntegrityError("changed while it was checked", where=self.path, hint="see who writes to it")

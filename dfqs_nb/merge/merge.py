@@ -1,13 +1,8 @@
 """One sound GGUF file out of what there is: shards, byte parts, or shards that were glued together.
 
 The result is the file that llama.cpp's ``llama-gguf-split --merge`` writes, byte for byte: shard 1's metadata
-with ``split.count`` set to 0 (which moves that field to the end), the tensor tables of all shards one after
-another, then every tensor's bytes, each padded to the alignment. That tool holds a whole tensor in memory and
-checks nothing. This module streams through three buffers, computes the SHA-256 of the result on the way, and
-reads the result back from the disk.
-
-One difference: for a model whose alignment is not 32 bytes the reference tool pads to 32 nevertheless, and
-llama.cpp then refuses its output. This module pads to the model's own alignment.
+with ``split.count`` set to 0, the tensor tables of all shards, then every tensor's bytes, each padded to the
+model's own alignment (the tool pads to 32 bytes always; where that is wrong, llama.cpp refuses its output).
 """
 
 from __future__ import annotations
@@ -29,11 +24,9 @@ from dfqs_nb.gguf.shards import ShardSet, check_set, open_shards, shard_path
 from dfqs_nb.merge import disk
 from dfqs_nb.merge.byte_parts import byte_parts
 from dfqs_nb.merge.checks import CONSUME_EXTRA_BYTES, check_output
-from dfqs_nb.merge.copy import Copied, copy
-from dfqs_nb.merge.first_bytes import Kind
-from dfqs_nb.merge.journal import read_journal
-from dfqs_nb.merge.kind import Diagnosis, diagnose, shard_number
-from dfqs_nb.merge.plan import Identity, Plan, identities, plan_cut, plan_join, plan_merge
+from dfqs_nb.merge.copy import Copied, copy, read_journal
+from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose, shard_number
+from dfqs_nb.merge.plan import Plan, identities, plan_cut, plan_join, plan_merge
 from dfqs_nb.merge.verify import hash_file, manifest_path, read_manifest, save_manifest, tensor_hashes
 
 if TYPE_CHECKING:
@@ -46,34 +39,25 @@ Given = str | Path | Sequence[str | Path]
 class MergeResult:
     """A merged model that passed every check.
 
-    Attributes:
-        path: the merged file.
-        nbytes: its size in bytes.
-        sha256: SHA-256 of the whole file.
-        tensors: XXH64 of each tensor's bytes, as ``llama-gguf-hash`` prints it: the same in shard and file.
-        sources: name, size in bytes and modification time (ns) of each shard.
-        seconds: wall time of the merge.
-        reused: an earlier merge of the same shards was used, or the file itself; nothing was written.
+    ``tensors`` has XXH64 of each tensor's bytes, as ``llama-gguf-hash`` prints it: the same in shard and
+    file. ``sources`` has name, size in bytes and modification time (ns) of each shard. ``reused``: an earlier
+    merge of the same shards was used, or the file itself; nothing was written.
     """
 
     path: Path
     nbytes: int
     sha256: str
     tensors: dict[str, str]
-    sources: tuple[Identity, ...]
+    sources: tuple[disk.Identity, ...]
     seconds: float
     reused: bool = False
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model as it lies on the disk, opened once.
+    """A model as it lies on the disk, opened once: its shards or byte parts in order, or the one file.
 
-    Attributes:
-        files: its shards or byte parts in order, or the one file.
-        kind: of these files.
-        plan: of the merge.
-        set_of_shards: the headers in them, checked as one set; None for byte parts.
+    ``set_of_shards`` has the headers in them, checked as one set; it is None for byte parts.
     """
 
     files: tuple[Path, ...]
@@ -83,11 +67,7 @@ class Source:
 
     @property
     def shards(self) -> ShardSet:
-        """The headers of the model.
-
-        Raises:
-            HeaderError: the header of a file in byte parts goes on in the second part: merge it first.
-        """
+        """The headers; of byte parts, where the first has all of it: else they have to be merged first."""
         return self.set_of_shards or ShardSet((read_header(self.files[0]),))
 
     def dry_run(self, output: str | Path, *, overwrite: bool = False, consume: bool = False) -> Plan:
@@ -100,25 +80,19 @@ class Source:
     ) -> tuple[MergeResult, ...]:
         """Cut a raw concatenation back into the shards that it was made from, byte for byte.
 
-        Args:
-            folder: where the shards go, named ``NAME-0000k-of-0000N.gguf``; by default beside the file.
-
-        Raises:
-            ShardError: this is no raw concatenation.
-            OutputError, SpaceError, IntegrityError: as `merge_model`.
+        They go into ``folder``, by default beside the file, named ``NAME-0000k-of-0000N.gguf``. Errors are
+        those of `merge_model`, and a `ShardError` for anything else.
         """
         path = self.files[0]
         headers = sorted(_glued(path).headers, key=lambda header: header.start)
         ends = [*(header.start for header in headers[1:]), path.stat().st_size]
-        prefix = Path(folder or path.parent) / path.stem
-        targets = [shard_path(prefix, *shard_number(header)) for header in headers]
-        plans = [plan_cut(path, header, end) for header, end in zip(headers, ends, strict=True)]
-        for plan, target in zip(plans, targets, strict=True):
-            check_output(target, plan, overwrite=overwrite)
-        return tuple(
-            _carry_out(plan, target, replace=overwrite, progress=progress)
-            for plan, target in zip(plans, targets, strict=True)
-        )
+        prefix, plans = Path(folder or path.parent) / path.stem, {}
+        for header, end in zip(headers, ends, strict=True):
+            target = shard_path(prefix, *shard_number(header))
+            plans[target] = plan_cut(path, header, end)
+            check_output(target, plans[target], overwrite=overwrite)
+        options = {"replace": overwrite, "progress": progress}
+        return tuple(_carry_out(plan, target, **options) for target, plan in plans.items())
 
 
 def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
@@ -132,29 +106,28 @@ def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
     Raises:
         HeaderError, LayoutError, ShardError, RegistryError: the files are missing, not sound, or not one set.
     """
+    files: list[Path] = []
     try:
-        files = tuple(file for given in _each(model) for file in _resolved(given))
+        for given in _each(model):
+            if Path(given).is_file():
+                files.append(Path(given))
+            else:
+                from dfqs_nb.gguf.models import resolve  # here: it is slow to import
+
+                files += resolve(given)
     except RegistryError as error:
         raise (merged_to and _merged_before(model, merged_to)) or error from error
-    first = diagnose(files[0], allow_holes=True)
+    first, alone = diagnose(files[0], allow_holes=True), len(files) == 1
     if first.kind is Kind.BYTE_PART:
-        parts = byte_parts(files[0]) if len(files) == 1 else files
+        parts = byte_parts(files[0]) if alone else tuple(files)
         return Source(parts, first.kind, plan_join(parts))
-    if first.kind is Kind.RAW_CONCATENATION and len(files) == 1:
+    if first.kind is Kind.RAW_CONCATENATION and alone:
         shards = check_set(first.headers, glued=True)
-        return Source(files, first.kind, plan_merge(shards), shards)
-    if len(files) == 1 and not (first.sound or first.headers):
+        return Source(tuple(files), first.kind, plan_merge(shards), shards)
+    if alone and not (first.sound or first.headers):
         raise ShardError(f"is no model: {first.finding}", where=files[0], hint=first.next_step)
-    shards = open_shards(files[0] if len(files) == 1 else files)
+    shards = open_shards(files[0] if alone else files)
     return Source(shards.paths, first.kind, plan_merge(shards), shards)
-
-
-def _resolved(given: str | Path) -> tuple[Path, ...]:
-    if Path(given).is_file():
-        return (Path(given),)
-    from dfqs_nb.gguf.models import resolve  # here: it is slow to import
-
-    return resolve(given)
 
 
 def _each(model: Given) -> list[str | Path]:
@@ -174,7 +147,7 @@ def merge_model(
     progress: bool = True,
     allow_holes: bool = False,
 ) -> MergeResult:
-    """Make the single file ``output`` of a model's shards, byte parts, or glued shards.
+    """Make the single file ``output`` of a model's shards, byte parts, or glued shards (see `open_source`).
 
     Memory stays under 100 MB whatever the largest tensor. The output appears under its name only after its
     header was accepted by this package's reader and by llama.cpp's own parser, and its bytes, read back from
@@ -182,7 +155,6 @@ def merge_model(
     A killed merge goes on where it was when the same call is made again.
 
     Args:
-        model: see `open_source`.
         overwrite: replace an existing output (which stays until the new one is proven).
         consume: delete the shards. Their bytes are given back to the disk once their copy is proven, so the
             merge needs no second copy of the model. Without it shards are only read.
@@ -191,8 +163,7 @@ def merge_model(
 
     Raises:
         HeaderError, LayoutError, ShardError: the shards are not sound, or not one set.
-        OutputError: the output exists, is one of the shards, or cannot be written there; or the shards must
-            not be deleted.
+        OutputError: the output, or the deletion of the shards, is not possible as asked.
         SpaceError: the disk has too little room, found before or on the way.
         IntegrityError: a shard changed or ended while it was read, or the disk gave back other bytes.
     """
@@ -200,9 +171,9 @@ def merge_model(
     if consume and (finished := _finish_consumed(model, output)):
         return finished
     plan = open_source(model, merged_to=output.parent).plan
-    check_output(output, plan, overwrite=overwrite, consume=consume, allow_holes=allow_holes)
-    options = {"consume": consume, "replace": overwrite, "read_back": read_back, "allow_holes": allow_holes}
-    return _carry_out(plan, output, progress=progress, **options)
+    options = {"consume": consume, "allow_holes": allow_holes}
+    check_output(output, plan, overwrite=overwrite, **options)
+    return _carry_out(plan, output, progress=progress, replace=overwrite, read_back=read_back, **options)
 
 
 def merge_once(
@@ -215,16 +186,23 @@ def merge_once(
 ) -> MergeResult:
     """`merge_model`, unless it is done already: what was made before from the same files is used again.
 
-    A sound single file is used where it lies. The same files have the same names, sizes and times.
-
-    Raises:
-        As `merge_model`; an existing output that no manifest shows to be ours is not replaced.
+    A sound single file is used where it lies. The same files have the same names, sizes and times. Errors as
+    `merge_model`; an existing output that no manifest shows to be ours is not replaced.
     """
-    output = Path(output)
+    output, plan, began = Path(output), model.plan, time.perf_counter()
     facts.require_model(model.shards.as_one)
     if len(model.files) == 1 and model.kind is not Kind.RAW_CONCATENATION:
-        return _use_where_it_lies(diagnose(model.files[0]), fresh, progress)
-    earlier, plan = earlier_result(output), model.plan
+        path, diagnosis = model.files[0], diagnose(model.files[0])
+        if diagnosis.kind is not Kind.SINGLE_FILE:
+            raise ShardError(diagnosis.finding, where=path, hint=diagnosis.next_step)
+        header = diagnosis.headers[0]
+        validate(path, Plan((path,), b"", (), header.file_size, (), (), of_tensors=False))
+        if not fresh and (earlier := earlier_result(path)):
+            return replace(earlier, reused=True)
+        sha256, hashes = hash_file(path, [header], progress=progress)
+        seconds = time.perf_counter() - began
+        return MergeResult(path, header.file_size, sha256, hashes, identities([path]), seconds, True)
+    earlier = earlier_result(output)
     if earlier and not fresh and earlier.sources == plan.identities:
         return replace(earlier, reused=True)
     ours = manifest_path(output).exists() or output.resolve().is_relative_to(outputs_dir().resolve())
@@ -244,8 +222,7 @@ def repair(
     """Make the sound model that the raw concatenation ``path`` should have been.
 
     Shards that were glued together byte for byte have everything in them, but the second shard's header
-    stands in the middle of the data. The published single file of DFQS 1.0 is such a file. The result is the
-    file that merging the original shards gives, byte for byte.
+    stands in the middle of the data. The result is the file that merging the original shards gives.
 
     Args:
         output: the new file; ``path`` is then only read.
@@ -256,8 +233,8 @@ def repair(
         overwrite, allow_holes: see `merge_model`.
 
     Raises:
-        OutputError: neither, or both, of ``output`` and ``in_place``; or as `merge_model`.
-        DfqsError: ``path`` is not a raw concatenation; or as `merge_model`.
+        DfqsError: neither, or both, of ``output`` and ``in_place``; ``path`` is not a raw concatenation; or
+            as `merge_model`.
     """
     path = Path(path)
     if in_place == (output is not None):
@@ -273,11 +250,7 @@ def repair(
 
 
 def _glued(path: Path) -> Diagnosis:
-    """The diagnosis of a raw concatenation of all shards of one model.
-
-    Raises:
-        ShardError: it is something else, or a shard in it is missing, doubled or cut off; says which.
-    """
+    """The diagnosis of a raw concatenation of all shards of one model; `ShardError` for anything else."""
     diagnosis = diagnose(path, allow_holes=True)
     if diagnosis.kind is not Kind.RAW_CONCATENATION:
         message = f"is not a raw concatenation of shards: {diagnosis.finding}"
@@ -285,22 +258,21 @@ def _glued(path: Path) -> Diagnosis:
     return diagnosis
 
 
-def _carry_out(plan: Plan, output: Path, *, progress: bool, **options: bool) -> MergeResult:
+def _carry_out(plan: Plan, output: Path, **options: bool) -> MergeResult:
     """Copy (with the options of `copy`), check, keep the hashes, and only then give the file its name."""
     began = time.perf_counter()
     results: list[MergeResult] = []
 
     def record(part: Path, copied: Copied) -> None:
-        hashes = copied.hashes if plan.tensors else tensor_hashes(read_header(part), progress=progress)
+        hashes = copied.hashes
+        if not plan.tensors:  # the header went on in the second byte part
+            hashes = tensor_hashes(read_header(part), progress=options["progress"])
         seconds = time.perf_counter() - began
         save_manifest(output, part, copied.sha256, hashes, copied.sources, seconds)
         results.append(MergeResult(output, plan.nbytes, copied.sha256, hashes, copied.sources, seconds))
 
-    def accept(part: Path) -> None:
-        validate(part, plan)
-
     try:
-        copy(plan, output, accept=accept, record=record, progress=progress, **options)
+        copy(plan, output, accept=lambda part: validate(part, plan), record=record, **options)
     except BaseException:
         if results and earlier_result(output) is None:
             manifest_path(output).unlink(missing_ok=True)  # another file has the name
@@ -329,30 +301,15 @@ def validate(path: Path, plan: Plan) -> None:
         raise IntegrityError("the written header is not the planned one", where=path, hint=hint)
 
 
-def _use_where_it_lies(diagnosis: Diagnosis, fresh: bool, progress: bool) -> MergeResult:
-    """Check a model that is in one file already, and hash it, unless its manifest has the hash."""
-    path, began = diagnosis.path, time.perf_counter()
-    if diagnosis.kind is not Kind.SINGLE_FILE:
-        raise ShardError(diagnosis.finding, where=path, hint=diagnosis.next_step)
-    header = diagnosis.headers[0]
-    validate(path, Plan((path,), b"", (), header.file_size, (), (), of_tensors=False))
-    if not fresh and (earlier := earlier_result(path)):
-        return replace(earlier, reused=True)
-    sha256, hashes = hash_file(path, [header], progress=progress)
-    seconds = time.perf_counter() - began
-    return MergeResult(path, header.file_size, sha256, hashes, identities([path]), seconds, True)
-
-
 def earlier_result(output: Path) -> MergeResult | None:
     """What the manifest says of ``output``, if it is the file of that size, time and inode."""
     try:
         kept, stat = read_manifest(output), output.stat()
-        if kept is None or (kept["mtime_ns"], kept.get("inode")) != (stat.st_mtime_ns, stat.st_ino):
+        if kept is None or (kept.mtime_ns, kept.inode) != (stat.st_mtime_ns, stat.st_ino):
             return None
     except (OSError, IntegrityError):
         return None
-    sources = tuple(kept["sources"])
-    return MergeResult(output, kept["nbytes"], kept["sha256"], kept["tensors"], sources, kept["seconds"])
+    return MergeResult(output, kept.nbytes, kept.sha256, kept.tensors, tuple(kept.sources), kept.seconds)
 
 
 # ---- after a consuming merge ----
@@ -371,8 +328,7 @@ def _finish_consumed(model: Given, output: Path) -> MergeResult | None:
     if sha256_of(output) != earlier.sha256:
         hint = "keep what is left of its sources"
         raise IntegrityError("differs from its manifest", where=output, hint=hint)
-    left = "run the same command again"
-    with disk.readable_errors(output, 0, left), disk.only_writer(output, disk.lock_path(output)):
+    with disk.readable_errors(output, 0, "run the same command again"), disk.only_writer(output):
         folders = {path if path.is_dir() else path.parent for path in map(Path, _each(model))}
         for path in (folder / str(source["name"]) for folder in folders for source in earlier.sources):
             if path.is_file() and not path.is_symlink() and not path.samefile(output) and _emptied(path):
@@ -409,29 +365,22 @@ def _merged_before(model: Given, folder: Path) -> ShardError | None:
     return None
 
 
-# ---- a table for the notebook ----
-
-
 def methods_table(nbytes: int, header_nbytes: int, reported: dict[str, str]) -> pd.DataFrame:
-    """Ways to one file, side by side: extra disk in bytes, and what each one leaves to luck.
+    """Ways to one file of so many bytes (of its header, so many): extra disk, and what is left to luck.
 
-    Args:
-        nbytes: size of the model in bytes.
-        header_nbytes: size of its merged header in bytes.
-        reported: seconds, or "not measured", by method.
-
-    What the reference tool does and does not is read from its source (``tools/gguf-split`` of llama.cpp).
+    ``reported`` has seconds, by method. What the reference tool does and does not is read from its source
+    (``tools/gguf-split`` of llama.cpp).
     """
     import pandas as pd
 
     consuming = min(CONSUME_EXTRA_BYTES, nbytes) + header_nbytes
-    rows = [
-        ("raw concatenation (cat)", nbytes, "no", "no", "no", "stays half written"),
-        ("llama-gguf-split --merge", nbytes, "yes", "no", "no", "stays half written"),
-        ("merge, repair", nbytes, "yes", "yes", "yes", "goes on"),
-        ("merge --consume, repair --in-place", consuming, "yes", "yes", "yes", "goes on"),
-    ]
-    columns = ["method", "extra disk (bytes)", "loads", "hashed", "read back", "after a kill"]
-    table = pd.DataFrame(rows, columns=columns)
-    table["seconds here"] = [reported.get(method, "not measured") for method in table["method"]]
-    return table.set_index("method")
+    rows = {
+        "raw concatenation (cat)": (nbytes, "no", "no", "no", "stays half written"),
+        "llama-gguf-split --merge": (nbytes, "yes", "no", "no", "stays half written"),
+        "merge, repair": (nbytes, "yes", "yes", "yes", "goes on"),
+        "merge --consume, repair --in-place": (consuming, "yes", "yes", "yes", "goes on"),
+    }
+    columns = ["extra disk (bytes)", "loads", "hashed", "read back", "after a kill"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("method")
+    table["seconds here"] = [reported.get(method, "not measured") for method in rows]
+    return table

@@ -13,22 +13,18 @@ from pathlib import Path
 from dfqs_nb.core.errors import HeaderError
 from dfqs_nb.gguf.header import MAGIC, GGUFHeader, Tensor, padded, read_header
 from dfqs_nb.gguf.shards import ShardSet
+from dfqs_nb.merge.disk import Identity
 
 GGUF_VERSION = 3
 U16 = 2  # the format's code of the value type
-Identity = dict[str, int | str]
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
     """One run of bytes, usually a tensor's: where it is, and where it goes.
 
-    Attributes:
-        name: the tensor's (or the part's) name.
-        source: index of the source file.
-        source_offset, target_offset: bytes from the start of each file.
-        nbytes: bytes to copy.
-        padding: zero bytes that follow in the target; in the source at most as many lie between two copies.
+    ``source`` is the index of the source file; both offsets are from the start of a file. ``padding`` zero
+    bytes follow in the target; in the source at most as many lie between two copies.
     """
 
     name: str
@@ -43,10 +39,8 @@ class Copy:
 class Plan:
     """What a copy writes: ``header``, then each copy in order, ``nbytes`` in all.
 
-    Attributes:
-        identities: name, size and modification time of each source when the plan was made.
-        tensors: what gets a hash of its own; the copies, where these are the tensors of the header.
-        of_tensors: the copies are tensors, and those of the header.
+    ``identities`` are those of the sources when the plan was made. Each of ``tensors`` gets a hash of its
+    own. ``of_tensors``: the copies are these tensors, and those of the header.
     """
 
     sources: tuple[Path, ...]
@@ -91,37 +85,30 @@ def identities(paths: Iterable[Path]) -> tuple[Identity, ...]:
 
 
 def plan_merge(shards: ShardSet) -> Plan:
-    """Lay out the merged file. Reads no tensor and writes nothing."""
+    """Lay out the merged file: shard 1's fields, but ``split.count`` = 0 at the end; then all tensors."""
     first, sources = shards.headers[0], tuple(dict.fromkeys(shards.paths))
     tables, copies, offset = [], [], 0
     for header in shards.headers:
         for tensor in header.tensors:
             step = padded(tensor.nbytes, first.alignment)
-            start = header.data_offset + tensor.offset
+            start, number = header.data_offset + tensor.offset, sources.index(header.path)
             tables.append(_tensor_record(tensor, offset))
-            number = sources.index(header.path)
             copies.append(Copy(tensor.name, number, start, offset, tensor.nbytes, step - tensor.nbytes))
             offset += step
-    head = _merged_fields(first, len(tables)) + b"".join(tables)
+    kept = [first.raw[slice(*field.record)] for name, field in first.fields.items() if name != "split.count"]
+    key = b"split.count"
+    kept.append(struct.pack("<Q", len(key)) + key + struct.pack("<IH", U16, 0))
+    head = MAGIC + struct.pack("<IQQ", GGUF_VERSION, len(tables), len(kept)) + b"".join(kept + tables)
     head += bytes(padded(len(head), first.alignment) - len(head))
     moved = tuple(replace(copy, target_offset=len(head) + copy.target_offset) for copy in copies)
     return Plan(sources, head, moved, len(head) + offset, identities(sources), moved)
 
 
-def _merged_fields(first: GGUFHeader, n_tensors: int) -> bytes:
-    """Preamble and metadata: shard 1's fields as they are, but ``split.count`` = 0 at the end."""
-    kept = [first.raw[slice(*field.record)] for name, field in first.fields.items() if name != "split.count"]
-    key = b"split.count"
-    kept.append(struct.pack("<Q", len(key)) + key + struct.pack("<IH", U16, 0))
-    return MAGIC + struct.pack("<IQQ", GGUF_VERSION, n_tensors, len(kept)) + b"".join(kept)
-
-
 def _tensor_record(tensor: Tensor, offset: int) -> bytes:
     """A row of the tensor table; trailing dimensions of 1 are dropped, as ggml does."""
-    shape = list(tensor.shape)
+    shape, name = list(tensor.shape), tensor.name.encode()
     while len(shape) > 1 and shape[-1] == 1:
         shape.pop()
-    name = tensor.name.encode()
     form = f"<Q{len(name)}sI{len(shape)}qIQ"
     return struct.pack(form, len(name), name, len(shape), *shape, tensor.type_code, offset)
 
@@ -148,13 +135,13 @@ def plan_join(parts: Sequence[Path]) -> Plan:
     return Plan(tuple(parts), head, tuple(copies), offset, identities(parts), tensors, of_tensors=False)
 
 
-def _tensors_in(header: GGUFHeader) -> tuple[Copy, ...]:
-    """Where a header's tensors are in a file that begins with it."""
-    data = header.data_offset - header.start
-    return tuple(Copy(t.name, 0, 0, data + t.offset, t.nbytes) for t in header.tensors)
-
-
 def plan_cut(path: Path, header: GGUFHeader, end: int) -> Plan:
     """Cut the file of one header out of a raw concatenation, as it is."""
     cut = (Copy(path.name, 0, header.start, 0, end - header.start),)
     return Plan((path,), b"", cut, cut[0].nbytes, identities([path]), _tensors_in(header), of_tensors=False)
+
+
+def _tensors_in(header: GGUFHeader) -> tuple[Copy, ...]:
+    """Where a header's tensors are in a file that begins with it."""
+    data = header.data_offset - header.start
+    return tuple(Copy(t.name, 0, 0, data + t.offset, t.nbytes) for t in header.tensors)

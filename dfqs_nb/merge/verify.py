@@ -11,12 +11,13 @@ import ctypes
 import glob
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
+from pydantic import BaseModel, StrictInt, StrictStr, ValidationError
 
 from dfqs_nb.core.display import quoted, tqdm
 from dfqs_nb.core.errors import IntegrityError
@@ -24,8 +25,7 @@ from dfqs_nb.core.files import CHUNK_BYTES, read_json, sha256_of_file, write_jso
 from dfqs_nb.gguf.header import GGUFHeader, Tensor, check_layout, read_header
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.gguf.types import TENSOR_TYPES
-from dfqs_nb.merge.first_bytes import Kind
-from dfqs_nb.merge.kind import Diagnosis, diagnose
+from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose
 from dfqs_nb.merge.plan import identities
 
 if TYPE_CHECKING:
@@ -41,12 +41,8 @@ FEWEST_ZEROS = 16  # such blocks in a row; rows of unused tokens can be zeros, t
 class Verification:
     """A file whose bytes passed every comparison that could be made.
 
-    Attributes:
-        sha256: of the whole file, in lower-case hex.
-        tensors: XXH64 of each tensor's bytes, by name.
-        compared: what the bytes were found equal to, in words; empty when there was nothing to compare with.
-        published: name of the registered model that this file is, by its published hash; or empty.
-        diagnosis: what the file is; ``diagnosis.sound`` says whether a runtime may take it.
+    ``tensors`` has XXH64 by name; ``compared`` what the bytes were found equal to, in words; ``published``
+    the name of the registered model that has this hash, or "". ``diagnosis.sound``: a runtime may take it.
     """
 
     path: Path
@@ -56,7 +52,6 @@ class Verification:
     compared: tuple[str, ...]
     published: str
     diagnosis: Diagnosis
-    seconds: float
 
     @property
     def meaning(self) -> tuple[str, ...]:
@@ -96,21 +91,23 @@ def verify_model(
     """
     path, began = Path(path), time.perf_counter()
     diagnosis, before, manifest = diagnose(path), identities([path]), read_manifest(path)
-    headers = _headers(path, diagnosis)
+    headers = diagnosis.headers
+    if diagnosis.kind is not Kind.RAW_CONCATENATION:
+        headers = (read_header(path),)
+        check_layout(headers[0])
     digest, tensors = hash_file(path, headers, progress=progress)
-    expected = {"its manifest": manifest and manifest["tensors"], "the tensors of its shards": None}
+    expected: dict[str, dict[str, str]] = {"its manifest": manifest.tensors} if manifest else {}
     if against:
-        theirs = open_shards(against).headers if not isinstance(against, (str, Path)) else _shards_of(against)
+        glued = diagnose(against) if isinstance(against, (str, Path)) else None
+        whole = glued is not None and glued.kind is Kind.RAW_CONCATENATION
+        theirs = glued.headers if glued and whole else open_shards(against).headers
         expected["the tensors of its shards"] = tensor_hashes(theirs, progress=progress)
-    published = _published(path, digest)
-    wholes = {
-        "the SHA-256 that was given": sha256,
-        "the SHA-256 in its manifest": manifest and manifest["sha256"],
-        "its published SHA-256": published and published[1],
-    }
     for what, hashes in expected.items():
-        if hashes is not None:
-            _compare(path, tensors, hashes, what)
+        _compare(path, tensors, hashes, what)
+    published, known = _published(path, digest)
+    kept = manifest.sha256 if manifest else ""
+    wholes = {"the SHA-256 that was given": sha256, "the SHA-256 in its manifest": kept}
+    wholes["its published SHA-256"] = known
     for what, other in wholes.items():
         if other and other.lower() != digest:
             equal = "; its tensors are those of its manifest, so header or padding was changed"
@@ -120,53 +117,54 @@ def verify_model(
         check_data(headers, progress=progress)
     if identities([path]) != before:
         raise IntegrityError("changed while it was read", where=path, hint="try again when it is at rest")
-    seconds = time.perf_counter() - began
     if write_manifest and diagnosis.kind is Kind.UNFINISHED:
         raise IntegrityError(f"gets no manifest: {diagnosis.finding}", where=path, hint=diagnosis.next_step)
     if write_manifest:
-        save_manifest(path, path, digest, tensors, (), seconds)
-    compared = tuple(what for what, value in (*expected.items(), *wholes.items()) if value)
-    name = published[0] if published else ""
-    return Verification(path, path.stat().st_size, digest, tensors, compared, name, diagnosis, seconds)
+        save_manifest(path, path, digest, tensors, (), time.perf_counter() - began)
+    compared = (*expected, *(what for what, other in wholes.items() if other))
+    return Verification(path, path.stat().st_size, digest, tensors, compared, published, diagnosis)
 
 
-def _headers(path: Path, diagnosis: Diagnosis) -> tuple[GGUFHeader, ...]:
-    """The headers that tell where the tensors are: of a raw concatenation all, else the file's own."""
-    if diagnosis.kind is Kind.RAW_CONCATENATION:
-        return diagnosis.headers
-    header = read_header(path)
-    check_layout(header)
-    return (header,)
-
-
-def _shards_of(path: str | Path) -> tuple[GGUFHeader, ...]:
-    diagnosis = diagnose(path)
-    return diagnosis.headers if diagnosis.kind is Kind.RAW_CONCATENATION else open_shards(path).headers
-
-
-def _published(path: Path, sha256: str) -> tuple[str, str] | None:
-    """Title and SHA-256 of the registered file that has this hash, or that has this name and size."""
+def _published(path: Path, sha256: str) -> tuple[str, str]:
+    """Title and SHA-256 of the registered file that has this hash, or that has this name and size; or ""."""
     from dfqs_nb.gguf.models import registered
 
     files = [(model, file) for model in registered().values() for file in model.files]
     this = path.name, path.stat().st_size
     known = [(model, file) for model, file in files if file.sha256 == sha256]
     known += [(model, file) for model, file in files if (file.name, file.size_bytes) == this]
-    return (f"{known[0][1].name} of {known[0][0].name}", known[0][1].sha256) if known else None
+    return (f"{known[0][1].name} of {known[0][0].name}", known[0][1].sha256) if known else ("", "")
 
 
-def _compare(path: Path, ours: Mapping[str, str], expected: Mapping[str, str], what: str) -> None:
+def _compare(path: Path, ours: dict[str, str], expected: dict[str, str], what: str) -> None:
     damaged = [name for name in expected if name in ours and ours[name] != expected[name]]
     if damaged:
-        names = ", ".join(damaged[:NAMED_AT_MOST]) + ", ..." * (len(damaged) > NAMED_AT_MOST)
-        message = f"{len(damaged)} of {len(expected):,} tensors differ from {what}: {names}"
+        message = f"{len(damaged)} of {len(expected):,} tensors differ from {what}: {_named(damaged)}"
         raise IntegrityError(message, where=path, hint=AGAIN)
     if odd := sorted(ours.keys() ^ expected.keys()):
-        message = f"has not the same tensors as {what}: {', '.join(odd[:NAMED_AT_MOST])}"
+        message = f"has not the same tensors as {what}: {_named(odd)}"
         raise IntegrityError(message, where=path, hint="these are of different models")
 
 
+def _named(names: Iterable[str]) -> str:
+    first = list(names)
+    return ", ".join(first[:NAMED_AT_MOST]) + ", ..." * (len(first) > NAMED_AT_MOST)
+
+
 # ---- the manifest ----
+
+
+class Manifest(BaseModel):
+    """What a manifest holds; ``tensors`` has XXH64 by name."""
+
+    file: StrictStr = ""
+    nbytes: StrictInt
+    mtime_ns: StrictInt
+    inode: StrictInt = 0
+    sha256: StrictStr
+    seconds: float
+    sources: list[dict[str, Any]]
+    tensors: dict[str, StrictStr]
 
 
 def manifest_path(output: Path) -> Path:
@@ -174,42 +172,24 @@ def manifest_path(output: Path) -> Path:
     return output.with_name(output.name + ".manifest.json")
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a model, or None when it has none.
-
-    Raises:
-        IntegrityError: it cannot be read, or is of a file of another size.
-    """
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest of a model, or None; `IntegrityError`: it cannot be read, or is of another size."""
     place = manifest_path(path)
     try:
-        manifest = read_json(place)
-        problem = _manifest_problem(manifest)
+        manifest = Manifest.model_validate(read_json(place))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         problem = str(error)
-    if problem:
+        if isinstance(error, ValidationError):
+            problem = f"{'.'.join(map(str, error.errors()[0]['loc'])) or 'it'} is not what it should be"
         hint = f"remove it; if you trust the model: `dfqs-nb verify {quoted(path)} --write-manifest`"
-        raise IntegrityError(f"cannot be read ({problem})", where=place, hint=hint)
+        raise IntegrityError(f"cannot be read ({problem})", where=place, hint=hint) from error
     size = path.stat().st_size
-    if manifest["nbytes"] != size:
-        message = f"has {size:,} bytes, its manifest says {manifest['nbytes']:,}"
+    if manifest.nbytes != size:
+        message = f"has {size:,} bytes, its manifest says {manifest.nbytes:,}"
         raise IntegrityError(message, where=path, hint=AGAIN)
-    return manifest  # type: ignore[no-any-return]
-
-
-def _manifest_problem(manifest: Any) -> str:
-    """What keeps JSON from being a manifest; empty when nothing does."""
-    if not isinstance(manifest, dict):
-        return "it is no JSON object"
-    types = {"nbytes": int, "mtime_ns": int, "sha256": str, "seconds": (int, float), "sources": list}
-    wrong = [name for name, kind in types.items() if not isinstance(manifest.get(name), kind)]  # type: ignore[arg-type]
-    tensors = manifest.get("tensors")
-    if not isinstance(tensors, dict) or not all(isinstance(value, str) for value in tensors.values()):
-        wrong.append("tensors")
-    if not wrong and not all(isinstance(source, dict) for source in manifest["sources"]):
-        wrong.append("sources")
-    return f"{wrong[0]} is not what it should be" if wrong else ""
+    return manifest
 
 
 def save_manifest(
@@ -219,25 +199,15 @@ def save_manifest(
     tensors: dict[str, str],
     sources: Sequence[dict[str, Any]],
     seconds: float,
-) -> Path:
+) -> None:
     """Write the manifest of ``output``, whole or not at all; ``file`` is where its bytes are now."""
     stat, place = file.stat(), manifest_path(output)
     stem = glob.escape(os.fsdecode(os.fsencode(place.name)[:80]))  # as `whole_file` names its temporary file
     for stale in place.parent.glob(f".{stem}.*.part"):
         stale.unlink()  # of a run that was killed here
-    return write_json(
-        place,
-        {
-            "file": output.name,
-            "nbytes": stat.st_size,
-            "mtime_ns": stat.st_mtime_ns,
-            "inode": stat.st_ino,
-            "sha256": sha256,
-            "seconds": seconds,
-            "sources": list(sources),
-            "tensors": tensors,
-        },
-    )
+    facts = {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino, "sha256": sha256}
+    facts |= {"seconds": seconds, "sources": list(sources), "tensors": tensors}
+    write_json(place, {"file": output.name, **facts})
 
 
 # ---- hashes ----
@@ -246,11 +216,7 @@ def save_manifest(
 def hash_file(
     path: Path, headers: Sequence[GGUFHeader], *, progress: bool = True
 ) -> tuple[str, dict[str, str]]:
-    """SHA-256 of a file and XXH64 of the tensors of the headers in it, in one reading.
-
-    Raises:
-        IntegrityError: the file cannot be read to its end.
-    """
+    """SHA-256 of a file and XXH64 of the tensors of the headers in it, in one reading."""
     runs = sorted((h.data_offset + t.offset, t.nbytes, t.name) for h in headers for t in h.tensors)
     digests, first, position = {name: xxhash.xxh64() for _, _, name in runs}, 0, 0
     size = path.stat().st_size
@@ -281,10 +247,7 @@ def hash_file(
 def tensor_hashes(headers: GGUFHeader | Sequence[GGUFHeader], *, progress: bool = True) -> dict[str, str]:
     """XXH64 of every tensor's bytes, by name: what ``llama-gguf-hash --xxh64`` prints for them.
 
-    Several headers (shards) give one dict.
-
-    Raises:
-        LayoutError: the data is not where a header says.
+    Several headers (shards) give one dict. `LayoutError`: the data is not where a header says.
     """
     digests: dict[str, Any] = {}
     for tensor, piece in _tensor_data(headers, "hash", progress):
@@ -304,24 +267,20 @@ def _tensor_data(
         for header in headers:
             with header.path.open("rb", buffering=0) as file:
                 for tensor in header.tensors:
-                    block_bytes = TENSOR_TYPES[tensor.type_code][2]
-                    left = tensor.nbytes
+                    block = TENSOR_TYPES[tensor.type_code][2]
+                    most = CHUNK_BYTES // block * block
                     file.seek(header.data_offset + tensor.offset)
-                    while True:
-                        piece = file.read(min(left, CHUNK_BYTES // block_bytes * block_bytes))
+                    for start in range(0, max(1, tensor.nbytes), most):
+                        piece = file.read(min(most, tensor.nbytes - start))
                         yield tensor, piece
-                        left -= len(piece)
                         bar.update(len(piece))
-                        if not left or not piece:
-                            break
 
 
 def check_data(headers: Sequence[GGUFHeader], *, progress: bool = True) -> None:
     """Look at the tensors' own bytes for what a lost write or a broken conversion leaves.
 
-    Raises:
-        IntegrityError: a tensor has a long run of zeros, or values or scales that are not finite numbers (by
-            llama.cpp's own check, ``ggml_validate_row_data``); names the tensors.
+    `IntegrityError` names the tensors that have a long run of zeros, or values or scales that are not finite
+    numbers, by llama.cpp's own check (``ggml_validate_row_data``).
     """
     import numpy as np
 
@@ -331,7 +290,6 @@ def check_data(headers: Sequence[GGUFHeader], *, progress: bool = True) -> None:
     validate.restype, validate.argtypes = ctypes.c_bool, (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)
     zeros: dict[str, int] = {}
     broken: dict[str, None] = {}
-    run = 0
     for tensor, piece in _tensor_data(headers, "data", progress):
         if not validate(tensor.type_code, piece, len(piece)):
             broken[tensor.name] = None
@@ -341,17 +299,14 @@ def check_data(headers: Sequence[GGUFHeader], *, progress: bool = True) -> None:
         run = int(edges.max()) - 1
         if run >= FEWEST_ZEROS:
             zeros[tensor.name] = zeros.get(tensor.name, 0) + run * ZEROS_BYTES
-    path = headers[0].path
     if broken:
-        names = ", ".join(list(broken)[:NAMED_AT_MOST])
-        message = f"{len(broken)} tensors hold values that are not finite numbers: {names}"
-        raise IntegrityError(message, where=path, hint=AGAIN)
+        message = f"{len(broken)} tensors hold values that are not finite numbers: {_named(broken)}"
+        raise IntegrityError(message, where=headers[0].path, hint=AGAIN)
     if zeros:
-        rows = [f"{name} ({nbytes:,} bytes)" for name, nbytes in list(zeros.items())[:NAMED_AT_MOST]]
-        message = f"{len(zeros)} tensors have long runs of zeros, as lost writes leave: {', '.join(rows)}"
-        raise IntegrityError(
-            message, where=path, hint="compare its SHA-256 with a published one, or download it again"
-        )
+        rows = _named(f"{name} ({nbytes:,} bytes)" for name, nbytes in zeros.items())
+        message = f"{len(zeros)} tensors have long runs of zeros, as lost writes leave: {rows}"
+        hint = "compare its SHA-256 with a published one, or download it again"
+        raise IntegrityError(message, where=headers[0].path, hint=hint)
 
 
 def compare_tensors(
@@ -361,9 +316,6 @@ def compare_tensors(
 
     One row a tensor: index ``tensor``; columns ``shard``, ``bytes``, ``in_shard``, ``in_file`` (XXH64) and
     ``equal``. A tensor that one side lacks has an empty hash there.
-
-    Raises:
-        HeaderError, LayoutError, ShardError: a file is not sound.
     """
     import pandas as pd
 

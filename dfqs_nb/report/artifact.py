@@ -53,7 +53,7 @@ def artifact_match(header: GGUFHeader | None, run: Run) -> Match:
     name = run.file.name if run.file else header.path.stem if header else "no model"
     digest = run.file.sha256 if run.file else None
     hashes = {
-        key: {one.sha256 for one in model.files} | {model.merged_sha256} - {""}
+        key: {shard.sha256 for shard in model.files} | {model.merged_sha256} - {""}
         for key, model in registered().items()
     }
     shipped = {key for key, model in registered().items() if model.source.startswith("data/")}
@@ -98,11 +98,7 @@ def facts(run: Run, header: GGUFHeader | None, *, ask_llama_cpp: bool = True) ->
         "artifact": "the file's own header",
         "model": "the header of the same model in another quantization",
     }
-    measured = (
-        "the artifact was not run"
-        if run.file is None
-        else f"this run measured {match.name}, not the artifact"
-    )
+    measured = f"this run measured {match.name}, not the artifact" if run.file else "the artifact was not run"
     return {
         "stated": True,
         "basis": basis.get(match.level, "the published configuration"),
@@ -117,22 +113,23 @@ def facts(run: Run, header: GGUFHeader | None, *, ask_llama_cpp: bool = True) ->
 
 def _sizes(file: GGUFHeader | None) -> dict[str, Any]:
     published, nbytes, shards = claims_spec().published, registered()[SINGLE].size_bytes, registered()[SHARDS]
-    weights = weights_bytes(file) if file else FLASH.weights
-    active = active_bytes(file) if file else FLASH
+    weights, active = (weights_bytes(file), active_bytes(file)) if file else (FLASH.weights, FLASH)
     n_layers = int(published_shape().arch("block_count"))
-    layers = {
-        n: sum(t.nbytes for t in file.tensors if layer_of(t.name) in range(n_layers - n, n_layers))
-        if file
-        else round(active.routed_total * n / n_layers)
-        for n in OFFLOADED
-    }
-    table = scores.speed.card_table(active).set_index("machine")["bound"]
+    layers = {n: round(active.routed_total * n / n_layers) for n in OFFLOADED}
+    if file:
+        of = [(layer_of(tensor.name), tensor.nbytes) for tensor in file.tensors]
+        last = {n: range(n_layers - n, n_layers) for n in OFFLOADED}
+        layers = {n: sum(nbytes for layer, nbytes in of if layer in last[n]) for n in OFFLOADED}
+    table = scores.speed.card_table(active)
+    names = {key: table["machine"].str.startswith(name) for key, name in MACHINES.items()}
+    bounds = {f"bound_{key}": float(table.loc[rows, "bound"].iloc[0]) for key, rows in names.items()}
     return {
         "file_bytes": nbytes,
         "file_gb": nbytes / GB,
         "file_gib": nbytes / GIB,
         "two_files_gb": 2 * nbytes / GB,
-        "shards_sum": " + ".join(f"{one.size_bytes:,}" for one in shards.files) + f" = {shards.size_bytes:,}",
+        "shards_sum": " + ".join(f"{shard.size_bytes:,}" for shard in shards.files)
+        + f" = {shards.size_bytes:,}",
         "merged": False if shards.size_bytes == nbytes else None,
         "weights_gb": weights / GB,
         "weights_gib": weights / GIB,
@@ -143,27 +140,21 @@ def _sizes(file: GGUFHeader | None) -> dict[str, Any]:
         "ratio": published.native_bytes / nbytes,
         "saved": 100 * (1 - nbytes / published.native_bytes),
         "layers_are": "all their tensors" if file else "their routed experts alone",
-        **{f"layers_{n}_gb": size / GB for n, size in layers.items()},
-        **{
-            f"bound_{key}": float(table[table.index.str.startswith(name)].iloc[0])
-            for key, name in MACHINES.items()
-        },
-        "dram_share": 100 * 0.5 / float(table[table.index.str.startswith("CPU")].iloc[0]),
+        **{f"layers_{n}_gb": total / GB for n, total in layers.items()},
+        **bounds,
+        "dram_share": 100 * 0.5 / bounds["bound_cpu"],
     }
 
 
 def _shape(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
-    published = claims_spec().published
-    count = parameters(own) if own else None
-    total, active, routed = (
-        (count.total, count.active, count.routed)
-        if count
-        else (published.parameters, published.active_parameters, published.routed_parameters)
-    )
+    published, count = claims_spec().published, parameters(own) if own else None
+    total, active, routed = published.parameters, published.active_parameters, published.routed_parameters
+    if count:
+        total, active, routed = count.total, count.active, count.routed
     keys = {key: own.arch(key) if own else value for key, value in published.keys.items()}
     used, number = keys["expert_used_count"], keys["expert_count"]
     sizes = types_by_bytes(file.tensors) if file else {}
-    shares = ", ".join(f"{name} {size / sum(sizes.values()):.1%}" for name, size in list(sizes.items())[:4])
+    shares = [f"{name} {nbytes / sum(sizes.values()):.1%}" for name, nbytes in sizes.items()]
     return {
         **keys,
         "parameters": total,
@@ -173,7 +164,7 @@ def _shape(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
         "active_with_2_b": (active + routed * (2 - used) / number) / 1e9 if used and number else None,
         "mean_bits": bits_per_weight(file.tensors) if file else 8 * registered()[SINGLE].size_bytes / total,
         "main_type": next(iter(sizes), None),
-        "type_shares": shares,
+        "type_shares": ", ".join(shares[:4]),
         "family": "i-quant" if QUANTIZATION.startswith("IQ") else "k-quant",
     }
 
@@ -232,22 +223,19 @@ def _memory(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
 
 
 def _measurements(own: Run | None, run: Run) -> dict[str, Any]:
-    """What only a run of the artifact shows; ``_there`` facts say what this run showed of its own model."""
+    """What only a run of the artifact shows, and what notebook 04 says of this run's own model."""
     scored, context = own.scores if own else None, own.long_context if own else None
-    human = next((one for one in scored.scores if one.set == "standard-code"), None) if scored else None
+    human = next((score for score in scored.scores if score.set == "standard-code"), None) if scored else None
+    share = (human.value, human.low, human.high) if human and not human.n_missing else (None,)
     known: dict[str, Any] = {
         "cpu_tokens_per_sec": scored.cpu_tokens_per_sec if scored else None,
-        "humaneval": None,
+        "humaneval": None if None in share else tuple(100 * (part or 0.0) for part in share),
+        "humaneval_n": human.n if human else None,
         "boundary": context.boundary if context else None,
         "longest": max((row.length for row in context.curve), default=None) if context else None,
         "largest_fall": (context.largest_fall or None) if context else None,
-        "routing_there": "",
     }
-    if human and not human.n_missing and None not in (human.value, human.low, human.high):
-        known["humaneval"] = tuple(100 * (part or 0.0) for part in (human.value, human.low, human.high))
-        known["humaneval_n"] = human.n
-    for one in run.routing.claims if run.routing else []:
-        key = "_".join(one.claim.split()[:2])
-        known[key] = one.status if own else None
-        known[f"{key}_evidence"] = one.evidence
+    for claim in run.routing.claims if run.routing else []:
+        key = "_".join(claim.claim.split()[:2])
+        known |= {key: claim.status if own else None, f"{key}_evidence": claim.evidence}
     return known

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from dfqs_nb.gguf.models import registered
 from dfqs_nb.gguf.published import published_shape
 from dfqs_nb.gguf.reading import FLASH, active_bytes
 from dfqs_nb.merge import methods_table
-from dfqs_nb.report.spec import GB, Compute, claims_spec, requirements_spec
+from dfqs_nb.report.spec import GB, Compute, claims_spec, filled, requirements_spec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,28 +89,6 @@ def planned_compute(path: str | Path, contexts: Iterable[int], settings: OpenSet
     return planned
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """A model whose envelope is drawn up, from its header or from what was published of it."""
-
-    name: str
-    source: str
-    shape: Any  # a header, or what has `architecture` and `arch` as one
-    weights: list[dict[str, Any]]
-    weights_bytes: int
-    routed_bytes: int  # at least
-    file_bytes: int
-    header_bytes: int | None
-    token_bytes: tuple[int, int]
-    contexts: list[int]
-    own_context: int | None
-    compute: Mapping[int, Compute]
-    gpu_compute: Mapping[int, int] = field(default_factory=dict)
-    assumptions: tuple[str, ...] = ()
-    is_artifact: bool = False  # only then the specification's table of hardware is about it
-    here: bool = True  # its files lie on this disk, so that only the extra counts
-
-
 def hardware_envelope(
     header: GGUFHeader | Sequence[GGUFHeader],
     machine: Machine | None = None,
@@ -138,131 +116,140 @@ def hardware_envelope(
         HeaderError: a key that the KV formula needs is missing.
     """
     headers = [header] if isinstance(header, GGUFHeader) else list(header)
+    first, active = headers[0], active_bytes(headers)
     total: dict[str, dict[str, Any]] = {}
-    for row in (row for one in headers for row in class_sizes(one)):
+    for row in (row for shard in headers for row in class_sizes(shard)):
         kept = total.setdefault(row["class"], {"class": row["class"], "bytes": 0, "types": {}})
         kept["bytes"] += row["bytes"]
         kept["types"] |= dict.fromkeys(row["types"].split(", "))
-    rows = [{**row, "types": ", ".join(row["types"])} for row in total.values()]
-    own, active = headers[0].arch("context_length"), active_bytes(headers)
-    subject = _Subject(
-        headers[0].get("general.name") or headers[0].path.stem,
-        "the header of the file",
-        headers[0],
-        sorted(rows, key=lambda row: -int(row["bytes"])),
-        weights_bytes(headers),
-        active.routed_total,
-        sum(one.end_offset - one.start for one in headers),
-        sum(one.data_offset - one.start for one in headers),
-        (active.total, active.total),
-        sorted({*contexts, *([int(own)] if own else [])}),
-        own,
-        compute or {},
-        is_artifact=is_artifact,
-    )
-    return _envelope(subject, machine or this_machine(), flash_attn)
+    weights = [{**row, "types": ", ".join(row["types"])} for row in total.values()]
+    own = first.arch("context_length")
+    facts = {
+        "model": first.get("general.name") or first.path.stem,
+        "source": "the header of the file",
+        "assumptions": [],
+        "weights_bytes": weights_bytes(headers),
+        "routed_bytes": active.routed_total,
+        "file_bytes": sum(shard.end_offset - shard.start for shard in headers),
+        "header_bytes": sum(shard.data_offset - shard.start for shard in headers),
+        "token_bytes": [active.total, active.total],
+        "weights": sorted(weights, key=lambda row: -int(row["bytes"])),
+    }
+    lengths = sorted({*contexts, *([int(own)] if own else [])})
+    cache = [_cache_row(first, n_ctx, compute or {}, own) for n_ctx in lengths]
+    return _envelope(facts, cache, machine or this_machine(), flash_attn, is_artifact, here=True)
 
 
 def published_envelope(machine: Machine | None = None, *, flash_attn: bool = False) -> dict[str, Any]:
     """The envelope of DeepSeek-V4-Flash-IQ1_S-XL from what was published of it, without its file.
 
-    As `hardware_envelope`. Its split into experts and the rest is a range, from two assumptions that it
+    As `hardware_envelope`. Its split into experts and the rest is a range, from the assumptions that it
     states. Compute buffer: llama.cpp's plan for a file of these shapes on a CPU.
     """
-    shape, spec, facts = published_shape(), requirements_spec().envelope, claims_spec().published
-    nbytes = registered()[SINGLE].size_bytes
-    least_routed = round(facts.routed_parameters * IQ1_S_BITS / 8)
-    most_routed, others = FLASH.routed_total, facts.parameters - facts.routed_parameters
-    rest, most_rest = nbytes - most_routed, nbytes - least_routed
-    bits = [8 * size / others for size in (rest, most_rest)]
-    embedding = FLASH.weights - FLASH.dense - FLASH.routed_total
-    at_q8_0 = round((others * Q8_0_BITS / 8) - embedding)
-    share = FLASH.routed / FLASH.routed_total
-    weights = [
-        {
-            "class": "routed experts",
-            "bytes": most_routed,
-            "least_bytes": least_routed,
-            "types": "IQ1_S, Q2_K",
-        },
-        {
-            "class": "everything else",
-            "bytes": rest,
-            "most_bytes": most_rest,
-            "types": f"{bits[0]:.1f} to {bits[1]:.1f} bits a weight",
-        },
+    shape, spec, published = published_shape(), requirements_spec().envelope, claims_spec().published
+    nbytes, experts = registered()[SINGLE].size_bytes, FLASH.routed_total
+    least_experts = round(published.routed_parameters * IQ1_S_BITS / 8)
+    others = published.parameters - published.routed_parameters
+    rest, most_rest = nbytes - experts, nbytes - least_experts
+    embedding = FLASH.weights - FLASH.dense - experts
+    most_token = round(others * Q8_0_BITS / 8) - embedding + FLASH.routed
+    known = {
+        "experts": experts / GB,
+        "least_experts": least_experts / GB,
+        "rest": rest / GB,
+        "most_rest": most_rest / GB,
+        "others": others / 1e9,
+        "bits": 8 * rest / others,
+        "most_bits": 8 * most_rest / others,
+        "token": FLASH.total / GB,
+        "most_token": most_token / GB,
+    }
+    experts_row = {"class": "routed experts", "bytes": experts, "least_bytes": least_experts}
+    rest_row = {"class": "everything else", "bytes": rest, "most_bytes": most_rest}
+    facts = {
+        "model": f"{shape.name}-IQ1_S-XL",
+        "source": "the published configuration and file size",
+        "assumptions": [filled(form, known) for form in spec.assumptions],
+        "weights_bytes": nbytes,
+        "routed_bytes": least_experts,
+        "file_bytes": nbytes,
+        "header_bytes": None,
+        "token_bytes": [FLASH.total, most_token],
+        "weights": [
+            experts_row | {"types": "IQ1_S, Q2_K"},
+            rest_row | {"types": filled("{bits:.1f} to {most_bits:.1f} bits a weight", known)},
+        ],
+    }
+    cache = [
+        _cache_row(shape, n_ctx, spec.published_compute, max(CONTEXTS), spec.gpu_compute)
+        for n_ctx in CONTEXTS
     ]
-    assumptions = (
-        f"Experts take {least_routed / GB:.2f} GB if all are IQ1_S, and {most_routed / GB:.2f} GB if "
-        "ffn_down of the first layers is Q2_K.",
-        f"The file's size leaves {rest / GB:.2f} to {most_rest / GB:.2f} GB for the other "
-        f"{others / 1e9:.2f} billion weights: {bits[0]:.1f} to {bits[1]:.1f} bits each, so they are not all "
-        f"at Q8_0 ({Q8_0_BITS} bits) or higher.",
-        f"A token reads {FLASH.total / GB:.1f} GB by the file's size, and up to "
-        f"{(at_q8_0 + share * most_routed) / GB:.1f} GB if everything but the experts is at Q8_0; tensors at "
-        "F32 add to that.",
-    )
-    subject = _Subject(
-        f"{shape.name}-IQ1_S-XL",
-        "the published configuration and file size",
-        shape,
-        weights,
-        nbytes,
-        least_routed,
-        nbytes,
-        None,
-        (FLASH.total, round(at_q8_0 + share * most_routed)),
-        list(CONTEXTS),
-        max(CONTEXTS),
-        spec.published_compute,
-        spec.gpu_compute,
-        assumptions,
-        is_artifact=True,
-        here=False,
-    )
-    return _envelope(subject, machine or this_machine(), flash_attn)
+    return _envelope(facts, cache, machine or this_machine(), flash_attn, is_artifact=True, here=False)
 
 
-def _envelope(subject: _Subject, machine: Machine, flash_attn: bool) -> dict[str, Any]:
-    cache = [_cache_row(subject, n_ctx) for n_ctx in subject.contexts]
-    chosen = "compute_flash_bytes" if flash_attn else "compute_bytes"
-    settings = {
-        "flash_attn": flash_attn,
-        "n_ubatch": 512,
-        "type_k": "f16",
-        "type_v": "f16",
-        "swa_full": False,
-    }
-    return {
-        "model": subject.name,
-        "source": subject.source,
-        "assumptions": list(subject.assumptions),
-        "settings": settings,
-        "machine": asdict(machine),
-        "weights_bytes": subject.weights_bytes,
-        "routed_bytes": subject.routed_bytes,
-        "file_bytes": subject.file_bytes,
-        "header_bytes": subject.header_bytes,
-        "token_bytes": list(subject.token_bytes),
-        "weights": subject.weights,
-        "cache": cache,
-        "fits": [fit for row in cache for fit in _fits(row, subject, row[chosen], machine)],
-        "storage": _storage(subject, machine),
-    }
-
-
-def _cache_row(subject: _Subject, n_ctx: int) -> dict[str, Any]:
-    window = kv_cache_bytes(subject.shape, n_ctx)
-    planned = subject.compute.get(n_ctx)
+def _cache_row(
+    shape: GGUFHeader,
+    n_ctx: int,
+    compute: Mapping[int, Compute],
+    own: int | None,
+    gpu: Mapping[int, int] = {},
+) -> dict[str, Any]:
+    window, planned = kv_cache_bytes(shape, n_ctx), compute.get(n_ctx)
     return {
         "n_ctx": n_ctx,
         "kv_bytes": window.total,
-        "kv_swa_full_bytes": kv_cache_bytes(subject.shape, n_ctx, swa_full=True).total,
+        "kv_swa_full_bytes": kv_cache_bytes(shape, n_ctx, swa_full=True).total,
         "exactness": window.exactness,
         "compute_bytes": planned.plain if planned else None,
         "compute_flash_bytes": planned.flash if planned else None,
-        "compute_gpu_bytes": subject.gpu_compute.get(n_ctx),
-        "within_model": None if not subject.own_context else n_ctx <= subject.own_context,
+        "compute_gpu_bytes": gpu.get(n_ctx),
+        "within_model": n_ctx <= own if own else None,
+    }
+
+
+def _envelope(
+    facts: Mapping[str, Any],
+    cache: list[dict[str, Any]],
+    machine: Machine,
+    flash_attn: bool,
+    is_artifact: bool,
+    here: bool,
+) -> dict[str, Any]:
+    """What fits where, beside the facts; ``here``: the files lie on this disk, so only the extra counts."""
+    spec = requirements_spec().envelope
+    limits: list[tuple[str, str, float | None]] = [
+        ("RAM", "this machine", machine.memory_bytes),
+        ("RAM", "this machine, free now", machine.available_bytes),
+        ("VRAM", "this machine", machine.vram_bytes),
+    ]
+    levels = {f"DFQS 1.0 {level}": f"{level}_gb" for level in LEVELS} if is_artifact else {}
+    for resource, table in (("RAM", spec.ram), ("VRAM", spec.vram)):
+        limits += [(resource, name, getattr(table, field) * GB) for name, field in levels.items()]
+    disks = {name: getattr(spec.storage, field) * GB for name, field in levels.items()}
+    chosen = "compute_flash_bytes" if flash_attn else "compute_bytes"
+    model, storage = facts["file_bytes"], []
+    extra = methods_table(model, facts["header_bytes"] or 0, {})["extra disk (bytes)"]
+    for mode, method in MERGE_MODES.items():
+        more = int(extra[method])
+        own = more if here else model + more
+        row = {"mode": mode, "extra_bytes": more, "total_bytes": model + more}
+        row["this machine"] = verdict(own, own, machine.disk_free_bytes)
+        storage.append(
+            row | {name: verdict(model + more, model + more, limit) for name, limit in disks.items()}
+        )
+    return {
+        **facts,
+        "settings": {
+            "flash_attn": flash_attn,
+            "n_ubatch": 512,
+            "type_k": "f16",
+            "type_v": "f16",
+            "swa_full": False,
+        },
+        "machine": asdict(machine),
+        "cache": cache,
+        "fits": [_fit(facts, row, row[chosen], *limit) for row in cache for limit in limits],
+        "storage": storage,
     }
 
 
@@ -281,70 +268,34 @@ def verdict(least_bytes: float, most_bytes: float | None, limit_bytes: float | N
     return FITS if most_bytes is not None and most_bytes <= limit_bytes else NOT_KNOWN
 
 
-def _fits(
-    row: Mapping[str, Any], subject: _Subject, compute: int | None, machine: Machine
-) -> list[dict[str, Any]]:
-    """One context against every limit: everything in that memory, and the least that must lie there."""
-    spec, kv = requirements_spec().envelope, row["kv_bytes"]
+def _fit(
+    facts: Mapping[str, Any],
+    row: Mapping[str, Any],
+    compute: int | None,
+    resource: str,
+    name: str,
+    limit: float | None,
+) -> dict[str, Any]:
+    """One context against one limit: everything in that memory, and the least that must lie there."""
+    cpu, kv = resource == "RAM", row["kv_bytes"]
     unsure = 0 if row["exactness"] == "exact" else kv  # a cache that may be smaller
-    on_cpu = compute is not None and row["exactness"] != "rough"
-    limits: list[tuple[str, str, float | None]] = [
-        ("RAM", "this machine", machine.memory_bytes),
-        ("RAM", "this machine, free now", machine.available_bytes),
-        ("VRAM", "this machine", machine.vram_bytes),
-    ]
-    if subject.is_artifact:
-        for resource, row_of in (("RAM", spec.ram), ("VRAM", spec.vram)):
-            limits += [
-                (resource, f"DFQS 1.0 {level}", getattr(row_of, f"{level}_gb") * GB) for level in LEVELS
-            ]
-    fits = []
-    for resource, name, limit in limits:
-        cpu = resource == "RAM"
-        beside = kv + (compute or 0) * cpu
-        need = subject.weights_bytes + beside
-        least = beside if cpu else need - subject.routed_bytes
-        bounded = on_cpu and cpu
-        planned = ", compute buffer as planned for the CPU" if bounded else ""
-        fits.append(
-            {
-                "resource": resource,
-                "limit": name,
-                "limit_bytes": limit,
-                "n_ctx": row["n_ctx"],
-                "need_bytes": need,
-                "counted": "weights, KV cache"
-                + (planned if cpu else "; a GPU's compute buffer is not known"),
-                "verdict": verdict(need - unsure, need if bounded else None, limit),
-                "least_bytes": least,
-                "least_verdict": verdict(least - unsure, least if bounded else None, limit),
-                "least": "weights paged from the disk" if cpu else "routed experts left in RAM",
-            }
-        )
-    return fits
-
-
-def _storage(subject: _Subject, machine: Machine) -> list[dict[str, Any]]:
-    """Disk by way of getting one file."""
-    model, spec = subject.file_bytes, requirements_spec().envelope.storage
-    extra = methods_table(model, subject.header_bytes or 0, {})["extra disk (bytes)"]
-    rows = []
-    for mode, method in MERGE_MODES.items():
-        more = int(extra[method])
-        here = more if subject.here else model + more
-        row = {
-            "mode": mode,
-            "extra_bytes": more,
-            "total_bytes": model + more,
-            "this machine": verdict(here, here, machine.disk_free_bytes),
-        }
-        if subject.is_artifact:
-            for level in LEVELS:
-                row[f"DFQS 1.0 {level}"] = verdict(
-                    model + more, model + more, getattr(spec, f"{level}_gb") * GB
-                )
-        rows.append(row)
-    return rows
+    bounded = cpu and compute is not None and row["exactness"] != "rough"
+    beside = kv + (compute or 0) * cpu
+    need = facts["weights_bytes"] + beside
+    least = beside if cpu else need - facts["routed_bytes"]
+    planned = ", compute buffer as planned for the CPU" if bounded else ""
+    return {
+        "resource": resource,
+        "limit": name,
+        "limit_bytes": limit,
+        "n_ctx": row["n_ctx"],
+        "need_bytes": need,
+        "counted": "weights, KV cache" + (planned if cpu else "; a GPU's compute buffer is not known"),
+        "verdict": verdict(need - unsure, need if bounded else None, limit),
+        "least_bytes": least,
+        "least_verdict": verdict(least - unsure, least if bounded else None, limit),
+        "least": "weights paged from the disk" if cpu else "routed experts left in RAM",
+    }
 
 
 def envelope_tables(envelope: Mapping[str, Any]) -> dict[str, pd.DataFrame]:

@@ -65,6 +65,7 @@ class Envelope(_Entry):
     published_compute: dict[int, Compute]
     gpu_compute: dict[int, int]
     gpu_source: str
+    assumptions: list[str]
 
 
 class Requirements(_Entry):

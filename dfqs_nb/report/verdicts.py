@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dfqs_nb.core.display import plain, size
-from dfqs_nb.report.metrics import boundary_flags, boundary_sentence
-from dfqs_nb.report.requirements import MET, NOT_MET, NOT_TESTED
+from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, SPEED, boundary_flags, boundary_sentence
+from dfqs_nb.report.requirements import MET, NOT_MET, NOT_TESTED, counts
 
 YES, NO, PARTLY, UNKNOWN = "yes", "no", "in part", "unknown"
 SYMBOLS = {YES: "✓", NO: "✗", PARTLY: "~", UNKNOWN: "?"}
@@ -44,21 +44,21 @@ class Verdict:
     @property
     def summary(self) -> list[str]:
         """A sentence for each line."""
-        return [plain(f"{one.symbol} {one.question} {one.answer}. {one.caveat}") for one in self.lines]
+        return [plain(f"{line.symbol} {line.question} {line.answer}. {line.caveat}") for line in self.lines]
 
 
 def verdict(report: Mapping[str, Any]) -> Verdict:
     """The verdict on a report that `read_report` or `build_report` gave."""
-    rows = {row["id"]: row for row in report["conformance"]}
+    rows, details = {row["id"]: row for row in report["conformance"]}, report["details"]
     lines = [
-        _sound(report, rows),
-        _runs(report, rows),
-        _routing(report, rows),
-        _context(report),
-        _scores(report),
+        _sound(report, *_of(rows, "single-file")),
+        _runs(details[SPEED], *_of(rows, "cpu-constrained")),
+        _routing(report["routing"], *_of(rows, "routing-deterministic")),
+        _context(details[CURVE], details[BOUNDARY]),
+        _scores(details, report["tier"]),
+        _demands(report["conformance"]),
     ]
-    lines.append(_demands(report["conformance"]))
-    shown = (replace(one, answer=one.answer[:1].upper() + one.answer[1:]) for one in lines)
+    shown = (replace(line, answer=line.answer[:1].upper() + line.answer[1:]) for line in lines)
     name = plain(report["model"]["name"])
     return Verdict(f"{name}, {report['specification']}, {report['tier']} tier", tuple(shown))
 
@@ -69,15 +69,10 @@ def _of(rows: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str, str]:
     return OF_VERDICT[row["verdict"]], row["evidence"]
 
 
-def _sound(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Line:
-    mark, evidence = _of(rows, "single-file")
+def _sound(report: Mapping[str, Any], mark: str, evidence: str) -> Line:
     model = report["model"]
-    return Line(
-        mark,
-        "Is the file sound?",
-        evidence,
-        f"{size(model['size_bytes'])}, {model['bits_per_weight']:.3g} bits a weight. Quality is judged below",
-    )
+    bits = f"{size(model['size_bytes'])}, {model['bits_per_weight']:.3g} bits a weight"
+    return Line(mark, "Is the file sound?", evidence, f"{bits}. Quality is judged below")
 
 
 def _rate(value: float) -> str:
@@ -89,82 +84,68 @@ def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:,.3g}"
 
 
-def _runs(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Line:
-    mark, evidence = _of(rows, "cpu-constrained")
-    one = report["details"]["cpu_tokens_per_sec"]
-    if one["withheld"]:
-        return Line(mark, "Does it run here, and how fast?", evidence, f"speed withheld: {one['withheld']}")
-    answer = (
-        f"{_rate(one['value'])} tokens/s on the CPU at depth {one['depth']:,} ({_rate(one['low'])} to "
-        f"{_rate(one['high'])} over {one['n']} repetitions)"
-    )
-    if one["contended"]:
-        return Line(
-            PARTLY if mark == YES else mark,
-            "Does it run here, and how fast?",
-            answer,
-            f"Contended: other work slowed the machine meanwhile. {evidence}",
-        )
-    return Line(mark, "Does it run here, and how fast?", answer, evidence)
+def _runs(speed: Mapping[str, Any], mark: str, evidence: str) -> Line:
+    question = "Does it run here, and how fast?"
+    if speed["withheld"]:
+        return Line(mark, question, evidence, f"speed withheld: {speed['withheld']}")
+    value, low, high = (_rate(speed[key]) for key in ("value", "low", "high"))
+    spread = f"{low} to {high} over {speed['n']} repetitions"
+    answer = f"{value} tokens/s on the CPU at depth {speed['depth']:,} ({spread})"
+    if not speed["contended"]:
+        return Line(mark, question, answer, evidence)
+    caveat = f"Contended: other work slowed the machine meanwhile. {evidence}"
+    return Line(PARTLY if mark == YES else mark, question, answer, caveat)
 
 
-def _routing(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Line:
-    mark, evidence = _of(rows, "routing-deterministic")
-    load = (report["routing"] or {}).get("load_sentence")
-    return Line(
-        mark,
-        "Is routing deterministic?",
-        evidence,
-        load or "Alone in its batch. Beside other sequences, in another batch size or build it may differ",
-    )
+def _routing(routing: Mapping[str, Any] | None, mark: str, evidence: str) -> Line:
+    alone = "Alone in its batch. Beside other sequences, in another batch size or build it may differ"
+    load = (routing or {}).get("load_sentence")
+    return Line(mark, "Is routing deterministic?", evidence, load or alone)
 
 
-def _context(report: Mapping[str, Any]) -> Line:
+def _context(curve: Mapping[str, Any], boundary: Mapping[str, Any]) -> Line:
     question = "How far does the context carry?"
-    one = report["details"]["failure_boundary_tokens"]
-    if one["withheld"]:
-        return Line(UNKNOWN, question, f"withheld: {one['withheld']}", "")
-    mark = NO if one.get("status") == "floor" else YES if one.get("right_censored") else PARTLY
-    curve = report["details"]["context_stability_curve"]
+    if boundary["withheld"]:
+        return Line(UNKNOWN, question, f"withheld: {boundary['withheld']}", "")
+    mark = NO if boundary.get("status") == "floor" else YES if boundary.get("right_censored") else PARTLY
     keys = f"among {curve['n_keys']} keys" if curve.get("n_keys") else "of keys"
-    flags = "; ".join(boundary_flags(one))
     longest = max(curve.get("lengths") or [0])
-    caveat = f"Retrieval {keys} in {one.get('n_haystacks', 0)} texts, measured up to {longest:,} tokens"
-    return Line(mark, question, boundary_sentence({**one, "provisional": False, "not_monotone": False}),
-                f"{caveat}; {flags}" if flags else caveat)  # fmt: skip
-
-
-def _scores(report: Mapping[str, Any]) -> Line:
-    parts, marks, caveats = [], [], []
-    for name in ("reasoning_score", "code_score"):
-        one, kind = report["details"][name], name.removesuffix("_score")
-        if one["withheld"]:
-            parts.append(f"{kind} withheld ({one['withheld']})")
-            marks.append(UNKNOWN)
-            continue
-        parts.append(f"{kind} {one['value']:.2f} ({one['low']:.2f} to {one['high']:.2f}, n = {one['n']})")
-        marks.append(YES if one["low"] > (one["guess_rate"] or 0) else NO)
-        cut = one.get("counts", {}).get("truncated", 0)
-        truncated = f", {cut} of {one['n']} truncated" if cut else ""
-        caveats.append(f"{one['set']}: guessing gives {one['guess_rate'] or 0:.2f}{truncated}")
-    mark = (
-        YES if set(marks) == {YES} else UNKNOWN if set(marks) == {UNKNOWN} else PARTLY if YES in marks else NO
+    measured = (
+        f"Retrieval {keys} in {boundary.get('n_haystacks', 0)} texts, measured up to {longest:,} tokens"
     )
+    answer = boundary_sentence({**boundary, "provisional": False, "not_monotone": False})
+    return Line(mark, question, answer, "; ".join([measured, *boundary_flags(boundary)]))
+
+
+def _scores(details: Mapping[str, Any], tier: str) -> Line:
+    parts, caveats, marks = [], [], set()
+    for name in SCORES:
+        score, kind = details[name], name.removesuffix("_score")
+        if score["withheld"]:
+            parts.append(f"{kind} withheld ({score['withheld']})")
+            marks.add(UNKNOWN)
+            continue
+        guess, n = score["guess_rate"] or 0.0, score["n"]
+        parts.append(f"{kind} {score['value']:.2f} ({score['low']:.2f} to {score['high']:.2f}, n = {n})")
+        marks.add(YES if score["low"] > guess else NO)
+        cut = score.get("counts", {}).get("truncated", 0)
+        caveats.append(
+            f"{score['set']}: guessing gives {guess:.2f}" + (f", {cut} of {n} truncated" if cut else "")
+        )
+    mark = marks.pop() if len(marks) == 1 else PARTLY if YES in marks else NO
     small = ". The nano sets show that the workbook works; they are no measure of a large model"
-    caveat = "; ".join(caveats) + (small if report["tier"] == "nano" else "")
-    return Line(mark, "What does it score?", "; ".join(parts), f"A tick means better than guessing. {caveat}")
+    caveat = f"A tick means better than guessing. {'; '.join(caveats)}{small if tier == 'nano' else ''}"
+    return Line(mark, "What does it score?", "; ".join(parts), caveat)
 
 
 def _demands(rows: Sequence[Mapping[str, Any]]) -> Line:
     import pandas as pd
 
-    from dfqs_nb.report.requirements import counts
-
-    binding = [row for row in rows if row["level"] in ("SHALL", "MUST", "condition")]
-    open_ones = [f"{row['id']} {row['verdict']}" for row in rows if row["verdict"] != MET]
-    failed = any(row["verdict"] == NOT_MET for row in binding)
-    mark = NO if failed else YES if all(row["verdict"] == MET for row in binding) else PARTLY
+    question = "Which demands of DFQS are met?"
+    binding = {row["verdict"] for row in rows if row["level"] in ("SHALL", "MUST", "condition")}
     if not binding:
-        return Line(UNKNOWN, "Which demands of DFQS are met?", "none was judged", "")
-    rest = f"Not met or not tested: {', '.join(open_ones)}" if open_ones else "Nothing is open"
-    return Line(mark, "Which demands of DFQS are met?", counts(pd.DataFrame(rows)), rest)
+        return Line(UNKNOWN, question, "none was judged", "")
+    mark = NO if NOT_MET in binding else YES if binding == {MET} else PARTLY
+    unmet = ", ".join(f"{row['id']} {row['verdict']}" for row in rows if row["verdict"] != MET)
+    rest = f"Not met or not tested: {unmet}" if unmet else "Nothing is open"
+    return Line(mark, question, counts(pd.DataFrame(rows)), rest)

@@ -20,14 +20,8 @@ from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.serve.client import Endpoint, Reply, check_in_process, connect, pick
 from dfqs_nb.serve.measure import token_counter
-from dfqs_nb.serve.servers import LocalServer, is_healthy, port_is_free, start
-from dfqs_nb.serve.wire import (
-    BrokenAnswerError,
-    BusyError,
-    ContextOverflowError,
-    EndpointError,
-    UnreachableError,
-)
+from dfqs_nb.serve.servers import LocalServer, start
+from dfqs_nb.serve.wire import ContextOverflowError, EndpointError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,8 +39,7 @@ PROMPTS = (
 CLIENTS = (1, 2, 4, 8)
 N_CONCURRENT = 4  # requests at once for the check of determinism
 TIMED_PROMPT = "The red key is kept in the old box. The blue key is kept in the new box. " * 2
-MAX_TOKENS = 32
-REPETITIONS = 4
+MAX_TOKENS, REPETITIONS = 32, 4
 LONGEST_TRIED = 65_536  # tokens of context that are filled to try them out
 FILLER = "The dog slept near the fire. "
 CACHE_PROMPT = (FILLER + "Rain fell softly on the roof. ") * 16
@@ -61,57 +54,47 @@ class Subject:
     server: LocalServer | None = None
 
 
-# ---- the checks ----
-
-
-def check_health(subject: Subject) -> Finding:
-    """The server answers, to its health check and to a request of one token."""
+def _health(subject: Subject) -> Finding:
     server = subject.server
-    healthy = server is None or is_healthy(server)
+    healthy = server is None or server.healthy
     started = time.perf_counter()
     subject.endpoint.complete("The", 1)
-    seconds = time.perf_counter() - started
     came_up = f"came up in {server.start_seconds:.1f} s; " if server else ""
-    state = "healthy" if healthy else "not healthy"
-    return PASS if healthy else FAIL, f"{came_up}{state}; one token in {seconds:.2f} s"
+    state = f"{'' if healthy else 'not '}healthy; one token in {time.perf_counter() - started:.2f} s"
+    return PASS if healthy else FAIL, came_up + state
 
 
-def check_name(subject: Subject) -> Finding:
-    """What a wrong model name gets: a refusal is right, another model's answer is a trap."""
-    endpoint = subject.endpoint
-    listed = ", ".join(endpoint.facts.models)
+def _name(subject: Subject) -> Finding:
+    endpoint, lists = subject.endpoint, f"lists {', '.join(subject.endpoint.facts.models)}"
+    wrong = dataclasses.replace(endpoint, model=f"{endpoint.model}-that-is-not-there", retries=0)
     try:
-        dataclasses.replace(endpoint, model=f"{endpoint.model}-that-is-not-there", retries=0).complete(
-            "The", 1
-        )
-    except (BusyError, UnreachableError, BrokenAnswerError):
-        raise
+        wrong.complete("The", 1)
     except EndpointError as error:
-        return PASS, f"lists {listed}; refuses another name ({type(error).__name__})"
+        if error.temporary:
+            raise
+        return PASS, f"{lists}; refuses another name ({type(error).__name__})"
     trap = "answers to any name, so a wrong one goes unnoticed unless the list is read first (connect does)"
-    return NOTE, f"lists {listed}; {trap}"
+    return NOTE, f"{lists}; {trap}"
 
 
-def check_context(subject: Subject) -> Finding:
-    """How many tokens it really takes: what it reports, and what it refuses."""
+def _context(subject: Subject) -> Finding:
     endpoint, n_ctx = subject.endpoint, subject.endpoint.facts.n_ctx
     count, counted_by = token_counter(endpoint)
     if n_ctx is None or n_ctx > LONGEST_TRIED:
         return UNSEEN, f"reports {n_ctx}; not tried out"
     each = count(FILLER * 16) / 16
     fits, exceeds = FILLER * int((n_ctx - 24) / each - 1), FILLER * int(n_ctx / each + 2)
+    n_fits, n_exceeds = count(fits), count(exceeds)
     endpoint.complete(fits, 4)
     try:
         endpoint.complete(exceeds, 4)
     except ContextOverflowError:
-        takes = f"takes {count(fits):,} and refuses {count(exceeds):,} ({counted_by})"
-        return PASS, f"reports {n_ctx:,}; {takes}"
-    dropped = f"{count(exceeds):,} {counted_by} got an answer: part of such a prompt is dropped"
+        return PASS, f"reports {n_ctx:,}; takes {n_fits:,} and refuses {n_exceeds:,} ({counted_by})"
+    dropped = f"{n_exceeds:,} {counted_by} got an answer: part of such a prompt is dropped"
     return FAIL, f"reports {n_ctx:,}, but {dropped}"
 
 
-def check_template(subject: Subject) -> Finding:
-    """Whether its chat template gives the tokens that ours gives."""
+def _template(subject: Subject) -> Finding:
     endpoint, model = subject.endpoint, subject.model
     if model is None or not model.header.get("tokenizer.chat_template"):
         return UNSEEN, "needs the model in this process, with a chat template"
@@ -127,19 +110,15 @@ def check_template(subject: Subject) -> Finding:
     return verdict, f"{n_theirs} tokens, in process {n_ours}; {text}"
 
 
-def check_repeated(subject: Subject) -> Finding:
-    """Greedy answers to the same requests, one after another."""
+def _repeated(subject: Subject) -> Finding:
     chat, n = subject.endpoint.chat, len(PROMPTS)
     texts = [{chat(prompt, MAX_TOKENS).text for _ in range(REPETITIONS)} for prompt in PROMPTS]
     n_same = sum(len(answers) == 1 for answers in texts)
-    return (
-        PASS if n_same == n else FAIL,
-        f"{n_same} of {n} prompts: the same text {REPETITIONS} times in turn",
-    )
+    verdict = PASS if n_same == n else FAIL
+    return verdict, f"{n_same} of {n} prompts: the same text {REPETITIONS} times in turn"
 
 
-def check_concurrent(subject: Subject) -> Finding:
-    """Greedy answers to the same requests beside others: slots share batches, and batches change numbers."""
+def _concurrent(subject: Subject) -> Finding:
     n_other, n_asked = _differing(subject.endpoint, N_CONCURRENT)
     drift = max_drift(subject.endpoint, PROMPTS, N_CONCURRENT)
     moved = "" if drift is None else f"; log-probabilities moved by up to {drift:.1e}"
@@ -147,34 +126,32 @@ def check_concurrent(subject: Subject) -> Finding:
     return PASS if n_other == 0 else NOTE, finding
 
 
-def check_cache(subject: Subject) -> Finding:
-    """What reusing the last prompt's cache saves, and whether the text stays the same."""
+def _cache(subject: Subject) -> Finding:
     options: list[dict[str, Any]] = [{"cache_prompt": False}, {"cache_prompt": True}]
     can_switch = subject.endpoint.facts.name == "llama.cpp"
-    seconds, texts = [], []
+    seconds, texts = [], set()
     for chosen in options if can_switch else [{}]:
         for _ in range(REPETITIONS):
             started = time.perf_counter()
-            texts.append(subject.endpoint.complete(CACHE_PROMPT, 8, **chosen).text)
+            texts.add(subject.endpoint.complete(CACHE_PROMPT, 8, **chosen).text)
             seconds.append(time.perf_counter() - started)
-    n_texts = len(set(texts))
-    same = "the same text" if n_texts == 1 else f"{n_texts} different texts"
+    same = "the same text" if len(texts) == 1 else f"{len(texts)} different texts"
     if not can_switch:
         times = f"the same prompt took {seconds[0]:.3f} s, then {median(seconds[1:]):.3f} s"
-        return NOTE if n_texts == 1 else FAIL, f"cannot be switched here; {times}, with {same}"
+        return NOTE if len(texts) == 1 else FAIL, f"cannot be switched here; {times}, with {same}"
     off, on = median(seconds[1:REPETITIONS]), median(seconds[REPETITIONS + 1 :])
     finding = f"{off:.3f} s without, {on:.3f} s with it ({off / on:.1f} times as fast), with {same}"
-    return PASS if n_texts == 1 else NOTE, f"the same prompt again: {finding}"
+    return PASS if len(texts) == 1 else NOTE, f"the same prompt again: {finding}"
 
 
 CHECKS: dict[str, Callable[[Subject], Finding]] = {
-    "health": check_health,
-    "model name": check_name,
-    "context length": check_context,
-    "chat template": check_template,
-    "same again": check_repeated,
-    "same beside others": check_concurrent,
-    "prompt cache": check_cache,
+    "health": _health,  # the server answers, to its health check and to a request of one token
+    "model name": _name,  # a wrong one: a refusal is right, another model's answer is a trap
+    "context length": _context,  # how many tokens it really takes: what it reports, and what it refuses
+    "chat template": _template,  # whether it gives the tokens that ours gives
+    "same again": _repeated,  # greedy answers to the same requests, one after another
+    "same beside others": _concurrent,  # and at once: slots share batches, and batches change numbers
+    "prompt cache": _cache,  # what it saves, and whether the text stays the same
 }
 
 
@@ -194,9 +171,7 @@ def check_all(
 ) -> pd.DataFrame:
     """All checks of each server: columns ``check``, ``server``, ``verdict`` and ``finding``.
 
-    Args:
-        model: the same file, open in this process, to compare the chat template with.
-        running: the servers that are ours: their health is asked.
+    ``model`` is the same file, open in this process; ``running`` are the servers that are ours.
     """
     import pandas as pd
 
@@ -217,14 +192,14 @@ def shut_down(running: Mapping[str, LocalServer]) -> pd.DataFrame:
 
     rows = []
     for name, server in running.items():
-        seconds = server.stop()
-        status, free = server.process.returncode, port_is_free(*server.address)
+        seconds, free = server.stop(), server.port_is_free
+        status = server.process.returncode
         finding = f"ended in {seconds:.1f} s (status {status}); its port is {'free' if free else 'taken'}"
         rows.append((name, "shutdown", PASS if status in (0, -15) and free else FAIL, finding))
     return pd.DataFrame(rows, columns=["server", "check", "verdict", "finding"])
 
 
-# ---- what requests beside others change ----
+# ---- what requests beside others change, and gain ----
 
 
 def side_by_side(work: Callable[[Work], Made], items: Iterable[Work], n_at_once: int) -> list[Made]:
@@ -250,9 +225,7 @@ def max_drift(
     """The largest change of a greedy token's log-probability between asking alone and beside others.
 
     It is taken up to where the tokens part; None where the server shows none, or stopped showing them.
-
-    Args:
-        repetitions: of asking beside others, because requests need not meet.
+    Asking beside others is repeated, because requests need not meet.
     """
 
     def ask(prompt: str) -> list[tuple[int, float]]:
@@ -262,13 +235,10 @@ def max_drift(
         tokens = pick(page, "completion_probabilities", list) or []
         return [(pick(token, "id", int) or 0, pick(token, "logprob", float) or 0.0) for token in tokens]
 
+    times = n_concurrent * repetitions
     alone = [ask(prompt) for prompt in prompts] if endpoint.facts.name == "llama.cpp" else [[]]
-    if not all(alone):
-        return None
-    beside = side_by_side(ask, list(prompts) * n_concurrent * repetitions, n_concurrent)
-    if not all(beside):
-        return None
-    return max(map(_drift, alone * n_concurrent * repetitions, beside))
+    beside = side_by_side(ask, [*prompts] * times, n_concurrent) if all(alone) else [[]]
+    return max(map(_drift, alone * times, beside)) if all(beside) else None
 
 
 def _drift(alone: Sequence[tuple[int, float]], beside: Sequence[tuple[int, float]]) -> float:
@@ -290,23 +260,20 @@ def drift_by_slots(
 ) -> pd.DataFrame:
     """llama.cpp's server with more and more slots under the same requests at once, its prompt cache off.
 
-    Columns ``slots``, ``requests`` (at once), ``drift`` (the largest change of a log-probability against
-    asking alone, of several tries, because requests need not meet), ``answers`` and ``differ`` (texts).
+    Columns ``slots``, ``requests`` (at once), ``drift`` (`max_drift`), ``answers`` and ``differ`` (texts).
     """
     import pandas as pd
 
-    def measure(n: int) -> dict[str, Any]:
+    def measure(n: int) -> tuple[int, int, float | None, int, int]:
         with start("llama.cpp", path, settings, n_parallel=n) as server:
             endpoint = server.connect()
             differ, answers = _differing(endpoint, n_concurrent)
             drift = max_drift(endpoint, PROMPTS, n_concurrent, repetitions)
-        shown = float("nan") if drift is None else drift
-        return {"slots": n, "requests": n_concurrent, "drift": shown, "answers": answers, "differ": differ}
+            return n, n_concurrent, drift, answers, differ
 
-    return pd.DataFrame(side_by_side(measure, slots, usable_cores() // (settings.n_threads or 1)))
-
-
-# ---- speed ----
+    rows = side_by_side(measure, slots, usable_cores() // (settings.n_threads or 1))
+    table = pd.DataFrame(rows, columns=["slots", "requests", "drift", "answers", "differ"])
+    return table.astype({"drift": float})  # NaN where the server shows no log-probabilities
 
 
 def speed_of_all(
@@ -318,12 +285,8 @@ def speed_of_all(
     """Speed of each server in turn under several clients at once, each sending one request after another.
 
     One row a server and number of clients, after a warm-up: ``server``, ``clients``, ``requests``, ``tokens``
-    (of all answers), ``seconds``, ``tokens_per_sec`` (of all clients together), ``first_median``,
-    ``first_max`` (seconds to the first piece), ``decode_median`` (tokens a second of one client, after its
-    first piece; NaN where every answer came whole), ``counted_by``.
-
-    Raises:
-        EndpointError: a request failed for good.
+    (of all answers), ``seconds``, ``tokens_per_sec`` (of all clients together), ``first_median`` and
+    ``first_max`` (seconds to the first piece).
     """
     import pandas as pd
 
@@ -331,10 +294,9 @@ def speed_of_all(
     full = {"llama.cpp": no_end, "vLLM": no_end, "llama-cpp-python": {"min_tokens": n_tokens}}
     rows = []
     for name, endpoint in connected.items():
-        streaming = dataclasses.replace(endpoint, stream=True)
+        streaming, options = dataclasses.replace(endpoint, stream=True), full.get(endpoint.facts.name, {})
 
-        def ask(number: int, server: Endpoint = streaming) -> Reply:
-            options = full.get(server.facts.name, {})
+        def ask(number: int, server: Endpoint = streaming, options: dict[str, Any] = options) -> Reply:
             return server.complete(f"{TIMED_PROMPT}The key {number}", n_tokens, **options)
 
         ask(0)
@@ -343,13 +305,10 @@ def speed_of_all(
             replies = side_by_side(ask, range(n * repetitions), n)
             seconds, tokens = time.perf_counter() - started, sum(reply.n_tokens for reply in replies)
             first = pd.Series([reply.first_seconds for reply in replies])
-            decoding = [r.decode_tokens_per_sec for r in replies if r.n_decoded and r.decode_seconds]
-            row = {"server": name, "clients": n, "requests": len(replies), "tokens": tokens}
-            row |= {"seconds": seconds, "tokens_per_sec": tokens / seconds}
-            row |= {"first_median": first.median(), "first_max": first.max()}
-            row |= {"decode_median": median(decoding) if decoding else float("nan")}
-            rows.append(row | {"counted_by": replies[0].counted_by})
-    return pd.DataFrame(rows)
+            speed = (len(replies), tokens, seconds, tokens / seconds, first.median(), first.max())
+            rows.append((name, n, *speed))
+    columns = "server clients requests tokens seconds tokens_per_sec first_median first_max"
+    return pd.DataFrame(rows, columns=columns.split())
 
 
 # ---- mistakes ----
@@ -389,10 +348,6 @@ def _mistake(name: str, make: Callable[[], object]) -> dict[str, Any]:
         answer = make()
     except EndpointError as error:
         tries = re.findall(r"asked (\d+) times", " ".join(getattr(error, "__notes__", [])))
-        return {
-            "mistake": name,
-            "error": type(error).__name__,
-            "tries": int(tries[0]) if tries else 1,
-            "message": f"{error.what}; {error.hint}",
-        }
+        facts = {"error": type(error).__name__, "tries": int(tries[0]) if tries else 1}
+        return {"mistake": name, **facts, "message": f"{error.what}; {error.hint}"}
     raise AssertionError(f"{name} got an answer: {answer!r}")

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
@@ -22,7 +22,6 @@ from dfqs_nb.llama.generate import GREEDY, Completion, Sampling
 from dfqs_nb.serve.wire import (
     EndpointError,
     KeyRefusedError,
-    Limits,
     UnknownModelError,
     UnreachableError,
     Wire,
@@ -31,6 +30,7 @@ from dfqs_nb.serve.wire import (
 )
 
 Kind = TypeVar("Kind")
+NAN = float("nan")
 TIMEOUT_SECONDS = 600.0  # between two pieces of an answer, the first one included
 LISTING_SECONDS = 20.0  # for the whole list of models
 RETRIES = 4
@@ -47,9 +47,6 @@ PLAIN: dict[str, dict[str, Any]] = {
     "llama-cpp-python": {"repeat_penalty": 1.0},
     "vLLM": {"repetition_penalty": 1.0},
 }
-
-
-# ---- what servers say ----
 
 
 def _text(value: object) -> str:
@@ -92,13 +89,8 @@ def pick(page: Any, path: str, kind: type[Kind]) -> Kind | None:
 class ServerFacts:
     """What a server reports of itself; None or empty where it reports nothing.
 
-    Attributes:
-        name: ``llama.cpp``, ``llama-cpp-python``, ``Ollama``, ``vLLM`` or ``unknown``.
-        n_ctx: tokens of context of one request.
-        n_slots: requests that it works on at once.
-        chat_template: the text of its chat template.
-        models: names that it lists.
-        weights: what it reports of the model's weights: bytes, number and type.
+    ``name`` is llama.cpp, llama-cpp-python, Ollama, vLLM or unknown; ``n_ctx`` is the context of one request;
+    ``n_slots`` how many it works on at once; ``weights`` the bytes, number and type of the model's weights.
     """
 
     name: str = "unknown"
@@ -114,15 +106,11 @@ def _facts(wire: Wire, listed: Mapping[str, Any]) -> ServerFacts:
     """Name and version, from the paths that each kind of server has of its own."""
     props = wire.optional("/props")
     if pick(props, "default_generation_settings", dict):
-        return ServerFacts(
-            "llama.cpp",
-            pick(props, "build_info", str) or "",
-            pick(props, "default_generation_settings.n_ctx", int),
-            pick(props, "total_slots", int),
-            pick(props, "chat_template", str) or "",
-        )
+        n_ctx, n_slots = (pick(props, p, int) for p in ("default_generation_settings.n_ctx", "total_slots"))
+        version, template = (pick(props, path, str) or "" for path in ("build_info", "chat_template"))
+        return ServerFacts("llama.cpp", version, n_ctx, n_slots, template)
     for path, name in (("/api/version", "Ollama"), ("/version", "vLLM")):
-        if version := pick(wire.optional(path), "version", str):
+        if version := pick(wire.optional(path), "version", str) or "":
             return ServerFacts(name, version)
     described = wire.optional("/openapi.json")
     if "llama.cpp Python" in (pick(described, "info.title", str) or ""):
@@ -131,24 +119,16 @@ def _facts(wire: Wire, listed: Mapping[str, Any]) -> ServerFacts:
     return ServerFacts(owner if owner and not others else "unknown")
 
 
-# ---- endpoints ----
-
-
 @dataclass(frozen=True)
 class Reply(Completion):
-    """A completion whose tokens were counted by the server (or, where it counts none, by its pieces).
+    """A completion with ``usage_tokens`` of the answer, counted by the server, else by its pieces.
 
-    Attributes:
-        usage_tokens: tokens of the answer; ``counted_by`` tells by whom: ``server`` or ``pieces``.
-        first_seconds: seconds to the first piece, of text or of a reasoning that the server keeps apart; NaN
-            where the answer came whole.
-        attempts: requests that it took.
+    ``first_seconds``: to the first piece, of text or of a reasoning that the server keeps apart; NaN where
+    the answer came whole.
     """
 
     usage_tokens: int = 0
-    counted_by: str = "server"
-    first_seconds: float = float("nan")
-    attempts: int = 1
+    first_seconds: float = NAN
 
     @property
     def n_tokens(self) -> int:
@@ -195,19 +175,83 @@ class Endpoint:
 
     def chat(self, prompt: str, max_tokens: int = 256, **options: Any) -> Reply:
         """The answer to a chat in the server's template; options and errors as `ask`."""
-        return ask(self, {"messages": [{"role": "user", "content": prompt}]}, max_tokens, **options)
+        return self.ask({"messages": [{"role": "user", "content": prompt}]}, max_tokens, **options)
 
     def complete(self, text: str, max_tokens: int = 256, **options: Any) -> Reply:
         """The continuation of plain text, without a template; options and errors as `ask`."""
-        return ask(self, {"prompt": text}, max_tokens, **options)
+        return self.ask({"prompt": text}, max_tokens, **options)
 
     def post(self, path: str, **body: Any) -> Any:
-        """The JSON that the server answers to JSON sent to a path; None where it has no such path.
+        """The JSON that the server answers to JSON sent to a path; None where it has no such path."""
+        return self.wire.optional(path, body)
+
+    def ask(
+        self,
+        prompt: Mapping[str, Any],
+        max_tokens: int,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        **options: Any,
+    ) -> Reply:
+        """One answer to ``messages`` or a ``prompt``, tried again after 429, 5xx or a lost or broken answer.
+
+        After a broken stream the answer is asked for whole: some servers say what is wrong only then.
+        ``options`` are further fields of the request; they replace those of the endpoint.
 
         Raises:
-            BusyError: it answered 429 or 503 every time.
+            EndpointError: it failed every time, or asking again would not help; its class says why.
         """
-        return self.wire.optional(path, body)
+        request = {
+            "model": self.model,
+            **prompt,
+            "max_tokens": max_tokens,
+            "temperature": sampling.temperature,
+            "seed": sampling.seed,
+            **({"top_p": sampling.top_p} if sampling.temperature > 0 else {}),
+            **({"stop": list(stop)} if stop else {}),
+            **self.options,
+            **options,
+        }
+        seconds = self.wire.timeout_seconds * (2 + max_tokens / TOKENS_PER_TIMEOUT)
+        limits = (seconds, ANSWER_BYTES + BYTES_PER_TOKEN * max_tokens)
+        return self.wire.ask(
+            lambda broke: self._reply(request, self.stream and not broke), retries=self.retries, limits=limits
+        )
+
+    def _reply(self, request: Mapping[str, Any], stream: bool) -> Reply:
+        """The pieces of an answer (one, where it comes whole), put together."""
+        url, chat = self.base_url, "messages" in request
+        extra = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        named = {self.fields.get(name, name): value for name, value in {**request, **extra}.items()}
+        body = {name: value for name, value in named.items() if name}
+        started, first, n_pieces = time.perf_counter(), NAN, 0
+        text, reason, usage = "", None, Answer()
+        path = f"{url}/chat/completions" if chat else f"{url}/completions"
+        for event in self.wire.events(path, body, stream=stream):
+            piece = Answer.model_validate(event)
+            usage = piece.usage or usage
+            for choice in (piece.choices or [])[:1]:
+                if not stream and chat and choice.message is None:
+                    raise broken("it holds no message", url)
+                part = choice.delta or choice.message or Answer()
+                new = choice.text or part.content
+                if stream and (new or part.reasoning_content or part.reasoning):
+                    first = time.perf_counter() - started if n_pieces == 0 else first
+                    n_pieces += 1
+                text, reason = text + new, choice.finish_reason or reason
+        seconds = time.perf_counter() - started
+        if reason in FINAL:
+            hint = "switch filters and tools off at the server, or take another server"
+            raise EndpointError(f"the server ended the answer for {reason!r}", where=url, hint=hint)
+        if reason not in ("stop", "length"):
+            ended = f"it ended after {len(text):,} characters without saying why"
+            raise broken(ended if reason is None else f"the server ended it for {reason!r}", url)
+        if reason == "stop" and not request.get("stop"):
+            reason = "eos"  # one word for both in the protocol
+        n_tokens = n_pieces if usage.completion_tokens is None else usage.completion_tokens
+        to_first = first if n_pieces else seconds
+        times = (to_first, max(0.0, seconds - to_first), max(0, n_tokens - 1))
+        return Reply(self.wire.hide(text), (), reason, usage.prompt_tokens or 0, *times, n_tokens, first)
 
 
 # ---- connecting ----
@@ -231,35 +275,36 @@ def connect(
     Args:
         base_url: with or without the ``/v1`` at its end; a query (``?api_key=``) is sent and never shown.
         model: one that the server lists; may be left out where it lists just one.
-        key: the key itself, for what never leaves this process; it is shown and written nowhere.
-        key_variable: the environment variable that holds the key.
+        key, key_variable: the key, or the environment variable that holds it; never shown or written.
         timeout_seconds: the longest wait for a piece of an answer. A whole answer may take twice that, and
             as long again for every 60 tokens.
-        retries: of a request that met 429, 5xx, a broken connection or a broken answer.
         concurrency: requests at once in ``score_set``; more than 1 can change answers.
         stream: have answers in pieces as they are made. By default all servers but llama-cpp-python's are
             asked for that: its streams count no tokens, and end without a word where the context is full.
         version: of the server, where it is known better than the server reports.
-        fields: new names of the request's fields, for a server that knows others; an empty name leaves the
-            field out: ``{"max_tokens": "max_completion_tokens", "seed": ""}``.
+        fields: the server's names of a request's fields; "" leaves one out: ``{"seed": ""}``.
 
     Raises:
-        UnreachableError: nothing there speaks the protocol.
-        KeyRefusedError: the key is wrong, or the variable is not set.
-        UnknownModelError: the server lists other models; the message names them.
-        BusyError: it is busy, or still loads its model.
+        UnreachableError, KeyRefusedError, UnknownModelError, BusyError: nothing there speaks it, the key is
+            wrong, the server lists other models (the message names them), or it loads its model.
     """
-    if key_variable and not key and not os.environ.get(key_variable):
+    key = key or os.environ.get(key_variable, "")
+    if key_variable and not key:
         hint = f"export {key_variable} with the key, or leave the variable out"
         raise KeyRefusedError(f"the environment variable {key_variable} is not set", hint=hint)
     url, query = _address(base_url)
-    key = (key or os.environ.get(key_variable, "")).strip()
+    key = key.strip()
     if not (key.isascii() and key.isprintable()):
         hint = f"export {key_variable or 'a variable'} with the key alone"
         raise KeyRefusedError("the key has characters that no key has", where=url, hint=hint)
     wire = Wire(url, SecretStr(key), SecretStr(query), min(timeout_seconds, LISTING_SECONDS))
     listed = _listed(wire, retries)
-    model = _chosen(model, listed, url)
+    has = f"it has {', '.join(list(listed)[:8]) or 'none'}{' and more' if len(listed) > 8 else ''}"
+    if model and listed and model not in listed:  # a server that lists none may have it nevertheless
+        raise UnknownModelError(f"no model is called {model!r} there", where=url, hint=has)
+    if not model and len(listed) != 1:
+        raise UnknownModelError("name the model to ask", where=url, hint=has)
+    model = model or next(iter(listed))
     facts, entry = _facts(wire, listed), listed.get(model)
     weights = [pick(entry, f"meta.{name}", object) for name in ("size", "n_params", "ftype")]
     facts = dataclasses.replace(
@@ -273,6 +318,18 @@ def connect(
     stream = facts.name != "llama-cpp-python" if stream is None else stream
     plain = PLAIN.get(facts.name, {})
     return Endpoint(wire, model, facts, retries, concurrency, stream, plain, dict(fields or {}))
+
+
+def _listed(wire: Wire, retries: int) -> dict[str, Any]:
+    """What the server lists, by name."""
+    limits = wire.timeout_seconds, 16 << 20
+    answer = wire.ask(lambda broke: next(wire.events(f"{wire.url}/models")), retries=retries, limits=limits)
+    if not isinstance(answer, dict) or "data" not in answer:
+        what = "something answers there, but it does not list models"
+        hint = "check port and path: the address ends in /v1 as a rule"
+        raise UnreachableError(what, where=wire.url, hint=hint)
+    entries = pick(wire.hidden(answer), "data", list) or []
+    return {name: entry for entry in entries if (name := pick(entry, "id", str)) is not None}
 
 
 def is_url(text: object) -> bool:
@@ -291,7 +348,7 @@ def check_in_process(target: object, what: str) -> None:
         EndpointError: ``target`` is an endpoint or its address.
     """
     if isinstance(target, Endpoint) or is_url(target):
-        where = target.wire.url if isinstance(target, Endpoint) else shown_url(str(target))
+        where = target.base_url if isinstance(target, Endpoint) else shown_url(str(target))
         hint = "give the GGUF file: it is read inside the runtime, in this process"
         raise EndpointError(f"{what} cannot be seen through an endpoint", where=where, hint=hint)
 
@@ -314,131 +371,3 @@ def _address(url: str) -> tuple[str, str]:
     path, _, query = (known[1].lower() + url[known.end(1) :]).partition("?")
     path = path.rstrip("/")
     return path if re.search(r"/v\d+\w*$", path) else path + "/v1", query
-
-
-def _listed(wire: Wire, retries: int) -> dict[str, Any]:
-    """What the server lists, by name."""
-    limits = Limits(wire.timeout_seconds)
-    answer = wire.ask(lambda *_: wire.get(f"{wire.url}/models"), retries=retries, limits=limits)
-    if not isinstance(answer, dict) or "data" not in answer:
-        what = "something answers there, but it does not list models"
-        hint = "check port and path: the address ends in /v1 as a rule"
-        raise UnreachableError(what, where=wire.url, hint=hint)
-    entries = pick(wire.hidden(answer), "data", list) or []
-    return {name: entry for entry in entries if (name := pick(entry, "id", str)) is not None}
-
-
-def _chosen(model: str, listed: Collection[str], url: str) -> str:
-    """The model of this name, or the only one. A server that lists none may have it nevertheless."""
-    has = f"it has {', '.join(list(listed)[:8]) or 'none'}{' and more' if len(listed) > 8 else ''}"
-    if model and listed and model not in listed:
-        raise UnknownModelError(f"no model is called {model!r} there", where=url, hint=has)
-    if not model and len(listed) != 1:
-        raise UnknownModelError("name the model to ask", where=url, hint=has)
-    return model or next(iter(listed))
-
-
-# ---- asking ----
-
-
-def ask(
-    endpoint: Endpoint,
-    prompt: Mapping[str, Any],
-    max_tokens: int,
-    sampling: Sampling = GREEDY,
-    stop: Sequence[str] = (),
-    **options: Any,
-) -> Reply:
-    """One answer, tried again after 429, 5xx, a lost connection or a broken answer.
-
-    After a broken stream the answer is asked for whole: some servers say what is wrong only then.
-
-    Args:
-        prompt: ``messages`` of a chat, or a ``prompt`` to continue.
-        options: further fields of the request; they replace those of the endpoint.
-
-    Raises:
-        ContextOverflowError: it does not fit into the server's context; not tried again.
-        EndlessAnswerError: it passed the limits of time or bytes; not tried again.
-        KeyRefusedError, UnknownModelError, EndpointError: the request is refused; not tried again.
-        BusyError, UnreachableError, BrokenAnswerError: it failed every time.
-    """
-    request = {
-        "model": endpoint.model,
-        **prompt,
-        "max_tokens": max_tokens,
-        "temperature": sampling.temperature,
-        "seed": sampling.seed,
-        **({"top_p": sampling.top_p} if sampling.temperature > 0 else {}),
-        **({"stop": list(stop)} if stop else {}),
-        **endpoint.options,
-        **options,
-    }
-    wait = endpoint.wire.timeout_seconds * (2 + max_tokens / TOKENS_PER_TIMEOUT)
-
-    def reply(attempt: int, broke: bool) -> Reply:
-        made = _answered(endpoint, request, endpoint.stream and not broke)
-        return dataclasses.replace(made, attempts=attempt)
-
-    return endpoint.wire.ask(
-        reply,
-        retries=endpoint.retries,
-        limits=Limits(wait, ANSWER_BYTES + BYTES_PER_TOKEN * max_tokens),
-    )
-
-
-def _renamed(request: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
-    """The request with the server's names of its fields; those with an empty name are left out.
-
-    >>> _renamed({"seed": 1, "max_tokens": 2, "n": 3}, {"seed": "", "max_tokens": "max_completion_tokens"})
-    {'max_completion_tokens': 2, 'n': 3}
-    """
-    named = {fields.get(name, name): value for name, value in request.items()}
-    return {name: value for name, value in named.items() if name}
-
-
-def _answered(endpoint: Endpoint, request: Mapping[str, Any], streaming: bool) -> Reply:
-    """The pieces of an answer (one, where it comes whole) as a `Reply`."""
-    wire, chat = endpoint.wire, "messages" in request
-    url = f"{wire.url}/chat/completions" if chat else f"{wire.url}/completions"
-    extra = {"stream": True, "stream_options": {"include_usage": True}} if streaming else {}
-    body = _renamed({**request, **extra}, endpoint.fields)
-    started, first, n_pieces = time.perf_counter(), float("nan"), 0
-    text, reason, usage = "", None, Answer()
-    for event in wire.stream(url, body) if streaming else [wire.post(url, body)]:
-        piece = Answer.model_validate(event)
-        usage = piece.usage or usage
-        for choice in (piece.choices or [])[:1]:
-            if not streaming and chat and choice.message is None:
-                raise broken("it holds no message", wire.url)
-            part = choice.delta or choice.message or Answer()
-            new = choice.text or part.content
-            if streaming and (new or part.reasoning_content or part.reasoning):
-                first = time.perf_counter() - started if n_pieces == 0 else first
-                n_pieces += 1
-            text, reason = text + new, choice.finish_reason or reason
-    seconds = time.perf_counter() - started
-    if reason in FINAL:
-        hint = "switch filters and tools off at the server, or take another server"
-        raise EndpointError(f"the server ended the answer for {reason!r}", where=wire.url, hint=hint)
-    if reason not in ("stop", "length"):
-        ended = f"it ended after {len(text):,} characters without saying why"
-        raise broken(ended if reason is None else f"the server ended it for {reason!r}", wire.url)
-    n_tokens = n_pieces if usage.completion_tokens is None else usage.completion_tokens
-    to_first = first if first == first else seconds
-    return Reply(
-        wire.hide(text),
-        (),
-        "length"
-        if reason == "length"
-        else "stop"
-        if request.get("stop")
-        else "eos",  # one word in the protocol
-        usage.prompt_tokens or 0,
-        to_first,
-        max(0.0, seconds - to_first),
-        max(0, n_tokens - 1),
-        usage_tokens=n_tokens,
-        counted_by="pieces" if usage.completion_tokens is None else "server",
-        first_seconds=first,
-    )

@@ -17,7 +17,7 @@ import numpy as np
 
 from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.core.stage import Stage
-from dfqs_nb.llama.generate import Completion, chat_text
+from dfqs_nb.llama.generate import chat_text
 from dfqs_nb.llama.model import Model
 from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun, find_sandbox, score_set
 from dfqs_nb.serve import measure
@@ -27,17 +27,12 @@ from dfqs_nb.serve.servers import LocalServer
 if TYPE_CHECKING:
     import pandas as pd
 
-NEAR_TIE = 0.1  # of a logit: well above what other batches and kernels move (see check_concurrent)
+NEAR_TIE = 0.1  # of a logit: well above what other batches and kernels move (see `checks.max_drift`)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same items in process and through a server.
-
-    Attributes:
-        items: a row an item, see `compare_all`.
-        process, server: the runs, with their scores.
-    """
+    """The same items in process and through a server: a row an item, and both runs with their scores."""
 
     items: pd.DataFrame = field(repr=False)
     process: SetRun
@@ -72,26 +67,18 @@ def compare_all(
             What another server has loaded, only that server knows.
         options: ``limit``, ``allow_unsandboxed``, ``fresh``, ``progress`` of ``score_set``.
 
-    ``items`` of each has ``id``, ``family``, ``text_process``, ``text_server``, ``same_text``,
-    ``correct_process``, ``correct_server``; and where the texts differ: ``prompt_process`` and
-    ``prompt_server`` (tokens; 0: not reported), ``token`` (the first of ours that theirs does not have),
-    ``margin`` (of the logits in process, our token before the server's), ``rank`` (of the server's token in
-    process, 1 is ours) and ``cause``: ``near-tie`` (the server took the runner-up within `NEAR_TIE`), ``other
-    prompt``, ``where it ends`` (the same text up to the end of one), ``token boundary`` (the same characters
-    up to a cut token) or ``other numbers``.
+    ``items`` of each has ``id``, ``family``, and ``text_...`` and ``correct_...`` of ``process`` and
+    ``server``, and ``same_text``; where the texts differ also what `explain` gives.
     """
-    chosen = Options(**options)
+    chosen, place = Options(**options), Path(folder)
 
     def in_process() -> list[SetRun]:
-        place = Path(folder) / "process"
-        return [score_set(model, questions, place, chosen, model_id=model_id) for questions in item_sets]
+        return [score_set(model, asked, place / "process", chosen, model_id=model_id) for asked in item_sets]
 
     def through(name: str) -> list[SetRun]:
-        place, server = Path(folder) / folder_name(connected[name]), connected[name]
-        known = model_id if name in local else ""
-        return [
-            measure.score_set(server, questions, place, chosen, model_id=known) for questions in item_sets
-        ]
+        server, known = connected[name], model_id if name in local else ""
+        own = place / folder_name(server)
+        return [measure.score_set(server, asked, own, chosen, model_id=known) for asked in item_sets]
 
     at_once = (model.settings.n_threads or 1) < usable_cores()
     with ThreadPoolExecutor(len(connected) if at_once else 1) as pool:
@@ -122,7 +109,10 @@ def _compared(
 ) -> Comparison:
     import pandas as pd
 
-    by_id, opening = {item.id: item for item in item_set.items}, _opening(model, item_set)
+    opening = ""  # of a thinking that the template itself writes: llama.cpp's server repeats it
+    if item_set.mode == "chat" and model.header.get("tokenizer.chat_template"):
+        after = chat_text(model, measure.MARK).rpartition(measure.MARK)[2]
+        opening = "".join(after.partition("<think>")[1:])
     items = ours.items[["id", "family"]].assign(
         text_process=ours.items["completion"],
         text_server=theirs.items["completion"].astype(str).str.removeprefix(opening),
@@ -130,6 +120,7 @@ def _compared(
         correct_process=ours.items["correct"],
         correct_server=theirs.items["correct"],
     )
+    by_id = {item.id: item for item in item_set.items}
     why = {
         row.Index: explain(model, endpoint, item_set, by_id[row.id], row.text_server)
         for row in items[~items["same_text"]].itertuples()
@@ -137,24 +128,32 @@ def _compared(
     return Comparison(items.join(pd.DataFrame.from_dict(why, orient="index")), ours, theirs)
 
 
-def _opening(model: Model, item_set: ItemSet) -> str:
-    """The beginning of a thinking that the template itself writes: llama.cpp's server repeats it."""
-    if item_set.mode != "chat" or not model.header.get("tokenizer.chat_template"):
-        return ""
-    _, opened, rest = chat_text(model, measure.MARK).rpartition(measure.MARK)[2].partition("<think>")
-    return opened + rest
-
-
 def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Any, served: str) -> dict[str, Any]:
-    """Why the server's text is not the one of this process; fields as `compare_all` has them."""
+    """Why the server's text is not the one of this process.
+
+    ``prompt_process`` and ``prompt_server`` (tokens; 0: not reported), ``token`` (the first of ours that
+    theirs does not have), ``margin`` (of the logits in process, our token before the server's), ``rank`` (of
+    the server's token in process, 1 is ours) and ``cause``: ``near-tie`` (the server took the runner-up
+    within `NEAR_TIE`), ``other prompt``, ``where it ends`` (the same text up to the end of one), ``token
+    boundary`` (the same characters up to a cut token) or ``other numbers``.
+    """
     answerer = Answerer.of(model, item_set)
     request = answerer.request(item_set, item)
     prompt, ours = request.tokens(model), answerer.answer(request)
-    at, before = _parting(model, ours, served)
+    rest, at = served.encode(), 0  # what the server's text has beyond our first tokens
+    for piece in map(model.token_bytes, ours.token_ids):
+        if not rest.startswith(piece):
+            break
+        rest, at = rest[len(piece) :], at + 1
     model.clear()
     logits = model.evaluate([*prompt, *ours.token_ids[:at]])
     token = ours.token_ids[at] if at < len(ours.token_ids) else int(np.argmax(logits))
-    theirs = _next_token(model, logits, served.encode()[len(before) :])
+
+    def continues(token: int) -> bool:
+        piece = model.token_bytes(token)
+        return bool(piece) and rest.startswith(piece) if rest else model.ends(token)
+
+    theirs = next(filter(continues, np.argsort(-logits, kind="stable").tolist()), None)
     n_prompt = prompt_size(endpoint, item_set, item)
     margin = float("nan") if theirs is None else float(logits[token] - logits[theirs])
     rank = 0 if theirs is None else int((logits > logits[theirs]).sum()) + 1
@@ -166,14 +165,8 @@ def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Any, serv
         cause = "where it ends"
     else:
         cause = "token boundary" if rank == 1 else "other numbers"
-    return {
-        "prompt_process": len(prompt),
-        "prompt_server": n_prompt,
-        "token": at,
-        "margin": margin,
-        "rank": rank,
-        "cause": cause,
-    }
+    parting = {"token": at, "margin": margin, "rank": rank, "cause": cause}
+    return {"prompt_process": len(prompt), "prompt_server": n_prompt, **parting}
 
 
 def prompt_size(endpoint: Endpoint, item_set: ItemSet, item: Any) -> int:
@@ -182,26 +175,6 @@ def prompt_size(endpoint: Endpoint, item_set: ItemSet, item: Any) -> int:
     if item_set.mode == "chat":
         return whole.chat(item.asked(item_set.instruction), 1).n_prompt
     return whole.complete(item.prompt, 1).n_prompt
-
-
-def _parting(model: Model, ours: Completion, served: str) -> tuple[int, bytes]:
-    """The index of the first token of ours that the server's text does not continue, and the bytes before."""
-    raw, before = served.encode(), b""
-    for at, token in enumerate(ours.token_ids):
-        piece = model.token_bytes(token)
-        if raw[len(before) : len(before) + len(piece)] != piece:
-            return at, before
-        before += piece
-    return len(ours.token_ids), before
-
-
-def _next_token(model: Model, logits: np.ndarray, rest: bytes) -> int | None:
-    """The likeliest token that the server's text goes on with; where it ends, the likeliest that ends one."""
-    for token in np.argsort(-logits, kind="stable").tolist():
-        piece = model.token_bytes(token)
-        if model.ends(token) if not rest else (piece and rest.startswith(piece)):
-            return int(token)
-    return None
 
 
 # ---- tables, and what the notebook hands on ----
@@ -216,11 +189,7 @@ def item_table(compared: Compared) -> pd.DataFrame:
 
 
 def comparison_table(compared: Compared) -> pd.DataFrame:
-    """A row a server and set.
-
-    Columns ``server``, ``set``, ``items``, ``same_text``, ``right_process``, ``right_server`` (counts) and
-    ``causes`` of the differences.
-    """
+    """A row a server and set: counts of items, same texts and right answers, and causes of differences."""
     groups = item_table(compared).groupby(["server", "set"], sort=False)
     table = groups.agg(
         items=("id", "size"),
@@ -242,43 +211,32 @@ def hand_on(
     running: Mapping[str, LocalServer],
     recipes: Sequence[str],
     shutdown: pd.DataFrame,
-    model: dict[str, Any] | None = None,
 ) -> list[str]:
-    """Write ``serving.json``, and return its summary lines.
-
-    Args:
-        running: the servers that were started here: what each loaded is recorded as ``loaded``.
-        model: by default the one that notebook 01 handed on.
-    """
+    """Write ``serving.json``, and return its summary lines; what each of our servers loaded is in it."""
     table = comparison_table(compared)
     fewest, *_, most = drift.to_dict("records")
-    lines = [
-        *(
-            f"{name}: {len(rows)} checks: {_counted(rows['verdict'])}"
-            for name, rows in checks.groupby("server", sort=False)
-        ),
-        *(
-            f"{row.server}: {row.same_text} of {row.items} answers of {row.set} are those of this process"
-            + (f" ({row.causes})" if row.causes != "none" else "")
-            for row in table.itertuples()
-        ),
+    by_server = checks.groupby("server", sort=False)
+    lines = [f"{name}: {len(rows)} checks: {_counted(rows['verdict'])}" for name, rows in by_server]
+    for row in table.itertuples():
+        why = "" if row.causes == "none" else f" ({row.causes})"
+        same = f"{row.same_text} of {row.items} answers of {row.set}"
+        lines.append(f"{row.server}: {same} are those of this process{why}")
+    lines.append(
         f"llama.cpp's server beside {most['requests']} requests: log-probabilities move by "
         f"{fewest['drift']:.1e} with {fewest['slots']} slot, {most['drift']:.1e} with {most['slots']}; "
-        f"{drift['differ'].sum()} of {drift['answers'].sum()} texts differ",
-        *(
-            f"{name}: {rows['tokens_per_sec'].iloc[0]:,.0f} tokens/s for {rows['clients'].iloc[0]} client, "
-            f"{rows['tokens_per_sec'].iloc[-1]:,.0f} for {rows['clients'].iloc[-1]}"
-            for name, rows in speeds.groupby("server", sort=False)
-        ),
-        f"shutdown: {len(shutdown)} checks: {_counted(shutdown['verdict'])}",
-    ]
+        f"{drift['differ'].sum()} of {drift['answers'].sum()} texts differ"
+    )
+    for name, rows in speeds.groupby("server", sort=False):
+        (speed, fast), (n, many) = (rows[key].iloc[[0, -1]] for key in ("tokens_per_sec", "clients"))
+        lines.append(f"{name}: {speed:,.0f} tokens/s for {n} client, {fast:,.0f} for {many}")
+    lines.append(f"shutdown: {len(shutdown)} checks: {_counted(shutdown['verdict'])}")
     tables = {"checks": checks, "drift": drift, "speeds": speeds, "comparisons": table, "shutdown": shutdown}
     stage.finish(
         conditions={name: endpoint.conditions() for name, endpoint in connected.items()},
         summary=lines,
-        model=stage.model if model is None else model,
+        model=stage.model,
         recipes=list(recipes),
-        loaded={name: server.loaded() for name, server in running.items()},
+        loaded={name: server.loaded for name, server in running.items()},
         **{name: frame.to_dict("records") for name, frame in tables.items()},
     )
     return lines

@@ -1,4 +1,4 @@
-"""Figures of served models: a frame in, the Axes out."""
+"""Figures of served models: a frame of ``checks.speed_of_all`` in, the Axes out."""
 
 from __future__ import annotations
 
@@ -15,48 +15,37 @@ if TYPE_CHECKING:
 
 
 def speed_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Tokens a second of all clients together against their number, a line a server.
-
-    Args:
-        speeds: see ``checks.speed_of_all``.
-    """
+    """Tokens a second of all clients together against their number, a line a server."""
     ax = new_axes(ax, 3.4)
     for rows, style in _by_server(speeds):
-        asked = f"{rows['requests'].min()} to {rows['requests'].max()} requests"
-        label = f"{rows['server'].iloc[0]} ({asked})"
-        ax.plot(rows["clients"], rows["tokens_per_sec"], linewidth=1.4, label=label, **style)
-    clients = _client_axis(ax, speeds)
+        style["label"] += f" ({rows['requests'].min()} to {rows['requests'].max()} requests)"
+        ax.plot(rows["clients"], rows["tokens_per_sec"], linewidth=1.4, **style)
+    fewest, most = _client_axis(ax, speeds)
     ax.set_ylim(0, speeds["tokens_per_sec"].max() * 1.25)
     ax.set_ylabel("tokens per second, all clients together")
     ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
     by_server = speeds.groupby("server", sort=False)["tokens_per_sec"]
     gains = by_server.last() / by_server.first()
-    best = gains.idxmax()
-    fewest = "one client" if clients[0] == 1 else f"{clients[0]} clients"
-    set_title(ax, f"{clients[-1]} clients get up to {gains.max():.1f} times the tokens of {fewest} ({best})")
+    than = "one client" if fewest == 1 else f"{fewest} clients"
+    set_title(ax, f"{most} clients get up to {gains.max():.1f} times the tokens of {than} ({gains.idxmax()})")
     return ax
 
 
 def wait_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Seconds to the first piece of an answer against the number of clients: median, and up to the longest.
-
-    Args:
-        speeds: see ``checks.speed_of_all``.
-    """
+    """Seconds to the first piece of an answer against the number of clients: median, up to the longest."""
     ax, servers = new_axes(ax, 3.4), _by_server(speeds)
     for number, (rows, style) in enumerate(servers):
         at = rows["clients"] * (1 + 0.04 * (number - (len(servers) - 1) / 2))
         above = (rows["first_max"] - rows["first_median"]).clip(lower=0)
-        style |= {"label": rows["server"].iloc[0], "capsize": 3, "linewidth": 1}
-        ax.errorbar(at, rows["first_median"], yerr=[above * 0, above], **style)
-    clients = _client_axis(ax, speeds)
+        ax.errorbar(at, rows["first_median"], yerr=[above * 0, above], capsize=3, linewidth=1, **style)
+    _, most = _client_axis(ax, speeds)
     ax.yaxis.set_major_formatter(EngFormatter(unit="s"))
     ax.set_ylim(bottom=0)
     ax.set_ylabel("time to first token\n(median, up to the longest)")
     ax.legend(frameon=False, fontsize=8, loc="upper left")
-    last = speeds[speeds["clients"] == clients[-1]].set_index("server")["first_median"]
+    last = speeds[speeds["clients"] == most].set_index("server")["first_median"]
     waits = " to ".join(f"{last[name]:.2g} s ({name})" for name in (last.idxmin(), last.idxmax()))
-    set_title(ax, f"Time to first token with {clients[-1]} clients:\n{waits}")
+    set_title(ax, f"Time to first token with {most} clients:\n{waits}")
     return ax
 
 
@@ -64,16 +53,16 @@ def _by_server(speeds: pd.DataFrame) -> list[tuple[pd.DataFrame, dict[str, Any]]
     """Rows and line style of each server, in the frame's order."""
     styles = itertools.cycle(zip((PALETTE[0], PALETTE[5], *PALETTE[2:4]), "os^D", strict=True))
     return [
-        (rows, {"color": colour, "marker": marker, "linestyle": "-"})
-        for (_, rows), (colour, marker) in zip(speeds.groupby("server", sort=False), styles, strict=False)
+        (rows, {"color": colour, "marker": marker, "linestyle": "-", "label": name})
+        for (name, rows), (colour, marker) in zip(speeds.groupby("server", sort=False), styles, strict=False)
     ]
 
 
-def _client_axis(ax: Axes, speeds: pd.DataFrame) -> list[int]:
-    """Clients on a log2 axis; their numbers, ascending."""
+def _client_axis(ax: Axes, speeds: pd.DataFrame) -> tuple[int, int]:
+    """Clients on a log2 axis; the fewest and the most of them."""
     clients = sorted(set(speeds["clients"]))
     ax.set_xscale("log", base=2)
     ax.set_xticks(clients, [str(n) for n in clients])
     ax.minorticks_off()
     ax.set_xlabel("clients at once (log scale)")
-    return clients
+    return clients[0], clients[-1]

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from dfqs_nb.serve.client import Answer, Endpoint
-from dfqs_nb.serve.wire import EndpointError, Limits
+from dfqs_nb.serve.wire import EndpointError
 
 BYTES_PER_GUESS = 400  # of JSON, for a token among the likeliest
 
@@ -69,8 +69,8 @@ def continuation(
         **endpoint.options,
     }
     url = f"{wire.url}/{'chat/' if chat else ''}completions"
-    limits = Limits(wire.timeout_seconds, 4 << 20 | BYTES_PER_GUESS * n_tokens * (top_k + 1))
-    page = wire.ask(lambda *_: wire.post(url, body), retries=endpoint.retries, limits=limits)
+    limits = (wire.timeout_seconds, 4 << 20 | BYTES_PER_GUESS * n_tokens * (top_k + 1))
+    page = wire.ask(lambda broke: next(wire.events(url, body)), retries=endpoint.retries, limits=limits)
     try:
         choice = page["choices"][0]
         answer = Answer.model_validate(choice.get("message") or choice)

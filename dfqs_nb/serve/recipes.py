@@ -1,50 +1,39 @@
 """Recipes to run a model elsewhere: files and commands for each way of running that the documents list.
 
 What is known of each target is data (``data/deploy/targets.toml``), and so are commands, notes and the texts
-of files (``data/deploy/templates/``), in jinja. This module finds the settings (context, threads, GPU layers,
-chat template) from the model's header and this machine, and writes the recipe whole or not at all.
-
-A key is never written: files and commands name the environment variable that holds it.
+of files (``data/deploy/templates/``), in jinja. Here are the settings, from the model's header and this
+machine, and the quotes that each kind of file needs. A key is never written: files and commands name the
+environment variable that holds it.
 """
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import shlex
-import shutil
-import subprocess
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.core.errors import SpaceError
+from pydantic import BaseModel, ConfigDict
+
+from dfqs_nb.core.errors import DfqsError, SpaceError
 from dfqs_nb.core.files import write_text
-from dfqs_nb.core.machine import available_memory, usable_cores
-from dfqs_nb.core.paths import public_address, tilde
+from dfqs_nb.core.machine import available_memory, gpu_free_bytes, usable_cores
+from dfqs_nb.core.paths import data_dir, public_address, tilde
 from dfqs_nb.gguf import models as registry
-from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.facts import require_model
-from dfqs_nb.gguf.memory import check_fits, estimate
+from dfqs_nb.gguf.memory import binary_size, check_fits, estimate
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.llama.settings import threads_for
-from dfqs_nb.serve.templates import (
-    DeployError,
-    Ready,
-    Target,
-    file_text,
-    filled,
-    for_shell,
-    list_text,
-    shared,
-    table_text,
-    target_of,
-    targets,
-    targets_table,
-)
 
-__all__ = ["Recipe", "list_text", "table_text", "target_of", "targets", "targets_table", "write_recipe"]
+if TYPE_CHECKING:
+    import jinja2
+    import pandas as pd
 
 HOST = "127.0.0.1"  # nothing listens beyond this machine
 PROMPT = "What is the capital of France?"
@@ -52,39 +41,196 @@ DEFAULT_KEY_VARIABLE = "DFQS_API_KEY"
 MOST_N_CTX, LEAST_N_CTX = 32_768, 4_096  # tokens, unless told otherwise
 UNKNOWN_N_CTX = 8_192  # tokens, for a model whose header is not here
 BUILD = "b11063"  # the newest llama.cpp build seen to load `deepseek4` from a prebuilt library
+SPARE_GPU_BYTES = 1 << 30  # for compute buffers and what else uses the GPU
 SHARD_ENDING = re.compile(r"-\d{5}-of-\d{5}$")
 WEIGHTS_FROM = "deepseek-ai/DeepSeek-V4-Flash"
 NOT_GIVEN = "OWNER/ORIGINAL-MODEL"
+FACTS = ("recipe", "checked_how", "run_here", "loads_deepseek4", "split_files", "since", "limits", "source")
+
+
+class DeployError(DfqsError):
+    """A recipe cannot be written."""
+
+
+# ---- the targets ----
+
+
+class Target(BaseModel):
+    """One way of running, as ``targets.toml`` has it; the comments there say what each field means."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")  # facts that only templates read
+
+    name: str
+    title: str
+    run_here: str
+    source: list[str]
+    files: dict[str, str]
+    install: list[str]
+    run: list[str]
+    manual: list[str] = []
+    also: list[str] = []
+    stop: list[str] = []
+    server: int = 0
+    prefix: str = ""
+    served_name: str = "{{ name }}"
+    single_file: bool = False
+    needs_key: bool = False
+    least_n_ctx: int = 0
+    place: str = ""
+    fetch_to: str = ""
+    mount: str = ""
+    amx: str = ""
+
+
+@cache
+def _tables(path: Path) -> tuple[dict[str, Any], dict[str, Target]]:
+    """The parts that commands and notes share, and the targets by name."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        common = table.pop("common")
+        return common, {name: Target(name=name, **entry) for name, entry in table.items()}
+    except (OSError, ValueError, KeyError) as error:  # pydantic's errors are of ValueError
+        what, hint = f"cannot read the table of targets ({error})", "restore it with git, or set DFQS_DATA"
+        raise DeployError(what, where=tilde(path), hint=hint) from error
+
+
+def targets() -> dict[str, Target]:
+    """The targets by name, in the order of ``data/deploy/targets.toml``.
+
+    >>> len(targets()), targets()["ollama"].server
+    (17, 11434)
+    """
+    return _tables(data_dir() / "deploy" / "targets.toml")[1]
+
+
+def target_of(name: str) -> Target:
+    """The target of this name; a `DeployError` names those there are."""
+    if name not in targets():
+        raise DeployError(f"no target is called {name!r}", hint=f"there are {', '.join(targets())}")
+    return targets()[name]
+
+
+def targets_table() -> pd.DataFrame:
+    """One row a target: ``target``, ``title``, then what is known of it, each a text.
+
+    ``run_here`` is what ran, with its version, or "generated, not run".
+    """
+    import pandas as pd
+
+    table = pd.DataFrame([target.model_dump() for target in targets().values()])
+    table = table.rename(columns={"name": "target"})[["target", "title", *FACTS]]
+    table["source"] = table["source"].map(" ".join)
+    return table.replace({"run_here": {"": "generated, not run"}})
+
+
+def list_text() -> str:
+    """The targets, one a line: name, title, and what ran here."""
+    rows = targets_table().itertuples()
+    return "".join(f"{row.target:<22}{row.title:<24}{row.run_here}\n" for row in rows)
+
+
+def table_text() -> str:
+    """``data/deploy/README.md``: what is known of every target, as Markdown."""
+    return _filled("{% include 'README.md' %}", {"targets": list(targets().values())}, str)
+
+
+# ---- templates: each value quoted as the file's kind needs ----
+
+
+class Ready(str):
+    """A text that is quoted already."""
+
+
+@cache
+def _environment(quote: Callable[[Any], str], folder: Path) -> jinja2.Environment:
+    """Jinja that puts each value through ``quote``; a name that has no value is an error."""
+    import jinja2
+
+    common = _tables(folder / "targets.toml")[0]
+    parts = jinja2.DictLoader({name: text for name, text in common.items() if isinstance(text, str)})
+    made = jinja2.Environment(
+        loader=jinja2.ChoiceLoader([parts, jinja2.FileSystemLoader(folder / "templates")]),
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Ready) else quote(value),
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )  # autoescape is for HTML: `finalize` quotes for each kind of file
+    made.filters |= {"json": json.dumps, "bytes": binary_size, "number": "{:,}".format}
+    return made
+
+
+def _filled(text: str, values: Mapping[str, Any], quote: Callable[[Any], str]) -> str:
+    return _environment(quote, data_dir() / "deploy").from_string(text).render(values)
+
+
+def _for_shell(value: Any) -> str:
+    return shlex.join(value) if isinstance(value, list) else shlex.quote(str(value))
+
+
+def _for_json(value: Any) -> str:
+    """A literal of JSON, which is one of YAML and of Python too: YAML reads some characters as line ends."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub(r"[\x7f-\x9f\u2028\u2029\ufeff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _for_powershell(value: Any) -> str:
+    """A literal of PowerShell, for which typographic quotes end a string as plain ones do."""
+    doubled = re.sub("['\u2018\u2019\u201a\u201b]", r"\g<0>\g<0>", str(value))
+    return str(value) if isinstance(value, int) else f"'{doubled}'"
+
+
+def _for_modelfile(value: Any) -> str:
+    """A value of a Modelfile, which ends with its line."""
+    text = str(value)
+    if text != " ".join(text.splitlines()).strip() or not text.isprintable():
+        raise DeployError(f"a Modelfile cannot name {text!r}", hint="rename the folder or the file")
+    return text
+
+
+QUOTES: dict[str, Callable[[Any], str]] = {"Modelfile": _for_modelfile, ".ps1": _for_powershell}
+QUOTES["compose.yaml"] = lambda value: _for_json(value).replace("$", "$$")
+QUOTES |= dict.fromkeys((".json", ".yaml", ".yml", ".py", ".ipynb"), _for_json)
+
+
+def _file_text(template: str, name: str, values: Mapping[str, Any]) -> str:
+    """The text of one file of the recipe."""
+    quote = QUOTES.get(name) or QUOTES.get(PurePosixPath(name).suffix) or str
+    text = _filled(f"{{% include {template!r} %}}", values, quote)
+    if name.endswith(".ps1") and not text.isascii():
+        return "\ufeff" + text  # without it Windows PowerShell reads another encoding
+    if not name.endswith(".ipynb"):
+        return text
+    import nbformat.v4 as nbformat
+
+    cells = []  # of a Python file whose cells begin with ``# %%``
+    for number, part in enumerate(re.split(r"^# %%", text, flags=re.MULTILINE)[1:]):
+        kind, _, body = part.partition("\n")
+        prose = "markdown" in kind
+        body = re.sub(r"^# ?", "", body, flags=re.MULTILINE) if prose else body
+        make: Any = nbformat.new_markdown_cell if prose else nbformat.new_code_cell
+        cells.append(make(body.strip("\n"), id=f"cell-{number}"))
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return str(nbformat.writes(nbformat.new_notebook(cells=cells, metadata={"kernelspec": kernel}))) + "\n"
+
 
 # ---- recipes ----
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the model is opened.
-
-    Attributes:
-        n_ctx: tokens of context. n_threads: of decode.
-        n_gpu_layers: whole layers on the GPU, for programs that cannot keep experts in memory.
-        flags: what places the model for llama.cpp's own programs (`placement.Placement.flags`).
-    """
+    """How the model is opened: tokens of context, threads of decode, layers on the GPU."""
 
     n_ctx: int
     n_threads: int
     n_gpu_layers: int
-    flags: tuple[str, ...] = ("-ngl", "0")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What was written for one target.
+    """What was written for one target: ``files``, ``RECIPE.md`` last.
 
-    Attributes:
-        files: what was written, ``RECIPE.md`` last.
-        commands: in order: fetch and prepare the model, install, run; for a shell in the recipe's folder.
-        checks: commands that ask the running server; empty for a target without one.
-        notes: what to know before.
-        model: the path that the recipe gives the model, here or on the machine that runs it.
+    ``commands`` fetch and prepare the model, install and run, in a shell in the recipe's folder; ``checks``
+    ask the running server. ``model`` is the path that the recipe gives the model, where it runs.
     """
 
     target: str
@@ -104,27 +250,20 @@ def write_recipe(
     n_ctx: int | None = None,
     n_threads: int | None = None,
     n_gpu_layers: int | None = None,
-    hub: str | None = None,
     port: int | None = None,
     key_variable: str = "",
     overwrite: bool = False,
 ) -> Recipe:
-    """Write the files and commands that run this model with this target.
+    """Write the files and commands that run this model with this target. Nothing is downloaded.
 
     Args:
-        target: a name of `targets`.
         model: a local GGUF file (any of its shards), a name of the registry, or ``hf://owner/repo/file``.
-            Nothing is downloaded.
-        folder: receives the recipe; made if missing.
-        n_ctx: tokens of context; by default what this machine's memory holds, up to 32,768 and to what the
-            model was trained on.
+        n_ctx: by default what this machine's memory holds, up to 32,768 tokens and to the trained context.
         n_threads: by default the usable cores, and one for a very small model.
-        n_gpu_layers: by default as many as the free memory of this machine's GPU holds; 0 without one.
-        hub: ``hf://`` address (or registered name) that the recipe fetches, while its settings come from the
-            local ``model``.
+        n_gpu_layers: by default as many as the free memory of this machine's GPU holds.
         port: of the server on 127.0.0.1; by default the target's own.
-        key_variable: the environment variable that holds the server's key; empty: no key, unless
-            the target's server always asks for one (then ``DFQS_API_KEY``).
+        key_variable: the environment variable that holds the server's key. By default no key is asked for;
+            a target's server that always asks gets ``DFQS_API_KEY``.
         overwrite: replace the files of an earlier recipe.
 
     Raises:
@@ -132,44 +271,33 @@ def write_recipe(
             path that the target's files cannot hold; or files that exist already.
         HeaderError, ShardError, RegistryError: the model is not a complete GGUF, or nothing has that name.
     """
-    chosen, source = target_of(target), _source(model)
+    chosen, source, folder = target_of(target), _source(model), Path(folder).absolute()
     chosen = chosen.model_copy(update={"server": port or chosen.server})
     key_variable = key_variable or (DEFAULT_KEY_VARIABLE if chosen.needs_key else "")
     if key_variable and not key_variable.isidentifier():
         raise DeployError("that is no name of an environment variable", hint="give its name, not the key")
-    if hub is not None:
-        source = replace(_source(hub), shards=source.shards, nbytes=source.nbytes)
-    folder = Path(folder).absolute()
     settings = _settings(chosen, source, n_ctx, n_threads, n_gpu_layers)
     values = _values(chosen, source, settings, folder, key_variable)
-    texts = {
-        name: file_text(template, name, values)
-        for name, template in chosen.files.items()
-        if name != "chat_template.jinja" or values["template_text"]
-    }
+    names = [name for name in chosen.files if name != "chat_template.jinja" or values["template_text"]]
+    texts = {name: _file_text(chosen.files[name], name, values) for name in names}
+    shared = _tables(data_dir() / "deploy" / "targets.toml")[0]
 
     def commands(templates: Sequence[str]) -> tuple[str, ...]:
-        return tuple(filled(text, values, for_shell) for text in templates)
+        return tuple(_filled(text, values, _for_shell) for text in templates)
 
     run = commands([*chosen.install, *chosen.run])
     values["written"] = "\n".join([*texts.values(), *run])
-    notes = [filled(note, values, str) for note in shared()["notes"]] + chosen.manual
-    recipe = Recipe(
-        target,
-        values["model"],
-        settings,
-        tuple(folder / name for name in (*texts, "RECIPE.md")),
-        (*(() if any(name.endswith(".ipynb") for name in texts) else values["get"]), *run),
-        commands(shared()["check"]) if chosen.server else (),
-        tuple(filter(None, notes)),
-    )
-    blocks = {"Run": recipe.commands, "Check": recipe.checks}
+    fetch = () if any(name.endswith(".ipynb") for name in texts) else values["get"]
+    notes = [note for text in shared["notes"] if (note := _filled(text, values, str))]
+    blocks = {"Run": (*fetch, *run), "Check": commands(shared["check"]) if chosen.server else ()}
     blocks |= {"Or": commands(chosen.also), "Stop": commands(chosen.stop)}
     ticks = re.findall("`+", str(blocks))
     fence = "`" * max(3, 1 + max(map(len, ticks), default=0))  # a path may hold a fence
-    page = values | {"notes": recipe.notes, "blocks": blocks, "fence": fence}
-    _write(folder, texts | {"RECIPE.md": filled("{% include 'RECIPE.md' %}", page, str)}, overwrite)
-    return recipe
+    page = values | {"notes": [*notes, *chosen.manual], "blocks": blocks, "fence": fence}
+    texts["RECIPE.md"] = _filled("{% include 'RECIPE.md' %}", page, str)
+    _write(folder, texts, overwrite)
+    files = tuple(folder / name for name in texts)
+    return Recipe(target, values["model"], settings, files, blocks["Run"], blocks["Check"], (*page["notes"],))
 
 
 def _write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> None:
@@ -193,12 +321,12 @@ def _write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> None:
         raise DeployError(what, where=tilde(folder), hint="take a folder you may write") from error
 
 
-# ---- the model ----
+# ---- the model, and its settings ----
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A model, here or on the hub: where it is (``folder``), and what a header would tell of it.
+    """A model, here (``folder``) or on the hub, and what a header would tell of it.
 
     ``fetch`` has the commands that bring it into a folder. ``glued`` names the model whose shards, put end to
     end, have exactly the size of this ``published`` file.
@@ -220,19 +348,20 @@ class _Source:
 
 
 def _source(model: str | Path) -> _Source:
-    known = registry.registered()
-    addresses = {f"{entry.source}/{file.name}": entry for entry in known.values() for file in entry.files}
-    entry = known.get(str(model)) or addresses.get(str(model).rpartition("@")[0] or str(model))
-    if entry and entry.source.startswith("hf://"):
-        return _registered(entry, known)
-    if not entry and str(model).startswith("hf://"):
-        return _on_hub(str(model))
-    return _local(registry.resolve(model)[0])
-
-
-def _local(path: Path) -> _Source:
     from dfqs_nb.merge import diagnose
 
+    known, given = registry.registered(), str(model)
+    addresses = {f"{entry.source}/{file.name}": entry for entry in known.values() for file in entry.files}
+    entry = known.get(given) or addresses.get(given.rpartition("@")[0] or given)
+    if entry and entry.source.startswith("hf://"):
+        return _registered(entry, known)
+    if not entry and given.startswith("hf://"):
+        file = registry.parse_address(given)
+        siblings = registry.siblings(file.file)
+        words = [file.repo, *siblings, *(["--revision", file.revision] if file.revision else [])]
+        name = SHARD_ENDING.sub("", PurePosixPath(file.file).stem)
+        return _Source(name, tuple(siblings), fetch=lambda folder: [_download(words, folder)])
+    path = registry.resolve(model)[0]
     diagnosis = diagnose(path)
     if not diagnosis.sound:
         what = f"no runtime loads it: {diagnosis.finding}"
@@ -241,20 +370,12 @@ def _local(path: Path) -> _Source:
     require_model(shards.as_one)
     url = str(shards.as_one.get("general.base_model.0.repo_url", ""))
     original = url.removeprefix("https://huggingface.co/") if "huggingface.co/" in url else NOT_GIVEN
-    files = tuple(shard.name for shard in shards.paths)
-    folder = str(shards.paths[0].absolute().parent)
+    folder, files = str(shards.paths[0].absolute().parent), tuple(shard.name for shard in shards.paths)
     return _Source(shards.name, files, folder, shards.nbytes, shards, original=original)
 
 
-def _on_hub(address: str) -> _Source:
-    file = registry.parse_address(address)
-    names = registry.siblings(file.file)
-    revision = ["--revision", file.revision] if file.revision else []
-
-    def fetch(folder: str) -> list[str]:
-        return [shlex.join(["hf", "download", file.repo, *names, *revision, "--local-dir", folder])]
-
-    return _Source(SHARD_ENDING.sub("", PurePosixPath(file.file).stem), tuple(names), fetch=fetch)
+def _download(words: Sequence[str], folder: str) -> str:
+    return shlex.join(["hf", "download", *words, "--local-dir", folder])
 
 
 def _registered(model: registry.Model, known: Mapping[str, registry.Model]) -> _Source:
@@ -268,21 +389,12 @@ def _registered(model: registry.Model, known: Mapping[str, registry.Model]) -> _
         path = _join(folder, one_file)
         if len(model.files) > 1:
             return [shlex.join(["dfqs-nb", "merge", model.name, "-o", path])]
-        get = [shlex.join(["hf", "download", repo, one_file, "--local-dir", folder])]
-        return [*get, *([shlex.join(["dfqs-nb", "repair", path, "--in-place"])] if glued else [])]
+        repair = [shlex.join(["dfqs-nb", "repair", path, "--in-place"])] if glued else []
+        return [_download([repo, one_file], folder), *repair]
 
-    return _Source(
-        name,
-        (one_file,),
-        nbytes=model.size_bytes,
-        fetch=fetch,
-        original=WEIGHTS_FROM if name.lower().startswith("deepseek-v4-flash") else NOT_GIVEN,
-        published=model,
-        glued=glued,
-    )
-
-
-# ---- its settings ----
+    original = WEIGHTS_FROM if name.lower().startswith("deepseek-v4-flash") else NOT_GIVEN
+    facts: dict[str, Any] = {"original": original, "published": model, "glued": glued}
+    return _Source(name, (one_file,), nbytes=model.size_bytes, fetch=fetch, **facts)
 
 
 def _settings(
@@ -291,16 +403,14 @@ def _settings(
     n_ctx = _n_ctx(target, source, n_ctx)
     if n_threads is None:
         n_threads = threads_for(source.shards.paths[0]) if source.shards else usable_cores()
-    flags: tuple[str, ...] = ("-ngl", str(n_gpu_layers or 0))
-    if n_gpu_layers is None and source.shards:
-        shape = placement.Model(source.shards.headers)
-        here = (available_memory().available_bytes, gpu_memories())
-        flags = placement.place(shape, n_ctx, *here).flags
-        n_gpu_layers = placement.place(shape, n_ctx, *here, whole=True).n_gpu_layers
+    if n_gpu_layers is None and source.shards:  # the output counts as one more layer; all of one size
+        room = gpu_free_bytes() - estimate(source.shards.headers, n_ctx).kv.total - SPARE_GPU_BYTES
+        n_layers = source.arch("block_count") + 1
+        n_gpu_layers = max(0, min(n_layers, room // max(1, source.nbytes // n_layers)))
     n_gpu_layers = n_gpu_layers or 0
     if n_threads < 1 or n_gpu_layers < 0:
         raise DeployError("threads must be at least 1, and GPU layers at least 0", hint="leave them out")
-    return Settings(n_ctx, n_threads, n_gpu_layers, flags)
+    return Settings(n_ctx, n_threads, n_gpu_layers)
 
 
 def _n_ctx(target: Target, source: _Source, wanted: int | None) -> int:
@@ -326,26 +436,6 @@ def _n_ctx(target: Target, source: _Source, wanted: int | None) -> int:
     return max(least, n_ctx)
 
 
-def gpu_memories() -> list[int]:
-    """Free memory of each of this machine's NVIDIA GPUs, in bytes, or of an Apple chip's; none without one.
-
-    An Apple GPU shares the machine's memory: macOS lets it hold about two thirds of a small one, and three
-    quarters of a large one (Metal's ``recommendedMaxWorkingSetSize``). Two thirds are counted.
-    """
-    if (platform.system(), platform.machine()) == ("Darwin", "arm64"):
-        memory = available_memory()
-        return [min(memory.available_bytes, memory.total_bytes * 2 // 3)]
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = [program, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [int(line) << 20 for line in done.stdout.split() if line.isdigit()]
-
-
 # ---- the values of templates ----
 
 
@@ -353,76 +443,58 @@ def _join(folder: str, name: str) -> str:
     return f"{folder}\\{name}" if "\\" in folder else f"{folder}/{name}"
 
 
-def slug_of(name: str) -> str:
-    """A name that every target takes.
-
-    >>> slug_of("DFQS-Nano-IQ1_S-XL (test)")
-    'dfqs-nano-iq1-s-xl-test'
-    """
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "model"
-
-
-def _place(target: Target, source: _Source, folder: Path) -> tuple[str, tuple[str, ...], list[str]]:
-    """The folder in which the target finds the model, its files there, and the commands that bring them."""
-    files, get = source.files, []
-    if source.fetch is None:
-        there = filled(target.place, {"file": "", "name": slug_of(source.name)}, str).rstrip("/\\")
-        place = there or source.folder
-    else:
-        place = target.fetch_to or str(folder / "models")
-        get = source.fetch(place)
-        if target.fetch_to and any(command.startswith("dfqs-nb ") for command in get):
-            get = [shlex.join(["python", "-m", "pip", "install", "-q", f"git+{public_address()}"]), *get]
-    if target.single_file and len(files) > 1:
-        joined = str(folder / f"{source.name}.gguf")
-        get = [*get, shlex.join(["dfqs-nb", "merge", _join(place, files[0]), "-o", joined])]
-        place, files = str(folder), (f"{source.name}.gguf",)
-    return place, files, get
-
-
 def _values(
     target: Target, source: _Source, settings: Settings, folder: Path, key_variable: str
 ) -> dict[str, Any]:
     """What templates, commands and notes may name."""
-    place, files, get = _place(target, source, folder)
-    name, inner = slug_of(source.name), target.mount or place
+    name = (
+        re.sub(r"[^a-z0-9]+", "-", source.name.lower()).strip("-") or "model"
+    )  # one that every target takes
+    files, place, get = source.files, target.fetch_to or str(folder / "models"), list[str]()
+    if source.fetch is None:
+        place = _filled(target.place, {"file": "", "name": name}, str).rstrip("/\\") or source.folder
+    else:
+        get = source.fetch(place)
+        if target.fetch_to and any(command.startswith("dfqs-nb ") for command in get):
+            get = [shlex.join(["python", "-m", "pip", "install", "-q", f"git+{public_address()}"]), *get]
+    if target.single_file and len(files) > 1:
+        joined = folder / f"{source.name}.gguf"
+        get = [*get, shlex.join(["dfqs-nb", "merge", _join(place, files[0]), "-o", str(joined)])]
+        place, files = str(folder), (joined.name,)
     mac, arm = platform.system() == "Darwin", platform.machine().lower() in ("arm64", "aarch64")
+    paths = [_join(target.mount or place, file) for file in files]
+    key_name = key_variable or DEFAULT_KEY_VARIABLE
+    needs, slow = None, ""
+    if source.shards is not None:
+        needs = estimate(source.shards.headers, settings.n_ctx)
+        try:
+            slow = check_fits(needs)
+        except SpaceError as error:
+            slow = f"Not on this machine: {error.what}"
     return {
         **vars(settings),
         "target": target,
         "source": source,
         "name": name,
-        "served": filled(target.served_name, {"name": name}, str),
+        "served": _filled(target.served_name, {"name": name}, str),
         "gpu_ratio": round(min(1.0, settings.n_gpu_layers / (source.arch("block_count") + 1)), 2),
-        "placement": Ready(shlex.join(settings.flags)),
-        "cuda": "ON" if settings.flags[:2] != ("-ngl", "0") and not mac else "",  # there it is Metal
+        "cuda": "ON" if settings.n_gpu_layers > 0 and not mac else "",  # there it is Metal
         "host": HOST,
         "port": target.server,
         "base_url": f"http://{HOST}:{target.server}{target.prefix}/v1",
         "template_text": source.shards.as_one.text("tokenizer.chat_template") if source.shards else "",
         "build": BUILD,
         "system": f"{'macos' if mac else 'ubuntu'}-{'arm64' if arm else 'x64'}",
-        "model": _join(inner, files[0]),
-        "models": [_join(inner, file) for file in files],
+        "model": paths[0],
+        "models": paths,
         "file": files[0],
         "model_folder": place,
         "folder": str(folder),
         "get": get,
         "prompt": PROMPT,
         "key": key_variable,
-        "key_name": key_variable or DEFAULT_KEY_VARIABLE,
-        "key_or_none": Ready(f'"${{{key_variable or DEFAULT_KEY_VARIABLE}:-none}}"'),
-        **_memory(source, settings),
+        "key_name": key_name,
+        "key_or_none": Ready(f'"${{{key_name}:-none}}"'),
+        "needs": needs,
+        "slow": slow and f"{slow[0].upper()}{slow[1:]}.",
     }
-
-
-def _memory(source: _Source, settings: Settings) -> dict[str, Any]:
-    """What it needs of the memory (``needs``), and a sentence where that is too much (``slow``)."""
-    if source.shards is None:
-        return {"needs": None, "slow": ""}
-    needs = estimate(source.shards.headers, settings.n_ctx)
-    try:
-        slow = check_fits(needs)
-    except SpaceError as error:
-        slow = f"Not on this machine: {error.what}"
-    return {"needs": needs, "slow": slow and f"{slow[0].upper()}{slow[1:]}."}

@@ -1,4 +1,4 @@
-"""One address of a server: the connection to it, its limits of time and bytes, secrets, errors and retries.
+"""One address of a server: the connection, its limits of time and bytes, secrets, errors and retries.
 
 Requests to this machine never go through a proxy. A response has a limit of seconds and bytes from its first
 byte to its last, headers included. Bytes that are not UTF-8 become U+FFFD. Keys are sent and never shown.
@@ -6,6 +6,7 @@ byte to its last, headers included. Bytes that are not UTF-8 become U+FFFD. Keys
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import re
@@ -38,18 +39,17 @@ OVERFLOW = re.compile(
     r"|context (window|size|length)[^.]{0,40}exceed|max_model_len",
     re.IGNORECASE,
 )
+# The most seconds and bytes that one response may take, headers included.
+LIMITS: ContextVar[tuple[float, int]] = ContextVar("LIMITS", default=(60.0, 16 << 20))
 
 
-# ---- what a server's failures mean, and which of them may pass ----
+# ---- what a server's failures mean ----
 
 
 class EndpointError(DfqsError):
     """An endpoint cannot be asked, or does not answer.
 
-    Attributes:
-        temporary: asking again may help.
-        status: of HTTP; 0 where no answer came.
-        retry_after: seconds that the server asks to wait; None where it says nothing.
+    ``temporary``: asking again may help. ``status``: of HTTP, or 0. ``retry_after``: seconds it asks to wait.
     """
 
     temporary: bool = False
@@ -92,35 +92,31 @@ class ContextOverflowError(EndpointError, ContextFullError):
 
 
 def broken(why: str, url: str) -> EndpointError:
-    """The error for an answer without its end; what the server says may be that its context is full.
-
-    >>> type(broken("request (6002 tokens) exceeds the available context size", "http://a/v1")).__name__
-    'ContextOverflowError'
-    """
+    """The error for an answer without its end; the server's words may say that its context is full."""
     if OVERFLOW.search(why):
         hint = "start the server with a larger context, or shorten the prompt"
-        return ContextOverflowError(
-            f"it does not fit into the server's context ({why})", where=url, hint=hint
-        )
+        what = f"it does not fit into the server's context ({why})"
+        return ContextOverflowError(what, where=url, hint=hint)
     hint = "read the server's log; nothing of this answer was kept"
     return BrokenAnswerError(f"the answer broke off ({why})", where=url, hint=hint)
 
 
 def refusal(
-    status: int, words: str, url: str, model: str = "", models: Sequence[str] = (), fields: Iterable[str] = ()
+    status: int, words: str, url: str, model: str, models: Sequence[str], fields: Iterable[str]
 ) -> EndpointError:
-    """The error for a status that is no success.
+    """The error for a status that is no success; ``words`` are the server's, ``fields`` those of the request.
 
-    Args:
-        words: the server's own.
-        url: its address, as it may be shown.
-        model, models: the model that was asked for, and those that the server lists.
-        fields: of the request: a refusal that names one of them gets a hint how to do without it.
+    A refusal that names one of the fields gets a hint how to do without it.
     """
     if OVERFLOW.search(words) and status in (400, 413, 422, 500):
         return broken(words, url)
     kind, what = EndpointError, f"the server refuses the request: {status} ({words})"
-    hint = _field_hint(words, fields) or "the answer to this request will not change: change the request"
+    hint = "the answer to this request will not change: change the request"
+    places = {name: re.search(rf"\b{re.escape(name)}\b", words) for name in fields if name not in NEEDED}
+    if named := sorted((place.start(), name) for name, place in places.items() if place):
+        field, new = named[0][1], "max_completion_tokens" if named[0][1] == "max_tokens" else "NEWNAME"
+        hint = f"leave it out with --field {field}= (fields={json.dumps({field: ''})}), or rename it"
+        hint += f" with --field {field}={new}"
     if status in (401, 403):
         kind, what = KeyRefusedError, f"the key is refused ({status})"
         hint = "put the right key into an environment variable and pass its name"
@@ -134,42 +130,12 @@ def refusal(
         kind, what = BusyError, f"the server says {status} ({words})"
         hint = "wait, lower the concurrency, or read the server's log"
     error = kind(what, where=url, hint=hint)
-    error.temporary = kind is BusyError
+    error.temporary, error.status = kind is BusyError, status
     return error
 
 
-def _field_hint(words: str, fields: Iterable[str]) -> str:
-    """How to do without the field that a refusal names; empty where it names none of the request's.
-
-    >>> _field_hint("Unsupported parameter: 'seed'", ("max_tokens", "seed"))
-    'leave it out with --field seed= (fields={"seed": ""}), or rename it with --field seed=NEWNAME'
-    """
-    places = {name: re.search(rf"\b{re.escape(name)}\b", words) for name in fields if name not in NEEDED}
-    named = {name: place.start() for name, place in places.items() if place}
-    if not named:
-        return ""
-    name = min(named, key=lambda name: named[name])
-    other = "max_completion_tokens" if name == "max_tokens" else "NEWNAME"
-    drop = json.dumps({name: ""})
-    return f"leave it out with --field {name}= (fields={drop}), or rename it with --field {name}={other}"
-
-
-# ---- limits and secrets ----
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The most that one response may take, headers included."""
-
-    seconds: float = 60.0
-    n_bytes: int = 16 << 20
-
-
-LIMITS: ContextVar[Limits] = ContextVar("LIMITS", default=Limits())  # noqa: B039 (it is frozen)
-
-
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a host; names count only when they are ``localhost``.
+    """Whether only this machine reaches a host; of names only ``localhost`` counts.
 
     >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0"), is_loopback("example.org")
     (True, True, False, False)
@@ -189,16 +155,14 @@ def shown_url(url: str) -> str:
     return re.sub(r"([?#;]).*", r"\1***", re.sub("(?<=://).*@", "***@", url))
 
 
+# ---- the way to one address ----
+
+
 @dataclass(frozen=True)
 class Wire:
-    """The way to one address.
+    """The way to one address: ``url`` ends in ``/v1`` and may be shown; ``query`` is sent with each request.
 
-    Attributes:
-        url: with ``/v1`` at its end, without a query; it may be shown.
-        key: sent as a bearer token.
-        query: of the address, sent with every request.
-        timeout_seconds: the longest wait for a piece of an answer.
-        models: that the server lists.
+    ``timeout_seconds`` is the longest wait for a piece of an answer; ``models`` are those that it lists.
     """
 
     url: str
@@ -211,29 +175,23 @@ class Wire:
     def client(self) -> httpx2.Client:
         """The connections: with this key or none, whatever the environment holds."""
         parts, seconds = urlsplit(self.url), self.timeout_seconds
-        host = parts.hostname or ""
+        host, key = parts.hostname or "", self.key.get_secret_value()
         proxies = {} if is_loopback(host) or proxy_bypass(host) else getproxies()
         proxy = (proxies.get(parts.scheme) or proxies.get("all") or "").strip()
         try:
-            transport = _Transport(proxy=(proxy if "://" in proxy else f"http://{proxy}") if proxy else None)
+            proxy_url = (proxy if "://" in proxy else f"http://{proxy}") if proxy else None
+            transport = httpx2.HTTPTransport(proxy=proxy_url)
         except (ImportError, ValueError, httpx2.InvalidURL) as error:
             what, hint = proxy_fault(error)
             raise EndpointError(f"{what}: {shown_url(proxy)}", where=self.url, hint=hint) from None
-        # not compressed: a small answer must not unpack into a large one
-        headers = {"accept-encoding": "identity"}
+        transport._pool._network_backend = _Backend()  # a setting of the pool that httpx does not pass on
         return httpx2.Client(
-            headers=headers
-            | ({"authorization": f"Bearer {self.key.get_secret_value()}"} if self.key else {}),
+            headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {}),
             params=self.query.get_secret_value(),
             timeout=httpx2.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds)),
             transport=transport,
             trust_env=False,
         )
-
-    @property
-    def root(self) -> str:
-        """The server's address, without the protocol's ``/v1``."""
-        return re.sub(r"/v\d+\w*$", "", self.url)
 
     def hide(self, text: str) -> str:
         r"""A text from outside: without this address's secrets, halves of characters joined or replaced.
@@ -242,9 +200,8 @@ class Wire:
         'no *** 😀 �'
         """
         query = parse_qsl(self.query.get_secret_value(), keep_blank_values=True)
-        for secret in sorted(
-            [self.key.get_secret_value(), *(value or name for name, value in query)], key=len
-        )[::-1]:
+        secrets = [self.key.get_secret_value(), *(value or name for name, value in query)]
+        for secret in sorted(secrets, key=len, reverse=True):
             text = text.replace(secret, "***") if len(secret) >= SHORTEST_SECRET else text
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
@@ -256,61 +213,46 @@ class Wire:
             return [self.hidden(item) for item in value]
         return self.hide(value) if isinstance(value, str) else value
 
-    # ---- one request; failures as `ask` has them ----
-
-    def get(self, url: str) -> Any:
-        """The JSON at an address."""
-        return self._json(self.client.get(url), {})
-
-    def post(self, url: str, body: Mapping[str, Any]) -> Any:
-        """The JSON that an address answers to JSON."""
-        return self._json(self.client.post(url, json=body), body)
-
-    def stream(self, url: str, body: Mapping[str, Any]) -> Iterator[Any]:
-        """The events that an address answers to JSON, each JSON."""
-        with self.client.stream("POST", url, json=body) as response:
+    def events(
+        self, url: str, body: Mapping[str, Any] | None = None, *, stream: bool = False
+    ) -> Iterator[Any]:
+        """The JSON at an address, or that it answers to JSON; of a stream each event."""
+        with self.client.stream("POST" if body else "GET", url, json=body or None) as response:
+            chunks = response.iter_raw()  # never unpacked: a small answer must not become a large one
             if not response.is_success:
-                response.read()
-                self._json(response, body)
+                raise self._refusal(response, b"".join(chunks), body or {})
+            if not stream:
+                yield json.loads(b"".join(chunks).decode("utf-8", "replace"))
+                return
             rest = b""
-            for chunk in response.iter_bytes():
+            for chunk in chunks:
                 *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
-                    data = line.removeprefix(b"data:").strip()
+                for data in (line[5:].strip() for line in lines if line.startswith(b"data:")):
                     if data == b"[DONE]":
                         return
-                    if line.startswith(b"data:"):
-                        yield self._event(json.loads(data.decode("utf-8", "replace")))
+                    event = json.loads(data.decode("utf-8", "replace"))
+                    if isinstance(event, dict) and event.get("error"):
+                        raise broken(self.hide(_words(event)), self.url)
+                    yield event
 
-    def _event(self, event: Any) -> Any:
-        if isinstance(event, dict) and event.get("error"):
-            raise broken(self.hide(_words(event)), self.url)
-        return event
-
-    def _json(self, response: httpx2.Response, body: Mapping[str, Any]) -> Any:
-        text = response.content.decode("utf-8", "replace")
-        if response.is_success:
-            return json.loads(text)
+    def _refusal(self, response: httpx2.Response, raw: bytes, body: Mapping[str, Any]) -> EndpointError:
+        text = raw.decode("utf-8", "replace")
         try:
             words = _words(json.loads(text))
         except (ValueError, RecursionError):
             words = text[:300] or response.reason_phrase
         model = str(body.get("model", ""))
         error = refusal(response.status_code, self.hide(words), self.url, model, self.models, body)
-        error.status = response.status_code
-        error.retry_after = _seconds(response.headers.get("retry-after", ""))
-        raise error
-
-    # ---- asking until it answers ----
+        with contextlib.suppress(ValueError):  # there is none, or it is a date
+            error.retry_after = max(0.0, float(response.headers.get("retry-after", "")))
+        return error
 
     def ask(
-        self, request: Callable[[int, bool], Answer], *, retries: int, limits: Limits | None = None
+        self, request: Callable[[bool], Answer], *, retries: int, limits: tuple[float, int] | None = None
     ) -> Answer:
         """The answer to a request, asked again with growing pauses where the failure may pass.
 
-        Args:
-            request: gets the number of the attempt, from 1, and whether an answer broke off before.
-            limits: of each response.
+        ``request`` is told whether an answer broke off before.
 
         Raises:
             EndpointError: the one that the failure means; a note says how often it was asked.
@@ -325,22 +267,20 @@ class Wire:
 
         def attempt() -> Answer:
             nonlocal broke
-            token = LIMITS.set(limits or Limits(min(self.timeout_seconds, 60.0)))
+            number = retrying.statistics["attempt_number"]
+            token = LIMITS.set(limits or (min(self.timeout_seconds, 60.0), 16 << 20))
             try:
-                return request(retrying.statistics["attempt_number"], broke)
+                return request(broke)
             except Exception as error:
                 meant = self._meaning(error)
                 broke = broke or isinstance(meant, BrokenAnswerError)
+                if number > 1:
+                    meant.add_note(f"asked {number} times")
                 raise meant from None  # the client's errors hold the request, whose header has the key
             finally:
                 LIMITS.reset(token)
 
-        try:
-            return retrying(attempt)
-        except EndpointError as error:
-            if retrying.statistics["attempt_number"] > 1:
-                error.add_note(f"asked {retrying.statistics['attempt_number']} times")
-            raise
+        return retrying(attempt)
 
     def _meaning(self, error: Exception) -> Exception:
         """The failure as an error of this stage; itself where it is none of the connection's."""
@@ -363,17 +303,12 @@ class Wire:
     def optional(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """JSON at a path of the server; None where there is no such path, or what is there is not JSON.
 
-        A server that is busy is asked again: taken for one without the path, it would be asked differently
-        from then on. llama.cpp's lists its models while it loads one, and answers 503 to all else.
-
-        Raises:
-            BusyError: it answered 429 or 503 every time.
+        A server that is busy every time (429 or 503) is an error: taken for one without the path, it would be
+        asked differently from then on. llama.cpp's lists its models while it loads one.
         """
-        url = self.root + path
+        url = re.sub(r"/v\d+\w*$", "", self.url) + path
         try:
-            return self.hidden(
-                self.ask(lambda *_: self.post(url, body) if body else self.get(url), retries=PROBE_RETRIES)
-            )
+            return self.hidden(self.ask(lambda broke: next(self.events(url, body)), retries=PROBE_RETRIES))
         except EndpointError as error:
             if error.status in (429, 503):
                 raise
@@ -389,14 +324,6 @@ def _words(body: Any) -> str:
     return f"{inner.get('message') or body.get('detail') or body} {kind}".strip()[:300]
 
 
-def _seconds(text: str) -> float | None:
-    """Seconds of a ``Retry-After`` header; dates are not read."""
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        return None
-
-
 def _pause(state: RetryCallState) -> float:
     """Seconds to wait: what the server asks for, else twice as long each time."""
     asked = getattr(state.outcome and state.outcome.exception(), "retry_after", None)
@@ -405,17 +332,6 @@ def _pause(state: RetryCallState) -> float:
 
 
 # ---- limits, which httpx has for each read and not for a whole response ----
-
-
-class _Transport(httpx2.HTTPTransport):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._pool._network_backend = _Backend()  # a setting of the pool that httpx does not pass on
-
-    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        response = super().handle_request(request)
-        response.headers.pop("content-encoding", None)  # it was not asked for
-        return response
 
 
 class _Backend(httpcore2.SyncBackend):
@@ -436,8 +352,8 @@ class _Stream:
         return _Stream(self._inner.start_tls(*arguments, **options))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        limits = LIMITS.get()
-        self._until, self._left = time.monotonic() + limits.seconds, limits.n_bytes
+        seconds, self._left = LIMITS.get()
+        self._until = time.monotonic() + seconds
         self._inner.write(buffer, timeout)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
@@ -449,9 +365,9 @@ class _Stream:
                 raise
             chunk = b""
         self._left -= len(chunk)
-        limits, late = LIMITS.get(), time.monotonic() >= self._until
+        (limit, n_bytes), late = LIMITS.get(), time.monotonic() >= self._until
         if late or self._left < 0:
-            most = f"{limits.seconds:,.0f} s" if late else f"{limits.n_bytes:,} bytes"
+            most = f"{limit:,.0f} s" if late else f"{n_bytes:,} bytes"
             hint = "raise --timeout (timeout_seconds) if this server is that slow; else take another server"
             raise EndlessAnswerError(f"the answer does not end (more than {most})", hint=hint)
         return chunk

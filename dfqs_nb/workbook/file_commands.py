@@ -43,7 +43,7 @@ def inspect(
 def _inspect(path: str, llama_cpp: bool) -> bool:
     from dfqs_nb.gguf import remote
     from dfqs_nb.merge import diagnose
-    from dfqs_nb.merge.first_bytes import Kind
+    from dfqs_nb.merge.kind import Kind
 
     with ExitStack() as stack:
         local, far = Path(path), remote.is_address(path)

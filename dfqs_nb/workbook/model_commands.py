@@ -452,9 +452,6 @@ def deploy(
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Default: the usable cores.")] = None,
     gpu_layers: Annotated[int | None, typer.Option(help="Default: what this machine's GPU holds.")] = None,
-    hub: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Fetch this; MODEL only says what fits.")
-    ] = None,
     port: Annotated[int | None, typer.Option(help="Of the server. Default: the target's own.")] = None,
     key_variable: KeyVariable = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier recipe.")] = False,
@@ -480,7 +477,6 @@ def deploy(
         n_ctx=n_ctx,
         n_threads=threads,
         n_gpu_layers=gpu_layers,
-        hub=hub,
         port=port,
         key_variable=key_variable,
         overwrite=overwrite,

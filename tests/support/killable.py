@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dfqs_nb import merge
-from dfqs_nb.merge import copy, disk, journal
+from dfqs_nb.merge import copy, disk
 
 SMALL_WINDOW_BYTES = 1 << 17  # the reference model in 44 windows
 PLAIN: list[tuple[Any, str]] = [
@@ -56,7 +56,7 @@ def install(tick: Ticks) -> None:
     """Wrap what touches a disk."""
     for owner, name in PLAIN:
         setattr(owner, name, _around(getattr(owner, name), tick))
-    pwrite, append = os.pwrite, journal.Journal.add
+    pwrite, append = os.pwrite, copy.Journal.add
 
     def torn_pwrite(handle: int, data: memoryview, offset: int) -> int:
         tick()
@@ -67,8 +67,8 @@ def install(tick: Ticks) -> None:
         tick()
         return done
 
-    def torn_add(self: journal.Journal, event: dict[str, Any], *, durable: bool = False) -> None:
-        line, at = journal.line_of(event), self.file.tell()
+    def torn_add(self: copy.Journal, event: dict[str, Any], *, durable: bool = False) -> None:
+        line, at = copy.line_of(event), self.file.tell()
         tick()
         self.file.write(line[: len(line) // 2])
         tick()
@@ -76,7 +76,7 @@ def install(tick: Ticks) -> None:
         append(self, event, durable=durable)
         tick()
 
-    os.pwrite, journal.Journal.add = torn_pwrite, torn_add  # type: ignore[assignment, method-assign]
+    os.pwrite, copy.Journal.add = torn_pwrite, torn_add  # type: ignore[assignment, method-assign]
 
 
 def _around(real: Callable[..., Any], tick: Ticks) -> Callable[..., Any]:

@@ -27,8 +27,8 @@ from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceErr
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf.shards import open_shards, shard_path
 from dfqs_nb.merge import checks, copy, disk, merge_model, open_source
+from dfqs_nb.merge.copy import read_journal
 from dfqs_nb.merge.disk import journal_path, lock_path, part_path
-from dfqs_nb.merge.journal import read_journal
 from dfqs_nb.merge.plan import Plan, plan_merge
 from dfqs_nb.merge.verify import manifest_path
 

@@ -25,8 +25,7 @@ from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama.check import loader_verdict, loader_verdicts
 from dfqs_nb.merge import merge_model, merge_once, open_source
 from dfqs_nb.merge.byte_parts import byte_parts
-from dfqs_nb.merge.first_bytes import Kind
-from dfqs_nb.merge.kind import diagnose, diagnosis_table
+from dfqs_nb.merge.kind import Kind, diagnose, diagnosis_table
 from dfqs_nb.merge.merge import _glued
 
 # Sizes of the published artifact: shard 1, shard 2, and the file that was said to be their merge
@@ -734,7 +733,7 @@ def test_a_name_that_is_not_utf_8(made: Made, tmp_path: Path) -> None:
     glued = path.with_name(os.fsdecode(b"gl\xfced.gguf"))
     glued.write_bytes(made.first + made.second)
     (found.finding + diagnose(glued).next_step).encode()
-    assert diagnosis_table([path, glued], with_llama_cpp=False).index.str.encode("utf-8").size == 2
+    assert diagnosis_table([path, glued]).index.str.encode("utf-8").size == 2
     assert merge_model(path, tmp_path / "out.gguf", progress=False).path.read_bytes() == made.whole
     ran = subprocess.run(
         [sys.executable, "-m", "dfqs_nb", "inspect", path],

@@ -248,7 +248,7 @@ def test_read_only_folder(tmp_path):
 
 def test_second_process_on_one_output_is_refused(tmp_path):
     output = tmp_path / "out.gguf"
-    with disk.only_writer(output, disk.lock_path(output)):
+    with disk.only_writer(output):
         with pytest.raises(OutputError, match="another process is writing it"):
             merge_model(SHARD["IQ1_S-XL"], output, progress=False)
         assert disk.lock_path(output).exists(), "the first one's lock was removed"

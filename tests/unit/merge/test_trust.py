@@ -28,8 +28,8 @@ from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceErr
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf import broken
 from dfqs_nb.merge import copy, disk
+from dfqs_nb.merge.copy import Journal, read_journal, windows
 from dfqs_nb.merge.disk import journal_path, lock_path, part_path
-from dfqs_nb.merge.journal import Journal, read_journal, windows
 from dfqs_nb.merge.merge import earlier_result
 from dfqs_nb.merge.plan import Plan
 from dfqs_nb.merge.verify import manifest_path, read_manifest
@@ -466,7 +466,7 @@ def test_a_file_system_without_locks(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     output = tmp_path / "out.gguf"
-    with disk.only_writer(output, lock_path(output)), pytest.raises(OutputError, match="another process"):
+    with disk.only_writer(output), pytest.raises(OutputError, match="another process"):
         merged(pair[0], output)
     assert merged(pair[0], output) == MERGED
     assert not lock_path(output).exists()

@@ -23,16 +23,14 @@ import nbformat
 import pytest
 import yaml
 
+from dfqs_nb.core import machine as machines
 from dfqs_nb.core.machine import Memory
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf import broken as specimens
 from dfqs_nb.gguf import models as registry
-from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.serve import recipes as deploy
-from dfqs_nb.serve import templates
-from dfqs_nb.serve.recipes import write_recipe
-from dfqs_nb.serve.templates import DeployError
+from dfqs_nb.serve.recipes import DeployError, write_recipe
 
 TARGETS = tuple(deploy.targets())
 SHARD = specimens.reference_shards().paths[1]
@@ -231,11 +229,6 @@ def test_a_glued_local_file_is_refused_with_the_repair(tmp_path):
     assert "no runtime loads it" in str(caught.value) and not (tmp_path / "recipe").exists()
 
 
-def test_settings_come_from_the_local_file_when_the_hub_is_named(tmp_path):
-    recipe = write_recipe("llama-cpp-brew", SHARD, tmp_path, hub=SINGLE, n_ctx=4096)
-    assert recipe.settings == deploy.Settings(4096, 1, 0) and "dfqs-nb repair" in "".join(recipe.commands)
-
-
 def test_merged_first_where_one_file_is_wanted(odd_folder, tmp_path):
     """The recipe's own merge command, run: the file that Ollama's Modelfile names is the right one."""
     recipe = write_recipe("ollama", odd_folder / SHARD.name, tmp_path / "recipe")
@@ -371,27 +364,16 @@ def test_gpu_layers_follow_the_gpus_memory(real_size, unstored, tmp_path, monkey
     program.write_text("#!/bin/sh\necho 24576\necho 24576\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    assert deploy.gpu_memories() == [24 << 30, 24 << 30]
+    assert machines.gpu_free_bytes() == 48 << 30
     recipe = write_recipe("llama-cpp-docker", real_size, tmp_path / "recipe")
     assert 20 < recipe.settings.n_gpu_layers < 44, "not all of 43 layers and the output"
-    command = yaml.safe_load(texts(recipe)["compose.yaml"])["services"]["llama-server"]["command"]
-    flags = list(
-        placement.place(
-            placement.Model(read_header(real_size)), recipe.settings.n_ctx, 0, [24 << 30] * 2
-        ).flags
-    )
-    assert flags[:2] == ["-ngl", "99"] and flags[-2] == "-ot", (
-        "all dense parts, and some layers' experts in memory"
-    )
-    at = command.index("-ngl")
-    assert command[at : at + len(flags)] == flags
     service = yaml.safe_load(texts(recipe)["compose.yaml"])["services"]["llama-server"]
     assert (
         service["deploy"]["resources"]["reservations"]["devices"][0]["count"] == "all"
         and ":server-cuda-" in service["image"]
     )
     program.write_text("#!/bin/sh\nexit 9\n")
-    assert deploy.gpu_memories() == []
+    assert machines.gpu_free_bytes() == 0
 
 
 @pytest.mark.parametrize(
@@ -400,9 +382,9 @@ def test_gpu_layers_follow_the_gpus_memory(real_size, unstored, tmp_path, monkey
 def test_an_apple_chip_s_gpu_has_a_share_of_the_memory(machine, available, free, monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    monkeypatch.setattr(deploy, "available_memory", lambda: Memory(48 << 30, available << 30, "test"))
-    monkeypatch.setattr(deploy.shutil, "which", lambda name: None)
-    assert sum(deploy.gpu_memories()) == free << 30
+    monkeypatch.setattr(machines, "available_memory", lambda: Memory(48 << 30, available << 30, "test"))
+    monkeypatch.setattr(machines.shutil, "which", lambda name: None)
+    assert machines.gpu_free_bytes() == free << 30
 
 
 @pytest.mark.parametrize("system, cuda", [("Linux", True), ("Darwin", False)])
@@ -502,7 +484,7 @@ def named(tmp_path):
 def test_typographic_quotes_end_no_string_of_powershell(tmp_path):
     """PowerShell takes four of them for a plain quote: in a string, each is doubled."""
     name = "it's \u2018Ann\u2019s\u201a \u201bmodel; calc"
-    shell = templates._for_powershell(name)
+    shell = deploy._for_powershell(name)
     assert shell == "'" + re.sub("(['\u2018\u2019\u201a\u201b])", r"\1\1", name) + "'"
     closing = re.sub("(?:''|\u2018\u2018|\u2019\u2019|\u201a\u201a|\u201b\u201b)", "", shell[1:-1])
     assert not re.search("['\u2018\u2019\u201a\u201b]", closing)

@@ -187,15 +187,15 @@ def test_a_question_that_is_cut_is_no_wrong_answer(server, tmp_path):
         measure.score_set(client.connect(server.url), questions, tmp_path, Options(progress=False))
 
 
-def test_a_template_that_writes_the_date_has_other_conditions_on_another_day(server):
+def test_a_template_that_writes_the_date_has_other_conditions_on_another_day(server, tmp_path):
     facts = {"default_generation_settings": {"n_ctx": 4096}, "chat_template": "{{ strftime_now('%d') }}"}
     server.pages["/props"] = [(200, facts)]
     hashes = []
     for day in ("26", "26", "27"):
         server.pages["/apply-template"] = [(200, {"prompt": f"On {day}: {measure.MARK}"})]
-        hashes.append(
-            measure.answerer(client.connect(server.url), QUESTIONS).conditions["chat_template_sha256"]
-        )
+        endpoint, place = client.connect(server.url), tmp_path / str(len(hashes))
+        run = measure.score_set(endpoint, QUESTIONS, place, Options(limit=1, progress=False))
+        hashes.append(run.conditions["chat_template_sha256"])
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -354,11 +354,10 @@ def test_our_server_is_reached_without_the_proxy_and_admits_no_web_page(proxy, m
             with direct.open(request) as answer:
                 allowed = answer.headers.get("Access-Control-Allow-Origin", "")
             assert allowed in ("", servers.NO_ORIGIN)
-            assert server.key.get_secret_value() not in repr(server) + str(server.loaded())
-            assert server.loaded()["layers_offloaded"] == "no GPU support" and not server.loaded()["repacked"]
+            assert server.key.get_secret_value() not in repr(server) + str(server.loaded)
+            assert server.loaded["layers_offloaded"] == "no GPU support" and not server.loaded["repacked"]
             assert (
-                server.loaded()["buffers"].count("MiB") == 1
-                and servers.KINDS[kind] in server.loaded()["version"]
+                server.loaded["buffers"].count("MiB") == 1 and servers.KINDS[kind] in server.loaded["version"]
             )
     assert not proxy and not [
         path for path in tmp_path.iterdir() if server.key.get_secret_value() in path.read_text()

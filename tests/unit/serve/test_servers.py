@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,7 +37,6 @@ from dfqs_nb.serve.servers import ServerError
 from dfqs_nb.serve.wire import ContextOverflowError, EndpointError, KeyRefusedError, UnreachableError
 from dfqs_nb.workbook import cli
 
-KEY = "sk-never-to-be-seen-77c1"
 SETTINGS = OpenSettings(n_ctx=512, n_threads=1)
 QUESTION = "Tom is tall. Ann is small. Who is tall?"
 
@@ -50,7 +50,7 @@ def model(merged_reference):
 @pytest.fixture(scope="module", params=sorted(servers.KINDS))
 def server(request, merged_reference, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with servers.start(request.param, merged_reference, SETTINGS, name="nano", log=log) as found:
+    with servers.start(request.param, merged_reference, SETTINGS, log=log) as found:
         yield found
 
 
@@ -69,6 +69,11 @@ def listening(pid: int) -> set[str]:
     return found
 
 
+def port_is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
 def wait_until(condition, seconds: float = 60.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -79,7 +84,7 @@ def wait_until(condition, seconds: float = 60.0) -> bool:
 
 
 def test_it_listens_on_loopback_only(server):
-    assert server.address[0] == "127.0.0.1" and server.alive
+    assert server.base_url.startswith("http://127.0.0.1:") and server.alive
     assert listening(server.process.pid) == {"0100007F"}
 
 
@@ -143,39 +148,21 @@ def test_long_context_through_it(server, model, tmp_path):
     assert run.items["n_evaluated"].le(128 + 16).all()
 
 
-@pytest.mark.parametrize("tier, lengths", [("nano", (256,)), ("standard", (384,))])
-def test_the_command_measures_long_context_through_it(server, tier, lengths, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("server", ["llama.cpp"], indirect=True)  # the other takes three times as long
+def test_the_command_measures_long_context_through_it(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
     monkeypatch.setenv("DFQS_TEST_KEY", server.key.get_secret_value())
-    asked = [
-        "score",
-        server.base_url,
-        "--key-variable",
-        "DFQS_TEST_KEY",
-        "--tier",
-        tier,
-        "--set",
-        "nano-reasoning",
-        "--limit",
-        "1",
-        "--run",
-        "r",
-        "--long-context",
-        "--shortest",
-        str(lengths[0]),
-        "--longest",
-        str(lengths[-1]),
-    ]
+    given = ["score", server.base_url, "--key-variable", "DFQS_TEST_KEY", "--tier", "nano", "--limit", "1"]
+    given += ["--set", "nano-reasoning", "--run", "r", "--long-context", "--shortest", "192"]
+    asked = [*given, "--longest", "192"]
     assert cli.main(asked) == 0
-    said = capsys.readouterr().out
-    rows = [
-        json.loads(line)
-        for line in (tmp_path / "r/long_context/long_context_items.jsonl").read_text().splitlines()
-    ]
-    assert {row["length"] for row in rows if "question" in row} == set(lengths)
-    assert all(re.search(rf"^ +{length} ", said, re.MULTILINE) for length in lengths), said
-    assert re.search("^retrieval .*(interval|no better than chance)", said, re.MULTILINE), said
-    assert cli.main(asked) == 0 and capsys.readouterr().out == said, "answers are kept"
+    shown = capsys.readouterr().out
+    lines = (tmp_path / "r/long_context/long_context_items.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {row["length"] for row in rows if "question" in row} == {192}
+    assert re.search("^ +192 ", shown, re.MULTILINE), shown
+    assert re.search("^retrieval .*(interval|no better than chance)", shown, re.MULTILINE), shown
+    assert cli.main(asked) == 0 and capsys.readouterr().out == shown, "answers are kept"
 
 
 def test_a_set_beyond_the_context_is_refused_before_it_is_asked(server, tmp_path):
@@ -299,8 +286,9 @@ def test_a_file_is_mapped_only_if_that_is_asked_for(kind, use_mmap, merged_refer
 @pytest.mark.parametrize("kind", sorted(servers.KINDS))
 def test_a_stopped_server_is_gone(kind, merged_reference, tmp_path):
     with servers.start(kind, merged_reference, SETTINGS, log=tmp_path / "log") as server:
-        assert server_checks.check_health(server_checks.Subject(server.connect(), server=server))[0] == "pass"
-    assert not server.alive and servers.port_is_free(*server.address)
+        subject = server_checks.Subject(server.connect(), server=server)
+        assert server_checks.check("health", subject)["verdict"] == "pass"
+    assert not server.alive and server.port_is_free
     assert server_checks.shut_down({kind: server})["verdict"].tolist() == ["pass"]
     assert server.stop() < 1
     with pytest.raises(UnreachableError):
@@ -325,7 +313,7 @@ import os, signal, sys
 from dfqs_nb.serve import servers
 from dfqs_nb.llama.settings import OpenSettings
 server = servers.start(sys.argv[1], sys.argv[2], OpenSettings(n_ctx=256, n_threads=1), log=sys.argv[3])
-print(server.process.pid, server.address[1], flush=True)
+print(server.process.pid, server.port, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -343,7 +331,7 @@ def test_it_ends_with_the_process_that_started_it(kind, merged_reference, tmp_pa
     pid, port = map(int, done.stdout.split())
     assert wait_until(
         lambda: (
-            servers.port_is_free("127.0.0.1", port)
+            port_is_free(port)
             and not Path(f"/proc/{pid}").exists()
             or "zombie" in Path(f"/proc/{pid}/status").read_text()
         )
@@ -351,32 +339,22 @@ def test_it_ends_with_the_process_that_started_it(kind, merged_reference, tmp_pa
 
 
 @pytest.mark.parametrize("kind", sorted(servers.KINDS))
-def test_a_key_is_asked_for_and_is_in_no_file(kind, merged_reference, tmp_path, monkeypatch):
-    monkeypatch.setenv("DFQS_TEST_KEY", KEY)
+def test_a_key_is_asked_for_and_is_in_no_file(kind, merged_reference, tmp_path):
     questions = ItemSet.load("nano-reasoning")
-    with servers.start(
-        kind, merged_reference, SETTINGS, log=tmp_path / "log", key_variable="DFQS_TEST_KEY"
-    ) as server:
+    with servers.start(kind, merged_reference, SETTINGS, log=tmp_path / "log") as server:
+        key = server.key.get_secret_value().encode()
         with pytest.raises(KeyRefusedError):
             endpoint.connect(server.base_url).chat(QUESTION, 4)
         measure.score_set(server.connect(), questions, tmp_path, Options(limit=2, progress=False))
         command = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) >= 2 and KEY.encode() not in command
-    assert not [path for path in files if KEY.encode() in path.read_bytes()]
-
-
-def test_other_machines_are_kept_out_unless_asked_for(merged_reference):
-    for host in ("0.0.0.0", "::", "example.org"):
-        with pytest.raises(ServerError, match="reached from other machines"):
-            servers.start("llama.cpp", merged_reference, SETTINGS, host=host)
+    assert len(files) >= 2 and len(key) > 30 and key not in command
+    assert not [path for path in files if key in path.read_bytes()]
 
 
 def test_what_cannot_start_says_why(merged_reference, tmp_path):
     with pytest.raises(ServerError, match="llama-cpp-python, llama.cpp"):
         servers.start("ollama", merged_reference)
-    with pytest.raises(ServerError, match="NOT_SET is not set"):
-        servers.start("llama.cpp", merged_reference, key_variable="NOT_SET")
     broken = tmp_path / "broken.gguf"
     raw = bytearray(Path(merged_reference).read_bytes())
     at = raw.index(b"deepseek4")
@@ -395,8 +373,10 @@ def test_slots_share_batches_and_numbers_move(merged_reference):
         with servers.start("llama.cpp", merged_reference, SETTINGS, n_parallel=n) as server:
             found = server.connect()
             assert (found.facts.n_slots, found.facts.n_ctx) == (n, 512)
-            for _ in range(5 if n > 1 else 1):  # on a busy machine requests may not meet at the first try
-                drifts[n] = max(drifts.get(n, 0.0), server_checks.max_drift(found, server_checks.PROMPTS, 4))
+            for _ in range(5):  # on a busy machine requests may not meet at the first try
+                drifts[n] = server_checks.max_drift(found, server_checks.PROMPTS, 4)
+                if n == 1 or drifts[n]:
+                    break
     assert drifts[1] == 0.0 < drifts[4] < 0.1
 
 
@@ -443,13 +423,13 @@ def test_mistakes_have_errors_of_their_own(server):
         "a prompt beyond the context": "ContextOverflowError",
         "routing through an endpoint": "EndpointError",
     }
-    assert "it has nano" in table.loc["a model that is not there", "message"]
+    assert f"it has {server.model}" in table.loc["a model that is not there", "message"]
     assert table["tries"].to_dict() == dict.fromkeys(table.index, 1) | {"a port where nothing listens": 2}
 
 
 def test_what_the_notebook_hands_on(merged_reference, model, tmp_path):
     questions = [ItemSet.load("nano-reasoning")]
-    with servers.start("llama.cpp", merged_reference, SETTINGS, name="nano", log=tmp_path / "log") as server:
+    with servers.start("llama.cpp", merged_reference, SETTINGS, log=tmp_path / "log") as server:
         connected = {"llama.cpp": server.connect()}
         checks = server_checks.check_all(connected, model, {"llama.cpp": server})
         speeds = server_checks.speed_of_all(connected, (1, 2), n_tokens=8, repetitions=1)
@@ -465,6 +445,7 @@ def test_what_the_notebook_hands_on(merged_reference, model, tmp_path):
         )
     drift = server_checks.drift_by_slots(merged_reference, SETTINGS, (1, 2), 2, repetitions=1)
     shutdown = server_checks.shut_down({"llama.cpp": server})
+    core.Stage(tmp_path, "merge").finish(conditions={}, summary=[], model={"sha256": "0"})
     stage = core.Stage(tmp_path, "serving")
     lines = compare.hand_on(
         stage,
@@ -474,7 +455,6 @@ def test_what_the_notebook_hands_on(merged_reference, model, tmp_path):
         speeds=speeds,
         compared=compared,
         connected=connected,
-        model={"sha256": "0"},
         recipes=["ollama"],
         shutdown=shutdown,
     )
