@@ -217,6 +217,7 @@ def _memory(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
             f"least_{n_ctx}_gb": least,
             f"least_{n_ctx}_gib": least * GB / GIB,
             f"need_{n_ctx}_gb": least + compute,
+            f"flash_{n_ctx}_gb": least + spec.published_compute[n_ctx].flash / GB,
         }
     n_gpu, logged = min(spec.gpu_compute.items())
     return {**known, "gpu_context": n_gpu, "gpu_compute_gb": logged / GB}

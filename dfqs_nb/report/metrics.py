@@ -357,8 +357,7 @@ def metric_sentence(name: str, detail: Mapping[str, Any]) -> str:
     if name == SPEED:
         busy = ", contended: the machine was busy" if detail["contended"] else ""
         return f"{value:,.1f} tokens/s at depth {detail['depth']} ({low:,.1f} to {high:,.1f}, n = {n}{busy})"
-    counts = detail.get("counts", {})
-    cut = f", truncated {counts['truncated']} of {n}" if "truncated" in counts else ""
+    cut = f", truncated {detail['truncated']} of {n}" if detail.get("truncated") is not None else ""
     interval = f"95 % interval {low:.3f} to {high:.3f}, n = {n}, guess rate {detail['guess_rate']:.3f}"
     return f"{value:.3f} ({interval}{cut}; {detail['set']})"
 

@@ -195,6 +195,7 @@ class SetScore(Record):
     n_missing: int = 0
     guess_rate: float = 0.0
     counts: dict[str, int] = {}
+    truncated: int | None = None
 
 
 class Speed(Record):

@@ -126,7 +126,11 @@ def _curve(detail: Mapping[str, Any]) -> pd.DataFrame:
 
 def _envelope(envelope: Mapping[str, Any]) -> dict[str, Any]:
     frames = {name: _texts(frame) for name, frame in envelope_tables(envelope).items()}
-    return {**envelope, "tables": frames, "counted": sorted({row["counted"] for row in envelope["fits"]})}
+    return {
+        **envelope,
+        "tables": frames,
+        "counted": sorted({f"{row['resource']}: {row['counted']}" for row in envelope["fits"]}),
+    }
 
 
 def _beside(folder: Path) -> list[tuple[str, list[str]]]:

@@ -99,8 +99,9 @@ def _runs(speed: Mapping[str, Any], mark: str, evidence: str) -> Line:
 
 def _routing(routing: Mapping[str, Any] | None, mark: str, evidence: str) -> Line:
     alone = "Alone in its batch. Beside other sequences, in another batch size or build it may differ"
-    load = (routing or {}).get("load_sentence")
-    return Line(mark, "Is routing deterministic?", evidence, load or alone)
+    beside = "Measured on few texts; in another build or on another machine it may differ"
+    judged = (routing or {}).get("load_passed") is not None
+    return Line(mark, "Is routing deterministic?", evidence, beside if judged else alone)
 
 
 def _context(curve: Mapping[str, Any], boundary: Mapping[str, Any]) -> Line:
@@ -128,7 +129,7 @@ def _scores(details: Mapping[str, Any], tier: str) -> Line:
         guess, n = score["guess_rate"] or 0.0, score["n"]
         parts.append(f"{kind} {score['value']:.2f} ({score['low']:.2f} to {score['high']:.2f}, n = {n})")
         marks.add(YES if score["low"] > guess else NO)
-        cut = score.get("counts", {}).get("truncated", 0)
+        cut = score.get("truncated")
         caveats.append(
             f"{score['set']}: guessing gives {guess:.2f}" + (f", {cut} of {n} truncated" if cut else "")
         )

@@ -9,6 +9,7 @@ import re
 import textwrap
 import unicodedata
 import warnings
+import zlib
 from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 from itertools import islice
@@ -38,6 +39,16 @@ def normalised(text: str) -> str:
     except InvalidOperation:
         return text.casefold()
     return format(number.normalize() + 0, "f") if number.is_finite() else text.casefold()
+
+
+def repeats(text: str) -> bool:
+    """Whether an answer goes round in circles: its last 1,000 characters pack to a third, as no prose does.
+
+    >>> repeats("So the answer is 12. " * 60), repeats("The quick brown fox jumps over the lazy dog.")
+    (True, False)
+    """
+    end = text[-1000:].encode("utf-8", "replace")
+    return len(zlib.compress(end, 9)) * 3 < len(end)
 
 
 def code_in(answer: str, name: str, prompt: str = "") -> str | None:

@@ -80,6 +80,7 @@ class Score:
         n, n_missing: items, and those without a result.
         guess_rate: what guessing would score.
         counts: items by grade, or samples by outcome.
+        truncated: answers that the token limit cut off and that are not right.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Score:
     n_missing: int
     guess_rate: float
     counts: dict[str, int]
+    truncated: int = 0
 
     @classmethod
     def of(cls, name: str, set: str, *, value: float, worth: float, n_missing: int, **facts: Any) -> Score:
@@ -112,7 +114,7 @@ class Score:
             return f"{self.name} withheld: {done} of {self.n} items have a result ({self.set})"
         return (
             f"{self.name} {self.value:.3f} (95 % interval {self.low:.3f} to {self.high:.3f}, n = {self.n}, "
-            f"guess rate {self.guess_rate:.3f}; {self.set})"
+            f"guess rate {self.guess_rate:.3f}, truncated {self.truncated}; {self.set})"
         )
 
 
@@ -144,6 +146,7 @@ def reasoning_score(items: pd.DataFrame, name: str, n_expected: int) -> Score:
         n_missing=n_expected - len(right),
         guess_rate=float(guess.sum()) / n_families,
         counts={grade: int((items["grade"] == grade).sum()) for grade in GRADES},
+        truncated=int((items["grade"] == "truncated").sum()),
     )
 
 
@@ -170,6 +173,7 @@ def code_score(samples: pd.DataFrame, name: str, n_expected: int, k: int = 1) ->
         n_missing=n_expected - len(values),
         guess_rate=0.0,
         counts={str(grade): int(count) for grade, count in samples["grade"].value_counts().items()},
+        truncated=int(samples["truncated"].sum()) if "truncated" in samples else 0,
     )
 
 

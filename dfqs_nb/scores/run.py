@@ -23,6 +23,7 @@ from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.llama.generate import GREEDY, Completion, Sampling, TextStream, chat_prompt, chat_text
 from dfqs_nb.llama.model import PLAIN_STOP, ContextFullError, DecodeError, Model
 from dfqs_nb.llama.thinking import answer_start, opens_thinking
+from dfqs_nb.scores.answers import repeats
 from dfqs_nb.scores.grading import SetRun, grade
 from dfqs_nb.scores.item_sets import Item, ItemSet
 from dfqs_nb.scores.sandbox import DRIVER, LIMITS, Candidate, Sandbox, Verdict, check_allowed, find_sandbox
@@ -315,10 +316,14 @@ def _row(item_set: ItemSet, item: Item, number: int, answer: Mapping[str, Any]) 
     reasons = {
         "wrong": f"answered {given!r}",
         "no_answer": f"no answer in its {how}",
-        "truncated": f"cut off after {answer['tokens']} tokens",
+        "truncated": f"cut off after {answer['tokens']} tokens{_circling(answer)}",
     }
     judged = {"grade": grade_, "reason": reasons.get(grade_, ""), "correct": grade_ == "correct"}
     return {**row, **judged, "truncated": grade_ == "truncated"}
+
+
+def _circling(answer: Mapping[str, Any]) -> str:
+    return ", and repeats itself" if repeats(answer["completion"]) else ""
 
 
 def _candidate(item: Item, answer: Mapping[str, Any], mode: str) -> Candidate | Verdict:
