@@ -103,6 +103,29 @@ def stamped_readme(text: str, notebooks: Sequence[Path], address: str) -> str:
     return stamp_block(text, "notebooks", "\n".join(rows))
 
 
+def stamped_facts(text: str) -> str:
+    """README with what the workbook itself says: the sample's verdict, costs, commands."""
+    from typer.main import get_command
+
+    from dfqs_nb import report, workbook
+    from dfqs_nb.core.display import markdown, markdown_table
+    from dfqs_nb.workbook import cli, file_commands, model_commands, report_commands, size_commands  # noqa: F401  they register
+
+    if (SAMPLE_FOLDER / "report.json").exists():
+        verdict = str(report.verdict(report.read_report(SAMPLE_FOLDER)))
+        text = stamp_block(text, "verdict", f"```text\n{verdict}\nopen outputs/nano/report.html\n```")
+    costs = workbook.start.overview().reset_index()
+    costs["notebook"] = costs["notebook"].str[:2]
+    text = stamp_block(text, "costs", markdown_table(costs))
+    rows = ["| for example | what it does |", "|---|---|"]
+    for name, command in get_command(cli.app).commands.items():
+        help_text = " ".join((command.help or "").split())
+        example = re.search(r"`(dfqs-nb [^`]+)`", help_text)
+        words = example[1] if example else f"dfqs-nb {name}"
+        rows.append(f"| `{words}` | {markdown(help_text.split('. ')[0].rstrip('.'))} |")
+    return stamp_block(text, "commands", "\n".join(rows))
+
+
 def _title(path: Path) -> str:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     match = re.search(
@@ -124,7 +147,7 @@ def stamp(root: Path = REPOSITORY, check: bool = False) -> list[Path]:
     for path in [*notebooks, *([readme] if readme.exists() else [])]:
         old = path.read_text(encoding="utf-8")
         new = (
-            stamped_readme(old, notebooks, address)
+            stamped_facts(stamped_readme(old, notebooks, address))
             if path == readme
             else stamped_notebook(old, path.name, address)
         )
@@ -169,10 +192,11 @@ def refresh_notebooks(notebooks: Sequence[Path], outputs: Path) -> None:
         write_text(path, notebook_text(clean_notebook(notebook, outputs)))
 
 
+SAMPLE_FOLDER = REPOSITORY / "docs" / "sample_report"
 SAMPLE = ("report.json", "report.md", "report.html", "score_items.csv", "long_context_items.jsonl")
 
 
-def store_sample(run: Path, sample: Path = REPOSITORY / "docs" / "sample_report") -> None:
+def store_sample(run: Path, sample: Path = SAMPLE_FOLDER) -> None:
     """Keep the report of a run as the sample that README shows, with the answers behind its scores."""
     from dfqs_nb import report
 
@@ -253,6 +277,7 @@ def main(argv: list[str] | None = None) -> int:
             refresh_notebooks(find_notebooks(arguments.notebooks), outputs)
             if not arguments.notebooks:
                 store_sample(outputs / "nano")
+                stamp()
     except DfqsError as error:
         print(error, file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfqs_nb.core.display import tqdm
+from dfqs_nb.core.display import quoted, tqdm
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf.header import GGUFHeader, Tensor
 from dfqs_nb.gguf.remote import Outline
@@ -102,7 +102,7 @@ def _hashes(model: Outline, names: set[str]) -> dict[str, str]:
     import xxhash
 
     if model.glued:
-        hint = "run `dfqs-nb repair` on it first"
+        hint = f"first: `dfqs-nb repair {quoted(model.model)} --in-place`"
         raise DfqsError("the bytes of glued shards are not compared", where=model.model, hint=hint)
     digests = {}
     with ExitStack() as stack:

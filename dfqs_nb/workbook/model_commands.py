@@ -412,7 +412,7 @@ def record(
 @app.command(rich_help_panel=MEASURE)
 def fidelity(
     model: Annotated[str, typer.Argument(help="The quantization: a GGUF file, or any of its shards.")],
-    record: Annotated[Path, typer.Argument(help="What `dfqs-nb record` wrote of the original.")],
+    record: Annotated[Path, typer.Argument(help="What the command record wrote of the original.")],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Also write a row a token, as CSV.")
     ] = None,

@@ -70,7 +70,7 @@ def _runtime_rows(known: Any, n_ctx: int) -> int | None:
     from dfqs_nb.llama.check import loader_verdict, plan_memory
 
     if known.glued:
-        say("  its shards are glued together: run `dfqs-nb repair` on it first")
+        say("  its shards are glued together: after the download, dfqs-nb repair makes one model of them")
     if known.fetched_bytes is not None:
         say(f"  read over the network: {known.fetched_bytes:,} bytes of headers")
     verdict = loader_verdict(known.path)

@@ -19,7 +19,7 @@ SIZES = {"reference": "reference model (6 MB)", "seven_b": "7 B at Q4_K_M (5 GB)
 def overview() -> pd.DataFrame:
     """One row a notebook: what it answers, and its minutes and memory for models of three sizes.
 
-    Figures without a mark were measured. ``~`` marks an estimate, and "up to" the notebook's share of the
+    Figures without a mark were measured. ``~`` marks an estimate, and "budget" the notebook's share of the
     hour that a run has by default.
     """
     import pandas as pd
@@ -43,7 +43,7 @@ def _cost(name: str, size: str, row: Mapping[str, Any], content: Mapping[str, An
         return "not measured"
     minutes, budget = "minutes not measured", tiers.BUDGET_MINUTES * tiers.share_of(name)
     if "budget_minutes" in declared_parameters(find_notebooks([name])[0]):
-        minutes = f"up to {budget:.0f} min"
+        minutes = f"budget {budget:.0f} min"
     return f"{minutes}, ~{content['estimate'][size]:.0f} GB"
 
 

@@ -12,7 +12,7 @@ def test_the_overview_has_every_notebook_and_invents_no_figure():
     assert list(table.index) == [path.stem for path in find_notebooks()][1:]
     figures = table[list(start.SIZES.values())].stack()
     assert figures.str.fullmatch(
-        r"not measured|[\d.]+ min, [\d.]+ GB|(up to \d+ min|minutes not measured), ~\d+ GB"
+        r"not measured|[\d.]+ min, [\d.]+ GB|(budget \d+ min|minutes not measured), ~\d+ GB"
     ).all()
 
 
