@@ -118,7 +118,8 @@ def stamped_facts(text: str) -> str:
     costs["notebook"] = costs["notebook"].str[:2]
     text = stamp_block(text, "costs", markdown_table(costs))
     rows = ["| for example | what it does |", "|---|---|"]
-    for name, command in get_command(cli.app).commands.items():
+    group: Any = get_command(cli.app)
+    for name, command in group.commands.items():
         help_text = " ".join((command.help or "").split())
         example = re.search(r"`(dfqs-nb [^`]+)`", help_text)
         words = example[1] if example else f"dfqs-nb {name}"
