@@ -104,24 +104,24 @@ def has_amx() -> bool:
     return CPUINFO.exists() and "amx_tile" in CPUINFO.read_text(errors="replace")
 
 
-def gpu_free_bytes() -> int:
-    """Free memory of this machine's NVIDIA GPUs together, in bytes, or of an Apple chip's; 0 without one.
+def gpu_memories() -> list[int]:
+    """Free memory of each of this machine's NVIDIA GPUs, in bytes, or of an Apple chip's; none without one.
 
     An Apple GPU shares the machine's memory: macOS lets it hold two thirds of a small one, and more of a
     large one (Metal's ``recommendedMaxWorkingSetSize``). Two thirds are counted.
     """
     if (platform.system(), platform.machine()) == ("Darwin", "arm64"):
         memory = available_memory()
-        return min(memory.available_bytes, memory.total_bytes * 2 // 3)
+        return [min(memory.available_bytes, memory.total_bytes * 2 // 3)]
     program = shutil.which("nvidia-smi")
     if program is None:
-        return 0
+        return []
     query = [program, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(int(line) << 20 for line in done.stdout.split() if line.isdigit())
+        return []
+    return [int(line) << 20 for line in done.stdout.split() if line.isdigit()]
 
 
 def describe() -> dict[str, str | int]:

@@ -214,6 +214,7 @@ def place(
     *,
     spare_bytes: int = SPARE_BYTES,
     compute_bytes: int | None = None,
+    whole: bool = False,
     **types: Any,
 ) -> Placement:
     """The fastest placement that the sizes allow.
@@ -226,18 +227,20 @@ def place(
         ram_bytes: memory to use.
         vram_bytes: of each card.
         compute_bytes: of llama.cpp's compute buffer in memory, as it plans it for the CPU; None: unknown.
+        whole: keep a layer's routed experts with the layer, as programs do that know `-ngl` only.
         types: of `memory.kv_cache_bytes`.
 
     Raises:
         HeaderError: a key that the cache's formula needs is missing.
     """
     caches = model.caches(n_ctx, **types)
-    rooms = [max(0, size - spare_bytes) for size in vram_bytes]
+    rooms = [max(0, room - spare_bytes) for room in vram_bytes]
+    needs = [model.dense[i] + caches[i] + whole * model.experts[i] for i in range(model.n_layers + 1)]
     count = model.n_layers + 1
     n_gpu, cards = next(
         (n, cards)
         for n in range(count if sum(rooms) else 0, -1, -1)
-        if (cards := _divided(model, range(count - n, count), rooms, caches)) is not None
+        if (cards := _divided(needs, range(count - n, count), rooms)) is not None
     )
     devices, in_ram = [], []
     for number, (layers, room) in enumerate(zip(cards, rooms, strict=True)):
@@ -259,18 +262,15 @@ def place(
     return Placement(n_ctx, model.n_layers, (*devices, ram), n_gpu, tuple(in_ram), counts, model.used)
 
 
-def _divided(
-    model: Model, layers: Sequence[int], rooms: Sequence[int], caches: Sequence[int]
-) -> list[list[int]] | None:
+def _divided(needs: Sequence[int], layers: Sequence[int], rooms: Sequence[int]) -> list[list[int]] | None:
     """The layers in consecutive groups, one a card, in proportion to their room; None if one does not fit."""
     groups: list[list[int]] = [[] for _ in rooms]
-    needs = {i: model.dense[i] + caches[i] for i in layers}
-    total, room, done, card = sum(needs.values()), sum(rooms), 0.0, 0
-    for i, need in needs.items():
-        while card < len(rooms) - 1 and done + need / 2 > total * sum(rooms[: card + 1]) / room:
+    total, room, done, card = sum(needs[i] for i in layers), sum(rooms), 0.0, 0
+    for i in layers:
+        while card < len(rooms) - 1 and done + needs[i] / 2 > total * sum(rooms[: card + 1]) / room:
             card += 1
         groups[card].append(i)
-        done += need
+        done += needs[i]
     if any(sum(needs[i] for i in group) > own for group, own in zip(groups, rooms, strict=True)):
         return None
     return groups

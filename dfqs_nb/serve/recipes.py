@@ -23,9 +23,10 @@ from pydantic import BaseModel, ConfigDict
 
 from dfqs_nb.core.errors import DfqsError, SpaceError
 from dfqs_nb.core.files import write_text
-from dfqs_nb.core.machine import available_memory, gpu_free_bytes, usable_cores
+from dfqs_nb.core.machine import available_memory, gpu_memories, usable_cores
 from dfqs_nb.core.paths import data_dir, public_address, tilde
 from dfqs_nb.gguf import models as registry
+from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.facts import require_model
 from dfqs_nb.gguf.memory import binary_size, check_fits, estimate
 from dfqs_nb.gguf.shards import ShardSet, open_shards
@@ -41,7 +42,6 @@ DEFAULT_KEY_VARIABLE = "DFQS_API_KEY"
 MOST_N_CTX, LEAST_N_CTX = 32_768, 4_096  # tokens, unless told otherwise
 UNKNOWN_N_CTX = 8_192  # tokens, for a model whose header is not here
 BUILD = "b11063"  # the newest llama.cpp build seen to load `deepseek4` from a prebuilt library
-SPARE_GPU_BYTES = 1 << 30  # for compute buffers and what else uses the GPU
 SHARD_ENDING = re.compile(r"-\d{5}-of-\d{5}$")
 WEIGHTS_FROM = "deepseek-ai/DeepSeek-V4-Flash"
 NOT_GIVEN = "OWNER/ORIGINAL-MODEL"
@@ -218,11 +218,18 @@ def _file_text(template: str, name: str, values: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the model is opened: tokens of context, threads of decode, layers on the GPU."""
+    """How the model is opened.
+
+    Attributes:
+        n_ctx: tokens of context. n_threads: of decode.
+        n_gpu_layers: whole layers on the GPU, for programs that cannot keep experts in memory.
+        flags: what places the model for llama.cpp's own programs (`placement.Placement.flags`).
+    """
 
     n_ctx: int
     n_threads: int
     n_gpu_layers: int
+    flags: tuple[str, ...] = ("-ngl", "0")
 
 
 @dataclass(frozen=True)
@@ -403,14 +410,16 @@ def _settings(
     n_ctx = _n_ctx(target, source, n_ctx)
     if n_threads is None:
         n_threads = threads_for(source.shards.paths[0]) if source.shards else usable_cores()
-    if n_gpu_layers is None and source.shards:  # the output counts as one more layer; all of one size
-        room = gpu_free_bytes() - estimate(source.shards.headers, n_ctx).kv.total - SPARE_GPU_BYTES
-        n_layers = source.arch("block_count") + 1
-        n_gpu_layers = max(0, min(n_layers, room // max(1, source.nbytes // n_layers)))
+    flags: tuple[str, ...] = ("-ngl", str(n_gpu_layers or 0))
+    if n_gpu_layers is None and source.shards:
+        shape = placement.Model(source.shards.headers)
+        here = (available_memory().available_bytes, gpu_memories())
+        flags = placement.place(shape, n_ctx, *here).flags
+        n_gpu_layers = placement.place(shape, n_ctx, *here, whole=True).n_gpu_layers
     n_gpu_layers = n_gpu_layers or 0
     if n_threads < 1 or n_gpu_layers < 0:
         raise DeployError("threads must be at least 1, and GPU layers at least 0", hint="leave them out")
-    return Settings(n_ctx, n_threads, n_gpu_layers)
+    return Settings(n_ctx, n_threads, n_gpu_layers, flags)
 
 
 def _n_ctx(target: Target, source: _Source, wanted: int | None) -> int:
@@ -478,7 +487,8 @@ def _values(
         "name": name,
         "served": _filled(target.served_name, {"name": name}, str),
         "gpu_ratio": round(min(1.0, settings.n_gpu_layers / (source.arch("block_count") + 1)), 2),
-        "cuda": "ON" if settings.n_gpu_layers > 0 and not mac else "",  # there it is Metal
+        "placement": Ready(shlex.join(settings.flags)),
+        "cuda": "ON" if settings.flags[:2] != ("-ngl", "0") and not mac else "",  # there it is Metal
         "host": HOST,
         "port": target.server,
         "base_url": f"http://{HOST}:{target.server}{target.prefix}/v1",

@@ -75,12 +75,13 @@ class Live:
         return plain(" | ".join(filter(None, parts)))
 
     def _left(self, now: float) -> str:
-        """What is left: as long as the cells took last time; else what the budget leaves."""
+        """What is left: as long as the cells took last time; else of the budget."""
         if self.titles and len(self.earlier) == len(self.titles):
             here = max(0.0, self.earlier[self.index] - (now - self.cell_begun))
             return f"about {duration(here + sum(self.earlier[self.index + 1 :]))} left, as last time"
         if self.budget:
-            return f"at most about {duration(max(0.0, self.budget - (now - self.begun)))} left"
+            left = self.budget - (now - self.begun)
+            return f"{duration(left)} of its budget left" if left > 0 else "over its budget"
         return ""
 
     def _watch(self) -> None:

@@ -4,4 +4,4 @@ if (-not (Test-Path -LiteralPath $model)) { throw "put the file (and its other s
 {% if key %}
 $env:LLAMA_API_KEY = [Environment]::GetEnvironmentVariable({{ key }})
 {% endif %}
-llama-server --model $model --alias {{ name }} --ctx-size {{ n_ctx }} --parallel 1 --threads {{ n_threads }} --n-gpu-layers {{ n_gpu_layers }} --jinja --no-repack --host {{ host }} --port {{ port }}
+llama-server --model $model --alias {{ name }} --ctx-size {{ n_ctx }} --parallel 1 --threads {{ n_threads }} {{ placement }} --jinja --no-repack --host {{ host }} --port {{ port }}

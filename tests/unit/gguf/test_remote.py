@@ -66,7 +66,12 @@ def test_a_glued_file_of_the_real_size_is_seen_through_before_the_download(serve
     server.log.clear()
     done = dfqs(server, tmp_path, "inspect", "hf://someone/flash/glued.gguf")
     assert done.returncode == 1, "it is no sound model"
-    for words in ("raw concatenation", "after the download: ", "dfqs-nb repair glued.gguf", "llama.cpp's loader takes"):
+    for words in (
+        "raw concatenation",
+        "after the download: ",
+        "dfqs-nb repair glued.gguf",
+        "llama.cpp's loader takes",
+    ):
         assert words in done.stdout, done.stdout + done.stderr
     assert "of free memory by" in done.stdout, "62 GB do not fit here"
     assert sum(request.sent for request in server.log) < MOST_BYTES

@@ -28,6 +28,7 @@ from dfqs_nb.core.machine import Memory
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf import broken as specimens
 from dfqs_nb.gguf import models as registry
+from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.serve import recipes as deploy
 from dfqs_nb.serve.recipes import DeployError, write_recipe
@@ -364,16 +365,27 @@ def test_gpu_layers_follow_the_gpus_memory(real_size, unstored, tmp_path, monkey
     program.write_text("#!/bin/sh\necho 24576\necho 24576\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    assert machines.gpu_free_bytes() == 48 << 30
+    assert machines.gpu_memories() == [24 << 30, 24 << 30]
     recipe = write_recipe("llama-cpp-docker", real_size, tmp_path / "recipe")
     assert 20 < recipe.settings.n_gpu_layers < 44, "not all of 43 layers and the output"
+    command = yaml.safe_load(texts(recipe)["compose.yaml"])["services"]["llama-server"]["command"]
+    flags = list(
+        placement.place(
+            placement.Model(read_header(real_size)), recipe.settings.n_ctx, 0, [24 << 30] * 2
+        ).flags
+    )
+    assert flags[:2] == ["-ngl", "99"] and flags[-2] == "-ot", (
+        "all dense parts, and some layers' experts in memory"
+    )
+    at = command.index("-ngl")
+    assert command[at : at + len(flags)] == flags
     service = yaml.safe_load(texts(recipe)["compose.yaml"])["services"]["llama-server"]
     assert (
         service["deploy"]["resources"]["reservations"]["devices"][0]["count"] == "all"
         and ":server-cuda-" in service["image"]
     )
     program.write_text("#!/bin/sh\nexit 9\n")
-    assert machines.gpu_free_bytes() == 0
+    assert machines.gpu_memories() == []
 
 
 @pytest.mark.parametrize(
@@ -384,7 +396,7 @@ def test_an_apple_chip_s_gpu_has_a_share_of_the_memory(machine, available, free,
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(machines, "available_memory", lambda: Memory(48 << 30, available << 30, "test"))
     monkeypatch.setattr(machines.shutil, "which", lambda name: None)
-    assert machines.gpu_free_bytes() == free << 30
+    assert sum(machines.gpu_memories()) == free << 30
 
 
 @pytest.mark.parametrize("system, cuda", [("Linux", True), ("Darwin", False)])

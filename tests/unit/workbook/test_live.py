@@ -54,7 +54,7 @@ def test_a_terminal_gets_one_line_that_is_redrawn(tmp_path, monkeypatch):
         while shown.getvalue().count("\r") < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
     assert "\n" not in shown.getvalue() and "03_x [#####.....] 2/2 Two" in shown.getvalue()
-    assert "at most about" in shown.getvalue() and shown.getvalue().endswith(" \r")
+    assert "of its budget left" in shown.getvalue() and shown.getvalue().endswith(" \r")
 
 
 def test_titles_are_the_headings_above():
