@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
@@ -101,8 +102,9 @@ class Worker:
     """
 
     def __init__(self, module: str, *, log: IO[bytes] | None = None) -> None:
-        self.module, self._log = module, log or tempfile.TemporaryFile()  # noqa: SIM115
+        self.module, self._given, self._log = module, log, log
         self._process: subprocess.Popen[bytes] | None = None
+        self._end: Callable[[], object] = lambda: None  # also called when nobody has this worker any more
 
     def __enter__(self) -> Worker:
         return self
@@ -112,10 +114,8 @@ class Worker:
 
     def close(self) -> None:
         """Kill the child, if there is one."""
-        if self._process is not None:
-            end(self._process, grace_seconds=0)
-            _running.discard(self._process)
-            self._process = None
+        self._end()
+        self._process = None
 
     def run(
         self,
@@ -126,14 +126,8 @@ class Worker:
         timeout_seconds: float | None = None,
     ) -> dict[str, Any]:
         """Do a job and return its answer; arguments and errors as the function `run`."""
-        begin, messages = os.fstat(self._log.fileno()).st_size, list[dict[str, Any]]()
-        if self._process is None or self._process.poll() is not None:
-            self.close()
-            self._process = start(self.module, job, log=self._log)
-            _running.add(self._process)
-        else:
-            _send(self._process, job)
-        process = self._process
+        messages = list[dict[str, Any]]()
+        process, begin = self._hand_over(job)
         assert process.stdout is not None
         try:
             with killed_after(timeout_seconds, process) as late:
@@ -155,11 +149,32 @@ class Worker:
             return dict(last["answer"])
         raise died("timeout" if late.is_set() else ending(process.returncode), where, messages, lines)
 
+    def _hand_over(self, job: Mapping[str, Any]) -> tuple[subprocess.Popen[bytes], int]:
+        """Give the job to the child, or to a new one; the child, and where its log of this job begins."""
+        if self._process is not None and self._log is not None and self._process.poll() is None:
+            begin = os.fstat(self._log.fileno()).st_size
+            _send(self._process, job)
+            return self._process, begin
+        self.close()
+        self._log = self._given or tempfile.TemporaryFile()  # noqa: SIM115 (`_ended` closes it)
+        begin = os.fstat(self._log.fileno()).st_size
+        self._process = start(self.module, job, log=self._log)
+        _running.add(self._process)
+        self._end = weakref.finalize(self, _ended, self._process, None if self._given else self._log)
+        return self._process, begin
+
     def _logged(self, begin: int) -> list[str]:
         """Lines of the log from there; the child's place in the file, which it shares, does not move."""
+        assert self._log is not None
         handle = self._log.fileno()
         raw = os.pread(handle, os.fstat(handle).st_size - begin, begin)
         return raw.decode("utf-8", "replace").splitlines()
+
+
+def _ended(process: subprocess.Popen[bytes], log: IO[bytes] | None) -> None:
+    end(process, grace_seconds=0)
+    if log is not None:
+        log.close()
 
 
 def run(
@@ -217,6 +232,7 @@ def end(process: subprocess.Popen[bytes], *, grace_seconds: float = GRACE_SECOND
         process.wait()
     if process.stdout is not None:
         process.stdout.close()
+    _running.discard(process)
 
 
 def end_all() -> None:

@@ -12,16 +12,11 @@ choices repeat, and an address in memory is a fault.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -55,10 +50,8 @@ class ChatTemplate:
     def __init__(self, source: str, bos: str, eos: str, where: Path) -> None:
         self._job = {"source": source, "bos": bos, "eos": eos}
         self.where, self.dated = where, "strftime_now" in source
-        self._process: subprocess.Popen[bytes] | None = None
-        self._end: Callable[[], object] = lambda: None
+        self._worker, self._lock = child.Worker(__name__), threading.Lock()
         self._fault = ""  # that of a child that had to be killed: no other prompt waits for that long
-        self._lock = threading.Lock()
 
     def render(self, messages: Sequence[Message], variables: Mapping[str, bool] | None = None) -> str:
         """The text of a chat, up to where the answer begins.
@@ -70,39 +63,27 @@ class ChatTemplate:
             ModelError: the template has a fault, refuses the messages, leaves the question out, or exceeds
                 its limits of time, memory and length.
         """
+        chat = {"messages": [dict(message) for message in messages], **(variables or {})}
         with self._lock:
-            answer = self._ask({"messages": [dict(message) for message in messages], **(variables or {})})
+            answer = {"fault": self._fault} if self._fault else self._asked(chat)
         if "text" not in answer:
             raise ModelError(f"its chat template fails ({answer['fault']})", where=self.where, hint=PLAIN)
-        text: str = answer["text"]
         question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-        if not _holds(text, question):
+        if not _holds(answer["text"], question):
             raise ModelError("its chat template leaves out the question", where=self.where, hint=PLAIN)
-        return text
+        return answer["text"]
+
+    def _asked(self, chat: dict[str, Any]) -> dict[str, str]:
+        try:
+            return self._worker.run({**self._job, "chat": chat}, timeout_seconds=SECONDS)
+        except child.ChildDied as error:
+            limit = f"{SECONDS:.0f} seconds" if error.cause == "timeout" else "memory"
+            self._fault = f"it exceeds its limit of {limit}"
+            return {"fault": self._fault}
 
     def close(self) -> None:
         """End the child, if there is one."""
-        self._process = None
-        self._end()
-
-    def _ask(self, chat: dict[str, Any]) -> dict[str, Any]:
-        if self._fault:
-            return {"fault": self._fault}
-        if self._process is None:
-            self._process = child.start(__name__, self._job, log=subprocess.DEVNULL)
-            self._end = weakref.finalize(self, child.end, self._process, grace_seconds=1.0)
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        line = b""
-        with child.killed_after(SECONDS, process) as late, contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(chat).encode() + b"\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        if not line.endswith(b"\n"):
-            self.close()
-            self._fault = f"it exceeds its limit of {f'{SECONDS:.0f} seconds' if late.is_set() else 'memory'}"
-            return {"fault": self._fault}
-        return dict(json.loads(line))
+        self._worker.close()
 
 
 def _holds(text: str, question: str) -> bool:
@@ -179,25 +160,17 @@ def _renderer(source: str, bos: str, eos: str) -> Callable[[dict[str, Any]], str
     return render
 
 
-def main() -> None:
-    """Take the template, then answer each line of a chat with a line: the text, or what is wrong."""
+def work(job: dict[str, Any]) -> dict[str, str]:
+    """Render one chat: the text, or what is wrong."""
     child.limit_memory(MEMORY_BYTES)
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    job = json.loads(sys.stdin.readline())
-    for line in sys.stdin:
-        try:
-            answer = {"text": _renderer(**job)(json.loads(line))}
-        except Exception as error:  # the template is code: it may raise anything; Jinja raises its own errors
-            answer = {"fault": _words(error)}
-        channel.write(json.dumps(answer) + "\n")
-        channel.flush()
-
-
-def _words(error: Exception) -> str:
-    number = getattr(error, "lineno", None)  # of Jinja's syntax errors
-    line = f"line {number}: " if number else ""
-    return (line + (str(error) or type(error).__name__))[:300]
+    chat = job.pop("chat")
+    try:
+        return {"text": _renderer(**job)(chat)}
+    except Exception as error:  # the template is code: it may raise anything; Jinja raises its own errors
+        number = getattr(error, "lineno", None)  # of Jinja's syntax errors
+        line = f"line {number}: " if number else ""
+        return {"fault": (line + (str(error) or type(error).__name__))[:300]}
 
 
 if __name__ == "__main__":
-    main()
+    child.serve(work)

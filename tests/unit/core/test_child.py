@@ -70,3 +70,25 @@ def test_a_child_ends_when_its_parent_is_killed():
     while psutil.pid_exists(pid) and time.monotonic() < end:
         time.sleep(0.05)
     assert not psutil.pid_exists(pid)
+
+
+def test_a_worker_does_many_jobs_in_one_child_and_starts_another_after_a_death():
+    pids = []
+    with child.Worker("child_jobs") as worker:
+        for do in ("add", "refuse", "add", "abort", "add"):
+            try:
+                worker.run({"do": do, "numbers": [1]}, on_message=lambda message: pids.append(message["pid"]))
+            except ModelError as error:
+                assert do == "abort" and "GGML_ASSERT" in str(error)
+            except SpaceError as error:
+                assert do == "refuse" and not any("GGML_ASSERT" in note for note in error.__notes__)
+    assert len(set(pids[:4])) == 1 and pids[4] != pids[0]
+    assert not psutil.pid_exists(pids[4])
+
+
+def test_a_worker_that_nobody_has_any_more_ends_its_child():
+    pids = []
+    worker = child.Worker("child_jobs")
+    worker.run({"do": "add", "numbers": [1]}, on_message=lambda message: pids.append(message["pid"]))
+    del worker
+    assert not psutil.pid_exists(pids[0])
