@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -262,19 +262,22 @@ def page_of(text: str, figure: Path | None = None, reports: Mapping[str, Any] | 
 # ---- the hub ----
 
 
-def _results(report: Mapping[str, Any]) -> Iterable[tuple[str, str, float, str]]:
-    """Each metric that has a value: name, type, value to six digits, and what qualifies it."""
-    for name, kind in METRIC_TYPES.items():
-        one = report["details"][name]
-        if not one["withheld"]:
-            value = one["value"] if isinstance(one["value"], int) else float(f"{one['value']:.6g}")
-            yield name, kind, value, metric_sentence(name, one)
+def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Each metric that has a value: its name, the questions that it is about, and what both forms need."""
+    for name in METRIC_TYPES:
+        detail = report["details"][name]
+        if not detail["withheld"]:
+            value = detail["value"] if isinstance(detail["value"], int) else float(f"{detail['value']:.6g}")
+            facts = {"value": value, "sentence": metric_sentence(name, detail), "n": detail["n"]}
+            questions = detail.get("set") or f"{report['tier']}-{name}"
+            yield name, questions, facts | {"contended": bool(detail.get("contended"))}
 
 
-def _yaml(value: Any) -> str:
+def _yaml(report: Mapping[str, Any], value: Any) -> str:
     import yaml
 
-    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+    block = str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+    return f"# {NANO}\n{block}" if report["tier"] == "nano" else block
 
 
 def model_index(report: Mapping[str, Any]) -> str:
@@ -289,53 +292,42 @@ def model_index(report: Mapping[str, Any]) -> str:
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
     results = []
-    for name, kind, value, sentence in _results(report):
-        one = report["details"][name]
-        questions = one.get("set") or f"{report['tier']}-{name}"
-        facts = {"conditions_sha256": report["conditions_sha256"], "n": one["n"], "stated": sentence}
-        facts |= {"contended": True} if one.get("contended") else {}
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                task_name="Text generation",
-                dataset_type=f"dfqs-{questions}",
-                dataset_name=f"DFQS 1.0, {questions}",
-                metric_type=kind,
-                metric_name=name,
-                metric_value=value,
-                dataset_args=facts,
-            )
+    for name, questions, it in _results(report):
+        facts = {"conditions_sha256": report["conditions_sha256"], "n": it["n"], "stated": it["sentence"]}
+        result = EvalResult(
+            task_type="text-generation",
+            task_name="Text generation",
+            dataset_type=f"dfqs-{questions}",
+            dataset_name=f"DFQS 1.0, {questions}",
+            metric_type=METRIC_TYPES[name],
+            metric_name=name,
+            metric_value=it["value"],
+            dataset_args=facts | ({"contended": True} if it["contended"] else {}),
         )
+        results.append(result)
     if not results:
         what = "every metric is withheld, so there is nothing for a model card"
         raise ReportError(what, hint="run notebooks 05 and 06")
-    name = display.plain(report["model"]["name"])
-    block = _yaml({"model-index": eval_results_to_model_index(name, results)})
-    return (f"# {NANO}\n" if report["tier"] == "nano" else "") + block
+    index = eval_results_to_model_index(display.plain(report["model"]["name"]), results)
+    return _yaml(report, {"model-index": index})
 
 
 def eval_results(report: Mapping[str, Any]) -> str:
     """The file ``.eval_results/dfqs.yaml`` of a model's repository on the hub; "" without metrics."""
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
-    address = public_address()
-    repository = address.removeprefix("https://github.com/")
-    entries = []
-    for name, _, value, sentence in _results(report):
-        questions = report["details"][name].get("set") or f"{report['tier']}-{name}"
-        dataset, task = HUB_SETS.get(questions, (repository, questions))
-        entries.append(
-            EvalResultEntry(
-                dataset_id=dataset,
-                task_id=task,
-                value=value,
-                date=report["created"],
-                source_url=address,
-                source_name="DFQS workbook",
-                notes=f"{name} {sentence}",
-            )
+    address, entries = public_address(), []
+    for name, questions, it in _results(report):
+        own = address.removeprefix("https://github.com/"), questions
+        dataset, task = HUB_SETS.get(questions, own)
+        entry = EvalResultEntry(
+            dataset_id=dataset,
+            task_id=task,
+            value=it["value"],
+            date=report["created"],
+            source_url=address,
+            source_name="DFQS workbook",
+            notes=f"{name} {it['sentence']}",
         )
-    if not entries:
-        return ""
-    block = _yaml(eval_result_entries_to_yaml(entries))
-    return (f"# {NANO}\n" if report["tier"] == "nano" else "") + block
+        entries.append(entry)
+    return _yaml(report, eval_result_entries_to_yaml(entries)) if entries else ""

@@ -41,9 +41,10 @@ ALONE = {
         "the recap of asserts above": ["The same prompt gave"],
     },
     "04": {
-        METHOD: ["It scores all experts", "- again under identical", "The same in sentences", "- **Free**", "This matters only"]
-        + ["The figure pools", "It covers the length", "DFQS calls a context", "- **Fix for equal logits**"]
-        + ["Recording itself slightly", "A router that always"],
+        METHOD: ["It scores all experts", "The same in sentences", "- **Free**", "This matters only", "The figure pools"]
+        + ["It covers the length", "DFQS calls a context", "- **Fix for equal logits**", "Recording itself slightly"]
+        + ["The others are other texts", "- **Settings**", "All runs that only need", "With `budget_minutes`, lengths"]
+        + ["For each layer the table", "Below it, we regress", "The heat map has"],
     },
     "05": {
         METHOD: ["The context must hold", "Every text hides the", "So the plan costs about", "The curve may take"]
