@@ -80,7 +80,8 @@ def _share(name: str, same: Array) -> dict[str, float]:
 def _same_experts(source: Rung, rung: Rung, layers: Array | None = None) -> Array:
     """Whether each expert set is the source's, ``(chunks, n)``; by default in all layers with scores."""
     same = ~differences(source.trace, rung.trace)[:, ~source.trace.hashed if layers is None else layers]
-    rows: Array = same.reshape(-1, source.trace.conditions["chunk_tokens"] * same.shape[1]).astype(float)
+    size = source.trace.conditions["chunk_tokens"]
+    rows: Array = same.reshape(len(same) // size, size * same.shape[1]).astype(float)  # none: a dense model
     return rows
 
 
@@ -227,18 +228,19 @@ def hand_on(stage: Stage, ladder: Ladder, compared: pd.DataFrame) -> list[str]:
     """Write ``ladder.json`` (see `Stage.finish`), and return its summary lines."""
     rungs, levels = table(ladder).to_dict("records"), hierarchy(ladder, compared).to_dict("records")
     top, low = rungs[0], rungs[-1]
+    bits = low["expert_bits"]  # NaN: a dense model
     lines = [
         f"{ladder.source.path.name}: {len(rungs)} rungs from {top['rung']} "
         f"({top['bits_per_weight']:.2f} bits a weight) to {low['rung']} "
-        f"({low['bits_per_weight']:.2f}, routed experts {low['expert_bits']:.2f})"
+        f"({low['bits_per_weight']:.2f}{f', routed experts {bits:.2f}' if bits == bits else ''})"
     ]
     for row in (rungs[1], low) if len(rungs) > 2 else rungs[1:]:
         known = row["kld_low"] == row["kld_low"]
         interval = f"{row['kld_low']:.2g} to {row['kld_high']:.2g}" if known else "unknown"
         lines.append(
             f"{row['rung']}: KL divergence {row['kld']:.2g} nats (95 % interval {interval}, 99 % of tokens "
-            f"under {row['kld_tail']:.2g}, n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks), "
-            f"same experts in {row['routing']:.1%}"
+            f"under {row['kld_tail']:.2g}, n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks)"
+            + (f", same experts in {row['routing']:.1%}" if row["routing"] == row["routing"] else "")
         )
     lines += [
         f"{row['step']} ({row['a']} at {row['bits_a']:.2f} bits to {row['b']} at {row['bits_b']:.2f}): "
