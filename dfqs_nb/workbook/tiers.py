@@ -66,7 +66,7 @@ def ladder_source(run: str) -> str:
     name, kind = Path(model["path"]).name, next(iter(types))
     raise DfqsError(
         f"{name} is quantized already ({kind}), and a ladder starts from F16 weights",
-        hint='give the model\'s F16 weights: PARAMS="ladder_source=F16.gguf held_out_text=text.txt"',
+        hint="to climb one, run this again with -p ladder_source=FILE, the same model at F16",
     )
 
 
