@@ -8,7 +8,7 @@ made under the same conditions is not made again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from dfqs_nb.core.machine import has_amx, usable_cores
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.llama.settings import OpenSettings, llama_version, threads_for
+from dfqs_nb.llama.settings import OpenSettings, llama_version
 from dfqs_nb.routing.loads import read_texts
 from dfqs_nb.routing.placement import require_experts
 from dfqs_nb.routing.plan import Condition, conditions, with_references
@@ -40,10 +40,12 @@ FORMAT = 3  # of a kept trace; a new number makes old ones be recorded again
 CHILD = "dfqs_nb.routing.record_child"
 
 
-def default_settings(path: str | Path, n_tokens: int, n_output: int = 16, n_threads: int = 0) -> OpenSettings:
-    """The reference's settings: a context that holds text and answer; 0 threads: what suits the model."""
-    n_ctx = -(-(n_tokens + n_output) // 256) * 256
-    return OpenSettings(n_ctx=n_ctx, n_threads=n_threads or threads_for(path))
+def default_settings(
+    path: str | Path, n_tokens: int, n_output: int = 16, n_threads: int = 0, n_gpu_layers: int = 0
+) -> OpenSettings:
+    """The reference's settings: a context that holds text and answer; the rest as `OpenSettings.of`."""
+    own = OpenSettings.of(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+    return replace(own, n_ctx=-(-(n_tokens + n_output) // 256) * 256)
 
 
 def quantizations(path: str | Path, other: str = "") -> dict[str, Path]:
@@ -109,6 +111,7 @@ def run_experiment(
     n_tokens: int = 512,
     n_output: int = 16,
     n_threads: int = 0,
+    n_gpu_layers: int = 0,
     max_threads: int = 0,
     other: str = "",
     others: Mapping[str, str | Path] | None = None,
@@ -126,7 +129,7 @@ def run_experiment(
         settings: the reference's; by default a context that holds text and answer.
         n_tokens: length of the text.
         n_output: tokens of the greedy answer.
-        n_threads: of the reference, where ``settings`` does not say; 0: what suits the model.
+        n_threads, n_gpu_layers: of the reference, where ``settings`` does not say.
         max_threads: the largest count of threads; by default the usable cores.
         other: another quantization to compare with, as in `quantizations`.
         others: such files by name, in place of ``other``.
@@ -139,7 +142,7 @@ def run_experiment(
     Raises:
         DfqsError: the model cannot be opened under the reference's settings, or a parameter is wrong.
     """
-    settings = settings or default_settings(path, n_tokens, n_output, n_threads)
+    settings = settings or default_settings(path, n_tokens, n_output, n_threads, n_gpu_layers)
     if n_tokens + n_output > settings.n_ctx:
         what = f"{n_tokens} tokens and {n_output} of the answer exceed n_ctx ({settings.n_ctx})"
         raise ModelError(what, where=path, hint=f"use n_ctx={n_tokens + n_output} or more")
