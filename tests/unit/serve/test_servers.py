@@ -274,20 +274,25 @@ def test_another_prompt_is_called_one(server, model, monkeypatch):
 # ---- starting and ending ----
 
 
-@pytest.mark.parametrize("kind", sorted(servers.KINDS))
-@pytest.mark.parametrize("use_mmap", [True, False])
-def test_a_file_is_mapped_only_if_that_is_asked_for(kind, use_mmap, merged_reference, tmp_path):
-    settings = dataclasses.replace(SETTINGS, use_mmap=use_mmap)
-    with servers.start(kind, merged_reference, settings, log=tmp_path / "log") as server:
-        maps = Path(f"/proc/{server.process.pid}/maps").read_text()
-    assert (merged_reference.name in maps) == use_mmap
+def is_mapped(path: Path, server: servers.LocalServer) -> bool:
+    return path.name in Path(f"/proc/{server.process.pid}/maps").read_text()
 
 
 @pytest.mark.parametrize("kind", sorted(servers.KINDS))
-def test_a_stopped_server_is_gone(kind, merged_reference, tmp_path):
+def test_a_server_asks_for_its_key_and_is_gone_when_it_is_stopped(kind, merged_reference, tmp_path):
+    questions = ItemSet.load("nano-reasoning")
     with servers.start(kind, merged_reference, SETTINGS, log=tmp_path / "log") as server:
         subject = server_checks.Subject(server.connect(), server=server)
         assert server_checks.check("health", subject)["verdict"] == "pass"
+        assert is_mapped(merged_reference, server)
+        key = server.key.get_secret_value().encode()
+        with pytest.raises(KeyRefusedError):
+            endpoint.connect(server.base_url).chat(QUESTION, 4)
+        measure.score_set(server.connect(), questions, tmp_path, Options(limit=2, progress=False))
+        command = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 2 and len(key) > 30 and key not in command
+    assert not [path for path in files if key in path.read_bytes()]
     assert not server.alive and server.port_is_free
     assert server_checks.shut_down({kind: server})["verdict"].tolist() == ["pass"]
     assert server.stop() < 1
@@ -296,16 +301,17 @@ def test_a_stopped_server_is_gone(kind, merged_reference, tmp_path):
 
 
 @pytest.mark.parametrize("kind", sorted(servers.KINDS))
-def test_a_server_that_dies_while_asked(kind, merged_reference, tmp_path):
-    server = servers.start(kind, merged_reference, SETTINGS, log=tmp_path / "log")
-    try:
-        found = server.connect(retries=1)
+def test_a_file_is_not_mapped_unless_asked_for_and_a_server_dies_while_asked(
+    kind, merged_reference, tmp_path
+):
+    settings = dataclasses.replace(SETTINGS, use_mmap=False)
+    with servers.start(kind, merged_reference, settings, log=tmp_path / "log") as server:
+        assert not is_mapped(merged_reference, server)
+        connected = server.connect(retries=1)
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait(30)
         with pytest.raises(EndpointError):
-            found.chat(QUESTION, 8)
-    finally:
-        server.stop()
+            connected.chat(QUESTION, 8)
 
 
 ORPHAN = """
@@ -336,20 +342,6 @@ def test_it_ends_with_the_process_that_started_it(kind, merged_reference, tmp_pa
             or "zombie" in Path(f"/proc/{pid}/status").read_text()
         )
     )
-
-
-@pytest.mark.parametrize("kind", sorted(servers.KINDS))
-def test_a_key_is_asked_for_and_is_in_no_file(kind, merged_reference, tmp_path):
-    questions = ItemSet.load("nano-reasoning")
-    with servers.start(kind, merged_reference, SETTINGS, log=tmp_path / "log") as server:
-        key = server.key.get_secret_value().encode()
-        with pytest.raises(KeyRefusedError):
-            endpoint.connect(server.base_url).chat(QUESTION, 4)
-        measure.score_set(server.connect(), questions, tmp_path, Options(limit=2, progress=False))
-        command = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) >= 2 and len(key) > 30 and key not in command
-    assert not [path for path in files if key in path.read_bytes()]
 
 
 def test_what_cannot_start_says_why(merged_reference, tmp_path):
@@ -427,24 +419,22 @@ def test_mistakes_have_errors_of_their_own(server):
     assert table["tries"].to_dict() == dict.fromkeys(table.index, 1) | {"a port where nothing listens": 2}
 
 
-def test_what_the_notebook_hands_on(merged_reference, model, tmp_path):
-    questions = [ItemSet.load("nano-reasoning")]
-    with servers.start("llama.cpp", merged_reference, SETTINGS, log=tmp_path / "log") as server:
-        connected = {"llama.cpp": server.connect()}
-        checks = server_checks.check_all(connected, model, {"llama.cpp": server})
-        speeds = server_checks.speed_of_all(connected, (1, 2), n_tokens=8, repetitions=1)
-        compared = compare.compare_all(
-            model, connected, questions, tmp_path, limit=4, progress=False, model_id="0", local=("llama.cpp",)
-        )
-        others = compare.compare_all(
-            model, connected, questions, tmp_path, limit=1, progress=False, model_id="0"
-        )
-        assert [one.server.model for one in compared.values()] == ["0"], "the model that it was started with"
-        assert [one.server.model for one in others.values()] == [connected["llama.cpp"].identity], (
-            "nobody knows"
-        )
+@pytest.mark.parametrize("server", ["llama.cpp"], indirect=True)
+def test_what_the_notebook_hands_on(server, merged_reference, model, tmp_path):
+    questions, connected = [ItemSet.load("nano-reasoning")], {"llama.cpp": server.connect()}
+    subject = server_checks.Subject(connected["llama.cpp"], model, server)
+    checks = pd.DataFrame([server_checks.check("health", subject)]).assign(server="llama.cpp")
+    speeds = server_checks.speed_of_all(connected, (1, 2), n_tokens=8, repetitions=1)
+    options = {"progress": False, "model_id": "0"}
+    ours = compare.compare_all(
+        model, connected, questions, tmp_path, limit=4, local=("llama.cpp",), **options
+    )
+    others = compare.compare_all(model, connected, questions, tmp_path, limit=1, **options)
+    assert [pair.server.model for pair in ours.values()] == ["0"], "the model that it was started with"
+    identity = connected["llama.cpp"].identity
+    assert [pair.server.model for pair in others.values()] == [identity], "nobody knows"
     drift = server_checks.drift_by_slots(merged_reference, SETTINGS, (1, 2), 2, repetitions=1)
-    shutdown = server_checks.shut_down({"llama.cpp": server})
+    shutdown = pd.DataFrame({"server": ["llama.cpp"], "check": ["shutdown"], "verdict": ["pass"]})
     core.Stage(tmp_path, "merge").finish(conditions={}, summary=[], model={"sha256": "0"})
     stage = core.Stage(tmp_path, "serving")
     lines = compare.hand_on(
@@ -453,7 +443,7 @@ def test_what_the_notebook_hands_on(merged_reference, model, tmp_path):
         checks=checks,
         drift=drift,
         speeds=speeds,
-        compared=compared,
+        compared=ours,
         connected=connected,
         recipes=["ollama"],
         shutdown=shutdown,
@@ -478,7 +468,7 @@ def test_all_nano_items_are_the_same_both_ways(merged_reference, tmp_path):
                 found = compare.compare_all(
                     model, {kind: server.connect()}, ItemSet.of_tier("nano"), tmp_path, progress=False
                 )
-            for one in found.values():
-                assert one.items["same_text"].all(), one.causes
-                assert one.process.score.value == one.server.score.value is not None
-                assert one.process.score.n == one.server.score.n == len(one.process.item_set.items)
+            for pair in found.values():
+                assert pair.items["same_text"].all(), pair.causes
+                assert pair.process.score.value == pair.server.score.value is not None
+                assert pair.process.score.n == pair.server.score.n == len(pair.process.item_set.items)
