@@ -10,6 +10,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase
 
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import HeaderError, ShardError
@@ -32,11 +33,7 @@ NAMES = (
 
 
 def opening(path: Path) -> tuple[bytes, int]:
-    """The first bytes of a file, and its size.
-
-    Raises:
-        HeaderError: it cannot be read, or is no regular file.
-    """
+    """The first bytes of a file, and its size; `HeaderError`: it cannot be read, or is no regular file."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -50,10 +47,7 @@ def opening(path: Path) -> tuple[bytes, int]:
 
 
 def ends(header: GGUFHeader) -> tuple[int, int]:
-    """Where the last tensor's bytes end, and where the file ends as llama.cpp writes it.
-
-    It pads the last tensor, and a header without tensors.
-    """
+    """Where the last tensor's bytes end, and where the file ends: llama.cpp pads the tensor or the header."""
     end = header.data_offset + max((t.offset + t.nbytes for t in header.tensors), default=0)
     return end, header.start + padded(end - header.start, header.alignment)
 
@@ -63,25 +57,16 @@ class PartName:
     """A byte part's name taken apart.
 
     ``whole`` is the name of the file that was cut, ``family`` what its siblings share with it, ``text`` its
-    place as it is written, ``count`` how many there are, where the name says so. ``explicit``: it says "part"
-    or "split".
+    place as it is written, ``index`` the same as a number, ``count`` how many there are, where the name says
+    so. ``explicit``: it says "part" or "split".
     """
 
     whole: str
     family: tuple[str, ...]
     text: str
+    index: int
     count: int | None
     explicit: bool
-
-    @property
-    def index(self) -> int:
-        """The place as a number; letters count as ``split`` counts them: a = 0; aa = 0, ab = 1, ba = 26."""
-        if self.text.isdigit():
-            return int(self.text)
-        number = 0
-        for letter in self.text.lower():
-            number = number * 26 + ord(letter) - ord("a")
-        return number
 
     def like(self, index: int) -> str:
         """A place written as this one is."""
@@ -90,7 +75,7 @@ class PartName:
         letters = ""
         for _ in self.text:
             index, rest = divmod(index, 26)
-            letters = chr(ord("a") + rest) + letters
+            letters = ascii_lowercase[rest] + letters
         return letters
 
 
@@ -103,18 +88,17 @@ def part_name(name: str) -> PartName | None:
     match = NAMES[0].fullmatch(name) or NAMES[1].fullmatch(name)
     if match is None:
         return None
-    text, tail = match["index"], match["tail"]
+    text, tail, index = match["index"], match["tail"], 0
+    for letter in text.lower():  # letters count as `split` counts them: a = 0; aa = 0, ab = 1, ba = 26
+        index = index * 10 + int(letter) if letter.isdigit() else index * 26 + ascii_lowercase.index(letter)
     family = (match["head"], tail, "digits" if text.isdigit() else f"{len(text)} letters")
     whole = match["whole"] + (tail[-5:] if tail.lower().endswith(".gguf") else "")
-    return PartName(whole, family, text, int(match["count"]) if match["count"] else None, bool(match["mark"]))
+    count = int(match["count"]) if match["count"] else None
+    return PartName(whole, family, text, index, count, bool(match["mark"]))
 
 
 def siblings(path: Path, name: PartName) -> dict[int, Path]:
-    """The byte parts of the same file in the folder, by their place.
-
-    Raises:
-        ShardError: two files have one place.
-    """
+    """The byte parts of the same file in the folder, by their place; `ShardError`: two have one place."""
     parts: dict[int, Path] = {}
     for other in sorted(path.parent.iterdir()):
         sibling = part_name(other.name)
@@ -153,9 +137,8 @@ def byte_parts(path: str | Path) -> tuple[Path, ...]:
     for index, part in list(parts.items())[1:]:
         if opening(part)[0].startswith(MAGIC):
             what = f"part {name.like(index)} begins with a GGUF header of its own, so it is a shard"
-            raise ShardError(
-                what, where=part, hint=f"`dfqs-nb inspect {quoted(part)}` shows the name that it needs"
-            )
+            hint = f"`dfqs-nb inspect {quoted(part)}` shows the name that it needs"
+            raise ShardError(what, where=part, hint=hint)
     check_sum(tuple(parts.values()))
     return tuple(parts.values())
 

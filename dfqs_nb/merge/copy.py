@@ -286,25 +286,18 @@ class Journal:
         self.file, self.path, self.plan, self.window = file, Path(file.name), plan, window
         self.written_ns = os.fstat(file.fileno()).st_mtime_ns
         self.lines, self.nbytes = _events(file.read())
+        self.windows = windows(self.lines)  # the hash of each that an earlier run did, by its end
+        self.released = 0  # up to where in the target that run gave the source bytes back
         if not self.windows:
             self.lines, self.nbytes = [], 0
             return
+        self.released = max((n for line in self.lines if type(n := line.get("released")) is int), default=0)
         earlier = self.lines[0].get("window")
         if not isinstance(earlier, int) or self.lines[0].get("plan") != plan.fingerprint:
             raise in_the_way(self.path)
         if not 0 < earlier <= MAX_WINDOW_BYTES or earlier % mmap.PAGESIZE:
             raise in_the_way(self.path)
         self.window = earlier
-
-    @property
-    def windows(self) -> dict[int, str]:
-        """The hash of each window done so far, by its end."""
-        return windows(self.lines)
-
-    @property
-    def released(self) -> int:
-        """Up to where in the target the source bytes were given back."""
-        return max((line["released"] for line in self.lines if type(line.get("released")) is int), default=0)
 
     def begin(self, sources: Sequence[disk.Source]) -> None:
         """Write the first line, or go on where an earlier run ended.

@@ -95,11 +95,7 @@ def _tables(path: Path) -> tuple[dict[str, Any], dict[str, Target]]:
 
 
 def targets() -> dict[str, Target]:
-    """The targets by name, in the order of ``data/deploy/targets.toml``.
-
-    >>> len(targets()), targets()["ollama"].server
-    (17, 11434)
-    """
+    """The targets by name, in the order of ``data/deploy/targets.toml``."""
     return _tables(data_dir() / "deploy" / "targets.toml")[1]
 
 
@@ -111,10 +107,7 @@ def target_of(name: str) -> Target:
 
 
 def targets_table() -> pd.DataFrame:
-    """One row a target: ``target``, ``title``, then what is known of it, each a text.
-
-    ``run_here`` is what ran, with its version, or "generated, not run".
-    """
+    """One row a target: ``target``, ``title``, then what is known of it, each a text."""
     import pandas as pd
 
     table = pd.DataFrame([target.model_dump() for target in targets().values()])
@@ -155,6 +148,7 @@ def _environment(quote: Callable[[Any], str], folder: Path) -> jinja2.Environmen
         trim_blocks=True,
         keep_trailing_newline=True,
     )  # autoescape is for HTML: `finalize` quotes for each kind of file
+    made.globals |= {"host": HOST, "prompt": PROMPT, "build": BUILD}
     made.filters |= {"json": json.dumps, "bytes": binary_size, "number": "{:,}".format}
     return made
 
@@ -452,13 +446,10 @@ def _join(folder: str, name: str) -> str:
     return f"{folder}\\{name}" if "\\" in folder else f"{folder}/{name}"
 
 
-def _values(
-    target: Target, source: _Source, settings: Settings, folder: Path, key_variable: str
-) -> dict[str, Any]:
-    """What templates, commands and notes may name."""
-    name = (
-        re.sub(r"[^a-z0-9]+", "-", source.name.lower()).strip("-") or "model"
-    )  # one that every target takes
+def _place(
+    target: Target, source: _Source, folder: Path, name: str
+) -> tuple[str, tuple[str, ...], list[str]]:
+    """The folder in which the target finds the model, its files there, and the commands that bring them."""
     files, place, get = source.files, target.fetch_to or str(folder / "models"), list[str]()
     if source.fetch is None:
         place = _filled(target.place, {"file": "", "name": name}, str).rstrip("/\\") or source.folder
@@ -470,6 +461,15 @@ def _values(
         joined = folder / f"{source.name}.gguf"
         get = [*get, shlex.join(["dfqs-nb", "merge", _join(place, files[0]), "-o", str(joined)])]
         place, files = str(folder), (joined.name,)
+    return place, files, get
+
+
+def _values(
+    target: Target, source: _Source, settings: Settings, folder: Path, key_variable: str
+) -> dict[str, Any]:
+    """What templates, commands and notes may name."""
+    name = re.sub(r"[^a-z0-9]+", "-", source.name.lower()).strip("-") or "model"  # every target takes it
+    place, files, get = _place(target, source, folder, name)
     mac, arm = platform.system() == "Darwin", platform.machine().lower() in ("arm64", "aarch64")
     paths = [_join(target.mount or place, file) for file in files]
     key_name = key_variable or DEFAULT_KEY_VARIABLE
@@ -489,11 +489,9 @@ def _values(
         "gpu_ratio": round(min(1.0, settings.n_gpu_layers / (source.arch("block_count") + 1)), 2),
         "placement": Ready(shlex.join(settings.flags)),
         "cuda": "ON" if settings.flags[:2] != ("-ngl", "0") and not mac else "",  # there it is Metal
-        "host": HOST,
         "port": target.server,
         "base_url": f"http://{HOST}:{target.server}{target.prefix}/v1",
         "template_text": source.shards.as_one.text("tokenizer.chat_template") if source.shards else "",
-        "build": BUILD,
         "system": f"{'macos' if mac else 'ubuntu'}-{'arm64' if arm else 'x64'}",
         "model": paths[0],
         "models": paths,
@@ -501,7 +499,6 @@ def _values(
         "model_folder": place,
         "folder": str(folder),
         "get": get,
-        "prompt": PROMPT,
         "key": key_variable,
         "key_name": key_name,
         "key_or_none": Ready(f'"${{{key_name}:-none}}"'),
