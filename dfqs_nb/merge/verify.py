@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
-from pydantic import BaseModel, StrictInt, StrictStr, ValidationError
 
 from dfqs_nb.core.display import quoted, tqdm
 from dfqs_nb.core.errors import IntegrityError
@@ -154,17 +153,17 @@ def _named(names: Iterable[str]) -> str:
 # ---- the manifest ----
 
 
-class Manifest(BaseModel):
+@dataclass(frozen=True)
+class Manifest:
     """What a manifest holds; ``tensors`` has XXH64 by name."""
 
-    file: StrictStr = ""
-    nbytes: StrictInt
-    mtime_ns: StrictInt
-    inode: StrictInt = 0
-    sha256: StrictStr
+    nbytes: int
+    mtime_ns: int
+    sha256: str
     seconds: float
     sources: list[dict[str, Any]]
-    tensors: dict[str, StrictStr]
+    tensors: dict[str, str]
+    inode: int = 0
 
 
 def manifest_path(output: Path) -> Path:
@@ -175,10 +174,12 @@ def manifest_path(output: Path) -> Path:
 def read_manifest(path: Path) -> Manifest | None:
     """The manifest of a model, or None; `IntegrityError`: it cannot be read, or is of another size."""
     place = manifest_path(path)
-    try:
-        manifest = Manifest.model_validate(read_json(place))
-    except FileNotFoundError:
+    if not place.exists():
         return None
+    from pydantic import TypeAdapter, ValidationError  # here: it is slow to import
+
+    try:
+        manifest = TypeAdapter(Manifest).validate_python(read_json(place))
     except (OSError, ValueError) as error:
         problem = str(error)
         if isinstance(error, ValidationError):

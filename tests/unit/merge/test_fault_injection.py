@@ -32,6 +32,8 @@ from dfqs_nb.merge.disk import journal_path, lock_path, part_path
 from dfqs_nb.merge.plan import Plan, plan_merge
 from dfqs_nb.merge.verify import manifest_path
 
+pytestmark = pytest.mark.usefixtures("parser_is_asked_once_a_header")
+
 NAME = "DFQS-Nano-IQ1_S-XL"
 SHARDS = [shard_path(data_dir() / "reference" / NAME, n, 2) for n in (1, 2)]
 RECORDED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.json").read_text())["models"][

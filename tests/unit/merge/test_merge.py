@@ -25,6 +25,8 @@ from dfqs_nb.merge.figures import segments
 from dfqs_nb.merge.plan import plan_merge
 from dfqs_nb.merge.verify import manifest_path, tensor_hashes
 
+pytestmark = pytest.mark.usefixtures("parser_is_asked_once_a_header")
+
 REFERENCE = data_dir() / "reference"
 RECORDED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.json").read_text())["models"]
 SHARD = {name: shard_path(REFERENCE / f"DFQS-Nano-{name}", 1, 2) for name in RECORDED}

@@ -24,6 +24,8 @@ from dfqs_nb.merge import (
 )
 from dfqs_nb.merge.verify import hash_file, manifest_path
 
+pytestmark = pytest.mark.usefixtures("parser_is_asked_once_a_header")
+
 RECORDED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.json").read_text())["models"][
     "IQ1_S-XL"
 ]

@@ -34,6 +34,8 @@ from dfqs_nb.merge.merge import earlier_result
 from dfqs_nb.merge.plan import Plan
 from dfqs_nb.merge.verify import manifest_path, read_manifest
 
+pytestmark = pytest.mark.usefixtures("parser_is_asked_once_a_header")
+
 MERGED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.json").read_text())["models"][
     "IQ1_S-XL"
 ]["merged"]

@@ -19,6 +19,8 @@ from dfqs_nb.merge import merge_model
 from dfqs_nb.merge import verify_model as verify
 from dfqs_nb.merge.verify import hash_file, manifest_path, tensor_hashes
 
+pytestmark = pytest.mark.usefixtures("parser_is_asked_once_a_header")
+
 SHARDS = [shard_path(data_dir() / "reference/DFQS-Nano-IQ1_S-XL", n, 2) for n in (1, 2)]
 DATA = Path(__file__).resolve().parents[2] / "data"
 MERGED_SHA256 = json.loads((DATA / "merge_hashes.json").read_text())["models"]["IQ1_S-XL"]["merged"]
