@@ -212,12 +212,10 @@ def _file_text(template: str, name: str, values: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the model is opened.
+    """How the model is opened: context, threads of decode, and where its layers are.
 
-    Attributes:
-        n_ctx: tokens of context. n_threads: of decode.
-        n_gpu_layers: whole layers on the GPU, for programs that cannot keep experts in memory.
-        flags: what places the model for llama.cpp's own programs (`placement.Placement.flags`).
+    ``n_gpu_layers`` are whole layers on the GPU, for programs that cannot keep experts in memory; ``flags``
+    place the model for llama.cpp's own programs.
     """
 
     n_ctx: int
@@ -260,16 +258,14 @@ def write_recipe(
     Args:
         model: a local GGUF file (any of its shards), a name of the registry, or ``hf://owner/repo/file``.
         n_ctx: by default what this machine's memory holds, up to 32,768 tokens and to the trained context.
-        n_threads: by default the usable cores, and one for a very small model.
-        n_gpu_layers: by default as many as the free memory of this machine's GPU holds.
+        n_threads, n_gpu_layers: by default what suits this machine and the model.
         port: of the server on 127.0.0.1; by default the target's own.
         key_variable: the environment variable that holds the server's key. By default no key is asked for;
             a target's server that always asks gets ``DFQS_API_KEY``.
         overwrite: replace the files of an earlier recipe.
 
     Raises:
-        DeployError: no such target; a file that no runtime loads; a context the model was not made for; a
-            path that the target's files cannot hold; or files that exist already.
+        DeployError: the target, the file, the context, the path or the folder does not do; says which.
         HeaderError, ShardError, RegistryError: the model is not a complete GGUF, or nothing has that name.
     """
     chosen, source, folder = target_of(target), _source(model), Path(folder).absolute()
