@@ -7,6 +7,7 @@ python tools/notebooks.py refresh [NOTEBOOK...]   execute in place and store sma
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import os
 import re
@@ -77,7 +78,7 @@ def setup_cell(address: str) -> str:
 
 
 def stamped_notebook(text: str, file: str, address: str) -> str:
-    """A notebook's text with its badges (cell tagged ``badges``) and its set-up cell (``setup``) renewed."""
+    """A notebook's text with its badges, its set-up cell (both by their tags) and its drawings renewed."""
     import nbformat
 
     notebook = nbformat.reads(text, as_version=4)
@@ -89,7 +90,14 @@ def stamped_notebook(text: str, file: str, address: str) -> str:
             cell.source = stamp_block(cell.source, "badges", badges(file, address))
         if "setup" in tags:
             cell.source = setup_cell(address)
+        if drawings := re.findall(r"\(attachment:([\w-]+\.svg)\)", cell.source):
+            cell.attachments = {name: {"image/svg+xml": _drawing(name)} for name in drawings}
     return notebook_text(notebook)
+
+
+def _drawing(name: str) -> str:
+    """A drawing as Jupyter attaches it: inside the notebook, so it shows wherever the notebook is opened."""
+    return base64.b64encode((REPOSITORY / "notebooks" / "diagrams" / name).read_bytes()).decode()
 
 
 def stamped_readme(text: str, notebooks: Sequence[Path], address: str) -> str:
@@ -114,9 +122,7 @@ def stamped_facts(text: str) -> str:
     if (SAMPLE_FOLDER / "report.json").exists():
         verdict = str(report.verdict(report.read_report(SAMPLE_FOLDER)))
         text = stamp_block(text, "verdict", f"```text\n{verdict}\nopen outputs/nano/report.html\n```")
-    costs = workbook.start.overview().reset_index()
-    costs["notebook"] = costs["notebook"].str[:2]
-    text = stamp_block(text, "costs", markdown_table(costs))
+    text = stamp_block(text, "costs", markdown_table(workbook.start.overview().reset_index()))
     rows = ["| for example | what it does |", "|---|---|"]
     group: Any = get_command(cli.app)
     for name, command in group.commands.items():

@@ -1,6 +1,6 @@
 """What everything stands on: errors, paths, files, stages, journals, child processes, machine, display."""
 
-from dfqs_nb.core.display import diagram, shown, size, tqdm
+from dfqs_nb.core.display import shown, size, tqdm
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.machine import describe
 from dfqs_nb.core.paths import data_dir, outputs_dir, tilde
@@ -11,7 +11,6 @@ __all__ = [
     "Stage",
     "data_dir",
     "describe",
-    "diagram",
     "outputs_dir",
     "shown",
     "size",

@@ -14,15 +14,12 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.core.paths import REPOSITORY
-
 if TYPE_CHECKING:
     import pandas as pd
-    from IPython.display import HTML, SVG
+    from IPython.display import HTML
 
 __all__ = [
     "cell",
-    "diagram",
     "label",
     "markdown",
     "markdown_table",
@@ -179,13 +176,6 @@ def label(name: object) -> str:
         return LABELS.get(text, text)
     text = re.sub("_high$", " to", re.sub("_low$", " from", text.removeprefix("n_")))
     return text.replace("_", " ")
-
-
-def diagram(name: str) -> SVG:
-    """A drawing of an idea, from ``notebooks/diagrams/``."""
-    from IPython.display import SVG
-
-    return SVG(filename=str(REPOSITORY / "notebooks" / "diagrams" / f"{name}.svg"))
 
 
 def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[str, ...] = ()) -> HTML:

@@ -26,7 +26,7 @@ def overview() -> pd.DataFrame:
 
     content = tomllib.loads((data_dir() / "notebooks.toml").read_text(encoding="utf-8"))
     rows = {
-        name: {
+        name[:2]: {
             "answers": row["answers"],
             **{SIZES[size]: _cost(name, size, row, content) for size in SIZES},
         }
