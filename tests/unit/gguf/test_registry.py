@@ -160,7 +160,7 @@ def test_unknown_names_say_what_is_known(name, answer):
 def test_missing_reference_file(tmp_path, monkeypatch):
     shutil.copy(data_dir() / "models.toml", tmp_path)
     monkeypatch.setenv("DFQS_DATA", str(tmp_path))
-    with pytest.raises(RegistryError, match="missing; .* git checkout -- data/reference"):
+    with pytest.raises(RegistryError, match="missing; .* `git checkout -- data/reference`"):
         registry.resolve("dfqs-nano-q8_0")
 
 
