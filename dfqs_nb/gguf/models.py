@@ -289,12 +289,17 @@ def parse_address(address: str) -> HubFile:
     from urllib.parse import unquote
 
     if page := PAGE.fullmatch(address):
-        return HubFile(page["repo"], unquote(page["file"]), unquote(page["revision"]))
-    match = ADDRESS.fullmatch(address)
-    if match is None:
+        found = HubFile(page["repo"], unquote(page["file"]), unquote(page["revision"]))
+    elif match := ADDRESS.fullmatch(address):
+        found = HubFile(match["repo"], match["file"], match["early"] or match["late"])
+    else:
+        found = HubFile("", "")
+    names = (*found.repo.split("/"), found.file, found.revision or "main")
+    # a name that begins with `-` would be an option of the hub's own command
+    if any(not name or name[0] == "-" or ".." in name.split("/") for name in names):
         hint = "write hf://owner/repo/file.gguf or hf://owner/repo/file.gguf@revision"
         raise RegistryError("not the address of a GGUF file on the hub", where=address, hint=hint)
-    return HubFile(match["repo"], match["file"], match["early"] or match["late"])
+    return found
 
 
 def download(

@@ -271,7 +271,7 @@ def write_recipe(
     chosen, source, folder = target_of(target), _source(model), Path(folder).absolute()
     chosen = chosen.model_copy(update={"server": port or chosen.server})
     key_variable = key_variable or (DEFAULT_KEY_VARIABLE if chosen.needs_key else "")
-    if key_variable and not key_variable.isidentifier():
+    if key_variable and not (key_variable.isidentifier() and key_variable.isascii()):
         raise DeployError("that is no name of an environment variable", hint="give its name, not the key")
     settings = _settings(chosen, source, n_ctx, n_threads, n_gpu_layers)
     values = _values(chosen, source, settings, folder, key_variable)

@@ -182,6 +182,22 @@ def test_addresses(address, file):
     assert registry.parse_address(address) == file
 
 
+NO_ADDRESSES = [
+    "hf://a/b/-c.gguf",
+    "hf://-a/b/c.gguf",
+    "hf://a/b/../../c.gguf",
+    "hf://a/b@--x/c.gguf",
+    "hf://a/b",
+]
+NO_ADDRESSES += ["hf://../b/c.gguf", "https://huggingface.co/a/b/resolve/main/..%2F..%2Fc.gguf"]
+
+
+@pytest.mark.parametrize("address", NO_ADDRESSES)
+def test_no_address_is_an_option_of_another_command_or_leaves_a_folder(address):
+    with pytest.raises(RegistryError, match="not the address"):
+        registry.parse_address(address)
+
+
 # Sizes and hashes
 
 

@@ -449,8 +449,9 @@ def test_nothing_is_overwritten_and_nothing_is_half_written(tmp_path):
 def test_bad_input_says_what_to_do(tmp_path):
     with pytest.raises(DeployError, match="no target is called 'olama'.*ollama"):
         write_recipe("olama", SHARD, tmp_path)
-    with pytest.raises(DeployError, match="give its name, not the key"):
-        write_recipe("jan", SHARD, tmp_path, key_variable="sk-123")
+    for name in ("sk-123", "A; id", "$(id)", "ключ"):
+        with pytest.raises(DeployError, match="give its name, not the key"):
+            write_recipe("jan", SHARD, tmp_path, key_variable=name)
     assert not list(tmp_path.iterdir())
 
 
