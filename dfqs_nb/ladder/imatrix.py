@@ -3,8 +3,8 @@
 A low-bit quantizer weighs its error by the mean square of the activation that meets each column. llama.cpp
 collects those sums with ``llama-imatrix`` through the evaluation callback. Here the same callback is taken
 from Python: the input of every matrix product whose weight is a tensor of a block, and for the routed experts
-the rows that each expert received. The files are llama.cpp's own (``general.type = imatrix``, and the older
-``.dat``): format in its common/imatrix-loader.cpp, arithmetic in tools/imatrix/imatrix.cpp.
+the rows that each expert received. The files are llama.cpp's own (``general.type = imatrix``): format in its
+common/imatrix-loader.cpp, arithmetic in tools/imatrix/imatrix.cpp.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -192,33 +191,34 @@ def uniform(header: GGUFHeader) -> ImportanceMatrix:
 
 
 def read_imatrix(path: str | Path) -> ImportanceMatrix:
-    """Read an importance matrix of llama.cpp: GGUF, or the older ``.dat``.
+    """Read an importance matrix of llama.cpp.
 
     Raises:
-        ImatrixError: it is neither, or broken.
+        ImatrixError: it is none, or broken.
         HeaderError, LayoutError: it is a GGUF that llama.cpp would refuse.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
-            is_gguf = file.read(4) == MAGIC
-        return _read_gguf(path) if is_gguf else _read_legacy(path)
+            magic = file.read(4)
     except OSError as error:
         raise ImatrixError(f"cannot be read ({error.strerror})", where=path, hint="check the path") from error
-    except (struct.error, ValueError) as error:
-        raise ImatrixError(f"not an importance matrix ({error})", where=path, hint=COLLECT) from error
-
-
-def _read_gguf(path: Path) -> ImportanceMatrix:
+    if magic != MAGIC:
+        hint = "an older .dat? Convert it: llama-imatrix -m MODEL --in-file OLD.dat -o NEW.gguf"
+        raise ImatrixError("not an importance matrix in GGUF", where=path, hint=hint)
     header = read_header(path)
     check_layout(header)
+
+    def broken(what: str) -> ImatrixError:
+        return ImatrixError(f"not an importance matrix ({what})", where=path, hint=COLLECT)
+
     if header.get("general.type") != "imatrix":
-        raise ValueError(f"a GGUF of type {header.get('general.type', header.architecture or 'unknown')}")
+        raise broken(f"a GGUF of type {header.get('general.type', header.architecture or 'unknown')}")
     tensors = {tensor.name: tensor for tensor in header.tensors}
 
     def values(name: str) -> Array:
         if name not in tensors or tensors[name].type != "F32":
-            raise ValueError(f"{name} is missing or not F32")
+            raise broken(f"{name} is missing or not F32")
         at = header.data_offset + tensors[name].offset
         return np.fromfile(path, np.float32, tensors[name].n_elements, offset=at)
 
@@ -226,38 +226,14 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     for base in [name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)]:
         sums, counts = values(base + SUMS), values(base + COUNTS)
         if not counts.size or sums.size % counts.size:
-            raise ValueError(f"{base} has {sums.size:,} sums for {counts.size:,} counts")
+            raise broken(f"{base} has {sums.size:,} sums for {counts.size:,} counts")
         counts = np.where(np.isfinite(counts), np.rint(counts), -1)
         entries[base] = Entry(sums.reshape(counts.size, -1), counts.astype(np.int64))
     if not entries:
-        raise ValueError("it holds no entry")
-    n, size = (int(header.get(f"imatrix.chunk_{name}", 0)) for name in ("count", "size"))
-    return ImportanceMatrix(entries, tuple(header.get("imatrix.datasets", ())), n, size, str(path))
-
-
-def _read_legacy(path: Path) -> ImportanceMatrix:
-    """The format before GGUF: a count of entries, each with name, calls and means; then chunks, dataset."""
-    raw, position = path.read_bytes(), 0
-
-    def take(form: str) -> Any:
-        nonlocal position
-        (value,) = struct.unpack_from("<" + form, raw, position)
-        position += struct.calcsize("<" + form)
-        return value
-
-    entries: dict[str, Entry] = {}
-    for _ in range(take("i")):
-        name = take(f"{min(max(take('i'), 0), len(raw))}s").decode("utf-8")
-        calls, n = take("i"), take("i")
-        if n < 1 or calls < 0 or 4 * n > len(raw) - position:
-            raise ValueError(f"{name[:100]} claims {n:,} values")
-        entries[name] = Entry(np.frombuffer(raw, "<f4", n, position).reshape(1, -1), np.array([calls]))
-        position += 4 * n
-    if not entries:
-        raise ValueError("it holds no entry")
-    n_chunks = take("i") if position < len(raw) else 0
-    dataset = take(f"{max(take('i'), 0)}s").decode("utf-8", "replace") if position < len(raw) else ""
-    return ImportanceMatrix(entries, (dataset,) if dataset else (), n_chunks, 0, str(path))
+        raise broken("it holds no entry")
+    n, size = (header.count(f"imatrix.chunk_{name}") for name in ("count", "size"))
+    datasets = header.get("imatrix.datasets", [])
+    return ImportanceMatrix(entries, tuple(map(str, datasets)), n, size, str(path))
 
 
 # ---- collecting ----

@@ -108,11 +108,6 @@ def collected(
     """
     if given:
         return imatrix.read_imatrix(given)
-    path, chunk_tokens, n_chunks = (
-        Path(folder) / "imatrix.gguf",
-        settings.calibration_tokens,
-        settings.calibration_chunks,
-    )
     if not settings.calibration and Path(settings.text).suffix:
         what = "the held-out text would also be the calibration text"
         hint = "give calibration a text of its own, or an importance matrix"
@@ -121,19 +116,26 @@ def collected(
     conditions = {
         "source": source_sha256 or sha256_of_files(open_shards(source).paths),
         "text": text.name,
-        "tokens": chunk_tokens,
-        "chunks": n_chunks,
+        "tokens": settings.calibration_tokens,
+        "chunks": settings.calibration_chunks,
         "runtime": llama_version(),
         "words": hashlib.sha256(repr(text.documents).encode()).hexdigest(),
     }
-    dataset = f"{text.name} {conditions_hash(conditions)}"
+    path, dataset = Path(folder) / "imatrix.gguf", f"{text.name} {conditions_hash(conditions)}"
     if path.exists() and not fresh:
         matrix = imatrix.read_imatrix(path)
         if matrix.datasets == (dataset,):
             return matrix
     path.parent.mkdir(parents=True, exist_ok=True)
-    how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "n_chunks": n_chunks, "dataset": dataset}
-    return imatrix.collect(source, text, **how, n_threads=settings.n_threads, progress=progress).save(path)
+    return imatrix.collect(
+        source,
+        text,
+        chunk_tokens=settings.calibration_tokens,
+        n_chunks=settings.calibration_chunks,
+        n_threads=settings.n_threads,
+        dataset=dataset,
+        progress=progress,
+    ).save(path)
 
 
 # ---- the child process ----

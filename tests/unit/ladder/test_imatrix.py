@@ -96,41 +96,15 @@ def test_a_flat_matrix_has_an_entry_for_each_matrix_of_the_blocks():
     assert {float(value) for entry in flat.entries.values() for value in np.unique(entry.weights())} == {1.0}
 
 
-def legacy(entries: dict[str, list[float]], calls: int, tail: bytes) -> bytes:
-    raw = struct.pack("<i", len(entries))
-    for name, values in entries.items():
-        raw += struct.pack(
-            f"<i{len(name)}sii{len(values)}f", len(name), name.encode(), calls, len(values), *values
-        )
-    return raw + tail
-
-
-def test_the_older_format_is_read_with_and_without_its_tail(tmp_path):
-    path = tmp_path / "old.dat"
-    path.write_bytes(legacy({"a": [2.0, 4.0]}, 2, struct.pack("<ii4s", 7, 4, b"text")))
-    found = imatrix.read_imatrix(path)
-    assert found.entries["a"].weights().tolist() == [1.0, 2.0]
-    assert (found.datasets, found.chunk_count) == (("text",), 7)
-    path.write_bytes(legacy({"a": [2.0, 4.0]}, 2, b""))
-    assert imatrix.read_imatrix(path).datasets == ()
-
-
 def test_what_is_no_importance_matrix_is_refused(tmp_path, matrix):
     with pytest.raises(ImatrixError, match="a GGUF of type model"):
         imatrix.read_imatrix(F16)
     with pytest.raises(ImatrixError, match="cannot be read"):
         imatrix.read_imatrix(tmp_path / "missing")
-    broken = tmp_path / "broken.dat"
-    for raw in (
-        b"",
-        b"abc",
-        struct.pack("<i", 0),
-        legacy({"a": [1.0]}, 1, b"")[:-2],
-        struct.pack("<ii1sii", 1, 1, b"a", 1, 2**30),
-    ):
-        broken.write_bytes(raw)
-        with pytest.raises(ImatrixError, match="not an importance matrix"):
-            imatrix.read_imatrix(broken)
+    for raw in (b"", b"abc", struct.pack("<ii1sii1f", 1, 1, b"a", 1, 1, 2.0)):
+        (tmp_path / "old.dat").write_bytes(raw)
+        with pytest.raises(ImatrixError, match="not an importance matrix in GGUF; .* llama-imatrix -m MODEL"):
+            imatrix.read_imatrix(tmp_path / "old.dat")
     whole = matrix.save(tmp_path / "m.gguf")
     Path(whole.path).write_bytes(Path(whole.path).read_bytes()[:500])
     with pytest.raises(HeaderError):
@@ -210,8 +184,7 @@ def tool_imatrix(*arguments: object) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["gguf", "dat"])
-def test_the_matrix_is_llama_imatrix_s_on_the_same_text(plain, tmp_path, form):
+def test_the_matrix_is_llama_imatrix_s_on_the_same_text(plain, tmp_path):
     path = plain
     tool_imatrix(
         "-m",
@@ -219,9 +192,7 @@ def test_the_matrix_is_llama_imatrix_s_on_the_same_text(plain, tmp_path, form):
         "-f",
         path,
         "-o",
-        tmp_path / f"theirs.{form}",
-        "--output-format",
-        form,
+        tmp_path / "theirs.gguf",
         "-c",
         256,
         "-b",
@@ -237,14 +208,13 @@ def test_the_matrix_is_llama_imatrix_s_on_the_same_text(plain, tmp_path, form):
         "-fa",
         "off",
     )
-    theirs = imatrix.read_imatrix(tmp_path / f"theirs.{form}")
+    theirs = imatrix.read_imatrix(tmp_path / "theirs.gguf")
     text = divergence.load_text(path)
     ours = imatrix.collect(F16, text, chunk_tokens=256, n_chunks=8, n_threads=1, progress=False)
     assert set(ours.entries) == set(theirs.entries)
     assert theirs.chunk_count == ours.chunk_count == 8
     for name, entry in ours.entries.items():
-        if form == "gguf":
-            assert np.array_equal(entry.counts, theirs.entries[name].counts), name
+        assert np.array_equal(entry.counts, theirs.entries[name].counts), name
         # the tool adds up in single precision
         assert np.allclose(entry.weights(), theirs.entries[name].weights(), rtol=1e-4, atol=1e-9), name
 
