@@ -63,13 +63,13 @@ def within_budget(
 
     def cost(plan: dict[str, int]) -> float:
         predicted = plan["chunks"] * settings.chunk_tokens
-        asked = sum(pace.seconds(64, one.max_tokens) * min(plan["items"], len(one.items)) for one in sets)
+        asked = sum(pace.seconds(64, each.max_tokens) * min(plan["items"], len(each.items)) for each in sets)
         curve = pace.seconds(2 * plan["longest"] * plan["texts"], 8 * plan["texts"])
         timed = settings.speed_repetitions * pace.seconds(settings.speed_depth, settings.speed_tokens)
         rung = predicted * (pace.prefill + n_vocab * LOGIT_SECONDS) + asked + curve + timed
         return plan["rungs"] * (rung + 3 * load + 3 * nbytes / QUANTIZED_BYTES)
 
-    items = max((len(one.items) for one in sets), default=0)  # `max_items` has cut them already
+    items = max((len(each.items) for each in sets), default=0)  # `max_items` has cut them already
     whole = {"items": items, "longest": settings.longest, "texts": settings.n_haystacks}
     whole |= {"chunks": min(n_chunks, settings.n_chunks or n_chunks), "rungs": len(rungs)}
     fitted = fit(whole, CUTS, cost, seconds, NAMES)
