@@ -371,7 +371,7 @@ def test_no_scheduler_at_the_address_is_an_error_with_the_next_step(
 
 def test_without_distributed_the_extra_is_named(outputs, tmp_path, notebook, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(SweepError, match=r"needs dask.distributed; pip install -e '.\[sweep\]'"):
+    with pytest.raises(SweepError, match=r"needs dask.distributed; .pip install -e '.\[sweep\]'"):
         sweep.sweep(
             write_table(tmp_path, "model,run", f"{NANO},a"), scheduler="tcp://x:1", notebooks=[notebook]
         )
