@@ -220,7 +220,8 @@ def make_plan(
         model: open, or what is asked in its place.
         prompt_set: the name of a probe, or a tier.
         longest: 0: all that the open model's context holds.
-        shortest: by default 256 tokens, or 64 for a probe of a single key.
+        shortest: by default 256 tokens, or 64 for a probe of a single key; doubled until it holds the keys, which
+            a tokenizer of short tokens needs.
         reuse: False evaluates every question afresh.
         timed: measure the prefill speed, for the costs; always done where there is a budget.
 
@@ -229,12 +230,16 @@ def make_plan(
         DfqsError: ``longest`` is below ``shortest``.
     """
     probe = probe_of(prompt_set)
-    shortest = shortest or (256 if probe.needles > 1 else 64)
+    frame = frame_of(model, probe)
+    if not shortest:
+        least, shortest = Haystacks(frame, probe).least_tokens(), 256 if probe.needles > 1 else 64
+        while shortest < least:
+            shortest *= 2
     longest = longest or model.settings.n_ctx - SPARE_TOKENS
     grid = tuple(octaves(shortest, longest))
     if not grid:
         raise DfqsError(f"no length up to {longest:,} tokens", hint=f"the shortest is {shortest}")
-    n = Haystacks(frame_of(model, probe), probe, shortest).question_tokens()
+    n = Haystacks(frame, probe, shortest).question_tokens()
     many = reuse and probe.needles > 1
     speed = None
     if isinstance(model, Model) and (timed or budget_seconds < inf):

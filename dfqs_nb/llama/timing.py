@@ -118,6 +118,8 @@ CUTS: tuple[dict[str, int], ...] = (
     {"n_tokens": 8},
     {"max_tokens": 8},
     {"repetitions": 1},
+    {"depth": 16, "n_tokens": 4},
+    {"max_tokens": 2},
 )
 NAMES = {
     "max_tokens": "tokens of an answer",
