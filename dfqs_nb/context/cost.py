@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dfqs_nb.context.haystacks import probe_of
 from dfqs_nb.context.search import octaves
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import StageError
@@ -128,7 +129,11 @@ def predict_failure(
 
 
 def settings_for(
-    path: str | Path, longest: int, settings: OpenSettings, stage: Stage | None = None
+    path: str | Path,
+    longest: int,
+    settings: OpenSettings,
+    stage: Stage | None = None,
+    prompt_set: str = "",
 ) -> tuple[OpenSettings, RuntimeFailure | None]:
     """Settings with room for the longest length that fits in memory, and the first that does not.
 
@@ -137,7 +142,13 @@ def settings_for(
             limit gets `NO_LIMIT`.
         stage: its budget bounds ``longest=0``, by the prefill speed of notebook 03: no cache is allocated for
             lengths of which it holds no text.
+        prompt_set: refused here, before anything is loaded, if there is none of that name.
+
+    Raises:
+        PromptError: there is no such prompt set.
     """
+    if prompt_set:
+        probe_of(prompt_set)
     own = own_context(path)
     reach = affordable(stage) if stage and not longest else 0
     longest = min(longest or own or NO_LIMIT, own or longest or NO_LIMIT)

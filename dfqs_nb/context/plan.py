@@ -220,8 +220,8 @@ def make_plan(
         model: open, or what is asked in its place.
         prompt_set: the name of a probe, or a tier.
         longest: 0: all that the open model's context holds.
-        shortest: by default 256 tokens, or 64 for a probe of a single key; doubled until it holds the keys, which
-            a tokenizer of short tokens needs.
+        shortest: by default 256 tokens, or 64 for a probe of a single key; doubled until it holds the keys,
+            for tokenizers of short tokens.
         reuse: False evaluates every question afresh.
         timed: measure the prefill speed, for the costs; always done where there is a budget.
 

@@ -138,6 +138,16 @@ class Stage:
         """
         return read_stage(self.folder, stage)
 
+    def positive(self, **counts: float) -> None:
+        """Refuse parameters below 1, before anything is loaded.
+
+        Raises:
+            StageError: names the parameter.
+        """
+        for name, value in counts.items():
+            if value < 1:
+                raise StageError(f"the parameter {name} is {value:g}", hint=f"give {name}=1 or more")
+
     @property
     def model(self) -> dict[str, Any]:
         """The model that notebook 01 handed on: ``name``, ``path``, ``nbytes`` and ``sha256``."""

@@ -45,7 +45,16 @@ def rehearse(options: argparse.Namespace) -> list[dict[str, Any]]:
     model = options.folder / "specimen.gguf"
     size = ["--full-size"] if options.full_size else []
     size += ["--layers", str(options.layers)] if options.layers else []
-    run = ["--run", options.run, "--budget-minutes", str(options.budget_minutes), "--model", str(model)]
+    more = [word for given in options.parameter for word in ("-p", given)]
+    run = [
+        *more,
+        "--run",
+        options.run,
+        "--budget-minutes",
+        str(options.budget_minutes),
+        "--model",
+        str(model),
+    ]
     try:
         return [
             step("write the specimen", "specimen", str(model), *size, "--concatenated", "--quiet"),
@@ -70,6 +79,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="8, or with --full-size 43")
     parser.add_argument("--budget-minutes", type=float, default=60.0, help="of the notebooks")
     parser.add_argument("--notebooks", default=NOTEBOOKS)
+    parser.add_argument("-p", "--parameter", action="append", default=[], help="of the notebooks: NAME=VALUE")
     parser.add_argument("--run", default="rehearsal", help="folder under outputs/")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
