@@ -16,9 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfqs_nb.core.errors import ModelError
+from dfqs_nb.core.machine import available_memory
+from dfqs_nb.core.progress import heartbeat
+from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.facts import require_model
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import MemoryEstimate, check_fits, estimate
+from dfqs_nb.gguf.memory import MemoryEstimate, binary_size, check_fits, estimate
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama import check
 from dfqs_nb.llama.check import Trial
@@ -356,13 +359,19 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
     # memory
     certain = settings.n_gpu_layers == 0 and needs.kv.exactness == "exact"
     slow = check_fits(needs, where=first) if certain else ""
-    tried = check.trial(shards.paths, settings, needs) if trial else None
+    if slow:
+        free = available_memory().available_bytes
+        paged = placement.place(placement.Model(shards.headers), settings.n_ctx, free).disk_token_bytes
+        slow += f". A token reads at least {binary_size(round(paged))} from the disk; see `dfqs-nb plan {first.name}`"
+    with heartbeat(f"trying {first.name}", shards.nbytes):
+        tried = check.trial(shards.paths, settings, needs) if trial else None
     if tried is not None:
         needs = needs.with_compute(tried.compute_bytes)
     if slow:
         warnings.warn(slow, RuntimeWarning, stacklevel=2)
     started = time.perf_counter()
-    llama = build_llama(first, settings)
+    with heartbeat(f"loading {first.name}", shards.nbytes):
+        llama = build_llama(first, settings)
     seconds = time.perf_counter() - started
     loaded = loaded_facts("\n".join(LOG.tail(500)))
     model = Model(llama, first, shards.headers[0], settings, needs, tried, seconds, loaded=loaded)

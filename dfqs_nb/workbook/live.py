@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
@@ -13,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
-
 from dfqs_nb.core.budget import duration
-from dfqs_nb.core.display import plain, size
+from dfqs_nb.core.display import plain
+from dfqs_nb.core.progress import Activity
 
 ENGINE = "dfqs-live"  # its name in papermill
 BAR = 10  # characters
@@ -105,33 +103,6 @@ class Live:
             self.stream.write("\r" + " " * self.drawn + "\r")
             self.stream.flush()
             self.drawn = 0
-
-
-class Activity:
-    """What the processes below this one do: bytes that they read from the disk, and processors at work."""
-
-    def __init__(self) -> None:
-        self.seen: dict[int, tuple[int, float]] = {}
-        self.total, self.at = 0, time.monotonic()
-
-    def text(self) -> str:
-        """What happened since the last call, and the bytes read in all."""
-        reads, seconds, resident = 0, 0.0, 0
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                read = process.io_counters().read_bytes if hasattr(process, "io_counters") else 0
-                times = process.cpu_times()
-                used = times.user + times.system
-                before = self.seen.get(process.pid, (read, used))
-                self.seen[process.pid] = read, used
-                reads += max(0, read - before[0])
-                seconds += max(0.0, used - before[1])
-                resident += process.memory_info().rss
-        now = time.monotonic()
-        elapsed, self.at = max(now - self.at, 1e-3), now
-        self.total += reads
-        disk = f"{size(self.total)} read from the disk, {size(reads / elapsed)}/s, " if self.total else ""
-        return f"{disk}{size(resident)} in memory, {seconds / elapsed:.1f} cores"
 
 
 def cell_seconds(path: Path) -> list[float]:
