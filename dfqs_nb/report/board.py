@@ -91,9 +91,9 @@ def find_reports(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise DfqsError("no such folder", where=tilde(folder), hint="give a folder that holds reports")
-    found = {*folder.rglob(FILE), *folder.rglob(f"*.{FILE}")}
+    paths = {*folder.rglob(FILE), *folder.rglob(f"*.{FILE}")}
     return sorted(
-        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 
 
@@ -132,7 +132,7 @@ def leaderboard(folder: str | Path) -> Leaderboard:
 def _row(report: Mapping[str, Any], path: Path) -> dict[str, Any]:
     model, details = report["model"], report["details"]
     curve, boundary = details["context_stability_curve"], details["failure_boundary_tokens"]
-    held = [f"{name}: {one['withheld']}" for name, one in details.items() if one["withheld"]]
+    held = [f"{name}: {detail['withheld']}" for name, detail in details.items() if detail["withheld"]]
     row = {
         "tier": report["tier"],
         "conditions": report["conditions_sha256"][:12],

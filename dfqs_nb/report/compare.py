@@ -73,7 +73,7 @@ def check_reports(runs: Sequence[RunItems], accept: Sequence[str] = ()) -> dict[
     conditions = [run.report["conditions"] for run in runs]
     differ = [differing_fields(conditions[0], other) for other in conditions]
     names = {name for fields in differ for name in fields}
-    accepted = {name for name in names if any(name == one or name.endswith(f".{one}") for one in accept)}
+    accepted = {name for name in names if any(f".{name}".endswith(f".{end}") for end in accept)}
     refused = [
         f"{tilde(run.path)}: "
         + ", ".join(f"{name} ({a} and {b})" for name, (a, b) in fields.items() if name not in accepted)
@@ -366,18 +366,18 @@ def boundary_ratio(
     """
     shared = sorted({*first.context["haystack"]} & {*run.context["haystack"]})
     drawn = []
-    for one in (first, run):
-        counts = Counts.of(one.context[one.context["haystack"].isin(shared)])
+    for own in (first, run):
+        counts = Counts.of(own.context[own.context["haystack"].isin(shared)])
         boundaries = counts.drawn(n_boot, seed).tokens
-        if one.detail(BOUNDARY).get("cause") not in (None, "quality"):
-            boundaries = np.minimum(boundaries, one.value(BOUNDARY))
+        if own.detail(BOUNDARY).get("cause") not in (None, "quality"):
+            boundaries = np.minimum(boundaries, own.value(BOUNDARY))
         drawn.append((boundaries, float(counts.lengths[-1])))
     (a, longest_a), (b, longest_b) = drawn
     with np.errstate(invalid="ignore"):
         least = np.where(a == inf, 0.0, np.minimum(b, longest_b) / np.where(a == inf, 1.0, a))
         most = np.where(b == inf, inf, b / np.minimum(a, longest_a))
     tail = expanded_tail(len(shared), BOOTSTRAP_LEVEL) if len(shared) > 1 else 0.0
-    open_both = all(one.detail(BOUNDARY).get("right_censored") for one in (first, run))
+    open_both = all(own.detail(BOUNDARY).get("right_censored") for own in (first, run))
     return (
         nan if open_both else run.value(BOUNDARY) / first.value(BOUNDARY),
         float(np.quantile(least, tail, method="lower")),
@@ -396,14 +396,14 @@ def _speed(pair: Pair, metric: str) -> Row:
 def why_speeds_differ(first: RunItems, run: RunItems) -> str:
     """Why two speeds are not of one kind; empty where they are. Threads are a condition."""
     for fact in SPEED_FACTS:
-        a, b = (one.report["machine"].get(fact) for one in (first, run))
+        a, b = (own.report["machine"].get(fact) for own in (first, run))
         if None in (a, b) or a != b:
             return f"measured on different machines ({fact}: {a} and {b})"
-    for one in (first, run):
-        if others := run_beside(one.path):
-            return f"{one.label} ran beside {', '.join(others)} in a sweep"
-        if is_contended(one.report, one.path):
-            return f"the machine was busy when {one.label} was timed"
+    for own in (first, run):
+        if others := run_beside(own.path):
+            return f"{own.label} ran beside {', '.join(others)} in a sweep"
+        if is_contended(own.report, own.path):
+            return f"the machine was busy when {own.label} was timed"
     return ""
 
 

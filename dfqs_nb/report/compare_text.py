@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.report.board import boundary_status
+from dfqs_nb.report.board import boundary_status, with_interval
 from dfqs_nb.report.items import RunItems
 from dfqs_nb.report.metrics import BOUNDARY, SPEED
 from dfqs_nb.report.text import render
@@ -57,11 +57,10 @@ def _or_empty(value: float, form: str) -> str:
 
 def value_text(row: Mapping[str, Any], run: RunItems) -> str:
     """A metric's value with its interval, and what qualifies it."""
-    if row["value"] != row["value"]:
-        return "withheld"
-    form = FORMS.get(row["metric"], "{:.3f}")
-    low, high = (_or_empty(row[end], form) or "open" for end in ("low", "high"))
-    text = f"{form.format(row['value'])} [{low}, {high}]"
+    parts = {"value": row["value"], "value_low": row["low"], "value_high": row["high"]}
+    text = with_interval(parts, "value", FORMS.get(row["metric"], "{:.3f}"))
+    if text == "withheld":
+        return text
     if row["metric"] == SPEED and run.detail(SPEED).get("contended"):
         return f"{text} (contended)"
     status = boundary_status(run.detail(BOUNDARY)) if row["metric"] == BOUNDARY else "quality"

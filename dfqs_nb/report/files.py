@@ -86,14 +86,14 @@ def uncovered(folder: Path, known: set[str]) -> list[Path]:
             content = read_json(folder / f"{name}.json")
             known |= set(content.get("files", {})) if isinstance(content, dict) else set()
     known |= {f"{name}.json" for name in stages}
-    found = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if name in known or name.endswith((*UNSEALED, ".part", ".lock", ".files")):
-            continue
-        if path.is_file() and not path.is_symlink() and not name.startswith("."):
-            found.append(path)
-    return found
+    left = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    unsealed = (*UNSEALED, ".part", ".lock", ".files")
+    return [
+        path
+        for name, path in left.items()
+        if not (name in known or name.startswith(".") or name.endswith(unsealed))
+        if path.is_file() and not path.is_symlink()
+    ]
 
 
 def check_run(folder: str | Path) -> list[str]:

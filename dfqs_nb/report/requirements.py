@@ -237,7 +237,7 @@ def long_context(case: Case, stage: Any) -> tuple[str, str]:
     if not stage.curve or stage.boundary is None:
         return case.judged(NOT_MET, "empty")
     lengths = [row.length for row in stage.curve]
-    longest, one = max(lengths), stage.boundary
+    longest, boundary = max(lengths), stage.boundary
     name = "short" if longest < LONG_FROM else "part" if longest < LONG_TO else "covered"
     limits = {"start": LONG_FROM, "end": LONG_TO, "longest": longest, "tier": stage.tier or "not stated"}
     return case.judged(
@@ -247,7 +247,7 @@ def long_context(case: Case, stage: Any) -> tuple[str, str]:
         least=min(lengths),
         longest=longest,
         answers=sum(row.n for row in stage.curve),
-        reach=case.text(_reach(one), one=one),
+        reach=case.text(_reach(boundary), boundary=boundary),
         extent=case.text(name, **limits),
     )
 

@@ -100,12 +100,10 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "requirements": _texts(frames["requirements"]),
         "claim_counts": claims.counts(frames["claims"]),
         "claims": _texts(frames["claims"]),
-        "documents": {name: one.source for name, one in claims_spec().documents.items()},
-        "envelopes": [_envelope(one) for one in (envelopes["model"], envelopes["artifact"]) if one],
+        "documents": {name: document.source for name, document in claims_spec().documents.items()},
+        "envelopes": [_envelope(it) for it in (envelopes["model"], envelopes["artifact"]) if it],
         "beside": _beside(folder),
-        "model": _pairs(
-            ((key.replace("_", " "), one) for key, one in report["model"].items()), "of the model"
-        ),
+        "model": _pairs(((key.replace("_", " "), v) for key, v in report["model"].items()), "of the model"),
         "conditions": _pairs(_flat(report["conditions"]), "condition"),
         "machine": _pairs([*report["machine"].items(), *report["versions"].items()], "where it ran"),
     }
@@ -136,13 +134,13 @@ def _envelope(envelope: Mapping[str, Any]) -> dict[str, Any]:
 def _beside(folder: Path) -> list[tuple[str, list[str]]]:
     """What else a run found: the summaries of ladder and serving, and what any stage's budget left out."""
     stages = {name: read_stage(folder, name) for name in NOTEBOOKS if (folder / f"{name}.json").is_file()}
-    found = [(name, list(map(str, stages[name].get("summary", [])))) for name in BESIDE if name in stages]
+    summaries = [(name, list(map(str, stages[name].get("summary", [])))) for name in BESIDE if name in stages]
     left_out = [
         f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {sentence}"
         for name, stage in stages.items()
         for sentence in stage.get("left_out") or ()
     ]
-    return [*found, *([("left_out", left_out)] if left_out else [])]
+    return [*summaries, *([("left_out", left_out)] if left_out else [])]
 
 
 def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
@@ -209,10 +207,8 @@ def linked(text: str) -> Any:
     from markupsafe import Markup, escape
 
     text, made, at = display.plain(text), Markup(""), 0
-    found = sorted(
-        (one.start(), one.end(), one.expand(to)) for form, to in LINKS for one in form.finditer(text)
-    )
-    for start, end, address in found:
+    places = [(it.start(), it.end(), it.expand(to)) for form, to in LINKS for it in form.finditer(text)]
+    for start, end, address in sorted(places):
         if start >= at:
             made += escape(text[at:start]) + Markup('<a href="{}">{}</a>').format(address, text[start:end])
             at = end
