@@ -212,8 +212,6 @@ def test_an_output_that_is_not_compared_says_why(notebook):
     """Few are, and a misspelled tag would compare, or ignore, without anybody noticing."""
     known = {"parameters", "setup", "nbval-ignore-output", "needs-sandbox", *nbval_close.REASONS}
     ignored = tagged(notebook, "nbval-ignore-output")
-    if notebook is NOTEBOOKS["04_check_routing_determinism"]:
-        pytest.skip("being rewritten")
     for cell in code_cells(notebook):
         tags = set(cell["metadata"].get("tags", []))
         assert not {tag for tag in tags - known if not nbval_close.TAG.fullmatch(tag)}, tags
