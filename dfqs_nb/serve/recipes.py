@@ -435,9 +435,6 @@ def _n_ctx(target: Target, source: _Source, wanted: int | None) -> int:
     return max(least, n_ctx)
 
 
-# ---- the values of templates ----
-
-
 def _join(folder: str, name: str) -> str:
     return f"{folder}\\{name}" if "\\" in folder else f"{folder}/{name}"
 

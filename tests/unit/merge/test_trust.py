@@ -220,6 +220,7 @@ def test_a_planted_journal_of_a_finished_merge_deletes_nothing_whole(
         "file": output.name,
         "nbytes": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
+        "inode": stat.st_ino,
         "sha256": sha256(output),
         "seconds": 1.0,
         "sources": list(plan.identities),
