@@ -16,8 +16,7 @@ import tqdm.auto
 
 from dfqs_nb.core import child, display
 from dfqs_nb.core.errors import DfqsError, ModelError
-from dfqs_nb.core.files import canonical_sha256
-from dfqs_nb.core.journal import Journal
+from dfqs_nb.core.files import canonical_sha256, read_json, write_json
 from dfqs_nb.core.machine import has_amx, usable_cores
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.models import resolve
@@ -199,20 +198,19 @@ class Recording:
     def run_all(self, planned: list[Condition]) -> None:
         """Have all traces; conditions of one process go to one child, which loads the weights once."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        about = {
-            "format": FORMAT,
-            "model": self._identity(self.path),
-            "runtime": llama_version(),
-            "words": canonical_sha256([self.words.passage, self.words.texts]),
-            "n_output": self.n_output,
-        }
-        self.journal = Journal(self.folder / "runs.jsonl", about, fresh=self.fresh)
+        about = [FORMAT, _identity(self.path), llama_version(), self.words.passage, self.words.texts]
         sizes = len(self.words.passage), self.n_output, [len(text["tokens"]) for text in self.words.texts]
-        self.runs = {c.name: c.as_run(*sizes) | {"file": str(self._file(c))} for c in planned}
-        self.by_name = {condition.name: condition for condition in planned}
-        self.plan = {row["id"]: row for row in self.journal.rows()}.get(self._plan_key, {})
-        if not self.budget_seconds:
-            self.plan = {"scale": 1.0, "kept": list(self.runs)}
+        self.runs = {condition.name: condition.as_run(*sizes) for condition in planned}
+        for condition in planned:
+            other, run = (
+                _identity(Path(condition.model)) if condition.model else "",
+                self.runs[condition.name],
+            )
+            key = canonical_sha256([*about, self.n_output, other, run])
+            run |= {"key": key, "file": str(self._file(condition.name))}
+        self.plan_note = self.folder / f"plan-{self.budget_seconds:g}-s.json"
+        self.plan_key = canonical_sha256([run["key"] for run in self.runs.values()])
+        self.plan = self._plan_so_far()
         processes = dict.fromkeys(condition.process for condition in planned)
         self.plan_sentence = f"{len(planned)} runs in {len(processes)} processes, each of which loads once."
         if not self.budget_seconds:
@@ -221,12 +219,26 @@ class Recording:
             for process in processes:
                 self._run_process([c for c in planned if c.process == process], bar.update)
 
+    def _plan_so_far(self) -> dict[str, Any]:
+        """The plan of an earlier run under this budget; everything without a budget; else nothing yet."""
+        everything = {"scale": 1.0, "kept": list(self.runs)}
+        if not self.budget_seconds:
+            return everything
+        try:
+            plan = read_json(self.plan_note)
+        except (OSError, ValueError):
+            plan = None
+        if isinstance(plan, dict) and plan.get("key") == self.plan_key and not self.fresh:
+            return plan
+        self.plan = everything
+        return everything if all(map(self._known, self.runs)) else {}
+
     def _run_process(self, group: list[Condition], progress: Callable[[int], object]) -> None:
         if group[0].settings.use_extra_bufts and has_amx():
             why = "not tried: extra buffers crash on CPUs with AMX (ggml-org/llama.cpp#20824)"
             self.status |= {condition.name: why for condition in group}
             return
-        waiting = [condition for condition in group if not self._known(condition)]
+        waiting = [condition for condition in group if not self._known(condition.name)]
         progress(len(group) - len(waiting))
         while waiting := [condition for condition in waiting if condition.name not in self.status]:
             if self.plan and not set(self.plan["kept"]) & {condition.name for condition in waiting}:
@@ -238,7 +250,7 @@ class Recording:
                 if "plan" in message:
                     self._set_plan(message["plan"])
                 if "done" in message:
-                    self._done(self.by_name[message["done"]], message["why"])
+                    self._done(message["done"], message["why"])
                     progress(1)
 
             try:
@@ -266,7 +278,7 @@ class Recording:
 
     def _set_plan(self, plan: dict[str, Any]) -> None:
         self.plan = plan
-        self.journal.add(self._plan_key, **plan)
+        write_json(self.plan_note, {"key": self.plan_key, **plan})
         n, kept = len(self.runs), len(plan["kept"])
         self.plan_sentence = (
             f"Budget {self.budget_seconds / 60:g} minutes: {kept} of {n} runs, at {plan['scale']:g} of each "
@@ -275,38 +287,32 @@ class Recording:
         )
         tqdm.auto.tqdm.write(self.plan_sentence)
 
-    @property
-    def _plan_key(self) -> str:
-        return f"plan for {self.budget_seconds:g} s"
-
-    def _done(self, condition: Condition, why: str) -> None:
-        self.status[condition.name] = f"failed: {why}" if why else "done"
+    def _done(self, name: str, why: str) -> None:
+        self.status[name] = f"failed: {why}" if why else "done"
         if not why:
-            file = self._file(condition)
-            self.traces[condition.name] = load_trace(file)
-            self.journal.add(self._key(condition), file=file.name)
+            self.traces[name] = load_trace(self._file(name))
             self.n_made += 1
 
-    def _known(self, condition: Condition) -> bool:
-        """Whether an earlier run left this trace."""
-        if self._key(condition) not in self.journal:
+    def _known(self, name: str) -> bool:
+        """Whether an earlier run left this trace: it says itself what it was made of."""
+        if self.fresh or not self.plan:
             return False
         try:
-            self.traces[condition.name] = load_trace(self._file(condition))
+            trace = load_trace(self._file(name))
         except RoutingError:
-            return False  # a disk may lose what the journal vouches for
-        self.status[condition.name] = "done"
+            return False
+        made = trace.conditions.get("key"), trace.conditions.get("scale")
+        if made != (self.runs[name]["key"], self.plan["scale"]):
+            return False
+        self.traces[name], self.status[name] = trace, "done"
         return True
 
-    def _key(self, condition: Condition) -> str:
-        run = {key: value for key, value in self.runs[condition.name].items() if key != "file"}
-        return canonical_sha256([run, self._identity(Path(condition.model)) if condition.model else ""])
+    def _file(self, name: str) -> Path:
+        return (self.folder / f"{_file_name(name)}.npz").resolve()
 
-    def _identity(self, path: Path) -> list[Any]:
-        return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in open_shards(path).paths]
 
-    def _file(self, condition: Condition) -> Path:
-        return (self.folder / f"{_file_name(condition.name)}.npz").resolve()
+def _identity(path: Path) -> list[Any]:
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in open_shards(path).paths]
 
 
 def _file_name(name: str) -> str:

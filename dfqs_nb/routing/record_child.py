@@ -103,7 +103,7 @@ def _evaluate(recorded: RecordedModel, run: dict[str, Any], job: dict[str, Any])
     recorded.reopen(OpenSettings(**run["settings"]), n_sequences=n_sequences, unified=unified)
     assert recorded.recorder is not None
     recorded.recorder.keep_scores = run["keep_scores"]
-    about = {"condition": run["name"]}
+    about = {"condition": run["name"], "key": run["key"], "scale": run["scale"]}
     if run["kind"] == "profile":
         texts = job["texts"]
         lengths = [min(len(text["tokens"]), run["settings"]["n_ctx"]) for text in texts]

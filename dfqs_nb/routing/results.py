@@ -92,7 +92,13 @@ class Experiment:
         load = self.under_load
         passed = None if load.level == "not judged" else load.passed
         facts = {**vars(self.verdict), "load_passed": passed, "load_sentence": load.sentence}
-        return {**facts, "under_load": asdict(load), "loads": self.load_table().to_dict("records")}
+        loads = self.load_table().to_dict("records")
+        return {**facts, "under_load": asdict(load), "loads": loads, "left_out": self.left_out}
+
+    @property
+    def left_out(self) -> list[str]:
+        """Runs that did not fit into the budget."""
+        return [name for name, how in self.status.items() if how.startswith("left out")]
 
     @cached_property
     def advice(self) -> list[str]:
@@ -115,6 +121,9 @@ class Experiment:
         one_cache = self.traces.get("alone, one cache")
         if one_cache is not None and one_cache.conditions["rule"] != "simple":
             lines.append("llama.cpp keeps a cache a sequence here, even if asked for one.")
+        if n := len(self.left_out):
+            names = "; ".join(self.left_out[:8])
+            lines.append(f"Left out to fit into the budget: {n} runs ({names}{'; ...' if n > 8 else ''}).")
         flipped = self.flips()
         if len(flipped):
             typical, close = self.margins()["margin"].median(), flipped["margin"].median()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.routing.compare import compare
+from dfqs_nb.routing.compare import TraceDifference, compare
 from dfqs_nb.routing.loads import part
 from dfqs_nb.routing.plan import IDENTICAL, Condition
 from dfqs_nb.routing.recorder import RoutingError
@@ -123,7 +123,8 @@ def comparison_table(
             if condition.name in traces and condition.against in traces:
                 row |= _compared(traces[condition.against], traces[condition.name])
             rows.append(row)
-    table = pd.DataFrame(rows)
+    about = ["condition", "kind", "against", "status", "n_runs", "n_runs_differ"]
+    table = pd.DataFrame(rows, columns=[*about, *TraceDifference.__dataclass_fields__])
     counts = [name for name in table if str(name).startswith(("n_", "first_"))]
     return table.astype(dict.fromkeys(counts, "Int64"))
 

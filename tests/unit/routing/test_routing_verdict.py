@@ -256,6 +256,9 @@ def test_traces_are_reused_only_under_the_same_conditions(tmp_path):
     (tmp_path / "prefill.npz").write_bytes(b"cut off")  # a killed run leaves no such file, but a disk may
     assert run_experiment(NANO, tmp_path, n_tokens=60, **options).n_made == 1
     assert run_experiment(NANO, tmp_path, n_tokens=61, **options).n_made == 2
+    back = run_experiment(NANO, tmp_path, n_tokens=60, **options)  # its files were written over
+    assert back.n_made == 2 and back.reference.n_tokens == 60
+    assert run_experiment(NANO, tmp_path, n_tokens=61, **options).n_made == 2
     assert run_experiment(NANO, tmp_path, n_tokens=61, fresh=True, **options).n_made == 2
 
 

@@ -232,7 +232,12 @@ def test_a_budget_shrinks_the_experiment_and_says_how(tmp_path, capsys):
     assert set(found.traces) == {"prefill", "alone"} and found.reference.n_tokens == 8
     status = found.table.set_index("condition")["status"]
     assert status.str.startswith("left out").all()
+    assert set(found.left_out) == set(chosen) and "Left out" in " ".join(found.conclusions())
     assert run_experiment(NANO, tmp_path, **options).n_made == 0
+    whole = run_experiment(NANO, tmp_path, **(options | {"budget_minutes": 0}))
+    assert whole.n_made == 5 and not whole.left_out and whole.passed
+    enough = run_experiment(NANO, tmp_path, **(options | {"budget_minutes": 2e-4}))
+    assert (enough.n_made, enough.n_reused) == (0, 5)  # all is there: nothing has to be left out
 
 
 # ---- the verdict ----
