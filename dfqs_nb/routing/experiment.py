@@ -7,6 +7,7 @@ made under the same conditions is not made again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -198,6 +199,7 @@ class Recording:
     def run_all(self, planned: list[Condition]) -> None:
         """Have all traces; conditions of one process go to one child, which loads the weights once."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.started = time.monotonic()
         about = [FORMAT, _identity(self.path), llama_version(), self.words.passage, self.words.texts]
         sizes = len(self.words.passage), self.n_output, [len(text["tokens"]) for text in self.words.texts]
         self.runs = {condition.name: condition.as_run(*sizes) for condition in planned}
@@ -243,6 +245,8 @@ class Recording:
         while waiting := [condition for condition in waiting if condition.name not in self.status]:
             if self.plan and not set(self.plan["kept"]) & {condition.name for condition in waiting}:
                 break
+            if self._left_seconds() < 0 and "prefill" in self.traces:
+                break
             begun = [""]
 
             def hear(message: dict[str, Any], begun: list[str] = begun) -> None:
@@ -273,8 +277,13 @@ class Recording:
             "texts": self.words.texts,
             "n_output": self.n_output,
             "budget_seconds": self.budget_seconds,
+            "left_seconds": self._left_seconds(),
             "scale": self.plan.get("scale", 0),
         }
+
+    def _left_seconds(self) -> float:
+        """Of the budget; 0 without one."""
+        return self.budget_seconds and self.started + self.budget_seconds - time.monotonic()
 
     def _set_plan(self, plan: dict[str, Any]) -> None:
         self.plan = plan

@@ -16,7 +16,7 @@ from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.settings import LOG, OpenSettings, default_model_params, refusal
 from dfqs_nb.routing.loads import Load
-from dfqs_nb.routing.plan import LOAD_OUTPUT, Costs, fit, scaled
+from dfqs_nb.routing.plan import ESSENTIAL, LOAD_OUTPUT, Costs, fit, scaled
 from dfqs_nb.routing.recorded import RecordedModel, Schedule, Together, open_recorded, record, record_together
 from dfqs_nb.routing.trace import Trace, joined
 
@@ -63,8 +63,8 @@ def record_job(job: dict[str, Any]) -> None:
 
     Args:
         job: ``path``, ``runs`` (what `plan.Condition.as_run` makes), ``tokens``, ``texts`` (``name``,
-            ``domain``, ``tokens``), ``n_output``, ``budget_seconds`` (0: none), ``scale`` (0: to be found)
-            and ``all_runs`` (of all processes).
+            ``domain``, ``tokens``), ``n_output``, ``budget_seconds`` (0: none) and what is left of it
+            (``left_seconds``), ``scale`` (0: to be found) and ``all_runs`` (of all processes).
     """
     runs, started = job["runs"], time.monotonic()
     child.tell(stage="while loading it")
@@ -77,6 +77,9 @@ def record_job(job: dict[str, Any]) -> None:
             child.tell(plan={"scale": scale, "kept": kept, **vars(costs)})
             runs = [run for run in runs if run["name"] in kept]
         for run in runs:
+            late = job["budget_seconds"] and time.monotonic() - started > job["left_seconds"]
+            if late and run["kind"] not in ESSENTIAL:
+                continue  # the machine is slower than it was when its speed was measured
             child.tell(stage=f"while evaluating {run['name']!r}", begun=run["name"])
             began = time.monotonic()
             try:
