@@ -107,3 +107,10 @@ def test_a_row_of_a_journal_that_is_not_as_it_was_written_is_passed_over(tmp_pat
     assert again.rows() == [{"id": "a", "tokens": 3}]
     again.add("b", tokens=4)
     assert Journal(path, {"n": 1}, whole=lambda row: holds(row, fields)).n_found == 2
+
+
+def test_a_parameter_below_one_is_refused_by_its_name(tmp_path):
+    stage = Stage(tmp_path, "generate")
+    stage.positive(depth=1, n_texts=6)
+    with pytest.raises(StageError, match="the parameter depth is 0; give depth=1 or more"):
+        stage.positive(max_tokens=1, depth=0)

@@ -589,5 +589,5 @@ def test_a_plan_is_cut_in_the_stated_order_until_it_fits(nano, monkeypatch):
     tight = plan_cost(nano, **wanted, budget_minutes=0.7 * whole.seconds / 60)
     assert tight.repetitions == 3 and tight.seconds < tight.full_seconds
     none = plan_cost(nano, **wanted, budget_minutes=0)
-    assert (none.max_tokens, none.depth, none.n_tokens, none.repetitions) == (8, 128, 8, 1)
-    assert "cut to fit the budget" in none.sentence and "1 x 8 timed tokens at depth 128" in none.sentence
+    assert (none.max_tokens, none.depth, none.n_tokens, none.repetitions) == (2, 16, 4, 1)
+    assert "cut to fit the budget" in none.sentence and "1 x 4 timed tokens at depth 16" in none.sentence
