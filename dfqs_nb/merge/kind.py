@@ -359,6 +359,8 @@ def _shard(path: Path, header: GGUFHeader) -> Finding | None:
     if match is None or name != path.name or (int(match["number"]), int(match["count"])) != (number, count):
         wanted = plain(shard_path(match["prefix"] if match else path.stem, number, count).name)
         step = f"rename it: mv {quoted(path)} {quoted(path.with_name(wanted))}"
+        if path.with_name(wanted).exists():  # perhaps the other shard: moving this one there would destroy it
+            step = f"another file has its name, {wanted}: move that one away first, then rename this one"
         return Kind.SHARD, f"{what} by its header, but not named so, as llama.cpp needs it", step
     others = [shard_path(path.parent / match["prefix"], i, count) for i in range(1, count + 1)]
     missing = [plain(other.name) for other in others if not other.is_file()]

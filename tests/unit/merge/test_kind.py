@@ -710,6 +710,20 @@ def test_an_extension_in_capitals(made: Made, tmp_path: Path) -> None:
     assert merge_model(paths, tmp_path / "out.gguf", progress=False).path.read_bytes() == made.whole
 
 
+def test_swapped_names_of_shards_are_never_moved_over_each_other(tmp_path):
+    first, second = (
+        Path(shutil.copy(path, tmp_path)) for path in sorted(REFERENCE.glob("DFQS-Nano-IQ1_S-XL-*"))
+    )
+    first.rename(tmp_path / "x")
+    second.rename(first)
+    (tmp_path / "x").rename(second)
+    for path in (first, second):
+        step = diagnose(path).next_step
+        assert "mv " not in step and "move that one away first" in step
+        with pytest.raises(ShardError, match="move that one away first"):
+            open_source(path)
+
+
 def test_split_keys_of_another_type(tmp_path: Path) -> None:
     odd = {
         "text": [field("split.no", "STRING", "one"), field("split.count", "STRING", "two")],
