@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dfqs_nb.context.cost import SPARE_TOKENS, PrefillSpeed, measure_prefill
 from dfqs_nb.context.haystacks import Haystacks, Probe, StandIn, frame_of, probe_of
 from dfqs_nb.context.search import octaves
-from dfqs_nb.core.budget import Fitted, duration, fit
+from dfqs_nb.core.budget import Fitted, counted, duration, fit
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama.model import Model
@@ -126,7 +126,7 @@ class Plan:
                 break
         left_out = []
         if cut.n_haystacks < self.n_haystacks:
-            left_out.append(f"{cut.n_haystacks} texts a length, not {self.n_haystacks}")
+            left_out.append(f"{counted(cut.n_haystacks, 'texts a length')}, not {self.n_haystacks}")
         if cut.longest < self.longest:
             left_out.append(f"lengths above {cut.longest:,} tokens, of up to {self.longest:,}")
         return replace(cut, left_out=tuple(left_out))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+
+SOME = re.compile(r"(?<=[a-z])s\b")  # what one of a thing lacks
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,20 @@ def fit(
         if cost(values) <= seconds:
             break
     left_out = tuple(
-        f"{value:,} {names.get(name, name)}, not {plan[name]:,}"
+        f"{counted(value, names.get(name, name))}, not {plan[name]:,}"
         for name, value in values.items()
         if value < plan[name]
     )
     return Fitted(values, cost(values), cost(dict(plan)), left_out)
+
+
+def counted(n: int, name: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "timed repetitions"), counted(4, "texts a length")
+    ('1 timed repetition', '4 texts a length')
+    """
+    return f"{n:,} {re.sub(SOME, '', name, count=1) if n == 1 else name}"
 
 
 def duration(seconds: float) -> str:

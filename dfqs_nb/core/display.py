@@ -178,6 +178,9 @@ def label(name: object) -> str:
     return text.replace("_", " ")
 
 
+NONE = "–"  # a cell without a value
+
+
 def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[str, ...] = ()) -> HTML:
     """The frame, dressed for display in a notebook; its values stay as they are.
 
@@ -194,10 +197,11 @@ def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[
     from IPython.display import HTML
 
     table = table.rename_axis(index=lambda name: name and label(name))
-    styler = table.style.format(thousands=",", precision=precision, escape="html").format_index(escape="html")
+    styler = table.style.format(thousands=",", precision=precision, escape="html", na_rep=NONE)
+    styler = styler.format_index(escape="html")
     styler = styler.relabel_index([html.escape(label(column)) for column in table.columns], axis=1)
     if percent:
-        styler = styler.format("{:.1%}", subset=list(percent))
+        styler = styler.format("{:.1%}", subset=list(percent), na_rep=NONE)
     page = re.sub(r"<style.*?</style>\s*", "", styler.set_uuid(name).to_html(), flags=re.DOTALL)
     text = [str(i) for i, column in enumerate(table.columns) if table[column].dtype.kind not in "iufb"]
     columns = "|".join(text) or "none"

@@ -22,7 +22,7 @@ def cost(plan):
         (math.inf, {"repetitions": 5, "tokens": 128}, ()),
         (400, {"repetitions": 3, "tokens": 128}, ("3 repetitions, not 5",)),
         (100, {"repetitions": 3, "tokens": 32}, ("3 repetitions, not 5", "32 tokens, not 128")),
-        (1, {"repetitions": 1, "tokens": 32}, ("1 repetitions, not 5", "32 tokens, not 128")),
+        (1, {"repetitions": 1, "tokens": 32}, ("1 repetition, not 5", "32 tokens, not 128")),
     ],
 )
 def test_cuts_are_made_in_their_order_and_said(seconds, values, left_out):

@@ -53,7 +53,7 @@ def test_the_depth_of_the_metric_is_the_last_to_go():
     assert depths == [128, 512, 896] and fitted.left_out == ()
     depths, fitted = plan.plan_speeds([128, 512, 896], PACE, 0)
     assert depths == [512] and fitted.values["repetitions"] == 1
-    assert "1 timed repetitions, not 5" in fitted.left_out
+    assert "1 timed repetition, not 5" in fitted.left_out
 
 
 @pytest.mark.parametrize("seconds_of_an_answer, all_of_them", [(0.001, True), (5.0, False)])

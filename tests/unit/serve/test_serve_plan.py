@@ -36,4 +36,4 @@ def test_questions_go_first_and_the_drift_keeps_one_slot_and_the_most(planned):
     )
     least = planned(0)
     assert (least.items, least.clients, least.slots, len(least.sets)) == (1, [1], [1, 4], 1)
-    assert "1 question sets, not 2" in least.sentence
+    assert "1 question set, not 2" in least.sentence
