@@ -47,11 +47,16 @@ CACHE_PROMPT = (FILLER + "Rain fell softly on the roof. ") * 16
 
 @dataclass(frozen=True)
 class Subject:
-    """What is checked: an endpoint; where they are here, the same file in this process, and our server."""
+    """What is checked: an endpoint; where they are here, the same file in this process, and our server.
+
+    ``n_tokens`` is the length of its answers, and ``longest_tried`` the longest context that is filled.
+    """
 
     endpoint: Endpoint
     model: Model | None = None
     server: LocalServer | None = None
+    n_tokens: int = MAX_TOKENS
+    longest_tried: int = LONGEST_TRIED
 
 
 def _health(subject: Subject) -> Finding:
@@ -80,7 +85,7 @@ def _name(subject: Subject) -> Finding:
 def _context(subject: Subject) -> Finding:
     endpoint, n_ctx = subject.endpoint, subject.endpoint.facts.n_ctx
     count, counted_by = token_counter(endpoint)
-    if n_ctx is None or n_ctx > LONGEST_TRIED:
+    if n_ctx is None or n_ctx > subject.longest_tried:
         return UNSEEN, f"reports {n_ctx}; not tried out"
     each = count(FILLER * 16) / 16
     fits, exceeds = FILLER * int((n_ctx - 24) / each - 1), FILLER * int(n_ctx / each + 2)
@@ -112,15 +117,15 @@ def _template(subject: Subject) -> Finding:
 
 def _repeated(subject: Subject) -> Finding:
     chat, n = subject.endpoint.chat, len(PROMPTS)
-    texts = [{chat(prompt, MAX_TOKENS).text for _ in range(REPETITIONS)} for prompt in PROMPTS]
+    texts = [{chat(prompt, subject.n_tokens).text for _ in range(REPETITIONS)} for prompt in PROMPTS]
     n_same = sum(len(answers) == 1 for answers in texts)
     verdict = PASS if n_same == n else FAIL
     return verdict, f"{n_same} of {n} prompts: the same text {REPETITIONS} times in turn"
 
 
 def _concurrent(subject: Subject) -> Finding:
-    n_other, n_asked = _differing(subject.endpoint, N_CONCURRENT)
-    drift = max_drift(subject.endpoint, PROMPTS, N_CONCURRENT)
+    n_other, n_asked = _differing(subject.endpoint, N_CONCURRENT, subject.n_tokens)
+    drift = max_drift(subject.endpoint, PROMPTS, N_CONCURRENT, n_tokens=subject.n_tokens)
     moved = "" if drift is None else f"; log-probabilities moved by up to {drift:.1e}"
     finding = f"{n_other} of {n_asked} answers differ with {N_CONCURRENT} requests at once{moved}"
     return PASS if n_other == 0 else NOTE, finding
@@ -168,10 +173,14 @@ def check_all(
     connected: Mapping[str, Endpoint],
     model: Model | None = None,
     running: Mapping[str, LocalServer] | None = None,
+    *,
+    n_tokens: int = MAX_TOKENS,
+    longest_tried: int = LONGEST_TRIED,
 ) -> pd.DataFrame:
     """All checks of each server: columns ``check``, ``server``, ``verdict`` and ``finding``.
 
-    ``model`` is the same file, open in this process; ``running`` are the servers that are ours.
+    ``model`` is the same file, open in this process; ``running`` are the servers that are ours; ``n_tokens``
+    and ``longest_tried`` are those of a `Subject`.
     """
     import pandas as pd
 
@@ -179,7 +188,7 @@ def check_all(
     threads = [server.settings.n_threads or 1 for server in running.values()]
 
     def rows(name: str) -> list[dict[str, str]]:
-        subject = Subject(connected[name], model, running.get(name))
+        subject = Subject(connected[name], model, running.get(name), n_tokens, longest_tried)
         return [check(chosen, subject) | {"server": name} for chosen in CHECKS]
 
     made = side_by_side(rows, connected, usable_cores() // max(threads, default=1))
@@ -208,11 +217,11 @@ def side_by_side(work: Callable[[Work], Made], items: Iterable[Work], n_at_once:
         return list(pool.map(work, items))
 
 
-def _differing(endpoint: Endpoint, n_concurrent: int) -> tuple[int, int]:
+def _differing(endpoint: Endpoint, n_concurrent: int, n_tokens: int = MAX_TOKENS) -> tuple[int, int]:
     """How many greedy texts differ between asking alone and beside others, and how many were asked for."""
 
     def ask(prompt: str) -> str:
-        return endpoint.chat(prompt, MAX_TOKENS).text
+        return endpoint.chat(prompt, n_tokens).text
 
     alone = [ask(prompt) for prompt in PROMPTS] * n_concurrent
     beside = side_by_side(ask, PROMPTS * n_concurrent, n_concurrent)
@@ -220,7 +229,11 @@ def _differing(endpoint: Endpoint, n_concurrent: int) -> tuple[int, int]:
 
 
 def max_drift(
-    endpoint: Endpoint, prompts: Sequence[str], n_concurrent: int, repetitions: int = 1
+    endpoint: Endpoint,
+    prompts: Sequence[str],
+    n_concurrent: int,
+    repetitions: int = 1,
+    n_tokens: int = MAX_TOKENS,
 ) -> float | None:
     """The largest change of a greedy token's log-probability between asking alone and beside others.
 
@@ -231,7 +244,7 @@ def max_drift(
     def ask(prompt: str) -> list[tuple[int, float]]:
         """Tokens and their log-probabilities, from llama.cpp's own path, which does not round them."""
         options = {"temperature": 0, "n_probs": 1, "ignore_eos": True, "cache_prompt": False}
-        page = endpoint.post("/completion", prompt=prompt, n_predict=MAX_TOKENS, **options)
+        page = endpoint.post("/completion", prompt=prompt, n_predict=n_tokens, **options)
         tokens = pick(page, "completion_probabilities", list) or []
         return [(pick(token, "id", int) or 0, pick(token, "logprob", float) or 0.0) for token in tokens]
 
@@ -257,6 +270,7 @@ def drift_by_slots(
     slots: Sequence[int] = (1, 2, 4),
     n_concurrent: int = N_CONCURRENT,
     repetitions: int = 2,
+    n_tokens: int = MAX_TOKENS,
 ) -> pd.DataFrame:
     """llama.cpp's server with more and more slots under the same requests at once, its prompt cache off.
 
@@ -267,8 +281,8 @@ def drift_by_slots(
     def measure(n: int) -> tuple[int, int, float | None, int, int]:
         with start("llama.cpp", path, settings, n_parallel=n) as server:
             endpoint = server.connect()
-            differ, answers = _differing(endpoint, n_concurrent)
-            drift = max_drift(endpoint, PROMPTS, n_concurrent, repetitions)
+            differ, answers = _differing(endpoint, n_concurrent, n_tokens)
+            drift = max_drift(endpoint, PROMPTS, n_concurrent, repetitions, n_tokens)
             return n, n_concurrent, drift, answers, differ
 
     rows = side_by_side(measure, slots, usable_cores() // (settings.n_threads or 1))

@@ -11,6 +11,7 @@ from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.llama.timing import probe
 from dfqs_nb.scores import ItemSet
+from dfqs_nb.serve.checks import LONGEST_TRIED, MAX_TOKENS
 
 N_SERVERS = 2
 CHECK_TOKENS = 4 * 4 * 32 + 2 * (4 + 16) * 32  # of the answers of one server's checks
@@ -23,6 +24,8 @@ CUTS: tuple[dict[str, int], ...] = (
     {"tokens": 16},
     {"items": 2},
     {"slots": 2},
+    {"checked": 8},
+    {"filled": 0},
     {"items": 1},
     {"sets": 1},
     {"tokens": 4},
@@ -33,6 +36,8 @@ NAMES = {
     "tokens": "timed tokens of an answer",
     "slots": "numbers of slots",
     "sets": "question sets",
+    "checked": "tokens of an answer that is checked",
+    "filled": "tokens of context tried out",
 }
 
 
@@ -44,6 +49,7 @@ class ServePlan:
         sets, items: the question sets, and how many questions of each; 0: all.
         clients, tokens: clients at once that are timed, and the tokens of each of their answers.
         slots: numbers of slots whose drift is measured.
+        checked, filled: tokens of an answer in the checks, and of the context that is filled to try it out.
     """
 
     sets: list[ItemSet]
@@ -51,6 +57,8 @@ class ServePlan:
     clients: list[int]
     tokens: int
     slots: list[int]
+    checked: int
+    filled: int
     seconds: float
     left_out: tuple[str, ...]
 
@@ -74,14 +82,15 @@ def plan_checks(
 ) -> ServePlan:
     """Time a few tokens, and cut what is planned in the order of `CUTS` to what these seconds hold.
 
-    The checks themselves are always made.
+    Every check is made, the last ones with shorter answers and without filling the context.
     """
     with open_model(path, settings) as model:
         pace, load = probe(model), model.load_seconds
 
     def cost(plan: dict[str, int]) -> float:
-        checks = load + pace.seconds(settings.n_ctx + CACHE_TOKENS, CHECK_TOKENS)
-        drift = plan["slots"] * (load + pace.seconds(0, DRIFT_TOKENS))
+        share = plan["checked"] / MAX_TOKENS
+        checks = load + pace.seconds(plan["filled"] + CACHE_TOKENS, CHECK_TOKENS * share)
+        drift = plan["slots"] * (load + pace.seconds(0, DRIFT_TOKENS * share))
         answers = sum(
             pace.seconds(len(item.prompt) / 4 + 16, one.max_tokens)
             for one in sets[: plan["sets"]]
@@ -96,6 +105,7 @@ def plan_checks(
         "sets": len(sets),
     }
     whole |= {"tokens": tokens, "slots": len(slots)}
+    whole |= {"checked": MAX_TOKENS, "filled": min(settings.n_ctx, LONGEST_TRIED)}
     fitted = fit(whole, CUTS, cost, seconds, NAMES)
     cut = fitted.values
     # one slot is the baseline; the largest number shows most
@@ -106,6 +116,8 @@ def plan_checks(
         list(clients[: cut["clients"]]),
         cut["tokens"],
         chosen,
+        cut["checked"],
+        cut["filled"],
         fitted.seconds,
         fitted.left_out,
     )
