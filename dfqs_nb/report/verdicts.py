@@ -12,6 +12,7 @@ from dfqs_nb.report.requirements import MET, NOT_MET, NOT_TESTED, counts
 
 YES, NO, PARTLY, UNKNOWN = "yes", "no", "in part", "unknown"
 SYMBOLS = {YES: "✓", NO: "✗", PARTLY: "~", UNKNOWN: "?"}
+FEW_QUESTIONS = 10  # a score of fewer is no cross
 OF_VERDICT = {MET: YES, NOT_MET: NO, NOT_TESTED: UNKNOWN}
 
 
@@ -108,7 +109,8 @@ def _context(curve: Mapping[str, Any], boundary: Mapping[str, Any]) -> Line:
     question = "How far does the context carry?"
     if boundary["withheld"]:
         return Line(UNKNOWN, question, f"withheld: {boundary['withheld']}", "")
-    mark = NO if boundary.get("status") == "floor" else YES if boundary.get("right_censored") else PARTLY
+    held = boundary.get("right_censored") and not boundary.get("provisional")
+    mark = NO if boundary.get("status") == "floor" else YES if held else PARTLY
     keys = f"among {curve['n_keys']} keys" if curve.get("n_keys") else "of keys"
     longest = max(curve.get("lengths") or [0])
     measured = (
@@ -128,10 +130,12 @@ def _scores(details: Mapping[str, Any], tier: str) -> Line:
             continue
         guess, n = score["guess_rate"] or 0.0, score["n"]
         parts.append(f"{kind} {score['value']:.2f} ({score['low']:.2f} to {score['high']:.2f}, n = {n})")
-        marks.add(YES if score["low"] > guess else NO)
+        marks.add(YES if score["low"] > guess else NO if n >= FEW_QUESTIONS else UNKNOWN)
         cut = score.get("truncated")
         caveats.append(
-            f"{score['set']}: guessing gives {guess:.2f}" + (f", {cut} of {n} truncated" if cut else "")
+            f"{score['set']}: guessing gives {guess:.2f}"
+            + (f", {cut} of {n} truncated" if cut else "")
+            + (f", {n} questions are too few to tell" if n < FEW_QUESTIONS else "")
         )
     mark = marks.pop() if len(marks) == 1 else PARTLY if YES in marks else NO
     small = ". The nano sets show that the workbook works; they are no measure of a large model"
