@@ -116,7 +116,9 @@ class Experiment:
         lines = [
             self.under_load.sentence,
             self.verdict.text,
-            f"{n_moved} of {len(runtime)} changes of settings changed {what}.",
+            f"{n_moved} of {len(runtime)} changes of settings changed {what}."
+            if len(runtime)
+            else "No change of settings was tried.",
         ]
         one_cache = self.traces.get("alone, one cache")
         if one_cache is not None and one_cache.conditions["rule"] != "simple":

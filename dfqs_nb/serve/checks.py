@@ -89,7 +89,9 @@ def _context(subject: Subject) -> Finding:
         return UNSEEN, f"reports {n_ctx}; not tried out"
     each = count(FILLER * 16) / 16
     fits, exceeds = FILLER * int((n_ctx - 24) / each - 1), FILLER * int(n_ctx / each + 2)
-    n_fits, n_exceeds = count(fits), count(exceeds)
+    while (n_exceeds := count(exceeds)) <= n_ctx + 8:  # a long text can take fewer tokens a sentence
+        exceeds += FILLER * 2
+    n_fits = count(fits)
     endpoint.complete(fits, 4)
     try:
         endpoint.complete(exceeds, 4)

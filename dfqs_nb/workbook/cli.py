@@ -129,6 +129,7 @@ def run(
         ),
     )
     say(f"\n{workbook.summary_text(result)}")
+    raise typer.Exit(int(any(one.failed for one in result.notebooks)))
 
 
 @app.command(rich_help_panel=WHOLE)

@@ -51,6 +51,7 @@ class NotebookRun:
     seconds: float
     path: Path
     left_out: str = ""
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def run_workbook(
             done.append(NotebookRun(path.stem, 0.0, folder / path.name, why))
         else:
             live = Live(path, folder / path.name, budget if "budget_minutes" in names else 0.0, watch)
-            done.append(_execute(path, folder / path.name, chosen, live))
+            done.append(_executed(path, folder / path.name, chosen, live))
         finished(done[-1])
     verdict = _renewed_report(folder)
     result = WorkbookRun(folder, tuple(done), read_summary(folder), verdict)
@@ -273,6 +274,23 @@ def _absolute(parameters: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for name, value in parameters.items()
     }
+
+
+def _executed(path: Path, target: Path, parameters: dict[str, Any], live: Live) -> NotebookRun:
+    """Execute a notebook. One that follows the report cannot take the run's verdict away: its failure is noted.
+
+    Raises:
+        DfqsError: a notebook up to the report fails.
+    """
+    try:
+        return _execute(path, target, parameters, live)
+    except DfqsError as error:
+        if (
+            path.name not in (STAGES["ladder"], STAGES["serving"])
+            or not target.with_name("report.json").exists()
+        ):
+            raise
+        return NotebookRun(path.stem, 0.0, target, f"failed: {error}", failed=True)
 
 
 def _execute(path: Path, target: Path, parameters: dict[str, Any], live: Live) -> NotebookRun:
