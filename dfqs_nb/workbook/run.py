@@ -277,7 +277,7 @@ def _absolute(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _executed(path: Path, target: Path, parameters: dict[str, Any], live: Live) -> NotebookRun:
-    """Execute a notebook. One that follows the report cannot take the run's verdict away: its failure is noted.
+    """Execute a notebook. The failure of one after the report is noted, and does not take the verdict away.
 
     Raises:
         DfqsError: a notebook up to the report fails.
