@@ -224,3 +224,15 @@ def test_starting_the_command_line_imports_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=workbook.REPOSITORY
     )
     assert done.stdout.split("\n")[1] == "[]"
+
+
+def test_a_notebook_after_the_report_cannot_take_the_verdict_away(outputs, tmp_path):
+    live = workbook.Live(tmp_path, tmp_path, 0.0, None)
+    broken = write_notebook(tmp_path / "nb" / "09_serve_and_deploy.ipynb", "1 / 0")
+    target = outputs / "mine" / broken.name
+    target.parent.mkdir(parents=True)
+    with pytest.raises(DfqsError, match="ZeroDivisionError"):
+        workbook._executed(broken, target, {}, live)
+    target.with_name("report.json").write_text("{}")
+    done = workbook._executed(broken, target, {}, live)
+    assert done.failed and "ZeroDivisionError" in done.left_out
