@@ -228,7 +228,8 @@ def hand_on(
     )
     for name, rows in speeds.groupby("server", sort=False):
         (speed, fast), (n, many) = (rows[key].iloc[[0, -1]] for key in ("tokens_per_sec", "clients"))
-        lines.append(f"{name}: {speed:,.0f} tokens/s for {n} client, {fast:,.0f} for {many}")
+        more = f", {fast:,.0f} for {many}" if many != n else ""
+        lines.append(f"{name}: {speed:,.0f} tokens/s for {n} client{more}")
     lines.append(f"shutdown: {len(shutdown)} checks: {_counted(shutdown['verdict'])}")
     tables = {"checks": checks, "drift": drift, "speeds": speeds, "comparisons": table, "shutdown": shutdown}
     stage.finish(
