@@ -63,9 +63,9 @@ def routing(
         path, folder / "routing", n_tokens=tokens, budget_minutes=budget_minutes, **options
     )
     table = experiment.table.reindex(columns=COLUMNS.split())
+    table = table[~table["condition"].isin(experiment.left_out)]
     say(table.to_string(index=False, float_format="{:.3g}".format))
-    verdicts = [experiment.under_load.sentence, experiment.verdict.text]
-    say("\n".join(["", *verdicts, "", *experiment.advice, ""]))
+    say("\n".join(["", *experiment.conclusions(), "", *experiment.advice, ""]))
     for row in experiment.claims().itertuples():
         say(f'"{row.claim}": {row.status}\n  {row.evidence}')
     written = experiment.write_tables(folder)
