@@ -224,3 +224,26 @@ def test_a_folder_called_like_a_library_in_the_current_one_is_not_imported(tmp_p
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert "planted" not in done.stderr and done.returncode == 1 and "typer.py" in done.stdout
+
+
+def test_plan_prints_the_command_and_what_other_machines_would_do():
+    done = dfqs("plan", FIRST, "--context", "1024", "--ram-gbs", "10")
+    assert done.returncode == 0, done.stderr
+    for words in ("llama.cpp's loader takes", "llama-server -m", "-ngl 0", "at most", "96GB"):
+        assert words in done.stdout
+    done = dfqs("plan", FIRST, "--vram", "lots")
+    assert done.returncode == 1 and "'lots' is no size; write 64GB" in done.stderr
+    done = dfqs("plan", FIRST, "--context", "9999999")
+    assert done.returncode == 1 and "give --context" in done.stderr
+
+
+def test_diff_names_what_differs_by_its_exit_status():
+    assert dfqs("diff", FIRST, "dfqs-nano-iq1_s-xl").returncode == 0
+    done = dfqs("diff", FIRST, "dfqs-nano-q8_0", "--most", "1")
+    assert done.returncode == 1 and "... and 11 more (--most 12)" in done.stdout
+
+
+def test_a_specimen_that_cannot_be_is_refused_before_it_is_written(tmp_path):
+    done = dfqs("specimen", tmp_path / "m.gguf", "--layers", "44")
+    assert done.returncode == 1 and "44 layers; the published model has 43" in done.stderr
+    assert not list(tmp_path.iterdir())
