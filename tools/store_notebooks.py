@@ -90,13 +90,13 @@ def stamped_notebook(text: str, file: str, address: str) -> str:
             cell.source = stamp_block(cell.source, "badges", badges(file, address))
         if "setup" in tags:
             cell.source = setup_cell(address)
-        if drawings := re.findall(r"\(attachment:([\w-]+\.svg)\)", cell.source):
-            cell.attachments = {name: {"image/svg+xml": _drawing(name)} for name in drawings}
+        if drawings := re.findall(r"\(attachment:([\w-]+\.png)\)", cell.source):
+            cell.attachments = {name: {"image/png": _drawing(name)} for name in drawings}
     return notebook_text(notebook)
 
 
 def _drawing(name: str) -> str:
-    """A drawing as Jupyter attaches it: inside the notebook, so it shows wherever the notebook is opened."""
+    """A drawing as Jupyter attaches it, inside the notebook; of its SVG, which JupyterLab does not attach."""
     return base64.b64encode((REPOSITORY / "notebooks" / "diagrams" / name).read_bytes()).decode()
 
 
