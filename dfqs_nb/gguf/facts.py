@@ -327,9 +327,12 @@ def role(header: GGUFHeader) -> str:
     >>> role(reference_shards().as_one)
     'a language model'
     """
-    for name in (header.text("general.type"), header.architecture):
+    kind = header.text("general.type")
+    for name in (kind, header.architecture):
         if name in OTHER_ROLES:
             return OTHER_ROLES[name]
+    if kind not in ("", "model"):
+        return f"a file of the type {kind[:40]!r}"
     if not header.tensors and "tokenizer.ggml.tokens" in header:
         return "a vocabulary without weights"
     return MODEL

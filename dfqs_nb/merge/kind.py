@@ -41,7 +41,7 @@ CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py, or get the GGUF of
 ANSWER = "a server sent this in place of the model: check the address, and that you may download it"
 RESUME = "resume the download; or, if a merge with --consume was stopped, run the same command again"
 ENCODER = re.compile(r"(v|mm|a)\.")  # tensors of a vision or audio encoder
-DOWNLOADING = re.compile(r"\.(incomplete|crdownload|part|partial|download|!qB)$")
+DOWNLOADING = re.compile(r"\.(incomplete|crdownload|part|partial|download|opdownload|!qB|!ut)$")
 ARCHIVES = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"Rar!", b"7z\xbc\xaf")  # of gzip, zstd, RAR and 7-Zip
 # The first bytes of other files, what these are, and what to do with them.
 FORMATS: tuple[tuple[bytes | tuple[bytes, ...], str, str], ...] = (

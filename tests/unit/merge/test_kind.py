@@ -565,7 +565,8 @@ def test_a_file_with_holes_is_an_unfinished_download(stored: int, made: Made, tm
 
 
 @pytest.mark.parametrize(
-    "name", ["m.gguf.incomplete", "0123abcd.incomplete", "m.gguf.crdownload", "m.gguf.part"]
+    "name",
+    ["m.gguf.incomplete", "0123abcd.incomplete", "m.gguf.crdownload", "m.gguf.part", "m.gguf.opdownload"],
 )
 def test_a_name_that_says_unfinished_is_believed(name: str, made: Made, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(made.whole)
@@ -598,6 +599,10 @@ def llama(*fields: bytes, tensors: list[Spec] | None = None) -> bytes:
 
 
 COMPANIONS = {
+    "a file of the type 'dataset'": gguf_bytes(
+        [field("general.architecture", "STRING", "llama"), field("general.type", "STRING", "dataset")],
+        [Spec("x", "F32", (32,))],
+    ),
     "a multimodal projector": gguf_bytes(
         [field("general.architecture", "STRING", "clip"), field("general.type", "STRING", "mmproj")],
         [Spec("v.patch_embd.weight", shape=(16, 16))],
