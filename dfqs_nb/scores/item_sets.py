@@ -29,6 +29,7 @@ TIERS = {
     "nano": ("nano-reasoning", "nano-code"),
     "standard": ("standard-reasoning", "standard-code", "gsm8k-100"),
 }
+LONGEST_NAME = 120  # bytes, of a set: its files' names begin and end with more
 Text = Annotated[str, MinLen(1)]
 Share = Annotated[float, Ge(0), Le(1)]
 
@@ -223,6 +224,12 @@ def _read(path: Path) -> ItemSet:
         missing = [name for name in needed if not getattr(item, name)]
         if missing or item.id in items:
             raise _broken(path, number, f"no {missing[0]}" if missing else f"the id {item.id!r:.60} is taken")
+        if head.kind == "code" and not item.entry_point.isidentifier():
+            raise _broken(path, number, f"entry_point: {item.entry_point!r:.60} is no name of a function")
+        try:
+            compile(item.tests, "tests", "exec")
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise _broken(path, number, f"tests: not Python ({str(error) or 'too deep'})") from None
         items[item.id] = item
     if not items:
         raise _broken(path, 2, "there are no items")
@@ -233,8 +240,11 @@ def _read(path: Path) -> ItemSet:
 
 def _head(line: bytes, path: Path) -> Head:
     head: Head = _typed(Head, line, 1, path)
-    if not all(character.isalnum() or character in "-_. " for character in head.set):
-        raise _broken(path, 1, f"set: {head.set!r:.60} names files: use letters, digits, '-', '_' and '.'")
+    fits = head.set.strip() and len(head.set.encode()) <= LONGEST_NAME
+    if not fits or not all(character.isalnum() or character in "-_. " for character in head.set):
+        raise _broken(
+            path, 1, f"set: {head.set!r:.60} names files: use up to 120 letters, digits, '-', '_' and '.'"
+        )
     return head
 
 

@@ -460,6 +460,8 @@ def test_nano_prompts_cannot_come_from_the_training_generator():
 
 HEAD = {"set": "mine", "kind": "reasoning"}
 ITEM = {"id": "1", "prompt": "p", "answer": "a"}
+CODE = {"set": "x", "kind": "code"}
+TESTED = {"id": "1", "prompt": "def f():\n", "tests": "def check(c): pass", "entry_point": "f"}
 
 
 @pytest.mark.parametrize(
@@ -480,6 +482,11 @@ ITEM = {"id": "1", "prompt": "p", "answer": "a"}
         ([{**HEAD, "max_tokens": True}, ITEM], "line 1: max_tokens: "),
         ([{**HEAD, "set": "org/mine"}, ITEM], "line 1: set: 'org/mine' names files"),
         ([{**HEAD, "set": 3}, ITEM], "line 1: set: "),
+        ([{**HEAD, "set": "x" * 300}, ITEM], "line 1: set: "),
+        ([{**HEAD, "set": " "}, ITEM], "line 1: set: "),
+        ([CODE, {**TESTED, "tests": "def check(c:"}], "line 2: tests: not Python"),
+        ([CODE, {**TESTED, "tests": "\0"}], "line 2: tests: not Python"),
+        ([CODE, {**TESTED, "entry_point": "f; import os"}], "line 2: entry_point: 'f; import os' is no name"),
         ([{**HEAD, "extract": "first"}, ITEM], "line 1: extract: "),
         ([HEAD, {**ITEM, "answer": 12}], "line 2: answer: Input should be a valid string (12)"),
         ([HEAD, {**ITEM, "answer": 0}], "line 2: answer: "),
