@@ -192,7 +192,7 @@ def split(
 ) -> None:
     """Cut glued shards apart again, at their inner headers.
 
-    Example: `dfqs-nb split glued.gguf -d shards/`
+    Example: `dfqs-nb split glued.gguf`
     """
     from dfqs_nb.merge import open_source
 

@@ -27,6 +27,7 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf import broken
 from dfqs_nb.merge import diagnose
+from dfqs_nb.report import build_report, write_report
 from dfqs_nb.workbook import cli, file_commands, model_commands, report_commands, size_commands  # noqa: F401  they register
 from dfqs_nb.workbook.run import find_notebooks, parse_parameters
 
@@ -190,7 +191,8 @@ def files_of_the_reader(place: Path, model: Path) -> None:
     shutil.copy(data_dir() / "sweep_example.csv", place / "table.csv")
     for run in ("nano", "nano2"):
         shutil.rmtree(place / "outputs" / run, ignore_errors=True)
-        with_answers(place / "outputs" / run, place / "model.gguf")
+        folder = with_answers(place / "outputs" / run, place / "model.gguf")
+        write_report(folder, build_report(folder, ask_llama_cpp=False))
     shutil.copy(data_dir() / "reference" / "DFQS-Nano-F16.gguf", place)
     shutil.rmtree(place / "outputs" / "deploy-ollama", ignore_errors=True)
 
