@@ -362,7 +362,7 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
     if slow:
         free = available_memory().available_bytes
         paged = placement.place(placement.Model(shards.headers), settings.n_ctx, free).disk_token_bytes
-        slow += f". A token reads at least {binary_size(round(paged))} from the disk (see `dfqs-nb plan`)"
+        slow += f". A token reads at least {binary_size(round(paged))} from the disk; dfqs-nb plan says more"
     with heartbeat(f"trying {first.name}", shards.nbytes):
         tried = check.trial(shards.paths, settings, needs) if trial else None
     if tried is not None:
