@@ -235,9 +235,8 @@ def tasks(
     with llama.open_model(model, settings) as opened:
         n_tasks = len(task or load_prompts(NAME, Tasks).tasks)
         planned = duration(planned_seconds(opened, sizes, n_tasks, texts))
-        say(
-            f"{n_tasks} tasks, {texts} texts each at {lengths} tokens: about {planned}, at most {budget_minutes:g} min"
-        )
+        asked = f"{n_tasks} tasks, {texts} texts each at {lengths} tokens"
+        say(f"{asked}: about {planned}, at most {budget_minutes:g} min")
         result = measure_tasks(
             opened,
             folder,
