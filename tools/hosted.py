@@ -130,9 +130,9 @@ def prepare(namespace: dict[str, Any]) -> None:
     """Make a notebook work alone: its packages, its outputs folder, its model.
 
     Args:
-        namespace: of the notebook, after its parameters. Those with their defaults may change: for a GPU
-            ``n_gpu_layers``, for the variable ``DFQS_MODEL`` the model, the run and the settings of its tier,
-            on Kaggle ``output_dir``. For a model in Kaggle's inputs ``consume`` is switched off.
+        namespace: of the notebook, after its parameters. Those with their defaults may change: for the
+            variable ``DFQS_MODEL`` the model, the run and the settings of its tier, on Kaggle
+            ``output_dir``. For a model in Kaggle's inputs ``consume`` is switched off.
 
     Raises:
         Stop: the install or notebook 01 fails, or the kernel restarts.
@@ -144,11 +144,11 @@ def prepare(namespace: dict[str, Any]) -> None:
     if replaced := replaced_while_loaded(before, versions()):
         restart(replaced)
     sys.path.insert(0, str(REPOSITORY))
-    use_gpu(namespace)
+    check_gpu(namespace)
     model = use_own_model(namespace)
     if "consume" in namespace:  # notebook 01
         use_kaggle_disks(namespace)
-    else:
+    elif namespace.keys() & notebook_defaults().keys() - {"run_name"}:  # notebook 00 opens no model
         make_merge(str(namespace["run_name"]), model)
 
 
@@ -206,16 +206,13 @@ def restart(replaced: dict[str, str]) -> None:
     raise Stop("The kernel restarts. Run all cells again: what was installed stays.")
 
 
-def use_gpu(namespace: dict[str, Any]) -> None:
-    """Put all layers on the GPU, if llama.cpp can use it and the parameter has its default."""
+def check_gpu(namespace: dict[str, Any]) -> None:
+    """Say so where there is a GPU that this llama.cpp cannot use: the notebooks put all layers on one."""
     code = "import llama_cpp; raise SystemExit(not llama_cpp.llama_supports_gpu_offload())"
-    if namespace.get("n_gpu_layers") != 0 or not has_gpu():
-        return
-    if subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode:
-        print("There is a GPU, but this llama.cpp is built for the processor only.")
-    else:
-        namespace["n_gpu_layers"] = -1
-        print("n_gpu_layers = -1: all layers go on the GPU.")
+    if namespace.get("n_gpu_layers") and has_gpu():
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+        if done.returncode:
+            print("There is a GPU, but this llama.cpp is built for the processor only.")
 
 
 def use_own_model(namespace: dict[str, Any]) -> str:
@@ -258,7 +255,8 @@ def notebook_defaults() -> dict[str, list[Any]]:
                 values: dict[str, Any] = {}
                 exec("".join(cell["source"]), {}, values)
                 for name, value in values.items():
-                    defaults.setdefault(name, []).append(value)
+                    if not name.startswith("_"):  # the types of the others
+                        defaults.setdefault(name, []).append(value)
     return defaults
 
 

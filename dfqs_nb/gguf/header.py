@@ -201,6 +201,8 @@ def read_header(path: str | Path, start: int = 0, *, file: Any = None) -> GGUFHe
             return _parse(_Cursor(path, opened, start, size))
     except OSError as error:
         hint = "check the path and its permissions"
+        if str(path).startswith(("http:", "https:")):  # as a path, an address has lost one of its slashes
+            hint = "it is an address: download the file first, or look at it with `dfqs-nb inspect ADDRESS`"
         raise HeaderError(f"cannot be read ({error.strerror})", where=path, hint=hint) from error
 
 

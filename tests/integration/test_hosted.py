@@ -21,6 +21,7 @@ from dfqs_nb.workbook import tiers
 
 COLAB, KAGGLE = hosted.PLATFORMS
 NAMES = [path.name for path in workbook.find_notebooks()]
+START, MERGE, INSPECT = NAMES[:3]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_every_notebook_installs_and_then_has_its_model(notebook, platform, call
     hosted.prepare(namespace)
     assert calls[0] == [str(REPOSITORY / "tools" / "install.py"), "here"]
     merge = [["-m", "dfqs_nb", "run", "01", "--run", "nano"]]
-    assert calls[1:] == ([] if notebook == NAMES[0] else merge)
+    assert calls[1:] == ([] if notebook in (START, MERGE) else merge)
     assert namespace == before, "the reference model needs no other parameters"
 
 
@@ -159,7 +160,9 @@ def test_every_notebook_takes_the_model_that_dfqs_model_names(notebook, calls, m
     hosted.prepare(namespace)
     assert namespace["run_name"] == "DFQS-Nano-F16" and model in capsys.readouterr().out
     assert namespace.get("tier", "nano") == "nano", "a reference model, under its path"
-    if notebook == NAMES[0]:
+    if notebook == START:
+        assert not calls[1:], "it opens no model"
+    elif notebook == MERGE:
         assert (namespace["model"], Path(str(namespace["output_dir"])).name) == (model, "dfqs-models")
     else:
         (run,) = calls[1:]
@@ -169,7 +172,7 @@ def test_every_notebook_takes_the_model_that_dfqs_model_names(notebook, calls, m
 
 def test_a_parameter_that_the_user_changed_wins_over_dfqs_model(calls, monkeypatch):
     monkeypatch.setenv("DFQS_MODEL", "dfqs-nano-q8_0")
-    namespace = {**namespace_of(NAMES[0]), "model": "mine.gguf", "run_name": "mine"}
+    namespace = {**namespace_of(MERGE), "model": "mine.gguf", "run_name": "mine"}
     hosted.prepare(namespace)
     assert (namespace["model"], namespace["run_name"]) == ("mine.gguf", "mine")
 
@@ -189,10 +192,10 @@ def test_another_model_gets_the_settings_of_its_tier_where_the_user_chose_none(c
 
 def test_a_kaggle_input_is_never_consumed(calls, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv(KAGGLE, "Interactive")
-    namespace = {**namespace_of(NAMES[0]), "consume": True, "model": "/kaggle/input/x/model.gguf"}
+    namespace = {**namespace_of(MERGE), "consume": True, "model": "/kaggle/input/x/model.gguf"}
     hosted.prepare(namespace)
     assert namespace["consume"] is False and "is read-only" in capsys.readouterr().out
-    namespace = {**namespace_of(NAMES[0]), "consume": True, "model": str(tmp_path / "model.gguf")}
+    namespace = {**namespace_of(MERGE), "consume": True, "model": str(tmp_path / "model.gguf")}
     hosted.prepare(namespace)
     assert namespace["consume"] is True
 
@@ -201,26 +204,28 @@ def test_notebook_01_runs_again_only_where_its_model_is_gone(calls, tmp_path):
     (tmp_path / "nano").mkdir()
     model = tmp_path / "model.gguf"
     (tmp_path / "nano" / "merge.json").write_text(json.dumps({"model": {"path": str(model)}}))
-    hosted.prepare(namespace_of(NAMES[1]))
+    hosted.prepare(namespace_of(INSPECT))
     model.touch()
-    hosted.prepare(namespace_of(NAMES[1]))
+    hosted.prepare(namespace_of(INSPECT))
     assert [call[1] for call in calls] == ["here", "dfqs_nb", "here"]
 
 
 def test_a_model_that_cannot_be_had_stops_the_cell(calls, monkeypatch):
     monkeypatch.setenv("DFQS_MODEL", "no-such-model")
     with pytest.raises(hosted.Stop, match="no-such-model"):
-        hosted.prepare(namespace_of(NAMES[1]))
+        hosted.prepare(namespace_of(INSPECT))
 
 
-@pytest.mark.parametrize(("layers", "supported", "then"), [(0, True, -1), (0, False, 0), (7, True, 7)])
-def test_all_layers_go_on_a_gpu_that_llama_cpp_can_use(layers, supported, then, monkeypatch):
+@pytest.mark.parametrize(
+    ("layers", "supported", "told"), [(-1, True, ""), (-1, False, "processor only"), (0, False, "")]
+)
+def test_a_gpu_that_llama_cpp_cannot_use_is_named(layers, supported, told, monkeypatch, capsys):
     monkeypatch.setattr(hosted, "has_gpu", lambda: True)
     done = subprocess.CompletedProcess([], 0 if supported else 1)
     monkeypatch.setattr(hosted.subprocess, "run", lambda *_, **__: done)
-    namespace = {"n_gpu_layers": layers}
-    hosted.use_gpu(namespace)
-    assert namespace == {"n_gpu_layers": then}
+    hosted.check_gpu({"n_gpu_layers": layers})
+    printed = capsys.readouterr().out
+    assert (told in printed) if told else not printed
 
 
 def test_a_program_that_fails_shows_what_it_printed_and_stops(capsys):

@@ -285,7 +285,7 @@ def test_each_refusal_says_why_and_what_next(server, tmp_path):
         "hf://forbidden/any/x.gguf": "the hub answers 403; the token lacks the right",
         "hf://busy/any/x.gguf": "the hub answers 503; the hub has a problem: run again later",
         f"hf://someone/nano/{BIG}@v9": "no such revision",
-        "hf://some--one/-nano-/x.gguf": "not a name the hub allows",
+        "hf://some--one/-nano-/x.gguf": "not the address of a GGUF file on the hub",
     }
     answers = client(server.endpoint, tmp_path, *expected)
     for answer, (name, text) in zip(answers, expected.items(), strict=True):

@@ -226,7 +226,7 @@ def test_without_bubblewrap_code_is_refused_unless_the_user_insists(monkeypatch)
     monkeypatch.setattr(sandbox, "_programs", lambda: [])
     found = sandbox.find_sandbox.__wrapped__()
     assert found.level == "none" and "bubblewrap" in found.note
-    with pytest.raises(SandboxError, match="allow_unsandboxed=True"):
+    with pytest.raises(SandboxError, match="allow_unsandboxed = True"):
         sandbox.check_allowed(found)
     sandbox.check_allowed(found, allow_unsandboxed=True)
     assert run(Candidate((RIGHT,), TESTS, "double"), found).passed

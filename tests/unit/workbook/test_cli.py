@@ -211,7 +211,7 @@ def test_what_is_no_plain_file_or_is_an_address_is_refused_at_once(tmp_path, cap
     for arguments, words in (
         (["score", "dfqs-nano-iq1_s-xl", "--set", str(pipe)], "not a regular file"),
         (["sweep", str(pipe)], "not a regular file"),
-        (["inspect", "https://huggingface.co/someone/models/blob/main/m.gguf"], "an address, not a file"),
+        (["verify", "https://huggingface.co/someone/models/blob/main/m.gguf"], "it is an address"),
     ):
         assert cli.main(arguments) == 1
         assert words in capsys.readouterr().err
