@@ -200,10 +200,15 @@ def read_header(path: str | Path, start: int = 0, *, file: Any = None) -> GGUFHe
             size = opened.seek(0, 2)
             return _parse(_Cursor(path, opened, start, size))
     except OSError as error:
-        hint = "check the path and its permissions"
-        if str(path).startswith(("http:", "https:")):  # as a path, an address has lost one of its slashes
-            hint = "it is an address: download the file first, or look at it with `dfqs-nb inspect ADDRESS`"
-        raise HeaderError(f"cannot be read ({error.strerror})", where=path, hint=hint) from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> HeaderError:
+    """The error for a file that cannot be opened; an address, which is no path, is called one."""
+    hint = "check the path and its permissions"
+    if str(path).startswith(("http:", "https:")):  # as a path, it has lost one of its slashes
+        hint = "it is an address: download the file first, or look at it with `dfqs-nb inspect ADDRESS`"
+    return HeaderError(f"cannot be read ({error.strerror})", where=path, hint=hint)
 
 
 def check_layout(header: GGUFHeader) -> None:

@@ -14,7 +14,7 @@ from string import ascii_lowercase
 
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import HeaderError, ShardError
-from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, padded, read_header
+from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, padded, read_header, unreadable
 
 OPENING_BYTES = 4096
 COUNT = r"(?:[._-]?of[._-]?(?P<count>\d{1,5}))?"
@@ -42,8 +42,7 @@ def opening(path: Path) -> tuple[bytes, int]:
         with path.open("rb", buffering=0) as file:
             return file.read(OPENING_BYTES), status.st_size
     except OSError as error:
-        hint = "check the path and its permissions"
-        raise HeaderError(f"cannot be read ({error.strerror})", where=path, hint=hint) from error
+        raise unreadable(path, error) from error
 
 
 def ends(header: GGUFHeader) -> tuple[int, int]:
