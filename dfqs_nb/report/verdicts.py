@@ -135,7 +135,7 @@ def _scores(details: Mapping[str, Any], tier: str) -> Line:
         caveats.append(
             f"{score['set']}: guessing gives {guess:.2f}"
             + (f", {cut} of {n} truncated" if cut else "")
-            + (f", {n} questions are too few to tell" if n < FEW_QUESTIONS else "")
+            + (f", too few questions to tell ({n})" if n < FEW_QUESTIONS else "")
         )
     mark = marks.pop() if len(marks) == 1 else PARTLY if YES in marks else NO
     small = ". The nano sets show that the workbook works; they are no measure of a large model"
