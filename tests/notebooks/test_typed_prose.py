@@ -56,7 +56,7 @@ ALONE = {
     },
     "07": {METHOD: ["A verdict is given only"]},
     "09": {
-        BY_CONSTRUCTION: ["The cost comes first", "The checks are always made", "It is the reference for", "Keys are never"],
+        BY_CONSTRUCTION: ["The cost comes first", "It is the reference for", "Keys are never"],
         OPEN: ["This did **not show** how a large", "Does the largest shift", "Start Ollama with"],
     },
     "report.md": {METHOD: ["The curve is the accuracy", "Two reports are compared"]},

@@ -19,7 +19,7 @@ from typing import Any
 
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.]*\w)|\bnan\b|\binf\b")
 TIMED = re.compile(rf"{NUMBER.pattern}|\b(?:True|False|min|s)\b")
-REASONS = {"because-machine-facts", "because-generated-texts"}
+REASONS = {"because-machine-facts", "because-generated-texts", "because-near-ties"}
 TAG = re.compile(r"nbval-(?:words|close(?:-(?P<percent>\d+))?)")
 
 
