@@ -209,7 +209,8 @@ def store_sample(run: Path, sample: Path = SAMPLE_FOLDER) -> None:
 
     report.write_report(run, report.read_report(run))  # again: notebooks 08 and 09 ran after it was written
     sample.mkdir(parents=True, exist_ok=True)
-    for name in SAMPLE:
+    drawn = re.findall(r"\]\((\w+\.png)\)", (run / "report.md").read_text(encoding="utf-8"))
+    for name in (*SAMPLE, *drawn):
         shutil.copyfile(run / name, sample / name)
 
 

@@ -116,7 +116,7 @@ def markdown(text: object) -> str:
     escaped = re.sub(r"([\\|`*~])", r"\\\1", escaped)
     # within a word `_` is no emphasis, and `]` ends a link only before these; so [1, 2] stays legible
     escaped = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:])", r"\\\g<0>", escaped)
-    escaped = re.sub(r"^([#=+-]|\d+[.)])(?=\s|$|[#=+-])", lambda found: f"\\{found[0]}", escaped)
+    escaped = re.sub(r"^(\d*)([#=+-]|(?<=\d)[.)])(?=\s|$|[#=+-])", r"\1\\\2", escaped)
     # GitHub and the hub make links of bare addresses, too
     return escaped.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
 

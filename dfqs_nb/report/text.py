@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 NANO = (
-    "Nano tier: made with the small prompt sets of the embedded reference model. Nothing here is evidence "
-    "about a real model."
+    "Nano tier: made with the small prompt sets of the embedded reference model. No measurement here "
+    "is evidence about a real model."
 )
 FIGURES = {  # of the run's folder, in the order of the text; those that the report's hashes cover are shown
     "report_shares.png": "Scores and retrieval by length, each with its 95 % interval",

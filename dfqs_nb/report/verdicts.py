@@ -94,7 +94,7 @@ def _runs(speed: Mapping[str, Any], mark: str, evidence: str) -> Line:
     answer = f"{value} tokens/s on the CPU at depth {speed['depth']:,} ({spread})"
     if not speed["contended"]:
         return Line(mark, question, answer, evidence)
-    caveat = f"Contended: other work slowed the machine meanwhile. {evidence}"
+    caveat = f"Contended: other work ran meanwhile and may have slowed it. {evidence}"
     return Line(PARTLY if mark == YES else mark, question, answer, caveat)
 
 
@@ -113,9 +113,8 @@ def _context(curve: Mapping[str, Any], boundary: Mapping[str, Any]) -> Line:
     mark = NO if boundary.get("status") == "floor" else YES if held else PARTLY
     keys = f"among {curve['n_keys']} keys" if curve.get("n_keys") else "of keys"
     longest = max(curve.get("lengths") or [0])
-    measured = (
-        f"Retrieval {keys} in {boundary.get('n_haystacks', 0)} texts, measured up to {longest:,} tokens"
-    )
+    texts = f"at least {boundary.get('n_haystacks', 0)} texts a length"
+    measured = f"Retrieval {keys} in {texts}, measured up to {longest:,} tokens"
     answer = boundary_sentence({**boundary, "provisional": False, "not_monotone": False})
     return Line(mark, question, answer, "; ".join([measured, *boundary_flags(boundary)]))
 

@@ -290,7 +290,7 @@ def test_how_far_the_context_carries_is_judged_as_far_as_it_was_measured(artifac
         ("ram-recommended", CONFIRMED),
         ("sub-70", CONTRADICTS_ITSELF),
         ("memory-bound", CONTRADICTS_ITSELF),
-        ("dram-bound", CONTRADICTED),
+        ("dram-bound", "contradicts itself"),
         ("h100-memory-8k", CONTRADICTED),
         ("downloads", NOT_CHECKABLE),
         ("language-python", NOT_CHECKABLE),

@@ -213,7 +213,7 @@ def test_the_split_of_the_artifact_is_a_range_that_adds_up_and_says_what_it_assu
     assert experts["bytes"] + others["bytes"] == found["file_bytes"]
     assert experts["least_bytes"] + others["most_bytes"] == found["file_bytes"]
     text = " ".join(found["assumptions"])
-    assert "54.11 GB if all are IQ1_S" in text and "not all at Q8_0" in text
+    assert "54.11 GB if all are IQ1_S" in text and "less than the 8.5 bits of Q8_0" in text
     least, most = (one / GB for one in found["token_bytes"])
     assert 7.5 < least < most < 8.8
 
