@@ -165,7 +165,7 @@ def affordable(stage: Stage) -> int:
     except StageError:
         return 0  # this notebook runs alone
     speeds = [row["median"] for row in rows if row.get("phase") == "prefill"]
-    return int(stage.seconds_left * speeds[0]) if speeds and stage.seconds_left < inf else 0
+    return max(1, int(stage.seconds_left * speeds[0])) if speeds and stage.seconds_left < inf else 0
 
 
 # ---- memory, predicted beside measured ----

@@ -344,6 +344,7 @@ def measure_tasks(
         raise PromptError(f"there is no task {unknown[0]!r}", hint=f"there are: {', '.join(known)}")
     chosen = list(tasks) or list(known)
     conditions = {**model.conditions(), **writer.tasks.identity(), "model": model_id}
+    conditions["filler"] = writer.probe.identity()
     journal = Journal(Path(folder) / "long_context_tasks.jsonl", conditions, fresh=fresh)
     pace, began, spent = probe(model), time.monotonic(), 0.0
     rows: list[dict[str, Any]] = []

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = "dfqs reference record 1"
+BYTE = 6  # of the header's token types
 LEAST_ALIGNED = 0.9  # of the prompts must have the record's tokens, or nothing is said token by token
-LogProb = Annotated[float, Le(1e-3)]
+LogProb = Annotated[float, Ge(-1e4), Le(1e-3)]
 Guess = tuple[str, LogProb]  # a token's bytes in hex, and its natural log-probability
 
 
@@ -174,7 +175,7 @@ def write_record(
     key = head.model_dump(exclude={"date"}) | dict(conditions or {})
     journal = Journal(path.with_name(f".{path.name}.journal"), key)
     for name, (text, chat) in tqdm(prompts.items(), desc="prompts", leave=False):
-        if name not in journal:
+        if name not in journal or (journal[name]["prompt"], journal[name]["chat"]) != (text, chat):
             steps = [Step.model_validate(step).model_dump() for step in continue_(text, chat)]
             if steps:  # a model that ends at once predicted nothing
                 journal.add(name, prompt=text, chat=chat, steps=steps)
@@ -312,11 +313,14 @@ class Fidelity:
         """Means by stretch of the answers: ``position``, ``n``, ``same_top``, ``kl_low``, ``kl_high``."""
         import pandas as pd
 
-        stretch = pd.cut(self.tokens["position"], n_bins, precision=0)
-        groups = self.tokens.groupby(stretch, observed=True)
+        n = int(self.tokens["position"].max()) + 1
+        n_bins = min(n_bins, n)
+        groups = self.tokens.groupby(self.tokens["position"] * n_bins // n)
         table = groups[["same_top", "kl_low", "kl_high"]].mean()
         table.insert(0, "n", groups.size())
-        table.index = [f"{max(0, int(i.left) + 1)} to {int(i.right)}" for i in table.index]
+        table.index = pd.Index(
+            [f"{-(-i * n // n_bins) + 1} to {-(-(i + 1) * n // n_bins)}" for i in table.index]
+        )
         return table.rename_axis("position").reset_index()
 
 
@@ -369,12 +373,18 @@ def compare_record(model: Model, record: Record) -> Fidelity:
 
 
 def _vocabulary(model: Model) -> dict[bytes, int]:
-    """Token ids by their bytes; the first of equals, and none for control tokens, which have no bytes."""
+    """Token ids by their bytes; the first of equals, and none for control tokens, which have no bytes.
+
+    A token that stands for a byte comes after a text of the same byte: no model with both predicts it.
+    """
+    types = model.header.get("tokenizer.ggml.token_type") or []
     ids: dict[bytes, int] = {}
+    raw: dict[bytes, int] = {}
     for token in range(model.n_vocab):
         if piece := model.token_bytes(token):
-            ids.setdefault(piece, token)
-    return ids
+            is_byte = token < len(types) and types[token] == BYTE
+            (raw if is_byte else ids).setdefault(piece, token)
+    return raw | ids
 
 
 def _predictions(model: Model, prompt: Sequence[int], ids: Sequence[int]) -> Array:
@@ -398,7 +408,8 @@ def _row(step: Step, ours: Array, token: int, vocabulary: Mapping[bytes, int]) -
     seen, top = np.fromiter(known, int), np.fromiter(known.values(), float)
     rest = np.delete(ours, seen).astype(float)
     low, high = kl_bounds(top, ours[seen].astype(float), rest, float(np.exp(cap)))
-    best = set(np.argpartition(-ours, len(step.top) - 1)[: len(step.top)].tolist())
+    n_best = min(len(step.top), len(ours))
+    best = set(np.argpartition(-ours, n_best - 1)[:n_best].tolist())
     return {
         "text": bytes.fromhex(step.token).decode("utf-8", "replace"),
         "nll_reference": -step.logprob,

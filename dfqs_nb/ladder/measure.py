@@ -84,6 +84,7 @@ def part_of(item_set: ItemSet, max_items: int) -> ItemSet:
     for item in item_set.items:
         taken[item.family] += 1
         items += [item] if taken[item.family] <= each else []
+    items = items[:max_items]  # fewer than there are families
     return replace(item_set, set=f"{item_set.name}-{len(items)}", items=tuple(items))
 
 
@@ -108,7 +109,7 @@ def collected(
     """
     if given:
         return imatrix.read_imatrix(given)
-    if not settings.calibration and Path(settings.text).suffix:
+    if not settings.calibration and (Path(settings.text).suffix or Path(settings.text).is_file()):
         what = "the held-out text would also be the calibration text"
         hint = "give calibration a text of its own, or an importance matrix"
         raise LadderError(what, where=settings.text, hint=hint)

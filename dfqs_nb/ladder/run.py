@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from dfqs_nb.core import child
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import sha256_of_file, sha256_of_files
+from dfqs_nb.core.files import canonical_sha256, sha256_of_file, sha256_of_files
 from dfqs_nb.core.journal import conditions_hash, remembered
 from dfqs_nb.core.machine import available_memory, usable_cores
 from dfqs_nb.gguf.facts import bits_per_weight, class_of, types_by_bytes
@@ -175,6 +175,7 @@ class _Climber(ExitStack):
             "runtime": f"llama-cpp-python {llama_version()}",
             "sets": [chosen.identity() | {"items": len(chosen.items)} for chosen in question_sets(settings)],
             "held_out": divergence.load_text(settings.text).name,
+            "words": canonical_sha256(divergence.load_text(settings.text).documents),
             "format": FORMAT,
         }
 
@@ -208,6 +209,9 @@ class _Climber(ExitStack):
         finally:
             pool.shutdown()
         speeds = self._speeds(rungs)
+        if top not in speeds:
+            what = f"the source cannot be timed: {self.failed[top]}"
+            raise LadderError(what, where=self.source, hint="close other programs, and run it again")
         return tuple(replace(rung, speed=speeds[name]) for name, rung in rungs.items() if name in speeds)
 
     @contextmanager
@@ -335,6 +339,8 @@ class _Climber(ExitStack):
             return {"speeds": speeds, "failed": failed}
 
         facts = remembered(self.folder / "speeds.json", conditions, measure, fresh=self.fresh)
+        if facts["failed"]:  # next time may go well
+            (self.folder / "speeds.json").unlink()
         self.failed |= facts["failed"]
         speeds: dict[str, dict[str, Any]] = facts["speeds"]
         return speeds

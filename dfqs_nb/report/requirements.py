@@ -332,7 +332,7 @@ def reproducible(case: Case, routing: Any, curve: Any, scores: Any) -> tuple[str
         wrong.append(case.text("seeds", seeds=", ".join(sorted(map(str, seeds)))))
     if hottest:
         wrong.append(case.text("hot", temperature=hottest))
-    if it is None:
+    if it is None or not it.n_runs:
         wrong.append(case.text("alone"))
     elif not (it.passed and it.same_output and it.logits_equal == 1):
         answers = "equal" if it.same_output else "differ"

@@ -233,7 +233,11 @@ class Recording:
         if isinstance(plan, dict) and plan.get("key") == self.plan_key and not self.fresh:
             return plan
         self.plan = everything
-        return everything if all(map(self._known, self.runs)) else {}
+        if all(map(self._known, self.runs)):
+            return everything
+        self.traces.clear()  # of full length: the plan may shorten all
+        self.status.clear()
+        return {}
 
     def _run_process(self, group: list[Condition], progress: Callable[[int], object]) -> None:
         if group[0].settings.use_extra_bufts and has_amx():

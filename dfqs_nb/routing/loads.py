@@ -58,7 +58,11 @@ def read_texts(folder: str | Path = "") -> list[Text]:
     root = Path(folder).expanduser()
     paths = sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
     texts = [
-        Text(domain=path.parent.name if path.parent != root else path.stem, name=path.stem, text=text)
+        Text(
+            domain=path.parent.name if path.parent != root else path.stem,
+            name=path.relative_to(root).as_posix(),  # unique: a name is a cluster of the statistics
+            text=text,
+        )
         for path in paths
         if (text := path.read_text(encoding="utf-8", errors="replace")[:MAX_CHARACTERS].strip())
     ]
@@ -316,10 +320,14 @@ def _sentence(verdict: UnderLoad, beside: pd.DataFrame, n_loads: int) -> str:
             f"loads; the smallest is {verdict.changed_at[0]}."
         )
     first = "Deterministic under load" if verdict.level == "under load" else "Not deterministic alone"
+    n, missing = len(verdict.failed), ""
+    if n:
+        first = first if verdict.level == "not" else "Not shown for all loads"
+        missing = f" {n} load{'s' if n > 1 else ''} did not run ({verdict.failed[0]})."
     changed = int((beside["same_output"] == False).sum())  # noqa: E712 - None does not count
     return (
         f"{first}: with {what}, 0 of {verdict.n_choices:,} choices differ from those alone. Logits move by "
         f"up to {beside['logit_drift'].max():.2g}, and {changed} of {len(beside)} greedy answers change. "
         f"95 % upper bounds: {verdict.runs_bound:.1%} of batches (0 of {verdict.n_runs} differ), "
-        f"{verdict.texts_bound:.0%} of texts (0 of {verdict.n_texts})."
+        f"{verdict.texts_bound:.0%} of texts (0 of {verdict.n_texts}).{missing}"
     )

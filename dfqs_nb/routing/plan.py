@@ -72,6 +72,7 @@ class Condition:
             "keep_scores": self.name == "prefill" or self.kind == "weights",
             "n_prefill": tokens[0],
             "n_decode": tokens[1],
+            "n_output": len(self.load.members) * LOAD_OUTPUT if self.load else min(n_output, tokens[1]),
             "scale": 1.0,
         }
 
@@ -107,7 +108,14 @@ def conditions(
         *_other_settings(settings, half),
         *_thread_counts(settings, half, _powers_of_two(max_threads or n_threads) - {n_threads}),
         *(
-            Condition(f"weights: {name}", "weights", "prefill", settings, model=str(path), process=name)
+            Condition(
+                f"weights: {name}",
+                "weights",
+                "prefill",
+                settings,
+                model=str(path),
+                process=f"weights: {name}",
+            )
             for name, path in (others or {}).items()
         ),
     ]
@@ -206,8 +214,9 @@ class Costs:
 
     def seconds(self, run: Mapping[str, Any], scale: float = 1.0) -> float:
         """Of one run, without loading."""
-        tokens: tuple[int, int] = run["n_prefill"], run["n_decode"]
-        return scale * (tokens[0] * self.prefill_seconds + tokens[1] * self.decode_seconds)
+        output: int = run.get("n_output", 0)  # answers keep their length
+        text = run["n_prefill"] * self.prefill_seconds + (run["n_decode"] - output) * self.decode_seconds
+        return float(scale * text + output * self.decode_seconds)
 
 
 def fit(runs: Sequence[Mapping[str, Any]], costs: Costs, budget_seconds: float) -> tuple[float, list[str]]:

@@ -109,7 +109,8 @@ def _evaluate(recorded: RecordedModel, run: dict[str, Any], job: dict[str, Any])
     about = {"condition": run["name"], "key": run["key"], "scale": run["scale"]}
     if run["kind"] == "profile":
         texts = job["texts"]
-        lengths = [min(len(text["tokens"]), run["settings"]["n_ctx"]) for text in texts]
+        most = [min(len(text["tokens"]), run["settings"]["n_ctx"]) for text in texts]
+        lengths = [max(1, round(n * run["scale"])) for n in most]
         parts = [record(recorded, t["tokens"][:n], logits=False) for t, n in zip(texts, lengths, strict=True)]
         return joined(parts, **about, **_named(texts), lengths=lengths, load="alone")
     if load is None:

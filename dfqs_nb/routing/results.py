@@ -85,7 +85,7 @@ class Experiment:
     @property
     def passed(self) -> bool:
         """Whether nothing contradicts the SHALL: repetitions are equal, and no load changed a choice."""
-        return self.verdict.passed and not self.under_load.changed_at
+        return self.verdict.passed and not self.under_load.changed_at and not self.under_load.failed
 
     def judged(self) -> dict[str, Any]:
         """The verdict for the stage file: on repetitions, and on the loads, by which the SHALL is judged."""
@@ -149,7 +149,8 @@ class Experiment:
         stretches = self._stretches([round(n * i / 4) for i in range(5)])
         (early, n_early), (late, n_late) = stretches[["n_differ", "n_choices"]].iloc[[0, -1]].to_numpy(int)
         if not n_early:
-            return "not testable here", "no routed experts"
+            why = "no change of settings was tried" if self.reference.routed else "no routed experts"
+            return "not testable here", why
         seen = (
             f"{early:,} of {n_early:,} choices flip in the first quarter, {late:,} of {n_late:,} in the last,"
             f" over {n:,} tokens"

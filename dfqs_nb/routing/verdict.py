@@ -122,6 +122,8 @@ def comparison_table(
             row["status"] = status[condition.name]
             if condition.name in traces and condition.against in traces:
                 row |= _compared(traces[condition.against], traces[condition.name])
+            elif condition.name in traces:
+                row["status"] = f"not comparable: {condition.against!r} did not run"
             rows.append(row)
     about = ["condition", "kind", "against", "status", "n_runs", "n_runs_differ"]
     table = pd.DataFrame(rows, columns=[*about, *TraceDifference.__dataclass_fields__])
@@ -224,7 +226,7 @@ def stable(ranked: pd.DataFrame) -> tuple[str, str]:
     """Whether "routing stable" holds, over settings of the runtime: another quantization is another model."""
     runtime = ranked[(ranked["kind"] != "weights") & (ranked["n_choices"] > 0)]
     if not len(runtime):
-        return "not testable here", "no routed experts"
+        return "not testable here", "no routed experts, or no change of settings was tried"
     worst = runtime.iloc[0]
     share = float(runtime["share_identical"].min())
     status = "confirmed" if share >= STABLE_SHARE else "contradicted"

@@ -18,6 +18,7 @@ from itertools import islice
 FENCE = re.compile(r"(?P<mark>`{3,}|~{3,})[^`~\n]*\n")
 CODE_LINE = re.compile(r"[ \t]*(def|async def|class|from|import|@)\b|[ \t]*[A-Za-z_]\w*[ \t]*=[^=]")
 FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)  # has to stand first
+MOST_DIGITS = 1000  # of a number that is compared as one
 MOST_ENDS, MOST_TRIES = 8, 400  # closing fences of a block, and pieces of plain text, that are tried
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -38,7 +39,10 @@ def normalised(text: str) -> str:
         number = Decimal(plain)
     except InvalidOperation:
         return text.casefold()
-    return format(number.normalize() + 0, "f") if number.is_finite() else text.casefold()
+    if not number.is_finite() or abs(number.adjusted()) > MOST_DIGITS:
+        return text.casefold()
+    written = format(number, "f")  # exact: arithmetic would round to 28 digits, and overflow
+    return (written.rstrip("0").rstrip(".") if "." in written else written) if number else "0"
 
 
 def repeats(text: str) -> bool:

@@ -239,7 +239,12 @@ def _read(path: Path) -> ItemSet:
 
 
 def _head(line: bytes, path: Path) -> Head:
-    head: Head = _typed(Head, line, 1, path)
+    head: Head = _named(_typed(Head, line, 1, path), path)
+    return head
+
+
+def _named(head: Any, path: Path) -> Any:
+    """The head, if its set's name can name files."""
     fits = head.set.strip() and len(head.set.encode()) <= LONGEST_NAME
     if not fits or not all(character.isalnum() or character in "-_. " for character in head.set):
         raise _broken(

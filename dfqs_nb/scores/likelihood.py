@@ -25,7 +25,7 @@ from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Floats, Model
-from dfqs_nb.scores.item_sets import ItemSet, Text, _broken, _typed
+from dfqs_nb.scores.item_sets import ItemSet, Text, _broken, _named, _typed
 from dfqs_nb.stats import mean_interval, wilson
 
 if TYPE_CHECKING:
@@ -84,7 +84,11 @@ class ChoiceSet:
             return cls.made_of(ItemSet.load(source))
         raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
         lines = raw.split(b"\n")
-        head = _typed(Head, lines[0], 1, path)
+        head = _named(_typed(Head, lines[0], 1, path), path)
+        if any(shot.gold >= len(shot.choices) for shot in head.examples):
+            raise _broken(path, 1, "examples: gold names no choice")
+        if head.examples and head.mode == "chat":
+            raise _broken(path, 1, "examples: only the mode complete shows them")
         items: dict[str, Choices] = {}
         for number, line in enumerate(lines[1:], start=2):
             if line.strip():
@@ -245,6 +249,8 @@ def answer(
     conditions = {"prompt_set_sha256": questions.sha256, "model": model_id, **model.conditions()}
     journal = Journal(folder / f"{questions.head.set}.likelihood.jsonl", conditions, fresh=fresh)
     items = questions.items[:limit]
+    if not items:
+        raise PromptError(f"a limit of {limit} leaves no question", hint="take 1 or more")
     encoded = {item.id: encode(model, questions.head, item) for item in items if item.id not in journal}
     scorer = _Scorer(model, common_prefix([parts[0] for parts in encoded.values()]))
     for item in tqdm(items, desc=questions.head.set, leave=False):

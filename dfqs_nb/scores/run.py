@@ -8,6 +8,7 @@ sandbox that does not start) is tried again and then stops the run; it is never 
 from __future__ import annotations
 
 import hashlib
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -68,6 +69,9 @@ class Options:
             raise PromptError(f"thinking is {self.thinking!r}", hint=f"use one of {', '.join(THINKING)}")
         if self.n_samples > 1 and not self.temperature:
             raise PromptError("greedy samples are all the same", hint="give a temperature, or one sample")
+        if max(self.ks, default=1) > self.n_samples:
+            what = f"pass@{max(self.ks)} of {self.n_samples} samples"
+            raise PromptError(what, hint="take as many samples")
 
     @property
     def sampling(self) -> Sampling:
@@ -349,6 +353,7 @@ def _judge(
     """Run the candidates that have no verdict yet, and put grade and reason into the rows."""
     driver = hashlib.sha256(DRIVER.encode()).hexdigest()[:16]
     conditions = {"sandbox": sandbox.level, "limits": asdict(LIMITS), "driver": driver}
+    conditions["python"] = platform.python_version()
     journal = Journal(path, conditions, fresh=options.fresh, whole=lambda row: holds(row, VERDICT))
     todo = {one.key: one for one in candidates if isinstance(one, Candidate) and one.key not in journal}
     with tqdm(total=len(todo), desc="tests", disable=not options.progress or not todo) as bar:

@@ -163,3 +163,38 @@ def test_a_record_without_a_fitting_prompt_is_refused(original, record):
 def test_the_head_says_what_was_recorded(record):
     head = json.loads(record.read_text(encoding="utf-8").splitlines()[0])
     assert head["record"] == fidelity.FORMAT and head["top_k"] == 20 and head["source"] == "F16"
+
+
+def test_a_byte_token_stands_behind_the_token_of_the_same_text(original, monkeypatch):
+    """SentencePiece has a token for each byte beside the real ones, and before them."""
+    monkeypatch.setattr(type(original), "n_vocab", 3)
+    monkeypatch.setattr(original, "token_bytes", lambda token: [b".", b".", b"a"][token])
+    header = {"tokenizer.ggml.token_type": [fidelity.BYTE, 1, 1]}
+    monkeypatch.setattr(original, "header", header)
+    assert fidelity._vocabulary(original) == {b".": 1, b"a": 2}
+
+
+def test_a_resumed_record_asks_a_changed_prompt_again(original, tmp_path):
+    path, asked = tmp_path / "record.jsonl", []
+
+    def go_on(text, chat):
+        asked.append(text)
+        if text == "stop":
+            raise KeyboardInterrupt
+        return fidelity.continuation(original, text, chat, 2, 5)
+
+    for first in ("The clock on the wall", "He closed the window and sat"):
+        with pytest.raises(KeyboardInterrupt):
+            prompts = {"1": (first, False), "2": ("stop", False)}
+            fidelity.write_record(path, prompts, go_on, source="F16", top_k=5)
+    assert asked == ["The clock on the wall", "stop", "He closed the window and sat", "stop"]
+
+
+def test_positions_are_counted_from_one_in_equal_stretches():
+    import pandas as pd
+
+    tokens = pd.DataFrame({"position": range(16), "same_top": 1.0, "kl_low": 0.0, "kl_high": 0.0})
+    head = fidelity.Head(record="dfqs reference record 1", source="x", top_k=1)
+    table = fidelity.Fidelity(head, tokens, pd.DataFrame()).by_position()
+    assert table["position"].tolist() == ["1 to 4", "5 to 8", "9 to 12", "13 to 16"]
+    assert table["n"].tolist() == [4, 4, 4, 4]

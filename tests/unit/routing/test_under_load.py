@@ -165,7 +165,10 @@ def test_the_texts_are_enough_and_of_enough_domains(tmp_path):
     for domain in ("law", "poems"):
         (tmp_path / domain).mkdir()
         (tmp_path / domain / "one.txt").write_text(f"a text about {domain}", encoding="utf-8")
-    assert [(text.domain, text.name) for text in read_texts(tmp_path)] == [("law", "one"), ("poems", "one")]
+    assert [(text.domain, text.name) for text in read_texts(tmp_path)] == [
+        ("law", "law/one.txt"),
+        ("poems", "poems/one.txt"),
+    ]
     with pytest.raises(DfqsError, match="0 texts, at least 2 are needed"):
         read_texts(tmp_path / "nowhere")
 

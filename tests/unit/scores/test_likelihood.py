@@ -139,3 +139,21 @@ def test_what_cannot_be_asked_is_refused(model, own, tmp_path):
     long = ChoiceSet.load(own(HEAD, [{**ITEMS[0], "query": "The sky is blue. " * 300}]))
     with pytest.raises(ContextFullError):
         likelihood.answer(model, long, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({**HEAD, "set": "../../esc"}, "line 1: set"),
+        ({**HEAD, "examples": [{**HEAD["examples"][0], "gold": 9}]}, "examples: gold names no choice"),
+        ({**HEAD, "mode": "chat"}, "only the mode complete shows them"),
+    ],
+)
+def test_a_head_that_means_nothing_is_refused(own, head, message):
+    with pytest.raises(PromptError, match=message):
+        ChoiceSet.load(own(head))
+
+
+def test_a_limit_that_leaves_nothing_is_refused(model, own, tmp_path):
+    with pytest.raises(PromptError, match="leaves no question"):
+        likelihood.answer(model, ChoiceSet.load(own()), tmp_path, limit=0)

@@ -584,3 +584,11 @@ def test_every_shipped_file_is_in_the_list_and_what_others_wrote_has_its_licence
         text = (PROMPTS / "licences" / f"{name}.txt").read_text(encoding="utf-8")
         assert title in text[:200] and f"licences/{name}.txt" in listed
         assert "Copyright (c)" in text or "TERMS AND CONDITIONS" in text
+
+
+def test_numbers_of_any_size_are_graded_exactly():
+    """`decimal` rounds to 28 digits, and overflows; an answer may do neither."""
+    assert scoring.grade("1e9999999", "eos", "1", "last line")[0] == "wrong"
+    assert scoring.grade("1" * 30 + "2", "eos", "1" * 30 + "3", "last line")[0] == "wrong"
+    assert scoring.grade("12.50", "eos", "12.5", "last line")[0] == "correct"
+    assert scoring.grade("-0.0", "eos", "0", "last line")[0] == "correct"
