@@ -306,5 +306,5 @@ def is_merged(stage: Path) -> bool:
     """Whether notebook 01 left its stage file, and the model that it hands on is where it was."""
     try:
         return Path(json.loads(stage.read_text(encoding="utf-8"))["model"]["path"]).is_file()
-    except FileNotFoundError:
+    except (OSError, ValueError, LookupError, TypeError):
         return False

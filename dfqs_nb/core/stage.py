@@ -57,6 +57,9 @@ class Stage:
     """
 
     def __init__(self, run_name: str | Path, name: str, budget_minutes: float = 0.0) -> None:
+        if budget_minutes < 0:
+            hint = "give budget_minutes=0 for no limit, or more"
+            raise StageError(f"the parameter budget_minutes is {budget_minutes:g}", hint=hint)
         self.budget_seconds, self.left_out = 60 * budget_minutes or math.inf, list[str]()
         self._started = time.monotonic()
         self.name, self.folder = name, run_name if isinstance(run_name, Path) else run_dir(run_name)

@@ -12,7 +12,7 @@ from typing import Any
 from dfqs_nb.core.display import quoted, tqdm
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf.header import GGUFHeader, Tensor
-from dfqs_nb.gguf.remote import Outline
+from dfqs_nb.gguf.remote import Outline, shown
 
 SHOWN = 60  # characters of a value
 CHUNK = 8 << 20
@@ -66,6 +66,7 @@ def compare(a: Outline, b: Outline, *, data: bool = False) -> Difference:
     }
     n_compared = None
     if data:
+        _refuse_glued(a, b)  # before hours of reading the other one
         alike = {name for name in both if _kind(left[name]) == _kind(right[name])}
         with ThreadPoolExecutor(2) as pool:
             hashes = list(pool.map(lambda side: _hashes(side, alike), (a, b)))
@@ -97,13 +98,19 @@ def _shown(header: GGUFHeader, name: str) -> str:
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
 
 
+def _refuse_glued(*both: Outline) -> None:
+    for model in both:
+        if model.glued:
+            hint = f"first: `dfqs-nb repair {quoted(model.model)} --in-place`"
+            if model.fetched_bytes is not None:
+                hint = "download it first, and repair it with `dfqs-nb repair FILE --in-place`"
+            raise DfqsError("the bytes of glued shards are not compared", where=shown(model.model), hint=hint)
+
+
 def _hashes(model: Outline, names: set[str]) -> dict[str, str]:
     """XXH64 of tensors, shard by shard, each read in the order of its file."""
     import xxhash
 
-    if model.glued:
-        hint = f"first: `dfqs-nb repair {quoted(model.model)} --in-place`"
-        raise DfqsError("the bytes of glued shards are not compared", where=model.model, hint=hint)
     digests = {}
     with ExitStack() as stack:
         for header in model.shards.headers:

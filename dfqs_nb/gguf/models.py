@@ -167,7 +167,9 @@ def siblings(file: str) -> list[str]:
     match = SHARD_NAME.fullmatch(file)
     if match is None or not 1 <= int(match["number"]) <= (count := int(match["count"])):
         return [file]
-    return [shard_path(match["prefix"], number, count).as_posix() for number in range(1, count + 1)]
+    names = [shard_path(match["prefix"], number, count).as_posix() for number in range(1, count + 1)]
+    names[int(match["number"]) - 1] = file  # as it was given: `.GGUF`, or a doubled slash
+    return names
 
 
 def check_sizes(paths: Sequence[Path], model: Model) -> None:

@@ -98,7 +98,7 @@ class Placement:
             return ("-ngl", "0")
         every = self.n_gpu_layers > self.n_layers
         first = self.n_layers + 1 - self.n_gpu_layers
-        flags = ["-ngl", str(ALL_LAYERS if every else self.n_gpu_layers)]
+        flags = ["-ngl", str(max(ALL_LAYERS, self.n_gpu_layers) if every else self.n_gpu_layers)]
         if len(self.counts) > 1:
             flags += ["-ts", ",".join(map(str, self.counts))]
         if not self.in_ram:
@@ -184,7 +184,8 @@ class Model:
     def caches(self, n_ctx: int, **types: Any) -> list[int]:
         """Bytes of cache of each layer; none for the output."""
         layers = [sum(parts.values()) for parts in cache_by_layer(self.header, n_ctx, **types)]
-        return [*layers[: self.n_layers], *[0] * (self.n_layers + 1 - len(layers))]
+        layers = layers[: self.n_layers]
+        return [*layers, *[0] * (self.n_layers + 1 - len(layers))]
 
     def device(
         self,
@@ -290,7 +291,7 @@ def largest_context(model: Model, ram_bytes: int, vram_bytes: Sequence[int] = ()
 
     low, high = 0, max(1, (model.n_context or 1 << 20) // 256)
     if same(high * 256):
-        return high * 256
+        return min(high * 256, model.n_context or high * 256)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if same(middle * 256) else (low, middle)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -20,18 +21,20 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from dfqs_nb.core.errors import DfqsError, HeaderError, OutputError, RegistryError
 from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import MAGIC, GGUFHeader, padded, read_header
-from dfqs_nb.gguf.shards import ShardSet, check_set, open_shards, shard_path
+from dfqs_nb.gguf.shards import SHARD_NAME, ShardSet, check_set, open_shards, shard_path
 
 FIRST_BYTES, NEXT_BYTES = (
     1 << 20,
     1 << 18,
 )  # of one request, at the least: where the first header is; elsewhere
-MOST_BYTES = 64 << 20  # of headers in one file; real ones stay under 50 MB
+MOST_BYTES = 128 << 20  # of headers in one file; real ones stay under 50 MB, and the reader doubles
 SMALL_BYTES = 1 << 20  # a whole answer of up to this size is taken, such as a page that says "not found"
 STREAM_BYTES = 64 << 20  # of one request for data
 AT_ONCE = 8
 TIMEOUT_SECONDS, TRIES = 20.0, 3
-RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+SLOWEST = 50_000  # bytes a second of an answer as a whole; slower, and it is given up
+RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
+LONGEST_NAME = 255  # bytes
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ class Place:
     name: str
     url: str
     hub: models.HubFile | None = None
+
+    @property
+    def shown(self) -> str:
+        """The address without what may be a secret."""
+        return shown(self.address)
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,17 @@ def is_address(model: str | Path) -> bool:
     return isinstance(model, str) and re.match(r"(hf|https?)://", model) is not None
 
 
+def shown(address: str) -> str:
+    """An address without what may be a secret: user, password, query and fragment.
+
+    >>> shown("https://me:word@x.org/c.gguf?token=1"), shown("hf://a/b/c.gguf@v1"), shown("my?#.gguf")
+    ('https://***@x.org/c.gguf?***', 'hf://a/b/c.gguf@v1', 'my?#.gguf')
+    """
+    if not is_address(address):
+        return address
+    return re.sub(r"([?#]).*", r"\1***", re.sub("(?<=://)[^/]*@", "***@", address))
+
+
 @contextmanager
 def outline(model: str | Path) -> Iterator[Outline]:
     """The headers of a model that is here or not: a path, a registered name, or an address.
@@ -114,11 +133,14 @@ def outline(model: str | Path) -> Iterator[Outline]:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dfqs-headers-"))
         try:
             shards, glued = _all_shards(path, folder)
+            yield Outline(str(model), shards, glued, fetched, places)
         except DfqsError as error:
-            if fetched is None:
+            copies = [folder, *([] if fetched is None else [path.parent])]
+            known = error.where
+            if known is None or not any(Path(known).is_relative_to(copy) for copy in copies):
                 raise
-            raise type(error)(error.what, where=str(model), hint=error.hint) from None  # not the copy's name
-        yield Outline(str(model), shards, glued, fetched, places)
+            where = shown(str(model))  # not the copy's name
+            raise type(error)(error.what, where=where, hint=error.hint) from None
 
 
 def _all_shards(path: Path, folder: str) -> tuple[ShardSet, bool]:
@@ -166,7 +188,7 @@ def headers_of(address: str) -> Iterator[Copy]:
     wanted = next(place for place in places if place.address == address)
     with tempfile.TemporaryDirectory(prefix="dfqs-headers-") as folder, ThreadPoolExecutor(AT_ONCE) as pool:
         path, fetched = _copied(wanted, Path(folder), FIRST_BYTES)
-        others = [place for place in places if place is not wanted]
+        others = [place for place in places if place is not wanted] if _is_shard(path) else []
         fetched += sum(pool.map(lambda place: _if_there(place, Path(folder)), others))
         yield Copy(path, fetched, {Path(folder) / place.name: place for place in places})
 
@@ -191,10 +213,10 @@ def places_of(address: str) -> list[Place]:
         return places
     scheme, host, path, query, _ = urlsplit(address)
     folder, own = unquote(path).rpartition("/")[::2]
-    urls = {
-        name: urlunsplit((scheme, host, quote(f"{folder}/{name}"), query, ""))
-        for name in models.siblings(own)
-    }
+    if len(own.encode()) > LONGEST_NAME or "\0" in own or own in (".", ".."):
+        raise RegistryError("its name is none that a file can have", where=address, hint="check the address")
+    names = models.siblings(own)
+    urls = {name: urlunsplit((scheme, host, quote(f"{folder}/{name}"), query, "")) for name in names}
     return [Place(address if name == own else url, name or "index", url) for name, url in urls.items()]
 
 
@@ -222,6 +244,16 @@ def headers_inside(path: str | Path) -> list[GGUFHeader]:
     return headers
 
 
+def _is_shard(path: Path) -> bool:
+    """Whether a copy's header, too, calls it one of as many shards as its name does."""
+    match = SHARD_NAME.fullmatch(path.name)
+    try:
+        header, count = read_header(path), int(match["count"]) if match else 1
+        return "split.no" in header and header.count("split.count", count) == count
+    except DfqsError:
+        return False
+
+
 def _if_there(place: Place, folder: Path) -> int:
     """Copy one more shard; the bytes that came. The shards' cross-check names one that is missing."""
     try:
@@ -241,9 +273,9 @@ def _copied(place: Place, folder: Path, block: int) -> tuple[Path, int]:
         while start is not None:
             try:
                 header = read_header(path, start, file=remote)
-            except HeaderError as error:
-                if remote.fetched_bytes >= MOST_BYTES:
-                    raise HeaderError(error.what, where=place.address, hint=error.hint) from None
+            except HeaderError:
+                if remote.is_too_long:
+                    raise
                 break  # whoever reads the copy meets the same bytes, and says what is wrong
             start = _next_start(header, remote)
     return path, remote.fetched_bytes
@@ -253,10 +285,12 @@ def _next_start(header: GGUFHeader, file: Any) -> int | None:
     """Where another header follows this one's data, with or without padding; None at the end."""
     end = header.data_offset + max((t.offset + t.nbytes for t in header.tensors), default=0)
     full = header.start + padded(end - header.start, header.alignment)
-    file.seek(end)
-    following = file.read(full - end + len(MAGIC)) or b""
-    at = next((at for at in (0, full - end) if following[at : at + len(MAGIC)] == MAGIC), None)
-    return None if at is None else end + at
+    for at in dict.fromkeys((end, full)):
+        if at < header.file_size:  # a hostile offset is no place to seek
+            file.seek(at)
+            if file.read(len(MAGIC)) == MAGIC:
+                return at
+    return None
 
 
 class RemoteFile(io.RawIOBase):
@@ -269,6 +303,7 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, place: Place, copy: BinaryIO, block: int) -> None:
         self.place, self.copy, self.block = place, copy, block
         self.position = self.fetched_bytes = self.size = 0
+        self.is_too_long = False
         self.window = (0, 0)
         self._fetch(0, block)
 
@@ -297,13 +332,14 @@ class RemoteFile(io.RawIOBase):
         return taken
 
     def _fetch(self, start: int, end: int) -> None:
-        if self.fetched_bytes >= MOST_BYTES:
+        if self.fetched_bytes + end - start > MOST_BYTES:
+            self.is_too_long = True
             what = f"its headers take more than {MOST_BYTES:,} bytes"
-            raise HeaderError(what, where=self.place.address, hint="no real model's do: check the address")
+            raise HeaderError(what, where=self.place.shown, hint="no real model's do: check the address")
         data, size = fetch(self.place, start, end)
         if self.size not in (0, size):
             hint = "try again when it is at rest"
-            raise RegistryError("the file changed while it was read", where=self.place.address, hint=hint)
+            raise RegistryError("the file changed while it was read", where=self.place.shown, hint=hint)
         if not self.size:
             self._grow(size)
         self.copy.seek(start)
@@ -363,7 +399,7 @@ def fetch(place: Place, start: int, end: int) -> tuple[bytes, int]:
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError, httpx2.InvalidURL) as error:
         raise _refusal(error, place) from error
     if len(data) < min(end, size) - start:
-        raise RegistryError("the server sends no more", where=place.address, hint="try again")
+        raise RegistryError("the server sends no more", where=place.shown, hint="try again")
     return data, size
 
 
@@ -375,13 +411,18 @@ def _fetch_once(place: Place, start: int, end: int) -> tuple[bytes, int]:
     options: dict[str, Any] = {"headers": headers, "timeout": TIMEOUT_SECONDS}
     with _http.get_session().stream("GET", place.url, **options) as answer:
         if answer.status_code >= 400:
-            answer.read()
-            _http.hf_raise_for_status(answer)
-        size, data = _size_told(answer, start, place.address), bytearray()
+            if place.hub:
+                answer.read()  # its message is the hub's own
+                _http.hf_raise_for_status(answer)
+            answer.raise_for_status()
+        size, data = _size_told(answer, start, place.shown), bytearray()
+        latest = time.monotonic() + TIMEOUT_SECONDS + (end - start) / SLOWEST
         for chunk in answer.iter_raw():
             data += chunk
             if len(data) >= end - start:
                 break
+            if time.monotonic() > latest:
+                raise RegistryError("the server sends too slowly", where=place.shown, hint="try again")
     return bytes(data[: end - start]), size
 
 
@@ -393,11 +434,11 @@ def _refusal(error: Exception, place: Place) -> DfqsError:
     if place.hub and status:
         return models.explained(error, place.hub)
     if status:
-        return RegistryError(f"the server answers {status}", where=place.address, hint="check the address")
+        return RegistryError(f"the server answers {status}", where=place.shown, hint="check the address")
     if isinstance(error, OfflineModeIsEnabled):
-        return RegistryError("offline, and not here", where=place.address, hint="unset HF_HUB_OFFLINE")
+        return RegistryError("offline, and not here", where=place.shown, hint="unset HF_HUB_OFFLINE")
     hint = "check the address, the network and any proxy"
-    return RegistryError(f"cannot be reached ({error})", where=place.address, hint=hint)
+    return RegistryError(f"cannot be reached ({error})", where=place.shown, hint=hint)
 
 
 def _size_told(answer: Any, start: int, address: str) -> int:

@@ -87,6 +87,8 @@ def write_specimen(
         raise DfqsError(what, hint="give --layers from 4 on: the first layers are of other kinds")
     if output.exists():
         raise OutputError("exists already", where=tilde(output), hint="give another name, or delete it")
+    if not output.absolute().parent.is_dir():
+        raise OutputError("there is no such folder", where=tilde(output.parent), hint="make it first")
     rows = list(_rows(facts, shape))
     need, free = sum(row.nbytes for row in rows), shutil.disk_usage(output.absolute().parent).free
     if free - need < SPARE_BYTES:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfqs_nb.core.display import tqdm
-from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.model import Model, open_model
 from dfqs_nb.llama.settings import OpenSettings, llama_version
@@ -101,11 +101,16 @@ class Bench:
             own = [at for at, case in enumerate(self.cases) if case.name == name and at in self.seconds]
             if len(own) < 2:
                 continue
-            first, best = own[0], min(own, key=lambda at: median(self.seconds[at]))
-            ratios = [a / b for a, b in zip(self.seconds[first], self.seconds[best], strict=True)]
-            if best == first or min(ratios) <= 1:
+            first = own[0]
+            gains = {
+                at: [a / b for a, b in zip(self.seconds[first], self.seconds[at], strict=True)] for at in own
+            }
+            faster = [at for at in own if min(gains[at]) > 1]
+            if not faster:
                 lines.append(f"{name}: no setting is faster than the first in every round")
                 continue
+            best = min(faster, key=lambda at: median(self.seconds[at]))
+            ratios = gains[best]
             before, after = (self.cases[at].settings.as_dict() for at in (first, best))
             changed = ", ".join(f"{key}={after[key]}" for key in PARAMETERS if after[key] != before[key])
             spread = f"{min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds"
@@ -127,6 +132,8 @@ def grid(
     Raises:
         ModelError: a value that no setting can have.
     """
+    if min(depths, default=0) < 0 or not (n_prompt or n_gen):
+        raise ModelError("there is nothing to time", hint="give a depth of 0 or more, and --prompt or --gen")
     cases = []
     for values in itertools.product(*axes.values()):
         fields = dict(zip(axes, values, strict=True))

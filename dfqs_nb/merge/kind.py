@@ -263,8 +263,10 @@ def _walk(path: Path) -> _Walk:
             bare, full = ends(headers[-1])
             end, more = full if size >= full else bare, False
             for place in (full, bare):  # where both have a magic, the nearer one counts
+                if place >= size:  # a hostile offset is no place to seek
+                    continue
                 file.seek(place)
-                if place < size and file.read(4) == MAGIC:
+                if file.read(4) == MAGIC:
                     end, more = place, True
             if not more or len(headers) == MAX_PARTS or _misplaced(headers[-1]):
                 return _Walk(tuple(headers), end, size, error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from dfqs_nb.serve.client import Answer, Endpoint
 from dfqs_nb.serve.wire import EndpointError
@@ -16,7 +16,7 @@ class Guess(BaseModel):
     """A token in the protocol's words; ``bytes`` is missing where a server does not tell them."""
 
     token: str = ""
-    logprob: float
+    logprob: FiniteFloat  # NaN and infinity are no JSON: no record could be read again
     bytes: list[int] | None = None
     top_logprobs: list[Guess] = Field(default_factory=list)
 

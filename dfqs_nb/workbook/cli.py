@@ -90,7 +90,7 @@ def run(
         str, typer.Option(help="nano or standard. Default: nano for the reference model, else standard.")
     ] = "",
     budget_minutes: Annotated[
-        float, typer.Option(help="For the whole run; long measurements are shortened to fit.")
+        float, typer.Option(min=1, help="For the whole run; long measurements are shortened to fit.")
     ] = 60.0,
     parameter: Annotated[
         list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="Any parameter.")

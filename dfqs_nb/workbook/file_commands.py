@@ -51,7 +51,7 @@ def _inspect(path: str, llama_cpp: bool) -> bool:
             copy = stack.enter_context(remote.headers_of(path))
             local = copy.path
         diagnosis = diagnose(local, allow_holes=far)
-        say(f"{path}: {diagnosis.kind}\n  {diagnosis.finding}")
+        say(f"{remote.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
         if diagnosis.next_step and far:
             say(f"  -> after the download: {diagnosis.next_step.replace(f'{local.parent}/', '')}")
         elif diagnosis.next_step:
@@ -70,20 +70,20 @@ def _inspect(path: str, llama_cpp: bool) -> bool:
 
 def _outlook(path: Path) -> dict[str, Any]:
     """Whether llama.cpp knows the model of these headers, glued or not, and what it needs of this machine."""
-    from dfqs_nb.core.errors import ShardError, SpaceError
+    from dfqs_nb.core.errors import HeaderError, ShardError, SpaceError
     from dfqs_nb.gguf import memory, remote
     from dfqs_nb.llama.check import loader_verdict
 
     try:
         with remote.outline(path) as model:
             verdict = loader_verdict(model.path).explain(model.shards.as_one)
-            needs = memory.estimate(model.shards.headers, OUTLOOK_N_CTX)
+            try:
+                needs = memory.estimate(model.shards.headers, OUTLOOK_N_CTX)
+                fits = memory.check_fits(needs) or "fits, weights and all"
+            except (HeaderError, SpaceError) as error:
+                fits = error.what
     except ShardError as error:
         return {"the whole set": error.what}
-    try:
-        fits = memory.check_fits(needs) or "fits, weights and all"
-    except SpaceError as error:
-        fits = error.what
     return {
         "llama.cpp": f"{verdict}{', once it is repaired' if model.glued else ''}",
         f"memory, {OUTLOOK_N_CTX:,} tokens": fits,

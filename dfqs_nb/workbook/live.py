@@ -42,12 +42,15 @@ class Live:
         self.drawn = 0
 
     def __enter__(self) -> Live:
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
         if self.stream is not None:
-            threading.Thread(target=self._watch, daemon=True).start()
+            self.watcher.start()
         return self
 
     def __exit__(self, *_exc: object) -> None:
         self.done.set()
+        if self.stream is not None:
+            self.watcher.join(5)  # else it may draw once more
         self._erase()
 
     def cell(self, titles: Sequence[str], index: int) -> None:
@@ -110,7 +113,7 @@ def cell_seconds(path: Path) -> list[float]:
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         seconds = [cell["metadata"]["papermill"]["duration"] for cell in cells]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError):
         return []
     return [] if None in seconds else seconds
 

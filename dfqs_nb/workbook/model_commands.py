@@ -44,7 +44,9 @@ def routing(
     tokens: Annotated[int, typer.Option(help="Length of the text.")] = 384,
     other: Annotated[str, typer.Option(metavar="MODEL", help="Another quantization to compare with.")] = "",
     texts: Annotated[str, typer.Option(metavar="FOLDER", help="Your texts, a subfolder a domain.")] = "",
-    budget_minutes: Annotated[float, typer.Option(help="Shorten and leave out runs. 0: no bound.")] = 0.0,
+    budget_minutes: Annotated[
+        float, typer.Option(min=0, help="Shorten and leave out runs. 0: no bound.")
+    ] = 0.0,
     export: Annotated[str, typer.Option(metavar="FILE.csv", help="Write the traces as a table.")] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Record again what an earlier run left.")] = False,
 ) -> None:
@@ -212,7 +214,9 @@ def tasks(
     ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens, with commas.")] = "512,1024,2048,4096",
     texts: Annotated[int, typer.Option(min=1, help="Texts of a task at a length.")] = 12,
-    budget_minutes: Annotated[float, typer.Option(help="What does not fit is left out, and named.")] = 30.0,
+    budget_minutes: Annotated[
+        float, typer.Option(min=0, help="What does not fit is left out, and named.")
+    ] = 30.0,
     run: Annotated[str, typer.Option(help="The folder under outputs/. Default: from the model.")] = "",
     threads: Annotated[int, typer.Option(help="0: as suits the model.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ask again what an earlier run asked.")] = False,
@@ -229,6 +233,8 @@ def tasks(
     from dfqs_nb.workbook.run import default_run_name
 
     sizes = sorted(_numbers(lengths, "--lengths"))
+    if sizes[0] < 1:
+        raise DfqsError(f"--lengths has {sizes[0]}", hint="give lengths of 1 or more")
     folder = run_dir(run or default_run_name(model)) / "long_context"
     folder.mkdir(parents=True, exist_ok=True)
     settings = llama.OpenSettings.of(model, n_ctx=sizes[-1], n_threads=threads)
@@ -263,7 +269,7 @@ def bench(
     batch: Annotated[str, typer.Option(help="n_batch.")] = "512",
     ubatch: Annotated[str, typer.Option(help="n_ubatch.")] = "512",
     cache_type: Annotated[str, typer.Option(help="Of keys and values, as f16,q8_0.")] = "f16",
-    flash_attn: Annotated[str, typer.Option(help="0, 1, or both.")] = "0",
+    flash_attn: Annotated[str, typer.Option(help="0, 1, or 0,1.")] = "0",
     gpu_layers: Annotated[str, typer.Option(help="Layers on the GPU; -1: all.")] = "0",
     prompt: Annotated[int, typer.Option(min=0, help="Tokens of prefill to time; 0: none.")] = 512,
     gen: Annotated[int, typer.Option(min=0, help="Tokens of decode to time; 0: none.")] = 128,
@@ -297,11 +303,11 @@ def bench(
         "n_gpu_layers": _numbers(gpu_layers, "--gpu-layers"),
     }
     cases = benches.grid(OpenSettings(), axes, prompt, gen, _numbers(depth, "--depth"))
-    say(f"{len(cases)} tests, up to {rounds} rounds, at most about {budget_minutes:g} minutes")
+    say(f"{len(cases)} tests: one round, then up to {rounds - 1} more within {budget_minutes:g} minutes")
     with watched_load() as load:
         result = benches.run(model, cases, rounds, budget_minutes)
     table = result.table()
-    shown = ["n_threads", "n_ubatch", "type_k", "flash_attn", "n_gpu_layers"]
+    shown = ["n_threads", "n_batch", "n_ubatch", "type_k", "flash_attn", "n_gpu_layers"]
     varied = [name for name in shown if table[name].nunique() > 1] or ["n_threads"]
     text = table.assign(test=[case.name for at, case in enumerate(result.cases) if at in result.seconds])
     say(text[[*varied, "test", "avg_ts", "stddev_ts"]].to_string(index=False, float_format="{:.1f}".format))

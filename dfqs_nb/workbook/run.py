@@ -230,7 +230,7 @@ def run_workbook(
         if why:
             done.append(NotebookRun(path.stem, 0.0, folder / path.name, why))
         else:
-            live = Live(path, folder / path.name, budget if "budget_minutes" in names else 0.0, watch)
+            live = Live(path, folder / path.name, chosen.get("budget_minutes", 0.0), watch)
             done.append(_executed(path, folder / path.name, chosen, live))
         finished(done[-1])
     verdict = _renewed_report(folder)

@@ -22,9 +22,13 @@ def plan(
     ram: Annotated[str, typer.Option(metavar="64GB", help="Memory. Default: what is free here.")] = "",
     vram: Annotated[str, typer.Option(metavar="24GB,24GB", help="Of each graphics card.")] = "",
     context: Annotated[int, typer.Option(metavar="TOKENS", help="Of context.")] = 8192,
-    ram_gbs: Annotated[float, typer.Option(metavar="GB/S", help="Of memory. 0: measured here.")] = 0.0,
-    gpu_gbs: Annotated[float, typer.Option(metavar="GB/S", help="Of a card's memory. 0: unknown.")] = 0.0,
-    disk_gbs: Annotated[float, typer.Option(metavar="GB/S", help="Of the disk. 0: measured here.")] = 0.0,
+    ram_gbs: Annotated[float, typer.Option(min=0, metavar="GB/S", help="Of memory. 0: measured here.")] = 0.0,
+    gpu_gbs: Annotated[
+        float, typer.Option(min=0, metavar="GB/S", help="Of a card's memory. 0: unknown.")
+    ] = 0.0,
+    disk_gbs: Annotated[
+        float, typer.Option(min=0, metavar="GB/S", help="Of the disk. 0: measured here.")
+    ] = 0.0,
 ) -> None:
     """Say where a model's tensors and cache would lie, with which llama-server command, and how fast at most.
 
@@ -42,13 +46,15 @@ def plan(
         shape = placement.Model(known.shards.headers)
         if shape.n_context and context > shape.n_context:
             what = f"a context of {context:,} tokens; the model was made for {shape.n_context:,}"
-            raise DfqsError(what, where=model, hint=f"give --context {shape.n_context} or less")
-        say(f"{model}: {size(known.shards.nbytes)}, {known.shards.as_one.architecture}")
+            raise DfqsError(what, where=remote.shown(model), hint=f"give --context {shape.n_context} or less")
+        say(f"{remote.shown(model)}: {size(known.shards.nbytes)}, {known.shards.as_one.architecture}")
         compute = _runtime_rows(known, context)
         local = known.path if known.fetched_bytes is None and not known.glued else None
         placed = placement.place(shape, context, memory, cards, compute_bytes=compute)
         speeds = _speeds(placed, local, {RAM: ram_gbs, GPU: gpu_gbs, DISK: disk_gbs})
         name = known.path.name if is_far(known) else tilde(known.path)
+        if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
+            name = remote.places_of(model)[0].name if known.fetched_bytes is not None else model
         say(f"\n{placement.table(placed).to_string()}\n")
         for line in _advice(shape, placed, memory, cards, speeds, compute):
             say(line)
@@ -70,7 +76,8 @@ def _runtime_rows(known: Any, n_ctx: int) -> int | None:
     from dfqs_nb.llama.check import loader_verdict, plan_memory
 
     if known.glued:
-        say("  its shards are glued together: after the download, dfqs-nb repair makes one model of them")
+        when = "" if known.fetched_bytes is None else "after the download, "
+        say(f"  its shards are glued together: {when}dfqs-nb repair makes one model of them")
     if known.fetched_bytes is not None:
         say(f"  read over the network: {known.fetched_bytes:,} bytes of headers")
     verdict = loader_verdict(known.path)
@@ -140,7 +147,7 @@ def diff(
     data: Annotated[
         bool, typer.Option("--data", help="Also compare the tensors' bytes; remote ones are read for that.")
     ] = False,
-    most: Annotated[int, typer.Option(help="Lines of each kind of difference.")] = 20,
+    most: Annotated[int, typer.Option(min=0, help="Lines of each kind of difference.")] = 20,
 ) -> None:
     """Compare two models: metadata keys, tensors, types, shapes, and with --data their bytes.
 
