@@ -135,7 +135,7 @@ def outline(model: str | Path) -> Iterator[Outline]:
             shards, glued = _all_shards(path, folder)
             yield Outline(str(model), shards, glued, fetched, places)
         except DfqsError as error:
-            copies = [folder, *([] if fetched is None else [path.parent])]
+            copies: list[str | Path] = [folder, *([] if fetched is None else [path.parent])]
             known = error.where
             if known is None or not any(Path(known).is_relative_to(copy) for copy in copies):
                 raise

@@ -147,3 +147,8 @@ def test_a_page_instead_of_a_file_is_diagnosed(server, tmp_path):
     where = f"{server.endpoint}/someone/page/resolve/main/page.gguf"
     with remote.headers_of(where) as copy:
         assert "page" in str(diagnose(copy.path, allow_holes=True).finding)
+
+
+def test_secrets_of_an_address_are_not_shown():
+    assert remote.shown("https://user:word@a.org/m.gguf?token=s#f") == "https://***@a.org/m.gguf?***"
+    assert remote.shown("m.gguf?x") == "m.gguf?x"

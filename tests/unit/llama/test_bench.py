@@ -9,7 +9,7 @@ import subprocess
 import llama_cpp_tools
 import pytest
 
-from dfqs_nb.core.errors import HeaderError
+from dfqs_nb.core.errors import HeaderError, ModelError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama import bench
 from dfqs_nb.llama.bench import Bench, Case, grid
@@ -94,3 +94,16 @@ def test_columns_are_those_of_llama_bench():
     assert set(row.index) - set(theirs) == {"joules_per_token"}
     assert int(theirs["model_n_params"]) == row["model_n_params"]
     assert (theirs["n_prompt"], theirs["n_batch"] != "") == (str(row["n_prompt"]), True)
+
+
+@pytest.mark.parametrize(("n_prompt", "n_gen", "depths"), [(64, 0, [-60, 0]), (0, 0, [0])])
+def test_nothing_to_time_is_refused(n_prompt, n_gen, depths):
+    with pytest.raises(ModelError, match="nothing to time"):
+        grid(BASE, {}, n_prompt, n_gen, depths)
+
+
+def test_the_fastest_is_sought_among_those_that_won_every_round():
+    cases = [Case(OpenSettings(n_threads=n), 0, 8, 0) for n in (1, 2, 3)]
+    seconds = {0: [10.0, 10.0, 10.0], 1: [8.0, 8.0, 8.0], 2: [7.0, 7.0, 11.0]}
+    (line,) = Bench(MODEL, cases, seconds, {}, {}).advice()
+    assert line.startswith("tg8: n_threads=2 is 1.25 x")
