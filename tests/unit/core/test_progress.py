@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 
 from dfqs_nb.core import progress
+from dfqs_nb.core.paths import REPOSITORY
 
 
-def test_a_large_file_gets_a_bar_that_moves_and_a_small_one_none(monkeypatch, capsys):
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    monkeypatch.setattr(progress, "BEAT_SECONDS", 0.05)
-    with progress.heartbeat("loading m.gguf", 1000):
-        time.sleep(0.2)
-    assert not capsys.readouterr().err
-    with progress.heartbeat("loading m.gguf", progress.LARGE_BYTES):
-        time.sleep(0.5)
-    shown = capsys.readouterr().err
-    assert "loading m.gguf" in shown and "cores" in shown
+BAR = """
+import sys, time
+from dfqs_nb.core import progress
+progress.BEAT_SECONDS = 0.05
+with progress.heartbeat("loading small.gguf", 1000):
+    time.sleep(0.2)
+with progress.heartbeat("loading large.gguf", progress.LARGE_BYTES):
+    time.sleep(0.5)
+"""
+
+
+def test_a_large_file_gets_a_bar_that_moves_and_a_small_one_none():
+    """In a process of its own: tqdm reads once whether bars are off."""
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    done = subprocess.run(
+        [sys.executable, "-c", BAR], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "loading large.gguf" in done.stderr and "cores" in done.stderr
+    assert "small.gguf" not in done.stderr
 
 
 def test_activity_counts_this_process_where_it_is_asked_to():
