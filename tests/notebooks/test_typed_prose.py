@@ -59,7 +59,7 @@ ALONE = {
         BY_CONSTRUCTION: ["The cost comes first", "It is the reference for", "Keys are never"],
         OPEN: ["This did **not show** how a large", "Does the largest shift", "Start Ollama with"],
     },
-    "report.md": {METHOD: ["The curve is the accuracy", "Two reports are compared"]},
+    "report.md": {METHOD: ["The curve is the accuracy", "The boundary is where a fit", "Two reports are compared"]},
     "report.html": {
         METHOD: ["The curve is the accuracy", "Its interval is"]
         + ["The number of keys"],

@@ -10,7 +10,6 @@ import time
 from dfqs_nb.core import progress
 from dfqs_nb.core.paths import REPOSITORY
 
-
 BAR = """
 import sys, time
 from dfqs_nb.core import progress
