@@ -95,6 +95,11 @@ def there_is(path: str | Path) -> bool:
         return False
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether a regular file has that name, which may come from a file and be none."""
+    return there_is(path) and Path(path).is_file()
+
+
 def read_json(path: str | Path) -> Any:
     """The JSON in a file that somebody else may have written.
 

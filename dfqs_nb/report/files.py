@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dfqs_nb.core.files import read_json, sha256_of_file, write_text
+from dfqs_nb.core.files import is_file, read_json, sha256_of_file, write_text
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.core.stage import UNSEALED, Stage, read_stage
 from dfqs_nb.report import claims, requirements
@@ -112,7 +112,7 @@ def check_run(folder: str | Path) -> list[str]:
         raise ReportError("is missing", where=tilde(folder / f"{SEALED}.json"), hint=AGAIN)
     sealed = {name: read_stage(folder, name, sealed=True)["files"] for name in stages}
     for name, then in report["sources"].items():
-        if not (folder / name).is_file() or sha256_of_file(folder / name) != then:
+        if not is_file(folder / name) or sha256_of_file(folder / name) != then:
             what = "is missing, or was changed since the report was written"
             raise ReportError(what, where=tilde(folder / name), hint=AGAIN)
     for name, text in (("report.md", markdown(report, folder)), ("report.html", page(report, folder))):

@@ -16,7 +16,7 @@ import numpy as np
 from dfqs_nb import context
 from dfqs_nb.context import Counts
 from dfqs_nb.core.display import cell, one_line
-from dfqs_nb.core.files import sha256_of_file
+from dfqs_nb.core.files import is_file, sha256_of_file
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.report.metrics import CURVE, FILE, SCORES, read_report
 from dfqs_nb.report.stages import ReportError
@@ -84,7 +84,7 @@ def read_answers(path: str | Path) -> RunItems:
 
 def missing_items(report: Mapping[str, Any], folder: Path) -> list[str]:
     """The files of answers that a report names and that do not lie beside it."""
-    return [name for name in _files(report) if not (folder / name).is_file()]
+    return [name for name in _files(report) if not is_file(folder / name)]
 
 
 def _files(report: Mapping[str, Any]) -> dict[str, str]:
@@ -107,7 +107,7 @@ def read_items(report: Mapping[str, Any], path: Path) -> RunItems:
     folder = path.parent
     for name, digest in _files(report).items():
         file = folder / name
-        if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
+        if not is_file(file) or not file.resolve().is_relative_to(folder.resolve()):
             raise _refused(folder, f"the report's items are missing ({name})")
         if sha256_of_file(file) != digest:
             raise _refused(folder, f"{name} is not the file that the report was made from")

@@ -270,10 +270,10 @@ def typed(stages: Mapping[str, Any], folder: Path = Path()) -> Run:
         return run
     except ValidationError as error:
         first = error.errors()[0]
-        at, *path = map(str, (*within, *first["loc"]))
+        at, *path = [*map(str, (*within, *first["loc"]))] or [""]  # no place: halves of characters in a text
         raise ReportError(
-            f"{'.'.join(path)}: {first['msg']}",
-            where=tilde(folder / f"{at}.json"),
+            f"{'.'.join(path) or 'a stage'}: {first['msg']}",
+            where=tilde(folder / f"{at}.json" if at else folder),
             hint=f"run {NOTEBOOKS.get(at, 'its notebook')} again",
         ) from error
 
