@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
-NUMBER = re.compile(r"(?<![\w.])[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.]*\w)|\bnan\b|\binf\b")
+NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.]*\w)|\bnan\b|\binf\b")
 TIMED = re.compile(rf"{NUMBER.pattern}|\b(?:True|False|min|s)\b")
 REASONS = {"because-machine-facts", "because-generated-texts", "because-near-ties"}
 TAG = re.compile(r"nbval-(?:words|close(?:-(?P<percent>\d+))?)")

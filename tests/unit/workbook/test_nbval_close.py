@@ -33,3 +33,10 @@ def test_widths_of_columns_and_truth_of_a_machine_do_not_count():
     assert made_equal("busy False, 33 s", "busy True, 2 min", "nbval-words") == "busy False, 33 s"
     assert made_equal("busy False", "busy True", "nbval-close") == "busy True"
     assert made_equal("IQ1_S 1.65", "IQ2_S 1.65", "nbval-close") == "IQ2_S 1.65"
+
+
+def test_a_comma_behind_a_number_is_no_part_of_it():
+    stored = "cpu_tokens_per_sec 568, failure_boundary_tokens 1,278"
+    assert (
+        made_equal(stored, "cpu_tokens_per_sec 543.9, failure_boundary_tokens 1,280", "nbval-words") == stored
+    )
