@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel
 
 from dfqs_nb.context.boundary import SHARE
@@ -24,6 +23,7 @@ from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.prompts import PromptSet, load_prompts
+from dfqs_nb.llama.generate import TextStream
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.timing import probe
 from dfqs_nb.stats import wilson
@@ -386,15 +386,6 @@ def planned_seconds(model: Model, lengths: Sequence[int], n_tasks: int, n_texts:
 
 
 def greedy(model: Model, text: Text) -> str:
-    """The greedy answer, up to the text's limit or the end of its first line."""
-    model.clear()
-    logits, raw = model.evaluate(text.tokens), b""
-    for _ in range(text.max_tokens):
-        token = int(np.argmax(logits))
-        if model.ends(token):
-            break
-        raw += model.token_bytes(token)
-        if b"\n" in raw.strip():
-            break
-        logits = model.evaluate([token])
-    return raw.decode("utf-8", "replace").strip()
+    """The first line of the greedy answer, which has at most the text's limit of tokens."""
+    answer = TextStream(model, text.tokens, text.max_tokens).completion.text
+    return answer.strip().partition("\n")[0]

@@ -175,6 +175,25 @@ class GGUFHeader(Mapping[str, Any]):
         return self.data_offset + self.data_nbytes
 
 
+def ends(header: GGUFHeader) -> tuple[int, int]:
+    """Where the last tensor's bytes end, and where the file ends: llama.cpp pads the tensor or the header."""
+    end = header.data_offset + max((t.offset + t.nbytes for t in header.tensors), default=0)
+    return end, header.start + padded(end - header.start, header.alignment)
+
+
+def next_start(header: GGUFHeader, file: Any) -> int | None:
+    """The byte where another header follows this one's data, as in glued shards; None where none does.
+
+    It follows with or without padding; where both places have a magic, the nearer one counts.
+    """
+    for at in dict.fromkeys(ends(header)):
+        if at < header.file_size:  # a hostile offset is no place to seek
+            file.seek(at)
+            if file.read(len(MAGIC)) == MAGIC:
+                return at
+    return None
+
+
 def padded(nbytes: int, alignment: int) -> int:
     """``nbytes`` rounded up to a multiple of ``alignment``.
 

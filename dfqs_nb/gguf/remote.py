@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from dfqs_nb.core.errors import DfqsError, HeaderError, OutputError, RegistryError
 from dfqs_nb.gguf import models
-from dfqs_nb.gguf.header import MAGIC, GGUFHeader, padded, read_header
+from dfqs_nb.gguf.header import GGUFHeader, next_start, read_header
 from dfqs_nb.gguf.shards import SHARD_NAME, ShardSet, check_set, open_shards, shard_path
 
 FIRST_BYTES, NEXT_BYTES = (
@@ -240,7 +240,7 @@ def headers_inside(path: str | Path) -> list[GGUFHeader]:
     with Path(path).open("rb", buffering=0) as file:
         while start is not None:
             headers.append(read_header(path, start))
-            start = _next_start(headers[-1], file)
+            start = next_start(headers[-1], file)
     return headers
 
 
@@ -277,20 +277,8 @@ def _copied(place: Place, folder: Path, block: int) -> tuple[Path, int]:
                 if remote.is_too_long:
                     raise
                 break  # whoever reads the copy meets the same bytes, and says what is wrong
-            start = _next_start(header, remote)
+            start = next_start(header, remote)
     return path, remote.fetched_bytes
-
-
-def _next_start(header: GGUFHeader, file: Any) -> int | None:
-    """Where another header follows this one's data, with or without padding; None at the end."""
-    end = header.data_offset + max((t.offset + t.nbytes for t in header.tensors), default=0)
-    full = header.start + padded(end - header.start, header.alignment)
-    for at in dict.fromkeys((end, full)):
-        if at < header.file_size:  # a hostile offset is no place to seek
-            file.seek(at)
-            if file.read(len(MAGIC)) == MAGIC:
-                return at
-    return None
 
 
 class RemoteFile(io.RawIOBase):

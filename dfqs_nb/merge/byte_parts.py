@@ -14,7 +14,7 @@ from string import ascii_lowercase
 
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import HeaderError, ShardError
-from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, padded, read_header, unreadable
+from dfqs_nb.gguf.header import CUT_OFF, MAGIC, ends, read_header, unreadable
 
 OPENING_BYTES = 4096
 COUNT = r"(?:[._-]?of[._-]?(?P<count>\d{1,5}))?"
@@ -43,12 +43,6 @@ def opening(path: Path) -> tuple[bytes, int]:
             return file.read(OPENING_BYTES), status.st_size
     except OSError as error:
         raise unreadable(path, error) from error
-
-
-def ends(header: GGUFHeader) -> tuple[int, int]:
-    """Where the last tensor's bytes end, and where the file ends: llama.cpp pads the tensor or the header."""
-    end = header.data_offset + max((t.offset + t.nbytes for t in header.tensors), default=0)
-    return end, header.start + padded(end - header.start, header.alignment)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dfqs_nb.core.display import plain, quoted
 from dfqs_nb.core.errors import DfqsError, HeaderError, LayoutError, ShardError
 from dfqs_nb.gguf import facts
-from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, check_layout, read_header
+from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, check_layout, ends, next_start, read_header
 from dfqs_nb.gguf.shards import SHARD_NAME, check_set, shard_path
 from dfqs_nb.merge import disk
 from dfqs_nb.merge.byte_parts import (
@@ -26,7 +26,6 @@ from dfqs_nb.merge.byte_parts import (
     are_parts,
     byte_parts,
     check_sum,
-    ends,
     opening,
     part_name,
     siblings,
@@ -261,14 +260,9 @@ def _walk(path: Path) -> _Walk:
     with path.open("rb", buffering=0) as file:
         while True:
             bare, full = ends(headers[-1])
-            end, more = full if size >= full else bare, False
-            for place in (full, bare):  # where both have a magic, the nearer one counts
-                if place >= size:  # a hostile offset is no place to seek
-                    continue
-                file.seek(place)
-                if file.read(4) == MAGIC:
-                    end, more = place, True
-            if not more or len(headers) == MAX_PARTS or _misplaced(headers[-1]):
+            start = next_start(headers[-1], file)
+            end = start or (full if size >= full else bare)
+            if start is None or len(headers) == MAX_PARTS or _misplaced(headers[-1]):
                 return _Walk(tuple(headers), end, size, error)
             try:
                 headers.append(read_header(path, start=end))
