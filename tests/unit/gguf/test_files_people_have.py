@@ -6,13 +6,14 @@ import contextlib
 import os
 import random
 import shutil
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 from gguf_fixtures import Spec, field, gguf_bytes, header_bytes
 from models_apart import Apart
+from no_hang import no_hang
+from read_chars import read_chars
 
 from conftest import REFERENCE
 from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError
@@ -192,14 +193,12 @@ def test_20_000_mutated_headers_give_facts_or_our_own_errors(merged_reference, t
                 (draw.randbytes(n), raw[other : other + n], b"\xff" * n, bytes(n))
             )
         path.write_bytes(changed)
-        started = time.perf_counter()
-        with contextlib.suppress(DfqsError):
+        with no_hang(), contextlib.suppress(DfqsError):
             header = read_header(path)
             n_read += 1
             for fact in FACTS[:-1]:  # the table for display takes most of the time
                 with contextlib.suppress(DfqsError):
                     fact(header)
-        assert time.perf_counter() - started < 10
     assert n_read > 2_000 and psutil.Process().memory_info().rss - before < 1 << 30
 
 
@@ -217,15 +216,16 @@ def test_a_name_of_100_kilobytes_is_cut_where_it_is_shown(nano, tmp_path):
     assert len(shown) == facts.MAX_SHOWN and "\x1b" not in shown
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's /proc/self/io")
 def test_more_texts_than_a_tokenizer_has_are_refused_at_once(tmp_path):
     path = tmp_path / "x.gguf"
     with path.open("wb") as file:
         file.write(header_bytes([field("k", "[STRING]", [])])[:-8] + (31_000_000).to_bytes(8, "little"))
         file.truncate(300_000_000)
-    started = time.process_time()
+    before = read_chars()
     with pytest.raises(HeaderError, match=f"claims 31,000,000 texts; no tokenizer has over {MAX_STRINGS:,}"):
         read_header(path)
-    assert time.process_time() - started < 1
+    assert read_chars() - before < 10_000_000, "the texts are refused before they are read"
 
 
 @pytest.mark.parametrize(

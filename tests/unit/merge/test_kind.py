@@ -8,7 +8,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +17,8 @@ import gguf_fixtures as fixtures
 import pytest
 from gguf_fixtures import Spec, field, gguf_bytes
 from models_apart import Apart
+from no_hang import no_hang
+from read_chars import read_chars
 
 from conftest import REFERENCE
 from dfqs_nb.core.errors import DfqsError, HeaderError, IntegrityError, ShardError
@@ -332,9 +333,8 @@ def test_anything_else_is_no_raw_concatenation_and_the_error_says_what(
 def test_a_file_of_endless_headers_ends(tmp_path: Path) -> None:
     path = tmp_path / "endless.gguf"
     path.write_bytes(gguf_bytes() * 20_000)
-    started = time.process_time()
-    assert diagnose(path).kind is Kind.SEVERAL_MODELS
-    assert time.process_time() - started < 10
+    with no_hang():
+        assert diagnose(path).kind is Kind.SEVERAL_MODELS
 
 
 # ---- shards ----
@@ -441,11 +441,6 @@ def test_an_error_page_named_as_a_part_is_an_error_page(made: Made, tmp_path: Pa
 # ---- nothing but headers is read ----
 
 
-def read_bytes() -> int:
-    """Bytes this process has asked the system for so far."""
-    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
-
-
 def published(folder: Path) -> Path:
     """A sparse file of the published artifact's shape: two shards of its exact sizes, glued. The model's tensors
     as far as they fit, and one more in each shard that fills it up."""
@@ -475,19 +470,19 @@ def published(folder: Path) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's /proc/self/io")
-def test_the_published_file_is_seen_through_in_milliseconds(tmp_path: Path) -> None:
+def test_the_published_file_is_seen_through_by_10_megabytes_of_reading(tmp_path: Path) -> None:
     assert PUBLISHED[0] + PUBLISHED[1] == PUBLISHED[2]
     path = published(tmp_path)
-    before, started = read_bytes(), time.process_time()
+    before = read_chars()
     found = diagnose(path)
-    seconds, n_read = time.process_time() - started, read_bytes() - before
+    n_read = read_chars() - before
     assert (found.kind, [part.nbytes for part in found.parts]) == (
         Kind.RAW_CONCATENATION,
         list(PUBLISHED[:2]),
     )
     assert sum(part.n_tensors for part in found.parts) > 1200
     assert ("file size", "61,540,805,344 bytes = 49,952,658,368 + 11,588,146,976") in found.evidence
-    assert n_read < 10_000_000 and seconds < 0.5, (n_read, seconds)
+    assert n_read < 10_000_000
     path.rename(other := tmp_path / "model-00001-of-00002.gguf")
     assert diagnose(other).kind is Kind.RAW_CONCATENATION  # whatever it is called
 
@@ -496,9 +491,9 @@ def test_the_published_file_is_seen_through_in_milliseconds(tmp_path: Path) -> N
 @pytest.mark.parametrize("size", [None, 61_000_000_000, 3_000_000])
 def test_real_sizes_are_read_by_their_headers_only(size: int | None, tmp_path: Path) -> None:
     path = fixtures.real_size_header(tmp_path / "real.gguf", sparse_size=size)
-    before = read_bytes()
+    before = read_chars()
     found = diagnose(path)
-    assert read_bytes() - before < 10_000_000
+    assert read_chars() - before < 10_000_000
     assert found.kind is Kind.UNFINISHED
     assert diagnose(path, allow_holes=True).kind is (Kind.SINGLE_FILE if size is None else Kind.UNFINISHED)
     if size is None:

@@ -46,12 +46,9 @@ def children() -> set[int]:
 def test_every_canonical_solution_passes_and_no_stub_does():
     items = ItemSet.load("standard-code").items
     assert len(items) == 164
-    started = time.perf_counter()
     verdicts = FOUND.verdicts([item.candidate(item.reference, "complete") for item in items])
-    seconds = time.perf_counter() - started
     failed = [(i.id, v) for i, v in zip(items, verdicts, strict=True) if not v.passed]
     assert not failed
-    assert seconds < 45, "15 s on 2 free cores; three times that where the machine is busy"
     stubs = FOUND.verdicts([item.candidate("    pass\n", "complete") for item in items])
     assert [v.outcome for v in stubs if v.passed] == []
 

@@ -11,6 +11,7 @@ import traceback
 
 import pytest
 from faulty_server import TEXT, FaultyServer
+from no_hang import no_hang
 
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.scores import ItemSet, Options
@@ -109,10 +110,9 @@ def test_a_page_of_another_shape_is_no_page(server, page):
 def test_an_answer_that_drips_ends_in_time(server, where):
     endpoint = client.connect(server.url, timeout_seconds=0.4, retries=3)
     server.faults = [f"drip {where}"] * 4
-    started = time.monotonic()
-    with pytest.raises(EndlessAnswerError, match="does not end"):
+    with no_hang(), pytest.raises(EndlessAnswerError, match="does not end"):
         endpoint.chat("x", 6)
-    assert time.monotonic() - started < 3 and len(server.asked) == 1
+    assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -131,7 +131,7 @@ def test_a_list_of_models_that_drips_ends_in_time(monkeypatch):
             connection, _ = listening.accept()
             with connection:
                 connection.recv(4096)
-                for _ in range(100):
+                for _ in range(3000):
                     try:
                         connection.sendall(b"H")
                     except OSError:
@@ -139,10 +139,8 @@ def test_a_list_of_models_that_drips_ends_in_time(monkeypatch):
                     time.sleep(0.1)
 
         threading.Thread(target=drip, daemon=True).start()
-        started = time.monotonic()
-        with pytest.raises(EndpointError):
+        with no_hang(), pytest.raises(EndpointError):
             client.connect(f"http://127.0.0.1:{listening.getsockname()[1]}")
-    assert time.monotonic() - started < 5
 
 
 # ---- prompts that are cut ----
