@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 from gguf_fixtures import Spec, field, gguf_bytes
 
-EMBD, HEADS, HEAD, LAYERS, EXPERTS, WIDTH, VOCAB = 64, 2, 32, 2, 8, 32, 96
+EMBD, HEADS, HEAD, EXPERTS, WIDTH, VOCAB = 64, 2, 32, 8, 32, 96
 LORA, ROPE, NOPE = 32, 16, 16  # of deepseek2's compressed attention
-ARCHITECTURES = ("qwen3moe", "olmoe", "granitemoe", "deepseek2", "gpt-oss", "llama")
-USED = {"qwen3moe": 3, "deepseek2": 3}  # others 2
+# deepseek2 is DeepSeek-V2 and V3; llama with experts is Mixtral
+ARCHITECTURES = ("qwen3moe", "olmoe", "granitemoe", "deepseek2", "glm4moe", "gpt-oss", "llama", "llama4")
+USED = {"qwen3moe": 3, "deepseek2": 3, "llama4": 1}  # others 2
 GROUPS, GROUPS_USED = 4, 2  # of deepseek2
-LEAD = {"deepseek2": 1}  # dense layers before the first router
+LAYERS = {"llama4": 4}  # its fourth layer alone reads the positions that llama.cpp hands it; others 2
+LEAD = {"deepseek2": 1, "glm4moe": 1}  # dense layers before the first router
+SHARED = ("deepseek2", "glm4moe", "llama4")  # have an expert that every token uses
 
 
 def write_model(arch: str, folder: Path, seed: int = 5) -> Path:
@@ -34,7 +37,7 @@ def write_model(arch: str, folder: Path, seed: int = 5) -> Path:
         tensor("output_norm.weight", EMBD),
         tensor("output.weight", EMBD, VOCAB),
     ]
-    for layer in range(LAYERS):
+    for layer in range(LAYERS.get(arch, 2)):
         tensors += [tensor(f"blk.{layer}.{name}", *shape) for name, shape in _block(arch, layer)]
     path = folder / f"{arch}.gguf"
     path.write_bytes(gguf_bytes(_fields(arch), tensors))
@@ -72,16 +75,17 @@ def _block(arch: str, layer: int) -> list[tuple[str, tuple[int, ...]]]:
             ("ffn_down_exps.bias", (EMBD, EXPERTS)),
         ]
     else:
-        block += [("ffn_norm.weight", (EMBD,))]
+        block += [(f"{'post_attention' if arch == 'glm4moe' else 'ffn'}_norm.weight", (EMBD,))]
     if layer < LEAD.get(arch, 0):
         return block + [
             ("ffn_gate.weight", (EMBD, WIDTH)),
             ("ffn_up.weight", (EMBD, WIDTH)),
             ("ffn_down.weight", (WIDTH, EMBD)),
         ]
-    if arch == "deepseek2":
+    if arch in ("deepseek2", "glm4moe"):
+        block += [("exp_probs_b.bias", (EXPERTS,))]
+    if arch in SHARED:
         block += [
-            ("exp_probs_b.bias", (EXPERTS,)),
             ("ffn_gate_shexp.weight", (EMBD, WIDTH)),
             ("ffn_up_shexp.weight", (EMBD, WIDTH)),
             ("ffn_down_shexp.weight", (WIDTH, EMBD)),
@@ -99,7 +103,7 @@ def _fields(arch: str) -> list[bytes]:
         "vocab_size": VOCAB,
         "context_length": 256,
         "embedding_length": EMBD,
-        "block_count": LAYERS,
+        "block_count": LAYERS.get(arch, 2),
         "feed_forward_length": WIDTH,
         "expert_feed_forward_length": WIDTH,
         "expert_count": EXPERTS,
@@ -130,6 +134,12 @@ def _fields(arch: str) -> list[bytes]:
         }
         floats |= {"expert_weights_scale": 2.5}
         more = [field(f"{arch}.expert_weights_norm", "BOOL", True)]
+    if arch == "glm4moe":
+        numbers |= {"leading_dense_block_count": LEAD[arch], "expert_shared_count": 1}
+        floats |= {"expert_weights_scale": 1.5}
+        more = [field(f"{arch}.expert_weights_norm", "BOOL", True)]
+    if arch == "llama4":
+        numbers |= {"interleave_moe_layer_step": 1}
     if arch == "granitemoe":
         floats |= {"logit_scale": 1.0}
     if arch == "gpt-oss":
@@ -163,6 +173,9 @@ def choose(arch: str, logits: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray,
         allowed = np.zeros((len(logits), GROUPS), bool)
         np.put_along_axis(allowed, kept, True, axis=1)
         selection = np.where(np.repeat(allowed, EXPERTS // GROUPS, axis=1), biased, -np.inf)
+    elif arch in ("glm4moe", "llama4"):  # sigmoid; the best logits choose, with glm4moe's bias on the scores
+        scores = 1 / (1 + np.exp(-logits))
+        selection = logits if arch == "llama4" else scores + bias
     else:
         scores = selection = logits if arch == "gpt-oss" else _softmax(logits)
     order = np.argsort(-selection, axis=1, kind="stable")[:, : used + 1]
@@ -170,9 +183,10 @@ def choose(arch: str, logits: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray,
     weights = np.take_along_axis(scores, experts, axis=1)
     if arch == "gpt-oss":
         weights = _softmax(weights)
-    if arch in ("qwen3moe", "granitemoe", "deepseek2", "llama"):
+    if arch in ("qwen3moe", "granitemoe", "deepseek2", "glm4moe", "llama"):
         weights = weights / weights.sum(axis=1, keepdims=True)
-    return experts, weights * (2.5 if arch == "deepseek2" else 1.0), ranked[:, used - 1] - ranked[:, used]
+    weights *= {"deepseek2": 2.5, "glm4moe": 1.5}.get(arch, 1.0)
+    return experts, weights, ranked[:, used - 1] - ranked[:, used]
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:

@@ -62,7 +62,7 @@ def tiny(request, tmp_path_factory):
 
 def test_every_architecture_is_read_as_the_plain_reader_reads_it(tiny):
     arch, _, trace, plain = tiny
-    assert trace.layers.tolist() == list(range(moe_models.LEAD.get(arch, 0), moe_models.LAYERS))
+    assert trace.layers.tolist() == list(range(moe_models.LEAD.get(arch, 0), moe_models.LAYERS.get(arch, 2)))
     assert trace.n_experts == moe_models.EXPERTS and not trace.hashed.any()
     for column, layer in enumerate(trace.layers):
         np.testing.assert_array_equal(trace.experts[:, column], plain.rows("topk", layer))
@@ -228,10 +228,11 @@ def test_llama_cpps_own_random_models_are_read_as_the_plain_reader_reads_them(tm
         program = tool("test-llama-archs")
     except Unavailable as error:
         pytest.skip(str(error))
-    wanted = "qwen3moe|olmoe|granitemoe|deepseek2|gpt-oss|glm4moe|bailingmoe2|llama|grovemoe"
+    wanted = "qwen3moe|olmoe|granitemoe|deepseek2|deepseek32|deepseek4|gpt-oss|glm4moe|bailingmoe2|llama|llama4"
+    wanted += "|grovemoe"
     subprocess.run([program, "-a", f"^({wanted})$", "-s", "7", "-o", str(tmp_path)], check=True, timeout=600)
     paths = sorted(tmp_path.glob("*-moe.gguf"))
-    assert len(paths) == 9
+    assert len(paths) == 12
     for path in paths:
         if path.name.startswith("grovemoe"):  # asks a second router a layer
             with pytest.raises(RoutingError, match="of 32 tokens"):
