@@ -9,12 +9,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from dfqs_nb.core.machine import usable_cores
+from dfqs_nb.core.prompts import load_prompts
 from dfqs_nb.llama.generate import chat_text
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.settings import OpenSettings
@@ -22,6 +26,7 @@ from dfqs_nb.serve.client import Endpoint, Reply, check_in_process, connect, pic
 from dfqs_nb.serve.measure import token_counter
 from dfqs_nb.serve.servers import LocalServer, start
 from dfqs_nb.serve.wire import ContextOverflowError, EndpointError
+from dfqs_nb.stats import clopper_pearson
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +43,8 @@ PROMPTS = (
 )
 CLIENTS = (1, 2, 4, 8)
 N_CONCURRENT = 4  # requests at once for the check of determinism
+OTHERS = (0, 1, 3, 7)  # clients beside the one that is looked at, as in notebook 04's loads; 0: alone again
+TEXT_CHARACTERS = 240  # of each text under load
 TIMED_PROMPT = "The red key is kept in the old box. The blue key is kept in the new box. " * 2
 MAX_TOKENS, REPETITIONS = 32, 4
 LONGEST_TRIED = 65_536  # tokens of context that are filled to try them out
@@ -230,33 +237,33 @@ def _differing(endpoint: Endpoint, n_concurrent: int, n_tokens: int = MAX_TOKENS
     return sum(text != other for text, other in zip(alone, beside, strict=True)), len(alone)
 
 
+Scored = Sequence[tuple[int, float]]  # the tokens of a greedy answer, and their log-probabilities
+
+
+def _scored(endpoint: Endpoint, prompt: str, n_tokens: int) -> Scored:
+    """An answer from llama.cpp's own path, which does not round; empty where the server shows no numbers."""
+    options = {"temperature": 0, "n_probs": 1, "ignore_eos": True, "cache_prompt": False}
+    page = endpoint.post("/completion", prompt=prompt, n_predict=n_tokens, **options)
+    tokens = pick(page, "completion_probabilities", list) or []
+    return [(pick(token, "id", int) or 0, pick(token, "logprob", float) or 0.0) for token in tokens]
+
+
 def max_drift(
-    endpoint: Endpoint,
-    prompts: Sequence[str],
-    n_concurrent: int,
-    repetitions: int = 1,
-    n_tokens: int = MAX_TOKENS,
+    endpoint: Endpoint, prompts: Sequence[str], n_concurrent: int, n_tokens: int = MAX_TOKENS
 ) -> float | None:
     """The largest change of a greedy token's log-probability between asking alone and beside others.
 
     It is taken up to where the tokens part; None where the server shows none, or stopped showing them.
-    Asking beside others is repeated, because requests need not meet.
     """
-
-    def ask(prompt: str) -> list[tuple[int, float]]:
-        """Tokens and their log-probabilities, from llama.cpp's own path, which does not round them."""
-        options = {"temperature": 0, "n_probs": 1, "ignore_eos": True, "cache_prompt": False}
-        page = endpoint.post("/completion", prompt=prompt, n_predict=n_tokens, **options)
-        tokens = pick(page, "completion_probabilities", list) or []
-        return [(pick(token, "id", int) or 0, pick(token, "logprob", float) or 0.0) for token in tokens]
-
-    times = n_concurrent * repetitions
-    alone = [ask(prompt) for prompt in prompts] if endpoint.facts.name == "llama.cpp" else [[]]
-    beside = side_by_side(ask, [*prompts] * times, n_concurrent) if all(alone) else [[]]
-    return max(map(_drift, alone * times, beside)) if all(beside) else None
+    if endpoint.facts.name != "llama.cpp":
+        return None
+    ask = partial(_scored, endpoint, n_tokens=n_tokens)
+    alone = [ask(prompt) for prompt in prompts] * n_concurrent
+    beside = side_by_side(ask, [*prompts] * n_concurrent, n_concurrent) if all(alone) else [[]]
+    return max(map(_drift, alone, beside)) if all(beside) else None
 
 
-def _drift(alone: Sequence[tuple[int, float]], beside: Sequence[tuple[int, float]]) -> float:
+def _drift(alone: Scored, beside: Scored) -> float:
     """The largest difference of log-probabilities while the tokens are the same.
 
     >>> _drift([(1, -0.5), (2, -0.1), (3, -0.2)], [(1, -0.25), (2, -0.1), (4, -9.0)])
@@ -266,30 +273,66 @@ def _drift(alone: Sequence[tuple[int, float]], beside: Sequence[tuple[int, float
     return max((abs(ours[1] - theirs[1]) for ours, theirs in same), default=float("inf"))
 
 
-def drift_by_slots(
+def under_load(
     path: str | Path,
     settings: OpenSettings,
-    slots: Sequence[int] = (1, 2, 4),
-    n_concurrent: int = N_CONCURRENT,
-    repetitions: int = 2,
+    others: Sequence[int] = OTHERS,
     n_tokens: int = MAX_TOKENS,
+    n_texts: int | None = None,
 ) -> pd.DataFrame:
-    """llama.cpp's server with more and more slots under the same requests at once, its prompt cache off.
+    """The texts of notebook 04 asked of llama.cpp's server, alone and while so many other clients ask too.
 
-    Columns ``slots``, ``requests`` (at once), ``drift`` (`max_drift`), ``answers`` and ``differ`` (texts).
+    One row a load: first a server with one slot, where requests wait for each other; then one server with a
+    slot for each client. Prompt caches are off. Columns ``slots``, ``others`` (clients beside; 0: alone
+    again), ``texts``, ``drift`` (largest change of a log-probability, up to where an answer parts),
+    ``moved`` and ``differ`` (texts whose log-probabilities, and whose answer, change), ``bound`` (exact 95 %
+    upper bound on the rate of texts whose answer changes), ``changed`` (their names).
+
+    Raises:
+        EndpointError: the server shows no log-probabilities, or stopped showing them.
     """
     import pandas as pd
 
-    def measure(n: int) -> tuple[int, int, float | None, int, int]:
-        with start("llama.cpp", path, settings, n_parallel=n) as server:
-            endpoint = server.connect()
-            differ, answers = _differing(endpoint, n_concurrent, n_tokens)
-            drift = max_drift(endpoint, PROMPTS, n_concurrent, repetitions, n_tokens)
-            return n, n_concurrent, drift, answers, differ
+    stored = (load_prompts("routing-texts").model_extra or {})["texts"][:n_texts]
+    texts = {text["name"]: text["text"][:TEXT_CHARACTERS] for text in stored}
 
-    rows = side_by_side(measure, slots, usable_cores() // (settings.n_threads or 1))
-    table = pd.DataFrame(rows, columns=["slots", "requests", "drift", "answers", "differ"])
-    return table.astype({"drift": float})  # NaN where the server shows no log-probabilities
+    def measure(slots: int, beside: Sequence[int]) -> list[tuple[Any, ...]]:
+        with start("llama.cpp", path, settings, n_parallel=slots) as server:
+            ask = partial(_scored, server.connect(), n_tokens=n_tokens)
+            alone, *loads = (side_by_side(ask, texts.values(), n + 1) for n in (0, *beside))
+        return [(slots, n, *compared(alone, load)) for n, load in zip(beside, loads, strict=True)]
+
+    def compared(alone: list[Scored], beside: list[Scored]) -> tuple[Any, ...]:
+        if not all([*alone, *beside]):
+            hint = "the same call asks again"
+            raise EndpointError("the server shows no log-probabilities", where=path, hint=hint)
+        drifts = np.array(list(map(_drift, alone, beside)))
+        pairs = zip(texts, alone, beside, strict=True)
+        changed = [name for name, a, b in pairs if [token for token, _ in a] != [token for token, _ in b]]
+        bound = clopper_pearson(len(changed), len(texts), level=0.90)[1]
+        most = float(drifts[np.isfinite(drifts)].max(initial=0.0))
+        return len(texts), most, int((drifts > 0).sum()), len(changed), bound, ", ".join(changed)
+
+    plans = [(1, [N_CONCURRENT - 1]), (max(others) + 1, others)]
+    rows = side_by_side(lambda plan: measure(*plan), plans, usable_cores() // (settings.n_threads or 1))
+    columns = "slots others texts drift moved differ bound changed".split()
+    return pd.DataFrame([row for part in rows for row in part], columns=columns)
+
+
+def load_sentence(table: pd.DataFrame) -> str:
+    """What `under_load` showed, of the server with a slot for each client."""
+    rows = table[table["slots"] > 1]
+    beside = rows[rows["others"] > 0]
+    n, names = int(rows["texts"].iloc[0]), {name for cell in beside["changed"] for name in cell.split(", ")}
+    changed, sizes = len(names - {""}), [str(size) for size in beside["others"]]
+    company = " or ".join(filter(None, (", ".join(sizes[:-1]), sizes[-1])))
+    again = "".join(f"; alone again by {row.drift:.1e}" for row in rows[rows["others"] == 0].itertuples())
+    return (
+        f"llama.cpp's server beside {company} other clients: log-probabilities of {beside['moved'].max()} of "
+        f"{n} texts move, by up to {beside['drift'].max():.1e} (with one slot by "
+        f"{table.loc[table['slots'] == 1, 'drift'].max():.1e}{again}); {changed} of {n} answers change (95 % "
+        f"upper bound: {clopper_pearson(changed, n, level=0.90)[1]:.0%} of texts)"
+    )
 
 
 def speed_of_all(

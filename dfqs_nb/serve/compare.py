@@ -21,6 +21,7 @@ from dfqs_nb.llama.generate import chat_text
 from dfqs_nb.llama.model import Model
 from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun, find_sandbox, score_set
 from dfqs_nb.serve import measure
+from dfqs_nb.serve.checks import load_sentence
 from dfqs_nb.serve.client import Endpoint
 from dfqs_nb.serve.servers import LocalServer
 
@@ -214,18 +215,13 @@ def hand_on(
 ) -> list[str]:
     """Write ``serving.json``, and return its summary lines; what each of our servers loaded is in it."""
     table = comparison_table(compared)
-    fewest, *_, most = drift.to_dict("records")
     by_server = checks.groupby("server", sort=False)
     lines = [f"{name}: {len(rows)} checks: {_counted(rows['verdict'])}" for name, rows in by_server]
     for row in table.itertuples():
         why = "" if row.causes == "none" else f" ({row.causes})"
         same = f"{row.same_text} of {row.items} answers of {row.set}"
         lines.append(f"{row.server}: {same} are those of this process{why}")
-    lines.append(
-        f"llama.cpp's server beside {most['requests']} requests: log-probabilities move by "
-        f"{fewest['drift']:.1e} with {fewest['slots']} slot, {most['drift']:.1e} with {most['slots']}; "
-        f"{drift['differ'].sum()} of {drift['answers'].sum()} texts differ"
-    )
+    lines.append(load_sentence(drift))
     for name, rows in speeds.groupby("server", sort=False):
         (speed, fast), (n, many) = (rows[key].iloc[[0, -1]] for key in ("tokens_per_sec", "clients"))
         more = f", {fast:,.0f} for {many}" if many != n else ""

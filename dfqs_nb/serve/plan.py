@@ -11,11 +11,11 @@ from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.llama.timing import probe
 from dfqs_nb.scores import ItemSet
-from dfqs_nb.serve.checks import LONGEST_TRIED, MAX_TOKENS
+from dfqs_nb.serve.checks import LONGEST_TRIED, MAX_TOKENS, OTHERS
 
 N_SERVERS = 2
 CHECK_TOKENS = 4 * 4 * 32 + 2 * (4 + 16) * 32  # of the answers of one server's checks
-DRIFT_TOKENS = (4 + 16 + 4 + 32) * 32  # of one server with some slots
+LOAD_TOKENS, LOAD_PROMPT = 16 * 32, 16 * 80  # of the answers to the texts under load, and of their prompts
 CACHE_TOKENS = 8 * 512  # of the prompts that try the cache out
 # What a plan that exceeds its budget gives up, in this order.
 CUTS: tuple[dict[str, int], ...] = (
@@ -23,7 +23,7 @@ CUTS: tuple[dict[str, int], ...] = (
     {"clients": 1},
     {"tokens": 16},
     {"items": 2},
-    {"slots": 2},
+    {"others": 1},
     {"checked": 8},
     {"filled": 0},
     {"items": 1},
@@ -34,7 +34,7 @@ NAMES = {
     "items": "questions of a set asked both ways",
     "clients": "numbers of clients",
     "tokens": "timed tokens of an answer",
-    "slots": "numbers of slots",
+    "others": "numbers of other clients",
     "sets": "question sets",
     "checked": "tokens of an answer that is checked",
     "filled": "tokens of context tried out",
@@ -48,7 +48,7 @@ class ServePlan:
     Attributes:
         sets, items: the question sets, and how many questions of each; 0: all.
         clients, tokens: clients at once that are timed, and the tokens of each of their answers.
-        slots: numbers of slots whose drift is measured.
+        others: numbers of other clients beside which answers are compared with those alone.
         checked, filled: tokens of an answer in the checks, and of the context that is filled to try it out.
     """
 
@@ -56,7 +56,7 @@ class ServePlan:
     items: int
     clients: list[int]
     tokens: int
-    slots: list[int]
+    others: list[int]
     checked: int
     filled: int
     seconds: float
@@ -77,7 +77,7 @@ def plan_checks(
     items: int,
     clients: Sequence[int],
     tokens: int,
-    slots: Sequence[int] = (1, 2, 4),
+    others: Sequence[int] = OTHERS,
     seconds: float,
 ) -> ServePlan:
     """Time a few tokens, and cut what is planned in the order of `CUTS` to what these seconds hold.
@@ -90,7 +90,8 @@ def plan_checks(
     def cost(plan: dict[str, int]) -> float:
         share = plan["checked"] / MAX_TOKENS
         checks = load + pace.seconds(plan["filled"] + CACHE_TOKENS, CHECK_TOKENS * share)
-        drift = plan["slots"] * (load + pace.seconds(0, DRIFT_TOKENS * share))
+        n_loads = 3 + plan["others"]  # one slot alone and beside others, and many slots alone
+        drift = 2 * load + n_loads * pace.seconds(LOAD_PROMPT, LOAD_TOKENS * share)
         answers = sum(
             pace.seconds(len(item.prompt) / 4 + 16, one.max_tokens)
             for one in sets[: plan["sets"]]
@@ -104,12 +105,11 @@ def plan_checks(
         "clients": len(clients),
         "sets": len(sets),
     }
-    whole |= {"tokens": tokens, "slots": len(slots)}
+    whole |= {"tokens": tokens, "others": len(others)}
     whole |= {"checked": MAX_TOKENS, "filled": min(settings.n_ctx, LONGEST_TRIED)}
     fitted = fit(whole, CUTS, cost, seconds, NAMES)
     cut = fitted.values
-    # one slot is the baseline; the largest number shows most
-    chosen = [*slots[: cut["slots"] - 1], slots[-1]]
+    chosen = [*others[: cut["others"] - 1], others[-1]]  # the largest number shows most
     return ServePlan(
         list(sets[: cut["sets"]]),
         items if cut["items"] == whole["items"] else cut["items"],

@@ -228,7 +228,9 @@ def test_llama_cpps_own_random_models_are_read_as_the_plain_reader_reads_them(tm
         program = tool("test-llama-archs")
     except Unavailable as error:
         pytest.skip(str(error))
-    wanted = "qwen3moe|olmoe|granitemoe|deepseek2|deepseek32|deepseek4|gpt-oss|glm4moe|bailingmoe2|llama|llama4"
+    wanted = (
+        "qwen3moe|olmoe|granitemoe|deepseek2|deepseek32|deepseek4|gpt-oss|glm4moe|bailingmoe2|llama|llama4"
+    )
     wanted += "|grovemoe"
     subprocess.run([program, "-a", f"^({wanted})$", "-s", "7", "-o", str(tmp_path)], check=True, timeout=600)
     paths = sorted(tmp_path.glob("*-moe.gguf"))

@@ -390,6 +390,16 @@ def test_numbers_that_a_server_did_not_give_are_no_drift(monkeypatch):
             assert server_checks.max_drift(endpoint.connect(faulty.url), ("a", "b"), 2) == drift
 
 
+def test_the_sentence_on_loads_counts_a_text_once():
+    rows = [(1, 3, 0.0, 0, 0, ""), (4, 0, 0.0, 0, 0, ""), (4, 1, 0.1, 2, 1, "a"), (4, 3, 0.2, 3, 2, "a, b")]
+    table = pd.DataFrame(rows, columns="slots others drift moved differ changed".split()).assign(texts=16)
+    assert server_checks.load_sentence(table) == (
+        "llama.cpp's server beside 1 or 3 other clients: log-probabilities of 3 of 16 texts move, by up to "
+        "2.0e-01 (with one slot by 0.0e+00; alone again by 0.0e+00); 2 of 16 answers change (95 % upper bound: "
+        "34% of texts)"
+    )
+
+
 @pytest.mark.parametrize(
     "clients, said", [((1, 4), "tokens of one client "), ((2, 4), "tokens of 2 clients ")]
 )
@@ -433,7 +443,10 @@ def test_what_the_notebook_hands_on(server, merged_reference, model, tmp_path):
     assert [pair.server.model for pair in ours.values()] == ["0"], "the model that it was started with"
     identity = connected["llama.cpp"].identity
     assert [pair.server.model for pair in others.values()] == [identity], "nobody knows"
-    drift = server_checks.drift_by_slots(merged_reference, SETTINGS, (1, 2), 2, repetitions=1)
+    drift = server_checks.under_load(merged_reference, SETTINGS, (0, 3), 8)
+    assert drift[["slots", "others", "texts"]].to_numpy().tolist() == [[1, 3, 16], [4, 0, 16], [4, 3, 16]]
+    assert (drift["drift"].iloc[0], drift["differ"].iloc[0]) == (0, 0), "one slot"
+    assert drift["bound"].iloc[0] == pytest.approx(1 - 0.05 ** (1 / 16))
     shutdown = pd.DataFrame({"server": ["llama.cpp"], "check": ["shutdown"], "verdict": ["pass"]})
     core.Stage(tmp_path, "merge").finish(conditions={}, summary=[], model={"sha256": "0"})
     stage = core.Stage(tmp_path, "serving")
