@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
 BUSY_CORES = 0.15  # of others' work beside a measurement, from which on it counts as contended
 PACKAGES = ("llama-cpp-python", "gguf", "numpy", "pandas", "matplotlib")
@@ -37,9 +38,9 @@ def available_memory() -> Memory:
     File cache that the kernel can drop counts as available in both.
     """
     facts = psutil.virtual_memory()
-    memory = Memory(facts.total, facts.available, "psutil")
-    group = _cgroup_memory(CGROUP)
-    return group if group is not None and group.available_bytes < memory.available_bytes else memory
+    groups = filter(None, map(_cgroup_memory, _own_groups(CGROUP, OWN_GROUPS)))
+    machine = Memory(facts.total, facts.available, "psutil")
+    return min(machine, *groups, machine, key=lambda memory: memory.available_bytes)
 
 
 def usable_cores() -> int:
@@ -149,11 +150,23 @@ def _cpu_name() -> str:
 # ---- control groups, versions 2 and 1: no library reads them ----
 
 
+def _own_groups(root: Path, listed: Path) -> Iterator[Path]:
+    """The mounted root, which is all that a container sees, and this process's groups, up to the root."""
+    yield root
+    for line in listed.read_text().splitlines() if listed.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            folder = root / controllers / path.lstrip("/")
+            yield from (place for place in (folder, *folder.parents) if root in place.parents)
+
+
 def _cgroup_memory(root: Path) -> Memory | None:
     """The limit of the control group mounted at ``root``; None without one."""
+    old = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
     versions = (
         (root, "memory.max", "memory.current", "inactive_file"),
-        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        (root, *old),
+        (root / "memory", *old),
     )
     for folder, limit, usage, cache in versions:
         total, used = _number(folder / limit), _number(folder / usage)

@@ -20,7 +20,6 @@ import functools
 import json
 import os
 import platform
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from dfqs_nb.core.paths import outputs_dir
 from dfqs_nb.gguf.facts import early_dialect
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, check_fits
+from dfqs_nb.llama.loaded import planned_bytes
 from dfqs_nb.llama.settings import (
     ERROR,
     GGML_TYPES,
@@ -342,18 +342,6 @@ def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
             raise refusal(path)
         stack.callback(api.llama_free, context)
         return planned_bytes(LOG.tail(500))
-
-
-def planned_bytes(log: Sequence[str]) -> dict[str, int]:
-    """Add up llama.cpp's logged buffers: KV cache with its state, and compute buffers in this memory."""
-    text = "\n".join(log)
-    kv = re.findall(r": size = +([\d.]+) MiB \(| state buffer size = +([\d.]+) MiB", text)
-    compute = re.findall(r"(\S+) compute buffer size = +([\d.]+) MiB", text)
-    in_memory = [
-        size for name, size in compute if name.startswith("CPU") or name.endswith("_Host") or "MTL" in name
-    ]
-    mebibytes = {"kv_bytes": [a or b for a, b in kv], "compute_bytes": in_memory}
-    return {name: round(sum(map(float, sizes)) * 2**20) for name, sizes in mebibytes.items()}
 
 
 # ---- the child's side ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -30,3 +31,15 @@ def loaded_facts(log: str) -> dict[str, Any]:
         "buffers": ", ".join(buffers),
         "repacked": any(re.search("REPACK|AMX|KLEIDIAI", name) for name in buffers) if buffers else None,
     }
+
+
+def planned_bytes(log: Sequence[str]) -> dict[str, int]:
+    """Add up llama.cpp's logged buffers: KV cache with its state, and compute buffers in this memory."""
+    text = "\n".join(log)
+    kv = re.findall(r": size = +([\d.]+) MiB \(| state buffer size = +([\d.]+) MiB", text)
+    compute = re.findall(r"(\S+) compute buffer size = +([\d.]+) MiB", text)
+    in_memory = [
+        size for name, size in compute if name.startswith("CPU") or name.endswith("_Host") or "MTL" in name
+    ]
+    mebibytes = {"kv_bytes": [a or b for a, b in kv], "compute_bytes": in_memory}
+    return {name: round(sum(map(float, sizes)) * 2**20) for name, sizes in mebibytes.items()}

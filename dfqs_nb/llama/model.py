@@ -257,6 +257,8 @@ class Model:
         import llama_cpp.llama_cpp as api
 
         llama, n, n_past = self._open(), len(tokens), self.n_past
+        if llama.paging is not None:
+            llama.paging.before(tokens)
         ids = (api.llama_token * n)(*tokens)  # the batch points into it
         batch = api.llama_batch_get_one(ids, n)
         if every_logit:
@@ -310,6 +312,7 @@ class Model:
             "runtime": f"llama-cpp-python {llama_version()}",
             "system_info": llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip(),
             **self.settings.as_dict(),
+            "paging": "on" if self._open().paging else "off",
             "offloaded_layers": self.loaded.get("offloaded_layers"),
             "repacked": self.loaded.get("repacked"),
             **plain,
@@ -367,14 +370,17 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
         tried = check.trial(shards.paths, settings, needs) if trial else None
     if tried is not None:
         needs = needs.with_compute(tried.compute_bytes)
-    if slow:
-        warnings.warn(slow, RuntimeWarning, stacklevel=2)
     started = time.perf_counter()
     with heartbeat(f"loading {first.name}", shards.nbytes):
         llama = build_llama(first, settings)
     seconds = time.perf_counter() - started
     loaded = loaded_facts("\n".join(LOG.tail(500)))
+    loaded["paging"] = llama.paging.sentence if llama.paging else "no help needed, or none wanted"
     model = Model(llama, first, shards.headers[0], settings, needs, tried, seconds, loaded=loaded)
+    if llama.paging:
+        slow = ". ".join(filter(None, (slow, llama.paging.sentence)))
+    if slow:
+        warnings.warn(slow, RuntimeWarning, stacklevel=2)
     model.warnings = _warnings(model)
     for text in model.warnings:
         warnings.warn(f"{first.name}: {text}", RuntimeWarning, stacklevel=2)

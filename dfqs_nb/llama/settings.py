@@ -31,6 +31,7 @@ GGML_TYPES = {name.lower(): code for code, (name, *_) in TENSOR_TYPES.items() if
 MAX_LINE = 2000  # characters kept of a line of the log: a model's name can have 100,000
 MAX_CTX = 2**31 - 256
 SMALL_MODEL_BYTES = 64 << 20
+PAGING = ("auto", "on", "off")
 COUNTS = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")
 DEBUG, INFO, WARNING, ERROR, CONTINUES = 1, 2, 3, 4, 5  # ggml_log_level of ggml.h
 
@@ -51,9 +52,11 @@ class OpenSettings:
         use_extra_bufts: repack weights for this CPU. False by default: it crashes on CPUs with AMX
             (ggml-org/llama.cpp#20824) and keeps a second copy of the weights in memory.
         swa_full: keep all tokens in sliding-window layers; llama.cpp's default True multiplies the cache.
+        paging: help for a file larger than memory (`llama.paging`): ``auto`` (where it is larger), ``on`` or
+            ``off``. It changes no number that is computed, only the time.
 
     Raises:
-        ModelError: a count below its minimum, or an unknown cache type.
+        ModelError: a count below its minimum, an unknown cache type, or another word for ``paging``.
     """
 
     n_ctx: int = 4096
@@ -69,6 +72,7 @@ class OpenSettings:
     use_mmap: bool = True
     use_extra_bufts: bool = False
     swa_full: bool = False
+    paging: str = "auto"
 
     def __post_init__(self) -> None:
         threads = self.n_threads or usable_cores()
@@ -83,6 +87,8 @@ class OpenSettings:
             if getattr(self, name) not in GGML_TYPES:
                 hint = f"use one of {', '.join(GGML_TYPES)}"
                 raise ModelError(f"{name} is {getattr(self, name)!r}", hint=hint)
+        if self.paging not in PAGING:
+            raise ModelError(f"paging is {self.paging!r}", hint=f"use one of {', '.join(PAGING)}")
 
     @classmethod
     def of(
@@ -220,7 +226,10 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
         ModelError: llama.cpp refuses the file. A file that aborts it ends this process: see `check.trial`.
     """
     import llama_cpp
+    import llama_cpp.llama_cpp as api
     from llama_cpp._internals import LlamaModel
+
+    from dfqs_nb.llama.paging import Paging
 
     def without_templates(metadata: dict[str, str]) -> dict[str, str]:
         # `Llama` parses every chat template at once and fails on any; we render them ourselves
@@ -229,12 +238,16 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
     LOG.install()
     LOG.clear()
     names = (*COUNTS, "n_gpu_layers", "flash_attn", "use_mmap", "swa_full")
+    paging = Paging.of(path, settings)
+    listening = paging.callback(api.llama_context_default_params().cb_eval) if paging else {}
     try:
         with (
             default_model_params(use_extra_bufts=settings.use_extra_bufts),
+            default_context_params(**listening),
             _replaced(LlamaModel, "metadata", without_templates),
+            paging.loading() if paging else contextlib.nullcontext(),
         ):
-            llama = llama_cpp.Llama(
+            llama: Any = llama_cpp.Llama(
                 model_path=str(path),
                 verbose=False,
                 type_k=GGML_TYPES[settings.type_k],
@@ -244,6 +257,10 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
     except ValueError as error:
         raise refusal(path) from error
     llama.set_seed(settings.seed)
+    llama.paging = paging
+    if paging is not None:
+        llama._stack.callback(paging.close)
+        paging.start(LOG.tail(500))
     return llama
 
 

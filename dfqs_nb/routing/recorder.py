@@ -1,31 +1,25 @@
 """Listen to llama.cpp's graph and keep what the routers chose.
 
-llama.cpp asks a callback (``cb_eval``) about every node of its graph. The recorder says yes to one node a
-layer, ``ffn_moe_topk``, where the graph then stops: the chosen ids are computed, and nothing that follows has
-overwritten the scores they were chosen by. Names and order of the nodes: ``build_moe_ffn`` in llama.cpp's
-src/llama-graph.cpp, which all its common mixture-of-experts architectures go through. A stop changes how the
-graph is cut, so compare recorded runs only with recorded runs.
+At each router's node (see `llama.graph`) nothing has overwritten yet the scores that the experts were chosen
+by. A stop changes how the graph is cut, so compare recorded runs only with recorded runs.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
 import tempfile
-from collections.abc import Callable
 from typing import IO, Any
 
 import numpy as np
 
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.llama.graph import NAME_OFFSET, Tensor, ggml_function
+from dfqs_nb.llama.graph import Router, View, Watch, ggml_function
 
 FLUSH_BYTES = 4 << 20  # of raw scores, before they are reduced to margins and weights
 SPILL_BYTES = 16 << 20  # of one column in memory; what is beyond goes to a file
 SMALLEST_SUM = 6.103515625e-5  # build_moe_ffn clamps the sum of weights here
-_PREFIX_BYTES = 13  # tells the names below apart
-_TOPK, _PROBS, _WEIGHTS, _ARGSORT = b"ffn_moe_topk-", b"ffn_moe_probs", b"ffn_moe_weigh", b"ffn_moe_argsort"
+_PROBS, _WEIGHTS, _ARGSORT = b"ffn_moe_probs", b"ffn_moe_weigh", b"ffn_moe_argsort"
 
 
 class RoutingError(DfqsError):
@@ -63,97 +57,34 @@ class Column:
         return np.memmap(self._file, kind.dtype, "r", shape=(self._n, *kind.shape[1:]))
 
 
-class _View:
-    """One tensor of llama.cpp's graph, read where it lies."""
-
-    __slots__ = ("address", "name", "row_bytes", "shape", "steps", "tensor")
-
-    def __init__(self, address: int) -> None:
-        self.address, self.tensor = address, Tensor.from_address(address)
-        self.name, self.shape, self.steps = self.tensor.name, self.tensor.ne, self.tensor.nb
-        self.row_bytes = self.shape[0] * 4
-
-
-class _Hook:
-    """A key of `_Nodes` that calls a function when its address is looked up.
-
-    A dictionary asks a key for equality only when the hashes are equal, so Python code runs at these few
-    nodes, and the hundreds of others are answered by the dictionary alone.
-    """
-
-    __slots__ = ("address", "call")
-
-    def __init__(self, address: int, call: Callable[[], object]) -> None:
-        self.address, self.call = address, call
-
-    def __hash__(self) -> int:
-        return hash(self.address)
-
-    def __eq__(self, other: object) -> bool:
-        if self.address == other:
-            self.call()
-            return True
-        return self is other
-
-
-class _Nodes(dict[Any, bool]):
-    """For every node of the graph, by address: does llama.cpp stop there? Unknown ones are learned."""
-
-    def __init__(self, learn: Callable[[int], bool]) -> None:
-        self._learn = learn
-
-    def __missing__(self, address: int) -> bool:
-        return self._learn(address)
-
-
-class _Router:
+class _Router(Router):
     """One layer's router in llama.cpp's graph: its ids, selection scores and probabilities."""
 
     def __init__(self, address: int, probs: int) -> None:
-        self.ids, self.probs = _View(address), _View(probs)
-        self.layer = int(self.ids.name.rsplit(b"-", 1)[1])
-        self.source = _View(self.ids.tensor.src[0])
+        super().__init__(address)
+        self.probs, self.source = View(probs), View(self.ids.tensor.src[0])
         self.hashed = not self.source.name.startswith(_ARGSORT)
         scores = probs if self.hashed else self.source.tensor.src[0]
-        self.scores = self.probs if scores == probs else _View(scores)
+        self.scores = self.probs if scores == probs else View(scores)
         self.by_expert = [self.probs] if scores == probs else [self.probs, self.scores]
-        self.stopped = False
         self.marks = [(view.tensor, view.name) for view in {self.ids, self.probs, self.scores}]
 
 
-class Recorder:
-    """Receives every node that llama.cpp evaluates and keeps what the routers chose.
-
-    In decode a graph of the same shape comes again and again at the same addresses. So nodes are known by
-    address: reading each one's name costs a small model 40 % of its speed, a dictionary 5 %. At the first
-    node of each graph the names at the addresses that matter are checked; another graph is learned afresh.
-    """
+class Recorder(Watch):
+    """Receives every node that llama.cpp evaluates and keeps what the routers chose."""
 
     def __init__(self) -> None:
-        import llama_cpp.llama_cpp as api
-
+        super().__init__()
         self.keep_scores = False  # of every expert, for rank correlations
-        self._nodes = _Nodes(self._learn)
-        # llama.cpp also passes whether it asks or has computed, and user data: a node that we stop at
-        # comes exactly twice, so we leave both out, which makes the call cheaper
-        self._function = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(self._nodes.__getitem__)
-        self.callback = ctypes.cast(self._function, api.ggml_backend_sched_eval_callback)
         void, size = ctypes.c_void_p, ctypes.c_size_t
         # whichever device holds the tensor
         self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, size, size)
         self._staging, self._address = np.zeros(0, np.int32), 0
-        self._marks: list[tuple[Tensor, bytes]] = []  # what must lie where, for the known addresses to hold
         self._listening = False
         self._inputs: list[np.ndarray] | None = None
         self._probs_at = 0
-        self._error: BaseException | None = None
         self._weighting: dict[str, float] = {}
         self.reset()
-
-    def forget_graph(self) -> None:
-        """Forget the known addresses: the context that they lie in is gone."""
-        self._nodes.clear()
-        self._marks = []
 
     def reset(self) -> None:
         """Forget what was recorded."""
@@ -203,29 +134,14 @@ class Recorder:
 
     # -- inside it: no exception may pass through llama.cpp, so end() raises them --
 
-    def _learn(self, address: int) -> bool:
-        """A node at an unknown address, by its name."""
-        stop = False
-        try:
-            if not self._nodes:
-                self._nodes[_Hook(address, functools.partial(self._start, address))] = False
-                self._read_inputs(address)
-                return False
-            prefix = ctypes.string_at(address + NAME_OFFSET, _PREFIX_BYTES)
-            if prefix == _TOPK:
-                router = _Router(address, self._probs_at)
-                self._marks += router.marks
-                self._nodes[_Hook(address, functools.partial(self._visit, router))] = stop = True
-                self._visit(router)
-                return stop
-            if prefix in (_PROBS, _WEIGHTS):
-                self._learn_named(_View(address))
-        except Exception as error:
-            self._error = error
-        self._nodes[address] = stop
-        return stop
+    def _router(self, address: int) -> Router:
+        return _Router(address, self._probs_at)
 
-    def _learn_named(self, view: _View) -> None:
+    def _other(self, address: int, prefix: bytes) -> None:
+        if prefix in (_PROBS, _WEIGHTS):
+            self._learn_named(View(address))
+
+    def _learn_named(self, view: View) -> None:
         """The probabilities, and what build_moe_ffn does to the chosen ones, from the names of its nodes."""
         step = view.name.rsplit(b"-", 1)[0].decode()
         if step == "ffn_moe_probs" and b" " not in view.name:
@@ -234,22 +150,12 @@ class Recorder:
             factor = struct.unpack("f", struct.pack("i", view.tensor.op_params[0]))[0]
             self._weighting[step.removeprefix("ffn_moe_weights_")] = factor
 
-    def _start(self, address: int) -> None:
-        """The first node of a graph: forget the known addresses unless they hold what they held."""
-        for tensor, name in self._marks:
-            if tensor.name != name:
-                self._nodes.clear()  # the node is looked up again, and learned
-                self._marks = []
-                return
-        if self._inputs is not None:
-            self._read_inputs(address)
-
-    def _read_inputs(self, address: int) -> None:
+    def _begun(self, address: int) -> None:
         """The tokens of a graph: its first node looks up their embeddings."""
         if self._inputs is None:
             return
         try:
-            view = _View(_View(address).tensor.src[1] or 0)
+            view = View(View(address).tensor.src[1] or 0)
             if view.name != b"inp_tokens":
                 raise RoutingError("its graph does not begin with the tokens")
             tokens = np.zeros(view.shape[0], np.int32)
@@ -258,15 +164,10 @@ class Recorder:
         except Exception as error:
             self._error = error
 
-    def _visit(self, router: _Router) -> None:
-        """A router's node: first llama.cpp asks whether to stop behind it, then it has stopped."""
-        router.stopped = not router.stopped
-        if router.stopped or not self._listening:
-            return
-        try:
+    def _chosen(self, router: Router) -> None:
+        super()._chosen(router)
+        if self._listening and isinstance(router, _Router):
             self._take(router)
-        except Exception as error:
-            self._error = error
 
     def _take(self, router: _Router) -> None:
         """Copy the ids, as they lie (with a stride in prefill), and the scores of every expert behind."""

@@ -1,0 +1,398 @@
+"""Help for a file larger than memory: read what a token needs before it is asked for, and nothing else.
+
+The kernel pages a mapped file by guessing. It reads a whole window around each missing page (8 MB on some
+disks, for an expert's slice of 1.6 MB), and lets the weights that every token needs go for it. Here
+
+- `Paging.loading` keeps llama.cpp from reading the whole file when it opens it;
+- the dense weights are locked into memory, within a budget;
+- the windows are switched off for the routed experts (``MADV_RANDOM`` on llama.cpp's mapping);
+- each router's choice is read as soon as it is known (``POSIX_FADV_WILLNEED``), in prefill a layer ahead.
+
+Nothing is computed differently: the same bytes arrive earlier. What the system does not allow is left out
+and named in `Paging.lost`. Numbers, and what did not pay: docs/paging.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import queue
+import re
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dfqs_nb.core.display import size
+from dfqs_nb.core.machine import available_memory
+from dfqs_nb.gguf.facts import INTEGER_TYPES, class_of, layer_of
+from dfqs_nb.gguf.header import GGUFHeader, Tensor
+from dfqs_nb.gguf.placement import EXPERTS
+from dfqs_nb.gguf.shards import ShardSet, open_shards
+from dfqs_nb.llama.graph import Router, Watch, ggml_function
+from dfqs_nb.llama.loaded import planned_bytes
+from dfqs_nb.llama.settings import OpenSettings, has_gpu_support
+
+LINUX = sys.platform == "linux"
+PAGE = 4096
+MADV_RANDOM, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4  # of Linux
+CAP_IPC_LOCK = 14
+WINDOW_BYTES = 128 << 10  # what one advice reads at least
+SPARE_BYTES, SPARE_SHARE = 1 << 30, 0.05  # of memory that is never locked
+INLINE_BYTES = 256 << 20  # of reads that a router waits to be handed over; more goes to a thread
+WHOLE_SHARE = 0.8  # of a layer's experts chosen, from which on the next layer is read ahead
+HASH_TABLE = "ffn_gate_tid2eid"
+ORDER = ("gate_up", "up", "gate", "down")  # in which a layer's products use their tensors
+
+
+@dataclass(frozen=True)
+class Experts:
+    """One tensor of routed experts: the file it lies in, where, and bytes of one expert."""
+
+    file: int
+    start: int
+    slice_bytes: int
+    n: int
+
+    @property
+    def end(self) -> int:
+        """Behind the last expert."""
+        return self.start + self.slice_bytes * self.n
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a model's weights lie: by layer its expert tensors in the order of use, and what is dense.
+
+    Attributes:
+        dense: ``(file, start, end)`` of the tensors that every token reads whole.
+        tables: by layer with hash routing: file, start, and experts a token.
+    """
+
+    experts: dict[int, list[Experts]]
+    dense: list[tuple[int, int, int]]
+    tables: dict[int, tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, headers: Sequence[GGUFHeader]) -> Layout:
+        """From the headers of all shards."""
+        own, n_layers = headers[0].architecture, headers[0].n_layers
+        total = headers[0].count(f"{own}.expert_count")
+        tied = not any(tensor.name == "output.weight" for header in headers for tensor in header.tensors)
+        layout, found = cls({}, [], {}), list[tuple[int, int, int, Experts]]()
+        for file, header in enumerate(headers):
+            for tensor in header.tensors:
+                layer, start = layer_of(tensor.name), header.start + header.data_offset + tensor.offset
+                routed = re.search(EXPERTS, tensor.name)
+                if layer is not None and layer >= n_layers:
+                    continue  # for drafting: llama.cpp leaves them
+                if routed and layer is not None and total and tensor.shape[-1] == total:
+                    part = Experts(file, start, tensor.nbytes // total, total)
+                    found.append((layer, ORDER.index(routed[1]), start, part))
+                elif HASH_TABLE in tensor.name and layer is not None:
+                    layout.tables[layer] = file, start, tensor.shape[0]
+                elif _whole(tensor, tied):
+                    layout.dense.append((file, start, start + tensor.nbytes))
+        for layer, *_, part in sorted(found, key=lambda item: item[:3]):
+            layout.experts.setdefault(layer, []).append(part)
+        return layout
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that every token reads."""
+        return sum(end - start for _, start, end in self.dense)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the largest layer's routed experts."""
+        layers = (sum(part.end - part.start for part in parts) for parts in self.experts.values())
+        return max(layers, default=0)
+
+
+def _whole(tensor: Tensor, tied: bool) -> bool:
+    """Whether a token reads all of a tensor, and not one row of it."""
+    return tensor.type not in INTEGER_TYPES and (tied or class_of(tensor.name) != "embedding")
+
+
+def wanted(shards: ShardSet, settings: OpenSettings) -> bool:
+    """Whether a model is to be opened with help: asked for, or its weights exceed the free memory."""
+    if (
+        settings.paging == "off"
+        or not settings.use_mmap
+        or (settings.n_gpu_layers == -1 and has_gpu_support())
+    ):
+        return False
+    return settings.paging == "on" or shards.nbytes > available_memory().available_bytes
+
+
+class Paging:
+    """The help for one model, while it is open.
+
+    Attributes:
+        parts: what is on, for people. lost: a sentence for each part that is not, with how to allow it.
+        pinned_bytes: of dense weights locked into memory.
+    """
+
+    def __init__(self, shards: ShardSet, settings: OpenSettings) -> None:
+        self.paths, self.settings = shards.paths, settings
+        self.layout = Layout.of(shards.headers)
+        self.parts, self.lost = list[str](), list[str]()
+        self.pinned_bytes = 0
+        self._files: list[int] = []
+        self._pins: list[tuple[int, int]] = []
+        self._watch: Watch | None = None
+        self._jobs: queue.SimpleQueue[tuple[int, list[tuple[int, int, int]]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._layer = -1  # whose router chose last
+        self._ahead = -1  # that was read whole before its router chose
+        void, number = ctypes.c_void_p, ctypes.c_size_t
+        self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, number, number)
+
+    @property
+    def sentence(self) -> str:
+        """What is on and what is lost, for people."""
+        lost = "".join(f"; without: {text}" for text in self.lost)
+        return (
+            f"paging help is on ({'; '.join(self.parts) or 'nothing'}){lost}. paging='off' opens without it"
+        )
+
+    # ---- around the load ----
+
+    @classmethod
+    def of(cls, path: str | Path, settings: OpenSettings) -> Paging | None:
+        """The help for a model that is about to be loaded, where it is wanted."""
+        shards = open_shards(path)
+        return cls(shards, settings) if wanted(shards, settings) else None
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Keep llama.cpp's ``MAP_POPULATE`` from reading it all: pages locked on fault are not populated."""
+        locked = LINUX and may_lock() is None and _libc("mlockall", MCL_FUTURE | MCL_ONFAULT) == 0
+        if not locked:
+            self.lost.append("opening reads the whole file once (run as root, or with `ulimit -l unlimited`)")
+        try:
+            yield
+        finally:
+            if locked:
+                _libc("munlockall")
+
+    def callback(self, current: Any) -> dict[str, Any]:
+        """The ``cb_eval`` to build the context with; a recorder's own is shared.
+
+        Args:
+            current: the one that the context would get.
+        """
+        if not self.layout.experts or not LINUX:
+            return {}
+        if self.settings.n_gpu_layers and has_gpu_support():
+            self.lost.append(
+                "experts are read when they are needed: a stop at each router would slow the GPU"
+            )
+            return {}
+        self._watch = Watch.behind(current)
+        if self._watch is None and ctypes.cast(current, ctypes.c_void_p).value:
+            self.lost.append("experts are read when they are needed: another callback listens to the graph")
+            return {}
+        self._watch = self._watch or Watch()
+        self._watch.listeners.append(self.chosen)
+        self.parts.append("routers' choices are read at once")
+        return {"cb_eval": self._watch.callback}
+
+    def start(self, log: Sequence[str]) -> None:
+        """After the load: advise the kernel, and lock the dense weights.
+
+        Args:
+            log: what llama.cpp logged; it states the buffers that locking must leave room for.
+        """
+        if not LINUX:
+            self.lost = [f"all of it: {sys.platform} is not Linux"]
+            return
+        self._files = [os.open(path, os.O_RDONLY) for path in self.paths]
+        self._window = [window_bytes(file) for file in self._files]
+        if self.layout.experts:
+            self._advise()
+        planned = planned_bytes(log)
+        spare = max(SPARE_BYTES, round(SPARE_SHARE * available_memory().total_bytes))
+        self._pin(
+            available_memory().available_bytes - sum(planned.values()) - spare - 2 * self.layout.layer_bytes
+        )
+
+    def close(self) -> None:
+        """Give back what is locked and open."""
+        if self._watch is not None and self.chosen in self._watch.listeners:
+            self._watch.listeners.remove(self.chosen)
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+        for address, length in self._pins:
+            _libc("munmap", address, length)
+        for file in self._files:
+            os.close(file)
+        self._pins, self._files, self._thread = [], [], None
+
+    def _advise(self) -> None:
+        """Switch read-around off where llama.cpp has mapped routed experts."""
+        parts = [part for layer in self.layout.experts.values() for part in layer]
+        failed = 0
+        for file, places in enumerate(map(mapped_at, self._files)):
+            for start, end in _merged((part.start, part.end) for part in parts if part.file == file):
+                for address, first, last in places:
+                    low, high = max(start, first), min(end, last)
+                    low, high = address + low - first, address + high - first
+                    low, high = -(-low // PAGE) * PAGE, high // PAGE * PAGE
+                    if low < high:
+                        failed |= _libc("madvise", low, high - low, MADV_RANDOM)
+        if failed:
+            self.lost.append("each missing page of an expert still reads a whole window (madvise fails here)")
+        else:
+            self.parts.append("no read-around in experts")
+
+    def _pin(self, budget: int) -> None:
+        """Lock dense weights, from the first on, as far as the budget and the system allow."""
+        limit, total = may_lock(), self.layout.dense_bytes
+        room = max(0, budget if limit is None else min(budget, limit))
+        for file, descriptor in enumerate(self._files):
+            length = os.fstat(descriptor).st_size
+            base = _libc("mmap", 0, length, 1, 1, descriptor, 0)  # PROT_READ, MAP_SHARED
+            self._pins.append((base, length))
+            for start, end in _merged((start, end) for at, start, end in self.layout.dense if at == file):
+                end = min(end, start + room - self.pinned_bytes)
+                low = start // PAGE * PAGE
+                if end <= start or _libc("mlock", base + low, end - low):
+                    continue
+                self.pinned_bytes += end - start
+        self.parts.append(f"{size(self.pinned_bytes)} of {size(total)} of dense weights locked in memory")
+        if self.pinned_bytes < 0.99 * total:
+            why = (
+                f"`ulimit -l` allows {size(limit)}: raise it"
+                if limit == room and limit is not None
+                else "close other programs, or lower n_ctx"
+            )
+            self.lost.append(f"{size(total - self.pinned_bytes)} of dense weights may be read again ({why})")
+
+    # ---- while tokens are evaluated ----
+
+    def before(self, tokens: Sequence[int]) -> None:
+        """Read the experts of the layers that route by token, before the tokens are evaluated."""
+        if self._watch is None or not self._files:
+            return
+        if self._watch._error is not None:
+            raise self._watch._error
+        for layer, (file, start, used) in self.layout.tables.items():
+            rows = [os.pread(self._files[file], 4 * used, start + 4 * used * token) for token in set(tokens)]
+            self._hand_over(layer, np.unique(np.frombuffer(b"".join(rows), np.int32)))
+
+    def chosen(self, router: Router) -> None:
+        """A router has chosen: read its experts; in prefill, where most are chosen, also the next layer's."""
+        ids, n = router.ids, router.ids.shape[1]
+        if not self._files or not n or router.layer not in self.layout.experts:
+            return  # n is 0 in the last layer of a batch that asks for no logits
+        step = ids.row_bytes if n == 1 else ids.steps[1]
+        nbytes = (n - 1) * step + ids.row_bytes
+        raw = np.zeros(-(-n * step // 4), np.int32)
+        self._copy(ids.address, raw.ctypes.data, 0, nbytes)
+        rows = raw[: n * step // 4].reshape(n, -1)[:, : ids.shape[0]]
+        self._layer, experts = router.layer, np.unique(rows)
+        if router.layer != self._ahead:
+            self._hand_over(router.layer, experts)
+        following, self._ahead = self.layout.experts.get(router.layer + 1), -1
+        if following and len(experts) > WHOLE_SHARE * following[0].n:
+            self._ahead = router.layer + 1
+            self._hand_over(self._ahead, np.arange(following[0].n))
+
+    def _hand_over(self, layer: int, experts: np.ndarray) -> None:
+        runs = list(self._runs(layer, experts))
+        if sum(end - start for _, start, end in runs) <= INLINE_BYTES:
+            return self._read(runs)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
+        self._jobs.put((layer, runs))
+        return None
+
+    def _runs(self, layer: int, experts: np.ndarray) -> Iterator[tuple[int, int, int]]:
+        """File, start and end of what these experts take, in the order of use."""
+        cuts = np.flatnonzero(np.diff(experts) != 1) + 1
+        groups = [(int(group[0]), int(group[-1]) + 1) for group in np.split(experts, cuts)]
+        for part in self.layout.experts.get(layer, ()):
+            for first, last in groups:
+                yield part.file, part.start + first * part.slice_bytes, part.start + last * part.slice_bytes
+
+    def _read(self, runs: Sequence[tuple[int, int, int]], layer: int | None = None) -> None:
+        """Have the kernel read these; it returns when they are under way, not when they are there."""
+        for file, start, end in runs:
+            if layer is not None and layer < self._layer:
+                return  # too late
+            window = self._window[file]
+            for at in range(start, end, window):
+                os.posix_fadvise(self._files[file], at, min(window, end - at), os.POSIX_FADV_WILLNEED)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            layer, runs = job
+            self._read(runs, layer)
+
+
+# ---- what the system allows, and where things are ----
+
+
+def may_lock() -> int | None:
+    """Bytes that this process may lock; None: no limit."""
+    import resource
+
+    status = Path("/proc/self/status").read_text()
+    capable = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
+    if capable and int(capable[1], 16) >> CAP_IPC_LOCK & 1:
+        return None
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def window_bytes(file: int) -> int:
+    """The most that one advice makes the kernel read: the read-ahead, or the device's largest request."""
+    device = os.fstat(file).st_dev
+    folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    known = [WINDOW_BYTES]
+    for queue_folder in (folder / "queue", folder / "../queue"):
+        for name in ("read_ahead_kb", "max_sectors_kb"):
+            with contextlib.suppress(OSError, ValueError):
+                known.append(int((queue_folder / name).read_text()) << 10)
+    return min(max(known), 1 << 20)
+
+
+def mapped_at(file: int) -> list[tuple[int, int, int]]:
+    """Where this process has mapped an open file: address, and first and last byte of the file there."""
+    stat, places = os.fstat(file), []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, offset, device, inode, *_ = line.split(None, 5)
+        if int(inode) == stat.st_ino and device == f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}":
+            low, high = (int(word, 16) for word in span.split("-"))
+            places.append((low, int(offset, 16), int(offset, 16) + high - low))
+    return places
+
+
+def _merged(ranges: Any) -> list[tuple[int, int]]:
+    """Ranges in order; those with less than a page between them as one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if merged and start - merged[-1][1] < PAGE:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _libc(name: str, *arguments: int) -> int:
+    """Call a function of the C library; its result."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    function.restype = ctypes.c_ssize_t if name == "mmap" else ctypes.c_int
+    function.argtypes = [
+        ctypes.c_size_t if at < 2 or name == "mmap" else ctypes.c_int for at in range(len(arguments))
+    ]
+    result: int = function(*arguments)
+    return result

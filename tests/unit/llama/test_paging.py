@@ -1,0 +1,219 @@
+"""Help for a file larger than memory: the same numbers, the right bytes, and never more than is allowed."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from moe_models import VOCAB, write_model
+
+from dfqs_nb.core import machine
+from dfqs_nb.core.errors import ModelError
+from dfqs_nb.core.machine import Memory
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf import specimen
+from dfqs_nb.gguf.header import read_header
+from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.llama import paging
+from dfqs_nb.llama.model import open_model
+from dfqs_nb.llama.paging import Layout, Paging
+from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.routing.recorded import Schedule, open_recorded, record
+
+NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
+TOKENS = np.random.default_rng(1).integers(0, VOCAB, 40).tolist()
+pytestmark = pytest.mark.filterwarnings("ignore:.*no chat template", "ignore:paging help")
+linux_only = pytest.mark.skipif(not paging.LINUX, reason="the help is for Linux")
+
+
+def settings(mode: str, **fields: int) -> OpenSettings:
+    return OpenSettings(n_ctx=256, n_threads=1, n_batch=32, n_ubatch=20, paging=mode, **fields)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory) -> Path:
+    return write_model("olmoe", tmp_path_factory.mktemp("moe"))
+
+
+@pytest.fixture(scope="module")
+def flash(tmp_path_factory) -> Path:
+    """Four layers of the published shape with few experts: hash routing, compressed attention."""
+    shape = specimen.Shape(4, 16, 512)
+    return specimen.write_specimen(tmp_path_factory.mktemp("flash") / "m.gguf", shape, progress=False)
+
+
+def logits(path: Path, how: OpenSettings, prompt: int = 24) -> np.ndarray:
+    """The logits after a prompt, and after each token that follows it."""
+    with open_model(path, how, trial=False) as model:
+        assert model.conditions()["paging"] == how.paging
+        return np.array([model.evaluate(TOKENS[:prompt]), *(model.evaluate([t]) for t in TOKENS[prompt:])])
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "olmoe", "deepseek2", "gpt-oss"])
+def test_the_numbers_are_the_same_with_help_and_without(arch, tmp_path):
+    path = write_model(arch, tmp_path)
+    with pytest.warns(RuntimeWarning, match="paging help is on"):
+        helped = logits(path, settings("on"))
+    assert np.array_equal(helped, logits(path, settings("off")))
+
+
+def test_the_numbers_of_the_reference_model_are_the_same():
+    assert np.array_equal(logits(NANO, settings("on")), logits(NANO, settings("off")))
+
+
+@pytest.mark.slow
+def test_the_numbers_of_the_published_shape_are_the_same(flash):
+    assert np.array_equal(logits(flash, settings("on")), logits(flash, settings("off")))
+
+
+def places(path: Path, layer: int, experts: np.ndarray) -> set[tuple[int, int]]:
+    """Where the file has these experts of a layer, from the header alone."""
+    header, wanted = read_header(path), set()
+    for tensor in header.tensors:
+        if re.fullmatch(rf"blk\.{layer}\.ffn_(up|gate|down)_exps\.weight", tensor.name):
+            size = tensor.nbytes // tensor.shape[-1]
+            start = header.data_offset + tensor.offset
+            wanted |= {(start + size * int(expert), size) for expert in experts}
+    return wanted
+
+
+@linux_only
+def test_exactly_the_chosen_experts_are_read_and_recording_goes_on(moe, monkeypatch):
+    advised: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _file, at, n, _advice: advised.append((at, n)))
+    with open_recorded(moe, settings("on"), trial=False) as model:
+        helped = record(model, TOKENS, Schedule(prefill=24))
+        advised.clear()
+        one = record(model, TOKENS[:1], Schedule(prefill=0))
+    with open_recorded(moe, settings("off"), trial=False) as model:
+        plain = record(model, TOKENS, Schedule(prefill=24))
+    assert np.array_equal(helped.experts, plain.experts) and np.array_equal(helped.margin, plain.margin)
+    assert np.array_equal(helped.logits.digest, plain.logits.digest)
+    expected = [places(moe, layer, one.experts[0, at]) for at, layer in enumerate(one.layers.tolist())]
+    read = {at + step * n for at, n in advised for step in (0, 1)}
+    edges = {edge for part in expected for at, n in part for edge in (at, at + n)}
+    assert read <= edges, "only whole experts are read, neighbours in one piece"
+    assert sum(n for _, n in advised) == sum(n for part in expected for _, n in part)
+
+
+@linux_only
+def test_a_prefill_that_needs_most_experts_reads_the_next_layer_too(moe, monkeypatch):
+    layers: list[int] = []
+    kept = Paging._hand_over
+
+    def seen(self, layer, experts):
+        layers.append(layer)
+        kept(self, layer, experts)
+
+    monkeypatch.setattr(Paging, "_hand_over", seen)
+    with open_model(moe, settings("on"), trial=False) as model:
+        model.evaluate(TOKENS[:20])  # the last layer routes only the last token
+        assert layers == [0, 1]
+        model.evaluate(TOKENS[:1])
+        assert layers == [0, 1, 0, 1]
+
+
+@linux_only
+def test_hash_layers_are_read_by_token(monkeypatch):
+    seen: list[tuple[int, list[int]]] = []
+    with open_model(NANO, settings("on"), trial=False) as model:
+        tables = model.llama.paging.layout.tables
+        monkeypatch.setattr(Paging, "_hand_over", lambda _s, layer, ids: seen.append((layer, ids.tolist())))
+        model.decode([7])
+    with open_recorded(NANO, settings("off"), trial=False) as recorded:
+        trace = record(recorded, [7])
+    hashed = trace.layers[trace.hashed].tolist()
+    assert hashed and sorted(tables) == hashed
+    assert seen[: len(hashed)] == [(at, sorted(trace.experts[0, at].tolist())) for at in hashed]
+
+
+@linux_only
+def test_read_around_is_off_in_experts_and_nowhere_else(moe):
+    with open_model(moe, settings("on"), trial=False):
+        text = Path("/proc/self/smaps").read_text()
+    blocks = re.findall(
+        rf"^(\w+)-(\w+) \S+ (\w+) \S+ \S+ +{re.escape(str(moe))}$.*?VmFlags:(.*?)$", text, re.M | re.S
+    )
+    marked = [
+        (int(o, 16), int(o, 16) + int(b, 16) - int(a, 16)) for a, b, o, flags in blocks if " rr" in flags
+    ]
+    layout = Layout.of(open_shards(moe).headers)
+    parts = [(part.start, part.end) for layer in layout.experts.values() for part in layer]
+    assert marked, "no page is marked"
+    for start, end in marked:
+        assert any(low <= start and end <= high for low, high in paging._merged(parts))
+    inner = sum(max(0, high // 4096 - -(-low // 4096)) for low, high in paging._merged(parts))
+    assert sum(end - start for start, end in marked) == 4096 * inner
+
+
+@linux_only
+@pytest.mark.parametrize("limit", [0, 40_960])
+def test_no_more_is_locked_than_the_system_allows(moe, monkeypatch, limit):
+    monkeypatch.setattr(paging, "may_lock", lambda: limit)
+    with open_model(moe, settings("on"), trial=False) as model:
+        assert model.llama.paging.pinned_bytes <= limit
+        assert "`ulimit -l` allows" in model.loaded["paging"]
+        assert "opening reads the whole file once" in model.loaded["paging"]
+
+
+@linux_only
+def test_no_more_is_locked_than_memory_leaves(moe, monkeypatch):
+    monkeypatch.setattr(paging, "available_memory", lambda: Memory(8 << 30, 900 << 20, "test"))
+    with open_model(moe, settings("on"), trial=False) as model:
+        assert model.llama.paging.pinned_bytes == 0
+        assert "close other programs" in model.loaded["paging"]
+
+
+@linux_only
+def test_what_is_locked_is_given_back(moe):
+    locked = lambda: int(re.search(r"VmLck:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # noqa: E731
+    before = locked()
+    with (
+        pytest.warns(RuntimeWarning, match="of dense weights locked"),
+        open_model(moe, settings("on")) as model,
+    ):
+        dense = Layout.of(open_shards(moe).headers).dense_bytes
+        if paging.may_lock() is None:
+            assert model.llama.paging.pinned_bytes == dense and locked() > before
+    assert locked() == before
+
+
+def test_it_is_on_where_the_file_exceeds_memory_and_off_elsewhere(moe, monkeypatch):
+    shards = open_shards(moe)
+    assert not paging.wanted(shards, settings("auto")) and paging.wanted(shards, settings("on"))
+    monkeypatch.setattr(paging, "available_memory", lambda: Memory(shards.nbytes, shards.nbytes // 2, "test"))
+    assert paging.wanted(shards, settings("auto")) and not paging.wanted(shards, settings("off"))
+    assert not paging.wanted(shards, settings("auto", use_mmap=False))
+    monkeypatch.setattr(paging, "has_gpu_support", lambda: True)
+    assert not paging.wanted(shards, settings("on", n_gpu_layers=-1))
+    with pytest.raises(ModelError, match="paging is 'maybe'"):
+        settings("maybe")
+
+
+def test_another_system_says_what_is_lost(moe, monkeypatch):
+    monkeypatch.setattr(paging, "LINUX", False)
+    with open_model(moe, settings("on"), trial=False) as model:
+        model.evaluate(TOKENS)
+        assert "is not Linux" in model.loaded["paging"] and not model.llama.paging.parts
+
+
+@linux_only
+def test_a_mapping_is_found_where_it_is(tmp_path):
+    path = tmp_path / "a file"
+    path.write_bytes(bytes(5 * 4096))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 8192, prot=mmap.PROT_READ, offset=4096):
+        assert [place[1:] for place in paging.mapped_at(file.fileno())] == [(4096, 3 * 4096)]
+
+
+def test_a_group_of_this_process_limits_its_memory(tmp_path):
+    own, listed = tmp_path / "memory" / "a" / "b", tmp_path / "cgroup"
+    own.mkdir(parents=True)
+    listed.write_text("4:memory:/a/b\n0::/c\n")
+    (own.parent / "memory.limit_in_bytes").write_text(str(2 << 30))
+    (own.parent / "memory.usage_in_bytes").write_text(str(1 << 30))
+    groups = [machine._cgroup_memory(place) for place in machine._own_groups(tmp_path, listed)]
+    assert [group.available_bytes for group in groups if group] == [1 << 30]
