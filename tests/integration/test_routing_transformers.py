@@ -1,4 +1,4 @@
-"""The routing of a random DeepSeek-V4 model, against transformers' own implementation of it.
+"""The routing of a random DeepSeek-V4 model, one sequence and batches, against transformers' own implementation.
 
 Slow, and only with ``pip install --group peer``, or when ``$DFQS_PEER_PYTHON`` names an interpreter that has
 torch, transformers and gguf.
@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing.recorded import LOGIT_SAMPLE, Schedule, open_recorded, record
+from dfqs_nb.routing.recorded import LOGIT_SAMPLE, Schedule, Together, open_recorded, record, record_together
+from dfqs_nb.routing.trace import Trace
 
 NOISE = 5e-5  # selection scores of the two implementations differ by less
 
@@ -30,20 +31,40 @@ def peer(tmp_path_factory):
         pytest.skip("needs torch and transformers (pip install --group peer), or DFQS_PEER_PYTHON")
     folder = tmp_path_factory.mktemp("peer")
     script = Path(__file__).resolve().parents[1] / "support" / "transformers_peer.py"
-    subprocess.run([python, script, folder / "model.gguf", folder / "result.npz"], check=True, timeout=600)
-    with np.load(folder / "result.npz") as found:
-        return folder / "model.gguf", dict(found)
+    results = folder / "one.npz", folder / "batch.npz"
+    subprocess.run([python, script, folder / "model.gguf", *results], check=True, timeout=600)
+    return folder / "model.gguf", *(dict(np.load(path)) for path in results)
+
+
+SETTINGS = OpenSettings(n_ctx=1024, n_threads=1, type_k="f32", type_v="f32")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", [Schedule(), Schedule(350)], ids=["prefill", "prefill and decode"])
 def test_routing_equals_transformers_token_for_token(peer, schedule, record_property):
-    path, theirs = peer
-    settings = OpenSettings(n_ctx=1024, n_threads=1, type_k="f32", type_v="f32")
-    with open_recorded(path, settings) as model:
-        ours = record(model, theirs["tokens"].tolist(), schedule)
+    path, theirs, _ = peer
+    with open_recorded(path, SETTINGS) as model:
+        ours = record(model, theirs["tokens"][0].tolist(), schedule)
+    agree(ours, theirs, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arrivals", [(0, 0, 0), (0, 20, 5)], ids=["at once", "one after another"])
+@pytest.mark.parametrize("unified", [True, False], ids=["one cache", "a cache each"])
+def test_a_batch_of_sequences_equals_transformers_batch(peer, unified, arrivals, record_property):
+    """Three sequences share llama.cpp's batches, and transformers evaluates them as one batch."""
+    path, _, theirs = peer
+    with open_recorded(path, SETTINGS) as model:
+        model.reopen(SETTINGS, n_sequences=len(arrivals), unified=unified)
+        texts = theirs["tokens"].tolist()
+        ours = record_together(Together(model), texts, arrivals, n_prefill=100)
+    agree(ours, theirs, record_property)
+
+
+def agree(ours: Trace, theirs: dict[str, np.ndarray], record_property) -> None:
+    """Choices are equal but at margins within the noise; scores, weights and logits nearly are."""
     assert ours.hashed.tolist() == [True, False, False, False] and ours.logits.values.shape[1] <= LOGIT_SAMPLE
-    assert ours.n_tokens == 700
+    np.testing.assert_array_equal(ours.tokens, theirs["tokens"].ravel())
     drift = np.abs(ours.logits.values - theirs["logits"][:, ours.logits.ids]).max()
     worst, clear, same = 0.0, 0, 0
     for layer in range(4):
@@ -66,7 +87,7 @@ def test_routing_equals_transformers_token_for_token(peer, schedule, record_prop
     for name, value in (("logit_drift", drift), ("margin_drift", worst), ("clear", clear), ("same", same)):
         record_property(name, value)
     print(
-        f"\nlogits within {drift:.2g}, margins within {worst:.2g}; {same} of 2,100 sets equal, "
+        f"\nlogits within {drift:.2g}, margins within {worst:.2g}; {same} of {3 * ours.n_tokens:,} sets equal, "
         f"{clear} of them asked for (margin above {NOISE})"
     )
     assert worst < NOISE and drift < 1e-2

@@ -1,6 +1,6 @@
 """A tiny random DeepSeek-V4 model by ``transformers``: written as GGUF, evaluated, and its routers overheard.
 
-    python tests/transformers_peer.py MODEL.gguf RESULT.npz
+    python tests/transformers_peer.py MODEL.gguf ONE_SEQUENCE.npz BATCH.npz
 
 Needs torch and transformers (``pip install --group peer``). Names of tensors: llama.cpp's conversion/deepseek.py and
 transformers' conversion_mapping.py for ``deepseek_v4``.
@@ -18,6 +18,7 @@ from gguf_fixtures import Spec, field, gguf_bytes
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 N_TOKENS, VOCAB, RATIOS, HASH_LAYERS = 700, 256, [0, 4, 128, 4], 1
+BATCH = (3, 240)  # sequences, and tokens of each
 KINDS = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
 SIZES = {
     "vocab_size": VOCAB,
@@ -185,31 +186,37 @@ def fields(config: DeepseekV4Config) -> list[bytes]:
 
 
 def overhear(model: DeepseekV4ForCausalLM, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Logits of every token, and of every router: experts, their weights, and all selection scores."""
-    found: dict[str, np.ndarray] = {"tokens": tokens}
+    """Of sequences ``(batch, n)``, evaluated in one batch: logits of every token, and of every router experts,
+    their weights, and all selection scores; a row a token, one sequence after another."""
+    heard: dict[str, np.ndarray] = {"tokens": tokens}
 
     def listen(layer: int):
         def hook(router, _inputs, output):
             logits, weights, experts = output
             bias = getattr(router, "e_score_correction_bias", torch.zeros(1))
-            found[f"scores_{layer}"] = (router.score_fn(logits) + bias).numpy()
-            found[f"weights_{layer}"], found[f"experts_{layer}"] = weights.numpy(), experts.numpy()
+            found = {"scores": router.score_fn(logits) + bias, "weights": weights, "experts": experts}
+            for name, value in found.items():
+                heard[f"{name}_{layer}"] = value.reshape(tokens.size, -1).numpy()
 
         return hook
 
-    for layer, block in enumerate(model.model.layers):
-        block.mlp.gate.register_forward_hook(listen(layer))
+    handles = [
+        block.mlp.gate.register_forward_hook(listen(layer)) for layer, block in enumerate(model.model.layers)
+    ]
     with torch.no_grad():
-        found["logits"] = model(torch.tensor(tokens)[None]).logits[0].numpy()
-    return found
+        heard["logits"] = model(torch.tensor(tokens)).logits.reshape(tokens.size, -1).numpy()
+    for handle in handles:
+        handle.remove()
+    return heard
 
 
 def main() -> None:
     torch.set_num_threads(1)
     model = random_model()
     write_gguf(model, Path(sys.argv[1]))
-    tokens = np.random.default_rng(8).integers(0, VOCAB, N_TOKENS)
-    np.savez(sys.argv[2], **overhear(model, tokens))
+    draw = np.random.default_rng(8)
+    for path, shape in zip(sys.argv[2:], ((1, N_TOKENS), BATCH), strict=True):
+        np.savez(path, **overhear(model, draw.integers(0, VOCAB, shape)))
 
 
 if __name__ == "__main__":
