@@ -63,7 +63,7 @@ class Placement:
         n_gpu_layers: layers on cards, the output among them; `n_layers` + 1 is all.
         in_ram: layers whose dense part is on a card and whose routed experts are in memory.
         counts: layers on each card.
-        used: share of the routed experts that a token uses.
+        pieces: routed experts in memory, the least read first: bytes, and of these read a token.
     """
 
     n_ctx: int
@@ -72,7 +72,7 @@ class Placement:
     n_gpu_layers: int
     in_ram: tuple[int, ...]
     counts: tuple[int, ...]
-    used: float
+    pieces: tuple[tuple[float, float], ...]
 
     @property
     def ram(self) -> Device:
@@ -81,10 +81,14 @@ class Placement:
 
     @property
     def disk_token_bytes(self) -> float:
-        """Bytes that a token reads from the disk: memory keeps what every token uses, then experts."""
+        """Bytes that a token reads from the disk: memory keeps what every token uses, then hot experts."""
         ram, missing = self.ram, max(0, -self.ram.left_bytes)
-        experts = min(missing, ram.expert_bytes)
-        return self.used * experts + min(missing - experts, ram.dense_bytes)
+        experts = left = min(missing, ram.expert_bytes)
+        read = 0.0
+        for nbytes, of_these in self.pieces:
+            cold = min(left, nbytes)
+            read, left = read + of_these * cold / nbytes, left - cold
+        return read + min(missing - experts, ram.dense_bytes)
 
     @property
     def works(self) -> bool:
@@ -151,9 +155,15 @@ class Model:
 
     Args:
         headers: of the model or its shards, first one first.
+        reads: how often a token reads each expert of a layer, where a routing profile tells.
     """
 
-    def __init__(self, headers: GGUFHeader | Sequence[GGUFHeader]) -> None:
+    def __init__(
+        self,
+        headers: GGUFHeader | Sequence[GGUFHeader],
+        reads: Mapping[int, Sequence[float]] | None = None,
+    ) -> None:
+        self.reads = reads or {}
         headers = [headers] if isinstance(headers, GGUFHeader) else list(headers)
         self.header, self.n_layers = headers[0], headers[0].n_layers
         layout, tensors = experts(self.header), [tensor for one in headers for tensor in one.tensors]
@@ -186,6 +196,15 @@ class Model:
         layers = [sum(parts.values()) for parts in cache_by_layer(self.header, n_ctx, **types)]
         layers = layers[: self.n_layers]
         return [*layers, *[0] * (self.n_layers + 1 - len(layers))]
+
+    def pieces(self, experts_of: Sequence[int]) -> tuple[tuple[float, float], ...]:
+        """The routed experts of these layers, the least read first: bytes, and of these read a token."""
+        pieces = []
+        for layer in experts_of:
+            reads = self.reads.get(layer, [self.used])
+            each = self.experts[layer] / len(reads)
+            pieces += [(each, each * read) for read in reads if each]
+        return tuple(sorted(pieces, key=lambda piece: piece[1] / piece[0]))
 
     def device(
         self,
@@ -260,7 +279,8 @@ def place(
         memory["extra"] = 0  # embedding and output are one tensor there
     ram = model.device(RAM, ram_bytes, here, [*here, *in_ram], caches, **memory)  # type: ignore[arg-type]
     counts = tuple(map(len, cards))
-    return Placement(n_ctx, model.n_layers, (*devices, ram), n_gpu, tuple(in_ram), counts, model.used)
+    pieces = model.pieces([*here, *in_ram])
+    return Placement(n_ctx, model.n_layers, (*devices, ram), n_gpu, tuple(in_ram), counts, pieces)
 
 
 def _divided(needs: Sequence[int], layers: Sequence[int], rooms: Sequence[int]) -> list[list[int]] | None:

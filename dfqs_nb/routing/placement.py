@@ -11,12 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, NonNegativeFloat
 
-from dfqs_nb.core.errors import ModelError
-from dfqs_nb.core.files import write_json
+from dfqs_nb.core.display import one_line
+from dfqs_nb.core.errors import DfqsError, ModelError
+from dfqs_nb.core.files import read_json, write_json
+from dfqs_nb.gguf.facts import experts
+from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.routing.profile import Profile, hit_rates
 from dfqs_nb.stats import mean_interval
@@ -115,3 +119,41 @@ def write_profile(path: str | Path, profile: Profile, layer_bytes: np.ndarray) -
     about = {"model": profile.trace.conditions.get("model"), "experts_used": profile.k}
     sizes = {"texts": len(profile.names), "tokens": profile.trace.n_tokens}
     return write_json(path, {"format": 1, **about, **sizes, "layers": layers})
+
+
+class _LayerReads(BaseModel):
+    layer: int
+    reads: list[NonNegativeFloat]
+
+
+class ProfileFile(BaseModel):
+    """What planning reads of a profile."""
+
+    format: Literal[1]
+    model: dict[str, Any] | None
+    texts: int
+    tokens: int
+    layers: list[_LayerReads]
+
+
+def read_profile(path: str | Path, headers: Sequence[GGUFHeader]) -> tuple[dict[int, list[float]], str]:
+    """What `write_profile` wrote, for the model of these headers, of any quantization.
+
+    Returns:
+        How often a token reads each expert of a layer, and a sentence on what was recorded.
+
+    Raises:
+        DfqsError: the file is none, or of another model.
+    """
+    try:
+        stored = ProfileFile.model_validate(read_json(path))
+    except (OSError, ValueError) as error:
+        what = f"not a routing profile ({str(error).splitlines()[0]})"
+        raise DfqsError(what, where=path, hint="write it: dfqs-nb routing MODEL") from None
+    name = one_line((stored.model or {}).get("name", "a model without a name"))
+    layout, layers = experts(headers[0]), {layer.layer: layer.reads for layer in stored.layers}
+    routed = {int(m[1]) for h in headers for t in h.tensors if (m := EXPERT_TENSOR.fullmatch(t.name))}
+    if not set(layers) <= routed or {len(reads) for reads in layers.values()} != {layout.total}:
+        what = f"a profile of another model ({name})"
+        raise DfqsError(what, where=path, hint="write one of this model: dfqs-nb routing MODEL")
+    return layers, f"{stored.tokens:,} tokens of {stored.texts} texts, recorded on {name}"

@@ -29,6 +29,9 @@ def plan(
     disk_gbs: Annotated[
         float, typer.Option(min=0, metavar="GB/S", help="Of the disk. 0: measured here.")
     ] = 0.0,
+    profile: Annotated[
+        str, typer.Option(metavar="FILE", help="routing_profile.json of `dfqs-nb routing`: its hot experts.")
+    ] = "",
 ) -> None:
     """Say where a model's tensors and cache would lie, with which llama-server command, and how fast at most.
 
@@ -43,7 +46,8 @@ def plan(
     cards = [placement.size_of(text) for text in vram.split(",") if text.strip()]
     memory = placement.size_of(ram) if ram else available_memory().available_bytes
     with remote.outline(model) as known:
-        shape = placement.Model(known.shards.headers)
+        reads, recorded = _profiled(profile, known.shards.headers)
+        shape = placement.Model(known.shards.headers, reads)
         if shape.n_context and context > shape.n_context:
             what = f"a context of {context:,} tokens; the model was made for {shape.n_context:,}"
             raise DfqsError(what, where=remote.shown(model), hint=f"give --context {shape.n_context} or less")
@@ -56,12 +60,22 @@ def plan(
         if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
             name = remote.places_of(model)[0].name if known.fetched_bytes is not None else model
         say(f"\n{placement.table(placed).to_string()}\n")
-        for line in _advice(shape, placed, memory, cards, speeds, compute):
+        for line in [*_advice(shape, placed, memory, cards, speeds, compute), *recorded]:
             say(line)
         say(f"\n{placed.command(name)}")
         if not ram and not cards:
             table = placement.machines_table(shape, context, MACHINES, speeds, compute_bytes=compute)
             say(f"\n{table.drop(columns=['on cards', 'flags']).to_string(float_format='{:.2f}'.format)}")
+
+
+def _profiled(path: str, headers: Any) -> tuple[dict[int, list[float]], list[str]]:
+    """How often a token reads each expert, and a line on what recorded that; nothing without a profile."""
+    if not path:
+        return {}, []
+    from dfqs_nb.routing.placement import read_profile
+
+    reads, about = read_profile(path, headers)
+    return reads, [f"experts' use: {about}. The page cache is assumed to keep those that it reads most"]
 
 
 def is_far(known: Any) -> bool:

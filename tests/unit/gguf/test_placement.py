@@ -124,3 +124,15 @@ def test_a_table_of_machines(flash):
 def test_a_size_that_is_none_is_refused():
     with pytest.raises(DfqsError, match="is no size; write 64GB"):
         placement.size_of("much")
+
+
+def test_a_profile_keeps_the_hot_experts_in_memory(flash):
+    """Memory for half of the routed experts: half of the reads hit where all are alike, and more where not."""
+    alike = placement.Model(flash)
+    n, used = 256, 6
+    hot = {layer: [used / n * (1.5 if i < n // 2 else 0.5) for i in range(n)] for layer in range(43)}
+    routed, dense = sum(alike.experts), sum(alike.dense) + alike.input
+    for reads, share in (({}, 0.5), (hot, 0.25)):
+        cache = sum(alike.caches(4096))
+        placed = placement.place(placement.Model(flash, reads), 4096, dense + cache + routed // 2)
+        assert placed.disk_token_bytes == pytest.approx(share * routed * used / n, rel=1e-3)

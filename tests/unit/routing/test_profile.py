@@ -10,10 +10,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dfqs_nb.core.errors import ModelError
+from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.routing.compare import across, divergence
-from dfqs_nb.routing.placement import arguments, expert_bytes, placement, require_experts, write_profile
+from dfqs_nb.routing.placement import (
+    arguments,
+    expert_bytes,
+    placement,
+    read_profile,
+    require_experts,
+    write_profile,
+)
 from dfqs_nb.routing.profile import hit_rates, profile_of
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.trace import COLUMNS, Logits, Trace, export
@@ -133,6 +141,28 @@ def test_placement_lines_are_llama_cpps(tmp_path):
     plan = json.loads(write_profile(tmp_path / "p.json", profile, np.array([80, 160])).read_text())
     assert plan["layers"][1]["expert_bytes"] == 20 and len(plan["layers"][0]["reads"]) == EXPERTS
     assert sum(plan["layers"][0]["reads"]) == pytest.approx(2, abs=1e-4)
+
+
+def test_a_profile_is_read_back_for_its_model_only(tmp_path):
+    headers = open_shards(NANO).headers
+    path, own = (
+        tmp_path / "routing_profile.json",
+        [{"layer": layer, "reads": [2 / 16] * 16} for layer in range(4)],
+    )
+    stored = {"format": 1, "model": {"name": "DFQS-Nano"}, "texts": 16, "tokens": 1280, "layers": own}
+    path.write_text(json.dumps(stored))
+    reads, about = read_profile(path, headers)
+    assert reads[3] == [2 / 16] * 16 and about == "1,280 tokens of 16 texts, recorded on DFQS-Nano"
+    for changed, says in (
+        ({"layers": own[:3]}, "a profile of another model .DFQS-Nano"),
+        ({"format": 2}, "not a routing profile .* write it: dfqs-nb routing MODEL"),
+        ({"layers": [own[0] | {"reads": [-1.0]}]}, "not a routing profile"),
+    ):
+        path.write_text(json.dumps(stored | changed))
+        with pytest.raises(DfqsError, match=says):
+            read_profile(path, headers)
+    with pytest.raises(DfqsError, match="not a routing profile"):
+        read_profile(tmp_path / "nothing.json", headers)
 
 
 def test_bytes_of_experts_are_those_of_the_tensors(merged_reference):

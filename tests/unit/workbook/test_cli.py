@@ -1,6 +1,7 @@
 """The command line as people type it: exit codes, one-line errors, and files that are what they should be."""
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -235,6 +236,19 @@ def test_plan_prints_the_command_and_what_other_machines_would_do():
     assert done.returncode == 1 and "'lots' is no size; write 64GB" in done.stderr
     done = dfqs("plan", FIRST, "--context", "9999999")
     assert done.returncode == 1 and "give --context" in done.stderr
+
+
+def test_plan_reads_a_routing_profile(tmp_path):
+    """Where memory lacks room for experts, a token reads less from the disk if few experts do the work."""
+    reads = [0.25] * 7 + [0.25 / 9] * 9
+    layers = [{"layer": layer, "reads": reads} for layer in range(4)]
+    stored = {"format": 1, "model": {"name": "DFQS-Nano"}, "texts": 16, "tokens": 1280, "layers": layers}
+    (tmp_path / "routing_profile.json").write_text(json.dumps(stored))
+    tight = ("plan", FIRST, "--context", "1024", "--ram", "23500K", "--ram-gbs", "10", "--disk-gbs", "1")
+    plain, profiled = dfqs(*tight), dfqs(*tight, "--profile", str(tmp_path / "routing_profile.json"))
+    assert "1,280 tokens of 16 texts, recorded on DFQS-Nano" in profiled.stdout
+    speeds = [float(re.search(r"at most ([\d.]+) tokens/s", done.stdout)[1]) for done in (plain, profiled)]
+    assert speeds[0] < speeds[1]
 
 
 def test_diff_names_what_differs_by_its_exit_status():
