@@ -99,7 +99,7 @@ def conditions(
         c for c in loads if c.name == "alone" or c.name.startswith(("7 others, together", "7 others, mixed"))
     ]
     most = [c for c in most if not (c.load and c.load.unified)]
-    longest = replace(settings, n_ctx=max(settings.n_ctx, PROFILE_TOKENS))
+    longest = replace(settings, n_ctx=PROFILE_TOKENS)
     return [
         *_repetitions(settings, half),
         *most,

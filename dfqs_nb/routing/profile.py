@@ -138,17 +138,18 @@ class Profile:
         Columns ``layer``, ``domain``, ``distance`` (total variation between the domain's shares and those of
         the other domains' texts), ``p`` (permutation test: the texts' domains are shuffled), ``p_holm``
         (Holm, over all rows), ``expert`` (the most over-used there) and ``lift`` (its share there over its
-        share elsewhere). Domains of fewer than two texts have no test (NaN).
+        share elsewhere). Domains of fewer than two texts have no test (NaN); a single domain has no others
+        to compare with, and no rows.
         """
         import pandas as pd
 
         draw, scored = np.random.default_rng(seed), np.flatnonzero(~self.trace.hashed)
         shares = np.stack([_shares(self.counts[[i]]) for i in range(len(self.names))])[:, scored]
         rows = []
-        for domain, members in self.by_domain.items():
+        for domain, members in self.by_domain.items() if len(self.by_domain) > 1 else ():
             inside = np.isin(np.arange(len(self.names)), members)
             seen = _distance(shares, inside[None])[0]
-            if 2 <= len(members) < len(self.names):
+            if len(members) >= 2:
                 shuffled = draw.permuted(np.tile(inside, (n_permutations, 1)), axis=1)
                 p = (1 + (_distance(shares, shuffled) >= seen - 1e-12).sum(axis=0)) / (1 + n_permutations)
             else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.files import whole_file
 from dfqs_nb.routing.recorder import RoutingError
@@ -214,15 +215,20 @@ def trace_frames(trace: Trace) -> Iterable[pd.DataFrame]:
 
 
 def require_csv(path: str | Path) -> Path:
-    """Refuse another format (Parquet needs pyarrow, which the workbook does not install), or no folder.
+    """Refuse another format, or no folder.
 
     Raises:
         RoutingError: the file cannot be written so.
     """
     path = Path(path).expanduser()
     if not path.name.endswith((".csv", ".csv.gz")):
-        hint = "name it .csv or .csv.gz; pandas.read_csv(...).to_parquet(...) converts it where pyarrow is"
-        raise RoutingError("traces are exported as CSV", where=path, hint=hint)
+        name = f"{path.stem or 'trace'}.csv.gz"
+        hint = f"--export {quoted(path.with_name(name))}"
+        if path.suffix == ".parquet":
+            files = json.dumps(str(path.with_name(name))), json.dumps(str(path))
+            convert = f"import pandas; pandas.read_csv({files[0]}).to_parquet({files[1]})"
+            hint += f"; then pip install pyarrow && python -c {quoted(convert)}"
+        raise RoutingError("traces are exported as .csv or .csv.gz", where=path, hint=hint)
     if not path.parent.is_dir():
         raise RoutingError("there is no such folder", where=path.parent, hint=f"mkdir -p {path.parent}")
     return path

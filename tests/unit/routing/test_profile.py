@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import shlex
@@ -75,6 +76,23 @@ def test_a_planted_specialist_is_found_and_chance_is_not():
     assert (table["p_holm"] >= table["p"]).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_domain_has_nothing_to_be_special_against():
+    trace = planted()
+    only = dataclasses.replace(trace, conditions=trace.conditions | {"domains": ["law"] * 12})
+    profile = profile_of(only)
+    assert profile.specialization().empty and "p_holm" in profile.specialization()
+    tables = (
+        profile.usage(),
+        profile.layers(),
+        profile.coverage(),
+        profile.cross_coverage(),
+        profile.drift(),
+    )
+    assert not any(table.isna().any(axis=None) for table in tables)
+    assert placement(profile, np.array([10, 10])).notna().all(axis=None)
+
+
 def test_p_values_of_texts_alike_are_uniform():
     p = np.concatenate(
         [profile_of(planted(seed, special=False)).specialization(199)["p"] for seed in range(12)]
@@ -145,16 +163,13 @@ def test_placement_lines_are_llama_cpps(tmp_path):
 
 def test_a_profile_is_read_back_for_its_model_only(tmp_path):
     headers = open_shards(NANO).headers
-    path, own = (
-        tmp_path / "routing_profile.json",
-        [{"layer": layer, "reads": [2 / 16] * 16} for layer in range(4)],
-    )
+    path, own = tmp_path / "p.json", [{"layer": layer, "reads": [2 / 16] * 16} for layer in range(4)]
     stored = {"format": 1, "model": {"name": "DFQS-Nano"}, "texts": 16, "tokens": 1280, "layers": own}
     path.write_text(json.dumps(stored))
     reads, about = read_profile(path, headers)
     assert reads[3] == [2 / 16] * 16 and about == "1,280 tokens of 16 texts, recorded on DFQS-Nano"
     for changed, says in (
-        ({"layers": own[:3]}, "a profile of another model .DFQS-Nano"),
+        ({"layers": [own[0] | {"layer": 9}]}, "a profile of another model .DFQS-Nano"),
         ({"format": 2}, "not a routing profile .* write it: dfqs-nb routing MODEL"),
         ({"layers": [own[0] | {"reads": [-1.0]}]}, "not a routing profile"),
     ):
@@ -194,7 +209,9 @@ def test_an_export_is_read_back_by_pandas(tmp_path):
         assert part["position"].max() == N - 1 and set(part["domain"]) == {"law", "code", "prose"}
         assert (part["load"] == "alone").all() and part.loc[5, "layer"] == 3
     assert gzip.decompress((tmp_path / "x.csv.gz").read_bytes()).startswith(b"load,domain,sequence")
-    with pytest.raises(RoutingError, match="exported as CSV"):
+    with pytest.raises(
+        RoutingError, match=r"exported as .csv or .csv.gz; --export \S+x?\S*.csv.gz, then pip install pyarrow"
+    ):
         export([trace], tmp_path / "x.parquet")
     with pytest.raises(RoutingError, match="no such folder"):
         export([trace], tmp_path / "nowhere" / "x.csv")

@@ -28,7 +28,7 @@ from dfqs_nb.routing.loads import (
     plan_loads,
     read_texts,
 )
-from dfqs_nb.routing.plan import Costs, conditions, fit, scaled
+from dfqs_nb.routing.plan import PROFILE_TOKENS, Costs, conditions, fit, scaled
 from dfqs_nb.routing.recorded import RecordedModel, Together, cut, open_recorded, record, record_together
 from dfqs_nb.routing.recorder import Column, RoutingError
 from dfqs_nb.routing.trace import joined
@@ -221,7 +221,7 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(tmp_path, monkeyp
         run_experiment(NANO, tmp_path, n_tokens=10)
     with pytest.raises(ModelError, match="exceed n_ctx"):
         run_experiment(NANO, tmp_path, n_tokens=400, settings=OpenSettings(n_ctx=256, n_threads=1))
-    with pytest.raises(RoutingError, match="exported as CSV"):
+    with pytest.raises(RoutingError, match="exported as .csv"):
         run_experiment(NANO, tmp_path, export=tmp_path / "trace.parquet")
     assert not any("runs" in job for job in jobs)
 
@@ -241,6 +241,24 @@ def test_a_budget_shrinks_the_experiment_and_says_how(tmp_path, capsys):
     assert whole.n_made == 5 and not whole.left_out and whole.passed
     enough = run_experiment(NANO, tmp_path, **(options | {"budget_minutes": 2e-4}))
     assert (enough.n_made, enough.n_reused) == (0, 5)  # all is there: nothing has to be left out
+
+
+def test_a_run_that_gets_a_budget_does_not_mix_lengths(tmp_path):
+    """An earlier run without a bound left whole traces of some conditions: all are shortened alike."""
+    options = {"n_tokens": 60, "n_output": 2}
+    whole = run_experiment(NANO, tmp_path, chosen=["prefill, fresh process"], **options)
+    assert {trace.conditions["scale"] for trace in whole.traces.values()} == {1.0}
+    chosen = ["prefill, fresh process", "alone, fresh process", "n_batch 7"]
+    found = run_experiment(NANO, tmp_path, chosen=chosen, budget_minutes=1e-4, **options)
+    assert {trace.conditions["scale"] for trace in found.traces.values()} == {0.125}
+    assert found.reference.n_tokens == 8 and found.n_reused == 0
+
+
+def test_the_profile_reads_no_more_of_a_text_than_stated():
+    for n_ctx in (512, 4 * PROFILE_TOKENS):
+        planned = conditions(OpenSettings(n_ctx=n_ctx, n_threads=1), 384, n_texts=2)
+        run = next(c for c in planned if c.kind == "profile").as_run(384, 16, [300, 9000])
+        assert run["n_prefill"] == 300 + PROFILE_TOKENS == 300 + run["settings"]["n_ctx"]
 
 
 # ---- the verdict ----
