@@ -11,6 +11,7 @@ from dfqs_nb.core.doors import lazy
 
 if TYPE_CHECKING:
     from dfqs_nb.llama import figures
+    from dfqs_nb.llama.diagnosis import diagnose
     from dfqs_nb.llama.generate import answer_table, complete, same_tokens_twice, stream_chat
     from dfqs_nb.llama.model import open_model
     from dfqs_nb.llama.settings import OpenSettings
@@ -20,6 +21,7 @@ __all__ = [
     "OpenSettings",
     "answer_table",
     "complete",
+    "diagnose",
     "figures",
     "measure_speed",
     "open_model",
@@ -35,6 +37,7 @@ __getattr__ = lazy(
     OpenSettings="settings",
     answer_table="generate",
     complete="generate",
+    diagnose="diagnosis",
     measure_speed="timing",
     open_model="model",
     plan_cost="timing",

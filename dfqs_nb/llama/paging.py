@@ -324,13 +324,10 @@ class Paging:
                 yield part.file, part.start + first * part.slice_bytes, part.start + last * part.slice_bytes
 
     def _read(self, runs: Sequence[tuple[int, int, int]], layer: int | None = None) -> None:
-        """Have the kernel read these; it returns when they are under way, not when they are there."""
         for file, start, end in runs:
             if layer is not None and layer < self._layer:
                 return  # too late
-            window = self._window[file]
-            for at in range(start, end, window):
-                os.posix_fadvise(self._files[file], at, min(window, end - at), os.POSIX_FADV_WILLNEED)
+            advise_read(self._files[file], start, end, self._window[file])
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -353,16 +350,27 @@ def may_lock() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
+def block_folder(file: int) -> Path | None:
+    """What the system tells of the disk under an open file; None where there is none, as on a network."""
+    device = os.fstat(file).st_dev
+    folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    return next(
+        (place for place in (folder, folder.parent) if (place / "queue/read_ahead_kb").exists()), None
+    )
+
+
 def window_bytes(file: int) -> int:
     """The most that one advice makes the kernel read: the read-ahead, or the device's largest request."""
-    device = os.fstat(file).st_dev
-    folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
-    known = [WINDOW_BYTES]
-    for queue_folder in (folder / "queue", folder / "../queue"):
-        for name in ("read_ahead_kb", "max_sectors_kb"):
-            with contextlib.suppress(OSError, ValueError):
-                known.append(int((queue_folder / name).read_text()) << 10)
-    return min(max(known), 1 << 20)
+    folder = block_folder(file)
+    names = ("read_ahead_kb", "max_sectors_kb") if folder else ()
+    known = [int((folder / "queue" / name).read_text()) << 10 for name in names if folder]
+    return min(max(known, default=WINDOW_BYTES), 1 << 20)
+
+
+def advise_read(file: int, start: int, end: int, window: int) -> None:
+    """Have the kernel read these bytes; it returns when they are under way, not when they are there."""
+    for at in range(start, end, window):
+        os.posix_fadvise(file, at, min(window, end - at), os.POSIX_FADV_WILLNEED)
 
 
 def mapped_at(file: int) -> list[tuple[int, int, int]]:

@@ -55,12 +55,16 @@ def plan(
         compute = _runtime_rows(known, context)
         local = known.path if known.fetched_bytes is None and not known.glued else None
         placed = placement.place(shape, context, memory, cards, compute_bytes=compute)
-        speeds = _speeds(placed, local, {RAM: ram_gbs, GPU: gpu_gbs, DISK: disk_gbs})
+        paged = local is not None and placed.disk_token_bytes and not cards
+        outlook = _outlook(known.shards.headers, placed) if paged else None
+        speeds = _speeds(placed, outlook, {RAM: ram_gbs, GPU: gpu_gbs, DISK: disk_gbs})
         name = known.path.name if is_far(known) else tilde(known.path)
         if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
             name = remote.places_of(model)[0].name if known.fetched_bytes is not None else model
         say(f"\n{placement.table(placed).to_string()}\n")
-        for line in [*_advice(shape, placed, memory, cards, speeds, compute), *recorded]:
+        for name_of, text in outlook.rows.items() if outlook else ():
+            say(f"  {name_of}: {text}")
+        for line in [*_advice(shape, placed, memory, cards, speeds, compute, outlook), *recorded]:
             say(line)
         say(f"\n{placed.command(name)}")
         if not ram and not cards:
@@ -105,9 +109,16 @@ def _runtime_rows(known: Any, n_ctx: int) -> int | None:
         return None
 
 
-def _speeds(placed: Any, local: Path | None, given: dict[str, float]) -> dict[str, float]:
+def _outlook(headers: Any, placed: Any) -> Any:
+    """What a token of a file larger than memory reads, and how fast its disk is."""
+    from dfqs_nb.llama.diagnosis import forecast
+
+    ram = placed.ram
+    return forecast(headers, ram.capacity_bytes - ram.cache_bytes - (ram.compute_bytes or 0))
+
+
+def _speeds(placed: Any, outlook: Any, given: dict[str, float]) -> dict[str, float]:
     """Bytes a second by device, as given or measured here; what is neither is left out."""
-    from dfqs_nb.core.machine import random_read_speed
     from dfqs_nb.core.paths import outputs_dir
     from dfqs_nb.scores import speed
 
@@ -116,14 +127,20 @@ def _speeds(placed: Any, local: Path | None, given: dict[str, float]) -> dict[st
     if DISK not in speeds and placed.disk_token_bytes:
         folder = outputs_dir()
         folder.mkdir(parents=True, exist_ok=True)
-        measured = random_read_speed(local) if local else None
+        measured = outlook.disk.pieces if outlook else None
         measured = measured or speed.disk_bandwidth(folder)
         speeds |= {DISK: measured} if measured else {}
     return speeds
 
 
 def _advice(
-    shape: Any, placed: Any, memory: int, cards: list[int], speeds: dict[str, float], compute: int | None
+    shape: Any,
+    placed: Any,
+    memory: int,
+    cards: list[int],
+    speeds: dict[str, float],
+    compute: int | None,
+    outlook: Any,
 ) -> list[str]:
     from dfqs_nb.gguf import placement
 
@@ -137,10 +154,11 @@ def _advice(
     if not placed.works:
         lines.append("memory does not hold the cache and the compute buffer: lower --context")
     elif placed.disk_token_bytes:
+        command = (outlook.disk.command if outlook else "") or "blockdev --setra 256 DEVICE"
         lines.append(
             f"memory does not hold all weights: a token reads at least {size(placed.disk_token_bytes)} from "
-            "the disk. It helps to leave mlock off, to lower n_ubatch, and to lower the disk's read-ahead "
-            "(blockdev --setra 256)"
+            "the disk. Opened here, the paging help keeps it at that. For llama-server leave mlock off, "
+            f"lower n_ubatch, and lower the disk's read-ahead ({command} as root)"
         )
     if cards:
         lines.append(

@@ -1,0 +1,252 @@
+"""What a token of a file larger than memory costs: before it is loaded, and after a few tokens.
+
+Without help the kernel reads a window around each missing page, before and behind it. llama.cpp doubles the
+device's read-ahead (``POSIX_FADV_SEQUENTIAL``), so a slice of S bytes costs about S + 2 x read-ahead.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from dfqs_nb.core.display import size
+from dfqs_nb.core.machine import random_read_speed
+from dfqs_nb.gguf.header import GGUFHeader
+from dfqs_nb.llama.model import Model
+from dfqs_nb.llama.paging import LINUX, Layout, advise_read, block_folder, window_bytes
+
+PIECES, SEQUENTIAL_BYTES = 64, 32 << 20
+SMALL_READ_AHEAD = 128 << 10
+MUCH = 1.5  # times what is needed, from which on reading is amplified
+
+
+@dataclass(frozen=True)
+class Disk:
+    """The disk under a file.
+
+    Attributes:
+        device: its name in ``/dev``; empty where there is none (a network file system).
+        read_ahead_bytes: that the kernel adds to a miss; None: not known.
+        in_order, pieces: bytes a second, in order and in pieces of an expert's size from random places; None
+            where the cache could not be kept out.
+    """
+
+    device: str
+    read_ahead_bytes: int | None
+    in_order: float | None
+    pieces: float | None
+
+    @classmethod
+    def under(cls, path: str | Path, piece_bytes: int) -> Disk:
+        """Look, and measure for about two seconds."""
+        with Path(path).open("rb") as file:
+            folder = block_folder(file.fileno())
+        read_ahead = None
+        if folder is not None:
+            read_ahead = int((folder / "queue/read_ahead_kb").read_text()) << 10
+        in_order = random_read_speed(path, SEQUENTIAL_BYTES)
+        return cls(folder.name if folder else "", read_ahead, in_order, pieces_speed(path, piece_bytes))
+
+    @property
+    def command(self) -> str:
+        """What lowers the read-ahead, as root."""
+        return f"blockdev --setra {SMALL_READ_AHEAD // 512} /dev/{self.device}" if self.device else ""
+
+
+def pieces_speed(path: str | Path, piece_bytes: int) -> float | None:
+    """Bytes a second of pieces from random places, read as the paging help reads; None where unsure."""
+    counters = getattr(psutil.Process(), "io_counters", None)
+    room = Path(path).stat().st_size - piece_bytes
+    if counters is None or not hasattr(os, "posix_fadvise") or room < PIECES * piece_bytes:
+        return None
+    places = [random.Random(1).randrange(room) for _ in range(PIECES)]
+    with Path(path).open("rb", buffering=0) as file:
+        handle = file.fileno()
+        for place in places:
+            os.posix_fadvise(handle, place, piece_bytes, os.POSIX_FADV_DONTNEED)
+        before, began, window = counters().read_bytes, time.perf_counter(), window_bytes(handle)
+        for place in places:
+            advise_read(handle, place, place + piece_bytes, window)
+        for place in places:
+            os.pread(handle, piece_bytes, place)
+        took, read = time.perf_counter() - began, counters().read_bytes - before
+    return read / took if read > PIECES * piece_bytes / 2 else None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a token of decode reads, from the header, the free memory and the disk; bytes.
+
+    Experts are assumed to be chosen evenly, which is the worst case.
+
+    Attributes:
+        dense, experts: that it uses.
+        slice_bytes: of one expert in one tensor.
+        cached: share of all experts that memory keeps.
+        helped, plain: that it reads from the disk with the paging help and without.
+    """
+
+    dense: int
+    experts: int
+    slice_bytes: int
+    cached: float
+    helped: int
+    plain: int
+    disk: Disk
+
+    @property
+    def rows(self) -> dict[str, str]:
+        """The forecast for people."""
+        disk = self.disk
+
+        def speed(value: float | None) -> str:
+            return f"{size(value)}/s" if value else "not measured"
+
+        ahead = "not known" if disk.read_ahead_bytes is None else size(disk.read_ahead_bytes)
+        return {
+            "a token uses": f"{size(self.dense)} of dense weights, {size(self.experts)} of experts",
+            "experts that stay in memory": f"{self.cached:.0%}",
+            "a token reads, with help": self._reading(self.helped),
+            "a token reads, without": self._reading(self.plain),
+            "the disk": f"{disk.device or 'no block device'}, read-ahead {ahead}",
+            "its speed in order": speed(disk.in_order),
+            f"its speed in pieces of {size(self.slice_bytes)}": speed(disk.pieces),
+        }
+
+    def _reading(self, n_bytes: int) -> str:
+        seconds = f", {n_bytes / self.disk.pieces:.2f} s of it" if n_bytes and self.disk.pieces else ""
+        return f"{size(n_bytes)}{seconds}"
+
+
+def forecast(headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None = None) -> Forecast:
+    """What a token will read.
+
+    Args:
+        headers: of all shards.
+        memory_bytes: for weights: what is free, less cache and compute buffers.
+        disk: measured before; None: look now.
+    """
+    layout = Layout.of(headers)
+    used = headers[0].count(f"{headers[0].architecture}.expert_used_count")
+    parts = [part for layer in layout.experts.values() for part in layer]
+    total, token = sum(part.end - part.start for part in parts), used * sum(p.slice_bytes for p in parts)
+    piece = max((part.slice_bytes for part in parts), default=1 << 20)
+    disk = disk or Disk.under(headers[0].path, piece)
+    room = memory_bytes - layout.dense_bytes
+    cached = min(1.0, max(0.0, room / total)) if total else 1.0
+    missing = round(token * (1 - cached))
+    again = min(max(0, -room), layout.dense_bytes)
+    plain = round(missing * (1 + 2 * (disk.read_ahead_bytes or 0) / piece)) + again
+    return Forecast(layout.dense_bytes, token, piece, cached, missing + again, plain, disk)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What tokens of decode took, on average.
+
+    Attributes:
+        seconds, waiting: of a token, and without work for a processor.
+        read_bytes, major_faults: from the disk, and stops of a thread for it.
+    """
+
+    seconds: float
+    waiting: float
+    read_bytes: float
+    major_faults: float
+
+    @classmethod
+    def of(cls, model: Model, n_tokens: int = 4, seed: int = 0) -> Measured:
+        """Decode random tokens in an empty context; two more come first and are not counted."""
+        tokens = np.random.default_rng(seed).integers(0, model.n_vocab, n_tokens + 2).tolist()
+        model.clear()
+        for token in tokens[:2]:
+            model.evaluate([token])
+        before = _counts()
+        for token in tokens[2:]:
+            model.evaluate([token])
+        seconds, processor, read, faults = (
+            (b - a) / n_tokens for a, b in zip(before, _counts(), strict=True)
+        )
+        model.clear()
+        return cls(seconds, max(0.0, seconds - processor / (model.settings.n_threads or 1)), read, faults)
+
+
+def _counts() -> tuple[float, float, float, float]:
+    times, counters, faults = os.times(), getattr(psutil.Process(), "io_counters", None), 0
+    if LINUX:
+        import resource
+
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    read = counters().read_bytes if counters else 0
+    return time.perf_counter(), times.user + times.system, read, faults
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A forecast beside what was measured.
+
+    Attributes:
+        helped: whether the paging help was on.
+    """
+
+    forecast: Forecast
+    measured: Measured
+    helped: bool
+
+    @property
+    def expected(self) -> int:
+        """Bytes that the forecast says, with help or without, as it was opened."""
+        return self.forecast.helped if self.helped else self.forecast.plain
+
+    @property
+    def rows(self) -> dict[str, str]:
+        """All of it for people."""
+        now, needed = self.measured, self.forecast.helped
+        times = f", {now.read_bytes / needed:.1f} x what is needed" if needed else ""
+        return self.forecast.rows | {
+            "measured, a token": f"{now.seconds:.3g} s, {now.waiting:.3g} s of it waiting",
+            "read": f"{size(now.read_bytes)}{times}",
+            "stops for the disk": f"{now.major_faults:,.0f}",
+            "bound by": self.bound,
+        }
+
+    @property
+    def bound(self) -> str:
+        """``compute``, ``disk`` or ``amplification``."""
+        now = self.measured
+        if now.waiting < now.seconds / 2 or now.read_bytes < 0.01 * self.forecast.dense:
+            return "compute"
+        return "amplification" if now.read_bytes > MUCH * self.forecast.helped else "disk"
+
+    @property
+    def sentence(self) -> str:
+        """What would make it faster."""
+        if self.bound == "amplification":
+            command = self.forecast.disk.command
+            lower = f", or as root `{command}`" if command else ""
+            return f"It reads more than it needs: open it with paging='on'{lower}."
+        if self.bound == "disk":
+            return "The disk bounds it: a faster disk, more memory, or fewer threads of other programs."
+        return "Computing bounds it: the disk does not."
+
+
+def diagnose(model: Model, n_tokens: int = 4) -> Diagnosis:
+    """Forecast and measure an open model.
+
+    Args:
+        n_tokens: of decode that are measured; two more come first.
+    """
+    from dfqs_nb.core.machine import available_memory
+    from dfqs_nb.gguf.shards import open_shards
+
+    headers = open_shards(model.path).headers
+    pinned = model.llama.paging.pinned_bytes if model.llama.paging else 0
+    free = available_memory().available_bytes + pinned - (model.memory.compute_bytes or 0)
+    return Diagnosis(forecast(headers, free), Measured.of(model, n_tokens), bool(model.llama.paging))
