@@ -83,8 +83,8 @@ class Placement:
     def disk_token_bytes(self) -> float:
         """Bytes that a token reads from the disk: memory keeps what every token uses, then hot experts."""
         ram, missing = self.ram, max(0, -self.ram.left_bytes)
-        experts = left = min(missing, ram.expert_bytes)
-        read = 0.0
+        experts = min(missing, ram.expert_bytes)
+        read, left = 0.0, float(experts)
         for nbytes, of_these in self.pieces:
             cold = min(left, nbytes)
             read, left = read + of_these * cold / nbytes, left - cold

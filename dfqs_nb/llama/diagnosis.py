@@ -88,7 +88,7 @@ class Forecast:
 
     Attributes:
         dense, experts: that it uses.
-        slice_bytes: of one expert in one tensor.
+        slice_bytes: of one expert in one tensor, on average.
         cached: share of all experts that memory keeps.
         helped, plain: that it reads from the disk with the paging help and without.
     """
@@ -137,7 +137,7 @@ def forecast(headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None
     used = headers[0].count(f"{headers[0].architecture}.expert_used_count")
     parts = [part for layer in layout.experts.values() for part in layer]
     total, token = sum(part.end - part.start for part in parts), used * sum(p.slice_bytes for p in parts)
-    piece = max((part.slice_bytes for part in parts), default=1 << 20)
+    piece = sum(part.slice_bytes for part in parts) // len(parts) if parts else 1 << 20
     disk = disk or Disk.under(headers[0].path, piece)
     room = memory_bytes - layout.dense_bytes
     cached = min(1.0, max(0.0, room / total)) if total else 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from dfqs_nb.core import machine
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import Memory
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.gguf import specimen
+from dfqs_nb.gguf import placement, specimen
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.llama import paging
+from dfqs_nb.llama import diagnose, paging
+from dfqs_nb.llama.diagnosis import Diagnosis, Disk, Measured, forecast
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.paging import Layout, Paging
 from dfqs_nb.llama.settings import OpenSettings
@@ -217,3 +219,61 @@ def test_a_group_of_this_process_limits_its_memory(tmp_path):
     (own.parent / "memory.usage_in_bytes").write_text(str(1 << 30))
     groups = [machine._cgroup_memory(place) for place in machine._own_groups(tmp_path, listed)]
     assert [group.available_bytes for group in groups if group] == [1 << 30]
+
+
+# ---- the diagnosis ----
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 2.0])
+def test_the_forecast_agrees_with_the_placement(moe, share):
+    headers = open_shards(moe).headers
+    model = placement.Model(headers)
+    memory = round(share * sum(model.experts)) + sum(model.dense)
+    placed = placement.place(model, 256, memory + model.input + sum(model.caches(256)))
+    disk = Disk("vda", 0, None, None)
+    said = forecast(headers, memory, disk)
+    assert said.helped == pytest.approx(placed.disk_token_bytes, abs=1) and said.plain == said.helped
+    assert said.cached == pytest.approx(min(1, share), abs=0.01)
+    larger = forecast(headers, memory, Disk("vda", said.slice_bytes, None, None))
+    assert larger.helped == said.helped and larger.plain == pytest.approx(3 * said.helped, abs=2)
+
+
+def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe):
+    dense = Layout.of(open_shards(moe).headers).dense_bytes
+    said = forecast(open_shards(moe).headers, dense - 1000, Disk("", None, None, None))
+    assert said.cached == 0 and said.helped == said.experts + 1000
+
+
+@pytest.mark.parametrize(
+    ("measured", "helped", "bound", "advice"),
+    [
+        (Measured(10.0, 9.0, 9e9, 500), False, "amplification", "blockdev --setra 256 /dev/vda"),
+        (Measured(2.0, 1.5, 9e8, 0), True, "disk", "a faster disk"),
+        (Measured(2.0, 0.5, 9e8, 0), True, "compute", "Computing bounds it"),
+        (Measured(0.1, 0.09, 0.0, 0), True, "compute", "the disk does not"),
+    ],
+)
+def test_what_bounds_a_token_is_named_with_its_remedy(moe, measured, helped, bound, advice):
+    disk = Disk("vda", 8 << 20, 2e9, 1e9)
+    said = Diagnosis(replace(forecast(open_shards(moe).headers, 0, disk), helped=10**9), measured, helped)
+    assert said.bound == bound == said.rows["bound by"] and advice in said.sentence
+    assert said.rows["the disk"] == "vda, read-ahead 8.4 MB"
+
+
+def test_an_open_model_is_diagnosed(moe):
+    with open_model(moe, settings("on")) as model:
+        said = diagnose(model, n_tokens=2)
+        assert said.bound == "compute" and said.forecast.cached == 1 and said.forecast.helped == 0
+        assert said.measured.seconds > 0 and model.n_past == 0
+
+
+@linux_only
+def test_the_disk_under_a_file_is_measured(tmp_path):
+    path = tmp_path / "m"
+    path.write_bytes(os.urandom(1 << 20) * 32)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    disk = Disk.under(path, 64 << 10)
+    assert disk.pieces is None or disk.pieces > 0
+    assert not disk.device or Path("/sys/class/block", disk.device).exists() and disk.read_ahead_bytes >= 0
+    assert Disk.under(path, 1 << 20).pieces is None, "too small a file"
