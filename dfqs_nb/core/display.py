@@ -195,9 +195,12 @@ def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[
         percent: columns of shares, shown in per cent.
     """
     from IPython.display import HTML
+    from pandas.io.formats.style import Styler
 
     table = table.rename_axis(index=lambda name: name and label(name))
-    styler = table.style.format(thousands=",", precision=precision, escape="html", na_rep=NONE)
+    styler = Styler(table, cell_ids=False).format(
+        thousands=",", precision=precision, escape="html", na_rep=NONE
+    )
     styler = styler.format_index(escape="html")
     styler = styler.relabel_index([html.escape(label(column)) for column in table.columns], axis=1)
     if percent:
@@ -206,5 +209,6 @@ def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[
     text = [str(i) for i, column in enumerate(table.columns) if table[column].dtype.kind not in "iufb"]
     columns = "|".join(text) or "none"
     aligned = rf"(?:row_heading|index_name) level.*?|(?:col_heading level0|data row\d+) col(?:{columns})"
-    page = re.sub(rf'(class="(?:{aligned})")', r'\1 style="text-align: left"', page)
+    page = re.sub(rf'class="(?:{aligned})"', 'style="text-align: left"', page)
+    page = re.sub(r' class=".*?"|^ +| (?=>)', "", page, flags=re.MULTILINE)  # a stored page stays small
     return HTML(f'<div style="overflow-x: auto">\n{page}</div>')

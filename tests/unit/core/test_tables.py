@@ -15,14 +15,14 @@ TABLE = pd.DataFrame(
 
 def cells(html: str) -> dict[str, str]:
     """Attributes of each body cell, by its text."""
-    rows = [line.strip() for line in html.splitlines() if line.strip().startswith(("<td", "<th id"))]
+    rows = [line.strip() for line in html.splitlines() if line.strip().startswith(("<td", "<th"))]
     return {line.split(">")[1].split("<")[0]: line.split(">")[0] for line in rows}
 
 
 def test_text_stands_left_and_numbers_do_not():
     found = cells(shown(TABLE, "t").data)
     left = {text for text, attributes in found.items() if 'style="text-align: left"' in attributes}
-    assert left == {"name", "one", "two", "a", "b"}
+    assert left == {"row", "name", "one", "two", "a", "b"}
 
 
 def test_no_style_sheet_is_needed_and_a_name_gives_the_same_page_twice():
