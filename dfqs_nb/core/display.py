@@ -110,10 +110,12 @@ def markdown(text: object) -> str:
     r"""Text from outside as Markdown that shows it: no heading, image, link or HTML can come of it.
 
     >>> print(markdown("# a ![i](http://x) <b>"))
-    \# a ![i\](http&#58;//x) &lt;b&gt;
+    \# a ![i\](http&#58;//x) &lt;b>
     """
-    escaped = html.escape(one_line(text), quote=False)
-    escaped = re.sub(r"([\\|`*~])", r"\\\1", escaped)
+    escaped = (
+        one_line(text).replace("&", "&amp;").replace("<", "&lt;")
+    )  # no tag begins with >, only quotes do
+    escaped = re.sub(r"^>|([\\|`*~])", lambda it: "\\" + it[0], escaped)
     # within a word `_` is no emphasis, and `]` ends a link only before these; so [1, 2] stays legible
     escaped = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:])", r"\\\g<0>", escaped)
     escaped = re.sub(r"^(\d*)([#=+-]|(?<=\d)[.)])(?=\s|$|[#=+-])", r"\1\\\2", escaped)
@@ -128,7 +130,7 @@ def markdown_table(table: pd.DataFrame) -> str:
     >>> print(markdown_table(pd.DataFrame({"name": ["a|<b>"], "n": [1]})))
     | name | n |
     |---|---:|
-    | a\|&lt;b&gt; | 1 |
+    | a\|&lt;b> | 1 |
     """
     numeric = [table[column].dtype.kind in "iuf" for column in table.columns]
     rows = [list(map(str, table.columns)), *(list(row) for row in table.to_numpy(object))]

@@ -62,9 +62,14 @@ def whiskers(table: pd.DataFrame, value: str) -> list[pd.Series]:
 
 
 def save(ax: Axes, path: str | Path) -> None:
-    """Save the figure of ``ax`` as PNG at 150 dots an inch, whole or not at all."""
-    with whole_file(path, "wb") as file:
-        _figure(ax).savefig(file, format="png", dpi=150, metadata={"Software": None})
+    """Save the figure of ``ax``, whole or not at all: as SVG by that suffix, else as PNG at 150 dots an inch.
+
+    The same figure gives the same bytes.
+    """
+    kind = "svg" if Path(path).suffix == ".svg" else "png"
+    nothing = {"Date": None} if kind == "svg" else {"Software": None}
+    with whole_file(path, "wb") as file, plt.rc_context({"svg.hashsalt": "dfqs"}):
+        _figure(ax).savefig(file, format=kind, dpi=150, metadata=nothing)
 
 
 def compact(ax: Axes) -> Image:

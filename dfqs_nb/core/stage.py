@@ -119,10 +119,11 @@ class Stage:
         return write_table(self.path(f"{name}.csv"), table, index=index)
 
     def figure(self, name: str, ax: Axes) -> Image:
-        """Save the figure of ``ax`` as ``<name>.png``, seal it, and return it for display; it is closed."""
+        """Save the figure of ``ax`` as ``<name>.png`` and ``.svg``, sealed; return it for display, closed."""
         from dfqs_nb.core.figures import compact, save
 
-        save(ax, self.path(f"{name}.png"))
+        for suffix in ("png", "svg"):
+            save(ax, self.path(f"{name}.{suffix}"))
         return compact(ax)
 
     def json(self, name: str, value: Any) -> Path:

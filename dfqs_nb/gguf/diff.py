@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -84,18 +85,32 @@ def _row(tensor: Tensor) -> str:
 
 
 def _field(name: str, a: GGUFHeader, b: GGUFHeader) -> str:
-    """The line for one field; empty where both have it with the same type and value."""
-    texts = [_shown(header, name) for header in (a, b)]
-    same = name in a and name in b and a[name] == b[name] and a.fields[name].type == b.fields[name].type
-    return "" if same else f"{name}: {texts[0]} | {texts[1]}"
+    """The line for one field, with what differs in it; empty where both have the same type and value."""
+    if name not in a or name not in b:
+        return f"{name}: {_shown(a, name)} | {_shown(b, name)}"
+    first, second, x, y = a.fields[name], b.fields[name], a[name], b[name]
+    if x == y and first.type == second.type:
+        return ""
+    if first.count is None or (first.count, first.type) != (second.count, second.type):
+        return f"{name}: {' | '.join(_excerpts(_shown(a, name), _shown(b, name)))}"
+    differ = [at for at, (mine, theirs) in enumerate(zip(x, y, strict=True)) if mine != theirs]
+    values = " | ".join(_excerpts(repr(x[differ[0]]), repr(y[differ[0]])))
+    return f"{name}: {len(differ):,} of {first.count:,} x {first.type}, first at {differ[0]:,}: {values}"
 
 
 def _shown(header: GGUFHeader, name: str) -> str:
     if name not in header:
         return "missing"
-    field, value = header.fields[name], header[name]
-    text = f"{field.type} {value!r}" if field.count is None else f"{field.count:,} x {field.type}"
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    field = header.fields[name]
+    return f"{field.type} {header[name]!r}" if field.count is None else f"{field.count:,} x {field.type}"
+
+
+def _excerpts(*texts: str) -> list[str]:
+    """Texts of at most `SHOWN` characters each, cut so that the first difference is in them."""
+    start = max(0, len(os.path.commonprefix(texts)) - SHOWN // 2) if max(map(len, texts)) > SHOWN else 0
+    return [
+        "…" * (start > 0) + text[start : start + SHOWN] + "…" * (len(text) > start + SHOWN) for text in texts
+    ]
 
 
 def _refuse_glued(*both: Outline) -> None:

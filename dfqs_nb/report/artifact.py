@@ -20,7 +20,7 @@ from dfqs_nb.gguf.published import published_shape
 from dfqs_nb.gguf.reading import FLASH, active_bytes
 from dfqs_nb.report.envelope import CONTEXTS, SINGLE
 from dfqs_nb.report.spec import GB, GIB, claims_spec, requirements_spec
-from dfqs_nb.report.stages import Run
+from dfqs_nb.report.stages import Run, is_file_of
 
 SHARDS = "deepseek-v4-flash-iq1_s-xl"  # in data/models.toml
 QUANTIZATION = "IQ1_S"  # of most bytes of the artifact
@@ -52,12 +52,7 @@ def artifact_match(header: GGUFHeader | None, run: Run) -> Match:
     """
     name = run.file.name if run.file else header.path.stem if header else "no model"
     digest = run.file.sha256 if run.file else None
-    hashes = {
-        key: {shard.sha256 for shard in model.files} | {model.merged_sha256} - {""}
-        for key, model in registered().items()
-    }
-    shipped = {key for key, model in registered().items() if model.source.startswith("data/")}
-    if any(digest in hashes[key] for key in shipped):
+    if is_file_of(digest):
         return Match("reference", name, "the model that the workbook ships")
     if header is None:
         return Match("another", name, "no header was given")
@@ -68,7 +63,7 @@ def artifact_match(header: GGUFHeader | None, run: Run) -> Match:
     if header.architecture != shape.architecture or differs:
         why = differs[0] if header.architecture == shape.architecture else f"it is {header.architecture}"
         return Match("another", name, f"not the shape of {shape.name} ({why})")
-    if digest in hashes[SHARDS] | hashes[SINGLE]:
+    if is_file_of(digest, (SHARDS, SINGLE)):
         return Match("artifact", name, "SHA-256 of the file")
     most = next(iter(types_by_bytes(header.tensors)), "no tensors")
     size = registered()[SINGLE].size_bytes

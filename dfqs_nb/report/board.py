@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,17 +59,15 @@ class Leaderboard:
 
     def __str__(self) -> str:
         """The leaderboard as Markdown: a section for each tier and conditions, then what does not count."""
-        good = self.table[self.table["problem"] == ""]
-        sections = []
+        good, sections = self.table[self.table["problem"] == ""], []
         first: Mapping[str, Any] = {}
         for (tier, conditions), group in good.groupby(["tier", "conditions"], sort=False):
             own = self.conditions[conditions]
             first = first or own
-            differ = differing_fields(first, own)
-            held = [(row.run, row.withheld) for row in group.itertuples() if row.withheld]
-            sections.append((tier, conditions, differ, _shown(group), held))
+            sections.append((tier, conditions, differing_fields(first, own), group.to_dict("records")))
         bad = [(row.report, row.problem) for row in self.table.itertuples() if row.problem]
-        return render("leaderboard.md", sections=sections, bad=bad)
+        shown = {"size": size, "number": with_interval, "boundary": boundary_text}
+        return render("leaderboard.md", sections=sections, bad=bad, **shown)
 
     def write(self) -> list[Path]:
         """Write ``leaderboard.csv``, ``.md`` and ``.html`` into the folder, each whole or not at all."""
@@ -181,64 +178,33 @@ def run_beside(path: str | Path) -> list[str]:
 
 
 def _placed(table: pd.DataFrame) -> pd.DataFrame:
-    """Standard before nano, sections with most reports first, rows by score, problems last."""
+    """Standard before nano, sections with most reports first, rows by score, problems last.
+
+    A place is 1 for the first of a section; equal scores share it. There is none without a reasoning score
+    that was counted again.
+    """
     import pandas as pd
 
-    table = table.assign(problem=table["problem"].fillna(""))
+    table, section = table.assign(problem=table["problem"].fillna("")), ["tier", "conditions"]
     good, bad = table[table["problem"] == ""].copy(), table[table["problem"] != ""].sort_values("report")
     good[list(NUMBERS)] = good[list(NUMBERS)].astype(float)
     keys = {
         "nano": good["tier"] == "nano",
-        "size": -good.groupby(["tier", "conditions"])["run"].transform("size"),
+        "size": -good.groupby(section)["run"].transform("size"),
         "open": ~good["checked"].astype(bool),
     }
     order = ["nano", "size", "conditions", "open", *SCORES, "run"]
     good = good.assign(**keys).sort_values(
         order, ascending=[name not in SCORES for name in order], na_position="last", kind="stable"
     )
-    good["place"] = [
-        place for _, group in good.groupby(["tier", "conditions"], sort=False) for place in _places(group)
-    ]
+    row = good.groupby(section).cumcount() + 1.0
+    counts = good["reasoning_score"].notna() & ~good["open"]
+    place = row.groupby([good[name] for name in (*section, *SCORES)], dropna=False).transform("min")
+    good["place"] = place.where(counts)
     return pd.concat([good[list(COLUMNS)].astype(object), bad.astype(object)], ignore_index=True)
 
 
-def _places(group: pd.DataFrame) -> list[float]:
-    """1 for the first row; equal scores share a place; none without a reasoning score that was checked."""
-    keys = list(zip(*(group[name] for name in SCORES), strict=True))
-    checked = group["checked"].tolist()
-    return [
-        nan if key[0] != key[0] or not ok else keys.index(key) + 1
-        for key, ok in zip(keys, checked, strict=True)
-    ]
-
-
 # ---- as text ----
-
-
-def _shown(group: pd.DataFrame) -> pd.DataFrame:
-    import pandas as pd
-
-    rows = []
-    for row in group.to_dict("records"):
-        speed = with_interval(row, "cpu_tokens_per_sec", "{:,.1f}")
-        rows.append(
-            {
-                "place": "" if _empty(row["place"]) else f"{int(row['place'])}",
-                "run": row["run"] if row["checked"] else f"{row['run']} (answers not here)",
-                "model": row["model"],
-                "size": "" if _empty(row["size_bytes"]) else size(row["size_bytes"]),
-                "reasoning_score": with_interval(row, "reasoning_score", "{:.3f}"),
-                "code_score": with_interval(row, "code_score", "{:.3f}"),
-                "stability at the longest": "withheld"
-                if _empty(row["curve_at_longest"])
-                else f"{row['curve_at_longest']:.2f} at {row['longest']:,.0f}",
-                "failure_boundary_tokens": boundary_text(row),
-                "cpu_tokens_per_sec": f"{speed} (contended)"
-                if row["contended"] and speed != "withheld"
-                else speed,
-            }
-        )
-    return pd.DataFrame(rows)
 
 
 def with_interval(row: Mapping[str, Any], name: str, form: str) -> str:

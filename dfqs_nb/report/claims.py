@@ -18,6 +18,8 @@ from dfqs_nb.report.spec import (
     CONFIRMED,
     CONTRADICTED,
     CONTRADICTS_ITSELF,
+    GB,
+    GIB,
     NOT_TESTABLE,
     Claim,
     claims_spec,
@@ -64,10 +66,12 @@ def check_claims(
             hint = f"facts: {', '.join(spec.facts)}; tests: {', '.join(TESTS)}"
             raise RegistryError(what, where="data/spec/claims.toml", hint=hint)
         fact, value = spec.facts[claim.fact], known.get(claim.fact)
-        verdict = claim.verdict or (NOT_TESTABLE if value is None else TESTS[claim.test](claim, value, known))
-        texts = ("not measured", "{why}")
+        texts, verdict = ("not measured", "{why}"), claim.verdict or NOT_TESTABLE
         if value is not None:
             texts = claim.found or fact.found, claim.evidence or fact.evidence
+            verdict = claim.verdict or TESTS[claim.test](claim, value, known)
+        if verdict == CONTRADICTED and _holds_in_gib(claim, value, known):
+            texts, verdict = (texts[0], texts[1] + spec.as_gib), CONTRADICTS_ITSELF
         found, evidence = (filled(text, {**known, "figure": claim.figure}) for text in texts)
         stated = (claim.number, claim.id, claim.document, claim.section, claim.text)
         rows.append((*stated, fact.how, found, verdict, evidence, claim.source))
@@ -89,6 +93,15 @@ def counts(table: pd.DataFrame) -> str:
 # ---- how a figure is held against a fact: each test gives the verdict ----
 
 
+def _holds_in_gib(claim: Claim, value: Any, known: Mapping[str, Any]) -> bool:
+    """Whether a figure in GB is contradicted as such, and would not be if GiB were meant."""
+    if claim.unit != "GB" or claim.verdict:
+        return False
+    numbers = [number * GB / GIB for number in (value if isinstance(value, list) else [value])]
+    fact = numbers if isinstance(value, list) else numbers[0]
+    return TESTS[claim.test](claim, fact, known) != CONTRADICTED
+
+
 def _equals(claim: Claim, value: Any, known: Mapping[str, Any]) -> str:
     """The figure is the fact; of a list, one of it."""
     if isinstance(value, str) or isinstance(claim.value, bool):
@@ -105,13 +118,6 @@ def _is(claim: Claim, value: Any, known: Mapping[str, Any]) -> str:
 def _at_most(claim: Claim, value: float, known: Mapping[str, Any]) -> str:
     """The fact is no more than the figure (or than ``limit``)."""
     return claim.yes if value <= (claim.value if claim.limit is None else claim.limit) else claim.no
-
-
-def _size(claim: Claim, value: float, known: Mapping[str, Any]) -> str:
-    """The size in GB; a figure in GiB contradicts the one in GB beside it."""
-    if claim.agrees(value):
-        return CONFIRMED
-    return CONTRADICTS_ITSELF if claim.agrees(known["file_gib"]) else CONTRADICTED
 
 
 def _speed(claim: Claim, value: float, known: Mapping[str, Any]) -> str:
@@ -147,7 +153,6 @@ TESTS: dict[str, Callable[[Claim, Any, Mapping[str, Any]], str]] = {
     "equals": _equals,
     "is": _is,
     "at most": _at_most,
-    "size": _size,
     "speed": _speed,
     "interval": _interval,
     "status": lambda claim, value, known: value,  # a notebook has judged it already

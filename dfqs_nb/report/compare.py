@@ -10,6 +10,7 @@ have templates of their own can never have equal conditions. The comparison then
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,12 +26,10 @@ from dfqs_nb.core.errors import ComparisonError
 from dfqs_nb.core.files import write_json, write_table, write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.report import compare_text
-from dfqs_nb.report.board import is_contended, run_beside
-from dfqs_nb.report.compare_text import RETRIEVAL
-from dfqs_nb.report.items import RunItems, read_answers
+from dfqs_nb.report.board import boundary_status, is_contended, run_beside, with_interval
+from dfqs_nb.report.items import RETRIEVAL, RunItems, read_answers
 from dfqs_nb.report.metrics import BOUNDARY, CURVE, FILE, SCORES, SPEED, boundary_flags
-from dfqs_nb.report.text import page_of
+from dfqs_nb.report.text import page_of, render
 from dfqs_nb.scores import compare_runs
 from dfqs_nb.stats import BOOTSTRAP_LEVEL, LEVEL, N_BOOT, expanded_tail, holm
 
@@ -43,6 +42,7 @@ N_FLIPS = 20_000  # of signs, where there are too many texts for all
 COLUMNS = (
     "metric model n value low high kind difference difference_low difference_high p p_holm reading".split()
 )
+FORMS = {BOUNDARY: "{:,.0f}", SPEED: "{:,.1f}"}
 Row = dict[str, Any]
 
 
@@ -72,7 +72,7 @@ def check_reports(runs: Sequence[RunItems], accept: Sequence[str] = ()) -> dict[
         raise ComparisonError(f"tiers never mix: {each}", hint="run both on one tier")
     conditions = [run.report["conditions"] for run in runs]
     differ = [differing_fields(conditions[0], other) for other in conditions]
-    names = {name for fields in differ for name in fields}
+    names = {name: pair[0] for fields in differ for name, pair in fields.items()}  # the baseline's values
     accepted = {name for name in names if any(f".{name}".endswith(f".{end}") for end in accept)}
     refused = [
         f"{tilde(run.path)}: "
@@ -81,18 +81,14 @@ def check_reports(runs: Sequence[RunItems], accept: Sequence[str] = ()) -> dict[
         if {*fields} - accepted
     ]
     if refused:
-        only_templates = all(name.split(".")[-1] == ACCEPTABLE for name in names - accepted)
+        only_templates = all(name.split(".")[-1] == ACCEPTABLE for name in {*names} - accepted)
         way = f"; --accept {ACCEPTABLE} compares models across their own templates" if only_templates else ""
         what = f"the conditions differ from those of {tilde(runs[0].path)} in " + " | ".join(refused)
         raise ComparisonError(what, hint=f"run all again under the same conditions{way}")
-    return {name: [_at(values, name) for values in conditions] for name in sorted(accepted)}
-
-
-def _at(conditions: Mapping[str, Any], name: str) -> Any:
-    value: Any = conditions
-    for part in name.split("."):
-        value = value.get(part, "absent") if isinstance(value, Mapping) else "absent"
-    return value
+    return {
+        name: [fields[name][1] if name in fields else names[name] for fields in differ]
+        for name in sorted(accepted)
+    }
 
 
 # ---- the comparison ----
@@ -124,7 +120,25 @@ class ReportComparison:
 
     def __str__(self) -> str:
         """The comparison as Markdown to paste: what was compared, one table, retrieval by length, methods."""
-        return compare_text.markdown(self.runs, self.accepted, self.table, self.lengths)
+        by_label, first = {run.label: run for run in self.runs}, self.runs[0]
+        groups = [group.to_dict("records") for _, group in self.table.groupby("metric", sort=False)]
+
+        def baseline(own: Row, row: Row) -> str:
+            if row["metric"] == RETRIEVAL and row["kind"] and row["n"] != own["n"]:
+                return f"{row['value'] - row['difference']:.3f} on these"
+            return value_text(own, first)
+
+        return render(
+            "comparison.md",
+            runs=self.runs,
+            accepted=self.accepted,
+            table=self.table,
+            lengths=self.lengths,
+            pairs=[(own, row) for own, *others in groups for row in others],
+            baseline=baseline,
+            value=lambda row: value_text(row, by_label[row["model"]]),
+            difference=difference_text,
+        )
 
     def write(self, folder: str | Path) -> list[Path]:
         """Write ``comparison.json``, ``.md``, ``.csv``, ``.png`` and ``.html`` into a folder, each whole."""
@@ -134,8 +148,7 @@ class ReportComparison:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "comparison.json", self.as_dict())
-        numbers = self.table.select_dtypes("number").map(lambda value: float(f"{value:.6g}"))
-        write_table(folder / "comparison.csv", self.table.assign(**numbers), index=False)
+        write_table(folder / "comparison.csv", _rounded(self.table), index=False)
         write_text(folder / "comparison.md", str(self))
         drawing.save(figures.comparison(self.runs, self.table).axes[0], folder / "comparison.png")
         reports = {run.label: run.report for run in self.runs}
@@ -160,20 +173,50 @@ class ReportComparison:
             "reports": reports,
             "conditions": self.runs[0].report["conditions"],
             "level": LEVEL,
-            "table": _plain(self.table),
-            "by_length": _plain(self.lengths),
+            "table": json.loads(_rounded(self.table).to_json(orient="records", double_precision=15)),
+            "by_length": json.loads(_rounded(self.lengths).to_json(orient="records", double_precision=15)),
         }
 
 
-def _plain(table: pd.DataFrame) -> list[Row]:
-    def plain(value: Any) -> Any:
-        value = value.item() if isinstance(value, np.generic) else value
-        return None if isinstance(value, float) and not np.isfinite(value) else value
+def _rounded(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with six digits of every measured number."""
+    return table.assign(**table.select_dtypes("float").map(lambda value: float(f"{value:.6g}")))
 
-    return [
-        {str(key): plain(value) for key, value in row.items()}
-        for row in table.astype(object).to_dict("records")
-    ]
+
+# ---- as text ----
+
+
+def value_text(row: Mapping[str, Any], run: RunItems) -> str:
+    """A metric's value with its interval, and what qualifies it."""
+    parts = {"value": row["value"], "value_low": row["low"], "value_high": row["high"]}
+    text = with_interval(parts, "value", FORMS.get(row["metric"], "{:.3f}"))
+    if text == "withheld":
+        return text
+    if row["metric"] == SPEED and run.detail(SPEED).get("contended"):
+        return f"{text} (contended)"
+    status = boundary_status(run.detail(BOUNDARY)) if row["metric"] == BOUNDARY else "quality"
+    known = {"quality": text, "right censored": f"over {text}", "floor": "at chance"}
+    return known.get(status, f"{text} ({status})")
+
+
+def difference_text(row: Mapping[str, Any]) -> str:
+    """A difference (signed) or a ratio (x) with its interval.
+
+    >>> row = {"kind": "ratio", "difference": 1.5, "difference_low": 1.2, "difference_high": float("inf")}
+    >>> difference_text(row)
+    'x 1.50 [1.20, open]'
+    """
+    if not row["kind"]:
+        return ""
+    form, ends = ("x {:.2f}", (0.0, inf)) if row["kind"] == "ratio" else ("{:+.3f}", ())
+    value = form.format(row["difference"]) if row["difference"] == row["difference"] else "unknown"
+    low, high = (
+        "open"
+        if row[f"difference_{end}"] in ends
+        else form.format(row[f"difference_{end}"]).removeprefix("x ")
+        for end in ("low", "high")
+    )
+    return f"{value} [{low}, {high}]"
 
 
 def compare_reports(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,12 +34,19 @@ FITS, DOES_NOT_FIT, NOT_KNOWN = "fits", "does not fit", "not known"
 CONTEXTS = (8192, 32768, 131072, 1048576)
 SINGLE = "deepseek-v4-flash-iq1_s-xl-single"  # in data/models.toml
 IQ1_S_BITS, Q8_0_BITS = 1.5625, 8.5  # a weight, scales included: 50 bytes for 256, 34 for 32
+BUFFERS = {
+    "kv_bytes": "KV cache",
+    "kv_swa_full_bytes": "KV cache, swa_full",
+    "compute_bytes": "compute buffer planned for the CPU",
+    "compute_flash_bytes": "the same, flash attention",
+    "compute_gpu_bytes": "logged on a GPU",
+}
 MERGE_MODES = {  # row of `methods_table` by the name shown here
     "merge into a new file": "merge, repair",
     "merge --consume": "merge --consume, repair --in-place",
     "repair --in-place": "merge --consume, repair --in-place",
 }
-LEVELS = ("minimum", "recommended")
+ASSUMED = {"n_ubatch": 512, "type_k": "f16", "type_v": "f16", "swa_full": False}
 
 
 @dataclass(frozen=True)
@@ -77,20 +85,17 @@ def planned_compute(path: str | Path, contexts: Iterable[int], settings: OpenSet
 
     planned = {}
     for n_ctx in contexts:
-        try:
-            planned[n_ctx] = Compute(
-                **{
-                    name: dry_run(path, replace(settings, n_ctx=n_ctx, flash_attn=flash))["compute_bytes"]
-                    for name, flash in (("plain", False), ("flash", True))
-                }
+        with suppress(ModelError):
+            plain, flash = (
+                dry_run(path, replace(settings, n_ctx=n_ctx, flash_attn=flash))["compute_bytes"]
+                for flash in (False, True)
             )
-        except ModelError:
-            continue
+            planned[n_ctx] = Compute(plain=plain, flash=flash)
     return planned
 
 
 def hardware_envelope(
-    header: GGUFHeader | Sequence[GGUFHeader],
+    header: GGUFHeader,
     machine: Machine | None = None,
     *,
     contexts: Sequence[int] = CONTEXTS,
@@ -98,11 +103,11 @@ def hardware_envelope(
     flash_attn: bool = False,
     is_artifact: bool = False,
 ) -> dict[str, Any]:
-    """The envelope of the model that this header (or these shards' headers, first one first) describes.
+    """The envelope of the model that this header describes.
 
     Args:
         machine: what to hold it against; this machine when not given.
-        contexts: lengths in tokens; the model's own is added.
+        contexts: lengths in tokens; the model's own is added, and what lies beyond it is left out.
         compute: compute buffer by context, as `planned_compute` gives it; nothing is said to fit without it.
         flash_attn: which of the two compute buffers counts.
         is_artifact: hold it against the hardware table of DFQS 1.0, which is about one file.
@@ -115,29 +120,27 @@ def hardware_envelope(
     Raises:
         HeaderError: a key that the KV formula needs is missing.
     """
-    headers = [header] if isinstance(header, GGUFHeader) else list(header)
-    first, active = headers[0], active_bytes(headers)
-    total: dict[str, dict[str, Any]] = {}
-    for row in (row for shard in headers for row in class_sizes(shard)):
-        kept = total.setdefault(row["class"], {"class": row["class"], "bytes": 0, "types": {}})
-        kept["bytes"] += row["bytes"]
-        kept["types"] |= dict.fromkeys(row["types"].split(", "))
-    weights = [{**row, "types": ", ".join(row["types"])} for row in total.values()]
-    own = first.arch("context_length")
+    active = active_bytes(header)
     facts = {
-        "model": first.get("general.name") or first.path.stem,
+        "model": header.get("general.name") or header.path.stem,
         "source": "the header of the file",
         "assumptions": [],
-        "weights_bytes": weights_bytes(headers),
+        "weights_bytes": weights_bytes(header),
         "routed_bytes": active.routed_total,
-        "file_bytes": sum(shard.end_offset - shard.start for shard in headers),
-        "header_bytes": sum(shard.data_offset - shard.start for shard in headers),
+        "file_bytes": header.end_offset - header.start,
+        "header_bytes": header.data_offset - header.start,
         "token_bytes": [active.total, active.total],
-        "weights": sorted(weights, key=lambda row: -int(row["bytes"])),
+        "weights": [{key: row[key] for key in ("class", "bytes", "types")} for row in class_sizes(header)],
     }
-    lengths = sorted({*contexts, *([int(own)] if own else [])})
-    cache = [_cache_row(first, n_ctx, compute or {}, own) for n_ctx in lengths]
-    return _envelope(facts, cache, machine or this_machine(), flash_attn, is_artifact, here=True)
+    machine, lengths = machine or this_machine(), within(header, contexts)
+    cache = [_cache_row(header, n_ctx, compute or {}) for n_ctx in lengths]
+    return _envelope(facts, cache, machine, flash_attn, is_artifact, here=True)
+
+
+def within(header: GGUFHeader, contexts: Iterable[int] = CONTEXTS) -> list[int]:
+    """Contexts up to the model's own, that among them; all where the header declares none."""
+    own = header.arch("context_length")
+    return sorted({n for n in contexts if not own or n < own} | ({int(own)} if own else set()))
 
 
 def published_envelope(machine: Machine | None = None, *, flash_attn: bool = False) -> dict[str, Any]:
@@ -164,8 +167,7 @@ def published_envelope(machine: Machine | None = None, *, flash_attn: bool = Fal
         "token": FLASH.total / GB,
         "most_token": most_token / GB,
     }
-    experts_row = {"class": "routed experts", "bytes": experts, "least_bytes": least_experts}
-    rest_row = {"class": "everything else", "bytes": rest, "most_bytes": most_rest}
+    rest_types = filled("{bits:.1f} to {most_bits:.1f} bits a weight", known)
     facts = {
         "model": f"{shape.name}-IQ1_S-XL",
         "source": "the published configuration and file size",
@@ -176,23 +178,21 @@ def published_envelope(machine: Machine | None = None, *, flash_attn: bool = Fal
         "header_bytes": None,
         "token_bytes": [FLASH.total, most_token],
         "weights": [
-            experts_row | {"types": "IQ1_S, Q2_K"},
-            rest_row | {"types": filled("{bits:.1f} to {most_bits:.1f} bits a weight", known)},
+            {
+                "class": "routed experts",
+                "bytes": experts,
+                "least_bytes": least_experts,
+                "types": "IQ1_S, Q2_K",
+            },
+            {"class": "everything else", "bytes": rest, "most_bytes": most_rest, "types": rest_types},
         ],
     }
-    cache = [
-        _cache_row(shape, n_ctx, spec.published_compute, max(CONTEXTS), spec.gpu_compute)
-        for n_ctx in CONTEXTS
-    ]
+    cache = [_cache_row(shape, n_ctx, spec.published_compute, spec.gpu_compute) for n_ctx in CONTEXTS]
     return _envelope(facts, cache, machine or this_machine(), flash_attn, is_artifact=True, here=False)
 
 
 def _cache_row(
-    shape: GGUFHeader,
-    n_ctx: int,
-    compute: Mapping[int, Compute],
-    own: int | None,
-    gpu: Mapping[int, int] = {},
+    shape: GGUFHeader, n_ctx: int, compute: Mapping[int, Compute], gpu: Mapping[int, int] = {}
 ) -> dict[str, Any]:
     window, planned = kv_cache_bytes(shape, n_ctx), compute.get(n_ctx)
     return {
@@ -203,7 +203,6 @@ def _cache_row(
         "compute_bytes": planned.plain if planned else None,
         "compute_flash_bytes": planned.flash if planned else None,
         "compute_gpu_bytes": gpu.get(n_ctx),
-        "within_model": n_ctx <= own if own else None,
     }
 
 
@@ -217,35 +216,27 @@ def _envelope(
 ) -> dict[str, Any]:
     """What fits where, beside the facts; ``here``: the files lie on this disk, so only the extra counts."""
     spec = requirements_spec().envelope
+    levels = {f"DFQS 1.0 {level}": f"{level}_gb" for level in ("minimum", "recommended") if is_artifact}
     limits: list[tuple[str, str, float | None]] = [
         ("RAM", "this machine", machine.memory_bytes),
         ("RAM", "this machine, free now", machine.available_bytes),
+        *(("RAM", name, getattr(spec.ram, field) * GB) for name, field in levels.items()),
         ("VRAM", "this machine", machine.vram_bytes),
+        *(("VRAM", name, getattr(spec.vram, field) * GB) for name, field in levels.items()),
     ]
-    levels = {f"DFQS 1.0 {level}": f"{level}_gb" for level in LEVELS} if is_artifact else {}
-    for resource, table in (("RAM", spec.ram), ("VRAM", spec.vram)):
-        limits += [(resource, name, getattr(table, field) * GB) for name, field in levels.items()]
-    disks = {name: getattr(spec.storage, field) * GB for name, field in levels.items()}
     chosen = "compute_flash_bytes" if flash_attn else "compute_bytes"
     model, storage = facts["file_bytes"], []
     extra = methods_table(model, facts["header_bytes"] or 0, {})["extra disk (bytes)"]
     for mode, method in MERGE_MODES.items():
         more = int(extra[method])
-        own = more if here else model + more
-        row = {"mode": mode, "extra_bytes": more, "total_bytes": model + more}
+        total, own = model + more, more if here else model + more
+        disks = {name: getattr(spec.storage, field) * GB for name, field in levels.items()}
+        row = {"mode": mode, "extra_bytes": more, "total_bytes": total}
         row["this machine"] = verdict(own, own, machine.disk_free_bytes)
-        storage.append(
-            row | {name: verdict(model + more, model + more, limit) for name, limit in disks.items()}
-        )
+        storage.append(row | {name: verdict(total, total, limit) for name, limit in disks.items()})
     return {
         **facts,
-        "settings": {
-            "flash_attn": flash_attn,
-            "n_ubatch": 512,
-            "type_k": "f16",
-            "type_v": "f16",
-            "swa_full": False,
-        },
+        "settings": {"flash_attn": flash_attn, **ASSUMED},
         "machine": asdict(machine),
         "cache": cache,
         "fits": [_fit(facts, row, row[chosen], *limit) for row in cache for limit in limits],
@@ -307,28 +298,17 @@ def envelope_tables(envelope: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     import pandas as pd
 
     unit, scale = ("GB", GB) if envelope["file_bytes"] >= GB else ("MB", 10**6)
-    weights = pd.DataFrame(envelope["weights"])
-    weights = weights.assign(**{unit: weights["bytes"] / scale}).set_index("class")[[unit, "types"]]
-    cache, names = (
-        pd.DataFrame(envelope["cache"]).set_index("n_ctx"),
-        {
-            "kv_bytes": "KV cache",
-            "kv_swa_full_bytes": "KV cache, swa_full",
-            "compute_bytes": "compute buffer planned for the CPU",
-            "compute_flash_bytes": "the same, flash attention",
-            "compute_gpu_bytes": "logged on a GPU",
-        },
-    )
-    sizes = pd.DataFrame({f"{new} ({unit})": cache[old].astype(float) / scale for old, new in names.items()})
-    within = cache["within_model"].map({True: "yes", False: "no"}).fillna("not stated")
-    storage = pd.DataFrame(envelope["storage"]).set_index("mode")
-    for column, name in (("extra_bytes", "extra"), ("total_bytes", "in all")):
-        storage.insert(0, f"{name} ({unit})", storage.pop(column) / scale)
+    weights, cache, storage = (pd.DataFrame(envelope[name]) for name in ("weights", "cache", "storage"))
+    sizes = {f"{new} ({unit})": cache[old].astype(float) / scale for old, new in BUFFERS.items()}
+    totals = {
+        f"{new} ({unit})": storage.pop(old) / scale
+        for old, new in (("total_bytes", "in all"), ("extra_bytes", "extra"))
+    }
     return {
-        "weights": weights,
-        "cache": sizes.dropna(axis="columns", how="all").assign(**{"within the model's context": within}),
+        "weights": weights.assign(**{unit: weights["bytes"] / scale}).set_index("class")[[unit, "types"]],
+        "cache": pd.DataFrame(sizes).set_index(cache["n_ctx"]).dropna(axis="columns", how="all"),
         "fits": _fits_frame(pd.DataFrame(envelope["fits"])),
-        "storage": storage,
+        "storage": pd.concat([storage.pop("mode"), pd.DataFrame(totals), storage], axis=1).set_index("mode"),
     }
 
 
@@ -336,10 +316,10 @@ def _fits_frame(fits: pd.DataFrame) -> pd.DataFrame:
     """Verdicts with contexts as columns; a row for everything in that memory, and one for the least."""
     import pandas as pd
 
-    everything = fits.assign(what="everything")[["resource", "limit", "what", "n_ctx", "verdict"]]
-    least = fits.assign(what=fits["least"], verdict=fits["least_verdict"])[everything.columns]
-    both = pd.concat([everything, least])
-    table = both.pivot(index=["resource", "what", "limit"], columns="n_ctx", values="verdict")
-    rows = dict.fromkeys(zip(both["resource"], both["what"], both["limit"], strict=True))  # as they were made
-    table = table.loc[sorted(rows, key=lambda row: row[0])]
+    columns = ["resource", "what", "limit", "n_ctx", "verdict"]
+    least = fits.assign(what=fits["least"], verdict=fits["least_verdict"])
+    both = pd.concat([fits.assign(what="everything")[columns], least[columns]])
+    table = both.pivot(index=columns[:3], columns="n_ctx", values="verdict")
+    rows = both.drop_duplicates(columns[:3]).sort_values("resource", kind="stable")  # else as they were made
+    table = table.loc[list(map(tuple, rows[columns[:3]].to_numpy()))]
     return table.rename(columns="{:,} tokens".format).rename_axis(columns=None)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfqs_nb.core.figures import INK, PALETTE, PAPER, new_axes, set_title, share_axis, token_axis, whiskers
-from dfqs_nb.report.compare_text import RETRIEVAL
-from dfqs_nb.report.items import RunItems
+from dfqs_nb.report.items import RETRIEVAL, RunItems
 from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES
 from dfqs_nb.stats import LEVEL
 

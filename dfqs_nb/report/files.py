@@ -24,8 +24,8 @@ def write_report(stage: Stage | str | Path, report: Mapping[str, Any] | None = N
     """Write every file of a report into its run's folder, and seal them; their paths.
 
     ``report.json``, ``report.md``, ``report.html``, ``model-index.yml``, ``.eval_results/dfqs.yaml``,
-    ``claims.csv``, ``conformance.csv``, ``report_shares.png`` and ``dfqs_report.json``. The seal of the last
-    covers every file of the folder that no other stage covers, such as traces and ``summary.md``.
+    ``claims.csv``, ``conformance.csv``, ``report_shares`` as PNG and SVG, and ``dfqs_report.json``. The seal
+    of the last covers every file of the folder that no other stage covers, such as traces and ``summary.md``.
 
     Args:
         stage: the stage ``dfqs_report``, or the run's folder.
@@ -57,12 +57,13 @@ def _write(stage: Stage, report: Mapping[str, Any]) -> tuple[Mapping[str, Any], 
     from dfqs_nb.report import figures
 
     folder = stage.folder
-    ax = figures.report_shares(figures.shares(report))
-    drawing.save(ax, folder / "report_shares.png")
+    ax, drawn = figures.report_shares(figures.shares(report)), ["report_shares.png", "report_shares.svg"]
+    for name in drawn:
+        drawing.save(ax, folder / name)
     plt.close("all")
-    report = with_files(report, folder, ["report_shares.png"])
+    report = with_files(report, folder, drawn)
     check_report(report, folder / FILE)
-    written = [stage.json("report", report), folder / "report_shares.png"]
+    written = [stage.json("report", report), *(folder / name for name in drawn)]
     texts = {"report.md": markdown(report, folder), "report.html": page(report, folder)}
     for name, make in HUB.items():
         if any(report["metrics"][metric] is not None for metric in METRIC_TYPES):

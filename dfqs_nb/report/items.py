@@ -25,6 +25,7 @@ from dfqs_nb.scores import SetRun
 if TYPE_CHECKING:
     import pandas as pd
 
+RETRIEVAL = "retrieval accuracy"  # over all planned lengths, in comparisons
 LONGEST_NAME = 80  # characters, in tables and figures
 JOURNAL = "long_context_items.jsonl"
 SCORE_ITEMS = "score_items.csv"

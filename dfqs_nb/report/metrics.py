@@ -28,12 +28,12 @@ from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.report.artifact import artifact_match
 from dfqs_nb.report.claims import check_claims
 from dfqs_nb.report.envelope import (
-    CONTEXTS,
     Machine,
     hardware_envelope,
     planned_compute,
     published_envelope,
     this_machine,
+    within,
 )
 from dfqs_nb.report.requirements import check_requirements
 from dfqs_nb.report.stages import DRAWN_ON, LongContext, ModelFile, ReportError, Run, Scores, read_run
@@ -46,6 +46,7 @@ CURVE, BOUNDARY, SPEED = "context_stability_curve", "failure_boundary_tokens", "
 FEW_TEXTS = 12  # below, the boundary is provisional
 LARGEST = 1e15  # no count, size or speed is larger
 PACKAGES = ("dfqs-workbook", "llama-cpp-python", "gguf", "numpy", "pandas")
+DIGITS = 10  # of every float in report.json: more than any measurement has
 AGAIN = "write the report again: `dfqs-nb report RUN`"
 
 
@@ -100,7 +101,7 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
         "versions": _versions(),
         "sources": dict(sorted(sources.items())),
     }
-    return _sealed(json.loads(json.dumps(report, default=str, allow_nan=False)))
+    return _sealed(_rounded(json.loads(json.dumps(report, default=str, allow_nan=False))))
 
 
 def with_files(report: Mapping[str, Any], folder: Path, names: Sequence[str]) -> dict[str, Any]:
@@ -108,6 +109,15 @@ def with_files(report: Mapping[str, Any], folder: Path, names: Sequence[str]) ->
     body = {key: value for key, value in report.items() if key != "integrity"}
     drawn = {name: sha256_of_file(folder / name) for name in names}
     return _sealed({**body, "sources": dict(sorted({**report["sources"], **drawn}.items()))})
+
+
+def _rounded(value: Any) -> Any:
+    """A JSON value whose floats have at most `DIGITS` digits."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def _sealed(body: dict[str, Any]) -> dict[str, Any]:
@@ -316,12 +326,11 @@ def boundary_sentence(detail: Mapping[str, Any]) -> str:
     """The failure boundary in words, with everything that must stand beside the number.
 
     >>> boundary_sentence({"status": "measured", "cause": "quality", "tokens": 404, "low": 350, "high": None})
-    'loses 15 % of its short-context ability at 404 tokens (95 % interval 350 to open)'
+    'loses 15 % of its short-context ability at 404 tokens (95 % interval from 350, open above)'
     """
     if detail.get("status") == "floor":
         return f"no better than guessing at every length (a_0 = {detail['a_0']:.2f})"
-    ends = ("open" if end is None else f"{end:,}" for end in (detail.get("low"), detail.get("high")))
-    interval, tokens = f"95 % interval {' to '.join(ends)}", f"{detail['tokens']:,} tokens"
+    interval, tokens = _token_interval(detail.get("low"), detail.get("high")), f"{detail['tokens']:,} tokens"
     if detail.get("right_censored"):
         text = f"carries to the longest length measured, {tokens} or more ({interval})"
     elif detail.get("cause") not in ("quality", None):
@@ -329,6 +338,15 @@ def boundary_sentence(detail: Mapping[str, Any]) -> str:
     else:
         text = f"loses 15 % of its short-context ability at {tokens} ({interval})"
     return "; ".join([text, *boundary_flags(detail)])
+
+
+def _token_interval(low: int | None, high: int | None) -> str:
+    """An interval of lengths; an end beyond the lengths measured is open."""
+    if low is None:
+        return (
+            "95 % interval open at both ends" if high is None else f"95 % interval up to {high:,}, open below"
+        )
+    return f"95 % interval from {low:,}, open above" if high is None else f"95 % interval {low:,} to {high:,}"
 
 
 def boundary_flags(detail: Mapping[str, Any]) -> list[str]:
@@ -353,13 +371,13 @@ def metric_sentence(name: str, detail: Mapping[str, Any]) -> str:
     if name == CURVE:
         points = ", ".join(f"{y:.2f} at {x:,}" for x, y in zip(detail["lengths"], value, strict=True))
         keys = f", {detail['n_keys']} keys at every length" if detail.get("n_keys") else ""
-        return f"{points} (n = {n}{keys})"
+        return f"{points} (n = {n}{keys}, guess rate of retrieval {detail['guess_rate'] or 0:.3f})"
     if name == SPEED:
         busy = ", contended: the machine was busy" if detail["contended"] else ""
         return f"{value:,.1f} tokens/s at depth {detail['depth']} ({low:,.1f} to {high:,.1f}, n = {n}{busy})"
     cut = f", truncated {detail['truncated']} of {n}" if detail.get("truncated") is not None else ""
-    interval = f"95 % interval {low:.3f} to {high:.3f}, n = {n}, guess rate {detail['guess_rate']:.3f}"
-    return f"{value:.3f} ({interval}{cut}; {detail['set']})"
+    asked = f"n = {n}, guess rate of {detail['set']} {detail['guess_rate'] or 0:.3f}"
+    return f"{value:.3f} (95 % interval {low:.3f} to {high:.3f}, {asked}{cut})"
 
 
 # ---- what stands beside them ----
@@ -419,13 +437,13 @@ def _envelopes(
     given = run.generate.conditions if run.generate else {}
     known = {field.name for field in fields(OpenSettings)}
     settings = OpenSettings(**{key: given[key] for key in known & {*given} if given[key] is not None})
-    contexts = sorted({*CONTEXTS, header.arch("context_length") or CONTEXTS[0]})
-    compute = planned_compute(_file(run).path, contexts, settings) if ask_llama_cpp else {}
+    compute = planned_compute(_file(run).path, within(header), settings) if ask_llama_cpp else {}
     own = hardware_envelope(
         header, here, compute=compute, flash_attn=settings.flash_attn, is_artifact=level == "artifact"
     )
     demonstrated = published_envelope(here) if level in ("reference", "model") else None
-    return {"model": own, "artifact": demonstrated, "machine": asdict(here)}
+    paging = run.generate.paging.model_dump() if run.generate and run.generate.paging else None
+    return {"model": own, "artifact": demonstrated, "machine": asdict(here), "paging": paging}
 
 
 def _versions() -> dict[str, str]:

@@ -34,7 +34,7 @@ ESTIMATED = ("n_ctx", "n_ubatch", "type_k", "type_v", "swa_full", "use_mmap")  #
 
 @dataclass(frozen=True)
 class Case:
-    """What a check may look at. It calls `judged` with its verdict and the name of a sentence."""
+    """What a check may look at. It calls `judged` with its verdict and the name of a sentence of evidence."""
 
     requirement: Requirement
     run: Run
@@ -48,9 +48,14 @@ class Case:
         known = {"run": self.run, "file": self.run.file, "at": at, **values}
         return filled(self.requirement.evidence[sentence], known)
 
-    def judged(self, verdict: str, sentence: str, /, **values: Any) -> tuple[str, str]:
-        """A verdict, and the sentence of evidence that it rests on."""
-        return verdict, self.text(sentence, **values)
+    def judged(self, verdict: str | bool, sentence: str = "met", /, **values: Any) -> tuple[str, str]:
+        """A verdict (as a truth: met or not met), and the sentence that it rests on."""
+        return {True: MET, False: NOT_MET}.get(verdict, str(verdict)), self.text(sentence, **values)  # type: ignore[call-overload]
+
+    def answered(self, **values: Any) -> tuple[str, str]:
+        """Met where notebook 03's prompts were answered."""
+        done = bool(self.run.generate and self.run.generate.answered)
+        return self.judged(done, "met" if done else "silent", **values)
 
 
 Check = Callable[..., tuple[str, str]]
@@ -58,10 +63,7 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {}
 
 
 def check(*needs: str) -> Callable[[Check], Check]:
-    """Register a check under its function's name; it is given the stages that it ``needs``.
-
-    Without one of them nothing is tested.
-    """
+    """Register a check under its name; it is given the stages that it ``needs``, or nothing is tested."""
 
     def register(function: Check) -> Check:
         CHECKS[function.__name__] = function, needs
@@ -137,7 +139,7 @@ def single_file(case: Case, merge: Any, generate: Any) -> tuple[str, str]:
         return case.judged(NOT_MET, "shard", n_shards=n_shards)
     if case.run.file is None or generate.settings.model != case.run.file.sha256:
         return case.judged(NOT_TESTED, "other")
-    return case.judged(MET, "met") if generate.answered else case.judged(NOT_MET, "silent")
+    return case.answered()
 
 
 @check("generate")
@@ -145,8 +147,7 @@ def cpu_only(case: Case, generate: Any) -> tuple[str, str]:
     """Ran with no layer on a GPU; what it needs, against the machine's memory."""
     if generate.settings.n_gpu_layers != 0:
         return case.judged(NOT_TESTED, "gpu")
-    verdict, name = (MET, "met") if generate.answered else (NOT_MET, "silent")
-    return case.judged(verdict, name, memory=_memory(case, generate.settings))
+    return case.answered(memory=_memory(case, generate.settings))
 
 
 def _memory(case: Case, at: Settings) -> str:
@@ -171,34 +172,32 @@ def routing(case: Case, routing: Any) -> tuple[str, str]:
         failed = "; ".join(it.failed_runs if it else ()) or "none ran"
         return case.judged(NOT_MET if it and it.n_differ else NOT_TESTED, "broken", failed=failed)
     if it.load_passed is not None:
-        return case.judged(MET if it.passed and it.load_passed else NOT_MET, "loads", it=it)
-    return case.judged(MET if it.passed else NOT_MET, "judged" if it.routed else "dense", it=it)
+        return case.judged(it.passed and it.load_passed, "loads", it=it)
+    return case.judged(it.passed, "judged" if it.routed else "dense", it=it)
 
 
 @check("long_context", "scores")
 def metrics(case: Case, curve: Any, scores: Any) -> tuple[str, str]:
     """Every metric is there, and of its type."""
-    values, wrong = case.metrics, []
-    for name, kind in requirements_spec().metrics.items():
-        if values.get(name) is None:
-            wrong.append(f"{name} is withheld")
-        elif not is_of(values[name], kind):
-            wrong.append(f"{name} is no {kind}")
+    values = case.metrics
+    wrong = [
+        f"{name} is {'withheld' if values.get(name) is None else f'no {kind}'}"
+        for name, kind in requirements_spec().metrics.items()
+        if not is_of(values.get(name), kind)
+    ]
     if wrong:
         return case.judged(NOT_MET, "wrong", wrong="; ".join(wrong))
-    return case.judged(MET, "met", n_points=len(values["context_stability_curve"]), **values)
+    return case.judged(MET, n_points=len(values["context_stability_curve"]), **values)
 
 
 def required_metrics(run: Run) -> dict[str, Any]:
     """The five metrics by name from the stages that measured them; None for what is withheld."""
     values: dict[str, Any] = dict.fromkeys(requirements_spec().metrics)
-    if run.scores:
-        values |= {score.name: score.value for score in run.scores.scores if score.name in values}
-        values["cpu_tokens_per_sec"] = run.scores.cpu_tokens_per_sec
-    if run.long_context:
-        values["context_stability_curve"] = run.long_context.context_stability_curve or None
-        values["failure_boundary_tokens"] = run.long_context.failure_boundary_tokens
-    return values
+    for stage in (run.scores, run.long_context):
+        values |= {name: getattr(stage, name) for name in values if hasattr(stage, name)}
+    scores = run.scores.scores if run.scores else []
+    values |= {score.name: score.value for score in scores if score.name in values}
+    return {name: None if value == [] else value for name, value in values.items()}
 
 
 def is_of(value: Any, kind: str) -> bool:
@@ -223,12 +222,7 @@ def llama_cpp(case: Case, generate: Any) -> tuple[str, str]:
     name = generate.settings.runtime or "not stated"
     if "llama" not in name.lower():
         return case.judged(NOT_TESTED, "other", name=name)
-    return case.judged(MET, "met") if generate.answered else case.judged(NOT_MET, "silent")
-
-
-def _reach(boundary: Any) -> str:
-    """The text for how a curve ends."""
-    return "floor" if boundary.status == "floor" else "censored" if boundary.right_censored else "crossed"
+    return case.answered()
 
 
 @check("long_context")
@@ -239,17 +233,11 @@ def long_context(case: Case, stage: Any) -> tuple[str, str]:
     lengths = [row.length for row in stage.curve]
     longest, boundary = max(lengths), stage.boundary
     name = "short" if longest < LONG_FROM else "part" if longest < LONG_TO else "covered"
-    limits = {"start": LONG_FROM, "end": LONG_TO, "longest": longest, "tier": stage.tier or "not stated"}
-    return case.judged(
-        MET,
-        "met",
-        n=len(lengths),
-        least=min(lengths),
-        longest=longest,
-        answers=sum(row.n for row in stage.curve),
-        reach=case.text(_reach(boundary), boundary=boundary),
-        extent=case.text(name, **limits),
-    )
+    ends = "floor" if boundary.status == "floor" else "censored" if boundary.right_censored else "crossed"
+    known = {"longest": longest, "least": min(lengths), "n": len(lengths), "boundary": boundary}
+    known |= {"start": LONG_FROM, "end": LONG_TO, "tier": stage.tier or "not stated"}
+    known |= {"answers": sum(row.n for row in stage.curve), "reach": case.text(ends, **known)}
+    return case.judged(MET, extent=case.text(name, **known), **known)
 
 
 @check("generate")
@@ -292,7 +280,7 @@ def identical_conditions(case: Case, curve: Any, scores: Any) -> tuple[str, str]
         return case.judged(NOT_MET, "differ", names=", ".join(differ))
     if silent:
         return case.judged(NOT_TESTED, "unstated", names=", ".join(silent))
-    return case.judged(MET, "met", n=len(SHARED), curve=first, scores=second)
+    return case.judged(MET, n=len(SHARED), curve=first, scores=second)
 
 
 @check("long_context", "scores")
@@ -308,8 +296,7 @@ def cpu_baseline(case: Case, curve: Any, scores: Any) -> tuple[str, str]:
 def runtime(case: Case, *stages: Any) -> tuple[str, str]:
     """The runtime that the stages recorded is llama.cpp's."""
     names = sorted({stage.settings.runtime or "not stated" for stage in stages})
-    verdict = MET if all("llama" in name.lower() for name in names) else NOT_MET
-    return case.judged(verdict, "judged", names=", ".join(names))
+    return case.judged(all("llama" in name.lower() for name in names), "judged", names=", ".join(names))
 
 
 @check("long_context", "scores")
@@ -319,7 +306,7 @@ def prompt_sets(case: Case, curve: Any, scores: Any) -> tuple[str, str]:
     named = [f"{it.prompt_set} ({it.prompt_set_sha256:.8}...)" for it in recorded if it.prompt_set_sha256]
     if n := len(recorded) - len(named):
         return case.judged(NOT_MET, "unknown", n=n, total=len(recorded))
-    return case.judged(MET, "met", sets=", ".join(named))
+    return case.judged(MET, sets=", ".join(named))
 
 
 @check("routing", "long_context", "scores")
@@ -339,4 +326,4 @@ def reproducible(case: Case, routing: Any, curve: Any, scores: Any) -> tuple[str
         wrong.append(case.text("repeats", it=it, answers=answers))
     if wrong:
         return case.judged(NOT_MET, "wrong", wrong="; ".join(wrong))
-    return case.judged(MET, "met", seed=seeds.pop(), it=it)
+    return case.judged(MET, seed=seeds.pop(), it=it)

@@ -152,15 +152,27 @@ class Published(_Entry):
 
 
 class Document(_Entry):
-    """A document: the letter that its statements are numbered with, and where it was published."""
+    """A document: the letter of its statements' numbers, where it was published, its sections' anchors.
+
+    ``called``: how sources and requirements name it.
+    """
 
     letter: str
     source: str
+    address: str
+    called: str = ""
+    sections: dict[str, str] = {}
+
+    def link(self, section: str) -> str:
+        """The address of a section, or of the document where it has no anchor."""
+        anchor = self.sections.get(section)
+        return f"{self.address}#{anchor}" if anchor else self.address
 
 
 class Claims(_Entry):
     """``data/spec/claims.toml``."""
 
+    as_gib: str
     documents: dict[str, Document]
     published: Published
     facts: dict[str, Fact]

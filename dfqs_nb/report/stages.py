@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dfqs_nb.core.errors import DfqsError, StageError
+from dfqs_nb.core.files import write_json
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.core.stage import NOTEBOOKS, read_stage
+from dfqs_nb.gguf.models import registered
 from dfqs_nb.routing import Determinism
 
 DRAWN_ON = ("merge", "header", "generate", "routing", "long_context", "scores")
@@ -109,10 +111,19 @@ class Answer(Record):
     tokens: int
 
 
+class Paging(Record):
+    """Weights beyond the memory: what a token reads from the disk, and seconds a token."""
+
+    disk_token_bytes: float
+    disk_bytes_per_sec: float | None = None
+    measured_seconds: float
+
+
 class Generate(Stage):
     """Notebook 03."""
 
     answers: list[Answer] = []
+    paging: Paging | None = None
 
     @property
     def answered(self) -> str:
@@ -251,8 +262,22 @@ class Run(Record):
 
     @property
     def tier(self) -> str:
-        """Of the stages that have one; `read_run` checks that they agree."""
-        return next((stage.tier for stage in self.stages.values() if stage.tier), "nano")
+        """Of the stages that have one, which `read_run` holds equal; else the model's."""
+        model = "nano" if self.file and is_file_of(self.file.sha256) else "standard"
+        return next((stage.tier for stage in self.stages.values() if stage.tier), model)
+
+
+def is_file_of(sha256: str | None, names: Sequence[str] = ()) -> bool:
+    """Whether a file is of a registered model, by SHA-256: of those named, else of one the workbook ships."""
+    models = [
+        model
+        for name, model in registered().items()
+        if (name in names if names else model.source.startswith("data/"))
+    ]
+    hashes = {
+        sha for model in models for sha in (model.merged_sha256, *(file.sha256 for file in model.files))
+    }
+    return bool(sha256) and sha256 in hashes
 
 
 def typed(stages: Mapping[str, Any], folder: Path = Path()) -> Run:
@@ -316,10 +341,9 @@ def refusal_of_an_edit(folder: str | Path) -> str:
     content = read_stage(folder, stage)
     with tempfile.TemporaryDirectory() as copy:
         for name in content["files"]:
-            (Path(copy) / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, Path(copy) / name)
-        edited = Path(copy) / f"{stage}.json"
-        edited.write_text(json.dumps({**content, "edited": 0.99}), encoding="utf-8")
+            Path(copy, name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, Path(copy, name))
+        edited = write_json(Path(copy, f"{stage}.json"), {**content, "edited": 0.99})
         try:
             read_stage(copy, stage, sealed=True)
         except StageError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
+from datetime import datetime
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from dfqs_nb.core.paths import public_address
 from dfqs_nb.core.stage import NOTEBOOKS, read_stage
 from dfqs_nb.report import claims, requirements
 from dfqs_nb.report.envelope import envelope_tables
-from dfqs_nb.report.metrics import metric_sentence
+from dfqs_nb.report.metrics import CURVE, metric_sentence
 from dfqs_nb.report.spec import claims_spec
 from dfqs_nb.report.stages import BESIDE, ReportError
 from dfqs_nb.report.verdicts import verdict
@@ -28,12 +29,25 @@ NANO = (
     "is evidence about a real model."
 )
 FIGURES = {  # of the run's folder, in the order of the text; those that the report's hashes cover are shown
-    "report_shares.png": "Scores and retrieval by length, each with its 95 % interval",
-    "context_curve.png": "Retrieval by length of context, and where it fails",
-    "score_families.png": "Right answers by family of questions",
-    "routing_agreement.png": "Share of identical expert choices by condition and layer",
-    "router_margins.png": "How narrowly the router decides between experts",
-    "decode_roofline.png": "Decode speed against what the memory allows",
+    "report_shares": "Scores and retrieval by length, each with its 95 % interval",
+    "context_curve": "Retrieval by length of context, and where it fails",
+    "score_families": "Right answers by family of questions",
+    "routing_agreement": "Share of identical expert choices by condition and layer",
+    "router_margins": "How narrowly the router decides between experts",
+    "decode_roofline": "Decode speed against what the memory allows",
+}
+SECTIONS = {
+    "metrics": "The five metrics",
+    "requirements": "What DFQS 1.0 and its paper demand",
+    "claims": "What the documents state",
+    "envelope": "What it needs of a machine",
+    "ladder": "The quantization ladder",
+    "serving": "Served",
+    "left_out": "Left out to keep to the budget",
+    "model": "The model",
+    "glossary": "Glossary",
+    "conditions": "Appendix: conditions",
+    "machine": "Appendix: where it ran, and hashes",
 }
 METRIC_TYPES = {
     "reasoning_score": "accuracy",
@@ -86,44 +100,76 @@ def _pairs(rows: Iterable[tuple[Any, Any]], name: str) -> pd.DataFrame:
 def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """All that the templates of a report show, as texts and frames of texts."""
     frames, level = tables(report), report["model"].get("relation_to_artifact", "another")
-    envelopes = report["hardware_envelope"]
+    envelopes, spec = report["hardware_envelope"], claims_spec()
+    curve, beside = report["details"][CURVE], _beside(folder)
+    written = report["versions"].items()  # by which versions the report was written, where others measured
+    absent = {*BESIDE, "left_out"} - set(beside) | (set() if report["claims"] else {"claims"})
     return {
         "report": report,
+        "created": f"{datetime.fromisoformat(report['created']):%d %B %Y, %H:%M} UTC",
+        "sections": {name: title for name, title in SECTIONS.items() if name not in absent},
         "nano": NANO if report["tier"] == "nano" else "",
         "verdict": verdict(report),
         "demonstration": level == "reference" and bool(report["claims"]),
         "metrics": _texts(frames["metrics"]),
-        "figures": [(name, alt) for name, alt in FIGURES.items() if name in report["sources"]],
-        "curve": _curve(report["details"]["context_stability_curve"]),
-        "guesses": report["details"]["context_stability_curve"],
+        "figures": [(name, alt) for name, alt in FIGURES.items() if f"{name}.png" in report["sources"]],
+        "curve": _curve(curve),
+        "guesses": guesses(curve),
         "requirement_counts": requirements.counts(frames["requirements"]),
         "requirements": _texts(frames["requirements"]),
         "claim_counts": claims.counts(frames["claims"]),
         "claims": _texts(frames["claims"]),
-        "documents": {name: document.source for name, document in claims_spec().documents.items()},
+        "documents": spec.documents,
         "envelopes": [_envelope(it) for it in (envelopes["model"], envelopes["artifact"]) if it],
-        "beside": _beside(folder),
+        "paging": envelopes.get("paging"),
+        "beside": beside,
         "model": _pairs(((key.replace("_", " "), v) for key, v in report["model"].items()), "of the model"),
         "conditions": _pairs(_flat(report["conditions"]), "condition"),
-        "machine": _pairs([*report["machine"].items(), *report["versions"].items()], "where it ran"),
+        "machine": _pairs(
+            [*report["machine"].items()]
+            + [(f"{key} (report)", value) for key, value in written if report["machine"].get(key) != value],
+            "where it ran",
+        ),
     }
+
+
+def guesses(curve: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By task of retrieval: its wrong answers, those that are another key's of the same text, its guess rate.
+
+    The rule is that of the curve: one of the keys where at least half of the wrong answers are another key's.
+    """
+    tasks: dict[str, dict[str, Any]] = {}
+    for row in curve.get("tasks") or []:
+        counted = tasks.setdefault(row["task"], {"wrong": 0, "another_key": 0})
+        for name in counted:
+            counted[name] += row.get(name) or 0
+    for counted in tasks.values():
+        likely, keys = 2 * counted["another_key"] >= counted["wrong"], curve.get("n_keys") or 0
+        counted["guess_rate"] = 1 / keys if keys > 1 and likely else 0.0
+    return tasks
 
 
 def _curve(detail: Mapping[str, Any]) -> pd.DataFrame:
     """Retrieval by task and length: every task that was asked, or the points of the curve."""
     import pandas as pd
 
+    rates = {task: counted["guess_rate"] for task, counted in guesses(detail).items()}
     points = [{"task": "the curve's task", **row} for row in detail.get("points") or []]
     rows = [
         (row["task"], f"{row['length']:,}", str(row["n"]), f"{row['accuracy']:.2f}")
-        + (f"{row['low']:.2f} to {row['high']:.2f}",)
+        + (
+            f"{row['low']:.2f} to {row['high']:.2f}",
+            f"{rates.get(row['task'], detail['guess_rate'] or 0):.2f}",
+        )
         for row in detail.get("tasks") or points
     ]
-    return pd.DataFrame(rows, columns=["task", "context (tokens)", "n", "right answers", "95 % interval"])
+    columns = ["task", "context (tokens)", "n", "right answers", "95 % interval", "guess rate"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _envelope(envelope: Mapping[str, Any]) -> dict[str, Any]:
     frames = {name: _texts(frame) for name, frame in envelope_tables(envelope).items()}
+    frames["cache"] = frames["cache"].rename(columns={"n_ctx": "context (tokens)"})
     return {
         **envelope,
         "tables": frames,
@@ -131,16 +177,16 @@ def _envelope(envelope: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _beside(folder: Path) -> list[tuple[str, list[str]]]:
+def _beside(folder: Path) -> dict[str, list[str]]:
     """What else a run found: the summaries of ladder and serving, and what any stage's budget left out."""
     stages = {name: read_stage(folder, name) for name in NOTEBOOKS if (folder / f"{name}.json").is_file()}
-    summaries = [(name, list(map(str, stages[name].get("summary", [])))) for name in BESIDE if name in stages]
+    found = {name: list(map(str, stages[name].get("summary", []))) for name in BESIDE if name in stages}
     left_out = [
         f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {sentence}"
         for name, stage in stages.items()
         for sentence in stage.get("left_out") or ()
     ]
-    return [*summaries, *([("left_out", left_out)] if left_out else [])]
+    return found | ({"left_out": left_out} if left_out else {})
 
 
 def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
@@ -173,8 +219,9 @@ def _environment(is_html: bool) -> Environment:
     )
     made.filters |= {
         "cell": display.cell,
-        "linked": linked,
+        "linked": partial(linked, is_html=is_html),
         "table": lambda frame: Markup(display.markdown_table(frame)),
+        "slug": lambda title: re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-"),  # as hubs make anchors
     }
     return made
 
@@ -185,34 +232,44 @@ def render(name: str, **values: Any) -> str:
 
 
 LINKS = (
-    (re.compile(r"(?<![\w/.-])([\w.-]+/[\w.-]+?)(?: PR)? ?#(\d+)"), r"https://github.com/\1/issues/\2"),
-    (re.compile(r"\barXiv:(\d{4}\.\d{4,5})"), r"https://arxiv.org/abs/\1"),
+    (r"(?<![\w/.-])([\w.-]+/[\w.-]+?)(?: PR)? ?#(\d+)", r"https://github.com/\1/issues/\2"),
+    (r"\barXiv:(\d{4}\.\d{4,5})", r"https://arxiv.org/abs/\1"),
+    (r"(?<![\w/.-])((?:deepseek-ai|persadian|teamblobfish)/[\w.-]*\w)", r"https://huggingface.co/\1"),
     (
-        re.compile(r"(?<![\w/.-])((?:deepseek-ai|persadian|teamblobfish)/[\w.-]*\w)"),
-        r"https://huggingface.co/\1",
-    ),
-    (
-        re.compile(r"(?<![\w/.-])((?:ggml-org|imanu86|arishma108)/[\w.-]*\w)(?![\w/#.-]| ?(?:PR )?#)"),
+        r"(?<![\w/.-])((?:ggml-org|imanu86|arishma108)/[\w.-]*\w)(?![\w/#.-]| ?(?:PR )?#)",
         r"https://github.com/\1",
     ),
 )
 
 
-def linked(text: str) -> Any:
-    """A source with links to the places that it names, for HTML; only addresses made here become links.
+def linked(text: str, *, is_html: bool = True) -> Any:
+    """A source with links to the places and documents that it names; only addresses made here become links.
 
     >>> str(linked("ggml-org/llama.cpp#9613 <b>"))
     '<a href="https://github.com/ggml-org/llama.cpp/issues/9613">ggml-org/llama.cpp#9613</a> &lt;b&gt;'
+    >>> str(linked("arXiv:2404.06654 <b>", is_html=False))
+    '[arXiv:2404.06654](https://arxiv.org/abs/2404.06654) &lt;b>'
     """
     from markupsafe import Markup, escape
 
-    text, made, at = display.plain(text), Markup(""), 0
-    places = [(it.start(), it.end(), it.expand(to)) for form, to in LINKS for it in form.finditer(text)]
+    named = [
+        (rf"\b{re.escape(document.called)}\b", document.address)
+        for document in claims_spec().documents.values()
+        if document.called
+    ]
+    text, made, at = display.plain(text), "", 0
+    places = [(*it.span(), it.expand(to)) for form, to in (*LINKS, *named) for it in re.finditer(form, text)]
+
+    def escaped(part: str) -> str:
+        inner = str(escape(part.strip())) if is_html else display.markdown(part)
+        return part[: len(part) - len(part.lstrip())] + inner + part[len(part.rstrip()) :] * bool(inner)
+
     for start, end, address in sorted(places):
         if start >= at:
-            made += escape(text[at:start]) + Markup('<a href="{}">{}</a>').format(address, text[start:end])
-            at = end
-    return made + escape(text[at:])
+            words = escaped(text[start:end])
+            link = f'<a href="{address}">{words}</a>' if is_html else f"[{words}]({address})"
+            made, at = f"{made}{escaped(text[at:start])}{link}", end
+    return Markup(made + escaped(text[at:]))
 
 
 def markdown(report: Mapping[str, Any], folder: Path) -> str:
@@ -227,13 +284,17 @@ def page(report: Mapping[str, Any], folder: Path) -> str:
         ReportError: a figure is missing.
     """
     shown = view(report, folder)
-    images = []
-    for name, alt in shown["figures"]:
-        file = folder / name
-        if not file.is_file():
-            raise ReportError("the figure is missing", where=file, hint="run its notebook again")
-        images.append((alt, base64.b64encode(file.read_bytes()).decode()))
+    images = [(alt, _drawn(folder, name, report["sources"])) for name, alt in shown["figures"]]
     return render("report.html", **{**shown, "figures": images})
+
+
+def _drawn(folder: Path, name: str, sources: Mapping[str, str]) -> str:
+    """A figure as the address of itself: as SVG, or as PNG where the run has no other."""
+    suffix, kind = ("svg", "svg+xml") if f"{name}.svg" in sources else ("png", "png")
+    file = folder / f"{name}.{suffix}"
+    if not file.is_file():
+        raise ReportError("the figure is missing", where=file, hint="run its notebook again")
+    return f"data:image/{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 def page_of(text: str, figure: Path | None = None, reports: Mapping[str, Any] | None = None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dfqs_nb.core.display import plain, size
+from dfqs_nb.core.display import markdown, plain, size
 from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, SPEED, boundary_flags, boundary_sentence
 from dfqs_nb.report.requirements import MET, NOT_MET, NOT_TESTED, counts
 
@@ -18,12 +18,16 @@ OF_VERDICT = {MET: YES, NOT_MET: NO, NOT_TESTED: UNKNOWN}
 
 @dataclass(frozen=True)
 class Line:
-    """One question: ``mark`` is one of `SYMBOLS`; ``answer`` has its interval, ``caveat`` what limits it."""
+    """One question: ``mark`` is one of `SYMBOLS`; ``answer`` has its interval, ``caveat`` what limits it.
+
+    ``section`` of the report has the evidence.
+    """
 
     mark: str
     question: str
     answer: str
     caveat: str
+    section: str = "metrics"
 
     @property
     def symbol(self) -> str:
@@ -31,7 +35,7 @@ class Line:
         return SYMBOLS[self.mark]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdict:
     """The lines of a report's verdict, in order."""
 
@@ -42,10 +46,26 @@ class Verdict:
         """The verdict for a terminal, or as the summary of a stage."""
         return "\n".join([self.title, *self.summary])
 
+    __repr__ = __str__
+
     @property
     def summary(self) -> list[str]:
         """A sentence for each line."""
         return [plain(f"{line.symbol} {line.question} {line.answer}. {line.caveat}") for line in self.lines]
+
+    def _repr_markdown_(self) -> str:
+        """The verdict in a notebook."""
+        rows = [
+            (f"{line.symbol} {line.mark}", f"**{markdown(line.question)}**", line.answer, line.caveat)
+            for line in self.lines
+        ]
+        lines = [
+            f"| {mark} | {asked} {markdown(answer)}. | {markdown(caveat)} |"
+            for mark, asked, answer, caveat in rows
+        ]
+        return "\n".join(
+            [f"**{markdown(self.title)}**", "", "| | answer | what limits it |", "|---|---|---|", *lines]
+        )
 
 
 def verdict(report: Mapping[str, Any]) -> Verdict:
@@ -73,7 +93,13 @@ def _of(rows: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str, str]:
 def _sound(report: Mapping[str, Any], mark: str, evidence: str) -> Line:
     model = report["model"]
     bits = f"{size(model['size_bytes'])}, {model['bits_per_weight']:.3g} bits a weight"
-    return Line(mark, "Is the file sound?", evidence, f"{bits}. Quality is judged below")
+    return Line(
+        mark,
+        "Is the file sound?",
+        evidence,
+        f"{bits}. How well it answers is another question",
+        "requirements",
+    )
 
 
 def _rate(value: float) -> str:
@@ -102,7 +128,7 @@ def _routing(routing: Mapping[str, Any] | None, mark: str, evidence: str) -> Lin
     alone = "Alone in its batch. Beside other sequences, in another batch size or build it may differ"
     beside = "Measured on few texts; in another build or on another machine it may differ"
     judged = (routing or {}).get("load_passed") is not None
-    return Line(mark, "Is routing deterministic?", evidence, beside if judged else alone)
+    return Line(mark, "Is routing deterministic?", evidence, beside if judged else alone, "requirements")
 
 
 def _context(curve: Mapping[str, Any], boundary: Mapping[str, Any]) -> Line:
@@ -115,6 +141,8 @@ def _context(curve: Mapping[str, Any], boundary: Mapping[str, Any]) -> Line:
     longest = max(curve.get("lengths") or [0])
     texts = f"at least {boundary.get('n_haystacks', 0)} texts a length"
     measured = f"Retrieval {keys} in {texts}, measured up to {longest:,} tokens"
+    if boundary.get("status") != "floor" and None in (boundary.get("low", 0), boundary.get("high", 0)):
+        measured += "; an open end of the interval lies beyond the lengths measured"
     answer = boundary_sentence({**boundary, "provisional": False, "not_monotone": False})
     return Line(mark, question, answer, "; ".join([measured, *boundary_flags(boundary)]))
 
@@ -148,8 +176,8 @@ def _demands(rows: Sequence[Mapping[str, Any]]) -> Line:
     question = "Which demands of DFQS are met?"
     binding = {row["verdict"] for row in rows if row["level"] in ("SHALL", "MUST", "condition")}
     if not binding:
-        return Line(UNKNOWN, question, "none was judged", "")
+        return Line(UNKNOWN, question, "none was judged", "", "requirements")
     mark = NO if NOT_MET in binding else YES if binding == {MET} else PARTLY
     unmet = ", ".join(f"{row['id']} {row['verdict']}" for row in rows if row["verdict"] != MET)
-    rest = f"Not met or not tested: {unmet}" if unmet else "Nothing is open"
-    return Line(mark, question, counts(pd.DataFrame(rows)), rest)
+    rest = f"Not met or not tested: {unmet}" if unmet else "Every one is met"
+    return Line(mark, question, counts(pd.DataFrame(rows)), rest, "requirements")

@@ -284,14 +284,18 @@ def test_how_far_the_context_carries_is_judged_as_far_as_it_was_measured(artifac
         ("gradients", CONTRADICTED),
         ("all-reduce", CONTRADICTED),
         ("top-2", CONTRADICTED),
-        ("storage-minimum", CONTRADICTED),
+        ("storage-minimum", CONTRADICTS_ITSELF),
+        ("card-storage", CONTRADICTS_ITSELF),
+        ("shall-cpu", CONTRADICTED),
+        ("cpu-operational", CONTRADICTED),
+        ("bench-cpu", NOT_TESTABLE),
         ("ram", CONFIRMED),
         ("ram-minimum", CONTRADICTED),
         ("ram-recommended", CONFIRMED),
         ("sub-70", CONTRADICTS_ITSELF),
         ("memory-bound", CONTRADICTS_ITSELF),
         ("dram-bound", "contradicts itself"),
-        ("h100-memory-8k", CONTRADICTED),
+        ("h100-memory-8k", CONTRADICTS_ITSELF),
         ("downloads", NOT_CHECKABLE),
         ("language-python", NOT_CHECKABLE),
     ],
@@ -302,8 +306,29 @@ def test_the_public_record_decides_what_needs_no_run(nano_table, name, verdict):
 
 def test_no_verdict_is_at_odds_with_its_own_evidence(nano_table):
     """A statement that rests on a file that llama.cpp refuses is not left open, nor confirmed."""
-    refused = nano_table[nano_table["found"] == "refused"]
-    assert len(refused) > 10 and set(refused["verdict"]) == {CONTRADICTED}
+    refused = nano_table[nano_table["evidence"].str.contains("refuses|does not load")]
+    assert len(refused) > 12 and set(refused["verdict"]) == {CONTRADICTED}
+
+
+def test_a_figure_in_gb_that_only_gib_would_save_contradicts_the_documents_and_no_other_does(nano_table):
+    """One rule for the whole page: GB is decimal, and a figure that is right in GiB alone is said to be."""
+    said = nano_table["evidence"].str.contains("read as GiB")
+    assert set(nano_table.index[said]) == {"size-card", "h100-memory-8k", "card-storage", "storage-minimum"}
+    assert set(nano_table["verdict"][said]) == {CONTRADICTS_ITSELF}
+    assert (
+        verdict_of("card-storage", value=55) == CONTRADICTED
+        and verdict_of("card-storage", value=61.6) == CONFIRMED
+    )
+
+
+def test_every_section_is_linked_to_its_document():
+    spec = claims_spec()
+    assert {name for document in spec.documents.values() for name in document.sections} <= {
+        claim.section for claim in spec.claims
+    }
+    link = spec.documents["card"].link("Profiling")
+    assert link == "https://arishma108.github.io/drpersadh/merged.html#profiling"
+    assert all(document.address.startswith("https://") for document in spec.documents.values())
 
 
 def test_memory_that_suffices_at_short_contexts_only_says_where(nano_table):
@@ -346,7 +371,7 @@ def test_the_public_record_alone_gives_a_full_table():
 
 def test_the_units_of_the_two_sizes(nano_table):
     assert nano_table.loc["size-card", "found"] == "61,540,805,344 bytes = 61.54 GB = 57.31 GiB"
-    assert "61.6 GB in one, 57.3 in the other" in nano_table.loc["size-card", "evidence"]
+    assert "61.6 GB and 57.3 GB for one file" in nano_table.loc["size-card", "evidence"]
 
 
 def test_the_published_counts_are_those_of_the_published_shapes(artifact):
