@@ -28,10 +28,10 @@ from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.report.board import boundary_status, is_contended, run_beside, with_interval
 from dfqs_nb.report.items import RETRIEVAL, RunItems, read_answers
-from dfqs_nb.report.metrics import BOUNDARY, CURVE, FILE, SCORES, SPEED, boundary_flags
+from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, SPEED, boundary_flags, report_file
 from dfqs_nb.report.text import page_of, render
 from dfqs_nb.scores import compare_runs
-from dfqs_nb.stats import BOOTSTRAP_LEVEL, LEVEL, N_BOOT, expanded_tail, holm
+from dfqs_nb.stats import BOOTSTRAP_LEVEL, LEVEL, N_BOOT, expanded_tail, holm, sign_flip
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -235,7 +235,7 @@ def compare_reports(
     """
     import pandas as pd
 
-    places = [(Path(path) / FILE if Path(path).is_dir() else Path(path)).resolve() for path in paths]
+    places = [report_file(path).resolve() for path in paths]
     if twice := sorted({str(tilde(place)) for place in places if places.count(place) > 1}):
         raise ComparisonError(f"given twice: {', '.join(twice)}", hint="give each report once")
     runs = _labelled([read_answers(path) for path in paths])
@@ -244,10 +244,8 @@ def compare_reports(
     rows = _corrected([pair.row(metric) for metric in ROWS for pair in pairs])
     table = []
     for metric in ROWS:
-        base = {"metric": metric, "model": runs[0].label, "kind": "", "reading": "baseline"}
-        table += [
-            base | (_alone(runs[0].context, n_boot, seed) if metric == RETRIEVAL else runs[0].stated(metric))
-        ]
+        own = _alone(runs[0].context, n_boot, seed) if metric == RETRIEVAL else runs[0].stated(metric)
+        table.append({"metric": metric, "model": runs[0].label, "kind": "", "reading": "baseline", **own})
         table += [row for row in rows if row["metric"] == metric]
     lengths = pd.concat([pair.by_length() for pair in pairs], ignore_index=True)
     return ReportComparison(tuple(runs), accepted, pd.DataFrame(table, columns=COLUMNS), lengths)
@@ -255,14 +253,13 @@ def compare_reports(
 
 def _labelled(runs: Sequence[RunItems]) -> list[RunItems]:
     """Names that tell the reports apart: the model's, then with the run's, then with the folder's."""
-    names = [run.label for run in runs]
     for add in (lambda run: run.report["run"], lambda run: tilde(run.path.parent)):
-        many = {name for name in names if names.count(name) > 1}
-        names = [
-            f"{name} ({one_line(add(run))})" if name in many else name
-            for name, run in zip(names, runs, strict=True)
+        names = [run.label for run in runs]
+        runs = [
+            replace(run, label=f"{run.label} ({one_line(add(run))})") if names.count(run.label) > 1 else run
+            for run in runs
         ]
-    return [replace(run, label=name) for name, run in zip(names, runs, strict=True)]
+    return list(runs)
 
 
 def _corrected(rows: list[Row]) -> list[Row]:
@@ -288,11 +285,6 @@ class Pair:
     seed: int = 0
 
     @cached_property
-    def both(self) -> tuple[RunItems, RunItems]:
-        """The baseline, and the other."""
-        return self.first, self.run
-
-    @cached_property
     def shared(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The long-context answers of each to the questions that both were asked."""
         a, b, keys = self.first.context, self.run.context, ["haystack", "length", "question", "expected"]
@@ -306,7 +298,7 @@ class Pair:
         own: Row = {"metric": metric, "model": self.run.label, "kind": "", "reading": ""}
         own |= {} if metric == RETRIEVAL else self.run.stated(metric)
         name = CURVE if metric == RETRIEVAL else metric
-        for run in self.both:
+        for run in (self.first, self.run):
             if run.value(name) is None:
                 why = run.detail(name).get("withheld") or "no value"
                 return own | {"reading": f"not compared: {run.label} withholds it ({why})"}
@@ -315,27 +307,19 @@ class Pair:
     def by_length(self) -> pd.DataFrame:
         """The difference in retrieval by length."""
         a, b = self.shared
-        import pandas as pd
-
-        table = paired(b, a, n_boot=self.n_boot, seed=self.seed) if len(a) else pd.DataFrame()
+        table = paired(b, a, n_boot=self.n_boot, seed=self.seed) if len(a) else a.iloc[:0, :0]
         return table.assign(model=self.run.label)
 
 
 def _differs(kind: str, value: float, low: float, high: float, reading: str) -> Row:
-    ends = {"difference": value, "difference_low": low, "difference_high": high}
-    return {"kind": kind, **ends, "reading": reading}
+    return dict(kind=kind, difference=value, difference_low=low, difference_high=high, reading=reading)
 
 
 def _score(pair: Pair, metric: str) -> Row:
-    a, b = pair.first.scores[metric], pair.run.scores[metric]
-    it = compare_runs([a], [b], pair.n_boot, pair.seed)[0]
+    it = compare_runs([pair.first.scores[metric]], [pair.run.scores[metric]], pair.n_boot, pair.seed)[0]
     reading = f"{it.only_a} right in the baseline alone, {it.only_b} here alone"
-    return {
-        "n": it.n,
-        "value": it.b,
-        "p": it.p,
-        **_differs("difference", it.difference, it.low, it.high, reading),
-    }
+    change = _differs("difference", it.difference, it.low, it.high, reading)
+    return {"n": it.n, "value": it.b, "p": it.p, **change}
 
 
 def _retrieval(pair: Pair, metric: str) -> Row:
@@ -367,34 +351,30 @@ def _alone(items: pd.DataFrame, n_boot: int, seed: int) -> Row:
 
 
 def flip_test(a: pd.DataFrame, b: pd.DataFrame, seed: int) -> float:
-    """Two-sided sign-flip test of the paired difference with texts as units (Fisher's randomisation).
-
-    Were the two models equally able, each text's difference could as well have had the other sign.
-    """
+    """P value of the sign-flip test of the paired difference, with texts as units: see `stats.sign_flip`."""
     change = (b.groupby("haystack")["correct"].sum() - a.groupby("haystack")["correct"].sum()).to_numpy(float)
-    n, least = len(change), abs(change.sum()) - 1e-9
-    if n <= 14:
-        signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-        return float((np.abs(signs @ change) >= least).mean())
-    signs = np.random.default_rng(seed).choice([-1, 1], (N_FLIPS, n))
-    return float((1 + (np.abs(signs @ change) >= least).sum()) / (N_FLIPS + 1))
+    return sign_flip(change, N_FLIPS, seed) if len(change) > 1 else 1.0
 
 
 def _boundary(pair: Pair, metric: str) -> Row:
-    states = [str(run.detail(metric).get("status")) for run in pair.both]
-    if lost := [run.label for run, state in zip(pair.both, states, strict=True) if state == "floor"]:
+    states = [str(run.detail(metric).get("status")) for run in (pair.first, pair.run)]
+    if lost := [
+        run.label for run, state in zip((pair.first, pair.run), states, strict=True) if state == "floor"
+    ]:
         verb = "does" if len(lost) == 1 else "do"
         return {"reading": f"not compared: {' and '.join(lost)} {verb} no better than chance"}
-    if not all(len(run.context) for run in pair.both):
+    if not all(len(run.context) for run in (pair.first, pair.run)):
         return {"reading": "not compared: there is no curve"}
-    ratio, low, high = boundary_ratio(*pair.both, pair.n_boot, pair.seed)
+    ratio, low, high = boundary_ratio(pair.first, pair.run, pair.n_boot, pair.seed)
     apart = f"the interval {'excludes' if low > 1 or high < 1 else 'includes'} 1"
     base_open, own_open = (state == "right_censored" for state in states)
     reading = "neither boundary was reached" if base_open and own_open else apart
     if base_open != own_open:
         which = "at most: the baseline's was not reached" if base_open else "at least: it was not reached"
         reading = f"{which}; {apart}"
-    flags = [f"{run.label} {flag}" for run in pair.both for flag in boundary_flags(run.detail(metric))]
+    flags = [
+        f"{run.label} {flag}" for run in (pair.first, pair.run) for flag in boundary_flags(run.detail(metric))
+    ]
     return _differs("ratio", ratio, low, high, "; ".join([reading, *flags]))
 
 

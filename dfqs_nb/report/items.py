@@ -18,7 +18,7 @@ from dfqs_nb.context import Counts
 from dfqs_nb.core.display import cell, one_line
 from dfqs_nb.core.files import is_file, sha256_of_file
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.report.metrics import CURVE, FILE, SCORES, read_report
+from dfqs_nb.report.metrics import CURVE, SCORES, read_report, report_file
 from dfqs_nb.report.stages import ReportError
 from dfqs_nb.scores import SetRun
 
@@ -78,9 +78,7 @@ def read_answers(path: str | Path) -> RunItems:
     Raises:
         ReportError: the report is incomplete or was edited, or its answers are missing or do not give it.
     """
-    path = Path(path)
-    path = path / FILE if path.is_dir() else path
-    return read_items(read_report(path), path)
+    return read_items(read_report(path), report_file(path))
 
 
 def missing_items(report: Mapping[str, Any], folder: Path) -> list[str]:

@@ -11,9 +11,10 @@ import datetime
 import hashlib
 import json
 import math
-import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
+from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from dfqs_nb.report.envelope import (
     within,
 )
 from dfqs_nb.report.requirements import check_requirements
-from dfqs_nb.report.stages import DRAWN_ON, LongContext, ModelFile, ReportError, Run, Scores, read_run
+from dfqs_nb.report.stages import DRAWN_ON, LongContext, ReportError, Run, Scores, read_run
 from dfqs_nb.stats import LEVEL
 
 SCHEMA = "dfqs-report/1.0"
@@ -45,7 +46,6 @@ SCORES = ("reasoning_score", "code_score")
 CURVE, BOUNDARY, SPEED = "context_stability_curve", "failure_boundary_tokens", "cpu_tokens_per_sec"
 FEW_TEXTS = 12  # below, the boundary is provisional
 LARGEST = 1e15  # no count, size or speed is larger
-PACKAGES = ("dfqs-workbook", "llama-cpp-python", "gguf", "numpy", "pandas")
 DIGITS = 10  # of every float in report.json: more than any measurement has
 AGAIN = "write the report again: `dfqs-nb report RUN`"
 
@@ -68,17 +68,14 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
     header, here = _header(run), this_machine(folder)
     level, details = artifact_match(header, run).level, _details(run)
     metrics = {name: detail["value"] for name, detail in details.items()}
-    measured = {"scores": run.scores, "long_context": run.long_context}
+    drawn = {name: stage for name, stage in run.stages.items() if name in DRAWN_ON}
     conditions = {
-        name: {key: value for key, value in stage.conditions.items() if key != "model"}
-        for name, stage in measured.items()
-        if stage is not None
+        name: {key: value for key, value in drawn[name].conditions.items() if key != "model"}
+        for name in ("scores", "long_context")
+        if name in drawn
     }
-    sources = {
-        f"{name}.json": sha256_of_file(folder / f"{name}.json") for name in run.stages if name in DRAWN_ON
-    }
-    for name, stage in run.stages.items():
-        sources |= stage.files if name in DRAWN_ON else {}
+    sources = {f"{name}.json": sha256_of_file(folder / f"{name}.json") for name in drawn}
+    sources |= {name: digest for stage in drawn.values() for name, digest in stage.files.items()}
     verdict = run.routing.verdict if run.routing else None
     claims = None if level == "another" else check_claims(run, header, ask_llama_cpp=ask_llama_cpp)
     report = {
@@ -106,9 +103,8 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
 
 def with_files(report: Mapping[str, Any], folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """The report with files that were drawn from it among its sources, and its hash anew."""
-    body = {key: value for key, value in report.items() if key != "integrity"}
     drawn = {name: sha256_of_file(folder / name) for name in names}
-    return _sealed({**body, "sources": dict(sorted({**report["sources"], **drawn}.items()))})
+    return _sealed({**report, "sources": dict(sorted({**report["sources"], **drawn}.items()))})
 
 
 def _rounded(value: Any) -> Any:
@@ -120,11 +116,17 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
-def _sealed(body: dict[str, Any]) -> dict[str, Any]:
+def _sealed(report: Mapping[str, Any]) -> dict[str, Any]:
+    body = {key: value for key, value in report.items() if key != "integrity"}
     return {**body, "integrity": {"sha256": canonical_sha256(body)}}
 
 
 # ---- reading and checking ----
+
+
+def report_file(path: str | Path) -> Path:
+    """The file of a report, given itself or the folder that holds it."""
+    return Path(path) / FILE if Path(path).is_dir() else Path(path)
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
@@ -133,8 +135,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
     Raises:
         ReportError: it is missing, not a report, incomplete, contradicts itself, or was edited.
     """
-    path = Path(path)
-    path = path / FILE if path.is_dir() else path
+    path = report_file(path)
     try:
         report: dict[str, Any] = read_json(path)
     except FileNotFoundError:
@@ -152,24 +153,20 @@ def check_report(report: Any, path: str | Path) -> None:
     Raises:
         ReportError: the first thing that is wrong, and where in the file.
     """
-    if wrong := _fault(report):
-        raise ReportError(wrong, where=tilde(path), hint=AGAIN)
-
-
-def _fault(report: Any) -> str:
     import jsonschema
 
-    validator = jsonschema.Draft202012Validator(schema())
-    fault = jsonschema.exceptions.best_match(validator.iter_errors(report))
+    fault = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(report))
     if fault is not None:
-        return f"does not follow the schema at {fault.json_path}: {fault.message[:200]}"
-    body = {key: value for key, value in report.items() if key != "integrity"}
-    if canonical_sha256(body) != report["integrity"]["sha256"]:
-        return "was edited after it was written"
-    if canonical_sha256(report["conditions"]) != report["conditions_sha256"]:
-        return "its conditions do not have the hash that it states"
-    wrong = contradictions(report)
-    return f"contradicts itself: {'; '.join(wrong)}" if wrong else ""
+        wrong = f"does not follow the schema at {fault.json_path}: {fault.message[:200]}"
+    elif _sealed(report)["integrity"] != report["integrity"]:
+        wrong = "was edited after it was written"
+    elif canonical_sha256(report["conditions"]) != report["conditions_sha256"]:
+        wrong = "its conditions do not have the hash that it states"
+    elif found := contradictions(report):
+        wrong = f"contradicts itself: {'; '.join(found)}"
+    else:
+        return
+    raise ReportError(wrong, where=tilde(path), hint=AGAIN)
 
 
 def contradictions(report: Mapping[str, Any]) -> list[str]:
@@ -246,12 +243,8 @@ def _score(stage: Scores, name: str) -> dict[str, Any]:
     score = sets[own]
     detail = score.model_dump(exclude={"name", "n_missing"}) | others
     if score.value is None:
-        return {
-            **detail,
-            "low": None,
-            "high": None,
-            "withheld": f"{score.n_missing} of {score.n} items lack a result",
-        }
+        detail |= {"low": None, "high": None}
+        detail["withheld"] = f"{score.n_missing} of {score.n} items lack a result"
     return detail
 
 
@@ -383,29 +376,24 @@ def metric_sentence(name: str, detail: Mapping[str, Any]) -> str:
 # ---- what stands beside them ----
 
 
-def _file(run: Run) -> ModelFile:
+def _header(run: Run) -> GGUFHeader:
     if run.file is None:
         raise ReportError("merge.json names no model", hint=f"run {NOTEBOOKS['merge']} again")
-    return run.file
-
-
-def _header(run: Run) -> GGUFHeader:
-    file = _file(run)
-    path, again = Path(file.path), f"put it back, or run {NOTEBOOKS['merge']} again"
+    path, again = Path(run.file.path), f"put it back, or run {NOTEBOOKS['merge']} again"
     if not there_is(path) or not path.is_file():
         raise ReportError("the model of this run is gone", where=tilde(path), hint=again)
-    if (nbytes := path.stat().st_size) != file.nbytes:
-        what = f"is not the model of this run: it has {nbytes:,} bytes, not {file.nbytes:,}"
+    if (nbytes := path.stat().st_size) != run.file.nbytes:
+        what = f"is not the model of this run: it has {nbytes:,} bytes, not {run.file.nbytes:,}"
         raise ReportError(what, where=tilde(path), hint=again)
     return read_header(path)
 
 
 def _model(run: Run, header: GGUFHeader, level: str) -> dict[str, Any]:
-    facts, file = identity(header), _file(run)
+    facts, file = identity(header), run.file.model_dump() if run.file else {}
     return {
-        "name": file.name,
-        "sha256": file.sha256,
-        "size_bytes": file.nbytes,
+        "name": file["name"],
+        "sha256": file["sha256"],
+        "size_bytes": file["nbytes"],
         "header_fingerprint": hashlib.sha256(header.raw).hexdigest(),
         "architecture": header.architecture,
         "parameters": facts["parameters"],
@@ -418,16 +406,17 @@ def _model(run: Run, header: GGUFHeader, level: str) -> dict[str, Any]:
 
 def _items(run: Run) -> dict[str, list[dict[str, str]]]:
     """The files with one row an answer, from which scores and curve are counted again."""
-
-    def named(stage: Scores | LongContext | None, start: str, end: str) -> list[dict[str, str]]:
-        files = (stage.files if stage is not None else {}).items()
-        return [
-            {"file": n, "sha256": digest} for n, digest in files if n.startswith(start) and n.endswith(end)
-        ]
-
-    scored = named(run.scores, "score_items.csv", "")
-    context = named(run.long_context, "long_context", ".jsonl")
-    return {"reasoning": scored, "code": scored, "long_context": context}
+    files = {
+        name: digest
+        for stage in (run.scores, run.long_context)
+        if stage
+        for name, digest in stage.files.items()
+    }
+    named = {"reasoning": "score_items.csv", "code": "score_items.csv", "long_context": "long_context*.jsonl"}
+    return {
+        kind: [{"file": name, "sha256": digest} for name, digest in files.items() if fnmatch(name, form)]
+        for kind, form in named.items()
+    }
 
 
 def _envelopes(
@@ -437,7 +426,7 @@ def _envelopes(
     given = run.generate.conditions if run.generate else {}
     known = {field.name for field in fields(OpenSettings)}
     settings = OpenSettings(**{key: given[key] for key in known & {*given} if given[key] is not None})
-    compute = planned_compute(_file(run).path, within(header), settings) if ask_llama_cpp else {}
+    compute = planned_compute(header.path, within(header), settings) if ask_llama_cpp else {}
     own = hardware_envelope(
         header, here, compute=compute, flash_attn=settings.flash_attn, is_artifact=level == "artifact"
     )
@@ -447,10 +436,9 @@ def _envelopes(
 
 
 def _versions() -> dict[str, str]:
-    versions = {"Python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # run from a checkout, without an install
-            versions[name] = "not installed"
-    return versions
+    """What the report was written with; the machine has what was measured with."""
+    known = {name: str(value) for name, value in machine.describe().items()}
+    own = "not installed"
+    with suppress(PackageNotFoundError):  # run from a checkout, without an install
+        own = version("dfqs-workbook")
+    return {name: known[name] for name in ("Python", *machine.PACKAGES)} | {"dfqs-workbook": own}
