@@ -35,17 +35,12 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """Reports of a folder, ranked.
+    """Reports of a folder, ranked: ``table`` has one row a report, columns `COLUMNS`.
 
-    Attributes:
-        folder: where they were found.
-        table: one row a report, columns `COLUMNS`, in sections of equal ``tier`` and ``conditions`` (the
-            first 12 digits of their SHA-256). Within a section by reasoning score, then code score, highest
-            first; ``place`` counts from 1, and equal scores share it. Withheld scores come last, without a
-            place, and so do reports whose answers are not here (``checked`` is false). ``contended``: the
-            speed was taken on a busy machine, or beside other rows of a sweep. ``problem``: why a file is no
-            report that counts; its other cells are empty.
-        conditions: of each section, by their first 12 digits.
+    Sections have equal ``tier`` and ``conditions`` (12 digits of their SHA-256, the keys of ``conditions``).
+    Within one by reasoning score, then code score; equal scores share a ``place``. Reports whose score is
+    withheld, or whose answers are not here (``checked``), come last without a place. ``contended``: the speed
+    was taken on a busy machine or beside other rows of a sweep. ``problem``: why a file is no report that counts.
     """
 
     folder: Path
@@ -80,11 +75,7 @@ class Leaderboard:
 
 
 def find_reports(folder: str | Path) -> list[Path]:
-    """Every ``report.json`` and ``*.report.json`` under a folder, hidden folders and links to folders apart.
-
-    Raises:
-        DfqsError: there is no such folder.
-    """
+    """Every ``report.json`` and ``*.report.json`` under a folder, hidden folders and links to folders apart."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DfqsError("no such folder", where=tilde(folder), hint="give a folder that holds reports")
@@ -96,9 +87,6 @@ def find_reports(folder: str | Path) -> list[Path]:
 
 def leaderboard(folder: str | Path) -> Leaderboard:
     """Rank the reports found under a folder. Every report is checked, and its scores are counted again.
-
-    Intervals stand beside every number: a place above another says nothing where they overlap
-    (`compare_reports` tests that, item by item).
 
     Raises:
         DfqsError: there is no such folder.
@@ -178,11 +166,7 @@ def run_beside(path: str | Path) -> list[str]:
 
 
 def _placed(table: pd.DataFrame) -> pd.DataFrame:
-    """Standard before nano, sections with most reports first, rows by score, problems last.
-
-    A place is 1 for the first of a section; equal scores share it. There is none without a reasoning score
-    that was counted again.
-    """
+    """Standard before nano, sections with most reports first, rows by score, problems last; see `Leaderboard`."""
     import pandas as pd
 
     table, section = table.assign(problem=table["problem"].fillna("")), ["tier", "conditions"]
@@ -202,9 +186,6 @@ def _placed(table: pd.DataFrame) -> pd.DataFrame:
     place = row.groupby([good[name] for name in (*section, *SCORES)], dropna=False).transform("min")
     good["place"] = place.where(counts)
     return pd.concat([good[list(COLUMNS)].astype(object), bad.astype(object)], ignore_index=True)
-
-
-# ---- as text ----
 
 
 def with_interval(row: Mapping[str, Any], name: str, form: str) -> str:

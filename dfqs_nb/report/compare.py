@@ -46,9 +46,6 @@ FORMS = {BOUNDARY: "{:,.0f}", SPEED: "{:,.1f}"}
 Row = dict[str, Any]
 
 
-# ---- what may be compared ----
-
-
 def check_reports(runs: Sequence[RunItems], accept: Sequence[str] = ()) -> dict[str, list[Any]]:
     """Refuse reports that cannot stand side by side; return the accepted differences with all values.
 
@@ -91,20 +88,15 @@ def check_reports(runs: Sequence[RunItems], accept: Sequence[str] = ()) -> dict[
     }
 
 
-# ---- the comparison ----
-
-
 @dataclass(frozen=True)
 class ReportComparison:
     """Reports under equal conditions, the first one the baseline.
 
     Attributes:
-        runs: the reports with their items.
         accepted: conditions that differ and were accepted, with each report's value.
-        table: one row a metric and model, columns `COLUMNS`. ``kind``: ``difference`` (model minus baseline)
-            or ``ratio`` (model / baseline); its interval is of 95 %, for speeds the range that repetitions
-            allow. ``p``: exact McNemar test of scores, sign-flip test over texts of retrieval; ``p_holm``:
-            after Holm's correction over all tests of the table. Baseline rows have no difference.
+        table: one row a metric and model, columns `COLUMNS`; ``kind`` is ``difference`` (model minus baseline)
+            or ``ratio``, with its 95 % interval (of speeds, what repetitions allow); ``p`` of McNemar's test of
+            scores and the sign-flip test over texts of retrieval; ``p_holm`` corrected over the table.
         lengths: retrieval by length: ``model`` and the columns of ``paired``.
     """
 
@@ -183,9 +175,6 @@ def _rounded(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**table.select_dtypes("float").map(lambda value: float(f"{value:.6g}")))
 
 
-# ---- as text ----
-
-
 def value_text(row: Mapping[str, Any], run: RunItems) -> str:
     """A metric's value with its interval, and what qualifies it."""
     parts = {"value": row["value"], "value_low": row["low"], "value_high": row["high"]}
@@ -222,12 +211,9 @@ def difference_text(row: Mapping[str, Any]) -> str:
 def compare_reports(
     paths: Sequence[str | Path], *, accept: Sequence[str] = (), n_boot: int = N_BOOT, seed: int = 0
 ) -> ReportComparison:
-    """Compare reports with the first of them, item by item.
+    """Compare runs, by their folders or reports, with the first of them, item by item.
 
-    Args:
-        paths: runs' folders, or the ``report.json`` in them.
-        accept: ``["chat_template_sha256"]`` compares models that have templates of their own.
-        n_boot, seed: of the bootstrap.
+    ``accept=["chat_template_sha256"]`` compares models that have templates of their own.
 
     Raises:
         ReportError: see `read_answers`.
@@ -270,9 +256,6 @@ def _corrected(rows: list[Row]) -> list[Row]:
         word = higher if p < 1 - LEVEL else "no evidence of a difference"
         row |= {"p_holm": p, "reading": f"{word}; {row['reading']}"}
     return rows
-
-
-# ---- one run against the baseline, metric by metric ----
 
 
 @dataclass(frozen=True)
@@ -383,9 +366,8 @@ def boundary_ratio(
 ) -> tuple[float, float, float]:
     """The ratio of two failure boundaries and its 95 % interval, the same texts drawn for both.
 
-    A drawn boundary beyond the longest length bounds the ratio from one side only; the interval takes the
-    worse side, so it is open (0 or inf) where that happens often. A runtime failure caps the boundary in
-    every draw.
+    A drawn boundary beyond the longest length bounds the ratio from one side, so the interval is open (0 or
+    inf) where that happens often. A runtime failure caps the boundary in every draw.
     """
     shared = sorted({*first.context["haystack"]} & {*run.context["haystack"]})
     drawn = []

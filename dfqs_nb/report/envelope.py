@@ -51,12 +51,9 @@ ASSUMED = {"n_ubatch": 512, "type_k": "f16", "type_v": "f16", "swa_full": False}
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine has, in bytes; ``vram_bytes`` is None where nobody stated it.
+    """What a machine has, in bytes: memory in all and free now, and free disk under the run's folder.
 
-    Attributes:
-        memory_bytes, available_bytes: memory in all, and what can be had now.
-        disk_free_bytes: of the disk that holds the run's folder.
-        source: where the limit of memory was read.
+    ``vram_bytes`` is None where nobody stated it; ``source``: where the limit of memory was read.
     """
 
     memory_bytes: int
@@ -103,7 +100,7 @@ def hardware_envelope(
     flash_attn: bool = False,
     is_artifact: bool = False,
 ) -> dict[str, Any]:
-    """The envelope of the model that this header describes.
+    """The envelope of the model that this header describes, as values that JSON takes.
 
     Args:
         machine: what to hold it against; this machine when not given.
@@ -111,11 +108,6 @@ def hardware_envelope(
         compute: compute buffer by context, as `planned_compute` gives it; nothing is said to fit without it.
         flash_attn: which of the two compute buffers counts.
         is_artifact: hold it against the hardware table of DFQS 1.0, which is about one file.
-
-    Returns:
-        Values that JSON takes: ``model``, ``source``, ``assumptions``, ``settings``, ``machine``, ``weights``
-        (rows by class), ``token_bytes`` (least and most that a token reads), ``cache`` (rows by context),
-        ``fits`` (rows by limit and context), ``storage`` (rows by mode).
 
     Raises:
         HeaderError: a key that the KV formula needs is missing.
@@ -216,13 +208,13 @@ def _envelope(
 ) -> dict[str, Any]:
     """What fits where, beside the facts; ``here``: the files lie on this disk, so only the extra counts."""
     spec = requirements_spec().envelope
-    levels = {f"DFQS 1.0 {level}": f"{level}_gb" for level in ("minimum", "recommended") if is_artifact}
+    levels = {f"DFQS 1.0 {level}": level for level in ("minimum", "recommended") if is_artifact}
     limits: list[tuple[str, str, float | None]] = [
         ("RAM", "this machine", machine.memory_bytes),
         ("RAM", "this machine, free now", machine.available_bytes),
-        *(("RAM", name, getattr(spec.ram, field) * GB) for name, field in levels.items()),
+        *(("RAM", name, spec.ram[level] * GB) for name, level in levels.items()),
         ("VRAM", "this machine", machine.vram_bytes),
-        *(("VRAM", name, getattr(spec.vram, field) * GB) for name, field in levels.items()),
+        *(("VRAM", name, spec.vram[level] * GB) for name, level in levels.items()),
     ]
     chosen = "compute_flash_bytes" if flash_attn else "compute_bytes"
     model, storage = facts["file_bytes"], []
@@ -230,9 +222,9 @@ def _envelope(
     for mode, method in MERGE_MODES.items():
         more = int(extra[method])
         total, own = model + more, more if here else model + more
-        disks = {name: getattr(spec.storage, field) * GB for name, field in levels.items()}
         row = {"mode": mode, "extra_bytes": more, "total_bytes": total}
         row["this machine"] = verdict(own, own, machine.disk_free_bytes)
+        disks = {name: spec.storage[level] * GB for name, level in levels.items()}
         storage.append(row | {name: verdict(total, total, limit) for name, limit in disks.items()})
     return {
         **facts,

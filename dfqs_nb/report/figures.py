@@ -82,9 +82,6 @@ def _finding(table: pd.DataFrame) -> str:
     return ";\n".join(parts) or "Nothing was measured"
 
 
-# ---- reports side by side ----
-
-
 def comparison(runs: Sequence[RunItems], table: pd.DataFrame) -> Figure:
     """Curves above, scores below; see `ReportComparison` for the table."""
     import matplotlib.pyplot as plt

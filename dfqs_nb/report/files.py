@@ -23,9 +23,7 @@ HUB = {"model-index.yml": model_index, ".eval_results/dfqs.yaml": eval_results}
 def write_report(stage: Stage | str | Path, report: Mapping[str, Any] | None = None) -> list[Path]:
     """Write every file of a report into its run's folder, and seal them; their paths.
 
-    ``report.json``, ``report.md``, ``report.html``, ``model-index.yml``, ``.eval_results/dfqs.yaml``,
-    ``claims.csv``, ``conformance.csv``, ``report_shares`` as PNG and SVG, and ``dfqs_report.json``. The seal
-    of the last covers every file of the folder that no other stage covers, such as traces and ``summary.md``.
+    The seal covers every file of the folder that no other stage covers, such as traces and ``summary.md``.
 
     Args:
         stage: the stage ``dfqs_report``, or the run's folder.

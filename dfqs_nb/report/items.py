@@ -31,18 +31,14 @@ JOURNAL = "long_context_items.jsonl"
 SCORE_ITEMS = "score_items.csv"
 RIGHT = ("correct", "passed")  # grades of questions, outcomes of code
 COLUMNS = ("set", "id", "sample", "family", "guess", "grade", "correct")
-AGAIN = "run notebooks 05 to 07 again"
 
 
 @dataclass(frozen=True)
 class RunItems:
-    """A report with the answers that it was made from; what it withholds has none.
+    """A report (at ``path``) with the answers that it was made from; what it withholds has none.
 
-    Attributes:
-        label: how tables call the model.
-        path: of the report.
-        scores: by metric the tier's set with its answers and the score that they give.
-        context: long-context answers of the task that the curve is made of.
+    ``label`` is how tables call the model; ``scores`` has by metric the tier's set with its answers and the
+    score that they give; ``context`` the long-context answers of the task that the curve is made of.
     """
 
     label: str
@@ -95,10 +91,7 @@ def _files(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_items(report: Mapping[str, Any], path: Path) -> RunItems:
-    """The answers of a report, from the folder that it lies in.
-
-    Args:
-        path: of the report.
+    """The answers of the report at ``path``, from the folder that it lies in.
 
     Raises:
         ReportError: they are missing, were edited, or do not give the report's scores and curve.
@@ -115,7 +108,7 @@ def read_items(report: Mapping[str, Any], path: Path) -> RunItems:
 
 
 def _refused(where: Path, what: str) -> ReportError:
-    return ReportError(what, where=tilde(where), hint=AGAIN)
+    return ReportError(what, where=tilde(where), hint="run notebooks 05 to 07 again")
 
 
 def _scores(report: Mapping[str, Any], path: Path) -> dict[str, SetRun]:

@@ -26,8 +26,7 @@ from dfqs_nb.core.stage import NOTEBOOKS
 from dfqs_nb.gguf.facts import identity
 from dfqs_nb.gguf.header import GGUFHeader, read_header
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.report.artifact import artifact_match
-from dfqs_nb.report.claims import check_claims
+from dfqs_nb.report.claims import artifact_match, check_claims
 from dfqs_nb.report.envelope import (
     Machine,
     hardware_envelope,
@@ -54,11 +53,8 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
     """The report on the run in ``folder``, as JSON takes it; nothing is written.
 
     A metric whose stage is missing or incomplete is withheld: null, with the reason in ``details``. The
-    statements and the hardware table of DeepSeek-V4-Flash-IQ1_S-XL are part of a report on that file, and of
-    the reference model's as a demonstration; another model's report has none of them.
-
-    Args:
-        ask_llama_cpp: let llama.cpp, in child processes, plan compute buffers and refuse a raw concatenation.
+    artifact's statements and hardware table are part of its report, and of the reference model's as a
+    demonstration. ``ask_llama_cpp``: let it plan buffers and refuse a raw concatenation, in child processes.
 
     Raises:
         StageError, ReportError: the run cannot be trusted (see `read_run`), or its model is gone.
@@ -119,9 +115,6 @@ def _rounded(value: Any) -> Any:
 def _sealed(report: Mapping[str, Any]) -> dict[str, Any]:
     body = {key: value for key, value in report.items() if key != "integrity"}
     return {**body, "integrity": {"sha256": canonical_sha256(body)}}
-
-
-# ---- reading and checking ----
 
 
 def report_file(path: str | Path) -> Path:
@@ -214,9 +207,6 @@ def _odd(value: Any, detail: Mapping[str, Any]) -> str:
 def schema() -> Any:
     """The published JSON Schema (draft 2020-12) of ``report.json``."""
     return read_json(data_dir() / "spec" / "report.schema.json")
-
-
-# ---- the five metrics, each from its stage: what differs from an empty detail ----
 
 
 def _details(run: Run) -> dict[str, dict[str, Any]]:
@@ -312,9 +302,6 @@ METRICS: dict[str, tuple[str, str, Callable[[Any, str], dict[str, Any]]]] = {
 }
 
 
-# ---- and each in words ----
-
-
 def boundary_sentence(detail: Mapping[str, Any]) -> str:
     """The failure boundary in words, with everything that must stand beside the number.
 
@@ -371,9 +358,6 @@ def metric_sentence(name: str, detail: Mapping[str, Any]) -> str:
     cut = f", truncated {detail['truncated']} of {n}" if detail.get("truncated") is not None else ""
     asked = f"n = {n}, guess rate of {detail['set']} {detail['guess_rate'] or 0:.3f}"
     return f"{value:.3f} (95 % interval {low:.3f} to {high:.3f}, {asked}{cut})"
-
-
-# ---- what stands beside them ----
 
 
 def _header(run: Run) -> GGUFHeader:

@@ -79,16 +79,12 @@ def check_requirements(
     machine: Machine | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
-    """Judge every requirement of DFQS 1.0 by the stages of one run.
+    """Judge every requirement of DFQS 1.0 by the stages of one run: a row each, columns `COLUMNS`.
 
     Args:
         header: of the model that was run.
         machine: where it was run; this machine when not given.
-        metrics: the required metrics by name, None for one that is withheld; from the stages when not given.
-
-    Returns:
-        One row a requirement, in the specification's order: the columns `COLUMNS`; ``verdict`` is one of
-        `VERDICTS`.
+        metrics: the required ones by name, None for one that is withheld; from the stages when not given.
 
     Raises:
         RegistryError: the table of requirements names a check that does not exist.
@@ -126,9 +122,6 @@ def counts(table: pd.DataFrame) -> str:
         others = "".join(f", {seen[word]} {word}" for word in (NOT_MET, NOT_TESTED) if word in seen)
         parts.append(f"{level}: {seen.get(MET, 0)} of {len(rows)} met{others}")
     return "; ".join(parts)
-
-
-# ---- SHALL ----
 
 
 @check("merge", "generate")
@@ -213,9 +206,6 @@ def is_of(value: Any, kind: str) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-# ---- SHOULD and MAY ----
-
-
 @check("generate")
 def llama_cpp(case: Case, generate: Any) -> tuple[str, str]:
     """llama.cpp opened the file and generated."""
@@ -262,9 +252,6 @@ def beyond_64k(case: Case) -> tuple[str, str]:
         return case.judged(NOT_TESTED, "unknown", seen=seen)
     verdict, name = (NOT_TESTED, "declared") if declared > LONG_TO else (NOT_MET, "less")
     return case.judged(verdict, name, declared=declared, seen=seen)
-
-
-# ---- MUST, and the evaluation conditions: of the two stages that the metrics come from ----
 
 
 @check("long_context", "scores")

@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from decimal import Decimal
 from functools import lru_cache
+from itertools import count
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -41,13 +42,6 @@ class Requirement(_Entry):
     evidence: dict[str, str]
 
 
-class Limits(_Entry):
-    """A row of the specification's table of hardware, in GB."""
-
-    minimum_gb: float
-    recommended_gb: float
-
-
 class Compute(_Entry):
     """Compute buffer in bytes, without and with flash attention."""
 
@@ -56,12 +50,15 @@ class Compute(_Entry):
 
 
 class Envelope(_Entry):
-    """The table of hardware, and what llama.cpp plans for the published shapes by context in tokens."""
+    """The table of hardware, and what llama.cpp plans for the published shapes by context in tokens.
+
+    ``ram``, ``vram``, ``storage``: in GB, ``minimum`` and ``recommended``.
+    """
 
     source: str
-    ram: Limits
-    vram: Limits
-    storage: Limits
+    ram: dict[str, float]
+    vram: dict[str, float]
+    storage: dict[str, float]
     published_compute: dict[int, Compute]
     gpu_compute: dict[int, int]
     gpu_source: str
@@ -180,13 +177,13 @@ class Claims(_Entry):
 
     def numbered(self) -> list[Claim]:
         """The statements, numbered in the order of each document: C1, C2, ..., D1, ..."""
-        counts = dict.fromkeys(self.documents, 0)
-        listed = []
-        for claim in self.claims:
-            counts[claim.document] += 1
-            number = f"{self.documents[claim.document].letter}{counts[claim.document]}"
-            listed.append(claim.model_copy(update={"number": number}))
-        return listed
+        counts = {name: count(1) for name in self.documents}
+        return [
+            claim.model_copy(
+                update={"number": f"{self.documents[claim.document].letter}{next(counts[claim.document])}"}
+            )
+            for claim in self.claims
+        ]
 
 
 class _Words(string.Formatter):
@@ -211,27 +208,19 @@ def requirements_spec() -> Requirements:
     Raises:
         RegistryError: the table is missing, no TOML, or has a field of another name or type.
 
-    >>> requirements_spec().envelope.ram.minimum_gb
+    >>> requirements_spec().envelope.ram["minimum"]
     80.0
     """
     return _table("requirements", Requirements)
 
 
 def claims_spec() -> Claims:
-    """The statements; raises as `requirements_spec` does.
-
-    >>> list(claims_spec().documents)[:2]
-    ['card', 'DFQS 1.0']
-    """
+    """The statements; raises as `requirements_spec` does."""
     return _table("claims", Claims)
 
 
 T = TypeVar("T", Requirements, Claims)
-
-
-@lru_cache(maxsize=4)
-def _read(kind: type[BaseModel], text: str) -> Any:
-    return kind.model_validate(tomllib.loads(text))
+_read = lru_cache(maxsize=4)(lambda kind, text: kind.model_validate(tomllib.loads(text)))
 
 
 def _table(name: str, kind: type[T]) -> T:

@@ -326,10 +326,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def refusal_of_an_edit(folder: str | Path) -> str:
-    """What `read_run` answers when a number in a copy of the run's last stage was edited; "" if nothing.
-
-    Only that stage and the files that it names are copied. The run itself is not touched.
-    """
+    """What `read_run` answers when a number in a copy of the run's last stage was edited; "" if nothing."""
     folder = Path(folder)
     stage = [name for name in DRAWN_ON if (folder / f"{name}.json").exists()][-1]
     content = read_stage(folder, stage)

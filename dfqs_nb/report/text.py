@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
@@ -58,9 +58,6 @@ METRIC_TYPES = {
 HUB_SETS = {"standard-code": ("openai/openai_humaneval", "openai_humaneval")}  # that exist as data sets there
 
 
-# ---- what the templates are given ----
-
-
 def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     """What a report holds, as frames to show.
 
@@ -84,25 +81,21 @@ def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     return frames
 
 
-def _texts(frame: pd.DataFrame) -> pd.DataFrame:
-    """A frame whose index is a column and whose cells are texts, see `core.display.cell`."""
-    flat = frame.reset_index()
-    flat.columns = flat.columns.map(str)
-    return flat.map(display.cell)
-
-
-def _pairs(rows: Iterable[tuple[Any, Any]], name: str) -> pd.DataFrame:
+def _pairs(facts: Mapping[str, Any], name: str) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.DataFrame([(str(key), display.cell(value)) for key, value in rows], columns=[name, "value"])
+    return pd.DataFrame(facts.items(), columns=[name, "value"], dtype=object)
 
 
 def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """All that the templates of a report show, as texts and frames of texts."""
+    """All that the templates of a report show; they write numbers as `core.display.cell` does."""
+    from pandas import json_normalize
+
     frames, level = tables(report), report["model"].get("relation_to_artifact", "another")
     envelopes, spec = report["hardware_envelope"], claims_spec()
     curve, beside = report["details"][CURVE], _beside(folder)
-    written = report["versions"].items()  # by which versions the report was written, where others measured
+    ran, wrote = report["machine"], report["versions"].items()
+    other = {f"{name}, of this report": value for name, value in wrote if ran.get(name) != value}
     absent = {*BESIDE, "left_out"} - set(beside) | (set() if report["claims"] else {"claims"})
     return {
         "report": report,
@@ -111,32 +104,28 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "nano": NANO if report["tier"] == "nano" else "",
         "verdict": verdict(report),
         "demonstration": level == "reference" and bool(report["claims"]),
-        "metrics": _texts(frames["metrics"]),
+        "metrics": frames["metrics"].reset_index(),
         "figures": [(name, alt) for name, alt in FIGURES.items() if f"{name}.png" in report["sources"]],
         "curve": _curve(curve),
         "guesses": guesses(curve),
         "requirement_counts": requirements.counts(frames["requirements"]),
-        "requirements": _texts(frames["requirements"]),
+        "requirements": frames["requirements"].reset_index(),
         "claim_counts": claims.counts(frames["claims"]),
-        "claims": _texts(frames["claims"]),
+        "claims": frames["claims"].reset_index(),
         "documents": spec.documents,
         "envelopes": [_envelope(it) for it in (envelopes["model"], envelopes["artifact"]) if it],
         "paging": envelopes.get("paging"),
         "beside": beside,
-        "model": _pairs(((key.replace("_", " "), v) for key, v in report["model"].items()), "of the model"),
-        "conditions": _pairs(_flat(report["conditions"]), "condition"),
-        "machine": _pairs(
-            [*report["machine"].items()]
-            + [(f"{key} (report)", value) for key, value in written if report["machine"].get(key) != value],
-            "where it ran",
-        ),
+        "model": _pairs({key.replace("_", " "): it for key, it in report["model"].items()}, "of the model"),
+        "conditions": _pairs(json_normalize(report["conditions"]).to_dict("records")[0], "condition"),
+        "machine": _pairs({**report["machine"], **other}, "where it ran"),
     }
 
 
 def guesses(curve: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By task of retrieval: its wrong answers, those that are another key's of the same text, its guess rate.
+    """By task of retrieval: its wrong answers, those that are another key's, and its guess rate.
 
-    The rule is that of the curve: one of the keys where at least half of the wrong answers are another key's.
+    It is the curve's rule: one of the keys where at least half of the wrong answers are another key's, else 0.
     """
     tasks: dict[str, dict[str, Any]] = {}
     for row in curve.get("tasks") or []:
@@ -153,28 +142,27 @@ def _curve(detail: Mapping[str, Any]) -> pd.DataFrame:
     """Retrieval by task and length: every task that was asked, or the points of the curve."""
     import pandas as pd
 
-    rates = {task: counted["guess_rate"] for task, counted in guesses(detail).items()}
+    rates, own = guesses(detail), {"guess_rate": detail["guess_rate"] or 0}
     points = [{"task": "the curve's task", **row} for row in detail.get("points") or []]
     rows = [
-        (row["task"], f"{row['length']:,}", str(row["n"]), f"{row['accuracy']:.2f}")
-        + (
-            f"{row['low']:.2f} to {row['high']:.2f}",
-            f"{rates.get(row['task'], detail['guess_rate'] or 0):.2f}",
-        )
+        {
+            "task": row["task"],
+            "context (tokens)": row["length"],
+            "n": row["n"],
+            "right answers": f"{row['accuracy']:.2f}",
+            "95 % interval": f"{row['low']:.2f} to {row['high']:.2f}",
+            "guess rate": f"{rates.get(row['task'], own)['guess_rate']:.2f}",
+        }
         for row in detail.get("tasks") or points
     ]
-    columns = ["task", "context (tokens)", "n", "right answers", "95 % interval", "guess rate"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows)
 
 
 def _envelope(envelope: Mapping[str, Any]) -> dict[str, Any]:
-    frames = {name: _texts(frame) for name, frame in envelope_tables(envelope).items()}
+    frames = {name: frame.reset_index() for name, frame in envelope_tables(envelope).items()}
     frames["cache"] = frames["cache"].rename(columns={"n_ctx": "context (tokens)"})
-    return {
-        **envelope,
-        "tables": frames,
-        "counted": sorted({f"{row['resource']}: {row['counted']}" for row in envelope["fits"]}),
-    }
+    counted = sorted({f"{row['resource']}: {row['counted']}" for row in envelope["fits"]})
+    return {**envelope, "tables": frames, "counted": counted}
 
 
 def _beside(folder: Path) -> dict[str, list[str]]:
@@ -189,15 +177,6 @@ def _beside(folder: Path) -> dict[str, list[str]]:
     return found | ({"left_out": left_out} if left_out else {})
 
 
-def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(value, Mapping):
-        return [(name, value)]
-    return [row for key, inner in value.items() for row in _flat(inner, f"{name}.{key}" if name else key)]
-
-
-# ---- the templates ----
-
-
 @lru_cache(maxsize=2)
 def _environment(is_html: bool) -> Environment:
     """Jinja in which everything is escaped: as HTML, or as Markdown."""
@@ -207,7 +186,8 @@ def _environment(is_html: bool) -> Environment:
     def escaped(value: Any) -> Any:
         if isinstance(value, Markup):
             return value
-        return display.plain(value) if is_html else display.markdown(value)
+        text = value if isinstance(value, str) else display.cell(value)
+        return display.plain(text) if is_html else display.markdown(text)
 
     made = Environment(
         loader=PackageLoader("dfqs_nb.report"),
@@ -218,9 +198,8 @@ def _environment(is_html: bool) -> Environment:
         lstrip_blocks=True,
     )
     made.filters |= {
-        "cell": display.cell,
         "linked": partial(linked, is_html=is_html),
-        "table": lambda frame: Markup(display.markdown_table(frame)),
+        "table": lambda frame: Markup(display.markdown_table(frame.map(display.cell))),
         "slug": lambda title: re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-"),  # as hubs make anchors
     }
     return made
@@ -314,9 +293,6 @@ def page_of(text: str, figure: Path | None = None, reports: Mapping[str, Any] | 
         figure=base64.b64encode(figure.read_bytes()).decode() if figure else "",
         verdicts=[(label, verdict(report)) for label, report in (reports or {}).items()],
     )
-
-
-# ---- the hub ----
 
 
 def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:

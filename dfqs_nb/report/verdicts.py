@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dfqs_nb.core.display import markdown, plain, size
+from dfqs_nb.core.display import plain, size
 from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, SPEED, boundary_flags, boundary_sentence
 from dfqs_nb.report.requirements import MET, NOT_MET, NOT_TESTED, counts
 
@@ -55,17 +55,9 @@ class Verdict:
 
     def _repr_markdown_(self) -> str:
         """The verdict in a notebook."""
-        rows = [
-            (f"{line.symbol} {line.mark}", f"**{markdown(line.question)}**", line.answer, line.caveat)
-            for line in self.lines
-        ]
-        lines = [
-            f"| {mark} | {asked} {markdown(answer)}. | {markdown(caveat)} |"
-            for mark, asked, answer, caveat in rows
-        ]
-        return "\n".join(
-            [f"**{markdown(self.title)}**", "", "| | answer | what limits it |", "|---|---|---|", *lines]
-        )
+        from dfqs_nb.report.text import render
+
+        return render("verdict.md", verdict=self)
 
 
 def verdict(report: Mapping[str, Any]) -> Verdict:

@@ -14,10 +14,8 @@ from dfqs_nb.gguf import facts as header_facts
 from dfqs_nb.gguf.broken import with_field
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.models import registered
-from dfqs_nb.report import artifact as artifacts
 from dfqs_nb.report import claims
-from dfqs_nb.report.artifact import artifact_match, facts
-from dfqs_nb.report.claims import check_claims
+from dfqs_nb.report.claims import artifact_match, check_claims, facts
 from dfqs_nb.report.spec import (
     CLAIM_VERDICTS,
     CONFIRMED,
@@ -434,7 +432,7 @@ def test_sizes_that_are_no_sum_of_the_shards_contradict_nothing(monkeypatch):
     file = dataclasses.replace(SINGLE, size_bytes=SINGLE.size_bytes - 95_000)
     name = "deepseek-v4-flash-iq1_s-xl-single"
     other = known | {name: dataclasses.replace(known[name], files=(file,))}
-    monkeypatch.setattr(artifacts, "registered", lambda: other)
+    monkeypatch.setattr(claims, "registered", lambda: other)
     for one in ("merged", "reconstruction", "loads"):
         assert verdict_of(one) == NOT_TESTABLE
 

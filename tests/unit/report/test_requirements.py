@@ -223,7 +223,10 @@ def test_levels_are_those_of_the_text():
 def test_both_bounds_of_determinism_are_stated(header):
     evidence = judged(run_stages(), header).loc["routing-deterministic", "evidence"]
     assert "in 0 of 4 repetitions" in evidence
-    assert "95 % upper bounds: 53% of repeated runs; 0.26% of the choices about this text, if they were" in evidence
+    assert (
+        "95 % upper bounds: 53% of repeated runs; 0.26% of the choices about this text, if they were"
+        in evidence
+    )
 
 
 def test_an_unknown_check_is_refused_by_name(monkeypatch):
