@@ -40,7 +40,7 @@ class Leaderboard:
     Sections have equal ``tier`` and ``conditions`` (12 digits of their SHA-256, the keys of ``conditions``).
     Within one by reasoning score, then code score; equal scores share a ``place``. Reports whose score is
     withheld, or whose answers are not here (``checked``), come last without a place. ``contended``: the speed
-    was taken on a busy machine or beside other rows of a sweep. ``problem``: why a file is no report that counts.
+    was taken on a busy machine or beside other rows of a sweep. ``problem``: why a file does not count.
     """
 
     folder: Path
@@ -75,7 +75,7 @@ class Leaderboard:
 
 
 def find_reports(folder: str | Path) -> list[Path]:
-    """Every ``report.json`` and ``*.report.json`` under a folder, hidden folders and links to folders apart."""
+    """Every ``report.json`` and ``*.report.json`` under a folder; hidden folders and linked ones apart."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DfqsError("no such folder", where=tilde(folder), hint="give a folder that holds reports")
@@ -166,7 +166,7 @@ def run_beside(path: str | Path) -> list[str]:
 
 
 def _placed(table: pd.DataFrame) -> pd.DataFrame:
-    """Standard before nano, sections with most reports first, rows by score, problems last; see `Leaderboard`."""
+    """Standard before nano, sections with most reports first, rows by score, problems last."""
     import pandas as pd
 
     table, section = table.assign(problem=table["problem"].fillna("")), ["tier", "conditions"]

@@ -65,7 +65,7 @@ def check_claims(
         ask_llama_cpp: see `facts`.
 
     Returns:
-        One row a statement, columns `COLUMNS`; ``found`` is the fact in short, ``verdict`` of `CLAIM_VERDICTS`.
+        One row a statement, columns `COLUMNS`: ``found`` is the fact in short.
 
     Raises:
         RegistryError: a statement names a fact or a test that does not exist.

@@ -94,9 +94,9 @@ class ReportComparison:
 
     Attributes:
         accepted: conditions that differ and were accepted, with each report's value.
-        table: one row a metric and model, columns `COLUMNS`; ``kind`` is ``difference`` (model minus baseline)
-            or ``ratio``, with its 95 % interval (of speeds, what repetitions allow); ``p`` of McNemar's test of
-            scores and the sign-flip test over texts of retrieval; ``p_holm`` corrected over the table.
+        table: one row a metric and model, columns `COLUMNS`; ``kind`` is ``difference`` (to the baseline) or
+            ``ratio``, with its 95 % interval (of speeds, what repetitions allow); ``p`` of McNemar's test of
+            scores and of the sign-flip test of retrieval; ``p_holm`` corrected over the table.
         lengths: retrieval by length: ``model`` and the columns of ``paired``.
     """
 

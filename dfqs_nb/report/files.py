@@ -79,19 +79,15 @@ def _write(stage: Stage, report: Mapping[str, Any]) -> tuple[Mapping[str, Any], 
 
 def uncovered(folder: Path, known: set[str]) -> list[Path]:
     """Files of a run's folder that no stage's seal covers: models, notebooks and parts of files apart."""
-    stages = [*DRAWN_ON, *BESIDE, SEALED]
-    for name in stages:
-        if (folder / f"{name}.json").is_file() and name != SEALED:
-            content = read_json(folder / f"{name}.json")
-            known |= set(content.get("files", {})) if isinstance(content, dict) else set()
-    known |= {f"{name}.json" for name in stages}
-    left = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
-    unsealed = (*UNSEALED, ".part", ".lock", ".files")
+    for name in (*DRAWN_ON, *BESIDE):
+        content = read_json(folder / f"{name}.json") if (folder / f"{name}.json").is_file() else None
+        known |= {f"{name}.json", *(content.get("files", {}) if isinstance(content, dict) else ())}
+    skipped, known = (*UNSEALED, ".part", ".lock", ".files"), known | {f"{SEALED}.json"}
     return [
         path
-        for name, path in left.items()
-        if not (name in known or name.startswith(".") or name.endswith(unsealed))
-        if path.is_file() and not path.is_symlink()
+        for path in sorted(folder.rglob("*"))
+        if (name := path.relative_to(folder).as_posix()) not in known and not name.startswith(".")
+        if not name.endswith(skipped) and path.is_file() and not path.is_symlink()
     ]
 
 

@@ -85,9 +85,7 @@ def missing_items(report: Mapping[str, Any], folder: Path) -> list[str]:
 def _files(report: Mapping[str, Any]) -> dict[str, str]:
     """The files of answers with their SHA-256."""
     named = {item["file"]: item["sha256"] for group in report["items"].values() for item in group}
-    return named | {
-        name: report["sources"][name] for name in (SCORE_ITEMS, JOURNAL) if name in report["sources"]
-    }
+    return named | {name: sha for name, sha in report["sources"].items() if name in (SCORE_ITEMS, JOURNAL)}
 
 
 def read_items(report: Mapping[str, Any], path: Path) -> RunItems:
@@ -120,9 +118,8 @@ def _scores(report: Mapping[str, Any], path: Path) -> dict[str, SetRun]:
         for key in ("value", "low", "high", "guess_rate"):
             made, then = getattr(run.score, key), detail[key]
             if made is None or then is None or not np.isclose(made, then, atol=1e-9):
-                raise _refused(
-                    path, f"its items give {name} {key} {cell(made)}, and the report states {cell(then)}"
-                )
+                what = f"its items give {name} {key} {cell(made)}, and the report states {cell(then)}"
+                raise _refused(path, what)
         scores[name] = run
     return scores
 
@@ -130,17 +127,13 @@ def _scores(report: Mapping[str, Any], path: Path) -> dict[str, SetRun]:
 def _score_items(path: Path) -> pd.DataFrame:
     import pandas as pd
 
-    types = dict.fromkeys(("set", "id", "family", "grade"), str) | {
-        "correct": bool,
-        "sample": int,
-        "guess": float,
-    }
+    types = {"correct": bool, "sample": int, "guess": float}
+    types |= dict.fromkeys(("set", "id", "family", "grade"), str)
     try:
         items = pd.read_csv(path, keep_default_na=False, dtype=types)
     except (OSError, ValueError) as error:
         raise _refused(path, f"cannot be read ({str(error)[:200]})") from error
-    absent = [name for name in COLUMNS if name not in items]
-    if absent:
+    if absent := [name for name in COLUMNS if name not in items]:
         raise _refused(path, f"has no column {', '.join(absent)}")
     wrong = items["grade"].isin(RIGHT) != items["correct"]
     if wrong.any():

@@ -125,7 +125,7 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def guesses(curve: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """By task of retrieval: its wrong answers, those that are another key's, and its guess rate.
 
-    It is the curve's rule: one of the keys where at least half of the wrong answers are another key's, else 0.
+    The curve's rule: one of the keys where at least half of the wrong answers are another key's, else 0.
     """
     tasks: dict[str, dict[str, Any]] = {}
     for row in curve.get("tasks") or []:

@@ -10,6 +10,7 @@ from hub_server import HubServer
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf import broken
 from dfqs_nb.gguf.diff import compare
+from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.remote import outline
 
@@ -59,3 +60,21 @@ def test_glued_shards_differ_in_nothing_but_have_no_bytes_to_compare(tmp_path):
         assert compare(a, b).equal
         with pytest.raises(DfqsError, match="dfqs-nb repair"):
             compare(a, b, data=True)
+
+
+def test_lists_and_long_texts_show_where_they_differ(tmp_path, merged_reference):
+    header = read_header(merged_reference)
+    raw, tokens = bytearray(merged_reference.read_bytes()), header.fields["tokenizer.ggml.tokens"]
+    at = raw.index(b"the", tokens.value_start)
+    raw[at : at + 3] = b"THE"
+    template = raw.index(b"endfor")
+    raw[template : template + 6] = b"ENDFOR"
+    (tmp_path / "m.gguf").write_bytes(raw)
+    with outline(merged_reference) as a, outline(tmp_path / "m.gguf") as b:
+        lines = compare(a, b).lines["metadata"]
+    assert len(lines) == 2
+    for line in lines:
+        first, second = line.split(" | ")
+        assert first.rpartition(": ")[2] != second, line
+    assert "tokenizer.ggml.tokens: 1 of 768 x STRING, first at 260: 'Ġthe' | 'ĠTHE'" in lines
+    assert any("endfor" in line and "ENDFOR" in line for line in lines), lines

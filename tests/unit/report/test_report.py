@@ -21,6 +21,7 @@ from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.stage import NOTEBOOKS, Stage
 from dfqs_nb.report import metrics, stages, text
 from dfqs_nb.report.files import uncovered
+from dfqs_nb.report.spec import claims_spec
 from dfqs_nb.report.stages import ReportError
 from dfqs_nb.workbook import cli
 
@@ -121,7 +122,8 @@ def test_a_report_of_another_model_has_none_of_the_artifacts_statements_or_hardw
     assert other["claims"] == [] and other["hardware_envelope"]["artifact"] is None
     assert not [row for row in other["hardware_envelope"]["model"]["fits"] if "DFQS" in row["limit"]]
     for written in (text.markdown(other, folder), text.page(other, folder)):
-        assert "DeepSeek-V4-Flash" not in written and "Flash-IQ1_S" not in written
+        own = written.replace(claims_spec().documents["DFQS 1.0"].address, "where the specification is")
+        assert "DeepSeek-V4-Flash" not in own and "Flash-IQ1_S" not in own
 
 
 def test_the_reference_models_report_is_marked_as_a_demonstration(made, run):
@@ -405,6 +407,69 @@ def test_flags_of_the_boundary_stand_wherever_it_stands(merged_reference, tmp_pa
 # ---- the texts ----
 
 
+def test_the_tier_follows_the_model_where_no_stage_has_one(merged_reference, tmp_path):
+    """Without notebooks 05 and 06 a report of another model is no nano report."""
+    without = ("scores", "long_context")
+    shipped = make_run(tmp_path / "shipped", merged_reference, without=without)
+    assert report.build_report(shipped, ask_llama_cpp=False)["tier"] == "nano"
+    own = {
+        name: {"conditions": {**recorded(name)["conditions"], "model": "a" * 64}}
+        for name in ("header", "generate", "routing")
+    }
+    own["merge"] = {"model": {**recorded("merge")["model"], "sha256": "a" * 64}}
+    folder = make_run(tmp_path / "own", merged_reference, without=without, **own)
+    made = report.build_report(folder, ask_llama_cpp=False)
+    assert made["tier"] == "standard" and "Nano tier" not in text.markdown(made, folder)
+
+
+def test_each_guess_rate_is_named_and_each_task_has_its_own(made, run):
+    content = text.markdown(made, run)
+    for whose in ("of nano-reasoning 0.317", "of nano-code 0.000", "of retrieval 0.167"):
+        assert f"guess rate {whose}" in content
+    curve = made["details"]["context_stability_curve"]
+    assert text.guesses(curve)["two hops"] == {
+        "wrong": 50,
+        "another_key": 42,
+        "guess_rate": pytest.approx(1 / 6),
+    }
+    few = [row | {"another_key": 0} for row in curve["tasks"]]
+    assert text.guesses({**curve, "tasks": few})["retrieve"]["guess_rate"] == 0
+
+
+def test_the_prediction_of_paging_stands_beside_the_measurement(merged_reference, tmp_path):
+    paging = {"disk_token_bytes": 9.0e8, "disk_bytes_per_sec": 4.5e8, "measured_seconds": 2.5}
+    folder = make_run(tmp_path / "r", merged_reference, generate={"paging": paging})
+    made = report.build_report(folder, ask_llama_cpp=False)
+    for content in (text.markdown(made, folder), text.page(made, folder)):
+        assert "predicts 2.00 s a token or more; measured: 2.50 s" in content
+    blind = {
+        **made,
+        "hardware_envelope": {**made["hardware_envelope"], "paging": {**paging, "disk_bytes_per_sec": None}},
+    }
+    assert "no prediction; measured: 2.50 s a token" in text.markdown(blind, folder)
+
+
+def test_markdown_has_no_escaped_arrows_and_no_time_of_a_program(copied):
+    stage = Stage(copied, "ladder")
+    stage.finish(conditions={}, summary=["F16 -> Q8_0"])
+    report.write_report(copied, report.read_report(copied))
+    content = (copied / "report.md").read_text()
+    assert "F16 -> Q8_0" in content and re.search(r"run nano, \d\d \w+ \d{4}, \d\d:\d\d UTC", content)
+
+
+def test_a_version_stands_once_in_the_appendix(made, run):
+    appendix = text.markdown(made, run).split("## Appendix: where it ran")[1]
+    named = re.findall(r"^\| ([^|]+) \|", appendix, re.M)
+    assert len(named) == len(set(named)) and "gguf" in named
+
+
+def test_sections_sources_and_statements_are_linked(made, run):
+    content = text.markdown(made, run)
+    assert content.count("](#the-five-metrics))") == 3
+    assert "[card, Profiling](https://arishma108.github.io/drpersadh/merged.html#profiling)" in content
+    assert "[paper](https://arishma108.github.io/drpersadh/dfqs.html), section 6.2, with MUST" in content
+
+
 def test_nano_tier_says_so_on_the_first_line(written):
     assert "Nano tier" in (written / "report.md").read_text().splitlines()[0]
     assert "Nano tier" in (written / "model-index.yml").read_text().splitlines()[0]
@@ -420,7 +485,7 @@ def test_the_texts_open_with_the_verdict_and_have_every_requirement_and_statemen
     own = report.read_report(written)
     for name in ("report.md", "report.html"):
         content = (written / name).read_text()
-        assert content.index("Which demands of DFQS are met?") < content.index("The five metrics")
+        assert content.index("Which demands of DFQS are met?") < content.rindex("The five metrics")
         assert all(row["verdict"] in content for row in (*own["conformance"], *own["claims"]))
     page = (written / "report.html").read_text()
     assert all(f'id="claim-{row["id"]}"' in page for row in own["claims"])
@@ -509,7 +574,7 @@ def test_no_number_of_seventeen_digits_is_shown(written):
         assert not re.search(r"\d\.\d{8,}", (written / name).read_text()), name
     page = re.sub(r"base64,[^\"]+", "", (written / "report.html").read_text())
     assert not re.search(r"\d\.\d{8,}", page) and "T1" not in page.split("<main>")[0]
-    assert not re.search(r"\d\.\d{12,}", (written / "report.json").read_text())
+    assert not re.search(r"\.0*[1-9]\d{10,}", (written / "report.json").read_text())
     assert not re.search(
         r"\d\.\d{8,}", " ".join(json.loads((written / "dfqs_report.json").read_text())["summary"])
     )
