@@ -50,7 +50,8 @@ class Case:
 
     def judged(self, verdict: str | bool, sentence: str = "met", /, **values: Any) -> tuple[str, str]:
         """A verdict (as a truth: met or not met), and the sentence that it rests on."""
-        return {True: MET, False: NOT_MET}.get(verdict, str(verdict)), self.text(sentence, **values)  # type: ignore[call-overload]
+        met = (MET if verdict else NOT_MET) if isinstance(verdict, bool) else verdict
+        return met, self.text(sentence, **values)
 
     def answered(self, **values: Any) -> tuple[str, str]:
         """Met where notebook 03's prompts were answered."""
