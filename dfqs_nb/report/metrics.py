@@ -415,7 +415,7 @@ def _envelopes(
         header, here, compute=compute, flash_attn=settings.flash_attn, is_artifact=level == "artifact"
     )
     demonstrated = published_envelope(here) if level in ("reference", "model") else None
-    paging = run.generate.paging.model_dump() if run.generate and run.generate.paging else None
+    paging = run.generate.paging if run.generate else {}
     return {"model": own, "artifact": demonstrated, "machine": asdict(here), "paging": paging}
 
 

@@ -105,19 +105,11 @@ class Answer(Record):
     tokens: int
 
 
-class Paging(Record):
-    """Weights beyond the memory: what a token reads from the disk, and seconds a token."""
-
-    disk_token_bytes: float
-    disk_bytes_per_sec: float | None = None
-    measured_seconds: float
-
-
 class Generate(Stage):
-    """Notebook 03."""
+    """Notebook 03; ``paging`` has what a token was predicted to read from the disk beside what it took."""
 
     answers: list[Answer] = []
-    paging: Paging | None = None
+    paging: dict[str, str] = {}
 
     @property
     def answered(self) -> str:

@@ -114,7 +114,7 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "claims": frames["claims"].reset_index(),
         "documents": spec.documents,
         "envelopes": [_envelope(it) for it in (envelopes["model"], envelopes["artifact"]) if it],
-        "paging": envelopes.get("paging"),
+        "paging": _pairs(envelopes.get("paging") or {}, "a token of decode, predicted and measured"),
         "beside": beside,
         "model": _pairs({key.replace("_", " "): it for key, it in report["model"].items()}, "of the model"),
         "conditions": _pairs(json_normalize(report["conditions"]).to_dict("records")[0], "condition"),
