@@ -117,7 +117,14 @@ def stamped_facts(text: str) -> str:
 
     from dfqs_nb import report, workbook
     from dfqs_nb.core.display import markdown, markdown_table
-    from dfqs_nb.workbook import cli, file_commands, model_commands, report_commands, size_commands  # noqa: F401  they register
+    from dfqs_nb.workbook import (  # noqa: F401  they register
+        cli,
+        file_commands,
+        model_commands,
+        model_long_commands,
+        report_commands,
+        size_commands,
+    )
 
     if (SAMPLE_FOLDER / "report.json").exists():
         verdict = str(report.verdict(report.read_report(SAMPLE_FOLDER)))

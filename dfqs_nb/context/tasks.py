@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 NAME = "long-context-tasks"
 LETTERS = "bdfgklmnprstvz", "aeiou"
+ANSWER_RULE = "all lines where several words are expected"  # answers under another one are not comparable
 ANSWER_TOKENS = 16  # beside three times the tokens of what is expected
 COMMON, RARE = 10, 2  # how often words of the list of common words come, in its smallest unit
 
@@ -199,6 +200,8 @@ class Writer:
             words += [word] if word not in words else []
         weights = [1 / (rank + 1) ** 2 for rank in range(len(words))]
         listed = words[:1] * 3 + words[1:2] * 2 + words[2:3] + draw.choices(words, weights, k=12 + amount)
+        if len({*listed}) <= task.asked:  # chance drew no other word
+            listed.append(words[task.asked])
         ranked = Counter(listed).most_common()
         while ranked[task.asked - 1][1] == ranked[task.asked][1]:  # no tie about which are the most frequent
             listed.append(ranked[task.asked - 1][0])
@@ -279,7 +282,10 @@ class TaskRun:
 
     def table(self) -> pd.DataFrame:
         """By task and length: ``n``, ``right``, ``recall``, ``guess``, ``accuracy``, ``low``, ``high``."""
-        groups = self.items.groupby(["task", "length"], sort=False)
+        items = self.items.reindex(
+            columns=["task", "length", "right", "recall", "guess"]
+        )  # also of no answers
+        groups = items.groupby(["task", "length"], sort=False)
         table = groups.agg(
             n=("right", "size"), right=("right", "sum"), recall=("recall", "mean"), guess=("guess", "mean")
         ).reset_index()
@@ -297,20 +303,12 @@ class TaskRun:
         rows = []
         for task, part in self.table().groupby("task", sort=False):
             first = part.iloc[0]
-            held = (
-                part["accuracy"] >= first["guess"] + SHARE * (first["accuracy"] - first["guess"])
-            ).cummin()
+            least = first["guess"] + SHARE * (first["accuracy"] - first["guess"])
+            held = (part["accuracy"] >= least).cummin()
             able = bool(first["low"] > first["guess"])
-            rows.append(
-                {
-                    "task": task,
-                    "base": first["accuracy"],
-                    "guess": first["guess"],
-                    "effective": int(part.loc[held, "length"].max()) if able else 0,
-                    "censored": able and bool(held.all()),
-                }
-            )
-        return pd.DataFrame(rows)
+            effective = int(part.loc[held, "length"].max()) if able else 0
+            rows.append((task, first["accuracy"], first["guess"], effective, able and bool(held.all())))
+        return pd.DataFrame(rows, columns=["task", "base", "guess", "effective", "censored"])
 
 
 def measure_tasks(
@@ -325,6 +323,8 @@ def measure_tasks(
     fresh: bool = False,
 ) -> TaskRun:
     """Ask every task at every length, short lengths first; goes on after a kill.
+
+    A task without a right answer at the shortest length is not asked at longer ones.
 
     Args:
         folder: receives ``long_context_tasks.jsonl``.
@@ -342,20 +342,22 @@ def measure_tasks(
     known = writer.tasks.tasks
     if unknown := [name for name in tasks if name not in known]:
         raise PromptError(f"there is no task {unknown[0]!r}", hint=f"there are: {', '.join(known)}")
-    chosen = list(tasks) or list(known)
-    conditions = {**model.conditions(), **writer.tasks.identity(), "model": model_id}
+    chosen, shortest = list(tasks) or list(known), min(lengths)
+    conditions = {**model.conditions(), **writer.tasks.identity(), "model": model_id, "answer": ANSWER_RULE}
     conditions["filler"] = writer.probe.identity()
     journal = Journal(Path(folder) / "long_context_tasks.jsonl", conditions, fresh=fresh)
     pace, began, spent = probe(model), time.monotonic(), 0.0
     rows: list[dict[str, Any]] = []
+    base: dict[str, list[bool]] = {task: [] for task in chosen}
     left_out: Counter[tuple[str, int]] = Counter()
     # in turn, so that a short budget leaves every task of a length some texts
     turns = [(n, number, task) for n in sorted(lengths) for number in range(n_texts) for task in chosen]
     for length, number, task in tqdm(turns, desc="texts", leave=False):
         key, cost = f"{task}/{length}/{number}", pace.seconds(length, ANSWER_TOKENS)
         if key not in journal:
-            slower = max(1.0, (time.monotonic() - began) / spent) if spent else 1.0
-            if time.monotonic() - began + slower * cost > budget_seconds:
+            elapsed = time.monotonic() - began
+            late = elapsed + cost * (max(1.0, elapsed / spent) if spent else 1.0) > budget_seconds
+            if late or (length > shortest and base[task] == [False] * n_texts):
                 left_out[task, length] += 1
                 continue
             try:
@@ -369,14 +371,14 @@ def measure_tasks(
             journal.add(key, answer=answer, expected=text.expected, recall=recall, guess=text.guess)
         row = journal[key]
         rows.append({"task": task, "length": length, "number": number, **row, "right": row["recall"] == 1})
-    missing = tuple(f"{task} at {n:,} tokens: {k} of {n_texts} texts" for (task, n), k in left_out.items())
-    order = {"task": {name: at for at, name in enumerate(chosen)}}
-    table = pd.DataFrame(rows)
-    if len(table):
-        table = table.sort_values(
-            ["task", "length", "number"], key=lambda c: c.map(order.get(c.name, lambda x: x))
-        )
-    return TaskRun(table.reset_index(drop=True), missing)
+        base[task] += [row["recall"] == 1] if length == shortest else []
+    rows.sort(key=lambda row: (chosen.index(row["task"]), row["length"], row["number"]))
+    missing = tuple(
+        f"{task} at {n:,} tokens: {k} of {n_texts} texts"
+        + ("" if any(base[task]) or n == shortest else f"; none is right at {shortest:,}")
+        for (task, n), k in left_out.items()
+    )
+    return TaskRun(pd.DataFrame(rows), missing)
 
 
 def planned_seconds(model: Model, lengths: Sequence[int], n_tasks: int, n_texts: int) -> float:
@@ -386,6 +388,9 @@ def planned_seconds(model: Model, lengths: Sequence[int], n_tasks: int, n_texts:
 
 
 def greedy(model: Model, text: Text) -> str:
-    """The first line of the greedy answer, which has at most the text's limit of tokens."""
-    answer = TextStream(model, text.tokens, text.max_tokens).completion.text
-    return answer.strip().partition("\n")[0]
+    """The greedy answer within the text's limit of tokens; its first line where a single word is expected.
+
+    Several words may come as a list.
+    """
+    answer = TextStream(model, text.tokens, text.max_tokens).completion.text.strip(": \n")
+    return answer if len(text.expected) > 1 else answer.partition("\n")[0]

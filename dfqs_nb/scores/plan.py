@@ -15,6 +15,7 @@ from dfqs_nb.scores.item_sets import ItemSet
 from dfqs_nb.scores.run import Options, score_set
 
 DIVISORS = (1, 2, 4, 8, 16, 32, 64)  # a part asks 1 of so many questions of each family, at least one
+LEAST_ITEMS = 12  # of a set, while others are asked beside it
 SPEED_CUTS: tuple[dict[str, int], ...] = (
     {"repetitions": 3},
     {"n_tokens": 32},
@@ -91,7 +92,7 @@ class QuestionPlan:
 def plan_questions(
     model: Model, item_sets: Sequence[ItemSet], options: Options, seconds: float
 ) -> QuestionPlan:
-    """Time a few tokens, and cut the sets to what these seconds hold: evenly first, then the last sets.
+    """Time a few tokens, and cut the sets to what these seconds hold (see `_candidates`).
 
     The least that is asked is one question of the first set.
     """
@@ -106,10 +107,21 @@ def plan_questions(
 
 
 def _candidates(chosen: tuple[ItemSet, ...]) -> list[tuple[ItemSet, ...]]:
-    """Parts of all sets, the largest first; then fewer sets, and fewer families of the first."""
-    even = [tuple(one.part(divisor) for one in chosen) for divisor in DIVISORS]
+    """Parts of all sets, the largest first; then fewer sets; then less of the first, to a single question.
+
+    The last set goes before any shrinks below ``LEAST_ITEMS``: a dozen answers to a single set say more than
+    four to each of three. A set that is as small from the start stays whole.
+    """
+    first, even = chosen[0], []
+    for divisor in DIVISORS:
+        parts = [one if len(one.items) <= LEAST_ITEMS else one.part(divisor) for one in chosen]
+        if divisor == 1 or all(len(part.items) >= LEAST_ITEMS or part in chosen for part in parts):
+            even.append(tuple(parts))
     fewer = [even[-1][:n] for n in range(len(chosen) - 1, 0, -1)]
-    return even + fewer + [(chosen[0].part(DIVISORS[-1], n),) for n in (5, 2, 1)]
+    less = [first.part(divisor) for divisor in DIVISORS]
+    less = [part for part in less if len(part.items) < len(even[-1][0].items)]
+    less += [first.part(DIVISORS[-1], n) for n in range(len(first.families()) - 1, 0, -1)]
+    return [*even, *fewer, *((part,) for part in less)]
 
 
 def _seconds(item_sets: Sequence[ItemSet], pace: Pace, options: Options) -> float:

@@ -1,8 +1,8 @@
 """The command ``dfqs-nb``: the workbook as a whole, and the one place where every error ends.
 
 `file_commands` handles files, `size_commands` says what fits, `model_commands` measures a model,
-`report_commands` reports on runs. Other packages are imported inside the functions, so that a fast command
-starts fast.
+`model_long_commands` its long contexts and answers, `report_commands` reports on runs. Other packages are
+imported inside the functions, so that a fast command starts fast.
 """
 
 from __future__ import annotations
@@ -47,6 +47,18 @@ def say(text: object = "") -> None:
 def _as_typed(text: object) -> str:
     """Text for a terminal, in which commands of this program run as pasted, wherever it is installed."""
     return re.sub(r"(?<![\w./-])dfqs-nb(?= [a-z])", lambda _: _program(), plain(text))
+
+
+def numbers(text: str, option: str, kind: Any = int) -> list[Any]:
+    """Numbers with commas between them, of an option; ``kind`` is int or float.
+
+    >>> numbers("1,2", "--threads")
+    [1, 2]
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise DfqsError(f"{option} {text!r} is no list of numbers", hint=f"write {option} 1,2,4") from None
 
 
 @lru_cache(maxsize=1)
@@ -201,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     from dfqs_nb.workbook import (  # noqa: F401  they register
         file_commands,
         model_commands,
+        model_long_commands,
         report_commands,
         size_commands,
     )

@@ -14,7 +14,7 @@ import typer
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import run_dir, tilde
-from dfqs_nb.workbook.cli import MEASURE, app, say
+from dfqs_nb.workbook.cli import MEASURE, app, numbers, say
 
 KeyVariable = Annotated[
     str, typer.Option(metavar="NAME", help="The environment variable that holds the server's key.")
@@ -207,62 +207,6 @@ def _long_context(
 
 
 @app.command(rich_help_panel=MEASURE)
-def tasks(
-    model: Annotated[str, typer.Argument(help="A GGUF file, or any of its shards.")],
-    task: Annotated[
-        list[str] | None, typer.Option("--task", metavar="NAME", help="Only these tasks. Default: all.")
-    ] = None,
-    lengths: Annotated[str, typer.Option(help="Tokens, with commas.")] = "512,1024,2048,4096",
-    texts: Annotated[int, typer.Option(min=1, help="Texts of a task at a length.")] = 12,
-    budget_minutes: Annotated[
-        float, typer.Option(min=0, help="What does not fit is left out, and named.")
-    ] = 30.0,
-    run: Annotated[str, typer.Option(help="The folder under outputs/. Default: from the model.")] = "",
-    threads: Annotated[int, typer.Option(help="0: as suits the model.")] = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Ask again what an earlier run asked.")] = False,
-) -> None:
-    """Ask long-context tasks in the manner of RULER and NoLiMa, at growing lengths.
-
-    Goes on after a kill. Example: `dfqs-nb tasks model.gguf --lengths 1024,4096 --task "several keys"`
-    """
-    from dfqs_nb import llama
-    from dfqs_nb.context.tasks import NAME, Tasks, measure_tasks, planned_seconds
-    from dfqs_nb.core.budget import duration
-    from dfqs_nb.core.files import sha256_of, write_table
-    from dfqs_nb.core.prompts import load_prompts
-    from dfqs_nb.workbook.run import default_run_name
-
-    sizes = sorted(_numbers(lengths, "--lengths"))
-    if sizes[0] < 1:
-        raise DfqsError(f"--lengths has {sizes[0]}", hint="give lengths of 1 or more")
-    folder = run_dir(run or default_run_name(model)) / "long_context"
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = llama.OpenSettings.of(model, n_ctx=sizes[-1], n_threads=threads)
-    with llama.open_model(model, settings) as opened:
-        n_tasks = len(task or load_prompts(NAME, Tasks).tasks)
-        planned = duration(planned_seconds(opened, sizes, n_tasks, texts))
-        asked = f"{n_tasks} tasks, {texts} texts each at {lengths} tokens"
-        say(f"{asked}: about {planned}, at most {budget_minutes:g} min")
-        result = measure_tasks(
-            opened,
-            folder,
-            sizes,
-            tasks=task or [],
-            n_texts=texts,
-            budget_seconds=60 * budget_minutes,
-            model_id=sha256_of(opened.path),
-            fresh=fresh,
-        )
-    if not len(result.items):
-        hint = "raise --budget-minutes, or take longer --lengths"
-        raise DfqsError(f"nothing was asked: {'; '.join(result.left_out)}", where=model, hint=hint)
-    say(result.table().to_string(index=False, float_format="{:.2f}".format))
-    say(result.effective().to_string(index=False, float_format="{:.2f}".format))
-    say("\n".join(f"left out: {what}" for what in result.left_out))
-    say(f"wrote {tilde(write_table(folder / 'tasks.csv', result.items, index=False))}")
-
-
-@app.command(rich_help_panel=MEASURE)
 def bench(
     model: Annotated[str, typer.Argument(help="A GGUF file, or any of its shards.")],
     threads: Annotated[str, typer.Option(help="Values with commas. Default: 1, 2, 4 ... to all cores.")] = "",
@@ -295,14 +239,14 @@ def bench(
     cores = usable_cores()
     doubling = ",".join(str(n) for n in sorted({*(2**k for k in range(cores.bit_length())), cores}))
     axes: dict[str, Any] = {
-        "n_threads": _numbers(threads or doubling, "--threads"),
-        "n_batch": _numbers(batch, "--batch"),
-        "n_ubatch": _numbers(ubatch, "--ubatch"),
+        "n_threads": numbers(threads or doubling, "--threads"),
+        "n_batch": numbers(batch, "--batch"),
+        "n_ubatch": numbers(ubatch, "--ubatch"),
         "cache_type": cache_type.split(","),
-        "flash_attn": [bool(value) for value in _numbers(flash_attn, "--flash-attn")],
-        "n_gpu_layers": _numbers(gpu_layers, "--gpu-layers"),
+        "flash_attn": [bool(value) for value in numbers(flash_attn, "--flash-attn")],
+        "n_gpu_layers": numbers(gpu_layers, "--gpu-layers"),
     }
-    cases = benches.grid(OpenSettings(), axes, prompt, gen, _numbers(depth, "--depth"))
+    cases = benches.grid(OpenSettings(), axes, prompt, gen, numbers(depth, "--depth"))
     say(f"{len(cases)} tests: one round, then up to {rounds - 1} more within {budget_minutes:g} minutes")
     with watched_load() as load:
         result = benches.run(model, cases, rounds, budget_minutes)
@@ -328,18 +272,6 @@ def bench(
             ".md": markdown_table(table) + "\n",
         }
         say(f"wrote {tilde(write_text(output, made[output.suffix]))}")
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    """Whole numbers with commas between them.
-
-    >>> _numbers("1,2", "--threads")
-    [1, 2]
-    """
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise DfqsError(f"{option} {text!r} is no list of numbers", hint=f"write {option} 1,2,4") from None
 
 
 @app.command(rich_help_panel=MEASURE)

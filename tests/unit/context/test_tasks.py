@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,10 +75,78 @@ def test_a_chain_leads_from_its_number_to_every_expected_thing(writer, hops):
     assert reached == list(text.expected) and len(reached) == hops + 1
 
 
+# ---- the rules of RULER's own generators, derived anew ----
+
+# scripts/data/synthetic of github.com/NVIDIA/RULER, synthetic.yaml: niah_multikey_1, niah_multivalue and vt. Ours
+# has a second chain, which RULER's vt leaves out.
+RULER = {
+    "several keys": {"keys": 4, "values": 1, "asked": 1},
+    "several values": {"keys": 1, "values": 4, "asked": 1},
+    "variables, 4 hops": {"chains": 1, "hops": 4},
+}
+
+
+def ruler_depths(draw: random.Random, task: str, n_sentences: int) -> list[float]:
+    """Where RULER puts a text's facts, from 0 to 1.
+
+    Needles: depths drawn without repetition from 40 even ones. Chains: places drawn without repetition.
+    """
+    if "chains" in RULER[task]:
+        places = draw.sample(range(n_sentences), RULER[task]["hops"] + 1)
+    else:
+        n = RULER[task]["keys"] * RULER[task]["values"]
+        places = [
+            int(n_sentences * percent / 100) for percent in draw.sample([100 * k / 39 for k in range(40)], n)
+        ]
+    return [place / n_sentences for place in places]
+
+
+@pytest.mark.parametrize("name", RULER)
+def test_needles_distractors_depths_and_tokens_are_those_of_rulers_rules(writer, name):
+    from scipy.stats import ks_2samp
+
+    rules, draw, ours, theirs = RULER[name], random.Random(0), [], []
+    for number in range(150):
+        text, haystack = body(writer, name, number=number)
+        sentences = haystack.strip().rstrip(".").split(". ")
+        at = [
+            k
+            for k, sentence in enumerate(sentences)
+            if re.search(r"code of the|the (same )?number", sentence)
+        ]
+        if "hops" in rules:
+            chain = [
+                sentence
+                for sentence in sentences
+                if sentence.startswith(tuple(f"The {k} has" for k in text.expected))
+            ]
+            assert len(text.expected) == len(chain) == rules["hops"] + 1
+            assert len(at) == 2 * len(chain), "a chain, and one like it as the distractor"
+            at = [sentences.index(sentence) for sentence in chain]
+            assert at == sorted(at), "in the order of the chain"
+        else:
+            facts = [re.search(r"code of the (.+) is (\d+)$", sentences[k]) for k in at]
+            asked = [fact for fact in facts if fact[2] in text.expected]
+            assert len(facts) == rules["keys"] * rules["values"], "needles and distractors"
+            assert (
+                len({fact[1] for fact in facts}) == rules["keys"]
+                and len({fact[1] for fact in asked}) == rules["asked"]
+            )
+            assert len(asked) == len(text.expected) == rules["asked"] * rules["values"]
+        ours += [k / len(sentences) for k in at]
+        theirs += ruler_depths(draw, name, len(sentences))
+        longest = max(len(sentence.split()) for sentence in sentences)
+        assert 0 <= 400 - text.max_tokens - len(text.tokens) <= 2 * longest, "as much filler as fits"
+    assert ks_2samp(ours, theirs).pvalue > 0.01
+
+
 def test_common_and_frequent_words_are_the_most_frequent(writer):
     for name, split in (("common words", ", "), ("frequent words", " ")):
-        for length in (300, 1500):
-            text, haystack = body(writer, name, length)
+        for length, number in [(300, 0), (1500, 0), *((200, number) for number in range(30))]:
+            try:
+                text, haystack = body(writer, name, length, number)
+            except PromptError:
+                continue  # common words need more
             counts = Counter(haystack.strip().split(split)).most_common()
             assert {word for word, _ in counts[:3]} == set(text.expected)
             assert counts[2][1] > counts[3][1], "without a tie"
@@ -118,6 +188,34 @@ def test_effective_length_ends_at_the_first_fall_and_chance_is_none():
     table = TaskRun(pd.DataFrame(rows)).effective().set_index("task")
     assert table["effective"].to_dict() == {"dips": 256, "holds": 1024, "chance": 0}
     assert table["censored"].to_dict() == {"dips": False, "holds": True, "chance": False}
+
+
+def test_a_run_without_answers_has_empty_tables():
+    import pandas as pd
+
+    for run in (TaskRun(pd.DataFrame()), TaskRun(pd.DataFrame({"task": [], "length": []}))):
+        assert not len(run.table()) and {"accuracy", "low", "high"} <= set(run.table())
+        assert not len(run.effective()) and "effective" in run.effective()
+
+
+def test_a_list_counts_where_several_words_are_expected(monkeypatch):
+    said = SimpleNamespace(completion=SimpleNamespace(text=":\n\n1. 12\n2. 34"))
+    monkeypatch.setattr(tasks, "TextStream", lambda *_: said)
+    assert (
+        Text("t", 9, 0, (1,), ("12", "34")).recall(tasks.greedy(None, Text("t", 9, 0, (1,), ("12", "34"))))
+        == 1
+    )
+    assert tasks.greedy(None, Text("t", 9, 0, (1,), ("34",))) == "1. 12", "a single word is named first"
+
+
+def test_a_task_that_fails_at_the_shortest_length_is_not_asked_again(tmp_path, monkeypatch):
+    path = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
+    chosen = ["single needle", "several keys"]
+    monkeypatch.setattr(tasks, "greedy", lambda _, text: text.expected[0] if text.task == chosen[0] else "")
+    with open_model(path, OpenSettings(n_ctx=1024, n_threads=1)) as model:
+        run = tasks.measure_tasks(model, tmp_path, [256, 512], tasks=chosen, n_texts=2)
+    assert run.table()["length"].tolist() == [256, 512, 256]
+    assert run.left_out == ("several keys at 512 tokens: 2 of 2 texts; none is right at 256",)
 
 
 def test_a_model_is_asked_and_a_second_run_asks_nothing(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
@@ -32,17 +33,27 @@ def test_a_part_asks_as_much_of_every_family_and_larger_parts_hold_it():
     assert ids[64] <= ids[8] <= ids[2] < ids[1]
 
 
+def test_the_last_questions_go_by_single_families_and_a_small_set_stays_whole():
+    sizes = [sum(len(part.items) for part in parts) for parts in plan._candidates(tuple(SETS))]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-10:] == [10, 9, 8, 7, 6, 5, 4, 3, 2, 1]
+    own = replace(SETS[0].part(64, 4), set="own")
+    for parts in plan._candidates((SETS[0], own)):
+        assert own in parts or len(parts) == 1
+
+
 def test_without_a_limit_all_is_asked(planned):
     made = planned(math.inf)
     assert made.parts == tuple(SETS) and plan.left_out(SETS, made.parts) == []
 
 
 def test_a_budget_is_kept_and_the_last_sets_go_last(planned):
-    full = planned(math.inf).full_seconds
-    for share in (0.5, 0.1):
+    full, n_sets = planned(math.inf).full_seconds, []
+    for share in (0.5, 0.2, 0.12, 0.06):
         made = planned(full * share)
-        assert made.seconds <= full * share and len(made.parts) == len(SETS)
-        assert "more, if answers turn out shorter" in made.sentence
+        n_sets.append(len(made.parts))
+        assert made.seconds <= full * share and "more, if answers turn out shorter" in made.sentence
+        assert min(len(part.items) for part in made.parts) >= plan.LEAST_ITEMS
+    assert n_sets == [3, 3, 2, 1], "a dozen answers of a set, or none"
     least = planned(0)
     assert [one.name for one in least.parts] == [SETS[0].name]
     assert f"the set {SETS[-1].name}" in plan.left_out(SETS, least.parts)

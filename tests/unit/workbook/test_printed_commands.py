@@ -28,7 +28,14 @@ from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf import broken
 from dfqs_nb.merge import diagnose
 from dfqs_nb.report import build_report, write_report
-from dfqs_nb.workbook import cli, file_commands, model_commands, report_commands, size_commands  # noqa: F401  they register
+from dfqs_nb.workbook import (  # noqa: F401  they register
+    cli,
+    file_commands,
+    model_commands,
+    model_long_commands,
+    report_commands,
+    size_commands,
+)
 from dfqs_nb.workbook.run import find_notebooks, parse_parameters
 
 PAGES = ("README.md", "docs/**/*.md", "data/*/README.md", "tests/benchmarks/*.md")

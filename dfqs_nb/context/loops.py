@@ -1,0 +1,164 @@
+"""Long answers: how many fall into a repeat, where, and for how long.
+
+DeepSeek-V4-Flash is reported to do so in long agent chats: blocks of markup, sentences or single words come
+back until the token limit, with llama.cpp (ggml-org/llama.cpp#26694) and, by a comment there, elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from dfqs_nb.core.display import tqdm
+from dfqs_nb.core.files import sha256_of
+from dfqs_nb.core.journal import Journal
+from dfqs_nb.core.prompts import PromptSet, load_prompts
+from dfqs_nb.llama.generate import Sampling, chat
+from dfqs_nb.llama.model import Model, open_model
+from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.llama.timing import probe
+from dfqs_nb.stats import wilson
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NAME, JOURNAL = "long-generation", "long_generation.jsonl"
+LEAST_TIMES, LEAST_TOKENS = 4, 64  # of a block that follows itself, and of all its copies together
+
+
+class Requests(PromptSet):
+    """The frozen requests for long answers."""
+
+    prompts: tuple[str, ...]
+
+
+class Loop(NamedTuple):
+    """A block of ``period`` tokens that follows itself, from ``start`` on, for ``length`` tokens in all."""
+
+    start: int
+    period: int
+    length: int
+
+
+def first_loop(tokens: Sequence[int]) -> Loop | None:
+    """The earliest run in which a block comes at least 4 times in a row and fills at least 64 tokens.
+
+    Copies are equal token by token, so an answer that counts on in each round is no loop.
+
+    >>> first_loop([7, 8, 9] + [1, 2] * 40 + [5])
+    Loop(start=3, period=2, length=80)
+    """
+    ids = np.asarray(tokens)
+    loops = []
+    for period in range(1, len(ids) // LEAST_TIMES + 1):
+        same = np.concatenate([[False], ids[period:] == ids[:-period], [False]])
+        edges = np.flatnonzero(np.diff(same.astype(np.int8)))
+        starts, lengths = edges[::2], edges[1::2] - edges[::2] + period
+        long = np.flatnonzero(lengths >= max(LEAST_TIMES * period, LEAST_TOKENS))
+        loops += [Loop(int(starts[k]), period, int(lengths[k])) for k in long[:1]]
+    return min(loops, default=None)
+
+
+@dataclass(frozen=True)
+class LoopRun:
+    """Long answers.
+
+    ``items`` has a row an answer: ``cache``, ``temperature``, ``number``, ``n_tokens``, ``ended`` (before the
+    token limit), and its first loop's ``start``, ``period`` and ``length``, NaN without a loop.
+    """
+
+    items: pd.DataFrame = field(repr=False)
+    left_out: tuple[str, ...] = ()
+
+    def table(self) -> pd.DataFrame:
+        """By cache type and temperature: the share of long answers that fall into a repeat.
+
+        ``asked``; ``long``: answers that reach the token limit; ``looped``: those of them with a loop;
+        ``rate`` (NaN without a long answer) with Wilson's ``low`` and ``high``; the first loops' median
+        ``start``, ``period`` and ``length`` in tokens.
+        """
+        items = self.items.assign(long=~self.items["ended"].astype(bool))
+        items["looped"] = items["long"] & items["start"].notna()
+        groups = ["cache", "temperature"]
+        table = items.groupby(groups, sort=False)[["long", "looped"]].sum().astype(int)
+        table.insert(0, "asked", items.groupby(groups).size())
+        low, high = wilson(table["looped"], table["long"])
+        table = table.assign(rate=table["looped"] / table["long"], low=low, high=high)
+        loops = items[items["looped"]].groupby(groups)[list(Loop._fields)].median()
+        return table.join(loops).reset_index()
+
+
+def measure_loops(
+    path: str | Path,
+    folder: str | Path,
+    settings: OpenSettings,
+    *,
+    temperatures: Sequence[float] = (0.0, 1.0),
+    cache_types: Sequence[str] = ("f16", "q8_0"),
+    n_answers: int = 12,
+    n_tokens: int = 512,
+    budget_seconds: float = float("inf"),
+    fresh: bool = False,
+) -> LoopRun:
+    """Ask for long answers under every cache type and temperature; goes on after a kill.
+
+    Flash attention is on throughout, because a quantized cache needs it. An answer's number is its request
+    and its seed, so conditions differ in nothing else.
+
+    Args:
+        folder: receives ``long_generation.jsonl``.
+        n_answers: at most one a request of the set.
+        budget_seconds: shared by the cache types; no answer is begun that is not expected to end in it.
+
+    Raises:
+        ModelError: llama.cpp does not take a cache type. DecodeError: llama.cpp fails.
+    """
+    import pandas as pd
+
+    requests, began = load_prompts(NAME, Requests), time.monotonic()
+    turns = [(n, t) for n in range(min(n_answers, len(requests.prompts))) for t in temperatures]
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    for at, cache in enumerate(cache_types):
+        deadline = began + budget_seconds * (at + 1) / len(cache_types)
+        with open_model(path, replace(settings, type_k=cache, type_v=cache, flash_attn=True)) as model:
+            made = {**model.conditions(), **requests.identity(), "n_tokens": n_tokens}
+            made |= {"model": sha256_of(model.path), "sampling": asdict(Sampling())}
+            journal = Journal(Path(folder) / JOURNAL, made, fresh=fresh and at == 0)
+            answered = _answers(
+                model, journal, requests.prompts, tqdm(turns, leave=False), n_tokens, deadline
+            )
+            part = [{"cache": cache, **row} for row in answered]
+        rows += part
+        if len(part) < len(turns):
+            left_out.append(f"{len(turns) - len(part)} of {len(turns)} answers with a {cache} cache")
+    return LoopRun(pd.DataFrame(rows), tuple(left_out))
+
+
+def _answers(
+    model: Model,
+    journal: Journal,
+    prompts: Sequence[str],
+    turns: Iterable[tuple[int, float]],
+    n_tokens: int,
+    deadline: float,
+) -> Iterator[dict[str, Any]]:
+    """Rows of answers from the journal, or asked now as long as the next is expected to end in time."""
+    slowest = probe(model).seconds(0, n_tokens)
+    for number, temperature in turns:
+        key, started = f"{temperature}/{number}", time.monotonic()
+        if key not in journal:
+            if started + slowest > deadline:
+                continue
+            answer = chat(model, prompts[number], n_tokens, Sampling(temperature, seed=number))
+            slowest = max(slowest, time.monotonic() - started)
+            journal.add(key, tokens=answer.token_ids, ended=answer.finish_reason != "length")
+        tokens, ended = journal[key]["tokens"], journal[key]["ended"]
+        row = {"temperature": temperature, "number": number, "n_tokens": len(tokens), "ended": ended}
+        loop = first_loop(tokens)
+        yield row | (loop._asdict() if loop else dict.fromkeys(Loop._fields, float("nan")))
