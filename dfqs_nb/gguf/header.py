@@ -395,10 +395,10 @@ def _read_field(cursor: _Cursor, name: str, start: int) -> Field:
         what = f"metadata field {name!r} claims {n:,} values, more than the file has left"
         raise cursor.fail(what, CUT_OFF)
     value_start = cursor.position
-    cursor.need(value_start + n * least)
     if form:
+        cursor.need(value_start + n * least)
         cursor.position += n * least
-    else:
+    else:  # counts its texts before it reads them
         cursor.skip_strings(n, f"metadata field {name!r}")
     return Field(name, type_name, count, (start, cursor.position), value_start)
 
