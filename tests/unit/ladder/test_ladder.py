@@ -188,6 +188,15 @@ def test_the_hierarchy_takes_the_rungs_that_there_are(climbed, compared):
     assert tested["fidelity"].isin(["better", "worse", SAME]).all()
 
 
+def test_a_tail_that_goes_the_other_way_stands_beside_the_verdict_on_fidelity(climbed, compared):
+    """Q4_K_M's tail is larger than Q8_0's: were its mean better, the reader would still see the tail."""
+    better = compared.assign(verdict=np.where(compared["kind"] == "fidelity", "better", SAME))
+    fidelity = tables.hierarchy(climbed, better).iloc[0]["fidelity"]
+    assert fidelity.startswith("better on average, worse in the 99 % tail (") and fidelity.endswith(" nats)")
+    worse = compared.assign(verdict=np.where(compared["kind"] == "fidelity", "worse", SAME))
+    assert tables.hierarchy(climbed, worse).iloc[0]["fidelity"] == "worse"
+
+
 def test_perplexity_is_part_of_no_verdict(climbed, compared):
     """A model can be surprised less by a text and yet be less like the original and able to do less."""
     kinds = dict(zip(compared["metric"], compared["kind"], strict=True))
