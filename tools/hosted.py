@@ -281,12 +281,12 @@ def scratch(model: str) -> str:
 
 
 def make_merge(run_name: str, model: str) -> None:
-    """Run notebook 01, unless this run has its stage and the model's file is still there.
+    """Run notebook 01, unless this run has its stage, for this model, and the file is still there.
 
     Raises:
         Stop: the model cannot be had, or the notebook fails.
     """
-    if is_merged(Path(os.environ["DFQS_OUTPUTS"], run_name, "merge.json")):
+    if is_merged(Path(os.environ["DFQS_OUTPUTS"], run_name, "merge.json"), model):
         return
     from dfqs_nb.core.errors import DfqsError
     from dfqs_nb.gguf.models import resolve
@@ -302,9 +302,15 @@ def make_merge(run_name: str, model: str) -> None:
     run(arguments, "Notebook 01 could not prepare the model; the reason is above.", quiet=True)
 
 
-def is_merged(stage: Path) -> bool:
-    """Whether notebook 01 left its stage file, and the model that it hands on is where it was."""
+def is_merged(stage: Path, model: str = "") -> bool:
+    """Whether notebook 01 left its stage file for this model, and the file that it hands on is where it was.
+
+    Without a ``model`` any will do. Runs of two models can have the same name, which comes from the file's.
+    """
     try:
-        return Path(json.loads(stage.read_text(encoding="utf-8"))["model"]["path"]).is_file()
+        content = json.loads(stage.read_text(encoding="utf-8"))
+        if model and content["conditions"]["model"] not in (model, str(Path(model).absolute())):
+            return False
+        return Path(content["model"]["path"]).is_file()
     except (OSError, ValueError, LookupError, TypeError):
         return False

@@ -292,6 +292,10 @@ def make_venv(venv, python, exactly):  # type: (str, str, bool) -> None
 
 def install(venv, optional):  # type: (str, list[str]) -> None
     """The environment, everything in the lock, and this package. The stamp file is written last."""
+    for name in optional:
+        if name not in lock_blocks(LOCK):
+            known = ", ".join(sorted(OPTIONAL))
+            raise needs.Stop("requirements.lock has no package %s. What can be added: %s" % (name, known))
     wanted = os.environ.get("PYTHON", "")
     python = needs.find_python(wanted)
     target = Target(os.path.join(venv, "bin", "python"), os.path.join(venv, "install.log"))
@@ -303,7 +307,10 @@ def install(venv, optional):  # type: (str, list[str]) -> None
 
 
 def main(arguments):  # type: (list[str]) -> int
-    verb, paths = arguments[0], [os.path.abspath(path) for path in arguments[1:]]
+    verb, paths = (arguments or [""])[0], [os.path.abspath(path) for path in arguments[1:]]
+    if len(paths) < {"install": 1, "here": 0, "wheelhouse": 2}.get(verb, sys.maxsize):
+        sys.stderr.write(__doc__ or "")
+        return 2
     try:
         if verb == "install":
             install(paths[0], arguments[2:])

@@ -123,15 +123,24 @@ class Placement:
             speeds: bytes a second by device; ``disk`` for what memory does not hold. A kind's name, such as
                 ``GPU``, stands for all of that kind.
         """
-        seconds = 0.0
-        for device in self.devices:
-            paged = min(self.disk_token_bytes, device.token_bytes) if device is self.ram else 0
-            for name, nbytes in ((device.name, device.token_bytes - paged), ("disk", paged)):
-                speed = speeds.get(name, speeds.get(name.split()[0]))
-                if nbytes and not speed:
-                    return None
-                seconds += nbytes / (speed or 1)
+        if self.unknown_speeds(speeds):
+            return None
+        seconds = sum(nbytes / _speed(name, speeds) for name, nbytes in self._token_reads() if nbytes)
         return 1 / seconds if seconds else None
+
+    def unknown_speeds(self, speeds: Mapping[str, float]) -> list[str]:
+        """The devices whose speed `tokens_per_sec` needs and does not have."""
+        return [name for name, nbytes in self._token_reads() if nbytes and not _speed(name, speeds)]
+
+    def _token_reads(self) -> list[tuple[str, float]]:
+        """The bytes that a token reads from each device, and from the disk."""
+        paged = min(self.disk_token_bytes, self.ram.token_bytes)
+        reads = [(device.name, device.token_bytes) for device in self.devices[:-1]]
+        return [*reads, (self.ram.name, self.ram.token_bytes - paged), ("disk", paged)]
+
+
+def _speed(device: str, speeds: Mapping[str, float]) -> float:
+    return speeds.get(device, speeds.get(device.split()[0], 0.0))
 
 
 def size_of(text: str) -> int:

@@ -54,39 +54,36 @@ CACHE_PROMPT = (FILLER + "Rain fell softly on the roof. ") * 16
 
 @dataclass(frozen=True)
 class Subject:
-    """What is checked: an endpoint; where they are here, the same file in this process, and our server.
-
-    ``n_tokens`` is the length of its answers, and ``longest_tried`` the longest context that is filled.
-    """
+    """An endpoint; where they are here, the same file in this process, and our server."""
 
     endpoint: Endpoint
     model: Model | None = None
     server: LocalServer | None = None
-    n_tokens: int = MAX_TOKENS
-    longest_tried: int = LONGEST_TRIED
+    n_tokens: int = MAX_TOKENS  # of an answer
+    longest_tried: int = LONGEST_TRIED  # tokens of context that are filled
 
 
 def _health(subject: Subject) -> Finding:
-    server = subject.server
-    healthy = server is None or server.healthy
-    started = time.perf_counter()
-    subject.endpoint.complete("The", 1)
+    server, started = subject.server, time.perf_counter()
     came_up = f"came up in {server.start_seconds:.1f} s; " if server else ""
-    state = f"{'' if healthy else 'not '}healthy; one token in {time.perf_counter() - started:.2f} s"
-    return PASS if healthy else FAIL, came_up + state
+    subject.endpoint.complete("The", 1)
+    one_token = f"healthy; one token in {time.perf_counter() - started:.2f} s"
+    return (
+        (FAIL, f"{came_up}not {one_token}") if server and not server.healthy else (PASS, came_up + one_token)
+    )
 
 
 def _name(subject: Subject) -> Finding:
-    endpoint, lists = subject.endpoint, f"lists {', '.join(subject.endpoint.facts.models)}"
+    endpoint, lists = subject.endpoint, f"lists {', '.join(subject.endpoint.facts.models)}; "
     wrong = dataclasses.replace(endpoint, model=f"{endpoint.model}-that-is-not-there", retries=0)
     try:
         wrong.complete("The", 1)
     except EndpointError as error:
         if error.temporary:
             raise
-        return PASS, f"{lists}; refuses another name ({type(error).__name__})"
+        return PASS, f"{lists}refuses another name ({type(error).__name__})"
     trap = "answers to any name, so a wrong one goes unnoticed unless the list is read first (connect does)"
-    return NOTE, f"{lists}; {trap}"
+    return NOTE, lists + trap
 
 
 def _context(subject: Subject) -> Finding:
@@ -110,11 +107,16 @@ def _context(subject: Subject) -> Finding:
 
 def _template(subject: Subject) -> Finding:
     endpoint, model = subject.endpoint, subject.model
-    if model is None or not model.header.get("tokenizer.chat_template"):
-        return UNSEEN, "needs the model in this process, with a chat template"
+    if model is None:
+        return UNSEEN, "needs the model in this process"
     ours = chat_text(model, PROMPTS[0])
     n_ours = len(model.with_bos(model.tokenize(ours)))
     n_theirs = dataclasses.replace(endpoint, stream=False).chat(PROMPTS[0], 1).n_prompt
+    if not model.has_template:
+        its_own = (
+            f"the file has none, so a chat gets the server's own: {n_theirs} tokens, in process {n_ours}"
+        )
+        return NOTE, f"{its_own}. Questions are sent as plain text"
     page = endpoint.post("/apply-template", messages=[{"role": "user", "content": PROMPTS[0]}])
     shown = pick(page, "prompt", str) or ""
     before = ours.removesuffix(shown)  # some leave out a BOS, which they add as a token
@@ -125,11 +127,22 @@ def _template(subject: Subject) -> Finding:
 
 
 def _repeated(subject: Subject) -> Finding:
-    chat, n = subject.endpoint.chat, len(PROMPTS)
-    texts = [{chat(prompt, subject.n_tokens).text for _ in range(REPETITIONS)} for prompt in PROMPTS]
-    n_same = sum(len(answers) == 1 for answers in texts)
-    verdict = PASS if n_same == n else FAIL
-    return verdict, f"{n_same} of {n} prompts: the same text {REPETITIONS} times in turn"
+    def texts(prompt: str, between: str = "") -> set[str]:
+        """Texts of the same request again and again, with another one in between."""
+        answers = set()
+        for _ in range(REPETITIONS):
+            if between:
+                subject.endpoint.chat(between, 1)
+            answers.add(subject.endpoint.chat(prompt, subject.n_tokens).text)
+        return answers
+
+    n, moved = len(PROMPTS), [prompt for prompt in PROMPTS if len(texts(prompt)) > 1]
+    finding = f"{n - len(moved)} of {n} prompts: the same text {REPETITIONS} times in turn"
+    if not moved:
+        return PASS, finding
+    n_same = sum(len(texts(prompt, FILLER)) == 1 for prompt in moved)
+    kept = "; so what it keeps of the last prompt decides" if n_same == len(moved) else ""
+    return FAIL, f"{finding}; with another prompt in between {n_same} of the other {len(moved)}{kept}"
 
 
 def _concurrent(subject: Subject) -> Finding:
@@ -186,22 +199,18 @@ def check_all(
     n_tokens: int = MAX_TOKENS,
     longest_tried: int = LONGEST_TRIED,
 ) -> pd.DataFrame:
-    """All checks of each server: columns ``check``, ``server``, ``verdict`` and ``finding``.
-
-    ``model`` is the same file, open in this process; ``running`` are the servers that are ours; ``n_tokens``
-    and ``longest_tried`` are those of a `Subject`.
-    """
+    """All checks of each server: ``check``, ``server``, ``verdict`` and ``finding``; see `Subject`."""
     import pandas as pd
 
     running = running or {}
-    threads = [server.settings.n_threads or 1 for server in running.values()]
+    n_threads = max((server.settings.n_threads or 1 for server in running.values()), default=1)
 
     def rows(name: str) -> list[dict[str, str]]:
         subject = Subject(connected[name], model, running.get(name), n_tokens, longest_tried)
         return [check(chosen, subject) | {"server": name} for chosen in CHECKS]
 
-    made = side_by_side(rows, connected, usable_cores() // max(threads, default=1))
-    return pd.DataFrame([row for table in made for row in table])[["check", "server", "verdict", "finding"]]
+    made = sum(side_by_side(rows, connected, usable_cores() // n_threads), [])
+    return pd.DataFrame(made)[["check", "server", "verdict", "finding"]]
 
 
 def shut_down(running: Mapping[str, LocalServer]) -> pd.DataFrame:
@@ -226,15 +235,18 @@ def side_by_side(work: Callable[[Work], Made], items: Iterable[Work], n_at_once:
         return list(pool.map(work, items))
 
 
+def _alone_and_beside(
+    ask: Callable[[str], Made], prompts: Sequence[str], n_at_once: int
+) -> list[tuple[Made, Made]]:
+    """What each prompt gives alone, and each time beside others."""
+    alone, beside = [ask(prompt) for prompt in prompts], side_by_side(ask, [*prompts] * n_at_once, n_at_once)
+    return list(zip(alone * n_at_once, beside, strict=True))
+
+
 def _differing(endpoint: Endpoint, n_concurrent: int, n_tokens: int = MAX_TOKENS) -> tuple[int, int]:
     """How many greedy texts differ between asking alone and beside others, and how many were asked for."""
-
-    def ask(prompt: str) -> str:
-        return endpoint.chat(prompt, n_tokens).text
-
-    alone = [ask(prompt) for prompt in PROMPTS] * n_concurrent
-    beside = side_by_side(ask, PROMPTS * n_concurrent, n_concurrent)
-    return sum(text != other for text, other in zip(alone, beside, strict=True)), len(alone)
+    pairs = _alone_and_beside(lambda prompt: endpoint.chat(prompt, n_tokens).text, PROMPTS, n_concurrent)
+    return sum(text != other for text, other in pairs), len(pairs)
 
 
 Scored = Sequence[tuple[int, float]]  # the tokens of a greedy answer, and their log-probabilities
@@ -257,10 +269,8 @@ def max_drift(
     """
     if endpoint.facts.name != "llama.cpp":
         return None
-    ask = partial(_scored, endpoint, n_tokens=n_tokens)
-    alone = [ask(prompt) for prompt in prompts] * n_concurrent
-    beside = side_by_side(ask, [*prompts] * n_concurrent, n_concurrent) if all(alone) else [[]]
-    return max(map(_drift, alone, beside)) if all(beside) else None
+    pairs = _alone_and_beside(partial(_scored, endpoint, n_tokens=n_tokens), prompts, n_concurrent)
+    return max(_drift(*pair) for pair in pairs) if all(all(pair) for pair in pairs) else None
 
 
 def _drift(alone: Scored, beside: Scored) -> float:
@@ -340,34 +350,42 @@ def speed_of_all(
     clients: Sequence[int] = CLIENTS,
     n_tokens: int = 48,
     repetitions: int = 2,
+    stopped: dict[str, str] | None = None,
 ) -> pd.DataFrame:
     """Speed of each server in turn under several clients at once, each sending one request after another.
 
-    One row a server and number of clients, after a warm-up: ``server``, ``clients``, ``requests``, ``tokens``
-    (of all answers), ``seconds``, ``tokens_per_sec`` (of all clients together), ``first_median`` and
-    ``first_max`` (seconds to the first piece).
+    One row a server and number of clients, after a warm-up; ``tokens`` and ``tokens_per_sec`` are of all
+    clients together, ``first_median`` and ``first_max`` the seconds to the first piece. ``stopped`` gets the
+    servers that failed for good, with the reason; by default the failure is raised.
     """
     import pandas as pd
 
-    no_end: dict[str, Any] = {"ignore_eos": True}  # so that no answer ends early
-    full = {"llama.cpp": no_end, "vLLM": no_end, "llama-cpp-python": {"min_tokens": n_tokens}}
-    rows = []
+    def speed(endpoint: Endpoint, n: int) -> tuple[int, int, float, float, float, float]:
+        started = time.perf_counter()
+        replies = side_by_side(lambda number: _timed(endpoint, number, n_tokens), range(n * repetitions), n)
+        seconds, tokens = time.perf_counter() - started, sum(reply.n_tokens for reply in replies)
+        first = pd.Series([reply.first_seconds for reply in replies])
+        return len(replies), tokens, seconds, tokens / seconds, first.median(), first.max()
+
+    rows: list[tuple[Any, ...]] = []
     for name, endpoint in connected.items():
-        streaming, options = dataclasses.replace(endpoint, stream=True), full.get(endpoint.facts.name, {})
-
-        def ask(number: int, server: Endpoint = streaming, options: dict[str, Any] = options) -> Reply:
-            return server.complete(f"{TIMED_PROMPT}The key {number}", n_tokens, **options)
-
-        ask(0)
-        for n in clients:
-            started = time.perf_counter()
-            replies = side_by_side(ask, range(n * repetitions), n)
-            seconds, tokens = time.perf_counter() - started, sum(reply.n_tokens for reply in replies)
-            first = pd.Series([reply.first_seconds for reply in replies])
-            speed = (len(replies), tokens, seconds, tokens / seconds, first.median(), first.max())
-            rows.append((name, n, *speed))
+        try:
+            _timed(endpoint, 0, n_tokens)
+            rows += [(name, n, *speed(endpoint, n)) for n in clients]
+        except EndpointError as error:
+            if stopped is None:
+                raise
+            stopped[name] = error.what
     columns = "server clients requests tokens seconds tokens_per_sec first_median first_max"
     return pd.DataFrame(rows, columns=columns.split())
+
+
+def _timed(endpoint: Endpoint, number: int, n_tokens: int) -> Reply:
+    """An answer of its full length, in pieces."""
+    no_end: dict[str, Any] = {"ignore_eos": True}
+    full = {"llama.cpp": no_end, "vLLM": no_end, "llama-cpp-python": {"min_tokens": n_tokens}}
+    streaming, options = dataclasses.replace(endpoint, stream=True), full.get(endpoint.facts.name, {})
+    return streaming.complete(f"{TIMED_PROMPT}The key {number}", n_tokens, **options)
 
 
 # ---- mistakes ----

@@ -87,19 +87,15 @@ def pick(page: Any, path: str, kind: type[Kind]) -> Kind | None:
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What a server reports of itself; None or empty where it reports nothing.
+    """What a server reports of itself; None or empty where it reports nothing."""
 
-    ``name`` is llama.cpp, llama-cpp-python, Ollama, vLLM or unknown; ``n_ctx`` is the context of one request;
-    ``n_slots`` how many it works on at once; ``weights`` the bytes, number and type of the model's weights.
-    """
-
-    name: str = "unknown"
+    name: str = "unknown"  # or llama.cpp, llama-cpp-python, Ollama, vLLM
     version: str = ""
-    n_ctx: int | None = None
-    n_slots: int | None = None
+    n_ctx: int | None = None  # of one request
+    n_slots: int | None = None  # requests that it works on at once
     chat_template: str = field(default="", repr=False)
     models: tuple[str, ...] = ()
-    weights: str = ""
+    weights: str = ""  # their bytes, number and type
 
 
 def _facts(wire: Wire, listed: Mapping[str, Any]) -> ServerFacts:
@@ -121,14 +117,10 @@ def _facts(wire: Wire, listed: Mapping[str, Any]) -> ServerFacts:
 
 @dataclass(frozen=True)
 class Reply(Completion):
-    """A completion with ``usage_tokens`` of the answer, counted by the server, else by its pieces.
+    """A completion over a server."""
 
-    ``first_seconds``: to the first piece, of text or of a reasoning that the server keeps apart; NaN where
-    the answer came whole.
-    """
-
-    usage_tokens: int = 0
-    first_seconds: float = NAN
+    usage_tokens: int = 0  # of the answer, counted by the server, else by its pieces
+    first_seconds: float = NAN  # to the first piece, also of a reasoning kept apart; NaN where it came whole
 
     @property
     def n_tokens(self) -> int:
@@ -174,7 +166,7 @@ class Endpoint:
         }
 
     def chat(self, prompt: str, max_tokens: int = 256, **options: Any) -> Reply:
-        """The answer to a chat in the server's template; options and errors as `ask`."""
+        """The answer to a chat in the server's template; see `ask`."""
         return self.ask({"messages": [{"role": "user", "content": prompt}]}, max_tokens, **options)
 
     def complete(self, text: str, max_tokens: int = 256, **options: Any) -> Reply:
@@ -196,10 +188,7 @@ class Endpoint:
         """One answer to ``messages`` or a ``prompt``, tried again after 429, 5xx or a lost or broken answer.
 
         After a broken stream the answer is asked for whole: some servers say what is wrong only then.
-        ``options`` are further fields of the request; they replace those of the endpoint.
-
-        Raises:
-            EndpointError: it failed every time, or asking again would not help; its class says why.
+        ``options`` are further fields of the request. An `EndpointError` says by its class what failed.
         """
         request = {
             "model": self.model,
@@ -276,17 +265,16 @@ def connect(
         base_url: with or without the ``/v1`` at its end; a query (``?api_key=``) is sent and never shown.
         model: one that the server lists; may be left out where it lists just one.
         key, key_variable: the key, or the environment variable that holds it; never shown or written.
-        timeout_seconds: the longest wait for a piece of an answer. A whole answer may take twice that, and
-            as long again for every 60 tokens.
+        timeout_seconds: the longest wait for a piece of an answer; a whole one may take twice that, and as
+            long again for every 60 tokens.
         concurrency: requests at once in ``score_set``; more than 1 can change answers.
-        stream: have answers in pieces as they are made. By default all servers but llama-cpp-python's are
-            asked for that: its streams count no tokens, and end without a word where the context is full.
+        stream: in pieces. By default not for llama-cpp-python's server: its streams count no tokens, and end
+            without a word where the context is full.
         version: of the server, where it is known better than the server reports.
         fields: the server's names of a request's fields; "" leaves one out: ``{"seed": ""}``.
 
     Raises:
-        UnreachableError, KeyRefusedError, UnknownModelError, BusyError: nothing there speaks it, the key is
-            wrong, the server lists other models (the message names them), or it loads its model.
+        EndpointError: its class says whether the address, the key, the model or a busy server is the cause.
     """
     key = key or os.environ.get(key_variable, "")
     if key_variable and not key:
@@ -322,8 +310,7 @@ def connect(
 
 def _listed(wire: Wire, retries: int) -> dict[str, Any]:
     """What the server lists, by name."""
-    limits = wire.timeout_seconds, 16 << 20
-    answer = wire.ask(lambda broke: next(wire.events(f"{wire.url}/models")), retries=retries, limits=limits)
+    answer = wire.ask(lambda broke: next(wire.events(f"{wire.url}/models")), retries=retries)
     if not isinstance(answer, dict) or "data" not in answer:
         what = "something answers there, but it does not list models"
         hint = "check port and path: the address ends in /v1 as a rule"
@@ -342,11 +329,7 @@ def is_url(text: object) -> bool:
 
 
 def check_in_process(target: object, what: str) -> None:
-    """Refuse an endpoint where only a model in this process will do.
-
-    Raises:
-        EndpointError: ``target`` is an endpoint or its address.
-    """
+    """Refuse an endpoint, or its address, where only a model in this process will do: an `EndpointError`."""
     if isinstance(target, Endpoint) or is_url(target):
         where = target.base_url if isinstance(target, Endpoint) else shown_url(str(target))
         hint = "give the GGUF file: it is read inside the runtime, in this process"

@@ -24,6 +24,7 @@ from dfqs_nb.serve import measure
 from dfqs_nb.serve.checks import load_sentence
 from dfqs_nb.serve.client import Endpoint
 from dfqs_nb.serve.servers import LocalServer
+from dfqs_nb.serve.wire import EndpointError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +34,11 @@ NEAR_TIE = 0.1  # of a logit: well above what other batches and kernels move (se
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same items in process and through a server: a row an item, and both runs with their scores."""
+    """The same items in process and through a server, and both runs.
+
+    ``items``: ``id``, ``family``, ``text_...`` and ``correct_...`` of ``process`` and ``server``,
+    ``same_text``; where texts differ also what `explain` gives.
+    """
 
     items: pd.DataFrame = field(repr=False)
     process: SetRun
@@ -56,20 +61,16 @@ def compare_all(
     *,
     model_id: str = "",
     local: Collection[str] = (),
+    stopped: dict[str, str] | None = None,
     **options: Any,
 ) -> dict[tuple[str, str], Comparison]:
-    """Score sets in process and through servers, and explain each difference: by server and set.
-
-    Where the model leaves cores free, this process and every server answer at once.
+    """Score sets in process and through servers, at once where cores are free, and `explain` differences.
 
     Args:
         model_id: the SHA-256 of the model in this process, under which its answers are kept.
-        local: names of the servers that were started with this process's file: ``model_id`` is theirs too.
-            What another server has loaded, only that server knows.
+        local: the servers that were started with this process's file: ``model_id`` is theirs too.
+        stopped: gets the servers that failed for good, with the reason; by default the failure is raised.
         options: ``limit``, ``allow_unsandboxed``, ``fresh``, ``progress`` of ``score_set``.
-
-    ``items`` of each has ``id``, ``family``, and ``text_...`` and ``correct_...`` of ``process`` and
-    ``server``, and ``same_text``; where the texts differ also what `explain` gives.
     """
     chosen, place = Options(**options), Path(folder)
 
@@ -79,7 +80,16 @@ def compare_all(
     def through(name: str) -> list[SetRun]:
         server, known = connected[name], model_id if name in local else ""
         own = place / folder_name(server)
-        return [measure.score_set(server, asked, own, chosen, model_id=known) for asked in item_sets]
+        try:
+            return [
+                measure.score_set(server, asked, own, chosen, model_id=known, model=model)
+                for asked in item_sets
+            ]
+        except EndpointError as error:
+            if stopped is None:
+                raise
+            stopped[name] = error.what
+            return []
 
     at_once = (model.settings.n_threads or 1) < usable_cores()
     with ThreadPoolExecutor(len(connected) if at_once else 1) as pool:
@@ -87,10 +97,12 @@ def compare_all(
         asked = {name: pool.submit(through, name) for name in connected}
         ours = ours or in_process()
         served = {name: future.result() for name, future in asked.items()}
+    if not any(served.values()):
+        raise EndpointError(f"no server answers: {'; '.join((stopped or {}).values())}", hint="read its log")
     return {
         (name, here.name): _compared(model, connected[name], item_set, here, there)
-        for name in connected
-        for item_set, here, there in zip(item_sets, ours, served[name], strict=True)
+        for name, runs in served.items()
+        for item_set, here, there in zip(item_sets, ours, runs, strict=bool(runs))
     }
 
 
@@ -111,7 +123,7 @@ def _compared(
     import pandas as pd
 
     opening = ""  # of a thinking that the template itself writes: llama.cpp's server repeats it
-    if item_set.mode == "chat" and model.header.get("tokenizer.chat_template"):
+    if item_set.mode == "chat" and model.has_template:
         after = chat_text(model, measure.MARK).rpartition(measure.MARK)[2]
         opening = "".join(after.partition("<think>")[1:])
     items = ours.items[["id", "family"]].assign(
@@ -130,13 +142,11 @@ def _compared(
 
 
 def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Any, served: str) -> dict[str, Any]:
-    """Why the server's text is not the one of this process.
+    """Why the server's text is not the one of this process; notebook 09 explains each ``cause``.
 
     ``prompt_process`` and ``prompt_server`` (tokens; 0: not reported), ``token`` (the first of ours that
-    theirs does not have), ``margin`` (of the logits in process, our token before the server's), ``rank`` (of
-    the server's token in process, 1 is ours) and ``cause``: ``near-tie`` (the server took the runner-up
-    within `NEAR_TIE`), ``other prompt``, ``where it ends`` (the same text up to the end of one), ``token
-    boundary`` (the same characters up to a cut token) or ``other numbers``.
+    theirs does not have), and of the logits in process there: ``margin`` (our token before the server's) and
+    ``rank`` (of the server's token; 1 is ours).
     """
     answerer = Answerer.of(model, item_set)
     request = answerer.request(item_set, item)
@@ -155,7 +165,11 @@ def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Any, serv
         return bool(piece) and rest.startswith(piece) if rest else model.ends(token)
 
     theirs = next(filter(continues, np.argsort(-logits, kind="stable").tolist()), None)
-    n_prompt = prompt_size(endpoint, item_set, item)
+    whole = dataclasses.replace(endpoint, stream=False)
+    if request.chat and model.has_template:
+        n_prompt = whole.chat(request.text, 1).n_prompt
+    else:
+        n_prompt = whole.complete(request.rendered(model), 1).n_prompt
     margin = float("nan") if theirs is None else float(logits[token] - logits[theirs])
     rank = 0 if theirs is None else int((logits > logits[theirs]).sum()) + 1
     if n_prompt not in (0, len(prompt)):
@@ -168,14 +182,6 @@ def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Any, serv
         cause = "token boundary" if rank == 1 else "other numbers"
     parting = {"token": at, "margin": margin, "rank": rank, "cause": cause}
     return {"prompt_process": len(prompt), "prompt_server": n_prompt, **parting}
-
-
-def prompt_size(endpoint: Endpoint, item_set: ItemSet, item: Any) -> int:
-    """Tokens of an item's prompt as the server counts them."""
-    whole = dataclasses.replace(endpoint, stream=False)
-    if item_set.mode == "chat":
-        return whole.chat(item.asked(item_set.instruction), 1).n_prompt
-    return whole.complete(item.prompt, 1).n_prompt
 
 
 # ---- tables, and what the notebook hands on ----
@@ -212,6 +218,7 @@ def hand_on(
     running: Mapping[str, LocalServer],
     recipes: Sequence[str],
     shutdown: pd.DataFrame,
+    stopped: Mapping[str, str],
 ) -> list[str]:
     """Write ``serving.json``, and return its summary lines; what each of our servers loaded is in it."""
     table = comparison_table(compared)
@@ -222,6 +229,9 @@ def hand_on(
         same = f"{row.same_text} of {row.items} answers of {row.set}"
         lines.append(f"{row.server}: {same} are those of this process{why}")
     lines.append(load_sentence(drift))
+    lines += [
+        f"{name}: its server stopped, and was not measured to the end: {why}" for name, why in stopped.items()
+    ]
     for name, rows in speeds.groupby("server", sort=False):
         (speed, fast), (n, many) = (rows[key].iloc[[0, -1]] for key in ("tokens_per_sec", "clients"))
         more = f", {fast:,.0f} for {many}" if many != n else ""

@@ -50,7 +50,7 @@ class Listed(BaseModel):
 
 
 def continuation(
-    endpoint: Endpoint, text: str, chat: bool, n_tokens: int, top_k: int
+    endpoint: Endpoint, asked: str, chat: bool, n_tokens: int, top_k: int
 ) -> list[dict[str, Any]]:
     """A server's greedy answer, token by token: ``token`` (bytes in hex), ``logprob``, ``top`` (best first).
 
@@ -58,16 +58,12 @@ def continuation(
         EndpointError: it gives no log-probabilities, or those of another text than its answer.
     """
     wire = endpoint.wire
-    prompt = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
-    asked = {"logprobs": True, "top_logprobs": top_k} if chat else {"logprobs": top_k}
-    body = {
-        "model": endpoint.model,
-        **prompt,
-        **asked,
-        "max_tokens": n_tokens,
-        "temperature": 0,
-        **endpoint.options,
-    }
+    body: dict[str, Any] = {"model": endpoint.model, "max_tokens": n_tokens, "temperature": 0}
+    if chat:
+        body |= {"messages": [{"role": "user", "content": asked}], "logprobs": True, "top_logprobs": top_k}
+    else:
+        body |= {"prompt": asked, "logprobs": top_k}
+    body |= endpoint.options
     url = f"{wire.url}/{'chat/' if chat else ''}completions"
     limits = (wire.timeout_seconds, 4 << 20 | BYTES_PER_GUESS * n_tokens * (top_k + 1))
     page = wire.ask(lambda broke: next(wire.events(url, body)), retries=endpoint.retries, limits=limits)
@@ -79,13 +75,13 @@ def continuation(
     except (ValidationError, LookupError, TypeError, AttributeError, ValueError) as error:
         what = f"its log-probabilities cannot be read ({str(error).splitlines()[0][:100]})"
         raise EndpointError(what, where=wire.url, hint="take another server, or a GGUF file") from None
-    said = (answer.content or answer.text).encode("utf-8", "replace")
-    if not steps and said:
+    text = (answer.content or answer.text).encode("utf-8", "replace")
+    if not steps and text:
         hint = "take a server that gives `logprobs`, such as llama.cpp's own, or a GGUF file"
         raise EndpointError("it gives no log-probabilities", where=wire.url, hint=hint)
     while steps and steps[-1]["token"] == "":
         steps.pop()  # the token that ends an answer has no text
-    if bytes.fromhex("".join(step["token"] for step in steps)).strip() != said.strip():
+    if bytes.fromhex("".join(step["token"] for step in steps)).strip() != text.strip():
         hint = "switch off what changes the text: a reasoning kept apart, a filter, a tool parser"
         raise EndpointError("its log-probabilities belong to another text", where=wire.url, hint=hint)
     return steps

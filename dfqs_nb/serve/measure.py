@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dfqs_nb import context
+from dfqs_nb.llama.model import PLAIN_CHAT, PLAIN_STOP, Model
 from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun
 from dfqs_nb.serve.client import Endpoint, Reply, pick
 from dfqs_nb.serve.wire import BusyError, ContextOverflowError, EndpointError
@@ -78,9 +79,8 @@ def _shown_around(endpoint: Endpoint) -> tuple[str, str] | None:
 class PromptGuard:
     """Notices a server that cuts long prompts and answers from the rest.
 
-    It compares ``usage.prompt_tokens`` with what the text should have. Where that is less than ``share`` of
-    it, ``ask`` gets both halves of the text, for one token each: if they have more tokens than the whole,
-    the whole was cut.
+    Where ``usage.prompt_tokens`` is less than ``share`` of what the text should have, ``ask`` gets both its
+    halves, for one token each: if they have more tokens than the whole, the whole was cut.
     """
 
     def __init__(self, url: str, ask: Callable[[str, int], Reply], share: float = LEAST_SHARE) -> None:
@@ -88,10 +88,9 @@ class PromptGuard:
         self._per_character, self._numbers = 0.0, itertools.count(1)
 
     def check(self, text: str, reply: Reply, expected: int = 0) -> None:
-        """Check one reply to a text of so many tokens; 0: as many as the server's replies so far suggest.
+        """Raise a `ContextOverflowError` if the server read only a part of a text of so many tokens.
 
-        Raises:
-            ContextOverflowError: the server read a part of the text only.
+        0 ``expected``: as many as the server's replies so far suggest.
         """
         if not reply.n_prompt or len(text) < len(SAMPLE):
             return  # this server counts nothing, or the text is too short to be cut
@@ -116,8 +115,8 @@ class PromptGuard:
 class _Remote:
     """An endpoint in the place of a model, for `measure_long_context`: it frames, holds and asks in text.
 
-    A server takes texts and not tokens. So a "token" is a piece of text here: a text of n tokens is the text
-    itself and n - 1 empty pieces. Pieces have the right number, and joined they are the text again.
+    A server takes texts, so a "token" is a piece of text here: a text of n tokens is the text itself and
+    n - 1 empty pieces. Pieces have the right number, and joined they are the text again.
     """
 
     def __init__(self, endpoint: Endpoint, around: tuple[str, str] | None) -> None:
@@ -169,10 +168,8 @@ def measure_long_context(
     Lengths are the server's tokens where it shows its tokenizer, else an estimate (``conditions`` tell
     which). A length that the server has no room for, or whose prompts it cuts, ends the curve as a failure
     of the runtime. ``around``: text before and after a chat's message, where it does not show its template.
-
-    Raises:
-        PromptError: the shortest length cannot hold the needles.
-        EndpointError: the server failed for good; a second call goes on from there.
+    A `PromptError` says that the shortest length cannot hold the needles. After an `EndpointError` a second
+    call goes on from there.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     remote: Any = _Remote(endpoint, around)  # in the place of a model
@@ -211,28 +208,31 @@ def score_set(
     options: Options = DEFAULTS,
     *,
     model_id: str = "",
+    model: Model | None = None,
 ) -> SetRun:
-    """``score_set`` of the scores stage over an endpoint: what is answered stays, whatever fails later.
+    """``score_set`` of the scores stage over an endpoint, in the server's template.
 
-    The template is the server's. ``model_id`` is the model's SHA-256, where it is known.
-
-    Raises:
-        SandboxError: the set is code and there is no sandbox; nothing has been asked yet.
-        ContextOverflowError: an item does not fit into the server's context, or the server cuts it.
-        EndpointError: the server failed at an item for good; a second call goes on from there.
+    ``model_id`` is the model's SHA-256, where it is known; ``model`` the same file in this process: where it
+    has no chat template, the server gets the text that the process gets, and not a template of its own.
+    What is answered stays: after an `EndpointError` a second call goes on from there. A `SandboxError` comes
+    before anything is asked.
     """
     if options.thinking != "template":
         hint = "start it with thinking on or off, and leave --thinking out"
         what = "a server decides about thinking when it starts"
         raise EndpointError(what, where=endpoint.base_url, hint=hint)
     check_context(endpoint, item_set)
-    chat = item_set.mode == "chat"
+    bare = model if model is not None and not model.has_template else None
+    mode = Answerer.of(bare, item_set).mode if bare else item_set.mode
+    chat = mode == "chat" and not bare
     ask = endpoint.chat if chat else endpoint.complete
     guard = PromptGuard(endpoint.base_url, ask, LEAST_SHARE_OF_ITEMS)
 
     def answer(request: Any) -> Reply:
-        reply = ask(request.text, request.max_tokens, sampling=request.sampling, stop=request.stop)
-        guard.check(request.text, reply)
+        text = request.rendered(bare) if bare else request.text
+        stop = (*request.stop, PLAIN_STOP) if bare and request.chat else request.stop
+        reply = ask(text, request.max_tokens, sampling=request.sampling, stop=stop)
+        guard.check(text, reply)
         return reply
 
     template = endpoint.facts.chat_template
@@ -240,6 +240,8 @@ def score_set(
     written = "".join((_shown_around(endpoint) or ()) if dated else ())
     known = hashlib.sha256((template + written).encode()).hexdigest() if template else "the server's"
     conditions = {"chat_template_sha256": known if chat else "none", **endpoint.conditions()}
+    if bare and mode == "chat":
+        conditions["chat_frame"] = PLAIN_CHAT
     identity, n_parallel = model_id or endpoint.identity, endpoint.concurrency
-    answerer = Answerer(answer, item_set.mode, conditions, identity, n_parallel=n_parallel)
+    answerer = Answerer(answer, mode, conditions, identity, n_parallel=n_parallel)
     return answerer.score(item_set, folder, options)

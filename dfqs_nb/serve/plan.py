@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dfqs_nb.core.budget import duration, fit
@@ -15,7 +16,7 @@ from dfqs_nb.serve.checks import LONGEST_TRIED, MAX_TOKENS, OTHERS
 
 N_SERVERS = 2
 CHECK_TOKENS = 4 * 4 * 32 + 2 * (4 + 16) * 32  # of the answers of one server's checks
-LOAD_TOKENS, LOAD_PROMPT = 16 * 32, 16 * 80  # of the answers to the texts under load, and of their prompts
+N_TEXTS, TEXT_TOKENS = 16, 80  # texts under load, and the tokens of each
 CACHE_TOKENS = 8 * 512  # of the prompts that try the cache out
 # What a plan that exceeds its budget gives up, in this order.
 CUTS: tuple[dict[str, int], ...] = (
@@ -23,18 +24,23 @@ CUTS: tuple[dict[str, int], ...] = (
     {"clients": 1},
     {"tokens": 16},
     {"items": 2},
+    {"answered": 64},
     {"others": 1},
+    {"texts": 4},
     {"checked": 8},
     {"filled": 0},
     {"items": 1},
     {"sets": 1},
     {"tokens": 4},
+    {"answered": 16},
 )
 NAMES = {
     "items": "questions of a set asked both ways",
     "clients": "numbers of clients",
     "tokens": "timed tokens of an answer",
     "others": "numbers of other clients",
+    "texts": "texts under load",
+    "answered": "tokens of an answer to a question",
     "sets": "question sets",
     "checked": "tokens of an answer that is checked",
     "filled": "tokens of context tried out",
@@ -43,22 +49,16 @@ NAMES = {
 
 @dataclass(frozen=True)
 class ServePlan:
-    """What will be asked of the servers.
-
-    Attributes:
-        sets, items: the question sets, and how many questions of each; 0: all.
-        clients, tokens: clients at once that are timed, and the tokens of each of their answers.
-        others: numbers of other clients beside which answers are compared with those alone.
-        checked, filled: tokens of an answer in the checks, and of the context that is filled to try it out.
-    """
+    """What will be asked of the servers."""
 
     sets: list[ItemSet]
-    items: int
-    clients: list[int]
-    tokens: int
-    others: list[int]
-    checked: int
-    filled: int
+    items: int  # of each set; 0: all
+    clients: list[int]  # at once, that are timed
+    tokens: int  # of each timed answer
+    others: list[int]  # numbers of other clients beside which answers are compared with those alone
+    texts: int  # that are compared so
+    checked: int  # tokens of an answer in the checks
+    filled: int  # tokens of the context, to try it out
     seconds: float
     left_out: tuple[str, ...]
 
@@ -84,40 +84,36 @@ def plan_checks(
 
     Every check is made, the last ones with shorter answers and without filling the context.
     """
+    started = time.perf_counter()
     with open_model(path, settings) as model:
-        pace, load = probe(model), model.load_seconds
+        load = time.perf_counter() - started  # with its trial in a child: a server starts no faster
+        pace = probe(model)
 
     def cost(plan: dict[str, int]) -> float:
         share = plan["checked"] / MAX_TOKENS
         checks = load + pace.seconds(plan["filled"] + CACHE_TOKENS, CHECK_TOKENS * share)
         n_loads = 3 + plan["others"]  # one slot alone and beside others, and many slots alone
-        drift = 2 * load + n_loads * pace.seconds(LOAD_PROMPT, LOAD_TOKENS * share)
+        drift = 2 * load + n_loads * plan["texts"] * pace.seconds(TEXT_TOKENS, MAX_TOKENS * share)
         answers = sum(
-            pace.seconds(len(item.prompt) / 4 + 16, one.max_tokens)
-            for one in sets[: plan["sets"]]
-            for item in one.items[: plan["items"]]
+            pace.seconds(len(item.prompt) / 4 + 16, min(item_set.max_tokens, plan["answered"]))
+            for item_set in sets[: plan["sets"]]
+            for item in item_set.items[: plan["items"]]
         )
         speeds = (N_SERVERS + 1) * 2 * sum(clients[: plan["clients"]]) * pace.seconds(64, plan["tokens"])
-        return N_SERVERS * checks + drift + (N_SERVERS + 1) * answers + load + speeds
+        explained = N_SERVERS * answers  # this process answers again where a server's text differs
+        return N_SERVERS * checks + drift + (N_SERVERS + 1) * answers + explained + load + speeds
 
-    whole = {
-        "items": items or max(len(one.items) for one in sets),
-        "clients": len(clients),
-        "sets": len(sets),
-    }
-    whole |= {"tokens": tokens, "others": len(others)}
+    whole = {"items": items or max(len(item_set.items) for item_set in sets), "clients": len(clients)}
+    whole |= {"sets": len(sets), "tokens": tokens, "others": len(others), "texts": N_TEXTS}
+    whole |= {"answered": max(item_set.max_tokens for item_set in sets)}
     whole |= {"checked": MAX_TOKENS, "filled": min(settings.n_ctx, LONGEST_TRIED)}
     fitted = fit(whole, CUTS, cost, seconds, NAMES)
     cut = fitted.values
     chosen = [*others[: cut["others"] - 1], others[-1]]  # the largest number shows most
     return ServePlan(
-        list(sets[: cut["sets"]]),
+        [replace(asked, max_tokens=min(asked.max_tokens, cut["answered"])) for asked in sets[: cut["sets"]]],
         items if cut["items"] == whole["items"] else cut["items"],
         list(clients[: cut["clients"]]),
-        cut["tokens"],
-        chosen,
-        cut["checked"],
-        cut["filled"],
-        fitted.seconds,
-        fitted.left_out,
+        *(cut["tokens"], chosen, cut["texts"], cut["checked"], cut["filled"]),
+        *(fitted.seconds, fitted.left_out),
     )

@@ -212,32 +212,24 @@ def _file_text(template: str, name: str, values: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the model is opened: context, threads of decode, and where its layers are.
-
-    ``n_gpu_layers`` are whole layers on the GPU, for programs that cannot keep experts in memory; ``flags``
-    place the model for llama.cpp's own programs.
-    """
+    """How the model is opened: context, threads of decode, and where its layers are."""
 
     n_ctx: int
     n_threads: int
-    n_gpu_layers: int
-    flags: tuple[str, ...] = ("-ngl", "0")
+    n_gpu_layers: int  # whole layers on the GPU, for programs that cannot keep experts in memory
+    flags: tuple[str, ...] = ("-ngl", "0")  # which place the model for llama.cpp's own programs
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What was written for one target: ``files``, ``RECIPE.md`` last.
-
-    ``commands`` fetch and prepare the model, install and run, in a shell in the recipe's folder; ``checks``
-    ask the running server. ``model`` is the path that the recipe gives the model, where it runs.
-    """
+    """What was written for one target."""
 
     target: str
-    model: str
+    model: str  # its path where it runs
     settings: Settings
-    files: tuple[Path, ...]
-    commands: tuple[str, ...]
-    checks: tuple[str, ...]
+    files: tuple[Path, ...]  # RECIPE.md last
+    commands: tuple[str, ...]  # they fetch and prepare the model, install and run, in the recipe's folder
+    checks: tuple[str, ...]  # they ask the running server
     notes: tuple[str, ...]
 
 
@@ -323,21 +315,17 @@ def _write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """A model, here (``folder``) or on the hub, and what a header would tell of it.
-
-    ``fetch`` has the commands that bring it into a folder. ``glued`` names the model whose shards, put end to
-    end, have exactly the size of this ``published`` file.
-    """
+    """A model, here (``folder``) or on the hub, and what a header would tell of it."""
 
     name: str
     files: tuple[str, ...]
     folder: str = ""
     nbytes: int = 0
     shards: ShardSet | None = None
-    fetch: Callable[[str], list[str]] | None = None
+    fetch: Callable[[str], list[str]] | None = None  # the commands that bring it into a folder
     original: str = NOT_GIVEN
     published: registry.Model | None = None
-    glued: str = ""
+    glued: str = ""  # the model whose shards, put end to end, have exactly the size of the published file
 
     def arch(self, key: str) -> int:
         """A number of the header; 0 where there is none."""

@@ -50,21 +50,17 @@ class ServerError(DfqsError):
 
 @dataclass(repr=False)
 class LocalServer:
-    """A server that runs; in a ``with`` block it is stopped at the end.
-
-    It serves ``model`` as ``settings`` say to clients that send ``key``. What it wrote is in ``log``, this
-    run's from ``log_start``. ``version`` is that of the package in the server's process.
-    """
+    """A server that runs; in a ``with`` block it is stopped at the end."""
 
     kind: str
     model: str
     settings: OpenSettings
-    key: SecretStr
+    key: SecretStr  # which clients must send
     process: subprocess.Popen[bytes]
     log: IO[bytes]
-    log_start: int
+    log_start: int  # where this run's part of the log begins
     port: int = 0
-    version: str = ""
+    version: str = ""  # of the package in the server's process
     start_seconds: float = 0.0
 
     def __repr__(self) -> str:
@@ -114,19 +110,16 @@ class LocalServer:
 
     def log_lines(self, n_lines: int = LOG_LINES) -> list[str]:
         """The last lines of its log that have something in them."""
-        end = os.fstat(self.log.fileno()).st_size
-        tail = os.pread(self.log.fileno(), LOAD_BYTES, max(self.log_start, end - LOAD_BYTES))
-        lines = tail.decode("utf-8", "replace").splitlines()
+        lines = self._log_from(os.fstat(self.log.fileno()).st_size - LOAD_BYTES).splitlines()
         return [line for line in lines if line.strip(" .")][-n_lines:]
+
+    def _log_from(self, start: int) -> str:
+        return os.pread(self.log.fileno(), LOAD_BYTES, max(self.log_start, start)).decode("utf-8", "replace")
 
     @cached_property
     def loaded(self) -> dict[str, Any]:
-        """How llama.cpp loaded the model, from its own log: what ran, not what was asked for.
-
-        ``layers_offloaded`` to a GPU, ``buffers`` of the weights, like ``CPU_Mapped 5.46 MiB``, and whether
-        weights were ``repacked`` into another layout for this processor.
-        """
-        log = os.pread(self.log.fileno(), LOAD_BYTES, self.log_start).decode("utf-8", "replace")
+        """How llama.cpp loaded the model, from its own log: what ran, not what was asked for."""
+        log = self._log_from(0)
         layers = re.search(r"offloaded (\d+/\d+) layers to GPU", log)
         buffers = re.findall(r"(\S+) +model buffer size = +([\d.]+) MiB", log)
         return {
@@ -159,7 +152,7 @@ def start(
     """Start a server for this model; it ends with its ``with`` block, or with this process at the latest.
 
     Args:
-        kind: ``llama-cpp-python`` or ``llama.cpp``.
+        kind: of `KINDS`.
         path: the GGUF file, or one of its shards.
         settings: how it opens the model; ``n_ctx`` is that of one request.
         n_parallel: requests at once: slots of llama.cpp's server; the other has one.

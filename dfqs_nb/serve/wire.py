@@ -22,7 +22,6 @@ from urllib.request import getproxies, proxy_bypass
 import httpcore2
 import httpx2
 from pydantic import SecretStr, ValidationError
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 from dfqs_nb.core.errors import DfqsError, proxy_fault
 from dfqs_nb.llama.model import ContextFullError
@@ -36,7 +35,7 @@ BUSY = (408, 409, 425, 429)  # and 5xx: worth asking again
 NEEDED = ("model", "prompt", "messages")  # fields of a request that none can be without
 OVERFLOW = re.compile(
     r"exceed_context_size|context_length_exceeded|exceeds? (the )?(available )?context|maximum context length"
-    r"|context (window|size|length)[^.]{0,40}exceed|max_model_len",
+    r"|context (window|size|length)[^.]{0,40}exceed|max_model_len|llama_decode returned 1\b",  # no room left
     re.IGNORECASE,
 )
 # The most seconds and bytes that one response may take, headers included.
@@ -257,30 +256,24 @@ class Wire:
         Raises:
             EndpointError: the one that the failure means; a note says how often it was asked.
         """
-        broke = False
-        retrying = Retrying(
-            stop=stop_after_attempt(retries + 1),
-            retry=retry_if_exception(lambda error: getattr(error, "temporary", False)),
-            wait=_pause,
-            reraise=True,
-        )
-
-        def attempt() -> Answer:
-            nonlocal broke
-            number = retrying.statistics["attempt_number"]
+        broke, number = False, 0
+        while True:
+            number += 1
             token = LIMITS.set(limits or (min(self.timeout_seconds, 60.0), 16 << 20))
             try:
                 return request(broke)
             except Exception as error:
                 meant = self._meaning(error)
-                broke = broke or isinstance(meant, BrokenAnswerError)
-                if number > 1:
-                    meant.add_note(f"asked {number} times")
-                raise meant from None  # the client's errors hold the request, whose header has the key
             finally:
                 LIMITS.reset(token)
-
-        return retrying(attempt)
+            broke = broke or isinstance(meant, BrokenAnswerError)
+            if number > 1:
+                meant.add_note(f"asked {number} times")
+            if number > retries or not getattr(meant, "temporary", False):
+                raise meant from None  # the client's errors hold the request, whose header has the key
+            asked = getattr(meant, "retry_after", None)
+            pause = FIRST_PAUSE_SECONDS * 2.0 ** (number - 1) if asked is None else asked
+            time.sleep(min(pause, LONGEST_PAUSE_SECONDS))
 
     def _meaning(self, error: Exception) -> Exception:
         """The failure as an error of this stage; itself where it is none of the connection's."""
@@ -322,13 +315,6 @@ def _words(body: Any) -> str:
     inner = inner if isinstance(inner, dict) else {"message": inner}
     kind = inner.get("type") or inner.get("code") or ""
     return f"{inner.get('message') or body.get('detail') or body} {kind}".strip()[:300]
-
-
-def _pause(state: RetryCallState) -> float:
-    """Seconds to wait: what the server asks for, else twice as long each time."""
-    asked = getattr(state.outcome and state.outcome.exception(), "retry_after", None)
-    seconds = FIRST_PAUSE_SECONDS * 2.0 ** (state.attempt_number - 1) if asked is None else float(asked)
-    return min(seconds, LONGEST_PAUSE_SECONDS)
 
 
 # ---- limits, which httpx has for each read and not for a whole response ----

@@ -217,10 +217,12 @@ def run_workbook(
     given = _absolute(parameters or {})
     settings = tiers.settings_of(tier or tiers.tier_of(given.get("model"), run))
     values = {**settings, "run_name": run, **({"fresh": True} if fresh else {}), **given}
-    folder, done, begin = run_dir(run).absolute(), [], time.monotonic()
+    folder, begin, done = run_dir(run).absolute(), time.monotonic(), list[NotebookRun]()
     for number, (path, names) in enumerate(zip(paths, declared, strict=True)):
         started(path)
-        left = budget_minutes - (time.monotonic() - begin) / 60
+        # Kernel, imports and figures of the notebooks to come are in no plan: about the shortest one so far.
+        beside = min((notebook.seconds for notebook in done), default=0.0) * len(paths[number:])
+        left = budget_minutes - (time.monotonic() - begin + beside) / 60
         budget = tiers.budget_of(path.stem, left, [later.stem for later in paths[number:]])
         now = {"budget_minutes": round(budget, 1), **values}
         chosen = {name: value for name, value in now.items() if name in names}

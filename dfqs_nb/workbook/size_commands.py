@@ -148,9 +148,11 @@ def _advice(
     lines = [f"largest context: {largest:,} tokens" if largest else "no context fits"]
     bound = placed.tokens_per_sec(speeds)
     stated = ", ".join(f"{name} {value / 1e9:.3g} GB/s" for name, value in speeds.items())
-    lines.append(
-        f"at most {bound:.2f} tokens/s by reading weights alone ({stated})" if bound else _no_bound()
-    )
+    if bound:
+        lines.append(f"at most {bound:.2f} tokens/s by reading weights alone ({stated})")
+    elif unknown := dict.fromkeys(name.split()[0] for name in placed.unknown_speeds(speeds)):
+        options = " and ".join(f"--{name.lower()}-gbs" for name in unknown)
+        lines.append(f"no bound on speed: {', '.join(unknown)} not measured; give {options}, in GB/s")
     if not placed.works:
         lines.append("memory does not hold the cache and the compute buffer: lower --context")
     elif placed.disk_token_bytes:
@@ -166,10 +168,6 @@ def _advice(
             "itself llama-server places without these flags too (--fit), and measures that buffer"
         )
     return lines
-
-
-def _no_bound() -> str:
-    return "no bound on speed: give --gpu-gbs, the bandwidth of the card's memory"
 
 
 @app.command(rich_help_panel=FILES)

@@ -210,6 +210,21 @@ def test_notebook_01_runs_again_only_where_its_model_is_gone(calls, tmp_path):
     assert [call[1] for call in calls] == ["here", "dfqs_nb", "here"]
 
 
+def test_another_model_under_the_same_run_name_is_prepared_anew(calls, monkeypatch, tmp_path):
+    models = [tmp_path / owner / "model.gguf" for owner in ("mine", "theirs")]
+    for model in models:
+        model.parent.mkdir()
+        shutil.copy(REPOSITORY / "data" / "reference" / "DFQS-Nano-F16.gguf", model)
+    (tmp_path / "model").mkdir()
+    stage = {"conditions": {"model": str(models[0])}, "model": {"path": str(models[0])}}
+    (tmp_path / "model" / "merge.json").write_text(json.dumps(stage))
+    for model in models:
+        monkeypatch.setenv("DFQS_MODEL", str(model))
+        hosted.prepare(namespace_of(INSPECT))
+    ((*_, asked, _, _),) = [call for call in calls if "dfqs_nb" in call] or [[""] * 3]
+    assert asked == str(models[1])
+
+
 def test_a_model_that_cannot_be_had_stops_the_cell(calls, monkeypatch):
     monkeypatch.setenv("DFQS_MODEL", "no-such-model")
     with pytest.raises(hosted.Stop, match="no-such-model"):

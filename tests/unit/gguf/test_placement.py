@@ -100,7 +100,10 @@ def test_more_of_anything_is_never_slower_and_never_holds_less(flash):
         for ram, cards in ((16, ()), (32, ()), (64, ()), (64, (24,)), (64, (24, 24)), (64, (80,)))
     ]
     assert rates == sorted(rates)
-    assert placement.place(model, 8192, 64 * GB, [24 * GB]).tokens_per_sec({"RAM": 80e9}) is None
+    card = placement.place(model, 8192, 64 * GB, [24 * GB])
+    assert card.tokens_per_sec({"RAM": 80e9}) is None and card.unknown_speeds({"RAM": 80e9}) == ["GPU 0"]
+    paged = placement.place(model, 8192, 16 * GB, [])
+    assert paged.tokens_per_sec({"RAM": 80e9}) is None and paged.unknown_speeds({"RAM": 80e9}) == ["disk"]
 
 
 def test_the_largest_context_is_the_largest(flash):

