@@ -221,8 +221,8 @@ def test_another_model_under_the_same_run_name_is_prepared_anew(calls, monkeypat
     for model in models:
         monkeypatch.setenv("DFQS_MODEL", str(model))
         hosted.prepare(namespace_of(INSPECT))
-    ((*_, asked, _, _),) = [call for call in calls if "dfqs_nb" in call] or [[""] * 3]
-    assert asked == str(models[1])
+    (run,) = [call for call in calls if "dfqs_nb" in call]
+    assert run[run.index("--model") + 1] == str(models[1])
 
 
 def test_a_model_that_cannot_be_had_stops_the_cell(calls, monkeypatch):
