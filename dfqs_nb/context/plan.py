@@ -177,8 +177,8 @@ class Plan:
             lengths.pop(0)
         while fill > 256 and self.speed and len(lengths) * self.speed.seconds(fill) > seconds / 2:
             fill //= 2
-        left_out = [f"memory of {len(lengths)} lengths, not {len(wanted)}"] if lengths != wanted else []
-        return lengths, fill, left_out
+        kept = f"memory of {counted(len(lengths), 'lengths')}, not {len(wanted)}"
+        return lengths, fill, [kept] if lengths != wanted else []
 
     @property
     def cost_sentence(self) -> str:

@@ -108,7 +108,7 @@ def _runs(speed: Mapping[str, Any], mark: str, evidence: str) -> Line:
     if speed["withheld"]:
         return Line(mark, question, evidence, f"speed withheld: {speed['withheld']}")
     value, low, high = (_rate(speed[key]) for key in ("value", "low", "high"))
-    spread = f"{low} to {high} over {speed['n']} repetitions"
+    spread = f"{low} to {high} over {speed['n']} repetitions" if speed["n"] > 1 else "one repetition"
     answer = f"{value} tokens/s on the CPU at depth {speed['depth']:,} ({spread})"
     if not speed["contended"]:
         return Line(mark, question, answer, evidence)
