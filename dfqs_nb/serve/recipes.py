@@ -87,8 +87,7 @@ def _tables(path: Path) -> tuple[dict[str, Any], dict[str, Target]]:
     """The parts that commands and notes share, and the targets by name."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-        common = table.pop("common")
-        return common, {name: Target(name=name, **entry) for name, entry in table.items()}
+        return table.pop("common"), {name: Target(name=name, **entry) for name, entry in table.items()}
     except (OSError, ValueError, KeyError) as error:  # pydantic's errors are of ValueError
         what, hint = f"cannot read the table of targets ({error})", "restore it with git, or set DFQS_DATA"
         raise DeployError(what, where=tilde(path), hint=hint) from error
@@ -199,9 +198,9 @@ def _file_text(template: str, name: str, values: Mapping[str, Any]) -> str:
     cells = []  # of a Python file whose cells begin with ``# %%``
     for number, part in enumerate(re.split(r"^# %%", text, flags=re.MULTILINE)[1:]):
         kind, _, body = part.partition("\n")
-        prose = "markdown" in kind
-        body = re.sub(r"^# ?", "", body, flags=re.MULTILINE) if prose else body
-        make: Any = nbformat.new_markdown_cell if prose else nbformat.new_code_cell
+        make: Any = nbformat.new_code_cell
+        if "markdown" in kind:
+            make, body = nbformat.new_markdown_cell, re.sub(r"^# ?", "", body, flags=re.MULTILINE)
         cells.append(make(body.strip("\n"), id=f"cell-{number}"))
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return str(nbformat.writes(nbformat.new_notebook(cells=cells, metadata={"kernelspec": kernel}))) + "\n"
@@ -250,8 +249,7 @@ def write_recipe(
     Args:
         model: a local GGUF file (any of its shards), a name of the registry, or ``hf://owner/repo/file``.
         n_ctx: by default what this machine's memory holds, up to 32,768 tokens and to the trained context.
-        n_threads, n_gpu_layers: by default what suits this machine and the model.
-        port: of the server on 127.0.0.1; by default the target's own.
+        n_threads, n_gpu_layers, port: by default what suits machine, model and target.
         key_variable: the environment variable that holds the server's key. By default no key is asked for;
             a target's server that always asks gets ``DFQS_API_KEY``.
         overwrite: replace the files of an earlier recipe.
@@ -366,20 +364,20 @@ def _download(words: Sequence[str], folder: str) -> str:
 def _registered(model: registry.Model, known: Mapping[str, registry.Model]) -> _Source:
     """A registered model of the hub; the workbook fetches its shards, whose folder there is not recorded."""
     name = SHARD_ENDING.sub("", model.files[0].name.removesuffix(".gguf"))
-    one_file, repo = f"{name}.gguf", model.source.removeprefix("hf://")
+    whole, repo = f"{name}.gguf", model.source.removeprefix("hf://")
     sums = {other.size_bytes: other.name for other in known.values() if len(other.files) > 1}
     glued = sums.get(model.size_bytes, "") if len(model.files) == 1 else ""  # a merge would be smaller
 
     def fetch(folder: str) -> list[str]:
-        path = _join(folder, one_file)
+        path = _join(folder, whole)
         if len(model.files) > 1:
             return [shlex.join(["dfqs-nb", "merge", model.name, "-o", path])]
         repair = [shlex.join(["dfqs-nb", "repair", path, "--in-place"])] if glued else []
-        return [_download([repo, one_file], folder), *repair]
+        return [_download([repo, whole], folder), *repair]
 
     original = WEIGHTS_FROM if name.lower().startswith("deepseek-v4-flash") else NOT_GIVEN
     facts: dict[str, Any] = {"original": original, "published": model, "glued": glued}
-    return _Source(name, (one_file,), nbytes=model.size_bytes, fetch=fetch, **facts)
+    return _Source(name, (whole,), nbytes=model.size_bytes, fetch=fetch, **facts)
 
 
 def _settings(
@@ -454,13 +452,11 @@ def _values(
     mac, arm = platform.system() == "Darwin", platform.machine().lower() in ("arm64", "aarch64")
     paths = [_join(target.mount or place, file) for file in files]
     key_name = key_variable or DEFAULT_KEY_VARIABLE
-    needs, slow = None, ""
-    if source.shards is not None:
-        needs = estimate(source.shards.headers, settings.n_ctx)
-        try:
-            slow = check_fits(needs)
-        except SpaceError as error:
-            slow = f"Not on this machine: {error.what}"
+    needs = estimate(source.shards.headers, settings.n_ctx) if source.shards else None
+    try:
+        slow = check_fits(needs) if needs else ""
+    except SpaceError as error:
+        slow = f"Not on this machine: {error.what}"
     return {
         **vars(settings),
         "target": target,
