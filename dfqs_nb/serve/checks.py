@@ -67,10 +67,8 @@ def _health(subject: Subject) -> Finding:
     server, started = subject.server, time.perf_counter()
     came_up = f"came up in {server.start_seconds:.1f} s; " if server else ""
     subject.endpoint.complete("The", 1)
-    one_token = f"healthy; one token in {time.perf_counter() - started:.2f} s"
-    return (
-        (FAIL, f"{came_up}not {one_token}") if server and not server.healthy else (PASS, came_up + one_token)
-    )
+    state, verdict = ("not healthy", FAIL) if server and not server.healthy else ("healthy", PASS)
+    return verdict, f"{came_up}{state}; one token in {time.perf_counter() - started:.2f} s"
 
 
 def _name(subject: Subject) -> Finding:
@@ -113,10 +111,8 @@ def _template(subject: Subject) -> Finding:
     n_ours = len(model.with_bos(model.tokenize(ours)))
     n_theirs = dataclasses.replace(endpoint, stream=False).chat(PROMPTS[0], 1).n_prompt
     if not model.has_template:
-        its_own = (
-            f"the file has none, so a chat gets the server's own: {n_theirs} tokens, in process {n_ours}"
-        )
-        return NOTE, f"{its_own}. Questions are sent as plain text"
+        counts = f"{n_theirs} tokens, in process {n_ours}"
+        return NOTE, f"the file has none, so a chat gets the server's own: {counts}. Questions go as text"
     page = endpoint.post("/apply-template", messages=[{"role": "user", "content": PROMPTS[0]}])
     shown = pick(page, "prompt", str) or ""
     before = ours.removesuffix(shown)  # some leave out a BOS, which they add as a token
@@ -146,10 +142,12 @@ def _repeated(subject: Subject) -> Finding:
 
 
 def _concurrent(subject: Subject) -> Finding:
-    n_other, n_asked = _differing(subject.endpoint, N_CONCURRENT, subject.n_tokens)
-    drift = max_drift(subject.endpoint, PROMPTS, N_CONCURRENT, n_tokens=subject.n_tokens)
+    endpoint, n_tokens = subject.endpoint, subject.n_tokens
+    pairs = _alone_and_beside(lambda text: endpoint.chat(text, n_tokens).text, PROMPTS, N_CONCURRENT)
+    n_other = sum(alone != beside for alone, beside in pairs)
+    drift = max_drift(endpoint, PROMPTS, N_CONCURRENT, n_tokens)
     moved = "" if drift is None else f"; log-probabilities moved by up to {drift:.1e}"
-    finding = f"{n_other} of {n_asked} answers differ with {N_CONCURRENT} requests at once{moved}"
+    finding = f"{n_other} of {len(pairs)} answers differ with {N_CONCURRENT} requests at once{moved}"
     return PASS if n_other == 0 else NOTE, finding
 
 
@@ -241,12 +239,6 @@ def _alone_and_beside(
     """What each prompt gives alone, and each time beside others."""
     alone, beside = [ask(prompt) for prompt in prompts], side_by_side(ask, [*prompts] * n_at_once, n_at_once)
     return list(zip(alone * n_at_once, beside, strict=True))
-
-
-def _differing(endpoint: Endpoint, n_concurrent: int, n_tokens: int = MAX_TOKENS) -> tuple[int, int]:
-    """How many greedy texts differ between asking alone and beside others, and how many were asked for."""
-    pairs = _alone_and_beside(lambda prompt: endpoint.chat(prompt, n_tokens).text, PROMPTS, n_concurrent)
-    return sum(text != other for text, other in pairs), len(pairs)
 
 
 Scored = Sequence[tuple[int, float]]  # the tokens of a greedy answer, and their log-probabilities
