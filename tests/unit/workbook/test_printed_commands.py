@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,9 +58,19 @@ READERS = {
 OF_THE_MACHINE = {"PIP_NO_INDEX", "PIP_FIND_LINKS", "TMPDIR", "UV_CACHE_DIR", "CC", "CXX"}
 # Commands that only a network, a server, a large model or a maintainer's machine can run.
 NOT_HERE = re.compile(
-    r"hf://|https?://|URL|deepseek-v4|PIP_|/path/to|/disk/|VENV=|make (?!run|help)|--endpoint"
+    r"hf://|https?://|URL|ADDRESS|deepseek-v4|PIP_|/path/to|/disk/|VENV=|make (?!run|help)|--endpoint|--full-size"
 )
-SHORTER = {"score": ["--limit", "1", "--n-ctx", "1024"], "routing": ["--tokens", "64"]}
+SHORTER = {
+    "score": ["--limit", "1", "--n-ctx", "1024"],
+    "routing": ["--tokens", "64"],
+    "choices": ["--limit", "2", "--n-ctx", "1024"],
+    "record": ["--limit", "1", "--tokens", "4", "--n-ctx", "1024"],
+    "fidelity": ["--n-ctx", "1024"],
+}
+CHOICES = """{"set": "mine", "kind": "choice"}
+{"id": "1", "query": "Tom is tall. Ann is small. Who is tall?", "choices": ["Tom", "Ann"], "gold": 0}
+{"id": "2", "query": "The key is red. Which colour has the key?", "choices": ["blue", "red"], "gold": 1}
+"""
 
 
 class Printed(NamedTuple):
@@ -204,6 +214,18 @@ def files_of_the_reader(place: Path, model: Path) -> None:
     shutil.rmtree(place / "outputs" / "deploy-ollama", ignore_errors=True)
 
 
+def files_of_a_command(words: list[str], place: Path, run: Callable[[list[str]], object]) -> None:
+    """The reader's questions for `choices` or `score`, and what `fidelity` compares: a record and a model."""
+    if "--set" in words and "choices" in words:
+        (place / words[-1]).write_text(CHOICES)
+    elif "--set" in words:
+        shutil.copy(data_dir() / "prompts" / "nano_reasoning.jsonl", place / words[-1])
+    elif "fidelity" in words:
+        run(["dfqs-nb", "record", "model.gguf", "-o", words[-1], *SHORTER["record"]])
+        if words[2] != "model.gguf":
+            shutil.copy(place / "model.gguf", place / words[2])
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     return copy_of_the_checkout(tmp_path_factory.mktemp("dfqs-test-"))
@@ -220,23 +242,21 @@ def runnable() -> list[str]:
 def test_a_printed_command_runs_as_pasted(command, checkout, merged_reference):
     files_of_the_reader(checkout, merged_reference)
     words = shlex.split(command)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(checkout), "TQDM_DISABLE": "1"}
+    environment.pop("DFQS_OUTPUTS", None)
+
+    def run(words: list[str]) -> subprocess.CompletedProcess:
+        options = {"cwd": checkout, "env": environment, "timeout": 1200}
+        return subprocess.run(["env", *words], capture_output=True, text=True, check=False, **options)
+
+    files_of_a_command(words, checkout, run)
     if "-o" in words:
         (checkout / words[words.index("-o") + 1]).unlink(missing_ok=True)
     words += SHORTER.get(words[1] if len(words) > 1 else "", [])
     if "make" in words:
         words[words.index("make") + 1 : 1] = ["-o", ".venv/.installed"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(checkout), "TQDM_DISABLE": "1"}
-    environment.pop("DFQS_OUTPUTS", None)
-    done = subprocess.run(
-        ["env", *words],
-        cwd=checkout,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1200,
-    )
+    done = run(words)
     assert "unexpected" not in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
     assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-1000:]}"
 
