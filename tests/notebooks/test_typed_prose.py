@@ -21,6 +21,14 @@ COMPARES = re.compile(
     re.I,
 )
 BY_CONSTRUCTION = "says what the code does; tests of that stage hold it"
+RESULT = re.compile(
+    r"\b(?:falls?|rises?|grows?|drops?|differs?|beats?|fails?|gains?|loses?|improves?|degrades?|suffices?|hardly|rarely"
+    r"|seldom|often|mostly|half|a little|no (?:choice|token|answer|expert|difference|effect|loss))\b",
+    re.I,
+)  # what a run shows, in words that compare nothing
+TIMED = re.compile(
+    r"\b\d[\d.,]*(?: to \d[\d.,]*)?\s?(?:s|ms|seconds?|minutes?|hours?|tokens/s|tok/s|[MG]B/s|x|times)\b"
+)
 METHOD = "says how something is measured or defined, not what came out"
 OPEN = "a question to the reader, or what was not shown"
 # The sentences that stand alone, by their beginnings. A new one needs an assert beside it, or a place here.
@@ -41,6 +49,7 @@ ALONE = {
         "the recap of asserts above": ["The same prompt gave"],
     },
     "04": {
+        "what the card says": ["The card says that routing"],
         METHOD: ["It scores all experts", "The same in sentences", "- **Free**", "This matters only", "The figure pools"]
         + ["It covers the length", "DFQS calls a context", "- **Fix for equal logits**", "Recording itself slightly"]
         + ["The others are other texts", "- **Settings**", "All runs that only need", "With `budget_minutes`, lengths"]
@@ -59,11 +68,15 @@ ALONE = {
         BY_CONSTRUCTION: ["The cost comes first", "It is the reference for", "Keys are never"],
         OPEN: ["This did **not show** how a large", "Does the largest shift", "Start Ollama with"],
     },
-    "report.md": {METHOD: ["The curve is the accuracy", "The boundary is where a fit", "Two reports are compared"]},
+    "report.md": {
+        METHOD: ["The curve is the accuracy", "The boundary is where a fit", "Two reports are compared"]
+        + ["The guess rate of a task", "What only the paper"]
+    },
     "report.html": {
         METHOD: ["The curve is the accuracy", "Its interval is"]
-        + ["The number of keys"],
+        + ["The number of keys", "The guess rate of a task", "What only the paper"],
     },
+    "docs/long_context.md": {"follows from the plan's lengths": ["Questions come on top"]},
     "comparison.md": {METHOD: ["Brackets are 95 %", "The boundary's ratio"]},
     "leaderboard.md": {METHOD: ["Brackets: 95 %", "A higher place is"]},
 }  # fmt: skip
@@ -95,8 +108,23 @@ def alone_in_notebook(path) -> list[str]:
                 beside.append(cells[place])
                 place += step
         if not any(map(asserts, beside)):
-            found += [one for one in sentences("".join(cell["source"])) if COMPARES.search(one)]
+            found += list(filter(claims, sentences("".join(cell["source"]))))
     return found
+
+
+def claims(sentence: str) -> bool:
+    """Whether a sentence states what a run could refute; a question, a link and a list of files do not."""
+    if sentence.endswith("?") or re.match(r"- \[|!\[|`[\w.]+`, `", sentence):
+        return bool(COMPARES.search(sentence))
+    return bool(COMPARES.search(sentence) or RESULT.search(sentence))
+
+
+def undated_in_document(path) -> list[str]:
+    """Sentences with a time or a ratio in a section without a date; stamped blocks, code and tables apart."""
+    text = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "\n\n", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"^```.*?^```$|^\|.*$", "\n", text, flags=re.DOTALL | re.MULTILINE)
+    sections = [part for part in re.split(r"\n(?=#)", text) if not re.search(r"\b20\d\d-\d\d-\d\d\b", part)]
+    return [sentence for part in sections for sentence in sentences(part) if TIMED.search(sentence)]
 
 
 def alone_in_template(path) -> list[str]:
@@ -105,6 +133,7 @@ def alone_in_template(path) -> list[str]:
     if path.suffix == ".html":
         text = html.unescape("\n\n".join(re.findall(r"<p[^>]*>(.*?)</p>", text, re.DOTALL)))
         text = re.sub(r"<[^>]+>", "", text)
+    text = re.sub(r"""\{\{ "([^"]*)"\|linked \}\}""", r"\1", text)  # an address, and no value
     text = re.sub(r"\{%.*?%\}", "\n\n", text, flags=re.DOTALL)
     text = re.sub(r"\{\{.*?\}\}", "{{}}", text, flags=re.DOTALL)
     return [one for one in sentences(text) if COMPARES.search(one) and "{{" not in one]
@@ -128,6 +157,27 @@ def test_every_comparison_in_a_notebook_has_an_assert_beside_it_or_a_reason(path
 def test_every_comparison_in_a_template_is_computed_or_has_a_reason(name):
     found = alone_in_template(REPOSITORY / "dfqs_nb" / "report" / "templates" / name)
     assert unexplained(name, found) == ([], [])
+
+
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "tests/benchmarks/RESULTS.md"])
+def test_every_time_and_ratio_in_a_document_has_a_date_or_a_reason(name):
+    assert unexplained(name, undated_in_document(REPOSITORY / name)) == ([], [])
+
+
+def test_the_net_catches_what_slipped_through_it():
+    """Sentences that stood in a notebook, and that a run refutes."""
+    caught = [
+        "Quantization moves every router score a little.",
+        "Loss and routing show the same limit.",
+        "Only close calls flip.",
+    ]
+    assert all(map(claims, caught))
+    assert not any(
+        map(claims, ["We open the model.", "Which families gain, and which lose?", "Seals are hashes."])
+    )
 
 
 def test_every_sentence_of_evidence_on_a_run_is_filled_from_the_run():
