@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # LLM_FFN_EXPS_REGEX: what --n-cpu-moe keeps in memory
+USED_IN_ORDER = ("gate_up", "up", "gate", "down")  # by build_moe_ffn
+HASH_TABLE = "ffn_gate_tid2eid"  # of a layer that routes by token
 SPARE_BYTES = 1 << 30  # of each card, for what it computes with: what --fit leaves, too
 ALL_LAYERS = 99
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|[KMGT]i?)B?", re.I)
@@ -383,3 +385,73 @@ def machines_table(
             row["at most tokens/s"] = placed.tokens_per_sec(speeds)
         rows.append(row)
     return pd.DataFrame(rows).set_index("machine")
+
+
+# ---- in the file ----
+
+
+@dataclass(frozen=True)
+class Experts:
+    """One tensor of routed experts: its file, where it starts, and bytes of one of its ``n`` experts."""
+
+    file: int
+    start: int
+    slice_bytes: int
+    n: int
+
+    @property
+    def end(self) -> int:
+        """Behind the last expert."""
+        return self.start + self.slice_bytes * self.n
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a model's weights lie in its files.
+
+    Attributes:
+        experts: by layer, its tensors of experts in the order in which llama.cpp uses them.
+        dense: ``(file, start, end)`` of the tensors that every token reads whole.
+        tables: by layer that routes by token: file, start, and experts a token.
+        token_bytes: of the experts that a token uses.
+    """
+
+    experts: dict[int, list[Experts]]
+    dense: list[tuple[int, int, int]]
+    tables: dict[int, tuple[int, int, int]]
+    token_bytes: int
+
+    @classmethod
+    def of(cls, headers: Sequence[GGUFHeader]) -> Layout:
+        """From the headers of all shards, first one first."""
+        routing, n_layers = experts(headers[0]), headers[0].n_layers
+        tied = not any(tensor.name == "output.weight" for header in headers for tensor in header.tensors)
+        parts: dict[int, dict[int, Experts]] = {}
+        dense, tables = [], {}
+        for file, header in enumerate(headers):
+            for tensor in header.tensors:
+                layer, start = layer_of(tensor.name), header.start + header.data_offset + tensor.offset
+                if layer is not None and layer >= n_layers:
+                    continue  # for drafting: llama.cpp leaves them
+                routed = re.search(EXPERTS, tensor.name)
+                if layer is not None and routed and tensor.shape[-1] == routing.total:
+                    part = Experts(file, start, tensor.nbytes // routing.total, routing.total)
+                    parts.setdefault(layer, {})[USED_IN_ORDER.index(routed[1])] = part
+                elif layer is not None and HASH_TABLE in tensor.name:
+                    tables[layer] = file, start, tensor.shape[0]
+                elif tensor.type not in INTEGER_TYPES and (tied or class_of(tensor.name) != "embedding"):
+                    dense.append((file, start, start + tensor.nbytes))
+        ordered = {layer: [own[at] for at in sorted(own)] for layer, own in parts.items()}
+        slices = sum(part.slice_bytes for layer in ordered.values() for part in layer)
+        return cls(ordered, dense, tables, routing.used * slices)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that every token reads."""
+        return sum(end - start for _, start, end in self.dense)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of all experts of the largest layer."""
+        layers = (sum(part.end - part.start for part in parts) for parts in self.experts.values())
+        return max(layers, default=0)

@@ -19,8 +19,9 @@ import psutil
 from dfqs_nb.core.display import size
 from dfqs_nb.core.machine import random_read_speed
 from dfqs_nb.gguf.header import GGUFHeader
+from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.llama.model import Model
-from dfqs_nb.llama.paging import LINUX, Layout, advise_read, block_folder, window_bytes
+from dfqs_nb.llama.paging import LINUX, advise_read, block_folder, window_bytes
 
 PIECES, SEQUENTIAL_BYTES = 64, 32 << 20
 SMALL_READ_AHEAD = 128 << 10
@@ -134,9 +135,8 @@ def forecast(headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None
         disk: measured before; None: look now.
     """
     layout = Layout.of(headers)
-    used = headers[0].count(f"{headers[0].architecture}.expert_used_count")
     parts = [part for layer in layout.experts.values() for part in layer]
-    total, token = sum(part.end - part.start for part in parts), used * sum(p.slice_bytes for p in parts)
+    total, token = sum(part.end - part.start for part in parts), layout.token_bytes
     piece = sum(part.slice_bytes for part in parts) // len(parts) if parts else 1 << 20
     disk = disk or Disk.under(headers[0].path, piece)
     room = memory_bytes - layout.dense_bytes

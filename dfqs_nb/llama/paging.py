@@ -22,7 +22,6 @@ import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,7 @@ import numpy as np
 
 from dfqs_nb.core.display import size
 from dfqs_nb.core.machine import available_memory
-from dfqs_nb.gguf.facts import INTEGER_TYPES, class_of, layer_of
-from dfqs_nb.gguf.header import GGUFHeader, Tensor
-from dfqs_nb.gguf.placement import EXPERTS
+from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.llama.graph import Router, Watch, ggml_function
 from dfqs_nb.llama.loaded import planned_bytes
@@ -40,92 +37,18 @@ from dfqs_nb.llama.settings import OpenSettings, has_gpu_support
 
 LINUX = sys.platform == "linux"
 PAGE = 4096
-MADV_RANDOM, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4  # of Linux
+MADV_RANDOM, MCL_FUTURE, MCL_ONFAULT, MAP_FAILED = 1, 2, 4, -1  # of Linux
 CAP_IPC_LOCK = 14
 WINDOW_BYTES = 128 << 10  # what one advice reads at least
-SPARE_BYTES, SPARE_SHARE = 1 << 30, 0.05  # of memory that is never locked
+SPARE_SHARE = 0.05  # of memory that is never locked
 INLINE_BYTES = 256 << 20  # of reads that a router waits to be handed over; more goes to a thread
 WHOLE_SHARE = 0.8  # of a layer's experts chosen, from which on the next layer is read ahead
-HASH_TABLE = "ffn_gate_tid2eid"
-ORDER = ("gate_up", "up", "gate", "down")  # in which a layer's products use their tensors
-
-
-@dataclass(frozen=True)
-class Experts:
-    """One tensor of routed experts: the file it lies in, where, and bytes of one expert."""
-
-    file: int
-    start: int
-    slice_bytes: int
-    n: int
-
-    @property
-    def end(self) -> int:
-        """Behind the last expert."""
-        return self.start + self.slice_bytes * self.n
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a model's weights lie: by layer its expert tensors in the order of use, and what is dense.
-
-    Attributes:
-        dense: ``(file, start, end)`` of the tensors that every token reads whole.
-        tables: by layer with hash routing: file, start, and experts a token.
-    """
-
-    experts: dict[int, list[Experts]]
-    dense: list[tuple[int, int, int]]
-    tables: dict[int, tuple[int, int, int]]
-
-    @classmethod
-    def of(cls, headers: Sequence[GGUFHeader]) -> Layout:
-        """From the headers of all shards."""
-        own, n_layers = headers[0].architecture, headers[0].n_layers
-        total = headers[0].count(f"{own}.expert_count")
-        tied = not any(tensor.name == "output.weight" for header in headers for tensor in header.tensors)
-        layout, found = cls({}, [], {}), list[tuple[int, int, int, Experts]]()
-        for file, header in enumerate(headers):
-            for tensor in header.tensors:
-                layer, start = layer_of(tensor.name), header.start + header.data_offset + tensor.offset
-                routed = re.search(EXPERTS, tensor.name)
-                if layer is not None and layer >= n_layers:
-                    continue  # for drafting: llama.cpp leaves them
-                if routed and layer is not None and total and tensor.shape[-1] == total:
-                    part = Experts(file, start, tensor.nbytes // total, total)
-                    found.append((layer, ORDER.index(routed[1]), start, part))
-                elif HASH_TABLE in tensor.name and layer is not None:
-                    layout.tables[layer] = file, start, tensor.shape[0]
-                elif _whole(tensor, tied):
-                    layout.dense.append((file, start, start + tensor.nbytes))
-        for layer, *_, part in sorted(found, key=lambda item: item[:3]):
-            layout.experts.setdefault(layer, []).append(part)
-        return layout
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes that every token reads."""
-        return sum(end - start for _, start, end in self.dense)
-
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of the largest layer's routed experts."""
-        layers = (sum(part.end - part.start for part in parts) for parts in self.experts.values())
-        return max(layers, default=0)
-
-
-def _whole(tensor: Tensor, tied: bool) -> bool:
-    """Whether a token reads all of a tensor, and not one row of it."""
-    return tensor.type not in INTEGER_TYPES and (tied or class_of(tensor.name) != "embedding")
 
 
 def wanted(shards: ShardSet, settings: OpenSettings) -> bool:
     """Whether a model is to be opened with help: asked for, or its weights exceed the free memory."""
-    if (
-        settings.paging == "off"
-        or not settings.use_mmap
-        or (settings.n_gpu_layers == -1 and has_gpu_support())
-    ):
+    on_card = settings.n_gpu_layers == -1 and has_gpu_support()
+    if settings.paging == "off" or not settings.use_mmap or on_card:
         return False
     return settings.paging == "on" or shards.nbytes > available_memory().available_bytes
 
@@ -142,7 +65,7 @@ class Paging:
         self.paths, self.settings = shards.paths, settings
         self.layout = Layout.of(shards.headers)
         self.parts, self.lost = list[str](), list[str]()
-        self.pinned_bytes = 0
+        self.pinned_bytes, self._look_ahead = 0, False
         self._files: list[int] = []
         self._pins: list[tuple[int, int]] = []
         self._watch: Watch | None = None
@@ -216,11 +139,10 @@ class Paging:
         self._window = [window_bytes(file) for file in self._files]
         if self.layout.experts:
             self._advise()
-        planned = planned_bytes(log)
-        spare = max(SPARE_BYTES, round(SPARE_SHARE * available_memory().total_bytes))
-        self._pin(
-            available_memory().available_bytes - sum(planned.values()) - spare - 2 * self.layout.layer_bytes
-        )
+        memory, buffers = available_memory(), sum(planned_bytes(log).values())
+        room = memory.available_bytes - buffers - round(SPARE_SHARE * memory.total_bytes)
+        self._pin(room - self.layout.token_bytes)
+        self._look_ahead = room - self.pinned_bytes > 2 * self.layout.layer_bytes
 
     def close(self) -> None:
         """Give back what is locked and open."""
@@ -259,6 +181,8 @@ class Paging:
         for file, descriptor in enumerate(self._files):
             length = os.fstat(descriptor).st_size
             base = _libc("mmap", 0, length, 1, 1, descriptor, 0)  # PROT_READ, MAP_SHARED
+            if base == MAP_FAILED:
+                continue
             self._pins.append((base, length))
             for start, end in _merged((start, end) for at, start, end in self.layout.dense if at == file):
                 end = min(end, start + room - self.pinned_bytes)
@@ -268,11 +192,10 @@ class Paging:
                 self.pinned_bytes += end - start
         self.parts.append(f"{size(self.pinned_bytes)} of {size(total)} of dense weights locked in memory")
         if self.pinned_bytes < 0.99 * total:
-            why = (
-                f"`ulimit -l` allows {size(limit)}: raise it"
-                if limit == room and limit is not None
-                else "close other programs, or lower n_ctx"
+            limited = (
+                f"`ulimit -l` allows {size(limit)}: raise it" if limit is not None and limit == room else ""
             )
+            why = limited or "close other programs, or lower n_ctx"
             self.lost.append(f"{size(total - self.pinned_bytes)} of dense weights may be read again ({why})")
 
     # ---- while tokens are evaluated ----
@@ -301,7 +224,7 @@ class Paging:
         if router.layer != self._ahead:
             self._hand_over(router.layer, experts)
         following, self._ahead = self.layout.experts.get(router.layer + 1), -1
-        if following and len(experts) > WHOLE_SHARE * following[0].n:
+        if self._look_ahead and following and len(experts) > WHOLE_SHARE * following[0].n:
             self._ahead = router.layer + 1
             self._hand_over(self._ahead, np.arange(following[0].n))
 

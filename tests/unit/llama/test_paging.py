@@ -18,11 +18,12 @@ from dfqs_nb.core.machine import Memory
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf import placement, specimen
 from dfqs_nb.gguf.header import read_header
+from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama import diagnose, paging
 from dfqs_nb.llama.diagnosis import Diagnosis, Disk, Measured, forecast
 from dfqs_nb.llama.model import open_model
-from dfqs_nb.llama.paging import Layout, Paging
+from dfqs_nb.llama.paging import Paging
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.recorded import Schedule, open_recorded, record
 
@@ -164,7 +165,7 @@ def test_no_more_is_locked_than_the_system_allows(moe, monkeypatch, limit):
 
 @linux_only
 def test_no_more_is_locked_than_memory_leaves(moe, monkeypatch):
-    monkeypatch.setattr(paging, "available_memory", lambda: Memory(8 << 30, 900 << 20, "test"))
+    monkeypatch.setattr(paging, "available_memory", lambda: Memory(8 << 30, 400 << 20, "test"))
     with open_model(moe, settings("on"), trial=False) as model:
         assert model.llama.paging.pinned_bytes == 0
         assert "close other programs" in model.loaded["paging"]
