@@ -53,7 +53,7 @@ PARSER_BYTES, LOADER_BYTES = 4 << 30, 8 << 30  # of address space: a hostile hea
 TIMEOUT_SECONDS = 60.0
 TRIAL_SECONDS, TRIAL_SECONDS_PER_BYTE = 120.0, 1 / 50e6  # a slow disk
 SMALL_CTX = 256
-LONG_SECONDS = 5.0  # of loading: a trial that took longer is worth remembering
+LONG_SECONDS = 5.0  # a trial that took longer is worth remembering
 PREFILL_TOKENS = 8
 LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll")
 
@@ -283,7 +283,7 @@ def _trial_once(identity: tuple[Identity, ...], settings: OpenSettings, needs: s
     started = time.perf_counter()
     facts = child.run(MODULE, job, where=path, timeout_seconds=timeout)
     done = Trial(**facts, seconds=time.perf_counter() - started)
-    if done.load_seconds > LONG_SECONDS:
+    if done.seconds > LONG_SECONDS:
         remembered.parent.mkdir(parents=True, exist_ok=True)
         write_json(remembered, dataclasses.asdict(done))
     return done

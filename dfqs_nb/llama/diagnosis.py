@@ -67,7 +67,8 @@ def pieces_speed(path: str | Path, piece_bytes: int) -> float | None:
     room = Path(path).stat().st_size - piece_bytes
     if counters is None or not hasattr(os, "posix_fadvise") or room < PIECES * piece_bytes:
         return None
-    places = [random.Random(1).randrange(room) for _ in range(PIECES)]
+    draw = random.Random(1)
+    places = [draw.randrange(room) for _ in range(PIECES)]
     with Path(path).open("rb", buffering=0) as file:
         handle = file.fileno()
         for place in places:

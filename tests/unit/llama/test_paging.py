@@ -269,12 +269,18 @@ def test_an_open_model_is_diagnosed(moe):
 
 
 @linux_only
-def test_the_disk_under_a_file_is_measured(tmp_path):
+def test_the_disk_under_a_file_is_measured(tmp_path, monkeypatch):
     path = tmp_path / "m"
     path.write_bytes(os.urandom(1 << 20) * 32)
     with path.open("rb") as file:
         os.fsync(file.fileno())
+    asked, advise = set(), os.posix_fadvise
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda f, at, n, how: asked.add((at, how)) or advise(f, at, n, how)
+    )
     disk = Disk.under(path, 64 << 10)
+    wanted = {at for at, how in asked if how == os.POSIX_FADV_WILLNEED}
+    assert len(wanted) >= 60, "pieces from many places"
     assert disk.pieces is None or disk.pieces > 0
     assert not disk.device or Path("/sys/class/block", disk.device).exists() and disk.read_ahead_bytes >= 0
     assert Disk.under(path, 1 << 20).pieces is None, "too small a file"
