@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from dfqs_nb.core.display import size
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.machine import available_memory
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import ShardSet, open_shards
@@ -89,7 +90,12 @@ class Paging:
     @classmethod
     def of(cls, path: str | Path, settings: OpenSettings) -> Paging | None:
         """The help for a model that is about to be loaded, where it is wanted."""
-        shards = open_shards(path)
+        if settings.paging == "off":
+            return None
+        try:
+            shards = open_shards(path)
+        except DfqsError:
+            return None  # llama.cpp says what is wrong with it
         return cls(shards, settings) if wanted(shards, settings) else None
 
     @contextlib.contextmanager
