@@ -177,8 +177,8 @@ def run(arguments: list[str], failure: str, quiet: bool = False) -> None:
 
 def versions() -> dict[str, str]:
     """Every installed package with its version."""
-    found = reversed(list(importlib.metadata.distributions()))  # what comes first on the path counts
-    return {distribution.metadata["Name"]: distribution.version for distribution in found}
+    installed = reversed(list(importlib.metadata.distributions()))  # what comes first on the path counts
+    return {distribution.metadata["Name"]: distribution.version for distribution in installed}
 
 
 def replaced_while_loaded(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:

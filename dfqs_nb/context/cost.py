@@ -118,7 +118,7 @@ def predict_failure(
     for at, plan in zip(opened, plan_memory(shards.paths[0], opened), strict=True):
         types: dict[str, Any] = {"type_k": at.type_k, "type_v": at.type_v, "swa_full": at.swa_full}
         n_ubatch = min(at.n_batch, at.n_ubatch)
-        needs = estimate(shards.headers, at.n_ctx, n_ubatch, **types, use_mmap=at.use_mmap)
+        needs = estimate(shards.as_one, at.n_ctx, n_ubatch, **types, use_mmap=at.use_mmap)
         required = needs.with_compute(plan["compute_bytes"]).must_fit_bytes + needs.kv.total
         if required > available:
             what = (
@@ -199,7 +199,7 @@ def memory_table(
                 "kv_bytes": kv.total,
                 "kv_planned_bytes": plan["kv_bytes"],
                 "compute_bytes": plan["compute_bytes"],
-                "weights_bytes": weights_bytes(shards.headers),
+                "weights_bytes": weights_bytes(shards.as_one),
                 "predicted_bytes": kv.total + plan["compute_bytes"],
                 **taken,
             }

@@ -6,29 +6,19 @@
 
 from __future__ import annotations
 
+import difflib
 import html
 import os
 import re
 import shlex
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
     from IPython.display import HTML
-
-__all__ = [
-    "cell",
-    "label",
-    "markdown",
-    "markdown_table",
-    "plain",
-    "quoted",
-    "shown",
-    "size",
-    "tqdm",
-]
 
 
 def tqdm(*arguments: Any, **options: Any) -> Any:
@@ -40,7 +30,6 @@ def tqdm(*arguments: Any, **options: Any) -> Any:
     import tqdm.auto
 
     options.setdefault("leave", False)
-
     if os.environ.get("TQDM_DISABLE"):
         options["disable"] = True
     return tqdm.auto.tqdm(*arguments, **options)
@@ -95,6 +84,16 @@ def quoted(path: str | Path) -> str:
     "'my model.gguf'"
     """
     return plain(shlex.quote(str(path)))
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """``did you mean ...? `` for a name close to one that exists; else nothing.
+
+    >>> did_you_mean("max_token", ["max_tokens", "n_ctx"]), did_you_mean("zzz", ["n_ctx"])
+    ('did you mean max_tokens? ', '')
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 def one_line(text: object) -> str:

@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 INK, PAPER = "#222222", "#E8E8E8"
 BYTES = EngFormatter(unit="B")
+WIDTH = 7.0  # inches
 
 
-def new_axes(ax: Axes | None, height: float = 3.0, width: float = 7.0) -> Axes:
-    """The axes given, or those of a new figure of that size in inches; without a box around them."""
+def new_axes(ax: Axes | None, height: float = 3.0) -> Axes:
+    """The axes given, or those of a new figure of that height in inches; without a box around them."""
     if ax is None:
-        _, ax = plt.subplots(figsize=(width, height), layout="constrained")
+        _, ax = plt.subplots(figsize=(WIDTH, height), layout="constrained")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.errors import StageError
 from dfqs_nb.core.files import canonical_sha256, read_json, sha256_of_file, there_is, write_json, write_table
-from dfqs_nb.core.journal import Journal, remembered
+from dfqs_nb.core.journal import remembered
 from dfqs_nb.core.paths import run_dir, tilde
 
 if TYPE_CHECKING:
@@ -129,10 +129,6 @@ class Stage:
     def json(self, name: str, value: Any) -> Path:
         """Write a value as ``<name>.json`` and seal it."""
         return write_json(self.path(f"{name}.json"), value)
-
-    def journal(self, name: str, conditions: Mapping[str, Any], *, fresh: bool = False) -> Journal:
-        """A journal ``<name>.jsonl`` of finished items, covered by the seal."""
-        return Journal(self.path(f"{name}.jsonl"), conditions, fresh=fresh)
 
     def read(self, stage: str) -> dict[str, Any]:
         """What an earlier stage handed on.

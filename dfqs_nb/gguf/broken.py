@@ -56,10 +56,9 @@ def collection(folder: str | Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
     first, second = reference_shards().headers
     body, rest = first.path.read_bytes(), second.path.read_bytes()
-    (folder / first.path.name).write_bytes(body)
-    (folder / second.path.name).write_bytes(rest)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
     contents = {
+        first.path.name: body,
         "cut-off.gguf": body[: len(body) // 2],
         "cut-in-header.gguf": body[: first.data_offset // 2],
         "trailing.gguf": rest + b"\x00" * 100,
@@ -70,9 +69,10 @@ def collection(folder: str | Path) -> list[Path]:
         "whole.gguf.part1of2": rest[:1_000_000],
         "whole.gguf.part2of2": rest[1_000_000:],
     }
-    for name, content in contents.items():
+    for name, content in {**contents, second.path.name: rest}.items():
         (folder / name).write_bytes(content)
-    return [folder / first.path.name, glue(folder), *(folder / name for name in contents)]
+    sound, *others = (folder / name for name in contents)
+    return [sound, glue(folder), *others]
 
 
 def _moved(header: GGUFHeader, body: bytes, by: int) -> bytes:

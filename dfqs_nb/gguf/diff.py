@@ -51,9 +51,9 @@ def compare(a: Outline, b: Outline, *, data: bool = False) -> Difference:
         data: also hash every tensor that both have with equal type and shape. Of a remote model this reads
             the whole file, without storing it.
     """
-    one, two = a.shards.as_one, b.shards.as_one
-    fields = [name for name in {**one.fields, **two.fields} if name not in SPLIT]
-    left, right = ({tensor.name: tensor for tensor in header.tensors} for header in (one, two))
+    first, second = a.shards.as_one, b.shards.as_one
+    fields = [name for name in {**first.fields, **second.fields} if name not in SPLIT]
+    left, right = ({tensor.name: tensor for tensor in header.tensors} for header in (first, second))
     both = [name for name in left if name in right]
     lines = {
         "only in the first": [_row(left[name]) for name in left if name not in right],
@@ -63,7 +63,7 @@ def compare(a: Outline, b: Outline, *, data: bool = False) -> Difference:
             for name in both
             if _kind(left[name]) != _kind(right[name])
         ],
-        "metadata": [line for name in fields if (line := _field(name, one, two))],
+        "metadata": [line for name in fields if (line := _field(name, first, second))],
     }
     n_compared = None
     if data:

@@ -1,8 +1,4 @@
-"""What a GGUF header says about the model: identity, experts, attention, parameters, bits.
-
-Everything here is computed from metadata fields and tensor shapes; no tensor data is read. Works for any
-architecture; what only DeepSeek models declare is empty for the others.
-"""
+"""What a GGUF header says about the model: identity, experts, attention, parameters, bits."""
 
 from __future__ import annotations
 
@@ -46,10 +42,8 @@ class Experts:
         total: routed experts a layer; 0 for a dense model.
         used: routed experts a token; the most, where layers differ.
         shared: experts that every token uses besides.
-        moe_layers: layers with routed experts.
-        hash_layers: how many of them, the first ones, choose by token id from a table, without a score.
-        gating: how router scores are made.
-        weights_scale: factor on the chosen experts' weights.
+        hash_layers: how many ``moe_layers``, the first, choose by token id from a table, without a score.
+        gating: how router scores are made; ``weights_scale``: factor on the chosen experts' weights.
     """
 
     total: int
@@ -69,21 +63,16 @@ class Experts:
         """
         if not self.moe_layers:
             return "a dense model: no routed experts, every token uses all weights"
-        return (
-            f"{self.used} of {self.total} experts a token in {self.moe_layers} layers, "
-            f"{self.hash_layers} of them by hash"
-        )
+        where = f"{self.moe_layers} layers, {self.hash_layers} of them by hash"
+        return f"{self.used} of {self.total} experts a token in {where}"
 
 
 @dataclass(frozen=True)
 class Parameters:
     """Weights, by count. Tables of integers are not weights.
 
-    Attributes:
-        total: all weights of the file.
-        active: weights that one token passes through: routed experts count by used / total, and the
-            embedding, a look-up, counts as the one row that is read.
-        routed: weights of the routed experts.
+    ``active`` are those that one token passes through: routed experts count by used / total, and the
+    embedding, a look-up, as the one row that is read. ``routed`` are those of the routed experts.
     """
 
     total: int
@@ -112,11 +101,7 @@ def class_of(name: str) -> str:
 
 
 def experts(header: GGUFHeader) -> Experts:
-    """The expert layout; see ``Experts``.
-
-    Raises:
-        HeaderError: a count is something else.
-    """
+    """The expert layout; a HeaderError where a count is something else."""
     own, scale = header.architecture, header.arch("expert_weights_scale")
     return Experts(
         header.count(f"{own}.expert_count"),
@@ -134,7 +119,7 @@ def _moe_layers(header: GGUFHeader) -> set[int | None]:
 
 
 def parameters(header: GGUFHeader) -> Parameters:
-    """Count the weights from the tensor shapes; see ``Parameters``."""
+    """Count the weights from the tensor shapes."""
     n_experts = header.count(f"{header.architecture}.expert_count")
     used = header.counts(f"{header.architecture}.expert_used_count") or [0]
     has_output = "output.weight" in {tensor.name for tensor in header.tensors}  # else the embedding is both
@@ -162,10 +147,7 @@ def bits_per_weight(tensors: Iterable[Tensor]) -> float:
 
 
 def class_sizes(header: GGUFHeader) -> list[dict[str, Any]]:
-    """One dict a tensor class, largest first.
-
-    Keys: ``class``, ``tensors``, ``weights``, ``bytes``, ``bits_per_weight``, ``types`` (most bytes first).
-    """
+    """One dict a tensor class, largest first; its ``types`` with most bytes first."""
     groups: dict[str, list[Tensor]] = {}
     for tensor in header.tensors:
         groups.setdefault(class_of(tensor.name), []).append(tensor)
@@ -281,11 +263,7 @@ def facts_frame(facts: dict[str, Any], name: str = "value") -> pd.DataFrame:
 
 
 def tensor_table(header: GGUFHeader) -> pd.DataFrame:
-    """One row a tensor.
-
-    Columns: ``name``, ``layer`` (-1 outside the blocks), ``class``, ``type``, ``shape`` (ggml's order),
-    ``weights``, ``bytes``, ``bits_per_weight``.
-    """
+    """One row a tensor; ``layer`` is -1 outside the blocks, ``shape`` in ggml's order."""
     import pandas as pd
 
     columns = ["name", "layer", "class", "type", "shape", "weights", "bytes"]
@@ -319,18 +297,15 @@ MODEL = "a language model"
 
 
 def role(header: GGUFHeader) -> str:
-    """What the file is: `MODEL`, or something that belongs to a model.
-
-    Of a set of shards, ask the header of the whole (`ShardSet.as_one`): a first shard can be without tensors.
+    """What the file is: `MODEL`, or something that belongs to one; of shards, ask `ShardSet.as_one`.
 
     >>> from dfqs_nb.gguf.broken import reference_shards
     >>> role(reference_shards().as_one)
     'a language model'
     """
     kind = header.text("general.type")
-    for name in (kind, header.architecture):
-        if name in OTHER_ROLES:
-            return OTHER_ROLES[name]
+    if other := OTHER_ROLES.get(kind) or OTHER_ROLES.get(header.architecture):
+        return other
     if kind not in ("", "model"):
         return f"a file of the type {kind[:40]!r}"
     if not header.tensors and "tokenizer.ggml.tokens" in header:
@@ -339,21 +314,16 @@ def role(header: GGUFHeader) -> str:
 
 
 def require_model(header: GGUFHeader) -> None:
-    """Refuse a file that belongs to a model and is none.
-
-    Raises:
-        ModelError: it is an adapter, a projector, an importance matrix, a vocabulary or a control vector.
-    """
+    """Refuse, by a ModelError, a file that belongs to a model and is none; see `role`."""
     if role(header) != MODEL:
-        what, hint = f"{role(header)}, not a language model", "name the model it was made for"
-        raise ModelError(what, where=header.path, hint=hint)
+        what = f"{role(header)}, not a language model"
+        raise ModelError(what, where=header.path, hint="name the model it was made for")
 
 
 # ---- the early dialect of deepseek4 ----
 
 # The first conversions of DeepSeek-V4 say ``deepseek4`` too, but name some tensors so. Upstream llama.cpp
-# (since b9840) expects the names behind them, and the key ``attention.output_lora_rank``, which those files
-# lack.
+# (since b9840) expects the names behind them, and a key that those files lack.
 EARLY_NAMES = (
     (r"\battn_kv_latent\b", "attn_kv"),
     (r"\battn_compress_", "attn_compressor_"),

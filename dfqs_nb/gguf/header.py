@@ -34,6 +34,11 @@ GET_AGAIN = "get the file from its source again"
 OTHER_TOOL = "the file was converted by another tool or an older one: convert it again"
 WRITTEN_WRONGLY = "the file was written wrongly, or by a fork of llama.cpp with other type numbers"
 CUT_OFF = "the download was cut off, or the file is broken: download it again"
+FORK = "a fork (ik_llama.cpp, for example) or a newer llama.cpp made it: run it there, or get another file"
+NO_MODELS = {  # by how the file starts: what it is, and what to do
+    "vers": ("a Git LFS pointer, not the model it points to", "run `git lfs pull`"),
+    "<": ("a web page, not a model", "download the file itself (its 'resolve' address)"),
+}
 _FIRST_READ = 1 << 16
 _U64 = struct.Struct("<Q")
 
@@ -81,12 +86,9 @@ class GGUFHeader(Mapping[str, Any]):
     """A GGUF header as a read-only mapping from field name to value, and its tensor table.
 
     Attributes:
-        path: the file.
         start: where the header starts in the file, in bytes (0 but for glued files).
-        version: GGUF version, 2 or 3.
-        alignment: the data section's alignment in bytes.
-        fields: by name, in the file's order.
-        tensors: in the file's order.
+        alignment: the data section's, in bytes.
+        fields, tensors: in the file's order.
         data_offset: where the data section starts, in bytes from the start of the file.
         file_size: size of the file in bytes, when it was read.
         raw: the header's bytes, from its magic to the end of the tensor table.
@@ -125,6 +127,7 @@ class GGUFHeader(Mapping[str, Any]):
         return self.get(f"{self.architecture}.{key}", default)
 
     # A field may hold any type in a file from elsewhere, so code that computes reads it through these.
+    # What is no count is a HeaderError.
 
     def text(self, name: str) -> str:
         """A field that should be text; empty where it is missing or something else."""
@@ -132,11 +135,7 @@ class GGUFHeader(Mapping[str, Any]):
         return value if isinstance(value, str) else ""
 
     def counts(self, name: str) -> list[int]:
-        """A field that should be a count, or one for each layer, as a list; empty where it is missing.
-
-        Raises:
-            HeaderError: it holds something else.
-        """
+        """A field that should be a count, or one for each layer, as a list; empty where it is missing."""
         value = self.get(name, [])
         values = value if isinstance(value, list) else [value]
         if not all(type(item) is int and item >= 0 for item in values):
@@ -144,20 +143,12 @@ class GGUFHeader(Mapping[str, Any]):
         return values
 
     def count(self, name: str, default: int = 0) -> int:
-        """A field that should be one count; of one for each layer, the largest.
-
-        Raises:
-            HeaderError: it holds something else.
-        """
+        """A field that should be one count; of one for each layer, the largest."""
         return max(self.counts(name), default=default)
 
     @property
     def n_layers(self) -> int:
-        """The architecture's ``block_count``; 0 where it is missing.
-
-        Raises:
-            HeaderError: it is no count, or more than llama.cpp takes.
-        """
+        """The architecture's ``block_count``; 0 where it is missing, an error above what llama.cpp takes."""
         count = self.count(f"{self.architecture}.block_count")
         if count > MAX_LAYERS:  # a hostile number fills the memory
             what = f"claims {count:,} layers; llama.cpp takes {MAX_LAYERS}"
@@ -167,7 +158,7 @@ class GGUFHeader(Mapping[str, Any]):
     @property
     def data_nbytes(self) -> int:
         """Bytes of the data section that the tensor table asks for, each tensor padded."""
-        return max((padded(t.offset + t.nbytes, self.alignment) for t in self.tensors), default=0)
+        return padded(max((t.offset + t.nbytes for t in self.tensors), default=0), self.alignment)
 
     @property
     def end_offset(self) -> int:
@@ -231,9 +222,7 @@ def unreadable(path: Path, error: OSError) -> HeaderError:
 
 
 def check_layout(header: GGUFHeader) -> None:
-    """Check that the tensors lie one after another, aligned, and inside the file.
-
-    llama.cpp refuses a file where they do not.
+    """Check that the tensors lie one after another, aligned, and inside the file, as llama.cpp does.
 
     Raises:
         LayoutError: names the first tensor that is out of place, or the bytes that are missing.
@@ -245,8 +234,7 @@ def check_layout(header: GGUFHeader) -> None:
             what = f"tensor {tensor.name!r} {kind} (offset {tensor.offset:,}, expected {expected:,})"
             raise LayoutError(what, where=header.path, hint=f"{WRITTEN_WRONGLY}: {GET_AGAIN}")
         expected = padded(tensor.offset + tensor.nbytes, header.alignment)
-    last = header.tensors[-1] if header.tensors else None
-    needed = header.data_offset + (last.offset + last.nbytes if last else 0)
+    needed, _ = ends(header)
     if header.file_size < needed:
         what = f"{needed - header.file_size:,} bytes short (has {header.file_size:,}, needs {needed:,})"
         raise LayoutError(what, where=header.path, hint=CUT_OFF)
@@ -336,38 +324,27 @@ def _parse(cursor: _Cursor) -> GGUFHeader:
 
 
 def _read_preamble(cursor: _Cursor) -> tuple[int, int, int]:
-    _check_magic(cursor)
+    if cursor.remaining == 0:
+        raise cursor.fail("an empty file", "download it again")
+    magic = cursor.take(min(4, cursor.remaining))
+    if magic != MAGIC:
+        cursor.position = 0
+        starts = "<" if magic.lstrip()[:1] == b"<" else magic.decode("latin-1")
+        other = f"not a GGUF file: starts with {magic!r}, not {MAGIC!r}", "check what you downloaded"
+        raise cursor.fail(*NO_MODELS.get(starts, other))
     version = cursor.number("I")
     if version & 0xFFFF == 0:
-        raise cursor.fail(
-            "a big-endian GGUF, which this machine's llama.cpp does not read",
-            "convert it with gguf-py's gguf-convert-endian",
-        )
+        what = "a big-endian GGUF, which this machine's llama.cpp does not read"
+        raise cursor.fail(what, "convert it with gguf-py's gguf-convert-endian")
     if version not in VERSIONS:
-        raise cursor.fail(
-            f"GGUF version {version}; llama.cpp reads versions 2 and 3",
-            "convert the original model again with a current llama.cpp",
-        )
+        what = f"GGUF version {version}; llama.cpp reads versions 2 and 3"
+        raise cursor.fail(what, "convert the original model again with a current llama.cpp")
     n_tensors, n_fields = cursor.number("Q"), cursor.number("Q")
     for count, least, noun in ((n_tensors, 24, "tensors"), (n_fields, 13, "metadata fields")):
         if count * least > cursor.remaining:
             what = f"claims {count:,} {noun}, more than its {cursor.size:,} bytes can hold"
             raise cursor.fail(what, CUT_OFF)
     return version, n_tensors, n_fields
-
-
-def _check_magic(cursor: _Cursor) -> None:
-    if cursor.remaining == 0:
-        raise cursor.fail("an empty file", "download it again")
-    magic = cursor.take(min(4, cursor.remaining))
-    if magic == MAGIC:
-        return
-    cursor.position = 0
-    if magic == b"vers":
-        raise cursor.fail("a Git LFS pointer, not the model it points to", "run `git lfs pull`")
-    if magic.lstrip()[:1] == b"<":
-        raise cursor.fail("a web page, not a model", "download the file itself (its 'resolve' address)")
-    raise cursor.fail(f"not a GGUF file: starts with {magic!r}, not {MAGIC!r}", "check what you downloaded")
 
 
 def _read_fields(cursor: _Cursor, count: int) -> dict[str, Field]:
@@ -384,22 +361,21 @@ def _read_fields(cursor: _Cursor, count: int) -> dict[str, Field]:
 
 
 def _read_field(cursor: _Cursor, name: str, start: int) -> Field:
-    kind, count = cursor.number("I"), None
+    kind, count, what = cursor.number("I"), None, f"metadata field {name!r}"
     if kind == 9:
         kind, count = cursor.number("I"), cursor.number("Q")
     if kind not in VALUE_TYPES or kind == 9:
-        raise cursor.fail(f"metadata field {name!r} has the unknown value type {kind}")
+        raise cursor.fail(f"{what} has the unknown value type {kind}")
     type_name, form = VALUE_TYPES[kind]
     n, least = 1 if count is None else count, struct.calcsize("<" + form) or 8
     if n * least > cursor.remaining:
-        what = f"metadata field {name!r} claims {n:,} values, more than the file has left"
-        raise cursor.fail(what, CUT_OFF)
+        raise cursor.fail(f"{what} claims {n:,} values, more than the file has left", CUT_OFF)
     value_start = cursor.position
     if form:
         cursor.need(value_start + n * least)
         cursor.position += n * least
     else:  # counts its texts before it reads them
-        cursor.skip_strings(n, f"metadata field {name!r}")
+        cursor.skip_strings(n, what)
     return Field(name, type_name, count, (start, cursor.position), value_start)
 
 
@@ -428,31 +404,24 @@ def _read_tensors(cursor: _Cursor, count: int) -> tuple[Tensor, ...]:
 
 
 def _read_tensor(cursor: _Cursor, name: str) -> Tensor:
-    n_dims = cursor.number("I")
+    n_dims, what = cursor.number("I"), f"tensor {name!r}"
     if n_dims > MAX_DIMENSIONS:
-        raise cursor.fail(f"tensor {name!r} has {n_dims} dimensions; ggml has {MAX_DIMENSIONS}")
+        raise cursor.fail(f"{what} has {n_dims} dimensions; ggml has {MAX_DIMENSIONS}")
     shape = struct.unpack(f"<{n_dims}q", cursor.take(8 * n_dims)) or (1,)
     code, offset = cursor.number("I"), cursor.number("Q")
+    if code in REMOVED_TYPES:
+        removed = f"{what} has the type {code}, {REMOVED_TYPES[code]}, which llama.cpp removed"
+        raise cursor.fail(
+            removed, "quantize the model again from its original, or run it in the build that made it"
+        )
     if code not in TENSOR_TYPES:
-        raise _unknown_type(cursor, name, code)
+        raise cursor.fail(f"{what} has the type {code}, which llama.cpp does not know", FORK)
     type_name, block, block_bytes = TENSOR_TYPES[code]
     n_elements = math.prod(shape)
     # A dimension of 0 hides no overflow: llama.cpp aborts on the product of the others.
     if min(shape) < 0 or math.prod(max(extent, 1) for extent in shape) >= 1 << 62 or shape[0] % block:
-        raise cursor.fail(f"tensor {name!r} of type {type_name} cannot have the shape {shape}")
+        raise cursor.fail(f"{what} of type {type_name} cannot have the shape {shape}")
     return Tensor(name, shape, type_name, code, offset, n_elements, n_elements // block * block_bytes)
-
-
-def _unknown_type(cursor: _Cursor, name: str, code: int) -> HeaderError:
-    if code in REMOVED_TYPES:
-        return cursor.fail(
-            f"tensor {name!r} has the type {code}, {REMOVED_TYPES[code]}, which llama.cpp removed",
-            "quantize the model again from its original, or run the file in the build that made it",
-        )
-    return cursor.fail(
-        f"tensor {name!r} has the type {code}, which llama.cpp does not know",
-        "a fork (ik_llama.cpp, for example) or a newer llama.cpp made it: run it there, or get another file",
-    )
 
 
 def _decode(raw: bytes | bytearray, entry: Field) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -29,15 +29,23 @@ F32_BYTES = 4
 
 @dataclass(frozen=True)
 class KvCacheBytes:
-    """Bytes of one context's cache by part, and how far to trust them.
+    """Bytes of one context's cache, each layer's by part, and how far to trust them.
 
     Parts of ``deepseek4``: ``raw`` (sliding window), ``csa`` (ratio 4), ``hca`` (ratio 128), ``indexer``,
     ``compressor_state``; of the other architectures: ``k`` and ``v``.
     """
 
-    parts: dict[str, int]
+    layers: list[dict[str, int]]
     exactness: Literal["exact", "upper bound", "rough"] = "exact"
     note: str = ""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes of each part in all layers."""
+        parts: Counter[str] = Counter()
+        for layer in self.layers:
+            parts.update(layer)
+        return dict(parts)
 
     @property
     def total(self) -> int:
@@ -67,34 +75,20 @@ def kv_cache_bytes(
 
     Source: ``src/llama-kv-cache*.cpp`` of the llama.cpp that llama-cpp-python 0.3.36 vendors.
     """
-    parts: Counter[str] = Counter()
-    for layer in cache_by_layer(header, n_ctx, n_ubatch, type_k, type_v, swa_full):
-        parts.update(layer)
-    return KvCacheBytes(dict(parts), *(("exact", "") if _is_v4(header) else _trust(header)))
-
-
-def cache_by_layer(
-    header: GGUFHeader,
-    n_ctx: int,
-    n_ubatch: int = 512,
-    type_k: str = "f16",
-    type_v: str = "f16",
-    swa_full: bool = False,
-) -> list[dict[str, int]]:
-    """The parts of `kv_cache_bytes` layer by layer: each lies where its layer does.
-
-    Raises: as `kv_cache_bytes`.
-    """
     if min(n_ctx, n_ubatch) < 1:
         raise ValueError("n_ctx and n_ubatch must be at least 1")
     cells = _pad(n_ctx)
-    if _is_v4(header):
-        return _deepseek4(header, cells, min(n_ctx, n_ubatch), type_k, swa_full)
-    return _attention(header, cells, type_k, type_v)
-
-
-def _is_v4(header: GGUFHeader) -> bool:
-    return header.architecture == "deepseek4"
+    if header.architecture == "deepseek4":
+        return KvCacheBytes(_deepseek4(header, cells, min(n_ctx, n_ubatch), type_k, swa_full))
+    layers = _attention(header, cells, type_k, type_v)
+    if header.arch("ssm.state_size") or header.arch("wkv.head_size"):
+        return KvCacheBytes(
+            layers, "rough", "recurrent layers counted as attention; their state is not counted"
+        )
+    if header.arch("attention.sliding_window"):
+        note = "sliding-window layers counted as if they kept the whole context"
+        return KvCacheBytes(layers, "upper bound", note)
+    return KvCacheBytes(layers)
 
 
 def _deepseek4(
@@ -140,14 +134,6 @@ def _attention(header: GGUFHeader, cells: int, type_k: str, type_v: str) -> list
     ]
 
 
-def _trust(header: GGUFHeader) -> tuple[Literal["exact", "upper bound", "rough"], str]:
-    if header.arch("ssm.state_size") or header.arch("wkv.head_size"):
-        return "rough", "recurrent layers counted as attention; their state is not counted"
-    if header.arch("attention.sliding_window"):
-        return "upper bound", "sliding-window layers counted as if they kept the whole context"
-    return "exact", ""
-
-
 def _ints(header: GGUFHeader, *names: str) -> list[int]:
     """The architecture's first key that is there: a count, or one for each layer."""
     for name in names:
@@ -174,13 +160,9 @@ def _pad(cells: int) -> int:
     return padded(cells, CELL_PADDING)
 
 
-def weights_bytes(header: GGUFHeader | Iterable[GGUFHeader]) -> int:
-    """Bytes of all tensors, over one header or the headers of all shards."""
-    return sum(tensor.nbytes for shard in _headers(header) for tensor in shard.tensors)
-
-
-def _headers(header: GGUFHeader | Iterable[GGUFHeader]) -> list[GGUFHeader]:
-    return [header] if isinstance(header, GGUFHeader) else list(header)
+def weights_bytes(header: GGUFHeader) -> int:
+    """Bytes of all tensors; of shards, ask `ShardSet.as_one`."""
+    return sum(tensor.nbytes for tensor in header.tensors)
 
 
 @dataclass(frozen=True)
@@ -215,7 +197,7 @@ class MemoryEstimate:
 
 
 def estimate(
-    header: GGUFHeader | Sequence[GGUFHeader],
+    header: GGUFHeader,
     n_ctx: int,
     n_ubatch: int = 512,
     *,
@@ -224,47 +206,38 @@ def estimate(
     flash_attn: bool = False,
     **types: str,
 ) -> MemoryEstimate:
-    """Memory that the model of this header (or of these shards' headers, first one first) will take.
+    """Memory that the model of this header (of shards: `ShardSet.as_one`) will take.
 
-    ``types`` are those of `kv_cache_bytes`. ``flash_attn`` does not change what a header can tell; it is kept
-    for the advice in a refusal.
-
-    Raises:
-        HeaderError: a key that the KV formula needs is missing.
+    Arguments and errors are those of `kv_cache_bytes`; ``flash_attn`` is for the advice in a refusal.
     """
-    headers = _headers(header)
-    weights = weights_bytes(headers)
-    kv = kv_cache_bytes(headers[0], n_ctx, n_ubatch, swa_full=swa_full, **types)
+    weights, kv = weights_bytes(header), kv_cache_bytes(header, n_ctx, n_ubatch, swa_full=swa_full, **types)
     settings: dict[str, object] = {"swa_full": swa_full, "flash_attn": flash_attn}
     return MemoryEstimate(weights, 0 if use_mmap else weights, kv, n_ctx, settings=settings)
 
 
 def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: str | Path | None = None) -> str:
-    """Refuse what cannot work, and return a warning for what will be slow (``""`` when all is well).
-
-    Weights are mapped from the file, so a file larger than memory still runs; it pages, and that is the
-    warning. KV cache and compute buffer cannot be paged.
+    """Refuse what cannot work, and return a warning for what will page and be slow (else ``""``).
 
     Raises:
         SpaceError: resident weights, KV cache and compute buffer exceed the available memory.
     """
     memory = memory or available_memory()
+    must_fit, free = binary_size(needs.must_fit_bytes), binary_size(memory.available_bytes)
     if needs.must_fit_bytes > memory.available_bytes:
         compute = "not counted" if needs.compute_bytes is None else binary_size(needs.compute_bytes)
         what = (
-            f"a context of {needs.n_ctx:,} tokens needs {binary_size(needs.must_fit_bytes)} "
-            f"(resident weights {binary_size(needs.weights_resident_bytes)}, "
-            f"KV cache {binary_size(needs.kv.total)}, compute buffer {compute}), "
-            f"and {binary_size(memory.available_bytes)} are free ({memory.source})"
+            f"a context of {needs.n_ctx:,} tokens needs {must_fit} "
+            f"(resident weights {binary_size(needs.weights_resident_bytes)}, KV cache "
+            f"{binary_size(needs.kv.total)}, compute buffer {compute}), and {free} are free ({memory.source})"
         )
         raise SpaceError(what, where=where, hint=", or ".join(_advice(needs)))
     missing = needs.comfortable_bytes - memory.available_bytes
     if missing <= 0:
         return ""
     return (
-        f"weights of {binary_size(needs.weights_bytes)} and {binary_size(needs.must_fit_bytes)} beside them "
-        f"exceed the {binary_size(memory.available_bytes)} of free memory by {binary_size(missing)}: parts "
-        "of the file will be read from the disk again and again, so expect a fraction of the usual speed"
+        f"weights of {binary_size(needs.weights_bytes)} and {must_fit} beside them exceed the {free} of free "
+        f"memory by {binary_size(missing)}: parts of the file will be read from the disk again and again, so "
+        "expect a fraction of the usual speed"
     )
 
 
@@ -287,12 +260,10 @@ def binary_size(n_bytes: int) -> str:
     >>> binary_size(424 * 2**20), binary_size(7 * 2**30 // 2)
     ('424.0 MiB', '3.50 GiB')
     """
-    if n_bytes < 2**30:
-        return f"{n_bytes / 2**20:,.1f} MiB"
-    return f"{n_bytes / 2**30:,.2f} GiB"
+    return f"{n_bytes / 2**20:,.1f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:,.2f} GiB"
 
 
-def cache_table(header: GGUFHeader, contexts: Sequence[int], n_ubatch: int = 512) -> pd.DataFrame:
+def cache_table(header: GGUFHeader, contexts: Sequence[int]) -> pd.DataFrame:
     """KV cache in MiB (f16) by context length, as opened here and with llama.cpp's default.
 
     Index ``n_ctx`` (tokens); columns ``swa_full=False`` and ``swa_full=True``.
@@ -300,7 +271,7 @@ def cache_table(header: GGUFHeader, contexts: Sequence[int], n_ubatch: int = 512
     import pandas as pd
 
     rows = [
-        [kv_cache_bytes(header, n_ctx, n_ubatch, swa_full=full).total / 2**20 for full in (False, True)]
+        [kv_cache_bytes(header, n_ctx, swa_full=full).total / 2**20 for full in (False, True)]
         for n_ctx in contexts
     ]
     index = pd.Index(contexts, name="n_ctx")

@@ -10,7 +10,6 @@ again (huggingface/huggingface_hub#4196); files that were complete stay in its c
 
 from __future__ import annotations
 
-import difflib
 import errno
 import re
 import shutil
@@ -20,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
+from dfqs_nb.core.display import did_you_mean
 from dfqs_nb.core.errors import (
     DfqsError,
     IntegrityError,
@@ -42,6 +42,17 @@ PAGE = re.compile(
 )
 LARGER_DISK = "free some space, or set HF_HOME to a folder on a larger disk"
 TRIES = 4  # of a download whose connection is reset
+CAUSES = {  # errors of huggingface_hub by name
+    "RevisionNotFoundError": (
+        "the repository has no such revision",
+        "name a branch, a tag or a commit of it",
+    ),
+    "GatedRepoError": ("the repository is gated", "accept its terms on its web page, then `hf auth login`"),
+    "RepositoryNotFoundError": (
+        "no such repository, or it is private",
+        "check the spelling; for a private one log in with `hf auth login`",
+    ),
+}
 STATUS_HINTS = {
     401: "the token is not valid: `hf auth login`, or unset HF_TOKEN",
     403: "the token lacks the right to read it: `hf auth login` with one that has it",
@@ -51,7 +62,7 @@ STATUS_HINTS = {
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One file of a model: its name without folder, its size in bytes, its SHA-256 in lower-case hex."""
+    """A file of a model: its name without folder, its size, its SHA-256 in lower-case hex."""
 
     name: str
     size_bytes: int
@@ -105,29 +116,7 @@ def registered() -> dict[str, Model]:
     return {model.name: model for model in models}
 
 
-def describe() -> list[dict[str, Any]]:
-    """One row a registered model, for ``dfqs-nb models`` or ``pandas.DataFrame``; sizes in 10^9 bytes."""
-    return [
-        {
-            "name": model.name,
-            "title": model.title,
-            "files": len(model.files),
-            "gigabytes": round(model.size_bytes / 1e9, 3),
-            "licence": model.licence,
-            "source": model.source,
-            "note": model.note,
-        }
-        for model in registered().values()
-    ]
-
-
-def resolve(
-    model: str | Path,
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> tuple[Path, ...]:
+def resolve(model: str | Path, *, local_files_only: bool = False) -> tuple[Path, ...]:
     """The local paths of a model's files, shards in order; what is missing here is downloaded.
 
     Args:
@@ -135,9 +124,7 @@ def resolve(
             folder that holds one model; or a file of the hub, as
             ``hf://owner/repo/path/file.gguf[@revision]`` or by the address of its page, where the name of one
             shard stands for all of them. A registered name goes before a folder of that name.
-        revision: branch, tag or commit on the hub, instead of the one in the address.
-        cache_dir: the hub cache to use; huggingface_hub's own by default.
-        local_files_only: take only what is in that cache. ``HF_HUB_OFFLINE`` does the same.
+        local_files_only: take only what is in the hub's cache. ``HF_HUB_OFFLINE`` does the same.
 
     Raises:
         RegistryError: nothing has that name, or the hub does not give the files.
@@ -148,14 +135,22 @@ def resolve(
     >>> [path.name for path in resolve("dfqs-nano-iq1_s-xl")]
     ['DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf', 'DFQS-Nano-IQ1_S-XL-00002-of-00002.gguf']
     """
-    options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only}
-    if isinstance(model, str) and re.match(r"(hf|https?)://", model):
-        address = parse_address(model)
-        files = [HubFile(address.repo, name, revision or address.revision) for name in siblings(address.file)]
-        return download(files, **options)
+    if is_address(model):
+        address = parse_address(str(model))
+        shards = [replace(address, file=name) for name in siblings(address.file)]
+        return download(shards, local_files_only=local_files_only)
     if isinstance(model, str) and model in (known := registered()):
-        return _registered(known[model], revision, options)
+        return _registered(known[model], local_files_only)
     return _local(Path(model).expanduser(), str(model))
+
+
+def is_address(model: str | Path) -> bool:
+    """Whether this names a file of the hub or of a web server.
+
+    >>> is_address("hf://a/b/c.gguf"), is_address("https://x.org/c.gguf"), is_address("models/c.gguf")
+    (True, True, False)
+    """
+    return isinstance(model, str) and re.match(r"(hf|https?)://", model) is not None
 
 
 def siblings(file: str) -> list[str]:
@@ -210,12 +205,10 @@ def _damaged(path: Path, model: Model, number: int, what: str) -> IntegrityError
     return IntegrityError(f"{which} {what}", where=tilde(path), hint=f"{first}download it again")
 
 
-def _registered(model: Model, revision: str | None, options: dict[str, Any]) -> tuple[Path, ...]:
+def _registered(model: Model, local_files_only: bool) -> tuple[Path, ...]:
     if model.source.startswith("hf://"):
-        repo = model.source.removeprefix("hf://")
-        paths = download(
-            [HubFile(repo, file.name, revision) for file in model.files], any_folder=True, **options
-        )
+        files = [HubFile(model.source.removeprefix("hf://"), file.name) for file in model.files]
+        paths = download(files, any_folder=True, local_files_only=local_files_only)
     else:
         folder = data_dir() / PurePosixPath(model.source).relative_to("data")
         paths = tuple(folder / file.name for file in model.files)
@@ -231,26 +224,21 @@ def _local(path: Path, given: str) -> tuple[Path, ...]:
     if path.is_file():
         return (path,)
     if path.is_dir():
-        return _folder(path)
+        paths = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
+        named = [(SHARD_NAME.fullmatch(file.name), file.name) for file in paths]
+        stems = sorted({match["prefix"] if match else name for match, name in named})
+        if len(stems) == 1:
+            return tuple(paths)
+        contents = f"{len(stems)} models ({', '.join(stems[:5])})" if stems else "no .gguf file"
+        what = f"the folder has {contents}"
+        raise RegistryError(what, where=tilde(path), hint="give the path of one file")
     known = ", ".join(registered())
     if "/" in given or "\\" in given or given.lower().endswith(".gguf"):
         hint = f"check the path, or give the name of a known model: {known}"
         raise RegistryError("no such file", where=given, hint=hint)
-    close = difflib.get_close_matches(given.lower(), registered(), n=1, cutoff=0.4)
-    question = f"did you mean {close[0]}? " if close else ""
+    question = did_you_mean(given.lower(), registered(), 0.4)
     hint = f"{question}known: {known}; or give a path or hf://owner/repo/file.gguf"
     raise RegistryError(f"no model is called {given!r}", hint=hint)
-
-
-def _folder(folder: Path) -> tuple[Path, ...]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
-    matches = {path.name: SHARD_NAME.fullmatch(path.name) for path in paths}
-    stems = sorted({match["prefix"] if match else name for name, match in matches.items()})
-    if len(stems) != 1:
-        contents = f"{len(stems)} models ({', '.join(stems[:5])})" if stems else "no .gguf file"
-        hint = "give the path of one file"
-        raise RegistryError(f"the folder has {contents}", where=tilde(folder), hint=hint)
-    return tuple(paths)
 
 
 # ---- the hub ----
@@ -291,25 +279,21 @@ def parse_address(address: str) -> HubFile:
     from urllib.parse import unquote
 
     if page := PAGE.fullmatch(address):
-        found = HubFile(page["repo"], unquote(page["file"]), unquote(page["revision"]))
+        file = HubFile(page["repo"], unquote(page["file"]), unquote(page["revision"]))
     elif match := ADDRESS.fullmatch(address):
-        found = HubFile(match["repo"], match["file"], match["early"] or match["late"])
+        file = HubFile(match["repo"], match["file"], match["early"] or match["late"])
     else:
-        found = HubFile("", "")
-    names = (*found.repo.split("/"), found.file, found.revision or "main")
+        file = HubFile("", "")
+    names = (*file.repo.split("/"), file.file, file.revision or "main")
     # a name that begins with `-` would be an option of the hub's own command
     if any(not name or name[0] == "-" or ".." in name.split("/") for name in names):
         hint = "write hf://owner/repo/file.gguf or hf://owner/repo/file.gguf@revision"
         raise RegistryError("not the address of a GGUF file on the hub", where=address, hint=hint)
-    return found
+    return file
 
 
 def download(
-    files: Sequence[HubFile],
-    *,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    any_folder: bool = False,
+    files: Sequence[HubFile], *, local_files_only: bool = False, any_folder: bool = False
 ) -> tuple[Path, ...]:
     """Local paths of ``files`` in the hub's cache, fetched if they are not there yet.
 
@@ -323,10 +307,9 @@ def download(
         SpaceError: the files do not fit on the disk of the cache.
         OutputError: the cache cannot be written.
     """
-    options = {"cache_dir": cache_dir, "local_files_only": local_files_only}
-    plans = [_plan(file, options, any_folder) for file in files]
-    _check_space([info.file_size or 0 for _, info in plans if info.will_download], cache_dir)
-    return tuple(Path(_fetch(file, options)) for file, _ in plans)
+    plans = [_plan(file, any_folder, local_files_only) for file in files]
+    _check_space(sum(info.file_size or 0 for _, info in plans if info.will_download))
+    return tuple(Path(_fetch(file, local_files_only=local_files_only)) for file, _ in plans)
 
 
 def located(file: HubFile) -> HubFile:
@@ -335,51 +318,53 @@ def located(file: HubFile) -> HubFile:
     Raises:
         RegistryError: the hub does not give it, or several folders have one of that name.
     """
-    return _plan(file, {}, any_folder=True)[0]
+    return _plan(file, True, False)[0]
 
 
-def _plan(file: HubFile, options: dict[str, Any], any_folder: bool) -> tuple[HubFile, Any]:
+def _plan(file: HubFile, any_folder: bool, local_files_only: bool) -> tuple[HubFile, Any]:
     """Where the file is and what its download would cost, without fetching it."""
+    options = {"local_files_only": local_files_only, "dry_run": True}
     try:
-        return file, _fetch(file, options, dry_run=True)
+        return file, _fetch(file, **options)
     except FileNotInRepo as error:
         name = PurePosixPath(file.file).name
         places = [path for path in error.files if PurePosixPath(path).name == name]
         if not any_folder or len(places) != 1:
             raise
-        return (there := replace(file, file=places[0])), _fetch(there, options, dry_run=True)
+        return (there := replace(file, file=places[0])), _fetch(there, **options)
 
 
-def _fetch(file: HubFile, options: dict[str, Any], **more: Any) -> Any:
+def _fetch(file: HubFile, **options: Any) -> Any:
     """Call huggingface_hub, again after a reset; what it raises becomes an error of ours."""
     import httpx2
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import XetDownloadError
-    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-    resets = Retrying(
-        retry=retry_if_exception_type((httpx2.ReadError, httpx2.RemoteProtocolError)),
-        stop=stop_after_attempt(TRIES),
-        wait=wait_exponential(max=30),
-        reraise=True,
-    )
+    network = (OSError, ValueError, RuntimeError, httpx2.HTTPError, httpx2.InvalidURL, XetDownloadError)
+    resets = retrying(TRIES, 30, httpx2.ReadError, httpx2.RemoteProtocolError)
     try:
-        return resets(hf_hub_download, file.repo, file.file, revision=file.revision, **options, **more)
-    except (OSError, ValueError, RuntimeError, httpx2.HTTPError, XetDownloadError) as error:
-        raise explained(error, file) from error
-    except (ImportError, httpx2.InvalidURL) as error:
+        return resets(hf_hub_download, file.repo, file.file, revision=file.revision, **options)
+    except (ImportError, *network) as error:
         if isinstance(error, ImportError) and "socksio" not in str(error):
             raise
         raise explained(error, file) from error
 
 
-def _check_space(sizes_bytes: Sequence[int], cache_dir: str | Path | None) -> None:
+def retrying(tries: int, most_seconds: float, *errors: type[Exception]) -> Any:
+    """Calls a function again after one of these errors, with growing pauses; the last error is raised."""
+    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+    again, wait = retry_if_exception_type(errors), wait_exponential(max=most_seconds)
+    return Retrying(retry=again, stop=stop_after_attempt(tries), wait=wait, reraise=True)
+
+
+def _check_space(need: int) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    folder = Path(cache_dir or HF_HUB_CACHE).expanduser().absolute()
+    folder = Path(HF_HUB_CACHE).expanduser().absolute()
     while not folder.exists():
         folder = folder.parent
-    need, free = sum(sizes_bytes), shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free
     if need > free:
         what = f"the download needs {need:,} bytes and the disk has {free:,} free"
         raise SpaceError(what, where=tilde(folder), hint=LARGER_DISK)
@@ -407,6 +392,8 @@ def _cause(error: BaseException) -> tuple[str, str]:
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
+    if cause := CAUSES.get(type(error).__name__):
+        return cause
     match error:
         case hub.LocalEntryNotFoundError(__cause__=hub.HfHubHTTPError() as answer):
             return _cause(answer)
@@ -415,19 +402,9 @@ def _cause(error: BaseException) -> tuple[str, str]:
             return "not in the cache, and offline", hint
         case hub.LocalEntryNotFoundError(__cause__=hub.FileMetadataError()):
             return f"{constants.ENDPOINT} does not answer like a hub", "check HF_ENDPOINT, and any proxy"
-        case hub.LocalEntryNotFoundError(__cause__=cause):
-            what = f"not in the cache, and {constants.ENDPOINT} cannot be reached ({cause})"
+        case hub.LocalEntryNotFoundError(__cause__=why):
+            what = f"not in the cache, and {constants.ENDPOINT} cannot be reached ({why})"
             return what, "check the network, the proxy and HF_ENDPOINT, then run again"
-        case hub.RevisionNotFoundError():
-            return "the repository has no such revision", "name a branch, a tag or a commit of it"
-        case hub.GatedRepoError():
-            return (
-                "the repository is gated",
-                "accept its terms on its web page, then log in with `hf auth login`",
-            )
-        case hub.RepositoryNotFoundError():
-            hint = "check the spelling; for a private one log in with `hf auth login`"
-            return "no such repository, or it is private", hint
         case hub.HfHubHTTPError(response=response):
             hint = STATUS_HINTS.get(response.status_code, "the hub has a problem: run again later")
             return f"the hub answers {response.status_code}", hint
@@ -435,15 +412,12 @@ def _cause(error: BaseException) -> tuple[str, str]:
             return f"not a name the hub allows ({error})", "check the spelling"
         case ImportError() | httpx2.InvalidURL():
             return proxy_fault(error)
-        case ValueError() if "proxy URL" in str(error):
-            return proxy_fault(error)
         case ValueError():  # over 50 GB without hf_xet, for example: the message says what to do
-            return str(error), ""
+            return proxy_fault(error) if "proxy URL" in str(error) else (str(error), "")
         case httpx2.ProxyError():
             return f"the proxy refuses ({error})", "check HTTPS_PROXY"
-        case _:
-            hint = "run again: complete files are kept, this one starts over"
-            return f"the download was interrupted ({error})", hint
+    hint = "run again: complete files are kept, this one starts over"
+    return f"the download was interrupted ({error})", hint
 
 
 def _not_in_repo(file: HubFile) -> FileNotInRepo:

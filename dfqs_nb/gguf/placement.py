@@ -18,7 +18,7 @@ from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf.facts import INTEGER_TYPES, class_of, experts, layer_of
 from dfqs_nb.gguf.header import GGUFHeader, Tensor
-from dfqs_nb.gguf.memory import cache_by_layer
+from dfqs_nb.gguf.memory import kv_cache_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -162,28 +162,20 @@ def size_of(text: str) -> int:
 
 
 class Model:
-    """What placing needs of a model: its tensors by layer, dense and expert parts apart.
+    """What placing needs of a model (of shards: `ShardSet.as_one`): dense and expert parts by layer.
 
     Args:
-        headers: of the model or its shards, first one first.
         reads: how often a token reads each expert of a layer, where a routing profile tells.
     """
 
-    def __init__(
-        self,
-        headers: GGUFHeader | Sequence[GGUFHeader],
-        reads: Mapping[int, Sequence[float]] | None = None,
-    ) -> None:
-        self.reads = reads or {}
-        headers = [headers] if isinstance(headers, GGUFHeader) else list(headers)
-        self.header, self.n_layers = headers[0], headers[0].n_layers
-        layout, tensors = experts(self.header), [tensor for one in headers for tensor in one.tensors]
+    def __init__(self, header: GGUFHeader, reads: Mapping[int, Sequence[float]] | None = None) -> None:
+        self.header, self.n_layers, layout, self.reads = header, header.n_layers, experts(header), reads or {}
         self.used = layout.used / layout.total if layout.total else 1.0
-        self.tied = not any(tensor.name == "output.weight" for tensor in tensors)
+        self.tied = not any(tensor.name == "output.weight" for tensor in header.tensors)
         size = self.n_layers + 1  # the output counts as one more
         self.dense, self.experts, self.token = [0] * size, [0] * size, [0.0] * size
         self.input = self.input_token = 0
-        for tensor in tensors:
+        for tensor in header.tensors:
             self._add(tensor)
         self.n_context = self.header.count(f"{self.header.architecture}.context_length")
 
@@ -204,7 +196,7 @@ class Model:
 
     def caches(self, n_ctx: int, **types: Any) -> list[int]:
         """Bytes of cache of each layer; none for the output."""
-        layers = [sum(parts.values()) for parts in cache_by_layer(self.header, n_ctx, **types)]
+        layers = [sum(parts.values()) for parts in kv_cache_bytes(self.header, n_ctx, **types).layers]
         layers = layers[: self.n_layers]
         return [*layers, *[0] * (self.n_layers + 1 - len(layers))]
 

@@ -37,13 +37,19 @@ class PublishedShape(GGUFHeader):
         return self.fields[name]  # values here, not the places of bytes
 
 
+def published() -> dict[str, Any]:
+    """The content of ``data/deepseek_v4_flash.json``: what its makers published, and the specimen's shape."""
+    content: dict[str, Any] = json.loads((data_dir() / "deepseek_v4_flash.json").read_text(encoding="utf-8"))
+    return content
+
+
 def published_shape() -> PublishedShape:
-    """The published sizes of DeepSeek-V4-Flash, from ``data/deepseek_v4_flash.json``.
+    """The published sizes of DeepSeek-V4-Flash.
 
     >>> published_shape().arch("block_count")
     43
     """
-    content = json.loads((data_dir() / "deepseek_v4_flash.json").read_text(encoding="utf-8"))
+    content = published()
     keys = {f"{ARCHITECTURE}.{key}": value for key, value in content["keys"].items()}
     fields: dict[str, Any] = {"general.architecture": ARCHITECTURE, **keys}
     return PublishedShape(
@@ -63,7 +69,7 @@ def published_shape() -> PublishedShape:
     )
 
 
-def flash_cache_table(lengths: Sequence[int], n_ubatch: int = 512) -> pd.DataFrame:
+def flash_cache_table(lengths: Sequence[int]) -> pd.DataFrame:
     """The cache of DeepSeek-V4-Flash at f16, in bytes, beside what its card says.
 
     Columns ``n_ctx``, ``swa_window`` (``swa_full=False``), ``swa_full`` and ``card`` (NaN where it is
@@ -76,8 +82,8 @@ def flash_cache_table(lengths: Sequence[int], n_ubatch: int = 512) -> pd.DataFra
     return pd.DataFrame(
         {
             "n_ctx": list(lengths),
-            "swa_window": [kv_cache_bytes(shape, n, n_ubatch, swa_full=False).total for n in lengths],
-            "swa_full": [kv_cache_bytes(shape, n, n_ubatch, swa_full=True).total for n in lengths],
+            "swa_window": [kv_cache_bytes(shape, n, swa_full=False).total for n in lengths],
+            "swa_full": [kv_cache_bytes(shape, n, swa_full=True).total for n in lengths],
             "card": [card.get(n, float("nan")) for n in lengths],
         }
     )

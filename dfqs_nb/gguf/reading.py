@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dfqs_nb.gguf.facts import INTEGER_TYPES, class_of, experts
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import CACHE_TYPES, CSA_RATIO, HCA_RATIO, kv_cache_bytes
+from dfqs_nb.gguf.memory import CACHE_TYPES, CSA_RATIO, HCA_RATIO, kv_cache_bytes, weights_bytes
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,12 @@ FLASH = ActiveBytes(
 )
 
 
-def active_bytes(headers: GGUFHeader | Sequence[GGUFHeader]) -> ActiveBytes:
-    """Bytes that a token reads, from the tensor tables of a model's file or its shards (first one first)."""
-    headers = [headers] if isinstance(headers, GGUFHeader) else list(headers)
-    layout = experts(headers[0])
-    tensors = [tensor for header in headers for tensor in header.tensors]
-    has_output = any(tensor.name == "output.weight" for tensor in tensors)
+def active_bytes(header: GGUFHeader) -> ActiveBytes:
+    """Bytes that a token reads, from the tensor table of a model (of shards: `ShardSet.as_one`)."""
+    layout = experts(header)
+    has_output = any(tensor.name == "output.weight" for tensor in header.tensors)
     dense = routed_total = 0
-    for tensor in tensors:
+    for tensor in header.tensors:
         kind = class_of(tensor.name)
         is_table = tensor.type in INTEGER_TYPES or (kind == "embedding" and has_output)
         if kind == "routed experts" and layout.total:
@@ -58,7 +55,7 @@ def active_bytes(headers: GGUFHeader | Sequence[GGUFHeader]) -> ActiveBytes:
         else:
             dense += tensor.nbytes
     routed = round(routed_total * layout.used / layout.total) if layout.total else 0
-    return ActiveBytes(dense, routed, routed_total, sum(tensor.nbytes for tensor in tensors))
+    return ActiveBytes(dense, routed, routed_total, weights_bytes(header))
 
 
 def cache_bytes_read(header: GGUFHeader, depth: int, type_k: str = "f16", type_v: str = "f16") -> int:
@@ -70,13 +67,13 @@ def cache_bytes_read(header: GGUFHeader, depth: int, type_k: str = "f16", type_v
     if header.architecture != "deepseek4":
         cache = kv_cache_bytes(header, max(depth, 1), type_k=type_k, type_v=type_v)
         return cache.total * depth // (-(-max(depth, 1) // 256) * 256) if cache.exactness == "exact" else 0
+    keys = ("key_length", "indexer.key_length", "indexer.top_k", "sliding_window")
+    width, indexer, top_k, window = (int(header.arch(f"attention.{key}", 0)) for key in keys)
     block_bytes, block = CACHE_TYPES[type_k]
-    width, indexer = (
-        int(header.arch(key, 0)) for key in ("attention.key_length", "attention.indexer.key_length")
-    )
     ratios = list(header.arch("attention.compress_ratios", []))[: int(header.arch("block_count", 0))]
-    picked = min(depth // CSA_RATIO, int(header.arch("attention.indexer.top_k", 0)))
-    elements = len(ratios) * min(depth, int(header.arch("attention.sliding_window", 0))) * width
-    elements += ratios.count(CSA_RATIO) * (picked * width + depth // CSA_RATIO * indexer)
+    elements = len(ratios) * min(depth, window) * width
+    elements += ratios.count(CSA_RATIO) * (
+        min(depth // CSA_RATIO, top_k) * width + depth // CSA_RATIO * indexer
+    )
     elements += ratios.count(HCA_RATIO) * (depth // HCA_RATIO) * width
     return elements * block_bytes // block

@@ -6,7 +6,6 @@ the diagnosis, the shards' cross-check, and llama.cpp's own loader, which plans 
 
 from __future__ import annotations
 
-import io
 import re
 import tempfile
 import time
@@ -23,10 +22,7 @@ from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import GGUFHeader, next_start, read_header
 from dfqs_nb.gguf.shards import SHARD_NAME, ShardSet, check_set, open_shards, shard_path
 
-FIRST_BYTES, NEXT_BYTES = (
-    1 << 20,
-    1 << 18,
-)  # of one request, at the least: where the first header is; elsewhere
+FIRST_BYTES, NEXT_BYTES = 1 << 20, 1 << 18  # of a request, at least: for the first header; for others
 MOST_BYTES = 128 << 20  # of headers in one file; real ones stay under 50 MB, and the reader doubles
 SMALL_BYTES = 1 << 20  # a whole answer of up to this size is taken, such as a page that says "not found"
 STREAM_BYTES = 64 << 20  # of one request for data
@@ -39,7 +35,7 @@ LONGEST_NAME = 255  # bytes
 
 @dataclass(frozen=True)
 class Place:
-    """Where one file is: its address for people, its name, its URL, and its place on the hub, if any."""
+    """Where a file is: its address for people, its name, its URL, and its place on the hub, if any."""
 
     address: str
     name: str
@@ -54,7 +50,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Copy:
-    """Files of the originals' sizes that hold their headers, and nothing else.
+    """Files of the originals' sizes that hold their headers only.
 
     Attributes:
         path: of the file that was asked for; its other shards lie beside it, as far as the server has them.
@@ -94,22 +90,13 @@ class Outline:
         return path.open("rb") if place is None else nullcontext(Stream(place))
 
 
-def is_address(model: str | Path) -> bool:
-    """Whether this names a file of the hub or of a web server.
-
-    >>> is_address("hf://a/b/c.gguf"), is_address("https://x.org/c.gguf"), is_address("models/c.gguf")
-    (True, True, False)
-    """
-    return isinstance(model, str) and re.match(r"(hf|https?)://", model) is not None
-
-
 def shown(address: str) -> str:
     """An address without what may be a secret: user, password, query and fragment.
 
     >>> shown("https://me:word@x.org/c.gguf?token=1"), shown("hf://a/b/c.gguf@v1"), shown("my?#.gguf")
     ('https://***@x.org/c.gguf?***', 'hf://a/b/c.gguf@v1', 'my?#.gguf')
     """
-    if not is_address(address):
+    if not models.is_address(address):
         return address
     return re.sub(r"([?#]).*", r"\1***", re.sub("(?<=://)[^/]*@", "***@", address))
 
@@ -125,37 +112,32 @@ def outline(model: str | Path) -> Iterator[Outline]:
         HeaderError, LayoutError, ShardError: the files are not all shards of one model.
     """
     with ExitStack() as stack:
-        fetched, path = None, _here(model)
         places: Mapping[Path, Place] = {}
+        path, fetched = _here(model), None
         if path is None:
             copy = stack.enter_context(headers_of(_address(str(model))))
             path, fetched, places = copy.path, copy.fetched_bytes, copy.places
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dfqs-headers-"))
         try:
-            shards, glued = _all_shards(path, folder)
+            headers = _headers_inside(path)
+            if glued := len(headers) > 1:
+                check_set(headers, glued=True, allow_mixed=True)
+                shards = open_shards(_laid_out(headers, folder), allow_mixed=True)
+            else:
+                shards = open_shards(path)
             yield Outline(str(model), shards, glued, fetched, places)
         except DfqsError as error:
-            copies: list[str | Path] = [folder, *([] if fetched is None else [path.parent])]
-            known = error.where
-            if known is None or not any(Path(known).is_relative_to(copy) for copy in copies):
+            copies = [Path(folder), *([] if fetched is None else [path.parent])]
+            if not any(Path(error.where or "").is_relative_to(copy) for copy in copies):
                 raise
             where = shown(str(model))  # not the copy's name
             raise type(error)(error.what, where=where, hint=error.hint) from None
 
 
-def _all_shards(path: Path, folder: str) -> tuple[ShardSet, bool]:
-    """The shards of a file, and whether they are glued; glued ones are laid out in ``folder``."""
-    headers = headers_inside(path)
-    if len(headers) == 1:
-        return open_shards(path), False
-    check_set(headers, glued=True, allow_mixed=True)
-    return open_shards(laid_out(headers, folder), allow_mixed=True), True
-
-
 def _here(model: str | Path) -> Path | None:
     """The first file of a model on this machine, be it in the hub's cache; None where there is none."""
     entry = models.registered().get(str(model))
-    if not is_address(model) and (entry is None or not entry.source.startswith("hf://")):
+    if not models.is_address(model) and (entry is None or not entry.source.startswith("hf://")):
         return models.resolve(model)[0]
     try:
         return models.resolve(model, local_files_only=True)[0]
@@ -165,11 +147,9 @@ def _here(model: str | Path) -> Path | None:
 
 def _address(model: str) -> str:
     """The address of a registered model's first file, in whatever folder of its repository; or an address."""
-    entry = models.registered().get(model)
-    if entry is None:
-        return model
-    file = models.HubFile(entry.source.removeprefix("hf://"), entry.files[0].name)
-    return str(models.located(file))
+    if entry := models.registered().get(model):
+        return str(models.located(models.HubFile(entry.source.removeprefix("hf://"), entry.files[0].name)))
+    return model
 
 
 @contextmanager
@@ -206,10 +186,10 @@ def places_of(address: str) -> list[Place]:
         file = models.parse_address(page)
         places = []
         for name in models.siblings(file.file):
-            one = models.HubFile(file.repo, name, file.revision)
-            label = address if name == file.file else str(one)
-            url = hf_hub_url(one.repo, one.file, revision=one.revision)
-            places.append(Place(label, PurePosixPath(name).name, url, one))
+            shard = models.HubFile(file.repo, name, file.revision)
+            label = address if name == file.file else str(shard)
+            url = hf_hub_url(shard.repo, shard.file, revision=shard.revision)
+            places.append(Place(label, PurePosixPath(name).name, url, shard))
         return places
     scheme, host, path, query, _ = urlsplit(address)
     folder, own = unquote(path).rpartition("/")[::2]
@@ -220,24 +200,22 @@ def places_of(address: str) -> list[Place]:
     return [Place(address if name == own else url, name or "index", url) for name, url in urls.items()]
 
 
-def laid_out(headers: Sequence[GGUFHeader], folder: str | Path) -> tuple[Path, ...]:
+def _laid_out(headers: Sequence[GGUFHeader], folder: str) -> list[Path]:
     """Shards that lie glued in one file, each as a sparse file that llama.cpp's loader can plan."""
-    paths = []
     ordered = sorted(headers, key=lambda header: header.count("split.no"))
-    for number, header in enumerate(ordered, 1):
-        path = shard_path(Path(folder) / "glued", number, len(ordered))
+    paths = [shard_path(Path(folder) / "glued", n, len(headers)) for n in range(1, len(headers) + 1)]
+    for path, header in zip(paths, ordered, strict=True):
         with path.open("wb") as file:
             file.write(header.raw)
             file.truncate(header.end_offset - header.start)
-        paths.append(path)
-    return tuple(paths)
+    return paths
 
 
-def headers_inside(path: str | Path) -> list[GGUFHeader]:
+def _headers_inside(path: Path) -> list[GGUFHeader]:
     """The header of a file, and those of the shards that are glued behind it."""
     headers: list[GGUFHeader] = []
     start: int | None = 0
-    with Path(path).open("rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         while start is not None:
             headers.append(read_header(path, start))
             start = next_start(headers[-1], file)
@@ -281,12 +259,8 @@ def _copied(place: Place, folder: Path, block: int) -> tuple[Path, int]:
     return path, remote.fetched_bytes
 
 
-class RemoteFile(io.RawIOBase):
-    """A file behind an address, for reading: each range is fetched once, and kept in ``copy`` at its place.
-
-    Raises:
-        RegistryError: as `headers_of`.
-    """
+class RemoteFile:
+    """A file behind an address, for reading: each range is fetched once, and kept in ``copy``."""
 
     def __init__(self, place: Place, copy: BinaryIO, block: int) -> None:
         self.place, self.copy, self.block = place, copy, block
@@ -295,18 +269,14 @@ class RemoteFile(io.RawIOBase):
         self.window = (0, 0)
         self._fetch(0, block)
 
-    def seekable(self) -> bool:
-        """Yes."""
-        return True
-
     def seek(self, offset: int, whence: int = 0) -> int:
         """Move; nothing is fetched."""
         self.position = offset + (0, self.position, self.size)[whence]
         return self.position
 
-    def read(self, n: int = -1) -> bytes:
+    def read(self, n: int) -> bytes:
         """Up to ``n`` bytes from here on; fewer at the end only."""
-        end = self.size if n < 0 else min(self.position + n, self.size)
+        end = min(self.position + n, self.size)
         if end <= self.position:
             return b""
         start, stop = self.window
@@ -329,20 +299,19 @@ class RemoteFile(io.RawIOBase):
             hint = "try again when it is at rest"
             raise RegistryError("the file changed while it was read", where=self.place.shown, hint=hint)
         if not self.size:
-            self._grow(size)
+            self.size = size
+            try:
+                self.copy.truncate(size)
+            except OSError as error:
+                what = f"no sparse file of {size:,} bytes can be made here ({error.strerror})"
+                raise OutputError(
+                    what, where=self.copy.name, hint="set TMPDIR to a folder on a disk"
+                ) from error
         self.copy.seek(start)
         self.copy.write(data)
         self.copy.flush()
         self.fetched_bytes += len(data)
         self.window = (self.window[0], start + len(data))
-
-    def _grow(self, size: int) -> None:
-        self.size = size
-        try:
-            self.copy.truncate(size)
-        except OSError as error:
-            what = f"no sparse file of {size:,} bytes can be made here ({error.strerror})"
-            raise OutputError(what, where=self.copy.name, hint="set TMPDIR to a folder on a disk") from error
 
 
 class Stream:
@@ -374,14 +343,8 @@ def fetch(place: Place, start: int, end: int) -> tuple[bytes, int]:
         RegistryError: the server does not give them.
     """
     import httpx2
-    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-    again = Retrying(
-        retry=retry_if_exception_type((httpx2.NetworkError, httpx2.RemoteProtocolError)),
-        stop=stop_after_attempt(TRIES),
-        wait=wait_exponential(max=2),
-        reraise=True,
-    )
+    again = models.retrying(TRIES, 2, httpx2.NetworkError, httpx2.RemoteProtocolError)
     try:
         data, size = again(_fetch_once, place, start, end)
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError, httpx2.InvalidURL) as error:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError, ShardError
-from dfqs_nb.gguf.header import GET_AGAIN, GGUFHeader, Tensor, check_layout, padded, read_header
+from dfqs_nb.gguf.header import GET_AGAIN, GGUFHeader, Tensor, check_layout, ends, padded, read_header
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,19 +75,9 @@ def shard_path(prefix: str | Path, number: int, count: int) -> Path:
     return Path(f"{prefix}-{number:05d}-of-{count:05d}.gguf")
 
 
-def split_count(header: GGUFHeader) -> int:
-    """How many shards the header says its model has; 1 for a model in a single file.
-
-    Raises:
-        HeaderError: the field is not a count.
-    """
-    return max(header.count("split.count"), 1)
-
-
 def _place(header: GGUFHeader) -> tuple[int, int]:
     """Number (from 1) and count of the shard; a shard without a count has the one of its name."""
-    count = split_count(header)
-    match = SHARD_NAME.fullmatch(header.path.name)
+    count, match = header.count("split.count"), SHARD_NAME.fullmatch(header.path.name)
     if "split.count" not in header and "split.no" in header and match:
         count = int(match["count"])
     return (header.count("split.no") + 1, count) if count > 1 else (1, 1)
@@ -112,7 +102,7 @@ def find_shards(path: str | Path) -> tuple[Path, ...]:
     if path.name != expected:  # llama.cpp wants exactly this, also in lower case
         hint = f"rename it to {expected!r}, or name all {count} shards"
         if path.with_name(expected).exists():
-            hint = f"another file has its name, {expected!r}: move that one away first, then rename this one"
+            hint = f"another file has its name, {expected!r}: move that one away, then rename this one"
         raise _refused(f"is shard {number} of {count} by its header, but is not named so", path, hint)
     siblings = tuple(shard_path(path.parent / prefix, i, count) for i in range(1, count + 1))
     missing = [sibling for sibling in siblings if not sibling.is_file()]
@@ -142,14 +132,12 @@ def _renamed(missing: Path, siblings: Sequence[Path]) -> str:
 
 
 def open_shards(model: str | Path | Sequence[str | Path], *, allow_mixed: bool = False) -> ShardSet:
-    """Find (from one path) or take (from several) the shards of a model, and check them.
+    """Find (from one path) or take (from several, in any order) the shards of a model, and check them.
 
-    Checked: count, numbering, duplicates, names against headers, sizes against headers, tensors
-    against the declared total, and that all come from one model. Several paths may come in any
-    order. No tensor data is read.
+    Checked: count, numbering, duplicates, names and sizes against headers, tensors against the declared
+    total, and that all come from one model. No tensor data is read.
 
     Args:
-        model: one path, from which the siblings are found, or the paths of all shards.
         allow_mixed: do not warn of shards whose routed experts have no quantization type in common.
 
     Raises:
@@ -173,12 +161,11 @@ def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False, allow_mixed
         LayoutError, ShardError: see ``open_shards``.
     """
     headers = _in_order(headers)
-    count = len(headers)
     if not glued:
         _check_names(headers)
         for number, header in enumerate(headers, 1):
-            _check_size(header, number, count)
-    if count > 1:
+            _check_size(header, f"shard {number} of {len(headers)}")
+    if len(headers) > 1:
         _check_tensors(headers)
     _check_same_model(headers)
     if not allow_mixed:
@@ -193,8 +180,9 @@ def _in_order(headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
     folder = headers[0].path.parent
     by_number: dict[int, GGUFHeader] = {}
     for header in headers:
-        if "split.count" in header and split_count(header) != count:
-            raise _refused(f"belongs to a set of {split_count(header)}, not of {count}", header.path)
+        own = max(header.count("split.count", count), 1)
+        if own != count:
+            raise _refused(f"belongs to a set of {own}, not of {count}", header.path)
         number = header.count("split.no") + 1 if count > 1 else 1
         if number in by_number:
             what = f"is shard {number} of {count}, and so is {by_number[number].path.name}"
@@ -212,29 +200,24 @@ def _check_names(headers: Sequence[GGUFHeader]) -> None:
     """Names that follow the pattern must agree with the headers; a single file may have any name."""
     prefixes, count = set(), len(headers)
     for number, header in enumerate(headers, 1) if count > 1 else ():
-        match = SHARD_NAME.fullmatch(header.path.name)
-        if match is None:
-            continue
-        prefixes.add(match["prefix"])
-        named = int(match["number"]), int(match["count"])
-        if named != (number, count):
-            raise _refused(
-                f"is named shard {named[0]} of {named[1]}, but its header says shard {number} of {count}",
-                header.path,
-                "two shards were swapped or renamed: give each its own name back",
-            )
+        if match := SHARD_NAME.fullmatch(header.path.name):
+            prefixes.add(match["prefix"])
+            named = f"shard {int(match['number'])} of {int(match['count'])}"
+            if named != f"shard {number} of {count}":
+                what = f"is named {named}, but its header says shard {number} of {count}"
+                hint = "two shards were swapped or renamed: give each its own name back"
+                raise _refused(what, header.path, hint)
     if len(prefixes) > 1:
         what = f"shards of different models: {', '.join(sorted(prefixes))}"
         raise _refused(what, headers[0].path.parent)
 
 
-def _check_size(header: GGUFHeader, number: int, count: int) -> None:
+def _check_size(header: GGUFHeader, which: str) -> None:
     surplus = header.file_size - header.end_offset
     if not header.tensors and header.file_size == padded(header.end_offset, header.alignment):
         return  # `llama-gguf-split --no-tensor-first-split` pads even where no data follows
-    which, expected = f"shard {number} of {count}", f"(expected {header.end_offset:,})"
-    ends = [header.data_offset + tensor.offset + tensor.nbytes for tensor in header.tensors]
-    if header.file_size < max(ends, default=header.end_offset):  # the last tensor may lack its padding
+    expected = f"(expected {header.end_offset:,})"
+    if header.file_size < ends(header)[0]:  # the last tensor may lack its padding
         raise _refused(f"{which} is {-surplus:,} bytes short {expected}", header.path, "download it again")
     check_layout(header)
     if surplus > 0:
@@ -270,9 +253,9 @@ def _check_same_model(headers: Sequence[GGUFHeader]) -> None:
                 says = f"shard {number} says {key} = {header[key]!r:.80}"
                 raise _refused(f"{says}, shard 1 says {first[key]!r:.80}", header.path)
         for role, theirs in _shapes(header).items():
-            both = " and ".join(map(str, sorted(shapes[role] | theirs)))
-            if len(shapes[role] | theirs) > 1:
-                what = f"shard {number} has {role} of another shape than shard 1: {both}"
+            if len(both := sorted(shapes[role] | theirs)) > 1:
+                shown = " and ".join(map(str, both))
+                what = f"shard {number} has {role} of another shape than shard 1: {shown}"
                 raise _refused(what, header.path)
 
 
@@ -292,20 +275,17 @@ def _warn_of_mixed_types(headers: Sequence[GGUFHeader]) -> None:
     Shards with fewer than ``FEW_EXPERTS`` expert tensors say nothing: in a set of many small shards one
     may hold just the first layer, which is often quantized higher.
     """
-    before: set[str] = set()
-    n_before = 0
+    before: list[str] = []
     for number, header in enumerate(headers, 1):
         here = [tensor.type for tensor in header.tensors if "_exps." in tensor.name]
-        if min(len(here), n_before) >= FEW_EXPERTS and before.isdisjoint(here):
-            warnings.warn(
-                f"{header.path.name}: the routed experts up to shard {number - 1} are "
-                f"{', '.join(sorted(before))}, those of shard {number} {', '.join(sorted(set(here)))}. "
-                "A recipe by layer gives this; so do shards of two quantizations of one model",
-                RuntimeWarning,
-                stacklevel=4,
+        if min(len(here), len(before)) >= FEW_EXPERTS and set(before).isdisjoint(here):
+            then, now = (", ".join(sorted(set(types))) for types in (before, here))
+            message = (
+                f"{header.path.name}: the routed experts up to shard {number - 1} are {then}, those of shard "
+                f"{number} {now}. A recipe by layer gives this; so do shards of two quantizations"
             )
-        before |= set(here)
-        n_before += len(here)
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+        before += here
 
 
 def shard_table(shards: ShardSet) -> pd.DataFrame:

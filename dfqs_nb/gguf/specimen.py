@@ -7,7 +7,6 @@ shape is data: ``data/deepseek_v4_flash.json``.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,17 +21,20 @@ from numpy.typing import NDArray
 from dfqs_nb.core.display import size, tqdm
 from dfqs_nb.core.errors import DfqsError, OutputError, SpaceError
 from dfqs_nb.core.files import whole_path
-from dfqs_nb.core.paths import data_dir, tilde
+from dfqs_nb.core.paths import tilde
 from dfqs_nb.gguf.header import padded
+from dfqs_nb.gguf.published import ARCHITECTURE as ARCH
+from dfqs_nb.gguf.published import published
 from dfqs_nb.gguf.types import TENSOR_TYPES
 
-ARCH = "deepseek4"
 SMALL_LAYERS, SMALL_EXPERTS, SMALL_TOKENS = 8, 16, 4096
 SPARE_BYTES = 3_000_000_000  # of disk, left free
 ALIGNMENT = 32
 POOL_BLOCKS = 131_071  # of one type, from which all its tensors are cut; a prime: experts do not repeat
 CHUNK = 16 << 20
 SECOND_SHARD = 0.8  # where the shards part, as the published ones do
+# Of blocks, by offset: they give weights of about 1/64, as 4,096 inputs call for.
+SCALES = {"Q8_0": {0: 2.1e-4}, "IQ1_S": {0: 2e-3}, "Q2_K": {80: 2e-3, 82: 3e-3}}
 SIZES = {name: (elements, n_bytes) for name, elements, n_bytes in TENSOR_TYPES.values()}
 
 
@@ -62,8 +64,9 @@ class Shape:
     @classmethod
     def full(cls, n_layers: int | None = None) -> Shape:
         """The published widths; all layers unless fewer are asked for."""
-        facts = _facts()
-        return cls(n_layers or len(_ratios(facts)), facts["specimen"]["experts"], facts["specimen"]["tokens"])
+        facts = published()
+        sizes, ratios = facts["specimen"], facts["keys"]["attention.compress_ratios"]
+        return cls(n_layers or len(ratios), sizes["experts"], sizes["tokens"])
 
 
 def write_specimen(
@@ -80,10 +83,10 @@ def write_specimen(
         SpaceError: the disk would have less than 3 GB left.
         DfqsError: there cannot be so many layers.
     """
-    output, facts = Path(output), _facts()
-    shape = shape or Shape()
-    if not 4 <= shape.n_layers <= len(_ratios(facts)):
-        what = f"{shape.n_layers} layers; the published model has {len(_ratios(facts))}"
+    output, facts, shape = Path(output), published(), shape or Shape()
+    most = len(facts["keys"]["attention.compress_ratios"])
+    if not 4 <= shape.n_layers <= most:
+        what = f"{shape.n_layers} layers; the published model has {most}"
         raise DfqsError(what, hint="give --layers from 4 on: the first layers are of other kinds")
     if output.exists():
         raise OutputError("exists already", where=tilde(output), hint="give another name, or delete it")
@@ -92,9 +95,7 @@ def write_specimen(
     rows = list(_rows(facts, shape))
     need, free = sum(row.nbytes for row in rows), shutil.disk_usage(output.absolute().parent).free
     if free - need < SPARE_BYTES:
-        what = (
-            f"the specimen takes {size(need)}, {size(free)} are free, and {size(SPARE_BYTES)} must stay free"
-        )
+        what = f"it takes {size(need)}, {size(free)} are free, and {size(SPARE_BYTES)} must stay free"
         raise SpaceError(what, where=tilde(output), hint="give a folder on a larger disk, or fewer --layers")
     cut = next(i for i in range(len(rows)) if sum(row.nbytes for row in rows[: i + 1]) > SECOND_SHARD * need)
     parts = [rows[:cut], rows[cut:]] if concatenated else [rows]
@@ -115,16 +116,6 @@ def write_specimen(
 # ---- what is in it ----
 
 
-def _facts() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((data_dir() / "deepseek_v4_flash.json").read_text(encoding="utf-8"))
-    return content
-
-
-def _ratios(facts: dict[str, Any]) -> list[int]:
-    ratios: list[int] = facts["keys"]["attention.compress_ratios"]
-    return ratios
-
-
 def _rows(facts: dict[str, Any], shape: Shape) -> Iterator[Row]:
     sizes = facts["specimen"]
     extents = {"tokens": shape.n_tokens, "experts": shape.n_experts, "used": sizes["used"]}
@@ -137,7 +128,7 @@ def _rows(facts: dict[str, Any], shape: Shape) -> Iterator[Row]:
             yield Row(full, kind, tuple(extents.get(extent, extent) for extent in own))
 
     yield from rows("model")
-    for layer, ratio in enumerate(_ratios(facts)[: shape.n_layers]):
+    for layer, ratio in enumerate(facts["keys"]["attention.compress_ratios"][: shape.n_layers]):
         routing = "hash" if layer < sizes["hash_layers"] else "scores"
         for part in ("layer", routing, str(ratio)):
             yield from rows(part, layer)
@@ -157,10 +148,8 @@ def _header(
         writer.add_uint16("split.count", split[1])
         writer.add_int32("split.tensors.count", split[2])
     for row in rows:
-        reverse = row.shape[::-1]
-        writer.add_tensor_info(
-            row.name, reverse, np.dtype(np.float32), row.nbytes, GGMLQuantizationType[row.type]
-        )
+        kind, floats = GGMLQuantizationType[row.type], np.dtype(np.float32)
+        writer.add_tensor_info(row.name, row.shape[::-1], floats, row.nbytes, kind)
     try:
         writer.write_header_to_file(place)
         writer.write_kv_data_to_file()
@@ -190,7 +179,8 @@ def _metadata(writer: Any, facts: dict[str, Any], shape: Shape) -> None:
         writer.add_float32(f"{ARCH}.{key}", value)
     writer.add_bool(f"{ARCH}.expert_weights_norm", True)
     writer.add_array(f"{ARCH}.swiglu_clamp_exp", [sizes["swiglu_clamp_exp"]] * shape.n_layers)
-    writer.add_array(f"{ARCH}.attention.compress_ratios", _ratios(facts)[: shape.n_layers])
+    ratios = facts["keys"]["attention.compress_ratios"][: shape.n_layers]
+    writer.add_array(f"{ARCH}.attention.compress_ratios", ratios)
     writer.add_uint32("general.quantization_version", 2)
     writer.add_uint32("general.file_type", 24)
     _tokenizer(writer, shape.n_tokens, round(shape.n_tokens * sizes["merges"] / sizes["tokens"]))
@@ -205,8 +195,7 @@ def _tokenizer(writer: Any, n_tokens: int, n_merges: int) -> None:
     draw, letters = np.random.default_rng(0), np.array(list("abcdefghijklmnopqrstuvwxyzĠ"))
     tokens = dict.fromkeys(["<|begin|>", "<|end|>", *map(chr, codes), *others])
     while len(tokens) < n_tokens:
-        word = "".join(letters[draw.integers(0, len(letters), draw.integers(3, 11))])
-        tokens[word] = None
+        tokens["".join(letters[draw.integers(0, len(letters), draw.integers(3, 11))])] = None
     words = list(tokens)[258:]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("joyai-llm")
@@ -225,7 +214,7 @@ class _Pools:
     """Random blocks of each type, valid and of the size that weights have; tensors are cut from them."""
 
     def __init__(self, shape: Shape) -> None:
-        self.shape, self.pools = shape, {}  # type: ignore[var-annotated]
+        self.shape, self.pools = shape, dict[str, bytes]()
 
     def data(self, row: Row) -> Iterator[bytes]:
         """A tensor's bytes, in pieces."""
@@ -253,17 +242,10 @@ class _Pools:
         if kind not in self.pools:
             block = SIZES[kind][1]
             blocks = np.random.default_rng(1).integers(0, 256, (POOL_BLOCKS, block), np.uint8)
-            # scales that give weights of about 1/64, as 4,096 inputs call for
-            scales: dict[str, dict[int, float]] = {
-                "Q8_0": {0: 2.1e-4},
-                "IQ1_S": {0: 2e-3},
-                "Q2_K": {80: 2e-3, 82: 3e-3},
-            }
-            for offset, scale in scales[kind].items():
+            for offset, scale in SCALES[kind].items():
                 blocks[:, offset : offset + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
             self.pools[kind] = blocks.tobytes()
-        pool: bytes = self.pools[kind]
-        return pool
+        return self.pools[kind]
 
     def _table(self, shape: tuple[int, ...]) -> bytes:
         """The experts of each token in a hash layer: different ones for a token, every expert as often."""

@@ -303,7 +303,7 @@ def _with_plan(needs: dict[str, Any], planned: Mapping[str, int]) -> MemoryEstim
     """An estimate as JSON has it, with llama.cpp's own figures."""
     kv = KvCacheBytes(**needs["kv"])
     if kv.exactness != "exact":
-        kv = KvCacheBytes({"planned by llama.cpp": planned["kv_bytes"]})
+        kv = KvCacheBytes([{"planned by llama.cpp": planned["kv_bytes"]}])
     return MemoryEstimate(**{**needs, "kv": kv}).with_compute(planned["compute_bytes"])
 
 

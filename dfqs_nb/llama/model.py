@@ -357,14 +357,14 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
     require_model(shards.as_one)
     first = shards.paths[0]
     kept = {name: getattr(settings, name) for name in MEMORY_SETTINGS}
-    needs = estimate(shards.headers, settings.n_ctx, min(settings.n_batch, settings.n_ubatch), **kept)
+    needs = estimate(shards.as_one, settings.n_ctx, min(settings.n_batch, settings.n_ubatch), **kept)
     # a certain shortage is refused early; llama.cpp's own plan judges the others, and a GPU has its own
     # memory
     certain = settings.n_gpu_layers == 0 and needs.kv.exactness == "exact"
     slow = check_fits(needs, where=first) if certain else ""
     if slow:
         free = available_memory().available_bytes
-        paged = placement.place(placement.Model(shards.headers), settings.n_ctx, free).disk_token_bytes
+        paged = placement.place(placement.Model(shards.as_one), settings.n_ctx, free).disk_token_bytes
         slow += f". A token reads at least {binary_size(round(paged))} from the disk; dfqs-nb plan says more"
     with heartbeat(f"trying {first.name}", shards.nbytes):
         tried = check.trial(shards.paths, settings, needs) if trial else None

@@ -388,7 +388,7 @@ def _settings(
         n_threads = threads_for(source.shards.paths[0]) if source.shards else usable_cores()
     flags: tuple[str, ...] = ("-ngl", str(n_gpu_layers or 0))
     if n_gpu_layers is None and source.shards:
-        shape = placement.Model(source.shards.headers)
+        shape = placement.Model(source.shards.as_one)
         here = (available_memory().available_bytes, gpu_memories())
         flags = placement.place(shape, n_ctx, *here).flags
         n_gpu_layers = placement.place(shape, n_ctx, *here, whole=True).n_gpu_layers
@@ -416,7 +416,7 @@ def _n_ctx(target: Target, source: _Source, wanted: int | None) -> int:
     free = available_memory().available_bytes
     room = free - source.nbytes if source.nbytes < free else free // 4
     n_ctx = min(MOST_N_CTX, limit)
-    while n_ctx > LEAST_N_CTX and estimate(source.shards.headers, n_ctx).kv.total > room // 2:
+    while n_ctx > LEAST_N_CTX and estimate(source.shards.as_one, n_ctx).kv.total > room // 2:
         n_ctx //= 2
     return max(least, n_ctx)
 
@@ -452,7 +452,7 @@ def _values(
     mac, arm = platform.system() == "Darwin", platform.machine().lower() in ("arm64", "aarch64")
     paths = [_join(target.mount or place, file) for file in files]
     key_name = key_variable or DEFAULT_KEY_VARIABLE
-    needs = estimate(source.shards.headers, settings.n_ctx) if source.shards else None
+    needs = estimate(source.shards.as_one, settings.n_ctx) if source.shards else None
     try:
         slow = check_fits(needs) if needs else ""
     except SpaceError as error:

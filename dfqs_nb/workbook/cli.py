@@ -14,16 +14,21 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+from typer import Argument, Option
 
 from dfqs_nb import __version__
 from dfqs_nb.core.display import plain, quoted
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.paths import outputs_dir, tilde
+from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 app = typer.Typer(
     name="dfqs-nb",
@@ -37,11 +42,29 @@ app = typer.Typer(
 LOG = "dfqs-nb-error.log"
 USAGE: Any = typer.BadParameter.__base__  # of the click that this typer stands on, its own or the installed
 WHOLE, FILES, MEASURE, REPORT = "The workbook", "Files", "Measure a model", "Report"
+# What several commands take.
+GGUF = Argument(..., help="A GGUF file, or any of its shards.")
+N_CTX = Option(4096, help="Tokens of context.")
+THREADS, OWN_THREADS = Option(0, help="0: the usable cores."), Option(0, help="0: as suits the model.")
+RUN = Option("", help="The folder under outputs/. Default: from the model.")
+OVERWRITE = Option(False, "--overwrite", help="Replace an existing output once the new one is proven.")
+QUIET = Option(False, "--quiet", help="Show no progress bar.")
+KEY_VARIABLE = Option("", metavar="NAME", help="The environment variable that holds the server's key.")
 
 
 def say(text: object = "") -> None:
     """Print a line; what steers a terminal, in text from a file or a server, is taken out."""
     print(_as_typed(text), flush=True)
+
+
+def say_table(table: pd.DataFrame, digits: str = ".3f") -> None:
+    """Print a frame without its index, its fractions in that format."""
+    say(table.to_string(index=False, float_format=f"{{:{digits}}}".format))
+
+
+def say_written(paths: Iterable[Path], folder: Path) -> None:
+    """Print which files lie in a folder now."""
+    say(f"wrote {', '.join(path.name for path in paths)} to {tilde(folder)}/")
 
 
 def _as_typed(text: object) -> str:
@@ -59,6 +82,22 @@ def numbers(text: str, option: str, kind: Any = int) -> list[Any]:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise DfqsError(f"{option} {text!r} is no list of numbers", hint=f"write {option} 1,2,4") from None
+
+
+def model_run_dir(run: str, model: str, stage: str = "") -> Path:
+    """The folder of a run (by default one of the model's name), or of a stage in it; made if missing."""
+    from dfqs_nb.workbook.run import default_run_name
+
+    folder = run_dir(run or default_run_name(model)) / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def open_model(model: str, n_ctx: int, threads: int = 0) -> Any:
+    """Open a model with settings that suit it and this machine."""
+    from dfqs_nb import llama
+
+    return llama.open_model(model, llama.OpenSettings.of(model, n_ctx=n_ctx, n_threads=threads))
 
 
 @lru_cache(maxsize=1)
@@ -79,34 +118,20 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _top(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: bool = Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     pass
 
 
 @app.command(rich_help_panel=WHOLE)
 def run(
-    notebooks: Annotated[
-        list[str] | None, typer.Argument(help="Some of them, as 01 or 01_merge_shards. Default: all.")
-    ] = None,
-    model: Annotated[
-        str, typer.Option(help="A name of `dfqs-nb models`, a file, or hf://owner/repo/file.")
-    ] = "",
-    run: Annotated[
-        str, typer.Option(help="The folder under outputs/. Default: nano, or the model's name.")
-    ] = "",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Do again what an earlier run left.")] = False,
-    tier: Annotated[
-        str, typer.Option(help="nano or standard. Default: nano for the reference model, else standard.")
-    ] = "",
-    budget_minutes: Annotated[
-        float, typer.Option(min=1, help="For the whole run; long measurements are shortened to fit.")
-    ] = 60.0,
-    parameter: Annotated[
-        list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="Any parameter.")
-    ] = None,
+    notebooks: list[str] = Argument(None, help="Some of them, as 01 or 01_merge_shards. Default: all."),
+    model: str = Option("", help="A name of `dfqs-nb models`, a file, or hf://owner/repo/file."),
+    run: str = Option("", help="The folder under outputs/. Default: nano, or the model's name."),
+    fresh: bool = Option(False, "--fresh", help="Do again what an earlier run left."),
+    tier: str = Option("", help="nano or standard. Default: nano for the reference model, else standard."),
+    budget_minutes: float = Option(60.0, min=1, help="For the whole run; long measurements are shortened."),
+    parameter: list[str] = Option(None, "-p", "--parameter", metavar="NAME=VALUE", help="Any parameter."),
 ) -> None:
     """Execute the notebooks in order into outputs/RUN/.
 
@@ -141,7 +166,7 @@ def run(
         ),
     )
     say(f"\n{workbook.summary_text(result)}")
-    raise typer.Exit(int(any(one.failed for one in result.notebooks)))
+    raise typer.Exit(int(any(notebook.failed for notebook in result.notebooks)))
 
 
 @app.command(rich_help_panel=WHOLE)
@@ -149,31 +174,21 @@ def models() -> None:
     """List the models known by name."""
     from dfqs_nb.gguf import models as registry
 
-    for row in registry.describe():
-        say(
-            f"{row['name']}\n    {row['title']}\n    {row['files']} file(s), {row['gigabytes']:,} GB, "
-            f"{row['licence']}, {row['source']}\n    {row['note']}"
-        )
+    for model in registry.registered().values():
+        facts = f"{len(model.files)} file(s), {round(model.size_bytes / 1e9, 3):,} GB, {model.licence}"
+        say(f"{model.name}\n    {model.title}\n    {facts}, {model.source}\n    {model.note}")
 
 
 @app.command(rich_help_panel=WHOLE)
 def sweep(
-    table: Annotated[
-        Path, typer.Argument(metavar="MODELS.CSV", help="Columns: model, run, and any notebook parameter.")
-    ],
-    jobs: Annotated[
-        int | None, typer.Option(help="Rows at once. Default: 1 here, all workers of a cluster.")
-    ] = None,
-    scheduler: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="A Dask cluster that sees the same files: tcp://HOST:8786.")
-    ] = "",
-    name: Annotated[
-        str, typer.Option(help="The folder under outputs/. Default: sweep- and the table's name.")
-    ] = "",
-    notebook: Annotated[
-        list[str] | None, typer.Option(metavar="NN", help="Only these notebooks. Default: all.")
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Do again what an earlier sweep did.")] = False,
+    table: Path = Argument(..., metavar="MODELS.CSV", help="Columns: model, run, any notebook parameter."),
+    jobs: int | None = Option(None, help="Rows at once. Default: 1 here, all workers of a cluster."),
+    scheduler: str = Option(
+        "", metavar="ADDRESS", help="A Dask cluster that sees these files: tcp://HOST:8786."
+    ),
+    name: str = Option("", help="The folder under outputs/. Default: sweep- and the table's name."),
+    notebook: list[str] = Option(None, metavar="NN", help="Only these notebooks. Default: all."),
+    fresh: bool = Option(False, "--fresh", help="Do again what an earlier sweep did."),
 ) -> None:
     """Run the workbook once for each row of a table, then rank the reports.
 
@@ -198,8 +213,7 @@ def sweep(
         finished=lambda row, answer: say(f"{row.run}: {answer['status']} {answer['reason']}".rstrip()),
     )
     columns = ["line", "run", "status", "seconds", "beside", "reason"]
-    say(f"\n{result.rows[columns].to_string(index=False)}\n")
-    say(str(result.leaderboard))
+    say(f"\n{result.rows[columns].to_string(index=False)}\n\n{result.leaderboard}")
     say(f"{len(result.rows) - result.n_failed} of {len(result.rows)} rows done: {tilde(result.folder)}/")
     raise typer.Exit(int(result.n_failed > 0))
 

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
+from typer import Argument, Option
 
-from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.workbook.cli import FILES, app, say
+from dfqs_nb.core.errors import DfqsError, HeaderError, ShardError, SpaceError
+from dfqs_nb.workbook.cli import FILES, OVERWRITE, QUIET, THREADS, app, say, say_table
 
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an existing output once the new one is proven.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")]
+GLUED = Argument(..., metavar="FILE", help="The glued file.")
 OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here
 
 
 @app.command(rich_help_panel=FILES)
 def inspect(
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="FILE...", help="Anything that should be a model, here or at hf://... or https://..."
-        ),
-    ],
-    llama_cpp: Annotated[bool, typer.Option("--llama-cpp", help="Also ask llama.cpp's loader.")] = False,
+    paths: list[str] = Argument(
+        ..., metavar="FILE...", help="Anything that should be a model, here or at hf://... or https://..."
+    ),
+    llama_cpp: bool = Option(False, "--llama-cpp", help="Also ask llama.cpp's loader."),
 ) -> None:
     """Say what a file is, in milliseconds, from headers, sizes and names alone; changes nothing.
 
@@ -41,63 +36,54 @@ def inspect(
 
 
 def _inspect(path: str, llama_cpp: bool) -> bool:
-    from dfqs_nb.gguf import remote
+    from dfqs_nb.gguf import models, remote
     from dfqs_nb.merge import diagnose
     from dfqs_nb.merge.kind import Kind
 
     with ExitStack() as stack:
-        local, far = Path(path), remote.is_address(path)
-        if far:
-            copy = stack.enter_context(remote.headers_of(path))
-            local = copy.path
-        diagnosis = diagnose(local, allow_holes=far)
-        say(f"{remote.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
-        if diagnosis.next_step and far:
-            say(f"  -> after the download: {diagnosis.next_step.replace(f'{local.parent}/', '')}")
-        elif diagnosis.next_step:
-            say(f"  -> {diagnosis.next_step}")
-        _say_rows(_header_rows(str(local)) if diagnosis.sound else dict(diagnosis.evidence))
-        if far:
-            say(f"  {'read over the network:':<28}{copy.fetched_bytes:,} bytes of headers")
+        copy = stack.enter_context(remote.headers_of(path)) if models.is_address(path) else None
+        local = copy.path if copy else Path(path)
+        diagnosis = diagnose(local, allow_holes=copy is not None)
+        rows = _header_rows(local) if diagnosis.sound else dict(diagnosis.evidence)
+        step = diagnosis.next_step
+        if copy:
+            step = step and f"after the download: {step.replace(f'{local.parent}/', '')}"
+            rows["read over the network"] = f"{copy.fetched_bytes:,} bytes of headers"
             if diagnosis.sound or diagnosis.kind is Kind.RAW_CONCATENATION:
-                _say_rows(_outlook(local))
+                rows |= _outlook(local)
         elif llama_cpp:
             from dfqs_nb.llama.check import loader_verdict
 
-            say(f"  {'llama.cpp:':<28}{loader_verdict(local).reason or 'loads'}")
+            rows["llama.cpp"] = loader_verdict(local).reason or "loads"
+        say(f"{remote.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
+        if step:
+            say(f"  -> {step}")
+        for what, value in rows.items():
+            say(f"  {what + ':':<28}{format(value, ',') if type(value) is int else value}")
         return diagnosis.sound
 
 
 def _outlook(path: Path) -> dict[str, Any]:
     """Whether llama.cpp knows the model of these headers, glued or not, and what it needs of this machine."""
-    from dfqs_nb.core.errors import HeaderError, ShardError, SpaceError
     from dfqs_nb.gguf import memory, remote
     from dfqs_nb.llama.check import loader_verdict
 
     try:
         with remote.outline(path) as model:
             verdict = loader_verdict(model.path).explain(model.shards.as_one)
+            verdict += ", once it is repaired" if model.glued else ""
             try:
-                needs = memory.estimate(model.shards.headers, OUTLOOK_N_CTX)
+                needs = memory.estimate(model.shards.as_one, OUTLOOK_N_CTX)
                 fits = memory.check_fits(needs) or "fits, weights and all"
             except (HeaderError, SpaceError) as error:
                 fits = error.what
     except ShardError as error:
         return {"the whole set": error.what}
-    return {
-        "llama.cpp": f"{verdict}{', once it is repaired' if model.glued else ''}",
-        f"memory, {OUTLOOK_N_CTX:,} tokens": fits,
-    }
+    return {"llama.cpp": verdict, f"memory, {OUTLOOK_N_CTX:,} tokens": fits}
 
 
-def _say_rows(rows: dict[str, Any]) -> None:
-    for what, value in rows.items():
-        say(f"  {what + ':':<28}{value:,}" if type(value) is int else f"  {what + ':':<28}{value}")
-
-
-def _header_rows(path: str) -> dict[str, Any]:
+def _header_rows(path: Path) -> dict[str, Any]:
     """The whole model's facts, from all its shards when they are there."""
-    from dfqs_nb.core.errors import ShardError
     from dfqs_nb.gguf import facts
     from dfqs_nb.gguf.header import read_header
     from dfqs_nb.gguf.shards import open_shards
@@ -116,26 +102,20 @@ def _header_rows(path: str) -> dict[str, Any]:
         )
     for row in facts.class_sizes(header):
         bits = f"{row['bytes']:>16,} bytes {row['bits_per_weight']:7.2f} bits a weight"
-        rows[str(row["class"])] = f"{bits}  {row['types']}"
+        rows[row["class"]] = f"{bits}  {row['types']}"
     return rows
 
 
 @app.command(rich_help_panel=FILES)
 def merge(
-    paths: Annotated[
-        list[str], typer.Argument(metavar="SHARD...", help="Any one shard, or all; or a registered name.")
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The merged file.")],
-    consume: Annotated[
-        bool,
-        typer.Option(
-            "--consume",
-            help="DELETES the shards while they are merged, so that 64 MiB of free disk are enough.",
-        ),
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    paths: list[str] = Argument(..., metavar="SHARD...", help="Any one shard, or all; or a registered name."),
+    output: Path = Option(..., "-o", "--output", help="The merged file."),
+    consume: bool = Option(
+        False, "--consume", help="DELETES the shards while they are merged: 64 MiB of free disk are enough."
+    ),
+    dry_run: bool = Option(False, "--dry-run", help="Check everything, write nothing."),
+    overwrite: bool = OVERWRITE,
+    quiet: bool = QUIET,
 ) -> None:
     """Merge shards (or join byte parts) into one proven file; goes on after a kill.
 
@@ -143,17 +123,15 @@ def merge(
     """
     from dfqs_nb.merge import merge_model, open_source
 
-    if dry_run:
-        plan = open_source(paths).dry_run(output, overwrite=overwrite, consume=consume)
-        say(
-            f"{len(plan.sources)} file(s) -> {output}: {plan.nbytes:,} bytes, {len(plan.copies):,} copies; "
-            "nothing was written"
-        )
+    if not dry_run:
+        _say_made(merge_model(paths, output, overwrite=overwrite, consume=consume, progress=not quiet))
         return
-    _say_written(merge_model(paths, output, overwrite=overwrite, consume=consume, progress=not quiet))
+    plan = open_source(paths).dry_run(output, overwrite=overwrite, consume=consume)
+    sizes = f"{plan.nbytes:,} bytes, {len(plan.copies):,} copies"
+    say(f"{len(plan.sources)} file(s) -> {output}: {sizes}; nothing was written")
 
 
-def _say_written(*results: Any) -> None:
+def _say_made(*results: Any) -> None:
     for result in results:
         say(f"{result.path}: {result.nbytes:,} bytes, read back equal, in {result.seconds:,.1f} s")
         say(f"SHA-256 {result.sha256}")
@@ -161,14 +139,13 @@ def _say_written(*results: Any) -> None:
 
 @app.command(rich_help_panel=FILES)
 def repair(
-    path: Annotated[str, typer.Argument(metavar="FILE", help="The glued file.")],
-    output: Annotated[str, typer.Option("-o", "--output", help="The sound file.")] = "",
-    in_place: Annotated[
-        bool,
-        typer.Option("--in-place", help="DELETES FILE: the sound model replaces it. Needs 64 MiB of disk."),
-    ] = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    path: str = GLUED,
+    output: str = Option("", "-o", "--output", help="The sound file."),
+    in_place: bool = Option(
+        False, "--in-place", help="DELETES FILE: the sound model replaces it. Needs 64 MiB of disk."
+    ),
+    overwrite: bool = OVERWRITE,
+    quiet: bool = QUIET,
 ) -> None:
     """Make a sound model of shards that were glued together.
 
@@ -178,17 +155,15 @@ def repair(
 
     if bool(output) == in_place:
         raise typer.BadParameter("give either -o OUTPUT or --in-place")
-    _say_written(make(path, output or None, in_place=in_place, overwrite=overwrite, progress=not quiet))
+    _say_made(make(path, output or None, in_place=in_place, overwrite=overwrite, progress=not quiet))
 
 
 @app.command(rich_help_panel=FILES)
 def split(
-    path: Annotated[str, typer.Argument(metavar="FILE", help="The glued file.")],
-    folder: Annotated[
-        Path | None, typer.Option("-d", "--folder", help="Where the shards go. Default: beside FILE.")
-    ] = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    path: str = GLUED,
+    folder: Path | None = Option(None, "-d", "--folder", help="Where the shards go. Default: beside FILE."),
+    overwrite: bool = OVERWRITE,
+    quiet: bool = QUIET,
 ) -> None:
     """Cut glued shards apart again, at their inner headers.
 
@@ -196,23 +171,17 @@ def split(
     """
     from dfqs_nb.merge import open_source
 
-    _say_written(*open_source(path).split(folder, overwrite=overwrite, progress=not quiet))
+    _say_made(*open_source(path).split(folder, overwrite=overwrite, progress=not quiet))
 
 
 @app.command(rich_help_panel=FILES)
 def verify(
-    path: Annotated[str, typer.Argument(metavar="FILE", help="The model's file.")],
-    sha256: Annotated[str, typer.Option(help="What the file's SHA-256 should be.")] = "",
-    against: Annotated[
-        list[str] | None, typer.Option(metavar="SHARD", help="Any one shard; or repeat it for each.")
-    ] = None,
-    write_manifest: Annotated[
-        bool, typer.Option("--write-manifest", help="Keep the hashes beside FILE, for a later check.")
-    ] = False,
-    data: Annotated[
-        bool, typer.Option("--data", help="Also look for runs of zeros and for scales that are not numbers.")
-    ] = False,
-    quiet: Quiet = False,
+    path: str = Argument(..., metavar="FILE", help="The model's file."),
+    sha256: str = Option("", help="What the file's SHA-256 should be."),
+    against: list[str] = Option(None, metavar="SHARD", help="Any one shard; or repeat it for each."),
+    write_manifest: bool = Option(False, "--write-manifest", help="Keep the hashes beside FILE, for later."),
+    data: bool = Option(False, "--data", help="Also look for runs of zeros and scales that are no numbers."),
+    quiet: bool = QUIET,
 ) -> None:
     """Compare every tensor with the file's manifest, a published hash, or its shards.
 
@@ -221,14 +190,8 @@ def verify(
     from dfqs_nb.merge import verify_model
 
     shards = against[0] if against and len(against) == 1 else against or None
-    result = verify_model(
-        path,
-        sha256=sha256 or None,
-        against=shards,
-        data=data,
-        write_manifest=write_manifest,
-        progress=not quiet,
-    )
+    options: dict[str, Any] = {"data": data, "write_manifest": write_manifest, "progress": not quiet}
+    result = verify_model(path, sha256=sha256 or None, against=shards, **options)
     say(f"{result.path}: {result.nbytes:,} bytes, {len(result.tensors):,} tensors, SHA-256 {result.sha256}")
     for sentence in result.meaning:
         say(f"  {sentence}")
@@ -239,21 +202,15 @@ def verify(
 
 @app.command(rich_help_panel=FILES)
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="MODEL", help="F32, F16 or BF16: a name or a file.")],
-    recipe: Annotated[str, typer.Argument(help="A name in data/quantize/, or a .toml file.")],
-    output: Annotated[str, typer.Option("-o", "--output", help="Required unless --dry-run.")] = "",
-    imatrix: Annotated[
-        str, typer.Option(metavar="FILE", help="An importance matrix, of llama-imatrix or of the workbook.")
-    ] = "",
-    calibrate: Annotated[
-        str, typer.Option(metavar="TEXT", help="Collect one over this text or prompt set; it is kept.")
-    ] = "",
-    threads: Annotated[int, typer.Option(help="0: the usable cores.")] = 0,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List types and exact sizes; write nothing.")
-    ] = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    source: str = Argument(..., metavar="MODEL", help="F32, F16 or BF16: a name or a file."),
+    recipe: str = Argument(..., help="A name in data/quantize/, or a .toml file."),
+    output: str = Option("", "-o", "--output", help="Required unless --dry-run."),
+    imatrix: str = Option("", metavar="FILE", help="An importance matrix: llama-imatrix's, or ours."),
+    calibrate: str = Option("", metavar="TEXT", help="Collect one over this text or prompt set; it is kept."),
+    threads: int = THREADS,
+    dry_run: bool = Option(False, "--dry-run", help="List types and exact sizes; write nothing."),
+    overwrite: bool = OVERWRITE,
+    quiet: bool = QUIET,
 ) -> None:
     """Quantize a model tensor by tensor as a recipe says, with llama.cpp's own quantizer.
 
@@ -268,17 +225,16 @@ def quantize(
     if imatrix and calibrate:
         raise typer.BadParameter("give either --imatrix or --calibrate")
     matrix: Any = imatrix or None
+    work: dict[str, Any] = {"n_threads": threads, "progress": not quiet}
     if calibrate and chosen.weights:
-        matrix = ladder.collect(path, calibrate, n_threads=threads, progress=not quiet)
+        matrix = ladder.collect(path, calibrate, **work)
         if not dry_run:
             matrix.save(Path(f"{output}.imatrix.gguf"))
     if dry_run:
         plan = ladder.plan(path, chosen, matrix)
     else:
-        plan = ladder.quantize(
-            path, chosen, output, imatrix=matrix, n_threads=threads, overwrite=overwrite, progress=not quiet
-        )
-    say(plan.by_class().to_string(index=False, float_format="{:.2f}".format))
+        plan = ladder.quantize(path, chosen, output, imatrix=matrix, overwrite=overwrite, **work)
+    say_table(plan.by_class(), ".2f")
     for note in plan.notes:
         say(note)
     where = "would be" if dry_run else f"{output}:"

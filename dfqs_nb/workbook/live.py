@@ -51,7 +51,10 @@ class Live:
         self.done.set()
         if self.stream is not None:
             self.watcher.join(5)  # else it may draw once more
-        self._erase()
+            if self.drawn:
+                self._draw("")
+                self.stream.write("\r")
+                self.stream.flush()
 
     def cell(self, titles: Sequence[str], index: int) -> None:
         """A cell begins."""
@@ -100,12 +103,6 @@ class Live:
         self.stream.write("\r" + line.ljust(self.drawn))
         self.stream.flush()
         self.drawn = len(line)
-
-    def _erase(self) -> None:
-        if self.stream is not None and self.drawn:
-            self.stream.write("\r" + " " * self.drawn + "\r")
-            self.stream.flush()
-            self.drawn = 0
 
 
 def cell_seconds(path: Path) -> list[float]:
@@ -156,7 +153,5 @@ def use(live: Live) -> str:
 
 def stopped(live: Live, where: str) -> None:
     """Say where a run was interrupted."""
-    print(
-        f"\nstopped in {live.name}, cell {plain(live.place)}; its output so far is in {where}",
-        file=sys.stderr,
-    )
+    place = f"{live.name}, cell {plain(live.place)}"
+    print(f"\nstopped in {place}; its output so far is in {where}", file=sys.stderr)

@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from typer import Option
 
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.paths import run_dir, tilde
-from dfqs_nb.workbook.cli import MEASURE, app, numbers, say
+from dfqs_nb.core.paths import tilde
+from dfqs_nb.workbook.cli import (
+    GGUF,
+    MEASURE,
+    OWN_THREADS,
+    RUN,
+    app,
+    model_run_dir,
+    numbers,
+    open_model,
+    say,
+    say_table,
+)
 
-Model = Annotated[str, typer.Argument(help="A GGUF file, or any of its shards.")]
-Budget = Annotated[float, typer.Option(min=0, help="What does not fit is left out, and named.")]
-Run = Annotated[str, typer.Option(help="The folder under outputs/. Default: from the model.")]
-Threads = Annotated[int, typer.Option(help="0: as suits the model.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Ask again what an earlier run asked.")]
+BUDGET = Option(30.0, min=0, help="What does not fit is left out, and named.")
+FRESH = Option(False, "--fresh", help="Ask again what an earlier run asked.")
 
 
 @app.command(rich_help_panel=MEASURE)
 def tasks(
-    model: Model,
-    task: Annotated[
-        list[str] | None, typer.Option("--task", metavar="NAME", help="Only these tasks. Default: all.")
-    ] = None,
-    lengths: Annotated[str, typer.Option(help="Tokens, with commas.")] = "512,1024,2048,4096",
-    texts: Annotated[int, typer.Option(min=1, help="Texts of a task at a length.")] = 12,
-    budget_minutes: Budget = 30.0,
-    run: Run = "",
-    threads: Threads = 0,
-    fresh: Fresh = False,
+    model: str = GGUF,
+    task: list[str] = Option(None, "--task", metavar="NAME", help="Only these tasks. Default: all."),
+    lengths: str = Option("512,1024,2048,4096", help="Tokens, with commas."),
+    texts: int = Option(12, min=1, help="Texts of a task at a length."),
+    budget_minutes: float = BUDGET,
+    run: str = RUN,
+    threads: int = OWN_THREADS,
+    fresh: bool = FRESH,
 ) -> None:
     """Ask long-context tasks in the manner of RULER and NoLiMa, at growing lengths.
 
     Goes on after a kill. Example: `dfqs-nb tasks model.gguf --lengths 1024,4096 --task "several keys"`
     """
-    from dfqs_nb import llama
     from dfqs_nb.context.tasks import NAME, Tasks, measure_tasks, planned_seconds
     from dfqs_nb.core.budget import duration
     from dfqs_nb.core.files import sha256_of
@@ -44,38 +49,30 @@ def tasks(
     sizes = sorted(numbers(lengths, "--lengths"))
     if sizes[0] < 1:
         raise DfqsError(f"--lengths has {sizes[0]}", hint="give lengths of 1 or more")
-    settings = llama.OpenSettings.of(model, n_ctx=sizes[-1], n_threads=threads)
-    with llama.open_model(model, settings) as opened:
+    with open_model(model, sizes[-1], threads) as opened:
         n_tasks = len(task or load_prompts(NAME, Tasks).tasks)
         planned = duration(planned_seconds(opened, sizes, n_tasks, texts))
         asked = f"{n_tasks} tasks, {texts} texts each at {lengths} tokens"
         say(f"{asked}: about {planned}, at most {budget_minutes:g} min")
-        folder = _folder(run, model)
-        result = measure_tasks(
-            opened,
-            folder,
-            sizes,
-            tasks=task or [],
-            n_texts=texts,
-            budget_seconds=60 * budget_minutes,
-            model_id=sha256_of(opened.path),
-            fresh=fresh,
-        )
+        folder = model_run_dir(run, model, "long_context")
+        options: dict[str, Any] = {"tasks": task or [], "n_texts": texts, "fresh": fresh}
+        options |= {"budget_seconds": 60 * budget_minutes, "model_id": sha256_of(opened.path)}
+        result = measure_tasks(opened, folder, sizes, **options)
     _tell(result, folder / "tasks.csv", model, "raise --budget-minutes, or take longer --lengths")
-    say(result.effective().to_string(index=False, float_format="{:.2f}".format))
+    say_table(result.effective(), ".2f")
 
 
 @app.command(rich_help_panel=MEASURE)
 def loops(
-    model: Model,
-    temperature: Annotated[str, typer.Option(help="Values with commas.")] = "0,1",
-    cache_type: Annotated[str, typer.Option(help="Of keys and values, with commas.")] = "f16,q8_0",
-    answers: Annotated[int, typer.Option(min=1, max=24, help="Of each condition.")] = 12,
-    tokens: Annotated[int, typer.Option(min=64, help="Of a long answer.")] = 512,
-    budget_minutes: Budget = 30.0,
-    run: Run = "",
-    threads: Threads = 0,
-    fresh: Fresh = False,
+    model: str = GGUF,
+    temperature: str = Option("0,1", help="Values with commas."),
+    cache_type: str = Option("f16,q8_0", help="Of keys and values, with commas."),
+    answers: int = Option(12, min=1, max=24, help="Of each condition."),
+    tokens: int = Option(512, min=64, help="Of a long answer."),
+    budget_minutes: float = BUDGET,
+    run: str = RUN,
+    threads: int = OWN_THREADS,
+    fresh: bool = FRESH,
 ) -> None:
     """Ask for long answers, and say how many fall into a repeat, by temperature and cache type.
 
@@ -84,29 +81,13 @@ def loops(
     from dfqs_nb.context.loops import measure_loops
     from dfqs_nb.llama import OpenSettings
 
-    temperatures = numbers(temperature, "--temperature", float)
+    options: dict[str, Any] = {"temperatures": numbers(temperature, "--temperature", float)}
     settings = OpenSettings.of(model, n_ctx=tokens + 512, n_threads=threads)
-    folder = _folder(run, model)
-    result = measure_loops(
-        model,
-        folder,
-        settings,
-        temperatures=temperatures,
-        cache_types=cache_type.split(","),
-        n_answers=answers,
-        n_tokens=tokens,
-        budget_seconds=60 * budget_minutes,
-        fresh=fresh,
-    )
+    folder = model_run_dir(run, model, "long_context")
+    options |= {"cache_types": cache_type.split(","), "n_answers": answers, "n_tokens": tokens}
+    options |= {"budget_seconds": 60 * budget_minutes, "fresh": fresh}
+    result = measure_loops(model, folder, settings, **options)
     _tell(result, folder / "loops.csv", model, "raise --budget-minutes")
-
-
-def _folder(run: str, model: str) -> Path:
-    from dfqs_nb.workbook.run import default_run_name
-
-    folder = run_dir(run or default_run_name(model)) / "long_context"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _tell(result: Any, path: Path, model: str, hint: str) -> None:
@@ -115,6 +96,6 @@ def _tell(result: Any, path: Path, model: str, hint: str) -> None:
 
     if not len(result.items):
         raise DfqsError(f"nothing was asked: {'; '.join(result.left_out)}", where=model, hint=hint)
-    say(result.table().to_string(index=False, float_format="{:.2f}".format))
+    say_table(result.table(), ".2f")
     say("\n".join(f"left out: {what}" for what in result.left_out))
     say(f"wrote {tilde(write_table(path, result.items, index=False))}")

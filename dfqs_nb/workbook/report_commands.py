@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
+from dfqs_nb.core.display import did_you_mean
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
-from dfqs_nb.workbook.cli import REPORT, app, say
-from dfqs_nb.workbook.run import did_you_mean
+from dfqs_nb.workbook.cli import REPORT, app, say, say_written
 
 
 def run_folder(name: str) -> Path:
@@ -29,10 +29,10 @@ def run_folder(name: str) -> Path:
 
 @app.command(rich_help_panel=REPORT)
 def report(
-    run: Annotated[str, typer.Argument(help="A run's name under outputs/, or its folder.")] = "nano",
-    check: Annotated[
-        bool, typer.Option("--check", help="Write nothing: check the report and the files it stands on.")
-    ] = False,
+    run: str = Argument("nano", help="A run's name under outputs/, or its folder."),
+    check: bool = Option(
+        False, "--check", help="Write nothing: check the report and the files it stands on."
+    ),
 ) -> None:
     """Write the DFQS report of a run, or check one.
 
@@ -46,21 +46,18 @@ def report(
         return
     written = reports.write_report(folder, reports.build_report(folder))
     say(str(reports.verdict(reports.read_report(folder))))
-    say(f"wrote {', '.join(path.name for path in written)} to {tilde(folder)}/")
+    say_written(written, folder)
 
 
 @app.command(rich_help_panel=REPORT)
 def compare(
-    reports: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Runs, or their report.json; the first: baseline.")
-    ],
-    accept: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FIELD", help="Compare although this differs; only chat_template_sha256."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Default: compare-RUN-RUN under outputs/.")
-    ] = None,
+    reports: list[str] = Argument(
+        ..., metavar="RUN...", help="Runs, or their report.json; the first: baseline."
+    ),
+    accept: list[str] | None = Option(
+        None, metavar="FIELD", help="Compare although this differs; only chat_template_sha256."
+    ),
+    output: Path | None = Option(None, metavar="FOLDER", help="Default: compare-RUN-RUN under outputs/."),
 ) -> None:
     """Compare reports made under equal conditions, item by item.
 
@@ -73,13 +70,13 @@ def compare(
     folder = output or run_dir("-".join(["compare", *(run.report["run"] for run in comparison.runs)]))
     written = comparison.write(folder)
     say(str(comparison))
-    say(f"wrote {', '.join(path.name for path in written)} to {tilde(folder)}/")
+    say_written(written, folder)
     say(f"open {tilde(folder / 'comparison.html')}")
 
 
 @app.command(rich_help_panel=REPORT)
 def leaderboard(
-    folder: Annotated[Path | None, typer.Argument(help="Default: outputs/.")] = None,
+    folder: Path | None = Argument(None, help="Default: outputs/."),
 ) -> None:
     """Rank the reports of a folder, within equal conditions.
 
@@ -90,6 +87,6 @@ def leaderboard(
     ranked = report.leaderboard(folder or outputs_dir())
     written = ranked.write()
     say(str(ranked))
-    say(f"wrote {', '.join(path.name for path in written)} to {tilde(ranked.folder)}/")
+    say_written(written, ranked.folder)
     say(f"open {tilde(ranked.folder / 'leaderboard.html')}")
     raise typer.Exit(int(ranked.n_problems > 0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dfqs_nb.core.display import markdown, plain
+from dfqs_nb.core.display import did_you_mean, markdown, plain
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import there_is, write_text
 from dfqs_nb.core.paths import REPOSITORY, outputs_dir, run_dir, tilde
@@ -30,16 +29,14 @@ PATTERN = "[0-9][0-9]_*.ipynb"
 KERNEL = "python3"
 QUIET = "--log-level=CRITICAL"  # of the kernel: nothing about its own sockets, or its own shutdown
 GROUPS = {
-    ".ipynb": "notebooks",
-    ".csv": "tables",
-    ".png": "figures",
-    ".svg": "figures",
-    ".json": "stages",
-    ".html": "report",
-    ".md": "report",
-    ".yml": "report",
-    ".yaml": "report",
-    ".gguf": "models",
+    "notebooks": (".ipynb",),
+    "tables": (".csv",),
+    "figures": (".png", ".svg"),
+    "stages": (".json",),
+    "report": (".html", ".md", ".yml", ".yaml"),
+    "models": (".gguf",),
+    "folders": (),
+    "other files": ("",),
 }
 
 
@@ -70,20 +67,16 @@ def find_notebooks(names: Iterable[str] = (), folder: Path = NOTEBOOKS) -> list[
     Raises:
         DfqsError: there is none, or a name fits none.
     """
-    paths = sorted(folder.glob(PATTERN))
+    paths, wanted = sorted(folder.glob(PATTERN)), [Path(name).stem for name in names]
     if not paths:
         raise DfqsError("no notebooks here", where=folder, hint="run this from a checkout of the workbook")
-    wanted = [Path(name).stem for name in names]
-    chosen = [path for path in paths if not wanted or any(_is_called(path, name) for name in wanted)]
     for name in wanted:
-        if not any(_is_called(path, name) for path in paths):
+        if not any(f"{path.stem}_".startswith(f"{name}_") for path in paths):
             known = ", ".join(path.stem for path in paths)
             raise DfqsError(f"no notebook is called {name!r}", where=folder, hint=f"there are {known}")
-    return chosen
-
-
-def _is_called(path: Path, name: str) -> bool:
-    return path.stem == name or path.stem.startswith(f"{name}_")
+    return [
+        path for path in paths if not wanted or f"{path.stem}_".startswith(tuple(f"{n}_" for n in wanted))
+    ]
 
 
 def declared_parameters(path: Path) -> dict[str, dict[str, str]]:
@@ -99,11 +92,9 @@ def declared_parameters(path: Path) -> dict[str, dict[str, str]]:
     try:
         parameters: dict[str, dict[str, str]] = inspect_notebook(str(path))
     except ValueError as error:  # no kernelspec, or not a notebook
-        raise DfqsError(
-            f"papermill cannot read it ({last_line(str(error))})",
-            where=path,
-            hint="open it in JupyterLab with the kernel Python 3 and save it",
-        ) from error
+        hint = "open it in JupyterLab with the kernel Python 3 and save it"
+        what = f"papermill cannot read it ({last_line(str(error))})"
+        raise DfqsError(what, where=path, hint=hint) from error
     return parameters
 
 
@@ -121,16 +112,6 @@ def check_parameters(parameters: Mapping[str, Any], declared: Iterable[Mapping[s
         names = ", ".join(repr(name) for name in unknown)
         hint = f"{did_you_mean(unknown[0], known)}known: {', '.join(known) or 'none'}"
         raise DfqsError(f"no notebook has a parameter {names}", hint=hint)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``did you mean ...? `` for a name close to one that exists; else nothing.
-
-    >>> did_you_mean("max_token", ["max_tokens", "n_ctx"]), did_you_mean("zzz", ["n_ctx"])
-    ('did you mean max_tokens? ', '')
-    """
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]}? " if close else ""
 
 
 def parse_value(name: str, text: str, type_name: str) -> Any:
@@ -194,17 +175,15 @@ def run_workbook(
     started: Callable[[Path], object] = lambda path: None,
     finished: Callable[[NotebookRun], object] = lambda done: None,
 ) -> WorkbookRun:
-    """Execute notebooks in order into ``outputs/<run>/``, and write ``summary.md`` there.
+    """Execute notebooks (by default all) in order into ``outputs/<run>/``, and write ``summary.md`` there.
 
     Args:
         run: the folder's name, handed to every notebook that declares ``run_name`` (IPython takes a
             line that begins with ``run`` for its magic, so a parameter cannot be called that).
         parameters: handed to each notebook that declares them.
-        notebooks: which; all of the workbook by default.
         fresh: do again what an earlier run left (handed on as ``fresh``).
         watch: where to show which cell runs, for how long, and what its processes do.
-        tier: ``nano`` or ``standard``, which sets the parameters that are not given (`tiers`); by default
-            the model's.
+        tier: sets the parameters that are not given (`tiers`); by default the model's.
         budget_minutes: of the whole run, divided among the notebooks that obey a budget.
         started, finished: called before and after each notebook.
 
@@ -226,43 +205,34 @@ def run_workbook(
         budget = tiers.budget_of(path.stem, left, [later.stem for later in paths[number:]])
         now = {"budget_minutes": round(budget, 1), **values}
         chosen = {name: value for name, value in now.items() if name in names}
-        why = ""
-        if "ladder_source" in names and settings and not chosen.get("ladder_source"):
-            chosen["ladder_source"], why = _own_weights(run)
-        if why:
-            done.append(NotebookRun(path.stem, 0.0, folder / path.name, why))
+        target = folder / path.name
+        try:
+            if "ladder_source" in names and settings and not chosen.get("ladder_source"):
+                chosen["ladder_source"] = tiers.ladder_source(run)
+        except DfqsError as error:
+            Stage(run, "ladder").finish(conditions={}, summary=[f"not climbed: {error}"])
+            done.append(NotebookRun(path.stem, 0.0, target, str(error)))
         else:
-            live = Live(path, folder / path.name, chosen.get("budget_minutes", 0.0), watch)
-            done.append(_executed(path, folder / path.name, chosen, live))
+            live = Live(path, target, chosen.get("budget_minutes", 0.0), watch)
+            done.append(_executed(path, target, chosen, live))
         finished(done[-1])
-    verdict = _renewed_report(folder)
-    result = WorkbookRun(folder, tuple(done), read_summary(folder), verdict)
-    write_text(folder / "summary.md", summary_markdown(result))
-    if verdict:
-        from dfqs_nb import report
-
-        report.write_report(folder)  # seals the summary, too
-    return result
+    return _summed_up(folder, done)
 
 
-def _own_weights(run: str) -> tuple[str, str]:
-    """The source of the ladder of a run's own model, or why there is none; the stage file says why, too."""
-    try:
-        return tiers.ladder_source(run), ""
-    except DfqsError as error:
-        Stage(run, "ladder").finish(conditions={}, summary=[f"not climbed: {error}"])
-        return "", str(error)
-
-
-def _renewed_report(folder: Path) -> str:
-    """Write the report's texts again, with what later notebooks found; its verdict, if there is a report."""
+def _summed_up(folder: Path, done: Sequence[NotebookRun]) -> WorkbookRun:
+    """Write the report, if there is one, again with what later notebooks found. It seals the summary."""
     from dfqs_nb import report
 
-    if not (folder / "report.json").is_file():
-        return ""
-    own = report.read_report(folder)
-    report.write_report(folder, own)
-    return str(report.verdict(own))
+    verdict = ""
+    if has_report := (folder / "report.json").is_file():
+        own = report.read_report(folder)
+        report.write_report(folder, own)
+        verdict = str(report.verdict(own))
+    result = WorkbookRun(folder, tuple(done), read_summary(folder), verdict)
+    write_text(folder / "summary.md", summary_markdown(result))
+    if has_report:
+        report.write_report(folder)
+    return result
 
 
 def _absolute(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,10 +257,8 @@ def _executed(path: Path, target: Path, parameters: dict[str, Any], live: Live) 
     try:
         return _execute(path, target, parameters, live)
     except DfqsError as error:
-        if (
-            path.name not in (STAGES["ladder"], STAGES["serving"])
-            or not target.with_name("report.json").exists()
-        ):
+        is_later = path.name in (STAGES["ladder"], STAGES["serving"])
+        if not (is_later and target.with_name("report.json").exists()):
             raise
         return NotebookRun(path.stem, 0.0, target, f"failed: {error}", failed=True)
 
@@ -302,17 +270,8 @@ def _execute(path: Path, target: Path, parameters: dict[str, Any], live: Live) -
     begin, so_far = time.perf_counter(), f"its output so far is in {tilde(target)}"
     try:
         with kernel_environment(), live:
-            execute_notebook(
-                path,
-                target,
-                parameters,
-                kernel_name=KERNEL,
-                cwd=path.parent,
-                engine_name=use(live),
-                progress_bar=False,
-                log_output=False,
-                extra_arguments=[QUIET],
-            )
+            kernel = {"kernel_name": KERNEL, "cwd": path.parent, "extra_arguments": [QUIET]}
+            execute_notebook(path, target, parameters, engine_name=use(live), progress_bar=False, **kernel)
     except PapermillExecutionError as error:
         cause = f"{error.ename}: {last_line(error.evalue)}".rstrip(": ")
         what = f"cell In [{error.exec_count}] failed: {cause}"
@@ -321,8 +280,8 @@ def _execute(path: Path, target: Path, parameters: dict[str, Any], live: Live) -
         stopped(live, tilde(target))
         raise
     except DeadKernelError as error:
-        cell, why = _running_cell(target), "killed, out of memory, or aborted by llama.cpp"
-        what = f"the kernel died in cell {cell} ({why})"
+        why = "killed, out of memory, or aborted by llama.cpp"
+        what = f"the kernel died in cell {_running_cell(target)} ({why})"
         raise DfqsError(what, where=path.name, hint=so_far) from error
     return NotebookRun(path.stem, time.perf_counter() - begin, target)
 
@@ -351,35 +310,28 @@ def kernel_environment(outputs: Path | None = None) -> Iterator[None]:
     A user may have a ``python3`` kernel of another interpreter installed; ``JUPYTER_PATH`` comes before it.
     Bars are for people who watch; in a stored notebook they are noise.
     """
+    places = [f"{sys.prefix}/share/jupyter", os.environ.get("JUPYTER_PATH", "")]
     ours = {
-        "JUPYTER_PATH": os.pathsep.join(
-            filter(None, [f"{sys.prefix}/share/jupyter", os.environ.get("JUPYTER_PATH")])
-        ),
+        "JUPYTER_PATH": os.pathsep.join(filter(None, places)),
         "DFQS_OUTPUTS": str((outputs or outputs_dir()).absolute()),
         "TQDM_DISABLE": "1",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
-    before = {name: os.environ.get(name) for name in ours}
+    before = dict(os.environ)
     os.environ.update(ours)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in ours:
+            os.environ.pop(name)
+        os.environ.update({name: value for name, value in before.items() if name in ours})
 
 
 # ---- the summary ----
 
 
 def read_summary(folder: Path) -> dict[str, list[str]]:
-    """The ``summary`` lines of every stage file ``<stage>.json`` in a run's folder, in stage order.
-
-    A stage file is an object with ``stage`` (its own name), ``conditions`` and ``summary`` (a list of
-    sentences for people); other JSON files are passed over.
-    """
+    """The ``summary`` lines of every stage file ``<stage>.json`` in a run's folder, in stage order."""
     summaries = {}
     for path in folder.glob("*.json"):
         try:
@@ -388,8 +340,8 @@ def read_summary(folder: Path) -> dict[str, list[str]]:
             raise DfqsError(f"not JSON ({error})", where=path, hint="run again with --fresh") from error
         if isinstance(content, dict) and content.get("stage") == path.stem:
             summaries[path.stem] = [plain(line) for line in content.get("summary", [])]
-    order = {stage: number for number, stage in enumerate(STAGES)}
-    return dict(sorted(summaries.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+    known = [stage for stage in STAGES if stage in summaries]
+    return {stage: summaries[stage] for stage in (*known, *sorted(summaries.keys() - STAGES.keys()))}
 
 
 def summary_markdown(result: WorkbookRun) -> str:
@@ -416,19 +368,20 @@ def summary_markdown(result: WorkbookRun) -> str:
 
 def summary_text(result: WorkbookRun) -> str:
     """The same for a terminal: the verdict, or without a report what each stage found."""
-    lines = [result.verdict, f"open {tilde(result.folder / 'report.html')}"] if result.verdict else []
-    lines += [] if result.verdict else ["What was found"]
-    for stage, sentences in result.summary.items() if not result.verdict else ():
-        lines += [f"  {stage}", *(f"    {sentence}" for sentence in sentences)]
-    lines += ["", f"Where it is: {tilde(result.folder)}/"]
-    groups: dict[str, list[str]] = {}
-    for name, _ in list_files(result.folder):
-        group = "models" if name.endswith(".manifest.json") else GROUPS.get(Path(name).suffix, "other files")
-        groups.setdefault("folders" if "/" in name else group, []).append(name)
-    inside = Counter(name.split("/")[0] for name in groups.get("folders", []))
+    lines = [result.verdict, f"open {tilde(result.folder / 'report.html')}"]
+    if not result.verdict:
+        lines = ["What was found"]
+        for stage, sentences in result.summary.items():
+            lines += [f"  {stage}", *(f"    {sentence}" for sentence in sentences)]
+    names = [name for name, _ in list_files(result.folder)]
+    inside = Counter(name.split("/")[0] for name in names if "/" in name)
+    groups: dict[str, list[str]] = {group: [] for group in GROUPS}
+    for name in (name for name in names if "/" not in name):
+        group = next(group for group, ends in GROUPS.items() if name.endswith(ends))
+        groups["models" if name.endswith(".manifest.json") else group].append(name)
     groups["folders"] = [f"{name}/ ({count} files)" for name, count in inside.items()]
-    order = dict.fromkeys([*GROUPS.values(), "folders", "other files"])
-    lines += [f"  {group:<12} {', '.join(groups[group])}" for group in order if groups.get(group)]
+    lines += ["", f"Where it is: {tilde(result.folder)}/"]
+    lines += [f"  {group:<12} {', '.join(members)}" for group, members in groups.items() if members]
     return "\n".join(lines)
 
 

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
+from typer import Argument, Option
 
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.workbook.cli import FILES, app, say
+from dfqs_nb.workbook.cli import FILES, QUIET, app, say
 
+PLACE = Argument(..., help="A file, a name of `dfqs-nb models`, hf://..., https://...")
 MACHINES = ("64GB", "96GB", "128GB")
 RAM, GPU, DISK = "RAM", "GPU", "disk"
 
 
 @app.command(rich_help_panel=FILES)
 def plan(
-    model: Annotated[str, typer.Argument(help="A file, a name of `dfqs-nb models`, hf://..., https://...")],
-    ram: Annotated[str, typer.Option(metavar="64GB", help="Memory. Default: what is free here.")] = "",
-    vram: Annotated[str, typer.Option(metavar="24GB,24GB", help="Of each graphics card.")] = "",
-    context: Annotated[int, typer.Option(metavar="TOKENS", help="Of context.")] = 8192,
-    ram_gbs: Annotated[float, typer.Option(min=0, metavar="GB/S", help="Of memory. 0: measured here.")] = 0.0,
-    gpu_gbs: Annotated[
-        float, typer.Option(min=0, metavar="GB/S", help="Of a card's memory. 0: unknown.")
-    ] = 0.0,
-    disk_gbs: Annotated[
-        float, typer.Option(min=0, metavar="GB/S", help="Of the disk. 0: measured here.")
-    ] = 0.0,
-    profile: Annotated[
-        str, typer.Option(metavar="FILE", help="routing_profile.json of `dfqs-nb routing`: its hot experts.")
-    ] = "",
+    model: str = PLACE,
+    ram: str = Option("", metavar="64GB", help="Memory. Default: what is free here."),
+    vram: str = Option("", metavar="24GB,24GB", help="Of each graphics card."),
+    context: int = Option(8192, metavar="TOKENS", help="Of context."),
+    ram_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Of memory. 0: measured here."),
+    gpu_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Of a card's memory. 0: unknown."),
+    disk_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Of the disk. 0: measured here."),
+    profile: str = Option(
+        "", metavar="FILE", help="routing_profile.json of `dfqs-nb routing`: its hot experts."
+    ),
 ) -> None:
     """Say where a model's tensors and cache would lie, with which llama-server command, and how fast at most.
 
@@ -47,20 +45,19 @@ def plan(
     memory = placement.size_of(ram) if ram else available_memory().available_bytes
     with remote.outline(model) as known:
         reads, recorded = _profiled(profile, known.shards.headers)
-        shape = placement.Model(known.shards.headers, reads)
+        shape = placement.Model(known.shards.as_one, reads)
         if shape.n_context and context > shape.n_context:
             what = f"a context of {context:,} tokens; the model was made for {shape.n_context:,}"
             raise DfqsError(what, where=remote.shown(model), hint=f"give --context {shape.n_context} or less")
         say(f"{remote.shown(model)}: {size(known.shards.nbytes)}, {known.shards.as_one.architecture}")
-        compute = _runtime_rows(known, context)
-        local = known.path if known.fetched_bytes is None and not known.glued else None
+        compute, far = _runtime_rows(known, context), known.fetched_bytes is not None
         placed = placement.place(shape, context, memory, cards, compute_bytes=compute)
-        paged = local is not None and placed.disk_token_bytes and not cards
+        paged = not (far or known.glued or cards) and placed.disk_token_bytes
         outlook = _outlook(known.shards.headers, placed) if paged else None
         speeds = _speeds(placed, outlook, {RAM: ram_gbs, GPU: gpu_gbs, DISK: disk_gbs})
-        name = known.path.name if is_far(known) else tilde(known.path)
+        name = known.path.name if far else tilde(known.path)
         if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
-            name = remote.places_of(model)[0].name if known.fetched_bytes is not None else model
+            name = remote.places_of(model)[0].name if far else model
         say(f"\n{placement.table(placed).to_string()}\n")
         for name_of, text in outlook.rows.items() if outlook else ():
             say(f"  {name_of}: {text}")
@@ -80,11 +77,6 @@ def _profiled(path: str, headers: Any) -> tuple[dict[int, list[float]], list[str
 
     reads, about = read_profile(path, headers)
     return reads, [f"experts' use: {about}. The page cache is assumed to keep those that it reads most"]
-
-
-def is_far(known: Any) -> bool:
-    """Whether an outline is of files that are not here as they will be."""
-    return known.fetched_bytes is not None or known.glued
 
 
 def _runtime_rows(known: Any, n_ctx: int) -> int | None:
@@ -172,12 +164,12 @@ def _advice(
 
 @app.command(rich_help_panel=FILES)
 def diff(
-    a: Annotated[str, typer.Argument(help="A file, a name of `dfqs-nb models`, hf://..., https://...")],
-    b: Annotated[str, typer.Argument(help="Another.")],
-    data: Annotated[
-        bool, typer.Option("--data", help="Also compare the tensors' bytes; remote ones are read for that.")
-    ] = False,
-    most: Annotated[int, typer.Option(min=0, help="Lines of each kind of difference.")] = 20,
+    a: str = PLACE,
+    b: str = Argument(..., help="Another."),
+    data: bool = Option(
+        False, "--data", help="Also compare bytes of tensors; remote ones are read for that."
+    ),
+    most: int = Option(20, min=0, help="Lines of each kind of difference."),
 ) -> None:
     """Compare two models: metadata keys, tensors, types, shapes, and with --data their bytes.
 
@@ -200,16 +192,11 @@ def diff(
 
 @app.command(rich_help_panel=FILES)
 def specimen(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
-    full_size: Annotated[
-        bool,
-        typer.Option("--full-size", help="All experts and the whole vocabulary: 62.7 GB for all layers."),
-    ] = False,
-    layers: Annotated[int, typer.Option(help="Default: 8, and with --full-size all 43.")] = 0,
-    concatenated: Annotated[
-        bool, typer.Option("--concatenated", help="As two shards glued together, as it was published.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")] = False,
+    output: Path = Argument(..., metavar="OUT", help="The file to write."),
+    full_size: bool = Option(False, "--full-size", help="All experts and tokens: 62.7 GB for all layers."),
+    layers: int = Option(0, help="Default: 8, and with --full-size all 43."),
+    concatenated: bool = Option(False, "--concatenated", help="As two glued shards, as it was published."),
+    quiet: bool = QUIET,
 ) -> None:
     """Write a model of the published shape with random weights, to rehearse the real size.
 

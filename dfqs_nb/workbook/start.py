@@ -26,10 +26,8 @@ def overview() -> pd.DataFrame:
 
     content = tomllib.loads((data_dir() / "notebooks.toml").read_text(encoding="utf-8"))
     rows = {
-        name[:2]: {
-            "answers": row["answers"],
-            **{SIZES[size]: _cost(name, size, row, content) for size in SIZES},
-        }
+        name[:2]: {"answers": row["answers"]}
+        | {SIZES[size]: _cost(name, size, row, content) for size in SIZES}
         for name, row in content["notebooks"].items()
     }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("notebook")
@@ -54,9 +52,9 @@ def parameters() -> pd.DataFrame:
     rows: dict[str, dict[str, str]] = {}
     standard = tiers.settings_of(tiers.STANDARD)
     for path in find_notebooks():
-        for name, one in declared_parameters(path).items():
-            row = rows.setdefault(name, {"notebooks": "", "reference model": one["default"].strip('"')})
+        for name, facts in declared_parameters(path).items():
+            row = rows.setdefault(name, {"notebooks": "", "reference model": facts["default"].strip('"')})
             row["notebooks"] = f"{row['notebooks']} {path.stem[:2]}".strip()
             row["other models"] = str(standard.get(name, row["reference model"]))
-            row.setdefault("what it is", one["help"])
+            row.setdefault("what it is", facts["help"])
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("parameter")

@@ -53,10 +53,8 @@ class SweepResult:
 
     Attributes:
         folder: holds a folder for each run, ``sweep.jsonl`` (the journal), ``sweep.csv`` and the leaderboard.
-        rows: one row a line of the table: ``line``, ``run``, ``model``, ``status`` (``done``, ``failed`` or
-            ``not run``), ``reason``, ``seconds``, ``host``, ``beside`` (runs that shared its machine for a
-            time) and ``now`` (whether this sweep ran it, or an earlier one).
-        leaderboard: the reports under the folder, ranked.
+        rows: one row a line of the table; ``status`` is ``done``, ``failed`` or ``not run``, ``beside`` the
+            runs that shared its machine for a time, ``now`` whether this sweep ran it.
     """
 
     folder: Path
@@ -82,18 +80,17 @@ def sweep(
 ) -> SweepResult:
     """Run every row of a table that is not done yet, then rank what there is.
 
+    A row that failed is tried again by the next sweep. A worker that is lost is Dask's to replace: the row
+    goes to another, until the scheduler's ``allowed-failures`` (3 by default) are used up.
+
     Args:
         table: see `sweep_table.read_rows`.
         jobs: rows at once; by default 1 here, and as many as there are workers on a cluster.
         scheduler: the address of a Dask scheduler (``tcp://host:8786``) whose workers have this package and
             see the models and the outputs under the same paths; without it, rows run on this machine.
         name: the folder under ``outputs/`` that receives all (default: ``sweep-`` and the table's name).
-        notebooks: which; all of the workbook by default.
         fresh: forget the journal, and hand ``fresh`` on to the notebooks.
         started, finished: called when a row is handed out, and with its answer (see `run_row`).
-
-    A row that failed is tried again by the next sweep. A worker that is lost is Dask's to replace: the row
-    goes to another, until the scheduler's ``allowed-failures`` (3 by default) are used up.
 
     Raises:
         SweepError: the table is refused, another sweep works in the folder, or there is no such cluster.
@@ -105,7 +102,8 @@ def sweep(
     with ExitStack() as stack:
         stack.enter_context(alone(folder))
         journal = Journal(folder / JOURNAL, FORMAT, fresh=fresh, whole=lambda row: holds(row, ANSWER))
-        todo = [row for row in rows if not _is_done(row, journal, folder)]
+        done = {row.key for row in rows if row.key in journal and journal[row.key]["status"] == "done"}
+        todo = [row for row in rows if not (row.key in done and (folder / row.run / "summary.md").exists())]
         work = [(row, _job(row, folder, notebooks, fresh)) for row in todo]
         pool, at_once, check = stack.enter_context(_cluster(scheduler) if scheduler and todo else _here(jobs))
         for row, answer in _answers(pool, work, jobs or at_once, started, check):
@@ -118,15 +116,8 @@ def crowding(rows: Sequence[Row], jobs: int) -> str:
     """What running ``jobs`` rows at once on this machine does to their timings; empty for one at a time."""
     if min(jobs, len(rows)) < 2:
         return ""
-    return (
-        f"{min(jobs, len(rows))} rows at once on {usable_cores()} core(s). Scores do not depend on it. "
-        "Speeds do, and are marked as contended: for speeds, use --jobs 1."
-    )
-
-
-def _is_done(row: Row, journal: Journal, folder: Path) -> bool:
-    done = row.key in journal and journal[row.key]["status"] == "done"
-    return done and (folder / row.run / "summary.md").exists()
+    many = f"{min(jobs, len(rows))} rows at once on {usable_cores()} core(s). Scores do not depend on it."
+    return f"{many} Speeds do, and are marked as contended: for speeds, use --jobs 1."
 
 
 def _job(row: Row, folder: Path, notebooks: Sequence[Path] | None, fresh: bool) -> dict[str, Any]:
@@ -240,18 +231,18 @@ def _cluster(address: str) -> Iterator[Place]:
         hint = "start one with `dask scheduler`, workers with `dask worker`"
         raise SweepError(what, where=address, hint=hint) from error
 
-    def count() -> int:
-        return len(client.scheduler_info(n_workers=-1)["workers"])
-
     last_seen = time.monotonic()
 
-    def check() -> None:
+    def check() -> int:
+        """Count the workers."""
         nonlocal last_seen
-        last_seen = time.monotonic() if count() else last_seen
+        n_workers = len(client.scheduler_info(n_workers=-1)["workers"])
+        last_seen = time.monotonic() if n_workers else last_seen
         if time.monotonic() - last_seen > NO_WORKER_SECONDS:
             what = f"no worker for {NO_WORKER_SECONDS:.0f} s"
             hint = "start workers; the same command goes on where this one stopped"
             raise SweepError(what, where=address, hint=hint)
+        return n_workers
 
     with client:
         try:
@@ -259,7 +250,7 @@ def _cluster(address: str) -> Iterator[Place]:
         except TimeoutError:
             hint = f"start one: `dask worker {address}`"
             raise SweepError("the scheduler has no worker", where=address, hint=hint) from None
-        yield client.get_executor(pure=False, retries=0), count(), check
+        yield client.get_executor(pure=False, retries=0), check(), check
 
 
 def answer_of(future: Future[Answer]) -> Answer:
@@ -297,16 +288,17 @@ def _result(rows: Sequence[Row], ran_now: set[str], journal: Journal, folder: Pa
 
     answers = {row.run: journal[row.key] for row in rows if row.key in journal}
     shared, records = beside(answers), []
+    nothing: Answer = {"status": "not run", "reason": "", "started": 0.0, "ended": 0.0, "host": ""}
     for row in rows:
-        answer = answers.get(row.run, {"status": "not run", "reason": ""})
+        answer = answers.get(row.run, nothing)
         record = {
             "line": row.line,
             "run": row.run,
             "model": row.model,
             "status": answer["status"],
             "reason": answer["reason"],
-            "seconds": round(answer.get("ended", 0.0) - answer.get("started", 0.0), 1),
-            "host": answer.get("host", ""),
+            "seconds": round(answer["ended"] - answer["started"], 1),
+            "host": answer["host"],
             "beside": shared.get(row.run, []),
             "now": row.key in ran_now,
         }

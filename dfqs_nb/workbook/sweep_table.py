@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dfqs_nb import __version__
+from dfqs_nb.core.display import did_you_mean
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.journal import conditions_hash
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.gguf import models as hub
 from dfqs_nb.gguf import models as registry
 from dfqs_nb.workbook import run as workbook
 
@@ -26,10 +26,10 @@ class SweepError(DfqsError):
 
 @dataclass(frozen=True)
 class Row:
-    """One run that the table asks for.
+    """A run that the table asks for.
 
     Attributes:
-        line: of the file, counted from 1; the header is line 1.
+        line: of the file; the header is line 1.
         model: a registered name, an absolute path, or an ``hf://`` address.
         run: the folder's name, unique in the table.
         parameters: of the notebooks, the model apart; only those that differ from their defaults.
@@ -58,9 +58,10 @@ def read_rows(path: str | Path, notebooks: Sequence[Path] | None = None) -> list
     declared = [workbook.declared_parameters(notebook) for notebook in notebooks]
     types = {name: facts["inferred_type_name"] for names in declared for name, facts in names.items()}
     faults, rows = _column_faults(header, types), []
+    made = {"notebooks": [notebook.stem for notebook in notebooks], "version": __version__}
     for line, cells in [] if faults else lines:
         try:
-            rows.append(_row(line, header, cells, types, path.parent, notebooks))
+            rows.append(_row(line, header, cells, types, path.parent, made))
         except DfqsError as error:
             faults.append(f"line {line}: {error}")
     for run, n in Counter(row.run for row in rows).items():
@@ -74,14 +75,14 @@ def read_rows(path: str | Path, notebooks: Sequence[Path] | None = None) -> list
 
 def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The header, and each line that is not blank with its number."""
+    hint = "give a CSV file with a column model"
     if path.exists() and not path.is_file():
-        raise SweepError("not a regular file", where=tilde(path), hint="give a CSV file with a column model")
+        raise SweepError("not a regular file", where=tilde(path), hint=hint)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except OSError as error:
-        hint = "give a CSV file with a column model"
         raise SweepError(f"cannot be read ({error.strerror})", where=tilde(path), hint=hint) from error
     except (UnicodeDecodeError, csv.Error) as error:
         hint = "save the table as comma-separated values"
@@ -102,18 +103,13 @@ def _column_faults(header: Sequence[str], types: Mapping[str, str]) -> list[str]
     known = sorted({*OWN_COLUMNS, *types} - {"run_name"})
     unknown = [name for name in header if name not in known and name != "run_name"]
     if unknown:
-        hint = f"{workbook.did_you_mean(unknown[0], known)}known: {', '.join(known)}"
+        hint = f"{did_you_mean(unknown[0], known)}known: {', '.join(known)}"
         faults.append(f"line 1: no notebook has a parameter {', '.join(map(repr, unknown))} ({hint})")
     return faults
 
 
 def _row(
-    line: int,
-    header: Sequence[str],
-    cells: Sequence[str],
-    types: Mapping[str, str],
-    base: Path,
-    notebooks: Sequence[Path],
+    line: int, header: list[str], cells: list[str], types: Mapping[str, str], base: Path, made: dict[str, Any]
 ) -> Row:
     if len(cells) != len(header):
         raise SweepError(f"{len(cells)} cells, and the header has {len(header)}")
@@ -123,25 +119,17 @@ def _row(
     if Path(run).name != run or run.startswith("."):
         raise SweepError(f"{run!r} is not a run name", hint="use one plain folder name")
     parameters = {name: workbook.parse_value(name, text, types[name]) for name, text in texts.items() if text}
-    parts = {
-        "model": model,
-        "files": _files(model),
-        "run": run,
-        "parameters": parameters,
-        "notebooks": [path.stem for path in notebooks],
-        "version": __version__,
-    }
-    return Row(line, model, run, parameters, conditions_hash(parts))
+    own = {"model": model, "files": _files(model), "run": run, "parameters": parameters}
+    return Row(line, model, run, parameters, conditions_hash({**own, **made}))
 
 
 def _model(text: str, base: Path) -> str:
     """The model as a run is given it: a path made absolute, everything else as it stands."""
     if not text:
-        hint = "give a registered name, a path, or an hf:// address"
-        raise SweepError("the cell model is empty", hint=hint)
+        raise SweepError("the cell model is empty", hint="give a registered name, a path, or hf://...")
     known = registry.registered()
     if text.startswith("hf://"):
-        hub.parse_address(text)
+        registry.parse_address(text)
         return text
     if text in known:
         if not known[text].source.startswith("hf://"):
@@ -162,8 +150,6 @@ def _files(model: str) -> list[tuple[str, int, int]]:
     path = Path(model)
     if not path.is_absolute():
         return []
-    siblings = [path.parent / name for name in registry.siblings(path.name)]
-    facts = [
-        (file.name, file.stat()) for file in (sorted(path.glob("*.gguf")) if path.is_dir() else siblings)
-    ]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in facts]
+    shards = [path.parent / name for name in registry.siblings(path.name)]
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else shards
+    return [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]

@@ -59,15 +59,13 @@ def ladder_source(run: str) -> str:
     Raises:
         DfqsError: it is quantized already, and losses would add up.
     """
-    model = read_stage(outputs_dir() / run, "merge")["model"]
-    types = types_by_bytes(open_shards(model["path"]).as_one.tensors)
+    path = Path(read_stage(outputs_dir() / run, "merge")["model"]["path"])
+    types = types_by_bytes(open_shards(path).as_one.tensors)
     if set(types) <= UNQUANTIZED:
-        return str(model["path"])
-    name, kind = Path(model["path"]).name, next(iter(types))
-    raise DfqsError(
-        f"{name} is quantized already ({kind}), and a ladder starts from F16 weights",
-        hint="to climb one, run this again with -p ladder_source=FILE, the same model at F16",
-    )
+        return str(path)
+    what = f"{path.name} is quantized already ({next(iter(types))}), and a ladder starts from F16 weights"
+    hint = "to climb one, run this again with -p ladder_source=FILE, the same model at F16"
+    raise DfqsError(what, hint=hint)
 
 
 def budget_of(notebook: str, left_minutes: float, to_come: Iterable[str]) -> float:
@@ -77,9 +75,8 @@ def budget_of(notebook: str, left_minutes: float, to_come: Iterable[str]) -> flo
     >>> round(budget_of("05_measure_long_context", 50, names))
     35
     """
-    shares: Mapping[str, float] = _table()["budget_shares"]
-    total = sum(shares.get(name, 0) for name in to_come)
-    return max(0.5, left_minutes * shares.get(notebook, 0) / total) if total else left_minutes
+    total = sum(map(share_of, to_come))
+    return max(0.5, left_minutes * share_of(notebook) / total) if total else left_minutes
 
 
 def share_of(notebook: str) -> float:

@@ -112,7 +112,7 @@ def test_a_few_steps_become_a_file_that_llama_cpp_computes_alike(tmp_path):
     call(RECIPE / "export.py", run, path, "--type", "F32")
     header = read_header(path)
     assert header.architecture == "deepseek4" and check.parse(path).accepted
-    assert memory.estimate([header], 512, 512).kv.total > 0
+    assert memory.estimate(header, 512, 512).kv.total > 0
     # 1: a model that has learnt next to nothing may part from llama.cpp where its indexer leaves an entry out
     report = json.loads(call(RECIPE / "prove_export.py", run, path, accepted=(0, 1)))
     assert report["largest_before_the_indexer_chooses"] < 1e-3

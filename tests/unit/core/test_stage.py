@@ -30,7 +30,7 @@ def test_the_seal_covers_what_was_written_through_the_stage(outputs):
     stage = Stage("nano", "long_context")
     stage.table("curve", TABLE)
     stage.json("facts", {"a": 1})
-    stage.journal("answers", {"n_ctx": 512}).add("first", right=True)
+    Journal(stage.path("answers.jsonl"), {"n_ctx": 512}).add("first", right=True)
     (outputs / "nano" / "not_ours.csv").write_text("1")
     content = finished(stage, boundary=627)
     assert set(content["files"]) == {"curve.csv", "facts.json", "answers.jsonl"}

@@ -186,7 +186,7 @@ def test_weights_are_the_tensors_of_all_shards():
 
     shards = open_shards(NANO)
     expected = sum(int(t.n_bytes) for path in shards.paths for t in gguf.GGUFReader(path).tensors)
-    assert weights_bytes(shards.headers) == expected
+    assert weights_bytes(shards.as_one) == expected
     assert weights_bytes(shards.headers[0]) < expected
 
 

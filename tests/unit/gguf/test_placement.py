@@ -13,7 +13,7 @@ from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.broken import reference_shards
 from dfqs_nb.gguf.facts import layer_of
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.memory import cache_by_layer, kv_cache_bytes
+from dfqs_nb.gguf.memory import kv_cache_bytes
 from dfqs_nb.gguf.reading import active_bytes
 
 GB = 1 << 30
@@ -75,7 +75,7 @@ def test_the_flags_put_every_tensor_where_the_plan_has_it(flash, ram, cards):
 def test_caches_by_layer_are_the_cache(flash):
     nano = reference_shards().as_one
     for header in (flash, nano):
-        layers = cache_by_layer(header, 4096)
+        layers = kv_cache_bytes(header, 4096).layers
         assert len(layers) == header.n_layers
         assert sum(sum(parts.values()) for parts in layers) == kv_cache_bytes(header, 4096).total
 

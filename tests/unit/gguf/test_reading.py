@@ -57,7 +57,7 @@ def test_bytes_agree_with_the_count_of_active_parameters(flash):
 
 def test_shards_together_read_what_the_merged_file_reads(merged_reference):
     shards = open_shards(REFERENCE / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf")
-    assert active_bytes(shards.headers) == active_bytes(read_header(merged_reference))
+    assert active_bytes(shards.as_one) == active_bytes(read_header(merged_reference))
 
 
 def test_cache_reads_of_the_real_shape(flash):

@@ -108,7 +108,7 @@ def test_every_entry_is_complete():
         for file in model.files:
             assert file.size_bytes > 0 and len(bytes.fromhex(file.sha256)) == 32, file.name
         assert [file.name for file in model.files] == registry.siblings(model.files[0].name)
-    assert [row["files"] for row in registry.describe()] == [2, 2, 1, 2, 1]
+    assert [len(model.files) for model in registry.registered().values()] == [2, 2, 1, 2, 1]
 
 
 def test_broken_table_names_itself(tmp_path, monkeypatch):

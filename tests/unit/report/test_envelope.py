@@ -143,7 +143,7 @@ def test_the_models_own_context_is_added_and_nothing_is_said_of_what_lies_beyond
 def test_a_cache_that_is_an_upper_bound_refuses_nothing_alone(tmp_path, monkeypatch, merged_reference):
     from dfqs_nb.gguf.memory import KvCacheBytes
 
-    bound = KvCacheBytes({"k": 50 * GB, "v": 50 * GB}, "upper bound")
+    bound = KvCacheBytes([{"k": 50 * GB, "v": 50 * GB}], "upper bound")
     monkeypatch.setattr(envelope, "kv_cache_bytes", lambda *_, **__: bound)
     compute = {8192: Compute(plain=0, flash=0)}
     found = hardware_envelope(read_header(merged_reference), SMALL, contexts=[8192], compute=compute)

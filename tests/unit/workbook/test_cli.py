@@ -182,7 +182,7 @@ def test_what_nobody_foresaw_is_one_line_and_a_traceback_in_a_log(tmp_path, monk
         raise ZeroDivisionError("a bug\nwith a second line")
 
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
-    monkeypatch.setattr(models, "describe", broken)
+    monkeypatch.setattr(models, "registered", broken)
     assert cli.main(["models"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "unexpected ZeroDivisionError: a bug; " in error

@@ -60,6 +60,7 @@ OF_THE_MACHINE = {"PIP_NO_INDEX", "PIP_FIND_LINKS", "TMPDIR", "UV_CACHE_DIR", "C
 NOT_HERE = re.compile(
     r"hf://|https?://|URL|ADDRESS|deepseek-v4|PIP_|/path/to|/disk/|VENV=|make (?!run|help)|--endpoint|--full-size"
 )
+COMMANDS = get_command(cli.app).commands
 SHORTER = {
     "score": ["--limit", "1", "--n-ctx", "1024"],
     "routing": ["--tokens", "64"],
@@ -135,7 +136,7 @@ def collected() -> list[Printed]:
     found = [
         Printed(str(where.relative_to(REPOSITORY)), one) for where, text in texts for one in commands_in(text)
     ]
-    for name, command in get_command(cli.app).commands.items():
+    for name, command in COMMANDS.items():
         found += [Printed(f"dfqs-nb {name} --help", one) for one in commands_in(command.help or "")]
     examples = re.search(
         r"^define EXAMPLES\n(.*?)^endef", (REPOSITORY / "Makefile").read_text(), re.M | re.S
@@ -150,11 +151,12 @@ def refused(words: list[str]) -> str:
     try:
         if program == "make":
             return _refused_by_make(rest, settings)
-        command = get_command(cli.app).commands.get((rest or [""])[0])
+        command = COMMANDS.get((rest or [""])[0])
         if command is None:
             return "no such command"
         own = command.make_context(rest[0], rest[1:]).params
-        parse_parameters(own.get("parameter") or [], find_notebooks())
+        if own.get("parameter"):
+            parse_parameters(own["parameter"], find_notebooks())
         find_notebooks(own.get("notebooks") or [])
     except typer.Exit:
         return ""
