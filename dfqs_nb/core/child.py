@@ -125,7 +125,17 @@ class Worker:
         on_message: Callable[[dict[str, Any]], object] = lambda message: None,
         timeout_seconds: float | None = None,
     ) -> dict[str, Any]:
-        """Do a job and return its answer; arguments and errors as the function `run`."""
+        """Do a job and return its answer.
+
+        Args:
+            where: the file that a failure is about.
+            on_message: receives each object that the child sends with `tell`, as it comes.
+            timeout_seconds: after which the child is killed; None: no limit.
+
+        Raises:
+            DfqsError: the one that the child raised, of the same class.
+            ChildDied: it ended without an answer.
+        """
         messages = list[dict[str, Any]]()
         process, begin = self._hand_over(job)
         assert process.stdout is not None
@@ -178,27 +188,11 @@ def _ended(process: subprocess.Popen[bytes], log: IO[bytes] | None) -> None:
 
 
 def run(
-    module: str,
-    job: Mapping[str, Any],
-    *,
-    where: str | Path | None = None,
-    on_message: Callable[[dict[str, Any]], object] = lambda message: None,
-    timeout_seconds: float | None = None,
-    log: IO[bytes] | None = None,
+    module: str, job: Mapping[str, Any], *, log: IO[bytes] | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Run a job in a child of its own and return its answer; see `Worker` for ``module`` and ``log``.
-
-    Args:
-        where: the file that a failure is about.
-        on_message: receives each object that the child sends with `tell`, as it comes.
-        timeout_seconds: after which the child is killed; None: no limit.
-
-    Raises:
-        DfqsError: the one that the child raised, of the same class.
-        ChildDied: it ended without an answer.
-    """
+    """Run a job in a child of its own and return its answer; options as `Worker.run`."""
     with Worker(module, log=log) as worker:
-        return worker.run(job, where=where, on_message=on_message, timeout_seconds=timeout_seconds)
+        return worker.run(job, **options)
 
 
 @contextlib.contextmanager
