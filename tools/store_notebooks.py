@@ -113,26 +113,16 @@ def stamped_readme(text: str, notebooks: Sequence[Path], address: str) -> str:
 
 def stamped_facts(text: str) -> str:
     """README with what the workbook itself says: the sample's verdict, costs, commands."""
-    from typer.main import get_command
-
     from dfqs_nb import report, workbook
     from dfqs_nb.core.display import markdown, markdown_table
-    from dfqs_nb.workbook import (  # noqa: F401  they register
-        cli,
-        file_commands,
-        model_commands,
-        model_long_commands,
-        report_commands,
-        size_commands,
-    )
+    from dfqs_nb.workbook import cli
 
     if (SAMPLE_FOLDER / "report.json").exists():
         verdict = str(report.verdict(report.read_report(SAMPLE_FOLDER)))
         text = stamp_block(text, "verdict", f"```text\n{verdict}\nopen outputs/nano/report.html\n```")
     text = stamp_block(text, "costs", markdown_table(workbook.start.overview().reset_index()))
     rows = ["| for example | what it does |", "|---|---|"]
-    group: Any = get_command(cli.app)
-    for name, command in group.commands.items():
+    for name, command in cli.program().commands.items():
         help_text = " ".join((command.help or "").split())
         example = re.search(r"`(dfqs-nb [^`]+)`", help_text)
         words = example[1] if example else f"dfqs-nb {name}"

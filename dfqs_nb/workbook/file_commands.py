@@ -10,7 +10,7 @@ import typer
 from typer import Argument, Option
 
 from dfqs_nb.core.errors import DfqsError, HeaderError, ShardError, SpaceError
-from dfqs_nb.workbook.cli import FILES, OVERWRITE, QUIET, THREADS, app, say, say_table
+from dfqs_nb.workbook.app import FILES, OVERWRITE, QUIET, THREADS, app, say, say_table
 
 GLUED = Argument(..., metavar="FILE", help="The glued file.")
 OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here

@@ -16,7 +16,7 @@ from typer import Argument, Option
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import run_dir, tilde
-from dfqs_nb.workbook.cli import (
+from dfqs_nb.workbook.app import (
     GGUF,
     KEY_VARIABLE,
     MEASURE,

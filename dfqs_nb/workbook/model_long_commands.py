@@ -9,7 +9,7 @@ from typer import Option
 
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.workbook.cli import (
+from dfqs_nb.workbook.app import (
     GGUF,
     MEASURE,
     OWN_THREADS,

@@ -10,7 +10,7 @@ from typer import Argument, Option
 from dfqs_nb.core.display import did_you_mean
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
-from dfqs_nb.workbook.cli import REPORT, app, say, say_written
+from dfqs_nb.workbook.app import REPORT, app, say, say_written
 
 
 def run_folder(name: str) -> Path:

@@ -11,7 +11,7 @@ from typer import Argument, Option
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.workbook.cli import FILES, QUIET, app, say
+from dfqs_nb.workbook.app import FILES, QUIET, app, say
 
 PLACE = Argument(..., help="A file, a name of `dfqs-nb models`, hf://..., https://...")
 MACHINES = ("64GB", "96GB", "128GB")

@@ -161,13 +161,11 @@ def test_quantize_collects_the_importance_matrix_that_a_recipe_needs(tmp_path):
 
 
 def test_every_command_shows_what_it_does_and_an_example():
-    from typer.main import get_command
-
     from dfqs_nb.workbook import cli
 
     with pytest.raises(SystemExit):
         raise SystemExit(cli.main(["--version"]))
-    commands = get_command(cli.app).commands
+    commands = cli.program().commands
     assert {"run", "inspect", "merge", "score", "report", "sweep", "deploy"} <= set(commands)
     for name, command in commands.items():
         assert name == "models" or "`dfqs-nb " in command.help, f"{name} shows no example"

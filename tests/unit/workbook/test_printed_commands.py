@@ -21,21 +21,13 @@ from typing import NamedTuple
 import pytest
 import typer
 from sealed_run import with_answers
-from typer.main import get_command
 
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf import broken
 from dfqs_nb.merge import diagnose
 from dfqs_nb.report import build_report, write_report
-from dfqs_nb.workbook import (  # noqa: F401  they register
-    cli,
-    file_commands,
-    model_commands,
-    model_long_commands,
-    report_commands,
-    size_commands,
-)
+from dfqs_nb.workbook import cli
 from dfqs_nb.workbook.run import find_notebooks, parse_parameters
 
 PAGES = ("README.md", "docs/**/*.md", "data/*/README.md", "tests/benchmarks/*.md")
@@ -60,7 +52,7 @@ OF_THE_MACHINE = {"PIP_NO_INDEX", "PIP_FIND_LINKS", "TMPDIR", "UV_CACHE_DIR", "C
 NOT_HERE = re.compile(
     r"hf://|https?://|URL|ADDRESS|deepseek-v4|PIP_|/path/to|/disk/|VENV=|make (?!run|help)|--endpoint|--full-size"
 )
-COMMANDS = get_command(cli.app).commands
+COMMANDS = cli.program().commands
 SHORTER = {
     "score": ["--limit", "1", "--n-ctx", "1024"],
     "routing": ["--tokens", "64"],
