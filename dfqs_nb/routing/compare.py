@@ -133,46 +133,12 @@ def _or_nan(statistic: Callable[..., Any], values: np.ndarray) -> float:
     return float(statistic(values)) if values.size else math.nan
 
 
-def by_layer(a: Trace, b: Trace) -> pd.DataFrame:
-    """One row a layer: ``layer``, ``hashed``, ``n`` tokens, ``differ``, ``share_identical``, ``overlap``."""
-    import pandas as pd
-
-    differ = differences(a, b)
-    return pd.DataFrame(
-        {
-            "layer": a.layers,
-            "hashed": a.hashed,
-            "n": a.n_tokens,
-            "differ": differ.sum(axis=0),
-            "share_identical": 1 - differ.mean(axis=0),
-            "overlap": overlaps(a, b).mean(axis=0),
-        }
-    )
-
-
 def flips(a: Trace, b: Trace) -> pd.DataFrame:
-    """One row a different choice: ``token``, ``layer``, ``margin`` of both runs, and both sets of experts."""
+    """One row a different choice: ``token``, ``layer``, and the first run's ``margin``."""
     import pandas as pd
 
     tokens, columns = np.nonzero(differences(a, b))
-    return pd.DataFrame(
-        {
-            "token": tokens,
-            "layer": a.layers[columns],
-            "margin": a.margin[tokens, columns],
-            "margin_other": b.margin[tokens, columns],
-            "experts": [tuple(sorted(row.tolist())) for row in a.experts[tokens, columns]],
-            "experts_other": [tuple(sorted(row.tolist())) for row in b.experts[tokens, columns]],
-        }
-    )
-
-
-def by_token(a: Trace, b: Trace) -> pd.DataFrame:
-    """One row a token: ``token``, ``drift`` (largest logit difference), ``flips`` (layers that differ)."""
-    import pandas as pd
-
-    flipped = differences(a, b)[:, ~a.hashed].sum(axis=1)
-    return pd.DataFrame({"token": np.arange(a.n_tokens), "drift": drifts(a, b), "flips": flipped})
+    return pd.DataFrame({"token": tokens, "layer": a.layers[columns], "margin": a.margin[tokens, columns]})
 
 
 # ---- two files of one model ----
@@ -186,6 +152,7 @@ def across(a: Trace, b: Trace) -> pd.DataFrame:
     chose), ``rank_correlation`` (Spearman's, of all selection scores, mean over tokens; NaN without scores).
     """
     import pandas as pd
+    from scipy.stats import rankdata
 
     scored = ~a.hashed
     x, y = a.experts[:, scored], b.experts[:, scored]
@@ -193,22 +160,15 @@ def across(a: Trace, b: Trace) -> pd.DataFrame:
     weights = a.weights[:, scored].astype(float)
     mass = (weights * shared.any(axis=3)).sum(axis=2) / np.maximum(weights.sum(axis=2), 1e-12)
     tops = {f"top_{n}": shared[:, :, :n, :n].any(axis=3).mean(axis=(0, 2)) for n in range(1, x.shape[2] + 1)}
-    correlation = np.full(int(scored.sum()), math.nan)
+    correlation: Any = math.nan
     if a.scores is not None and b.scores is not None:
-        correlation = _rank_correlation(a.scores[:, scored], b.scores[:, scored])
+        ranks = [rankdata(scores[:, scored], axis=2) for scores in (a.scores, b.scores)]
+        centred = [rank - rank.mean(axis=2, keepdims=True) for rank in ranks]
+        size = np.sqrt(np.prod([(rank**2).sum(axis=2) for rank in centred], axis=0))
+        correlation = ((centred[0] * centred[1]).sum(axis=2) / np.maximum(size, 1e-12)).mean(axis=0)
     same = 1 - differences(a, b)[:, scored].mean(axis=0)
     columns = {"layer": a.layers[scored], "same_set": same, **tops, "mass": mass.mean(axis=0)}
     return pd.DataFrame({**columns, "rank_correlation": correlation})
-
-
-def _rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    from scipy.stats import rankdata
-
-    ranks = [rankdata(scores, axis=2) - (scores.shape[2] + 1) / 2 for scores in (x, y)]
-    size = np.sqrt((ranks[0] ** 2).sum(axis=2) * (ranks[1] ** 2).sum(axis=2))
-    each = (ranks[0] * ranks[1]).sum(axis=2) / np.maximum(size, 1e-12)
-    mean: np.ndarray = each.mean(axis=0)
-    return mean
 
 
 @dataclass(frozen=True)
@@ -261,8 +221,8 @@ def divergence(a: Trace, b: Trace, block: int = 16, n_boot: int = 2000, seed: in
     sums = np.stack([np.ones(n), changed[:n], kl[:n], changed[:n] * kl[:n], changed[:n] ** 2])
     blocks = sums.reshape(5, -1, block).sum(axis=2).T
     draws = bootstrap_weights(len(blocks), n_boot, seed) @ blocks
-    one, x, y, xy, xx = np.vstack([blocks.sum(axis=0), draws]).T
-    slopes = (one * xy - x * y) / np.maximum(one * xx - x * x, 1e-12)
+    tokens, x, y, xy, xx = np.vstack([blocks.sum(axis=0), draws]).T
+    slopes = (tokens * xy - x * y) / np.maximum(tokens * xx - x * x, 1e-12)
     low, high = np.quantile(slopes[1:], [0.025, 0.975])
     same, other = (_or_nan(np.mean, kl[rows]) for rows in (changed == 0, changed > 0))
     interval = float(slopes[0]), float(low), float(high)
@@ -288,11 +248,6 @@ def usage(trace: Trace) -> pd.DataFrame:
     import pandas as pd
 
     counts = expert_counts(trace.experts, trace.n_experts)
-    return pd.DataFrame(
-        {
-            "layer": np.repeat(trace.layers, trace.n_experts),
-            "expert": np.tile(np.arange(trace.n_experts), len(trace.layers)),
-            "count": counts.ravel(),
-            "share": (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).ravel(),
-        }
-    )
+    index = pd.MultiIndex.from_product([trace.layers, range(trace.n_experts)], names=["layer", "expert"])
+    table = pd.DataFrame({"count": counts.ravel()}, index).reset_index()
+    return table.assign(share=(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).ravel())

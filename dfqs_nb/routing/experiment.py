@@ -7,9 +7,11 @@ made under the same conditions is not made again.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,14 +42,6 @@ FORMAT = 3  # of a kept trace; a new number makes old ones be recorded again
 CHILD = "dfqs_nb.routing.record_child"
 
 
-def default_settings(
-    path: str | Path, n_tokens: int, n_output: int = 16, n_threads: int = 0, n_gpu_layers: int = 0
-) -> OpenSettings:
-    """The reference's settings: a context that holds text and answer; the rest as `OpenSettings.of`."""
-    own = OpenSettings.of(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
-    return replace(own, n_ctx=-(-(n_tokens + n_output) // 256) * 256)
-
-
 def quantizations(path: str | Path, other: str = "") -> dict[str, Path]:
     """The files to compare the model's routing with, by name: ``other``, or for the reference model its Q8_0.
 
@@ -62,42 +56,29 @@ def quantizations(path: str | Path, other: str = "") -> dict[str, Path]:
     return {Path(other).stem: resolve(other)[0]} if other else {}
 
 
-@dataclass(frozen=True)
-class Words:
-    """The tokens of an experiment: its text, and the short texts with their names and domains."""
+def tokenized(path: Path, n_tokens: int, texts: Sequence[Text]) -> tuple[list[int], list[Any]]:
+    """An experiment's text, and the short texts (name, domain), in this model's tokens; no weights are loaded.
 
-    passage: list[int]
-    texts: list[dict[str, Any]]
-
-
-def tokenized(path: str | Path, n_tokens: int, texts: Sequence[Text]) -> Words:
-    """Texts in this model's tokens, before any weights are loaded.
-
-    The passage is the stored one, again and again as needed, and at the end a question in the model's chat
+    The text is the stored passage, again and again as needed, and at the end a question in the model's chat
     template, so that the greedy continuation is an answer.
 
     Raises:
         ModelError: ``n_tokens`` does not hold the question, or a text has no tokens.
     """
     passage = (data_dir() / PASSAGE).read_text(encoding="utf-8")
-    job = {
-        "path": str(Path(path).resolve()),
-        "question": QUESTION,
-        "texts": [passage, *(t.text for t in texts)],
-    }
-    found = child.run(CHILD, job, where=path)
-    bos = [found["bos"]] if found["bos"] >= 0 else []
-    question, (body, *others) = found["question"], found["texts"]
+    given = [passage, *(text.text for text in texts)]
+    job = {"path": str(path.resolve()), "question": QUESTION, "texts": given}
+    made = child.run(CHILD, job, where=path)
+    bos = [made["bos"]] if made["bos"] >= 0 else []
+    question, (body, *others) = made["question"], made["texts"]
     left = n_tokens - len(question)
     if left < 1 + len(bos) or not all([body, *others]):
         what = f"{n_tokens} tokens do not hold the question ({len(question)})"
         raise ModelError(what, where=path, hint=f"use n_tokens={len(question) + 64} or more")
     body = [*bos, *(body * (left // len(body) + 1))][:left]
-    named = [
-        {"name": text.name, "domain": text.domain, "tokens": [*bos, *ids]}
-        for text, ids in zip(texts, others, strict=True)
-    ]
-    return Words(body + question, named)
+    pairs = zip(texts, others, strict=True)
+    named = [{"name": text.name, "domain": text.domain, "tokens": [*bos, *ids]} for text, ids in pairs]
+    return body + question, named
 
 
 # ---- running ----
@@ -112,9 +93,7 @@ def run_experiment(
     n_output: int = 16,
     n_threads: int = 0,
     n_gpu_layers: int = 0,
-    max_threads: int = 0,
     other: str = "",
-    others: Mapping[str, str | Path] | None = None,
     texts: str | Path = "",
     budget_minutes: float = 0.0,
     fresh: bool = False,
@@ -130,9 +109,7 @@ def run_experiment(
         n_tokens: length of the text.
         n_output: tokens of the greedy answer.
         n_threads, n_gpu_layers: of the reference, where ``settings`` does not say.
-        max_threads: the largest count of threads; by default the usable cores.
         other: another quantization to compare with, as in `quantizations`.
-        others: such files by name, in place of ``other``.
         texts: a folder of texts for loads and profile, a subfolder a domain; empty: the workbook's own.
         budget_minutes: lengths are halved and runs left out until it fits, as in `plan.fit`; 0: no bound.
         fresh: record again what an earlier run left.
@@ -142,7 +119,9 @@ def run_experiment(
     Raises:
         DfqsError: the model cannot be opened under the reference's settings, or a parameter is wrong.
     """
-    settings = settings or default_settings(path, n_tokens, n_output, n_threads, n_gpu_layers)
+    if settings is None:
+        settings = OpenSettings.of(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+        settings = replace(settings, n_ctx=-(-(n_tokens + n_output) // 256) * 256)
     if n_tokens + n_output > settings.n_ctx:
         what = f"{n_tokens} tokens and {n_output} of the answer exceed n_ctx ({settings.n_ctx})"
         raise ModelError(what, where=path, hint=f"use n_ctx={n_tokens + n_output} or more")
@@ -150,29 +129,25 @@ def run_experiment(
         require_csv(export)
         require_experts(path)
     given = read_texts(texts)
-    threads = max_threads or max(usable_cores(), settings.n_threads or 1)
-    others = quantizations(path, other) if others is None else others
+    threads, others = max(usable_cores(), settings.n_threads or 1), quantizations(path, other)
     planned = conditions(settings, n_tokens, max_threads=threads, others=others, n_texts=len(given))
     planned = with_references(planned, chosen)
-    words = tokenized(path, n_tokens, given)
-    recording = Recording(Path(path), Path(folder), words, n_output, 60 * budget_minutes, fresh)
+    tokens, named = tokenized(Path(path), n_tokens, given)
+    recording = Recording(Path(path), Path(folder), tokens, named, n_output, 60 * budget_minutes, fresh)
     recording.run_all(planned)
-    if "prefill" not in recording.traces:
-        why = recording.status["prefill"]
-        raise ModelError(f"the reference run failed: {why}", where=path, hint="lower n_ctx")
-    traces = recording.traces
-    table = comparison_table(planned, traces, recording.status)
-    loads = {c.name: c.load for c in planned if c.load and c.kind in ("alone", "load")}
+    traces, status = recording.traces, recording.status
+    if "prefill" not in traces:
+        raise ModelError(f"the reference run failed: {status['prefill']}", where=path, hint="lower n_ctx")
     experiment = Experiment(
         traces["prefill"].tokens,
-        table,
+        comparison_table(planned, traces, status),
         traces,
         settings,
         recording.n_made,
         len(traces) - recording.n_made,
-        loads=loads,
+        loads={c.name: c.load for c in planned if c.load and c.kind in ("alone", "load")},
         texts=given,
-        status=recording.status,
+        status=status,
         plan=recording.plan_sentence,
         path=Path(path),
     )
@@ -187,7 +162,8 @@ class Recording:
 
     path: Path
     folder: Path
-    words: Words
+    tokens: list[int]
+    texts: list[dict[str, Any]]
     n_output: int
     budget_seconds: float
     fresh: bool
@@ -200,16 +176,13 @@ class Recording:
         """Have all traces; conditions of one process go to one child, which loads the weights once."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.started = time.monotonic()
-        about = [FORMAT, _identity(self.path), llama_version(), self.words.passage, self.words.texts]
-        sizes = len(self.words.passage), self.n_output, [len(text["tokens"]) for text in self.words.texts]
+        about = [FORMAT, _identity(self.path), llama_version(), self.tokens, self.texts, self.n_output]
+        sizes = len(self.tokens), self.n_output, [len(text["tokens"]) for text in self.texts]
         self.runs = {condition.name: condition.as_run(*sizes) for condition in planned}
-        for condition in planned:
-            other, run = (
-                _identity(Path(condition.model)) if condition.model else "",
-                self.runs[condition.name],
-            )
-            key = canonical_sha256([*about, self.n_output, other, run])
-            run |= {"key": key, "file": str(self._file(condition.name))}
+        for name, run in self.runs.items():
+            other = next(c.model for c in planned if c.name == name)
+            key = canonical_sha256([*about, _identity(Path(other)) if other else "", run])
+            run |= {"key": key, "file": str(self._file(name))}
         self.plan_note = self.folder / f"plan-{self.budget_seconds:g}-s.json"
         self.plan_key = canonical_sha256([run["key"] for run in self.runs.values()])
         self.plan = self._plan_so_far()
@@ -223,16 +196,13 @@ class Recording:
 
     def _plan_so_far(self) -> dict[str, Any]:
         """The plan of an earlier run under this budget; everything without a budget; else nothing yet."""
-        everything = {"scale": 1.0, "kept": list(self.runs)}
+        self.plan = everything = {"scale": 1.0, "kept": list(self.runs)}
         if not self.budget_seconds:
             return everything
-        try:
+        with contextlib.suppress(OSError, ValueError):
             plan = read_json(self.plan_note)
-        except (OSError, ValueError):
-            plan = None
-        if isinstance(plan, dict) and plan.get("key") == self.plan_key and not self.fresh:
-            return plan
-        self.plan = everything
+            if isinstance(plan, dict) and plan.get("key") == self.plan_key and not self.fresh:
+                return plan
         if all(map(self._known, self.runs)):
             return everything
         self.traces.clear()  # of full length: the plan may shorten all
@@ -251,21 +221,15 @@ class Recording:
                 break
             if self._left_seconds() < 0 and "prefill" in self.traces:
                 break
-            begun = [""]
-
-            def hear(message: dict[str, Any], begun: list[str] = begun) -> None:
-                begun[0] = message.get("begun", begun[0])
-                if "plan" in message:
-                    self._set_plan(message["plan"])
-                if "done" in message:
-                    self._done(message["done"], message["why"])
-                    progress(1)
-
+            self.begun = ""
             try:
-                child.run(CHILD, self._job(waiting), where=self.path, on_message=hear)
+                child.run(
+                    CHILD, self._job(waiting), where=self.path, on_message=partial(self._hear, progress)
+                )
                 break
             except DfqsError as error:  # the run that it died of fails, and a new child takes the others
-                lost = [begun[0]] if begun[0] and begun[0] not in self.status else [c.name for c in waiting]
+                died = self.begun and self.begun not in self.status
+                lost = [self.begun] if died else [condition.name for condition in waiting]
                 self.status |= {name: f"failed: {error.what}" for name in lost if name not in self.status}
         for condition in group:
             self.status.setdefault(condition.name, "left out: it does not fit into budget_minutes")
@@ -277,8 +241,8 @@ class Recording:
             "path": str(Path(first.model or self.path).resolve()),
             "runs": [self.runs[name] for name in names],
             "all_runs": [] if self.plan else list(self.runs.values()),
-            "tokens": self.words.passage,
-            "texts": self.words.texts,
+            "tokens": self.tokens,
+            "texts": self.texts,
             "n_output": self.n_output,
             "budget_seconds": self.budget_seconds,
             # other processes have the runs that a verdict needs most: something is left for them
@@ -290,22 +254,26 @@ class Recording:
         """Of the budget; 0 without one."""
         return self.budget_seconds and self.started + self.budget_seconds - time.monotonic()
 
+    def _hear(self, progress: Callable[[int], object], message: dict[str, Any]) -> None:
+        self.begun = message.get("begun", self.begun)
+        if "plan" in message:
+            self._set_plan(message["plan"])
+        if "done" in message:
+            name, why = message["done"], message["why"]
+            self.status[name] = f"failed: {why}" if why else "done"
+            if not why:
+                self.traces[name], self.n_made = load_trace(self._file(name)), self.n_made + 1
+            progress(1)
+
     def _set_plan(self, plan: dict[str, Any]) -> None:
         self.plan = plan
         write_json(self.plan_note, {"key": self.plan_key, **plan})
-        n, kept = len(self.runs), len(plan["kept"])
         self.plan_sentence = (
-            f"Budget {self.budget_seconds / 60:g} minutes: {kept} of {n} runs, at {plan['scale']:g} of each "
-            f"length. Loading takes {plan['load_seconds']:.1f} s, a token {plan['prefill_seconds']:.2g} s in "
-            f"prefill and {plan['decode_seconds']:.2g} s in decode."
+            f"Budget {self.budget_seconds / 60:g} minutes: {len(plan['kept'])} of {len(self.runs)} runs, at "
+            f"{plan['scale']:g} of each length. Loading takes {plan['load_seconds']:.1f} s, a token "
+            f"{plan['prefill_seconds']:.2g} s in prefill and {plan['decode_seconds']:.2g} s in decode."
         )
         tqdm.auto.tqdm.write(self.plan_sentence)
-
-    def _done(self, name: str, why: str) -> None:
-        self.status[name] = f"failed: {why}" if why else "done"
-        if not why:
-            self.traces[name] = load_trace(self._file(name))
-            self.n_made += 1
 
     def _known(self, name: str) -> bool:
         """Whether an earlier run left this trace: it says itself what it was made of."""

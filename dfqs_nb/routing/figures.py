@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
-from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, token_axis
+from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, share_axis, token_axis
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,22 +26,18 @@ def load_rates(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     rows = np.arange(len(table))
     share = table["n_texts_differ"] / table["n_texts"]
     ax.hlines(rows, share, table["texts_bound"], color=PALETTE[5], linewidth=1, alpha=0.6)
+    label = "greedy answers that change"
     ax.plot(share, rows, "o", color=PALETTE[5], label="texts with another expert set (to 95 % bound)")
-    ax.plot(
-        1 - table["texts_equal"], rows, "s", mfc="none", color=PALETTE[0], label="greedy answers that change"
-    )
+    ax.plot(1 - table["texts_equal"], rows, "s", mfc="none", color=PALETTE[0], label=label)
     ax.plot(1 - table["logits_equal"], rows, "|", color=INK, markersize=9, label="tokens whose logits move")
     ax.set_yticks(rows, [f"{row.load} (n = {row.n_texts})" for row in table.itertuples()], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlim(left=-0.01)
-    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.set_xlabel("share that differs from the same text alone (n: texts)")
+    share_axis(ax.xaxis, "share that differs from the same text alone (n: texts)")
     ax.legend(frameon=False, fontsize=8, loc="upper right")
     changed = int((table["n_differ"] > 0).sum())
     what = (
-        "No load changes an expert choice"
-        if not changed
-        else f"{changed} of {len(table)} loads change a choice"
+        f"{changed} of {len(table)} loads change a choice" if changed else "No load changes an expert choice"
     )
     moved = "logits move" if (table["logits_equal"] < 1).any() else "no logit moves"
     set_title(ax, f"{what}; {moved}")
@@ -95,21 +91,16 @@ def router_margins(margins: pd.DataFrame, flips: pd.DataFrame, ax: Axes | None =
     ax.set_ylabel(f"choices (n = {len(margins):,})")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_yticks([tick for tick in ax.get_yticks() if tick >= 0])
+    typical = margins["margin"].median()
+    title = f"No choice flipped; the median margin is {typical:.2g}"
     if len(flips):
-        ax.legend(
-            frameon=False, fontsize=8, title="flips under a change of", title_fontsize=8, loc="upper left"
-        )
-    set_title(ax, _margin_title(margins["margin"].median(), flips["margin"]))
+        name = "flips under a change of"
+        ax.legend(frameon=False, fontsize=8, title=name, title_fontsize=8, loc="upper left")
+        times = typical / flips["margin"].median()
+        smaller = f"a median margin {times:,.0f} times smaller than typical"
+        title = f"Flipped choices have {smaller if times >= 1 else 'no smaller margins than others'}"
+    set_title(ax, title)
     return ax
-
-
-def _margin_title(typical: float, flipped: pd.Series) -> str:
-    if not len(flipped):
-        return f"No choice flipped; the median margin is {typical:.2g}"
-    times = typical / flipped.median()
-    if times < 1:
-        return "Flipped choices have no smaller margins than others"
-    return f"Flipped choices have a median margin {times:,.0f} times smaller than typical"
 
 
 def usage_by_domain(
@@ -159,9 +150,8 @@ def coverage_curves(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ticks = [2**i for i in range(int(coverage["experts"].max()).bit_length())]
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.set_ylim(0, 1.02)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_xlabel("experts of a layer, the heaviest first (mean over layers)")
-    ax.set_ylabel("gate mass")
+    share_axis(ax.yaxis, "gate mass")
     ax.legend(frameon=False, fontsize=8)
     n = int((coverage["all"] < 0.9).sum()) + 1
     set_title(ax, f"90 % of the gate mass needs {n} of {len(coverage)} experts")
@@ -176,23 +166,17 @@ def placement_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     ax = new_axes(ax)
     places, width = np.arange(len(table)), 0.38
-    ax.bar(places - width / 2, table["hit_rate"], width, color=PALETTE[0], label="whole layers (llama.cpp)")
-    error = np.abs(table[["low", "high"]].to_numpy().T - table["experts_hit_rate"].to_numpy())
-    label = "hottest experts (page cache), on texts not used to choose them"
-    ax.bar(
-        places + width / 2,
+    hottest, label = (
         table["experts_hit_rate"],
-        width,
-        yerr=error,
-        capsize=3,
-        color=PALETTE[5],
-        label=label,
+        "hottest experts (page cache), on texts not used to choose them",
     )
+    error = np.abs(table[["low", "high"]].to_numpy().T - hottest.to_numpy())
+    ax.bar(places - width / 2, table["hit_rate"], width, color=PALETTE[0], label="whole layers (llama.cpp)")
+    ax.bar(places + width / 2, hottest, width, yerr=error, capsize=3, color=PALETTE[5], label=label)
     ax.set_xticks(places, [f"{budget:.0%}" for budget in table["budget"]])
     ax.set_xlabel("fast memory, as a share of the routed experts' bytes (bars: 95 % interval over texts)")
-    ax.set_ylabel("expert reads served")
     ax.set_ylim(0, 1)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    share_axis(ax.yaxis, "expert reads served")
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     half = table.iloc[int((table["budget"] - 0.5).abs().argmin())]
     share, hit = half["budget"], half["experts_hit_rate"]
@@ -220,8 +204,8 @@ def flips_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes:
     n = positions["n"]
     token_axis(ax, ends, f"position in the context (tokens); n = {n.min():,} to {n.max():,} choices a point")
     ax.set_ylim(bottom=0)
-    ax.set_ylabel("choices that flip (95 % interval)", color=PALETTE[5])
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    share_axis(ax.yaxis, "choices that flip (95 % interval)")
+    ax.yaxis.label.set_color(PALETTE[5])
     first, last = positions.iloc[0], positions.iloc[-1]
     apart = last["rate_low"] > first["rate_high"] or last["rate_high"] < first["rate_low"]
     change = f"{first['rate']:.2%} of choices flip at the start, {last['rate']:.2%} at the end"
@@ -246,9 +230,9 @@ def drift_by_flips(tokens: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("layers with another expert set")
     ax.set_xlabel("largest change of a token's logits (bar: median)")
     still, moved = tokens.loc[tokens["flips"] == 0, "drift"], tokens.loc[tokens["flips"] > 0, "drift"]
+    title = f"Changed settings move a token's logits by {tokens['drift'].median():.2g} (median)"
     if len(still) and len(moved):
         times = moved.median() / still.median()
-        set_title(ax, f"Tokens with a changed expert: logits move {times:.2g} times as far as others")
-    else:
-        set_title(ax, f"Changed settings move a token's logits by {tokens['drift'].median():.2g} (median)")
+        title = f"Tokens with a changed expert: logits move {times:.2g} times as far as others"
+    set_title(ax, title)
     return ax

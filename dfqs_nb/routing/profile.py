@@ -60,22 +60,13 @@ class Profile:
         """
         import pandas as pd
 
-        shares = {domain: _shares(self.counts[rows]) for domain, rows in self.by_domain.items()}
+        shares = {domain: _shares(self.counts[rows]).ravel() for domain, rows in self.by_domain.items()}
         stacked = np.stack(list(shares.values()))
-        split = stacked / np.maximum(stacked.sum(axis=0), 1e-12)
-        n = len(stacked)
-        apart = np.abs(split - 1 / n).sum(axis=0) / 2 / max(1 - 1 / n, 1e-12)
-        apart = np.where(stacked.sum(axis=0) > 0, apart, 0.0)
-        n_layers, n_experts = self.counts.shape[1:]
-        return pd.DataFrame(
-            {
-                "layer": np.repeat(self.trace.layers, n_experts),
-                "expert": np.tile(np.arange(n_experts), n_layers),
-                "share": stacked.mean(axis=0).ravel(),
-                **{domain: share.ravel() for domain, share in shares.items()},
-                "specialization": apart.ravel(),
-            }
-        )
+        total, n = stacked.sum(axis=0), len(stacked)
+        apart = np.abs(stacked / np.maximum(total, 1e-12) - 1 / n).sum(axis=0) / 2 / max(1 - 1 / n, 1e-12)
+        index = pd.MultiIndex.from_product([self.trace.layers, range(self.trace.n_experts)])
+        table = pd.DataFrame({"share": total / n, **shares}, index.set_names(["layer", "expert"]))
+        return table.assign(specialization=np.where(total > 0, apart, 0.0)).reset_index()
 
     def layers(self) -> pd.DataFrame:
         """One row a layer: how evenly its experts are used, and how sticky they are.
@@ -113,24 +104,20 @@ class Profile:
         """
         import pandas as pd
 
-        n, _, n_experts = self.trace.n_tokens, *self.counts.shape[1:]
-        upper = np.triu_indices(n_experts, 1)
+        n, n_experts = self.trace.n_tokens, self.trace.n_experts
+        first, second = np.triu_indices(n_experts, 1)
+        # k of E without replacement: less often together than n p q
+        rate = (self.k - 1) / self.k * n_experts / max(n_experts - 1, 1) / n
         parts = []
         for column, layer in enumerate(self.trace.layers):
             chosen = np.zeros((n, n_experts), np.float32)
             np.put_along_axis(chosen, self.trace.experts[:, column].astype(np.intp), 1, axis=1)
-            both, each = (chosen.T @ chosen)[upper], chosen.sum(axis=0)
-            # k of E without replacement: less often together than n p q
-            rate = (self.k - 1) / self.k * n_experts / max(n_experts - 1, 1)
-            expected = (np.outer(each, each) / n)[upper] * rate
-            kept = expected >= least
-            first, second = (index[kept] for index in upper)
-            parts.append(
-                pd.DataFrame({"layer": layer, "expert": first, "other": second, "count": both[kept]})
-            )
-            parts[-1]["lift"] = both[kept] / expected[kept]
-        table = pd.concat(parts, ignore_index=True).astype({"count": int})
-        return table.sort_values("lift", ascending=False, kind="stable", ignore_index=True)
+            both, each = (chosen.T @ chosen)[first, second], chosen.sum(axis=0)
+            expected = each[first] * each[second] * rate
+            names = {"layer": layer, "expert": first, "other": second, "count": both.astype(int)}
+            table = pd.DataFrame({**names, "lift": both / np.maximum(expected, 1e-12)})
+            parts.append(table[expected >= least])
+        return pd.concat(parts).sort_values("lift", ascending=False, kind="stable", ignore_index=True)
 
     def specialization(self, n_permutations: int = N_PERMUTATIONS, seed: int = 0) -> pd.DataFrame:
         """Does a layer use other experts in one domain? One row a layer that scores, and domain.
@@ -176,16 +163,9 @@ class Profile:
         draw = np.random.default_rng(seed)
         place = np.concatenate([np.arange(n) * n_parts // n for n in np.bincount(self.text)])
         seen = self._part_distances(place, n_parts)
-        starts = np.flatnonzero(np.diff(self.text)) + 1
-        chance = np.mean(
-            [
-                self._part_distances(
-                    np.concatenate([draw.permutation(part) for part in np.split(place, starts)]), n_parts
-                )
-                for _ in range(n_shuffles)
-            ],
-            axis=0,
-        )
+        texts = np.split(place, np.flatnonzero(np.diff(self.text)) + 1)
+        shuffled = (np.concatenate([draw.permutation(text) for text in texts]) for _ in range(n_shuffles))
+        chance = np.mean([self._part_distances(each, n_parts) for each in shuffled], axis=0)
         return pd.DataFrame({"part": np.arange(1, n_parts + 1), "distance": seen, "by_chance": chance})
 
     def _part_distances(self, place: np.ndarray, n_parts: int) -> np.ndarray:
@@ -204,23 +184,18 @@ class Profile:
         """
         import pandas as pd
 
-        masses = self._masses()
-        masses = {"all": np.mean(list(masses.values()), axis=0), **masses}
-        curves = {name: np.sort(mass, axis=1)[:, ::-1].cumsum(axis=1) for name, mass in masses.items()}
-        n_experts = self.mass.shape[2]
-        means = {name: curve.mean(axis=0) for name, curve in curves.items()}
-        return pd.DataFrame({"experts": np.arange(1, n_experts + 1), **means})
+        means = {name: curve.mean(axis=0) for name, curve in self._curves().items()}
+        return pd.DataFrame({"experts": np.arange(1, self.trace.n_experts + 1), **means})
 
     def experts_needed(self) -> pd.DataFrame:
         """Experts a layer that carry 80, 90 and 95 % of the gate mass, mean over layers; a row a domain."""
         import pandas as pd
 
-        masses = self._masses()
-        masses = {"all": np.mean(list(masses.values()), axis=0), **masses}
-        rows = {}
-        for name, mass in masses.items():
-            curve = np.sort(mass, axis=1)[:, ::-1].cumsum(axis=1)
-            rows[name] = {f"{level:.0%}": (curve < level - 1e-9).sum(axis=1).mean() + 1 for level in LEVELS}
+        levels = {f"{level:.0%}": level - 1e-9 for level in LEVELS}
+        rows = {
+            name: {text: (curve < level).sum(axis=1).mean() + 1 for text, level in levels.items()}
+            for name, curve in self._curves().items()
+        }
         return pd.DataFrame(rows).T.rename_axis("domain")
 
     def cross_coverage(self, level: float = 0.9) -> pd.DataFrame:
@@ -236,6 +211,12 @@ class Profile:
 
     def _masses(self) -> dict[str, np.ndarray]:
         return {domain: _shares(self.mass[rows]) for domain, rows in self.by_domain.items()}
+
+    def _curves(self) -> dict[str, np.ndarray]:
+        """Gate mass of the heaviest experts, added up; of all domains alike, and of each."""
+        masses = self._masses()
+        masses = {"all": np.mean(list(masses.values()), axis=0), **masses}
+        return {name: np.sort(mass, axis=1)[:, ::-1].cumsum(axis=1) for name, mass in masses.items()}
 
 
 def profile_of(trace: Trace) -> Profile:
@@ -285,9 +266,9 @@ def _distance(shares: np.ndarray, inside: np.ndarray) -> np.ndarray:
 def _heaviest(mass: np.ndarray, level: float) -> np.ndarray:
     """The fewest experts of each layer that carry ``level`` of its mass, bool ``(L, experts)``."""
     order = np.argsort(-mass, axis=1, kind="stable")
-    before = np.take_along_axis(mass, order, axis=1).cumsum(axis=1) - np.take_along_axis(mass, order, axis=1)
+    ranked = np.take_along_axis(mass, order, axis=1)
     kept = np.zeros(mass.shape, bool)
-    np.put_along_axis(kept, order, before < level - 1e-9, axis=1)
+    np.put_along_axis(kept, order, ranked.cumsum(axis=1) - ranked < level - 1e-9, axis=1)
     return kept
 
 

@@ -194,7 +194,14 @@ class Experiment:
 
         Columns ``condition``, ``token``, ``drift`` and ``flips`` (layers whose expert set differs).
         """
-        parts = [compare.by_token(a, b).assign(condition=row.condition) for row, a, b in self._pairs()]
+        import pandas as pd
+
+        token = np.arange(len(self.tokens))
+        parts = []
+        for row, a, b in self._pairs():
+            flipped = compare.differences(a, b)[:, ~a.hashed].sum(axis=1)
+            columns = {"token": token, "drift": compare.drifts(a, b), "flips": flipped}
+            parts.append(pd.DataFrame({"condition": row.condition, **columns}))
         table = _joined(parts, ["condition", "token", "drift", "flips"])
         return table[table["drift"] > 0].reset_index(drop=True)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 EXPORT_TOKENS = 4096  # turned into rows of an export at once
 _ARRAYS = ("tokens", "layers", "hashed", "experts", "weights", "margin", "output")
+_ROWS = ("tokens", "experts", "weights", "margin")  # have a row a token
 _LOGITS = ("digest", "best", "ids", "values")
 
 
@@ -84,33 +85,24 @@ class Trace:
         """Whether the model has routed experts; False for a dense model."""
         return len(self.layers) > 0
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the routing arrays in memory, without the logits."""
-        return sum(a.nbytes for a in (self.tokens, self.experts, self.weights, self.margin))
-
     def rows(self, chosen: slice | np.ndarray) -> Trace:
         """The trace of some of its tokens, without the greedy continuation."""
-        logits = self.logits
-        if logits is not None:
-            kept = logits.digest[chosen], logits.best[chosen], logits.ids, logits.values[chosen]
-            logits = Logits(*kept)
-        cut = {name: getattr(self, name)[chosen] for name in ("tokens", "experts", "weights", "margin")}
+        cut = {name: getattr(self, name)[chosen] for name in _ROWS}
+        if self.logits is not None:
+            kept = {name: getattr(self.logits, name)[chosen] for name in ("digest", "best", "values")}
+            cut["logits"] = replace(self.logits, **kept)
         scores = None if self.scores is None else self.scores[chosen]
-        return replace(self, **cut, logits=logits, output=np.zeros(0, np.int32), scores=scores)
+        return replace(self, **cut, output=np.zeros(0, np.int32), scores=scores)
 
-    def require_routed(self, where: str | Path | None = None) -> None:
+    def require_routed(self) -> None:
         """Refuse a dense model's trace.
 
         Raises:
             ModelError: no layer has routed experts.
         """
         if not self.routed:
-            raise ModelError(
-                "no routed experts here: a dense model",
-                where=where,
-                hint="only the determinism of its logits can be measured",
-            )
+            hint = "only the determinism of its logits can be measured"
+            raise ModelError("no routed experts here: a dense model", hint=hint)
 
     def save(self, path: str | Path) -> Path:
         """Write the trace as ``.npz``, whole or not at all, and return the path."""
@@ -148,21 +140,15 @@ def load_trace(path: str | Path) -> Trace:
 def joined(traces: Sequence[Trace], **conditions: Any) -> Trace:
     """One trace of several sequences, one after another; conditions are the first one's, and those given."""
     first = traces[0]
-    arrays: dict[str, Any] = {
-        name: np.concatenate([getattr(trace, name) for trace in traces])
-        for name in ("tokens", "experts", "weights", "margin")
-    }
-    kept = [trace.logits for trace in traces if trace.logits is not None]
-    logits = None
-    if kept:
-        digest, best, values = (
-            np.concatenate([getattr(each, name) for each in kept]) for name in ("digest", "best", "values")
-        )
-        logits = Logits(digest, best, kept[0].ids, values)
-    outputs = [trace.output for trace in traces if trace.output.ndim == 2]
-    output = np.concatenate(outputs) if outputs else np.zeros(0, np.int32)
-    about = first.conditions | conditions
-    return replace(first, **arrays, logits=logits, output=output, scores=None, conditions=about)
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(t, name) for t in traces]) for name in _ROWS}
+    if first.logits is not None:
+        kept = [trace.logits for trace in traces]
+        parts = {name: [getattr(logits, name) for logits in kept] for name in ("digest", "best", "values")}
+        joint = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+        arrays["logits"] = replace(first.logits, **joint)
+    if first.output.ndim == 2:
+        arrays["output"] = np.concatenate([trace.output for trace in traces])
+    return replace(first, **arrays, scores=None, conditions=first.conditions | conditions)
 
 
 # ---- traces as a table ----

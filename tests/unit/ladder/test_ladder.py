@@ -20,7 +20,7 @@ from dfqs_nb.ladder import divergence, figures, measure, run, tables
 from dfqs_nb.ladder.measure import LadderError, Settings
 from dfqs_nb.ladder.run import Ladder, Rung
 from dfqs_nb.ladder.tables import SAME
-from dfqs_nb.routing.compare import by_layer
+from dfqs_nb.routing import differences, overlaps
 from dfqs_nb.scores import ItemSet
 from dfqs_nb.stats import holm
 
@@ -85,9 +85,9 @@ def test_routing_agreement_is_that_of_the_routing_module(climbed):
     rows = tables.routing_table(climbed)
     for rung in climbed.rungs[1:]:
         mine = rows[rows["rung"] == rung.name]
-        theirs = by_layer(climbed.source.trace, rung.trace)
-        assert np.allclose(mine["identical"], theirs["share_identical"])
-        assert np.allclose(mine["overlap"], theirs["overlap"])
+        traces = climbed.source.trace, rung.trace
+        assert np.allclose(mine["identical"], 1 - differences(*traces).mean(axis=0))
+        assert np.allclose(mine["overlap"], overlaps(*traces).mean(axis=0))
         assert mine.loc[mine["hashed"], "identical"].eq(1).all()
 
 

@@ -16,7 +16,7 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import experiment as routing_experiment
-from dfqs_nb.routing.compare import by_layer, compare, flips, usage
+from dfqs_nb.routing.compare import compare, differences, flips, usage
 from dfqs_nb.routing.experiment import Condition, run_experiment
 from dfqs_nb.routing.recorded import Schedule
 from dfqs_nb.routing.recorder import RoutingError
@@ -65,7 +65,7 @@ def test_order_of_experts_does_not_matter_and_sets_do():
     assert found.margin_differ == pytest.approx(0.02) and found.margin_same == pytest.approx(0.35)
     assert found.logits_equal == 0.0 and found.logit_drift == 0.25 and found.same_output is False
     assert flips(A, b)[["token", "layer"]].to_numpy().tolist() == [[1, 4], [2, 4]]
-    assert by_layer(A, b)["differ"].tolist() == [0, 2]
+    assert differences(A, b).sum(axis=0).tolist() == [0, 2]
 
 
 def test_hash_layers_are_counted_apart():
@@ -283,16 +283,17 @@ def test_a_condition_that_llama_cpp_refuses_is_reported_and_the_rest_goes_on(tmp
     assert judge(found.table).passed and len(sensitivities(found.table)) == 0
 
 
-def test_another_quantization_is_compared_and_another_model_is_reported(tmp_path):
+def test_another_quantization_is_compared_and_another_model_is_reported(tmp_path, monkeypatch):
     assert list(routing_experiment.quantizations(NANO)) == ["dfqs-nano-q8_0"]
     assert routing_experiment.quantizations(smollm2()) == {}
+    others = {**routing_experiment.quantizations(NANO), "stranger": smollm2()}
+    monkeypatch.setattr(routing_experiment, "quantizations", lambda *_: others)
     found = run_experiment(
         NANO,
         tmp_path,
         settings=OpenSettings(n_ctx=256, n_threads=1),
         n_tokens=60,
         n_output=2,
-        others={**routing_experiment.quantizations(NANO), "stranger": smollm2()},
         chosen=["weights: dfqs-nano-q8_0", "weights: stranger"],
     )
     table = found.table.set_index("condition")
@@ -315,7 +316,6 @@ def test_a_dense_model_is_judged_by_its_logits(tmp_path):
         settings=OpenSettings(n_ctx=256, n_threads=2),
         n_tokens=48,
         n_output=2,
-        max_threads=2,
         chosen=[REPEATS[0], REPEATS[1], "all by decode"],
     )
     verdict = judge(found.table)
