@@ -56,6 +56,15 @@ def clopper_pearson(successes: int, n: int, level: float = LEVEL) -> tuple[float
     return float(interval.low), float(interval.high)
 
 
+def at_most(n_events: int, n: int) -> float:
+    """The exact 95 % upper bound on a rate, one-sided (Clopper and Pearson 1934); no trials bound nothing.
+
+    >>> round(at_most(0, 4), 3), round(at_most(0, 1152), 4), at_most(0, 0)
+    (0.527, 0.0026, 1.0)
+    """
+    return clopper_pearson(n_events, n, level=0.90)[1]
+
+
 def non_increasing(successes: Any, trials: Any) -> Floats:
     """The non-increasing accuracies nearest to these counts, along the last axis (isotonic least squares).
 

@@ -40,6 +40,7 @@ PASSAGE = "prompts/routing_passage.txt"
 QUESTION = "What is the capital of France?"
 FORMAT = 3  # of a kept trace; a new number makes old ones be recorded again
 CHILD = "dfqs_nb.routing.record_child"
+Named = list[dict[str, Any]]  # short texts: name, domain and tokens of each
 
 
 def quantizations(path: str | Path, other: str = "") -> dict[str, Path]:
@@ -56,8 +57,8 @@ def quantizations(path: str | Path, other: str = "") -> dict[str, Path]:
     return {Path(other).stem: resolve(other)[0]} if other else {}
 
 
-def tokenized(path: Path, n_tokens: int, texts: Sequence[Text]) -> tuple[list[int], list[Any]]:
-    """An experiment's text, and the short texts (name, domain), in this model's tokens; no weights are loaded.
+def tokenized(path: Path, n_tokens: int, texts: Sequence[Text]) -> tuple[list[int], Named]:
+    """An experiment's text, and the short texts, in this model's tokens; no weights are loaded.
 
     The text is the stored passage, again and again as needed, and at the end a question in the model's chat
     template, so that the greedy continuation is an answer.
@@ -163,7 +164,7 @@ class Recording:
     path: Path
     folder: Path
     tokens: list[int]
-    texts: list[dict[str, Any]]
+    texts: Named
     n_output: int
     budget_seconds: float
     fresh: bool

@@ -104,7 +104,7 @@ def router_margins(margins: pd.DataFrame, flips: pd.DataFrame, ax: Axes | None =
 
 
 def usage_by_domain(
-    usage: pd.DataFrame, most: int = 64, layer: int | None = None, ax: Axes | None = None
+    usage: pd.DataFrame, most: int = 64, layer: int | None = None, domain: str = "", ax: Axes | None = None
 ) -> Axes:
     """Which domains use which experts: a row a domain, a column an expert, the most specialized first.
 
@@ -112,9 +112,11 @@ def usage_by_domain(
         usage: of `Profile.usage`.
         most: experts shown.
         layer: only this one; by default all.
+        domain: sort by the use in this domain instead.
     """
     rows = usage if layer is None else usage[usage["layer"] == layer]
-    top = rows[rows["share"] > 0].sort_values("specialization", ascending=False, kind="stable").head(most)
+    order = domain or "specialization"
+    top = rows[rows["share"] > 0].sort_values(order, ascending=False, kind="stable").head(most)
     domains = [name for name in usage if name not in ("layer", "expert", "share", "specialization")]
     values = top[domains].to_numpy(float).T
     split = values / values.sum(axis=0)
@@ -125,7 +127,8 @@ def usage_by_domain(
     step = -(-len(names) // 32)
     ax.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=7)
     ax.tick_params(length=0)
-    ax.set_xlabel(f"layer.expert: {len(top)} of {len(rows)}, the most specialized first")
+    first = f"the most used in {domain} first" if domain else "the most specialized first"
+    ax.set_xlabel(f"layer.expert: {len(top)} of {len(rows)}, {first}")
     ax.figure.colorbar(image, ax=ax, label="share of the expert's use", pad=0.01)
     best, index = top.iloc[0], int(split[:, 0].argmax())
     where = f"Expert {int(best['expert'])} of layer {int(best['layer'])}"

@@ -21,7 +21,7 @@ from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.compare import compare
 from dfqs_nb.routing.trace import Trace
-from dfqs_nb.stats import bootstrap_weights, clopper_pearson
+from dfqs_nb.stats import at_most, bootstrap_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -181,10 +181,9 @@ def load_rows(loads: Mapping[str, Load], traces: Mapping[str, Trace], texts: Seq
             continue
         label = load.label if load.kind != "alone" else name
         for place, text in enumerate(load.members):
-            found = compare(part(traces[base], text), part(traces[name], place))
+            change = asdict(compare(part(traces[base], text), part(traces[name], place)))
             about = {"load": label, "kind": load.kind, "n_others": load.n_others, "run": name}
-            about |= {"text": texts[text].name, "domain": texts[text].domain}
-            rows.append(about | asdict(found))
+            rows.append({**about, "text": texts[text].name, "domain": texts[text].domain, **change})
     return pd.DataFrame(rows)
 
 
@@ -214,10 +213,10 @@ def _summary(name: str, group: pd.DataFrame) -> dict[str, Any]:
         "n_others": int(group["n_others"].iloc[0]),
         "n_runs": len(by_run),
         "n_runs_differ": int(by_run.sum()),
-        "runs_bound": clopper_pearson(int(by_run.sum()), len(by_run), level=0.90)[1],
+        "runs_bound": at_most(int(by_run.sum()), len(by_run)),
         "n_texts": len(by_text),
         "n_texts_differ": n_changed,
-        "texts_bound": clopper_pearson(n_changed, len(by_text), level=0.90)[1],
+        "texts_bound": at_most(n_changed, len(by_text)),
         "n_choices": n,
         "n_differ": n_differ,
         "rate": n_differ / n if n else math.nan,

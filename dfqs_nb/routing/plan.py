@@ -96,9 +96,8 @@ def conditions(
     n_threads, half = settings.n_threads or 1, n_tokens // 2
     loads = list(_loads(settings, n_texts)) if n_texts else []
     most = [
-        c for c in loads if c.name == "alone" or c.name.startswith(("7 others, together", "7 others, mixed"))
+        c for c in loads if c.name == "alone" or (c.load and not c.load.unified and _full(asdict(c.load)))
     ]
-    most = [c for c in most if not (c.load and c.load.unified)]
     longest = replace(settings, n_ctx=PROFILE_TOKENS)
     return [
         *_repetitions(settings, half),
@@ -106,17 +105,10 @@ def conditions(
         *(Condition("profile", "profile", "", longest) for _ in range(min(n_texts, 1))),
         *(c for c in loads if c not in most),
         *_other_settings(settings, half),
-        *_thread_counts(settings, half, _powers_of_two(max_threads or n_threads) - {n_threads}),
+        *_thread_counts(settings, half, max_threads or n_threads),
         *(
-            Condition(
-                f"weights: {name}",
-                "weights",
-                "prefill",
-                settings,
-                model=str(path),
-                process=f"weights: {name}",
-            )
-            for name, path in (others or {}).items()
+            Condition(name, "weights", "prefill", settings, model=str(path), process=name)
+            for name, path in ((f"weights: {name}", path) for name, path in (others or {}).items())
         ),
     ]
 
@@ -141,8 +133,9 @@ def _loads(settings: OpenSettings, n_texts: int) -> Iterator[Condition]:
                 yield Condition(f"alone, {words}", IDENTICAL, name, room, process=process, load=load)
 
 
-def _thread_counts(settings: OpenSettings, half: int, counts: set[int]) -> Iterator[Condition]:
-    for n in sorted(counts):
+def _thread_counts(settings: OpenSettings, half: int, largest: int) -> Iterator[Condition]:
+    """Powers of two up to the largest count, and that."""
+    for n in sorted({largest, *(2**i for i in range(largest.bit_length()))} - {settings.n_threads or 1}):
         threads = replace(settings, n_threads=n, n_threads_batch=n)
         flash = replace(threads, flash_attn=True)
         label, decode = f"{n} thread{'s' if n > 1 else ''}", Schedule(half)
@@ -150,10 +143,6 @@ def _thread_counts(settings: OpenSettings, half: int, counts: set[int]) -> Itera
         yield Condition(f"{label}, decode", "threads", "decode", threads, decode)
         against = "flash attention, decode"
         yield Condition(f"{label}, decode, flash attention", "threads", against, flash, decode)
-
-
-def _powers_of_two(largest: int) -> set[int]:
-    return {largest} | {2**i for i in range(largest.bit_length())}
 
 
 def _other_settings(settings: OpenSettings, half: int) -> Iterator[Condition]:
@@ -174,11 +163,10 @@ def _other_settings(settings: OpenSettings, half: int) -> Iterator[Condition]:
     for name, kind, against, changed in changes:
         if changed.get("n_batch") != settings.n_batch:
             yield Condition(name, kind, against, replace(settings, **changed))
-    flashed = replace(settings, flash_attn=True)
+    flashed, repacked = replace(settings, flash_attn=True), replace(settings, use_extra_bufts=True)
     yield Condition("flash attention, decode", "attention", "decode", flashed, Schedule(half))
-    repacked = replace(settings, use_extra_bufts=True)
-    name = "repacked weights (extra buffers)"
-    yield Condition(name, "buffers", "prefill", repacked, process="extra buffers")
+    name, process = "repacked weights (extra buffers)", "extra buffers"
+    yield Condition(name, "buffers", "prefill", repacked, process=process)
 
 
 def with_references(planned: list[Condition], chosen: Sequence[str]) -> list[Condition]:
@@ -195,9 +183,9 @@ def with_references(planned: list[Condition], chosen: Sequence[str]) -> list[Con
         raise DfqsError(f"no condition is called {unknown[0]!r}", hint=f"there are {', '.join(by_name)}")
     names, queue = {"prefill"}, list(chosen)
     while queue:
-        condition = by_name[queue.pop()]
-        names.add(condition.name)
-        queue += [condition.against] if condition.against and condition.against not in names else []
+        name = queue.pop()
+        names.add(name)
+        queue += {by_name[name].against} - {"", *names}
     return [condition for condition in planned if condition.name in names]
 
 
@@ -214,7 +202,7 @@ class Costs:
 
     def seconds(self, run: Mapping[str, Any], scale: float = 1.0) -> float:
         """Of one run, without loading."""
-        output: int = run.get("n_output", 0)  # answers keep their length
+        output = run.get("n_output", 0)  # answers keep their length
         text = run["n_prefill"] * self.prefill_seconds + (run["n_decode"] - output) * self.decode_seconds
         return float(scale * text + output * self.decode_seconds)
 
@@ -233,18 +221,18 @@ def fit(runs: Sequence[Mapping[str, Any]], costs: Costs, budget_seconds: float) 
     """
     if not budget_seconds:
         return SCALES[0], [run["name"] for run in runs]
-    judging = [run for run in runs if run["kind"] in (*ESSENTIAL, IDENTICAL) or _company(run)]
+    judging = [run for run in runs if run["kind"] in (*ESSENTIAL, IDENTICAL) or _full(run["load"])]
     scale = next((s for s in SCALES if _total(judging, costs, s) <= budget_seconds), SCALES[-1])
     kept: list[Mapping[str, Any]] = [run for run in runs if run["kind"] in ESSENTIAL]
     for run in runs:
         if run not in kept and _total([*kept, run], costs, scale) <= budget_seconds:
             kept.append(run)
-    names = {run["name"] for run in kept}
-    return scale, [run["name"] for run in runs if run["name"] in names]
+    return scale, [run["name"] for run in runs if run in kept]
 
 
-def _company(run: Mapping[str, Any]) -> bool:
-    return bool(run["load"]) and run["load"]["n_others"] == 7 and run["load"]["kind"] in ("together", "mixed")
+def _full(load: Mapping[str, Any] | None) -> bool:
+    """Whether it is one of the largest loads, which a verdict needs most."""
+    return load is not None and load["n_others"] == 7 and load["kind"] in ("together", "mixed")
 
 
 def _total(runs: Sequence[Mapping[str, Any]], costs: Costs, scale: float) -> float:

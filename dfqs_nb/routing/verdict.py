@@ -17,7 +17,7 @@ from dfqs_nb.routing.loads import part
 from dfqs_nb.routing.plan import IDENTICAL, Condition
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.trace import Trace
-from dfqs_nb.stats import clopper_pearson
+from dfqs_nb.stats import at_most, clopper_pearson
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,15 +34,6 @@ FIXES = {
     "buffers": "use_extra_bufts",
     "weights": "the quantization",
 }
-
-
-def at_most(n_events: int, n: int) -> float:
-    """The exact 95 % upper bound on a rate, one-sided (Clopper and Pearson 1934); no trials bound nothing.
-
-    >>> round(at_most(0, 4), 3), round(at_most(0, 1152), 4), at_most(0, 0)
-    (0.527, 0.0026, 1.0)
-    """
-    return clopper_pearson(n_events, n, level=0.90)[1] if n else 1.0
 
 
 @dataclass(frozen=True)
@@ -94,9 +85,8 @@ class Determinism:
         bound = f"95 % upper bound: {self.runs_upper_bound:.1%} of repeated runs"
         if not self.routed:
             return (
-                f"{word}: dense model, nothing to route; the logits of {self.logits_equal:.2%} "
-                f"of {self.n_tokens:,} tokens were equal bit for bit over {self.n_runs} repeated runs. "
-                f"{bound}."
+                f"{word}: dense model, nothing to route; the logits of {self.logits_equal:.2%} of "
+                f"{self.n_tokens:,} tokens were equal bit for bit over {self.n_runs} repeated runs. {bound}."
             )
         return (
             f"{word}: {self.n_differ:,} of {self.n_choices:,} choices differed under identical conditions, "
@@ -138,7 +128,7 @@ def _compared(a: Trace, b: Trace) -> dict[str, Any]:
         each = [compare(part(a, i), part(b, i)) for i in range(len(a.output))] if several else [whole]
     except RoutingError as error:  # another model than the reference, not another quantization of it
         return {"status": f"not comparable: {error.what}"}
-    n_differ = sum(bool(one.n_differ or (not one.n_choices and one.logits_equal < 1)) for one in each)
+    n_differ = sum(bool(run.n_differ or (not run.n_choices and run.logits_equal < 1)) for run in each)
     return asdict(whole) | {"n_runs": len(each), "n_runs_differ": n_differ}
 
 
@@ -151,10 +141,11 @@ def judge(table: pd.DataFrame) -> Determinism:
     done, broken = (repeats[(repeats["status"] == "done") == ran] for ran in (True, False))
     skipped = broken["status"].astype(str).str.startswith("left out")
     failed = tuple(f"{row.condition}: {row.status}" for row in broken[~skipped].itertuples())
-    sums = {name: int(done[name].sum()) for name in ("n_choices", "n_differ", "n_runs", "n_runs_differ")}
+    sums: dict[str, Any] = {
+        name: int(done[name].sum()) for name in ("n_choices", "n_differ", "n_runs", "n_runs_differ")
+    }
     first = done.drop_duplicates("n_tokens")  # the text, and the short texts
-    n_tokens = int(first["n_tokens"].sum())
-    each = int(first["n_choices"].sum())
+    n_tokens, each = (int(first[name].sum()) for name in ("n_tokens", "n_choices"))
     return Determinism(
         passed=bool(len(done)) and not failed and not sums["n_runs_differ"],
         routed=sums["n_choices"] > 0,
@@ -165,10 +156,7 @@ def judge(table: pd.DataFrame) -> Determinism:
         logits_equal=float(done["logits_equal"].mean()) if len(done) else 0.0,
         same_output=not changed(done["same_output"]),
         failed_runs=failed,
-        n_choices=sums["n_choices"],
-        n_differ=sums["n_differ"],
-        n_runs=sums["n_runs"],
-        n_runs_differ=sums["n_runs_differ"],
+        **sums,
     )
 
 
@@ -205,8 +193,8 @@ def _advice_on(kind: str, rows: pd.DataFrame) -> str:
     differ, n, name = int(worst["n_differ"]), int(worst["n_choices"]), worst["condition"]
     output = f"the greedy answer {'changed too' if changed(rows['same_output']) else 'stayed'}"
     if kind == "weights":
-        found = f"chose other experts in {differ:,} of {n:,} choices ({differ / n:.1%})" if n else output
-        return f"Compare runs of one quantization only: {name.removeprefix('weights: ')} {found}."
+        seen = f"chose other experts in {differ:,} of {n:,} choices ({differ / n:.1%})" if n else output
+        return f"Compare runs of one quantization only: {name.removeprefix('weights: ')} {seen}."
     if differ:
         return (
             f'Fix {what}: "{name}" changed {differ:,} of {n:,} choices ({differ / n:.2%}), '

@@ -26,7 +26,7 @@ from dfqs_nb.serve.client import Endpoint, Reply, check_in_process, connect, pic
 from dfqs_nb.serve.measure import token_counter
 from dfqs_nb.serve.servers import LocalServer, start
 from dfqs_nb.serve.wire import ContextOverflowError, EndpointError
-from dfqs_nb.stats import clopper_pearson
+from dfqs_nb.stats import at_most
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -311,7 +311,7 @@ def under_load(
         drifts = np.array(list(map(_drift, alone, beside)))
         pairs = zip(texts, alone, beside, strict=True)
         changed = [name for name, a, b in pairs if [token for token, _ in a] != [token for token, _ in b]]
-        bound = clopper_pearson(len(changed), len(texts), level=0.90)[1]
+        bound = at_most(len(changed), len(texts))
         most = float(drifts[np.isfinite(drifts)].max(initial=0.0))
         return len(texts), most, int((drifts > 0).sum()), len(changed), bound, ", ".join(changed)
 
@@ -333,7 +333,7 @@ def load_sentence(table: pd.DataFrame) -> str:
         f"llama.cpp's server beside {company} other clients: log-probabilities of {beside['moved'].max()} of "
         f"{n} texts move, by up to {beside['drift'].max():.1e} (with one slot by "
         f"{table.loc[table['slots'] == 1, 'drift'].max():.1e}{again}); {changed} of {n} answers change (95 % "
-        f"upper bound: {clopper_pearson(changed, n, level=0.90)[1]:.0%} of texts)"
+        f"upper bound: {at_most(changed, n):.0%} of texts)"
     )
 
 

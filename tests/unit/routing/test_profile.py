@@ -252,3 +252,8 @@ def test_divergence_is_regressed_on_changed_layers():
     assert found.kl_same == pytest.approx(0, abs=1e-6) and found.kl_changed > 0.1
     assert 0 < found.low < found.slope < found.high and found.n_logits == 12
     assert divergence(a, a) is None
+
+
+def test_the_columns_are_those_of_the_documentation():
+    text = (data_dir().parent / "docs" / "routing.md").read_text(encoding="utf-8")
+    assert "".join(f"| `{name}` | {meaning} |\n" for name, meaning in COLUMNS.items()) in text

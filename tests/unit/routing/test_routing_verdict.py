@@ -21,7 +21,8 @@ from dfqs_nb.routing.experiment import Condition, run_experiment
 from dfqs_nb.routing.recorded import Schedule
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.trace import Logits, Trace
-from dfqs_nb.routing.verdict import _compared, advice, at_most, judge, sensitivities
+from dfqs_nb.routing.verdict import _compared, advice, judge, sensitivities
+from dfqs_nb.stats import at_most
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 REPEATS = (
