@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,39 +122,33 @@ def plan_loads(n_texts: int, n_tokens: int, n_prefill: int, seed: int = 0) -> It
     ['alone', '7 others, together, a cache each, batch 1', '7 others, mixed, a cache each, batch 1']
     """
     draw, most = np.random.default_rng(seed), max(OTHERS) + 1
-    every, sizes = tuple(range(n_texts)), (n_prefill, n_tokens)
-    yield "alone", Load("alone", 0, False, every, (), most, *sizes)
+    every, sizes = tuple(range(n_texts)), (most, n_prefill, n_tokens)
+    yield "alone", Load("alone", 0, False, every, (), *sizes)
     for n_others in (7, 1, 3):
-        yield from _batches(draw, every, n_others, False, sizes, most)
+        yield from _batches(draw, n_texts, n_others, False, sizes)
     for unified in (False, True):
         if unified:
-            yield "alone, one cache", Load("alone", 0, True, every, (), most, *sizes)
-            yield from _batches(draw, every, 7, True, sizes, most)
-        for text in sorted(int(text) for text in draw.permutation(every)[:N_SAME]):
-            arrivals = tuple(int(step) for step in draw.integers(0, 4, most))
-            load = Load("same text", 7, unified, (text,) * most, arrivals, most, *sizes)
+            yield "alone, one cache", Load("alone", 0, True, every, (), *sizes)
+            yield from _batches(draw, n_texts, 7, True, sizes)
+        for text in sorted(draw.permutation(n_texts)[:N_SAME].tolist()):
+            arrivals = tuple(draw.integers(0, 4, most).tolist())
+            load = Load("same text", 7, unified, (text,) * most, arrivals, *sizes)
             yield f"{load.label}, text {text + 1}", load
-    yield "alone, a context for one", Load("alone", 0, False, every, (), 1, *sizes)
+    yield "alone, a context for one", Load("alone", 0, False, every, (), 1, n_prefill, n_tokens)
 
 
 def _batches(
-    draw: np.random.Generator,
-    texts: tuple[int, ...],
-    n_others: int,
-    unified: bool,
-    sizes: tuple[int, int],
-    n_sequences: int,
+    draw: np.random.Generator, n_texts: int, n_others: int, unified: bool, sizes: tuple[int, int, int]
 ) -> Iterator[tuple[str, Load]]:
     """Every text in one batch of this size at least, together and mixed."""
-    n_prefill, n_tokens = sizes
-    company, size = [int(text) for text in draw.permutation(texts)], n_others + 1
+    _, n_prefill, n_tokens = sizes
+    company, size = draw.permutation(n_texts).tolist(), n_others + 1
     company += company[: -len(company) % size]
-    steps = max(2, n_tokens - n_prefill)
+    steps = np.linspace(0, max(2, n_tokens - n_prefill) - 1, size).astype(int)
     for number, start in enumerate(range(0, len(company), size), start=1):
-        members = tuple(company[start : start + size])
-        late = tuple(int(step) for step in draw.permutation(np.linspace(0, steps - 1, size).astype(int)))
+        late = tuple(draw.permutation(steps).tolist())
         for kind, arrivals in (("together", (0,) * size), ("mixed", late)):
-            load = Load(kind, n_others, unified, members, arrivals, n_sequences, n_prefill, n_tokens)
+            load = Load(kind, n_others, unified, tuple(company[start : start + size]), arrivals, *sizes)
             yield f"{load.label}, batch {number}", load
 
 
@@ -206,8 +201,7 @@ def _summary(name: str, group: pd.DataFrame) -> dict[str, Any]:
     by_text = group.groupby("text")[["n_differ", "n_choices"]].sum()
     n_changed = int((by_text["n_differ"] > 0).sum())
     low, high = cluster_interval(by_text["n_differ"].to_numpy(), by_text["n_choices"].to_numpy())
-    n, n_differ = int(group["n_choices"].sum()), int(group["n_differ"].sum())
-    same = group["same_output"].dropna().astype(bool)
+    n, n_differ = (int(group[column].sum()) for column in ("n_choices", "n_differ"))
     return {
         "load": name,
         "n_others": int(group["n_others"].iloc[0]),
@@ -225,7 +219,7 @@ def _summary(name: str, group: pd.DataFrame) -> dict[str, Any]:
         "margin_differ": float(group["margin_differ"].max()),
         "logits_equal": float(group["logits_equal"].mean()),
         "logit_drift": float(group["logit_drift"].max()),
-        "texts_equal": float(same.mean()) if len(same) else math.nan,
+        "texts_equal": float(group["same_output"].dropna().astype(float).mean()),
     }
 
 
@@ -250,31 +244,17 @@ class UnderLoad:
     Attributes:
         passed: no expert set differed in any load, and at least one ran.
         level: ``under load``, ``alone`` (only there), ``not`` (not even alone), or ``not judged``.
-        n_runs, n_runs_differ: batches, and those in which a set differed.
-        runs_bound, texts_bound: 95 % upper bounds on the rates of such batches, and of texts that change.
-        n_texts, n_domains: of the texts.
-        n_choices, n_differ: choices beside others, and those that differ from the choice alone.
-        rate, rate_low, rate_high: their rate, with a 95 % interval from drawing whole texts anew.
         changed_at: the loads that change a choice, in the order of their number of sequences.
         failed: loads that did not run, with the reason.
+        counts: as the columns of `load_table`, over all loads beside others.
         sentence: all this for people.
     """
 
     passed: bool = False
     level: str = "not judged"
-    n_runs: int = 0
-    n_runs_differ: int = 0
-    runs_bound: float = math.nan
-    texts_bound: float = math.nan
-    n_texts: int = 0
-    n_domains: int = 0
-    n_choices: int = 0
-    n_differ: int = 0
-    rate: float = math.nan
-    rate_low: float = math.nan
-    rate_high: float = math.nan
     changed_at: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
+    counts: Mapping[str, Any] = field(default_factory=dict)
     sentence: str = ""
 
 
@@ -289,34 +269,25 @@ def judge_loads(rows: pd.DataFrame, alone_passed: bool, failed: Sequence[str] = 
     if not len(beside) or not beside["n_choices"].sum():
         why = failed[0] if failed else "no routed experts" if len(beside) else "no load ran"
         return UnderLoad(failed=tuple(failed), sentence=f"Routing under load was not judged: {why}.")
-    whole = _summary("all", beside)
+    counts = {**_summary("all", beside), "n_domains": beside["domain"].nunique()}
     table = load_table(beside).sort_values("n_others", kind="stable")
     changed = tuple(table.loc[table["n_differ"] > 0, "load"])
     level = "not" if not alone_passed else "alone" if changed else "under load"
-    counts = {name: whole[name] for name in whole if name in UnderLoad.__dataclass_fields__}
-    verdict = UnderLoad(
-        passed=level == "under load" and not failed,
-        level=level,
-        changed_at=changed,
-        failed=tuple(failed),
-        n_domains=beside["domain"].nunique(),
-        **counts,
-    )
+    verdict = UnderLoad(level == "under load" and not failed, level, changed, tuple(failed), counts)
     return replace(verdict, sentence=_sentence(verdict, beside, len(table)))
 
 
 def _sentence(verdict: UnderLoad, beside: pd.DataFrame, n_loads: int) -> str:
-    sizes = sorted(beside["n_others"].unique())
-    company = f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
-    what = f"{verdict.n_texts} texts of {verdict.n_domains} domains beside {company} others in one batch"
+    of, sizes = SimpleNamespace(**verdict.counts), [str(n) for n in sorted(beside["n_others"].unique())]
+    company = " or ".join(filter(None, (", ".join(sizes[:-1]), sizes[-1])))
+    what = f"{of.n_texts} texts of {of.n_domains} domains beside {company} others in one batch"
     if verdict.changed_at:
         first = "Not deterministic, not even alone" if verdict.level == "not" else "Deterministic alone only"
-        low, high = verdict.rate_low, verdict.rate_high
         return (
-            f"{first}: with {what}, {verdict.n_differ:,} of {verdict.n_choices:,} choices differ from those "
-            f"alone ({verdict.rate:.2%}, 95 % interval over texts {low:.2%} to {high:.2%}), in "
-            f"{verdict.n_runs_differ} of {verdict.n_runs} batches and {len(verdict.changed_at)} of {n_loads} "
-            f"loads; the smallest is {verdict.changed_at[0]}."
+            f"{first}: with {what}, {of.n_differ:,} of {of.n_choices:,} choices differ from those alone "
+            f"({of.rate:.2%}, 95 % interval over texts {of.rate_low:.2%} to {of.rate_high:.2%}), in "
+            f"{of.n_runs_differ} of {of.n_runs} batches and {len(verdict.changed_at)} of {n_loads} loads; "
+            f"the smallest is {verdict.changed_at[0]}."
         )
     first = "Deterministic under load" if verdict.level == "under load" else "Not deterministic alone"
     n, missing = len(verdict.failed), ""
@@ -325,8 +296,8 @@ def _sentence(verdict: UnderLoad, beside: pd.DataFrame, n_loads: int) -> str:
         missing = f" {n} load{'s' if n > 1 else ''} did not run ({verdict.failed[0]})."
     changed = int((beside["same_output"] == False).sum())  # noqa: E712 - None does not count
     return (
-        f"{first}: with {what}, 0 of {verdict.n_choices:,} choices differ from those alone. Logits move by "
-        f"up to {beside['logit_drift'].max():.2g}, and {changed} of {len(beside)} greedy answers change. "
-        f"95 % upper bounds: {verdict.runs_bound:.1%} of batches (0 of {verdict.n_runs} differ), "
-        f"{verdict.texts_bound:.0%} of texts (0 of {verdict.n_texts}).{missing}"
+        f"{first}: with {what}, 0 of {of.n_choices:,} choices differ from those alone. Logits move by up to "
+        f"{of.logit_drift:.2g}, and {changed} of {len(beside)} greedy answers change. 95 % upper bounds: "
+        f"{of.runs_bound:.1%} of batches (0 of {of.n_runs} differ), {of.texts_bound:.0%} of texts (0 of "
+        f"{of.n_texts}).{missing}"
     )

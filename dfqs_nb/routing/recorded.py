@@ -106,18 +106,10 @@ class RecordedModel:
             "first_file_bytes": header.file_size,
             "header_sha256": hashlib.sha256(header.raw).hexdigest(),
         }
-        return Trace(
-            tokens=np.asarray(tokens, np.int32),
-            **self.recorder.arrays(),
-            conditions={
-                "model": identity,
-                **self.model.conditions(),
-                "n_sequences": self.n_sequences,
-                "unified": self.unified,
-                **conditions,
-            },
-            logits=logits,
-        )
+        sequences = {"n_sequences": self.n_sequences, "unified": self.unified}
+        about = {"model": identity, **self.model.conditions(), **sequences, **conditions}
+        evaluated = np.asarray(tokens, np.int32)
+        return Trace(tokens=evaluated, **self.recorder.arrays(), conditions=about, logits=logits)
 
 
 @contextmanager
@@ -161,12 +153,11 @@ class Schedule:
         ([range(0, 4), range(4, 5)], [range(5, 6), range(6, 7)])
         """
         cut = n_tokens if self.prefill is None else min(self.prefill, n_tokens)
-        step = 1 if self.decode else n_batch
-        return _ranges(0, cut, n_batch), _ranges(cut, n_tokens, step)
-
-
-def _ranges(start: int, stop: int, step: int) -> list[range]:
-    return [range(at, min(at + step, stop)) for at in range(start, stop, step)]
+        parts = (0, cut, n_batch), (cut, n_tokens, 1 if self.decode else n_batch)
+        first, second = (
+            [range(i, min(i + step, end)) for i in range(at, end, step)] for at, end, step in parts
+        )
+        return first, second
 
 
 def record(
@@ -189,19 +180,23 @@ def record(
     """
     schedule, model = schedule or Schedule(), recorded.model
     recorded.clear()
-    kept, last = _KeptLogits(model.n_vocab) if logits else None, -1
+    kept, token = _KeptLogits(model.n_vocab) if logits else None, -1
     for number, calls in enumerate(schedule.parts(len(tokens), model.settings.n_batch)):
         if number == 1 and schedule.restore:
             model.restore(model.save())
         for call in calls:
             rows = recorded.feed(tokens[call.start : call.stop])
-            last = int(rows[-1].argmax())
+            token = int(rows[-1].argmax())
             if kept is not None:
                 kept.add(rows)
-    output = _continue(recorded, last, n_output)
+    output = list[int]()
+    room = min(n_output, model.settings.n_ctx - model.n_past)
+    while len(output) < room and not model.ends(token):
+        output.append(token)
+        token = int(recorded.feed([token], listen=False)[0].argmax())
     conditions = {**vars(schedule), "n_output": n_output}
     trace = recorded.trace(tokens, logits=kept.logits() if kept is not None else None, **conditions)
-    return replace(trace, output=output)
+    return replace(trace, output=np.array(output, np.int32))
 
 
 class _KeptLogits:
@@ -225,15 +220,6 @@ class _KeptLogits:
         """All that was kept, in this order."""
         digest, best, values = (column.array()[order] for column in self._columns)
         return Logits(digest, best, self._sample, values)
-
-
-def _continue(recorded: RecordedModel, token: int, n_tokens: int) -> np.ndarray:
-    """The greedy continuation that begins with ``token``; nothing is recorded."""
-    model, output = recorded.model, list[int]()
-    while len(output) < min(n_tokens, model.settings.n_ctx - model.n_past) and not model.ends(token):
-        output.append(token)
-        token = int(recorded.feed([token], listen=False)[0].argmax())
-    return np.array(output, np.int32)
 
 
 # ---- several sequences in one batch ----
@@ -289,6 +275,7 @@ class Together:
         if recorded.recorder is None:
             raise RoutingError("this model was opened without a recorder", hint="open it with listen=True")
         self.recorded, self.recorder = recorded, recorded.recorder
+        self._n_ubatch = min(recorded.model.settings.n_batch, recorded.model.settings.n_ubatch)
         self.rule, possible = "simple", list(RULES)
         if recorded.n_sequences > 1:
             for slots in ([0, 0, 0, 1], [0, 0, 0, recorded.n_sequences - 1]):
@@ -300,11 +287,6 @@ class Together:
                 raise RoutingError("llama.cpp cuts batches in an unknown way", hint="report the architecture")
             self.rule = possible[0]
         recorded.clear()
-
-    @property
-    def _n_ubatch(self) -> int:
-        settings = self.recorded.model.settings
-        return min(settings.n_batch, settings.n_ubatch)
 
     def feed(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> tuple[Any, Any]:
         """Evaluate a batch of entries: their logits, a view in the batch's order, and the order of the rows.
@@ -369,37 +351,33 @@ def record_together(
     together.recorded.clear()
     kept, places = _KeptLogits(model.n_vocab), list[np.ndarray]()
     line = [list(text) for text in texts]  # what is, or will be, evaluated of each
-    done, ended, step = [0] * len(texts), [False] * len(texts), 0
-    while not all(ended):
-        chunks = {
-            slot: range(done[slot], n_prefill if done[slot] == 0 else done[slot] + 1)
-            for slot in range(len(texts))
-            if arrivals[slot] <= step and not ended[slot]
-        }
-        entries = np.array([(slot, at) for slot, chunk in chunks.items() for at in chunk]).reshape(-1, 2)
+    done, active, step = [0] * len(texts), set(range(len(texts))), 0
+    while active:
+        ready = [slot for slot in sorted(active) if arrivals[slot] <= step]
         step += 1
-        if not len(entries):
+        ends = [n_prefill if done[slot] == 0 else done[slot] + 1 for slot in ready]
+        entries = [(slot, at) for slot, end in zip(ready, ends, strict=True) for at in range(done[slot], end)]
+        if not entries:
             continue
-        tokens = [line[slot][at] for slot, at in entries]
-        rows, order = together.feed(entries[:, 0].tolist(), tokens, entries[:, 1].tolist())
+        slots, positions = zip(*entries, strict=True)
+        rows, order = together.feed(slots, [line[slot][at] for slot, at in entries], positions)
         kept.add(rows[order])
-        places.append(entries[order])
-        last = np.cumsum([len(chunk) for chunk in chunks.values()]) - 1
-        for slot, row in zip(chunks, last, strict=True):
-            done[slot] = chunks[slot].stop
-            if done[slot] >= n:
-                token = int(rows[row].argmax())
-                over = model.ends(token) or len(line[slot]) - n >= n_output
-                line[slot] += [] if over else [token]
-                ended[slot] = over or len(line[slot]) - n >= n_output
+        places.append(np.array(entries)[order])
+        last = dict(zip(slots, rows.argmax(axis=1).tolist(), strict=True))  # after the last of each
+        for slot, end in zip(ready, ends, strict=True):
+            done[slot] = end
+            going_on = end < n
+            if not going_on and n_output and not model.ends(last[slot]):
+                line[slot].append(last[slot])
+                going_on = len(line[slot]) - n < n_output
+            if not going_on:
+                active.remove(slot)
     place = np.concatenate(places)
     order = np.lexsort((place[:, 1], place[:, 0]))
     order = order[place[order, 1] < n]
-    every = [token for text in texts for token in text]
     trace = together.recorded.trace([0] * len(place), rule=together.rule, **conditions)
     output = np.full((len(texts), n_output), -1, np.int32)
     for slot, text in enumerate(line):
-        answer = text[n : n + n_output]
-        output[slot, : len(answer)] = answer
-    trace = replace(trace.rows(order), tokens=np.array(every, np.int32), output=output)
-    return replace(trace, logits=kept.logits(order))
+        output[slot, : len(text) - n] = text[n:]
+    tokens = np.array(texts, np.int32).ravel()
+    return replace(trace.rows(order), tokens=tokens, output=output, logits=kept.logits(order))

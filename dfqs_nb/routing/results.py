@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -92,8 +92,10 @@ class Experiment:
         load = self.under_load
         passed = None if load.level == "not judged" else load.passed
         facts = {**vars(self.verdict), "load_passed": passed, "load_sentence": load.sentence}
+        under_load = {**vars(load), **load.counts}
+        del under_load["counts"]
         loads = self.load_table().to_dict("records")
-        return {**facts, "under_load": asdict(load), "loads": loads, "left_out": self.left_out}
+        return {**facts, "under_load": under_load, "loads": loads, "left_out": self.left_out}
 
     @property
     def left_out(self) -> list[str]:
@@ -109,25 +111,19 @@ class Experiment:
         """What this experiment showed, in sentences made from its counts."""
         ranked = verdict.sensitivities(self.table)
         runtime = ranked[ranked["kind"] != "weights"]
-        moved, what = (
+        column, what = (
             ("n_differ", "an expert choice") if self.reference.routed else ("logit_drift", "a logit")
         )
-        n_moved = int((runtime[moved] > 0).sum())
-        lines = [
-            self.under_load.sentence,
-            self.verdict.text,
-            f"{n_moved} of {len(runtime)} changes of settings changed {what}."
-            if len(runtime)
-            else "No change of settings was tried.",
-        ]
+        moved = f"{int((runtime[column] > 0).sum())} of {len(runtime)} changes of settings changed {what}."
+        lines = [self.under_load.sentence, self.verdict.text]
+        lines.append(moved if len(runtime) else "No change of settings was tried.")
         one_cache = self.traces.get("alone, one cache")
         if one_cache is not None and one_cache.conditions["rule"] != "simple":
             lines.append("llama.cpp keeps a cache a sequence here, even if asked for one.")
         if n := len(self.left_out):
             names = "; ".join(self.left_out[:8])
             lines.append(f"Left out to fit into the budget: {n} runs ({names}{'; ...' if n > 8 else ''}).")
-        flipped = self.flips()
-        if len(flipped):
+        if len(flipped := self.flips()):
             typical, close = self.margins()["margin"].median(), flipped["margin"].median()
             lines.append(f"The median margin is {typical:.2g}, and {close:.2g} where a choice flipped.")
         return lines
@@ -184,9 +180,8 @@ class Experiment:
 
     def flips(self) -> pd.DataFrame:
         """Flips under changes of settings: ``condition``, ``kind``, ``token``, ``layer``, ``margin``."""
-        parts = [
-            compare.flips(a, b).assign(condition=row.condition, kind=row.kind) for row, a, b in self._pairs()
-        ]
+        about = ((row, compare.flips(a, b)) for row, a, b in self._pairs())
+        parts = [table.assign(condition=row.condition, kind=row.kind) for row, table in about]
         return _joined(parts, ["condition", "kind", "token", "layer", "margin"])
 
     def drifts(self) -> pd.DataFrame:
@@ -196,24 +191,21 @@ class Experiment:
         """
         import pandas as pd
 
-        token = np.arange(len(self.tokens))
         parts = []
         for row, a, b in self._pairs():
             flipped = compare.differences(a, b)[:, ~a.hashed].sum(axis=1)
-            columns = {"token": token, "drift": compare.drifts(a, b), "flips": flipped}
-            parts.append(pd.DataFrame({"condition": row.condition, **columns}))
-        table = _joined(parts, ["condition", "token", "drift", "flips"])
-        return table[table["drift"] > 0].reset_index(drop=True)
+            moved = pd.DataFrame({"drift": compare.drifts(a, b), "flips": flipped}).rename_axis("token")
+            parts.append(moved[moved["drift"] > 0].reset_index().assign(condition=row.condition))
+        return _joined(parts, ["condition", "token", "drift", "flips"])
 
     def margins(self) -> pd.DataFrame:
         """The margin of every choice of the reference: ``token``, ``layer``, ``margin``; no hash layers."""
         import pandas as pd
 
-        trace = self.reference
-        scored = trace.layers[~trace.hashed]
-        token, layer = np.repeat(np.arange(trace.n_tokens), len(scored)), np.tile(scored, trace.n_tokens)
-        values = trace.margin[:, ~trace.hashed].ravel()
-        return pd.DataFrame({"token": token, "layer": layer, "margin": values})
+        trace, scored = self.reference, ~self.reference.hashed
+        names = ["token", "layer"]
+        index = pd.MultiIndex.from_product([range(trace.n_tokens), trace.layers[scored]], names=names)
+        return pd.DataFrame({"margin": trace.margin[:, scored].ravel()}, index).reset_index()
 
     def positions(self) -> pd.DataFrame:
         """Flips along the context, pooled over the changes of runtime settings.
@@ -230,9 +222,8 @@ class Experiment:
         import pandas as pd
 
         pairs, scored = self._pairs(), ~self.reference.hashed
-        margins = self.reference.margin[:, scored]
+        margins, rows = self.reference.margin[:, scored], []
         flips = sum((compare.differences(a, b)[:, scored] for _, a, b in pairs), np.zeros(margins.shape, int))
-        rows = []
         for start, end in pairwise(edges):
             near = margins[start:end]
             quantiles = np.quantile(near, [0.05, 0.5, 0.95]) if near.size else [np.nan] * 3
@@ -302,10 +293,10 @@ class Experiment:
                 "cross_coverage": profile.cross_coverage().reset_index(),
             }
             written = [write_profile(Path(folder) / "routing_profile.json", profile, self.layer_bytes)]
-        there = {name: table for name, table in tables.items() if len(table.columns)}
         return written + [
             write_table(Path(folder) / f"routing_{name}.csv", table, index=False)
-            for name, table in there.items()
+            for name, table in tables.items()
+            if len(table.columns)
         ]
 
 

@@ -291,8 +291,8 @@ def rows_of(n_differ: dict[str, int], n_texts: int = 16) -> pd.DataFrame:
 def test_nothing_changed_bounds_batches_and_texts():
     verdict = judge_loads(rows_of({"a": 0, "b": 0}), True)
     assert verdict.passed and verdict.level == "under load"
-    assert verdict.runs_bound == pytest.approx(1 - 0.05 ** (1 / 4))
-    assert verdict.texts_bound == pytest.approx(1 - 0.05 ** (1 / 16))
+    assert verdict.counts["runs_bound"] == pytest.approx(1 - 0.05 ** (1 / 4))
+    assert verdict.counts["texts_bound"] == pytest.approx(1 - 0.05 ** (1 / 16))
     assert verdict.sentence.startswith("Deterministic under load: with 16 texts of 4 domains")
     assert judge_loads(rows_of({"a": 0}), False).level == "not"
     assert not judge_loads(rows_of({"a": 0}), True, ["b: failed"]).passed
@@ -301,7 +301,8 @@ def test_nothing_changed_bounds_batches_and_texts():
 def test_a_changed_choice_names_its_loads_with_an_interval_over_texts():
     verdict = judge_loads(rows_of({"a": 0, "b": 3}), True)
     assert not verdict.passed and verdict.level == "alone" and verdict.changed_at == ("b",)
-    assert verdict.rate == 3 / 3200 and 0 <= verdict.rate_low < verdict.rate < verdict.rate_high
+    rates = [verdict.counts[name] for name in ("rate_low", "rate", "rate_high")]
+    assert rates[1] == 3 / 3200 and 0 <= rates[0] < rates[1] < rates[2]
     assert "Deterministic alone only" in verdict.sentence and "the smallest is b" in verdict.sentence
 
 
