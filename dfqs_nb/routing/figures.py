@@ -15,12 +15,7 @@ if TYPE_CHECKING:
 
 
 def load_rates(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Texts and logits that change beside others, one row a load.
-
-    Args:
-        table: columns ``load``, ``n_others``, ``n_texts``, ``n_texts_differ``, ``texts_bound``,
-            ``logits_equal`` and ``texts_equal``, one row a load.
-    """
+    """Texts and logits that change beside others, one row a load; ``table`` of `loads.load_table`."""
     table = table[table["n_others"] > 0].sort_values("n_others", kind="stable", ignore_index=True)
     ax = new_axes(ax, 1.4 + 0.3 * len(table))
     rows = np.arange(len(table))
@@ -45,12 +40,7 @@ def load_rates(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def routing_agreement(agreement: pd.DataFrame, n_tokens: int, ax: Axes | None = None) -> Axes:
-    """Share of identical expert sets, one tile for each condition and layer.
-
-    Args:
-        agreement: index condition, one column a layer, values 0 to 1.
-        n_tokens: expert sets a tile.
-    """
+    """Share of different expert sets, of ``n_tokens`` a tile; of `Experiment.agreement`."""
     ax = new_axes(ax, 1.2 + 0.24 * len(agreement))
     differ = 1 - agreement.to_numpy(float)
     most = float(differ.max())
@@ -70,12 +60,7 @@ def routing_agreement(agreement: pd.DataFrame, n_tokens: int, ax: Axes | None = 
 
 
 def router_margins(margins: pd.DataFrame, flips: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """The router's margins, with the choices that flipped marked below.
-
-    Args:
-        margins: column ``margin``, one row a choice.
-        flips: columns ``margin`` and ``kind``, one row a choice that differed under a change of settings.
-    """
+    """The router's margins, with the choices that flipped below; of `Experiment.margins` and ``flips``."""
     ax = new_axes(ax)
     values = margins["margin"][margins["margin"] > 0]
     edges = np.geomspace(values.min(), values.max(), 40)
@@ -137,11 +122,7 @@ def usage_by_domain(
 
 
 def coverage_curves(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """How much of the gate mass the heaviest experts of a layer carry, one curve a domain.
-
-    Args:
-        coverage: of `Profile.coverage`.
-    """
+    """How much of the gate mass the heaviest experts of a layer carry; of `Profile.coverage`."""
     ax = new_axes(ax)
     names = [name for name in coverage if name != "experts"]
     for number, name in enumerate(names):
@@ -162,11 +143,7 @@ def coverage_curves(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def placement_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Reads of experts served from fast memory, by budget: whole layers, and single experts.
-
-    Args:
-        table: of `placement.placement`.
-    """
+    """Reads of experts served from fast memory, by budget; ``table`` of `placement.placement`."""
     ax = new_axes(ax)
     places, width = np.arange(len(table)), 0.38
     hottest, label = (
@@ -188,12 +165,7 @@ def placement_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def flips_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """The rate of flips, and the router's margin, along the context.
-
-    Args:
-        positions: columns ``start``, ``end`` (tokens), ``n``, ``rate``, ``rate_low``, ``rate_high`` (95 %
-            interval), ``margin_p5`` and ``margin_median``.
-    """
+    """The rate of flips, and the router's margin, along the context; of `Experiment.positions`."""
     ax = new_axes(ax)
     ends, rates = positions["end"], positions["rate"]
     middle = np.sqrt(ends * positions["start"].clip(lower=ends.min() / 2))
@@ -217,11 +189,7 @@ def flips_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def drift_by_flips(tokens: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """How far a token's logits move, by the number of layers in which its experts changed.
-
-    Args:
-        tokens: columns ``drift`` (largest change of a logit, above 0) and ``flips`` (layers).
-    """
+    """How far a token's logits move, by the layers in which its experts changed; of `Experiment.drifts`."""
     groups = [(flips, group["drift"]) for flips, group in tokens.groupby("flips")]
     ax = new_axes(ax, 1.2 + 0.45 * len(groups))
     for row, (_, drift) in enumerate(groups):

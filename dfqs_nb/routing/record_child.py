@@ -35,24 +35,18 @@ def tokenize_job(job: dict[str, Any]) -> dict[str, Any]:
     LOG.install()
     shards = open_shards(job["path"])
     child.tell(stage="while reading its vocabulary")
+    path = str(shards.paths[0])
     try:
         with default_model_params(vocab_only=True):
-            vocabulary = LlamaModel(
-                path_model=str(shards.paths[0]), params=api.llama_model_default_params(), verbose=False
-            )
+            params = api.llama_model_default_params()
+            vocabulary = LlamaModel(path_model=path, params=params, verbose=False)
     except ValueError as error:
         raise refusal(shards.paths[0]) from error
-    llama: Any = SimpleNamespace(
-        _model=vocabulary,
-        tokenize=vocabulary.tokenize,
-        token_bos=vocabulary.token_bos,
-        token_eos=vocabulary.token_eos,
-        close=vocabulary.close,
-    )
+    names = ("tokenize", "token_bos", "token_eos", "close")
+    llama: Any = SimpleNamespace(_model=vocabulary, **{name: getattr(vocabulary, name) for name in names})
     nothing: Any = None  # is estimated or tried
     with Model(llama, shards.paths[0], shards.as_one, OpenSettings(), nothing, nothing, 0.0) as model:
-        has_template = bool(model.header.get("tokenizer.chat_template"))
-        question = job["question"]
+        has_template, question = bool(model.header.get("tokenizer.chat_template")), job["question"]
         asked = chat_prompt(model, question) if has_template else model.tokenize(question, special=False)
         texts = [model.tokenize(text, special=False) for text in job["texts"]]
         return {"question": asked, "texts": texts, "bos": model.bos}
@@ -72,7 +66,11 @@ def record_job(job: dict[str, Any]) -> None:
         loaded, scale = time.monotonic() - started, job["scale"]
         if not scale:
             child.tell(stage="while measuring its speed")
-            costs = _probe(recorded, job["tokens"], loaded)
+            clock = [time.monotonic()]
+            for part in (job["tokens"][:PROBE_TOKENS], job["tokens"][:1], job["tokens"][:1]):
+                recorded.feed(part)
+                clock.append(time.monotonic())
+            costs = Costs(loaded, (clock[1] - clock[0]) / PROBE_TOKENS, clock[3] - clock[2])
             scale, kept = fit(job["all_runs"], costs, job["budget_seconds"])
             child.tell(plan={"scale": scale, "kept": kept, **vars(costs)})
             runs = [run for run in runs if run["name"] in kept]
@@ -88,15 +86,6 @@ def record_job(job: dict[str, Any]) -> None:
                 child.tell(done=run["name"], why=error.what)
             else:
                 child.tell(done=run["name"], why="", seconds=time.monotonic() - began)
-
-
-def _probe(recorded: RecordedModel, tokens: list[int], load_seconds: float) -> Costs:
-    """Seconds to load, and for a token of prefill and of decode."""
-    clock = [time.monotonic()]
-    for part in (tokens[:PROBE_TOKENS], tokens[:1], tokens[:1]):
-        recorded.feed(part)
-        clock.append(time.monotonic())
-    return Costs(load_seconds, (clock[1] - clock[0]) / PROBE_TOKENS, clock[3] - clock[2])
 
 
 def _evaluate(recorded: RecordedModel, run: dict[str, Any], job: dict[str, Any]) -> Trace:
@@ -121,7 +110,8 @@ def _evaluate(recorded: RecordedModel, run: dict[str, Any], job: dict[str, Any])
         return trace
     texts = [job["texts"][member] for member in load.members]
     about |= {**_named(texts), "lengths": [load.n_tokens] * len(texts), "load": load.label}
-    lines = [_repeated(text["tokens"], load.n_tokens) for text in texts]
+    n = load.n_tokens  # a text that is too short begins again
+    lines = [(text["tokens"] * (n // len(text["tokens"]) + 1))[:n] for text in texts]
     together = Together(recorded)
     if load.kind == "alone":
         each = [record_together(together, [line], [0], load.n_prefill, LOAD_OUTPUT) for line in lines]
@@ -131,11 +121,6 @@ def _evaluate(recorded: RecordedModel, run: dict[str, Any], job: dict[str, Any])
 
 def _named(texts: list[dict[str, Any]]) -> dict[str, list[str]]:
     return {"sequences": [text["name"] for text in texts], "domains": [text["domain"] for text in texts]}
-
-
-def _repeated(tokens: list[int], n: int) -> list[int]:
-    """Exactly n tokens of a text, which begins again where it is too short."""
-    return (tokens * (n // len(tokens) + 1))[:n]
 
 
 if __name__ == "__main__":

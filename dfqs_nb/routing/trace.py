@@ -174,30 +174,28 @@ def trace_frames(trace: Trace) -> Iterable[pd.DataFrame]:
     """
     import pandas as pd
 
-    about = trace.conditions
+    about, (_, n_layers, k) = trace.conditions, trace.experts.shape
     names, domains = about.get("sequences") or ["text"], about.get("domains") or [""]
     lengths = about.get("lengths") or [trace.n_tokens]
     places = np.repeat(np.arange(len(lengths)), lengths)
     positions = np.concatenate([np.arange(n) for n in lengths])
-    _, n_layers, k = trace.experts.shape
     for start in range(0, trace.n_tokens, EXPORT_TOKENS):
         rows = np.arange(start, min(start + EXPORT_TOKENS, trace.n_tokens))
         each = np.repeat(rows, n_layers * k)
         sequence = places[each]
-        yield pd.DataFrame(
-            {
-                "load": about.get("load", "alone"),
-                "domain": np.array(domains)[sequence % len(domains)],
-                "sequence": np.array(names)[sequence],
-                "position": positions[each],
-                "token": trace.tokens[each],
-                "layer": np.tile(np.repeat(trace.layers, k), len(rows)),
-                "rank": np.tile(np.arange(k), len(rows) * n_layers),
-                "expert": trace.experts[rows].ravel(),
-                "weight": trace.weights[rows].ravel(),
-                "margin": np.repeat(trace.margin[rows].ravel(), k),
-            }
+        columns = (
+            about.get("load", "alone"),
+            np.array(domains)[sequence % len(domains)],
+            np.array(names)[sequence],
+            positions[each],
+            trace.tokens[each],
+            np.tile(np.repeat(trace.layers, k), len(rows)),
+            np.tile(np.arange(k), len(rows) * n_layers),
+            trace.experts[rows].ravel(),
+            trace.weights[rows].ravel(),
+            np.repeat(trace.margin[rows].ravel(), k),
         )
+        yield pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
 
 
 def require_csv(path: str | Path) -> Path:
@@ -230,10 +228,9 @@ def export(traces: Iterable[Trace], path: str | Path) -> Path:
     path = require_csv(path)
     compression = "gzip" if path.name.endswith(".gz") else None
     with whole_file(path, "wb") as file:
-        first = True
-        for trace in traces:
+        for number, trace in enumerate(traces):
             trace.require_routed()
-            for frame in trace_frames(trace):
-                frame.to_csv(file, header=first, index=False, compression=compression, float_format="%.6g")
-                first = False
+            for part, frame in enumerate(trace_frames(trace)):
+                options = {"header": number == part == 0, "index": False, "float_format": "%.6g"}
+                frame.to_csv(file, compression=compression, **options)
     return path

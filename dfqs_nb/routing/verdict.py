@@ -41,19 +41,16 @@ class Determinism:
     """Whether routing was deterministic under identical conditions.
 
     Attributes:
-        passed: no expert set differed, and every repetition ran.
+        passed, failed_runs: no expert set differed, and every repetition ran; those that did not.
         routed: whether the model has routers that score; else only logits are judged.
         n_tokens, n_layers, n_runs: different tokens, the layers that score, and repeated runs: one a
             repetition of the text, and one for each short text.
-        n_choices: tokens x layers, over all repetitions.
-        n_differ: of these, how many chose another set.
+        n_choices, n_differ: tokens x layers, over all repetitions, and how many chose another set.
         n_runs_differ: runs in which anything judged differed (sets; of a dense model, logits).
         upper_bound: 95 % upper bound on the rate of such choices if choices were independent, which those of
-            one text are not: the bound on runs is the one to quote.
-        runs_upper_bound: 95 % upper bound on the rate of runs that differ.
+            one text are not: the bound on runs (``runs_upper_bound``) is the one to quote.
         logits_equal: share of tokens whose logits were equal bit for bit.
         same_output: whether every greedy continuation was equal.
-        failed_runs: repetitions that did not run.
         load_passed, load_sentence: whether routing stays the same beside others in one batch, which is what
             DFQS's "under standard inference loads" is judged by; None and "" where that was not judged.
     """
