@@ -27,8 +27,7 @@ class TraceDifference:
 
     Attributes:
         n_tokens, n_layers: what was compared; hash layers are not in ``n_layers``.
-        n_choices: tokens x layers.
-        n_differ: choices whose expert sets differ.
+        n_choices, n_differ: tokens x layers, and of these, those whose expert sets differ.
         share_identical: of expert sets; NaN where there are none.
         overlap: mean share of the k experts that both runs chose.
         first_token, first_layer: where the first different set is; None without one.
@@ -58,8 +57,8 @@ class TraceDifference:
     same_output: bool | None
 
 
-def require_comparable(a: Trace, b: Trace) -> None:
-    """Refuse traces that answer different questions.
+def differences(a: Trace, b: Trace) -> np.ndarray:
+    """Whether the expert sets differ, bool ``(tokens, layers)``.
 
     Raises:
         RoutingError: other tokens, other layers, or another number of experts.
@@ -72,40 +71,24 @@ def require_comparable(a: Trace, b: Trace) -> None:
     routers = [(t.layers.tolist(), t.hashed.tolist(), t.experts.shape, t.n_experts) for t in (a, b)]
     if routers[0] != routers[1]:
         raise RoutingError("the traces are of models with different routers", hint="compare like with like")
-
-
-def differences(a: Trace, b: Trace) -> np.ndarray:
-    """Whether the expert sets differ, bool ``(tokens, layers)``.
-
-    Raises:
-        RoutingError: the traces are not of the same tokens and the same routers.
-    """
-    require_comparable(a, b)
-    differ: np.ndarray = (np.sort(a.experts, axis=2) != np.sort(b.experts, axis=2)).any(axis=2)
-    return differ
+    return np.asarray((np.sort(a.experts, axis=2) != np.sort(b.experts, axis=2)).any(axis=2))
 
 
 def overlaps(a: Trace, b: Trace) -> np.ndarray:
     """Share of the k chosen experts that both runs chose, float ``(tokens, layers)``."""
     shared = (a.experts[:, :, :, None] == b.experts[:, :, None, :]).any(axis=3)
-    share: np.ndarray = shared.sum(axis=2) / max(1, a.experts.shape[2])
-    return share
+    return np.asarray(shared.sum(axis=2) / max(1, a.experts.shape[2]))
 
 
 def drifts(a: Trace, b: Trace) -> np.ndarray:
     """The largest absolute difference among each token's kept logits, float ``(tokens,)``, or NaN."""
     if a.logits is None or b.logits is None or not np.array_equal(a.logits.ids, b.logits.ids):
         return np.full(a.n_tokens, np.nan)
-    drift: np.ndarray = np.abs(a.logits.values - b.logits.values).max(axis=1)
-    return drift
+    return np.asarray(np.abs(a.logits.values - b.logits.values).max(axis=1))
 
 
 def compare(a: Trace, b: Trace) -> TraceDifference:
-    """Compare two runs, the first one being the reference.
-
-    Raises:
-        RoutingError: they are not of the same tokens and the same routers.
-    """
+    """Compare two runs, the first one being the reference; errors as `differences`."""
     differ, scored = differences(a, b), ~a.hashed
     routed, margins = differ[:, scored], a.margin[:, scored]
     first = np.argwhere(routed)
@@ -131,14 +114,6 @@ def compare(a: Trace, b: Trace) -> TraceDifference:
 
 def _or_nan(statistic: Callable[..., Any], values: np.ndarray) -> float:
     return float(statistic(values)) if values.size else math.nan
-
-
-def flips(a: Trace, b: Trace) -> pd.DataFrame:
-    """One row a different choice: ``token``, ``layer``, and the first run's ``margin``."""
-    import pandas as pd
-
-    tokens, columns = np.nonzero(differences(a, b))
-    return pd.DataFrame({"token": tokens, "layer": a.layers[columns], "margin": a.margin[tokens, columns]})
 
 
 # ---- two files of one model ----
@@ -176,10 +151,9 @@ class Divergence:
     """Whether changed experts predict a changed prediction: KL divergence regressed on them, by token.
 
     Attributes:
-        n_tokens, n_logits: tokens, and logits of each that the divergence is computed from (a sample of a
-            large vocabulary).
-        kl: mean KL divergence from the reference, in nats.
-        kl_same, kl_changed: of tokens without and with a changed expert set; NaN where there are none.
+        n_tokens, n_logits: tokens, and logits of each (a sample of a large vocabulary).
+        kl, kl_same, kl_changed: mean KL divergence from the reference in nats, of all tokens and of those
+            without and with a changed expert set (NaN where there are none).
         slope, low, high: nats for each changed layer, with a 95 % interval from drawing blocks of tokens.
     """
 

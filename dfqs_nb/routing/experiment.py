@@ -8,6 +8,7 @@ made under the same conditions is not made again.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,6 @@ from dfqs_nb.routing.plan import Condition, conditions, with_references
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.results import Experiment
 from dfqs_nb.routing.trace import Trace, load_trace, require_csv
-from dfqs_nb.routing.verdict import comparison_table
 
 if TYPE_CHECKING:
     from dfqs_nb.routing.loads import Text
@@ -106,10 +106,8 @@ def run_experiment(
     Args:
         path: the GGUF file, or any shard of it.
         folder: keeps the traces; made if missing.
-        settings: the reference's; by default a context that holds text and answer.
-        n_tokens: length of the text.
-        n_output: tokens of the greedy answer.
-        n_threads, n_gpu_layers: of the reference, where ``settings`` does not say.
+        settings: the reference's; by default ``n_threads``, ``n_gpu_layers``, and a context that suffices.
+        n_tokens, n_output: of the text, and of the greedy answer.
         other: another quantization to compare with, as in `quantizations`.
         texts: a folder of texts for loads and profile, a subfolder a domain; empty: the workbook's own.
         budget_minutes: lengths are halved and runs left out until it fits, as in `plan.fit`; 0: no bound.
@@ -139,19 +137,8 @@ def run_experiment(
     traces, status = recording.traces, recording.status
     if "prefill" not in traces:
         raise ModelError(f"the reference run failed: {status['prefill']}", where=path, hint="lower n_ctx")
-    experiment = Experiment(
-        traces["prefill"].tokens,
-        comparison_table(planned, traces, status),
-        traces,
-        settings,
-        recording.n_made,
-        len(traces) - recording.n_made,
-        loads={c.name: c.load for c in planned if c.load and c.kind in ("alone", "load")},
-        texts=given,
-        status=status,
-        plan=recording.plan_sentence,
-        path=Path(path),
-    )
+    about = planned, traces, status, recording.n_made, given, recording.plan_sentence
+    experiment = Experiment(Path(path), settings, *about)
     if str(export):
         experiment.export(export)
     return experiment
@@ -291,17 +278,9 @@ class Recording:
         return True
 
     def _file(self, name: str) -> Path:
-        return (self.folder / f"{_file_name(name)}.npz").resolve()
+        word = re.sub(r"[^\w.]+", "-", name).strip("-")
+        return (self.folder / f"{word}.npz").resolve()
 
 
 def _identity(path: Path) -> list[Any]:
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in open_shards(path).paths]
-
-
-def _file_name(name: str) -> str:
-    """A condition's name as a file name.
-
-    >>> _file_name("KV cache q8_0"), _file_name("prefill, fresh process")
-    ('KV-cache-q8_0', 'prefill-fresh-process')
-    """
-    return "-".join("".join(c if c.isalnum() or c in "_." else " " for c in name).split())

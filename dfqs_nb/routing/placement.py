@@ -9,7 +9,8 @@ rate is cross-validated over texts.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,24 +33,29 @@ BUDGETS = (0.1, 0.25, 0.5, 0.75)  # of the bytes of all routed experts
 EXPERT_TENSOR = re.compile(r"blk\.(\d+)\.ffn_\w+_exps\.(?:weight|bias)")
 
 
+def _expert_tensors(headers: Sequence[GGUFHeader]) -> Iterator[tuple[int, int]]:
+    """Layer and bytes of each tensor of routed experts."""
+    for tensor in (tensor for header in headers for tensor in header.tensors):
+        if match := EXPERT_TENSOR.fullmatch(tensor.name):
+            yield int(match[1]), tensor.nbytes
+
+
 def require_experts(path: str | Path) -> None:
     """Refuse a dense model by its header, before anything is loaded.
 
     Raises:
         ModelError: it has no routed experts.
     """
-    if not any(EXPERT_TENSOR.fullmatch(t.name) for h in open_shards(path).headers for t in h.tensors):
+    if not any(_expert_tensors(open_shards(path).headers)):
         hint = "only the determinism of its logits can be measured: leave --export out"
         raise ModelError("no routed experts here: a dense model", where=path, hint=hint)
 
 
 def expert_bytes(path: str | Path, layers: np.ndarray) -> np.ndarray:
     """Bytes of all routed experts of each of these layers, from the header, int64 ``(L,)``."""
-    sizes: dict[int, int] = {}
-    for header in open_shards(path).headers:
-        for tensor in header.tensors:
-            if match := EXPERT_TENSOR.fullmatch(tensor.name):
-                sizes[int(match[1])] = sizes.get(int(match[1]), 0) + tensor.nbytes
+    sizes = Counter[int]()
+    for layer, nbytes in _expert_tensors(open_shards(path).headers):
+        sizes[layer] += nbytes
     return np.array([sizes[int(layer)] for layer in layers], np.int64)
 
 
@@ -106,19 +112,19 @@ def write_profile(path: str | Path, profile: Profile, layer_bytes: np.ndarray) -
     Keys ``format`` (1), ``model`` (name, architecture, SHA-256 of its header), ``experts_used`` (k),
     ``texts``, ``tokens``, and ``layers``: ``layer``, ``hashed``, ``expert_bytes``, ``reads`` (domains alike).
     """
-    shares = profile.usage()["share"].to_numpy().reshape(len(layer_bytes), -1)
-    layers: list[dict[str, Any]] = [
+    trace, shares = profile.trace, profile.usage()["share"].to_numpy().reshape(len(layer_bytes), -1)
+    layers = [
         {
-            "layer": int(layer),
-            "hashed": bool(profile.trace.hashed[column]),
-            "expert_bytes": int(layer_bytes[column] // profile.trace.n_experts),
+            "layer": int(trace.layers[column]),
+            "hashed": bool(trace.hashed[column]),
+            "expert_bytes": int(layer_bytes[column] // trace.n_experts),
             "reads": (shares[column] * profile.k).round(6).tolist(),
         }
-        for column, layer in enumerate(profile.trace.layers)
+        for column in range(len(layer_bytes))
     ]
-    about = {"model": profile.trace.conditions.get("model"), "experts_used": profile.k}
-    sizes = {"texts": len(profile.names), "tokens": profile.trace.n_tokens}
-    return write_json(path, {"format": 1, **about, **sizes, "layers": layers})
+    about = {"format": 1, "model": trace.conditions.get("model"), "experts_used": profile.k}
+    sizes = {"texts": len(profile.names), "tokens": trace.n_tokens}
+    return write_json(path, {**about, **sizes, "layers": layers})
 
 
 class _LayerReads(BaseModel):
@@ -126,9 +132,7 @@ class _LayerReads(BaseModel):
     reads: list[NonNegativeFloat]
 
 
-class ProfileFile(BaseModel):
-    """What planning reads of a profile."""
-
+class _ProfileFile(BaseModel):
     format: Literal[1]
     model: dict[str, Any] | None
     texts: int
@@ -146,14 +150,15 @@ def read_profile(path: str | Path, headers: Sequence[GGUFHeader]) -> tuple[dict[
         DfqsError: the file is none, or of another model.
     """
     try:
-        stored = ProfileFile.model_validate(read_json(path))
+        stored = _ProfileFile.model_validate(read_json(path))
     except (OSError, ValueError) as error:
         what = f"not a routing profile ({str(error).splitlines()[0]})"
         raise DfqsError(what, where=path, hint="write it: dfqs-nb routing MODEL") from None
     name = one_line((stored.model or {}).get("name", "a model without a name"))
     layout, layers = experts(headers[0]), {layer.layer: layer.reads for layer in stored.layers}
-    routed = {int(m[1]) for h in headers for t in h.tensors if (m := EXPERT_TENSOR.fullmatch(t.name))}
-    if not set(layers) <= routed or {len(reads) for reads in layers.values()} != {layout.total}:
+    if not set(layers) <= dict(_expert_tensors(headers)).keys() or {
+        len(reads) for reads in layers.values()
+    } != {layout.total}:
         what = f"a profile of another model ({name})"
         raise DfqsError(what, where=path, hint="write one of this model: dfqs-nb routing MODEL")
     return layers, f"{stored.tokens:,} tokens of {stored.texts} texts, recorded on {name}"

@@ -172,8 +172,7 @@ class Profile:
         tallies = _tally(self.trace, self.text * n_parts + place, len(self.names) * n_parts)[0]
         parts = _rates(tallies.reshape(len(self.names), n_parts, *tallies.shape[1:]))
         whole = _rates(self.counts)[:, None]
-        distance: np.ndarray = np.abs(parts - whole).sum(axis=3).mean(axis=(0, 2)) / 2
-        return distance
+        return np.asarray(np.abs(parts - whole).sum(axis=3).mean(axis=(0, 2)) / 2)
 
     # ---- coverage ----
 
@@ -246,21 +245,18 @@ def _tally(trace: Trace, group: np.ndarray, n_groups: int) -> tuple[np.ndarray, 
 
 def _rates(counts: np.ndarray) -> np.ndarray:
     """Each layer's counts as shares of their sum."""
-    shares: np.ndarray = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1e-12)
-    return shares
+    return np.asarray(counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1e-12))
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
     """Shares ``(L, experts)`` from the counts of texts, each text alike."""
-    shares: np.ndarray = _rates(counts).mean(axis=0)
-    return shares
+    return np.asarray(_rates(counts).mean(axis=0))
 
 
 def _distance(shares: np.ndarray, inside: np.ndarray) -> np.ndarray:
     """Total variation between mean shares inside and outside; ``(permutations, L)``."""
     weights = inside / inside.sum(axis=1, keepdims=True) - ~inside / (~inside).sum(axis=1, keepdims=True)
-    distance: np.ndarray = np.abs(np.einsum("pt,tle->ple", weights, shares)).sum(axis=2) / 2
-    return distance
+    return np.asarray(np.abs(np.einsum("pt,tle->ple", weights, shares)).sum(axis=2) / 2)
 
 
 def _heaviest(mass: np.ndarray, level: float) -> np.ndarray:

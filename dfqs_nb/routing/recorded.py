@@ -305,15 +305,13 @@ class Together:
         import llama_cpp.llama_cpp as api
 
         model, n = self.recorded.model, len(tokens)
-        each = (api.llama_seq_id * n)(*slots)  # one sequence an entry, so each points at its own number
-        pointer, width = ctypes.POINTER(api.llama_seq_id), ctypes.sizeof(api.llama_seq_id)
-        addresses = (ctypes.cast(ctypes.addressof(each) + width * i, pointer) for i in range(n))
+        sequence = [ctypes.pointer(api.llama_seq_id(slot)) for slot in slots]  # one an entry
         batch = api.llama_batch(
             n_tokens=n,
             token=(api.llama_token * n)(*tokens),
             pos=(api.llama_pos * n)(*positions),
             n_seq_id=(ctypes.c_int32 * n)(*[1] * n),
-            seq_id=(pointer * n)(*addresses),
+            seq_id=(ctypes.POINTER(api.llama_seq_id) * n)(*sequence),
             logits=(ctypes.c_int8 * n)(*[1] * n),
         )
         self.recorder.begin(n, inputs=True)

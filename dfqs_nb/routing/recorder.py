@@ -243,8 +243,7 @@ class Recorder(Watch):
         )
 
     def _gather(self, starts: np.ndarray, nbytes: int) -> np.ndarray:
-        gathered: np.ndarray = self._staging[starts[:, None] // 4 + np.arange(nbytes // 4)]
-        return gathered
+        return np.asarray(self._staging[starts[:, None] // 4 + np.arange(nbytes // 4)])
 
     def _id_type(self) -> type[np.unsignedinteger[Any]]:
         return np.uint8 if self._shape[1] <= 256 else np.uint16
@@ -303,5 +302,4 @@ def margin(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     last = np.take_along_axis(scores, chosen, axis=1).min(axis=1)
     rest = scores.copy()
     np.put_along_axis(rest, chosen, -np.inf, axis=1)
-    margins: np.ndarray = last - rest.max(axis=1, initial=-np.inf)
-    return margins
+    return np.asarray(last - rest.max(axis=1, initial=-np.inf))

@@ -16,7 +16,7 @@ from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import compare, verdict
 from dfqs_nb.routing.loads import Load, Text, UnderLoad, judge_loads, load_rows, load_table
 from dfqs_nb.routing.placement import expert_bytes, placement, write_profile
-from dfqs_nb.routing.plan import IDENTICAL
+from dfqs_nb.routing.plan import IDENTICAL, Condition
 from dfqs_nb.routing.profile import Profile, profile_of
 from dfqs_nb.routing.trace import Trace, export
 from dfqs_nb.stats import clopper_pearson
@@ -32,28 +32,36 @@ class Experiment:
     """What every condition gave, and what it means.
 
     Attributes:
-        tokens: the text, int32 ``(n,)``.
-        table: one row a comparison; see `verdict.comparison_table`.
-        traces: by the condition's name.
-        settings: the reference's settings.
-        n_made, n_reused: traces recorded now, and kept from earlier.
-        loads, texts: of the runs over the short texts.
-        status: how each condition ended, by its name.
+        path, settings: the model's file, and the reference's settings.
+        planned, status: the conditions, and how each ended, by its name.
+        traces: by the condition's name; ``n_made`` of them were recorded now.
+        texts: the short ones.
         plan: what was run, in a sentence.
-        path: the model's file.
     """
 
-    tokens: np.ndarray = field(repr=False)
-    table: pd.DataFrame = field(repr=False)
-    traces: dict[str, Trace] = field(repr=False)
+    path: Path
     settings: OpenSettings
+    planned: Sequence[Condition] = field(repr=False)
+    traces: dict[str, Trace] = field(repr=False)
+    status: dict[str, str] = field(repr=False)
     n_made: int
-    n_reused: int
-    loads: dict[str, Load] = field(repr=False, default_factory=dict)
-    texts: Sequence[Text] = field(repr=False, default=())
-    status: dict[str, str] = field(repr=False, default_factory=dict)
-    plan: str = ""
-    path: Path = Path()
+    texts: Sequence[Text] = field(repr=False)
+    plan: str
+
+    @property
+    def n_reused(self) -> int:
+        """Traces kept from earlier."""
+        return len(self.traces) - self.n_made
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row a comparison; see `verdict.comparison_table`."""
+        return verdict.comparison_table(self.planned, self.traces, self.status)
+
+    @cached_property
+    def loads(self) -> dict[str, Load]:
+        """Of the runs over the short texts, by the condition's name."""
+        return {c.name: c.load for c in self.planned if c.load and c.kind in ("alone", "load")}
 
     # ---- verdicts ----
 
@@ -111,10 +119,10 @@ class Experiment:
         """What this experiment showed, in sentences made from its counts."""
         ranked = verdict.sensitivities(self.table)
         runtime = ranked[ranked["kind"] != "weights"]
-        column, what = (
-            ("n_differ", "an expert choice") if self.reference.routed else ("logit_drift", "a logit")
-        )
-        moved = f"{int((runtime[column] > 0).sum())} of {len(runtime)} changes of settings changed {what}."
+        routed = self.reference.routed
+        n_moved = int((runtime["n_differ" if routed else "logit_drift"] > 0).sum())
+        what = "an expert choice" if routed else "a logit"
+        moved = f"{n_moved} of {len(runtime)} changes of settings changed {what}."
         lines = [self.under_load.sentence, self.verdict.text]
         lines.append(moved if len(runtime) else "No change of settings was tried.")
         one_cache = self.traces.get("alone, one cache")
@@ -141,7 +149,7 @@ class Experiment:
 
     def _pressure(self) -> tuple[str, str]:
         """Flips in the last against the first quarter of the text, pooled over the changes of settings."""
-        n = len(self.tokens)
+        n = self.reference.n_tokens
         stretches = self._stretches([round(n * i / 4) for i in range(5)])
         (early, n_early), (late, n_late) = stretches[["n_differ", "n_choices"]].iloc[[0, -1]].to_numpy(int)
         if not n_early:
@@ -180,8 +188,13 @@ class Experiment:
 
     def flips(self) -> pd.DataFrame:
         """Flips under changes of settings: ``condition``, ``kind``, ``token``, ``layer``, ``margin``."""
-        about = ((row, compare.flips(a, b)) for row, a, b in self._pairs())
-        parts = [table.assign(condition=row.condition, kind=row.kind) for row, table in about]
+        import pandas as pd
+
+        parts = []
+        for row, a, b in self._pairs():
+            tokens, columns = np.nonzero(compare.differences(a, b))
+            places = {"token": tokens, "layer": a.layers[columns], "margin": a.margin[tokens, columns]}
+            parts.append(pd.DataFrame({"condition": row.condition, "kind": row.kind, **places}))
         return _joined(parts, ["condition", "kind", "token", "layer", "margin"])
 
     def drifts(self) -> pd.DataFrame:
@@ -214,7 +227,7 @@ class Experiment:
         ``differ``, ``rate`` with ``rate_low`` and ``rate_high``, and the reference's margin
         (``margin_p5``, ``margin_median``, ``margin_p95``).
         """
-        n = len(self.tokens)
+        n = self.reference.n_tokens
         table = self._stretches([0, *(2**i for i in range(5, n.bit_length()) if 2**i < n), n])
         return verdict.with_rates(table).rename(columns={"n_choices": "n", "n_differ": "differ"})
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dfqs_nb.routing.compare import TraceDifference, compare
 from dfqs_nb.routing.loads import part
 from dfqs_nb.routing.plan import IDENTICAL, Condition
@@ -138,9 +140,8 @@ def judge(table: pd.DataFrame) -> Determinism:
     done, broken = (repeats[(repeats["status"] == "done") == ran] for ran in (True, False))
     skipped = broken["status"].astype(str).str.startswith("left out")
     failed = tuple(f"{row.condition}: {row.status}" for row in broken[~skipped].itertuples())
-    sums: dict[str, Any] = {
-        name: int(done[name].sum()) for name in ("n_choices", "n_differ", "n_runs", "n_runs_differ")
-    }
+    counted = ("n_choices", "n_differ", "n_runs", "n_runs_differ")
+    sums: dict[str, Any] = {name: int(done[name].sum()) for name in counted}
     first = done.drop_duplicates("n_tokens")  # the text, and the short texts
     n_tokens, each = (int(first[name].sum()) for name in ("n_tokens", "n_choices"))
     return Determinism(
@@ -164,13 +165,10 @@ def changed(same_output: Iterable[Any]) -> bool:
 
 def with_rates(table: pd.DataFrame) -> pd.DataFrame:
     """The table with ``rate`` of different sets and its exact 95 % interval ``rate_low``, ``rate_high``."""
-    counts = [(int(x), int(n)) for x, n in zip(table["n_differ"], table["n_choices"], strict=True)]
-    limits = [clopper_pearson(x, n) if n else (math.nan, math.nan) for x, n in counts]
-    return table.assign(
-        rate=[x / n if n else math.nan for x, n in counts],
-        rate_low=[low for low, _ in limits],
-        rate_high=[high for _, high in limits],
-    )
+    pairs = table[["n_differ", "n_choices"]].to_numpy(int).tolist()
+    rows = [(x / n, *clopper_pearson(x, n)) if n else (math.nan,) * 3 for x, n in pairs]
+    rates = np.array(rows, float).reshape(-1, 3).T
+    return table.assign(**dict(zip(("rate", "rate_low", "rate_high"), rates, strict=True)))
 
 
 def sensitivities(table: pd.DataFrame) -> pd.DataFrame:
