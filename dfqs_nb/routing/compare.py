@@ -34,8 +34,8 @@ class TraceDifference:
         margin_differ: the largest router margin (of the first run) at which a set differs; NaN without one.
         margin_same: the median margin where sets agree.
         n_hash_differ: the same count in hash layers.
-        logits_equal: tokens whose logits are equal bit for bit, as a share; NaN when not kept.
-        logit_drift: the largest absolute difference of a kept logit; NaN when not kept.
+        logits_equal, logit_drift: share of tokens whose logits are equal bit for bit, and the largest
+            difference of a kept logit; NaN when not kept.
         same_best: share of tokens whose most likely next token is the same.
         same_output: whether the greedy continuations are equal; None when a run has none.
     """
@@ -179,8 +179,7 @@ class Divergence:
 def divergence(a: Trace, b: Trace, block: int = 16, n_boot: int = 2000, seed: int = 0) -> Divergence | None:
     """The regression for two files of one model; None where logits were not kept or no set changed.
 
-    Args:
-        block: neighbouring tokens that are drawn together.
+    ``block`` neighbouring tokens are drawn together.
     """
     from scipy.special import log_softmax
 

@@ -1,8 +1,7 @@
 """Run texts under many conditions and loads, with one load of the weights a process, and compare choices.
 
-Every condition is compared with one other run that differs in one thing. A condition that llama.cpp refuses,
-or dies of, is reported as such and does not end the experiment. Traces are kept as ``.npz``; a trace that was
-made under the same conditions is not made again.
+A condition that llama.cpp refuses, or dies of, is reported as such and does not end the experiment. A trace
+that was made under the same conditions is not made again.
 """
 
 from __future__ import annotations
@@ -44,14 +43,7 @@ Named = list[dict[str, Any]]  # short texts: name, domain and tokens of each
 
 
 def quantizations(path: str | Path, other: str = "") -> dict[str, Path]:
-    """The files to compare the model's routing with, by name: ``other``, or for the reference model its Q8_0.
-
-    Args:
-        other: a registered name, a file, or empty.
-
-    Raises:
-        RegistryError: there is no such model.
-    """
+    """The file to compare with, by name: ``other`` (a registered name or a file), or the reference's Q8_0."""
     if not other and open_shards(path).headers[0].get("general.name") == "DFQS-Nano":
         other = "dfqs-nano-q8_0"
     return {Path(other).stem: resolve(other)[0]} if other else {}
@@ -108,7 +100,7 @@ def run_experiment(
         folder: keeps the traces; made if missing.
         settings: the reference's; by default ``n_threads``, ``n_gpu_layers``, and a context that suffices.
         n_tokens, n_output: of the text, and of the greedy answer.
-        other: another quantization to compare with, as in `quantizations`.
+        other: another quantization to compare with, a registered name or a file.
         texts: a folder of texts for loads and profile, a subfolder a domain; empty: the workbook's own.
         budget_minutes: lengths are halved and runs left out until it fits, as in `plan.fit`; 0: no bound.
         fresh: record again what an earlier run left.

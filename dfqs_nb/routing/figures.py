@@ -91,13 +91,9 @@ def router_margins(margins: pd.DataFrame, flips: pd.DataFrame, ax: Axes | None =
 def usage_by_domain(
     usage: pd.DataFrame, most: int = 64, layer: int | None = None, domain: str = "", ax: Axes | None = None
 ) -> Axes:
-    """Which domains use which experts: a row a domain, a column an expert, the most specialized first.
+    """Which domains use which experts (`Profile.usage`): a row a domain, a column an expert.
 
-    Args:
-        usage: of `Profile.usage`.
-        most: experts shown.
-        layer: only this one; by default all.
-        domain: sort by the use in this domain instead.
+    The ``most`` specialized first, or the most used in ``domain``; of one ``layer``, or of all.
     """
     rows = usage if layer is None else usage[usage["layer"] == layer]
     order = domain or "specialization"

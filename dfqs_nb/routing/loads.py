@@ -58,15 +58,12 @@ def read_texts(folder: str | Path = "") -> list[Text]:
         return load_prompts("routing-texts", RoutingTexts).texts
     root = Path(folder).expanduser()
     paths = sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    texts = [
-        Text(
-            domain=path.parent.name if path.parent != root else path.stem,
-            name=path.relative_to(root).as_posix(),  # unique: a name is a cluster of the statistics
-            text=text,
-        )
-        for path in paths
-        if (text := path.read_text(encoding="utf-8", errors="replace")[:MAX_CHARACTERS].strip())
-    ]
+    texts = []
+    for path in paths:
+        if text := path.read_text(encoding="utf-8", errors="replace")[:MAX_CHARACTERS].strip():
+            domain = path.parent.name if path.parent != root else path.stem
+            # a name is a cluster of the statistics, and has to be unique
+            texts.append(Text(domain=domain, name=path.relative_to(root).as_posix(), text=text))
     if len(texts) < 2:
         hint = f"put texts there ({', '.join(SUFFIXES)}), in a subfolder for each domain"
         raise DfqsError(f"{len(texts)} texts, at least 2 are needed", where=folder, hint=hint)
@@ -259,11 +256,9 @@ class UnderLoad:
 
 
 def judge_loads(rows: pd.DataFrame, alone_passed: bool, failed: Sequence[str] = ()) -> UnderLoad:
-    """The verdict on the rows of `load_rows`, of those with company.
+    """The verdict on the rows of `load_rows` with company, and on the loads that ``failed``.
 
-    Args:
-        alone_passed: whether the same runs repeated themselves.
-        failed: loads that did not run.
+    ``alone_passed``: whether the same runs repeated themselves.
     """
     beside = rows[rows["n_others"] > 0] if len(rows) else rows
     if not len(beside) or not beside["n_choices"].sum():
@@ -294,7 +289,7 @@ def _sentence(verdict: UnderLoad, beside: pd.DataFrame, n_loads: int) -> str:
     if n:
         first = first if verdict.level == "not" else "Not shown for all loads"
         missing = f" {n} load{'s' if n > 1 else ''} did not run ({verdict.failed[0]})."
-    changed = int((beside["same_output"] == False).sum())  # noqa: E712 - None does not count
+    changed = int(beside["same_output"].eq(False).sum())  # None does not count
     return (
         f"{first}: with {what}, 0 of {of.n_choices:,} choices differ from those alone. Logits move by up to "
         f"{of.logit_drift:.2g}, and {changed} of {len(beside)} greedy answers change. 95 % upper bounds: "

@@ -141,10 +141,7 @@ class _ProfileFile(BaseModel):
 
 
 def read_profile(path: str | Path, headers: Sequence[GGUFHeader]) -> tuple[dict[int, list[float]], str]:
-    """What `write_profile` wrote, for the model of these headers, of any quantization.
-
-    Returns:
-        How often a token reads each expert of a layer, and a sentence on what was recorded.
+    """How often a token reads each expert of a layer, as `write_profile` wrote it, and what was recorded.
 
     Raises:
         DfqsError: the file is none, or of another model.

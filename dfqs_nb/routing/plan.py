@@ -13,7 +13,6 @@ from dfqs_nb.routing.loads import Load, load_settings, plan_loads
 from dfqs_nb.routing.recorded import Schedule
 
 IDENTICAL = "identical"  # the kind of a condition that repeats its reference exactly
-BATCHES = (1, 7, 64)  # beside the default of 512
 LOAD_TOKENS, LOAD_PREFILL, LOAD_OUTPUT = 80, 64, 8  # of each text under load, and of its answer
 PROFILE_TOKENS = 2048  # of each text, at most
 SCALES = (1.0, 0.5, 0.25, 0.125)  # of every length, tried in this order
@@ -25,15 +24,12 @@ class Condition:
     """One way to run the text, or one load.
 
     Args:
-        name: what people read.
+        name, against: what people read, and the name of the run to compare with; empty: a reference only.
         kind: what differs: ``identical``, ``threads``, ``batch``, ``phase``, ``state``, ``attention``,
             ``cache``, ``context``, ``buffers`` or ``weights``; or ``reference``, ``alone``, ``load``, or
             ``profile``.
-        against: the name of the run to compare with; empty for the runs that only serve as reference.
-        settings: how the model is opened.
-        schedule: how the text is evaluated.
-        model: another file; empty for the model itself.
-        process: conditions of one process share one load of the weights.
+        settings, schedule: how the model is opened, and the text evaluated.
+        model, process: another file, or empty; conditions of one process share one load of the weights.
         load: what one batch holds, of runs over the short texts.
     """
 
@@ -49,9 +45,7 @@ class Condition:
     def as_run(self, n_tokens: int, n_output: int, texts: Sequence[int]) -> dict[str, Any]:
         """The condition as plain values, for the child, with the tokens that it prefills and decodes.
 
-        Args:
-            n_tokens: of the text.
-            texts: tokens of each short text.
+        The text has ``n_tokens``, and each of the short ones as ``texts`` says.
         """
         if self.load is not None:
             n, load = len(self.load.members), self.load
@@ -61,14 +55,10 @@ class Condition:
         else:
             first = n_tokens if self.schedule.prefill is None else self.schedule.prefill
             rest = n_tokens - first
-            tokens = (first, rest + n_output) if self.schedule.decode else (first + rest, n_output)
+            tokens = (first, rest + n_output) if self.schedule.decode else (n_tokens, n_output)
+        plain = asdict(self)
         return {
-            "name": self.name,
-            "kind": self.kind,
-            "process": self.process,
-            "settings": self.settings.as_dict(),
-            "schedule": asdict(self.schedule),
-            "load": asdict(self.load) if self.load else None,
+            **{name: plain[name] for name in ("name", "kind", "process", "settings", "schedule", "load")},
             "keep_scores": self.name == "prefill" or self.kind == "weights",
             "n_prefill": tokens[0],
             "n_decode": tokens[1],
@@ -85,10 +75,9 @@ def conditions(
     others: Mapping[str, str | Path] | None = None,
     n_texts: int = 0,
 ) -> list[Condition]:
-    """The conditions of the experiment, most important first.
+    """The conditions of the experiment, most important first; ``settings`` are the reference's.
 
     Args:
-        settings: the reference.
         max_threads: thread counts are 1, 2, 4, ... up to this; by default the reference's count.
         others: quantizations of the same model by name, compared with it.
         n_texts: short texts for the loads and the profile.
@@ -153,7 +142,7 @@ def _other_settings(settings: OpenSettings, half: int) -> Iterator[Condition]:
     yield Condition("all by decode", "phase", "prefill", settings, Schedule(0))
     quantized = {**flash, "type_k": "q8_0", "type_v": "q8_0"}
     changes: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
-        *((f"n_batch {n}", "batch", "prefill", {"n_batch": n, "n_ubatch": n}) for n in BATCHES),
+        *((f"n_batch {n}", "batch", "prefill", {"n_batch": n, "n_ubatch": n}) for n in (1, 7, 64)),
         ("n_ubatch 7 in n_batch 512", "batch", "prefill", {"n_ubatch": 7}),
         ("n_ctx doubled", "context", "prefill", {"n_ctx": 2 * settings.n_ctx}),
         ("flash attention, prefill", "attention", "prefill", flash),

@@ -272,14 +272,8 @@ def hit_rates(profile: Profile, shares: Sequence[float], expert_bytes: np.ndarra
     """Share of a text's expert reads (bytes) that hit the experts kept fast, which other texts chose.
 
     Leave-one-out: for each text the experts with the most reads a byte of budget are chosen by all other
-    texts, domains alike.
-
-    Args:
-        shares: budgets, as shares of the bytes of all routed experts.
-        expert_bytes: of one expert of each layer, ``(L,)``.
-
-    Returns:
-        float ``(budgets, texts)``.
+    texts, domains alike. ``shares`` are budgets, of the bytes of all routed experts; ``expert_bytes`` is that
+    of one expert of each layer, ``(L,)``. Returns float ``(budgets, texts)``.
     """
     reads = _rates(profile.counts) * profile.k  # an expert's reads a token
     n_experts = reads.shape[2]

@@ -79,13 +79,12 @@ def record_job(job: dict[str, Any]) -> None:
             if late and run["kind"] not in ESSENTIAL:
                 continue  # the machine is slower than it was when its speed was measured
             child.tell(stage=f"while evaluating {run['name']!r}", begun=run["name"])
-            began = time.monotonic()
+            why = ""
             try:
                 _evaluate(recorded, scaled(run, scale), job).save(run["file"])
             except DfqsError as error:  # refused in an orderly way: the next run has a context of its own
-                child.tell(done=run["name"], why=error.what)
-            else:
-                child.tell(done=run["name"], why="", seconds=time.monotonic() - began)
+                why = error.what
+            child.tell(done=run["name"], why=why)
 
 
 def _evaluate(recorded: RecordedModel, run: dict[str, Any], job: dict[str, Any]) -> Trace:
@@ -93,8 +92,7 @@ def _evaluate(recorded: RecordedModel, run: dict[str, Any], job: dict[str, Any])
     load = Load(**run["load"]) if run["load"] else None
     n_sequences, unified = (load.n_sequences, load.unified) if load else (1, False)
     recorded.reopen(OpenSettings(**run["settings"]), n_sequences=n_sequences, unified=unified)
-    assert recorded.recorder is not None
-    recorded.recorder.keep_scores = run["keep_scores"]
+    recorded.required().keep_scores = run["keep_scores"]
     about = {"condition": run["name"], "key": run["key"], "scale": run["scale"]}
     if run["kind"] == "profile":
         texts = job["texts"]

@@ -32,6 +32,16 @@ class RecordedModel:
     n_sequences: int = 1
     unified: bool = False
 
+    def required(self) -> Recorder:
+        """Its recorder.
+
+        Raises:
+            RoutingError: the model was opened without one.
+        """
+        if self.recorder is None:
+            raise RoutingError("this model was opened without a recorder", hint="open it with listen=True")
+        return self.recorder
+
     def clear(self) -> None:
         """Empty the context, and forget what was recorded."""
         self.model.clear()
@@ -41,9 +51,7 @@ class RecordedModel:
     def reopen(self, settings: OpenSettings, *, n_sequences: int = 1, unified: bool = False) -> None:
         """Make another context on the loaded weights; what needs a new load cannot change here.
 
-        Args:
-            n_sequences: that it holds side by side, in ``n_ctx`` tokens together.
-            unified: they share one KV cache; else each has its own part.
+        It holds ``n_sequences`` side by side, in ``n_ctx`` tokens together, with one KV cache or a part each.
 
         Raises:
             ModelError: llama.cpp refuses these settings.
@@ -88,18 +96,12 @@ class RecordedModel:
         return rows
 
     def trace(self, tokens: Sequence[int], *, logits: Logits | None = None, **conditions: Any) -> Trace:
-        """The trace of these tokens: everything that was recorded since `clear`.
-
-        Args:
-            logits: what was kept of them.
-            conditions: beside those of the open model.
+        """The trace of these tokens, of everything since `clear`, with what was kept of their logits.
 
         Raises:
             RoutingError: the model was opened without a recorder.
         """
-        if self.recorder is None:
-            raise RoutingError("this model was opened without a recorder", hint="open it with listen=True")
-        header = self.model.header
+        header, recorder = self.model.header, self.required()
         identity = {
             "name": header.get("general.name", self.model.path.stem),
             "architecture": header.architecture,
@@ -109,18 +111,14 @@ class RecordedModel:
         sequences = {"n_sequences": self.n_sequences, "unified": self.unified}
         about = {"model": identity, **self.model.conditions(), **sequences, **conditions}
         evaluated = np.asarray(tokens, np.int32)
-        return Trace(tokens=evaluated, **self.recorder.arrays(), conditions=about, logits=logits)
+        return Trace(tokens=evaluated, **recorder.arrays(), conditions=about, logits=logits)
 
 
 @contextmanager
 def open_recorded(
     path: str | Path, settings: OpenSettings | None = None, *, trial: bool = True, listen: bool = True
 ) -> Iterator[RecordedModel]:
-    """Open a model with a recorder on its evaluation callback; arguments and errors as ``open_model``.
-
-    Args:
-        listen: False leaves the recorder out.
-    """
+    """Open a model with a recorder (unless ``listen`` is False); arguments and errors as ``open_model``."""
     recorder = Recorder() if listen else None
     callback = {} if recorder is None else {"cb_eval": recorder.callback}
     with default_context_params(**callback):
@@ -170,13 +168,8 @@ def record(
 ) -> Trace:
     """Evaluate these tokens from a cleared context and return what the routers chose.
 
-    Args:
-        logits: keep each token's digest and a sample of its logits too.
-        n_output: then continue greedily for up to this many tokens.
-
-    Raises:
-        ContextFullError, DecodeError: as ``RecordedModel.feed``.
-        RoutingError: a layer's routing was not seen.
+    With ``logits``, each token's digest and a sample of its logits are kept. Then it goes on greedily for up
+    to ``n_output`` tokens. Errors are those of `RecordedModel.feed`.
     """
     schedule, model = schedule or Schedule(), recorded.model
     recorded.clear()
@@ -272,9 +265,7 @@ class Together:
     """
 
     def __init__(self, recorded: RecordedModel) -> None:
-        if recorded.recorder is None:
-            raise RoutingError("this model was opened without a recorder", hint="open it with listen=True")
-        self.recorded, self.recorder = recorded, recorded.recorder
+        self.recorded, self.recorder = recorded, recorded.required()
         self._n_ubatch = min(recorded.model.settings.n_batch, recorded.model.settings.n_ubatch)
         self.rule, possible = "simple", list(RULES)
         if recorded.n_sequences > 1:

@@ -101,11 +101,7 @@ class Recorder(Watch):
     # -- around each llama_decode --
 
     def begin(self, n_tokens: int, *, inputs: bool = False) -> None:
-        """Say that the next ``llama_decode`` evaluates this many tokens, to be recorded.
-
-        Args:
-            inputs: also read the tokens that it evaluates, in its order.
-        """
+        """The next ``llama_decode`` evaluates so many tokens; ``inputs``: read them in its order, too."""
         self._expected += n_tokens
         self._listening = True
         self._inputs = [] if inputs else None
@@ -138,11 +134,10 @@ class Recorder(Watch):
         return _Router(address, self._probs_at)
 
     def _other(self, address: int, prefix: bytes) -> None:
-        if prefix in (_PROBS, _WEIGHTS):
-            self._learn_named(View(address))
-
-    def _learn_named(self, view: View) -> None:
         """The probabilities, and what build_moe_ffn does to the chosen ones, from the names of its nodes."""
+        if prefix not in (_PROBS, _WEIGHTS):
+            return
+        view = View(address)
         step = view.name.rsplit(b"-", 1)[0].decode()
         if step == "ffn_moe_probs" and b" " not in view.name:
             self._probs_at = view.address
@@ -220,7 +215,12 @@ class Recorder(Watch):
                     hint = "report the architecture"
                     raise RoutingError("chosen experts do not score highest", hint=hint)
                 weights = self._weights(probs, chosen)
-                kept = chosen.astype(self._id_type()), weights, margins, scores
+                kept = (
+                    chosen.astype(np.uint8 if self._shape[1] <= 256 else np.uint16),
+                    weights,
+                    margins,
+                    scores,
+                )
                 block[layer] = kept[: 3 + self.keep_scores]
                 staged.clear()
         if block:
@@ -236,17 +236,9 @@ class Recorder(Watch):
         step = (ids_bytes - k) // np.maximum(n - 1, 1)
         probs = (at + ids_bytes)[call] + row * width
         scores = probs + biased * n[call] * width
-        return (
-            self._gather(at[call] + row * step[call], k),
-            self._gather(scores, width).view(np.float32),
-            self._gather(probs, width).view(np.float32),
-        )
-
-    def _gather(self, starts: np.ndarray, nbytes: int) -> np.ndarray:
-        return np.asarray(self._staging[starts[:, None] // 4 + np.arange(nbytes // 4)])
-
-    def _id_type(self) -> type[np.unsignedinteger[Any]]:
-        return np.uint8 if self._shape[1] <= 256 else np.uint16
+        starts = (at[call] + row * step[call], k), (scores, width), (probs, width)
+        ids, *floats = (self._staging[place[:, None] // 4 + np.arange(n // 4)] for place, n in starts)
+        return ids, floats[0].view(np.float32), floats[1].view(np.float32)
 
     def _weights(self, probs: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         weights = np.take_along_axis(probs, chosen, axis=1)
@@ -287,14 +279,10 @@ class Recorder(Watch):
 
 
 def margin(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """The smallest score among the chosen experts minus the largest among the others.
+    """The smallest score among the chosen experts minus the largest among the others, float32 ``(n,)``.
 
-    Args:
-        scores: selection scores, float32 ``(n, experts)``; minus infinity where a group was excluded.
-        chosen: expert ids, integers ``(n, k)``.
-
-    Returns:
-        float32 ``(n,)``; infinite where nothing else could be chosen.
+    Of selection scores ``(n, experts)``, minus infinity where a group was excluded, and ids ``(n, k)``;
+    infinite where nothing else could be chosen.
 
     >>> margin(np.array([[0.5, 0.25, 0.75, 0.125]], np.float32), np.array([[2, 0]])).tolist()
     [0.25]

@@ -221,11 +221,10 @@ class Experiment:
         return pd.DataFrame({"margin": trace.margin[:, scored].ravel()}, index).reset_index()
 
     def positions(self) -> pd.DataFrame:
-        """Flips along the context, pooled over the changes of runtime settings.
+        """Flips along the context, pooled over the changes of runtime settings; a row for each octave.
 
-        One row a stretch, each twice as long as the one before: ``start``, ``end``, ``n`` choices,
-        ``differ``, ``rate`` with ``rate_low`` and ``rate_high``, and the reference's margin
-        (``margin_p5``, ``margin_median``, ``margin_p95``).
+        Columns ``start``, ``end``, ``n`` choices, ``differ``, ``rate`` with ``rate_low`` and ``rate_high``,
+        and the reference's ``margin_p5``, ``margin_median``, ``margin_p95``.
         """
         n = self.reference.n_tokens
         table = self._stretches([0, *(2**i for i in range(5, n.bit_length()) if 2**i < n), n])
@@ -297,11 +296,11 @@ class Experiment:
         if profile := self.profile:
             tables |= {
                 "domains": profile.usage(),
-                "specialization": profile.specialization(),
-                "pairs": profile.pairs(),
-                "drift": profile.drift(),
+                **{
+                    name: getattr(profile, name)()
+                    for name in ("specialization", "pairs", "drift", "coverage")
+                },
                 "balance": profile.layers(),
-                "coverage": profile.coverage(),
                 "experts_needed": profile.experts_needed().reset_index(),
                 "cross_coverage": profile.cross_coverage().reset_index(),
             }

@@ -49,8 +49,8 @@ class Trace:
 
     Attributes:
         tokens: the tokens evaluated, int32 ``(n,)``.
-        layers: block numbers, int16 ``(L,)``; none for a dense model.
-        hashed: whether a layer's experts come from a table by token id, bool ``(L,)``.
+        layers, hashed: block numbers, int16 ``(L,)``, none for a dense model; and whether a layer's experts
+            come from a table by token id, bool ``(L,)``.
         experts: chosen expert ids, best first, uint8 (uint16 above 256 experts) ``(n, L, k)``.
         weights: their weights as they multiply the experts' outputs, float16 ``(n, L, k)``.
         margin: selection score of the k-th expert minus that of the next, float32 ``(n, L)``; NaN in hash
@@ -199,11 +199,7 @@ def trace_frames(trace: Trace) -> Iterable[pd.DataFrame]:
 
 
 def require_csv(path: str | Path) -> Path:
-    """Refuse another format, or no folder.
-
-    Raises:
-        RoutingError: the file cannot be written so.
-    """
+    """The path, or a `RoutingError` where it is of another format or in no folder."""
     path = Path(path).expanduser()
     if not path.name.endswith((".csv", ".csv.gz")):
         name = f"{path.stem or 'trace'}.csv.gz"

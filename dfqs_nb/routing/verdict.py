@@ -8,7 +8,7 @@ again, in the same process and in a fresh one (`Determinism`), and the same text
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -132,10 +132,7 @@ def _compared(a: Trace, b: Trace) -> dict[str, Any]:
 
 
 def judge(table: pd.DataFrame) -> Determinism:
-    """The verdict on the table of an experiment.
-
-    A dense model passes when its logits were equal bit for bit.
-    """
+    """The verdict on an experiment's table; a dense model passes when its logits were equal bit for bit."""
     repeats = table[table["kind"] == IDENTICAL]
     done, broken = (repeats[(repeats["status"] == "done") == ran] for ran in (True, False))
     skipped = broken["status"].astype(str).str.startswith("left out")
@@ -152,15 +149,10 @@ def judge(table: pd.DataFrame) -> Determinism:
         upper_bound=at_most(min(sums["n_differ"], each), each),
         runs_upper_bound=at_most(sums["n_runs_differ"], sums["n_runs"]),
         logits_equal=float(done["logits_equal"].mean()) if len(done) else 0.0,
-        same_output=not changed(done["same_output"]),
+        same_output=not done["same_output"].eq(False).any(),
         failed_runs=failed,
         **sums,
     )
-
-
-def changed(same_output: Iterable[Any]) -> bool:
-    """Whether a greedy answer changed; runs without answers (None) do not count."""
-    return any(same is not None and same == False for same in same_output)  # noqa: E712 - numpy's too
 
 
 def with_rates(table: pd.DataFrame) -> pd.DataFrame:
@@ -186,7 +178,7 @@ def advice(table: pd.DataFrame) -> list[str]:
 def _advice_on(kind: str, rows: pd.DataFrame) -> str:
     worst, what = rows.iloc[0], FIXES.get(kind, kind)
     differ, n, name = int(worst["n_differ"]), int(worst["n_choices"]), worst["condition"]
-    output = f"the greedy answer {'changed too' if changed(rows['same_output']) else 'stayed'}"
+    output = f"the greedy answer {'changed too' if rows['same_output'].eq(False).any() else 'stayed'}"
     if kind == "weights":
         seen = f"chose other experts in {differ:,} of {n:,} choices ({differ / n:.1%})" if n else output
         return f"Compare runs of one quantization only: {name.removeprefix('weights: ')} {seen}."
