@@ -9,8 +9,10 @@ the best token, so on text that surprises the model its ratio of perplexities is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from math import exp, sqrt
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import whole_file
+from dfqs_nb.core.files import whole_file, whole_path
 from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model
@@ -27,6 +29,7 @@ from dfqs_nb.routing import RecordedModel
 from dfqs_nb.stats import mean_interval
 
 Array = NDArray[Any]
+Windows = list[tuple[int, int]]
 TAIL = 0.99  # of the tokens lie below the tail that stands beside the mean KL divergence
 
 
@@ -102,17 +105,18 @@ def chunks(tokens: Sequence[int], size: int, limit: int = 0, *, least: int = 1) 
     return pieces[: limit or None]
 
 
-def feed_chunk(model: Model | RecordedModel, piece: Sequence[int]) -> Array:
+def feed(model: Model | RecordedModel, piece: Sequence[int], step: int = 0) -> Iterator[tuple[int, Array]]:
     """Evaluate a chunk from a cleared context, its first token replaced by BOS where the vocabulary adds it.
 
-    Returns:
-        A copy of the logits after each token, float32 ``(n, n_vocab)``.
+    Yields where a step begins, and the logits after each of its tokens, a view float32 ``(step, n_vocab)``
+    that the next step overwrites; a step has at most ``n_batch`` tokens.
     """
     recorded = model if isinstance(model, RecordedModel) else RecordedModel(model, None)
-    bos, step = recorded.model.bos, recorded.model.settings.n_batch
-    piece = [bos, *piece[1:]] if bos >= 0 else list(piece)
-    recorded.model.clear()
-    return np.concatenate([recorded.feed(piece[at : at + step]).copy() for at in range(0, len(piece), step)])
+    bos, n_batch = recorded.model.bos, recorded.model.settings.n_batch
+    piece, step = [bos, *piece[1:]] if bos >= 0 else list(piece), min(step or n_batch, n_batch)
+    recorded.clear()
+    for at in range(0, len(piece), step):
+        yield at, recorded.feed(piece[at : at + step])
 
 
 def log_probs(logits: Array) -> Array:
@@ -127,14 +131,50 @@ def log_probs(logits: Array) -> Array:
     return rows
 
 
-def predict(model: Model | RecordedModel, piece: Sequence[int]) -> tuple[Array, Array]:
-    """Evaluate a chunk; the predictions in its second half, and the tokens that came.
+def predictions(
+    model: Model | RecordedModel, piece: Sequence[int], windows: Windows, step: int = 0
+) -> Iterator[tuple[Array, Array]]:
+    """Evaluate a chunk; step by step its predictions inside the windows, and the tokens that came.
 
-    Returns:
-        Log-probabilities float32 ``(n, n_vocab)``, and token ids ``(n,)``; n = size - 1 - size // 2.
+    Only one step's logits are held, so memory does not grow with the length of the chunk.
+
+    Args:
+        windows: ``(start, end)`` of the predicting positions, from 0 to ``len(piece) - 1``.
+
+    Yields:
+        Log-probabilities float32 ``(n, n_vocab)``, and token ids ``(n,)``.
     """
-    first = len(piece) // 2
-    return log_probs(feed_chunk(model, piece)[first:-1]), np.asarray(piece[first + 1 :])
+    for at, logits in feed(model, piece, step):
+        for start, end in windows:
+            first, last = max(start, at), min(end, at + len(logits))
+            if first < last:
+                yield log_probs(logits[first - at : last - at]), np.asarray(piece[first + 1 : last + 1])
+
+
+def second_half(n_tokens: int) -> Windows:
+    """What llama-perplexity scores of a chunk.
+
+    >>> second_half(256)
+    [(128, 255)]
+    """
+    return [(n_tokens // 2, n_tokens - 1)]
+
+
+def bands(n_tokens: int) -> Windows:
+    """Stretches of a text that double in width: a sixteenth, as much again, twice as much, and so on.
+
+    >>> bands(1024)
+    [(0, 64), (64, 128), (128, 256), (256, 512), (512, 1023)]
+    """
+    edges = [0, *(n_tokens >> shift for shift in (4, 3, 2, 1)), n_tokens - 1]
+    return list(pairwise(edges))
+
+
+def stratified(n_tokens: int, width: int, seed: int) -> Windows:
+    """A window of up to ``width`` positions at a random place of each of the `bands`."""
+    draw, width = np.random.default_rng(seed), min(width, n_tokens >> 4)
+    starts = [int(draw.integers(start, end - width + 1)) for start, end in bands(n_tokens)]
+    return [(start, start + width) for start in starts]
 
 
 # ---- against the original ----
@@ -185,6 +225,41 @@ def compare_chunk(base: Array, other: Array, targets: Array) -> tuple[Array, Arr
         np.maximum(kld, 0.0),
         base.argmax(axis=1) == other.argmax(axis=1),
     )
+
+
+def beside_source(
+    model: Model | RecordedModel,
+    pieces: Sequence[Sequence[int]],
+    windows: Sequence[Windows],
+    reference: Path,
+    *,
+    is_source: bool,
+    step: int = 0,
+) -> Tokens:
+    """The predictions in the windows of each chunk, beside the source's in the file ``reference``.
+
+    Args:
+        windows: of each chunk, as many positions in all of each.
+        is_source: write the file (float32 ``(chunks, n, n_vocab)``) in place of reading it.
+    """
+    n_vocab = (model.model if isinstance(model, RecordedModel) else model).n_vocab
+    with whole_path(reference) if is_source else nullcontext(reference) as path:
+        if is_source:
+            shape = (len(pieces), sum(end - start for start, end in windows[0]), n_vocab)
+            base = np.lib.format.open_memmap(path, "w+", np.float32, shape)  # it need not fit in memory
+        else:
+            base = np.load(path, mmap_mode="r")
+        rows = []
+        for kept, piece, spans in zip(base, pieces, windows, strict=True):
+            n_done, parts = 0, []
+            for predicted, targets in predictions(model, piece, spans, step):
+                place = slice(n_done, n_done := n_done + len(targets))
+                if is_source:
+                    kept[place] = predicted
+                parts.append(compare_chunk(kept[place], predicted, targets))
+            rows.append([np.concatenate(values) for values in zip(*parts, strict=True)])
+        del base, kept  # flushes them
+    return Tokens(*map(np.stack, zip(*rows, strict=True)))
 
 
 def estimate(name: str, values: Array) -> dict[str, float]:

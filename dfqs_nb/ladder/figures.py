@@ -108,6 +108,32 @@ def routing_by_bits(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def divergence_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """KL divergence from the source against the depth of a token, a line a rung.
+
+    Args:
+        positions: see `tables.position_table`.
+    """
+    ax, rungs = new_axes(ax, 3.8), list(dict.fromkeys(positions["rung"]))
+    shades = plt.get_cmap("plasma")(np.linspace(0.05, 0.88, len(rungs)))
+    for number, (rung, colour) in enumerate(zip(rungs, shades, strict=True)):
+        rows = positions[positions["rung"] == rung]
+        at = (rows["start"] + rows["end"]) / 2 * (1 + 0.02 * (number - len(rungs) / 2))
+        bounds = (rows[name].clip(lower=1e-7) for name in ("kld_low", "kld", "kld_high"))
+        _intervals(ax, at, *bounds, color=colour, fmt="o-", markersize=4, label=rung)
+    token_axis(ax, sorted(set(positions["start"]) - {0} | set(positions["end"])), "tokens before (bands)")
+    ax.set_yscale("log")
+    counts = f"n = {positions['n'].iloc[0]} tokens in {positions['texts'].iloc[0]} texts a band"
+    ax.set_ylabel(
+        f"KL divergence (nats a token)\n{_interval_kind(positions['kld_low'])}\n{counts}", fontsize=9
+    )
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    ends = positions.groupby("rung", sort=False)
+    apart = int((ends["kld_low"].last() > ends["kld_high"].first()).sum())
+    set_title(ax, f"{apart} of {len(rungs)} rungs diverge more in the last band than in the first")
+    return ax
+
+
 def curves(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Stability curves over each other: the source with its interval in black, the rungs by their bits.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import re
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import whole_path
 from dfqs_nb.gguf.facts import class_of, layer_of
 from dfqs_nb.gguf.header import MAGIC, GGUFHeader, check_layout, read_header
-from dfqs_nb.ladder.divergence import Array, Text, chunks, feed_chunk, load_text
+from dfqs_nb.ladder.divergence import Array, Text, chunks, feed, load_text
 from dfqs_nb.llama.graph import Tensor, ggml_function
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings, default_context_params, threads_for
@@ -364,5 +365,5 @@ def collect(
     with model:
         pieces = chunks(text.tokens(model), chunk_tokens, n_chunks)
         for piece in tqdm(pieces, desc="importance matrix", disable=not progress):
-            feed_chunk(model, piece)
+            deque(feed(model, piece), maxlen=0)
     return ImportanceMatrix(collector.entries(), (dataset or text.name,), len(pieces), chunk_tokens)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,19 @@ import numpy as np
 
 from dfqs_nb import context
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import sha256_of_files, whole_path
+from dfqs_nb.core.files import sha256_of_files
 from dfqs_nb.core.journal import conditions_hash, remembered
 from dfqs_nb.core.machine import watched_load
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.ladder import divergence, imatrix
-from dfqs_nb.llama.model import open_model
+from dfqs_nb.llama.model import Model, open_model
 from dfqs_nb.llama.settings import OpenSettings, llama_version
 from dfqs_nb.llama.timing import measure_speed
 from dfqs_nb.routing import open_recorded
 from dfqs_nb.scores import ItemSet, Options, find_sandbox, score_set
+
+LONG = "reference-long.npy"  # the source's predictions in longer texts
+LONG_STEP = 128  # tokens whose logits are held at once
 
 
 class LadderError(DfqsError):
@@ -36,6 +38,8 @@ class Settings:
     Args:
         text: a prompt set with ``calibration`` and ``held_out``, or a text file to measure on.
         chunk_tokens, n_chunks: of the held-out text (0: all chunks); half of each chunk is scored.
+        long_tokens, long_texts: of the held-out text once more, for the divergence by position (0 texts:
+            none); ``long_window``: positions scored in each band.
         calibration: a text file to collect the importance matrix on; empty: the prompt set's part.
         calibration_tokens, calibration_chunks: tokens of a chunk, and the most chunks.
         tier, max_items: the sets of questions, and how many of each, spread evenly over its families; 0: all.
@@ -48,6 +52,9 @@ class Settings:
     text: str = "calibration-nano"
     chunk_tokens: int = 256
     n_chunks: int = 0
+    long_tokens: int = 1024
+    long_texts: int = 6
+    long_window: int = 32
     calibration: str = ""
     calibration_tokens: int = imatrix.CHUNK_TOKENS
     calibration_chunks: int = 24
@@ -147,10 +154,16 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     settings, place, fresh = Settings(**job["settings"]), Path(job["place"]), job["fresh"]
     note = place / "predicted.json"
     remembered(note, {"key": job["key"]}, lambda: _predict(job, settings, place), fresh=fresh)
-    n_ctx = max(settings.n_ctx, settings.longest + 64)  # room for the answers
+    n_ctx = max(settings.n_ctx, settings.longest + 64, settings.long_tokens)  # room for the answers
     opened = OpenSettings(n_ctx=n_ctx, n_threads=settings.n_threads)
     options = Options(fresh=fresh, allow_unsandboxed=settings.allow_unsandboxed, progress=False)
     with open_model(job["path"], opened, trial=False) as model:
+        long = remembered(
+            place / "predicted_long.json",
+            {"key": job["key"]},
+            lambda: _predict_long(model, job, settings, place),
+            fresh=fresh,
+        )
         runs = [
             score_set(model, chosen, place / "scores", options, model_id=job["sha256"])
             for chosen in question_sets(settings)
@@ -170,6 +183,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         for run in runs
     ]
     return {
+        "n_long": long["n_texts"],
         "sets": sets,
         "items": curve.retrieval.to_dict("records"),
         "curve": curve.curve().to_dict("records"),
@@ -180,30 +194,32 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 def _predict(job: dict[str, Any], settings: Settings, place: Path) -> dict[str, Any]:
     """Predictions and routing on the held-out text; the source's predictions are kept for the others."""
     opened = OpenSettings(n_ctx=settings.chunk_tokens, n_threads=settings.n_threads)
-    is_source, reference = job["is_source"], Path(job["reference"])
-    with (
-        open_recorded(job["path"], opened, trial=False) as recorded,
-        whole_path(reference) if is_source else nullcontext(reference) as path,
-    ):
+    with open_recorded(job["path"], opened, trial=False) as recorded:
         tokens = divergence.load_text(settings.text).tokens(recorded.model)
         pieces = divergence.chunks(tokens, settings.chunk_tokens, settings.n_chunks, least=2)
-        predictions = (divergence.predict(recorded, piece) for piece in pieces)
-        rows = []
-        if is_source:
-            n_scored = settings.chunk_tokens - 1 - settings.chunk_tokens // 2
-            shape = (len(pieces), n_scored, recorded.model.n_vocab)
-            base = np.lib.format.open_memmap(path, "w+", np.float32, shape)  # it need not fit in memory
-        else:
-            base = np.load(path, mmap_mode="r")
-        for kept, (predicted, targets) in zip(base, predictions, strict=True):
-            if is_source:
-                kept[:] = predicted
-            rows.append(divergence.compare_chunk(kept, predicted, targets))
-        del base  # flushes it
-        trace = recorded.trace(np.concatenate(pieces).tolist(), chunk_tokens=settings.chunk_tokens)
-    divergence.Tokens(*map(np.stack, zip(*rows, strict=True))).save(place / "tokens.npz")
-    trace.save(place / "trace.npz")
+        windows = [divergence.second_half(settings.chunk_tokens)] * len(pieces)
+        reference, is_source = Path(job["reference"]), job["is_source"]
+        divergence.beside_source(recorded, pieces, windows, reference, is_source=is_source).save(
+            place / "tokens.npz"
+        )
+        recorded.trace(np.concatenate(pieces).tolist(), chunk_tokens=settings.chunk_tokens).save(
+            place / "trace.npz"
+        )
     return {"n_chunks": len(pieces)}
+
+
+def _predict_long(model: Model, job: dict[str, Any], settings: Settings, place: Path) -> dict[str, Any]:
+    """Predictions in windows of longer texts; none where the held-out text is too short for one."""
+    tokens, n = divergence.load_text(settings.text).tokens(model), settings.long_tokens
+    pieces = divergence.chunks(tokens, n, settings.long_texts, least=0) if settings.long_texts else []
+    (place / "long.npz").unlink(missing_ok=True)
+    if pieces:
+        windows = [divergence.stratified(n, settings.long_window, seed) for seed in range(len(pieces))]
+        reference = Path(job["reference"]).with_name(LONG)
+        divergence.beside_source(
+            model, pieces, windows, reference, is_source=job["is_source"], step=LONG_STEP
+        ).save(place / "long.npz")
+    return {"n_texts": len(pieces)}
 
 
 def time_decode(job: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from dfqs_nb.gguf.facts import bits_per_weight, class_of, types_by_bytes
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.ladder import divergence, imatrix, quantizer
-from dfqs_nb.ladder.measure import LadderError, Settings, collected, question_sets
+from dfqs_nb.ladder.measure import LONG, LadderError, Settings, collected, question_sets
 from dfqs_nb.ladder.recipes import Recipe, load_recipe
 from dfqs_nb.llama.settings import llama_version, threads_for
 from dfqs_nb.routing import Trace, load_trace
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 RUNGS = ("F16", "Q8_0", "Q6_K", "Q4_K_M", "Q3_K_M", "IQ2_XXS", "IQ1_M", "IQ1_S-XL")
 FLAT = "/flat"  # behind a recipe's name: with an importance matrix in which every column weighs the same
-FORMAT = 3  # of what is kept: raised when an older one must not be used
+FORMAT = 4  # of what is kept: raised when an older one must not be used
 HELD_BYTES = 512 << 20  # of a child beside its model: context, Python and its libraries
 
 
@@ -50,6 +50,7 @@ class Rung:
     Attributes:
         header: of the rung's model, all shards as one.
         tokens: predictions beside the source's, of every scored token.
+        long: those in windows of longer texts, ``(texts, bands * window)``; None where there is no such text.
         trace: the experts chosen on the held-out text.
         runs: a set of questions each.
         items: of the stability curve, one row a question.
@@ -68,6 +69,7 @@ class Rung:
     curve: pd.DataFrame = field(repr=False)
     boundary: dict[str, Any] = field(repr=False)
     speed: dict[str, Any] = field(repr=False, default_factory=dict)
+    long: divergence.Tokens | None = field(repr=False, default=None)
 
     @property
     def bits_per_weight(self) -> float:
@@ -288,11 +290,16 @@ class _Climber(ExitStack):
 
         place, reference = self._place(name), self.folder / "reference.npy"
         conditions = {**self.conditions, "model": sha256, "base": base.sha256 if base else ""}
-        gone = base is None and not reference.exists()  # the predictions that all others are compared with
+        # the predictions that all others are compared with
+        kept = {reference: "tokens.npz", reference.with_name(LONG): "long.npz"}
+        gone = base is None and any(
+            (place / mine).exists() and not array.exists() for array, mine in kept.items()
+        )
         if gone:
-            (place / "predicted.json").unlink(missing_ok=True)
+            for note in place.glob("predicted*.json"):
+                note.unlink()
 
-        def measure() -> dict[str, Any]:
+        def measured() -> dict[str, Any]:
             job = {
                 "work": "measure",
                 "key": conditions_hash(conditions),
@@ -307,7 +314,7 @@ class _Climber(ExitStack):
             with self._worker() as worker:
                 return worker.run(job, where=path)
 
-        facts = remembered(place / "rung.json", conditions, measure, fresh=self.fresh or gone)
+        facts = remembered(place / "rung.json", conditions, measured, fresh=self.fresh or gone)
         return Rung(
             name,
             path,
@@ -319,6 +326,7 @@ class _Climber(ExitStack):
             pd.DataFrame(facts["items"]),
             pd.DataFrame(facts["curve"]),
             facts["boundary"],
+            long=divergence.Tokens.load(place / "long.npz") if facts["n_long"] else None,
         )
 
     def _speeds(self, rungs: Mapping[str, Rung]) -> dict[str, dict[str, Any]]:
@@ -327,7 +335,7 @@ class _Climber(ExitStack):
         conditions = {name: getattr(self.settings, name) for name in names}
         conditions |= {"runtime": llama_version(), "models": {name: r.sha256 for name, r in rungs.items()}}
 
-        def measure() -> dict[str, Any]:
+        def timed() -> dict[str, Any]:
             speeds, failed = {}, {}
             with self._worker() as worker:
                 for name, rung in rungs.items():
@@ -338,7 +346,7 @@ class _Climber(ExitStack):
                         failed[name] = str(error)
             return {"speeds": speeds, "failed": failed}
 
-        facts = remembered(self.folder / "speeds.json", conditions, measure, fresh=self.fresh)
+        facts = remembered(self.folder / "speeds.json", conditions, timed, fresh=self.fresh)
         if facts["failed"]:  # next time may go well
             (self.folder / "speeds.json").unlink()
         self.failed |= facts["failed"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfqs_nb.gguf.facts import class_sizes
-from dfqs_nb.ladder.divergence import Array, estimate, summary
+from dfqs_nb.ladder.divergence import Array, bands, estimate, summary
 from dfqs_nb.ladder.run import Ladder, Rung
 from dfqs_nb.routing import differences, overlaps
 from dfqs_nb.scores import SetRun, compare_runs
@@ -103,6 +103,26 @@ def routing_table(ladder: Ladder) -> pd.DataFrame:
             )
     columns = ["rung", "bits_per_weight", "layer", "hashed", "n", "identical", "low", "high", "overlap"]
     return pd.DataFrame(rows, columns=columns).astype({"hashed": bool})
+
+
+def position_table(ladder: Ladder) -> pd.DataFrame:
+    """Divergence from the source by how deep a token lies in longer texts, one row a rung and band.
+
+    Columns ``rung``, ``bits_per_weight``, ``start``, ``end`` (tokens; scored in windows, see
+    `divergence.stratified`), ``texts``, ``n`` tokens, and `estimate` of ``kld`` and ``same_top``, with
+    intervals over texts. Empty where the held-out text was too short.
+    """
+    import pandas as pd
+
+    rows = []
+    spans = bands(ladder.settings.long_tokens)
+    for rung in ladder.rungs[1:] if ladder.source.long else ():
+        kld, same = (np.split(values, len(spans), axis=1) for values in (rung.long.kld, rung.long.same_top))
+        for (start, end), divergences, agreed in zip(spans, kld, same, strict=True):
+            row = {"rung": rung.name, "bits_per_weight": rung.bits_per_weight, "start": start, "end": end}
+            row |= {"texts": len(divergences), "n": divergences.size}
+            rows.append(row | estimate("kld", divergences) | _share("same_top", agreed.astype(float)))
+    return pd.DataFrame(rows)
 
 
 def curve_table(ladder: Ladder) -> pd.DataFrame:

@@ -81,31 +81,36 @@ def random_model(name: str, folder: Path, *, template: bool) -> Path:
         name: of the tool's file, such as ``llama-dense``; its weights are F32.
         template: keep the chat template.
     """
-    arch = name.split("-")[0]
     subprocess.run(
-        [tool("test-llama-archs"), "-a", f"^{arch}$", "-s", SEED, "-o", str(folder)],
+        [tool("test-llama-archs"), "-a", f"^{name.split('-')[0]}$", "-s", SEED, "-o", str(folder)],
         check=True,
         capture_output=True,
         timeout=600,
     )
-    path, nano = folder / f"{name}.gguf", Apart.of(data_dir() / "reference" / "DFQS-Nano-F16.gguf")
-    model, n_old = Apart.of(path), int(read_header(path).arch("vocab_size"))
+    path, target = folder / f"{name}.gguf", folder / f"random-{name}.gguf"
+    model = with_vocabulary(path).with_field("general.name", "STRING", f"random {name}")
+    if not template:
+        model = model.without_field("tokenizer.chat_template")
+    target.write_bytes(model.bytes())
+    path.unlink()
+    return target
+
+
+def with_vocabulary(path: Path) -> Apart:
+    """A small model with the reference model's vocabulary and chat template put in: its embeddings are random."""
+    model, nano = Apart.of(path), Apart.of(data_dir() / "reference" / "DFQS-Nano-F16.gguf")
+    header = read_header(path)
+    arch, n_old = header.architecture, int(header.arch("vocab_size"))
     n_new = len(read_header(data_dir() / "reference" / "DFQS-Nano-F16.gguf").get("tokenizer.ggml.tokens"))
     fields = {name: record for name, record in model.fields.items() if not name.startswith("tokenizer.")}
     fields |= {name: record for name, record in nano.fields.items() if name.startswith("tokenizer.")}
     model = Apart(fields, model.specs)
     for key, value in (("vocab_size", n_new), ("context_length", CONTEXT)):
         model = model.with_field(f"{arch}.{key}", "UINT32", value)
-    model = model.with_field("general.name", "STRING", f"random {name}")
     rng = np.random.default_rng(int(SEED))
     for spec in model.specs:
         if spec.name.startswith(("token_embd.", "output.")) and spec.shape[-1] == n_old:
             shape = (*spec.shape[:-1], n_new)
             values = rng.normal(0, 0.1, shape[::-1]).astype("<f4")
             model = model.with_tensor(Spec(spec.name, "F32", shape, data=values.tobytes()))
-    if not template:
-        model = model.without_field("tokenizer.chat_template")
-    target = folder / f"random-{name}.gguf"
-    target.write_bytes(model.bytes())
-    path.unlink()
-    return target
+    return model

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 import subprocess
+import tracemalloc
 
 import llama_cpp_tools
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from dfqs_nb.context import loss
 from dfqs_nb.core.paths import data_dir
@@ -47,13 +49,74 @@ def test_the_scored_tokens_lose_what_the_loss_module_says(model):
     """Against `loss.token_losses`, which walks through the text in other pieces."""
     tokens = divergence.load_text("calibration-nano").tokens(model)[:256]
     for chunk in divergence.chunks(tokens, 128, 2):
-        predicted, targets = divergence.predict(model, chunk)
+        ((predicted, targets),) = divergence.predictions(model, chunk, divergence.second_half(128))
         losses = -predicted[np.arange(len(targets)), targets]
         bos = model.llama.token_bos()
         assert losses == pytest.approx(
             loss.token_losses(RecordedModel(model, None), [bos, *chunk[1:]])[64:], abs=2e-3
         )
         assert len(losses) == 63
+
+
+@pytest.fixture(scope="module")
+def text(model):
+    return divergence.load_text("calibration-nano").tokens(model)
+
+
+@pytest.mark.parametrize("step", [7, 32, 128])
+def test_windows_step_by_step_equal_the_whole_computation(model, text, tmp_path, step):
+    """Against one evaluation of the whole chunk, all its logits at once, and the divergence written out."""
+    pieces = divergence.chunks(text, 128, 2)
+    windows = [divergence.stratified(128, 8, seed) for seed in range(2)]
+    place = tmp_path / "base.npy"
+    base = divergence.beside_source(model, pieces, windows, place, is_source=True, step=step)
+    assert base.kld.shape == (2, 40) and base.kld.max() == 0
+    with llama_model.open_model(REFERENCE / "DFQS-Nano-Q8_0-00001-of-00002.gguf", SETTINGS) as other:
+        scored = divergence.beside_source(other, pieces, windows, place, is_source=False, step=step)
+        for number, (piece, spans) in enumerate(zip(pieces, windows, strict=True)):
+            p, q = (
+                log_softmax(next(rows for _, rows in divergence.feed(each, piece)).astype(float), axis=1)
+                for each in (model, other)
+            )
+            at = np.concatenate([np.arange(start, end) for start, end in spans])
+            exact = (np.exp(p) * (p - q)).sum(axis=1)[at]
+            assert scored.kld[number] == pytest.approx(exact, abs=2e-3, rel=0.02)
+            targets = np.array(piece)[at + 1]
+            assert scored.nll[number] == pytest.approx(-q[at, targets], abs=5e-3)
+
+
+def test_memory_does_not_grow_with_the_context(model, text):
+    """Twice the tokens, the same peak: one step of logits, whatever lies before it."""
+
+    class Counted:
+        """The model, as if each of its tokens gave a row over a large vocabulary."""
+
+        bos, settings, n_vocab = -1, SETTINGS, 20_000
+
+        def clear(self) -> None: ...
+
+        def logits(self, tokens):
+            yield np.zeros((len(tokens), self.n_vocab), np.float32)
+
+    def peak(n_tokens):
+        tracemalloc.start()
+        piece, spans = [1] * n_tokens, divergence.stratified(n_tokens, 16, 0)
+        n_scored = sum(len(targets) for _, targets in divergence.predictions(Counted(), piece, spans, 64))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert n_scored == 5 * 16
+        return most
+
+    short, long = peak(1024), peak(16_384)
+    assert long < 1.2 * short < 20_000 * 1024 * 4, "less than one array of all logits"
+
+
+@pytest.mark.parametrize("n_tokens", [64, 1000, 1024, 32_768])
+def test_windows_lie_inside_their_bands(n_tokens):
+    for seed in range(20):
+        windows = divergence.stratified(n_tokens, 32, seed)
+        for (start, end), (first, last) in zip(divergence.bands(n_tokens), windows, strict=True):
+            assert start <= first < last <= end <= n_tokens - 1 and last - first == min(32, n_tokens // 16)
 
 
 def test_a_chat_is_put_in_the_model_s_template_and_ended(model):
@@ -137,7 +200,9 @@ def test_numbers_agree_with_llama_perplexity_within_its_error_bars(tmp_path, nam
     for kind, file in (("base", F16), ("other", other)):
         with llama_model.open_model(file, SETTINGS) as model:
             tokens = model.with_bos(model.tokenize(path.read_text(), special=False))
-            scored = [divergence.predict(model, chunk) for chunk in divergence.chunks(tokens, 128, 24)]
+            half = divergence.second_half(128)
+            pieces = divergence.chunks(tokens, 128, 24)
+            scored = [next(divergence.predictions(model, piece, half)) for piece in pieces]
             rows[kind], targets = map(list, zip(*scored, strict=True))
     ours = summary(rows["base"], rows["other"], targets)
     # the tool stores the base in 16 bits and cuts it off 16 nats below its best token

@@ -43,7 +43,7 @@ def test_each_expert_is_counted_as_often_as_the_router_chose_it(matrix, tokens):
     """Against the routing recorder, which reads the router's own nodes and not the products."""
     with routing.open_recorded(F16, ONE_THREAD) as recorded:
         for piece in divergence.chunks(tokens, 128):
-            divergence.feed_chunk(recorded, piece)
+            list(divergence.feed(recorded, piece))
         found = recorded.recorder.arrays()
     for column, layer in enumerate(found["layers"]):
         chosen = np.bincount(found["experts"][:, column].ravel(), minlength=found["n_experts"])

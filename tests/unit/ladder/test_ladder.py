@@ -29,6 +29,8 @@ F16 = data_dir() / "reference" / "DFQS-Nano-F16.gguf"
 SMALL = Settings(
     chunk_tokens=64,
     n_chunks=3,
+    long_tokens=128,
+    long_window=4,
     calibration_tokens=64,
     calibration_chunks=2,
     max_items=16,
@@ -137,6 +139,27 @@ def test_speed_is_measured_last_and_a_rung_that_dies_of_it_is_named(folder, clim
     (folder / "kept.json").replace(folder / "speeds.json")
 
 
+def test_a_source_that_cannot_be_timed_ends_the_climb_and_costs_only_the_timing(folder, climbed, monkeypatch):
+    """Without the source's row no table could say what a rung is compared with."""
+    jobs, real = [], child.Worker.run
+
+    def dies_of_the_source(worker, job, **options):
+        jobs.append(job["work"])
+        if job["path"] == str(F16.resolve()):
+            raise child.ChildDied("llama.cpp died (SIGKILL)")
+        return real(worker, job, **options)
+
+    (folder / "speeds.json").rename(folder / "kept.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(child.Worker, "run", dies_of_the_source)
+        with pytest.raises(LadderError, match="the source cannot be timed: .*SIGKILL.*run it again"):
+            ladder.climb(F16, folder, ["Q8_0", "Q4_K_M"], settings=SMALL, progress=False)
+    assert jobs == ["time"] * 3 and not (folder / "speeds.json").exists()
+    again = ladder.climb(F16, folder, ["Q8_0", "Q4_K_M"], settings=SMALL, progress=False)
+    assert [rung.name for rung in again.rungs] == ["F16", "Q8_0", "Q4_K_M"]
+    (folder / "kept.json").replace(folder / "speeds.json")
+
+
 @pytest.mark.parametrize(
     "cores, threads, memory, workers", [(2, 1, 8e9, 2), (8, 4, 8e9, 2), (2, 2, 8e9, 1), (64, 1, 2e9, 3)]
 )
@@ -156,6 +179,21 @@ def test_predictions_that_are_gone_are_made_again_and_nothing_else(folder, climb
     assert [rung.name for rung in again.rungs] == ["F16", "again"]
     assert answers.read_bytes() == before
     assert np.array_equal(again.source.tokens.nll, climbed.source.tokens.nll)
+
+
+def test_the_divergence_by_position_counts_each_window_once(climbed, folder):
+    positions = tables.position_table(climbed)
+    assert positions["rung"].unique().tolist() == ["Q8_0", "Q4_K_M"]
+    assert positions["start"].tolist() == [0, 8, 16, 32, 64] * 2 and positions["end"].iloc[4] == 127
+    assert positions["texts"].eq(6).all() and positions["n"].eq(6 * 4).all()
+    assert positions[["kld_low", "kld_high"]].notna().all().all()
+    for rung in climbed.rungs:
+        mean = positions[positions["rung"] == rung.name]["kld"].mean()
+        assert rung is climbed.source or mean == pytest.approx(rung.long.kld.mean())
+    assert climbed.source.long.kld.max() == 0
+    assert figures.divergence_by_position(positions).get_title("left")
+    alone = dataclasses.replace(climbed.source, long=None)
+    assert tables.position_table(dataclasses.replace(climbed, rungs=(alone, alone))).empty
 
 
 def test_the_importance_matrix_is_collected_once(climbed, folder):

@@ -6,6 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from moe_models import write_model
+from other_models import with_vocabulary
 from scipy.special import log_softmax
 
 from dfqs_nb.core.errors import PromptError
@@ -14,6 +16,7 @@ from dfqs_nb.llama.model import ContextFullError, open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.scores import ItemSet, likelihood
 from dfqs_nb.scores.likelihood import ChoiceSet
+from dfqs_nb.stats import clopper_pearson
 
 HEAD = {
     "set": "own",
@@ -67,6 +70,41 @@ def test_restored_states_give_what_whole_evaluations_give(model, own, tmp_path):
     assert answers.n_evaluated < n_whole / 2  # what is shared was evaluated once
 
 
+def test_four_choices_cost_little_more_than_one(model, own, tmp_path):
+    """Counted in tokens: examples once, a query once, and of each choice all but the last token."""
+    query = "There was a garden behind the house, and in the garden there was"
+    items = [
+        {
+            "id": str(n),
+            "query": f"{query} {thing} and",
+            "choices": ["a tree", "the sun", "a cat.", "no"],
+            "gold": 0,
+        }
+        for n, thing in enumerate(["a bench", "some grass", "a wall"])
+    ]
+    questions = ChoiceSet.load(own(HEAD, items))
+    encoded = [likelihood.encode(model, questions.head, item) for item in questions.items]
+    shared = len(likelihood.common_prefix([context for context, _ in encoded]))
+    contexts = sum(len(context) - shared for context, _ in encoded)
+    endings = [[len(tokens) - 1 for tokens in choices] for _, choices in encoded]
+    n_evaluated = likelihood.answer(model, questions, tmp_path).n_evaluated
+    assert shared > len(query.split()) and n_evaluated == shared + contexts + sum(map(sum, endings))
+    of_one = shared + contexts + sum(lengths[0] for lengths in endings)
+    assert n_evaluated < 1.5 * of_one, "three more choices cost as much as the question"
+
+
+def test_random_weights_score_at_chance(tmp_path):
+    path = write_model("llama", tmp_path)
+    path.write_bytes(with_vocabulary(path).bytes())
+    questions = ChoiceSet.load("nano-reasoning")
+    with open_model(path, OpenSettings(n_ctx=512, n_threads=1)) as random:
+        items = likelihood.answer(random, questions, tmp_path).items
+    for metric in ("acc", "acc_norm"):
+        low, high = clopper_pearson(int(items[metric].sum()), len(items), 0.999)
+        assert low < 1 / 4 < high, metric
+    assert items["guess"].eq(1 / 4).all() and len(items) > 100
+
+
 def test_context_and_choices_are_tokenized_together(model, own):
     questions = ChoiceSet.load(own())
     context, choices = likelihood.encode(model, questions.head, questions.items[1])
@@ -106,6 +144,7 @@ def test_a_second_run_evaluates_nothing(model, own, tmp_path):
 def test_a_shipped_set_becomes_multiple_choice_the_same_way_each_time(model, tmp_path):
     questions = ChoiceSet.load("nano-reasoning")
     assert questions == ChoiceSet.made_of(ItemSet.load("nano-reasoning"))
+    assert questions.head.licence == ItemSet.load("nano-reasoning").licence != "not stated"
     answers = {item.id: item.answer for item in ItemSet.load("nano-reasoning").items}
     for item in questions.items:
         assert item.choices[item.gold] == answers[item.id] and len(set(item.choices)) == 4

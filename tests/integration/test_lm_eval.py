@@ -1,0 +1,120 @@
+"""Log-likelihoods of SmolLM2, against lm-evaluation-harness itself on the same F32 weights.
+
+Slow, and only where ``$DFQS_LM_EVAL_PYTHON`` names an interpreter that has lm-eval; it does not belong in the
+project's own environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import asdict, replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from gguf_fixtures import Spec
+from models_apart import Apart
+from other_models import smollm2
+
+from dfqs_nb.llama.model import open_model
+from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.scores import likelihood
+from dfqs_nb.scores.likelihood import ChoiceSet
+
+INSTALL = (
+    "python3 -m venv /tmp/lm-eval && /tmp/lm-eval/bin/pip install 'lm-eval[hf]==0.4.13' gguf==0.19.0 && "
+    "export DFQS_LM_EVAL_PYTHON=/tmp/lm-eval/bin/python"
+)
+TOLERANCE = 1e-3  # nats, of a choice's log-likelihood
+N_QUESTIONS = 32
+TASK = """
+task: {set}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {items}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: query
+doc_to_choice: choices
+doc_to_target: gold
+target_delimiter: "{delimiter}"
+num_fewshot: 2
+fewshot_config: {{sampler: first_n, samples: {examples}}}
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def f32(tmp_path_factory):
+    """SmolLM2's weights, dequantized: both programs read this file, so neither quantizes activations."""
+    path = tmp_path_factory.mktemp("f32") / "smollm2.gguf"
+    model = Apart.of(smollm2())
+    specs = []
+    for spec in model.specs:
+        rows = np.frombuffer(spec.bytes(), np.uint8).reshape(prod(spec.shape[1:]), -1)
+        values = dequantize(rows, GGMLQuantizationType(spec.code)).astype("<f4")
+        specs.append(Spec(spec.name, "F32", spec.shape, data=values.tobytes()))
+    path.write_bytes(replace(model, specs=tuple(specs)).with_field("general.file_type", "UINT32", 0).bytes())
+    yield path
+    path.unlink()  # half a gigabyte
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """Questions of a shipped set as plain text, the first two solved in front of each."""
+    folder = tmp_path_factory.mktemp("questions")
+    made = ChoiceSet.load("standard-reasoning")
+    rows = [asdict(item) | {"query": f"{item.query}\nAnswer:"} for item in made.items]
+    # a step through all families; the shortest questions, so that the run takes a minute or two
+    rows = sorted(rows, key=lambda row: len(row["query"]))[: 4 * N_QUESTIONS : 4]
+    head = {"set": "agreement", "kind": "choice", "delimiter": " ", "examples": rows[:2]}
+    path = folder / "agreement.jsonl"
+    path.write_text("\n".join(map(json.dumps, [head, *rows[2:]])), encoding="utf-8")
+    return ChoiceSet.load(path)
+
+
+def by_lm_eval(python: str, model: Path, questions: ChoiceSet, folder: Path) -> list[dict]:
+    """lm-eval's own samples, in the order of the questions."""
+    rows = [asdict(item) for item in questions.items]
+    items = folder / "items.jsonl"
+    items.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    examples = json.dumps([asdict(item) for item in questions.head.examples])
+    task = TASK.format(
+        set=questions.head.set, items=items, delimiter=questions.head.delimiter, examples=examples
+    )
+    (folder / "agreement.yaml").write_text(task, encoding="utf-8")
+    arguments = f"pretrained={model.parent},gguf_file={model.name},dtype=float32"
+    command = [python, "-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments, "--device", "cpu"]
+    command += ["--tasks", questions.head.set, "--include_path", str(folder), "--batch_size", "1"]
+    command += ["--log_samples", "--output_path", str(folder / "out")]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = next((folder / "out").rglob("samples_*.jsonl")).read_text(encoding="utf-8").splitlines()
+    return sorted(map(json.loads, lines), key=lambda row: row["doc_id"])
+
+
+@pytest.mark.slow
+def test_log_likelihoods_equal_those_of_lm_eval(f32, questions, tmp_path):
+    python = os.environ.get("DFQS_LM_EVAL_PYTHON")
+    if not python:
+        pytest.skip(f"needs lm-eval: {INSTALL}")
+    theirs = by_lm_eval(python, f32, questions, tmp_path)
+    settings = OpenSettings(n_ctx=2048, type_k="f32", type_v="f32", flash_attn=False)
+    with open_model(f32, settings) as model:
+        ours = likelihood.answer(model, questions, tmp_path).as_lm_eval()["samples"][questions.head.set]
+    assert len(ours) == len(theirs) == N_QUESTIONS - 2
+    largest = 0.0
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["target"] == int(other["target"])
+        values = [[float(value), str(greedy) == "True"] for [[value, greedy]] in other["resps"]]
+        differences = [abs(a[0][0] - b[0]) for a, b in zip(mine["resps"], values, strict=True)]
+        largest = max(largest, *differences)
+        assert [each[0][1] for each in mine["resps"]] == [greedy for _, greedy in values]
+        assert (mine["acc"], mine["acc_norm"]) == (other["acc"], other["acc_norm"])
+    print(f"largest difference {largest:.2e} nats over {len(ours)} questions")
+    assert largest < TOLERANCE
