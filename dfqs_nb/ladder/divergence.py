@@ -1,10 +1,9 @@
 """How far a quantized model's predictions are from the original's: perplexity, KL divergence, top token.
 
 The protocol is that of ``llama-perplexity --kl-divergence`` (llama.cpp, tools/perplexity/perplexity.cpp):
-whole chunks of one context each, of which the second half is scored. Tokens of one chunk are correlated, so
-intervals come from a bootstrap over chunks. The standard error over tokens stands beside them, because the
-tool prints it. One difference: the tool keeps the original's predictions in 16 bits, cut off 16 nats below
-the best token, so on text that surprises the model its ratio of perplexities is too large.
+whole chunks of one context each, of which the second half is scored. Intervals come from a bootstrap over
+chunks, because their tokens are correlated; the tool prints a standard error over tokens. One difference: it
+keeps predictions in 16 bits, cut off 16 nats below the best token, so its ratio of perplexities is too large.
 """
 
 from __future__ import annotations
@@ -69,10 +68,7 @@ class Documents(PromptSet):
 
 
 def load_text(source: str | Path, part: str = "held_out") -> Text:
-    """A part of a frozen set, as ``"calibration-nano"``, or the path of a plain text file.
-
-    Args:
-        part: ``"calibration"`` or ``"held_out"``; a file is taken whole.
+    """The part ``"calibration"`` or ``"held_out"`` of a frozen set, or a whole text file by its path.
 
     Raises:
         TextError: the file cannot be read. PromptError: there is no such set.
@@ -92,8 +88,7 @@ def load_text(source: str | Path, part: str = "held_out") -> Text:
 def chunks(tokens: Sequence[int], size: int, limit: int = 0, *, least: int = 1) -> list[list[int]]:
     """Whole pieces of ``size`` tokens, in order, at most ``limit`` of them (0: all); the rest is not used.
 
-    Raises:
-        TextError: there are fewer than ``least`` pieces.
+    Fewer than ``least`` of them are a `TextError`.
 
     >>> chunks([1, 2, 3, 4, 5], 2)
     [[1, 2], [3, 4]]
@@ -134,15 +129,12 @@ def log_probs(logits: Array) -> Array:
 def predictions(
     model: Model | RecordedModel, piece: Sequence[int], windows: Windows, step: int = 0
 ) -> Iterator[tuple[Array, Array]]:
-    """Evaluate a chunk; step by step its predictions inside the windows, and the tokens that came.
+    """Evaluate a chunk; its predictions in the windows, float32 ``(n, n_vocab)``, and the tokens that came.
 
     Only one step's logits are held, so memory does not grow with the length of the chunk.
 
     Args:
         windows: ``(start, end)`` of the predicting positions, from 0 to ``len(piece) - 1``.
-
-    Yields:
-        Log-probabilities float32 ``(n, n_vocab)``, and token ids ``(n,)``.
     """
     for at, logits in feed(model, piece, step):
         for start, end in windows:
@@ -184,10 +176,8 @@ def stratified(n_tokens: int, width: int, seed: int) -> Windows:
 class Tokens:
     """Two models' predictions of each scored token, arrays ``(chunks, n)``.
 
-    Attributes:
-        nll: negative log-likelihood of the token that came, in nats; ``nll_base``: the original's.
-        kld: KL divergence of the prediction from the original's, in nats.
-        same_top: whether the most likely token is the same.
+    ``nll`` and ``nll_base``: negative log-likelihood of the token that came, in nats, and the original's;
+    ``kld``: divergence from the original's prediction, in nats; ``same_top``: the same most likely token.
     """
 
     nll: Array
@@ -263,10 +253,7 @@ def beside_source(
 
 
 def estimate(name: str, values: Array) -> dict[str, float]:
-    """The mean of values ``(chunks, n)`` under this name, with its uncertainty.
-
-    ``<name>_low`` and ``<name>_high``: the 95 % interval (bootstrap over chunks; NaN for fewer than 6);
-    ``<name>_se``: the standard error over tokens.
+    """The mean of values ``(chunks, n)``, its 95 % interval over chunks, and its standard error over tokens.
 
     >>> estimate("kld", np.full((2, 3), 0.5))
     {'kld': 0.5, 'kld_low': nan, 'kld_high': nan, 'kld_se': 0.0}
@@ -277,10 +264,9 @@ def estimate(name: str, values: Array) -> dict[str, float]:
 
 
 def summary(tokens: Tokens) -> dict[str, Any]:
-    """Estimates of the scored tokens, flat, for a table.
+    """Estimates of ``perplexity``, ``log_ratio`` (ln of it over the original's), ``kld`` and ``same_top``.
 
-    Keys ``n_tokens``, ``n_chunks``; `estimate` of ``perplexity``, ``log_ratio`` (ln of the perplexity over
-    the original's), ``kld`` and ``same_top``; and ``kld_tail``, which the KL of 99 % of the tokens is below.
+    Also ``n_tokens``, ``n_chunks``, and ``kld_tail``, which the KL of 99 % of the tokens is below.
     """
     perplexity = {
         name: value if name.endswith("se") else exp(value)

@@ -1,9 +1,7 @@
 """How faithful a quantization is to a model that is not here: against a record of the original's predictions.
 
-A record is a JSONL file: prompts, the original's greedy continuation of each, and at each token the
-original's most likely tokens with their log-probabilities. It is made from a GGUF file, or from any server
-that gives log-probabilities. The unseen rest of each prediction leaves the KL divergence open between two
-bounds.
+A record is a JSONL file: prompts, the original's greedy continuation of each, and at each token the likeliest
+tokens with their log-probabilities. The unseen rest leaves the KL divergence open between two bounds.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge, Le, MinLen
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
@@ -34,23 +32,30 @@ from dfqs_nb.stats import mean_interval
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = "dfqs reference record 1"
+FORMAT: Literal["dfqs reference record 1"] = "dfqs reference record 1"
 BYTE = 6  # of the header's token types
 LEAST_ALIGNED = 0.9  # of the prompts must have the record's tokens, or nothing is said token by token
-LogProb = Annotated[float, Ge(-1e4), Le(1e-3)]
-Guess = tuple[str, LogProb]  # a token's bytes in hex, and its natural log-probability
 
 
 class RecordError(DfqsError):
     """A record is broken, or does not fit the model."""
 
 
-class Step(BaseModel):
-    """One token of the original's continuation: its bytes in hex, and the likeliest tokens, best first."""
+def _hex(text: str) -> str:
+    bytes.fromhex(text)  # its ValueError says "hexadecimal"
+    return text
 
-    token: str
+
+Hex = Annotated[str, AfterValidator(_hex)]  # a token's bytes
+LogProb = Annotated[float, Ge(-1e4), Le(1e-3)]  # natural
+
+
+class Step(BaseModel):
+    """One token of the original's continuation, and the likeliest tokens there, best first."""
+
+    token: Hex
     logprob: LogProb
-    top: Annotated[list[Guess], MinLen(1)]
+    top: Annotated[list[tuple[Hex, LogProb]], MinLen(1)]
 
 
 class Line(BaseModel):
@@ -63,7 +68,7 @@ class Line(BaseModel):
 
 
 class Head(BaseModel):
-    """The first line of a record."""
+    """The first line of a record: the original's name and hash, what computed it, and the text's licence."""
 
     record: Literal["dfqs reference record 1"]
     source: str
@@ -88,33 +93,25 @@ class Record:
         Raises:
             RecordError: it cannot be read; the message names line and field.
         """
+        number, lines = 1, []
         try:
             first, *rest = Path(path).read_bytes().splitlines()
+            head = Head.model_validate_json(first)
+            for line in rest:
+                number += 1
+                lines += [Line.model_validate_json(line)] if line.strip() else []
+        except ValidationError as error:
+            fault = error.errors()[0]
+            what = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": ")
+            hint = f'its first line must name the format, "record": "{FORMAT}"; docs/fidelity.md describes it'
+            raise RecordError(f"line {number}: {what}", where=tilde(path), hint=hint) from error
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "it is empty"
             hint = "make one with: dfqs-nb record MODEL -o record.jsonl"
             raise RecordError(f"cannot be read ({why})", where=tilde(path), hint=hint) from error
-        head = _typed(Head, first, 1, path)
-        rows = [_typed(Line, line, number, path) for number, line in enumerate(rest, 2) if line.strip()]
-        if not rows:
+        if not lines:
             raise RecordError("the record holds no prompt", where=tilde(path), hint="make it again")
-        return cls(head, rows)
-
-
-def _typed(kind: Any, line: bytes, number: int, path: str | Path) -> Any:
-    try:
-        row = TypeAdapter(kind).validate_json(line)
-        for step in getattr(row, "steps", ()):
-            bytes.fromhex("".join([step.token, *(text for text, _ in step.top)]))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        what = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": ")
-    except ValueError:
-        what = "a token is not written as hex bytes"
-    else:
-        return row
-    hint = f'its first line must name the format, "record": "{FORMAT}"; docs/fidelity.md describes it'
-    raise RecordError(f"line {number}: {what}", where=tilde(path), hint=hint)
+        return cls(head, lines)
 
 
 # ---- making a record ----
@@ -123,8 +120,7 @@ def _typed(kind: Any, line: bytes, number: int, path: str | Path) -> Any:
 def load_prompts(source: str, limit: int = 0, *, chat: bool = True) -> dict[str, tuple[str, bool]]:
     """Prompts by id, each with whether it is a chat message: of a question set, or the lines of a text file.
 
-    Args:
-        limit: the most prompts, spread over a set's families; 0: all.
+    ``limit``: the most prompts, spread over a set's families; 0: all.
 
     Raises:
         PromptError, RecordError: there is no such set, or the file cannot be read.
@@ -146,12 +142,9 @@ def write_record(
     prompts: Mapping[str, tuple[str, bool]],
     continue_: Callable[[str, bool], Sequence[Mapping[str, Any]]],
     *,
-    source: str,
     top_k: int,
-    source_sha256: str = "",
-    runtime: str = "",
-    licence: str = "not stated",
     conditions: Mapping[str, Any] | None = None,
+    **facts: str,
 ) -> Head:
     """Record how a model continues each prompt. A run that is killed goes on with the same call.
 
@@ -159,19 +152,11 @@ def write_record(
         prompts: by id, the text and whether it is a chat message.
         continue_: gives the steps of a prompt, fields as `Step` has them: `continuation` of a model in this
             process, or that of a server.
-        source: the model's name; ``runtime``: what computes it; ``licence``: of the prompts and the answers.
-        conditions: what the continuations depend on beside these.
+        conditions: what the continuations depend on beside the fields of `Head`.
+        facts: the other fields of `Head`.
     """
     path = Path(path)
-    head = Head(
-        record="dfqs reference record 1",
-        source=source,
-        source_sha256=source_sha256,
-        runtime=runtime,
-        licence=licence,
-        date=date.today().isoformat(),
-        top_k=top_k,
-    )
+    head = Head(record=FORMAT, date=date.today().isoformat(), top_k=top_k, **facts)
     key = head.model_dump(exclude={"date"}) | dict(conditions or {})
     journal = Journal(path.with_name(f".{path.name}.journal"), key)
     for name, (text, chat) in tqdm(prompts.items(), desc="prompts", leave=False):
@@ -181,7 +166,9 @@ def write_record(
                 journal.add(name, prompt=text, chat=chat, steps=steps)
     rows = [row for row in journal.rows() if row["id"] in prompts]
     if not rows:
-        raise RecordError("the model ended every answer at once", where=source, hint="give other prompts")
+        raise RecordError(
+            "the model ended every answer at once", where=head.source, hint="give other prompts"
+        )
     with whole_file(path) as file:
         for row in [head.model_dump(), *rows]:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -216,7 +203,7 @@ def continuation(model: Model, text: str, chat: bool, n_tokens: int, top_k: int)
 
 
 def kl_bounds(top: Array, ours: Array, rest: Array, cap: float) -> tuple[float, float]:
-    """Bounds of the KL divergence of our prediction from one that is known only at its likeliest tokens.
+    """Bounds, in nats, of the KL divergence of our prediction from one known only at its likeliest tokens.
 
     The lower bound takes the unseen tokens as one (the log-sum inequality). The upper bound gives the unseen
     probability to those tokens that we hold least likely, no more than ``cap`` to each: the divergence is
@@ -226,9 +213,6 @@ def kl_bounds(top: Array, ours: Array, rest: Array, cap: float) -> tuple[float, 
         top: the reference's log-probabilities of the seen tokens, ``(k,)``; ``ours``: our own, ``(k,)``.
         rest: our log-probabilities of all other tokens.
         cap: the most probability that an unseen token can have: that of the last one seen.
-
-    Returns:
-        The two bounds, in nats.
 
     >>> both = np.log([0.5, 0.25, 0.125, 0.125])
     >>> low, high = kl_bounds(both[:2], both[:2], both[2:], 0.25)
@@ -259,7 +243,6 @@ class Fidelity:
     Attributes:
         tokens: a row a token: ``id``, ``position`` (from 0), ``text``, ``nll_reference``, ``nll`` (nats),
             ``same_top``, ``overlap`` (share of the reference's top k in ours), ``kl_low``, ``kl_high``.
-            Empty where the tokenizers differ.
         texts: a row a prompt: ``id``, ``bytes``, ``nll_reference``, ``nll`` (nats of the whole text),
             ``aligned`` (the model has the record's tokens).
     """

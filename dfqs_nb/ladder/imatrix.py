@@ -1,9 +1,7 @@
 """Importance matrices: how strongly each input column of a weight is used, collected, read and written.
 
-A low-bit quantizer weighs its error by the mean square of the activation that meets each column. llama.cpp
-collects those sums with ``llama-imatrix`` through the evaluation callback. Here the same callback is taken
-from Python: the input of every matrix product whose weight is a tensor of a block, and for the routed experts
-the rows that each expert received. The files are llama.cpp's own (``general.type = imatrix``): format in its
+llama.cpp's ``llama-imatrix`` sums the squares of activations through the evaluation callback; here the same
+callback is taken from Python. The files are llama.cpp's own (``general.type = imatrix``): format in its
 common/imatrix-loader.cpp, arithmetic in tools/imatrix/imatrix.cpp.
 """
 
@@ -37,6 +35,7 @@ CHUNK_TOKENS = 512  # llama-imatrix's default
 LEAST_ROWS = 16  # llama-imatrix passes over smaller products of dense weights
 SUMS, COUNTS = ".in_sum2", ".counts"
 UNIFORM = "none (every column weighs the same)"
+REPORT = "report the architecture"
 COLLECT = "collect one with llama-imatrix, or in notebook 08"
 
 
@@ -48,9 +47,8 @@ class ImatrixError(DfqsError):
 class Entry:
     """One weight's sums of squares.
 
-    Attributes:
-        sums: float32 ``(matrices, columns)``: one row an expert; one row for a dense weight.
-        counts: rows of activations summed, int64 ``(matrices,)``, or ``(1,)`` for all matrices together.
+    ``sums``: float32 ``(matrices, columns)``, one row an expert, or one for a dense weight; ``counts``: rows
+    of activations summed, int64 ``(matrices,)``, or ``(1,)`` for all matrices together.
     """
 
     sums: Array
@@ -70,13 +68,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class ImportanceMatrix:
-    """An importance matrix.
-
-    Attributes:
-        entries: by the weight's name.
-        datasets: names of the texts it was collected on.
-        chunk_count, chunk_size: how many pieces of how many tokens.
-        path: the file it was read from or written to; empty otherwise.
+    """An importance matrix: ``entries`` by the weight's name, and the texts, chunks and file it comes from.
 
     Raises:
         ImatrixError: a value is not finite or negative. llama.cpp would blame the model's weights for it.
@@ -111,11 +103,8 @@ class ImportanceMatrix:
     def fitting(self, header: GGUFHeader) -> ImportanceMatrix:
         """The entries that have a value for each column (and expert) of the model's tensor of that name.
 
-        llama-quantize refuses the others. Of ``deepseek4`` it refuses those of ``attn_output_a``, whose
-        groups of columns llama.cpp multiplies as matrices of their own.
-
-        Raises:
-            ImatrixError: most entries do not fit, so it is a matrix of another model.
+        llama-quantize refuses the others; so it does of ``attn_output_a`` of ``deepseek4``, whose groups of
+        columns llama.cpp multiplies as matrices of their own. If most do not fit, an `ImatrixError` says so.
         """
         sizes = {t.name: t.shape[0] * (t.shape[2] if len(t.shape) > 2 else 1) for t in header.tensors}
         odd = [name for name, entry in self.entries.items() if sizes.get(name) != entry.sums.size]
@@ -139,15 +128,9 @@ class ImportanceMatrix:
         import pandas as pd
 
         rows = [
-            (
-                name,
-                class_of(name),
-                len(counts),
-                int(counts.min()),
-                int(counts.max()),
-                int((counts == 0).sum()),
-            )
-            for name, counts in sorted((name, entry.counts) for name, entry in self.entries.items())
+            (name, class_of(name), len(entry.counts), *map(int, (entry.counts.min(), entry.counts.max())))
+            + (int((entry.counts == 0).sum()),)
+            for name, entry in sorted(self.entries.items())
         ]
         return pd.DataFrame(rows, columns=["weight", "class", "matrices", "least", "most", "unused"])
 
@@ -176,10 +159,7 @@ class ImportanceMatrix:
 
 
 def uniform(header: GGUFHeader) -> ImportanceMatrix:
-    """A matrix in which every column weighs the same: what a quantization without one would be.
-
-    llama.cpp refuses the lowest types without a matrix, so their quality without one is measured with this.
-    """
+    """A matrix in which every column weighs the same: the lowest types as they would be without a matrix."""
     entries = {}
     for tensor in header.tensors:
         if len(tensor.shape) > 1 and layer_of(tensor.name) is not None:
@@ -195,8 +175,7 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     """Read an importance matrix of llama.cpp.
 
     Raises:
-        ImatrixError: it is none, or broken.
-        HeaderError, LayoutError: it is a GGUF that llama.cpp would refuse.
+        ImatrixError: it is none, or broken. HeaderError, LayoutError: llama.cpp would refuse the file.
     """
     path = Path(path)
     try:
@@ -233,8 +212,7 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     if not entries:
         raise broken("it holds no entry")
     n, size = (header.count(f"imatrix.chunk_{name}") for name in ("count", "size"))
-    datasets = header.get("imatrix.datasets", [])
-    return ImportanceMatrix(entries, tuple(map(str, datasets)), n, size, str(path))
+    return ImportanceMatrix(entries, tuple(map(str, header.get("imatrix.datasets", []))), n, size, str(path))
 
 
 # ---- collecting ----
@@ -257,16 +235,11 @@ class Collector:
         self._error: BaseException | None = None
 
     def entries(self) -> dict[str, Entry]:
-        """What was collected.
-
-        Raises:
-            ImatrixError: a node could not be read, or nothing was collected.
-        """
+        """What was collected; an `ImatrixError` where a node could not be read, or nothing was collected."""
         if self._error is not None:
-            what = f"the collector failed ({self._error})"
-            raise ImatrixError(what, hint="report the architecture") from self._error
+            raise ImatrixError(f"the collector failed ({self._error})", hint=REPORT) from self._error
         if not self._totals:
-            raise ImatrixError("no weight was used", hint="report the architecture")
+            raise ImatrixError("no weight was used", hint=REPORT)
         return {
             name: Entry(sums.astype(np.float32).reshape(len(counts), -1), counts)
             for name, (sums, counts) in self._totals.items()
@@ -340,22 +313,17 @@ def collect(
     dataset: str = "",
     progress: bool = True,
 ) -> ImportanceMatrix:
-    """Collect an importance matrix over a text, in chunks that each begin from a cleared context.
-
-    As llama-imatrix does: whole chunks only, the first token of each replaced by BOS where the vocabulary
-    asks for one, and every token taken through every layer.
+    """Collect an importance matrix over a text, in whole chunks that each begin from a cleared context.
 
     Args:
         source: the model, in the precision that the quantization starts from.
         text: a text, or the name of a prompt set or a text file.
-        n_chunks: the most chunks; 0: all.
-        n_threads: 0: as suits the size of the model.
+        n_chunks: the most chunks; 0: all. ``n_threads``: 0: as suits the size of the model.
         dataset: what the text is called in the file's header; its name where not given.
 
     Raises:
         TextError, PromptError: there is no such text, or it has fewer tokens than one chunk.
-        ImatrixError: a node could not be read.
-        ModelError, DecodeError: llama.cpp refuses the model, or fails.
+        ImatrixError: a node could not be read. ModelError, DecodeError: llama.cpp fails.
     """
     text = load_text(text, "calibration") if isinstance(text, str) else text
     collector = Collector()

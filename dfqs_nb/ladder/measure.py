@@ -38,12 +38,11 @@ class Settings:
     Args:
         text: a prompt set with ``calibration`` and ``held_out``, or a text file to measure on.
         chunk_tokens, n_chunks: of the held-out text (0: all chunks); half of each chunk is scored.
-        long_tokens, long_texts: of the held-out text once more, for the divergence by position (0 texts:
-            none); ``long_window``: positions scored in each band.
+        long_tokens, long_texts: of the same text in longer pieces, for the divergence by position (0 texts:
+            none); long_window: positions scored in each band.
         calibration: a text file to collect the importance matrix on; empty: the prompt set's part.
-        calibration_tokens, calibration_chunks: tokens of a chunk, and the most chunks.
-        tier, max_items: the sets of questions, and how many of each, spread evenly over its families; 0: all.
-        prompt_set, longest, n_haystacks: of the stability curve; ``budget_seconds``: 0: no limit.
+        tier, max_items: the sets of questions, and how many of each, evenly over its families; 0: all.
+        prompt_set, longest, n_haystacks: of the stability curve; budget_seconds: 0: no limit.
         speed_depth, speed_tokens, speed_repetitions: of the decode speed.
         n_ctx, n_threads: context of the questions, and threads; 0 threads: as suits the source's size.
         allow_unsandboxed: score code even without a sandbox.
@@ -107,12 +106,10 @@ def collected(
 ) -> imatrix.ImportanceMatrix:
     """The importance matrix over the calibration text, from ``folder/imatrix.gguf`` where it is there.
 
-    Args:
-        given: the file of another one, which is read instead.
+    ``given``: the file of another one, which is read instead.
 
     Raises:
-        ImatrixError: the one that is given cannot be read.
-        LadderError: there is no text but the one to measure on.
+        ImatrixError: the one that is given cannot be read. LadderError: there is no text to collect on.
     """
     if given:
         return imatrix.read_imatrix(given)

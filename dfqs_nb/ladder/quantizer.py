@@ -1,8 +1,7 @@
 """Quantize a model with llama.cpp's own quantizer, tensor by tensor as a recipe says.
 
-``llama_model_quantize`` runs in a child process, which may die of a broken header without taking this one
-along, and which holds some rows of one tensor at a time. A dry run of llama.cpp itself tells beforehand what
-it will write, to the byte.
+``llama_model_quantize`` runs in a child process, which may die of a broken header. A dry run of llama.cpp
+itself tells beforehand what it will write, to the byte.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -24,7 +22,7 @@ from dfqs_nb.core.display import quoted, tqdm
 from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.files import sha256_of_files, whole_path
 from dfqs_nb.core.machine import usable_cores
-from dfqs_nb.gguf.facts import INTEGER_TYPES, bits_per_weight, class_of, class_sizes, layer_of
+from dfqs_nb.gguf.facts import INTEGER_TYPES, bits_per_weight, class_sizes, layer_of
 from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, Tensor, check_layout, padded, read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.gguf.types import TENSOR_TYPES
@@ -56,11 +54,9 @@ class Plan:
     """What a quantization writes.
 
     Attributes:
-        tensors: as they will be, in the order of the file.
-        nbytes: of the file, exactly.
+        tensors: as they will be, in the order of the file. nbytes: of the file, exactly.
         fallbacks: llama.cpp's lines about tensors whose shape does not suit the type it wanted.
-        entries: of the importance matrix that will be used.
-        left_out: entries of the matrix that do not fit the model (see `ImportanceMatrix.fitting`).
+        entries: of the importance matrix that will be used; left_out: those that do not fit the model.
     """
 
     recipe: Recipe
@@ -78,7 +74,7 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should read before the work: fallbacks, and entries of the matrix that are not used."""
+        """What to read before the work: fallbacks, and entries of the matrix that are not used."""
         names = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
         unused = f"{len(self.left_out)} entries of the importance matrix do not fit and are not used: {names}"
         return (*self.fallbacks, *([unused] if self.left_out else []))
@@ -87,9 +83,7 @@ class Plan:
         """One row a tensor class, largest first; see `gguf.facts.class_sizes`, and ``source_bytes``."""
         import pandas as pd
 
-        before: Counter[str] = Counter()
-        for tensor in self.source.tensors:
-            before[class_of(tensor.name)] += tensor.nbytes
+        before = {row["class"]: row["bytes"] for row in class_sizes(self.source.as_one)}
         sizes = pd.DataFrame(class_sizes(replace(self.source.as_one, tensors=self.tensors)))
         sizes.insert(3, "source_bytes", sizes["class"].map(before))
         return sizes
@@ -108,8 +102,7 @@ def plan(
         QuantizeError: a tensor is quantized already, a rule fits no tensor (or llama.cpp does not follow it,
             or its type's blocks do not divide a tensor's rows), or a type needs an importance matrix.
         ImatrixError: the importance matrix is broken, or of another model.
-        HeaderError, ShardError, LayoutError: the source is not a sound model.
-        ModelError: llama.cpp dies on it.
+        HeaderError, ShardError, LayoutError: not a sound model. ModelError: llama.cpp dies on it.
     """
     with child.Worker(CHILD) as worker:
         return _prepare(source, recipe, imatrix, worker)[0]
@@ -275,11 +268,8 @@ def quantize(
     """Quantize a model into one file, which appears whole or not at all; returns what was written.
 
     Args:
-        source: as for `plan`; shards need no merge first.
-        recipe: a recipe, or the name of one.
-        imatrix: as for `plan`.
+        source, recipe, imatrix: as for `plan`; shards need no merge first.
         n_threads: 0: the usable cores. The result does not depend on it.
-        overwrite: replace an existing output.
         source_sha256: where it is known; else the source is hashed.
         worker: a child of the ladder that serves several calls; a new one by default.
 

@@ -73,10 +73,8 @@ STRICT = ConfigDict(extra="forbid")
 class Rule:
     """Tensors whose name contains a match of ``pattern`` get ``type``.
 
-    Attributes:
-        layers: only those of the first layers: this share of all, rounded down, but one layer at least; 1:
-            all.
-        optional: whether the rule may match no tensor.
+    ``layers``: only those of the first layers, this share of all, rounded down, but at least one; 1: all.
+    ``optional``: whether the rule may match no tensor.
     """
 
     pattern: Pattern
@@ -103,11 +101,9 @@ class Recipe:
 
     Attributes:
         mix: llama.cpp's file type: its mix chooses for tensors that no rule names.
-        keep: patterns of tensors that stay as they are in the source.
-        rules: the first that matches counts.
+        keep: patterns of tensors that stay as in the source; rules: the first that matches counts.
         weights: pattern of the importance matrix's entries that are used; empty: none.
-        file_type: what the header says; the mix where not given.
-        sha256: of the recipe's file.
+        file_type: what the header says; the mix where not given. sha256: of the recipe's file.
     """
 
     name: str
@@ -121,10 +117,7 @@ class Recipe:
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A recipe by its name, in any case, or by the path of its file.
-
-    Raises:
-        QuantizeError: there is none, its file cannot be read, or a type or pattern in it is wrong.
+    """A recipe by its name, in any case, or by the path of its file; a `QuantizeError` if it is none.
 
     >>> load_recipe("iq1_s-xl").rules[0]
     Rule(pattern='ffn_down_exps', type='Q2_K', layers=0.125, optional=False)

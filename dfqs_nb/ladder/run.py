@@ -1,9 +1,8 @@
 """Climb the ladder: quantize one model at ever fewer bits, and measure every rung in the same way.
 
-Each rung is made from the same source and measured in a child process: predictions beside the source's
-(`divergence`), the experts that its routers choose, scores, and retrieval at growing lengths. A small model
-uses one thread, so as many rungs are under way at once as there are cores. Speed is measured last, one rung
-at a time, while nothing else runs. What an earlier run finished is read, not repeated.
+Each rung is made from the same source and measured in a child process. A small model uses one thread, so as
+many rungs are under way at once as there are cores. Speed is measured last, one rung at a time. What an
+earlier run finished is read, not repeated.
 """
 
 from __future__ import annotations
@@ -49,11 +48,9 @@ class Rung:
 
     Attributes:
         header: of the rung's model, all shards as one.
-        tokens: predictions beside the source's, of every scored token.
-        long: those in windows of longer texts, ``(texts, bands * window)``; None where there is no such text.
-        trace: the experts chosen on the held-out text.
-        runs: a set of questions each.
-        items: of the stability curve, one row a question.
+        tokens: predictions beside the source's, of every scored token; trace: the experts chosen there.
+        long: predictions in windows of longer texts; None where the held-out text is too short.
+        runs: a set of questions each; items: of the stability curve, one row a question.
         curve, boundary: see ``context``.
         speed: decode tokens a second: ``median``, ``min``, ``max``, ``repetitions``, ``contended``.
     """
@@ -119,12 +116,10 @@ def climb(
         rungs: names (or files) of recipes; ``/flat`` behind one replaces the importance matrix by one in
             which every column weighs the same. The source's own type among them is passed over.
         matrix: an importance matrix; collected by default.
-        fresh: do everything again.
 
     Raises:
         LadderError: the source itself cannot be measured.
-        QuantizeError: no such recipe.
-        PromptError, TextError: a text or a set is missing or too short.
+        QuantizeError, PromptError, TextError: no such recipe, set or text, or it is too short.
     """
     settings, folder, shards = settings or Settings(), Path(folder), open_shards(source)
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +181,6 @@ class _Climber(ExitStack):
     ) -> tuple[Rung, ...]:
         """Make and measure all rungs, as many at once as this machine holds; then time one after another.
 
-        The rungs are made while the source is measured; each is measured once it and the source are ready.
         Every task waits only for tasks that were submitted before it, so one worker is enough.
         """
         pool, rungs = ThreadPoolExecutor(self.n_workers), dict[str, Rung]()

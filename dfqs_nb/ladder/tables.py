@@ -108,20 +108,18 @@ def routing_table(ladder: Ladder) -> pd.DataFrame:
 def position_table(ladder: Ladder) -> pd.DataFrame:
     """Divergence from the source by how deep a token lies in longer texts, one row a rung and band.
 
-    Columns ``rung``, ``bits_per_weight``, ``start``, ``end`` (tokens; scored in windows, see
-    `divergence.stratified`), ``texts``, ``n`` tokens, and `estimate` of ``kld`` and ``same_top``, with
-    intervals over texts. Empty where the held-out text was too short.
+    Columns ``rung``, ``bits_per_weight``, ``start``, ``end`` (tokens), ``texts``, ``n`` scored tokens, and
+    `estimate` of ``kld`` and ``same_top`` over texts. Empty where the held-out text was too short.
     """
     import pandas as pd
 
-    rows = []
-    spans = bands(ladder.settings.long_tokens)
-    for rung in ladder.rungs[1:] if ladder.source.long else ():
-        kld, same = (np.split(values, len(spans), axis=1) for values in (rung.long.kld, rung.long.same_top))
-        for (start, end), divergences, agreed in zip(spans, kld, same, strict=True):
+    rows, spans = [], bands(ladder.settings.long_tokens)
+    for rung, long in [(rung, rung.long) for rung in ladder.rungs[1:] if rung.long]:
+        parts = zip(*(np.split(values, len(spans), 1) for values in (long.kld, long.same_top)), strict=True)
+        for (start, end), (kld, same) in zip(spans, parts, strict=True):
             row = {"rung": rung.name, "bits_per_weight": rung.bits_per_weight, "start": start, "end": end}
-            row |= {"texts": len(divergences), "n": divergences.size}
-            rows.append(row | estimate("kld", divergences) | _share("same_top", agreed.astype(float)))
+            row |= {"texts": len(kld), "n": kld.size, **estimate("kld", kld)}
+            rows.append(row | _share("same_top", same.astype(float)))
     return pd.DataFrame(rows)
 
 
@@ -140,15 +138,14 @@ def curve_table(ladder: Ladder) -> pd.DataFrame:
 def steps(ladder: Ladder) -> pd.DataFrame:
     """Compare neighbours, and the pairs of `hierarchy`, on every metric; one row a pair and metric.
 
-    Columns ``a`` (the rung above), ``b``, ``metric``, ``kind`` (``fidelity``: likeness to the source;
-    ``ability``: scores and retrieval; ``perplexity``, which is neither), ``n`` units, ``value_a``,
-    ``value_b``, ``difference`` of b to a with its unadjusted 95 % interval ``low`` to ``high`` (NaN for fewer
-    than 6 units), ``p``, ``p_holm``, and ``verdict`` of b: ``better``, ``worse``, ``no evidence of a
+    Columns ``a`` (the rung above), ``b``, ``metric``, ``kind`` (``fidelity``, ``ability`` or ``perplexity``),
+    ``n`` units, ``value_a``, ``value_b``, ``difference`` of b to a with its unadjusted 95 % interval ``low``
+    to ``high``, ``p``, ``p_holm``, and ``verdict`` of b: ``better``, ``worse``, ``no evidence of a
     difference`` or ``not measured``.
 
-    Differences come from the same chunks, questions and texts: a sign-flip test over chunks or texts,
-    McNemar's test over questions. Holm's correction is over all pairs and metrics together. The source's
-    divergence from itself is 0, so the first step's divergence says only whether anything changed.
+    The same chunks, questions and texts: a sign-flip test over chunks or texts, McNemar's test over
+    questions, Holm's correction over all pairs and metrics. The source's divergence from itself is 0, so the
+    first step's divergence says only whether anything changed.
     """
     import pandas as pd
 
@@ -210,14 +207,11 @@ def _level_pairs(names: Sequence[str]) -> list[tuple[str, str, str, str]]:
 def hierarchy(ladder: Ladder, compared: pd.DataFrame) -> pd.DataFrame:
     """The hierarchy of DFQS 1.0, tested between levels: the smallest rung of one and the largest of the next.
 
-    Columns ``step``, ``a``, ``b``, ``bits_a``, ``bits_b`` (a weight), one column a metric with its verdict,
-    and ``fidelity`` and ``ability``: the verdicts of their metrics together (one that differs decides;
-    ``mixed`` where two contradict each other). Where the 99 % tail of the divergence goes the other way than
-    the means, which are what is tested, ``fidelity`` says so. Perplexity belongs to neither: a model can be
-    surprised less by a text and yet be less like the original, and able to do less.
-
-    Args:
-        compared: see `steps`.
+    Columns ``step``, ``a``, ``b``, ``bits_a``, ``bits_b``, one column a metric with its verdict, and
+    ``fidelity`` and ``ability``: the verdicts of their metrics `together`. Where the 99 % tail of the
+    divergence goes the other way than the means, which are what is tested, ``fidelity`` says so. Perplexity
+    belongs to neither: a model can be surprised less by a text and yet be less like the original, and able
+    to do less.
     """
     import pandas as pd
 

@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 class Comparison:
     """The score of one set in two runs, a and b.
 
-    Attributes:
-        n: items. a, b: the scores.
-        difference: the score of b minus that of a, with its 95 % interval ``low`` to ``high``.
-        only_a, only_b: items that one alone got right.
-        p: exact McNemar test: the chance of a split at least as uneven, were the two equally able.
+    ``difference``: of b to a, with its 95 % interval ``low`` to ``high``; ``only_a``, ``only_b``: items that
+    one alone got right; ``p``: exact McNemar test, the chance of a split at least as uneven, were the two
+    equally able.
     """
 
     n: int
@@ -45,8 +43,7 @@ def compare_runs(
 ) -> list[Comparison]:
     """Two runs of the same sets under the same conditions, set by set.
 
-    Raises:
-        ComparisonError: conditions differ (the message names them), sets are missing, or items lack results.
+    A `ComparisonError` names differing conditions, missing sets, or items without results.
     """
     others = {run.name: run for run in second}
     odd = {run.name for run in first} ^ set(others)

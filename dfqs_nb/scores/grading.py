@@ -26,15 +26,14 @@ GRADES = ("correct", "wrong", "no_answer", "truncated")
 
 
 def grade(text: str, finish_reason: str, answer: str, how: str, opened: bool = False) -> tuple[str, str]:
-    """The grade of a completion (see ``GRADES``) and the answer found in it.
+    """The grade of a completion (see ``GRADES``) and the answer in it.
 
     ``truncated``: the thinking did not end, or the token limit came before an answer was complete. Neither
     says anything about the answer.
 
     Args:
         how: where the answer is: ``answer tag``, what the last ``<answer>`` encloses (a stop text may have
-            been its end), or ``last line``, the last line that says anything.
-        opened: the prompt has begun the thinking.
+            been its end), or ``last line``. opened: the prompt has begun the thinking.
 
     >>> grade("Let me see", "length", "12", "answer tag")
     ('truncated', '')
@@ -60,9 +59,6 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
     >>> pass_at_k(1, 1, 1), round(pass_at_k(10, 3, 5), 4)
     (1.0, 0.9167)
-
-    Raises:
-        ValueError: fewer samples than ``k``.
     """
     if not 0 <= correct <= n or not 1 <= k <= n:
         raise ValueError(f"pass@{k} of {n} samples, {correct} correct")
@@ -77,8 +73,7 @@ class Score:
         value: None while an item lacks its result; no part of a set stands for the whole.
         low, high: 95 % interval: Wilson's, at the effective number of items.
         standard_error: stratified over families (reasoning) or over tasks (code).
-        n, n_missing: items, and those without a result.
-        guess_rate: what guessing would score.
+        n, n_missing: items, and those without a result. guess_rate: what guessing would score.
         counts: items by grade, or samples by outcome.
         truncated: answers that the token limit cut off and that are not right.
     """
@@ -121,11 +116,8 @@ class Score:
 def reasoning_score(items: pd.DataFrame, name: str, n_expected: int) -> Score:
     """The macro mean over families of strict matches.
 
-    Args:
-        items: columns ``family``, ``guess`` and ``grade``, one row an item; with several samples of an item
-            also ``id``, by which their mean is taken.
-        name: of the set.
-        n_expected: items of the whole set.
+    ``items`` has columns ``family``, ``guess`` and ``grade``, one row an item; with several samples of an
+    item also ``id``, by which their mean is taken. ``n_expected``: items of the whole set.
 
     The standard error is stratified: sqrt(sum of p(1 - p) / (n - 1)) / families. The interval is Wilson's at
     the number of items that is worth as much, 1 / sum(w^2 / n) with w = 1 / families.
@@ -151,15 +143,10 @@ def reasoning_score(items: pd.DataFrame, name: str, n_expected: int) -> Score:
 
 
 def code_score(samples: pd.DataFrame, name: str, n_expected: int, k: int = 1) -> Score:
-    """The mean over tasks of the unbiased pass@k.
+    """The mean over tasks of the unbiased pass@k; a `ValueError` where a task has fewer samples than ``k``.
 
-    Args:
-        samples: columns ``id`` (of the task) and ``grade`` (the sandbox's outcome), one row a sample.
-        name: of the set.
-        n_expected: tasks of the whole set.
-
-    Raises:
-        ValueError: a task has fewer samples than ``k``.
+    ``samples`` has columns ``id`` (of the task) and ``grade`` (the sandbox's outcome), one row a sample.
+    ``n_expected``: tasks of the whole set.
     """
     passed = (samples["grade"] == "passed").groupby(samples["id"], sort=False)
     values = [pass_at_k(len(task), int(task.sum()), k) for _, task in passed]
@@ -182,12 +169,10 @@ class SetRun:
     """A set, answered and judged.
 
     Attributes:
-        kind, name: of the set.
         items: one row a sample, with the columns ``COLUMNS``; ``grade`` of code is the sandbox's outcome.
         score: of the whole set; its value is None while items lack a result.
         pass_at: for code with several samples: the score at each k asked for.
-        conditions: all that the score depends on, the model's SHA-256 apart.
-        model: the model's SHA-256 (or a name, where none is known).
+        conditions: all that the score depends on, the model's SHA-256 (or name) ``model`` apart.
         n_resumed: samples whose answer an earlier run had written.
     """
 
@@ -213,9 +198,7 @@ class SetRun:
     ) -> SetRun:
         """A run from its judged items: the one place where items become a score.
 
-        Args:
-            n_items: of the whole set; by default those that are here.
-            facts: ``conditions``, ``model`` and ``n_resumed``.
+        ``n_items``: of the whole set, by default those that are here; ``facts``: the other attributes.
         """
         import pandas as pd
 

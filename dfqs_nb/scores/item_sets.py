@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -81,12 +82,10 @@ class Head:
     """The first line of a set; fields that are not here are kept, and mean nothing to the workbook.
 
     Attributes:
-        set: its name.
         kind: ``reasoning`` (the answer is compared) or ``code`` (the candidate is run).
         mode: ``chat`` (through the chat template, with ``instruction`` behind the prompt, or around it
             where it has a ``{prompt}``; of code the answer's code counts) or ``complete`` (plain
             continuation, which is also what a code set falls back to where a model has no chat template).
-        extract: where a reasoning answer is found.
         tier: ``nano``, ``standard``, or ``own``; scores of different tiers are never put side by side.
         stop, max_tokens: where generation ends; the stop texts of a code set are for plain continuation.
     """
@@ -163,10 +162,8 @@ class ItemSet(Head):
     def part(self, divisor: int, n_families: int = 0) -> ItemSet:
         """The first of each family's questions, 1 of ``divisor`` and at least one; larger parts hold it.
 
-        It keeps the name: its ``identity`` says that it is a part.
-
-        Args:
-            n_families: only the first families; 0: all.
+        ``n_families``: only the first families; 0: all. It keeps the name: its ``identity`` says that it is a
+        part.
         """
         chosen = self.families()[: n_families or None]
         sizes = Counter(item.family for item in self.items if item.family in chosen)
@@ -206,50 +203,64 @@ def item_set_paths(folder: str | Path | None = None) -> dict[str, Path]:
 
 
 def _read(path: Path) -> ItemSet:
+    head, items, sha256 = read_set(path, Head, Item, _fault)
+    mode = head.mode or ("complete" if head.kind == "code" else "chat")
+    return ItemSet(**asdict(head) | {"mode": mode, "sha256": sha256}, items=items)
+
+
+def _fault(head: Head, item: Item | None) -> str:
+    """What an item lacks for its kind of set; empty if nothing."""
+    if item is None:
+        return ""
+    for name in ("answer",) if head.kind == "reasoning" else ("tests", "entry_point"):
+        if not getattr(item, name):
+            return f"no {name}"
+    if head.kind == "code" and not item.entry_point.isidentifier():
+        return f"entry_point: {item.entry_point!r:.60} is no name of a function"
+    try:
+        compile(item.tests, "tests", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return f"tests: not Python ({str(error) or 'too deep'})"
+    return ""
+
+
+def read_set(
+    path: Path, head_kind: Any, item_kind: Any, fault: Callable[[Any, Any], str]
+) -> tuple[Any, tuple[Any, ...], str]:
+    """The head and the items of a JSONL file, each line typed and checked, and the file's SHA-256.
+
+    ``fault`` says what is wrong with an item, or with the head where it gets None.
+    """
     if there_is(path) and not path.is_file():
         raise PromptError("not a regular file", where=tilde(path), hint="give the path of a JSONL file")
     try:
         raw = path.read_bytes()
     except OSError as error:
-        hint = "give the path of a JSONL file"
+        hint = "give the path of a JSONL file, or the name of a set"
         raise PromptError(f"cannot be read ({error.strerror})", where=tilde(path), hint=hint) from error
     first, *lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    head = _head(first, path)
-    items: dict[str, Item] = {}
+    head, items = _head(first, path, head_kind), dict[str, Any]()
+    if what := fault(head, None):
+        raise _broken(path, 1, what)
     for number, line in enumerate(lines, start=2):
-        if not line.strip():
-            continue
-        item = _typed(Item, line, number, path)
-        needed = ("answer",) if head.kind == "reasoning" else ("tests", "entry_point")
-        missing = [name for name in needed if not getattr(item, name)]
-        if missing or item.id in items:
-            raise _broken(path, number, f"no {missing[0]}" if missing else f"the id {item.id!r:.60} is taken")
-        if head.kind == "code" and not item.entry_point.isidentifier():
-            raise _broken(path, number, f"entry_point: {item.entry_point!r:.60} is no name of a function")
-        try:
-            compile(item.tests, "tests", "exec")
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise _broken(path, number, f"tests: not Python ({str(error) or 'too deep'})") from None
-        items[item.id] = item
+        if line.strip():
+            item = _typed(item_kind, line, number, path)
+            what = f"the id {item.id!r:.60} is taken" if item.id in items else fault(head, item)
+            if what:
+                raise _broken(path, number, what)
+            items[item.id] = item
     if not items:
         raise _broken(path, 2, "there are no items")
-    mode = head.mode or ("complete" if head.kind == "code" else "chat")
-    fields = asdict(head) | {"mode": mode, "sha256": hashlib.sha256(raw).hexdigest()}
-    return ItemSet(**fields, items=tuple(items.values()))
+    return head, tuple(items.values()), hashlib.sha256(raw).hexdigest()
 
 
-def _head(line: bytes, path: Path) -> Head:
-    head: Head = _named(_typed(Head, line, 1, path), path)
-    return head
-
-
-def _named(head: Any, path: Path) -> Any:
-    """The head, if its set's name can name files."""
+def _head(line: bytes, path: Path, kind: Any = Head) -> Any:
+    """The first line, if its set's name can name files."""
+    head = _typed(kind, line, 1, path)
     fits = head.set.strip() and len(head.set.encode()) <= LONGEST_NAME
     if not fits or not all(character.isalnum() or character in "-_. " for character in head.set):
-        raise _broken(
-            path, 1, f"set: {head.set!r:.60} names files: use up to 120 letters, digits, '-', '_' and '.'"
-        )
+        rule = "use up to 120 letters, digits, '-', '_' and '.'"
+        raise _broken(path, 1, f"set: {head.set!r:.60} names files: {rule}")
     return head
 
 

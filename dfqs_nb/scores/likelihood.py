@@ -20,12 +20,11 @@ from scipy.special import log_softmax
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import PromptError
-from dfqs_nb.core.files import write_json
+from dfqs_nb.core.files import parse_json, write_json
 from dfqs_nb.core.journal import Journal
-from dfqs_nb.core.paths import tilde
 from dfqs_nb.llama.generate import chat_prompt
-from dfqs_nb.llama.model import Floats, Model
-from dfqs_nb.scores.item_sets import ItemSet, Text, _broken, _named, _typed
+from dfqs_nb.llama.model import Model
+from dfqs_nb.scores.item_sets import ItemSet, Text, read_set
 from dfqs_nb.stats import mean_interval, wilson
 
 if TYPE_CHECKING:
@@ -80,26 +79,10 @@ class ChoiceSet:
             PromptError: there is no such set, or its file is broken; the message names line and field.
         """
         path = Path(source)
-        if path.suffix != ".jsonl" or b'"choice"' not in _first_line(path):
+        if path.suffix != ".jsonl" or _kind(path) != "choice":
             return cls.made_of(ItemSet.load(source))
-        raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-        lines = raw.split(b"\n")
-        head = _named(_typed(Head, lines[0], 1, path), path)
-        if any(shot.gold >= len(shot.choices) for shot in head.examples):
-            raise _broken(path, 1, "examples: gold names no choice")
-        if head.examples and head.mode == "chat":
-            raise _broken(path, 1, "examples: only the mode complete shows them")
-        items: dict[str, Choices] = {}
-        for number, line in enumerate(lines[1:], start=2):
-            if line.strip():
-                item: Choices = _typed(Choices, line, number, path)
-                if item.id in items or item.gold >= len(item.choices):
-                    what = f"the id {item.id!r:.60} is taken" if item.id in items else "gold names no choice"
-                    raise _broken(path, number, what)
-                items[item.id] = item
-        if not items:
-            raise _broken(path, 2, "there are no items")
-        return cls(head, hashlib.sha256(raw).hexdigest(), tuple(items.values()))
+        head, items, sha256 = read_set(path, Head, Choices, _fault)
+        return cls(head, sha256, items)
 
     @classmethod
     def made_of(cls, questions: ItemSet) -> ChoiceSet:
@@ -132,13 +115,20 @@ class ChoiceSet:
         return cls(head, questions.sha256, tuple(items))
 
 
-def _first_line(path: Path) -> bytes:
+def _kind(path: Path) -> Any:
+    """The kind of set that a file's first line names, if it can be read."""
     try:
         with path.open("rb") as file:
-            return file.readline(1 << 20)
-    except OSError as error:
-        hint = "give the path of a JSONL file, or the name of a set"
-        raise PromptError(f"cannot be read ({error.strerror})", where=tilde(path), hint=hint) from error
+            head = parse_json(file.readline(1 << 20).removeprefix(b"\xef\xbb\xbf"))
+    except (OSError, ValueError):
+        return None  # `ItemSet.load` says what is wrong
+    return head.get("kind") if isinstance(head, dict) else None
+
+
+def _fault(head: Head, item: Choices | None) -> str:
+    if any(each.gold >= len(each.choices) for each in ([item] if item else head.examples)):
+        return "gold names no choice" if item else "examples: gold names no choice"
+    return "examples: only the mode complete shows them" if head.examples and head.mode == "chat" else ""
 
 
 # ---- one model ----
@@ -188,23 +178,18 @@ class Answers:
             values = self.items[metric].to_numpy(float)
             error = float(values.std(ddof=1)) / sqrt(n) if n > 1 else 0.0
             scores |= {f"{metric},none": float(values.mean()), f"{metric}_stderr,none": error}
-        by_id = {item.id: item for item in self.questions.items}
         samples = [
             {
                 "doc_id": number,
-                "doc": {
-                    "id": row.id,
-                    "query": by_id[row.id].query,
-                    "choices": list(by_id[row.id].choices),
-                },
-                "target": int(row.gold),
-                "resps": [
-                    [[value, greedy]] for value, greedy in zip(row.log_likelihoods, row.greedy, strict=True)
-                ],
+                "doc": {name: getattr(item, name) for name in ("id", "query", "choices")},
+                "target": item.gold,
+                "resps": [[list(pair)] for pair in zip(row.log_likelihoods, row.greedy, strict=True)],
                 "acc": float(row.acc),
                 "acc_norm": float(row.acc_norm),
             }
-            for number, row in enumerate(self.items.itertuples())
+            for number, (item, row) in enumerate(
+                zip(self.questions.items, self.items.itertuples(), strict=False)
+            )
         ]
         return {
             "results": {name: scores},
@@ -235,12 +220,10 @@ def answer(
 
     Args:
         folder: where the answers are kept, as ``<set>.likelihood.jsonl``.
-        model_id: the model's SHA-256.
         limit: only the first questions.
 
     Raises:
-        ContextFullError: a question does not fit into the context.
-        ModelError: a chat set meets a model without a chat template. DecodeError: llama.cpp fails.
+        ContextFullError: a question does not fit into the context. DecodeError: llama.cpp fails.
     """
     import pandas as pd
 
@@ -255,27 +238,16 @@ def answer(
     scorer = _Scorer(model, common_prefix([parts[0] for parts in encoded.values()]))
     for item in tqdm(items, desc=questions.head.set, leave=False):
         if item.id in encoded:
-            scored = scorer.choices(*encoded[item.id])
-            journal.add(
-                item.id, log_likelihoods=[value for value, _ in scored], greedy=[best for _, best in scored]
-            )
+            logs, greedy = zip(*scorer.choices(*encoded[item.id]), strict=True)
+            journal.add(item.id, log_likelihoods=logs, greedy=greedy)
     rows = []
     for item in items:
-        kept = journal[item.id]
-        values = np.array(kept["log_likelihoods"])
-        normed = values / np.array([len(choice) for choice in item.choices])
-        rows.append(
-            {
-                "id": item.id,
-                "family": item.family,
-                "gold": item.gold,
-                **kept,
-                "acc": int(values.argmax() == item.gold),
-                "acc_norm": int(normed.argmax() == item.gold),
-                "margin": float(values[item.gold] - np.delete(values, item.gold).max()),
-                "guess": 1 / len(values),
-            }
-        )
+        values = np.array(journal[item.id]["log_likelihoods"])
+        per_letter = values / [len(choice) for choice in item.choices]
+        row = {"id": item.id, "family": item.family, "gold": item.gold, **journal[item.id]}
+        row |= {"acc": int(values.argmax() == item.gold), "acc_norm": int(per_letter.argmax() == item.gold)}
+        margin = values[item.gold] - np.delete(values, item.gold).max()
+        rows.append(row | {"margin": float(margin), "guess": 1 / len(values)})
     return Answers(questions, model_id or model.path.name, conditions, pd.DataFrame(rows), scorer.n_evaluated)
 
 
@@ -321,7 +293,8 @@ class _Scorer:
         self._model, self._shared, self.n_evaluated = model, list(shared), 0
         model.clear()
         if self._shared:
-            self._decode(self._shared)
+            self.n_evaluated = len(self._shared)
+            model.decode(self._shared)
             self._start = model.save()
 
     def choices(self, context: Sequence[int], choices: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
@@ -342,17 +315,10 @@ class _Scorer:
             if len(tokens) > 1:
                 if state is not None:
                     model.restore(state)
-                rows = log_softmax(self._logits(tokens[:-1]).astype(float), axis=-1)
-                at = np.arange(len(rows))
-                value += float(rows[at, tokens[1:]].sum())
+                self.n_evaluated += len(tokens) - 1
+                logits = np.concatenate([rows.copy() for rows in model.logits(tokens[:-1])])
+                rows = log_softmax(logits.astype(float), axis=-1)
+                value += float(rows[np.arange(len(rows)), tokens[1:]].sum())
                 greedy = greedy and bool((rows.argmax(axis=1) == tokens[1:]).all())
             scored.append((value, greedy))
         return scored
-
-    def _decode(self, tokens: Sequence[int]) -> None:
-        self.n_evaluated += len(tokens)
-        self._model.decode(tokens)
-
-    def _logits(self, tokens: Sequence[int]) -> Floats:
-        self.n_evaluated += len(tokens)
-        return np.concatenate([rows.copy() for rows in self._model.logits(tokens)])

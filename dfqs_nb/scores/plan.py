@@ -32,11 +32,9 @@ class QuestionPlan:
     """The sets, cut to what fits.
 
     Attributes:
-        chosen: the whole sets.
-        parts: the sets, or even parts of them, that will be asked; the last sets are the first to go.
+        chosen: the whole sets; parts: those or even parts of them that will be asked, the last sets go first.
         seconds, full_seconds: of these and of all questions, if every answer has its full length.
         budget_seconds: where answers are shorter, larger parts are asked as long as this holds them.
-        pace: of a token.
     """
 
     model: Model = field(repr=False)
@@ -60,8 +58,8 @@ class QuestionPlan:
     def ask(self, folder: str | Path, *, model_id: str = "") -> tuple[Results, list[str]]:
         """Ask ever larger parts while the budget holds the next one; results, and what was left out.
 
-        The least part comes first, so a machine that gets busy meanwhile costs questions, not time. A larger
-        part keeps the answers of the smaller one.
+        The least part comes first, so a machine that gets busy costs questions, not time. Larger parts keep
+        the answers of the smaller ones.
         """
         sizes, started = self._sizes(), time.perf_counter()
         parts = next(sizes)

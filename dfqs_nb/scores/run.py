@@ -1,8 +1,8 @@
 """Ask a model every question of a set, judge the answers, and keep both, so that a killed run continues.
 
-A run is two append-only files: answers, keyed by the conditions, the model and the item; and the sandbox's
-verdicts, keyed by the program that ran. What failed for a reason outside the answer (a decode error, a
-sandbox that does not start) is tried again and then stops the run; it is never a score of 0.
+A run is two append-only files: answers, by conditions, model and item; and the sandbox's verdicts, by the
+program that ran. What failed for a reason outside the answer (a decode error, a sandbox that does not start)
+is tried again and then stops the run; it is never a score of 0.
 """
 
 from __future__ import annotations
@@ -48,8 +48,6 @@ class Options:
         thinking: ``template`` leaves it to the chat template; ``on`` and ``off`` tell the template.
         thinking_tokens: for the thinking, beside the set's own limit for the answer.
         limit: only the first items; the score is then withheld.
-        allow_unsandboxed: run code even where there is no sandbox.
-        fresh: ask again what an earlier run answered.
     """
 
     temperature: float = 0.0
@@ -118,8 +116,7 @@ class Answerer:
     """A way of answering: a model in this process, or a server.
 
     Attributes:
-        answer: gives the completion of a request.
-        mode: ``chat`` or ``complete``.
+        answer: gives the completion of a request. mode: ``chat`` or ``complete``.
         conditions: what an answer depends on beside the model, the set and the options.
         model_id: the model's SHA-256, or a name where that is not known.
         opens_thinking: the chat template begins a thinking, so the answer's text lacks its mark.
@@ -171,11 +168,8 @@ class Answerer:
     def score(self, item_set: ItemSet, folder: str | Path, options: Options = Options()) -> SetRun:
         """Answer and judge a set, continuing what an earlier run left in ``folder``.
 
-        Args:
-            folder: receives ``answers-<set>.jsonl`` and ``verdicts-<set>.jsonl``.
-
-        Raises:
-            SandboxError: the set is code and there is no sandbox; nothing has been asked yet.
+        It receives ``answers-<set>.jsonl`` and ``verdicts-<set>.jsonl``. A `SandboxError` comes before the
+        first question.
         """
         sandbox = find_sandbox() if item_set.kind == "code" else None
         if sandbox:
@@ -278,13 +272,9 @@ def score_set(
 ) -> SetRun:
     """Answer and judge a whole set with a model in this process; see `Answerer.score`.
 
-    Args:
-        model_id: the model's SHA-256, part of what an answer is kept under.
-
     Raises:
         SandboxError: the set is code and there is no sandbox; nothing has been asked yet.
-        PromptError: an item does not fit into the context.
-        ModelError: the chat template fails, or leaves a question out.
+        PromptError: an item does not fit into the context. ModelError: as `check_prompts`.
         DecodeError: llama.cpp fails at an item three times.
     """
     answerer = Answerer.of(model, item_set, options, model_id)

@@ -73,12 +73,8 @@ class SandboxError(DfqsError):
 class Limits:
     """What one candidate may use.
 
-    Attributes:
-        cpu_seconds: of each process.
-        wall_seconds: loose, so that a busy machine lowers no score.
-        memory_bytes: of the address space of each process, and of the memory of all together.
-        file_bytes: of each file.
-        tasks: processes and threads together.
+    ``wall_seconds`` is loose, so that a busy machine lowers no score; ``memory_bytes`` bounds the address
+    space of each process and the memory of all; ``tasks`` are processes and threads together.
     """
 
     cpu_seconds: int = 5
@@ -147,12 +143,10 @@ class Sandbox:
     """A way of running candidates on this machine.
 
     Attributes:
-        level: ``bubblewrap``; ``bubblewrap without a limit on ...`` where the kernel does not enforce one;
-            ``none``.
-        program: the path of ``bwrap``; empty at level ``none``.
+        level: ``bubblewrap``, ``bubblewrap without a limit on ...`` (the kernel enforces none), or ``none``.
+        program: the path of ``bwrap``; empty at level ``none``. note: why there is no more, for people.
         own_user: started by root, so each candidate gets a user number of its own instead of a user namespace
             (root's processes are not counted, so a limit on their number would not hold).
-        note: why there is no more, for people.
     """
 
     level: str
@@ -237,11 +231,7 @@ def _tried(sandbox: Sandbox) -> Sandbox:
 
 
 def check_allowed(sandbox: Sandbox, allow_unsandboxed: bool = False) -> None:
-    """Refuse to run generated code without a sandbox, unless the user insists.
-
-    Raises:
-        SandboxError: the level is ``none`` and ``allow_unsandboxed`` is false.
-    """
+    """Refuse with a `SandboxError` to run code without a sandbox, unless the user insists."""
     if not sandbox.safe and not allow_unsandboxed:
         hint = "--allow-unsandboxed (in a notebook: allow_unsandboxed = True) runs it without one"
         raise SandboxError(f"no sandbox for generated code ({sandbox.note})", hint=hint)
@@ -253,8 +243,7 @@ def check_allowed(sandbox: Sandbox, allow_unsandboxed: bool = False) -> None:
 def run(candidate: Candidate | str, sandbox: Sandbox, limits: Limits = LIMITS) -> Verdict:
     """Run one candidate with its tests; a text is code without tests.
 
-    Raises:
-        SandboxError: the sandbox does not start, even at the third try.
+    A sandbox that does not start, even at the third try, is a `SandboxError`.
     """
     candidate = Candidate((candidate,)) if isinstance(candidate, str) else candidate
     for attempt in range(ATTEMPTS):

@@ -40,9 +40,8 @@ GB = 1e9
 def memory_bandwidth(n_threads: int = 0, nbytes: int = BANDWIDTH_BYTES, repetitions: int = 3) -> float:
     """Bytes a second that threads read from memory together, the best of several tries.
 
-    By default there is a thread on each core, as one alone rarely reads as fast as the memory is. Each
-    searches its own buffer for a byte that is not there, by the C library's ``memchr``, which reads as fast
-    as the processor can and lets Python's other threads run.
+    By default a thread a core. Each searches its own buffer for a byte that is not there, by the C library's
+    ``memchr``, which reads as fast as the processor can and lets Python's other threads run.
     """
     search = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memchr
     search.argtypes, search.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
@@ -99,10 +98,8 @@ def speed_by_depth(
 
     One row a phase and depth: ``phase``, ``depth``, ``n_threads``, ``repetitions``, ``tokens``, ``median``,
     ``min``, ``max``, ``values`` (tokens a second); for decode ``roof`` (tokens a second) and ``utilisation``
-    (median / roof); ``other_cores`` and ``contended``.
-
-    Args:
-        bandwidth: bytes a second that all cores read together; measured here when not given.
+    (median / roof); ``other_cores`` and ``contended``. ``bandwidth``: bytes a second that all cores read
+    together; measured here when not given.
 
     Raises:
         ContextFullError: a depth and its tokens exceed ``n_ctx``.
@@ -169,9 +166,6 @@ def speed_bound(weights: ActiveBytes, places: Sequence[Place]) -> Bound:
     >>> weights = ActiveBytes(dense=4, routed=1, routed_total=10, weights=14)
     >>> speed_bound(weights, [Place("memory", 9, 9.0), Place("disk", 99, 1.0)])
     Bound(tokens_per_sec=1.0, shares={'memory': 0.9, 'disk': 0.1})
-
-    Raises:
-        DfqsError: the places together hold less than the weights.
     """
     experts = weights.weights - weights.dense
     dense, routed, seconds, shares = float(weights.dense), float(experts), 0.0, {}
