@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import exp, sqrt
 from pathlib import Path
@@ -109,7 +109,7 @@ def feed(model: Model | RecordedModel, piece: Sequence[int], step: int = 0) -> I
     recorded = model if isinstance(model, RecordedModel) else RecordedModel(model, None)
     bos, n_batch = recorded.model.bos, recorded.model.settings.n_batch
     piece, step = [bos, *piece[1:]] if bos >= 0 else list(piece), min(step or n_batch, n_batch)
-    recorded.clear()
+    recorded.model.clear()  # what is recorded goes on
     for at in range(0, len(piece), step):
         yield at, recorded.feed(piece[at : at + step])
 
@@ -177,13 +177,16 @@ class Tokens:
     """Two models' predictions of each scored token, arrays ``(chunks, n)``.
 
     ``nll`` and ``nll_base``: negative log-likelihood of the token that came, in nats, and the original's;
-    ``kld``: divergence from the original's prediction, in nats; ``same_top``: the same most likely token.
+    ``kld``: divergence from the original's prediction, in nats; ``same_top``: the same most likely token;
+    ``kl_low``, ``kl_high``: the `bracket` of the divergence, where it was asked for.
     """
 
     nll: Array
     nll_base: Array
     kld: Array
     same_top: Array
+    kl_low: Array = field(default_factory=lambda: np.zeros(0))
+    kl_high: Array = field(default_factory=lambda: np.zeros(0))
 
     def save(self, path: str | Path) -> None:
         """Write as ``.npz``, whole or not at all."""
@@ -217,6 +220,51 @@ def compare_chunk(base: Array, other: Array, targets: Array) -> tuple[Array, Arr
     )
 
 
+def kl_bounds(top: Array, ours: Array, rest: Array, cap: float) -> tuple[float, float]:
+    """Bounds, in nats, of the KL divergence of our prediction from one known only at its likeliest tokens.
+
+    The lower bound takes the unseen tokens as one (the log-sum inequality). The upper bound gives the unseen
+    probability to those tokens that we hold least likely, no more than ``cap`` to each: the divergence is
+    convex in it, so its maximum lies at such a corner.
+
+    Args:
+        top: the reference's log-probabilities of the seen tokens, ``(k,)``; ``ours``: our own, ``(k,)``.
+        rest: our log-probabilities of all other tokens.
+        cap: the most probability that an unseen token can have: that of the last one seen.
+
+    >>> both = np.log([0.5, 0.25, 0.125, 0.125])
+    >>> low, high = kl_bounds(both[:2], both[:2], both[2:], 0.25)
+    >>> low, round(high, 4)
+    (0.0, 0.1733)
+    """
+    from scipy.special import logsumexp
+
+    seen = float(np.exp(top) @ (top - ours))
+    unseen = max(0.0, 1.0 - float(np.exp(top).sum()))
+    if unseen < 1e-9 or not len(rest):
+        return max(seen, 0.0), max(seen, 0.0)
+    low = seen + unseen * (np.log(unseen) - float(logsumexp(rest)))
+    cap = min(max(cap, unseen / len(rest)), unseen)
+    n_full = min(int(unseen / cap), len(rest))
+    least = np.partition(rest, min(n_full, len(rest) - 1))[: n_full + 1]
+    least.sort()
+    mass = np.append(np.full(n_full, cap), max(0.0, unseen - n_full * cap))[: len(least)]
+    mass = mass[mass > 1e-12]
+    high = seen + float(mass @ (np.log(mass) - least[: len(mass)]))
+    return max(low, 0.0), max(low, high, 0.0)
+
+
+def bracket(base: Array, other: Array, top_k: int) -> tuple[Array, Array]:
+    """`kl_bounds` of each row, as if the original were known at its ``top_k`` likeliest tokens only."""
+    bounds = []
+    for ours, theirs in zip(other.astype(float), base.astype(float), strict=True):
+        best = np.argpartition(-theirs, min(top_k, len(theirs) - 1))[:top_k]
+        cap = float(np.exp(theirs[best].min()))
+        bounds.append(kl_bounds(theirs[best], ours[best], np.delete(ours, best), cap))
+    low, high = np.array(bounds).T
+    return low, high
+
+
 def beside_source(
     model: Model | RecordedModel,
     pieces: Sequence[Sequence[int]],
@@ -225,12 +273,14 @@ def beside_source(
     *,
     is_source: bool,
     step: int = 0,
+    top_k: int = 0,
 ) -> Tokens:
     """The predictions in the windows of each chunk, beside the source's in the file ``reference``.
 
     Args:
         windows: of each chunk, as many positions in all of each.
         is_source: write the file (float32 ``(chunks, n, n_vocab)``) in place of reading it.
+        step: tokens whose logits are held at once; ``top_k``: of the `bracket`; 0: none.
     """
     n_vocab = (model.model if isinstance(model, RecordedModel) else model).n_vocab
     with whole_path(reference) if is_source else nullcontext(reference) as path:
@@ -246,7 +296,8 @@ def beside_source(
                 place = slice(n_done, n_done := n_done + len(targets))
                 if is_source:
                     kept[place] = predicted
-                parts.append(compare_chunk(kept[place], predicted, targets))
+                compared = compare_chunk(kept[place], predicted, targets)
+                parts.append((*compared, *(bracket(kept[place], predicted, top_k) if top_k else ())))
             rows.append([np.concatenate(values) for values in zip(*parts, strict=True)])
         del base, kept  # flushes them
     return Tokens(*map(np.stack, zip(*rows, strict=True)))

@@ -22,7 +22,7 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import whole_file
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.ladder.divergence import Array, log_probs
+from dfqs_nb.ladder.divergence import Array, kl_bounds, log_probs
 from dfqs_nb.ladder.measure import part_of
 from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model
@@ -200,40 +200,6 @@ def continuation(model: Model, text: str, chat: bool, n_tokens: int, top_k: int)
 
 
 # ---- comparing a model with it ----
-
-
-def kl_bounds(top: Array, ours: Array, rest: Array, cap: float) -> tuple[float, float]:
-    """Bounds, in nats, of the KL divergence of our prediction from one known only at its likeliest tokens.
-
-    The lower bound takes the unseen tokens as one (the log-sum inequality). The upper bound gives the unseen
-    probability to those tokens that we hold least likely, no more than ``cap`` to each: the divergence is
-    convex in it, so its maximum lies at such a corner.
-
-    Args:
-        top: the reference's log-probabilities of the seen tokens, ``(k,)``; ``ours``: our own, ``(k,)``.
-        rest: our log-probabilities of all other tokens.
-        cap: the most probability that an unseen token can have: that of the last one seen.
-
-    >>> both = np.log([0.5, 0.25, 0.125, 0.125])
-    >>> low, high = kl_bounds(both[:2], both[:2], both[2:], 0.25)
-    >>> low, round(high, 4)
-    (0.0, 0.1733)
-    """
-    from scipy.special import logsumexp
-
-    seen = float(np.exp(top) @ (top - ours))
-    unseen = max(0.0, 1.0 - float(np.exp(top).sum()))
-    if unseen < 1e-9 or not len(rest):
-        return max(seen, 0.0), max(seen, 0.0)
-    low = seen + unseen * (np.log(unseen) - float(logsumexp(rest)))
-    cap = min(max(cap, unseen / len(rest)), unseen)
-    n_full = min(int(unseen / cap), len(rest))
-    least = np.partition(rest, min(n_full, len(rest) - 1))[: n_full + 1]
-    least.sort()
-    mass = np.append(np.full(n_full, cap), max(0.0, unseen - n_full * cap))[: len(least)]
-    mass = mass[mass > 1e-12]
-    high = seen + float(mass @ (np.log(mass) - least[: len(mass)]))
-    return max(low, 0.0), max(low, high, 0.0)
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,9 @@ def divergence_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> A
         positions: see `tables.position_table`.
     """
     ax, rungs = new_axes(ax, 3.8), list(dict.fromkeys(positions["rung"]))
+    if not rungs:
+        set_title(ax, "The held-out text is too short for a divergence by position")
+        return ax
     shades = plt.get_cmap("plasma")(np.linspace(0.05, 0.88, len(rungs)))
     for number, (rung, colour) in enumerate(zip(rungs, shades, strict=True)):
         rows = positions[positions["rung"] == rung]

@@ -25,6 +25,7 @@ from dfqs_nb.scores import ItemSet, Options, find_sandbox, score_set
 
 LONG = "reference-long.npy"  # the source's predictions in longer texts
 LONG_STEP = 128  # tokens whose logits are held at once
+TOP_K = 20  # likeliest tokens of the source that a reference record would hold
 
 
 class LadderError(DfqsError):
@@ -214,7 +215,7 @@ def _predict_long(model: Model, job: dict[str, Any], settings: Settings, place: 
         windows = [divergence.stratified(n, settings.long_window, seed) for seed in range(len(pieces))]
         reference = Path(job["reference"]).with_name(LONG)
         divergence.beside_source(
-            model, pieces, windows, reference, is_source=job["is_source"], step=LONG_STEP
+            model, pieces, windows, reference, is_source=job["is_source"], step=LONG_STEP, top_k=TOP_K
         ).save(place / "long.npz")
     return {"n_texts": len(pieces)}
 

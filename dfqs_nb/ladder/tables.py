@@ -27,6 +27,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "IQ2": ("IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS"),
     "IQ1_S-XL": ("IQ1_S-XL",),
 }
+ROUNDING = 1e-4  # nats: log-probabilities are kept as float32
 SAME = "no evidence of a difference"
 
 
@@ -120,7 +121,24 @@ def position_table(ladder: Ladder) -> pd.DataFrame:
             row = {"rung": rung.name, "bits_per_weight": rung.bits_per_weight, "start": start, "end": end}
             row |= {"texts": len(kld), "n": kld.size, **estimate("kld", kld)}
             rows.append(row | _share("same_top", same.astype(float)))
-    return pd.DataFrame(rows)
+    names = ["rung", "bits_per_weight", "start", "end", "texts", "n", "kld", "kld_low", "kld_high"]
+    return pd.DataFrame(rows, columns=None if rows else names)
+
+
+def bracket_table(ladder: Ladder) -> pd.DataFrame:
+    """The exact divergence in the longer texts between the bounds that the source's 20 likeliest tokens give.
+
+    One row a rung: ``n`` tokens, ``at_least``, ``exact``, ``at_most`` (mean nats), ``inside``: the share of
+    tokens whose exact divergence lies between its bounds, to rounding.
+    """
+    import pandas as pd
+
+    rows = []
+    for rung, long in [(rung.name, rung.long) for rung in ladder.rungs[1:] if rung.long]:
+        inside = (long.kl_low <= long.kld + ROUNDING) & (long.kld <= long.kl_high + ROUNDING)
+        means = [float(values.mean()) for values in (long.kl_low, long.kld, long.kl_high, inside)]
+        rows.append((rung, long.kld.size, *means))
+    return pd.DataFrame(rows, columns=["rung", "n", "at_least", "exact", "at_most", "inside"])
 
 
 def curve_table(ladder: Ladder) -> pd.DataFrame:

@@ -192,8 +192,15 @@ def test_the_divergence_by_position_counts_each_window_once(climbed, folder):
         assert rung is climbed.source or mean == pytest.approx(rung.long.kld.mean())
     assert climbed.source.long.kld.max() == 0
     assert figures.divergence_by_position(positions).get_title("left")
-    alone = dataclasses.replace(climbed.source, long=None)
-    assert tables.position_table(dataclasses.replace(climbed, rungs=(alone, alone))).empty
+    short = dataclasses.replace(climbed, rungs=[dataclasses.replace(climbed.source, long=None)] * 2)
+    assert tables.position_table(short).empty and tables.bracket_table(short).empty
+    assert "too short" in figures.divergence_by_position(tables.position_table(short)).get_title("left")
+
+
+def test_the_bounds_of_a_record_hold_the_exact_divergence(climbed):
+    bracket = tables.bracket_table(climbed).set_index("rung")
+    assert bracket["n"].eq(6 * 5 * 4).all() and bracket["inside"].eq(1).all()
+    assert (bracket["at_least"] <= bracket["exact"]).all() and (bracket["exact"] <= bracket["at_most"]).all()
 
 
 def test_the_importance_matrix_is_collected_once(climbed, folder):
