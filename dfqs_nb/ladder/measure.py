@@ -86,8 +86,7 @@ def part_of(item_set: ItemSet, max_items: int) -> ItemSet:
     """The first questions of each family, as many of each, under a name of its own."""
     if not max_items or max_items >= len(item_set.items):
         return item_set
-    each, taken = max(1, max_items // len(item_set.families())), Counter[str]()
-    items = []
+    each, taken, items = max(1, max_items // len(item_set.families())), Counter[str](), []
     for item in item_set.items:
         taken[item.family] += 1
         items += [item] if taken[item.family] <= each else []
@@ -115,9 +114,8 @@ def collected(
     if given:
         return imatrix.read_imatrix(given)
     if not settings.calibration and (Path(settings.text).suffix or Path(settings.text).is_file()):
-        what = "the held-out text would also be the calibration text"
         hint = "give calibration a text of its own, or an importance matrix"
-        raise LadderError(what, where=settings.text, hint=hint)
+        raise LadderError("would also be the calibration text", where=settings.text, hint=hint)
     text = divergence.load_text(settings.calibration or settings.text, "calibration")
     conditions = {
         "source": source_sha256 or sha256_of_files(open_shards(source).paths),
@@ -150,18 +148,14 @@ def collected(
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Measure one model: predictions and routing first, then scores and the stability curve."""
     settings, place, fresh = Settings(**job["settings"]), Path(job["place"]), job["fresh"]
-    note = place / "predicted.json"
-    remembered(note, {"key": job["key"]}, lambda: _predict(job, settings, place), fresh=fresh)
+    note, key = place / "predicted.json", {"key": job["key"]}
+    remembered(note, key, lambda: _predict(job, settings, place), fresh=fresh)
     n_ctx = max(settings.n_ctx, settings.longest + 64, settings.long_tokens)  # room for the answers
     opened = OpenSettings(n_ctx=n_ctx, n_threads=settings.n_threads)
     options = Options(fresh=fresh, allow_unsandboxed=settings.allow_unsandboxed, progress=False)
     with open_model(job["path"], opened, trial=False) as model:
-        long = remembered(
-            place / "predicted_long.json",
-            {"key": job["key"]},
-            lambda: _predict_long(model, job, settings, place),
-            fresh=fresh,
-        )
+        note = place / "predicted_long.json"
+        long = remembered(note, key, lambda: _predict_long(model, job, settings, place), fresh=fresh)
         runs = [
             score_set(model, chosen, place / "scores", options, model_id=job["sha256"])
             for chosen in question_sets(settings)
@@ -197,12 +191,10 @@ def _predict(job: dict[str, Any], settings: Settings, place: Path) -> dict[str, 
         pieces = divergence.chunks(tokens, settings.chunk_tokens, settings.n_chunks, least=2)
         windows = [divergence.second_half(settings.chunk_tokens)] * len(pieces)
         reference, is_source = Path(job["reference"]), job["is_source"]
-        divergence.beside_source(recorded, pieces, windows, reference, is_source=is_source).save(
-            place / "tokens.npz"
-        )
-        recorded.trace(np.concatenate(pieces).tolist(), chunk_tokens=settings.chunk_tokens).save(
-            place / "trace.npz"
-        )
+        scored = divergence.beside_source(recorded, pieces, windows, reference, is_source=is_source)
+        scored.save(place / "tokens.npz")
+        trace = recorded.trace(np.concatenate(pieces).tolist(), chunk_tokens=settings.chunk_tokens)
+        trace.save(place / "trace.npz")
     return {"n_chunks": len(pieces)}
 
 
@@ -214,9 +206,8 @@ def _predict_long(model: Model, job: dict[str, Any], settings: Settings, place: 
     if pieces:
         windows = [divergence.stratified(n, settings.long_window, seed) for seed in range(len(pieces))]
         reference = Path(job["reference"]).with_name(LONG)
-        divergence.beside_source(
-            model, pieces, windows, reference, is_source=job["is_source"], step=LONG_STEP, top_k=TOP_K
-        ).save(place / "long.npz")
+        how = {"is_source": job["is_source"], "step": LONG_STEP, "top_k": TOP_K}
+        divergence.beside_source(model, pieces, windows, reference, **how).save(place / "long.npz")
     return {"n_texts": len(pieces)}
 
 
@@ -226,13 +217,8 @@ def time_decode(job: dict[str, Any]) -> dict[str, Any]:
     opened = OpenSettings(n_ctx=settings.speed_depth + settings.speed_tokens, n_threads=settings.n_threads)
     with open_model(job["path"], opened, trial=False) as model, watched_load() as load:
         speed = measure_speed(model, settings.speed_depth, settings.speed_tokens, settings.speed_repetitions)
-    decode = speed.decode_tokens_per_sec
-    return {
-        "median": decode.median,
-        "min": decode.min,
-        "max": decode.max,
-        "repetitions": speed.repetitions,
-        "depth": speed.depth,
-        "contended": load.contended,
-        "other_cores": load.other_cores,
+    facts: dict[str, Any] = {
+        name: getattr(speed.decode_tokens_per_sec, name) for name in ("median", "min", "max")
     }
+    facts |= {"repetitions": speed.repetitions, "depth": speed.depth}
+    return facts | {"contended": load.contended, "other_cores": load.other_cores}

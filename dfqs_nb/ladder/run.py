@@ -166,13 +166,14 @@ class _Climber(ExitStack):
         self.workers: LifoQueue[child.Worker] = LifoQueue()
         for _ in range(self.n_workers):
             self.workers.put(self.enter_context(child.Worker(quantizer.CHILD)))
+        held_out = divergence.load_text(settings.text)
         self.conditions = {
             **asdict(settings),
             "source_sha256": self.sha256,
             "runtime": f"llama-cpp-python {llama_version()}",
             "sets": [chosen.identity() | {"items": len(chosen.items)} for chosen in question_sets(settings)],
-            "held_out": divergence.load_text(settings.text).name,
-            "words": canonical_sha256(divergence.load_text(settings.text).documents),
+            "held_out": held_out.name,
+            "words": canonical_sha256(held_out.documents),
             "format": FORMAT,
         }
 
@@ -243,26 +244,14 @@ class _Climber(ExitStack):
         def make() -> dict[str, Any]:
             for torn in path.parent.glob(f".{path.name}.*.part"):  # left by a kill
                 torn.unlink()
+            how: dict[str, Any] = {"n_threads": self.settings.n_threads, "overwrite": True}
             with self._worker() as worker:
-                done = quantizer.quantize(
-                    self.source,
-                    recipe,
-                    path,
-                    imatrix=matrix,
-                    n_threads=self.settings.n_threads,
-                    overwrite=True,
-                    progress=False,
-                    source_sha256=self.sha256,
-                    worker=worker,
-                )
+                how |= {"progress": False, "source_sha256": self.sha256, "worker": worker}
+                done = quantizer.quantize(self.source, recipe, path, imatrix=matrix, **how)
             return {"nbytes": done.nbytes, "sha256": sha256_of_file(path), "notes": done.notes}
 
-        conditions = {
-            "source": self.sha256,
-            "recipe": asdict(recipe),
-            "matrix": "" if matrix is None else matrix.sha256,
-            "runtime": llama_version(),
-        }
+        conditions = {"source": self.sha256, "recipe": asdict(recipe), "runtime": llama_version()}
+        conditions |= {"matrix": "" if matrix is None else matrix.sha256}
         facts = remembered(note, conditions, make, fresh=self.fresh or not path.exists())
         if facts.get("nbytes") != path.stat().st_size:  # the file is no longer what was made
             facts = remembered(note, conditions, make, fresh=True)
@@ -294,17 +283,10 @@ class _Climber(ExitStack):
                 note.unlink()
 
         def measured() -> dict[str, Any]:
-            job = {
-                "work": "measure",
-                "key": conditions_hash(conditions),
-                "path": str(path.resolve()),
-                "place": str(place.resolve()),
-                "reference": str(reference.resolve()),
-                "is_source": base is None,
-                "sha256": sha256,
-                "settings": asdict(self.settings),
-                "fresh": self.fresh,
-            }
+            files = {"path": path, "place": place, "reference": reference}
+            job: dict[str, Any] = {name: str(file.resolve()) for name, file in files.items()}
+            job |= {"work": "measure", "key": conditions_hash(conditions), "is_source": base is None}
+            job |= {"sha256": sha256, "settings": asdict(self.settings), "fresh": self.fresh}
             with self._worker() as worker:
                 return worker.run(job, where=path)
 

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -235,7 +236,7 @@ def answer(
     if not items:
         raise PromptError(f"a limit of {limit} leaves no question", hint="take 1 or more")
     encoded = {item.id: encode(model, questions.head, item) for item in items if item.id not in journal}
-    scorer = _Scorer(model, common_prefix([parts[0] for parts in encoded.values()]))
+    scorer = _Scorer(model, commonprefix([context for context, _ in encoded.values()]))
     for item in tqdm(items, desc=questions.head.set, leave=False):
         if item.id in encoded:
             logs, greedy = zip(*scorer.choices(*encoded[item.id]), strict=True)
@@ -270,20 +271,6 @@ def encode(model: Model, head: Head, item: Choices) -> tuple[list[int], list[lis
         for choice in item.choices
     ]
     return context, [tokens[len(context) :] or tokens[-1:] for tokens in whole]
-
-
-def common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens that all rows begin with.
-
-    >>> common_prefix([[1, 2, 3], [1, 2, 4]]), common_prefix([[1]]), common_prefix([])
-    ([1, 2], [1], [])
-    """
-    shared = 0
-    for column in zip(*rows, strict=False):
-        if len(set(column)) > 1:
-            break
-        shared += 1
-    return list(rows[0][:shared]) if rows else []
 
 
 class _Scorer:

@@ -49,7 +49,7 @@ class QuestionPlan:
     @property
     def sentence(self) -> str:
         """The plan for people."""
-        n, most = (sum(len(one.items) for one in sets) for sets in (self.parts, self.chosen))
+        n, most = (sum(len(each.items) for each in sets) for sets in (self.parts, self.chosen))
         text = f"{n:,} of {most:,} questions, at most {duration(self.seconds)}"
         if self.parts == self.chosen:
             return text
@@ -79,12 +79,14 @@ class QuestionPlan:
         n_before = 0
         easy = 4 * self.full_seconds < self.budget_seconds
         for parts in [self.chosen] if easy else reversed(_candidates(self.chosen)):
-            if (n := sum(len(one.items) for one in parts)) > n_before:
+            if (n := sum(len(each.items) for each in parts)) > n_before:
                 yield parts
                 n_before = n
 
     def _asked(self, parts: Sequence[ItemSet], folder: str | Path, model_id: str) -> Results:
-        return Results([score_set(self.model, one, folder, self.options, model_id=model_id) for one in parts])
+        return Results(
+            [score_set(self.model, each, folder, self.options, model_id=model_id) for each in parts]
+        )
 
 
 def plan_questions(
@@ -112,7 +114,7 @@ def _candidates(chosen: tuple[ItemSet, ...]) -> list[tuple[ItemSet, ...]]:
     """
     first, even = chosen[0], []
     for divisor in DIVISORS:
-        parts = [one if len(one.items) <= LEAST_ITEMS else one.part(divisor) for one in chosen]
+        parts = [each if len(each.items) <= LEAST_ITEMS else each.part(divisor) for each in chosen]
         if divisor == 1 or all(len(part.items) >= LEAST_ITEMS or part in chosen for part in parts):
             even.append(tuple(parts))
     fewer = [even[-1][:n] for n in range(len(chosen) - 1, 0, -1)]
@@ -126,22 +128,22 @@ def _seconds(item_sets: Sequence[ItemSet], pace: Pace, options: Options) -> floa
     """Seconds of all answers at their full length; prompts are counted by four characters a token."""
     thinking = options.thinking_tokens
     return options.n_samples * sum(
-        pace.seconds(len(item.asked(one.instruction)) / 4 + 16, one.max_tokens + thinking)
-        for one in item_sets
-        for item in one.items[: options.limit]
+        pace.seconds(len(item.asked(each.instruction)) / 4 + 16, each.max_tokens + thinking)
+        for each in item_sets
+        for item in each.items[: options.limit]
     )
 
 
 def left_out(chosen: Sequence[ItemSet], parts: Sequence[ItemSet]) -> list[str]:
     """What the parts lack, in sentences."""
-    asked = {one.name: len(one.items) for one in parts}
-    shares = {one.name: one.share for one in parts}
+    asked = {each.name: len(each.items) for each in parts}
+    shares = {each.name: each.share for each in parts}
     return [
-        f"only {asked[one.name]} of {len(one.items)} questions of {one.name} asked ({shares[one.name]})"
-        if one.name in asked
-        else f"the set {one.name}"
-        for one in chosen
-        if asked.get(one.name) != len(one.items)
+        f"only {asked[each.name]} of {len(each.items)} questions of {each.name} asked ({shares[each.name]})"
+        if each.name in asked
+        else f"the set {each.name}"
+        for each in chosen
+        if asked.get(each.name) != len(each.items)
     ]
 
 

@@ -179,16 +179,10 @@ class Answerer:
         own = {"mode": self.mode, **options.conditions(), "scoring": __version__}
         conditions = {**item_set.identity(), **own, **self.conditions}
         # conditions of an earlier run, read again, name what an answer doesn't depend on
-        known = {
-            name: value for name, value in conditions.items() if name not in ("repeats", "sandbox", "part")
-        }
-        place = folder / f"answers-{item_set.name}.jsonl"
-        journal = Journal(
-            place,
-            {**known, "model": self.model_id},
-            fresh=options.fresh,
-            whole=lambda row: holds(row, ANSWER),
-        )
+        free = ("repeats", "sandbox", "part")
+        known = {name: value for name, value in conditions.items() if name not in free}
+        known["model"], place = self.model_id, folder / f"answers-{item_set.name}.jsonl"
+        journal = Journal(place, known, fresh=options.fresh, whole=lambda row: holds(row, ANSWER))
         wanted = {
             f"{item.id}#{number}": (item, number)
             for item in item_set.items[: options.limit]
@@ -205,16 +199,9 @@ class Answerer:
             candidates = [_candidate(item, journal[key], self.mode) for key, (item, _) in wanted.items()]
             _judge(rows, candidates, sandbox, folder / f"verdicts-{item_set.name}.jsonl", options)
             conditions["sandbox"] = sandbox.level
-        return SetRun.of(
-            item_set.kind,
-            item_set.name,
-            rows,
-            n_items=len(item_set.items),
-            ks=options.ks,
-            conditions=conditions | {"repeats": options.n_samples},
-            model=self.model_id,
-            n_resumed=n_resumed,
-        )
+        facts: dict[str, Any] = {"n_items": len(item_set.items), "ks": options.ks, "n_resumed": n_resumed}
+        facts |= {"conditions": conditions | {"repeats": options.n_samples}, "model": self.model_id}
+        return SetRun.of(item_set.kind, item_set.name, rows, **facts)
 
     def _answers(
         self, item_set: ItemSet, todo: Mapping[str, tuple[Item, int]], options: Options
@@ -310,14 +297,11 @@ def _row(item_set: ItemSet, item: Item, number: int, answer: Mapping[str, Any]) 
     reasons = {
         "wrong": f"answered {given!r}",
         "no_answer": f"no answer in its {how}",
-        "truncated": f"cut off after {answer['tokens']} tokens{_circling(answer)}",
+        "truncated": f"cut off after {answer['tokens']} tokens"
+        + (", and repeats itself" if repeats(answer["completion"]) else ""),
     }
     judged = {"grade": grade_, "reason": reasons.get(grade_, ""), "correct": grade_ == "correct"}
     return {**row, **judged, "truncated": grade_ == "truncated"}
-
-
-def _circling(answer: Mapping[str, Any]) -> str:
-    return ", and repeats itself" if repeats(answer["completion"]) else ""
 
 
 def _candidate(item: Item, answer: Mapping[str, Any], mode: str) -> Candidate | Verdict:
@@ -327,10 +311,6 @@ def _candidate(item: Item, answer: Mapping[str, Any], mode: str) -> Candidate | 
         return Verdict("truncated", "its thinking does not end")
     candidate = item.candidate(answer["completion"][start:], mode)
     return candidate or Verdict("no_answer", "no code that defines the function")
-
-
-def _verdict(row: Mapping[str, Any]) -> Verdict:
-    return Verdict(row["outcome"], row["detail"])
 
 
 def _judge(
@@ -345,7 +325,8 @@ def _judge(
     conditions = {"sandbox": sandbox.level, "limits": asdict(LIMITS), "driver": driver}
     conditions["python"] = platform.python_version()
     journal = Journal(path, conditions, fresh=options.fresh, whole=lambda row: holds(row, VERDICT))
-    todo = {one.key: one for one in candidates if isinstance(one, Candidate) and one.key not in journal}
+    runnable = {each.key: each for each in candidates if isinstance(each, Candidate)}
+    todo = {key: candidate for key, candidate in runnable.items() if key not in journal}
     with tqdm(total=len(todo), desc="tests", disable=not options.progress or not todo) as bar:
         for start in range(0, len(todo), BATCH):
             part = list(todo)[start : start + BATCH]
@@ -353,8 +334,10 @@ def _judge(
                 journal.add(key, outcome=verdict.outcome, detail=verdict.detail)
             bar.update(len(part))
     for row, candidate in zip(rows, candidates, strict=True):
-        verdict = candidate if isinstance(candidate, Verdict) else _verdict(journal[candidate.key])
-        cut = (row["truncated"] or verdict.outcome == "truncated") and not verdict.passed
-        lead = "cut off; " if cut and isinstance(candidate, Candidate) else ""
-        reason = "" if verdict.passed else f"{lead}{verdict.outcome}: {verdict.detail}".rstrip(": ")
-        row |= {"grade": verdict.outcome, "reason": reason, "correct": verdict.passed, "truncated": cut}
+        if isinstance(candidate, Candidate):
+            judged, lead = Verdict(*(journal[candidate.key][name] for name in VERDICT)), "cut off; "
+        else:
+            judged, lead = candidate, ""
+        cut = (row["truncated"] or judged.outcome == "truncated") and not judged.passed
+        reason = "" if judged.passed else f"{lead * cut}{judged.outcome}: {judged.detail}".rstrip(": ")
+        row |= {"grade": judged.outcome, "reason": reason, "correct": judged.passed, "truncated": cut}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from os.path import commonprefix
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_four_choices_cost_little_more_than_one(model, own, tmp_path):
     ]
     questions = ChoiceSet.load(own(HEAD, items))
     encoded = [likelihood.encode(model, questions.head, item) for item in questions.items]
-    shared = len(likelihood.common_prefix([context for context, _ in encoded]))
+    shared = len(commonprefix([context for context, _ in encoded]))
     contexts = sum(len(context) - shared for context, _ in encoded)
     endings = [[len(tokens) - 1 for tokens in choices] for _, choices in encoded]
     n_evaluated = likelihood.answer(model, questions, tmp_path).n_evaluated
