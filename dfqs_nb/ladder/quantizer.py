@@ -44,6 +44,11 @@ MAX_TEXT_BYTES = 127  # of a key's value, as llama.cpp overrides it
 SPLIT_KEYS = {"split.no", "split.count", "split.tensors.count"}
 REPORT = "report this file and recipe as a bug of the workbook"
 CHILD = "dfqs_nb.ladder"
+# lines of llama.cpp's log
+TENSOR = re.compile(
+    r"\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\S+), size = +[\d.]+ MiB(?: -> +[\d.]+ MiB \((\S+)\))?"
+)
+FALLBACK = re.compile(r"warning: +(\S+) +- (ncols.*?)\) .*?(-> falling back to +\S+)")
 
 
 # ---- the plan ----
@@ -125,15 +130,9 @@ def _prepare(
         left_out = sorted(given.only(recipe.weights).entries.keys() - matrix.entries.keys())
     types, by_rule = _types_by_rule(shards, recipe)
     keys = _keys(recipe, matrix)
-    job = {
-        "work": "quantize",
-        "source": str(where.resolve()),
-        "mix": file_types()[recipe.mix],
-        "overrides": [
-            [f"^{re.escape(name)}$".replace(r"\-", "-"), BLOCKS[kind][0]] for name, kind in types.items()
-        ],
-        "keys": keys,
-    }
+    exact = {f"^{re.escape(name)}$".replace(r"\-", "-"): kind for name, kind in types.items()}
+    job = {"work": "quantize", "source": str(where.resolve()), "mix": file_types()[recipe.mix], "keys": keys}
+    job["overrides"] = [[pattern, BLOCKS[kind][0]] for pattern, kind in exact.items()]
     answer = worker.run({**job, "dry_run": True}, where=where)
     chosen, before = dict(answer["tensors"]), {tensor.name: tensor for tensor in shards.tensors}
     if set(chosen) != set(before):
@@ -141,9 +140,7 @@ def _prepare(
         raise QuantizeError(what, where=where, hint=REPORT)
     for rule, names in by_rule.items():  # llama.cpp leaves norms, routers and vectors as they are
         if names and all(chosen[name] != rule.type for name in names):
-            what = (
-                f"llama.cpp keeps {names[0]} at {chosen[names[0]]}, whatever the rule {rule.pattern!r} says"
-            )
+            what = f"llama.cpp keeps {names[0]} at {chosen[names[0]]}, whatever {rule.pattern!r} says"
             raise QuantizeError(what, where=where, hint="take the rule out")
     _check_matrix(chosen, before, matrix, where)
     tensors = []
@@ -151,9 +148,9 @@ def _prepare(
         code, block, nbytes = BLOCKS[kind]
         nbytes *= before[name].n_elements // block
         tensors.append(replace(before[name], type=kind, type_code=code, nbytes=nbytes))
-    nbytes, entries = _file_bytes(shards, tensors, keys), len(matrix.entries) if matrix else 0
-    notes = tuple(answer["fallbacks"])
-    return Plan(recipe, shards, tuple(tensors), nbytes, notes, entries, tuple(left_out)), job, matrix
+    sizes = _file_bytes(shards, tensors, keys), tuple(answer["fallbacks"])
+    entries = len(matrix.entries) if matrix else 0
+    return Plan(recipe, shards, tuple(tensors), *sizes, entries, tuple(left_out)), job, matrix
 
 
 def _check_source(shards: ShardSet) -> None:
@@ -206,12 +203,10 @@ def _keys(recipe: Recipe, used: ImportanceMatrix | None) -> dict[str, str | int]
         "dfqs.quantizer": f"llama-cpp-python {llama_version()}",
     }
     if used and used.entries:
-        keys |= {
-            "quantize.imatrix.file": Path(used.path).name or "not from a file",
-            "quantize.imatrix.dataset": (used.datasets or ("not stated",))[0],
-            "quantize.imatrix.entries_count": len(used.entries),
-        }
-        keys |= {"quantize.imatrix.chunks_count": used.chunk_count} if used.chunk_count > 0 else {}
+        names: dict[str, str | int] = {"file": Path(used.path).name or "not from a file"}
+        names |= {"dataset": (used.datasets or ("not stated",))[0], "entries_count": len(used.entries)}
+        names |= {"chunks_count": used.chunk_count} if used.chunk_count > 0 else {}
+        keys |= {f"quantize.imatrix.{name}": value for name, value in names.items()}
     return {
         name: value if isinstance(value, int) else value.encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
         for name, value in keys.items()
@@ -222,16 +217,11 @@ def _check_matrix(
     chosen: Mapping[str, str], before: Mapping[str, Tensor], matrix: ImportanceMatrix | None, where: Path
 ) -> None:
     known = NO_MATRIX | (matrix.entries.keys() if matrix else set())
-    bare = [
-        name
-        for name, kind in chosen.items()
-        if kind in NEED_MATRIX and name not in known and kind != before[name].type
-    ]
-    if bare:
+    need = [name for name, kind in chosen.items() if kind in NEED_MATRIX and kind != before[name].type]
+    if bare := [name for name in need if name not in known]:
         more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
         hint = "add --calibrate with a text, or --imatrix with a file of llama-imatrix"
-        if matrix:
-            hint = "collect it over more text, or give these tensors another type"
+        hint = "collect it over more text, or give these tensors another type" if matrix else hint
         what = f"{chosen[bare[0]]} needs an importance matrix for {bare[0]}{more}"
         raise QuantizeError(what, where=where, hint=hint)
 
@@ -353,16 +343,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         reason = [*re.findall(r"failed to quantize: (.*)", log)[-1:], "llama.cpp could not quantize it"][0]
         hint = f"correct the recipe, or check the source: `dfqs-nb verify {quoted(job['source'])}`"
         raise QuantizeError(reason, where=job["source"], hint=hint)
-    row = (
-        r"\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\S+), size = +[\d.]+ MiB(?: -> +[\d.]+ MiB \((\S+)\))?"
-    )
-    warning = r"warning: +(\S+) +- (ncols.*?)\) .*?(-> falling back to +\S+)"
-    return {
-        "tensors": [(name, (new or old).upper()) for name, old, new in re.findall(row, log)],
-        "fallbacks": [
-            " ".join(f"{name}: {why}) {what}".split()) for name, why, what in re.findall(warning, log)
-        ],
-    }
+    fallbacks = [" ".join(f"{name}: {why}) {what}".split()) for name, why, what in FALLBACK.findall(log)]
+    types = [(name, (new or old).upper()) for name, old, new in TENSOR.findall(log)]
+    return {"tensors": types, "fallbacks": fallbacks}
 
 
 def _params(job: dict[str, Any]) -> tuple[Any, list[Any]]:

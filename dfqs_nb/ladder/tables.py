@@ -54,7 +54,7 @@ def table(ladder: Ladder) -> pd.DataFrame:
 
 def _score_name(run: SetRun, runs: Sequence[SetRun]) -> str:
     """The score's name, with its set's where several sets have that score."""
-    alone = sum(other.score.name == run.score.name for other in runs) == 1
+    alone = [other.score.name for other in runs].count(run.score.name) == 1
     return run.score.name if alone else f"{run.score.name} ({run.name})"
 
 
@@ -99,9 +99,8 @@ def routing_table(ladder: Ladder) -> pd.DataFrame:
         overlap = overlaps(trace, rung.trace).mean(axis=0)
         for column, (layer, hashed) in enumerate(zip(trace.layers, trace.hashed, strict=True)):
             same = _share("identical", _same_experts(ladder.source, rung, np.array([column]))).values()
-            rows.append(
-                (rung.name, rung.bits_per_weight, layer, hashed, trace.n_tokens, *same, overlap[column])
-            )
+            facts = rung.name, rung.bits_per_weight, layer, hashed, trace.n_tokens
+            rows.append((*facts, *same, overlap[column]))
     columns = ["rung", "bits_per_weight", "layer", "hashed", "n", "identical", "low", "high", "overlap"]
     return pd.DataFrame(rows, columns=columns).astype({"hashed": bool})
 
@@ -185,11 +184,9 @@ def _compared(source: Rung, a: Rung, b: Rung) -> list[dict[str, Any]]:
 
     def paired(metric: str, kind: str, first: Array, second: Array, *, up: bool = True) -> None:
         change = second - first
+        low, high = mean_interval(change)
         row = {"n": len(change), "value_a": float(first.mean()), "value_b": float(second.mean())}
-        row |= {
-            "difference": float(change.mean()),
-            **dict(zip(("low", "high"), mean_interval(change), strict=True)),
-        }
+        row |= {"difference": float(change.mean()), "low": low, "high": high}
         row |= {"p": sign_flip(change), "larger_is_better": up}
         rows.append({"a": a.name, "b": b.name, "metric": metric, "kind": kind, **row})
 
