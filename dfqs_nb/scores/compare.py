@@ -54,8 +54,7 @@ def compare_runs(
 
 
 def _compared(a: SetRun, b: SetRun, n_boot: int, seed: int) -> Comparison:
-    differing = differing_fields(a.conditions, b.conditions)
-    if differing:
+    if differing := differing_fields(a.conditions, b.conditions):
         named = ", ".join(f"{key} ({mine} and {theirs})" for key, (mine, theirs) in differing.items())
         what = f"the conditions differ in {named}"
         raise ComparisonError(what, hint="run both again under the same conditions")
@@ -75,14 +74,6 @@ def _compared(a: SetRun, b: SetRun, n_boot: int, seed: int) -> Comparison:
     right_a, right_b = items["correct_x"] > 0.5, items["correct_y"] > 0.5
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     assert a.score.value is not None and b.score.value is not None
-    return Comparison(
-        n=len(items),
-        a=a.score.value,
-        b=b.score.value,
-        difference=b.score.value - a.score.value,
-        low=low,
-        high=high,
-        only_a=only_a,
-        only_b=only_b,
-        p=mcnemar(only_a, only_b),
-    )
+    first, second = a.score.value, b.score.value
+    p = mcnemar(only_a, only_b)
+    return Comparison(len(items), first, second, second - first, low, high, only_a, only_b, p)

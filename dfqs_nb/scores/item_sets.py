@@ -145,13 +145,8 @@ class ItemSet(Head):
 
     def identity(self) -> dict[str, Any]:
         """What a score depends on, for the conditions of a run."""
-        return {
-            "prompt_set": self.name,
-            "prompt_set_sha256": self.sha256,
-            "tier": self.tier,
-            "max_tokens": self.max_tokens,
-            **({"part": self.share} if self.share else {}),
-        }
+        facts = {"prompt_set": self.name, "prompt_set_sha256": self.sha256, "tier": self.tier}
+        return facts | {"max_tokens": self.max_tokens} | ({"part": self.share} if self.share else {})
 
     @property
     def share(self) -> str:
@@ -171,22 +166,15 @@ class ItemSet(Head):
         for item in self.items:
             taken[item.family] += 1
             items += [item] if taken[item.family] <= -(-sizes[item.family] // divisor) else []
-        whole = len(items) == len(self.items)
-        return replace(
-            self, items=tuple(items), divisor=1 if whole else divisor, n_families=0 if whole else n_families
-        )
+        if len(items) == len(self.items):
+            divisor, n_families = 1, 0
+        return replace(self, items=tuple(items), divisor=divisor, n_families=n_families)
 
     def row(self) -> dict[str, Any]:
         """The set in one row of a table."""
-        return {
-            "set": self.name,
-            "kind": self.kind,
-            "items": len(self.items),
-            "families": len(self.families()),
-            "guess rule": self.guess_rule,
-            "licence": self.licence,
-            "sha256": self.sha256[:12],
-        }
+        sizes = {"items": len(self.items), "families": len(self.families())}
+        facts = {"guess rule": self.guess_rule, "licence": self.licence, "sha256": self.sha256[:12]}
+        return {"set": self.name, "kind": self.kind, **sizes, **facts}
 
     def families(self) -> list[str]:
         """The families, in the order of their first item."""

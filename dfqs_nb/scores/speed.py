@@ -210,13 +210,12 @@ def card_table(weights: ActiveBytes = FLASH, here: Sequence[Place] = ()) -> pd.D
     """
     import pandas as pd
 
-    machines = [*CARD, ("this machine", NO_CLAIM, list(here))] if here else CARD
-    bounds = [speed_bound(weights, places) for _, _, places in machines]
-    table = pd.DataFrame([(name, *claim) for name, claim, _ in machines])
-    table.columns = pd.Index(["machine", "claimed_low", "claimed_high"])
-    table["bound"] = [bound.tokens_per_sec for bound in bounds]
-    table["from_disk"] = [bound.shares.get("disk", 0.0) for bound in bounds]
-    return table.assign(reached=table["claimed_high"] / table["bound"])
+    rows = []
+    for name, claim, places in [*CARD, ("this machine", NO_CLAIM, list(here))] if here else CARD:
+        bound, shares = speed_bound(weights, places)
+        rows.append((name, *claim, bound, shares.get("disk", 0.0), claim[1] / bound))
+    names = ["machine", "claimed_low", "claimed_high", "bound", "from_disk", "reached"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def card_sentence(table: pd.DataFrame) -> str:
