@@ -166,9 +166,8 @@ def write_record(
                 journal.add(name, prompt=text, chat=chat, steps=steps)
     rows = [row for row in journal.rows() if row["id"] in prompts]
     if not rows:
-        raise RecordError(
-            "the model ended every answer at once", where=head.source, hint="give other prompts"
-        )
+        what = "every answer ended at once, or began with a control token, such as a mark of thinking"
+        raise RecordError(what, where=head.source, hint="give other prompts, or plain texts with --plain")
     with whole_file(path) as file:
         for row in [head.model_dump(), *rows]:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -190,7 +189,7 @@ def continuation(model: Model, text: str, chat: bool, n_tokens: int, top_k: int)
         row = log_probs(logits)
         best = np.argsort(-row, kind="stable")[:top_k]
         token = int(best[0])
-        if model.ends(token):
+        if model.ends(token) or not model.token_bytes(token):  # a mark of thinking may be no text
             break
         top = [(model.token_bytes(int(other)).hex(), float(row[other])) for other in best]
         steps.append({"token": top[0][0], "logprob": top[0][1], "top": top})

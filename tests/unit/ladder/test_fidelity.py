@@ -112,6 +112,23 @@ def test_another_tokenizer_is_compared_by_text_only(original, record):
     assert np.isfinite(result.summary()["extra_bits_per_byte"]["mean"])
 
 
+@pytest.mark.parametrize("n_before", [0, 3])
+def test_a_mark_of_thinking_that_is_no_text_ends_an_answer(original, tmp_path, monkeypatch, n_before):
+    """What follows a control token cannot be found in another model's text, so it is not recorded."""
+    text, chat = PROMPTS["word"]
+    steps = fidelity.continuation(original, text, chat, 8, 5)
+    tokens = original.tokenize(text + b"".join(bytes.fromhex(step["token"]) for step in steps).decode())
+    mark = tokens[-len(steps) :][n_before]
+    real = original.token_bytes
+    monkeypatch.setattr(original, "token_bytes", lambda token: b"" if token == mark else real(token))
+    cut = fidelity.continuation(original, text, chat, 8, 5)
+    assert [step["token"] for step in cut] == [step["token"] for step in steps][:n_before]
+    if not n_before:
+        with pytest.raises(RecordError, match="mark of thinking.*--plain"):
+            prompts = {"word": (text, chat)}
+            fidelity.write_record(tmp_path / "r.jsonl", prompts, lambda *_: cut, source="F16", top_k=5)
+
+
 def test_a_killed_recording_goes_on(original, tmp_path):
     path, asked = tmp_path / "record.jsonl", []
 
