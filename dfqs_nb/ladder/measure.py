@@ -43,7 +43,7 @@ class Settings:
             none); long_window: positions scored in each band.
         calibration: a text file to collect the importance matrix on; empty: the prompt set's part.
         tier, max_items: the sets of questions, and how many of each, evenly over its families; 0: all.
-        prompt_set, longest, n_haystacks: of the stability curve; budget_seconds: 0: no limit.
+        prompt_set, longest, n_haystacks: of the stability curve.
         speed_depth, speed_tokens, speed_repetitions: of the decode speed.
         n_ctx, n_threads: context of the questions, and threads; 0 threads: as suits the source's size.
         allow_unsandboxed: score code even without a sandbox.
@@ -63,7 +63,6 @@ class Settings:
     prompt_set: str = "long-context-nano"
     longest: int = 512
     n_haystacks: int = 6
-    budget_seconds: float = 0.0
     speed_depth: int = 256
     speed_tokens: int = 64
     speed_repetitions: int = 3
@@ -166,7 +165,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
             settings.longest,
             rounds=0,  # every rung is asked at the same lengths
             n_haystacks=settings.n_haystacks,
-            budget_seconds=settings.budget_seconds or float("inf"),
+            budget_seconds=float("inf"),
         ).within_budget()
         curve = context.measure(model, plan, place, model_sha256=job["sha256"], fresh=fresh)
     sets = [
