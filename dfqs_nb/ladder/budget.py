@@ -10,7 +10,7 @@ from dfqs_nb.core.budget import Fitted, fit
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.ladder import divergence
-from dfqs_nb.ladder.measure import Settings, question_sets
+from dfqs_nb.ladder.measure import LONG_TEXTS, Settings, question_sets
 from dfqs_nb.ladder.recipes import load_recipe
 from dfqs_nb.ladder.run import RUNGS
 from dfqs_nb.llama.model import open_model
@@ -23,18 +23,17 @@ CUTS: tuple[dict[str, int], ...] = (
     {"longest": 512},
     {"chunks": 16, "items": 16},
     {"rungs": 6},
-    {"chunks": 8, "items": 8, "long": 2},
+    {"chunks": 8, "items": 8},
     {"rungs": 4},
     {"longest": 256, "texts": 1, "items": 4},
     {"rungs": 3},
-    {"chunks": 4, "items": 1, "long": 0},
+    {"chunks": 4, "items": 1},
 )
 NAMES = {
     "items": "questions of a set at each rung",
     "longest": "tokens of the longest context",
     "texts": "texts a length",
     "chunks": "chunks of held-out text",
-    "long": "longer held-out texts",
     "rungs": "rungs",
 }
 RANK = ("F16", "IQ1_S-XL", "Q4_K_M", "Q8_0", "IQ2_XXS", "Q6_K", "IQ1_M", "Q3_K_M")
@@ -59,11 +58,11 @@ def within_budget(
     opened = OpenSettings.of(source, n_ctx=512, n_threads=settings.n_threads)
     with open_model(source, opened) as model:
         pace, load, n_vocab = probe(model), model.load_seconds, model.n_vocab
-        n_tokens = len(divergence.load_text(settings.text).tokens(model))
+        n_chunks = len(divergence.load_text(settings.text).tokens(model)) // settings.chunk_tokens
     sets, nbytes = question_sets(settings), open_shards(source).nbytes
 
     def cost(plan: dict[str, int]) -> float:
-        predicted = plan["chunks"] * settings.chunk_tokens + plan["long"] * settings.long_tokens
+        predicted = plan["chunks"] * settings.chunk_tokens + LONG_TEXTS * plan["longest"]
         asked = sum(pace.seconds(64, each.max_tokens) * min(plan["items"], len(each.items)) for each in sets)
         curve = pace.seconds(2 * plan["longest"] * plan["texts"], 8 * plan["texts"])
         timed = settings.speed_repetitions * pace.seconds(settings.speed_depth, settings.speed_tokens)
@@ -72,9 +71,7 @@ def within_budget(
 
     items = max((len(each.items) for each in sets), default=0)  # `max_items` has cut them already
     whole = {"items": items, "longest": settings.longest, "texts": settings.n_haystacks}
-    n_chunks = n_tokens // settings.chunk_tokens
     whole |= {"chunks": min(n_chunks, settings.n_chunks or n_chunks), "rungs": len(rungs)}
-    whole |= {"long": min(settings.long_texts, n_tokens // settings.long_tokens)}
     fitted = fit(whole, CUTS, cost, seconds, NAMES)
     cut = fitted.values
     chosen = sorted(rungs, key=lambda name: RANK.index(name) if name in RANK else -1)[: cut["rungs"]]
@@ -83,7 +80,6 @@ def within_budget(
         max_items=settings.max_items if cut["items"] == items else cut["items"],
         longest=cut["longest"],
         n_haystacks=cut["texts"],
-        long_texts=settings.long_texts if cut["long"] == whole["long"] else cut["long"],
         n_chunks=settings.n_chunks if cut["chunks"] == whole["chunks"] else cut["chunks"],
     )
     left_out = (*unfit, *fitted.left_out)

@@ -237,13 +237,12 @@ def kl_bounds(top: Array, ours: Array, rest: Array, cap: float) -> tuple[float, 
     >>> low, round(high, 4)
     (0.0, 0.1733)
     """
-    from scipy.special import logsumexp
-
     seen = float(np.exp(top) @ (top - ours))
     unseen = max(0.0, 1.0 - float(np.exp(top).sum()))
     if unseen < 1e-9 or not len(rest):
         return max(seen, 0.0), max(seen, 0.0)
-    low = seen + unseen * (np.log(unseen) - float(logsumexp(rest)))
+    most = float(rest.max())
+    low = seen + unseen * (np.log(unseen) - most - np.log(np.exp(rest - most).sum()))
     cap = min(max(cap, unseen / len(rest)), unseen)
     n_full = min(int(unseen / cap), len(rest))
     least = np.partition(rest, min(n_full, len(rest) - 1))[: n_full + 1]

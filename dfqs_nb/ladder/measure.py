@@ -24,6 +24,7 @@ from dfqs_nb.routing import open_recorded
 from dfqs_nb.scores import ItemSet, Options, find_sandbox, score_set
 
 LONG = "reference-long.npy"  # the source's predictions in longer texts
+LONG_TEXTS, LONG_WINDOW = 6, 32  # longer texts, and the positions scored in each of their bands
 LONG_STEP = 128  # tokens whose logits are held at once
 TOP_K = 20  # likeliest tokens of the source that a reference record would hold
 
@@ -39,11 +40,10 @@ class Settings:
     Args:
         text: a prompt set with ``calibration`` and ``held_out``, or a text file to measure on.
         chunk_tokens, n_chunks: of the held-out text (0: all chunks); half of each chunk is scored.
-        long_tokens, long_texts: of the same text in longer pieces, for the divergence by position (0 texts:
-            none); long_window: positions scored in each band.
         calibration: a text file to collect the importance matrix on; empty: the prompt set's part.
         tier, max_items: the sets of questions, and how many of each, evenly over its families; 0: all.
-        prompt_set, longest, n_haystacks: of the stability curve.
+        prompt_set, longest, n_haystacks: of the stability curve; the divergence by position is that of
+            pieces of the held-out text as long.
         speed_depth, speed_tokens, speed_repetitions: of the decode speed.
         n_ctx, n_threads: context of the questions, and threads; 0 threads: as suits the source's size.
         allow_unsandboxed: score code even without a sandbox.
@@ -52,9 +52,6 @@ class Settings:
     text: str = "calibration-nano"
     chunk_tokens: int = 256
     n_chunks: int = 0
-    long_tokens: int = 1024
-    long_texts: int = 6
-    long_window: int = 32
     calibration: str = ""
     calibration_tokens: int = imatrix.CHUNK_TOKENS
     calibration_chunks: int = 24
@@ -149,7 +146,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     settings, place, fresh = Settings(**job["settings"]), Path(job["place"]), job["fresh"]
     note, key = place / "predicted.json", {"key": job["key"]}
     remembered(note, key, lambda: _predict(job, settings, place), fresh=fresh)
-    n_ctx = max(settings.n_ctx, settings.longest + 64, settings.long_tokens)  # room for the answers
+    n_ctx = max(settings.n_ctx, settings.longest + 64)  # room for the answers
     opened = OpenSettings(n_ctx=n_ctx, n_threads=settings.n_threads)
     options = Options(fresh=fresh, allow_unsandboxed=settings.allow_unsandboxed, progress=False)
     with open_model(job["path"], opened, trial=False) as model:
@@ -199,14 +196,16 @@ def _predict(job: dict[str, Any], settings: Settings, place: Path) -> dict[str, 
 
 def _predict_long(model: Model, job: dict[str, Any], settings: Settings, place: Path) -> dict[str, Any]:
     """Predictions in windows of longer texts; none where the held-out text is too short for one."""
-    tokens, n = divergence.load_text(settings.text).tokens(model), settings.long_tokens
-    pieces = divergence.chunks(tokens, n, settings.long_texts, least=0) if settings.long_texts else []
+    tokens, n = divergence.load_text(settings.text).tokens(model), settings.longest
+    pieces = divergence.chunks(tokens, n, LONG_TEXTS, least=0) if n >> 4 else []
     (place / "long.npz").unlink(missing_ok=True)
     if pieces:
-        windows = [divergence.stratified(n, settings.long_window, seed) for seed in range(len(pieces))]
-        reference = Path(job["reference"]).with_name(LONG)
-        how = {"is_source": job["is_source"], "step": LONG_STEP, "top_k": TOP_K}
-        divergence.beside_source(model, pieces, windows, reference, **how).save(place / "long.npz")
+        windows = [divergence.stratified(n, LONG_WINDOW, seed) for seed in range(len(pieces))]
+        reference, how = Path(job["reference"]).with_name(LONG), {"step": LONG_STEP, "top_k": TOP_K}
+        scored = divergence.beside_source(
+            model, pieces, windows, reference, is_source=job["is_source"], **how
+        )
+        scored.save(place / "long.npz")
     return {"n_texts": len(pieces)}
 
 

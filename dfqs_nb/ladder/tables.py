@@ -113,7 +113,7 @@ def position_table(ladder: Ladder) -> pd.DataFrame:
     """
     import pandas as pd
 
-    rows, spans = [], bands(ladder.settings.long_tokens)
+    rows, spans = [], bands(ladder.settings.longest)
     for rung, long in [(rung, rung.long) for rung in ladder.rungs[1:] if rung.long]:
         parts = zip(*(np.split(values, len(spans), 1) for values in (long.kld, long.same_top)), strict=True)
         for (start, end), (kld, same) in zip(spans, parts, strict=True):

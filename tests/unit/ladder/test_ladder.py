@@ -29,8 +29,6 @@ F16 = data_dir() / "reference" / "DFQS-Nano-F16.gguf"
 SMALL = Settings(
     chunk_tokens=64,
     n_chunks=3,
-    long_tokens=128,
-    long_window=4,
     calibration_tokens=64,
     calibration_chunks=2,
     max_items=16,
@@ -185,7 +183,7 @@ def test_the_divergence_by_position_counts_each_window_once(climbed, folder):
     positions = tables.position_table(climbed)
     assert positions["rung"].unique().tolist() == ["Q8_0", "Q4_K_M"]
     assert positions["start"].tolist() == [0, 8, 16, 32, 64] * 2 and positions["end"].iloc[4] == 127
-    assert positions["texts"].eq(6).all() and positions["n"].eq(6 * 4).all()
+    assert positions["texts"].eq(6).all() and positions["n"].eq(6 * 8).all()
     assert positions[["kld_low", "kld_high"]].notna().all().all()
     for rung in climbed.rungs:
         mean = positions[positions["rung"] == rung.name]["kld"].mean()
@@ -199,7 +197,7 @@ def test_the_divergence_by_position_counts_each_window_once(climbed, folder):
 
 def test_the_bounds_of_a_record_hold_the_exact_divergence(climbed):
     bracket = tables.bracket_table(climbed).set_index("rung")
-    assert bracket["n"].eq(6 * 5 * 4).all() and bracket["inside"].eq(1).all()
+    assert bracket["n"].eq(6 * 5 * 8).all() and bracket["inside"].eq(1).all()
     assert (bracket["at_least"] <= bracket["exact"]).all() and (bracket["exact"] <= bracket["at_most"]).all()
 
 

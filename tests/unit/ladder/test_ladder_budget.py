@@ -18,5 +18,4 @@ def test_a_climb_is_cut_in_the_stated_order():
     least, rungs, fitted = within_budget(settings, SOURCE, RUNGS, 0)
     assert rungs == ["F16", "Q4_K_M", "IQ1_S-XL"]
     assert (least.max_items, least.n_haystacks, least.longest, least.n_chunks) == (1, 1, 256, 4)
-    assert least.long_texts == 0 and "0 longer held-out texts, not 6" in fitted.left_out
     assert "3 rungs, not 8" in fitted.left_out
