@@ -1,7 +1,6 @@
 """A table over a folder of reports: one section for each tier and conditions, none ranked across two.
 
-What cannot be read, or was edited, is listed with its reason. A report whose answers are not beside it is
-listed without a place, because its scores cannot be counted again.
+What cannot be read or counted again is listed with its reason, without a place.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import read_json, write_table, write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.report.items import missing_items, read_items
+from dfqs_nb.report.files import missing_items, read_items
 from dfqs_nb.report.metrics import FILE, SCORES, boundary_flags, read_report
 from dfqs_nb.report.text import page_of, render
 
@@ -25,12 +24,9 @@ if TYPE_CHECKING:
 
 NUMBERS = (*SCORES, "failure_boundary_tokens", "cpu_tokens_per_sec")
 ROW_FILE = "sweep_row.json"  # the sweep writes it into each of its runs' folders
-COLUMNS = (
-    ("tier", "conditions", "place", "run", "model", "size_bytes", "bits_per_weight", "active_parameters")
-    + tuple(f"{name}{part}" for name in NUMBERS for part in ("", "_low", "_high"))
-    + ("boundary_status", "longest", "curve_at_longest", "contended", "withheld", "checked", "report")
-    + ("problem",)
-)  # fmt: skip
+COLUMNS = "tier conditions place run model size_bytes bits_per_weight active_parameters".split()
+COLUMNS += [f"{name}{part}" for name in NUMBERS for part in ("", "_low", "_high")]
+COLUMNS += "boundary_status longest curve_at_longest contended withheld checked report problem".split()
 
 
 @dataclass(frozen=True)
@@ -80,17 +76,12 @@ def find_reports(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise DfqsError("no such folder", where=tilde(folder), hint="give a folder that holds reports")
     paths = {*folder.rglob(FILE), *folder.rglob(f"*.{FILE}")}
-    return sorted(
-        path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    hidden = (any(part.startswith(".") for part in path.relative_to(folder).parts) for path in paths)
+    return sorted(path for path, is_hidden in zip(paths, hidden, strict=True) if not is_hidden)
 
 
 def leaderboard(folder: str | Path) -> Leaderboard:
-    """Rank the reports found under a folder. Every report is checked, and its scores are counted again.
-
-    Raises:
-        DfqsError: there is no such folder.
-    """
+    """Rank the reports under a folder; each is checked, and its scores are counted again from its answers."""
     import pandas as pd
 
     folder, rows = Path(folder), []
@@ -111,7 +102,7 @@ def leaderboard(folder: str | Path) -> Leaderboard:
         except DfqsError as error:
             row = {"problem": plain(f"{error.what}; {error.hint}" if error.hint else error.what)}
         rows.append({**row, "report": name})
-    return Leaderboard(folder, _placed(pd.DataFrame(rows, columns=list(COLUMNS))), conditions)
+    return Leaderboard(folder, _placed(pd.DataFrame(rows, columns=COLUMNS)), conditions)
 
 
 def _row(report: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -131,11 +122,8 @@ def _row(report: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "withheld": plain("; ".join(held)),
         "problem": "",
     }
-    for name in NUMBERS:
-        row |= {
-            f"{name}{part}": details[name][key]
-            for part, key in (("", "value"), ("_low", "low"), ("_high", "high"))
-        }
+    parts = {"": "value", "_low": "low", "_high": "high"}
+    row |= {f"{name}{part}": details[name][key] for name in NUMBERS for part, key in parts.items()}
     return row
 
 
@@ -185,7 +173,7 @@ def _placed(table: pd.DataFrame) -> pd.DataFrame:
     counts = good["reasoning_score"].notna() & ~good["open"]
     place = row.groupby([good[name] for name in (*section, *SCORES)], dropna=False).transform("min")
     good["place"] = place.where(counts)
-    return pd.concat([good[list(COLUMNS)].astype(object), bad.astype(object)], ignore_index=True)
+    return pd.concat([good[COLUMNS].astype(object), bad.astype(object)], ignore_index=True)
 
 
 def with_interval(row: Mapping[str, Any], name: str, form: str) -> str:
@@ -196,10 +184,8 @@ def with_interval(row: Mapping[str, Any], name: str, form: str) -> str:
     """
     if _empty(row[name]):
         return "withheld"
-    low, high = (
-        "open" if _empty(row[f"{name}_{end}"]) else form.format(row[f"{name}_{end}"])
-        for end in ("low", "high")
-    )
+    ends = (row[f"{name}_{end}"] for end in ("low", "high"))
+    low, high = ("open" if _empty(end) else form.format(end) for end in ends)
     return form.format(row[name]) + ("" if low == high == "open" else f" [{low}, {high}]")
 
 

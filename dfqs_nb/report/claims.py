@@ -1,9 +1,7 @@
 """The statements of the documents about the artifact, each held against a fact or a measurement.
 
-``data/spec/claims.toml`` has our paraphrase, the figure with its unit, the fact that it is held against, the
-sentence of evidence, and where the fact was published. A statement is added there. Where the model of a run
-is the artifact, DeepSeek-V4-Flash-IQ1_S-XL, its header and measurements are the facts (`facts`). Where it is
-another one, the public record is, and what only a run of the artifact shows is None, with the reason.
+``data/spec/claims.toml`` has them. Where the model of a run is the artifact, DeepSeek-V4-Flash-IQ1_S-XL, its
+header and measurements are the facts (`facts`); where it is another one, the public record is.
 """
 
 from __future__ import annotations
@@ -32,6 +30,7 @@ from dfqs_nb.report.spec import (
     NOT_TESTABLE,
     Claim,
     claims_spec,
+    figure,
     filled,
     requirements_spec,
 )
@@ -56,19 +55,13 @@ def check_claims(
     claims: Sequence[Claim] | None = None,
     ask_llama_cpp: bool = True,
 ) -> pd.DataFrame:
-    """Check every statement about the artifact with what this run and the public record have.
+    """Check every statement about the artifact with what this run and the public record have: a row each.
 
     Args:
         run: an empty one checks against the public record alone.
         header: of the model that was run.
         claims: other statements than those of ``data/spec/claims.toml``.
         ask_llama_cpp: see `facts`.
-
-    Returns:
-        One row a statement, columns `COLUMNS`: ``found`` is the fact in short.
-
-    Raises:
-        RegistryError: a statement names a fact or a test that does not exist.
     """
     import pandas as pd
 
@@ -86,7 +79,8 @@ def check_claims(
             verdict = claim.verdict or TESTS[claim.test](claim, value, known)
         if verdict == CONTRADICTED and _holds_in_gib(claim, value, known):
             texts, verdict = (texts[0], texts[1] + spec.as_gib), CONTRADICTS_ITSELF
-        found, evidence = (filled(text, {**known, "figure": claim.figure}) for text in texts)
+        known["figure"] = figure(claim.value, claim.unit)
+        found, evidence = (filled(text, known) for text in texts)
         stated = (claim.number, claim.id, claim.document, claim.section, claim.text)
         rows.append((*stated, fact.how, found, verdict, evidence, claim.source))
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -152,9 +146,7 @@ TESTS: dict[str, Callable[[Claim, Any, Mapping[str, Any]], str]] = {
         claim.yes if value <= (claim.value if claim.limit is None else claim.limit) else claim.no
     ),
     "speed": _speed,
-    "interval": lambda claim, value, known: (  # of 95 %
-        CONFIRMED if value[1] <= claim.value <= value[2] else CONTRADICTED
-    ),
+    "interval": lambda claim, value, _: CONFIRMED if value[1] <= claim.value <= value[2] else CONTRADICTED,
     "status": lambda claim, value, known: value,  # a notebook has judged it already
     "reaches": _reaches,
     "gradual": _gradual,
@@ -214,10 +206,8 @@ def facts(run: Run, header: GGUFHeader | None, *, ask_llama_cpp: bool = True) ->
     match = artifact_match(header, run)
     own = header if match.level in ("artifact", "model") else None
     file = header if match.level == "artifact" else None
-    basis = {
-        "artifact": "the file's own header",
-        "model": "the header of the same model in another quantization",
-    }
+    another = "the header of the same model in another quantization"
+    basis = {"artifact": "the file's own header", "model": another}
     measured = f"this run measured {match.name}, not the artifact" if run.file else "the artifact was not run"
     return {
         "stated": True,
@@ -352,6 +342,6 @@ def _measurements(own: Run | None, run: Run) -> dict[str, Any]:
         "largest_fall": (context.largest_fall or None) if context else None,
     }
     for claim in run.routing.claims if run.routing else []:
-        key = "_".join(claim.claim.split()[:2])
-        known |= {key: claim.status if own else None, f"{key}_evidence": claim.evidence}
+        key = "_".join(claim["claim"].split()[:2])
+        known |= {key: claim["status"] if own else None, f"{key}_evidence": claim["evidence"]}
     return known

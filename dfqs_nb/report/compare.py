@@ -1,11 +1,8 @@
 """Two or more DFQS reports side by side, tested item by item; refused unless their conditions are equal.
 
-Conditions are what ``report.json`` hashes: prompts, template, sampling, runtime, settings, threads, the
-sandbox, and ``system_info`` (which instructions llama.cpp computes with: kernels, and so answers, may differ
-by it). The rest of the machine changes no answer; it decides only whether speeds may be compared.
-
-One difference can be accepted, by its name: a chat template belongs to a model's file, so two models that
-have templates of their own can never have equal conditions. The comparison then says so at its top.
+Conditions are what ``report.json`` hashes, ``system_info`` among them: kernels, and so answers, may differ by
+it. The rest of the machine decides only whether speeds may be compared. One difference can be accepted, by
+its name: a chat template belongs to a model's file.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ from dfqs_nb.core.files import write_json, write_table, write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.report.board import boundary_status, is_contended, run_beside, with_interval
-from dfqs_nb.report.items import RETRIEVAL, RunItems, read_answers
+from dfqs_nb.report.files import RETRIEVAL, RunItems, read_answers
 from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, SPEED, boundary_flags, report_file
 from dfqs_nb.report.text import page_of, render
 from dfqs_nb.scores import compare_runs
@@ -39,9 +36,8 @@ if TYPE_CHECKING:
 ACCEPTABLE = "chat_template_sha256"  # the one condition that is a property of a model's own file
 SPEED_FACTS = ("system", "processor", "usable cores")  # of the machine: equal, or speeds are not compared
 N_FLIPS = 20_000  # of signs, where there are too many texts for all
-COLUMNS = (
-    "metric model n value low high kind difference difference_low difference_high p p_holm reading".split()
-)
+MEASURED = "metric model n value low high kind difference difference_low difference_high p p_holm reading"
+COLUMNS = MEASURED.split()
 FORMS = {BOUNDARY: "{:,.0f}", SPEED: "{:,.1f}"}
 Row = dict[str, Any]
 
@@ -50,8 +46,7 @@ def check_reports(runs: Sequence[RunItems], accept: Sequence[str] = ()) -> dict[
     """Refuse reports that cannot stand side by side; return the accepted differences with all values.
 
     Raises:
-        ComparisonError: fewer than two reports, one of them twice, tiers that differ, or conditions that do;
-            every field that differs is named.
+        ComparisonError: too few, one twice, other tiers, or other conditions: every field that differs.
     """
     if len(runs) < 2:
         raise ComparisonError(f"{len(runs)} report given", hint="give two or more")
@@ -82,10 +77,8 @@ def check_reports(runs: Sequence[RunItems], accept: Sequence[str] = ()) -> dict[
         way = f"; --accept {ACCEPTABLE} compares models across their own templates" if only_templates else ""
         what = f"the conditions differ from those of {tilde(runs[0].path)} in " + " | ".join(refused)
         raise ComparisonError(what, hint=f"run all again under the same conditions{way}")
-    return {
-        name: [fields[name][1] if name in fields else names[name] for fields in differ]
-        for name in sorted(accepted)
-    }
+    own = {name: [fields.get(name, (0, names[name]))[1] for fields in differ] for name in accepted}
+    return dict(sorted(own.items()))
 
 
 @dataclass(frozen=True)
@@ -104,11 +97,6 @@ class ReportComparison:
     accepted: dict[str, list[Any]]
     table: pd.DataFrame
     lengths: pd.DataFrame
-
-    @property
-    def tier(self) -> str:
-        """The tier of all reports."""
-        return str(self.runs[0].report["tier"])
 
     def __str__(self) -> str:
         """The comparison as Markdown to paste: what was compared, one table, retrieval by length, methods."""
@@ -160,7 +148,7 @@ class ReportComparison:
         ]
         return {
             "schema": "dfqs-comparison/1.0",
-            "tier": self.tier,
+            "tier": self.runs[0].report["tier"],
             "accepted": self.accepted,
             "reports": reports,
             "conditions": self.runs[0].report["conditions"],
@@ -199,12 +187,8 @@ def difference_text(row: Mapping[str, Any]) -> str:
         return ""
     form, ends = ("x {:.2f}", (0.0, inf)) if row["kind"] == "ratio" else ("{:+.3f}", ())
     value = form.format(row["difference"]) if row["difference"] == row["difference"] else "unknown"
-    low, high = (
-        "open"
-        if row[f"difference_{end}"] in ends
-        else form.format(row[f"difference_{end}"]).removeprefix("x ")
-        for end in ("low", "high")
-    )
+    both = (row["difference_low"], row["difference_high"])
+    low, high = ("open" if end in ends else form.format(end).removeprefix("x ") for end in both)
     return f"{value} [{low}, {high}]"
 
 
@@ -213,11 +197,8 @@ def compare_reports(
 ) -> ReportComparison:
     """Compare runs, by their folders or reports, with the first of them, item by item.
 
-    ``accept=["chat_template_sha256"]`` compares models that have templates of their own.
-
-    Raises:
-        ReportError: see `read_answers`.
-        ComparisonError: see `check_reports`, or the two were asked other items.
+    ``accept=["chat_template_sha256"]`` compares models that have templates of their own. A ReportError or
+    ComparisonError says where reports, conditions or items do not fit (`check_reports`).
     """
     import pandas as pd
 
@@ -340,24 +321,22 @@ def flip_test(a: pd.DataFrame, b: pd.DataFrame, seed: int) -> float:
 
 
 def _boundary(pair: Pair, metric: str) -> Row:
-    states = [str(run.detail(metric).get("status")) for run in (pair.first, pair.run)]
-    if lost := [
-        run.label for run, state in zip((pair.first, pair.run), states, strict=True) if state == "floor"
-    ]:
+    both = pair.first, pair.run
+    states = [str(run.detail(metric).get("status")) for run in both]
+    if "floor" in states:
+        lost = [run.label for run, state in zip(both, states, strict=True) if state == "floor"]
         verb = "does" if len(lost) == 1 else "do"
         return {"reading": f"not compared: {' and '.join(lost)} {verb} no better than chance"}
-    if not all(len(run.context) for run in (pair.first, pair.run)):
+    if not all(len(run.context) for run in both):
         return {"reading": "not compared: there is no curve"}
-    ratio, low, high = boundary_ratio(pair.first, pair.run, pair.n_boot, pair.seed)
-    apart = f"the interval {'excludes' if low > 1 or high < 1 else 'includes'} 1"
-    base_open, own_open = (state == "right_censored" for state in states)
-    reading = "neither boundary was reached" if base_open and own_open else apart
-    if base_open != own_open:
-        which = "at most: the baseline's was not reached" if base_open else "at least: it was not reached"
-        reading = f"{which}; {apart}"
-    flags = [
-        f"{run.label} {flag}" for run in (pair.first, pair.run) for flag in boundary_flags(run.detail(metric))
-    ]
+    ratio, low, high = boundary_ratio(*both, pair.n_boot, pair.seed)
+    reading = f"the interval {'excludes' if low > 1 or high < 1 else 'includes'} 1"
+    if states == ["right_censored"] * 2:
+        reading = "neither boundary was reached"
+    elif "right_censored" in states:
+        which = "at most: the baseline's" if states[0] == "right_censored" else "at least: it"
+        reading = f"{which} was not reached; {reading}"
+    flags = [f"{run.label} {flag}" for run in both for flag in boundary_flags(run.detail(metric))]
     return _differs("ratio", ratio, low, high, "; ".join([reading, *flags]))
 
 

@@ -1,7 +1,6 @@
 """The hardware envelope of a model: what its header asks for, beside this machine and beside DFQS 1.0.
 
-Weights by class, KV cache and compute buffer by context, disk by way of merging. Of a graphics card only what
-must lie there at least is known: its compute buffer is not the CPU's.
+Of a graphics card only what must lie there at least is known: its compute buffer is not the CPU's.
 """
 
 from __future__ import annotations
@@ -34,18 +33,7 @@ FITS, DOES_NOT_FIT, NOT_KNOWN = "fits", "does not fit", "not known"
 CONTEXTS = (8192, 32768, 131072, 1048576)
 SINGLE = "deepseek-v4-flash-iq1_s-xl-single"  # in data/models.toml
 IQ1_S_BITS, Q8_0_BITS = 1.5625, 8.5  # a weight, scales included: 50 bytes for 256, 34 for 32
-BUFFERS = {
-    "kv_bytes": "KV cache",
-    "kv_swa_full_bytes": "KV cache, swa_full",
-    "compute_bytes": "compute buffer planned for the CPU",
-    "compute_flash_bytes": "the same, flash attention",
-    "compute_gpu_bytes": "logged on a GPU",
-}
-MERGE_MODES = {  # row of `methods_table` by the name shown here
-    "merge into a new file": "merge, repair",
-    "merge --consume": "merge --consume, repair --in-place",
-    "repair --in-place": "merge --consume, repair --in-place",
-}
+Limit = tuple[str, str, float | None]  # resource, whose limit, bytes
 ASSUMED = {"n_ubatch": 512, "type_k": "f16", "type_v": "f16", "swa_full": False}
 
 
@@ -108,9 +96,6 @@ def hardware_envelope(
         compute: compute buffer by context, as `planned_compute` gives it; nothing is said to fit without it.
         flash_attn: which of the two compute buffers counts.
         is_artifact: hold it against the hardware table of DFQS 1.0, which is about one file.
-
-    Raises:
-        HeaderError: a key that the KV formula needs is missing.
     """
     active = active_bytes(header)
     facts = {
@@ -143,14 +128,14 @@ def published_envelope(machine: Machine | None = None, *, flash_attn: bool = Fal
     """
     shape, spec, published = published_shape(), requirements_spec().envelope, claims_spec().published
     nbytes, experts = registered()[SINGLE].size_bytes, FLASH.routed_total
-    least_experts = round(published.routed_parameters * IQ1_S_BITS / 8)
+    fewest = round(published.routed_parameters * IQ1_S_BITS / 8)
     others = published.parameters - published.routed_parameters
-    rest, most_rest = nbytes - experts, nbytes - least_experts
+    rest, most_rest = nbytes - experts, nbytes - fewest
     embedding = FLASH.weights - FLASH.dense - experts
     most_token = round(others * Q8_0_BITS / 8) - embedding + FLASH.routed
     known = {
         "experts": experts / GB,
-        "least_experts": least_experts / GB,
+        "fewest": fewest / GB,
         "rest": rest / GB,
         "most_rest": most_rest / GB,
         "others": others / 1e9,
@@ -165,17 +150,12 @@ def published_envelope(machine: Machine | None = None, *, flash_attn: bool = Fal
         "source": "the published configuration and file size",
         "assumptions": [filled(form, known) for form in spec.assumptions],
         "weights_bytes": nbytes,
-        "routed_bytes": least_experts,
+        "routed_bytes": fewest,
         "file_bytes": nbytes,
         "header_bytes": None,
         "token_bytes": [FLASH.total, most_token],
         "weights": [
-            {
-                "class": "routed experts",
-                "bytes": experts,
-                "least_bytes": least_experts,
-                "types": "IQ1_S, Q2_K",
-            },
+            {"class": "routed experts", "bytes": experts, "least_bytes": fewest, "types": "IQ1_S, Q2_K"},
             {"class": "everything else", "bytes": rest, "most_bytes": most_rest, "types": rest_types},
         ],
     }
@@ -209,7 +189,7 @@ def _envelope(
     """What fits where, beside the facts; ``here``: the files lie on this disk, so only the extra counts."""
     spec = requirements_spec().envelope
     levels = {f"DFQS 1.0 {level}": level for level in ("minimum", "recommended") if is_artifact}
-    limits: list[tuple[str, str, float | None]] = [
+    limits: list[Limit] = [
         ("RAM", "this machine", machine.memory_bytes),
         ("RAM", "this machine, free now", machine.available_bytes),
         *(("RAM", name, spec.ram[level] * GB) for name, level in levels.items()),
@@ -219,7 +199,7 @@ def _envelope(
     chosen = "compute_flash_bytes" if flash_attn else "compute_bytes"
     model, storage = facts["file_bytes"], []
     extra = methods_table(model, facts["header_bytes"] or 0, {})["extra disk (bytes)"]
-    for mode, method in MERGE_MODES.items():
+    for mode, method in spec.merge_modes.items():
         more = int(extra[method])
         total, own = model + more, more if here else model + more
         row = {"mode": mode, "extra_bytes": more, "total_bytes": total}
@@ -231,7 +211,7 @@ def _envelope(
         "settings": {"flash_attn": flash_attn, **ASSUMED},
         "machine": asdict(machine),
         "cache": cache,
-        "fits": [_fit(facts, row, row[chosen], *limit) for row in cache for limit in limits],
+        "fits": [_fit(facts, row, row[chosen], limit) for row in cache for limit in limits],
         "storage": storage,
     }
 
@@ -251,15 +231,9 @@ def verdict(least_bytes: float, most_bytes: float | None, limit_bytes: float | N
     return FITS if most_bytes is not None and most_bytes <= limit_bytes else NOT_KNOWN
 
 
-def _fit(
-    facts: Mapping[str, Any],
-    row: Mapping[str, Any],
-    compute: int | None,
-    resource: str,
-    name: str,
-    limit: float | None,
-) -> dict[str, Any]:
+def _fit(facts: Mapping[str, Any], row: Mapping[str, Any], compute: int | None, at: Limit) -> dict[str, Any]:
     """One context against one limit: everything in that memory, and the least that must lie there."""
+    resource, name, limit = at
     cpu, kv = resource == "RAM", row["kv_bytes"]
     unsure = 0 if row["exactness"] == "exact" else kv  # a cache that may be smaller
     bounded = cpu and compute is not None and row["exactness"] != "rough"
@@ -291,7 +265,8 @@ def envelope_tables(envelope: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 
     unit, scale = ("GB", GB) if envelope["file_bytes"] >= GB else ("MB", 10**6)
     weights, cache, storage = (pd.DataFrame(envelope[name]) for name in ("weights", "cache", "storage"))
-    sizes = {f"{new} ({unit})": cache[old].astype(float) / scale for old, new in BUFFERS.items()}
+    names = requirements_spec().envelope.buffers
+    sizes = {f"{new} ({unit})": cache[old].astype(float) / scale for old, new in names.items()}
     totals = {
         f"{new} ({unit})": storage.pop(old) / scale
         for old, new in (("total_bytes", "in all"), ("extra_bytes", "extra"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfqs_nb.core.figures import INK, PALETTE, PAPER, new_axes, set_title, share_axis, token_axis, whiskers
-from dfqs_nb.report.items import RETRIEVAL, RunItems
+from dfqs_nb.report.files import RETRIEVAL, RunItems
 from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES
 from dfqs_nb.stats import LEVEL
 
@@ -51,10 +51,8 @@ def report_shares(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         part = table.iloc[rows]
         spread = whiskers(part, "value")
         ax.errorbar(part["value"], rows, xerr=spread, fmt="o", color=colour, capsize=3, label=group)
-    marked, label = (
-        np.flatnonzero(table["mark"].notna()),
-        "guessing (scores), threshold of failure (retrieval)",
-    )
+    label = "guessing (scores), threshold of failure (retrieval)"
+    marked = np.flatnonzero(table["mark"].notna())
     style: dict[str, Any] = {"color": INK, "markersize": 13, "markeredgewidth": 1.5, "label": label}
     ax.plot(table["mark"].iloc[marked], marked, "|", **style)
     ax.set_yticks(range(len(table)), [f"{row.label} (n = {row.n})" for row in table.itertuples()], fontsize=8)
@@ -86,7 +84,7 @@ def comparison(runs: Sequence[RunItems], table: pd.DataFrame) -> Figure:
     """Curves above, scores below; see `ReportComparison` for the table."""
     import matplotlib.pyplot as plt
 
-    below = 0.7 + 0.24 * _scores(table)["metric"].nunique() * len(runs)
+    below = 0.7 + 0.24 * int(table["metric"].isin(SCORES).sum())
     drawn = plt.figure(figsize=(7, 4.2 + below), layout="constrained")
     axes = drawn.subplots(2, 1, height_ratios=[4.2, below])
     curves_overlaid(runs, table, axes[0])
@@ -142,13 +140,10 @@ def _retrieval_finding(runs: Sequence[RunItems], table: pd.DataFrame) -> str:
     return f"Retrieval moves by {points} (p = {row['p_holm']:.2g}){apart}"
 
 
-def _scores(table: pd.DataFrame) -> pd.DataFrame:
-    return table[table["metric"].isin(SCORES) & table["value"].notna()]
-
-
 def scores_overlaid(runs: Sequence[RunItems], table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Every model's scores with their intervals, metric by metric."""
-    table, labels = _scores(table), [run.label for run in runs]
+    table = table[table["metric"].isin(SCORES) & table["value"].notna()]
+    labels = [run.label for run in runs]
     metrics, step = list(dict.fromkeys(table["metric"])), len(labels) + 0.6
     ax = new_axes(ax, 0.7 + 0.24 * len(table))
     for row in table.to_dict("records"):

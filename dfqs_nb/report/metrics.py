@@ -1,8 +1,6 @@
 """The DFQS report: five metrics, every requirement and every statement, in one file that can be checked.
 
-``report.json`` has the metrics that DFQS 1.0 asks for, with the types it names, and beside them what makes
-them numbers: intervals, counts, conditions, the model's identity, the machine. It is built from a run's
-sealed stages only, follows the JSON Schema ``data/spec/report.schema.json``, and carries its own hash.
+It is built from a run's sealed stages only, follows ``data/spec/report.schema.json``, and carries its hash.
 """
 
 from __future__ import annotations
@@ -26,20 +24,12 @@ from dfqs_nb.core.stage import NOTEBOOKS
 from dfqs_nb.gguf.facts import identity
 from dfqs_nb.gguf.header import GGUFHeader, read_header
 from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.report import envelope
 from dfqs_nb.report.claims import artifact_match, check_claims
-from dfqs_nb.report.envelope import (
-    Machine,
-    hardware_envelope,
-    planned_compute,
-    published_envelope,
-    this_machine,
-    within,
-)
 from dfqs_nb.report.requirements import check_requirements
 from dfqs_nb.report.stages import DRAWN_ON, LongContext, ReportError, Run, Scores, read_run
 from dfqs_nb.stats import LEVEL
 
-SCHEMA = "dfqs-report/1.0"
 FILE = "report.json"
 SCORES = ("reasoning_score", "code_score")
 CURVE, BOUNDARY, SPEED = "context_stability_curve", "failure_boundary_tokens", "cpu_tokens_per_sec"
@@ -55,13 +45,11 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
     A metric whose stage is missing or incomplete is withheld: null, with the reason in ``details``. The
     artifact's statements and hardware table are part of its report, and of the reference model's as a
     demonstration. ``ask_llama_cpp``: let it plan buffers and refuse a raw concatenation, in child processes.
-
-    Raises:
-        StageError, ReportError: the run cannot be trusted (see `read_run`), or its model is gone.
+    Raises a StageError or ReportError where the run cannot be trusted (see `read_run`), or its model is gone.
     """
     folder = Path(folder)
     run = read_run(folder)
-    header, here = _header(run), this_machine(folder)
+    header, here = _header(run), envelope.this_machine(folder)
     level, details = artifact_match(header, run).level, _details(run)
     metrics = {name: detail["value"] for name, detail in details.items()}
     drawn = {name: stage for name, stage in run.stages.items() if name in DRAWN_ON}
@@ -75,7 +63,7 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
     verdict = run.routing.verdict if run.routing else None
     claims = None if level == "another" else check_claims(run, header, ask_llama_cpp=ask_llama_cpp)
     report = {
-        "schema": SCHEMA,
+        "schema": "dfqs-report/1.0",
         "specification": "DFQS 1.0",
         "tier": run.tier,
         "run": folder.resolve().name,
@@ -123,11 +111,7 @@ def report_file(path: str | Path) -> Path:
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
-    """A report, from its file or from the folder that holds it, checked: schema, hashes, contradictions.
-
-    Raises:
-        ReportError: it is missing, not a report, incomplete, contradicts itself, or was edited.
-    """
+    """A report, from its file or its folder, checked: schema, hashes, contradictions; else a ReportError."""
     path = report_file(path)
     try:
         report: dict[str, Any] = read_json(path)
@@ -141,11 +125,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
 
 
 def check_report(report: Any, path: str | Path) -> None:
-    """Check a report against the schema, its own hashes and itself.
-
-    Raises:
-        ReportError: the first thing that is wrong, and where in the file.
-    """
+    """Check a report against the schema, its own hashes and itself; a ReportError names the first fault."""
     import jsonschema
 
     fault = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(report))
@@ -165,13 +145,9 @@ def check_report(report: Any, path: str | Path) -> None:
 def contradictions(report: Mapping[str, Any]) -> list[str]:
     """What two places of a report say differently, each in a clause; a schema cannot see it."""
     details = report["details"]
-    wrong = [
-        f"{name} {fault}"
-        for name, value in report["metrics"].items()
-        if (fault := _odd(value, details[name]))
-    ]
-    if wrong:  # the schema types the metrics: their details are of the same types only where they are equal
-        return wrong
+    found = ((name, _odd(value, details[name])) for name, value in report["metrics"].items())
+    if wrong := [f"{name} {fault}" for name, fault in found if fault]:
+        return wrong  # the schema types the metrics: their details are of the same types only where equal
     curve, boundary = details[CURVE], details[BOUNDARY]
     if curve["value"] is not None and len(curve["value"]) != len(curve.get("lengths", ())):
         wrong.append("the curve has another number of points than of lengths")
@@ -191,10 +167,8 @@ def _odd(value: Any, detail: Mapping[str, Any]) -> str:
         return f"is {value} and {detail['value']}"
     if value is None:
         return ""
-    values = value if isinstance(value, list) else [value]
-    if any(
-        not math.isfinite(number) or abs(number) > LARGEST for number in (*values, low or 0, high or 0, n)
-    ):
+    numbers = (*(value if isinstance(value, list) else [value]), low or 0, high or 0, n)
+    if not all(math.isfinite(number) and abs(number) <= LARGEST for number in numbers):
         return "has a number that no measurement gives"
     if n < 1:
         return "has a value from no answers"
@@ -323,9 +297,7 @@ def boundary_sentence(detail: Mapping[str, Any]) -> str:
 def _token_interval(low: int | None, high: int | None) -> str:
     """An interval of lengths; an end beyond the lengths measured is open."""
     if low is None:
-        return (
-            "95 % interval open at both ends" if high is None else f"95 % interval up to {high:,}, open below"
-        )
+        return f"95 % interval {'open at both ends' if high is None else f'up to {high:,}, open below'}"
     return f"95 % interval from {low:,}, open above" if high is None else f"95 % interval {low:,} to {high:,}"
 
 
@@ -390,12 +362,8 @@ def _model(run: Run, header: GGUFHeader, level: str) -> dict[str, Any]:
 
 def _items(run: Run) -> dict[str, list[dict[str, str]]]:
     """The files with one row an answer, from which scores and curve are counted again."""
-    files = {
-        name: digest
-        for stage in (run.scores, run.long_context)
-        if stage
-        for name, digest in stage.files.items()
-    }
+    stages = [stage for stage in (run.scores, run.long_context) if stage]
+    files = {name: digest for stage in stages for name, digest in stage.files.items()}
     named = {"reasoning": "score_items.csv", "code": "score_items.csv", "long_context": "long_context*.jsonl"}
     return {
         kind: [{"file": name, "sha256": digest} for name, digest in files.items() if fnmatch(name, form)]
@@ -404,17 +372,21 @@ def _items(run: Run) -> dict[str, list[dict[str, str]]]:
 
 
 def _envelopes(
-    run: Run, header: GGUFHeader, here: Machine, level: str, ask_llama_cpp: bool
+    run: Run, header: GGUFHeader, here: envelope.Machine, level: str, ask_llama_cpp: bool
 ) -> dict[str, Any]:
     """The hardware envelope of this model, and of the published artifact where the report is about it."""
     given = run.generate.conditions if run.generate else {}
-    known = {field.name for field in fields(OpenSettings)}
-    settings = OpenSettings(**{key: given[key] for key in known & {*given} if given[key] is not None})
-    compute = planned_compute(header.path, within(header), settings) if ask_llama_cpp else {}
-    own = hardware_envelope(
-        header, here, compute=compute, flash_attn=settings.flash_attn, is_artifact=level == "artifact"
+    known = {field.name for field in fields(OpenSettings)} & {*given}
+    settings = OpenSettings(**{key: given[key] for key in known if given[key] is not None})
+    contexts = envelope.within(header) if ask_llama_cpp else []
+    own = envelope.hardware_envelope(
+        header,
+        here,
+        compute=envelope.planned_compute(header.path, contexts, settings),
+        flash_attn=settings.flash_attn,
+        is_artifact=level == "artifact",
     )
-    demonstrated = published_envelope(here) if level in ("reference", "model") else None
+    demonstrated = envelope.published_envelope(here) if level in ("reference", "model") else None
     paging = run.generate.paging if run.generate else {}
     return {"model": own, "artifact": demonstrated, "machine": asdict(here), "paging": paging}
 

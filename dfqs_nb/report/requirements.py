@@ -1,7 +1,6 @@
 """The requirements of DFQS 1.0, each judged by what a run recorded.
 
-``data/spec/requirements.toml`` says what is required, how it is judged, which notebook shows it, and in which
-sentences. A check reads the stages and the header, and nothing else. Without the stages that it needs, a
+``data/spec/requirements.toml`` has them, with the sentences. Without the stages that a check needs, a
 requirement is "not tested".
 """
 
@@ -10,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.display import size
@@ -59,20 +59,6 @@ class Case:
         return self.judged(done, "met" if done else "silent", **values)
 
 
-Check = Callable[..., tuple[str, str]]
-CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {}
-
-
-def check(*needs: str) -> Callable[[Check], Check]:
-    """Register a check under its name; it is given the stages that it ``needs``, or nothing is tested."""
-
-    def register(function: Check) -> Check:
-        CHECKS[function.__name__] = function, needs
-        return function
-
-    return register
-
-
 def check_requirements(
     run: Run,
     header: GGUFHeader | None = None,
@@ -86,9 +72,6 @@ def check_requirements(
         header: of the model that was run.
         machine: where it was run; this machine when not given.
         metrics: the required ones by name, None for one that is withheld; from the stages when not given.
-
-    Raises:
-        RegistryError: the table of requirements names a check that does not exist.
     """
     import pandas as pd
 
@@ -98,13 +81,13 @@ def check_requirements(
         if row.check not in CHECKS:
             hint, where = f"use one of {', '.join(CHECKS)}", "data/spec/requirements.toml"
             raise RegistryError(f"no check is called {row.check!r}", where=where, hint=hint)
-        function, needs = CHECKS[row.check]
-        given = [getattr(run, name) for name in needs]
-        missing = [name for name, stage in zip(needs, given, strict=True) if stage is None]
+        _, *needs = signature(CHECKS[row.check]).parameters
+        given = {name: getattr(run, name) for name in needs}
+        missing = [name for name, stage in given.items() if stage is None]
         verdict, evidence = (
             (NOT_TESTED, f"this run has no stage {' and no stage '.join(missing)}")
             if missing
-            else function(Case(row, run, header, machine, values), *given)
+            else CHECKS[row.check](Case(row, run, header, machine, values), **given)
         )
         rows.append((row.id, row.level, row.text, verdict, evidence, row.notebook, row.how, row.source))
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -125,7 +108,6 @@ def counts(table: pd.DataFrame) -> str:
     return "; ".join(parts)
 
 
-@check("merge", "generate")
 def single_file(case: Case, merge: Any, generate: Any) -> tuple[str, str]:
     """One file was made, and that file ran."""
     n_shards = case.header.get("split.count", 0) if case.header is not None else 0
@@ -136,7 +118,6 @@ def single_file(case: Case, merge: Any, generate: Any) -> tuple[str, str]:
     return case.answered()
 
 
-@check("generate")
 def cpu_only(case: Case, generate: Any) -> tuple[str, str]:
     """Ran with no layer on a GPU; what it needs, against the machine's memory."""
     if generate.settings.n_gpu_layers != 0:
@@ -158,7 +139,6 @@ def _memory(case: Case, at: Settings) -> str:
     return case.text("memory", weights=weights, cache=cache, room=size(room), how=how)
 
 
-@check("routing")
 def routing(case: Case, routing: Any) -> tuple[str, str]:
     """The verdict of notebook 04: on the loads where they were judged, else on identical conditions alone."""
     it = routing.verdict
@@ -170,8 +150,7 @@ def routing(case: Case, routing: Any) -> tuple[str, str]:
     return case.judged(it.passed, "judged" if it.routed else "dense", it=it)
 
 
-@check("long_context", "scores")
-def metrics(case: Case, curve: Any, scores: Any) -> tuple[str, str]:
+def metrics(case: Case, long_context: Any, scores: Any) -> tuple[str, str]:
     """Every metric is there, and of its type."""
     values = case.metrics
     wrong = [
@@ -207,7 +186,6 @@ def is_of(value: Any, kind: str) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-@check("generate")
 def llama_cpp(case: Case, generate: Any) -> tuple[str, str]:
     """llama.cpp opened the file and generated."""
     name = generate.settings.runtime or "not stated"
@@ -216,22 +194,20 @@ def llama_cpp(case: Case, generate: Any) -> tuple[str, str]:
     return case.answered()
 
 
-@check("long_context")
-def long_context(case: Case, stage: Any) -> tuple[str, str]:
+def long_context(case: Case, long_context: Any) -> tuple[str, str]:
     """An analysis was made; how far it reached is stated."""
-    if not stage.curve or stage.boundary is None:
+    if not long_context.curve or long_context.boundary is None:
         return case.judged(NOT_MET, "empty")
-    lengths = [row.length for row in stage.curve]
-    longest, boundary = max(lengths), stage.boundary
+    lengths = [row.length for row in long_context.curve]
+    longest, boundary = max(lengths), long_context.boundary
     name = "short" if longest < LONG_FROM else "part" if longest < LONG_TO else "covered"
     ends = "floor" if boundary.status == "floor" else "censored" if boundary.right_censored else "crossed"
     known = {"longest": longest, "least": min(lengths), "n": len(lengths), "boundary": boundary}
-    known |= {"start": LONG_FROM, "end": LONG_TO, "tier": stage.tier or "not stated"}
-    known |= {"answers": sum(row.n for row in stage.curve), "reach": case.text(ends, **known)}
+    known |= {"start": LONG_FROM, "end": LONG_TO, "tier": long_context.tier or "not stated"}
+    known |= {"answers": sum(row.n for row in long_context.curve), "reach": case.text(ends, **known)}
     return case.judged(MET, extent=case.text(name, **known), **known)
 
 
-@check("generate")
 def gpu(case: Case, generate: Any) -> tuple[str, str]:
     """An option: whether this run used it."""
     layers = generate.settings.n_gpu_layers
@@ -240,7 +216,6 @@ def gpu(case: Case, generate: Any) -> tuple[str, str]:
     return case.judged(MET, "all" if layers == -1 else "some")
 
 
-@check()
 def beyond_64k(case: Case) -> tuple[str, str]:
     """An option: what the header declares, and what was measured."""
     declared = case.header.arch("context_length") if case.header is not None else None
@@ -255,14 +230,13 @@ def beyond_64k(case: Case) -> tuple[str, str]:
     return case.judged(verdict, name, declared=declared, seen=seen)
 
 
-@check("long_context", "scores")
-def identical_conditions(case: Case, curve: Any, scores: Any) -> tuple[str, str]:
+def identical_conditions(case: Case, long_context: Any, scores: Any) -> tuple[str, str]:
     """The stages that measured ran one model with one runtime and one set of settings."""
-    first, second = curve.settings, scores.settings
+    first, second = long_context.settings, scores.settings
     pairs = {name: (getattr(first, name), getattr(second, name)) for name in SHARED}
     silent = [name for name, pair in pairs.items() if None in pair]
     differ = [f"{name} ({a} and {b})" for name, (a, b) in pairs.items() if a != b and name not in silent]
-    if curve.sha256 != (scores.sha256 or (case.run.file.sha256 if case.run.file else None)):
+    if long_context.sha256 != (scores.sha256 or (case.run.file.sha256 if case.run.file else None)):
         differ.append("the model")
     if differ:
         return case.judged(NOT_MET, "differ", names=", ".join(differ))
@@ -271,36 +245,32 @@ def identical_conditions(case: Case, curve: Any, scores: Any) -> tuple[str, str]
     return case.judged(MET, n=len(SHARED), curve=first, scores=second)
 
 
-@check("long_context", "scores")
-def cpu_baseline(case: Case, curve: Any, scores: Any) -> tuple[str, str]:
+def cpu_baseline(case: Case, long_context: Any, scores: Any) -> tuple[str, str]:
     """No layer on a GPU where metrics were measured. The curve may say otherwise; the CPU's speed may not."""
-    at = {"curve": curve.settings, "scores": scores.settings}
+    at = {"curve": long_context.settings, "scores": scores.settings}
     if at["scores"].n_gpu_layers:
         return case.judged(NOT_MET, "scores", **at)
     return case.judged(MET, "curve" if at["curve"].n_gpu_layers else "met", **at)
 
 
-@check("long_context", "scores")
-def runtime(case: Case, *stages: Any) -> tuple[str, str]:
+def runtime(case: Case, long_context: Any, scores: Any) -> tuple[str, str]:
     """The runtime that the stages recorded is llama.cpp's."""
-    names = sorted({stage.settings.runtime or "not stated" for stage in stages})
+    names = sorted({stage.settings.runtime or "not stated" for stage in (long_context, scores)})
     return case.judged(all("llama" in name.lower() for name in names), "judged", names=", ".join(names))
 
 
-@check("long_context", "scores")
-def prompt_sets(case: Case, curve: Any, scores: Any) -> tuple[str, str]:
+def prompt_sets(case: Case, long_context: Any, scores: Any) -> tuple[str, str]:
     """The curve and each score name a set and its hash."""
-    recorded = [*curve.sets, *scores.sets]
+    recorded = [*long_context.sets, *scores.sets]
     named = [f"{it.prompt_set} ({it.prompt_set_sha256:.8}...)" for it in recorded if it.prompt_set_sha256]
     if n := len(recorded) - len(named):
         return case.judged(NOT_MET, "unknown", n=n, total=len(recorded))
     return case.judged(MET, sets=", ".join(named))
 
 
-@check("routing", "long_context", "scores")
-def reproducible(case: Case, routing: Any, curve: Any, scores: Any) -> tuple[str, str]:
+def reproducible(case: Case, routing: Any, long_context: Any, scores: Any) -> tuple[str, str]:
     """Greedy decoding, one seed, and a repetition that gave the same."""
-    seeds = {stage.settings.seed for stage in (scores, routing, curve)}
+    seeds = {stage.settings.seed for stage in (scores, routing, long_context)}
     hottest = max((it.sampling.get("temperature", 0.0) for it in scores.sets), default=0.0)
     it, wrong = routing.verdict, []
     if len(seeds) > 1:
@@ -315,3 +285,10 @@ def reproducible(case: Case, routing: Any, curve: Any, scores: Any) -> tuple[str
     if wrong:
         return case.judged(NOT_MET, "wrong", wrong="; ".join(wrong))
     return case.judged(MET, seed=seeds.pop(), it=it)
+
+
+CHECKS: dict[str, Callable[..., tuple[str, str]]] = {  # each is given the stages that its parameters name
+    check.__name__: check
+    for check in (single_file, cpu_only, routing, metrics, llama_cpp, long_context, gpu, beyond_64k)
+    + (identical_conditions, cpu_baseline, runtime, prompt_sets, reproducible)
+}

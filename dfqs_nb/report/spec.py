@@ -27,10 +27,7 @@ class _Entry(BaseModel):
 
 
 class Requirement(_Entry):
-    """One demand. ``level`` is the keyword of the text, or "condition" where the text has none.
-
-    ``evidence`` has a sentence, as a format, for each case that the check tells apart.
-    """
+    """One demand: ``level`` as the text says; ``evidence`` has a sentence for each case of its check."""
 
     id: str
     level: Literal["SHALL", "MUST", "SHOULD", "MAY", "condition"]
@@ -50,10 +47,7 @@ class Compute(_Entry):
 
 
 class Envelope(_Entry):
-    """The table of hardware, and what llama.cpp plans for the published shapes by context in tokens.
-
-    ``ram``, ``vram``, ``storage``: in GB, ``minimum`` and ``recommended``.
-    """
+    """The table of hardware in GB, and what llama.cpp plans for the published shapes by context in tokens."""
 
     source: str
     ram: dict[str, float]
@@ -63,6 +57,8 @@ class Envelope(_Entry):
     gpu_compute: dict[int, int]
     gpu_source: str
     assumptions: list[str]
+    buffers: dict[str, str]
+    merge_modes: dict[str, str]
 
 
 class Requirements(_Entry):
@@ -74,10 +70,7 @@ class Requirements(_Entry):
 
 
 class Fact(_Entry):
-    """What statements are held against: how it is come by, the fact in short, and the sentence of evidence.
-
-    ``found`` and ``evidence`` are formats; their fields are the names of facts, and ``figure``.
-    """
+    """What statements are held against; ``found`` and ``evidence`` are formats with facts for fields."""
 
     how: str
     found: str = ""
@@ -116,11 +109,6 @@ class Claim(_Entry):
             return bool(abs(measured - self.value) <= self.tolerance * self.value)
         return bool(abs(measured - self.value) < 10.0 ** int(Decimal(str(self.value)).as_tuple().exponent))
 
-    @property
-    def figure(self) -> str:
-        """The figure with its unit."""
-        return figure(self.value, self.unit)
-
 
 def figure(value: Any, unit: str = "") -> str:
     """A figure as people read it.
@@ -149,10 +137,7 @@ class Published(_Entry):
 
 
 class Document(_Entry):
-    """A document: the letter of its statements' numbers, where it was published, its sections' anchors.
-
-    ``called``: how sources and requirements name it.
-    """
+    """A document: the letter of its numbers, where it is, its sections' anchors, how sources call it."""
 
     letter: str
     source: str
@@ -178,12 +163,9 @@ class Claims(_Entry):
     def numbered(self) -> list[Claim]:
         """The statements, numbered in the order of each document: C1, C2, ..., D1, ..."""
         counts = {name: count(1) for name in self.documents}
-        return [
-            claim.model_copy(
-                update={"number": f"{self.documents[claim.document].letter}{next(counts[claim.document])}"}
-            )
-            for claim in self.claims
-        ]
+        letters = {name: document.letter for name, document in self.documents.items()}
+        numbers = (f"{letters[claim.document]}{next(counts[claim.document])}" for claim in self.claims)
+        return [a.model_copy(update={"number": n}) for a, n in zip(self.claims, numbers, strict=True)]
 
 
 class _Words(string.Formatter):
@@ -203,10 +185,7 @@ def filled(form: str, values: Mapping[str, Any]) -> str:
 
 
 def requirements_spec() -> Requirements:
-    """The demands.
-
-    Raises:
-        RegistryError: the table is missing, no TOML, or has a field of another name or type.
+    """The demands; a RegistryError where the table is missing, or has a field of another name or type.
 
     >>> requirements_spec().envelope.ram["minimum"]
     80.0

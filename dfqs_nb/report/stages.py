@@ -1,7 +1,6 @@
 """The stages of one run that a report draws on: read once, checked against their seals, typed.
 
-What a stage did not measure is an absence with a type (None, an empty list). A field of another type is an
-error with its name, so that a fault of the workbook never passes for "not tested".
+A field of another type is an error, so that a fault of the workbook never passes for "not tested".
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -118,19 +117,11 @@ class Generate(Stage):
         return f"{some} of {len(self.answers)} prompts" if some else ""
 
 
-class RoutingClaim(Record):
-    """Notebook 04's judgement of a statement about routing."""
-
-    claim: str
-    status: str
-    evidence: str
-
-
 class Routing(Stage):
     """Notebook 04; its verdict is on repetitions under identical conditions."""
 
     verdict: Determinism | None = None
-    claims: list[RoutingClaim] = []
+    claims: list[dict[Literal["claim", "status", "evidence"], str]] = []
 
 
 class CurvePoint(Record):
@@ -255,23 +246,14 @@ class Run(Record):
 
 def is_file_of(sha256: str | None, names: Sequence[str] = ()) -> bool:
     """Whether a file is of a registered model, by SHA-256: of those named, else of one the workbook ships."""
-    models = [
-        model
-        for name, model in registered().items()
-        if (name in names if names else model.source.startswith("data/"))
-    ]
-    hashes = {
-        sha for model in models for sha in (model.merged_sha256, *(file.sha256 for file in model.files))
-    }
+    known = registered().items()
+    models = [it for name, it in known if (name in names if names else it.source.startswith("data/"))]
+    hashes = {sha for it in models for sha in (it.merged_sha256, *(file.sha256 for file in it.files))}
     return bool(sha256) and sha256 in hashes
 
 
 def typed(stages: Mapping[str, Any], folder: Path = Path()) -> Run:
-    """Stages as they were written, typed.
-
-    Raises:
-        ReportError: a field is missing or of another type; the message names it and the notebook to run.
-    """
+    """Stages as they were written, typed; a ReportError names a field that is missing or of another type."""
     within: tuple[str, ...] = ()
     try:
         run = Run.model_validate_json(json.dumps(stages))  # JSON has no tuples, and strict types know that
@@ -293,8 +275,7 @@ def read_run(folder: str | Path) -> Run:
     """The stages of a run, each checked: its seal, the hashes of its files, its fields, its model, its tier.
 
     Raises:
-        StageError: a stage is damaged, or was edited after it was written.
-        ReportError: there is no run here, or a stage lacks a field, or is of another model or tier.
+        StageError, ReportError: a stage is damaged, edited, or of another model or tier; or there is no run.
     """
     folder = Path(folder)
     there = [name for name in (*DRAWN_ON, *BESIDE) if (folder / f"{name}.json").exists()]
@@ -304,16 +285,15 @@ def read_run(folder: str | Path) -> Run:
     run = typed({name: read_stage(folder, name, sealed=True) for name in there}, folder)
     drawn = {name: stage for name, stage in run.stages.items() if name in DRAWN_ON}
     models = {name: str(stage.sha256 or "unknown") for name, stage in drawn.items()}
-    for name, model in models.items():
-        if model != models["merge"]:
-            what = f"is about another model ({model:.12}...) than merge.json ({models['merge']:.12}...)"
-            hint = f"run {NOTEBOOKS[name]} again, or give each model a run_name of its own"
-            raise ReportError(what, where=tilde(folder / f"{name}.json"), hint=hint)
+    if other := next((name for name in models if models[name] != models["merge"]), ""):
+        what = f"is about another model ({models[other]:.12}...) than merge.json ({models['merge']:.12}...)"
+        hint = f"run {NOTEBOOKS[other]} again, or give each model a run_name of its own"
+        raise ReportError(what, where=tilde(folder / f"{other}.json"), hint=hint)
     tiers = {name: stage.tier for name, stage in drawn.items() if stage.tier}
-    if len(set(tiers.values())) > 1:
+    if len({*tiers.values()}) > 1:
         listed = ", ".join(f"{name} is {tier}" for name, tier in tiers.items())
-        hint = "run notebooks 05 and 06 with the same tier"
-        raise ReportError(f"its stages are of different tiers ({listed})", where=tilde(folder), hint=hint)
+        what = f"its stages are of different tiers ({listed})"
+        raise ReportError(what, where=tilde(folder), hint="run notebooks 05 and 06 with the same tier")
     return run
 
 

@@ -24,31 +24,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from jinja2 import Environment
 
-NANO = (
-    "Nano tier: made with the small prompt sets of the embedded reference model. No measurement here "
-    "is evidence about a real model."
-)
-FIGURES = {  # of the run's folder, in the order of the text; those that the report's hashes cover are shown
-    "report_shares": "Scores and retrieval by length, each with its 95 % interval",
-    "context_curve": "Retrieval by length of context, and where it fails",
-    "score_families": "Right answers by family of questions",
-    "routing_agreement": "Share of identical expert choices by condition and layer",
-    "router_margins": "How narrowly the router decides between experts",
-    "decode_roofline": "Decode speed against what the memory allows",
-}
-SECTIONS = {
-    "metrics": "The five metrics",
-    "requirements": "What DFQS 1.0 and its paper demand",
-    "claims": "What the documents state",
-    "envelope": "What it needs of a machine",
-    "ladder": "The quantization ladder",
-    "serving": "Served",
-    "left_out": "Left out to keep to the budget",
-    "model": "The model",
-    "glossary": "Glossary",
-    "conditions": "Appendix: conditions",
-    "machine": "Appendix: where it ran, and hashes",
-}
+SMALL = "Nano tier: made with the small prompt sets of the embedded reference model. "
+NANO = f"{SMALL}No measurement here is evidence about a real model."
 METRIC_TYPES = {
     "reasoning_score": "accuracy",
     "code_score": "pass@1",
@@ -59,11 +36,7 @@ HUB_SETS = {"standard-code": ("openai/openai_humaneval", "openai_humaneval")}  #
 
 
 def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """What a report holds, as frames to show.
-
-    ``metrics``, ``requirements``, ``claims``, ``contradicted``; of the model ``weights``, ``cache``, ``fits``
-    and ``storage``, and the same of the artifact as ``artifact_...`` where the report is about it.
-    """
+    """What a report holds, as frames to show; what is about the artifact as ``artifact_...``."""
     import pandas as pd
 
     lines = [(name, metric_sentence(name, report["details"][name])) for name in report["metrics"]]
@@ -96,16 +69,15 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     curve, beside = report["details"][CURVE], _beside(folder)
     ran, wrote = report["machine"], report["versions"].items()
     other = {f"{name}, of this report": value for name, value in wrote if ran.get(name) != value}
-    absent = {*BESIDE, "left_out"} - set(beside) | (set() if report["claims"] else {"claims"})
     return {
         "report": report,
         "created": f"{datetime.fromisoformat(report['created']):%d %B %Y, %H:%M} UTC",
-        "sections": {name: title for name, title in SECTIONS.items() if name not in absent},
+        "absent": {*BESIDE, "left_out"} - set(beside) | (set() if report["claims"] else {"claims"}),
+        "drawn": lambda name: _drawn(folder, name, report["sources"]),
         "nano": NANO if report["tier"] == "nano" else "",
         "verdict": verdict(report),
         "demonstration": level == "reference" and bool(report["claims"]),
         "metrics": frames["metrics"].reset_index(),
-        "figures": [(name, alt) for name, alt in FIGURES.items() if f"{name}.png" in report["sources"]],
         "curve": _curve(curve),
         "guesses": guesses(curve),
         "requirement_counts": requirements.counts(frames["requirements"]),
@@ -210,14 +182,12 @@ def render(name: str, **values: Any) -> str:
     return _environment(name.endswith(".html")).get_template(name).render(**values)
 
 
+ALONE = r"(?![\w/#.-]| ?(?:PR )?#)"  # no issue of a repository
 LINKS = (
     (r"(?<![\w/.-])([\w.-]+/[\w.-]+?)(?: PR)? ?#(\d+)", r"https://github.com/\1/issues/\2"),
     (r"\barXiv:(\d{4}\.\d{4,5})", r"https://arxiv.org/abs/\1"),
     (r"(?<![\w/.-])((?:deepseek-ai|persadian|teamblobfish)/[\w.-]*\w)", r"https://huggingface.co/\1"),
-    (
-        r"(?<![\w/.-])((?:ggml-org|imanu86|arishma108)/[\w.-]*\w)(?![\w/#.-]| ?(?:PR )?#)",
-        r"https://github.com/\1",
-    ),
+    (rf"(?<![\w/.-])((?:ggml-org|imanu86|arishma108)/[\w.-]*\w){ALONE}", r"https://github.com/\1"),
 )
 
 
@@ -257,14 +227,8 @@ def markdown(report: Mapping[str, Any], folder: Path) -> str:
 
 
 def page(report: Mapping[str, Any], folder: Path) -> str:
-    """The report as one HTML page that opens anywhere: figures inside, no scripts, nothing fetched.
-
-    Raises:
-        ReportError: a figure is missing.
-    """
-    shown = view(report, folder)
-    images = [(alt, _drawn(folder, name, report["sources"])) for name, alt in shown["figures"]]
-    return render("report.html", **{**shown, "figures": images})
+    """The report as one HTML page that opens anywhere: figures inside, no scripts, nothing fetched."""
+    return render("report.html", **view(report, folder))
 
 
 def _drawn(folder: Path, name: str, sources: Mapping[str, str]) -> str:
@@ -295,15 +259,16 @@ def page_of(text: str, figure: Path | None = None, reports: Mapping[str, Any] | 
     )
 
 
-def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Each metric that has a value: its name, the questions that it is about, and what both forms need."""
+def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str, float, dict[str, Any]]]:
+    """Each metric that has a value: name, the questions that it is about, value, what qualifies it."""
     for name in METRIC_TYPES:
         detail = report["details"][name]
         if not detail["withheld"]:
             value = detail["value"] if isinstance(detail["value"], int) else float(f"{detail['value']:.6g}")
-            facts = {"value": value, "sentence": metric_sentence(name, detail), "n": detail["n"]}
-            questions = detail.get("set") or f"{report['tier']}-{name}"
-            yield name, questions, facts | {"contended": bool(detail.get("contended"))}
+            facts = {"conditions_sha256": report["conditions_sha256"], "n": detail["n"]}
+            facts |= {"stated": metric_sentence(name, detail)}
+            facts |= {"contended": True} if detail.get("contended") else {}
+            yield name, detail.get("set") or f"{report['tier']}-{name}", value, facts
 
 
 def _yaml(report: Mapping[str, Any], value: Any) -> str:
@@ -314,30 +279,26 @@ def _yaml(report: Mapping[str, Any], value: Any) -> str:
 
 
 def model_index(report: Mapping[str, Any]) -> str:
-    """The YAML block ``model-index`` for the front matter of a card on the hub.
+    """The YAML block ``model-index`` for the front matter of a card; a ReportError where all is withheld.
 
-    Withheld metrics have no entry, and the curve has none: the hub's format takes numbers.
-
-    Raises:
-        ReportError: every metric is withheld.
+    The curve has no entry: the hub's format takes numbers.
     """
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
-    results = []
-    for name, questions, it in _results(report):
-        facts = {"conditions_sha256": report["conditions_sha256"], "n": it["n"], "stated": it["sentence"]}
-        result = EvalResult(
+    results = [
+        EvalResult(
             task_type="text-generation",
             task_name="Text generation",
             dataset_type=f"dfqs-{questions}",
             dataset_name=f"DFQS 1.0, {questions}",
+            dataset_args=facts,
             metric_type=METRIC_TYPES[name],
             metric_name=name,
-            metric_value=it["value"],
-            dataset_args=facts | ({"contended": True} if it["contended"] else {}),
+            metric_value=value,
         )
-        results.append(result)
+        for name, questions, value, facts in _results(report)
+    ]
     if not results:
         what = "every metric is withheld, so there is nothing for a model card"
         raise ReportError(what, hint="run notebooks 05 and 06")
@@ -349,18 +310,18 @@ def eval_results(report: Mapping[str, Any]) -> str:
     """The file ``.eval_results/dfqs.yaml`` of a model's repository on the hub; "" without metrics."""
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
-    address, entries = public_address(), []
-    for name, questions, it in _results(report):
-        own = address.removeprefix("https://github.com/"), questions
-        dataset, task = HUB_SETS.get(questions, own)
-        entry = EvalResultEntry(
-            dataset_id=dataset,
-            task_id=task,
-            value=it["value"],
+    address = public_address()
+    own = address.removeprefix("https://github.com/")
+    entries = [
+        EvalResultEntry(
+            dataset_id=HUB_SETS.get(questions, (own, questions))[0],
+            task_id=HUB_SETS.get(questions, (own, questions))[1],
+            value=value,
             date=report["created"],
             source_url=address,
             source_name="DFQS workbook",
-            notes=f"{name} {it['sentence']}",
+            notes=f"{name} {facts['stated']}",
         )
-        entries.append(entry)
+        for name, questions, value, facts in _results(report)
+    ]
     return _yaml(report, eval_result_entries_to_yaml(entries)) if entries else ""

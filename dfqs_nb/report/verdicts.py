@@ -85,29 +85,16 @@ def _of(rows: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str, str]:
 def _sound(report: Mapping[str, Any], mark: str, evidence: str) -> Line:
     model = report["model"]
     bits = f"{size(model['size_bytes'])}, {model['bits_per_weight']:.3g} bits a weight"
-    return Line(
-        mark,
-        "Is the file sound?",
-        evidence,
-        f"{bits}. How well it answers is another question",
-        "requirements",
-    )
-
-
-def _rate(value: float) -> str:
-    """Tokens a second: whole from 100 on, else three digits.
-
-    >>> _rate(1170.8), _rate(0.4321)
-    ('1,171', '0.432')
-    """
-    return f"{value:,.0f}" if value >= 100 else f"{value:,.3g}"
+    caveat = f"{bits}. How well it answers is another question"
+    return Line(mark, "Is the file sound?", evidence, caveat, "requirements")
 
 
 def _runs(speed: Mapping[str, Any], mark: str, evidence: str) -> Line:
     question = "Does it run here, and how fast?"
     if speed["withheld"]:
         return Line(mark, question, evidence, f"speed withheld: {speed['withheld']}")
-    value, low, high = (_rate(speed[key]) for key in ("value", "low", "high"))
+    rates = [speed[key] for key in ("value", "low", "high")]
+    value, low, high = (f"{rate:,.0f}" if rate >= 100 else f"{rate:,.3g}" for rate in rates)
     spread = f"{low} to {high} over {speed['n']} repetitions" if speed["n"] > 1 else "one repetition"
     answer = f"{value} tokens/s on the CPU at depth {speed['depth']:,} ({spread})"
     if not speed["contended"]:
