@@ -54,6 +54,21 @@ def test_the_budget_is_divided_among_what_still_comes():
     assert 59 <= spent <= 61, "all of the budget is given out, and no more"
 
 
+def test_kernels_and_figures_of_the_notebooks_to_come_count_too(tmp_path, monkeypatch):
+    given = {}
+
+    def executed(path, target, parameters, live):
+        given[path.stem] = parameters.get("budget_minutes")
+        return workbook.NotebookRun(path.stem, 30.0, target)
+
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
+    monkeypatch.setattr(workbook, "_executed", executed)
+    workbook.run_workbook("mine")
+    names = [path.stem for path in workbook.find_notebooks()]
+    beside = 0.5 * len(names[3:])  # minutes: each notebook so far took 30 s
+    assert given[names[3]] == round(tiers.budget_of(names[3], 60 - beside, names[3:]), 1)
+
+
 def test_an_unknown_tier_is_refused():
     with pytest.raises(DfqsError, match="no tier 'small'; use --tier nano or --tier standard"):
         tiers.settings_of("small")
