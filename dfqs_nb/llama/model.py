@@ -33,6 +33,7 @@ Floats = NDArray[np.float32]
 TOLERANCE = 1e-2  # of a logit; the logits of a vocabulary spread over about 2
 MEMORY_SETTINGS = ("type_k", "type_v", "swa_full", "use_mmap", "flash_attn")
 PLAIN_CHAT = "Question: {prompt}\nAnswer:"  # what a file without a chat template is asked
+NO_PAGING = "no help needed, or none wanted"
 PLAIN_STOP = "\nQuestion:"  # there a base model would ask itself the next question
 # Warnings of llama.cpp that say nothing of the file: the context is shorter than the model's, as asked for.
 HARMLESS = re.compile(r"full capacity of the model will not be utilized")
@@ -312,7 +313,7 @@ class Model:
             "runtime": f"llama-cpp-python {llama_version()}",
             "system_info": llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip(),
             **self.settings.as_dict(),
-            "paging": "on" if self._open().paging else "off",
+            "paging": "off" if self.loaded.get("paging", NO_PAGING) == NO_PAGING else "on",  # closed, too
             "offloaded_layers": self.loaded.get("offloaded_layers"),
             "repacked": self.loaded.get("repacked"),
             **plain,
@@ -375,7 +376,7 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
         llama = build_llama(first, settings)
     seconds = time.perf_counter() - started
     loaded = loaded_facts("\n".join(LOG.tail(500)))
-    loaded["paging"] = llama.paging.sentence if llama.paging else "no help needed, or none wanted"
+    loaded["paging"] = llama.paging.sentence if llama.paging else NO_PAGING
     model = Model(llama, first, shards.headers[0], settings, needs, tried, seconds, loaded=loaded)
     if llama.paging:
         slow = ". ".join(filter(None, (slow, llama.paging.sentence)))
