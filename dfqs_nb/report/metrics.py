@@ -135,8 +135,8 @@ def check_report(report: Any, path: str | Path) -> None:
         wrong = "was edited after it was written"
     elif canonical_sha256(report["conditions"]) != report["conditions_sha256"]:
         wrong = "its conditions do not have the hash that it states"
-    elif found := contradictions(report):
-        wrong = f"contradicts itself: {'; '.join(found)}"
+    elif clashes := contradictions(report):
+        wrong = f"contradicts itself: {'; '.join(clashes)}"
     else:
         return
     raise ReportError(wrong, where=tilde(path), hint=AGAIN)
@@ -145,8 +145,8 @@ def check_report(report: Any, path: str | Path) -> None:
 def contradictions(report: Mapping[str, Any]) -> list[str]:
     """What two places of a report say differently, each in a clause; a schema cannot see it."""
     details = report["details"]
-    found = ((name, _odd(value, details[name])) for name, value in report["metrics"].items())
-    if wrong := [f"{name} {fault}" for name, fault in found if fault]:
+    faults = ((name, _odd(value, details[name])) for name, value in report["metrics"].items())
+    if wrong := [f"{name} {fault}" for name, fault in faults if fault]:
         return wrong  # the schema types the metrics: their details are of the same types only where equal
     curve, boundary = details[CURVE], details[BOUNDARY]
     if curve["value"] is not None and len(curve["value"]) != len(curve.get("lengths", ())):

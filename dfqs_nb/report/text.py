@@ -138,15 +138,15 @@ def _envelope(envelope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _beside(folder: Path) -> dict[str, list[str]]:
-    """What else a run found: the summaries of ladder and serving, and what any stage's budget left out."""
+    """What else there is: the summaries of ladder and serving, and what any stage's budget left out."""
     stages = {name: read_stage(folder, name) for name in NOTEBOOKS if (folder / f"{name}.json").is_file()}
-    found = {name: list(map(str, stages[name].get("summary", []))) for name in BESIDE if name in stages}
+    summaries = {name: list(map(str, stages[name].get("summary", []))) for name in BESIDE if name in stages}
     left_out = [
         f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {sentence}"
         for name, stage in stages.items()
         for sentence in stage.get("left_out") or ()
     ]
-    return found | ({"left_out": left_out} if left_out else {})
+    return summaries | ({"left_out": left_out} if left_out else {})
 
 
 @lru_cache(maxsize=2)
