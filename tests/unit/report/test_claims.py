@@ -10,6 +10,7 @@ import pytest
 from sealed_run import run_of
 
 from dfqs_nb.core.errors import RegistryError
+from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.gguf import facts as header_facts
 from dfqs_nb.gguf.broken import with_field
 from dfqs_nb.gguf.header import read_header
@@ -337,6 +338,14 @@ def test_memory_that_suffices_at_short_contexts_only_says_where(nano_table):
 def test_the_promise_to_load_names_the_fork(nano_table):
     assert "need a fork" in nano_table.loc["should-llama-cpp", "evidence"]
     assert "llama.cpp names the keys that it misses" in nano_table.loc["fork", "evidence"]
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "notebooks/01_merge_shards.ipynb", "notebooks/02_inspect_header.ipynb"]
+)
+def test_wherever_a_repair_is_promised_the_early_dialect_is_named(name):
+    text = " ".join((REPOSITORY / name).read_text(encoding="utf-8").split())
+    assert "early dialect" in text.replace("*", "") or "early* dialect" in text
 
 
 def test_the_reference_models_two_experts_do_not_confirm_top_2(nano_table, merged_reference):

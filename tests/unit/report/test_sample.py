@@ -17,6 +17,12 @@ def test_the_sample_follows_the_schema_and_its_scores_are_counted_again():
     assert set(again.scores) == {"reasoning_score", "code_score"} and len(again.context)
 
 
+def test_the_reference_model_is_neither_lost_nor_perfect_on_the_nano_sets():
+    """A set on which every answer is right, or wrong, tells no two models apart."""
+    metrics = read_report(FOLDER)["metrics"]
+    assert all(0.3 < metrics[name] < 0.9 for name in ("reasoning_score", "code_score"))
+
+
 def test_the_pages_are_of_this_report_and_of_no_machine():
     report, page = read_report(FOLDER), (FOLDER / "report.html").read_text(encoding="utf-8")
     assert report["integrity"]["sha256"] in page
