@@ -77,6 +77,7 @@ ALONE = {
         + ["The number of keys", "The guess rate of a task", "What only the paper"],
     },
     "docs/long_context.md": {"follows from the plan's lengths": ["Questions come on top"]},
+    "docs/paging.md": {"follows from the sizes": ["So a slice costs about"]},
     "comparison.md": {METHOD: ["Brackets are 95 %", "The boundary's ratio"]},
     "leaderboard.md": {METHOD: ["Brackets: 95 %", "A higher place is"]},
 }  # fmt: skip
