@@ -80,7 +80,7 @@ class ChoiceSet:
             PromptError: there is no such set, or its file is broken; the message names line and field.
         """
         path = Path(source)
-        if path.suffix != ".jsonl" or _kind(path) != "choice":
+        if path.suffix != ".jsonl" or not path.is_file() or _kind(path) != "choice":
             return cls.made_of(ItemSet.load(source))
         head, items, sha256 = read_set(path, Head, Choices, _fault)
         return cls(head, sha256, items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from os.path import commonprefix
 
 import numpy as np
@@ -176,6 +177,9 @@ def test_what_cannot_be_asked_is_refused(model, own, tmp_path):
         ChoiceSet.load("nano-code")
     with pytest.raises(PromptError, match="cannot be read"):
         ChoiceSet.load(tmp_path / "missing.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(PromptError, match="not a regular file"):
+        ChoiceSet.load(tmp_path / "pipe.jsonl")
     long = ChoiceSet.load(own(HEAD, [{**ITEMS[0], "query": "The sky is blue. " * 300}]))
     with pytest.raises(ContextFullError):
         likelihood.answer(model, long, tmp_path)
