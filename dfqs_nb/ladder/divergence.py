@@ -141,6 +141,8 @@ def predictions(
             first, last = max(start, at), min(end, at + len(logits))
             if first < last:
                 yield log_probs(logits[first - at : last - at]), np.asarray(piece[first + 1 : last + 1])
+        if at + len(logits) >= windows[-1][1]:
+            return  # nothing behind it is scored
 
 
 def second_half(n_tokens: int) -> Windows:
