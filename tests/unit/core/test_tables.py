@@ -20,8 +20,8 @@ def cells(html: str) -> dict[str, str]:
 
 
 def test_text_stands_left_and_numbers_do_not():
-    found = cells(shown(TABLE, "t").data)
-    left = {text for text, attributes in found.items() if 'style="text-align: left"' in attributes}
+    by_text = cells(shown(TABLE, "t").data)
+    left = {text for text, attributes in by_text.items() if 'style="text-align: left"' in attributes}
     assert left == {"row", "name", "one", "two", "a", "b"}
 
 
@@ -31,8 +31,8 @@ def test_no_style_sheet_is_needed_and_a_name_gives_the_same_page_twice():
 
 
 def test_numbers_are_readable():
-    found = cells(shown(TABLE, "t", percent=("share",)).data)
-    assert {"1,234,567", "50.0%", "25.0%"} <= set(found)
+    by_text = cells(shown(TABLE, "t", percent=("share",)).data)
+    assert {"1,234,567", "50.0%", "25.0%"} <= set(by_text)
 
 
 def test_a_table_of_numbers_alone():

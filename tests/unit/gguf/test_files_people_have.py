@@ -104,16 +104,16 @@ def test_a_file_says_what_it_is(tmp_path, role, fields, specs):
 
 def test_experts_used_by_layer_are_counted_by_layer(nano, tmp_path):
     """llama.cpp takes one number for each layer, too."""
-    one = write(tmp_path / "one.gguf", nano.bytes())
+    whole = write(tmp_path / "one.gguf", nano.bytes())
     same = nano.with_field("deepseek4.expert_used_count", "[UINT32]", [2, 2, 2, 2])
     other = nano.with_field("deepseek4.expert_used_count", "[UINT32]", [2, 2, 2, 1])
     headers = [
         read_header(write(tmp_path / f"{i}.gguf", model.bytes())) for i, model in enumerate((same, other))
     ]
     assert loader_verdict(headers[0].path).accepted
-    assert facts.experts(headers[0]) == facts.experts(read_header(one))
-    assert facts.parameters(headers[0]) == facts.parameters(read_header(one))
-    a_layer = facts.parameters(read_header(one)).routed // 4 // facts.experts(headers[0]).total
+    assert facts.experts(headers[0]) == facts.experts(read_header(whole))
+    assert facts.parameters(headers[0]) == facts.parameters(read_header(whole))
+    a_layer = facts.parameters(read_header(whole)).routed // 4 // facts.experts(headers[0]).total
     assert facts.parameters(headers[0]).active - facts.parameters(headers[1]).active == pytest.approx(
         a_layer, rel=0.2
     )

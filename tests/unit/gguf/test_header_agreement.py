@@ -38,9 +38,9 @@ def vocabularies() -> dict[str, Path]:
 
 
 def our_fields(header: GGUFHeader) -> Iterator[tuple[str, str, bool, object]]:
-    for name, found in header.fields.items():
-        is_array = found.count is not None
-        kind = "" if is_array and found.count == 0 else found.type
+    for name, entry in header.fields.items():
+        is_array = entry.count is not None
+        kind = "" if is_array and entry.count == 0 else entry.type
         yield name, kind, is_array, header[name]
 
 

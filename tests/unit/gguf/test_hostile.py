@@ -168,8 +168,8 @@ def test_llama_cpp_refuses_all_of_them_too_but_for_the_known_few(tmp_path):
     for case, (raw, *_) in cases.items():
         (tmp_path / case).write_bytes(raw)
     answers = check.parse_all([tmp_path / case for case in cases])
-    assert {case for case, one in zip(cases, answers, strict=True) if one.accepted} == stricter
-    assert {case: one.death for case, one in zip(cases, answers, strict=True) if one.death} == {
+    assert {case for case, verdict in zip(cases, answers, strict=True) if verdict.accepted} == stricter
+    assert {case: verdict.death for case, verdict in zip(cases, answers, strict=True) if verdict.death} == {
         "an overflow beside a 0, which aborts llama.cpp": "SIGABRT"
     }
 

@@ -87,7 +87,7 @@ def test_flash_cache_with_swa_full_is_several_times_larger(flash, n_ctx, expecte
 def flash_file(tmp_path_factory) -> Path:
     """The real shape with all its tensors and 129,280 distinct tokens, sparse: 61 GB by its size, none of it data."""
     n = gguf_fixtures.REAL_TOKENS
-    kept = [one for one in gguf_fixtures.real_size_fields() if b"tokenizer." not in one[:24]]
+    kept = [line for line in gguf_fixtures.real_size_fields() if b"tokenizer." not in line[:24]]
     vocabulary = [
         gguf_fixtures.field(f"tokenizer.ggml.{name}", kind, value)
         for name, kind, value in (
@@ -254,8 +254,8 @@ def needs(header, n_ctx: int, weights: int = 60 * GIB, **options) -> MemoryEstim
 
 
 def test_file_larger_than_memory_is_a_warning_not_a_refusal(flash):
-    said = check_fits(needs(flash, 8192), Memory(32 * GIB, 30 * GIB, "test"))
-    assert "read from the disk again and again" in said
+    warning = check_fits(needs(flash, 8192), Memory(32 * GIB, 30 * GIB, "test"))
+    assert "read from the disk again and again" in warning
     assert check_fits(needs(flash, 8192), Memory(128 * GIB, 100 * GIB, "test")) == ""
 
 

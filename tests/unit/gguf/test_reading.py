@@ -20,13 +20,13 @@ def flash(tmp_path_factory):
 
 
 def test_experts_of_the_real_shape_count_by_use(flash):
-    found = active_bytes(flash)
+    active = active_bytes(flash)
     layers, experts, used, width, hidden = 43, 256, 6, 2048, 4096
-    one = width * hidden
-    iq1_s, q2_k = one * 50 // 256, one * 84 // 256
-    assert found.routed_total == experts * (layers * 3 * iq1_s + 2 * (q2_k - iq1_s))
-    assert found.routed == pytest.approx(found.routed_total * used / experts, abs=1)
-    assert (found.routed, found.routed_total) == (FLASH.routed, FLASH.routed_total)
+    matrix = width * hidden
+    iq1_s, q2_k = matrix * 50 // 256, matrix * 84 // 256
+    assert active.routed_total == experts * (layers * 3 * iq1_s + 2 * (q2_k - iq1_s))
+    assert active.routed == pytest.approx(active.routed_total * used / experts, abs=1)
+    assert (active.routed, active.routed_total) == (FLASH.routed, FLASH.routed_total)
 
 
 def test_the_artifacts_bytes_follow_from_its_published_size(flash):

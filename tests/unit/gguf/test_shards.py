@@ -40,8 +40,8 @@ def test_any_shard_finds_all(one):
 @pytest.mark.parametrize("n_shards", [3, 7])
 def test_sets_of_other_sizes(tmp_path, merged_reference, n_shards):
     paths = split_like_llama(merged_reference, -(-126 // n_shards), tmp_path / "nano")
-    found = open_shards(paths[n_shards // 2])
-    assert found.paths == tuple(paths) and len(found.tensors) == 126
+    shard_set = open_shards(paths[n_shards // 2])
+    assert shard_set.paths == tuple(paths) and len(shard_set.tensors) == 126
     assert open_shards(list(reversed(paths))).paths == tuple(paths), "paths may come in any order"
 
 

@@ -85,7 +85,7 @@ def test_what_is_installed_here_is_what_the_lock_says():
 
     from packaging.requirements import Requirement
 
-    found = 0
+    n_installed = 0
     for name, lines in LOCK.items():
         requirement = Requirement(lines.splitlines()[0].rstrip(" \\"))
         if name in install.OPTIONAL or (requirement.marker and not requirement.marker.evaluate()):
@@ -94,12 +94,12 @@ def test_what_is_installed_here_is_what_the_lock_says():
             assert version(name) in requirement.specifier, (
                 f"{name} {version(name)} is installed: {requirement}"
             )
-            found += 1
+            n_installed += 1
         except PackageNotFoundError:
             pytest.fail(
                 f"{requirement} is locked and not installed: run `make test`, not pytest of another Python"
             )
-    assert found > 90
+    assert n_installed > 90
 
 
 def test_environment_yml_brings_python_and_compilers_and_leaves_the_packages_to_the_lock():

@@ -58,16 +58,16 @@ def test_a_compiler_that_is_only_a_stub_does_not_count(tools):
 
 
 def test_a_c_compiler_alone_is_not_enough(tools):
-    found = {
+    programs = {
         name: shutil.which(name, path=os.defpath + ":/usr/local/bin") for name in ("cc", "as", "ld", "c++")
     }
-    if None in found.values():
+    if None in programs.values():
         pytest.skip("no compiler in the default path")
     for name in ("cc", "as", "ld"):
-        (tools / name).symlink_to(found[name])
+        (tools / name).symlink_to(programs[name])
     with pytest.raises(needs.Stop, match="none of these works: c\\+\\+, g\\+\\+, clang\\+\\+"):
         needs.check_compiler()
-    (tools / "c++").symlink_to(found["c++"])
+    (tools / "c++").symlink_to(programs["c++"])
     needs.check_compiler()
 
 

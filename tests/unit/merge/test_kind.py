@@ -215,10 +215,10 @@ def test_each_kind_is_told_apart_and_left_as_it_was(name: str, made: Made, tmp_p
     case, path = CASES[name], tmp_path / "case.gguf"
     path.write_bytes(content := case.make(made))
     before = path.stat().st_mtime_ns
-    found = diagnose(path)
-    assert (found.kind, case.finding in found.finding) == (case.kind, True), found.finding
-    assert found.next_step or found.sound
-    assert "\n" not in found.finding and all(len(row) == 2 for row in found.evidence)
+    diagnosis = diagnose(path)
+    assert (diagnosis.kind, case.finding in diagnosis.finding) == (case.kind, True), diagnosis.finding
+    assert diagnosis.next_step or diagnosis.sound
+    assert "\n" not in diagnosis.finding and all(len(row) == 2 for row in diagnosis.evidence)
     assert (path.read_bytes(), path.stat().st_mtime_ns) == (content, before)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -258,23 +258,25 @@ def test_every_inner_header_of_a_raw_concatenation_is_found(
     assert len(shards) == n_shards
     glued = tmp_path / "glued.gguf"
     glued.write_bytes(b"".join(path.read_bytes() for path in shards))
-    found, sizes = diagnose(glued), [path.stat().st_size for path in shards]
-    assert found.kind is Kind.RAW_CONCATENATION and str(n_shards) in found.finding
-    assert [part.nbytes for part in found.parts] == sizes and sum(sizes) == glued.stat().st_size
-    assert [part.start for part in found.parts] == [sum(sizes[:i]) for i in range(n_shards)]
-    assert [(part.number, part.count) for part in found.parts] == [(i + 1, n_shards) for i in range(n_shards)]
+    diagnosis, sizes = diagnose(glued), [path.stat().st_size for path in shards]
+    assert diagnosis.kind is Kind.RAW_CONCATENATION and str(n_shards) in diagnosis.finding
+    assert [part.nbytes for part in diagnosis.parts] == sizes and sum(sizes) == glued.stat().st_size
+    assert [part.start for part in diagnosis.parts] == [sum(sizes[:i]) for i in range(n_shards)]
+    assert [(part.number, part.count) for part in diagnosis.parts] == [
+        (i + 1, n_shards) for i in range(n_shards)
+    ]
     headers = _glued(glued).headers
-    assert [header.start for header in headers] == [part.start for part in found.parts]
+    assert [header.start for header in headers] == [part.start for part in diagnosis.parts]
     assert sum(len(header.tensors) for header in headers) == 126
-    assert found.next_step == f"dfqs-nb repair {glued} --in-place"
+    assert diagnosis.next_step == f"dfqs-nb repair {glued} --in-place"
 
 
 def test_missing_shards_are_named(merged_reference: Path, tmp_path: Path) -> None:
     shards = fixtures.split_like_llama(merged_reference, 18, tmp_path / "s")
     glued = tmp_path / "glued.gguf"
     glued.write_bytes(b"".join(shards[i].read_bytes() for i in (0, 1, 4, 6)))
-    found = diagnose(glued)
-    assert (found.kind, "shard 3, 4, 6 of 7 is missing" in found.finding) == (
+    diagnosis = diagnose(glued)
+    assert (diagnosis.kind, "shard 3, 4, 6 of 7 is missing" in diagnosis.finding) == (
         Kind.DAMAGED,
         True,
     )
@@ -377,11 +379,11 @@ def test_byte_parts_are_found_in_order_from_any_one(names: list[str], made: Made
     (tmp_path / "other.gguf.part9").write_bytes(b"x")
     for path in paths:
         assert byte_parts(path) == tuple(paths)
-        found = diagnose(path)
-        assert found.kind is Kind.BYTE_PART and "all 3 are here, together the" in found.finding
+        diagnosis = diagnose(path)
+        assert diagnosis.kind is Kind.BYTE_PART and "all 3 are here, together the" in diagnosis.finding
     assert b"".join(path.read_bytes() for path in byte_parts(paths[1])) == made.whole
-    said = loader_verdicts(paths[:2])
-    assert BOUNDS in said[0].reason and "invalid magic characters" in said[1].reason
+    verdicts = loader_verdicts(paths[:2])
+    assert BOUNDS in verdicts[0].reason and "invalid magic characters" in verdicts[1].reason
     paths[1].unlink()
     with pytest.raises(ShardError, match="1 of 3 byte parts of m.gguf missing"):
         byte_parts(paths[2])
@@ -474,14 +476,14 @@ def test_the_published_file_is_seen_through_by_10_megabytes_of_reading(tmp_path:
     assert PUBLISHED[0] + PUBLISHED[1] == PUBLISHED[2]
     path = published(tmp_path)
     before = read_chars()
-    found = diagnose(path)
+    diagnosis = diagnose(path)
     n_read = read_chars() - before
-    assert (found.kind, [part.nbytes for part in found.parts]) == (
+    assert (diagnosis.kind, [part.nbytes for part in diagnosis.parts]) == (
         Kind.RAW_CONCATENATION,
         list(PUBLISHED[:2]),
     )
-    assert sum(part.n_tensors for part in found.parts) > 1200
-    assert ("file size", "61,540,805,344 bytes = 49,952,658,368 + 11,588,146,976") in found.evidence
+    assert sum(part.n_tensors for part in diagnosis.parts) > 1200
+    assert ("file size", "61,540,805,344 bytes = 49,952,658,368 + 11,588,146,976") in diagnosis.evidence
     assert n_read < 10_000_000
     path.rename(other := tmp_path / "model-00001-of-00002.gguf")
     assert diagnose(other).kind is Kind.RAW_CONCATENATION  # whatever it is called
@@ -492,12 +494,12 @@ def test_the_published_file_is_seen_through_by_10_megabytes_of_reading(tmp_path:
 def test_real_sizes_are_read_by_their_headers_only(size: int | None, tmp_path: Path) -> None:
     path = fixtures.real_size_header(tmp_path / "real.gguf", sparse_size=size)
     before = read_chars()
-    found = diagnose(path)
+    diagnosis = diagnose(path)
     assert read_chars() - before < 10_000_000
-    assert found.kind is Kind.UNFINISHED
+    assert diagnosis.kind is Kind.UNFINISHED
     assert diagnose(path, allow_holes=True).kind is (Kind.SINGLE_FILE if size is None else Kind.UNFINISHED)
     if size is None:
-        assert "were never stored" in found.finding
+        assert "were never stored" in diagnosis.finding
 
 
 def test_the_import_is_light() -> None:
@@ -549,11 +551,11 @@ def sparse(path: Path, raw: bytes, stored: int) -> Path:
 @pytest.mark.parametrize("stored", [8192, 3_000_000, 5_700_000])
 def test_a_file_with_holes_is_an_unfinished_download(stored: int, made: Made, tmp_path: Path) -> None:
     path = sparse(tmp_path / "m.gguf", made.whole, stored // 4096 * 4096)
-    found = diagnose(path)
+    diagnosis = diagnose(path)
     missing = len(made.whole) - stored // 4096 * 4096
-    assert (found.kind, found.sound) == (Kind.UNFINISHED, False)
-    assert "were never stored" in found.finding and "resume the download" in found.next_step
-    assert dict(found.evidence)["never stored"].startswith(f"{missing:,} of 5,753,024 bytes")
+    assert (diagnosis.kind, diagnosis.sound) == (Kind.UNFINISHED, False)
+    assert "were never stored" in diagnosis.finding and "resume the download" in diagnosis.next_step
+    assert dict(diagnosis.evidence)["never stored"].startswith(f"{missing:,} of 5,753,024 bytes")
     with path.open("r+b") as file:
         file.write(made.whole)
     assert diagnose(path).kind is Kind.SINGLE_FILE
@@ -565,8 +567,8 @@ def test_a_file_with_holes_is_an_unfinished_download(stored: int, made: Made, tm
 )
 def test_a_name_that_says_unfinished_is_believed(name: str, made: Made, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(made.whole)
-    found = diagnose(tmp_path / name)
-    assert found.kind is Kind.UNFINISHED and "has not ended" in found.finding
+    diagnosis = diagnose(tmp_path / name)
+    assert diagnosis.kind is Kind.UNFINISHED and "has not ended" in diagnosis.finding
 
 
 @pytest.mark.parametrize("shard", [False, True])
@@ -574,8 +576,8 @@ def test_a_control_file_of_aria2_says_unfinished(shard: bool, made: Made, tmp_pa
     path = tmp_path / (SHARDS[0].name if shard else "m.gguf")
     path.write_bytes(made.first if shard else made.whole)
     path.with_name(f"{path.name}.aria2").write_bytes(b"\0\1")
-    found = diagnose(path)
-    assert found.kind is Kind.UNFINISHED and "aria2 has not finished it" in found.finding
+    diagnosis = diagnose(path)
+    assert diagnosis.kind is Kind.UNFINISHED and "aria2 has not finished it" in diagnosis.finding
     if shard:
         shutil.copy(SHARDS[1], tmp_path)
         with pytest.raises(IntegrityError, match="aria2"):
@@ -626,9 +628,9 @@ COMPANIONS = {
 def test_a_file_that_goes_with_a_model_is_no_model(what: str, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(COMPANIONS[what])
-    found = diagnose(path)
-    assert (found.kind, found.sound) == (Kind.COMPANION, False)
-    assert found.finding == f"{what}, not a language model" and found.next_step
+    diagnosis = diagnose(path)
+    assert (diagnosis.kind, diagnosis.sound) == (Kind.COMPANION, False)
+    assert diagnosis.finding == f"{what}, not a language model" and diagnosis.next_step
     with pytest.raises(DfqsError, match=what):
         merge_once(open_source(path), tmp_path / "out.gguf", progress=False)
 
@@ -655,9 +657,9 @@ def test_a_tensor_type_of_another_runtime(code: int, words: str, tmp_path: Path)
     assert raw != head and at
     path = tmp_path / "m.gguf"
     path.write_bytes(raw + bytes(13_824))
-    found = diagnose(path)
-    assert found.kind is Kind.FOREIGN and str(code) in found.finding
-    assert words in found.finding + found.next_step
+    diagnosis = diagnose(path)
+    assert diagnosis.kind is Kind.FOREIGN and str(code) in diagnosis.finding
+    assert words in diagnosis.finding + diagnosis.next_step
 
 
 def test_a_type_that_a_fork_numbers_otherwise_shows_as_a_gap(tmp_path: Path) -> None:
@@ -665,8 +667,8 @@ def test_a_type_that_a_fork_numbers_otherwise_shows_as_a_gap(tmp_path: Path) -> 
     specs = [Spec("blk.0.ffn_down.weight", "Q4_0", (256, 1)), Spec("blk.0.ffn_norm.weight", offset=192)]
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf_bytes([field("general.architecture", "STRING", "llama")], specs) + bytes(64))
-    found = diagnose(path)
-    assert found.kind is Kind.DAMAGED and "a fork of llama.cpp" in found.next_step
+    diagnosis = diagnose(path)
+    assert diagnosis.kind is Kind.DAMAGED and "a fork of llama.cpp" in diagnosis.next_step
 
 
 def test_a_model_with_an_encoder_in_the_same_file(tmp_path: Path) -> None:
@@ -674,9 +676,12 @@ def test_a_model_with_an_encoder_in_the_same_file(tmp_path: Path) -> None:
     path.write_bytes(
         llama(tensors=[Spec("token_embd.weight"), Spec("v.blk.0.attn_q.weight"), Spec("mm.0.weight")])
     )
-    found = diagnose(path)
-    assert found.kind is Kind.FOREIGN and not found.sound
-    assert "2 tensors of an encoder (v.blk.0.attn_q.weight)" in found.finding and "mmproj" in found.next_step
+    diagnosis = diagnose(path)
+    assert diagnosis.kind is Kind.FOREIGN and not diagnosis.sound
+    assert (
+        "2 tensors of an encoder (v.blk.0.attn_q.weight)" in diagnosis.finding
+        and "mmproj" in diagnosis.next_step
+    )
 
 
 # ---- names and neighbours ----
@@ -692,9 +697,9 @@ def test_a_second_shard_that_is_none_is_told_at_the_first(
 ) -> None:
     (tmp_path / SHARDS[0].name).write_bytes(made.first)
     (tmp_path / SHARDS[1].name).write_bytes(second)
-    found = diagnose(tmp_path / SHARDS[0].name)
-    assert found.kind is Kind.SHARD and "are here" not in found.finding
-    assert f"{SHARDS[1].name} is {words}" in found.finding and found.next_step
+    diagnosis = diagnose(tmp_path / SHARDS[0].name)
+    assert diagnosis.kind is Kind.SHARD and "are here" not in diagnosis.finding
+    assert f"{SHARDS[1].name} is {words}" in diagnosis.finding and diagnosis.next_step
     with pytest.raises(DfqsError):
         merge_model(tmp_path / SHARDS[0].name, tmp_path / "out.gguf", progress=False)
 
@@ -703,8 +708,8 @@ def test_an_extension_in_capitals(made: Made, tmp_path: Path) -> None:
     paths = [tmp_path / path.with_suffix(".GGUF").name for path in SHARDS]
     for path, body in zip(paths, (made.first, made.second), strict=True):
         path.write_bytes(body)
-    found = diagnose(paths[0])
-    assert found.kind is Kind.SHARD and SHARDS[0].name in found.next_step
+    diagnosis = diagnose(paths[0])
+    assert diagnosis.kind is Kind.SHARD and SHARDS[0].name in diagnosis.next_step
     with pytest.raises(ShardError, match="rename it to"):
         merge_model(paths[0], tmp_path / "out.gguf", progress=False)
     assert merge_model(paths, tmp_path / "out.gguf", progress=False).path.read_bytes() == made.whole
@@ -742,11 +747,11 @@ def test_split_keys_of_another_type(tmp_path: Path) -> None:
 def test_a_name_that_is_not_utf_8(made: Made, tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mod\xe8le.gguf"))
     path.write_bytes(made.whole)
-    found = diagnose(path)
-    assert found.kind is Kind.SINGLE_FILE
+    diagnosis = diagnose(path)
+    assert diagnosis.kind is Kind.SINGLE_FILE
     glued = path.with_name(os.fsdecode(b"gl\xfced.gguf"))
     glued.write_bytes(made.first + made.second)
-    (found.finding + diagnose(glued).next_step).encode()
+    (diagnosis.finding + diagnose(glued).next_step).encode()
     assert diagnosis_table([path, glued]).index.str.encode("utf-8").size == 2
     assert merge_model(path, tmp_path / "out.gguf", progress=False).path.read_bytes() == made.whole
     ran = subprocess.run(

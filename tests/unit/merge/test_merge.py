@@ -119,7 +119,7 @@ def test_one_dimensional_tails_and_alignment(tmp_path):
 def test_a_first_shard_without_tensors(tmp_path):
     """As `llama-gguf-split --no-tensor-first-split` writes it: metadata and padding only."""
     header = read_header(merge_model(SHARD["Q8_0"], tmp_path / "whole.gguf", progress=False).path)
-    kept = [header.raw[slice(*one.record)] for name, one in header.fields.items() if "split" not in name]
+    kept = [header.raw[slice(*entry.record)] for name, entry in header.fields.items() if "split" not in name]
     whole = header.path.read_bytes()
     specs = [
         Spec(t.name, t.type_code, t.shape, data=whole[header.data_offset + t.offset :][: t.nbytes])

@@ -41,8 +41,8 @@ def glued(tmp_path: Path) -> Path:
 
 def damage(path: Path, tensor: str) -> None:
     header = read_header(path)
-    found = next(t for t in header.tensors if t.name == tensor)
-    flip(path, header.data_offset + found.offset + found.nbytes // 2)
+    row = next(t for t in header.tensors if t.name == tensor)
+    flip(path, header.data_offset + row.offset + row.nbytes // 2)
 
 
 def flip(path: Path, offset: int) -> None:

@@ -36,10 +36,10 @@ def test_a_table_has_names_with_units_and_stays_as_it_is():
 
 
 def test_every_drawing_is_attached_to_a_notebook_and_has_a_title():
-    said = "".join(path.read_text() for path in find_notebooks())
+    prose = "".join(path.read_text() for path in find_notebooks())
     for path in (REPOSITORY / "notebooks" / "diagrams").glob("*.svg"):
         assert (
-            f"(attachment:{path.stem}.png)" in said
+            f"(attachment:{path.stem}.png)" in prose
             and path.with_suffix(".png").exists()
             and "<title>" in path.read_text()
         ), path.stem

@@ -76,8 +76,8 @@ def pids(folder: Path, run: str) -> list[int]:
 def until(condition, seconds=60.0, what="it"):
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(0.05)
     raise AssertionError(f"waited {seconds:.0f} s for {what}")
 
@@ -101,10 +101,10 @@ def test_the_example_table_that_is_shipped_is_accepted():
 
 def test_empty_cells_are_defaults_and_values_have_the_notebooks_types(tmp_path, notebook):
     table = write_table(tmp_path, "model,run,n,fresh", f"{NANO},one,7,true", "", f"{NANO},two,,")
-    one, two = read_rows(table, [notebook])
-    assert one.parameters == {"n": 7, "fresh": True} and two.parameters == {}
-    assert (one.line, two.line) == (2, 4)
-    assert one.key != two.key
+    first, second = read_rows(table, [notebook])
+    assert first.parameters == {"n": 7, "fresh": True} and second.parameters == {}
+    assert (first.line, second.line) == (2, 4)
+    assert first.key != second.key
 
 
 def test_the_run_is_named_after_the_model_and_a_path_stands_beside_the_table(tmp_path, notebook):
@@ -175,17 +175,17 @@ def test_rows_run_a_failing_one_fails_alone_and_the_next_sweep_runs_only_that(ou
         f"{NANO},shot,,kill worker process",
         "dfqs-nano-q8_0,last,,",
     )
-    found = sweep.sweep(table, notebooks=[notebook])
-    status = found.rows.set_index("run")["status"].to_dict()
+    result = sweep.sweep(table, notebooks=[notebook])
+    status = result.rows.set_index("run")["status"].to_dict()
     assert status == {"good": "done", "dead": "failed", "shot": "failed", "last": "done"}
-    reasons = found.rows.set_index("run")["reason"]
+    reasons = result.rows.set_index("run")["reason"]
     assert "the kernel died in cell" in reasons["dead"]
     assert "SIGKILL" in reasons["shot"] and "sweep.log" in reasons["shot"]
-    assert found.n_failed == 2 and found.folder == (outputs / "sweep-models").resolve()
-    told = json.loads((found.folder / "good" / "merge.json").read_text())["summary"]
+    assert result.n_failed == 2 and result.folder == (outputs / "sweep-models").resolve()
+    told = json.loads((result.folder / "good" / "merge.json").read_text())["summary"]
     assert told == [f"good {NANO} 7 False"]
-    assert list(pd.read_csv(found.folder / "sweep.csv")["run"]) == ["good", "dead", "shot", "last"]
-    assert "No report counts here" in (found.folder / "leaderboard.md").read_text()
+    assert list(pd.read_csv(result.folder / "sweep.csv")["run"]) == ["good", "dead", "shot", "last"]
+    assert "No report counts here" in (result.folder / "leaderboard.md").read_text()
 
     write_table(
         tmp_path, "model,run,n,what", f"{NANO},good,7,", f"{NANO},dead,,fail", "dfqs-nano-q8_0,last,,"
@@ -197,7 +197,7 @@ def test_rows_run_a_failing_one_fails_alone_and_the_next_sweep_runs_only_that(ou
         "dead": True,
         "last": False,
     }
-    assert starts(found.folder).count("good") == 1
+    assert starts(result.folder).count("good") == 1
 
 
 @pytest.mark.slow
@@ -235,9 +235,9 @@ def test_as_many_rows_as_asked_for_run_at_once_and_are_marked(outputs, tmp_path,
 
             threading.Thread(target=after_both_began).start()
 
-    found = sweep.sweep(table, jobs=2, name="s", notebooks=[notebook], started=let_go)
-    rows = found.rows.set_index("run")
-    assert found.n_failed == 0 and "b" in rows["beside"]["a"].split() and "a" in rows["beside"]["b"].split()
+    result = sweep.sweep(table, jobs=2, name="s", notebooks=[notebook], started=let_go)
+    rows = result.rows.set_index("run")
+    assert result.n_failed == 0 and "b" in rows["beside"]["a"].split() and "a" in rows["beside"]["b"].split()
     assert json.loads((folder / "a" / sweep.ROW_FILE).read_text())["beside"] == rows["beside"]["a"].split()
 
 
@@ -275,9 +275,9 @@ def test_a_killed_sweep_takes_its_rows_along_and_goes_on_where_it_stopped(output
     with (folder / sweep.JOURNAL).open("a") as file:
         file.write('{"conditions": "torn')  # as a kill in the middle of a write leaves it
     (folder / "go").touch()
-    found = sweep.sweep(table, name="s", notebooks=[notebook])
-    assert found.n_failed == 0
-    assert found.rows.set_index("run")["now"].to_dict() == {"first": False, "second": True, "third": True}
+    result = sweep.sweep(table, name="s", notebooks=[notebook])
+    assert result.n_failed == 0
+    assert result.rows.set_index("run")["now"].to_dict() == {"first": False, "second": True, "third": True}
     assert starts(folder).count("first") == 1
 
 
@@ -293,8 +293,8 @@ def dask():
 def cluster(dask):
     with dask.LocalCluster(
         n_workers=3, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
-    ) as found:
-        yield found
+    ) as started:
+        yield started
 
 
 def test_a_worker_that_is_killed_in_the_middle_costs_no_row(outputs, tmp_path, notebook, cluster):
@@ -318,12 +318,12 @@ def test_a_worker_that_is_killed_in_the_middle_costs_no_row(outputs, tmp_path, n
 
             threading.Thread(target=when_all_began).start()
 
-    found = sweep.sweep(
+    result = sweep.sweep(
         table, name="s", scheduler=cluster.scheduler_address, notebooks=[notebook], started=kill_one
     )
     assert len(killed) > 2, "the worker, the row's process, its kernel"
     assert not overlap, "the lost row began again only when what it left was gone"
-    assert found.n_failed == 0, found.rows[["run", "reason"]].to_string()
+    assert result.n_failed == 0, result.rows[["run", "reason"]].to_string()
     assert len(starts(folder)) == 6, "five rows, one of them twice"
     assert all((folder / f"r{number}" / "merge.json").exists() for number in range(5))
     rows = [json.loads(line) for line in (folder / sweep.JOURNAL).read_text().splitlines()]
@@ -351,8 +351,8 @@ def test_a_row_that_loses_every_worker_fails_in_the_end_and_the_others_are_done(
         parameters=PARAMETERS,
     )
     table = write_table(tmp_path, "model,run,what", f"{NANO},a,", f"{NANO},b,lose", f"{NANO},c,")
-    found = sweep.sweep(table, name="s", jobs=1, scheduler=cluster.scheduler_address, notebooks=[bad])
-    rows = found.rows.set_index("run")
+    result = sweep.sweep(table, name="s", jobs=1, scheduler=cluster.scheduler_address, notebooks=[bad])
+    rows = result.rows.set_index("run")
     assert rows["status"].to_dict() == {"a": "done", "b": "failed", "c": "done"}
     assert "KilledWorker" in rows["reason"]["b"]
     assert 1 < len((outputs / "s" / "lost.txt").read_text()) <= 5, "tried again, and not for ever"
@@ -410,13 +410,13 @@ def test_the_real_workbook_is_swept_and_ends_in_a_leaderboard(outputs, tmp_path)
         f"{NANO},iq1,8,256,3,96",
         "dfqs-nano-q8_0,q8,8,256,3,96",
     )
-    found = sweep.sweep(table, name="s")
-    assert found.n_failed == 0, found.rows[["run", "reason"]].to_string()
-    ranked = found.leaderboard.table
+    result = sweep.sweep(table, name="s")
+    assert result.n_failed == 0, result.rows[["run", "reason"]].to_string()
+    ranked = result.leaderboard.table
     assert set(ranked["run"]) == {"iq1", "q8"} and (ranked["problem"] == "").all()
     assert ranked["conditions"].nunique() == 1
     for run in ("iq1", "q8"):
-        assert workbook.read_summary(found.folder / run).keys() >= {"merge", "scores"}
-    assert (found.folder / "leaderboard.csv").exists()
-    assert journal.Journal(found.folder / sweep.JOURNAL, sweep.FORMAT).n_found == 2
-    assert (found.folder / "leaderboard.md").exists()
+        assert workbook.read_summary(result.folder / run).keys() >= {"merge", "scores"}
+    assert (result.folder / "leaderboard.csv").exists()
+    assert journal.Journal(result.folder / sweep.JOURNAL, sweep.FORMAT).n_found == 2
+    assert (result.folder / "leaderboard.md").exists()

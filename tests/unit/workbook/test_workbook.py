@@ -39,11 +39,11 @@ def write_notebook(path: Path, *sources: str, parameters: str = PARAMETERS) -> P
 
 def texts(path: Path) -> str:
     """Everything that the code cells of an executed notebook printed or returned."""
-    found = []
+    parts = []
     for cell in nbformat.read(path, as_version=4).cells:
         for output in cell.get("outputs", []):
-            found.append(output.get("text") or output.get("data", {}).get("text/plain", ""))
-    return "\n".join(found)
+            parts.append(output.get("text") or output.get("data", {}).get("text/plain", ""))
+    return "\n".join(parts)
 
 
 @pytest.fixture
