@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -118,25 +118,28 @@ def _moe_layers(header: GGUFHeader) -> set[int | None]:
     return {layer_of(t.name) for t in header.tensors if class_of(t.name) == "routed experts"}
 
 
-def parameters(header: GGUFHeader) -> Parameters:
-    """Count the weights from the tensor shapes."""
+def token_shares(header: GGUFHeader) -> Iterator[tuple[Tensor, bool, float]]:
+    """Each tensor, whether it holds routed experts, and the share of it that a token of decode uses.
+
+    Of experts that is used / total; of a look-up table, such as the embedding, one row; else all.
+    """
     n_experts = header.count(f"{header.architecture}.expert_count")
     used = header.counts(f"{header.architecture}.expert_used_count") or [0]
     has_output = "output.weight" in {tensor.name for tensor in header.tensors}  # else the embedding is both
-    total, active, routed = 0, 0.0, 0
     for tensor in header.tensors:
-        if tensor.type in INTEGER_TYPES:
-            continue
-        total += tensor.n_elements
         kind = class_of(tensor.name)
         if kind == "routed experts" and n_experts:
-            routed += tensor.n_elements
-            active += tensor.n_elements * used[min(layer_of(tensor.name) or 0, len(used) - 1)] / n_experts
-        elif kind == "embedding" and has_output:
-            active += tensor.shape[0]
+            yield tensor, True, used[min(layer_of(tensor.name) or 0, len(used) - 1)] / n_experts
         else:
-            active += tensor.n_elements
-    return Parameters(total, round(active), routed)
+            is_table = tensor.type in INTEGER_TYPES or (kind == "embedding" and has_output)
+            yield tensor, False, 1 / max(tensor.shape[-1], 1) if is_table else 1.0
+
+
+def parameters(header: GGUFHeader) -> Parameters:
+    """Count the weights from the tensor shapes."""
+    rows = [row for row in token_shares(header) if row[0].type not in INTEGER_TYPES]
+    total, active = sum(t.n_elements for t, *_ in rows), sum(t.n_elements * share for t, _, share in rows)
+    return Parameters(total, round(active), sum(t.n_elements for t, is_routed, _ in rows if is_routed))
 
 
 def bits_per_weight(tensors: Iterable[Tensor]) -> float:

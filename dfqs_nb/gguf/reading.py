@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dfqs_nb.gguf.facts import INTEGER_TYPES, class_of, experts
+from dfqs_nb.gguf.facts import token_shares
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import CACHE_TYPES, CSA_RATIO, HCA_RATIO, kv_cache_bytes, weights_bytes
 
@@ -42,20 +42,10 @@ FLASH = ActiveBytes(
 
 def active_bytes(header: GGUFHeader) -> ActiveBytes:
     """Bytes that a token reads, from the tensor table of a model (of shards: `ShardSet.as_one`)."""
-    layout = experts(header)
-    has_output = any(tensor.name == "output.weight" for tensor in header.tensors)
-    dense = routed_total = 0
-    for tensor in header.tensors:
-        kind = class_of(tensor.name)
-        is_table = tensor.type in INTEGER_TYPES or (kind == "embedding" and has_output)
-        if kind == "routed experts" and layout.total:
-            routed_total += tensor.nbytes
-        elif is_table:
-            dense += tensor.nbytes // max(tensor.shape[-1], 1)
-        else:
-            dense += tensor.nbytes
-    routed = round(routed_total * layout.used / layout.total) if layout.total else 0
-    return ActiveBytes(dense, routed, routed_total, weights_bytes(header))
+    rows = [(tensor.nbytes, is_routed, share) for tensor, is_routed, share in token_shares(header)]
+    dense = round(sum(n * share for n, is_routed, share in rows if not is_routed))
+    routed = round(sum(n * share for n, is_routed, share in rows if is_routed))
+    return ActiveBytes(dense, routed, sum(n for n, is_routed, _ in rows if is_routed), weights_bytes(header))
 
 
 def cache_bytes_read(header: GGUFHeader, depth: int, type_k: str = "f16", type_v: str = "f16") -> int:
