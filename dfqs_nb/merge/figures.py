@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def segments(shards: ShardSet, output_name: str = "merged") -> pd.DataFrame:
+def segments(shards: ShardSet) -> pd.DataFrame:
     """Where the bytes of shards and result lie, for a figure.
 
-    One row a piece: ``file`` (``shard N`` or ``output_name``), ``part`` (``header`` or ``data of shard N``),
+    One row a piece: ``file`` (``shard N`` or ``merged``), ``part`` (``header`` or ``data of shard N``),
     ``start`` and ``nbytes``.
     """
     rows, merged, position = [], [], len(plan_merge(shards).header)
-    merged.append((output_name, "header", 0, position))
+    merged.append(("merged", "header", 0, position))
     for number, header in enumerate(shards.headers, 1):
         part = f"data of shard {number}"
         size = header.data_offset - header.start
         rows.append((f"shard {number}", "header", 0, size))
         rows.append((f"shard {number}", part, size, header.data_nbytes))
-        merged.append((output_name, part, position, header.data_nbytes))
+        merged.append(("merged", part, position, header.data_nbytes))
         position += header.data_nbytes
     return pd.DataFrame(rows + merged, columns=["file", "part", "start", "nbytes"])
 

@@ -122,7 +122,8 @@ def test_a_missing_shard_is_named(server):
         (":1/m.gguf", "cannot be reached"),
     ],
 )
-def test_what_a_server_does_not_give_is_one_message(server, where, words):
+def test_what_a_server_does_not_give_is_one_message(server, where, words, monkeypatch):
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
     base = "http://127.0.0.1" if where.startswith(":") else server.endpoint
     with pytest.raises(RegistryError, match=words), remote.headers_of(base + where):
         pass

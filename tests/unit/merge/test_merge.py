@@ -136,7 +136,7 @@ def test_a_first_shard_without_tensors(tmp_path):
 def test_segments_cover_each_file():
     shards = open_shards(SHARD["IQ1_S-XL"])
     plan = plan_merge(shards)
-    totals = segments(shards, "merged").groupby("file", sort=False)["nbytes"].sum()
+    totals = segments(shards).groupby("file", sort=False)["nbytes"].sum()
     assert totals.to_list() == [*(path.stat().st_size for path in shards.paths), plan.nbytes]
 
 

@@ -31,7 +31,7 @@ MARK = "import pathlib, time\npathlib.Path({!r}).touch()\ntime.sleep(600)"
 def test_a_long_cell_shows_signs_of_life(tmp_path, monkeypatch):
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setattr(live, "HEARTBEAT_SECONDS", 0.2)
-    notebook = write_notebook(tmp_path / "01_sleep.ipynb", "import time\ntime.sleep(2)", "print('end')")
+    notebook = write_notebook(tmp_path / "01_sleep.ipynb", "import time\ntime.sleep(1)", "print('end')")
     shown = io.StringIO()
     workbook.run_workbook("mine", {}, [notebook], watch=shown)
     lines = shown.getvalue().splitlines()
