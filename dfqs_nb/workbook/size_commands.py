@@ -27,9 +27,7 @@ def plan(
     ram_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Of memory. 0: measured here."),
     gpu_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Of a card's memory. 0: unknown."),
     disk_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Of the disk. 0: measured here."),
-    profile: str = Option(
-        "", metavar="FILE", help="routing_profile.json of `dfqs-nb routing`: its hot experts."
-    ),
+    profile: str = Option("", metavar="FILE", help="routing_profile.json of `dfqs-nb routing MODEL`."),
 ) -> None:
     """Say where a model's tensors and cache would lie, with which llama-server command, and how fast at most.
 
