@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from math import inf, log2
 from typing import TYPE_CHECKING, Any
 
@@ -170,22 +171,13 @@ class Counts:
         """
         import pandas as pd
 
-        low, high = wilson(self.right, self.n)
+        table = pd.DataFrame({"length": self.lengths, "planned": self.planned})
+        table["correct"], table["n"] = self.right.astype(int), self.n.astype(int)
+        table["accuracy"] = self.accuracy
+        table["low"], table["high"] = wilson(self.right, self.n)
         able = self.a_0 - self.guess_rate
         curve = (self.accuracy - self.guess_rate) / able if able > 0 else np.zeros(len(self.lengths))
-        return pd.DataFrame(
-            {
-                "length": self.lengths,
-                "planned": self.planned,
-                "correct": self.right.astype(int),
-                "n": self.n.astype(int),
-                "accuracy": self.accuracy,
-                "low": low,
-                "high": high,
-                "fit": self.fit,
-                "curve": np.clip(curve, 0, 1),
-            }
-        )
+        return table.assign(fit=self.fit, curve=np.clip(curve, 0, 1))
 
     def boundary(self, *, n_boot: int = N_BOOT, seed: int = 0) -> Boundary:
         """The failure boundary: where the non-increasing fit crosses ``g + 0.85 (a_0 - g)``.
@@ -194,27 +186,16 @@ class Counts:
         the fit's own crossing, and around the first crossing of the accuracies themselves. With few texts it
         is widened as Hesterberg 2015 (The American Statistician 69:371) widens a percentile interval.
         """
-        empty = Boundary(
-            tokens=0,
-            low=None,
-            high=None,
-            right_censored=False,
-            status="floor",
-            cause=None,
-            a_0=self.a_0,
-            threshold=self.threshold,
-            guess_rate=self.guess_rate,
-            n_haystacks=self.n_texts,
-            n_items=int(self.n.sum()),
-            provisional=self.n_texts < ENOUGH_TEXTS,
-        )
+        accuracies = (self.a_0, self.threshold, self.guess_rate)
+        floor = Boundary(0, None, None, False, "floor", None, *accuracies, self.n_texts, int(self.n.sum()))
+        floor = replace(floor, provisional=self.n_texts < ENOUGH_TEXTS)
         if wilson(self.right[0], self.n[0])[0] <= self.guess_rate:
-            return empty
+            return floor
         low, high = self._interval(n_boot, seed)
         tokens, first = self.tokens, float(crossing(self.lengths, self.accuracy, self.threshold))
         censored = tokens == inf
         return replace(
-            empty,
+            floor,
             tokens=int(self.lengths[-1]) if censored else round(tokens),
             low=round(low),
             high=None if high == inf else round(high),
@@ -228,7 +209,8 @@ class Counts:
     def _interval(self, n_boot: int, seed: int) -> tuple[float, float]:
         if self.n_texts < 2:
             return 0.0, inf  # one text says nothing about others
-        lower, upper = self.drawn(n_boot, seed).bracket
+        drawn = self.drawn(n_boot, seed)
+        lower, upper = bracket(self.lengths, drawn.fit, drawn.threshold)
         tail = expanded_tail(self.n_texts, BRACKET_LEVEL)
         own = [bracket(self.lengths, values, self.threshold) for values in (self.fit, self.accuracy)]
         return (
@@ -288,21 +270,15 @@ class Counts:
         able = self.a_0 - self.guess_rate
         if len(columns) < 2 or able <= 0:
             return {}
-        steps = list(zip(columns[:-1], columns[1:], strict=True))
-        level, rows = 1 - (1 - LEVEL) / len(steps), []
-        for a, b in steps:
+        level, rows = 1 - (1 - LEVEL) / (len(columns) - 1), []
+        for a, b in pairwise(columns):
             scale = able * log2(self.lengths[b] / self.lengths[a])
             limits = self._change(int(a), int(b), level)
             fall = self.accuracy[a] - self.accuracy[b]
             rows.append((float(fall / scale), limits[0] / scale, limits[1] / scale, a, b))
         fall, _, _, a, b = max(rows)
-        return {
-            "start": int(self.lengths[a]),
-            "end": int(self.lengths[b]),
-            "fall": fall,
-            "low": max(row[1] for row in rows),
-            "high": max(row[2] for row in rows),
-        }
+        ends = {"start": int(self.lengths[a]), "end": int(self.lengths[b])}
+        return {**ends, "fall": fall, "low": max(row[1] for row in rows), "high": max(row[2] for row in rows)}
 
 
 @dataclass(frozen=True)
@@ -329,19 +305,13 @@ class Draws:
         """The boundary of each draw, in tokens; inf where it is not reached."""
         return crossing(self.lengths, self.fit, self.threshold)
 
-    @property
-    def bracket(self) -> tuple[np.ndarray, np.ndarray]:
-        """The measured lengths around each draw's boundary."""
-        return bracket(self.lengths, self.fit, self.threshold)
-
 
 @dataclass(frozen=True)
 class Boundary:
     """The failure boundary in tokens of context.
 
     Attributes:
-        tokens: the boundary; where ``right_censored`` the longest length measured, which it exceeds; 0 where
-            the model fails at every length (``floor``).
+        tokens: where ``right_censored``, the longest length measured, which it exceeds; 0 for a ``floor``.
         low, high: the 95 % interval; ``high`` is None where it is open.
         right_censored: the accuracy never crossed the threshold, so only a lower bound is known.
         status: ``"measured"``, ``"right_censored"`` or ``"floor"`` (a_0 itself is at chance).
@@ -418,10 +388,9 @@ def paired(
 ) -> pd.DataFrame:
     """The difference in accuracy to a baseline that answered the same questions, by length.
 
-    Both frames have columns ``haystack``, ``length``, ``question`` and ``correct``; only questions that both
-    answered count. Columns: ``length``, ``n``, ``accuracy``, ``baseline``, ``difference`` with its 95 %
-    interval ``low`` to ``high`` (bootstrap over texts), ``only_this`` and ``only_baseline``: questions that
-    one alone got right.
+    Only questions that both answered count. Columns: ``length``, ``n``, ``accuracy``, ``baseline``,
+    ``difference`` with its 95 % interval ``low`` to ``high`` (bootstrap over texts), ``only_this`` and
+    ``only_baseline``: questions that one model alone got right.
     """
     import pandas as pd
 
@@ -430,29 +399,14 @@ def paired(
     both["difference"] = both["correct"].astype(int) - both["correct_baseline"].astype(int)
     rows = []
     for length, group in both.groupby("length"):
-        low, high = _difference_interval(group, n_boot, seed)
-        rows.append(
-            {
-                "length": length,
-                "n": len(group),
-                "accuracy": group["correct"].mean(),
-                "baseline": group["correct_baseline"].mean(),
-                "difference": group["difference"].mean(),
-                "low": low,
-                "high": high,
-                "only_this": int((group["difference"] > 0).sum()),
-                "only_baseline": int((group["difference"] < 0).sum()),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _difference_interval(group: pd.DataFrame, n_boot: int, seed: int) -> tuple[float, float]:
-    by_text = group.groupby("haystack")["difference"].agg(["sum", "count"]).to_numpy(float)
-    n = len(by_text)
-    if n < 2:
-        return -1.0, 1.0
-    weights = bootstrap_weights(n, n_boot, seed)
-    drawn = (weights @ by_text[:, 0]) / (weights @ by_text[:, 1])
-    tail = expanded_tail(n, LEVEL)
-    return float(np.quantile(drawn, tail)), float(np.quantile(drawn, 1 - tail))
+        by_text = group.groupby("haystack")["difference"].agg(["sum", "count"]).to_numpy(float)
+        low, high = -1.0, 1.0  # one text says nothing about others
+        if len(by_text) > 1:
+            weights, tail = bootstrap_weights(len(by_text), n_boot, seed), expanded_tail(len(by_text), LEVEL)
+            drawn = (weights @ by_text[:, 0]) / (weights @ by_text[:, 1])
+            low, high = (float(np.quantile(drawn, at)) for at in (tail, 1 - tail))
+        means = group[["correct", "correct_baseline", "difference"]].mean()
+        only = [int((sign * group["difference"] > 0).sum()) for sign in (1, -1)]
+        rows.append((length, len(group), *means, low, high, *only))
+    names = "length n accuracy baseline difference low high only_this only_baseline"
+    return pd.DataFrame(rows, columns=names.split())

@@ -121,10 +121,8 @@ def predict_failure(
         needs = estimate(shards.as_one, at.n_ctx, n_ubatch, **types, use_mmap=at.use_mmap)
         required = needs.with_compute(plan["compute_bytes"]).must_fit_bytes + needs.kv.total
         if required > available:
-            what = (
-                f"{at.n_ctx:,} tokens need {required:,} bytes beside the weights, and {available:,} are free"
-            )
-            return RuntimeFailure(at.n_ctx, "oom", what, predicted=True)
+            needed = f"{at.n_ctx:,} tokens need {required:,} bytes beside the weights"
+            return RuntimeFailure(at.n_ctx, "oom", f"{needed}, and {available:,} are free", predicted=True)
     return None
 
 
@@ -188,20 +186,11 @@ def memory_table(
     shards = open_shards(path)
     opened, rows = [replace(settings, n_ctx=n_ctx) for n_ctx in lengths], []
     for at, plan in zip(opened, plan_memory(shards.paths[0], opened), strict=True):
-        n_ctx = at.n_ctx
         types: dict[str, Any] = {"type_k": at.type_k, "type_v": at.type_v, "swa_full": at.swa_full}
-        kv = kv_cache_bytes(shards.headers[0], n_ctx, min(at.n_batch, at.n_ubatch), **types)
+        kv = kv_cache_bytes(shards.headers[0], at.n_ctx, min(at.n_batch, at.n_ubatch), **types).total
         job = {"path": str(shards.paths[0]), "fill_tokens": fill_tokens, "settings": at.as_dict()}
         taken = child.run("dfqs_nb.context.memory_child", job, where=path, timeout_seconds=TIMEOUT_SECONDS)
-        rows.append(
-            {
-                "n_ctx": n_ctx,
-                "kv_bytes": kv.total,
-                "kv_planned_bytes": plan["kv_bytes"],
-                "compute_bytes": plan["compute_bytes"],
-                "weights_bytes": weights_bytes(shards.as_one),
-                "predicted_bytes": kv.total + plan["compute_bytes"],
-                **taken,
-            }
-        )
+        plans = {"kv_bytes": kv, "kv_planned_bytes": plan["kv_bytes"], "compute_bytes": plan["compute_bytes"]}
+        whole = {"weights_bytes": weights_bytes(shards.as_one), "predicted_bytes": kv + plan["compute_bytes"]}
+        rows.append({"n_ctx": at.n_ctx, **plans, **whole, **taken})
     return pd.DataFrame(rows)

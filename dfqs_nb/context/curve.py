@@ -143,11 +143,10 @@ class Run:
         first, fall = self.plan.probe.tasks[0], counts.largest_fall()
         lines = [f"Retrieval {boundary.sentence}."]
         if fall:
-            lines.append(
-                f"The largest fall of an octave is {fall['fall']:.0%} of the short-context ability, from "
-                f"{fall['start']:,} to {fall['end']:,} tokens (95 % interval {fall['low']:.0%} to "
-                f"{fall['high']:.0%})."
-            )
+            ends = f"from {fall['start']:,} to {fall['end']:,} tokens"
+            limits = f"95 % interval {fall['low']:.0%} to {fall['high']:.0%}"
+            what = f"The largest fall of an octave is {fall['fall']:.0%} of the short-context ability"
+            lines.append(f"{what}, {ends} ({limits}).")
         for task, rows in tasks.groupby("task", sort=False):
             wrong, another = rows["wrong"].sum(), rows["another_key"].sum()
             name = "" if task == first else ", which the curve does not count"
@@ -163,6 +162,7 @@ class Run:
         curve = counts.curve()
         planned = curve[curve["planned"]]
         first = tasks[tasks["task"] == self.plan.probe.tasks[0]]
+        wrong = {name: int(first[name].sum()) for name in ("wrong", "another_key")}
         return {
             "tier": self.plan.probe.tier,
             "context_stability_curve": planned["curve"].tolist(),
@@ -171,12 +171,7 @@ class Run:
             "refined": curve[~curve["planned"]].to_dict("records"),
             "boundary": boundary.as_dict(),
             "largest_fall": counts.largest_fall(),
-            "guess": {
-                "rate": counts.guess_rate,
-                "keys": self.plan.probe.needles,
-                "wrong": int(first["wrong"].sum()),
-                "another_key": int(first["another_key"].sum()),
-            },
+            "guess": {"rate": counts.guess_rate, "keys": self.plan.probe.needles, **wrong},
             "tasks": tasks.to_dict("records"),
             "runtime_failure": asdict(self.failure) if self.failure else None,
             "budget_hit": self.budget_hit,
@@ -188,18 +183,14 @@ class Run:
         """Write ``long_context.json`` with its seal, and return its summary lines.
 
         Args:
-            stage: of notebook 05, in the folder that the run's journal is in.
-            conditions: of the open model, ``Model.conditions()``.
+            conditions: of the open model.
             losses: see `HeldOut.loss_by_position`.
         """
         boundary, facts = self.boundary(), self.facts()
         guess = facts["guess"]
-        lines = [
-            boundary.sentence,
-            f"a_0 = {boundary.a_0:.2f}, threshold {boundary.threshold:.2f}, n = {boundary.n_items}, guess "
-            f"rate {guess['rate']:.2f} ({guess['another_key']} of {guess['wrong']} wrong answers are another "
-            f"key's)",
-        ]
+        accuracies = f"a_0 = {boundary.a_0:.2f}, threshold {boundary.threshold:.2f}, n = {boundary.n_items}"
+        wrong = f"{guess['another_key']} of {guess['wrong']} wrong answers are another key's"
+        lines = [boundary.sentence, f"{accuracies}, guess rate {guess['rate']:.2f} ({wrong})"]
         stage.add(self.journal.path)
         stage.finish(
             conditions={**conditions, **self.plan.conditions()},
@@ -212,11 +203,9 @@ class Run:
 
 
 def item_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Journal rows that are answers, as a frame sorted by length, text, task and depth.
+    """Journal rows that are answers, as a frame sorted by length, text, task and depth; columns: `ITEM`.
 
-    Columns ``haystack``, ``length``, ``planned``, ``task``, ``question``, ``depth``, ``expected``,
-    ``answer``, ``correct``, ``another_key`` (the answer is right for another key of the text), ``n_prompt``,
-    ``n_needles``, ``n_evaluated`` and ``seconds``.
+    ``another_key``: the answer is right for another key of the text.
     """
     import pandas as pd
 
@@ -255,15 +244,14 @@ def task_table(items: pd.DataFrame) -> pd.DataFrame:
     Columns ``task``, ``length``, ``correct``, ``n``, ``accuracy`` with Wilson's ``low`` and ``high``,
     ``wrong``, and ``another_key``: wrong answers that are right for another key of the text.
     """
-    table = items.assign(wrong=~items["correct"].astype(bool))
-    table = table.assign(another_key=table["another_key"] & table["wrong"])
-    table = table.groupby(["task", "length"], sort=False)[["correct", "wrong", "another_key"]].sum()
-    table = table.astype(int).reset_index()
-    n = table["correct"] + table["wrong"]
-    low, high = wilson(table["correct"], n)
-    limits = {"accuracy": table["correct"] / n, "low": low, "high": high}
-    columns = ["task", "length", "correct", "n", "accuracy", "low", "high", "wrong", "another_key"]
-    return table.assign(n=n, **limits)[columns].sort_values(["task", "length"], ignore_index=True)
+    correct = items["correct"].astype(bool)
+    counted = items.assign(correct=correct, n=1, wrong=~correct, another_key=items["another_key"] & ~correct)
+    table = counted.groupby(["task", "length"])[["correct", "n", "wrong", "another_key"]].sum().astype(int)
+    low, high = wilson(table["correct"], table["n"])
+    limits = {"accuracy": table["correct"] / table["n"], "low": low, "high": high}
+    for at, (name, values) in enumerate(limits.items(), start=2):
+        table.insert(at, name, values)
+    return table.reset_index()
 
 
 def depth_tiles(items: pd.DataFrame) -> pd.DataFrame:
@@ -303,7 +291,8 @@ class _Measurement:
     def _text(self, number: int, length: int, planned: bool) -> bool:
         """Ask the questions of a text that the journal does not hold; False where the run must end."""
         case = self.haystacks.case(number, length, links=planned)
-        missing = [q for q in case.questions if self._id(case, q.name) not in self.run.journal]
+        asked = f"{length}/{number}"
+        missing = [q for q in case.questions if f"{asked}/{q.name}" not in self.run.journal]
         if not missing:
             return True
         if self._over_budget(length):
@@ -322,43 +311,32 @@ class _Measurement:
 
     def _ask(self, case: Case, questions: Sequence[Question], planned: bool) -> None:
         n_held = self.asker.hold(case.body)
-        if n_held and self._id(case, "held") not in self.run.journal:
-            self.run.journal.add(self._id(case, "held"), n_evaluated=n_held)
+        asked = f"{case.length}/{case.haystack}"
+        if n_held and f"{asked}/held" not in self.run.journal:
+            self.run.journal.add(f"{asked}/held", n_evaluated=n_held)
         self.bar.update(n_held)
         for question in questions:
             started = time.perf_counter()
             text, n_evaluated = self.asker.ask(question)
-            self.run.journal.add(
-                self._id(case, question.name),
-                haystack=case.haystack,
-                length=case.length,
-                planned=planned,
-                task=question.task,
-                question=question.name,
-                depth=round(question.depth, 4),
-                expected=question.expected,
-                answer=text,
-                correct=question.is_right(text),
-                another_key=question.is_another(text),
-                n_prompt=len(case.body) + len(question.prompt),
-                n_needles=case.n_needles,
-                n_evaluated=n_evaluated,
-                seconds=round(time.perf_counter() - started, 4),
-            )
+            row = {"haystack": case.haystack, "length": case.length, "planned": planned}
+            row |= {"task": question.task, "question": question.name, "depth": round(question.depth, 4)}
+            row |= {"expected": question.expected, "answer": text, "correct": question.is_right(text)}
+            row |= {
+                "another_key": question.is_another(text),
+                "n_prompt": len(case.body) + len(question.prompt),
+            }
+            row |= {"n_needles": case.n_needles, "n_evaluated": n_evaluated}
+            row["seconds"] = round(time.perf_counter() - started, 4)
+            self.run.journal.add(f"{asked}/{question.name}", **row)
             self.bar.update(n_evaluated)
-
-    @staticmethod
-    def _id(case: Case, name: str) -> str:
-        return f"{case.length}/{case.haystack}/{name}"
 
     def _over_budget(self, length: int) -> bool:
         plan, spent = self.run.plan, time.perf_counter() - self.started
         if not self._measured and not self._planned:
             return False  # the first text is always asked: a run without an answer says nothing
         slower = max(1.0, self._taken / self._planned) if self._planned else 1.0
-        return (
-            spent + slower * plan.text_seconds(length) > plan.budget_seconds
-        )  # never, without a speed (NaN)
+        # never, without a speed (NaN)
+        return spent + slower * plan.text_seconds(length) > plan.budget_seconds
 
 
 def measure(
@@ -385,7 +363,9 @@ def measure(
     haystacks = Haystacks(frame_of(model, plan.probe), plan.probe, plan.grid[0])
     reuse = None
     if plan.reuse and isinstance(model, Model):
-        reuse = check_plan_reuse(model, haystacks, plan, reuse_tolerance)
+        case = haystacks.case(0, plan.grid[0])
+        prompts = [question.prompt for question in case.questions[:2]]
+        reuse = check_reuse(model, [case.body], prompts, reuse_tolerance)
         if not reuse.allowed:
             plan = replace(plan, reuse=False, rounds=0)
     conditions = {**model.conditions(), **plan.conditions(), "model_sha256": model_sha256}
@@ -401,11 +381,3 @@ def measure(
         model.clear()
     run.seconds = time.perf_counter() - measurement.started
     return run
-
-
-def check_plan_reuse(
-    model: Model, haystacks: Haystacks, plan: Plan, tolerance: float = TOLERANCE
-) -> ReuseCheck:
-    """Check reuse (`check_reuse`) with two questions about the first of the shortest texts."""
-    case = haystacks.case(0, plan.grid[0])
-    return check_reuse(model, [case.body], [question.prompt for question in case.questions[:2]], tolerance)

@@ -6,11 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import PercentFormatter
 
-from dfqs_nb.core.figures import BYTES, INK, PALETTE, new_axes, set_title, token_axis
+from dfqs_nb.core.figures import (
+    BYTES,
+    INK,
+    PALETTE,
+    new_axes,
+    set_title,
+    share_axis,
+    token_axis,
+    whiskers,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+    from dfqs_nb.context.tasks import TaskRun
+
+LINE: dict[str, Any] = {"fmt": "o-", "color": PALETTE[0], "capsize": 3, "linewidth": 1}
 
 
 def context_curve(
@@ -28,41 +41,39 @@ def context_curve(
     ax = new_axes(ax, 3.6)
     colour = PALETTE[0] if first else PALETTE[5]
     for planned, part in curve.groupby("planned"):
-        spread = [(part["accuracy"] - part["low"]).clip(lower=0), (part["high"] - part["accuracy"]).clip(0)]
-        ax.errorbar(
-            part["length"],
-            part["accuracy"],
-            yerr=spread,
-            fmt="o",
-            color=colour,
-            markerfacecolor=colour if planned else "white",
-            capsize=3,
-            linewidth=1,
-            zorder=3,
-            label=label if planned else None,
-        )
+        style: dict[str, Any] = {"fmt": "o", "color": colour, "capsize": 3, "linewidth": 1, "zorder": 3}
+        style |= {"markerfacecolor": colour if planned else "white", "label": label if planned else None}
+        ax.errorbar(part["length"], part["accuracy"], yerr=whiskers(part, "accuracy"), **style)
     ax.plot(curve["length"], curve["fit"], color=colour, linewidth=1, alpha=0.7)
     shortest = curve["length"].min()
     for name in ("threshold", "guess_rate"):
-        ax.axhline(boundary[name], color=INK, linewidth=0.8, linestyle=":")
-        note = f"{name.replace('_', ' ')} {boundary[name]:.2f}"
-        ax.annotate(
-            note, (shortest, boundary[name]), (0, -3), textcoords="offset points", fontsize=8, va="top"
-        )
+        _level(ax, boundary[name], shortest, f"{name.replace('_', ' ')} {boundary[name]:.2f}")
     if boundary["status"] == "measured":
         right = boundary["high"] or curve["length"].max()
         ax.axvspan(boundary["low"] or shortest, right, color=colour, alpha=0.13, linewidth=0)
         ax.axvline(boundary["tokens"], color=colour, linewidth=1.2, linestyle="--")
     token_axis(ax, curve.loc[curve["planned"], "length"], "context (tokens)")
     ax.set_ylim(-0.03, 1.05)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     least, most = curve["n"].min(), curve["n"].max()
-    ax.set_ylabel(f"right answers (n = {least}{'' if least == most else f' to {most}'} a length)")
+    share_axis(ax.yaxis, f"right answers (n = {least}{'' if least == most else f' to {most}'} a length)")
     if label:
         ax.legend(frameon=False, fontsize=8, loc="lower left")
     if first:
         set_title(ax, _boundary_title(boundary))
     return ax
+
+
+def _level(ax: Axes, value: float, at: float, note: str) -> None:
+    ax.axhline(value, color=INK, linewidth=0.8, linestyle=":")
+    ax.annotate(note, (at, value), (0, -3), textcoords="offset points", fontsize=8, va="top")
+
+
+def _right_axis(ax: Axes, label: str, values: pd.Series, colour: str) -> Axes:
+    right = ax.twinx()
+    right.set_ylim(0, 1.15 * values.max())
+    right.set_ylabel(label, color=colour)
+    right.spines["top"].set_visible(False)
+    return right
 
 
 def _boundary_title(boundary: dict[str, Any]) -> str:
@@ -85,8 +96,40 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Args:
         tiles: columns ``length``, ``depth`` and ``depth_end`` (edges, 0 to 1), ``correct`` and ``n``.
     """
-    counts = tiles.pivot(index="depth", columns="length", values="n")
-    share = tiles.pivot(index="depth", columns="length", values="correct") / counts
+    strata = [
+        f"{start:.0%} to {end:.0%}" for start, end in zip(tiles["depth"], tiles["depth_end"], strict=True)
+    ]
+    ax = _tiles(tiles.assign(row=strata).sort_values("depth"), "correct", ax)
+    ax.set_xlabel("context (tokens); cells with fewer than 10 questions are left out")
+    ax.set_ylabel("depth of the key")
+    shares = tiles.assign(row=strata).groupby("row")[["correct", "n"]].sum().eval("correct / n")
+    best, worst = shares.idxmax(), shares.idxmin()
+    set_title(
+        ax,
+        f"Found most often {best} deep ({shares[best]:.0%}), least often {worst} deep ({shares[worst]:.0%})",
+    )
+    return ax
+
+
+def tasks_by_length(run: TaskRun, ax: Axes | None = None) -> Axes:
+    """A tile for each task and length: the share of right answers, with its count; empty where not asked."""
+    effective = run.effective()
+    ax = _tiles(run.table().rename(columns={"task": "row"}), "right", ax)
+    ax.set_xlabel("text, question and answer (tokens)")
+    able = effective[effective["effective"] > 0]
+    shortest, longest = run.items["length"].min(), run.items["length"].max()
+    set_title(
+        ax,
+        f"{len(able)} of {len(effective)} tasks are above guessing at {shortest:,} tokens; "
+        f"{int((able['effective'] == longest).sum())} keep 85 % of that to {longest:,}",
+    )
+    return ax
+
+
+def _tiles(table: pd.DataFrame, right: str, ax: Axes | None) -> Axes:
+    """A tile for each ``row`` and ``length``, in the table's order, from its counts ``right`` and ``n``."""
+    counts = table.pivot(index="row", columns="length", values="n").reindex(table["row"].unique())
+    share = table.pivot(index="row", columns="length", values=right).reindex(counts.index) / counts
     ax = new_axes(ax, 1.4 + 0.34 * len(share))
     image = ax.imshow(share, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for row, column in zip(*share.notna().to_numpy().nonzero(), strict=True):
@@ -94,23 +137,11 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
         text = f"{value:.0%} (n = {int(counts.iat[row, column])})"
         colour = INK if value > 0.6 else "white"
         ax.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
-    ends = tiles.groupby("depth")["depth_end"].first()
-    strata = {depth: f"{depth:.0%} to {end:.0%}" for depth, end in ends.items()}
-    ax.set_yticks(range(len(share)), [strata[depth] for depth in share.index], fontsize=8)
+    ax.set_yticks(range(len(share)), list(share.index), fontsize=8)
     ax.set_xticks(range(share.shape[1]), [f"{length:,}" for length in share.columns], fontsize=8)
-    ax.set_xlabel("context (tokens); cells with fewer than 10 questions are left out")
-    ax.set_ylabel("depth of the key")
     ax.tick_params(length=0)
     bar = ax.figure.colorbar(image, ax=ax, label="right answers")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    by_depth = tiles.groupby("depth")[["correct", "n"]].sum()
-    by_depth["share"] = by_depth["correct"] / by_depth["n"]
-    best, worst = by_depth["share"].idxmax(), by_depth["share"].idxmin()
-    set_title(
-        ax,
-        f"Found most often {strata[best]} deep ({by_depth['share'][best]:.0%}), "
-        f"least often {strata[worst]} deep ({by_depth['share'][worst]:.0%})",
-    )
     return ax
 
 
@@ -123,12 +154,8 @@ def loss_by_position(losses: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     ax = new_axes(ax)
     middle = (losses["start"] * losses["end"]) ** 0.5
-    spread = [losses["loss"] - losses["low"], losses["high"] - losses["loss"]]
-    ax.errorbar(middle, losses["loss"], yerr=spread, fmt="o-", color=PALETTE[0], capsize=3, linewidth=1)
-    source = losses["source"].iloc[0]
-    ax.axhline(source, color=INK, linestyle=":", linewidth=0.8)
-    note, at = "entropy of the texts' source", (middle.iloc[0], source)
-    ax.annotate(note, at, (0, -4), textcoords="offset points", fontsize=8, va="top")
+    ax.errorbar(middle, losses["loss"], yerr=whiskers(losses, "loss"), **LINE)
+    _level(ax, losses["source"].iloc[0], middle.iloc[0], "entropy of the texts' source")
     label = f"position in the context (tokens); n = {losses['texts'].iloc[0]} texts"
     token_axis(ax, [*losses["start"], losses["end"].iloc[-1]], label)
     ax.set_ylabel("loss (nats a token, 95 % interval)")
@@ -168,17 +195,14 @@ def cost_by_length(costs: pd.DataFrame, memory: pd.DataFrame, ax: Axes | None = 
     ax.yaxis.set_major_formatter(BYTES)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("memory beside the weights")
-    right = ax.twinx()
-    speed = costs["tokens_per_second"]
-    right.plot(costs["depth"], speed, color=PALETTE[7], linewidth=2, label="prefill speed")
-    right.set_ylim(0, 1.15 * speed.max())
-    right.set_ylabel("prefill (tokens a second)", color="#666666")
-    right.spines["top"].set_visible(False)
+    right = _right_axis(ax, "prefill (tokens a second)", costs["tokens_per_second"], "#666666")
+    speed: dict[str, Any] = {"color": PALETTE[7], "linewidth": 2, "label": "prefill speed"}
+    right.plot(costs["depth"], costs["tokens_per_second"], **speed)
     token_axis(ax, memory["n_ctx"], "context, or depth (tokens)")
     lines = [*ax.get_lines(), *right.get_lines()]
     labels = [str(line.get_label()) for line in lines]
-    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
-    ax.legend(handles=lines, labels=labels, frameon=False, fontsize=8, ncols=2, **below)
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
+    ax.legend(handles=lines, labels=labels, frameon=False, fontsize=8, **below)
     grown = memory[["anonymous_bytes", "predicted_bytes"]].iloc[-1] - memory.iloc[0]
     times = memory["n_ctx"].iloc[-1] / memory["n_ctx"].iloc[0]
     set_title(
@@ -223,16 +247,11 @@ def routing_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes
     ax = new_axes(ax)
     middle = (positions["start"] * positions["end"]) ** 0.5
     overlap, chance, margin = positions["overlap"], positions["chance"], positions["margin_median"]
-    spread = [(overlap - positions["low"]).clip(lower=0), (positions["high"] - overlap).clip(lower=0)]
-    style: dict[str, Any] = {"fmt": "o-", "color": PALETTE[0], "capsize": 3, "linewidth": 1}
-    ax.errorbar(middle, overlap, yerr=spread, label="with the first band", **style)
+    ax.errorbar(middle, overlap, yerr=whiskers(positions, "overlap"), label="with the first band", **LINE)
     ax.plot(middle, chance, ":", color=INK, linewidth=1, label="chance: same band, other texts")
     ax.set_ylabel("overlap of expert usage", color=PALETTE[0])
-    right = ax.twinx()
+    right = _right_axis(ax, "router margin (median)", margin, PALETTE[5])
     right.plot(middle, margin, "s--", color=PALETTE[5], linewidth=1)
-    right.set_ylabel("router margin (median)", color=PALETTE[5])
-    right.set_ylim(0, 1.15 * margin.max())
-    right.spines["top"].set_visible(False)
     least, most = positions["choices"].min(), positions["choices"].max()
     label = f"position in the context (tokens); n = {least:,} to {most:,} choices a band"
     token_axis(ax, [*positions["start"], positions["end"].iloc[-1]], label)

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, product
 from typing import Any, Protocol
 
 from dfqs_nb.core.errors import PromptError
@@ -74,10 +74,8 @@ class Question:
         name: unique in its text.
         depth: where its fact begins, from 0 (the beginning of the haystack) to 1.
         prompt: the tokens that are evaluated after the haystack.
-        expected: the right answer.
-        others: the answers to the same question about the text's other keys.
+        expected, others: the right answer, and those for the text's other keys.
         whole: the answer must be ``expected`` and nothing more; else it must begin with it.
-        max_tokens: of the answer.
     """
 
     name: str
@@ -135,27 +133,18 @@ class Frame:
 
 
 class StandIn(Protocol):
-    """What is asked in the place of an open model, such as a server.
+    """What is asked in the place of an open `Model`, such as a server; what both have means the same.
 
-    Attributes:
-        around: what its chat template puts before and after a message.
-        settings: has ``n_ctx``, the tokens that it has room for.
+    ``around``: what its chat template puts before and after a message. ``settings`` has its ``n_ctx``.
     """
 
     around: tuple[str, str]
     settings: Any
 
-    def tokenize(self, text: str, *, special: bool = True) -> Sequence[int]:
-        """Token ids of a text."""
-
-    def with_bos(self, tokens: Sequence[int]) -> Sequence[int]:
-        """The tokens with a BOS in front where one is wanted."""
-
-    def conditions(self) -> dict[str, Any]:
-        """What its answers depend on."""
-
-    def clear(self) -> None:
-        """Forget what was evaluated."""
+    def tokenize(self, text: str, *, special: bool = True) -> Sequence[int]: ...  # noqa: D102
+    def with_bos(self, tokens: Sequence[int]) -> Sequence[int]: ...  # noqa: D102
+    def conditions(self) -> dict[str, Any]: ...  # noqa: D102
+    def clear(self) -> None: ...  # noqa: D102
 
     def hold(self, body: tuple[int, ...]) -> int:
         """Take a text; the number of tokens evaluated for it."""
@@ -215,29 +204,18 @@ class _Fact:
 class Haystacks:
     """All texts of a probe for one model.
 
-    Args:
-        frame: see `frame_of`.
-        probe: the prompt set.
-        shortest: tokens of the shortest context that will be asked for.
-
     Raises:
-        PromptError: that context cannot hold the keys.
+        PromptError: a context of ``shortest`` tokens cannot hold the keys.
     """
 
     def __init__(self, frame: Frame, probe: Probe, shortest: int | None = None) -> None:
         self.frame, self.probe = frame, probe
         if shortest is not None and shortest < self.least_tokens():
-            raise PromptError(
-                f"{shortest} tokens cannot hold the keys of {probe.name}",
-                hint=f"use lengths from {self.least_tokens()} tokens on",
-            )
+            hint = f"use lengths from {self.least_tokens()} tokens on"
+            raise PromptError(f"{shortest} tokens cannot hold the keys of {probe.name}", hint=hint)
 
     def case(self, number: int, length: int, links: bool = True) -> Case:
-        """The text of this number at this length, with its questions.
-
-        Args:
-            links: ask the two-hop question too.
-        """
+        """The text of this number at this length, with its questions; ``links``: the two-hop one too."""
         draw = self.generator(length, number)
         facts = self._facts(number, draw)
         room = length - len(self.frame.head) - self.question_tokens() - self._extra_first(facts)
@@ -273,7 +251,7 @@ class Haystacks:
     def _facts(self, number: int, draw: random.Random) -> list[_Fact]:
         """The keys of a text in strata of depth, and the link of its two-hop question."""
         probe, n_strata = self.probe, max(self.probe.needles, N_STRATA)
-        names = [" ".join(words) for words in _pairs(probe.keys)] or [""]
+        names = [" ".join(words) for words in product(*probe.keys)]
         codes = draw.sample(range(10**probe.code_digits), probe.needles)
         facts = []
         for i, (key, code) in enumerate(zip(draw.sample(names, probe.needles), codes, strict=True)):
@@ -313,16 +291,15 @@ class Haystacks:
 
     def _question(self, fact: _Fact, depth: float, facts: Sequence[_Fact]) -> Question:
         probe, link = self.probe, fact.kind == "link"
-        wording = (
-            (probe.link_question, probe.link_answer_prefix) if link else (probe.question, probe.answer_prefix)
-        )
+        wording = probe.link_question if link else probe.question
+        prefix = probe.link_answer_prefix if link else probe.answer_prefix
         expected = probe.answer.format(**fact.words)
         answers = {probe.answer.format(**other.words) for other in facts} - {expected}
         return Question(
             name=fact.words["key"] + "/guard" if link else fact.words["key"] or "key",
             task=probe.tasks[link],
             depth=depth,
-            prompt=self._tail(*wording, fact.words),
+            prompt=self._tail(wording, prefix, fact.words),
             expected=expected,
             others=tuple(sorted(answers)),
             whole=probe.whole_answer,
@@ -352,7 +329,3 @@ class Haystacks:
         key = " ".join(max(part, key=len) for part in self.probe.keys)
         name = max(self.probe.guards, key=len, default="")
         return {"code": "0" * self.probe.code_digits, "key": key, "name": name}
-
-
-def _pairs(keys: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
-    return [(first, second) for first in keys[0] for second in keys[1]] if keys else []

@@ -78,9 +78,8 @@ class LoopRun:
     def table(self) -> pd.DataFrame:
         """By cache type and temperature: the share of long answers that fall into a repeat.
 
-        ``asked``; ``long``: answers that reach the token limit; ``looped``: those of them with a loop;
-        ``rate`` (NaN without a long answer) with Wilson's ``low`` and ``high``; the first loops' median
-        ``start``, ``period`` and ``length`` in tokens.
+        ``long``: answers that reach the token limit; ``looped``: those of them with a loop; ``rate`` (NaN
+        without a long answer) with its interval; medians of the first loop's numbers.
         """
         items = self.items.assign(long=~self.items["ended"].astype(bool))
         items["looped"] = items["long"] & items["start"].notna()

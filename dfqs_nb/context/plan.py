@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf, nan
 from typing import TYPE_CHECKING, Any
@@ -32,8 +31,7 @@ class Plan:
         n_haystacks: texts for each length, and twice as many for the shortest, which a_0 comes from.
         question_tokens: tokens evaluated for a question.
         reuse: ask every question of a text from its saved state.
-        rounds: how often the interval of the crossing is halved.
-        in_a_row: lengths that must clearly fail before longer ones are left out.
+        rounds, in_a_row: see `search_lengths`.
         budget_seconds: no text is begun that is not expected to end in time; what is not measured is
             censored, not failed.
         speed: measured prefill speed, which costs are made of; None: not timed.
@@ -72,9 +70,8 @@ class Plan:
         """Tokens evaluated at all planned lengths, if none is left out early."""
         n = self.n_questions()
         more = (n - 1) * self.question_tokens
-        return sum(
-            self.n_texts(length) * (length + more if self.reuse else n * length) for length in self.grid
-        )
+        sizes = {length: length + more if self.reuse else n * length for length in self.grid}
+        return sum(self.n_texts(length) * size for length, size in sizes.items())
 
     @property
     def seconds(self) -> float:
@@ -102,13 +99,8 @@ class Plan:
         import pandas as pd
 
         plans = [self.up_to(length) for length in self.grid]
-        table = pd.DataFrame(
-            {
-                "longest": self.grid,
-                "evaluated_tokens": [plan.tokens() for plan in plans],
-                "seconds": [plan.seconds for plan in plans],
-            }
-        )
+        rows = [(plan.longest, plan.tokens(), plan.seconds) for plan in plans]
+        table = pd.DataFrame(rows, columns=["longest", "evaluated_tokens", "seconds"])
         return table.assign(within_budget=table["seconds"] <= self.budget_seconds)
 
     def within_budget(self) -> Plan:
@@ -117,28 +109,23 @@ class Plan:
         The order: 6 and 4 texts, lengths down to four of them, 2 texts, the other lengths, one text. What is
         left then is measured even where it takes longer.
         """
+        n = len(self.grid)
+        cuts = [{"texts": 6}, {"texts": 4}, *({"lengths": k} for k in range(n - 1, 3, -1))]
+        cuts += [{"texts": 2}, *({"lengths": k} for k in range(min(n, 4), 0, -1)), {"texts": 1}]
+
+        def made(cut: dict[str, int]) -> Plan:
+            return replace(self, n_haystacks=cut["texts"], grid=self.grid[: cut["lengths"]])
+
         if self.budget_seconds == inf:
             return self
-        cut = self
-        for texts, lengths in self._cuts():
-            cut = replace(self, n_haystacks=texts, grid=self.grid[:lengths])
-            if cut.seconds <= self.budget_seconds:
-                break
+        whole = {"texts": self.n_haystacks, "lengths": n}
+        plan = made(fit(whole, cuts, lambda cut: made(cut).seconds, self.budget_seconds).values)
         left_out = []
-        if cut.n_haystacks < self.n_haystacks:
-            left_out.append(f"{counted(cut.n_haystacks, 'texts a length')}, not {self.n_haystacks}")
-        if cut.longest < self.longest:
-            left_out.append(f"lengths above {cut.longest:,} tokens, of up to {self.longest:,}")
-        return replace(cut, left_out=tuple(left_out))
-
-    def _cuts(self) -> Iterator[tuple[int, int]]:
-        """Texts a length and number of lengths, from the whole plan down."""
-        n, most = len(self.grid), self.n_haystacks
-        yield most, n
-        yield from ((min(texts, most), n) for texts in (6, 4))
-        yield from ((min(4, most), lengths) for lengths in range(n - 1, 3, -1))
-        yield from ((min(2, most), lengths) for lengths in range(min(n, 4), 0, -1))
-        yield 1, 1
+        if plan.n_haystacks < self.n_haystacks:
+            left_out.append(f"{counted(plan.n_haystacks, 'texts a length')}, not {self.n_haystacks}")
+        if plan.longest < self.longest:
+            left_out.append(f"lengths above {plan.longest:,} tokens, of up to {self.longest:,}")
+        return replace(plan, left_out=tuple(left_out))
 
     def kept(self, stage: Stage, model_sha256: str, *, fresh: bool = False) -> Plan:
         """The plan within its budget, or as an earlier run of the stage cut it; the stage notes the cuts."""
@@ -191,14 +178,8 @@ class Plan:
 
     def conditions(self) -> dict[str, Any]:
         """What the answers depend on, beside the model."""
-        return {
-            **self.probe.identity(),
-            "protocol": PROTOCOL,
-            "keys": self.probe.needles,
-            "grid": list(self.grid),
-            "n_haystacks": self.n_haystacks,
-            "reuse": self.reuse,
-        }
+        texts = {"grid": list(self.grid), "n_haystacks": self.n_haystacks, "reuse": self.reuse}
+        return {**self.probe.identity(), "protocol": PROTOCOL, "keys": self.probe.needles, **texts}
 
 
 def make_plan(

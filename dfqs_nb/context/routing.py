@@ -36,20 +36,10 @@ def usage_by_position(traces: Sequence[Trace], edges: Sequence[tuple[int, int]])
         margins = np.concatenate([trace.margin[start:end, scored].ravel() for trace in traces])
         overlaps = [_overlap(a[band], b[0]) for a, b in halves]
         chance = [_overlap(a[band], b[band]) for a, b in halves]
-        rows.append(
-            {
-                "start": start,
-                "end": end,
-                "choices": len(margins),
-                "overlap": float(np.mean(overlaps)),
-                "low": min(overlaps),
-                "high": max(overlaps),
-                "chance": float(np.mean(chance)),
-                "margin_p5": float(np.quantile(margins, 0.05)),
-                "margin_median": float(np.median(margins)),
-            }
-        )
-    return pd.DataFrame(rows)
+        limits, tail = (min(overlaps), max(overlaps)), np.quantile(margins, (0.05, 0.5))
+        rows.append((start, end, len(margins), np.mean(overlaps), *limits, np.mean(chance), *tail))
+    names = "start end choices overlap low high chance margin_p5 margin_median"
+    return pd.DataFrame(rows, columns=names.split())
 
 
 def _usage(trace: Trace, scored: np.ndarray, edges: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -58,17 +58,14 @@ def search_lengths(
     """
     counts = None
     for length in grid:
-        done = measure(length, True)
-        if done is None:
+        if (done := measure(length, True)) is None:
             return counts
         counts = done
         if clearly_below(counts, in_a_row):
             break
-    for _ in range(rounds if counts is not None else 0):
-        assert counts is not None
-        for length in refined_lengths(counts):
-            done = measure(length, False)
-            if done is None:
+    for _ in range(rounds):
+        for length in refined_lengths(counts) if counts else ():
+            if (done := measure(length, False)) is None:
                 return counts
             counts = done
     return counts

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -69,14 +70,13 @@ class Tasks(PromptSet):
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a task hides, asks and expects: ``facts`` to scatter among filler, or a ``text`` of its own.
+    """What a task expects and hides: ``facts`` to scatter among filler, or a ``text`` of its own.
 
-    ``guess``: the chance of naming what is expected by picking among the text's candidates.
+    ``words``: of the question. ``guess``: the chance of a pick among the text's candidates.
     """
 
-    question: str
-    answer: str
     expected: tuple[str, ...]
+    words: dict[str, Any] = field(default_factory=dict)
     facts: tuple[str, ...] = ()
     text: str = ""
     guess: float = 0.0
@@ -96,10 +96,8 @@ class Text:
 
     def recall(self, answer: str) -> float:
         """The share of what is expected that an answer names, each as a whole word."""
-        named = [
-            re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer, re.IGNORECASE) for word in self.expected
-        ]
-        return sum(match is not None for match in named) / len(named)
+        whole = (rf"(?<!\w){re.escape(word)}(?!\w)" for word in self.expected)
+        return sum(bool(re.search(word, answer, re.IGNORECASE)) for word in whole) / len(self.expected)
 
 
 class Writer:
@@ -121,37 +119,30 @@ class Writer:
         bos = [model.bos] if model.bos >= 0 else []
         return cls(load_prompts(NAME, Tasks), model.tokenize, around(model), bos)
 
-    def text(self, task: str, length: int, number: int) -> Text:
+    def text(self, task: str, length: int, number: int) -> Text | None:
         """The text of this number: with its question it takes at most ``length`` tokens, and nearly as many.
 
-        Raises:
-            PromptError: the length does not hold the task.
+        None where the length does not hold the task.
         """
-        wording = self.tasks.tasks[task]
-        draw = random.Random(f"{self.tasks.seed}:{task}:{length}:{number}")
-        before, after = self._around
+        wording, (before, after) = self.tasks.tasks[task], self._around
 
         def written(amount: int) -> tuple[list[int], Drawn]:
-            draw.seed(f"{self.tasks.seed}:{task}:{length}:{number}")
+            draw = random.Random(f"{self.tasks.seed}:{task}:{length}:{number}")
             drawn = getattr(self, f"_{wording.kind}")(wording, draw, amount)
             body = drawn.text or " ".join(self._scattered(drawn.facts, draw, amount))
-            whole = f"{before}{self.tasks.intro}{body}{self.tasks.joint}{drawn.question}{after}{drawn.answer}"
+            question, answer = (text.format(**drawn.words) for text in (wording.question, wording.answer))
+            whole = f"{before}{self.tasks.intro}{body}{self.tasks.joint}{question}{after}{answer}"
             return [*self._bos, *self._tokenize(whole)], drawn
 
-        low, (tokens, drawn) = 0, written(0)
+        tokens, drawn = written(0)
         spare = ANSWER_TOKENS + 3 * len(self._tokenize(" ".join(drawn.expected)))
-        room = length - spare
-        if len(tokens) > room:
-            raise PromptError(
-                f"{length} tokens do not hold {task!r}", hint=f"use {len(tokens) + spare} or more"
-            )
-        high = 16
-        while len(written(high)[0]) <= room:
+        if len(tokens) > length - spare:
+            return None
+        low, high = 0, 16
+        while len(written(high)[0]) <= length - spare:
             low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if len(written(middle)[0]) <= room else (low, middle)
-        tokens, drawn = written(low)
+        longer = bisect_right(range(low + 1, high), length - spare, key=lambda n: len(written(n)[0]))
+        tokens, drawn = written(low + longer)
         return Text(task, length, number, tuple(tokens), drawn.expected, drawn.guess, spare)
 
     # -- kinds of task: each gets its wording, a generator, and how much text to make --
@@ -159,13 +150,11 @@ class Writer:
     def _keys(self, task: Task, draw: random.Random, _amount: int) -> Drawn:
         keys, codes = self._names_of_keys(draw, task.keys), self._codes(draw, task.keys * task.values)
         pairs = [(key, codes.pop()) for key in keys for _ in range(task.values)]
-        asked = keys[: task.asked]
-        words = {"key": ", the ".join(asked)}
+        asked, facts = keys[: task.asked], [task.fact.format(key=key, value=code) for key, code in pairs]
         return Drawn(
-            task.question.format(**words),
-            task.answer.format(**words),
             tuple(code for key, code in pairs if key in asked),
-            tuple(draw.sample([task.fact.format(key=key, value=code) for key, code in pairs], len(pairs))),
+            {"key": ", the ".join(asked)},
+            tuple(draw.sample(facts, len(facts))),
             guess=1 / task.keys if task.keys > task.asked else 0.0,
         )
 
@@ -178,9 +167,7 @@ class Writer:
             facts += [task.link.format(key=b, before=a) for a, b in zip(chain, chain[1:], strict=False)]
         half = len(facts) // 2  # the two chains take turns, each in its own order
         mixed = [fact for pair in zip(facts[:half], facts[half:], strict=True) for fact in pair]
-        words = {"value": code}
-        expected = tuple(keys[: task.hops + 1])
-        return Drawn(task.question.format(**words), task.answer.format(**words), expected, tuple(mixed))
+        return Drawn(tuple(keys[: task.hops + 1]), {"value": code}, tuple(mixed))
 
     def _common(self, task: Task, draw: random.Random, amount: int) -> Drawn:
         """A shuffled list: a few words come five times as often as the others."""
@@ -190,7 +177,7 @@ class Writer:
         times = 1 + amount // (8 * len(rare))
         listed = common * (COMMON * times) + rare[:n_rare] * (RARE * times)
         draw.shuffle(listed)
-        return Drawn(task.question, task.answer, tuple(common), text=", ".join(listed))
+        return Drawn(tuple(common), text=", ".join(listed))
 
     def _frequent(self, task: Task, draw: random.Random, amount: int) -> Drawn:
         """Made-up words whose frequency falls with their rank squared, as in RULER."""
@@ -207,47 +194,29 @@ class Writer:
             listed.append(ranked[task.asked - 1][0])
             ranked = Counter(listed).most_common()
         draw.shuffle(listed)
-        most = [word for word, _ in ranked[: task.asked]]
-        return Drawn(task.question, task.answer, tuple(most), text=" ".join(listed))
+        return Drawn(tuple(word for word, _ in ranked[: task.asked]), text=" ".join(listed))
 
     def _people(self, task: Task, draw: random.Random, amount: int) -> Drawn:
         """Facts about many people; the question is about one of them."""
         n, names = 3 + amount, self.probe.slots["name"]
         numbers = draw.sample(range(100, 100 + 10 * n), n)
-        rows = [
-            {
-                "name": draw.choice(names),
-                "number": number,
-                "house": draw.randrange(1, 1000),
-                "trade": draw.choice(self.tasks.trades),
-            }
+        draws = [
+            (draw.choice(names), number, draw.randrange(1, 1000), draw.choice(self.tasks.trades))
             for number in numbers
         ]
+        rows = [dict(zip(("name", "number", "house", "trade"), row, strict=True)) for row in draws]
         asked = draw.choice(rows)
-        words = {key: asked[key] for key in ("name", "number")}
-        return Drawn(
-            task.question.format(**words),
-            task.answer.format(**words),
-            (str(asked["trade"]),),
-            text=" ".join(task.fact.format(**row) for row in rows),
-            guess=1 / len(self.tasks.trades),
-        )
+        text = " ".join(task.fact.format(**row) for row in rows)
+        return Drawn((str(asked["trade"]),), asked, text=text, guess=1 / len(self.tasks.trades))
 
     def _meaning(self, task: Task, draw: random.Random, _amount: int) -> Drawn:
         """The question names a town, the text only what stands there."""
         sights = draw.sample(self.tasks.sights, task.people)
         names = draw.sample(self.probe.slots["name"], task.people)
-        facts = [
-            task.fact.format(name=name, sight=sight) for name, (sight, _) in zip(names, sights, strict=True)
-        ]
-        words = {"town": sights[0][1]}
-        return Drawn(
-            task.question.format(**words),
-            task.answer.format(**words),
-            (names[0],),
-            tuple(draw.sample(facts, len(facts))),
-            guess=1 / task.people,
-        )
+        lives = zip(names, sights, strict=True)
+        facts = [task.fact.format(name=name, sight=sight) for name, (sight, _) in lives]
+        facts = draw.sample(facts, len(facts))
+        return Drawn((names[0],), {"town": sights[0][1]}, tuple(facts), guess=1 / task.people)
 
     # -- words --
 
@@ -274,21 +243,20 @@ class TaskRun:
     """Answers to the tasks.
 
     ``items`` has a row a text: ``task``, ``length``, ``number``, ``expected``, ``answer``, ``recall`` (share
-    of what is expected), ``right`` (all of it), ``guess``. ``left_out``: what had to be left out.
+    of what is expected), ``right`` (all of it), ``guess``. ``left_out``: what did not fit. ``ended``: tasks
+    asked at the shortest length only, because no answer is right there.
     """
 
     items: pd.DataFrame = field(repr=False)
     left_out: tuple[str, ...] = ()
+    ended: tuple[str, ...] = ()
 
     def table(self) -> pd.DataFrame:
         """By task and length: ``n``, ``right``, ``recall``, ``guess``, ``accuracy``, ``low``, ``high``."""
-        items = self.items.reindex(
-            columns=["task", "length", "right", "recall", "guess"]
-        )  # also of no answers
-        groups = items.groupby(["task", "length"], sort=False)
-        table = groups.agg(
-            n=("right", "size"), right=("right", "sum"), recall=("recall", "mean"), guess=("guess", "mean")
-        ).reset_index()
+        columns = ["task", "length", "right", "recall", "guess"]  # also where there are no answers
+        groups = self.items.reindex(columns=columns).groupby(columns[:2], sort=False)
+        table = groups.agg({"right": ["size", "sum"], "recall": "mean", "guess": "mean"}).reset_index()
+        table.columns = ["task", "length", "n", "right", "recall", "guess"]
         low, high = wilson(table["right"], table["n"])
         return table.assign(accuracy=table["right"] / table["n"], low=low, high=high)
 
@@ -330,8 +298,7 @@ def measure_tasks(
         folder: receives ``long_context_tasks.jsonl``.
         lengths: tokens of text, question and answer.
         tasks: names; none: all of the set.
-        n_texts: texts of a task at a length.
-        budget_seconds: no text is begun that is not expected to end in time; what is left out is named.
+        budget_seconds: no text is begun that is not expected to end in time.
 
     Raises:
         PromptError: there is no such task. DecodeError: llama.cpp fails.
@@ -357,13 +324,10 @@ def measure_tasks(
         if key not in journal:
             elapsed = time.monotonic() - began
             late = elapsed + cost * (max(1.0, elapsed / spent) if spent else 1.0) > budget_seconds
-            if late or (length > shortest and base[task] == [False] * n_texts):
-                left_out[task, length] += 1
-                continue
-            try:
-                text = writer.text(task, length, number)
-            except PromptError:
-                left_out[task, length] += 1
+            ended = length > shortest and base[task] == [False] * n_texts
+            text = None if late or ended else writer.text(task, length, number)
+            if text is None:
+                left_out[task, length] += not ended
                 continue
             answer = greedy(model, text)
             spent += cost
@@ -373,12 +337,9 @@ def measure_tasks(
         rows.append({"task": task, "length": length, "number": number, **row, "right": row["recall"] == 1})
         base[task] += [row["recall"] == 1] if length == shortest else []
     rows.sort(key=lambda row: (chosen.index(row["task"]), row["length"], row["number"]))
-    missing = tuple(
-        f"{task} at {n:,} tokens: {k} of {n_texts} texts"
-        + ("" if any(base[task]) or n == shortest else f"; none is right at {shortest:,}")
-        for (task, n), k in left_out.items()
-    )
-    return TaskRun(pd.DataFrame(rows), missing)
+    missing = [f"{task} at {n:,} tokens: {k} of {n_texts} texts" for (task, n), k in left_out.items() if k]
+    ended = [task for task in chosen if max(lengths) > shortest and base[task] == [False] * n_texts]
+    return TaskRun(pd.DataFrame(rows), tuple(missing), tuple(ended))
 
 
 def planned_seconds(model: Model, lengths: Sequence[int], n_tasks: int, n_texts: int) -> float:

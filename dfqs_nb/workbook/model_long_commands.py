@@ -59,6 +59,8 @@ def tasks(
         options |= {"budget_seconds": 60 * budget_minutes, "model_id": sha256_of(opened.path)}
         result = measure_tasks(opened, folder, sizes, **options)
     _tell(result, folder / "tasks.csv", model, "raise --budget-minutes, or take longer --lengths")
+    if result.ended:
+        say(f"no answer is right at {sizes[0]:,} tokens, so not asked at more: {'; '.join(result.ended)}")
     say_table(result.effective(), ".2f")
 
 

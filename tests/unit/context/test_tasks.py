@@ -37,8 +37,7 @@ def test_a_text_fills_its_length_and_is_the_same_every_time(writer, name):
         text = writer.text(name, length, 3)
         assert text == writer.text(name, length, 3) and text != writer.text(name, length, 4)
         assert 0.6 * length < len(text.tokens) + text.max_tokens <= length
-    with pytest.raises(PromptError, match="do not hold"):
-        writer.text(name, 20, 0)
+    assert writer.text(name, 20, 0) is None, "too short"
 
 
 @pytest.mark.parametrize(
@@ -143,10 +142,9 @@ def test_needles_distractors_depths_and_tokens_are_those_of_rulers_rules(writer,
 def test_common_and_frequent_words_are_the_most_frequent(writer):
     for name, split in (("common words", ", "), ("frequent words", " ")):
         for length, number in [(300, 0), (1500, 0), *((200, number) for number in range(30))]:
-            try:
-                text, haystack = body(writer, name, length, number)
-            except PromptError:
+            if writer.text(name, length, number) is None:
                 continue  # common words need more
+            text, haystack = body(writer, name, length, number)
             counts = Counter(haystack.strip().split(split)).most_common()
             assert {word for word, _ in counts[:3]} == set(text.expected)
             assert counts[2][1] > counts[3][1], "without a tie"
@@ -215,7 +213,7 @@ def test_a_task_that_fails_at_the_shortest_length_is_not_asked_again(tmp_path, m
     with open_model(path, OpenSettings(n_ctx=1024, n_threads=1)) as model:
         run = tasks.measure_tasks(model, tmp_path, [256, 512], tasks=chosen, n_texts=2)
     assert run.table()["length"].tolist() == [256, 512, 256]
-    assert run.left_out == ("several keys at 512 tokens: 2 of 2 texts; none is right at 256",)
+    assert run.ended == ("several keys",) and not run.left_out
 
 
 def test_a_model_is_asked_and_a_second_run_asks_nothing(tmp_path, monkeypatch):
