@@ -50,6 +50,27 @@ def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def choice_margins(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """By how much the right choice is likelier than the best wrong one, a row a family.
+
+    Args:
+        table: `likelihood.Answers.families`.
+    """
+    ax = new_axes(ax, 1.0 + 0.2 * len(table))
+    rows, known = np.arange(len(table)), table["margin_low"].notna().all()
+    spread = (
+        [table["margin"] - table["margin_low"], table["margin_high"] - table["margin"]] if known else None
+    )
+    ax.errorbar(table["margin"], rows, xerr=spread, fmt="o", color=PALETTE[0], capsize=3)
+    ax.axvline(0, color=INK, linewidth=0.8, linestyle=":")
+    _name_rows(ax, [f"{row.family} (n = {row.n})" for row in table.itertuples()])
+    ax.set_xlabel("log-likelihood of the right choice minus the best wrong one (nats)")
+    above = int((table["margin_low" if known else "margin"] > 0).sum())
+    sure = "" if known else " (too few questions for intervals)"
+    set_title(ax, f"The right choice is the likeliest, on average, in {above} of {len(table)} families{sure}")
+    return ax
+
+
 def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Decode speed by depth, every repetition, below the roof that reading the weights sets.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dfqs_nb.core.budget import Fitted, duration, fit
 from dfqs_nb.llama.model import Model
@@ -13,6 +14,9 @@ from dfqs_nb.llama.timing import Pace, probe
 from dfqs_nb.scores.grading import Results
 from dfqs_nb.scores.item_sets import ItemSet
 from dfqs_nb.scores.run import Options, score_set
+
+if TYPE_CHECKING:
+    from dfqs_nb.scores.likelihood import Answers
 
 DIVISORS = (1, 2, 4, 8, 16, 32, 64)  # a part asks 1 of so many questions of each family, at least one
 LEAST_ITEMS = 12  # of a set, while others are asked beside it
@@ -73,6 +77,17 @@ class QuestionPlan:
             parts = larger
             results = self._asked(parts, folder, model_id)
         return results, left_out(self.chosen, parts)
+
+    def choose(self, folder: str | Path, seconds: float, *, model_id: str = "", most: int = 96) -> Answers:
+        """Multiple choice by likelihood, from the first set: an even part that these seconds hold."""
+        from dfqs_nb.scores.likelihood import ChoiceSet, answer
+
+        questions = ChoiceSet.made_of(self.chosen[0])
+        texts = [item.query + "".join(item.choices) for item in questions.items]
+        cost = self.pace.seconds(sum(map(len, texts)) / 4 / len(texts) + 16, len(questions.items[0].choices))
+        n = max(1, int(min(most, len(texts), seconds / cost)))
+        part = replace(questions, items=questions.items[:: -(-len(texts) // n)])
+        return answer(self.model, part, folder, model_id=model_id, fresh=self.options.fresh)
 
     def _sizes(self) -> Iterator[tuple[ItemSet, ...]]:
         """Parts from the least on, each larger than the one before; all at once where all fit easily."""

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from dfqs_nb.llama.timing import Pace
-from dfqs_nb.scores import ItemSet, Options, plan
+from dfqs_nb.scores import ItemSet, Options, figures, likelihood, plan
 
 SETS = ItemSet.of_tier("standard")
 PACE = Pace(prefill=0.001, decode=0.01)
@@ -83,3 +83,22 @@ def test_parts_grow_from_the_least_as_long_as_the_budget_holds_the_next(
     _, missing = made.ask(tmp_path)
     assert asked[0] < len(SETS[0].items), "the least part comes first"
     assert (missing == []) == all_of_them
+
+
+def test_choices_are_an_even_part_that_the_time_holds(planned, monkeypatch, tmp_path):
+    monkeypatch.setattr(likelihood, "answer", lambda model, questions, *_, **__: questions)
+    made = planned(math.inf)
+    whole = likelihood.ChoiceSet.made_of(SETS[0])
+    many, few = made.choose(tmp_path, math.inf), made.choose(tmp_path, 0)
+    assert set(many.items) <= set(whole.items) and 48 <= len(many.items) <= 96
+    assert {item.family for item in many.items} == {item.family for item in whole.items}
+    assert few.items == whole.items[:1]
+    assert 1 < len(made.choose(tmp_path, 1).items) < len(many.items)
+
+
+def test_a_figure_of_margins_says_in_how_many_families_the_right_choice_is_likeliest():
+    table = pd.DataFrame({"family": ["a", "b"], "n": 8, "margin": [2.0, 0.5]})
+    table = table.assign(margin_low=[1.0, -0.5], margin_high=[3.0, 1.5])
+    assert "in 1 of 2 families" in figures.choice_margins(table).get_title(loc="left")
+    title = figures.choice_margins(table.assign(margin_low=math.nan)).get_title(loc="left")
+    assert "in 2 of 2 families (too few" in title
