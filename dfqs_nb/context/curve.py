@@ -149,11 +149,10 @@ class Run:
             lines.append(f"{what}, {ends} ({limits}).")
         for task, rows in tasks.groupby("task", sort=False):
             wrong, another = rows["wrong"].sum(), rows["another_key"].sum()
-            name = "" if task == first else ", which the curve does not count"
-            lines.append(
-                f"{str(task).capitalize()}{name}: {rows['correct'].sum()} of {rows['n'].sum()} right; "
-                f"{another} of {wrong} wrong answers are another key's."
-            )
+            keys, right = self.plan.probe.needles, f"{rows['correct'].sum()} of {rows['n'].sum()} right"
+            name = "" if task == first else f", which the curve does not count (guess rate 1 in {keys})"
+            text = f"{str(task).capitalize()}{name}: {right}"
+            lines.append(f"{text}; {another} of {wrong} wrong answers are another key's.")
         return lines
 
     def facts(self) -> dict[str, Any]:

@@ -115,14 +115,11 @@ def tasks_by_length(run: TaskRun, ax: Axes | None = None) -> Axes:
     """A tile for each task and length: the share of right answers, with its count; empty where not asked."""
     effective = run.effective()
     ax = _tiles(run.table().rename(columns={"task": "row"}), "right", ax)
-    ax.set_xlabel("text, question and answer (tokens)")
-    able = effective[effective["effective"] > 0]
-    shortest, longest = run.items["length"].min(), run.items["length"].max()
-    set_title(
-        ax,
-        f"{len(able)} of {len(effective)} tasks are above guessing at {shortest:,} tokens; "
-        f"{int((able['effective'] == longest).sum())} keep 85 % of that to {longest:,}",
-    )
+    ax.set_xlabel("text, question and answer (tokens); empty: not asked")
+    able, lengths = effective[effective["effective"] > 0], run.items["length"]
+    holding = int((able["effective"] == lengths.max()).sum())
+    first = f"{len(able)} of {len(effective)} tasks beat guessing at {lengths.min():,} tokens"
+    set_title(ax, f"{first}; {holding} hold to {lengths.max():,}")
     return ax
 
 

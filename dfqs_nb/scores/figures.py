@@ -66,8 +66,8 @@ def choice_margins(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     _name_rows(ax, [f"{row.family} (n = {row.n})" for row in table.itertuples()])
     ax.set_xlabel("log-likelihood of the right choice minus the best wrong one (nats)")
     above = int((table["margin_low" if known else "margin"] > 0).sum())
-    sure = "" if known else " (too few questions for intervals)"
-    set_title(ax, f"The right choice is the likeliest, on average, in {above} of {len(table)} families{sure}")
+    clearly = "clearly the likeliest" if known else "the likeliest, without intervals,"
+    set_title(ax, f"The right choice is {clearly} in {above} of {len(table)} families")
     return ax
 
 

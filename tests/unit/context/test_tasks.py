@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dfqs_nb.context import tasks
+from dfqs_nb.context import figures, tasks
 from dfqs_nb.context.tasks import TaskRun, Text, Writer
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.paths import data_dir
@@ -186,6 +186,8 @@ def test_effective_length_ends_at_the_first_fall_and_chance_is_none():
     table = TaskRun(pd.DataFrame(rows)).effective().set_index("task")
     assert table["effective"].to_dict() == {"dips": 256, "holds": 1024, "chance": 0}
     assert table["censored"].to_dict() == {"dips": False, "holds": True, "chance": False}
+    title = figures.tasks_by_length(TaskRun(pd.DataFrame(rows))).get_title(loc="left")
+    assert title == "2 of 3 tasks beat guessing at 256 tokens; 1 hold to 1,024"
 
 
 def test_a_run_without_answers_has_empty_tables():

@@ -101,4 +101,4 @@ def test_a_figure_of_margins_says_in_how_many_families_the_right_choice_is_likel
     table = table.assign(margin_low=[1.0, -0.5], margin_high=[3.0, 1.5])
     assert "in 1 of 2 families" in figures.choice_margins(table).get_title(loc="left")
     title = figures.choice_margins(table.assign(margin_low=math.nan)).get_title(loc="left")
-    assert "in 2 of 2 families (too few" in title
+    assert "without intervals, in 2 of 2 families" in title
