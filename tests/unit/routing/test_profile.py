@@ -14,6 +14,7 @@ import pytest
 from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.routing import figures
 from dfqs_nb.routing.compare import across, divergence
 from dfqs_nb.routing.placement import (
     arguments,
@@ -257,3 +258,11 @@ def test_divergence_is_regressed_on_changed_layers():
 def test_the_columns_are_those_of_the_documentation():
     text = (data_dir().parent / "docs" / "routing.md").read_text(encoding="utf-8")
     assert "".join(f"| `{name}` | {meaning} |\n" for name, meaning in COLUMNS.items()) in text
+
+
+def test_the_heat_map_sorts_by_a_domain_and_shows_one_layer():
+    usage = profile_of(planted()).usage()
+    ax = figures.usage_by_domain(usage, most=4, layer=4, domain="law")
+    assert ax.get_title(loc="left") == "Expert 7 of layer 4 gets 100% of its use from law"
+    assert ax.get_xlabel() == f"layer.expert: 4 of {EXPERTS}, the most used in law first"
+    assert ax.get_xticklabels()[0].get_text() == "4.7"
