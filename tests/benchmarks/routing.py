@@ -1,17 +1,20 @@
-"""Prefill and decode with the routing recorder against the same without it, in turn in one process.
+"""What the routing recorder costs in prefill and decode: the same tokens in turn in one process, without a callback, with
+one that answers no to every node, with stops at the routers that copy nothing, and with the recorder.
 
     python tests/benchmarks/routing.py [MODEL] [--tokens 128] [--rounds 21]
 
-Both models are open at once; each round decodes the same tokens with one and then the other, first and second
-swapped every round, and the ratio is the median of the rounds' ratios: what else runs on the machine slows both.
-On a busy machine look at the processor's time, which waiting for others does not count into.
+All four models are open at once; each round evaluates the same tokens with each, in another order, and a ratio is the median
+of the rounds' ratios: what else runs on the machine slows all. On a busy machine look at the processor's time, which
+waiting for others does not count into.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -19,8 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing import open_recorded
+from dfqs_nb.llama.graph import Watch
+from dfqs_nb.llama.model import open_model
+from dfqs_nb.llama.settings import OpenSettings, default_context_params
+from dfqs_nb.routing import RecordedModel, open_recorded
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 
@@ -42,6 +47,22 @@ def seconds(recorded, tokens, depth: int) -> np.ndarray:
     return np.array(taken)
 
 
+class _No(dict):
+    """No to every node of the graph."""
+
+    def __missing__(self, address: int) -> bool:
+        self[address] = False
+        return False
+
+
+def listened(stack: ExitStack, path: str, settings: OpenSettings, callback) -> RecordedModel:
+    """The model with another callback, whose lock is kept as the recorder's is."""
+    with default_context_params(cb_eval=callback):
+        model = stack.enter_context(open_model(path, settings))
+    model.keep_lock = True
+    return RecordedModel(model, None)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=str(NANO))
@@ -51,30 +72,36 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     settings = OpenSettings(n_ctx=512, n_threads=arguments.threads)
-    with (
-        open_recorded(arguments.model, settings, listen=False) as plain,
-        open_recorded(arguments.model, settings) as heard,
-    ):
+    no, watch = _No(), Watch()
+    answer = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(no.__getitem__)
+    with ExitStack() as stack:
+        models = [
+            stack.enter_context(open_recorded(arguments.model, settings, listen=False)),
+            listened(stack, arguments.model, settings, ctypes.cast(answer, type(watch.callback))),
+            listened(stack, arguments.model, settings, watch.callback),
+            stack.enter_context(open_recorded(arguments.model, settings)),
+        ]
         n = arguments.depth + arguments.tokens
-        tokens = np.random.default_rng(0).integers(0, plain.model.n_vocab, n).tolist()
-        pairs = []
+        tokens = np.random.default_rng(0).integers(0, models[0].model.n_vocab, n).tolist()
+        taken = np.zeros((arguments.rounds + 1, len(models), 2, 2))
         for turn in range(arguments.rounds + 1):
-            order = (plain, heard) if turn % 2 else (heard, plain)
-            taken = {id(model): seconds(model, tokens, arguments.depth) for model in order}
-            pairs.append((taken[id(plain)], taken[id(heard)]))
-    pairs = pairs[1:]  # the first is a warm-up
-    plain, heard = (np.array(column) for column in zip(*pairs, strict=True))
+            for place in range(len(models)):
+                which = (place + turn) % len(models)
+                taken[turn, which] = seconds(models[which], tokens, arguments.depth)
+    taken = taken[1:]  # the first is a warm-up
     for phase, (what, n_tokens) in enumerate((("prefill", n), ("decode", arguments.tokens))):
-        for at, clock in enumerate(("wall clock", "processor")):
-            times = plain[:, phase, at], heard[:, phase, at]
-            without, with_it = (1e3 * np.median(each) / n_tokens for each in times)
-            ratio = np.median(times[1] / times[0])
+        for clock, name in enumerate(("wall clock", "processor")):
+            times = taken[:, :, phase, clock]
+            each = 1e3 * np.median(times, axis=0) / n_tokens
+            ratios = np.median(times / times[:, :1], axis=0)
+            rows = zip(("without", "no to all", "stops", "recorder"), each, ratios, strict=True)
             print(
-                f"{what:8} {clock:10} without recorder {without:.4f} ms a token, with {with_it:.4f}: "
-                f"ratio {ratio:.3f}"
+                f"{what:8}{name:11}"
+                + "; ".join(f"{name} {ms:.4f} ms ({ratio:.3f})" for name, ms, ratio in rows)
             )
     print(
-        f"medians of {arguments.rounds} paired rounds of {n} and {arguments.tokens} tokens, {arguments.threads} thread(s)"
+        f"medians a token of {arguments.rounds} rounds of {n} and {arguments.tokens} tokens, {len(no)} nodes, "
+        f"{arguments.threads} thread(s)"
     )
     return 0
 
