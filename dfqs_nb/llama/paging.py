@@ -101,8 +101,10 @@ class Paging:
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """Keep llama.cpp's ``MAP_POPULATE`` from reading it all: pages locked on fault are not populated."""
-        locked = LINUX and may_lock() is None and _libc("mlockall", MCL_FUTURE | MCL_ONFAULT) == 0
-        if not locked:
+        mapped = not self.settings.use_extra_bufts and not (self.settings.n_gpu_layers and has_gpu_support())
+        # weights that are copied to a card, or repacked, would all be locked while they are read
+        locked = LINUX and mapped and may_lock() is None and _libc("mlockall", MCL_FUTURE | MCL_ONFAULT) == 0
+        if mapped and not locked:
             self.lost.append("opening reads the whole file once (run as root, or with `ulimit -l unlimited`)")
         try:
             yield
