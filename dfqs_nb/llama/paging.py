@@ -195,7 +195,10 @@ class Paging:
             for start, end in _merged((start, end) for at, start, end in self.layout.dense if at == file):
                 end = min(end, start + room - self.pinned_bytes)
                 low = start // PAGE * PAGE
-                if end <= start or _libc("mlock", base + low, end - low):
+                if end <= start:
+                    continue
+                advise_read(descriptor, low, end, self._window[file])  # locking alone reads window by window
+                if _libc("mlock", base + low, end - low):
                     continue
                 self.pinned_bytes += end - start
         self.parts.append(f"{size(self.pinned_bytes)} of {size(total)} of dense weights locked in memory")
