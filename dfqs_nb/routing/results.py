@@ -212,13 +212,17 @@ class Experiment:
         return _joined(parts, ["condition", "token", "drift", "flips"])
 
     def margins(self) -> pd.DataFrame:
-        """The margin of every choice of the reference: ``token``, ``layer``, ``margin``; no hash layers."""
+        """The margin of every choice of the reference: ``token``, ``layer``, ``margin``.
+
+        Layers that route by hash have none, and neither has a layer whose experts are all used.
+        """
         import pandas as pd
 
         trace, scored = self.reference, ~self.reference.hashed
         names = ["token", "layer"]
         index = pd.MultiIndex.from_product([range(trace.n_tokens), trace.layers[scored]], names=names)
-        return pd.DataFrame({"margin": trace.margin[:, scored].ravel()}, index).reset_index()
+        table = pd.DataFrame({"margin": trace.margin[:, scored].ravel()}, index).reset_index()
+        return table[np.isfinite(table["margin"])]
 
     def positions(self) -> pd.DataFrame:
         """Flips along the context, pooled over the changes of runtime settings; a row for each octave.
