@@ -228,8 +228,8 @@ def reseal(folder: Path, *, rehash: bool = False) -> None:
     path = folder / "report.json"
     report = json.loads(path.read_text())
     for group in report["items"].values() if rehash else ():
-        for one in group:
-            one["sha256"] = report["sources"][one["file"]] = sha256_of_file(folder / one["file"])
+        for item in group:
+            item["sha256"] = report["sources"][item["file"]] = sha256_of_file(folder / item["file"])
     report["conditions_sha256"] = canonical_sha256(report["conditions"])
     report.pop("integrity", None)
     report["integrity"] = {"sha256": canonical_sha256(report)}

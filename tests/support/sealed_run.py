@@ -56,10 +56,10 @@ def with_answers(folder: Path, model: Path) -> Path:
     details = read_json(made / "report.json")["details"]
     (made / "report.json").unlink()
     scores, context = recorded("scores"), recorded("long_context")
-    for one in scores["scores"]:
-        own = details[one["name"]]
-        one |= {key: own[key] for key in ("value", "low", "high", "n", "guess_rate")}
-        one["counts"] = {}
+    for score in scores["scores"]:
+        own = details[score["name"]]
+        score |= {key: own[key] for key in ("value", "low", "high", "n", "guess_rate")}
+        score["counts"] = {}
     curve, boundary = details["context_stability_curve"], details["failure_boundary_tokens"]
     names = {"tokens", "low", "high", "right_censored", "status", "cause", "a_0", "threshold", "guess_rate"}
     context["boundary"] = {key: boundary[key] for key in (*names, "n_haystacks", "n_items")}
@@ -68,7 +68,7 @@ def with_answers(folder: Path, model: Path) -> Path:
     context["curve"] = curve["points"]
     items = {"scores": "score_items.csv", "long_context": "long_context_items.jsonl"}
     for name, content in {
-        **{one: recorded(one) for one in DRAWN_ON},
+        **{kind: recorded(kind) for kind in DRAWN_ON},
         "scores": scores,
         "long_context": context,
     }.items():

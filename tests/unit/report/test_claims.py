@@ -79,7 +79,9 @@ def own_table(artifact):
 
 def verdict_of(name: str, run: Run = NOTHING, header=None, **changes) -> str:
     """The verdict on one statement, with some of its fields changed."""
-    listed = [one.model_copy(update=changes) for one in claims_spec().numbered() if one.id == name]
+    listed = [
+        statement.model_copy(update=changes) for statement in claims_spec().numbered() if statement.id == name
+    ]
     table = check_claims(run, header, claims=listed, ask_llama_cpp=False).set_index("id")
     return table.loc[name, "verdict"]
 
@@ -89,7 +91,7 @@ def verdict_of(name: str, run: Run = NOTHING, header=None, **changes) -> str:
 
 def test_every_statement_gets_one_numbered_row_with_a_verdict_evidence_and_a_public_source(nano_table):
     listed = claims_spec().numbered()
-    assert list(nano_table.index) == [one.id for one in listed]
+    assert list(nano_table.index) == [statement.id for statement in listed]
     assert nano_table["number"].is_unique and nano_table["number"].str.fullmatch(r"[CDPSB]\d+").all()
     assert set(nano_table["verdict"]) <= set(CLAIM_VERDICTS)
     assert nano_table[["how", "found", "evidence", "source", "section"]].map(len).gt(1).all(axis=None)
@@ -98,13 +100,13 @@ def test_every_statement_gets_one_numbered_row_with_a_verdict_evidence_and_a_pub
 
 def test_the_two_documents_have_about_a_hundred_statements(nano_table):
     assert nano_table["document"].isin(["card", "DFQS 1.0"]).sum() >= 100
-    assert len({one.id for one in claims_spec().claims}) == len(claims_spec().claims)
+    assert len({statement.id for statement in claims_spec().claims}) == len(claims_spec().claims)
 
 
 def test_every_fact_and_every_test_is_used():
     listed = claims_spec().claims
-    assert {one.fact for one in listed} == set(claims_spec().facts)
-    assert {one.test for one in listed} == set(claims.TESTS)
+    assert {statement.fact for statement in listed} == set(claims_spec().facts)
+    assert {statement.test for statement in listed} == set(claims.TESTS)
 
 
 def test_every_fact_of_the_table_is_computed(artifact):
@@ -119,9 +121,9 @@ def test_nothing_in_the_table_names_a_path_of_this_machine_or_an_unfilled_format
 
 
 def test_an_unknown_fact_is_refused_by_name():
-    one = claims_spec().claims[0].model_copy(update={"fact": "guess"})
+    statement = claims_spec().claims[0].model_copy(update={"fact": "guess"})
     with pytest.raises(RegistryError, match="there is no fact 'guess'"):
-        check_claims(NOTHING, claims=[one], ask_llama_cpp=False)
+        check_claims(NOTHING, claims=[statement], ask_llama_cpp=False)
 
 
 def test_counts_add_up(nano_table):
@@ -219,8 +221,15 @@ def test_without_tensors_of_iq1_s_the_quantization_is_contradicted(artifact):
 
 
 def standard_scores(value: float, low: float, high: float, speed: float, n_missing: int = 0) -> dict:
-    one = {"name": "code_score", "set": "standard-code", "value": value, "low": low, "high": high, "n": 164}
-    return {"tier": "standard", "cpu_tokens_per_sec": speed, "scores": [one | {"n_missing": n_missing}]}
+    statement = {
+        "name": "code_score",
+        "set": "standard-code",
+        "value": value,
+        "low": low,
+        "high": high,
+        "n": 164,
+    }
+    return {"tier": "standard", "cpu_tokens_per_sec": speed, "scores": [statement | {"n_missing": n_missing}]}
 
 
 def test_measurements_of_the_artifact_count_as_evidence(artifact):
@@ -443,8 +452,8 @@ def test_sizes_that_are_no_sum_of_the_shards_contradict_nothing(monkeypatch):
     name = "deepseek-v4-flash-iq1_s-xl-single"
     other = known | {name: dataclasses.replace(known[name], files=(file,))}
     monkeypatch.setattr(claims, "registered", lambda: other)
-    for one in ("merged", "reconstruction", "loads"):
-        assert verdict_of(one) == NOT_TESTABLE
+    for statement in ("merged", "reconstruction", "loads"):
+        assert verdict_of(statement) == NOT_TESTABLE
 
 
 def test_the_hash_of_the_file_at_hand_is_the_evidence_where_it_is_the_artifact(artifact):

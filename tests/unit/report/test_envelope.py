@@ -35,7 +35,7 @@ LARGE = Machine(256 * GB, 200 * GB, 1000 * GB, vram_bytes=80 * GB)
 def flash_file(tmp_path_factory):
     """The real shape with 129,280 distinct tokens, sparse, so that llama.cpp itself plans it."""
     n = gguf_fixtures.REAL_TOKENS
-    kept = [one for one in gguf_fixtures.real_size_fields() if b"tokenizer." not in one[:24]]
+    kept = [part for part in gguf_fixtures.real_size_fields() if b"tokenizer." not in part[:24]]
     vocabulary = [
         gguf_fixtures.field(f"tokenizer.ggml.{name}", kind, value)
         for name, kind, value in (
@@ -55,10 +55,10 @@ def flash_file(tmp_path_factory):
     return path
 
 
-def fit(found: dict, resource: str, limit: str, n_ctx: int) -> dict:
+def fit(needs: dict, resource: str, limit: str, n_ctx: int) -> dict:
     return next(
         row
-        for row in found["fits"]
+        for row in needs["fits"]
         if (row["resource"], row["limit"], row["n_ctx"]) == (resource, limit, n_ctx)
     )
 
@@ -79,24 +79,24 @@ def test_header_and_published_shape_give_the_same_cache(flash_file):
 
 
 def test_the_classes_add_up_to_the_weights(flash_file, merged_reference):
-    for found in (
+    for needs in (
         hardware_envelope(read_header(flash_file), SMALL),
         published_envelope(SMALL),
         hardware_envelope(read_header(merged_reference), SMALL),
     ):
-        assert sum(row["bytes"] for row in found["weights"]) == found["weights_bytes"]
+        assert sum(row["bytes"] for row in needs["weights"]) == needs["weights_bytes"]
 
 
 def test_the_published_artifact_in_the_specifications_table():
-    found = published_envelope(SMALL)
-    assert fit(found, "RAM", "DFQS 1.0 minimum", 8192)["verdict"] == FITS
-    assert fit(found, "RAM", "DFQS 1.0 minimum", 1048576)["verdict"] == DOES_NOT_FIT
-    assert fit(found, "RAM", "DFQS 1.0 recommended", 1048576)["verdict"] == FITS
-    assert fit(found, "VRAM", "DFQS 1.0 minimum", 8192)["verdict"] == DOES_NOT_FIT
-    assert fit(found, "VRAM", "DFQS 1.0 minimum", 8192)["least_verdict"] == NOT_KNOWN, (
+    needs = published_envelope(SMALL)
+    assert fit(needs, "RAM", "DFQS 1.0 minimum", 8192)["verdict"] == FITS
+    assert fit(needs, "RAM", "DFQS 1.0 minimum", 1048576)["verdict"] == DOES_NOT_FIT
+    assert fit(needs, "RAM", "DFQS 1.0 recommended", 1048576)["verdict"] == FITS
+    assert fit(needs, "VRAM", "DFQS 1.0 minimum", 8192)["verdict"] == DOES_NOT_FIT
+    assert fit(needs, "VRAM", "DFQS 1.0 minimum", 8192)["least_verdict"] == NOT_KNOWN, (
         "a GPU's buffer is not known"
     )
-    modes = {row["mode"]: row for row in found["storage"]}
+    modes = {row["mode"]: row for row in needs["storage"]}
     assert modes["merge into a new file"]["DFQS 1.0 recommended"] == FITS
     assert {row["DFQS 1.0 minimum"] for row in modes.values()} == {DOES_NOT_FIT}
 
@@ -119,8 +119,8 @@ def test_this_machine_decides_what_fits_here():
 
 def test_without_the_compute_buffer_nothing_is_said_to_fit(merged_reference):
     header = read_header(merged_reference)
-    found = hardware_envelope(header, LARGE)
-    assert {row["verdict"] for row in found["fits"]} == {NOT_KNOWN}
+    needs = hardware_envelope(header, LARGE)
+    assert {row["verdict"] for row in needs["fits"]} == {NOT_KNOWN}
     tiny = Machine(10**6, 10**6, 10**6)
     assert fit(hardware_envelope(header, tiny), "RAM", "this machine", 8192)["verdict"] == DOES_NOT_FIT
 
@@ -128,11 +128,11 @@ def test_without_the_compute_buffer_nothing_is_said_to_fit(merged_reference):
 def test_with_llama_cpps_plan_the_reference_model_fits(merged_reference):
     header = read_header(merged_reference)
     compute = planned_compute(merged_reference, [8192, 65536], settings.OpenSettings(n_threads=1))
-    found = hardware_envelope(header, LARGE, compute=compute)
-    row = fit(found, "RAM", "this machine", 65536)
+    needs = hardware_envelope(header, LARGE, compute=compute)
+    row = fit(needs, "RAM", "this machine", 65536)
     assert row["verdict"] == FITS and row["counted"].endswith("compute buffer as planned for the CPU")
-    assert row["need_bytes"] == found["weights_bytes"] + row["least_bytes"]
-    assert fit(found, "RAM", "this machine", 32768)["verdict"] == NOT_KNOWN
+    assert row["need_bytes"] == needs["weights_bytes"] + row["least_bytes"]
+    assert fit(needs, "RAM", "this machine", 32768)["verdict"] == NOT_KNOWN
 
 
 def test_the_models_own_context_is_added_and_nothing_is_said_of_what_lies_beyond(merged_reference):
@@ -146,9 +146,9 @@ def test_a_cache_that_is_an_upper_bound_refuses_nothing_alone(tmp_path, monkeypa
     bound = KvCacheBytes([{"k": 50 * GB, "v": 50 * GB}], "upper bound")
     monkeypatch.setattr(envelope, "kv_cache_bytes", lambda *_, **__: bound)
     compute = {8192: Compute(plain=0, flash=0)}
-    found = hardware_envelope(read_header(merged_reference), SMALL, contexts=[8192], compute=compute)
-    assert fit(found, "RAM", "this machine", 8192)["verdict"] == NOT_KNOWN
-    assert fit(found, "RAM", "this machine", 8192)["verdict"] == NOT_KNOWN
+    needs = hardware_envelope(read_header(merged_reference), SMALL, contexts=[8192], compute=compute)
+    assert fit(needs, "RAM", "this machine", 8192)["verdict"] == NOT_KNOWN
+    assert fit(needs, "RAM", "this machine", 8192)["verdict"] == NOT_KNOWN
     roomy = hardware_envelope(read_header(merged_reference), LARGE, contexts=[8192], compute=compute)
     assert fit(roomy, "RAM", "this machine", 8192)["verdict"] == FITS
 
@@ -190,10 +190,10 @@ def test_shards_give_the_weights_of_the_merged_file(merged_reference):
 
 
 def test_the_envelope_is_json_and_its_tables_come_from_it_alone(merged_reference):
-    found = json.loads(json.dumps(hardware_envelope(read_header(merged_reference), SMALL)))
-    tables = envelope_tables(found)
+    needs = json.loads(json.dumps(hardware_envelope(read_header(merged_reference), SMALL)))
+    tables = envelope_tables(needs)
     assert list(tables) == ["weights", "cache", "fits", "storage"]
-    assert tables["weights"]["MB"].sum() == pytest.approx(found["weights_bytes"] / 1e6)
+    assert tables["weights"]["MB"].sum() == pytest.approx(needs["weights_bytes"] / 1e6)
     assert set(tables["fits"].to_numpy().ravel()) <= {FITS, DOES_NOT_FIT, NOT_KNOWN}
     assert len(tables["fits"]) == 2 * 3, "the hardware table of DFQS 1.0 is about another model"
     assert len(envelope_tables(published_envelope(SMALL))["fits"]) == 2 * 7
@@ -207,21 +207,21 @@ def test_this_machine_is_measured_where_none_is_given(tmp_path):
 
 
 def test_the_split_of_the_artifact_is_a_range_that_adds_up_and_says_what_it_assumes():
-    found = published_envelope(SMALL)
-    experts, others = found["weights"]
-    assert experts["bytes"] + others["bytes"] == found["file_bytes"]
-    assert experts["least_bytes"] + others["most_bytes"] == found["file_bytes"]
-    text = " ".join(found["assumptions"])
+    needs = published_envelope(SMALL)
+    experts, others = needs["weights"]
+    assert experts["bytes"] + others["bytes"] == needs["file_bytes"]
+    assert experts["least_bytes"] + others["most_bytes"] == needs["file_bytes"]
+    text = " ".join(needs["assumptions"])
     assert "54.11 GB if all are IQ1_S" in text and "less than the 8.5 bits of Q8_0" in text
-    least, most = (one / GB for one in found["token_bytes"])
+    least, most = (part / GB for part in needs["token_bytes"])
     assert 7.5 < least < most < 8.8
 
 
 def test_of_a_gpu_nothing_is_planned_from_the_cpu():
-    found = published_envelope(LARGE)
-    assert {row["verdict"] for row in found["fits"] if row["resource"] == "VRAM"} <= {NOT_KNOWN, DOES_NOT_FIT}
-    assert all("not known" in row["counted"] for row in found["fits"] if row["resource"] == "VRAM")
-    assert "logged on a GPU (GB)" in envelope_tables(found)["cache"]
+    needs = published_envelope(LARGE)
+    assert {row["verdict"] for row in needs["fits"] if row["resource"] == "VRAM"} <= {NOT_KNOWN, DOES_NOT_FIT}
+    assert all("not known" in row["counted"] for row in needs["fits"] if row["resource"] == "VRAM")
+    assert "logged on a GPU (GB)" in envelope_tables(needs)["cache"]
 
 
 def test_a_missing_table_says_what_to_do(monkeypatch, tmp_path):

@@ -113,8 +113,8 @@ def test_reports_gathered_in_one_folder_are_found_and_hidden_ones_are_not(tmp_pa
     shutil.copy(tmp_path / "runs" / "a" / "report.json", tmp_path / "gathered.report.json")
     shutil.copytree(tmp_path / "runs", tmp_path / ".cache" / "runs")
     (tmp_path / "comparison.json").write_text("{}")
-    found = [path.relative_to(tmp_path).as_posix() for path in boards.find_reports(tmp_path)]
-    assert found == ["gathered.report.json", "runs/a/report.json"]
+    listed = [path.relative_to(tmp_path).as_posix() for path in boards.find_reports(tmp_path)]
+    assert listed == ["gathered.report.json", "runs/a/report.json"]
 
 
 def test_a_boundary_that_was_not_reached_and_a_busy_machine_are_marked(tmp_path):

@@ -79,7 +79,7 @@ def resealed(body: dict) -> dict:
 
 def test_exactly_the_required_metrics_with_the_types_that_the_specification_names(made):
     assert {name: type(value) for name, value in made["metrics"].items()} == METRICS
-    assert all(type(one) is float for one in made["metrics"]["context_stability_curve"])
+    assert all(type(entry) is float for entry in made["metrics"]["context_stability_curve"])
 
 
 def test_metrics_are_those_of_the_stages(made):
@@ -134,11 +134,11 @@ def test_the_reference_models_report_is_marked_as_a_demonstration(made, run):
 def test_conditions_hash_changes_with_a_setting(made, merged_reference, tmp_path):
     scores = recorded("scores")
     scores["conditions"]["n_threads"] = 2
-    found = report.build_report(
+    built = report.build_report(
         make_run(tmp_path / "other", merged_reference, scores=scores), ask_llama_cpp=False
     )
-    assert found["conditions_sha256"] != made["conditions_sha256"]
-    verdicts = {row["id"]: row["verdict"] for row in found["conformance"]}
+    assert built["conditions_sha256"] != made["conditions_sha256"]
+    verdicts = {row["id"]: row["verdict"] for row in built["conformance"]}
     assert verdicts["identical-conditions"] == "not met"
 
 
@@ -164,43 +164,43 @@ def test_written_report_reads_back_equal_and_follows_the_published_schema(made, 
 )
 def test_missing_stage_withholds_its_metrics_and_names_its_notebook(stage, names, merged_reference, tmp_path):
     folder = make_run(tmp_path / "r", merged_reference, without=(stage,))
-    found = report.build_report(folder, ask_llama_cpp=False)
-    assert [name for name, value in found["metrics"].items() if value is None] == names
+    built = report.build_report(folder, ask_llama_cpp=False)
+    assert [name for name, value in built["metrics"].items() if value is None] == names
     for name in names:
-        assert NOTEBOOKS[stage] in found["details"][name]["withheld"]
-    jsonschema.validate(found, metrics.schema())
-    assert len(report.verdict(found).lines) == 6 and text.page(found, folder)
+        assert NOTEBOOKS[stage] in built["details"][name]["withheld"]
+    jsonschema.validate(built, metrics.schema())
+    assert len(report.verdict(built).lines) == 6 and text.page(built, folder)
 
 
 def test_partial_score_is_withheld_and_says_how_many_are_missing(merged_reference, tmp_path):
     scores = recorded("scores")["scores"]
     scores[0] |= {"value": None, "low": None, "high": None, "n_missing": 3}
     folder = make_run(tmp_path / "r", merged_reference, scores={"scores": scores})
-    found = report.build_report(folder, ask_llama_cpp=False)
-    assert found["metrics"]["reasoning_score"] is None and found["metrics"]["code_score"] is not None
-    assert found["details"]["reasoning_score"]["withheld"] == "3 of 192 items lack a result"
+    built = report.build_report(folder, ask_llama_cpp=False)
+    assert built["metrics"]["reasoning_score"] is None and built["metrics"]["code_score"] is not None
+    assert built["details"]["reasoning_score"]["withheld"] == "3 of 192 items lack a result"
 
 
 def test_code_that_was_never_run_is_withheld(merged_reference, tmp_path):
     changed = {"scores": recorded("scores")["scores"][:1], "sandbox": "none"}
     folder = make_run(tmp_path / "r", merged_reference, scores=changed)
-    found = report.build_report(folder, ask_llama_cpp=False)
-    assert "without a sandbox" in found["details"]["code_score"]["withheld"]
+    built = report.build_report(folder, ask_llama_cpp=False)
+    assert "without a sandbox" in built["details"]["code_score"]["withheld"]
 
 
 def test_nan_is_withheld_not_written(merged_reference, tmp_path):
     changed = {"context_stability_curve": [1.0, float("nan")]}
     folder = make_run(tmp_path / "r", merged_reference, long_context=changed)
-    found = report.build_report(folder, ask_llama_cpp=False)
-    assert found["metrics"]["context_stability_curve"] is None
-    assert "NaN" not in json.dumps(found)
+    built = report.build_report(folder, ask_llama_cpp=False)
+    assert built["metrics"]["context_stability_curve"] is None
+    assert "NaN" not in json.dumps(built)
 
 
 def test_speed_on_a_gpu_is_no_cpu_speed(merged_reference, tmp_path):
     conditions = {**recorded("scores")["conditions"], "n_gpu_layers": 9}
     folder = make_run(tmp_path / "r", merged_reference, scores={"conditions": conditions})
-    found = report.build_report(folder, ask_llama_cpp=False)
-    assert found["details"]["cpu_tokens_per_sec"]["withheld"] == "layers were on a GPU"
+    built = report.build_report(folder, ask_llama_cpp=False)
+    assert built["details"]["cpu_tokens_per_sec"]["withheld"] == "layers were on a GPU"
 
 
 # ---- what it refuses ----
@@ -394,12 +394,12 @@ def test_flags_of_the_boundary_stand_wherever_it_stands(merged_reference, tmp_pa
     boundary = recorded("long_context")["boundary"] | changes
     changed = {"boundary": boundary, "failure_boundary_tokens": boundary["tokens"]}
     folder = make_run(tmp_path / "r", merged_reference, long_context=changed)
-    found = report.build_report(folder, ask_llama_cpp=False)
+    built = report.build_report(folder, ask_llama_cpp=False)
     for place in (
-        text.markdown(found, folder),
-        text.model_index(found),
-        text.eval_results(found),
-        str(report.verdict(found)),
+        text.markdown(built, folder),
+        text.model_index(built),
+        text.eval_results(built),
+        str(report.verdict(built)),
     ):
         assert re.search(words, " ".join(place.split()), re.I), place
 
@@ -500,15 +500,15 @@ def test_the_hub_parses_both_of_its_forms(written):
         f"---\n{(written / 'model-index.yml').read_text()}---\n\n{(written / 'report.md').read_text()}"
     )
     assert card.data.model_name == own["model"]["name"]
-    found = {one.metric_name: one.metric_value for one in card.data.eval_results}
+    built = {entry.metric_name: entry.metric_value for entry in card.data.eval_results}
     wanted = {name: value for name, value in own["metrics"].items() if name != "context_stability_curve"}
-    assert found == pytest.approx(wanted, rel=1e-5)
-    sets = {one.metric_name: one.dataset_name for one in card.data.eval_results}
+    assert built == pytest.approx(wanted, rel=1e-5)
+    sets = {entry.metric_name: entry.dataset_name for entry in card.data.eval_results}
     assert sets["code_score"].endswith("nano-code") and sets["reasoning_score"].endswith("nano-reasoning")
-    speed = next(one for one in card.data.eval_results if one.metric_name == "cpu_tokens_per_sec")
+    speed = next(entry for entry in card.data.eval_results if entry.metric_name == "cpu_tokens_per_sec")
     assert speed.dataset_args["contended"] is True
     entries = parse_eval_result_entries(yaml.safe_load((written / ".eval_results" / "dfqs.yaml").read_text()))
-    assert {one.value for one in entries} == set(found.values()) and all(one.date for one in entries)
+    assert {entry.value for entry in entries} == set(built.values()) and all(entry.date for entry in entries)
 
 
 class Parsed(HTMLParser):
@@ -538,16 +538,16 @@ def test_page_is_one_file_without_scripts_that_fetches_nothing(written):
     assert not {"script", "link", "iframe", "object", "form"} & set(page.tags) and not page.handlers
     assert page.fetched and all(address.startswith("data:image/svg+xml;base64,") for address in page.fetched)
     assert "default-src 'none'" in content and "url(" not in content
-    anchors = {one[1:] for one in page.links if one.startswith("#")}
+    anchors = {entry[1:] for entry in page.links if entry.startswith("#")}
     assert anchors and anchors <= page.ids
-    rest = [one for one in page.links if not one.startswith("#")]
+    rest = [entry for entry in page.links if not entry.startswith("#")]
     hosts = (
         "https://github.com/",
         "https://arxiv.org/",
         "https://huggingface.co/",
         "https://arishma108.github.io/",
     )
-    assert len(rest) > 20 and all(one.startswith(hosts) for one in rest)
+    assert len(rest) > 20 and all(entry.startswith(hosts) for entry in rest)
 
 
 def test_every_image_has_words_and_the_page_bends_to_small_dark_and_paper(written):
@@ -596,7 +596,9 @@ def test_names_of_others_run_no_script_and_make_no_headings_images_or_links(made
     page = text.page(evil, run)
     clean = parsed(page)
     assert not {"script", "h4"} & set(clean.tags) and not clean.handlers and "\x1b" not in page
-    assert not clean.fetched and not [one for one in clean.links if "javascript" in one or "127.0.0.1" in one]
+    assert not clean.fetched and not [
+        entry for entry in clean.links if "javascript" in entry or "127.0.0.1" in entry
+    ]
     assert clean.tags.count("h1") == 1
     shown = markdown2html_mistune(text.markdown(evil, run))
     assert not [
@@ -608,11 +610,11 @@ def test_names_of_others_run_no_script_and_make_no_headings_images_or_links(made
 
 def test_nothing_measured_gives_no_model_index(merged_reference, tmp_path):
     folder = make_run(tmp_path / "r", merged_reference, without=("scores", "long_context"))
-    found = report.build_report(folder, ask_llama_cpp=False)
+    built = report.build_report(folder, ask_llama_cpp=False)
     with pytest.raises(ReportError, match="nothing for a model card"):
-        text.model_index(found)
+        text.model_index(built)
     (folder / "model-index.yml").write_text("an earlier report's")
-    names = {path.name for path in report.write_report(folder, found)}
+    names = {path.name for path in report.write_report(folder, built)}
     assert {"report.md", "report.html", "report.json"} <= names and "model-index.yml" not in names
     assert not (folder / "model-index.yml").exists(), (
         "one of an earlier report would state what this withholds"

@@ -30,8 +30,8 @@ REFUSED = (ComparisonError, ReportError)
 LENGTHS = (64, 128, 256, 512, 1024)
 
 
-def rows(found, metric, model=None):
-    table = found.table[found.table["metric"] == metric]
+def rows(compared, metric, model=None):
+    table = compared.table[compared.table["metric"] == metric]
     return table[table["model"] == model].iloc[0] if model else table
 
 
@@ -45,31 +45,31 @@ def pair(tmp_path):
 
 
 def test_two_reports_give_one_table_with_differences_intervals_and_tests(pair):
-    found = compare_reports(pair)
-    assert list(found.table["metric"].unique()) == [
+    compared = compare_reports(pair)
+    assert list(compared.table["metric"].unique()) == [
         "reasoning_score",
         "code_score",
         RETRIEVAL,
         "failure_boundary_tokens",
         "cpu_tokens_per_sec",
     ]
-    assert list(rows(found, "code_score")["model"]) == ["One", "Two"]
+    assert list(rows(compared, "code_score")["model"]) == ["One", "Two"]
     for metric in ("reasoning_score", "code_score", RETRIEVAL):
-        base, row = rows(found, metric, "One"), rows(found, metric, "Two")
+        base, row = rows(compared, metric, "One"), rows(compared, metric, "Two")
         assert row["difference"] == pytest.approx(row["value"] - base["value"])
         assert row["difference_low"] <= row["difference"] <= row["difference_high"]
         assert row["low"] <= row["value"] <= row["high"] and row["p"] <= row["p_holm"] <= 1
         assert math.isnan(base["difference"]) and base["reading"] == "baseline"
-    tested = found.table[found.table["p"].notna()]
+    tested = compared.table[compared.table["p"].notna()]
     assert stats.holm(list(tested["p"])) == list(tested["p_holm"])
 
 
 def test_scores_are_compared_as_the_item_level_comparison_does(pair):
-    found = compare_reports(pair)
+    compared = compare_reports(pair)
     items = [pd.read_csv(folder / "score_items.csv", dtype={"id": str}) for folder in pair]
     for name, metric in (("nano-reasoning", "reasoning_score"), ("nano-code", "code_score")):
-        a, b = (one[one["set"] == name].set_index("id")["correct"] for one in items)
-        row = rows(found, metric, "Two")
+        a, b = (entry[entry["set"] == name].set_index("id")["correct"] for entry in items)
+        row = rows(compared, metric, "Two")
         assert row["p"] == stats.mcnemar(int((a & ~b).sum()), int((b & ~a).sum()))
         stated = json.loads((pair[1] / "report.json").read_text())["metrics"][metric]
         assert row["value"] == pytest.approx(stated)
@@ -77,35 +77,37 @@ def test_scores_are_compared_as_the_item_level_comparison_does(pair):
 
 def test_three_reports_are_all_compared_with_the_first_and_corrected_together(tmp_path, pair):
     third = make_run(tmp_path / "three", "Three", skill=-0.3, seed=5)
-    found = compare_reports([*pair, third])
-    assert found.table["p"].notna().sum() == 6
-    assert list(rows(found, RETRIEVAL)["model"]) == ["One", "Two", "Three"]
-    assert set(found.lengths["model"]) == {"Two", "Three"}
+    compared = compare_reports([*pair, third])
+    assert compared.table["p"].notna().sum() == 6
+    assert list(rows(compared, RETRIEVAL)["model"]) == ["One", "Two", "Three"]
+    assert set(compared.lengths["model"]) == {"Two", "Three"}
     alone = compare_reports([pair[0], third])
-    assert rows(found, RETRIEVAL, "Three")["p"] == rows(alone, RETRIEVAL, "Three")["p"]
-    assert rows(found, RETRIEVAL, "Three")["p_holm"] >= rows(alone, RETRIEVAL, "Three")["p_holm"]
+    assert rows(compared, RETRIEVAL, "Three")["p"] == rows(alone, RETRIEVAL, "Three")["p"]
+    assert rows(compared, RETRIEVAL, "Three")["p_holm"] >= rows(alone, RETRIEVAL, "Three")["p_holm"]
 
 
 def test_a_run_compared_with_a_copy_of_its_answers_shows_no_difference(tmp_path):
     pair = [make_run(tmp_path / name, "Same", created=f"2026-01-0{n}") for n, name in ((1, "a"), (2, "b"))]
-    found = compare_reports(pair)
-    assert list(rows(found, "code_score")["model"]) == ["Same (a)", "Same (b)"]
-    tested = found.table[found.table["p"].notna()]
+    compared = compare_reports(pair)
+    assert list(rows(compared, "code_score")["model"]) == ["Same (a)", "Same (b)"]
+    tested = compared.table[compared.table["p"].notna()]
     assert (tested["p"] == 1).all() and (tested["difference"] == 0).all()
-    assert rows(found, "failure_boundary_tokens", "Same (b)")["difference"] == 1
+    assert rows(compared, "failure_boundary_tokens", "Same (b)")["difference"] == 1
 
 
 def test_the_files_are_written_whole_and_say_what_was_found(pair, tmp_path):
-    found = compare_reports(pair)
-    written = found.write(tmp_path / "out")
+    compared = compare_reports(pair)
+    written = compared.write(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in written)
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert text.startswith("# One against Two\n\nNano tier: ")
-    row = rows(found, "code_score", "Two")
+    row = rows(compared, "code_score", "Two")
     assert f"{row['difference']:+.3f} [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]" in text
     stored = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert [one["label"] for one in stored["reports"]] == ["One", "Two"]
-    assert len(stored["table"]) == len(found.table) == len(pd.read_csv(tmp_path / "out" / "comparison.csv"))
+    assert [entry["label"] for entry in stored["reports"]] == ["One", "Two"]
+    assert (
+        len(stored["table"]) == len(compared.table) == len(pd.read_csv(tmp_path / "out" / "comparison.csv"))
+    )
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "Content-Security-Policy" in page and "<script" not in page and page.count("<h1") == 1
     assert page.count('<span class="mark') >= 12, "six questions of two runs side by side"
@@ -131,14 +133,14 @@ def test_any_name_of_a_model_can_be_drawn_and_stands_on_one_line(tmp_path, name)
 
 def test_the_figure_has_every_model_and_its_boundary(tmp_path, pair):
     third = make_run(tmp_path / "three", "Three", flat=0.98, seed=5)  # never falls: censored
-    found = compare_reports([*pair, third])
-    ax = report_figures.curves_overlaid(found.runs, found.table)
+    compared = compare_reports([*pair, third])
+    ax = report_figures.curves_overlaid(compared.runs, compared.table)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["One", "Two", "Three"]
     markers = [
         line.get_marker() for line in ax.lines if line.get_ydata()[0] < 0 and len(line.get_ydata()) == 1
     ]
     assert markers.count("D") == 2 and ">" in markers
-    assert len(report_figures.scores_overlaid(found.runs, found.table).containers) == 6
+    assert len(report_figures.scores_overlaid(compared.runs, compared.table).containers) == 6
     plt.close("all")
 
 
@@ -165,9 +167,9 @@ def test_only_a_chat_template_can_be_accepted_and_is_then_said_first(tmp_path):
         ComparisonError, match="nano-reasoning.chat_template_sha256.*--accept chat_template_sha256"
     ):
         compare_reports(pair)
-    found = compare_reports(pair, accept=["chat_template_sha256"])
-    assert list(found.accepted) == ["scores.nano-reasoning.chat_template_sha256"]
-    assert "through its own chat template" in str(found).split("\n| ")[0]
+    compared = compare_reports(pair, accept=["chat_template_sha256"])
+    assert list(compared.accepted) == ["scores.nano-reasoning.chat_template_sha256"]
+    assert "through its own chat template" in str(compared).split("\n| ")[0]
     with pytest.raises(REFUSED, match="a difference in scores.n_ctx cannot be accepted"):
         compare_reports(pair, accept=["scores.n_ctx"])
 
@@ -251,11 +253,11 @@ def test_different_questions_are_refused(tmp_path, pair):
 
 def test_a_withheld_metric_is_said_and_the_others_are_compared(tmp_path, pair):
     other = make_run(tmp_path / "three", "Three", withheld={"code_score": "no sandbox on this machine"})
-    found = compare_reports([pair[0], other])
-    row = rows(found, "code_score", "Three")
+    compared = compare_reports([pair[0], other])
+    row = rows(compared, "code_score", "Three")
     assert row["reading"] == "not compared: Three withholds it (no sandbox on this machine)"
-    assert math.isnan(row["p"]) and "withheld" in str(found)
-    assert rows(found, "reasoning_score", "Three")["p"] <= 1
+    assert math.isnan(row["p"]) and "withheld" in str(compared)
+    assert rows(compared, "reasoning_score", "Three")["p"] <= 1
     row = rows(compare_reports([other, pair[0]]), "code_score", "One")
     stated = json.loads((pair[0] / "report.json").read_text())["metrics"]["code_score"]
     assert row["value"] == stated and math.isnan(row["difference"]), "its own value is shown all the same"
@@ -267,9 +269,9 @@ def test_a_withheld_metric_is_said_and_the_others_are_compared(tmp_path, pair):
 def test_any_metric_may_be_withheld_on_either_side(tmp_path, pair, metric):
     other = make_run(tmp_path / "three", "Three", withheld={metric: "not run"})
     for reports in ([pair[0], other], [other, pair[0]]):
-        found = compare_reports(reports)
-        assert "not compared: " in "".join(found.table["reading"]) and "not run" in str(found)
-        plt.close(report_figures.comparison(found.runs, found.table))
+        compared = compare_reports(reports)
+        assert "not compared: " in "".join(compared.table["reading"]) and "not run" in str(compared)
+        plt.close(report_figures.comparison(compared.runs, compared.table))
 
 
 @pytest.mark.parametrize(
@@ -342,11 +344,12 @@ def test_a_journal_of_several_runs_gives_the_reports_own(pair):
 def test_questions_with_other_answers_are_not_paired(tmp_path, pair):
     """Tokenizers of their own give texts of their own; only equal keys with equal answers are one question."""
     other = make_run(tmp_path / "three", "Three", expected="another {}")
-    found = compare_reports([pair[0], other])
+    compared = compare_reports([pair[0], other])
     assert (
-        rows(found, RETRIEVAL, "Three")["reading"] == "not compared: the two were asked no question in common"
+        rows(compared, RETRIEVAL, "Three")["reading"]
+        == "not compared: the two were asked no question in common"
     )
-    assert not len(found.lengths)
+    assert not len(compared.lengths)
 
 
 # ---- the statistics ----
@@ -403,10 +406,10 @@ def test_the_ratios_interval_covers_the_truth():
                 for length in LENGTHS
             ]
             items = pd.DataFrame(records)
-            found = Counts.of(items).boundary(n_boot=50)
+            compared = Counts.of(items).boundary(n_boot=50)
             report = {
-                "metrics": {"failure_boundary_tokens": found.tokens},
-                "details": {"failure_boundary_tokens": found.as_dict()},
+                "metrics": {"failure_boundary_tokens": compared.tokens},
+                "details": {"failure_boundary_tokens": compared.as_dict()},
             }
             runs.append(RunItems("m", Path("r"), report, {}, items))
         _, low, high = report_compare.boundary_ratio(*runs, n_boot=300)
@@ -416,14 +419,14 @@ def test_the_ratios_interval_covers_the_truth():
 
 def test_a_runtime_failure_caps_the_boundary_in_every_draw(tmp_path, pair):
     stopped = make_run(tmp_path / "stopped", "Stopped", flat=0.99, failure=("oom", 2048))
-    found = compare_reports([pair[0], stopped])
-    row = rows(found, "failure_boundary_tokens", "Stopped")
+    compared = compare_reports([pair[0], stopped])
+    row = rows(compared, "failure_boundary_tokens", "Stopped")
     assert row["value"] == 2048 and math.isfinite(row["difference_high"])
-    assert "2,048" in str(found) and "(oom)" in str(found)
+    assert "2,048" in str(compared) and "(oom)" in str(compared)
 
 
 def test_the_hash_of_items_is_of_their_bytes(pair):
     report = json.loads((pair[0] / "report.json").read_text())
     for group in report["items"].values():
-        for one in group:
-            assert hashlib.sha256((pair[0] / one["file"]).read_bytes()).hexdigest() == one["sha256"]
+        for entry in group:
+            assert hashlib.sha256((pair[0] / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]

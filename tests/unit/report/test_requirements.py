@@ -60,15 +60,15 @@ def test_the_reference_run_meets_every_shall_should_and_must(header):
 
 def test_each_level_of_the_specification_is_there_and_each_check_is_used():
     listed = requirements_spec().requirements
-    assert [one.level for one in listed if one.level == "SHALL"] == ["SHALL"] * 4
-    assert {one.level for one in listed} == {"SHALL", "SHOULD", "MAY", "MUST", "condition"}
-    assert {one.check for one in listed} == set(requirements.CHECKS)
-    assert len({one.id for one in listed}) == len(listed)
+    assert [requirement.level for requirement in listed if requirement.level == "SHALL"] == ["SHALL"] * 4
+    assert {requirement.level for requirement in listed} == {"SHALL", "SHOULD", "MAY", "MUST", "condition"}
+    assert {requirement.check for requirement in listed} == set(requirements.CHECKS)
+    assert len({requirement.id for requirement in listed}) == len(listed)
 
 
 def test_every_requirement_names_notebooks_that_exist():
-    for one in requirements_spec().requirements:
-        for name in one.notebook.split(", "):
+    for requirement in requirements_spec().requirements:
+        for name in requirement.notebook.split(", "):
             assert (REPOSITORY / "notebooks" / name).is_file()
 
 
@@ -215,7 +215,7 @@ def test_a_field_of_another_type_is_an_error_with_its_name_and_notebook_not_a_ve
 
 
 def test_levels_are_those_of_the_text():
-    levels = {one.id: one.level for one in requirements_spec().requirements}
+    levels = {requirement.id: requirement.level for requirement in requirements_spec().requirements}
     assert levels["metrics"] == "SHALL" and levels["identical-conditions"] == "MUST"
     assert {levels[name] for name in ("cpu-baseline", "runtime", "prompt-sets")} == {"condition"}
 
