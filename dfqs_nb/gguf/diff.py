@@ -117,7 +117,7 @@ def _refuse_glued(*both: Outline) -> None:
     for model in both:
         if model.glued:
             hint = f"first: `dfqs-nb repair {quoted(model.model)} --in-place`"
-            if model.fetched_bytes is not None:
+            if model.copy:
                 hint = "download it first, and repair it with `dfqs-nb repair FILE --in-place`"
             raise DfqsError("the bytes of glued shards are not compared", where=shown(model.model), hint=hint)
 

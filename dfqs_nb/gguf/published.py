@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,23 +17,11 @@ if TYPE_CHECKING:
 ARCHITECTURE = "deepseek4"
 
 
-@dataclass(frozen=True)
 class PublishedShape(GGUFHeader):
-    """Sizes of a model that is not here, as a header without tensors.
-
-    Attributes:
-        name, source: the model, and where its sizes come from.
-        sizes: by the architecture's own keys, like ``block_count``.
-        card: what the model's card says beside them.
-    """
-
-    name: str = ""
-    source: str = ""
-    sizes: dict[str, Any] = field(repr=False, default_factory=dict)
-    card: dict[str, Any] = field(repr=False, default_factory=dict)
+    """Published sizes as a header without tensors: its ``fields`` are values, not the places of bytes."""
 
     def __getitem__(self, name: str) -> Any:
-        return self.fields[name]  # values here, not the places of bytes
+        return self.fields[name]
 
 
 def published() -> dict[str, Any]:
@@ -52,21 +39,7 @@ def published_shape() -> PublishedShape:
     content = published()
     keys = {f"{ARCHITECTURE}.{key}": value for key, value in content["keys"].items()}
     fields: dict[str, Any] = {"general.architecture": ARCHITECTURE, **keys}
-    return PublishedShape(
-        path=Path(content["name"]),
-        start=0,
-        version=3,
-        alignment=32,
-        fields=fields,
-        tensors=(),
-        data_offset=0,
-        file_size=0,
-        raw=b"",
-        name=content["name"],
-        source=content["source"],
-        sizes=content["keys"],
-        card=content["card"],
-    )
+    return PublishedShape(Path(content["name"]), 0, 3, 32, fields, (), 0, 0, b"")
 
 
 def flash_cache_table(lengths: Sequence[int]) -> pd.DataFrame:
@@ -78,7 +51,7 @@ def flash_cache_table(lengths: Sequence[int]) -> pd.DataFrame:
     import pandas as pd
 
     shape = published_shape()
-    card = {int(n): gigabytes * 1e9 for n, gigabytes in shape.card["kv_cache_gigabytes"].items()}
+    card = {int(n): 1e9 * gigabytes for n, gigabytes in published()["card"]["kv_cache_gigabytes"].items()}
     return pd.DataFrame(
         {
             "n_ctx": list(lengths),

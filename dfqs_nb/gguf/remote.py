@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -69,15 +69,13 @@ class Outline:
 
     Attributes:
         glued: the shards lie in one file, byte after byte, which no runtime loads before `dfqs-nb repair`.
-        fetched_bytes: what the network brought; None for files that are here.
-        places: where the originals of the shards are that are not here.
+        copy: what was fetched; None for files that are here.
     """
 
     model: str
     shards: ShardSet
-    glued: bool = False
-    fetched_bytes: int | None = None
-    places: Mapping[Path, Place] = field(default_factory=dict)
+    glued: bool
+    copy: Copy | None
 
     @property
     def path(self) -> Path:
@@ -86,8 +84,7 @@ class Outline:
 
     def open(self, path: Path) -> AbstractContextManager[Any]:
         """A shard's bytes for reading, wherever they are."""
-        place = self.places.get(path)
-        return path.open("rb") if place is None else nullcontext(Stream(place))
+        return nullcontext(Stream(self.copy.places[path])) if self.copy else path.open("rb")
 
 
 def shown(address: str) -> str:
@@ -112,11 +109,10 @@ def outline(model: str | Path) -> Iterator[Outline]:
         HeaderError, LayoutError, ShardError: the files are not all shards of one model.
     """
     with ExitStack() as stack:
-        places: Mapping[Path, Place] = {}
-        path, fetched = _here(model), None
+        path, copy = _here(model), None
         if path is None:
             copy = stack.enter_context(headers_of(_address(str(model))))
-            path, fetched, places = copy.path, copy.fetched_bytes, copy.places
+            path = copy.path
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dfqs-headers-"))
         try:
             headers = _headers_inside(path)
@@ -125,10 +121,10 @@ def outline(model: str | Path) -> Iterator[Outline]:
                 shards = open_shards(_laid_out(headers, folder), allow_mixed=True)
             else:
                 shards = open_shards(path)
-            yield Outline(str(model), shards, glued, fetched, places)
+            yield Outline(str(model), shards, glued, copy)
         except DfqsError as error:
-            copies = [Path(folder), *([] if fetched is None else [path.parent])]
-            if not any(Path(error.where or "").is_relative_to(copy) for copy in copies):
+            places = [Path(folder), *([copy.path.parent] if copy else [])]
+            if not any(Path(error.where or "").is_relative_to(place) for place in places):
                 raise
             where = shown(str(model))  # not the copy's name
             raise type(error)(error.what, where=where, hint=error.hint) from None

@@ -17,7 +17,7 @@ from dfqs_nb.gguf.facts import bits_per_weight, layer_of, parameters, types_by_b
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import CACHE_TYPES, kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.models import registered
-from dfqs_nb.gguf.published import published_shape
+from dfqs_nb.gguf.published import published, published_shape
 from dfqs_nb.gguf.reading import FLASH, active_bytes
 from dfqs_nb.report.envelope import CONTEXTS, SINGLE
 from dfqs_nb.report.spec import (
@@ -185,17 +185,17 @@ def artifact_match(header: GGUFHeader | None, run: Run) -> Match:
         value = header.arch(key)
         return value[: len(like)] if isinstance(like, list) and isinstance(value, list) else value
 
-    differs = [key for key, value in shape.sizes.items() if own(key, value) != value]
+    differs = [key for key, value in published()["keys"].items() if own(key, value) != value]
     if header.architecture != shape.architecture or differs:
         why = differs[0] if header.architecture == shape.architecture else f"it is {header.architecture}"
-        return Match("another", name, f"not the shape of {shape.name} ({why})")
+        return Match("another", name, f"not the shape of {shape.path} ({why})")
     if is_file_of(digest, (SHARDS, SINGLE)):
         return Match("artifact", name, "SHA-256 of the file")
     most = next(iter(types_by_bytes(header.tensors)), "no tensors")
     size = registered()[SINGLE].size_bytes
     if most == QUANTIZATION and abs(header.file_size - size) <= SIZE_MARGIN * size:
         return Match("artifact", name, f"shape, types and size ({header.file_size:,} bytes)")
-    return Match("model", name, f"shape of {shape.name}; {most}, {header.file_size:,} bytes")
+    return Match("model", name, f"shape of {shape.path}; {most}, {header.file_size:,} bytes")
 
 
 def facts(run: Run, header: GGUFHeader | None, *, ask_llama_cpp: bool = True) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def published_envelope(machine: Machine | None = None, *, flash_attn: bool = Fal
     }
     rest_types = filled("{bits:.1f} to {most_bits:.1f} bits a weight", known)
     facts = {
-        "model": f"{shape.name}-IQ1_S-XL",
+        "model": f"{shape.path}-IQ1_S-XL",
         "source": "the published configuration and file size",
         "assumptions": [filled(form, known) for form in spec.assumptions],
         "weights_bytes": nbytes,

@@ -48,7 +48,7 @@ def plan(
             what = f"a context of {context:,} tokens; the model was made for {shape.n_context:,}"
             raise DfqsError(what, where=remote.shown(model), hint=f"give --context {shape.n_context} or less")
         say(f"{remote.shown(model)}: {size(known.shards.nbytes)}, {known.shards.as_one.architecture}")
-        compute, far = _runtime_rows(known, context), known.fetched_bytes is not None
+        compute, far = _runtime_rows(known, context), known.copy is not None
         placed = placement.place(shape, context, memory, cards, compute_bytes=compute)
         paged = not (far or known.glued or cards) and placed.disk_token_bytes
         outlook = _outlook(known.shards.headers, placed) if paged else None
@@ -84,10 +84,10 @@ def _runtime_rows(known: Any, n_ctx: int) -> int | None:
     from dfqs_nb.llama.check import loader_verdict, plan_memory
 
     if known.glued:
-        when = "" if known.fetched_bytes is None else "after the download, "
+        when = "after the download, " if known.copy else ""
         say(f"  its shards are glued together: {when}dfqs-nb repair makes one model of them")
-    if known.fetched_bytes is not None:
-        say(f"  read over the network: {known.fetched_bytes:,} bytes of headers")
+    if known.copy:
+        say(f"  read over the network: {known.copy.fetched_bytes:,} bytes of headers")
     verdict = loader_verdict(known.path)
     say(f"  {verdict.explain(known.shards.as_one)}")
     if not verdict.accepted:

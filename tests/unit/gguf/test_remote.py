@@ -103,7 +103,7 @@ def test_a_model_is_outlined_wherever_it_is(server, real):
         with remote.outline(model) as outline:
             assert len(outline.shards.tensors) == REAL_TENSORS and outline.path.is_file()
             assert outline.glued == ("glued" in model)
-            assert (outline.fetched_bytes is None) == (model == glued)
+            assert (outline.copy is None) == (model == glued)
 
 
 def test_a_missing_shard_is_named(server):
