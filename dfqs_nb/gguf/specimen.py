@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -99,14 +100,13 @@ def write_specimen(
         raise SpaceError(what, where=tilde(output), hint="give a folder on a larger disk, or fewer --layers")
     cut = next(i for i in range(len(rows)) if sum(row.nbytes for row in rows[: i + 1]) > SECOND_SHARD * need)
     parts = [rows[:cut], rows[cut:]] if concatenated else [rows]
-    pools = _Pools(shape)
     bar = tqdm(total=need, unit="B", unit_scale=True, desc="specimen", disable=not progress)
     with bar, whole_path(output) as path, path.open("wb") as file:
         for number, part in enumerate(parts):
             split = (number, len(parts), len(rows)) if concatenated else None
             file.write(_header(facts, shape, part, split, path.with_suffix(".header")))
             for row in part:
-                for chunk in pools.data(row):
+                for chunk in _data(row, shape.n_experts):
                     file.write(chunk)
                     bar.update(len(chunk))
                 file.write(bytes(padded(row.nbytes, ALIGNMENT) - row.nbytes))
@@ -210,46 +210,36 @@ def _tokenizer(writer: Any, n_tokens: int, n_merges: int) -> None:
 # ---- its data ----
 
 
-class _Pools:
-    """Random blocks of each type, valid and of the size that weights have; tensors are cut from them."""
-
-    def __init__(self, shape: Shape) -> None:
-        self.shape, self.pools = shape, dict[str, bytes]()
-
-    def data(self, row: Row) -> Iterator[bytes]:
-        """A tensor's bytes, in pieces."""
-        name = row.name.rpartition("blk.")[2]
-        if row.type == "I32":
-            yield self._table(row.shape)
-        elif "norm" in name or name.endswith("scale.weight"):
-            yield np.ones(row.nbytes // 4, "<f4").tobytes()
-        elif row.type == "F32":
-            seed = np.random.default_rng(crc32(row.name.encode()))
-            yield (0.02 * seed.standard_normal(row.nbytes // 4, np.float32)).astype("<f4").tobytes()
-        else:
-            yield from self._cut(row)
-
-    def _cut(self, row: Row) -> Iterator[bytes]:
-        pool, block = self._pool(row.type), SIZES[row.type][1]
-        at, left = crc32(row.name.encode()) % POOL_BLOCKS * block, row.nbytes
+def _data(row: Row, n_experts: int) -> Iterator[bytes]:
+    """A tensor's bytes, in pieces; quantized ones are cut from the pool of their type."""
+    name, seed = row.name.rpartition("blk.")[2], crc32(row.name.encode())
+    if row.type == "I32":
+        yield _table(row.shape, n_experts)
+    elif "norm" in name or name.endswith("scale.weight"):
+        yield np.ones(row.nbytes // 4, "<f4").tobytes()
+    elif row.type == "F32":
+        draw = np.random.default_rng(seed)
+        yield (0.02 * draw.standard_normal(row.nbytes // 4, np.float32)).astype("<f4").tobytes()
+    else:
+        pool, at, left = _pool(row.type), seed % POOL_BLOCKS * SIZES[row.type][1], row.nbytes
         while left:
             piece = pool[at : at + min(left, CHUNK)]
-            left -= len(piece)
-            at = (at + len(piece)) % len(pool)
+            left, at = left - len(piece), (at + len(piece)) % len(pool)
             yield piece
 
-    def _pool(self, kind: str) -> bytes:
-        if kind not in self.pools:
-            block = SIZES[kind][1]
-            blocks = np.random.default_rng(1).integers(0, 256, (POOL_BLOCKS, block), np.uint8)
-            for offset, scale in SCALES[kind].items():
-                blocks[:, offset : offset + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
-            self.pools[kind] = blocks.tobytes()
-        return self.pools[kind]
 
-    def _table(self, shape: tuple[int, ...]) -> bytes:
-        """The experts of each token in a hash layer: different ones for a token, every expert as often."""
-        used, n_tokens = shape
-        tokens: NDArray[np.int64] = np.arange(n_tokens)[:, None]
-        step = 2 * (tokens % (self.shape.n_experts // 2)) + 1  # odd, so it meets no expert twice
-        return ((tokens * 7 + step * np.arange(used)) % self.shape.n_experts).astype("<i4").tobytes()
+@cache
+def _pool(kind: str) -> bytes:
+    """Random blocks of a type, valid and of the size that weights have."""
+    blocks = np.random.default_rng(1).integers(0, 256, (POOL_BLOCKS, SIZES[kind][1]), np.uint8)
+    for offset, scale in SCALES[kind].items():
+        blocks[:, offset : offset + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+    return blocks.tobytes()
+
+
+def _table(shape: tuple[int, ...], n_experts: int) -> bytes:
+    """The experts of each token in a hash layer: different ones for a token, every expert as often."""
+    used, n_tokens = shape
+    tokens: NDArray[np.int64] = np.arange(n_tokens)[:, None]
+    step = 2 * (tokens % (n_experts // 2)) + 1  # odd, so it meets no expert twice
+    return ((tokens * 7 + step * np.arange(used)) % n_experts).astype("<i4").tobytes()

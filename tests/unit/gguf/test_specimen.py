@@ -64,14 +64,12 @@ def test_a_concatenation_is_one_and_has_every_tensor(tmp_path, narrow):
 
 
 def test_weights_are_finite_and_tables_name_different_experts():
-    pools = specimen._Pools(specimen.Shape(n_experts=16))
-    table = np.frombuffer(
-        b"".join(pools.data(specimen.Row("blk.0.ffn_gate_tid2eid.weight", "I32", (6, 512)))), "<i4"
-    )
+    row = specimen.Row("blk.0.ffn_gate_tid2eid.weight", "I32", (6, 512))
+    table = np.frombuffer(b"".join(specimen._data(row, 16)), "<i4")
     experts = table.reshape(512, 6)
     assert experts.min() == 0 and experts.max() == 15 and all(len(set(row)) == 6 for row in experts)
     for kind, offsets in (("Q8_0", (0,)), ("IQ1_S", (0,)), ("Q2_K", (80, 82))):
-        blocks = np.frombuffer(pools._pool(kind), np.uint8).reshape(-1, specimen.SIZES[kind][1])
+        blocks = np.frombuffer(specimen._pool(kind), np.uint8).reshape(-1, specimen.SIZES[kind][1])
         for offset in offsets:
             scales = blocks[:, offset : offset + 2].copy().view("<f2")
             assert np.isfinite(scales).all() and scales.max() < 0.01
