@@ -347,8 +347,8 @@ def speed_of_all(
     """Speed of each server in turn under several clients at once, each sending one request after another.
 
     One row a server and number of clients, after a warm-up; ``tokens`` and ``tokens_per_sec`` are of all
-    clients together, ``first_median`` and ``first_max`` the seconds to the first piece. ``stopped`` gets the
-    servers that failed for good, with the reason; by default the failure is raised.
+    clients together, ``first_median`` and ``first_max`` the seconds to the first piece. ``stopped``: servers
+    that failed for good, with the reason. They are not asked, and more are added; by default it is raised.
     """
     import pandas as pd
 
@@ -361,6 +361,8 @@ def speed_of_all(
 
     rows: list[tuple[Any, ...]] = []
     for name, endpoint in connected.items():
+        if name in (stopped or {}):
+            continue
         try:
             _timed(endpoint, 0, n_tokens)
             rows += [(name, n, *speed(endpoint, n)) for n in clients]
