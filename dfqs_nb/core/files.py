@@ -208,16 +208,14 @@ def sha256_of_files(
     return digest.hexdigest()
 
 
-def sha256_each(
-    paths: Iterable[str | Path], *, name: str = "sha256", progress: bool = True
-) -> tuple[str, ...]:
+def sha256_each(paths: Iterable[str | Path], *, name: str = "sha256") -> tuple[str, ...]:
     """SHA-256 of each of several files, in hex, under one progress bar of that ``name``."""
     files = [Path(path) for path in paths]
     total = sum(path.stat().st_size for path in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=not progress) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=name) as bar:
         return tuple(sha256_of_file(path, lambda chunk: bar.update(len(chunk))) for path in files)
 
 
-def sha256_of(path: str | Path, *, progress: bool = True) -> str:
+def sha256_of(path: str | Path) -> str:
     """SHA-256 of a large file, in hex, under a progress bar."""
-    return sha256_each([path], progress=progress)[0]
+    return sha256_each([path])[0]

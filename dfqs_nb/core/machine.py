@@ -19,6 +19,7 @@ import psutil
 CGROUP = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
+READ_SECONDS = 1.0  # of a measurement of the disk
 BUSY_CORES = 0.15  # of others' work beside a measurement, from which on it counts as contended
 PACKAGES = ("llama-cpp-python", "gguf", "numpy", "pandas", "matplotlib")
 
@@ -52,7 +53,7 @@ def usable_cores() -> int:
     return max(1, cores if quota is None else min(cores, int(quota)))
 
 
-def random_read_speed(path: str | Path, piece_bytes: int = 1 << 21, seconds: float = 1.0) -> float | None:
+def random_read_speed(path: str | Path, piece_bytes: int = 1 << 21) -> float | None:
     """Bytes a second read from random places of a large file, not from the cache; None where that is unsure.
 
     That is what paging costs: experts lie all over the file. The kernel's count says that the disk was read.
@@ -63,7 +64,7 @@ def random_read_speed(path: str | Path, piece_bytes: int = 1 << 21, seconds: flo
         return None
     draw, total, began, before = random.Random(0), 0, time.perf_counter(), counters().read_bytes
     with Path(path).open("rb", buffering=0) as file:
-        while time.perf_counter() - began < seconds:
+        while time.perf_counter() - began < READ_SECONDS:
             at = draw.randrange(size - piece_bytes)
             os.posix_fadvise(file.fileno(), at, piece_bytes, os.POSIX_FADV_DONTNEED)
             file.seek(at)

@@ -266,7 +266,7 @@ def _carry_out(plan: Plan, output: Path, **options: bool) -> MergeResult:
     def record(part: Path, copied: Copied) -> None:
         hashes = copied.hashes
         if not plan.tensors:  # the header went on in the second byte part
-            hashes = tensor_hashes(read_header(part), progress=options["progress"])
+            hashes = tensor_hashes([read_header(part)], progress=options["progress"])
         seconds = time.perf_counter() - began
         save_manifest(output, part, copied.sha256, hashes, copied.sources, seconds)
         results.append(MergeResult(output, plan.nbytes, copied.sha256, hashes, copied.sources, seconds))

@@ -245,10 +245,10 @@ def hash_file(
     return sha256, {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def tensor_hashes(headers: GGUFHeader | Sequence[GGUFHeader], *, progress: bool = True) -> dict[str, str]:
-    """XXH64 of every tensor's bytes, by name: what ``llama-gguf-hash --xxh64`` prints for them.
+def tensor_hashes(headers: Sequence[GGUFHeader], *, progress: bool = True) -> dict[str, str]:
+    """XXH64 of every tensor of these headers, by name, as ``llama-gguf-hash --xxh64`` has it.
 
-    Several headers (shards) give one dict. `LayoutError`: the data is not where a header says.
+    `LayoutError`: the data is not where a header says.
     """
     digests: dict[str, Any] = {}
     for tensor, piece in _tensor_data(headers, "hash", progress):
@@ -256,11 +256,8 @@ def tensor_hashes(headers: GGUFHeader | Sequence[GGUFHeader], *, progress: bool 
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def _tensor_data(
-    headers: GGUFHeader | Sequence[GGUFHeader], what: str, progress: bool
-) -> Iterator[tuple[Tensor, bytes]]:
+def _tensor_data(headers: Sequence[GGUFHeader], what: str, progress: bool) -> Iterator[tuple[Tensor, bytes]]:
     """Each tensor's bytes, in pieces of whole quantization blocks; of an empty tensor one empty piece."""
-    headers = [headers] if isinstance(headers, GGUFHeader) else headers
     for header in headers:
         check_layout(header)
     total = sum(tensor.nbytes for header in headers for tensor in header.tensors)
@@ -310,9 +307,7 @@ def check_data(headers: Sequence[GGUFHeader], *, progress: bool = True) -> None:
         raise IntegrityError(message, where=headers[0].path, hint=hint)
 
 
-def compare_tensors(
-    model: str | Path, shards: str | Path | Sequence[str | Path], *, progress: bool = True
-) -> pd.DataFrame:
+def compare_tensors(model: str | Path, shards: str | Path | Sequence[str | Path]) -> pd.DataFrame:
     """Hash every tensor of ``model`` and of ``shards`` anew, and set them side by side.
 
     One row a tensor: index ``tensor``; columns ``shard``, ``bytes``, ``in_shard``, ``in_file`` (XXH64) and
@@ -321,10 +316,10 @@ def compare_tensors(
     import pandas as pd
 
     shard_set, header = open_shards(shards), read_header(model)
-    ours = tensor_hashes(header, progress=progress)
+    ours = tensor_hashes([header])
     rows = {}
     for number, shard in enumerate(shard_set.headers, 1):
-        theirs = tensor_hashes(shard, progress=progress)
+        theirs = tensor_hashes([shard])
         for tensor in shard.tensors:
             rows[tensor.name] = (number, tensor.nbytes, theirs[tensor.name], ours.get(tensor.name, ""))
     for tensor in header.tensors:
