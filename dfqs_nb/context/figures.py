@@ -247,8 +247,9 @@ def routing_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes
     ax.errorbar(middle, overlap, yerr=whiskers(positions, "overlap"), label="with the first band", **LINE)
     ax.plot(middle, chance, ":", color=INK, linewidth=1, label="chance: same band, other texts")
     ax.set_ylabel("overlap of expert usage", color=PALETTE[0])
-    right = _right_axis(ax, "router margin (median)", margin, PALETTE[5])
-    right.plot(middle, margin, "s--", color=PALETTE[5], linewidth=1)
+    if margin.max() < float("inf"):  # not where all experts are used
+        right = _right_axis(ax, "router margin (median)", margin, PALETTE[5])
+        right.plot(middle, margin, "s--", color=PALETTE[5], linewidth=1)
     least, most = positions["choices"].min(), positions["choices"].max()
     label = f"position in the context (tokens); n = {least:,} to {most:,} choices a band"
     token_axis(ax, [*positions["start"], positions["end"].iloc[-1]], label)

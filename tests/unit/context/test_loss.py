@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_memory import NANO, smollm2
 
-from dfqs_nb.context import loss, read_held_out
+from dfqs_nb.context import figures, loss, read_held_out
 from dfqs_nb.context.haystacks import Haystacks, frame_of, probe_of
 from dfqs_nb.context.routing import usage_by_position
 from dfqs_nb.core.errors import DfqsError
@@ -93,6 +93,9 @@ def test_routing_by_position_of_a_router_that_changes_half_way():
     table = usage_by_position(traces, [(0, 64), (64, 128)])
     assert table["overlap"].iloc[1] == 0 and table["overlap"].iloc[0] > 0.85
     assert (table["chance"] > 0.85).all() and (table["margin_median"] == 0.5).all()
+    for margin, n_axes in ((0.5, 2), (np.inf, 1)):  # infinite: all experts are used
+        ax = figures.routing_by_position(table.assign(start=[32, 64], margin_median=margin))
+        assert len(ax.figure.axes) == n_axes
 
 
 def test_a_dense_model_has_losses_and_no_routing_by_position():
