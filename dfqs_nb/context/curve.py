@@ -317,14 +317,11 @@ class _Measurement:
         for question in questions:
             started = time.perf_counter()
             text, n_evaluated = self.asker.ask(question)
-            row = {"haystack": case.haystack, "length": case.length, "planned": planned}
+            row: dict[str, Any] = {"haystack": case.haystack, "length": case.length, "planned": planned}
             row |= {"task": question.task, "question": question.name, "depth": round(question.depth, 4)}
             row |= {"expected": question.expected, "answer": text, "correct": question.is_right(text)}
-            row |= {
-                "another_key": question.is_another(text),
-                "n_prompt": len(case.body) + len(question.prompt),
-            }
-            row |= {"n_needles": case.n_needles, "n_evaluated": n_evaluated}
+            row["another_key"], row["n_prompt"] = question.is_another(text), len(case.body + question.prompt)
+            row["n_needles"], row["n_evaluated"] = case.n_needles, n_evaluated
             row["seconds"] = round(time.perf_counter() - started, 4)
             self.run.journal.add(f"{asked}/{question.name}", **row)
             self.bar.update(n_evaluated)

@@ -255,8 +255,10 @@ class TaskRun:
         """By task and length: ``n``, ``right``, ``recall``, ``guess``, ``accuracy``, ``low``, ``high``."""
         columns = ["task", "length", "right", "recall", "guess"]  # also where there are no answers
         groups = self.items.reindex(columns=columns).groupby(columns[:2], sort=False)
-        table = groups.agg({"right": ["size", "sum"], "recall": "mean", "guess": "mean"}).reset_index()
-        table.columns = ["task", "length", "n", "right", "recall", "guess"]
+        table = groups[["recall", "guess"]].mean()
+        table.insert(0, "n", groups.size())
+        table.insert(1, "right", groups["right"].sum())
+        table = table.reset_index()
         low, high = wilson(table["right"], table["n"])
         return table.assign(accuracy=table["right"] / table["n"], low=low, high=high)
 
@@ -310,8 +312,8 @@ def measure_tasks(
     if unknown := [name for name in tasks if name not in known]:
         raise PromptError(f"there is no task {unknown[0]!r}", hint=f"there are: {', '.join(known)}")
     chosen, shortest = list(tasks) or list(known), min(lengths)
-    conditions = {**model.conditions(), **writer.tasks.identity(), "model": model_id, "answer": ANSWER_RULE}
-    conditions["filler"] = writer.probe.identity()
+    conditions: dict[str, Any] = {**model.conditions(), **writer.tasks.identity(), "model": model_id}
+    conditions |= {"filler": writer.probe.identity(), "answer": ANSWER_RULE}
     journal = Journal(Path(folder) / "long_context_tasks.jsonl", conditions, fresh=fresh)
     pace, began, spent = probe(model), time.monotonic(), 0.0
     rows: list[dict[str, Any]] = []
