@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, token_axis
+from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, share_axis, token_axis
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,11 +18,7 @@ TICKS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
 def divergence_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """KL divergence from the source against bits: filled over the whole file, hollow over its experts.
-
-    Args:
-        table: see `tables.table`; the first row is the source, which has no divergence from itself.
-    """
+    """KL divergence of `tables.table` against bits: filled over the whole file, hollow over its experts."""
     ax, source, rows = new_axes(ax, 4.2), table.iloc[0]["rung"], table.iloc[1:]
     for rung in rows.itertuples():
         colour = PALETTE[5] if rung.expert_bits < rung.bits_per_weight / 1.5 else PALETTE[0]
@@ -47,11 +43,7 @@ def divergence_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def scores_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Scores against bits, with their intervals; the source's as a line across.
-
-    Args:
-        table: see `tables.table`; every column ``<score>_n`` names a score.
-    """
+    """Scores of `tables.table` against bits, with their intervals; the source's as a line across."""
     ax, source, outside = new_axes(ax, 3.8), table.iloc[0], 0
     names = [column.removesuffix("_n") for column in table if column.endswith("_n")]
     for number, name in enumerate(names):
@@ -64,10 +56,9 @@ def scores_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         outside += int((~score[1:].between(low[0], high[0])).sum())
     _label_rungs(ax, table, table[[f"{name}_high" for name in names]].max(axis=1))
     _bit_axis(ax, table["bits_per_weight"])
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    share_axis(ax.yaxis, "score (95 % interval)")
     ax.set_ylim(0, 1.3)  # room for names above a score of 100 %
     ax.set_yticks(np.linspace(0, 1, 6))
-    ax.set_ylabel("score (95 % interval)")
     ax.legend(frameon=False, fontsize=8, loc="lower left")
     n = len(names) * (len(table) - 1)
     what = f"{outside} of {n} scores lie" if outside else "No score of another rung lies"
@@ -76,11 +67,7 @@ def scores_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def routing_by_bits(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Share of expert sets that are the source's, by layer; layers that choose by hash are left out.
-
-    Args:
-        layers: see `tables.routing_table`.
-    """
+    """Share of expert sets that are the source's, by layer that chooses by score (`tables.routing_table`)."""
     ax, scored = new_axes(ax, 3.8), layers[~layers["hashed"]].sort_values("bits_per_weight", ascending=False)
     if scored.empty:
         set_title(ax, "No layer chooses experts by score")
@@ -109,11 +96,7 @@ def routing_by_bits(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def divergence_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """KL divergence from the source against the depth of a token, a line a rung.
-
-    Args:
-        positions: see `tables.position_table`.
-    """
+    """KL divergence from the source by the depth of a token, a line a rung (`tables.position_table`)."""
     ax, rungs = new_axes(ax, 3.8), list(dict.fromkeys(positions["rung"]))
     if not rungs:
         set_title(ax, "The held-out text is too short for a divergence by position")
@@ -138,11 +121,7 @@ def divergence_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> A
 
 
 def curves(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Stability curves over each other: the source with its interval in black, the rungs by their bits.
-
-    Args:
-        curve: see `tables.curve_table`; the first rung in it is the source.
-    """
+    """Stability curves (`tables.curve_table`): the source in black with its interval, rungs by their bits."""
     ax, rungs = new_axes(ax, 3.8), list(dict.fromkeys(curve["rung"]))
     shades = [INK, *plt.get_cmap("plasma")(np.linspace(0.05, 0.88, max(1, len(rungs) - 1)))]
     first = curve[curve["rung"] == rungs[0]]
@@ -155,10 +134,9 @@ def curves(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
     shared = curve.groupby("length")["rung"].nunique()
     lengths = shared[shared == len(rungs)].index.tolist()
     token_axis(ax, lengths, "context (tokens); points: measured, lines: isotonic fit")
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_ylim(-0.03, 1.06)
     n = " to ".join(map(str, sorted({curve["n"].min(), curve["n"].max()})))
-    ax.set_ylabel(f"right answers (n = {n} a length)")
+    share_axis(ax.yaxis, f"right answers (n = {n} a length)")
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
     ax.legend(frameon=False, fontsize=8, title=f"band: 95 % of {rungs[0]}", title_fontsize=8, **place)
     bounds = first[["length", "low", "high"]]

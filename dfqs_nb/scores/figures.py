@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.ticker import PercentFormatter
 
-from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title
+from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, share_axis, whiskers
 from dfqs_nb.scores.speed import metric_row
 
 if TYPE_CHECKING:
@@ -28,21 +27,15 @@ def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for colour, name in zip(PALETTE, sets, strict=False):
         rows = np.flatnonzero(table["set"] == name)
         part = table.iloc[rows]
-        spread = [part["accuracy"] - part["low"], part["high"] - part["accuracy"]]
+        spread = whiskers(part, "accuracy")
         ax.errorbar(part["accuracy"], rows, xerr=spread, fmt="o", color=colour, capsize=3, label=name)
     guessed = np.flatnonzero(table["guess_rate"] > 0)
-    bar: dict[str, Any] = {
-        "marker": "|",
-        "linestyle": "",
-        "color": INK,
-        "markersize": 13,
-        "markeredgewidth": 1.5,
-    }
+    bar: dict[str, Any] = {"marker": "|", "linestyle": "", "color": INK}
+    bar |= {"markersize": 13, "markeredgewidth": 1.5}
     ax.plot(table["guess_rate"].iloc[guessed], guessed, **bar, label="guessing")
     _name_rows(ax, [f"{row.family}, {row.length} (n = {row.n})" for row in table.itertuples()])
     ax.set_xlim(-0.02, 1.02)
-    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.set_xlabel("right answers (95 % Wilson interval)")
+    share_axis(ax.xaxis, "right answers (95 % Wilson interval)")
     below = (0.0, -0.24 if len(table) < 14 else -0.12)
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=below, ncols=len(sets) + 1)
     above = int(((table["low"] > table["guess_rate"]) & (table["correct"] > 0)).sum())
