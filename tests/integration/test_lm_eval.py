@@ -108,7 +108,7 @@ def test_log_likelihoods_equal_those_of_lm_eval(f32, questions, tmp_path):
     if not python:
         pytest.skip(f"needs lm-eval: {INSTALL}")
     theirs = by_lm_eval(python, f32, questions, tmp_path)
-    settings = OpenSettings(n_ctx=2048, type_k="f32", type_v="f32", flash_attn=False)
+    settings = OpenSettings(n_ctx=2048, n_threads=1, type_k="f32", type_v="f32", flash_attn=False)
     with open_model(f32, settings) as model:
         ours = likelihood.answer(model, questions, tmp_path).as_lm_eval()["samples"][questions.head.set]
     assert len(ours) == len(theirs) == N_QUESTIONS - 2
