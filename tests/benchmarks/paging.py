@@ -19,6 +19,7 @@ import hashlib
 import json
 import mmap
 import os
+import resource
 import signal
 import statistics
 import subprocess
@@ -50,7 +51,7 @@ MORE = {
     "lock + advise": "lock advise",
     "lock + read": "lock read",
     "lock + advise + read": "lock advise read",
-    "all, copied by 8 threads": "lock advise read ahead hash copy",
+    "all copied by 8 threads": "lock advise read ahead hash copy",
 }
 
 
@@ -170,19 +171,19 @@ def timed(job: dict[str, Any]) -> dict[str, Any]:
         tokens = np.random.default_rng(3).integers(0, model.n_vocab, n_prompt + n_tokens).tolist()
         digest.update(model.evaluate(tokens[:n_prompt]).tobytes())
         prefill, steps = stop(), []
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
         for token in tokens[n_prompt:]:
             digest.update(model.evaluate([token]).tobytes())
             steps.append(stop())
         first = steps[0]
         steps = steps[len(steps) // 3 :]
-        usage = os.times()
+        faults = (resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before) / n_tokens
         return {
             "open": opened,
             "prefill": prefill,
             "first": first,
             "decode": [statistics.median(values) for values in zip(*steps, strict=True)],
-            "cores": (usage.user + usage.system)
-            / sum(stop - start for (start, _), (stop, _) in zip(clock, clock[1:], strict=False)),
+            "faults": faults,
             "locked": model.llama.paging.pinned_bytes if model.llama.paging else 0,
             "digest": digest.hexdigest(),
         }
@@ -213,8 +214,8 @@ def measure(job: dict[str, Any], memory: int) -> dict[str, Any]:
 def table(options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
     """A row for each read-ahead, memory and way."""
     ways, rows = WAYS | (MORE if options.parts else {}), list[dict[str, Any]]()
-    print("| read-ahead, kB | memory, MB | help | open, s | prefill, s | decode, s | first, s | read a token, MB |"
-          " prefill, x | decode, x |\n|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|")  # fmt: skip
+    print("| read-ahead, kB | memory, MB | help | open, s | prefill, s | decode, s | first, s | read a token, MB | major faults |"
+          " prefill, x | decode, x |\n|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|")  # fmt: skip
     for kib in options.read_ahead:
         with read_ahead(model, kib) if kib else contextlib.nullcontext():
             for memory in options.memory:
@@ -232,7 +233,7 @@ def table(options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
                     gains = [stock[name][0] / got[name][0] for name in ("prefill", "decode")]
                     rows.append({"read_ahead": kib, "memory": memory, "way": way, **got})
                     print(f"| {kib or 'as it is'} | {memory or 'all'} | {way} | {got['open'][0]:.1f} | {got['prefill'][0]:.1f} | "
-                          f"{got['decode'][0]:.3f} | {got['first'][0]:.2f} | {got['decode'][1] / 1e6:,.0f} | {gains[0]:.2f} | {gains[1]:.2f} |",
+                          f"{got['decode'][0]:.3f} | {got['first'][0]:.2f} | {got['decode'][1] / 1e6:,.0f} | {got['faults']:,.0f} | {gains[0]:.2f} | {gains[1]:.2f} |",
                           flush=True)  # fmt: skip
     return rows
 
