@@ -86,7 +86,7 @@ def pieces_speed(path: str | Path, piece_bytes: int) -> float | None:
 class Forecast:
     """What a token of decode reads, from the header, the free memory and the disk; bytes.
 
-    Experts are assumed to be chosen evenly, which is the worst case.
+    Experts are assumed to be chosen evenly, the worst case, so the bytes are upper bounds.
 
     Attributes:
         dense, experts: that it uses.
@@ -127,13 +127,16 @@ class Forecast:
         return f"{size(n_bytes)}{seconds}"
 
 
-def forecast(headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None = None) -> Forecast:
+def forecast(
+    headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None = None, helped: float | None = None
+) -> Forecast:
     """What a token will read.
 
     Args:
         headers: of all shards.
         memory_bytes: for weights: what is free, less cache and compute buffers.
         disk: measured before; None: look now.
+        helped: bytes that it reads, where they are known better, as from a routing profile.
     """
     layout = Layout.of(headers)
     parts = [part for layer in layout.experts.values() for part in layer]
@@ -142,8 +145,8 @@ def forecast(headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None
     disk = disk or Disk.under(headers[0].path, piece)
     room = memory_bytes - layout.dense_bytes
     cached = min(1.0, max(0.0, room / total)) if total else 1.0
-    missing = round(token * (1 - cached))
     again = min(max(0, -room), layout.dense_bytes)
+    missing = round(token * (1 - cached)) if helped is None else max(0, round(helped) - again)
     plain = round(missing * (1 + 2 * (disk.read_ahead_bytes or 0) / piece)) + again
     return Forecast(layout.dense_bytes, token, piece, cached, missing + again, plain, disk)
 

@@ -104,7 +104,8 @@ def _outlook(headers: Any, placed: Any) -> Any:
     from dfqs_nb.llama.diagnosis import forecast
 
     ram = placed.ram
-    return forecast(headers, ram.capacity_bytes - ram.cache_bytes - (ram.compute_bytes or 0))
+    room = ram.capacity_bytes - ram.cache_bytes - (ram.compute_bytes or 0)
+    return forecast(headers, room, helped=placed.disk_token_bytes)
 
 
 def _speeds(placed: Any, outlook: Any, given: dict[str, float]) -> dict[str, float]:

@@ -234,6 +234,7 @@ def test_the_forecast_agrees_with_the_placement(moe, share):
     said = forecast(headers, memory, disk)
     assert said.helped == pytest.approx(placed.disk_token_bytes, abs=1) and said.plain == said.helped
     assert said.cached == pytest.approx(min(1, share), abs=0.01)
+    assert forecast(headers, memory, disk, helped=placed.disk_token_bytes / 2).helped <= said.helped / 2 + 1
     larger = forecast(headers, memory, Disk("vda", said.slice_bytes, None, None))
     assert larger.helped == said.helped and larger.plain == pytest.approx(3 * said.helped, abs=2)
 
