@@ -5,7 +5,6 @@ disks, for an expert's slice of 1.6 MB), and lets the weights that every token n
 
 - `Paging.loading` keeps llama.cpp from reading the whole file when it opens it;
 - the dense weights are locked into memory, within a budget;
-- the windows are switched off for the routed experts (``MADV_RANDOM`` on llama.cpp's mapping);
 - each router's choice is read as soon as it is known (``POSIX_FADV_WILLNEED``), in prefill a layer ahead.
 
 Nothing is computed differently: the same bytes arrive earlier. What the system does not allow is left out
@@ -38,7 +37,7 @@ from dfqs_nb.llama.settings import OpenSettings, has_gpu_support
 
 LINUX = sys.platform == "linux"
 PAGE = 4096
-MADV_RANDOM, MCL_FUTURE, MCL_ONFAULT, MAP_FAILED = 1, 2, 4, -1  # of Linux
+MCL_FUTURE, MCL_ONFAULT, MAP_FAILED = 2, 4, -1  # of Linux
 CAP_IPC_LOCK = 14
 WINDOW_BYTES = 128 << 10  # what one advice reads at least
 SPARE_SHARE = 0.05  # of memory that is never locked
@@ -135,7 +134,7 @@ class Paging:
         return {"cb_eval": self._watch.callback}
 
     def start(self, log: Sequence[str]) -> None:
-        """After the load: advise the kernel, and lock the dense weights.
+        """After the load: lock the dense weights.
 
         Args:
             log: what llama.cpp logged; it states the buffers that locking must leave room for.
@@ -145,8 +144,6 @@ class Paging:
             return
         self._files = [os.open(path, os.O_RDONLY) for path in self.paths]
         self._window = [window_bytes(file) for file in self._files]
-        if self.layout.experts:
-            self._advise()
         memory, buffers = available_memory(), sum(planned_bytes(log).values())
         room = memory.available_bytes - buffers - round(SPARE_SHARE * memory.total_bytes)
         self._pin(room - self.layout.token_bytes)
@@ -164,23 +161,6 @@ class Paging:
         for file in self._files:
             os.close(file)
         self._pins, self._files, self._thread = [], [], None
-
-    def _advise(self) -> None:
-        """Switch read-around off where llama.cpp has mapped routed experts."""
-        parts = [part for layer in self.layout.experts.values() for part in layer]
-        failed = 0
-        for file, places in enumerate(map(mapped_at, self._files)):
-            for start, end in _merged((part.start, part.end) for part in parts if part.file == file):
-                for address, first, last in places:
-                    low, high = max(start, first), min(end, last)
-                    low, high = address + low - first, address + high - first
-                    low, high = -(-low // PAGE) * PAGE, high // PAGE * PAGE
-                    if low < high:
-                        failed |= _libc("madvise", low, high - low, MADV_RANDOM)
-        if failed:
-            self.lost.append("each missing page of an expert still reads a whole window (madvise fails here)")
-        else:
-            self.parts.append("no read-around in experts")
 
     def _pin(self, budget: int) -> None:
         """Lock dense weights, from the first on, as far as the budget and the system allow."""
@@ -305,17 +285,6 @@ def advise_read(file: int, start: int, end: int, window: int) -> None:
     """Have the kernel read these bytes; it returns when they are under way, not when they are there."""
     for at in range(start, end, window):
         os.posix_fadvise(file, at, min(window, end - at), os.POSIX_FADV_WILLNEED)
-
-
-def mapped_at(file: int) -> list[tuple[int, int, int]]:
-    """Where this process has mapped an open file: address, and first and last byte of the file there."""
-    stat, places = os.fstat(file), []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, _, offset, device, inode, *_ = line.split(None, 5)
-        if int(inode) == stat.st_ino and device == f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}":
-            low, high = (int(word, 16) for word in span.split("-"))
-            places.append((low, int(offset, 16), int(offset, 16) + high - low))
-    return places
 
 
 def _merged(ranges: Any) -> list[tuple[int, int]]:

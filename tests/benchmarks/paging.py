@@ -44,14 +44,13 @@ GROUPS = Path("/sys/fs/cgroup")
 WAYS = {  # the parts of the help; "off" is llama.cpp alone
     "off": "",
     "lock": "lock",
-    "advise + read": "advise read",
-    "all": "lock advise read ahead hash",
+    "read": "read",
+    "all": "lock read ahead hash",
 }
-MORE = {
-    "lock + advise": "lock advise",
+MORE = {  # and what was tried
     "lock + read": "lock read",
-    "lock + advise + read": "lock advise read",
-    "all copied by 8 threads": "lock advise read ahead hash copy",
+    "all + no windows": "lock read ahead hash random",
+    "all copied by 8 threads": "lock read ahead hash copy",
 }
 
 
@@ -132,8 +131,6 @@ def leave_out(parts: list[str]) -> None:
     """Switch parts of the help off, and the alternative on that was tried."""
     if "lock" not in parts:
         paging.Paging._pin = lambda self, budget: None  # type: ignore[method-assign]
-    if "advise" not in parts:
-        paging.Paging._advise = lambda self: None  # type: ignore[method-assign]
     if "hash" not in parts:
         paging.Paging.before = lambda self, tokens: None  # type: ignore[method-assign]
     if "read" not in parts:
@@ -167,6 +164,8 @@ def timed(job: dict[str, Any]) -> dict[str, Any]:
 
     digest = hashlib.sha256()
     with open_model(job["model"], how, trial=False) as model:
+        if "random" in job["parts"]:
+            no_windows(model.llama.paging)
         opened = stop()
         tokens = np.random.default_rng(3).integers(0, model.n_vocab, n_prompt + n_tokens).tolist()
         digest.update(model.evaluate(tokens[:n_prompt]).tobytes())
@@ -187,6 +186,21 @@ def timed(job: dict[str, Any]) -> dict[str, Any]:
             "locked": model.llama.paging.pinned_bytes if model.llama.paging else 0,
             "digest": digest.hexdigest(),
         }
+
+
+def no_windows(help_: paging.Paging) -> None:
+    """``MADV_RANDOM`` where llama.cpp has mapped routed experts: each missing page is read alone."""
+    parts = [part for layer in help_.layout.experts.values() for part in layer]
+    for file, handle in enumerate(help_._files):
+        inode = str(os.fstat(handle).st_ino)
+        rows = [line.split(None, 5) for line in Path("/proc/self/maps").read_text().splitlines()]
+        for span, _, offset, _, number, *_ in rows:
+            first, (low, high) = int(offset, 16), (int(word, 16) for word in span.split("-"))
+            for part in parts if number == inode else ():
+                begin, end = max(low, low + part.start - first), min(high, low + part.end - first)
+                begin, end = -(-begin // 4096) * 4096, end // 4096 * 4096
+                if part.file == file and begin < end:
+                    paging._libc("madvise", begin, end - begin, 1)
 
 
 def drop(path: Path) -> None:

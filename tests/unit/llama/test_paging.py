@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 from dataclasses import replace
@@ -135,25 +134,6 @@ def test_hash_layers_are_read_by_token(monkeypatch):
 
 
 @linux_only
-def test_read_around_is_off_in_experts_and_nowhere_else(moe):
-    with open_model(moe, settings("on"), trial=False):
-        text = Path("/proc/self/smaps").read_text()
-    blocks = re.findall(
-        rf"^(\w+)-(\w+) \S+ (\w+) \S+ \S+ +{re.escape(str(moe))}$.*?VmFlags:(.*?)$", text, re.M | re.S
-    )
-    marked = [
-        (int(o, 16), int(o, 16) + int(b, 16) - int(a, 16)) for a, b, o, flags in blocks if " rr" in flags
-    ]
-    layout = Layout.of(open_shards(moe).headers)
-    parts = [(part.start, part.end) for layer in layout.experts.values() for part in layer]
-    assert marked, "no page is marked"
-    for start, end in marked:
-        assert any(low <= start and end <= high for low, high in paging._merged(parts))
-    inner = sum(max(0, high // 4096 - -(-low // 4096)) for low, high in paging._merged(parts))
-    assert sum(end - start for start, end in marked) == 4096 * inner
-
-
-@linux_only
 @pytest.mark.parametrize("limit", [0, 40_960])
 def test_no_more_is_locked_than_the_system_allows(moe, monkeypatch, limit):
     monkeypatch.setattr(paging, "may_lock", lambda: limit)
@@ -202,14 +182,6 @@ def test_another_system_says_what_is_lost(moe, monkeypatch):
     with open_model(moe, settings("on"), trial=False) as model:
         model.evaluate(TOKENS)
         assert "is not Linux" in model.loaded["paging"] and not model.llama.paging.parts
-
-
-@linux_only
-def test_a_mapping_is_found_where_it_is(tmp_path):
-    path = tmp_path / "a file"
-    path.write_bytes(bytes(5 * 4096))
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 8192, prot=mmap.PROT_READ, offset=4096):
-        assert [place[1:] for place in paging.mapped_at(file.fileno())] == [(4096, 3 * 4096)]
 
 
 def test_a_group_of_this_process_limits_its_memory(tmp_path):
