@@ -139,13 +139,10 @@ def score(
     )
     with ExitStack() as stack:
         if url:
+            limits: dict[str, Any] = {"concurrency": concurrency, "timeout_seconds": timeout}
+            fields = dict(map(_renamed, field or []))
             opened: Any = serve.connect(
-                url,
-                endpoint_model,
-                key_variable=key_variable,
-                concurrency=concurrency,
-                timeout_seconds=timeout,
-                fields=dict(_renamed(name) for name in field or []),
+                url, endpoint_model, key_variable=key_variable, fields=fields, **limits
             )
             identity, folder = "", run_dir(run or Path(f"endpoint-{opened.model}").name)
             score_set: Any = serve.score_set

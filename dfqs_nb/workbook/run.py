@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -98,15 +99,15 @@ def declared_parameters(path: Path) -> dict[str, dict[str, str]]:
     return parameters
 
 
-def check_parameters(parameters: Mapping[str, Any], declared: Iterable[Mapping[str, Any]]) -> None:
+def check_parameters(parameters: Iterable[str], declared: Iterable[str]) -> None:
     """Refuse a parameter that no notebook declares: papermill would only warn, and run without it.
 
-    >>> check_parameters({"n_ctx": 512}, [{"n_ctx": {}, "model": {}}])
-    >>> check_parameters({"nctx": 512}, [{"n_ctx": {}, "model": {}}])
+    >>> check_parameters(["n_ctx"], ["n_ctx", "model"])
+    >>> check_parameters(["nctx"], ["n_ctx", "model"])
     Traceback (most recent call last):
     dfqs_nb.core.errors.DfqsError: no notebook has a parameter 'nctx'; did you mean n_ctx? known: model, n_ctx
     """
-    known = sorted({name for names in declared for name in names})
+    known = sorted(set(declared))
     unknown = sorted(set(parameters) - set(known))
     if unknown:
         names = ", ".join(repr(name) for name in unknown)
@@ -137,17 +138,21 @@ def parse_value(name: str, text: str, type_name: str) -> Any:
     return value
 
 
+def parameter_types(notebooks: Iterable[Path]) -> dict[str, str]:
+    """The type of each parameter that a notebook declares, as it is written there."""
+    declared = [declared_parameters(path) for path in notebooks]
+    return {name: facts["inferred_type_name"] for names in declared for name, facts in names.items()}
+
+
 def parse_parameters(assignments: Iterable[str], notebooks: Iterable[Path]) -> dict[str, Any]:
     """``["n_ctx=4096", ...]`` as values, each of the type that a notebook declares for it."""
-    declared = [declared_parameters(path) for path in notebooks]
-    texts = {}
+    texts, types = {}, parameter_types(notebooks)
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise DfqsError(f"{assignment!r} is not of the form name=value", hint="write -p n_ctx=4096")
         texts[name.strip()] = text
-    check_parameters(texts, declared)
-    types = {name: p["inferred_type_name"] for names in declared for name, p in names.items()}
+    check_parameters(texts, types)
     return {name: parse_value(name, text, types[name]) for name, text in texts.items()}
 
 
@@ -192,7 +197,7 @@ def run_workbook(
     """
     paths = list(notebooks) if notebooks is not None else find_notebooks()
     declared = [declared_parameters(path) for path in paths]
-    check_parameters(parameters or {}, declared)
+    check_parameters(parameters or {}, chain.from_iterable(declared))
     given = _absolute(parameters or {})
     settings = tiers.settings_of(tier or tiers.tier_of(given.get("model"), run))
     values = {**settings, "run_name": run, **({"fresh": True} if fresh else {}), **given}

@@ -172,7 +172,7 @@ def _work(job: dict[str, Any]) -> None:
     """The row's process: the notebooks, those parameters that they declare, and errors as they come."""
     os.environ["DFQS_OUTPUTS"] = job["outputs"]
     notebooks = [Path(path) for path in job["notebooks"]]
-    declared = {name for path in notebooks for name in workbook.declared_parameters(path)}
+    declared = workbook.parameter_types(notebooks)
     parameters = {n: value for n, value in job["parameters"].items() if n in declared or n != "model"}
     # one that lost its parent needs a moment to end
     with alone(Path(job["outputs"]) / job["run"], GRACE_SECONDS + 5):

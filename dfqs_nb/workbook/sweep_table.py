@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from dfqs_nb import __version__
-from dfqs_nb.core.display import did_you_mean
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.journal import conditions_hash
 from dfqs_nb.core.paths import tilde
@@ -55,8 +54,7 @@ def read_rows(path: str | Path, notebooks: Sequence[Path] | None = None) -> list
     path = Path(path)
     notebooks = list(notebooks) if notebooks is not None else workbook.find_notebooks()
     header, lines = _cells(path)
-    declared = [workbook.declared_parameters(notebook) for notebook in notebooks]
-    types = {name: facts["inferred_type_name"] for names in declared for name, facts in names.items()}
+    types = workbook.parameter_types(notebooks)
     faults, rows = _column_faults(header, types), []
     made = {"notebooks": [notebook.stem for notebook in notebooks], "version": __version__}
     for line, cells in [] if faults else lines:
@@ -100,11 +98,10 @@ def _column_faults(header: Sequence[str], types: Mapping[str, str]) -> list[str]
         faults.append("line 1: there is no column 'model'")
     if "run_name" in header:
         faults.append("line 1: the folder's name has the column 'run', not 'run_name'")
-    known = sorted({*OWN_COLUMNS, *types} - {"run_name"})
-    unknown = [name for name in header if name not in known and name != "run_name"]
-    if unknown:
-        hint = f"{did_you_mean(unknown[0], known)}known: {', '.join(known)}"
-        faults.append(f"line 1: no notebook has a parameter {', '.join(map(repr, unknown))} ({hint})")
+    try:
+        workbook.check_parameters({*header} - {"run_name"}, {*OWN_COLUMNS, *types} - {"run_name"})
+    except DfqsError as error:
+        faults.append(f"line 1: {error}")
     return faults
 
 
