@@ -41,11 +41,7 @@ def _expert_tensors(headers: Sequence[GGUFHeader]) -> Iterator[tuple[int, int]]:
 
 
 def require_experts(path: str | Path) -> None:
-    """Refuse a dense model by its header, before anything is loaded.
-
-    Raises:
-        ModelError: it has no routed experts.
-    """
+    """Refuse a dense model (`ModelError`) by its header, before anything is loaded."""
     if not any(_expert_tensors(open_shards(path).headers)):
         hint = "only the determinism of its logits can be measured: leave --export out"
         raise ModelError("no routed experts here: a dense model", where=path, hint=hint)
