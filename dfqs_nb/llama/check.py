@@ -241,7 +241,7 @@ class Trial:
 def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEstimate) -> Trial:
     """Plan, load and decode a model (its shards, first one first) in a child process.
 
-    The same files and settings are tried once a session. A file that took long to load is not loaded again by
+    The same files and settings are tried once a session. A file whose trial took long is not loaded again by
     a later session on this machine, as long as it and llama.cpp are the same: only its memory is planned
     anew. The child loads with a context of 256 tokens and evaluates 9 with one thread. It reads through the
     page cache that this process will use. A file larger than memory is read once more for it.
