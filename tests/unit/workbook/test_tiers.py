@@ -66,7 +66,7 @@ def test_kernels_and_figures_of_the_notebooks_to_come_count_too(tmp_path, monkey
     workbook.run_workbook("mine")
     names = [path.stem for path in workbook.find_notebooks()]
     beside = 0.5 * len(names[3:])  # minutes: each notebook so far took 30 s
-    assert given[names[3]] == round(tiers.budget_of(names[3], 60 - beside, names[3:]), 1)
+    assert given[names[3]] == pytest.approx(tiers.budget_of(names[3], 60 - beside, names[3:]), abs=0.11)
 
 
 def test_an_unknown_tier_is_refused():
