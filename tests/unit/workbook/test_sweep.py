@@ -130,7 +130,10 @@ def test_the_run_is_named_after_the_model_and_a_path_stands_beside_the_table(tmp
         ([""], "has no rows"),
         (["model,n"], "has no rows"),
         (["run,n", "a,1"], "line 1: there is no column 'model'"),
-        (["model,nn", f"{NANO},1"], r"line 1: no notebook has a parameter 'nn'; did you mean n\? known: .*n_threads"),
+        (
+            ["model,nn", f"{NANO},1"],
+            r"line 1: no notebook has a parameter 'nn'; did you mean n\? known: .*n_threads",
+        ),
         (["model,n,n", f"{NANO},1,2"], "line 1: two columns are called 'n'"),
         (["model,run_name", f"{NANO},a"], "line 1: the folder's name has the column 'run'"),
         (["model,n", f"{NANO},many"], "line 2: parameter n takes int, not 'many'"),
