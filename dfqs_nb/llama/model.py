@@ -377,7 +377,7 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
     seconds = time.perf_counter() - started
     loaded = loaded_facts("\n".join(LOG.tail(500)))
     loaded["paging"] = llama.paging.sentence if llama.paging else NO_PAGING
-    model = Model(llama, first, shards.headers[0], settings, needs, tried, seconds, loaded=loaded)
+    model = Model(llama, first, shards.as_one, settings, needs, tried, seconds, loaded=loaded)
     if llama.paging:
         slow = ". ".join(filter(None, (slow, llama.paging.sentence)))
     if slow:

@@ -22,6 +22,7 @@ from dfqs_nb.core.errors import DfqsError, ModelError, SpaceError
 from dfqs_nb.core.machine import available_memory
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
+from dfqs_nb.gguf.reading import active_bytes
 from dfqs_nb.llama import check, settings
 from dfqs_nb.llama import generate as llama_generate
 from dfqs_nb.llama import model as llama_model
@@ -376,9 +377,10 @@ def test_the_same_file_is_tried_once(nano, monkeypatch):
     model.close()
 
 
-def test_any_shard_opens_the_model(nano):
+def test_any_shard_opens_the_model(nano, merged_reference):
     with open_model(REFERENCE / "DFQS-Nano-IQ1_S-XL-00002-of-00002.gguf", SETTINGS) as model:
         assert model.path.samefile(NANO)
+        assert active_bytes(model.header) == active_bytes(read_header(merged_reference)), "of all shards"
 
 
 def test_a_notebook_shows_no_folder_of_this_machine(nano):
