@@ -59,6 +59,7 @@ SHORTER = {
     "choices": ["--limit", "2", "--n-ctx", "1024"],
     "record": ["--limit", "1", "--tokens", "4", "--n-ctx", "1024"],
     "fidelity": ["--n-ctx", "1024"],
+    "loops": ["--answers", "1", "--tokens", "64"],
 }
 CHOICES = """{"set": "mine", "kind": "choice"}
 {"id": "1", "query": "Tom is tall. Ann is small. Who is tall?", "choices": ["Tom", "Ann"], "gold": 0}
