@@ -215,7 +215,7 @@ class Diagnosis:
         now, needed = self.measured, self.forecast.helped
         times = f", {now.read_bytes / needed:.1f} x what is needed" if needed else ""
         return self.forecast.rows | {
-            "measured, a token": f"{now.seconds:.3g} s, {now.waiting:.3g} s of it waiting",
+            "measured, a token": f"{now.seconds:.3g} s, {now.waiting:.3g} s of it without a processor",
             "read": f"{size(now.read_bytes)}{times}",
             "stops for the disk": f"{now.major_faults:,.0f}",
             "bound by": self.bound,
@@ -224,10 +224,13 @@ class Diagnosis:
     @property
     def bound(self) -> str:
         """``compute``, ``disk`` or ``amplification``."""
-        now = self.measured
-        if now.waiting < now.seconds / 2 or now.read_bytes < 0.01 * self.forecast.dense:
+        now, speed, needed = self.measured, self.forecast.disk.pieces, self.forecast
+        # a busy machine makes a token wait, too: the disk explains no more than its reads take
+        waiting = min(now.waiting, now.read_bytes / speed) if speed and self.helped else now.waiting
+        if waiting < now.seconds / 2 or now.read_bytes < 0.01 * needed.dense:
             return "compute"
-        return "amplification" if now.read_bytes > MUCH * self.forecast.helped else "disk"
+        much = MUCH * max(needed.helped, needed.experts)
+        return "disk" if self.helped or now.read_bytes < much else "amplification"
 
     @property
     def sentence(self) -> str:
@@ -238,7 +241,7 @@ class Diagnosis:
             return f"It reads more than it needs: open it with paging='on'{lower}."
         if self.bound == "disk":
             return "The disk bounds it: a faster disk, more memory, or fewer threads of other programs."
-        return "Computing bounds it: the disk does not."
+        return "The disk does not bound it: computing does, or other work on this machine."
 
 
 def diagnose(model: Model, n_tokens: int = 4) -> Diagnosis:

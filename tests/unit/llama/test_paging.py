@@ -221,9 +221,10 @@ def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe):
     ("measured", "helped", "bound", "advice"),
     [
         (Measured(10.0, 9.0, 9e9, 500), False, "amplification", "blockdev --setra 256 /dev/vda"),
-        (Measured(2.0, 1.5, 9e8, 0), True, "disk", "a faster disk"),
-        (Measured(2.0, 0.5, 9e8, 0), True, "compute", "Computing bounds it"),
-        (Measured(0.1, 0.09, 0.0, 0), True, "compute", "the disk does not"),
+        (Measured(1.6, 1.5, 9e8, 0), True, "disk", "a faster disk"),
+        (Measured(2.0, 0.5, 9e8, 0), True, "compute", "computing does"),
+        (Measured(9.0, 8.0, 4e7, 0), True, "compute", "other work on this machine"),
+        (Measured(0.1, 0.09, 0.0, 0), True, "compute", "disk does not"),
     ],
 )
 def test_what_bounds_a_token_is_named_with_its_remedy(moe, measured, helped, bound, advice):
