@@ -46,6 +46,26 @@ def test_tasks_name_what_the_budget_left_out(tmp_path, capsys):
     assert "nothing was asked: single needle at 256 tokens" in capsys.readouterr().err
 
 
+def test_loops_are_counted_by_temperature_and_cache_type(tmp_path, capsys):
+    asked = [
+        "loops",
+        MODEL,
+        "--answers",
+        "1",
+        "--tokens",
+        "64",
+        "--temperature",
+        "0,0.5",
+        "--cache-type",
+        "f16",
+    ]
+    assert main([*asked, "--run", "x"]) == 0
+    assert "looped" in capsys.readouterr().out
+    assert len(pd.read_csv(tmp_path / "x" / "long_context" / "loops.csv")) == 2
+    assert main([*asked, "--temperature", "warm"]) == 1
+    assert "--temperature 'warm' is no list of numbers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "mark"), [("b.csv", "n_threads"), ("b.json", '"n_threads"'), ("b.md", "|")])
 def test_the_sweep_writes_three_formats(tmp_path, capsys, name, mark):
     sizes = ["--prompt", "8", "--gen", "2", "--rounds", "1", "--threads", "1"]
