@@ -55,7 +55,7 @@ NOT_HERE = re.compile(
 COMMANDS = cli.program().commands
 SHORTER = {
     "bench": ["--rounds", "1", "--prompt", "16", "--gen", "4"],  # 16 threads crawl on 2 cores
-    "score": ["--limit", "1", "--n-ctx", "1024"],
+    "score": ["--limit", "1"],
     "routing": ["--tokens", "64"],
     "choices": ["--limit", "2", "--n-ctx", "1024"],
     "record": ["--tokens", "4", "--n-ctx", "1024"],
