@@ -8,10 +8,13 @@ common mixture-of-experts architectures go through.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import signal
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 PREFIX_BYTES = 13  # of a node's name: they tell the routers' nodes apart
@@ -50,6 +53,22 @@ def ggml_function(name: str, result: Any, *arguments: Any) -> Any:
     function = getattr(ctypes.PyDLL(api._lib._name), name)
     function.restype, function.argtypes = result, arguments
     return function
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back while llama.cpp computes: raised in a callback, it ends the graph early."""
+    handler, held = signal.getsignal(signal.SIGINT), list[Any]()
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield  # no exception can come of it here
+        return
+    signal.signal(signal.SIGINT, lambda *facts: held.append(facts))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            handler(*held[0])
 
 
 class View:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import re
@@ -25,6 +26,7 @@ from dfqs_nb.gguf.memory import MemoryEstimate, binary_size, check_fits, estimat
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama import check
 from dfqs_nb.llama.check import Trial
+from dfqs_nb.llama.graph import interrupts_held
 from dfqs_nb.llama.loaded import loaded_facts
 from dfqs_nb.llama.settings import LOG, WARNING, OpenSettings, build_llama, llama_version
 from dfqs_nb.llama.template import CLOCK, ChatTemplate
@@ -265,7 +267,8 @@ class Model:
         if every_logit:
             batch.logits = (ctypes.c_int8 * n)(*[1] * n)
         run = _decode_with_lock() if self.keep_lock and n == 1 else api.llama_decode
-        status = run(llama.ctx, batch)
+        with interrupts_held() if llama.context_params.cb_eval else contextlib.nullcontext():
+            status = run(llama.ctx, batch)
         if status != 0:
             what = f"llama_decode returned {status} after {n_past:,} tokens ({'; '.join(LOG.tail(2))})"
             hint = "clear the context and try again; lower n_ubatch if memory is short"

@@ -20,6 +20,7 @@ import queue
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from dfqs_nb.core.display import size
-from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.machine import available_memory
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import ShardSet, open_shards
@@ -39,6 +40,7 @@ LINUX = sys.platform == "linux"
 PAGE = 4096
 MCL_FUTURE, MCL_ONFAULT, MAP_FAILED = 2, 4, -1  # of Linux
 CAP_IPC_LOCK = 14
+FIRST_USERS = 0xEFFFFFFD  # inode of the system's own user namespace (PROC_USER_INIT_INO)
 WINDOW_BYTES = 128 << 10  # what one advice reads at least
 SPARE_SHARE = 0.05  # of memory that is never locked
 INLINE_BYTES = 256 << 20  # of reads that a router waits to be handed over; more goes to a thread
@@ -67,7 +69,7 @@ class Paging:
         self.parts, self.lost = list[str](), list[str]()
         self.pinned_bytes, self._look_ahead = 0, False
         self._files: list[int] = []
-        self._pins: list[tuple[int, int]] = []
+        self._pins, self._locked = list[tuple[int, int]](), list[tuple[int, int]]()
         self._watch: Watch | None = None
         self._jobs: queue.SimpleQueue[tuple[int, list[tuple[int, int, int]]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -110,6 +112,8 @@ class Paging:
         finally:
             if locked:
                 _libc("munlockall")
+                for address, length in (place for other in _started for place in other._locked):
+                    _libc("mlock", address, length)  # of models that are open already
 
     def callback(self, current: Any) -> dict[str, Any]:
         """The ``cb_eval`` to build the context with; a recorder's own is shared.
@@ -142,6 +146,7 @@ class Paging:
         if not LINUX:
             self.lost = [f"all of it: {sys.platform} is not Linux"]
             return
+        _started.add(self)
         self._files = [os.open(path, os.O_RDONLY) for path in self.paths]
         self._window = [window_bytes(file) for file in self._files]
         memory, buffers = available_memory(), sum(planned_bytes(log).values())
@@ -160,7 +165,7 @@ class Paging:
             _libc("munmap", address, length)
         for file in self._files:
             os.close(file)
-        self._pins, self._files, self._thread = [], [], None
+        self._pins, self._locked, self._files, self._thread = [], [], [], None
 
     def _pin(self, budget: int) -> None:
         """Lock dense weights, from the first on, as far as the budget and the system allow."""
@@ -180,6 +185,7 @@ class Paging:
                 advise_read(descriptor, low, end, self._window[file])  # locking alone reads window by window
                 if _libc("mlock", base + low, end - low):
                     continue
+                self._locked.append((base + low, end - low))
                 self.pinned_bytes += end - start
         self.parts.append(f"{size(self.pinned_bytes)} of {size(total)} of dense weights locked in memory")
         if self.pinned_bytes < 0.99 * total:
@@ -196,7 +202,10 @@ class Paging:
         if self._watch is None or not self._files:
             return
         if self._watch._error is not None:
-            raise self._watch._error
+            hint = "open the model with paging='off'"
+            raise ModelError(
+                f"the paging help failed ({self._watch._error})", hint=hint
+            ) from self._watch._error
         for layer, (file, start, used) in self.layout.tables.items():
             rows = [os.pread(self._files[file], 4 * used, start + 4 * used * token) for token in set(tokens)]
             self._hand_over(layer, np.unique(np.frombuffer(b"".join(rows), np.int32)))
@@ -249,16 +258,23 @@ class Paging:
             self._read(runs, layer)
 
 
+_started: weakref.WeakSet[Paging] = weakref.WeakSet()
+
+
 # ---- what the system allows, and where things are ----
 
 
 def may_lock() -> int | None:
-    """Bytes that this process may lock; None: no limit."""
+    """Bytes that this process may lock; None: no limit.
+
+    The root of a user namespace (rootless containers) has every capability, and the limit holds all the same.
+    """
     import resource
 
-    status = Path("/proc/self/status").read_text()
+    status, users = Path("/proc/self/status").read_text(), Path("/proc/self/ns/user")
     capable = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
-    if capable and int(capable[1], 16) >> CAP_IPC_LOCK & 1:
+    own = users.exists() and users.stat().st_ino != FIRST_USERS
+    if capable and int(capable[1], 16) >> CAP_IPC_LOCK & 1 and not own:
         return None
     soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return None if soft == resource.RLIM_INFINITY else soft
@@ -278,7 +294,7 @@ def window_bytes(file: int) -> int:
     folder = block_folder(file)
     names = ("read_ahead_kb", "max_sectors_kb") if folder else ()
     known = [int((folder / "queue" / name).read_text()) << 10 for name in names if folder]
-    return min(max(known, default=WINDOW_BYTES), 1 << 20)
+    return min(max(known, default=0) or WINDOW_BYTES, 1 << 20)
 
 
 def advise_read(file: int, start: int, end: int, window: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dfqs_nb.llama.graph import Watch, interrupts_held
 from dfqs_nb.llama.model import DecodeError, Model, open_model
 from dfqs_nb.llama.settings import GGML_TYPES, LOG, OpenSettings, default_context_params, refusal
 from dfqs_nb.routing.recorder import Column, Recorder, RoutingError
@@ -74,8 +75,9 @@ class RecordedModel:
             raise refusal(model.path) from error
         llama.n_tokens, model.settings = 0, settings
         self.n_sequences, self.unified = n_sequences, unified
+        if (watch := Watch.behind(params.cb_eval)) is not None:  # the recorder's, or the paging help's
+            watch.forget_graph()
         if self.recorder is not None:
-            self.recorder.forget_graph()
             self.recorder.reset()
 
     def feed(self, tokens: Sequence[int], *, listen: bool = True) -> np.ndarray:
@@ -306,7 +308,8 @@ class Together:
             logits=(ctypes.c_int8 * n)(*[1] * n),
         )
         self.recorder.begin(n, inputs=True)
-        status = api.llama_decode(model.llama.ctx, batch)
+        with interrupts_held():
+            status = api.llama_decode(model.llama.ctx, batch)
         if status != 0:
             what = f"llama_decode returned {status} on a batch of {len(set(slots))} sequences"
             raise DecodeError(f"{what} ({'; '.join(LOG.tail(2))})", where=model.path, hint="lower n_ctx")

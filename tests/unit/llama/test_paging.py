@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +168,54 @@ def test_what_is_locked_is_given_back(moe):
         if paging.may_lock() is None:
             assert model.llama.paging.pinned_bytes == dense and locked() > before
     assert locked() == before
+
+
+@linux_only
+def test_another_model_unlocks_nothing(moe):
+    locked = lambda: int(re.search(r"VmLck:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # noqa: E731
+    with open_model(moe, settings("on"), trial=False):
+        alone = locked()
+        with open_model(moe, settings("on"), trial=False):
+            assert locked() == 2 * alone
+        assert locked() == alone
+
+
+@linux_only
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare")
+def test_the_root_of_a_container_has_the_limit_of_its_user():
+    code = "from dfqs_nb.llama.paging import may_lock; print(may_lock())"
+    words = f"ulimit -l 64; {shlex.quote(sys.executable)} -c '{code}'"
+    done = subprocess.run(["unshare", "-r", "bash", "-c", words], capture_output=True, text=True, check=False)
+    if done.stderr.startswith("unshare:"):
+        pytest.skip(done.stderr)  # not allowed here
+    assert done.stdout == "65536\n", done.stderr
+
+
+@linux_only
+def test_ctrl_c_waits_for_the_graph_and_changes_no_number(moe, monkeypatch):
+    kept, signals = Paging._hand_over, [signal.SIGINT]
+    expected = logits(moe, settings("off"))
+
+    def interrupted(self, layer, experts):
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        kept(self, layer, experts)
+
+    with open_model(moe, settings("on"), trial=False) as model:
+        model.evaluate(TOKENS[:24])
+        monkeypatch.setattr(Paging, "_hand_over", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.evaluate(TOKENS[24:25])
+        assert np.array_equal(model.evaluate(TOKENS[25:26]), expected[2])
+
+
+@linux_only
+def test_a_fault_of_the_help_is_a_message(moe, monkeypatch):
+    with open_model(moe, settings("on"), trial=False) as model:
+        monkeypatch.setattr(os, "posix_fadvise", lambda *_: 1 / 0)
+        model.evaluate(TOKENS[:4])
+        with pytest.raises(ModelError, match="division by zero.*paging='off'"):
+            model.evaluate(TOKENS[4:8])
 
 
 def test_it_is_on_where_the_file_exceeds_memory_and_off_elsewhere(moe, monkeypatch):
