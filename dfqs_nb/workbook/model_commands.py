@@ -273,9 +273,9 @@ def choices(
     from dfqs_nb.core.files import sha256_of
     from dfqs_nb.scores import likelihood
 
-    questions, folder = likelihood.ChoiceSet.load(set_name), model_run_dir(run, model, "scores")
+    questions = likelihood.ChoiceSet.load(set_name)
     with open_model(model, n_ctx, threads) as opened:
-        identity = sha256_of(opened.path)
+        identity, folder = sha256_of(opened.path), model_run_dir(run, model, "scores")
         result = likelihood.answer(opened, questions, folder, model_id=identity, limit=limit, fresh=fresh)
     say(result.sentence)
     say_table(result.families())

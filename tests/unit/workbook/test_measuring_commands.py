@@ -38,6 +38,11 @@ def test_choices_are_written_as_lm_eval_writes_them(tmp_path, capsys):
     assert len(result["samples"]["nano-reasoning-choices"]) == 3
 
 
+def test_a_model_that_is_not_there_leaves_no_folder(tmp_path, capsys):
+    assert main(["choices", "nosuch.gguf", "--set", "nano-reasoning"]) == 1
+    assert "nosuch.gguf" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
 def test_tasks_name_what_the_budget_left_out(tmp_path, capsys):
     asked = ["tasks", MODEL, "--task", "single needle", "--lengths", "256,512", "--texts", "1", "--run", "x"]
     assert main(asked) == 0
