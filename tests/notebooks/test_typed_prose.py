@@ -53,7 +53,7 @@ ALONE = {
         METHOD: ["It scores all experts", "The same in sentences", "- **Free**", "This matters only", "The figure pools"]
         + ["It covers the length", "DFQS calls a context", "- **Fix for equal logits**", "Recording itself slightly"]
         + ["The others are other texts", "- **Settings**", "All runs that only need", "With `budget_minutes`, lengths"]
-        + ["For each layer the table", "Below it, we regress", "The heat map has"],
+        + ["- how often the", "Below the table, we regress", "The heat map has"],
     },
     "05": {
         METHOD: ["The context must hold", "Every text hides the", "So the plan costs about", "The curve may take"]
@@ -65,7 +65,7 @@ ALONE = {
     },
     "07": {METHOD: ["A verdict is given only"]},
     "09": {
-        BY_CONSTRUCTION: ["The cost comes first", "It is the reference for", "Keys are never"],
+        BY_CONSTRUCTION: ["It is the reference for", "Keys are never"],
         OPEN: ["This did **not show** how a large", "Does the largest shift", "Start Ollama with"],
     },
     "report.md": {
