@@ -57,7 +57,7 @@ class Leaderboard:
             first = first or own
             sections.append((tier, conditions, differing_fields(first, own), group.to_dict("records")))
         bad = [(row.report, row.problem) for row in self.table.itertuples() if row.problem]
-        shown = {"size": size, "number": with_interval, "boundary": boundary_text}
+        shown = {"size": size, "number": with_interval, "boundary": boundary_text, "empty": _empty}
         return render("leaderboard.md", sections=sections, bad=bad, **shown)
 
     def write(self) -> list[Path]:

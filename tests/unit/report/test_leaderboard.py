@@ -79,6 +79,14 @@ def test_a_report_with_everything_withheld_is_still_listed(tmp_path):
     assert str(leaderboard(tmp_path)).count("| withheld ") >= 4
 
 
+def test_a_withheld_curve_beside_a_measured_one_stays_withheld_and_lengths_stay_whole(tmp_path):
+    make_run(tmp_path / "a", "A")
+    make_run(tmp_path / "b", "B", seed=2, withheld={"context_stability_curve": "no length was finished"})
+    make_run(tmp_path / "c", "C", seed=3).joinpath("report.json").write_text("{")  # a row without numbers
+    text = str(leaderboard(tmp_path))
+    assert " at 1,024 |" in text and "| withheld |" in text and "nan at" not in text
+
+
 def test_what_cannot_be_read_or_was_edited_is_listed_with_its_reason(tmp_path):
     make_run(tmp_path / "good", "Good")
     for name in ("edited", "torn", "empty", "foreign"):
