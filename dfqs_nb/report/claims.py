@@ -342,6 +342,6 @@ def _measurements(own: Run | None, run: Run) -> dict[str, Any]:
         "largest_fall": (context.largest_fall or None) if context else None,
     }
     for claim in run.routing.claims if run.routing else []:
-        key = "_".join(claim["claim"].split()[:2])
-        known |= {key: claim["status"] if own else None, f"{key}_evidence": claim["evidence"]}
+        key = "_".join(claim.claim.split()[:2])
+        known |= {key: claim.status if own else None, f"{key}_evidence": claim.evidence}
     return known

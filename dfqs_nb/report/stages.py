@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -65,12 +65,18 @@ class Settings(Record):
     swa_full: bool | None = None
 
 
+class Sampling(Record):
+    """How tokens were chosen."""
+
+    temperature: float = 0.0
+
+
 class SetConditions(Record):
     """Which frozen set was asked, and how."""
 
     prompt_set: str = ""
     prompt_set_sha256: str = ""
-    sampling: dict[str, Any] = {}
+    sampling: Sampling = Sampling()
 
 
 class Stage(Record):
@@ -117,11 +123,19 @@ class Generate(Stage):
         return f"{some} of {len(self.answers)} prompts" if some else ""
 
 
+class RoutingClaim(Record):
+    """Notebook 04's judgement of a statement about routing."""
+
+    claim: str
+    status: str
+    evidence: str
+
+
 class Routing(Stage):
     """Notebook 04; its verdict is on repetitions under identical conditions."""
 
     verdict: Determinism | None = None
-    claims: list[dict[Literal["claim", "status", "evidence"], str]] = []
+    claims: list[RoutingClaim] = []
 
 
 class CurvePoint(Record):

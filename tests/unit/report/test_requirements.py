@@ -207,6 +207,7 @@ def test_a_setting_that_a_stage_does_not_state_is_not_tested_and_named(header):
         (changed("scores", "scores", 0, "value", to="0.5"), "scores.0.value: .*number"),
         (changed("routing", "verdict", to={"passed": True}), "verdict.routed: Field required"),
         (changed("generate", "answers", to=[{}]), "answers.0.tokens: Field required"),
+        (changed("routing", "claims", to=[{"status": "x"}]), "claims.0.claim: Field required"),
     ],
 )
 def test_a_field_of_another_type_is_an_error_with_its_name_and_notebook_not_a_verdict(stages, message):
@@ -241,6 +242,7 @@ def test_an_unknown_check_is_refused_by_name(monkeypatch):
         ("routing", "n_ctx", "1024"),
         ("scores", "seed", 1e308),
         ("scores", "nano-reasoning", {"prompt_set": 3}),
+        ("scores", "nano-reasoning", {"sampling": {"temperature": "hot"}}),
         ("scores", "nano-code", ["x"]),
         ("long_context", "prompt_set_sha256", None),
     ],
