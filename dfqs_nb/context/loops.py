@@ -81,7 +81,9 @@ class LoopRun:
         ``long``: answers that reach the token limit; ``looped``: those of them with a loop; ``rate`` (NaN
         without a long answer) with its interval; medians of the first loop's numbers.
         """
-        items = self.items.assign(long=~self.items["ended"].astype(bool))
+        columns = ["cache", "temperature", "ended", *Loop._fields]  # also where there are no answers
+        items = self.items.reindex(columns=columns)
+        items["long"] = ~items["ended"].astype(bool)
         items["looped"] = items["long"] & items["start"].notna()
         groups = ["cache", "temperature"]
         table = items.groupby(groups, sort=False)[["long", "looped"]].sum().astype(int)

@@ -83,6 +83,7 @@ def test_a_second_run_asks_nothing_and_a_budget_leaves_out(tmp_path, monkeypatch
     few = {"n_answers": 2, "n_tokens": 80, "cache_types": ("f16", "q8_0")}
     none = measure_loops(MODEL, tmp_path, OPEN, **few, budget_seconds=0)
     assert not len(none.items) and none.left_out[1] == "4 of 4 answers with a q8_0 cache"
+    assert not len(none.table()) and "rate" in none.table()
     first = measure_loops(MODEL, tmp_path, OPEN, **few)
     assert first.table()["asked"].tolist() == [2, 2, 2, 2] and first.items["n_tokens"].max() <= 80
     monkeypatch.setattr(loops, "chat", lambda *_: pytest.fail("asked again"))
