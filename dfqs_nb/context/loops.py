@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from dfqs_nb.core.display import tqdm
-from dfqs_nb.core.files import sha256_of
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.generate import Sampling, chat
@@ -103,7 +104,7 @@ def measure_loops(
     cache_types: Sequence[str] = ("f16", "q8_0"),
     n_answers: int = 12,
     n_tokens: int = 512,
-    budget_seconds: float = float("inf"),
+    budget_seconds: float = inf,
     fresh: bool = False,
 ) -> LoopRun:
     """Ask for long answers under every cache type and temperature; goes on after a kill.
@@ -117,11 +118,16 @@ def measure_loops(
         budget_seconds: shared by the cache types; no answer is begun that is not expected to end in it.
 
     Raises:
-        ModelError: llama.cpp does not take a cache type. DecodeError: llama.cpp fails.
+        DfqsError: a temperature is below 0 or no number. ModelError: llama.cpp does not take a cache type.
+        DecodeError: llama.cpp fails.
     """
     import pandas as pd
 
     requests, began = load_prompts(NAME, Requests), time.monotonic()
+    # a condition given twice would count its answers twice
+    temperatures, cache_types = list(dict.fromkeys(temperatures)), list(dict.fromkeys(cache_types))
+    if odd := [it for it in temperatures if not 0 <= it < inf]:
+        raise DfqsError(f"the temperature {odd[0]:g}", hint="give 0 or more: --temperature 0,1")
     turns = [(n, t) for n in range(min(n_answers, len(requests.prompts))) for t in temperatures]
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
@@ -129,7 +135,7 @@ def measure_loops(
         deadline = began + budget_seconds * (at + 1) / len(cache_types)
         with open_model(path, replace(settings, type_k=cache, type_v=cache, flash_attn=True)) as model:
             made = {**model.conditions(), **requests.identity(), "n_tokens": n_tokens}
-            made |= {"model": sha256_of(model.path), "sampling": asdict(Sampling())}
+            made |= {"model": model.sha256(), "sampling": asdict(Sampling())}
             journal = Journal(Path(folder) / JOURNAL, made, fresh=fresh and at == 0)
             answered = _answers(
                 model, journal, requests.prompts, tqdm(turns, leave=False), n_tokens, deadline

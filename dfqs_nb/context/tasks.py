@@ -311,7 +311,9 @@ def measure_tasks(
     known = writer.tasks.tasks
     if unknown := [name for name in tasks if name not in known]:
         raise PromptError(f"there is no task {unknown[0]!r}", hint=f"there are: {', '.join(known)}")
-    chosen, shortest = list(tasks) or list(known), min(lengths)
+    # a name or length given twice would count its answers twice
+    chosen, lengths = list(dict.fromkeys(tasks)) or list(known), sorted({*lengths})
+    shortest = lengths[0]
     conditions: dict[str, Any] = {**model.conditions(), **writer.tasks.identity(), "model": model_id}
     conditions |= {"filler": writer.probe.identity(), "answer": ANSWER_RULE}
     journal = Journal(Path(folder) / "long_context_tasks.jsonl", conditions, fresh=fresh)
@@ -320,7 +322,7 @@ def measure_tasks(
     base: dict[str, list[bool]] = {task: [] for task in chosen}
     left_out: Counter[tuple[str, int]] = Counter()
     # in turn, so that a short budget leaves every task of a length some texts
-    turns = [(n, number, task) for n in sorted(lengths) for number in range(n_texts) for task in chosen]
+    turns = [(n, number, task) for n in lengths for number in range(n_texts) for task in chosen]
     for length, number, task in tqdm(turns, desc="texts", leave=False):
         key, cost = f"{task}/{length}/{number}", pace.seconds(length, ANSWER_TOKENS)
         if key not in journal:

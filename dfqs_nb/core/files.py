@@ -216,6 +216,8 @@ def sha256_each(paths: Iterable[str | Path], *, name: str = "sha256") -> tuple[s
         return tuple(sha256_of_file(path, lambda chunk: bar.update(len(chunk))) for path in files)
 
 
-def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a large file, in hex, under a progress bar."""
-    return sha256_each([path])[0]
+def sha256_of(*paths: str | Path) -> str:
+    """SHA-256 of a large file, or of several one after another, in hex, under a progress bar."""
+    total = sum(Path(path).stat().st_size for path in paths)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="sha256") as bar:
+        return sha256_of_files(paths, lambda chunk: bar.update(len(chunk)))

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfqs_nb.core.errors import ModelError
+from dfqs_nb.core.files import sha256_of
 from dfqs_nb.core.machine import available_memory
 from dfqs_nb.core.progress import heartbeat
 from dfqs_nb.gguf import placement
@@ -306,6 +307,10 @@ class Model:
             hint = "use reuse=False"
             raise DecodeError("llama.cpp does not take its state back", where=self.path, hint=hint)
         self.llama.n_tokens = state.n_tokens
+
+    def sha256(self) -> str:
+        """SHA-256 of the model, of all its shards one after another: answers are kept under it."""
+        return sha256_of(*open_shards(self.path).paths)
 
     def conditions(self) -> dict[str, Any]:
         """What a measurement with this model depends on, beside the model and the prompts."""

@@ -114,7 +114,6 @@ def score(
     Examples: `dfqs-nb score model.gguf`, `dfqs-nb score http://127.0.0.1:8080/v1 --tier nano`
     """
     from dfqs_nb import llama, serve
-    from dfqs_nb.core.files import sha256_of
     from dfqs_nb.merge.merge import earlier_result
     from dfqs_nb.scores import ItemSet, Options
     from dfqs_nb.scores import score_set as score_model
@@ -150,7 +149,7 @@ def score(
             settings = llama.OpenSettings(n_ctx=n_ctx, n_threads=threads or None)
             opened = stack.enter_context(llama.open_model(model, settings))
             earlier = earlier_result(opened.path)  # made here: its manifest has the hash
-            identity = earlier.sha256 if earlier else sha256_of(opened.path)
+            identity = earlier.sha256 if earlier else opened.sha256()
             folder, score_set = model_run_dir(run, model), score_model
         for item_set in sets:
             result = score_set(opened, item_set, folder / "scores", options, model_id=identity)
@@ -270,13 +269,13 @@ def choices(
 
     Goes on after a kill. Example: `dfqs-nb choices model.gguf --set questions.jsonl`
     """
-    from dfqs_nb.core.files import sha256_of
     from dfqs_nb.scores import likelihood
 
     questions = likelihood.ChoiceSet.load(set_name)
     with open_model(model, n_ctx, threads) as opened:
-        identity, folder = sha256_of(opened.path), model_run_dir(run, model, "scores")
-        result = likelihood.answer(opened, questions, folder, model_id=identity, limit=limit, fresh=fresh)
+        folder = model_run_dir(run, model, "scores")
+        options: dict[str, Any] = {"model_id": opened.sha256(), "limit": limit, "fresh": fresh}
+        result = likelihood.answer(opened, questions, folder, **options)
     say(result.sentence)
     say_table(result.families())
     say(f"wrote {tilde(result.save(folder / f'{questions.head.set}.lm_eval.json'))}")
@@ -303,7 +302,6 @@ def record(
     Goes on after a kill. Example: `dfqs-nb record http://127.0.0.1:8080/v1 -o original.jsonl`
     """
     from dfqs_nb import serve
-    from dfqs_nb.core.files import sha256_of
     from dfqs_nb.ladder import fidelity
     from dfqs_nb.serve.logprobs import continuation
 
@@ -314,7 +312,7 @@ def record(
         name, steps = model.model, continuation
     else:
         model, steps = open_model(source, n_ctx), fidelity.continuation
-        name, facts = model.path.name, {"source_sha256": sha256_of(model.path)}
+        name, facts = model.path.name, {"source_sha256": model.sha256()}
     facts |= {"runtime": model.conditions()["runtime"], "licence": licence, "conditions": {"tokens": tokens}}
     answer = partial(steps, model, n_tokens=tokens, top_k=top)
     fidelity.write_record(output, asked, answer, source=name, top_k=top, **facts)

@@ -43,20 +43,19 @@ def tasks(
     """
     from dfqs_nb.context.tasks import NAME, Tasks, measure_tasks, planned_seconds
     from dfqs_nb.core.budget import duration
-    from dfqs_nb.core.files import sha256_of
     from dfqs_nb.core.prompts import load_prompts
 
-    sizes = sorted(numbers(lengths, "--lengths"))
+    sizes = sorted({*numbers(lengths, "--lengths")})
     if sizes[0] < 1:
         raise DfqsError(f"--lengths has {sizes[0]}", hint="give lengths of 1 or more")
     with open_model(model, sizes[-1], threads) as opened:
-        n_tasks = len(task or load_prompts(NAME, Tasks).tasks)
+        n_tasks = len({*(task or load_prompts(NAME, Tasks).tasks)})
         planned = duration(planned_seconds(opened, sizes, n_tasks, texts))
         asked = f"{n_tasks} tasks, {texts} texts each at {lengths} tokens"
         say(f"{asked}: about {planned}, at most {budget_minutes:g} min")
         folder = model_run_dir(run, model, "long_context")
         options: dict[str, Any] = {"tasks": task or [], "n_texts": texts, "fresh": fresh}
-        options |= {"budget_seconds": 60 * budget_minutes, "model_id": sha256_of(opened.path)}
+        options |= {"budget_seconds": 60 * budget_minutes, "model_id": opened.sha256()}
         result = measure_tasks(opened, folder, sizes, **options)
     _tell(result, folder / "tasks.csv", model, "raise --budget-minutes, or take longer --lengths")
     if result.ended:

@@ -10,7 +10,7 @@ import pytest
 
 from dfqs_nb.context import loops
 from dfqs_nb.context.loops import LEAST_TIMES, LEAST_TOKENS, Loop, LoopRun, first_loop, measure_loops
-from dfqs_nb.core.errors import ModelError
+from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.stats import wilson
@@ -91,3 +91,13 @@ def test_a_second_run_asks_nothing_and_a_budget_leaves_out(tmp_path, monkeypatch
     pd.testing.assert_frame_equal(first.items, again.items)
     with pytest.raises(ModelError, match="type_k is 'x'"):
         measure_loops(MODEL, tmp_path, OPEN, cache_types=["x"])
+    twice = measure_loops(
+        MODEL, tmp_path, OPEN, **few | {"cache_types": ["f16"] * 2}, temperatures=[0.0, 0.0]
+    )
+    assert twice.table()["asked"].tolist() == [2], "no answer counts twice"
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_refused_before_a_model_is_opened(tmp_path, temperature):
+    with pytest.raises(DfqsError, match="the temperature"):
+        measure_loops(tmp_path / "none.gguf", tmp_path, OPEN, temperatures=[0.0, temperature])

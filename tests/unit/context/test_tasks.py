@@ -226,7 +226,8 @@ def test_a_model_is_asked_and_a_second_run_asks_nothing(tmp_path, monkeypatch):
         assert len(first.items) == 4 and first.table()["n"].tolist() == [2, 2]
         assert len(first.left_out) == 2, "60 tokens hold neither task"
         monkeypatch.setattr(tasks, "greedy", lambda *_: pytest.fail("asked again"))
-        again = tasks.measure_tasks(model, tmp_path, [512], tasks=chosen, n_texts=2)
+        again = tasks.measure_tasks(model, tmp_path, [512, 512], tasks=chosen * 2, n_texts=2)
+        assert again.table()["n"].tolist() == [2, 2], "no answer counts twice"
         assert again.items["answer"].tolist() == first.items["answer"].tolist()
         none = tasks.measure_tasks(model, tmp_path, [256], tasks=chosen, n_texts=2, budget_seconds=0)
         assert not len(none.items) and none.left_out == tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -251,6 +252,13 @@ def test_stream_equals_chat_and_max_tokens_cuts(nano):
 
 
 # ---- limits ----
+
+
+def test_the_identity_of_a_split_model_covers_all_its_shards(nano):
+    digest = hashlib.sha256()
+    for shard in (1, 2):
+        digest.update((REFERENCE / f"DFQS-Nano-IQ1_S-XL-0000{shard}-of-00002.gguf").read_bytes())
+    assert nano.sha256() == digest.hexdigest()
 
 
 def test_prompt_beyond_the_context_is_refused(nano):
