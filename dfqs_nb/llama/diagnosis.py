@@ -6,6 +6,7 @@ device's read-ahead (``POSIX_FADV_SEQUENTIAL``), so a slice of S bytes costs abo
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
@@ -25,6 +26,7 @@ from dfqs_nb.llama.paging import LINUX, advise_read, block_folder, window_bytes
 
 PIECES, SEQUENTIAL_BYTES = 64, 32 << 20
 SMALL_READ_AHEAD = 128 << 10
+NOT_MEASURED = "not measured"
 MUCH = 1.5  # times what is needed, from which on reading is amplified
 
 
@@ -58,7 +60,8 @@ class Disk:
     @property
     def command(self) -> str:
         """What lowers the read-ahead, as root."""
-        return f"blockdev --setra {SMALL_READ_AHEAD // 512} /dev/{self.device}" if self.device else ""
+        place = self.device.replace("!", "/")  # as in cciss!c0d0
+        return f"blockdev --setra {SMALL_READ_AHEAD // 512} /dev/{place}" if place else ""
 
 
 def pieces_speed(path: str | Path, piece_bytes: int) -> float | None:
@@ -109,7 +112,7 @@ class Forecast:
         disk = self.disk
 
         def speed(value: float | None) -> str:
-            return f"{size(value)}/s" if value else "not measured"
+            return f"{size(value)}/s" if value else NOT_MEASURED
 
         ahead = "not known" if disk.read_ahead_bytes is None else size(disk.read_ahead_bytes)
         return {
@@ -157,7 +160,7 @@ class Measured:
 
     Attributes:
         seconds, waiting: of a token, and without work for a processor.
-        read_bytes, major_faults: from the disk, and stops of a thread for it.
+        read_bytes, major_faults: from the disk, and stops of a thread for it; NaN where nothing counts them.
     """
 
     seconds: float
@@ -183,13 +186,13 @@ class Measured:
 
 
 def _counts() -> tuple[float, float, float, float]:
-    times, counters, faults = os.times(), getattr(psutil.Process(), "io_counters", None), 0
+    counters, faults = getattr(psutil.Process(), "io_counters", None), math.nan
     if LINUX:
         import resource
 
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-    read = counters().read_bytes if counters else 0
-    return time.perf_counter(), times.user + times.system, read, faults
+    read = counters().read_bytes if counters else math.nan
+    return time.perf_counter(), time.process_time(), read, faults
 
 
 @dataclass(frozen=True)
@@ -214,21 +217,26 @@ class Diagnosis:
         """All of it for people."""
         now, needed = self.measured, self.forecast.helped
         times = f", {now.read_bytes / needed:.1f} x what is needed" if needed else ""
+        counted = not math.isnan(now.read_bytes)
         return self.forecast.rows | {
             "measured, a token": f"{now.seconds:.3g} s, {now.waiting:.3g} s of it without a processor",
-            "read": f"{size(now.read_bytes)}{times}",
-            "stops for the disk": f"{now.major_faults:,.0f}",
+            "read": f"{size(now.read_bytes)}{times}" if counted else NOT_MEASURED,
+            "stops for the disk": NOT_MEASURED
+            if math.isnan(now.major_faults)
+            else f"{now.major_faults:,.0f}",
             "bound by": self.bound,
         }
 
     @property
     def bound(self) -> str:
-        """``compute``, ``disk`` or ``amplification``."""
+        """``compute``, ``disk`` or ``amplification``, or that it was not measured."""
         now, speed, needed = self.measured, self.forecast.disk.pieces, self.forecast
         # a busy machine makes a token wait, too: the disk explains no more than its reads take
         waiting = min(now.waiting, now.read_bytes / speed) if speed and self.helped else now.waiting
         if waiting < now.seconds / 2 or now.read_bytes < 0.01 * needed.dense:
             return "compute"
+        if math.isnan(now.read_bytes):
+            return NOT_MEASURED if needed.helped else "compute"
         much = MUCH * max(needed.helped, needed.experts)
         return "disk" if self.helped or now.read_bytes < much else "amplification"
 
@@ -240,7 +248,9 @@ class Diagnosis:
             lower = f", or as root `{command}`" if command else ""
             return f"It reads more than it needs: open it with paging='on'{lower}."
         if self.bound == "disk":
-            return "The disk bounds it: a faster disk, more memory, or fewer threads of other programs."
+            return "The disk bounds it: a faster disk or more free memory helps."
+        if self.bound == NOT_MEASURED:
+            return "It waits. Whether for the disk is not known: this system does not count what is read."
         return "The disk does not bound it: computing does, or other work on this machine."
 
 

@@ -36,7 +36,7 @@ Floats = NDArray[np.float32]
 TOLERANCE = 1e-2  # of a logit; the logits of a vocabulary spread over about 2
 MEMORY_SETTINGS = ("type_k", "type_v", "swa_full", "use_mmap", "flash_attn")
 PLAIN_CHAT = "Question: {prompt}\nAnswer:"  # what a file without a chat template is asked
-NO_PAGING = "no help needed, or none wanted"
+NO_PAGING, PAGING_ON = "no help needed, or none wanted", "help is on"
 PLAIN_STOP = "\nQuestion:"  # there a base model would ask itself the next question
 # Warnings of llama.cpp that say nothing of the file: the context is shorter than the model's, as asked for.
 HARMLESS = re.compile(r"full capacity of the model will not be utilized")
@@ -321,7 +321,7 @@ class Model:
             "runtime": f"llama-cpp-python {llama_version()}",
             "system_info": llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip(),
             **self.settings.as_dict(),
-            "paging": "off" if self.loaded.get("paging", NO_PAGING) == NO_PAGING else "on",  # closed, too
+            "paging": "on" if PAGING_ON in self.loaded.get("paging", "") else "off",  # closed, too
             "offloaded_layers": self.loaded.get("offloaded_layers"),
             "repacked": self.loaded.get("repacked"),
             **plain,

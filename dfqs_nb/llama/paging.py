@@ -81,10 +81,10 @@ class Paging:
     @property
     def sentence(self) -> str:
         """What is on and what is lost, for people."""
+        if not self.parts:
+            return f"paging help is off: {'; '.join(self.lost)}"
         lost = "".join(f"; without: {text}" for text in self.lost)
-        return (
-            f"paging help is on ({'; '.join(self.parts) or 'nothing'}){lost}. paging='off' opens without it"
-        )
+        return f"paging help is on ({'; '.join(self.parts)}){lost}. paging='off' opens without it"
 
     # ---- around the load ----
 
@@ -144,7 +144,7 @@ class Paging:
             log: what llama.cpp logged; it states the buffers that locking must leave room for.
         """
         if not LINUX:
-            self.lost = [f"all of it: {sys.platform} is not Linux"]
+            self.lost = [f"{sys.platform} is not Linux"]
             return
         _started.add(self)
         self._files = [os.open(path, os.O_RDONLY) for path in self.paths]

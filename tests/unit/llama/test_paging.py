@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from moe_models import VOCAB, write_model
 
@@ -56,7 +58,7 @@ def flash(tmp_path_factory) -> Path:
 def logits(path: Path, how: OpenSettings, prompt: int = 24) -> np.ndarray:
     """The logits after a prompt, and after each token that follows it."""
     with open_model(path, how, trial=False) as model:
-        assert model.conditions()["paging"] == how.paging
+        assert model.conditions()["paging"] == (how.paging if paging.LINUX else "off")
         return np.array([model.evaluate(TOKENS[:prompt]), *(model.evaluate([t]) for t in TOKENS[prompt:])])
 
 
@@ -235,6 +237,7 @@ def test_another_system_says_what_is_lost(moe, monkeypatch):
     with open_model(moe, settings("on"), trial=False) as model:
         model.evaluate(TOKENS)
         assert "is not Linux" in model.loaded["paging"] and not model.llama.paging.parts
+    assert model.loaded["paging"].startswith("paging help is off") and model.conditions()["paging"] == "off"
 
 
 def test_a_group_of_this_process_limits_its_memory(tmp_path):
@@ -292,6 +295,15 @@ def test_an_open_model_is_diagnosed(moe):
         said = diagnose(model, n_tokens=2)
         assert said.bound == "compute" and said.forecast.cached == 1 and said.forecast.helped == 0
         assert said.measured.seconds > 0 and model.n_past == 0
+
+
+def test_what_a_system_does_not_count_is_not_measured(moe, monkeypatch):
+    monkeypatch.setattr(psutil, "Process", lambda: None)
+    said = Diagnosis(forecast(open_shards(moe).headers, 0), Measured(2.0, 1.9, math.nan, math.nan), False)
+    assert said.bound == said.rows["read"] == said.rows["stops for the disk"] == "not measured"
+    assert "not known" in said.sentence
+    with open_model(moe, settings("off"), trial=False) as model:
+        assert diagnose(model, n_tokens=1).rows["read"] == "not measured"
 
 
 @linux_only
