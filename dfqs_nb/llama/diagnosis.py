@@ -150,7 +150,8 @@ def forecast(
     cached = min(1.0, max(0.0, room / total)) if total else 1.0
     again = min(max(0, -room), layout.dense_bytes)
     missing = round(token * (1 - cached)) if helped is None else max(0, round(helped) - again)
-    plain = round(missing * (1 + 2 * (disk.read_ahead_bytes or 0) / piece)) + again
+    windows = min(total, missing * (1 + 2 * (disk.read_ahead_bytes or 0) / piece))  # of no more than there is
+    plain = round(max(missing, windows)) + again
     return Forecast(layout.dense_bytes, token, piece, cached, missing + again, plain, disk)
 
 

@@ -6,6 +6,7 @@ Greedy decoding from a cleared context is the default, so that the same prompt g
 from __future__ import annotations
 
 import codecs
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ class Sampling:
     top_p: float = 0.95
     min_p: float = 0.05
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:  # nor NaN
+            raise ModelError(f"temperature is {self.temperature}", hint="use 0 (greedy) or more, such as 0.7")
 
 
 GREEDY = Sampling()

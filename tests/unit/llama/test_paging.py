@@ -264,7 +264,9 @@ def test_the_forecast_agrees_with_the_placement(moe, share):
     assert said.cached == pytest.approx(min(1, share), abs=0.01)
     assert forecast(headers, memory, disk, helped=placed.disk_token_bytes / 2).helped <= said.helped / 2 + 1
     larger = forecast(headers, memory, Disk("vda", said.slice_bytes, None, None))
-    assert larger.helped == said.helped and larger.plain == pytest.approx(3 * said.helped, abs=2)
+    everything = sum(model.experts)
+    assert larger.helped == said.helped
+    assert larger.plain == pytest.approx(min(3 * said.helped, everything), abs=2)
 
 
 def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe):

@@ -175,6 +175,12 @@ def test_sampling_is_repeatable_by_its_seed(nano):
     assert first != other
 
 
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -1.0])
+def test_a_temperature_that_is_none_is_refused(temperature):
+    with pytest.raises(ModelError, match="use 0 .greedy. or more"):
+        Sampling(temperature)
+
+
 def test_raw_completion_gives_control_tokens_no_meaning(nano):
     answer = complete(nano, "<｜User｜>", max_tokens=1)
     assert answer.n_prompt > 2  # one BOS, and the text spelled out
