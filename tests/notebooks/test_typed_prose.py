@@ -123,7 +123,7 @@ def claims(sentence: str) -> bool:
 def undated_in_document(path) -> list[str]:
     """Sentences with a time or a ratio in a section without a date; stamped blocks, code and tables apart."""
     text = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "\n\n", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-    text = re.sub(r"^```.*?^```$|^\|.*$", "\n", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```$|^\|[^\n]*$", "\n", text, flags=re.DOTALL | re.MULTILINE)
     sections = [part for part in re.split(r"\n(?=#)", text) if not re.search(r"\b20\d\d-\d\d-\d\d\b", part)]
     return [sentence for part in sections for sentence in sentences(part) if TIMED.search(sentence)]
 
