@@ -131,7 +131,7 @@ def predictions(
 ) -> Iterator[tuple[Array, Array]]:
     """Evaluate a chunk; its predictions in the windows, float32 ``(n, n_vocab)``, and the tokens that came.
 
-    Only one step's logits are held, so memory does not grow with the length of the chunk.
+    Only one step's logits are held, so their memory does not grow with the length of the chunk.
 
     Args:
         windows: ``(start, end)`` of the predicting positions, from 0 to ``len(piece) - 1``.

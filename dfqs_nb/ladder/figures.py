@@ -115,8 +115,11 @@ def divergence_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> A
     )
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     ends = positions.groupby("rung", sort=False)
-    apart = int((ends["kld_low"].last() > ends["kld_high"].first()).sum())
-    set_title(ax, f"{apart} of {len(rungs)} rungs diverge clearly more in the last band than in the first")
+    known = bool(positions["kld_low"].notna().all())
+    low, high = ("kld_low", "kld_high") if known else ("kld", "kld")
+    apart = int((ends[low].last() > ends[high].first()).sum())
+    more = "clearly more" if known else "more, without intervals,"
+    set_title(ax, f"{apart} of {len(rungs)} rungs diverge {more} in the last band than in the first")
     return ax
 
 

@@ -61,7 +61,7 @@ def placement(profile: Profile, layer_bytes: np.ndarray, budgets: Sequence[float
     Columns ``budget`` (share of the routed experts' bytes), ``bytes``, ``layers`` (kept fast as a whole, the
     smallest first, of equals the last), ``hit_rate`` (share of the bytes read that they serve), ``arguments``
     (of llama.cpp), ``experts_hit_rate`` with ``low`` and ``high`` (single experts chosen by the profile, on
-    texts that did not choose them; 95 % interval over texts, NaN for fewer than five texts).
+    texts that did not choose them; 95 % interval over texts, NaN for fewer than six texts).
     """
     import pandas as pd
 

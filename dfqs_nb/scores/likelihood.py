@@ -141,7 +141,8 @@ class Answers:
 
     ``items`` has a row a question: ``id``, ``family``, ``gold``, ``log_likelihoods`` (nats, one a choice),
     ``greedy`` (whether a choice is what greedy decoding gives), ``acc`` and ``acc_norm`` (0 or 1), ``margin``
-    (nats between the right choice and the best wrong one), ``guess``. ``n_evaluated``: tokens that it took.
+    (nats between the right choice and the best wrong one), ``guess``. ``n_evaluated``: tokens that it took;
+    ``left_out``: what a budget left out.
     """
 
     questions: ChoiceSet
@@ -149,6 +150,7 @@ class Answers:
     conditions: dict[str, Any] = field(repr=False)
     items: pd.DataFrame = field(repr=False)
     n_evaluated: int = 0
+    left_out: tuple[str, ...] = ()
 
     @property
     def sentence(self) -> str:

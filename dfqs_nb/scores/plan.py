@@ -85,9 +85,13 @@ class QuestionPlan:
         questions = ChoiceSet.made_of(self.chosen[0])
         texts = [item.query + "".join(item.choices) for item in questions.items]
         cost = self.pace.seconds(sum(map(len, texts)) / 4 / len(texts) + 16, len(questions.items[0].choices))
-        n = max(1, int(min(most, len(texts), seconds / cost)))
-        part = replace(questions, items=questions.items[:: -(-len(texts) // n)])
-        return answer(self.model, part, folder, model_id=model_id, fresh=self.options.fresh)
+        most = min(most, len(texts), self.options.limit or most)
+        n = max(1, int(min(most, seconds / cost)))
+        items, whole = (questions.items[:: -(-len(texts) // count)] for count in (n, most))
+        part, cut = replace(questions, items=items), len(items) < len(whole)
+        answers = answer(self.model, part, folder, model_id=model_id, fresh=self.options.fresh)
+        left_out = f"only {len(items)} of {len(whole)} questions of {questions.head.set} asked"
+        return replace(answers, left_out=(left_out,) * cut)
 
     def _sizes(self) -> Iterator[tuple[ItemSet, ...]]:
         """Parts from the least on, each larger than the one before; all at once where all fit easily."""

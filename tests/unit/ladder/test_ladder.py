@@ -195,6 +195,16 @@ def test_the_divergence_by_position_counts_each_window_once(climbed, folder):
     assert "too short" in figures.divergence_by_position(tables.position_table(short)).get_title("left")
 
 
+def test_a_title_says_clearly_only_where_there_are_intervals():
+    row = {"rung": "Q8_0", "texts": 6, "n": 48}
+    bands = [row | {"start": 0, "end": 8, "kld": 0.1}, row | {"start": 8, "end": 16, "kld": 0.3}]
+    positions = pd.DataFrame(bands).assign(kld_low=[0.05, 0.2], kld_high=[0.15, 0.4])
+    title = "1 of 1 rungs diverge {} in the last band than in the first"
+    assert figures.divergence_by_position(positions).get_title("left") == title.format("clearly more")
+    few = positions.assign(kld_low=np.nan, kld_high=np.nan)
+    assert figures.divergence_by_position(few).get_title("left") == title.format("more, without intervals,")
+
+
 def test_the_bounds_of_a_record_hold_the_exact_divergence(climbed):
     bracket = tables.bracket_table(climbed).set_index("rung")
     assert bracket["n"].eq(6 * 5 * 8).all() and bracket["inside"].eq(1).all()

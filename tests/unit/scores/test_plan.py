@@ -86,14 +86,21 @@ def test_parts_grow_from_the_least_as_long_as_the_budget_holds_the_next(
 
 
 def test_choices_are_an_even_part_that_the_time_holds(planned, monkeypatch, tmp_path):
-    monkeypatch.setattr(likelihood, "answer", lambda model, questions, *_, **__: questions)
+    monkeypatch.setattr(
+        likelihood, "answer", lambda _, part, *__, **___: likelihood.Answers(part, "", {}, pd.DataFrame())
+    )
     made = planned(math.inf)
     whole = likelihood.ChoiceSet.made_of(SETS[0])
-    many, few = made.choose(tmp_path, math.inf), made.choose(tmp_path, 0)
+    asked = [made.choose(tmp_path, seconds) for seconds in (math.inf, 0)]
+    many, few = (answers.questions for answers in asked)
+    assert not asked[0].left_out, "a cap is no cut"
+    assert asked[1].left_out == (f"only 1 of {len(many.items)} questions of {many.head.set} asked",)
     assert set(many.items) <= set(whole.items) and 48 <= len(many.items) <= 96
     assert {item.family for item in many.items} == {item.family for item in whole.items}
     assert few.items == whole.items[:1]
-    assert 1 < len(made.choose(tmp_path, 1).items) < len(many.items)
+    assert 1 < len(made.choose(tmp_path, 1).questions.items) < len(many.items)
+    limited = replace(made, options=Options(limit=3)).choose(tmp_path, math.inf)
+    assert len(limited.questions.items) == 3 and not limited.left_out
 
 
 def test_a_figure_of_margins_says_in_how_many_families_the_right_choice_is_likeliest():
