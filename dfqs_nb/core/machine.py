@@ -163,19 +163,20 @@ def _own_groups(root: Path, listed: Path) -> Iterator[Path]:
 
 def _cgroup_memory(root: Path) -> Memory | None:
     """The limit of the control group mounted at ``root``; None without one."""
-    old = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    old = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
     versions = (
-        (root, "memory.max", "memory.current", "inactive_file"),
+        (root, "memory.max", "memory.current", ""),
         (root, *old),
         (root / "memory", *old),
     )
-    for folder, limit, usage, cache in versions:
+    for folder, limit, usage, sums in versions:
         total, used = _number(folder / limit), _number(folder / usage)
         if total is None or used is None or total > 1 << 60:
             continue
         stat = folder / "memory.stat"
         text = stat.read_text() if stat.exists() else ""
-        droppable = sum(map(int, re.findall(rf"^{cache} (\d+)$", text, re.MULTILINE)))
+        # a file that was read twice is active, and can be dropped all the same
+        droppable = sum(map(int, re.findall(rf"^{sums}(?:in)?active_file (\d+)$", text, re.MULTILINE)))
         return Memory(total, max(0, total - max(0, used - droppable)), str(folder / limit))
     return None
 

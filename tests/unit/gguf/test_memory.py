@@ -280,7 +280,7 @@ def test_compute_buffer_counts_once_it_is_known(flash):
 def test_container_limits_lower_available_memory(tmp_path):
     (tmp_path / "memory.max").write_text(f"{4 * GIB}\n")
     (tmp_path / "memory.current").write_text(f"{3 * GIB}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {2 * GIB}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {GIB}\nactive_file {GIB}\nunevictable 7\n")
     group = machine._cgroup_memory(tmp_path)
     assert (group.total_bytes, group.available_bytes) == (4 * GIB, 3 * GIB)
     (tmp_path / "memory.max").write_text("max\n")
