@@ -422,7 +422,7 @@ class Layout:
         dense, tables = [], {}
         for file, header in enumerate(headers):
             for tensor in header.tensors:
-                layer, start = layer_of(tensor.name), header.start + header.data_offset + tensor.offset
+                layer, start = layer_of(tensor.name), header.data_offset + tensor.offset
                 if layer is not None and layer >= n_layers:
                     continue  # for drafting: llama.cpp leaves them
                 routed = re.search(EXPERTS, tensor.name)

@@ -23,6 +23,7 @@ from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import Memory
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf import placement, specimen
+from dfqs_nb.gguf.broken import glue
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import open_shards
@@ -267,6 +268,13 @@ def test_the_forecast_agrees_with_the_placement(moe, share):
     everything = sum(model.experts)
     assert larger.helped == said.helped
     assert larger.plain == pytest.approx(min(3 * said.helped, everything), abs=2)
+
+
+def test_places_count_from_the_start_of_the_file(tmp_path):
+    path, first = glue(tmp_path), open_shards(NANO).headers[0]
+    layout = Layout.of([first, read_header(path, first.end_offset)])
+    places = [place for layer in layout.experts.values() for place in layer if place.file == 1]
+    assert 0 < max(place.end for place in places) <= path.stat().st_size
 
 
 def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe):
