@@ -33,7 +33,7 @@ WHOLE, FILES, MEASURE, REPORT = "The workbook", "Files", "Measure a model", "Rep
 # What several commands take.
 GGUF = Argument(..., help="A GGUF file, or any of its shards.")
 N_CTX = Option(4096, help="Tokens of context.")
-THREADS, OWN_THREADS = Option(0, help="0: the usable cores."), Option(0, help="0: as suits the model.")
+THREADS, OWN_THREADS = Option(0, help="0: all usable cores."), Option(0, help="0: chosen for the model.")
 RUN = Option("", help="The folder under outputs/. Default: from the model.")
 OVERWRITE = Option(False, "--overwrite", help="Replace an existing output once the new one is proven.")
 QUIET = Option(False, "--quiet", help="Show no progress bar.")

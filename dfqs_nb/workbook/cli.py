@@ -43,13 +43,15 @@ def _top(
 
 @app.command(rich_help_panel=WHOLE)
 def run(
-    notebooks: list[str] = Argument(None, help="Some of them, as 01 or 01_merge_shards. Default: all."),
+    notebooks: list[str] = Argument(None, help="Notebooks to run, as 01 or 01_merge_shards. Default: all."),
     model: str = Option("", help="A name of `dfqs-nb models`, a file, or hf://owner/repo/file."),
     run: str = Option("", help="The folder under outputs/. Default: nano, or the model's name."),
-    fresh: bool = Option(False, "--fresh", help="Do again what an earlier run left."),
+    fresh: bool = Option(False, "--fresh", help="Ignore the results of an earlier run."),
     tier: str = Option("", help="nano or standard. Default: nano for the reference model, else standard."),
-    budget_minutes: float = Option(60.0, min=1, help="For the whole run; long measurements are shortened."),
-    parameter: list[str] = Option(None, "-p", "--parameter", metavar="NAME=VALUE", help="Any parameter."),
+    budget_minutes: float = Option(60.0, min=1, help="Of the whole run; long measurements are shortened."),
+    parameter: list[str] = Option(
+        None, "-p", "--parameter", metavar="NAME=VALUE", help="Any parameter of a notebook."
+    ),
 ) -> None:
     """Execute the notebooks in order into outputs/RUN/.
 
@@ -106,11 +108,11 @@ def sweep(
     ),
     name: str = Option("", help="The folder under outputs/. Default: sweep- and the table's name."),
     notebook: list[str] = Option(None, metavar="NN", help="Only these notebooks. Default: all."),
-    fresh: bool = Option(False, "--fresh", help="Do again what an earlier sweep did."),
+    fresh: bool = Option(False, "--fresh", help="Ignore the results of an earlier sweep."),
 ) -> None:
     """Run the workbook once for each row of a table, then rank the reports.
 
-    A sweep that is killed goes on with the same command. Example: `dfqs-nb sweep data/sweep_example.csv`
+    If a sweep is killed, the same command resumes it. Example: `dfqs-nb sweep data/sweep_example.csv`
     """
     from dfqs_nb.workbook import run as workbook
     from dfqs_nb.workbook import sweep as sweeps

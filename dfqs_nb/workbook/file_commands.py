@@ -25,9 +25,9 @@ def inspect(
 ) -> None:
     """Say what a file is, in milliseconds, from headers, sizes and names alone; changes nothing.
 
-    Of an address it fetches the headers only, and says whether llama.cpp knows the model and whether it fits.
+    For an address it fetches only the headers. It says whether llama.cpp knows the model and whether it fits.
 
-    Exit status 1: at least one is no sound model.
+    Exit status 1: at least one file is not a sound model.
 
     Examples: `dfqs-nb inspect model.gguf`, `dfqs-nb inspect hf://owner/repo/model.gguf`
     """
@@ -108,16 +108,18 @@ def _header_rows(path: Path) -> dict[str, Any]:
 
 @app.command(rich_help_panel=FILES)
 def merge(
-    paths: list[str] = Argument(..., metavar="SHARD...", help="Any one shard, or all; or a registered name."),
+    paths: list[str] = Argument(
+        ..., metavar="SHARD...", help="Any shard, or all shards, or a registered name."
+    ),
     output: Path = Option(..., "-o", "--output", help="The merged file."),
     consume: bool = Option(
-        False, "--consume", help="DELETES the shards while they are merged: 64 MiB of free disk are enough."
+        False, "--consume", help="DELETES the shards during the merge, so it needs only 64 MiB of free disk."
     ),
     dry_run: bool = Option(False, "--dry-run", help="Check everything, write nothing."),
     overwrite: bool = OVERWRITE,
     quiet: bool = QUIET,
 ) -> None:
-    """Merge shards (or join byte parts) into one proven file; goes on after a kill.
+    """Merge shards (or join byte parts) into one proven file; resumes after a kill.
 
     Example: `dfqs-nb merge model-00001-of-00002.gguf -o model.gguf`
     """
@@ -147,7 +149,7 @@ def repair(
     overwrite: bool = OVERWRITE,
     quiet: bool = QUIET,
 ) -> None:
-    """Make a sound model of shards that were glued together.
+    """Repair a file of glued shards: write the sound model that is in it.
 
     Example: `dfqs-nb repair DeepSeek-V4-Flash-IQ1_S-XL.gguf --in-place`
     """
@@ -165,7 +167,7 @@ def split(
     overwrite: bool = OVERWRITE,
     quiet: bool = QUIET,
 ) -> None:
-    """Cut glued shards apart again, at their inner headers.
+    """Split a file of glued shards at its inner headers.
 
     Example: `dfqs-nb split glued.gguf`
     """
@@ -177,10 +179,12 @@ def split(
 @app.command(rich_help_panel=FILES)
 def verify(
     path: str = Argument(..., metavar="FILE", help="The model's file."),
-    sha256: str = Option("", help="What the file's SHA-256 should be."),
-    against: list[str] = Option(None, metavar="SHARD", help="Any one shard; or repeat it for each."),
+    sha256: str = Option("", help="The expected SHA-256 of the file."),
+    against: list[str] = Option(None, metavar="SHARD", help="Any shard; or repeat the option for each."),
     write_manifest: bool = Option(False, "--write-manifest", help="Keep the hashes beside FILE, for later."),
-    data: bool = Option(False, "--data", help="Also look for runs of zeros and scales that are no numbers."),
+    data: bool = Option(
+        False, "--data", help="Also look for runs of zeros and for scales that are not numbers."
+    ),
     quiet: bool = QUIET,
 ) -> None:
     """Compare every tensor with the file's manifest, a published hash, or its shards.
@@ -205,8 +209,10 @@ def quantize(
     source: str = Argument(..., metavar="MODEL", help="F32, F16 or BF16: a name or a file."),
     recipe: str = Argument(..., help="A name in data/quantize/, or a .toml file."),
     output: str = Option("", "-o", "--output", help="Required unless --dry-run."),
-    imatrix: str = Option("", metavar="FILE", help="An importance matrix: llama-imatrix's, or ours."),
-    calibrate: str = Option("", metavar="TEXT", help="Collect one over this text or prompt set; it is kept."),
+    imatrix: str = Option("", metavar="FILE", help="An importance matrix, from llama-imatrix or from us."),
+    calibrate: str = Option(
+        "", metavar="TEXT", help="Collect an importance matrix over this text or prompt set, and keep it."
+    ),
     threads: int = THREADS,
     dry_run: bool = Option(False, "--dry-run", help="List types and exact sizes; write nothing."),
     overwrite: bool = OVERWRITE,

@@ -48,14 +48,16 @@ def routing(
     run: str = Option("routing", help="The folder under outputs/ for traces and tables."),
     tokens: int = Option(384, help="Length of the text."),
     other: str = Option("", metavar="MODEL", help="Another quantization to compare with."),
-    texts: str = Option("", metavar="FOLDER", help="Your texts, a subfolder a domain."),
-    budget_minutes: float = Option(0.0, min=0, help="Shorten and leave out runs. 0: no bound."),
+    texts: str = Option(
+        "", metavar="FOLDER", help="A folder of your texts, with a subfolder for each domain."
+    ),
+    budget_minutes: float = Option(0.0, min=0, help="Runs are shortened or left out to fit. 0: no limit."),
     export: str = Option("", metavar="FILE.csv", help="Write the traces as a table."),
-    fresh: bool = Option(False, "--fresh", help="Record again what an earlier run left."),
+    fresh: bool = Option(False, "--fresh", help="Ignore the records of an earlier run."),
 ) -> None:
     """Say whether routing is deterministic, alone and under load, and which settings change it.
 
-    Exit status 1: it is not. Example: `dfqs-nb routing model.gguf --export trace.csv.gz`
+    Exit status 1: routing is not deterministic. Example: `dfqs-nb routing model.gguf --export trace.csv.gz`
     """
     from dfqs_nb.gguf import models as registry
     from dfqs_nb.routing import run_experiment
@@ -85,31 +87,33 @@ def score(
     key_variable: str = KEY_VARIABLE,
     concurrency: int = Option(1, help="Requests at once to a server; more than 1 can change answers."),
     field: list[str] = Option(
-        None, metavar="NAME=NEW", help="A server's name of a request's field; `seed=` leaves it out."
+        None, metavar="NAME=NEW", help="The server's name for a field of a request; `seed=` leaves it out."
     ),
-    timeout: float = Option(600.0, help="Seconds to wait for a piece of a server's answer."),
+    timeout: float = Option(600.0, help="Seconds to wait for each piece of a server's answer."),
     tier: Tier = Option(Tier.STANDARD, help="Which question sets."),
     set_names: list[str] = Option(None, "--set", metavar="NAME", help="Only these sets, or JSONL files."),
     n_ctx: int = N_CTX,
     threads: int = THREADS,
-    limit: int | None = Option(None, help="Only so many questions a set; nothing is scored then."),
+    limit: int | None = Option(None, help="Ask only this many questions a set; then nothing is scored."),
     run: str = RUN,
-    samples: int = Option(1, help="Answers a question; of code, pass@k up to that k."),
+    samples: int = Option(1, help="Answers to each question; code then gets pass@k up to this k."),
     temperature: float = Option(0.0, help="0: greedy."),
-    top_p: float = Option(0.95, help="Counts above temperature 0."),
-    thinking: Thinking = Option(Thinking.TEMPLATE, help="What the chat template is told."),
-    thinking_tokens: int = Option(0, help="For the thinking, beside a set's own limit."),
+    top_p: float = Option(0.95, help="Used only above temperature 0."),
+    thinking: Thinking = Option(Thinking.TEMPLATE, help="The thinking mode that the chat template gets."),
+    thinking_tokens: int = Option(0, help="Extra tokens for thinking, on top of a set's own limit."),
     long_context: bool = Option(
-        False, "--long-context", help="Of a server: also retrieval at growing lengths."
+        False, "--long-context", help="For a server: also test retrieval at growing lengths."
     ),
-    longest: int = Option(1024, metavar="TOKENS", help="The longest of them."),
-    shortest: int | None = Option(None, metavar="TOKENS", help="The shortest. Default: the prompt set's."),
-    fresh: bool = Option(False, "--fresh", help="Answer again what an earlier run answered."),
+    longest: int = Option(1024, metavar="TOKENS", help="The longest length of that test."),
+    shortest: int | None = Option(
+        None, metavar="TOKENS", help="The shortest length. Default: from the prompt set."
+    ),
+    fresh: bool = Option(False, "--fresh", help="Ignore the answers of an earlier run."),
     allow_unsandboxed: bool = Option(
         False, "--allow-unsandboxed", help="Run generated code without a sandbox."
     ),
 ) -> None:
-    """Score a model's reasoning and code; goes on after a kill.
+    """Score a model's reasoning and code; resumes after a kill.
 
     Examples: `dfqs-nb score model.gguf`, `dfqs-nb score http://127.0.0.1:8080/v1 --tier nano`
     """
@@ -193,14 +197,14 @@ def bench(
     threads: str = Option("", help="Values with commas. Default: 1, 2, 4 ... to all cores."),
     batch: str = Option("512", help="n_batch."),
     ubatch: str = Option("512", help="n_ubatch."),
-    cache_type: str = Option("f16", help="Of keys and values, as f16,q8_0."),
+    cache_type: str = Option("f16", help="Type of keys and values, such as f16,q8_0."),
     flash_attn: str = Option("0", help="0, 1, or 0,1."),
     gpu_layers: str = Option("0", help="Layers on the GPU; -1: all."),
     prompt: int = Option(512, min=0, help="Tokens of prefill to time; 0: none."),
     gen: int = Option(128, min=0, help="Tokens of decode to time; 0: none."),
-    depth: str = Option("0", help="Tokens in the context before."),
-    rounds: int = Option(5, min=1, help="Each times every setting once."),
-    budget_minutes: float = Option(10.0, help="No round begins that would exceed it."),
+    depth: str = Option("0", help="Tokens in the context before the timed ones."),
+    rounds: int = Option(5, min=1, help="Each round times every setting once."),
+    budget_minutes: float = Option(10.0, help="A round that would exceed this limit is not started."),
     output: Path | None = Option(None, "-o", "--output", help="Also write a .csv, .json or .md file."),
 ) -> None:
     """Time a model under many settings, in llama-bench's columns, and name the fastest.
@@ -263,11 +267,11 @@ def choices(
     n_ctx: int = N_CTX,
     threads: int = OWN_THREADS,
     limit: int | None = Option(None, help="Only the first questions."),
-    fresh: bool = Option(False, "--fresh", help="Score again what an earlier run scored."),
+    fresh: bool = Option(False, "--fresh", help="Ignore the scores of an earlier run."),
 ) -> None:
     """Answer multiple choice by log-likelihood, and write the result as lm-evaluation-harness does.
 
-    Goes on after a kill. Example: `dfqs-nb choices model.gguf --set questions.jsonl`
+    Resumes after a kill. Example: `dfqs-nb choices model.gguf --set questions.jsonl`
     """
     from dfqs_nb.scores import likelihood
 
@@ -289,17 +293,17 @@ def record(
         "standard-reasoning", help="A question set, or a text file with a prompt on each line."
     ),
     tokens: int = Option(64, min=1, help="Tokens of each answer."),
-    top: int = Option(20, min=1, help="Likeliest tokens to keep at each."),
-    limit: int = Option(32, help="The most prompts; 0: all."),
-    plain: bool = Option(False, "--plain", help="Continue texts; no chat template."),
+    top: int = Option(20, min=1, help="Likeliest tokens to keep at each position."),
+    limit: int = Option(32, help="The largest number of prompts; 0: all."),
+    plain: bool = Option(False, "--plain", help="Continue the texts, without a chat template."),
     endpoint_model: str = SERVER_MODEL,
     key_variable: str = KEY_VARIABLE,
     n_ctx: int = N_CTX,
-    licence: str = Option("not stated", help="Of prompts and answers, for the record."),
+    licence: str = Option("not stated", help="Licence of prompts and answers, stored in the record."),
 ) -> None:
-    """Record a model's predictions, so that its quantizations can be compared where it is not.
+    """Record a model's predictions, so that its quantizations can be compared on another machine.
 
-    Goes on after a kill. Example: `dfqs-nb record http://127.0.0.1:8080/v1 -o original.jsonl`
+    Resumes after a kill. Example: `dfqs-nb record http://127.0.0.1:8080/v1 -o original.jsonl`
     """
     from dfqs_nb import serve
     from dfqs_nb.ladder import fidelity
@@ -322,12 +326,12 @@ def record(
 @app.command(rich_help_panel=MEASURE)
 def fidelity(
     model: str = Argument(..., help="The quantization: a GGUF file, or any of its shards."),
-    record: Path = Argument(..., help="What the command record wrote of the original."),
-    output: Path | None = Option(None, "-o", "--output", help="Also write a row a token, as CSV."),
+    record: Path = Argument(..., help="The record of the original's predictions, a JSONL file."),
+    output: Path | None = Option(None, "-o", "--output", help="Also write a CSV with a row for each token."),
     n_ctx: int = N_CTX,
     threads: int = OWN_THREADS,
 ) -> None:
-    """Compare a quantization with an original that is not here, from a record of its predictions.
+    """Compare a quantization with the recorded predictions of its original.
 
     Example: `dfqs-nb fidelity model-IQ2_XXS.gguf original.jsonl`
     """
@@ -350,13 +354,13 @@ def deploy(
     model: str = Argument("", help="A file, a name of `dfqs-nb models`, or hf://... (not downloaded)."),
     output: Path | None = Option(None, "-o", "--output", help="Default: deploy-TARGET under outputs/."),
     n_ctx: int | None = Option(None, help="Tokens of context. Default: what this machine holds."),
-    threads: int | None = Option(None, help="Default: the usable cores."),
+    threads: int | None = Option(None, help="Default: all usable cores."),
     gpu_layers: int | None = Option(None, help="Default: what this machine's GPU holds."),
-    port: int | None = Option(None, help="Of the server. Default: the target's own."),
+    port: int | None = Option(None, help="Port of the server. Default: the target's own."),
     key_variable: str = KEY_VARIABLE,
     overwrite: bool = Option(False, "--overwrite", help="Replace an earlier recipe."),
-    list_targets: bool = Option(False, "--list", help="The targets, and what ran here."),
-    table: bool = Option(False, "--table", help="All that is known of them, as Markdown."),
+    list_targets: bool = Option(False, "--list", help="List the targets, and which versions ran here."),
+    table: bool = Option(False, "--table", help="Print all facts about the targets, as Markdown."),
 ) -> None:
     """Write the files and commands that run a model with another program.
 

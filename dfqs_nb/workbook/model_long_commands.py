@@ -22,8 +22,8 @@ from dfqs_nb.workbook.app import (
     say_table,
 )
 
-BUDGET = Option(30.0, min=0, help="What does not fit is left out, and named.")
-FRESH = Option(False, "--fresh", help="Ask again what an earlier run asked.")
+BUDGET = Option(30.0, min=0, help="Work that does not fit is left out and listed.")
+FRESH = Option(False, "--fresh", help="Ignore the answers of an earlier run.")
 
 
 @app.command(rich_help_panel=MEASURE)
@@ -31,7 +31,7 @@ def tasks(
     model: str = GGUF,
     task: list[str] = Option(None, "--task", metavar="NAME", help="Only these tasks. Default: all."),
     lengths: str = Option("512,1024,2048,4096", help="Tokens, with commas."),
-    texts: int = Option(12, min=1, help="Texts of a task at a length."),
+    texts: int = Option(12, min=1, help="Texts of each task at each length."),
     budget_minutes: float = BUDGET,
     run: str = RUN,
     threads: int = OWN_THREADS,
@@ -39,7 +39,7 @@ def tasks(
 ) -> None:
     """Ask long-context tasks in the manner of RULER and NoLiMa, at growing lengths.
 
-    Goes on after a kill. Example: `dfqs-nb tasks model.gguf --lengths 1024,4096 --task "several keys"`
+    Resumes after a kill. Example: `dfqs-nb tasks model.gguf --lengths 1024,4096 --task "several keys"`
     """
     from dfqs_nb.context.tasks import NAME, Tasks, measure_tasks, planned_seconds
     from dfqs_nb.core.budget import duration
@@ -67,9 +67,9 @@ def tasks(
 def loops(
     model: str = GGUF,
     temperature: str = Option("0,1", help="Values with commas."),
-    cache_type: str = Option("f16,q8_0", help="Of keys and values, with commas."),
-    answers: int = Option(12, min=1, max=24, help="Of each condition."),
-    tokens: int = Option(512, min=64, help="Of a long answer."),
+    cache_type: str = Option("f16,q8_0", help="Types of keys and values, with commas."),
+    answers: int = Option(12, min=1, max=24, help="Answers under each condition."),
+    tokens: int = Option(512, min=64, help="Tokens of a long answer."),
     budget_minutes: float = BUDGET,
     run: str = RUN,
     threads: int = OWN_THREADS,
@@ -77,7 +77,7 @@ def loops(
 ) -> None:
     """Ask for long answers, and say how many fall into a repeat, by temperature and cache type.
 
-    Goes on after a kill. Example: `dfqs-nb loops model.gguf --temperature 0,0.6 --cache-type f16,q4_0`
+    Resumes after a kill. Example: `dfqs-nb loops model.gguf --temperature 0,0.6 --cache-type f16,q4_0`
     """
     from dfqs_nb.context.loops import measure_loops
     from dfqs_nb.llama import OpenSettings

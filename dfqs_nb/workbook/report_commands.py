@@ -30,9 +30,7 @@ def run_folder(name: str) -> Path:
 @app.command(rich_help_panel=REPORT)
 def report(
     run: str = Argument("nano", help="A run's name under outputs/, or its folder."),
-    check: bool = Option(
-        False, "--check", help="Write nothing: check the report and the files it stands on."
-    ),
+    check: bool = Option(False, "--check", help="Write nothing; check the report and the files behind it."),
 ) -> None:
     """Write the DFQS report of a run, or check one.
 
@@ -52,10 +50,10 @@ def report(
 @app.command(rich_help_panel=REPORT)
 def compare(
     reports: list[str] = Argument(
-        ..., metavar="RUN...", help="Runs, or their report.json; the first: baseline."
+        ..., metavar="RUN...", help="Runs, or their report.json. The first run is the baseline."
     ),
     accept: list[str] | None = Option(
-        None, metavar="FIELD", help="Compare although this differs; only chat_template_sha256."
+        None, metavar="FIELD", help="Compare although this field differs; only chat_template_sha256."
     ),
     output: Path | None = Option(None, metavar="FOLDER", help="Default: compare-RUN-RUN under outputs/."),
 ) -> None:

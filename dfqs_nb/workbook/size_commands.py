@@ -21,17 +21,19 @@ RAM, GPU, DISK = "RAM", "GPU", "disk"
 @app.command(rich_help_panel=FILES)
 def plan(
     model: str = PLACE,
-    ram: str = Option("", metavar="64GB", help="Memory. Default: what is free here."),
-    vram: str = Option("", metavar="24GB,24GB", help="Of each graphics card."),
-    context: int = Option(8192, metavar="TOKENS", help="Of context."),
-    ram_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Of memory. 0: measured here."),
-    gpu_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Of a card's memory. 0: unknown."),
-    disk_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Of the disk. 0: measured here."),
-    profile: str = Option("", metavar="FILE", help="routing_profile.json of `dfqs-nb routing MODEL`."),
+    ram: str = Option("", metavar="64GB", help="Size of memory. Default: the free memory here."),
+    vram: str = Option("", metavar="24GB,24GB", help="Memory of each graphics card."),
+    context: int = Option(8192, metavar="TOKENS", help="Length of the context."),
+    ram_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of memory. 0: measured here."),
+    gpu_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of a card's memory. 0: unknown."),
+    disk_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of the disk. 0: measured here."),
+    profile: str = Option(
+        "", metavar="FILE", help="The routing_profile.json that `dfqs-nb routing MODEL` writes."
+    ),
 ) -> None:
-    """Say where a model's tensors and cache would lie, with which llama-server command, and how fast at most.
+    """Plan where a model's tensors and cache would lie, with the llama-server command and a bound on speed.
 
-    Nothing is downloaded but headers. Examples: `dfqs-nb plan model.gguf`,
+    Only headers are downloaded. Examples: `dfqs-nb plan model.gguf`,
     `dfqs-nb plan hf://owner/repo/model.gguf --ram 64GB --vram 24GB,24GB --context 32768`
     """
     from dfqs_nb.core.machine import available_memory
@@ -164,11 +166,11 @@ def _advice(
 @app.command(rich_help_panel=FILES)
 def diff(
     a: str = PLACE,
-    b: str = Argument(..., help="Another."),
+    b: str = Argument(..., help="The model to compare with."),
     data: bool = Option(
-        False, "--data", help="Also compare bytes of tensors; remote ones are read for that."
+        False, "--data", help="Also compare the bytes of tensors; a remote model is read as a whole."
     ),
-    most: int = Option(20, min=0, help="Lines of each kind of difference."),
+    most: int = Option(20, min=0, help="The most lines for each kind of difference."),
 ) -> None:
     """Compare two models: metadata keys, tensors, types, shapes, and with --data their bytes.
 
@@ -194,7 +196,9 @@ def specimen(
     output: Path = Argument(..., metavar="OUT", help="The file to write."),
     full_size: bool = Option(False, "--full-size", help="All experts and tokens: 62.7 GB for all layers."),
     layers: int = Option(0, help="Default: 8, and with --full-size all 43."),
-    concatenated: bool = Option(False, "--concatenated", help="As two glued shards, as it was published."),
+    concatenated: bool = Option(
+        False, "--concatenated", help="Write it as two glued shards, like the published file."
+    ),
     quiet: bool = QUIET,
 ) -> None:
     """Write a model of the published shape with random weights, to rehearse the real size.
