@@ -207,8 +207,12 @@ class Paging:
                 f"the paging help failed ({self._watch._error})", hint=hint
             ) from self._watch._error
         for layer, (file, start, used) in self.layout.tables.items():
-            rows = [os.pread(self._files[file], 4 * used, start + 4 * used * token) for token in set(tokens)]
-            self._hand_over(layer, np.unique(np.frombuffer(b"".join(rows), np.int32)))
+            places = [start + 4 * used * token for token in set(tokens)]
+            rows = [os.pread(self._files[file], 4 * used, place) for place in places if place >= start]
+            ids = np.unique(np.frombuffer(b"".join(rows), np.int32))
+            # a token that llama.cpp will refuse reads past the table, and a table can hold anything
+            n = max((part.n for part in self.layout.experts.get(layer, ())), default=0)
+            self._hand_over(layer, ids[(ids >= 0) & (ids < n)])
 
     def chosen(self, router: Router) -> None:
         """A router has chosen: read its experts; in prefill, where most are chosen, also the next layer's."""
@@ -229,7 +233,7 @@ class Paging:
             self._hand_over(self._ahead, np.arange(following[0].n))
 
     def _hand_over(self, layer: int, experts: np.ndarray) -> None:
-        runs = list(self._runs(layer, experts))
+        runs = list(self._runs(layer, experts)) if len(experts) else []
         if sum(end - start for _, start, end in runs) <= INLINE_BYTES:
             return self._read(runs)
         if self._thread is None:

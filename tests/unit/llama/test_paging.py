@@ -29,7 +29,7 @@ from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama import diagnose, paging
 from dfqs_nb.llama.diagnosis import Diagnosis, Disk, Measured, forecast
-from dfqs_nb.llama.model import open_model
+from dfqs_nb.llama.model import DecodeError, open_model
 from dfqs_nb.llama.paging import Paging
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.recorded import Schedule, open_recorded, record
@@ -139,6 +139,15 @@ def test_hash_layers_are_read_by_token(monkeypatch):
     hashed = trace.layers[trace.hashed].tolist()
     assert hashed and sorted(tables) == hashed
     assert seen[: len(hashed)] == [(at, sorted(trace.experts[0, at].tolist())) for at in hashed]
+
+
+@linux_only
+@pytest.mark.parametrize("token", [-1, 1_000, 1_000_000_000])
+def test_a_token_that_there_is_not_is_refused_as_without_help(token):
+    with open_model(NANO, settings("on"), trial=False) as model:
+        with pytest.raises(DecodeError, match="llama_decode returned -1"):
+            model.evaluate([token])
+        model.evaluate([7])
 
 
 @linux_only
