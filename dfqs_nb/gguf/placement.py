@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.display import size
@@ -418,7 +419,7 @@ class Layout:
         """From the headers of all shards, first one first."""
         routing, n_layers = experts(headers[0]), headers[0].n_layers
         tied = not any(tensor.name == "output.weight" for header in headers for tensor in header.tensors)
-        parts: dict[int, dict[int, Experts]] = {}
+        parts: dict[int, list[tuple[int, Experts]]] = {}
         dense, tables = [], {}
         for file, header in enumerate(headers):
             for tensor in header.tensors:
@@ -428,12 +429,12 @@ class Layout:
                 routed = re.search(EXPERTS, tensor.name)
                 if layer is not None and routed and tensor.shape[-1] == routing.total:
                     part = Experts(file, start, tensor.nbytes // routing.total, routing.total)
-                    parts.setdefault(layer, {})[USED_IN_ORDER.index(routed[1])] = part
+                    parts.setdefault(layer, []).append((USED_IN_ORDER.index(routed[1]), part))
                 elif layer is not None and HASH_TABLE in tensor.name:
                     tables[layer] = file, start, tensor.shape[0]
                 elif tensor.type not in INTEGER_TYPES and (tied or class_of(tensor.name) != "embedding"):
                     dense.append((file, start, start + tensor.nbytes))
-        ordered = {layer: [own[at] for at in sorted(own)] for layer, own in parts.items()}
+        ordered = {n: [part for _, part in sorted(own, key=itemgetter(0))] for n, own in parts.items()}
         slices = sum(part.slice_bytes for layer in ordered.values() for part in layer)
         return cls(ordered, dense, tables, routing.used * slices)
 

@@ -286,6 +286,17 @@ def test_places_count_from_the_start_of_the_file(tmp_path):
     assert 0 < max(place.end for place in places) <= path.stat().st_size
 
 
+@pytest.mark.parametrize("arch", ["gpt-oss", "granitemoe"])
+def test_every_tensor_of_experts_has_its_place_biases_too(arch, tmp_path):
+    shards = open_shards(write_model(arch, tmp_path))
+    places = [place for layer in Layout.of(shards.headers).experts.values() for place in layer]
+    theirs = [tensor for tensor in shards.as_one.tensors if "_exps." in tensor.name]
+    assert sorted(place.start for place in places) == sorted(
+        shards.headers[0].data_offset + tensor.offset for tensor in theirs
+    )
+    assert sum(place.end - place.start for place in places) == sum(placement.Model(shards.as_one).experts)
+
+
 def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe):
     dense = Layout.of(open_shards(moe).headers).dense_bytes
     said = forecast(open_shards(moe).headers, dense - 1000, Disk("", None, None, None))
