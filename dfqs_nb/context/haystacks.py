@@ -133,7 +133,7 @@ class Frame:
 
 
 class StandIn(Protocol):
-    """What is asked in the place of an open `Model`, such as a server; what both have means the same.
+    """A stand-in for an open `Model`, such as a server; shared attributes mean the same.
 
     ``around``: what its chat template puts before and after a message. ``settings`` has its ``n_ctx``.
     """

@@ -49,7 +49,7 @@ class Loop(NamedTuple):
 def first_loop(tokens: Sequence[int]) -> Loop | None:
     """The earliest run in which a block comes at least 4 times in a row and fills at least 64 tokens.
 
-    Copies are equal token by token, so an answer that counts on in each round is no loop.
+    Copies are equal token by token, so a list with growing numbers is not a loop.
 
     >>> first_loop([7, 8, 9] + [1, 2] * 40 + [5])
     Loop(start=3, period=2, length=80)
@@ -107,7 +107,7 @@ def measure_loops(
     budget_seconds: float = inf,
     fresh: bool = False,
 ) -> LoopRun:
-    """Ask for long answers under every cache type and temperature; goes on after a kill.
+    """Ask for long answers under every cache type and temperature; resumes after a kill.
 
     Flash attention is on throughout, because a quantized cache needs it. An answer's number is its request
     and its seed, so conditions differ in nothing else.

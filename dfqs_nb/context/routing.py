@@ -1,4 +1,4 @@
-"""Routing against context: does the router use the same experts, and as surely, deep in a context?"""
+"""Routing against context: does the router use the same experts, by the same margin, deep in a context?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long-context tasks by the names that people know: RULER's and NoLiMa's ideas, in wording of our own.
+"""Long-context tasks in the manner of RULER and NoLiMa, in our own wording.
 
 Each text is drawn fresh for its task and length, from a seed, and sized by the model's own tokens. An answer
 is right when it holds every expected word. The multi-key curve of DFQS 1.0 (`curve`) stands apart from these.
@@ -292,7 +292,7 @@ def measure_tasks(
     model_id: str = "",
     fresh: bool = False,
 ) -> TaskRun:
-    """Ask every task at every length, short lengths first; goes on after a kill.
+    """Ask every task at every length, short lengths first; resumes after a kill.
 
     A task without a right answer at the shortest length is not asked at longer ones.
 

@@ -1,4 +1,4 @@
-"""Plans that keep to a time: what is cut, in which order, and the sentence that says so."""
+"""Plans that fit a time limit: what is cut, in which order, and the sentence about it."""
 
 from __future__ import annotations
 

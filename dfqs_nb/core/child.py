@@ -1,4 +1,4 @@
-"""Work in a child process: what may abort ends there and nowhere else.
+"""Work in a child process, so that an abort ends the child and not this process.
 
 The parent calls `run` with a module and a job. The module's ``__main__`` calls `serve` with a function that
 takes the job. Both speak JSON, one object a line. A child ends when its parent does.

@@ -84,7 +84,7 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def there_is(path: str | Path) -> bool:
-    r"""Whether there is a file or folder of that name; none has a name too long, or with a NUL.
+    r"""Whether a file or folder of that name exists; false if the name is too long or holds a NUL.
 
     >>> there_is("x" * 100_000), there_is("a\0b"), there_is(".")
     (False, False, True)
@@ -96,7 +96,7 @@ def there_is(path: str | Path) -> bool:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether a regular file has that name, which may come from a file and be none."""
+    """Whether a regular file has that name; the name may be any text."""
     return there_is(path) and Path(path).is_file()
 
 

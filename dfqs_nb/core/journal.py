@@ -1,4 +1,4 @@
-"""Records of finished work, so that a killed run goes on where it stopped."""
+"""Records of finished work, so that a killed run resumes where it stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine may use: memory and cores, as psutil and the container's limits leave them."""
+"""What this process may use: memory and cores, from psutil and the container's limits."""
 
 from __future__ import annotations
 

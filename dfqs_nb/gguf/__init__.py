@@ -1,4 +1,4 @@
-"""GGUF files: their headers, what these say of a model, shards that belong together, and names of models.
+"""GGUF files: their headers, the facts in them, shards that belong together, and names of models.
 
 >>> read_header(models.resolve("dfqs-nano-f16")[0]).architecture
 'deepseek4'

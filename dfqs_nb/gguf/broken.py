@@ -1,4 +1,4 @@
-"""Broken files made from the reference model, to see what the workbook (and llama.cpp) say of each."""
+"""Broken files made from the reference model, to see how the workbook and llama.cpp diagnose each."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def too_many_experts(folder: str | Path) -> Path:
 
 
 def collection(folder: str | Path) -> list[Path]:
-    """One file of each kind that people take for a model: sound, glued, cut off, and not a model at all."""
+    """One file of each kind that passes for a model: sound, glued, cut off, and not a model at all."""
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     first, second = reference_shards().headers

@@ -45,7 +45,7 @@ class Difference:
 
 
 def compare(a: Outline, b: Outline, *, data: bool = False) -> Difference:
-    """Compare two models, whole or in shards, here or not.
+    """Compare two models, in one file or in shards, local or remote.
 
     Args:
         data: also hash every tensor that both have with equal type and shape. Of a remote model this reads

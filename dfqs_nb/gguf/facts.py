@@ -101,7 +101,7 @@ def class_of(name: str) -> str:
 
 
 def experts(header: GGUFHeader) -> Experts:
-    """The expert layout; a HeaderError where a count is something else."""
+    """The expert layout; a HeaderError if a field is not a count."""
     own, scale = header.architecture, header.arch("expert_weights_scale")
     return Experts(
         header.count(f"{own}.expert_count"),
@@ -121,7 +121,7 @@ def _moe_layers(header: GGUFHeader) -> set[int | None]:
 def token_shares(header: GGUFHeader) -> Iterator[tuple[Tensor, bool, float]]:
     """Each tensor, whether it holds routed experts, and the share of it that a token of decode uses.
 
-    Of experts that is used / total; of a look-up table, such as the embedding, one row; else all.
+    For experts the share is used / total; for a look-up table, such as the embedding, one row; else all.
     """
     n_experts = header.count(f"{header.architecture}.expert_count")
     used = header.counts(f"{header.architecture}.expert_used_count") or [0]
@@ -197,7 +197,7 @@ def attention_layers(header: GGUFHeader) -> list[dict[str, Any]]:
 
 
 def identity(header: GGUFHeader) -> dict[str, Any]:
-    """Who the file says it is: name, architecture, licence, sizes, quantization, provenance."""
+    """The identity in the header: name, architecture, licence, sizes, quantization, provenance."""
     count = parameters(header)
     return {
         "name": header.text("general.name") or "not stated",
@@ -216,7 +216,7 @@ def identity(header: GGUFHeader) -> dict[str, Any]:
 
 
 def architecture(header: GGUFHeader) -> dict[str, Any]:
-    """The sizes that shape the network; ``not stated`` where the header is silent."""
+    """The sizes that shape the network; ``not stated`` if the header lacks it."""
     keys = {
         "layers": "block_count",
         "hidden size": "embedding_length",
@@ -317,7 +317,7 @@ def role(header: GGUFHeader) -> str:
 
 
 def require_model(header: GGUFHeader) -> None:
-    """Refuse, by a ModelError, a file that belongs to a model and is none; see `role`."""
+    """Raise a ModelError for a GGUF file that is not a model, such as an adapter; see `role`."""
     if role(header) != MODEL:
         what = f"{role(header)}, not a language model"
         raise ModelError(what, where=header.path, hint="name the model it was made for")

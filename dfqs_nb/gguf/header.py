@@ -214,7 +214,7 @@ def read_header(path: str | Path, start: int = 0, *, file: Any = None) -> GGUFHe
 
 
 def unreadable(path: Path, error: OSError) -> HeaderError:
-    """The error for a file that cannot be opened; an address, which is no path, is called one."""
+    """The error for a file that cannot be opened; if the path is an address, the message says so."""
     hint = "check the path and its permissions"
     if str(path).startswith(("http:", "https:")):  # as a path, it has lost one of its slashes
         hint = "it is an address: download the file first, or look at it with `dfqs-nb inspect ADDRESS`"

@@ -1,4 +1,4 @@
-"""A model that is not here: the sizes that its makers published, enough to compute its cache."""
+"""Published sizes of a model whose file is not here, enough to compute its cache."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A look before the download: the headers of files on the hub, or behind any address, read by HTTP ranges.
 
-They are laid into sparse files of the originals' sizes, so that whatever reads headers works on those too:
+They are written to sparse files of the original sizes, so that all code that reads headers works on them:
 the diagnosis, the shards' cross-check, and llama.cpp's own loader, which plans a model without its data.
 """
 
@@ -100,7 +100,7 @@ def shown(address: str) -> str:
 
 @contextmanager
 def outline(model: str | Path) -> Iterator[Outline]:
-    """The headers of a model that is here or not: a path, a registered name, or an address.
+    """The headers of a local or remote model: a path, a registered name, or an address.
 
     Only headers are downloaded; what lies in the hub's cache is read there. Copies go when the block ends.
 

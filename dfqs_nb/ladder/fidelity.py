@@ -1,4 +1,4 @@
-"""How faithful a quantization is to a model that is not here: against a record of the original's predictions.
+"""How faithful a quantization is to its original, by a record of the original's predictions.
 
 A record is a JSONL file: prompts, the original's greedy continuation of each, and at each token the likeliest
 tokens with their log-probabilities. The unseen rest leaves the KL divergence open between two bounds.
@@ -146,7 +146,7 @@ def write_record(
     conditions: Mapping[str, Any] | None = None,
     **facts: str,
 ) -> Head:
-    """Record how a model continues each prompt. A run that is killed goes on with the same call.
+    """Record how a model continues each prompt. The same call resumes a killed run.
 
     Args:
         prompts: by id, the text and whether it is a chat message.

@@ -1,7 +1,7 @@
 """Recipes (``data/quantize/*.toml``): which tensor gets which type.
 
-A recipe names one of llama.cpp's file types, whose mix chooses each tensor's type, and rules that overrule
-the mix for tensors by name.
+A recipe names one of llama.cpp's file types, whose mix chooses each tensor's type, and rules that override
+the mix for named tensors.
 """
 
 from __future__ import annotations

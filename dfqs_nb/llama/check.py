@@ -1,4 +1,4 @@
-"""Will llama.cpp take this file? Ask llama.cpp itself, in a child process that may die of the answer.
+"""Will llama.cpp accept this file? Ask llama.cpp itself, in a child process that may crash.
 
 Three questions, from the cheapest to the most thorough:
 
@@ -73,7 +73,7 @@ class ParsedTensor:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What libggml made of one file; the numbers are 0 when it refused it.
+    """What libggml read from one file; the numbers are 0 if it refused the file.
 
     ``message``: the lines that it logged; ``death``: the signal (or ``"timeout"``) that the file ended it by.
     """
@@ -132,7 +132,7 @@ def library_path() -> Path:
 
 @dataclass(frozen=True)
 class LoaderVerdict:
-    """What llama.cpp's loader says of one file.
+    """The verdict of llama.cpp's loader on one file.
 
     Attributes:
         accepted: it loads, and a context can be planned.

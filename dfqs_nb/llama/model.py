@@ -77,7 +77,7 @@ class SavedState:
 class Model:
     """An open model: its header, how it was opened, and llama-cpp-python's ``Llama`` itself.
 
-    Close it (or use it in a ``with`` block) to give its memory back.
+    Close it (or use it in a ``with`` block) to free its memory.
 
     Attributes:
         warnings: what llama.cpp warned of while it loaded the model.

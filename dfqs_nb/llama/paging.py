@@ -1,7 +1,7 @@
 """Help for a file larger than memory: read what a token needs before it is asked for, and nothing else.
 
 The kernel pages a mapped file by guessing. It reads a whole window around each missing page (8 MB on some
-disks, for an expert's slice of 1.6 MB), and lets the weights that every token needs go for it. Here
+disks, for an expert's slice of 1.6 MB), and evicts weights that every token needs to make room for it. Here
 
 - `Paging.loading` keeps llama.cpp from reading the whole file when it opens it;
 - the dense weights are locked into memory, within a budget;

@@ -366,7 +366,7 @@ def _merged_before(model: Given, folder: Path) -> ShardError | None:
 
 
 def methods_table(nbytes: int, header_nbytes: int, reported: dict[str, str]) -> pd.DataFrame:
-    """Ways to one file of so many bytes (of its header, so many): extra disk, and what is left to luck.
+    """Ways to one file, for its size and its header's in bytes: extra disk, and what stays unchecked.
 
     ``reported`` has seconds, by method. What the reference tool does and does not is read from its source
     (``tools/gguf-split`` of llama.cpp).

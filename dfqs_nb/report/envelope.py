@@ -1,6 +1,6 @@
 """The hardware envelope of a model: what its header asks for, beside this machine and beside DFQS 1.0.
 
-Of a graphics card only what must lie there at least is known: its compute buffer is not the CPU's.
+For a graphics card only a lower bound is known: its compute buffer is not the CPU's.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def figure(value: Any, unit: str = "") -> str:
 
 
 class Published(_Entry):
-    """What others published of the artifact and of its model."""
+    """What others published about the artifact and its model."""
 
     keys: dict[str, int]
     native_bytes: int

@@ -1,4 +1,4 @@
-"""Which experts to keep in fast memory for a budget, and what llama.cpp can do of it.
+"""Which experts to keep in fast memory for a budget, and how much of this llama.cpp can do.
 
 llama.cpp places tensors, and all experts of a layer share one tensor each for gate, up and down. So whole
 layers move. Every token reads k experts in each layer: no profile can prefer a layer to another, only its
@@ -140,7 +140,7 @@ def read_profile(path: str | Path, headers: Sequence[GGUFHeader]) -> tuple[dict[
     """How often a token reads each expert of a layer, as `write_profile` wrote it, and what was recorded.
 
     Raises:
-        DfqsError: the file is none, or of another model.
+        DfqsError: the file is not a profile, or is of another model.
     """
     try:
         stored = _ProfileFile.model_validate(read_json(path))

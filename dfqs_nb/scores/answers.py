@@ -46,7 +46,7 @@ def normalised(text: str) -> str:
 
 
 def repeats(text: str) -> bool:
-    """Whether an answer goes round in circles: its last 1,000 characters pack to a third, as no prose does.
+    """Whether an answer repeats itself: its last 1,000 characters compress to a third, as no prose does.
 
     >>> repeats("So the answer is 12. " * 60), repeats("The quick brown fox jumps over the lazy dog.")
     (True, False)

@@ -1,7 +1,7 @@
 """Two runs of the same questions, compared item by item.
 
-Two scores may look apart and not be, or look alike and hide that they fail on different items. Paired by
-item, only the items on which the two disagree carry evidence.
+Two different scores may differ by chance, and two equal scores may hide different failures. So items are
+paired: only the items on which the two runs disagree carry evidence.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Grade answers, and turn grades into scores with their uncertainty, and into tables and texts.
 
 Strict: an answer counts when it is the expected one after normalisation, and a program when its tests run to
-their end. Nothing is given for being close.
+their end. There is no partial credit.
 """
 
 from __future__ import annotations

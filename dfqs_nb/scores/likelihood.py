@@ -216,7 +216,7 @@ def answer(
     limit: int | None = None,
     fresh: bool = False,
 ) -> Answers:
-    """Score every choice of every question. A run that is killed goes on with the same call.
+    """Score every choice of every question. The same call resumes a killed run.
 
     What questions have in common (the solved examples), and what the choices of one have in common (the
     query), is evaluated once and then restored, so four choices cost little more than one.

@@ -1,4 +1,4 @@
-"""Serve the model, check its servers, ask them what this process is asked, and deploy it elsewhere.
+"""Serve the model, check its servers, compare their answers with this process, and deploy it elsewhere.
 
 >>> is_url("http://127.0.0.1:8080/v1")
 True

@@ -1,4 +1,4 @@
-"""What a user should know of a server before trusting its answers, found out by asking it."""
+"""Checks of a server, to run before you trust its answers."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def check_all(
 
 
 def shut_down(running: Mapping[str, LocalServer]) -> pd.DataFrame:
-    """Stop each server, and look whether anything of it is left: columns as `check_all` has them."""
+    """Stop each server, and check that its process and port are gone: columns as `check_all` has them."""
     import pandas as pd
 
     rows = []
@@ -386,7 +386,7 @@ def _timed(endpoint: Endpoint, number: int, n_tokens: int) -> Reply:
 
 
 def bad_input(endpoint: Endpoint) -> pd.DataFrame:
-    """What a user's mistakes give: columns ``mistake``, ``error``, ``tries`` and ``message``.
+    """The errors for a user's mistakes: columns ``mistake``, ``error``, ``tries`` and ``message``.
 
     Raises:
         AssertionError: a mistake got an answer.
@@ -409,7 +409,7 @@ def bad_input(endpoint: Endpoint) -> pd.DataFrame:
 
 
 def ask_stopped(endpoint: Endpoint) -> dict[str, Any]:
-    """What asking a server that has ended gives, as a row of `bad_input`."""
+    """The error for a request to a server that has ended, as a row of `bad_input`."""
     quick = dataclasses.replace(endpoint, retries=1)
     return _mistake("a server that has ended", lambda: quick.complete("The", 1))
 

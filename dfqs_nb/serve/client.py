@@ -1,4 +1,4 @@
-"""Ask any server that speaks OpenAI's protocol what the workbook asks a model in this process.
+"""Send the workbook's requests to any server with an OpenAI-compatible API.
 
 Greedy by default, one request at a time: parallel requests share batches, and batches change numbers. What
 a server does on its own (a repeat penalty, a prompt cache) is switched off where the server is known to have

@@ -1,6 +1,6 @@
 """The same questions in this process and through a server, item by item.
 
-Each difference is followed to the token where the two part, and how sure the model was there.
+For each difference we find the first token that differs, and how certain the model was there.
 """
 
 from __future__ import annotations

@@ -77,13 +77,13 @@ class BusyError(EndpointError):
 
 
 class BrokenAnswerError(EndpointError):
-    """An answer ends before its end, every time."""
+    """An answer breaks off before its end, every time."""
 
     temporary = True
 
 
 class EndlessAnswerError(EndpointError):
-    """An answer takes longer in all, or is larger, than any honest one."""
+    """An answer takes longer in all, or is larger, than any real answer."""
 
 
 class ContextOverflowError(EndpointError, ContextFullError):

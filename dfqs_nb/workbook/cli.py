@@ -154,8 +154,8 @@ def program() -> Any:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status.
 
-    1: an error, as one line on standard error; 2: the command line is wrong; 130: interrupted. What nobody
-    foresaw is one line too, and its traceback goes to a log.
+    1: an error, as one line on standard error; 2: the command line is wrong; 130: interrupted. An unexpected
+    error is one line too, and its traceback goes to a log.
     """
     warnings.formatwarning = lambda message, *place, **more: f"dfqs-nb: {plain(message)}\n"
     try:

@@ -1,8 +1,8 @@
 """Run the workbook for many models and settings, from a table, and end in a leaderboard.
 
 Every row is one run of the notebooks in a process of its own, so whatever ends that process fails one row. A
-journal keeps what is done; a sweep that is killed goes on with the same command. Rows run on this machine, or
-on the workers of a Dask cluster (https://distributed.dask.org) that see the same files.
+journal keeps the finished rows, so the same command resumes a killed sweep. Rows run on this machine, or on
+the workers of a Dask cluster (https://distributed.dask.org) that see the same files.
 """
 
 from __future__ import annotations
