@@ -180,7 +180,13 @@ def edited(folder, change):
         ),
         (lambda r: r["details"]["code_score"].update(low=0.99), "outside its interval"),
         (lambda r: r["details"]["code_score"].update(n=0), "from no answers"),
-        (lambda r: r["details"]["reasoning_score"].update(low=None), "its items give reasoning_score low"),
+        (lambda r: r["details"]["reasoning_score"].update(low=None), "$.details.reasoning_score.low"),
+        (lambda r: r["details"]["code_score"].pop("set"), "'set' is a required property"),
+        (lambda r: r["details"]["cpu_tokens_per_sec"].pop("depth"), "'depth' is a required property"),
+        (
+            lambda r: r["details"]["failure_boundary_tokens"].pop("n_haystacks"),
+            "'n_haystacks' is a required property",
+        ),
         (lambda r: r["metrics"].update(cpu_tokens_per_sec=-1.0), "does not follow the schema"),
         (
             lambda r: [
