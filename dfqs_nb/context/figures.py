@@ -78,7 +78,7 @@ def _right_axis(ax: Axes, label: str, values: pd.Series, colour: str) -> Axes:
 
 def _boundary_title(boundary: dict[str, Any]) -> str:
     if boundary["status"] == "floor":
-        return "No better than chance at every length"
+        return "Retrieval is no better than chance at any length"
     if boundary["right_censored"]:
         return f"Retrieval holds to the longest context measured, {boundary['tokens']:,} tokens"
     high = "open" if boundary["high"] is None else f"{boundary['high']:,}"
@@ -106,7 +106,7 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
     best, worst = shares.idxmax(), shares.idxmin()
     set_title(
         ax,
-        f"Found most often {best} deep ({shares[best]:.0%}), least often {worst} deep ({shares[worst]:.0%})",
+        f"Found most often: keys {best} deep ({shares[best]:.0%}); least: {worst} deep ({shares[worst]:.0%})",
     )
     return ax
 

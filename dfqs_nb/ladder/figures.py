@@ -37,8 +37,8 @@ def divergence_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylabel(f"KL divergence from {source} (nats a token)\n{kind}\n{counts}", fontsize=9)
     ax.margins(y=0.12)
     far, near = rows.loc[rows["kld"].idxmax()], rows.loc[rows["kld"].idxmin()]
-    ratio = f"{far['kld'] / near['kld']:,.0f} times as far from it as {near['rung']}"
-    set_title(ax, f"{far['rung']} predicts least like {source}: {ratio}")
+    ratio = f"{far['kld'] / near['kld']:,.0f} times as far as {near['rung']}"
+    set_title(ax, f"{far['rung']} diverges most from {source}: {ratio}")
     return ax
 
 
