@@ -12,10 +12,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, NonNegativeFloat
+from annotated_types import Ge, Le
+from pydantic import BaseModel, ValidationError
 
 from dfqs_nb.core.display import one_line
 from dfqs_nb.core.errors import DfqsError, ModelError
@@ -125,7 +126,7 @@ def write_profile(path: str | Path, profile: Profile, layer_bytes: np.ndarray) -
 
 class _LayerReads(BaseModel):
     layer: int
-    reads: list[NonNegativeFloat]
+    reads: list[Annotated[float, Ge(0), Le(1)]]  # a token reads an expert once at most
 
 
 class _ProfileFile(BaseModel):
@@ -145,7 +146,9 @@ def read_profile(path: str | Path, headers: Sequence[GGUFHeader]) -> tuple[dict[
     try:
         stored = _ProfileFile.model_validate(read_json(path))
     except (OSError, ValueError) as error:
-        what = f"not a routing profile ({str(error).splitlines()[0]})"
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+        what = f"not a routing profile ({why})"
         raise DfqsError(what, where=path, hint="write it: dfqs-nb routing MODEL") from None
     name = one_line((stored.model or {}).get("name", "a model without a name"))
     layout, layers = experts(headers[0]), {layer.layer: layer.reads for layer in stored.layers}

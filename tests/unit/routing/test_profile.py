@@ -173,6 +173,8 @@ def test_a_profile_is_read_back_for_its_model_only(tmp_path):
         ({"layers": [own[0] | {"layer": 9}]}, "a profile of another model .DFQS-Nano"),
         ({"format": 2}, "not a routing profile .* write it: dfqs-nb routing MODEL"),
         ({"layers": [own[0] | {"reads": [-1.0]}]}, "not a routing profile"),
+        ({"layers": [own[0] | {"reads": [0.0, 1e308]}]}, "layers.0.reads.1: .* less than or equal to 1"),
+        ({"layers": [own[0] | {"reads": ["inf"]}]}, "layers.0.reads.0: .* less than or equal to 1"),
     ):
         path.write_text(json.dumps(stored | changed))
         with pytest.raises(DfqsError, match=says):
