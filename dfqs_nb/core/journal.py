@@ -10,26 +10,29 @@ from typing import Any
 
 from dfqs_nb.core.files import canonical_sha256, parse_json, write_json
 
+# Conditions that change how long work takes, and no number: free memory can decide them, anew at every start.
+TIME_ONLY = {"paging"}
+
 
 def conditions_hash(conditions: Mapping[str, Any]) -> str:
-    """A short hash of conditions: equal values in any order give the same one.
+    """A short hash of conditions, but for `TIME_ONLY`: equal values in any order give the same one.
 
     >>> conditions_hash({"a": 1, "b": 2}) == conditions_hash({"b": 2, "a": 1})
     True
     """
-    return canonical_sha256(dict(conditions))[:16]
+    return canonical_sha256({name: conditions[name] for name in conditions if name not in TIME_ONLY})[:16]
 
 
 def differing_fields(
     a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, tuple[Any, Any]]:
-    """Every field in which two nested conditions differ, with both values.
+    """Every field in which two nested conditions differ, but for `TIME_ONLY`, with both values.
 
     >>> differing_fields({"n_ctx": 1, "sampling": {"seed": 1}}, {"n_ctx": 1, "sampling": {"seed": 2}})
     {'sampling.seed': (1, 2)}
     """
     differing: dict[str, tuple[Any, Any]] = {}
-    for key in sorted({*a, *b}):
+    for key in sorted({*a, *b} - TIME_ONLY):
         mine, theirs = a.get(key, "absent"), b.get(key, "absent")
         if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
             differing |= differing_fields(mine, theirs, f"{prefix}{key}.")

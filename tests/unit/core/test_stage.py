@@ -10,7 +10,7 @@ import pytest
 
 from dfqs_nb.core.errors import OutputError, StageError
 from dfqs_nb.core.files import canonical_sha256, sha256_of_file
-from dfqs_nb.core.journal import Journal, holds
+from dfqs_nb.core.journal import Journal, differing_fields, holds
 from dfqs_nb.core.stage import Stage, read_stage
 
 TABLE = pd.DataFrame({"length": [256, 512], "accuracy": [1.0, 0.5]})
@@ -114,3 +114,11 @@ def test_a_parameter_below_one_is_refused_by_its_name(tmp_path):
     stage.positive(depth=1, n_texts=6)
     with pytest.raises(StageError, match="the parameter depth is 0; give depth=1 or more"):
         stage.positive(max_tokens=1, depth=0)
+
+
+def test_free_memory_costs_no_finished_work(tmp_path):
+    made = {"n_ctx": 512, "paging": "off"}
+    Journal(tmp_path / "j.jsonl", made).add("a", answer=1)
+    assert "a" in Journal(tmp_path / "j.jsonl", {**made, "paging": "on"})
+    assert "a" not in Journal(tmp_path / "j.jsonl", {**made, "n_ctx": 256})
+    assert differing_fields(made, {"n_ctx": 256, "paging": "on"}) == {"n_ctx": (512, 256)}
