@@ -106,7 +106,8 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
     best, worst = shares.idxmax(), shares.idxmin()
     set_title(
         ax,
-        f"Found most often: keys {best} deep ({shares[best]:.0%}); least: {worst} deep ({shares[worst]:.0%})",
+        f"Keys are found most often {best} deep ({shares[best]:.0%}), "
+        f"least often {worst} deep ({shares[worst]:.0%})",
     )
     return ax
 
