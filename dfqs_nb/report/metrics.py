@@ -72,7 +72,7 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
         "metrics": metrics,
         "details": details,
         "conditions": conditions,
-        "conditions_sha256": canonical_sha256(conditions),
+        "conditions_sha256": canonical_sha256(_rounded(conditions)),  # as they will stand in the file
         "items": _items(run),
         "routing": asdict(verdict) if verdict else None,
         "conformance": check_requirements(run, header, machine=here, metrics=metrics).to_dict("records"),

@@ -58,6 +58,12 @@ def own(run, tmp_path):
     return shutil.copytree(run, tmp_path / "own")
 
 
+def test_a_condition_of_many_digits_keeps_its_hash(merged_reference, tmp_path):
+    conditions = recorded("scores")["conditions"] | {"rope_freq_scale": 1 / 3}
+    folder = make_run(tmp_path / "run", merged_reference, scores={"conditions": conditions})
+    metrics.check_report(report.build_report(folder, ask_llama_cpp=False), folder)
+
+
 @pytest.fixture
 def copied(written, tmp_path):
     return shutil.copytree(written, tmp_path / "nano")
