@@ -196,7 +196,7 @@ class Answers:
         ]
         return {
             "results": {name: scores},
-            "n-samples": {name: {"original": n, "effective": n}},
+            "n-samples": {name: {"original": len(self.questions.items), "effective": n}},
             "n-shot": {name: len(self.questions.head.examples)},
             "config": {"model": self.model, **self.conditions},
             "samples": {name: samples},

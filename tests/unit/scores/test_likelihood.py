@@ -154,6 +154,8 @@ def test_a_shipped_set_becomes_multiple_choice_the_same_way_each_time(model, tmp
     assert places.min() > 0.1, "the right choice stands at every place"
     result = likelihood.answer(model, questions, tmp_path, limit=8)
     assert len(result.items) == 8 and "guess rate 0.250" in result.sentence
+    sizes = {"original": len(questions.items), "effective": 8}
+    assert result.as_lm_eval()["n-samples"] == {"nano-reasoning-choices": sizes}
 
 
 @pytest.mark.parametrize(
