@@ -415,8 +415,8 @@ class Layout:
     token_bytes: int
 
     @classmethod
-    def of(cls, headers: Sequence[GGUFHeader]) -> Layout:
-        """From the headers of all shards, first one first."""
+    def of(cls, headers: Sequence[GGUFHeader], n_gpu_layers: int = 0) -> Layout:
+        """From the headers of all shards, first one first; without the dense weights that a GPU holds."""
         routing, n_layers = experts(headers[0]), headers[0].n_layers
         tied = not any(tensor.name == "output.weight" for header in headers for tensor in header.tensors)
         parts: dict[int, list[tuple[int, Experts]]] = {}
@@ -432,6 +432,8 @@ class Layout:
                     parts.setdefault(layer, []).append((USED_IN_ORDER.index(routed[1]), part))
                 elif layer is not None and HASH_TABLE in tensor.name:
                     tables[layer] = file, start, tensor.shape[0]
+                elif (n_layers if layer is None else layer) > n_layers - n_gpu_layers:
+                    continue  # copied to the card; the output counts as one more layer
                 elif tensor.type not in INTEGER_TYPES and (tied or class_of(tensor.name) != "embedding"):
                     dense.append((file, start, start + tensor.nbytes))
         ordered = {n: [part for _, part in sorted(own, key=itemgetter(0))] for n, own in parts.items()}

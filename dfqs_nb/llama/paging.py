@@ -65,7 +65,7 @@ class Paging:
 
     def __init__(self, shards: ShardSet, settings: OpenSettings) -> None:
         self.paths, self.settings = shards.paths, settings
-        self.layout = Layout.of(shards.headers)
+        self.layout = Layout.of(shards.headers, settings.n_gpu_layers if has_gpu_support() else 0)
         self.parts, self.lost = list[str](), list[str]()
         self.pinned_bytes, self._look_ahead = 0, False
         self._files: list[int] = []
@@ -286,6 +286,8 @@ def may_lock() -> int | None:
 
 def block_folder(file: int) -> Path | None:
     """What the system tells of the disk under an open file; None where there is none, as on a network."""
+    if not LINUX:
+        return None
     device = os.fstat(file).st_dev
     folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
     return next(

@@ -19,6 +19,7 @@ import pytest
 from moe_models import VOCAB, write_model
 
 from dfqs_nb.core import machine
+from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import Memory
 from dfqs_nb.core.paths import data_dir
@@ -242,8 +243,20 @@ def test_it_is_on_where_the_file_exceeds_memory_and_off_elsewhere(moe, monkeypat
         settings("maybe")
 
 
+@linux_only
+def test_weights_on_a_card_are_not_locked(moe, monkeypatch):
+    layout, header = Layout.of(open_shards(moe).headers), read_header(moe)
+    monkeypatch.setattr(paging, "has_gpu_support", lambda: True)
+    with open_model(moe, settings("on", n_gpu_layers=2), trial=False) as model:
+        first = [tensor.nbytes for tensor in header.tensors if tensor.name.startswith("blk.0.")]
+        assert 0 < model.llama.paging.layout.dense_bytes < min(layout.dense_bytes, sum(first))
+        assert f"of {size(model.llama.paging.layout.dense_bytes)} of dense weights" in model.loaded["paging"]
+
+
 def test_another_system_says_what_is_lost(moe, monkeypatch):
     monkeypatch.setattr(paging, "LINUX", False)
+    monkeypatch.delattr(os, "major", raising=False)
+    assert Disk.under(moe, 1 << 20).device == ""
     with open_model(moe, settings("on"), trial=False) as model:
         model.evaluate(TOKENS)
         assert "is not Linux" in model.loaded["paging"] and not model.llama.paging.parts
