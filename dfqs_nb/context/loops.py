@@ -125,15 +125,17 @@ def measure_loops(
 
     requests, began = load_prompts(NAME, Requests), time.monotonic()
     # a condition given twice would count its answers twice
-    temperatures, cache_types = list(dict.fromkeys(temperatures)), list(dict.fromkeys(cache_types))
+    temperatures, opened = list(dict.fromkeys(temperatures)), dict[str, OpenSettings]()
+    for cache in cache_types:  # each is checked before the first is asked
+        opened[cache] = replace(settings, type_k=cache, type_v=cache, flash_attn=True)
     if odd := [it for it in temperatures if not 0 <= it < inf]:
         raise DfqsError(f"the temperature {odd[0]:g}", hint="give 0 or more: --temperature 0,1")
     turns = [(n, t) for n in range(min(n_answers, len(requests.prompts))) for t in temperatures]
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
-    for at, cache in enumerate(cache_types):
-        deadline = began + budget_seconds * (at + 1) / len(cache_types)
-        with open_model(path, replace(settings, type_k=cache, type_v=cache, flash_attn=True)) as model:
+    for at, cache in enumerate(opened):
+        deadline = began + budget_seconds * (at + 1) / len(opened)
+        with open_model(path, opened[cache]) as model:
             made = {**model.conditions(), **requests.identity(), "n_tokens": n_tokens}
             made |= {"model": model.sha256(), "sampling": asdict(Sampling())}
             journal = Journal(Path(folder) / JOURNAL, made, fresh=fresh and at == 0)

@@ -90,7 +90,7 @@ def test_a_second_run_asks_nothing_and_a_budget_leaves_out(tmp_path, monkeypatch
     again = measure_loops(MODEL, tmp_path, OPEN, **few)
     pd.testing.assert_frame_equal(first.items, again.items)
     with pytest.raises(ModelError, match="type_k is 'x'"):
-        measure_loops(MODEL, tmp_path, OPEN, cache_types=["x"])
+        measure_loops(tmp_path / "none.gguf", tmp_path, OPEN, cache_types=["f16", "x"])  # before it is opened
     twice = measure_loops(
         MODEL, tmp_path, OPEN, **few | {"cache_types": ["f16"] * 2}, temperatures=[0.0, 0.0]
     )
