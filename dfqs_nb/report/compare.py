@@ -214,7 +214,8 @@ def compare_reports(
         own = _alone(runs[0].context, n_boot, seed) if metric == RETRIEVAL else runs[0].stated(metric)
         table.append({"metric": metric, "model": runs[0].label, "kind": "", "reading": "baseline", **own})
         table += [row for row in rows if row["metric"] == metric]
-    lengths = pd.concat([pair.by_length() for pair in pairs], ignore_index=True)
+    parts = [pair.by_length() for pair in pairs]  # an empty one would make counts floats
+    lengths = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
     return ReportComparison(tuple(runs), accepted, pd.DataFrame(table, columns=COLUMNS), lengths)
 
 

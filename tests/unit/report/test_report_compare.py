@@ -251,6 +251,13 @@ def test_different_questions_are_refused(tmp_path, pair):
 # ---- what is not compared ----
 
 
+def test_a_withheld_curve_leaves_the_lengths_of_the_others_whole(tmp_path, pair):
+    curve = {"context_stability_curve": "no length was finished"}
+    compared = compare_reports([*pair, make_run(tmp_path / "three", "Three", withheld=curve)], n_boot=50)
+    assert compared.lengths["length"].tolist() == list(LENGTHS) and "| 1,024 |" in str(compared)
+    assert compared.lengths[["length", "n"]].dtypes.eq("int64").all()
+
+
 def test_a_withheld_metric_is_said_and_the_others_are_compared(tmp_path, pair):
     other = make_run(tmp_path / "three", "Three", withheld={"code_score": "no sandbox on this machine"})
     compared = compare_reports([pair[0], other])
