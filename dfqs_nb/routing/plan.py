@@ -62,6 +62,7 @@ class Condition:
             "keep_scores": self.name == "prefill" or self.kind == "weights",
             "n_prefill": tokens[0],
             "n_decode": tokens[1],
+            "needs": self.against or ("alone" if self.kind == "load" else ""),
             "n_output": len(self.load.members) * LOAD_OUTPUT if self.load else min(n_output, tokens[1]),
             "scale": 1.0,
         }
@@ -200,8 +201,8 @@ def fit(runs: Sequence[Mapping[str, Any]], costs: Costs, budget_seconds: float) 
     """How much of every length, and which runs, fit into the budget (0: no bound).
 
     The lengths are halved, at most three times, until the runs that all others are compared with, the
-    repetitions, and the loads of 8 sequences fit. Then runs are left out from the end of the plan. Runs that
-    others are compared with stay.
+    repetitions, and the loads of 8 sequences fit. Then runs are taken in the order of the plan, each with
+    those that it is compared with. The first one is always taken.
 
     >>> runs = [{"name": n, "kind": k, "process": "main", "n_prefill": 100, "n_decode": 0, "load": None}
     ...         for n, k in (("prefill", "reference"), ("again", "identical"), ("n_batch 7", "batch"))]
@@ -212,10 +213,14 @@ def fit(runs: Sequence[Mapping[str, Any]], costs: Costs, budget_seconds: float) 
         return SCALES[0], [run["name"] for run in runs]
     judging = [run for run in runs if run["kind"] in (*ESSENTIAL, IDENTICAL) or _full(run["load"])]
     scale = next((s for s in SCALES if _total(judging, costs, s) <= budget_seconds), SCALES[-1])
-    kept: list[Mapping[str, Any]] = [run for run in runs if run["kind"] in ESSENTIAL]
+    by_name, kept = {run["name"]: run for run in runs}, list(runs[:1])
     for run in runs:
-        if run not in kept and _total([*kept, run], costs, scale) <= budget_seconds:
-            kept.append(run)
+        added, name = list[Mapping[str, Any]](), run["name"]
+        while name in by_name and by_name[name] not in kept:
+            added.append(by_name[name])
+            name = by_name[name].get("needs")
+        if run["kind"] not in ESSENTIAL and _total([*kept, *added], costs, scale) <= budget_seconds:
+            kept += added
     return scale, [run["name"] for run in runs if run in kept]
 
 

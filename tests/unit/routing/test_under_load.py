@@ -198,9 +198,17 @@ def test_a_budget_leaves_out_from_the_end_and_then_shortens():
     scale, kept = fit(runs, costs, budget)
     assert scale == 1.0 and "7 others, mixed, a cache each, batch 1" in kept and "all by decode" not in kept
     assert sum(costs.seconds(run, scale) for run in runs if run["name"] in kept) + 2 * 10 <= budget
-    short, essential = fit(runs, costs, 1)
-    assert short == 0.125 and essential == ["prefill", "decode", "alone"]  # never nothing to compare with
+    assert fit(runs, costs, 1) == (0.125, ["prefill"])
     assert fit(runs, costs, budget / 4)[0] < 1
+
+
+def test_a_small_budget_repeats_before_it_runs_texts_that_nothing_is_compared_with():
+    """What the full size had on two cores: a token takes a second, and 16 texts alone would take it all."""
+    runs, costs = runs_of(), Costs(load_seconds=10, prefill_seconds=0.7, decode_seconds=1.2)
+    kept = fit(runs, costs, 444)[1]
+    assert {"prefill, fresh process", "prefill, same process again"} <= set(kept) and "alone" not in kept
+    needs = {run["name"]: run["needs"] for run in runs}
+    assert all(needs[name] in {"", *kept} for name in kept), "a run without what it is compared with"
 
 
 def test_a_scaled_run_is_shorter_in_all_its_parts():
@@ -230,12 +238,12 @@ def test_a_budget_shrinks_the_experiment_and_says_how(tmp_path, capsys):
     chosen = ["prefill, fresh process", "alone, fresh process", "n_batch 7"]
     options = {"n_tokens": 60, "n_output": 2, "chosen": chosen, "budget_minutes": 1e-4}
     found = run_experiment(NANO, tmp_path, **options)
-    assert found.plan.startswith("Budget 0.0001 minutes: 2 of 5 runs, at 0.125 of each length.")
+    assert found.plan.startswith("Budget 0.0001 minutes: 1 of 5 runs, at 0.125 of each length.")
     assert found.plan in capsys.readouterr().out
-    assert set(found.traces) == {"prefill", "alone"} and found.reference.n_tokens == 8
+    assert set(found.traces) == {"prefill"} and found.reference.n_tokens == 8
     status = found.table.set_index("condition")["status"]
     assert status.str.startswith("left out").all()
-    assert set(found.left_out) == set(chosen) and "Left out" in " ".join(found.conclusions())
+    assert set(found.left_out) == {*chosen, "alone"} and "Left out" in " ".join(found.conclusions())
     assert run_experiment(NANO, tmp_path, **options).n_made == 0
     whole = run_experiment(NANO, tmp_path, **(options | {"budget_minutes": 0}))
     assert whole.n_made == 5 and not whole.left_out and whole.passed
