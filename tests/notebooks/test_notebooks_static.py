@@ -197,7 +197,7 @@ def test_outputs_are_stored_in_order_and_without_errors(notebook):
 
 def test_the_file_is_small_and_clean(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.encode()) < 300_000
+    assert len(text.encode()) < 250_000
     notebook = NOTEBOOKS[path.stem]
     assert set(notebook["metadata"]) == {"kernelspec", "language_info"}, "run `make notebooks`"
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
