@@ -76,7 +76,7 @@ def _finding(table: pd.DataFrame) -> str:
     if len(lengths):
         below = lengths.loc[lengths["high"] < lengths["mark"], "label"]
         drops = f"drops below the threshold at {below.iloc[0]}" if len(below) else ""
-        parts.append(f"retrieval {drops or 'stays near the threshold or above'}")
+        parts.append(f"retrieval {drops or 'is at no length clearly below the threshold'}")
     return ";\n".join(parts) or "Nothing was measured"
 
 

@@ -105,7 +105,7 @@ def _runs(speed: Mapping[str, Any], mark: str, evidence: str) -> Line:
 
 def _routing(routing: Mapping[str, Any] | None, mark: str, evidence: str) -> Line:
     alone = "Alone in its batch. Beside other sequences, in another batch size or build it may differ"
-    beside = "Measured on few texts; in another build or on another machine it may differ"
+    beside = "Measured on few texts; with other settings, in another build or on another machine choices can differ"
     judged = (routing or {}).get("load_passed") is not None
     return Line(mark, "Is routing deterministic?", evidence, beside if judged else alone, "requirements")
 
@@ -145,7 +145,7 @@ def _scores(details: Mapping[str, Any], tier: str) -> Line:
         )
     mark = marks.pop() if len(marks) == 1 else PARTLY if YES in marks else NO
     small = ". The nano sets show that the workbook works; they are no measure of a large model"
-    caveat = f"A tick means better than guessing. {'; '.join(caveats)}{small if tier == 'nano' else ''}"
+    caveat = f"Here a tick means better than guessing. {'; '.join(caveats)}{small if tier == 'nano' else ''}"
     return Line(mark, "What does it score?", "; ".join(parts), caveat)
 
 

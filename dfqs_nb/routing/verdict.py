@@ -45,7 +45,7 @@ class Determinism:
     Attributes:
         passed, failed_runs: no expert set differed, and every repetition ran; those that did not.
         routed: whether the model has routers that score; else only logits are judged.
-        n_tokens, n_layers, n_runs: different tokens, the layers that score, and repeated runs: one a
+        n_tokens, n_layers, n_runs: token positions, the layers that score, and repeated runs: one a
             repetition of the text, and one for each short text.
         n_choices, n_differ: tokens x layers, over all repetitions, and how many chose another set.
         n_runs_differ: runs in which anything judged differed (sets; of a dense model, logits).
