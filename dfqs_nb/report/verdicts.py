@@ -105,9 +105,15 @@ def _runs(speed: Mapping[str, Any], mark: str, evidence: str) -> Line:
 
 def _routing(routing: Mapping[str, Any] | None, mark: str, evidence: str) -> Line:
     alone = "Alone in its batch. Beside other sequences, in another batch size or build it may differ"
-    beside = "Measured on few texts; with other settings, in another build or on another machine choices can differ"
+    elsewhere = "with other settings, in another build or on another machine choices can differ"
     judged = (routing or {}).get("load_passed") is not None
-    return Line(mark, "Is routing deterministic?", evidence, beside if judged else alone, "requirements")
+    return Line(
+        mark,
+        "Is routing deterministic?",
+        evidence,
+        f"Measured on few texts; {elsewhere}" if judged else alone,
+        "requirements",
+    )
 
 
 def _context(curve: Mapping[str, Any], boundary: Mapping[str, Any]) -> Line:
