@@ -133,11 +133,13 @@ def measure_loops(
     turns = [(n, t) for n in range(min(n_answers, len(requests.prompts))) for t in temperatures]
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
+    identity = ""  # read once: a large file takes minutes
     for at, cache in enumerate(opened):
         deadline = began + budget_seconds * (at + 1) / len(opened)
         with open_model(path, opened[cache]) as model:
             made = {**model.conditions(), **requests.identity(), "n_tokens": n_tokens}
-            made |= {"model": model.sha256(), "sampling": asdict(Sampling())}
+            identity = identity or model.sha256()
+            made |= {"model": identity, "sampling": asdict(Sampling())}
             journal = Journal(Path(folder) / JOURNAL, made, fresh=fresh and at == 0)
             answered = _answers(
                 model, journal, requests.prompts, tqdm(turns, leave=False), n_tokens, deadline

@@ -88,6 +88,14 @@ def open_model(model: str, n_ctx: int, threads: int = 0) -> Any:
     return llama.open_model(model, llama.OpenSettings.of(model, n_ctx=n_ctx, n_threads=threads))
 
 
+def identity(model: Any) -> str:
+    """SHA-256 of an open model: of its manifest, where it was made here and is unchanged, else read anew."""
+    from dfqs_nb.merge.merge import earlier_result
+
+    earlier = earlier_result(model.path)
+    return earlier.sha256 if earlier else str(model.sha256())
+
+
 @lru_cache(maxsize=1)
 def _program() -> str:
     own, here = Path(sys.executable).with_name("dfqs-nb"), Path.cwd()

@@ -25,6 +25,7 @@ from dfqs_nb.workbook.app import (
     RUN,
     THREADS,
     app,
+    identity,
     model_run_dir,
     numbers,
     open_model,
@@ -118,7 +119,6 @@ def score(
     Examples: `dfqs-nb score model.gguf`, `dfqs-nb score http://127.0.0.1:8080/v1 --tier nano`
     """
     from dfqs_nb import llama, serve
-    from dfqs_nb.merge.merge import earlier_result
     from dfqs_nb.scores import ItemSet, Options
     from dfqs_nb.scores import score_set as score_model
 
@@ -147,16 +147,14 @@ def score(
             opened: Any = serve.connect(
                 url, endpoint_model, key_variable=key_variable, fields=fields, **limits
             )
-            identity, folder = "", run_dir(run or Path(f"endpoint-{opened.model}").name)
+            model_id, folder = "", run_dir(run or Path(f"endpoint-{opened.model}").name)
             score_set: Any = serve.score_set
         else:
             settings = llama.OpenSettings(n_ctx=n_ctx, n_threads=threads or None)
             opened = stack.enter_context(llama.open_model(model, settings))
-            earlier = earlier_result(opened.path)  # made here: its manifest has the hash
-            identity = earlier.sha256 if earlier else opened.sha256()
-            folder, score_set = model_run_dir(run, model), score_model
+            model_id, folder, score_set = identity(opened), model_run_dir(run, model), score_model
         for item_set in sets:
-            result = score_set(opened, item_set, folder / "scores", options, model_id=identity)
+            result = score_set(opened, item_set, folder / "scores", options, model_id=model_id)
             say("\n".join(part.sentence for part in (result.score, *result.pass_at.values())))
         if long_context:
             _long_context(opened, folder / "long_context", tier, longest, shortest, fresh)
@@ -278,7 +276,7 @@ def choices(
     questions = likelihood.ChoiceSet.load(set_name)
     with open_model(model, n_ctx, threads) as opened:
         folder = model_run_dir(run, model, "scores")
-        options: dict[str, Any] = {"model_id": opened.sha256(), "limit": limit, "fresh": fresh}
+        options: dict[str, Any] = {"model_id": identity(opened), "limit": limit, "fresh": fresh}
         result = likelihood.answer(opened, questions, folder, **options)
     say(result.sentence)
     say_table(result.families())
@@ -316,7 +314,7 @@ def record(
         name, steps = model.model, continuation
     else:
         model, steps = open_model(source, n_ctx), fidelity.continuation
-        name, facts = model.path.name, {"source_sha256": model.sha256()}
+        name, facts = model.path.name, {"source_sha256": identity(model)}
     facts |= {"runtime": model.conditions()["runtime"], "licence": licence, "conditions": {"tokens": tokens}}
     answer = partial(steps, model, n_tokens=tokens, top_k=top)
     fidelity.write_record(output, asked, answer, source=name, top_k=top, **facts)

@@ -15,6 +15,7 @@ from dfqs_nb.workbook.app import (
     OWN_THREADS,
     RUN,
     app,
+    identity,
     model_run_dir,
     numbers,
     open_model,
@@ -55,7 +56,7 @@ def tasks(
         say(f"{asked}: about {planned}, at most {budget_minutes:g} min")
         folder = model_run_dir(run, model, "long_context")
         options: dict[str, Any] = {"tasks": task or [], "n_texts": texts, "fresh": fresh}
-        options |= {"budget_seconds": 60 * budget_minutes, "model_id": opened.sha256()}
+        options |= {"budget_seconds": 60 * budget_minutes, "model_id": identity(opened)}
         result = measure_tasks(opened, folder, sizes, **options)
     _tell(result, folder / "tasks.csv", model, "raise --budget-minutes, or take longer --lengths")
     if result.ended:

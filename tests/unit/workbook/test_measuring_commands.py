@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.merge import merge_model
+from dfqs_nb.workbook.app import identity
 from dfqs_nb.workbook.cli import main
 
 MODEL = str(data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf")
@@ -29,6 +33,14 @@ def test_a_record_of_the_original_judges_a_quantization(tmp_path, capsys):
     assert main(["fidelity", MODEL, str(record), "-o", str(table), "--n-ctx", "128"]) == 0
     assert "same likeliest token" in capsys.readouterr().out
     assert {"kl_low", "kl_high"} <= set(pd.read_csv(table))
+
+
+def test_a_file_made_here_is_not_hashed_again_until_it_changes(tmp_path):
+    merged = merge_model(MODEL, tmp_path / "m.gguf", progress=False)
+    model = SimpleNamespace(path=merged.path, sha256=lambda: "read anew")
+    assert identity(model) == merged.sha256
+    os.utime(merged.path, (1, 1))
+    assert identity(model) == "read anew"
 
 
 def test_choices_are_written_as_lm_eval_writes_them(tmp_path, capsys):
