@@ -106,8 +106,7 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
     best, worst = shares.idxmax(), shares.idxmin()
     set_title(
         ax,
-        f"Keys are found most often {best} deep ({shares[best]:.0%}), "
-        f"least often {worst} deep ({shares[worst]:.0%})",
+        f"Keys {best} deep are found best ({shares[best]:.0%}), {worst} worst ({shares[worst]:.0%})",
     )
     return ax
 
@@ -120,7 +119,7 @@ def tasks_by_length(run: TaskRun, ax: Axes | None = None) -> Axes:
     able, lengths = effective[effective["effective"] > 0], run.items["length"]
     holding = int((able["effective"] == lengths.max()).sum())
     first = f"{len(able)} of {len(effective)} tasks beat guessing at {lengths.min():,} tokens"
-    set_title(ax, f"{first}; {holding} hold to {lengths.max():,}")
+    set_title(ax, f"{first}; {holding} hold{'s' * (holding == 1)} to {lengths.max():,}")
     return ax
 
 

@@ -187,7 +187,7 @@ def test_effective_length_ends_at_the_first_fall_and_chance_is_none():
     assert table["effective"].to_dict() == {"dips": 256, "holds": 1024, "chance": 0}
     assert table["censored"].to_dict() == {"dips": False, "holds": True, "chance": False}
     title = figures.tasks_by_length(TaskRun(pd.DataFrame(rows))).get_title(loc="left")
-    assert title == "2 of 3 tasks beat guessing at 256 tokens; 1 hold to 1,024"
+    assert title == "2 of 3 tasks beat guessing at 256 tokens; 1 holds to 1,024"
 
 
 def test_a_run_without_answers_has_empty_tables():
