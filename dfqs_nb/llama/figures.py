@@ -21,21 +21,14 @@ def speeds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
             context), ``median`` and ``values`` (tokens a second, one a repetition).
     """
     ax = new_axes(ax, 1.1 + 0.4 * len(table))
-    for row, (phase, values, middle) in enumerate(
-        zip(table["phase"], table["values"], table["median"], strict=True)
-    ):
+    label: dict[str, Any] = {"xytext": (0, 11), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+    columns = (table[name] for name in ("phase", "values", "median"))
+    for row, (phase, values, middle) in enumerate(zip(*columns, strict=True)):
         ax.plot(values, [row] * len(values), "o", color=COLOURS[phase], alpha=0.5, markersize=6)
         ax.plot(middle, row, "|", color=INK, markersize=16, markeredgewidth=2)
-        label: dict[str, Any] = {
-            "xytext": (0, 11),
-            "textcoords": "offset points",
-            "ha": "center",
-            "fontsize": 8,
-        }
         ax.annotate(f"{middle:,.0f}" if middle >= 10 else f"{middle:.2f}", (middle, row), **label)
-    labels = [
-        f"{phase}, depth {depth:,}" for phase, depth in zip(table["phase"], table["depth"], strict=True)
-    ]
+    names = zip(table["phase"], table["depth"], strict=True)
+    labels = [f"{phase}, depth {depth:,}" for phase, depth in names]
     ax.set_yticks(range(len(table)), labels)
     ax.set_ylim(len(table) - 0.5, -0.6)
     ax.set_xlim(left=0)

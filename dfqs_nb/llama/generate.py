@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -52,31 +51,18 @@ class Completion:
 
     ``finish_reason``: ``"eos"`` (the model ended it), ``"stop"`` (a stop text came) or ``"length"``
     (``max_tokens`` or the context was used up). ``token_ids`` excludes the ending token but includes those
-    of a stop text. ``decode_seconds`` covers ``n_decoded`` evaluations, one token each.
+    of a stop text.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     n_prompt: int
-    prefill_seconds: float
-    decode_seconds: float
-    n_decoded: int
 
     @property
     def n_tokens(self) -> int:
         """Tokens of the answer."""
         return len(self.token_ids)
-
-    @property
-    def prefill_tokens_per_sec(self) -> float:
-        """Prompt tokens a second."""
-        return self.n_prompt / self.prefill_seconds if self.prefill_seconds else float("nan")
-
-    @property
-    def decode_tokens_per_sec(self) -> float:
-        """Evaluated answer tokens a second; NaN when the answer was one token."""
-        return self.n_decoded / self.decode_seconds if self.n_decoded else float("nan")
 
 
 class TextStream:
@@ -100,9 +86,6 @@ class TextStream:
     ) -> None:
         self._model, self._prompt, self._sampling = model, list(prompt), sampling
         self._max_tokens, self._stop = max_tokens, tuple(text for text in stop if text)
-        self._tokens: list[int] = []
-        self._prefill_seconds = self._decode_seconds = 0.0
-        self._n_decoded = 0
         self._pieces = self._run()
         self._completion: Completion | None = None
 
@@ -119,7 +102,7 @@ class TextStream:
         return self._completion
 
     def _run(self) -> Iterator[str]:
-        text, shown, reason = "", 0, "length"
+        text, shown, reason, tokens = "", 0, "length", list[int]()
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         end = b"".join(map(self._model.token_bytes, self._prompt[-PROMPT_END:])) if self._stop else b""
         opened = opens_thinking(end.decode("utf-8", "replace"))
@@ -127,7 +110,7 @@ class TextStream:
             if self._model.ends(token):
                 reason = "eos"
                 break
-            self._tokens.append(token)
+            tokens.append(token)
             text += decoder.decode(self._model.token_bytes(token))
             start = answer_start(text, opened) if self._stop else None
             stops = [at for mark in self._stop if start is not None and (at := text.find(mark, start)) >= 0]
@@ -141,39 +124,27 @@ class TextStream:
         text += "" if reason == "stop" else decoder.decode(b"", final=True)
         if len(text) > shown:
             yield text[shown:]
-        seconds = (self._prefill_seconds, self._decode_seconds)
-        ids, n_prompt = tuple(self._tokens), len(self._prompt)
-        self._completion = Completion(text, ids, reason, n_prompt, *seconds, self._n_decoded)
+        self._completion = Completion(text, tuple(tokens), reason, len(self._prompt))
 
     def _generate(self) -> Iterator[int]:
         """Chosen tokens: prefill from a cleared context, then one evaluation for each but the first."""
         model = self._model
         model.clear()
-        started = time.perf_counter()
         logits = model.evaluate(self._prompt)
-        self._prefill_seconds = time.perf_counter() - started
         choose = _chooser(model, self._sampling)
         for left in range(min(self._max_tokens, model.settings.n_ctx - len(self._prompt)) - 1, -1, -1):
             token = choose(logits)
             yield token
             if left:
-                started = time.perf_counter()
                 logits = model.evaluate([token])
-                self._decode_seconds += time.perf_counter() - started
-                self._n_decoded += 1
 
 
 def _chooser(model: Model, sampling: Sampling) -> Callable[[Floats], int]:
     if sampling.temperature <= 0:
         return lambda logits: int(np.argmax(logits))
     model.llama.set_seed(sampling.seed)
-    sampler = model.llama._init_sampler(
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        temp=sampling.temperature,
-        repeat_penalty=1.0,
-    )
+    how = {name: getattr(sampling, name) for name in ("top_k", "top_p", "min_p")}
+    sampler = model.llama._init_sampler(temp=sampling.temperature, repeat_penalty=1.0, **how)
     return lambda _logits: int(sampler.sample(model.llama._ctx, -1))
 
 
@@ -183,22 +154,13 @@ def _held_back(text: str, stop: Sequence[str]) -> int:
     >>> _held_back("def f():\n", ["\n\n", "\nclass"])
     1
     """
-    starts = (
-        n for mark in stop for n in range(min(len(mark), len(text)), 0, -1) if mark.startswith(text[-n:])
-    )
-    return max(starts, default=0)
+    sizes = {mark: min(len(mark), len(text)) for mark in stop}
+    held = (n for mark, most in sizes.items() for n in range(1, most + 1) if mark.startswith(text[-n:]))
+    return max(held, default=0)
 
 
 def chat_prompt(model: Model, prompt: str | Sequence[Message], **variables: bool) -> list[int]:
-    """Token ids of a chat in the model's own template, up to where the answer begins, with at most one BOS.
-
-    Args:
-        prompt: the user's message, or messages with ``role`` and ``content``.
-        variables: what the template may ask for, such as ``enable_thinking``.
-
-    Raises:
-        ModelError: the template refuses the messages.
-    """
+    """Token ids of `chat_text`, with at most one BOS."""
     return model.with_bos(model.tokenize(chat_text(model, prompt, **variables)))
 
 
@@ -207,13 +169,16 @@ def chat_text(model: Model, prompt: str | Sequence[Message], **variables: bool) 
 
     A file without a template, as a base model's, gets the messages in `PLAIN_CHAT`.
 
+    Args:
+        prompt: the user's message, or messages with ``role`` and ``content``.
+        variables: what the template may ask for, such as ``enable_thinking``.
+
     Raises:
         ModelError: the template fails, refuses the messages or leaves the question out.
     """
-    if not model.has_template:
-        texts = [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
-        return PLAIN_CHAT.replace("{prompt}", "\n".join(texts))
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not model.has_template:
+        return PLAIN_CHAT.replace("{prompt}", "\n".join(str(message["content"]) for message in messages))
     return model.template.render(messages, variables)
 
 

@@ -1,9 +1,8 @@
-"""A model's chat template, rendered in a child process.
+"""A model's chat template, rendered in a child process: ``python -m dfqs_nb.llama.template``.
 
-A template is code of the file's author: jinja's sandbox keeps it from our files, and the child's limits on
-time, memory and length keep it from taking this process along. ``python -m dfqs_nb.llama.template`` is that
-child; it lives as long as its model is open, because a process for each prompt would take longer than the
-prompt.
+A template is code of the file's author. Jinja's sandbox keeps it from our files, and the child's limits on
+time, memory and length keep it from stopping this process. The child lives as long as its model is open: to
+start one takes longer than a prompt.
 
 The environment is that of llama-cpp-python's ``Jinja2ChatFormatter``, which follows Hugging Face
 Transformers. One difference: it gives the same prompt in every run. The clock stands still at `CLOCK`, random
@@ -36,15 +35,9 @@ Message = Mapping[str, str]
 
 
 class ChatTemplate:
-    """One model's template.
+    """One model's template, in Jinja, with the texts of its tokens; ``where``: its file, for messages.
 
-    Args:
-        source: the template, in Jinja.
-        bos, eos: the texts of these tokens.
-        where: the model's file, for messages.
-
-    Attributes:
-        dated: whether it asks for the time; it gets that of `CLOCK`.
+    ``dated``: whether it asks for the time; it gets that of `CLOCK`.
     """
 
     def __init__(self, source: str, bos: str, eos: str, where: Path) -> None:
@@ -65,21 +58,23 @@ class ChatTemplate:
         """
         chat = {"messages": [dict(message) for message in messages], **(variables or {})}
         with self._lock:
-            answer = {"fault": self._fault} if self._fault else self._asked(chat)
-        if "text" not in answer:
-            raise ModelError(f"its chat template fails ({answer['fault']})", where=self.where, hint=PLAIN)
+            text = self._rendered(chat)
         question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-        if not _holds(answer["text"], question):
+        if not _holds(text, question):
             raise ModelError("its chat template leaves out the question", where=self.where, hint=PLAIN)
-        return answer["text"]
+        return text
 
-    def _asked(self, chat: dict[str, Any]) -> dict[str, str]:
+    def _rendered(self, chat: dict[str, Any]) -> str:
+        answer = {"fault": self._fault}
         try:
-            return self._worker.run({**self._job, "chat": chat}, timeout_seconds=SECONDS)
+            if not self._fault:
+                answer = self._worker.run({**self._job, "chat": chat}, timeout_seconds=SECONDS)
         except child.ChildDied as error:
             limit = f"{SECONDS:.0f} seconds" if error.cause == "timeout" else "memory"
-            self._fault = f"it exceeds its limit of {limit}"
-            return {"fault": self._fault}
+            answer["fault"] = self._fault = f"it exceeds its limit of {limit}"
+        if "text" not in answer:
+            raise ModelError(f"its chat template fails ({answer['fault']})", where=self.where, hint=PLAIN)
+        return answer["text"]
 
     def close(self) -> None:
         """End the child, if there is one."""
@@ -105,11 +100,7 @@ def _holds(text: str, question: str) -> bool:
 
 @functools.cache
 def _renderer(source: str, bos: str, eos: str) -> Callable[[dict[str, Any]], str]:
-    """A function of the messages and variables that gives the text.
-
-    Raises:
-        jinja2.TemplateError: Jinja cannot parse the source.
-    """
+    """A function of the messages and variables that gives the text; Jinja may fail to parse the source."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -123,9 +114,6 @@ def _renderer(source: str, bos: str, eos: str) -> Callable[[dict[str, Any]], str
             parser.stream.skip(1)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
     def refuse(message: str) -> None:
         raise ValueError(message)
 
@@ -135,7 +123,9 @@ def _renderer(source: str, bos: str, eos: str) -> Callable[[dict[str, Any]], str
         lstrip_blocks=True,
         extensions=[GenerationTag, loopcontrols],
     )
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = lambda value, **options: json.dumps(
+        value, **{"ensure_ascii": False, **options}
+    )
     template = environment.from_string(source)
     values = {
         "bos_token": bos,

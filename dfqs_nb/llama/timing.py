@@ -10,9 +10,29 @@ from typing import Any
 
 import numpy as np
 
-from dfqs_nb.core.budget import duration, fit
+from dfqs_nb.core.budget import Fitted, duration, fit
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.llama.model import ContextFullError, Model
+
+PROBE_PROMPT, PROBE_ANSWER, PROBE_SECONDS = 16, 4, 5.0
+PROMPT_TOKENS = 32  # of a short question in its template
+NAMES = {
+    "max_tokens": "tokens of an answer",
+    "depth": "tokens of depth",
+    "n_tokens": "timed tokens",
+    "repetitions": "repetitions",
+}
+CUTS: tuple[dict[str, int], ...] = (  # what a plan that exceeds its budget gives up, in this order
+    {"repetitions": 3},
+    {"n_tokens": 32},
+    {"max_tokens": 32},
+    {"depth": 128},
+    {"n_tokens": 8},
+    {"max_tokens": 8},
+    {"repetitions": 1},
+    {"depth": 16, "n_tokens": 4},
+    {"max_tokens": 2},
+)
 
 
 @dataclass(frozen=True)
@@ -52,38 +72,6 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What answering and timing will take, at the speed of a short probe.
-
-    Attributes:
-        max_tokens: of an answer. depth, n_tokens, repetitions: of `measure_speed`.
-        seconds: of all of it, as planned.
-        full_seconds: without the cuts that the budget asked for.
-        left_out: a sentence for each cut.
-    """
-
-    max_tokens: int
-    depth: int
-    n_tokens: int
-    repetitions: int
-    seconds: float
-    full_seconds: float
-
-    left_out: tuple[str, ...] = ()
-
-    @property
-    def sentence(self) -> str:
-        """The plan for people."""
-        plan = (
-            f"about {duration(self.seconds)}: answers of up to {self.max_tokens} tokens, then "
-            f"{self.repetitions} x {self.n_tokens} timed tokens at depth {self.depth}"
-        )
-        return plan + (
-            f" (cut to fit the budget; {duration(self.full_seconds)} in full)" if self.left_out else ""
-        )
-
-
-@dataclass(frozen=True)
 class Pace:
     """Seconds that a token of prompt and a token of answer take at a short context."""
 
@@ -95,39 +83,38 @@ class Pace:
         return n_prompt * self.prefill + n_answer * self.decode
 
 
-def probe(model: Model, n_prompt: int = 16, n_answer: int = 4, enough_seconds: float = 5.0) -> Pace:
+def probe(model: Model) -> Pace:
     """Time a few tokens: three times, unless the first took long; the fastest counts.
 
     The first time reads weights from the disk, which later tokens find in memory.
     """
-    tokens = np.random.default_rng(0).integers(0, model.n_vocab, n_prompt + n_answer).tolist()
-    times = [time_once(model, tokens[:n_prompt], tokens[n_prompt:])]
-    while len(times) < 3 and sum(map(sum, times)) < enough_seconds:
-        times.append(time_once(model, tokens[:n_prompt], tokens[n_prompt:]))
+    tokens = np.random.default_rng(0).integers(0, model.n_vocab, PROBE_PROMPT + PROBE_ANSWER).tolist()
+    times: list[tuple[float, float]] = []
+    while not times or len(times) < 3 and sum(map(sum, times)) < PROBE_SECONDS:
+        times.append(time_once(model, tokens[:PROBE_PROMPT], tokens[PROBE_PROMPT:]))
     model.clear()
     prefill, decode = (min(seconds) for seconds in zip(*times, strict=True))
-    return Pace(prefill / n_prompt, decode / n_answer)
+    return Pace(prefill / PROBE_PROMPT, decode / PROBE_ANSWER)
 
 
-# What a plan that exceeds its budget gives up, in this order.
-CUTS: tuple[dict[str, int], ...] = (
-    {"repetitions": 3},
-    {"n_tokens": 32},
-    {"max_tokens": 32},
-    {"depth": 128},
-    {"n_tokens": 8},
-    {"max_tokens": 8},
-    {"repetitions": 1},
-    {"depth": 16, "n_tokens": 4},
-    {"max_tokens": 2},
-)
-NAMES = {
-    "max_tokens": "tokens of an answer",
-    "depth": "tokens of depth",
-    "n_tokens": "timed tokens",
-    "repetitions": "repetitions",
-}
-PROMPT_TOKENS = 32  # of a short question in its template
+@dataclass(frozen=True, kw_only=True)
+class Cost(Fitted):
+    """What answering and timing will take, at the speed of a short probe."""
+
+    max_tokens: int
+    depth: int
+    n_tokens: int
+    repetitions: int
+
+    @property
+    def sentence(self) -> str:
+        """The plan for people."""
+        plan = (
+            f"about {duration(self.seconds)}: answers of up to {self.max_tokens} tokens, then "
+            f"{self.repetitions} x {self.n_tokens} timed tokens at depth {self.depth}"
+        )
+        cut = f" (cut to fit the budget; {duration(self.full_seconds)} in full)"
+        return plan + (cut if self.left_out else "")
 
 
 def plan_cost(
@@ -135,30 +122,27 @@ def plan_cost(
     *,
     n_answers: int,
     max_tokens: int,
-    depth: int = 512,
-    n_tokens: int = 128,
-    repetitions: int = 5,
-    budget_minutes: float = 60.0,
+    depth: int,
+    n_tokens: int,
+    repetitions: int,
+    budget_minutes: float,
 ) -> Cost:
     """Time a short probe, and cut the plan (`CUTS`) until it fits the budget; the last cut may exceed it.
 
     Args:
         n_answers: answers that will be generated; each is planned at full length.
-        depth, n_tokens: at most a half and a quarter of the context.
+        depth, n_tokens: of `measure_speed`, at most a half and a quarter of the context.
     """
-    pace = probe(model)
+    pace, n_ctx = probe(model), model.settings.n_ctx
 
     def seconds(plan: dict[str, int]) -> float:
         answers = n_answers * pace.seconds(PROMPT_TOKENS, plan["max_tokens"])
         return answers + (plan["repetitions"] + 0.1) * pace.seconds(plan["depth"], plan["n_tokens"])
 
-    n_ctx = model.settings.n_ctx
     depth, n_tokens = min(depth, n_ctx // 2), min(n_tokens, n_ctx // 4)
     plan = {"max_tokens": max_tokens, "depth": depth, "n_tokens": n_tokens, "repetitions": repetitions}
     fitted = fit(plan, CUTS, seconds, 60 * budget_minutes, NAMES)
-    return Cost(
-        **fitted.values, seconds=fitted.seconds, full_seconds=fitted.full_seconds, left_out=fitted.left_out
-    )
+    return Cost(**vars(fitted), **fitted.values)
 
 
 def measure_speed(

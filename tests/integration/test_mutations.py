@@ -189,7 +189,7 @@ def test_answers_of_a_scoring_run(tmp_path: Path) -> None:
 
     def run() -> float | None:
         answerer = Answerer(
-            lambda request: Completion(answers[request.text], (1,), "eos", 3, 0.1, 0.1, 1),
+            lambda request: Completion(answers[request.text], (1,), "eos", 3),
             "chat",
             {"n_ctx": 512},
             "m",

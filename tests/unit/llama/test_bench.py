@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import subprocess
 
 import llama_cpp_tools
@@ -36,7 +37,7 @@ def test_every_setting_is_timed_in_every_round_and_a_refused_one_is_left_out():
 def test_advice_names_the_fastest_only_where_every_round_agrees():
     def of(*seconds):
         cases = [Case(OpenSettings(n_threads=n), 0, 8, 0) for n in (1, 2)]
-        return Bench(MODEL, cases, dict(enumerate(seconds)), {}, {}).advice()
+        return Bench(cases, dict(enumerate(seconds)), {}, {}, {}).advice()
 
     assert of([2.0, 2.2], [1.0, 1.0]) == [
         "tg8: n_threads=2 is 2.10 x as fast as the first (2.00 to 2.20 in 2 rounds)"
@@ -51,15 +52,15 @@ def test_energy_is_read_where_the_system_shows_it_and_a_counter_may_begin_anew(t
     (package / "max_energy_range_uj").write_text("9999999\n")
     counter = package / "energy_uj"
     monkeypatch.setattr(bench, "RAPL", tmp_path)
-    kept: list[float] = []
+    kept = []
     for before, after in ((1_000_000, 3_000_000), (9_000_000, 1_000_000)):
         counter.write_text(f"{before}\n")
-        with bench._energy(kept):
-            counter.write_text(f"{after}\n")
-    monkeypatch.setattr(bench, "RAPL", tmp_path / "none")
-    with bench._energy(kept):
-        pass
+        counters = bench._counters()
+        counter.write_text(f"{after}\n")
+        kept.append(bench._joules_since(counters))
     assert kept == [2.0, 2.0]
+    monkeypatch.setattr(bench, "RAPL", tmp_path / "none")
+    assert math.isnan(bench._joules_since(bench._counters()))
 
 
 def test_a_file_that_nothing_opens_is_its_own_error(tmp_path):
@@ -105,5 +106,5 @@ def test_nothing_to_time_is_refused(n_prompt, n_gen, depths):
 def test_the_fastest_is_sought_among_those_that_won_every_round():
     cases = [Case(OpenSettings(n_threads=n), 0, 8, 0) for n in (1, 2, 3)]
     seconds = {0: [10.0, 10.0, 10.0], 1: [8.0, 8.0, 8.0], 2: [7.0, 7.0, 11.0]}
-    (line,) = Bench(MODEL, cases, seconds, {}, {}).advice()
+    (line,) = Bench(cases, seconds, {}, {}, {}).advice()
     assert line.startswith("tg8: n_threads=2 is 1.25 x")

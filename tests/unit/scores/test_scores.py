@@ -29,7 +29,7 @@ CONDITIONS = {"n_ctx": 1024}
 
 
 def said(text: str, finish: str = "eos") -> Completion:
-    return Completion(text, (1, 2), finish, 3, 0.1, 0.1, 1)
+    return Completion(text, (1, 2), finish, 3)
 
 
 class Oracle:
