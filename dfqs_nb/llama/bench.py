@@ -67,7 +67,7 @@ class Bench:
         for number, seconds in sorted(self.seconds.items()):
             case = self.cases[number]
             sizes = {name: getattr(case, name) for name in ("n_prompt", "n_gen", "n_depth")}
-            row = self.facts | {name: getattr(case.settings, name) for name in PARAMETERS} | sizes
+            row = {**self.facts, **{name: getattr(case.settings, name) for name in PARAMETERS}, **sizes}
             n = case.n_prompt or case.n_gen
             speeds = [n / second for second in seconds]
             for unit, values in (("ns", [1e9 * second for second in seconds]), ("ts", speeds)):

@@ -142,7 +142,8 @@ def plan_cost(
     depth, n_tokens = min(depth, n_ctx // 2), min(n_tokens, n_ctx // 4)
     plan = {"max_tokens": max_tokens, "depth": depth, "n_tokens": n_tokens, "repetitions": repetitions}
     fitted = fit(plan, CUTS, seconds, 60 * budget_minutes, NAMES)
-    return Cost(**vars(fitted), **fitted.values)
+    parts: dict[str, Any] = {**vars(fitted), **fitted.values}
+    return Cost(**parts)
 
 
 def measure_speed(

@@ -228,7 +228,6 @@ class Endpoint:
                     first = time.perf_counter() - started if n_pieces == 0 else first
                     n_pieces += 1
                 text, reason = text + new, choice.finish_reason or reason
-        seconds = time.perf_counter() - started
         if reason in FINAL:
             hint = "switch filters and tools off at the server, or take another server"
             raise EndpointError(f"the server ended the answer for {reason!r}", where=url, hint=hint)
@@ -238,9 +237,7 @@ class Endpoint:
         if reason == "stop" and not request.get("stop"):
             reason = "eos"  # one word for both in the protocol
         n_tokens = n_pieces if usage.completion_tokens is None else usage.completion_tokens
-        to_first = first if n_pieces else seconds
-        times = (to_first, max(0.0, seconds - to_first), max(0, n_tokens - 1))
-        return Reply(self.wire.hide(text), (), reason, usage.prompt_tokens or 0, *times, n_tokens, first)
+        return Reply(self.wire.hide(text), (), reason, usage.prompt_tokens or 0, n_tokens, first)
 
 
 # ---- connecting ----

@@ -207,10 +207,10 @@ def test_an_answer_is_mapped(server, stream):
 
 
 def test_a_reasoning_kept_apart_is_time_and_no_text(server):
-    """Its tokens are counted, so decoding began with it: else a model that thinks would seem very fast."""
+    """Its first piece is the answer's first piece."""
     server.faults = ["thinks 0.3"]
     said = endpoint.connect(server.url).chat("Where?")
-    assert said.text == TEXT and said.first_seconds > 0 and said.decode_seconds > 0.25
+    assert said.text == TEXT and said.first_seconds > 0
 
 
 def test_sampling_is_passed_on(server):
@@ -467,7 +467,7 @@ def test_scores_stay_one_function(tmp_path):
     """What is answered in parallel is the same set of rows as what is answered in turn."""
 
     def answer(request):
-        return endpoint.Reply(request.text[-9:], (), "eos", 1, 0.1, 0.1, 1, usage_tokens=2)
+        return endpoint.Reply(request.text[-9:], (), "eos", 1, usage_tokens=2)
 
     runs = [
         Answerer(answer, "chat", {}, "m", n_parallel=n).score(

@@ -266,7 +266,7 @@ def test_a_near_tie_is_called_one(server, model, monkeypatch):
 
 def test_another_prompt_is_called_one(server, model, monkeypatch):
     questions = ItemSet.load("nano-reasoning")
-    monkeypatch.setattr(endpoint.Endpoint, "chat", lambda *_, **__: endpoint.Reply("", (), "eos", 3, 0, 0, 0))
+    monkeypatch.setattr(endpoint.Endpoint, "chat", lambda *_, **__: endpoint.Reply("", (), "eos", 3))
     found = compare.explain(model, server.connect(), questions, questions.items[0], "x")
     assert found["cause"] == "other prompt"
 
