@@ -6,14 +6,4 @@ from dfqs_nb.core.machine import describe
 from dfqs_nb.core.paths import data_dir, outputs_dir, tilde
 from dfqs_nb.core.stage import Stage
 
-__all__ = [
-    "DfqsError",
-    "Stage",
-    "data_dir",
-    "describe",
-    "outputs_dir",
-    "shown",
-    "size",
-    "tilde",
-    "tqdm",
-]
+__all__ = ["DfqsError", "Stage", "data_dir", "describe", "outputs_dir", "shown", "size", "tilde", "tqdm"]

@@ -1,4 +1,4 @@
-"""Plans that fit a time limit: what is cut, in which order, and the sentence about it."""
+"""Plans that fit a time limit: what is cut, in which order, and a sentence about each cut."""
 
 from __future__ import annotations
 
@@ -12,13 +12,7 @@ SOME = re.compile(r"(?<=[a-z])s\b")  # what one of a thing lacks
 
 @dataclass(frozen=True)
 class Fitted:
-    """A plan that was cut to a time.
-
-    Attributes:
-        values: the plan's numbers.
-        seconds, full_seconds: what it takes, and what it would take uncut.
-        left_out: a sentence for each number that was cut.
-    """
+    """A plan cut to a time limit: its numbers, its seconds and those uncut, a sentence for each cut."""
 
     values: dict[str, int]
     seconds: float
@@ -33,13 +27,13 @@ def fit(
     seconds: float,
     names: Mapping[str, str] | None = None,
 ) -> Fitted:
-    """Make a plan's cuts, in their order, until it costs no more than these seconds; the last may cost more.
+    """Cut a plan step by step until it takes at most these seconds; after the last cut it may take more.
 
     Args:
         plan: its numbers by name.
-        cuts: each an upper limit of some numbers.
-        cost: seconds that numbers take.
-        names: what people call the numbers.
+        cuts: in order; each holds upper limits of some numbers.
+        cost: the seconds that such numbers take.
+        names: of the numbers, for people.
 
     >>> fit({"n": 8}, [{"n": 4}, {"n": 1}], lambda plan: plan["n"] * 10.0, 45, {"n": "texts"}).left_out
     ('4 texts, not 8',)
@@ -58,7 +52,7 @@ def fit(
 
 
 def counted(n: int, name: str) -> str:
-    """A number of things.
+    """A number and its noun, singular for 1.
 
     >>> counted(1, "timed repetitions"), counted(4, "texts a length")
     ('1 timed repetition', '4 texts a length')
@@ -67,7 +61,7 @@ def counted(n: int, name: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them.
+    """Seconds for people.
 
     >>> duration(42.2), duration(2400), duration(31 * 3600)
     ('42 s', '40 min', '31 h')

@@ -1,12 +1,11 @@
 """Work in a child process, so that an abort ends the child and not this process.
 
 The parent calls `run` with a module and a job. The module's ``__main__`` calls `serve` with a function that
-takes the job. Both speak JSON, one object a line. A child ends when its parent does.
+takes the job. Both write JSON, one object a line. A child ends when its parent does.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import queue
@@ -16,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 
@@ -31,13 +30,14 @@ _running: set[subprocess.Popen[bytes]] = set()
 AnyError = TypeVar("AnyError", bound=DfqsError)
 SOURCE_FOLDER = re.compile(r"\S*/(?=[\w.-]+\.(?:cpp|c|cu|h|m):\d+)")  # of the machine that compiled llama.cpp
 GRACE_SECONDS = 10.0  # between asking a child to end and killing it
+REBUILD = "delete .venv and run `make run` again"
 HINTS = {
     "SIGABRT": "its header is not what this llama.cpp expects: look with `dfqs-nb inspect {file}`, "
     "download it again, or update llama-cpp-python",
     "SIGFPE": "this build of llama.cpp cannot open this model: use another build",
-    "SIGILL": "llama-cpp-python was built for another CPU: delete .venv and run `make run` again",
-    "SIGSEGV": "the file is damaged, or this llama.cpp does not suit this CPU: `dfqs-nb verify {file}`, "
-    "then delete .venv and run `make run` again",
+    "SIGILL": f"llama-cpp-python was built for another CPU: {REBUILD}",
+    "SIGSEGV": "the file is damaged, or this llama.cpp does not suit this CPU: `dfqs-nb verify {file}`, then "
+    + REBUILD,
     "SIGBUS": "the file shrank or its disk failed during reading: `dfqs-nb verify {file}`",
     "SIGKILL": "the system killed it, most likely for memory: lower n_ctx or close other programs",
     "timeout": "the disk is very slow, or the file is on a network: copy it to a local disk",
@@ -47,10 +47,7 @@ HINTS = {
 class ChildDied(ModelError):
     """The child ended without an answer.
 
-    Attributes:
-        cause: the signal's name, ``exit status N`` or ``timeout``.
-        messages: what it sent before, in order.
-        log: the lines of its standard error.
+    ``cause``: the signal's name, ``exit status N`` or ``timeout``. ``log``: the lines of its standard error.
     """
 
     cause: str = ""
@@ -59,11 +56,10 @@ class ChildDied(ModelError):
 
 
 def environment() -> dict[str, str]:
-    """This environment for a child that runs llama.cpp: the package importable, no debugger on an abort."""
-    roots = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    """This environment for a child that runs llama.cpp: it finds the package, and starts no debugger."""
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, roots)),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
         "PYTHONIOENCODING": "utf-8",
         "GGML_NO_BACKTRACE": "1",
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin for each other crawl on a busy machine
@@ -71,22 +67,17 @@ def environment() -> dict[str, str]:
 
 
 def start(module: str, job: Mapping[str, Any], *, log: Any, **options: Any) -> subprocess.Popen[bytes]:
-    """Start ``python -m module`` and hand it the job; it lives until it ends, or until its input closes.
-
-    Args:
-        log: an open file that receives the child's standard error.
-        options: of ``subprocess.Popen``.
-    """
+    """Start ``python -m module`` and send it the job; its standard error goes to the open file ``log``."""
     command = [sys.executable, "-P", "-m", module]  # -P: a folder llama_cpp/ in the current one is not ours
-    options = {"env": environment(), **options}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, **options)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+    process = subprocess.Popen(command, **{"env": environment(), **pipes, **options})
     _send(process, job)
     return process
 
 
 def _send(process: subprocess.Popen[bytes], job: Mapping[str, Any]) -> None:
     assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # the child is gone; its exit status says how
+    with suppress(BrokenPipeError):  # the child is gone; its exit status says how
         process.stdin.write(json.dumps(dict(job)).encode() + b"\n")
         process.stdin.flush()  # and left open: when it closes, the child knows that it is alone
 
@@ -96,15 +87,12 @@ class Worker:
 
     After a death the next job starts a new child. Close the worker, or use it in a ``with`` block.
 
-    Args:
-        module: one whose ``__main__`` calls `serve`.
-        log: a file, open for reading and writing, that keeps the child's standard error.
+    ``log``: an open file that keeps the child's standard error.
     """
 
     def __init__(self, module: str, *, log: IO[bytes] | None = None) -> None:
-        self.module, self._given, self._log = module, log, log
+        self.module, self._log = module, log or tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
         self._process: subprocess.Popen[bytes] | None = None
-        self._end: Callable[[], object] = lambda: None  # also called when nobody has this worker any more
 
     def __enter__(self) -> Worker:
         return self
@@ -114,8 +102,11 @@ class Worker:
 
     def close(self) -> None:
         """Kill the child, if there is one."""
-        self._end()
-        self._process = None
+        if self._process is not None:
+            end(self._process, grace_seconds=0)
+            self._process = None
+
+    __del__ = close
 
     def run(
         self,
@@ -129,15 +120,14 @@ class Worker:
 
         Args:
             where: the file that a failure is about.
-            on_message: receives each object that the child sends with `tell`, as it comes.
-            timeout_seconds: after which the child is killed; None: no limit.
+            on_message: receives what the child sends with `tell`, as it comes.
 
         Raises:
-            DfqsError: the one that the child raised, of the same class.
-            ChildDied: it ended without an answer.
+            DfqsError: the child raised it; it has the same class here.
+            ChildDied: the child ended, or was killed after ``timeout_seconds``, without an answer.
         """
-        messages = list[dict[str, Any]]()
-        process, begin = self._hand_over(job)
+        messages, begin = list[dict[str, Any]](), os.fstat(self._log.fileno()).st_size
+        process = self._hand_over(job)
         assert process.stdout is not None
         try:
             with killed_after(timeout_seconds, process) as late:
@@ -151,40 +141,24 @@ class Worker:
         except BaseException:
             self.close()
             raise
-        lines = self._logged(begin)
-        last = messages[-1] if messages else {}
+        # `pread` leaves alone the position in the file, which the child shares
+        raw = os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size - begin, begin)
+        lines, last = raw.decode("utf-8", "replace").splitlines(), messages[-1] if messages else {}
         if "failed" in last:
             raise _error(last["failed"], lines)
         if "answer" in last:
             return dict(last["answer"])
         raise died("timeout" if late.is_set() else ending(process.returncode), where, messages, lines)
 
-    def _hand_over(self, job: Mapping[str, Any]) -> tuple[subprocess.Popen[bytes], int]:
-        """Give the job to the child, or to a new one; the child, and where its log of this job begins."""
-        if self._process is not None and self._log is not None and self._process.poll() is None:
-            begin = os.fstat(self._log.fileno()).st_size
+    def _hand_over(self, job: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+        """Send the job to the child, or to a new one where there is none."""
+        if self._process is not None and self._process.poll() is None:
             _send(self._process, job)
-            return self._process, begin
-        self.close()
-        self._log = self._given or tempfile.TemporaryFile()  # noqa: SIM115 (`_ended` closes it)
-        begin = os.fstat(self._log.fileno()).st_size
-        self._process = start(self.module, job, log=self._log)
-        _running.add(self._process)
-        self._end = weakref.finalize(self, _ended, self._process, None if self._given else self._log)
-        return self._process, begin
-
-    def _logged(self, begin: int) -> list[str]:
-        """Lines of the log from there; the child's place in the file, which it shares, does not move."""
-        assert self._log is not None
-        handle = self._log.fileno()
-        raw = os.pread(handle, os.fstat(handle).st_size - begin, begin)
-        return raw.decode("utf-8", "replace").splitlines()
-
-
-def _ended(process: subprocess.Popen[bytes], log: IO[bytes] | None) -> None:
-    end(process, grace_seconds=0)
-    if log is not None:
-        log.close()
+        else:
+            self.close()
+            self._process = start(self.module, job, log=self._log)
+            _running.add(self._process)
+        return self._process
 
 
 def run(
@@ -195,9 +169,9 @@ def run(
         return worker.run(job, **options)
 
 
-@contextlib.contextmanager
+@contextmanager
 def killed_after(seconds: float | None, process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
-    """Kill the process if the block takes longer; the event says whether it did. None: no limit."""
+    """Kill the process if the block takes longer; the event tells whether it did. None: no limit."""
     late = threading.Event()
 
     def kill() -> None:
@@ -217,7 +191,7 @@ def killed_after(seconds: float | None, process: subprocess.Popen[bytes]) -> Ite
 def end(process: subprocess.Popen[bytes], *, grace_seconds: float = GRACE_SECONDS) -> None:
     """Ask a child to end by closing its input; kill it if it does not."""
     if process.stdin is not None:
-        with contextlib.suppress(BrokenPipeError):  # it is gone already
+        with suppress(BrokenPipeError):  # it is gone already
             process.stdin.close()
     try:
         process.wait(grace_seconds)
@@ -230,7 +204,7 @@ def end(process: subprocess.Popen[bytes], *, grace_seconds: float = GRACE_SECOND
 
 
 def end_all() -> None:
-    """Kill every child that `run` waits for, in whatever thread; for a process that is about to stop."""
+    """Kill every worker's child, in all threads, before this process stops."""
     for process in list(_running):
         end(process)
 
@@ -250,25 +224,18 @@ def ending(status: int) -> str:
 def died(
     cause: str, where: str | Path | None, messages: list[dict[str, Any]], log: list[str], doing: str = ""
 ) -> ChildDied:
-    """The error for a child that ended without an answer.
-
-    Args:
-        doing: what it did last, like ``while loading it``; by default the ``stage`` of its last message.
-    """
+    """The error for a child that ended without an answer; ``doing``: its last step."""
     stages = [message["stage"] for message in messages if "stage" in message]
-    doing = doing or (stages[-1] if stages else "at start")
-    reason = telling_line(log)
-    error = ChildDied(
-        f"llama.cpp died {doing} ({cause or 'without an answer'}){f': {reason}' if reason else ''}",
-        where=where,
-        hint=HINTS.get(cause, "the child process says why above").format(file=quoted(where or "FILE")),
-    )
+    doing, reason = doing or (stages[-1] if stages else "at start"), telling_line(log)
+    what = f"llama.cpp died {doing} ({cause or 'without an answer'}){f': {reason}' if reason else ''}"
+    hint = HINTS.get(cause, "the lines above give the cause").format(file=quoted(where or "FILE"))
+    error = ChildDied(what, where=where, hint=hint)
     error.cause, error.messages, error.log = cause, tuple(messages), tuple(log)
     return _with_log(error, log)
 
 
 def telling_line(log: list[str]) -> str:
-    """The line of a log that says why: a failed assertion, else the last line."""
+    """The line of a log with the cause: a failed assertion, else the last line."""
     lines = [SOURCE_FOLDER.sub("", line).strip() for line in log if line.strip(" .")]
     asserted = [line for line in lines if "GGML_ASSERT" in line or "fatal error" in line]
     return (asserted or lines or [""])[-1][:300]
@@ -283,9 +250,8 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 
 def _error(failed: dict[str, Any], log: list[str]) -> DfqsError:
-    """The child's error: the class of that name, or the family's."""
-    classes = {cls.__name__: cls for cls in _subclasses(DfqsError)}
-    cls = classes.get(failed["kind"], DfqsError)
+    """The child's error: of the class with that name, else a DfqsError."""
+    cls = next((cls for cls in _subclasses(DfqsError) if cls.__name__ == failed["kind"]), DfqsError)
     return _with_log(cls(failed["what"], where=failed["where"], hint=failed["hint"]), log)
 
 
@@ -294,20 +260,21 @@ def _subclasses(cls: type[DfqsError]) -> list[type[DfqsError]]:
 
 
 def _with_log(error: AnyError, log: list[str]) -> AnyError:
-    lines = [line for line in log if line.strip(" .")][-12:]
-    if lines:
+    if lines := [line for line in log if line.strip(" .")][-12:]:
         error.add_note("its last lines:\n  " + "\n  ".join(lines))
     return error
 
 
 # ---- the child's side ----
 
+_channel: IO[str] = sys.stdout
+
 
 def serve(work: Callable[[dict[str, Any]], Mapping[str, Any] | None]) -> NoReturn:
     """Take jobs from standard input, do the work, and answer on standard output.
 
     Standard output carries messages only: what libraries print there goes to standard error. The process
-    ends when its parent does, or closes the input, so that no orphan writes beside a later run.
+    ends when its parent ends or closes the input, so no orphan writes beside a later run.
     """
     global _channel
     _channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -327,17 +294,14 @@ def serve(work: Callable[[dict[str, Any]], Mapping[str, Any] | None]) -> NoRetur
         tell(**answer)
 
 
-_channel: IO[str] = sys.stdout
-
-
 def tell(**facts: Any) -> None:
-    """Send the parent one object: progress, or ``stage=...``, which a failure will name."""
+    """Send the parent an object: progress, or ``stage=...``, which the message of a failure will name."""
     _channel.write(json.dumps(facts, default=str) + "\n")
     _channel.flush()
 
 
 def limit_memory(n_bytes: int) -> None:
-    """Bound this process's address space, and write no core file; nothing on a system without such limits."""
+    """Limit this process's address space, and write no core file, where the system has such limits."""
     try:
         import resource
 
@@ -353,6 +317,6 @@ def _receive(jobs: queue.SimpleQueue[dict[str, Any]]) -> None:
     for line in sys.stdin:
         jobs.put(json.loads(line))
     for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with suppress(psutil.NoSuchProcess):
             process.kill()
     os._exit(1)  # no teardown of a runtime that may crash in it

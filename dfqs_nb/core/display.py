@@ -1,8 +1,4 @@
-"""What people see in a notebook or a terminal: tables, sizes, progress, and text from outside made harmless.
-
->>> list(tqdm([1, 2], disable=True))
-[1, 2]
-"""
+"""What people see in notebooks and terminals: tables, sizes, progress, and text from outside, escaped."""
 
 from __future__ import annotations
 
@@ -22,10 +18,13 @@ if TYPE_CHECKING:
 
 
 def tqdm(*arguments: Any, **options: Any) -> Any:
-    """A progress bar that goes when it is done; none where ``TQDM_DISABLE`` is set.
+    """A progress bar that disappears when it is done; off where ``TQDM_DISABLE`` is set.
 
-    The variable alone loses against ``disable=False``. A bar that stays is an error in a notebook that is
-    opened again: its widget is gone.
+    tqdm's own ``disable`` goes before that variable. A bar that stays is an error in a notebook that is
+    opened again, because its widget is gone.
+
+    >>> list(tqdm([1, 2], disable=True))
+    [1, 2]
     """
     import tqdm.auto
 
@@ -64,21 +63,20 @@ def cell(value: Any) -> str:
 
 
 def plain(text: object) -> str:
-    r"""Text from a file, a model or a server, without what steers a terminal: escape sequences and the like.
+    r"""Text from a file, a model or a server, without the control characters that steer a terminal.
 
     >>> plain("a\x1b[31mred\x07")
     'a�[31mred�'
     """
+    steering = ("Cc", "Cf", "Cs")
     return "".join(
-        character
-        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs")
-        else "\ufffd"
+        "\ufffd" if unicodedata.category(character) in steering and character not in "\n\t" else character
         for character in str(text)
     )
 
 
 def quoted(path: str | Path) -> str:
-    """A path as a word of a command that a shell takes as pasted.
+    """A path as a word of a shell command that can be pasted.
 
     >>> quoted("my model.gguf")
     "'my model.gguf'"
@@ -87,7 +85,7 @@ def quoted(path: str | Path) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """``did you mean ...? `` for a name close to one that exists; else nothing.
+    """``did you mean ...? `` for a name close to a known one, else an empty text.
 
     >>> did_you_mean("max_token", ["max_tokens", "n_ctx"]), did_you_mean("zzz", ["n_ctx"])
     ('did you mean max_tokens? ', '')
@@ -106,16 +104,14 @@ def one_line(text: object) -> str:
 
 
 def markdown(text: object) -> str:
-    r"""Text from outside as Markdown that shows it: no heading, image, link or HTML can come of it.
+    r"""Text from outside as Markdown that shows it literally: no heading, image, link or HTML.
 
     >>> print(markdown("# a ![i](http://x) <b>"))
     \# a ![i\](http&#58;//x) &lt;b>
     """
-    escaped = (
-        one_line(text).replace("&", "&amp;").replace("<", "&lt;")
-    )  # no tag begins with >, only quotes do
+    escaped = one_line(text).replace("&", "&amp;").replace("<", "&lt;")  # `>` begins quotes only
     escaped = re.sub(r"^>|([\\|`*~])", lambda it: "\\" + it[0], escaped)
-    # within a word `_` is no emphasis, and `]` ends a link only before these; so [1, 2] stays legible
+    # `_` within a word is no emphasis, and `]` ends a link only before these; so [1, 2] stays legible
     escaped = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:])", r"\\\g<0>", escaped)
     escaped = re.sub(r"^(\d*)([#=+-]|(?<=\d)[.)])(?=\s|$|[#=+-])", r"\1\\\2", escaped)
     # GitHub and the hub make links of bare addresses, too
@@ -123,7 +119,7 @@ def markdown(text: object) -> str:
 
 
 def markdown_table(table: pd.DataFrame) -> str:
-    r"""A frame as a Markdown table whose cells cannot break out of it; numbers stand to the right.
+    r"""A frame as a Markdown table with escaped cells; numbers are aligned to the right.
 
     >>> import pandas as pd
     >>> print(markdown_table(pd.DataFrame({"name": ["a|<b>"], "n": [1]})))
@@ -137,37 +133,22 @@ def markdown_table(table: pd.DataFrame) -> str:
     return "\n".join([lines[0], "|" + "|".join("---:" if n else "---" for n in numeric) + "|", *lines[1:]])
 
 
-LABELS = {  # of columns whose names say too little; "low" and "high" are ends of intervals
-    "n_ctx": "context (tokens)",
-    "length": "context (tokens)",
-    "longest": "longest context (tokens)",
-    "depth": "depth (tokens)",
-    "nbytes": "bytes",
-    "expected_nbytes": "bytes by its header",
-    "low": "95 % from",
-    "high": "95 % to",
-    "median": "median (tokens/s)",
-    "min": "lowest",
-    "max": "highest",
-    "roof": "roof (tokens/s)",
-    "other_cores": "cores busy elsewhere",
-    "kld": "KL divergence (nats)",
-    "kld_tail": "99 % of tokens under",
-    "boundary": "boundary (tokens)",
-    "decode": "decode (tokens/s)",
-    "bits_per_weight": "bits a weight",
-    "expert_bits": "bits a weight of experts",
-    "bits_a": "bits a weight of a",
-    "bits_b": "bits a weight of b",
-    "drift": "log-probabilities move by (nats)",
-    "logit_drift": "logits move by at most",
-    "llama_cpp": "llama.cpp",
-    "finish_reason": "ended by",
-}
+# Columns whose names say too little; "low" and "high" are the ends of intervals.
+_LABELS = """
+n_ctx: context (tokens) | length: context (tokens) | longest: longest context (tokens) |
+depth: depth (tokens) | nbytes: bytes | expected_nbytes: bytes by its header | low: 95 % from |
+high: 95 % to | median: median (tokens/s) | min: lowest | max: highest | roof: roof (tokens/s) |
+other_cores: cores busy elsewhere | kld: KL divergence (nats) | kld_tail: 99 % of tokens under |
+boundary: boundary (tokens) | decode: decode (tokens/s) | bits_per_weight: bits a weight |
+expert_bits: bits a weight of experts | bits_a: bits a weight of a | bits_b: bits a weight of b |
+drift: log-probabilities move by (nats) | logit_drift: logits move by at most | llama_cpp: llama.cpp |
+finish_reason: ended by
+"""
+LABELS = dict(entry.strip().split(": ") for entry in _LABELS.split("|"))
 
 
 def label(name: object) -> str:
-    """A column's name as people read it, with its unit.
+    """A column's name for people, with its unit.
 
     >>> label("kld"), label("n_missing"), label("perplexity_low"), label("IQ1_S-XL")
     ('KL divergence (nats)', 'missing', 'perplexity from', 'IQ1_S-XL')
@@ -183,15 +164,13 @@ NONE = "–"  # a cell without a value
 
 
 def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[str, ...] = ()) -> HTML:
-    """The frame, dressed for display in a notebook; its values stay as they are.
+    """A frame as an HTML table for a notebook, with names by `label` and escaped cells.
 
-    Columns are named as people read them (`label`). Cells are escaped: an answer of a model with HTML in it
-    shows as text. A table that is too wide scrolls, and the page does not. JupyterLab aligns all cells to the
-    right, and drops style sheets from outputs that it has not run itself, so the alignment of text stands in
-    each cell.
+    A wide table scrolls. JupyterLab aligns all cells to the right and drops style sheets from stored outputs,
+    so each text cell carries its own alignment.
 
     Args:
-        name: of the table in the page, unique in the notebook and the same in every run.
+        name: of the table in the page; unique in the notebook and the same in every run.
         precision: digits after the point of floats.
         percent: columns of shares, shown in per cent.
     """
@@ -199,10 +178,8 @@ def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[
     from pandas.io.formats.style import Styler
 
     table = table.rename_axis(index=lambda name: name and label(name))
-    styler = Styler(table, cell_ids=False).format(
-        thousands=",", precision=precision, escape="html", na_rep=NONE
-    )
-    styler = styler.format_index(escape="html")
+    options = {"thousands": ",", "precision": precision, "escape": "html", "na_rep": NONE}
+    styler = Styler(table, cell_ids=False).format(**options).format_index(escape="html")
     styler = styler.relabel_index([html.escape(label(column)) for column in table.columns], axis=1)
     if percent:
         styler = styler.format("{:.1%}", subset=list(percent), na_rep=NONE)

@@ -8,11 +8,9 @@ from typing import Any
 
 
 def lazy(package: str, **homes: str) -> Callable[[str], Any]:
-    """A package's ``__getattr__`` (PEP 562) that imports names on first use: matplotlib takes a second.
+    """A package's ``__getattr__`` (PEP 562) that imports names on first use, as matplotlib takes a second.
 
-    Args:
-        package: its ``__name__``.
-        homes: for each name, the submodule it is in; a submodule itself is its own home.
+    ``homes``: for each name, the submodule that it is in; a submodule is its own home.
 
     >>> lazy("dfqs_nb.core", size="display")("size")(5_800_000)
     '5.8 MB'

@@ -1,4 +1,4 @@
-"""The errors of the workbook: each says what is wrong, where, and what to do next."""
+"""The errors of the workbook: each tells what is wrong, where, and what to do next."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ LONGEST = 3_000  # characters of a part of a message
 
 
 class DfqsError(Exception):
-    """A failure that a user can act on.
-
-    Args:
-        what: what is wrong, in one clause.
-        where: the file (or URL) it is wrong in, when there is one.
-        hint: the next step for the user.
+    """A failure that a user can act on: what is wrong, where (a file or URL), and the next step.
 
     >>> str(HeaderError("not a GGUF file", where="model.gguf", hint="download it again"))
     'model.gguf: not a GGUF file; download it again'
@@ -28,17 +23,17 @@ class DfqsError(Exception):
         super().__init__(f"{text}; {hint}" if hint else text)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the three fields, so that a child process can hand its error to its parent."""
+        """Pickle by the three fields, so that an error can leave its process."""
         return partial(type(self), self.what, where=self.where, hint=self.hint), ()
 
 
 def _cut(text: str) -> str:
-    """A text from a file may have any length; a message has not."""
+    """A text from a file may have any length; a message may not."""
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def proxy_fault(error: Exception) -> tuple[str, str]:
-    """What is wrong with the proxy that the environment names, and what to do; from what httpx raised."""
+    """What is wrong with the proxy that the environment names, and the next step."""
     if isinstance(error, ImportError):
         return "a SOCKS proxy needs the package socksio", "pip install socksio, or unset ALL_PROXY"
     return f"no proxy's address ({error})", "check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"
@@ -49,19 +44,19 @@ class HeaderError(DfqsError):
 
 
 class LayoutError(DfqsError):
-    """The header is readable, but the tensor data does not lie in the file as it says."""
+    """The header is readable, but the tensors do not lie in the file as it states."""
 
 
 class ShardError(DfqsError):
-    """A set of shards is incomplete, inconsistent, or not of one model."""
+    """A set of shards is incomplete, inconsistent, or of several models."""
 
 
 class IntegrityError(DfqsError):
-    """Bytes differ from what a hash or a second reading says they are."""
+    """Bytes differ from their hash, or from a second reading."""
 
 
 class SpaceError(DfqsError):
-    """The disk, or the memory, does not hold what is asked of it."""
+    """The disk or the memory is too small."""
 
 
 class OutputError(DfqsError):
@@ -69,19 +64,19 @@ class OutputError(DfqsError):
 
 
 class RegistryError(DfqsError):
-    """A model name is unknown, or its files cannot be had."""
+    """A model's name is unknown, or its files are not available."""
 
 
 class ModelError(DfqsError):
-    """llama.cpp refuses the model, or dies on it."""
+    """llama.cpp rejects the model, or dies on it."""
 
 
 class PromptError(DfqsError):
-    """A set of prompts or questions is missing or broken, or does not fit what it is used for."""
+    """A set of prompts or questions is missing, broken, or not usable here."""
 
 
 class ComparisonError(DfqsError):
-    """Two runs that cannot be compared."""
+    """Two runs cannot be compared."""
 
 
 class StageError(DfqsError):

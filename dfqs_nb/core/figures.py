@@ -1,7 +1,4 @@
-"""What all figures share: colours, axes, titles, and how a figure is saved and shown.
-
-Every figure of a stage is a function that takes a tidy frame and ``ax=None`` and returns the Axes.
-"""
+"""Colours, axes and titles of all figures, and how a figure is saved and shown."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ WIDTH = 7.0  # inches
 
 
 def new_axes(ax: Axes | None, height: float = 3.0) -> Axes:
-    """The axes given, or those of a new figure of that height in inches; without a box around them."""
+    """These axes, or those of a new figure (``height`` in inches), without a box around them."""
     if ax is None:
         _, ax = plt.subplots(figsize=(WIDTH, height), layout="constrained")
     ax.spines[["top", "right"]].set_visible(False)
@@ -39,12 +36,12 @@ def new_axes(ax: Axes | None, height: float = 3.0) -> Axes:
 
 
 def set_title(ax: Axes, finding: str) -> None:
-    """The figure's title: its finding, in words that need no caption."""
+    """Set the title: the figure's finding, in words that need no caption."""
     ax.set_title(finding, loc="left", fontsize=11, color=INK)
 
 
 def token_axis(ax: Axes, ticks: pd.Series | Sequence[int], label: str) -> None:
-    """Contexts on a log2 axis, each tick a number of tokens."""
+    """Make the x axis one of contexts: log2, each tick a number of tokens."""
     ax.set_xscale("log", base=2)
     ax.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
     ax.minorticks_off()
@@ -52,21 +49,18 @@ def token_axis(ax: Axes, ticks: pd.Series | Sequence[int], label: str) -> None:
 
 
 def share_axis(axis: Axis, label: str) -> None:
-    """An axis of shares, in per cent."""
+    """Make an axis one of shares, in per cent."""
     axis.set_major_formatter(PercentFormatter(1.0))
     axis.set_label_text(label)
 
 
 def whiskers(table: pd.DataFrame, value: str) -> list[pd.Series]:
-    """How far ``low`` and ``high`` lie from a column's values, for error bars."""
+    """Distances of ``low`` and ``high`` from a column's values, for error bars."""
     return [(table[value] - table["low"]).clip(lower=0), (table["high"] - table[value]).clip(lower=0)]
 
 
 def save(ax: Axes, path: str | Path) -> None:
-    """Save the figure of ``ax``, whole or not at all: as SVG by that suffix, else as PNG at 150 dots an inch.
-
-    The same figure gives the same bytes.
-    """
+    """Save the figure of ``ax`` as SVG or PNG (150 dpi); the same figure gives the same bytes."""
     kind = "svg" if Path(path).suffix == ".svg" else "png"
     nothing = {"Date": None} if kind == "svg" else {"Software": None}
     with whole_file(path, "wb") as file, plt.rc_context({"svg.hashsalt": "dfqs"}):
@@ -74,10 +68,7 @@ def save(ax: Axes, path: str | Path) -> None:
 
 
 def compact(ax: Axes) -> Image:
-    """The figure of ``ax`` for display in a notebook, as a PNG of 128 colours; the figure is closed.
-
-    It takes less than half of the bytes that a notebook stores otherwise.
-    """
+    """Close the figure of ``ax`` and return it as a PNG of 128 colours, half as large in a notebook."""
     import PIL.Image
     from IPython.display import Image
 
@@ -89,7 +80,7 @@ def compact(ax: Axes) -> Image:
 
 
 def _figure(ax: Axes) -> Figure:
-    """The whole figure; a ``$`` in its texts, such as a model's name, begins no formula."""
+    """The whole figure; no ``$`` in its texts, such as a model's name, begins a formula."""
     figure: Figure = ax.figure.canvas.figure  # of a subfigure, too, and in every version
     axes = [axis for part in figure.axes for axis in (part.xaxis, part.yaxis)]
     logs = [axis for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)]

@@ -26,21 +26,17 @@ JSON_BYTES = 256 << 20  # more is no report, stage or manifest of this workbook
 
 @contextmanager
 def whole_file(path: str | Path, mode: str = "w") -> Iterator[Any]:
-    """Open a temporary file beside ``path``, which takes that name only when the block ends well.
-
-    Lone surrogates in a text become ``?``.
-    """
-    encoding, errors = (None, None) if "b" in mode else ("utf-8", "replace")
+    """Open a temporary file beside ``path``; it takes that name only when the block ends without an error."""
+    encoding, errors = (None, None) if "b" in mode else ("utf-8", "replace")  # lone surrogates become `?`
     with whole_path(path) as part, part.open(mode, encoding=encoding, errors=errors) as file:
         yield file
 
 
 @contextmanager
 def whole_path(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` for others to write; it takes that name when the block ends well.
+    """A temporary path beside ``path`` for others to write; it takes that name as `whole_file` does.
 
-    The bytes are flushed to the disk before the rename, so a reader (or a crash) sees the old file or the new
-    one, never a part.
+    The bytes are on the disk before the rename, so after a crash there is the old file or the new one.
     """
     path = Path(path)
     stem = os.fsdecode(os.fsencode(path.name)[:80])  # in bytes: a name of 255 bytes has no room for more
@@ -61,7 +57,7 @@ def whole_path(path: str | Path) -> Iterator[Path]:
 
 
 def fsync_dir(folder: str | Path) -> None:
-    """Make a rename in ``folder`` durable (nothing where folders cannot be opened)."""
+    """Make a rename in ``folder`` durable, where a system opens folders."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -89,15 +85,12 @@ def there_is(path: str | Path) -> bool:
     >>> there_is("x" * 100_000), there_is("a\0b"), there_is(".")
     (False, False, True)
     """
-    try:
-        return Path(path).exists()
-    except (OSError, ValueError):
-        return False
+    return os.path.exists(path)  # noqa: PTH110 (pathlib raises on such names)
 
 
 def is_file(path: str | Path) -> bool:
     """Whether a regular file has that name; the name may be any text."""
-    return there_is(path) and Path(path).is_file()
+    return os.path.isfile(path)  # noqa: PTH113 (pathlib raises on such names)
 
 
 def read_json(path: str | Path) -> Any:
@@ -105,8 +98,7 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: it is no regular file or too large, not JSON, nested deeper than Python reads, or holds a
-            number that JSON does not have (NaN, infinity) or that no measurement gives (over 19 digits).
+        ValueError: it is not a regular file, too large, or not what `parse_json` takes.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -120,15 +112,15 @@ def parse_json(raw: bytes) -> Any:
     """JSON that somebody else may have written.
 
     Raises:
-        ValueError: as `read_json`.
+        ValueError: it is not JSON, nested deeper than Python reads, or holds a number that JSON does not have
+            (NaN, infinity) or that no measurement gives (over 19 digits).
     """
+
+    def integer(digits: str) -> int:
+        return int(digits) if len(digits) <= 19 else _refuse_number(digits)
+
     try:
-        return json.loads(
-            raw.decode("utf-8"),
-            parse_constant=_refuse_number,
-            parse_float=_finite,
-            parse_int=lambda digits: int(digits) if len(digits) <= 19 else _refuse_number(digits),
-        )
+        return json.loads(raw.decode(), parse_constant=_refuse_number, parse_float=_finite, parse_int=integer)
     except RecursionError:
         raise ValueError("nested too deep") from None
 
@@ -145,8 +137,8 @@ def _finite(text: str) -> float:
 def write_table(path: str | Path, table: pd.DataFrame, *, index: bool = True) -> Path:
     """Write a frame as CSV, whole or not at all, and return the path.
 
-    A text that a spreadsheet would run as a formula gets an apostrophe before it, in headings and the index,
-    too. What steers a terminal becomes U+FFFD.
+    A text that a spreadsheet would run as a formula gets an apostrophe before it, also in headings and the
+    index. Control characters, which steer a terminal, become U+FFFD.
     """
     safe = table.rename(columns=_no_formula, index=_no_formula)
     for place, dtype in enumerate(table.dtypes):
@@ -156,7 +148,7 @@ def write_table(path: str | Path, table: pd.DataFrame, *, index: bool = True) ->
 
 
 def _no_formula(cell: Any) -> Any:
-    """A cell that no spreadsheet runs; numbers with a sign are left alone.
+    """A cell that no spreadsheet runs; signed numbers stay as they are.
 
     >>> _no_formula("=1+1"), _no_formula("-12"), _no_formula("-2+3|cmd"), _no_formula(5)
     ("'=1+1", '-12', "'-2+3|cmd", 5)
@@ -174,7 +166,7 @@ def _no_formula(cell: Any) -> Any:
 
 
 def canonical_sha256(value: Any) -> str:
-    """SHA-256, in hex, of a JSON value written in one way only: keys sorted, no spaces.
+    """SHA-256, in hex, of a JSON value in its canonical form: keys sorted, no spaces.
 
     >>> canonical_sha256({"b": 1, "a": [0.5]}) == canonical_sha256({"a": [0.5], "b": 1})
     True
@@ -193,7 +185,7 @@ def sha256_of_files(
 ) -> str:
     """SHA-256, in hex, of the bytes of several files one after another, as of a model's shards.
 
-    The hash is computed on a thread of its own, while the next piece is read and ``on_chunk`` works.
+    A thread hashes each piece while this one reads the next piece and calls ``on_chunk`` with it.
     """
     digest = hashlib.sha256()
     hashing: Future[None] | None = None
@@ -208,16 +200,8 @@ def sha256_of_files(
     return digest.hexdigest()
 
 
-def sha256_each(paths: Iterable[str | Path], *, name: str = "sha256") -> tuple[str, ...]:
-    """SHA-256 of each of several files, in hex, under one progress bar of that ``name``."""
-    files = [Path(path) for path in paths]
-    total = sum(path.stat().st_size for path in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=name) as bar:
-        return tuple(sha256_of_file(path, lambda chunk: bar.update(len(chunk))) for path in files)
-
-
 def sha256_of(*paths: str | Path) -> str:
-    """SHA-256 of a large file, or of several one after another, in hex, under a progress bar."""
+    """SHA-256 of one large file, or of several one after another, in hex, under a progress bar."""
     total = sum(Path(path).stat().st_size for path in paths)
     with tqdm(total=total, unit="B", unit_scale=True, desc="sha256") as bar:
         return sha256_of_files(paths, lambda chunk: bar.update(len(chunk)))

@@ -10,12 +10,12 @@ from typing import Any
 
 from dfqs_nb.core.files import canonical_sha256, parse_json, write_json
 
-# Conditions that change how long work takes, and no number: free memory can decide them, anew at every start.
+# They change how long work takes but no number; free memory decides them anew at every start.
 TIME_ONLY = {"paging"}
 
 
 def conditions_hash(conditions: Mapping[str, Any]) -> str:
-    """A short hash of conditions, but for `TIME_ONLY`: equal values in any order give the same one.
+    """A short hash of conditions without `TIME_ONLY`; the order of keys does not matter.
 
     >>> conditions_hash({"a": 1, "b": 2}) == conditions_hash({"b": 2, "a": 1})
     True
@@ -26,7 +26,7 @@ def conditions_hash(conditions: Mapping[str, Any]) -> str:
 def differing_fields(
     a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, tuple[Any, Any]]:
-    """Every field in which two nested conditions differ, but for `TIME_ONLY`, with both values.
+    """The fields in which two nested conditions differ, without `TIME_ONLY`, with both values.
 
     >>> differing_fields({"n_ctx": 1, "sampling": {"seed": 1}}, {"n_ctx": 1, "sampling": {"seed": 2}})
     {'sampling.seed': (1, 2)}
@@ -42,7 +42,7 @@ def differing_fields(
 
 
 def holds(row: Mapping[str, Any], fields: Mapping[str, type]) -> bool:
-    """Whether a row has these fields, each of its type.
+    """Whether a row has these fields with these types.
 
     >>> holds({"tokens": 3, "text": "a"}, {"tokens": int}), holds({"tokens": "3"}, {"tokens": int})
     (True, False)
@@ -51,17 +51,15 @@ def holds(row: Mapping[str, Any], fields: Mapping[str, type]) -> bool:
 
 
 class Journal:
-    """Rows of one JSONL file that were made under the same conditions, by their id.
+    """Rows of a JSONL file that were made under the same conditions, by their id.
 
-    Each row is one line, flushed to the disk before `add` returns. A last line without its end, left by a
-    kill, is cut off. Rows of other conditions, and rows that are not as they were written, stay in the file
-    and are passed over: their items are measured again.
+    `add` returns after its row is on the disk. A last line that a kill cut short is removed. Rows of other
+    conditions, and damaged rows, stay in the file and are ignored: their items are measured again.
 
     Args:
-        path: of the file; it is made with the first row.
         conditions: what a row depends on; any JSON values.
-        fresh: begin anew.
-        whole: says of a row, without its id, whether it is as its writer writes it.
+        fresh: delete the file first.
+        whole: checks that a row, without its id, has the fields that its writer gave it.
     """
 
     def __init__(
@@ -111,12 +109,9 @@ def remembered(
     *,
     fresh: bool = False,
 ) -> dict[str, Any]:
-    """The facts in a JSON file if they were made under these conditions; else make them and write it.
+    """The facts in the JSON file ``note`` if it was written under these conditions; else make and write them.
 
-    Args:
-        note: the file; it holds the facts and the hash of their conditions as ``key``.
-        make: does the work and returns the facts.
-        fresh: do the work again.
+    ``fresh``: make them in any case. The file holds the hash of the conditions as ``key``.
     """
     note, key = Path(note), conditions_hash(conditions)
     if not fresh and note.exists():
@@ -126,14 +121,14 @@ def remembered(
             facts = {}  # a damaged note: the work is done again
         if isinstance(facts, dict) and facts.pop("key", None) == key:
             return facts
-    note.unlink(missing_ok=True)  # it would vouch for what is replaced from here on
+    note.unlink(missing_ok=True)  # `make` may replace files that the old note describes
     facts = dict(make())
     write_json(note, {"key": key, **facts})
     return facts
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
-    """Every whole line; a torn last one is cut off the file."""
+    """Every whole line; a last line without its end is cut off the file."""
     if not path.exists():
         return
     raw = path.read_bytes()

@@ -1,4 +1,4 @@
-"""What this process may use: memory and cores, from psutil and the container's limits."""
+"""What this process may use (memory, cores, GPUs, disk), and what else the machine does meanwhile."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGES = ("llama-cpp-python", "gguf", "numpy", "pandas", "matplotlib")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of memory: what there is, what is free, and where the smaller limit comes from."""
+    """Bytes of memory, total and free, and where the smaller limit comes from."""
 
     total_bytes: int
     available_bytes: int
@@ -34,7 +34,7 @@ class Memory:
 
 
 def available_memory() -> Memory:
-    """Memory that this process can still take, in bytes: psutil's, or the control group's if that is less.
+    """Memory that this process can still take: psutil's number, or the control group's if it is smaller.
 
     File cache that the kernel can drop counts as available in both.
     """
@@ -45,7 +45,7 @@ def available_memory() -> Memory:
 
 
 def usable_cores() -> int:
-    """Physical cores that this process may use: affinity and the container's CPU quota lower the count."""
+    """Physical cores that this process may use, by its affinity and the container's CPU quota."""
     process = psutil.Process()
     allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1
     cores = min(psutil.cpu_count(logical=False) or allowed, allowed)
@@ -54,9 +54,9 @@ def usable_cores() -> int:
 
 
 def random_read_speed(path: str | Path, piece_bytes: int = 1 << 21) -> float | None:
-    """Bytes a second read from random places of a large file, not from the cache; None where that is unsure.
+    """Bytes a second from random places of a large file: the speed of paging, as experts lie all over it.
 
-    That is what paging costs: experts lie all over the file. The kernel's count says that the disk was read.
+    None if the file is small, or the kernel did not count the bytes as read from the disk.
     """
     counters = getattr(psutil.Process(), "io_counters", None)
     size = Path(path).stat().st_size
@@ -75,19 +75,19 @@ def random_read_speed(path: str | Path, piece_bytes: int = 1 << 21) -> float | N
 
 @dataclass
 class Load:
-    """Work of others while something was measured, in cores; None until it is known."""
+    """Cores that other programs used during a measurement; None until it ends."""
 
     other_cores: float | None = None
 
     @property
     def contended(self) -> bool:
-        """Whether others worked enough to disturb a measurement."""
+        """Whether that was enough to disturb the measurement."""
         return (self.other_cores or 0.0) > BUSY_CORES
 
 
 @contextmanager
 def watched_load() -> Iterator[Load]:
-    """Watch what the machine does beside this process while the block runs."""
+    """Measure the work of other programs while the block runs."""
     load, others, started = Load(), _seconds_of_others(), time.perf_counter()
     yield load
     seconds = time.perf_counter() - started
@@ -95,7 +95,7 @@ def watched_load() -> Iterator[Load]:
 
 
 def _seconds_of_others() -> float:
-    """CPU seconds that everything but this process has used, a hypervisor's other guests included."""
+    """CPU seconds of everything but this process, a hypervisor's other guests included."""
     machine, mine = psutil.cpu_times(), os.times()
     quiet = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is in the user's already
     return float(sum(machine) - sum(getattr(machine, name, 0.0) for name in quiet) - mine.user - mine.system)
@@ -107,10 +107,10 @@ def has_amx() -> bool:
 
 
 def gpu_memories() -> list[int]:
-    """Free memory of each of this machine's NVIDIA GPUs, in bytes, or of an Apple chip's; none without one.
+    """Free bytes of each NVIDIA GPU, or of an Apple chip's GPU; empty without one.
 
-    An Apple GPU shares the machine's memory: macOS lets it hold two thirds of a small one, and more of a
-    large one (Metal's ``recommendedMaxWorkingSetSize``). Two thirds are counted.
+    Apple's shares the machine's memory. We count two thirds, which macOS allows on small machines (Metal's
+    ``recommendedMaxWorkingSetSize``).
     """
     if (platform.system(), platform.machine()) == ("Darwin", "arm64"):
         memory = available_memory()
@@ -127,7 +127,7 @@ def gpu_memories() -> list[int]:
 
 
 def describe() -> dict[str, str | int]:
-    """Versions and the machine, for the top of a notebook and the conditions of a measurement."""
+    """Versions and hardware, for the top of a notebook and the conditions of a measurement."""
     from importlib.metadata import version
 
     memory = available_memory()
@@ -142,7 +142,7 @@ def describe() -> dict[str, str | int]:
 
 
 def _cpu_name() -> str:
-    """The processor's name, which neither psutil nor Python knows on Linux."""
+    """The processor's name; on Linux neither psutil nor Python knows it."""
     text = CPUINFO.read_text(errors="replace") if CPUINFO.exists() else ""
     name = re.search(r"^model name\s*: *(.*\S)", text, re.MULTILINE)
     return name[1] if name else platform.processor() or "not stated"
@@ -152,7 +152,7 @@ def _cpu_name() -> str:
 
 
 def _own_groups(root: Path, listed: Path) -> Iterator[Path]:
-    """The mounted root, which is all that a container sees, and this process's groups, up to the root."""
+    """The mounted root, all that a container sees, and this process's groups up to the root."""
     yield root
     for line in listed.read_text().splitlines() if listed.exists() else ():
         _, controllers, path = line.split(":", 2)
@@ -164,18 +164,14 @@ def _own_groups(root: Path, listed: Path) -> Iterator[Path]:
 def _cgroup_memory(root: Path) -> Memory | None:
     """The limit of the control group mounted at ``root``; None without one."""
     old = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-    versions = (
-        (root, "memory.max", "memory.current", ""),
-        (root, *old),
-        (root / "memory", *old),
-    )
+    versions = ((root, "memory.max", "memory.current", ""), (root, *old), (root / "memory", *old))
     for folder, limit, usage, sums in versions:
         total, used = _number(folder / limit), _number(folder / usage)
         if total is None or used is None or total > 1 << 60:
             continue
         stat = folder / "memory.stat"
         text = stat.read_text() if stat.exists() else ""
-        # a file that was read twice is active, and can be dropped all the same
+        # the kernel can also drop files that were read twice ("active")
         droppable = sum(map(int, re.findall(rf"^{sums}(?:in)?active_file (\d+)$", text, re.MULTILINE)))
         return Memory(total, max(0, total - max(0, used - droppable)), str(folder / limit))
     return None
@@ -189,7 +185,7 @@ def _number(path: Path) -> int | None:
 
 
 def _cpu_quota(root: Path) -> float | None:
-    """CPUs' worth of time that the control group grants; None without a limit."""
+    """CPUs that the control group grants; None without a limit."""
     if (root / "cpu.max").exists():
         quota, period = (root / "cpu.max").read_text().split()
     else:

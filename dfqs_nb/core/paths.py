@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def public_address(pyproject: Path = REPOSITORY / "pyproject.toml") -> str:
-    """The repository's public address, from the one place where it stands."""
+    """The repository's public address, which stands in pyproject.toml only."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     return str(project["urls"]["Repository"]).rstrip("/")
 
@@ -45,7 +45,7 @@ def run_dir(run: str) -> Path:
 
 
 def tilde(path: str | Path) -> str:
-    """A path as people read it: relative to this checkout, or to the home folder, where it can be.
+    """A path for people: relative to this checkout, the current folder or the home folder, if it is inside.
 
     >>> tilde(REPOSITORY / "data")
     'data'

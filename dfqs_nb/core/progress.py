@@ -1,4 +1,4 @@
-"""Signs of life of long work: what the processes read, and a bar while a large file is loaded."""
+"""Signs of life of long work: what the processes do, and a bar while a large file is loaded."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ BEAT_SECONDS = 1.0
 
 
 class Activity:
-    """What the processes below this one do: bytes that they read from the disk, and processors at work.
-
-    Args:
-        own: count this process, too.
-    """
+    """What the child processes do: bytes read from the disk, memory, cores; ``own``: this process, too."""
 
     def __init__(self, *, own: bool = False) -> None:
         self.own = own
@@ -29,7 +25,7 @@ class Activity:
         self.total, self.at = 0, time.monotonic()
 
     def text(self) -> str:
-        """What happened since the last call, and the bytes read in all."""
+        """The work since the last call, and all bytes read."""
         reads, seconds, resident = 0, 0.0, 0
         this = psutil.Process()
         for process in [*([this] if self.own else []), *this.children(recursive=True)]:
@@ -51,10 +47,7 @@ class Activity:
 
 @contextmanager
 def heartbeat(what: str, n_bytes: int) -> Iterator[None]:
-    """A bar that moves while a large file is loaded, by what this process and its children read.
-
-    Small files need none, and a run of the workbook has signs of life of its own.
-    """
+    """A bar for the bytes that this process and its children read while a file of over 1 GiB is loaded."""
     if n_bytes < LARGE_BYTES:
         yield
         return

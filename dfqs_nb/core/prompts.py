@@ -1,4 +1,4 @@
-"""Frozen prompt sets: wording, licence and source in a file under ``data/prompts/``, known by its hash."""
+"""Frozen prompt sets: wording, licence and source in a file of ``data/prompts/``, identified by its hash."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ AnySet = TypeVar("AnySet", bound="PromptSet")
 
 
 class PromptSet(BaseModel):
-    """A frozen set. ``sha256`` is that of its file, so any change of wording is another set.
+    """A frozen set. ``sha256`` is that of its file, so a change of wording makes another set.
 
-    A set may be ``of`` another: its wording in another tier. Then the other's hash is hashed with the file.
+    A set may be ``of`` another: its wording in another tier. Then the file is hashed with the other's hash.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -38,14 +38,10 @@ def load_prompts(name: str) -> PromptSet: ...
 @overload
 def load_prompts(name: str, kind: type[AnySet]) -> AnySet: ...
 def load_prompts(name: str, kind: Any = PromptSet) -> Any:
-    """A frozen set by its name, checked against what its kind holds.
-
-    Args:
-        name: like ``"long-context-nano"``.
-        kind: `PromptSet`, or a class derived from it that names the fields.
+    """A frozen set by its name; ``kind``: `PromptSet`, or a class derived from it that names the fields.
 
     Raises:
-        PromptError: there is no such set, or its file is not one.
+        PromptError: there is no such set, or its file lacks a field.
 
     >>> load_prompts("long-context-nano").licence
     'MIT'
@@ -67,7 +63,7 @@ def load_prompts(name: str, kind: Any = PromptSet) -> Any:
 
 
 def _content(name: str) -> tuple[dict[str, Any], str]:
-    """A set's fields, those of the set that it is ``of`` included, and their hash."""
+    """A set's fields, with those of the set that it is ``of``, and their hash."""
     raw = (data_dir() / "prompts" / f"{name.replace('-', '_')}.json").read_bytes()
     content: dict[str, Any] = json.loads(raw)
     if "of" in content:

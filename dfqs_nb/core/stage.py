@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.errors import StageError
-from dfqs_nb.core.files import canonical_sha256, read_json, sha256_of_file, there_is, write_json, write_table
+from dfqs_nb.core.files import canonical_sha256, is_file, read_json, sha256_of_file, write_json, write_table
 from dfqs_nb.core.journal import remembered
 from dfqs_nb.core.paths import run_dir, tilde
 
@@ -41,19 +41,16 @@ UNSEALED = (".gguf", ".manifest.json", ".ipynb")
 class Stage:
     """The folder ``outputs/<run>/`` as one notebook sees it.
 
-    Whatever is written through the stage is covered by its seal. The list of files is kept on disk until
-    `finish`, so a kernel that restarts half-way does not shrink the seal.
+    The seal covers whatever is written through the stage. The list of files is kept on disk until `finish`,
+    so the seal still covers them all after a kernel restart.
 
     Args:
-        run_name: one plain folder name under the outputs, which is made; or a run's folder, as a ``Path``.
+        run_name: a plain folder name under the outputs, which is made; or a run's folder, as a ``Path``.
         name: of the stage, a key of `NOTEBOOKS`.
         budget_minutes: that the stage may take from now on; 0: no limit.
 
-    Attributes:
-        left_out: sentences about what the budget did not allow; they go into the stage file.
-
     Raises:
-        OutputError: the run's name is no plain folder name, or the folder cannot be made.
+        OutputError: the run's name is not a plain folder name, or the folder cannot be made.
     """
 
     def __init__(self, run_name: str | Path, name: str, budget_minutes: float = 0.0) -> None:
@@ -72,35 +69,30 @@ class Stage:
 
     @property
     def seconds_left(self) -> float:
-        """Of the budget; infinite without one."""
+        """Seconds left of the budget; infinite without one."""
         return max(0.0, self._started + self.budget_seconds - time.monotonic())
 
     def leave_out(self, sentences: Iterable[str]) -> None:
-        """Note what the budget did not allow: the stage file and its summary say it."""
+        """Note what the budget did not allow; the stage file and its summary list it."""
         self.left_out = list(dict.fromkeys([*self.left_out, *sentences]))
 
     def plan(
         self, conditions: Mapping[str, Any], make: Callable[[], Mapping[str, Any]], *, fresh: bool = False
     ) -> dict[str, Any]:
-        """A plan that is kept, so that a run that goes on measures the same things.
+        """The plan that ``make`` returns, kept on disk, so that a resumed run measures the same things.
 
-        It is made again for other conditions, and where the budget is now more than twice as large.
-
-        Args:
-            conditions: what the plan depends on, beside the budget.
-            make: plans; gives plain values.
+        It is made again for other ``conditions``, and when the budget is more than twice as large as before.
         """
         note = self.folder / f".{self.name}.plan.json"
         limit = None if self.budget_seconds == math.inf else self.budget_seconds
-        plan = remembered(note, conditions, lambda: {"budget_seconds": limit, "plan": make()}, fresh=fresh)
-        then = plan["budget_seconds"]
-        if then is not None and self.budget_seconds > 2 * then:
+        kept = remembered(note, conditions, lambda: {"budget_seconds": limit, "plan": make()}, fresh=fresh)
+        before, plan = kept["budget_seconds"], dict(kept["plan"])
+        if before is not None and self.budget_seconds > 2 * before:
             return self.plan(conditions, make, fresh=True)
-        kept: dict[str, Any] = plan["plan"]
-        return kept
+        return plan
 
     def path(self, name: str) -> Path:
-        """A file of this stage that other code writes or appends to; the seal covers it."""
+        """The path of a file that other code writes; the seal covers it."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return self.add(path)
@@ -131,19 +123,11 @@ class Stage:
         return write_json(self.path(f"{name}.json"), value)
 
     def read(self, stage: str) -> dict[str, Any]:
-        """What an earlier stage handed on.
-
-        Raises:
-            StageError: it is missing, or not what a stage writes; the message names the notebook to run.
-        """
+        """What an earlier stage handed on; errors as `read_stage`."""
         return read_stage(self.folder, stage)
 
     def positive(self, **counts: float) -> None:
-        """Refuse parameters below 1, before anything is loaded.
-
-        Raises:
-            StageError: names the parameter.
-        """
+        """Reject parameters below 1, with a StageError, before anything is loaded."""
         for name, value in counts.items():
             if value < 1:
                 raise StageError(f"the parameter {name} is {value:g}", hint=f"give {name}=1 or more")
@@ -155,11 +139,10 @@ class Stage:
         return model
 
     def finish(self, *, conditions: Mapping[str, Any], summary: list[str], **facts: Any) -> Path:
-        """Write ``<stage>.json`` with its seal: what the next notebooks and the report read.
+        """Write ``<stage>.json``, which the next notebooks and the report read.
 
-        It holds the conditions, the lines that the end of a run prints, the facts, the SHA-256 of every file
-        that the stage wrote (``files``), and a SHA-256 of all that (``seal``). The seal catches accidents.
-        It does not stop a forger, who can compute it too.
+        ``summary``: lines that the end of a run prints. The file also holds the SHA-256 of each file that
+        the stage wrote, and one of its own content, the ``seal``. It catches accidents, not forgers.
         """
         missing = [f"left out to keep to the budget: {'; '.join(self.left_out)}"] if self.left_out else []
         content = {"stage": self.name, "conditions": conditions, "summary": [*summary, *missing], **facts}
@@ -180,7 +163,7 @@ class Stage:
 
 
 def read_stage(folder: str | Path, stage: str, *, sealed: bool = False) -> dict[str, Any]:
-    """Read the ``<stage>.json`` that an earlier notebook wrote; ``sealed``: check its seal as well.
+    """Read the ``<stage>.json`` that an earlier notebook wrote; ``sealed``: check its seal, too.
 
     Raises:
         StageError: it is missing or damaged; the message names the notebook to run.
@@ -200,7 +183,7 @@ def read_stage(folder: str | Path, stage: str, *, sealed: bool = False) -> dict[
 
 
 def _check_seal(path: Path, content: Mapping[str, Any], again: str) -> None:
-    """Refuse a stage that was edited, or a file of it that was changed, after it was written."""
+    """Reject a stage file that was edited, or whose files changed, after it was written."""
     files, unsealed = content.get("files"), {key: value for key, value in content.items() if key != "seal"}
     if "seal" not in content or not isinstance(files, dict):
         raise StageError("has no seal", where=tilde(path), hint=again)
@@ -208,7 +191,7 @@ def _check_seal(path: Path, content: Mapping[str, Any], again: str) -> None:
         raise StageError("was edited after it was written", where=tilde(path), hint=again)
     for name, then in files.items():
         file = path.parent / name
-        if not there_is(file) or not file.is_file():
+        if not is_file(file):
             raise StageError(f"is missing; {path.name} stands on it", where=tilde(file), hint=again)
         if sha256_of_file(file) != then:
             raise StageError(f"was changed after {path.name} was written", where=tilde(file), hint=again)

@@ -106,10 +106,7 @@ def _deepseek4(
             "indexer": csa_rows * _row_bytes(indexer_dim, type_k),
             "compressor_state": 2 * CSA_RATIO * 2 * (head_dim + indexer_dim) * state_bytes,
         },
-        HCA_RATIO: {
-            "hca": hca_rows * row_bytes,
-            "compressor_state": HCA_RATIO * head_dim * state_bytes,
-        },
+        HCA_RATIO: {"hca": hca_rows * row_bytes, "compressor_state": HCA_RATIO * head_dim * state_bytes},
     }
     raw = {"raw": window * row_bytes, **dict.fromkeys(("csa", "hca", "indexer", "compressor_state"), 0)}
     ratios += [0] * (_int(header, "block_count") - len(ratios))

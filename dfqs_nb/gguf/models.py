@@ -20,15 +20,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from dfqs_nb.core.display import did_you_mean
-from dfqs_nb.core.errors import (
-    DfqsError,
-    IntegrityError,
-    OutputError,
-    RegistryError,
-    SpaceError,
-    proxy_fault,
-)
-from dfqs_nb.core.files import sha256_each
+from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, RegistryError, SpaceError, proxy_fault
+from dfqs_nb.core.files import sha256_of
 from dfqs_nb.core.paths import data_dir, tilde
 from dfqs_nb.gguf.shards import SHARD_NAME, shard_path
 
@@ -184,13 +177,13 @@ def check_sizes(paths: Sequence[Path], model: Model) -> None:
 
 
 def check_hashes(paths: Sequence[Path], model: Model) -> tuple[str, ...]:
-    """Compare sizes, then the SHA-256 of each file with the table, with a progress bar; return the hashes.
+    """Compare the size, then the SHA-256 of each file with the table, and return the hashes.
 
     Raises:
         IntegrityError: a file is not the one that the table describes.
     """
     check_sizes(paths, model)
-    hashes = sha256_each(paths, name=f"SHA-256 of {model.name}")
+    hashes = tuple(map(sha256_of, paths))
     for number, (path, file, digest) in enumerate(zip(paths, model.files, hashes, strict=True), 1):
         if digest != file.sha256:
             text = f"has SHA-256 {digest[:16]}... (expected {file.sha256[:16]}...)"

@@ -14,7 +14,7 @@ import pytest
 from gguf_fixtures import Spec, field, gguf_bytes, split_fields, split_like_llama
 
 from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceError
-from dfqs_nb.core.files import sha256_each, sha256_of
+from dfqs_nb.core.files import sha256_of
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf.header import check_layout, read_header
 from dfqs_nb.gguf.shards import open_shards, shard_path
@@ -322,4 +322,3 @@ def test_shard_changed_while_merging_is_caught(pair, tmp_path, monkeypatch):
 def test_published_hash(merged_reference):
     whole = hashlib.sha256(merged_reference.read_bytes()).hexdigest()
     assert sha256_of(merged_reference) == whole == RECORDED["IQ1_S-XL"]["merged"]
-    assert sha256_each([merged_reference] * 2) == (whole, whole)
