@@ -8,21 +8,19 @@ Three questions, from the cheapest to the most thorough:
 - `trial`: plan the memory under given settings, load the weights, and decode a few tokens.
 
 A hostile header can abort the process that reads it, or ask for all of its memory. That process is
-``python -m dfqs_nb.llama``. It has a ceiling on its address space wherever no weights are loaded.
+``python -m dfqs_nb.llama``. The first two questions have a ceiling on its address space.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import functools
-import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,9 +54,7 @@ SMALL_CTX = 256
 LONG_SECONDS = 5.0  # a trial that took longer is worth remembering
 PREFILL_TOKENS = 8
 LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll")
-
-
-# ---- the parser ----
+OF_CONTEXT = {"n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "seed"}  # nothing of the file
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class ParsedTensor:
 class Parsed:
     """What libggml read from one file; the numbers are 0 if it refused the file.
 
-    ``message``: the lines that it logged; ``death``: the signal (or ``"timeout"``) that the file ended it by.
+    ``message``: the lines that it logged; ``death``: the signal (or ``"timeout"``) that ended the process.
     """
 
     accepted: bool
@@ -89,22 +85,19 @@ class Parsed:
     tensors: tuple[ParsedTensor, ...] = ()
 
 
-def parse(path: str | Path, *, tensors: bool = False, timeout_seconds: float = TIMEOUT_SECONDS) -> Parsed:
+def parse(path: str | Path, *, tensors: bool = False) -> Parsed:
     """Ask llama.cpp's parser about one file, as when a model is opened; ``tensors``: give its table, too.
 
     Raises:
         ModelError: libggml is not installed, or the child process cannot run it at all.
     """
-    return parse_all([path], tensors=tensors, timeout_seconds=timeout_seconds)[0]
+    return parse_all([path], tensors=tensors)[0]
 
 
-def parse_all(
-    paths: Sequence[str | Path], *, tensors: bool = False, timeout_seconds: float = TIMEOUT_SECONDS
-) -> list[Parsed]:
+def parse_all(paths: Sequence[str | Path], *, tensors: bool = False) -> list[Parsed]:
     """Ask about many files in one process, as long as they leave it alive (see `parse`)."""
-    options = {"library": str(library_path()), "tensors": tensors}
     parsed = []
-    for facts, log in _ask("parse", paths, options, timeout_seconds):
+    for facts, log in _ask("parse", paths, library=str(library_path()), tensors=tensors):
         death = f"llama.cpp's parser died ({facts['death']})" if "death" in facts else ""
         table = tuple(ParsedTensor(*row) for row in facts.pop("tensors", ()))
         parsed.append(Parsed(message="\n".join(log) or death, tensors=table, **facts))
@@ -127,32 +120,20 @@ def library_path() -> Path:
     raise ModelError("libggml-base is not installed", hint="`make run` installs it")
 
 
-# ---- the loader ----
-
-
 @dataclass(frozen=True)
 class LoaderVerdict:
-    """The verdict of llama.cpp's loader on one file.
+    """The verdict of llama.cpp's loader on one file: it loads, and a context can be planned, or why not.
 
-    Attributes:
-        accepted: it loads, and a context can be planned.
-        reason: the line that says why not, without the names of functions and folders; empty when accepted.
-        log: all lines that llama.cpp logged as errors, and what an assertion wrote.
-        death: the signal (or ``"timeout"``) when the process did not survive the file.
+    ``reason``: without the names of functions and folders; ``death``: the signal (or ``"timeout"``) when the
+    process did not survive the file.
     """
 
-    path: Path
     accepted: bool
     reason: str = ""
-    log: tuple[str, ...] = ()
     death: str = ""
 
     def explain(self, header: GGUFHeader) -> str:
-        """The verdict for people; of a file in the early dialect of ``deepseek4`` it says so.
-
-        Args:
-            header: of the same file.
-        """
+        """The verdict for people; of a file (with this header) in the early dialect of ``deepseek4``, too."""
         if self.accepted:
             return "llama.cpp's loader takes this file"
         if early := early_dialect(header):
@@ -177,17 +158,15 @@ def loader_verdict(path: str | Path) -> LoaderVerdict:
 def loader_verdicts(paths: Sequence[str | Path]) -> list[LoaderVerdict]:
     """Ask about many files in one process, as long as they leave it alive (see `loader_verdict`)."""
     verdicts = []
-    for path, (facts, log) in zip(map(Path, paths), _ask("load", paths, {}, TIMEOUT_SECONDS), strict=True):
-        folder = f"{path.parent.absolute()}{os.sep}"
-        log = [line.replace(folder, "") for line in log]
-        death = facts.get("death", "")
-        reason = "" if facts["accepted"] else reason_of(log) or f"llama.cpp died ({death})"
-        verdicts.append(LoaderVerdict(path, facts["accepted"], reason, tuple(log), death))
+    for path, (facts, log) in zip(map(Path, paths), _ask("load", paths), strict=True):
+        folder, death = f"{path.parent.absolute()}{os.sep}", facts.get("death", "")
+        reason = reason_of([line.replace(folder, "") for line in log]) or f"llama.cpp died ({death})"
+        verdicts.append(LoaderVerdict(facts["accepted"], "" if facts["accepted"] else reason, death))
     return verdicts
 
 
 def _ask(
-    question: str, paths: Sequence[str | Path], options: Mapping[str, Any], timeout_seconds: float
+    question: str, paths: Sequence[str | Path], **options: Any
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """What a child says of each file, with the lines that llama.cpp logged about it.
 
@@ -197,7 +176,7 @@ def _ask(
         for path in paths:
             job = {"question": question, "path": str(Path(path).absolute()), **options}
             try:
-                facts = worker.run(job, timeout_seconds=timeout_seconds)
+                facts = worker.run(job, timeout_seconds=TIMEOUT_SECONDS)
                 log = facts.pop("log")
             except child.ChildDied as error:
                 if not error.messages:
@@ -218,9 +197,16 @@ def plan_memory(path: str | Path, settings: Sequence[OpenSettings]) -> list[dict
     Raises:
         ModelError: llama.cpp refuses the file or a setting, or dies on it.
     """
+    with child.Worker(MODULE) as worker:
+        return _planned(worker, path, settings)
+
+
+def _planned(
+    worker: child.Worker, path: str | Path, settings: Sequence[OpenSettings]
+) -> list[dict[str, int]]:
     job = {"question": "plan", "path": str(path), "settings": [each.as_dict() for each in settings]}
-    answer = child.run(MODULE, job, where=path, timeout_seconds=TIMEOUT_SECONDS * (1 + len(settings)))
-    plans: list[dict[str, int]] = answer["plans"]
+    seconds = TIMEOUT_SECONDS * (1 + len(settings))
+    plans: list[dict[str, int]] = worker.run(job, where=path, timeout_seconds=seconds)["plans"]
     return plans
 
 
@@ -250,42 +236,43 @@ def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEsti
         ModelError: llama.cpp refuses the file, dies on it, or computes logits that are not numbers.
         SpaceError: the context's cache and llama.cpp's compute buffer exceed the free memory.
     """
-    return _trial_once(tuple(map(_identity, paths)), settings, json.dumps(dataclasses.asdict(needs)))
+    files = tuple((os.path.realpath(path), *_identity(Path(path).stat())) for path in paths)
+    key = str(paths[0]), files, settings  # with the path as it was given, which messages name
+    if key not in _tried:
+        _tried[key] = _try_in_child(paths[0], settings, needs, _remembered(files, settings))
+    return _tried[key]
 
 
-Identity = tuple[str, str, int, int, int]
+_tried: dict[tuple[str, Any, OpenSettings], Trial] = {}
 
 
-def _identity(path: str | Path) -> Identity:
-    """The path as the user gave it (for messages); the file behind it, its size, time of change, inode."""
-    stat = Path(path).stat()
-    return str(path), os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino
+def _identity(stat: os.stat_result) -> tuple[int, int, int]:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
-def _remembered(identity: tuple[Identity, ...], settings: OpenSettings) -> Path:
+def _remembered(files: Any, settings: OpenSettings) -> Path:
     """Where a trial of these files is kept, by what can change whether they load, and on which machine."""
-    context = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "seed")
-    kept = {name: value for name, value in settings.as_dict().items() if name not in context}
-    key = canonical_sha256([[file[1:] for file in identity], kept, llama_version(), platform.node()])
+    loads = {name: value for name, value in settings.as_dict().items() if name not in OF_CONTEXT}
+    key = canonical_sha256([files, loads, llama_version(), platform.node()])
     return outputs_dir() / ".trials" / f"{key[:24]}.json"
 
 
-@functools.lru_cache(maxsize=64)
-def _trial_once(identity: tuple[Identity, ...], settings: OpenSettings, needs: str) -> Trial:
-    path, estimate = identity[0][0], json.loads(needs)
-    remembered = _remembered(identity, settings)
-    if earlier := _recalled(remembered):
-        planned = plan_memory(path, [settings])[0]
-        check_fits(_with_plan(estimate, planned), where=path)
-        return Trial(**{**earlier, **planned})
-    job = {"question": "trial", "path": path, "settings": settings.as_dict(), "needs": estimate}
-    timeout = TRIAL_SECONDS + estimate["weights_bytes"] * TRIAL_SECONDS_PER_BYTE
+def _try_in_child(path: str | Path, settings: OpenSettings, needs: MemoryEstimate, kept: Path) -> Trial:
     started = time.perf_counter()
-    facts = child.run(MODULE, job, where=path, timeout_seconds=timeout)
-    done = Trial(**facts, seconds=time.perf_counter() - started)
+    with child.Worker(MODULE) as worker:
+        planned = _planned(worker, path, [settings])[0]
+        kv = KvCacheBytes([{"planned by llama.cpp": planned["kv_bytes"]}])
+        needs = needs if needs.kv.exactness == "exact" else replace(needs, kv=kv)
+        check_fits(needs.with_compute(planned["compute_bytes"]), where=path)
+        if earlier := _recalled(kept):
+            return Trial(**{**earlier, **planned})
+        job = {"question": "trial", "path": str(path), "settings": settings.as_dict()}
+        timeout = TRIAL_SECONDS + needs.weights_bytes * TRIAL_SECONDS_PER_BYTE
+        facts = worker.run(job, where=path, timeout_seconds=timeout)
+    done = Trial(**planned, **facts, seconds=time.perf_counter() - started)
     if done.seconds > LONG_SECONDS:
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        write_json(remembered, dataclasses.asdict(done))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, asdict(done))
     return done
 
 
@@ -295,16 +282,7 @@ def _recalled(path: Path) -> dict[str, Any]:
         kept = read_json(path)
     except (OSError, ValueError):
         return {}
-    names = {field.name for field in dataclasses.fields(Trial)}
-    return kept if isinstance(kept, dict) and kept.keys() == names else {}
-
-
-def _with_plan(needs: dict[str, Any], planned: Mapping[str, int]) -> MemoryEstimate:
-    """An estimate as JSON has it, with llama.cpp's own figures."""
-    kv = KvCacheBytes(**needs["kv"])
-    if kv.exactness != "exact":
-        kv = KvCacheBytes([{"planned by llama.cpp": planned["kv_bytes"]}])
-    return MemoryEstimate(**{**needs, "kv": kv}).with_compute(planned["compute_bytes"])
+    return kept if isinstance(kept, dict) and kept.keys() == {field.name for field in fields(Trial)} else {}
 
 
 def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
@@ -320,17 +298,16 @@ def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
 
     LOG.install()
     LOG.clear()
-    params = api.llama_model_default_params()
+    params, size = api.llama_model_default_params(), api.llama_context_default_params()
     params.no_alloc, params.use_extra_bufts = True, settings.use_extra_bufts
     params.load_mode = api.LLAMA_LOAD_MODE_NONE
     params.n_gpu_layers = 0x7FFFFFFF if settings.n_gpu_layers == -1 else settings.n_gpu_layers
-    flash = "ENABLED" if settings.flash_attn else "DISABLED"
-    size = api.llama_context_default_params()
-    size.n_ctx, size.swa_full = settings.n_ctx, settings.swa_full
+    for name in ("n_ctx", "swa_full", "n_threads", "n_threads_batch"):
+        setattr(size, name, getattr(settings, name))
     size.n_batch = min(settings.n_ctx, settings.n_batch)
     size.n_ubatch = min(size.n_batch, settings.n_ubatch)
-    size.n_threads, size.n_threads_batch = settings.n_threads, settings.n_threads_batch
     size.type_k, size.type_v = GGML_TYPES[settings.type_k], GGML_TYPES[settings.type_v]
+    flash = "ENABLED" if settings.flash_attn else "DISABLED"
     size.flash_attn_type = getattr(api, f"LLAMA_FLASH_ATTN_TYPE_{flash}")
     with contextlib.ExitStack() as stack:
         model = api.llama_model_load_from_file(os.fsencode(path), params)
@@ -352,72 +329,64 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     return {"parse": _parse, "load": _load, "plan": _plan, "trial": _try}[job["question"]](job)
 
 
-def _parse(job: dict[str, Any]) -> dict[str, Any]:
-    child.limit_memory(PARSER_BYTES)
-    ggml = _Ggml.of(job["library"])
-    child.tell(stage="in its parser")
-    ggml.log.clear()
-    facts = ggml.parse(job["path"], job["tensors"])
-    return facts | {"log": b"".join(ggml.log).decode("utf-8", "replace").split("\n")}
-
-
 class _GgufParams(ctypes.Structure):
     """``struct gguf_init_params`` of gguf.h."""
 
     _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.POINTER(ctypes.c_void_p))]
 
 
-class _Ggml:
-    """The parser of libggml-base, through ctypes: importing llama_cpp would initialise much more."""
+@functools.cache
+def _ggml(path: str) -> tuple[Any, list[bytes]]:
+    """libggml-base through ctypes, and its log: importing llama_cpp would initialise much more."""
+    try:
+        ggml: Any = ctypes.CDLL(path)
+    except OSError as error:
+        raise ModelError(f"cannot run libggml ({error})", hint="install llama-cpp-python again") from error
+    void, text, i64, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_size_t
+    callback = ctypes.CFUNCTYPE(None, ctypes.c_int, text, void)
+    signatures: dict[str, tuple[Any, ...]] = {
+        "ggml_log_set": (None, callback, void),
+        "ggml_free": (None, void),
+        "ggml_type_name": (text, ctypes.c_int),
+        "gguf_init_from_file": (void, text, _GgufParams),
+        "gguf_free": (None, void),
+    }
+    numbers = {
+        "version": ctypes.c_uint32,
+        "n_kv": i64,
+        "n_tensors": i64,
+        "alignment": size,
+        "data_offset": size,
+    }
+    of_tensor = {"name": text, "type": ctypes.c_int, "offset": size, "size": size}
+    signatures |= {f"gguf_get_{name}": (result, void) for name, result in numbers.items()}
+    signatures |= {f"gguf_get_tensor_{name}": (result, void, i64) for name, result in of_tensor.items()}
+    for name, (result, *arguments) in signatures.items():
+        function = getattr(ggml, name)
+        function.restype, function.argtypes = result, arguments
+    log = list[bytes]()
 
-    def __init__(self, library: str) -> None:
-        try:
-            ggml = ctypes.CDLL(library)
-        except OSError as error:
-            hint = "install llama-cpp-python again"
-            raise ModelError(f"cannot run libggml ({error})", hint=hint) from error
-        void, text, i64, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_size_t
-        log = ctypes.CFUNCTYPE(None, ctypes.c_int, text, void)
-        signatures: dict[str, tuple[Any, ...]] = {
-            "ggml_log_set": (None, log, void),
-            "ggml_free": (None, void),
-            "ggml_type_name": (text, ctypes.c_int),
-            "gguf_init_from_file": (void, text, _GgufParams),
-            "gguf_free": (None, void),
-            "gguf_get_version": (ctypes.c_uint32, void),
-            "gguf_get_n_kv": (i64, void),
-            "gguf_get_n_tensors": (i64, void),
-            "gguf_get_alignment": (size, void),
-            "gguf_get_data_offset": (size, void),
-            "gguf_get_tensor_name": (text, void, i64),
-            "gguf_get_tensor_type": (ctypes.c_int, void, i64),
-            "gguf_get_tensor_offset": (size, void, i64),
-            "gguf_get_tensor_size": (size, void, i64),
-        }
-        for name, (result, *arguments) in signatures.items():
-            function = getattr(ggml, name)
-            function.restype, function.argtypes = result, arguments
-        self._ggml, self.log = ggml, list[bytes]()
-        self._callback = log(self._receive)
-        ggml.ggml_log_set(self._callback, None)
+    def receive(_level: int, line: bytes, _user_data: object) -> None:
+        log.append(line)
+        os.write(2, line)  # all that is left if the process dies
 
-    @classmethod
-    @functools.cache
-    def of(cls, library: str) -> _Ggml:
-        return cls(library)
+    ggml.kept = callback(receive)
+    ggml.ggml_log_set(ggml.kept, None)
+    return ggml, log
 
-    def _receive(self, _level: int, text: bytes, _user_data: object) -> None:
-        self.log.append(text)
-        os.write(2, text)  # all that is left if the process dies
 
-    def parse(self, path: str, with_tensors: bool) -> dict[str, Any]:
-        ggml, tensors = self._ggml, ctypes.c_void_p()  # llama.cpp always asks for the table, without data
-        gguf = ggml.gguf_init_from_file(os.fsencode(path), _GgufParams(True, ctypes.pointer(tensors)))
-        if not gguf:
-            return {"accepted": False}
-        names = ("version", "n_kv", "n_tensors", "alignment", "data_offset")
-        facts: dict[str, Any] = {name: getattr(ggml, f"gguf_get_{name}")(gguf) for name in names}
-        if with_tensors:
+def _parse(job: dict[str, Any]) -> dict[str, Any]:
+    child.limit_memory(PARSER_BYTES)
+    ggml, log = _ggml(job["library"])
+    child.tell(stage="in its parser")
+    log.clear()
+    table = ctypes.c_void_p()  # llama.cpp always asks for it, without data
+    gguf = ggml.gguf_init_from_file(os.fsencode(job["path"]), _GgufParams(True, ctypes.pointer(table)))
+    facts: dict[str, Any] = {"accepted": bool(gguf)}
+    if gguf:
+        for name in ("version", "n_kv", "n_tensors", "alignment", "data_offset"):
+            facts[name] = getattr(ggml, f"gguf_get_{name}")(gguf)
+        if job["tensors"]:
             facts["tensors"] = [
                 (
                     ggml.gguf_get_tensor_name(gguf, i).decode("utf-8", "surrogateescape"),
@@ -428,8 +397,8 @@ class _Ggml:
                 for i in range(facts["n_tensors"])
             ]
         ggml.gguf_free(gguf)
-        ggml.ggml_free(tensors)
-        return {"accepted": True, **facts}
+        ggml.ggml_free(table)
+    return facts | {"log": b"".join(log).decode("utf-8", "replace").split("\n")}
 
 
 def _load(job: dict[str, Any]) -> dict[str, Any]:
@@ -446,28 +415,21 @@ def _load(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plan(job: dict[str, Any]) -> dict[str, Any]:
-    child.limit_memory(LOADER_BYTES)
-    LOG.echo = ERROR
+    LOG.echo = INFO
     _keep_stderr_open()
     child.tell(stage="while planning its memory")
     return {"plans": [dry_run(job["path"], OpenSettings(**settings)) for settings in job["settings"]]}
 
 
 def _try(job: dict[str, Any]) -> dict[str, Any]:
-    """Plan, load with a small context, evaluate a short prompt and one more token."""
+    """Load with a small context, after `_plan`; evaluate a short prompt and one more token."""
     import numpy as np
 
-    LOG.echo = INFO
-    _keep_stderr_open()
-    settings, path = OpenSettings(**job["settings"]), job["path"]
-    child.tell(stage="while planning its memory")
-    planned = dry_run(path, settings)
-    check_fits(_with_plan(job["needs"], planned), where=path)
     child.tell(stage="while loading it")
-    n_ctx = min(settings.n_ctx, SMALL_CTX)
-    small = dataclasses.replace(settings, n_ctx=n_ctx, n_threads=1, n_threads_batch=1)
+    settings = OpenSettings(**job["settings"])
+    small = replace(settings, n_ctx=min(settings.n_ctx, SMALL_CTX), n_threads=1, n_threads_batch=1)
     started = time.perf_counter()
-    llama = build_llama(path, small)
+    llama = build_llama(job["path"], small)
     loaded = time.perf_counter()
     child.tell(stage="at the first decode")
     n_vocab = llama.n_vocab()
@@ -476,10 +438,10 @@ def _try(job: dict[str, Any]) -> dict[str, Any]:
         llama.eval(part)
         logits = np.ctypeslib.as_array(llama._ctx.get_logits_ith(-1), shape=(n_vocab,))
         if not np.isfinite(logits).all():
-            hint = "the weights are damaged: verify the file's hash, or get it again"
             what = "the first decode gives logits that are not numbers"
-            raise ModelError(what, where=path, hint=hint)
-    return {**planned, "load_seconds": loaded - started, "decode_seconds": time.perf_counter() - loaded}
+            hint = "the weights are damaged: verify the file's hash, or get it again"
+            raise ModelError(what, where=job["path"], hint=hint)
+    return {"load_seconds": loaded - started, "decode_seconds": time.perf_counter() - loaded}
 
 
 def _keep_stderr_open() -> None:

@@ -57,7 +57,7 @@ def test_a_header_that_asks_for_the_machine_meets_a_ceiling(tmp_path):
     with path.open("wb") as file:
         file.write(header_bytes([key]))
         file.truncate(10 << 30)
-    parsed = check.parse(path, timeout_seconds=20)
+    parsed = check.parse(path)
     assert not parsed.accepted
     if sys.platform == "linux":
         assert "bad_alloc" in parsed.message
@@ -78,7 +78,8 @@ def test_a_parser_that_hangs_is_stopped(tmp_path, monkeypatch):
     (tmp_path / "slow").write_bytes(small_gguf())
     monkeypatch.setattr(check, "MODULE", "child_jobs")
     monkeypatch.setenv("PYTHONPATH", str(Path(child_jobs.__file__).parent))  # which waits for a minute
-    parsed = check.parse(tmp_path / "slow", timeout_seconds=5)
+    monkeypatch.setattr(check, "TIMEOUT_SECONDS", 5.0)
+    parsed = check.parse(tmp_path / "slow")
     assert not parsed.accepted and parsed.death == "timeout"
 
 
@@ -134,13 +135,13 @@ def test_the_table_of_a_whole_small_file(tmp_path):
 @pytest.fixture
 def asked(monkeypatch) -> list[str]:
     """The questions that children are asked."""
-    questions, run = [], check.child.run
+    questions, run = [], check.child.Worker.run
 
-    def noted(module, job, **options):
+    def noted(self, job, **options):
         questions.append(job["question"])
-        return run(module, job, **options)
+        return run(self, job, **options)
 
-    monkeypatch.setattr(check.child, "run", noted)
+    monkeypatch.setattr(check.child.Worker, "run", noted)
     return questions
 
 
@@ -152,20 +153,20 @@ def test_a_file_that_was_tried_is_not_loaded_again(merged_reference, tmp_path, m
     needs = estimate(read_header(path), 512)
 
     def tried(n_ctx: int) -> check.Trial:
-        check._trial_once.cache_clear()  # as in another notebook's kernel
+        check._tried.clear()  # as in another notebook's kernel
         return check.trial([path], OpenSettings(n_ctx=n_ctx, n_threads=1), needs)
 
     first = tried(512)
     again = tried(1024)
-    assert asked == ["trial", "plan"], "its memory is planned anew, and nothing is loaded"
+    assert asked == ["plan", "trial", "plan"], "its memory is planned anew, and nothing is loaded"
     assert again.load_seconds == first.load_seconds and again.kv_bytes > first.kv_bytes
     os.utime(path)
     tried(512)
-    assert asked[2:] == ["trial"], "another time of change is another file"
+    assert asked[3:] == ["plan", "trial"], "another time of change is another file"
     for kept in (tmp_path / "outputs" / ".trials").iterdir():
         kept.write_text("{")
     tried(512)
-    assert asked[3:] == ["trial"], "a damaged record counts for nothing"
+    assert asked[5:] == ["plan", "trial"], "a damaged record counts for nothing"
 
 
 def test_memory_is_planned_in_a_child_that_a_header_may_kill(tmp_path, asked):

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import struct
-import subprocess
 import warnings
 from pathlib import Path
 
@@ -385,7 +384,7 @@ def test_opening_prints_nothing(capfd):
 
 
 def test_the_same_file_is_tried_once(nano, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *_a, **_k: pytest.fail("a second child"))
+    monkeypatch.setattr(child, "start", lambda *_a, **_k: pytest.fail("a second child"))
     model = open_model(NANO, SETTINGS)
     assert model.trial == nano.trial
     model.close()
@@ -512,7 +511,7 @@ def test_changed_file_is_tried_again(tmp_path):
 
 
 def test_context_that_cannot_fit_is_refused_before_llama_cpp(monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *_a, **_k: pytest.fail("too late"))
+    monkeypatch.setattr(child, "start", lambda *_a, **_k: pytest.fail("too late"))
     with pytest.raises(SpaceError, match="lower n_ctx"):
         open_model(NANO, dataclasses.replace(SETTINGS, n_ctx=2**31 - 256, swa_full=True))
 
