@@ -1,8 +1,4 @@
-"""Checks before the first byte.
-
-The output may have its name, its sources are whole, they may be deleted where that is asked for, and the disk
-has room.
-"""
+"""Checks before the first byte: the output's name, whole sources that may go, and room on the disk."""
 
 from __future__ import annotations
 
@@ -24,19 +20,9 @@ CONSUME_EXTRA_BYTES = 64 << 20  # what a consuming merge may need beyond its sou
 
 
 def check_output(
-    output: Path,
-    plan: Plan,
-    *,
-    overwrite: bool = False,
-    consume: bool = False,
-    in_place: bool = False,
-    allow_holes: bool = False,
+    output: Path, plan: Plan, *, overwrite: bool = False, consume: bool = False, in_place: bool = False
 ) -> None:
-    """Check, before the first byte, that ``output`` may be written and that the disk holds it.
-
-    Raises:
-        OutputError, SpaceError, IntegrityError: see `merge_model`.
-    """
+    """Check that ``output`` may be written and that the disk holds it; errors as `merge_model`."""
     with disk.readable_errors(output, plan.nbytes, "nothing was written"):
         _check_name(output)
         if os.path.lexists(output) and not in_place:
@@ -50,15 +36,7 @@ def check_output(
         if going_on and not consume:
             raise in_the_way(disk.journal_path(output))
         for path in plan.sources:
-            mark = download_mark(path)
-            missing, first = (0, 0) if allow_holes or going_on else disk.missing_bytes(path)
-            if missing:
-                mark = f"has a hole at byte {first:,}: {missing:,} bytes were never stored and read as zeros"
-            if mark:
-                filled = quoted(path.with_name(f"whole-{path.name}"))
-                hint = "finish the download, or the stopped merge; if its holes are meant, fill them: "
-                hint += f"`cp --sparse=never {quoted(path)} {filled}`"
-                raise IntegrityError(mark, where=path, hint=hint)
+            _check_whole(path, going_on)
         if consume:
             _check_consumable(plan, output)
         _check_space(output, plan, consume)
@@ -74,19 +52,29 @@ def _check_name(output: Path) -> None:
     try:
         output.name.encode()
     except UnicodeEncodeError:
-        hint = "choose another name"
-        raise OutputError("its name is not valid UTF-8", where=output, hint=hint) from None
+        what = "its name is not valid UTF-8"
+        raise OutputError(what, where=output, hint="choose another name") from None
     longest = max(len(path.name.encode()) for path in (manifest_path(output), disk.journal_path(output)))
-    excess = longest - os.pathconf(folder, "PC_NAME_MAX")
-    if excess > 0:
+    if (excess := longest - os.pathconf(folder, "PC_NAME_MAX")) > 0:
         hint = f"choose a name that is {excess} bytes shorter"
         raise OutputError("its name is too long for the working files beside it", where=output, hint=hint)
+
+
+def _check_whole(path: Path, going_on: bool) -> None:
+    """Check that a source is no unfinished download; of a consuming merge that resumes it has holes."""
+    mark, (missing, first) = download_mark(path), (0, 0) if going_on else disk.missing_bytes(path)
+    if missing:
+        mark = f"has a hole at byte {first:,}: {missing:,} bytes were never stored and read as zeros"
+    if mark:
+        filled = quoted(path.with_name(f"whole-{path.name}"))
+        hint = "finish the download, or the stopped merge; if its holes are meant, fill them: "
+        raise IntegrityError(mark, where=path, hint=f"{hint}`cp --sparse=never {quoted(path)} {filled}`")
 
 
 def _check_consumable(plan: Plan, output: Path) -> None:
     """Check that the sources may be deleted: they belong to nobody else, and can give their bytes back."""
     if not plan.header:
-        what = "the header goes on in the second part, so a killed merge could not go on"
+        what = "the header goes on in the second part, so a killed merge could not be resumed"
         raise OutputError(what, where=output, hint="merge without --consume")
     hint = "merge without --consume, into a new file; it needs room for a second copy"
     for path in plan.sources:
@@ -118,8 +106,7 @@ def _shared(path: Path) -> str:
 
 def _check_space(output: Path, plan: Plan, consume: bool) -> None:
     part, needed = disk.part_path(output), plan.nbytes
-    if part.exists():
-        needed -= _stored_bytes(part)
+    needed -= _stored_bytes(part) if part.exists() else 0
     if consume:
         device = output.parent.stat().st_dev
         needed -= sum(_stored_bytes(path) for path in plan.sources if path.stat().st_dev == device)
@@ -127,8 +114,8 @@ def _check_space(output: Path, plan: Plan, consume: bool) -> None:
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         also = "" if consume else ", or pass --consume, which deletes the shards and needs no second copy"
-        message = f"needs {needed:,} bytes and {free:,} are free"
-        raise SpaceError(message, where=output.parent, hint=f"free {needed - free:,} bytes{also}")
+        message, hint = f"needs {needed:,} bytes and {free:,} are free", f"free {needed - free:,} bytes{also}"
+        raise SpaceError(message, where=output.parent, hint=hint)
 
 
 def _stored_bytes(path: Path) -> int:

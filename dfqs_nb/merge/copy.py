@@ -1,15 +1,14 @@
 """Copy bytes from source files into one new file: streamed, hashed, read back from the disk, and resumable.
 
-The engine under merge and repair. A plan says which bytes go where. They pass in windows of 12 MiB: a window
-is read from the sources, written, read back from the disk and compared, while other threads compute the
-SHA-256 and read the next one. The bytes grow in ``.X.part`` beside the output ``X``, which gets its name at
-the very end.
+A plan says which bytes go where. They pass in windows of 12 MiB: a window is read from the sources, written,
+read back from the disk and compared, while other threads compute the SHA-256 and read the next one. The bytes
+grow in ``.X.part`` beside the output ``X``, which gets its name at the very end.
 
-A copy that only reads its sources trusts nothing that it finds on the disk: when it goes on after a kill, it
+A copy that only reads its sources trusts nothing that it finds on the disk: when it resumes after a kill, it
 compares what is there with the sources. A copy that consumes its sources gives the bytes of a window back to
-the file system (it punches a hole) after the window came back right from the disk and ``.X.journal`` says so.
-When it goes on, a window counts as copied only if the journal has its hash, the part has these bytes, *and*
-the sources have holes there. So whatever lies about in a journal, bytes that still exist are copied again.
+the file system (it punches a hole) after the window came back right from the disk and ``.X.journal`` has its
+hash. When it resumes, a window counts as copied only if the journal has its hash, the part has these bytes,
+*and* the sources have holes there. So bytes that still exist are copied again, whatever a journal has.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import xxhash
 
@@ -42,8 +40,7 @@ FAILING = "power was lost, or the disk or the memory is failing"
 Event = dict[str, Any]  # a line of the journal
 
 
-@dataclass(frozen=True)
-class Copied:
+class Copied(NamedTuple):
     """What was copied: SHA-256 of the whole, XXH64 of each tensor, and the identities of the sources."""
 
     sha256: str
@@ -58,16 +55,14 @@ class _NameTaken(OutputError):
 def copy(
     plan: Plan,
     output: Path,
-    *,
     accept: Callable[[Path], None],
     record: Callable[[Path, Copied], None],
+    *,
     consume: bool = False,
     replace: bool = False,
-    read_back: bool = True,
-    allow_holes: bool = False,
     progress: bool = True,
 ) -> None:
-    """Carry out ``plan`` into ``output``, or go on with a run that was killed; errors as `merge_model`.
+    """Carry out ``plan`` into ``output``, or resume a run that was killed; errors as `merge_model`.
 
     Before the complete part file gets its name, ``accept`` checks it and ``record`` keeps its hashes. When
     the copy fails, a consuming one keeps its part file, which holds bytes that the sources no longer have.
@@ -76,8 +71,6 @@ def copy(
     Args:
         consume: give each window's source bytes back once it is proven, and delete the sources at the end.
         replace: take the name from a file that has it.
-        read_back: read each window from the disk again; a consuming copy always does.
-        allow_holes: copy holes of the sources as zeros.
     """
     part, journal = disk.part_path(output), disk.journal_path(output)
     ours: list[Path] = []  # what this call opened, and may remove when it fails
@@ -85,7 +78,7 @@ def copy(
     with disk.readable_errors(output, plan.nbytes, left), disk.only_writer(output):
         try:
             with ExitStack() as stack:
-                run = _Run(plan, output, stack, ours, consume, read_back or consume, allow_holes)
+                run = _Run(plan, output, consume, stack, ours)
                 copied = run.copy(progress)
                 accept(part)
                 run.check_sources()
@@ -122,20 +115,11 @@ def _give_name(part: Path, output: Path, replace: bool) -> None:
 
 
 class _Run:
-    """One pass over all windows of a plan."""
+    """One pass over all windows of a plan; ``stack`` closes its files, and ``ours`` gets their names."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        output: Path,
-        stack: ExitStack,
-        ours: list[Path],
-        consume: bool,
-        read_back: bool,
-        allow_holes: bool,
-    ) -> None:
-        self.plan, self.read_back, self.allow_holes = plan, read_back, allow_holes
+    read_back = True  # a benchmark measures what it costs
 
+    def __init__(self, plan: Plan, output: Path, consume: bool, stack: ExitStack, ours: list[Path]) -> None:
         def opened(path: Path) -> IO[bytes]:
             file = stack.enter_context(disk.open_own(path))
             ours.append(path)
@@ -146,12 +130,13 @@ class _Run:
             if windows(earlier):
                 raise in_the_way(journal)
             journal.unlink()  # of a consuming copy that was killed before its first window
+        self.plan, self.failed = plan, False
         self.journal = Journal(opened(journal), plan, WINDOW_BYTES) if consume else None
         self.part = Part(opened(disk.part_path(output)))
-        self.sources = []
-        for path, identity in zip(plan.sources, plan.identities, strict=True):
-            file = stack.enter_context(disk.open_source(path, alone=consume))
-            self.sources.append(Source(path, file, identity))
+        self.sources = [
+            Source(path, stack.enter_context(disk.open_source(path, alone=consume)), identity)
+            for path, identity in zip(plan.sources, plan.identities, strict=True)
+        ]
         self.window, self.done, self.released = WINDOW_BYTES, dict[int, str](), 0
         if self.journal is not None:
             self.journal.begin(self.sources)
@@ -159,14 +144,10 @@ class _Run:
             self.done = self.journal.windows
         for source in self.sources:
             source.check()
-        self.failed = False
         fsync_dir(output.parent)
 
     def copy(self, progress: bool) -> Copied:
-        """Copy every window; one is hashed and written while the next is read.
-
-        Each thread takes the windows in order.
-        """
+        """Copy every window, in order; one is hashed and written while the next is read."""
         sha256, digests = hashlib.sha256(), {tensor.name: xxhash.xxh64() for tensor in self.plan.tensors}
         buffers = [memoryview(mmap.mmap(-1, self.window)) for _ in range(N_BUFFERS)]  # they begin on a page
         jobs: list[list[Future[None]]] = [[] for _ in buffers]  # that still need a buffer's bytes
@@ -204,10 +185,9 @@ class _Run:
             if end in self.done:
                 self._load_copied(view, start)
                 return True
-            if not self.allow_holes:
-                what = f"the sources have holes where bytes {start:,} to {end:,} come from"
-                hint = "the journal that belongs to them was lost: download the sources again"
-                raise IntegrityError(what, where=self.part.path, hint=hint)
+            what = f"the sources have holes where bytes {start:,} to {end:,} come from"
+            hint = "the journal that belongs to them was lost: download the sources again"
+            raise IntegrityError(what, where=self.part.path, hint=hint)
         view[: max(len(self.plan.header) - start, 0)] = self.plan.header[start:end]
         for run, low, high in runs:
             at = run.target_offset - start
@@ -218,14 +198,14 @@ class _Run:
         return False
 
     def _load_copied(self, view: memoryview, start: int) -> None:
-        where, end = self.part.path, start + len(view)
+        end = start + len(view)
         if self.part.read(view, start) < len(view):
             what = f"is {end - self.part.size:,} bytes shorter than its journal says"
             hint = "it was cut or removed meanwhile: put it back, if you can, and go on"
-            raise IntegrityError(what, where=where, hint=hint)
+            raise IntegrityError(what, where=self.part.path, hint=hint)
         if xxhash.xxh3_64_hexdigest(view) != self.done[end]:
             what = f"bytes {start:,} to {end:,} changed since they were written"
-            raise IntegrityError(what, where=where, hint=FAILING)
+            raise IntegrityError(what, where=self.part.path, hint=FAILING)
 
     def _keep(self, view: memoryview, start: int, copied: bool) -> None:
         """Write a window, prove it, record it, and only then release what it was made from.
@@ -235,18 +215,18 @@ class _Run:
         if self.failed:
             return
         self.failed = True  # until this window is through
-        end, digest = start + len(view), xxhash.xxh3_64_hexdigest(view) if self.read_back else ""
-        copied = copied or (self.journal is None and self.part.has(view, start))
+        end, consume = start + len(view), self.journal is not None
+        copied = copied or (not consume and self.part.has(view, start))
         if not copied:
+            digest = xxhash.xxh3_64_hexdigest(view)
             self.part.write(view, start)
-        if not copied and self.read_back:
-            back = self.part.from_disk(start, len(view), flush=self.journal is not None)
+            back = self.part.from_disk(start, len(view), flush=consume) if self.read_back else view
             if xxhash.xxh3_64_hexdigest(back) != digest:
                 what = f"bytes {start:,} to {end:,} came back from the disk changed"
                 raise IntegrityError(what, where=self.part.path, hint=FAILING)
-        if self.journal is not None:
-            if not copied:
+            if self.journal is not None:
                 self.journal.add({"end": end, "xxh3": digest}, durable=True)
+        if self.journal is not None:
             self._release(self.journal, start, end, copied and end <= self.released)
         self.failed = False
 
@@ -276,10 +256,7 @@ class Journal:
     One JSON line an event: the plan, its ``window`` in bytes and its sources; ``end`` and ``xxh3`` (XXH3-64)
     of each window that is on the disk and proven; ``released``, when its source bytes were given back. A torn
     last line counts as never written. `core.journal` is for rows in any order whose loss costs time. Here a
-    line must be on the disk before bytes go.
-
-    Raises:
-        IntegrityError: the file is the journal of another plan that is unfinished.
+    line must be on the disk before bytes go. `IntegrityError`: another plan's journal, and unfinished.
     """
 
     def __init__(self, file: IO[bytes], plan: Plan, window: int) -> None:
@@ -292,15 +269,13 @@ class Journal:
             self.lines, self.nbytes = [], 0
             return
         self.released = max((n for line in self.lines if type(n := line.get("released")) is int), default=0)
-        earlier = self.lines[0].get("window")
-        if not isinstance(earlier, int) or self.lines[0].get("plan") != plan.fingerprint:
-            raise in_the_way(self.path)
-        if not 0 < earlier <= MAX_WINDOW_BYTES or earlier % mmap.PAGESIZE:
+        earlier, same = self.lines[0].get("window"), self.lines[0].get("plan") == plan.fingerprint
+        if not (same and type(earlier) is int and 0 < earlier <= MAX_WINDOW_BYTES) or earlier % mmap.PAGESIZE:
             raise in_the_way(self.path)
         self.window = earlier
 
     def begin(self, sources: Sequence[disk.Source]) -> None:
-        """Write the first line, or go on where an earlier run ended.
+        """Write the first line, or resume where an earlier run ended.
 
         Releasing bytes changes a file's time, which is set back at once. A kill between the two shows as a
         window without its ``released`` line: then a time soon after that line is the release's own. Any other
@@ -370,6 +345,6 @@ def line_of(event: Event) -> bytes:
 
 def in_the_way(journal: Path) -> IntegrityError:
     """The error for a copy that would overwrite an unfinished one that consumes its sources."""
-    what, hint = "an unfinished merge that consumes its sources is in the way", "with the same command first"
-    hint = f"finish it {hint}: its part file holds what the sources no longer have"
-    return IntegrityError(what, where=journal, hint=f"{hint}. Remove both only if all sources are whole")
+    hint = "finish it with the same command first: its part file holds what the sources no longer have. "
+    hint += "Remove both only if all sources are whole"
+    return IntegrityError("an unfinished consuming merge is in the way", where=journal, hint=hint)

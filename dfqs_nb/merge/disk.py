@@ -18,7 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
 
-from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
+from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceError
 
 KEEP_SIZE, PUNCH_HOLE = 0x01, 0x02
 AT_FDCWD, NO_REPLACE = -100, 1
@@ -59,15 +59,14 @@ def punch(handle: int, start: int, end: int) -> int:
 def can_punch(folder: str | Path) -> bool:
     """Whether files in ``folder`` can give bytes back; tried on a small temporary file there."""
     with tempfile.TemporaryFile(dir=folder) as file:
-        handle = file.fileno()
-        block = os.fstat(handle).st_blksize
-        os.pwrite(handle, bytes([1]) * 4 * block, 0)
-        os.fsync(handle)
+        block = os.fstat(file.fileno()).st_blksize
+        os.pwrite(file.fileno(), b"\1" * 4 * block, 0)
+        os.fsync(file.fileno())
         try:
-            punch(handle, 0, 3 * block)
+            punch(file.fileno(), 0, 3 * block)
         except OSError:
             return False
-        return next_hole(handle, 0) == 0
+        return next_hole(file.fileno(), 0) == 0
 
 
 def next_hole(handle: int, start: int) -> int | None:
@@ -86,16 +85,13 @@ def missing_bytes(path: str | Path) -> tuple[int, int]:
     """
     with Path(path).open("rb", buffering=0) as file:
         handle, size = file.fileno(), os.fstat(file.fileno()).st_size
-        missing, first = 0, size
-        at = next_hole(handle, 0)
-        while at is not None:
-            first = min(first, at)
+        missing, first, end = 0, size, 0
+        while (at := next_hole(handle, end)) is not None:
             try:
                 end = os.lseek(handle, at, os.SEEK_DATA)
             except OSError:  # ENXIO: nothing but a hole up to the end
                 end = size
-            missing += end - at
-            at = next_hole(handle, end)
+            missing, first = missing + end - at, min(first, at)
         return missing, first
 
 
@@ -104,22 +100,21 @@ def missing_bytes(path: str | Path) -> tuple[int, int]:
 
 @contextmanager
 def readable_errors(output: Path, nbytes: int, left: str) -> Iterator[None]:
-    """Make of an `OSError` an error that says what to do; ``left`` says what became of the partial output."""
+    """Turn an `OSError` into an error with a next step; ``left`` says what became of the partial output."""
     try:
         yield
     except OSError as error:
-        why = f"({error.strerror}); {left}"
+        kind: type[DfqsError] = OutputError
+        what, hint, where = "cannot be written", "choose a folder you may write", output
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what, hint = f"the disk filled up while {nbytes:,} bytes were written", "free some space"
-            raise SpaceError(
-                f"{what} {why}", where=output, hint=f"{hint}, or write to another disk"
-            ) from error
-        if error.errno == errno.EFBIG:
-            what = f"the file system allows no file of {nbytes:,} bytes {why}"
+            kind, what = SpaceError, f"the disk filled up while {nbytes:,} bytes were written"
+            hint = "free some space, or write to another disk"
+        elif error.errno == errno.EFBIG:
+            what = f"the file system allows no file of {nbytes:,} bytes"
             hint = "write to another file system (FAT32 ends at 4 GiB), or raise `ulimit -f`"
-            raise OutputError(what, where=output, hint=hint) from error
-        hint, where = "choose a folder you may write", error.filename or output
-        raise OutputError(f"cannot be written {why}", where=where, hint=hint) from error
+        else:
+            where = error.filename or output
+        raise kind(f"{what} ({error.strerror}); {left}", where=where, hint=hint) from error
 
 
 def changed(path: Path) -> IntegrityError:
@@ -135,21 +130,24 @@ def _beside(ending: str, output: Path) -> Path:
     return output.with_name(f".{output.name}.{ending}")
 
 
-# where the bytes of an output grow, where a consuming copy records what it has proven, and whose lock says
+# where the bytes of an output grow, where a consuming copy records what it has proven, and whose lock shows
 # that the output is being written
 part_path, journal_path, lock_path = (partial(_beside, ending) for ending in ("part", "journal", "lock"))
+
+
+def _opened(path: Path, flags: int, mode: str = "r+b") -> IO[bytes]:
+    return open(path, mode, buffering=0, opener=lambda name, _: os.open(name, flags, 0o666))
 
 
 def open_own(path: Path, *, create: bool = True) -> IO[bytes]:
     """Open a working file beside the output for reading and writing.
 
-    `OutputError`: something else has that name, a link, a pipe, a folder, a file with a second name. To write
-    to it would change what it stands for. `FileNotFoundError`: there is none, and ``create`` is false.
+    `OutputError`: something else has that name (a link, a pipe, a folder, a file with a second name), and to
+    write there would change what it stands for. `FileNotFoundError`: there is none, and ``create`` is false.
     """
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0)
     foreign = OutputError("is not a plain file with one name", where=path, hint="remove it: it is in the way")
     try:
-        file = open(path, "r+b", buffering=0, opener=lambda name, _: os.open(name, flags, 0o666))  # noqa: SIM115
+        file = _opened(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0))
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise foreign from error
@@ -167,8 +165,7 @@ def open_source(path: Path, *, alone: bool) -> IO[bytes]:
     Where the file system has no locks, only the check of its times guards it (see `Source`). `OutputError`:
     another process reads or consumes it.
     """
-    flags = os.O_RDWR | os.O_NOFOLLOW if alone else os.O_RDONLY
-    file = open(path, "r+b" if alone else "rb", buffering=0, opener=lambda name, _: os.open(name, flags))  # noqa: SIM115
+    file = _opened(path, os.O_RDWR | os.O_NOFOLLOW) if alone else _opened(path, os.O_RDONLY, "rb")
     try:
         fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except OSError as error:
@@ -251,9 +248,8 @@ class Source:
 
     def check(self) -> None:
         """Raise `IntegrityError` unless the file is as it was."""
-        now, was = os.fstat(self.handle), self.identity
-        before = (was["nbytes"], was["mtime_ns"], self.ctime_ns)
-        if before != (now.st_size, now.st_mtime_ns, now.st_ctime_ns):
+        now, was = os.fstat(self.handle), (self.identity["nbytes"], self.identity["mtime_ns"], self.ctime_ns)
+        if was != (now.st_size, now.st_mtime_ns, now.st_ctime_ns):
             raise changed(self.path)
 
     def read(self, view: memoryview, offset: int, name: str) -> None:
@@ -309,8 +305,7 @@ class Part:
         self.mtime_ns = 0
 
     def _past_cache(self, wanted: bool) -> bool:
-        direct = getattr(os, "O_DIRECT", 0)
-        flags = fcntl.fcntl(self.handle, fcntl.F_GETFL)
+        direct, flags = getattr(os, "O_DIRECT", 0), fcntl.fcntl(self.handle, fcntl.F_GETFL)
         try:
             fcntl.fcntl(self.handle, fcntl.F_SETFL, flags | direct if wanted else flags & ~direct)
         except OSError:
@@ -318,15 +313,12 @@ class Part:
         return bool(direct) and wanted
 
     def _each(self, call: Callable[[int, Any, int], int], view: memoryview, offset: int) -> int:
-        """Call until the view is done; return the bytes done.
-
-        Direct calls need whole blocks, else they fail (EINVAL).
-        """
+        """Call until the view is done; return the bytes done."""
         done = 0
         while done < len(view):
             try:
                 n = call(self.handle, view[done:], offset + done)
-            except OSError as error:
+            except OSError as error:  # EINVAL: direct calls need whole blocks
                 if error.errno != errno.EINVAL or not self.direct:
                     raise
                 self.direct = self._past_cache(False)
@@ -345,7 +337,7 @@ class Part:
         return self._each(lambda handle, rest, at: os.preadv(handle, [rest], at), view, offset)
 
     def from_disk(self, offset: int, nbytes: int, *, flush: bool) -> memoryview:
-        """What the disk gives back. ``flush``: wait first until it would survive a loss of power."""
+        """Read bytes back from the disk. ``flush``: wait first until they would survive a loss of power."""
         if flush or not self.direct:
             getattr(os, "fdatasync", os.fsync)(self.handle)  # macOS has no fdatasync
             if not self.direct and hasattr(os, "posix_fadvise"):
@@ -372,6 +364,5 @@ class Part:
     def check(self, nbytes: int) -> None:
         """Raise `IntegrityError` unless the file of this name is the one that was written, and unchanged."""
         now, there = os.fstat(self.handle), self.path.lstat()
-        same = os.path.samestat(now, there) and (now.st_size, now.st_mtime_ns) == (nbytes, self.mtime_ns)
-        if not same:
+        if not os.path.samestat(now, there) or (now.st_size, now.st_mtime_ns) != (nbytes, self.mtime_ns):
             raise IntegrityError("changed while it was checked", where=self.path, hint="see who writes to it")

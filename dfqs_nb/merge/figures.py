@@ -15,46 +15,35 @@ if TYPE_CHECKING:
 
 
 def segments(shards: ShardSet) -> pd.DataFrame:
-    """Where the bytes of shards and result lie, for a figure.
+    """Where the bytes of shards and result lie, one row a piece, for `file_map`.
 
-    One row a piece: ``file`` (``shard N`` or ``merged``), ``part`` (``header`` or ``data of shard N``),
-    ``start`` and ``nbytes``.
+    Columns ``file`` (``shard N`` or ``merged``), ``part`` (``header`` or ``data of shard N``), ``start`` and
+    ``nbytes``.
     """
-    rows, merged, position = [], [], len(plan_merge(shards).header)
-    merged.append(("merged", "header", 0, position))
+    position = len(plan_merge(shards).header)
+    rows, merged = [], [("merged", "header", 0, position)]
     for number, header in enumerate(shards.headers, 1):
-        part = f"data of shard {number}"
-        size = header.data_offset - header.start
-        rows.append((f"shard {number}", "header", 0, size))
-        rows.append((f"shard {number}", part, size, header.data_nbytes))
+        file, part, size = f"shard {number}", f"data of shard {number}", header.data_offset - header.start
+        rows += [(file, "header", 0, size), (file, part, size, header.data_nbytes)]
         merged.append(("merged", part, position, header.data_nbytes))
         position += header.data_nbytes
     return pd.DataFrame(rows + merged, columns=["file", "part", "start", "nbytes"])
 
 
 def file_map(segments: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Where each file's bytes come from, one bar a file.
-
-    Args:
-        segments: columns ``file``, ``part``, ``start`` and ``nbytes`` (bytes), in drawing order.
-    """
+    """Where each file's bytes come from, one bar a file; ``segments`` as of `segments`, in drawing order."""
     files, parts = list(dict.fromkeys(segments["file"])), list(dict.fromkeys(segments["part"]))
     ax = new_axes(ax, 1.1 + 0.45 * len(files))
+    style: dict[str, Any] = {"height": 0.62, "edgecolor": "white", "linewidth": 0.6}
     for colour, part in zip(PALETTE, parts, strict=False):
         rows = segments[segments["part"] == part]
         places = [files.index(file) for file in rows["file"]]
-        style: dict[str, Any] = {"height": 0.62, "color": colour, "edgecolor": "white", "linewidth": 0.6}
-        ax.barh(places, rows["nbytes"], left=rows["start"], label=part, **style)
+        ax.barh(places, rows["nbytes"], left=rows["start"], label=part, color=colour, **style)
     total = segments.groupby("file", sort=False)["nbytes"].sum()
     headers = segments[segments["part"] == "header"].set_index("file")["nbytes"]
+    place: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
     for row, file in enumerate(files):
         label = f"header {headers[file]:,} of {total[file]:,} bytes"
-        place: dict[str, Any] = {
-            "xytext": (6, 0),
-            "textcoords": "offset points",
-            "va": "center",
-            "fontsize": 8,
-        }
         ax.annotate(label, (total[file], row), **place)
     ax.set_yticks(range(len(files)), files)
     ax.invert_yaxis()

@@ -1,9 +1,8 @@
 """What a file that should be a model really is, found in milliseconds and without reading its tensors.
 
 A runtime's error rarely explains why a model does not load: for a raw concatenation of two shards llama.cpp
-says "invalid split file name", for an error page of a web server "invalid magic characters". This module
-looks at the first bytes, at every GGUF header inside the file, at the sizes that these call for, at holes,
-and at the names of the neighbours. It says in one sentence what the file is, and what to do next.
+prints "invalid split file name". This module looks at the first bytes, at every GGUF header inside, at sizes,
+holes and neighbours. It gives one sentence on what the file is, and the next step.
 """
 
 from __future__ import annotations
@@ -19,17 +18,9 @@ from dfqs_nb.core.display import plain, quoted
 from dfqs_nb.core.errors import DfqsError, HeaderError, LayoutError, ShardError
 from dfqs_nb.gguf import facts
 from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, check_layout, ends, next_start, read_header
-from dfqs_nb.gguf.shards import SHARD_NAME, check_set, shard_path
-from dfqs_nb.merge import disk
-from dfqs_nb.merge.byte_parts import (
-    OPENING_BYTES,
-    are_parts,
-    byte_parts,
-    check_sum,
-    opening,
-    part_name,
-    siblings,
-)
+from dfqs_nb.gguf.shards import check_set, find_shards
+from dfqs_nb.merge import byte_parts, disk
+from dfqs_nb.merge.byte_parts import OPENING_BYTES, opening
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,20 +28,17 @@ if TYPE_CHECKING:
 MAX_PARTS = 10_000  # headers followed inside one file
 AGAIN = "get it from its source again"
 CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py, or get the GGUF of the model"
-ANSWER = "a server sent this in place of the model: check the address, and that you may download it"
+UNPACK = "unpack it, or get the GGUF of the model"
 RESUME = "resume the download; or, if a merge with --consume was stopped, run the same command again"
 ENCODER = re.compile(r"(v|mm|a)\.")  # tensors of a vision or audio encoder
 DOWNLOADING = re.compile(r"\.(incomplete|crdownload|part|partial|download|opdownload|!qB|!ut)$")
-ARCHIVES = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"Rar!", b"7z\xbc\xaf")  # of gzip, zstd, RAR and 7-Zip
-# The first bytes of other files, what these are, and what to do with them.
-FORMATS: tuple[tuple[bytes | tuple[bytes, ...], str, str], ...] = (
-    (b"PK\x03\x04", "a zip archive (a PyTorch checkpoint?)", "unpack it, or get the GGUF of the model"),
-    (ARCHIVES, "a compressed archive", "unpack it, or get the GGUF of the model"),
-    (b"\x89HDF", "an HDF5 file", CONVERT),
-    (b"\x80\x02", "a Python pickle (a PyTorch checkpoint?)", CONVERT),
-    ((b"lmgg", b"tjgg", b"fmgg"), "a GGML file from before GGUF", CONVERT),
-    (b"FUGG", "a GGUF with its bytes swapped in fours", AGAIN),
-)
+FORMATS = {  # the first bytes of other files, what these are, and what to do with them
+    (b"PK\x03\x04",): ("a zip archive (a PyTorch checkpoint?)", UNPACK),
+    (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"Rar!", b"7z\xbc\xaf"): ("a compressed archive", UNPACK),
+    (b"\x89HDF",): ("an HDF5 file", CONVERT),
+    (b"\x80\x02",): ("a Python pickle (a PyTorch checkpoint?)", CONVERT),
+    (b"lmgg", b"tjgg", b"fmgg"): ("a GGML file from before GGUF", CONVERT),
+}
 
 
 class Kind(StrEnum):
@@ -78,8 +66,7 @@ Finding = tuple[Kind, str, str]  # and the finding in one sentence, and the next
 class Part:
     """One GGUF header inside a file, and the bytes that are its own, from ``start`` in the file.
 
-    The header accounts for ``expected_nbytes``. It is shard ``number`` (from 1) of ``count``; 1 of 1 for a
-    model in a single file.
+    The header accounts for ``expected_nbytes``. It is shard ``number`` (from 1) of ``count``.
     """
 
     start: int
@@ -109,34 +96,30 @@ class Diagnosis:
 
     @property
     def sound(self) -> bool:
-        """A model, or a shard of one, with nothing wrong in this file."""
+        """Whether it is a model, or a shard of one, with nothing wrong in this file."""
         return self.kind in (Kind.SINGLE_FILE, Kind.SHARD)
 
     @property
     def evidence(self) -> tuple[tuple[str, str], ...]:
         """Rows of (what, value) that the finding rests on."""
-        sizes = [part.nbytes for part in self.parts]
-        whole = len(sizes) > 1 and sum(sizes) == self.nbytes
-        terms = f" = {' + '.join(f'{size:,}' for size in sizes)}" if whole and len(sizes) <= 6 else ""
+        sizes, (missing, first) = [part.nbytes for part in self.parts], self.never_stored
+        whole = 1 < len(sizes) <= 6 and sum(sizes) == self.nbytes
+        terms = f" = {' + '.join(f'{size:,}' for size in sizes)}" if whole else ""
         rows = [("file size", f"{self.nbytes:,} bytes{terms}")]
         for part in self.parts[:12]:
             what = f"shard {part.number} of {part.count}, {part.n_tensors:,} tensors, {part.nbytes:,} bytes"
-            accounts = f"{what}; it accounts for {part.expected_nbytes:,}"
-            rows.append((f"header at byte {part.start:,}", accounts))
-        missing, first = self.never_stored
+            what = f"{what}; it accounts for {part.expected_nbytes:,}"
+            rows.append((f"header at byte {part.start:,}", what))
         if missing:
             rows.append(("never stored", f"{missing:,} of {self.nbytes:,} bytes, from byte {first:,} on"))
         return tuple(rows)
 
 
 def diagnose(path: str | Path, *, allow_holes: bool = False) -> Diagnosis:
-    """Say what a file is: see `Kind` for what is told apart.
+    """Identify a file as one `Kind`: reads its headers and at most 4 KiB more, and changes nothing.
 
-    Reads the headers inside and at most 4 KiB of anything else; changes nothing. ``allow_holes``: do not take
-    bytes that were never stored for an unfinished download.
-
-    Raises:
-        HeaderError: the file cannot be read at all (missing, a folder, no permission).
+    ``allow_holes``: do not take bytes that were never stored for an unfinished download. `HeaderError`: the
+    file cannot be read at all (missing, a folder, no permission).
     """
     path = Path(path)
     first, size = opening(path)
@@ -148,22 +131,21 @@ def diagnose(path: str | Path, *, allow_holes: bool = False) -> Diagnosis:
         diagnosis = _of_headers(path, _walk(path))
     except HeaderError as error:
         diagnosis = Diagnosis(path, *_refused_header(first[4:8], size, error), error.hint, size)
-    if not allow_holes:  # nor a name, or a downloader's control file, that says unfinished
-        missing, mark = disk.missing_bytes(path), download_mark(path)
-        diagnosis = replace(diagnosis, never_stored=missing)
-        finding = f"a GGUF of the right size, but {mark}"
-        if missing[0]:
-            finding = (
-                f"a GGUF of which {missing[0]:,} of its {size:,} bytes were never stored and read as zeros"
-            )
+    if not allow_holes:
+        (missing, at), mark = disk.missing_bytes(path), download_mark(path)
+        diagnosis = replace(diagnosis, never_stored=(missing, at))
         seems_fine = diagnosis.kind in (Kind.SINGLE_FILE, Kind.SHARD, Kind.COMPANION, Kind.DAMAGED)
-        if seems_fine and (missing[0] or mark):
-            diagnosis = replace(diagnosis, kind=Kind.UNFINISHED, finding=finding, next_step=RESUME)
+        if seems_fine and (missing or mark):
+            what = f"of the right size, but {mark}"
+            if missing:
+                what = f"of which {missing:,} of its {size:,} bytes were never stored and read as zeros"
+            what = f"a GGUF {what}"
+            diagnosis = replace(diagnosis, kind=Kind.UNFINISHED, finding=what, next_step=RESUME)
     return (_byte_part(path) or diagnosis) if diagnosis.kind is Kind.UNFINISHED else diagnosis
 
 
 def download_mark(path: Path) -> str:
-    """What in a file's name, or beside it, says that its download has not ended; empty when nothing does."""
+    """What in a file's name, or beside it, shows that its download has not ended; empty without one."""
     if path.with_name(f"{path.name}.aria2").exists():
         return f"the control file {plain(path.name)}.aria2 says that aria2 has not finished it"
     suffix = DOWNLOADING.search(path.name)
@@ -182,7 +164,7 @@ def by_first_bytes(first: bytes, size: int) -> Finding:
         target = f"{int(length[1]):,} bytes" if length else "an unknown number of bytes"
         step = "run `git lfs pull` in the clone, or download the file from its 'resolve' address"
         return Kind.LFS_POINTER, f"a Git LFS pointer to the model ({target}), not the model itself", step
-    for magic, name, step in FORMATS:
+    for magic, (name, step) in FORMATS.items():
         if first.startswith(magic):
             return Kind.OTHER_FORMAT, f"{name}, not a GGUF", step
     if first[8:10] == b'{"' and int.from_bytes(first[:8], "little") < 1 << 30:
@@ -191,7 +173,8 @@ def by_first_bytes(first: bytes, size: int) -> Finding:
         finding = f"zeros: the first {len(first):,} bytes of {size:,} were never written"
         return Kind.UNFINISHED, finding, "only its room was reserved: resume or repeat the download"
     if text := _text(first):
-        return Kind.DOCUMENT, f"a text or web page saved as a model: {text}", ANSWER
+        step = "a server sent this in place of the model: check the address, and that you may download it"
+        return Kind.DOCUMENT, f"a text or web page saved as a model: {text}", step
     finding = "not a GGUF: it does not begin with these four letters"
     return Kind.OTHER_FORMAT, finding, "check what you downloaded"
 
@@ -206,7 +189,7 @@ def _text(first: bytes) -> str:
 
 
 def _refused_header(version: bytes, size: int, error: HeaderError) -> tuple[Kind, str]:
-    """A file that begins as a GGUF and whose header the reader refuses."""
+    """What a file is that begins as a GGUF and whose header the reader refuses."""
     if len(version) == 4 and version[:2] == b"\0\0" and version[2:] != b"\0\0":
         return Kind.OTHER_FORMAT, "a big-endian GGUF, for machines with the other byte order"
     if version == b"\1\0\0\0":
@@ -220,22 +203,18 @@ def _refused_header(version: bytes, size: int, error: HeaderError) -> tuple[Kind
 
 def _byte_part(path: Path) -> Diagnosis | None:
     """The diagnosis of a byte part, or None when its name or the parts' content speak against it."""
-    name = part_name(path.name)
+    name = byte_parts.part_name(path.name)
     if name is None:
         return None
-    try:
-        parts = siblings(path, name)
-    except ShardError:
-        parts = {name.index: path}
-    if not are_parts(name, parts):
+    parts, whole = byte_parts.siblings(path, name), byte_parts.whole_name(name)
+    if not byte_parts.are_parts(name, parts):
         return None
-    total = sum(part.stat().st_size for part in parts.values())
-    what = f"byte part {name.like(name.index)} of {plain(name.whole)}"
+    what = f"a byte part of {plain(whole)}"
     try:
-        files = byte_parts(path)
-        needs = "that its header needs" if check_sum(files) else "(the header spans several parts)"
-        finding = f"{what}; all {len(parts)} are here, together the {total:,} bytes {needs}"
-        step = f"join them: dfqs-nb merge {quoted(files[0])} -o {quoted(path.with_name(name.whole))}"
+        files = byte_parts.byte_parts(path)
+        total = sum(file.stat().st_size for file in files)
+        finding = f"{what}; all {len(files)} are here, together {total:,} bytes"
+        step = f"join them: dfqs-nb merge {quoted(files[0])} -o {quoted(path.with_name(whole))}"
     except DfqsError as error:
         finding, step = f"{what}: {error.what}", error.hint
     return Diagnosis(path, Kind.BYTE_PART, finding, step, path.stat().st_size)
@@ -256,14 +235,14 @@ class _Walk(NamedTuple):
 def _walk(path: Path) -> _Walk:
     """Follow the headers: where one's data end, with or without padding, the next one's magic may stand."""
     headers = [read_header(path)]
-    size, error = headers[0].file_size, None
+    size = headers[0].file_size
     with path.open("rb", buffering=0) as file:
         while True:
             bare, full = ends(headers[-1])
             start = next_start(headers[-1], file)
             end = start or (full if size >= full else bare)
             if start is None or len(headers) == MAX_PARTS or _misplaced(headers[-1]):
-                return _Walk(tuple(headers), end, size, error)
+                return _Walk(tuple(headers), end, size, None)
             try:
                 headers.append(read_header(path, start=end))
             except HeaderError as refused:
@@ -310,27 +289,25 @@ def _layout(path: Path, walk: _Walk) -> Finding | None:
     if walk.size < bare:
         cut = next(t for t in header.tensors if header.data_offset + t.offset + t.nbytes > walk.size)
         finding = f"cut off: {full - walk.size:,} bytes short, from tensor {cut.name!r} on"
-        step = f"resume the download, or repeat it ({full:,} bytes in all)"
-        return Kind.UNFINISHED, finding, step
+        return Kind.UNFINISHED, finding, f"resume the download, or repeat it ({full:,} bytes in all)"
     if error := _misplaced(header):
         return Kind.DAMAGED, f"{what}, but {error.what}", error.hint
     for key in ("split.no", "split.count"):
         if key in header and type(header[key]) is not int:
             return Kind.DAMAGED, f"its key {key} is not a number, as llama.cpp needs it", AGAIN
     if walk.error is not None:
-        finding = f"{what}, and another GGUF at byte {walk.end:,} that is cut off or broken"
-        return Kind.DAMAGED, f"{finding}: {walk.error.what}", AGAIN
+        finding = f"another GGUF at byte {walk.end:,} that is cut off or broken: {walk.error.what}"
+        return Kind.DAMAGED, f"{what}, and {finding}", AGAIN
     if walk.size > walk.end:
         step = f"keep the first {walk.end:,} bytes: `truncate -s {walk.end} {quoted(path)}`"
         if count > 1:
             step = f"other shards may follow in a damaged form: {AGAIN}"
-        finding = f"{what}, and {walk.size - walk.end:,} bytes after its end"
-        return Kind.TRAILING_BYTES, finding, step
+        return Kind.TRAILING_BYTES, f"{what}, and {walk.size - walk.end:,} bytes after its end", step
     return None
 
 
 def _role(header: GGUFHeader) -> Finding | None:
-    """A sound file that llama.cpp does not take for a model; a shard shows only together with the others."""
+    """What a sound file is that llama.cpp takes for no model; of a shard only the whole set shows it."""
     if shard_number(header)[1] > 1:
         return None
     if (role := facts.role(header)) != facts.MODEL:
@@ -344,37 +321,27 @@ def _role(header: GGUFHeader) -> Finding | None:
 
 
 def _shard(path: Path, header: GGUFHeader) -> Finding | None:
-    """A sound shard, by its name and its neighbours."""
+    """What a sound shard lacks, by its name and its neighbours."""
     number, count = shard_number(header)
     if count == 1:
         return None
-    what, name = f"shard {number} of {count}", path.stem + path.suffix.lower()
-    match = SHARD_NAME.fullmatch(name)
-    if not 1 <= number <= count <= 65_535:
-        return Kind.SHARD, f"{what}: numbers that llama.cpp cannot have", AGAIN
-    if match is None or name != path.name or (int(match["number"]), int(match["count"])) != (number, count):
-        wanted = plain(shard_path(match["prefix"] if match else path.stem, number, count).name)
-        step = f"rename it: mv {quoted(path)} {quoted(path.with_name(wanted))}"
-        if path.with_name(wanted).exists():  # perhaps the other shard: moving this one there would destroy it
-            step = f"another file has its name, {wanted}: move that one away first, then rename this one"
-        return Kind.SHARD, f"{what} by its header, but not named so, as llama.cpp needs it", step
-    others = [shard_path(path.parent / match["prefix"], i, count) for i in range(1, count + 1)]
-    missing = [plain(other.name) for other in others if not other.is_file()]
-    if missing:
-        names = ", ".join(missing[:3]) + " ..." * (len(missing) > 3)
-        finding = f"{what}; {len(missing)} missing here: {names}"
-        return Kind.SHARD, finding, "download what is missing into the same folder, then merge"
-    for other in others:
-        first, size = opening(other)
+    what = f"shard {number} of {count}"
+    try:
+        shards = find_shards(path)
+    except ShardError as error:
+        return Kind.SHARD, plain(f"{what}: {error.what}"), plain(error.hint)
+    for shard in shards:
+        first, size = opening(shard)
         if not first.startswith(MAGIC):
             _, finding, step = by_first_bytes(first, size)
-            return Kind.SHARD, f"{what}; but {plain(other.name)} is {finding}", step
-    step = f"dfqs-nb merge {quoted(path)} -o {quoted(path.with_name(match['prefix'] + '.gguf'))}"
+            return Kind.SHARD, f"{what}; but {plain(shard.name)} is {finding}", step
+    merged = path.with_name(f"{path.name[: path.name.rindex('-of-') - 6]}.gguf")
+    step = f"dfqs-nb merge {quoted(path)} -o {quoted(merged)}"
     return Kind.SHARD, f"{what}; all {count} are here", step
 
 
 def _several(path: Path, walk: _Walk, parts: Sequence[Part]) -> Finding:
-    """A file with several headers."""
+    """What a file with several headers is."""
     problem = _problem(walk)
     if all(part.count == 1 for part in parts):
         finding = f"{len(parts)} models glued together; a runtime sees the first only"
@@ -391,11 +358,8 @@ def _several(path: Path, walk: _Walk, parts: Sequence[Part]) -> Finding:
 
 def _problem(walk: _Walk) -> str:
     """Why the shards in a file are not all the shards of one model; empty when they are."""
-    last, count = walk.headers[-1], len(walk.headers)
     if walk.error is not None:
         return f"the header at byte {walk.end:,} cannot be read: {walk.error.what}"
-    if walk.size < ends(last)[0]:
-        return f"the last of {count} is cut off, {ends(last)[1] - walk.size:,} bytes short"
     if walk.size > walk.end:
         return f"{walk.size - walk.end:,} bytes follow that belong to no shard"
     numbers = [number for number, count in map(shard_number, walk.headers) if count > 1]
@@ -414,18 +378,25 @@ def _problem(walk: _Walk) -> str:
 def diagnosis_table(paths: Iterable[str | Path]) -> pd.DataFrame:
     """What each file is, one row a file: ``bytes``, ``kind``, ``finding``, ``next_step``, ``llama_cpp``.
 
-    The last is what llama.cpp's loader says: ``loads``, or its error.
+    The last is the answer of llama.cpp's loader: ``loads``, or its error.
     """
     import pandas as pd
 
     from dfqs_nb.llama.check import loader_verdicts
 
-    diagnoses = [diagnose(path) for path in paths]
-    rows = [
-        (plain(d.path.name), d.path.stat().st_size, str(d.kind), d.finding, d.next_step) for d in diagnoses
-    ]
-    table = pd.DataFrame(rows, columns=["file", "bytes", "kind", "finding", "next_step"]).set_index("file")
-    verdicts = loader_verdicts([diagnosis.path for diagnosis in diagnoses])
-    deaths = [f" ({verdict.death})" if verdict.death else "" for verdict in verdicts]
-    table["llama_cpp"] = [v.reason + death or "loads" for v, death in zip(verdicts, deaths, strict=True)]
-    return table
+    rows, diagnoses = [], [diagnose(path) for path in paths]
+    for diagnosis, verdict in zip(diagnoses, loader_verdicts([each.path for each in diagnoses]), strict=True):
+        answer = verdict.reason + (f" ({verdict.death})" if verdict.death else "") or "loads"
+        size = diagnosis.path.stat().st_size
+        rows.append(
+            (
+                plain(diagnosis.path.name),
+                size,
+                str(diagnosis.kind),
+                diagnosis.finding,
+                diagnosis.next_step,
+                answer,
+            )
+        )
+    columns = ["file", "bytes", "kind", "finding", "next_step", "llama_cpp"]
+    return pd.DataFrame(rows, columns=columns).set_index("file")

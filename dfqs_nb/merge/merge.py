@@ -25,8 +25,8 @@ from dfqs_nb.merge import disk
 from dfqs_nb.merge.byte_parts import byte_parts
 from dfqs_nb.merge.checks import CONSUME_EXTRA_BYTES, check_output
 from dfqs_nb.merge.copy import Copied, copy, read_journal
-from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose, shard_number
-from dfqs_nb.merge.plan import Plan, identities, plan_cut, plan_join, plan_merge
+from dfqs_nb.merge.kind import Kind, diagnose, shard_number
+from dfqs_nb.merge.plan import Copy, Plan, identities, plan_join, plan_merge
 from dfqs_nb.merge.verify import hash_file, manifest_path, read_manifest, save_manifest, tensor_hashes
 
 if TYPE_CHECKING:
@@ -80,19 +80,21 @@ class Source:
     ) -> tuple[MergeResult, ...]:
         """Cut a raw concatenation back into the shards that it was made from, byte for byte.
 
-        They go into ``folder``, by default beside the file, named ``NAME-0000k-of-0000N.gguf``. Errors are
-        those of `merge_model`, and a `ShardError` for anything else.
+        They go into ``folder``, by default beside the file, named ``NAME-0000k-of-0000N.gguf``. Errors as
+        `merge_model`.
         """
-        path = self.files[0]
-        headers = sorted(_glued(path).headers, key=lambda header: header.start)
-        ends = [*(header.start for header in headers[1:]), path.stat().st_size]
-        prefix, plans = Path(folder or path.parent) / path.stem, {}
+        path, results = self.files[0], []
+        _require_glued(path)
+        headers = sorted(self.shards.headers, key=lambda header: header.start)
+        ends, plans = [*(header.start for header in headers[1:]), path.stat().st_size], {}
         for header, end in zip(headers, ends, strict=True):
-            target = shard_path(prefix, *shard_number(header))
-            plans[target] = plan_cut(path, header, end)
+            target = shard_path(Path(folder or path.parent) / path.stem, *shard_number(header))
+            cut = Copy(path.name, 0, header.start, 0, end - header.start)
+            plans[target] = Plan((path,), b"", (cut,), cut.nbytes, identities([path]), ())
             check_output(target, plans[target], overwrite=overwrite)
-        options = {"replace": overwrite, "progress": progress}
-        return tuple(_carry_out(plan, target, **options) for target, plan in plans.items())
+        for target, plan in plans.items():
+            results.append(_carry_out(plan, target, overwrite=overwrite, progress=progress))
+        return tuple(results)
 
 
 def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
@@ -134,32 +136,23 @@ def _each(model: Given) -> list[str | Path]:
     return [model] if isinstance(model, (str, Path)) else list(model)
 
 
-# ---- merge, repair, split ----
+# ---- merge and repair ----
 
 
 def merge_model(
-    model: Given,
-    output: str | Path,
-    *,
-    overwrite: bool = False,
-    consume: bool = False,
-    read_back: bool = True,
-    progress: bool = True,
-    allow_holes: bool = False,
+    model: Given, output: str | Path, *, overwrite: bool = False, consume: bool = False, progress: bool = True
 ) -> MergeResult:
     """Make the single file ``output`` of a model's shards, byte parts, or glued shards (see `open_source`).
 
     Memory stays under 100 MB whatever the largest tensor. The output appears under its name only after its
     header was accepted by this package's reader and by llama.cpp's own parser, and its bytes, read back from
     the disk, have the hash that they have in the shards. A file ``<output>.manifest.json`` keeps the hashes.
-    A killed merge goes on where it was when the same call is made again.
+    The same call resumes a killed merge.
 
     Args:
         overwrite: replace an existing output (which stays until the new one is proven).
         consume: delete the shards. Their bytes are given back to the disk once their copy is proven, so the
             merge needs no second copy of the model. Without it shards are only read.
-        read_back: read the result from the disk again and compare; ``consume`` always does.
-        allow_holes: accept shards with holes, whose missing bytes read as zeros.
 
     Raises:
         HeaderError, LayoutError, ShardError: the shards are not sound, or not one set.
@@ -171,18 +164,11 @@ def merge_model(
     if consume and (finished := _finish_consumed(model, output)):
         return finished
     plan = open_source(model, merged_to=output.parent).plan
-    options = {"consume": consume, "allow_holes": allow_holes}
-    check_output(output, plan, overwrite=overwrite, **options)
-    return _carry_out(plan, output, progress=progress, replace=overwrite, read_back=read_back, **options)
+    return _carry_out(plan, output, overwrite=overwrite, consume=consume, progress=progress)
 
 
 def merge_once(
-    model: Source,
-    output: str | Path,
-    *,
-    fresh: bool = False,
-    consume: bool = False,
-    progress: bool = True,
+    model: Source, output: str | Path, *, fresh: bool = False, consume: bool = False, progress: bool = True
 ) -> MergeResult:
     """`merge_model`, unless it is done already: what was made before from the same files is used again.
 
@@ -195,19 +181,17 @@ def merge_once(
         path, diagnosis = model.files[0], diagnose(model.files[0])
         if diagnosis.kind is not Kind.SINGLE_FILE:
             raise ShardError(diagnosis.finding, where=path, hint=diagnosis.next_step)
-        header = diagnosis.headers[0]
-        validate(path, Plan((path,), b"", (), header.file_size, (), (), of_tensors=False))
+        header, sources = diagnosis.headers[0], identities([path])
+        validate(path, Plan((path,), b"", (), header.file_size, sources, ()))
         if not fresh and (earlier := earlier_result(path)):
             return replace(earlier, reused=True)
-        sha256, hashes = hash_file(path, [header], progress=progress)
-        seconds = time.perf_counter() - began
-        return MergeResult(path, header.file_size, sha256, hashes, identities([path]), seconds, True)
+        hashes = hash_file(path, [header], progress=progress)
+        return MergeResult(path, header.file_size, *hashes, sources, time.perf_counter() - began, True)
     earlier = earlier_result(output)
     if earlier and not fresh and earlier.sources == plan.identities:
         return replace(earlier, reused=True)
     ours = manifest_path(output).exists() or output.resolve().is_relative_to(outputs_dir().resolve())
-    check_output(output, plan, overwrite=ours, consume=consume)
-    return _carry_out(plan, output, consume=consume, replace=ours, progress=progress)
+    return _carry_out(plan, output, overwrite=ours, consume=consume, progress=progress)
 
 
 def repair(
@@ -217,7 +201,6 @@ def repair(
     in_place: bool = False,
     overwrite: bool = False,
     progress: bool = True,
-    allow_holes: bool = False,
 ) -> MergeResult:
     """Make the sound model that the raw concatenation ``path`` should have been.
 
@@ -228,9 +211,9 @@ def repair(
         output: the new file; ``path`` is then only read.
         in_place: instead, let the model take the place of ``path``, which is thereby deleted. Needs at most
             64 MiB and the header in extra disk: what is copied and proven is given back at once. Until it
-            ends ``path`` is partly empty and ``.<name>.part`` grows beside it; a killed repair goes on with
-            the same call.
-        overwrite, allow_holes: see `merge_model`.
+            ends ``path`` is partly empty and ``.<name>.part`` grows beside it. The same call resumes a killed
+            repair.
+        overwrite: see `merge_model`.
 
     Raises:
         DfqsError: neither, or both, of ``output`` and ``in_place``; ``path`` is not a raw concatenation; or
@@ -243,36 +226,45 @@ def repair(
     target = path if output is None else Path(output)
     if in_place and (finished := _finish_consumed(path, target)):
         return finished
-    plan = plan_merge(check_set(_glued(path).headers, glued=True))
-    options = {"consume": in_place, "allow_holes": allow_holes}
-    check_output(target, plan, overwrite=overwrite, in_place=in_place, **options)
-    return _carry_out(plan, target, progress=progress, replace=overwrite or in_place, **options)
+    _require_glued(path)
+    plan = open_source(path).plan
+    return _carry_out(
+        plan, target, overwrite=overwrite, consume=in_place, in_place=in_place, progress=progress
+    )
 
 
-def _glued(path: Path) -> Diagnosis:
-    """The diagnosis of a raw concatenation of all shards of one model; `ShardError` for anything else."""
+def _require_glued(path: Path) -> None:
+    """Raise `ShardError` unless the file is a raw concatenation of all shards of one model."""
     diagnosis = diagnose(path, allow_holes=True)
     if diagnosis.kind is not Kind.RAW_CONCATENATION:
         message = f"is not a raw concatenation of shards: {diagnosis.finding}"
         raise ShardError(message, where=path, hint=diagnosis.next_step)
-    return diagnosis
 
 
-def _carry_out(plan: Plan, output: Path, **options: bool) -> MergeResult:
-    """Copy (with the options of `copy`), check, keep the hashes, and only then give the file its name."""
-    began = time.perf_counter()
-    results: list[MergeResult] = []
+def _carry_out(
+    plan: Plan,
+    output: Path,
+    *,
+    overwrite: bool,
+    progress: bool,
+    consume: bool = False,
+    in_place: bool = False,
+) -> MergeResult:
+    """Check, copy, check again, keep the hashes, and only then give the file its name."""
+    check_output(output, plan, overwrite=overwrite, consume=consume, in_place=in_place)
+    began, results = time.perf_counter(), list[MergeResult]()
 
     def record(part: Path, copied: Copied) -> None:
         hashes = copied.hashes
-        if not plan.tensors:  # the header went on in the second byte part
-            hashes = tensor_hashes([read_header(part)], progress=options["progress"])
+        if not plan.tensors:  # the header went on in the second byte part, or the file is a shard
+            hashes = tensor_hashes([read_header(part)], progress=progress)
         seconds = time.perf_counter() - began
         save_manifest(output, part, copied.sha256, hashes, copied.sources, seconds)
         results.append(MergeResult(output, plan.nbytes, copied.sha256, hashes, copied.sources, seconds))
 
+    options = {"consume": consume, "replace": overwrite or in_place, "progress": progress}
     try:
-        copy(plan, output, accept=lambda part: validate(part, plan), record=record, **options)
+        copy(plan, output, lambda part: validate(part, plan), record, **options)
     except BaseException:
         if results and earlier_result(output) is None:
             manifest_path(output).unlink(missing_ok=True)  # another file has the name
@@ -281,10 +273,9 @@ def _carry_out(plan: Plan, output: Path, **options: bool) -> MergeResult:
 
 
 def validate(path: Path, plan: Plan) -> None:
-    """Check a written file's header: by this package's reader, by llama.cpp's parser, against the plan.
+    """Check a file's header: by this package's reader, by llama.cpp's parser, and against the plan.
 
-    Raises:
-        IntegrityError: what differs.
+    `IntegrityError`: the parser refuses it, or it is not the planned one.
     """
     from dfqs_nb.llama.check import parse  # here: it is slow to import
 
@@ -294,15 +285,15 @@ def validate(path: Path, plan: Plan) -> None:
     if not verdict.accepted:
         hint = f"`dfqs-nb inspect {' '.join(map(quoted, plan.sources))}` says what the sources are"
         raise IntegrityError(f"llama.cpp refuses the result: {verdict.message}", where=path, hint=hint)
-    planned = [(copy.name, copy.target_offset, copy.nbytes) for copy in plan.copies]
+    planned = [(tensor.name, tensor.target_offset, tensor.nbytes) for tensor in plan.tensors]
     written = [(t.name, header.data_offset + t.offset, t.nbytes) for t in header.tensors]
-    if header.file_size != plan.nbytes or (plan.of_tensors and written != planned):
+    if header.file_size != plan.nbytes or (planned and written != planned):
         hint = "the disk may be failing: use another"
         raise IntegrityError("the written header is not the planned one", where=path, hint=hint)
 
 
 def earlier_result(output: Path) -> MergeResult | None:
-    """What the manifest says of ``output``, if it is the file of that size, time and inode."""
+    """The result in the manifest of ``output``, if it is the file of that size, time and inode."""
     try:
         kept, stat = read_manifest(output), output.stat()
         if kept is None or (kept.mtime_ns, kept.inode) != (stat.st_mtime_ns, stat.st_ino):
@@ -345,8 +336,7 @@ def _emptied(path: Path) -> bool:
         start = 0  # a later byte part
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
-        block = status.st_blksize
-        first, last = padded(start, block), status.st_size - 2 * block
+        first, last = padded(start, status.st_blksize), status.st_size - 2 * status.st_blksize
         try:
             return first < last and os.lseek(file.fileno(), first, os.SEEK_DATA) >= last
         except OSError:

@@ -6,12 +6,12 @@ import hashlib
 import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from dfqs_nb.core.errors import HeaderError
-from dfqs_nb.gguf.header import MAGIC, GGUFHeader, Tensor, padded, read_header
+from dfqs_nb.gguf.header import MAGIC, Tensor, padded, read_header
 from dfqs_nb.gguf.shards import ShardSet
 from dfqs_nb.merge.disk import Identity
 
@@ -40,7 +40,7 @@ class Plan:
     """What a copy writes: ``header``, then each copy in order, ``nbytes`` in all.
 
     ``identities`` are those of the sources when the plan was made. Each of ``tensors`` gets a hash of its
-    own. ``of_tensors``: the copies are these tensors, and those of the header.
+    own; none: they are not known yet.
     """
 
     sources: tuple[Path, ...]
@@ -49,15 +49,11 @@ class Plan:
     nbytes: int
     identities: tuple[Identity, ...] = field(repr=False)
     tensors: tuple[Copy, ...] = field(repr=False)
-    of_tensors: bool = True
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything that determines the result but the data itself."""
-        layout = [
-            (c.name, c.source, c.source_offset, c.target_offset, c.nbytes, c.padding) for c in self.copies
-        ]
-        shape = repr((self.nbytes, len(self.sources), layout))
+        shape = repr((self.nbytes, len(self.sources), [astuple(copy) for copy in self.copies]))
         return hashlib.sha256(self.header + shape.encode("utf-8", "surrogatepass")).hexdigest()
 
     @cached_property
@@ -121,7 +117,7 @@ def plan_join(parts: Sequence[Path]) -> Plan:
     """
     try:
         header = read_header(parts[0])
-        tensors = _tensors_in(header)
+        tensors = tuple(Copy(t.name, 0, 0, header.data_offset + t.offset, t.nbytes) for t in header.tensors)
         with parts[0].open("rb") as file:
             head = file.read(header.data_offset)
     except HeaderError:
@@ -132,16 +128,4 @@ def plan_join(parts: Sequence[Path]) -> Plan:
         nbytes = part.stat().st_size - start
         copies.append(Copy(part.name, number, start, offset + start, nbytes))
         offset += start + nbytes
-    return Plan(tuple(parts), head, tuple(copies), offset, identities(parts), tensors, of_tensors=False)
-
-
-def plan_cut(path: Path, header: GGUFHeader, end: int) -> Plan:
-    """Cut the file of one header out of a raw concatenation, as it is."""
-    cut = (Copy(path.name, 0, header.start, 0, end - header.start),)
-    return Plan((path,), b"", cut, cut[0].nbytes, identities([path]), _tensors_in(header), of_tensors=False)
-
-
-def _tensors_in(header: GGUFHeader) -> tuple[Copy, ...]:
-    """Where a header's tensors are in a file that begins with it."""
-    data = header.data_offset - header.start
-    return tuple(Copy(t.name, 0, 0, data + t.offset, t.nbytes) for t in header.tensors)
+    return Plan(tuple(parts), head, tuple(copies), offset, identities(parts), tensors)

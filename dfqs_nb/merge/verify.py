@@ -40,8 +40,8 @@ FEWEST_ZEROS = 16  # such blocks in a row; rows of unused tokens can be zeros, t
 class Verification:
     """A file whose bytes passed every comparison that could be made.
 
-    ``tensors`` has XXH64 by name; ``compared`` what the bytes were found equal to, in words; ``published``
-    the name of the registered model that has this hash, or "". ``diagnosis.sound``: a runtime may take it.
+    ``tensors`` has XXH64 by name; ``compared`` what the bytes are equal to, in words; ``published`` the name
+    of the registered model that has this hash, or "". ``diagnosis.sound``: a runtime may take it.
     """
 
     path: Path
@@ -84,8 +84,8 @@ def verify_model(
         write_manifest: then keep its hashes beside it, for a later check.
 
     Raises:
-        IntegrityError: bytes differ; names the damaged tensors where a manifest or shards tell them. Or the
-            file changed meanwhile.
+        IntegrityError: bytes differ (the message names the damaged tensors, where a manifest or shards tell
+            them), or the file changed meanwhile.
         HeaderError, LayoutError, ShardError: a file is too broken to compare, or not a model.
     """
     path, began = Path(path), time.perf_counter()
@@ -97,9 +97,8 @@ def verify_model(
     digest, tensors = hash_file(path, headers, progress=progress)
     expected: dict[str, dict[str, str]] = {"its manifest": manifest.tensors} if manifest else {}
     if against:
-        glued = diagnose(against) if isinstance(against, (str, Path)) else None
-        whole = glued is not None and glued.kind is Kind.RAW_CONCATENATION
-        theirs = glued.headers if glued and whole else open_shards(against).headers
+        glued = diagnose(against).headers if isinstance(against, (str, Path)) else ()
+        theirs = glued if len(glued) > 1 else open_shards(against).headers
         expected["the tensors of its shards"] = tensor_hashes(theirs, progress=progress)
     for what, hashes in expected.items():
         _compare(path, tensors, hashes, what)
@@ -234,7 +233,7 @@ def hash_file(
         position = end
         bar.update(len(chunk))
 
-    with tqdm(total=size, unit="B", unit_scale=True, desc="verify", disable=not progress) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, desc="hash", disable=not progress) as bar:
         try:
             sha256 = sha256_of_file(path, update)
         except OSError as error:
@@ -250,28 +249,13 @@ def tensor_hashes(headers: Sequence[GGUFHeader], *, progress: bool = True) -> di
 
     `LayoutError`: the data is not where a header says.
     """
-    digests: dict[str, Any] = {}
-    for tensor, piece in _tensor_data(headers, "hash", progress):
-        digests.setdefault(tensor.name, xxhash.xxh64()).update(piece)
-    return {name: digest.hexdigest() for name, digest in digests.items()}
-
-
-def _tensor_data(headers: Sequence[GGUFHeader], what: str, progress: bool) -> Iterator[tuple[Tensor, bytes]]:
-    """Each tensor's bytes, in pieces of whole quantization blocks; of an empty tensor one empty piece."""
+    hashes: dict[str, str] = {}
     for header in headers:
         check_layout(header)
-    total = sum(tensor.nbytes for header in headers for tensor in header.tensors)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=not progress) as bar:
-        for header in headers:
-            with header.path.open("rb", buffering=0) as file:
-                for tensor in header.tensors:
-                    block = TENSOR_TYPES[tensor.type_code][2]
-                    most = CHUNK_BYTES // block * block
-                    file.seek(header.data_offset + tensor.offset)
-                    for start in range(0, max(1, tensor.nbytes), most):
-                        piece = file.read(min(most, tensor.nbytes - start))
-                        yield tensor, piece
-                        bar.update(len(piece))
+    for path in dict.fromkeys(header.path for header in headers):
+        inside = [header for header in headers if header.path == path]
+        hashes |= hash_file(path, inside, progress=progress)[1]
+    return {tensor.name: hashes[tensor.name] for header in headers for tensor in header.tensors}
 
 
 def check_data(headers: Sequence[GGUFHeader], *, progress: bool = True) -> None:
@@ -280,23 +264,20 @@ def check_data(headers: Sequence[GGUFHeader], *, progress: bool = True) -> None:
     `IntegrityError` names the tensors that have a long run of zeros, or values or scales that are not finite
     numbers, by llama.cpp's own check (``ggml_validate_row_data``).
     """
-    import numpy as np
-
     from dfqs_nb.llama.check import library_path
 
     validate = ctypes.CDLL(str(library_path())).ggml_validate_row_data
     validate.restype, validate.argtypes = ctypes.c_bool, (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)
     zeros: dict[str, int] = {}
     broken: dict[str, None] = {}
-    for tensor, piece in _tensor_data(headers, "data", progress):
-        if not validate(tensor.type_code, piece, len(piece)):
-            broken[tensor.name] = None
-        blocks = np.frombuffer(piece, np.uint8)[: len(piece) // ZEROS_BYTES * ZEROS_BYTES]
-        used = np.flatnonzero(blocks.reshape(-1, ZEROS_BYTES).any(axis=1))
-        edges = np.diff(np.concatenate(([-1], used, [len(blocks) // ZEROS_BYTES])))
-        run = int(edges.max()) - 1
-        if run >= FEWEST_ZEROS:
-            zeros[tensor.name] = zeros.get(tensor.name, 0) + run * ZEROS_BYTES
+    total = sum(tensor.nbytes for header in headers for tensor in header.tensors)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="data", disable=not progress) as bar:
+        for tensor, piece in _tensor_data(headers):
+            if not validate(tensor.type_code, piece, len(piece)):
+                broken[tensor.name] = None
+            if run := _run_of_zeros(piece):
+                zeros[tensor.name] = zeros.get(tensor.name, 0) + run
+            bar.update(len(piece))
     if broken:
         message = f"{len(broken)} tensors hold values that are not finite numbers: {_named(broken)}"
         raise IntegrityError(message, where=headers[0].path, hint=AGAIN)
@@ -307,6 +288,29 @@ def check_data(headers: Sequence[GGUFHeader], *, progress: bool = True) -> None:
         raise IntegrityError(message, where=headers[0].path, hint=hint)
 
 
+def _tensor_data(headers: Sequence[GGUFHeader]) -> Iterator[tuple[Tensor, bytes]]:
+    """Each tensor's bytes, in pieces of whole quantization blocks."""
+    for header in headers:
+        with header.path.open("rb", buffering=0) as file:
+            for tensor in header.tensors:
+                block = TENSOR_TYPES[tensor.type_code][2]
+                most = CHUNK_BYTES // block * block
+                file.seek(header.data_offset + tensor.offset)
+                for start in range(0, tensor.nbytes, most):
+                    yield tensor, file.read(min(most, tensor.nbytes - start))
+
+
+def _run_of_zeros(piece: bytes) -> int:
+    """Bytes of the longest run of zero blocks, where it is too long for rows of unused tokens; else 0."""
+    import numpy as np
+
+    n_blocks = len(piece) // ZEROS_BYTES
+    blocks = np.frombuffer(piece, np.uint8)[: n_blocks * ZEROS_BYTES].reshape(-1, ZEROS_BYTES)
+    edges = np.concatenate(([-1], np.flatnonzero(blocks.any(axis=1)), [n_blocks]))
+    longest = int(np.diff(edges).max()) - 1
+    return longest * ZEROS_BYTES if longest >= FEWEST_ZEROS else 0
+
+
 def compare_tensors(model: str | Path, shards: str | Path | Sequence[str | Path]) -> pd.DataFrame:
     """Hash every tensor of ``model`` and of ``shards`` anew, and set them side by side.
 
@@ -315,15 +319,12 @@ def compare_tensors(model: str | Path, shards: str | Path | Sequence[str | Path]
     """
     import pandas as pd
 
-    shard_set, header = open_shards(shards), read_header(model)
+    header = read_header(model)
     ours = tensor_hashes([header])
-    rows = {}
-    for number, shard in enumerate(shard_set.headers, 1):
+    rows = {tensor.name: (0, tensor.nbytes, "", ours[tensor.name]) for tensor in header.tensors}
+    for number, shard in enumerate(open_shards(shards).headers, 1):
         theirs = tensor_hashes([shard])
-        for tensor in shard.tensors:
-            rows[tensor.name] = (number, tensor.nbytes, theirs[tensor.name], ours.get(tensor.name, ""))
-    for tensor in header.tensors:
-        rows.setdefault(tensor.name, (0, tensor.nbytes, "", ours[tensor.name]))
+        for t in shard.tensors:
+            rows[t.name] = (number, t.nbytes, theirs[t.name], ours.get(t.name, ""))
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["shard", "bytes", "in_shard", "in_file"])
-    table["equal"] = table["in_shard"] == table["in_file"]
-    return table.rename_axis("tensor")
+    return table.assign(equal=table["in_shard"] == table["in_file"]).rename_axis("tensor")

