@@ -6,8 +6,7 @@
 
 from dfqs_nb.core.doors import lazy
 from dfqs_nb.scores import plan, speed
-from dfqs_nb.scores.compare import compare_runs
-from dfqs_nb.scores.grading import SetRun
+from dfqs_nb.scores.grading import SetRun, compare_runs
 from dfqs_nb.scores.item_sets import ItemSet
 from dfqs_nb.scores.run import Answerer, Options, score_set
 from dfqs_nb.scores.sandbox import find_sandbox

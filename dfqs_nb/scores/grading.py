@@ -1,4 +1,4 @@
-"""Grade answers, and turn grades into scores with their uncertainty, and into tables and texts.
+"""Grade answers, turn grades into scores with their uncertainty, and compare two runs item by item.
 
 Strict: an answer counts when it is the expected one after normalisation, and a program when its tests run to
 their end. There is no partial credit.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import comb, sqrt
+from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from dfqs_nb.core.errors import ComparisonError
+from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.llama.thinking import answer_start
 from dfqs_nb.scores.answers import normalised
-from dfqs_nb.stats import wilson
+from dfqs_nb.stats import N_BOOT, mcnemar, paired_bootstrap, wilson
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,12 +28,11 @@ GRADES = ("correct", "wrong", "no_answer", "truncated")
 def grade(text: str, finish_reason: str, answer: str, how: str, opened: bool = False) -> tuple[str, str]:
     """The grade of a completion (see ``GRADES``) and the answer in it.
 
-    ``truncated``: the thinking did not end, or the token limit came before an answer was complete. Neither
-    says anything about the answer.
+    ``truncated``: the thinking did not end, or the token limit came before an answer was complete.
 
     Args:
-        how: where the answer is: ``answer tag``, what the last ``<answer>`` encloses (a stop text may have
-            been its end), or ``last line``. opened: the prompt has begun the thinking.
+        how: where the answer is: ``answer tag``, what the last ``<answer>`` encloses (the stop text may be
+            its end), or ``last line``. opened: the prompt has begun the thinking.
 
     >>> grade("Let me see", "length", "12", "answer tag")
     ('truncated', '')
@@ -52,17 +51,6 @@ def grade(text: str, finish_reason: str, answer: str, how: str, opened: bool = F
     if not given:
         return "no_answer", ""
     return ("correct" if normalised(given) == normalised(answer) else "wrong"), given
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The unbiased estimate of pass@k from ``n`` samples (Chen et al. 2021, arXiv:2107.03374, eq. 1).
-
-    >>> pass_at_k(1, 1, 1), round(pass_at_k(10, 3, 5), 4)
-    (1.0, 0.9167)
-    """
-    if not 0 <= correct <= n or not 1 <= k <= n:
-        raise ValueError(f"pass@{k} of {n} samples, {correct} correct")
-    return 1.0 - comb(n - correct, k) / comb(n, k)
 
 
 @dataclass(frozen=True)
@@ -142,20 +130,19 @@ def reasoning_score(items: pd.DataFrame, name: str, n_expected: int) -> Score:
     )
 
 
-def code_score(samples: pd.DataFrame, name: str, n_expected: int, k: int = 1) -> Score:
-    """The mean over tasks of the unbiased pass@k; a `ValueError` where a task has fewer samples than ``k``.
+def code_score(samples: pd.DataFrame, name: str, n_expected: int) -> Score:
+    """pass@1: the mean over tasks of the share of samples that pass (Chen et al. 2021, arXiv:2107.03374).
 
     ``samples`` has columns ``id`` (of the task) and ``grade`` (the sandbox's outcome), one row a sample.
     ``n_expected``: tasks of the whole set.
     """
-    passed = (samples["grade"] == "passed").groupby(samples["id"], sort=False)
-    values = [pass_at_k(len(task), int(task.sum()), k) for _, task in passed]
+    values = (samples["grade"] == "passed").groupby(samples["id"], sort=False).mean()
     return Score.of(
-        "code_score" if k == 1 else f"pass@{k}",
+        "code_score",
         name,
-        value=float(np.mean(values)) if values else 0.0,
+        value=float(values.mean()) if len(values) else 0.0,
         worth=len(values),
-        standard_error=float(np.std(values, ddof=1)) / sqrt(len(values)) if len(values) > 1 else 0.0,
+        standard_error=float(values.std(ddof=1)) / sqrt(len(values)) if len(values) > 1 else 0.0,
         n=n_expected,
         n_missing=n_expected - len(values),
         guess_rate=0.0,
@@ -171,8 +158,7 @@ class SetRun:
     Attributes:
         items: one row a sample, with the columns ``COLUMNS``; ``grade`` of code is the sandbox's outcome.
         score: of the whole set; its value is None while items lack a result.
-        pass_at: for code with several samples: the score at each k asked for.
-        conditions: all that the score depends on, the model's SHA-256 (or name) ``model`` apart.
+        conditions: all that the score depends on, except the model's SHA-256 (or name) in ``model``.
         n_resumed: samples whose answer an earlier run had written.
     """
 
@@ -180,7 +166,6 @@ class SetRun:
     name: str
     items: pd.DataFrame = field(repr=False)
     score: Score
-    pass_at: dict[int, Score] = field(default_factory=dict)
     conditions: Mapping[str, Any] = field(default_factory=dict, repr=False)
     model: str = ""
     n_resumed: int = 0
@@ -193,7 +178,6 @@ class SetRun:
         items: pd.DataFrame | list[dict[str, Any]],
         *,
         n_items: int | None = None,
-        ks: Sequence[int] = (),
         **facts: Any,
     ) -> SetRun:
         """A run from its judged items: the one place where items become a score.
@@ -203,11 +187,9 @@ class SetRun:
         import pandas as pd
 
         table = pd.DataFrame(items, columns=COLUMNS.split()) if isinstance(items, list) else items
+        scored = reasoning_score if kind == "reasoning" else code_score
         n = table["id"].nunique() if n_items is None else n_items
-        if kind == "reasoning":
-            return cls(kind, name, table, reasoning_score(table, name, n), **facts)
-        pass_at = {k: code_score(table, name, n, k) for k in ks}
-        return cls(kind, name, table, code_score(table, name, n), pass_at, **facts)
+        return cls(kind, name, table, scored(table, name, n), **facts)
 
 
 @dataclass(frozen=True)
@@ -236,30 +218,20 @@ class Results:
 
     def families(self) -> pd.DataFrame:
         """One row a family and length: counts, accuracy with Wilson's interval, guess rate, how it failed."""
-        items = self.items
-        table = (
-            items.assign(no_answer=items["grade"] == "no_answer")
-            .groupby(["set", "family", "length"], sort=False)
-            .agg(
-                n=("id", "size"),
-                n_items=("id", "nunique"),
-                correct=("correct", "sum"),
-                accuracy=("correct", "mean"),
-                guess_rate=("guess", "mean"),
-                truncated=("truncated", "sum"),
-                no_answer=("no_answer", "sum"),
-            )
-        )
-        n_items = table.pop("n_items")  # samples of one item are no evidence of their own
-        low, high = wilson(table["accuracy"] * n_items, n_items)
-        table.insert(3, "low", low)
-        table.insert(4, "high", high)
-        return table.reset_index()
+        import pandas as pd
+
+        items = self.items.assign(no_answer=lambda table: table["grade"] == "no_answer")
+        groups = items.groupby(["set", "family", "length"], sort=False)
+        accuracy, n_items = groups["correct"].mean(), groups["id"].nunique()
+        low, high = wilson(accuracy * n_items, n_items)  # samples of one item are no evidence of their own
+        columns = {"n": groups.size(), "correct": groups["correct"].sum(), "accuracy": accuracy}
+        columns |= {"low": low, "high": high, "guess_rate": groups["guess"].mean()}
+        columns |= {name: groups[name].sum() for name in ("truncated", "no_answer")}
+        return pd.DataFrame(columns).reset_index()
 
     def failures(self, n: int = 3) -> pd.DataFrame:
-        """Failed items to read, ``n`` a set, spread over its families: what was asked, said and expected."""
-        items = self.items
-        failed = items[~items["correct"]]
+        """Failed items to read, ``n`` a set, spread over its families: what was asked, answered, expected."""
+        failed = self.items[~self.items["correct"]]
         turn = failed.groupby(["set", "family"], sort=False).cumcount()
         chosen = failed.loc[turn.sort_values(kind="stable").index].groupby("set").head(n).sort_index()
         return chosen[["family", "prompt", "completion", "expected", "reason"]].reset_index(drop=True)
@@ -267,3 +239,65 @@ class Results:
     def sentences(self) -> list[str]:
         """The score of each set in words."""
         return [run.score.sentence for run in self.runs]
+
+
+# ---- two runs of the same questions ----
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The score of one set in two runs, a and b, paired by item: only items that differ are evidence.
+
+    ``difference``: b minus a, with its 95 % interval ``low`` to ``high``; ``only_a``, ``only_b``: items that
+    only one of them got right; ``p``: exact McNemar test of equal ability.
+    """
+
+    n: int
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+    only_a: int
+    only_b: int
+    p: float
+
+
+def compare_runs(
+    first: Sequence[SetRun], second: Sequence[SetRun], n_boot: int = N_BOOT, seed: int = 0
+) -> list[Comparison]:
+    """Two runs of the same sets under the same conditions, set by set.
+
+    A `ComparisonError` names differing conditions, missing sets, or items without results.
+    """
+    others = {run.name: run for run in second}
+    odd = {run.name for run in first} ^ set(others)
+    if odd:
+        what = f"only one of the two runs has {', '.join(sorted(odd))}"
+        raise ComparisonError(what, hint="score the same sets with both")
+    return [_compared(run, others[run.name], n_boot, seed) for run in first]
+
+
+def _compared(a: SetRun, b: SetRun, n_boot: int, seed: int) -> Comparison:
+    if differing := differing_fields(a.conditions, b.conditions):
+        named = ", ".join(f"{key} ({mine} and {theirs})" for key, (mine, theirs) in differing.items())
+        what = f"the conditions differ in {named}"
+        raise ComparisonError(what, hint="run both again under the same conditions")
+    first, second = a.score.value, b.score.value
+    if first is None or second is None:
+        run = a if first is None else b
+        what = f"{run.score.n_missing} items of {run.name} lack a result"
+        raise ComparisonError(what, hint="let the run finish: it continues where it stopped")
+    keys = ["id", "sample"]
+    both = a.items[[*keys, "family", "correct"]].merge(b.items[[*keys, "correct"]], on=keys)
+    if not len(a.items) == len(b.items) == len(both):
+        raise ComparisonError("the two runs did not answer the same items", hint="score both with --fresh")
+    # an item sampled several times counts once, as right where most of its samples are
+    items = both.groupby("id", sort=False).agg({"family": "first", "correct_x": "mean", "correct_y": "mean"})
+    change = (items["correct_y"] - items["correct_x"]).to_numpy()
+    groups = items["family"].to_numpy() if a.kind == "reasoning" else None
+    low, high = paired_bootstrap(change, groups, n_boot, seed)
+    right_a, right_b = items["correct_x"] > 0.5, items["correct_y"] > 0.5
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    p = mcnemar(only_a, only_b)
+    return Comparison(len(items), first, second, second - first, low, high, only_a, only_b, p)

@@ -1,6 +1,4 @@
-"""Frozen sets of questions with their answers or tests, as JSONL.
-
-The first line describes the set, and its hash identifies it.
+"""Frozen sets of questions as JSONL: the first line describes the set, and the file's hash identifies it.
 
 A set of your own is a file like those in ``data/prompts/``, in a folder of your choice::
 
@@ -11,10 +9,10 @@ A set of your own is a file like those in ``data/prompts/``, in a folder of your
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,28 +28,31 @@ TIERS = {
     "nano": ("nano-reasoning", "nano-code"),
     "standard": ("standard-reasoning", "standard-code", "gsm8k-100"),
 }
+NEEDED = {"reasoning": ("answer",), "code": ("tests", "entry_point"), "choice": ("choices",)}  # of an item
 LONGEST_NAME = 120  # bytes, of a set: its files' names begin and end with more
 Text = Annotated[str, MinLen(1)]
-Share = Annotated[float, Ge(0), Le(1)]
 
 
 @dataclass(frozen=True)
 class Item:
     """One question.
 
-    ``answer`` is a reasoning item's; ``tests``, ``entry_point`` and ``reference`` (a right solution) are a
-    code item's. ``guess`` is the chance of being right without reasoning.
+    A reasoning item has an ``answer``; a code item ``tests``, ``entry_point`` and ``reference`` (a right
+    solution); a multiple-choice item ``choices`` and ``gold``, the index of the right one. ``guess`` is the
+    chance of being right without reasoning.
     """
 
     id: Text
     prompt: Text
     family: Text = "all"
     length: str = "short"
-    guess: Share = 0.0
+    guess: Annotated[float, Ge(0), Le(1)] = 0.0
     answer: str = ""
     tests: str = ""
     entry_point: str = ""
     reference: str = ""
+    choices: tuple[Text, ...] = ()
+    gold: Annotated[int, Ge(0)] = 0
 
     def asked(self, instruction: str) -> str:
         """The message to the model in a chat.
@@ -79,25 +80,30 @@ class Item:
 
 @dataclass(frozen=True)
 class Head:
-    """The first line of a set; fields that are not here are kept, and mean nothing to the workbook.
+    """The first line of a set. Other fields in it have no effect.
 
     Attributes:
-        kind: ``reasoning`` (the answer is compared) or ``code`` (the candidate is run).
-        mode: ``chat`` (through the chat template, with ``instruction`` behind the prompt, or around it
-            where it has a ``{prompt}``; of code the answer's code counts) or ``complete`` (plain
-            continuation, which is also what a code set falls back to where a model has no chat template).
-        tier: ``nano``, ``standard``, or ``own``; scores of different tiers are never put side by side.
-        stop, max_tokens: where generation ends; the stop texts of a code set are for plain continuation.
+        kind: ``reasoning`` (the answer is compared), ``code`` (the answer is run), ``choice`` (the likeliest
+            choice counts).
+        mode: ``chat``: through the chat template, with ``instruction`` behind the prompt, or around it where
+            it has a ``{prompt}``. ``complete``: plain continuation; a code set falls back to it where a model
+            has no chat template.
+        tier: ``nano``, ``standard`` or ``own``. Scores of different tiers are never compared.
+        stop, max_tokens: where generation ends. The stop texts of a code set are for plain continuation.
+        delimiter, examples: of a choice set: the text between a prompt and a choice, and items that are shown
+            solved before each prompt (few-shot).
     """
 
     set: Text
-    kind: Literal["reasoning", "code"]
+    kind: Literal["reasoning", "code", "choice"]
     mode: Literal["chat", "complete", ""] = ""
     extract: Literal["answer tag", "last line"] = "last line"
     tier: str = "own"
     instruction: str = ""
     stop: tuple[Text, ...] = ()
     max_tokens: Annotated[int, Ge(1)] = 256
+    delimiter: str = " "
+    examples: tuple[Item, ...] = ()
     licence: str = "not stated"
     source: str = "not stated"
     guess_rule: str = "not stated"
@@ -105,12 +111,11 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class ItemSet(Head):
-    """A set; ``sha256`` is that of its file, so any change is another set."""
+    """A set. ``sha256`` is that of its file; ``n_whole`` is the number of items of the whole set."""
 
     sha256: str
     items: tuple[Item, ...] = field(repr=False)
-    divisor: int = 1  # of a part: 1 of so many questions of each family
-    n_families: int = 0  # of a part: only the first ones; 0: all
+    n_whole: int
 
     @property
     def name(self) -> str:
@@ -119,25 +124,21 @@ class ItemSet(Head):
 
     @classmethod
     def load(cls, name: str | Path, folder: str | Path | None = None) -> ItemSet:
-        """A set by its name, from ``folder`` or the shipped ones, or by the path of its file.
+        """A set by the path of its file, or by its name, from ``folder`` or the shipped ones.
 
         Raises:
             PromptError: there is no such set, or its file is broken; the message names line and field.
         """
         if Path(name).suffix == ".jsonl":
             return _read(Path(name))
-        paths = {**item_set_paths(), **(item_set_paths(folder) if folder else {})}
+        paths = item_set_paths() | (item_set_paths(folder) if folder else {})
         if str(name) not in paths:
             raise PromptError(f"no question set {str(name)!r}", hint=f"there are: {', '.join(sorted(paths))}")
         return _read(paths[str(name)])
 
     @classmethod
     def of_tier(cls, tier: str, folder: str | Path | None = None) -> list[ItemSet]:
-        """The sets of a tier, and the user's own from ``folder``, in a fixed order.
-
-        Raises:
-            PromptError: there is no such tier, or a file is broken.
-        """
+        """The sets of a tier, then the user's own from ``folder``; a `PromptError` as `load`."""
         if tier not in TIERS:
             raise PromptError(f"no tier is called {tier!r}", hint=f"there are: {', '.join(TIERS)}")
         own = item_set_paths(folder).values() if folder else ()
@@ -146,29 +147,17 @@ class ItemSet(Head):
     def identity(self) -> dict[str, Any]:
         """What a score depends on, for the conditions of a run."""
         facts = {"prompt_set": self.name, "prompt_set_sha256": self.sha256, "tier": self.tier}
-        return facts | {"max_tokens": self.max_tokens} | ({"part": self.share} if self.share else {})
+        part = {"part": f"{len(self.items)} of {self.n_whole} questions"}
+        return facts | {"max_tokens": self.max_tokens} | (part if len(self.items) < self.n_whole else {})
 
-    @property
-    def share(self) -> str:
-        """What a part holds; empty for a whole set."""
-        some = f"{self.n_families} families" if self.n_families else "all families"
-        return f"1 of {self.divisor} questions of {some}" if self.divisor > 1 or self.n_families else ""
-
-    def part(self, divisor: int, n_families: int = 0) -> ItemSet:
-        """The first of each family's questions, 1 of ``divisor`` and at least one; larger parts hold it.
-
-        ``n_families``: only the first families; 0: all. It keeps the name: its ``identity`` says that it is a
-        part.
-        """
-        chosen = self.families()[: n_families or None]
-        sizes = Counter(item.family for item in self.items if item.family in chosen)
-        taken, items = Counter[str](), []
+    def part(self, n: int) -> ItemSet:
+        """``n`` of the questions, spread evenly over the families. A larger part holds every smaller one."""
+        families = defaultdict[str, list[Item]](list)
         for item in self.items:
-            taken[item.family] += 1
-            items += [item] if taken[item.family] <= -(-sizes[item.family] // divisor) else []
-        if len(items) == len(self.items):
-            divisor, n_families = 1, 0
-        return replace(self, items=tuple(items), divisor=divisor, n_families=n_families)
+            families[item.family].append(item)
+        by_turns = filter(None, chain.from_iterable(zip_longest(*families.values())))
+        chosen = {item.id for item, _ in zip(by_turns, range(n), strict=False)}
+        return replace(self, items=tuple(item for item in self.items if item.id in chosen))
 
     def row(self) -> dict[str, Any]:
         """The set in one row of a table."""
@@ -182,7 +171,7 @@ class ItemSet(Head):
 
 
 def item_set_paths(folder: str | Path | None = None) -> dict[str, Path]:
-    """Every ``*.jsonl`` of a folder (by default the shipped ones) by the name its first line gives."""
+    """Every ``*.jsonl`` of a folder (by default the shipped ones) by the name in its first line."""
     paths = {}
     for path in sorted((Path(folder) if folder else data_dir() / "prompts").glob("*.jsonl")):
         with path.open("rb") as file:
@@ -191,18 +180,51 @@ def item_set_paths(folder: str | Path | None = None) -> dict[str, Path]:
 
 
 def _read(path: Path) -> ItemSet:
-    head, items, sha256 = read_set(path, Head, Item, _fault)
-    mode = head.mode or ("complete" if head.kind == "code" else "chat")
-    return ItemSet(**asdict(head) | {"mode": mode, "sha256": sha256}, items=items)
+    if there_is(path) and not path.is_file():
+        raise PromptError("not a regular file", where=tilde(path), hint="give the path of a JSONL file")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        hint = "give the path of a JSONL file, or the name of a set"
+        raise PromptError(f"cannot be read ({error.strerror})", where=tilde(path), hint=hint) from error
+    first, *lines = raw.split(b"\n")
+    head, items = _head(first, path), dict[str, Item]()
+    for number, line in enumerate(lines, start=2):
+        if line.strip():
+            item: Item = _typed(Item, line, number, path)
+            if what := f"the id {item.id!r:.60} is taken" if item.id in items else _fault(head, item):
+                raise _broken(path, number, what)
+            items[item.id] = item
+    if not items:
+        raise _broken(path, 2, "there are no items")
+    mode = head.mode or ("chat" if head.kind == "reasoning" else "complete")
+    facts = {"mode": mode, "sha256": hashlib.sha256(raw).hexdigest(), "n_whole": len(items)}
+    return ItemSet(**vars(head) | facts, items=tuple(items.values()))
 
 
-def _fault(head: Head, item: Item | None) -> str:
+def _head(line: bytes, path: Path) -> Head:
+    """The first line, if the set's name can name files."""
+    head: Head = _typed(Head, line.removeprefix(b"\xef\xbb\xbf"), 1, path)
+    fits = head.set.strip() and len(head.set.encode()) <= LONGEST_NAME
+    if not fits or not all(character.isalnum() or character in "-_. " for character in head.set):
+        rule = "use up to 120 letters, digits, '-', '_' and '.'"
+        raise _broken(path, 1, f"set: {head.set!r:.60} names files: {rule}")
+    if what := next(filter(None, (_fault(head, example) for example in head.examples)), ""):
+        raise _broken(path, 1, f"examples: {what}")
+    if head.examples and (head.kind != "choice" or head.mode == "chat"):
+        raise _broken(path, 1, "examples: only a choice set in the mode complete shows them")
+    return head
+
+
+def _fault(head: Head, item: Item) -> str:
     """What an item lacks for its kind of set; empty if nothing."""
-    if item is None:
-        return ""
-    for name in ("answer",) if head.kind == "reasoning" else ("tests", "entry_point"):
+    for name in NEEDED[head.kind]:
         if not getattr(item, name):
             return f"no {name}"
+    if head.kind == "choice" and item.gold >= len(item.choices):
+        return "gold names no choice"
+    if head.kind == "choice" and len(item.choices) == 1:
+        return "choices: there is only one"
     if head.kind == "code" and not item.entry_point.isidentifier():
         return f"entry_point: {item.entry_point!r:.60} is no name of a function"
     try:
@@ -212,54 +234,14 @@ def _fault(head: Head, item: Item | None) -> str:
     return ""
 
 
-def read_set(
-    path: Path, head_kind: Any, item_kind: Any, fault: Callable[[Any, Any], str]
-) -> tuple[Any, tuple[Any, ...], str]:
-    """The head and the items of a JSONL file, each line typed and checked, and the file's SHA-256.
-
-    ``fault`` says what is wrong with an item, or with the head where it gets None.
-    """
-    if there_is(path) and not path.is_file():
-        raise PromptError("not a regular file", where=tilde(path), hint="give the path of a JSONL file")
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        hint = "give the path of a JSONL file, or the name of a set"
-        raise PromptError(f"cannot be read ({error.strerror})", where=tilde(path), hint=hint) from error
-    first, *lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    head, items = _head(first, path, head_kind), dict[str, Any]()
-    if what := fault(head, None):
-        raise _broken(path, 1, what)
-    for number, line in enumerate(lines, start=2):
-        if line.strip():
-            item = _typed(item_kind, line, number, path)
-            what = f"the id {item.id!r:.60} is taken" if item.id in items else fault(head, item)
-            if what:
-                raise _broken(path, number, what)
-            items[item.id] = item
-    if not items:
-        raise _broken(path, 2, "there are no items")
-    return head, tuple(items.values()), hashlib.sha256(raw).hexdigest()
-
-
-def _head(line: bytes, path: Path, kind: Any = Head) -> Any:
-    """The first line, if its set's name can name files."""
-    head = _typed(kind, line, 1, path)
-    fits = head.set.strip() and len(head.set.encode()) <= LONGEST_NAME
-    if not fits or not all(character.isalnum() or character in "-_. " for character in head.set):
-        rule = "use up to 120 letters, digits, '-', '_' and '.'"
-        raise _broken(path, 1, f"set: {head.set!r:.60} names files: {rule}")
-    return head
-
-
 @cache
-def _reader(kind: Any) -> Any:
+def _reader(kind: type) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
 
 
-def _typed(kind: Any, line: bytes, number: int, path: Path) -> Any:
+def _typed(kind: type, line: bytes, number: int, path: Path) -> Any:
     """A line as that dataclass, each value of exactly the type that the field states."""
     from pydantic import ValidationError
 

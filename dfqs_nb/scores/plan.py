@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,16 +18,12 @@ from dfqs_nb.scores.run import Options, score_set
 if TYPE_CHECKING:
     from dfqs_nb.scores.likelihood import Answers
 
-DIVISORS = (1, 2, 4, 8, 16, 32, 64)  # a part asks 1 of so many questions of each family, at least one
+Sets = tuple[ItemSet, ...]
+DIVISORS = (1, 2, 4, 8, 16, 32, 64)  # a part is 1 of so many questions
 LEAST_ITEMS = 12  # of a set, while others are asked beside it
-SPEED_CUTS: tuple[dict[str, int], ...] = (
-    {"repetitions": 3},
-    {"n_tokens": 32},
-    {"depths": 2},
-    {"repetitions": 1},
-    {"n_tokens": 8},
-    {"depths": 1},
-)
+MOST_CHOICES = 96  # questions of multiple choice
+SPEED_CUTS: list[dict[str, int]] = [{"repetitions": 3}, {"n_tokens": 32}, {"depths": 2}]
+SPEED_CUTS += [{"repetitions": 1}, {"n_tokens": 8}, {"depths": 1}]
 SPEED_NAMES = {"repetitions": "timed repetitions", "n_tokens": "timed tokens", "depths": "timed depths"}
 
 
@@ -36,14 +32,14 @@ class QuestionPlan:
     """The sets, cut to what fits.
 
     Attributes:
-        chosen: the whole sets; parts: those or even parts of them that will be asked, the last sets go first.
+        chosen: the whole sets. parts: those or even parts of them that will be asked.
         seconds, full_seconds: of these and of all questions, if every answer has its full length.
         budget_seconds: where answers are shorter, larger parts are asked as long as this holds them.
     """
 
     model: Model = field(repr=False)
-    chosen: tuple[ItemSet, ...]
-    parts: tuple[ItemSet, ...]
+    chosen: Sets
+    parts: Sets
     seconds: float
     full_seconds: float
     budget_seconds: float
@@ -60,94 +56,76 @@ class QuestionPlan:
         return f"{text} (all: up to {duration(self.full_seconds)}); more, if answers turn out shorter"
 
     def ask(self, folder: str | Path, *, model_id: str = "") -> tuple[Results, list[str]]:
-        """Ask ever larger parts while the budget holds the next one; results, and what was left out.
+        """Ask ever larger parts while the budget holds the next; the results, and what was left out.
 
-        The least part comes first, so a machine that gets busy costs questions, not time. Larger parts keep
-        the answers of the smaller ones.
+        The smallest part comes first, so a machine that gets busy costs questions, not time. Larger parts
+        keep the answers of the smaller ones.
         """
-        sizes, started = self._sizes(), time.perf_counter()
-        parts = next(sizes)
-        results = self._asked(parts, folder, model_id)
-        for larger in sizes:
+
+        def asked(parts: Sets) -> Results:
+            return Results(
+                [score_set(self.model, each, folder, self.options, model_id=model_id) for each in parts]
+            )
+
+        started, easy = time.perf_counter(), 4 * self.full_seconds < self.budget_seconds
+        parts, *rest = [self.chosen] if easy else _candidates(self.chosen)[::-1]
+        results = asked(parts)
+        for larger in rest:
             planned = _seconds(parts, self.pace, self.options)
             slower = float(results.items["seconds"].sum()) / planned  # answers of an earlier run count, too
             more = 1.2 * slower * (_seconds(larger, self.pace, self.options) - planned)
             if time.perf_counter() - started + more > self.budget_seconds:
                 break
-            parts = larger
-            results = self._asked(parts, folder, model_id)
+            parts, results = larger, asked(larger)
         return results, left_out(self.chosen, parts)
 
-    def choose(self, folder: str | Path, seconds: float, *, model_id: str = "", most: int = 96) -> Answers:
+    def choose(self, folder: str | Path, seconds: float, *, model_id: str = "") -> Answers:
         """Multiple choice by likelihood, from the first set: an even part that these seconds hold."""
-        from dfqs_nb.scores.likelihood import ChoiceSet, answer
+        from dfqs_nb.scores.likelihood import answer, choices_of
 
-        questions = ChoiceSet.made_of(self.chosen[0])
-        texts = [item.query + "".join(item.choices) for item in questions.items]
-        cost = self.pace.seconds(sum(map(len, texts)) / 4 / len(texts) + 16, len(questions.items[0].choices))
-        most = min(most, len(texts), self.options.limit or most)
-        n = max(1, int(min(most, seconds / cost)))
-        items, whole = (questions.items[:: -(-len(texts) // count)] for count in (n, most))
-        part, cut = replace(questions, items=items), len(items) < len(whole)
+        questions = choices_of(self.chosen[0])
+        n_tokens = [len(item.prompt + "".join(item.choices)) / 4 + 16 for item in questions.items]
+        cost = self.pace.seconds(sum(n_tokens) / len(n_tokens), len(questions.items[0].choices))
+        whole = questions.part(min(MOST_CHOICES, self.options.limit or MOST_CHOICES))
+        part = whole.part(max(1, int(min(MOST_CHOICES, seconds / cost))))
         answers = answer(self.model, part, folder, model_id=model_id, fresh=self.options.fresh)
-        left_out = f"only {len(items)} of {len(whole)} questions of {questions.head.set} asked"
-        return replace(answers, left_out=(left_out,) * cut)
-
-    def _sizes(self) -> Iterator[tuple[ItemSet, ...]]:
-        """Parts from the least on, each larger than the one before; all at once where all fit easily."""
-        n_before = 0
-        easy = 4 * self.full_seconds < self.budget_seconds
-        for parts in [self.chosen] if easy else reversed(_candidates(self.chosen)):
-            if (n := sum(len(each.items) for each in parts)) > n_before:
-                yield parts
-                n_before = n
-
-    def _asked(self, parts: Sequence[ItemSet], folder: str | Path, model_id: str) -> Results:
-        return Results(
-            [score_set(self.model, each, folder, self.options, model_id=model_id) for each in parts]
-        )
+        return replace(answers, left_out=tuple(left_out([whole], [part])))
 
 
 def plan_questions(
     model: Model, item_sets: Sequence[ItemSet], options: Options, seconds: float
 ) -> QuestionPlan:
-    """Time a few tokens, and cut the sets to what these seconds hold (see `_candidates`).
-
-    The least that is asked is one question of the first set.
-    """
+    """Time a few tokens, and cut the sets to what these seconds hold, at least one question of the first."""
     chosen, pace = tuple(item_sets), probe(model)
-    full = _seconds(chosen, pace, options)
-    parts, cost = chosen, full
-    for candidate in _candidates(chosen):
-        parts, cost = candidate, _seconds(candidate, pace, options)
+    for parts in _candidates(chosen):
+        cost = _seconds(parts, pace, options)
         if cost <= seconds:
             break
-    return QuestionPlan(model, chosen, parts, cost, full, seconds, pace, options)
+    return QuestionPlan(model, chosen, parts, cost, _seconds(chosen, pace, options), seconds, pace, options)
 
 
-def _candidates(chosen: tuple[ItemSet, ...]) -> list[tuple[ItemSet, ...]]:
+def _candidates(chosen: Sets) -> list[Sets]:
     """Parts of all sets, the largest first; then fewer sets; then less of the first, to a single question.
 
-    The last set goes before any shrinks below ``LEAST_ITEMS``: a dozen answers to a single set say more than
-    four to each of three. A set that is as small from the start stays whole.
+    The last set goes before any shrinks below ``LEAST_ITEMS``: a dozen answers to one set say more than four
+    to each of three. A set that is as small from the start stays whole.
     """
-    first, even = chosen[0], []
-    for divisor in DIVISORS:
-        parts = [each if len(each.items) <= LEAST_ITEMS else each.part(divisor) for each in chosen]
-        if divisor == 1 or all(len(part.items) >= LEAST_ITEMS or part in chosen for part in parts):
-            even.append(tuple(parts))
-    fewer = [even[-1][:n] for n in range(len(chosen) - 1, 0, -1)]
-    less = [first.part(divisor) for divisor in DIVISORS]
-    less = [part for part in less if len(part.items) < len(even[-1][0].items)]
-    less += [first.part(DIVISORS[-1], n) for n in range(len(first.families()) - 1, 0, -1)]
-    return [*even, *fewer, *((part,) for part in less)]
+
+    def even(divisor: int) -> Sets:
+        return tuple(each.part(max(LEAST_ITEMS, -(-len(each.items) // divisor))) for each in chosen)
+
+    least = even(DIVISORS[-1])
+    first = [least[0].part(len(least[0].items) // divisor) for divisor in DIVISORS[1:]]
+    candidates = [even(divisor) for divisor in DIVISORS]
+    candidates += [least[:n] for n in range(len(chosen) - 1, 0, -1)]
+    candidates += [(part,) for part in first if part.items]
+    return list(dict.fromkeys(candidates))
 
 
 def _seconds(item_sets: Sequence[ItemSet], pace: Pace, options: Options) -> float:
     """Seconds of all answers at their full length; prompts are counted by four characters a token."""
-    thinking = options.thinking_tokens
     return options.n_samples * sum(
-        pace.seconds(len(item.asked(each.instruction)) / 4 + 16, each.max_tokens + thinking)
+        pace.seconds(len(item.asked(each.instruction)) / 4 + 16, each.max_tokens + options.thinking_tokens)
         for each in item_sets
         for item in each.items[: options.limit]
     )
@@ -156,9 +134,8 @@ def _seconds(item_sets: Sequence[ItemSet], pace: Pace, options: Options) -> floa
 def left_out(chosen: Sequence[ItemSet], parts: Sequence[ItemSet]) -> list[str]:
     """What the parts lack, in sentences."""
     asked = {each.name: len(each.items) for each in parts}
-    shares = {each.name: each.share for each in parts}
     return [
-        f"only {asked[each.name]} of {len(each.items)} questions of {each.name} asked ({shares[each.name]})"
+        f"only {asked[each.name]} of {len(each.items)} questions of {each.name} asked"
         if each.name in asked
         else f"the set {each.name}"
         for each in chosen

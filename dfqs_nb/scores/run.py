@@ -1,8 +1,7 @@
 """Ask a model every question of a set, judge the answers, and keep both, so that a killed run continues.
 
-A run is two append-only files: answers, by conditions, model and item; and the sandbox's verdicts, by the
-program that ran. What failed for a reason outside the answer (a decode error, a sandbox that does not start)
-is tried again and then stops the run; it is never a score of 0.
+A run is two append-only files: the answers, and the sandbox's verdicts on programs. An error of another cause
+(decoding fails, the sandbox does not start) stops the run; it never scores 0.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,13 @@ from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.llama.generate import GREEDY, Completion, Sampling, TextStream, chat_prompt, chat_text
-from dfqs_nb.llama.model import PLAIN_STOP, ContextFullError, DecodeError, Model
+from dfqs_nb.llama.model import PLAIN_STOP, Model
 from dfqs_nb.llama.thinking import answer_start, opens_thinking
 from dfqs_nb.scores.answers import repeats
 from dfqs_nb.scores.grading import SetRun, grade
 from dfqs_nb.scores.item_sets import Item, ItemSet
 from dfqs_nb.scores.sandbox import DRIVER, LIMITS, Candidate, Sandbox, Verdict, check_allowed, find_sandbox
 
-ATTEMPTS = 3  # at decoding one item
 THINKING = ("template", "on", "off")
 BATCH = 32  # candidates judged between two writes
 # what a line of the two files holds
@@ -44,9 +41,9 @@ class Options:
     Attributes:
         temperature, top_p: how tokens are chosen; temperature 0 is greedy.
         seed: of the sampling; each sample of an item has a seed of its own.
-        n_samples, ks: with a temperature, several samples an item, and of code pass@k for each k.
+        n_samples: answers to each item; several need a temperature.
         thinking: ``template`` leaves it to the chat template; ``on`` and ``off`` tell the template.
-        thinking_tokens: for the thinking, beside the set's own limit for the answer.
+        thinking_tokens: for the thinking, on top of the set's own limit for the answer.
         limit: only the first items; the score is then withheld.
     """
 
@@ -54,7 +51,6 @@ class Options:
     top_p: float = GREEDY.top_p
     seed: int = GREEDY.seed
     n_samples: int = 1
-    ks: tuple[int, ...] = ()
     thinking: str = "template"
     thinking_tokens: int = 0
     limit: int | None = None
@@ -67,9 +63,6 @@ class Options:
             raise PromptError(f"thinking is {self.thinking!r}", hint=f"use one of {', '.join(THINKING)}")
         if self.n_samples > 1 and not self.temperature:
             raise PromptError("greedy samples are all the same", hint="give a temperature, or one sample")
-        if max(self.ks, default=1) > self.n_samples:
-            what = f"pass@{max(self.ks)} of {self.n_samples} samples"
-            raise PromptError(what, hint="take as many samples")
 
     @property
     def sampling(self) -> Sampling:
@@ -117,9 +110,9 @@ class Answerer:
 
     Attributes:
         answer: gives the completion of a request. mode: ``chat`` or ``complete``.
-        conditions: what an answer depends on beside the model, the set and the options.
+        conditions: what an answer depends on besides the model, the set and the options.
         model_id: the model's SHA-256, or a name where that is not known.
-        opens_thinking: the chat template begins a thinking, so the answer's text lacks its mark.
+        opens_thinking: the chat template begins the thinking, so the answer's text lacks its mark.
         n_parallel: items asked at once; more than one only where threads may share ``answer``.
     """
 
@@ -171,6 +164,9 @@ class Answerer:
         It receives ``answers-<set>.jsonl`` and ``verdicts-<set>.jsonl``. A `SandboxError` comes before the
         first question.
         """
+        if item_set.kind == "choice":
+            hint = "answer it with `dfqs-nb choices MODEL --set FILE.jsonl`"
+            raise PromptError(f"{item_set.name} is a multiple-choice set", hint=hint)
         sandbox = find_sandbox() if item_set.kind == "code" else None
         if sandbox:
             check_allowed(sandbox, options.allow_unsandboxed)
@@ -178,8 +174,7 @@ class Answerer:
         folder.mkdir(parents=True, exist_ok=True)
         own = {"mode": self.mode, **options.conditions(), "scoring": __version__}
         conditions = {**item_set.identity(), **own, **self.conditions}
-        # conditions of an earlier run, read again, name what an answer doesn't depend on
-        free = ("repeats", "sandbox", "part")
+        free = ("repeats", "sandbox", "part")  # an answer does not depend on these
         known = {name: value for name, value in conditions.items() if name not in free}
         known["model"], place = self.model_id, folder / f"answers-{item_set.name}.jsonl"
         journal = Journal(place, known, fresh=options.fresh, whole=lambda row: holds(row, ANSWER))
@@ -199,51 +194,45 @@ class Answerer:
             candidates = [_candidate(item, journal[key], self.mode) for key, (item, _) in wanted.items()]
             _judge(rows, candidates, sandbox, folder / f"verdicts-{item_set.name}.jsonl", options)
             conditions["sandbox"] = sandbox.level
-        facts: dict[str, Any] = {"n_items": len(item_set.items), "ks": options.ks, "n_resumed": n_resumed}
+        facts: dict[str, Any] = {"n_items": len(item_set.items), "n_resumed": n_resumed}
         facts |= {"conditions": conditions | {"repeats": options.n_samples}, "model": self.model_id}
         return SetRun.of(item_set.kind, item_set.name, rows, **facts)
 
     def _answers(
         self, item_set: ItemSet, todo: Mapping[str, tuple[Item, int]], options: Options
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Answers as they come, by the key of their sample.
+        """Answers as they come, by the key of their sample. After an error no further item is asked."""
+        errors: list[Exception] = []
 
-        After an error no new item is begun, and what was under way is handed over before the error is raised.
-        """
-
-        def ask(key: str) -> dict[str, Any]:
+        def ask(key: str) -> tuple[str, dict[str, Any]]:
             item, number = todo[key]
-            return self._asked(self.request(item_set, item, replace(options, seed=options.seed + number)))
+            return key, self._asked(
+                self.request(item_set, item, replace(options, seed=options.seed + number))
+            )
+
+        def ask_beside(key: str) -> tuple[str, dict[str, Any]] | None:
+            try:
+                return None if errors else ask(key)
+            except Exception as error:
+                errors.append(error)
+                return None
 
         if self.n_parallel == 1:
-            yield from ((key, ask(key)) for key in todo)
+            yield from map(ask, todo)
             return
-        left, failed = iter(todo), None
-        under_way: dict[Future[dict[str, Any]], str] = {}
         with ThreadPoolExecutor(self.n_parallel) as pool:
-            while True:
-                for key in islice(left, self.n_parallel - len(under_way) if failed is None else 0):
-                    under_way[pool.submit(ask, key)] = key
-                if not under_way:
-                    break
-                for done in wait(under_way, return_when=FIRST_COMPLETED).done:
-                    key, error = under_way.pop(done), done.exception()
-                    failed = failed or error
-                    if error is None:
-                        yield key, done.result()
-        if failed is not None:
-            raise failed
+            asked = [pool.submit(ask_beside, key) for key in todo]
+            try:
+                yield from filter(None, (done.result() for done in as_completed(asked)))
+            finally:
+                pool.shutdown(cancel_futures=True)
+        if errors:
+            raise errors[0]
 
     def _asked(self, request: Request) -> dict[str, Any]:
-        """The answer to a request, as it is written down; an error of the runtime is tried again."""
-        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
-
-        def passing(error: BaseException) -> bool:
-            return isinstance(error, DecodeError) and not isinstance(error, ContextFullError)
-
-        stop, started = stop_after_attempt(ATTEMPTS), time.perf_counter()
-        retrying = Retrying(stop=stop, wait=wait_fixed(0.1), retry=retry_if_exception(passing), reraise=True)
-        completion = retrying(self.answer, request)
+        """The answer to a request, as the journal keeps it."""
+        started = time.perf_counter()
+        completion = self.answer(request)
         return {
             # half of a surrogate pair is no text, and no file could hold it
             "completion": completion.text.encode("utf-8", "replace").decode(),
@@ -261,8 +250,7 @@ def score_set(
 
     Raises:
         SandboxError: the set is code and there is no sandbox; nothing has been asked yet.
-        PromptError: an item does not fit into the context. ModelError: as `check_prompts`.
-        DecodeError: llama.cpp fails at an item three times.
+        PromptError, ModelError: as `check_prompts`. DecodeError: llama.cpp fails at an item.
     """
     answerer = Answerer.of(model, item_set, options, model_id)
     check_prompts(model, item_set, answerer, options)
@@ -274,7 +262,7 @@ def check_prompts(model: Model, item_set: ItemSet, answerer: Answerer, options: 
 
     Raises:
         PromptError: it is more than the model was opened with.
-        ModelError: the chat template fails, or leaves a question out.
+        ModelError: the chat template fails, or drops a question.
     """
     requests = (answerer.request(item_set, item, options) for item in item_set.items)
     longest = max(len(request.tokens(model)) + request.max_tokens for request in requests)
@@ -292,16 +280,13 @@ def _row(item_set: ItemSet, item: Item, number: int, answer: Mapping[str, Any]) 
     row |= {"expected": item.answer or item.reference, "truncated": answer["finish_reason"] == "length"}
     if item_set.kind == "code":
         return row
-    how = item_set.extract
-    grade_, given = grade(answer["completion"], answer["finish_reason"], item.answer, how, answer["opened"])
-    reasons = {
-        "wrong": f"answered {given!r}",
-        "no_answer": f"no answer in its {how}",
-        "truncated": f"cut off after {answer['tokens']} tokens"
-        + (", and repeats itself" if repeats(answer["completion"]) else ""),
-    }
-    judged = {"grade": grade_, "reason": reasons.get(grade_, ""), "correct": grade_ == "correct"}
-    return {**row, **judged, "truncated": grade_ == "truncated"}
+    text, how = answer["completion"], item_set.extract
+    judged, given = grade(text, answer["finish_reason"], item.answer, how, answer["opened"])
+    looped = ", and repeats itself" if repeats(text) else ""
+    reasons = {"wrong": f"answered {given!r}", "no_answer": f"no answer in its {how}"}
+    reasons["truncated"] = f"cut off after {answer['tokens']} tokens{looped}"
+    row |= {"grade": judged, "reason": reasons.get(judged, ""), "correct": judged == "correct"}
+    return row | {"truncated": judged == "truncated"}
 
 
 def _candidate(item: Item, answer: Mapping[str, Any], mode: str) -> Candidate | Verdict:
@@ -325,19 +310,17 @@ def _judge(
     conditions = {"sandbox": sandbox.level, "limits": asdict(LIMITS), "driver": driver}
     conditions["python"] = platform.python_version()
     journal = Journal(path, conditions, fresh=options.fresh, whole=lambda row: holds(row, VERDICT))
-    runnable = {each.key: each for each in candidates if isinstance(each, Candidate)}
-    todo = {key: candidate for key, candidate in runnable.items() if key not in journal}
+    todo = {each.key: each for each in candidates if isinstance(each, Candidate) and each.key not in journal}
     with tqdm(total=len(todo), desc="tests", disable=not options.progress or not todo) as bar:
         for start in range(0, len(todo), BATCH):
             part = list(todo)[start : start + BATCH]
             for key, verdict in zip(part, sandbox.verdicts([todo[key] for key in part]), strict=True):
-                journal.add(key, outcome=verdict.outcome, detail=verdict.detail)
+                journal.add(key, **asdict(verdict))
             bar.update(len(part))
     for row, candidate in zip(rows, candidates, strict=True):
-        if isinstance(candidate, Candidate):
-            judged, lead = Verdict(*(journal[candidate.key][name] for name in VERDICT)), "cut off; "
-        else:
-            judged, lead = candidate, ""
-        cut = (row["truncated"] or judged.outcome == "truncated") and not judged.passed
-        reason = "" if judged.passed else f"{lead * cut}{judged.outcome}: {judged.detail}".rstrip(": ")
-        row |= {"grade": judged.outcome, "reason": reason, "correct": judged.passed, "truncated": cut}
+        ran = isinstance(candidate, Candidate)
+        verdict = Verdict(**journal[candidate.key]) if isinstance(candidate, Candidate) else candidate
+        cut = (row["truncated"] or verdict.outcome == "truncated") and not verdict.passed
+        reason = f"{'cut off; ' * (cut and ran)}{verdict.outcome}: {verdict.detail}".rstrip(": ")
+        row |= {"grade": verdict.outcome, "reason": "" if verdict.passed else reason}
+        row |= {"correct": verdict.passed, "truncated": cut}

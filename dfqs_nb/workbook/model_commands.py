@@ -97,7 +97,7 @@ def score(
     threads: int = THREADS,
     limit: int | None = Option(None, help="Ask only this many questions a set; then nothing is scored."),
     run: str = RUN,
-    samples: int = Option(1, help="Answers to each question; code then gets pass@k up to this k."),
+    samples: int = Option(1, help="Answers to each question; more than 1 needs --temperature."),
     temperature: float = Option(0.0, help="0: greedy."),
     top_p: float = Option(0.95, help="Used only above temperature 0."),
     thinking: Thinking = Option(Thinking.TEMPLATE, help="The thinking mode that the chat template gets."),
@@ -133,7 +133,6 @@ def score(
         temperature=temperature,
         top_p=top_p,
         n_samples=samples,
-        ks=tuple(k for k in (10, 100) if k <= samples),
         thinking=thinking.value,
         thinking_tokens=thinking_tokens,
         limit=limit,
@@ -155,7 +154,7 @@ def score(
             model_id, folder, score_set = identity(opened), model_run_dir(run, model), score_model
         for item_set in sets:
             result = score_set(opened, item_set, folder / "scores", options, model_id=model_id)
-            say("\n".join(part.sentence for part in (result.score, *result.pass_at.values())))
+            say(result.score.sentence)
         if long_context:
             _long_context(opened, folder / "long_context", tier, longest, shortest, fresh)
     say(f"answers: {tilde(folder / 'scores')}/")
@@ -273,14 +272,14 @@ def choices(
     """
     from dfqs_nb.scores import likelihood
 
-    questions = likelihood.ChoiceSet.load(set_name)
+    questions = likelihood.load_choices(set_name)
     with open_model(model, n_ctx, threads) as opened:
         folder = model_run_dir(run, model, "scores")
         options: dict[str, Any] = {"model_id": identity(opened), "limit": limit, "fresh": fresh}
         result = likelihood.answer(opened, questions, folder, **options)
     say(result.sentence)
     say_table(result.families())
-    say(f"wrote {tilde(result.save(folder / f'{questions.head.set}.lm_eval.json'))}")
+    say(f"wrote {tilde(result.save(folder / f'{questions.name}.lm_eval.json'))}")
 
 
 @app.command(rich_help_panel=MEASURE)

@@ -23,8 +23,7 @@ from other_models import smollm2
 
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.scores import likelihood
-from dfqs_nb.scores.likelihood import ChoiceSet
+from dfqs_nb.scores import ItemSet, likelihood
 
 INSTALL = (
     "python3 -m venv /tmp/lm-eval && /tmp/lm-eval/bin/pip install 'lm-eval[hf]==0.4.13' gguf==0.19.0 && "
@@ -38,7 +37,7 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {items}}}}}
 test_split: test
 output_type: multiple_choice
-doc_to_text: query
+doc_to_text: prompt
 doc_to_choice: choices
 doc_to_target: gold
 target_delimiter: "{delimiter}"
@@ -67,28 +66,28 @@ def f32(tmp_path_factory):
 def questions(tmp_path_factory):
     """Questions of a shipped set as plain text, the first two solved in front of each."""
     folder = tmp_path_factory.mktemp("questions")
-    made = ChoiceSet.load("standard-reasoning")
-    rows = [asdict(item) | {"query": f"{item.query}\nAnswer:"} for item in made.items]
-    rows = sorted(rows, key=lambda row: len(row["query"]))[:N_QUESTIONS]  # lm-eval evaluates each choice anew
+    made = likelihood.load_choices("standard-reasoning")
+    rows = [asdict(item) | {"prompt": f"{item.prompt}\nAnswer:"} for item in made.items]
+    rows = sorted(rows, key=lambda row: len(row["prompt"]))[
+        :N_QUESTIONS
+    ]  # lm-eval evaluates each choice anew
     head = {"set": "agreement", "kind": "choice", "delimiter": " ", "examples": rows[:2]}
     path = folder / "agreement.jsonl"
     path.write_text("\n".join(map(json.dumps, [head, *rows[2:]])), encoding="utf-8")
-    return ChoiceSet.load(path)
+    return ItemSet.load(path)
 
 
-def by_lm_eval(python: str, model: Path, questions: ChoiceSet, folder: Path) -> list[dict]:
+def by_lm_eval(python: str, model: Path, questions: ItemSet, folder: Path) -> list[dict]:
     """lm-eval's own samples, in the order of the questions."""
     rows = [asdict(item) for item in questions.items]
     items = folder / "items.jsonl"
     items.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    examples = json.dumps([asdict(item) for item in questions.head.examples])
-    task = TASK.format(
-        set=questions.head.set, items=items, delimiter=questions.head.delimiter, examples=examples
-    )
+    examples = json.dumps([asdict(item) for item in questions.examples])
+    task = TASK.format(set=questions.name, items=items, delimiter=questions.delimiter, examples=examples)
     (folder / "agreement.yaml").write_text(task, encoding="utf-8")
     arguments = f"pretrained={model.parent},gguf_file={model.name},dtype=float32"
     command = [python, "-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments, "--device", "cpu"]
-    command += ["--tasks", questions.head.set, "--include_path", str(folder), "--batch_size", "1"]
+    command += ["--tasks", questions.name, "--include_path", str(folder), "--batch_size", "1"]
     command += ["--log_samples", "--output_path", str(folder / "out")]
     offline = {
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -110,7 +109,7 @@ def test_log_likelihoods_equal_those_of_lm_eval(f32, questions, tmp_path):
     theirs = by_lm_eval(python, f32, questions, tmp_path)
     settings = OpenSettings(n_ctx=2048, n_threads=1, type_k="f32", type_v="f32", flash_attn=False)
     with open_model(f32, settings) as model:
-        ours = likelihood.answer(model, questions, tmp_path).as_lm_eval()["samples"][questions.head.set]
+        ours = likelihood.answer(model, questions, tmp_path).as_lm_eval()["samples"][questions.name]
     assert len(ours) == len(theirs) == N_QUESTIONS - 2
     largest = 0.0
     for mine, other in zip(ours, theirs, strict=True):

@@ -17,18 +17,18 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama.model import ContextFullError, open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.scores import ItemSet, likelihood
-from dfqs_nb.scores.likelihood import ChoiceSet
+from dfqs_nb.scores.likelihood import choices_of, load_choices
 from dfqs_nb.stats import clopper_pearson
 
 HEAD = {
     "set": "own",
     "kind": "choice",
-    "examples": [{"id": "e", "query": "The sky is", "choices": ["blue.", "green."], "gold": 0}],
+    "examples": [{"id": "e", "prompt": "The sky is", "choices": ["blue.", "green."], "gold": 0}],
 }
 ITEMS = [
-    {"id": "1", "query": "The grass is", "choices": ["green.", "blue.", "a river"], "gold": 0},
-    {"id": "2", "query": "Rain fell softly on the ", "choices": ["roof.", "sun"], "gold": 0},
-    {"id": "3", "query": "The sun", "choices": [" is yellow.", " x"], "gold": 1, "family": "odd"},
+    {"id": "1", "prompt": "The grass is", "choices": ["green.", "blue.", "a river"], "gold": 0},
+    {"id": "2", "prompt": "Rain fell softly on the ", "choices": ["roof.", "sun"], "gold": 0},
+    {"id": "3", "prompt": "The sun", "choices": [" is yellow.", " x"], "gold": 1, "family": "odd"},
 ]
 
 
@@ -59,11 +59,11 @@ def whole(model, context, tokens):
 
 
 def test_restored_states_give_what_whole_evaluations_give(model, own, tmp_path):
-    questions = ChoiceSet.load(own())
+    questions = load_choices(own())
     answers = likelihood.answer(model, questions, tmp_path)
     n_whole = 0
     for item, row in zip(questions.items, answers.items.itertuples(), strict=True):
-        context, choices = likelihood.encode(model, questions.head, item)
+        context, choices = likelihood.encode(model, questions, item)
         expected = [whole(model, context, tokens) for tokens in choices]
         n_whole += sum(len(context) + len(tokens) for tokens in choices)
         assert row.log_likelihoods == pytest.approx([value for value, _ in expected], abs=0.02)
@@ -78,14 +78,14 @@ def test_four_choices_cost_little_more_than_one(model, own, tmp_path):
     items = [
         {
             "id": str(n),
-            "query": f"{query} {thing} and",
+            "prompt": f"{query} {thing} and",
             "choices": ["a tree", "the sun", "a cat.", "no"],
             "gold": 0,
         }
         for n, thing in enumerate(["a bench", "some grass", "a wall"])
     ]
-    questions = ChoiceSet.load(own(HEAD, items))
-    encoded = [likelihood.encode(model, questions.head, item) for item in questions.items]
+    questions = load_choices(own(HEAD, items))
+    encoded = [likelihood.encode(model, questions, item) for item in questions.items]
     shared = len(commonprefix([context for context, _ in encoded]))
     contexts = sum(len(context) - shared for context, _ in encoded)
     endings = [[len(tokens) - 1 for tokens in choices] for _, choices in encoded]
@@ -98,7 +98,7 @@ def test_four_choices_cost_little_more_than_one(model, own, tmp_path):
 def test_random_weights_score_at_chance(tmp_path):
     path = write_model("llama", tmp_path)
     path.write_bytes(with_vocabulary(path).bytes())
-    questions = ChoiceSet.load("nano-reasoning")
+    questions = load_choices("nano-reasoning")
     with open_model(path, OpenSettings(n_ctx=512, n_threads=1)) as random:
         items = likelihood.answer(random, questions, tmp_path).items
     for metric in ("acc", "acc_norm"):
@@ -108,15 +108,15 @@ def test_random_weights_score_at_chance(tmp_path):
 
 
 def test_context_and_choices_are_tokenized_together(model, own):
-    questions = ChoiceSet.load(own())
-    context, choices = likelihood.encode(model, questions.head, questions.items[1])
+    questions = load_choices(own())
+    context, choices = likelihood.encode(model, questions, questions.items[1])
     text = b"".join(map(model.token_bytes, [*context, *choices[0]])).decode()
     assert text == "The sky is blue.\n\nRain fell softly on the  roof."
     assert model.token_bytes(context[-1]).decode()[-1] == "e", "blanks belong to the choice"
 
 
 def test_acc_norm_divides_by_the_length_of_a_choice(model, own, tmp_path):
-    answers = likelihood.answer(model, ChoiceSet.load(own()), tmp_path)
+    answers = likelihood.answer(model, load_choices(own()), tmp_path)
     for item, row in zip(ITEMS, answers.items.itertuples(), strict=True):
         per_letter = [
             value / len(choice) for value, choice in zip(row.log_likelihoods, item["choices"], strict=True)
@@ -126,7 +126,7 @@ def test_acc_norm_divides_by_the_length_of_a_choice(model, own, tmp_path):
 
 
 def test_the_file_has_the_layout_of_lm_eval(model, own, tmp_path):
-    answers = likelihood.answer(model, ChoiceSet.load(own()), tmp_path)
+    answers = likelihood.answer(model, load_choices(own()), tmp_path)
     result = json.loads(answers.save(tmp_path / "result.json").read_text())
     scores, samples = result["results"]["own"], result["samples"]["own"]
     right = [sample["acc"] for sample in samples]
@@ -137,16 +137,16 @@ def test_the_file_has_the_layout_of_lm_eval(model, own, tmp_path):
 
 
 def test_a_second_run_evaluates_nothing(model, own, tmp_path):
-    questions = ChoiceSet.load(own())
+    questions = load_choices(own())
     first = likelihood.answer(model, questions, tmp_path)
     second = likelihood.answer(model, questions, tmp_path)
     assert first.items.equals(second.items) and second.n_evaluated == 0 < first.n_evaluated
 
 
 def test_a_shipped_set_becomes_multiple_choice_the_same_way_each_time(model, tmp_path):
-    questions = ChoiceSet.load("nano-reasoning")
-    assert questions == ChoiceSet.made_of(ItemSet.load("nano-reasoning"))
-    assert questions.head.licence == ItemSet.load("nano-reasoning").licence != "not stated"
+    questions = load_choices("nano-reasoning")
+    assert questions == choices_of(ItemSet.load("nano-reasoning"))
+    assert questions.licence == ItemSet.load("nano-reasoning").licence != "not stated"
     answers = {item.id: item.answer for item in ItemSet.load("nano-reasoning").items}
     for item in questions.items:
         assert item.choices[item.gold] == answers[item.id] and len(set(item.choices)) == 4
@@ -171,18 +171,18 @@ def test_a_shipped_set_becomes_multiple_choice_the_same_way_each_time(model, tmp
 )
 def test_a_broken_set_names_line_and_field(own, head, items, message):
     with pytest.raises(PromptError, match=message):
-        ChoiceSet.load(own(head, items))
+        load_choices(own(head, items))
 
 
 def test_what_cannot_be_asked_is_refused(model, own, tmp_path):
     with pytest.raises(PromptError, match="has no 4 answers a family"):
-        ChoiceSet.load("nano-code")
+        load_choices("nano-code")
     with pytest.raises(PromptError, match="cannot be read"):
-        ChoiceSet.load(tmp_path / "missing.jsonl")
+        load_choices(tmp_path / "missing.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(PromptError, match="not a regular file"):
-        ChoiceSet.load(tmp_path / "pipe.jsonl")
-    long = ChoiceSet.load(own(HEAD, [{**ITEMS[0], "query": "The sky is blue. " * 300}]))
+        load_choices(tmp_path / "pipe.jsonl")
+    long = load_choices(own(HEAD, [{**ITEMS[0], "prompt": "The sky is blue. " * 300}]))
     with pytest.raises(ContextFullError):
         likelihood.answer(model, long, tmp_path)
 
@@ -192,14 +192,14 @@ def test_what_cannot_be_asked_is_refused(model, own, tmp_path):
     [
         ({**HEAD, "set": "../../esc"}, "line 1: set"),
         ({**HEAD, "examples": [{**HEAD["examples"][0], "gold": 9}]}, "examples: gold names no choice"),
-        ({**HEAD, "mode": "chat"}, "only the mode complete shows them"),
+        ({**HEAD, "mode": "chat"}, "only a choice set in the mode complete"),
     ],
 )
 def test_a_head_that_means_nothing_is_refused(own, head, message):
     with pytest.raises(PromptError, match=message):
-        ChoiceSet.load(own(head))
+        load_choices(own(head))
 
 
 def test_a_limit_that_leaves_nothing_is_refused(model, own, tmp_path):
     with pytest.raises(PromptError, match="leaves no question"):
-        likelihood.answer(model, ChoiceSet.load(own()), tmp_path, limit=0)
+        likelihood.answer(model, load_choices(own()), tmp_path, limit=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -23,20 +24,22 @@ def planned(monkeypatch):
 
 
 def test_a_part_asks_as_much_of_every_family_and_larger_parts_hold_it():
-    whole = SETS[0]
-    ids = {}
-    for divisor in plan.DIVISORS:
-        part = whole.part(divisor)
-        assert part.families() == whole.families() and part.name == whole.name
-        ids[divisor] = {item.id for item in part.items}
+    whole, before = SETS[0], set()
+    for n in (1, 3, 10, 25, 120, 500):
+        part = whole.part(n)
+        assert len(part.items) == min(n, len(whole.items)) and part.name == whole.name
+        sizes = Counter(item.family for item in part.items)
+        assert max(sizes.values()) - min(sizes.values()) <= 1 and len(sizes) == min(n, len(whole.families()))
         assert ("part" in part.identity()) == (len(part.items) < len(whole.items))
-    assert ids[64] <= ids[8] <= ids[2] < ids[1]
+        assert before <= {item.id for item in part.items}
+        before = {item.id for item in part.items}
+    assert part == whole
 
 
-def test_the_last_questions_go_by_single_families_and_a_small_set_stays_whole():
+def test_parts_shrink_to_a_single_question_and_a_small_set_stays_whole():
     sizes = [sum(len(part.items) for part in parts) for parts in plan._candidates(tuple(SETS))]
-    assert sizes == sorted(sizes, reverse=True) and sizes[-10:] == [10, 9, 8, 7, 6, 5, 4, 3, 2, 1]
-    own = replace(SETS[0].part(64, 4), set="own")
+    assert sizes == sorted(sizes, reverse=True) and sizes[-6:] == [36, 24, 12, 6, 3, 1]
+    own = replace(SETS[0].part(4), set="own")
     for parts in plan._candidates((SETS[0], own)):
         assert own in parts or len(parts) == 1
 
@@ -48,7 +51,7 @@ def test_without_a_limit_all_is_asked(planned):
 
 def test_a_budget_is_kept_and_the_last_sets_go_last(planned):
     full, n_sets = planned(math.inf).full_seconds, []
-    for share in (0.5, 0.2, 0.12, 0.06):
+    for share in (0.5, 0.2, 0.08, 0.04):
         made = planned(full * share)
         n_sets.append(len(made.parts))
         assert made.seconds <= full * share and "more, if answers turn out shorter" in made.sentence
@@ -90,11 +93,11 @@ def test_choices_are_an_even_part_that_the_time_holds(planned, monkeypatch, tmp_
         likelihood, "answer", lambda _, part, *__, **___: likelihood.Answers(part, "", {}, pd.DataFrame())
     )
     made = planned(math.inf)
-    whole = likelihood.ChoiceSet.made_of(SETS[0])
+    whole = likelihood.choices_of(SETS[0])
     asked = [made.choose(tmp_path, seconds) for seconds in (math.inf, 0)]
     many, few = (answers.questions for answers in asked)
     assert not asked[0].left_out, "a cap is no cut"
-    assert asked[1].left_out == (f"only 1 of {len(many.items)} questions of {many.head.set} asked",)
+    assert asked[1].left_out == (f"only 1 of {len(many.items)} questions of {many.name} asked",)
     assert set(many.items) <= set(whole.items) and 48 <= len(many.items) <= 96
     assert {item.family for item in many.items} == {item.family for item in whole.items}
     assert few.items == whole.items[:1]

@@ -14,7 +14,7 @@ from dfqs_nb.llama.generate import Completion, TextStream
 from dfqs_nb.llama.model import DecodeError, open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.llama.template import ChatTemplate
-from dfqs_nb.scores import Answerer, ItemSet, Options, compare_runs, sandbox, score_set
+from dfqs_nb.scores import Answerer, ItemSet, Options, compare_runs, likelihood, sandbox, score_set
 from dfqs_nb.scores import run as scores
 from dfqs_nb.scores.grading import Results
 from dfqs_nb.scores.run import Request
@@ -35,7 +35,7 @@ def said(text: str, finish: str = "eos") -> Completion:
 class Oracle:
     """Answers right but for every third item; may be killed or fail on the way."""
 
-    def __init__(self, killed_at: int | None = None, failing: int = 0, shift: int = 0) -> None:
+    def __init__(self, killed_at: int | None = None, failing: bool = False, shift: int = 0) -> None:
         self.calls, self.killed_at, self.failing, self.shift = 0, killed_at, failing, shift
 
     def __call__(self, item, request: Request) -> Completion:
@@ -43,7 +43,6 @@ class Oracle:
         if self.calls == self.killed_at:
             raise KeyboardInterrupt
         if self.failing:
-            self.failing -= 1
             raise DecodeError("llama_decode failed")
         wrong = (sum(item.id.encode()) + self.shift) % 3 == 0
         return said("no" if wrong else item.answer or item.reference)
@@ -101,11 +100,15 @@ def test_a_finished_run_asks_nothing_and_other_conditions_ask_all(tmp_path):
         assert oracle.calls == calls, (conditions, options)
 
 
-def test_an_error_of_the_runtime_is_tried_again_and_never_a_wrong_answer(tmp_path):
-    assert collect(Oracle(failing=2), tmp_path / "a").score == collect(Oracle(), tmp_path / "b").score
+def test_an_error_of_the_runtime_is_never_a_wrong_answer(tmp_path):
     with pytest.raises(DecodeError):
-        collect(Oracle(failing=3), tmp_path / "c")
-    assert not (tmp_path / "c/answers-nano-reasoning.jsonl").exists()
+        collect(Oracle(failing=True), tmp_path)
+    assert not (tmp_path / "answers-nano-reasoning.jsonl").exists()
+
+
+def test_a_set_of_choices_is_not_asked_for_texts(tmp_path):
+    with pytest.raises(PromptError, match="multiple-choice set; answer it with `dfqs-nb choices"):
+        collect(Oracle(), tmp_path, likelihood.choices_of(QUESTIONS))
 
 
 def test_a_part_of_a_set_is_withheld(tmp_path):
@@ -258,18 +261,17 @@ def test_the_code_of_a_chat_is_its_code_block(tmp_path):
 
 
 @needs_sandbox
-def test_several_samples_give_pass_at_k(tmp_path):
+def test_several_samples_of_code_give_the_share_that_passes(tmp_path):
     seeds = []
 
     def every_other(item, request):
         seeds.append(request.sampling.seed)
         return said(item.reference if request.sampling.seed % 2 else "    pass")
 
-    options = {"n_samples": 4, "ks": (2, 4), "temperature": 0.8, "seed": 0}
+    options = {"n_samples": 4, "temperature": 0.8, "seed": 0}
     run = collect(every_other, tmp_path, CODE, mode="complete", **options)
     assert sorted(set(seeds)) == [0, 1, 2, 3] and len(run.items) == 24
-    assert run.score.value == 0.5 and run.pass_at[4].value == 1.0
-    assert run.pass_at[2].value == pytest.approx(1 - 1 / math.comb(4, 2))
+    assert run.score.value == 0.5 and run.score.n == 6
 
 
 @pytest.fixture(scope="module")
