@@ -36,6 +36,8 @@ CHUNK = 16 << 20
 SECOND_SHARD = 0.8  # where the shards part, as the published ones do
 # Of blocks, by offset: they give weights of about 1/64, as 4,096 inputs call for.
 SCALES = {"Q8_0": {0: 2.1e-4}, "IQ1_S": {0: 2e-3}, "Q2_K": {80: 2e-3, 82: 3e-3}}
+# Embeddings outweigh what layers add: the token decides which experts a router chooses, all are used alike.
+EMBEDDING_SCALE = 0.5
 SIZES = {name: (elements, n_bytes) for name, elements, n_bytes in TENSOR_TYPES.values()}
 
 
@@ -221,7 +223,8 @@ def _data(row: Row, n_experts: int) -> Iterator[bytes]:
         draw = np.random.default_rng(seed)
         yield (0.02 * draw.standard_normal(row.nbytes // 4, np.float32)).astype("<f4").tobytes()
     else:
-        pool, at, left = _pool(row.type), seed % POOL_BLOCKS * SIZES[row.type][1], row.nbytes
+        pool = _pool(row.type, EMBEDDING_SCALE if name == "token_embd.weight" else None)
+        at, left = seed % POOL_BLOCKS * SIZES[row.type][1], row.nbytes
         while left:
             piece = pool[at : at + min(left, CHUNK)]
             left, at = left - len(piece), (at + len(piece)) % len(pool)
@@ -229,11 +232,11 @@ def _data(row: Row, n_experts: int) -> Iterator[bytes]:
 
 
 @cache
-def _pool(kind: str) -> bytes:
-    """Random blocks of a type, valid and of the size that weights have."""
+def _pool(kind: str, scale: float | None = None) -> bytes:
+    """Random blocks of a type, valid and of the size that weights have, or of this scale."""
     blocks = np.random.default_rng(1).integers(0, 256, (POOL_BLOCKS, SIZES[kind][1]), np.uint8)
-    for offset, scale in SCALES[kind].items():
-        blocks[:, offset : offset + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+    for offset, usual in SCALES[kind].items():
+        blocks[:, offset : offset + 2] = np.frombuffer(np.float16(scale or usual).tobytes(), np.uint8)
     return blocks.tobytes()
 
 

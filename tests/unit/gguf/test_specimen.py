@@ -93,3 +93,22 @@ def test_llama_cpp_loads_and_runs_it(tmp_path):
     with open_model(path, OpenSettings(n_ctx=256, n_gpu_layers=0)) as model:
         logits = model.evaluate(model.tokenize("What is the capital of France?"))
     assert np.isfinite(logits).all() and 0.01 < logits.std() < 100
+
+
+@pytest.mark.slow
+def test_its_routers_use_all_experts_alike(tmp_path):
+    """The worst case of paging: a token's experts say little about the next token's."""
+    from dfqs_nb.llama import OpenSettings
+    from dfqs_nb.routing.recorded import open_recorded
+
+    shape = specimen.Shape(n_layers=5, n_experts=16, n_tokens=512)
+    path = specimen.write_specimen(tmp_path / "m.gguf", shape, progress=False)
+    tokens = np.random.default_rng(3).integers(300, 512, 48).tolist()
+    with open_recorded(path, OpenSettings(n_ctx=64, n_gpu_layers=0)) as opened:
+        opened.clear()
+        opened.feed(tokens)
+        experts = opened.trace(tokens).experts  # (token, layer, used)
+    for layer in range(3, 5):
+        chosen = [set(row) for row in experts[:, layer].tolist()]
+        kept = np.mean([len(own & last) for own, last in zip(chosen[1:], chosen, strict=False)])
+        assert kept < 1.3 * 6 * 6 / 16, f"layer {layer}: {kept:.2f} of 6 experts stay; evenly drawn 2.25 would"
