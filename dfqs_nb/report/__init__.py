@@ -6,14 +6,20 @@ Traceback (most recent call last):
 dfqs_nb.report.stages.ReportError: no/such/run: there is no report; ...
 """
 
+from typing import TYPE_CHECKING
+
 from dfqs_nb.core.doors import lazy
-from dfqs_nb.report.board import leaderboard
-from dfqs_nb.report.compare import compare_reports
-from dfqs_nb.report.files import check_run, write_report
-from dfqs_nb.report.metrics import build_report, read_report
-from dfqs_nb.report.stages import refusal_of_an_edit
-from dfqs_nb.report.text import tables
-from dfqs_nb.report.verdicts import verdict
+
+if TYPE_CHECKING:  # every module of this stage needs pandas, which takes a second to import
+    from dfqs_nb.report import figures
+    from dfqs_nb.report.board import leaderboard
+    from dfqs_nb.report.compare import compare_reports
+    from dfqs_nb.report.files import check_run, write_report
+    from dfqs_nb.report.metrics import build_report
+    from dfqs_nb.report.reading import read_report
+    from dfqs_nb.report.stages import refusal_of_an_edit
+    from dfqs_nb.report.text import tables
+    from dfqs_nb.report.verdicts import verdict
 
 __all__ = [
     "build_report",
@@ -28,4 +34,16 @@ __all__ = [
     "write_report",
 ]
 
-__getattr__ = lazy(__name__, figures="figures")
+__getattr__ = lazy(
+    __name__,
+    build_report="metrics",
+    check_run="files",
+    compare_reports="compare",
+    figures="figures",
+    leaderboard="board",
+    read_report="reading",
+    refusal_of_an_edit="stages",
+    tables="text",
+    verdict="verdicts",
+    write_report="files",
+)

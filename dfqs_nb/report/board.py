@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from dfqs_nb.core.display import plain, size
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import read_json, write_table, write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.report.files import missing_items, read_items
-from dfqs_nb.report.metrics import FILE, SCORES, boundary_flags, read_report
-from dfqs_nb.report.text import page_of, render
-
-if TYPE_CHECKING:
-    import pandas as pd
+from dfqs_nb.report.metrics import SCORES, boundary_flags
+from dfqs_nb.report.reading import FILE, missing_items, read_items, read_report
+from dfqs_nb.report.template import render
+from dfqs_nb.report.text import page_of
 
 NUMBERS = (*SCORES, "failure_boundary_tokens", "cpu_tokens_per_sec")
 ROW_FILE = "sweep_row.json"  # the sweep writes it into each of its runs' folders
@@ -82,8 +82,6 @@ def find_reports(folder: str | Path) -> list[Path]:
 
 def leaderboard(folder: str | Path) -> Leaderboard:
     """Rank the reports under a folder; each is checked, and its scores are counted again from its answers."""
-    import pandas as pd
-
     folder, rows = Path(folder), []
     seen: dict[str, str] = {}
     conditions: dict[str, Mapping[str, Any]] = {}
@@ -155,8 +153,6 @@ def run_beside(path: str | Path) -> list[str]:
 
 def _placed(table: pd.DataFrame) -> pd.DataFrame:
     """Standard before nano, sections with most reports first, rows by score, problems last."""
-    import pandas as pd
-
     table, section = table.assign(problem=table["problem"].fillna("")), ["tier", "conditions"]
     good, bad = table[table["problem"] == ""].copy(), table[table["problem"] != ""].sort_values("report")
     good[list(NUMBERS)] = good[list(NUMBERS)].astype(float)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
 
 from dfqs_nb import scores
 from dfqs_nb.core.errors import RegistryError
@@ -19,7 +21,8 @@ from dfqs_nb.gguf.memory import CACHE_TYPES, kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.models import registered
 from dfqs_nb.gguf.published import published, published_shape
 from dfqs_nb.gguf.reading import FLASH, active_bytes
-from dfqs_nb.report.envelope import CONTEXTS, SINGLE
+from dfqs_nb.merge import methods_table
+from dfqs_nb.report.envelope import CONTEXTS, IQ1_S_BITS, SINGLE
 from dfqs_nb.report.spec import (
     CLAIM_VERDICTS,
     CONFIRMED,
@@ -27,6 +30,7 @@ from dfqs_nb.report.spec import (
     CONTRADICTS_ITSELF,
     GB,
     GIB,
+    IN_PART,
     NOT_TESTABLE,
     Claim,
     claims_spec,
@@ -35,9 +39,6 @@ from dfqs_nb.report.spec import (
     requirements_spec,
 )
 from dfqs_nb.report.stages import Run, is_file_of
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SHARDS = "deepseek-v4-flash-iq1_s-xl"  # in data/models.toml
 QUANTIZATION = "IQ1_S"  # of most bytes of the artifact
@@ -63,8 +64,6 @@ def check_claims(
         claims: other statements than those of ``data/spec/claims.toml``.
         ask_llama_cpp: see `facts`.
     """
-    import pandas as pd
-
     known, spec = facts(run, header, ask_llama_cpp=ask_llama_cpp), claims_spec()
     rows = []
     for claim in claims if claims is not None else spec.numbered():
@@ -107,6 +106,13 @@ def _holds_in_gib(claim: Claim, value: Any, known: Mapping[str, Any]) -> bool:
     return TESTS[claim.test](claim, fact, known) != CONTRADICTED
 
 
+def _at_most(claim: Claim, value: Any, known: Mapping[str, Any]) -> str:
+    """The fact is at most the limit, or the figure; of several facts, some may be."""
+    limit = claim.value if claim.limit is None else claim.limit
+    within = [number <= limit for number in (value if isinstance(value, list) else [value])]
+    return claim.yes if all(within) else IN_PART if any(within) else claim.no
+
+
 def _equals(claim: Claim, value: Any, known: Mapping[str, Any]) -> str:
     """The figure is the fact; of a list, one of it."""
     if isinstance(value, str) or isinstance(claim.value, bool):
@@ -142,9 +148,7 @@ def _gradual(claim: Claim, value: Mapping[str, float], known: Mapping[str, Any])
 TESTS: dict[str, Callable[[Claim, Any, Mapping[str, Any]], str]] = {
     "equals": _equals,
     "is": lambda claim, value, known: claim.yes if value == claim.value else claim.no,
-    "at most": lambda claim, value, known: (
-        claim.yes if value <= (claim.value if claim.limit is None else claim.limit) else claim.no
-    ),
+    "at most": _at_most,
     "speed": _speed,
     "interval": lambda claim, value, _: CONFIRMED if value[1] <= claim.value <= value[2] else CONTRADICTED,
     "status": lambda claim, value, known: value,  # a notebook has judged it already
@@ -229,6 +233,8 @@ def _sizes(file: GGUFHeader | None) -> dict[str, Any]:
     if file:
         of = [(layer_of(tensor.name), tensor.nbytes) for tensor in file.tensors]
         layers = {n: sum(size for at, size in of if at in range(n_layers - n, n_layers)) for n in OFFLOADED}
+    extra = methods_table(nbytes, 0, {})["extra disk (bytes)"]
+    rest, iq1_s = nbytes - active.routed_total, round(published.routed_parameters * IQ1_S_BITS / 8)
     table = scores.speed.card_table(active).set_index("machine")["bound"]
     bounds = {f"bound_{key}": float(table.filter(regex=f"^{name}").iloc[0]) for key, name in MACHINES.items()}
     return {
@@ -236,12 +242,15 @@ def _sizes(file: GGUFHeader | None) -> dict[str, Any]:
         "file_gb": nbytes / GB,
         "file_gib": nbytes / GIB,
         "two_files_gb": 2 * nbytes / GB,
+        "consuming_gb": extra["merge --consume, repair --in-place"] / GB,
         "shards_sum": " + ".join(f"{shard.size_bytes:,}" for shard in shards.files)
         + f" = {shards.size_bytes:,}",
         "merged": False if shards.size_bytes == nbytes else None,
         "weights_gb": weights / GB,
         "weights_gib": weights / GIB,
         "experts_gb": active.routed_total / GB,
+        "rest_gb": rest / GB,
+        "most_rest_gb": (nbytes - iq1_s) / GB,
         "token_gb": active.total / GB,
         "native_gb": published.native_bytes / GB,
         "native_bits": 8 * published.native_bytes / published.parameters,
@@ -325,7 +334,14 @@ def _memory(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
             f"flash_{n_ctx}_gb": least + spec.published_compute[n_ctx].flash / GB,
         }
     n_gpu, logged = min(spec.gpu_compute.items())
-    return {**known, "gpu_context": n_gpu, "gpu_compute_gb": logged / GB}
+    last = CONTEXTS[-1]
+    return known | {
+        "needs_gb": [*(known[f"need_{n_ctx}_gb"] for n_ctx in CONTEXTS), known[f"flash_{last}_gb"]],
+        "gpu_context": n_gpu,
+        "gpu_compute_gb": logged / GB,
+        "gpu_kv_gb": known[f"kv_{n_gpu}_gb"],
+        "offloaded_gb": (weights - FLASH.routed_total + logged) / GB + known[f"kv_{n_gpu}_gb"],
+    }
 
 
 def _measurements(own: Run | None, run: Run) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dfqs_nb.context import Counts, paired
 from dfqs_nb.core.display import one_line
@@ -24,14 +25,12 @@ from dfqs_nb.core.files import write_json, write_table, write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.report.board import boundary_status, is_contended, run_beside, with_interval
-from dfqs_nb.report.files import RETRIEVAL, RunItems, read_answers
-from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, SPEED, boundary_flags, report_file
-from dfqs_nb.report.text import page_of, render
+from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, SPEED, boundary_flags
+from dfqs_nb.report.reading import RETRIEVAL, RunItems, read_answers, report_file
+from dfqs_nb.report.template import render
+from dfqs_nb.report.text import page_of
 from dfqs_nb.scores import compare_runs
 from dfqs_nb.stats import BOOTSTRAP_LEVEL, LEVEL, N_BOOT, expanded_tail, holm, sign_flip
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ACCEPTABLE = "chat_template_sha256"  # the one condition that is a property of a model's own file
 SPEED_FACTS = ("system", "processor", "usable cores")  # of the machine: equal, or speeds are not compared
@@ -200,8 +199,6 @@ def compare_reports(
     ``accept=["chat_template_sha256"]`` compares models that have templates of their own. A ReportError or
     ComparisonError says where reports, conditions or items do not fit (`check_reports`).
     """
-    import pandas as pd
-
     places = [report_file(path).resolve() for path in paths]
     if twice := sorted({str(tilde(place)) for place in places if places.count(place) > 1}):
         raise ComparisonError(f"given twice: {', '.join(twice)}", hint="give each report once")

@@ -1,6 +1,7 @@
 """The hardware envelope of a model: what its header asks for, beside this machine and beside DFQS 1.0.
 
-For a graphics card only a lower bound is known: its compute buffer is not the CPU's.
+Of a graphics card only a lower bound is planned here: its compute buffer is not the CPU's. Where somebody
+logged that buffer, a verdict says "as logged".
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pandas as pd
 
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import available_memory
@@ -25,12 +28,10 @@ from dfqs_nb.merge import methods_table
 from dfqs_nb.report.spec import GB, Compute, claims_spec, filled, requirements_spec
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from dfqs_nb.llama.settings import OpenSettings
 
-FITS, DOES_NOT_FIT, NOT_KNOWN = "fits", "does not fit", "not known"
-CONTEXTS = (8192, 32768, 131072, 1048576)
+FITS, DOES_NOT_FIT, NOT_KNOWN, AS_LOGGED = "fits", "does not fit", "not known", " as logged"
+CONTEXTS = (8192, 16384, 32768, 131072, 1048576)
 SINGLE = "deepseek-v4-flash-iq1_s-xl-single"  # in data/models.toml
 IQ1_S_BITS, Q8_0_BITS = 1.5625, 8.5  # a weight, scales included: 50 bytes for 256, 34 for 32
 Limit = tuple[str, str, float | None]  # resource, whose limit, bytes
@@ -41,14 +42,13 @@ ASSUMED = {"n_ubatch": 512, "type_k": "f16", "type_v": "f16", "swa_full": False}
 class Machine:
     """What a machine has, in bytes: memory in all and free now, and free disk under the run's folder.
 
-    ``vram_bytes`` is None where nobody stated it; ``source``: where the limit of memory was read.
+    ``vram_bytes`` is None where nobody stated it.
     """
 
     memory_bytes: int
     available_bytes: int
     disk_free_bytes: int
     vram_bytes: int | None = None
-    source: str = "given"
 
 
 def this_machine(folder: str | Path | None = None) -> Machine:
@@ -57,8 +57,7 @@ def this_machine(folder: str | Path | None = None) -> Machine:
     while not folder.exists():
         folder = folder.parent
     memory = available_memory()
-    free = shutil.disk_usage(folder).free
-    return Machine(memory.total_bytes, memory.available_bytes, free, source=memory.source)
+    return Machine(memory.total_bytes, memory.available_bytes, shutil.disk_usage(folder).free)
 
 
 def planned_compute(path: str | Path, contexts: Iterable[int], settings: OpenSettings) -> dict[int, Compute]:
@@ -81,17 +80,17 @@ def planned_compute(path: str | Path, contexts: Iterable[int], settings: OpenSet
 
 def hardware_envelope(
     header: GGUFHeader,
-    machine: Machine | None = None,
+    machine: Machine,
     *,
     contexts: Sequence[int] = CONTEXTS,
-    compute: Mapping[int, Compute] | None = None,
+    compute: Mapping[int, Compute] = {},
     flash_attn: bool = False,
     is_artifact: bool = False,
 ) -> dict[str, Any]:
     """The envelope of the model that this header describes, as values that JSON takes.
 
     Args:
-        machine: what to hold it against; this machine when not given.
+        machine: what to hold it against.
         contexts: lengths in tokens; the model's own is added, and what lies beyond it is left out.
         compute: compute buffer by context, as `planned_compute` gives it; nothing is said to fit without it.
         flash_attn: which of the two compute buffers counts.
@@ -109,8 +108,7 @@ def hardware_envelope(
         "token_bytes": [active.total, active.total],
         "weights": [{key: row[key] for key in ("class", "bytes", "types")} for row in class_sizes(header)],
     }
-    machine, lengths = machine or this_machine(), within(header, contexts)
-    cache = [_cache_row(header, n_ctx, compute or {}) for n_ctx in lengths]
+    cache = [_cache_row(header, n_ctx, compute) for n_ctx in within(header, contexts)]
     return _envelope(facts, cache, machine, flash_attn, is_artifact, here=True)
 
 
@@ -120,11 +118,11 @@ def within(header: GGUFHeader, contexts: Iterable[int] = CONTEXTS) -> list[int]:
     return sorted({n for n in contexts if not own or n < own} | ({int(own)} if own else set()))
 
 
-def published_envelope(machine: Machine | None = None, *, flash_attn: bool = False) -> dict[str, Any]:
+def published_envelope(machine: Machine, *, flash_attn: bool = False) -> dict[str, Any]:
     """The envelope of DeepSeek-V4-Flash-IQ1_S-XL from what was published of it, without its file.
 
     As `hardware_envelope`. Its split into experts and the rest is a range, from the assumptions that it
-    states. Compute buffer: llama.cpp's plan for a file of these shapes on a CPU.
+    states. Compute buffer: llama.cpp's plan for a file of these shapes on a CPU, and what a GPU logged.
     """
     shape, spec, published = published_shape(), requirements_spec().envelope, claims_spec().published
     nbytes, experts = registered()[SINGLE].size_bytes, FLASH.routed_total
@@ -133,17 +131,11 @@ def published_envelope(machine: Machine | None = None, *, flash_attn: bool = Fal
     rest, most_rest = nbytes - experts, nbytes - fewest
     embedding = FLASH.weights - FLASH.dense - experts
     most_token = round(others * Q8_0_BITS / 8) - embedding + FLASH.routed
+    sizes = {"experts": experts, "fewest": fewest, "rest": rest, "most_rest": most_rest, "others": others}
     known = {
-        "experts": experts / GB,
-        "fewest": fewest / GB,
-        "rest": rest / GB,
-        "most_rest": most_rest / GB,
-        "others": others / 1e9,
-        "bits": 8 * rest / others,
-        "most_bits": 8 * most_rest / others,
-        "token": FLASH.total / GB,
-        "most_token": most_token / GB,
+        name: value / GB for name, value in (sizes | {"token": FLASH.total, "most_token": most_token}).items()
     }
+    known |= {"bits": 8 * rest / others, "most_bits": 8 * most_rest / others}
     rest_types = filled("{bits:.1f} to {most_bits:.1f} bits a weight", known)
     facts = {
         "model": f"{shape.path}-IQ1_S-XL",
@@ -160,7 +152,7 @@ def published_envelope(machine: Machine | None = None, *, flash_attn: bool = Fal
         ],
     }
     cache = [_cache_row(shape, n_ctx, spec.published_compute, spec.gpu_compute) for n_ctx in CONTEXTS]
-    return _envelope(facts, cache, machine or this_machine(), flash_attn, is_artifact=True, here=False)
+    return _envelope(facts, cache, machine, flash_attn, is_artifact=True, here=False)
 
 
 def _cache_row(
@@ -191,7 +183,6 @@ def _envelope(
     levels = {f"DFQS 1.0 {level}": level for level in ("minimum", "recommended") if is_artifact}
     limits: list[Limit] = [
         ("RAM", "this machine", machine.memory_bytes),
-        ("RAM", "this machine, free now", machine.available_bytes),
         *(("RAM", name, spec.ram[level] * GB) for name, level in levels.items()),
         ("VRAM", "this machine", machine.vram_bytes),
         *(("VRAM", name, spec.vram[level] * GB) for name, level in levels.items()),
@@ -216,18 +207,24 @@ def _envelope(
     }
 
 
-def verdict(least_bytes: float, most_bytes: float | None, limit_bytes: float | None) -> str:
+def verdict(
+    least_bytes: float, most_bytes: float | None, limit_bytes: float | None, logged_bytes: float | None = None
+) -> str:
     """Whether a need, known to lie between two bounds, fits a limit; ``most_bytes`` is None without a bound.
 
-    >>> verdict(61.9 * GB, 61.9 * GB, 80 * GB), verdict(61.9 * GB, 61.9 * GB, 60 * GB), verdict(1, 1, None)
-    ('fits', 'does not fit', 'not known')
-    >>> verdict(61.9 * GB, None, 80 * GB), verdict(61.9 * GB, None, 60 * GB)
-    ('not known', 'does not fit')
+    ``logged_bytes``: the need as somebody logged it; it decides where the bounds do not, and is named.
+
+    >>> verdict(61.9 * GB, 61.9 * GB, 80 * GB), verdict(61.9 * GB, None, 80 * GB), verdict(1, 1, None)
+    ('fits', 'not known', 'not known')
+    >>> verdict(61.9 * GB, None, 60 * GB), verdict(7 * GB, None, 24 * GB, 25 * GB)
+    ('does not fit', 'does not fit as logged')
     """
     if limit_bytes is None:
         return NOT_KNOWN
     if least_bytes > limit_bytes:
         return DOES_NOT_FIT
+    if most_bytes is None and logged_bytes is not None:
+        return (FITS if logged_bytes <= limit_bytes else DOES_NOT_FIT) + AS_LOGGED
     return FITS if most_bytes is not None and most_bytes <= limit_bytes else NOT_KNOWN
 
 
@@ -235,22 +232,32 @@ def _fit(facts: Mapping[str, Any], row: Mapping[str, Any], compute: int | None, 
     """One context against one limit: everything in that memory, and the least that must lie there."""
     resource, name, limit = at
     cpu, kv = resource == "RAM", row["kv_bytes"]
+    gpu = None if cpu else row["compute_gpu_bytes"]
     unsure = 0 if row["exactness"] == "exact" else kv  # a cache that may be smaller
     bounded = cpu and compute is not None and row["exactness"] != "rough"
     beside = kv + (compute or 0) * cpu
     need = facts["weights_bytes"] + beside
     least = beside if cpu else need - facts["routed_bytes"]
-    planned = ", compute buffer as planned for the CPU" if bounded else ""
+    buffer = (
+        ", compute buffer as planned for the CPU" * bounded
+        if cpu
+        else ", compute buffer where one was logged"
+    )
+
+    def judged(n_bytes: int) -> str:
+        logged = n_bytes + gpu if gpu is not None else None
+        return verdict(n_bytes - unsure, n_bytes if bounded else None, limit, logged)
+
     return {
         "resource": resource,
         "limit": name,
         "limit_bytes": limit,
         "n_ctx": row["n_ctx"],
         "need_bytes": need,
-        "counted": "weights, KV cache" + (planned if cpu else "; a GPU's compute buffer is not known"),
-        "verdict": verdict(need - unsure, need if bounded else None, limit),
+        "counted": f"weights, KV cache{buffer}",
+        "verdict": judged(need),
         "least_bytes": least,
-        "least_verdict": verdict(least - unsure, least if bounded else None, limit),
+        "least_verdict": judged(least),
         "least": "weights paged from the disk" if cpu else "routed experts left in RAM",
     }
 
@@ -261,15 +268,13 @@ def envelope_tables(envelope: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     ``weights`` by class; ``cache`` by context; ``fits`` one row a limit, one column a context; ``storage`` by
     mode.
     """
-    import pandas as pd
-
     unit, scale = ("GB", GB) if envelope["file_bytes"] >= GB else ("MB", 10**6)
     weights, cache, storage = (pd.DataFrame(envelope[name]) for name in ("weights", "cache", "storage"))
     names = requirements_spec().envelope.buffers
     sizes = {f"{new} ({unit})": cache[old].astype(float) / scale for old, new in names.items()}
     totals = {
         f"{new} ({unit})": storage.pop(old) / scale
-        for old, new in (("total_bytes", "in all"), ("extra_bytes", "extra"))
+        for old, new in (("total_bytes", "in all, at most"), ("extra_bytes", "extra, at most"))
     }
     return {
         "weights": weights.assign(**{unit: weights["bytes"] / scale}).set_index("class")[[unit, "types"]],
@@ -281,12 +286,10 @@ def envelope_tables(envelope: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 
 def _fits_frame(fits: pd.DataFrame) -> pd.DataFrame:
     """Verdicts with contexts as columns; a row for everything in that memory, and one for the least."""
-    import pandas as pd
-
     columns = ["resource", "what", "limit", "n_ctx", "verdict"]
     least = fits.assign(what=fits["least"], verdict=fits["least_verdict"])
     both = pd.concat([fits.assign(what="everything")[columns], least[columns]])
-    table = both.pivot(index=columns[:3], columns="n_ctx", values="verdict")
+    table = both.pivot_table(index=columns[:3], columns="n_ctx", values="verdict", aggfunc="first")
     rows = both.drop_duplicates(columns[:3]).sort_values("resource", kind="stable")  # else as they were made
     table = table.loc[list(map(tuple, rows[columns[:3]].to_numpy()))]
     return table.rename(columns="{:,} tokens".format).rename_axis(columns=None)

@@ -7,14 +7,14 @@ from math import nan
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from dfqs_nb.core.figures import INK, PALETTE, PAPER, new_axes, set_title, share_axis, token_axis, whiskers
-from dfqs_nb.report.files import RETRIEVAL, RunItems
 from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES
+from dfqs_nb.report.reading import RETRIEVAL, RunItems
 from dfqs_nb.stats import LEVEL
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -23,8 +23,6 @@ LENGTHS = "retrieval by length"
 
 def shares(report: Mapping[str, Any]) -> pd.DataFrame:
     """Scores, and retrieval by length, as `report_shares` draws them; withheld ones are left out."""
-    import pandas as pd
-
     details, rows = report["details"], []
     for name in SCORES:
         if not (it := details[name])["withheld"]:

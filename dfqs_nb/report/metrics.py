@@ -1,7 +1,4 @@
-"""The DFQS report: five metrics, every requirement and every statement, in one file that can be checked.
-
-It is built from a run's sealed stages only, follows ``data/spec/report.schema.json``, and carries its hash.
-"""
+"""The DFQS report of a run, from its sealed stages only: metrics, requirements, statements, envelope."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dfqs_nb.core import machine
-from dfqs_nb.core.files import canonical_sha256, read_json, sha256_of_file, there_is
-from dfqs_nb.core.paths import data_dir, tilde
+from dfqs_nb.core.files import canonical_sha256, sha256_of_file, there_is
+from dfqs_nb.core.paths import tilde
 from dfqs_nb.core.stage import NOTEBOOKS
 from dfqs_nb.gguf.facts import identity
 from dfqs_nb.gguf.header import GGUFHeader, read_header
@@ -30,13 +27,10 @@ from dfqs_nb.report.requirements import check_requirements
 from dfqs_nb.report.stages import DRAWN_ON, LongContext, ReportError, Run, Scores, read_run
 from dfqs_nb.stats import LEVEL
 
-FILE = "report.json"
 SCORES = ("reasoning_score", "code_score")
 CURVE, BOUNDARY, SPEED = "context_stability_curve", "failure_boundary_tokens", "cpu_tokens_per_sec"
 FEW_TEXTS = 12  # below, the boundary is provisional
-LARGEST = 1e15  # no count, size or speed is larger
 DIGITS = 10  # of every float in report.json: more than any measurement has
-AGAIN = "write the report again: `dfqs-nb report RUN`"
 
 
 def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str, Any]:
@@ -50,7 +44,7 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
     folder = Path(folder)
     run = read_run(folder)
     header, here = _header(run), envelope.this_machine(folder)
-    level, details = artifact_match(header, run).level, _details(run)
+    level, details = artifact_match(header, run).level, details_of(run)
     metrics = {name: detail["value"] for name, detail in details.items()}
     drawn = {name: stage for name, stage in run.stages.items() if name in DRAWN_ON}
     conditions = {
@@ -82,13 +76,19 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
         "versions": _versions(),
         "sources": dict(sorted(sources.items())),
     }
-    return _sealed(_rounded(json.loads(json.dumps(report, default=str, allow_nan=False))))
+    return sealed(_rounded(json.loads(json.dumps(report, default=str, allow_nan=False))))
 
 
 def with_files(report: Mapping[str, Any], folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """The report with files that were drawn from it among its sources, and its hash anew."""
     drawn = {name: sha256_of_file(folder / name) for name in names}
-    return _sealed({**report, "sources": dict(sorted({**report["sources"], **drawn}.items()))})
+    return sealed({**report, "sources": dict(sorted({**report["sources"], **drawn}.items()))})
+
+
+def sealed(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report with the hash of its content."""
+    body = {key: value for key, value in report.items() if key != "integrity"}
+    return {**body, "integrity": {"sha256": canonical_sha256(body)}}
 
 
 def _rounded(value: Any) -> Any:
@@ -100,90 +100,11 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
-def _sealed(report: Mapping[str, Any]) -> dict[str, Any]:
-    body = {key: value for key, value in report.items() if key != "integrity"}
-    return {**body, "integrity": {"sha256": canonical_sha256(body)}}
+# ---- the five metrics, with what must stand beside each ----
 
 
-def report_file(path: str | Path) -> Path:
-    """The file of a report, given itself or the folder that holds it."""
-    return Path(path) / FILE if Path(path).is_dir() else Path(path)
-
-
-def read_report(path: str | Path) -> dict[str, Any]:
-    """A report, from its file or its folder, checked: schema, hashes, contradictions; else a ReportError."""
-    path = report_file(path)
-    try:
-        report: dict[str, Any] = read_json(path)
-    except FileNotFoundError:
-        hint = f"run {NOTEBOOKS['dfqs_report']}, or `dfqs-nb report RUN`"
-        raise ReportError("there is no report", where=tilde(path), hint=hint) from None
-    except (OSError, ValueError) as error:
-        raise ReportError(f"is not JSON ({error})", where=tilde(path), hint=AGAIN) from error
-    check_report(report, path)
-    return report
-
-
-def check_report(report: Any, path: str | Path) -> None:
-    """Check a report against the schema, its own hashes and itself; a ReportError names the first fault."""
-    import jsonschema
-
-    fault = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(report))
-    if fault is not None:
-        wrong = f"does not follow the schema at {fault.json_path}: {fault.message[:200]}"
-    elif _sealed(report)["integrity"] != report["integrity"]:
-        wrong = "was edited after it was written"
-    elif canonical_sha256(report["conditions"]) != report["conditions_sha256"]:
-        wrong = "its conditions do not have the hash that it states"
-    elif clashes := contradictions(report):
-        wrong = f"contradicts itself: {'; '.join(clashes)}"
-    else:
-        return
-    raise ReportError(wrong, where=tilde(path), hint=AGAIN)
-
-
-def contradictions(report: Mapping[str, Any]) -> list[str]:
-    """What two places of a report say differently, each in a clause; a schema cannot see it."""
-    details = report["details"]
-    faults = ((name, _odd(value, details[name])) for name, value in report["metrics"].items())
-    if wrong := [f"{name} {fault}" for name, fault in faults if fault]:
-        return wrong  # the schema types the metrics: their details are of the same types only where equal
-    curve, boundary = details[CURVE], details[BOUNDARY]
-    if curve["value"] is not None and len(curve["value"]) != len(curve.get("lengths", ())):
-        wrong.append("the curve has another number of points than of lengths")
-    if boundary["value"] is not None and boundary.get("tokens", boundary["value"]) != boundary["value"]:
-        wrong.append(f"the boundary is {boundary['value']} and {boundary['tokens']} tokens")
-    for name in SCORES:
-        total = sum(details[name].get("counts", {}).values())
-        if details[name]["value"] is not None and 0 < total < details[name]["n"]:
-            wrong.append(f"{name} counts {total} answers of {details[name]['n']}")
-    return wrong
-
-
-def _odd(value: Any, detail: Mapping[str, Any]) -> str:
-    """What is wrong with a metric and its details, which the schema has typed one by one."""
-    low, high, n = detail["low"], detail["high"], detail["n"]
-    if value != detail["value"]:
-        return f"is {value} and {detail['value']}"
-    if value is None:
-        return ""
-    numbers = (*(value if isinstance(value, list) else [value]), low or 0, high or 0, n)
-    if not all(math.isfinite(number) and abs(number) <= LARGEST for number in numbers):
-        return "has a number that no measurement gives"
-    if n < 1:
-        return "has a value from no answers"
-    if isinstance(value, list) or detail.get("status") == "floor":
-        return ""
-    outside = (low is not None and low > value + 1e-9) or (high is not None and value > high + 1e-9)
-    return f"{value} lies outside its interval, {low} to {high}" if outside else ""
-
-
-def schema() -> Any:
-    """The published JSON Schema (draft 2020-12) of ``report.json``."""
-    return read_json(data_dir() / "spec" / "report.schema.json")
-
-
-def _details(run: Run) -> dict[str, dict[str, Any]]:
+def details_of(run: Run) -> dict[str, dict[str, Any]]:
+    """Each metric with all that stands beside it; one that cannot be given has the reason."""
     details = {}
     for name, (stage, unit, measured) in METRICS.items():
         source = getattr(run, stage)
@@ -242,6 +163,7 @@ def _boundary(stage: LongContext, name: str) -> dict[str, Any]:
         "provisional": stage.boundary.provisional or stage.boundary.n_haystacks < FEW_TEXTS,
         "value": stage.failure_boundary_tokens,
         "n": stage.boundary.n_items,
+        "n_lengths": len(stage.curve) + len(stage.refined),
         "runtime_failure": stage.runtime_failure,
         "largest_fall": stage.largest_fall or None,
     }
@@ -319,17 +241,40 @@ def metric_sentence(name: str, detail: Mapping[str, Any]) -> str:
         return f"withheld ({detail['withheld']})"
     value, low, high, n = (detail[key] for key in ("value", "low", "high", "n"))
     if name == BOUNDARY:
-        return boundary_sentence(detail)
+        lengths = f" at {detail['n_lengths']} lengths" if detail.get("n_lengths") else ""
+        return f"{boundary_sentence(detail)}; n = {n}{lengths}"
     if name == CURVE:
-        points = ", ".join(f"{y:.2f} at {x:,}" for x, y in zip(detail["lengths"], value, strict=True))
         keys = f", {detail['n_keys']} keys at every length" if detail.get("n_keys") else ""
-        return f"{points} (n = {n}{keys}, guess rate of retrieval {detail['guess_rate'] or 0:.3f})"
+        asked = f"n = {n} at {len(value)} planned lengths{keys}"
+        guess = f"guess rate of retrieval {detail['guess_rate']:.3f}"
+        return f"{', '.join(_curve_points(detail))} ({asked}, {guess})"
     if name == SPEED:
         busy = ", contended: the machine was busy" if detail["contended"] else ""
-        return f"{value:,.1f} tokens/s at depth {detail['depth']} ({low:,.1f} to {high:,.1f}, n = {n}{busy})"
+        spread = (
+            f"lowest to highest of {n} repetitions: {low:,.1f} to {high:,.1f}" if n > 1 else "1 repetition"
+        )
+        return f"{value:,.1f} tokens/s at depth {detail['depth']} ({spread}{busy})"
     cut = f", truncated {detail['truncated']} of {n}" if detail.get("truncated") is not None else ""
-    asked = f"n = {n}, guess rate of {detail['set']} {detail['guess_rate'] or 0:.3f}"
+    asked = f"n = {n}, guess rate of {detail['set']} {detail['guess_rate']:.3f}"
     return f"{value:.3f} (95 % interval {low:.3f} to {high:.3f}, {asked}{cut})"
+
+
+def _curve_points(detail: Mapping[str, Any]) -> list[str]:
+    """Each planned length with its value, and the interval of its accuracy on the same scale."""
+    rows = {row["length"]: row for row in detail["points"]}
+    guess, lengths = detail["guess_rate"], detail["lengths"]
+    above = rows[lengths[0]]["accuracy"] - guess if lengths[0] in rows else 0.0
+    texts = []
+    for length, value in zip(lengths, detail["value"], strict=True):
+        text = f"{value:.2f} at {length:,}"
+        if length in rows and above > 0:
+            ends = (min(1.0, max(0.0, (rows[length][end] - guess) / above)) for end in ("low", "high"))
+            text += " [{:.2f} to {:.2f}]".format(*ends)
+        texts.append(text)
+    return texts
+
+
+# ---- what else a report holds ----
 
 
 def _header(run: Run) -> GGUFHeader:
@@ -378,13 +323,11 @@ def _envelopes(
     given = run.generate.conditions if run.generate else {}
     known = {field.name for field in fields(OpenSettings)} & {*given}
     settings = OpenSettings(**{key: given[key] for key in known if given[key] is not None})
-    contexts = envelope.within(header) if ask_llama_cpp else []
+    compute = envelope.planned_compute(
+        header.path, envelope.within(header) if ask_llama_cpp else [], settings
+    )
     own = envelope.hardware_envelope(
-        header,
-        here,
-        compute=envelope.planned_compute(header.path, contexts, settings),
-        flash_attn=settings.flash_attn,
-        is_artifact=level == "artifact",
+        header, here, compute=compute, flash_attn=settings.flash_attn, is_artifact=level == "artifact"
     )
     demonstrated = envelope.published_envelope(here) if level in ("reference", "model") else None
     paging = run.generate.paging if run.generate else {}

@@ -10,18 +10,17 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import HeaderError, RegistryError
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import estimate
-from dfqs_nb.report.envelope import Machine, this_machine
+from dfqs_nb.report.envelope import Machine
 from dfqs_nb.report.spec import Requirement, filled, requirements_spec
 from dfqs_nb.report.stages import Run, Settings
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MET, NOT_MET, NOT_TESTED = "met", "not met", "not tested"
 VERDICTS = (MET, NOT_MET, NOT_TESTED)
@@ -60,22 +59,13 @@ class Case:
 
 
 def check_requirements(
-    run: Run,
-    header: GGUFHeader | None = None,
-    *,
-    machine: Machine | None = None,
-    metrics: Mapping[str, Any] | None = None,
+    run: Run, header: GGUFHeader | None, *, machine: Machine, metrics: Mapping[str, Any]
 ) -> pd.DataFrame:
     """Judge every requirement of DFQS 1.0 by the stages of one run: a row each, columns `COLUMNS`.
 
-    Args:
-        header: of the model that was run.
-        machine: where it was run; this machine when not given.
-        metrics: the required ones by name, None for one that is withheld; from the stages when not given.
+    ``header`` is of the model that was run, ``machine`` where it ran, and ``metrics`` the required ones by
+    name, None for one that is withheld.
     """
-    import pandas as pd
-
-    values, machine = required_metrics(run) if metrics is None else metrics, machine or this_machine()
     rows = []
     for row in requirements_spec().requirements:
         if row.check not in CHECKS:
@@ -87,7 +77,7 @@ def check_requirements(
         verdict, evidence = (
             (NOT_TESTED, f"this run has no stage {' and no stage '.join(missing)}")
             if missing
-            else CHECKS[row.check](Case(row, run, header, machine, values), **given)
+            else CHECKS[row.check](Case(row, run, header, machine, metrics), **given)
         )
         rows.append((row.id, row.level, row.text, verdict, evidence, row.notebook, row.how, row.source))
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -163,16 +153,6 @@ def metrics(case: Case, long_context: Any, scores: Any) -> tuple[str, str]:
     return case.judged(MET, n_points=len(values["context_stability_curve"]), **values)
 
 
-def required_metrics(run: Run) -> dict[str, Any]:
-    """The five metrics by name from the stages that measured them; None for what is withheld."""
-    values: dict[str, Any] = dict.fromkeys(requirements_spec().metrics)
-    for stage in (run.scores, run.long_context):
-        values |= {name: getattr(stage, name) for name in values if hasattr(stage, name)}
-    scores = run.scores.scores if run.scores else []
-    values |= {score.name: score.value for score in scores if score.name in values}
-    return {name: None if value == [] else value for name, value in values.items()}
-
-
 def is_of(value: Any, kind: str) -> bool:
     """Whether a value is of a type that the specification names; a bool is no number, and NaN no score.
 
@@ -204,7 +184,12 @@ def long_context(case: Case, long_context: Any) -> tuple[str, str]:
     ends = "floor" if boundary.status == "floor" else "censored" if boundary.right_censored else "crossed"
     known = {"longest": longest, "least": min(lengths), "n": len(lengths), "boundary": boundary}
     known |= {"start": LONG_FROM, "end": LONG_TO, "tier": long_context.tier or "not stated"}
+    added, more = long_context.refined, ""
+    if added:
+        at = ", ".join(f"{row.length:,}" for row in added)
+        more = case.text("added", at=at, answers=sum(row.n for row in added))
     known |= {"answers": sum(row.n for row in long_context.curve), "reach": case.text(ends, **known)}
+    known |= {"more": more}
     return case.judged(MET, extent=case.text(name, **known), **known)
 
 
@@ -236,13 +221,15 @@ def identical_conditions(case: Case, long_context: Any, scores: Any) -> tuple[st
     pairs = {name: (getattr(first, name), getattr(second, name)) for name in SHARED}
     silent = [name for name, pair in pairs.items() if None in pair]
     differ = [f"{name} ({a} and {b})" for name, (a, b) in pairs.items() if a != b and name not in silent]
+    if any(speed.n_threads != second.n_threads for speed in scores.speeds):
+        differ.append("n_threads of the speed")
     if long_context.sha256 != (scores.sha256 or (case.run.file.sha256 if case.run.file else None)):
         differ.append("the model")
     if differ:
         return case.judged(NOT_MET, "differ", names=", ".join(differ))
     if silent:
         return case.judged(NOT_TESTED, "unstated", names=", ".join(silent))
-    return case.judged(MET, n=len(SHARED), curve=first, scores=second)
+    return case.judged(MET, n=len(SHARED), names=", ".join(SHARED), curve=first, scores=second)
 
 
 def cpu_baseline(case: Case, long_context: Any, scores: Any) -> tuple[str, str]:
@@ -271,7 +258,7 @@ def prompt_sets(case: Case, long_context: Any, scores: Any) -> tuple[str, str]:
 def reproducible(case: Case, routing: Any, long_context: Any, scores: Any) -> tuple[str, str]:
     """Greedy decoding, one seed, and a repetition that gave the same."""
     seeds = {stage.settings.seed for stage in (scores, routing, long_context)}
-    hottest = max((it.sampling.temperature for it in scores.sets), default=0.0)
+    hottest = max(it.sampling.temperature for it in (*scores.sets, *long_context.sets))
     it, wrong = routing.verdict, []
     if len(seeds) > 1:
         wrong.append(case.text("seeds", seeds=", ".join(sorted(map(str, seeds)))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 import tomllib
 from collections.abc import Mapping
@@ -15,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dfqs_nb.core.errors import RegistryError
 from dfqs_nb.core.paths import data_dir, tilde
 
-GB = 10**9  # the specification writes GB; so are its figures read here
-GIB = 2**30
-CONFIRMED, CONTRADICTED, CONTRADICTS_ITSELF = "confirmed", "contradicted", "contradicts itself"
+GB, GIB = 10**9, 2**30  # the documents write GB; so are their figures read here
+CONFIRMED, IN_PART, CONTRADICTED = "confirmed", "confirmed in part", "contradicted"
+CONTRADICTS_ITSELF = "contradicts itself"
 NOT_TESTABLE, NOT_CHECKABLE = "not testable here", "not checkable"
-CLAIM_VERDICTS = (CONFIRMED, CONTRADICTED, CONTRADICTS_ITSELF, NOT_TESTABLE, NOT_CHECKABLE)
+CLAIM_VERDICTS = (CONFIRMED, IN_PART, CONTRADICTED, CONTRADICTS_ITSELF, NOT_TESTABLE, NOT_CHECKABLE)
 
 
 class _Entry(BaseModel):
@@ -110,19 +111,6 @@ class Claim(_Entry):
         return bool(abs(measured - self.value) < 10.0 ** int(Decimal(str(self.value)).as_tuple().exponent))
 
 
-def figure(value: Any, unit: str = "") -> str:
-    """A figure as people read it.
-
-    >>> figure(1048576, "tokens"), figure([0.2, 0.5], "tokens/s"), figure(68, "%")
-    ('1,048,576 tokens', '0.2 to 0.5 tokens/s', '68 %')
-    """
-    if isinstance(value, list):
-        text = f"{value[0]:,} to {value[-1]:,}"
-    else:
-        text = f"{value:,}" if isinstance(value, int | float) else str(value)
-    return f"{text} {unit}".strip()
-
-
 class Published(_Entry):
     """What others published about the artifact and its model."""
 
@@ -152,9 +140,10 @@ class Document(_Entry):
 
 
 class Claims(_Entry):
-    """``data/spec/claims.toml``."""
+    """``data/spec/claims.toml``; ``links`` has the addresses of sources that are no repository, by name."""
 
     as_gib: str
+    links: dict[str, str]
     documents: dict[str, Document]
     published: Published
     facts: dict[str, Fact]
@@ -163,25 +152,42 @@ class Claims(_Entry):
     def numbered(self) -> list[Claim]:
         """The statements, numbered in the order of each document: C1, C2, ..., D1, ..."""
         counts = {name: count(1) for name in self.documents}
-        letters = {name: document.letter for name, document in self.documents.items()}
-        numbers = (f"{letters[claim.document]}{next(counts[claim.document])}" for claim in self.claims)
+        numbers = (f"{self.documents[it.document].letter}{next(counts[it.document])}" for it in self.claims)
         return [a.model_copy(update={"number": n}) for a, n in zip(self.claims, numbers, strict=True)]
 
 
-class _Words(string.Formatter):
-    """Formats of the two tables; what is not known reads so."""
+def figure(value: Any, unit: str = "") -> str:
+    """A figure as people read it.
 
+    >>> figure(1048576, "tokens"), figure([0.2, 0.5], "tokens/s"), figure(68, "%")
+    ('1,048,576 tokens', '0.2 to 0.5 tokens/s', '68 %')
+    """
+    ends = value if isinstance(value, list) else [value]
+    shown = [f"{end:,}" if isinstance(end, int | float) else str(end) for end in ends]
+    return f"{' to '.join(shown)} {unit}".strip()
+
+
+class _Words(string.Formatter):
     def format_field(self, value: Any, form: str) -> str:
         return "unknown" if value is None else str(super().format_field(value, form))
 
 
-def filled(form: str, values: Mapping[str, Any]) -> str:
-    """A sentence of the two tables with its values.
+def spaced(text: str) -> str:
+    """A text with a space before each sign of per cent, as the whole report has it.
 
-    >>> filled("{n:,} bytes, {speed:.2f} tokens/s", {"n": 1000, "speed": None})
-    '1,000 bytes, unknown tokens/s'
+    >>> spaced("7.2% of batches, 95 % interval")
+    '7.2 % of batches, 95 % interval'
     """
-    return _Words().vformat(form, (), values)
+    return re.sub(r"(?<=\d)%", " %", text)
+
+
+def filled(form: str, values: Mapping[str, Any]) -> str:
+    """A sentence of the two tables with its values; what is not known reads so.
+
+    >>> filled("{n:,} bytes, {share:.0%}, {speed:.2f} tokens/s", {"n": 1000, "share": 0.5, "speed": None})
+    '1,000 bytes, 50 %, unknown tokens/s'
+    """
+    return spaced(_Words().vformat(form, (), values))
 
 
 def requirements_spec() -> Requirements:

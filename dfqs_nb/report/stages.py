@@ -6,7 +6,6 @@ A field of another type is an error, so that a fault of the workbook never passe
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -313,16 +312,11 @@ def read_run(folder: str | Path) -> Run:
 
 def refusal_of_an_edit(folder: str | Path) -> str:
     """What `read_run` answers when a number in a copy of the run's last stage was edited; "" if nothing."""
-    folder = Path(folder)
-    stage = [name for name in DRAWN_ON if (folder / f"{name}.json").exists()][-1]
-    content = read_stage(folder, stage)
+    stage = [name for name in DRAWN_ON if (Path(folder) / f"{name}.json").exists()][-1]
     with tempfile.TemporaryDirectory() as copy:
-        for name in content["files"]:
-            Path(copy, name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, Path(copy, name))
-        edited = write_json(Path(copy, f"{stage}.json"), {**content, "edited": 0.99})
+        edited = write_json(Path(copy, f"{stage}.json"), {**read_stage(Path(folder), stage), "edited": 0.99})
         try:
-            read_stage(copy, stage, sealed=True)
+            read_stage(Path(copy), stage, sealed=True)
         except StageError as error:
             return f"{edited.name} {error.what}"
     return ""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Iterator, Mapping
-from datetime import datetime
-from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from dfqs_nb.core import display
 from dfqs_nb.core.paths import public_address
@@ -16,13 +15,10 @@ from dfqs_nb.core.stage import NOTEBOOKS, read_stage
 from dfqs_nb.report import claims, requirements
 from dfqs_nb.report.envelope import envelope_tables
 from dfqs_nb.report.metrics import CURVE, metric_sentence
-from dfqs_nb.report.spec import claims_spec
+from dfqs_nb.report.spec import claims_spec, spaced
 from dfqs_nb.report.stages import BESIDE, ReportError
+from dfqs_nb.report.template import render
 from dfqs_nb.report.verdicts import verdict
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from jinja2 import Environment
 
 SMALL = "Nano tier: made with the small prompt sets of the embedded reference model. "
 NANO = f"{SMALL}No measurement here is evidence about a real model."
@@ -37,14 +33,12 @@ HUB_SETS = {"standard-code": ("openai/openai_humaneval", "openai_humaneval")}  #
 
 def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     """What a report holds, as frames to show; what is about the artifact as ``artifact_...``."""
-    import pandas as pd
-
     lines = [(name, metric_sentence(name, report["details"][name])) for name in report["metrics"]]
     columns = ["number", "document", "section", "claim", "found", "verdict", "evidence", "source"]
     stated = pd.DataFrame(report["claims"], columns=["id", *columns]).set_index("id")
     frames = {
         "metrics": pd.DataFrame(lines, columns=["metric", "value"]).set_index("metric"),
-        "requirements": pd.DataFrame(report["conformance"]).set_index("id"),
+        "requirements": pd.DataFrame(report["conformance"], columns=requirements.COLUMNS).set_index("id"),
         "claims": stated,
         "contradicted": stated[stated["verdict"].str.startswith("contradict")],
         **envelope_tables(report["hardware_envelope"]["model"]),
@@ -55,23 +49,18 @@ def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 
 
 def _pairs(facts: Mapping[str, Any], name: str) -> pd.DataFrame:
-    import pandas as pd
-
     return pd.DataFrame(facts.items(), columns=[name, "value"], dtype=object)
 
 
 def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """All that the templates of a report show; they write numbers as `core.display.cell` does."""
-    from pandas import json_normalize
-
     frames, level = tables(report), report["model"].get("relation_to_artifact", "another")
-    envelopes, spec = report["hardware_envelope"], claims_spec()
-    curve, beside = report["details"][CURVE], _beside(folder)
+    envelopes, curve, beside = report["hardware_envelope"], report["details"][CURVE], _beside(folder)
     ran, wrote = report["machine"], report["versions"].items()
     other = {f"{name}, of this report": value for name, value in wrote if ran.get(name) != value}
     return {
         "report": report,
-        "created": f"{datetime.fromisoformat(report['created']):%d %B %Y, %H:%M} UTC",
+        "created": f"{report['created'][:10]}, {report['created'][11:16]} UTC",
         "absent": {*BESIDE, "left_out"} - set(beside) | (set() if report["claims"] else {"claims"}),
         "drawn": lambda name: _drawn(folder, name, report["sources"]),
         "nano": NANO if report["tier"] == "nano" else "",
@@ -80,18 +69,35 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "metrics": frames["metrics"].reset_index(),
         "curve": _curve(curve),
         "guesses": guesses(curve),
+        "added": [row for row in curve.get("points", []) if row["length"] not in curve.get("lengths", [])],
         "requirement_counts": requirements.counts(frames["requirements"]),
         "requirements": frames["requirements"].reset_index(),
         "claim_counts": claims.counts(frames["claims"]),
         "claims": frames["claims"].reset_index(),
-        "documents": spec.documents,
+        "documents": claims_spec().documents,
         "envelopes": [_envelope(it) for it in (envelopes["model"], envelopes["artifact"]) if it],
-        "paging": _pairs(envelopes.get("paging") or {}, "a token of decode, predicted and measured"),
+        "paging": _paging(envelopes.get("paging") or {}),
         "beside": beside,
         "model": _pairs({key.replace("_", " "): it for key, it in report["model"].items()}, "of the model"),
-        "conditions": _pairs(json_normalize(report["conditions"]).to_dict("records")[0], "condition"),
+        "conditions": _pairs(_flat(report["conditions"]), "condition"),
         "machine": _pairs({**report["machine"], **other}, "where it ran"),
     }
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested conditions as one row a condition."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _paging(rows: Mapping[str, str]) -> pd.DataFrame:
+    """What a token was predicted to read from the disk, and did; nothing where memory holds the model."""
+    is_read = any(value != "0 B" for name, value in rows.items() if name.startswith("a token reads"))
+    named = {name.replace("a token reads", "read from the disk for a token"): rows[name] for name in rows}
+    named = {name: spaced(value) for name, value in named.items()} if is_read else {}
+    return _pairs(named, "a token of decode, predicted and measured")
 
 
 def guesses(curve: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -112,8 +118,6 @@ def guesses(curve: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _curve(detail: Mapping[str, Any]) -> pd.DataFrame:
     """Retrieval by task and length: every task that was asked, or the points of the curve."""
-    import pandas as pd
-
     rates, own = guesses(detail), {"guess_rate": detail["guess_rate"] or 0}
     points = [{"task": "the curve's task", **row} for row in detail.get("points") or []]
     rows = [
@@ -140,85 +144,17 @@ def _envelope(envelope: Mapping[str, Any]) -> dict[str, Any]:
 def _beside(folder: Path) -> dict[str, list[str]]:
     """What else there is: the summaries of ladder and serving, and what any stage's budget left out."""
     stages = {name: read_stage(folder, name) for name in NOTEBOOKS if (folder / f"{name}.json").is_file()}
-    summaries = {name: list(map(str, stages[name].get("summary", []))) for name in BESIDE if name in stages}
+    summaries = {
+        name: [spaced(str(line)) for line in stages[name].get("summary", [])]
+        for name in BESIDE
+        if name in stages
+    }
     left_out = [
-        f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {sentence}"
+        f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {spaced(sentence)}"
         for name, stage in stages.items()
         for sentence in stage.get("left_out") or ()
     ]
     return summaries | ({"left_out": left_out} if left_out else {})
-
-
-@lru_cache(maxsize=2)
-def _environment(is_html: bool) -> Environment:
-    """Jinja in which everything is escaped: as HTML, or as Markdown."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    def escaped(value: Any) -> Any:
-        if isinstance(value, Markup):
-            return value
-        text = value if isinstance(value, str) else display.cell(value)
-        return display.plain(text) if is_html else display.markdown(text)
-
-    made = Environment(
-        loader=PackageLoader("dfqs_nb.report"),
-        autoescape=is_html,
-        finalize=escaped,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters |= {
-        "linked": partial(linked, is_html=is_html),
-        "table": lambda frame: Markup(display.markdown_table(frame.map(display.cell))),
-        "slug": lambda title: re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-"),  # as hubs make anchors
-    }
-    return made
-
-
-def render(name: str, **values: Any) -> str:
-    """A template of ``report/templates/``, filled in; whatever stands in it is escaped."""
-    return _environment(name.endswith(".html")).get_template(name).render(**values)
-
-
-ALONE = r"(?![\w/#.-]| ?(?:PR )?#)"  # no issue of a repository
-LINKS = (
-    (r"(?<![\w/.-])([\w.-]+/[\w.-]+?)(?: PR)? ?#(\d+)", r"https://github.com/\1/issues/\2"),
-    (r"\barXiv:(\d{4}\.\d{4,5})", r"https://arxiv.org/abs/\1"),
-    (r"(?<![\w/.-])((?:deepseek-ai|persadian|teamblobfish)/[\w.-]*\w)", r"https://huggingface.co/\1"),
-    (rf"(?<![\w/.-])((?:ggml-org|imanu86|arishma108)/[\w.-]*\w){ALONE}", r"https://github.com/\1"),
-)
-
-
-def linked(text: str, *, is_html: bool = True) -> Any:
-    """A source with links to the places and documents that it names; only addresses made here become links.
-
-    >>> str(linked("ggml-org/llama.cpp#9613 <b>"))
-    '<a href="https://github.com/ggml-org/llama.cpp/issues/9613">ggml-org/llama.cpp#9613</a> &lt;b&gt;'
-    >>> str(linked("arXiv:2404.06654 <b>", is_html=False))
-    '[arXiv:2404.06654](https://arxiv.org/abs/2404.06654) &lt;b>'
-    """
-    from markupsafe import Markup, escape
-
-    named = [
-        (rf"\b{re.escape(document.called)}\b", document.address)
-        for document in claims_spec().documents.values()
-        if document.called
-    ]
-    text, made, at = display.plain(text), "", 0
-    places = [(*it.span(), it.expand(to)) for form, to in (*LINKS, *named) for it in re.finditer(form, text)]
-
-    def escaped(part: str) -> str:
-        inner = str(escape(part.strip())) if is_html else display.markdown(part)
-        return part[: len(part) - len(part.lstrip())] + inner + part[len(part.rstrip()) :] * bool(inner)
-
-    for start, end, address in sorted(places):
-        if start >= at:
-            words = escaped(text[start:end])
-            link = f'<a href="{address}">{words}</a>' if is_html else f"[{words}]({address})"
-            made, at = f"{made}{escaped(text[at:start])}{link}", end
-    return Markup(made + escaped(text[at:]))
 
 
 def markdown(report: Mapping[str, Any], folder: Path) -> str:
@@ -259,6 +195,9 @@ def page_of(text: str, figure: Path | None = None, reports: Mapping[str, Any] | 
     )
 
 
+# ---- the hub's two forms ----
+
+
 def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str, float, dict[str, Any]]]:
     """Each metric that has a value: name, the questions that it is about, value, what qualifies it."""
     for name in METRIC_TYPES:
@@ -279,7 +218,7 @@ def _yaml(report: Mapping[str, Any], value: Any) -> str:
 
 
 def model_index(report: Mapping[str, Any]) -> str:
-    """The YAML block ``model-index`` for the front matter of a card; a ReportError where all is withheld.
+    """The YAML block ``model-index`` for the front matter of a card; "" without metrics.
 
     The curve has no entry: the hub's format takes numbers.
     """
@@ -299,11 +238,8 @@ def model_index(report: Mapping[str, Any]) -> str:
         )
         for name, questions, value, facts in _results(report)
     ]
-    if not results:
-        what = "every metric is withheld, so there is nothing for a model card"
-        raise ReportError(what, hint="run notebooks 05 and 06")
-    index = eval_results_to_model_index(display.plain(report["model"]["name"]), results)
-    return _yaml(report, {"model-index": index})
+    name = display.plain(report["model"]["name"])
+    return _yaml(report, {"model-index": eval_results_to_model_index(name, results)}) if results else ""
 
 
 def eval_results(report: Mapping[str, Any]) -> str:

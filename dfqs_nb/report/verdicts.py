@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
+
 from dfqs_nb.core.display import plain, size
 from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, SPEED, boundary_flags, boundary_sentence
 from dfqs_nb.report.requirements import MET, NOT_MET, NOT_TESTED, counts
+from dfqs_nb.report.template import render
 
 YES, NO, PARTLY, UNKNOWN = "yes", "no", "in part", "unknown"
 SYMBOLS = {YES: "✓", NO: "✗", PARTLY: "~", UNKNOWN: "?"}
@@ -54,9 +57,6 @@ class Verdict:
         return [plain(f"{line.symbol} {line.question} {line.answer}. {line.caveat}") for line in self.lines]
 
     def _repr_markdown_(self) -> str:
-        """The verdict in a notebook."""
-        from dfqs_nb.report.text import render
-
         return render("verdict.md", verdict=self)
 
 
@@ -64,7 +64,7 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
     """The verdict on a report that `read_report` or `build_report` gave."""
     rows, details = {row["id"]: row for row in report["conformance"]}, report["details"]
     lines = [
-        _sound(report, *_of(rows, "single-file")),
+        _sound(report["model"], *_of(rows, "single-file")),
         _runs(details[SPEED], *_of(rows, "cpu-constrained")),
         _routing(report["routing"], *_of(rows, "routing-deterministic")),
         _context(details[CURVE], details[BOUNDARY]),
@@ -82,9 +82,8 @@ def _of(rows: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str, str]:
     return OF_VERDICT[row["verdict"]], row["evidence"]
 
 
-def _sound(report: Mapping[str, Any], mark: str, evidence: str) -> Line:
-    model = report["model"]
-    bits = f"{size(model['size_bytes'])}, {model['bits_per_weight']:.3g} bits a weight"
+def _sound(model: Mapping[str, Any], mark: str, evidence: str) -> Line:
+    bits = f"{size(model['size_bytes'])}; its tensors take {model['bits_per_weight']:.3g} bits a weight"
     caveat = f"{bits}. How well it answers is another question"
     return Line(mark, "Is the file sound?", evidence, caveat, "requirements")
 
@@ -95,7 +94,8 @@ def _runs(speed: Mapping[str, Any], mark: str, evidence: str) -> Line:
         return Line(mark, question, evidence, f"speed withheld: {speed['withheld']}")
     rates = [speed[key] for key in ("value", "low", "high")]
     value, low, high = (f"{rate:,.0f}" if rate >= 100 else f"{rate:,.3g}" for rate in rates)
-    spread = f"{low} to {high} over {speed['n']} repetitions" if speed["n"] > 1 else "one repetition"
+    n = speed["n"]
+    spread = f"lowest to highest of {n} repetitions: {low} to {high}" if n > 1 else "one repetition"
     answer = f"{value} tokens/s on the CPU at depth {speed['depth']:,} ({spread})"
     if not speed["contended"]:
         return Line(mark, question, answer, evidence)
@@ -104,16 +104,11 @@ def _runs(speed: Mapping[str, Any], mark: str, evidence: str) -> Line:
 
 
 def _routing(routing: Mapping[str, Any] | None, mark: str, evidence: str) -> Line:
-    alone = "Alone in its batch. Beside other sequences, in another batch size or build it may differ"
-    elsewhere = "with other settings, in another build or on another machine choices can differ"
-    judged = (routing or {}).get("load_passed") is not None
-    return Line(
-        mark,
-        "Is routing deterministic?",
-        evidence,
-        f"Measured on few texts; {elsewhere}" if judged else alone,
-        "requirements",
-    )
+    caveat = "Alone in its batch. Beside other sequences, in another batch size or build it may differ"
+    if (routing or {}).get("load_passed") is not None:
+        elsewhere = "with other settings, in another build or on another machine choices can differ"
+        caveat = f"Measured on few texts; {elsewhere}"
+    return Line(mark, "Is routing deterministic?", evidence, caveat, "requirements")
 
 
 def _context(curve: Mapping[str, Any], boundary: Mapping[str, Any]) -> Line:
@@ -121,12 +116,12 @@ def _context(curve: Mapping[str, Any], boundary: Mapping[str, Any]) -> Line:
     if boundary["withheld"]:
         return Line(UNKNOWN, question, f"withheld: {boundary['withheld']}", "")
     held = boundary.get("right_censored") and not boundary.get("provisional")
-    mark = NO if boundary.get("status") == "floor" else YES if held else PARTLY
+    mark = NO if boundary["status"] == "floor" else YES if held else PARTLY
     keys = f"among {curve['n_keys']} keys" if curve.get("n_keys") else "of keys"
     longest = max(curve.get("lengths") or [0])
-    texts = f"at least {boundary.get('n_haystacks', 0)} texts a length"
+    texts = f"at least {boundary['n_haystacks']} texts a length"
     measured = f"Retrieval {keys} in {texts}, measured up to {longest:,} tokens"
-    if boundary.get("status") != "floor" and None in (boundary.get("low", 0), boundary.get("high", 0)):
+    if boundary["status"] != "floor" and None in (boundary["low"], boundary["high"]):
         measured += "; an open end of the interval lies beyond the lengths measured"
     answer = boundary_sentence({**boundary, "provisional": False, "not_monotone": False})
     return Line(mark, question, answer, "; ".join([measured, *boundary_flags(boundary)]))
@@ -140,10 +135,9 @@ def _scores(details: Mapping[str, Any], tier: str) -> Line:
             parts.append(f"{kind} withheld ({score['withheld']})")
             marks.add(UNKNOWN)
             continue
-        guess, n = score["guess_rate"] or 0.0, score["n"]
+        guess, n, cut = score["guess_rate"], score["n"], score.get("truncated")
         parts.append(f"{kind} {score['value']:.2f} ({score['low']:.2f} to {score['high']:.2f}, n = {n})")
         marks.add(YES if score["low"] > guess else NO if n >= FEW_QUESTIONS else UNKNOWN)
-        cut = score.get("truncated")
         caveats.append(
             f"{score['set']}: guessing gives {guess:.2f}"
             + (f", {cut} of {n} truncated" if cut else "")
@@ -156,13 +150,11 @@ def _scores(details: Mapping[str, Any], tier: str) -> Line:
 
 
 def _demands(rows: Sequence[Mapping[str, Any]]) -> Line:
-    import pandas as pd
-
     question = "Which demands of DFQS are met?"
     binding = {row["verdict"] for row in rows if row["level"] in ("SHALL", "MUST", "condition")}
     if not binding:
         return Line(UNKNOWN, question, "none was judged", "", "requirements")
     mark = NO if NOT_MET in binding else YES if binding == {MET} else PARTLY
-    unmet = ", ".join(f"{row['id']} {row['verdict']}" for row in rows if row["verdict"] != MET)
-    rest = f"Not met or not tested: {unmet}" if unmet else "Every one is met"
+    others = [f'"{row["requirement"].rstrip(".")}" {row["verdict"]}' for row in rows if row["verdict"] != MET]
+    rest = f"The others: {'; '.join(others)}" if others else "Every one is met"
     return Line(mark, question, counts(pd.DataFrame(rows)), rest, "requirements")

@@ -15,6 +15,7 @@ from dfqs_nb.merge.checks import CONSUME_EXTRA_BYTES
 from dfqs_nb.merge.plan import plan_merge
 from dfqs_nb.report import envelope
 from dfqs_nb.report.envelope import (
+    AS_LOGGED,
     DOES_NOT_FIT,
     FITS,
     GB,
@@ -114,7 +115,7 @@ def test_this_machine_decides_what_fits_here():
     assert fit(small, "VRAM", "this machine", 8192)["verdict"] == NOT_KNOWN
     assert fit(large, "RAM", "this machine", 1048576)["verdict"] == FITS
     assert fit(large, "VRAM", "this machine", 8192)["verdict"] == NOT_KNOWN
-    assert [row["this machine"] for row in small["storage"]] == [DOES_NOT_FIT, FITS, FITS]
+    assert [row["this machine"] for row in small["storage"]] == [DOES_NOT_FIT, FITS]
 
 
 def test_without_the_compute_buffer_nothing_is_said_to_fit(merged_reference):
@@ -137,7 +138,7 @@ def test_with_llama_cpps_plan_the_reference_model_fits(merged_reference):
 
 def test_the_models_own_context_is_added_and_nothing_is_said_of_what_lies_beyond(merged_reference):
     rows = hardware_envelope(read_header(merged_reference), SMALL)["cache"]
-    assert [row["n_ctx"] for row in rows] == [8192, 32768, 65536]
+    assert [row["n_ctx"] for row in rows] == [8192, 16384, 32768, 65536]
 
 
 def test_a_cache_that_is_an_upper_bound_refuses_nothing_alone(tmp_path, monkeypatch, merged_reference):
@@ -167,7 +168,9 @@ def test_disk_by_mode_is_the_merge_modules_own_figure(merged_reference):
 def test_the_consuming_modes_count_the_header(flash_file):
     header = read_header(flash_file)
     rows = {row["mode"]: row for row in hardware_envelope(header, SMALL)["storage"]}
-    assert rows["repair --in-place"]["extra_bytes"] == CONSUME_EXTRA_BYTES + header.data_offset
+    assert (
+        rows["merge --consume, repair --in-place"]["extra_bytes"] == CONSUME_EXTRA_BYTES + header.data_offset
+    )
 
 
 def test_a_file_that_is_here_needs_room_for_the_extra_only(flash_file):
@@ -176,7 +179,7 @@ def test_a_file_that_is_here_needs_room_for_the_extra_only(flash_file):
         row["mode"]: row["this machine"]
         for row in hardware_envelope(read_header(flash_file), narrow)["storage"]
     }
-    assert list(here.values()) == [DOES_NOT_FIT, FITS, FITS]
+    assert list(here.values()) == [DOES_NOT_FIT, FITS]
     assert {row["this machine"] for row in published_envelope(narrow)["storage"]} == {DOES_NOT_FIT}
 
 
@@ -195,15 +198,14 @@ def test_the_envelope_is_json_and_its_tables_come_from_it_alone(merged_reference
     assert list(tables) == ["weights", "cache", "fits", "storage"]
     assert tables["weights"]["MB"].sum() == pytest.approx(needs["weights_bytes"] / 1e6)
     assert set(tables["fits"].to_numpy().ravel()) <= {FITS, DOES_NOT_FIT, NOT_KNOWN}
-    assert len(tables["fits"]) == 2 * 3, "the hardware table of DFQS 1.0 is about another model"
-    assert len(envelope_tables(published_envelope(SMALL))["fits"]) == 2 * 7
+    assert len(tables["fits"]) == 2 * 2, "the hardware table of DFQS 1.0 is about another model"
+    assert len(envelope_tables(published_envelope(SMALL))["fits"]) == 2 * 6
     assert "GB" in envelope_tables(published_envelope(SMALL))["weights"]
 
 
 def test_this_machine_is_measured_where_none_is_given(tmp_path):
     here = envelope.this_machine(tmp_path / "not" / "yet")
     assert 0 < here.available_bytes <= here.memory_bytes and here.disk_free_bytes > 0
-    assert published_envelope()["machine"]["memory_bytes"] == here.memory_bytes
 
 
 def test_the_split_of_the_artifact_is_a_range_that_adds_up_and_says_what_it_assumes():
@@ -219,9 +221,21 @@ def test_the_split_of_the_artifact_is_a_range_that_adds_up_and_says_what_it_assu
 
 def test_of_a_gpu_nothing_is_planned_from_the_cpu():
     needs = published_envelope(LARGE)
-    assert {row["verdict"] for row in needs["fits"] if row["resource"] == "VRAM"} <= {NOT_KNOWN, DOES_NOT_FIT}
-    assert all("not known" in row["counted"] for row in needs["fits"] if row["resource"] == "VRAM")
+    words = {row["verdict"] for row in needs["fits"] if row["resource"] == "VRAM"}
+    assert FITS not in words and FITS + AS_LOGGED in words and DOES_NOT_FIT in words
+    assert not [row for row in needs["fits"] if row["resource"] == "VRAM" and "CPU" in row["counted"]]
     assert "logged on a GPU (GB)" in envelope_tables(needs)["cache"]
+
+
+def test_what_was_logged_on_a_gpu_decides_where_it_was_logged_and_says_so():
+    """ "Not known" never stands beside a buffer that somebody logged at that context."""
+    needs, logged = published_envelope(SMALL), requirements_spec().envelope.gpu_compute
+    assert set(logged) <= {row["n_ctx"] for row in needs["cache"] if row["compute_gpu_bytes"]}
+    rows = [row for row in needs["fits"] if row["resource"] == "VRAM" and row["limit_bytes"]]
+    for row in rows:
+        assert (NOT_KNOWN in (row["verdict"], row["least_verdict"])) <= (row["n_ctx"] not in logged)
+    least = fit(needs, "VRAM", "DFQS 1.0 recommended", 16384)["least_verdict"]
+    assert least == DOES_NOT_FIT + AS_LOGGED, "25.3 GB, as logged, are more than 24"
 
 
 def test_a_missing_table_says_what_to_do(monkeypatch, tmp_path):

@@ -23,7 +23,7 @@ from dfqs_nb.core.journal import Journal
 from dfqs_nb.report import compare as report_compare
 from dfqs_nb.report import figures as report_figures
 from dfqs_nb.report.compare import compare_reports
-from dfqs_nb.report.files import RETRIEVAL, RunItems
+from dfqs_nb.report.reading import RETRIEVAL, RunItems
 from dfqs_nb.report.stages import ReportError
 
 REFUSED = (ComparisonError, ReportError)

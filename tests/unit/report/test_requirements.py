@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from dfqs_nb.gguf.broken import reference_shards
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.report import requirements
 from dfqs_nb.report.envelope import Machine
+from dfqs_nb.report.metrics import details_of
 from dfqs_nb.report.requirements import MET, NOT_MET, NOT_TESTED, check_requirements
 from dfqs_nb.report.spec import requirements_spec
 from dfqs_nb.report.stages import DRAWN_ON, ReportError, typed
@@ -32,8 +34,10 @@ def header(merged_reference):
     return read_header(merged_reference)
 
 
-def judged(stages: dict, header=None, **options):
-    return check_requirements(typed(stages), header, machine=HERE, **options).set_index("id")
+def judged(stages: dict, header=None, metrics: dict | None = None):
+    run = typed(stages)
+    measured = {name: detail["value"] for name, detail in details_of(run).items()}
+    return check_requirements(run, header, machine=HERE, metrics=metrics or measured).set_index("id")
 
 
 def changed(stage: str, *path: str | int, to) -> dict:
@@ -121,7 +125,12 @@ def test_a_missing_stage_leaves_its_requirements_untested(header, stage, names):
         ("gpu", changed("generate", "conditions", "n_gpu_layers", to=35), MET, "35"),
         ("metrics", changed("scores", "scores", 1, "value", to=None), NOT_MET, "code_score is withheld"),
         ("metrics", changed("scores", "cpu_tokens_per_sec", to=float("nan")), NOT_MET, "cpu_tokens_per_sec"),
-        ("metrics", changed("long_context", "context_stability_curve", to=[1.0, None]), NOT_MET, "list"),
+        (
+            "metrics",
+            changed("long_context", "context_stability_curve", to=[1.0, None]),
+            NOT_MET,
+            "curve is withheld",
+        ),
         (
             "identical-conditions",
             changed("scores", "conditions", "n_threads", to=2),
@@ -129,6 +138,7 @@ def test_a_missing_stage_leaves_its_requirements_untested(header, stage, names):
             "n_threads (1 and 2)",
         ),
         ("identical-conditions", changed("scores", "conditions", "type_k", to="q8_0"), NOT_MET, "type_k"),
+        ("identical-conditions", changed("scores", "speeds", 0, "n_threads", to=2), NOT_MET, "of the speed"),
         ("identical-conditions", changed("scores", "conditions", "model", to="0" * 64), NOT_MET, "model"),
         ("cpu-baseline", changed("scores", "conditions", "n_gpu_layers", to=9), NOT_MET, "n_gpu_layers 9"),
         (
@@ -215,6 +225,23 @@ def test_a_field_of_another_type_is_an_error_with_its_name_and_notebook_not_a_ve
         typed(stages)
 
 
+def test_what_is_counted_is_listed(header):
+    """Settings by name, planned and added lengths with their answers: a reader can count them again."""
+    table = judged(run_stages(), header)
+    evidence = table.loc["identical-conditions", "evidence"]
+    n, names = re.search(r"share the model and (\d+) settings: (.*?)\. ", evidence).groups()
+    assert (
+        int(n) == len(names.split(", ")) and "the curve and boundary" in evidence and "the speed" in evidence
+    )
+    context = recorded("long_context")
+    added = context.get("refined") or [point(1448)]
+    with_added = changed("long_context", "refined", to=added)
+    evidence = judged(with_added, header).loc["long-context-analysis", "evidence"]
+    total = sum(map(int, re.findall(r"(\d+) answers", evidence)))
+    assert total == sum(row["n"] for row in (*context["curve"], *added))
+    assert all(f"{row['length']:,} tokens added" in evidence for row in added[-1:])
+
+
 def test_levels_are_those_of_the_text():
     levels = {requirement.id: requirement.level for requirement in requirements_spec().requirements}
     assert levels["metrics"] == "SHALL" and levels["identical-conditions"] == "MUST"
@@ -225,7 +252,7 @@ def test_both_bounds_of_determinism_are_stated(header):
     evidence = judged(run_stages(), header).loc["routing-deterministic", "evidence"]
     assert "in 0 of 4 repetitions" in evidence
     assert (
-        "95 % upper bounds: 53% of repeated runs; 0.26% of the choices about this text, if they were"
+        "95 % upper bounds: 53 % of repeated runs; 0.26 % of the choices about this text, if they were"
         in evidence
     )
 

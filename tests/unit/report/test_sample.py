@@ -6,7 +6,7 @@ from store_notebooks import SAMPLE
 
 from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.report import read_report, verdict
-from dfqs_nb.report.files import read_items
+from dfqs_nb.report.reading import read_items
 
 FOLDER = REPOSITORY / "docs" / "sample_report"
 

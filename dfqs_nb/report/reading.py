@@ -1,0 +1,230 @@
+"""Read a report that anybody may have written: its schema, hashes and contradictions, and its answers.
+
+A report's hashes catch accidents. Its numbers are believed because they follow from the answers beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dfqs_nb import context
+from dfqs_nb.context import Counts
+from dfqs_nb.core.display import cell, one_line
+from dfqs_nb.core.files import canonical_sha256, is_file, read_json, sha256_of_file
+from dfqs_nb.core.paths import data_dir, tilde
+from dfqs_nb.core.stage import NOTEBOOKS
+from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, sealed
+from dfqs_nb.report.stages import ReportError
+from dfqs_nb.scores import SetRun
+
+FILE = "report.json"
+AGAIN = "write the report again: `dfqs-nb report RUN`"
+LARGEST = 1e15  # no count, size or speed is larger
+RETRIEVAL = "retrieval accuracy"  # over all planned lengths, in comparisons
+LONGEST_NAME = 80  # characters, in tables and figures
+JOURNAL, SCORE_ITEMS = "long_context_items.jsonl", "score_items.csv"
+RIGHT = ("correct", "passed")  # grades of questions, outcomes of code
+COLUMNS = ("set", "id", "sample", "family", "guess", "grade", "correct")
+
+
+def report_file(path: str | Path) -> Path:
+    """The file of a report, given itself or the folder that holds it."""
+    return Path(path) / FILE if Path(path).is_dir() else Path(path)
+
+
+def read_report(path: str | Path) -> dict[str, Any]:
+    """A report, from its file or its folder, checked: schema, hashes, contradictions; else a ReportError."""
+    path = report_file(path)
+    try:
+        report: dict[str, Any] = read_json(path)
+    except FileNotFoundError:
+        hint = f"run {NOTEBOOKS['dfqs_report']}, or `dfqs-nb report RUN`"
+        raise ReportError("there is no report", where=tilde(path), hint=hint) from None
+    except (OSError, ValueError) as error:
+        raise ReportError(f"is not JSON ({error})", where=tilde(path), hint=AGAIN) from error
+    check_report(report, path)
+    return report
+
+
+def check_report(report: Any, path: str | Path) -> None:
+    """Check a report against the schema, its own hashes and itself; a ReportError names the first fault."""
+    import jsonschema
+
+    fault = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(report))
+    if fault is not None:
+        wrong = f"does not follow the schema at {fault.json_path}: {fault.message[:200]}"
+    elif sealed(report)["integrity"] != report["integrity"]:
+        wrong = "was edited after it was written"
+    elif canonical_sha256(report["conditions"]) != report["conditions_sha256"]:
+        wrong = "its conditions do not have the hash that it states"
+    elif clashes := contradictions(report):
+        wrong = f"contradicts itself: {'; '.join(clashes)}"
+    else:
+        return
+    raise ReportError(wrong, where=tilde(path), hint=AGAIN)
+
+
+def schema() -> Any:
+    """The published JSON Schema (draft 2020-12) of ``report.json``."""
+    return read_json(data_dir() / "spec" / "report.schema.json")
+
+
+def contradictions(report: Mapping[str, Any]) -> list[str]:
+    """What two places of a report say differently, each in a clause; a schema cannot see it."""
+    details = report["details"]
+    faults = ((name, _odd(value, details[name])) for name, value in report["metrics"].items())
+    if wrong := [f"{name} {fault}" for name, fault in faults if fault]:
+        return wrong  # the schema types the metrics: their details are of the same types only where equal
+    curve, boundary = details[CURVE], details[BOUNDARY]
+    if curve["value"] is not None and len(curve["value"]) != len(curve["lengths"]):
+        wrong.append("the curve has another number of points than of lengths")
+    if boundary["value"] is not None and boundary["tokens"] != boundary["value"]:
+        wrong.append(f"the boundary is {boundary['value']} and {boundary['tokens']} tokens")
+    for name in SCORES:
+        total = sum(details[name].get("counts", {}).values())
+        if details[name]["value"] is not None and 0 < total < details[name]["n"]:
+            wrong.append(f"{name} counts {total} answers of {details[name]['n']}")
+    return wrong
+
+
+def _odd(value: Any, detail: Mapping[str, Any]) -> str:
+    """What is wrong with a metric and its details, which the schema has typed separately."""
+    low, high, n = detail["low"], detail["high"], detail["n"]
+    if value != detail["value"]:
+        return f"is {value} and {detail['value']}"
+    if value is None:
+        return ""
+    numbers = (*(value if isinstance(value, list) else [value]), low or 0, high or 0, n)
+    if not all(math.isfinite(number) and abs(number) <= LARGEST for number in numbers):
+        return "has a number that no measurement gives"
+    if n < 1:
+        return "has a value from no answers"
+    if isinstance(value, list) or detail.get("status") == "floor":
+        return ""
+    outside = (low is not None and low > value + 1e-9) or (high is not None and value > high + 1e-9)
+    return f"{value} lies outside its interval, {low} to {high}" if outside else ""
+
+
+# ---- the answers that its numbers follow from ----
+
+
+@dataclass(frozen=True)
+class RunItems:
+    """A report (at ``path``) with the answers that it was made from; what it withholds has none.
+
+    ``label`` is how tables call the model; ``scores`` has by metric the tier's set with its answers and the
+    score that they give; ``context`` the long-context answers of the task that the curve is made of.
+    """
+
+    label: str
+    path: Path
+    report: Mapping[str, Any]
+    scores: Mapping[str, SetRun]
+    context: pd.DataFrame = field(repr=False)
+
+    @property
+    def counts(self) -> Counts | None:
+        """Counts by haystack and length; None where the curve is withheld."""
+        return Counts.of(self.context) if len(self.context) else None
+
+    def value(self, metric: str) -> Any:
+        """A metric, None where it is withheld."""
+        return self.report["metrics"][metric]
+
+    def detail(self, metric: str) -> Mapping[str, Any]:
+        """What stands beside a metric."""
+        detail: Mapping[str, Any] = self.report["details"][metric]
+        return detail
+
+    def stated(self, metric: str) -> dict[str, float]:
+        """Count, value and interval as the report states them; NaN where it states none."""
+        given = {name: self.detail(metric).get(name) for name in ("n", "value", "low", "high")}
+        return {name: nan if value is None else float(value) for name, value in given.items()}
+
+
+def read_answers(path: str | Path) -> RunItems:
+    """A report, from its file or its run's folder, with its answers; both are checked, else a ReportError."""
+    return read_items(read_report(path), report_file(path))
+
+
+def missing_items(report: Mapping[str, Any], folder: Path) -> list[str]:
+    """The files of answers that a report names and that do not lie beside it."""
+    return [name for name in _files(report) if not is_file(folder / name)]
+
+
+def _files(report: Mapping[str, Any]) -> dict[str, str]:
+    """The files of answers with their SHA-256."""
+    named = {item["file"]: item["sha256"] for group in report["items"].values() for item in group}
+    return named | {name: sha for name, sha in report["sources"].items() if name in (SCORE_ITEMS, JOURNAL)}
+
+
+def read_items(report: Mapping[str, Any], path: Path) -> RunItems:
+    """The answers of the report at ``path``; a ReportError where they are missing, edited, or do not fit."""
+    folder = path.parent
+    for name, digest in _files(report).items():
+        file = folder / name
+        if not is_file(file) or not file.resolve().is_relative_to(folder.resolve()):
+            raise _refused(folder, f"the report's items are missing ({name})")
+        if sha256_of_file(file) != digest:
+            raise _refused(folder, f"{name} is not the file that the report was made from")
+    name = one_line(report["model"]["name"])[:LONGEST_NAME]
+    return RunItems(name, path, report, _scores(report, folder / SCORE_ITEMS), _context(report, folder))
+
+
+def _refused(where: Path, what: str) -> ReportError:
+    return ReportError(what, where=tilde(where), hint="run notebooks 05 to 07 again")
+
+
+def _scores(report: Mapping[str, Any], path: Path) -> dict[str, SetRun]:
+    stated = {name: report["details"][name] for name in SCORES if report["metrics"][name] is not None}
+    items, scores = _score_items(path) if stated else pd.DataFrame(), {}
+    for name, detail in stated.items():
+        own, kind = detail["set"], name.removesuffix("_score")
+        run = SetRun.of(kind, own, items[items["set"] == own], n_items=detail["n"])
+        for key in ("value", "low", "high", "guess_rate"):
+            made, then = getattr(run.score, key), detail[key]
+            if made is None or not np.isclose(made, then, atol=1e-9):
+                what = f"its items give {name} {key} {cell(made)}, and the report states {cell(then)}"
+                raise _refused(path, what)
+        scores[name] = run
+    return scores
+
+
+def _score_items(path: Path) -> pd.DataFrame:
+    types = {"correct": bool, "sample": int, "guess": float}
+    types |= dict.fromkeys(("set", "id", "family", "grade"), str)
+    try:
+        items = pd.read_csv(path, keep_default_na=False, dtype=types)
+    except (OSError, ValueError) as error:
+        raise _refused(path, f"cannot be read ({str(error)[:200]})") from error
+    if absent := [name for name in COLUMNS if name not in items]:
+        raise _refused(path, f"has no column {', '.join(absent)}")
+    wrong = items["grade"].isin(RIGHT) != items["correct"]
+    if wrong.any():
+        raise _refused(path, f"the grade of {items['id'][wrong].iloc[0]} contradicts its column correct")
+    return items
+
+
+def _context(report: Mapping[str, Any], folder: Path) -> pd.DataFrame:
+    """The answers that give the report's curve; a journal may hold other runs and tasks beside them."""
+    curve = report["metrics"][CURVE]
+    if curve is None:
+        return pd.DataFrame()
+    try:
+        frames = context.read_answers(folder)
+    except (OSError, ValueError) as error:
+        raise _refused(folder / JOURNAL, f"cannot be read ({error})") from error
+    for own in (group for items in frames for _, group in items.groupby("task", sort=False)):
+        rows = Counts.of(own).curve()
+        made = rows.loc[rows["planned"], "curve"].to_numpy()
+        if len(made) == len(curve) and np.allclose(made, curve):
+            return own.reset_index(drop=True)
+    raise _refused(folder / JOURNAL, "its items do not give the report's curve")
