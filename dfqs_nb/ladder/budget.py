@@ -17,17 +17,13 @@ from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.llama.timing import probe
 
-# What a climb that exceeds its budget gives up, in this order; then rungs, those at the end of RANK first.
+# What a climb that exceeds its budget gives up, in this order; of rungs those at the end of RANK first.
 CUTS: tuple[dict[str, int], ...] = (
-    {"items": 32, "texts": 2},
-    {"longest": 512},
+    {"items": 32, "texts": 2, "longest": 512},
     {"chunks": 16, "items": 16},
-    {"rungs": 6},
-    {"chunks": 8, "items": 8},
-    {"rungs": 4},
-    {"longest": 256, "texts": 1, "items": 4},
-    {"rungs": 3},
-    {"chunks": 4, "items": 1},
+    {"rungs": 6, "chunks": 8, "items": 8},
+    {"rungs": 4, "longest": 256, "texts": 1, "items": 4},
+    {"rungs": 3, "chunks": 4, "items": 1},
 )
 NAMES = {
     "items": "questions of a set at each rung",
@@ -50,11 +46,8 @@ def within_budget(
     those for routed experts are left out of a dense model's ladder.
     """
     header = open_shards(source).as_one
-    fitting = [name for name in rungs if tuple(rungs) != RUNGS or _fits(name, header)]
-    unfit = [
-        f"the rung {name}: its rules match no tensor of this model" for name in rungs if name not in fitting
-    ]
-    rungs = fitting
+    unfit = [name for name in rungs if tuple(rungs) == RUNGS and not _fits(name, header)]
+    rungs = [name for name in rungs if name not in unfit]
     opened = OpenSettings.of(source, n_ctx=512, n_threads=settings.n_threads)
     with open_model(source, opened) as model:
         pace, load, n_vocab = probe(model), model.load_seconds, model.n_vocab
@@ -82,7 +75,8 @@ def within_budget(
         n_haystacks=cut["texts"],
         n_chunks=settings.n_chunks if cut["chunks"] == whole["chunks"] else cut["chunks"],
     )
-    left_out = (*unfit, *fitted.left_out)
+    dense = (f"the rung {name}: its rules match no tensor of this model" for name in unfit)
+    left_out = (*dense, *fitted.left_out)
     return cut_settings, [name for name in rungs if name in chosen], replace(fitted, left_out=left_out)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -35,47 +36,32 @@ class LadderError(DfqsError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What every rung is measured with.
+    """What every rung is measured with."""
 
-    Args:
-        text: a prompt set with ``calibration`` and ``held_out``, or a text file to measure on.
-        chunk_tokens, n_chunks: of the held-out text (0: all chunks); half of each chunk is scored.
-        calibration: a text file to collect the importance matrix on; empty: the prompt set's part.
-        tier, max_items: the sets of questions, and how many of each, evenly over its families; 0: all.
-        prompt_set, longest, n_haystacks: of the stability curve; the divergence by position is that of
-            pieces of the held-out text as long.
-        speed_depth, speed_tokens, speed_repetitions: of the decode speed.
-        n_ctx, n_threads: context of the questions, and threads; 0 threads: as suits the source's size.
-        allow_unsandboxed: score code even without a sandbox.
-    """
-
-    text: str = "calibration-nano"
-    chunk_tokens: int = 256
-    n_chunks: int = 0
-    calibration: str = ""
+    text: str = "calibration-nano"  # a prompt set with ``calibration`` and ``held_out``, or a text file
+    chunk_tokens: int = 256  # of the held-out text; half of each chunk is scored
+    n_chunks: int = 0  # 0: all
+    calibration: str = ""  # a text for the importance matrix; empty: the prompt set's part
     calibration_tokens: int = imatrix.CHUNK_TOKENS
     calibration_chunks: int = 24
-    tier: str = "nano"
-    max_items: int = 64
-    prompt_set: str = "long-context-nano"
-    longest: int = 512
+    tier: str = "nano"  # of the questions
+    max_items: int = 64  # of each set, evenly over its families; 0: all
+    prompt_set: str = "long-context-nano"  # of the stability curve
+    longest: int = 512  # tokens of that curve, and of the pieces for the divergence by position
     n_haystacks: int = 6
     speed_depth: int = 256
     speed_tokens: int = 64
     speed_repetitions: int = 3
-    n_ctx: int = 1024
-    n_threads: int = 0
+    n_ctx: int = 1024  # of the questions
+    n_threads: int = 0  # 0: as suits the source's size
     allow_unsandboxed: bool = False
 
 
 def question_sets(settings: Settings) -> list[ItemSet]:
     """The tier's sets, each cut to its share of questions; code only where it can be run."""
     runs_code = find_sandbox().safe or settings.allow_unsandboxed
-    return [
-        part_of(chosen, settings.max_items)
-        for chosen in ItemSet.of_tier(settings.tier)
-        if chosen.kind != "code" or runs_code
-    ]
+    sets = [chosen for chosen in ItemSet.of_tier(settings.tier) if chosen.kind != "code" or runs_code]
+    return [part_of(chosen, settings.max_items) for chosen in sets]
 
 
 def part_of(item_set: ItemSet, max_items: int) -> ItemSet:
@@ -98,14 +84,10 @@ def collected(
     given: str | Path | None = None,
     source_sha256: str = "",
     fresh: bool = False,
-    progress: bool = True,
 ) -> imatrix.ImportanceMatrix:
     """The importance matrix over the calibration text, from ``folder/imatrix.gguf`` where it is there.
 
-    ``given``: the file of another one, which is read instead.
-
-    Raises:
-        ImatrixError: the one that is given cannot be read. LadderError: there is no text to collect on.
+    ``given``: the file of another one, which is read instead. A `LadderError`: there is no text for it.
     """
     if given:
         return imatrix.read_imatrix(given)
@@ -127,15 +109,11 @@ def collected(
         if matrix.datasets == (dataset,):
             return matrix
     path.parent.mkdir(parents=True, exist_ok=True)
-    return imatrix.collect(
-        source,
-        text,
-        chunk_tokens=settings.calibration_tokens,
-        n_chunks=settings.calibration_chunks,
-        n_threads=settings.n_threads,
-        dataset=dataset,
-        progress=progress,
-    ).save(path)
+    size = {"chunk_tokens": settings.calibration_tokens, "n_chunks": settings.calibration_chunks}
+    made = imatrix.collect(
+        source, text, **size, n_threads=settings.n_threads, dataset=dataset, progress=False
+    )
+    return made.save(path)
 
 
 # ---- the child process ----
@@ -156,14 +134,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
             score_set(model, chosen, place / "scores", options, model_id=job["sha256"])
             for chosen in question_sets(settings)
         ]
-        plan = context.make_plan(
-            model,
-            settings.prompt_set,
-            settings.longest,
-            rounds=0,  # every rung is asked at the same lengths
-            n_haystacks=settings.n_haystacks,
-            budget_seconds=float("inf"),
-        ).within_budget()
+        # rounds=0: every rung is asked at the same lengths
+        how: dict[str, Any] = {"rounds": 0, "n_haystacks": settings.n_haystacks, "budget_seconds": inf}
+        plan = context.make_plan(model, settings.prompt_set, settings.longest, **how).within_budget()
         curve = context.measure(model, plan, place, model_sha256=job["sha256"], fresh=fresh)
     sets = [
         {"kind": run.kind, "name": run.name, "n_items": run.score.n, "conditions": run.conditions}
@@ -201,11 +174,9 @@ def _predict_long(model: Model, job: dict[str, Any], settings: Settings, place: 
     (place / "long.npz").unlink(missing_ok=True)
     if pieces:
         windows = [divergence.stratified(n, LONG_WINDOW, seed) for seed in range(len(pieces))]
-        reference, how = Path(job["reference"]).with_name(LONG), {"step": LONG_STEP, "top_k": TOP_K}
-        scored = divergence.beside_source(
-            model, pieces, windows, reference, is_source=job["is_source"], **how
-        )
-        scored.save(place / "long.npz")
+        how = {"is_source": job["is_source"], "step": LONG_STEP, "top_k": TOP_K}
+        reference = Path(job["reference"]).with_name(LONG)
+        divergence.beside_source(model, pieces, windows, reference, **how).save(place / "long.npz")
     return {"n_texts": len(pieces)}
 
 
@@ -215,8 +186,7 @@ def time_decode(job: dict[str, Any]) -> dict[str, Any]:
     opened = OpenSettings(n_ctx=settings.speed_depth + settings.speed_tokens, n_threads=settings.n_threads)
     with open_model(job["path"], opened, trial=False) as model, watched_load() as load:
         speed = measure_speed(model, settings.speed_depth, settings.speed_tokens, settings.speed_repetitions)
-    facts: dict[str, Any] = {
-        name: getattr(speed.decode_tokens_per_sec, name) for name in ("median", "min", "max")
-    }
+    decode = speed.decode_tokens_per_sec
+    facts: dict[str, Any] = {"median": decode.median, "min": decode.min, "max": decode.max}
     facts |= {"repetitions": speed.repetitions, "depth": speed.depth}
     return facts | {"contended": load.contended, "other_cores": load.other_cores}

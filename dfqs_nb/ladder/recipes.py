@@ -1,8 +1,4 @@
-"""Recipes (``data/quantize/*.toml``): which tensor gets which type.
-
-A recipe names one of llama.cpp's file types, whose mix chooses each tensor's type, and rules that override
-the mix for named tensors.
-"""
+"""Recipes (``data/quantize/*.toml``): a mix of llama.cpp, and rules that override it for named tensors."""
 
 from __future__ import annotations
 
@@ -56,8 +52,7 @@ def _compiles(text: str) -> str:
 
 def _leaves_room(name: str) -> str:
     if name in FLOATS:
-        what = f"{name} as a mix leaves no tensor to the rules"
-        raise ValueError(f"{what}: take Q8_0, and a rule of pattern '.' and {name}")
+        raise ValueError(f"{name} as a mix leaves the rules no tensor: take Q8_0, and a rule '.' with {name}")
     return name
 
 
@@ -71,16 +66,12 @@ STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, config=STRICT)
 class Rule:
-    """Tensors whose name contains a match of ``pattern`` get ``type``.
-
-    ``layers``: only those of the first layers, this share of all, rounded down, but at least one; 1: all.
-    ``optional``: whether the rule may match no tensor.
-    """
+    """Tensors whose name contains a match of ``pattern`` get ``type``."""
 
     pattern: Pattern
     type: TensorType
-    layers: float = 1.0
-    optional: bool = False
+    layers: float = 1.0  # only the first layers, this share of all: rounded down, at least one; 1: all
+    optional: bool = False  # whether the rule may match no tensor
 
     def matches(self, name: str, n_layers: int) -> bool:
         """Whether the rule is about this tensor of a model of so many layers.
@@ -97,23 +88,16 @@ class Rule:
 
 @dataclass(frozen=True, config=STRICT)
 class Recipe:
-    """How a model is quantized; pydantic's ``ValidationError``, a ``ValueError``, says what is wrong with it.
-
-    Attributes:
-        mix: llama.cpp's file type: its mix chooses for tensors that no rule names.
-        keep: patterns of tensors that stay as in the source; rules: the first that matches counts.
-        weights: pattern of the importance matrix's entries that are used; empty: none.
-        file_type: what the header says; the mix where not given. sha256: of the recipe's file.
-    """
+    """How a model is quantized; a ``ValueError`` says what is wrong with it."""
 
     name: str
-    mix: Annotated[FileType, AfterValidator(_leaves_room)]
+    mix: Annotated[FileType, AfterValidator(_leaves_room)]  # chooses for tensors that no rule names
     note: str = ""
-    keep: tuple[Pattern, ...] = ()
-    rules: tuple[Rule, ...] = ()
-    weights: Pattern = ""
-    file_type: FileType = ""
-    sha256: str = ""
+    keep: tuple[Pattern, ...] = ()  # tensors that stay as in the source
+    rules: tuple[Rule, ...] = ()  # the first that matches counts
+    weights: Pattern = ""  # the importance matrix's entries that are used; empty: none
+    file_type: FileType = ""  # what the header says; empty: the mix
+    sha256: str = ""  # of the recipe's file
 
 
 def load_recipe(name: str | Path) -> Recipe:

@@ -44,29 +44,20 @@ HELD_BYTES = 512 << 20  # of a child beside its model: context, Python and its l
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung, measured.
-
-    Attributes:
-        header: of the rung's model, all shards as one.
-        tokens: predictions beside the source's, of every scored token; trace: the experts chosen there.
-        long: predictions in windows of longer texts; None where the held-out text is too short.
-        runs: a set of questions each; items: of the stability curve, one row a question.
-        curve, boundary: see ``context``.
-        speed: decode tokens a second: ``median``, ``min``, ``max``, ``repetitions``, ``contended``.
-    """
+    """One rung, measured."""
 
     name: str
     path: Path
     sha256: str
-    header: GGUFHeader = field(repr=False)
-    tokens: divergence.Tokens = field(repr=False)
-    trace: Trace = field(repr=False)
-    runs: tuple[SetRun, ...] = field(repr=False)
-    items: pd.DataFrame = field(repr=False)
+    header: GGUFHeader = field(repr=False)  # of the model, all shards as one
+    tokens: divergence.Tokens = field(repr=False)  # predictions of every scored token, beside the source's
+    trace: Trace = field(repr=False)  # the experts chosen there
+    runs: tuple[SetRun, ...] = field(repr=False)  # a set of questions each
+    items: pd.DataFrame = field(repr=False)  # of the stability curve, one row a question
     curve: pd.DataFrame = field(repr=False)
     boundary: dict[str, Any] = field(repr=False)
-    speed: dict[str, Any] = field(repr=False, default_factory=dict)
-    long: divergence.Tokens | None = field(repr=False, default=None)
+    speed: dict[str, Any] = field(repr=False, default_factory=dict)  # of decode, tokens a second
+    long: divergence.Tokens | None = field(repr=False, default=None)  # in windows of longer texts
 
     @property
     def bits_per_weight(self) -> float:
@@ -81,12 +72,12 @@ class Rung:
 
 @dataclass(frozen=True)
 class Ladder:
-    """The rungs, the source first; ``failed``: why a rung is missing, by name."""
+    """The rungs, the source first."""
 
     rungs: tuple[Rung, ...]
     settings: Settings
     conditions: dict[str, Any] = field(repr=False)
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # why a rung is missing, by name
 
     @property
     def source(self) -> Rung:
@@ -113,8 +104,8 @@ def climb(
 
     Args:
         source: a GGUF with F16, BF16 or F32 weights, or a shard of it: the first rung, as it is.
-        rungs: names (or files) of recipes; ``/flat`` behind one replaces the importance matrix by one in
-            which every column weighs the same. The source's own type among them is passed over.
+        rungs: names (or files) of recipes; ``/flat`` behind one: with an importance matrix in which every
+            column weighs the same. The source's own type among them is passed over.
         matrix: an importance matrix; collected by default.
 
     Raises:
@@ -135,15 +126,6 @@ def climb(
     ):
         measured = climber.climb(top, recipes, bar.update)
         return Ladder(measured, settings, climber.conditions, climber.failed)
-
-
-def folder_name(rung: str) -> str:
-    """A rung's folder.
-
-    >>> folder_name("IQ1_S-XL/flat")
-    'IQ1_S-XL-flat'
-    """
-    return re.sub(r"[^\w.-]", "-", rung)
 
 
 def n_workers(shards: ShardSet, n_threads: int) -> int:
@@ -188,9 +170,8 @@ class _Climber(ExitStack):
         try:
             source = pool.submit(self._measured, top, self.source, self.sha256, None)
             matrix = pool.submit(self._matrix, recipes)
-            making = {name: pool.submit(self._made, name, recipes[name], matrix) for name in recipes}
-            measuring = {name: pool.submit(self._rung, name, making[name], source) for name in recipes}
-            for name, future in {top: source, **measuring}.items():
+            others = {name: pool.submit(self._rung, name, recipes[name], matrix, source) for name in recipes}
+            for name, future in {top: source, **others}.items():
                 try:
                     rungs[name] = future.result()
                 except DfqsError as error:
@@ -220,7 +201,7 @@ class _Climber(ExitStack):
             self.workers.put(worker)
 
     def _place(self, name: str) -> Path:
-        place = self.folder / folder_name(name)
+        place = self.folder / re.sub(r"[^\w.-]", "-", name)
         place.mkdir(parents=True, exist_ok=True)
         return place
 
@@ -229,15 +210,15 @@ class _Climber(ExitStack):
         if not any(recipe.weights and not name.endswith(FLAT) for name, recipe in recipes.items()):
             return None
         known: dict[str, Any] = {"given": self.given, "source_sha256": self.sha256, "fresh": self.fresh}
-        return collected(self.source, self.folder, self.settings, **known, progress=False)
+        return collected(self.source, self.folder, self.settings, **known)
 
     def _made(
-        self, name: str, recipe: Recipe, collecting: Future[imatrix.ImportanceMatrix | None]
+        self, name: str, recipe: Recipe, collected: Future[imatrix.ImportanceMatrix | None]
     ) -> tuple[Path, str]:
         """The rung's model file, made now or before, and its SHA-256."""
         matrix = None
         if recipe.weights:
-            matrix = imatrix.uniform(self.shards.as_one) if name.endswith(FLAT) else collecting.result()
+            matrix = imatrix.uniform(self.shards.as_one) if name.endswith(FLAT) else collected.result()
         path = self._place(name) / "model.gguf"
         note = path.with_name("made.json")
 
@@ -257,8 +238,15 @@ class _Climber(ExitStack):
             facts = remembered(note, conditions, make, fresh=True)
         return path, facts["sha256"]
 
-    def _rung(self, name: str, making: Future[tuple[Path, str]], source: Future[Rung]) -> Rung:
-        (path, sha256), base = making.result(), source.result()  # predictions are compared with the source's
+    def _rung(
+        self,
+        name: str,
+        recipe: Recipe,
+        collected: Future[imatrix.ImportanceMatrix | None],
+        source: Future[Rung],
+    ) -> Rung:
+        path, sha256 = self._made(name, recipe, collected)
+        base = source.result()  # its predictions are compared with the source's
         scored = self._place(name) / "scores"
         scored.mkdir(exist_ok=True)
         for verdicts in self._place(base.name).glob("scores/verdicts-*.jsonl"):
@@ -273,14 +261,11 @@ class _Climber(ExitStack):
 
         place, reference = self._place(name), self.folder / "reference.npy"
         conditions = {**self.conditions, "model": sha256, "base": base.sha256 if base else ""}
-        # the predictions that all others are compared with
+        # the source's predictions, with which all others are compared, may have been deleted
         kept = {reference: "tokens.npz", reference.with_name(LONG): "long.npz"}
-        gone = base is None and any(
-            (place / mine).exists() and not array.exists() for array, mine in kept.items()
-        )
-        if gone:
-            for note in place.glob("predicted*.json"):
-                note.unlink()
+        gone = not base and any((place / mine).exists() > array.exists() for array, mine in kept.items())
+        for note in place.glob("predicted*.json") if gone else ():
+            note.unlink()
 
         def measured() -> dict[str, Any]:
             files = {"path": path, "place": place, "reference": reference}
@@ -291,19 +276,11 @@ class _Climber(ExitStack):
                 return worker.run(job, where=path)
 
         facts = remembered(place / "rung.json", conditions, measured, fresh=self.fresh or gone)
-        return Rung(
-            name,
-            path,
-            sha256,
-            open_shards(path).as_one,
-            divergence.Tokens.load(place / "tokens.npz"),
-            load_trace(place / "trace.npz"),
-            tuple(SetRun.of(**answered) for answered in facts["sets"]),
-            pd.DataFrame(facts["items"]),
-            pd.DataFrame(facts["curve"]),
-            facts["boundary"],
-            long=divergence.Tokens.load(place / "long.npz") if facts["n_long"] else None,
-        )
+        predicted = divergence.Tokens.load(place / "tokens.npz"), load_trace(place / "trace.npz")
+        runs = tuple(SetRun.of(**answered) for answered in facts["sets"])
+        curve = pd.DataFrame(facts["items"]), pd.DataFrame(facts["curve"]), facts["boundary"]
+        long = divergence.Tokens.load(place / "long.npz") if facts["n_long"] else None
+        return Rung(name, path, sha256, open_shards(path).as_one, *predicted, runs, *curve, long=long)
 
     def _speeds(self, rungs: Mapping[str, Rung]) -> dict[str, dict[str, Any]]:
         """The decode speed of each rung, one after another in one child, while nothing else of ours runs."""

@@ -89,8 +89,8 @@ def _same_experts(source: Rung, rung: Rung, layers: Array | None = None) -> Arra
 def routing_table(ladder: Ladder) -> pd.DataFrame:
     """Agreement of expert choices with the source, one row a rung and layer.
 
-    Columns ``rung``, ``bits_per_weight``, ``layer``, ``hashed``, ``n`` choices, ``identical`` with ``low``
-    and ``high``, ``overlap`` (mean share of the k experts that both chose).
+    ``identical`` (share of equal sets among ``n``) with ``low`` and ``high``; ``overlap``: mean share of
+    the k experts that both chose.
     """
     import pandas as pd
 
@@ -108,8 +108,7 @@ def routing_table(ladder: Ladder) -> pd.DataFrame:
 def position_table(ladder: Ladder) -> pd.DataFrame:
     """Divergence from the source by how deep a token lies in longer texts, one row a rung and band.
 
-    Columns ``rung``, ``bits_per_weight``, ``start``, ``end`` (tokens), ``texts``, ``n`` scored tokens, and
-    `estimate` of ``kld`` and ``same_top`` over texts. Empty where the held-out text was too short.
+    ``start`` and ``end`` in tokens; intervals are over texts. Empty where the held-out text is too short.
     """
     import pandas as pd
 
@@ -127,8 +126,7 @@ def position_table(ladder: Ladder) -> pd.DataFrame:
 def bracket_table(ladder: Ladder) -> pd.DataFrame:
     """The exact divergence in the longer texts between the bounds that the source's 20 likeliest tokens give.
 
-    One row a rung: ``n`` tokens, ``at_least``, ``exact``, ``at_most`` (mean nats), ``inside``: the share of
-    tokens whose exact divergence lies between its bounds, to rounding.
+    Mean nats, one row a rung; ``inside``: the share of tokens whose exact divergence lies between its bounds.
     """
     import pandas as pd
 
@@ -156,13 +154,11 @@ def steps(ladder: Ladder) -> pd.DataFrame:
     """Compare neighbours, and the pairs of `hierarchy`, on every metric; one row a pair and metric.
 
     Columns ``a`` (the rung above), ``b``, ``metric``, ``kind`` (``fidelity``, ``ability`` or ``perplexity``),
-    ``n`` units, ``value_a``, ``value_b``, ``difference`` of b to a with its unadjusted 95 % interval ``low``
-    to ``high``, ``p``, ``p_holm``, and ``verdict`` of b: ``better``, ``worse``, ``no evidence of a
-    difference`` or ``not measured``.
+    ``n`` units, ``value_a``, ``value_b``, ``difference`` with its unadjusted 95 % interval ``low`` to
+    ``high``, ``p``, ``p_holm``, and ``verdict`` of b: ``better``, ``worse``, `SAME` or ``not measured``.
 
-    The same chunks, questions and texts: a sign-flip test over chunks or texts, McNemar's test over
-    questions, Holm's correction over all pairs and metrics. The source's divergence from itself is 0, so the
-    first step's divergence says only whether anything changed.
+    Tests on the same units: sign flips of chunks or texts, McNemar's over questions, Holm's correction over
+    all. The source's divergence from itself is 0: the first step's says only whether anything changed.
     """
     import pandas as pd
 
@@ -222,11 +218,10 @@ def _level_pairs(names: Sequence[str]) -> list[tuple[str, str, str, str]]:
 def hierarchy(ladder: Ladder, compared: pd.DataFrame) -> pd.DataFrame:
     """The hierarchy of DFQS 1.0, tested between levels: the smallest rung of one and the largest of the next.
 
-    Columns ``step``, ``a``, ``b``, ``bits_a``, ``bits_b``, one column a metric with its verdict, and
-    ``fidelity`` and ``ability``: the verdicts of their metrics `together`. Where the 99 % tail of the
-    divergence goes the other way than the means, which are what is tested, ``fidelity`` says so. Perplexity
-    belongs to neither: a model can be surprised less by a text and yet be less like the original, and able
-    to do less.
+    One column a metric with its verdict; ``fidelity`` and ``ability``: the verdicts of their metrics
+    `together`. Where the 99 % tail of the divergence goes the other way than the tested means, ``fidelity``
+    says so. Perplexity belongs to neither: a model can be surprised less by a text, and yet be less like the
+    original and able to do less.
     """
     import pandas as pd
 
@@ -291,42 +286,5 @@ def hand_on(stage: Stage, ladder: Ladder, compared: pd.DataFrame) -> list[str]:
         hierarchy=levels,
         steps=compared.to_dict("records"),
         failed=ladder.failed,
-    )
-    return lines
-
-
-def conclusions(ladder: Ladder, compared: pd.DataFrame) -> list[str]:
-    """What this climb showed, in sentences; each is computed."""
-    rows, source = table(ladder).set_index("rung"), ladder.source.name
-    rest = rows.iloc[1:]
-    if rest.empty:
-        return ["No rung below the source was measured."]
-    near, far, smallest = rest["kld"].idxmin(), rest["kld"].idxmax(), rest["bits_per_weight"].idxmin()
-    lines = [
-        f"{near} predicts most like {source} (KL divergence {rest.loc[near, 'kld']:.2g} nats), {far} least "
-        f"({rest.loc[far, 'kld']:.2g}; for 1 % of the tokens over {rest.loc[far, 'kld_tail']:.2g}).",
-        f"{smallest} has the fewest bits. It is{' not' * (smallest != far)} the furthest from {source}.",
-    ]
-    if rest["routing"].notna().any():
-        best, worst = rest["routing"].idxmax(), rest["routing"].idxmin()
-        lines.append(
-            f"The routers of {best} choose {source}'s experts in {rest.loc[best, 'routing']:.1%} of cases, "
-            f"those of {worst} in {rest.loc[worst, 'routing']:.1%}."
-        )
-    least = rows.loc[rows["perplexity"].idxmin()]
-    rank = int(rows["kld"].rank(ascending=False)[least.name])
-    lines.append(
-        f"{least.name} has the lowest perplexity ({least['perplexity']:.2f}, 95 % interval "
-        f"{least['perplexity_low']:.2f} to {least['perplexity_high']:.2f}). By distance from {source} it is "
-        f"number {rank} of {len(rows)}, counted from the furthest."
-    )
-    for kind in ("fidelity", "ability"):
-        verdicts = compared[compared["kind"] == kind]["verdict"]
-        n_differ = verdicts.isin(["better", "worse"]).sum()
-        lines.append(f"{n_differ} of {len(verdicts)} comparisons of {kind} show a difference.")
-    fast, slow, contended = rows["decode"].idxmax(), rows["decode"].idxmin(), int(rows["contended"].sum())
-    lines.append(
-        f"{fast} decodes fastest ({rows.loc[fast, 'decode']:,.0f} tokens a second), {slow} slowest "
-        f"({rows.loc[slow, 'decode']:,.0f}). Other programs disturbed {contended} of {len(rows)} timings."
     )
     return lines

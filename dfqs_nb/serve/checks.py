@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -64,6 +61,7 @@ class Subject:
 
 
 def _health(subject: Subject) -> Finding:
+    """The server answers, to its health check and to a request of one token."""
     server, started = subject.server, time.perf_counter()
     came_up = f"came up in {server.start_seconds:.1f} s; " if server else ""
     subject.endpoint.complete("The", 1)
@@ -72,10 +70,10 @@ def _health(subject: Subject) -> Finding:
 
 
 def _name(subject: Subject) -> Finding:
+    """A wrong name: a refusal is right, another model's answer is a trap."""
     endpoint, lists = subject.endpoint, f"lists {', '.join(subject.endpoint.facts.models)}; "
-    wrong = dataclasses.replace(endpoint, model=f"{endpoint.model}-that-is-not-there", retries=0)
     try:
-        wrong.complete("The", 1)
+        replace(endpoint, model=f"{endpoint.model}-that-is-not-there", retries=0).complete("The", 1)
     except EndpointError as error:
         if error.temporary:
             raise
@@ -85,6 +83,7 @@ def _name(subject: Subject) -> Finding:
 
 
 def _context(subject: Subject) -> Finding:
+    """How many tokens it really takes: what it reports, and what it refuses."""
     endpoint, n_ctx = subject.endpoint, subject.endpoint.facts.n_ctx
     count, counted_by = token_counter(endpoint)
     if n_ctx is None or n_ctx > subject.longest_tried:
@@ -104,12 +103,13 @@ def _context(subject: Subject) -> Finding:
 
 
 def _template(subject: Subject) -> Finding:
+    """Whether its chat template gives the tokens that ours gives."""
     endpoint, model = subject.endpoint, subject.model
     if model is None:
         return UNSEEN, "needs the model in this process"
     ours = chat_text(model, PROMPTS[0])
     n_ours = len(model.with_bos(model.tokenize(ours)))
-    n_theirs = dataclasses.replace(endpoint, stream=False).chat(PROMPTS[0], 1).n_prompt
+    n_theirs = replace(endpoint, stream=False).chat(PROMPTS[0], 1).n_prompt
     if not model.has_template:
         counts = f"{n_theirs} tokens, in process {n_ours}"
         return NOTE, f"the file has none, so a chat gets the server's own: {counts}. Questions go as text"
@@ -123,60 +123,56 @@ def _template(subject: Subject) -> Finding:
 
 
 def _repeated(subject: Subject) -> Finding:
-    def texts(prompt: str, between: str = "") -> set[str]:
-        """Texts of the same request again and again, with another one in between."""
-        answers = set()
-        for _ in range(REPETITIONS):
-            if between:
-                subject.endpoint.chat(between, 1)
-            answers.add(subject.endpoint.chat(prompt, subject.n_tokens).text)
-        return answers
-
-    n, moved = len(PROMPTS), [prompt for prompt in PROMPTS if len(texts(prompt)) > 1]
-    finding = f"{n - len(moved)} of {n} prompts: the same text {REPETITIONS} times in turn"
-    if not moved:
-        return PASS, finding
-    n_same = sum(len(texts(prompt, FILLER)) == 1 for prompt in moved)
-    kept = "; so what it keeps of the last prompt decides" if n_same == len(moved) else ""
-    return FAIL, f"{finding}; with another prompt in between {n_same} of the other {len(moved)}{kept}"
+    """Greedy answers to the same requests, one after another."""
+    n = len(PROMPTS)
+    answers = [{_answer(subject, prompt) for _ in range(REPETITIONS)} for prompt in PROMPTS]
+    n_same = sum(len(texts) == 1 for texts in answers)
+    return (
+        PASS if n_same == n else FAIL,
+        f"{n_same} of {n} prompts: the same text {REPETITIONS} times in turn",
+    )
 
 
 def _concurrent(subject: Subject) -> Finding:
-    endpoint, n_tokens = subject.endpoint, subject.n_tokens
-    pairs = _alone_and_beside(lambda text: endpoint.chat(text, n_tokens).text, PROMPTS, N_CONCURRENT)
-    n_other = sum(alone != beside for alone, beside in pairs)
-    drift = max_drift(endpoint, PROMPTS, N_CONCURRENT, n_tokens)
-    moved = "" if drift is None else f"; log-probabilities moved by up to {drift:.1e}"
-    finding = f"{n_other} of {len(pairs)} answers differ with {N_CONCURRENT} requests at once{moved}"
-    return PASS if n_other == 0 else NOTE, finding
+    """The same requests at once: slots share batches, and batches change numbers."""
+    ask = partial(_answer, subject)
+    alone = [ask(prompt) for prompt in PROMPTS] * N_CONCURRENT
+    beside = side_by_side(ask, PROMPTS * N_CONCURRENT, N_CONCURRENT)
+    n_other = sum(text != other for text, other in zip(alone, beside, strict=True))
+    finding = f"{n_other} of {len(alone)} answers differ with {N_CONCURRENT} requests at once"
+    return NOTE if n_other else PASS, finding
+
+
+def _answer(subject: Subject, prompt: str) -> str:
+    return subject.endpoint.chat(prompt, subject.n_tokens).text
 
 
 def _cache(subject: Subject) -> Finding:
-    options: list[dict[str, Any]] = [{"cache_prompt": False}, {"cache_prompt": True}]
-    can_switch = subject.endpoint.facts.name == "llama.cpp"
-    seconds, texts = [], set()
-    for chosen in options if can_switch else [{}]:
-        for _ in range(REPETITIONS):
-            started = time.perf_counter()
-            texts.add(subject.endpoint.complete(CACHE_PROMPT, 8, **chosen).text)
-            seconds.append(time.perf_counter() - started)
+    """What the prompt cache of llama.cpp's server saves, and whether the text stays the same."""
+    if subject.endpoint.facts.name != "llama.cpp":
+        return UNSEEN, "no option switches its cache"
+
+    def timed(cached: bool) -> tuple[float, str]:
+        started = time.perf_counter()
+        text = subject.endpoint.complete(CACHE_PROMPT, 8, cache_prompt=cached).text
+        return time.perf_counter() - started, text
+
+    without, with_it = ([timed(cached) for _ in range(REPETITIONS)] for cached in (False, True))
+    off, on = (median(seconds for seconds, _ in times[1:]) for times in (without, with_it))
+    texts = {text for _, text in (*without, *with_it)}
     same = "the same text" if len(texts) == 1 else f"{len(texts)} different texts"
-    if not can_switch:
-        times = f"the same prompt took {seconds[0]:.3f} s, then {median(seconds[1:]):.3f} s"
-        return NOTE if len(texts) == 1 else FAIL, f"cannot be switched here; {times}, with {same}"
-    off, on = median(seconds[1:REPETITIONS]), median(seconds[REPETITIONS + 1 :])
     finding = f"{off:.3f} s without, {on:.3f} s with it ({off / on:.1f} times as fast), with {same}"
     return PASS if len(texts) == 1 else NOTE, f"the same prompt again: {finding}"
 
 
 CHECKS: dict[str, Callable[[Subject], Finding]] = {
-    "health": _health,  # the server answers, to its health check and to a request of one token
-    "model name": _name,  # a wrong one: a refusal is right, another model's answer is a trap
-    "context length": _context,  # how many tokens it really takes: what it reports, and what it refuses
-    "chat template": _template,  # whether it gives the tokens that ours gives
-    "same again": _repeated,  # greedy answers to the same requests, one after another
-    "same beside others": _concurrent,  # and at once: slots share batches, and batches change numbers
-    "prompt cache": _cache,  # what it saves, and whether the text stays the same
+    "health": _health,
+    "model name": _name,
+    "context length": _context,
+    "chat template": _template,
+    "same again": _repeated,
+    "same beside others": _concurrent,
+    "prompt cache": _cache,
 }
 
 
@@ -191,8 +187,8 @@ def check(name: str, subject: Subject) -> dict[str, str]:
 
 def check_all(
     connected: Mapping[str, Endpoint],
-    model: Model | None = None,
-    running: Mapping[str, LocalServer] | None = None,
+    model: Model,
+    running: Mapping[str, LocalServer],
     *,
     n_tokens: int = MAX_TOKENS,
     longest_tried: int = LONGEST_TRIED,
@@ -200,7 +196,6 @@ def check_all(
     """All checks of each server: ``check``, ``server``, ``verdict`` and ``finding``; see `Subject`."""
     import pandas as pd
 
-    running = running or {}
     n_threads = max((server.settings.n_threads or 1 for server in running.values()), default=1)
 
     def rows(name: str) -> list[dict[str, str]]:
@@ -233,36 +228,18 @@ def side_by_side(work: Callable[[Work], Made], items: Iterable[Work], n_at_once:
         return list(pool.map(work, items))
 
 
-def _alone_and_beside(
-    ask: Callable[[str], Made], prompts: Sequence[str], n_at_once: int
-) -> list[tuple[Made, Made]]:
-    """What each prompt gives alone, and each time beside others."""
-    alone, beside = [ask(prompt) for prompt in prompts], side_by_side(ask, [*prompts] * n_at_once, n_at_once)
-    return list(zip(alone * n_at_once, beside, strict=True))
-
-
 Scored = Sequence[tuple[int, float]]  # the tokens of a greedy answer, and their log-probabilities
 
 
-def _scored(endpoint: Endpoint, prompt: str, n_tokens: int) -> Scored:
-    """An answer from llama.cpp's own path, which does not round; empty where the server shows no numbers."""
+def _scored(text: str, endpoint: Endpoint, n_tokens: int) -> Scored:
+    """An answer from llama.cpp's own path, which does not round."""
     options = {"temperature": 0, "n_probs": 1, "ignore_eos": True, "cache_prompt": False}
-    page = endpoint.post("/completion", prompt=prompt, n_predict=n_tokens, **options)
-    tokens = pick(page, "completion_probabilities", list) or []
+    page = endpoint.post("/completion", prompt=text, n_predict=n_tokens, **options)
+    tokens = pick(page, "completion_probabilities", list)
+    if not tokens:
+        what, hint = "the server shows no log-probabilities", "the same call asks again"
+        raise EndpointError(what, where=endpoint.base_url, hint=hint)
     return [(pick(token, "id", int) or 0, pick(token, "logprob", float) or 0.0) for token in tokens]
-
-
-def max_drift(
-    endpoint: Endpoint, prompts: Sequence[str], n_concurrent: int, n_tokens: int = MAX_TOKENS
-) -> float | None:
-    """The largest change of a greedy token's log-probability between asking alone and beside others.
-
-    It is taken up to where the tokens part; None where the server shows none, or stopped showing them.
-    """
-    if endpoint.facts.name != "llama.cpp":
-        return None
-    pairs = _alone_and_beside(partial(_scored, endpoint, n_tokens=n_tokens), prompts, n_concurrent)
-    return max(_drift(*pair) for pair in pairs) if all(all(pair) for pair in pairs) else None
 
 
 def _drift(alone: Scored, beside: Scored) -> float:
@@ -284,41 +261,42 @@ def under_load(
 ) -> pd.DataFrame:
     """The texts of notebook 04 asked of llama.cpp's server, alone and while so many other clients ask too.
 
-    One row a load: first a server with one slot, where requests wait for each other; then one server with a
-    slot for each client. Prompt caches are off. Columns ``slots``, ``others`` (clients beside; 0: alone
-    again), ``texts``, ``drift`` (largest change of a log-probability, up to where an answer parts),
-    ``moved`` and ``differ`` (texts whose log-probabilities, and whose answer, change), ``bound`` (exact 95 %
-    upper bound on the rate of texts whose answer changes), ``changed`` (their names).
-
-    Raises:
-        EndpointError: the server shows no log-probabilities, or stopped showing them.
+    One row a load: first with one slot, where requests wait for each other; then with a slot for each client.
+    Columns ``slots``, ``others`` (clients beside; 0: alone again), ``texts``, ``drift`` (largest change of a
+    log-probability, up to where an answer parts), ``moved`` and ``differ`` (texts whose log-probabilities,
+    and whose answer, change), ``bound`` (exact 95 % upper bound on the rate of texts whose answer changes),
+    ``changed`` (their names). An `EndpointError`: the server shows no log-probabilities.
     """
     import pandas as pd
 
     stored = (load_prompts("routing-texts").model_extra or {})["texts"][:n_texts]
     texts = {text["name"]: text["text"][:TEXT_CHARACTERS] for text in stored}
 
-    def measure(slots: int, beside: Sequence[int]) -> list[tuple[Any, ...]]:
+    def measure(slots: int, loads: Sequence[int]) -> list[dict[str, Any]]:
         with start("llama.cpp", path, settings, n_parallel=slots) as server:
-            ask = partial(_scored, server.connect(), n_tokens=n_tokens)
-            alone, *loads = (side_by_side(ask, texts.values(), n + 1) for n in (0, *beside))
-        return [(slots, n, *compared(alone, load)) for n, load in zip(beside, loads, strict=True)]
-
-    def compared(alone: list[Scored], beside: list[Scored]) -> tuple[Any, ...]:
-        if not all([*alone, *beside]):
-            hint = "the same call asks again"
-            raise EndpointError("the server shows no log-probabilities", where=path, hint=hint)
-        drifts = np.array(list(map(_drift, alone, beside)))
-        pairs = zip(texts, alone, beside, strict=True)
-        changed = [name for name, a, b in pairs if [token for token, _ in a] != [token for token, _ in b]]
-        bound = at_most(len(changed), len(texts))
-        most = float(drifts[np.isfinite(drifts)].max(initial=0.0))
-        return len(texts), most, int((drifts > 0).sum()), len(changed), bound, ", ".join(changed)
+            ask = partial(_scored, endpoint=server.connect(), n_tokens=n_tokens)
+            alone, *beside = (side_by_side(ask, texts.values(), n + 1) for n in (0, *loads))
+        rows = zip(loads, beside, strict=True)
+        return [{"slots": slots, "others": n, **_compared(list(texts), alone, load)} for n, load in rows]
 
     plans = [(1, [N_CONCURRENT - 1]), (max(others) + 1, others)]
     rows = side_by_side(lambda plan: measure(*plan), plans, usable_cores() // (settings.n_threads or 1))
-    columns = "slots others texts drift moved differ bound changed".split()
-    return pd.DataFrame([row for part in rows for row in part], columns=columns)
+    return pd.DataFrame(sum(rows, []))
+
+
+def _compared(names: Sequence[str], alone: Sequence[Scored], beside: Sequence[Scored]) -> dict[str, Any]:
+    """What one load changes: the columns of `under_load` from ``texts`` on."""
+    drifts = np.array(list(map(_drift, alone, beside)))
+    pairs = zip(names, alone, beside, strict=True)
+    changed = [name for name, a, b in pairs if [token for token, _ in a] != [token for token, _ in b]]
+    return {
+        "texts": len(names),
+        "drift": float(drifts[np.isfinite(drifts)].max(initial=0.0)),
+        "moved": int((drifts > 0).sum()),
+        "differ": len(changed),
+        "bound": at_most(len(changed), len(names)),
+        "changed": ", ".join(changed),
+    }
 
 
 def load_sentence(table: pd.DataFrame) -> str:
@@ -339,7 +317,7 @@ def load_sentence(table: pd.DataFrame) -> str:
 
 def speed_of_all(
     connected: Mapping[str, Endpoint],
-    clients: Sequence[int] = CLIENTS,
+    clients: Sequence[int],
     n_tokens: int = 48,
     repetitions: int = 2,
     stopped: dict[str, str] | None = None,
@@ -348,27 +326,26 @@ def speed_of_all(
 
     One row a server and number of clients, after a warm-up; ``tokens`` and ``tokens_per_sec`` are of all
     clients together, ``first_median`` and ``first_max`` the seconds to the first piece. ``stopped``: servers
-    that failed for good, with the reason. They are not asked, and more are added; by default it is raised.
+    that failed for good, with the reason. They are not asked, and more are added.
     """
     import pandas as pd
 
-    def speed(endpoint: Endpoint, n: int) -> tuple[int, int, float, float, float, float]:
+    stopped = {} if stopped is None else stopped
+    rows: list[tuple[Any, ...]] = []
+
+    def measure(name: str, endpoint: Endpoint, n: int) -> None:
         started = time.perf_counter()
         replies = side_by_side(lambda number: _timed(endpoint, number, n_tokens), range(n * repetitions), n)
         seconds, tokens = time.perf_counter() - started, sum(reply.n_tokens for reply in replies)
         first = pd.Series([reply.first_seconds for reply in replies])
-        return len(replies), tokens, seconds, tokens / seconds, first.median(), first.max()
+        rows.append((name, n, len(replies), tokens, seconds, tokens / seconds, first.median(), first.max()))
 
-    rows: list[tuple[Any, ...]] = []
-    for name, endpoint in connected.items():
-        if name in (stopped or {}):
-            continue
+    for name in [name for name in connected if name not in stopped]:
         try:
-            _timed(endpoint, 0, n_tokens)
-            rows += [(name, n, *speed(endpoint, n)) for n in clients]
+            _timed(connected[name], 0, n_tokens)
+            for n in clients:
+                measure(name, connected[name], n)
         except EndpointError as error:
-            if stopped is None:
-                raise
             stopped[name] = error.what
     columns = "server clients requests tokens seconds tokens_per_sec first_median first_max"
     return pd.DataFrame(rows, columns=columns.split())
@@ -378,47 +355,29 @@ def _timed(endpoint: Endpoint, number: int, n_tokens: int) -> Reply:
     """An answer of its full length, in pieces."""
     no_end: dict[str, Any] = {"ignore_eos": True}
     full = {"llama.cpp": no_end, "vLLM": no_end, "llama-cpp-python": {"min_tokens": n_tokens}}
-    streaming, options = dataclasses.replace(endpoint, stream=True), full.get(endpoint.facts.name, {})
-    return streaming.complete(f"{TIMED_PROMPT}The key {number}", n_tokens, **options)
+    options = full.get(endpoint.facts.name, {})
+    return replace(endpoint, stream=True).complete(f"{TIMED_PROMPT}The key {number}", n_tokens, **options)
 
 
 # ---- mistakes ----
 
 
-def bad_input(endpoint: Endpoint) -> pd.DataFrame:
-    """The errors for a user's mistakes: columns ``mistake``, ``error``, ``tries`` and ``message``.
-
-    Raises:
-        AssertionError: a mistake got an answer.
-    """
+def mistakes(endpoint: Endpoint) -> pd.DataFrame:
+    """The errors for a user's mistakes: columns ``mistake``, ``error`` and ``message``."""
     import pandas as pd
 
     key, url = endpoint.wire.key.get_secret_value(), endpoint.base_url
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        nobody = f"http://127.0.0.1:{held.getsockname()[1]}/v1"
-        too_long = FILLER * ((endpoint.facts.n_ctx or 4096) // 4)
-        mistakes: dict[str, Callable[[], object]] = {
-            "a port where nothing listens": lambda: connect(nobody, retries=1),
-            "a path of something else": lambda: connect(f"{url}/v2/blog", key=key, retries=1),
-            "a model that is not there": lambda: connect(url, "gpt-oss-120b", key=key),
-            "a prompt beyond the context": lambda: endpoint.complete(too_long, 4),
-            "routing through an endpoint": lambda: check_in_process(endpoint, "routing"),
-        }
-        return pd.DataFrame([_mistake(name, make) for name, make in mistakes.items()])
-
-
-def ask_stopped(endpoint: Endpoint) -> dict[str, Any]:
-    """The error for a request to a server that has ended, as a row of `bad_input`."""
-    quick = dataclasses.replace(endpoint, retries=1)
-    return _mistake("a server that has ended", lambda: quick.complete("The", 1))
-
-
-def _mistake(name: str, make: Callable[[], object]) -> dict[str, Any]:
-    try:
-        answer = make()
-    except EndpointError as error:
-        tries = re.findall(r"asked (\d+) times", " ".join(getattr(error, "__notes__", [])))
-        facts = {"error": type(error).__name__, "tries": int(tries[0]) if tries else 1}
-        return {"mistake": name, **facts, "message": f"{error.what}; {error.hint}"}
-    raise AssertionError(f"{name} got an answer: {answer!r}")
+    too_long = FILLER * ((endpoint.facts.n_ctx or 4096) // 4)
+    made: dict[str, Callable[[], object]] = {
+        "a path of something else": lambda: connect(f"{url}/v2/blog", key=key),
+        "a model that is not there": lambda: connect(url, "gpt-oss-120b", key=key),
+        "a prompt beyond the context": lambda: endpoint.complete(too_long, 4),
+        "routing through an endpoint": lambda: check_in_process(endpoint, "routing"),
+    }
+    rows = []
+    for mistake, make in made.items():
+        try:
+            make()
+        except EndpointError as error:
+            rows.append((mistake, type(error).__name__, f"{error.what}; {error.hint}"))
+    return pd.DataFrame(rows, columns=["mistake", "error", "message"])

@@ -1,33 +1,24 @@
 """Send the workbook's requests to any server with an OpenAI-compatible API.
 
-Greedy by default, one request at a time: parallel requests share batches, and batches change numbers. What
-a server does on its own (a repeat penalty, a prompt cache) is switched off where the server is known to have
-it. A failure of the connection or the server is tried again and then an error; it is never an answer.
+Greedy by default, one request at a time: parallel requests share batches, and batches change numbers. A
+failure of the connection or the server is retried and then an error; it is never an answer.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, PlainValidator, SecretStr
 
 from dfqs_nb.llama.generate import GREEDY, Completion, Sampling
-from dfqs_nb.serve.wire import (
-    EndpointError,
-    KeyRefusedError,
-    UnknownModelError,
-    UnreachableError,
-    Wire,
-    broken,
-    shown_url,
-)
+from dfqs_nb.serve import wire as errors
+from dfqs_nb.serve.wire import EndpointError, KeyRefusedError, UnknownModelError, UnreachableError, Wire
 
 Kind = TypeVar("Kind")
 NAN = float("nan")
@@ -41,7 +32,7 @@ ANSWER_BYTES, BYTES_PER_TOKEN = 1 << 20, 4096  # events of a stream repeat the m
 # What a server would add by itself, switched off: llama-cpp-python's server penalises repetition by 1.1
 # unless told otherwise, llama.cpp's reuses the last prompt's cache, which can change the text
 # (ggml-org/llama.cpp#22224), and takes a reasoning out of the text, of which nothing is left where the
-# tokens ended before the answer. Servers that are not known get nothing they might refuse.
+# tokens ended before the answer. Unknown servers get nothing that they might refuse.
 PLAIN: dict[str, dict[str, Any]] = {
     "llama.cpp": {"repeat_penalty": 1.0, "cache_prompt": False, "reasoning_format": "none"},
     "llama-cpp-python": {"repeat_penalty": 1.0},
@@ -87,7 +78,7 @@ def pick(page: Any, path: str, kind: type[Kind]) -> Kind | None:
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What a server reports of itself; None or empty where it reports nothing."""
+    """What a server reports about itself; None or empty where it reports nothing."""
 
     name: str = "unknown"  # or llama.cpp, llama-cpp-python, Ollama, vLLM
     version: str = ""
@@ -130,7 +121,7 @@ class Reply(Completion):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server that was asked for its models, and how it is asked from then on. See `connect`."""
+    """A server, and how it is asked. See `connect`."""
 
     wire: Wire
     model: str
@@ -154,23 +145,17 @@ class Endpoint:
     def conditions(self) -> dict[str, Any]:
         """What an answer depends on, as far as the server reports it; neither address nor key."""
         facts, name = self.facts, "" if self.facts.name in self.facts.version else self.facts.name
-        return {
-            "runtime": f"{name} {facts.version}".strip(),
-            "endpoint": True,
-            "endpoint_model": self.model,
-            "n_ctx": facts.n_ctx,
-            "n_slots": facts.n_slots,
-            "concurrency": self.concurrency,
-            "request_options": dict(self.options),
-            **({"request_fields": dict(self.fields)} if self.fields else {}),
-        }
+        known = {"runtime": f"{name} {facts.version}".strip(), "endpoint": True, "endpoint_model": self.model}
+        known |= {"n_ctx": facts.n_ctx, "n_slots": facts.n_slots, "concurrency": self.concurrency}
+        renamed = {"request_fields": dict(self.fields)} if self.fields else {}
+        return known | {"request_options": dict(self.options)} | renamed
 
     def chat(self, prompt: str, max_tokens: int = 256, **options: Any) -> Reply:
         """The answer to a chat in the server's template; see `ask`."""
         return self.ask({"messages": [{"role": "user", "content": prompt}]}, max_tokens, **options)
 
     def complete(self, text: str, max_tokens: int = 256, **options: Any) -> Reply:
-        """The continuation of plain text, without a template; options and errors as `ask`."""
+        """The continuation of plain text, without a template; see `ask`."""
         return self.ask({"prompt": text}, max_tokens, **options)
 
     def post(self, path: str, **body: Any) -> Any:
@@ -185,27 +170,24 @@ class Endpoint:
         stop: Sequence[str] = (),
         **options: Any,
     ) -> Reply:
-        """One answer to ``messages`` or a ``prompt``, tried again after 429, 5xx or a lost or broken answer.
+        """One answer to ``messages`` or a ``prompt``, retried after 429, 5xx or a lost or broken answer.
 
-        After a broken stream the answer is asked for whole: some servers say what is wrong only then.
-        ``options`` are further fields of the request. An `EndpointError` says by its class what failed.
+        ``options`` are further fields of the request. The class of an `EndpointError` says what failed.
         """
-        request = {
-            "model": self.model,
-            **prompt,
-            "max_tokens": max_tokens,
-            "temperature": sampling.temperature,
-            "seed": sampling.seed,
-            **({"top_p": sampling.top_p} if sampling.temperature > 0 else {}),
-            **({"stop": list(stop)} if stop else {}),
-            **self.options,
-            **options,
-        }
+        request = {"model": self.model, **prompt, "max_tokens": max_tokens}
+        request |= {"temperature": sampling.temperature, "seed": sampling.seed}
+        request |= {"top_p": sampling.top_p} if sampling.temperature > 0 else {}
+        request |= {"stop": list(stop)} if stop else {}
+        request |= {**self.options, **options}
         seconds = self.wire.timeout_seconds * (2 + max_tokens / TOKENS_PER_TIMEOUT)
         limits = (seconds, ANSWER_BYTES + BYTES_PER_TOKEN * max_tokens)
-        return self.wire.ask(
-            lambda broke: self._reply(request, self.stream and not broke), retries=self.retries, limits=limits
-        )
+
+        def reply(
+            broke: bool,
+        ) -> Reply:  # after a broken stream whole: some servers say only then what is wrong
+            return self._reply(request, self.stream and not broke)
+
+        return self.wire.ask(reply, retries=self.retries, limits=limits)
 
     def _reply(self, request: Mapping[str, Any], stream: bool) -> Reply:
         """The pieces of an answer (one, where it comes whole), put together."""
@@ -221,7 +203,7 @@ class Endpoint:
             usage = piece.usage or usage
             for choice in (piece.choices or [])[:1]:
                 if not stream and chat and choice.message is None:
-                    raise broken("it holds no message", url)
+                    raise errors.broken("it holds no message", url)
                 part = choice.delta or choice.message or Answer()
                 new = choice.text or part.content
                 if stream and (new or part.reasoning_content or part.reasoning):
@@ -233,14 +215,11 @@ class Endpoint:
             raise EndpointError(f"the server ended the answer for {reason!r}", where=url, hint=hint)
         if reason not in ("stop", "length"):
             ended = f"it ended after {len(text):,} characters without saying why"
-            raise broken(ended if reason is None else f"the server ended it for {reason!r}", url)
+            raise errors.broken(ended if reason is None else f"the server ended it for {reason!r}", url)
         if reason == "stop" and not request.get("stop"):
             reason = "eos"  # one word for both in the protocol
         n_tokens = n_pieces if usage.completion_tokens is None else usage.completion_tokens
         return Reply(self.wire.hide(text), (), reason, usage.prompt_tokens or 0, n_tokens, first)
-
-
-# ---- connecting ----
 
 
 def connect(
@@ -256,14 +235,13 @@ def connect(
     version: str = "",
     fields: Mapping[str, str] | None = None,
 ) -> Endpoint:
-    """Ask a server for its models and what it is, and return how to ask it from then on.
+    """Read what a server is and which models it lists, and return how to ask it from then on.
 
     Args:
-        base_url: with or without the ``/v1`` at its end; a query (``?api_key=``) is sent and never shown.
+        base_url: with or without ``/v1`` at its end; a query (``?api_key=``) is sent and never shown.
         model: one that the server lists; may be left out where it lists just one.
         key, key_variable: the key, or the environment variable that holds it; never shown or written.
-        timeout_seconds: the longest wait for a piece of an answer; a whole one may take twice that, and as
-            long again for every 60 tokens.
+        timeout_seconds: the longest wait for a piece of an answer; a whole one may take more.
         concurrency: requests at once in ``score_set``; more than 1 can change answers.
         stream: in pieces. By default not for llama-cpp-python's server: its streams count no tokens, and end
             without a word where the context is full.
@@ -273,7 +251,31 @@ def connect(
     Raises:
         EndpointError: its class says whether the address, the key, the model or a busy server is the cause.
     """
-    key = key or os.environ.get(key_variable, "")
+    wire = _wire(base_url, key or os.environ.get(key_variable, ""), key_variable, timeout_seconds)
+    listed = _listed(wire, retries)
+    has = f"it has {', '.join(list(listed)[:8]) or 'none'}{' and more' if len(listed) > 8 else ''}"
+    if model and listed and model not in listed:  # a server that lists none may have it nevertheless
+        raise UnknownModelError(f"no model is called {model!r} there", where=wire.url, hint=has)
+    if not model and len(listed) != 1:
+        raise UnknownModelError("name the model to ask", where=wire.url, hint=has)
+    model = model or next(iter(listed))
+    facts, entry = _facts(wire, listed), listed.get(model)
+    weights = [pick(entry, f"meta.{name}", object) for name in ("size", "n_params", "ftype")]
+    facts = replace(
+        facts,
+        n_ctx=facts.n_ctx or pick(entry, "max_model_len", int) or pick(entry, "meta.n_ctx", int),
+        models=tuple(listed),
+        weights=" ".join(str(value) for value in weights if value),
+        version=version or facts.version,
+    )
+    wire = replace(wire, timeout_seconds=timeout_seconds, models=facts.models)
+    stream = facts.name != "llama-cpp-python" if stream is None else stream
+    plain = PLAIN.get(facts.name, {})
+    return Endpoint(wire, model, facts, retries, concurrency, stream, plain, dict(fields or {}))
+
+
+def _wire(base_url: str, key: str, key_variable: str, timeout_seconds: float) -> Wire:
+    """The way to an address, with the limit of time for its list of models."""
     if key_variable and not key:
         hint = f"export {key_variable} with the key, or leave the variable out"
         raise KeyRefusedError(f"the environment variable {key_variable} is not set", hint=hint)
@@ -282,35 +284,15 @@ def connect(
     if not (key.isascii() and key.isprintable()):
         hint = f"export {key_variable or 'a variable'} with the key alone"
         raise KeyRefusedError("the key has characters that no key has", where=url, hint=hint)
-    wire = Wire(url, SecretStr(key), SecretStr(query), min(timeout_seconds, LISTING_SECONDS))
-    listed = _listed(wire, retries)
-    has = f"it has {', '.join(list(listed)[:8]) or 'none'}{' and more' if len(listed) > 8 else ''}"
-    if model and listed and model not in listed:  # a server that lists none may have it nevertheless
-        raise UnknownModelError(f"no model is called {model!r} there", where=url, hint=has)
-    if not model and len(listed) != 1:
-        raise UnknownModelError("name the model to ask", where=url, hint=has)
-    model = model or next(iter(listed))
-    facts, entry = _facts(wire, listed), listed.get(model)
-    weights = [pick(entry, f"meta.{name}", object) for name in ("size", "n_params", "ftype")]
-    facts = dataclasses.replace(
-        facts,
-        n_ctx=facts.n_ctx or pick(entry, "max_model_len", int) or pick(entry, "meta.n_ctx", int),
-        models=tuple(listed),
-        weights=" ".join(str(value) for value in weights if value),
-        version=version or facts.version,
-    )
-    wire = dataclasses.replace(wire, timeout_seconds=timeout_seconds, models=facts.models)
-    stream = facts.name != "llama-cpp-python" if stream is None else stream
-    plain = PLAIN.get(facts.name, {})
-    return Endpoint(wire, model, facts, retries, concurrency, stream, plain, dict(fields or {}))
+    return Wire(url, SecretStr(key), SecretStr(query), min(timeout_seconds, LISTING_SECONDS))
 
 
 def _listed(wire: Wire, retries: int) -> dict[str, Any]:
     """What the server lists, by name."""
     answer = wire.ask(lambda broke: next(wire.events(f"{wire.url}/models")), retries=retries)
     if not isinstance(answer, dict) or "data" not in answer:
-        what = "something answers there, but it does not list models"
         hint = "check port and path: the address ends in /v1 as a rule"
+        what = "something answers there, but it does not list models"
         raise UnreachableError(what, where=wire.url, hint=hint)
     entries = pick(wire.hidden(answer), "data", list) or []
     return {name: entry for entry in entries if (name := pick(entry, "id", str)) is not None}
@@ -328,7 +310,7 @@ def is_url(text: object) -> bool:
 def check_in_process(target: object, what: str) -> None:
     """Refuse an endpoint, or its address, where only a model in this process will do: an `EndpointError`."""
     if isinstance(target, Endpoint) or is_url(target):
-        where = target.base_url if isinstance(target, Endpoint) else shown_url(str(target))
+        where = target.base_url if isinstance(target, Endpoint) else errors.shown_url(str(target))
         hint = "give the GGUF file: it is read inside the runtime, in this process"
         raise EndpointError(f"{what} cannot be seen through an endpoint", where=where, hint=hint)
 
@@ -347,7 +329,7 @@ def _address(url: str) -> tuple[str, str]:
         known = None
     if known is None:
         hint = "give one like http://127.0.0.1:8080/v1; a key goes into a variable"
-        raise UnreachableError("not an address", where=shown_url(url), hint=hint)
+        raise UnreachableError("not an address", where=errors.shown_url(url), hint=hint)
     path, _, query = (known[1].lower() + url[known.end(1) :]).partition("?")
     path = path.rstrip("/")
     return path if re.search(r"/v\d+\w*$", path) else path + "/v1", query

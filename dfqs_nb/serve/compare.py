@@ -5,11 +5,10 @@ For each difference we find the first token that differs, and how certain the mo
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from dfqs_nb.llama.generate import chat_text
 from dfqs_nb.llama.model import Model
 from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun, find_sandbox, score_set
 from dfqs_nb.serve import measure
-from dfqs_nb.serve.checks import load_sentence
+from dfqs_nb.serve.checks import load_sentence, side_by_side
 from dfqs_nb.serve.client import Endpoint
 from dfqs_nb.serve.servers import LocalServer
 from dfqs_nb.serve.wire import EndpointError
@@ -29,7 +28,7 @@ from dfqs_nb.serve.wire import EndpointError
 if TYPE_CHECKING:
     import pandas as pd
 
-NEAR_TIE = 0.1  # of a logit: well above what other batches and kernels move (see `checks.max_drift`)
+NEAR_TIE = 0.1  # of a logit: well above what other batches and kernels move (see `checks.under_load`)
 
 
 @dataclass(frozen=True)
@@ -69,39 +68,33 @@ def compare_all(
     Args:
         model_id: the SHA-256 of the model in this process, under which its answers are kept.
         local: the servers that were started with this process's file: ``model_id`` is theirs too.
-        stopped: gets the servers that failed for good, with the reason; by default the failure is raised.
+        stopped: gets the servers that failed for good, with the reason. An `EndpointError`: all did.
         options: ``limit``, ``allow_unsandboxed``, ``fresh``, ``progress`` of ``score_set``.
     """
     chosen, place = Options(**options), Path(folder)
+    stopped = {} if stopped is None else stopped
+
+    def through(name: str) -> list[SetRun]:
+        server, own = connected[name], place / folder_name(connected[name])
+        known: dict[str, Any] = {"model_id": model_id if name in local else "", "model": model}
+        try:
+            return [measure.score_set(server, asked, own, chosen, **known) for asked in item_sets]
+        except EndpointError as error:
+            stopped[name] = error.what
+            return []
 
     def in_process() -> list[SetRun]:
         return [score_set(model, asked, place / "process", chosen, model_id=model_id) for asked in item_sets]
 
-    def through(name: str) -> list[SetRun]:
-        server, known = connected[name], model_id if name in local else ""
-        own = place / folder_name(server)
-        try:
-            return [
-                measure.score_set(server, asked, own, chosen, model_id=known, model=model)
-                for asked in item_sets
-            ]
-        except EndpointError as error:
-            if stopped is None:
-                raise
-            stopped[name] = error.what
-            return []
-
-    at_once = (model.settings.n_threads or 1) < usable_cores()
-    with ThreadPoolExecutor(len(connected) if at_once else 1) as pool:
-        ours = None if at_once else in_process()
-        asked = {name: pool.submit(through, name) for name in connected}
-        ours = ours or in_process()
-        served = {name: future.result() for name, future in asked.items()}
-    if not any(served.values()):
-        raise EndpointError(f"no server answers: {'; '.join((stopped or {}).values())}", hint="read its log")
+    works: list[Callable[[], list[SetRun]]] = [in_process, *(partial(through, name) for name in connected)]
+    at_once = usable_cores() // (model.settings.n_threads or 1)
+    ours, *served = side_by_side(lambda work: work(), works, at_once)
+    by_server = dict(zip(connected, served, strict=True))
+    if not any(by_server.values()):
+        raise EndpointError(f"no server answers: {'; '.join(stopped.values())}", hint="read its log")
     return {
         (name, here.name): _compared(model, connected[name], item_set, here, there)
-        for name, runs in served.items()
+        for name, runs in by_server.items()
         for item_set, here, there in zip(item_sets, ours, runs, strict=bool(runs))
     }
 
@@ -165,14 +158,11 @@ def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Any, serv
         return bool(piece) and rest.startswith(piece) if rest else model.ends(token)
 
     theirs = next(filter(continues, np.argsort(-logits, kind="stable").tolist()), None)
-    whole = dataclasses.replace(endpoint, stream=False)
-    if request.chat and model.has_template:
-        n_prompt = whole.chat(request.text, 1).n_prompt
-    else:
-        n_prompt = whole.complete(request.rendered(model), 1).n_prompt
     margin = float("nan") if theirs is None else float(logits[token] - logits[theirs])
     rank = 0 if theirs is None else int((logits > logits[theirs]).sum()) + 1
-    if n_prompt not in (0, len(prompt)):
+    whole, framed = replace(endpoint, stream=False), request.chat and model.has_template
+    reply = whole.chat(request.text, 1) if framed else whole.complete(request.rendered(model), 1)
+    if reply.n_prompt not in (0, len(prompt)):
         cause = "other prompt"
     elif rank > 1 and margin <= NEAR_TIE:
         cause = "near-tie"
@@ -181,7 +171,7 @@ def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Any, serv
     else:
         cause = "token boundary" if rank == 1 else "other numbers"
     parting = {"token": at, "margin": margin, "rank": rank, "cause": cause}
-    return {"prompt_process": len(prompt), "prompt_server": n_prompt, **parting}
+    return {"prompt_process": len(prompt), "prompt_server": reply.n_prompt, **parting}
 
 
 # ---- tables, and what the notebook hands on ----
@@ -198,46 +188,46 @@ def item_table(compared: Compared) -> pd.DataFrame:
 def comparison_table(compared: Compared) -> pd.DataFrame:
     """A row a server and set: counts of items, same texts and right answers, and causes of differences."""
     groups = item_table(compared).groupby(["server", "set"], sort=False)
-    table = groups.agg(
-        items=("id", "size"),
-        same_text=("same_text", "sum"),
-        right_process=("correct_process", "sum"),
-        right_server=("correct_server", "sum"),
-    ).reset_index()
-    return table.assign(causes=[pair.causes or "none" for pair in compared.values()])
+    counts = {"items": ("id", "size"), "same_text": ("same_text", "sum")}
+    counts |= {f"right_{where}": (f"correct_{where}", "sum") for where in ("process", "server")}
+    return (
+        groups.agg(**counts)
+        .reset_index()
+        .assign(causes=[pair.causes or "none" for pair in compared.values()])
+    )
 
 
 def hand_on(
     stage: Stage,
     *,
-    checks: pd.DataFrame,
-    drift: pd.DataFrame,
     speeds: pd.DataFrame,
     compared: Compared,
     connected: Mapping[str, Endpoint],
     running: Mapping[str, LocalServer],
     recipes: Sequence[str],
-    shutdown: pd.DataFrame,
     stopped: Mapping[str, str],
+    **tables: pd.DataFrame,
 ) -> list[str]:
-    """Write ``serving.json``, and return its summary lines; what each of our servers loaded is in it."""
-    table = comparison_table(compared)
-    by_server = checks.groupby("server", sort=False)
+    """Write ``serving.json``, and return its summary lines; what each of our servers loaded is in it.
+
+    ``tables``: ``checks``, ``drift`` and ``shutdown``.
+    """
+    tables |= {"speeds": speeds, "comparisons": comparison_table(compared)}
+    by_server = tables["checks"].groupby("server", sort=False)
     lines = [f"{name}: {len(rows)} checks: {_counted(rows['verdict'])}" for name, rows in by_server]
-    for row in table.itertuples():
+    for row in tables["comparisons"].itertuples():
         why = "" if row.causes == "none" else f" ({row.causes})"
         same = f"{row.same_text} of {row.items} answers of {row.set}"
         lines.append(f"{row.server}: {same} are those of this process{why}")
-    lines.append(load_sentence(drift))
-    lines += [
-        f"{name}: its server stopped, and was not measured to the end: {why}" for name, why in stopped.items()
-    ]
+    lines.append(load_sentence(tables["drift"]))
+    gone = "its server stopped, and was not measured to the end"
+    lines += [f"{name}: {gone}: {why}" for name, why in stopped.items()]
     for name, rows in speeds.groupby("server", sort=False):
         (speed, fast), (n, many) = (rows[key].iloc[[0, -1]] for key in ("tokens_per_sec", "clients"))
         more = f", {fast:,.0f} for {many}" if many != n else ""
         lines.append(f"{name}: {speed:,.0f} tokens/s for {n} client{more}")
-    lines.append(f"shutdown: {len(shutdown)} checks: {_counted(shutdown['verdict'])}")
-    tables = {"checks": checks, "drift": drift, "speeds": speeds, "comparisons": table, "shutdown": shutdown}
+    ended = tables["shutdown"]["verdict"]
+    lines.append(f"shutdown: {len(ended)} checks: {_counted(ended)}")
     stage.finish(
         conditions={name: endpoint.conditions() for name, endpoint in connected.items()},
         summary=lines,

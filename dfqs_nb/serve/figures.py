@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import EngFormatter
 
-from dfqs_nb.core.figures import PALETTE, new_axes, set_title
+from dfqs_nb.core.figures import PALETTE, new_axes, set_title, token_axis
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+STYLES = tuple(zip((PALETTE[0], PALETTE[5], *PALETTE[2:4]), "os^D", strict=True))  # colour and marker
 
 
 def speed_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -51,18 +53,15 @@ def wait_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 def _by_server(speeds: pd.DataFrame) -> list[tuple[pd.DataFrame, dict[str, Any]]]:
     """Rows and line style of each server, in the frame's order."""
-    styles = itertools.cycle(zip((PALETTE[0], PALETTE[5], *PALETTE[2:4]), "os^D", strict=True))
+    groups = zip(speeds.groupby("server", sort=False), itertools.cycle(STYLES), strict=False)
     return [
         (rows, {"color": colour, "marker": marker, "linestyle": "-", "label": name})
-        for (name, rows), (colour, marker) in zip(speeds.groupby("server", sort=False), styles, strict=False)
+        for (name, rows), (colour, marker) in groups
     ]
 
 
 def _client_axis(ax: Axes, speeds: pd.DataFrame) -> tuple[int, int]:
     """Clients on a log2 axis; the fewest and the most of them."""
     clients = sorted(set(speeds["clients"]))
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(clients, [str(n) for n in clients])
-    ax.minorticks_off()
-    ax.set_xlabel("clients at once (log scale)")
+    token_axis(ax, clients, "clients at once (log scale)")
     return clients[0], clients[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from dfqs_nb.serve.client import Answer, Endpoint
 from dfqs_nb.serve.wire import EndpointError
@@ -18,7 +18,7 @@ class Guess(BaseModel):
     token: str = ""
     logprob: FiniteFloat  # NaN and infinity are no JSON: no record could be read again
     bytes: list[int] | None = None
-    top_logprobs: list[Guess] = Field(default_factory=list)
+    top_logprobs: list[Guess] = []
 
     def pair(self) -> tuple[str, float]:
         """Its bytes in hex, and its log-probability."""
@@ -30,23 +30,27 @@ class Listed(BaseModel):
     """Log-probabilities of an answer: ``content`` of a chat, the three others of the older completions."""
 
     content: list[Guess] | None = None
-    tokens: list[str] = Field(default_factory=list)
-    token_logprobs: list[float | None] = Field(default_factory=list)
-    top_logprobs: list[dict[str, float] | None] = Field(default_factory=list)
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
 
-    def guesses(self) -> list[Guess]:
-        """A guess a token, in either form."""
-        if self.content is not None:
-            return self.content
-        rows = zip(self.tokens, self.token_logprobs, self.top_logprobs, strict=False)
-        return [
-            Guess(
-                token=token,
-                logprob=value or 0.0,
-                top_logprobs=[Guess(token=text, logprob=number) for text, number in (top or {}).items()],
-            )
-            for token, value, top in rows
-        ]
+    def steps(self) -> list[dict[str, Any]]:
+        """Its tokens as a record keeps them: ``token`` (bytes in hex), ``logprob``, ``top`` (best first)."""
+        guesses = self.content
+        if guesses is None:
+            rows = zip(self.tokens, self.token_logprobs, self.top_logprobs, strict=False)
+            guesses = [_older(*row) for row in rows]
+        steps = []
+        for guess in guesses:
+            token, value = guess.pair()
+            top = sorted((other.pair() for other in guess.top_logprobs), key=lambda pair: -pair[1])
+            steps.append({"token": token, "logprob": value, "top": top or [(token, value)]})
+        return steps
+
+
+def _older(token: str, value: float | None, top: dict[str, float] | None) -> Guess:
+    others = [Guess(token=text, logprob=number) for text, number in (top or {}).items()]
+    return Guess(token=token, logprob=value or 0.0, top_logprobs=others)
 
 
 def continuation(
@@ -70,8 +74,7 @@ def continuation(
     try:
         choice = page["choices"][0]
         answer = Answer.model_validate(choice.get("message") or choice)
-        guesses = Listed.model_validate(choice.get("logprobs") or {}).guesses()
-        steps = [_step(guess) for guess in guesses]
+        steps = Listed.model_validate(choice.get("logprobs") or {}).steps()
     except (ValidationError, LookupError, TypeError, AttributeError, ValueError) as error:
         what = f"its log-probabilities cannot be read ({str(error).splitlines()[0][:100]})"
         raise EndpointError(what, where=wire.url, hint="take another server, or a GGUF file") from None
@@ -85,9 +88,3 @@ def continuation(
         hint = "switch off what changes the text: a reasoning kept apart, a filter, a tool parser"
         raise EndpointError("its log-probabilities belong to another text", where=wire.url, hint=hint)
     return steps
-
-
-def _step(guess: Guess) -> dict[str, Any]:
-    token, value = guess.pair()
-    top = sorted((other.pair() for other in guess.top_logprobs), key=lambda pair: -pair[1])
-    return {"token": token, "logprob": value, "top": top or [(token, value)]}

@@ -26,7 +26,7 @@ MOST_CHARACTERS = 12  # a token, on the average of a text
 CUT_SHARE, CUT_TOKENS = 0.02, 8  # by which halves may have more tokens than their whole, which ends in no cut
 LEAST_SHARE = 0.95  # of the tokens that a text should have, below which its halves are asked for
 LEAST_SHARE_OF_ITEMS = 0.6  # questions of one set differ in their characters a token
-COUNTED_ITEMS = 8  # the longest of a set, whose tokens are counted before the first is asked
+LARGER = "start the server with a larger context (Ollama: OLLAMA_CONTEXT_LENGTH), or use shorter texts"
 DEFAULTS = Options()
 
 
@@ -51,10 +51,11 @@ def tokenizer(endpoint: Endpoint) -> Callable[[str], list[int]] | None:
         return None
 
     def tokens(text: str) -> list[int]:
-        counted = ids(text)
-        if counted is None:
-            hint = "read the server's log; the same call goes on from there"
-            what = "the server counted tokens and stopped doing so"
+        if (counted := ids(text)) is None:
+            what, hint = (
+                "the server stopped counting tokens",
+                "read its log; the same call goes on from there",
+            )
             raise BusyError(what, where=endpoint.base_url, hint=hint)
         return counted[len(start) :]
 
@@ -105,10 +106,7 @@ class PromptGuard:
         whole, first, second = (self._ask(part, 1).n_prompt for part in parts)
         if first + second > whole * (1 + CUT_SHARE) + CUT_TOKENS:
             what = f"the server cut the prompt: it read {whole:,} of at least {first + second:,} tokens"
-            hint = (
-                "start the server with a larger context (Ollama: OLLAMA_CONTEXT_LENGTH), or use shorter texts"
-            )
-            raise ContextOverflowError(what, where=self._url, hint=hint)
+            raise ContextOverflowError(what, where=self._url, hint=LARGER)
         self._per_character = whole / len(text)
 
 
@@ -119,10 +117,10 @@ class _Remote:
     n - 1 empty pieces. Pieces have the right number, and joined they are the text again.
     """
 
-    def __init__(self, endpoint: Endpoint, around: tuple[str, str] | None) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         count, self.counted_by = token_counter(endpoint)
         self._count, self.endpoint = lru_cache(maxsize=8192)(count), endpoint
-        self.around = around or _shown_around(endpoint) or ("", "\nAnswer:")
+        self.around = _shown_around(endpoint) or ("", "\nAnswer:")
         self.settings = SimpleNamespace(n_ctx=endpoint.facts.n_ctx or 2**31)
         self._guard = PromptGuard(endpoint.base_url, endpoint.complete)
         self._body: tuple[Any, ...] = ()
@@ -160,45 +158,19 @@ def measure_long_context(
     longest: int = 1024,
     shortest: int | None = None,
     n_haystacks: int = 4,
-    around: tuple[str, str] | None = None,
     fresh: bool = False,
 ) -> Any:
     """Notebook 05's retrieval at growing lengths, asked in text through ``/v1/completions``.
 
     Lengths are the server's tokens where it shows its tokenizer, else an estimate (``conditions`` tell
     which). A length that the server has no room for, or whose prompts it cuts, ends the curve as a failure
-    of the runtime. ``around``: text before and after a chat's message, where it does not show its template.
-    A `PromptError` says that the shortest length cannot hold the needles. After an `EndpointError` a second
-    call goes on from there.
+    of the runtime. After an `EndpointError` a second call goes on from there.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    remote: Any = _Remote(endpoint, around)  # in the place of a model
+    remote: Any = _Remote(endpoint)
     options: dict[str, Any] = {"shortest": shortest, "n_haystacks": n_haystacks, "rounds": 0, "reuse": False}
     plan = context.make_plan(remote, prompt_set, longest, **options)
     return context.measure(remote, plan, folder, model_sha256=endpoint.identity, fresh=fresh)
-
-
-# ---- scores ----
-
-
-def check_context(endpoint: Endpoint, item_set: ItemSet) -> int:
-    """The context in tokens that the longest items need at least; 0 where the server does not let us know.
-
-    A server that lacks the room may cut answers off without a word: here it is a `ContextOverflowError`.
-    """
-    n_ctx, chat = endpoint.facts.n_ctx, item_set.mode == "chat"
-    tokens = tokenizer(endpoint) if n_ctx else None
-    if tokens is None or n_ctx is None:
-        return 0
-    before, after = (chat and _shown_around(endpoint)) or ("", "")
-    prompts = (item.asked(item_set.instruction) if chat else item.prompt for item in item_set.items)
-    longest = sorted((before + prompt + after for prompt in prompts), key=len)[-COUNTED_ITEMS:]
-    needed = max(len(tokens(text)) for text in longest) + item_set.max_tokens
-    if needed > n_ctx:
-        what = f"the set {item_set.name} needs {needed:,} tokens of context, and the server has {n_ctx:,}"
-        hint = "start the server with a larger context for each request"
-        raise ContextOverflowError(what, where=endpoint.base_url, hint=hint)
-    return needed
 
 
 def score_set(
@@ -213,26 +185,33 @@ def score_set(
     """``score_set`` of the scores stage over an endpoint, in the server's template.
 
     ``model_id`` is the model's SHA-256, where it is known; ``model`` the same file in this process: where it
-    has no chat template, the server gets the text that the process gets, and not a template of its own.
-    What is answered stays: after an `EndpointError` a second call goes on from there. A `SandboxError` comes
-    before anything is asked.
+    has no chat template, the server gets the text that the process gets. An answer that fills the context is
+    a `ContextOverflowError`. After an `EndpointError` a second call goes on from there.
     """
+    url, n_ctx = endpoint.base_url, endpoint.facts.n_ctx
     if options.thinking != "template":
         hint = "start it with thinking on or off, and leave --thinking out"
-        what = "a server decides about thinking when it starts"
-        raise EndpointError(what, where=endpoint.base_url, hint=hint)
-    check_context(endpoint, item_set)
+        raise EndpointError("a server decides about thinking when it starts", where=url, hint=hint)
     bare = model if model is not None and not model.has_template else None
     mode = Answerer.of(bare, item_set).mode if bare else item_set.mode
     chat = mode == "chat" and not bare
     ask = endpoint.chat if chat else endpoint.complete
-    guard = PromptGuard(endpoint.base_url, ask, LEAST_SHARE_OF_ITEMS)
+    guard = PromptGuard(url, ask, LEAST_SHARE_OF_ITEMS)
 
     def answer(request: Any) -> Reply:
         text = request.rendered(bare) if bare else request.text
         stop = (*request.stop, PLAIN_STOP) if bare and request.chat else request.stop
         reply = ask(text, request.max_tokens, sampling=request.sampling, stop=stop)
         guard.check(text, reply)
+        used = reply.n_prompt + reply.n_tokens
+        if (
+            reply.finish_reason == "length"
+            and n_ctx
+            and used >= n_ctx
+            and reply.n_tokens < request.max_tokens
+        ):
+            what = f"the server's {n_ctx:,} tokens of context were full after {reply.n_tokens} of an answer"
+            raise ContextOverflowError(what, where=url, hint=LARGER)
         return reply
 
     template = endpoint.facts.chat_template

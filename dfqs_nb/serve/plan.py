@@ -15,24 +15,17 @@ from dfqs_nb.scores import ItemSet
 from dfqs_nb.serve.checks import LONGEST_TRIED, MAX_TOKENS, OTHERS
 
 N_SERVERS = 2
-CHECK_TOKENS = 4 * 4 * 32 + 2 * (4 + 16) * 32  # of the answers of one server's checks
+CHECK_TOKENS = 4 * 4 * 32 + 4 * 32 + 16 * 32  # of the answers of one server's checks
 N_TEXTS, TEXT_TOKENS = 16, 80  # texts under load, and the tokens of each
 CACHE_TOKENS = 8 * 512  # of the prompts that try the cache out
 # What a plan that exceeds its budget gives up, in this order.
 CUTS: tuple[dict[str, int], ...] = (
     {"items": 4},
-    {"clients": 1},
-    {"tokens": 16},
-    {"items": 2},
-    {"answered": 64},
-    {"others": 1},
-    {"texts": 4},
-    {"checked": 8},
-    {"filled": 0},
-    {"items": 1},
-    {"sets": 1},
-    {"tokens": 4},
-    {"answered": 16},
+    {"clients": 1, "tokens": 16},
+    {"items": 2, "answered": 64},
+    {"others": 1, "texts": 4},
+    {"checked": 8, "filled": 0},
+    {"items": 1, "sets": 1, "tokens": 4, "answered": 16},
 )
 NAMES = {
     "items": "questions of a set asked both ways",
@@ -77,7 +70,6 @@ def plan_checks(
     items: int,
     clients: Sequence[int],
     tokens: int,
-    others: Sequence[int] = OTHERS,
     seconds: float,
 ) -> ServePlan:
     """Time a few tokens, and cut what is planned in the order of `CUTS` to what these seconds hold.
@@ -104,16 +96,16 @@ def plan_checks(
         return N_SERVERS * checks + drift + (N_SERVERS + 1) * answers + explained + load + speeds
 
     whole = {"items": items or max(len(item_set.items) for item_set in sets), "clients": len(clients)}
-    whole |= {"sets": len(sets), "tokens": tokens, "others": len(others), "texts": N_TEXTS}
+    whole |= {"sets": len(sets), "tokens": tokens, "others": len(OTHERS), "texts": N_TEXTS}
     whole |= {"answered": max(item_set.max_tokens for item_set in sets)}
     whole |= {"checked": MAX_TOKENS, "filled": min(settings.n_ctx, LONGEST_TRIED)}
     fitted = fit(whole, CUTS, cost, seconds, NAMES)
     cut = fitted.values
-    chosen = [*others[: cut["others"] - 1], others[-1]]  # the largest number shows most
     return ServePlan(
         [replace(asked, max_tokens=min(asked.max_tokens, cut["answered"])) for asked in sets[: cut["sets"]]],
         items if cut["items"] == whole["items"] else cut["items"],
         list(clients[: cut["clients"]]),
-        *(cut["tokens"], chosen, cut["texts"], cut["checked"], cut["filled"]),
-        *(fitted.seconds, fitted.left_out),
+        cut["tokens"],
+        [*OTHERS[: cut["others"] - 1], OTHERS[-1]],  # the largest number shows most
+        *(cut["texts"], cut["checked"], cut["filled"], fitted.seconds, fitted.left_out),
     )

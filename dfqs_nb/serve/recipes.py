@@ -1,8 +1,7 @@
 """Recipes to run a model elsewhere: files and commands for each way of running that the documents list.
 
 What is known of each target is data (``data/deploy/targets.toml``), and so are commands, notes and the texts
-of files (``data/deploy/templates/``), in jinja. Here are the settings, from the model's header and this
-machine, and the quotes that each kind of file needs. A key is never written: files and commands name the
+of files (``data/deploy/templates/``), in jinja. A key is never written: files and commands name the
 environment variable that holds it.
 """
 
@@ -52,18 +51,12 @@ class DeployError(DfqsError):
     """A recipe cannot be written."""
 
 
-# ---- the targets ----
-
-
 class Target(BaseModel):
     """One way of running, as ``targets.toml`` has it; the comments there say what each field means."""
 
     model_config = ConfigDict(frozen=True, extra="allow")  # facts that only templates read
 
     name: str
-    title: str
-    run_here: str
-    source: list[str]
     files: dict[str, str]
     install: list[str]
     run: list[str]
@@ -83,8 +76,9 @@ class Target(BaseModel):
 
 
 @cache
-def _tables(path: Path) -> tuple[dict[str, Any], dict[str, Target]]:
+def _tables(folder: Path) -> tuple[dict[str, Any], dict[str, Target]]:
     """The parts that commands and notes share, and the targets by name."""
+    path = folder / "targets.toml"
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
         return table.pop("common"), {name: Target(name=name, **entry) for name, entry in table.items()}
@@ -95,7 +89,7 @@ def _tables(path: Path) -> tuple[dict[str, Any], dict[str, Target]]:
 
 def targets() -> dict[str, Target]:
     """The targets by name, in the order of ``data/deploy/targets.toml``."""
-    return _tables(data_dir() / "deploy" / "targets.toml")[1]
+    return _tables(data_dir() / "deploy")[1]
 
 
 def target_of(name: str) -> Target:
@@ -115,12 +109,6 @@ def targets_table() -> pd.DataFrame:
     return table.replace({"run_here": {"": "generated, not run"}})
 
 
-def list_text() -> str:
-    """The targets, one a line: name, title, and what ran here."""
-    rows = targets_table().itertuples()
-    return "".join(f"{row.target:<22}{row.title:<24}{row.run_here}\n" for row in rows)
-
-
 def table_text() -> str:
     """``data/deploy/README.md``: what is known of every target, as Markdown."""
     return _filled("{% include 'README.md' %}", {"targets": list(targets().values())}, str)
@@ -138,10 +126,10 @@ def _environment(quote: Callable[[Any], str], folder: Path) -> jinja2.Environmen
     """Jinja that puts each value through ``quote``; a name that has no value is an error."""
     import jinja2
 
-    common = _tables(folder / "targets.toml")[0]
-    parts = jinja2.DictLoader({name: text for name, text in common.items() if isinstance(text, str)})
+    parts = {name: text for name, text in _tables(folder)[0].items() if isinstance(text, str)}
+    files = jinja2.FileSystemLoader(folder / "templates")
     made = jinja2.Environment(
-        loader=jinja2.ChoiceLoader([parts, jinja2.FileSystemLoader(folder / "templates")]),
+        loader=jinja2.ChoiceLoader([jinja2.DictLoader(parts), files]),
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: value if isinstance(value, Ready) else quote(value),
         trim_blocks=True,
@@ -189,21 +177,8 @@ def _file_text(template: str, name: str, values: Mapping[str, Any]) -> str:
     """The text of one file of the recipe."""
     quote = QUOTES.get(name) or QUOTES.get(PurePosixPath(name).suffix) or str
     text = _filled(f"{{% include {template!r} %}}", values, quote)
-    if name.endswith(".ps1") and not text.isascii():
-        return "\ufeff" + text  # without it Windows PowerShell reads another encoding
-    if not name.endswith(".ipynb"):
-        return text
-    import nbformat.v4 as nbformat
-
-    cells = []  # of a Python file whose cells begin with ``# %%``
-    for number, part in enumerate(re.split(r"^# %%", text, flags=re.MULTILINE)[1:]):
-        kind, _, body = part.partition("\n")
-        make: Any = nbformat.new_code_cell
-        if "markdown" in kind:
-            make, body = nbformat.new_markdown_cell, re.sub(r"^# ?", "", body, flags=re.MULTILINE)
-        cells.append(make(body.strip("\n"), id=f"cell-{number}"))
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    return str(nbformat.writes(nbformat.new_notebook(cells=cells, metadata={"kernelspec": kernel}))) + "\n"
+    # without the mark Windows PowerShell reads another encoding
+    return "\ufeff" + text if name.endswith(".ps1") and not text.isascii() else text
 
 
 # ---- recipes ----
@@ -252,10 +227,9 @@ def write_recipe(
         n_threads, n_gpu_layers, port: by default what suits machine, model and target.
         key_variable: the environment variable that holds the server's key. By default no key is asked for;
             a target's server that always asks gets ``DFQS_API_KEY``.
-        overwrite: replace the files of an earlier recipe.
 
     Raises:
-        DeployError: the target, the file, the context, the path or the folder does not do; says which.
+        DeployError: says which of target, file, context, path and folder does not do.
         HeaderError, ShardError, RegistryError: the model is not a complete GGUF, or nothing has that name.
     """
     chosen, source, folder = target_of(target), _source(model), Path(folder).absolute()
@@ -267,7 +241,7 @@ def write_recipe(
     values = _values(chosen, source, settings, folder, key_variable)
     names = [name for name in chosen.files if name != "chat_template.jinja" or values["template_text"]]
     texts = {name: _file_text(chosen.files[name], name, values) for name in names}
-    shared = _tables(data_dir() / "deploy" / "targets.toml")[0]
+    shared = _tables(data_dir() / "deploy")[0]
 
     def commands(templates: Sequence[str]) -> tuple[str, ...]:
         return tuple(_filled(text, values, _for_shell) for text in templates)
@@ -392,10 +366,9 @@ def _settings(
         here = (available_memory().available_bytes, gpu_memories())
         flags = placement.place(shape, n_ctx, *here).flags
         n_gpu_layers = placement.place(shape, n_ctx, *here, whole=True).n_gpu_layers
-    n_gpu_layers = n_gpu_layers or 0
-    if n_threads < 1 or n_gpu_layers < 0:
+    if n_threads < 1 or (n_gpu_layers or 0) < 0:
         raise DeployError("threads must be at least 1, and GPU layers at least 0", hint="leave them out")
-    return Settings(n_ctx, n_threads, n_gpu_layers, flags)
+    return Settings(n_ctx, n_threads, n_gpu_layers or 0, flags)
 
 
 def _n_ctx(target: Target, source: _Source, wanted: int | None) -> int:
@@ -403,15 +376,11 @@ def _n_ctx(target: Target, source: _Source, wanted: int | None) -> int:
 
     It fits where its cache takes at most half of what the weights leave of the memory.
     """
-    trained = source.arch("context_length")
-    least, limit = max(target.least_n_ctx, 1), trained or 2**31 - 256
-    if least > limit:
-        what = f"{target.title} wants a context of {least:,} tokens, and the model was trained on {trained:,}"
-        raise DeployError(what, hint="take another target")
-    if wanted is not None and not least <= wanted <= limit:
-        what = f"a context of {wanted:,} tokens is not between {least:,} and {limit:,}"
-        raise DeployError(what, hint="leave it out, and it is chosen")
-    if wanted is not None or source.shards is None:
+    least, limit = max(target.least_n_ctx, 1), source.arch("context_length") or 2**31 - 256
+    if not least <= (wanted or least) <= limit:
+        what = f"a context of {wanted or least:,} tokens is not between {least:,} and {limit:,}"
+        raise DeployError(what, hint="leave it out, or take another target")
+    if wanted or source.shards is None:
         return wanted or max(least, min(UNKNOWN_N_CTX, limit))
     free = available_memory().available_bytes
     room = free - source.nbytes if source.nbytes < free else free // 4

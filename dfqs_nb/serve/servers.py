@@ -1,8 +1,8 @@
 """Run a local server for a model: llama-cpp-python's own, or llama.cpp's own (from ``xllamacpp``).
 
-The server is a child process that binds a free port of 127.0.0.1 itself and reports which. It ends when it is
-told to, and also when the process that started it dies. Clients need its random key: without a key, any web
-page open in a browser could ask it. ``python -m dfqs_nb.serve.servers`` is that child.
+The server is a child process (``python -m dfqs_nb.serve.servers``) on a free port of 127.0.0.1. It ends when
+it is told to, and when the process that started it dies. Clients need its random key: without a key, any web
+page open in a browser could ask it.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ from dfqs_nb.serve.client import Endpoint, connect
 KINDS = {"llama-cpp-python": "llama-cpp-python", "llama.cpp": "xllamacpp"}  # kind: the package that brings it
 HOST = "127.0.0.1"  # nothing listens beyond this machine
 START_SECONDS, STOP_SECONDS, POLL_SECONDS = 300.0, 20.0, 0.05
-LOG_LINES = 15
+LOG_LINES, LOAD_BYTES = 15, 1 << 20  # of the log: its end, and the part in which the model is loaded
 LOAD_VERBOSITY = 4
-LOAD_BYTES = 1 << 20  # of the log, in which the model is loaded
 NO_ORIGIN = "null.invalid"  # a web page's origin that does not exist
 
 
@@ -64,7 +63,6 @@ class LocalServer:
     start_seconds: float = 0.0
 
     def __repr__(self) -> str:
-        """In a notebook: what runs where, without folders and process numbers."""
         state = "running" if self.alive else "stopped"
         return f"LocalServer({self.kind}, {self.version}, {self.model}, {self.base_url}, {state})"
 
@@ -88,11 +86,10 @@ class LocalServer:
     def healthy(self) -> bool:
         """Whether it answers: ``/health`` of llama.cpp's, the list of models of the other."""
         path = "health" if self.kind == "llama.cpp" else "v1/models"
-        try:
+        with contextlib.suppress(httpx2.TransportError):
             answer = httpx2.get(f"http://{HOST}:{self.port}/{path}", timeout=10, trust_env=False)
-        except httpx2.TransportError:
-            return False
-        return answer.status_code in (200, 401)  # 401: it lives, and wants a key
+            return answer.status_code in (200, 401)  # 401: it lives, and wants a key
+        return False
 
     @property
     def port_is_free(self) -> bool:
@@ -147,7 +144,6 @@ def start(
     *,
     n_parallel: int = 1,
     log: str | Path | None = None,
-    start_seconds: float = START_SECONDS,
 ) -> LocalServer:
     """Start a server for this model; it ends with its ``with`` block, or with this process at the latest.
 
@@ -159,7 +155,7 @@ def start(
         log: the file that receives all it writes; by default a temporary one.
 
     Raises:
-        ServerError: there is no such kind, or it does not come up in ``start_seconds``.
+        ServerError: there is no such kind, or it does not come up in time.
         ModelError: it dies while it starts; the log's last lines are a note of the exception.
     """
     settings, began = settings or OpenSettings(), time.perf_counter()
@@ -169,12 +165,11 @@ def start(
     job = {"kind": kind, "path": str(model), "name": model.stem, "n_parallel": n_parallel, "key": key}
     file: Any = Path(log).open("a+b") if log else tempfile.TemporaryFile("a+b")  # noqa: SIM115 (it stays open)
     log_start = os.fstat(file.fileno()).st_size
-    job["settings"] = settings.as_dict()
-    process = child.start(__name__, job, log=file, start_new_session=True)
+    process = child.start(__name__, job | {"settings": settings.as_dict()}, log=file, start_new_session=True)
     server = LocalServer(kind, model.stem, settings, SecretStr(key), process, file, log_start)
     assert process.stdout is not None
     try:
-        with child.killed_after(start_seconds, process) as late:
+        with child.killed_after(START_SECONDS, process) as late:
             if line := process.stdout.readline():
                 facts = json.loads(line)
                 server.port, server.version = facts["port"], f"{KINDS[kind]} {facts['version']}"
@@ -183,8 +178,9 @@ def start(
             else:
                 process.wait()
         if late.is_set():
-            hint = "a large model needs longer: raise start_seconds; the log says how far it came"
-            error = ServerError("the server did not come up in time", where=model, hint=hint)
+            hint = "the last lines of its log say how far it came; a copy on a faster disk starts sooner"
+            what = f"the server did not come up in {START_SECONDS:.0f} s"
+            error = ServerError(what, where=model, hint=hint)
             error.add_note("its last lines:\n  " + "\n  ".join(server.log_lines() or ["(none)"]))
             raise error
         if not server.alive:

@@ -1,17 +1,15 @@
-"""One address of a server: the connection, its limits of time and bytes, secrets, errors and retries.
+"""The way to one server: connection, limits of time and bytes, secrets, errors and retries.
 
-Requests to this machine never go through a proxy. A response has a limit of seconds and bytes from its first
-byte to its last, headers included. Bytes that are not UTF-8 become U+FFFD. Keys are sent and never shown.
+Requests to this machine never go through a proxy. Keys are sent and never shown.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +30,6 @@ PROBE_RETRIES = 2  # of a request for what a server need not have
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 60.0
 SHORTEST_SECRET = 4  # characters; shorter ones stand in ordinary words
 BUSY = (408, 409, 425, 429)  # and 5xx: worth asking again
-NEEDED = ("model", "prompt", "messages")  # fields of a request that none can be without
 OVERFLOW = re.compile(
     r"exceed_context_size|context_length_exceeded|exceeds? (the )?(available )?context|maximum context length"
     r"|context (window|size|length)[^.]{0,40}exceed|max_model_len|llama_decode returned 1\b",  # no room left
@@ -42,18 +39,12 @@ OVERFLOW = re.compile(
 LIMITS: ContextVar[tuple[float, int]] = ContextVar("LIMITS", default=(60.0, 16 << 20))
 
 
-# ---- what a server's failures mean ----
-
-
 class EndpointError(DfqsError):
-    """An endpoint cannot be asked, or does not answer.
+    """An endpoint cannot be asked, or does not answer."""
 
-    ``temporary``: asking again may help. ``status``: of HTTP, or 0. ``retry_after``: seconds it asks to wait.
-    """
-
-    temporary: bool = False
-    status: int = 0
-    retry_after: float | None = None
+    temporary: bool = False  # asking again may help
+    status: int = 0  # of HTTP
+    retry_after: float | None = None  # seconds that the server asks to wait
 
 
 class UnreachableError(EndpointError):
@@ -83,66 +74,22 @@ class BrokenAnswerError(EndpointError):
 
 
 class EndlessAnswerError(EndpointError):
-    """An answer takes longer in all, or is larger, than any real answer."""
+    """An answer takes longer, or is larger, than any real answer."""
 
 
 class ContextOverflowError(EndpointError, ContextFullError):
-    """The prompt and the answer exceed the context that the server has. Asking again does not help."""
+    """The prompt and the answer exceed the server's context. Asking again does not help."""
 
 
 def broken(why: str, url: str) -> EndpointError:
     """The error for an answer without its end; the server's words may say that its context is full."""
     if OVERFLOW.search(why):
         hint = "start the server with a larger context, or shorten the prompt"
-        what = f"it does not fit into the server's context ({why})"
-        return ContextOverflowError(what, where=url, hint=hint)
+        return ContextOverflowError(
+            f"it does not fit into the server's context ({why})", where=url, hint=hint
+        )
     hint = "read the server's log; nothing of this answer was kept"
     return BrokenAnswerError(f"the answer broke off ({why})", where=url, hint=hint)
-
-
-def refusal(
-    status: int, words: str, url: str, model: str, models: Sequence[str], fields: Iterable[str]
-) -> EndpointError:
-    """The error for a status that is no success; ``words`` are the server's, ``fields`` those of the request.
-
-    A refusal that names one of the fields gets a hint how to do without it.
-    """
-    if OVERFLOW.search(words) and status in (400, 413, 422, 500):
-        return broken(words, url)
-    kind, what = EndpointError, f"the server refuses the request: {status} ({words})"
-    hint = "the answer to this request will not change: change the request"
-    places = {name: re.search(rf"\b{re.escape(name)}\b", words) for name in fields if name not in NEEDED}
-    if named := sorted((place.start(), name) for name, place in places.items() if place):
-        field, new = named[0][1], "max_completion_tokens" if named[0][1] == "max_tokens" else "NEWNAME"
-        hint = f"leave it out with --field {field}= (fields={json.dumps({field: ''})}), or rename it"
-        hint += f" with --field {field}={new}"
-    if status in (401, 403):
-        kind, what = KeyRefusedError, f"the key is refused ({status})"
-        hint = "put the right key into an environment variable and pass its name"
-    elif status == 404 and model:
-        kind, what = UnknownModelError, f"no model {model!r}, or no such path ({words})"
-        hint = f"it has {', '.join(models)}" if models else "ask GET /v1/models what it has"
-    elif status == 404:
-        kind, what = UnreachableError, f"something answers there, but not this protocol ({words})"
-        hint = "check port and path: the address ends in /v1 as a rule"
-    elif status in BUSY or status >= 500:
-        kind, what = BusyError, f"the server says {status} ({words})"
-        hint = "wait, lower the concurrency, or read the server's log"
-    error = kind(what, where=url, hint=hint)
-    error.temporary, error.status = kind is BusyError, status
-    return error
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a host; of names only ``localhost`` counts.
-
-    >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0"), is_loopback("example.org")
-    (True, True, False, False)
-    """
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def shown_url(url: str) -> str:
@@ -154,28 +101,23 @@ def shown_url(url: str) -> str:
     return re.sub(r"([?#;]).*", r"\1***", re.sub("(?<=://).*@", "***@", url))
 
 
-# ---- the way to one address ----
-
-
 @dataclass(frozen=True)
 class Wire:
-    """The way to one address: ``url`` ends in ``/v1`` and may be shown; ``query`` is sent with each request.
-
-    ``timeout_seconds`` is the longest wait for a piece of an answer; ``models`` are those that it lists.
-    """
+    """The way to one address: ``url`` ends in ``/v1`` and may be shown; ``query`` goes with each request."""
 
     url: str
     key: SecretStr = SecretStr("")  # noqa: RUF009 (it cannot be changed)
     query: SecretStr = SecretStr("")  # noqa: RUF009
-    timeout_seconds: float = 600.0
-    models: tuple[str, ...] = ()
+    timeout_seconds: float = 600.0  # the longest wait for a piece of an answer
+    models: tuple[str, ...] = ()  # that the server lists
 
     @cached_property
     def client(self) -> httpx2.Client:
         """The connections: with this key or none, whatever the environment holds."""
         parts, seconds = urlsplit(self.url), self.timeout_seconds
         host, key = parts.hostname or "", self.key.get_secret_value()
-        proxies = {} if is_loopback(host) or proxy_bypass(host) else getproxies()
+        own = re.fullmatch(r"localhost|127\.[\d.]+|::1", host)
+        proxies = {} if own or proxy_bypass(host) else getproxies()
         proxy = (proxies.get(parts.scheme) or proxies.get("all") or "").strip()
         try:
             proxy_url = (proxy if "://" in proxy else f"http://{proxy}") if proxy else None
@@ -235,13 +177,30 @@ class Wire:
                     yield event
 
     def _refusal(self, response: httpx2.Response, raw: bytes, body: Mapping[str, Any]) -> EndpointError:
-        text = raw.decode("utf-8", "replace")
+        """The error for a status that is no success."""
+        status, text = response.status_code, raw.decode("utf-8", "replace")
         try:
-            words = _words(json.loads(text))
+            words = self.hide(_words(json.loads(text)))
         except (ValueError, RecursionError):
-            words = text[:300] or response.reason_phrase
-        model = str(body.get("model", ""))
-        error = refusal(response.status_code, self.hide(words), self.url, model, self.models, body)
+            words = self.hide(text[:300] or response.reason_phrase)
+        if OVERFLOW.search(words) and status in (400, 413, 422, 500):
+            return broken(words, self.url)
+        kind, what = EndpointError, f"the server refuses the request: {status} ({words})"
+        hint = _without_field(words, body)
+        if status in (401, 403):
+            kind, what = KeyRefusedError, f"the key is refused ({status})"
+            hint = "put the right key into an environment variable and pass its name"
+        elif status == 404 and body.get("model"):
+            kind, what = UnknownModelError, f"no model {body['model']!r}, or no such path ({words})"
+            hint = f"it has {', '.join(self.models)}" if self.models else "ask GET /v1/models what it has"
+        elif status == 404:
+            kind, what = UnreachableError, f"something answers there, but not this protocol ({words})"
+            hint = "check port and path: the address ends in /v1 as a rule"
+        elif status in BUSY or status >= 500:
+            kind, what = BusyError, f"the server says {status} ({words})"
+            hint = "wait, lower the concurrency, or read the server's log"
+        error = kind(what, where=self.url, hint=hint)
+        error.temporary, error.status = kind is BusyError, status
         with contextlib.suppress(ValueError):  # there is none, or it is a date
             error.retry_after = max(0.0, float(response.headers.get("retry-after", "")))
         return error
@@ -251,10 +210,7 @@ class Wire:
     ) -> Answer:
         """The answer to a request, asked again with growing pauses where the failure may pass.
 
-        ``request`` is told whether an answer broke off before.
-
-        Raises:
-            EndpointError: the one that the failure means; a note says how often it was asked.
+        ``request`` gets whether an answer broke off before. The `EndpointError` has a note of how often.
         """
         broke, number = False, 0
         while True:
@@ -276,7 +232,7 @@ class Wire:
             time.sleep(min(pause, LONGEST_PAUSE_SECONDS))
 
     def _meaning(self, error: Exception) -> Exception:
-        """The failure as an error of this stage; itself where it is none of the connection's."""
+        """The failure as an error of this stage; itself where the connection is not the cause."""
         why = self.hide(" ".join(str(error).split())[:200]) or type(error).__name__
         match error:
             case EndlessAnswerError():
@@ -294,10 +250,10 @@ class Wire:
         return error
 
     def optional(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """JSON at a path of the server; None where there is no such path, or what is there is not JSON.
+        """JSON at a path of the server; None where there is no such path, or no JSON.
 
-        A server that is busy every time (429 or 503) is an error: taken for one without the path, it would be
-        asked differently from then on. llama.cpp's lists its models while it loads one.
+        A server that stays busy (429 or 503) is an error: taken for another kind, it would be asked
+        differently from then on. llama.cpp's lists its models while it still loads one.
         """
         url = re.sub(r"/v\d+\w*$", "", self.url) + path
         try:
@@ -306,6 +262,18 @@ class Wire:
             if error.status in (429, 503):
                 raise
             return None
+
+
+def _without_field(words: str, fields: Iterable[str]) -> str:
+    """The hint for a refused request: how to do without the first field that the server's words name."""
+    optional = set(fields) - {"model", "prompt", "messages"}
+    places = {name: re.search(rf"\b{re.escape(name)}\b", words) for name in optional}
+    named = sorted((place.start(), name) for name, place in places.items() if place)
+    if not named:
+        return "the answer to this request will not change: change the request"
+    field, new = named[0][1], "max_completion_tokens" if named[0][1] == "max_tokens" else "NEWNAME"
+    leave_out = f"leave it out with --field {field}= (fields={json.dumps({field: ''})})"
+    return f"{leave_out}, or rename it with --field {field}={new}"
 
 
 def _words(body: Any) -> str:

@@ -365,8 +365,12 @@ def deploy(
     """
     from dfqs_nb.serve import recipes
 
+    if table:
+        say(recipes.table_text().rstrip("\n"))
+    if list_targets:
+        for row in recipes.targets_table().itertuples():
+            say(f"{row.target:<22}{row.title:<24}{row.run_here}")
     if table or list_targets:
-        say((recipes.table_text() if table else recipes.list_text()).rstrip("\n"))
         return
     if not (target and model):
         raise DfqsError("a target and a model are needed", hint="see `dfqs-nb deploy --list`")

@@ -275,19 +275,6 @@ def test_the_stage_hands_on_its_summary(climbed, compared, tmp_path, monkeypatch
     assert [row["rung"] for row in content["rungs"]] == ["F16", "Q8_0", "Q4_K_M"]
 
 
-def test_the_conclusions_are_computed(climbed, compared):
-    lines = tables.conclusions(climbed, compared)
-    table = tables.table(climbed).set_index("rung")
-    assert (
-        lines[0].startswith("Q8_0 predicts most like F16") and f"{table.loc['Q4_K_M', 'kld']:.2g}" in lines[0]
-    )
-    assert lines[1] == "Q4_K_M has the fewest bits. It is the furthest from F16."
-    assert f"{table['perplexity'].idxmin()} has the lowest perplexity" in lines[3]
-    assert "0 of 6 comparisons of fidelity show a difference." in lines
-    alone = dataclasses.replace(climbed, rungs=climbed.rungs[:1])
-    assert tables.conclusions(alone, compared) == ["No rung below the source was measured."]
-
-
 def test_figures_are_drawn_for_dense_models_and_single_rungs_too(climbed):
     table = tables.table(climbed)
     for drawn in (table, table.iloc[:2], table.assign(expert_bits=float("nan"))):

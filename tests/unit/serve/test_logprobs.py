@@ -61,6 +61,6 @@ def test_log_probabilities_that_mean_nothing_are_refused(endpoint, monkeypatch, 
 
 def test_the_older_form_of_completions_is_read_too():
     old = {"tokens": ["Lia", " is"], "token_logprobs": [-0.5, None], "top_logprobs": [{"Amy": -0.9}, None]}
-    first, second = Listed.model_validate(old).guesses()
-    assert first.pair() == (b"Lia".hex(), -0.5) and first.top_logprobs[0].pair() == (b"Amy".hex(), -0.9)
-    assert second.pair() == (b" is".hex(), 0.0) and second.top_logprobs == []
+    first, second = Listed.model_validate(old).steps()
+    assert first == {"token": b"Lia".hex(), "logprob": -0.5, "top": [(b"Amy".hex(), -0.9)]}
+    assert second == {"token": b" is".hex(), "logprob": 0.0, "top": [(b" is".hex(), 0.0)]}
