@@ -2,8 +2,7 @@
 
 The protocol is that of ``llama-perplexity --kl-divergence`` (llama.cpp, tools/perplexity/perplexity.cpp):
 whole chunks of one context each, of which the second half is scored. Intervals come from a bootstrap over
-chunks, because their tokens are correlated; the tool prints a standard error over tokens. One difference: it
-keeps predictions in 16 bits, cut off 16 nats below the best token, so its ratio of perplexities is too large.
+chunks, because their tokens are correlated.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import exp, sqrt
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +69,7 @@ class Documents(PromptSet):
 def load_text(source: str | Path, part: str = "held_out") -> Text:
     """The part ``"calibration"`` or ``"held_out"`` of a frozen set, or a whole text file by its path.
 
-    Raises:
-        TextError: the file cannot be read. PromptError: there is no such set.
+    A `TextError`: the file cannot be read. A `PromptError`: there is no such set.
     """
     path = Path(source)
     if path.suffix or path.is_file():
@@ -86,9 +84,7 @@ def load_text(source: str | Path, part: str = "held_out") -> Text:
 
 
 def chunks(tokens: Sequence[int], size: int, limit: int = 0, *, least: int = 1) -> list[list[int]]:
-    """Whole pieces of ``size`` tokens, in order, at most ``limit`` of them (0: all); the rest is not used.
-
-    Fewer than ``least`` of them are a `TextError`.
+    """Whole pieces of ``size`` tokens, at most ``limit`` (0: all); a `TextError` for fewer than ``least``.
 
     >>> chunks([1, 2, 3, 4, 5], 2)
     [[1, 2], [3, 4]]
@@ -103,8 +99,8 @@ def chunks(tokens: Sequence[int], size: int, limit: int = 0, *, least: int = 1) 
 def feed(model: Model | RecordedModel, piece: Sequence[int], step: int = 0) -> Iterator[tuple[int, Array]]:
     """Evaluate a chunk from a cleared context, its first token replaced by BOS where the vocabulary adds it.
 
-    Yields where a step begins, and the logits after each of its tokens, a view float32 ``(step, n_vocab)``
-    that the next step overwrites; a step has at most ``n_batch`` tokens.
+    Yields where a step (of at most ``n_batch`` tokens) begins, and the logits after each of its tokens: a
+    view float32 ``(step, n_vocab)`` that the next step overwrites.
     """
     recorded = model if isinstance(model, RecordedModel) else RecordedModel(model, None)
     bos, n_batch = recorded.model.bos, recorded.model.settings.n_batch
@@ -131,10 +127,8 @@ def predictions(
 ) -> Iterator[tuple[Array, Array]]:
     """Evaluate a chunk; its predictions in the windows, float32 ``(n, n_vocab)``, and the tokens that came.
 
-    Only one step's logits are held, so their memory does not grow with the length of the chunk.
-
-    Args:
-        windows: ``(start, end)`` of the predicting positions, from 0 to ``len(piece) - 1``.
+    A window is ``(start, end)`` of predicting positions. Only one step's logits are held, so their memory
+    does not grow with the length of the chunk.
     """
     for at, logits in feed(model, piece, step):
         for start, end in windows:
@@ -176,18 +170,13 @@ def stratified(n_tokens: int, width: int, seed: int) -> Windows:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Two models' predictions of each scored token, arrays ``(chunks, n)``.
+    """Two models' predictions of each scored token: arrays ``(chunks, n)``, in nats."""
 
-    ``nll`` and ``nll_base``: negative log-likelihood of the token that came, in nats, and the original's;
-    ``kld``: divergence from the original's prediction, in nats; ``same_top``: the same most likely token;
-    ``kl_low``, ``kl_high``: the `bracket` of the divergence, where it was asked for.
-    """
-
-    nll: Array
-    nll_base: Array
-    kld: Array
-    same_top: Array
-    kl_low: Array = field(default_factory=lambda: np.zeros(0))
+    nll: Array  # negative log-likelihood of the token that came
+    nll_base: Array  # the original's
+    kld: Array  # divergence from the original's prediction
+    same_top: Array  # whether the most likely token is the same
+    kl_low: Array = field(default_factory=lambda: np.zeros(0))  # the `bracket`, where it was asked for
     kl_high: Array = field(default_factory=lambda: np.zeros(0))
 
     def save(self, path: str | Path) -> None:
@@ -227,12 +216,8 @@ def kl_bounds(top: Array, ours: Array, rest: Array, cap: float) -> tuple[float, 
 
     The lower bound takes the unseen tokens as one (the log-sum inequality). The upper bound gives the unseen
     probability to those tokens that we hold least likely, no more than ``cap`` to each: the divergence is
-    convex in it, so its maximum lies at such a corner.
-
-    Args:
-        top: the reference's log-probabilities of the seen tokens, ``(k,)``; ``ours``: our own, ``(k,)``.
-        rest: our log-probabilities of all other tokens.
-        cap: the most probability that an unseen token can have: that of the last one seen.
+    convex in it, so its maximum lies at such a corner. ``top`` and ``ours`` are the log-probabilities of the
+    seen tokens, ``(k,)``; ``rest``: ours of all others.
 
     >>> both = np.log([0.5, 0.25, 0.125, 0.125])
     >>> low, high = kl_bounds(both[:2], both[:2], both[2:], 0.25)
@@ -278,10 +263,8 @@ def beside_source(
 ) -> Tokens:
     """The predictions in the windows of each chunk, beside the source's in the file ``reference``.
 
-    Args:
-        windows: of each chunk, as many positions in all of each.
-        is_source: write the file (float32 ``(chunks, n, n_vocab)``) in place of reading it.
-        step: tokens whose logits are held at once; ``top_k``: of the `bracket`; 0: none.
+    ``is_source``: write the file, float32 ``(chunks, n, n_vocab)``, in place of reading it. ``step``: tokens
+    whose logits are held at once. ``top_k``: of the `bracket`; 0: none.
     """
     n_vocab = (model.model if isinstance(model, RecordedModel) else model).n_vocab
     with whole_path(reference) if is_source else nullcontext(reference) as path:
@@ -305,31 +288,21 @@ def beside_source(
 
 
 def estimate(name: str, values: Array) -> dict[str, float]:
-    """The mean of values ``(chunks, n)``, its 95 % interval over chunks, and its standard error over tokens.
+    """The mean of values ``(chunks, n)``, with its 95 % interval over chunks.
 
     >>> estimate("kld", np.full((2, 3), 0.5))
-    {'kld': 0.5, 'kld_low': nan, 'kld_high': nan, 'kld_se': 0.0}
+    {'kld': 0.5, 'kld_low': nan, 'kld_high': nan}
     """
     low, high = mean_interval(values.mean(axis=1))
-    error = float(values.std()) / sqrt(max(values.size - 1, 1))
-    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high, f"{name}_se": error}
+    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
 def summary(tokens: Tokens) -> dict[str, Any]:
-    """Estimates of ``perplexity``, ``log_ratio`` (ln of it over the original's), ``kld`` and ``same_top``.
-
-    Also ``n_tokens``, ``n_chunks``, and ``kld_tail``, which the KL of 99 % of the tokens is below.
-    """
-    perplexity = {
-        name: value if name.endswith("se") else exp(value)
-        for name, value in estimate("perplexity", tokens.nll).items()
-    }
-    perplexity["perplexity_se"] *= perplexity["perplexity"]
+    """Estimates of ``perplexity``, ``kld`` and ``same_top``, counts, and the ``kld_tail``."""
     return {
         "n_tokens": tokens.nll.size,
         "n_chunks": len(tokens.nll),
-        **perplexity,
-        **estimate("log_ratio", tokens.nll - tokens.nll_base),
+        **{name: exp(value) for name, value in estimate("perplexity", tokens.nll).items()},
         **estimate("kld", tokens.kld),
         **estimate("same_top", tokens.same_top.astype(float)),
         "kld_tail": float(np.quantile(tokens.kld, TAIL)),

@@ -88,11 +88,7 @@ class Record:
 
     @classmethod
     def load(cls, path: str | Path) -> Record:
-        """Read a record that somebody else may have written.
-
-        Raises:
-            RecordError: it cannot be read; the message names line and field.
-        """
+        """Read a record that somebody else may have written; a `RecordError` names line and field."""
         number, lines = 1, []
         try:
             first, *rest = Path(path).read_bytes().splitlines()
@@ -120,10 +116,8 @@ class Record:
 def load_prompts(source: str, limit: int = 0, *, chat: bool = True) -> dict[str, tuple[str, bool]]:
     """Prompts by id, each with whether it is a chat message: of a question set, or the lines of a text file.
 
-    ``limit``: the most prompts, spread over a set's families; 0: all.
-
-    Raises:
-        PromptError, RecordError: there is no such set, or the file cannot be read.
+    ``limit``: the most prompts, spread over a set's families; 0: all. A `PromptError` or `RecordError`: there
+    is no such set, or the file cannot be read.
     """
     if Path(source).suffix == ".txt":
         try:
@@ -150,8 +144,7 @@ def write_record(
 
     Args:
         prompts: by id, the text and whether it is a chat message.
-        continue_: gives the steps of a prompt, fields as `Step` has them: `continuation` of a model in this
-            process, or that of a server.
+        continue_: gives the steps of a prompt: `continuation` of a model in this process, or of a server.
         conditions: what the continuations depend on beside the fields of `Head`.
         facts: the other fields of `Head`.
     """
@@ -205,11 +198,9 @@ def continuation(model: Model, text: str, chat: bool, n_tokens: int, top_k: int)
 class Fidelity:
     """How a model predicts what a record holds.
 
-    Attributes:
-        tokens: a row a token: ``id``, ``position`` (from 0), ``text``, ``nll_reference``, ``nll`` (nats),
-            ``same_top``, ``overlap`` (share of the reference's top k in ours), ``kl_low``, ``kl_high``.
-        texts: a row a prompt: ``id``, ``bytes``, ``nll_reference``, ``nll`` (nats of the whole text),
-            ``aligned`` (the model has the record's tokens).
+    ``tokens``: a row a token: ``id``, ``position`` (from 0), ``text``, ``nll_reference``, ``nll`` (nats),
+    ``same_top``, ``overlap`` (share of the reference's top k in ours), ``kl_low``, ``kl_high``. ``texts``: a
+    row a prompt: ``id``, ``bytes``, ``nll_reference``, ``nll``, ``aligned`` (it has the record's tokens).
     """
 
     head: Head
@@ -259,17 +250,14 @@ class Fidelity:
 
     def by_position(self, n_bins: int = 4) -> pd.DataFrame:
         """Means by stretch of the answers: ``position``, ``n``, ``same_top``, ``kl_low``, ``kl_high``."""
-        import pandas as pd
-
         n = int(self.tokens["position"].max()) + 1
         n_bins = min(n_bins, n)
         groups = self.tokens.groupby(self.tokens["position"] * n_bins // n)
         table = groups[["same_top", "kl_low", "kl_high"]].mean()
-        table.insert(0, "n", groups.size())
-        table.index = pd.Index(
-            [f"{-(-i * n // n_bins) + 1} to {-(-(i + 1) * n // n_bins)}" for i in table.index]
-        )
-        return table.rename_axis("position").reset_index()
+        edges = [(-(-i * n // n_bins) + 1, -(-(i + 1) * n // n_bins)) for i in table.index]
+        table.insert(0, "position", [f"{first} to {last}" for first, last in edges])
+        table.insert(1, "n", groups.size())
+        return table.reset_index(drop=True)
 
 
 def _interval(row: Mapping[str, float], form: str) -> str:
@@ -302,15 +290,8 @@ def compare_record(model: Model, record: Record) -> Fidelity:
             continue  # shown by the number of prompts
         rows = _predictions(model, prompt, ids)
         nll = -rows[np.arange(len(ids)), ids]
-        texts.append(
-            {
-                "id": line.id,
-                "bytes": len(b"".join(pieces)),
-                "nll_reference": -sum(step.logprob for step in line.steps),
-                "nll": float(nll.sum()),
-                "aligned": aligned,
-            }
-        )
+        text = {"id": line.id, "bytes": len(b"".join(pieces)), "nll": float(nll.sum()), "aligned": aligned}
+        texts.append(text | {"nll_reference": -sum(step.logprob for step in line.steps)})
         for at, step in enumerate(line.steps if aligned else ()):
             tokens.append({"id": line.id, "position": at, **_row(step, rows[at], ids[at], vocabulary)})
     if not texts:

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, share_axis, token_axis
+from dfqs_nb.core.figures import PALETTE, new_axes, set_title, share_axis, token_axis
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,33 +120,6 @@ def divergence_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> A
     apart = int((ends[low].last() > ends[high].first()).sum())
     more = "clearly more" if known else "more, without intervals,"
     set_title(ax, f"{apart} of {len(rungs)} rungs diverge {more} in the last band than in the first")
-    return ax
-
-
-def curves(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Stability curves (`tables.curve_table`): the source in black with its interval, rungs by their bits."""
-    ax, rungs = new_axes(ax, 3.8), list(dict.fromkeys(curve["rung"]))
-    shades = [INK, *plt.get_cmap("plasma")(np.linspace(0.05, 0.88, max(1, len(rungs) - 1)))]
-    first = curve[curve["rung"] == rungs[0]]
-    ax.fill_between(first["length"], first["low"], first["high"], color=INK, alpha=0.08, linewidth=0)
-    for number, rung in enumerate(rungs):
-        rows, width = curve[curve["rung"] == rung], 1.2 if number else 2.2
-        at = rows["length"] * (1 + 0.009 * (number - len(rungs) / 2))
-        ax.plot(at, rows["fit"], "-", color=shades[number], linewidth=width, alpha=0.9, label=rung)
-        ax.plot(at, rows["accuracy"], "o", color=shades[number], markersize=3.5, alpha=0.7)
-    shared = curve.groupby("length")["rung"].nunique()
-    lengths = shared[shared == len(rungs)].index.tolist()
-    token_axis(ax, lengths, "context (tokens); points: measured, lines: isotonic fit")
-    ax.set_ylim(-0.03, 1.06)
-    n = " to ".join(map(str, sorted({curve["n"].min(), curve["n"].max()})))
-    share_axis(ax.yaxis, f"right answers (n = {n} a length)")
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
-    ax.legend(frameon=False, fontsize=8, title=f"band: 95 % of {rungs[0]}", title_fontsize=8, **place)
-    bounds = first[["length", "low", "high"]]
-    others = curve[curve["rung"] != rungs[0]].merge(bounds, on="length", suffixes=("", "_first"))
-    out = int((~others["accuracy"].between(others["low_first"], others["high_first"])).sum())
-    what = f"{out} of {len(others)} points of other rungs lie" if out else "No other rung's retrieval lies"
-    set_title(ax, f"{what} outside the 95 % interval of {rungs[0]}'s")
     return ax
 
 

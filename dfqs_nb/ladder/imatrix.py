@@ -1,8 +1,7 @@
 """Importance matrices: how strongly each input column of a weight is used, collected, read and written.
 
-llama.cpp's ``llama-imatrix`` sums the squares of activations through the evaluation callback; here the same
-callback is taken from Python. The files are llama.cpp's own (``general.type = imatrix``): format in its
-common/imatrix-loader.cpp, arithmetic in tools/imatrix/imatrix.cpp.
+The files are llama.cpp's own: format in its common/imatrix-loader.cpp, arithmetic in
+tools/imatrix/imatrix.cpp. Like llama-imatrix we sum the squares of activations in the evaluation callback.
 """
 
 from __future__ import annotations
@@ -45,14 +44,10 @@ class ImatrixError(DfqsError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One weight's sums of squares.
+    """One weight's sums of squares."""
 
-    ``sums``: float32 ``(matrices, columns)``, one row an expert, or one for a dense weight; ``counts``: rows
-    of activations summed, int64 ``(matrices,)``, or ``(1,)`` for all matrices together.
-    """
-
-    sums: Array
-    counts: Array
+    sums: Array  # float32 ``(matrices, columns)``, one row an expert, or one for a dense weight
+    counts: Array  # rows of activations summed, int64 ``(matrices,)``, or ``(1,)`` for all together
 
     def weights(self) -> Array:
         """Mean squares, float32 and flat, as llama-quantize hands them over; 1 where nothing was counted.
@@ -70,8 +65,7 @@ class Entry:
 class ImportanceMatrix:
     """An importance matrix: ``entries`` by the weight's name, and the texts, chunks and file it comes from.
 
-    Raises:
-        ImatrixError: a value is not finite or negative. llama.cpp would blame the model's weights for it.
+    An `ImatrixError`: a value is negative or not finite, for which llama.cpp would blame the model's weights.
     """
 
     entries: Mapping[str, Entry] = field(repr=False)
@@ -120,18 +114,13 @@ class ImportanceMatrix:
         return replace(self, entries={name: entry for name, entry in self.entries.items() if name not in odd})
 
     def coverage(self) -> pd.DataFrame:
-        """How many rows each entry counts, one row a weight.
-
-        Columns ``weight``, ``class``, ``matrices`` (experts), ``least`` and ``most`` rows counted in one of
-        them, and ``unused`` (experts never chosen).
-        """
+        """By weight: the fewest and the most rows counted in one of its matrices, and how many had none."""
         import pandas as pd
 
-        rows = [
-            (name, class_of(name), len(entry.counts), *map(int, (entry.counts.min(), entry.counts.max())))
-            + (int((entry.counts == 0).sum()),)
-            for name, entry in sorted(self.entries.items())
-        ]
+        rows = []
+        for name, entry in sorted(self.entries.items()):
+            counts = entry.counts
+            rows.append((name, class_of(name), len(counts), counts.min(), counts.max(), (counts == 0).sum()))
         return pd.DataFrame(rows, columns=["weight", "class", "matrices", "least", "most", "unused"])
 
     def save(self, path: str | Path) -> ImportanceMatrix:
@@ -172,11 +161,7 @@ def uniform(header: GGUFHeader) -> ImportanceMatrix:
 
 
 def read_imatrix(path: str | Path) -> ImportanceMatrix:
-    """Read an importance matrix of llama.cpp.
-
-    Raises:
-        ImatrixError: it is none, or broken. HeaderError, LayoutError: llama.cpp would refuse the file.
-    """
+    """Read an importance matrix of llama.cpp; a `DfqsError` if the file is none."""
     path = Path(path)
     try:
         with path.open("rb") as file:

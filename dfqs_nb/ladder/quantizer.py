@@ -56,21 +56,15 @@ FALLBACK = re.compile(r"warning: +(\S+) +- (ncols.*?)\) .*?(-> falling back to +
 
 @dataclass(frozen=True)
 class Plan:
-    """What a quantization writes.
-
-    Attributes:
-        tensors: as they will be, in the order of the file. nbytes: of the file, exactly.
-        fallbacks: llama.cpp's lines about tensors whose shape does not suit the type it wanted.
-        entries: of the importance matrix that will be used; left_out: those that do not fit the model.
-    """
+    """What a quantization writes."""
 
     recipe: Recipe
     source: ShardSet = field(repr=False)
-    tensors: tuple[Tensor, ...] = field(repr=False)
-    nbytes: int
-    fallbacks: tuple[str, ...] = ()
-    entries: int = 0
-    left_out: tuple[str, ...] = ()
+    tensors: tuple[Tensor, ...] = field(repr=False)  # as they will be, in the order of the file
+    nbytes: int  # of the file, exactly
+    fallbacks: tuple[str, ...] = ()  # llama.cpp's lines about shapes that do not suit the type it wanted
+    entries: int = 0  # of the importance matrix that will be used
+    left_out: tuple[str, ...] = ()  # those that do not fit the model
 
     @property
     def bits_per_weight(self) -> float:
@@ -104,8 +98,7 @@ def plan(
         imatrix: an importance matrix, or its file; a recipe with ``weights`` uses it.
 
     Raises:
-        QuantizeError: a tensor is quantized already, a rule fits no tensor (or llama.cpp does not follow it,
-            or its type's blocks do not divide a tensor's rows), or a type needs an importance matrix.
+        QuantizeError: the recipe does not fit the model, or a type needs an importance matrix.
         ImatrixError: the importance matrix is broken, or of another model.
         HeaderError, ShardError, LayoutError: not a sound model. ModelError: llama.cpp dies on it.
     """
@@ -264,10 +257,8 @@ def quantize(
         worker: a child of the ladder that serves several calls; a new one by default.
 
     Raises:
-        OutputError: the output exists, or is the source.
-        SpaceError: the disk has too little room; nothing was written.
-        QuantizeError, ImatrixError, ModelError: as `plan`, or llama.cpp fails; nothing is left behind then.
-        IntegrityError: what llama.cpp wrote is not what was planned.
+        OutputError, SpaceError: the output exists, is the source, or finds no room; nothing was written.
+        IntegrityError: what llama.cpp wrote is not what was planned. And those of `plan`.
     """
     output, shards = Path(output), open_shards(source)
     _check_output(output, shards, overwrite)

@@ -138,15 +138,6 @@ def bracket_table(ladder: Ladder) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["rung", "n", "at_least", "exact", "at_most", "inside"])
 
 
-def curve_table(ladder: Ladder) -> pd.DataFrame:
-    """The stability curves under each other, with columns ``rung`` and ``bits_per_weight`` in front."""
-    import pandas as pd
-
-    curves = {(rung.name, rung.bits_per_weight): rung.curve for rung in ladder.rungs}
-    joined = pd.concat(curves, names=["rung", "bits_per_weight", "row"])
-    return joined.droplevel("row").reset_index()
-
-
 # ---- pairs ----
 
 

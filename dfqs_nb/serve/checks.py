@@ -19,7 +19,7 @@ from dfqs_nb.core.prompts import load_prompts
 from dfqs_nb.llama.generate import chat_text
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.serve.client import Endpoint, Reply, check_in_process, connect, pick
+from dfqs_nb.serve.client import Endpoint, Reply, pick
 from dfqs_nb.serve.measure import token_counter
 from dfqs_nb.serve.servers import LocalServer, start
 from dfqs_nb.serve.wire import ContextOverflowError, EndpointError
@@ -357,27 +357,3 @@ def _timed(endpoint: Endpoint, number: int, n_tokens: int) -> Reply:
     full = {"llama.cpp": no_end, "vLLM": no_end, "llama-cpp-python": {"min_tokens": n_tokens}}
     options = full.get(endpoint.facts.name, {})
     return replace(endpoint, stream=True).complete(f"{TIMED_PROMPT}The key {number}", n_tokens, **options)
-
-
-# ---- mistakes ----
-
-
-def mistakes(endpoint: Endpoint) -> pd.DataFrame:
-    """The errors for a user's mistakes: columns ``mistake``, ``error`` and ``message``."""
-    import pandas as pd
-
-    key, url = endpoint.wire.key.get_secret_value(), endpoint.base_url
-    too_long = FILLER * ((endpoint.facts.n_ctx or 4096) // 4)
-    made: dict[str, Callable[[], object]] = {
-        "a path of something else": lambda: connect(f"{url}/v2/blog", key=key),
-        "a model that is not there": lambda: connect(url, "gpt-oss-120b", key=key),
-        "a prompt beyond the context": lambda: endpoint.complete(too_long, 4),
-        "routing through an endpoint": lambda: check_in_process(endpoint, "routing"),
-    }
-    rows = []
-    for mistake, make in made.items():
-        try:
-            make()
-        except EndpointError as error:
-            rows.append((mistake, type(error).__name__, f"{error.what}; {error.hint}"))
-    return pd.DataFrame(rows, columns=["mistake", "error", "message"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Le, MinLen
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from dfqs_nb.serve.client import Answer, Endpoint
@@ -17,7 +18,7 @@ class Guess(BaseModel):
 
     token: str = ""
     logprob: FiniteFloat  # NaN and infinity are no JSON: no record could be read again
-    bytes: list[int] | None = None
+    bytes: list[Annotated[int, Ge(0), Le(255)]] | None = None
     top_logprobs: list[Guess] = []
 
     def pair(self) -> tuple[str, float]:
@@ -27,30 +28,21 @@ class Guess(BaseModel):
 
 
 class Listed(BaseModel):
-    """Log-probabilities of an answer: ``content`` of a chat, the three others of the older completions."""
+    """The log-probabilities of an answer."""
 
-    content: list[Guess] | None = None
-    tokens: list[str] = []
-    token_logprobs: list[float | None] = []
-    top_logprobs: list[dict[str, float] | None] = []
-
-    def steps(self) -> list[dict[str, Any]]:
-        """Its tokens as a record keeps them: ``token`` (bytes in hex), ``logprob``, ``top`` (best first)."""
-        guesses = self.content
-        if guesses is None:
-            rows = zip(self.tokens, self.token_logprobs, self.top_logprobs, strict=False)
-            guesses = [_older(*row) for row in rows]
-        steps = []
-        for guess in guesses:
-            token, value = guess.pair()
-            top = sorted((other.pair() for other in guess.top_logprobs), key=lambda pair: -pair[1])
-            steps.append({"token": token, "logprob": value, "top": top or [(token, value)]})
-        return steps
+    content: list[Guess] = []
 
 
-def _older(token: str, value: float | None, top: dict[str, float] | None) -> Guess:
-    others = [Guess(token=text, logprob=number) for text, number in (top or {}).items()]
-    return Guess(token=token, logprob=value or 0.0, top_logprobs=others)
+class Scored(Answer):
+    """An answer with its log-probabilities."""
+
+    logprobs: Listed | list[None] | None = None
+
+
+class Page(BaseModel):
+    """What a server sends."""
+
+    choices: Annotated[list[Scored], MinLen(1)]
 
 
 def continuation(
@@ -58,8 +50,7 @@ def continuation(
 ) -> list[dict[str, Any]]:
     """A server's greedy answer, token by token: ``token`` (bytes in hex), ``logprob``, ``top`` (best first).
 
-    Raises:
-        EndpointError: it gives no log-probabilities, or those of another text than its answer.
+    An `EndpointError`: it gives no log-probabilities, or those of another text than its answer.
     """
     wire = endpoint.wire
     body: dict[str, Any] = {"model": endpoint.model, "max_tokens": n_tokens, "temperature": 0}
@@ -72,19 +63,23 @@ def continuation(
     limits = (wire.timeout_seconds, 4 << 20 | BYTES_PER_GUESS * n_tokens * (top_k + 1))
     page = wire.ask(lambda broke: next(wire.events(url, body)), retries=endpoint.retries, limits=limits)
     try:
-        choice = page["choices"][0]
-        answer = Answer.model_validate(choice.get("message") or choice)
-        steps = Listed.model_validate(choice.get("logprobs") or {}).steps()
-    except (ValidationError, LookupError, TypeError, AttributeError, ValueError) as error:
-        what = f"its log-probabilities cannot be read ({str(error).splitlines()[0][:100]})"
+        choice = Page.model_validate(page).choices[0]
+    except ValidationError as error:
+        what = f"its log-probabilities cannot be read ({error.errors()[0]['msg']})"
         raise EndpointError(what, where=wire.url, hint="take another server, or a GGUF file") from None
-    text = (answer.content or answer.text).encode("utf-8", "replace")
+    text = (choice.message or choice).content or choice.text
+    steps: list[dict[str, Any]] = []
+    for guess in choice.logprobs.content if isinstance(choice.logprobs, Listed) else []:
+        token, value = guess.pair()
+        top = sorted((other.pair() for other in guess.top_logprobs), key=lambda pair: -pair[1])
+        steps.append({"token": token, "logprob": value, "top": top or [(token, value)]})
     if not steps and text:
         hint = "take a server that gives `logprobs`, such as llama.cpp's own, or a GGUF file"
         raise EndpointError("it gives no log-probabilities", where=wire.url, hint=hint)
     while steps and steps[-1]["token"] == "":
         steps.pop()  # the token that ends an answer has no text
-    if bytes.fromhex("".join(step["token"] for step in steps)).strip() != text.strip():
+    whole = bytes.fromhex("".join(step["token"] for step in steps))
+    if whole.strip() != text.encode("utf-8", "replace").strip():
         hint = "switch off what changes the text: a reasoning kept apart, a filter, a tool parser"
         raise EndpointError("its log-probabilities belong to another text", where=wire.url, hint=hint)
     return steps

@@ -285,7 +285,6 @@ def test_figures_are_drawn_for_dense_models_and_single_rungs_too(climbed):
         assert figures.scores_by_bits(drawn).get_title("left")
     assert figures.routing_by_bits(tables.routing_table(climbed)).get_title("left")
     assert figures.routing_by_bits(tables.routing_table(climbed).iloc[:0]).get_title("left")
-    assert figures.curves(tables.curve_table(climbed)).get_title("left")
 
 
 def test_a_note_does_not_outlive_what_it_vouches_for(climbed, folder, tmp_path, monkeypatch):

@@ -280,7 +280,7 @@ def test_the_shipped_recipes_are_found_by_name_in_any_case():
         ('name = "a"\nmix = "Q8_0"\nkeep = "a"', "keep"),
         ('name = "a"\nmix = "Q8_0"\n[[rules]]\npattern = "a"', "rules.0.type"),
         ('name = "a"\nmix = "Q9_0"', "mix: unknown file type 'Q9_0'"),
-        ('name = "a"\nmix = "F16"', "leaves no tensor to the rules"),
+        ('name = "a"\nmix = "F16"', "leaves the rules no tensor"),
         ('name = "a"\nmix = "Q8_0"\n[[rules]]\npattern = "a"\ntype = "Q9_K"', "unknown type 'Q9_K'"),
         ('name = "a"\nmix = "Q8_0"\n[[rules]]\npattern = "a"\ntype = "Q8_K"', "unknown type 'Q8_K'"),
         ('name = "a"\nmix = "Q8_0"\n[[rules]]\npattern = "("\ntype = "Q4_0"', "no regular expression"),

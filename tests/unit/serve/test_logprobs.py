@@ -9,7 +9,7 @@ from dfqs_nb.ladder import fidelity
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.serve import servers
-from dfqs_nb.serve.logprobs import Listed, continuation
+from dfqs_nb.serve.logprobs import continuation
 from dfqs_nb.serve.wire import EndpointError
 
 F16 = data_dir() / "reference" / "DFQS-Nano-F16.gguf"
@@ -57,10 +57,3 @@ def test_log_probabilities_that_mean_nothing_are_refused(endpoint, monkeypatch, 
     monkeypatch.setattr(type(endpoint.wire), "events", lambda wire, url, body: iter([page]))
     with pytest.raises(EndpointError, match=message):
         continuation(endpoint, QUESTION, True, 4, 5)
-
-
-def test_the_older_form_of_completions_is_read_too():
-    old = {"tokens": ["Lia", " is"], "token_logprobs": [-0.5, None], "top_logprobs": [{"Amy": -0.9}, None]}
-    first, second = Listed.model_validate(old).steps()
-    assert first == {"token": b"Lia".hex(), "logprob": -0.5, "top": [(b"Amy".hex(), -0.9)]}
-    assert second == {"token": b" is".hex(), "logprob": 0.0, "top": [(b" is".hex(), 0.0)]}

@@ -392,17 +392,6 @@ def test_a_server_s_name_leads_to_no_other_folder(name, folder):
     assert compare.folder_name(endpoint.Endpoint(wire.Wire("http://127.0.0.1/v1"), "m", facts)) == folder
 
 
-def test_mistakes_have_errors_of_their_own(server):
-    table = server_checks.mistakes(server.connect()).set_index("mistake")
-    assert table["error"].to_dict() == {
-        "a path of something else": "UnreachableError",
-        "a model that is not there": "UnknownModelError",
-        "a prompt beyond the context": "ContextOverflowError",
-        "routing through an endpoint": "EndpointError",
-    }
-    assert f"it has {server.model}" in table.loc["a model that is not there", "message"]
-
-
 @pytest.mark.parametrize("server", ["llama.cpp"], indirect=True)
 def test_what_the_notebook_hands_on(server, merged_reference, model, tmp_path):
     questions, connected = [ItemSet.load("nano-reasoning")], {"llama.cpp": server.connect()}
