@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FORMAT: Literal["dfqs reference record 1"] = "dfqs reference record 1"
 BYTE = 6  # of the header's token types
-LEAST_ALIGNED = 0.9  # of the prompts must have the record's tokens, or nothing is said token by token
+MOST_OTHERS = 0.1  # of the answers may have tokens that the model lacks; more: another tokenizer
 
 
 class RecordError(DfqsError):
@@ -198,53 +198,37 @@ def continuation(model: Model, text: str, chat: bool, n_tokens: int, top_k: int)
 class Fidelity:
     """How a model predicts what a record holds.
 
-    ``tokens``: a row a token: ``id``, ``position`` (from 0), ``text``, ``nll_reference``, ``nll`` (nats),
-    ``same_top``, ``overlap`` (share of the reference's top k in ours), ``kl_low``, ``kl_high``. ``texts``: a
-    row a prompt: ``id``, ``bytes``, ``nll_reference``, ``nll``, ``aligned`` (it has the record's tokens).
+    ``tokens``: a row a token: ``id`` of the prompt, ``position`` (from 0), ``text``, ``bytes``,
+    ``nll_reference``, ``nll`` (nats), ``same_top``, ``overlap`` (share of the reference's top k in ours),
+    ``kl_low``, ``kl_high``.
     """
 
     head: Head
     tokens: pd.DataFrame = field(repr=False)
-    texts: pd.DataFrame = field(repr=False)
 
-    @property
-    def aligned(self) -> bool:
-        """Whether enough prompts have the record's tokens to compare token by token."""
-        return bool(self.texts["aligned"].mean() >= LEAST_ALIGNED)
-
-    def summary(self) -> dict[str, Any]:
-        """Means with 95 % intervals (bootstrap over prompts; NaN for fewer than 6), for a table or JSON."""
-        bits = (self.texts["nll"] - self.texts["nll_reference"]) / self.texts["bytes"] / np.log(2)
-        columns: dict[str, Any] = {"extra_bits_per_byte": bits}
-        if self.aligned:
-            means = self.tokens.groupby("id")[["same_top", "overlap", "kl_low", "kl_high"]].mean()
-            columns |= {name: means[name] for name in means}
-        rows = {}
-        for name, values in columns.items():
-            low, high = mean_interval(values.to_numpy(float))
-            rows[name] = {"mean": float(values.mean()), "low": low, "high": high}
-        return {"prompts": len(self.texts), "tokens": len(self.tokens), "aligned": self.aligned, **rows}
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Means over prompts with 95 % intervals (a bootstrap; NaN for fewer than 6 prompts)."""
+        prompts = self.tokens.groupby("id")
+        values = prompts[["same_top", "overlap", "kl_low", "kl_high"]].mean()
+        sums = prompts[["nll", "nll_reference", "bytes"]].sum()
+        values["extra_bits_per_byte"] = (sums["nll"] - sums["nll_reference"]) / sums["bytes"] / np.log(2)
+        means = {name: (values[name].mean(), *mean_interval(values[name].to_numpy(float))) for name in values}
+        return {name: dict(zip(("mean", "low", "high"), mean, strict=True)) for name, mean in means.items()}
 
     @property
     def sentence(self) -> str:
         """The result for people."""
-        facts = self.summary()
-        extra = facts["extra_bits_per_byte"]
-        text = (
-            f"against {self.head.source}, {facts['prompts']} prompts: the original's answers cost "
-            f"{extra['mean']:+.4f} bits a byte more here{_interval(extra, '.4f')}"
-        )
-        if not self.aligned:
-            share = 1 - self.texts["aligned"].mean()
-            return (
-                f"{text}. {share:.0%} of the answers split into other tokens, so the tokenizers differ: "
-                "top-token agreement and KL divergence are not measured"
-            )
-        same, low, high = facts["same_top"], facts["kl_low"], facts["kl_high"]
+        facts, n_prompts = self.summary(), self.tokens["id"].nunique()
+
+        def shown(name: str, form: str) -> str:
+            mean, low, high = facts[name].values()
+            return f"{mean:{form}}" + ("" if np.isnan(low) else f" ({low:{form}} to {high:{form}})")
+
         return (
-            f"{text}; {facts['tokens']:,} tokens: same likeliest token {same['mean']:.1%}"
-            f"{_interval(same, '.1%')}; KL divergence between {low['mean']:.4f}{_interval(low, '.4f')} and "
-            f"{high['mean']:.4f} nats{_interval(high, '.4f')} (the record holds the original's "
+            f"against {self.head.source}, {n_prompts} prompts, {len(self.tokens):,} tokens: "
+            f"the original's answers cost {shown('extra_bits_per_byte', '+.4f')} bits a byte more here; "
+            f"same likeliest token {shown('same_top', '.1%')}; KL divergence between "
+            f"{shown('kl_low', '.4f')} and {shown('kl_high', '.4f')} nats (the record holds the original's "
             f"{self.head.top_k} likeliest tokens)"
         )
 
@@ -260,15 +244,12 @@ class Fidelity:
         return table.reset_index(drop=True)
 
 
-def _interval(row: Mapping[str, float], form: str) -> str:
-    return "" if np.isnan(row["low"]) else f" ({row['low']:{form}} to {row['high']:{form}})"
-
-
 def compare_record(model: Model, record: Record) -> Fidelity:
     """Predict a record's continuations with an open model.
 
     Raises:
-        RecordError: no prompt fits into the context, or a chat's record meets a model without a template.
+        RecordError: the model has another tokenizer, no prompt fits into the context, or a chat's record
+            meets a model without a template.
         ModelError: the model's chat template refuses a prompt. DecodeError: llama.cpp fails.
     """
     import pandas as pd
@@ -276,29 +257,24 @@ def compare_record(model: Model, record: Record) -> Fidelity:
     if any(line.chat for line in record.lines) and not model.header.text("tokenizer.chat_template"):
         hint = "record plain texts: dfqs-nb record MODEL --plain -o record.jsonl"
         raise RecordError("the record holds chats, the model has no template", where=model.path, hint=hint)
-    vocabulary = _vocabulary(model)
-    tokens: list[dict[str, Any]] = []
-    texts = []
+    vocabulary, n_others = _vocabulary(model), 0
+    rows: list[dict[str, Any]] = []
     for line in tqdm(record.lines, desc="prompts", leave=False):
         prompt = prompt_tokens(model, line.prompt, line.chat)
-        pieces = [bytes.fromhex(step.token) for step in line.steps]
-        ids = [vocabulary.get(piece, -1) for piece in pieces]
-        aligned = -1 not in ids
-        if not aligned:
-            ids = model.tokenize(b"".join(pieces).decode("utf-8", "replace"), special=False)
-        if not ids or len(prompt) + len(ids) > model.settings.n_ctx:
-            continue  # shown by the number of prompts
-        rows = _predictions(model, prompt, ids)
-        nll = -rows[np.arange(len(ids)), ids]
-        text = {"id": line.id, "bytes": len(b"".join(pieces)), "nll": float(nll.sum()), "aligned": aligned}
-        texts.append(text | {"nll_reference": -sum(step.logprob for step in line.steps)})
-        for at, step in enumerate(line.steps if aligned else ()):
-            tokens.append({"id": line.id, "position": at, **_row(step, rows[at], ids[at], vocabulary)})
-    if not texts:
+        ids = [vocabulary.get(bytes.fromhex(step.token), -1) for step in line.steps]
+        if -1 in ids:
+            n_others += 1
+        elif len(prompt) + len(ids) <= model.settings.n_ctx:  # the number of prompts shows the others
+            predicted = _predictions(model, prompt, ids)
+            for at, (step, token) in enumerate(zip(line.steps, ids, strict=True)):
+                rows.append({"id": line.id, "position": at, **_row(step, predicted[at], token, vocabulary)})
+    if n_others > MOST_OTHERS * len(record.lines):
+        what = f"{n_others} of the record's {len(record.lines)} answers have tokens that the model lacks"
+        raise RecordError(what, where=model.path, hint="record the original of this very model")
+    if not rows:
         hint = f"open the model with a larger context than {model.settings.n_ctx:,} tokens: --n-ctx"
         raise RecordError("no prompt of the record fits", where=model.path, hint=hint)
-    names = ["id", "position", "text", "nll_reference", "nll", "same_top", "overlap", "kl_low", "kl_high"]
-    return Fidelity(record.head, pd.DataFrame(tokens, columns=names), pd.DataFrame(texts))
+    return Fidelity(record.head, pd.DataFrame(rows))
 
 
 def _vocabulary(model: Model) -> dict[bytes, int]:
@@ -341,6 +317,7 @@ def _row(step: Step, ours: Array, token: int, vocabulary: Mapping[bytes, int]) -
     best = set(np.argpartition(-ours, n_best - 1)[:n_best].tolist())
     return {
         "text": bytes.fromhex(step.token).decode("utf-8", "replace"),
+        "bytes": len(step.token) // 2,
         "nll_reference": -step.logprob,
         "nll": -float(ours[token]),
         "same_top": int(ours.argmax()) == vocabulary.get(bytes.fromhex(step.top[0][0])),

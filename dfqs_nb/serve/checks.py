@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -46,7 +45,6 @@ TIMED_PROMPT = "The red key is kept in the old box. The blue key is kept in the 
 MAX_TOKENS, REPETITIONS = 32, 4
 LONGEST_TRIED = 65_536  # tokens of context that are filled to try them out
 FILLER = "The dog slept near the fire. "
-CACHE_PROMPT = (FILLER + "Rain fell softly on the roof. ") * 16
 
 
 @dataclass(frozen=True)
@@ -147,24 +145,6 @@ def _answer(subject: Subject, prompt: str) -> str:
     return subject.endpoint.chat(prompt, subject.n_tokens).text
 
 
-def _cache(subject: Subject) -> Finding:
-    """What the prompt cache of llama.cpp's server saves, and whether the text stays the same."""
-    if subject.endpoint.facts.name != "llama.cpp":
-        return UNSEEN, "no option switches its cache"
-
-    def timed(cached: bool) -> tuple[float, str]:
-        started = time.perf_counter()
-        text = subject.endpoint.complete(CACHE_PROMPT, 8, cache_prompt=cached).text
-        return time.perf_counter() - started, text
-
-    without, with_it = ([timed(cached) for _ in range(REPETITIONS)] for cached in (False, True))
-    off, on = (median(seconds for seconds, _ in times[1:]) for times in (without, with_it))
-    texts = {text for _, text in (*without, *with_it)}
-    same = "the same text" if len(texts) == 1 else f"{len(texts)} different texts"
-    finding = f"{off:.3f} s without, {on:.3f} s with it ({off / on:.1f} times as fast), with {same}"
-    return PASS if len(texts) == 1 else NOTE, f"the same prompt again: {finding}"
-
-
 CHECKS: dict[str, Callable[[Subject], Finding]] = {
     "health": _health,
     "model name": _name,
@@ -172,7 +152,6 @@ CHECKS: dict[str, Callable[[Subject], Finding]] = {
     "chat template": _template,
     "same again": _repeated,
     "same beside others": _concurrent,
-    "prompt cache": _cache,
 }
 
 

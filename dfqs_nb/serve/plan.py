@@ -15,9 +15,8 @@ from dfqs_nb.scores import ItemSet
 from dfqs_nb.serve.checks import LONGEST_TRIED, MAX_TOKENS, OTHERS
 
 N_SERVERS = 2
-CHECK_TOKENS = 4 * 4 * 32 + 4 * 32 + 16 * 32  # of the answers of one server's checks
+CHECK_TOKENS = (4 + 1 + 4) * 4 * 32  # of the answers of one server's checks
 N_TEXTS, TEXT_TOKENS = 16, 80  # texts under load, and the tokens of each
-CACHE_TOKENS = 8 * 512  # of the prompts that try the cache out
 # What a plan that exceeds its budget gives up, in this order.
 CUTS: tuple[dict[str, int], ...] = (
     {"items": 4},
@@ -83,7 +82,7 @@ def plan_checks(
 
     def cost(plan: dict[str, int]) -> float:
         share = plan["checked"] / MAX_TOKENS
-        checks = load + pace.seconds(plan["filled"] + CACHE_TOKENS, CHECK_TOKENS * share)
+        checks = load + pace.seconds(plan["filled"], CHECK_TOKENS * share)
         n_loads = 3 + plan["others"]  # one slot alone and beside others, and many slots alone
         drift = 2 * load + n_loads * plan["texts"] * pace.seconds(TEXT_TOKENS, MAX_TOKENS * share)
         answers = sum(

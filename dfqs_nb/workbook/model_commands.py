@@ -339,8 +339,7 @@ def fidelity(
     with open_model(model, n_ctx, threads) as opened:
         result = compared.compare_record(opened, loaded)
     say(result.sentence)
-    if result.aligned:
-        say_table(result.by_position(), ".4f")
+    say_table(result.by_position(), ".4f")
     if output:
         say(f"wrote {tilde(write_table(output, result.tokens, index=False))}")
 

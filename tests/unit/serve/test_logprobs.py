@@ -36,7 +36,7 @@ def test_a_record_of_llama_cpp_s_server_fits_the_model_it_serves(endpoint, tmp_p
         result = fidelity.compare_record(model, record)
         ours = fidelity.continuation(model, QUESTION, True, 12, 20)
     assert [step.token for step in record.lines[0].steps] == [step["token"] for step in ours]
-    assert len(record.lines) == 2 and result.aligned and result.tokens["same_top"].all()
+    assert len(record.lines) == 2 and result.tokens["same_top"].all()
     assert result.tokens["kl_low"].max() < 1e-3  # the server computes in other batches
     assert result.tokens["nll"].to_numpy() == pytest.approx(result.tokens["nll_reference"], abs=0.05)
 
