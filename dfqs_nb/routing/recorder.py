@@ -9,14 +9,15 @@ from __future__ import annotations
 import ctypes
 import struct
 import tempfile
-from typing import IO, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.llama.graph import Router, View, Watch, ggml_function
 
-FLUSH_BYTES = 4 << 20  # of raw scores, before they are reduced to margins and weights
+FLUSH_BYTES = 1 << 20  # of copies, before they are reduced to margins and weights
 SPILL_BYTES = 16 << 20  # of one column in memory; what is beyond goes to a file
 SMALLEST_SUM = 6.103515625e-5  # build_moe_ffn clamps the sum of weights here
 _PROBS, _WEIGHTS, _ARGSORT = b"ffn_moe_probs", b"ffn_moe_weigh", b"ffn_moe_argsort"
@@ -30,44 +31,45 @@ class Column:
     """Rows of an array, appended piece by piece; long ones lie in a file without a name, not in memory."""
 
     def __init__(self) -> None:
-        self._parts: list[np.ndarray] = []
-        self._file: IO[bytes] | None = None
-        self._n = self._held = 0
+        self._file = tempfile.SpooledTemporaryFile(SPILL_BYTES)  # noqa: SIM115 - it lives as long as the rows
+        self._like, self._n = np.zeros(0), 0
 
     def add(self, rows: np.ndarray) -> None:
         """Append rows, all of one type and width."""
-        self._parts.append(rows)
-        self._n, self._held = self._n + len(rows), self._held + rows.nbytes
-        if self._held > SPILL_BYTES:
-            self._spill()
-
-    def _spill(self) -> None:
-        self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the rows
-        for part in self._parts:
-            self._file.write(np.ascontiguousarray(part).data)
-        self._file.flush()
-        self._parts, self._held = [self._parts[-1][:0]], 0
+        self._file.write(np.ascontiguousarray(rows).data)
+        self._like, self._n = rows[:0], self._n + len(rows)
 
     def array(self) -> np.ndarray:
         """All rows: in memory, or mapped from the file."""
-        if self._file is None:
-            return self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts)
-        self._spill()
-        kind = self._parts[0]
-        return np.memmap(self._file, kind.dtype, "r", shape=(self._n, *kind.shape[1:]))
+        dtype, shape = self._like.dtype, (self._n, *self._like.shape[1:])
+        if self._file.tell() > SPILL_BYTES:
+            self._file.flush()
+            return np.memmap(self._file, dtype, "r", shape=shape)
+        self._file.seek(0)
+        return np.frombuffer(self._file.read(), dtype).reshape(shape)
+
+
+@dataclass
+class _Layer:
+    """What one layer chose: copies of the graph's rows that are not reduced yet."""
+
+    hashed: bool
+    raw: list[list[Any]]  # of ids, of probabilities, and of selection scores where they differ from these
+    n_tokens: int = 0
 
 
 class _Router(Router):
-    """One layer's router in llama.cpp's graph: its ids, selection scores and probabilities."""
+    """One layer's router in llama.cpp's graph, and the tensors to copy: ids, probabilities, scores."""
 
     def __init__(self, address: int, probs: int) -> None:
         super().__init__(address)
-        self.probs, self.source = View(probs), View(self.ids.tensor.src[0])
-        self.hashed = not self.source.name.startswith(_ARGSORT)
-        scores = probs if self.hashed else self.source.tensor.src[0]
-        self.scores = self.probs if scores == probs else View(scores)
-        self.by_expert = [self.probs] if scores == probs else [self.probs, self.scores]
-        self.marks = [(view.tensor, view.name) for view in {self.ids, self.probs, self.scores}]
+        source = View(self.ids.tensor.src[0])
+        self.hashed = not source.name.startswith(_ARGSORT)
+        # scored ids are a view of the sorted experts, with gaps: whole rows of these have none
+        self.reads = [self.ids if self.hashed else source, View(probs)]
+        if not self.hashed and source.tensor.src[0] != probs:
+            self.reads.append(View(source.tensor.src[0]))
+        self.marks = [(view.tensor, view.name) for view in (self.ids, *self.reads)]
 
 
 class Recorder(Watch):
@@ -79,7 +81,6 @@ class Recorder(Watch):
         void, size = ctypes.c_void_p, ctypes.c_size_t
         # whichever device holds the tensor
         self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, size, size)
-        self._staging, self._address = np.zeros(0, np.int32), 0
         self._listening = False
         self._inputs: list[np.ndarray] | None = None
         self._probs_at = 0
@@ -88,15 +89,10 @@ class Recorder(Watch):
 
     def reset(self) -> None:
         """Forget what was recorded."""
-        self._free = 0  # bytes of the staging area in use
-        self._staged: dict[int, list[tuple[int, int, int]]] = {}  # by layer: offset, rows, bytes of the ids
-        self._rows: dict[int, int] = {}
-        self._blocks: list[dict[int, tuple[np.ndarray, ...]]] = []
+        self._layers: dict[int, _Layer] = {}
         self._columns: dict[str, Column] = {}
-        self._expected = 0
-        self._shape: tuple[int, int] = (0, 0)
-        self._hashed: dict[int, bool] = {}
-        self._biased: dict[int, bool] = {}
+        self._expected = self._raw_bytes = 0
+        self._shape = 0, 0  # experts chosen, and experts
 
     # -- around each llama_decode --
 
@@ -113,20 +109,16 @@ class Recorder(Watch):
             RoutingError: a layer did not, or the recorder failed.
         """
         self._listening = False
-        inputs = np.concatenate(self._inputs) if self._inputs else np.zeros(0, np.int32)
         if self._error is not None:
             error, self._error = self._error, None
             raise RoutingError(f"the recorder failed ({error})", hint="report the architecture") from error
-        for layer, rows in self._rows.items():
-            if rows != self._expected:
-                raise RoutingError(
-                    f"layer {layer} routed {rows:,} of {self._expected:,} tokens",
-                    hint="this architecture has no common expert block once a layer",
-                )
-        if self._blocks:  # all layers are equally long now
-            self._flush()
-            self._stack()
-        return inputs
+        for number, layer in self._layers.items():
+            if layer.n_tokens != self._expected:
+                what = f"layer {number} routed {layer.n_tokens:,} of {self._expected:,} tokens"
+                raise RoutingError(what, hint="this architecture has no common expert block once a layer")
+        if self._raw_bytes > FLUSH_BYTES:
+            self._reduce()
+        return np.concatenate(self._inputs) if self._inputs else np.zeros(0, np.int32)
 
     # -- inside it: no exception may pass through llama.cpp, so end() raises them --
 
@@ -161,84 +153,48 @@ class Recorder(Watch):
 
     def _chosen(self, router: Router) -> None:
         super()._chosen(router)
-        if self._listening and isinstance(router, _Router):
-            self._take(router)
+        if not self._listening or not isinstance(router, _Router):
+            return
+        layer, n = self._layers.get(router.layer) or self._meet(router), router.ids.shape[1]
+        for view, copies in zip(router.reads, layer.raw, strict=True):
+            size = n * view.row_bytes
+            copies.append(copy := ctypes.create_string_buffer(size))
+            self._copy(view.address, copy, 0, size)
+            self._raw_bytes += size
+        layer.n_tokens += n
 
-    def _take(self, router: _Router) -> None:
-        """Copy the ids, as they lie (with a stride in prefill), and the scores of every expert behind."""
-        n, ids, copy = router.ids.shape[1], router.ids, self._copy
-        ids_bytes = ids.row_bytes if n == 1 else (n - 1) * ids.steps[1] + ids.row_bytes
-        width = n * router.probs.row_bytes
-        if router.layer not in self._rows:
-            self._meet(router)
-        at = self._reserve(ids_bytes + width * len(router.by_expert))
-        self._staged[router.layer].append((at, n, ids_bytes))
-        target = self._address + at
-        copy(ids.address, target, 0, ids_bytes)
-        target += ids_bytes
-        for view in router.by_expert:
-            copy(view.address, target, 0, width)
-            target += width
-        self._rows[router.layer] += n
-
-    def _reserve(self, nbytes: int) -> int:
-        """Room in the staging area, as an offset in bytes; what it holds is reduced first if it is full."""
-        if self._free + nbytes > self._staging.nbytes:
-            self._flush()
-            if nbytes > self._staging.nbytes:
-                self._staging = np.zeros(max(nbytes, FLUSH_BYTES) // 4, np.int32)
-                self._address = self._staging.ctypes.data
-        at, self._free = self._free, self._free + nbytes
-        return at
-
-    def _meet(self, router: _Router) -> None:
-        """The first rows of a layer."""
-        shape = router.ids.row_bytes // 4, router.probs.row_bytes // 4
+    def _meet(self, router: _Router) -> _Layer:
+        """A layer that is seen for the first time."""
+        shape = router.ids.row_bytes // 4, router.reads[1].row_bytes // 4
         if self._shape not in ((0, 0), shape):
             raise RoutingError(f"layer {router.layer} chooses {shape[0]} of {shape[1]}, unlike others")
-        self._shape, self._hashed[router.layer] = shape, router.hashed
-        self._biased[router.layer] = len(router.by_expert) > 1
-        self._rows[router.layer], self._staged[router.layer] = 0, []
+        self._shape = shape
+        self._layers[router.layer] = layer = _Layer(router.hashed, [[] for _ in router.reads])
+        return layer
 
-    # -- from raw scores to margins and weights --
+    # -- from copies to margins and weights --
 
-    def _flush(self) -> None:
-        """Reduce what lies in the staging area."""
-        block: dict[int, tuple[np.ndarray, ...]] = {}
-        for layer, staged in self._staged.items():
-            if staged:
-                chosen, scores, probs = self._unpack(np.array(staged), self._biased[layer])
-                margins = np.full(len(chosen), np.nan, np.float32)
-                if not self._hashed[layer]:
-                    margins = margin(scores, chosen)
-                if (margins < 0).any():
-                    hint = "report the architecture"
-                    raise RoutingError("chosen experts do not score highest", hint=hint)
-                weights = self._weights(probs, chosen)
-                kept = (
-                    chosen.astype(np.uint8 if self._shape[1] <= 256 else np.uint16),
-                    weights,
-                    margins,
-                    scores,
-                )
-                block[layer] = kept[: 3 + self.keep_scores]
-                staged.clear()
-        if block:
-            self._blocks.append(block)
-        self._free = 0
+    def _reduce(self) -> None:
+        """Turn the copies of all layers, which hold equally many tokens, into rows of columns."""
+        names = ("experts", "weights", "margin", "scores")[: 3 + self.keep_scores]
+        layers = [self._reduced(self._layers[number]) for number in sorted(self._layers)]
+        for name, parts in zip(names, zip(*layers, strict=True), strict=False):
+            self._columns.setdefault(name, Column()).add(np.stack(parts, axis=1))
+        self._raw_bytes = 0
 
-    def _unpack(self, staged: np.ndarray, biased: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, selection scores and probabilities of a layer, a row a token, from the staging area."""
-        at, n, ids_bytes = staged.T
-        call = np.repeat(np.arange(len(n)), n)
-        row = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
-        k, width = (4 * size for size in self._shape)
-        step = (ids_bytes - k) // np.maximum(n - 1, 1)
-        probs = (at + ids_bytes)[call] + row * width
-        scores = probs + biased * n[call] * width
-        starts = (at[call] + row * step[call], k), (scores, width), (probs, width)
-        ids, *floats = (self._staging[place[:, None] // 4 + np.arange(n // 4)] for place, n in starts)
-        return ids, floats[0].view(np.float32), floats[1].view(np.float32)
+    def _reduced(self, layer: _Layer) -> tuple[np.ndarray, ...]:
+        """Ids, weights, margins and selection scores of a layer, a row a token."""
+        k, n_experts = self._shape
+        ids, *floats = (np.frombuffer(b"".join(copies), np.int32) for copies in layer.raw)
+        for copies in layer.raw:
+            copies.clear()
+        chosen = ids.reshape(-1, k if layer.hashed else n_experts)[:, :k]
+        probs, scores = (each.view(np.float32).reshape(-1, n_experts) for each in (floats[0], floats[-1]))
+        margins = np.full(len(chosen), np.nan, np.float32) if layer.hashed else margin(scores, chosen)
+        if (margins < 0).any():
+            raise RoutingError("chosen experts do not score highest", hint="report the architecture")
+        small = np.uint8 if n_experts <= 256 else np.uint16
+        return chosen.astype(small), self._weights(probs, chosen), margins, scores
 
     def _weights(self, probs: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         weights = np.take_along_axis(probs, chosen, axis=1)
@@ -249,31 +205,22 @@ class Recorder(Watch):
             weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), SMALLEST_SUM)
         return (weights * self._weighting.get("scaled", 1.0)).astype(np.float16)
 
-    def _stack(self) -> None:
-        """Move the blocks of all layers into columns, a row a token."""
-        layers = sorted(self._rows)
-        for i, name in enumerate(("experts", "weights", "margin", "scores")[: 3 + self.keep_scores]):
-            parts = [[block[layer][i] for block in self._blocks if layer in block] for layer in layers]
-            stacked = np.stack([np.concatenate(part) for part in parts], axis=1)
-            self._columns.setdefault(name, Column()).add(stacked)
-        self._blocks.clear()
-
     def arrays(self) -> dict[str, Any]:
         """What was recorded since `reset`, as fields of a `Trace`.
 
         Raises:
             RoutingError: a choice contradicts its scores: they were overwritten before they were read.
         """
-        self._flush()
-        if self._blocks:
-            self._stack()
-        layers, n = sorted(self._rows), self._expected
-        empty = np.zeros((n, 0, 0), np.uint8), np.zeros((n, 0, 0), np.float16), np.zeros((n, 0), np.float32)
+        if self._raw_bytes:
+            self._reduce()
+        layers, n = sorted(self._layers), self._expected
         return {
             "layers": np.array(layers, np.int16),
-            "hashed": np.array([self._hashed[layer] for layer in layers], bool),
+            "hashed": np.array([self._layers[layer].hashed for layer in layers], bool),
             "n_experts": int(self._shape[1]),
-            **dict(zip(("experts", "weights", "margin"), empty, strict=True)),
+            "experts": np.zeros((n, 0, 0), np.uint8),
+            "weights": np.zeros((n, 0, 0), np.float16),
+            "margin": np.zeros((n, 0), np.float32),
             **{name: column.array() for name, column in self._columns.items()},
         }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 import subprocess
 import tracemalloc
@@ -20,7 +19,7 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama.model import ContextFullError, open_model
 from dfqs_nb.llama.settings import OpenSettings, default_context_params
 from dfqs_nb.routing.recorded import RecordedModel, Schedule, open_recorded, record
-from dfqs_nb.routing.recorder import Recorder, RoutingError
+from dfqs_nb.routing.recorder import Recorder, RoutingError, _Layer
 from dfqs_nb.routing.trace import load_trace
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
@@ -166,26 +165,25 @@ def test_a_dense_model_has_no_routed_experts_but_logits():
         trace.require_routed()
 
 
-def stage(recorder: Recorder, layer: int, ids: np.ndarray, scores: np.ndarray) -> None:
-    """Hand the recorder what llama.cpp would, without a bias."""
-    raw = ids.astype(np.int32).tobytes() + scores.astype(np.float32).tobytes()
-    at = recorder._reserve(len(raw))
-    ctypes.memmove(recorder._address + at, raw, len(raw))
-    recorder._staged[layer].append((at, len(ids), 4 * ids.size))
+def stage(recorder: Recorder, layer: int, order: np.ndarray, scores: np.ndarray) -> None:
+    """Hand the recorder what llama.cpp would, without a bias: the experts in order, and their scores."""
+    known = recorder._layers.setdefault(layer, _Layer(False, [[], []]))
+    for copies, values in zip(known.raw, (order.astype(np.int32), scores.astype(np.float32)), strict=True):
+        copies.append(values.tobytes())
+        recorder._raw_bytes += len(copies[-1])
+    known.n_tokens += len(order)
 
 
 def fill(recorder: Recorder, n_tokens: int, n_layers: int, k: int, n_experts: int, step: int = 256) -> None:
     """A long run in which the first k experts lead."""
     recorder.reset()
-    recorder._shape, recorder._staged = (k, n_experts), {layer: [] for layer in range(n_layers)}
-    recorder._hashed = recorder._biased = dict.fromkeys(range(n_layers), False)
-    ids = np.tile(np.arange(k), (step, 1))
+    recorder._shape = (k, n_experts)
+    order = np.tile(np.arange(n_experts), (step, 1))
     scores = np.tile(np.linspace(1, 0, n_experts), (step, 1))
     for _ in range(0, n_tokens, step):
         recorder.begin(step)
         for layer in range(n_layers):
-            stage(recorder, layer, ids, scores)
-            recorder._rows[layer] = recorder._expected
+            stage(recorder, layer, order, scores)
         recorder.end()
 
 
@@ -206,9 +204,8 @@ def test_memory_does_not_grow_with_the_length(n_tokens):
 def test_scores_that_contradict_the_choice_are_an_error():
     recorder = Recorder()
     recorder.begin(1)
-    recorder._shape, recorder._staged, recorder._rows = (1, 2), {0: []}, {0: 1}
-    recorder._hashed = recorder._biased = {0: False}
-    stage(recorder, 0, np.array([[1]]), np.array([[0.9, 0.1]]))
+    recorder._shape = (1, 2)
+    stage(recorder, 0, np.array([[1, 0]]), np.array([[0.9, 0.1]]))
     with pytest.raises(RoutingError, match="do not score highest"):
         recorder.arrays()
 
@@ -216,7 +213,7 @@ def test_scores_that_contradict_the_choice_are_an_error():
 def test_a_layer_that_was_not_heard_is_an_error():
     recorder = Recorder()
     recorder.begin(2)
-    recorder._rows = {3: 1}
+    stage(recorder, 3, np.array([[1, 0]]), np.array([[0.9, 0.1]]))
     with pytest.raises(RoutingError, match="layer 3 routed 1 of 2 tokens"):
         recorder.end()
 
