@@ -7,54 +7,22 @@ route by hash are counted apart: their experts follow from the token alone and c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.trace import Trace
-from dfqs_nb.stats import bootstrap_weights
+from dfqs_nb.stats import N_BOOT, bootstrap_weights
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
-@dataclass(frozen=True)
-class TraceDifference:
-    """Two runs over the same tokens, the first one being the reference.
-
-    Attributes:
-        n_tokens, n_layers: what was compared; hash layers are not in ``n_layers``.
-        n_choices, n_differ: tokens x layers, and of these, those whose expert sets differ.
-        share_identical: of expert sets; NaN where there are none.
-        overlap: mean share of the k experts that both runs chose.
-        first_token, first_layer: where the first different set is; None without one.
-        margin_differ: the largest router margin (of the first run) at which a set differs; NaN without one.
-        margin_same: the median margin where sets agree.
-        n_hash_differ: the same count in hash layers.
-        logits_equal, logit_drift: share of tokens whose logits are equal bit for bit, and the largest
-            difference of a kept logit; NaN when not kept.
-        same_best: share of tokens whose most likely next token is the same.
-        same_output: whether the greedy continuations are equal; None when a run has none.
-    """
-
-    n_tokens: int
-    n_layers: int
-    n_choices: int
-    n_differ: int
-    share_identical: float
-    overlap: float
-    first_token: int | None
-    first_layer: int | None
-    margin_differ: float
-    margin_same: float
-    n_hash_differ: int
-    logits_equal: float
-    logit_drift: float
-    same_best: float
-    same_output: bool | None
+BLOCK_TOKENS = 16  # neighbours that a bootstrap draws together
+FIELDS = (
+    *("n_tokens", "n_layers", "n_choices", "n_differ", "first_token", "first_layer", "margin_differ"),
+    *("n_hash_differ", "logits_equal", "logit_drift", "same_output"),
+)
 
 
 def differences(a: Trace, b: Trace) -> np.ndarray:
@@ -64,8 +32,7 @@ def differences(a: Trace, b: Trace) -> np.ndarray:
         RoutingError: other tokens, other layers, or another number of experts.
     """
     if not np.array_equal(a.tokens, b.tokens):
-        pairs = enumerate(zip(a.tokens, b.tokens, strict=False))
-        at = next((i for i, (x, y) in pairs if x != y), None)
+        at = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y), None)
         detail = f"{a.n_tokens:,} and {b.n_tokens:,} tokens" if at is None else f"they differ at token {at:,}"
         raise RoutingError(f"the traces are of different prompts ({detail})", hint="use the same tokens")
     routers = [(t.layers.tolist(), t.hashed.tolist(), t.experts.shape, t.n_experts) for t in (a, b)]
@@ -87,33 +54,36 @@ def drifts(a: Trace, b: Trace) -> np.ndarray:
     return np.asarray(np.abs(a.logits.values - b.logits.values).max(axis=1))
 
 
-def compare(a: Trace, b: Trace) -> TraceDifference:
-    """Compare two runs, the first one being the reference; errors as `differences`."""
+def compare(a: Trace, b: Trace) -> dict[str, Any]:
+    """Two runs over the same tokens, the first being the reference, as the values of `FIELDS`.
+
+    ``n_layers`` and ``n_choices`` (tokens x layers) leave out hash layers; these count in ``n_hash_differ``.
+    ``first_token`` and ``first_layer``: where the first different set is, or None. ``margin_differ``: the
+    largest margin of the reference at which a set differs, or NaN. ``logits_equal``: share of tokens whose
+    logits are equal bit for bit; ``logit_drift``: largest difference of a kept logit; both are NaN where none
+    were kept. ``same_output``: equal greedy answers; None where a run has none.
+
+    Raises:
+        RoutingError: as `differences`.
+    """
     differ, scored = differences(a, b), ~a.hashed
-    routed, margins = differ[:, scored], a.margin[:, scored]
+    routed = differ[:, scored]
     first = np.argwhere(routed)
-    kept = (a.logits, b.logits) if a.logits is not None and b.logits is not None else None
-    return TraceDifference(
-        n_tokens=a.n_tokens,
-        n_layers=int(scored.sum()),
-        n_choices=routed.size,
-        n_differ=int(routed.sum()),
-        share_identical=float(1 - routed.mean()) if routed.size else math.nan,
-        overlap=_or_nan(np.mean, overlaps(a, b)[:, scored]),
-        first_token=int(first[0][0]) if len(first) else None,
-        first_layer=int(a.layers[scored][first[0][1]]) if len(first) else None,
-        margin_differ=_or_nan(np.max, margins[routed]),
-        margin_same=_or_nan(np.median, margins[~routed]),
-        n_hash_differ=int(differ[:, a.hashed].sum()),
-        logits_equal=float((kept[0].digest == kept[1].digest).mean()) if kept else math.nan,
-        logit_drift=float(drifts(a, b).max(initial=0.0)),
-        same_best=float((kept[0].best == kept[1].best).mean()) if kept else math.nan,
-        same_output=bool(np.array_equal(a.output, b.output)) if len(a.output) and len(b.output) else None,
-    )
-
-
-def _or_nan(statistic: Callable[..., Any], values: np.ndarray) -> float:
-    return float(statistic(values)) if values.size else math.nan
+    kept = (a.logits.digest == b.logits.digest).mean() if a.logits and b.logits else math.nan
+    same = bool(np.array_equal(a.output, b.output)) if len(a.output) and len(b.output) else None
+    return {
+        "n_tokens": a.n_tokens,
+        "n_layers": int(scored.sum()),
+        "n_choices": routed.size,
+        "n_differ": int(routed.sum()),
+        "first_token": int(first[0][0]) if len(first) else None,
+        "first_layer": int(a.layers[scored][first[0][1]]) if len(first) else None,
+        "margin_differ": float(a.margin[:, scored][routed].max()) if len(first) else math.nan,
+        "n_hash_differ": int(differ[:, a.hashed].sum()),
+        "logits_equal": float(kept),
+        "logit_drift": float(drifts(a, b).max(initial=0.0)),
+        "same_output": same,
+    }
 
 
 # ---- two files of one model ----
@@ -146,63 +116,33 @@ def across(a: Trace, b: Trace) -> pd.DataFrame:
     return pd.DataFrame({**columns, "rank_correlation": correlation})
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """Whether changed experts predict a changed prediction: KL divergence regressed on them, by token.
+def divergence(a: Trace, b: Trace) -> str:
+    """A token's KL divergence regressed on how many layers changed their experts, in a sentence.
 
-    Attributes:
-        n_tokens, n_logits: tokens, and logits of each (a sample of a large vocabulary).
-        kl, kl_same, kl_changed: mean KL divergence from the reference in nats, of all tokens and of those
-            without and with a changed expert set (NaN where there are none).
-        slope, low, high: nats for each changed layer, with a 95 % interval from drawing blocks of tokens.
-    """
-
-    n_tokens: int
-    n_logits: int
-    kl: float
-    kl_same: float
-    kl_changed: float
-    slope: float
-    low: float
-    high: float
-
-    @property
-    def sentence(self) -> str:
-        """The divergence, and what a changed layer adds to it."""
-        return (
-            f"KL divergence {self.kl:.3g} nats a token; {self.slope:+.2g} for each layer whose experts "
-            f"changed (95 % interval {self.low:.2g} to {self.high:.2g}; n = {self.n_tokens:,} tokens, "
-            f"{self.n_logits:,} logits of each)"
-        )
-
-
-def divergence(a: Trace, b: Trace, block: int = 16, n_boot: int = 2000, seed: int = 0) -> Divergence | None:
-    """The regression for two files of one model; None where logits were not kept or no set changed.
-
-    ``block`` neighbouring tokens are drawn together.
+    The interval of the slope comes from drawing blocks of neighbouring tokens. Empty where logits were not
+    kept or no set changed.
     """
     from scipy.special import log_softmax
 
     if a.logits is None or b.logits is None or not np.array_equal(a.logits.ids, b.logits.ids):
-        return None
+        return ""
     p, q = (log_softmax(each.values.astype(np.float64), axis=1) for each in (a.logits, b.logits))
     kl = (np.exp(p) * (p - q)).sum(axis=1)
     changed = differences(a, b)[:, ~a.hashed].sum(axis=1)
-    n = len(kl) // block * block
-    if n < 2 * block or not changed.var():
-        return None
+    n = len(kl) // BLOCK_TOKENS * BLOCK_TOKENS
+    if n < 2 * BLOCK_TOKENS or not changed.var():
+        return ""
     sums = np.stack([np.ones(n), changed[:n], kl[:n], changed[:n] * kl[:n], changed[:n] ** 2])
-    blocks = sums.reshape(5, -1, block).sum(axis=2).T
-    draws = bootstrap_weights(len(blocks), n_boot, seed) @ blocks
+    blocks = sums.reshape(5, -1, BLOCK_TOKENS).sum(axis=2).T
+    draws = bootstrap_weights(len(blocks), N_BOOT, seed=0) @ blocks
     tokens, x, y, xy, xx = np.vstack([blocks.sum(axis=0), draws]).T
     slopes = (tokens * xy - x * y) / np.maximum(tokens * xx - x * x, 1e-12)
     low, high = np.quantile(slopes[1:], [0.025, 0.975])
-    same, other = (_or_nan(np.mean, kl[rows]) for rows in (changed == 0, changed > 0))
-    interval = float(slopes[0]), float(low), float(high)
-    return Divergence(len(kl), len(a.logits.ids), float(kl.mean()), same, other, *interval)
-
-
-# ---- one run by itself ----
+    return (
+        f"KL divergence {kl.mean():.3g} nats a token; {slopes[0]:+.2g} for each layer whose experts "
+        f"changed (95 % interval {low:.2g} to {high:.2g}; n = {len(kl):,} tokens, "
+        f"{len(a.logits.ids):,} logits of each)"
+    )
 
 
 def expert_counts(experts: np.ndarray, n_experts: int) -> np.ndarray:
@@ -214,13 +154,3 @@ def expert_counts(experts: np.ndarray, n_experts: int) -> np.ndarray:
     n_layers = experts.shape[1]
     places = experts.astype(np.int64) + n_experts * np.arange(n_layers)[:, None]
     return np.bincount(places.ravel(), minlength=n_layers * n_experts).reshape(n_layers, n_experts)
-
-
-def usage(trace: Trace) -> pd.DataFrame:
-    """Each expert's choices: ``layer``, ``expert``, ``count`` and ``share`` of the layer's choices."""
-    import pandas as pd
-
-    counts = expert_counts(trace.experts, trace.n_experts)
-    index = pd.MultiIndex.from_product([trace.layers, range(trace.n_experts)], names=["layer", "expert"])
-    table = pd.DataFrame({"count": counts.ravel()}, index).reset_index()
-    return table.assign(share=(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).ravel())

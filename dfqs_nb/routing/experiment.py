@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tqdm.auto
 
@@ -26,20 +26,14 @@ from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.settings import OpenSettings, llama_version
 from dfqs_nb.routing.loads import read_texts
-from dfqs_nb.routing.placement import require_experts
-from dfqs_nb.routing.plan import Condition, conditions, with_references
+from dfqs_nb.routing.plan import Condition, conditions
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.results import Experiment
 from dfqs_nb.routing.trace import Trace, load_trace, require_csv
 
-if TYPE_CHECKING:
-    from dfqs_nb.routing.loads import Text
-
 PASSAGE = "prompts/routing_passage.txt"
-QUESTION = "What is the capital of France?"
-FORMAT = 3  # of a kept trace; a new number makes old ones be recorded again
+FORMAT = 4  # of a kept trace; a new number makes old ones be recorded again
 CHILD = "dfqs_nb.routing.record_child"
-Named = list[dict[str, Any]]  # short texts: name, domain and tokens of each
 
 
 def quantizations(path: str | Path, other: str = "") -> dict[str, Path]:
@@ -49,39 +43,10 @@ def quantizations(path: str | Path, other: str = "") -> dict[str, Path]:
     return {Path(other).stem: resolve(other)[0]} if other else {}
 
 
-def tokenized(path: Path, n_tokens: int, texts: Sequence[Text]) -> tuple[list[int], Named]:
-    """An experiment's text, and the short texts, in this model's tokens; no weights are loaded.
-
-    The text is the stored passage, again and again as needed, and at the end a question in the model's chat
-    template, so that the greedy continuation is an answer.
-
-    Raises:
-        ModelError: ``n_tokens`` does not hold the question, or a text has no tokens.
-    """
-    passage = (data_dir() / PASSAGE).read_text(encoding="utf-8")
-    given = [passage, *(text.text for text in texts)]
-    job = {"path": str(path.resolve()), "question": QUESTION, "texts": given}
-    made = child.run(CHILD, job, where=path)
-    bos = [made["bos"]] if made["bos"] >= 0 else []
-    question, (body, *others) = made["question"], made["texts"]
-    left = n_tokens - len(question)
-    if left < 1 + len(bos) or not all([body, *others]):
-        what = f"{n_tokens} tokens do not hold the question ({len(question)})"
-        raise ModelError(what, where=path, hint=f"use n_tokens={len(question) + 64} or more")
-    body = [*bos, *(body * (left // len(body) + 1))][:left]
-    pairs = zip(texts, others, strict=True)
-    named = [{"name": text.name, "domain": text.domain, "tokens": [*bos, *ids]} for text, ids in pairs]
-    return body + question, named
-
-
-# ---- running ----
-
-
 def run_experiment(
     path: str | Path,
     folder: str | Path,
     *,
-    settings: OpenSettings | None = None,
     n_tokens: int = 512,
     n_output: int = 16,
     n_threads: int = 0,
@@ -90,42 +55,40 @@ def run_experiment(
     texts: str | Path = "",
     budget_minutes: float = 0.0,
     fresh: bool = False,
-    chosen: Sequence[str] = (),
     export: str | Path = "",
 ) -> Experiment:
-    """Run all conditions and loads (or those named, with their references), and compare.
+    """Run all conditions and loads, and compare.
 
     Args:
         path: the GGUF file, or any shard of it.
         folder: keeps the traces; made if missing.
-        settings: the reference's; by default ``n_threads``, ``n_gpu_layers``, and a context that suffices.
         n_tokens, n_output: of the text, and of the greedy answer.
+        n_threads, n_gpu_layers: of the reference; 0 threads: as many as suit the model.
         other: another quantization to compare with, a registered name or a file.
         texts: a folder of texts for loads and profile, a subfolder a domain; empty: the workbook's own.
         budget_minutes: lengths are halved and runs left out until it fits, as in `plan.fit`; 0: no bound.
         fresh: record again what an earlier run left.
-        chosen: names of conditions; all by default.
         export: also write the traces there, as CSV.
 
     Raises:
         DfqsError: the model cannot be opened under the reference's settings, or a parameter is wrong.
     """
-    if settings is None:
-        settings = OpenSettings.of(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
-        settings = replace(settings, n_ctx=-(-(n_tokens + n_output) // 256) * 256)
-    if n_tokens + n_output > settings.n_ctx:
-        what = f"{n_tokens} tokens and {n_output} of the answer exceed n_ctx ({settings.n_ctx})"
-        raise ModelError(what, where=path, hint=f"use n_ctx={n_tokens + n_output} or more")
     if str(export):
         require_csv(export)
-        require_experts(path)
-    given = read_texts(texts)
-    threads, others = max(usable_cores(), settings.n_threads or 1), quantizations(path, other)
-    planned = conditions(settings, n_tokens, max_threads=threads, others=others, n_texts=len(given))
-    planned = with_references(planned, chosen)
-    tokens, named = tokenized(Path(path), n_tokens, given)
-    recording = Recording(Path(path), Path(folder), tokens, named, n_output, 60 * budget_minutes, fresh)
-    recording.run_all(planned)
+    given, others, n_ctx = (
+        read_texts(texts),
+        quantizations(path, other),
+        -(-(n_tokens + n_output) // 256) * 256,
+    )
+    settings = OpenSettings.of(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+    settings = replace(settings, n_ctx=n_ctx)
+    threads = max(usable_cores(), settings.n_threads or 1)
+    planned = conditions(settings, n_tokens, threads, others, len(given))
+    passage = (data_dir() / PASSAGE).read_text(encoding="utf-8")
+    shared: dict[str, Any] = {"passage": passage, "texts": [text.model_dump() for text in given]}
+    shared |= {"n_tokens": n_tokens, "n_output": n_output}
+    recording = _Recording(Path(path), Path(folder), planned, shared, 60 * budget_minutes, fresh)
+    recording.run_all()
     traces, status = recording.traces, recording.status
     if "prefill" not in traces:
         raise ModelError(f"the reference run failed: {status['prefill']}", where=path, hint="lower n_ctx")
@@ -137,56 +100,45 @@ def run_experiment(
 
 
 @dataclass
-class Recording:
+class _Recording:
     """The traces so far: what was recorded now or earlier, and how each condition ended."""
 
     path: Path
     folder: Path
-    tokens: list[int]
-    texts: Named
-    n_output: int
+    planned: list[Condition]
+    shared: dict[str, Any]  # texts and lengths, of every child's job
     budget_seconds: float
     fresh: bool
     traces: dict[str, Trace] = field(default_factory=dict)
     status: dict[str, str] = field(default_factory=dict)
     n_made: int = 0
-    plan_sentence: str = ""
 
-    def run_all(self, planned: list[Condition]) -> None:
+    def run_all(self) -> None:
         """Have all traces; conditions of one process go to one child, which loads the weights once."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.started = time.monotonic()
-        about = [FORMAT, _identity(self.path), llama_version(), self.tokens, self.texts, self.n_output]
-        sizes = len(self.tokens), self.n_output, [len(text["tokens"]) for text in self.texts]
-        self.runs = {condition.name: condition.as_run(*sizes) for condition in planned}
-        for name, run in self.runs.items():
-            other = next(c.model for c in planned if c.name == name)
-            key = canonical_sha256([*about, _identity(Path(other)) if other else "", run])
-            run |= {"key": key, "file": str(self._file(name))}
+        self.started, about = time.monotonic(), [FORMAT, llama_version(), self.shared, _identity(self.path)]
+        self.keys = {
+            each.name: canonical_sha256([*about, asdict(each), _identity(Path(each.model or self.path))])
+            for each in self.planned
+        }
         self.plan_note = self.folder / f"plan-{self.budget_seconds:g}-s.json"
-        self.plan_key = canonical_sha256([run["key"] for run in self.runs.values()])
         self.plan = self._plan_so_far()
-        processes = dict.fromkeys(condition.process for condition in planned)
-        self.plan_sentence = f"{len(planned)} runs in {len(processes)} processes, each of which loads once."
+        processes = dict.fromkeys(each.process for each in self.planned)
+        self.plan_sentence = f"{len(self.keys)} runs in {len(processes)} processes, each of which loads once."
         if not self.budget_seconds:
             tqdm.auto.tqdm.write(self.plan_sentence)
-        with display.tqdm(total=len(planned), desc="routing", leave=False) as bar:
+        with display.tqdm(total=len(self.keys), desc="routing", leave=False) as bar:
             for process in processes:
-                self._run_process([c for c in planned if c.process == process], bar.update)
+                self._run_process([each for each in self.planned if each.process == process], bar.update)
 
     def _plan_so_far(self) -> dict[str, Any]:
         """The plan of an earlier run under this budget; everything without a budget; else nothing yet."""
-        self.plan = everything = {"scale": 1.0, "kept": list(self.runs)}
         if not self.budget_seconds:
-            return everything
+            return {"scale": 1.0, "kept": list(self.keys)}
         with contextlib.suppress(OSError, ValueError):
             plan = read_json(self.plan_note)
-            if isinstance(plan, dict) and plan.get("key") == self.plan_key and not self.fresh:
+            if isinstance(plan, dict) and plan.get("keys") == self.keys and not self.fresh:
                 return plan
-        if all(map(self._known, self.runs)):
-            return everything
-        self.traces.clear()  # of full length: the plan may shorten all
-        self.status.clear()
         return {}
 
     def _run_process(self, group: list[Condition], progress: Callable[[int], object]) -> None:
@@ -201,13 +153,13 @@ class Recording:
                 break
             if self._left_seconds() < 0 and "prefill" in self.traces:
                 break
-            self.begun = ""
+            self.begun, hear = "", partial(self._hear, progress)
             try:
-                child.run(
-                    CHILD, self._job(waiting), where=self.path, on_message=partial(self._hear, progress)
-                )
+                child.run(CHILD, self._job(waiting), where=self.path, on_message=hear)
                 break
             except DfqsError as error:  # the run that it died of fails, and a new child takes the others
+                if "prefill" not in {*self.traces, *self.status} and self.begun in ("", "prefill"):
+                    raise  # nothing to compare with
                 died = self.begun and self.begun not in self.status
                 lost = [self.begun] if died else [condition.name for condition in waiting]
                 self.status |= {name: f"failed: {error.what}" for name in lost if name not in self.status}
@@ -215,15 +167,13 @@ class Recording:
             self.status.setdefault(condition.name, "left out: it does not fit into budget_minutes")
 
     def _job(self, waiting: list[Condition]) -> dict[str, Any]:
-        first, kept = waiting[0], set(self.plan.get("kept", self.runs))
-        names = [condition.name for condition in waiting if condition.name in kept]
+        first, kept = waiting[0], set(self.plan.get("kept", self.keys))
         return {
+            **self.shared,
             "path": str(Path(first.model or self.path).resolve()),
-            "runs": [self.runs[name] for name in names],
-            "all_runs": [] if self.plan else list(self.runs.values()),
-            "tokens": self.tokens,
-            "texts": self.texts,
-            "n_output": self.n_output,
+            "runs": {each.name: str(self._file(each.name)) for each in waiting if each.name in kept},
+            "planned": list(map(asdict, self.planned)),
+            "keys": self.keys,
             "budget_seconds": self.budget_seconds,
             # other processes have the runs that a verdict needs most: something is left for them
             "left_seconds": self._left_seconds() * (0.8 if first.process == "main" else 1.0),
@@ -247,9 +197,9 @@ class Recording:
 
     def _set_plan(self, plan: dict[str, Any]) -> None:
         self.plan = plan
-        write_json(self.plan_note, {"key": self.plan_key, **plan})
+        write_json(self.plan_note, {"keys": self.keys, **plan})
         self.plan_sentence = (
-            f"Budget {self.budget_seconds / 60:g} minutes: {len(plan['kept'])} of {len(self.runs)} runs, at "
+            f"Budget {self.budget_seconds / 60:g} minutes: {len(plan['kept'])} of {len(self.keys)} runs, at "
             f"{plan['scale']:g} of each length. Loading takes {plan['load_seconds']:.1f} s, a token "
             f"{plan['prefill_seconds']:.2g} s in prefill and {plan['decode_seconds']:.2g} s in decode."
         )
@@ -264,7 +214,7 @@ class Recording:
         except RoutingError:
             return False
         made = trace.conditions.get("key"), trace.conditions.get("scale")
-        if made != (self.runs[name]["key"], self.plan["scale"]):
+        if made != (self.keys[name], self.plan["scale"]):
             return False
         self.traces[name], self.status[name] = trace, "done"
         return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -22,13 +22,12 @@ from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.compare import compare
 from dfqs_nb.routing.trace import Trace
-from dfqs_nb.stats import at_most, bootstrap_weights
+from dfqs_nb.stats import N_BOOT, at_most, bootstrap_weights
 
 if TYPE_CHECKING:
     import pandas as pd
 
-OTHERS = (1, 3, 7)  # sequences beside the one that is looked at
-N_BOOT = 2000
+N_SEQUENCES = 8  # of the largest load
 N_SAME = 4  # texts that run beside copies of themselves
 SUFFIXES = (".txt", ".md", ".py", ".c", ".cpp", ".js", ".java", ".rs", ".go", ".sql", ".tex")
 MAX_CHARACTERS = 1 << 16  # read of each text of a folder
@@ -56,10 +55,8 @@ def read_texts(folder: str | Path = "") -> list[Text]:
     """
     if not str(folder):
         return load_prompts("routing-texts", RoutingTexts).texts
-    root = Path(folder).expanduser()
-    paths = sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    texts = []
-    for path in paths:
+    root, texts = Path(folder).expanduser(), list[Text]()
+    for path in sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()):
         if text := path.read_text(encoding="utf-8", errors="replace")[:MAX_CHARACTERS].strip():
             domain = path.parent.name if path.parent != root else path.stem
             # a name is a cluster of the statistics, and has to be unique
@@ -99,17 +96,16 @@ class Load:
 
     @property
     def label(self) -> str:
-        """The load for people, without what the group was."""
+        """The load for people, without its batch number."""
         if self.kind == "alone":
             return "alone"
         cache = "one cache" if self.unified else "a cache each"
         return f"{self.n_others} other{'s' if self.n_others > 1 else ''}, {self.kind}, {cache}"
 
-
-def load_settings(settings: OpenSettings, n_sequences: int, n_tokens: int, n_prefill: int) -> OpenSettings:
-    """Room for that many sequences, which one batch can prefill."""
-    each = -(-n_tokens // 256) * 256
-    return replace(settings, n_ctx=each * n_sequences, n_batch=max(settings.n_batch, n_sequences * n_prefill))
+    def settings(self, settings: OpenSettings, n_output: int) -> OpenSettings:
+        """These settings with room for the sequences and their answers, which one batch can prefill."""
+        each, n = -(-(self.n_tokens + n_output) // 256) * 256, self.n_sequences
+        return replace(settings, n_ctx=each * n, n_batch=max(settings.n_batch, n * self.n_prefill))
 
 
 def plan_loads(n_texts: int, n_tokens: int, n_prefill: int, seed: int = 0) -> Iterator[tuple[str, Load]]:
@@ -118,49 +114,41 @@ def plan_loads(n_texts: int, n_tokens: int, n_prefill: int, seed: int = 0) -> It
     >>> [name for name, _ in plan_loads(8, 32, 16)][:3]
     ['alone', '7 others, together, a cache each, batch 1', '7 others, mixed, a cache each, batch 1']
     """
-    draw, most = np.random.default_rng(seed), max(OTHERS) + 1
-    every, sizes = tuple(range(n_texts)), (most, n_prefill, n_tokens)
-    yield "alone", Load("alone", 0, False, every, (), *sizes)
+    draw, every, sizes = np.random.default_rng(seed), tuple(range(n_texts)), (n_prefill, n_tokens)
+    yield "alone", Load("alone", 0, False, every, (), N_SEQUENCES, *sizes)
     for n_others in (7, 1, 3):
-        yield from _batches(draw, n_texts, n_others, False, sizes)
+        yield from _batches(draw, n_texts, n_others, False, *sizes)
     for unified in (False, True):
         if unified:
-            yield "alone, one cache", Load("alone", 0, True, every, (), *sizes)
-            yield from _batches(draw, n_texts, 7, True, sizes)
+            yield "alone, one cache", Load("alone", 0, True, every, (), N_SEQUENCES, *sizes)
+            yield from _batches(draw, n_texts, 7, True, *sizes)
         for text in sorted(draw.permutation(n_texts)[:N_SAME].tolist()):
-            arrivals = tuple(draw.integers(0, 4, most).tolist())
-            load = Load("same text", 7, unified, (text,) * most, arrivals, *sizes)
+            members, arrivals = (text,) * N_SEQUENCES, tuple(draw.integers(0, 4, N_SEQUENCES).tolist())
+            load = Load("same text", 7, unified, members, arrivals, N_SEQUENCES, *sizes)
             yield f"{load.label}, text {text + 1}", load
-    yield "alone, a context for one", Load("alone", 0, False, every, (), 1, n_prefill, n_tokens)
+    yield "alone, a context for one", Load("alone", 0, False, every, (), 1, *sizes)
 
 
 def _batches(
-    draw: np.random.Generator, n_texts: int, n_others: int, unified: bool, sizes: tuple[int, int, int]
+    draw: np.random.Generator, n_texts: int, n_others: int, unified: bool, n_prefill: int, n_tokens: int
 ) -> Iterator[tuple[str, Load]]:
-    """Every text in one batch of this size at least, together and mixed."""
-    _, n_prefill, n_tokens = sizes
+    """Every text in at least one batch of this size, together and mixed."""
     company, size = draw.permutation(n_texts).tolist(), n_others + 1
     company += company[: -len(company) % size]
     steps = np.linspace(0, max(2, n_tokens - n_prefill) - 1, size).astype(int)
     for number, start in enumerate(range(0, len(company), size), start=1):
         late = tuple(draw.permutation(steps).tolist())
         for kind, arrivals in (("together", (0,) * size), ("mixed", late)):
-            load = Load(kind, n_others, unified, tuple(company[start : start + size]), arrivals, *sizes)
+            members = tuple(company[start : start + size])
+            load = Load(kind, n_others, unified, members, arrivals, N_SEQUENCES, n_prefill, n_tokens)
             yield f"{load.label}, batch {number}", load
 
 
 # ---- what the runs gave ----
 
 
-def part(trace: Trace, place: int) -> Trace:
-    """One sequence of a trace that holds several equally long ones."""
-    n = trace.n_tokens // len(trace.output)
-    output = trace.output[place]
-    return replace(trace.rows(slice(n * place, n * place + n)), output=output[output >= 0])
-
-
 def load_rows(loads: Mapping[str, Load], traces: Mapping[str, Trace], texts: Sequence[Text]) -> pd.DataFrame:
-    """One row a sequence of a run: ``load``, ``run``, ``text``, ``domain``, and the fields of a comparison.
+    """One row a sequence of a run: ``load``, ``n_others``, ``run``, ``text``, ``domain``, and a comparison.
 
     Each is compared with the same text alone in the same context (``alone``, or ``alone, one cache``).
     """
@@ -169,13 +157,12 @@ def load_rows(loads: Mapping[str, Load], traces: Mapping[str, Trace], texts: Seq
     rows = []
     for name, load in loads.items():
         base = "alone, one cache" if load.unified and name != "alone, one cache" else "alone"
-        if name in (base, "alone") or name not in traces or base not in traces:
+        if name == "alone" or name not in traces or base not in traces:
             continue
-        label = load.label if load.kind != "alone" else name
-        for place, text in enumerate(load.members):
-            change = asdict(compare(part(traces[base], text), part(traces[name], place)))
-            about = {"load": label, "kind": load.kind, "n_others": load.n_others, "run": name}
-            rows.append({**about, "text": texts[text].name, "domain": texts[text].domain, **change})
+        about = {"load": load.label if load.kind != "alone" else name, "n_others": load.n_others, "run": name}
+        for place, number in enumerate(load.members):
+            text, change = texts[number], compare(traces[base].part(number), traces[name].part(place))
+            rows.append({**about, "text": text.name, "domain": text.domain, **change})
     return pd.DataFrame(rows)
 
 
@@ -190,17 +177,17 @@ def load_table(rows: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    return pd.DataFrame([_summary(str(name), group) for name, group in rows.groupby("load", sort=False)])
+    groups = rows.groupby("load", sort=False) if len(rows) else ()
+    return pd.DataFrame([{"load": name, **_summary(group)} for name, group in groups])
 
 
-def _summary(name: str, group: pd.DataFrame) -> dict[str, Any]:
+def _summary(group: pd.DataFrame) -> dict[str, Any]:
     by_run = group.groupby("run")["n_differ"].sum() > 0
     by_text = group.groupby("text")[["n_differ", "n_choices"]].sum()
     n_changed = int((by_text["n_differ"] > 0).sum())
     low, high = cluster_interval(by_text["n_differ"].to_numpy(), by_text["n_choices"].to_numpy())
-    n, n_differ = (int(group[column].sum()) for column in ("n_choices", "n_differ"))
+    n, n_differ = int(group["n_choices"].sum()), int(group["n_differ"].sum())
     return {
-        "load": name,
         "n_others": int(group["n_others"].iloc[0]),
         "n_runs": len(by_run),
         "n_runs_differ": int(by_run.sum()),
@@ -236,10 +223,10 @@ def cluster_interval(events: np.ndarray, trials: np.ndarray, seed: int = 0) -> t
 
 @dataclass(frozen=True)
 class UnderLoad:
-    """Whether routing stays what it is alone when other sequences share the batch.
+    """Whether routing stays the same as alone when other sequences share the batch.
 
     Attributes:
-        passed: no expert set differed in any load, and at least one ran.
+        passed: no expert set differed in any load, and all of them ran.
         level: ``under load``, ``alone`` (only there), ``not`` (not even alone), or ``not judged``.
         changed_at: the loads that change a choice, in the order of their number of sequences.
         failed: loads that did not run, with the reason.
@@ -264,7 +251,7 @@ def judge_loads(rows: pd.DataFrame, alone_passed: bool, failed: Sequence[str] = 
     if not len(beside) or not beside["n_choices"].sum():
         why = failed[0] if failed else "no routed experts" if len(beside) else "no load ran"
         return UnderLoad(failed=tuple(failed), sentence=f"Routing under load was not judged: {why}.")
-    counts = {**_summary("all", beside), "n_domains": beside["domain"].nunique()}
+    counts = {"load": "all", **_summary(beside), "n_domains": beside["domain"].nunique()}
     table = load_table(beside).sort_values("n_others", kind="stable")
     changed = tuple(table.loc[table["n_differ"] > 0, "load"])
     level = "not" if not alone_passed else "alone" if changed else "under load"
@@ -275,23 +262,24 @@ def judge_loads(rows: pd.DataFrame, alone_passed: bool, failed: Sequence[str] = 
 def _sentence(verdict: UnderLoad, beside: pd.DataFrame, n_loads: int) -> str:
     of, sizes = SimpleNamespace(**verdict.counts), [str(n) for n in sorted(beside["n_others"].unique())]
     company = " or ".join(filter(None, (", ".join(sizes[:-1]), sizes[-1])))
-    what = f"{of.n_texts} texts of {of.n_domains} domains beside {company} others in one batch"
+    what = f"with {of.n_texts} texts of {of.n_domains} domains beside {company} others in one batch"
     if verdict.changed_at:
         first = "Not deterministic, not even alone" if verdict.level == "not" else "Deterministic alone only"
         return (
-            f"{first}: with {what}, {of.n_differ:,} of {of.n_choices:,} choices differ from those alone "
+            f"{first}: {what}, {of.n_differ:,} of {of.n_choices:,} choices differ from those alone "
             f"({of.rate:.2%}, 95 % interval over texts {of.rate_low:.2%} to {of.rate_high:.2%}), in "
             f"{of.n_runs_differ} of {of.n_runs} batches and {len(verdict.changed_at)} of {n_loads} loads; "
             f"the smallest is {verdict.changed_at[0]}."
         )
-    first = "Deterministic under load" if verdict.level == "under load" else "Not deterministic alone"
-    n, missing = len(verdict.failed), ""
-    if n:
-        first = first if verdict.level == "not" else "Not shown for all loads"
+    first, missing = "Deterministic under load", ""
+    if n := len(verdict.failed):
+        first = "Not shown for all loads"
         missing = f" {n} load{'s' if n > 1 else ''} did not run ({verdict.failed[0]})."
+    if verdict.level == "not":
+        first = "Not deterministic alone"
     changed = int(beside["same_output"].eq(False).sum())  # None does not count
     return (
-        f"{first}: with {what}, 0 of {of.n_choices:,} choices differ from those alone. Logits move by up to "
+        f"{first}: {what}, 0 of {of.n_choices:,} choices differ from those alone. Logits move by up to "
         f"{of.logit_drift:.2g}, and {changed} of {len(beside)} greedy answers change. 95 % upper bounds: "
         f"{of.runs_bound:.1%} of batches (0 of {of.n_runs} differ), {of.texts_bound:.0%} of texts (0 of "
         f"{of.n_texts}).{missing}"

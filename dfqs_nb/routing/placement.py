@@ -12,23 +12,21 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import pandas as pd
 from annotated_types import Ge, Le
 from pydantic import BaseModel, ValidationError
 
 from dfqs_nb.core.display import one_line
-from dfqs_nb.core.errors import DfqsError, ModelError
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import read_json, write_json
 from dfqs_nb.gguf.facts import experts
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.routing.profile import Profile, hit_rates
+from dfqs_nb.routing.profile import Profile
 from dfqs_nb.stats import mean_interval
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 BUDGETS = (0.1, 0.25, 0.5, 0.75)  # of the bytes of all routed experts
 EXPERT_TENSOR = re.compile(r"blk\.(\d+)\.ffn_\w+_exps\.(?:weight|bias)")
@@ -41,13 +39,6 @@ def _expert_tensors(headers: Sequence[GGUFHeader]) -> Iterator[tuple[int, int]]:
             yield int(match[1]), tensor.nbytes
 
 
-def require_experts(path: str | Path) -> None:
-    """Refuse a dense model (`ModelError`) by its header, before anything is loaded."""
-    if not any(_expert_tensors(open_shards(path).headers)):
-        hint = "only the determinism of its logits can be measured: leave --export out"
-        raise ModelError("no routed experts here: a dense model", where=path, hint=hint)
-
-
 def expert_bytes(path: str | Path, layers: np.ndarray) -> np.ndarray:
     """Bytes of all routed experts of each of these layers, from the header, int64 ``(L,)``."""
     sizes = Counter[int]()
@@ -56,7 +47,7 @@ def expert_bytes(path: str | Path, layers: np.ndarray) -> np.ndarray:
     return np.array([sizes[int(layer)] for layer in layers], np.int64)
 
 
-def placement(profile: Profile, layer_bytes: np.ndarray, budgets: Sequence[float] = BUDGETS) -> pd.DataFrame:
+def placement(profile: Profile, layer_bytes: np.ndarray) -> pd.DataFrame:
     """One row a budget: what llama.cpp can keep fast, and what single experts would give.
 
     Columns ``budget`` (share of the routed experts' bytes), ``bytes``, ``layers`` (kept fast as a whole, the
@@ -64,29 +55,20 @@ def placement(profile: Profile, layer_bytes: np.ndarray, budgets: Sequence[float
     (of llama.cpp), ``experts_hit_rate`` with ``low`` and ``high`` (single experts chosen by the profile, on
     texts that did not choose them; 95 % interval over texts, NaN for fewer than six texts).
     """
-    import pandas as pd
-
     layers, total = profile.trace.layers, int(layer_bytes.sum())
-    hits = hit_rates(profile, budgets, layer_bytes / profile.trace.n_experts)
+    hits = profile.hit_rates(BUDGETS, layer_bytes / profile.trace.n_experts)
     order = np.lexsort((-layers, layer_bytes))
     spent = layer_bytes[order].cumsum()
-    rows = []
-    for budget, hit in zip(budgets, hits, strict=True):
-        fast = np.sort(order[spent <= budget * total * (1 + 1e-9)])
-        low, high = mean_interval(hit)
-        rows.append(
-            {
-                "budget": budget,
-                "bytes": int(budget * total),
-                "layers": len(fast),
-                "hit_rate": float(layer_bytes[fast].sum() / total),
-                "arguments": arguments(layers, layers[fast]),
-                "experts_hit_rate": float(hit.mean()),
-                "low": low,
-                "high": high,
-            }
-        )
-    return pd.DataFrame(rows)
+    fast = [np.sort(order[spent <= budget * total * (1 + 1e-9)]) for budget in BUDGETS]
+    columns = {
+        "budget": BUDGETS,
+        "bytes": [int(budget * total) for budget in BUDGETS],
+        "layers": list(map(len, fast)),
+        "hit_rate": [float(layer_bytes[kept].sum() / total) for kept in fast],
+        "arguments": [arguments(layers, layers[kept]) for kept in fast],
+        "experts_hit_rate": hits.mean(axis=1),
+    }
+    return pd.DataFrame(columns).join(pd.DataFrame(map(mean_interval, hits), columns=["low", "high"]))
 
 
 def arguments(layers: np.ndarray, fast: np.ndarray) -> str:
@@ -110,18 +92,18 @@ def write_profile(path: str | Path, profile: Profile, layer_bytes: np.ndarray) -
     ``texts``, ``tokens``, and ``layers``: ``layer``, ``hashed``, ``expert_bytes``, ``reads`` (domains alike).
     """
     trace, shares = profile.trace, profile.usage()["share"].to_numpy().reshape(len(layer_bytes), -1)
-    layers = [
-        {
-            "layer": int(trace.layers[column]),
-            "hashed": bool(trace.hashed[column]),
-            "expert_bytes": int(layer_bytes[column] // trace.n_experts),
-            "reads": (shares[column] * profile.k).round(6).tolist(),
-        }
-        for column in range(len(layer_bytes))
-    ]
-    about = {"format": 1, "model": trace.conditions.get("model"), "experts_used": profile.k}
-    sizes = {"texts": len(profile.names), "tokens": trace.n_tokens}
-    return write_json(path, {**about, **sizes, "layers": layers})
+    names = ("layer", "hashed", "expert_bytes", "reads")
+    reads, sizes = (shares * profile.k).round(6).tolist(), (layer_bytes // trace.n_experts).tolist()
+    rows = zip(trace.layers.tolist(), trace.hashed.tolist(), sizes, reads, strict=True)
+    stored = {
+        "format": 1,
+        "model": trace.conditions.get("model"),
+        "experts_used": profile.k,
+        "texts": len(profile.domains),
+        "tokens": trace.n_tokens,
+        "layers": [dict(zip(names, row, strict=True)) for row in rows],
+    }
+    return write_json(path, stored)
 
 
 class _LayerReads(BaseModel):
@@ -148,13 +130,11 @@ def read_profile(path: str | Path, headers: Sequence[GGUFHeader]) -> tuple[dict[
     except (OSError, ValueError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
-        what = f"not a routing profile ({why})"
-        raise DfqsError(what, where=path, hint="write it: dfqs-nb routing MODEL") from None
+        what, hint = f"not a routing profile ({why})", "write it: dfqs-nb routing MODEL"
+        raise DfqsError(what, where=path, hint=hint) from None
     name = one_line((stored.model or {}).get("name", "a model without a name"))
-    layout, layers = experts(headers[0]), {layer.layer: layer.reads for layer in stored.layers}
-    if not set(layers) <= dict(_expert_tensors(headers)).keys() or {
-        len(reads) for reads in layers.values()
-    } != {layout.total}:
-        what = f"a profile of another model ({name})"
-        raise DfqsError(what, where=path, hint="write one of this model: dfqs-nb routing MODEL")
+    layers, n_experts = {layer.layer: layer.reads for layer in stored.layers}, experts(headers[0]).total
+    if set(layers) - dict(_expert_tensors(headers)).keys() or {*map(len, layers.values())} != {n_experts}:
+        hint = "write one of this model: dfqs-nb routing MODEL"
+        raise DfqsError(f"a profile of another model ({name})", where=path, hint=hint)
     return layers, f"{stored.tokens:,} tokens of {stored.texts} texts, recorded on {name}"

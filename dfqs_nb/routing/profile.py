@@ -8,18 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from dfqs_nb.routing.trace import Trace
 from dfqs_nb.stats import holm
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 LEVELS = (0.8, 0.9, 0.95)  # of the gate mass
-N_PERMUTATIONS = 1999
+LEAST_PAIRS = 20  # times that two experts are expected together, for a lift
+N_PERMUTATIONS, N_SHUFFLES = 1999, 20
+N_PARTS = 4  # of a text, for drift
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,13 @@ class Profile:
 
     Attributes:
         trace: of all texts, one after another.
-        names, domains: of the texts.
+        domains: of the texts.
         text: the text's number of each token, ``(n,)``.
         counts: choices, ``(texts, L, experts)``.
-        mass: gate mass: each token's weights, which are scaled to a sum of 1, added up; the same shape.
+        mass: each token's weights, scaled to a sum of 1 and added up; the same shape.
     """
 
     trace: Trace = field(repr=False)
-    names: tuple[str, ...]
     domains: tuple[str, ...]
     text: np.ndarray = field(repr=False)
     counts: np.ndarray = field(repr=False)
@@ -58,8 +56,6 @@ class Profile:
         Columns ``layer``, ``expert``, ``share`` of choices, each domain's share, and ``specialization``: the
         distance of the domains' shares from an equal split (0 to 1).
         """
-        import pandas as pd
-
         shares = {domain: _shares(self.counts[rows]).ravel() for domain, rows in self.by_domain.items()}
         stacked = np.stack(list(shares.values()))
         total, n = stacked.sum(axis=0), len(stacked)
@@ -75,35 +71,30 @@ class Profile:
         of experts), ``unused`` (experts), ``busiest`` (share of choices), ``overlap`` (share of a token's
         experts that the token before had too), and ``overlap_by_chance`` (from usage alone).
         """
-        import pandas as pd
         from scipy.stats import entropy
 
         shares = _shares(self.counts)
         bits = entropy(shares, base=2, axis=1)
         same_text = self.text[1:] == self.text[:-1]
         now, before = self.trace.experts[1:][same_text], self.trace.experts[:-1][same_text]
-        shared = (now[:, :, :, None] == before[:, :, None, :]).any(axis=3).mean(axis=(0, 2))
-        return pd.DataFrame(
-            {
-                "layer": self.trace.layers,
-                "hashed": self.trace.hashed,
-                "entropy": bits,
-                "share_of_even": bits / max(math.log2(shares.shape[1]), 1e-12),
-                "unused": (shares == 0).sum(axis=1),
-                "busiest": shares.max(axis=1),
-                "overlap": shared,
-                "overlap_by_chance": np.minimum(self.k * (shares**2).sum(axis=1), 1.0),
-            }
-        )
+        columns = {
+            "layer": self.trace.layers,
+            "hashed": self.trace.hashed,
+            "entropy": bits,
+            "share_of_even": bits / max(math.log2(shares.shape[1]), 1e-12),
+            "unused": (shares == 0).sum(axis=1),
+            "busiest": shares.max(axis=1),
+            "overlap": (now[:, :, :, None] == before[:, :, None, :]).any(axis=3).mean(axis=(0, 2)),
+            "overlap_by_chance": np.minimum(self.k * (shares**2).sum(axis=1), 1.0),
+        }
+        return pd.DataFrame(columns)
 
-    def pairs(self, least: int = 20) -> pd.DataFrame:
+    def pairs(self) -> pd.DataFrame:
         """Experts chosen together: ``layer``, ``expert``, ``other``, ``count``, ``lift``, highest first.
 
         ``lift`` is the count over the one expected if a layer's choices were independent of each other; pairs
-        expected fewer than ``least`` times are left out.
+        expected fewer than `LEAST_PAIRS` times are left out.
         """
-        import pandas as pd
-
         n, n_experts = self.trace.n_tokens, self.trace.n_experts
         first, second = np.triu_indices(n_experts, 1)
         # k of E without replacement: less often together than n p q
@@ -116,34 +107,28 @@ class Profile:
             expected = each[first] * each[second] * rate
             names = {"layer": layer, "expert": first, "other": second, "count": both.astype(int)}
             table = pd.DataFrame({**names, "lift": both / np.maximum(expected, 1e-12)})
-            parts.append(table[expected >= least])
+            parts.append(table[expected >= LEAST_PAIRS])
         return pd.concat(parts).sort_values("lift", ascending=False, kind="stable", ignore_index=True)
 
-    def specialization(self, n_permutations: int = N_PERMUTATIONS, seed: int = 0) -> pd.DataFrame:
+    def specialization(self) -> pd.DataFrame:
         """Does a layer use other experts in one domain? One row a layer that scores, and domain.
 
         Columns ``layer``, ``domain``, ``distance`` (total variation between the domain's shares and those of
-        the other domains' texts), ``p`` (permutation test: the texts' domains are shuffled), ``p_holm``
-        (Holm, over all rows), ``expert`` (the most over-used there) and ``lift`` (its share there over its
-        share elsewhere). Domains of fewer than two texts have no test (NaN); a single domain has no others
-        to compare with, and no rows.
+        the other domains' texts), ``p`` (permutation test: the texts' domains are shuffled; NaN for a domain
+        of one text), ``p_holm`` (Holm, over all rows), ``expert`` (the most over-used there) and ``lift``
+        (its share there over its share elsewhere). A single domain has no others to compare with, and no rows.
         """
-        import pandas as pd
-
-        draw, scored = np.random.default_rng(seed), np.flatnonzero(~self.trace.hashed)
-        shares = np.stack([_shares(self.counts[[i]]) for i in range(len(self.names))])[:, scored]
+        draw, scored = np.random.default_rng(0), np.flatnonzero(~self.trace.hashed)
+        shares, each = _rates(self.counts)[:, scored], np.arange(len(scored))
         rows = []
         for domain, members in self.by_domain.items() if len(self.by_domain) > 1 else ():
-            inside = np.isin(np.arange(len(self.names)), members)
-            seen = _distance(shares, inside[None])[0]
+            inside = np.isin(np.arange(len(self.domains)), members)
+            seen, p = _distance(shares, inside[None])[0], np.full(len(scored), math.nan)
             if len(members) >= 2:
-                shuffled = draw.permuted(np.tile(inside, (n_permutations, 1)), axis=1)
-                p = (1 + (_distance(shares, shuffled) >= seen - 1e-12).sum(axis=0)) / (1 + n_permutations)
-            else:
-                p = np.full(len(scored), math.nan)
+                shuffled = draw.permuted(np.tile(inside, (N_PERMUTATIONS, 1)), axis=1)
+                p = (1 + (_distance(shares, shuffled) >= seen - 1e-12).sum(axis=0)) / (1 + N_PERMUTATIONS)
             here, there = shares[inside].mean(axis=0), shares[~inside].mean(axis=0)
             best = (here - there).argmax(axis=1)
-            each = np.arange(len(scored))
             lift = here[each, best] / np.maximum(there[each, best], 1e-9)
             columns = (self.trace.layers[scored], seen, p, best, lift)
             rows += [(layer, domain, *values) for layer, *values in zip(*columns, strict=True)]
@@ -152,27 +137,24 @@ class Profile:
         table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"].tolist())
         return table.sort_values("distance", ascending=False, kind="stable", ignore_index=True)
 
-    def drift(self, n_parts: int = 4, n_shuffles: int = 20, seed: int = 0) -> pd.DataFrame:
-        """Does usage change along a text? One row a part of the texts.
+    def drift(self) -> pd.DataFrame:
+        """Does usage change along a text? One row a quarter of the texts.
 
         Columns ``part``, ``distance`` of its shares from the whole text's (mean over layers and texts), and
         ``by_chance``: the same with each text's tokens shuffled.
         """
-        import pandas as pd
+        draw, lengths = np.random.default_rng(0), np.bincount(self.text)
+        places = [np.arange(n) * N_PARTS // n for n in lengths]
+        shuffled = ([draw.permutation(place) for place in places] for _ in range(N_SHUFFLES))
+        chance = np.mean([self._part_distances(each) for each in shuffled], axis=0)
+        columns = {"distance": self._part_distances(places), "by_chance": chance}
+        return pd.DataFrame({"part": np.arange(1, N_PARTS + 1), **columns})
 
-        draw = np.random.default_rng(seed)
-        place = np.concatenate([np.arange(n) * n_parts // n for n in np.bincount(self.text)])
-        seen = self._part_distances(place, n_parts)
-        texts = np.split(place, np.flatnonzero(np.diff(self.text)) + 1)
-        shuffled = (np.concatenate([draw.permutation(text) for text in texts]) for _ in range(n_shuffles))
-        chance = np.mean([self._part_distances(each, n_parts) for each in shuffled], axis=0)
-        return pd.DataFrame({"part": np.arange(1, n_parts + 1), "distance": seen, "by_chance": chance})
-
-    def _part_distances(self, place: np.ndarray, n_parts: int) -> np.ndarray:
-        tallies = _tally(self.trace, self.text * n_parts + place, len(self.names) * n_parts)[0]
-        parts = _rates(tallies.reshape(len(self.names), n_parts, *tallies.shape[1:]))
-        whole = _rates(self.counts)[:, None]
-        return np.asarray(np.abs(parts - whole).sum(axis=3).mean(axis=(0, 2)) / 2)
+    def _part_distances(self, places: Sequence[np.ndarray]) -> np.ndarray:
+        n = len(self.domains) * N_PARTS
+        tallies = _tally(self.trace, self.text * N_PARTS + np.concatenate(places), n)[0]
+        parts = _rates(tallies.reshape(-1, N_PARTS, *tallies.shape[1:]))
+        return np.asarray(np.abs(parts - _rates(self.counts)[:, None]).sum(axis=3).mean(axis=(0, 2)) / 2)
 
     # ---- coverage ----
 
@@ -181,30 +163,23 @@ class Profile:
 
         Columns ``experts`` (1, 2, ...), ``all`` (domains alike) and one for each domain, chosen by itself.
         """
-        import pandas as pd
-
         means = {name: curve.mean(axis=0) for name, curve in self._curves().items()}
         return pd.DataFrame({"experts": np.arange(1, self.trace.n_experts + 1), **means})
 
     def experts_needed(self) -> pd.DataFrame:
         """Experts a layer that carry 80, 90 and 95 % of the gate mass, mean over layers; a row a domain."""
-        import pandas as pd
-
-        levels = {f"{level:.0%}": level - 1e-9 for level in LEVELS}
-        rows = {
-            name: {text: (curve < level).sum(axis=1).mean() + 1 for text, level in levels.items()}
-            for name, curve in self._curves().items()
+        curves = self._curves()
+        columns = {
+            f"{level:.0%}": [(curve < level - 1e-9).sum(axis=1).mean() + 1 for curve in curves.values()]
+            for level in LEVELS
         }
-        return pd.DataFrame(rows).T.rename_axis("domain")
+        return pd.DataFrame(columns, index=list(curves)).rename_axis("domain")
 
-    def cross_coverage(self, level: float = 0.9) -> pd.DataFrame:
-        """Gate mass of the column's domain on the experts that carry ``level`` of the row's domain."""
-        import pandas as pd
-
-        masses = self._masses()
-        table = {}
+    def cross_coverage(self) -> pd.DataFrame:
+        """Gate mass of the column's domain on the experts that carry 90 % of the row's domain."""
+        masses, table = self._masses(), {}
         for chosen, mass in masses.items():
-            kept = _heaviest(mass, level)
+            kept = _heaviest(mass, 0.9)
             table[chosen] = {other: float((m * kept).sum(axis=1).mean()) for other, m in masses.items()}
         return pd.DataFrame(table).T.rename_axis("chosen on")
 
@@ -217,18 +192,37 @@ class Profile:
         masses = {"all": np.mean(list(masses.values()), axis=0), **masses}
         return {name: np.sort(mass, axis=1)[:, ::-1].cumsum(axis=1) for name, mass in masses.items()}
 
+    def hit_rates(self, budgets: Sequence[float], expert_bytes: np.ndarray) -> np.ndarray:
+        """Share of a text's expert reads (bytes) that hit the experts kept fast, which other texts chose.
+
+        Leave-one-out: all other texts, domains alike, choose the experts with the most reads a byte.
+        ``budgets`` are shares of the bytes of all routed experts; ``expert_bytes`` is that of one expert of
+        each layer, ``(L,)``. Returns float ``(budgets, texts)``.
+        """
+        reads, cost = _rates(self.counts), np.repeat(expert_bytes, self.trace.n_experts)
+        hits, domains = np.zeros((len(budgets), len(reads))), np.array(self.domains)
+        for text in range(len(reads)):
+            rest = np.arange(len(reads)) != text
+            means = [
+                reads[rest & (domains == domain)].mean(axis=0) for domain in dict.fromkeys(domains[rest])
+            ]
+            order = np.argsort(-np.mean(means, axis=0).ravel(), kind="stable")
+            spent, own = cost[order].cumsum(), (reads[text].ravel() * cost)[order]
+            for row, share in enumerate(budgets):
+                hits[row, text] = own[spent <= share * cost.sum() * (1 + 1e-9)].sum() / own.sum()
+        return hits
+
 
 def profile_of(trace: Trace) -> Profile:
-    """The profile of a trace of several texts, whose names, domains and lengths are in its conditions.
+    """The profile of a trace of several texts, whose domains and lengths are in its conditions.
 
     Raises:
         ModelError: a dense model's trace.
     """
     trace.require_routed()
-    about = trace.conditions
-    text = np.repeat(np.arange(len(about["lengths"])), about["lengths"])
-    counts, mass = _tally(trace, text, len(about["lengths"]))
-    return Profile(trace, tuple(about["sequences"]), tuple(about["domains"]), text, counts, mass)
+    lengths = trace.conditions["lengths"]
+    text = np.repeat(np.arange(len(lengths)), lengths)
+    return Profile(trace, tuple(trace.conditions["domains"]), text, *_tally(trace, text, len(lengths)))
 
 
 def _tally(trace: Trace, group: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
@@ -239,8 +233,7 @@ def _tally(trace: Trace, group: np.ndarray, n_groups: int) -> tuple[np.ndarray, 
     weights = weights / np.maximum(weights.sum(axis=2, keepdims=True), 1e-12)
     shape, size = (n_groups, n_layers, n_experts), n_groups * n_layers * n_experts
     counts = np.bincount(places.ravel(), minlength=size)
-    mass = np.bincount(places.ravel(), weights.ravel(), minlength=size)
-    return counts.reshape(shape), mass.reshape(shape)
+    return counts.reshape(shape), np.bincount(places.ravel(), weights.ravel(), size).reshape(shape)
 
 
 def _rates(counts: np.ndarray) -> np.ndarray:
@@ -266,26 +259,3 @@ def _heaviest(mass: np.ndarray, level: float) -> np.ndarray:
     kept = np.zeros(mass.shape, bool)
     np.put_along_axis(kept, order, ranked.cumsum(axis=1) - ranked < level - 1e-9, axis=1)
     return kept
-
-
-def hit_rates(profile: Profile, shares: Sequence[float], expert_bytes: np.ndarray) -> np.ndarray:
-    """Share of a text's expert reads (bytes) that hit the experts kept fast, which other texts chose.
-
-    Leave-one-out: for each text the experts with the most reads a byte of budget are chosen by all other
-    texts, domains alike. ``shares`` are budgets, of the bytes of all routed experts; ``expert_bytes`` is that
-    of one expert of each layer, ``(L,)``. Returns float ``(budgets, texts)``.
-    """
-    reads = _rates(profile.counts) * profile.k  # an expert's reads a token
-    n_experts = reads.shape[2]
-    cost = np.repeat(expert_bytes, n_experts)
-    hits = np.zeros((len(shares), len(reads)))
-    domains = np.array(profile.domains)
-    for text in range(len(reads)):
-        rest = np.arange(len(reads)) != text
-        means = [reads[rest & (domains == domain)].mean(axis=0) for domain in dict.fromkeys(domains[rest])]
-        order = np.argsort(-np.mean(means, axis=0).ravel(), kind="stable")
-        spent = cost[order].cumsum()
-        own = (reads[text].ravel() * cost)[order]
-        for row, share in enumerate(shares):
-            hits[row, text] = own[spent <= share * cost.sum() * (1 + 1e-9)].sum() / own.sum()
-    return hits

@@ -30,15 +30,9 @@ class RecordedModel:
 
     model: Model
     recorder: Recorder | None
-    n_sequences: int = 1
-    unified: bool = False
 
     def required(self) -> Recorder:
-        """Its recorder.
-
-        Raises:
-            RoutingError: the model was opened without one.
-        """
+        """Its recorder, or a `RoutingError` if the model was opened without one."""
         if self.recorder is None:
             raise RoutingError("this model was opened without a recorder", hint="open it with listen=True")
         return self.recorder
@@ -74,7 +68,6 @@ class RecordedModel:
         except ValueError as error:
             raise refusal(model.path) from error
         llama.n_tokens, model.settings = 0, settings
-        self.n_sequences, self.unified = n_sequences, unified
         if (watch := Watch.behind(params.cb_eval)) is not None:  # the recorder's, or the paging help's
             watch.forget_graph()
         if self.recorder is not None:
@@ -83,37 +76,31 @@ class RecordedModel:
     def feed(self, tokens: Sequence[int], *, listen: bool = True) -> np.ndarray:
         """Evaluate at most ``n_batch`` tokens; the logits after each, float32 ``(n, n_vocab)``, a view.
 
-        Logits are asked for every token, because llama.cpp routes only those tokens through its last layer.
+        We ask for the logits of every token, because llama.cpp routes only those through its last layer.
 
         Raises:
-            ContextFullError, DecodeError: they do not fit, or llama.cpp fails.
+            ContextFullError, DecodeError: the tokens do not fit, or llama.cpp fails.
             RoutingError: a layer's routing was not seen.
         """
-        recorder = self.recorder if listen else None
-        if recorder is not None:
-            recorder.begin(len(tokens))
+        if not listen or self.recorder is None:
+            return next(self.model.logits(tokens))
+        self.recorder.begin(len(tokens))
         rows = next(self.model.logits(tokens))
-        if recorder is not None:
-            recorder.end()
+        self.recorder.end()
         return rows
 
     def trace(self, tokens: Sequence[int], *, logits: Logits | None = None, **conditions: Any) -> Trace:
-        """The trace of these tokens, of everything since `clear`, with what was kept of their logits.
-
-        Raises:
-            RoutingError: the model was opened without a recorder.
-        """
-        header, recorder = self.model.header, self.required()
+        """The trace of these tokens, of everything since `clear`, with what was kept of their logits."""
+        header = self.model.header
         identity = {
             "name": header.get("general.name", self.model.path.stem),
             "architecture": header.architecture,
             "first_file_bytes": header.file_size,
             "header_sha256": hashlib.sha256(header.raw).hexdigest(),
         }
-        sequences = {"n_sequences": self.n_sequences, "unified": self.unified}
-        about = {"model": identity, **self.model.conditions(), **sequences, **conditions}
-        evaluated = np.asarray(tokens, np.int32)
-        return Trace(tokens=evaluated, **recorder.arrays(), conditions=about, logits=logits)
+        about = {"model": identity, **self.model.conditions(), **conditions}
+        recorded = self.required().arrays()
+        return Trace(tokens=np.asarray(tokens, np.int32), **recorded, conditions=about, logits=logits)
 
 
 @contextmanager
@@ -138,8 +125,8 @@ class Schedule:
     """How a run evaluates its tokens.
 
     The first ``prefill`` of them (all by default) go in batches of ``n_batch``, then the others one by one,
-    or in batches again if ``decode`` is False. ``restore``: save the state after the first part, clear the
-    context, put the state back, go on.
+    or in batches again if ``decode`` is False. ``restore``: between the two parts, save the state, clear the
+    context, and put the state back.
     """
 
     prefill: int | None = None
@@ -152,12 +139,10 @@ class Schedule:
         >>> Schedule(prefill=5).parts(7, 4)
         ([range(0, 4), range(4, 5)], [range(5, 6), range(6, 7)])
         """
-        cut = n_tokens if self.prefill is None else min(self.prefill, n_tokens)
-        parts = (0, cut, n_batch), (cut, n_tokens, 1 if self.decode else n_batch)
-        first, second = (
-            [range(i, min(i + step, end)) for i in range(at, end, step)] for at, end, step in parts
-        )
-        return first, second
+        cut, step = min(n_tokens if self.prefill is None else self.prefill, n_tokens), n_batch
+        first = [range(i, min(i + step, cut)) for i in range(0, cut, step)]
+        step = 1 if self.decode else n_batch
+        return first, [range(i, min(i + step, n_tokens)) for i in range(cut, n_tokens, step)]
 
 
 def record(
@@ -167,11 +152,12 @@ def record(
     *,
     logits: bool = True,
     n_output: int = 0,
+    **conditions: Any,
 ) -> Trace:
     """Evaluate these tokens from a cleared context and return what the routers chose.
 
     With ``logits``, each token's digest and a sample of its logits are kept. Then it goes on greedily for up
-    to ``n_output`` tokens. Errors are those of `RecordedModel.feed`.
+    to ``n_output`` tokens. ``conditions`` are kept in the trace. Errors: those of `RecordedModel.feed`.
     """
     schedule, model = schedule or Schedule(), recorded.model
     recorded.clear()
@@ -189,8 +175,8 @@ def record(
     while len(output) < room and not model.ends(token):
         output.append(token)
         token = int(recorded.feed([token], listen=False)[0].argmax())
-    conditions = {**vars(schedule), "n_output": n_output}
-    trace = recorded.trace(tokens, logits=kept.logits() if kept is not None else None, **conditions)
+    about = {**vars(schedule), "n_output": n_output, **conditions}
+    trace = recorded.trace(tokens, logits=kept.logits() if kept is not None else None, **about)
     return replace(trace, output=np.array(output, np.int32))
 
 
@@ -198,23 +184,19 @@ class _KeptLogits:
     """What is kept of each token's logits."""
 
     def __init__(self, n_vocab: int) -> None:
-        sample = np.linspace(0, n_vocab - 1, min(LOGIT_SAMPLE, n_vocab))
-        self._sample = np.unique(sample.astype(np.int32))
-        self._columns = Column(), Column(), Column()
+        self._sample = np.unique(np.linspace(0, n_vocab - 1, LOGIT_SAMPLE).astype(np.int32))
+        self._digests, self._values = Column(), Column()
 
     def add(self, rows: np.ndarray) -> None:
         """Keep some of the logits after each token, float32 ``(n, n_vocab)``."""
         import xxhash
 
-        digests = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows], np.uint64)
-        best = rows.argmax(axis=1).astype(np.int32)
-        for column, values in zip(self._columns, (digests, best, rows[:, self._sample]), strict=True):
-            column.add(values)
+        self._digests.add(np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows], np.uint64))
+        self._values.add(rows[:, self._sample])
 
     def logits(self, order: np.ndarray | slice = slice(None)) -> Logits:
         """All that was kept, in this order."""
-        digest, best, values = (column.array()[order] for column in self._columns)
-        return Logits(digest, best, self._sample, values)
+        return Logits(self._digests.array()[order], self._sample, self._values.array()[order])
 
 
 # ---- several sequences in one batch ----
@@ -249,18 +231,12 @@ def cut(slots: Sequence[int], n_ubatch: int, rule: str) -> list[int]:
     return order
 
 
-RULES = ("simple", "sequential", "equal")
-
-
 class Together:
     """Several sequences of one context, evaluated side by side and recorded.
 
     The order in which llama.cpp evaluates a batch decides which routed row belongs to which sequence. It
     depends on the architecture's cache, so two small batches find the rule, and every batch is checked
     against the tokens that the graph really evaluates.
-
-    Args:
-        recorded: opened for at least as many sequences.
 
     Raises:
         RoutingError: llama.cpp cuts batches in a way that is not known here.
@@ -269,17 +245,20 @@ class Together:
     def __init__(self, recorded: RecordedModel) -> None:
         self.recorded, self.recorder = recorded, recorded.required()
         self._n_ubatch = min(recorded.model.settings.n_batch, recorded.model.settings.n_ubatch)
-        self.rule, possible = "simple", list(RULES)
-        if recorded.n_sequences > 1:
-            for slots in ([0, 0, 0, 1], [0, 0, 0, recorded.n_sequences - 1]):
+        self.rule, last = "simple", recorded.model.llama.context_params.n_seq_max - 1
+        if last:
+            possible = ["simple", "sequential", "equal"]
+            for slots in ([0, 0, 0, 1], [0, 0, 0, last]):
                 recorded.clear()
-                seen = self._decode(slots, [1, 2, 3, 4], [0, 1, 2, 0])[1]
-                orders = {rule: 1 + np.array(cut(slots, self._n_ubatch, rule)) for rule in possible}
-                possible = [rule for rule in possible if np.array_equal(orders[rule], seen)]
+                seen = self._decode(slots, [1, 2, 3, 4], [0, 1, 2, 0])[1].tolist()
+                possible = [rule for rule in possible if [1 + i for i in self._cut(slots, rule)] == seen]
             if not possible:
                 raise RoutingError("llama.cpp cuts batches in an unknown way", hint="report the architecture")
             self.rule = possible[0]
         recorded.clear()
+
+    def _cut(self, slots: Sequence[int], rule: str) -> list[int]:
+        return cut(slots, self._n_ubatch, rule)
 
     def feed(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> tuple[Any, Any]:
         """Evaluate a batch of entries: their logits, a view in the batch's order, and the order of the rows.
@@ -289,16 +268,17 @@ class Together:
             RoutingError: it evaluates other tokens than the rule says.
         """
         rows, seen = self._decode(slots, tokens, positions)
-        order = np.array(cut(slots, self._n_ubatch, self.rule))
+        order = np.array(self._cut(slots, self.rule))
         if not np.array_equal(np.asarray(tokens)[order], seen):
             raise RoutingError("llama.cpp cut a batch in an unexpected way", hint="report the architecture")
         return rows, order
 
     def _decode(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> Any:
+        """One ``llama_decode`` of entries; their logits, and the tokens in the order evaluated."""
         import llama_cpp.llama_cpp as api
 
         model, n = self.recorded.model, len(tokens)
-        sequence = [ctypes.pointer(api.llama_seq_id(slot)) for slot in slots]  # one an entry
+        sequence = [ctypes.pointer(api.llama_seq_id(slot)) for slot in slots]  # of each entry
         batch = api.llama_batch(
             n_tokens=n,
             token=(api.llama_token * n)(*tokens),
@@ -314,8 +294,7 @@ class Together:
             what = f"llama_decode returned {status} on a batch of {len(set(slots))} sequences"
             raise DecodeError(f"{what} ({'; '.join(LOG.tail(2))})", where=model.path, hint="lower n_ctx")
         seen = self.recorder.end()
-        rows = np.ctypeslib.as_array(model.llama._ctx.get_logits(), shape=(n, model.n_vocab))
-        return rows, seen
+        return np.ctypeslib.as_array(model.llama._ctx.get_logits(), shape=(n, model.n_vocab)), seen
 
 
 def record_together(
@@ -324,17 +303,15 @@ def record_together(
     arrivals: Sequence[int],
     n_prefill: int,
     n_output: int = 0,
-    **conditions: Any,
 ) -> Trace:
     """Evaluate equally long texts side by side, as a server does, and return what the routers chose.
 
-    In every step each text that has arrived hands over its first ``n_prefill`` tokens, or its next token,
-    and after its last one goes on greedily.
+    In every step each text that has arrived hands over its first ``n_prefill`` tokens, or its next token.
+    After its last token it goes on greedily for up to ``n_output`` tokens.
 
     Args:
         texts: the tokens of the sequences 0, 1, ...
         arrivals: the step in which each text comes.
-        conditions: kept in the trace.
 
     Returns:
         The trace of all texts, one after another; ``output`` has a row each.
@@ -342,34 +319,33 @@ def record_together(
     model, n = together.recorded.model, len(texts[0])
     together.recorded.clear()
     kept, places = _KeptLogits(model.n_vocab), list[np.ndarray]()
-    line = [list(text) for text in texts]  # what is, or will be, evaluated of each
+    lines = [list(text) for text in texts]  # with their answers
     done, active, step = [0] * len(texts), set(range(len(texts))), 0
     while active:
         ready = [slot for slot in sorted(active) if arrivals[slot] <= step]
         step += 1
-        ends = [n_prefill if done[slot] == 0 else done[slot] + 1 for slot in ready]
-        entries = [(slot, at) for slot, end in zip(ready, ends, strict=True) for at in range(done[slot], end)]
+        ends = {slot: done[slot] + 1 if done[slot] else n_prefill for slot in ready}
+        entries = [(slot, at) for slot, end in ends.items() for at in range(done[slot], end)]
         if not entries:
             continue
         slots, positions = zip(*entries, strict=True)
-        rows, order = together.feed(slots, [line[slot][at] for slot, at in entries], positions)
+        rows, order = together.feed(slots, [lines[slot][at] for slot, at in entries], positions)
         kept.add(rows[order])
         places.append(np.array(entries)[order])
-        last = dict(zip(slots, rows.argmax(axis=1).tolist(), strict=True))  # after the last of each
-        for slot, end in zip(ready, ends, strict=True):
-            done[slot] = end
-            going_on = end < n
-            if not going_on and n_output and not model.ends(last[slot]):
-                line[slot].append(last[slot])
-                going_on = len(line[slot]) - n < n_output
+        best = dict(zip(slots, rows.argmax(axis=1).tolist(), strict=True))  # after the last entry of each
+        for slot, end in ends.items():
+            done[slot], going_on = end, end < n
+            if not going_on and n_output and not model.ends(best[slot]):
+                lines[slot].append(best[slot])
+                going_on = len(lines[slot]) - n < n_output
             if not going_on:
                 active.remove(slot)
     place = np.concatenate(places)
     order = np.lexsort((place[:, 1], place[:, 0]))
-    order = order[place[order, 1] < n]
-    trace = together.recorded.trace([0] * len(place), rule=together.rule, **conditions)
+    order = order[place[order, 1] < n]  # answers are not part of the trace
     output = np.full((len(texts), n_output), -1, np.int32)
-    for slot, text in enumerate(line):
-        output[slot, : len(text) - n] = text[n:]
+    for slot, line in enumerate(lines):
+        output[slot, : len(line) - n] = line[n:]
+    trace = together.recorded.trace([0] * len(place), rule=together.rule).rows(order)
     tokens = np.array(texts, np.int32).ravel()
-    return replace(trace.rows(order), tokens=tokens, output=output, logits=kept.logits(order))
+    return replace(trace, tokens=tokens, output=output, logits=kept.logits(order))

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dfqs_nb.core.files import write_table
 from dfqs_nb.llama.settings import OpenSettings
@@ -21,10 +22,7 @@ from dfqs_nb.routing.profile import Profile, profile_of
 from dfqs_nb.routing.trace import Trace, export
 from dfqs_nb.stats import clopper_pearson
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-EXTREME_TOKENS = 8192  # DFQS looks at long contexts from 8K on; "extreme token pressure" is not below
+EXTREME_TOKENS = 8192  # DFQS calls a context long from here on, and "extreme token pressure" is not below
 
 
 @dataclass(frozen=True)
@@ -49,31 +47,26 @@ class Experiment:
     plan: str
 
     @property
-    def n_reused(self) -> int:
-        """Traces kept from earlier."""
-        return len(self.traces) - self.n_made
+    def reference(self) -> Trace:
+        """The run that all others are compared with, directly or through another."""
+        return self.traces["prefill"]
 
     @cached_property
     def table(self) -> pd.DataFrame:
         """One row a comparison; see `verdict.comparison_table`."""
         return verdict.comparison_table(self.planned, self.traces, self.status)
 
-    @cached_property
-    def loads(self) -> dict[str, Load]:
-        """Of the runs over the short texts, by the condition's name."""
-        return {c.name: c.load for c in self.planned if c.load and c.kind in ("alone", "load")}
-
     # ---- verdicts ----
-
-    @property
-    def reference(self) -> Trace:
-        """The run that all others are compared with, directly or through another."""
-        return self.traces["prefill"]
 
     @cached_property
     def verdict(self) -> verdict.Determinism:
         """Whether identical conditions gave identical choices."""
         return verdict.judge(self.table)
+
+    @cached_property
+    def loads(self) -> dict[str, Load]:
+        """Of the runs over the short texts, by the condition's name."""
+        return {c.name: c.load for c in self.planned if c.load and c.kind in ("alone", "load")}
 
     @cached_property
     def load_rows(self) -> pd.DataFrame:
@@ -82,11 +75,11 @@ class Experiment:
 
     def load_table(self) -> pd.DataFrame:
         """One row a load; see `loads.load_table`."""
-        return load_table(self.load_rows) if len(self.load_rows) else self.load_rows
+        return load_table(self.load_rows)
 
     @cached_property
     def under_load(self) -> UnderLoad:
-        """Whether routing stays what it is alone when others share the batch."""
+        """Whether routing stays the same as alone when others share the batch."""
         failed = [f"{n}: {self.status[n]}" for n in self.loads if self.status[n].startswith("failed")]
         return judge_loads(self.load_rows, self.verdict.passed, failed)
 
@@ -98,12 +91,15 @@ class Experiment:
     def judged(self) -> dict[str, Any]:
         """The verdict for the stage file: on repetitions, and on the loads, by which the SHALL is judged."""
         load = self.under_load
-        passed = None if load.level == "not judged" else load.passed
-        facts = {**vars(self.verdict), "load_passed": passed, "load_sentence": load.sentence}
-        under_load = {**vars(load), **load.counts}
-        del under_load["counts"]
-        loads = self.load_table().to_dict("records")
-        return {**facts, "under_load": under_load, "loads": loads, "left_out": self.left_out}
+        under_load = {name: value for name, value in vars(load).items() if name != "counts"} | {**load.counts}
+        return {
+            **vars(self.verdict),
+            "load_passed": None if load.level == "not judged" else load.passed,
+            "load_sentence": load.sentence,
+            "under_load": under_load,
+            "loads": self.load_table().to_dict("records"),
+            "left_out": self.left_out,
+        }
 
     @property
     def left_out(self) -> list[str]:
@@ -117,9 +113,7 @@ class Experiment:
 
     def conclusions(self) -> list[str]:
         """What this experiment showed, in sentences made from its counts."""
-        ranked = verdict.sensitivities(self.table)
-        runtime = ranked[ranked["kind"] != "weights"]
-        routed = self.reference.routed
+        runtime, routed = self._runtime(), self.reference.routed
         n_moved = int((runtime["n_differ" if routed else "logit_drift"] > 0).sum())
         what = "an expert choice" if routed else "a logit"
         moved = f"{n_moved} of {len(runtime)} changes of settings changed {what}."
@@ -138,8 +132,6 @@ class Experiment:
 
     def claims(self) -> pd.DataFrame:
         """The card's statements on routing: ``claim``, ``status`` and ``evidence``, in its order."""
-        import pandas as pd
-
         rows = [
             ("routing stable", *verdict.stable(verdict.sensitivities(self.table))),
             ("deterministic execution", *verdict.deterministic(self.verdict)),
@@ -166,86 +158,82 @@ class Experiment:
 
     # ---- settings ----
 
-    def _pairs(self) -> list[tuple[Any, Trace, Trace]]:
-        """Row of the table, reference and trace, of every change of a setting of the runtime."""
+    def _runtime(self) -> pd.DataFrame:
+        """The rows of `table` in which a setting of the runtime changed, most different first."""
         rows = verdict.sensitivities(self.table)
-        runtime = rows[rows["kind"] != "weights"].itertuples()
-        return [(row, self.traces[row.against], self.traces[row.condition]) for row in runtime]
+        return rows[rows["kind"] != "weights"]
+
+    def _pairs(self) -> list[tuple[Any, Trace, Trace, np.ndarray]]:
+        """Of each such row: the row, its two traces, and which choices differ."""
+        pairs = [
+            (row, self.traces[row.against], self.traces[row.condition])
+            for row in self._runtime().itertuples()
+        ]
+        return [(row, a, b, compare.differences(a, b)) for row, a, b in pairs]
 
     def agreement(self) -> pd.DataFrame:
         """Share of identical sets: a row a condition, as ranked, a column a layer, hash layers included."""
-        import pandas as pd
-
         done = self.table[self.table["status"] == "done"]
         repeats = done[(done["kind"] == IDENTICAL) & (done["against"] != "alone")]  # "alone": other texts
-        ranked = [*repeats["condition"], *verdict.sensitivities(self.table)["condition"][::-1]]
-        against = dict(zip(done["condition"], done["against"], strict=True))
+        rows = pd.concat([repeats, verdict.sensitivities(self.table)[::-1]])
         shares = {
-            name: 1 - compare.differences(self.traces[against[name]], self.traces[name]).mean(axis=0)
-            for name in ranked
+            row.condition: 1
+            - compare.differences(self.traces[row.against], self.traces[row.condition]).mean(axis=0)
+            for row in rows.itertuples()
         }
         return pd.DataFrame(shares, index=self.reference.layers).T
 
     def flips(self) -> pd.DataFrame:
         """Flips under changes of settings: ``condition``, ``kind``, ``token``, ``layer``, ``margin``."""
-        import pandas as pd
-
-        parts = []
-        for row, a, b in self._pairs():
-            tokens, columns = np.nonzero(compare.differences(a, b))
+        parts = [pd.DataFrame(columns=["condition", "kind", "token", "layer", "margin"])]
+        for row, a, _, differ in self._pairs():
+            tokens, columns = np.nonzero(differ)
             places = {"token": tokens, "layer": a.layers[columns], "margin": a.margin[tokens, columns]}
             parts.append(pd.DataFrame({"condition": row.condition, "kind": row.kind, **places}))
-        return _joined(parts, ["condition", "kind", "token", "layer", "margin"])
+        return pd.concat(parts[1:] or parts, ignore_index=True)
 
     def drifts(self) -> pd.DataFrame:
         """Every token under every change of runtime settings that moved its logits.
 
         Columns ``condition``, ``token``, ``drift`` and ``flips`` (layers whose expert set differs).
         """
-        import pandas as pd
-
-        parts = []
-        for row, a, b in self._pairs():
-            flipped = compare.differences(a, b)[:, ~a.hashed].sum(axis=1)
-            moved = pd.DataFrame({"drift": compare.drifts(a, b), "flips": flipped}).rename_axis("token")
-            parts.append(moved[moved["drift"] > 0].reset_index().assign(condition=row.condition))
-        return _joined(parts, ["condition", "token", "drift", "flips"])
+        parts = [pd.DataFrame(columns=["condition", "token", "drift", "flips"])]
+        for row, a, b, differ in self._pairs():
+            drift, flips = compare.drifts(a, b), differ[:, ~a.hashed].sum(axis=1)
+            tokens = np.flatnonzero(drift > 0)
+            moved = {"token": tokens, "drift": drift[tokens], "flips": flips[tokens]}
+            parts.append(pd.DataFrame({"condition": row.condition, **moved}))
+        return pd.concat(parts[1:] or parts, ignore_index=True)
 
     def margins(self) -> pd.DataFrame:
         """The margin of every choice of the reference: ``token``, ``layer``, ``margin``.
 
         Layers that route by hash have none, and neither has a layer whose experts are all used.
         """
-        import pandas as pd
-
-        trace, scored = self.reference, ~self.reference.hashed
-        names = ["token", "layer"]
-        index = pd.MultiIndex.from_product([range(trace.n_tokens), trace.layers[scored]], names=names)
-        table = pd.DataFrame({"margin": trace.margin[:, scored].ravel()}, index).reset_index()
-        return table[np.isfinite(table["margin"])]
+        margins = self.reference.margin
+        tokens, columns = np.nonzero(np.isfinite(margins))
+        layers = self.reference.layers[columns]
+        return pd.DataFrame({"token": tokens, "layer": layers, "margin": margins[tokens, columns]})
 
     def positions(self) -> pd.DataFrame:
         """Flips along the context, pooled over the changes of runtime settings; a row for each octave.
 
         Columns ``start``, ``end``, ``n`` choices, ``differ``, ``rate`` with ``rate_low`` and ``rate_high``,
-        and the reference's ``margin_p5``, ``margin_median``, ``margin_p95``.
+        and the reference's 5th percentile of margins, ``margin_p5``.
         """
         n = self.reference.n_tokens
         table = self._stretches([0, *(2**i for i in range(5, n.bit_length()) if 2**i < n), n])
         return verdict.with_rates(table).rename(columns={"n_choices": "n", "n_differ": "differ"})
 
     def _stretches(self, edges: list[int]) -> pd.DataFrame:
-        import pandas as pd
-
-        pairs, scored = self._pairs(), ~self.reference.hashed
-        margins, rows = self.reference.margin[:, scored], []
-        flips = sum((compare.differences(a, b)[:, scored] for _, a, b in pairs), np.zeros(margins.shape, int))
+        scored = ~self.reference.hashed
+        margins, pairs, rows = self.reference.margin[:, scored], self._pairs(), []
+        flips = sum((differ[:, scored] for *_, differ in pairs), np.zeros(margins.shape, int))
         for start, end in pairwise(edges):
             near = margins[start:end]
-            quantiles = np.quantile(near, [0.05, 0.5, 0.95]) if near.size else [np.nan] * 3
-            rows.append((start, end, near.size * len(pairs), int(flips[start:end].sum()), *quantiles))
-        names = ["start", "end", "n_choices", "n_differ", "margin_p5", "margin_median", "margin_p95"]
-        return pd.DataFrame(rows, columns=names)
+            small = np.quantile(near, 0.05) if near.size else np.nan
+            rows.append((start, end, near.size * len(pairs), int(flips[start:end].sum()), small))
+        return pd.DataFrame(rows, columns=["start", "end", "n_choices", "n_differ", "margin_p5"])
 
     # ---- profile, placement, another quantization ----
 
@@ -262,29 +250,26 @@ class Experiment:
 
     def placement(self) -> pd.DataFrame:
         """What to keep in fast memory for a budget; see `placement.placement`."""
-        import pandas as pd
-
         return placement(self.profile, self.layer_bytes) if self.profile else pd.DataFrame()
 
-    def across(self) -> tuple[pd.DataFrame, compare.Divergence | None]:
+    def across(self) -> tuple[pd.DataFrame, str]:
         """Another quantization by layer, and whether changed experts predict changed predictions."""
-        import pandas as pd
-
         for row in self.table[self.table["kind"] == "weights"].itertuples():
             if row.status == "done" and self.reference.routed:
                 a, b = self.reference, self.traces[row.condition]
                 return compare.across(a, b).assign(condition=row.condition), compare.divergence(a, b)
-        return pd.DataFrame(), None
+        return pd.DataFrame(), ""
 
     # ---- files ----
 
     def export(self, path: str | Path) -> Path:
-        """Write the traces of text, profile and loads as one CSV; see `trace.export` and `trace.COLUMNS`."""
+        """Write the traces of text, profile and loads as one CSV; see `trace.export`."""
         names = [name for name in ("prefill", "profile", *self.loads) if name in self.traces]
         return export((self.traces[name] for name in names), path)
 
     def write_tables(self, folder: str | Path) -> list[Path]:
         """Write the tables ``routing_*.csv``, and the profile as JSON; return their paths."""
+        folder, written = Path(folder), list[Path]()
         tables = {
             "conditions": self.table,
             "loads": self.load_table(),
@@ -292,31 +277,23 @@ class Experiment:
             "layers": self.agreement().rename_axis("condition").reset_index(),
             "positions": self.positions(),
             "flips": self.flips(),
-            "usage": compare.usage(self.reference),
             "across": self.across()[0],
             "placement": self.placement(),
         }
-        written = []
         if profile := self.profile:
             tables |= {
                 "domains": profile.usage(),
-                **{
-                    name: getattr(profile, name)()
-                    for name in ("specialization", "pairs", "drift", "coverage")
-                },
+                "specialization": profile.specialization(),
+                "pairs": profile.pairs(),
+                "drift": profile.drift(),
+                "coverage": profile.coverage(),
                 "balance": profile.layers(),
                 "experts_needed": profile.experts_needed().reset_index(),
                 "cross_coverage": profile.cross_coverage().reset_index(),
             }
-            written = [write_profile(Path(folder) / "routing_profile.json", profile, self.layer_bytes)]
+            written = [write_profile(folder / "routing_profile.json", profile, self.layer_bytes)]
         return written + [
-            write_table(Path(folder) / f"routing_{name}.csv", table, index=False)
+            write_table(folder / f"routing_{name}.csv", table, index=False)
             for name, table in tables.items()
             if len(table.columns)
         ]
-
-
-def _joined(parts: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)

@@ -1,11 +1,11 @@
-"""Traces: for every token and layer the experts that were chosen, their weights, and the router's margin."""
+"""Traces: for every token and layer the chosen experts, their weights, and the router's margin."""
 
 from __future__ import annotations
 
 import io
 import json
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,22 +23,20 @@ if TYPE_CHECKING:
 EXPORT_TOKENS = 4096  # turned into rows of an export at once
 _ARRAYS = ("tokens", "layers", "hashed", "experts", "weights", "margin", "output")
 _ROWS = ("tokens", "experts", "weights", "margin")  # have a row a token
-_LOGITS = ("digest", "best", "ids", "values")
+_LOGITS, _LOGIT_ROWS = ("digest", "ids", "values"), ("digest", "values")
 
 
 @dataclass(frozen=True)
 class Logits:
-    """What is kept of each token's logits: enough to see any change, and how large it is.
+    """What is kept of the logits of ``n`` tokens: enough to see any change, and how large it is.
 
     Attributes:
         digest: XXH3-64 of all logits of a token, uint64 ``(n,)``: equal only where every bit is.
-        best: the token with the largest logit, int32 ``(n,)``.
         ids: the sampled vocabulary ids, int32 ``(s,)``.
         values: their logits, float32 ``(n, s)``.
     """
 
     digest: np.ndarray
-    best: np.ndarray
     ids: np.ndarray
     values: np.ndarray
 
@@ -49,8 +47,8 @@ class Trace:
 
     Attributes:
         tokens: the tokens evaluated, int32 ``(n,)``.
-        layers, hashed: block numbers, int16 ``(L,)``, none for a dense model; and whether a layer's experts
-            come from a table by token id, bool ``(L,)``.
+        layers: block numbers, int16 ``(L,)``; none for a dense model.
+        hashed: whether a table gives the layer's experts by token id, bool ``(L,)``.
         experts: chosen expert ids, best first, uint8 (uint16 above 256 experts) ``(n, L, k)``.
         weights: their weights as they multiply the experts' outputs, float16 ``(n, L, k)``.
         margin: selection score of the k-th expert minus that of the next, float32 ``(n, L)``; NaN in hash
@@ -86,20 +84,16 @@ class Trace:
         return len(self.layers) > 0
 
     def rows(self, chosen: slice | np.ndarray) -> Trace:
-        """The trace of some of its tokens, without the greedy continuation."""
-        cut = {name: getattr(self, name)[chosen] for name in _ROWS}
-        if self.logits is not None:
-            kept = {name: getattr(self.logits, name)[chosen] for name in ("digest", "best", "values")}
-            cut["logits"] = replace(self.logits, **kept)
-        scores = None if self.scores is None else self.scores[chosen]
-        return replace(self, **cut, output=np.zeros(0, np.int32), scores=scores)
+        """The trace of some of its tokens, without the greedy continuation and the scores."""
+        return _rebuilt([self], lambda arrays: arrays[0][chosen], output=np.zeros(0, np.int32))
+
+    def part(self, place: int) -> Trace:
+        """One sequence of several equally long ones, with its greedy continuation."""
+        n, output = self.n_tokens // len(self.output), self.output[place]
+        return replace(self.rows(slice(n * place, n * place + n)), output=output[output >= 0])
 
     def require_routed(self) -> None:
-        """Refuse a dense model's trace.
-
-        Raises:
-            ModelError: no layer has routed experts.
-        """
+        """Refuse a dense model's trace (`ModelError`)."""
         if not self.routed:
             hint = "only the determinism of its logits can be measured"
             raise ModelError("no routed experts here: a dense model", hint=hint)
@@ -126,11 +120,12 @@ def load_trace(path: str | Path) -> Trace:
     """
     try:
         with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as stored:
+            logits = [stored[f"logits_{name}"] for name in _LOGITS if "logits_ids" in stored]
             return Trace(
                 **{name: stored[name] for name in _ARRAYS},
                 n_experts=int(stored["n_experts"]),
                 conditions=json.loads(stored["conditions"].tobytes()),
-                logits=Logits(*(stored[f"logits_{n}"] for n in _LOGITS)) if "logits_ids" in stored else None,
+                logits=Logits(*logits) if logits else None,
                 scores=stored.get("scores"),
             )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -139,78 +134,65 @@ def load_trace(path: str | Path) -> Trace:
 
 def joined(traces: Sequence[Trace], **conditions: Any) -> Trace:
     """One trace of several sequences, one after another; conditions are the first one's, and those given."""
-    first = traces[0]
-    arrays: dict[str, Any] = {name: np.concatenate([getattr(t, name) for t in traces]) for name in _ROWS}
+    changed: dict[str, Any] = {"conditions": traces[0].conditions | conditions}
+    if traces[0].output.ndim == 2:
+        changed["output"] = np.concatenate([trace.output for trace in traces])
+    return _rebuilt(traces, np.concatenate, **changed)
+
+
+def _rebuilt(traces: Sequence[Trace], change: Callable[[list[np.ndarray]], np.ndarray], **more: Any) -> Trace:
+    """The first trace with what has a row a token made of all traces by ``change``; scores are dropped."""
+    first, kept = traces[0], [trace.logits for trace in traces]
+    arrays: dict[str, Any] = {name: change([getattr(trace, name) for trace in traces]) for name in _ROWS}
     if first.logits is not None:
-        kept = [trace.logits for trace in traces]
-        parts = {name: [getattr(logits, name) for logits in kept] for name in ("digest", "best", "values")}
-        joint = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-        arrays["logits"] = replace(first.logits, **joint)
-    if first.output.ndim == 2:
-        arrays["output"] = np.concatenate([trace.output for trace in traces])
-    return replace(first, **arrays, scores=None, conditions=first.conditions | conditions)
+        rows = {name: change([getattr(logits, name) for logits in kept]) for name in _LOGIT_ROWS}
+        more["logits"] = replace(first.logits, **rows)
+    return replace(first, **arrays, scores=None, **more)
 
 
 # ---- traces as a table ----
 
-COLUMNS = {
-    "load": "what ran in the same batch; `alone` where nothing did",
-    "domain": "of the text",
-    "sequence": "the text's name",
-    "position": "of the token in its sequence, from 0",
-    "token": "its id in the model's vocabulary",
-    "layer": "block number",
-    "rank": "0: the expert with the highest selection score",
-    "expert": "its number in the layer",
-    "weight": "what multiplies the expert's output",
-    "margin": "selection score of the last chosen expert minus that of the next; empty in hash layers",
-}
-
 
 def trace_frames(trace: Trace) -> Iterable[pd.DataFrame]:
-    """The trace as tidy rows, one a chosen expert, with the columns `COLUMNS`, in pieces.
+    """The trace as tidy rows, one a chosen expert, in pieces (columns: docs/routing.md).
 
     A trace of several sequences has their names and lengths in its conditions.
     """
     import pandas as pd
 
     about, (_, n_layers, k) = trace.conditions, trace.experts.shape
-    names, domains = about.get("sequences") or ["text"], about.get("domains") or [""]
-    lengths = about.get("lengths") or [trace.n_tokens]
-    places = np.repeat(np.arange(len(lengths)), lengths)
+    names, domains = np.array(about.get("sequences", ["text"])), np.array(about.get("domains", [""]))
+    lengths = about.get("lengths", [trace.n_tokens])
+    sequences = np.repeat(np.arange(len(lengths)), lengths)
     positions = np.concatenate([np.arange(n) for n in lengths])
     for start in range(0, trace.n_tokens, EXPORT_TOKENS):
         rows = np.arange(start, min(start + EXPORT_TOKENS, trace.n_tokens))
         each = np.repeat(rows, n_layers * k)
-        sequence = places[each]
-        columns = (
-            about.get("load", "alone"),
-            np.array(domains)[sequence % len(domains)],
-            np.array(names)[sequence],
-            positions[each],
-            trace.tokens[each],
-            np.tile(np.repeat(trace.layers, k), len(rows)),
-            np.tile(np.arange(k), len(rows) * n_layers),
-            trace.experts[rows].ravel(),
-            trace.weights[rows].ravel(),
-            np.repeat(trace.margin[rows].ravel(), k),
-        )
-        yield pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
+        columns = {
+            "load": about.get("load", "alone"),
+            "domain": domains[sequences[each]],
+            "sequence": names[sequences[each]],
+            "position": positions[each],
+            "token": trace.tokens[each],
+            "layer": np.tile(np.repeat(trace.layers, k), len(rows)),
+            "rank": np.tile(np.arange(k), len(rows) * n_layers),
+            "expert": trace.experts[rows].ravel(),
+            "weight": trace.weights[rows].ravel(),
+            "margin": np.repeat(trace.margin[rows].ravel(), k),
+        }
+        yield pd.DataFrame(columns)
 
 
 def require_csv(path: str | Path) -> Path:
     """The path, or a `RoutingError` where it is of another format or in no folder."""
     path = Path(path).expanduser()
     if not path.name.endswith((".csv", ".csv.gz")):
-        name = f"{path.stem or 'trace'}.csv.gz"
-        hint = f"--export {quoted(path.with_name(name))}"
-        if path.suffix == ".parquet":
-            files = json.dumps(str(path.with_name(name))), json.dumps(str(path))
-            convert = f"import pandas; pandas.read_csv({files[0]}).to_parquet({files[1]})"
-            hint += f"; then pip install pyarrow && python -c {quoted(convert)}"
+        hint = f"--export {quoted(path.with_name((path.stem or 'trace') + '.csv.gz'))}"
         raise RoutingError("traces are exported as .csv or .csv.gz", where=path, hint=hint)
     if not path.parent.is_dir():
-        raise RoutingError("there is no such folder", where=path.parent, hint=f"mkdir -p {path.parent}")
+        raise RoutingError(
+            "there is no such folder", where=path.parent, hint=f"mkdir -p {quoted(path.parent)}"
+        )
     return path
 
 
@@ -224,9 +206,11 @@ def export(traces: Iterable[Trace], path: str | Path) -> Path:
     path = require_csv(path)
     compression = "gzip" if path.name.endswith(".gz") else None
     with whole_file(path, "wb") as file:
-        for number, trace in enumerate(traces):
+        header = True
+        for trace in traces:
             trace.require_routed()
-            for part, frame in enumerate(trace_frames(trace)):
-                options = {"header": number == part == 0, "index": False, "float_format": "%.6g"}
+            for frame in trace_frames(trace):
+                options = {"header": header, "index": False, "float_format": "%.6g"}
                 frame.to_csv(file, compression=compression, **options)
+                header = False
     return path

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfqs_nb.routing.compare import TraceDifference, compare
-from dfqs_nb.routing.loads import part
+from dfqs_nb.routing.compare import FIELDS, compare
 from dfqs_nb.routing.plan import IDENTICAL, Condition
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.trace import Trace
@@ -34,7 +33,6 @@ FIXES = {
     "cache": "type_k and type_v",
     "context": "n_ctx",
     "buffers": "use_extra_bufts",
-    "weights": "the quantization",
 }
 
 
@@ -45,7 +43,7 @@ class Determinism:
     Attributes:
         passed, failed_runs: no expert set differed, and every repetition ran; those that did not.
         routed: whether the model has routers that score; else only logits are judged.
-        n_tokens, n_layers, n_runs: token positions, the layers that score, and repeated runs: one a
+        n_tokens, n_layers, n_runs: token positions, the layers that score, and repeated runs: one for each
             repetition of the text, and one for each short text.
         n_choices, n_differ: tokens x layers, over all repetitions, and how many chose another set.
         n_runs_differ: runs in which anything judged differed (sets; of a dense model, logits).
@@ -77,10 +75,10 @@ class Determinism:
     def text(self) -> str:
         """The verdict in a sentence or two."""
         word = "PASS" if self.passed else "FAIL"
-        if not self.n_runs and not self.failed_runs:
-            return "Not judged: no repetition fits into the budget."
         if self.failed_runs:
             return f"{word}: {len(self.failed_runs)} of the repetitions did not run ({self.failed_runs[0]})."
+        if not self.n_runs:
+            return "Not judged: no repetition fits into the budget."
         bound = f"95 % upper bound: {self.runs_upper_bound:.1%} of repeated runs"
         if not self.routed:
             return (
@@ -100,22 +98,22 @@ def comparison_table(
     """One row a condition that has a reference; its numbers are missing where its run failed.
 
     Columns: ``condition``, ``kind``, ``against``, ``status``, ``n_runs`` and ``n_runs_differ`` (each short
-    text is a run), and the fields of `TraceDifference`.
+    text is a run), and those of `compare.compare`.
     """
     import pandas as pd
 
     rows = []
     for condition in planned:
-        if condition.against:
-            row = {"condition": condition.name, "kind": condition.kind, "against": condition.against}
-            row["status"] = status[condition.name]
-            if condition.name in traces and condition.against in traces:
-                row |= _compared(traces[condition.against], traces[condition.name])
-            elif condition.name in traces:
-                row["status"] = f"not comparable: {condition.against!r} did not run"
+        name, against = condition.name, condition.against
+        if against:
+            row = {"condition": name, "kind": condition.kind, "against": against, "status": status[name]}
+            if name in traces and against in traces:
+                row |= _compared(traces[against], traces[name])
+            elif name in traces:
+                row["status"] = f"not comparable: {against!r} did not run"
             rows.append(row)
     about = ["condition", "kind", "against", "status", "n_runs", "n_runs_differ"]
-    table = pd.DataFrame(rows, columns=[*about, *TraceDifference.__dataclass_fields__])
+    table = pd.DataFrame(rows, columns=[*about, *FIELDS])
     counts = [name for name in table if str(name).startswith(("n_", "first_"))]
     return table.astype(dict.fromkeys(counts, "Int64"))
 
@@ -123,12 +121,12 @@ def comparison_table(
 def _compared(a: Trace, b: Trace) -> dict[str, Any]:
     try:
         whole = compare(a, b)
-        several = a.output.ndim == 2
-        each = [compare(part(a, i), part(b, i)) for i in range(len(a.output))] if several else [whole]
+        several = range(len(a.output)) if a.output.ndim == 2 else ()
+        each = [compare(a.part(i), b.part(i)) for i in several] or [whole]
     except RoutingError as error:  # another model than the reference, not another quantization of it
         return {"status": f"not comparable: {error.what}"}
-    n_differ = sum(bool(run.n_differ or (not run.n_choices and run.logits_equal < 1)) for run in each)
-    return asdict(whole) | {"n_runs": len(each), "n_runs_differ": n_differ}
+    differ = [run["n_differ"] or (not run["n_choices"] and run["logits_equal"] < 1) for run in each]
+    return whole | {"n_runs": len(each), "n_runs_differ": sum(map(bool, differ))}
 
 
 def judge(table: pd.DataFrame) -> Determinism:
@@ -203,9 +201,8 @@ def stable(ranked: pd.DataFrame) -> tuple[str, str]:
     if not len(runtime):
         return "not testable here", "no routed experts, or no change of settings was tried"
     worst = runtime.iloc[0]
-    share = float(runtime["share_identical"].min())
-    status = "confirmed" if share >= STABLE_SHARE else "contradicted"
-    return status, (
+    share = 1 - float(worst["rate"])
+    return ("confirmed" if share >= STABLE_SHARE else "contradicted"), (
         f"at least {share:.2%} of expert sets stay the same under each of {len(runtime)} changes "
         f"of settings (least: {worst['condition']}; asked for {STABLE_SHARE:.0%})"
     )

@@ -11,12 +11,11 @@ import pandas as pd
 import pytest
 from test_memory import smollm2
 
-from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import experiment as routing_experiment
-from dfqs_nb.routing.compare import compare, differences, usage
+from dfqs_nb.routing.compare import FIELDS, compare, differences, overlaps
 from dfqs_nb.routing.experiment import Condition, run_experiment
 from dfqs_nb.routing.recorded import Schedule
 from dfqs_nb.routing.recorder import RoutingError
@@ -60,19 +59,20 @@ A = trace(
 
 def test_order_of_experts_does_not_matter_and_sets_do():
     b = trace([[[1, 0], [2, 3]], [[0, 1], [2, 1]], [[0, 1], [0, 1]]], drift=0.25, output=(1, 3))
-    found = compare(A, b)
-    assert (found.n_choices, found.n_differ, found.first_token, found.first_layer) == (6, 2, 1, 4)
-    assert found.share_identical == pytest.approx(4 / 6) and found.overlap == pytest.approx((4 + 0.5 + 0) / 6)
-    assert found.margin_differ == pytest.approx(0.02) and found.margin_same == pytest.approx(0.35)
-    assert found.logits_equal == 0.0 and found.logit_drift == 0.25 and found.same_output is False
+    change = compare(A, b)
+    assert tuple(change) == FIELDS
+    assert [change[name] for name in ("n_choices", "n_differ", "first_token", "first_layer")] == [6, 2, 1, 4]
+    assert overlaps(A, b).mean() == pytest.approx((4 + 0.5 + 0) / 6)
+    assert change["margin_differ"] == pytest.approx(0.02) and change["same_output"] is False
+    assert change["logits_equal"] == 0.0 and change["logit_drift"] == 0.25
     assert np.argwhere(differences(A, b)).tolist() == [[1, 1], [2, 1]]
     assert differences(A, b).sum(axis=0).tolist() == [0, 2]
 
 
 def test_hash_layers_are_counted_apart():
     b = trace([[[2, 3], [2, 3]]] * 3, hashed=(True, False))
-    found = compare(dataclasses.replace(A, hashed=np.array([True, False])), b)
-    assert (found.n_choices, found.n_differ, found.n_hash_differ) == (3, 0, 3)
+    change = compare(dataclasses.replace(A, hashed=np.array([True, False])), b)
+    assert (change["n_choices"], change["n_differ"], change["n_hash_differ"]) == (3, 0, 3)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,6 @@ def test_hash_layers_are_counted_apart():
 def test_traces_that_answer_different_questions_are_refused(other, says):
     with pytest.raises(RoutingError, match=says):
         compare(A, other)
-
-
-def test_usage_of_one_run():
-    table = usage(A)
-    assert table.groupby("layer")["share"].sum().tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("n", [1, 59, 1000, 10**7])
@@ -179,6 +174,20 @@ def test_sensitivities_are_ranked_and_become_advice():
 # ---- the experiment ----
 
 
+def only(patch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let an experiment run these conditions, and those that they are compared with."""
+    every = routing_experiment.conditions
+
+    def some(*arguments):
+        planned = {condition.name: condition for condition in every(*arguments)}
+        kept = {"prefill", *names}
+        for _ in names:
+            kept |= {planned[name].against for name in kept if name in planned}
+        return [condition for condition in planned.values() if condition.name in kept]
+
+    patch.setattr(routing_experiment, "conditions", some)
+
+
 def poisoned(folder):
     """The reference model with router rows that are nearly equal: every choice is a near-tie."""
     for path in NANO.parent.glob("DFQS-Nano-IQ1_S-XL-*.gguf"):
@@ -202,15 +211,9 @@ def poisoned(folder):
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
-    path = poisoned(folder)
-    return run_experiment(
-        path,
-        folder / "traces",
-        settings=OpenSettings(n_ctx=256, n_threads=1),
-        n_tokens=150,
-        n_output=4,
-        chosen=[*REPEATS, "n_batch 7", "all by decode"],
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        only(patch, *REPEATS, "n_batch 7", "all by decode")
+        return run_experiment(poisoned(folder), folder / "traces", n_tokens=150, n_output=4)
 
 
 def test_a_planted_fault_is_caught(planted):
@@ -228,39 +231,28 @@ def test_a_planted_fault_is_caught(planted):
     assert found["margin"].max() < 1e-4 and set(found["layer"]) <= {1, 2, 3}
 
 
-def test_the_sound_model_does_not_look_like_the_planted_one(tmp_path, planted):
+def test_the_sound_model_does_not_look_like_the_planted_one(tmp_path, planted, monkeypatch):
     """How many near-ties fall the other way depends on the processor: a tenth of the planted at most."""
-    found = run_experiment(
-        NANO,
-        tmp_path,
-        settings=OpenSettings(n_ctx=256, n_threads=1),
-        n_tokens=150,
-        n_output=4,
-        chosen=["n_batch 7"],
-    )
+    only(monkeypatch, "n_batch 7")
+    found = run_experiment(NANO, tmp_path, n_tokens=150, n_output=4)
     differ = planted.table.set_index("condition")["n_differ"]
     assert found.table["n_differ"].sum() < differ["n_batch 7"] / 10
     assert np.nanmedian(found.traces["prefill"].margin) > 1e-2
 
 
-def test_traces_are_reused_only_under_the_same_conditions(tmp_path):
-    options = {
-        "settings": OpenSettings(n_ctx=256, n_threads=1),
-        "n_output": 2,
-        "chosen": ["prefill in two calls"],
-    }
-    first = run_experiment(NANO, tmp_path, n_tokens=60, **options)
-    assert (first.n_made, first.n_reused) == (2, 0)  # the condition, and its reference
-    again = run_experiment(NANO, tmp_path, n_tokens=60, **options)
-    assert (again.n_made, again.n_reused) == (0, 2)
+def test_traces_are_reused_only_under_the_same_conditions(tmp_path, monkeypatch):
+    only(monkeypatch, "prefill in two calls")
+    first = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
+    assert first.n_made == len(first.traces) == 2  # the condition, and its reference
+    again = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
+    assert (again.n_made, len(again.traces)) == (0, 2)
     pd.testing.assert_frame_equal(first.table, again.table)
     (tmp_path / "prefill.npz").write_bytes(b"cut off")  # a killed run leaves no such file, but a disk may
-    assert run_experiment(NANO, tmp_path, n_tokens=60, **options).n_made == 1
-    assert run_experiment(NANO, tmp_path, n_tokens=61, **options).n_made == 2
-    back = run_experiment(NANO, tmp_path, n_tokens=60, **options)  # its files were written over
+    assert run_experiment(NANO, tmp_path, n_tokens=60, n_output=2).n_made == 1
+    assert run_experiment(NANO, tmp_path, n_tokens=61, n_output=2).n_made == 2
+    back = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)  # its files were written over
     assert back.n_made == 2 and back.reference.n_tokens == 60
-    assert run_experiment(NANO, tmp_path, n_tokens=61, **options).n_made == 2
-    assert run_experiment(NANO, tmp_path, n_tokens=61, fresh=True, **options).n_made == 2
+    assert run_experiment(NANO, tmp_path, n_tokens=60, n_output=2, fresh=True).n_made == 2
 
 
 def test_a_condition_that_llama_cpp_refuses_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch):
@@ -276,8 +268,8 @@ def test_a_condition_that_llama_cpp_refuses_is_reported_and_the_rest_goes_on(tmp
         bad,
         Condition("prefill, fresh process", "identical", "prefill", settings),
     ]
-    monkeypatch.setattr(routing_experiment, "conditions", lambda *_args, **_options: planned)
-    found = run_experiment(NANO, tmp_path, settings=settings, n_tokens=60, n_output=2)
+    monkeypatch.setattr(routing_experiment, "conditions", lambda *_args: planned)
+    found = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
     status = found.table.set_index("condition")["status"]
     assert status["prefill, fresh process"] == "done"
     assert status[bad.name].startswith("failed: llama.cpp refuses it")
@@ -289,36 +281,17 @@ def test_another_quantization_is_compared_and_another_model_is_reported(tmp_path
     assert routing_experiment.quantizations(smollm2()) == {}
     others = {**routing_experiment.quantizations(NANO), "stranger": smollm2()}
     monkeypatch.setattr(routing_experiment, "quantizations", lambda *_: others)
-    found = run_experiment(
-        NANO,
-        tmp_path,
-        settings=OpenSettings(n_ctx=256, n_threads=1),
-        n_tokens=60,
-        n_output=2,
-        chosen=["weights: dfqs-nano-q8_0", "weights: stranger"],
-    )
+    only(monkeypatch, "weights: dfqs-nano-q8_0", "weights: stranger")
+    found = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
     table = found.table.set_index("condition")
     assert 10 < table.loc["weights: dfqs-nano-q8_0", "n_differ"] < 90
     assert table.loc["weights: stranger", "status"].startswith("not comparable: ")
     assert len(sensitivities(found.table)) == 1
 
 
-def test_an_unknown_condition_is_an_error(tmp_path):
-    with pytest.raises(DfqsError, match="no condition is called 'nonsense'.*there are prefill"):
-        run_experiment(
-            NANO, tmp_path, settings=OpenSettings(n_ctx=256, n_threads=1), n_tokens=60, chosen=["nonsense"]
-        )
-
-
-def test_a_dense_model_is_judged_by_its_logits(tmp_path):
-    found = run_experiment(
-        smollm2(),
-        tmp_path,
-        settings=OpenSettings(n_ctx=256, n_threads=2),
-        n_tokens=48,
-        n_output=2,
-        chosen=[REPEATS[0], REPEATS[1], "all by decode"],
-    )
+def test_a_dense_model_is_judged_by_its_logits(tmp_path, monkeypatch):
+    only(monkeypatch, REPEATS[0], REPEATS[1], "all by decode")
+    found = run_experiment(smollm2(), tmp_path, n_tokens=48, n_output=2, n_threads=2)
     verdict = judge(found.table)
     assert verdict.passed and not verdict.routed and "dense model, nothing to route" in verdict.text
     assert found.claims()["status"].tolist() == ["not testable here", "confirmed", "not testable here"]

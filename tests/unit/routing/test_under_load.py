@@ -10,25 +10,23 @@ import numpy as np
 import pandas as pd
 import pytest
 from moe_models import ARCHITECTURES, PlainReader, write_model
+from test_routing_verdict import only
 
 from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings, default_context_params
-from dfqs_nb.routing import experiment as routing_experiment
 from dfqs_nb.routing.experiment import run_experiment
 from dfqs_nb.routing.loads import (
     Load,
     cluster_interval,
     judge_loads,
     load_rows,
-    load_settings,
     load_table,
-    part,
     plan_loads,
     read_texts,
 )
-from dfqs_nb.routing.plan import PROFILE_TOKENS, Costs, conditions, fit, scaled
+from dfqs_nb.routing.plan import Costs, conditions, fit, scaled
 from dfqs_nb.routing.recorded import RecordedModel, Together, cut, open_recorded, record, record_together
 from dfqs_nb.routing.recorder import Column, RoutingError
 from dfqs_nb.routing.trace import joined
@@ -106,7 +104,7 @@ def test_deepseek4_beside_others_chooses_as_alone_and_answers_alike(unified):
         beside = record_together(together, texts, [0] * 4, 40, 4)
     np.testing.assert_array_equal(alone.output[0][: len(single.output)], single.output)
     np.testing.assert_array_equal(np.sort(alone.experts, axis=2), np.sort(single.experts, axis=2))
-    theirs = part(beside, 2)
+    theirs = beside.part(2)
     differ = (np.sort(theirs.experts, axis=2) != np.sort(alone.experts, axis=2)).any(axis=2)
     assert differ.mean() < 0.02 and np.abs(theirs.margin - alone.margin)[:, 1:].max() < 0.1
 
@@ -187,17 +185,17 @@ def test_every_text_meets_every_load_and_seeds_repeat():
 
 
 def runs_of(n_texts=16):
-    planned = conditions(OpenSettings(n_ctx=512, n_threads=1), 384, n_texts=n_texts, others={"q8": "q8.gguf"})
-    return [c.as_run(384, 16, [300] * n_texts) for c in planned]
+    planned = conditions(OpenSettings(n_ctx=512, n_threads=1), 384, 2, {"q8": "q8.gguf"}, n_texts)
+    return [c.as_run(384, 16) for c in planned]
 
 
 def test_a_budget_leaves_out_from_the_end_and_then_shortens():
     runs, costs = runs_of(), Costs(load_seconds=10, prefill_seconds=0.01, decode_seconds=0.1)
     assert fit(runs, costs, 0) == (1.0, [run["name"] for run in runs])
-    budget = 0.6 * sum(costs.seconds(run) for run in runs)
+    budget = 0.6 * costs.seconds(runs)
     scale, kept = fit(runs, costs, budget)
     assert scale == 1.0 and "7 others, mixed, a cache each, batch 1" in kept and "all by decode" not in kept
-    assert sum(costs.seconds(run, scale) for run in runs if run["name"] in kept) + 2 * 10 <= budget
+    assert costs.seconds([run for run in runs if run["name"] in kept]) <= budget
     assert fit(runs, costs, 1) == (0.125, ["prefill"])
     assert fit(runs, costs, budget / 4)[0] < 1
 
@@ -219,54 +217,44 @@ def test_a_scaled_run_is_shorter_in_all_its_parts():
     assert scaled(decode, 0.5)["schedule"]["prefill"] == 96
 
 
-def test_what_cannot_work_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    jobs = []
-    run = routing_experiment.child.run
-    monkeypatch.setattr(
-        routing_experiment.child, "run", lambda m, job, **o: jobs.append(job) or run(m, job, **o)
-    )
+def test_what_cannot_work_is_refused(tmp_path):
     with pytest.raises(ModelError, match="10 tokens do not hold the question .* use n_tokens="):
         run_experiment(NANO, tmp_path, n_tokens=10)
-    with pytest.raises(ModelError, match="exceed n_ctx"):
-        run_experiment(NANO, tmp_path, n_tokens=400, settings=OpenSettings(n_ctx=256, n_threads=1))
     with pytest.raises(RoutingError, match="exported as .csv"):
-        run_experiment(NANO, tmp_path, export=tmp_path / "trace.parquet")
-    assert not any("runs" in job for job in jobs)
+        run_experiment(NANO, tmp_path / "untouched", export=tmp_path / "trace.parquet")
+    assert not (tmp_path / "untouched").exists()
 
 
-def test_a_budget_shrinks_the_experiment_and_says_how(tmp_path, capsys):
-    chosen = ["prefill, fresh process", "alone, fresh process", "n_batch 7"]
-    options = {"n_tokens": 60, "n_output": 2, "chosen": chosen, "budget_minutes": 1e-4}
-    found = run_experiment(NANO, tmp_path, **options)
+CHOSEN = ["prefill, fresh process", "alone, fresh process", "n_batch 7"]
+
+
+def test_a_budget_shrinks_the_experiment_and_says_how(tmp_path, capsys, monkeypatch):
+    only(monkeypatch, *CHOSEN)
+    options = {"n_tokens": 60, "n_output": 2}
+    found = run_experiment(NANO, tmp_path, **options, budget_minutes=1e-4)
     assert found.plan.startswith("Budget 0.0001 minutes: 1 of 5 runs, at 0.125 of each length.")
     assert found.plan in capsys.readouterr().out
     assert set(found.traces) == {"prefill"} and found.reference.n_tokens == 8
     status = found.table.set_index("condition")["status"]
     assert status.str.startswith("left out").all()
-    assert set(found.left_out) == {*chosen, "alone"} and "Left out" in " ".join(found.conclusions())
-    assert run_experiment(NANO, tmp_path, **options).n_made == 0
-    whole = run_experiment(NANO, tmp_path, **(options | {"budget_minutes": 0}))
+    assert set(found.left_out) == {*CHOSEN, "alone"} and "Left out" in " ".join(found.conclusions())
+    assert run_experiment(NANO, tmp_path, **options, budget_minutes=1e-4).n_made == 0
+    whole = run_experiment(NANO, tmp_path, **options)
     assert whole.n_made == 5 and not whole.left_out and whole.passed
-    enough = run_experiment(NANO, tmp_path, **(options | {"budget_minutes": 2e-4}))
-    assert (enough.n_made, enough.n_reused) == (0, 5)  # all is there: nothing has to be left out
+    enough = run_experiment(NANO, tmp_path, **options, budget_minutes=2e-4)
+    assert (enough.n_made, len(enough.traces)) == (0, 5)  # all is there: nothing has to be left out
 
 
-def test_a_run_that_gets_a_budget_does_not_mix_lengths(tmp_path):
+def test_a_run_that_gets_a_budget_does_not_mix_lengths(tmp_path, monkeypatch):
     """An earlier run without a bound left whole traces of some conditions: all are shortened alike."""
-    options = {"n_tokens": 60, "n_output": 2}
-    whole = run_experiment(NANO, tmp_path, chosen=["prefill, fresh process"], **options)
+    only(monkeypatch, *CHOSEN[:1])
+    whole = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
     assert {trace.conditions["scale"] for trace in whole.traces.values()} == {1.0}
-    chosen = ["prefill, fresh process", "alone, fresh process", "n_batch 7"]
-    found = run_experiment(NANO, tmp_path, chosen=chosen, budget_minutes=1e-4, **options)
+    monkeypatch.undo()
+    only(monkeypatch, *CHOSEN)
+    found = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2, budget_minutes=1e-4)
     assert {trace.conditions["scale"] for trace in found.traces.values()} == {0.125}
-    assert found.reference.n_tokens == 8 and found.n_reused == 0
-
-
-def test_the_profile_reads_no_more_of_a_text_than_stated():
-    for n_ctx in (512, 4 * PROFILE_TOKENS):
-        planned = conditions(OpenSettings(n_ctx=n_ctx, n_threads=1), 384, n_texts=2)
-        run = next(c for c in planned if c.kind == "profile").as_run(384, 16, [300, 9000])
-        assert run["n_prefill"] == 300 + PROFILE_TOKENS == 300 + run["settings"]["n_ctx"]
+    assert found.reference.n_tokens == 8 and found.n_made == len(found.traces)
 
 
 # ---- the verdict ----
@@ -336,7 +324,7 @@ def test_each_sequence_is_compared_with_itself_alone(tmp_path):
     lines = [rng.integers(5, 700, 30).tolist() for _ in texts]
     alone_load = Load("alone", 0, False, (0, 1), (), 2, 20, 30)
     load = Load("together", 1, False, (1, 0), (0, 0), 2, 20, 30)
-    settings = load_settings(OpenSettings(n_ctx=256, n_threads=1), 2, 30, 20)
+    settings = load.settings(OpenSettings(n_ctx=256, n_threads=1), 0)
     with open_recorded(NANO, settings, trial=False) as model:
         model.reopen(settings, n_sequences=2)
         together = Together(model)
