@@ -86,9 +86,6 @@ def compare(a: Trace, b: Trace) -> dict[str, Any]:
     }
 
 
-# ---- two files of one model ----
-
-
 def across(a: Trace, b: Trace) -> pd.DataFrame:
     """How another file of the model routes the same text: one row a layer that scores.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, share_axis, token_axis
+from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, share_axis
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,30 +157,6 @@ def placement_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     half = table.iloc[int((table["budget"] - 0.5).abs().argmin())]
     share, hit = half["budget"], half["experts_hit_rate"]
     set_title(ax, f"{share:.0%} of the bytes serve {hit:.0%} of the reads if the hottest experts are kept")
-    return ax
-
-
-def flips_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """The rate of flips, and the router's margin, along the context; of `Experiment.positions`."""
-    ax = new_axes(ax)
-    ends, rates = positions["end"], positions["rate"]
-    middle = np.sqrt(ends * positions["start"].clip(lower=ends.min() / 2))
-    spread = [rates - positions["rate_low"], positions["rate_high"] - rates]
-    ax.errorbar(middle, rates, yerr=spread, fmt="o-", color=PALETTE[5], capsize=3, linewidth=1, zorder=3)
-    right = ax.twinx()
-    right.plot(middle, positions["margin_p5"], "s--", color=PALETTE[0], linewidth=1)
-    right.set_ylabel("router margin (5th percentile)", color=PALETTE[0])
-    right.set_ylim(bottom=0)
-    right.spines["top"].set_visible(False)
-    n = positions["n"]
-    token_axis(ax, ends, f"position in the context (tokens); n = {n.min():,} to {n.max():,} choices a point")
-    ax.set_ylim(bottom=0)
-    share_axis(ax.yaxis, "choices that flip (95 % interval)")
-    ax.yaxis.label.set_color(PALETTE[5])
-    first, last = positions.iloc[0], positions.iloc[-1]
-    apart = last["rate_low"] > first["rate_high"] or last["rate_high"] < first["rate_low"]
-    change = f"{first['rate']:.2%} of choices flip at the start, {last['rate']:.2%} at the end"
-    set_title(ax, change if apart else f"{change} (intervals overlap)")
     return ax
 
 

@@ -48,11 +48,7 @@ class RoutingTexts(PromptSet):
 
 
 def read_texts(folder: str | Path = "") -> list[Text]:
-    """The workbook's 16 texts of five domains, or those of a folder: a subfolder is a domain.
-
-    Raises:
-        DfqsError: the folder holds fewer than two texts.
-    """
+    """The workbook's 16 texts of five domains, or those of a folder: two or more, a subfolder a domain."""
     if not str(folder):
         return load_prompts("routing-texts", RoutingTexts).texts
     root, texts = Path(folder).expanduser(), list[Text]()
@@ -67,32 +63,20 @@ def read_texts(folder: str | Path = "") -> list[Text]:
     return texts
 
 
-# ---- the plan ----
-
-
 @dataclass(frozen=True)
 class Load:
-    """Which texts one batch holds.
+    """Which texts one batch holds."""
 
-    Args:
-        kind: ``alone``, ``together`` (all are prefilled and decoded at once), ``mixed`` (they arrive one
-            after another, so that some decode while others are prefilled) or ``same text``.
-        n_others: sequences beside each one.
-        unified: whether they share one KV cache.
-        members: text numbers, by the sequence that evaluates them.
-        arrivals: the step in which each comes; of ``alone`` unused.
-        n_sequences: that the context is made for.
-        n_prefill, n_tokens: tokens of each text that are prefilled, and in all; the others are decoded.
-    """
-
+    # alone, together (all are prefilled and decoded at once), mixed (they arrive one after another, so that
+    # some decode while others are prefilled) or same text
     kind: str
-    n_others: int
-    unified: bool
-    members: tuple[int, ...]
-    arrivals: tuple[int, ...]
-    n_sequences: int
-    n_prefill: int
-    n_tokens: int
+    n_others: int  # sequences beside each one
+    unified: bool  # they share one KV cache
+    members: tuple[int, ...]  # text numbers, by the sequence that evaluates them
+    arrivals: tuple[int, ...]  # the step in which each comes; of alone unused
+    n_sequences: int  # that the context is made for
+    n_prefill: int  # tokens of each text
+    n_tokens: int  # of each text; those after the prefill are decoded
 
     @property
     def label(self) -> str:
@@ -142,9 +126,6 @@ def _batches(
             members = tuple(company[start : start + size])
             load = Load(kind, n_others, unified, members, arrivals, N_SEQUENCES, n_prefill, n_tokens)
             yield f"{load.label}, batch {number}", load
-
-
-# ---- what the runs gave ----
 
 
 def load_rows(loads: Mapping[str, Load], traces: Mapping[str, Trace], texts: Sequence[Text]) -> pd.DataFrame:
@@ -223,23 +204,14 @@ def cluster_interval(events: np.ndarray, trials: np.ndarray, seed: int = 0) -> t
 
 @dataclass(frozen=True)
 class UnderLoad:
-    """Whether routing stays the same as alone when other sequences share the batch.
+    """Whether routing stays the same as alone when other sequences share the batch."""
 
-    Attributes:
-        passed: no expert set differed in any load, and all of them ran.
-        level: ``under load``, ``alone`` (only there), ``not`` (not even alone), or ``not judged``.
-        changed_at: the loads that change a choice, in the order of their number of sequences.
-        failed: loads that did not run, with the reason.
-        counts: as the columns of `load_table`, over all loads beside others.
-        sentence: all this for people.
-    """
-
-    passed: bool = False
-    level: str = "not judged"
-    changed_at: tuple[str, ...] = ()
-    failed: tuple[str, ...] = ()
-    counts: Mapping[str, Any] = field(default_factory=dict)
-    sentence: str = ""
+    passed: bool = False  # no expert set differed in any load, and all of them ran
+    level: str = "not judged"  # or: under load, alone (only there), not (not even alone)
+    changed_at: tuple[str, ...] = ()  # loads that change a choice, by their number of sequences
+    failed: tuple[str, ...] = ()  # loads that did not run, with the reason
+    counts: Mapping[str, Any] = field(default_factory=dict)  # columns of `load_table`, over all loads
+    sentence: str = ""  # all this for people
 
 
 def judge_loads(rows: pd.DataFrame, alone_passed: bool, failed: Sequence[str] = ()) -> UnderLoad:

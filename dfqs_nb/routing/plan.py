@@ -13,6 +13,7 @@ from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.loads import Load, plan_loads
 from dfqs_nb.routing.recorded import Schedule
 
+EXTRA_BUFFERS = "repacked weights (extra buffers)"
 IDENTICAL = "identical"  # the kind of a condition that repeats its reference exactly
 LOAD_TOKENS, LOAD_PREFILL, LOAD_OUTPUT = 80, 64, 8  # of each text under load, and of its answer
 PROFILE_TOKENS = 2048  # of each text, at most
@@ -22,26 +23,18 @@ ESSENTIAL = ("reference", "alone")  # kinds that everything else is compared wit
 
 @dataclass(frozen=True)
 class Condition:
-    """One way to run the text, or one load.
-
-    Args:
-        name, against: what people read, and the name of the run to compare with; empty: a reference only.
-        kind: what differs: ``identical``, ``threads``, ``batch``, ``phase``, ``state``, ``attention``,
-            ``cache``, ``context``, ``buffers`` or ``weights``; or ``reference``, ``alone``, ``load``, or
-            ``profile``.
-        settings, schedule: how the model is opened, and the text evaluated.
-        model, process: another file, or empty; conditions of one process share one load of the weights.
-        load: what one batch holds, of runs over the short texts.
-    """
+    """One way to run the text, or one load."""
 
     name: str
+    # what differs: identical, threads, batch, phase, state, attention, cache, context, buffers or weights; or
+    # reference, alone, load or profile
     kind: str
-    against: str
+    against: str  # the name of the run to compare with; empty: a reference only
     settings: OpenSettings
     schedule: Schedule = Schedule()
-    model: str = ""
-    process: str = "main"
-    load: Load | None = None
+    model: str = ""  # another file
+    process: str = "main"  # conditions of one process share one load of the weights
+    load: Load | None = None  # of runs over the short texts
 
     @property
     def needs(self) -> str:
@@ -69,10 +62,7 @@ def conditions(
 ) -> list[Condition]:
     """The conditions of the experiment, most important first; ``settings`` are the reference's.
 
-    Args:
-        max_threads: thread counts are 1, 2, 4, ... up to this.
-        others: quantizations of the same model by name, compared with it.
-        n_texts: short texts for the loads and the profile.
+    Thread counts are 1, 2, 4, ... up to ``max_threads``; ``others`` are quantizations of the model by name.
     """
     half, loads = n_tokens // 2, list(_loads(settings, n_texts))
     return [
@@ -112,39 +102,36 @@ def _loads(settings: OpenSettings, n_texts: int) -> Iterator[Condition]:
 def _thread_counts(settings: OpenSettings, half: int, largest: int) -> Iterator[Condition]:
     """Powers of two up to the largest count, and that."""
     for n in sorted({largest, *(2**i for i in range(largest.bit_length()))} - {settings.n_threads or 1}):
-        threads = replace(settings, n_threads=n, n_threads_batch=n)
-        flash, decode = replace(threads, flash_attn=True), Schedule(half)
-        label = f"{n} thread{'s' if n > 1 else ''}"
+        threads, label = (
+            replace(settings, n_threads=n, n_threads_batch=n),
+            f"{n} thread{'s' if n > 1 else ''}",
+        )
         yield Condition(f"{label}, prefill", "threads", "prefill", threads)
-        yield Condition(f"{label}, decode", "threads", "decode", threads, decode)
-        against = "flash attention, decode"
-        yield Condition(f"{label}, decode, flash attention", "threads", against, flash, decode)
+        yield Condition(f"{label}, decode", "threads", "decode", threads, Schedule(half))
+        flash, against = replace(threads, flash_attn=True), "flash attention, decode"
+        yield Condition(f"{label}, decode, flash attention", "threads", against, flash, Schedule(half))
 
 
 def _other_settings(settings: OpenSettings, half: int) -> Iterator[Condition]:
-    two_calls, flash = Schedule(half, decode=False), {"flash_attn": True}
-    yield Condition("prefill in two calls", "batch", "prefill", settings, two_calls)
-    restored = replace(two_calls, restore=True)
-    yield Condition("saved state restored", "state", "prefill in two calls", settings, restored)
-    yield Condition("all by decode", "phase", "prefill", settings, Schedule(0))
-    quantized = {**flash, "type_k": "q8_0", "type_v": "q8_0"}
-    changes: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
-        *((f"n_batch {n}", "batch", "prefill", {"n_batch": n, "n_ubatch": n}) for n in (1, 7, 64)),
-        ("n_ubatch 7 in n_batch 512", "batch", "prefill", {"n_ubatch": 7}),
-        ("n_ctx doubled", "context", "prefill", {"n_ctx": 2 * settings.n_ctx}),
-        ("flash attention, prefill", "attention", "prefill", flash),
-        ("KV cache f32", "cache", "prefill", {"type_k": "f32", "type_v": "f32"}),
-        ("KV cache q8_0", "cache", "flash attention, prefill", quantized),
+    whole, decode, flash = Schedule(), Schedule(half), {"flash_attn": True}
+    two_calls, restored = Schedule(half, decode=False), Schedule(half, decode=False, restore=True)
+    quantized, f32 = {**flash, "type_k": "q8_0", "type_v": "q8_0"}, {"type_k": "f32", "type_v": "f32"}
+    changes: tuple[tuple[str, str, str, Schedule, dict[str, Any]], ...] = (
+        ("prefill in two calls", "batch", "prefill", two_calls, {}),
+        ("saved state restored", "state", "prefill in two calls", restored, {}),
+        ("all by decode", "phase", "prefill", Schedule(0), {}),
+        *((f"n_batch {n}", "batch", "prefill", whole, {"n_batch": n, "n_ubatch": n}) for n in (1, 7, 64)),
+        ("n_ubatch 7 in n_batch 512", "batch", "prefill", whole, {"n_ubatch": 7}),
+        ("n_ctx doubled", "context", "prefill", whole, {"n_ctx": 2 * settings.n_ctx}),
+        ("flash attention, prefill", "attention", "prefill", whole, flash),
+        ("KV cache f32", "cache", "prefill", whole, f32),
+        ("KV cache q8_0", "cache", "flash attention, prefill", whole, quantized),
+        ("flash attention, decode", "attention", "decode", decode, flash),
+        (EXTRA_BUFFERS, "buffers", "prefill", whole, {"use_extra_bufts": True}),
     )
-    for name, kind, against, changed in changes:
-        yield Condition(name, kind, against, replace(settings, **changed))
-    flashed, repacked = replace(settings, flash_attn=True), replace(settings, use_extra_bufts=True)
-    yield Condition("flash attention, decode", "attention", "decode", flashed, Schedule(half))
-    name, process = "repacked weights (extra buffers)", "extra buffers"
-    yield Condition(name, "buffers", "prefill", repacked, process=process)
-
-
-# ---- a budget ----
+    for name, kind, against, schedule, changed in changes:
+        process = "extra buffers" if name == EXTRA_BUFFERS else "main"
+        yield Condition(name, kind, against, replace(settings, **changed), schedule, process=process)
 
 
 @dataclass(frozen=True)
@@ -177,7 +164,7 @@ class Lengths:
 
 
 def seconds(conditions: Sequence[Condition], costs: Costs, lengths: Lengths, scale: float = 1.0) -> float:
-    """What these conditions take; each of their processes loads the model once, and answers are not scaled."""
+    """What these conditions take; each process loads the model once, and answers are not scaled."""
     n_prefill, n_decode, n_output = np.sum([lengths.of(each) for each in conditions], axis=0)
     loads = costs.load_seconds * len({each.process for each in conditions})
     text = n_prefill * costs.prefill_seconds + n_decode * costs.decode_seconds

@@ -23,21 +23,15 @@ N_PARTS = 4  # of a text, for drift
 
 @dataclass(frozen=True)
 class Profile:
-    """How often, and with what weight, each expert was chosen in each text.
+    """How often, and with what weight, each expert was chosen in each text."""
 
-    Attributes:
-        trace: of all texts, one after another.
-        domains: of the texts.
-        text: the text's number of each token, ``(n,)``.
-        counts: choices, ``(texts, L, experts)``.
-        mass: each token's weights, scaled to a sum of 1 and added up; the same shape.
-    """
-
-    trace: Trace = field(repr=False)
-    domains: tuple[str, ...]
-    text: np.ndarray = field(repr=False)
-    counts: np.ndarray = field(repr=False)
-    mass: np.ndarray = field(repr=False)
+    trace: Trace = field(repr=False)  # of all texts, one after another
+    domains: tuple[str, ...]  # of the texts
+    text: np.ndarray = field(repr=False)  # the text's number of each token, (n,)
+    counts: np.ndarray = field(repr=False)  # choices, (texts, L, experts)
+    mass: np.ndarray = field(
+        repr=False
+    )  # each token's weights, scaled to a sum of 1 and added up; same shape
 
     @property
     def by_domain(self) -> dict[str, np.ndarray]:
@@ -116,7 +110,7 @@ class Profile:
         Columns ``layer``, ``domain``, ``distance`` (total variation between the domain's shares and those of
         the other domains' texts), ``p`` (permutation test: the texts' domains are shuffled; NaN for a domain
         of one text), ``p_holm`` (Holm, over all rows), ``expert`` (the most over-used there) and ``lift``
-        (its share there over its share elsewhere). A single domain has no others to compare with, and no rows.
+        (its share there over its share elsewhere). A single domain has nothing to compare with, and no rows.
         """
         draw, scored = np.random.default_rng(0), np.flatnonzero(~self.trace.hashed)
         shares, each = _rates(self.counts)[:, scored], np.arange(len(scored))
@@ -155,8 +149,6 @@ class Profile:
         tallies = _tally(self.trace, self.text * N_PARTS + np.concatenate(places), n)[0]
         parts = _rates(tallies.reshape(-1, N_PARTS, *tallies.shape[1:]))
         return np.asarray(np.abs(parts - _rates(self.counts)[:, None]).sum(axis=3).mean(axis=(0, 2)) / 2)
-
-    # ---- coverage ----
 
     def coverage(self) -> pd.DataFrame:
         """How much of the gate mass the n heaviest experts of a layer carry, mean over layers.

@@ -28,9 +28,9 @@ def record_job(job: dict[str, Any]) -> None:
     """Load the job's model once and record each of its runs into its file, in a context of its own.
 
     Args:
-        job: ``path``, ``runs`` (names and files, in order), ``planned`` (the conditions of all processes) with
-            their ``keys``, ``passage``, ``n_tokens``, ``texts``, ``n_output``, ``budget_seconds`` (0: none)
-            and what is left of it (``left_seconds``), ``scale`` (0: to be found).
+        job: ``path``, ``runs`` (names and files, in order), ``planned`` (conditions of all processes), their
+            ``keys``, ``passage``, ``n_tokens``, ``texts``, ``n_output``, ``budget_seconds`` (0: none), what
+            is left of it (``left_seconds``), and ``scale`` (0: to be found).
     """
     started, names = time.monotonic(), list(job["runs"])
     planned = TypeAdapter(list[Condition]).validate_python(job["planned"])

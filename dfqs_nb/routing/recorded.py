@@ -21,9 +21,6 @@ from dfqs_nb.routing.trace import Logits, Trace
 LOGIT_SAMPLE = 1024  # logits kept of each token; all of them for a small vocabulary
 
 
-# ---- a model that is recorded ----
-
-
 @dataclass
 class RecordedModel:
     """An open model with a recorder, or without one (to compare speeds)."""
@@ -117,9 +114,6 @@ def open_recorded(
         yield RecordedModel(model, recorder)
 
 
-# ---- a run ----
-
-
 @dataclass(frozen=True)
 class Schedule:
     """How a run evaluates its tokens.
@@ -197,9 +191,6 @@ class _KeptLogits:
     def logits(self, order: np.ndarray | slice = slice(None)) -> Logits:
         """All that was kept, in this order."""
         return Logits(self._digests.array()[order], self._sample, self._values.array()[order])
-
-
-# ---- several sequences in one batch ----
 
 
 def cut(slots: Sequence[int], n_ubatch: int, rule: str) -> list[int]:

@@ -94,8 +94,6 @@ class Recorder(Watch):
         self._expected = self._raw_bytes = 0
         self._shape = 0, 0  # experts chosen, and experts
 
-    # -- around each llama_decode --
-
     def begin(self, n_tokens: int, *, inputs: bool = False) -> None:
         """The next ``llama_decode`` evaluates so many tokens; ``inputs``: read them in its order, too."""
         self._expected += n_tokens
@@ -171,8 +169,6 @@ class Recorder(Watch):
         self._shape = shape
         self._layers[router.layer] = layer = _Layer(router.hashed, [[] for _ in router.reads])
         return layer
-
-    # -- from copies to margins and weights --
 
     def _reduce(self) -> None:
         """Turn the copies of all layers, which hold equally many tokens, into rows of columns."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +26,16 @@ EXTREME_TOKENS = 8192  # DFQS calls a context long from here on, and "extreme to
 
 @dataclass(frozen=True)
 class Experiment:
-    """What every condition gave, and what it means.
-
-    Attributes:
-        path, settings: the model's file, and the reference's settings.
-        planned, status: the conditions, and how each ended, by its name.
-        traces: by the condition's name; ``n_made`` of them were recorded now.
-        texts: the short ones.
-        plan: what was run, in a sentence.
-    """
+    """What every condition gave, and what it means."""
 
     path: Path
-    settings: OpenSettings
+    settings: OpenSettings  # the reference's
     planned: Sequence[Condition] = field(repr=False)
-    traces: dict[str, Trace] = field(repr=False)
-    status: dict[str, str] = field(repr=False)
-    n_made: int
-    texts: Sequence[Text] = field(repr=False)
-    plan: str
+    traces: dict[str, Trace] = field(repr=False)  # by the condition's name
+    status: dict[str, str] = field(repr=False)  # how each condition ended
+    n_made: int  # traces recorded now; the others are kept from earlier
+    texts: Sequence[Text] = field(repr=False)  # the short ones
+    plan: str  # what was run, in a sentence
 
     @property
     def reference(self) -> Trace:
@@ -55,8 +46,6 @@ class Experiment:
     def table(self) -> pd.DataFrame:
         """One row a comparison; see `verdict.comparison_table`."""
         return verdict.comparison_table(self.planned, self.traces, self.status)
-
-    # ---- verdicts ----
 
     @cached_property
     def verdict(self) -> verdict.Determinism:
@@ -141,22 +130,23 @@ class Experiment:
 
     def _pressure(self) -> tuple[str, str]:
         """Flips in the last against the first quarter of the text, pooled over the changes of settings."""
-        n = self.reference.n_tokens
-        stretches = self._stretches([round(n * i / 4) for i in range(5)])
-        (early, n_early), (late, n_late) = stretches[["n_differ", "n_choices"]].iloc[[0, -1]].to_numpy(int)
-        if not n_early:
+        n, scored = self.reference.n_tokens, ~self.reference.hashed
+        pairs = np.array([differ[:, scored] for *_, differ in self._pairs()])  # settings, tokens, layers
+        if not pairs.size:
             why = "no change of settings was tried" if self.reference.routed else "no routed experts"
             return "not testable here", why
+        early, late = pairs[:, : round(n / 4)], pairs[:, round(n * 3 / 4) :]
         seen = (
-            f"{early:,} of {n_early:,} choices flip in the first quarter, {late:,} of {n_late:,} in the last,"
-            f" over {n:,} tokens"
+            f"{early.sum():,} of {early.size:,} choices flip in the first quarter, {late.sum():,} of "
+            f"{late.size:,} in the last, over {n:,} tokens"
         )
         if n < EXTREME_TOKENS:
             return "not testable here", f"{seen}; extreme begins at {EXTREME_TOKENS:,} tokens"
-        grows = clopper_pearson(late, n_late)[0] > clopper_pearson(early, n_early)[1]
-        return ("confirmed" if grows else "contradicted"), seen
-
-    # ---- settings ----
+        low, high = (
+            clopper_pearson(int(late.sum()), late.size)[0],
+            clopper_pearson(int(early.sum()), early.size)[1],
+        )
+        return ("confirmed" if low > high else "contradicted"), seen
 
     def _runtime(self) -> pd.DataFrame:
         """The rows of `table` in which a setting of the runtime changed, most different first."""
@@ -215,28 +205,6 @@ class Experiment:
         layers = self.reference.layers[columns]
         return pd.DataFrame({"token": tokens, "layer": layers, "margin": margins[tokens, columns]})
 
-    def positions(self) -> pd.DataFrame:
-        """Flips along the context, pooled over the changes of runtime settings; a row for each octave.
-
-        Columns ``start``, ``end``, ``n`` choices, ``differ``, ``rate`` with ``rate_low`` and ``rate_high``,
-        and the reference's 5th percentile of margins, ``margin_p5``.
-        """
-        n = self.reference.n_tokens
-        table = self._stretches([0, *(2**i for i in range(5, n.bit_length()) if 2**i < n), n])
-        return verdict.with_rates(table).rename(columns={"n_choices": "n", "n_differ": "differ"})
-
-    def _stretches(self, edges: list[int]) -> pd.DataFrame:
-        scored = ~self.reference.hashed
-        margins, pairs, rows = self.reference.margin[:, scored], self._pairs(), []
-        flips = sum((differ[:, scored] for *_, differ in pairs), np.zeros(margins.shape, int))
-        for start, end in pairwise(edges):
-            near = margins[start:end]
-            small = np.quantile(near, 0.05) if near.size else np.nan
-            rows.append((start, end, near.size * len(pairs), int(flips[start:end].sum()), small))
-        return pd.DataFrame(rows, columns=["start", "end", "n_choices", "n_differ", "margin_p5"])
-
-    # ---- profile, placement, another quantization ----
-
     @cached_property
     def profile(self) -> Profile | None:
         """What the routers prefer, over the short texts; None for a dense model, or where it did not run."""
@@ -260,8 +228,6 @@ class Experiment:
                 return compare.across(a, b).assign(condition=row.condition), compare.divergence(a, b)
         return pd.DataFrame(), ""
 
-    # ---- files ----
-
     def export(self, path: str | Path) -> Path:
         """Write the traces of text, profile and loads as one CSV; see `trace.export`."""
         names = [name for name in ("prefill", "profile", *self.loads) if name in self.traces]
@@ -275,7 +241,6 @@ class Experiment:
             "loads": self.load_table(),
             "claims": self.claims(),
             "layers": self.agreement().rename_axis("condition").reset_index(),
-            "positions": self.positions(),
             "flips": self.flips(),
             "across": self.across()[0],
             "placement": self.placement(),

@@ -28,50 +28,29 @@ _LOGITS, _LOGIT_ROWS = ("digest", "ids", "values"), ("digest", "values")
 
 @dataclass(frozen=True)
 class Logits:
-    """What is kept of the logits of ``n`` tokens: enough to see any change, and how large it is.
+    """What is kept of the logits of ``n`` tokens: enough to see any change, and how large it is."""
 
-    Attributes:
-        digest: XXH3-64 of all logits of a token, uint64 ``(n,)``: equal only where every bit is.
-        ids: the sampled vocabulary ids, int32 ``(s,)``.
-        values: their logits, float32 ``(n, s)``.
-    """
-
-    digest: np.ndarray
-    ids: np.ndarray
-    values: np.ndarray
+    digest: np.ndarray  # XXH3-64 of all logits of a token, uint64 (n,): equal only where every bit is
+    ids: np.ndarray  # sampled vocabulary ids, int32 (s,)
+    values: np.ndarray  # their logits, float32 (n, s)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The routing of a run over ``n`` tokens, ``L`` layers with routed experts, ``k`` experts a token.
+    """The routing of a run over ``n`` tokens, ``L`` layers with routed experts, ``k`` experts a token."""
 
-    Attributes:
-        tokens: the tokens evaluated, int32 ``(n,)``.
-        layers: block numbers, int16 ``(L,)``; none for a dense model.
-        hashed: whether a table gives the layer's experts by token id, bool ``(L,)``.
-        experts: chosen expert ids, best first, uint8 (uint16 above 256 experts) ``(n, L, k)``.
-        weights: their weights as they multiply the experts' outputs, float16 ``(n, L, k)``.
-        margin: selection score of the k-th expert minus that of the next, float32 ``(n, L)``; NaN in hash
-            layers, infinite where no other expert could be chosen.
-        n_experts: routed experts a layer.
-        conditions: the model, the settings, and how the tokens were evaluated.
-        logits: what was kept of them, if anything.
-        output: the greedy continuation, int32 ``(m,)``; its routing is not recorded. Of several sequences
-            int32 ``(sequences, m)``, -1 behind the end.
-        scores: the selection scores of all experts, float32 ``(n, L, experts)``, where they were kept.
-    """
-
-    tokens: np.ndarray
-    layers: np.ndarray
-    hashed: np.ndarray
-    experts: np.ndarray
-    weights: np.ndarray
-    margin: np.ndarray
+    tokens: np.ndarray  # evaluated, int32 (n,)
+    layers: np.ndarray  # block numbers, int16 (L,); none for a dense model
+    hashed: np.ndarray  # bool (L,): a table gives the layer's experts by token id
+    experts: np.ndarray  # chosen ids, best first, uint8 (uint16 above 256 experts) (n, L, k)
+    weights: np.ndarray  # what multiplies the experts' outputs, float16 (n, L, k)
+    margin: np.ndarray  # k-th score minus the next, float32 (n, L); NaN if hashed, infinite without a next
     n_experts: int
-    conditions: dict[str, Any] = field(repr=False)
+    conditions: dict[str, Any] = field(repr=False)  # model, settings, and how the tokens were evaluated
     logits: Logits | None = field(repr=False, default=None)
+    # the greedy continuation, int32 (m,), or (sequences, m) with -1 behind the end; its routing is not kept
     output: np.ndarray = field(repr=False, default_factory=lambda: np.zeros(0, np.int32))
-    scores: np.ndarray | None = field(repr=False, default=None)
+    scores: np.ndarray | None = field(repr=False, default=None)  # of all experts, float32 (n, L, experts)
 
     @property
     def n_tokens(self) -> int:
@@ -113,11 +92,7 @@ class Trace:
 
 
 def load_trace(path: str | Path) -> Trace:
-    """Read what ``Trace.save`` wrote.
-
-    Raises:
-        RoutingError: the file is missing or not such a file.
-    """
+    """Read what ``Trace.save`` wrote; a `RoutingError` if the file is missing or is no trace."""
     try:
         with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as stored:
             logits = [stored[f"logits_{name}"] for name in _LOGITS if "logits_ids" in stored]
@@ -150,14 +125,8 @@ def _rebuilt(traces: Sequence[Trace], change: Callable[[list[np.ndarray]], np.nd
     return replace(first, **arrays, scores=None, **more)
 
 
-# ---- traces as a table ----
-
-
 def trace_frames(trace: Trace) -> Iterable[pd.DataFrame]:
-    """The trace as tidy rows, one a chosen expert, in pieces (columns: docs/routing.md).
-
-    A trace of several sequences has their names and lengths in its conditions.
-    """
+    """The trace as tidy rows, one a chosen expert, in pieces; docs/routing.md explains the columns."""
     import pandas as pd
 
     about, (_, n_layers, k) = trace.conditions, trace.experts.shape
@@ -197,12 +166,7 @@ def require_csv(path: str | Path) -> Path:
 
 
 def export(traces: Iterable[Trace], path: str | Path) -> Path:
-    """Write traces as one CSV (``.csv``, or ``.csv.gz``), which ``pandas.read_csv(path)`` reads.
-
-    Raises:
-        RoutingError: another ending.
-        ModelError: a dense model's trace.
-    """
+    """Write traces as one CSV, which ``pandas.read_csv(path)`` reads; a dense model's is a `ModelError`."""
     path = require_csv(path)
     compression = "gzip" if path.name.endswith(".gz") else None
     with whole_file(path, "wb") as file:

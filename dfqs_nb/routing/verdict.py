@@ -12,13 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dfqs_nb.routing.compare import FIELDS, compare
 from dfqs_nb.routing.plan import IDENTICAL, Condition
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.trace import Trace
-from dfqs_nb.stats import at_most, clopper_pearson
+from dfqs_nb.stats import at_most
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,37 +36,24 @@ FIXES = {
 
 @dataclass(frozen=True)
 class Determinism:
-    """Whether routing was deterministic under identical conditions.
+    """Whether routing was deterministic under identical conditions, as the report reads it."""
 
-    Attributes:
-        passed, failed_runs: no expert set differed, and every repetition ran; those that did not.
-        routed: whether the model has routers that score; else only logits are judged.
-        n_tokens, n_layers, n_runs: token positions, the layers that score, and repeated runs: one for each
-            repetition of the text, and one for each short text.
-        n_choices, n_differ: tokens x layers, over all repetitions, and how many chose another set.
-        n_runs_differ: runs in which anything judged differed (sets; of a dense model, logits).
-        upper_bound: 95 % upper bound on the rate of such choices if choices were independent, which those of
-            one text are not: the bound on runs (``runs_upper_bound``) is the one to quote.
-        logits_equal: share of tokens whose logits were equal bit for bit.
-        same_output: whether every greedy continuation was equal.
-        load_passed, load_sentence: whether routing stays the same beside others in one batch, which is what
-            DFQS's "under standard inference loads" is judged by; None and "" where that was not judged.
-    """
-
-    passed: bool
-    routed: bool
-    n_tokens: int
-    n_layers: int
-    n_runs: int
-    n_choices: int
+    passed: bool  # no expert set differed (dense: no logit), and every repetition ran
+    routed: bool  # the model has routers that score; else only logits are judged
+    n_tokens: int  # positions, of the text and of the short texts
+    n_layers: int  # that score
+    n_runs: int  # repetitions of the text, and of each short text
+    n_choices: int  # tokens x layers, over all repetitions
     n_differ: int
     n_runs_differ: int
-    upper_bound: float
-    runs_upper_bound: float
-    logits_equal: float
-    same_output: bool
+    upper_bound: float  # 95 %, on choices, as if those of one text were independent: quote that on runs
+    runs_upper_bound: float  # 95 %, on repeated runs that differ
+    logits_equal: float  # share of tokens, bit for bit
+    same_output: bool  # every greedy continuation was equal
     failed_runs: tuple[str, ...]
-    load_passed: bool | None = None
+    load_passed: bool | None = (
+        None  # the same beside others, DFQS's "standard inference loads"; None: not judged
+    )
     load_sentence: str = ""
 
     @property
@@ -153,18 +138,12 @@ def judge(table: pd.DataFrame) -> Determinism:
     )
 
 
-def with_rates(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with ``rate`` of different sets and its exact 95 % interval ``rate_low``, ``rate_high``."""
-    pairs = table[["n_differ", "n_choices"]].to_numpy(int).tolist()
-    rows = [(x / n, *clopper_pearson(x, n)) if n else (math.nan,) * 3 for x, n in pairs]
-    rates = np.array(rows, float).reshape(-1, 3).T
-    return table.assign(**dict(zip(("rate", "rate_low", "rate_high"), rates, strict=True)))
-
-
 def sensitivities(table: pd.DataFrame) -> pd.DataFrame:
-    """The conditions that change a setting, most different first; columns as in `with_rates`."""
-    changed = with_rates(table[(table["kind"] != IDENTICAL) & (table["status"] == "done")])
-    return changed.sort_values(["rate", "logit_drift"], ascending=False, kind="stable", ignore_index=True)
+    """The conditions that change a setting, most different first, with their ``rate`` of different sets."""
+    changed = table[(table["kind"] != IDENTICAL) & (table["status"] == "done")]
+    rate = changed["n_differ"].astype(float) / changed["n_choices"].astype(float).replace(0, math.nan)
+    order = ["rate", "logit_drift"]
+    return changed.assign(rate=rate).sort_values(order, ascending=False, kind="stable", ignore_index=True)
 
 
 def advice(table: pd.DataFrame) -> list[str]:

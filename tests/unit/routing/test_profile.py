@@ -18,13 +18,7 @@ from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.routing import figures
 from dfqs_nb.routing import profile as routing_profile
 from dfqs_nb.routing.compare import across, divergence
-from dfqs_nb.routing.placement import (
-    arguments,
-    expert_bytes,
-    placement,
-    read_profile,
-    write_profile,
-)
+from dfqs_nb.routing.placement import arguments, expert_bytes, placement, read_profile, write_profile
 from dfqs_nb.routing.profile import profile_of
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.trace import Logits, Trace, export
@@ -226,9 +220,7 @@ def scored(trace: Trace, seed: int, shift: np.ndarray | float = 0.0) -> Trace:
     rng = np.random.default_rng(seed)
     scores = rng.random((*trace.experts.shape[:2], EXPERTS)).astype(np.float32)
     values = rng.normal(0, 1, (trace.n_tokens, 12)).astype(np.float32) + np.asarray(shift, np.float32)
-    kept = Logits(
-        np.zeros(trace.n_tokens, np.uint64), np.zeros(trace.n_tokens, np.int32), np.arange(12), values
-    )
+    kept = Logits(np.zeros(trace.n_tokens, np.uint64), np.arange(12), values)
     return Trace(**{**vars(trace), "scores": scores, "logits": kept})
 
 

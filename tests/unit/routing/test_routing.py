@@ -130,7 +130,6 @@ def test_logits_and_output_are_those_of_the_model_alone():
         while len(answer) < 6 and not model.ends(int(logits.argmax())):
             answer.append(int(logits.argmax()))
             logits = model.evaluate(answer[-1:])
-    assert trace.logits.best[-1] == (answer[0] if answer else trace.logits.best[-1])
     assert trace.output.tolist() == answer
 
 

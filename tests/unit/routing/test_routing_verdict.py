@@ -37,7 +37,7 @@ def trace(experts, hashed=(False, False), tokens=None, margin=None, drift=0.0, o
     experts = np.array(experts, np.uint8)
     n = len(experts)
     values = np.zeros((n, 3), np.float32) + drift
-    kept = Logits(values[:, 0].view(np.uint32).astype(np.uint64), np.zeros(n, np.int32), np.arange(3), values)
+    kept = Logits(values[:, 0].view(np.uint32).astype(np.uint64), np.arange(3), values)
     return Trace(
         np.arange(n) if tokens is None else np.array(tokens),
         np.array([3, 4], np.int16),
@@ -110,13 +110,7 @@ def test_bounds_of_long_runs_stay_finite():
 def table_of(*rows) -> pd.DataFrame:
     """The experiment's table for pairs (condition, kind, against, a, b)."""
     found = [
-        {
-            "condition": name,
-            "kind": kind,
-            "against": against,
-            "status": "done",
-            **_compared(a, b),
-        }
+        {"condition": name, "kind": kind, "against": against, "status": "done", **_compared(a, b)}
         for name, kind, against, a, b in rows
     ]
     return pd.DataFrame(found)
@@ -227,7 +221,6 @@ def test_a_planted_fault_is_caught(planted):
     assert any(line.startswith("Fix n_batch and n_ubatch") for line in planted.advice)
     found = planted.flips()
     assert len(found) == table.loc[["n_batch 7", "all by decode"], "n_differ"].sum()
-    assert planted.positions()["differ"].sum() == len(found)
     assert found["margin"].max() < 1e-4 and set(found["layer"]) <= {1, 2, 3}
 
 
