@@ -50,8 +50,8 @@ ALONE = {
     },
     "04": {
         "what the card says": ["The card says that routing"],
-        METHOD: ["It scores all experts", "The same in sentences", "- **Free**", "This matters only", "The figure pools"]
-        + ["It covers the length", "DFQS calls a context", "- **Fix for equal logits**", "Recording itself slightly"]
+        METHOD: ["It scores all experts", "The same in sentences", "- **Free**", "This matters only", "We count flips in"]
+        + ["- **Fix for equal logits**", "Recording itself slightly"]
         + ["The others are other texts", "- **Settings**", "All runs that only need", "With `budget_minutes`, lengths"]
         + ["- how often the", "Below the table, we regress", "The heat map has"],
     },
