@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from math import inf, log2
+from math import inf, log2, nan
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,6 +99,9 @@ class Counts:
 
         A length that was broken off is left out: it has fewer than half of the shortest length's texts.
         """
+        if items.empty:
+            none = np.empty((0, 0))
+            return cls(np.empty(0, int), none, none, np.empty(0, bool))
         table = items.groupby(["haystack", "length"])["correct"].agg(["sum", "count"]).unstack(fill_value=0)
         trials = table["count"].to_numpy(float)
         n_texts = (trials > 0).sum(0)
@@ -130,8 +133,8 @@ class Counts:
 
     @property
     def a_0(self) -> float:
-        """Accuracy at the shortest length."""
-        return float(self.accuracy[0])
+        """Accuracy at the shortest length; NaN where nothing was asked."""
+        return float(self.accuracy[0]) if len(self.lengths) else nan
 
     @property
     def threshold(self) -> float:
@@ -314,9 +317,11 @@ class Boundary:
         tokens: where ``right_censored``, the longest length measured, which it exceeds; 0 for a ``floor``.
         low, high: the 95 % interval; ``high`` is None where it is open.
         right_censored: the accuracy never crossed the threshold, so only a lower bound is known.
-        status: ``"measured"``, ``"right_censored"`` or ``"floor"`` (a_0 itself is at chance).
+        status: ``"measured"``, ``"right_censored"``, ``"floor"`` (a_0 itself is at chance), or
+            ``"not measured"``; then all numbers are 0 or NaN.
         cause: what ends the usable context: ``"quality"``, a runtime failure (``"n_ctx"``, ``"oom"``,
-            ``"decode_error"``, ``"nan_logits"``), or None where nothing did.
+            ``"decode_error"``, ``"nan_logits"``), or None where nothing did; ``"budget"`` where nothing was
+            measured.
         a_0, threshold, guess_rate: accuracies, see `Counts`.
         n_haystacks, n_items: texts for each length (the fewest), and answers in all.
         first_crossing: where the accuracies themselves first cross; None where they do not.
@@ -350,6 +355,8 @@ class Boundary:
         >>> Boundary(404, 350, 470, False, "measured", "quality", 0.9, 0.76, 0.0, 20, 200).sentence
         'fails at 404 tokens (95 % interval 350 to 470; cause: quality)'
         """
+        if self.status == "not measured":
+            return f"was not measured (cause: {self.cause})"
         if self.status == "floor":
             return f"no better than chance at every length (a_0 = {self.a_0:.2f})"
         notes = [f"95 % interval {self.low or 0:,} to {'open' if self.high is None else f'{self.high:,}'}"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from dfqs_nb.context.haystacks import probe_of
 from dfqs_nb.context.search import octaves
 from dfqs_nb.core import child
+from dfqs_nb.core.budget import fit
 from dfqs_nb.core.errors import StageError
 from dfqs_nb.core.machine import available_memory
 from dfqs_nb.core.stage import Stage
@@ -26,7 +27,9 @@ from dfqs_nb.llama.settings import OpenSettings, own_context
 if TYPE_CHECKING:
     import pandas as pd
 
-SPEED_CHUNK, WARM_UP = 256, 32
+PROBE_SHARE, MOST_SECONDS = 1 / 15, 30.0  # that a chunk of the probe takes: of the budget, and in all
+CHUNKS, WARM_UP = (256, 32), 8  # tokens
+LEAST_CONTEXT = 1024  # tokens that a context has, however little the budget holds
 SPARE_TOKENS = 64  # of context, for the answer
 NO_LIMIT = 8192  # tokens, where a header states no limit
 TIMEOUT_SECONDS = 600.0
@@ -37,10 +40,14 @@ TIMEOUT_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class PrefillSpeed:
-    """Prefill time of a token: ``base`` seconds, and ``by_depth`` seconds for each token before it."""
+    """Prefill time of a token: ``base`` seconds, and ``by_depth`` seconds for each token before it.
+
+    ``decode``: seconds of a token that is evaluated alone, at the beginning of a context.
+    """
 
     base: float
     by_depth: float
+    decode: float = 0.0
 
     def seconds(self, length: float, start: float = 0) -> float:
         """Seconds to evaluate the tokens from ``start`` to ``length``."""
@@ -58,11 +65,13 @@ class PrefillSpeed:
         return pd.DataFrame({"depth": list(depths), "tokens_per_second": speeds})
 
 
-def measure_prefill(model: Model, deepest: int = 1024, probe_seconds: float = 10.0) -> PrefillSpeed:
-    """Time chunks of up to 256 tokens, one after another, up to ``deepest`` or for ``probe_seconds``.
+def measure_prefill(model: Model, deepest: int = 1024, budget_seconds: float = inf) -> PrefillSpeed:
+    """Time chunks of 256 tokens, one after another, up to ``deepest`` or for 10 s.
 
-    A robust line through them (Theil and Sen's) gives the cost of a token and how it grows with depth; with
-    fewer than three chunks it is taken not to grow.
+    Chunks are smaller, and the time shorter, where a chunk would take more than a fifteenth of the budget.
+    The slowest models are timed by the first tokens alone. A robust line through the chunks (Theil and
+    Sen's) gives the cost of a token and how it grows with depth; with fewer than three chunks it is taken
+    not to grow.
     """
     from scipy.stats import theilslopes
 
@@ -75,20 +84,23 @@ def measure_prefill(model: Model, deepest: int = 1024, probe_seconds: float = 10
         return (time.perf_counter() - started) / len(chunk)
 
     model.clear()
-    size = SPEED_CHUNK if timed(tokens[:WARM_UP]) * SPEED_CHUNK < probe_seconds / 4 else WARM_UP
+    first = timed(tokens[:WARM_UP])
+    decode = min(timed(tokens[:1]) for _ in range(2))
     model.clear()
-    begun, depths, seconds = time.perf_counter(), [], []
-    for start in range(0, len(tokens), size):
+    limit = min(MOST_SECONDS, PROBE_SHARE * budget_seconds)
+    size = next((n for n in CHUNKS if n * first <= limit), 0)
+    begun, depths, seconds = time.perf_counter(), [], [] if size else [first]
+    for start in range(0, len(tokens), size) if size else ():
         chunk = tokens[start : start + size]
         seconds.append(timed(chunk))
         depths.append(start + len(chunk) / 2)
-        if time.perf_counter() - begun > probe_seconds:
+        if time.perf_counter() - begun > limit / 3:
             break
     model.clear()
     if len(depths) < 3:
-        return PrefillSpeed(min(seconds), 0.0)
+        return PrefillSpeed(min(seconds), 0.0, decode)
     slope, base, *_ = theilslopes(seconds, depths)
-    return PrefillSpeed(max(float(base), min(seconds) / 2), max(float(slope), 0.0))
+    return PrefillSpeed(max(float(base), min(seconds) / 2), max(float(slope), 0.0), decode)
 
 
 # ---- memory, before anything is opened ----
@@ -150,7 +162,7 @@ def settings_for(
     own = own_context(path)
     reach = affordable(stage) if stage and not longest else 0
     longest = min(longest or own or NO_LIMIT, own or longest or NO_LIMIT)
-    longest = max(256, min(longest, reach)) if reach else longest
+    longest = min(longest, max(LEAST_CONTEXT, reach)) if reach else longest
     failure = predict_failure(path, octaves(256, longest) or [longest], settings)
     reach = longest if failure is None else failure.length // 2
     return replace(settings, n_ctx=reach + SPARE_TOKENS), failure
@@ -170,27 +182,60 @@ def affordable(stage: Stage) -> int:
 
 
 def memory_table(
-    path: str | Path, lengths: Sequence[int], settings: OpenSettings, fill_tokens: int = 4096
+    path: str | Path,
+    lengths: Sequence[int],
+    settings: OpenSettings,
+    *,
+    measured: int | None = None,
+    fill_tokens: int = 4096,
 ) -> pd.DataFrame:
     """Predicted and measured bytes for a context of each length, filled with up to ``fill_tokens`` tokens.
 
     Columns ``n_ctx``; predicted: ``kv_bytes`` (the header's formula), ``kv_planned_bytes`` and
     ``compute_bytes`` (llama.cpp's plan, in which nothing is allocated), ``weights_bytes``,
-    ``predicted_bytes`` (cache + buffer); measured in a fresh process for each length: ``anonymous_bytes``
-    (what its own memory grew by when the model was opened and its context filled) and ``resident_bytes``
-    (everything, the mapped weights included); NaN where the system does not tell. llama.cpp reserves the
-    compute buffer for a full context, and pages of it that were never used are not resident.
+    ``predicted_bytes`` (cache + buffer); measured in a fresh process for each of the longest ``measured``
+    lengths (default: all): ``anonymous_bytes`` (what its own memory grew by when the model was opened and
+    its context filled) and ``resident_bytes`` (everything, the mapped weights included); NaN where nothing
+    is measured, or the system does not tell. llama.cpp reserves the compute buffer for a full context, and
+    pages of it that were never used are not resident.
     """
     import pandas as pd
 
     shards = open_shards(path)
     opened, rows = [replace(settings, n_ctx=n_ctx) for n_ctx in lengths], []
-    for at, plan in zip(opened, plan_memory(shards.paths[0], opened), strict=True):
+    first = 0 if measured is None else len(opened) - measured
+    for number, (at, plan) in enumerate(zip(opened, plan_memory(shards.paths[0], opened), strict=True)):
         types: dict[str, Any] = {"type_k": at.type_k, "type_v": at.type_v, "swa_full": at.swa_full}
         kv = kv_cache_bytes(shards.headers[0], at.n_ctx, min(at.n_batch, at.n_ubatch), **types).total
-        job = {"path": str(shards.paths[0]), "fill_tokens": fill_tokens, "settings": at.as_dict()}
-        taken = child.run("dfqs_nb.context.memory_child", job, where=path, timeout_seconds=TIMEOUT_SECONDS)
         plans = {"kv_bytes": kv, "kv_planned_bytes": plan["kv_bytes"], "compute_bytes": plan["compute_bytes"]}
         whole = {"weights_bytes": weights_bytes(shards.as_one), "predicted_bytes": kv + plan["compute_bytes"]}
+        taken = {"anonymous_bytes": nan, "resident_bytes": nan}
+        if number >= first:
+            job = {"path": str(shards.paths[0]), "fill_tokens": fill_tokens, "settings": at.as_dict()}
+            taken = child.run(
+                "dfqs_nb.context.memory_child", job, where=path, timeout_seconds=TIMEOUT_SECONDS
+            )
         rows.append({"n_ctx": at.n_ctx, **plans, **whole, **taken})
     return pd.DataFrame(rows)
+
+
+def memory_within(model: Model, speed: PrefillSpeed, lengths: Sequence[int], stage: Stage) -> pd.DataFrame:
+    """`memory_table` of an opened (or closed) model, measured as far as the stage's budget allows.
+
+    Each length loads the model again. Cut in this order: 1,024 tokens that fill a context, the shortest
+    lengths, 256 and 64 tokens; then memory is only predicted. The stage notes the cuts.
+    """
+    lengths = [n for n in lengths if n >= 256] or list(lengths)
+    cuts = [{"fill": 1024}, *({"lengths": k} for k in range(len(lengths) - 1, 0, -1))]
+    cuts += [{"fill": 256}, {"fill": 64}, {"lengths": 0}]
+
+    def cost(plan: dict[str, int]) -> float:
+        measured = lengths[len(lengths) - plan["lengths"] :]
+        return sum(model.load_seconds + speed.seconds(min(n, plan["fill"])) for n in measured)
+
+    whole = {"lengths": len(lengths), "fill": min(4096, lengths[-1])}
+    plan = fit(whole, cuts, cost, 0.9 * stage.seconds_left)
+    n = plan.values["lengths"]
+    if n < len(lengths):
+        stage.leave_out([f"memory of {n} of {len(lengths)} lengths" if n else "memory: not measured"])
+    return memory_table(model.path, lengths, model.settings, measured=n, fill_tokens=plan.values["fill"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from dfqs_nb.context.plan import Plan
 from dfqs_nb.context.search import search_lengths
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.files import parse_json
-from dfqs_nb.core.journal import Journal, holds
+from dfqs_nb.core.journal import Journal, holds, remembered
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama.model import TOLERANCE, DecodeError, Model, ReuseCheck, SavedState, check_reuse
 from dfqs_nb.stats import wilson
@@ -29,7 +30,7 @@ from dfqs_nb.stats import wilson
 if TYPE_CHECKING:
     import pandas as pd
 
-JOURNAL = "long_context_items.jsonl"
+JOURNAL, REUSE = "long_context_items.jsonl", ".long_context.reuse.json"
 ITEM = {  # what an answer in it holds
     **dict.fromkeys(("task", "question", "expected", "answer"), str),
     **dict.fromkeys(("haystack", "length", "n_prompt", "n_needles", "n_evaluated"), int),
@@ -103,7 +104,7 @@ class Run:
     def retrieval(self) -> pd.DataFrame:
         """The answers that the curve is made of: those of the probe's first task."""
         items = self.items
-        return items[items["task"] == self.plan.probe.tasks[0]] if len(items) else items
+        return items[items["task"] == self.plan.probe.tasks[0]]
 
     @property
     def evaluated_tokens(self) -> int:
@@ -114,7 +115,7 @@ class Run:
     @property
     def ratio(self) -> float:
         """Evaluated tokens in units of the plan's longest length x texts."""
-        return self.evaluated_tokens / (self.plan.longest * self.plan.n_haystacks)
+        return self.evaluated_tokens / (self.plan.longest * max(1, self.plan.n_haystacks))
 
     def counts(self) -> Counts:
         """Counts of the first task, which the curve and the boundary are made of."""
@@ -126,7 +127,11 @@ class Run:
 
     def boundary(self) -> Boundary:
         """The smaller of the quality boundary and the first runtime failure."""
-        boundary, failure = self.counts().boundary(), self.failure
+        counts, failure = self.counts(), self.failure
+        if not len(counts.lengths):
+            cause = failure.cause if failure else "budget"
+            return Boundary(0, None, None, False, "not measured", cause, nan, nan, nan, 0, 0)
+        boundary = counts.boundary()
         return boundary if failure is None else boundary.capped(failure.length, failure.cause)
 
     def tasks(self) -> pd.DataFrame:
@@ -158,17 +163,18 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """What the stage file says of the run; the two metrics of DFQS 1.0 among it."""
         counts, boundary, tasks = self.counts(), self.boundary(), self.tasks()
-        curve = counts.curve()
+        curve, measured = counts.curve(), boundary.status != "not measured"
         planned = curve[curve["planned"]]
         first = tasks[tasks["task"] == self.plan.probe.tasks[0]]
         wrong = {name: int(first[name].sum()) for name in ("wrong", "another_key")}
         return {
             "tier": self.plan.probe.tier,
             "context_stability_curve": planned["curve"].tolist(),
-            "failure_boundary_tokens": boundary.tokens,
+            "failure_boundary_tokens": boundary.tokens if measured else None,
             "curve": planned.to_dict("records"),
             "refined": curve[~curve["planned"]].to_dict("records"),
-            "boundary": boundary.as_dict(),
+            "boundary": boundary.as_dict() if measured else None,
+            "not_measured": "" if measured else "; ".join(self.plan.left_out) or boundary.sentence,
             "largest_fall": counts.largest_fall(),
             "guess": {"rate": counts.guess_rate, "keys": self.plan.probe.needles, **wrong},
             "tasks": tasks.to_dict("records"),
@@ -186,10 +192,11 @@ class Run:
             losses: see `HeldOut.loss_by_position`.
         """
         boundary, facts = self.boundary(), self.facts()
-        guess = facts["guess"]
-        accuracies = f"a_0 = {boundary.a_0:.2f}, threshold {boundary.threshold:.2f}, n = {boundary.n_items}"
-        wrong = f"{guess['another_key']} of {guess['wrong']} wrong answers are another key's"
-        lines = [boundary.sentence, f"{accuracies}, guess rate {guess['rate']:.2f} ({wrong})"]
+        guess, lines = facts["guess"], [boundary.sentence]
+        if not facts["not_measured"]:
+            wrong = f"{guess['another_key']} of {guess['wrong']} wrong answers are another key's"
+            of = f"a_0 = {boundary.a_0:.2f}, threshold {boundary.threshold:.2f}, n = {boundary.n_items}"
+            lines.append(f"{of}, guess rate {guess['rate']:.2f} ({wrong})")
         stage.add(self.journal.path)
         stage.finish(
             conditions={**conditions, **self.plan.conditions()},
@@ -210,7 +217,8 @@ def item_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
     items = [{key: value for key, value in row.items() if key != "id"} for row in rows if "question" in row]
     order = ["length", "haystack", "task", "depth"]
-    return pd.DataFrame(items).sort_values(order, ignore_index=True) if items else pd.DataFrame()
+    frame = pd.DataFrame(items) if items else pd.DataFrame(columns=list(ITEM))
+    return frame.sort_values(order, ignore_index=True)
 
 
 def _is_whole(row: dict[str, Any]) -> bool:
@@ -259,7 +267,7 @@ def depth_tiles(items: pd.DataFrame) -> pd.DataFrame:
     Depth is cut into up to five parts, fewer where there are few questions. Cells of fewer than 10 questions
     are left out.
     """
-    n_least = int(items.groupby("length").size().min())
+    n_least = int(items.groupby("length").size().min()) if len(items) else 0
     n_parts = max(1, min(N_STRATA, n_least // USUAL_CELL))
     part = (items["depth"] * n_parts).astype(int).clip(0, n_parts - 1) / n_parts
     table = items.assign(depth=part).groupby(["length", "depth"])["correct"].agg(["sum", "count"])
@@ -271,12 +279,20 @@ def depth_tiles(items: pd.DataFrame) -> pd.DataFrame:
 class _Measurement:
     """Asks what the journal does not hold yet, text by text."""
 
-    def __init__(self, run: Run, haystacks: Haystacks, asker: Asker | StandIn, n_ctx: int) -> None:
-        self.run, self.haystacks, self.asker, self.n_ctx = run, haystacks, asker, n_ctx
-        self.started = time.perf_counter()
+    def __init__(
+        self,
+        run: Run,
+        haystacks: Haystacks,
+        asker: Asker | StandIn,
+        n_ctx: int,
+        started: float,
+        planned: float,
+    ) -> None:
+        self.run, self.haystacks, self.asker, self.n_ctx, self.started = run, haystacks, asker, n_ctx, started
+        # seconds of what was evaluated so far: by the plan, and really
+        self._planned, self._taken = planned, time.perf_counter() - started if planned else 0.0
         self.bar = tqdm(total=run.plan.tokens(), unit="tok", unit_scale=True, desc="long context")
         self._measured: set[int] = set()
-        self._planned = self._taken = 0.0  # seconds of the texts so far: by the plan, and really
 
     def length(self, length: int, planned: bool) -> Counts | None:
         """Ask about all texts of a length; the counts of all lengths so far, or None to end the search."""
@@ -328,8 +344,6 @@ class _Measurement:
 
     def _over_budget(self, length: int) -> bool:
         plan, spent = self.run.plan, time.perf_counter() - self.started
-        if not self._measured and not self._planned:
-            return False  # the first text is always asked: a run without an answer says nothing
         slower = max(1.0, self._taken / self._planned) if self._planned else 1.0
         # never, without a speed (NaN)
         return spent + slower * plan.text_seconds(length) > plan.budget_seconds
@@ -356,24 +370,34 @@ def measure(
         fresh: measure again what the journal holds.
         reuse_tolerance: of a logit, within which asking from a saved state counts as equal to asking afresh.
     """
+    started, planned = time.perf_counter(), 0.0
     haystacks = Haystacks(frame_of(model, plan.probe), plan.probe, plan.grid[0])
-    reuse = None
-    if plan.reuse and isinstance(model, Model):
-        case = haystacks.case(0, plan.grid[0])
-        prompts = [question.prompt for question in case.questions[:2]]
-        reuse = check_reuse(model, [case.body], prompts, reuse_tolerance)
+    reuse, conditions = None, {**model.conditions(), "model_sha256": model_sha256}
+    if plan.reuse and plan.n_haystacks and isinstance(model, Model):
+        case, (n_tokens, n_questions) = haystacks.case(0, plan.grid[0]), plan.check
+        prompts = [question.prompt for question in case.questions[:n_questions]]
+
+        def check() -> dict[str, Any]:
+            nonlocal planned
+            planned = plan.check_seconds
+            return asdict(check_reuse(model, [case.body[:n_tokens]], prompts, reuse_tolerance))
+
+        # kept, because a slow model takes minutes for it
+        about = {**conditions, **plan.conditions(), "tolerance": reuse_tolerance}
+        reuse = ReuseCheck(**remembered(Path(folder) / REUSE, about, check, fresh=fresh))
         if not reuse.allowed:
             plan = replace(plan, reuse=False, rounds=0)
-    conditions = {**model.conditions(), **plan.conditions(), "model_sha256": model_sha256}
+    conditions |= plan.conditions()
     journal = Journal(Path(folder) / JOURNAL, conditions, fresh=fresh, whole=_is_whole)
     plan = plan if predicted is None else plan.up_to(max(plan.grid[0], predicted.length - 1))
-    run = Run(plan, reuse, journal, failure=predicted)
+    run = Run(plan, reuse, journal, failure=predicted, budget_hit=not plan.n_haystacks)
     asker = Asker(model, plan.reuse) if isinstance(model, Model) else model
-    measurement = _Measurement(run, haystacks, asker, model.settings.n_ctx)
+    measurement = _Measurement(run, haystacks, asker, model.settings.n_ctx, started, planned)
     try:
-        search_lengths(measurement.length, plan.grid, rounds=plan.rounds, in_a_row=plan.in_a_row)
+        if plan.n_haystacks:
+            search_lengths(measurement.length, plan.grid, rounds=plan.rounds, in_a_row=plan.in_a_row)
     finally:
         measurement.bar.close()
         model.clear()
-    run.seconds = time.perf_counter() - measurement.started
+    run.seconds = time.perf_counter() - started
     return run

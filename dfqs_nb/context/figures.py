@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 LINE: dict[str, Any] = {"fmt": "o-", "color": PALETTE[0], "capsize": 3, "linewidth": 1}
 
 
+def _nothing(what: str, ax: Axes | None) -> Axes:
+    """In the place of a figure whose table has no rows."""
+    ax = new_axes(ax, 0.6)
+    ax.set_axis_off()
+    set_title(ax, f"{what}: not measured")
+    return ax
+
+
 def context_curve(
     curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None = None, label: str = ""
 ) -> Axes:
@@ -37,6 +45,8 @@ def context_curve(
         boundary: ``Boundary.as_dict()``.
         label: of the model, where several share the axes.
     """
+    if curve.empty:
+        return _nothing("Retrieval by length", ax)
     first = ax is None or not ax.lines
     ax = new_axes(ax, 3.6)
     colour = PALETTE[0] if first else PALETTE[5]
@@ -96,6 +106,8 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Args:
         tiles: columns ``length``, ``depth`` and ``depth_end`` (edges, 0 to 1), ``correct`` and ``n``.
     """
+    if tiles.empty:
+        return _nothing("Retrieval by depth (fewer than 10 questions a length)", ax)
     strata = [
         f"{start:.0%} to {end:.0%}" for start, end in zip(tiles["depth"], tiles["depth_end"], strict=True)
     ]
@@ -113,6 +125,8 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 def tasks_by_length(run: TaskRun, ax: Axes | None = None) -> Axes:
     """A tile for each task and length: the share of right answers, with its count; empty where not asked."""
+    if run.items.empty:
+        return _nothing("Tasks by length", ax)
     effective = run.effective()
     ax = _tiles(run.table().rename(columns={"task": "row"}), "right", ax)
     ax.set_xlabel("text, question and answer (tokens); empty: not asked")
@@ -149,6 +163,8 @@ def loss_by_position(losses: pd.DataFrame, ax: Axes | None = None) -> Axes:
         losses: columns ``start``, ``end`` (tokens), ``texts``, ``loss`` (nats a token), ``low``, ``high`` and
             ``source``.
     """
+    if losses.empty:
+        return _nothing("Loss by position", ax)
     ax = new_axes(ax)
     middle = (losses["start"] * losses["end"]) ** 0.5
     ax.errorbar(middle, losses["loss"], yerr=whiskers(losses, "loss"), **LINE)
@@ -200,8 +216,12 @@ def cost_by_length(costs: pd.DataFrame, memory: pd.DataFrame, ax: Axes | None = 
     labels = [str(line.get_label()) for line in lines]
     below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
     ax.legend(handles=lines, labels=labels, frameon=False, fontsize=8, **below)
-    grown = memory[["anonymous_bytes", "predicted_bytes"]].iloc[-1] - memory.iloc[0]
-    times = memory["n_ctx"].iloc[-1] / memory["n_ctx"].iloc[0]
+    seen = memory.dropna(subset=["anonymous_bytes"])
+    if len(seen) < 2:
+        set_title(ax, "Predicted memory of a context; the growth was not measured")
+        return ax
+    grown = seen[["anonymous_bytes", "predicted_bytes"]].iloc[-1] - seen.iloc[0]
+    times = seen["n_ctx"].iloc[-1] / seen["n_ctx"].iloc[0]
     set_title(
         ax,
         f"{times:,.0f} times the context takes {grown['anonymous_bytes'] / 1e6:,.1f} MB more memory "
@@ -241,6 +261,8 @@ def routing_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes
         positions: columns ``start``, ``end`` (tokens), ``choices``, ``overlap``, ``low``, ``high``
             (range over halves of the texts), ``chance`` and ``margin_median``.
     """
+    if positions.empty:
+        return _nothing("Routing by position (of a model with routed experts)", ax)
     ax = new_axes(ax)
     middle = (positions["start"] * positions["end"]) ** 0.5
     overlap, chance, margin = positions["overlap"], positions["chance"], positions["margin_median"]

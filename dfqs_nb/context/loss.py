@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from math import log
+from math import inf, log, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dfqs_nb.context.haystacks import Frame, Haystacks, Probe, frame_of, sentences
+from dfqs_nb.context.plan import Plan
 from dfqs_nb.context.routing import usage_by_position
+from dfqs_nb.core.budget import fit
+from dfqs_nb.core.stage import Stage
+from dfqs_nb.gguf.facts import tokenizer
+from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import RecordedModel, Trace, open_recorded
 from dfqs_nb.stats import mean_interval
@@ -22,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CHUNK_TOKENS = 128  # evaluated at once, so that logits take little memory
+LOGIT_SECONDS = 3e-8  # that a logit takes to become a probability, measured on one core
 FIRST_BAND = 32  # tokens before it belong to the chat template
 
 
@@ -41,11 +48,6 @@ class HeldOut:
     edges: tuple[tuple[int, int], ...]
     source: float
 
-    @property
-    def routed(self) -> bool:
-        """Whether the model has routed experts."""
-        return self.traces[0].routed
-
     def loss_by_position(self) -> pd.DataFrame:
         """Mean loss in bands of position.
 
@@ -63,33 +65,75 @@ class HeldOut:
         return pd.DataFrame(rows, columns=names)
 
     def routing_by_position(self) -> pd.DataFrame:
-        """Expert usage and router margins by position; see `usage_by_position`.
+        """Expert usage and router margins by position; see `usage_by_position`. Empty for a dense model."""
+        return usage_by_position([trace for trace in self.traces if trace.routed], self.edges)
 
-        Raises:
-            ModelError: a dense model.
-        """
-        self.traces[0].require_routed()
-        return usage_by_position(self.traces, self.edges)
+
+UNREAD = HeldOut(np.empty((0, 0)), (), (), nan)  # where the budget holds no text
 
 
 def read_held_out(
-    path: str | Path, settings: OpenSettings, probe: Probe, n_tokens: int, n_texts: int = 6
+    path: str | Path,
+    settings: OpenSettings,
+    probe: Probe,
+    n_tokens: int,
+    n_texts: int = 6,
+    budget_seconds: float = inf,
 ) -> HeldOut:
     """Evaluate held-out texts, with a recorder on the routers.
+
+    No text is begun that is not expected to end in the budget. A single text counts as none.
 
     Raises:
         DecodeError: a text does not fit the context.
     """
+    began, slowest = time.monotonic(), 0.0
     with open_recorded(path, settings, trial=False) as recorded:
         haystacks = Haystacks(frame_of(recorded.model, probe), probe)
         losses, traces = [], []
         for number in range(n_texts):
+            started = time.monotonic()
+            if number and started - began + slowest > budget_seconds:
+                break
             tokens = held_out_text(haystacks, number, n_tokens)
             losses.append(token_losses(recorded, tokens))
             traces.append(recorded.trace(tokens))
+            slowest = max(slowest, time.monotonic() - started)
         source = source_entropy(haystacks.frame, probe)
+    if len(losses) < 2:
+        return UNREAD
     edges = bands(max(FIRST_BAND, len(haystacks.frame.head)), n_tokens)
     return HeldOut(np.stack(losses), tuple(traces), tuple(edges), source)
+
+
+def held_out_within(model: Model, plan: Plan, n_texts: int, stage: Stage) -> HeldOut:
+    """`read_held_out` to the plan's longest length, or as far as half of the stage's budget allows.
+
+    The model is loaded anew. Cut in this order: 4 texts, shorter texts down to 128 tokens, 2 texts, none.
+    The stage notes the cuts.
+
+    Args:
+        model: closed, so that its weights lie in memory once.
+        plan: its speed is what a text costs.
+    """
+    speed, seconds, n_vocab = (
+        plan.speed,
+        stage.seconds_left / 2,
+        tokenizer(model.header)["vocabulary (tokens)"],
+    )
+    cuts = [{"texts": 4}, *({"tokens": plan.longest >> k} for k in range(1, 20) if plan.longest >> k >= 128)]
+
+    def cost(cut: dict[str, int]) -> float:
+        each = (speed.seconds(cut["tokens"]) if speed else 0.0) + cut["tokens"] * n_vocab * LOGIT_SECONDS
+        return model.load_seconds + cut["texts"] * each if cut["texts"] else 0.0
+
+    names = {"texts": "held-out texts", "tokens": "tokens of a held-out text"}
+    whole = {"texts": n_texts, "tokens": plan.longest}
+    fitted = fit(whole, [*cuts, {"texts": 2}, {"texts": 0}], cost, seconds, names)
+    n, n_tokens = fitted.values["texts"], fitted.values["tokens"]
+    held_out = read_held_out(model.path, model.settings, plan.probe, n_tokens, n, seconds) if n else UNREAD
+    stage.leave_out(["loss and routing by position: not measured"] if held_out is UNREAD else fitted.left_out)
+    return held_out
 
 
 def token_losses(recorded: RecordedModel, tokens: Sequence[int]) -> np.ndarray:

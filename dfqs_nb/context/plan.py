@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
-from math import inf, nan
+from math import ceil, inf, nan
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.context.cost import SPARE_TOKENS, PrefillSpeed, measure_prefill
 from dfqs_nb.context.haystacks import Haystacks, Probe, StandIn, frame_of, probe_of
 from dfqs_nb.context.search import octaves
-from dfqs_nb.core.budget import Fitted, counted, duration, fit
+from dfqs_nb.core.budget import counted, duration, fit
+from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama.model import Model
@@ -17,7 +19,9 @@ from dfqs_nb.llama.model import Model
 if TYPE_CHECKING:
     import pandas as pd
 
-LOGIT_SECONDS = 3e-8  # that a logit takes to become a probability, measured on one core
+CURVE_SHARE = 0.6  # of the budget that the curve takes while notebook 05's other parts have a share
+ALONE_SHARE = 0.9  # that it, or any part, takes at most; the rest is for tables, figures and files
+CHECK_TOKENS = 64  # of the text that the check of reuse reads, where only one text is asked about
 PROTOCOL = "fixed keys, fresh texts for each length"  # answers under another one are not comparable
 
 
@@ -28,7 +32,8 @@ class Plan:
     Attributes:
         probe: the prompt set; it fixes the number of keys.
         grid: planned lengths in tokens of context, ascending; the answer begins at about that depth.
-        n_haystacks: texts for each length, and twice as many for the shortest, which a_0 comes from.
+        n_haystacks: texts for each length, and twice as many for the shortest, which a_0 comes from; where
+            it is 1, one for the shortest, too; 0: nothing is asked, because no budget holds the least plan.
         question_tokens: tokens evaluated for a question.
         reuse: ask every question of a text from its saved state.
         rounds, in_a_row: see `search_lengths`.
@@ -56,7 +61,12 @@ class Plan:
 
     def n_texts(self, length: int) -> int:
         """Texts asked about at a length."""
-        return self.n_haystacks * (2 if length == self.grid[0] else 1)
+        return self.n_haystacks * (2 if length == self.grid[0] and self.n_haystacks > 1 else 1)
+
+    @property
+    def check(self) -> tuple[int, int]:
+        """Tokens and questions of the text on which `measure` checks that reuse changes nothing."""
+        return (self.grid[0], 2) if self.n_haystacks > 1 else (min(CHECK_TOKENS, self.grid[0]), 1)
 
     def n_questions(self, planned: bool = True) -> int:
         """Questions about a text; the two-hop one is asked at planned lengths only."""
@@ -75,8 +85,16 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Seconds that the planned lengths take; NaN if the plan is not timed."""
-        return sum(self.n_texts(length) * self.text_seconds(length) for length in self.grid)
+        """Seconds that the planned lengths take, with the check of reuse; NaN if the plan is not timed."""
+        return self.check_seconds + sum(self.n_texts(n) * self.text_seconds(n) for n in self.grid)
+
+    @property
+    def check_seconds(self) -> float:
+        """Seconds that the check of reuse takes; 0 without one, or where the plan is not timed."""
+        if not self.reuse or self.speed is None:
+            return 0.0
+        size, n = self.check
+        return (n + 1) * self.speed.seconds(size) + 2 * n * self.question_tokens * self.speed.base
 
     def text_seconds(self, length: int) -> float:
         """Seconds that a text of this length takes with its questions."""
@@ -101,75 +119,68 @@ class Plan:
         plans = [self.up_to(length) for length in self.grid]
         rows = [(plan.longest, plan.tokens(), plan.seconds) for plan in plans]
         table = pd.DataFrame(rows, columns=["longest", "evaluated_tokens", "seconds"])
-        return table.assign(within_budget=table["seconds"] <= self.budget_seconds)
+        return table.assign(within_budget=table["seconds"] <= CURVE_SHARE * self.budget_seconds)
 
     def within_budget(self) -> Plan:
-        """The plan cut until its budget holds it: texts a length first, then the longest lengths.
+        """The plan cut until the budget holds it.
 
-        The order: 6 and 4 texts, lengths down to four of them, 2 texts, the other lengths, one text. What is
-        left then is measured even where it takes longer.
+        The order: 6 and 4 texts a length, lengths down to four of them; then the other parts of notebook 05
+        lose their share; 2 texts, the other lengths, one text; then nothing is asked.
         """
-        n = len(self.grid)
-        cuts = [{"texts": 6}, {"texts": 4}, *({"lengths": k} for k in range(n - 1, 3, -1))]
-        cuts += [{"texts": 2}, *({"lengths": k} for k in range(min(n, 4), 0, -1)), {"texts": 1}]
+        n, budget = len(self.grid), self.budget_seconds
+        cuts = [{"texts": 6}, {"texts": 4}, *({"lengths": k} for k in range(n - 1, 3, -1)), {"others": 0}]
+        cuts += [{"texts": 2}, *({"lengths": k} for k in range(min(n, 4), 0, -1)), {"texts": 1}, {"texts": 0}]
 
         def made(cut: dict[str, int]) -> Plan:
             return replace(self, n_haystacks=cut["texts"], grid=self.grid[: cut["lengths"]])
 
-        if self.budget_seconds == inf:
+        def cost(cut: dict[str, int]) -> float:
+            beside = 1 - (CURVE_SHARE if cut["others"] else ALONE_SHARE)
+            return beside * budget + (made(cut).seconds if cut["texts"] else 0)
+
+        if budget == inf or self.speed is None:
             return self
-        whole = {"texts": self.n_haystacks, "lengths": n}
-        plan = made(fit(whole, cuts, lambda cut: made(cut).seconds, self.budget_seconds).values)
+        plan = made(fit({"texts": self.n_haystacks, "lengths": n, "others": 1}, cuts, cost, budget).values)
         left_out = []
-        if plan.n_haystacks < self.n_haystacks:
+        if 0 < plan.n_haystacks < self.n_haystacks:
             left_out.append(f"{counted(plan.n_haystacks, 'texts a length')}, not {self.n_haystacks}")
-        if plan.longest < self.longest:
+        if plan.n_haystacks and plan.longest < self.longest:
             left_out.append(f"lengths above {plan.longest:,} tokens, of up to {self.longest:,}")
         return replace(plan, left_out=tuple(left_out))
 
     def kept(self, stage: Stage, model_sha256: str, *, fresh: bool = False) -> Plan:
-        """The plan within its budget, or as an earlier run of the stage cut it; the stage notes the cuts."""
+        """The plan within its budget, or as an earlier run of the stage cut it; the stage notes the cuts.
+
+        Its budget is the curve's own. A plan that asks nothing is not kept.
+        """
 
         def make() -> dict[str, Any]:
             cut = self.within_budget()
             return {"grid": cut.grid, "n_haystacks": cut.n_haystacks, "left_out": cut.left_out}
 
-        made = stage.plan({**self.conditions(), "model": model_sha256}, make, fresh=fresh)
-        stage.leave_out(made["left_out"])
-        grid, left_out = tuple(made["grid"]), tuple(made["left_out"])
-        return replace(self, grid=grid, n_haystacks=made["n_haystacks"], left_out=left_out)
+        conditions = {**self.conditions(), "model": model_sha256}
+        made = stage.plan(conditions, make, fresh=fresh)
+        if not made["n_haystacks"]:
+            made = stage.plan(conditions, make, fresh=True)
+        plan = replace(self, grid=tuple(made["grid"]), n_haystacks=made["n_haystacks"])
+        left_out = tuple(made["left_out"]) if plan.n_haystacks else (self._missing(stage),)
+        stage.leave_out(left_out)
+        share = CURVE_SHARE if plan.seconds <= CURVE_SHARE * self.budget_seconds else ALONE_SHARE
+        return replace(plan, left_out=left_out, budget_seconds=share * self.budget_seconds)
 
-    def held_out(self, n_texts: int, n_vocab: int, seconds: float) -> Fitted:
-        """How many held-out texts (``texts``), of how many ``tokens``, these seconds hold; at least two.
-
-        Args:
-            n_vocab: a logit for each is turned into a probability.
-        """
-        speed, halves = self.speed, [self.longest >> k for k in range(1, 20) if self.longest >> k >= 256]
-        if speed is None:
-            return Fitted({"texts": n_texts, "tokens": self.longest}, nan, nan)
-        cuts = [{"texts": 4}, *({"tokens": n} for n in halves), {"texts": 2}]
-
-        def cost(plan: dict[str, int]) -> float:
-            return plan["texts"] * (speed.seconds(plan["tokens"]) + plan["tokens"] * n_vocab * LOGIT_SECONDS)
-
-        names = {"texts": "held-out texts", "tokens": "tokens of a held-out text"}
-        return fit({"texts": n_texts, "tokens": self.longest}, cuts, cost, seconds, names)
-
-    def filled(self, load_seconds: float, seconds: float) -> tuple[list[int], int, list[str]]:
-        """Lengths whose memory is measured, the tokens that fill each, and what these seconds leave out."""
-        lengths = [n for n in self.grid if n >= 256] or list(self.grid)
-        wanted, fill = list(lengths), 4096
-        while len(lengths) > 1 and len(lengths) * load_seconds > seconds / 2:
-            lengths.pop(0)
-        while fill > 256 and self.speed and len(lengths) * self.speed.seconds(fill) > seconds / 2:
-            fill //= 2
-        kept = f"memory of {counted(len(lengths), 'lengths')}, not {len(wanted)}"
-        return lengths, fill, [kept] if lengths != wanted else []
+    def _missing(self, stage: Stage) -> str:
+        """That nothing is measured, what the least plan takes, and the command that measures it."""
+        least = replace(self, n_haystacks=1, grid=self.grid[:1]).seconds
+        used = stage.budget_seconds - stage.seconds_left
+        minutes = ceil((least / ALONE_SHARE + used) * 1.2 / 60)
+        command = f"dfqs-nb run 05 07 --run {quoted(stage.folder.name)} -p budget_minutes={minutes}"
+        return f"the curve and the boundary: not measured (the least takes {duration(least)}; `{command}`)"
 
     @property
     def cost_sentence(self) -> str:
         """The cost of the whole plan, and of a shorter one, as a sentence; and what the budget took away."""
+        if not self.n_haystacks:
+            return "; ".join(self.left_out)
         text = f"the curve to {self.longest:,} tokens will take about {duration(self.seconds)}"
         shorter = [self.up_to(length) for length in self.grid if length <= self.longest / 4][-1:]
         for plan in shorter:
@@ -224,5 +235,7 @@ def make_plan(
     many = reuse and probe.needles > 1
     speed = None
     if isinstance(model, Model) and (timed or budget_seconds < inf):
-        speed = measure_prefill(model, longest)
+        began = time.monotonic()
+        speed = measure_prefill(model, longest, budget_seconds)
+        budget_seconds -= time.monotonic() - began
     return Plan(probe, grid, n_haystacks, n, many, rounds, in_a_row, budget_seconds, speed)

@@ -28,6 +28,9 @@ def usage_by_position(traces: Sequence[Trace], edges: Sequence[tuple[int, int]])
     """
     import pandas as pd
 
+    names = "start end choices overlap low high chance margin_p5 margin_median"
+    if not traces:
+        return pd.DataFrame(columns=names.split())
     scored = ~traces[0].hashed
     usage = np.stack([_usage(trace, scored, edges) for trace in traces])
     halves = _halves(usage)
@@ -38,7 +41,6 @@ def usage_by_position(traces: Sequence[Trace], edges: Sequence[tuple[int, int]])
         chance = [_overlap(a[band], b[band]) for a, b in halves]
         limits, tail = (min(overlaps), max(overlaps)), np.quantile(margins, (0.05, 0.5))
         rows.append((start, end, len(margins), np.mean(overlaps), *limits, np.mean(chance), *tail))
-    names = "start end choices overlap low high chance margin_p5 margin_median"
     return pd.DataFrame(rows, columns=names.split())
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel
 
 from dfqs_nb.context.boundary import SHARE
+from dfqs_nb.context.cost import PrefillSpeed
 from dfqs_nb.context.haystacks import Probe, around, sentences
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import PromptError
@@ -26,7 +27,6 @@ from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.generate import TextStream
 from dfqs_nb.llama.model import Model
-from dfqs_nb.llama.timing import probe
 from dfqs_nb.stats import wilson
 
 if TYPE_CHECKING:
@@ -251,6 +251,13 @@ class TaskRun:
     left_out: tuple[str, ...] = ()
     ended: tuple[str, ...] = ()
 
+    @property
+    def missing(self) -> list[str]:
+        """What the budget left out, in at most a sentence."""
+        if self.items.empty:
+            return ["the table of tasks: not measured"]
+        return [f"{len(self.left_out)} cells of the table of tasks"] if self.left_out else []
+
     def table(self) -> pd.DataFrame:
         """By task and length: ``n``, ``right``, ``recall``, ``guess``, ``accuracy``, ``low``, ``high``."""
         columns = ["task", "length", "right", "recall", "guess"]  # also where there are no answers
@@ -285,6 +292,7 @@ def measure_tasks(
     model: Model,
     folder: str | Path,
     lengths: Sequence[int],
+    speed: PrefillSpeed,
     *,
     tasks: Sequence[str] = (),
     n_texts: int = 12,
@@ -299,6 +307,7 @@ def measure_tasks(
     Args:
         folder: receives ``long_context_tasks.jsonl``.
         lengths: tokens of text, question and answer.
+        speed: of the model; see `measure_prefill`.
         tasks: names; none: all of the set.
         budget_seconds: no text is begun that is not expected to end in time.
 
@@ -317,14 +326,14 @@ def measure_tasks(
     conditions: dict[str, Any] = {**model.conditions(), **writer.tasks.identity(), "model": model_id}
     conditions |= {"filler": writer.probe.identity(), "answer": ANSWER_RULE}
     journal = Journal(Path(folder) / "long_context_tasks.jsonl", conditions, fresh=fresh)
-    pace, began, spent = probe(model), time.monotonic(), 0.0
+    began, spent = time.monotonic(), 0.0
     rows: list[dict[str, Any]] = []
     base: dict[str, list[bool]] = {task: [] for task in chosen}
     left_out: Counter[tuple[str, int]] = Counter()
     # in turn, so that a short budget leaves every task of a length some texts
     turns = [(n, number, task) for n in lengths for number in range(n_texts) for task in chosen]
     for length, number, task in tqdm(turns, desc="texts", leave=False):
-        key, cost = f"{task}/{length}/{number}", pace.seconds(length, ANSWER_TOKENS)
+        key, cost = f"{task}/{length}/{number}", _seconds(speed, length)
         if key not in journal:
             elapsed = time.monotonic() - began
             late = elapsed + cost * (max(1.0, elapsed / spent) if spent else 1.0) > budget_seconds
@@ -346,10 +355,13 @@ def measure_tasks(
     return TaskRun(pd.DataFrame(rows), tuple(missing), tuple(ended))
 
 
-def planned_seconds(model: Model, lengths: Sequence[int], n_tasks: int, n_texts: int) -> float:
-    """What `measure_tasks` will take at the speed of a few tokens; long texts take somewhat longer."""
-    pace = probe(model)
-    return n_tasks * n_texts * sum(pace.seconds(length, ANSWER_TOKENS) for length in lengths)
+def planned_seconds(speed: PrefillSpeed, lengths: Sequence[int], n_tasks: int, n_texts: int) -> float:
+    """What `measure_tasks` will take at this speed."""
+    return n_tasks * n_texts * sum(_seconds(speed, length) for length in lengths)
+
+
+def _seconds(speed: PrefillSpeed, length: int) -> float:
+    return speed.seconds(length) + ANSWER_TOKENS * speed.decode
 
 
 def greedy(model: Model, text: Text) -> str:

@@ -152,13 +152,13 @@ def _curve(stage: LongContext, name: str) -> dict[str, Any]:
         }
     if not value or any(number is None or not math.isfinite(number) for number in value):
         why = "the accuracy at short contexts is that of guessing, or no length was finished"
-        return {**detail, "withheld": why}
+        return {**detail, "withheld": stage.not_measured or why}
     return {**detail, "value": value}
 
 
 def _boundary(stage: LongContext, name: str) -> dict[str, Any]:
     if stage.boundary is None or stage.failure_boundary_tokens is None:
-        return {"withheld": "no length was finished"}
+        return {"withheld": stage.not_measured or "no length was finished"}
     detail = stage.boundary.model_dump() | {
         "provisional": stage.boundary.provisional or stage.boundary.n_haystacks < FEW_TEXTS,
         "value": stage.failure_boundary_tokens,

@@ -176,6 +176,8 @@ def llama_cpp(case: Case, generate: Any) -> tuple[str, str]:
 
 def long_context(case: Case, long_context: Any) -> tuple[str, str]:
     """An analysis was made; how far it reached is stated."""
+    if long_context.not_measured:
+        return case.judged(NOT_TESTED, "missing", why=long_context.not_measured)
     if not long_context.curve or long_context.boundary is None:
         return case.judged(NOT_MET, "empty")
     lengths = [row.length for row in long_context.curve]

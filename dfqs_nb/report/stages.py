@@ -177,6 +177,7 @@ class LongContext(Stage):
     boundary: Boundary | None = None
     runtime_failure: Any = None
     largest_fall: dict[str, Any] | None = None
+    not_measured: str = ""
 
     @property
     def sets(self) -> list[SetConditions]:

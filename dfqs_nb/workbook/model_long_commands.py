@@ -42,6 +42,7 @@ def tasks(
 
     Resumes after a kill. Example: `dfqs-nb tasks model.gguf --lengths 1024,4096 --task "several keys"`
     """
+    from dfqs_nb.context.cost import measure_prefill
     from dfqs_nb.context.tasks import NAME, Tasks, measure_tasks, planned_seconds
     from dfqs_nb.core.budget import duration
     from dfqs_nb.core.prompts import load_prompts
@@ -51,13 +52,14 @@ def tasks(
         raise DfqsError(f"--lengths has {sizes[0]}", hint="give lengths of 1 or more")
     with open_model(model, sizes[-1], threads) as opened:
         n_tasks = len({*(task or load_prompts(NAME, Tasks).tasks)})
-        planned = duration(planned_seconds(opened, sizes, n_tasks, texts))
+        speed = measure_prefill(opened, sizes[-1], 60 * budget_minutes)
+        planned = duration(planned_seconds(speed, sizes, n_tasks, texts))
         asked = f"{n_tasks} tasks, {texts} texts each at {lengths} tokens"
         say(f"{asked}: about {planned}, at most {budget_minutes:g} min")
         folder = model_run_dir(run, model, "long_context")
         options: dict[str, Any] = {"tasks": task or [], "n_texts": texts, "fresh": fresh}
         options |= {"budget_seconds": 60 * budget_minutes, "model_id": identity(opened)}
-        result = measure_tasks(opened, folder, sizes, **options)
+        result = measure_tasks(opened, folder, sizes, speed, **options)
     _tell(result, folder / "tasks.csv", model, "raise --budget-minutes, or take longer --lengths")
     if result.ended:
         say(f"no answer is right at {sizes[0]:,} tokens, so not asked at more: {'; '.join(result.ended)}")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from dfqs_nb.context import figures, tasks
+from dfqs_nb.context.cost import PrefillSpeed
 from dfqs_nb.context.tasks import TaskRun, Text, Writer
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.paths import data_dir
@@ -18,6 +19,8 @@ from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 
 SET = load_prompts(tasks.NAME, tasks.Tasks)
+
+FREE = PrefillSpeed(0.0, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +216,7 @@ def test_a_task_that_fails_at_the_shortest_length_is_not_asked_again(tmp_path, m
     chosen = ["single needle", "several keys"]
     monkeypatch.setattr(tasks, "greedy", lambda _, text: text.expected[0] if text.task == chosen[0] else "")
     with open_model(path, OpenSettings(n_ctx=1024, n_threads=1)) as model:
-        run = tasks.measure_tasks(model, tmp_path, [256, 512], tasks=chosen, n_texts=2)
+        run = tasks.measure_tasks(model, tmp_path, [256, 512], FREE, tasks=chosen, n_texts=2)
     assert run.table()["length"].tolist() == [256, 512, 256]
     assert run.ended == ("several keys",) and not run.left_out
 
@@ -222,16 +225,16 @@ def test_a_model_is_asked_and_a_second_run_asks_nothing(tmp_path, monkeypatch):
     chosen = ["single needle", "common words"]
     path = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
     with open_model(path, OpenSettings(n_ctx=512, n_threads=1)) as model:
-        first = tasks.measure_tasks(model, tmp_path, [512, 60], tasks=chosen, n_texts=2)
+        first = tasks.measure_tasks(model, tmp_path, [512, 60], FREE, tasks=chosen, n_texts=2)
         assert len(first.items) == 4 and first.table()["n"].tolist() == [2, 2]
         assert len(first.left_out) == 2, "60 tokens hold neither task"
         monkeypatch.setattr(tasks, "greedy", lambda *_: pytest.fail("asked again"))
-        again = tasks.measure_tasks(model, tmp_path, [512, 512], tasks=chosen * 2, n_texts=2)
+        again = tasks.measure_tasks(model, tmp_path, [512, 512], FREE, tasks=chosen * 2, n_texts=2)
         assert again.table()["n"].tolist() == [2, 2], "no answer counts twice"
         assert again.items["answer"].tolist() == first.items["answer"].tolist()
-        none = tasks.measure_tasks(model, tmp_path, [256], tasks=chosen, n_texts=2, budget_seconds=0)
+        none = tasks.measure_tasks(model, tmp_path, [256], FREE, tasks=chosen, n_texts=2, budget_seconds=-1)
         assert not len(none.items) and none.left_out == tuple(
             f"{name} at 256 tokens: 2 of 2 texts" for name in chosen
         )
         with pytest.raises(PromptError, match="there is no task 'x'"):
-            tasks.measure_tasks(model, tmp_path, [256], tasks=["x"])
+            tasks.measure_tasks(model, tmp_path, [256], FREE, tasks=["x"])
