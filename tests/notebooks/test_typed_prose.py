@@ -57,7 +57,7 @@ ALONE = {
     },
     "05": {
         METHOD: ["The context must hold", "Every text hides the", "So the plan costs about", "The curve may take"]
-        + ["A longer plan is cut"],
+        + ["A longer plan is cut", "1. texts a length", "2. the other parts", "3. both again"],
     },
     "06": {
         "stated by the set itself, held by tests of the sets": ["Its training never asked", "Some families are harder"],
