@@ -35,6 +35,9 @@ GGUF = Argument(..., help="A GGUF file, or any of its shards.")
 N_CTX = Option(4096, help="Tokens of context.")
 THREADS, OWN_THREADS = Option(0, help="0: all usable cores."), Option(0, help="0: chosen for the model.")
 RUN = Option("", help="The folder under outputs/. Default: from the model.")
+FRESH = Option(False, "--fresh", help="Ignore the results of an earlier run.")
+LIMIT = Option(None, help="Ask only the first questions of a set.")
+BUDGET = Option(30.0, min=0, help="Work that does not fit is left out and listed.")
 OVERWRITE = Option(False, "--overwrite", help="Replace an existing output once the new one is proven.")
 QUIET = Option(False, "--quiet", help="Show no progress bar.")
 KEY_VARIABLE = Option("", metavar="NAME", help="The environment variable that holds the server's key.")
@@ -58,6 +61,16 @@ def say_written(paths: Iterable[Path], folder: Path) -> None:
 def as_typed(text: object) -> str:
     """Text for a terminal, in which commands of this program run as pasted, wherever it is installed."""
     return re.sub(r"(?<![\w./-])dfqs-nb(?= [a-z])", lambda _: _program(), plain(text))
+
+
+@lru_cache(maxsize=1)
+def _program() -> str:
+    own, here = Path(sys.executable).with_name("dfqs-nb"), Path.cwd()
+    if shutil.which("dfqs-nb"):
+        return "dfqs-nb"
+    if not own.exists():
+        return f"{quoted(sys.executable)} -m dfqs_nb"
+    return quoted(own.relative_to(here) if own.is_relative_to(here) else own)
 
 
 def numbers(text: str, option: str, kind: Any = int) -> list[Any]:
@@ -89,18 +102,8 @@ def open_model(model: str, n_ctx: int, threads: int = 0) -> Any:
 
 
 def identity(model: Any) -> str:
-    """SHA-256 of an open model: of its manifest, where it was made here and is unchanged, else read anew."""
+    """SHA-256 of an open model: from its manifest, where that is ours and holds, else read anew."""
     from dfqs_nb.merge.merge import earlier_result
 
     earlier = earlier_result(model.path)
     return earlier.sha256 if earlier else str(model.sha256())
-
-
-@lru_cache(maxsize=1)
-def _program() -> str:
-    own, here = Path(sys.executable).with_name("dfqs-nb"), Path.cwd()
-    if shutil.which("dfqs-nb"):
-        return "dfqs-nb"
-    if not own.exists():
-        return f"{quoted(sys.executable)} -m dfqs_nb"
-    return quoted(own.relative_to(here) if own.is_relative_to(here) else own)

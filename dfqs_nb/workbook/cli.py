@@ -1,8 +1,8 @@
 """The command ``dfqs-nb``: the workbook as a whole, and the one place where every error ends.
 
 `file_commands` handles files, `size_commands` says what fits, `model_commands` measures a model,
-`model_long_commands` its long contexts and answers, `report_commands` reports on runs; `app` is what they
-share. Other packages are imported inside the functions, so that a fast command starts fast.
+`report_commands` reports on runs; `app` is what they share. Other packages are imported inside the functions,
+so that a fast command starts fast.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dfqs_nb import __version__
 from dfqs_nb.core.display import plain
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import outputs_dir, tilde
-from dfqs_nb.workbook.app import WHOLE, app, as_typed, say
+from dfqs_nb.workbook.app import FRESH, WHOLE, app, as_typed, say, say_table
 
 LOG = "dfqs-nb-error.log"
 USAGE: Any = typer.BadParameter.__base__  # of the click that this typer stands on, its own or the installed
@@ -46,12 +46,10 @@ def run(
     notebooks: list[str] = Argument(None, help="Notebooks to run, as 01 or 01_merge_shards. Default: all."),
     model: str = Option("", help="A name of `dfqs-nb models`, a file, or hf://owner/repo/file."),
     run: str = Option("", help="The folder under outputs/. Default: nano, or the model's name."),
-    fresh: bool = Option(False, "--fresh", help="Ignore the results of an earlier run."),
+    fresh: bool = FRESH,
     tier: str = Option("", help="nano or standard. Default: nano for the reference model, else standard."),
     budget_minutes: float = Option(60.0, min=1, help="Of the whole run; long measurements are shortened."),
-    parameter: list[str] = Option(
-        None, "-p", "--parameter", metavar="NAME=VALUE", help="Any parameter of a notebook."
-    ),
+    parameter: list[str] = Option(None, "-p", "--parameter", metavar="NAME=VALUE", help="Of a notebook."),
 ) -> None:
     """Execute the notebooks in order into outputs/RUN/.
 
@@ -70,21 +68,13 @@ def run(
     say(f"run {name}: {tier} tier, {len(paths)} notebooks, at most about {budget_minutes:.0f} minutes")
     if settings:
         say("  " + ", ".join(f"{key}={value}" for key, value in settings.items()))
-    result = workbook.run_workbook(
-        name,
-        values,
-        paths,
-        fresh=fresh,
-        tier=tier,
-        budget_minutes=budget_minutes,
-        watch=sys.stderr,
-        started=lambda path: say(f"{path.stem} ..."),
-        finished=lambda done: say(
-            f"{done.name}: left out: {done.left_out}"
-            if done.left_out
-            else f"{done.name}: {done.seconds:.1f} s -> {tilde(done.path)}"
-        ),
-    )
+    options: dict[str, Any] = {
+        "tier": tier,
+        "budget_minutes": budget_minutes,
+        "watch": sys.stderr,
+        "tell": say,
+    }
+    result = workbook.run_workbook(name, values, paths, fresh, **options)
     say(f"\n{workbook.summary_text(result)}")
     raise typer.Exit(int(any(notebook.failed for notebook in result.notebooks)))
 
@@ -102,51 +92,33 @@ def models() -> None:
 @app.command(rich_help_panel=WHOLE)
 def sweep(
     table: Path = Argument(..., metavar="MODELS.CSV", help="Columns: model, run, any notebook parameter."),
-    jobs: int | None = Option(None, help="Rows at once. Default: 1 here, all workers of a cluster."),
+    jobs: int = Option(0, min=0, help="Rows at once. 0: one here, all workers of a cluster."),
     scheduler: str = Option(
         "", metavar="ADDRESS", help="A Dask cluster that sees these files: tcp://HOST:8786."
     ),
     name: str = Option("", help="The folder under outputs/. Default: sweep- and the table's name."),
     notebook: list[str] = Option(None, metavar="NN", help="Only these notebooks. Default: all."),
-    fresh: bool = Option(False, "--fresh", help="Ignore the results of an earlier sweep."),
+    fresh: bool = FRESH,
 ) -> None:
     """Run the workbook once for each row of a table, then rank the reports.
 
     If a sweep is killed, the same command resumes it. Example: `dfqs-nb sweep data/sweep_example.csv`
     """
-    from dfqs_nb.workbook import run as workbook
     from dfqs_nb.workbook import sweep as sweeps
-    from dfqs_nb.workbook.sweep_table import read_rows
+    from dfqs_nb.workbook.run import find_notebooks
 
-    notebooks = workbook.find_notebooks(notebook or [])
-    rows = read_rows(table, notebooks)
-    if not scheduler and (warning := sweeps.crowding(rows, jobs or 1)):
-        print(f"dfqs-nb: {warning}", file=sys.stderr)
-    result = sweeps.sweep(
-        table,
-        jobs=jobs,
-        scheduler=scheduler,
-        name=name,
-        notebooks=notebooks,
-        fresh=fresh,
-        started=lambda row: say(f"{row.run} ({row.model}) ..."),
-        finished=lambda row, answer: say(f"{row.run}: {answer['status']} {answer['reason']}".rstrip()),
-    )
-    columns = ["line", "run", "status", "seconds", "beside", "reason"]
-    say(f"\n{result.rows[columns].to_string(index=False)}\n\n{result.leaderboard}")
-    say(f"{len(result.rows) - result.n_failed} of {len(result.rows)} rows done: {tilde(result.folder)}/")
-    raise typer.Exit(int(result.n_failed > 0))
+    notebooks = find_notebooks(notebook or [])
+    options: dict[str, Any] = {"jobs": jobs, "scheduler": scheduler, "name": name, "fresh": fresh}
+    rows = sweeps.sweep(table, notebooks=notebooks, tell=say, **options)
+    say_table(rows[["line", "run", "status", "seconds", "reason"]], ".1f")
+    n_done = int((rows["status"] == "done").sum())
+    say(f"{n_done} of {len(rows)} rows done; speeds of rows that ran at once are contended")
+    raise typer.Exit(int(n_done < len(rows)))
 
 
 def program() -> Any:
     """The program with every command in it."""
-    from dfqs_nb.workbook import (  # noqa: F401  they register
-        file_commands,
-        model_commands,
-        model_long_commands,
-        report_commands,
-        size_commands,
-    )
+    from dfqs_nb.workbook import file_commands, model_commands, report_commands, size_commands  # noqa: F401
 
     return typer.main.get_command(app)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -25,11 +24,8 @@ REDRAW_SECONDS = 1.0
 class Live:
     """One line that follows a notebook's execution; in a log file, a line every ten seconds of a long cell.
 
-    Args:
-        notebook: the notebook.
-        target: the executed notebook; what an earlier run left there says how long each cell took.
-        budget_minutes: of a notebook that keeps one; 0: it keeps none.
-        stream: receives the lines; None: nobody watches.
+    What an earlier run left at ``target``, the executed notebook, says how long each cell takes.
+    ``budget_minutes`` 0: it keeps none. ``stream`` None: nobody watches.
     """
 
     def __init__(self, notebook: Path, target: Path, budget_minutes: float, stream: IO[str] | None) -> None:
@@ -37,9 +33,7 @@ class Live:
         self.earlier = cell_seconds(target)
         self.titles: list[str] = []
         self.index, self.begun, self.cell_begun = 0, time.monotonic(), time.monotonic()
-        self.activity = Activity()
-        self.done = threading.Event()
-        self.drawn = 0
+        self.activity, self.done, self.drawn = Activity(), threading.Event(), 0
 
     def __enter__(self) -> Live:
         self.watcher = threading.Thread(target=self._watch, daemon=True)
@@ -70,16 +64,11 @@ class Live:
     def line(self) -> str:
         """What is going on, for how long, what is left, and what the processes do."""
         now, full = time.monotonic(), BAR * self.index // max(1, len(self.titles))
-        parts = [
-            f"{self.name} [{'#' * full}{'.' * (BAR - full)}] {self.place}",
-            duration(now - self.begun),
-            self._left(now),
-            self.activity.text(),
-        ]
-        return plain(" | ".join(filter(None, parts)))
+        parts = [f"{self.name} [{'#' * full}{'.' * (BAR - full)}] {self.place}", duration(now - self.begun)]
+        return plain(" | ".join(filter(None, [*parts, self._left(now), self.activity.text()])))
 
     def _left(self, now: float) -> str:
-        """What is left: as long as the cells took last time; else of the budget."""
+        """What is left: as long as the cells took last time, or of the budget."""
         if self.titles and len(self.earlier) == len(self.titles):
             here = max(0.0, self.earlier[self.index] - (now - self.cell_begun))
             return f"about {duration(here + sum(self.earlier[self.index + 1 :]))} left, as last time"
@@ -116,7 +105,7 @@ def cell_seconds(path: Path) -> list[float]:
 
 
 def cell_titles(cells: Sequence[Any]) -> list[str]:
-    """For each cell the heading that it stands under."""
+    """The heading above each cell."""
     titles, title = [], ""
     for cell in cells:
         if cell["cell_type"] == "markdown" and (heading := re.search(r"^#+ +(.+)$", cell["source"], re.M)):
@@ -126,7 +115,7 @@ def cell_titles(cells: Sequence[Any]) -> list[str]:
 
 
 def use(live: Live) -> str:
-    """Have papermill tell ``live`` which cell runs; the name of the engine that does."""
+    """Register a papermill engine that tells ``live`` which cell runs, and return its name."""
     from papermill.engines import NBClientEngine, papermill_engines
 
     class Watched(NBClientEngine):  # type: ignore[misc]
@@ -149,9 +138,3 @@ def use(live: Live) -> str:
 
     papermill_engines.register(ENGINE, Watched)
     return ENGINE
-
-
-def stopped(live: Live, where: str) -> None:
-    """Say where a run was interrupted."""
-    place = f"{live.name}, cell {plain(live.place)}"
-    print(f"\nstopped in {place}; its output so far is in {where}", file=sys.stderr)

@@ -14,11 +14,7 @@ from dfqs_nb.workbook.app import REPORT, app, say, say_written
 
 
 def run_folder(name: str) -> Path:
-    """The folder of a run, by its name under outputs/ or by its path.
-
-    Raises:
-        DfqsError: there is none; the message names the runs that exist.
-    """
+    """The folder of a run, by its name under outputs/ or by its path; else a `DfqsError` that names the runs."""
     for folder in (Path(name), outputs_dir() / name):
         if folder.is_dir():
             return folder
@@ -50,11 +46,9 @@ def report(
 @app.command(rich_help_panel=REPORT)
 def compare(
     reports: list[str] = Argument(
-        ..., metavar="RUN...", help="Runs, or their report.json. The first run is the baseline."
+        ..., metavar="RUN...", help="Runs, or their report.json; the baseline first."
     ),
-    accept: list[str] | None = Option(
-        None, metavar="FIELD", help="Compare although this field differs; only chat_template_sha256."
-    ),
+    accept: list[str] | None = Option(None, metavar="FIELD", help="Only chat_template_sha256 may differ."),
     output: Path | None = Option(None, metavar="FOLDER", help="Default: compare-RUN-RUN under outputs/."),
 ) -> None:
     """Compare reports made under equal conditions, item by item.
@@ -73,9 +67,7 @@ def compare(
 
 
 @app.command(rich_help_panel=REPORT)
-def leaderboard(
-    folder: Path | None = Argument(None, help="Default: outputs/."),
-) -> None:
+def leaderboard(folder: Path | None = Argument(None, help="Default: outputs/.")) -> None:
     """Rank the reports of a folder, within equal conditions.
 
     Exit status 1: a report cannot be used. Example: `dfqs-nb leaderboard`
@@ -83,8 +75,7 @@ def leaderboard(
     from dfqs_nb import report
 
     ranked = report.leaderboard(folder or outputs_dir())
-    written = ranked.write()
     say(str(ranked))
-    say_written(written, ranked.folder)
+    say_written(ranked.write(), ranked.folder)
     say(f"open {tilde(ranked.folder / 'leaderboard.html')}")
     raise typer.Exit(int(ranked.n_problems > 0))

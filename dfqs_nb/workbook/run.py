@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,22 +22,12 @@ from dfqs_nb.core.paths import REPOSITORY, outputs_dir, run_dir, tilde
 from dfqs_nb.core.stage import NOTEBOOKS as STAGES
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.workbook import tiers
-from dfqs_nb.workbook.live import Live, stopped, use
+from dfqs_nb.workbook.live import Live, use
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 PATTERN = "[0-9][0-9]_*.ipynb"
 KERNEL = "python3"
 QUIET = "--log-level=CRITICAL"  # of the kernel: nothing about its own sockets, or its own shutdown
-GROUPS = {
-    "notebooks": (".ipynb",),
-    "tables": (".csv",),
-    "figures": (".png", ".svg"),
-    "stages": (".json",),
-    "report": (".html", ".md", ".yml", ".yaml"),
-    "models": (".gguf",),
-    "folders": (),
-    "other files": ("",),
-}
 
 
 @dataclass(frozen=True)
@@ -63,30 +52,25 @@ class WorkbookRun:
 
 
 def find_notebooks(names: Iterable[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
-    """The workbook's notebooks in order, or those named (``01``, ``01_merge_shards`` or a path).
+    """The workbook's notebooks in order, or those named: ``01``, ``01_merge_shards`` or a path.
 
-    Raises:
-        DfqsError: there is none, or a name fits none.
+    `DfqsError`: there is none, or a name fits none.
     """
-    paths, wanted = sorted(folder.glob(PATTERN)), [Path(name).stem for name in names]
+    paths, wanted = sorted(folder.glob(PATTERN)), [f"{Path(name).stem}_" for name in names]
     if not paths:
         raise DfqsError("no notebooks here", where=folder, hint="run this from a checkout of the workbook")
     for name in wanted:
-        if not any(f"{path.stem}_".startswith(f"{name}_") for path in paths):
-            known = ", ".join(path.stem for path in paths)
-            raise DfqsError(f"no notebook is called {name!r}", where=folder, hint=f"there are {known}")
-    return [
-        path for path in paths if not wanted or f"{path.stem}_".startswith(tuple(f"{n}_" for n in wanted))
-    ]
+        if not any(f"{path.stem}_".startswith(name) for path in paths):
+            hint = f"there are {', '.join(path.stem for path in paths)}"
+            raise DfqsError(f"no notebook is called {name[:-1]!r}", where=folder, hint=hint)
+    return [path for path in paths if not wanted or f"{path.stem}_".startswith(tuple(wanted))]
 
 
 def declared_parameters(path: Path) -> dict[str, dict[str, str]]:
     """The parameters of a notebook's cell tagged ``parameters``, as papermill reads them.
 
-    Each value has the keys ``name``, ``inferred_type_name``, ``default`` and ``help``.
-
-    Raises:
-        DfqsError: it is not a notebook that papermill can run.
+    Each value has the keys ``name``, ``inferred_type_name``, ``default`` and ``help``. `DfqsError`: it is no
+    notebook that papermill can run.
     """
     from papermill import inspect_notebook
 
@@ -118,13 +102,8 @@ def check_parameters(parameters: Iterable[str], declared: Iterable[str]) -> None
 def parse_value(name: str, text: str, type_name: str) -> Any:
     """A parameter's value from the command line, by the type that the notebook declares.
 
-    >>> parse_value("n_ctx", "4096", "int"), parse_value("model", "4096", "str")
-    (4096, '4096')
-    >>> parse_value("prompts", "['a', 'b']", "list[str]"), parse_value("threads", "None", "int | None")
-    (['a', 'b'], None)
-
-    Raises:
-        DfqsError: the text is not of that type.
+    >>> parse_value("n_ctx", "4096", "int"), parse_value("prompts", "['a', 'b']", "list[str]")
+    (4096, ['a', 'b'])
     """
     if type_name == "str":
         return text
@@ -177,8 +156,7 @@ def run_workbook(
     watch: IO[str] | None = None,
     tier: str = "",
     budget_minutes: float = tiers.BUDGET_MINUTES,
-    started: Callable[[Path], object] = lambda path: None,
-    finished: Callable[[NotebookRun], object] = lambda done: None,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> WorkbookRun:
     """Execute notebooks (by default all) in order into ``outputs/<run>/``, and write ``summary.md`` there.
 
@@ -190,7 +168,7 @@ def run_workbook(
         watch: where to show which cell runs, for how long, and what its processes do.
         tier: sets the parameters that are not given (`tiers`); by default the model's.
         budget_minutes: of the whole run, divided among the notebooks that obey a budget.
-        started, finished: called before and after each notebook.
+        tell: gets a line before and after each notebook.
 
     Raises:
         DfqsError: no notebook declares a parameter, or a cell fails; what earlier notebooks wrote stays.
@@ -203,7 +181,7 @@ def run_workbook(
     values = {**settings, "run_name": run, **({"fresh": True} if fresh else {}), **given}
     folder, begin, done = run_dir(run).absolute(), time.monotonic(), list[NotebookRun]()
     for number, (path, names) in enumerate(zip(paths, declared, strict=True)):
-        started(path)
+        tell(f"{path.stem} ...")
         # Kernel, imports and figures of the notebooks to come are in no plan: about the shortest one so far.
         beside = min((notebook.seconds for notebook in done), default=0.0) * len(paths[number:])
         left = budget_minutes - (time.monotonic() - begin + beside) / 60
@@ -220,7 +198,8 @@ def run_workbook(
         else:
             live = Live(path, target, chosen.get("budget_minutes", 0.0), watch)
             done.append(_executed(path, target, chosen, live))
-        finished(done[-1])
+        ended = done[-1]
+        tell(f"{ended.name}: {ended.left_out and 'left out: '}{ended.left_out or f'{ended.seconds:.1f} s'}")
     return _summed_up(folder, done)
 
 
@@ -245,20 +224,16 @@ def _absolute(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
     Links stay as they are: in a hub cache a shard's name is the link's, not its target's.
     """
-    return {
-        name: str(Path(value).absolute())
-        if isinstance(value, str) and ("/" in value or value.lower().endswith(".gguf")) and there_is(value)
-        else value
-        for name, value in parameters.items()
-    }
+
+    def absolute(value: Any) -> Any:
+        is_path = isinstance(value, str) and ("/" in value or value.lower().endswith(".gguf"))
+        return str(Path(value).absolute()) if is_path and there_is(value) else value
+
+    return {name: absolute(value) for name, value in parameters.items()}
 
 
 def _executed(path: Path, target: Path, parameters: dict[str, Any], live: Live) -> NotebookRun:
-    """Execute a notebook. The failure of one after the report is noted, and does not take the verdict away.
-
-    Raises:
-        DfqsError: a notebook up to the report fails.
-    """
+    """Execute a notebook; `DfqsError` if it fails. After the report a failure is only noted."""
     try:
         return _execute(path, target, parameters, live)
     except DfqsError as error:
@@ -282,21 +257,17 @@ def _execute(path: Path, target: Path, parameters: dict[str, Any], live: Live) -
         what = f"cell In [{error.exec_count}] failed: {cause}"
         raise DfqsError(what, where=path.name, hint=so_far) from error
     except KeyboardInterrupt:
-        stopped(live, tilde(target))
+        print(f"\nstopped in {live.name}, cell {plain(live.place)}; {so_far}", file=sys.stderr)
         raise
     except DeadKernelError as error:
-        why = "killed, out of memory, or aborted by llama.cpp"
-        what = f"the kernel died in cell {_running_cell(target)} ({why})"
+        cell = _running_cell(target)
+        what = f"the kernel died in cell {cell} (killed, out of memory, or aborted by llama.cpp)"
         raise DfqsError(what, where=path.name, hint=so_far) from error
     return NotebookRun(path.stem, time.perf_counter() - begin, target)
 
 
 def last_line(text: str) -> str:
-    r"""The last line of an error's text that says anything.
-
-    >>> last_line("first\nmodel.gguf: truncated\n\n")
-    'model.gguf: truncated'
-    """
+    """The last line of an error's text that is not blank."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""
 
@@ -360,14 +331,14 @@ def summary_markdown(result: WorkbookRun) -> str:
     for stage, sentences in result.summary.items():
         lines += [f"**{stage}**", "", *(f"- {markdown(sentence)}" for sentence in sentences), ""]
     lines += ["## Notebooks", ""]
-    lines += [
-        f"- {item.name}: left out: {markdown(item.left_out)}"
-        if item.left_out
-        else f"- [{item.name}]({item.path.name}): {item.seconds:.1f} s"
-        for item in result.notebooks
-    ]
+    for item in result.notebooks:
+        done = f"- [{item.name}]({item.path.name}): {item.seconds:.1f} s"
+        lines.append(f"- {item.name}: left out: {markdown(item.left_out)}" if item.left_out else done)
     lines += ["", "## Files", ""]
-    lines += [f"- `{name}` ({n_bytes:,} bytes)" for name, n_bytes in list_files(result.folder)]
+    for path in sorted(path for path in result.folder.rglob("*") if path.is_file()):
+        name = path.relative_to(result.folder)
+        if not any(part.startswith(".") for part in name.parts):
+            lines.append(f"- `{name.as_posix()}` ({path.stat().st_size:,} bytes)")
     return "\n".join(lines) + "\n"
 
 
@@ -378,22 +349,4 @@ def summary_text(result: WorkbookRun) -> str:
         lines = ["What was found"]
         for stage, sentences in result.summary.items():
             lines += [f"  {stage}", *(f"    {sentence}" for sentence in sentences)]
-    names = [name for name, _ in list_files(result.folder)]
-    inside = Counter(name.split("/")[0] for name in names if "/" in name)
-    groups: dict[str, list[str]] = {group: [] for group in GROUPS}
-    for name in (name for name in names if "/" not in name):
-        group = next(group for group, ends in GROUPS.items() if name.endswith(ends))
-        groups["models" if name.endswith(".manifest.json") else group].append(name)
-    groups["folders"] = [f"{name}/ ({count} files)" for name, count in inside.items()]
-    lines += ["", f"Where it is: {tilde(result.folder)}/"]
-    lines += [f"  {group:<12} {', '.join(members)}" for group, members in groups.items() if members]
-    return "\n".join(lines)
-
-
-def list_files(folder: Path) -> list[tuple[str, int]]:
-    """Every file under a folder as (path relative to it, size in bytes), hidden ones left out."""
-    return sorted(
-        (path.relative_to(folder).as_posix(), path.stat().st_size)
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    return "\n".join([*lines, f"\nWhere it is: {tilde(result.folder)}/ (summary.md lists the files)"])

@@ -19,8 +19,7 @@ SIZES = {"reference": "reference model (6 MB)", "seven_b": "7 B at Q4_K_M (5 GB)
 def overview() -> pd.DataFrame:
     """One row a notebook: what it answers, and its minutes and memory for models of three sizes.
 
-    Figures without a mark were measured. ``~`` marks an estimate, and "budget" the notebook's share of the
-    hour that a run has by default.
+    Figures without a mark were measured. ``~`` marks an estimate, "budget" a share of a run's default hour.
     """
     import pandas as pd
 

@@ -25,9 +25,7 @@ UNQUANTIZED = {"F16", "BF16", "F32", "I32"}
 def tier_of(model: str | None, run: str = "") -> str:
     """The tier of a model: ``nano`` for a registered reference model, else ``standard``.
 
-    Args:
-        model: as the user names it; None: the one that the run's notebook 01 prepared, else the default.
-        run: the run's folder name under the outputs.
+    Without a model: that of the one that notebook 01 of ``run`` prepared, else of the default.
     """
     if not model and run:
         try:
@@ -43,22 +41,14 @@ def tier_of(model: str | None, run: str = "") -> str:
 
 
 def settings_of(tier: str) -> dict[str, Any]:
-    """The parameters that a tier sets; none for ``nano``, whose values are the notebooks' defaults.
-
-    Raises:
-        DfqsError: there is no such tier.
-    """
+    """The parameters that a tier sets; none for ``nano``, whose values are the notebooks' defaults."""
     if tier not in (NANO, STANDARD):
         raise DfqsError(f"there is no tier {tier!r}", hint="use --tier nano or --tier standard")
     return dict(_table().get(tier, {}))
 
 
 def ladder_source(run: str) -> str:
-    """The weights that a run's own model gives to the ladder: its file, where that is not quantized.
-
-    Raises:
-        DfqsError: it is quantized already, and losses would add up.
-    """
+    """The weights for the ladder: the file of a run's model; `DfqsError` if it is quantized already."""
     path = Path(read_stage(outputs_dir() / run, "merge")["model"]["path"])
     types = types_by_bytes(open_shards(path).as_one.tensors)
     if set(types) <= UNQUANTIZED:
