@@ -18,15 +18,12 @@ OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here
 
 @app.command(rich_help_panel=FILES)
 def inspect(
-    paths: list[str] = Argument(
-        ..., metavar="FILE...", help="Anything that should be a model, here or at hf://... or https://..."
-    ),
+    paths: list[str] = Argument(..., metavar="FILE...", help="Any file, here or at hf://... or https://..."),
     llama_cpp: bool = Option(False, "--llama-cpp", help="Also ask llama.cpp's loader."),
 ) -> None:
     """Say what a file is, in milliseconds, from headers, sizes and names alone; changes nothing.
 
     For an address it fetches only the headers. It says whether llama.cpp knows the model and whether it fits.
-
     Exit status 1: at least one file is not a sound model.
 
     Examples: `dfqs-nb inspect model.gguf`, `dfqs-nb inspect hf://owner/repo/model.gguf`
@@ -37,6 +34,7 @@ def inspect(
 
 def _inspect(path: str, llama_cpp: bool) -> bool:
     from dfqs_nb.gguf import models, remote
+    from dfqs_nb.llama.check import loader_verdict
     from dfqs_nb.merge import diagnose
     from dfqs_nb.merge.kind import Kind
 
@@ -52,8 +50,6 @@ def _inspect(path: str, llama_cpp: bool) -> bool:
             if diagnosis.sound or diagnosis.kind is Kind.RAW_CONCATENATION:
                 rows |= _outlook(local)
         elif llama_cpp:
-            from dfqs_nb.llama.check import loader_verdict
-
             rows["llama.cpp"] = loader_verdict(local).reason or "loads"
         say(f"{remote.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
         if step:
@@ -96,10 +92,8 @@ def _header_rows(path: Path) -> dict[str, Any]:
     rows = {what: value for what, value in rows.items() if value != "not stated"}
     experts = facts.experts(header)
     if experts.total:
-        rows["experts"] = (
-            f"{experts.used} of {experts.total} a token, {experts.shared} shared, "
-            f"{experts.moe_layers} layers, {experts.hash_layers} of them by hash"
-        )
+        layers = f"{experts.moe_layers} layers, {experts.hash_layers} of them by hash"
+        rows["experts"] = f"{experts.used} of {experts.total} a token, {experts.shared} shared, {layers}"
     for row in facts.class_sizes(header):
         bits = f"{row['bytes']:>16,} bytes {row['bits_per_weight']:7.2f} bits a weight"
         rows[row["class"]] = f"{bits}  {row['types']}"
@@ -108,13 +102,9 @@ def _header_rows(path: Path) -> dict[str, Any]:
 
 @app.command(rich_help_panel=FILES)
 def merge(
-    paths: list[str] = Argument(
-        ..., metavar="SHARD...", help="Any shard, or all shards, or a registered name."
-    ),
+    paths: list[str] = Argument(..., metavar="SHARD...", help="Any shard, or all, or a registered name."),
     output: Path = Option(..., "-o", "--output", help="The merged file."),
-    consume: bool = Option(
-        False, "--consume", help="DELETES the shards during the merge, so it needs only 64 MiB of free disk."
-    ),
+    consume: bool = Option(False, "--consume", help="DELETES the shards on the way; needs 64 MiB of disk."),
     dry_run: bool = Option(False, "--dry-run", help="Check everything, write nothing."),
     overwrite: bool = OVERWRITE,
     quiet: bool = QUIET,
@@ -143,9 +133,7 @@ def _say_made(*results: Any) -> None:
 def repair(
     path: str = GLUED,
     output: str = Option("", "-o", "--output", help="The sound file."),
-    in_place: bool = Option(
-        False, "--in-place", help="DELETES FILE: the sound model replaces it. Needs 64 MiB of disk."
-    ),
+    in_place: bool = Option(False, "--in-place", help="DELETES FILE, puts the model there; needs 64 MiB."),
     overwrite: bool = OVERWRITE,
     quiet: bool = QUIET,
 ) -> None:
@@ -182,9 +170,7 @@ def verify(
     sha256: str = Option("", help="The expected SHA-256 of the file."),
     against: list[str] = Option(None, metavar="SHARD", help="Any shard; or repeat the option for each."),
     write_manifest: bool = Option(False, "--write-manifest", help="Keep the hashes beside FILE, for later."),
-    data: bool = Option(
-        False, "--data", help="Also look for runs of zeros and for scales that are not numbers."
-    ),
+    data: bool = Option(False, "--data", help="Also look for runs of zeros, and scales that are no numbers."),
     quiet: bool = QUIET,
 ) -> None:
     """Compare every tensor with the file's manifest, a published hash, or its shards.
@@ -210,9 +196,7 @@ def quantize(
     recipe: str = Argument(..., help="A name in data/quantize/, or a .toml file."),
     output: str = Option("", "-o", "--output", help="Required unless --dry-run."),
     imatrix: str = Option("", metavar="FILE", help="An importance matrix, from llama-imatrix or from us."),
-    calibrate: str = Option(
-        "", metavar="TEXT", help="Collect an importance matrix over this text or prompt set, and keep it."
-    ),
+    calibrate: str = Option("", metavar="TEXT", help="Collect one over this text or prompt set; it is kept."),
     threads: int = THREADS,
     dry_run: bool = Option(False, "--dry-run", help="List types and exact sizes; write nothing."),
     overwrite: bool = OVERWRITE,

@@ -1,9 +1,8 @@
-"""Commands that measure a model: its routing, its scores, and recipes to run it elsewhere."""
+"""Commands that measure a model (routing, scores, speed, long contexts), and that deploy it."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from contextlib import ExitStack
 from enum import StrEnum
 from functools import partial
@@ -16,14 +15,8 @@ from typer import Argument, Option
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import run_dir, tilde
+from dfqs_nb.workbook import app as shared
 from dfqs_nb.workbook.app import (
-    GGUF,
-    KEY_VARIABLE,
-    MEASURE,
-    N_CTX,
-    OWN_THREADS,
-    RUN,
-    THREADS,
     app,
     identity,
     model_run_dir,
@@ -43,18 +36,16 @@ Tier = StrEnum("Tier", ["NANO", "STANDARD"])
 Thinking = StrEnum("Thinking", ["TEMPLATE", "ON", "OFF"])
 
 
-@app.command(rich_help_panel=MEASURE)
+@app.command(rich_help_panel=shared.MEASURE)
 def routing(
     model: str = Argument(..., help="A name of `dfqs-nb models`, or a file."),
     run: str = Option("routing", help="The folder under outputs/ for traces and tables."),
     tokens: int = Option(384, help="Length of the text."),
     other: str = Option("", metavar="MODEL", help="Another quantization to compare with."),
-    texts: str = Option(
-        "", metavar="FOLDER", help="A folder of your texts, with a subfolder for each domain."
-    ),
+    texts: str = Option("", metavar="FOLDER", help="Your texts, in a subfolder for each domain."),
     budget_minutes: float = Option(0.0, min=0, help="Runs are shortened or left out to fit. 0: no limit."),
     export: str = Option("", metavar="FILE.csv", help="Write the traces as a table."),
-    fresh: bool = Option(False, "--fresh", help="Ignore the records of an earlier run."),
+    fresh: bool = shared.FRESH,
 ) -> None:
     """Say whether routing is deterministic, alone and under load, and which settings change it.
 
@@ -67,9 +58,8 @@ def routing(
     check_in_process(model, "routing")
     path, folder = registry.resolve(model)[0], run_dir(run)
     options: dict[str, Any] = {"budget_minutes": budget_minutes, "fresh": fresh, "export": export}
-    experiment = run_experiment(
-        path, folder / "routing", n_tokens=tokens, other=other, texts=texts, **options
-    )
+    options |= {"n_tokens": tokens, "other": other, "texts": texts}
+    experiment = run_experiment(path, folder / "routing", **options)
     table = experiment.table.reindex(columns=COLUMNS.split())
     say_table(table[~table["condition"].isin(experiment.left_out)], ".3g")
     say("\n".join(["", *experiment.conclusions(), "", *experiment.advice, ""]))
@@ -80,36 +70,30 @@ def routing(
     raise typer.Exit(int(not experiment.passed))
 
 
-@app.command(rich_help_panel=MEASURE)
+@app.command(rich_help_panel=shared.MEASURE)
 def score(
-    model: str = Argument("", help="A GGUF file, any of its shards, or the URL of a server."),
-    endpoint: str = Option("", metavar="URL", help="Score this server, not a file."),
+    model: str = Argument(..., help="A shared.GGUF file, any of its shards, or the URL of a server."),
     endpoint_model: str = SERVER_MODEL,
-    key_variable: str = KEY_VARIABLE,
+    key_variable: str = shared.KEY_VARIABLE,
     concurrency: int = Option(1, help="Requests at once to a server; more than 1 can change answers."),
     field: list[str] = Option(
-        None, metavar="NAME=NEW", help="The server's name for a field of a request; `seed=` leaves it out."
+        None, metavar="NAME=NEW", help="The server's name of a field; `seed=` omits it."
     ),
     timeout: float = Option(600.0, help="Seconds to wait for each piece of a server's answer."),
     tier: Tier = Option(Tier.STANDARD, help="Which question sets."),
     set_names: list[str] = Option(None, "--set", metavar="NAME", help="Only these sets, or JSONL files."),
-    n_ctx: int = N_CTX,
-    threads: int = THREADS,
+    n_ctx: int = shared.N_CTX,
+    threads: int = shared.THREADS,
     limit: int | None = Option(None, help="Ask only this many questions a set; then nothing is scored."),
-    run: str = RUN,
+    run: str = shared.RUN,
     samples: int = Option(1, help="Answers to each question; more than 1 needs --temperature."),
     temperature: float = Option(0.0, help="0: greedy."),
-    top_p: float = Option(0.95, help="Used only above temperature 0."),
     thinking: Thinking = Option(Thinking.TEMPLATE, help="The thinking mode that the chat template gets."),
     thinking_tokens: int = Option(0, help="Extra tokens for thinking, on top of a set's own limit."),
-    long_context: bool = Option(
-        False, "--long-context", help="For a server: also test retrieval at growing lengths."
-    ),
+    long_context: bool = Option(False, "--long-context", help="Of a server: also test retrieval."),
     longest: int = Option(1024, metavar="TOKENS", help="The longest length of that test."),
-    shortest: int | None = Option(
-        None, metavar="TOKENS", help="The shortest length. Default: from the prompt set."
-    ),
-    fresh: bool = Option(False, "--fresh", help="Ignore the answers of an earlier run."),
+    shortest: int | None = Option(None, metavar="TOKENS", help="Its shortest. Default: of the prompt set."),
+    fresh: bool = shared.FRESH,
     allow_unsandboxed: bool = Option(
         False, "--allow-unsandboxed", help="Run generated code without a sandbox."
     ),
@@ -122,30 +106,18 @@ def score(
     from dfqs_nb.scores import ItemSet, Options
     from dfqs_nb.scores import score_set as score_model
 
-    url = endpoint or (model if serve.is_url(model) else "")
-    if bool(endpoint) == bool(model):
-        raise DfqsError("say what to score", hint="give a GGUF file, or --endpoint URL, and not both")
-    if long_context and not url:
+    if long_context and not serve.is_url(model):
         hint = f"of a file, notebook 05 measures it: `dfqs-nb run 01 05 --model {quoted(model)}`"
         raise DfqsError("--long-context is for a server", where=model, hint=hint)
     sets = [ItemSet.load(name) for name in set_names or []] or ItemSet.of_tier(tier)
-    options = Options(
-        temperature=temperature,
-        top_p=top_p,
-        n_samples=samples,
-        thinking=thinking.value,
-        thinking_tokens=thinking_tokens,
-        limit=limit,
-        allow_unsandboxed=allow_unsandboxed,
-        fresh=fresh,
-    )
+    given: dict[str, Any] = {"temperature": temperature, "n_samples": samples, "limit": limit, "fresh": fresh}
+    given |= {"thinking": thinking.value, "thinking_tokens": thinking_tokens}
+    options = Options(**given, allow_unsandboxed=allow_unsandboxed)
     with ExitStack() as stack:
-        if url:
+        if serve.is_url(model):
             limits: dict[str, Any] = {"concurrency": concurrency, "timeout_seconds": timeout}
-            fields = dict(map(_renamed, field or []))
-            opened: Any = serve.connect(
-                url, endpoint_model, key_variable=key_variable, fields=fields, **limits
-            )
+            limits |= {"key_variable": key_variable, "fields": dict(map(_renamed, field or []))}
+            opened: Any = serve.connect(model, endpoint_model, **limits)
             model_id, folder = "", run_dir(run or Path(f"endpoint-{opened.model}").name)
             score_set: Any = serve.score_set
         else:
@@ -156,7 +128,16 @@ def score(
             result = score_set(opened, item_set, folder / "scores", options, model_id=model_id)
             say(result.score.sentence)
         if long_context:
-            _long_context(opened, folder / "long_context", tier, longest, shortest, fresh)
+            lengths: dict[str, Any] = {"longest": longest, "shortest": shortest}
+            measured = serve.measure_long_context(
+                opened, folder / "long_context", prompt_set=tier, fresh=fresh, **lengths
+            )
+            if measured.failure:
+                say(f"{measured.failure.length:,} tokens: {measured.failure.message}")
+            if len(measured.items):
+                say_table(measured.curve()[["length", "correct", "n", "accuracy", "low", "high", "curve"]])
+                say(f"retrieval {measured.boundary().sentence}")
+            say(f"haystacks: {tilde(folder / 'long_context')}/")
     say(f"answers: {tilde(folder / 'scores')}/")
 
 
@@ -172,25 +153,9 @@ def _renamed(given: str) -> tuple[str, str]:
     return name, new
 
 
-def _long_context(
-    server: Any, folder: Path, tier: str, longest: int, shortest: int | None, fresh: bool
-) -> None:
-    """The curve of retrieval over an endpoint, and where it ends."""
-    from dfqs_nb import serve
-
-    lengths: dict[str, Any] = {"longest": longest, "shortest": shortest}
-    result = serve.measure_long_context(server, folder, prompt_set=tier, fresh=fresh, **lengths)
-    if result.failure:
-        say(f"{result.failure.length:,} tokens: {result.failure.message}")
-    if len(result.items):
-        say_table(result.curve()[["length", "correct", "n", "accuracy", "low", "high", "curve"]])
-        say(f"retrieval {result.boundary().sentence}")
-    say(f"haystacks: {tilde(folder)}/")
-
-
-@app.command(rich_help_panel=MEASURE)
+@app.command(rich_help_panel=shared.MEASURE)
 def bench(
-    model: str = GGUF,
+    model: str = shared.GGUF,
     threads: str = Option("", help="Values with commas. Default: 1, 2, 4 ... to all cores."),
     batch: str = Option("512", help="n_batch."),
     ubatch: str = Option("512", help="n_ubatch."),
@@ -208,6 +173,8 @@ def bench(
 
     Example: `dfqs-nb bench model.gguf --threads 4,8,16 --flash-attn 0,1`
     """
+    from dfqs_nb.core.display import markdown_table
+    from dfqs_nb.core.files import write_text
     from dfqs_nb.core.machine import usable_cores, watched_load
     from dfqs_nb.llama import OpenSettings
     from dfqs_nb.llama import bench as benches
@@ -239,32 +206,22 @@ def bench(
     left_out = [f"left out: {reason}" for reason in {*result.failed.values()}]
     say("\n".join([*result.advice(), *busy, *left_out]))
     if output:
-        _write_bench(output, table)
+        made = {".csv": table.to_csv(index=False), ".json": table.to_json(orient="records", indent=2)}
+        made[".md"] = markdown_table(table) + "\n"
+        say(f"wrote {tilde(write_text(output, made[output.suffix]))}")
 
 
-def _write_bench(path: Path, table: Any) -> None:
-    from dfqs_nb.core.display import markdown_table
-    from dfqs_nb.core.files import write_text
-
-    made: dict[str, Callable[[], str]] = {
-        ".csv": partial(table.to_csv, index=False),
-        ".json": partial(table.to_json, orient="records", indent=2),
-        ".md": lambda: markdown_table(table) + "\n",
-    }
-    say(f"wrote {tilde(write_text(path, made[path.suffix]()))}")
-
-
-@app.command(rich_help_panel=MEASURE)
+@app.command(rich_help_panel=shared.MEASURE)
 def choices(
-    model: str = GGUF,
+    model: str = shared.GGUF,
     set_name: str = Option(
-        "standard-reasoning", "--set", metavar="NAME", help="A reasoning set, or a JSONL file of choices."
+        "standard-reasoning", "--set", help="A reasoning set, or a JSONL file of choices."
     ),
-    run: str = RUN,
-    n_ctx: int = N_CTX,
-    threads: int = OWN_THREADS,
-    limit: int | None = Option(None, help="Only the first questions."),
-    fresh: bool = Option(False, "--fresh", help="Ignore the scores of an earlier run."),
+    run: str = shared.RUN,
+    n_ctx: int = shared.N_CTX,
+    threads: int = shared.OWN_THREADS,
+    limit: int | None = shared.LIMIT,
+    fresh: bool = shared.FRESH,
 ) -> None:
     """Answer multiple choice by log-likelihood, and write the result as lm-evaluation-harness does.
 
@@ -282,20 +239,18 @@ def choices(
     say(f"wrote {tilde(result.save(folder / f'{questions.name}.lm_eval.json'))}")
 
 
-@app.command(rich_help_panel=MEASURE)
+@app.command(rich_help_panel=shared.MEASURE)
 def record(
-    source: str = Argument(..., help="The original: a GGUF file, or the URL of a server."),
+    source: str = Argument(..., help="The original: a shared.GGUF file, or the URL of a server."),
     output: Path = Option(..., "-o", "--output", help="The record, a JSONL file."),
-    prompts: str = Option(
-        "standard-reasoning", help="A question set, or a text file with a prompt on each line."
-    ),
+    prompts: str = Option("standard-reasoning", help="A question set, or a text with a prompt on each line."),
     tokens: int = Option(64, min=1, help="Tokens of each answer."),
     top: int = Option(20, min=1, help="Likeliest tokens to keep at each position."),
     limit: int = Option(32, help="The largest number of prompts; 0: all."),
     plain: bool = Option(False, "--plain", help="Continue the texts, without a chat template."),
     endpoint_model: str = SERVER_MODEL,
-    key_variable: str = KEY_VARIABLE,
-    n_ctx: int = N_CTX,
+    key_variable: str = shared.KEY_VARIABLE,
+    n_ctx: int = shared.N_CTX,
     licence: str = Option("not stated", help="Licence of prompts and answers, stored in the record."),
 ) -> None:
     """Record a model's predictions, so that its quantizations can be compared on another machine.
@@ -320,13 +275,13 @@ def record(
     say(f"wrote {tilde(output)}; now compare: dfqs-nb fidelity MODEL {shlex.quote(str(output))}")
 
 
-@app.command(rich_help_panel=MEASURE)
+@app.command(rich_help_panel=shared.MEASURE)
 def fidelity(
-    model: str = Argument(..., help="The quantization: a GGUF file, or any of its shards."),
+    model: str = Argument(..., help="The quantization: a shared.GGUF file, or any of its shards."),
     record: Path = Argument(..., help="The record of the original's predictions, a JSONL file."),
     output: Path | None = Option(None, "-o", "--output", help="Also write a CSV with a row for each token."),
-    n_ctx: int = N_CTX,
-    threads: int = OWN_THREADS,
+    n_ctx: int = shared.N_CTX,
+    threads: int = shared.OWN_THREADS,
 ) -> None:
     """Compare a quantization with the recorded predictions of its original.
 
@@ -344,7 +299,7 @@ def fidelity(
         say(f"wrote {tilde(write_table(output, result.tokens, index=False))}")
 
 
-@app.command(rich_help_panel=MEASURE)
+@app.command(rich_help_panel=shared.MEASURE)
 def deploy(
     target: str = Argument("", help="A program; see --list."),
     model: str = Argument("", help="A file, a name of `dfqs-nb models`, or hf://... (not downloaded)."),
@@ -353,7 +308,7 @@ def deploy(
     threads: int | None = Option(None, help="Default: all usable cores."),
     gpu_layers: int | None = Option(None, help="Default: what this machine's GPU holds."),
     port: int | None = Option(None, help="Port of the server. Default: the target's own."),
-    key_variable: str = KEY_VARIABLE,
+    key_variable: str = shared.KEY_VARIABLE,
     overwrite: bool = Option(False, "--overwrite", help="Replace an earlier recipe."),
     list_targets: bool = Option(False, "--list", help="List the targets, and which versions ran here."),
     table: bool = Option(False, "--table", help="Print all facts about the targets, as Markdown."),
@@ -376,8 +331,85 @@ def deploy(
     recipes.target_of(target)
     sizes: dict[str, Any] = {"n_ctx": n_ctx, "n_threads": threads, "n_gpu_layers": gpu_layers, "port": port}
     folder = output or run_dir(f"deploy-{target}")
-    recipe = recipes.write_recipe(
-        target, model, folder, key_variable=key_variable, overwrite=overwrite, **sizes
-    )
+    sizes |= {"key_variable": key_variable, "overwrite": overwrite}
+    recipe = recipes.write_recipe(target, model, folder, **sizes)
     say("\n".join([*(f"- {note}" for note in recipe.notes), "", *recipe.commands]))
     say(f"\nwrote {', '.join(tilde(path) for path in recipe.files)}")
+
+
+@app.command(rich_help_panel=shared.MEASURE)
+def tasks(
+    model: str = shared.GGUF,
+    task: list[str] = Option(None, "--task", metavar="NAME", help="Only these tasks. Default: all."),
+    lengths: str = Option("512,1024,2048,4096", help="Tokens, with commas."),
+    texts: int = Option(12, min=1, help="Texts of each task at each length."),
+    budget_minutes: float = shared.BUDGET,
+    run: str = shared.RUN,
+    threads: int = shared.OWN_THREADS,
+    fresh: bool = shared.FRESH,
+) -> None:
+    """Ask long-context tasks in the manner of RULER and NoLiMa, at growing lengths.
+
+    Resumes after a kill. Example: `dfqs-nb tasks model.gguf --lengths 1024,4096 --task "several keys"`
+    """
+    from dfqs_nb.context.cost import measure_prefill
+    from dfqs_nb.context.tasks import NAME, Tasks, measure_tasks, planned_seconds
+    from dfqs_nb.core.budget import duration
+    from dfqs_nb.core.prompts import load_prompts
+
+    sizes = sorted({*numbers(lengths, "--lengths")})
+    if sizes[0] < 1:
+        raise DfqsError(f"--lengths has {sizes[0]}", hint="give lengths of 1 or more")
+    with open_model(model, sizes[-1], threads) as opened:
+        n_tasks = len({*(task or load_prompts(NAME, Tasks).tasks)})
+        speed = measure_prefill(opened, sizes[-1], 60 * budget_minutes)
+        planned = duration(planned_seconds(speed, sizes, n_tasks, texts))
+        asked = f"{n_tasks} tasks, {texts} texts each at {lengths} tokens"
+        say(f"{asked}: about {planned}, at most {budget_minutes:g} min")
+        folder = model_run_dir(run, model, "long_context")
+        options: dict[str, Any] = {"tasks": task or [], "n_texts": texts, "fresh": fresh}
+        options |= {"budget_seconds": 60 * budget_minutes, "model_id": identity(opened)}
+        result = measure_tasks(opened, folder, sizes, speed, **options)
+    _tell(result, folder / "tasks.csv", model, "raise --budget-minutes, or take longer --lengths")
+    if result.ended:
+        say(f"no answer is right at {sizes[0]:,} tokens, so not asked at more: {'; '.join(result.ended)}")
+    say_table(result.effective(), ".2f")
+
+
+@app.command(rich_help_panel=shared.MEASURE)
+def loops(
+    model: str = shared.GGUF,
+    temperature: str = Option("0,1", help="Values with commas."),
+    cache_type: str = Option("f16,q8_0", help="Types of keys and values, with commas."),
+    answers: int = Option(12, min=1, max=24, help="Answers under each condition."),
+    tokens: int = Option(512, min=64, help="Tokens of a long answer."),
+    budget_minutes: float = shared.BUDGET,
+    run: str = shared.RUN,
+    threads: int = shared.OWN_THREADS,
+    fresh: bool = shared.FRESH,
+) -> None:
+    """Ask for long answers, and say how many fall into a repeat, by temperature and cache type.
+
+    Resumes after a kill. Example: `dfqs-nb loops model.gguf --temperature 0,0.6 --cache-type f16,q4_0`
+    """
+    from dfqs_nb.context.loops import measure_loops
+    from dfqs_nb.llama import OpenSettings
+
+    options: dict[str, Any] = {"temperatures": numbers(temperature, "--temperature", float)}
+    settings = OpenSettings.of(model, n_ctx=tokens + 512, n_threads=threads)
+    folder = model_run_dir(run, model, "long_context")
+    options |= {"cache_types": cache_type.split(","), "n_answers": answers, "n_tokens": tokens}
+    options |= {"budget_seconds": 60 * budget_minutes, "fresh": fresh}
+    result = measure_loops(model, folder, settings, **options)
+    _tell(result, folder / "loops.csv", model, "raise --budget-minutes")
+
+
+def _tell(result: Any, path: Path, model: str, hint: str) -> None:
+    """Print a result's table and what was left out, and write its items."""
+    from dfqs_nb.core.files import write_table
+
+    if not len(result.items):
+        raise DfqsError(f"nothing was asked: {'; '.join(result.left_out)}", where=model, hint=hint)
+    say_table(result.table(), ".2f")
+    say("\n".join(f"left out: {what}" for what in result.left_out))
+    say(f"wrote {tilde(write_table(path, result.items, index=False))}")

@@ -14,7 +14,7 @@ from dfqs_nb.workbook.app import REPORT, app, say, say_written
 
 
 def run_folder(name: str) -> Path:
-    """The folder of a run, by its name under outputs/ or by its path; else a `DfqsError` that names the runs."""
+    """The folder of a run, by its name under outputs/ or its path; else a `DfqsError` that names the runs."""
     for folder in (Path(name), outputs_dir() / name):
         if folder.is_dir():
             return folder

@@ -27,9 +27,7 @@ def plan(
     ram_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of memory. 0: measured here."),
     gpu_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of a card's memory. 0: unknown."),
     disk_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of the disk. 0: measured here."),
-    profile: str = Option(
-        "", metavar="FILE", help="The routing_profile.json that `dfqs-nb routing MODEL` writes."
-    ),
+    profile: str = Option("", metavar="FILE", help="routing_profile.json of `dfqs-nb routing MODEL`."),
 ) -> None:
     """Plan where a model's tensors and cache would lie, with the llama-server command and a bound on speed.
 
@@ -61,8 +59,12 @@ def plan(
         say(f"\n{placement.table(placed).to_string()}\n")
         for name_of, text in outlook.rows.items() if outlook else ():
             say(f"  {name_of}: {text}")
-        for line in [*_advice(shape, placed, memory, cards, speeds, compute, outlook), *recorded]:
+        largest = placement.largest_context(shape, memory, cards, compute_bytes=compute)
+        for line in [*_advice(placed, largest, speeds, outlook), *recorded]:
             say(line)
+        if cards:
+            say("a card's compute buffer was not measured, and 1 GiB of each is left for it. On the machine")
+            say("itself llama-server places without these flags too (--fit), and measures that buffer")
         say(f"\n{placed.command(name)}")
         if not ram and not cards:
             table = placement.machines_table(shape, context, MACHINES, speeds, compute_bytes=compute)
@@ -126,18 +128,7 @@ def _speeds(placed: Any, outlook: Any, given: dict[str, float]) -> dict[str, flo
     return speeds
 
 
-def _advice(
-    shape: Any,
-    placed: Any,
-    memory: int,
-    cards: list[int],
-    speeds: dict[str, float],
-    compute: int | None,
-    outlook: Any,
-) -> list[str]:
-    from dfqs_nb.gguf import placement
-
-    largest = placement.largest_context(shape, memory, cards, compute_bytes=compute)
+def _advice(placed: Any, largest: int, speeds: dict[str, float], outlook: Any) -> list[str]:
     lines = [f"largest context: {largest:,} tokens" if largest else "no context fits"]
     bound = placed.tokens_per_sec(speeds)
     stated = ", ".join(f"{name} {value / 1e9:.3g} GB/s" for name, value in speeds.items())
@@ -155,11 +146,6 @@ def _advice(
             "the disk. Opened here, the paging help keeps it at that. For llama-server leave mlock off, "
             f"lower n_ubatch, and lower the disk's read-ahead ({command} as root)"
         )
-    if cards:
-        lines.append(
-            "a card's compute buffer was not measured, and 1 GiB of each is left for it. On the machine "
-            "itself llama-server places without these flags too (--fit), and measures that buffer"
-        )
     return lines
 
 
@@ -168,7 +154,7 @@ def diff(
     a: str = PLACE,
     b: str = Argument(..., help="The model to compare with."),
     data: bool = Option(
-        False, "--data", help="Also compare the bytes of tensors; a remote model is read as a whole."
+        False, "--data", help="Also compare the tensors' bytes; a remote model is read whole."
     ),
     most: int = Option(20, min=0, help="The most lines for each kind of difference."),
 ) -> None:
@@ -197,7 +183,7 @@ def specimen(
     full_size: bool = Option(False, "--full-size", help="All experts and tokens: 62.7 GB for all layers."),
     layers: int = Option(0, help="Default: 8, and with --full-size all 43."),
     concatenated: bool = Option(
-        False, "--concatenated", help="Write it as two glued shards, like the published file."
+        False, "--concatenated", help="As two glued shards, like the published file."
     ),
     quiet: bool = QUIET,
 ) -> None:

@@ -374,23 +374,10 @@ def test_the_command_scores_an_endpoint(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DFQS_TEST_KEY", KEY)
     server.key = KEY
     given = ["--set", "nano-reasoning", "--run", "served"]
-    assert (
-        cli.main(
-            [
-                "score",
-                "--endpoint",
-                server.url,
-                "--endpoint-model",
-                "good",
-                "--key-variable",
-                "DFQS_TEST_KEY",
-                *given,
-            ]
-        )
-        == 0
-    )
+    keyed = ["score", server.url, "--key-variable", "DFQS_TEST_KEY", *given]
+    assert cli.main([*keyed, "--endpoint-model", "good"]) == 0
     assert "1.000" in capsys.readouterr().out
-    assert cli.main(["score", server.url, "--key-variable", "DFQS_TEST_KEY", *given]) == 0
+    assert cli.main(keyed) == 0
     assert len(server.asked) == len(QUESTIONS.items)  # the second call found all answers
     assert cli.main(["score", server.url, *given]) == 1 and "401" in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]

@@ -50,7 +50,7 @@ READERS = {
 OF_THE_MACHINE = {"PIP_NO_INDEX", "PIP_FIND_LINKS", "TMPDIR", "UV_CACHE_DIR", "CC", "CXX"}
 # Commands that only a network, a server, a large model or a maintainer's machine can run.
 NOT_HERE = re.compile(
-    r"hf://|https?://|URL|ADDRESS|deepseek-v4|PIP_|/path/to|/disk/|VENV=|make (?!run|help)|--endpoint|--full-size"
+    r"hf://|https?://|URL|ADDRESS|deepseek-v4|PIP_|/path/to|/disk/|VENV=|make (?!run|help)|--full-size"
 )
 COMMANDS = cli.program().commands
 SHORTER = {

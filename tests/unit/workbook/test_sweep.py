@@ -15,10 +15,11 @@ import pytest
 from test_workbook import write_notebook
 
 from dfqs_nb.core import journal, paths
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf import models as registry
 from dfqs_nb.workbook import run as workbook
 from dfqs_nb.workbook import sweep
-from dfqs_nb.workbook.sweep_table import SweepError, read_rows
+from dfqs_nb.workbook.sweep import read_rows
 
 NANO = "dfqs-nano-iq1_s-xl"
 PARAMETERS = (
@@ -73,6 +74,12 @@ def pids(folder: Path, run: str) -> list[int]:
     return [int(word) for name, *both in lines if name == run for word in both]
 
 
+def run_sweep(table: Path, notebook: Path | None = None, **options) -> pd.DataFrame:
+    given = {"jobs": 0, "scheduler": "", "name": "s", "fresh": False, "tell": lambda line: None, **options}
+    notebooks = [notebook] if notebook else workbook.find_notebooks()
+    return sweep.sweep(table, notebooks=notebooks, **given).set_index("run")
+
+
 def until(condition, seconds=60.0, what="it"):
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:
@@ -93,7 +100,7 @@ def alive(pid: int) -> bool:
 
 
 def test_the_example_table_that_is_shipped_is_accepted():
-    rows = read_rows(paths.data_dir() / "sweep_example.csv")
+    rows = read_rows(paths.data_dir() / "sweep_example.csv", workbook.find_notebooks())
     assert {row.model for row in rows} <= set(registry.registered()) and len(
         {row.run for row in rows}
     ) == len(rows) >= 2
@@ -113,7 +120,7 @@ def test_the_run_is_named_after_the_model_and_a_path_stands_beside_the_table(tmp
     shard.write_bytes(b"GGUF")
     table = write_table(tmp_path, "model", "models/Tiny-Q8_0-00001-of-00002.gguf")
     with pytest.raises(
-        SweepError, match="line 2: the shards Tiny-Q8_0-00002-of-00002.gguf of .* are missing"
+        DfqsError, match="line 2: no model .*: Tiny-Q8_0-00002-of-00002.gguf not beside the table"
     ):
         read_rows(table, [notebook])
     (shard.parent / "Tiny-Q8_0-00002-of-00002.gguf").write_bytes(b"GGUF")
@@ -129,40 +136,40 @@ def test_the_run_is_named_after_the_model_and_a_path_stands_beside_the_table(tmp
     [
         ([""], "has no rows"),
         (["model,n"], "has no rows"),
-        (["run,n", "a,1"], "line 1: there is no column 'model'"),
+        (["run,n", "a,1"], "the columns are run, n; .*with a column model"),
         (
             ["model,nn", f"{NANO},1"],
-            r"line 1: no notebook has a parameter 'nn'; did you mean n\? known: .*n_threads",
+            r"no notebook has a parameter 'nn'; did you mean n\? known: .*n_threads",
         ),
-        (["model,n,n", f"{NANO},1,2"], "line 1: two columns are called 'n'"),
-        (["model,run_name", f"{NANO},a"], "line 1: the folder's name has the column 'run'"),
+        (["model,n,n", f"{NANO},1,2"], "the columns are model, n, n; .*no column twice"),
+        (["model,run_name", f"{NANO},a"], "no notebook has a parameter 'run_name'"),
         (["model,n", f"{NANO},many"], "line 2: parameter n takes int, not 'many'"),
-        (["model,n", f"{NANO},1,2"], "line 2: 3 cells, and the header has 2"),
-        (["model,n", ",1"], "line 2: the cell model is empty"),
+        (["model,n", f"{NANO},1,2"], "line 2: has not 2 cells, as the header"),
+        (["model,n", ",1"], "line 2: no model ''"),
         (["model", "nowhere.gguf"], "line 2: no model 'nowhere.gguf'"),
         (["model", "hf://owner"], "line 2: "),
         (["model,run", f"{NANO},../up"], "line 2: '../up' is not a run name"),
-        (["model", NANO, NANO], f"lines 2, 3: all have the run name '{NANO}'"),
+        (["model", NANO, NANO], f"line 3: has the run name '{NANO}', as line 2"),
         (
             ["model,run", f"{NANO},a", "x.gguf,b", f"{NANO},a"],
-            "line 3: no model 'x.gguf'.*lines 2, 4: all have",
+            "line 3: no model 'x.gguf'.*line 4: has the run name 'a', as line 2",
         ),
-        (["model,run", f'"{NANO},a'], "not a CSV file"),
+        (["model,run", f'"{NANO},a'], "cannot be read .*a CSV file in UTF-8"),
     ],
 )
 def test_a_bad_table_is_refused_with_its_lines_before_anything_runs(
     outputs, tmp_path, notebook, lines, message
 ):
-    with pytest.raises(SweepError, match=message):
-        sweep.sweep(write_table(tmp_path, *lines), notebooks=[notebook])
+    with pytest.raises(DfqsError, match=message):
+        run_sweep(write_table(tmp_path, *lines), notebook)
     assert not outputs.exists()
 
 
 def test_a_missing_or_binary_table_is_an_error(tmp_path, notebook):
-    with pytest.raises(SweepError, match="cannot be read"):
+    with pytest.raises(DfqsError, match="cannot be read"):
         read_rows(tmp_path / "none.csv", [notebook])
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00model")
-    with pytest.raises(SweepError, match="not a CSV file in UTF-8"):
+    with pytest.raises(DfqsError, match="cannot be read .*a CSV file in UTF-8"):
         read_rows(tmp_path / "b.csv", [notebook])
 
 
@@ -178,56 +185,46 @@ def test_rows_run_a_failing_one_fails_alone_and_the_next_sweep_runs_only_that(ou
         f"{NANO},shot,,kill worker process",
         "dfqs-nano-q8_0,last,,",
     )
-    result = sweep.sweep(table, notebooks=[notebook])
-    status = result.rows.set_index("run")["status"].to_dict()
-    assert status == {"good": "done", "dead": "failed", "shot": "failed", "last": "done"}
-    reasons = result.rows.set_index("run")["reason"]
+    rows, folder = run_sweep(table, notebook, name=""), outputs / "sweep-models"
+    assert rows["status"].to_dict() == {"good": "done", "dead": "failed", "shot": "failed", "last": "done"}
+    reasons = rows["reason"]
     assert "the kernel died in cell" in reasons["dead"]
     assert "SIGKILL" in reasons["shot"] and "sweep.log" in reasons["shot"]
-    assert result.n_failed == 2 and result.folder == (outputs / "sweep-models").resolve()
-    told = json.loads((result.folder / "good" / "merge.json").read_text())["summary"]
+    told = json.loads((folder / "good" / "merge.json").read_text())["summary"]
     assert told == [f"good {NANO} 7 False"]
-    assert list(pd.read_csv(result.folder / "sweep.csv")["run"]) == ["good", "dead", "shot", "last"]
-    assert "No report counts here" in (result.folder / "leaderboard.md").read_text()
+    assert list(pd.read_csv(folder / "sweep.csv")["run"]) == ["good", "dead", "shot", "last"]
+    assert "No report counts here" in (folder / "leaderboard.md").read_text()
 
     write_table(
         tmp_path, "model,run,n,what", f"{NANO},good,7,", f"{NANO},dead,,fail", "dfqs-nano-q8_0,last,,"
     )
-    again = sweep.sweep(table, notebooks=[notebook])
-    assert "ValueError: asked to fail" in again.rows["reason"][1] and again.n_failed == 1
-    assert dict(zip(again.rows["run"], again.rows["now"], strict=True)) == {
-        "good": False,
-        "dead": True,
-        "last": False,
-    }
-    assert starts(result.folder).count("good") == 1
+    again = run_sweep(table, notebook, name="")
+    assert "ValueError: asked to fail" in again["reason"]["dead"]
+    assert again["status"].to_dict() == {"good": "done", "dead": "failed", "last": "done"}
+    assert again["now"].to_dict() == {"good": False, "dead": True, "last": False}
+    assert starts(folder).count("good") == 1
 
 
 @pytest.mark.slow
 def test_fresh_and_a_deleted_run_do_a_finished_row_again(outputs, tmp_path, notebook):
     table = write_table(tmp_path, "model,run", f"{NANO},a")
-    folder = sweep.sweep(table, notebooks=[notebook]).folder
-    assert sweep.sweep(table, notebooks=[notebook]).rows["now"].tolist() == [False]
+    folder = outputs / "s"
+    assert run_sweep(table, notebook)["now"].tolist() == [True]
+    assert run_sweep(table, notebook)["now"].tolist() == [False]
     (folder / "a" / "summary.md").unlink()
-    assert sweep.sweep(table, notebooks=[notebook]).rows["now"].tolist() == [True]
-    sweep.sweep(table, notebooks=[notebook], fresh=True)
+    assert run_sweep(table, notebook)["now"].tolist() == [True]
+    run_sweep(table, notebook, fresh=True)
     assert json.loads((folder / "a" / "merge.json").read_text())["summary"] == [f"a {NANO} 1 True"]
     assert starts(folder) == ["a"] * 3
 
 
-def test_rows_whose_times_overlap_on_one_host_are_beside_each_other():
-    times = {"a": ("x", 0, 10), "b": ("x", 9, 20), "c": ("x", 20, 30), "d": ("y", 0, 30)}
-    answers = {run: {"host": host, "started": a, "ended": b} for run, (host, a, b) in times.items()}
-    assert sweep.beside(answers) == {"a": ["b"], "b": ["a"], "c": [], "d": []}
-
-
 @pytest.mark.slow
-def test_as_many_rows_as_asked_for_run_at_once_and_are_marked(outputs, tmp_path, notebook):
+def test_as_many_rows_as_asked_for_run_at_once(outputs, tmp_path, notebook):
     table = write_table(tmp_path, "model,run,what", f"{NANO},a,wait", f"{NANO},b,wait", f"{NANO},c,wait")
     folder, handed_out = outputs / "s", []
 
-    def let_go(row):
-        handed_out.append(row.run)
+    def let_go(line):
+        handed_out.append(line) if line.endswith("...") else None
         if len(handed_out) == 2:
             import threading
 
@@ -238,29 +235,21 @@ def test_as_many_rows_as_asked_for_run_at_once_and_are_marked(outputs, tmp_path,
 
             threading.Thread(target=after_both_began).start()
 
-    result = sweep.sweep(table, jobs=2, name="s", notebooks=[notebook], started=let_go)
-    rows = result.rows.set_index("run")
-    assert result.n_failed == 0 and "b" in rows["beside"]["a"].split() and "a" in rows["beside"]["b"].split()
-    assert json.loads((folder / "a" / sweep.ROW_FILE).read_text())["beside"] == rows["beside"]["a"].split()
-
-
-def test_crowding_is_said_before_and_only_where_there_is_any(tmp_path, notebook):
-    rows = read_rows(write_table(tmp_path, "model,run", f"{NANO},a", f"{NANO},b"), [notebook])
-    assert sweep.crowding(rows, 1) == "" and sweep.crowding(rows[:1], 4) == ""
-    assert "2 rows at once on" in sweep.crowding(rows, 3) and "use --jobs 1" in sweep.crowding(rows, 2)
+    assert run_sweep(table, notebook, jobs=2, tell=let_go)["status"].tolist() == ["done"] * 3
 
 
 def test_two_sweeps_in_one_folder_are_refused(outputs, tmp_path, notebook):
     table = write_table(tmp_path, "model,run", f"{NANO},a")
-    with sweep.alone(paths.run_dir("s")), pytest.raises(SweepError, match="another sweep is at work"):
-        sweep.sweep(table, name="s", notebooks=[notebook])
+    with sweep.alone(paths.run_dir("s")), pytest.raises(DfqsError, match="another sweep is at work"):
+        run_sweep(table, notebook)
 
 
 SCRIPT = """
 import sys
 from pathlib import Path
 from dfqs_nb.workbook import sweep
-sweep.sweep(sys.argv[1], jobs=2, name="s", notebooks=[Path(sys.argv[2])])
+options = {"scheduler": "", "name": "s", "fresh": False, "tell": print}
+sweep.sweep(Path(sys.argv[1]), jobs=2, notebooks=[Path(sys.argv[2])], **options)
 """
 
 
@@ -278,9 +267,9 @@ def test_a_killed_sweep_takes_its_rows_along_and_goes_on_where_it_stopped(output
     with (folder / sweep.JOURNAL).open("a") as file:
         file.write('{"conditions": "torn')  # as a kill in the middle of a write leaves it
     (folder / "go").touch()
-    result = sweep.sweep(table, name="s", notebooks=[notebook])
-    assert result.n_failed == 0
-    assert result.rows.set_index("run")["now"].to_dict() == {"first": False, "second": True, "third": True}
+    rows = run_sweep(table, notebook)
+    assert rows["status"].tolist() == ["done"] * 3
+    assert rows["now"].to_dict() == {"first": False, "second": True, "third": True}
     assert starts(folder).count("first") == 1
 
 
@@ -305,8 +294,8 @@ def test_a_worker_that_is_killed_in_the_middle_costs_no_row(outputs, tmp_path, n
     table, folder, killed = write_table(tmp_path, "model,run,what", *lines), outputs / "s", []
     overlap: list[int] = []
 
-    def kill_one(row):
-        if row.run == "r2":  # three are handed out
+    def kill_one(line):
+        if line == f"r2 ({NANO}) ...":  # three are handed out
             import threading
 
             def when_all_began():
@@ -321,18 +310,16 @@ def test_a_worker_that_is_killed_in_the_middle_costs_no_row(outputs, tmp_path, n
 
             threading.Thread(target=when_all_began).start()
 
-    result = sweep.sweep(
-        table, name="s", scheduler=cluster.scheduler_address, notebooks=[notebook], started=kill_one
-    )
+    result = run_sweep(table, notebook, scheduler=cluster.scheduler_address, tell=kill_one)
     assert len(killed) > 2, "the worker, the row's process, its kernel"
     assert not overlap, "the lost row began again only when what it left was gone"
-    assert result.n_failed == 0, result.rows[["run", "reason"]].to_string()
+    assert result["status"].tolist() == ["done"] * 5, result["reason"].to_string()
     assert len(starts(folder)) == 6, "five rows, one of them twice"
     assert all((folder / f"r{number}" / "merge.json").exists() for number in range(5))
     rows = [json.loads(line) for line in (folder / sweep.JOURNAL).read_text().splitlines()]
     assert len(rows) == 5
-    again = sweep.sweep(table, name="s", scheduler=cluster.scheduler_address, notebooks=[notebook])
-    assert not again.rows["now"].any(), "what is done is not handed out again"
+    again = run_sweep(table, notebook, scheduler=cluster.scheduler_address)
+    assert not again["now"].any(), "what is done is not handed out again"
 
 
 LOSE_THE_WORKER = """
@@ -354,8 +341,7 @@ def test_a_row_that_loses_every_worker_fails_in_the_end_and_the_others_are_done(
         parameters=PARAMETERS,
     )
     table = write_table(tmp_path, "model,run,what", f"{NANO},a,", f"{NANO},b,lose", f"{NANO},c,")
-    result = sweep.sweep(table, name="s", jobs=1, scheduler=cluster.scheduler_address, notebooks=[bad])
-    rows = result.rows.set_index("run")
+    rows = run_sweep(table, bad, jobs=1, scheduler=cluster.scheduler_address)
     assert rows["status"].to_dict() == {"a": "done", "b": "failed", "c": "done"}
     assert "KilledWorker" in rows["reason"]["b"]
     assert 1 < len((outputs / "s" / "lost.txt").read_text()) <= 5, "tried again, and not for ever"
@@ -366,18 +352,16 @@ def test_no_scheduler_at_the_address_is_an_error_with_the_next_step(
 ):
     monkeypatch.setattr(sweep, "CONNECT_SECONDS", 0.5)
     table = write_table(tmp_path, "model,run", f"{NANO},a")
-    with pytest.raises(SweepError, match="no Dask scheduler answers.*dask scheduler"):
-        sweep.sweep(table, scheduler="tcp://127.0.0.1:9", notebooks=[notebook])
-    with pytest.raises(SweepError, match="no Dask scheduler answers"):
-        sweep.sweep(table, scheduler="not an address://", notebooks=[notebook])
+    with pytest.raises(DfqsError, match="no Dask scheduler answers.*dask scheduler"):
+        run_sweep(table, notebook, scheduler="tcp://127.0.0.1:9")
+    with pytest.raises(DfqsError, match="no Dask scheduler answers"):
+        run_sweep(table, notebook, scheduler="not an address://")
 
 
 def test_without_distributed_the_extra_is_named(outputs, tmp_path, notebook, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(SweepError, match=r"needs dask.distributed; .pip install -e '.\[sweep\]'"):
-        sweep.sweep(
-            write_table(tmp_path, "model,run", f"{NANO},a"), scheduler="tcp://x:1", notebooks=[notebook]
-        )
+    with pytest.raises(DfqsError, match=r"needs dask.distributed; .pip install -e '.\[sweep\]'"):
+        run_sweep(write_table(tmp_path, "model,run", f"{NANO},a"), notebook, scheduler="tcp://x:1")
 
 
 def test_a_worker_of_another_version_fails_its_row():
@@ -413,13 +397,12 @@ def test_the_real_workbook_is_swept_and_ends_in_a_leaderboard(outputs, tmp_path)
         f"{NANO},iq1,8,256,3,96",
         "dfqs-nano-q8_0,q8,8,256,3,96",
     )
-    result = sweep.sweep(table, name="s")
-    assert result.n_failed == 0, result.rows[["run", "reason"]].to_string()
-    ranked = result.leaderboard.table
+    rows, folder = run_sweep(table), outputs / "s"
+    assert rows["status"].tolist() == ["done"] * 2, rows["reason"].to_string()
+    ranked = pd.read_csv(folder / "leaderboard.csv", keep_default_na=False)
     assert set(ranked["run"]) == {"iq1", "q8"} and (ranked["problem"] == "").all()
     assert ranked["conditions"].nunique() == 1
     for run in ("iq1", "q8"):
-        assert workbook.read_summary(result.folder / run).keys() >= {"merge", "scores"}
-    assert (result.folder / "leaderboard.csv").exists()
-    assert journal.Journal(result.folder / sweep.JOURNAL, sweep.FORMAT).n_found == 2
-    assert (result.folder / "leaderboard.md").exists()
+        assert workbook.read_summary(folder / run).keys() >= {"merge", "scores"}
+    assert journal.Journal(folder / sweep.JOURNAL, sweep.FORMAT).n_found == 2
+    assert (folder / "leaderboard.md").exists()
