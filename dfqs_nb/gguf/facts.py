@@ -36,14 +36,12 @@ GATING = {1: "softmax", 2: "sigmoid", 3: "softmax over the chosen", 4: "sqrtsoft
 
 @dataclass(frozen=True)
 class Experts:
-    """The mixture-of-experts layout.
+    """The mixture-of-experts layout: ``total`` routed experts a layer, at most ``used`` of them by a token.
 
     Attributes:
-        total: routed experts a layer; 0 for a dense model.
-        used: routed experts a token; the most, where layers differ.
-        shared: experts that every token uses besides.
-        hash_layers: how many ``moe_layers``, the first, choose by token id from a table, without a score.
-        gating: how router scores are made; ``weights_scale``: factor on the chosen experts' weights.
+        shared: experts that every token uses besides. hash_layers: how many ``moe_layers``, the first ones,
+        choose by token id from a table, without a score. gating: how router scores are made;
+        ``weights_scale``: factor on the chosen experts' weights.
     """
 
     total: int
@@ -56,11 +54,7 @@ class Experts:
 
     @property
     def sentence(self) -> str:
-        """The layout for people.
-
-        >>> Experts(0, 0, 0, 0, 0, "not stated", 1.0).sentence
-        'a dense model: no routed experts, every token uses all weights'
-        """
+        """The layout for people."""
         if not self.moe_layers:
             return "a dense model: no routed experts, every token uses all weights"
         where = f"{self.moe_layers} layers, {self.hash_layers} of them by hash"
@@ -69,10 +63,9 @@ class Experts:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Weights, by count. Tables of integers are not weights.
+    """Numbers of weights: ``total``, ``active`` in one token, and ``routed`` (of routed experts).
 
-    ``active`` are those that one token passes through: routed experts count by used / total, and the
-    embedding, a look-up, as the one row that is read. ``routed`` are those of the routed experts.
+    Routed experts count as active by used / total; the embedding, a look-up table, by the row that is read.
     """
 
     total: int
@@ -81,7 +74,7 @@ class Parameters:
 
 
 def layer_of(name: str) -> int | None:
-    """The block a tensor belongs to, from its name; ``None`` outside the blocks.
+    """The block of a tensor, from its name; ``None`` outside the blocks.
 
     >>> layer_of("blk.12.attn_kv.weight"), layer_of("output.weight")
     (12, None)
@@ -91,7 +84,7 @@ def layer_of(name: str) -> int | None:
 
 
 def class_of(name: str) -> str:
-    """The tensor's class, from its name.
+    """The class of a tensor, from its name.
 
     >>> class_of("blk.0.ffn_gate_exps.weight"), class_of("blk.3.hc_attn_fn.weight"), class_of("v.x")
     ('routed experts', 'hyper-connections', 'other')
@@ -101,7 +94,7 @@ def class_of(name: str) -> str:
 
 
 def experts(header: GGUFHeader) -> Experts:
-    """The expert layout; a HeaderError if a field is not a count."""
+    """The expert layout."""
     own, scale = header.architecture, header.arch("expert_weights_scale")
     return Experts(
         header.count(f"{own}.expert_count"),
@@ -119,10 +112,7 @@ def _moe_layers(header: GGUFHeader) -> set[int | None]:
 
 
 def token_shares(header: GGUFHeader) -> Iterator[tuple[Tensor, bool, float]]:
-    """Each tensor, whether it holds routed experts, and the share of it that a token of decode uses.
-
-    For experts the share is used / total; for a look-up table, such as the embedding, one row; else all.
-    """
+    """Each tensor, whether it holds routed experts, and the share that a token uses, as in `Parameters`."""
     n_experts = header.count(f"{header.architecture}.expert_count")
     used = header.counts(f"{header.architecture}.expert_used_count") or [0]
     has_output = "output.weight" in {tensor.name for tensor in header.tensors}  # else the embedding is both
@@ -143,7 +133,7 @@ def parameters(header: GGUFHeader) -> Parameters:
 
 
 def bits_per_weight(tensors: Iterable[Tensor]) -> float:
-    """Average bits a weight over ``tensors``, their scales and padding blocks included."""
+    """Average bits a weight, with scales and padding blocks."""
     chosen = [tensor for tensor in tensors if tensor.type not in INTEGER_TYPES]
     weights = sum(tensor.n_elements for tensor in chosen)
     return 8 * sum(tensor.nbytes for tensor in chosen) / weights if weights else float("nan")
@@ -177,11 +167,9 @@ def types_by_bytes(tensors: Iterable[Tensor]) -> dict[str, int]:
 
 
 def attention_layers(header: GGUFHeader) -> list[dict[str, Any]]:
-    """One dict a layer: ``layer``, ``kind``, ``ratio`` (source tokens a cached entry), ``routing``.
+    """One dict a layer: ``layer``, ``kind``, ``ratio`` (source tokens of a cached entry), ``routing``.
 
-    ``kind`` is, for DeepSeek-V4: ``sliding window`` (ratio 0), ``compressed sparse`` (ratio 4, with an
-    indexer that picks) or ``heavily compressed`` (ratio 128). Other architectures: ``full``, or ``sliding
-    window`` where the header declares a window without saying for which layers.
+    Outside DeepSeek-V4, ``kind`` is ``sliding window`` in all layers where the header states a window.
     """
     ratios = header.counts(f"{header.architecture}.attention.compress_ratios")
     names = {0: "sliding window", 4: "compressed sparse", 128: "heavily compressed"}
@@ -197,7 +185,7 @@ def attention_layers(header: GGUFHeader) -> list[dict[str, Any]]:
 
 
 def identity(header: GGUFHeader) -> dict[str, Any]:
-    """The identity in the header: name, architecture, licence, sizes, quantization, provenance."""
+    """The header's identity: name, architecture, licence, sizes, quantization, provenance."""
     count = parameters(header)
     return {
         "name": header.text("general.name") or "not stated",
@@ -216,7 +204,7 @@ def identity(header: GGUFHeader) -> dict[str, Any]:
 
 
 def architecture(header: GGUFHeader) -> dict[str, Any]:
-    """The sizes that shape the network; ``not stated`` if the header lacks it."""
+    """The sizes that shape the network, each ``not stated`` if the header lacks it."""
     keys = {
         "layers": "block_count",
         "hidden size": "embedding_length",
@@ -255,7 +243,7 @@ def tokenizer(header: GGUFHeader) -> dict[str, Any]:
 
 
 def facts_frame(facts: dict[str, Any], name: str = "value") -> pd.DataFrame:
-    """A dict of facts as a one-column table, numbers with thousands separators, long texts cut."""
+    """Facts as a one-column table; numbers get thousands separators, long texts are cut."""
     import pandas as pd
 
     def shown(value: Any) -> str:
@@ -280,7 +268,7 @@ def tensor_table(header: GGUFHeader) -> pd.DataFrame:
 
 
 def quantization_by_layer(table: pd.DataFrame) -> pd.DataFrame:
-    """Bytes by layer (rows) and tensor type (columns, most bytes first), blocks only."""
+    """Bytes by block (rows) and tensor type (columns, most bytes first)."""
     blocks = table[table["layer"] >= 0]
     mix = blocks.pivot_table(index="layer", columns="type", values="bytes", aggfunc="sum", fill_value=0)
     return mix[mix.sum().sort_values(ascending=False).index]
@@ -288,19 +276,15 @@ def quantization_by_layer(table: pd.DataFrame) -> pd.DataFrame:
 
 # ---- what kind of file it is ----
 
-# What a GGUF file is when it is no language model, by ``general.type`` or the architecture.
-OTHER_ROLES = {
-    "mmproj": "a multimodal projector",
-    "clip": "a multimodal projector",
-    "adapter": "a LoRA adapter",
-    "imatrix": "an importance matrix",
-    "controlvector": "a control vector",
-}
+# What a GGUF file is that is no language model, by ``general.type`` or the architecture.
+_PARTS = "adapter: a LoRA adapter, imatrix: an importance matrix, controlvector: a control vector, "
+_PARTS += "mmproj: a multimodal projector, clip: a multimodal projector"
+OTHER_ROLES = dict(part.split(": ") for part in _PARTS.split(", "))
 MODEL = "a language model"
 
 
 def role(header: GGUFHeader) -> str:
-    """What the file is: `MODEL`, or something that belongs to one; of shards, ask `ShardSet.as_one`.
+    """What the file is: `MODEL`, or something that belongs to a model.
 
     >>> from dfqs_nb.gguf.broken import reference_shards
     >>> role(reference_shards().as_one)
@@ -317,7 +301,7 @@ def role(header: GGUFHeader) -> str:
 
 
 def require_model(header: GGUFHeader) -> None:
-    """Raise a ModelError for a GGUF file that is not a model, such as an adapter; see `role`."""
+    """Raise a ModelError for a file that is not a model, such as an adapter; see `role`."""
     if role(header) != MODEL:
         what = f"{role(header)}, not a language model"
         raise ModelError(what, where=header.path, hint="name the model it was made for")
@@ -325,8 +309,7 @@ def require_model(header: GGUFHeader) -> None:
 
 # ---- the early dialect of deepseek4 ----
 
-# The first conversions of DeepSeek-V4 say ``deepseek4`` too, but name some tensors so. Upstream llama.cpp
-# (since b9840) expects the names behind them, and a key that those files lack.
+# Tensor names of the first conversions of DeepSeek-V4, and what upstream llama.cpp (since b9840) expects.
 EARLY_NAMES = (
     (r"\battn_kv_latent\b", "attn_kv"),
     (r"\battn_compress_", "attn_compressor_"),
@@ -340,12 +323,7 @@ EARLY_NAMES = (
 def early_dialect(header: GGUFHeader) -> dict[str, str]:
     """Tensors named in the early dialect of ``deepseek4``, each with the name that llama.cpp expects.
 
-    Such a file can be sound, and upstream llama.cpp still refuses it: it needs the fork that made it, or a
-    newer conversion.
-
-    >>> from dfqs_nb.gguf.broken import reference_shards
-    >>> early_dialect(reference_shards().as_one)
-    {}
+    Such a file can be sound. It needs the fork that made it, or a newer conversion.
     """
     names = {}
     for tensor in header.tensors if header.architecture == "deepseek4" else ():

@@ -1,10 +1,8 @@
 """The header of a GGUF file: metadata fields, tensor table, data section.
 
-Only the header's bytes are read, whatever the size of the file, and an array (the tokenizer's
-129,280 strings, say) is decoded when it is asked for, not before. Every count and length is checked
-against the bytes that are there before anything is allocated, so a hostile file costs nothing.
-
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+We read only the header's bytes, and decode an array (such as 129,280 token strings) when it is asked for.
+Every count and length is checked against the bytes that are there before anything is allocated, so a hostile
+file costs nothing. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ _U64 = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One metadata field, its value still in bytes.
+    """A metadata field, not decoded.
 
     Attributes:
         type: name of the value type; for an array, that of its items.
@@ -63,13 +61,9 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One row of the tensor table.
+    """A row of the tensor table: ``shape`` in ggml's order, ``offset`` from the start of the data section.
 
-    Attributes:
-        shape: elements by dimension in ggml's order, the contiguous one first.
-        type: name of the tensor type, like ``IQ1_S``.
-        offset: bytes from the start of the data section.
-        nbytes: bytes of data, without padding.
+    ``nbytes`` are bytes of data, without padding.
     """
 
     name: str
@@ -86,11 +80,9 @@ class GGUFHeader(Mapping[str, Any]):
     """A GGUF header as a read-only mapping from field name to value, and its tensor table.
 
     Attributes:
-        start: where the header starts in the file, in bytes (0 but for glued files).
-        alignment: the data section's, in bytes.
+        start: where the header starts in the file (0 except for glued files).
         fields, tensors: in the file's order.
-        data_offset: where the data section starts, in bytes from the start of the file.
-        file_size: size of the file in bytes, when it was read.
+        data_offset: where the data section starts, from the start of the file.
         raw: the header's bytes, from its magic to the end of the tensor table.
     """
 
@@ -105,7 +97,7 @@ class GGUFHeader(Mapping[str, Any]):
     raw: bytes = field(repr=False)
 
     def __getitem__(self, name: str) -> Any:
-        """Decode the value of the field ``name``: int, float, bool, str, or a list of them."""
+        """The value of a field: int, float, bool, str, or a list of them."""
         return _decode(self.raw, self.fields[name])
 
     def __iter__(self) -> Iterator[str]:
@@ -119,23 +111,26 @@ class GGUFHeader(Mapping[str, Any]):
 
     @property
     def architecture(self) -> str:
-        """``general.architecture``, or an empty string in a header without one (shards 2 to N)."""
+        """``general.architecture``; empty in a header without it (shards 2 to N)."""
         return self.text("general.architecture")
 
     def arch(self, key: str, default: Any = None) -> Any:
-        """The value of the architecture's own ``key``: ``arch("block_count")``."""
+        """The value of the architecture's own ``key``, as in ``arch("block_count")``."""
         return self.get(f"{self.architecture}.{key}", default)
 
-    # A field may hold any type in a file from elsewhere, so code that computes reads it through these.
-    # What is no count is a HeaderError.
+    # In a hostile file a field may have any type, so code that computes reads it through these methods.
 
     def text(self, name: str) -> str:
-        """A field that should be text; empty where it is missing or something else."""
+        """A text field; empty where it is missing or no text."""
         value = self.get(name)
         return value if isinstance(value, str) else ""
 
     def counts(self, name: str) -> list[int]:
-        """A field that should be a count, or one for each layer, as a list; empty where it is missing."""
+        """A field of a count, or of one for each layer, as a list; empty where it is missing.
+
+        Raises:
+            HeaderError: it is something else.
+        """
         value = self.get(name, [])
         values = value if isinstance(value, list) else [value]
         if not all(type(item) is int and item >= 0 for item in values):
@@ -143,12 +138,12 @@ class GGUFHeader(Mapping[str, Any]):
         return values
 
     def count(self, name: str, default: int = 0) -> int:
-        """A field that should be one count; of one for each layer, the largest."""
+        """A field of one count; of one for each layer, the largest."""
         return max(self.counts(name), default=default)
 
     @property
     def n_layers(self) -> int:
-        """The architecture's ``block_count``; 0 where it is missing, an error above what llama.cpp takes."""
+        """The architecture's ``block_count``; 0 where it is missing."""
         count = self.count(f"{self.architecture}.block_count")
         if count > MAX_LAYERS:  # a hostile number fills the memory
             what = f"claims {count:,} layers; llama.cpp takes {MAX_LAYERS}"
@@ -157,26 +152,23 @@ class GGUFHeader(Mapping[str, Any]):
 
     @property
     def data_nbytes(self) -> int:
-        """Bytes of the data section that the tensor table asks for, each tensor padded."""
+        """Bytes of the data section by the tensor table, with padding."""
         return padded(max((t.offset + t.nbytes for t in self.tensors), default=0), self.alignment)
 
     @property
     def end_offset(self) -> int:
-        """Where the file ends if it holds just this model, in bytes from the start of the file."""
+        """Where the file ends if it holds only this model."""
         return self.data_offset + self.data_nbytes
 
 
 def ends(header: GGUFHeader) -> tuple[int, int]:
-    """Where the last tensor's bytes end, and where the file ends: llama.cpp pads the tensor or the header."""
+    """Where the last tensor's bytes end, and where the file ends, as llama.cpp pads them."""
     end = header.data_offset + max((t.offset + t.nbytes for t in header.tensors), default=0)
     return end, header.start + padded(end - header.start, header.alignment)
 
 
 def next_start(header: GGUFHeader, file: Any) -> int | None:
-    """The byte where another header follows this one's data, as in glued shards; None where none does.
-
-    It follows with or without padding; where both places have a magic, the nearer one counts.
-    """
+    """The byte where another header follows, with or without padding, as in glued shards; None: nowhere."""
     for at in dict.fromkeys(ends(header)):
         if at < header.file_size:  # a hostile offset is no place to seek
             file.seek(at)
@@ -197,12 +189,10 @@ def padded(nbytes: int, alignment: int) -> int:
 def read_header(path: str | Path, start: int = 0, *, file: Any = None) -> GGUFHeader:
     """Read the GGUF header that starts at byte ``start`` of the file.
 
-    Args:
-        file: an open binary file to read instead of the one at ``path``, such as a `remote.RemoteFile`.
+    ``file``: an open binary file to read instead of the one at ``path``, such as a `remote.RemoteFile`.
 
     Raises:
-        HeaderError: the bytes there are not a GGUF header that llama.cpp could read; the message
-            says what was found, at which byte, and what to do.
+        HeaderError: llama.cpp could not read that header: what is wrong, at which byte, and the next step.
     """
     path = Path(path)
     try:
@@ -214,7 +204,7 @@ def read_header(path: str | Path, start: int = 0, *, file: Any = None) -> GGUFHe
 
 
 def unreadable(path: Path, error: OSError) -> HeaderError:
-    """The error for a file that cannot be opened; if the path is an address, the message says so."""
+    """The error for a file that cannot be opened; it recognizes an address in place of a path."""
     hint = "check the path and its permissions"
     if str(path).startswith(("http:", "https:")):  # as a path, it has lost one of its slashes
         hint = "it is an address: download the file first, or look at it with `dfqs-nb inspect ADDRESS`"
@@ -222,10 +212,10 @@ def unreadable(path: Path, error: OSError) -> HeaderError:
 
 
 def check_layout(header: GGUFHeader) -> None:
-    """Check that the tensors lie one after another, aligned, and inside the file, as llama.cpp does.
+    """Check, as llama.cpp does, that the tensors lie one after another, aligned and inside the file.
 
     Raises:
-        LayoutError: names the first tensor that is out of place, or the bytes that are missing.
+        LayoutError: names the first misplaced tensor, or the missing bytes.
     """
     expected = 0
     for tensor in header.tensors:
@@ -241,7 +231,7 @@ def check_layout(header: GGUFHeader) -> None:
 
 
 class _Cursor:
-    """Reads forward through a header, holding its bytes, and never asks for more than there is."""
+    """Reads forward through a header, keeps its bytes, and never asks for more than there is."""
 
     def __init__(self, path: Path, file: BinaryIO, start: int, size: int) -> None:
         self.path, self.file, self.start, self.size = path, file, start, size
@@ -257,12 +247,14 @@ class _Cursor:
         return HeaderError(f"{what} (at byte {at:,})", where=self.path, hint=hint)
 
     def need(self, end: int) -> None:
-        """Hold the header's bytes up to ``end``."""
+        """Read the header's bytes up to ``end``."""
         if end <= len(self.bytes):
             return
         if end > self.size - self.start:
-            has = f"the file has {self.size - self.start:,}"
-            raise self.fail(f"the header is cut off: it needs {end:,} bytes and {has}", CUT_OFF)
+            what = (
+                f"the header is cut off: it needs {end:,} bytes and the file has {self.size - self.start:,}"
+            )
+            raise self.fail(what, CUT_OFF)
         if end > MAX_HEADER_BYTES:
             raise self.fail(f"the header claims over {MAX_HEADER_BYTES:,} bytes")
         goal = min(max(end, 2 * len(self.bytes), _FIRST_READ), self.size - self.start, MAX_HEADER_BYTES)
@@ -350,12 +342,11 @@ def _read_preamble(cursor: _Cursor) -> tuple[int, int, int]:
 def _read_fields(cursor: _Cursor, count: int) -> dict[str, Field]:
     fields: dict[str, Field] = {}
     for i in range(count):
-        start = cursor.position
-        name = cursor.text(f"the name of metadata field {i}")
-        if not name:
-            raise cursor.fail(f"metadata field {i} has no name")
-        if name in fields:
-            raise cursor.fail(f"metadata field {name!r} stands twice")
+        start, name = cursor.position, cursor.text(f"the name of metadata field {i}")
+        if not name or name in fields:
+            raise cursor.fail(
+                f"metadata field {name!r} stands twice" if name else f"metadata field {i} has no name"
+            )
         fields[name] = _read_field(cursor, name, start)
     return fields
 
@@ -411,9 +402,7 @@ def _read_tensor(cursor: _Cursor, name: str) -> Tensor:
     code, offset = cursor.number("I"), cursor.number("Q")
     if code in REMOVED_TYPES:
         removed = f"{what} has the type {code}, {REMOVED_TYPES[code]}, which llama.cpp removed"
-        raise cursor.fail(
-            removed, "quantize the model again from its original, or run it in the build that made it"
-        )
+        raise cursor.fail(removed, "quantize the original model again, or run it in the build that made it")
     if code not in TENSOR_TYPES:
         raise cursor.fail(f"{what} has the type {code}, which llama.cpp does not know", FORK)
     type_name, block, block_bytes = TENSOR_TYPES[code]
@@ -425,18 +414,12 @@ def _read_tensor(cursor: _Cursor, name: str) -> Tensor:
 
 
 def _decode(raw: bytes | bytearray, entry: Field) -> Any:
-    """The value of a field; text that is not UTF-8 is shown with replacement characters."""
-    n = 1 if entry.count is None else entry.count
-    if entry.type == "STRING":
-        values = list(_strings(raw, entry.value_start, n))
-    else:
-        form = next(form for name, form in VALUE_TYPES.values() if name == entry.type)
-        values = list(struct.unpack_from(f"<{n}{form}", raw, entry.value_start))
+    """The value of a field; text that is not UTF-8 gets replacement characters."""
+    n, position = 1 if entry.count is None else entry.count, entry.value_start
+    form = next(form for name, form in VALUE_TYPES.values() if name == entry.type)
+    values = list(struct.unpack_from(f"<{n}{form}", raw, position)) if form else []
+    while len(values) < n:
+        end = position + 8 + _U64.unpack_from(raw, position)[0]
+        values.append(raw[position + 8 : end].decode("utf-8", errors="replace"))
+        position = end
     return values[0] if entry.count is None else values
-
-
-def _strings(raw: bytes | bytearray, position: int, count: int) -> Iterator[str]:
-    for _ in range(count):
-        length = _U64.unpack_from(raw, position)[0]
-        position += 8 + length
-        yield raw[position - length : position].decode("utf-8", errors="replace")

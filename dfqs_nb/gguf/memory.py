@@ -1,4 +1,4 @@
-"""What a header says a run will need: weights, KV cache, and whether this machine holds them."""
+"""Memory of a run, from the header: weights, KV cache, and whether this machine holds them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ F32_BYTES = 4
 
 @dataclass(frozen=True)
 class KvCacheBytes:
-    """Bytes of one context's cache, each layer's by part, and how far to trust them.
+    """Bytes of a context's cache, by layer and part, and how exact they are.
 
     Parts of ``deepseek4``: ``raw`` (sliding window), ``csa`` (ratio 4), ``hca`` (ratio 128), ``indexer``,
-    ``compressor_state``; of the other architectures: ``k`` and ``v``.
+    ``compressor_state``; of other architectures: ``k`` and ``v``.
     """
 
     layers: list[dict[str, int]]
@@ -63,17 +63,13 @@ def kv_cache_bytes(
 ) -> KvCacheBytes:
     """Bytes of the KV cache that llama.cpp allocates for ``n_ctx`` tokens, from the header alone.
 
-    Args:
-        n_ctx: tokens of context; llama.cpp rounds it up to a multiple of 256.
-        n_ubatch: tokens computed at once (it sizes the sliding window's cache).
-        type_k, type_v: element types, like ``"f16"`` or ``"q8_0"``.
-        swa_full: keep every token in sliding-window layers (llama.cpp's own default; costly).
+    llama.cpp rounds ``n_ctx`` up to a multiple of 256. ``n_ubatch`` sizes the sliding window's cache.
+    ``swa_full`` keeps every token in sliding-window layers, which is llama.cpp's own default, and costly.
+    Source: ``src/llama-kv-cache*.cpp`` of the llama.cpp that llama-cpp-python 0.3.36 vendors.
 
     Raises:
-        HeaderError: a key that the formula needs is missing.
+        HeaderError: the header lacks a key that the formula needs.
         ValueError: an unknown element type, or a count below 1.
-
-    Source: ``src/llama-kv-cache*.cpp`` of the llama.cpp that llama-cpp-python 0.3.36 vendors.
     """
     if min(n_ctx, n_ubatch) < 1:
         raise ValueError("n_ctx and n_ubatch must be at least 1")
@@ -94,27 +90,23 @@ def kv_cache_bytes(
 def _deepseek4(
     header: GGUFHeader, cells: int, n_ubatch: int, type_k: str, swa_full: bool
 ) -> list[dict[str, int]]:
-    """One K row a layer and cell, no V; compressed layers keep a row for each 4 or 128 tokens beside it."""
+    """One K row a layer and cell, no V; compressed layers add a row for each 4 or 128 tokens."""
     head_dim, indexer_dim = _int(header, "attention.key_length"), _int(header, "attention.indexer.key_length")
     ratios = _ints(header, "attention.compress_ratios")[: header.n_layers]
     window = cells if swa_full else _pad(min(cells, _int(header, "attention.sliding_window") + n_ubatch))
     csa_rows, hca_rows = (_pad(-(-cells // ratio)) for ratio in (CSA_RATIO, HCA_RATIO))
     row_bytes, state_bytes = _row_bytes(head_dim, type_k), 2 * F32_BYTES
-    extra = {
-        CSA_RATIO: {
-            "csa": csa_rows * row_bytes,
-            "indexer": csa_rows * _row_bytes(indexer_dim, type_k),
-            "compressor_state": 2 * CSA_RATIO * 2 * (head_dim + indexer_dim) * state_bytes,
-        },
-        HCA_RATIO: {"hca": hca_rows * row_bytes, "compressor_state": HCA_RATIO * head_dim * state_bytes},
-    }
+    states = 2 * CSA_RATIO * 2 * (head_dim + indexer_dim) * state_bytes
+    csa = {"csa": csa_rows * row_bytes, "indexer": csa_rows * _row_bytes(indexer_dim, type_k)}
+    hca = {"hca": hca_rows * row_bytes, "compressor_state": HCA_RATIO * head_dim * state_bytes}
+    extra = {CSA_RATIO: csa | {"compressor_state": states}, HCA_RATIO: hca}
     raw = {"raw": window * row_bytes, **dict.fromkeys(("csa", "hca", "indexer", "compressor_state"), 0)}
     ratios += [0] * (_int(header, "block_count") - len(ratios))
     return [raw | extra.get(ratio, {}) for ratio in ratios]
 
 
 def _attention(header: GGUFHeader, cells: int, type_k: str, type_v: str) -> list[dict[str, int]]:
-    """Grouped-query attention: one K and one V row for each layer and cell; latent attention keeps K only."""
+    """Grouped-query attention: a K and a V row for each layer and cell; latent attention keeps K only."""
     heads = _ints(header, "attention.head_count_kv", "attention.head_count")
     if len(heads) == 1 and _int(header, "block_count"):
         heads = heads * header.n_layers
@@ -122,17 +114,13 @@ def _attention(header: GGUFHeader, cells: int, type_k: str, type_v: str) -> list
     head_dim = _int(header, "attention.key_length", default)
     value_dim = _int(header, "attention.value_length", head_dim)
     latent = bool(header.arch("attention.key_length_mla"))  # 0: llama.cpp's own tools write every key
-    return [
-        {
-            "k": _row_bytes(n * head_dim, type_k) * cells,
-            "v": 0 if latent else _row_bytes(n * value_dim, type_v) * cells,
-        }
-        for n in heads
-    ]
+    keys = [_row_bytes(n * head_dim, type_k) * cells for n in heads]
+    values = [0 if latent else _row_bytes(n * value_dim, type_v) * cells for n in heads]
+    return [{"k": k, "v": v} for k, v in zip(keys, values, strict=True)]
 
 
 def _ints(header: GGUFHeader, *names: str) -> list[int]:
-    """The architecture's first key that is there: a count, or one for each layer."""
+    """The first of these keys that the header has: a count, or one for each layer."""
     for name in names:
         if values := header.counts(f"{header.architecture}.{name}"):
             return values
@@ -158,17 +146,16 @@ def _pad(cells: int) -> int:
 
 
 def weights_bytes(header: GGUFHeader) -> int:
-    """Bytes of all tensors; of shards, ask `ShardSet.as_one`."""
+    """Bytes of all tensors."""
     return sum(tensor.nbytes for tensor in header.tensors)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What one open model takes, in bytes.
+    """What an open model takes, in bytes.
 
-    ``weights_bytes`` are mapped from the file: the kernel reads and drops them as it needs.
-    ``weights_resident_bytes`` must lie in memory: all without ``use_mmap``. ``compute_bytes`` is None
-    as long as nobody asked llama.cpp: the header does not say it, and it can exceed the cache.
+    ``weights_resident_bytes`` must lie in memory; without them the kernel reads and drops weights as it
+    needs. ``compute_bytes`` is None until llama.cpp is asked: it can exceed the cache.
     """
 
     weights_bytes: int
@@ -180,16 +167,16 @@ class MemoryEstimate:
 
     @property
     def must_fit_bytes(self) -> int:
-        """Bytes that cannot be paged: resident weights, KV cache, and the compute buffer if known."""
+        """Bytes that cannot be paged: resident weights, KV cache, compute buffer."""
         return self.weights_resident_bytes + self.kv.total + (self.compute_bytes or 0)
 
     @property
     def comfortable_bytes(self) -> int:
-        """Bytes at which nothing is read from the disk twice: everything, weights included."""
+        """Bytes with which nothing is read from the disk twice."""
         return self.must_fit_bytes + self.weights_bytes - self.weights_resident_bytes
 
     def with_compute(self, compute_bytes: int) -> MemoryEstimate:
-        """The same estimate with llama.cpp's own figure for the compute buffer."""
+        """The same estimate with llama.cpp's own number for the compute buffer."""
         return replace(self, compute_bytes=compute_bytes)
 
 
@@ -203,17 +190,14 @@ def estimate(
     flash_attn: bool = False,
     **types: str,
 ) -> MemoryEstimate:
-    """Memory that the model of this header (of shards: `ShardSet.as_one`) will take.
-
-    Arguments and errors are those of `kv_cache_bytes`; ``flash_attn`` is for the advice in a refusal.
-    """
+    """Memory that a model will take; arguments and errors of `kv_cache_bytes`."""
     weights, kv = weights_bytes(header), kv_cache_bytes(header, n_ctx, n_ubatch, swa_full=swa_full, **types)
     settings: dict[str, object] = {"swa_full": swa_full, "flash_attn": flash_attn}
     return MemoryEstimate(weights, 0 if use_mmap else weights, kv, n_ctx, settings=settings)
 
 
 def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: str | Path | None = None) -> str:
-    """Refuse what cannot work, and return a warning for what will page and be slow (else ``""``).
+    """A warning if the weights will be paged, which is slow; else ``""``.
 
     Raises:
         SpaceError: resident weights, KV cache and compute buffer exceed the available memory.
@@ -239,7 +223,7 @@ def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: str |
 
 
 def _advice(needs: MemoryEstimate) -> Iterator[str]:
-    """What makes the model fit, the greatest saving first."""
+    """What makes the model fit, greatest saving first."""
     if needs.weights_resident_bytes:
         yield "pass use_mmap=True, so that the weights need not fit"
     if needs.settings.get("swa_full"):
@@ -252,7 +236,7 @@ def _advice(needs: MemoryEstimate) -> Iterator[str]:
 
 
 def binary_size(n_bytes: int) -> str:
-    """Bytes as people compare them with memory.
+    """Bytes in binary units, as memory is sold.
 
     >>> binary_size(424 * 2**20), binary_size(7 * 2**30 // 2)
     ('424.0 MiB', '3.50 GiB')
@@ -261,15 +245,11 @@ def binary_size(n_bytes: int) -> str:
 
 
 def cache_table(header: GGUFHeader, contexts: Sequence[int]) -> pd.DataFrame:
-    """KV cache in MiB (f16) by context length, as opened here and with llama.cpp's default.
-
-    Index ``n_ctx`` (tokens); columns ``swa_full=False`` and ``swa_full=True``.
-    """
+    """KV cache in MiB (f16) by ``n_ctx``, in the columns ``swa_full=False`` and ``swa_full=True``."""
     import pandas as pd
 
-    rows = [
-        [kv_cache_bytes(header, n_ctx, swa_full=full).total / 2**20 for full in (False, True)]
-        for n_ctx in contexts
-    ]
-    index = pd.Index(contexts, name="n_ctx")
-    return pd.DataFrame(rows, index, ["swa_full=False", "swa_full=True"])
+    cache = {
+        f"swa_full={full}": [kv_cache_bytes(header, n, swa_full=full).total / 2**20 for n in contexts]
+        for full in (False, True)
+    }
+    return pd.DataFrame(cache, pd.Index(contexts, name="n_ctx"))

@@ -1,11 +1,8 @@
 """Names to files: the models that the workbook knows, any local path, and any GGUF file of the hub.
 
-The table is data: ``data/models.toml``. Downloads go through huggingface_hub: its cache, progress and
-environment variables. Added here: every file is asked for before the first is fetched, so that a missing
-file or a full disk shows at once; and each failure names its likely cause and the next step.
-
-huggingface_hub resumes a connection that closes early. After a reset, and in a later run, it begins that file
-again (huggingface/huggingface_hub#4196); files that were complete stay in its cache.
+The table is ``data/models.toml``. huggingface_hub downloads. It resumes a connection that closes early. After
+a reset, and in a later run, it begins that file again (huggingface/huggingface_hub#4196) and keeps complete
+files. We ask for every file before we fetch the first, so a missing file or a full disk shows at once.
 """
 
 from __future__ import annotations
@@ -34,8 +31,12 @@ PAGE = re.compile(
     re.I,
 )
 LARGER_DISK = "free some space, or set HF_HOME to a folder on a larger disk"
+OFFLINE = (
+    "not in the cache, and offline",
+    "unset HF_HUB_OFFLINE (or local_files_only) and run once with a network",
+)
 TRIES = 4  # of a download whose connection is reset
-CAUSES = {  # errors of huggingface_hub by name
+CAUSES = {  # errors of huggingface_hub and httpx by name: what is wrong, and what to do
     "RevisionNotFoundError": (
         "the repository has no such revision",
         "name a branch, a tag or a commit of it",
@@ -45,6 +46,10 @@ CAUSES = {  # errors of huggingface_hub by name
         "no such repository, or it is private",
         "check the spelling; for a private one log in with `hf auth login`",
     ),
+    "OfflineModeIsEnabled": OFFLINE,
+    "FileMetadataError": ("the server does not answer like a hub", "check HF_ENDPOINT, and any proxy"),
+    "HFValidationError": ("not a name the hub allows", "check the spelling"),
+    "ProxyError": ("the proxy refuses", "check HTTPS_PROXY"),
 }
 STATUS_HINTS = {
     401: "the token is not valid: `hf auth login`, or unset HF_TOKEN",
@@ -64,9 +69,9 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class Model:
-    """A registered model: its files in order, where they come from, and who says so.
+    """A registered model, with its files in order.
 
-    ``merged_sha256`` is what ``llama-gguf-split --merge`` makes of the files; empty where nobody recorded it.
+    ``merged_sha256``: of what ``llama-gguf-split --merge`` makes of the files; empty if not recorded.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -89,9 +94,6 @@ class Model:
 def registered() -> dict[str, Model]:
     """The registered models by name, in the order of ``data/models.toml``.
 
-    Raises:
-        RegistryError: the table is missing, not TOML, or has a wrong field.
-
     >>> [len(model.files) for model in registered().values()]
     [2, 2, 1, 2, 1]
     """
@@ -110,20 +112,18 @@ def registered() -> dict[str, Model]:
 
 
 def resolve(model: str | Path, *, local_files_only: bool = False) -> tuple[Path, ...]:
-    """The local paths of a model's files, shards in order; what is missing here is downloaded.
+    """The local paths of a model's files, shards in order; missing files are downloaded.
 
     Args:
-        model: a registered name; a local file (returned as it is, also when it is one shard of several) or a
-            folder that holds one model; or a file of the hub, as
-            ``hf://owner/repo/path/file.gguf[@revision]`` or by the address of its page, where the name of one
-            shard stands for all of them. A registered name goes before a folder of that name.
-        local_files_only: take only what is in the hub's cache. ``HF_HUB_OFFLINE`` does the same.
+        model: a registered name; a local file (also one shard) or a folder that holds one model; or a file of
+            the hub as ``hf://owner/repo/path/file.gguf[@revision]`` or the address of its page, where one
+            shard stands for all. A registered name goes before a folder of that name.
+        local_files_only: take only what is in the hub's cache, as with ``HF_HUB_OFFLINE``.
 
     Raises:
         RegistryError: nothing has that name, or the hub does not give the files.
-        IntegrityError: a registered file has another size than the table says.
-        SpaceError: the files do not fit on the disk of the cache.
-        OutputError: the cache cannot be written.
+        IntegrityError: a registered file has another size than in the table.
+        SpaceError, OutputError: the disk of the cache is too small, or not writable.
 
     >>> [path.name for path in resolve("dfqs-nano-iq1_s-xl")]
     ['DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf', 'DFQS-Nano-IQ1_S-XL-00002-of-00002.gguf']
@@ -138,7 +138,7 @@ def resolve(model: str | Path, *, local_files_only: bool = False) -> tuple[Path,
 
 
 def is_address(model: str | Path) -> bool:
-    """Whether this names a file of the hub or of a web server.
+    """Whether this is the address of a file on the hub or a web server.
 
     >>> is_address("hf://a/b/c.gguf"), is_address("https://x.org/c.gguf"), is_address("models/c.gguf")
     (True, True, False)
@@ -147,7 +147,7 @@ def is_address(model: str | Path) -> bool:
 
 
 def siblings(file: str) -> list[str]:
-    """All shards of the file that this name belongs to, in order; a file without a shard number is alone.
+    """The names of all shards in order, from the name of any; a name without a shard number stays alone.
 
     >>> siblings("IQ1/tiny-00002-of-00002.gguf")
     ['IQ1/tiny-00001-of-00002.gguf', 'IQ1/tiny-00002-of-00002.gguf']
@@ -156,19 +156,15 @@ def siblings(file: str) -> list[str]:
     if match is None or not 1 <= int(match["number"]) <= (count := int(match["count"])):
         return [file]
     names = [shard_path(match["prefix"], number, count).as_posix() for number in range(1, count + 1)]
-    names[int(match["number"]) - 1] = file  # as it was given: `.GGUF`, or a doubled slash
+    names[int(match["number"]) - 1] = file  # as given: `.GGUF`, or a doubled slash
     return names
 
 
 def check_sizes(paths: Sequence[Path], model: Model) -> None:
-    """Compare the size of each file with the table (it reads no data).
-
-    Raises:
-        IntegrityError: a file is shorter or longer, or the number of files is another one.
-    """
+    """Compare the number and the sizes of files with the table; an IntegrityError where they differ."""
     if len(paths) != len(model.files):
         what = f"{len(paths)} files given, but {model.name} has {len(model.files)}"
-        raise IntegrityError(what, hint="give all of them, in order")
+        raise IntegrityError(what, hint="give all files, in order")
     for number, (path, file) in enumerate(zip(paths, model.files, strict=True), 1):
         surplus = Path(path).stat().st_size - file.size_bytes
         if surplus:
@@ -177,11 +173,7 @@ def check_sizes(paths: Sequence[Path], model: Model) -> None:
 
 
 def check_hashes(paths: Sequence[Path], model: Model) -> tuple[str, ...]:
-    """Compare the size, then the SHA-256 of each file with the table, and return the hashes.
-
-    Raises:
-        IntegrityError: a file is not the one that the table describes.
-    """
+    """Compare sizes and SHA-256 with the table; an IntegrityError where they differ. Returns the hashes."""
     check_sizes(paths, model)
     hashes = tuple(map(sha256_of, paths))
     for number, (path, file, digest) in enumerate(zip(paths, model.files, hashes, strict=True), 1):
@@ -193,7 +185,7 @@ def check_hashes(paths: Sequence[Path], model: Model) -> tuple[str, ...]:
 
 def _damaged(path: Path, model: Model, number: int, what: str) -> IntegrityError:
     which = f"shard {number} of {len(model.files)}" if len(model.files) > 1 else "the file"
-    real = Path(path).resolve()  # in the hub's cache the name is a link, and the bytes are elsewhere
+    real = Path(path).resolve()  # the hub's cache has links
     first = f"delete {tilde(real)} and " if real != Path(path).absolute() else ""
     return IntegrityError(f"{which} {what}", where=tilde(path), hint=f"{first}download it again")
 
@@ -201,14 +193,14 @@ def _damaged(path: Path, model: Model, number: int, what: str) -> IntegrityError
 def _registered(model: Model, local_files_only: bool) -> tuple[Path, ...]:
     if model.source.startswith("hf://"):
         files = [HubFile(model.source.removeprefix("hf://"), file.name) for file in model.files]
-        paths = download(files, any_folder=True, local_files_only=local_files_only)
+        files = files if local_files_only else [located(file) for file in files]
+        paths = download(files, local_files_only=local_files_only)
     else:
         folder = data_dir() / PurePosixPath(model.source).relative_to("data")
         paths = tuple(folder / file.name for file in model.files)
-        for path in paths:
-            if not path.is_file():
-                hint = f"it belongs to the repository: `git checkout -- {model.source}`"
-                raise RegistryError("missing", where=tilde(path), hint=hint)
+        if missing := [path for path in paths if not path.is_file()]:
+            hint = f"it belongs to the repository: `git checkout -- {model.source}`"
+            raise RegistryError("missing", where=tilde(missing[0]), hint=hint)
     check_sizes(paths, model)
     return paths
 
@@ -223,8 +215,7 @@ def _local(path: Path, given: str) -> tuple[Path, ...]:
         if len(stems) == 1:
             return tuple(paths)
         contents = f"{len(stems)} models ({', '.join(stems[:5])})" if stems else "no .gguf file"
-        what = f"the folder has {contents}"
-        raise RegistryError(what, where=tilde(path), hint="give the path of one file")
+        raise RegistryError(f"the folder has {contents}", where=tilde(path), hint="give the path of a file")
     known = ", ".join(registered())
     if "/" in given or "\\" in given or given.lower().endswith(".gguf"):
         hint = f"check the path, or give the name of a known model: {known}"
@@ -249,20 +240,8 @@ class HubFile:
         return f"hf://{self.repo}/{self.file}" + (f"@{self.revision}" if self.revision else "")
 
 
-class FileNotInRepo(RegistryError):
-    """The repository is there, the file is not; ``files`` are its GGUF files, as far as the hub tells."""
-
-    files: tuple[str, ...] = ()
-
-
 def parse_address(address: str) -> HubFile:
-    """Take the address of a hub file apart.
-
-    It is ``hf://owner/repo/path/file.gguf@revision``, or ``repo@revision/path`` as the hub writes it, or the
-    address of the file's page or download.
-
-    Raises:
-        RegistryError: it names no GGUF file of a repository.
+    """The parts of a hub file's address: ``hf://owner/repo/path/file.gguf@revision``, or that of its page.
 
     >>> parse_address("hf://someone/models/IQ1/tiny.gguf@v1")
     HubFile(repo='someone/models', file='IQ1/tiny.gguf', revision='v1')
@@ -285,46 +264,44 @@ def parse_address(address: str) -> HubFile:
     return file
 
 
-def download(
-    files: Sequence[HubFile], *, local_files_only: bool = False, any_folder: bool = False
-) -> tuple[Path, ...]:
-    """Local paths of ``files`` in the hub's cache, fetched if they are not there yet.
+def download(files: Sequence[HubFile], *, local_files_only: bool = False) -> tuple[Path, ...]:
+    """Local paths of ``files`` in the hub's cache, fetched if they are not there; errors as `resolve`.
 
-    The paths are the cache's links: their targets have other names, so never resolve them.
-
-    Args:
-        any_folder: when the path is not there, take the file of that name in another folder.
-
-    Raises:
-        RegistryError: the hub does not give a file; the message says why, as far as the hub tells.
-        SpaceError: the files do not fit on the disk of the cache.
-        OutputError: the cache cannot be written.
+    The paths are the cache's links. Never resolve them: their targets have other names.
     """
-    plans = [_plan(file, any_folder, local_files_only) for file in files]
-    _check_space(sum(info.file_size or 0 for _, info in plans if info.will_download))
-    return tuple(Path(_fetch(file, local_files_only=local_files_only)) for file, _ in plans)
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    plans = [_fetch(file, local_files_only=local_files_only, dry_run=True) for file in files]
+    folder, need = (
+        Path(HF_HUB_CACHE).expanduser().absolute(),
+        sum(it.file_size or 0 for it in plans if it.will_download),
+    )
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        what = f"the download needs {need:,} bytes and the disk has {free:,} free"
+        raise SpaceError(what, where=tilde(folder), hint=LARGER_DISK)
+    return tuple(Path(_fetch(file, local_files_only=local_files_only)) for file in files)
 
 
 def located(file: HubFile) -> HubFile:
-    """The same file in the folder of its repository that it lies in.
-
-    Raises:
-        RegistryError: the hub does not give it, or several folders have one of that name.
-    """
-    return _plan(file, True, False)[0]
+    """The same file in the folder of its repository that has it; unchanged where the hub does not tell."""
+    name = PurePosixPath(file.file).name
+    places = [path for path in _listed(file) if PurePosixPath(path).name == name]
+    return replace(file, file=places[0]) if len(places) == 1 else file
 
 
-def _plan(file: HubFile, any_folder: bool, local_files_only: bool) -> tuple[HubFile, Any]:
-    """Where the file is and what its download would cost, without fetching it."""
-    options = {"local_files_only": local_files_only, "dry_run": True}
+def _listed(file: HubFile) -> list[str]:
+    """The GGUF files of a repository, as far as the hub lists them."""
+    import httpx2
+    from huggingface_hub import HfApi
+
     try:
-        return file, _fetch(file, **options)
-    except FileNotInRepo as error:
-        name = PurePosixPath(file.file).name
-        places = [path for path in error.files if PurePosixPath(path).name == name]
-        if not any_folder or len(places) != 1:
-            raise
-        return (there := replace(file, file=places[0])), _fetch(there, **options)
+        names = HfApi().list_repo_files(file.repo, revision=file.revision)
+    except (OSError, ValueError, RuntimeError, ImportError, httpx2.HTTPError, httpx2.InvalidURL):
+        return []  # `_fetch` reports the same fault
+    return [name for name in names if name.endswith(".gguf")]
 
 
 def _fetch(file: HubFile, **options: Any) -> Any:
@@ -344,84 +321,50 @@ def _fetch(file: HubFile, **options: Any) -> Any:
 
 
 def retrying(tries: int, most_seconds: float, *errors: type[Exception]) -> Any:
-    """Calls a function again after one of these errors, with growing pauses; the last error is raised."""
+    """Calls a function again after one of these errors, with growing pauses; raises the last error."""
     from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
     again, wait = retry_if_exception_type(errors), wait_exponential(max=most_seconds)
     return Retrying(retry=again, stop=stop_after_attempt(tries), wait=wait, reraise=True)
 
 
-def _check_space(need: int) -> None:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    folder = Path(HF_HUB_CACHE).expanduser().absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        what = f"the download needs {need:,} bytes and the disk has {free:,} free"
-        raise SpaceError(what, where=tilde(folder), hint=LARGER_DISK)
-
-
 def explained(error: Exception, file: HubFile) -> DfqsError:
-    """Why the hub does not give a file, from what huggingface_hub raised."""
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
+    """The error of ours for what huggingface_hub raised: the likely cause, and the next step."""
     match error:
-        case RemoteEntryNotFoundError():
-            return _not_in_repo(file)
         case OSError(errno=errno.ENOSPC):
             return SpaceError("the disk filled up during the download", where=str(file), hint=LARGER_DISK)
         case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS):
             hint = "set HF_HOME to a folder you may write"
             return OutputError("the hub's cache cannot be written", where=error.filename, hint=hint)
-    what, hint = _cause(error)
+    what, hint = _cause(error, file)
     return RegistryError(what, where=str(file), hint=hint)
 
 
-def _cause(error: BaseException) -> tuple[str, str]:
-    """Why the hub does not give a file, and what to do."""
+def _cause(error: BaseException, file: HubFile) -> tuple[str, str]:
     import httpx2
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
+    unreachable = isinstance(error, hub.LocalEntryNotFoundError)
+    if unreachable:
+        error = error.__cause__ or hub.OfflineModeIsEnabled()
     if cause := CAUSES.get(type(error).__name__):
         return cause
-    match error:
-        case hub.LocalEntryNotFoundError(__cause__=hub.HfHubHTTPError() as answer):
-            return _cause(answer)
-        case hub.LocalEntryNotFoundError(__cause__=None | hub.OfflineModeIsEnabled()):
-            hint = "unset HF_HUB_OFFLINE (or local_files_only) and run once with a network"
-            return "not in the cache, and offline", hint
-        case hub.LocalEntryNotFoundError(__cause__=hub.FileMetadataError()):
-            return f"{constants.ENDPOINT} does not answer like a hub", "check HF_ENDPOINT, and any proxy"
-        case hub.LocalEntryNotFoundError(__cause__=why):
-            what = f"not in the cache, and {constants.ENDPOINT} cannot be reached ({why})"
-            return what, "check the network, the proxy and HF_ENDPOINT, then run again"
-        case hub.HfHubHTTPError(response=response):
-            hint = STATUS_HINTS.get(response.status_code, "the hub has a problem: run again later")
-            return f"the hub answers {response.status_code}", hint
-        case hub.HFValidationError():
-            return f"not a name the hub allows ({error})", "check the spelling"
-        case ImportError() | httpx2.InvalidURL():
-            return proxy_fault(error)
-        case ValueError():  # over 50 GB without hf_xet, for example: the message says what to do
-            return proxy_fault(error) if "proxy URL" in str(error) else (str(error), "")
-        case httpx2.ProxyError():
-            return f"the proxy refuses ({error})", "check HTTPS_PROXY"
-    hint = "run again: complete files are kept, this one starts over"
-    return f"the download was interrupted ({error})", hint
-
-
-def _not_in_repo(file: HubFile) -> FileNotInRepo:
-    from huggingface_hub import HfApi
-
-    try:
-        names = HfApi().list_repo_files(file.repo, revision=file.revision)
-    except OSError:  # the hub's errors are of this kind; without the list the message is shorter
-        names = []
-    files = tuple(name for name in names if name.endswith(".gguf"))
-    hint = f"it has {', '.join(files[:8])}" if files else "it shows no .gguf file"
-    error = FileNotInRepo("the repository has no such file", where=str(file), hint=hint)
-    error.files = files
-    return error
+    if isinstance(error, hub.RemoteEntryNotFoundError):
+        names = _listed(file)
+        hint = f"it has {', '.join(names[:8])}" if names else "it shows no .gguf file"
+        return "the repository has no such file", hint
+    if isinstance(error, hub.HfHubHTTPError):
+        status = error.response.status_code
+        return f"the hub answers {status}", STATUS_HINTS.get(status, "the hub has a problem: run again later")
+    if unreachable:
+        what = f"not in the cache, and {constants.ENDPOINT} cannot be reached ({error})"
+        return what, "check the network, the proxy and HF_ENDPOINT, then run again"
+    if isinstance(error, ImportError | httpx2.InvalidURL) or "proxy URL" in str(error):
+        return proxy_fault(error)
+    if isinstance(error, ValueError):  # over 50 GB without hf_xet, for example: the message has the next step
+        return str(error), ""
+    return (
+        f"the download was interrupted ({error})",
+        "run again: complete files are kept, this one starts over",
+    )

@@ -108,8 +108,10 @@ def outline(model: str | Path) -> Iterator[Outline]:
             with path.open("rb", buffering=0) as file:
                 headers = list(_headers_inside(path, file))
             if glued := len(headers) > 1:
-                check_set(headers, glued=True, allow_mixed=True)
-            shards = open_shards(_laid_out(headers, folder) if glued else path, allow_mixed=glued)
+                whole = check_set(headers, glued=True)
+                shards = ShardSet(tuple(map(read_header, _laid_out(whole.headers, folder))))
+            else:
+                shards = open_shards(path)
             yield Outline(str(model), shards, glued, copy)
         except DfqsError as error:
             copies = [folder, *([copy.path.parent] if copy else [])]
@@ -186,9 +188,8 @@ def places_of(address: str) -> list[Place]:
 
 def _laid_out(headers: Sequence[GGUFHeader], folder: Path) -> list[Path]:
     """Shards that lie glued in one file, each as a sparse file that llama.cpp's loader can plan."""
-    ordered = sorted(headers, key=lambda header: header.count("split.no"))
     paths = [shard_path(folder / "glued", n, len(headers)) for n in range(1, len(headers) + 1)]
-    for path, header in zip(paths, ordered, strict=True):
+    for path, header in zip(paths, headers, strict=True):
         with path.open("wb") as file:
             file.write(header.raw)
             file.truncate(header.end_offset - header.start)

@@ -1,23 +1,21 @@
-"""Shards of one model: find them all from any one, and check that they belong together.
+"""Shards of one model: find them all from any, and check that they belong together.
 
-llama.cpp names them ``PREFIX-00001-of-00002.gguf`` and writes three fields into each header:
-``split.no`` (from 0), ``split.count`` and ``split.tensors.count`` (of the whole model). Like llama.cpp, we
-need ``split.count`` only in shard 1. A model in a single file is a set of one, whatever its name and
-``split.no`` are.
+llama.cpp names them ``PREFIX-00001-of-00002.gguf`` and writes three fields into each header: ``split.no``
+(from 0), ``split.count`` and ``split.tensors.count`` (of the whole model). Like llama.cpp, we need
+``split.count`` in shard 1 only. A single file is a set of one, whatever its name and ``split.no`` are.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dfqs_nb.core.display import quoted
-from dfqs_nb.core.errors import DfqsError, ShardError
+from dfqs_nb.core.errors import ShardError
 from dfqs_nb.gguf.header import GET_AGAIN, GGUFHeader, Tensor, check_layout, ends, padded, read_header
 
 if TYPE_CHECKING:
@@ -25,17 +23,12 @@ if TYPE_CHECKING:
 
 SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?i:gguf)", re.DOTALL)
 MAX_SHARDS = 65_535  # split.count is a u16
-FEW_EXPERTS = 4  # expert tensors on each side before their types are compared
-SAME_SHAPE = ("ffn_norm.weight", "attn_norm.weight", "ffn_gate_inp.weight")
+FEW_EXPERTS = 4  # a shard with fewer expert tensors may hold just the first layer, often quantized higher
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """The shards of one model, checked and in order.
-
-    Attributes:
-        headers: one a shard, shard 1 first; shard 1 holds the model's metadata.
-    """
+    """The shards of one model, checked and in order; shard 1 holds the model's metadata."""
 
     headers: tuple[GGUFHeader, ...]
 
@@ -51,12 +44,12 @@ class ShardSet:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensor tables one after another; offsets stay those of each shard."""
+        """The tensors of all shards; each offset is that in its shard."""
         return tuple(tensor for header in self.headers for tensor in header.tensors)
 
     @property
     def as_one(self) -> GGUFHeader:
-        """Shard 1's header with the tensors of all: what the model is, for facts (offsets mean nothing)."""
+        """Shard 1's header with the tensors of all shards: the model for facts (offsets mean nothing)."""
         return replace(self.headers[0], tensors=self.tensors, file_size=self.nbytes)
 
     @property
@@ -88,7 +81,7 @@ def find_shards(path: str | Path) -> tuple[Path, ...]:
 
     Raises:
         HeaderError: the file is not a GGUF.
-        ShardError: a shard is missing, or the file's name is not the one its header calls for.
+        ShardError: a shard is missing, or the file's name does not match its header.
     """
     path = Path(path)
     number, count = _place(read_header(path))
@@ -100,16 +93,12 @@ def find_shards(path: str | Path) -> tuple[Path, ...]:
     prefix = match["prefix"] if match else path.stem
     expected = shard_path(prefix, number, count).name
     if path.name != expected:  # llama.cpp wants exactly this, also in lower case
-        hint = f"rename it to {expected!r}, or name all {count} shards"
-        if path.with_name(expected).exists():
-            hint = f"another file has its name, {expected!r}: move that one away first, then rename this one"
-        raise _refused(f"is shard {number} of {count} by its header, but is not named so", path, hint)
+        what = f"is shard {number} of {count} by its header, but is not named so"
+        raise _refused(what, path, f"rename it to {expected!r}, or name all {count} shards")
     siblings = tuple(shard_path(path.parent / prefix, i, count) for i in range(1, count + 1))
-    missing = [sibling for sibling in siblings if not sibling.is_file()]
-    if missing:
-        what = f"{len(missing)} of {count} shards missing: {', '.join(sibling.name for sibling in missing)}"
-        hint = _renamed(missing[0], siblings) or "download what is missing into that folder"
-        raise _refused(what, path.parent, hint)
+    if missing := [sibling.name for sibling in siblings if not sibling.is_file()]:
+        what = f"{len(missing)} of {count} shards missing: {', '.join(missing)}"
+        raise _refused(what, path.parent, "download or rename what is missing in that folder")
     return siblings
 
 
@@ -117,59 +106,38 @@ def _refused(what: str, where: Path, hint: str = "take all shards from one model
     return ShardError(what, where=where, hint=hint)
 
 
-def _renamed(missing: Path, siblings: Sequence[Path]) -> str:
-    """A hint when another file of the folder says, in its header, that it is the missing shard."""
-    wanted = (siblings.index(missing) + 1, len(siblings))
-    others = (path for path in missing.parent.iterdir() if path.suffix.lower() == ".gguf")
-    for other in sorted(set(others) - set(siblings)):
-        try:
-            place = _place(read_header(other))
-        except DfqsError:
-            continue
-        if place == wanted:
-            return f"{other.name!r} says that it is that shard: rename it to {missing.name!r}"
-    return ""
-
-
-def open_shards(model: str | Path | Sequence[str | Path], *, allow_mixed: bool = False) -> ShardSet:
+def open_shards(model: str | Path | Sequence[str | Path]) -> ShardSet:
     """Find (from one path) or take (from several, in any order) the shards of a model, and check them.
 
-    Checked: count, numbering, duplicates, names and sizes against headers, tensors against the declared
-    total, and that all come from one model. No tensor data is read.
-
-    Args:
-        allow_mixed: do not warn of shards whose routed experts have no quantization type in common.
+    Checked: numbers, names and sizes against headers, tensors against the stated total, and that all come
+    from one model. No tensor data is read.
 
     Raises:
         HeaderError, LayoutError: a file is not a sound GGUF.
-        ShardError: what is wrong with the set, which shard, and what to do.
+        ShardError: what is wrong with the set, which shard, and the next step.
 
     Warns:
         RuntimeWarning: two shards may be of two quantizations.
     """
     paths = find_shards(model) if isinstance(model, (str, Path)) else tuple(map(Path, model))
-    return check_set([read_header(path) for path in paths], allow_mixed=allow_mixed)
+    return check_set([read_header(path) for path in paths])
 
 
-def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False, allow_mixed: bool = False) -> ShardSet:
-    """Check that headers are one whole set of shards, in any order.
+def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False) -> ShardSet:
+    """Check that headers, in any order, are one whole set of shards; errors and warnings as `open_shards`.
 
-    Args:
-        glued: the shards lie in one file, so neither its name nor its end says anything of them.
-
-    Raises:
-        LayoutError, ShardError: see ``open_shards``.
+    ``glued``: the shards lie in one file, so its name and its size prove nothing, and nothing is warned
+    about.
     """
     headers = _in_order(headers)
     if not glued:
         _check_names(headers)
         for number, header in enumerate(headers, 1):
             _check_size(header, f"shard {number} of {len(headers)}")
+        _warn_of_mixed_types(headers)
     if len(headers) > 1:
         _check_tensors(headers)
     _check_same_model(headers)
-    if not allow_mixed:
-        _warn_of_mixed_types(headers)
     return ShardSet(tuple(headers))
 
 
@@ -205,11 +173,11 @@ def _check_names(headers: Sequence[GGUFHeader]) -> None:
             named = f"shard {int(match['number'])} of {int(match['count'])}"
             if named != f"shard {number} of {count}":
                 what = f"is named {named}, but its header says shard {number} of {count}"
-                hint = "two shards were swapped or renamed: give each its own name back"
-                raise _refused(what, header.path, hint)
+                raise _refused(
+                    what, header.path, "shards were swapped or renamed: give each its own name back"
+                )
     if len(prefixes) > 1:
-        what = f"shards of different models: {', '.join(sorted(prefixes))}"
-        raise _refused(what, headers[0].path.parent)
+        raise _refused(f"shards of different models: {', '.join(sorted(prefixes))}", headers[0].path.parent)
 
 
 def _check_size(header: GGUFHeader, which: str) -> None:
@@ -232,8 +200,7 @@ def _check_tensors(headers: Sequence[GGUFHeader]) -> None:
         for tensor in header.tensors:
             if tensor.name in owner:
                 twice = f"shard {owner[tensor.name]} and in shard {number} of {len(headers)}"
-                hint = "these are shards of different models, or one shard twice"
-                raise _refused(f"tensor {tensor.name!r} is in {twice}", header.path, hint)
+                raise _refused(f"tensor {tensor.name!r} is in {twice}", header.path)
             owner[tensor.name] = number
     for number, header in enumerate(headers, 1):
         total = header.count("split.tensors.count", len(owner))
@@ -243,8 +210,8 @@ def _check_tensors(headers: Sequence[GGUFHeader]) -> None:
 
 
 def _check_same_model(headers: Sequence[GGUFHeader]) -> None:
-    """Fields and shapes must agree; alignment may not: llama.cpp reads each shard by its own."""
-    first, shapes = headers[0], _shapes(headers[0])
+    """Fields must agree; alignment may not: llama.cpp reads each shard by its own."""
+    first = headers[0]
     if not first.architecture and "general.type" not in first:
         raise _refused("names no architecture", first.path, GET_AGAIN)
     for number, header in enumerate(headers[1:], 2):
@@ -252,29 +219,10 @@ def _check_same_model(headers: Sequence[GGUFHeader]) -> None:
             if header[key] != first[key]:
                 says = f"shard {number} says {key} = {header[key]!r:.80}"
                 raise _refused(f"{says}, shard 1 says {first[key]!r:.80}", header.path)
-        for role, theirs in _shapes(header).items():
-            if len(both := sorted(shapes[role] | theirs)) > 1:
-                shown = " and ".join(map(str, both))
-                what = f"shard {number} has {role} of another shape than shard 1: {shown}"
-                raise _refused(what, header.path)
-
-
-def _shapes(header: GGUFHeader) -> dict[str, set[tuple[int, ...]]]:
-    """Shapes of the tensors that are alike in every block, by their name without the block's number."""
-    shapes: dict[str, set[tuple[int, ...]]] = defaultdict(set)
-    for tensor in header.tensors:
-        role = re.sub(r"^blk\.\d+\.", "", tensor.name)
-        if role in SAME_SHAPE:
-            shapes[role].add(tensor.shape)
-    return shapes
 
 
 def _warn_of_mixed_types(headers: Sequence[GGUFHeader]) -> None:
-    """Warn of routed experts that share no type from one shard on: two quantizations, or a recipe by layer.
-
-    Shards with fewer than ``FEW_EXPERTS`` expert tensors say nothing: in a set of many small shards one
-    may hold just the first layer, which is often quantized higher.
-    """
+    """Warn of routed experts that share no type with those of earlier shards."""
     before: list[str] = []
     for number, header in enumerate(headers, 1):
         here = [tensor.type for tensor in header.tensors if "_exps." in tensor.name]
@@ -289,22 +237,13 @@ def _warn_of_mixed_types(headers: Sequence[GGUFHeader]) -> None:
 
 
 def shard_table(shards: ShardSet) -> pd.DataFrame:
-    """One row a shard, index ``shard`` (from 1).
-
-    Columns: ``file``, ``tensors``, ``first_tensor``, ``header_bytes``, ``data_bytes``, ``file_bytes``.
-    """
+    """One row a shard, index ``shard`` (from 1)."""
     import pandas as pd
 
+    columns = ["shard", "file", "tensors", "first_tensor", "header_bytes", "data_bytes", "file_bytes"]
     rows = [
-        {
-            "shard": number,
-            "file": header.path.name,
-            "tensors": len(header.tensors),
-            "first_tensor": header.tensors[0].name if header.tensors else "",
-            "header_bytes": header.data_offset,
-            "data_bytes": header.data_nbytes,
-            "file_bytes": header.file_size,
-        }
-        for number, header in enumerate(shards.headers, 1)
+        (number, it.path.name, len(it.tensors), it.tensors[0].name if it.tensors else "")
+        + (it.data_offset, it.data_nbytes, it.file_size)
+        for number, it in enumerate(shards.headers, 1)
     ]
-    return pd.DataFrame(rows).set_index("shard")
+    return pd.DataFrame(rows, columns=columns).set_index("shard")

@@ -5,21 +5,11 @@
 """
 
 # Value types of metadata fields: code -> (name, struct format of one value).
-VALUE_TYPES = {
-    0: ("UINT8", "B"),
-    1: ("INT8", "b"),
-    2: ("UINT16", "H"),
-    3: ("INT16", "h"),
-    4: ("UINT32", "I"),
-    5: ("INT32", "i"),
-    6: ("FLOAT32", "f"),
-    7: ("BOOL", "?"),
-    8: ("STRING", ""),
-    9: ("ARRAY", ""),
-    10: ("UINT64", "Q"),
-    11: ("INT64", "q"),
-    12: ("FLOAT64", "d"),
-}
+_VALUES = """
+UINT8 B | INT8 b | UINT16 H | INT16 h | UINT32 I | INT32 i | FLOAT32 f | BOOL ? | STRING | ARRAY | UINT64 Q |
+INT64 q | FLOAT64 d
+"""
+VALUE_TYPES = {code: (*row.split(), "")[:2] for code, row in enumerate(_VALUES.split("|"))}
 
 # Tensor types: code, name, elements of a block, bytes of a block. Source: ggml's type traits
 # (gguf-py gives Q8_1, which no file stores, 40 bytes; ggml gives it 36).

@@ -369,7 +369,7 @@ def _problem(walk: _Walk) -> str:
         for header in walk.headers:
             check_layout(header)
         if numbers:
-            check_set(walk.headers, glued=True, allow_mixed=True)
+            check_set(walk.headers, glued=True)
     except DfqsError as error:
         return error.what
     return ""
