@@ -32,7 +32,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
-def proxy_fault(error: Exception) -> tuple[str, str]:
+def proxy_fault(error: BaseException) -> tuple[str, str]:
     """What is wrong with the proxy that the environment names, and the next step."""
     if isinstance(error, ImportError):
         return "a SOCKS proxy needs the package socksio", "pip install socksio, or unset ALL_PROXY"

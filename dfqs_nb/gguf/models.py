@@ -305,7 +305,7 @@ def _listed(file: HubFile) -> list[str]:
 
 
 def _fetch(file: HubFile, **options: Any) -> Any:
-    """Call huggingface_hub, again after a reset; what it raises becomes an error of ours."""
+    """Call huggingface_hub, again after a reset; its errors become those of the workbook."""
     import httpx2
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import XetDownloadError
@@ -329,7 +329,7 @@ def retrying(tries: int, most_seconds: float, *errors: type[Exception]) -> Any:
 
 
 def explained(error: Exception, file: HubFile) -> DfqsError:
-    """The error of ours for what huggingface_hub raised: the likely cause, and the next step."""
+    """The workbook's error for what huggingface_hub raised: the likely cause, and the next step."""
     match error:
         case OSError(errno=errno.ENOSPC):
             return SpaceError("the disk filled up during the download", where=str(file), hint=LARGER_DISK)

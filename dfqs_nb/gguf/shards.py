@@ -93,8 +93,10 @@ def find_shards(path: str | Path) -> tuple[Path, ...]:
     prefix = match["prefix"] if match else path.stem
     expected = shard_path(prefix, number, count).name
     if path.name != expected:  # llama.cpp wants exactly this, also in lower case
-        what = f"is shard {number} of {count} by its header, but is not named so"
-        raise _refused(what, path, f"rename it to {expected!r}, or name all {count} shards")
+        hint = f"rename it to {expected!r}, or name all {count} shards"
+        if path.with_name(expected).exists():
+            hint = f"another file has its name, {expected!r}: move that one away first, then rename this one"
+        raise _refused(f"is shard {number} of {count} by its header, but is not named so", path, hint)
     siblings = tuple(shard_path(path.parent / prefix, i, count) for i in range(1, count + 1))
     if missing := [sibling.name for sibling in siblings if not sibling.is_file()]:
         what = f"{len(missing)} of {count} shards missing: {', '.join(missing)}"
