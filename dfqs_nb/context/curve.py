@@ -380,7 +380,7 @@ def measure(
         def check() -> dict[str, Any]:
             nonlocal planned
             planned = plan.check_seconds
-            return asdict(check_reuse(model, [case.body[:n_tokens]], prompts, reuse_tolerance))
+            return asdict(check_reuse(model, case.body[:n_tokens], prompts, reuse_tolerance))
 
         # kept, because a slow model takes minutes for it
         about = {**conditions, **plan.conditions(), "tolerance": reuse_tolerance}

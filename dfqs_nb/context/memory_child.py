@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dfqs_nb.core import child
-from dfqs_nb.llama.settings import OpenSettings, build_llama
+from dfqs_nb.llama.build import build_llama
+from dfqs_nb.llama.settings import OpenSettings
 
 STATUS = Path("/proc/self/status")
 

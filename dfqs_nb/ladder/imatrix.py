@@ -23,9 +23,10 @@ from dfqs_nb.core.files import whole_path
 from dfqs_nb.gguf.facts import class_of, layer_of
 from dfqs_nb.gguf.header import MAGIC, GGUFHeader, check_layout, read_header
 from dfqs_nb.ladder.divergence import Array, Text, chunks, feed, load_text
+from dfqs_nb.llama.build import default_context_params
 from dfqs_nb.llama.graph import Tensor, ggml_function
 from dfqs_nb.llama.model import open_model
-from dfqs_nb.llama.settings import OpenSettings, default_context_params, threads_for
+from dfqs_nb.llama.settings import OpenSettings, threads_for
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -33,18 +33,9 @@ from dfqs_nb.core.paths import outputs_dir
 from dfqs_nb.gguf.facts import early_dialect
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, check_fits
-from dfqs_nb.llama.loaded import planned_bytes
-from dfqs_nb.llama.settings import (
-    ERROR,
-    GGML_TYPES,
-    INFO,
-    LOG,
-    OpenSettings,
-    build_llama,
-    llama_version,
-    reason_of,
-    refusal,
-)
+from dfqs_nb.llama.build import build_llama
+from dfqs_nb.llama.log import ERROR, INFO, LOG, planned_bytes, reason_of, refusal
+from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings, llama_version
 
 MODULE = "dfqs_nb.llama"
 PARSER_BYTES, LOADER_BYTES = 4 << 30, 8 << 30  # of address space: a hostile header asks for more

@@ -265,6 +265,6 @@ def diagnose(model: Model, n_tokens: int = 4) -> Diagnosis:
     from dfqs_nb.gguf.shards import open_shards
 
     headers = open_shards(model.path).headers
-    pinned = model.llama.paging.pinned_bytes if model.llama.paging else 0
+    pinned = model.paging.pinned_bytes if model.paging else 0
     free = available_memory().available_bytes + pinned - (model.memory.compute_bytes or 0)
-    return Diagnosis(forecast(headers, free), Measured.of(model, n_tokens), bool(model.llama.paging))
+    return Diagnosis(forecast(headers, free), Measured.of(model, n_tokens), bool(model.paging))

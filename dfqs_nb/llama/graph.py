@@ -1,9 +1,8 @@
 """llama.cpp's graph, seen through ctypes: its tensors, and a watch on its routers.
 
 llama.cpp asks a callback (``cb_eval``) about every node of its graph. A watch says yes to one node a layer,
-``ffn_moe_topk``, where the graph then stops: the chosen ids are computed, and nothing that follows has
-begun. Names and order of the nodes: ``build_moe_ffn`` in llama.cpp's src/llama-graph.cpp, which all its
-common mixture-of-experts architectures go through.
+``ffn_moe_topk``, where the graph then stops: the chosen ids are computed, and nothing that follows has begun.
+Names and order of the nodes: ``build_moe_ffn`` in llama.cpp's src/llama-graph.cpp.
 """
 
 from __future__ import annotations
@@ -44,13 +43,10 @@ NAME_OFFSET = Tensor.name.offset
 
 
 def ggml_function(name: str, result: Any, *arguments: Any) -> Any:
-    """A function of the libggml that llama.cpp runs on, found through libllama, which depends on it.
-
-    It keeps Python's lock: one so short is not worth handing it over.
-    """
+    """A function of the libggml that llama.cpp runs on; short, so it keeps Python's lock."""
     import llama_cpp.llama_cpp as api
 
-    function = getattr(ctypes.PyDLL(api._lib._name), name)
+    function = getattr(ctypes.PyDLL(api._lib._name), name)  # libllama, which depends on libggml
     function.restype, function.argtypes = result, arguments
     return function
 
@@ -74,8 +70,6 @@ def interrupts_held() -> Iterator[None]:
 class View:
     """One tensor of llama.cpp's graph, read where it lies."""
 
-    __slots__ = ("address", "name", "row_bytes", "shape", "steps", "tensor")
-
     def __init__(self, address: int) -> None:
         self.address, self.tensor = address, Tensor.from_address(address)
         self.name, self.shape, self.steps = self.tensor.name, self.tensor.ne, self.tensor.nb
@@ -95,8 +89,7 @@ class Router:
 class _Hook:
     """A key of `_Nodes` that calls a function when its address is looked up.
 
-    A dictionary asks a key for equality only when the hashes are equal, so Python code runs at these few
-    nodes, and the hundreds of others are answered by the dictionary alone.
+    A dictionary compares keys only when their hashes are equal, so Python code runs at these few nodes alone.
     """
 
     __slots__ = ("address", "call")
@@ -130,11 +123,11 @@ _watches: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary(
 class Watch:
     """Receives every node that llama.cpp evaluates, and calls ``listeners`` when a router has chosen.
 
-    In decode a graph of the same shape comes again and again at the same addresses. So nodes are known by
-    address: reading each one's name costs a small model 40 % of its speed, a dictionary 5 %. At the first
-    node of each graph the names at the addresses that matter are checked; another graph is learned afresh.
+    In decode the same graph comes again and again at the same addresses. So nodes are known by address: to
+    read all names costs a small model 40 % of its speed, a dictionary 5 %. At a graph's first node the names
+    at the addresses that matter are checked; another graph is learned afresh.
 
-    No exception may pass through llama.cpp: the first one is kept in ``_error``.
+    No exception may pass through llama.cpp: it is kept in ``_error``.
     """
 
     def __init__(self) -> None:
@@ -142,8 +135,8 @@ class Watch:
 
         self.listeners: list[Callable[[Router], object]] = []
         self._nodes = _Nodes(self._learn)
-        # llama.cpp also passes whether it asks or has computed, and user data: a node that we stop at
-        # comes exactly twice, so we leave both out, which makes the call cheaper
+        # llama.cpp also passes whether it asks or has computed, and user data. A node that we stop at comes
+        # exactly twice, so we leave both out: the call is cheaper
         self._function = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(self._nodes.__getitem__)
         self.callback = ctypes.cast(self._function, api.ggml_backend_sched_eval_callback)
         self._marks: list[tuple[Tensor, bytes]] = []  # what must lie where, for the known addresses to hold
@@ -162,7 +155,6 @@ class Watch:
 
     def _learn(self, address: int) -> bool:
         """A node at an unknown address, by its name."""
-        stop = False
         try:
             if not self._nodes:
                 self._nodes[_Hook(address, functools.partial(self._start, address))] = False
@@ -172,30 +164,28 @@ class Watch:
             if prefix == _TOPK:
                 router = self._router(address)
                 self._marks += router.marks
-                self._nodes[_Hook(address, functools.partial(self._visit, router))] = stop = True
+                self._nodes[_Hook(address, functools.partial(self._visit, router))] = True
                 self._visit(router)
-                return stop
+                return True
             self._other(address, prefix)
         except Exception as error:
             self._error = error
-        self._nodes[address] = stop
-        return stop
+        self._nodes[address] = False
+        return False
 
     def _start(self, address: int) -> None:
         """The first node of a graph: forget the known addresses unless they hold what they held."""
-        for tensor, name in self._marks:
-            if tensor.name != name:
-                self.forget_graph()  # the node is looked up again, and learned
-                return
-        self._begun(address)
+        if any(tensor.name != name for tensor, name in self._marks):
+            self.forget_graph()  # the node is looked up again, and learned
+        else:
+            self._begun(address)
 
     def _visit(self, router: Router) -> None:
         """A router's node: first llama.cpp asks whether to stop behind it, then it has stopped."""
         router.stopped = not router.stopped
-        if router.stopped:
-            return
         try:
-            self._chosen(router)
+            if not router.stopped:
+                self._chosen(router)
         except Exception as error:
             self._error = error
 

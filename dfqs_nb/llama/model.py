@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,17 +26,17 @@ from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import MemoryEstimate, binary_size, check_fits, estimate
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama import check
-from dfqs_nb.llama.check import Trial
+from dfqs_nb.llama.build import build_llama
 from dfqs_nb.llama.graph import interrupts_held
-from dfqs_nb.llama.loaded import loaded_facts
-from dfqs_nb.llama.settings import LOG, WARNING, OpenSettings, build_llama, llama_version
+from dfqs_nb.llama.log import LOG, WARNING, loaded_facts
+from dfqs_nb.llama.paging import Paging
+from dfqs_nb.llama.settings import OpenSettings, llama_version
 from dfqs_nb.llama.template import CLOCK, ChatTemplate
 
 Floats = NDArray[np.float32]
 TOLERANCE = 1e-2  # of a logit; the logits of a vocabulary spread over about 2
 MEMORY_SETTINGS = ("type_k", "type_v", "swa_full", "use_mmap", "flash_attn")
 PLAIN_CHAT = "Question: {prompt}\nAnswer:"  # what a file without a chat template is asked
-NO_PAGING, PAGING_ON = "no help needed, or none wanted", "help is on"
 PLAIN_STOP = "\nQuestion:"  # there a base model would ask itself the next question
 # Warnings of llama.cpp that say nothing of the file: the context is shorter than the model's, as asked for.
 HARMLESS = re.compile(r"full capacity of the model will not be utilized")
@@ -60,17 +60,11 @@ class NanLogitsError(DecodeError):
     cause = "nan_logits"
 
 
-@dataclass(frozen=True)
-class SavedState:
-    """One sequence's cache with everything else it needs, and how many tokens it holds."""
+class SavedState(NamedTuple):
+    """A copy of one sequence's cache and all else that it needs, and how many tokens it holds."""
 
     n_tokens: int
-    data: Any = field(repr=False)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the copy, which lies in this process's memory."""
-        return len(self.data)
+    data: Any
 
 
 @dataclass(repr=False)
@@ -80,8 +74,9 @@ class Model:
     Close it (or use it in a ``with`` block) to free its memory.
 
     Attributes:
+        loaded: what llama.cpp reports of the loaded weights, see `loaded_facts`, and the paging help.
+        paging: the help for a file larger than memory; None where it is not wanted.
         warnings: what llama.cpp warned of while it loaded the model.
-        loaded: what llama.cpp reports of the loaded weights, see `loaded_facts`.
         keep_lock: keep Python's lock while single tokens are decoded. A callback that llama.cpp calls at
             every node of its graph then costs half as much.
     """
@@ -91,23 +86,23 @@ class Model:
     header: GGUFHeader
     settings: OpenSettings
     memory: MemoryEstimate
-    trial: Trial | None
+    trial: check.Trial | None
     load_seconds: float
+    loaded: dict[str, Any] = field(default_factory=dict)
+    paging: Paging | None = None
     warnings: tuple[str, ...] = ()
     keep_lock: bool = False
-    loaded: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Have the chat template at hand; its process starts with the first chat."""
-        bos, eos = (self._token_text(token) for token in (self.llama.token_bos(), self.llama.token_eos()))
+        vocabulary, special = self.llama._model, (self.llama.token_bos(), self.llama.token_eos())
+        bos, eos = (vocabulary.token_get_text(token) if token >= 0 else "" for token in special)
         self.template = ChatTemplate(self.header.text("tokenizer.chat_template"), bos, eos, self.path)
 
     def __repr__(self) -> str:
         """In a notebook: the file's name, without the folders of this machine."""
-        state = "" if self.llama is not None else ", closed"
-        s = self.settings
-        how = f"n_ctx={s.n_ctx}, n_threads={s.n_threads}{state}"
-        return f"Model({self.path.name}, {self.header.architecture}, {how})"
+        how = f"n_ctx={self.settings.n_ctx}, n_threads={self.settings.n_threads}"
+        return f"Model({self.path.name}, {self.header.architecture}, {how}{'' if self.llama else ', closed'})"
 
     def __enter__(self) -> Model:
         return self
@@ -121,6 +116,11 @@ class Model:
         if self.llama is not None:
             self.llama.close()
             self.llama = None
+
+    def _open(self) -> Any:
+        if self.llama is None:
+            raise ModelError("the model is closed", where=self.path, hint="open it again")
+        return self.llama
 
     @property
     def has_template(self) -> bool:
@@ -151,9 +151,8 @@ class Model:
         Args:
             special: the text of a control token is that token.
         """
-        ids: list[int] = self._open().tokenize(
-            text.encode("utf-8", "replace"), add_bos=False, special=special
-        )
+        raw = text.encode("utf-8", "replace")
+        ids: list[int] = self._open().tokenize(raw, add_bos=False, special=special)
         return ids
 
     def with_bos(self, tokens: Sequence[int]) -> list[int]:
@@ -174,10 +173,6 @@ class Model:
             size = -n
             buffer = ctypes.create_string_buffer(size)
         return buffer.raw[:n]
-
-    def _token_text(self, token: int) -> str:
-        """A token as the vocabulary writes it, control tokens too."""
-        return str(self._open()._model.token_get_text(token)) if token >= 0 else ""
 
     def ends(self, token: int) -> bool:
         """Whether this token ends a generation."""
@@ -205,34 +200,26 @@ class Model:
             self._decode_batch(tokens[start : start + self.settings.n_batch], every_logit=False)
 
     def evaluate(self, tokens: Sequence[int]) -> Floats:
-        """Evaluate tokens after those in the context; the logits after the last, float32 ``(n_vocab,)``.
+        """As `decode`; the logits after the last token, float32 ``(n_vocab,)``.
 
         Raises:
-            ContextFullError: they do not fit in ``n_ctx``.
             NanLogitsError: a logit is NaN.
-            DecodeError: llama.cpp fails.
         """
         self.decode(tokens)
         logits = np.ctypeslib.as_array(self.llama._ctx.get_logits_ith(-1), shape=(self.n_vocab,)).copy()
         if np.isnan(logits).any():
+            what = f"the logits after {self.n_past:,} tokens hold NaN"
             hint = "the weights are damaged, or the KV type is too coarse: try type_k='f16'"
-            raise NanLogitsError(
-                f"the logits after {self.n_past:,} tokens hold NaN", where=self.path, hint=hint
-            )
+            raise NanLogitsError(what, where=self.path, hint=hint)
         return logits
 
     def logits(self, tokens: Sequence[int], chunk_tokens: int | None = None) -> Iterator[Floats]:
-        """Evaluate tokens after those in the context, and yield the logits after each, chunk by chunk.
+        """As `decode`, and yield the logits after each token, chunk by chunk, in constant memory.
 
         Each chunk is a view, float32 ``(n, n_vocab)``, that the next one overwrites: copy what you keep.
-        Memory does not grow with the number of tokens.
 
         Args:
             chunk_tokens: tokens of a chunk, at most ``n_batch`` (the default).
-
-        Raises:
-            ContextFullError: they do not fit in ``n_ctx``; nothing is evaluated then.
-            DecodeError: llama.cpp fails.
         """
         self._check_room(tokens)
         step = min(chunk_tokens or self.settings.n_batch, self.settings.n_batch)
@@ -261,8 +248,8 @@ class Model:
         import llama_cpp.llama_cpp as api
 
         llama, n, n_past = self._open(), len(tokens), self.n_past
-        if llama.paging is not None:
-            llama.paging.before(tokens)
+        if self.paging is not None:
+            self.paging.before(tokens)
         ids = (api.llama_token * n)(*tokens)  # the batch points into it
         batch = api.llama_batch_get_one(ids, n)
         if every_logit:
@@ -304,33 +291,29 @@ class Model:
         self.clear()
         size = len(state.data)
         if api.llama_state_seq_set_data(self.llama.ctx, state.data, size, 0) != size:
-            hint = "use reuse=False"
-            raise DecodeError("llama.cpp does not take its state back", where=self.path, hint=hint)
+            what = "llama.cpp does not take its state back"
+            raise DecodeError(what, where=self.path, hint="use reuse=False")
         self.llama.n_tokens = state.n_tokens
 
+    # ---- what answers are kept under ----
+
     def sha256(self) -> str:
-        """SHA-256 of the model, of all its shards one after another: answers are kept under it."""
+        """SHA-256 of the model, of all its shards one after another."""
         return sha256_of(*open_shards(self.path).paths)
 
     def conditions(self) -> dict[str, Any]:
-        """What a measurement with this model depends on, beside the model and the prompts."""
+        """What a measurement with this model depends on, beside the model and the prompts; closed, too."""
         import llama_cpp
 
-        plain = {} if self.has_template else {"chat_frame": PLAIN_CHAT}
         return {
             "runtime": f"llama-cpp-python {llama_version()}",
             "system_info": llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip(),
             **self.settings.as_dict(),
-            "paging": "on" if PAGING_ON in self.loaded.get("paging", "") else "off",  # closed, too
+            "paging": "on" if self.paging and self.paging.parts else "off",
             "offloaded_layers": self.loaded.get("offloaded_layers"),
             "repacked": self.loaded.get("repacked"),
-            **plain,
+            **({} if self.has_template else {"chat_frame": PLAIN_CHAT}),
         }
-
-    def _open(self) -> Any:
-        if self.llama is None:
-            raise ModelError("the model is closed", where=self.path, hint="open it again")
-        return self.llama
 
 
 @functools.cache
@@ -363,42 +346,40 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
     """
     settings = settings or OpenSettings()
     shards = open_shards(path)
-    require_model(shards.as_one)
-    first = shards.paths[0]
+    header, first = shards.as_one, shards.paths[0]
+    require_model(header)
     kept = {name: getattr(settings, name) for name in MEMORY_SETTINGS}
-    needs = estimate(shards.as_one, settings.n_ctx, min(settings.n_batch, settings.n_ubatch), **kept)
-    # a certain shortage is refused early; llama.cpp's own plan judges the others, and a GPU has its own
-    # memory
+    needs = estimate(header, settings.n_ctx, min(settings.n_batch, settings.n_ubatch), **kept)
+    # a certain shortage is refused early; llama.cpp's own plan judges others, and a GPU has its own memory
     certain = settings.n_gpu_layers == 0 and needs.kv.exactness == "exact"
     slow = check_fits(needs, where=first) if certain else ""
     if slow:
         free = available_memory().available_bytes
-        paged = placement.place(placement.Model(shards.as_one), settings.n_ctx, free).disk_token_bytes
+        paged = placement.place(placement.Model(header), settings.n_ctx, free).disk_token_bytes
         slow += f". A token reads at least {binary_size(round(paged))} from the disk; dfqs-nb plan says more"
-    with heartbeat(f"trying {first.name}", shards.nbytes):
-        tried = check.trial(shards.paths, settings, needs) if trial else None
-    if tried is not None:
+    tried = None
+    if trial:
+        with heartbeat(f"trying {first.name}", shards.nbytes):
+            tried = check.trial(shards.paths, settings, needs)
         needs = needs.with_compute(tried.compute_bytes)
     started = time.perf_counter()
     with heartbeat(f"loading {first.name}", shards.nbytes):
         llama = build_llama(first, settings)
-    seconds = time.perf_counter() - started
-    loaded = loaded_facts("\n".join(LOG.tail(500)))
-    loaded["paging"] = llama.paging.sentence if llama.paging else NO_PAGING
-    model = Model(llama, first, shards.as_one, settings, needs, tried, seconds, loaded=loaded)
-    if llama.paging:
-        slow = ". ".join(filter(None, (slow, llama.paging.sentence)))
-    if slow:
-        warnings.warn(slow, RuntimeWarning, stacklevel=2)
+    seconds, help_ = time.perf_counter() - started, llama.paging
+    loaded = {**loaded_facts(LOG.tail()), "paging": "no help needed, or none wanted"}
+    if help_ is not None:
+        loaded["paging"] = help_.sentence
+        slow = ". ".join(filter(None, (slow, help_.sentence)))
+    model = Model(llama, first, header, settings, needs, tried, seconds, loaded, help_)
     model.warnings = _warnings(model)
-    for text in model.warnings:
-        warnings.warn(f"{first.name}: {text}", RuntimeWarning, stacklevel=2)
+    for text in filter(None, (slow, *(f"{first.name}: {text}" for text in model.warnings))):
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
     return model
 
 
 def _warnings(model: Model) -> tuple[str, ...]:
     """What llama.cpp warned of while it loaded the model, each line once, and what we have to say."""
-    lines = [re.sub(r"^\w+: ", "", line).strip(" *-") for line in LOG.tail(500, WARNING)]
+    lines = [re.sub(r"^\w+: ", "", line).strip(" *-") for line in LOG.tail(level=WARNING)]
     texts = [f"llama.cpp warns: {line}" for line in lines if line and not HARMLESS.search(line)]
     if model.template.dated:
         texts.append(f"its chat template writes the date: it gets {CLOCK:%d %B %Y}, so that prompts repeat")
@@ -414,13 +395,10 @@ def _warnings(model: Model) -> tuple[str, ...]:
 class ReuseCheck:
     """Logits after a question asked from a saved state, against those of the same tokens evaluated afresh.
 
-    ``largest_difference`` is over all logits and questions; ``evaluated_tokens`` is what the check itself
-    cost.
+    ``largest_difference``: over all logits and questions; ``evaluated_tokens``: what the check itself cost.
     """
 
     allowed: bool
-    bit_identical: bool
-    same_choice: bool
     largest_difference: float
     tolerance: float
     evaluated_tokens: int
@@ -428,37 +406,30 @@ class ReuseCheck:
     @property
     def sentence(self) -> str:
         """The verdict for people."""
-        how = "bit-identical" if self.bit_identical else f"largest difference {self.largest_difference:.1e}"
-        end = (
-            "one haystack serves all its questions" if self.allowed else "every question is evaluated afresh"
-        )
-        return f"logits from a saved state against fresh ones: {how} (tolerance {self.tolerance:g}); {end}"
+        largest = self.largest_difference
+        how = f"largest difference {largest:.1e}" if largest else "bit-identical"
+        so = "one haystack serves all its questions" if self.allowed else "each question is evaluated afresh"
+        return f"logits from a saved state against fresh ones: {how} (tolerance {self.tolerance:g}); {so}"
 
 
 def check_reuse(
-    model: Model,
-    parts: Sequence[Sequence[int]],
-    questions: Sequence[Sequence[int]],
-    tolerance: float = TOLERANCE,
+    model: Model, text: Sequence[int], questions: Sequence[Sequence[int]], tolerance: float = TOLERANCE
 ) -> ReuseCheck:
-    """Whether growing a text in ``parts`` and asking from its saved state equals fresh evaluation.
+    """Whether asking from a text's saved state equals fresh evaluation.
 
     Allowed when every logit agrees within ``tolerance`` and the most likely token is the same.
     """
     model.clear()
-    for part in parts:
-        model.decode(part)
-    state, reused = model.save(), []
+    model.decode(text)
+    state, reused, fresh = model.save(), [], []
     for question in questions:
         model.restore(state)
         reused.append(model.evaluate(question))
-    text = [token for part in parts for token in part]
-    fresh, n_tokens = [], len(text)
     for question in questions:
         model.clear()
         fresh.append(model.evaluate([*text, *question]))
-        n_tokens += len(text) + 2 * len(question)
+    model.clear()
     largest = max(float(np.abs(a - b).max()) for a, b in zip(reused, fresh, strict=True))
     same = all(np.argmax(a) == np.argmax(b) for a, b in zip(reused, fresh, strict=True))
-    model.clear()
-    return ReuseCheck(same and largest <= tolerance, largest == 0, same, largest, tolerance, n_tokens)
+    n_tokens = len(text) + sum(len(text) + 2 * len(question) for question in questions)
+    return ReuseCheck(same and largest <= tolerance, largest, tolerance, n_tokens)

@@ -33,7 +33,7 @@ from dfqs_nb.core.machine import available_memory
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.llama.graph import Router, Watch, ggml_function
-from dfqs_nb.llama.loaded import planned_bytes
+from dfqs_nb.llama.log import planned_bytes
 from dfqs_nb.llama.settings import OpenSettings, has_gpu_support
 
 LINUX = sys.platform == "linux"

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from dfqs_nb.llama.build import default_context_params
 from dfqs_nb.llama.graph import Watch, interrupts_held
+from dfqs_nb.llama.log import LOG, refusal
 from dfqs_nb.llama.model import DecodeError, Model, open_model
-from dfqs_nb.llama.settings import GGML_TYPES, LOG, OpenSettings, default_context_params, refusal
+from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings
 from dfqs_nb.routing.recorder import Column, Recorder, RoutingError
 from dfqs_nb.routing.trace import Logits, Trace
 

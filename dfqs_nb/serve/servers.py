@@ -256,7 +256,7 @@ def _serve_llama_cpp_python(job: dict[str, Any], settings: OpenSettings) -> None
     from llama_cpp.server.settings import ModelSettings, ServerSettings
     from starlette.middleware.cors import CORSMiddleware
 
-    from dfqs_nb.llama.settings import default_context_params, default_model_params
+    from dfqs_nb.llama.build import default_context_params, default_model_params
 
     names = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "n_gpu_layers", "flash_attn")
     model = ModelSettings(

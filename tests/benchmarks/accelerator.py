@@ -27,7 +27,7 @@ from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.placement import EXPERTS
 from dfqs_nb.gguf.specimen import write_specimen
 from dfqs_nb.llama import OpenSettings, measure_speed, open_model
-from dfqs_nb.llama.settings import default_model_params
+from dfqs_nb.llama.build import default_model_params
 from dfqs_nb.routing import open_recorded
 from dfqs_nb.routing.recorded import record
 

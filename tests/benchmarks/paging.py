@@ -165,7 +165,7 @@ def timed(job: dict[str, Any]) -> dict[str, Any]:
     digest = hashlib.sha256()
     with open_model(job["model"], how, trial=False) as model:
         if "random" in job["parts"]:
-            no_windows(model.llama.paging)
+            no_windows(model.paging)
         opened = stop()
         tokens = np.random.default_rng(3).integers(0, model.n_vocab, n_prompt + n_tokens).tolist()
         digest.update(model.evaluate(tokens[:n_prompt]).tobytes())
@@ -183,7 +183,7 @@ def timed(job: dict[str, Any]) -> dict[str, Any]:
             "first": first,
             "decode": [statistics.median(values) for values in zip(*steps, strict=True)],
             "faults": faults,
-            "locked": model.llama.paging.pinned_bytes if model.llama.paging else 0,
+            "locked": model.paging.pinned_bytes if model.paging else 0,
             "digest": digest.hexdigest(),
         }
 

@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.llama.build import default_context_params
 from dfqs_nb.llama.graph import Watch
 from dfqs_nb.llama.model import open_model
-from dfqs_nb.llama.settings import OpenSettings, default_context_params
+from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import RecordedModel, open_recorded
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"

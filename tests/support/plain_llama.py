@@ -12,7 +12,7 @@ from typing import Any
 
 from dfqs_nb.core import child
 from dfqs_nb.core.machine import has_amx
-from dfqs_nb.llama.settings import default_model_params
+from dfqs_nb.llama.build import default_model_params
 
 SUPPORT = str(Path(__file__).parent)
 

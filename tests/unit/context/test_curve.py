@@ -55,9 +55,9 @@ def one_key(model, longest: int = 512, n: int = 4, **options) -> Plan:
 
 def test_asking_a_dense_model_from_a_saved_state_changes_no_bit(smol):
     draw = np.random.default_rng(0)
-    parts = [draw.integers(10, smol.n_vocab - 10, n).tolist() for n in (150, 100)]
-    found = check_reuse(smol, parts, [draw.integers(10, smol.n_vocab - 10, 20).tolist() for _ in range(2)])
-    assert found.allowed and found.bit_identical, found.sentence
+    text, *questions = (draw.integers(10, smol.n_vocab - 10, n).tolist() for n in (250, 20, 20))
+    found = check_reuse(smol, text, questions)
+    assert found.allowed and found.largest_difference == 0, found.sentence
     assert found.evaluated_tokens == 250 + 2 * (250 + 40)
 
 
@@ -66,11 +66,10 @@ def test_the_gate_judges_what_it_measured(flash):
     """Whether near-ties fall the other way in a batch of another size depends on the processor."""
     with open_model(NANO, dataclasses.replace(SETTINGS, flash_attn=flash), trial=False) as model:
         draw = np.random.default_rng(0)
-        parts = [draw.integers(10, 700, n).tolist() for n in (150, 150)]
-        questions = [draw.integers(10, 700, 20).tolist() for _ in range(2)]
-        usual, strict = (check_reuse(model, parts, questions, t) for t in (1e-2, 0.0))
-    assert usual.allowed == (usual.same_choice and usual.largest_difference <= usual.tolerance)
-    assert strict.allowed == strict.bit_identical
+        text, *questions = (draw.integers(10, 700, n).tolist() for n in (300, 20, 20))
+        usual, strict = (check_reuse(model, text, questions, t) for t in (1e-2, 0.0))
+    assert usual.allowed <= (usual.largest_difference <= usual.tolerance)
+    assert strict.allowed == (strict.largest_difference == 0)
     assert ("afresh" in usual.sentence) != usual.allowed
 
 

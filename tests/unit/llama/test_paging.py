@@ -132,7 +132,7 @@ def test_a_prefill_that_needs_most_experts_reads_the_next_layer_too(moe, monkeyp
 def test_hash_layers_are_read_by_token(monkeypatch):
     seen: list[tuple[int, list[int]]] = []
     with open_model(NANO, settings("on"), trial=False) as model:
-        tables = model.llama.paging.layout.tables
+        tables = model.paging.layout.tables
         monkeypatch.setattr(Paging, "_hand_over", lambda _s, layer, ids: seen.append((layer, ids.tolist())))
         model.decode([7])
     with open_recorded(NANO, settings("off"), trial=False) as recorded:
@@ -156,7 +156,7 @@ def test_a_token_that_there_is_not_is_refused_as_without_help(token):
 def test_no_more_is_locked_than_the_system_allows(moe, monkeypatch, limit):
     monkeypatch.setattr(paging, "may_lock", lambda: limit)
     with open_model(moe, settings("on"), trial=False) as model:
-        assert model.llama.paging.pinned_bytes <= limit
+        assert model.paging.pinned_bytes <= limit
         assert "`ulimit -l` allows" in model.loaded["paging"]
         assert "opening reads the whole file once" in model.loaded["paging"]
 
@@ -165,7 +165,7 @@ def test_no_more_is_locked_than_the_system_allows(moe, monkeypatch, limit):
 def test_no_more_is_locked_than_memory_leaves(moe, monkeypatch):
     monkeypatch.setattr(paging, "available_memory", lambda: Memory(8 << 30, 400 << 20, "test"))
     with open_model(moe, settings("on"), trial=False) as model:
-        assert model.llama.paging.pinned_bytes == 0
+        assert model.paging.pinned_bytes == 0
         assert "close other programs" in model.loaded["paging"]
 
 
@@ -179,7 +179,7 @@ def test_what_is_locked_is_given_back(moe):
     ):
         dense = Layout.of(open_shards(moe).headers).dense_bytes
         if paging.may_lock() is None:
-            assert model.llama.paging.pinned_bytes == dense and locked() > before
+            assert model.paging.pinned_bytes == dense and locked() > before
     assert locked() == before
 
 
@@ -249,8 +249,8 @@ def test_weights_on_a_card_are_not_locked(moe, monkeypatch):
     monkeypatch.setattr(paging, "has_gpu_support", lambda: True)
     with open_model(moe, settings("on", n_gpu_layers=2), trial=False) as model:
         first = [tensor.nbytes for tensor in header.tensors if tensor.name.startswith("blk.0.")]
-        assert 0 < model.llama.paging.layout.dense_bytes < min(layout.dense_bytes, sum(first))
-        assert f"of {size(model.llama.paging.layout.dense_bytes)} of dense weights" in model.loaded["paging"]
+        assert 0 < model.paging.layout.dense_bytes < min(layout.dense_bytes, sum(first))
+        assert f"of {size(model.paging.layout.dense_bytes)} of dense weights" in model.loaded["paging"]
 
 
 def test_another_system_says_what_is_lost(moe, monkeypatch):
@@ -259,7 +259,7 @@ def test_another_system_says_what_is_lost(moe, monkeypatch):
     assert Disk.under(moe, 1 << 20).device == ""
     with open_model(moe, settings("on"), trial=False) as model:
         model.evaluate(TOKENS)
-        assert "is not Linux" in model.loaded["paging"] and not model.llama.paging.parts
+        assert "is not Linux" in model.loaded["paging"] and not model.paging.parts
     assert model.loaded["paging"].startswith("paging help is off") and model.conditions()["paging"] == "off"
 
 

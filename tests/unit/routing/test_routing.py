@@ -16,8 +16,9 @@ from test_memory import smollm2
 
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.llama.build import default_context_params
 from dfqs_nb.llama.model import ContextFullError, open_model
-from dfqs_nb.llama.settings import OpenSettings, default_context_params
+from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.recorded import RecordedModel, Schedule, open_recorded, record
 from dfqs_nb.routing.recorder import Recorder, RoutingError, _Layer
 from dfqs_nb.routing.trace import load_trace

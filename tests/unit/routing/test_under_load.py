@@ -14,8 +14,9 @@ from test_routing_verdict import only
 
 from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.llama.build import default_context_params
 from dfqs_nb.llama.model import open_model
-from dfqs_nb.llama.settings import OpenSettings, default_context_params
+from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.experiment import run_experiment
 from dfqs_nb.routing.loads import (
     Load,

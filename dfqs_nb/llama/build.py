@@ -1,0 +1,93 @@
+"""Build llama-cpp-python's ``Llama`` with the parameters of llama.cpp that it does not expose.
+
+Two of them matter here: ``use_extra_bufts`` and ``cb_eval``. So `default_model_params` and
+`default_context_params` change llama.cpp's defaults while a model is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dfqs_nb.llama.log import LOG, refusal
+from dfqs_nb.llama.paging import Paging
+from dfqs_nb.llama.settings import COUNTS, GGML_TYPES, OpenSettings
+
+_building = threading.RLock()  # a context's parameters are set around its model's
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Pass what the function ``owner.name`` returns through ``change``. It is put back, also on errors."""
+    with _building:
+        original = getattr(owner, name)
+        setattr(owner, name, lambda *arguments: change(original(*arguments)))
+        try:
+            yield
+        finally:
+            setattr(owner, name, original)
+
+
+def _default_params(kind: str, fields: dict[str, object]) -> contextlib.AbstractContextManager[None]:
+    import llama_cpp.llama_cpp as api
+
+    def change(params: Any) -> Any:
+        for name, value in fields.items():
+            setattr(params, name, value)
+        return params
+
+    return _replaced(api, f"llama_{kind}_default_params", change)
+
+
+def default_model_params(**fields: object) -> contextlib.AbstractContextManager[None]:
+    """Make llama.cpp's default model parameters carry ``fields`` while a model is built."""
+    return _default_params("model", fields)
+
+
+def default_context_params(**fields: object) -> contextlib.AbstractContextManager[None]:
+    """The same for the parameters of its context."""
+    return _default_params("context", fields)
+
+
+def build_llama(path: str | Path, settings: OpenSettings) -> Any:
+    """A ``llama_cpp.Llama`` of this file with exactly these settings, opened in this process.
+
+    Its ``paging`` is the `Paging` help, or None.
+
+    Raises:
+        ModelError: llama.cpp refuses the file. A file that aborts it ends this process: see `check.trial`.
+    """
+    import llama_cpp
+    import llama_cpp.llama_cpp as api
+    from llama_cpp._internals import LlamaModel
+
+    def without_templates(metadata: dict[str, str]) -> dict[str, str]:
+        # `Llama` parses every chat template at once and fails on any; we render them ourselves
+        return {name: text for name, text in metadata.items() if "tokenizer.chat_template" not in name}
+
+    LOG.install()
+    LOG.clear()
+    names = (*COUNTS, "n_gpu_layers", "flash_attn", "use_mmap", "swa_full")
+    fields: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    fields |= {name: GGML_TYPES[getattr(settings, name)] for name in ("type_k", "type_v")}
+    paging = Paging.of(path, settings)
+    listening = paging.callback(api.llama_context_default_params().cb_eval) if paging else {}
+    try:
+        with (
+            default_model_params(use_extra_bufts=settings.use_extra_bufts),
+            default_context_params(**listening),
+            _replaced(LlamaModel, "metadata", without_templates),
+            paging.loading() if paging else contextlib.nullcontext(),
+        ):
+            llama: Any = llama_cpp.Llama(str(path), verbose=False, **fields)
+    except ValueError as error:
+        raise refusal(path) from error
+    llama.set_seed(settings.seed)
+    llama.paging = paging
+    if paging is not None:
+        llama._stack.callback(paging.close)
+        paging.start(LOG.tail())
+    return llama
