@@ -91,7 +91,8 @@ class Worker:
     """
 
     def __init__(self, module: str, *, log: IO[bytes] | None = None) -> None:
-        self.module, self._log = module, log or tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
+        self.module, self._log = module, log or tempfile.TemporaryFile()  # noqa: SIM115 (`__del__` closes it)
+        self._owns_log = log is None
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Worker:
@@ -106,7 +107,10 @@ class Worker:
             end(self._process, grace_seconds=0)
             self._process = None
 
-    __del__ = close
+    def __del__(self) -> None:
+        self.close()
+        if self._owns_log:
+            self._log.close()
 
     def run(
         self,
