@@ -6,21 +6,22 @@ device's read-ahead (``POSIX_FADV_SEQUENTIAL``), so a slice of S bytes costs abo
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 from pathlib import Path
 
 import numpy as np
 import psutil
 
 from dfqs_nb.core.display import size
-from dfqs_nb.core.machine import random_read_speed
+from dfqs_nb.core.machine import available_memory, random_read_speed
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.placement import Layout
+from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.paging import LINUX, advise_read, block_folder, window_bytes
 
@@ -51,11 +52,10 @@ class Disk:
         """Look, and measure for about two seconds."""
         with Path(path).open("rb") as file:
             folder = block_folder(file.fileno())
-        read_ahead = None
-        if folder is not None:
-            read_ahead = int((folder / "queue/read_ahead_kb").read_text()) << 10
+        device = folder.name if folder else ""
+        read_ahead = int((folder / "queue/read_ahead_kb").read_text()) << 10 if folder else None
         in_order = random_read_speed(path, SEQUENTIAL_BYTES)
-        return cls(folder.name if folder else "", read_ahead, in_order, pieces_speed(path, piece_bytes))
+        return cls(device, read_ahead, in_order, _pieces_speed(path, piece_bytes))
 
     @property
     def command(self) -> str:
@@ -64,7 +64,7 @@ class Disk:
         return f"blockdev --setra {SMALL_READ_AHEAD // 512} /dev/{place}" if place else ""
 
 
-def pieces_speed(path: str | Path, piece_bytes: int) -> float | None:
+def _pieces_speed(path: str | Path, piece_bytes: int) -> float | None:
     """Bytes a second of pieces from random places, read as the paging help reads; None where unsure."""
     counters = getattr(psutil.Process(), "io_counters", None)
     room = Path(path).stat().st_size - piece_bytes
@@ -109,25 +109,25 @@ class Forecast:
     @property
     def rows(self) -> dict[str, str]:
         """The forecast for people."""
-        disk = self.disk
+        disk, ahead = self.disk, self.disk.read_ahead_bytes
+
+        def reads(n_bytes: int) -> str:
+            seconds = f", {n_bytes / disk.pieces:.2f} s of it" if n_bytes and disk.pieces else ""
+            return f"{size(n_bytes)}{seconds}"
 
         def speed(value: float | None) -> str:
             return f"{size(value)}/s" if value else NOT_MEASURED
 
-        ahead = "not known" if disk.read_ahead_bytes is None else size(disk.read_ahead_bytes)
+        known = "not known" if ahead is None else size(ahead)
         return {
             "a token uses": f"{size(self.dense)} of dense weights, {size(self.experts)} of experts",
             "experts that stay in memory": f"{self.cached:.0%}",
-            "a token reads, with help": self._reading(self.helped),
-            "a token reads, without": self._reading(self.plain),
-            "the disk": f"{disk.device or 'no block device'}, read-ahead {ahead}",
+            "a token reads, with help": reads(self.helped),
+            "a token reads, without": reads(self.plain),
+            "the disk": f"{disk.device or 'no block device'}, read-ahead {known}",
             "its speed in order": speed(disk.in_order),
             f"its speed in pieces of {size(self.slice_bytes)}": speed(disk.pieces),
         }
-
-    def _reading(self, n_bytes: int) -> str:
-        seconds = f", {n_bytes / self.disk.pieces:.2f} s of it" if n_bytes and self.disk.pieces else ""
-        return f"{size(n_bytes)}{seconds}"
 
 
 def forecast(
@@ -170,61 +170,50 @@ class Measured:
     major_faults: float
 
     @classmethod
-    def of(cls, model: Model, n_tokens: int = 4, seed: int = 0) -> Measured:
+    def of(cls, model: Model, n_tokens: int) -> Measured:
         """Decode random tokens in an empty context; two more come first and are not counted."""
-        tokens = np.random.default_rng(seed).integers(0, model.n_vocab, n_tokens + 2).tolist()
+        tokens = np.random.default_rng(0).integers(0, model.n_vocab, n_tokens + 2).tolist()
         model.clear()
         for token in tokens[:2]:
             model.evaluate([token])
         before = _counts()
         for token in tokens[2:]:
             model.evaluate([token])
-        seconds, processor, read, faults = (
-            (b - a) / n_tokens for a, b in zip(before, _counts(), strict=True)
-        )
+        after = _counts()
         model.clear()
+        seconds, processor, read, faults = ((b - a) / n_tokens for a, b in zip(before, after, strict=True))
         return cls(seconds, max(0.0, seconds - processor / (model.settings.n_threads or 1)), read, faults)
 
 
 def _counts() -> tuple[float, float, float, float]:
-    counters, faults = getattr(psutil.Process(), "io_counters", None), math.nan
+    """Seconds by the clock and of the processor, bytes read and major faults so far."""
+    counters, faults = getattr(psutil.Process(), "io_counters", None), nan
     if LINUX:
         import resource
 
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-    read = counters().read_bytes if counters else math.nan
+    read = counters().read_bytes if counters else nan
     return time.perf_counter(), time.process_time(), read, faults
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A forecast beside what was measured.
-
-    Attributes:
-        helped: whether the paging help was on.
-    """
+    """A forecast beside what was measured; ``helped``: whether the paging help was on."""
 
     forecast: Forecast
     measured: Measured
     helped: bool
 
     @property
-    def expected(self) -> int:
-        """Bytes that the forecast says, with help or without, as it was opened."""
-        return self.forecast.helped if self.helped else self.forecast.plain
-
-    @property
     def rows(self) -> dict[str, str]:
         """All of it for people."""
         now, needed = self.measured, self.forecast.helped
         times = f", {now.read_bytes / needed:.1f} x what is needed" if needed else ""
-        counted = not math.isnan(now.read_bytes)
+        read, faults = f"{size(now.read_bytes)}{times}", f"{now.major_faults:,.0f}"
         return self.forecast.rows | {
             "measured, a token": f"{now.seconds:.3g} s, {now.waiting:.3g} s of it without a processor",
-            "read": f"{size(now.read_bytes)}{times}" if counted else NOT_MEASURED,
-            "stops for the disk": NOT_MEASURED
-            if math.isnan(now.major_faults)
-            else f"{now.major_faults:,.0f}",
+            "read": NOT_MEASURED if isnan(now.read_bytes) else read,
+            "stops for the disk": NOT_MEASURED if isnan(now.major_faults) else faults,
             "bound by": self.bound,
         }
 
@@ -236,7 +225,7 @@ class Diagnosis:
         waiting = min(now.waiting, now.read_bytes / speed) if speed and self.helped else now.waiting
         if waiting < now.seconds / 2 or now.read_bytes < 0.01 * needed.dense:
             return "compute"
-        if math.isnan(now.read_bytes):
+        if isnan(now.read_bytes):
             return NOT_MEASURED if needed.helped else "compute"
         much = MUCH * max(needed.helped, needed.experts)
         return "disk" if self.helped or now.read_bytes < much else "amplification"
@@ -244,27 +233,18 @@ class Diagnosis:
     @property
     def sentence(self) -> str:
         """What would make it faster."""
-        if self.bound == "amplification":
-            command = self.forecast.disk.command
-            lower = f", or as root `{command}`" if command else ""
-            return f"It reads more than it needs: open it with paging='on'{lower}."
-        if self.bound == "disk":
-            return "The disk bounds it: a faster disk or more free memory helps."
-        if self.bound == NOT_MEASURED:
-            return "It waits. Whether for the disk is not known: this system does not count what is read."
-        return "The disk does not bound it: computing does, or other work on this machine."
+        lower = f", or as root `{command}`" if (command := self.forecast.disk.command) else ""
+        return {
+            "amplification": f"It reads more than it needs: open it with paging='on'{lower}.",
+            "disk": "The disk bounds it: a faster disk or more free memory helps.",
+            "compute": "The disk does not bound it: computing does, or other work on this machine.",
+            NOT_MEASURED: "It waits. Whether for the disk is not known: this system does not count reads.",
+        }[self.bound]
 
 
 def diagnose(model: Model, n_tokens: int = 4) -> Diagnosis:
-    """Forecast and measure an open model.
-
-    Args:
-        n_tokens: of decode that are measured; two more come first.
-    """
-    from dfqs_nb.core.machine import available_memory
-    from dfqs_nb.gguf.shards import open_shards
-
-    headers = open_shards(model.path).headers
+    """Forecast and measure an open model, over ``n_tokens`` of decode; two more come first."""
     pinned = model.paging.pinned_bytes if model.paging else 0
     free = available_memory().available_bytes + pinned - (model.memory.compute_bytes or 0)
-    return Diagnosis(forecast(headers, free), Measured.of(model, n_tokens), bool(model.paging))
+    headers = open_shards(model.path).headers
+    return Diagnosis(forecast(headers, free), Measured.of(model, n_tokens), model.paging is not None)

@@ -1,14 +1,13 @@
 """Help for a file larger than memory: read what a token needs before it is asked for, and nothing else.
 
-The kernel pages a mapped file by guessing. It reads a whole window around each missing page (8 MB on some
-disks, for an expert's slice of 1.6 MB), and evicts weights that every token needs to make room for it. Here
+The kernel reads a whole window around each missing page (8 MB on some disks, for an expert's slice of
+1.6 MB), and evicts weights that every token needs to make room for it. Here
 
 - `Paging.loading` keeps llama.cpp from reading the whole file when it opens it;
 - the dense weights are locked into memory, within a budget;
 - each router's choice is read as soon as it is known (``POSIX_FADV_WILLNEED``), in prefill a layer ahead.
 
-Nothing is computed differently: the same bytes arrive earlier. What the system does not allow is left out
-and named in `Paging.lost`. Numbers, and what did not pay: docs/paging.md.
+The same bytes arrive earlier, and no result changes. Numbers, and what did not pay: docs/paging.md.
 """
 
 from __future__ import annotations
@@ -58,17 +57,16 @@ def wanted(shards: ShardSet, settings: OpenSettings) -> bool:
 class Paging:
     """The help for one model, while it is open.
 
-    Attributes:
-        parts: what is on, for people. lost: a sentence for each part that is not, with how to allow it.
-        pinned_bytes: of dense weights locked into memory.
+    ``parts``: what is on, for people. ``lost``: a sentence for each part that the system does not allow, with
+    how to allow it. ``pinned_bytes``: of dense weights locked into memory.
     """
 
     def __init__(self, shards: ShardSet, settings: OpenSettings) -> None:
-        self.paths, self.settings = shards.paths, settings
-        self.layout = Layout.of(shards.headers, settings.n_gpu_layers if has_gpu_support() else 0)
-        self.parts, self.lost = list[str](), list[str]()
-        self.pinned_bytes, self._look_ahead = 0, False
-        self._files: list[int] = []
+        self.paths, self.n_gpu_layers = shards.paths, settings.n_gpu_layers if has_gpu_support() else 0
+        self.layout = Layout.of(shards.headers, self.n_gpu_layers)
+        self._mapped = not (settings.use_extra_bufts or self.n_gpu_layers)  # not copied while it is read
+        self.parts, self.lost, self.pinned_bytes = list[str](), list[str](), 0
+        self._files, self._window, self._look_ahead = list[int](), list[int](), False
         self._pins, self._locked = list[tuple[int, int]](), list[tuple[int, int]]()
         self._watch: Watch | None = None
         self._jobs: queue.SimpleQueue[tuple[int, list[tuple[int, int, int]]] | None] = queue.SimpleQueue()
@@ -102,10 +100,10 @@ class Paging:
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """Keep llama.cpp's ``MAP_POPULATE`` from reading it all: pages locked on fault are not populated."""
-        mapped = not self.settings.use_extra_bufts and not (self.settings.n_gpu_layers and has_gpu_support())
         # weights that are copied to a card, or repacked, would all be locked while they are read
-        locked = LINUX and mapped and may_lock() is None and _libc("mlockall", MCL_FUTURE | MCL_ONFAULT) == 0
-        if mapped and not locked:
+        may = LINUX and self._mapped and may_lock() is None
+        locked = may and _libc("mlockall", MCL_FUTURE | MCL_ONFAULT) == 0
+        if self._mapped and not locked:
             self.lost.append("opening reads the whole file once (run as root, or with `ulimit -l unlimited`)")
         try:
             yield
@@ -116,33 +114,22 @@ class Paging:
                     _libc("mlock", address, length)  # of models that are open already
 
     def callback(self, current: Any) -> dict[str, Any]:
-        """The ``cb_eval`` to build the context with; a recorder's own is shared.
-
-        Args:
-            current: the one that the context would get.
-        """
+        """The ``cb_eval`` to build the context with; that of a recorder (``current``) is shared."""
         if not self.layout.experts or not LINUX:
             return {}
-        if self.settings.n_gpu_layers and has_gpu_support():
-            self.lost.append(
-                "experts are read when they are needed: a stop at each router would slow the GPU"
-            )
+        watch = Watch.behind(current)
+        others = watch is None and ctypes.cast(current, ctypes.c_void_p).value
+        if others or self.n_gpu_layers:
+            why = "another callback listens to the graph" if others else "a stop at each router slows the GPU"
+            self.lost.append(f"experts are read when they are needed: {why}")
             return {}
-        self._watch = Watch.behind(current)
-        if self._watch is None and ctypes.cast(current, ctypes.c_void_p).value:
-            self.lost.append("experts are read when they are needed: another callback listens to the graph")
-            return {}
-        self._watch = self._watch or Watch()
+        self._watch = watch or Watch()
         self._watch.listeners.append(self.chosen)
         self.parts.append("routers' choices are read at once")
         return {"cb_eval": self._watch.callback}
 
     def start(self, log: Sequence[str]) -> None:
-        """After the load: lock the dense weights.
-
-        Args:
-            log: what llama.cpp logged; it states the buffers that locking must leave room for.
-        """
+        """After the load, lock the dense weights. llama.cpp's log states the buffers that need room, too."""
         if not LINUX:
             self.lost = [f"{sys.platform} is not Linux"]
             return
@@ -189,10 +176,9 @@ class Paging:
                 self.pinned_bytes += end - start
         self.parts.append(f"{size(self.pinned_bytes)} of {size(total)} of dense weights locked in memory")
         if self.pinned_bytes < 0.99 * total:
-            limited = (
-                f"`ulimit -l` allows {size(limit)}: raise it" if limit is not None and limit == room else ""
-            )
-            why = limited or "close other programs, or lower n_ctx"
+            why = "close other programs, or lower n_ctx"
+            if limit is not None and limit == room:
+                why = f"`ulimit -l` allows {size(limit)}: raise it"
             self.lost.append(f"{size(total - self.pinned_bytes)} of dense weights may be read again ({why})")
 
     # ---- while tokens are evaluated ----
@@ -201,11 +187,9 @@ class Paging:
         """Read the experts of the layers that route by token, before the tokens are evaluated."""
         if self._watch is None or not self._files:
             return
-        if self._watch._error is not None:
-            hint = "open the model with paging='off'"
-            raise ModelError(
-                f"the paging help failed ({self._watch._error})", hint=hint
-            ) from self._watch._error
+        if (error := self._watch._error) is not None:
+            what = f"the paging help failed ({error})"
+            raise ModelError(what, hint="open the model with paging='off'") from error
         for layer, (file, start, used) in self.layout.tables.items():
             places = [start + 4 * used * token for token in set(tokens)]
             rows = [os.pread(self._files[file], 4 * used, place) for place in places if place >= start]
@@ -235,12 +219,12 @@ class Paging:
     def _hand_over(self, layer: int, experts: np.ndarray) -> None:
         runs = list(self._runs(layer, experts)) if len(experts) else []
         if sum(end - start for _, start, end in runs) <= INLINE_BYTES:
-            return self._read(runs)
+            self._read(runs)
+            return
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, daemon=True)
             self._thread.start()
         self._jobs.put((layer, runs))
-        return None
 
     def _runs(self, layer: int, experts: np.ndarray) -> Iterator[tuple[int, int, int]]:
         """File, start and end of what these experts take, in the order of use."""
@@ -257,8 +241,7 @@ class Paging:
             advise_read(self._files[file], start, end, self._window[file])
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            layer, runs = job
+        for layer, runs in iter(self._jobs.get, None):
             self._read(runs, layer)
 
 
@@ -290,9 +273,8 @@ def block_folder(file: int) -> Path | None:
         return None
     device = os.fstat(file).st_dev
     folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
-    return next(
-        (place for place in (folder, folder.parent) if (place / "queue/read_ahead_kb").exists()), None
-    )
+    places = (place for place in (folder, folder.parent) if (place / "queue/read_ahead_kb").exists())
+    return next(places, None)
 
 
 def window_bytes(file: int) -> int:
@@ -322,10 +304,8 @@ def _merged(ranges: Any) -> list[tuple[int, int]]:
 
 def _libc(name: str, *arguments: int) -> int:
     """Call a function of the C library; its result."""
-    function = getattr(ctypes.CDLL(None, use_errno=True), name)
-    function.restype = ctypes.c_ssize_t if name == "mmap" else ctypes.c_int
-    function.argtypes = [
-        ctypes.c_size_t if at < 2 or name == "mmap" else ctypes.c_int for at in range(len(arguments))
-    ]
+    function, number, wide = getattr(ctypes.CDLL(None), name), ctypes.c_int, ctypes.c_size_t
+    function.restype = ctypes.c_ssize_t if name == "mmap" else number
+    function.argtypes = [wide if at < 2 or name == "mmap" else number for at in range(len(arguments))]
     result: int = function(*arguments)
     return result

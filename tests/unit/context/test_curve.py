@@ -172,7 +172,7 @@ def test_reused_and_fresh_give_the_same_answers(nano, tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     reused = measure(nano, plan, tmp_path / "a")
     fresh = measure(nano, dataclasses.replace(plan, reuse=False), tmp_path / "b")
-    if not reused.reuse.bit_identical:
+    if reused.reuse.largest_difference:
         pytest.skip("this processor computes a batch of another size otherwise: answers may differ")
     columns = ["haystack", "length", "question", "answer", "correct", "another_key"]
     assert reused.items[columns].equals(fresh.items[columns])
