@@ -185,8 +185,6 @@ def time_decode(job: dict[str, Any]) -> dict[str, Any]:
     settings = Settings(**job["settings"])
     opened = OpenSettings(n_ctx=settings.speed_depth + settings.speed_tokens, n_threads=settings.n_threads)
     with open_model(job["path"], opened, trial=False) as model, watched_load() as load:
-        speed = measure_speed(model, settings.speed_depth, settings.speed_tokens, settings.speed_repetitions)
-    decode = speed.decode_tokens_per_sec
-    facts: dict[str, Any] = {"median": decode.median, "min": decode.min, "max": decode.max}
-    facts |= {"repetitions": speed.repetitions, "depth": speed.depth}
+        speeds = measure_speed(model, settings.speed_depth, settings.speed_tokens, settings.speed_repetitions)
+    facts = {name: speeds[1][name] for name in ("median", "min", "max", "repetitions", "depth")}
     return facts | {"contended": load.contended, "other_cores": load.other_cores}

@@ -102,14 +102,10 @@ def grid(
 ) -> list[Case]:
     """Every combination of values, each with its prefill and its decode test at every depth.
 
-    Args:
-        axes: values by field of the settings; ``cache_type`` is both ``type_k`` and ``type_v``.
+    ``axes``: values by field of the settings; ``cache_type`` is both ``type_k`` and ``type_v``.
 
     >>> [case.name for case in grid(OpenSettings(n_threads=1), {}, 512, 128, [0, 1024])]
     ['pp512', 'tg128', 'pp512 @ d1024', 'tg128 @ d1024']
-
-    Raises:
-        ModelError: a value that no setting can have.
     """
     if min(depths, default=0) < 0 or not (n_prompt or n_gen):
         raise ModelError("there is nothing to time", hint="give a depth of 0 or more, and --prompt or --gen")
@@ -129,10 +125,7 @@ def grid(
 def run(path: str | Path, cases: Sequence[Case], rounds: int = 5, budget_minutes: float = 10.0) -> Bench:
     """Time all cases, round after round, until the budget is used; the first round is always finished.
 
-    The model is opened anew for each setting and round.
-
-    Raises:
-        HeaderError, ShardError, ModelError: the file is no sound model, or no setting opens it.
+    The model is opened anew for each setting and round. If none opens it, `open_model`'s error is raised.
     """
     seconds: dict[int, list[float]] = {}
     joules: dict[int, list[float]] = {}

@@ -4,11 +4,10 @@ Three questions, from the cheapest to the most thorough:
 
 - `parse`: does libggml's parser read the header, and which tensors does it see?
 - `loader_verdict`: does the loader take headers, tokenizer and tensors, and can a context be planned?
-  Nothing is allocated.
 - `trial`: plan the memory under given settings, load the weights, and decode a few tokens.
 
-A hostile header can abort the process that reads it, or ask for all of its memory. That process is
-``python -m dfqs_nb.llama``. The first two questions have a ceiling on its address space.
+A hostile header can abort the child (``python -m dfqs_nb.llama``), or ask for all memory: the first two
+questions have a ceiling on its address space.
 """
 
 from __future__ import annotations
@@ -60,14 +59,11 @@ class ParsedTensor:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What libggml read from one file; the numbers are 0 if it refused the file.
-
-    ``message``: the lines that it logged; ``death``: the signal (or ``"timeout"``) that ended the process.
-    """
+    """What libggml read from one file; the numbers are 0 if it refused the file."""
 
     accepted: bool
-    message: str = ""
-    death: str = ""
+    message: str = ""  # the lines that it logged
+    death: str = ""  # the signal, or "timeout", that ended the process
     version: int = 0
     n_kv: int = 0
     n_tensors: int = 0
@@ -79,8 +75,7 @@ class Parsed:
 def parse(path: str | Path, *, tensors: bool = False) -> Parsed:
     """Ask llama.cpp's parser about one file, as when a model is opened; ``tensors``: give its table, too.
 
-    Raises:
-        ModelError: libggml is not installed, or the child process cannot run it at all.
+    Raises `ModelError` where libggml is not installed, or does not run at all.
     """
     return parse_all([path], tensors=tensors)[0]
 
@@ -96,11 +91,7 @@ def parse_all(paths: Sequence[str | Path], *, tensors: bool = False) -> list[Par
 
 
 def library_path() -> Path:
-    """The libggml-base that llama-cpp-python brought, found without importing (and initialising) it.
-
-    Raises:
-        ModelError: llama-cpp-python is not installed, or holds no such library.
-    """
+    """The libggml-base that llama-cpp-python brought, found without importing (and initialising) it."""
     spec = find_spec("llama_cpp")
     folders = [Path(place) / "lib" for place in (spec.submodule_search_locations or ())] if spec else []
     if os.environ.get("LLAMA_CPP_LIB_PATH"):  # llama-cpp-python's own override
@@ -113,15 +104,11 @@ def library_path() -> Path:
 
 @dataclass(frozen=True)
 class LoaderVerdict:
-    """The verdict of llama.cpp's loader on one file: it loads, and a context can be planned, or why not.
+    """The verdict of llama.cpp's loader on one file."""
 
-    ``reason``: without the names of functions and folders; ``death``: the signal (or ``"timeout"``) when the
-    process did not survive the file.
-    """
-
-    accepted: bool
-    reason: str = ""
-    death: str = ""
+    accepted: bool  # it loads, and a context can be planned
+    reason: str = ""  # why not, without the names of functions and folders
+    death: str = ""  # the signal, or "timeout", that ended the process
 
     def explain(self, header: GGUFHeader) -> str:
         """The verdict for people; of a file (with this header) in the early dialect of ``deepseek4``, too."""
@@ -140,8 +127,7 @@ class LoaderVerdict:
 def loader_verdict(path: str | Path) -> LoaderVerdict:
     """Ask llama.cpp's loader about one file: headers, tokenizer, tensors and a context, without their memory.
 
-    Raises:
-        ModelError: llama-cpp-python is not installed, or the child process cannot run it at all.
+    Raises `ModelError` where llama-cpp-python is not installed, or does not run at all.
     """
     return loader_verdicts([path])[0]
 
@@ -159,10 +145,7 @@ def loader_verdicts(paths: Sequence[str | Path]) -> list[LoaderVerdict]:
 def _ask(
     question: str, paths: Sequence[str | Path], **options: Any
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """What a child says of each file, with the lines that llama.cpp logged about it.
-
-    A file that ends the child gets ``accepted: False`` and its ``death``; another one takes the next file.
-    """
+    """A child's answer about each file, or its ``death``, with the lines that llama.cpp logged about it."""
     with child.Worker(MODULE) as worker:
         for path in paths:
             job = {"question": question, "path": str(Path(path).absolute()), **options}
@@ -183,11 +166,7 @@ def _ask(
 
 
 def plan_memory(path: str | Path, settings: Sequence[OpenSettings]) -> list[dict[str, int]]:
-    """`dry_run` under each of the settings, in a child process: a header that aborts it harms nothing here.
-
-    Raises:
-        ModelError: llama.cpp refuses the file or a setting, or dies on it.
-    """
+    """`dry_run` under each of the settings, in a child process: a header that aborts it harms nothing here."""
     with child.Worker(MODULE) as worker:
         return _planned(worker, path, settings)
 
@@ -203,13 +182,10 @@ def _planned(
 
 @dataclass(frozen=True)
 class Trial:
-    """What the child process measured; ``kv_bytes`` and ``compute_bytes`` are llama.cpp's own figures.
-
-    They are exact to 0.01 MiB a buffer; ``compute_bytes`` counts this machine's memory, not a GPU's.
-    """
+    """What llama.cpp plans (exact to 0.01 MiB a buffer), and what the child process measured."""
 
     kv_bytes: int
-    compute_bytes: int
+    compute_bytes: int  # in this machine's memory, not a GPU's
     load_seconds: float
     decode_seconds: float
     seconds: float
@@ -218,17 +194,16 @@ class Trial:
 def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEstimate) -> Trial:
     """Plan, load and decode a model (its shards, first one first) in a child process.
 
-    The same files and settings are tried once a session. A file whose trial took long is not loaded again by
-    a later session on this machine, as long as it and llama.cpp are the same: only its memory is planned
-    anew. The child loads with a context of 256 tokens and evaluates 9 with one thread. It reads through the
-    page cache that this process will use. A file larger than memory is read once more for it.
+    The child loads with a context of 256 tokens and evaluates 9 with one thread. The same files and settings
+    are tried once a session. After a long trial, later sessions on this machine only plan the memory, as long
+    as the file and llama.cpp are the same.
 
     Raises:
         ModelError: llama.cpp refuses the file, dies on it, or computes logits that are not numbers.
         SpaceError: the context's cache and llama.cpp's compute buffer exceed the free memory.
     """
     files = tuple((os.path.realpath(path), *_identity(Path(path).stat())) for path in paths)
-    key = str(paths[0]), files, settings  # with the path as it was given, which messages name
+    key = str(paths[0]), files, settings  # messages name the path as it was given
     if key not in _tried:
         _tried[key] = _try_in_child(paths[0], settings, needs, _remembered(files, settings))
     return _tried[key]
@@ -279,18 +254,15 @@ def _recalled(path: Path) -> dict[str, Any]:
 def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
     """Bytes of KV cache and compute buffer that llama.cpp itself plans; nothing is allocated or loaded.
 
-    Uses ``no_alloc`` of ``llama_model_params``: llama.cpp reads the header, builds the graph, adds up. It
-    runs in this process, so the file must have passed a `trial`.
-
-    Raises:
-        ModelError: llama.cpp refuses the file or these settings.
+    It runs in this process, so the file must have passed a `trial`. Raises `ModelError` for a refusal.
     """
     import llama_cpp.llama_cpp as api
 
     LOG.install()
     LOG.clear()
     params, size = api.llama_model_default_params(), api.llama_context_default_params()
-    params.no_alloc, params.use_extra_bufts = True, settings.use_extra_bufts
+    params.no_alloc = True  # llama.cpp reads the header, builds the graph, and adds up
+    params.use_extra_bufts = settings.use_extra_bufts
     params.load_mode = api.LLAMA_LOAD_MODE_NONE
     params.n_gpu_layers = 0x7FFFFFFF if settings.n_gpu_layers == -1 else settings.n_gpu_layers
     for name in ("n_ctx", "swa_full", "n_threads", "n_threads_batch"):

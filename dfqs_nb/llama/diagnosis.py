@@ -33,19 +33,12 @@ MUCH = 1.5  # times what is needed, from which on reading is amplified
 
 @dataclass(frozen=True)
 class Disk:
-    """The disk under a file.
+    """The disk under a file; a speed is None where the cache could not be kept out."""
 
-    Attributes:
-        device: its name in ``/dev``; empty where there is none (a network file system).
-        read_ahead_bytes: that the kernel adds to a miss; None: not known.
-        in_order, pieces: bytes a second, in order and in pieces of an expert's size from random places; None
-            where the cache could not be kept out.
-    """
-
-    device: str
-    read_ahead_bytes: int | None
-    in_order: float | None
-    pieces: float | None
+    device: str  # its name in /dev; empty where there is none (a network file system)
+    read_ahead_bytes: int | None  # that the kernel adds to a miss; None: not known
+    in_order: float | None  # bytes a second
+    pieces: float | None  # the same in pieces of an expert's size from random places
 
     @classmethod
     def under(cls, path: str | Path, piece_bytes: int) -> Disk:
@@ -90,20 +83,14 @@ class Forecast:
     """What a token of decode reads, from the header, the free memory and the disk; bytes.
 
     Experts are assumed to be chosen evenly, the worst case, so the bytes are upper bounds.
-
-    Attributes:
-        dense, experts: that it uses.
-        slice_bytes: of one expert in one tensor, on average.
-        cached: share of all experts that memory keeps.
-        helped, plain: that it reads from the disk with the paging help and without.
     """
 
-    dense: int
+    dense: int  # that it uses
     experts: int
-    slice_bytes: int
-    cached: float
-    helped: int
-    plain: int
+    slice_bytes: int  # of one expert in one tensor, on average
+    cached: float  # share of all experts that memory keeps
+    helped: int  # read from the disk with the paging help
+    plain: int  # and without it
     disk: Disk
 
     @property
@@ -157,17 +144,12 @@ def forecast(
 
 @dataclass(frozen=True)
 class Measured:
-    """What tokens of decode took, on average.
-
-    Attributes:
-        seconds, waiting: of a token, and without work for a processor.
-        read_bytes, major_faults: from the disk, and stops of a thread for it; NaN where nothing counts them.
-    """
+    """What a token of decode took, on average; NaN where the system does not count it."""
 
     seconds: float
-    waiting: float
-    read_bytes: float
-    major_faults: float
+    waiting: float  # of these, without work for a processor
+    read_bytes: float  # from the disk
+    major_faults: float  # stops of a thread for the disk
 
     @classmethod
     def of(cls, model: Model, n_tokens: int) -> Measured:

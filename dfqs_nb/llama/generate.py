@@ -47,17 +47,12 @@ PROMPT_END = 16  # tokens, which hold any mark that begins a thinking
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model answered.
-
-    ``finish_reason``: ``"eos"`` (the model ended it), ``"stop"`` (a stop text came) or ``"length"``
-    (``max_tokens`` or the context was used up). ``token_ids`` excludes the ending token but includes those
-    of a stop text.
-    """
+    """What a model answered."""
 
     text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    n_prompt: int
+    token_ids: tuple[int, ...]  # without the ending token, with those of a stop text
+    finish_reason: str  # eos (the model ended it), stop (a stop text came) or length (no room for more)
+    n_prompt: int  # tokens
 
     @property
     def n_tokens(self) -> int:
@@ -71,9 +66,7 @@ class TextStream:
     The prompt's tokens are continued from a cleared context. A piece never ends inside a character, and never
     holds the start of a stop text. A stop text counts only behind the thinking of a model that thinks.
 
-    Raises (when it is read):
-        ContextFullError: the prompt alone exceeds ``n_ctx``.
-        NanLogitsError, DecodeError: as ``Model.evaluate``.
+    Reading it raises what `Model.evaluate` raises.
     """
 
     def __init__(
@@ -167,14 +160,9 @@ def chat_prompt(model: Model, prompt: str | Sequence[Message], **variables: bool
 def chat_text(model: Model, prompt: str | Sequence[Message], **variables: bool) -> str:
     """The text of a chat in the model's own template, up to where the answer begins.
 
-    A file without a template, as a base model's, gets the messages in `PLAIN_CHAT`.
-
-    Args:
-        prompt: the user's message, or messages with ``role`` and ``content``.
-        variables: what the template may ask for, such as ``enable_thinking``.
-
-    Raises:
-        ModelError: the template fails, refuses the messages or leaves the question out.
+    A file without a template, as a base model's, gets the messages in `PLAIN_CHAT`. A template may ask for
+    ``variables``, such as ``enable_thinking``. Raises `ModelError` when it fails, refuses the messages or
+    leaves the question out.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not model.has_template:
@@ -214,10 +202,7 @@ def complete(
 
 
 def answer_table(model: Model, prompts: Sequence[str], max_tokens: int = 256) -> pd.DataFrame:
-    """Greedy answers to several prompts, each from a cleared context.
-
-    One row a prompt: ``prompt``, ``answer``, ``tokens``, ``finish_reason`` (see ``Completion``).
-    """
+    """Greedy answers, one row a prompt: ``prompt``, ``answer``, ``tokens`` and ``finish_reason``."""
     import pandas as pd
 
     rows = []
@@ -229,11 +214,11 @@ def answer_table(model: Model, prompts: Sequence[str], max_tokens: int = 256) ->
 
 @dataclass(frozen=True)
 class Repeat:
-    """The same prompt answered twice; ``first_difference`` is the index of the first token that differs."""
+    """The same prompt answered twice."""
 
     first: Completion
     second: Completion
-    first_difference: int | None
+    first_difference: int | None  # index of the first token that differs
 
     @property
     def same(self) -> bool:

@@ -59,10 +59,8 @@ LOG = LlamaLog()
 def loaded_facts(log: Sequence[str]) -> dict[str, Any]:
     """How a model was loaded: what ran, not what was asked for.
 
-    Returns:
-        ``layers_offloaded`` to a GPU, like ``0/9``, or ``no GPU support``; ``offloaded_layers``, this as a
-        number (None: not logged); ``buffers`` of the weights, like ``CPU_Mapped 5.46 MiB``; and ``repacked``:
-        whether weights were copied into another layout for this processor.
+    ``layers_offloaded`` to a GPU, like ``0/9``; ``offloaded_layers``, this as a number (None: not logged);
+    ``buffers`` of the weights; ``repacked``: weights were copied into another layout for this processor.
 
     >>> loaded_facts(["load_tensors:   CPU_Mapped model buffer size =     5.44 MiB"])["layers_offloaded"]
     'no GPU support'

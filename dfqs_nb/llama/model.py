@@ -69,28 +69,21 @@ class SavedState(NamedTuple):
 
 @dataclass(repr=False)
 class Model:
-    """An open model: its header, how it was opened, and llama-cpp-python's ``Llama`` itself.
+    """An open model. Close it (or use it in a ``with`` block) to free its memory."""
 
-    Close it (or use it in a ``with`` block) to free its memory.
-
-    Attributes:
-        loaded: what llama.cpp reports of the loaded weights, see `loaded_facts`, and the paging help.
-        paging: the help for a file larger than memory; None where it is not wanted.
-        warnings: what llama.cpp warned of while it loaded the model.
-        keep_lock: keep Python's lock while single tokens are decoded. A callback that llama.cpp calls at
-            every node of its graph then costs half as much.
-    """
-
-    llama: Any
+    llama: Any  # llama-cpp-python's `Llama`; None when closed
     path: Path
-    header: GGUFHeader
+    header: GGUFHeader  # of all shards
     settings: OpenSettings
     memory: MemoryEstimate
     trial: check.Trial | None
     load_seconds: float
-    loaded: dict[str, Any] = field(default_factory=dict)
-    paging: Paging | None = None
-    warnings: tuple[str, ...] = ()
+    loaded: dict[str, Any] = field(
+        default_factory=dict
+    )  # see `loaded_facts`, and a sentence on the paging help
+    paging: Paging | None = None  # None where it is not wanted
+    warnings: tuple[str, ...] = ()  # of llama.cpp while it loaded the model, and ours
+    # Python's lock is kept while a token is decoded: a callback at every node of the graph costs half as much
     keep_lock: bool = False
 
     def __post_init__(self) -> None:
@@ -146,12 +139,8 @@ class Model:
         return int(llama.token_bos()) if llama._model.add_bos_token() else -1
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of ``text``, without a BOS; a lone surrogate becomes ``?``.
-
-        Args:
-            special: the text of a control token is that token.
-        """
-        raw = text.encode("utf-8", "replace")
+        """Token ids of ``text``, without a BOS; ``special``: the text of a control token is that token."""
+        raw = text.encode("utf-8", "replace")  # a lone surrogate becomes "?"
         ids: list[int] = self._open().tokenize(raw, add_bos=False, special=special)
         return ids
 
@@ -191,20 +180,14 @@ class Model:
     def decode(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens after those in the context, without fetching logits.
 
-        Raises:
-            ContextFullError: they do not fit in ``n_ctx``.
-            DecodeError: llama.cpp fails.
+        Raises `ContextFullError` when they do not fit in ``n_ctx``, and `DecodeError` when llama.cpp fails.
         """
         self._check_room(tokens)
         for start in range(0, len(tokens), self.settings.n_batch):
             self._decode_batch(tokens[start : start + self.settings.n_batch], every_logit=False)
 
     def evaluate(self, tokens: Sequence[int]) -> Floats:
-        """As `decode`; the logits after the last token, float32 ``(n_vocab,)``.
-
-        Raises:
-            NanLogitsError: a logit is NaN.
-        """
+        """As `decode`; the logits after the last token, float32 ``(n_vocab,)``, or `NanLogitsError`."""
         self.decode(tokens)
         logits = np.ctypeslib.as_array(self.llama._ctx.get_logits_ith(-1), shape=(self.n_vocab,)).copy()
         if np.isnan(logits).any():
@@ -216,10 +199,8 @@ class Model:
     def logits(self, tokens: Sequence[int], chunk_tokens: int | None = None) -> Iterator[Floats]:
         """As `decode`, and yield the logits after each token, chunk by chunk, in constant memory.
 
-        Each chunk is a view, float32 ``(n, n_vocab)``, that the next one overwrites: copy what you keep.
-
-        Args:
-            chunk_tokens: tokens of a chunk, at most ``n_batch`` (the default).
+        Each chunk is a view, float32 ``(n, n_vocab)``, that the next one overwrites: copy what you keep. It
+        has at most ``n_batch`` tokens (the default).
         """
         self._check_room(tokens)
         step = min(chunk_tokens or self.settings.n_batch, self.settings.n_batch)
@@ -266,11 +247,7 @@ class Model:
     # ---- the state of the sequence ----
 
     def save(self) -> SavedState:
-        """Copy the context's state, so that several questions can follow one evaluated text.
-
-        Raises:
-            DecodeError: llama.cpp does not give it.
-        """
+        """Copy the context's state, so that several questions can follow one evaluated text."""
         import llama_cpp.llama_cpp as api
 
         context = self._open().ctx
@@ -281,11 +258,7 @@ class Model:
         return SavedState(self.n_past, data)
 
     def restore(self, state: SavedState) -> None:
-        """Put a saved state back; the tokens evaluated since are forgotten.
-
-        Raises:
-            DecodeError: llama.cpp does not take it.
-        """
+        """Put a saved state back; the tokens evaluated since are forgotten."""
         import llama_cpp.llama_cpp as api
 
         self.clear()
@@ -329,9 +302,10 @@ def _decode_with_lock() -> Any:
 def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial: bool = True) -> Model:
     """Check a model's files, its memory and its first decode, and only then open it in this process.
 
+    A RuntimeWarning tells that weights exceed the free memory, or what llama.cpp warns of (`Model.warnings`).
+
     Args:
         path: the GGUF file, or any of its shards.
-        settings: how to open it; the defaults are those of the class.
         trial: try it in a child process first. Without it a damaged file can end this process.
 
     Raises:
@@ -339,10 +313,6 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
         SpaceError: KV cache and compute buffer exceed the free memory.
         ModelError: it is no language model, or llama.cpp refuses it, dies on it, or computes NaN; llama.cpp's
             last lines are a note of the exception.
-
-    Warns:
-        RuntimeWarning: weights exceed the free memory, so they will be read again and again; or llama.cpp
-            warns of the file (`Model.warnings`).
     """
     settings = settings or OpenSettings()
     shards = open_shards(path)
@@ -393,15 +363,12 @@ def _warnings(model: Model) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ReuseCheck:
-    """Logits after a question asked from a saved state, against those of the same tokens evaluated afresh.
-
-    ``largest_difference``: over all logits and questions; ``evaluated_tokens``: what the check itself cost.
-    """
+    """Logits after a question asked from a saved state, against those of the same tokens evaluated afresh."""
 
     allowed: bool
-    largest_difference: float
+    largest_difference: float  # over all logits and questions
     tolerance: float
-    evaluated_tokens: int
+    evaluated_tokens: int  # by the check itself
 
     @property
     def sentence(self) -> str:
@@ -415,10 +382,7 @@ class ReuseCheck:
 def check_reuse(
     model: Model, text: Sequence[int], questions: Sequence[Sequence[int]], tolerance: float = TOLERANCE
 ) -> ReuseCheck:
-    """Whether asking from a text's saved state equals fresh evaluation.
-
-    Allowed when every logit agrees within ``tolerance`` and the most likely token is the same.
-    """
+    """Whether questions to a saved state equal fresh ones: logits within a tolerance, the same best token."""
     model.clear()
     model.decode(text)
     state, reused, fresh = model.save(), [], []

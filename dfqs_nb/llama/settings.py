@@ -24,38 +24,27 @@ CHOICES = {"type_k": tuple(GGML_TYPES), "type_v": tuple(GGML_TYPES), "paging": (
 class OpenSettings:
     """How a model is opened: every field is a condition of what is measured with it.
 
-    Args:
-        n_ctx: tokens of context.
-        n_batch, n_ubatch: tokens handed over, and computed, at once in prefill.
-        n_threads, n_threads_batch: threads in decode and in prefill; None: the usable physical cores.
-        n_gpu_layers: layers put on the GPU; -1: all.
-        seed: of the sampler; greedy decoding does not use it.
-        flash_attn: flash attention; a quantized V cache needs it.
-        type_k, type_v: element types of the KV cache.
-        use_mmap: map the weights, so that they need not fit in memory.
-        use_extra_bufts: repack weights for this CPU. False by default: it crashes on CPUs with AMX
-            (ggml-org/llama.cpp#20824) and keeps a second copy of the weights in memory.
-        swa_full: keep all tokens in sliding-window layers; llama.cpp's default True multiplies the cache.
-        paging: help for a file larger than memory (`llama.paging`): ``auto`` (where it is larger), ``on`` or
-            ``off``. It changes no number that is computed, only the time.
-
-    Raises:
-        ModelError: a count below its minimum, an unknown cache type, or another word for ``paging``.
+    Raises `ModelError` for a count below its minimum, an unknown cache type, or another word for ``paging``.
+    That is the help for a file larger than memory (`llama.paging`): ``auto`` (where it is larger), ``on`` or
+    ``off``. It changes only the time.
     """
 
-    n_ctx: int = 4096
-    n_batch: int = 512
-    n_ubatch: int = 512
-    n_threads: int | None = None
-    n_threads_batch: int | None = None
-    n_gpu_layers: int = 0
-    seed: int = 42
-    flash_attn: bool = False
-    type_k: str = "f16"
+    n_ctx: int = 4096  # tokens of context
+    n_batch: int = 512  # tokens handed over at once in prefill
+    n_ubatch: int = 512  # of these, computed at once
+    n_threads: int | None = None  # in decode; None: the usable physical cores
+    n_threads_batch: int | None = None  # in prefill
+    n_gpu_layers: int = 0  # layers put on the GPU; -1: all
+    seed: int = 42  # of the sampler; greedy decoding does not use it
+    flash_attn: bool = False  # a quantized V cache needs it
+    type_k: str = "f16"  # element types of the KV cache
     type_v: str = "f16"
-    use_mmap: bool = True
+    use_mmap: bool = True  # map the weights, so that they need not fit in memory
+    # repacked weights are a second copy in memory, and crash on CPUs with AMX (ggml-org/llama.cpp#20824)
     use_extra_bufts: bool = False
-    swa_full: bool = False
+    swa_full: bool = (
+        False  # all tokens in sliding-window layers: llama.cpp's default True multiplies the cache
+    )
     paging: str = "auto"
 
     def __post_init__(self) -> None:
@@ -75,12 +64,9 @@ class OpenSettings:
     def of(
         cls, path: str | Path, *, n_ctx: int = 0, n_threads: int = 0, n_gpu_layers: int = -1, **fields: Any
     ) -> OpenSettings:
-        """Settings that suit a model on this machine.
+        """Settings that suit a model on this machine: its own limit of context, threads, GPU layers.
 
-        Args:
-            n_ctx: tokens of context, at most the model's own limit; 0: that limit.
-            n_threads: 0: one for a tiny model, else all usable cores.
-            n_gpu_layers: none where this llama.cpp has no GPU support; -1: all.
+        0 stands for that limit, and for the threads that suit it; without GPU support no layer is on a GPU.
         """
         limit = own_context(path)
         n_ctx = min(n_ctx or limit, limit) if limit else n_ctx or cls.n_ctx

@@ -47,14 +47,9 @@ class ChatTemplate:
         self._fault = ""  # that of a child that had to be killed: no other prompt waits for that long
 
     def render(self, messages: Sequence[Message], variables: Mapping[str, bool] | None = None) -> str:
-        """The text of a chat, up to where the answer begins.
+        """The text of a chat, up to where the answer begins; see `generate.chat_text`.
 
-        Args:
-            variables: what the template may ask for, such as ``enable_thinking``.
-
-        Raises:
-            ModelError: the template has a fault, refuses the messages, leaves the question out, or exceeds
-                its limits of time, memory and length.
+        Raises `ModelError`, also when the template exceeds its limits of time, memory and length.
         """
         chat = {"messages": [dict(message) for message in messages], **(variables or {})}
         with self._lock:

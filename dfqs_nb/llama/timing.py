@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -33,42 +33,6 @@ CUTS: tuple[dict[str, int], ...] = (  # what a plan that exceeds its budget give
     {"depth": 16, "n_tokens": 4},
     {"max_tokens": 2},
 )
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Repeated measurements: their median, extremes, and the values in order of measurement."""
-
-    median: float
-    min: float
-    max: float
-    values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise at least one value."""
-        return cls(median(values), min(values), max(values), tuple(values))
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Tokens a second: prefill of ``depth`` tokens at once, then decode of ``n_tokens`` one by one."""
-
-    depth: int
-    n_tokens: int
-    repetitions: int
-    n_threads: int
-    prefill_tokens_per_sec: Spread
-    decode_tokens_per_sec: Spread
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row for each of prefill and decode, ready for a DataFrame."""
-        shared = {"depth": self.depth, "n_threads": self.n_threads, "repetitions": self.repetitions}
-        prefill, decode = asdict(self.prefill_tokens_per_sec), asdict(self.decode_tokens_per_sec)
-        return [
-            {"phase": "prefill", **shared, "tokens": self.depth, **prefill},
-            {"phase": "decode", **shared, "tokens": self.n_tokens, **decode},
-        ]
 
 
 @dataclass(frozen=True)
@@ -129,9 +93,7 @@ def plan_cost(
 ) -> Cost:
     """Time a short probe, and cut the plan (`CUTS`) until it fits the budget; the last cut may exceed it.
 
-    Args:
-        n_answers: answers that will be generated; each is planned at full length.
-        depth, n_tokens: of `measure_speed`, at most a half and a quarter of the context.
+    Answers are planned at full length, depth and timed tokens at most at a half and a quarter of the context.
     """
     pace, n_ctx = probe(model), model.settings.n_ctx
 
@@ -148,10 +110,14 @@ def plan_cost(
 
 def measure_speed(
     model: Model, depth: int = 512, n_tokens: int = 128, repetitions: int = 5, seed: int = 42
-) -> Speed:
-    """Time prefill and teacher-forced decode on seeded random tokens, after a warm-up.
+) -> list[dict[str, Any]]:
+    """Time prefill of ``depth`` seeded random tokens at once, then decode of ``n_tokens`` one by one.
 
-    The tokens are given, not chosen, so no sampling is timed; each repetition starts from a cleared context.
+    No token is sampled, and each repetition starts from a cleared context, after a warm-up.
+
+    Returns:
+        A row for each ``phase`` (prefill, decode): ``depth``, ``n_threads``, ``repetitions``, ``tokens``, and
+        tokens a second as ``median``, ``min``, ``max`` and ``values`` in order of measurement.
 
     Raises:
         ContextFullError: ``depth + n_tokens`` exceeds ``n_ctx``.
@@ -163,12 +129,15 @@ def measure_speed(
         hint = "lower the depth, or open the model with a larger n_ctx"
         raise ContextFullError(what, where=model.path, hint=hint)
     time_once(model, prompt[:16], forced[:4])
-    rounds = tqdm(range(repetitions), desc="timing", leave=False)
-    seconds = [time_once(model, prompt, forced) for _ in rounds]
+    seconds = [time_once(model, prompt, forced) for _ in tqdm(range(repetitions), desc="timing", leave=False)]
     model.clear()
-    prefill = Spread.of([depth / prefill for prefill, _ in seconds])
-    decode = Spread.of([n_tokens / decode for _, decode in seconds])
-    return Speed(depth, n_tokens, repetitions, model.settings.n_threads or 0, prefill, decode)
+    shared = {"depth": depth, "n_threads": model.settings.n_threads, "repetitions": repetitions}
+    rows = []
+    for phase, n, at in (("prefill", depth, 0), ("decode", n_tokens, 1)):
+        speeds = tuple(n / times[at] for times in seconds)
+        spread = {"median": median(speeds), "min": min(speeds), "max": max(speeds), "values": speeds}
+        rows.append({"phase": phase, **shared, "tokens": n, **spread})
+    return rows
 
 
 def time_once(model: Model, prompt: Sequence[int], forced: Sequence[int]) -> tuple[float, float]:

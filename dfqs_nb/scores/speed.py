@@ -93,11 +93,11 @@ def speed_by_depth(
     weights, rows = active_bytes(model.header).total, []
     for depth in depths:
         with watched_load() as load:
-            speed = measure_speed(model, depth, n_tokens, repetitions, seed)
+            timed = measure_speed(model, depth, n_tokens, repetitions, seed)
         types = model.settings.type_k, model.settings.type_v
         roof = bandwidth / (weights + cache_bytes_read(model.header, depth + n_tokens // 2, *types))
         busy = {"other_cores": load.other_cores, "contended": load.contended}
-        prefill, decode = (row | busy for row in speed.rows())
+        prefill, decode = (row | busy for row in timed)
         rows += [prefill, decode | {"roof": roof, "utilisation": decode["median"] / roof}]
     return pd.DataFrame(rows)
 

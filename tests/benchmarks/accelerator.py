@@ -77,15 +77,15 @@ def measure(path: Path, n_tokens: int, in_ram: int) -> list[dict[str, Any]]:
             with open_recorded(path, at) as recorded:
                 trace = record(recorded, tokens)
             with open_model(path, at, trial=False) as model:
-                speed = measure_speed(model, n_tokens, DECODE, REPETITIONS)
+                prefill, decode = measure_speed(model, n_tokens, DECODE, REPETITIONS)
         sets = np.sort(trace.experts, axis=-1)
         first = sets if first is None else first
         rows.append(
             {
                 "model": path.name,
                 "way": name if n_gpu_layers or name == "processor" else f"{name} (no card: processor)",
-                "prefill, tokens/s": round(speed.prefill_tokens_per_sec.median, 1),
-                "decode, tokens/s": round(speed.decode_tokens_per_sec.median, 1),
+                "prefill, tokens/s": round(prefill["median"], 1),
+                "decode, tokens/s": round(decode["median"], 1),
                 "expert sets": int(np.prod(sets.shape[:-1])),
                 "differ": int((sets != first).any(-1).sum()),
             }

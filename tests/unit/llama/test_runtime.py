@@ -281,11 +281,11 @@ def test_answer_stops_where_the_context_ends(nano):
 
 
 def test_speed_has_its_spread_and_clears_up(nano):
-    speed = llama_timing.measure_speed(nano, depth=64, n_tokens=8, repetitions=3)
-    for spread in (speed.prefill_tokens_per_sec, speed.decode_tokens_per_sec):
-        assert 0 < spread.min <= spread.median <= spread.max and len(spread.values) == 3
+    rows = llama_timing.measure_speed(nano, depth=64, n_tokens=8, repetitions=3)
+    for row in rows:
+        assert 0 < row["min"] <= row["median"] <= row["max"] and len(row["values"]) == 3
     assert nano.n_past == 0
-    assert [row["phase"] for row in speed.rows()] == ["prefill", "decode"]
+    assert [(row["phase"], row["tokens"]) for row in rows] == [("prefill", 64), ("decode", 8)]
     with pytest.raises(llama_model.ContextFullError):
         llama_timing.measure_speed(nano, depth=512, n_tokens=8)
 
