@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +31,17 @@ from dfqs_nb.gguf.facts import early_dialect
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, check_fits
 from dfqs_nb.llama.build import build_llama
+from dfqs_nb.llama.graph import ggml_function
 from dfqs_nb.llama.log import ERROR, INFO, LOG, planned_bytes, reason_of, refusal
 from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings, llama_version
 
 MODULE = "dfqs_nb.llama"
-PARSER_BYTES, LOADER_BYTES = 4 << 30, 8 << 30  # of address space: a hostile header asks for more
+CEILING_BYTES = 8 << 30  # of address space: a hostile header asks for more
 TIMEOUT_SECONDS = 60.0
 TRIAL_SECONDS, TRIAL_SECONDS_PER_BYTE = 120.0, 1 / 50e6  # a slow disk
 SMALL_CTX = 256
 LONG_SECONDS = 5.0  # a trial that took longer is worth remembering
 PREFILL_TOKENS = 8
-LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll")
 OF_CONTEXT = {"n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "seed"}  # nothing of the file
 
 
@@ -75,7 +73,7 @@ class Parsed:
 def parse(path: str | Path, *, tensors: bool = False) -> Parsed:
     """Ask llama.cpp's parser about one file, as when a model is opened; ``tensors``: give its table, too.
 
-    Raises `ModelError` where libggml is not installed, or does not run at all.
+    Raises `ModelError` where llama-cpp-python is not installed, or does not run at all.
     """
     return parse_all([path], tensors=tensors)[0]
 
@@ -83,23 +81,11 @@ def parse(path: str | Path, *, tensors: bool = False) -> Parsed:
 def parse_all(paths: Sequence[str | Path], *, tensors: bool = False) -> list[Parsed]:
     """Ask about many files in one process, as long as they leave it alive (see `parse`)."""
     parsed = []
-    for facts, log in _ask("parse", paths, library=str(library_path()), tensors=tensors):
+    for facts, log in _ask("parse", paths, tensors=tensors):
         death = f"llama.cpp's parser died ({facts['death']})" if "death" in facts else ""
         table = tuple(ParsedTensor(*row) for row in facts.pop("tensors", ()))
         parsed.append(Parsed(message="\n".join(log) or death, tensors=table, **facts))
     return parsed
-
-
-def library_path() -> Path:
-    """The libggml-base that llama-cpp-python brought, found without importing (and initialising) it."""
-    spec = find_spec("llama_cpp")
-    folders = [Path(place) / "lib" for place in (spec.submodule_search_locations or ())] if spec else []
-    if os.environ.get("LLAMA_CPP_LIB_PATH"):  # llama-cpp-python's own override
-        folders.insert(0, Path(os.environ["LLAMA_CPP_LIB_PATH"]))
-    for path in (folder / name for folder in folders for name in LIBRARIES):
-        if path.exists():
-            return path
-    raise ModelError("libggml-base is not installed", hint="`make run` installs it")
 
 
 @dataclass(frozen=True)
@@ -166,7 +152,7 @@ def _ask(
 
 
 def plan_memory(path: str | Path, settings: Sequence[OpenSettings]) -> list[dict[str, int]]:
-    """`dry_run` under each of the settings, in a child process: a header that aborts it harms nothing here."""
+    """`dry_run` under each of the settings, in a child process, which a header may abort."""
     with child.Worker(MODULE) as worker:
         return _planned(worker, path, settings)
 
@@ -281,7 +267,7 @@ def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
         if not context:
             raise refusal(path)
         stack.callback(api.llama_free, context)
-        return planned_bytes(LOG.tail(500))
+        return planned_bytes(LOG.tail())
 
 
 # ---- the child's side ----
@@ -298,74 +284,42 @@ class _GgufParams(ctypes.Structure):
     _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.POINTER(ctypes.c_void_p))]
 
 
-@functools.cache
-def _ggml(path: str) -> tuple[Any, list[bytes]]:
-    """libggml-base through ctypes, and its log: importing llama_cpp would initialise much more."""
-    try:
-        ggml: Any = ctypes.CDLL(path)
-    except OSError as error:
-        raise ModelError(f"cannot run libggml ({error})", hint="install llama-cpp-python again") from error
-    void, text, i64, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_size_t
-    callback = ctypes.CFUNCTYPE(None, ctypes.c_int, text, void)
-    signatures: dict[str, tuple[Any, ...]] = {
-        "ggml_log_set": (None, callback, void),
-        "ggml_free": (None, void),
-        "ggml_type_name": (text, ctypes.c_int),
-        "gguf_init_from_file": (void, text, _GgufParams),
-        "gguf_free": (None, void),
-    }
-    numbers = {
-        "version": ctypes.c_uint32,
-        "n_kv": i64,
-        "n_tensors": i64,
-        "alignment": size,
-        "data_offset": size,
-    }
-    of_tensor = {"name": text, "type": ctypes.c_int, "offset": size, "size": size}
-    signatures |= {f"gguf_get_{name}": (result, void) for name, result in numbers.items()}
-    signatures |= {f"gguf_get_tensor_{name}": (result, void, i64) for name, result in of_tensor.items()}
-    for name, (result, *arguments) in signatures.items():
-        function = getattr(ggml, name)
-        function.restype, function.argtypes = result, arguments
-    log = list[bytes]()
-
-    def receive(_level: int, line: bytes, _user_data: object) -> None:
-        log.append(line)
-        os.write(2, line)  # all that is left if the process dies
-
-    ggml.kept = callback(receive)
-    ggml.ggml_log_set(ggml.kept, None)
-    return ggml, log
-
-
 def _parse(job: dict[str, Any]) -> dict[str, Any]:
-    child.limit_memory(PARSER_BYTES)
-    ggml, log = _ggml(job["library"])
+    child.limit_memory(CEILING_BYTES)
+    LOG.echo = ERROR
+    LOG.install()
     child.tell(stage="in its parser")
-    log.clear()
-    table = ctypes.c_void_p()  # llama.cpp always asks for it, without data
-    gguf = ggml.gguf_init_from_file(os.fsencode(job["path"]), _GgufParams(True, ctypes.pointer(table)))
+    LOG.clear()
+    void, text, i64, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_size_t
+    table = void()  # llama.cpp always asks for it, without data
+    read = ggml_function("gguf_init_from_file", void, text, _GgufParams)
+    gguf = read(os.fsencode(job["path"]), _GgufParams(True, ctypes.pointer(table)))
     facts: dict[str, Any] = {"accepted": bool(gguf)}
     if gguf:
-        for name in ("version", "n_kv", "n_tensors", "alignment", "data_offset"):
-            facts[name] = getattr(ggml, f"gguf_get_{name}")(gguf)
-        if job["tensors"]:
-            facts["tensors"] = [
-                (
-                    ggml.gguf_get_tensor_name(gguf, i).decode("utf-8", "surrogateescape"),
-                    ggml.ggml_type_name(ggml.gguf_get_tensor_type(gguf, i)).decode().upper(),
-                    ggml.gguf_get_tensor_offset(gguf, i),
-                    ggml.gguf_get_tensor_size(gguf, i),
-                )
-                for i in range(facts["n_tensors"])
-            ]
-        ggml.gguf_free(gguf)
-        ggml.ggml_free(table)
-    return facts | {"log": b"".join(log).decode("utf-8", "replace").split("\n")}
+        numbers = {
+            "version": ctypes.c_uint32,
+            "n_kv": i64,
+            "n_tensors": i64,
+            "alignment": size,
+            "data_offset": size,
+        }
+        facts |= {name: ggml_function(f"gguf_get_{name}", kind, void)(gguf) for name, kind in numbers.items()}
+    if gguf and job["tensors"]:
+        type_name = ggml_function("ggml_type_name", text, ctypes.c_int)
+        columns = {"name": text, "type": ctypes.c_int, "offset": size, "size": size}
+        get = [ggml_function(f"gguf_get_tensor_{name}", kind, void, i64) for name, kind in columns.items()]
+        rows = [[function(gguf, i) for function in get] for i in range(facts["n_tensors"])]
+        facts["tensors"] = [
+            (name.decode("utf-8", "surrogateescape"), type_name(code).decode().upper(), offset, nbytes)
+            for name, code, offset, nbytes in rows
+        ]
+    ggml_function("gguf_free", None, void)(gguf)
+    ggml_function("ggml_free", None, void)(table)
+    return facts | {"log": LOG.tail(level=ERROR)}
 
 
 def _load(job: dict[str, Any]) -> dict[str, Any]:
-    child.limit_memory(LOADER_BYTES)
+    child.limit_memory(CEILING_BYTES)
     LOG.echo = ERROR
     import llama_cpp  # noqa: F401  (one that does not import is no verdict on the file)
 
@@ -374,7 +328,7 @@ def _load(job: dict[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(ModelError, MemoryError):
         dry_run(job["path"], OpenSettings(n_ctx=SMALL_CTX, n_threads=1))
         accepted = True
-    return {"accepted": accepted, "log": LOG.tail(500, ERROR)}
+    return {"accepted": accepted, "log": LOG.tail(level=ERROR)}
 
 
 def _plan(job: dict[str, Any]) -> dict[str, Any]:

@@ -264,10 +264,10 @@ def check_data(headers: Sequence[GGUFHeader], *, progress: bool = True) -> None:
     `IntegrityError` names the tensors that have a long run of zeros, or values or scales that are not finite
     numbers, by llama.cpp's own check (``ggml_validate_row_data``).
     """
-    from dfqs_nb.llama.check import library_path
+    from dfqs_nb.llama.graph import ggml_function
 
-    validate = ctypes.CDLL(str(library_path())).ggml_validate_row_data
-    validate.restype, validate.argtypes = ctypes.c_bool, (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)
+    arguments = ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t
+    validate = ggml_function("ggml_validate_row_data", ctypes.c_bool, *arguments)
     zeros: dict[str, int] = {}
     broken: dict[str, None] = {}
     total = sum(tensor.nbytes for header in headers for tensor in header.tensors)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llama_cpp
 import llama_cpp_tools
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from dfqs_nb.llama import settings as llama_settings
 
 F16 = data_dir() / "reference" / "DFQS-Nano-F16.gguf"
 ONE_THREAD = llama_settings.OpenSettings(n_ctx=128, n_threads=1)
-LIBRARIES = Path(check.library_path()).parent
+LIBRARIES = Path(llama_cpp.__file__).parent / "lib"
 
 
 @pytest.fixture(scope="module")

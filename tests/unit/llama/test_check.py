@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from dfqs_nb.gguf.memory import estimate
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.types import TENSOR_TYPES
 from dfqs_nb.llama import check
+from dfqs_nb.llama.graph import ggml_function
 from dfqs_nb.llama.settings import OpenSettings
 
 
@@ -83,35 +83,19 @@ def test_a_parser_that_hangs_is_stopped(tmp_path, monkeypatch):
     assert not parsed.accepted and parsed.death == "timeout"
 
 
-def test_without_the_library_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(check, "find_spec", lambda name: None)
-    monkeypatch.delenv("LLAMA_CPP_LIB_PATH", raising=False)
-    with pytest.raises(ModelError, match="make run. installs it"):
-        check.library_path()
-
-
 def test_a_library_that_does_not_load_is_no_verdict_on_the_file(tmp_path, monkeypatch):
-    (tmp_path / "libggml-base.so").write_bytes(b"not a library")
+    (tmp_path / "libllama.so").write_bytes(b"not a library")
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
-    with pytest.raises(ModelError, match="cannot run libggml"):
+    with pytest.raises(ModelError, match="cannot run llama.cpp.*make run"):
         check.parse(tmp_path / "any.gguf")
-
-
-def test_llama_cpp_itself_is_not_imported(tmp_path):
-    code = "import sys, dfqs_nb.llama.check as g; g.library_path(); assert 'llama_cpp' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_our_table_of_tensor_types_is_libggmls():
     """Names, block and byte sizes; that libggml knows no later type is the next test."""
-    lib = ctypes.CDLL(str(check.library_path()))
-    lib.ggml_type_name.restype = ctypes.c_char_p
-    lib.ggml_type_size.restype, lib.ggml_blck_size.restype = ctypes.c_size_t, ctypes.c_int64
-    theirs = {
-        code: (lib.ggml_type_name(code).decode().upper(), lib.ggml_blck_size(code), lib.ggml_type_size(code))
-        for code in range(max(TENSOR_TYPES) + 1)
-        if lib.ggml_blck_size(code)
-    }
+    kinds = {"type_name": ctypes.c_char_p, "blck_size": ctypes.c_int64, "type_size": ctypes.c_size_t}
+    name, block, size = (ggml_function(f"ggml_{key}", kind, ctypes.c_int) for key, kind in kinds.items())
+    codes = (code for code in range(max(TENSOR_TYPES) + 1) if block(code))
+    theirs = {code: (name(code).decode().upper(), block(code), size(code)) for code in codes}
     ours = {code: (name.upper(), *sizes) for code, (name, *sizes) in TENSOR_TYPES.items()}
     assert ours == theirs
 
