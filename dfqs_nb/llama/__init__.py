@@ -12,7 +12,7 @@ from dfqs_nb.core.doors import lazy
 if TYPE_CHECKING:
     from dfqs_nb.llama import figures
     from dfqs_nb.llama.diagnosis import diagnose
-    from dfqs_nb.llama.generate import answer_table, complete, same_tokens_twice, stream_chat
+    from dfqs_nb.llama.generate import answer_table, chat, complete, stream_chat
     from dfqs_nb.llama.model import open_model
     from dfqs_nb.llama.settings import OpenSettings
     from dfqs_nb.llama.timing import measure_speed, plan_cost
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 __all__ = [
     "OpenSettings",
     "answer_table",
+    "chat",
     "complete",
     "diagnose",
     "figures",
     "measure_speed",
     "open_model",
     "plan_cost",
-    "same_tokens_twice",
     "stream_chat",
 ]
 
@@ -36,11 +36,11 @@ __getattr__ = lazy(
     figures="figures",
     OpenSettings="settings",
     answer_table="generate",
+    chat="generate",
     complete="generate",
     diagnose="diagnosis",
     measure_speed="timing",
     open_model="model",
     plan_cost="timing",
-    same_tokens_twice="generate",
     stream_chat="generate",
 )

@@ -210,25 +210,3 @@ def answer_table(model: Model, prompts: Sequence[str], max_tokens: int = 256) ->
         answer = chat(model, prompt, max_tokens)
         rows.append((prompt, answer.text, answer.n_tokens, answer.finish_reason))
     return pd.DataFrame(rows, columns=["prompt", "answer", "tokens", "finish_reason"])
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """The same prompt answered twice."""
-
-    first: Completion
-    second: Completion
-    first_difference: int | None  # index of the first token that differs
-
-    @property
-    def same(self) -> bool:
-        """Whether the tokens are the same."""
-        return self.first_difference is None
-
-
-def same_tokens_twice(model: Model, prompt: str, max_tokens: int = 64) -> Repeat:
-    """Answer ``prompt`` twice greedily, each time from a cleared context, and compare token by token."""
-    first, second = (chat(model, prompt, max_tokens) for _ in range(2))
-    a, b = first.token_ids, second.token_ids
-    differs = (i for i in range(max(len(a), len(b))) if a[i : i + 1] != b[i : i + 1])
-    return Repeat(first, second, next(differs, None))
