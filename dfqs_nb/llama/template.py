@@ -4,22 +4,22 @@ A template is code of the file's author. Jinja's sandbox keeps it from our files
 time, memory and length keep it from stopping this process. The child lives as long as its model is open: to
 start one takes longer than a prompt.
 
-The environment is that of llama-cpp-python's ``Jinja2ChatFormatter``, which follows Hugging Face
-Transformers. One difference: it gives the same prompt in every run. The clock stands still at `CLOCK`, random
-choices repeat, and an address in memory is a fault.
+llama-cpp-python's formatter renders it, with one difference: the prompt is the same in every run. The clock
+stands still at `CLOCK`, random choices repeat, and an address in memory is a fault.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import random
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import ModelError
@@ -27,7 +27,7 @@ from dfqs_nb.core.errors import ModelError
 CLOCK = datetime(2026, 1, 1, 12)
 SECONDS = 10.0
 MAX_CHARACTERS = 1 << 24  # of a rendered chat
-MEMORY_BYTES = 2 << 30  # of the child's address space
+MEMORY_BYTES = 1 << 30  # of address space that a template may take
 ADDRESS = re.compile(r" at 0x[0-9a-f]{4,}")  # in what Python shows of an object
 PLAIN = "use a file with a sound chat template; in Python, llama.complete(model, text) needs none"
 
@@ -94,68 +94,33 @@ def _holds(text: str, question: str) -> bool:
 
 
 @functools.cache
-def _renderer(source: str, bos: str, eos: str) -> Callable[[dict[str, Any]], str]:
-    """A function of the messages and variables that gives the text; Jinja may fail to parse the source."""
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _formatter(source: str, bos: str, eos: str) -> Any:
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-    class GenerationTag(Extension):
-        """``{% generation %}`` of Transformers marks the answer for training; here it does nothing."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            parser.stream.skip(1)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def refuse(message: str) -> None:
-        raise ValueError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        loader=jinja2.BaseLoader(),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[GenerationTag, loopcontrols],
-    )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(
-        value, **{"ensure_ascii": False, **options}
-    )
-    template = environment.from_string(source)
-    values = {
-        "bos_token": bos,
-        "eos_token": eos,
-        "add_generation_prompt": True,
-        "raise_exception": refuse,
-        "strftime_now": CLOCK.strftime,
-        **dict.fromkeys(("functions", "function_call", "tools", "tool_choice")),
-    }
-
-    def render(chat: dict[str, Any]) -> str:
-        text = ""
-        random.seed(0)
-        for piece in template.generate(**values, **chat):
-            text += piece
-            if len(text) > MAX_CHARACTERS:
-                raise ValueError(f"its text exceeds {MAX_CHARACTERS:,} characters")
-        if ADDRESS.search(text) and not ADDRESS.search(str(chat["messages"])):
-            raise ValueError("its text has an address in memory, which is another in every run")
-        return text
-
-    return render
+    formatter: Any = Jinja2ChatFormatter(source, eos_token=eos, bos_token=bos)
+    formatter.strftime_now = CLOCK.strftime
+    return formatter
 
 
 def work(job: dict[str, Any]) -> dict[str, str]:
     """Render one chat: the text, or what is wrong."""
-    child.limit_memory(MEMORY_BYTES)
     chat = job.pop("chat")
+    random.seed(0)
     try:
-        return {"text": _renderer(**job)(chat)}
+        text = _formatter(**job)(**chat).prompt
     except Exception as error:  # the template is code: it may raise anything; Jinja raises its own errors
         number = getattr(error, "lineno", None)  # of Jinja's syntax errors
         line = f"line {number}: " if number else ""
         return {"fault": (line + (str(error) or type(error).__name__))[:300]}
+    if len(text) > MAX_CHARACTERS:
+        return {"fault": f"its text exceeds {MAX_CHARACTERS:,} characters"}
+    if ADDRESS.search(text) and not ADDRESS.search(str(chat["messages"])):
+        return {"fault": "its text has an address in memory, which is another in every run"}
+    return {"text": text}
 
 
 if __name__ == "__main__":
+    import llama_cpp.llama_chat_format  # noqa: F401  what it takes is not the template's
+
+    child.limit_memory(psutil.Process().memory_info().vms + MEMORY_BYTES)
     child.serve(work)
