@@ -181,12 +181,15 @@ def card_table(weights: ActiveBytes = FLASH, here: Sequence[Place] = ()) -> pd.D
 
     Args:
         weights: bytes a token; DeepSeek-V4-Flash-IQ1_S-XL's by default.
-        here: this machine's places, for a row of its own.
+        here: this machine's places, for a row of its own where they hold all weights (a disk that could not
+            be measured is none).
     """
     import pandas as pd
 
-    rows = []
-    for name, (claim, places) in (CARD | ({"this machine": (NO_CLAIM, list(here))} if here else {})).items():
+    rows, machines = [], dict(CARD)
+    if sum(place.capacity_bytes for place in here) >= weights.weights:
+        machines["this machine"] = (NO_CLAIM, list(here))
+    for name, (claim, places) in machines.items():
         bound, shares = speed_bound(weights, places)
         rows.append((name, *claim, bound, shares.get("disk", 0.0), claim[1] / bound))
     names = ["machine", "claimed_low", "claimed_high", "bound", "from_disk", "reached"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pandas as pd
 import pytest
 
@@ -9,6 +11,7 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf.reading import FLASH, ActiveBytes, active_bytes, cache_bytes_read
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama import settings as llama_settings
+from dfqs_nb.llama.paging import block_folder
 from dfqs_nb.scores import figures, speed
 from dfqs_nb.scores.speed import Place, speed_bound
 
@@ -59,10 +62,14 @@ def test_memory_bandwidth_is_that_of_memory():
     assert 1e9 < speed.memory_bandwidth(1) < 500e9
 
 
-def test_disk_bandwidth_is_measured_or_none(tmp_path):
-    found = speed.disk_bandwidth(tmp_path)
-    assert found is None or 1e6 < found < 100e9
+def test_disk_bandwidth_is_measured_where_there_is_a_disk(tmp_path):
+    bandwidth, folder = speed.disk_bandwidth(tmp_path), os.open(tmp_path, os.O_RDONLY)
+    disk = block_folder(folder)
+    os.close(folder)
     assert list(tmp_path.iterdir()) == []
+    if disk is not None:
+        assert bandwidth is not None, "the file's pages stayed in the cache"
+    assert bandwidth is None or 1e6 < bandwidth < 100e9
 
 
 def test_speed_by_depth_has_a_roof(model):
@@ -96,3 +103,8 @@ def test_the_card_in_words_and_as_a_figure():
     text = speed.card_sentence(table)
     assert "0.2 to 0.5 tokens/s are at most 4% of the bound, 11.8" in text and "from a SATA disk" in text
     assert figures.card_bounds(table).get_title(loc="left").endswith("4% of what its memory allows")
+
+
+def test_a_machine_whose_disk_was_not_measured_has_no_row_of_its_own():
+    table = speed.card_table(here=[Place("memory", 24e9, 20e9)])
+    assert list(table["machine"]) == list(speed.CARD)
