@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from dfqs_nb.core.doors import lazy
 
 if TYPE_CHECKING:  # every module of this stage needs pandas, which takes a second to import
-    from dfqs_nb.report import figures
     from dfqs_nb.report.board import leaderboard
     from dfqs_nb.report.compare import compare_reports
     from dfqs_nb.report.files import check_run, write_report
@@ -25,7 +24,6 @@ __all__ = [
     "build_report",
     "check_run",
     "compare_reports",
-    "figures",
     "leaderboard",
     "read_report",
     "refusal_of_an_edit",
@@ -39,7 +37,6 @@ __getattr__ = lazy(
     build_report="metrics",
     check_run="files",
     compare_reports="compare",
-    figures="figures",
     leaderboard="board",
     read_report="reading",
     refusal_of_an_edit="stages",

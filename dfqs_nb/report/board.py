@@ -17,16 +17,15 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import read_json, write_table, write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.report.metrics import SCORES, boundary_flags
-from dfqs_nb.report.reading import FILE, missing_items, read_items, read_report
+from dfqs_nb.report.metrics import CURVE, METRICS, SCORES, SPEED, metric_cell
+from dfqs_nb.report.reading import FILE, RunItems, read_answers
 from dfqs_nb.report.template import render
 from dfqs_nb.report.text import page_of
 
-NUMBERS = (*SCORES, "failure_boundary_tokens", "cpu_tokens_per_sec")
 ROW_FILE = "sweep_row.json"  # the sweep writes it into each of its runs' folders
-COLUMNS = "tier conditions place run model size_bytes bits_per_weight active_parameters".split()
-COLUMNS += [f"{name}{part}" for name in NUMBERS for part in ("", "_low", "_high")]
-COLUMNS += "boundary_status longest curve_at_longest contended withheld checked report problem".split()
+NUMBERS = [name for name in METRICS if name != CURVE]
+COLUMNS = [*"tier conditions place run model size_bytes".split(), *NUMBERS]
+COLUMNS += [*(f"{name}_shown" for name in METRICS), "contended", "withheld", "report", "problem"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,9 @@ class Leaderboard:
     """Reports of a folder, ranked: ``table`` has one row a report, columns `COLUMNS`.
 
     Sections have equal ``tier`` and ``conditions`` (12 digits of their SHA-256, the keys of ``conditions``).
-    Within one by reasoning score, then code score; equal scores share a ``place``. Reports whose score is
-    withheld, or whose answers are not here (``checked``), come last without a place. ``contended``: the speed
-    was taken on a busy machine or beside other rows of a sweep. ``problem``: why a file does not count.
+    Within one by reasoning score, then code score; equal scores share a ``place``, a withheld one has none.
+    ``contended``: the speed was taken on a busy machine or beside other rows of a sweep. ``problem``: why a
+    file does not count.
     """
 
     folder: Path
@@ -57,8 +56,7 @@ class Leaderboard:
             first = first or own
             sections.append((tier, conditions, differing_fields(first, own), group.to_dict("records")))
         bad = [(row.report, row.problem) for row in self.table.itertuples() if row.problem]
-        shown = {"size": size, "number": with_interval, "boundary": boundary_text, "empty": _empty}
-        return render("leaderboard.md", sections=sections, bad=bad, **shown)
+        return render("leaderboard.md", sections=sections, bad=bad, size=size, metrics=list(METRICS))
 
     def write(self) -> list[Path]:
         """Write ``leaderboard.csv``, ``.md`` and ``.html`` into the folder, each whole or not at all."""
@@ -71,13 +69,12 @@ class Leaderboard:
 
 
 def find_reports(folder: str | Path) -> list[Path]:
-    """Every ``report.json`` and ``*.report.json`` under a folder; hidden folders and linked ones apart."""
+    """Every ``report.json`` under a folder; hidden folders and linked ones apart."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DfqsError("no such folder", where=tilde(folder), hint="give a folder that holds reports")
-    paths = {*folder.rglob(FILE), *folder.rglob(f"*.{FILE}")}
-    hidden = (any(part.startswith(".") for part in path.relative_to(folder).parts) for path in paths)
-    return sorted(path for path, is_hidden in zip(paths, hidden, strict=True) if not is_hidden)
+    paths = sorted(folder.rglob(FILE))
+    return [path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)]
 
 
 def leaderboard(folder: str | Path) -> Leaderboard:
@@ -88,57 +85,38 @@ def leaderboard(folder: str | Path) -> Leaderboard:
     for path in find_reports(folder):
         name = plain(path.relative_to(folder).as_posix())
         try:
-            report = read_report(path)
-            identity = report["integrity"]["sha256"]
-            if identity in seen:
-                raise DfqsError(f"the same report as {seen[identity]}")
-            checked = not missing_items(report, path.parent)
-            if checked:
-                read_items(report, path)
-            row = _row(report, path) | {"checked": checked}
-            seen[identity], conditions[row["conditions"]] = name, report["conditions"]
+            run = read_answers(path)
+            if (other := seen.setdefault(run.report["integrity"]["sha256"], name)) != name:
+                raise DfqsError(f"the same report as {other}")
+            row = _row(run)
+            conditions[row["conditions"]] = run.report["conditions"]
         except DfqsError as error:
             row = {"problem": plain(f"{error.what}; {error.hint}" if error.hint else error.what)}
         rows.append({**row, "report": name})
     return Leaderboard(folder, _placed(pd.DataFrame(rows, columns=COLUMNS)), conditions)
 
 
-def _row(report: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    model, details = report["model"], report["details"]
-    curve, boundary = details["context_stability_curve"], details["failure_boundary_tokens"]
+def _row(run: RunItems) -> dict[str, Any]:
+    report, details = run.report, run.report["details"]
     held = [f"{name}: {detail['withheld']}" for name, detail in details.items() if detail["withheld"]]
-    row = {
+    details = details | {SPEED: details[SPEED] | {"contended": is_contended(run)}}
+    return {
         "tier": report["tier"],
         "conditions": report["conditions_sha256"][:12],
         "run": plain(report["run"]),
-        "model": plain(model["name"]),
-        **{key: model.get(key) for key in ("size_bytes", "bits_per_weight", "active_parameters")},
-        "boundary_status": boundary_status(boundary),
-        "longest": (curve.get("lengths") or [None])[-1],
-        "curve_at_longest": (curve["value"] or [None])[-1],
-        "contended": is_contended(report, path),
+        "model": plain(report["model"]["name"]),
+        "size_bytes": report["model"]["size_bytes"],
+        **{name: report["metrics"][name] for name in NUMBERS},
+        **{f"{name}_shown": metric_cell(name, details[name]) for name in METRICS},
+        "contended": details[SPEED]["contended"],
         "withheld": plain("; ".join(held)),
         "problem": "",
     }
-    parts = {"": "value", "_low": "low", "_high": "high"}
-    row |= {f"{name}{part}": details[name][key] for name in NUMBERS for part, key in parts.items()}
-    return row
 
 
-def boundary_status(boundary: Mapping[str, Any]) -> str:
-    """How the boundary is to be read: ``quality``, another cause, ``right censored``, ``floor``; with flags.
-
-    >>> boundary_status({"status": "right_censored", "right_censored": True, "cause": None})
-    'right censored'
-    """
-    status = str(boundary.get("status") or "")
-    status = str(boundary.get("cause") or "") if status == "measured" else status.replace("_", " ")
-    return ", ".join([status, *(flag.partition(":")[0] for flag in boundary_flags(boundary))])
-
-
-def is_contended(report: Mapping[str, Any], path: Path) -> bool:
+def is_contended(run: RunItems) -> bool:
     """Whether a report's speed was measured on a busy machine, or in a sweep beside other rows."""
-    return bool(report["details"]["cpu_tokens_per_sec"].get("contended")) or bool(run_beside(path))
+    return bool(run.detail(SPEED).get("contended")) or bool(run_beside(run.path))
 
 
 def run_beside(path: str | Path) -> list[str]:
@@ -155,46 +133,12 @@ def _placed(table: pd.DataFrame) -> pd.DataFrame:
     """Standard before nano, sections with most reports first, rows by score, problems last."""
     table, section = table.assign(problem=table["problem"].fillna("")), ["tier", "conditions"]
     good, bad = table[table["problem"] == ""].copy(), table[table["problem"] != ""].sort_values("report")
-    good[list(NUMBERS)] = good[list(NUMBERS)].astype(float)
-    keys = {
-        "nano": good["tier"] == "nano",
-        "size": -good.groupby(section)["run"].transform("size"),
-        "open": ~good["checked"].astype(bool),
-    }
-    order = ["nano", "size", "conditions", "open", *SCORES, "run"]
-    good = good.assign(**keys).sort_values(
-        order, ascending=[name not in SCORES for name in order], na_position="last", kind="stable"
-    )
+    good[NUMBERS] = good[NUMBERS].astype(float)
+    good["nano"], good["size"] = good["tier"] == "nano", -good.groupby(section)["run"].transform("size")
+    order = ["nano", "size", "conditions", *SCORES, "run"]
+    ascending = [name not in SCORES for name in order]
+    good = good.sort_values(order, ascending=ascending, na_position="last", kind="stable")
     row = good.groupby(section).cumcount() + 1.0
-    counts = good["reasoning_score"].notna() & ~good["open"]
     place = row.groupby([good[name] for name in (*section, *SCORES)], dropna=False).transform("min")
-    good["place"] = place.where(counts)
+    good["place"] = place.where(good["reasoning_score"].notna())
     return pd.concat([good[COLUMNS].astype(object), bad.astype(object)], ignore_index=True)
-
-
-def with_interval(row: Mapping[str, Any], name: str, form: str) -> str:
-    """A value and its interval as text.
-
-    >>> with_interval({"s": 0.5, "s_low": 0.25, "s_high": None}, "s", "{:.2f}")
-    '0.50 [0.25, open]'
-    """
-    if _empty(row[name]):
-        return "withheld"
-    ends = (row[f"{name}_{end}"] for end in ("low", "high"))
-    low, high = ("open" if _empty(end) else form.format(end) for end in ends)
-    return form.format(row[name]) + ("" if low == high == "open" else f" [{low}, {high}]")
-
-
-def boundary_text(row: Mapping[str, Any]) -> str:
-    """The failure boundary as text: a lower bound where it was not reached, and what qualifies it."""
-    text, status = with_interval(row, "failure_boundary_tokens", "{:,.0f}"), row["boundary_status"]
-    if text == "withheld":
-        return text
-    if status.startswith("right censored"):
-        text, status = f"over {row['failure_boundary_tokens']:,.0f}", status.removeprefix("right censored")
-    status = status.removeprefix("quality").strip(", ")
-    return f"{text} ({status})" if status else text
-
-
-def _empty(value: Any) -> bool:
-    return value is None or value == "" or value != value

@@ -6,9 +6,7 @@ header and measurements are the facts (`facts`); where it is another one, the pu
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
@@ -50,21 +48,14 @@ SUDDEN = 0.5  # of the ability above guessing, lost within one doubling of the c
 
 
 def check_claims(
-    run: Run,
-    header: GGUFHeader | None = None,
-    *,
-    claims: Sequence[Claim] | None = None,
-    ask_llama_cpp: bool = True,
+    run: Run, header: GGUFHeader | None = None, *, claims: Sequence[Claim] | None = None
 ) -> pd.DataFrame:
     """Check every statement about the artifact with what this run and the public record have: a row each.
 
-    Args:
-        run: an empty one checks against the public record alone.
-        header: of the model that was run.
-        claims: other statements than those of ``data/spec/claims.toml``.
-        ask_llama_cpp: see `facts`.
+    An empty ``run`` checks against the public record alone. ``header`` is of the model that was run.
+    ``claims`` are other statements than those of ``data/spec/claims.toml``.
     """
-    known, spec = facts(run, header, ask_llama_cpp=ask_llama_cpp), claims_spec()
+    known, spec = facts(run, header), claims_spec()
     rows = []
     for claim in claims if claims is not None else spec.numbered():
         if claim.fact not in spec.facts or claim.test not in TESTS:
@@ -202,11 +193,8 @@ def artifact_match(header: GGUFHeader | None, run: Run) -> Match:
     return Match("model", name, f"shape of {shape.path}; {most}, {header.file_size:,} bytes")
 
 
-def facts(run: Run, header: GGUFHeader | None, *, ask_llama_cpp: bool = True) -> dict[str, Any]:
-    """Every fact by its name; None for one that nobody knows here. ``why`` says so in a sentence.
-
-    ``ask_llama_cpp``: have it say, in a child process, what it makes of two shards put end to end.
-    """
+def facts(run: Run, header: GGUFHeader | None) -> dict[str, Any]:
+    """Every fact by its name; None for one that nobody knows here. ``why`` says so in a sentence."""
     match = artifact_match(header, run)
     own = header if match.level in ("artifact", "model") else None
     file = header if match.level == "artifact" else None
@@ -219,7 +207,7 @@ def facts(run: Run, header: GGUFHeader | None, *, ask_llama_cpp: bool = True) ->
         "why": "this run did not measure it" if file else measured,
         **_sizes(file),
         **_shape(own, file),
-        **_identity(run, file, ask_llama_cpp),
+        **_identity(run, file),
         **_memory(own, file),
         **_measurements(run if file else None, run),
     }
@@ -286,29 +274,17 @@ def _shape(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
     }
 
 
-def _identity(run: Run, file: GGUFHeader | None, ask_llama_cpp: bool) -> dict[str, Any]:
+def _identity(run: Run, file: GGUFHeader | None) -> dict[str, Any]:
     published = claims_spec().published
     own = run.file if file and run.file and run.file.nbytes == registered()[SINGLE].size_bytes else None
     glued = registered()[SHARDS].size_bytes == registered()[SINGLE].size_bytes
-    refusal = _concatenation_refused() if glued and ask_llama_cpp else "not asked in this run"
     return {
         "sha256": own.sha256 if own else published.independent_sha256,
         "whose_sha256": "this run's file has" if own else "an independent download of it is recorded with",
-        "refusal": refusal,
-        "loads": False if glued and refusal else None,
+        "loads": False if glued else None,
         "shown_tensors": published.independent_tensors,
         "all_tensors": published.all_tensors,
     }
-
-
-@lru_cache(maxsize=1)
-def _concatenation_refused() -> str:
-    """Why llama.cpp refuses the reference model's shards put end to end; empty where it does not."""
-    from dfqs_nb.gguf.broken import glue
-    from dfqs_nb.llama.check import loader_verdict
-
-    with tempfile.TemporaryDirectory() as folder:
-        return loader_verdict(glue(folder)).reason.partition(":")[0].strip()
 
 
 def _memory(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:

@@ -7,37 +7,33 @@ its name: a chat template belongs to a model's file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import inf, nan
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from dfqs_nb.context import Counts, paired
+from dfqs_nb.context import paired
 from dfqs_nb.core.display import one_line
 from dfqs_nb.core.errors import ComparisonError
-from dfqs_nb.core.files import write_json, write_table, write_text
+from dfqs_nb.core.files import write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.report.board import boundary_status, is_contended, run_beside, with_interval
-from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, SPEED, boundary_flags
-from dfqs_nb.report.reading import RETRIEVAL, RunItems, read_answers, report_file
+from dfqs_nb.report.board import is_contended, run_beside
+from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, SPEED, boundary_flags, bracketed, metric_cell
+from dfqs_nb.report.reading import RETRIEVAL, RunItems, read_answers
 from dfqs_nb.report.template import render
 from dfqs_nb.report.text import page_of
 from dfqs_nb.scores import compare_runs
-from dfqs_nb.stats import BOOTSTRAP_LEVEL, LEVEL, N_BOOT, expanded_tail, holm, sign_flip
+from dfqs_nb.stats import LEVEL, N_BOOT, holm, sign_flip
 
 ACCEPTABLE = "chat_template_sha256"  # the one condition that is a property of a model's own file
 SPEED_FACTS = ("system", "processor", "usable cores")  # of the machine: equal, or speeds are not compared
 N_FLIPS = 20_000  # of signs, where there are too many texts for all
 MEASURED = "metric model n value low high kind difference difference_low difference_high p p_holm reading"
 COLUMNS = MEASURED.split()
-FORMS = {BOUNDARY: "{:,.0f}", SPEED: "{:,.1f}"}
 Row = dict[str, Any]
 
 
@@ -89,16 +85,14 @@ class ReportComparison:
         table: one row a metric and model, columns `COLUMNS`; ``kind`` is ``difference`` (to the baseline) or
             ``ratio``, with its 95 % interval (of speeds, what repetitions allow); ``p`` of McNemar's test of
             scores and of the sign-flip test of retrieval; ``p_holm`` corrected over the table.
-        lengths: retrieval by length: ``model`` and the columns of ``paired``.
     """
 
     runs: tuple[RunItems, ...]
     accepted: dict[str, list[Any]]
     table: pd.DataFrame
-    lengths: pd.DataFrame
 
     def __str__(self) -> str:
-        """The comparison as Markdown to paste: what was compared, one table, retrieval by length, methods."""
+        """The comparison as Markdown to paste: what was compared, one table, methods."""
         by_label, first = {run.label: run for run in self.runs}, self.runs[0]
         groups = [group.to_dict("records") for _, group in self.table.groupby("metric", sort=False)]
 
@@ -112,7 +106,6 @@ class ReportComparison:
             runs=self.runs,
             accepted=self.accepted,
             table=self.table,
-            lengths=self.lengths,
             pairs=[(own, row) for own, *others in groups for row in others],
             baseline=baseline,
             value=lambda row: value_text(row, by_label[row["model"]]),
@@ -120,75 +113,32 @@ class ReportComparison:
         )
 
     def write(self, folder: str | Path) -> list[Path]:
-        """Write ``comparison.json``, ``.md``, ``.csv``, ``.png`` and ``.html`` into a folder, each whole."""
-        from dfqs_nb.core import figures as drawing
-        from dfqs_nb.report import figures
-
-        folder = Path(folder)
+        """Write ``comparison.md`` and ``comparison.html`` into a folder, each whole."""
+        folder, reports = Path(folder), {run.label: run.report for run in self.runs}
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "comparison.json", self.as_dict())
-        write_table(folder / "comparison.csv", _rounded(self.table), index=False)
-        write_text(folder / "comparison.md", str(self))
-        drawing.save(figures.comparison(self.runs, self.table).axes[0], folder / "comparison.png")
-        reports = {run.label: run.report for run in self.runs}
-        write_text(folder / "comparison.html", page_of(str(self), folder / "comparison.png", reports))
-        return [folder / f"comparison{suffix}" for suffix in (".json", ".md", ".csv", ".png", ".html")]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, with what identifies each report; NaN as null."""
-        reports = [
-            {
-                "label": run.label,
-                "model_sha256": run.report["model"]["sha256"],
-                "report_sha256": run.report["integrity"]["sha256"],
-                **{key: run.report[key] for key in ("run", "conditions_sha256", "created")},
-            }
-            for run in self.runs
-        ]
-        return {
-            "schema": "dfqs-comparison/1.0",
-            "tier": self.runs[0].report["tier"],
-            "accepted": self.accepted,
-            "reports": reports,
-            "conditions": self.runs[0].report["conditions"],
-            "level": LEVEL,
-            "table": json.loads(_rounded(self.table).to_json(orient="records", double_precision=15)),
-            "by_length": json.loads(_rounded(self.lengths).to_json(orient="records", double_precision=15)),
-        }
-
-
-def _rounded(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with six digits of every measured number."""
-    return table.assign(**table.select_dtypes("float").map(lambda value: float(f"{value:.6g}")))
+        texts = {"md": str(self), "html": page_of(str(self), reports)}
+        return [write_text(folder / f"comparison.{kind}", text) for kind, text in texts.items()]
 
 
 def value_text(row: Mapping[str, Any], run: RunItems) -> str:
     """A metric's value with its interval, and what qualifies it."""
-    parts = {"value": row["value"], "value_low": row["low"], "value_high": row["high"]}
-    text = with_interval(parts, "value", FORMS.get(row["metric"], "{:.3f}"))
-    if text == "withheld":
-        return text
-    if row["metric"] == SPEED and run.detail(SPEED).get("contended"):
-        return f"{text} (contended)"
-    status = boundary_status(run.detail(BOUNDARY)) if row["metric"] == BOUNDARY else "quality"
-    known = {"quality": text, "right censored": f"over {text}", "floor": "at chance"}
-    return known.get(status, f"{text} ({status})")
+    if row["metric"] in (BOUNDARY, SPEED):
+        return metric_cell(row["metric"], run.detail(row["metric"]))
+    return bracketed(row["value"], row["low"], row["high"], "{:.3f}")
 
 
 def difference_text(row: Mapping[str, Any]) -> str:
     """A difference (signed) or a ratio (x) with its interval.
 
-    >>> row = {"kind": "ratio", "difference": 1.5, "difference_low": 1.2, "difference_high": float("inf")}
-    >>> difference_text(row)
-    'x 1.50 [1.20, open]'
+    >>> difference_text({"kind": "ratio", "difference": 1.5, "difference_low": 1.2, "difference_high": 1.9})
+    'x 1.50 [1.20, 1.90]'
     """
     if not row["kind"]:
         return ""
-    form, ends = ("x {:.2f}", (0.0, inf)) if row["kind"] == "ratio" else ("{:+.3f}", ())
-    value = form.format(row["difference"]) if row["difference"] == row["difference"] else "unknown"
+    form, value = "x {:.2f}" if row["kind"] == "ratio" else "{:+.3f}", row["difference"]
     both = (row["difference_low"], row["difference_high"])
-    low, high = ("open" if end in ends else form.format(end).removeprefix("x ") for end in both)
-    return f"{value} [{low}, {high}]"
+    low, high = (form.format(end).removeprefix("x ") for end in both)
+    return f"{form.format(value)} [{low}, {high}]"
 
 
 def compare_reports(
@@ -199,9 +149,6 @@ def compare_reports(
     ``accept=["chat_template_sha256"]`` compares models that have templates of their own. A ReportError or
     ComparisonError says where reports, conditions or items do not fit (`check_reports`).
     """
-    places = [report_file(path).resolve() for path in paths]
-    if twice := sorted({str(tilde(place)) for place in places if places.count(place) > 1}):
-        raise ComparisonError(f"given twice: {', '.join(twice)}", hint="give each report once")
     runs = _labelled([read_answers(path) for path in paths])
     accepted = check_reports(runs, accept)
     pairs = [Pair(runs[0], run, n_boot, seed) for run in runs[1:]]
@@ -211,9 +158,7 @@ def compare_reports(
         own = _alone(runs[0].context, n_boot, seed) if metric == RETRIEVAL else runs[0].stated(metric)
         table.append({"metric": metric, "model": runs[0].label, "kind": "", "reading": "baseline", **own})
         table += [row for row in rows if row["metric"] == metric]
-    parts = [pair.by_length() for pair in pairs]  # an empty one would make counts floats
-    lengths = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
-    return ReportComparison(tuple(runs), accepted, pd.DataFrame(table, columns=COLUMNS), lengths)
+    return ReportComparison(tuple(runs), accepted, pd.DataFrame(table, columns=COLUMNS))
 
 
 def _labelled(runs: Sequence[RunItems]) -> list[RunItems]:
@@ -266,12 +211,6 @@ class Pair:
                 return own | {"reading": f"not compared: {run.label} withholds it ({why})"}
         return own | ROWS[metric](self, metric)
 
-    def by_length(self) -> pd.DataFrame:
-        """The difference in retrieval by length."""
-        a, b = self.shared
-        table = paired(b, a, n_boot=self.n_boot, seed=self.seed) if len(a) else a.iloc[:0, :0]
-        return table.assign(model=self.run.label)
-
 
 def _differs(kind: str, value: float, low: float, high: float, reading: str) -> Row:
     return dict(kind=kind, difference=value, difference_low=low, difference_high=high, reading=reading)
@@ -319,52 +258,14 @@ def flip_test(a: pd.DataFrame, b: pd.DataFrame, seed: int) -> float:
 
 
 def _boundary(pair: Pair, metric: str) -> Row:
-    both = pair.first, pair.run
-    states = [str(run.detail(metric).get("status")) for run in both]
-    if "floor" in states:
-        lost = [run.label for run, state in zip(both, states, strict=True) if state == "floor"]
-        verb = "does" if len(lost) == 1 else "do"
-        return {"reading": f"not compared: {' and '.join(lost)} {verb} no better than chance"}
-    if not all(len(run.context) for run in both):
-        return {"reading": "not compared: there is no curve"}
-    ratio, low, high = boundary_ratio(*both, pair.n_boot, pair.seed)
-    reading = f"the interval {'excludes' if low > 1 or high < 1 else 'includes'} 1"
-    if states == ["right_censored"] * 2:
-        reading = "neither boundary was reached"
-    elif "right_censored" in states:
-        which = "at most: the baseline's" if states[0] == "right_censored" else "at least: it"
-        reading = f"{which} was not reached; {reading}"
-    flags = [f"{run.label} {flag}" for run in both for flag in boundary_flags(run.detail(metric))]
-    return _differs("ratio", ratio, low, high, "; ".join([reading, *flags]))
-
-
-def boundary_ratio(
-    first: RunItems, run: RunItems, n_boot: int = N_BOOT, seed: int = 0
-) -> tuple[float, float, float]:
-    """The ratio of two failure boundaries and its 95 % interval, the same texts drawn for both.
-
-    A drawn boundary beyond the longest length bounds the ratio from one side, so the interval is open (0 or
-    inf) where that happens often. A runtime failure caps the boundary in every draw.
-    """
-    shared = sorted({*first.context["haystack"]} & {*run.context["haystack"]})
-    drawn = []
-    for own in (first, run):
-        counts = Counts.of(own.context[own.context["haystack"].isin(shared)])
-        boundaries = counts.drawn(n_boot, seed).tokens
-        if own.detail(BOUNDARY).get("cause") not in (None, "quality"):
-            boundaries = np.minimum(boundaries, own.value(BOUNDARY))
-        drawn.append((boundaries, float(counts.lengths[-1])))
-    (a, longest_a), (b, longest_b) = drawn
-    with np.errstate(invalid="ignore"):
-        least = np.where(a == inf, 0.0, np.minimum(b, longest_b) / np.where(a == inf, 1.0, a))
-        most = np.where(b == inf, inf, b / np.minimum(a, longest_a))
-    tail = expanded_tail(len(shared), BOOTSTRAP_LEVEL) if len(shared) > 1 else 0.0
-    open_both = all(own.detail(BOUNDARY).get("right_censored") for own in (first, run))
-    return (
-        nan if open_both else run.value(BOUNDARY) / first.value(BOUNDARY),
-        float(np.quantile(least, tail, method="lower")),
-        float(np.quantile(most, 1 - tail, method="higher")),
-    )
+    """No ratio of two boundaries: retrieval, whose texts are paired, tells better which carries further."""
+    reading = ["their intervals stand beside them"]
+    for run in (pair.first, pair.run):
+        detail = run.detail(metric)
+        reading += [f"{run.label} does no better than chance"] * (detail["status"] == "floor")
+        reading += [f"{run.label}'s was not reached"] * bool(detail.get("right_censored"))
+        reading += [f"{run.label} {flag}" for flag in boundary_flags(detail)]
+    return {"reading": "; ".join(reading)}
 
 
 def _speed(pair: Pair, metric: str) -> Row:
@@ -384,7 +285,7 @@ def why_speeds_differ(first: RunItems, run: RunItems) -> str:
     for own in (first, run):
         if others := run_beside(own.path):
             return f"{own.label} ran beside {', '.join(others)} in a sweep"
-        if is_contended(own.report, own.path):
+        if is_contended(own):
             return f"the machine was busy when {own.label} was timed"
     return ""
 

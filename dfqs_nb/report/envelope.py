@@ -7,9 +7,9 @@ logged that buffer, a verdict says "as logged".
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,21 +34,15 @@ FITS, DOES_NOT_FIT, NOT_KNOWN, AS_LOGGED = "fits", "does not fit", "not known", 
 CONTEXTS = (8192, 16384, 32768, 131072, 1048576)
 SINGLE = "deepseek-v4-flash-iq1_s-xl-single"  # in data/models.toml
 IQ1_S_BITS, Q8_0_BITS = 1.5625, 8.5  # a weight, scales included: 50 bytes for 256, 34 for 32
-Limit = tuple[str, str, float | None]  # resource, whose limit, bytes
-ASSUMED = {"n_ubatch": 512, "type_k": "f16", "type_v": "f16", "swa_full": False}
+Limit = tuple[str, str, float]  # resource, whose limit, bytes
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine has, in bytes: memory in all and free now, and free disk under the run's folder.
-
-    ``vram_bytes`` is None where nobody stated it.
-    """
+    """What a machine has, in bytes: memory, and free disk under the run's folder."""
 
     memory_bytes: int
-    available_bytes: int
     disk_free_bytes: int
-    vram_bytes: int | None = None
 
 
 def this_machine(folder: str | Path | None = None) -> Machine:
@@ -56,8 +50,7 @@ def this_machine(folder: str | Path | None = None) -> Machine:
     folder = Path(folder or outputs_dir())
     while not folder.exists():
         folder = folder.parent
-    memory = available_memory()
-    return Machine(memory.total_bytes, memory.available_bytes, shutil.disk_usage(folder).free)
+    return Machine(available_memory().total_bytes, shutil.disk_usage(folder).free)
 
 
 def planned_compute(path: str | Path, contexts: Iterable[int], settings: OpenSettings) -> dict[int, Compute]:
@@ -81,44 +74,37 @@ def planned_compute(path: str | Path, contexts: Iterable[int], settings: OpenSet
 def hardware_envelope(
     header: GGUFHeader,
     machine: Machine,
-    *,
-    contexts: Sequence[int] = CONTEXTS,
     compute: Mapping[int, Compute] = {},
+    *,
     flash_attn: bool = False,
     is_artifact: bool = False,
 ) -> dict[str, Any]:
-    """The envelope of the model that this header describes, as values that JSON takes.
+    """The envelope of the model that this header describes, against a machine, as values that JSON takes.
 
-    Args:
-        machine: what to hold it against.
-        contexts: lengths in tokens; the model's own is added, and what lies beyond it is left out.
-        compute: compute buffer by context, as `planned_compute` gives it; nothing is said to fit without it.
-        flash_attn: which of the two compute buffers counts.
-        is_artifact: hold it against the hardware table of DFQS 1.0, which is about one file.
+    ``compute`` has compute buffers by context (`planned_compute`); nothing is said to fit without. With
+    ``flash_attn`` the smaller one counts. ``is_artifact``: hold it against the table of DFQS 1.0, too.
     """
-    active = active_bytes(header)
     facts = {
         "model": header.get("general.name") or header.path.stem,
         "source": "the header of the file",
         "assumptions": [],
         "weights_bytes": weights_bytes(header),
-        "routed_bytes": active.routed_total,
+        "routed_bytes": active_bytes(header).routed_total,
         "file_bytes": header.end_offset - header.start,
         "header_bytes": header.data_offset - header.start,
-        "token_bytes": [active.total, active.total],
         "weights": [{key: row[key] for key in ("class", "bytes", "types")} for row in class_sizes(header)],
     }
-    cache = [_cache_row(header, n_ctx, compute) for n_ctx in within(header, contexts)]
+    cache = [_cache_row(header, n_ctx, compute) for n_ctx in within(header)]
     return _envelope(facts, cache, machine, flash_attn, is_artifact, here=True)
 
 
-def within(header: GGUFHeader, contexts: Iterable[int] = CONTEXTS) -> list[int]:
-    """Contexts up to the model's own, that among them; all where the header declares none."""
+def within(header: GGUFHeader) -> list[int]:
+    """`CONTEXTS` up to the model's own, that among them; all where the header declares none."""
     own = header.arch("context_length")
-    return sorted({n for n in contexts if not own or n < own} | ({int(own)} if own else set()))
+    return sorted({n for n in CONTEXTS if not own or n < own} | ({int(own)} if own else set()))
 
 
-def published_envelope(machine: Machine, *, flash_attn: bool = False) -> dict[str, Any]:
+def published_envelope(machine: Machine) -> dict[str, Any]:
     """The envelope of DeepSeek-V4-Flash-IQ1_S-XL from what was published of it, without its file.
 
     As `hardware_envelope`. Its split into experts and the rest is a range, from the assumptions that it
@@ -145,14 +131,13 @@ def published_envelope(machine: Machine, *, flash_attn: bool = False) -> dict[st
         "routed_bytes": fewest,
         "file_bytes": nbytes,
         "header_bytes": None,
-        "token_bytes": [FLASH.total, most_token],
         "weights": [
-            {"class": "routed experts", "bytes": experts, "least_bytes": fewest, "types": "IQ1_S, Q2_K"},
-            {"class": "everything else", "bytes": rest, "most_bytes": most_rest, "types": rest_types},
+            {"class": "routed experts", "bytes": experts, "types": "IQ1_S, Q2_K"},
+            {"class": "everything else", "bytes": rest, "types": rest_types},
         ],
     }
     cache = [_cache_row(shape, n_ctx, spec.published_compute, spec.gpu_compute) for n_ctx in CONTEXTS]
-    return _envelope(facts, cache, machine, flash_attn, is_artifact=True, here=False)
+    return _envelope(facts, cache, machine, flash_attn=False, is_artifact=True, here=False)
 
 
 def _cache_row(
@@ -184,7 +169,6 @@ def _envelope(
     limits: list[Limit] = [
         ("RAM", "this machine", machine.memory_bytes),
         *(("RAM", name, spec.ram[level] * GB) for name, level in levels.items()),
-        ("VRAM", "this machine", machine.vram_bytes),
         *(("VRAM", name, spec.vram[level] * GB) for name, level in levels.items()),
     ]
     chosen = "compute_flash_bytes" if flash_attn else "compute_bytes"
@@ -199,8 +183,6 @@ def _envelope(
         storage.append(row | {name: verdict(total, total, limit) for name, limit in disks.items()})
     return {
         **facts,
-        "settings": {"flash_attn": flash_attn, **ASSUMED},
-        "machine": asdict(machine),
         "cache": cache,
         "fits": [_fit(facts, row, row[chosen], limit) for row in cache for limit in limits],
         "storage": storage,
@@ -208,19 +190,17 @@ def _envelope(
 
 
 def verdict(
-    least_bytes: float, most_bytes: float | None, limit_bytes: float | None, logged_bytes: float | None = None
+    least_bytes: float, most_bytes: float | None, limit_bytes: float, logged_bytes: float | None = None
 ) -> str:
     """Whether a need, known to lie between two bounds, fits a limit; ``most_bytes`` is None without a bound.
 
     ``logged_bytes``: the need as somebody logged it; it decides where the bounds do not, and is named.
 
-    >>> verdict(61.9 * GB, 61.9 * GB, 80 * GB), verdict(61.9 * GB, None, 80 * GB), verdict(1, 1, None)
-    ('fits', 'not known', 'not known')
+    >>> verdict(61.9 * GB, 61.9 * GB, 80 * GB), verdict(61.9 * GB, None, 80 * GB)
+    ('fits', 'not known')
     >>> verdict(61.9 * GB, None, 60 * GB), verdict(7 * GB, None, 24 * GB, 25 * GB)
     ('does not fit', 'does not fit as logged')
     """
-    if limit_bytes is None:
-        return NOT_KNOWN
     if least_bytes > limit_bytes:
         return DOES_NOT_FIT
     if most_bytes is None and logged_bytes is not None:

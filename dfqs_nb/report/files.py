@@ -12,7 +12,7 @@ from dfqs_nb.core.files import is_file, read_json, sha256_of_file, write_text
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.core.stage import UNSEALED, Stage, read_stage
 from dfqs_nb.report import claims, requirements
-from dfqs_nb.report.metrics import CURVE, with_files
+from dfqs_nb.report.metrics import CURVE
 from dfqs_nb.report.reading import AGAIN, FILE, check_report, read_items, read_report
 from dfqs_nb.report.stages import BESIDE, DRAWN_ON, ReportError
 from dfqs_nb.report.text import NANO, eval_results, markdown, model_index, page
@@ -38,28 +38,18 @@ def write_report(stage: Stage | str | Path, report: Mapping[str, Any] | None = N
         there = read_stage(folder, SEALED).get("files", {})
         written = [folder / name for name in there if (folder / name).is_file()]
     else:
-        report, written = _write(stage, report)
+        written = _write(stage, report)
     for path in [*written, *uncovered(folder, {path.relative_to(folder).as_posix() for path in written})]:
         stage.add(path)
     lines = [NANO] * (report["tier"] == "nano") + verdict(report).summary
     return [*written, stage.finish(conditions=report["conditions"], tier=report["tier"], summary=lines)]
 
 
-def _write(stage: Stage, report: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Path]]:
-    """Write the files; the report with its figure among its sources, and the paths."""
-    import matplotlib.pyplot as plt
-
-    from dfqs_nb.core import figures as drawing
-    from dfqs_nb.report import figures
-
-    folder, drawn = stage.folder, ["report_shares.png", "report_shares.svg"]
-    ax = figures.report_shares(figures.shares(report))
-    for name in drawn:
-        drawing.save(ax, folder / name)
-    plt.close("all")
-    report = with_files(report, folder, drawn)
+def _write(stage: Stage, report: Mapping[str, Any]) -> list[Path]:
+    """Write the files, and return their paths."""
+    folder = stage.folder
     check_report(report, folder / FILE)
-    written = [stage.json("report", report), *(folder / name for name in drawn)]
+    written = [stage.json("report", report)]
     texts = {"report.md": markdown(report, folder), "report.html": page(report, folder)}
     texts |= {name: make(report) for name, make in HUB.items()}
     for name, text in texts.items():
@@ -72,7 +62,7 @@ def _write(stage: Stage, report: Mapping[str, Any]) -> tuple[Mapping[str, Any], 
         ("claims", report["claims"], claims.COLUMNS),
     ):
         written.append(stage.table(name, pd.DataFrame(rows, columns=list(columns))))
-    return report, written
+    return written
 
 
 def uncovered(folder: Path, known: set[str]) -> list[Path]:

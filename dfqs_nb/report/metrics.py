@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields
 from fnmatch import fnmatch
@@ -38,7 +38,7 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
 
     A metric whose stage is missing or incomplete is withheld: null, with the reason in ``details``. The
     artifact's statements and hardware table are part of its report, and of the reference model's as a
-    demonstration. ``ask_llama_cpp``: let it plan buffers and refuse a raw concatenation, in child processes.
+    demonstration. ``ask_llama_cpp``: let it plan buffers, in child processes.
     Raises a StageError or ReportError where the run cannot be trusted (see `read_run`), or its model is gone.
     """
     folder = Path(folder)
@@ -55,7 +55,7 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
     sources = {f"{name}.json": sha256_of_file(folder / f"{name}.json") for name in drawn}
     sources |= {name: digest for stage in drawn.values() for name, digest in stage.files.items()}
     verdict = run.routing.verdict if run.routing else None
-    claims = None if level == "another" else check_claims(run, header, ask_llama_cpp=ask_llama_cpp)
+    claims = None if level == "another" else check_claims(run, header)
     report = {
         "schema": "dfqs-report/1.0",
         "specification": "DFQS 1.0",
@@ -77,12 +77,6 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
         "sources": dict(sorted(sources.items())),
     }
     return sealed(_rounded(json.loads(json.dumps(report, default=str, allow_nan=False))))
-
-
-def with_files(report: Mapping[str, Any], folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """The report with files that were drawn from it among its sources, and its hash anew."""
-    drawn = {name: sha256_of_file(folder / name) for name in names}
-    return sealed({**report, "sources": dict(sorted({**report["sources"], **drawn}.items()))})
 
 
 def sealed(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,16 +111,15 @@ def details_of(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def _score(stage: Scores, name: str) -> dict[str, Any]:
-    """A score: of the tier's own set, with the other sets beside it."""
+    """A score: of the tier's own set."""
     kind = name.removesuffix("_score")
     own, sets = f"{stage.tier}-{kind}", {score.set: score for score in stage.scores if score.name == name}
-    others = {"others": [score.model_dump() for key, score in sets.items() if key != own]}
     if own not in sets:
         unsafe = kind == "code" and stage.sandbox in (None, "", "none")
         why = ": without a sandbox no generated code is run" if unsafe else ""
-        return {"withheld": f"the set {own} was not answered{why}", **others}
+        return {"withheld": f"the set {own} was not answered{why}"}
     score = sets[own]
-    detail = score.model_dump(exclude={"name", "n_missing"}) | others
+    detail = score.model_dump(exclude={"name", "n_missing"})
     if score.value is None:
         detail |= {"low": None, "high": None}
         detail["withheld"] = f"{score.n_missing} of {score.n} items lack a result"
@@ -159,7 +152,7 @@ def _curve(stage: LongContext, name: str) -> dict[str, Any]:
 def _boundary(stage: LongContext, name: str) -> dict[str, Any]:
     if stage.boundary is None or stage.failure_boundary_tokens is None:
         return {"withheld": stage.not_measured or "no length was finished"}
-    detail = stage.boundary.model_dump() | {
+    return stage.boundary.model_dump() | {
         "provisional": stage.boundary.provisional or stage.boundary.n_haystacks < FEW_TEXTS,
         "value": stage.failure_boundary_tokens,
         "n": stage.boundary.n_items,
@@ -167,7 +160,6 @@ def _boundary(stage: LongContext, name: str) -> dict[str, Any]:
         "runtime_failure": stage.runtime_failure,
         "largest_fall": stage.largest_fall or None,
     }
-    return {**detail, "sentence": boundary_sentence(detail)}
 
 
 def _speed(stage: Scores, name: str) -> dict[str, Any]:
@@ -183,9 +175,7 @@ def _speed(stage: Scores, name: str) -> dict[str, Any]:
         "low": row.min,
         "high": row.max,
         "level": None,
-        "spread": "least and most of the repetitions",
         **row.model_dump(include={"depth", "n_threads", "contended", "utilisation"}),
-        "by_depth": [speed.model_dump() for speed in stage.speeds],
     }
 
 
@@ -257,6 +247,34 @@ def metric_sentence(name: str, detail: Mapping[str, Any]) -> str:
     cut = f", truncated {detail['truncated']} of {n}" if detail.get("truncated") is not None else ""
     asked = f"n = {n}, guess rate of {detail['set']} {detail['guess_rate']:.3f}"
     return f"{value:.3f} (95 % interval {low:.3f} to {high:.3f}, {asked}{cut})"
+
+
+def bracketed(value: float | None, low: float | None, high: float | None, form: str) -> str:
+    """A value with its interval, as tables have it; NaN and None are not known.
+
+    >>> bracketed(0.5, 0.25, None, "{:.2f}"), bracketed(None, None, None, "{:.2f}")
+    ('0.50 [0.25, open]', 'withheld')
+    """
+    shown = ["" if it is None or it != it else form.format(it) for it in (value, low, high)]
+    ends = f" [{shown[1] or 'open'}, {shown[2] or 'open'}]" if shown[1] or shown[2] else ""
+    return shown[0] + ends if shown[0] else "withheld"
+
+
+def metric_cell(name: str, detail: Mapping[str, Any]) -> str:
+    """A metric in a cell of a table: its value, its interval, and in short what qualifies it."""
+    if detail["withheld"]:
+        return "withheld"
+    value, low, high, notes = detail["value"], detail["low"], detail["high"], list[str]()
+    if name == CURVE:
+        return f"{value[-1]:.2f} at {detail['lengths'][-1]:,}"
+    text = bracketed(value, low, high, {BOUNDARY: "{:,.0f}", SPEED: "{:,.1f}"}.get(name, "{:.3f}"))
+    if name == BOUNDARY:
+        text = f"over {value:,}" if detail.get("right_censored") else text
+        notes += ["at chance"] * (detail["status"] == "floor")
+        notes += [detail["cause"]] if detail.get("cause") not in (None, "quality") else []
+        notes += [flag.partition(":")[0] for flag in boundary_flags(detail)]
+    notes += ["contended"] * (name == SPEED and bool(detail["contended"]))
+    return f"{text} ({', '.join(notes)})" if notes else text
 
 
 def _curve_points(detail: Mapping[str, Any]) -> list[str]:

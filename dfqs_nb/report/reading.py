@@ -155,11 +155,6 @@ def read_answers(path: str | Path) -> RunItems:
     return read_items(read_report(path), report_file(path))
 
 
-def missing_items(report: Mapping[str, Any], folder: Path) -> list[str]:
-    """The files of answers that a report names and that do not lie beside it."""
-    return [name for name in _files(report) if not is_file(folder / name)]
-
-
 def _files(report: Mapping[str, Any]) -> dict[str, str]:
     """The files of answers with their SHA-256."""
     named = {item["file"]: item["sha256"] for group in report["items"].values() for item in group}

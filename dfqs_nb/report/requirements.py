@@ -260,7 +260,7 @@ def prompt_sets(case: Case, long_context: Any, scores: Any) -> tuple[str, str]:
 def reproducible(case: Case, routing: Any, long_context: Any, scores: Any) -> tuple[str, str]:
     """Greedy decoding, one seed, and a repetition that gave the same."""
     seeds = {stage.settings.seed for stage in (scores, routing, long_context)}
-    hottest = max(it.sampling.temperature for it in (*scores.sets, *long_context.sets))
+    hottest = max(it.sampling.get("temperature", 0.0) for it in (*scores.sets, *long_context.sets))
     it, wrong = routing.verdict, []
     if len(seeds) > 1:
         wrong.append(case.text("seeds", seeds=", ".join(sorted(map(str, seeds)))))

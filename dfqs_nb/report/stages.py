@@ -64,18 +64,12 @@ class Settings(Record):
     swa_full: bool | None = None
 
 
-class Sampling(Record):
-    """How tokens were chosen."""
-
-    temperature: float = 0.0
-
-
 class SetConditions(Record):
     """Which frozen set was asked, and how."""
 
     prompt_set: str = ""
     prompt_set_sha256: str = ""
-    sampling: Sampling = Sampling()
+    sampling: dict[str, float] = {}
 
 
 class Stage(Record):

@@ -176,7 +176,7 @@ def _drawn(folder: Path, name: str, sources: Mapping[str, str]) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
-def page_of(text: str, figure: Path | None = None, reports: Mapping[str, Any] | None = None) -> str:
+def page_of(text: str, reports: Mapping[str, Any] | None = None) -> str:
     """The Markdown of a template as a page in the report's style, with the verdicts of reports by label."""
     from markupsafe import Markup
     from nbconvert.filters.markdown_mistune import markdown2html_mistune
@@ -190,7 +190,6 @@ def page_of(text: str, figure: Path | None = None, reports: Mapping[str, Any] | 
         "page.html",
         title=Markup(markdown2html_mistune(title.lstrip("# "))).striptags(),
         body=Markup(body),
-        figure=base64.b64encode(figure.read_bytes()).decode() if figure else "",
         verdicts=[(label, verdict(report)) for label, report in (reports or {}).items()],
     )
 

@@ -84,7 +84,7 @@ def verdict_of(name: str, run: Run = NOTHING, header=None, **changes) -> str:
     listed = [
         statement.model_copy(update=changes) for statement in claims_spec().numbered() if statement.id == name
     ]
-    table = check_claims(run, header, claims=listed, ask_llama_cpp=False).set_index("id")
+    table = check_claims(run, header, claims=listed).set_index("id")
     return table.loc[name, "verdict"]
 
 
@@ -112,7 +112,7 @@ def test_every_fact_and_every_test_is_used():
 
 
 def test_every_fact_of_the_table_is_computed(artifact):
-    known = facts(run_of(), artifact, ask_llama_cpp=False)
+    known = facts(run_of(), artifact)
     assert set(claims_spec().facts) <= set(known)
 
 
@@ -125,7 +125,7 @@ def test_nothing_in_the_table_names_a_path_of_this_machine_or_an_unfilled_format
 def test_an_unknown_fact_is_refused_by_name():
     statement = claims_spec().claims[0].model_copy(update={"fact": "guess"})
     with pytest.raises(RegistryError, match="there is no fact 'guess'"):
-        check_claims(NOTHING, claims=[statement], ask_llama_cpp=False)
+        check_claims(NOTHING, claims=[statement])
 
 
 def test_counts_add_up(nano_table):
@@ -162,7 +162,7 @@ def test_a_hash_alone_is_not_enough_where_the_header_is_of_another_model(merged_
 
 def test_another_quantization_is_judged_by_its_header_for_shapes_only(artifact):
     smaller = dataclasses.replace(artifact, file_size=artifact.file_size // 2)
-    table = check_claims(own_run(), smaller, ask_llama_cpp=False).set_index("id")
+    table = check_claims(own_run(), smaller).set_index("id")
     assert "another quantization" in table.loc["top-2", "evidence"]
     assert table.loc["iq1_s", "verdict"] == table.loc["humaneval", "verdict"] == NOT_TESTABLE
 
@@ -236,7 +236,7 @@ def standard_scores(value: float, low: float, high: float, speed: float, n_missi
 
 def test_measurements_of_the_artifact_count_as_evidence(artifact):
     run = own_run(scores=standard_scores(0.66, 0.58, 0.73, 0.4), long_context={"tier": "standard"})
-    table = check_claims(run, artifact, ask_llama_cpp=False).set_index("id")
+    table = check_claims(run, artifact).set_index("id")
     assert table.loc["humaneval", "verdict"] == CONFIRMED
     assert table.loc["speed-cpu", "verdict"] == CONFIRMED
     assert table.loc["routing-stable", "verdict"] == CONTRADICTED
@@ -245,7 +245,7 @@ def test_measurements_of_the_artifact_count_as_evidence(artifact):
 
 def test_measurements_of_the_artifact_can_contradict(artifact):
     run = own_run(scores=standard_scores(0.31, 0.24, 0.38, 6.2))
-    table = check_claims(run, artifact, ask_llama_cpp=False).set_index("id")
+    table = check_claims(run, artifact).set_index("id")
     assert table.loc["humaneval", "verdict"] == table.loc["speed-cpu", "verdict"] == CONTRADICTED
 
 
@@ -415,7 +415,7 @@ def test_a_perfect_score_of_the_reference_model_changes_nothing(merged_reference
 
 
 def test_the_public_record_alone_gives_a_full_table():
-    table = check_claims(NOTHING, ask_llama_cpp=False)
+    table = check_claims(NOTHING)
     assert len(table) == len(claims_spec().claims)
     assert "the artifact was not run" in set(table["evidence"])
 
@@ -438,11 +438,6 @@ def test_the_published_counts_are_those_of_the_published_shapes(artifact):
 def test_header_and_public_record_agree_about_the_cache(own_table, nano_table):
     for name in ("kv-8k", "kv-1m"):
         assert own_table.loc[name, "found"] == nano_table.loc[name, "found"]
-
-
-def test_llama_cpp_itself_refuses_shards_put_end_to_end(nano_table):
-    assert nano_table.loc["loads", "found"] == "refused"
-    assert "invalid split file name" in nano_table.loc["loads", "evidence"]
 
 
 # ---- every test can give another verdict ----
@@ -506,5 +501,5 @@ def test_a_hash_of_the_reference_model_says_nothing_about_the_artifact(merged_re
 
 def test_another_model_of_the_same_architecture_is_no_evidence_for_its_keys(tmp_path, merged_reference):
     other = with_field(merged_reference, tmp_path / "other.gguf", "deepseek4.expert_used_count", 1)
-    table = check_claims(NOTHING, read_header(other), ask_llama_cpp=False).set_index("id")
+    table = check_claims(NOTHING, read_header(other)).set_index("id")
     assert "6 of 256" in table.loc["top-2", "evidence"]

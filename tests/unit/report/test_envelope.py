@@ -28,8 +28,8 @@ from dfqs_nb.report.envelope import (
 )
 from dfqs_nb.report.spec import Compute, requirements_spec
 
-SMALL = Machine(16 * GB, 12 * GB, 100 * GB)
-LARGE = Machine(256 * GB, 200 * GB, 1000 * GB, vram_bytes=80 * GB)
+SMALL = Machine(16 * GB, 100 * GB)
+LARGE = Machine(256 * GB, 1000 * GB)
 
 
 @pytest.fixture(scope="module")
@@ -102,19 +102,11 @@ def test_the_published_artifact_in_the_specifications_table():
     assert {row["DFQS 1.0 minimum"] for row in modes.values()} == {DOES_NOT_FIT}
 
 
-def test_flash_attention_brings_a_million_tokens_under_the_minimum():
-    assert (
-        fit(published_envelope(SMALL, flash_attn=True), "RAM", "DFQS 1.0 minimum", 1048576)["verdict"] == FITS
-    )
-
-
 def test_this_machine_decides_what_fits_here():
     small, large = published_envelope(SMALL), published_envelope(LARGE)
     assert fit(small, "RAM", "this machine", 8192)["verdict"] == DOES_NOT_FIT
     assert fit(small, "RAM", "this machine", 8192)["least_verdict"] == FITS
-    assert fit(small, "VRAM", "this machine", 8192)["verdict"] == NOT_KNOWN
     assert fit(large, "RAM", "this machine", 1048576)["verdict"] == FITS
-    assert fit(large, "VRAM", "this machine", 8192)["verdict"] == NOT_KNOWN
     assert [row["this machine"] for row in small["storage"]] == [DOES_NOT_FIT, FITS]
 
 
@@ -122,14 +114,14 @@ def test_without_the_compute_buffer_nothing_is_said_to_fit(merged_reference):
     header = read_header(merged_reference)
     needs = hardware_envelope(header, LARGE)
     assert {row["verdict"] for row in needs["fits"]} == {NOT_KNOWN}
-    tiny = Machine(10**6, 10**6, 10**6)
+    tiny = Machine(10**6, 10**6)
     assert fit(hardware_envelope(header, tiny), "RAM", "this machine", 8192)["verdict"] == DOES_NOT_FIT
 
 
 def test_with_llama_cpps_plan_the_reference_model_fits(merged_reference):
     header = read_header(merged_reference)
     compute = planned_compute(merged_reference, [8192, 65536], settings.OpenSettings(n_threads=1))
-    needs = hardware_envelope(header, LARGE, compute=compute)
+    needs = hardware_envelope(header, LARGE, compute)
     row = fit(needs, "RAM", "this machine", 65536)
     assert row["verdict"] == FITS and row["counted"].endswith("compute buffer as planned for the CPU")
     assert row["need_bytes"] == needs["weights_bytes"] + row["least_bytes"]
@@ -147,10 +139,10 @@ def test_a_cache_that_is_an_upper_bound_refuses_nothing_alone(tmp_path, monkeypa
     bound = KvCacheBytes([{"k": 50 * GB, "v": 50 * GB}], "upper bound")
     monkeypatch.setattr(envelope, "kv_cache_bytes", lambda *_, **__: bound)
     compute = {8192: Compute(plain=0, flash=0)}
-    needs = hardware_envelope(read_header(merged_reference), SMALL, contexts=[8192], compute=compute)
+    needs = hardware_envelope(read_header(merged_reference), SMALL, compute)
     assert fit(needs, "RAM", "this machine", 8192)["verdict"] == NOT_KNOWN
     assert fit(needs, "RAM", "this machine", 8192)["verdict"] == NOT_KNOWN
-    roomy = hardware_envelope(read_header(merged_reference), LARGE, contexts=[8192], compute=compute)
+    roomy = hardware_envelope(read_header(merged_reference), LARGE, compute)
     assert fit(roomy, "RAM", "this machine", 8192)["verdict"] == FITS
 
 
@@ -174,7 +166,7 @@ def test_the_consuming_modes_count_the_header(flash_file):
 
 
 def test_a_file_that_is_here_needs_room_for_the_extra_only(flash_file):
-    narrow = Machine(16 * GB, 12 * GB, 1 * GB)
+    narrow = Machine(16 * GB, 1 * GB)
     here = {
         row["mode"]: row["this machine"]
         for row in hardware_envelope(read_header(flash_file), narrow)["storage"]
@@ -198,31 +190,29 @@ def test_the_envelope_is_json_and_its_tables_come_from_it_alone(merged_reference
     assert list(tables) == ["weights", "cache", "fits", "storage"]
     assert tables["weights"]["MB"].sum() == pytest.approx(needs["weights_bytes"] / 1e6)
     assert set(tables["fits"].to_numpy().ravel()) <= {FITS, DOES_NOT_FIT, NOT_KNOWN}
-    assert len(tables["fits"]) == 2 * 2, "the hardware table of DFQS 1.0 is about another model"
-    assert len(envelope_tables(published_envelope(SMALL))["fits"]) == 2 * 6
+    assert len(tables["fits"]) == 2, "the hardware table of DFQS 1.0 is about another model"
+    assert len(envelope_tables(published_envelope(SMALL))["fits"]) == 2 * 5
     assert "GB" in envelope_tables(published_envelope(SMALL))["weights"]
 
 
 def test_this_machine_is_measured_where_none_is_given(tmp_path):
     here = envelope.this_machine(tmp_path / "not" / "yet")
-    assert 0 < here.available_bytes <= here.memory_bytes and here.disk_free_bytes > 0
+    assert here.memory_bytes > 0 and here.disk_free_bytes > 0
 
 
 def test_the_split_of_the_artifact_is_a_range_that_adds_up_and_says_what_it_assumes():
     needs = published_envelope(SMALL)
     experts, others = needs["weights"]
     assert experts["bytes"] + others["bytes"] == needs["file_bytes"]
-    assert experts["least_bytes"] + others["most_bytes"] == needs["file_bytes"]
     text = " ".join(needs["assumptions"])
+    assert "A token uses 7.6 GB of weights by the file's size, and 8.5 GB" in text
     assert "54.11 GB if all are IQ1_S" in text and "less than the 8.5 bits of Q8_0" in text
-    least, most = (part / GB for part in needs["token_bytes"])
-    assert 7.5 < least < most < 8.8
 
 
 def test_of_a_gpu_nothing_is_planned_from_the_cpu():
     needs = published_envelope(LARGE)
     words = {row["verdict"] for row in needs["fits"] if row["resource"] == "VRAM"}
-    assert FITS not in words and FITS + AS_LOGGED in words and DOES_NOT_FIT in words
+    assert words <= {NOT_KNOWN, DOES_NOT_FIT, FITS + AS_LOGGED, DOES_NOT_FIT + AS_LOGGED}
     assert not [row for row in needs["fits"] if row["resource"] == "VRAM" and "CPU" in row["counted"]]
     assert "logged on a GPU (GB)" in envelope_tables(needs)["cache"]
 
@@ -231,7 +221,7 @@ def test_what_was_logged_on_a_gpu_decides_where_it_was_logged_and_says_so():
     """ "Not known" never stands beside a buffer that somebody logged at that context."""
     needs, logged = published_envelope(SMALL), requirements_spec().envelope.gpu_compute
     assert set(logged) <= {row["n_ctx"] for row in needs["cache"] if row["compute_gpu_bytes"]}
-    rows = [row for row in needs["fits"] if row["resource"] == "VRAM" and row["limit_bytes"]]
+    rows = [row for row in needs["fits"] if row["resource"] == "VRAM"]
     for row in rows:
         assert (NOT_KNOWN in (row["verdict"], row["least_verdict"])) <= (row["n_ctx"] not in logged)
     least = fit(needs, "VRAM", "DFQS 1.0 recommended", 16384)["least_verdict"]

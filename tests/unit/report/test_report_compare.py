@@ -8,22 +8,18 @@ import json
 import math
 import warnings
 from math import comb
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
 from report_builder import CONDITIONS, make_run, reseal
 
 from dfqs_nb import stats
-from dfqs_nb.context import Counts
 from dfqs_nb.core.errors import ComparisonError, DfqsError
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.report import compare as report_compare
-from dfqs_nb.report import figures as report_figures
 from dfqs_nb.report.compare import compare_reports
-from dfqs_nb.report.reading import RETRIEVAL, RunItems
+from dfqs_nb.report.reading import RETRIEVAL
 from dfqs_nb.report.stages import ReportError
 
 REFUSED = (ComparisonError, ReportError)
@@ -80,7 +76,6 @@ def test_three_reports_are_all_compared_with_the_first_and_corrected_together(tm
     compared = compare_reports([*pair, third])
     assert compared.table["p"].notna().sum() == 6
     assert list(rows(compared, RETRIEVAL)["model"]) == ["One", "Two", "Three"]
-    assert set(compared.lengths["model"]) == {"Two", "Three"}
     alone = compare_reports([pair[0], third])
     assert rows(compared, RETRIEVAL, "Three")["p"] == rows(alone, RETRIEVAL, "Three")["p"]
     assert rows(compared, RETRIEVAL, "Three")["p_holm"] >= rows(alone, RETRIEVAL, "Three")["p_holm"]
@@ -92,7 +87,6 @@ def test_a_run_compared_with_a_copy_of_its_answers_shows_no_difference(tmp_path)
     assert list(rows(compared, "code_score")["model"]) == ["Same (a)", "Same (b)"]
     tested = compared.table[compared.table["p"].notna()]
     assert (tested["p"] == 1).all() and (tested["difference"] == 0).all()
-    assert rows(compared, "failure_boundary_tokens", "Same (b)")["difference"] == 1
 
 
 def test_the_files_are_written_whole_and_say_what_was_found(pair, tmp_path):
@@ -103,15 +97,9 @@ def test_the_files_are_written_whole_and_say_what_was_found(pair, tmp_path):
     assert text.startswith("# One against Two\n\nNano tier: ")
     row = rows(compared, "code_score", "Two")
     assert f"{row['difference']:+.3f} [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]" in text
-    stored = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert [entry["label"] for entry in stored["reports"]] == ["One", "Two"]
-    assert (
-        len(stored["table"]) == len(compared.table) == len(pd.read_csv(tmp_path / "out" / "comparison.csv"))
-    )
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "Content-Security-Policy" in page and "<script" not in page and page.count("<h1") == 1
     assert page.count('<span class="mark') >= 12, "six questions of two runs side by side"
-    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_markdown_table_keeps_its_columns(pair):
@@ -121,27 +109,14 @@ def test_a_markdown_table_keeps_its_columns(pair):
 
 
 @pytest.mark.parametrize("name", [r"$\notacommand$", "$x", "\x1b[31m\n# H", "y" * 9000, "%s {x} {{x}}"])
-def test_any_name_of_a_model_can_be_drawn_and_stands_on_one_line(tmp_path, name):
+def test_any_name_of_a_model_stands_on_one_line(tmp_path, name):
     make_run(tmp_path / "a", "A")
     make_run(tmp_path / "b", name, seed=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         written = compare_reports([tmp_path / "a", tmp_path / "b"], n_boot=20).write(tmp_path / "out")
-    table = next(path for path in written if path.suffix == ".csv").read_bytes()
-    assert b"\x1b" not in table and len(table.splitlines()) == 11
-
-
-def test_the_figure_has_every_model_and_its_boundary(tmp_path, pair):
-    third = make_run(tmp_path / "three", "Three", flat=0.98, seed=5)  # never falls: censored
-    compared = compare_reports([*pair, third])
-    ax = report_figures.curves_overlaid(compared.runs, compared.table)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["One", "Two", "Three"]
-    markers = [
-        line.get_marker() for line in ax.lines if line.get_ydata()[0] < 0 and len(line.get_ydata()) == 1
-    ]
-    assert markers.count("D") == 2 and ">" in markers
-    assert len(report_figures.scores_overlaid(compared.runs, compared.table).containers) == 6
-    plt.close("all")
+    text = written[0].read_text()
+    assert "\x1b" not in text and len([line for line in text.splitlines() if line.startswith("|")]) == 7
 
 
 # ---- what is refused ----
@@ -183,7 +158,7 @@ def test_tiers_never_mix(tmp_path, pair):
 def test_one_report_or_one_twice_is_refused(tmp_path, pair):
     with pytest.raises(REFUSED, match="1 report given"):
         compare_reports(pair[:1])
-    with pytest.raises(REFUSED, match="given twice"):
+    with pytest.raises(REFUSED, match="the same report as"):
         compare_reports([pair[0], pair[0] / "report.json"])
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -251,13 +226,6 @@ def test_different_questions_are_refused(tmp_path, pair):
 # ---- what is not compared ----
 
 
-def test_a_withheld_curve_leaves_the_lengths_of_the_others_whole(tmp_path, pair):
-    curve = {"context_stability_curve": "no length was finished"}
-    compared = compare_reports([*pair, make_run(tmp_path / "three", "Three", withheld=curve)], n_boot=50)
-    assert compared.lengths["length"].tolist() == list(LENGTHS) and "| 1,024 |" in str(compared)
-    assert compared.lengths[["length", "n"]].dtypes.eq("int64").all()
-
-
 def test_a_withheld_metric_is_said_and_the_others_are_compared(tmp_path, pair):
     other = make_run(tmp_path / "three", "Three", withheld={"code_score": "no sandbox on this machine"})
     compared = compare_reports([pair[0], other])
@@ -278,7 +246,6 @@ def test_any_metric_may_be_withheld_on_either_side(tmp_path, pair, metric):
     for reports in ([pair[0], other], [other, pair[0]]):
         compared = compare_reports(reports)
         assert "not compared: " in "".join(compared.table["reading"]) and "not run" in str(compared)
-        plt.close(report_figures.comparison(compared.runs, compared.table))
 
 
 @pytest.mark.parametrize(
@@ -301,27 +268,6 @@ def test_a_speed_taken_beside_another_row_of_a_sweep_is_not_compared(pair):
     (pair[1] / "sweep_row.json").write_text(json.dumps({"beside": ["another"]}))
     reading = rows(compare_reports(pair), "cpu_tokens_per_sec", "Two")["reading"]
     assert reading == "not compared: Two ran beside another in a sweep"
-
-
-def test_boundaries_that_were_not_reached_bound_the_ratio_from_one_side(tmp_path):
-    falls, holds, also = (
-        make_run(tmp_path / name, name.title(), **change)
-        for name, change in (("falls", {}), ("holds", {"flat": 0.98}), ("also", {"flat": 0.99, "seed": 9}))
-    )
-    row = rows(compare_reports([falls, holds]), "failure_boundary_tokens", "Holds")
-    assert (
-        row["reading"].startswith("at least") and row["difference"] > 1 and row["difference_high"] == math.inf
-    )
-    row = rows(compare_reports([holds, falls]), "failure_boundary_tokens", "Falls")
-    assert row["reading"].startswith("at most") and row["difference"] < 1 and row["difference_low"] == 0
-    row = rows(compare_reports([holds, also]), "failure_boundary_tokens", "Also")
-    assert row["reading"].startswith("neither") and math.isnan(row["difference"])
-
-
-def test_a_model_at_chance_has_no_boundary_to_compare(tmp_path, pair):
-    lost = make_run(tmp_path / "lost", "Lost", flat=0.0)
-    row = rows(compare_reports([pair[0], lost]), "failure_boundary_tokens", "Lost")
-    assert row["reading"] == "not compared: Lost does no better than chance"
 
 
 def test_a_journal_of_several_runs_gives_the_reports_own(pair):
@@ -356,7 +302,6 @@ def test_questions_with_other_answers_are_not_paired(tmp_path, pair):
         rows(compared, RETRIEVAL, "Three")["reading"]
         == "not compared: the two were asked no question in common"
     )
-    assert not len(compared.lengths)
 
 
 # ---- the statistics ----
@@ -394,42 +339,16 @@ def test_the_flip_test_rejects_no_more_often_than_it_should():
     assert rejected / 400 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
 
 
-def test_the_ratios_interval_covers_the_truth():
-    """Two models of equal ability, drawn afresh: the true ratio is 1."""
-    draw, covered, n = np.random.default_rng(11), 0, 120
-    for _ in range(n):
-        runs = []
-        for _ in range(2):
-            records = [
-                {
-                    "haystack": h,
-                    "length": length,
-                    "planned": True,
-                    "question": "key",
-                    "expected": "x",
-                    "correct": bool(draw.random() < 1 / (1 + (length / 300) ** 2.5)),
-                }
-                for h in range(15)
-                for length in LENGTHS
-            ]
-            items = pd.DataFrame(records)
-            compared = Counts.of(items).boundary(n_boot=50)
-            report = {
-                "metrics": {"failure_boundary_tokens": compared.tokens},
-                "details": {"failure_boundary_tokens": compared.as_dict()},
-            }
-            runs.append(RunItems("m", Path("r"), report, {}, items))
-        _, low, high = report_compare.boundary_ratio(*runs, n_boot=300)
-        covered += low <= 1 <= high
-    assert covered / n >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / n)
-
-
-def test_a_runtime_failure_caps_the_boundary_in_every_draw(tmp_path, pair):
+def test_a_boundary_stands_beside_the_other_with_what_qualifies_it(tmp_path, pair):
+    """Not reached, at chance, stopped by the runtime: no number goes without it."""
+    held, lost = (make_run(tmp_path / n, n.title(), flat=f) for n, f in (("held", 0.98), ("lost", 0.0)))
     stopped = make_run(tmp_path / "stopped", "Stopped", flat=0.99, failure=("oom", 2048))
-    compared = compare_reports([pair[0], stopped])
-    row = rows(compared, "failure_boundary_tokens", "Stopped")
-    assert row["value"] == 2048 and math.isfinite(row["difference_high"])
-    assert "2,048" in str(compared) and "(oom)" in str(compared)
+    compared = compare_reports([pair[0], held, lost, stopped], n_boot=50)
+    reading = {
+        row["model"]: row["reading"] for _, row in rows(compared, "failure_boundary_tokens").iterrows()
+    }
+    assert "Held's was not reached" in reading["Held"] and "no better than chance" in reading["Lost"]
+    assert "2,048" in str(compared) and "(oom)" in str(compared) and "over 1,024" in str(compared)
 
 
 def test_the_hash_of_items_is_of_their_bytes(pair):

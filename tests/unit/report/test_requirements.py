@@ -21,7 +21,7 @@ from dfqs_nb.report.requirements import MET, NOT_MET, NOT_TESTED, check_requirem
 from dfqs_nb.report.spec import requirements_spec
 from dfqs_nb.report.stages import DRAWN_ON, ReportError, typed
 
-HERE = Machine(32 * 10**9, 30 * 10**9, 100 * 10**9)
+HERE = Machine(32 * 10**9, 100 * 10**9)
 
 
 def run_stages() -> dict[str, Any]:
