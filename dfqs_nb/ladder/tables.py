@@ -182,7 +182,8 @@ def _compared(source: Rung, a: Rung, b: Rung) -> list[dict[str, Any]]:
     if not source.trace.hashed.all():
         paired("same experts", "fidelity", *(_same_experts(source, rung).mean(1) for rung in pair))
     paired("log-perplexity", "perplexity", *(rung.tokens.nll.mean(1) for rung in pair), up=False)
-    for run, result in zip(a.runs, compare_runs(a.runs, b.runs), strict=True):
+    for run, other in zip(a.runs, b.runs, strict=True):
+        result = compare_runs(run, other)
         row = {"a": a.name, "b": b.name, "metric": _score_name(run, a.runs), "kind": "ability", "n": result.n}
         row |= {"value_a": result.a, "value_b": result.b, "difference": result.difference}
         rows.append(row | {"low": result.low, "high": result.high, "p": result.p, "larger_is_better": True})

@@ -217,7 +217,7 @@ def _differs(kind: str, value: float, low: float, high: float, reading: str) -> 
 
 
 def _score(pair: Pair, metric: str) -> Row:
-    it = compare_runs([pair.first.scores[metric]], [pair.run.scores[metric]], pair.n_boot, pair.seed)[0]
+    it = compare_runs(pair.first.scores[metric], pair.run.scores[metric], pair.n_boot, pair.seed)
     reading = f"{it.only_a} right in the baseline alone, {it.only_b} here alone"
     change = _differs("difference", it.difference, it.low, it.high, reading)
     return {"n": it.n, "value": it.b, "p": it.p, **change}

@@ -9,18 +9,19 @@ import re
 import textwrap
 import unicodedata
 import warnings
-import zlib
 from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 from itertools import islice
+from symtable import Function, SymbolTable, symtable
 
 # A fence opens anywhere in a line (models glue it behind words) and closes with the same marks.
 FENCE = re.compile(r"(?P<mark>`{3,}|~{3,})[^`~\n]*\n")
 CODE_LINE = re.compile(r"[ \t]*(def|async def|class|from|import|@)\b|[ \t]*[A-Za-z_]\w*[ \t]*=[^=]")
+PROMPT_MARKS = re.compile(r"^[ \t]*(?:(?:> ?)+(?!>)(?:(?:>>>|\.\.\.)(?: |$))?|(?:>>>|\.\.\.)(?: |$))", re.M)
 FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)  # has to stand first
-MOST_DIGITS = 1000  # of a number that is compared as one
+MOST_DIGITS = 1000  # of a number that is compared as a number
 MOST_ENDS, MOST_TRIES = 8, 400  # closing fences of a block, and pieces of plain text, that are tried
-Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+Helper = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
 
 
 def normalised(text: str) -> str:
@@ -45,44 +46,31 @@ def normalised(text: str) -> str:
     return (written.rstrip("0").rstrip(".") if "." in written else written) if number else "0"
 
 
-def repeats(text: str) -> bool:
-    """Whether an answer repeats itself: its last 1,000 characters compress to a third, as no prose does.
-
-    >>> repeats("So the answer is 12. " * 60), repeats("The quick brown fox jumps over the lazy dog.")
-    (True, False)
-    """
-    end = text[-1000:].encode("utf-8", "replace")
-    return len(zlib.compress(end, 9)) * 3 < len(end)
-
-
 def code_in(answer: str, name: str, prompt: str = "") -> str | None:
     r"""The code in a chat's answer that defines ``name``: the last code block that does, else plain text.
 
     A block may be indented, unclosed, glued to words, fenced by tildes, quoted, or in HTML. A method of a
-    class counts (an instance is made where it needs one), and so does a body alone, which is put below
+    class counts (an instance is made where it needs ``self``), and so does a body alone, which is put below
     ``prompt``. None where there is no code.
 
     >>> code_in("Here:\n~~~python\ndef f(x):\n    return x", "f")
     'def f(x):\n    return x'
     """
     answer = re.sub("\r\n?|[\u2028\u2029]", "\n", answer)
-    broken = None
-    for text in dict.fromkeys((answer, _undressed(answer))):
+    for text in (answer, _undressed(answer)):
         blocks = list(_blocks(text))
         for number, block in reversed(list(enumerate(blocks))):
-            defined = _defining(block, name)
-            if defined is not None:
-                return _with_helpers(defined, blocks[:number])
-        plain = _plain_code(text, name)
-        if plain is not None:
-            return plain
-        for block in reversed(blocks or [textwrap.dedent(text.strip("\n"))]):
-            if broken is None and re.search(rf"^(async )?def {re.escape(name)}\b", block, flags=re.MULTILINE):
-                broken = block  # it is no Python: running it says why
-            body = prompt + textwrap.indent(block, "    ")
-            if prompt and re.search(r"^(return|yield)\b", block, flags=re.MULTILINE) and _parsed(body)[0]:
-                return body
-    return broken
+            if code := _defining(block, name):
+                return _with_helpers(code, blocks[:number])
+        if code := _plain_code(text, name):
+            return code
+    for block in reversed(blocks or [textwrap.dedent(text.strip("\n"))]):
+        body = prompt + textwrap.indent(block, "    ")
+        if prompt and re.search(r"^(return|yield)\b", block, flags=re.MULTILINE) and _parsed(body)[0]:
+            return body
+        if re.search(rf"^(async )?def {re.escape(name)}\b", block, flags=re.MULTILINE):
+            return block  # it is no Python: running it says why
+    return None
 
 
 def _undressed(answer: str) -> str:
@@ -94,40 +82,39 @@ def _undressed(answer: str) -> str:
     text = html.unescape(re.sub(r"</?(?:pre|code)\b[^>\n]*>", "\n```\n", answer))
     kinds = {"Zs": " ", "Cf": ""}
     text = "".join(kinds.get(unicodedata.category(character), character) for character in text)
-    marks = r"^[ \t]*(?:(?:> ?)+(?!>)(?:(?:>>>|\.\.\.)(?: |$))?|(?:>>>|\.\.\.)(?: |$))"
-    return re.sub(marks, "", text, flags=re.MULTILINE)
+    return PROMPT_MARKS.sub("", text)
 
 
 def _with_helpers(code: str, earlier: list[str]) -> str:
     """The code, and before it the functions, classes and imports of earlier blocks that it needs."""
     helpers, missing = "", _missing(code)
     for block in reversed(earlier):
-        for node in reversed(getattr(_parsed(block)[0], "body", ())):
-            if isinstance(node, Definition | ast.Import | ast.ImportFrom) and _bound(node) & missing:
+        for node in reversed(ast.parse(block).body if _parsed(block)[0] else []):
+            if isinstance(node, Helper):
                 first = min([node, *getattr(node, "decorator_list", ())], key=lambda part: part.lineno)
                 text = "\n".join(block.split("\n")[first.lineno - 1 : node.end_lineno]) + "\n"
-                helpers, missing = text + helpers, missing | _missing(text)
+                if _bound(text) & missing:
+                    helpers, missing = text + helpers, missing | _missing(text)
     return helpers + FUTURE.sub("", code) if helpers else code
 
 
+def _bound(code: str) -> set[str]:
+    """The names that a module defines."""
+    table = _parsed(code)[0]
+    return {symbol.get_name() for symbol in table.get_symbols() if symbol.is_local()} if table else set()
+
+
 def _missing(code: str) -> set[str]:
-    """Names that the code uses and nowhere binds."""
-    nodes = list(ast.walk(_parsed(code)[0] or ast.Module([], [])))
-    used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    return used - set[str]().union(*map(_bound, nodes)) - set(dir(builtins))
-
-
-def _bound(node: ast.AST) -> set[str]:
-    """The names that a node gives a meaning."""
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
-    if isinstance(node, ast.Name):
-        return set() if isinstance(node.ctx, ast.Load) else {node.id}
-    return {node.name} if isinstance(node, Definition) else {node.arg} if isinstance(node, ast.arg) else set()
+    """The names that a module uses and does not define."""
+    used, tables = set[str](), list(filter(None, [_parsed(code)[0]]))
+    for table in tables:
+        used |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+        tables += table.get_children()
+    return used - _bound(code) - set(dir(builtins))
 
 
 def _blocks(answer: str) -> Iterator[str]:
-    """Every fenced block; one that its first closing fence leaves broken reaches to a later one."""
+    """Every fenced block; a block that its first closing fence leaves broken reaches to a later fence."""
     at = 0
     while opening := FENCE.search(answer, at):
         rest = answer[opening.end() :]
@@ -139,12 +126,12 @@ def _blocks(answer: str) -> Iterator[str]:
         at = opening.end() + ends[chosen] + len(opening["mark"])
 
 
-def _parsed(code: str) -> tuple[ast.Module | None, int]:
-    """The syntax tree, or None with the line of the first fault."""
+def _parsed(code: str) -> tuple[SymbolTable | None, int]:
+    """The names of a module, or None with the line of the first fault."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the model's code, such as invalid escapes
         try:
-            return ast.parse(code), 0
+            return symtable(code, "<answer>", "exec"), 0
         except SyntaxError as error:
             return None, error.lineno or 1
         except (ValueError, RecursionError, MemoryError):
@@ -153,38 +140,15 @@ def _parsed(code: str) -> tuple[ast.Module | None, int]:
 
 def _defining(code: str, name: str) -> str | None:
     """The code, if it is Python that defines the name; a method is taken out of its class."""
-    tree, _ = _parsed(code)
-    for node in _statements(tree.body if tree else [])[::-1]:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        names = (inner for target in targets if target for inner in ast.walk(target))
-        if name in _bound(node).union(*map(_bound, names)):
-            return code
-        if isinstance(node, ast.ClassDef):
-            for method in node.body:
-                if name in _bound(method):
-                    made = "" if _is_plain(method) else "()"
-                    return f"{code}\n\n{name} = {node.name}{made}.{name}"
+    if name in _bound(code):
+        return code
+    table = _parsed(code)[0]
+    for owner in table.get_children() if table else []:
+        for method in owner.get_children() if owner.get_type() == "class" else []:
+            if method.get_name() == name and isinstance(method, Function):
+                made = "()" if method.get_parameters()[:1] == ("self",) else ""
+                return f"{code}\n\n{name} = {owner.get_name()}{made}.{name}"
     return None
-
-
-def _statements(body: list[ast.stmt]) -> list[ast.stmt]:
-    """These statements and those under ``if``, ``try``, ``with`` and loops: they run with the module."""
-    waiting, found = body[::-1], []
-    while waiting:
-        node = waiting.pop()
-        found.append(node)
-        if not isinstance(node, Definition):
-            parts = [getattr(node, part, []) for part in ("body", "orelse", "finalbody")]
-            parts += [handler.body for handler in getattr(node, "handlers", ())]
-            waiting += [inner for part in parts for inner in part][::-1]
-    return found
-
-
-def _is_plain(method: ast.stmt) -> bool:
-    """Whether a function in a class is called without an instance."""
-    if not isinstance(method, ast.FunctionDef) or method.decorator_list:
-        return False
-    return [argument.arg for argument in method.args.args[:1]] != ["self"]
 
 
 def _plain_code(answer: str, name: str) -> str | None:
@@ -194,10 +158,9 @@ def _plain_code(answer: str, name: str) -> str | None:
         end = len(lines)
         while end > start and tries:
             text, tries = textwrap.dedent("\n".join(lines[start:end])), tries - 1
-            tree, fault = _parsed(text)
-            if tree is not None:
-                code = _defining(text, name)
-                if code is not None:
+            table, fault = _parsed(text)
+            if table is not None:
+                if code := _defining(text, name):
                     return code
                 break
             end = min(end, start + fault) - 1  # without the line that is no Python

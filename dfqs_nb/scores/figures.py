@@ -16,12 +16,7 @@ if TYPE_CHECKING:
 
 
 def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Accuracy of each family with its interval, and what guessing would give.
-
-    Args:
-        table: columns ``set``, ``family``, ``length``, ``n``, ``accuracy``, ``low``, ``high`` (95 %
-            interval) and ``guess_rate``, in drawing order.
-    """
+    """Accuracy of each family with its interval, and guessing beside it; ``table`` as `Results.families`."""
     ax = new_axes(ax, 1.2 + 0.2 * len(table))
     sets = list(dict.fromkeys(table["set"]))
     for colour, name in zip(PALETTE, sets, strict=False):
@@ -44,11 +39,7 @@ def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def choice_margins(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """By how much the right choice is likelier than the best wrong one, a row a family.
-
-    Args:
-        table: `likelihood.Answers.families`.
-    """
+    """The right choice's lead on the best wrong one, a row a family; ``table`` as `Answers.families`."""
     ax = new_axes(ax, 1.0 + 0.2 * len(table))
     rows, known = np.arange(len(table)), table["margin_low"].notna().all()
     spread = (
@@ -65,12 +56,7 @@ def choice_margins(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Decode speed by depth, every repetition, below the roof that reading the weights sets.
-
-    Args:
-        table: columns ``phase``, ``depth`` (tokens), ``median``, ``values`` (tokens a second), ``roof``,
-            ``utilisation`` and ``contended``.
-    """
+    """Decode speed by depth, every repetition, below its roof; ``table`` as `speed.speed_by_depth`."""
     ax, decode = new_axes(ax), table[table["phase"] == "decode"]
     ax.plot(decode["depth"], decode["roof"], "--", color=INK, label="roof: memory bandwidth / bytes a token")
     for row in decode.itertuples():
@@ -90,31 +76,6 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     busy = " (the machine was busy)" if decode["contended"].any() else ""
     at = metric_row(table)
     set_title(ax, f"Decode at depth {at['depth']:,} reaches {at['utilisation']:.1%} of the roof{busy}")
-    return ax
-
-
-def card_bounds(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """The card's speeds beside the bound that reading sets, a row a machine.
-
-    Args:
-        table: columns ``machine``, ``claimed_low``, ``claimed_high``, ``bound`` (tokens a second).
-    """
-    ax = new_axes(ax, 1.0 + 0.24 * len(table))
-    rows = np.arange(len(table))
-    claim: dict[str, Any] = {"color": PALETTE[1], "linewidth": 6, "label": "the card"}
-    ax.hlines(rows, table["claimed_low"], table["claimed_high"], **claim)
-    ax.plot(table["bound"], rows, "D", color=PALETTE[0], label="bound by reading")
-    for row, bound in zip(rows, table["bound"], strict=True):
-        text = f"{bound:,.2g}" if bound < 10 else f"{bound:,.0f}"
-        ax.annotate(text, (bound, row), xytext=(7, 0), textcoords="offset points", fontsize=8, va="center")
-    _name_rows(ax, table["machine"])
-    ax.set_xscale("log")
-    ax.xaxis.set_major_formatter(_speed)
-    ax.margins(x=0.12)
-    ax.set_xlabel("tokens a second")
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
-    cpu = table.iloc[0]
-    set_title(ax, f"The card's CPU speed is at most {cpu['reached']:.0%} of what its memory allows")
     return ax
 
 

@@ -7,7 +7,7 @@ their end. There is no partial credit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,9 @@ GRADES = ("correct", "wrong", "no_answer", "truncated")
 def grade(text: str, finish_reason: str, answer: str, how: str, opened: bool = False) -> tuple[str, str]:
     """The grade of a completion (see ``GRADES``) and the answer in it.
 
-    ``truncated``: the thinking did not end, or the token limit came before an answer was complete.
-
-    Args:
-        how: where the answer is: ``answer tag``, what the last ``<answer>`` encloses (the stop text may be
-            its end), or ``last line``. opened: the prompt has begun the thinking.
+    ``truncated``: the thinking did not end, or the token limit came before an answer was complete. ``how``:
+    the answer is what the last ``<answer>`` encloses (``answer tag``; the stop text may be its end) or the
+    ``last line``. ``opened``: the prompt has begun the thinking.
 
     >>> grade("Let me see", "length", "12", "answer tag")
     ('truncated', '')
@@ -55,39 +53,26 @@ def grade(text: str, finish_reason: str, answer: str, how: str, opened: bool = F
 
 @dataclass(frozen=True)
 class Score:
-    """A score with its uncertainty.
-
-    Attributes:
-        value: None while an item lacks its result; no part of a set stands for the whole.
-        low, high: 95 % interval: Wilson's, at the effective number of items.
-        standard_error: stratified over families (reasoning) or over tasks (code).
-        n, n_missing: items, and those without a result. guess_rate: what guessing would score.
-        counts: items by grade, or samples by outcome.
-        truncated: answers that the token limit cut off and that are not right.
-    """
+    """A score with its 95 % interval: Wilson's, at the effective number of items."""
 
     name: str
     set: str
-    value: float | None
+    value: float | None  # None while an item lacks its result; no part of a set stands for the whole
     low: float
     high: float
-    standard_error: float
+    standard_error: float  # stratified over families (reasoning) or over tasks (code)
     n: int
-    n_missing: int
-    guess_rate: float
-    counts: dict[str, int]
-    truncated: int = 0
+    n_missing: int  # items without a result
+    guess_rate: float  # what guessing would score
+    counts: dict[str, int]  # items by grade, or samples by outcome
+    truncated: int = 0  # answers that the token limit cut off and that are not right
 
     @classmethod
-    def of(cls, name: str, set: str, *, value: float, worth: float, n_missing: int, **facts: Any) -> Score:
+    def of(cls, name: str, set: str, value: float, worth: float, n_missing: int, **facts: Any) -> Score:
         """A score with its interval at ``worth`` items; it is withheld where items are missing."""
         low, high = map(float, wilson(value * worth, worth))
         held = None if n_missing else value
-        return cls(name=name, set=set, value=held, low=low, high=high, n_missing=n_missing, **facts)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for a stage file."""
-        return asdict(self)
+        return cls(name, set, held, low, high, n_missing=n_missing, **facts)
 
     @property
     def sentence(self) -> str:
@@ -115,19 +100,13 @@ def reasoning_score(items: pd.DataFrame, name: str, n_expected: int) -> Score:
         right = right.groupby("id", sort=False).agg({"family": "first", "guess": "first", "correct": "mean"})
     groups = right.groupby("family", sort=False)
     share, n, guess = groups["correct"].mean(), groups.size(), groups["guess"].mean()
-    n_families = max(len(n), 1)
-    return Score.of(
-        "reasoning_score",
-        name,
-        value=float(share.sum()) / n_families,
-        worth=n_families**2 / float((1 / n).sum()) if len(n) else 0.0,
-        standard_error=sqrt(float((share * (1 - share) / (n - 1).clip(lower=1)).sum())) / n_families,
-        n=n_expected,
-        n_missing=n_expected - len(right),
-        guess_rate=float(guess.sum()) / n_families,
-        counts={grade: int((items["grade"] == grade).sum()) for grade in GRADES},
-        truncated=int((items["grade"] == "truncated").sum()),
-    )
+    n_families, missing = max(len(n), 1), n_expected - len(right)
+    worth = n_families**2 / float((1 / n).sum()) if len(n) else 0.0
+    error = sqrt(float((share * (1 - share) / (n - 1).clip(lower=1)).sum())) / n_families
+    counts = {grade: int((items["grade"] == grade).sum()) for grade in GRADES}
+    facts: dict[str, Any] = {"standard_error": error, "guess_rate": float(guess.sum()) / n_families}
+    facts |= {"n": n_expected, "counts": counts, "truncated": counts["truncated"]}
+    return Score.of("reasoning_score", name, float(share.sum()) / n_families, worth, missing, **facts)
 
 
 def code_score(samples: pd.DataFrame, name: str, n_expected: int) -> Score:
@@ -137,50 +116,29 @@ def code_score(samples: pd.DataFrame, name: str, n_expected: int) -> Score:
     ``n_expected``: tasks of the whole set.
     """
     values = (samples["grade"] == "passed").groupby(samples["id"], sort=False).mean()
-    return Score.of(
-        "code_score",
-        name,
-        value=float(values.mean()) if len(values) else 0.0,
-        worth=len(values),
-        standard_error=float(values.std(ddof=1)) / sqrt(len(values)) if len(values) > 1 else 0.0,
-        n=n_expected,
-        n_missing=n_expected - len(values),
-        guess_rate=0.0,
-        counts={str(grade): int(count) for grade, count in samples["grade"].value_counts().items()},
-        truncated=int(samples["truncated"].sum()) if "truncated" in samples else 0,
-    )
+    n, error = len(values), float(values.std(ddof=1)) / sqrt(len(values)) if len(values) > 1 else 0.0
+    counts = {str(grade): int(count) for grade, count in samples["grade"].value_counts().items()}
+    cut = int(samples["truncated"].sum()) if "truncated" in samples else 0
+    facts: dict[str, Any] = {"standard_error": error, "guess_rate": 0.0, "counts": counts, "truncated": cut}
+    value = float(values.mean()) if n else 0.0
+    return Score.of("code_score", name, value, n, n_expected - n, n=n_expected, **facts)
 
 
 @dataclass(frozen=True)
 class SetRun:
-    """A set, answered and judged.
-
-    Attributes:
-        items: one row a sample, with the columns ``COLUMNS``; ``grade`` of code is the sandbox's outcome.
-        score: of the whole set; its value is None while items lack a result.
-        conditions: all that the score depends on, except the model's SHA-256 (or name) in ``model``.
-        n_resumed: samples whose answer an earlier run had written.
-    """
+    """A set, answered and judged."""
 
     kind: str
     name: str
-    items: pd.DataFrame = field(repr=False)
+    items: pd.DataFrame = field(repr=False)  # one row a sample, with the columns ``COLUMNS``
     score: Score
-    conditions: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    model: str = ""
-    n_resumed: int = 0
+    conditions: Mapping[str, Any] = field(default_factory=dict, repr=False)  # that the score depends on
+    model: str = ""  # its SHA-256, or a name
+    n_resumed: int = 0  # samples whose answer an earlier run had written
 
     @classmethod
-    def of(
-        cls,
-        kind: str,
-        name: str,
-        items: pd.DataFrame | list[dict[str, Any]],
-        *,
-        n_items: int | None = None,
-        **facts: Any,
-    ) -> SetRun:
-        """A run from its judged items: the one place where items become a score.
+    def of(cls, kind: str, name: str, items: Any, *, n_items: int | None = None, **facts: Any) -> SetRun:
+        """A run from its judged items (a frame or rows): the one place where items become a score.
 
         ``n_items``: of the whole set, by default those that are here; ``facts``: the other attributes.
         """
@@ -211,7 +169,7 @@ class Results:
 
         rows = []
         for run in self.runs:
-            fields = {"set": run.name} | run.score.as_dict()
+            fields = {"set": run.name} | vars(run.score)
             no_answer = fields.pop("counts").get("no_answer", 0)
             rows.append({**fields, "truncated": int(run.items["truncated"].sum()), "no_answer": no_answer})
         return pd.DataFrame(rows)
@@ -241,44 +199,26 @@ class Results:
         return [run.score.sentence for run in self.runs]
 
 
-# ---- two runs of the same questions ----
-
-
 @dataclass(frozen=True)
 class Comparison:
-    """The score of one set in two runs, a and b, paired by item: only items that differ are evidence.
-
-    ``difference``: b minus a, with its 95 % interval ``low`` to ``high``; ``only_a``, ``only_b``: items that
-    only one of them got right; ``p``: exact McNemar test of equal ability.
-    """
+    """The score of one set in two runs, paired by item: only items on which the runs differ are evidence."""
 
     n: int
     a: float
     b: float
-    difference: float
+    difference: float  # b minus a, with its 95 % interval
     low: float
     high: float
-    only_a: int
+    only_a: int  # items that only the first run got right
     only_b: int
-    p: float
+    p: float  # exact McNemar test of equal ability
 
 
-def compare_runs(
-    first: Sequence[SetRun], second: Sequence[SetRun], n_boot: int = N_BOOT, seed: int = 0
-) -> list[Comparison]:
-    """Two runs of the same sets under the same conditions, set by set.
+def compare_runs(a: SetRun, b: SetRun, n_boot: int = N_BOOT, seed: int = 0) -> Comparison:
+    """Two runs of a set under the same conditions.
 
-    A `ComparisonError` names differing conditions, missing sets, or items without results.
+    A `ComparisonError` names differing conditions, or items without results.
     """
-    others = {run.name: run for run in second}
-    odd = {run.name for run in first} ^ set(others)
-    if odd:
-        what = f"only one of the two runs has {', '.join(sorted(odd))}"
-        raise ComparisonError(what, hint="score the same sets with both")
-    return [_compared(run, others[run.name], n_boot, seed) for run in first]
-
-
-def _compared(a: SetRun, b: SetRun, n_boot: int, seed: int) -> Comparison:
     if differing := differing_fields(a.conditions, b.conditions):
         named = ", ".join(f"{key} ({mine} and {theirs})" for key, (mine, theirs) in differing.items())
         what = f"the conditions differ in {named}"

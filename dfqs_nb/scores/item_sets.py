@@ -18,9 +18,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, MinLen
 
+from dfqs_nb.core import files, paths
 from dfqs_nb.core.errors import PromptError
-from dfqs_nb.core.files import there_is
-from dfqs_nb.core.paths import data_dir, tilde
 from dfqs_nb.scores.answers import code_in
 from dfqs_nb.scores.sandbox import Candidate
 
@@ -35,24 +34,19 @@ Text = Annotated[str, MinLen(1)]
 
 @dataclass(frozen=True)
 class Item:
-    """One question.
-
-    A reasoning item has an ``answer``; a code item ``tests``, ``entry_point`` and ``reference`` (a right
-    solution); a multiple-choice item ``choices`` and ``gold``, the index of the right one. ``guess`` is the
-    chance of being right without reasoning.
-    """
+    """One question."""
 
     id: Text
     prompt: Text
     family: Text = "all"
     length: str = "short"
-    guess: Annotated[float, Ge(0), Le(1)] = 0.0
-    answer: str = ""
-    tests: str = ""
+    guess: Annotated[float, Ge(0), Le(1)] = 0.0  # the chance of being right without reasoning
+    answer: str = ""  # of a reasoning item
+    tests: str = ""  # this and the next two: of a code item
     entry_point: str = ""
-    reference: str = ""
-    choices: tuple[Text, ...] = ()
-    gold: Annotated[int, Ge(0)] = 0
+    reference: str = ""  # a right solution
+    choices: tuple[Text, ...] = ()  # of a multiple-choice item
+    gold: Annotated[int, Ge(0)] = 0  # the index of the right choice
 
     def asked(self, instruction: str) -> str:
         """The message to the model in a chat.
@@ -80,30 +74,19 @@ class Item:
 
 @dataclass(frozen=True)
 class Head:
-    """The first line of a set. Other fields in it have no effect.
-
-    Attributes:
-        kind: ``reasoning`` (the answer is compared), ``code`` (the answer is run), ``choice`` (the likeliest
-            choice counts).
-        mode: ``chat``: through the chat template, with ``instruction`` behind the prompt, or around it where
-            it has a ``{prompt}``. ``complete``: plain continuation; a code set falls back to it where a model
-            has no chat template.
-        tier: ``nano``, ``standard`` or ``own``. Scores of different tiers are never compared.
-        stop, max_tokens: where generation ends. The stop texts of a code set are for plain continuation.
-        delimiter, examples: of a choice set: the text between a prompt and a choice, and items that are shown
-            solved before each prompt (few-shot).
-    """
+    """The first line of a set. Other fields in it have no effect."""
 
     set: Text
-    kind: Literal["reasoning", "code", "choice"]
+    kind: Literal["reasoning", "code", "choice"]  # answers are compared, run, or chosen by likelihood
+    # Through the chat template, or plain continuation; also how code is asked of a model without a template.
     mode: Literal["chat", "complete", ""] = ""
     extract: Literal["answer tag", "last line"] = "last line"
-    tier: str = "own"
-    instruction: str = ""
-    stop: tuple[Text, ...] = ()
+    tier: str = "own"  # or ``nano`` or ``standard``; scores of different tiers are never compared
+    instruction: str = ""  # of a chat: behind the prompt, or around it where it has a ``{prompt}``
+    stop: tuple[Text, ...] = ()  # for plain continuation only where the set is code
     max_tokens: Annotated[int, Ge(1)] = 256
-    delimiter: str = " "
-    examples: tuple[Item, ...] = ()
+    delimiter: str = " "  # between a prompt and a choice
+    examples: tuple[Item, ...] = ()  # of choices, shown solved before each prompt (few-shot)
     licence: str = "not stated"
     source: str = "not stated"
     guess_rule: str = "not stated"
@@ -126,15 +109,14 @@ class ItemSet(Head):
     def load(cls, name: str | Path, folder: str | Path | None = None) -> ItemSet:
         """A set by the path of its file, or by its name, from ``folder`` or the shipped ones.
 
-        Raises:
-            PromptError: there is no such set, or its file is broken; the message names line and field.
+        A `PromptError` names what is missing, or the line and field that are wrong.
         """
         if Path(name).suffix == ".jsonl":
             return _read(Path(name))
-        paths = item_set_paths() | (item_set_paths(folder) if folder else {})
-        if str(name) not in paths:
-            raise PromptError(f"no question set {str(name)!r}", hint=f"there are: {', '.join(sorted(paths))}")
-        return _read(paths[str(name)])
+        known = item_set_paths() | (item_set_paths(folder) if folder else {})
+        if str(name) not in known:
+            raise PromptError(f"no question set {str(name)!r}", hint=f"there are: {', '.join(sorted(known))}")
+        return _read(known[str(name)])
 
     @classmethod
     def of_tier(cls, tier: str, folder: str | Path | None = None) -> list[ItemSet]:
@@ -172,21 +154,21 @@ class ItemSet(Head):
 
 def item_set_paths(folder: str | Path | None = None) -> dict[str, Path]:
     """Every ``*.jsonl`` of a folder (by default the shipped ones) by the name in its first line."""
-    paths = {}
-    for path in sorted((Path(folder) if folder else data_dir() / "prompts").glob("*.jsonl")):
+    by_name = {}
+    for path in sorted((Path(folder) if folder else paths.data_dir() / "prompts").glob("*.jsonl")):
         with path.open("rb") as file:
-            paths[_head(file.readline(), path).set] = path
-    return paths
+            by_name[_head(file.readline(), path).set] = path
+    return by_name
 
 
 def _read(path: Path) -> ItemSet:
-    if there_is(path) and not path.is_file():
-        raise PromptError("not a regular file", where=tilde(path), hint="give the path of a JSONL file")
+    if files.there_is(path) and not path.is_file():
+        raise PromptError("not a regular file", where=paths.tilde(path), hint="give the path of a JSONL file")
     try:
         raw = path.read_bytes()
     except OSError as error:
         hint = "give the path of a JSONL file, or the name of a set"
-        raise PromptError(f"cannot be read ({error.strerror})", where=tilde(path), hint=hint) from error
+        raise PromptError(f"cannot be read ({error.strerror})", where=paths.tilde(path), hint=hint) from error
     first, *lines = raw.split(b"\n")
     head, items = _head(first, path), dict[str, Item]()
     for number, line in enumerate(lines, start=2):
@@ -255,4 +237,6 @@ def _typed(kind: type, line: bytes, number: int, path: Path) -> Any:
 
 
 def _broken(path: Path, number: int, what: str) -> PromptError:
-    return PromptError(f"line {number}: {what}", where=tilde(path), hint="see data/prompts/ for the format")
+    return PromptError(
+        f"line {number}: {what}", where=paths.tilde(path), hint="see data/prompts/ for the format"
+    )

@@ -18,10 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import log_softmax
 
-from dfqs_nb.core.display import tqdm
-from dfqs_nb.core.errors import PromptError
-from dfqs_nb.core.files import write_json
-from dfqs_nb.core.journal import Journal
+from dfqs_nb.core import display, errors, journal
 from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model
 from dfqs_nb.scores.item_sets import Item, ItemSet
@@ -59,7 +56,7 @@ def choices_of(questions: ItemSet) -> ItemSet:
             items.append(replace(item, choices=tuple(chosen), gold=gold))
     if not items:
         hint = "take a reasoning set, or write a JSONL file of choices (see data/prompts/README.md)"
-        raise PromptError(f"{questions.name} has no {N_CHOICES} answers a family", hint=hint)
+        raise errors.PromptError(f"{questions.name} has no {N_CHOICES} answers a family", hint=hint)
     facts: dict[str, Any] = {"set": f"{questions.name}-choices", "kind": "choice", "mode": "chat"}
     return replace(questions, **facts, delimiter="", items=tuple(items), n_whole=len(items))
 
@@ -70,16 +67,15 @@ class Answers:
 
     ``items`` has a row a question: ``id``, ``family``, ``gold``, ``log_likelihoods`` (nats, one a choice),
     ``greedy`` (whether greedy decoding gives a choice), ``acc`` and ``acc_norm`` (0 or 1), ``margin`` (nats
-    between the right choice and the best wrong one), ``guess``. ``n_evaluated``: tokens evaluated in this
-    call; ``left_out``: what a budget left out.
+    between the right choice and the best wrong one), ``guess``.
     """
 
     questions: ItemSet
     model: str
     conditions: dict[str, Any] = field(repr=False)
     items: pd.DataFrame = field(repr=False)
-    n_evaluated: int = 0
-    left_out: tuple[str, ...] = ()
+    n_evaluated: int = 0  # tokens that this call evaluated
+    left_out: tuple[str, ...] = ()  # by a budget
 
     @property
     def sentence(self) -> str:
@@ -109,14 +105,9 @@ class Answers:
             error = float(values.std(ddof=1)) / sqrt(n) if n > 1 else 0.0
             scores |= {f"{metric},none": float(values.mean()), f"{metric}_stderr,none": error}
         samples = [
-            {
-                "doc_id": number,
-                "doc": {"id": item.id, "query": item.prompt, "choices": item.choices},
-                "target": item.gold,
-                "resps": [[list(pair)] for pair in zip(row.log_likelihoods, row.greedy, strict=True)],
-                "acc": float(row.acc),
-                "acc_norm": float(row.acc_norm),
-            }
+            {"doc_id": number, "doc": {"id": item.id, "query": item.prompt, "choices": item.choices}}
+            | {"target": item.gold, "acc": float(row.acc), "acc_norm": float(row.acc_norm)}
+            | {"resps": [[list(pair)] for pair in zip(row.log_likelihoods, row.greedy, strict=True)]}
             for number, (item, row) in enumerate(
                 zip(self.questions.items, self.items.itertuples(), strict=False)
             )
@@ -128,10 +119,6 @@ class Answers:
             "config": {"model": self.model, **self.conditions},
             "samples": {name: samples},
         }
-
-    def save(self, path: str | Path) -> Path:
-        """Write `as_lm_eval` as JSON, whole or not at all."""
-        return write_json(path, self.as_lm_eval())
 
 
 def answer(
@@ -146,32 +133,29 @@ def answer(
     """Score every choice of every question, or of the first ``limit``. The same call resumes a killed run.
 
     What the questions share (the solved examples) and what the choices of a question share (its prompt) is
-    evaluated once and then restored, so four choices cost little more than one.
-    ``<set>.likelihood.jsonl`` in ``folder`` keeps the answers.
-
-    Raises:
-        ContextFullError: a question does not fit into the context. DecodeError: llama.cpp fails.
+    evaluated once and then restored, so four choices cost little more than one. ``<set>.likelihood.jsonl``
+    in ``folder`` keeps the answers. A question that does not fit into the context is a `ContextFullError`.
     """
     import pandas as pd
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     conditions = {"prompt_set_sha256": questions.sha256, "model": model_id, **model.conditions()}
-    journal = Journal(folder / f"{questions.name}.likelihood.jsonl", conditions, fresh=fresh)
+    kept = journal.Journal(folder / f"{questions.name}.likelihood.jsonl", conditions, fresh=fresh)
     items = questions.items[:limit]
     if not items:
-        raise PromptError(f"a limit of {limit} leaves no question", hint="take 1 or more")
-    encoded = {item.id: encode(model, questions, item) for item in items if item.id not in journal}
+        raise errors.PromptError(f"a limit of {limit} leaves no question", hint="take 1 or more")
+    encoded = {item.id: encode(model, questions, item) for item in items if item.id not in kept}
     scorer = _Scorer(model, commonprefix([context for context, _ in encoded.values()]))
-    for item in tqdm(items, desc=questions.name, leave=False):
+    for item in display.tqdm(items, desc=questions.name, leave=False):
         if item.id in encoded:
             logs, greedy = zip(*scorer.choices(*encoded[item.id]), strict=True)
-            journal.add(item.id, log_likelihoods=logs, greedy=greedy)
+            kept.add(item.id, log_likelihoods=logs, greedy=greedy)
     rows = []
     for item in items:
-        values = np.array(journal[item.id]["log_likelihoods"])
+        values = np.array(kept[item.id]["log_likelihoods"])
         per_letter = values / [len(choice) for choice in item.choices]
-        row = {"id": item.id, "family": item.family, "gold": item.gold, **journal[item.id]}
+        row = {"id": item.id, "family": item.family, "gold": item.gold, **kept[item.id]}
         row |= {"acc": int(values.argmax() == item.gold), "acc_norm": int(per_letter.argmax() == item.gold)}
         margin = values[item.gold] - np.delete(values, item.gold).max()
         rows.append(row | {"margin": float(margin), "guess": 1 / len(values)})

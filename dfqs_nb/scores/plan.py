@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from dfqs_nb.scores.likelihood import Answers
 
 Sets = tuple[ItemSet, ...]
-DIVISORS = (1, 2, 4, 8, 16, 32, 64)  # a part is 1 of so many questions
-LEAST_ITEMS = 12  # of a set, while others are asked beside it
+SIZES = (1000, 96, 48, 24, 12)  # questions of a set, while others are asked beside it
+SMALL_SIZES = (6, 3, 1)  # of the first set alone
 MOST_CHOICES = 96  # questions of multiple choice
 SPEED_CUTS: list[dict[str, int]] = [{"repetitions": 3}, {"n_tokens": 32}, {"depths": 2}]
 SPEED_CUTS += [{"repetitions": 1}, {"n_tokens": 8}, {"depths": 1}]
@@ -29,20 +29,14 @@ SPEED_NAMES = {"repetitions": "timed repetitions", "n_tokens": "timed tokens", "
 
 @dataclass(frozen=True)
 class QuestionPlan:
-    """The sets, cut to what fits.
-
-    Attributes:
-        chosen: the whole sets. parts: those or even parts of them that will be asked.
-        seconds, full_seconds: of these and of all questions, if every answer has its full length.
-        budget_seconds: where answers are shorter, larger parts are asked as long as this holds them.
-    """
+    """The sets, cut to what fits if every answer has its full length; seconds of the parts and of all."""
 
     model: Model = field(repr=False)
     chosen: Sets
-    parts: Sets
+    parts: Sets  # of the chosen sets, as many questions as fit
     seconds: float
     full_seconds: float
-    budget_seconds: float
+    budget_seconds: float  # where answers are shorter, larger parts are asked as long as this holds them
     pace: Pace
     options: Options
 
@@ -107,19 +101,13 @@ def plan_questions(
 def _candidates(chosen: Sets) -> list[Sets]:
     """Parts of all sets, the largest first; then fewer sets; then less of the first, to a single question.
 
-    The last set goes before any shrinks below ``LEAST_ITEMS``: a dozen answers to one set say more than four
-    to each of three. A set that is as small from the start stays whole.
+    A dozen answers to one set say more than four to each of three.
     """
-
-    def even(divisor: int) -> Sets:
-        return tuple(each.part(max(LEAST_ITEMS, -(-len(each.items) // divisor))) for each in chosen)
-
-    least = even(DIVISORS[-1])
-    first = [least[0].part(len(least[0].items) // divisor) for divisor in DIVISORS[1:]]
-    candidates = [even(divisor) for divisor in DIVISORS]
-    candidates += [least[:n] for n in range(len(chosen) - 1, 0, -1)]
-    candidates += [(part,) for part in first if part.items]
-    return list(dict.fromkeys(candidates))
+    sizes = [(size, len(chosen)) for size in SIZES]
+    sizes += [(SIZES[-1], n_sets) for n_sets in range(len(chosen) - 1, 0, -1)]
+    sizes += [(size, 1) for size in SMALL_SIZES]
+    parts = (tuple(each.part(size) for each in chosen[:n_sets]) for size, n_sets in sizes)
+    return list(dict.fromkeys(parts))
 
 
 def _seconds(item_sets: Sequence[ItemSet], pace: Pace, options: Options) -> float:

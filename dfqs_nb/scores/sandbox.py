@@ -11,7 +11,6 @@ frame, early exits). It does not stop an attacker who exploits a fault of the ke
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -20,7 +19,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,16 +27,15 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import psutil
 
-from dfqs_nb.core.display import plain
-from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import parse_json
-from dfqs_nb.core.machine import usable_cores
+from dfqs_nb.core import display, errors, files, machine
 from dfqs_nb.scores import seccomp
 
+# The tests reached their end; an assertion of theirs failed; the code raised, or is no Python; two limits; it
+# ended before its tests did; a signal ended it.
 OUTCOMES = ("passed", "wrong", "error", "timeout", "memory", "exited", "crashed")
 SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
@@ -50,20 +47,12 @@ APART += " --new-session --cap-drop ALL --hostname sandbox"
 OWN_USER, NO_USER = "--cap-add CAP_SETUID --cap-add CAP_SETGID", "--unshare-user --uid 65534 --gid 65534"
 SMALL = f"--perms 1777 --size {32 << 20} --tmpfs"
 TEMPORARY = f"{SMALL} /tmp {SMALL} /dev/shm --remount-ro / --chdir /tmp"  # multiprocessing needs /dev/shm
-ATTEMPTS = 3  # at starting a candidate; a sandbox that does not start says nothing about the candidate
 FIRST_OWN_USER = 1 << 28  # no system gives out numbers like these
 LOOK_SECONDS = 0.1  # between two looks at the memory of a candidate's processes
 DRIVER = Path(__file__).with_name("driver.py").read_text(encoding="utf-8")
-ENVIRONMENT = {
-    "PATH": "/usr/bin:/bin",
-    "HOME": "/tmp",
-    "USER": "sandbox",
-    "LOGNAME": "sandbox",
-    "PYTHONHASHSEED": "0",
-    "PYTHONPATH": PACKAGES,
-    "MALLOC_ARENA_MAX": "2",  # each arena takes 64 MB of address space, which is limited
-    "OPENBLAS_NUM_THREADS": "1",
-}
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "USER": "sandbox", "LOGNAME": "sandbox"}
+ENVIRONMENT |= {"PYTHONHASHSEED": "0", "PYTHONPATH": PACKAGES, "OPENBLAS_NUM_THREADS": "1"}
+ENVIRONMENT |= {"MALLOC_ARENA_MAX": "2"}  # each arena takes 64 MB of address space, which is limited
 # Code that passes where a guard holds.
 GUARDS = {
     "network": "import socket\nassert [n for _, n in socket.if_nameindex()] in ([], ['lo'])",
@@ -77,23 +66,19 @@ GUARDS = {
 }
 
 
-class SandboxError(DfqsError):
+class SandboxError(errors.DfqsError):
     """There is no sandbox, or it does not start."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a candidate may use.
-
-    ``wall_seconds`` is loose, so that a busy machine lowers no score; ``memory_bytes`` bounds the address
-    space of each process and the memory of all; ``tasks`` are processes and threads together.
-    """
+    """What a candidate may use."""
 
     cpu_seconds: int = 5
-    wall_seconds: float = 60.0
-    memory_bytes: int = 1 << 30
+    wall_seconds: float = 60.0  # loose, so that a busy machine lowers no score
+    memory_bytes: int = 1 << 30  # address space of each process, and memory of all of them
     file_bytes: int = 1 << 20
-    tasks: int = 64
+    tasks: int = 64  # processes and threads together
 
     def rlimits(self) -> dict[str, int]:
         """The kernel's limits by name (``setrlimit(2)``)."""
@@ -107,33 +92,22 @@ LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Candidate:
-    """Code to run.
+    """Code to run."""
 
-    Attributes:
-        sources: texts that run one after another as one module.
-        tests: define ``check(candidate)``; without tests, code passes by reaching its end.
-        entry_point: the function (or class) that ``check`` is given.
-        helpers: the task, with what its tests may need of it; it runs beside the tests.
-    """
-
-    sources: tuple[str, ...]
-    tests: str = ""
-    entry_point: str = ""
-    helpers: str = ""
+    sources: tuple[str, ...]  # texts that run one after another as one module
+    tests: str = ""  # define ``check(candidate)``; without tests, code passes by reaching its end
+    entry_point: str = ""  # the function (or class) that ``check`` is given
+    helpers: str = ""  # the task, with what its tests may need of it; it runs beside the tests
 
     @property
     def key(self) -> str:
         """A hash of all of it."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:24]
+        return files.canonical_sha256(asdict(self))[:24]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a candidate.
-
-    ``outcome``: ``passed``; ``wrong`` (a test's assertion failed); ``error`` (it raised, or is no Python);
-    ``timeout``; ``memory``; ``exited`` (it ended before its tests did); ``crashed`` (a signal ended it).
-    """
+    """What became of a candidate: its tests passed, or the outcome says why not."""
 
     outcome: str
     detail: str = ""
@@ -146,32 +120,28 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """A way of running candidates on this machine.
+    """A way of running candidates on this machine."""
 
-    Attributes:
-        level: ``bubblewrap``, ``bubblewrap without a limit on ...`` (the kernel enforces none), or ``none``.
-        program: the path of ``bwrap``; empty at level ``none``. note: why there is no more, for people.
-        own_user: root started it, so each candidate gets a user number of its own instead of a user
-            namespace: the kernel does not count root's processes, so their number would have no limit.
-    """
-
-    level: str
-    program: str = ""
+    level: str  # ``bubblewrap``, ``bubblewrap without a limit on ...`` (the kernel sets none), or ``none``
+    program: str = ""  # the path of ``bwrap``
+    # Root started it: the kernel does not limit root's processes, so each candidate gets a user of its own.
     own_user: bool = False
-    note: str = ""
+    note: str = ""  # why the level is no better
 
-    def verdicts(self, candidates: Sequence[Candidate | str], limits: Limits = LIMITS) -> list[Verdict]:
+    def verdicts(
+        self, candidates: Sequence[Candidate | str], limits: Limits = LIMITS, progress: bool = False
+    ) -> list[Verdict]:
         """The verdict of each candidate, in order; as many run at once as there are cores; see `run`."""
-        with ThreadPoolExecutor(usable_cores()) as pool:
-            return list(pool.map(lambda candidate: run(candidate, self, limits), candidates))
+        with ThreadPoolExecutor(machine.usable_cores()) as pool:
+            ran = pool.map(lambda candidate: run(candidate, self, limits), candidates)
+            return list(
+                display.tqdm(ran, total=len(candidates), desc="tests", disable=not progress, leave=False)
+            )
 
     @property
     def safe(self) -> bool:
         """Whether candidates are kept from this machine's files and network."""
         return self.level != "none"
-
-
-# ---- finding a sandbox ----
 
 
 @lru_cache(maxsize=1)
@@ -228,76 +198,67 @@ def check_allowed(sandbox: Sandbox, allow_unsandboxed: bool = False) -> None:
         raise SandboxError(f"no sandbox for generated code ({sandbox.note})", hint=hint)
 
 
-# ---- running candidates ----
-
-
 def run(candidate: Candidate | str, sandbox: Sandbox, limits: Limits = LIMITS) -> Verdict:
     """Run a candidate with its tests; a text is code without tests.
 
-    A sandbox that does not start, even at the third try, is a `SandboxError`.
+    A sandbox that does not start is a `SandboxError`: it says nothing about the candidate.
     """
     candidate = Candidate((candidate,)) if isinstance(candidate, str) else candidate
-    for attempt in range(ATTEMPTS):
-        verdict, complaint = _run_once(candidate, sandbox, limits)
-        if verdict is not None:
-            return verdict
-        time.sleep(0.2 * attempt)
-    hint = "see whether `bwrap --ro-bind / / true` works; containers may forbid it"
-    raise SandboxError(f"the sandbox does not start: {complaint}", hint=hint)
-
-
-def _run_once(candidate: Candidate, sandbox: Sandbox, limits: Limits) -> tuple[Verdict | None, str]:
-    """A verdict, or None with the complaint of a sandbox that did not start."""
     nonce = secrets.token_hex(16)
     user = FIRST_OWN_USER + secrets.randbelow(1 << 28) if sandbox.own_user else 0
     job: dict[str, Any] = {**asdict(candidate), "nonce": nonce, "user": user, "limits": limits.rlimits()}
     if not sandbox.safe:
         del job["limits"]["RLIMIT_NPROC"]  # it would count all processes of this user
-    temporary = tempfile.TemporaryFile
-    with tempfile.TemporaryDirectory(prefix="dfqs-") as folder, temporary() as output, temporary() as calls:
-        calls.write(seccomp.program())
-        calls.seek(0)
-        with subprocess.Popen(
-            _command(sandbox, calls.fileno()),
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.PIPE,
-            cwd=folder,
-            env=ENVIRONMENT,
-            pass_fds=[calls.fileno()] if sandbox.safe else [],
-            start_new_session=True,
-        ) as process:
-            stopped, complaint = _feed(process, json.dumps(job).encode(), limits)
-        output.seek(0)
+    with (
+        tempfile.TemporaryDirectory(prefix="dfqs-") as folder,
+        _file_of(json.dumps(job).encode()) as told,
+        _file_of(seccomp.program()) as calls,
+        tempfile.TemporaryFile() as output,
+        tempfile.TemporaryFile() as complaint,
+    ):
+        streams: dict[str, Any] = {"stdin": told, "stdout": output, "stderr": complaint}
+        streams["pass_fds"] = [calls.fileno()] if sandbox.safe else []
+        command = _command(sandbox, calls.fileno())
+        process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, start_new_session=True, **streams)
+        stopped = _watched(process, limits)
+        for file in (output, complaint):
+            file.seek(0)
         ready, _, answer = output.read(1 << 16).partition(b"\n")
-    if ready != b"ready":
-        return None, complaint.strip() or f"no answer, status {process.returncode}"
-    return stopped or _verdict(answer, nonce, process.returncode), ""
+        if ready != b"ready":
+            why = complaint.read(1 << 16).decode("utf-8", "replace").strip()
+            what = f"the sandbox does not start: {why or f'no answer, status {process.returncode}'}"
+            raise SandboxError(
+                what, hint="see whether `bwrap --ro-bind / / true` works; containers may forbid it"
+            )
+    return stopped or _verdict(answer, nonce, process.returncode)
 
 
-def _feed(process: subprocess.Popen[bytes], job: bytes, limits: Limits) -> tuple[Verdict | None, str]:
-    """Hand over the job and wait: a verdict where a limit ended it, and what it wrote to standard error."""
+def _file_of(content: bytes) -> IO[bytes]:
+    """A temporary file with this content, to be read from its start."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    file.write(content)
+    file.seek(0)
+    return file
+
+
+def _watched(process: subprocess.Popen[bytes], limits: Limits) -> Verdict | None:
+    """Wait for the end, and end it with all that it started: a verdict where a limit was passed."""
     deadline = time.monotonic() + limits.wall_seconds
-    pipe, process.stdin = process.stdin, None
-
-    def hand_over() -> None:  # `communicate` would drop what a pipe does not take before its first timeout
-        with suppress(OSError), cast(IO[bytes], pipe) as into:
-            into.write(job)
-
-    threading.Thread(target=hand_over, daemon=True).start()
     try:
         while True:
             with suppress(subprocess.TimeoutExpired):
-                return None, process.communicate(timeout=LOOK_SECONDS)[1].decode("utf-8", "replace")
+                process.wait(LOOK_SECONDS)
+                return None
             if time.monotonic() > deadline:
-                return Verdict("timeout", "wall time"), ""
+                return Verdict("timeout", "wall time")
             if _held_bytes(process.pid) > limits.memory_bytes:
-                return Verdict("memory", f"{limits.memory_bytes >> 20} MiB in all its processes"), ""
-    finally:  # it and all that it started
+                return Verdict("memory", f"{limits.memory_bytes >> 20} MiB in all its processes")
+    finally:
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except (AttributeError, ProcessLookupError, PermissionError):
             process.kill()
+        process.wait()
 
 
 def _held_bytes(pid: int) -> int:
@@ -315,17 +276,17 @@ def _verdict(answer: bytes, nonce: str, status: int) -> Verdict:
     """What the judge wrote, or how the candidate (of a silent judge: the judge) ended."""
     facts: Any = None
     with suppress(ValueError):
-        facts = parse_json(answer)
+        facts = files.parse_json(answer)
     if not isinstance(facts, dict) or type(facts.get("status", 0)) is not int:
         facts = {"status": 128 - status if status > 128 else status}
     outcome, detail, ended = str(facts.get("outcome")), facts.get("detail"), facts.get("status", status)
     if outcome in OUTCOMES and (outcome != "passed" or facts.get("nonce") == nonce):
-        return Verdict(outcome, plain(detail))
+        return Verdict(outcome, display.plain(detail))
     if ended == -getattr(signal, "SIGXCPU", 0) < 0:
         return Verdict("timeout", "CPU time")
     if ended < 0:
         return Verdict("crashed", f"signal {-ended}")
-    return Verdict("exited", plain(detail or f"status {ended} before its tests ended"))
+    return Verdict("exited", display.plain(detail or f"status {ended} before its tests ended"))
 
 
 def _command(sandbox: Sandbox, calls: int) -> list[str]:

@@ -59,13 +59,8 @@ def program(machine: str = platform.machine()) -> bytes:
         steps += when(numbers[column], _step(RETURN, FAIL | EPERM))
     # clone3 hides its flags behind a pointer; libraries fall back to clone where there is none
     steps += when(CLONE3[column], _step(RETURN, FAIL | ENOSYS))
-    steps += when(
-        CLONE[column],
-        _step(LOAD, ARGUMENT),
-        _step(ANY_BIT, NEW_NAMESPACES, 0, 1),
-        _step(RETURN, FAIL | EPERM),
-        _step(RETURN, ALLOW),
-    )
+    new = [_step(LOAD, ARGUMENT), _step(ANY_BIT, NEW_NAMESPACES, 0, 1), _step(RETURN, FAIL | EPERM)]
+    steps += when(CLONE[column], *new, _step(RETURN, ALLOW))
     known = [_step(EQUAL, family, len(FAMILIES) - i, 0) for i, family in enumerate(FAMILIES)]
     steps += when(SOCKET[column], _step(LOAD, ARGUMENT), *known, _step(RETURN, FAIL | EAFNOSUPPORT))
     return b"".join([*steps, _step(RETURN, ALLOW)])

@@ -11,15 +11,18 @@ import os
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.machine import available_memory, random_read_speed, usable_cores, watched_load
+from dfqs_nb.core.machine import random_read_speed, usable_cores, watched_load
+from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.reading import FLASH, ActiveBytes, active_bytes, cache_bytes_read
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.timing import measure_speed
@@ -31,9 +34,6 @@ BUFFER_BYTES = 256 << 20  # that each thread reads: more than the processor's ca
 DISK_BYTES = 256 << 20
 METRIC_DEPTH = 512  # of ``cpu_tokens_per_sec``
 GB = 1e9
-
-
-# ---- what this machine gives ----
 
 
 def memory_bandwidth(n_threads: int = 0) -> float:
@@ -67,9 +67,6 @@ def disk_bandwidth(folder: str | Path) -> float | None:
         file.flush()
         os.fsync(file.fileno())
         return random_read_speed(file.name)
-
-
-# ---- measurements ----
 
 
 def speed_by_depth(
@@ -121,9 +118,6 @@ def sentence(row: pd.Series) -> str:
     return f"decode {row['median']:,.1f} tokens/s at depth {row['depth']} {spread}{busy}"
 
 
-# ---- what a described machine gives ----
-
-
 class Place(NamedTuple):
     """A place that weights are read from: its name, how many bytes of them it holds, bytes a second."""
 
@@ -156,58 +150,30 @@ def speed_bound(weights: ActiveBytes, places: Sequence[Place]) -> tuple[float, d
     return 1 / seconds, shares
 
 
-# The card's table (tokens a second) with a machine for each row, then two machines that it does not name, to
-# show what paging costs. Bandwidths: JEDEC's rate for two channels of DDR5-5600 (89.6 GB/s), NVIDIA's data
-# sheets (RTX 3090: 936 GB/s and 24 GB; H100 SXM: 3,350 GB/s and 80 GB), a PCIe 3 drive (3.5 GB/s), and SATA's
-# limit (0.55 GB/s).
-DISK, NO_CLAIM = float("inf"), (float("nan"), float("nan"))
-SATA = "not in the card: 32 GB, SATA"
-DDR5, SMALL_DDR5 = Place("memory", 120 * GB, 89.6 * GB), Place("memory", 28 * GB, 89.6 * GB)
-CARD: dict[str, tuple[tuple[float, float], list[Place]]] = {
-    "CPU, 128 GB of DDR5-5600": ((0.2, 0.5), [DDR5]),
-    "RTX 3090": ((1.0, 3.0), [Place("GPU", 22 * GB, 936 * GB), DDR5]),
-    "2 x RTX 3090": ((5.0, 8.0), [Place("GPU", 44 * GB, 936 * GB), DDR5]),
-    "H100": ((15.0, 25.0), [Place("GPU", 76 * GB, 3350 * GB)]),
-    "not in the card: 32 GB, NVMe": (NO_CLAIM, [SMALL_DDR5, Place("disk", DISK, 3.5 * GB)]),
-    SATA: (NO_CLAIM, [SMALL_DDR5, Place("disk", DISK, 0.55 * GB)]),
-}
-
-
-def card_table(weights: ActiveBytes = FLASH, here: Sequence[Place] = ()) -> pd.DataFrame:
+def card_table(weights: ActiveBytes = FLASH) -> pd.DataFrame:
     """What the card claims beside what reading allows.
 
     Columns: ``machine``, ``claimed_low``, ``claimed_high``, ``bound`` (tokens a second), ``from_disk`` (share
     of a token's bytes), ``reached`` (the claim's upper end / the bound; NaN where nothing is claimed).
-
-    Args:
-        weights: bytes a token; DeepSeek-V4-Flash-IQ1_S-XL's by default.
-        here: this machine's places, for a row of its own where they hold all weights (a disk that could not
-            be measured is none).
+    ``weights``: bytes a token, by default those of DeepSeek-V4-Flash-IQ1_S-XL.
     """
     import pandas as pd
 
-    rows, machines = [], dict(CARD)
-    if sum(place.capacity_bytes for place in here) >= weights.weights:
-        machines["this machine"] = (NO_CLAIM, list(here))
-    for name, (claim, places) in machines.items():
-        bound, shares = speed_bound(weights, places)
-        rows.append((name, *claim, bound, shares.get("disk", 0.0), claim[1] / bound))
+    card = tomllib.loads((data_dir() / "spec" / "card_speeds.toml").read_text(encoding="utf-8"))["machine"]
+    rows = []
+    for machine in card:
+        low, high = machine.get("claimed", (nan, nan))
+        bound, shares = speed_bound(weights, [Place(*place) for place in machine["places"]])
+        rows.append((machine["name"], low, high, bound, shares.get("disk", 0.0), high / bound))
     names = ["machine", "claimed_low", "claimed_high", "bound", "from_disk", "reached"]
     return pd.DataFrame(rows, columns=names)
 
 
 def card_sentence(table: pd.DataFrame) -> str:
     """The card's CPU speed beside its bound, in words."""
-    cpu, paged = table.iloc[0], table.set_index("machine").loc[SATA]
+    cpu, paged = table.iloc[0], table.iloc[-1]
     return (
         f"{cpu['machine']}: the card's {cpu['claimed_low']} to {cpu['claimed_high']} tokens/s are at most "
         f"{cpu['reached']:.0%} of the bound, {cpu['bound']:,.1f}. With {paged['from_disk']:.0%} of a token's "
         f"bytes from a SATA disk the bound is {paged['bound']:,.2f}."
     )
-
-
-def places_here(folder: str | Path, bandwidth: float) -> list[Place]:
-    """This machine as places: its free memory and its disk (left out where it cannot be measured)."""
-    memory = Place("memory", float(available_memory().available_bytes), bandwidth)
-    disk = disk_bandwidth(folder)
-    return [memory, Place("disk", DISK, disk)] if disk else [memory]

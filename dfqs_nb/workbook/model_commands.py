@@ -227,6 +227,7 @@ def choices(
 
     Resumes after a kill. Example: `dfqs-nb choices model.gguf --set questions.jsonl`
     """
+    from dfqs_nb.core.files import write_json
     from dfqs_nb.scores import likelihood
 
     questions = likelihood.load_choices(set_name)
@@ -236,7 +237,8 @@ def choices(
         result = likelihood.answer(opened, questions, folder, **options)
     say(result.sentence)
     say_table(result.families())
-    say(f"wrote {tilde(result.save(folder / f'{questions.name}.lm_eval.json'))}")
+    written = write_json(folder / f"{questions.name}.lm_eval.json", result.as_lm_eval())
+    say(f"wrote {tilde(written)}")
 
 
 @app.command(rich_help_panel=shared.MEASURE)

@@ -127,7 +127,7 @@ def test_acc_norm_divides_by_the_length_of_a_choice(model, own, tmp_path):
 
 def test_the_file_has_the_layout_of_lm_eval(model, own, tmp_path):
     answers = likelihood.answer(model, load_choices(own()), tmp_path)
-    result = json.loads(answers.save(tmp_path / "result.json").read_text())
+    result = json.loads(json.dumps(answers.as_lm_eval()))
     scores, samples = result["results"]["own"], result["samples"]["own"]
     right = [sample["acc"] for sample in samples]
     assert scores["acc,none"] == pytest.approx(np.mean(right))

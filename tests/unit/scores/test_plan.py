@@ -55,7 +55,7 @@ def test_a_budget_is_kept_and_the_last_sets_go_last(planned):
         made = planned(full * share)
         n_sets.append(len(made.parts))
         assert made.seconds <= full * share and "more, if answers turn out shorter" in made.sentence
-        assert min(len(part.items) for part in made.parts) >= plan.LEAST_ITEMS
+        assert min(len(part.items) for part in made.parts) >= plan.SIZES[-1]
     assert n_sets == [3, 3, 2, 1], "a dozen answers of a set, or none"
     least = planned(0)
     assert [one.name for one in least.parts] == [SETS[0].name]

@@ -251,24 +251,18 @@ def test_a_bubblewrap_that_isolates_nothing_is_none(monkeypatch, tmp_path):
     assert found.level == "none" and "files" in found.note
 
 
-def test_a_sandbox_that_fails_to_start_is_tried_again_and_then_an_error(monkeypatch):
-    tries = []
-
-    def fail(*_):
-        tries.append(1)
-        return (None, "no space left") if len(tries) < 3 else (sandbox.Verdict("passed"), "")
-
-    monkeypatch.setattr(sandbox, "_run_once", fail)
-    assert run("", Sandbox("bubblewrap", "bwrap")).passed and len(tries) == 3
-    monkeypatch.setattr(sandbox, "_run_once", lambda *_: (None, "no space left"))
+def test_a_sandbox_that_fails_to_start_is_an_error(tmp_path):
+    failing = tmp_path / "bwrap"
+    failing.write_text("#!/bin/sh\necho no space left >&2\nexit 1\n")
+    failing.chmod(0o755)
     with pytest.raises(SandboxError, match="does not start: no space left"):
-        run("", Sandbox("bubblewrap", "bwrap"))
+        run("", Sandbox("bubblewrap", str(failing)))
 
 
 @needs_sandbox
 def test_candidates_run_at_the_same_time():
     most, running, lock = [0], [0], threading.Lock()
-    original = sandbox._run_once
+    original = sandbox.run
 
     def counted(*arguments):
         with lock:
@@ -281,7 +275,7 @@ def test_candidates_run_at_the_same_time():
                 running[0] -= 1
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "_run_once", counted)
+        patch.setattr(sandbox, "run", counted)
         FOUND.verdicts(["import time; time.sleep(0.2)"] * 4)
     assert most[0] == min(4, usable_cores())
 
@@ -310,7 +304,7 @@ def test_verdicts_agree_with_human_evals_own_checker():
 FORGERIES = {
     "an object that equals everything": (
         "class Any:\n    def __eq__(self, other): return True\ndef double(n): return Any()",
-        "wrong",
+        "error",
     ),
     "a number that equals everything": (
         "class Any(int):\n    def __eq__(self, other): return True\ndef double(n): return Any(7)",
@@ -318,7 +312,7 @@ FORGERIES = {
     ),
     "a list of objects that equal everything": (
         "class Any:\n    def __eq__(self, other): return True\ndef double(n): return [Any()]",
-        "wrong",
+        "error",
     ),
     "constants of the callers": (
         "import sys\ndef double(n):\n    frame, seen = sys._getframe(1), []\n    while frame:\n"
@@ -336,7 +330,7 @@ FORGERIES = {
     "a pickle that runs code": (
         "import os\nclass Bomb:\n    def __reduce__(self): return os._exit, (0,)\n"
         "def double(n): return Bomb()",
-        "wrong",
+        "error",
     ),
     "messages of its own": (
         "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'x' * 64)\n    except OSError: pass\n"
@@ -391,14 +385,12 @@ JUDGING = {
         "c(x for x in [1]) == 42",
     ),
     "a class of the library, changed by a pickle": (
-        # GLOBAL Fraction; BUILD it with a function of the candidate as `__eq__`; answer with a Fraction
-        "import __main__, struct, sys\ndef yes(*a): return True\ndef double(n):\n    frame = sys._getframe()\n"
-        "    while not isinstance(frame.f_locals.get('self'), __main__._Peer): frame = frame.f_back\n"
-        "    peer = frame.f_locals['self']\n    peer.objects[7] = yes\n"
-        "    mark = b'c__main__\\n_marked\\n(Vmine\\nI7\\ntR'\n"
-        "    raw = b'(Vvalue\\n(cfractions\\nFraction\\n(N(V__eq__\\n' + mark + b'dtb)R)tt.'\n"
-        "    peer.outgoing.write(struct.pack('<Q', len(raw)) + raw); peer.outgoing.flush()\n"
-        "    while True: peer.answer(*peer.receive()[1:])",
+        # GLOBAL Fraction; BUILD it with `complex` as `__eq__`, which gives true; answer with a Fraction
+        "import struct, sys, time\ndef double(n):\n    frame = sys._getframe()\n"
+        "    while 'outgoing' not in frame.f_locals: frame = frame.f_back\n"
+        "    raw = b'(Vvalue\\ncfractions\\nFraction\\n(N(V__eq__\\ncbuiltins\\ncomplex\\ndtb)R)t.'\n"
+        "    pipe = frame.f_locals['outgoing']\n"
+        "    pipe.write(struct.pack('<Q', len(raw)) + raw); pipe.flush(); time.sleep(9)",
         "c(2) == 4",
     ),
 }
@@ -413,11 +405,10 @@ def test_the_candidate_does_not_judge_itself(name):
 
 
 @needs_sandbox
-def test_tests_may_use_a_library_that_the_candidate_imports():
-    code = "import math, numpy as np, os.path as paths\ndef double(n): return 2 * n"
-    tests = "def check(c):\n    assert math.isclose(c(2), 4) and np.allclose(c(2), 4) and paths.join('a')\n"
-    said = verdict(code, LIMITS, tests)
-    assert said.passed, said
+def test_tests_use_the_libraries_and_the_functions_of_the_task():
+    tests = "def check(c):\n    assert math.isclose(half(c(2)), 2)\n"
+    assert verdict(RIGHT, LIMITS, tests, "import math\ndef half(n): return n / 2\n").passed
+    assert verdict("import math\ndef half(n): return n / 2\n" + RIGHT, LIMITS, tests).outcome == "error"
 
 
 # ---- right code of every kind passes, whatever it uses ----
@@ -482,15 +473,6 @@ def test_an_answer_that_no_judge_gives_is_no_pass(answer):
 CROSSING = {
     "changes in place": ("def double(xs): xs.sort()", "    x = [3, 1]; candidate(x)\n    assert x == [1, 3]"),
     "a generator": ("def double(n):\n    yield n\n    yield n", "    assert list(candidate(1)) == [1, 1]"),
-    "a class": (
-        "class double:\n    def __init__(self): self.xs = []\n    def push(self, x): self.xs.append(x)\n"
-        "    def __len__(self): return len(self.xs)",
-        "    s = candidate(); s.push(5)\n    assert len(s) == 1 and s.xs == [5]",
-    ),
-    "a function as argument": (
-        "def double(f): return f(1) + f(2)",
-        "    assert candidate(lambda x: 2 * x) == 6",
-    ),
     "an exception": (
         "class Bad(ValueError): pass\ndef double(n): raise Bad('no')",
         "    try: candidate(1)\n    except ValueError as e: assert str(e) == 'no'\n    else: assert False",
@@ -501,24 +483,23 @@ CROSSING = {
         "def double(n): return [Counter('aab'), P(1, 2), Fraction(1, 2), E.A, range(2), {1}, deque([1])]",
         "    assert candidate(0)[:6] == [{'a': 2, 'b': 1}, (1, 2), 0.5, 1, range(2), {1}]",
     ),
-    "another function of the candidate": (
-        "def half(n): return n // 2\ndef double(n): return 2 * n",
-        "    assert half(candidate(4)) == 4",
-    ),
-    "a class of the task": (
-        "def double(node): return node.value + node.next.value",
-        "    assert candidate(Node(1, Node(2))) == 3",
-    ),
 }
-NODE = "class Node:\n    def __init__(self, value, next=None): self.value, self.next = value, next\n"
 
 
 @needs_sandbox
 @pytest.mark.parametrize("name", CROSSING)
 def test_what_tests_and_candidate_hand_each_other(name):
     code, check = CROSSING[name]
-    said = verdict(code + "\n", LIMITS, f"def check(candidate):\n{check}\n", NODE)
+    said = verdict(code + "\n", LIMITS, f"def check(candidate):\n{check}\n")
     assert said.passed, said
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "code", ["class double:\n    def __init__(self, n): pass", "def double(n): return abs"]
+)
+def test_an_object_does_not_cross_and_the_verdict_says_so(code):
+    assert verdict(code).outcome == "error" and "cannot cross between" in verdict(code).detail
 
 
 # ---- the kernel's other doors ----
