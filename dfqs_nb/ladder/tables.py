@@ -259,14 +259,22 @@ def hand_on(stage: Stage, ladder: Ladder, compared: pd.DataFrame) -> list[str]:
     for row in (rungs[1], low) if len(rungs) > 2 else rungs[1:]:
         known = row["kld_low"] == row["kld_low"]
         interval = f"{row['kld_low']:.2g} to {row['kld_high']:.2g}" if known else "unknown"
+        above = "; the others lift the mean above that" if row["kld"] > row["kld_tail"] else ""
         lines.append(
             f"{row['rung']}: KL divergence {row['kld']:.2g} nats (95 % interval {interval}, 99 % of tokens "
-            f"under {row['kld_tail']:.2g}, n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks)"
+            f"under {row['kld_tail']:.2g}{above}, n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks)"
             + (f", same experts in {row['routing']:.1%}" if row["routing"] == row["routing"] else "")
         )
+
+    def counted(row: dict[str, Any], kind: str) -> str:
+        pair = (compared["a"] == row["a"]) & (compared["b"] == row["b"]) & (compared["kind"] == kind)
+        n = sorted({*compared[pair]["n"]})
+        return f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}"
+
     lines += [
         f"{row['step']} ({row['a']} at {row['bits_a']:.2f} bits to {row['b']} at {row['bits_b']:.2f}): "
-        f"fidelity {row['fidelity']}; ability {row['ability']}"
+        f"fidelity {row['fidelity']} ({counted(row, 'fidelity')} chunks or texts); "
+        f"ability {row['ability']} ({counted(row, 'ability')} questions or texts)"
         for row in levels
     ]
     lines += [f"{name} failed: {why}" for name, why in ladder.failed.items()]

@@ -6,25 +6,20 @@ logged that buffer, a verdict says "as logged".
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.core.machine import available_memory
-from dfqs_nb.core.paths import outputs_dir
-from dfqs_nb.gguf.facts import class_sizes
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.models import registered
 from dfqs_nb.gguf.published import published_shape
 from dfqs_nb.gguf.reading import FLASH, active_bytes
-from dfqs_nb.merge import methods_table
 from dfqs_nb.report.spec import GB, Compute, claims_spec, filled, requirements_spec
 
 if TYPE_CHECKING:
@@ -35,22 +30,6 @@ CONTEXTS = (8192, 16384, 32768, 131072, 1048576)
 SINGLE = "deepseek-v4-flash-iq1_s-xl-single"  # in data/models.toml
 IQ1_S_BITS, Q8_0_BITS = 1.5625, 8.5  # a weight, scales included: 50 bytes for 256, 34 for 32
 Limit = tuple[str, str, float]  # resource, whose limit, bytes
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a machine has, in bytes: memory, and free disk under the run's folder."""
-
-    memory_bytes: int
-    disk_free_bytes: int
-
-
-def this_machine(folder: str | Path | None = None) -> Machine:
-    """This machine's memory, and the free disk under ``folder`` (the outputs' when not given)."""
-    folder = Path(folder or outputs_dir())
-    while not folder.exists():
-        folder = folder.parent
-    return Machine(available_memory().total_bytes, shutil.disk_usage(folder).free)
 
 
 def planned_compute(path: str | Path, contexts: Iterable[int], settings: OpenSettings) -> dict[int, Compute]:
@@ -73,29 +52,27 @@ def planned_compute(path: str | Path, contexts: Iterable[int], settings: OpenSet
 
 def hardware_envelope(
     header: GGUFHeader,
-    machine: Machine,
+    memory_bytes: int,
     compute: Mapping[int, Compute] = {},
     *,
     flash_attn: bool = False,
     is_artifact: bool = False,
 ) -> dict[str, Any]:
-    """The envelope of the model that this header describes, against a machine, as values that JSON takes.
+    """The envelope of the model that a header describes, against this machine's memory, as JSON takes it.
 
     ``compute`` has compute buffers by context (`planned_compute`); nothing is said to fit without. With
     ``flash_attn`` the smaller one counts. ``is_artifact``: hold it against the table of DFQS 1.0, too.
     """
-    facts = {
+    facts: dict[str, Any] = {
         "model": header.get("general.name") or header.path.stem,
         "source": "the header of the file",
         "assumptions": [],
         "weights_bytes": weights_bytes(header),
         "routed_bytes": active_bytes(header).routed_total,
         "file_bytes": header.end_offset - header.start,
-        "header_bytes": header.data_offset - header.start,
-        "weights": [{key: row[key] for key in ("class", "bytes", "types")} for row in class_sizes(header)],
     }
     cache = [_cache_row(header, n_ctx, compute) for n_ctx in within(header)]
-    return _envelope(facts, cache, machine, flash_attn, is_artifact, here=True)
+    return _envelope(facts, cache, memory_bytes, flash_attn, is_artifact)
 
 
 def within(header: GGUFHeader) -> list[int]:
@@ -104,7 +81,7 @@ def within(header: GGUFHeader) -> list[int]:
     return sorted({n for n in CONTEXTS if not own or n < own} | ({int(own)} if own else set()))
 
 
-def published_envelope(machine: Machine) -> dict[str, Any]:
+def published_envelope(memory_bytes: int) -> dict[str, Any]:
     """The envelope of DeepSeek-V4-Flash-IQ1_S-XL from what was published of it, without its file.
 
     As `hardware_envelope`. Its split into experts and the rest is a range, from the assumptions that it
@@ -118,11 +95,9 @@ def published_envelope(machine: Machine) -> dict[str, Any]:
     embedding = FLASH.weights - FLASH.dense - experts
     most_token = round(others * Q8_0_BITS / 8) - embedding + FLASH.routed
     sizes = {"experts": experts, "fewest": fewest, "rest": rest, "most_rest": most_rest, "others": others}
-    known = {
-        name: value / GB for name, value in (sizes | {"token": FLASH.total, "most_token": most_token}).items()
-    }
+    sizes |= {"token": FLASH.total, "most_token": most_token}
+    known = {name: value / GB for name, value in sizes.items()}
     known |= {"bits": 8 * rest / others, "most_bits": 8 * most_rest / others}
-    rest_types = filled("{bits:.1f} to {most_bits:.1f} bits a weight", known)
     facts = {
         "model": f"{shape.path}-IQ1_S-XL",
         "source": "the published configuration and file size",
@@ -130,14 +105,9 @@ def published_envelope(machine: Machine) -> dict[str, Any]:
         "weights_bytes": nbytes,
         "routed_bytes": fewest,
         "file_bytes": nbytes,
-        "header_bytes": None,
-        "weights": [
-            {"class": "routed experts", "bytes": experts, "types": "IQ1_S, Q2_K"},
-            {"class": "everything else", "bytes": rest, "types": rest_types},
-        ],
     }
     cache = [_cache_row(shape, n_ctx, spec.published_compute, spec.gpu_compute) for n_ctx in CONTEXTS]
-    return _envelope(facts, cache, machine, flash_attn=False, is_artifact=True, here=False)
+    return _envelope(facts, cache, memory_bytes, flash_attn=False, is_artifact=True)
 
 
 def _cache_row(
@@ -158,35 +128,20 @@ def _cache_row(
 def _envelope(
     facts: Mapping[str, Any],
     cache: list[dict[str, Any]],
-    machine: Machine,
+    memory_bytes: int,
     flash_attn: bool,
     is_artifact: bool,
-    here: bool,
 ) -> dict[str, Any]:
-    """What fits where, beside the facts; ``here``: the files lie on this disk, so only the extra counts."""
-    spec = requirements_spec().envelope
-    levels = {f"DFQS 1.0 {level}": level for level in ("minimum", "recommended") if is_artifact}
+    """What fits where, beside the facts."""
+    spec, levels = requirements_spec().envelope, ("minimum", "recommended") if is_artifact else ()
     limits: list[Limit] = [
-        ("RAM", "this machine", machine.memory_bytes),
-        *(("RAM", name, spec.ram[level] * GB) for name, level in levels.items()),
-        *(("VRAM", name, spec.vram[level] * GB) for name, level in levels.items()),
+        ("RAM", "this machine", memory_bytes),
+        *(("RAM", f"DFQS 1.0 {level}", spec.ram[level] * GB) for level in levels),
+        *(("VRAM", f"DFQS 1.0 {level}", spec.vram[level] * GB) for level in levels),
     ]
     chosen = "compute_flash_bytes" if flash_attn else "compute_bytes"
-    model, storage = facts["file_bytes"], []
-    extra = methods_table(model, facts["header_bytes"] or 0, {})["extra disk (bytes)"]
-    for mode, method in spec.merge_modes.items():
-        more = int(extra[method])
-        total, own = model + more, more if here else model + more
-        row = {"mode": mode, "extra_bytes": more, "total_bytes": total}
-        row["this machine"] = verdict(own, own, machine.disk_free_bytes)
-        disks = {name: spec.storage[level] * GB for name, level in levels.items()}
-        storage.append(row | {name: verdict(total, total, limit) for name, limit in disks.items()})
-    return {
-        **facts,
-        "cache": cache,
-        "fits": [_fit(facts, row, row[chosen], limit) for row in cache for limit in limits],
-        "storage": storage,
-    }
+    fits = [_fit(facts, row, row[chosen], limit) for row in cache for limit in limits]
+    return {**facts, "cache": cache, "fits": fits}
 
 
 def verdict(
@@ -243,24 +198,13 @@ def _fit(facts: Mapping[str, Any], row: Mapping[str, Any], compute: int | None, 
 
 
 def envelope_tables(envelope: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """The envelope as frames to show; sizes in GB (10^9 bytes), of a small model in MB (10^6 bytes).
-
-    ``weights`` by class; ``cache`` by context; ``fits`` one row a limit, one column a context; ``storage`` by
-    mode.
-    """
+    """``cache`` by context, in GB or (of a small model) MB; ``fits``: a row a limit, a column a context."""
     unit, scale = ("GB", GB) if envelope["file_bytes"] >= GB else ("MB", 10**6)
-    weights, cache, storage = (pd.DataFrame(envelope[name]) for name in ("weights", "cache", "storage"))
-    names = requirements_spec().envelope.buffers
+    cache, names = pd.DataFrame(envelope["cache"]), requirements_spec().envelope.buffers
     sizes = {f"{new} ({unit})": cache[old].astype(float) / scale for old, new in names.items()}
-    totals = {
-        f"{new} ({unit})": storage.pop(old) / scale
-        for old, new in (("total_bytes", "in all, at most"), ("extra_bytes", "extra, at most"))
-    }
     return {
-        "weights": weights.assign(**{unit: weights["bytes"] / scale}).set_index("class")[[unit, "types"]],
         "cache": pd.DataFrame(sizes).set_index(cache["n_ctx"]).dropna(axis="columns", how="all"),
         "fits": _fits_frame(pd.DataFrame(envelope["fits"])),
-        "storage": pd.concat([storage.pop("mode"), pd.DataFrame(totals), storage], axis=1).set_index("mode"),
     }
 
 

@@ -43,7 +43,7 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
     """
     folder = Path(folder)
     run = read_run(folder)
-    header, here = _header(run), envelope.this_machine(folder)
+    header = _header(run)
     level, details = artifact_match(header, run).level, details_of(run)
     metrics = {name: detail["value"] for name, detail in details.items()}
     drawn = {name: stage for name, stage in run.stages.items() if name in DRAWN_ON}
@@ -69,9 +69,9 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
         "conditions_sha256": canonical_sha256(_rounded(conditions)),  # as they will stand in the file
         "items": _items(run),
         "routing": asdict(verdict) if verdict else None,
-        "conformance": check_requirements(run, header, machine=here, metrics=metrics).to_dict("records"),
+        "conformance": check_requirements(run, header, metrics).to_dict("records"),
         "claims": [] if claims is None else claims.to_dict("records"),
-        "hardware_envelope": _envelopes(run, header, here, level, ask_llama_cpp),
+        "hardware_envelope": _envelopes(run, header, level, ask_llama_cpp),
         "machine": (run.scores.machine if run.scores else None) or machine.describe(),  # that of the speeds
         "versions": _versions(),
         "sources": dict(sorted(sources.items())),
@@ -334,9 +334,7 @@ def _items(run: Run) -> dict[str, list[dict[str, str]]]:
     }
 
 
-def _envelopes(
-    run: Run, header: GGUFHeader, here: envelope.Machine, level: str, ask_llama_cpp: bool
-) -> dict[str, Any]:
+def _envelopes(run: Run, header: GGUFHeader, level: str, ask_llama_cpp: bool) -> dict[str, Any]:
     """The hardware envelope of this model, and of the published artifact where the report is about it."""
     given = run.generate.conditions if run.generate else {}
     known = {field.name for field in fields(OpenSettings)} & {*given}
@@ -344,12 +342,13 @@ def _envelopes(
     compute = envelope.planned_compute(
         header.path, envelope.within(header) if ask_llama_cpp else [], settings
     )
+    memory = machine.available_memory().total_bytes
     own = envelope.hardware_envelope(
-        header, here, compute=compute, flash_attn=settings.flash_attn, is_artifact=level == "artifact"
+        header, memory, compute, flash_attn=settings.flash_attn, is_artifact=level == "artifact"
     )
-    demonstrated = envelope.published_envelope(here) if level in ("reference", "model") else None
+    demonstrated = envelope.published_envelope(memory) if level in ("reference", "model") else None
     paging = run.generate.paging if run.generate else {}
-    return {"model": own, "artifact": demonstrated, "machine": asdict(here), "paging": paging}
+    return {"model": own, "artifact": demonstrated, "memory_bytes": memory, "paging": paging}
 
 
 def _versions() -> dict[str, str]:

@@ -14,11 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from dfqs_nb.core.display import size
-from dfqs_nb.core.errors import HeaderError, RegistryError
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import estimate
-from dfqs_nb.report.envelope import Machine
 from dfqs_nb.report.spec import Requirement, filled, requirements_spec
 from dfqs_nb.report.stages import Run, Settings
 
@@ -28,7 +24,6 @@ COLUMNS = ("id", "level", "requirement", "verdict", "evidence", "notebook", "how
 LONG_FROM, LONG_TO = 8192, 65536  # the lengths that the paper names for the long-context curve
 # Equal where metrics were measured; n_ctx is not listed, because the curve varies it.
 SHARED = tuple(name for name in Settings.model_fields if name not in ("model", "n_ctx"))
-ESTIMATED = ("n_ctx", "n_ubatch", "type_k", "type_v", "swa_full", "use_mmap")  # what memory depends on
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,6 @@ class Case:
     requirement: Requirement
     run: Run
     header: GGUFHeader | None
-    machine: Machine
     metrics: Mapping[str, Any]
 
     def text(self, sentence: str, /, **values: Any) -> str:
@@ -52,32 +46,26 @@ class Case:
         met = (MET if verdict else NOT_MET) if isinstance(verdict, bool) else verdict
         return met, self.text(sentence, **values)
 
-    def answered(self, **values: Any) -> tuple[str, str]:
+    def answered(self) -> tuple[str, str]:
         """Met where notebook 03's prompts were answered."""
         done = bool(self.run.generate and self.run.generate.answered)
-        return self.judged(done, "met" if done else "silent", **values)
+        return self.judged(done, "met" if done else "silent")
 
 
-def check_requirements(
-    run: Run, header: GGUFHeader | None, *, machine: Machine, metrics: Mapping[str, Any]
-) -> pd.DataFrame:
+def check_requirements(run: Run, header: GGUFHeader | None, metrics: Mapping[str, Any]) -> pd.DataFrame:
     """Judge every requirement of DFQS 1.0 by the stages of one run: a row each, columns `COLUMNS`.
 
-    ``header`` is of the model that was run, ``machine`` where it ran, and ``metrics`` the required ones by
-    name, None for one that is withheld.
+    ``header`` is of the model that was run; ``metrics`` are the required ones by name, None for one withheld.
     """
     rows = []
     for row in requirements_spec().requirements:
-        if row.check not in CHECKS:
-            hint, where = f"use one of {', '.join(CHECKS)}", "data/spec/requirements.toml"
-            raise RegistryError(f"no check is called {row.check!r}", where=where, hint=hint)
         _, *needs = signature(CHECKS[row.check]).parameters
         given = {name: getattr(run, name) for name in needs}
         missing = [name for name, stage in given.items() if stage is None]
         verdict, evidence = (
             (NOT_TESTED, f"this run has no stage {' and no stage '.join(missing)}")
             if missing
-            else CHECKS[row.check](Case(row, run, header, machine, metrics), **given)
+            else CHECKS[row.check](Case(row, run, header, metrics), **given)
         )
         rows.append((row.id, row.level, row.text, verdict, evidence, row.notebook, row.how, row.source))
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -109,24 +97,10 @@ def single_file(case: Case, merge: Any, generate: Any) -> tuple[str, str]:
 
 
 def cpu_only(case: Case, generate: Any) -> tuple[str, str]:
-    """Ran with no layer on a GPU; what it needs, against the machine's memory."""
+    """Ran with no layer on a GPU."""
     if generate.settings.n_gpu_layers != 0:
         return case.judged(NOT_TESTED, "gpu")
-    return case.answered(memory=_memory(case, generate.settings))
-
-
-def _memory(case: Case, at: Settings) -> str:
-    if case.header is None or at.n_ctx is None:
-        return case.text("unknown", why="no header" if case.header is None else "no n_ctx")
-    stated = {name: value for name in ESTIMATED if (value := getattr(at, name)) is not None}
-    try:
-        needs = estimate(case.header, **stated)
-    except (HeaderError, ValueError) as error:  # of an unknown type of the cache, or a count of 0
-        return case.text("unknown", why=getattr(error, "what", error))
-    room = case.machine.memory_bytes
-    how = "in memory as a whole" if needs.comfortable_bytes <= room else "weights partly read from the disk"
-    weights, cache = size(needs.weights_bytes), size(needs.kv.total)
-    return case.text("memory", weights=weights, cache=cache, room=size(room), how=how)
+    return case.answered()
 
 
 def routing(case: Case, routing: Any) -> tuple[str, str]:

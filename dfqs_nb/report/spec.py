@@ -53,13 +53,11 @@ class Envelope(_Entry):
     source: str
     ram: dict[str, float]
     vram: dict[str, float]
-    storage: dict[str, float]
     published_compute: dict[int, Compute]
     gpu_compute: dict[int, int]
     gpu_source: str
     assumptions: list[str]
     buffers: dict[str, str]
-    merge_modes: dict[str, str]
 
 
 class Requirements(_Entry):

@@ -223,9 +223,13 @@ def hand_on(
     gone = "its server stopped, and was not measured to the end"
     lines += [f"{name}: {gone}: {why}" for name, why in stopped.items()]
     for name, rows in speeds.groupby("server", sort=False):
-        (speed, fast), (n, many) = (rows[key].iloc[[0, -1]] for key in ("tokens_per_sec", "clients"))
-        more = f", {fast:,.0f} for {many}" if many != n else ""
-        lines.append(f"{name}: {speed:,.0f} tokens/s for {n} client{more}")
+        ends = rows.iloc[[0, -1]].drop_duplicates("clients")
+        parts = [
+            f"{row.tokens_per_sec:,.0f} tokens/s for {row.clients} client{'s' * (row.clients > 1)} "
+            f"({row.requests} requests, {row.tokens:,} tokens)"
+            for row in ends.itertuples()
+        ]
+        lines.append(f"{name}: {', '.join(parts)}")
     ended = tables["shutdown"]["verdict"]
     lines.append(f"shutdown: {len(ended)} checks: {_counted(ended)}")
     stage.finish(

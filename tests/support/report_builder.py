@@ -54,7 +54,6 @@ ENVELOPE = {
     "source": "the header of the file",
     "assumptions": [],
     "file_bytes": 5_753_024,
-    "weights": [{"class": "all", "bytes": 5_700_000, "types": "IQ1_S"}],
     "cache": [
         {"n_ctx": 8192, "kv_bytes": 1, "kv_swa_full_bytes": 1}
         | dict.fromkeys(("compute_bytes", "compute_flash_bytes", "compute_gpu_bytes"))
@@ -63,7 +62,6 @@ ENVELOPE = {
         {"resource": "RAM", "limit": "this machine", "n_ctx": 8192, "counted": "weights", "verdict": "fits"}
         | {"least": "weights paged from the disk", "least_verdict": "fits"}
     ],
-    "storage": [{"mode": "merge into a new file", "extra_bytes": 1, "total_bytes": 2}],
 }
 CONFORMANCE = [
     {"id": "single-file", "level": "SHALL", "requirement": "The model runs from a single GGUF file."}
@@ -155,7 +153,7 @@ def make_run(
         "routing": None,
         "conformance": CONFORMANCE,
         "claims": [],
-        "hardware_envelope": {"model": ENVELOPE, "artifact": None, "machine": {}},
+        "hardware_envelope": {"model": ENVELOPE, "artifact": None},
         "machine": {**MACHINE, **(machine or {})},
         "versions": {},
         "sources": {"score_items.csv": "", "long_context_items.jsonl": ""},
