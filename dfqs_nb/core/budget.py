@@ -29,11 +29,8 @@ def fit(
 ) -> Fitted:
     """Cut a plan step by step until it takes at most these seconds; after the last cut it may take more.
 
-    Args:
-        plan: its numbers by name.
-        cuts: in order; each holds upper limits of some numbers.
-        cost: the seconds that such numbers take.
-        names: of the numbers, for people.
+    ``cuts``, in order: each holds upper limits of some numbers. ``cost``: the seconds that such numbers take.
+    ``names``: of the numbers, for people.
 
     >>> fit({"n": 8}, [{"n": 4}, {"n": 1}], lambda plan: plan["n"] * 10.0, 45, {"n": "texts"}).left_out
     ('4 texts, not 8',)
@@ -61,11 +58,7 @@ def counted(n: int, name: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people.
-
-    >>> duration(42.2), duration(2400), duration(31 * 3600)
-    ('42 s', '40 min', '31 h')
-    """
+    """Seconds for people."""
     if seconds == inf:
         return "no limit"
     for size, unit in ((3600, "h"), (60, "min")):

@@ -85,9 +85,8 @@ def _send(process: subprocess.Popen[bytes], job: Mapping[str, Any]) -> None:
 class Worker:
     """A child ``python -m module`` that does one job after another, so that its libraries load once.
 
-    After a death the next job starts a new child. Close the worker, or use it in a ``with`` block.
-
-    ``log``: an open file that keeps the child's standard error.
+    After a death the next job starts a new child. Close the worker, or use it in a ``with`` block. ``log``:
+    an open file that keeps the child's standard error.
     """
 
     def __init__(self, module: str, *, log: IO[bytes] | None = None) -> None:
@@ -120,15 +119,11 @@ class Worker:
         on_message: Callable[[dict[str, Any]], object] = lambda message: None,
         timeout_seconds: float | None = None,
     ) -> dict[str, Any]:
-        """Do a job and return its answer.
-
-        Args:
-            where: the file that a failure is about.
-            on_message: receives what the child sends with `tell`, as it comes.
+        """Do a job and return its answer; ``on_message`` receives what the child sends with `tell`.
 
         Raises:
-            DfqsError: the child raised it; it has the same class here.
-            ChildDied: the child ended, or was killed after ``timeout_seconds``, without an answer.
+            DfqsError: the child raised it; it has the same class here. ChildDied: the child ended, or was
+            killed after ``timeout_seconds``; ``where``: the file it is about.
         """
         messages, begin = list[dict[str, Any]](), os.fstat(self._log.fileno()).st_size
         process = self._hand_over(job)
@@ -214,11 +209,7 @@ def end_all() -> None:
 
 
 def ending(status: int) -> str:
-    """What ended a process: the signal's name, ``exit status N``, or "" if it ended well.
-
-    >>> ending(-6), ending(1), ending(0)
-    ('SIGABRT', 'exit status 1', '')
-    """
+    """What ended a process: the signal's name, ``exit status N``, or "" if it ended well."""
     if status >= 0:
         return f"exit status {status}" if status else ""
     names = {number.value: number.name for number in signal.Signals}

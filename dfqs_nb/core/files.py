@@ -94,11 +94,11 @@ def is_file(path: str | Path) -> bool:
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON in a file that somebody else may have written.
+    """The JSON in a file of unknown origin.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: it is not a regular file, too large, or not what `parse_json` takes.
+        OSError, ValueError: it cannot be read, is not a regular file, too large, or not what `parse_json`
+        takes.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -109,7 +109,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(raw: bytes) -> Any:
-    """JSON that somebody else may have written.
+    """JSON of unknown origin.
 
     Raises:
         ValueError: it is not JSON, nested deeper than Python reads, or holds a number that JSON does not have
@@ -148,11 +148,7 @@ def write_table(path: str | Path, table: pd.DataFrame, *, index: bool = True) ->
 
 
 def _no_formula(cell: Any) -> Any:
-    """A cell that no spreadsheet runs; signed numbers stay as they are.
-
-    >>> _no_formula("=1+1"), _no_formula("-12"), _no_formula("-2+3|cmd"), _no_formula(5)
-    ("'=1+1", '-12', "'-2+3|cmd", 5)
-    """
+    """A cell that no spreadsheet runs; signed numbers stay as they are."""
     if not isinstance(cell, str):
         return cell
     cell = STEERING.sub("\ufffd", cell)
@@ -166,11 +162,7 @@ def _no_formula(cell: Any) -> Any:
 
 
 def canonical_sha256(value: Any) -> str:
-    """SHA-256, in hex, of a JSON value in its canonical form: keys sorted, no spaces.
-
-    >>> canonical_sha256({"b": 1, "a": [0.5]}) == canonical_sha256({"a": [0.5], "b": 1})
-    True
-    """
+    """SHA-256, in hex, of a JSON value in its canonical form: keys sorted, no spaces."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -15,11 +15,7 @@ TIME_ONLY = {"paging"}
 
 
 def conditions_hash(conditions: Mapping[str, Any]) -> str:
-    """A short hash of conditions without `TIME_ONLY`; the order of keys does not matter.
-
-    >>> conditions_hash({"a": 1, "b": 2}) == conditions_hash({"b": 2, "a": 1})
-    True
-    """
+    """A short hash of conditions without `TIME_ONLY`; the order of keys does not matter."""
     return canonical_sha256({name: conditions[name] for name in conditions if name not in TIME_ONLY})[:16]
 
 
@@ -42,11 +38,7 @@ def differing_fields(
 
 
 def holds(row: Mapping[str, Any], fields: Mapping[str, type]) -> bool:
-    """Whether a row has these fields with these types.
-
-    >>> holds({"tokens": 3, "text": "a"}, {"tokens": int}), holds({"tokens": "3"}, {"tokens": int})
-    (True, False)
-    """
+    """Whether a row has these fields with these types."""
     return all(isinstance(row.get(name), kind) for name, kind in fields.items())
 
 
@@ -56,10 +48,7 @@ class Journal:
     `add` returns after its row is on the disk. A last line that a kill cut short is removed. Rows of other
     conditions, and damaged rows, stay in the file and are ignored: their items are measured again.
 
-    Args:
-        conditions: what a row depends on; any JSON values.
-        fresh: delete the file first.
-        whole: checks that a row, without its id, has the fields that its writer gave it.
+    ``whole`` checks that a row, without its id, has the fields that its writer gave it.
     """
 
     def __init__(

@@ -28,11 +28,7 @@ def outputs_dir() -> Path:
 
 
 def run_dir(run: str) -> Path:
-    """The folder ``outputs/<run>/``, made if missing.
-
-    Raises:
-        OutputError: the name is not a plain folder name, or the folder cannot be made.
-    """
+    """The folder ``outputs/<run>/``, made if missing; the name is one plain folder name."""
     if not run or Path(run).name != run or run.startswith("."):
         raise OutputError(f"{run!r} is not a run name", hint="use one plain folder name, like 'nano'")
     folder = outputs_dir() / run

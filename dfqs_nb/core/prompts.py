@@ -40,9 +40,6 @@ def load_prompts(name: str, kind: type[AnySet]) -> AnySet: ...
 def load_prompts(name: str, kind: Any = PromptSet) -> Any:
     """A frozen set by its name; ``kind``: `PromptSet`, or a class derived from it that names the fields.
 
-    Raises:
-        PromptError: there is no such set, or its file lacks a field.
-
     >>> load_prompts("long-context-nano").licence
     'MIT'
     """

@@ -1,8 +1,4 @@
-"""A stage: what one notebook reads, writes, seals and hands on.
-
->>> NOTEBOOKS["merge"]
-'01_merge_shards.ipynb'
-"""
+"""A stage: what one notebook reads, writes, seals and hands on."""
 
 from __future__ import annotations
 
@@ -48,9 +44,6 @@ class Stage:
         run_name: a plain folder name under the outputs, which is made; or a run's folder, as a ``Path``.
         name: of the stage, a key of `NOTEBOOKS`.
         budget_minutes: that the stage may take from now on; 0: no limit.
-
-    Raises:
-        OutputError: the run's name is not a plain folder name, or the folder cannot be made.
     """
 
     def __init__(self, run_name: str | Path, name: str, budget_minutes: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""Broken files made from the reference model, to see how the workbook and llama.cpp diagnose each."""
+"""Broken files made from the reference model, to see how the workbook and llama.cpp diagnose them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,14 @@ def reference_shards() -> ShardSet:
 
 
 def glue(folder: str | Path) -> Path:
-    """A raw concatenation of the reference shards, as the published single file is one of the real shards."""
+    """A raw concatenation of the reference shards, like the published single file of the real shards."""
     path = Path(folder) / f"{NAME}-glued.gguf"
     path.write_bytes(b"".join(shard.read_bytes() for shard in reference_shards().paths))
     return path
 
 
 def with_field(path: str | Path, target: str | Path, name: str, value: int) -> Path:
-    """A copy of a GGUF file with one integer of its metadata changed.
-
-    Raises:
-        KeyError: the header has no such field.
-    """
+    """A copy of a GGUF file with one integer of its metadata changed."""
     field = read_header(path).fields[name]
     form = next(form for kind, form in VALUE_TYPES.values() if kind == field.type)
     shutil.copyfile(path, target)
@@ -42,7 +38,7 @@ def with_field(path: str | Path, target: str | Path, name: str, value: int) -> P
 
 
 def too_many_experts(folder: str | Path) -> Path:
-    """The reference model with 200 experts a token in its header, of 16: llama.cpp fails an assertion."""
+    """The reference model with 200 of 16 experts a token in its header: llama.cpp fails an assertion."""
     folder = Path(folder) / "too-many-experts"
     folder.mkdir(exist_ok=True)
     first, second = reference_shards().paths
@@ -51,7 +47,7 @@ def too_many_experts(folder: str | Path) -> Path:
 
 
 def collection(folder: str | Path) -> list[Path]:
-    """One file of each kind that passes for a model: sound, glued, cut off, and not a model at all."""
+    """A file of each kind that people take for a model: sound, glued, cut off, and no model at all."""
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     first, second = reference_shards().headers
@@ -76,7 +72,7 @@ def collection(folder: str | Path) -> list[Path]:
 
 
 def _moved(header: GGUFHeader, body: bytes, by: int) -> bytes:
-    """The file with its last tensor's offset changed (it is the last number of the tensor table)."""
+    """The file with another offset of its last tensor, the last number of the tensor table."""
     at = len(header.raw) - 8
     (offset,) = struct.unpack_from("<Q", body, at)
     return body[:at] + struct.pack("<Q", offset + by) + body[at + 8 :]

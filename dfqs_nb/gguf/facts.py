@@ -38,10 +38,8 @@ GATING = {1: "softmax", 2: "sigmoid", 3: "softmax over the chosen", 4: "sqrtsoft
 class Experts:
     """The mixture-of-experts layout: ``total`` routed experts a layer, at most ``used`` of them by a token.
 
-    Attributes:
-        shared: experts that every token uses besides. hash_layers: how many ``moe_layers``, the first ones,
-        choose by token id from a table, without a score. gating: how router scores are made;
-        ``weights_scale``: factor on the chosen experts' weights.
+    Every token uses the ``shared`` experts, too. The first ``hash_layers`` choose by token id from a table,
+    without a score. ``weights_scale`` is a factor on the chosen experts' weights.
     """
 
     total: int

@@ -37,19 +37,16 @@ NO_MODELS = {  # by how the file starts: what it is, and what to do
     "vers": ("a Git LFS pointer, not the model it points to", "run `git lfs pull`"),
     "<": ("a web page, not a model", "download the file itself (its 'resolve' address)"),
 }
-_FIRST_READ = 1 << 16
+FIRST_READ, ARRAY = 1 << 16, 9
 _U64 = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A metadata field, not decoded.
+    """A metadata field, not decoded; ``type``: of its value or items, ``count``: of items (None: no array).
 
-    Attributes:
-        type: name of the value type; for an array, that of its items.
-        count: number of items of an array, ``None`` for a single value.
-        record: ``(start, end)`` of the whole record, in bytes from the start of the header.
-        value_start: where the value (for an array, its first item) starts, likewise.
+    ``record``: start and end of the whole record, ``value_start``: of the first item, from the header's
+    start.
     """
 
     name: str
@@ -121,16 +118,12 @@ class GGUFHeader(Mapping[str, Any]):
     # In a hostile file a field may have any type, so code that computes reads it through these methods.
 
     def text(self, name: str) -> str:
-        """A text field; empty where it is missing or no text."""
+        """A field's text; empty where it is missing or no text."""
         value = self.get(name)
         return value if isinstance(value, str) else ""
 
     def counts(self, name: str) -> list[int]:
-        """A field of a count, or of one for each layer, as a list; empty where it is missing.
-
-        Raises:
-            HeaderError: it is something else.
-        """
+        """Counts (one, or one a layer) as a list; empty where it is missing, else a HeaderError."""
         value = self.get(name, [])
         values = value if isinstance(value, list) else [value]
         if not all(type(item) is int and item >= 0 for item in values):
@@ -146,8 +139,9 @@ class GGUFHeader(Mapping[str, Any]):
         """The architecture's ``block_count``; 0 where it is missing."""
         count = self.count(f"{self.architecture}.block_count")
         if count > MAX_LAYERS:  # a hostile number fills the memory
-            what = f"claims {count:,} layers; llama.cpp takes {MAX_LAYERS}"
-            raise HeaderError(what, where=self.path, hint=GET_AGAIN)
+            raise HeaderError(
+                f"claims {count:,} layers; llama.cpp takes {MAX_LAYERS}", where=self.path, hint=GET_AGAIN
+            )
         return count
 
     @property
@@ -257,7 +251,7 @@ class _Cursor:
             raise self.fail(what, CUT_OFF)
         if end > MAX_HEADER_BYTES:
             raise self.fail(f"the header claims over {MAX_HEADER_BYTES:,} bytes")
-        goal = min(max(end, 2 * len(self.bytes), _FIRST_READ), self.size - self.start, MAX_HEADER_BYTES)
+        goal = min(max(end, 2 * len(self.bytes), FIRST_READ), self.size - self.start, MAX_HEADER_BYTES)
         self.file.seek(self.start + len(self.bytes))
         while len(self.bytes) < goal:
             chunk = self.file.read(goal - len(self.bytes))
@@ -343,31 +337,27 @@ def _read_fields(cursor: _Cursor, count: int) -> dict[str, Field]:
     fields: dict[str, Field] = {}
     for i in range(count):
         start, name = cursor.position, cursor.text(f"the name of metadata field {i}")
-        if not name or name in fields:
-            raise cursor.fail(
-                f"metadata field {name!r} stands twice" if name else f"metadata field {i} has no name"
-            )
-        fields[name] = _read_field(cursor, name, start)
+        what, n, kind = f"metadata field {name!r}", None, cursor.number("I")
+        if not name:
+            raise cursor.fail(f"metadata field {i} has no name")
+        if name in fields:
+            raise cursor.fail(f"{what} stands twice")
+        if kind == ARRAY:
+            kind, n = cursor.number("I"), cursor.number("Q")
+        if kind not in VALUE_TYPES or kind == ARRAY:
+            raise cursor.fail(f"{what} has the unknown value type {kind}")
+        type_name, form = VALUE_TYPES[kind]
+        values, least = 1 if n is None else n, struct.calcsize("<" + form) or 8
+        if values * least > cursor.remaining:
+            raise cursor.fail(f"{what} claims {values:,} values, more than the file has left", CUT_OFF)
+        value_start = cursor.position
+        if form:
+            cursor.need(value_start + values * least)
+            cursor.position += values * least
+        else:
+            cursor.skip_strings(values, what)
+        fields[name] = Field(name, type_name, n, (start, cursor.position), value_start)
     return fields
-
-
-def _read_field(cursor: _Cursor, name: str, start: int) -> Field:
-    kind, count, what = cursor.number("I"), None, f"metadata field {name!r}"
-    if kind == 9:
-        kind, count = cursor.number("I"), cursor.number("Q")
-    if kind not in VALUE_TYPES or kind == 9:
-        raise cursor.fail(f"{what} has the unknown value type {kind}")
-    type_name, form = VALUE_TYPES[kind]
-    n, least = 1 if count is None else count, struct.calcsize("<" + form) or 8
-    if n * least > cursor.remaining:
-        raise cursor.fail(f"{what} claims {n:,} values, more than the file has left", CUT_OFF)
-    value_start = cursor.position
-    if form:
-        cursor.need(value_start + n * least)
-        cursor.position += n * least
-    else:  # counts its texts before it reads them
-        cursor.skip_strings(n, what)
-    return Field(name, type_name, count, (start, cursor.position), value_start)
 
 
 def _alignment(cursor: _Cursor, fields: Mapping[str, Field]) -> int:
@@ -386,31 +376,30 @@ def _read_tensors(cursor: _Cursor, count: int) -> tuple[Tensor, ...]:
     tensors: dict[str, Tensor] = {}
     for i in range(count):
         name = cursor.text(f"the name of tensor {i}")
+        n_dims, what = cursor.number("I"), f"tensor {name!r}"
         if len(name.encode()) > MAX_NAME_BYTES:
             raise cursor.fail(f"the name of tensor {i} is longer than {MAX_NAME_BYTES} bytes")
         if name in tensors:
-            raise cursor.fail(f"tensor {name!r} stands twice")
-        tensors[name] = _read_tensor(cursor, name)
+            raise cursor.fail(f"{what} stands twice")
+        if n_dims > MAX_DIMENSIONS:
+            raise cursor.fail(f"{what} has {n_dims} dimensions; ggml has {MAX_DIMENSIONS}")
+        shape = struct.unpack(f"<{n_dims}q", cursor.take(8 * n_dims)) or (1,)
+        code, offset = cursor.number("I"), cursor.number("Q")
+        if code in REMOVED_TYPES:
+            removed = f"{what} has the type {code}, {REMOVED_TYPES[code]}, which llama.cpp removed"
+            raise cursor.fail(
+                removed, "quantize the original model again, or run it in the build that made it"
+            )
+        if code not in TENSOR_TYPES:
+            raise cursor.fail(f"{what} has the type {code}, which llama.cpp does not know", FORK)
+        type_name, block, block_bytes = TENSOR_TYPES[code]
+        n_elements = math.prod(shape)
+        # A dimension of 0 hides no overflow: llama.cpp aborts on the product of the others.
+        if min(shape) < 0 or math.prod(max(extent, 1) for extent in shape) >= 1 << 62 or shape[0] % block:
+            raise cursor.fail(f"{what} of type {type_name} cannot have the shape {shape}")
+        nbytes = n_elements // block * block_bytes
+        tensors[name] = Tensor(name, shape, type_name, code, offset, n_elements, nbytes)
     return tuple(tensors.values())
-
-
-def _read_tensor(cursor: _Cursor, name: str) -> Tensor:
-    n_dims, what = cursor.number("I"), f"tensor {name!r}"
-    if n_dims > MAX_DIMENSIONS:
-        raise cursor.fail(f"{what} has {n_dims} dimensions; ggml has {MAX_DIMENSIONS}")
-    shape = struct.unpack(f"<{n_dims}q", cursor.take(8 * n_dims)) or (1,)
-    code, offset = cursor.number("I"), cursor.number("Q")
-    if code in REMOVED_TYPES:
-        removed = f"{what} has the type {code}, {REMOVED_TYPES[code]}, which llama.cpp removed"
-        raise cursor.fail(removed, "quantize the original model again, or run it in the build that made it")
-    if code not in TENSOR_TYPES:
-        raise cursor.fail(f"{what} has the type {code}, which llama.cpp does not know", FORK)
-    type_name, block, block_bytes = TENSOR_TYPES[code]
-    n_elements = math.prod(shape)
-    # A dimension of 0 hides no overflow: llama.cpp aborts on the product of the others.
-    if min(shape) < 0 or math.prod(max(extent, 1) for extent in shape) >= 1 << 62 or shape[0] % block:
-        raise cursor.fail(f"{what} of type {type_name} cannot have the shape {shape}")
-    return Tensor(name, shape, type_name, code, offset, n_elements, n_elements // block * block_bytes)
 
 
 def _decode(raw: bytes | bytearray, entry: Field) -> Any:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dfqs_nb.core.errors import HeaderError, SpaceError
 from dfqs_nb.core.machine import Memory, available_memory
@@ -24,6 +24,9 @@ CACHE_TYPES = {
 }
 CSA_RATIO, HCA_RATIO = 4, 128
 CELL_PADDING = 256
+ADVICE = (
+    "lower n_ctx or n_ubatch, pass use_mmap=True, swa_full=False and flash_attn=True, or close other programs"
+)
 F32_BYTES = 4
 
 
@@ -163,7 +166,6 @@ class MemoryEstimate:
     kv: KvCacheBytes
     n_ctx: int
     compute_bytes: int | None = None
-    settings: dict[str, object] = field(default_factory=dict)
 
     @property
     def must_fit_bytes(self) -> int:
@@ -181,19 +183,11 @@ class MemoryEstimate:
 
 
 def estimate(
-    header: GGUFHeader,
-    n_ctx: int,
-    n_ubatch: int = 512,
-    *,
-    swa_full: bool = False,
-    use_mmap: bool = True,
-    flash_attn: bool = False,
-    **types: str,
+    header: GGUFHeader, n_ctx: int, n_ubatch: int = 512, *, use_mmap: bool = True, **options: Any
 ) -> MemoryEstimate:
-    """Memory that a model will take; arguments and errors of `kv_cache_bytes`."""
-    weights, kv = weights_bytes(header), kv_cache_bytes(header, n_ctx, n_ubatch, swa_full=swa_full, **types)
-    settings: dict[str, object] = {"swa_full": swa_full, "flash_attn": flash_attn}
-    return MemoryEstimate(weights, 0 if use_mmap else weights, kv, n_ctx, settings=settings)
+    """Memory that a model will take; ``options`` and errors of `kv_cache_bytes`."""
+    weights, kv = weights_bytes(header), kv_cache_bytes(header, n_ctx, n_ubatch, **options)
+    return MemoryEstimate(weights, 0 if use_mmap else weights, kv, n_ctx)
 
 
 def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: str | Path | None = None) -> str:
@@ -211,7 +205,7 @@ def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: str |
             f"(resident weights {binary_size(needs.weights_resident_bytes)}, KV cache "
             f"{binary_size(needs.kv.total)}, compute buffer {compute}), and {free} are free ({memory.source})"
         )
-        raise SpaceError(what, where=where, hint=", or ".join(_advice(needs)))
+        raise SpaceError(what, where=where, hint=ADVICE)
     missing = needs.comfortable_bytes - memory.available_bytes
     if missing <= 0:
         return ""
@@ -220,19 +214,6 @@ def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: str |
         f"memory by {binary_size(missing)}: parts of the file will be read from the disk again and again, so "
         "expect a fraction of the usual speed"
     )
-
-
-def _advice(needs: MemoryEstimate) -> Iterator[str]:
-    """What makes the model fit, greatest saving first."""
-    if needs.weights_resident_bytes:
-        yield "pass use_mmap=True, so that the weights need not fit"
-    if needs.settings.get("swa_full"):
-        yield "pass swa_full=False"
-    yield "lower n_ctx"
-    if needs.compute_bytes is not None and needs.compute_bytes > needs.kv.total:
-        flash = "" if needs.settings.get("flash_attn") else "pass flash_attn=True, "
-        yield f"{flash}lower n_ubatch (for the compute buffer)"
-    yield "close other programs"
 
 
 def binary_size(n_bytes: int) -> str:

@@ -18,14 +18,14 @@ ARCHITECTURE = "deepseek4"
 
 
 class PublishedShape(GGUFHeader):
-    """Published sizes as a header without tensors: its ``fields`` are values, not the places of bytes."""
+    """Published sizes as a header without tensors; its ``fields`` are values."""
 
     def __getitem__(self, name: str) -> Any:
         return self.fields[name]
 
 
 def published() -> dict[str, Any]:
-    """The content of ``data/deepseek_v4_flash.json``: what its makers published, and the specimen's shape."""
+    """What DeepSeek published, and the specimen's shape: ``data/deepseek_v4_flash.json``."""
     content: dict[str, Any] = json.loads((data_dir() / "deepseek_v4_flash.json").read_text(encoding="utf-8"))
     return content
 
@@ -43,20 +43,18 @@ def published_shape() -> PublishedShape:
 
 
 def flash_cache_table(lengths: Sequence[int]) -> pd.DataFrame:
-    """The cache of DeepSeek-V4-Flash at f16, in bytes, beside what its card says.
-
-    Columns ``n_ctx``, ``swa_window`` (``swa_full=False``), ``swa_full`` and ``card`` (NaN where it is
-    silent).
-    """
+    """The cache of DeepSeek-V4-Flash at f16, in bytes, beside the value on its card (NaN: not stated)."""
     import pandas as pd
 
     shape = published_shape()
     card = {int(n): 1e9 * gigabytes for n, gigabytes in published()["card"]["kv_cache_gigabytes"].items()}
-    return pd.DataFrame(
-        {
-            "n_ctx": list(lengths),
-            "swa_window": [kv_cache_bytes(shape, n, swa_full=False).total for n in lengths],
-            "swa_full": [kv_cache_bytes(shape, n, swa_full=True).total for n in lengths],
-            "card": [card.get(n, float("nan")) for n in lengths],
-        }
-    )
+    columns = ["n_ctx", "swa_window", "swa_full", "card"]
+    rows = [
+        (
+            n,
+            *(kv_cache_bytes(shape, n, swa_full=full).total for full in (False, True)),
+            card.get(n, float("nan")),
+        )
+        for n in lengths
+    ]
+    return pd.DataFrame(rows, columns=columns)

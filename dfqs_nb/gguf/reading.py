@@ -11,13 +11,10 @@ from dfqs_nb.gguf.memory import CACHE_TYPES, CSA_RATIO, HCA_RATIO, kv_cache_byte
 
 @dataclass(frozen=True)
 class ActiveBytes:
-    """Bytes of weights that one token of decode reads.
+    """Bytes of weights that a token of decode reads.
 
-    Attributes:
-        dense: of what every token uses: attention, shared experts, output. Of look-up tables, one row.
-        routed: of the routed experts that it is sent to.
-        routed_total: of all routed experts.
-        weights: of all weights.
+    ``dense``: of what every token uses (of look-up tables, a row); ``routed``: of the routed experts that it
+    is sent to, and ``routed_total`` of all; ``weights``: of all weights.
     """
 
     dense: int
@@ -41,7 +38,7 @@ FLASH = ActiveBytes(
 
 
 def active_bytes(header: GGUFHeader) -> ActiveBytes:
-    """Bytes that a token reads, from the tensor table of a model (of shards: `ShardSet.as_one`)."""
+    """Bytes that a token reads, from the tensor table of a model."""
     rows = [(tensor.nbytes, is_routed, share) for tensor, is_routed, share in token_shares(header)]
     dense = round(sum(n * share for n, is_routed, share in rows if not is_routed))
     routed = round(sum(n * share for n, is_routed, share in rows if is_routed))
@@ -49,7 +46,7 @@ def active_bytes(header: GGUFHeader) -> ActiveBytes:
 
 
 def cache_bytes_read(header: GGUFHeader, depth: int, type_k: str = "f16", type_v: str = "f16") -> int:
-    """Bytes of KV cache that a token at ``depth`` must read at least; 0 where the header does not tell.
+    """Bytes of KV cache that a token at ``depth`` reads at least; 0 where the header does not tell.
 
     ``deepseek4``: the sliding window in every layer; in layers of ratio 4 the indexer's keys and the entries
     that it picks; in layers of ratio 128 every entry.

@@ -1,8 +1,8 @@
-"""A model of the published shape with random weights: to rehearse the real size without the real file.
+"""A model of the published shape with random weights, to rehearse the real size without the real file.
 
-It is deterministic, its weights are finite, and llama.cpp loads and runs it. Its answers are noise. The data
-are slices of one pool of random quantized weights a type, so it is written as fast as the disk takes it. The
-shape is data: ``data/deepseek_v4_flash.json``.
+It is deterministic, its weights are finite, and llama.cpp loads and runs it. Its answers are noise. Each
+quantized type has a pool of random weights, from which tensors are cut, so writing is as fast as the disk.
+The shape is in ``data/deepseek_v4_flash.json``.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from dfqs_nb.gguf.types import TENSOR_TYPES
 SMALL_LAYERS, SMALL_EXPERTS, SMALL_TOKENS = 8, 16, 4096
 SPARE_BYTES = 3_000_000_000  # of disk, left free
 ALIGNMENT = 32
-POOL_BLOCKS = 131_071  # of one type, from which all its tensors are cut; a prime: experts do not repeat
+POOL_BLOCKS = 131_071  # of a type; a prime, so that experts do not repeat
 CHUNK = 16 << 20
 SECOND_SHARD = 0.8  # where the shards part, as the published ones do
-# Of blocks, by offset: they give weights of about 1/64, as 4,096 inputs call for.
+# Scales of blocks, by offset: they give weights of about 1/64, as 4,096 inputs call for.
 SCALES = {"Q8_0": {0: 2.1e-4}, "IQ1_S": {0: 2e-3}, "Q2_K": {80: 2e-3, 82: 3e-3}}
 # Embeddings outweigh what layers add: the token decides which experts a router chooses, all are used alike.
 EMBEDDING_SCALE = 0.5
@@ -58,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the specimen is: layers, experts a layer, tokens of the vocabulary."""
+    """Layers, experts a layer, and tokens of the vocabulary."""
 
     n_layers: int = SMALL_LAYERS
     n_experts: int = SMALL_EXPERTS
@@ -66,7 +66,7 @@ class Shape:
 
     @classmethod
     def full(cls, n_layers: int | None = None) -> Shape:
-        """The published widths; all layers unless fewer are asked for."""
+        """The published widths, with all layers unless fewer are asked for."""
         facts = published()
         sizes, ratios = facts["specimen"], facts["keys"]["attention.compress_ratios"]
         return cls(n_layers or len(ratios), sizes["experts"], sizes["tokens"])
@@ -75,15 +75,13 @@ class Shape:
 def write_specimen(
     output: str | Path, shape: Shape | None = None, *, concatenated: bool = False, progress: bool = True
 ) -> Path:
-    """Write the specimen, whole or not at all.
+    """Write the specimen, whole or not at all: by default a small one of 2 GB; `Shape.full` is 62.7 GB.
 
-    Args:
-        shape: small by default (about 2 GB); `Shape.full` is 62.7 GB.
-        concatenated: as two shards glued together byte for byte, as the artifact was published.
+    ``concatenated``: as two shards glued together byte for byte, as the artifact was published.
 
     Raises:
-        OutputError: the file exists.
-        SpaceError: the disk would have less than 3 GB left.
+        OutputError: the file exists, or its folder does not.
+        SpaceError: less than 3 GB of the disk would stay free.
         DfqsError: there cannot be so many layers.
     """
     output, facts, shape = Path(output), published(), shape or Shape()
@@ -91,10 +89,9 @@ def write_specimen(
     if not 4 <= shape.n_layers <= most:
         what = f"{shape.n_layers} layers; the published model has {most}"
         raise DfqsError(what, hint="give --layers from 4 on: the first layers are of other kinds")
-    if output.exists():
-        raise OutputError("exists already", where=tilde(output), hint="give another name, or delete it")
-    if not output.absolute().parent.is_dir():
-        raise OutputError("there is no such folder", where=tilde(output.parent), hint="make it first")
+    if output.exists() or not output.absolute().parent.is_dir():
+        what = "exists already" if output.exists() else "its folder does not exist"
+        raise OutputError(what, where=tilde(output), hint="give another name")
     rows = list(_rows(facts, shape))
     need, free = sum(row.nbytes for row in rows), shutil.disk_usage(output.absolute().parent).free
     if free - need < SPARE_BYTES:
@@ -115,25 +112,18 @@ def write_specimen(
     return output
 
 
-# ---- what is in it ----
-
-
 def _rows(facts: dict[str, Any], shape: Shape) -> Iterator[Row]:
-    sizes = facts["specimen"]
+    sizes, ratios = facts["specimen"], facts["keys"]["attention.compress_ratios"][: shape.n_layers]
     extents = {"tokens": shape.n_tokens, "experts": shape.n_experts, "used": sizes["used"]}
-
-    def rows(part: str, layer: int | None = None) -> Iterator[Row]:
-        for name, (kind, *own) in sizes["tensors"].get(part, {}).items():
-            if kind == "down":
-                kind = "Q2_K" if (layer or 0) < sizes["q2_k_layers"] else "IQ1_S"
-            full = name if layer is None else f"blk.{layer}.{name}"
-            yield Row(full, kind, tuple(extents.get(extent, extent) for extent in own))
-
-    yield from rows("model")
-    for layer, ratio in enumerate(facts["keys"]["attention.compress_ratios"][: shape.n_layers]):
+    places: list[tuple[str, int | None]] = [("model", None)]
+    for layer, ratio in enumerate(ratios):
         routing = "hash" if layer < sizes["hash_layers"] else "scores"
-        for part in ("layer", routing, str(ratio)):
-            yield from rows(part, layer)
+        places += [("layer", layer), (routing, layer), (str(ratio), layer)]
+    for part, layer in places:
+        for name, (kind, *own) in sizes["tensors"].get(part, {}).items():
+            down = "Q2_K" if (layer or 0) < sizes["q2_k_layers"] else "IQ1_S"
+            full = name if layer is None else f"blk.{layer}.{name}"
+            yield Row(full, down if kind == "down" else kind, tuple(extents.get(it, it) for it in own))
 
 
 def _header(
@@ -165,14 +155,9 @@ def _header(
 
 def _metadata(writer: Any, facts: dict[str, Any], shape: Shape) -> None:
     sizes = facts["specimen"]
-    counts = {
-        "block_count": shape.n_layers,
-        **sizes["counts"],
-        "vocab_size": shape.n_tokens,
-        "expert_count": shape.n_experts,
-        "expert_used_count": sizes["used"],
-        "hash_layer_count": sizes["hash_layers"],
-    }
+    counts = {"block_count": shape.n_layers, **sizes["counts"], "vocab_size": shape.n_tokens}
+    counts |= {"expert_count": shape.n_experts, "expert_used_count": sizes["used"]}
+    counts |= {"hash_layer_count": sizes["hash_layers"]}
     writer.add_string("general.name", f"Specimen of the shape of {facts['name']}, random weights")
     writer.add_string("general.type", "model")
     for key, value in counts.items():
@@ -189,7 +174,7 @@ def _metadata(writer: Any, facts: dict[str, Any], shape: Shape) -> None:
 
 
 def _tokenizer(writer: Any, n_tokens: int, n_merges: int) -> None:
-    """A vocabulary of that size: two control tokens, the 256 bytes, and words that were made up."""
+    """A vocabulary of that size: two control tokens, the 256 bytes, and made-up words."""
     from gguf import TokenType
 
     codes = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2 writes as themselves
@@ -209,14 +194,14 @@ def _tokenizer(writer: Any, n_tokens: int, n_merges: int) -> None:
     writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
 
 
-# ---- its data ----
-
-
 def _data(row: Row, n_experts: int) -> Iterator[bytes]:
     """A tensor's bytes, in pieces; quantized ones are cut from the pool of their type."""
     name, seed = row.name.rpartition("blk.")[2], crc32(row.name.encode())
-    if row.type == "I32":
-        yield _table(row.shape, n_experts)
+    if row.type == "I32":  # the experts of each token in a hash layer
+        used, n_tokens = row.shape
+        tokens: NDArray[np.int64] = np.arange(n_tokens)[:, None]
+        step = 2 * (tokens % (n_experts // 2)) + 1  # odd, so it meets no expert twice
+        yield ((tokens * 7 + step * np.arange(used)) % n_experts).astype("<i4").tobytes()
     elif "norm" in name or name.endswith("scale.weight"):
         yield np.ones(row.nbytes // 4, "<f4").tobytes()
     elif row.type == "F32":
@@ -238,11 +223,3 @@ def _pool(kind: str, scale: float | None = None) -> bytes:
     for offset, usual in SCALES[kind].items():
         blocks[:, offset : offset + 2] = np.frombuffer(np.float16(scale or usual).tobytes(), np.uint8)
     return blocks.tobytes()
-
-
-def _table(shape: tuple[int, ...], n_experts: int) -> bytes:
-    """The experts of each token in a hash layer: different ones for a token, every expert as often."""
-    used, n_tokens = shape
-    tokens: NDArray[np.int64] = np.arange(n_tokens)[:, None]
-    step = 2 * (tokens % (n_experts // 2)) + 1  # odd, so it meets no expert twice
-    return ((tokens * 7 + step * np.arange(used)) % n_experts).astype("<i4").tobytes()

@@ -35,7 +35,7 @@ from dfqs_nb.llama.template import CLOCK, ChatTemplate
 
 Floats = NDArray[np.float32]
 TOLERANCE = 1e-2  # of a logit; the logits of a vocabulary spread over about 2
-MEMORY_SETTINGS = ("type_k", "type_v", "swa_full", "use_mmap", "flash_attn")
+MEMORY_SETTINGS = ("type_k", "type_v", "swa_full", "use_mmap")
 PLAIN_CHAT = "Question: {prompt}\nAnswer:"  # what a file without a chat template is asked
 PLAIN_STOP = "\nQuestion:"  # there a base model would ask itself the next question
 # Warnings of llama.cpp that say nothing of the file: the context is shorter than the model's, as asked for.

@@ -111,4 +111,6 @@ def test_its_routers_use_all_experts_alike(tmp_path):
     for layer in range(3, 5):
         chosen = [set(row) for row in experts[:, layer].tolist()]
         kept = np.mean([len(own & last) for own, last in zip(chosen[1:], chosen, strict=False)])
-        assert kept < 1.3 * 6 * 6 / 16, f"layer {layer}: {kept:.2f} of 6 experts stay; evenly drawn 2.25 would"
+        assert kept < 1.3 * 6 * 6 / 16, (
+            f"layer {layer}: {kept:.2f} of 6 experts stay; evenly drawn 2.25 would"
+        )
