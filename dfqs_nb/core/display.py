@@ -126,6 +126,15 @@ def markdown_table(table: pd.DataFrame) -> str:
     return "\n".join([lines[0], "|" + "|".join("---:" if n else "---" for n in numeric) + "|", *lines[1:]])
 
 
+def entries(text: str) -> dict[str, str]:
+    """A table that is written as ``name: value | name: value``.
+
+    >>> entries("a: one | b: two")
+    {'a': 'one', 'b': 'two'}
+    """
+    return dict(entry.strip().split(": ", 1) for entry in text.split("|"))  # type: ignore[misc]
+
+
 # Columns whose names say too little; "low" and "high" are the ends of intervals.
 _LABELS = """
 n_ctx: context (tokens) | length: context (tokens) | longest: longest context (tokens) |
@@ -137,7 +146,7 @@ expert_bits: bits a weight of experts | bits_a: bits a weight of a | bits_b: bit
 drift: log-probabilities move by (nats) | logit_drift: logits move by at most | llama_cpp: llama.cpp |
 finish_reason: ended by
 """
-LABELS = dict(entry.strip().split(": ") for entry in _LABELS.split("|"))
+LABELS = entries(_LABELS)
 
 
 def label(name: object) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.core.display import plain
+from dfqs_nb.core.display import entries, plain
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.gguf.header import GGUFHeader, Tensor
 
@@ -29,6 +29,13 @@ CLASSES = (
     ("output", r"^output"),
     ("dense feed-forward", r"^ffn"),
 )
+SIZES = entries("""
+layers: block_count | hidden size: embedding_length | context (tokens): context_length |
+heads: attention.head_count | KV heads: attention.head_count_kv | head size: attention.key_length |
+rotary size: rope.dimension_count | sliding window (tokens): attention.sliding_window |
+expert width: expert_feed_forward_length | indexer heads: attention.indexer.head_count |
+indexer top-k: attention.indexer.top_k | hyper-connection streams: hyper_connection.count
+""")
 INTEGER_TYPES = ("I8", "I16", "I32", "I64")  # tables, not weights
 MAX_SHOWN = 200  # characters of a text in a table: a name can have 100,000
 GATING = {1: "softmax", 2: "sigmoid", 3: "softmax over the chosen", 4: "sqrtsoftplus"}  # llama.cpp's codes
@@ -203,21 +210,7 @@ def identity(header: GGUFHeader) -> dict[str, Any]:
 
 def architecture(header: GGUFHeader) -> dict[str, Any]:
     """The sizes that shape the network, each ``not stated`` if the header lacks it."""
-    keys = {
-        "layers": "block_count",
-        "hidden size": "embedding_length",
-        "context (tokens)": "context_length",
-        "heads": "attention.head_count",
-        "KV heads": "attention.head_count_kv",
-        "head size": "attention.key_length",
-        "rotary size": "rope.dimension_count",
-        "sliding window (tokens)": "attention.sliding_window",
-        "expert width": "expert_feed_forward_length",
-        "indexer heads": "attention.indexer.head_count",
-        "indexer top-k": "attention.indexer.top_k",
-        "hyper-connection streams": "hyper_connection.count",
-    }
-    return {label: header.arch(key, "not stated") for label, key in keys.items()}
+    return {label: header.arch(key, "not stated") for label, key in SIZES.items()}
 
 
 def tokenizer(header: GGUFHeader) -> dict[str, Any]:
@@ -275,9 +268,10 @@ def quantization_by_layer(table: pd.DataFrame) -> pd.DataFrame:
 # ---- what kind of file it is ----
 
 # What a GGUF file is that is no language model, by ``general.type`` or the architecture.
-_PARTS = "adapter: a LoRA adapter, imatrix: an importance matrix, controlvector: a control vector, "
-_PARTS += "mmproj: a multimodal projector, clip: a multimodal projector"
-OTHER_ROLES = dict(part.split(": ") for part in _PARTS.split(", "))
+OTHER_ROLES = entries(
+    "adapter: a LoRA adapter | imatrix: an importance matrix | controlvector: a control vector | "
+    "mmproj: a multimodal projector | clip: a multimodal projector"
+)
 MODEL = "a language model"
 
 

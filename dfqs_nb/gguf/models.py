@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from dfqs_nb.core.display import did_you_mean
+from dfqs_nb.core.display import did_you_mean, entries
 from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, RegistryError, SpaceError, proxy_fault
 from dfqs_nb.core.files import sha256_of
 from dfqs_nb.core.paths import data_dir, tilde
@@ -31,26 +31,16 @@ PAGE = re.compile(
     re.I,
 )
 LARGER_DISK = "free some space, or set HF_HOME to a folder on a larger disk"
-OFFLINE = (
-    "not in the cache, and offline",
-    "unset HF_HUB_OFFLINE (or local_files_only) and run once with a network",
-)
 TRIES = 4  # of a download whose connection is reset
-CAUSES = {  # errors of huggingface_hub and httpx by name: what is wrong, and what to do
-    "RevisionNotFoundError": (
-        "the repository has no such revision",
-        "name a branch, a tag or a commit of it",
-    ),
-    "GatedRepoError": ("the repository is gated", "accept its terms on its web page, then `hf auth login`"),
-    "RepositoryNotFoundError": (
-        "no such repository, or it is private",
-        "check the spelling; for a private one log in with `hf auth login`",
-    ),
-    "OfflineModeIsEnabled": OFFLINE,
-    "FileMetadataError": ("the server does not answer like a hub", "check HF_ENDPOINT, and any proxy"),
-    "HFValidationError": ("not a name the hub allows", "check the spelling"),
-    "ProxyError": ("the proxy refuses", "check HTTPS_PROXY"),
-}
+CAUSES = entries("""
+RevisionNotFoundError: the repository has no such revision; name a branch, a tag or a commit of it |
+GatedRepoError: the repository is gated; accept its terms on its web page, then `hf auth login` |
+RepositoryNotFoundError: no such repository, or it is private; check the spelling, or `hf auth login` |
+OfflineModeIsEnabled: not in the cache, and offline; unset HF_HUB_OFFLINE (or local_files_only), run again |
+FileMetadataError: the server does not answer like a hub; check HF_ENDPOINT, and any proxy |
+HFValidationError: not a name the hub allows; check the spelling |
+ProxyError: the proxy refuses; check HTTPS_PROXY
+""")  # errors of huggingface_hub and httpx by name: what is wrong, and the next step
 STATUS_HINTS = {
     401: "the token is not valid: `hf auth login`, or unset HF_TOKEN",
     403: "the token lacks the right to read it: `hf auth login` with one that has it",
@@ -349,7 +339,8 @@ def _cause(error: BaseException, file: HubFile) -> tuple[str, str]:
     if unreachable:
         error = error.__cause__ or hub.OfflineModeIsEnabled()
     if cause := CAUSES.get(type(error).__name__):
-        return cause
+        what, _, hint = cause.partition("; ")
+        return what, hint
     if isinstance(error, hub.RemoteEntryNotFoundError):
         names = _listed(file)
         hint = f"it has {', '.join(names[:8])}" if names else "it shows no .gguf file"
