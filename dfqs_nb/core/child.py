@@ -122,8 +122,8 @@ class Worker:
         """Do a job and return its answer; ``on_message`` receives what the child sends with `tell`.
 
         Raises:
-            DfqsError: the child raised it; it has the same class here. ChildDied: the child ended, or was
-            killed after ``timeout_seconds``; ``where``: the file it is about.
+            DfqsError: the child raised it; it has the same class here.
+            ChildDied: the child ended, or was killed after ``timeout_seconds``. The message names ``where``.
         """
         messages, begin = list[dict[str, Any]](), os.fstat(self._log.fileno()).st_size
         process = self._hand_over(job)

@@ -97,8 +97,8 @@ def read_json(path: str | Path) -> Any:
     """The JSON in a file of unknown origin.
 
     Raises:
-        OSError, ValueError: it cannot be read, is not a regular file, too large, or not what `parse_json`
-        takes.
+        OSError: it cannot be read.
+        ValueError: it is no regular file, too large, or not what `parse_json` takes.
     """
     path = Path(path)
     if path.exists() and not path.is_file():

@@ -45,8 +45,7 @@ _U64 = struct.Struct("<Q")
 class Field:
     """A metadata field, not decoded; ``type``: of its value or items, ``count``: of items (None: no array).
 
-    ``record``: start and end of the whole record, ``value_start``: of the first item, from the header's
-    start.
+    ``record``: start and end of the whole record, ``value_start``: of the first item, both in the header.
     """
 
     name: str

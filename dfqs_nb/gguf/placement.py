@@ -120,9 +120,7 @@ class Placement:
             flags += ["-ts", ",".join(map(str, self.counts))]
         if not self.in_ram:
             return tuple(flags)
-        if self.in_ram == tuple(
-            range(first, self.in_ram[-1] + 1)
-        ):  # with the layers on no card: the first ones
+        if self.in_ram == tuple(range(first, self.in_ram[-1] + 1)):  # all first layers but those on no card
             return (*flags, "--n-cpu-moe", str(self.in_ram[-1] + 1))
         return (*flags, "-ot", rf"blk\.({'|'.join(map(str, self.in_ram))}){EXPERTS}=CPU")
 
@@ -147,16 +145,14 @@ class Placement:
         paged = min(self.disk_token_bytes, self.ram.token_bytes)
         reads = [(device.name, float(device.token_bytes)) for device in self.devices[:-1]]
         reads += [(RAM, self.ram.token_bytes - paged), ("disk", paged)]
-        kind = {name: speeds.get(name.split()[0], 0.0) for name, _ in reads}
-        return [(name, nbytes, speeds.get(name, kind[name])) for name, nbytes in reads if nbytes]
+        speed = {name: speeds.get(name, speeds.get(name.split()[0], 0.0)) for name, _ in reads}
+        return [(name, nbytes, speed[name]) for name, nbytes in reads if nbytes]
 
 
 class Model:
     """What `place` needs of a model: bytes by layer of its dense part and of its routed experts.
 
-    Args:
-        header: of shards, `ShardSet.as_one`.
-        reads: how often a token reads each expert of a layer, from a routing profile.
+    ``reads``: how often a token reads each expert of a layer, from a routing profile.
     """
 
     def __init__(self, header: GGUFHeader, reads: Mapping[int, Sequence[float]] | None = None) -> None:
@@ -212,9 +208,6 @@ def place(
     Args:
         compute_bytes: of llama.cpp's compute buffer in memory, as it plans it for the CPU; None: unknown.
         whole: keep a layer's routed experts with the layer, for programs that only know `-ngl`.
-
-    Raises:
-        HeaderError: the header lacks a key that the cache's formula needs.
     """
     caches, count = model.caches(n_ctx), model.n_layers + 1
     rooms = [max(0, room - SPARE_BYTES) for room in vram_bytes]
@@ -290,14 +283,11 @@ def table(placement: Placement) -> pd.DataFrame:
     """One row a device; sizes as text, because a card's compute buffer is unknown."""
     import pandas as pd
 
-    columns = ["device", "dense", "routed experts", "cache", "compute", "left", "read a token"]
-    rows = [
-        (it.name, size(it.dense_bytes), size(it.expert_bytes), size(it.cache_bytes))
-        + ("unknown" if it.compute_bytes is None else size(it.compute_bytes),)
-        + (size(it.left_bytes), size(it.token_bytes))
-        for it in placement.devices
-    ]
-    return pd.DataFrame(rows, columns=columns).set_index("device")
+    names = ["dense_bytes", "expert_bytes", "cache_bytes", "compute_bytes", "left_bytes", "token_bytes"]
+    columns = ["dense", "routed experts", "cache", "compute", "left", "read a token"]
+    rows = [[getattr(device, name) for name in names] for device in placement.devices]
+    texts = [["unknown" if n is None else size(n) for n in row] for row in rows]
+    return pd.DataFrame(texts, pd.Index([it.name for it in placement.devices], name="device"), columns)
 
 
 def machines_table(

@@ -13,8 +13,8 @@ from dfqs_nb.gguf.memory import CACHE_TYPES, CSA_RATIO, HCA_RATIO, kv_cache_byte
 class ActiveBytes:
     """Bytes of weights that a token of decode reads.
 
-    ``dense``: of what every token uses (of look-up tables, a row); ``routed``: of the routed experts that it
-    is sent to, and ``routed_total`` of all; ``weights``: of all weights.
+    ``dense``: of what every token uses (of look-up tables, a row). ``routed``: of the routed experts that it
+    is sent to, of ``routed_total``. ``weights``: of all weights.
     """
 
     dense: int

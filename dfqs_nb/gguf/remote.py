@@ -141,10 +141,6 @@ def _address(model: str) -> str:
 def headers_of(address: str) -> Iterator[Copy]:
     """Fetch the headers of a remote file and of its other shards; the copies go when the block ends.
 
-    Args:
-        address: ``hf://owner/repo/file.gguf[@revision]``, the address of a file's page on the hub, or any
-            ``https://`` address.
-
     Raises:
         RegistryError: the server does not give the file, or gives no ranges.
     """

@@ -128,8 +128,7 @@ def open_shards(model: str | Path | Sequence[str | Path]) -> ShardSet:
 def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False) -> ShardSet:
     """Check that headers, in any order, are one whole set of shards; errors and warnings as `open_shards`.
 
-    ``glued``: the shards lie in one file, so its name and its size prove nothing, and nothing is warned
-    about.
+    ``glued``: the shards lie in one file; its name and its size prove nothing, and there are no warnings.
     """
     headers = _in_order(headers)
     if not glued:

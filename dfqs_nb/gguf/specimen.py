@@ -77,12 +77,9 @@ def write_specimen(
 ) -> Path:
     """Write the specimen, whole or not at all: by default a small one of 2 GB; `Shape.full` is 62.7 GB.
 
-    ``concatenated``: as two shards glued together byte for byte, as the artifact was published.
-
-    Raises:
-        OutputError: the file exists, or its folder does not.
-        SpaceError: less than 3 GB of the disk would stay free.
-        DfqsError: there cannot be so many layers.
+    ``concatenated``: as two shards glued together byte for byte, as the artifact was published. An error
+    comes before the first byte: the file exists, the disk would have less than 3 GB left, or a wrong number
+    of layers.
     """
     output, facts, shape = Path(output), published(), shape or Shape()
     most = len(facts["keys"]["attention.compress_ratios"])
