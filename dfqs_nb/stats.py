@@ -16,7 +16,7 @@ LEVEL = 0.95
 # interval covered the truth in 92-96 % of simulated runs, and at 96 % in 94-97 %.
 BOOTSTRAP_LEVEL = 0.96
 N_BOOT = 2000
-LEAST_VALUES = 6  # for an interval: with fewer, a bootstrap's is too narrow
+LEAST_VALUES = 6  # with fewer, a bootstrap interval is too narrow
 
 
 def wilson(successes: Any, n: Any, level: float = LEVEL) -> tuple[Floats, Floats]:
@@ -36,7 +36,7 @@ def wilson(successes: Any, n: Any, level: float = LEVEL) -> tuple[Floats, Floats
     share = successes / safe
     centre = (share + z**2 / (2 * safe)) / (1 + z**2 / safe)
     half = z * np.sqrt(share * (1 - share) / safe + z**2 / (4 * safe**2)) / (1 + z**2 / safe)
-    # at none and at all of n the bounds are exact, whatever the rounding
+    # at 0 and at n successes the bounds are exact, despite rounding
     low = np.where(successes > 0, np.clip(centre - half, 0, 1), 0.0)
     high = np.where(successes < safe, np.clip(centre + half, 0, 1), 1.0)
     return np.where(n > 0, low, 0.0), np.where(n > 0, high, 1.0)
@@ -57,7 +57,7 @@ def clopper_pearson(successes: int, n: int, level: float = LEVEL) -> tuple[float
 
 
 def at_most(n_events: int, n: int) -> float:
-    """The exact 95 % upper bound on a rate, one-sided (Clopper and Pearson 1934); no trials bound nothing.
+    """The exact 95 % upper bound on a rate, one-sided (Clopper and Pearson 1934); 1.0 without trials.
 
     >>> round(at_most(0, 4), 3), round(at_most(0, 1152), 4), at_most(0, 0)
     (0.527, 0.0026, 1.0)
@@ -105,9 +105,9 @@ def expanded_tail(n: int, level: float = BOOTSTRAP_LEVEL) -> float:
 
 
 def mean_interval(values: Floats, n_boot: int = N_BOOT, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of independent values by the expanded bootstrap.
+    """95 % interval of the mean of independent values, by the expanded bootstrap.
 
-    It is (NaN, NaN) for fewer than ``LEAST_VALUES`` values.
+    It is (NaN, NaN) for fewer than `LEAST_VALUES` values.
 
     >>> mean_interval(np.array([0.1, 0.2, 0.3]))
     (nan, nan)
@@ -170,11 +170,9 @@ def holm(p: Sequence[float]) -> list[float]:
 def paired_bootstrap(
     change: Any, groups: Any = None, n_boot: int = N_BOOT, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of a mean change, from drawing items anew.
+    """95 % percentile interval of a mean change (a value an item, such as b - a), from resampled items.
 
-    Args:
-        change: one value an item, such as right in b less right in a.
-        groups: the item's group; items are then drawn within groups, and the groups' means averaged.
+    ``groups``: the items' groups. Items are then drawn within groups, and the means of groups averaged.
 
     >>> paired_bootstrap([0.0, 0.0, 0.0])
     (0.0, 0.0)

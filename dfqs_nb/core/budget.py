@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
-SOME = re.compile(r"(?<=[a-z])s\b")  # what one of a thing lacks
+SOME = re.compile(r"(?<=[a-z])s\b")  # the plural s, which goes for 1
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def _send(process: subprocess.Popen[bytes], job: Mapping[str, Any]) -> None:
     assert process.stdin is not None
     with suppress(BrokenPipeError):  # the child is gone; its exit status says how
         process.stdin.write(json.dumps(dict(job)).encode() + b"\n")
-        process.stdin.flush()  # and left open: when it closes, the child knows that it is alone
+        process.stdin.flush()  # and stays open: when it closes, the child ends
 
 
 class Worker:
@@ -140,7 +140,7 @@ class Worker:
         except BaseException:
             self.close()
             raise
-        # `pread` leaves alone the position in the file, which the child shares
+        # `pread` keeps the file's position, which the child shares
         raw = os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size - begin, begin)
         lines, last = raw.decode("utf-8", "replace").splitlines(), messages[-1] if messages else {}
         if "failed" in last:

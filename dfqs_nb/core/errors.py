@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-LONGEST = 3_000  # characters of a part of a message
+LONGEST = 3_000  # characters of what, where or hint
 
 
 class DfqsError(Exception):

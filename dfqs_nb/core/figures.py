@@ -81,7 +81,7 @@ def compact(ax: Axes) -> Image:
 
 def _figure(ax: Axes) -> Figure:
     """The whole figure; no ``$`` in its texts, such as a model's name, begins a formula."""
-    figure: Figure = ax.figure.canvas.figure  # of a subfigure, too, and in every version
+    figure: Figure = ax.figure.canvas.figure  # works for a subfigure, too, in every version
     axes = [axis for part in figure.axes for axis in (part.xaxis, part.yaxis)]
     logs = [axis for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)]
     ticks = {label for axis in logs for label in axis.get_ticklabels(which="both")}

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CHUNK_BYTES = 8 << 20
-STEERING = re.compile("[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # not the spaces among control characters
-JSON_BYTES = 256 << 20  # more is no report, stage or manifest of this workbook
+STEERING = re.compile("[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # control characters without the spaces
+JSON_BYTES = 256 << 20  # no report, stage or manifest is larger
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def whole_path(path: str | Path) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{stem}.", suffix=".part")
     os.close(handle)
     part = Path(name)
-    mask = os.umask(0)  # there is no way to ask for it
+    mask = os.umask(0)  # the only way to read it
     os.umask(mask)
     try:
         yield part

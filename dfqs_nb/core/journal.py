@@ -128,6 +128,6 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
         try:
             row = parse_json(line)
         except ValueError:
-            continue  # the disk lost a line's bytes: its item is measured again
+            continue  # a damaged line: its item is measured again
         if isinstance(row, dict) and isinstance(row.get("id"), str):
             yield row

@@ -19,8 +19,8 @@ import psutil
 CGROUP = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
-READ_SECONDS = 1.0  # of a measurement of the disk
-BUSY_CORES = 0.15  # of others' work beside a measurement, from which on it counts as contended
+READ_SECONDS = 1.0  # that a measurement of the disk takes
+BUSY_CORES = 0.15  # used by other programs, above which a measurement counts as contended
 PACKAGES = ("llama-cpp-python", "gguf", "numpy", "pandas", "matplotlib")
 
 
@@ -97,7 +97,7 @@ def watched_load() -> Iterator[Load]:
 def _seconds_of_others() -> float:
     """CPU seconds of everything but this process, a hypervisor's other guests included."""
     machine, mine = psutil.cpu_times(), os.times()
-    quiet = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is in the user's already
+    quiet = ("idle", "iowait", "guest", "guest_nice")  # user time includes that of guests
     return float(sum(machine) - sum(getattr(machine, name, 0.0) for name in quiet) - mine.user - mine.system)
 
 

@@ -53,7 +53,7 @@ def load_prompts(name: str, kind: Any = PromptSet) -> Any:
         raise PromptError(f"no prompt set is called {name!r}", hint=f"there are: {known or 'none'}") from None
     except (ValueError, TypeError) as error:
         what = str(error)
-        if isinstance(error, ValidationError):  # of pydantic: its text has a line for each field
+        if isinstance(error, ValidationError):  # pydantic's text has a line for each field
             what = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
         hint = "restore it with git"
         raise PromptError(f"not a prompt set ({what})", where=tilde(path), hint=hint) from error

@@ -287,7 +287,7 @@ class _Cursor:
                 while count:
                     position += 8 + unpack(held, position)[0]
                     count -= 1
-            except (struct.error, OverflowError):  # past what is held; past what any file holds
+            except (struct.error, OverflowError):  # the text ends behind the bytes read, or behind any file
                 if position + 8 > self.size - self.start:
                     raise self.fail(f"{what} runs past the end of the file", CUT_OFF) from None
                 self.need(position + 8)

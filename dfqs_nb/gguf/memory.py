@@ -16,7 +16,7 @@ from dfqs_nb.gguf.types import TENSOR_TYPES
 if TYPE_CHECKING:
     import pandas as pd
 
-# Bytes in a block, and elements in it, of the types llama.cpp takes for a KV cache.
+# Bytes and elements of a block, for the types that llama.cpp takes for a KV cache.
 CACHE_TYPES = {
     name.lower(): (n_bytes, elements)
     for name, elements, n_bytes in TENSOR_TYPES.values()

@@ -31,7 +31,7 @@ PAGE = re.compile(
     re.I,
 )
 LARGER_DISK = "free some space, or set HF_HOME to a folder on a larger disk"
-TRIES = 4  # of a download whose connection is reset
+TRIES = 4  # after a reset connection
 CAUSES = entries("""
 RevisionNotFoundError: the repository has no such revision; name a branch, a tag or a commit of it |
 GatedRepoError: the repository is gated; accept its terms on its web page, then `hf auth login` |

@@ -368,7 +368,7 @@ class Layout:
         ):
             layer, routed = layer_of(tensor.name), re.search(EXPERTS, tensor.name)
             if layer is not None and layer >= n_layers:
-                continue  # for drafting: llama.cpp does not read them
+                continue  # layers for drafting, which llama.cpp does not read
             if layer is not None and routed and tensor.shape[-1] == routing.total:
                 part = Experts(file, start, tensor.nbytes // routing.total, routing.total)
                 parts.setdefault(layer, []).append((USED_IN_ORDER.index(routed[1]), part))

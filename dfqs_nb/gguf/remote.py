@@ -22,13 +22,13 @@ from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import MAGIC, GGUFHeader, next_start, read_header
 from dfqs_nb.gguf.shards import ShardSet, check_set, open_shards, shard_path
 
-FIRST_BYTES, NEXT_BYTES = 1 << 20, 1 << 18  # of a request, at least: for the first file's headers; for others
-MOST_BYTES = 128 << 20  # of headers in one file; real ones stay under 50 MB, and the reader doubles
-SMALL_BYTES = 1 << 20  # a whole answer of up to this size is taken, such as a page that says "not found"
+FIRST_BYTES, NEXT_BYTES = 1 << 20, 1 << 18  # least size of a request: for the first file; for others
+MOST_BYTES = 128 << 20  # of headers in one file; real headers stay under 50 MB, and the reader doubles
+SMALL_BYTES = 1 << 20  # a small answer may be whole, such as a page that says "not found"
 STREAM_BYTES = 64 << 20  # of one request for data
 AT_ONCE = 8
 TIMEOUT_SECONDS, TRIES = 20.0, 3
-SLOWEST = 50_000  # bytes a second of a whole answer; a slower one is given up
+SLOWEST = 50_000  # bytes a second; we give up on a slower answer
 RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 LONGEST_NAME = 255  # bytes
 
@@ -293,7 +293,7 @@ def _fetch_once(place: Place, start: int, end: int) -> tuple[bytes, int]:
     with _http.get_session().stream("GET", place.url, **options) as answer:
         if answer.status_code >= 400:
             if place.hub:
-                answer.read()  # its message is the hub's own
+                answer.read()  # the error has the hub's message
                 _http.hf_raise_for_status(answer)
             answer.raise_for_status()
         size, data = _size_told(answer, start, place), bytearray()

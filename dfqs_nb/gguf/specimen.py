@@ -29,9 +29,9 @@ from dfqs_nb.gguf.published import published
 from dfqs_nb.gguf.types import TENSOR_TYPES
 
 SMALL_LAYERS, SMALL_EXPERTS, SMALL_TOKENS = 8, 16, 4096
-SPARE_BYTES = 3_000_000_000  # of disk, left free
+SPARE_BYTES = 3_000_000_000  # of the disk stay free
 ALIGNMENT = 32
-POOL_BLOCKS = 131_071  # of a type; a prime, so that experts do not repeat
+POOL_BLOCKS = 131_071  # in the pool of a type; a prime, so that experts do not repeat
 CHUNK = 16 << 20
 SECOND_SHARD = 0.8  # where the shards part, as the published ones do
 # Scales of blocks, by offset: they give weights of about 1/64, as 4,096 inputs call for.
