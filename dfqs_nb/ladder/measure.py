@@ -72,7 +72,7 @@ def part_of(item_set: ItemSet, max_items: int) -> ItemSet:
     for item in item_set.items:
         taken[item.family] += 1
         items += [item] if taken[item.family] <= each else []
-    items = items[:max_items]  # fewer than there are families
+    items = items[:max_items]  # where there are more families than that
     return replace(item_set, set=f"{item_set.name}-{len(items)}", items=tuple(items))
 
 

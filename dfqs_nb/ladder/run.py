@@ -263,7 +263,8 @@ class _Climber(ExitStack):
         conditions = {**self.conditions, "model": sha256, "base": base.sha256 if base else ""}
         # the source's predictions, with which all others are compared, may have been deleted
         kept = {reference: "tokens.npz", reference.with_name(LONG): "long.npz"}
-        gone = not base and any((place / mine).exists() > array.exists() for array, mine in kept.items())
+        lost = [mine for array, mine in kept.items() if (place / mine).exists() and not array.exists()]
+        gone = base is None and bool(lost)
         for note in place.glob("predicted*.json") if gone else ():
             note.unlink()
 

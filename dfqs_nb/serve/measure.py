@@ -7,9 +7,8 @@ tokens that the server counts are compared with those that were sent.
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,19 +21,17 @@ from dfqs_nb.serve.wire import BusyError, ContextOverflowError, EndpointError
 
 MARK = "MESSAGE-STANDS-HERE"
 SAMPLE = "The red key is kept in the old box. " * 8
-MOST_CHARACTERS = 12  # a token, on the average of a text
 CUT_SHARE, CUT_TOKENS = 0.02, 8  # by which halves may have more tokens than their whole, which ends in no cut
-LEAST_SHARE = 0.95  # of the tokens that a text should have, below which its halves are asked for
-LEAST_SHARE_OF_ITEMS = 0.6  # questions of one set differ in their characters a token
+SHORT = 1_000  # characters that every server reads whole
+SAME_LENGTH = 1.2  # texts of one length differ by less in their characters
 LARGER = "start the server with a larger context (Ollama: OLLAMA_CONTEXT_LENGTH), or use shorter texts"
 DEFAULTS = Options()
 
 
-def tokenizer(endpoint: Endpoint) -> Callable[[str], list[int]] | None:
-    """Token ids of a text as the server sees them, control tokens included, without a BOS.
+def token_counter(endpoint: Endpoint) -> tuple[Callable[[str], int], str]:
+    """How to count a text's tokens, and by what: the server's tokenizer, else its characters a token.
 
-    None where it shows none; llama.cpp, llama-cpp-python and vLLM do. The function raises ``BusyError`` where
-    the server stops counting: a length is never guessed in silence.
+    The function raises `BusyError` where the server stops counting: a length is never guessed in silence.
     """
     forms: dict[str, tuple[str, str, dict[str, Any]]] = {
         "llama.cpp": ("/tokenize", "content", {"add_special": False, "parse_special": True}),
@@ -43,29 +40,19 @@ def tokenizer(endpoint: Endpoint) -> Callable[[str], list[int]] | None:
     }
     path, name, options = forms.get(endpoint.facts.name, ("", "", {}))
 
-    def ids(text: str) -> list[int] | None:
-        return pick(endpoint.post(path, **{name: text}, **options), "tokens", list)
-
-    start = ids("") if path else None  # llama-cpp-python puts a BOS in front
-    if start is None:
-        return None
-
-    def tokens(text: str) -> list[int]:
-        if (counted := ids(text)) is None:
+    def count(text: str) -> int:
+        ids = pick(endpoint.post(path, **{name: text}, **options), "tokens", list)
+        if ids is None:
             what, hint = (
                 "the server stopped counting tokens",
                 "read its log; the same call goes on from there",
             )
             raise BusyError(what, where=endpoint.base_url, hint=hint)
-        return counted[len(start) :]
+        return len(ids)
 
-    return tokens
-
-
-def token_counter(endpoint: Endpoint) -> tuple[Callable[[str], int], str]:
-    """How to count a text's tokens, and by what: the server's tokenizer, else its characters a token."""
-    if (tokens := tokenizer(endpoint)) is not None:
-        return lambda text: len(tokens(text)), "the server's tokens"
+    if path and (ids := pick(endpoint.post(path, **{name: ""}, **options), "tokens", list)) is not None:
+        n_start = len(ids)  # llama-cpp-python puts a BOS in front
+        return lambda text: count(text) - n_start, "the server's tokens"
     each = (endpoint.complete(SAMPLE, 1).n_prompt or len(SAMPLE) // 4) / len(SAMPLE)
     return lambda text: max(1, round(len(text) * each)), "estimated tokens"
 
@@ -77,37 +64,20 @@ def _shown_around(endpoint: Endpoint) -> tuple[str, str] | None:
     return (before, after) if mark else None
 
 
-class PromptGuard:
-    """Notices a server that cuts long prompts and answers from the rest.
+def check_whole(endpoint: Endpoint, ask: Callable[[str, int], Reply], text: str) -> None:
+    """Raise a `ContextOverflowError` if the server cuts this text and answers from the rest.
 
-    Where ``usage.prompt_tokens`` is less than ``share`` of what the text should have, ``ask`` gets both its
-    halves, for one token each: if they have more tokens than the whole, the whole was cut.
+    ``ask`` gets the text and both its halves: together these have more tokens than a text that was cut.
     """
-
-    def __init__(self, url: str, ask: Callable[[str, int], Reply], share: float = LEAST_SHARE) -> None:
-        self._url, self._ask, self._share = url, ask, share
-        self._per_character, self._numbers = 0.0, itertools.count(1)
-
-    def check(self, text: str, reply: Reply, expected: int = 0) -> None:
-        """Raise a `ContextOverflowError` if the server read only a part of a text of so many tokens.
-
-        0 ``expected``: as many as the server's replies so far suggest.
-        """
-        if not reply.n_prompt or len(text) < len(SAMPLE):
-            return  # this server counts nothing, or the text is too short to be cut
-        usual = self._per_character * len(text)
-        least = max(min(filter(None, (expected, usual)), default=0), len(text) / MOST_CHARACTERS)
-        if reply.n_prompt >= self._share * least:
-            self._per_character = usual / len(text) or (0 if expected else reply.n_prompt / len(text))
-            return
-        middle = text.find(" ", len(text) // 2)
-        # numbered, so that no cache of the server begins with it
-        parts = (f"{next(self._numbers)}. {part}" for part in (text, text[:middle], text[middle:]))
-        whole, first, second = (self._ask(part, 1).n_prompt for part in parts)
-        if first + second > whole * (1 + CUT_SHARE) + CUT_TOKENS:
-            what = f"the server cut the prompt: it read {whole:,} of at least {first + second:,} tokens"
-            raise ContextOverflowError(what, where=self._url, hint=LARGER)
-        self._per_character = whole / len(text)
+    if len(text) < SHORT:
+        return
+    middle = text.find(" ", len(text) // 2)
+    # numbered, so that no cache of the server begins with it: what is cached is not counted everywhere
+    parts = (f"{number}. {part}" for number, part in enumerate((text, text[:middle], text[middle:]), 1))
+    whole, first, second = (ask(part, 1).n_prompt for part in parts)
+    if first + second > whole * (1 + CUT_SHARE) + CUT_TOKENS:
+        what = f"the server cut the prompt: it read {whole:,} of at least {first + second:,} tokens"
+        raise ContextOverflowError(what, where=endpoint.base_url, hint=LARGER)
 
 
 class _Remote:
@@ -122,8 +92,8 @@ class _Remote:
         self._count, self.endpoint = lru_cache(maxsize=8192)(count), endpoint
         self.around = _shown_around(endpoint) or ("", "\nAnswer:")
         self.settings = SimpleNamespace(n_ctx=endpoint.facts.n_ctx or 2**31)
-        self._guard = PromptGuard(endpoint.base_url, endpoint.complete)
         self._body: tuple[Any, ...] = ()
+        self._whole = 0.0  # characters of a text that the server is known to read whole
 
     def tokenize(self, text: str, *, special: bool = True) -> tuple[Any, ...]:
         return (text, *[""] * (self._count(text) - 1)) if text else ()
@@ -145,8 +115,10 @@ class _Remote:
         """The greedy answer to a question about the haystack that is held, and the tokens evaluated."""
         sent = (*self._body, *question.prompt)
         text = "".join(map(str, sent))
+        if len(text) > self._whole:
+            check_whole(self.endpoint, self.endpoint.complete, text)
+            self._whole = len(text) * SAME_LENGTH
         reply = self.endpoint.complete(text, question.max_tokens)
-        self._guard.check(text, reply, len(sent))
         return reply.text.strip(), (reply.n_prompt or len(sent)) + reply.n_tokens
 
 
@@ -196,13 +168,17 @@ def score_set(
     mode = Answerer.of(bare, item_set).mode if bare else item_set.mode
     chat = mode == "chat" and not bare
     ask = endpoint.chat if chat else endpoint.complete
-    guard = PromptGuard(url, ask, LEAST_SHARE_OF_ITEMS)
+    prompts = [item.asked(item_set.instruction) if chat else item.prompt for item in item_set.items]
+
+    @cache
+    def check_longest() -> None:
+        check_whole(endpoint, ask, max(prompts, key=len))
 
     def answer(request: Any) -> Reply:
+        check_longest()  # unless all answers are there already
         text = request.rendered(bare) if bare else request.text
         stop = (*request.stop, PLAIN_STOP) if bare and request.chat else request.stop
         reply = ask(text, request.max_tokens, sampling=request.sampling, stop=stop)
-        guard.check(text, reply)
         used = reply.n_prompt + reply.n_tokens
         if (
             reply.finish_reason == "length"

@@ -22,7 +22,7 @@ CUTS: tuple[dict[str, int], ...] = (
     {"items": 4},
     {"clients": 1, "tokens": 16},
     {"items": 2, "answered": 64},
-    {"others": 1, "texts": 4},
+    {"texts": 4},
     {"checked": 8, "filled": 0},
     {"items": 1, "sets": 1, "tokens": 4, "answered": 16},
 )
@@ -30,7 +30,6 @@ NAMES = {
     "items": "questions of a set asked both ways",
     "clients": "numbers of clients",
     "tokens": "timed tokens of an answer",
-    "others": "numbers of other clients",
     "texts": "texts under load",
     "answered": "tokens of an answer to a question",
     "sets": "question sets",
@@ -47,8 +46,7 @@ class ServePlan:
     items: int  # of each set; 0: all
     clients: list[int]  # at once, that are timed
     tokens: int  # of each timed answer
-    others: list[int]  # numbers of other clients beside which answers are compared with those alone
-    texts: int  # that are compared so
+    texts: int  # whose answers are compared with those beside other clients
     checked: int  # tokens of an answer in the checks
     filled: int  # tokens of the context, to try it out
     seconds: float
@@ -83,7 +81,7 @@ def plan_checks(
     def cost(plan: dict[str, int]) -> float:
         share = plan["checked"] / MAX_TOKENS
         checks = load + pace.seconds(plan["filled"], CHECK_TOKENS * share)
-        n_loads = 3 + plan["others"]  # one slot alone and beside others, and many slots alone
+        n_loads = 3 + len(OTHERS)  # one slot alone and beside others, and many slots alone
         drift = 2 * load + n_loads * plan["texts"] * pace.seconds(TEXT_TOKENS, MAX_TOKENS * share)
         answers = sum(
             pace.seconds(len(item.prompt) / 4 + 16, min(item_set.max_tokens, plan["answered"]))
@@ -95,7 +93,7 @@ def plan_checks(
         return N_SERVERS * checks + drift + (N_SERVERS + 1) * answers + explained + load + speeds
 
     whole = {"items": items or max(len(item_set.items) for item_set in sets), "clients": len(clients)}
-    whole |= {"sets": len(sets), "tokens": tokens, "others": len(OTHERS), "texts": N_TEXTS}
+    whole |= {"sets": len(sets), "tokens": tokens, "texts": N_TEXTS}
     whole |= {"answered": max(item_set.max_tokens for item_set in sets)}
     whole |= {"checked": MAX_TOKENS, "filled": min(settings.n_ctx, LONGEST_TRIED)}
     fitted = fit(whole, CUTS, cost, seconds, NAMES)
@@ -104,7 +102,5 @@ def plan_checks(
         [replace(asked, max_tokens=min(asked.max_tokens, cut["answered"])) for asked in sets[: cut["sets"]]],
         items if cut["items"] == whole["items"] else cut["items"],
         list(clients[: cut["clients"]]),
-        cut["tokens"],
-        [*OTHERS[: cut["others"] - 1], OTHERS[-1]],  # the largest number shows most
-        *(cut["texts"], cut["checked"], cut["filled"], fitted.seconds, fitted.left_out),
+        *(cut["tokens"], cut["texts"], cut["checked"], cut["filled"], fitted.seconds, fitted.left_out),
     )

@@ -78,25 +78,13 @@ class Target(BaseModel):
 @cache
 def _tables(folder: Path) -> tuple[dict[str, Any], dict[str, Target]]:
     """The parts that commands and notes share, and the targets by name."""
-    path = folder / "targets.toml"
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-        return table.pop("common"), {name: Target(name=name, **entry) for name, entry in table.items()}
-    except (OSError, ValueError, KeyError) as error:  # pydantic's errors are of ValueError
-        what, hint = f"cannot read the table of targets ({error})", "restore it with git, or set DFQS_DATA"
-        raise DeployError(what, where=tilde(path), hint=hint) from error
+    table = tomllib.loads((folder / "targets.toml").read_text(encoding="utf-8"))
+    return table.pop("common"), {name: Target(name=name, **entry) for name, entry in table.items()}
 
 
 def targets() -> dict[str, Target]:
     """The targets by name, in the order of ``data/deploy/targets.toml``."""
     return _tables(data_dir() / "deploy")[1]
-
-
-def target_of(name: str) -> Target:
-    """The target of this name; a `DeployError` names those there are."""
-    if name not in targets():
-        raise DeployError(f"no target is called {name!r}", hint=f"there are {', '.join(targets())}")
-    return targets()[name]
 
 
 def targets_table() -> pd.DataFrame:
@@ -232,7 +220,9 @@ def write_recipe(
         DeployError: says which of target, file, context, path and folder does not do.
         HeaderError, ShardError, RegistryError: the model is not a complete GGUF, or nothing has that name.
     """
-    chosen, source, folder = target_of(target), _source(model), Path(folder).absolute()
+    if target not in targets():
+        raise DeployError(f"no target is called {target!r}", hint=f"there are {', '.join(targets())}")
+    chosen, source, folder = targets()[target], _source(model), Path(folder).absolute()
     chosen = chosen.model_copy(update={"server": port or chosen.server})
     key_variable = key_variable or (DEFAULT_KEY_VARIABLE if chosen.needs_key else "")
     if key_variable and not (key_variable.isidentifier() and key_variable.isascii()):

@@ -19,7 +19,6 @@ import subprocess
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -163,6 +162,8 @@ def start(
         raise ServerError(f"no kind of server is called {kind!r}", hint=f"there are {', '.join(KINDS)}")
     model, key = Path(open_shards(path).paths[0]).absolute(), secrets.token_urlsafe(24)
     job = {"kind": kind, "path": str(model), "name": model.stem, "n_parallel": n_parallel, "key": key}
+    if log:
+        Path(log).parent.mkdir(parents=True, exist_ok=True)
     file: Any = Path(log).open("a+b") if log else tempfile.TemporaryFile("a+b")  # noqa: SIM115 (it stays open)
     log_start = os.fstat(file.fileno()).st_size
     process = child.start(__name__, job | {"settings": settings.as_dict()}, log=file, start_new_session=True)
@@ -191,20 +192,6 @@ def start(
         raise
     server.start_seconds = time.perf_counter() - began
     return server
-
-
-def start_all(path: str | Path, settings: OpenSettings, folder: str | Path) -> dict[str, LocalServer]:
-    """A server of each kind, started at once, or none; each logs into ``folder/<kind>.log``."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(len(KINDS)) as pool:
-        logs = {kind: Path(folder) / f"{kind}.log" for kind in KINDS}
-        starting = {kind: pool.submit(start, kind, path, settings, log=log) for kind, log in logs.items()}
-    for failure in [error for future in starting.values() if (error := future.exception())]:
-        for future in starting.values():
-            if not future.exception():
-                future.result().stop()
-        raise failure
-    return {kind: future.result() for kind, future in starting.items()}
 
 
 # ---- the child process ----

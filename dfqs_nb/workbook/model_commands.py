@@ -330,7 +330,6 @@ def deploy(
         return
     if not (target and model):
         raise DfqsError("a target and a model are needed", hint="see `dfqs-nb deploy --list`")
-    recipes.target_of(target)
     sizes: dict[str, Any] = {"n_ctx": n_ctx, "n_threads": threads, "n_gpu_layers": gpu_layers, "port": port}
     folder = output or run_dir(f"deploy-{target}")
     sizes |= {"key_variable": key_variable, "overwrite": overwrite}
