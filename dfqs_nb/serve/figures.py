@@ -19,8 +19,8 @@ def speed_by_clients(speeds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     by_server = speeds.groupby("server", sort=False)
     for (name, rows), (colour, marker) in zip(by_server, styles, strict=False):
         label = f"{name} ({rows['requests'].min()} to {rows['requests'].max()} requests)"
-        style = {"color": colour, "marker": marker, "linewidth": 1.4, "label": label}
-        ax.plot(rows["clients"], rows["tokens_per_sec"], **style)
+        at, speed = rows["clients"], rows["tokens_per_sec"]
+        ax.plot(at, speed, color=colour, marker=marker, linewidth=1.4, label=label)
     token_axis(ax, clients, "clients at once (log scale)")
     ax.set_ylim(0, speeds["tokens_per_sec"].max() * 1.25)
     ax.set_ylabel("tokens per second, all clients together")

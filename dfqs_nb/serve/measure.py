@@ -22,7 +22,7 @@ from dfqs_nb.serve.wire import BusyError, ContextOverflowError, EndpointError
 MARK = "MESSAGE-STANDS-HERE"
 SAMPLE = "The red key is kept in the old box. " * 8
 CUT_SHARE, CUT_TOKENS = 0.02, 8  # by which halves may have more tokens than their whole, which ends in no cut
-SHORT = 1_000  # characters that every server reads whole
+SHORT = 1_600  # characters that every server reads whole
 SAME_LENGTH = 1.2  # texts of one length differ by less in their characters
 LARGER = "start the server with a larger context (Ollama: OLLAMA_CONTEXT_LENGTH), or use shorter texts"
 DEFAULTS = Options()
@@ -168,7 +168,8 @@ def score_set(
     mode = Answerer.of(bare, item_set).mode if bare else item_set.mode
     chat = mode == "chat" and not bare
     ask = endpoint.chat if chat else endpoint.complete
-    prompts = [item.asked(item_set.instruction) if chat else item.prompt for item in item_set.items]
+    items = item_set.items[: options.limit]
+    prompts = [item.asked(item_set.instruction) if chat else item.prompt for item in items]
 
     @cache
     def check_longest() -> None:

@@ -437,7 +437,7 @@ def test_the_command_measures_long_context_with_the_texts_of_its_tier(server, tm
 def test_a_context_that_ends_bounds_the_curve(server, tmp_path):
     server.answer = lambda body: "0."
     found = endpoint.connect(server.url)
-    server.faults = ["none"] * 10 + ["overflow"]  # three of them look for a cut
+    server.faults = ["none"] * 7 + ["overflow"]
     run = measure.measure_long_context(found, tmp_path, longest=512, n_haystacks=3)
     assert run.failure is not None and run.failure.cause == "n_ctx" and len(run.items) == 6
 

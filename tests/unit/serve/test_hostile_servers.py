@@ -177,7 +177,7 @@ def test_a_server_that_counts_other_than_estimated_is_not_accused(server, tmp_pa
 
 def test_a_question_that_is_cut_is_no_wrong_answer(server, tmp_path):
     long = QUESTIONS.items[0].__class__(
-        **{**vars(QUESTIONS.items[0]), "id": "long", "prompt": "The dog slept. " * 99}
+        **{**vars(QUESTIONS.items[0]), "id": "long", "prompt": "The dog slept. " * 120}
     )
     questions = QUESTIONS.__class__(**{**vars(QUESTIONS), "items": (*QUESTIONS.items[:3], long)})
     server.window = 70
