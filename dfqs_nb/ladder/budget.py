@@ -1,4 +1,4 @@
-"""A climb that keeps to a time: fewer questions, texts and rungs, in a stated order."""
+"""Cut a climb to a time: fewer questions, texts and rungs, in a stated order."""
 
 from __future__ import annotations
 

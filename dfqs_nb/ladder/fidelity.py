@@ -59,7 +59,7 @@ class Step(BaseModel):
 
 
 class Line(BaseModel):
-    """A prompt and how the original goes on. ``chat``: the prompt is a user's message, not a plain text."""
+    """A prompt and the original's continuation. ``chat``: the prompt is a user's message, not a text."""
 
     id: str
     prompt: Annotated[str, MinLen(1)]
@@ -217,7 +217,7 @@ class Fidelity:
 
     @property
     def sentence(self) -> str:
-        """The result for people."""
+        """The result in a sentence."""
         facts, n_prompts = self.summary(), self.tokens["id"].nunique()
 
         def shown(name: str, form: str) -> str:

@@ -84,7 +84,7 @@ class ImportanceMatrix:
 
     @property
     def sha256(self) -> str:
-        """Of names, sums and counts, in hex."""
+        """The hash of names, sums and counts, in hex."""
         digest = hashlib.sha256()
         for name, entry in sorted(self.entries.items()):
             digest.update(name.encode() + entry.sums.tobytes() + entry.counts.tobytes())
@@ -130,7 +130,7 @@ class ImportanceMatrix:
 
         class Writer(gguf.GGUFWriter):
             def add_architecture(self) -> None:
-                """None: it is not a model."""
+                """Write none: it is not a model."""
 
         with whole_path(path) as part:
             writer = Writer(part, "")
@@ -205,7 +205,7 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
 
 
 class Collector:
-    """Hears about every node that llama.cpp evaluates and sums the squares of what enters the products."""
+    """Receives every node that llama.cpp evaluates, and sums the squares of what enters the products."""
 
     def __init__(self) -> None:
         import llama_cpp.llama_cpp as api
@@ -221,7 +221,7 @@ class Collector:
         self._error: BaseException | None = None
 
     def entries(self) -> dict[str, Entry]:
-        """What was collected; an `ImatrixError` where a node could not be read, or nothing was collected."""
+        """The collected sums; an `ImatrixError` if a node could not be read, or no weight was used."""
         if self._error is not None:
             raise ImatrixError(f"the collector failed ({self._error})", hint=REPORT) from self._error
         if not self._totals:

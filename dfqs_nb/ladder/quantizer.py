@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to read before the work: fallbacks, and entries of the matrix that are not used."""
+        """Warnings to read first: fallbacks, and entries of the matrix that are not used."""
         names = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
         unused = f"{len(self.left_out)} entries of the importance matrix do not fit and are not used: {names}"
         return (*self.fallbacks, *([unused] if self.left_out else []))

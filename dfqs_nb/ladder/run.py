@@ -61,12 +61,12 @@ class Rung:
 
     @property
     def bits_per_weight(self) -> float:
-        """Over all weights."""
+        """Bits a weight of the whole file."""
         return bits_per_weight(self.header.tensors)
 
     @property
     def expert_bits(self) -> float:
-        """Over the routed experts' weights; NaN for a dense model."""
+        """Bits a weight of the routed experts; NaN for a dense model."""
         return bits_per_weight([t for t in self.header.tensors if class_of(t.name) == "routed experts"])
 
 
@@ -162,7 +162,7 @@ class _Climber(ExitStack):
     def climb(
         self, top: str, recipes: Mapping[str, Recipe], on_rung: Callable[[], object]
     ) -> tuple[Rung, ...]:
-        """Make and measure all rungs, as many at once as this machine holds; then time one after another.
+        """Make and measure all rungs, as many at once as this machine holds; then time them one by one.
 
         Every task waits only for tasks that were submitted before it, so one worker is enough.
         """
@@ -215,7 +215,7 @@ class _Climber(ExitStack):
     def _made(
         self, name: str, recipe: Recipe, collected: Future[imatrix.ImportanceMatrix | None]
     ) -> tuple[Path, str]:
-        """The rung's model file, made now or before, and its SHA-256."""
+        """The rung's model file (made now, or by an earlier run) and its SHA-256."""
         matrix = None
         if recipe.weights:
             matrix = imatrix.uniform(self.shards.as_one) if name.endswith(FLAT) else collected.result()
@@ -256,7 +256,7 @@ class _Climber(ExitStack):
         return self._measured(name, path, sha256, base)
 
     def _measured(self, name: str, path: Path, sha256: str, base: Rung | None) -> Rung:
-        """A rung from what a child measured of it, now or before; its speed comes later."""
+        """Measure a rung in a child, or load an earlier measurement; the speed comes later."""
         import pandas as pd
 
         place, reference = self._place(name), self.folder / "reference.npy"

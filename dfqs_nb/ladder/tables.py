@@ -1,4 +1,4 @@
-"""What a climb found, as tables, and rungs compared in pairs on the same chunks, questions and texts."""
+"""The tables of a climb, and rungs compared in pairs on the same chunks, questions and texts."""
 
 from __future__ import annotations
 

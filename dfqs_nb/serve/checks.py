@@ -49,7 +49,7 @@ FILLER = "The dog slept near the fire. "
 
 @dataclass(frozen=True)
 class Subject:
-    """An endpoint; where they are here, the same file in this process, and our server."""
+    """An endpoint to check; if this machine has them, the same file in this process, and our server."""
 
     endpoint: Endpoint
     model: Model | None = None
@@ -59,7 +59,7 @@ class Subject:
 
 
 def _health(subject: Subject) -> Finding:
-    """The server answers, to its health check and to a request of one token."""
+    """Ask for the server's health, and for one token."""
     server, started = subject.server, time.perf_counter()
     came_up = f"came up in {server.start_seconds:.1f} s; " if server else ""
     subject.endpoint.complete("The", 1)
@@ -68,7 +68,7 @@ def _health(subject: Subject) -> Finding:
 
 
 def _name(subject: Subject) -> Finding:
-    """A wrong name: a refusal is right, another model's answer is a trap."""
+    """Send a wrong model name: a refusal is right, another model's answer is a trap."""
     endpoint, lists = subject.endpoint, f"lists {', '.join(subject.endpoint.facts.models)}; "
     try:
         replace(endpoint, model=f"{endpoint.model}-that-is-not-there", retries=0).complete("The", 1)
@@ -81,7 +81,7 @@ def _name(subject: Subject) -> Finding:
 
 
 def _context(subject: Subject) -> Finding:
-    """How many tokens it really takes: what it reports, and what it refuses."""
+    """Fill the context that the server reports, then exceed it: it must refuse."""
     endpoint, n_ctx = subject.endpoint, subject.endpoint.facts.n_ctx
     count, counted_by = token_counter(endpoint)
     if n_ctx is None or n_ctx > subject.longest_tried:
@@ -101,7 +101,7 @@ def _context(subject: Subject) -> Finding:
 
 
 def _template(subject: Subject) -> Finding:
-    """Whether its chat template gives the tokens that ours gives."""
+    """Compare the server's prompt with ours, token by token."""
     endpoint, model = subject.endpoint, subject.model
     if model is None:
         return UNSEEN, "needs the model in this process"
@@ -121,7 +121,7 @@ def _template(subject: Subject) -> Finding:
 
 
 def _repeated(subject: Subject) -> Finding:
-    """Greedy answers to the same requests, one after another."""
+    """Send the same greedy requests one after another."""
     n = len(PROMPTS)
     answers = [{_answer(subject, prompt) for _ in range(REPETITIONS)} for prompt in PROMPTS]
     n_same = sum(len(texts) == 1 for texts in answers)
@@ -132,7 +132,7 @@ def _repeated(subject: Subject) -> Finding:
 
 
 def _concurrent(subject: Subject) -> Finding:
-    """The same requests at once: slots share batches, and batches change numbers."""
+    """Send the same requests at once: slots share batches, and batches change numbers."""
     ask = partial(_answer, subject)
     alone = [ask(prompt) for prompt in PROMPTS] * N_CONCURRENT
     beside = side_by_side(ask, PROMPTS * N_CONCURRENT, N_CONCURRENT)
@@ -202,7 +202,7 @@ def shut_down(running: Mapping[str, LocalServer]) -> pd.DataFrame:
 
 
 def side_by_side(work: Callable[[Work], Made], items: Iterable[Work], n_at_once: int) -> list[Made]:
-    """The work done for each item, up to so many at once, in the order of the items."""
+    """Do the work for each item, up to ``n_at_once`` at a time; results in the order of the items."""
     with ThreadPoolExecutor(max(1, n_at_once)) as pool:
         return list(pool.map(work, items))
 
@@ -238,7 +238,7 @@ def under_load(
     n_tokens: int = MAX_TOKENS,
     n_texts: int | None = None,
 ) -> pd.DataFrame:
-    """The texts of notebook 04 asked of llama.cpp's server, alone and while so many other clients ask too.
+    """Send notebook 04's texts to llama.cpp's server, alone and while other clients send requests too.
 
     One row a load: first with one slot, where requests wait for each other; then with a slot for each client.
     Columns ``slots``, ``others`` (clients beside; 0: alone again), ``texts``, ``drift`` (largest change of a
@@ -264,7 +264,7 @@ def under_load(
 
 
 def _compared(names: Sequence[str], alone: Sequence[Scored], beside: Sequence[Scored]) -> dict[str, Any]:
-    """What one load changes: the columns of `under_load` from ``texts`` on."""
+    """The effect of one load: the columns of `under_load` from ``texts`` on."""
     drifts = np.array(list(map(_drift, alone, beside)))
     pairs = zip(names, alone, beside, strict=True)
     changed = [name for name, a, b in pairs if [token for token, _ in a] != [token for token, _ in b]]
@@ -279,7 +279,7 @@ def _compared(names: Sequence[str], alone: Sequence[Scored], beside: Sequence[Sc
 
 
 def load_sentence(table: pd.DataFrame) -> str:
-    """What `under_load` showed, of the server with a slot for each client."""
+    """The result of `under_load` in a sentence, for the server with a slot for each client."""
     rows = table[table["slots"] > 1]
     beside = rows[rows["others"] > 0]
     n, names = int(rows["texts"].iloc[0]), {name for cell in beside["changed"] for name in cell.split(", ")}

@@ -66,7 +66,7 @@ class Answer(BaseModel):
 
 
 def pick(page: Any, path: str, kind: type[Kind]) -> Kind | None:
-    """What a page has at a path, if it is of this kind.
+    """The value at a path of a JSON page, if it is of this kind.
 
     >>> pick({"info": {"version": "1"}}, "info.version", str), pick([], "info.version", str)
     ('1', None)
@@ -90,7 +90,7 @@ class ServerFacts:
 
 
 def _facts(wire: Wire, listed: Mapping[str, Any]) -> ServerFacts:
-    """Name and version, from the paths that each kind of server has of its own."""
+    """Name and version, from paths that only this kind of server has."""
     props = wire.optional("/props")
     if pick(props, "default_generation_settings", dict):
         n_ctx, n_slots = (pick(props, p, int) for p in ("default_generation_settings.n_ctx", "total_slots"))
@@ -121,7 +121,7 @@ class Reply(Completion):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server, and how it is asked. See `connect`."""
+    """A server, and how to ask it. See `connect`."""
 
     wire: Wire
     model: str
@@ -139,7 +139,7 @@ class Endpoint:
 
     @property
     def identity(self) -> str:
-        """What answers are kept under without the model's SHA-256: another file may be served by its name."""
+        """The name under which answers are kept where the model's SHA-256 is unknown."""
         return " ".join(filter(None, (f"{self.facts.name}:{self.model}", self.facts.weights)))
 
     def conditions(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class Endpoint:
         return self.ask({"prompt": text}, max_tokens, **options)
 
     def post(self, path: str, **body: Any) -> Any:
-        """The JSON that the server answers to JSON sent to a path; None where it has no such path."""
+        """The JSON that a path returns for this JSON; None if the server has no such path."""
         return self.wire.optional(path, body)
 
     def ask(
@@ -235,7 +235,7 @@ def connect(
     version: str = "",
     fields: Mapping[str, str] | None = None,
 ) -> Endpoint:
-    """Read what a server is and which models it lists, and return how to ask it from then on.
+    """Ask a server for its models and its version; return the endpoint for all further requests.
 
     Args:
         base_url: with or without ``/v1`` at its end; a query (``?api_key=``) is sent and never shown.
@@ -275,7 +275,7 @@ def connect(
 
 
 def _wire(base_url: str, key: str, key_variable: str, timeout_seconds: float) -> Wire:
-    """The way to an address, with the limit of time for its list of models."""
+    """The connection to an address, with the time limit for its list of models."""
     if key_variable and not key:
         hint = f"export {key_variable} with the key, or leave the variable out"
         raise KeyRefusedError(f"the environment variable {key_variable} is not set", hint=hint)
@@ -288,7 +288,7 @@ def _wire(base_url: str, key: str, key_variable: str, timeout_seconds: float) ->
 
 
 def _listed(wire: Wire, retries: int) -> dict[str, Any]:
-    """What the server lists, by name."""
+    """The server's models by name."""
     answer = wire.ask(lambda broke: next(wire.events(f"{wire.url}/models")), retries=retries)
     if not isinstance(answer, dict) or "data" not in answer:
         hint = "check port and path: the address ends in /v1 as a rule"

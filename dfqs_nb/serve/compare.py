@@ -45,7 +45,7 @@ class Comparison:
 
     @property
     def causes(self) -> str:
-        """How many differences have which cause; empty where there are none."""
+        """The differences counted by cause; empty if there are none."""
         return "" if self.items["same_text"].all() else _counted(self.items["cause"])
 
 
@@ -135,7 +135,7 @@ def _compared(
 
 
 def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Any, served: str) -> dict[str, Any]:
-    """Why the server's text is not the one of this process; notebook 09 explains each ``cause``.
+    """Why the server's text differs from this process's; notebook 09 explains each ``cause``.
 
     ``prompt_process`` and ``prompt_server`` (tokens; 0: not reported), ``token`` (the first of ours that
     theirs does not have), and of the logits in process there: ``margin`` (our token before the server's) and

@@ -1,4 +1,4 @@
-"""What checking the servers will take, cut to a time before they start."""
+"""Plan the checks of the servers, and cut them to a time before the servers start."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ServePlan:
 
     @property
     def sentence(self) -> str:
-        """The plan for people."""
+        """The plan in a sentence."""
         cut = f" Cut to keep to the budget: {'; '.join(self.left_out)}." if self.left_out else ""
         return f"At most about {duration(self.seconds)}, if every answer has its full length.{cut}"
 

@@ -362,7 +362,7 @@ def _settings(
 
 
 def _n_ctx(target: Target, source: _Source, wanted: int | None) -> int:
-    """The tokens asked for, if they can be; else the largest power of two up to the limits that fits.
+    """The context that was asked for, if it is possible; else the largest power of two that fits.
 
     It fits where its cache takes at most half of what the weights leave of the memory.
     """

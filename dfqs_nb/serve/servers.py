@@ -48,7 +48,7 @@ class ServerError(DfqsError):
 
 @dataclass(repr=False)
 class LocalServer:
-    """A server that runs; in a ``with`` block it is stopped at the end."""
+    """A running server; a ``with`` block stops it at its end."""
 
     kind: str
     model: str

@@ -157,7 +157,7 @@ class Wire:
     def events(
         self, url: str, body: Mapping[str, Any] | None = None, *, stream: bool = False
     ) -> Iterator[Any]:
-        """The JSON at an address, or that it answers to JSON; of a stream each event."""
+        """The JSON that an address returns (for a body, if there is one); of a stream each event."""
         with self.client.stream("POST" if body else "GET", url, json=body or None) as response:
             chunks = response.iter_raw()  # never unpacked: a small answer must not become a large one
             if not response.is_success:
