@@ -36,24 +36,23 @@ def _inspect(path: str, llama_cpp: bool) -> bool:
     from dfqs_nb.gguf import models, remote
     from dfqs_nb.llama.check import loader_verdict
     from dfqs_nb.merge import diagnose
-    from dfqs_nb.merge.kind import Kind
 
     with ExitStack() as stack:
         copy = stack.enter_context(remote.headers_of(path)) if models.is_address(path) else None
         local = copy.path if copy else Path(path)
         diagnosis = diagnose(local, allow_holes=copy is not None)
-        rows = _header_rows(local) if diagnosis.sound else dict(diagnosis.evidence)
-        step = diagnosis.next_step
+        rows, step = _header_rows(local) if diagnosis.sound else dict(diagnosis.evidence), diagnosis.next_step
         if copy:
             step = step and f"after the download: {step.replace(f'{local.parent}/', '')}"
             rows["read over the network"] = f"{copy.fetched_bytes:,} bytes of headers"
-            if diagnosis.sound or diagnosis.kind is Kind.RAW_CONCATENATION:
+            if diagnosis.sound or diagnosis.kind == "raw concatenation":
                 rows |= _outlook(local)
         elif llama_cpp:
             rows["llama.cpp"] = loader_verdict(local).reason or "loads"
-        say(f"{remote.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
-        if step:
-            say(f"  -> {step}")
+        say(
+            f"{remote.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}"
+            + (f"\n  -> {step}" if step else "")
+        )
         for what, value in rows.items():
             say(f"  {what + ':':<28}{format(value, ',') if type(value) is int else value}")
         return diagnosis.sound
@@ -68,13 +67,12 @@ def _outlook(path: Path) -> dict[str, Any]:
         with remote.outline(path) as model:
             verdict = loader_verdict(model.path).explain(model.shards.as_one)
             verdict += ", once it is repaired" if model.glued else ""
-            try:
-                needs = memory.estimate(model.shards.as_one, OUTLOOK_N_CTX)
-                fits = memory.check_fits(needs) or "fits, weights and all"
-            except (HeaderError, SpaceError) as error:
-                fits = error.what
+            needs = memory.estimate(model.shards.as_one, OUTLOOK_N_CTX)
+            fits = memory.check_fits(needs) or "fits, weights and all"
     except ShardError as error:
         return {"the whole set": error.what}
+    except (HeaderError, SpaceError) as error:
+        fits = error.what
     return {"llama.cpp": verdict, f"memory, {OUTLOOK_N_CTX:,} tokens": fits}
 
 
@@ -88,9 +86,8 @@ def _header_rows(path: Path) -> dict[str, Any]:
         header = open_shards(path).as_one
     except ShardError:
         header = read_header(path)
-    rows = facts.identity(header) | facts.architecture(header)
-    rows = {what: value for what, value in rows.items() if value != "not stated"}
-    experts = facts.experts(header)
+    known = facts.identity(header) | facts.architecture(header)
+    rows, experts = {k: value for k, value in known.items() if value != "not stated"}, facts.experts(header)
     if experts.total:
         layers = f"{experts.moe_layers} layers, {experts.hash_layers} of them by hash"
         rows["experts"] = f"{experts.used} of {experts.total} a token, {experts.shared} shared, {layers}"
@@ -115,12 +112,11 @@ def merge(
     """
     from dfqs_nb.merge import merge_model, open_source
 
-    if not dry_run:
+    if dry_run:
+        plan = open_source(paths).dry_run(output, overwrite=overwrite, consume=consume)
+        say(f"{len(plan.sources)} file(s) -> {output}: {plan.nbytes:,} bytes; nothing was written")
+    else:
         _say_made(merge_model(paths, output, overwrite=overwrite, consume=consume, progress=not quiet))
-        return
-    plan = open_source(paths).dry_run(output, overwrite=overwrite, consume=consume)
-    sizes = f"{plan.nbytes:,} bytes, {len(plan.copies):,} copies"
-    say(f"{len(plan.sources)} file(s) -> {output}: {sizes}; nothing was written")
 
 
 def _say_made(*results: Any) -> None:
@@ -214,18 +210,15 @@ def quantize(
         raise DfqsError("no output was named", hint="pass -o FILE, or --dry-run to see what it would be")
     if imatrix and calibrate:
         raise typer.BadParameter("give either --imatrix or --calibrate")
-    matrix: Any = imatrix or None
     work: dict[str, Any] = {"n_threads": threads, "progress": not quiet}
-    if calibrate and chosen.weights:
-        matrix = ladder.collect(path, calibrate, **work)
-        if not dry_run:
-            matrix.save(Path(f"{output}.imatrix.gguf"))
+    matrix: Any = ladder.collect(path, calibrate, **work) if calibrate and chosen.weights else imatrix or None
     if dry_run:
         plan = ladder.plan(path, chosen, matrix)
     else:
+        if calibrate and chosen.weights:
+            matrix.save(Path(f"{output}.imatrix.gguf"))
         plan = ladder.quantize(path, chosen, output, imatrix=matrix, overwrite=overwrite, **work)
     say_table(plan.by_class(), ".2f")
-    for note in plan.notes:
-        say(note)
     where = "would be" if dry_run else f"{output}:"
-    say(f"{where} {plan.nbytes:,} bytes, {plan.bits_per_weight:.2f} bits a weight")
+    size = f"{where} {plan.nbytes:,} bytes, {plan.bits_per_weight:.2f} bits a weight"
+    say("\n".join([*plan.notes, size]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -29,7 +30,7 @@ class Live:
     """
 
     def __init__(self, notebook: Path, target: Path, budget_minutes: float, stream: IO[str] | None) -> None:
-        self.name, self.stream, self.budget = notebook.stem, stream, 60 * budget_minutes
+        self.name, self.stream, self.budget = notebook.stem, stream or io.StringIO(), 60 * budget_minutes
         self.earlier = cell_seconds(target)
         self.titles: list[str] = []
         self.index, self.begun, self.cell_begun = 0, time.monotonic(), time.monotonic()
@@ -37,18 +38,16 @@ class Live:
 
     def __enter__(self) -> Live:
         self.watcher = threading.Thread(target=self._watch, daemon=True)
-        if self.stream is not None:
-            self.watcher.start()
+        self.watcher.start()
         return self
 
     def __exit__(self, *_exc: object) -> None:
         self.done.set()
-        if self.stream is not None:
-            self.watcher.join(5)  # else it may draw once more
-            if self.drawn:
-                self._draw("")
-                self.stream.write("\r")
-                self.stream.flush()
+        self.watcher.join(5)  # else it may draw once more
+        if self.drawn:
+            self._draw("")
+            self.stream.write("\r")
+            self.stream.flush()
 
     def cell(self, titles: Sequence[str], index: int) -> None:
         """A cell begins."""
@@ -78,7 +77,6 @@ class Live:
         return ""
 
     def _watch(self) -> None:
-        assert self.stream is not None
         terminal = self.stream.isatty()
         while not self.done.wait(REDRAW_SECONDS if terminal else HEARTBEAT_SECONDS):
             if terminal:
@@ -87,7 +85,6 @@ class Live:
                 print(self.line(), file=self.stream, flush=True)
 
     def _draw(self, line: str) -> None:
-        assert self.stream is not None
         line = line[: shutil.get_terminal_size().columns - 1]
         self.stream.write("\r" + line.ljust(self.drawn))
         self.stream.flush()

@@ -116,7 +116,10 @@ def score(
     with ExitStack() as stack:
         if serve.is_url(model):
             limits: dict[str, Any] = {"concurrency": concurrency, "timeout_seconds": timeout}
-            limits |= {"key_variable": key_variable, "fields": dict(map(_renamed, field or []))}
+            if bad := next((given for given in field or [] if "=" not in given[1:]), ""):
+                raise DfqsError(f"--field {bad} has no `=`", hint=f"--field {bad or 'seed'}= leaves it out")
+            fields = dict(given.split("=", 1) for given in field or [])
+            limits |= {"key_variable": key_variable, "fields": fields}
             opened: Any = serve.connect(model, endpoint_model, **limits)
             model_id, folder = "", run_dir(run or Path(f"endpoint-{opened.model}").name)
             score_set: Any = serve.score_set
@@ -139,18 +142,6 @@ def score(
                 say(f"retrieval {measured.boundary().sentence}")
             say(f"haystacks: {tilde(folder / 'long_context')}/")
     say(f"answers: {tilde(folder / 'scores')}/")
-
-
-def _renamed(given: str) -> tuple[str, str]:
-    """A field's name and the server's name of it.
-
-    >>> _renamed("max_tokens=max_completion_tokens"), _renamed("seed=")
-    (('max_tokens', 'max_completion_tokens'), ('seed', ''))
-    """
-    name, equals, new = given.partition("=")
-    if not name or not equals:
-        raise DfqsError(f"--field {given} has no `=`", hint=f"--field {name or 'seed'}= leaves it out")
-    return name, new
 
 
 @app.command(rich_help_panel=shared.MEASURE)

@@ -84,19 +84,11 @@ def declared_parameters(path: Path) -> dict[str, dict[str, str]]:
 
 
 def check_parameters(parameters: Iterable[str], declared: Iterable[str]) -> None:
-    """Refuse a parameter that no notebook declares: papermill would only warn, and run without it.
-
-    >>> check_parameters(["n_ctx"], ["n_ctx", "model"])
-    >>> check_parameters(["nctx"], ["n_ctx", "model"])
-    Traceback (most recent call last):
-    dfqs_nb.core.errors.DfqsError: no notebook has a parameter 'nctx'; did you mean n_ctx? known: model, n_ctx
-    """
+    """Refuse a parameter that no notebook declares: papermill would only warn, and run without it."""
     known = sorted(set(declared))
-    unknown = sorted(set(parameters) - set(known))
-    if unknown:
-        names = ", ".join(repr(name) for name in unknown)
+    if unknown := sorted(set(parameters) - set(known)):
         hint = f"{did_you_mean(unknown[0], known)}known: {', '.join(known) or 'none'}"
-        raise DfqsError(f"no notebook has a parameter {names}", hint=hint)
+        raise DfqsError(f"no notebook has a parameter {', '.join(map(repr, unknown))}", hint=hint)
 
 
 def parse_value(name: str, text: str, type_name: str) -> Any:
@@ -160,23 +152,21 @@ def run_workbook(
 ) -> WorkbookRun:
     """Execute notebooks (by default all) in order into ``outputs/<run>/``, and write ``summary.md`` there.
 
+    Each notebook gets the parameters that it declares. `DfqsError`: none declares a parameter, or a cell
+    fails; what earlier notebooks wrote stays.
+
     Args:
-        run: the folder's name, handed to every notebook that declares ``run_name`` (IPython takes a
-            line that begins with ``run`` for its magic, so a parameter cannot be called that).
-        parameters: handed to each notebook that declares them.
+        run: the folder's name, for notebooks ``run_name``, because IPython takes ``run`` for its magic.
         fresh: do again what an earlier run left (handed on as ``fresh``).
         watch: where to show which cell runs, for how long, and what its processes do.
         tier: sets the parameters that are not given (`tiers`); by default the model's.
         budget_minutes: of the whole run, divided among the notebooks that obey a budget.
         tell: gets a line before and after each notebook.
-
-    Raises:
-        DfqsError: no notebook declares a parameter, or a cell fails; what earlier notebooks wrote stays.
     """
     paths = list(notebooks) if notebooks is not None else find_notebooks()
     declared = [declared_parameters(path) for path in paths]
     check_parameters(parameters or {}, chain.from_iterable(declared))
-    given = _absolute(parameters or {})
+    given = {name: _absolute(value) for name, value in (parameters or {}).items()}
     settings = tiers.settings_of(tier or tiers.tier_of(given.get("model"), run))
     values = {**settings, "run_name": run, **({"fresh": True} if fresh else {}), **given}
     folder, begin, done = run_dir(run).absolute(), time.monotonic(), list[NotebookRun]()
@@ -219,31 +209,17 @@ def _summed_up(folder: Path, done: Sequence[NotebookRun]) -> WorkbookRun:
     return result
 
 
-def _absolute(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Relative paths of what exists made absolute: a notebook runs in another folder than the user.
+def _absolute(value: Any) -> Any:
+    """A relative path of what exists made absolute: a notebook runs in another folder than the user.
 
     Links stay as they are: in a hub cache a shard's name is the link's, not its target's.
     """
-
-    def absolute(value: Any) -> Any:
-        is_path = isinstance(value, str) and ("/" in value or value.lower().endswith(".gguf"))
-        return str(Path(value).absolute()) if is_path and there_is(value) else value
-
-    return {name: absolute(value) for name, value in parameters.items()}
+    is_path = isinstance(value, str) and ("/" in value or value.lower().endswith(".gguf"))
+    return str(Path(value).absolute()) if is_path and there_is(value) else value
 
 
 def _executed(path: Path, target: Path, parameters: dict[str, Any], live: Live) -> NotebookRun:
     """Execute a notebook; `DfqsError` if it fails. After the report a failure is only noted."""
-    try:
-        return _execute(path, target, parameters, live)
-    except DfqsError as error:
-        is_later = path.name in (STAGES["ladder"], STAGES["serving"])
-        if not (is_later and target.with_name("report.json").exists()):
-            raise
-        return NotebookRun(path.stem, 0.0, target, f"failed: {error}", failed=True)
-
-
-def _execute(path: Path, target: Path, parameters: dict[str, Any], live: Live) -> NotebookRun:
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
 
@@ -252,17 +228,19 @@ def _execute(path: Path, target: Path, parameters: dict[str, Any], live: Live) -
         with kernel_environment(), live:
             kernel = {"kernel_name": KERNEL, "cwd": path.parent, "extra_arguments": [QUIET]}
             execute_notebook(path, target, parameters, engine_name=use(live), progress_bar=False, **kernel)
-    except PapermillExecutionError as error:
-        cause = f"{error.ename}: {last_line(error.evalue)}".rstrip(": ")
-        what = f"cell In [{error.exec_count}] failed: {cause}"
-        raise DfqsError(what, where=path.name, hint=so_far) from error
     except KeyboardInterrupt:
         print(f"\nstopped in {live.name}, cell {plain(live.place)}; {so_far}", file=sys.stderr)
         raise
-    except DeadKernelError as error:
-        cell = _running_cell(target)
-        what = f"the kernel died in cell {cell} (killed, out of memory, or aborted by llama.cpp)"
-        raise DfqsError(what, where=path.name, hint=so_far) from error
+    except (PapermillExecutionError, DeadKernelError) as error:
+        what = f"the kernel died in cell {live.place} (killed, out of memory, or aborted by llama.cpp)"
+        if isinstance(error, PapermillExecutionError):
+            cause = f"{error.ename}: {last_line(error.evalue)}".rstrip(": ")
+            what = f"cell In [{error.exec_count}] failed: {cause}"
+        failure = DfqsError(what, where=path.name, hint=so_far)
+        is_later = path.name in (STAGES["ladder"], STAGES["serving"])
+        if not (is_later and target.with_name("report.json").exists()):
+            raise failure from error
+        return NotebookRun(path.stem, 0.0, target, f"failed: {failure}", failed=True)
     return NotebookRun(path.stem, time.perf_counter() - begin, target)
 
 
@@ -272,38 +250,22 @@ def last_line(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-def _running_cell(path: Path) -> int | str:
-    """The number, in the executed notebook, of the last cell that began; papermill notes no failure there."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
-    states = [cell["metadata"].get("papermill", {}).get("status", "pending") for cell in cells]
-    return max((number for number, state in enumerate(states, 1) if state != "pending"), default="?")
-
-
 @contextmanager
 def kernel_environment(outputs: Path | None = None) -> Iterator[None]:
     """The environment of a kernel: this interpreter's kernel first, absolute folders, no progress bars.
 
     A user may have a ``python3`` kernel of another interpreter installed; ``JUPYTER_PATH`` comes before it.
-    Bars are for people who watch; in a stored notebook they are noise.
     """
-    places = [f"{sys.prefix}/share/jupyter", os.environ.get("JUPYTER_PATH", "")]
-    ours = {
-        "JUPYTER_PATH": os.pathsep.join(filter(None, places)),
-        "DFQS_OUTPUTS": str((outputs or outputs_dir()).absolute()),
-        "TQDM_DISABLE": "1",
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-    }
     before = dict(os.environ)
-    os.environ.update(ours)
+    places = [f"{sys.prefix}/share/jupyter", before.get("JUPYTER_PATH", "")]
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, places))
+    os.environ["DFQS_OUTPUTS"] = str((outputs or outputs_dir()).absolute())
+    os.environ |= {"TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     try:
         yield
     finally:
-        for name in ours:
-            os.environ.pop(name)
-        os.environ.update({name: value for name, value in before.items() if name in ours})
-
-
-# ---- the summary ----
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def read_summary(folder: Path) -> dict[str, list[str]]:
@@ -321,7 +283,7 @@ def read_summary(folder: Path) -> dict[str, list[str]]:
 
 
 def summary_markdown(result: WorkbookRun) -> str:
-    """What was found, how long each notebook took, and every file of the run."""
+    """The verdict, what was found, and how long each notebook took."""
     lines = [f"# Run {result.folder.name}", ""]
     if result.verdict:
         title, *answers = result.verdict.splitlines()
@@ -334,11 +296,6 @@ def summary_markdown(result: WorkbookRun) -> str:
     for item in result.notebooks:
         done = f"- [{item.name}]({item.path.name}): {item.seconds:.1f} s"
         lines.append(f"- {item.name}: left out: {markdown(item.left_out)}" if item.left_out else done)
-    lines += ["", "## Files", ""]
-    for path in sorted(path for path in result.folder.rglob("*") if path.is_file()):
-        name = path.relative_to(result.folder)
-        if not any(part.startswith(".") for part in name.parts):
-            lines.append(f"- `{name.as_posix()}` ({path.stat().st_size:,} bytes)")
     return "\n".join(lines) + "\n"
 
 
@@ -349,4 +306,4 @@ def summary_text(result: WorkbookRun) -> str:
         lines = ["What was found"]
         for stage, sentences in result.summary.items():
             lines += [f"  {stage}", *(f"    {sentence}" for sentence in sentences)]
-    return "\n".join([*lines, f"\nWhere it is: {tilde(result.folder)}/ (summary.md lists the files)"])
+    return "\n".join([*lines, f"\nWhere it is: {tilde(result.folder)}/"])

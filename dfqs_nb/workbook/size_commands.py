@@ -23,7 +23,7 @@ def plan(
     model: str = PLACE,
     ram: str = Option("", metavar="64GB", help="Size of memory. Default: the free memory here."),
     vram: str = Option("", metavar="24GB,24GB", help="Memory of each graphics card."),
-    context: int = Option(8192, metavar="TOKENS", help="Length of the context."),
+    context: int = Option(8192, min=1, metavar="TOKENS", help="Length of the context."),
     ram_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of memory. 0: measured here."),
     gpu_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of a card's memory. 0: unknown."),
     disk_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of the disk. 0: measured here."),
@@ -36,13 +36,13 @@ def plan(
     """
     from dfqs_nb.core.machine import available_memory
     from dfqs_nb.gguf import placement, remote
+    from dfqs_nb.llama.diagnosis import forecast
+    from dfqs_nb.routing.placement import read_profile
 
-    if context < 1:
-        raise typer.BadParameter("--context must be at least 1")
     cards = [placement.size_of(text) for text in vram.split(",") if text.strip()]
     memory = placement.size_of(ram) if ram else available_memory().available_bytes
     with remote.outline(model) as known:
-        reads, recorded = _profiled(profile, known.shards.headers)
+        reads, about = read_profile(profile, known.shards.headers) if profile else ({}, "")
         shape = placement.Model(known.shards.as_one, reads)
         if shape.n_context and context > shape.n_context:
             what = f"a context of {context:,} tokens; the model was made for {shape.n_context:,}"
@@ -51,7 +51,8 @@ def plan(
         compute, far = _runtime_rows(known, context), known.copy is not None
         placed = placement.place(shape, context, memory, cards, compute_bytes=compute)
         paged = not (far or known.glued or cards) and placed.disk_token_bytes
-        outlook = _outlook(known.shards.headers, placed) if paged else None
+        room = placed.ram.capacity_bytes - placed.ram.cache_bytes - (placed.ram.compute_bytes or 0)
+        outlook = forecast(known.shards.headers, room, helped=placed.disk_token_bytes) if paged else None
         speeds = _speeds(placed, outlook, {RAM: ram_gbs, GPU: gpu_gbs, DISK: disk_gbs})
         name = known.path.name if far else tilde(known.path)
         if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
@@ -60,8 +61,10 @@ def plan(
         for name_of, text in outlook.rows.items() if outlook else ():
             say(f"  {name_of}: {text}")
         largest = placement.largest_context(shape, memory, cards, compute_bytes=compute)
-        for line in [*_advice(placed, largest, speeds, outlook), *recorded]:
+        for line in _advice(placed, largest, speeds, outlook):
             say(line)
+        if about:
+            say(f"experts' use: {about}. The page cache is assumed to keep those that it reads most")
         if cards:
             say("a card's compute buffer was not measured, and 1 GiB of each is left for it. On the machine")
             say("itself llama-server places without these flags too (--fit), and measures that buffer")
@@ -69,16 +72,6 @@ def plan(
         if not ram and not cards:
             table = placement.machines_table(shape, context, MACHINES, speeds, compute_bytes=compute)
             say(f"\n{table.drop(columns=['on cards', 'flags']).to_string(float_format='{:.2f}'.format)}")
-
-
-def _profiled(path: str, headers: Any) -> tuple[dict[int, list[float]], list[str]]:
-    """How often a token reads each expert, and a line on what recorded that; nothing without a profile."""
-    if not path:
-        return {}, []
-    from dfqs_nb.routing.placement import read_profile
-
-    reads, about = read_profile(path, headers)
-    return reads, [f"experts' use: {about}. The page cache is assumed to keep those that it reads most"]
 
 
 def _runtime_rows(known: Any, n_ctx: int) -> int | None:
@@ -103,15 +96,6 @@ def _runtime_rows(known: Any, n_ctx: int) -> int | None:
         return None
 
 
-def _outlook(headers: Any, placed: Any) -> Any:
-    """What a token of a file larger than memory reads, and how fast its disk is."""
-    from dfqs_nb.llama.diagnosis import forecast
-
-    ram = placed.ram
-    room = ram.capacity_bytes - ram.cache_bytes - (ram.compute_bytes or 0)
-    return forecast(headers, room, helped=placed.disk_token_bytes)
-
-
 def _speeds(placed: Any, outlook: Any, given: dict[str, float]) -> dict[str, float]:
     """Bytes a second by device, as given or measured here; what is neither is left out."""
     from dfqs_nb.core.paths import outputs_dir
@@ -120,10 +104,8 @@ def _speeds(placed: Any, outlook: Any, given: dict[str, float]) -> dict[str, flo
     speeds = {name: 1e9 * value for name, value in given.items() if value}
     speeds.setdefault(RAM, speed.memory_bandwidth())
     if DISK not in speeds and placed.disk_token_bytes:
-        folder = outputs_dir()
-        folder.mkdir(parents=True, exist_ok=True)
-        measured = outlook.disk.pieces if outlook else None
-        measured = measured or speed.disk_bandwidth(folder)
+        outputs_dir().mkdir(parents=True, exist_ok=True)
+        measured = (outlook and outlook.disk.pieces) or speed.disk_bandwidth(outputs_dir())
         speeds |= {DISK: measured} if measured else {}
     return speeds
 
@@ -141,10 +123,12 @@ def _advice(placed: Any, largest: int, speeds: dict[str, float], outlook: Any) -
         lines.append("memory does not hold the cache and the compute buffer: lower --context")
     elif placed.disk_token_bytes:
         command = (outlook.disk.command if outlook else "") or "blockdev --setra 256 DEVICE"
+        reads = f"a token reads at least {size(placed.disk_token_bytes)} from the disk"
         lines.append(
-            f"memory does not hold all weights: a token reads at least {size(placed.disk_token_bytes)} from "
-            "the disk. Opened here, the paging help keeps it at that. For llama-server leave mlock off, "
-            f"lower n_ubatch, and lower the disk's read-ahead ({command} as root)"
+            f"memory does not hold all weights: {reads}. Opened here, the paging help keeps it at that."
+        )
+        lines.append(
+            f"For llama-server leave mlock off, and lower n_ubatch and read-ahead ({command} as root)"
         )
     return lines
 

@@ -76,7 +76,7 @@ def test_runs_in_order_with_parameters_and_sums_up(outputs, pair):
     assert "read {'n_ctx': 77}" in texts(outputs / "mine" / "02_read.ipynb")
     assert result.summary == {"merge": ["merge saw 77"]}
     summary = (outputs / "mine" / "summary.md").read_text()
-    assert "- merge saw 77" in summary and "[02_read](02_read.ipynb)" in summary and "`merge.json`" in summary
+    assert "- merge saw 77" in summary and "[02_read](02_read.ipynb)" in summary
     assert "merge saw 77" in workbook.summary_text(result)
 
 
@@ -135,7 +135,7 @@ def test_a_failing_cell_is_named_and_earlier_outputs_stay(outputs, pair, tmp_pat
 
 def test_a_dead_kernel_is_an_error_with_its_cell(outputs, tmp_path):
     dead = write_notebook(tmp_path / "nb" / "01_die.ipynb", "print('alive')", "import os; os.abort()")
-    with pytest.raises(DfqsError, match=r"01_die.ipynb: the kernel died in cell 6 .*its output so far is in"):
+    with pytest.raises(DfqsError, match=r"01_die.ipynb: the kernel died in cell 5/5 Try a thing .*its output so far is in"):
         workbook.run_workbook("mine", {}, [dead])
     assert "alive" in texts(outputs / "mine" / "01_die.ipynb")
 
