@@ -84,10 +84,7 @@ CASES = {
         "illegal split file idx: 1 (file: case.gguf), model must be loaded with the first split",
     ),
     "shard twice": Case(
-        lambda m: m.first + m.first,
-        Kind.DAMAGED,
-        "shard 1 is there twice",
-        "invalid split file name",
+        lambda m: m.first + m.first, Kind.DAMAGED, "shard 1 is there twice", "invalid split file name"
     ),
     "both shards, one of them twice": Case(
         lambda m: m.first + m.second + m.second,
@@ -96,10 +93,7 @@ CASES = {
         "invalid split file name",
     ),
     "glued and cut off": Case(
-        lambda m: (m.first + m.second)[:-1000],
-        Kind.DAMAGED,
-        "1,000 bytes short",
-        "invalid split file name",
+        lambda m: (m.first + m.second)[:-1000], Kind.DAMAGED, "1,000 bytes short", "invalid split file name"
     ),
     "glued and cut off in the second header": Case(
         lambda m: m.first + m.second[:900],
@@ -275,10 +269,7 @@ def test_missing_shards_are_named(merged_reference: Path, tmp_path: Path) -> Non
     glued = tmp_path / "glued.gguf"
     glued.write_bytes(b"".join(shards[i].read_bytes() for i in (0, 1, 4, 6)))
     diagnosis = diagnose(glued)
-    assert (diagnosis.kind, "shard 3, 4, 6 of 7 is missing" in diagnosis.finding) == (
-        Kind.DAMAGED,
-        True,
-    )
+    assert (diagnosis.kind, "shard 3, 4, 6 of 7 is missing" in diagnosis.finding) == (Kind.DAMAGED, True)
     with pytest.raises(ShardError, match="shard 3, 4, 6 of 7 is missing"):
         repair(glued, in_place=True, progress=False)
 

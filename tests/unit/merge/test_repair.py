@@ -14,14 +14,7 @@ from dfqs_nb.core.errors import DfqsError, OutputError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf import broken as specimens
 from dfqs_nb.llama import check
-from dfqs_nb.merge import (
-    compare_tensors,
-    merge_model,
-    merge_once,
-    methods_table,
-    open_source,
-    repair,
-)
+from dfqs_nb.merge import compare_tensors, merge_model, merge_once, methods_table, open_source, repair
 from dfqs_nb.merge.verify import hash_file, manifest_path
 
 pytestmark = pytest.mark.usefixtures("parser_is_asked_once_a_header")

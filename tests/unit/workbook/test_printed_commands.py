@@ -268,12 +268,7 @@ def test_what_a_diagnosis_advises_runs_as_pasted(checkout, merged_reference):
         (checkout / f"cut.gguf.part{number}of2").write_bytes(part)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     (checkout / "model.gguf").unlink()
-    for name in (
-        "my model.gguf",
-        "cut.gguf.part1of2",
-        "model-00001-of-00002.gguf",
-        "glued.gguf",
-    ):
+    for name in ("my model.gguf", "cut.gguf.part1of2", "model-00001-of-00002.gguf", "glued.gguf"):
         step = diagnose(checkout / name).next_step
         command = re.search(r"(dfqs-nb|truncate) [^`]+", step)
         assert command, step

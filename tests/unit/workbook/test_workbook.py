@@ -135,7 +135,9 @@ def test_a_failing_cell_is_named_and_earlier_outputs_stay(outputs, pair, tmp_pat
 
 def test_a_dead_kernel_is_an_error_with_its_cell(outputs, tmp_path):
     dead = write_notebook(tmp_path / "nb" / "01_die.ipynb", "print('alive')", "import os; os.abort()")
-    with pytest.raises(DfqsError, match=r"01_die.ipynb: the kernel died in cell 6/6 Try a thing .*its output so far is in"):
+    with pytest.raises(
+        DfqsError, match=r"01_die.ipynb: the kernel died in cell 6/6 Try a thing .*its output so far is in"
+    ):
         workbook.run_workbook("mine", {}, [dead])
     assert "alive" in texts(outputs / "mine" / "01_die.ipynb")
 
