@@ -20,6 +20,7 @@ from dfqs_nb.core.files import sha256_of
 from dfqs_nb.core.paths import outputs_dir
 from dfqs_nb.gguf import facts
 from dfqs_nb.gguf.header import check_layout, padded, read_header
+from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import ShardSet, check_set, open_shards, shard_path
 from dfqs_nb.merge import disk
 from dfqs_nb.merge.byte_parts import byte_parts
@@ -39,9 +40,8 @@ Given = str | Path | Sequence[str | Path]
 class MergeResult:
     """A merged model that passed every check.
 
-    ``tensors`` has XXH64 of each tensor's bytes, as ``llama-gguf-hash`` prints it: the same in shard and
-    file. ``sources`` has name, size in bytes and modification time (ns) of each shard. ``reused``: an earlier
-    merge of the same shards was used, or the file itself; nothing was written.
+    ``tensors`` has XXH64 of each tensor's bytes, as ``llama-gguf-hash`` prints it. ``reused``: nothing was
+    written; an earlier merge of the same shards was used, or the file itself.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class Source:
 
     @property
     def shards(self) -> ShardSet:
-        """The headers; of byte parts, where the first has all of it: else they have to be merged first."""
+        """The headers; of byte parts those in the first, which raises if it does not have all of them."""
         return self.set_of_shards or ShardSet((read_header(self.files[0]),))
 
     def dry_run(self, output: str | Path, *, overwrite: bool = False, consume: bool = False) -> Plan:
@@ -83,7 +83,7 @@ class Source:
         They go into ``folder``, by default beside the file, named ``NAME-0000k-of-0000N.gguf``. Errors as
         `merge_model`.
         """
-        path, results = self.files[0], []
+        path = self.files[0]
         _require_glued(path)
         headers = sorted(self.shards.headers, key=lambda header: header.start)
         ends, plans = [*(header.start for header in headers[1:]), path.stat().st_size], {}
@@ -92,18 +92,15 @@ class Source:
             cut = Copy(path.name, 0, header.start, 0, end - header.start)
             plans[target] = Plan((path,), b"", (cut,), cut.nbytes, identities([path]), ())
             check_output(target, plans[target], overwrite=overwrite)
-        for target, plan in plans.items():
-            results.append(_carry_out(plan, target, overwrite=overwrite, progress=progress))
-        return tuple(results)
+        return tuple(_carry_out(plan, to, overwrite, progress=progress) for to, plan in plans.items())
 
 
 def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
     """Find all files of a model, by what their bytes say, and check that they belong together.
 
-    Args:
-        model: a registered name, an ``hf://`` address, or a path: the file, or any one of its shards or byte
-            parts. Or all of these, in any order (byte parts in theirs). What is missing here is downloaded.
-        merged_to: a folder where an earlier merge may have put the model, before it deleted these files.
+    ``model`` is a registered name, an ``hf://`` address, or a path: the file, or any one of its shards or
+    byte parts. Or all of these, in any order (byte parts in theirs). What is missing here is downloaded.
+    ``merged_to``: a folder where an earlier merge may have put the model, before it deleted these files.
 
     Raises:
         HeaderError, LayoutError, ShardError, RegistryError: the files are missing, not sound, or not one set.
@@ -111,32 +108,24 @@ def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
     files: list[Path] = []
     try:
         for given in _each(model):
-            if Path(given).is_file():
-                files.append(Path(given))
-            else:
-                from dfqs_nb.gguf.models import resolve  # here: it is slow to import
-
-                files += resolve(given)
+            files += [Path(given)] if Path(given).is_file() else resolve(given)
     except RegistryError as error:
         raise (merged_to and _merged_before(model, merged_to)) or error from error
     first, alone = diagnose(files[0], allow_holes=True), len(files) == 1
     if first.kind is Kind.BYTE_PART:
         parts = byte_parts(files[0]) if alone else tuple(files)
         return Source(parts, first.kind, plan_join(parts))
-    if first.kind is Kind.RAW_CONCATENATION and alone:
-        shards = check_set(first.headers, glued=True)
-        return Source(tuple(files), first.kind, plan_merge(shards), shards)
     if alone and not (first.sound or first.headers):
         raise ShardError(f"is no model: {first.finding}", where=files[0], hint=first.next_step)
-    shards = open_shards(files[0] if alone else files)
-    return Source(shards.paths, first.kind, plan_merge(shards), shards)
+    if first.kind is Kind.RAW_CONCATENATION and alone:
+        shards = check_set(first.headers, glued=True)
+    else:
+        shards = open_shards(files[0] if alone else files)
+    return Source(tuple(dict.fromkeys(shards.paths)), first.kind, plan_merge(shards), shards)
 
 
 def _each(model: Given) -> list[str | Path]:
     return [model] if isinstance(model, (str, Path)) else list(model)
-
-
-# ---- merge and repair ----
 
 
 def merge_model(
@@ -144,15 +133,12 @@ def merge_model(
 ) -> MergeResult:
     """Make the single file ``output`` of a model's shards, byte parts, or glued shards (see `open_source`).
 
-    Memory stays under 100 MB whatever the largest tensor. The output appears under its name only after its
-    header was accepted by this package's reader and by llama.cpp's own parser, and its bytes, read back from
-    the disk, have the hash that they have in the shards. A file ``<output>.manifest.json`` keeps the hashes.
-    The same call resumes a killed merge.
-
-    Args:
-        overwrite: replace an existing output (which stays until the new one is proven).
-        consume: delete the shards. Their bytes are given back to the disk once their copy is proven, so the
-            merge needs no second copy of the model. Without it shards are only read.
+    Memory stays under 100 MB whatever the largest tensor. The output gets its name only after this package's
+    reader and llama.cpp's own parser accepted its header, and its bytes, read back from the disk, have the
+    hash that they have in the shards. ``<output>.manifest.json`` keeps the hashes. The same call resumes a
+    killed merge. ``overwrite`` replaces an existing output, once the new one is proven. ``consume`` deletes
+    the shards: it gives their bytes back to the disk once their copy is proven, so it needs no second copy of
+    the model.
 
     Raises:
         HeaderError, LayoutError, ShardError: the shards are not sound, or not one set.
@@ -164,7 +150,7 @@ def merge_model(
     if consume and (finished := _finish_consumed(model, output)):
         return finished
     plan = open_source(model, merged_to=output.parent).plan
-    return _carry_out(plan, output, overwrite=overwrite, consume=consume, progress=progress)
+    return _carry_out(plan, output, overwrite, consume, progress=progress)
 
 
 def merge_once(
@@ -191,12 +177,12 @@ def merge_once(
     if earlier and not fresh and earlier.sources == plan.identities:
         return replace(earlier, reused=True)
     ours = manifest_path(output).exists() or output.resolve().is_relative_to(outputs_dir().resolve())
-    return _carry_out(plan, output, overwrite=ours, consume=consume, progress=progress)
+    return _carry_out(plan, output, ours, consume, progress=progress)
 
 
 def repair(
-    path: str | Path,
-    output: str | Path | None = None,
+    path: Path | str,
+    output: Path | str | None = None,
     *,
     in_place: bool = False,
     overwrite: bool = False,
@@ -205,15 +191,10 @@ def repair(
     """Make the sound model that the raw concatenation ``path`` should have been.
 
     Shards that were glued together byte for byte have everything in them, but the second shard's header
-    stands in the middle of the data. The result is the file that merging the original shards gives.
-
-    Args:
-        output: the new file; ``path`` is then only read.
-        in_place: instead, let the model take the place of ``path``, which is thereby deleted. Needs at most
-            64 MiB and the header in extra disk: what is copied and proven is given back at once. Until it
-            ends ``path`` is partly empty and ``.<name>.part`` grows beside it. The same call resumes a killed
-            repair.
-        overwrite: see `merge_model`.
+    stands in the middle of the data. The result is the file that merging the original shards gives. It goes
+    to ``output``, and ``path`` is only read; or, ``in_place``, it takes the place of ``path``, which is
+    thereby deleted. That needs at most 64 MiB and the header in extra disk. Until it ends ``path`` is partly empty
+    and ``.<name>.part`` grows beside it; the same call resumes a killed repair.
 
     Raises:
         DfqsError: neither, or both, of ``output`` and ``in_place``; ``path`` is not a raw concatenation; or
@@ -227,10 +208,7 @@ def repair(
     if in_place and (finished := _finish_consumed(path, target)):
         return finished
     _require_glued(path)
-    plan = open_source(path).plan
-    return _carry_out(
-        plan, target, overwrite=overwrite, consume=in_place, in_place=in_place, progress=progress
-    )
+    return _carry_out(open_source(path).plan, target, overwrite, in_place, in_place, progress=progress)
 
 
 def _require_glued(path: Path) -> None:
@@ -244,11 +222,11 @@ def _require_glued(path: Path) -> None:
 def _carry_out(
     plan: Plan,
     output: Path,
-    *,
     overwrite: bool,
-    progress: bool,
     consume: bool = False,
     in_place: bool = False,
+    *,
+    progress: bool,
 ) -> MergeResult:
     """Check, copy, check again, keep the hashes, and only then give the file its name."""
     check_output(output, plan, overwrite=overwrite, consume=consume, in_place=in_place)
@@ -303,9 +281,6 @@ def earlier_result(output: Path) -> MergeResult | None:
     return MergeResult(output, kept.nbytes, kept.sha256, kept.tensors, tuple(kept.sources), kept.seconds)
 
 
-# ---- after a consuming merge ----
-
-
 def _finish_consumed(model: Given, output: Path) -> MergeResult | None:
     """Finish a consuming merge that was killed after its file had its name: delete the emptied sources.
 
@@ -358,8 +333,7 @@ def _merged_before(model: Given, folder: Path) -> ShardError | None:
 def methods_table(nbytes: int, header_nbytes: int, reported: dict[str, str]) -> pd.DataFrame:
     """Ways to one file, for its size and its header's in bytes: extra disk, and what stays unchecked.
 
-    ``reported`` has seconds, by method. What the reference tool does and does not is read from its source
-    (``tools/gguf-split`` of llama.cpp).
+    ``reported`` has seconds, by method. What the reference tool does is read from llama.cpp's source.
     """
     import pandas as pd
 

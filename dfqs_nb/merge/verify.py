@@ -1,8 +1,7 @@
 """Prove that a model's bytes are what a hash, a manifest or its shards say, and name the tensor where not.
 
-A manifest is a file beside the model, ``<model>.manifest.json``: the SHA-256 of the whole, and the XXH64 of
-each tensor as ``llama-gguf-hash --xxh64`` prints it. A merge leaves one; `verify_model` writes one for any
-file.
+A manifest, ``<model>.manifest.json`` beside the model, has the SHA-256 of the whole, and the XXH64 of each
+tensor as ``llama-gguf-hash --xxh64`` prints it. A merge leaves one; `verify_model` writes one for any file.
 """
 
 from __future__ import annotations
@@ -21,11 +20,12 @@ import xxhash
 from dfqs_nb.core.display import quoted, tqdm
 from dfqs_nb.core.errors import IntegrityError
 from dfqs_nb.core.files import CHUNK_BYTES, read_json, sha256_of_file, write_json
+from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import GGUFHeader, Tensor, check_layout, read_header
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.gguf.types import TENSOR_TYPES
 from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose
-from dfqs_nb.merge.plan import identities
+from dfqs_nb.merge.plan import Copy, Plan, identities
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,11 +77,8 @@ def verify_model(
     """Read a model once, and compare it with all there is to compare it with.
 
     That is: the hash given; the hash published for a file of its name and size (``data/models.toml``); its
-    manifest; the tensors of the shards (or the raw concatenation) it was made from.
-
-    Args:
-        data: read the tensors once more, and look for runs of zeros and for scales that are not numbers.
-        write_manifest: then keep its hashes beside it, for a later check.
+    manifest; the tensors of the shards (or the raw concatenation) it was made from. ``data``: read the
+    tensors once more, and look for runs of zeros and for scales that are not numbers.
 
     Raises:
         IntegrityError: bytes differ (the message names the damaged tensors, where a manifest or shards tell
@@ -125,9 +122,7 @@ def verify_model(
 
 def _published(path: Path, sha256: str) -> tuple[str, str]:
     """Title and SHA-256 of the registered file that has this hash, or that has this name and size; or ""."""
-    from dfqs_nb.gguf.models import registered
-
-    files = [(model, file) for model in registered().values() for file in model.files]
+    files = [(model, file) for model in models.registered().values() for file in model.files]
     this = path.name, path.stat().st_size
     known = [(model, file) for model, file in files if file.sha256 == sha256]
     known += [(model, file) for model, file in files if (file.name, file.size_bytes) == this]
@@ -217,20 +212,17 @@ def hash_file(
     path: Path, headers: Sequence[GGUFHeader], *, progress: bool = True
 ) -> tuple[str, dict[str, str]]:
     """SHA-256 of a file and XXH64 of the tensors of the headers in it, in one reading."""
-    runs = sorted((h.data_offset + t.offset, t.nbytes, t.name) for h in headers for t in h.tensors)
-    digests, first, position = {name: xxhash.xxh64() for _, _, name in runs}, 0, 0
-    size = path.stat().st_size
+    size, position = path.stat().st_size, 0
+    placed = [Copy(t.name, 0, 0, h.data_offset + t.offset, t.nbytes) for h in headers for t in h.tensors]
+    runs = tuple(sorted(placed, key=lambda run: run.target_offset))
+    plan, digests = Plan((path,), b"", runs, size, (), runs), {run.name: xxhash.xxh64() for run in runs}
 
     def update(chunk: bytes) -> None:
-        nonlocal first, position
-        view, end = memoryview(chunk), position + len(chunk)
-        for start, nbytes, name in runs[first:]:
-            if start >= end:
-                break
-            digests[name].update(view[max(start - position, 0) : max(start + nbytes - position, 0)])
-        while first < len(runs) and sum(runs[first][:2]) <= end:
-            first += 1
-        position = end
+        nonlocal position
+        for run, low, high in plan.within(runs, position, len(chunk)):
+            at = run.target_offset - position
+            digests[run.name].update(memoryview(chunk)[at + low : at + high])
+        position += len(chunk)
         bar.update(len(chunk))
 
     with tqdm(total=size, unit="B", unit_scale=True, desc="hash", disable=not progress) as bar:
