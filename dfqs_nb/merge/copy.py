@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import xxhash
 
@@ -29,7 +29,7 @@ from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import IntegrityError, OutputError
 from dfqs_nb.core.files import fsync_dir, parse_json
 from dfqs_nb.merge import disk
-from dfqs_nb.merge.disk import Identity, Part, Source
+from dfqs_nb.merge.disk import Identity, Part, SourceFile
 from dfqs_nb.merge.plan import Plan
 
 MAX_WINDOW_BYTES = 256 << 20
@@ -38,14 +38,7 @@ WINDOW_BYTES = 12 << 20  # in a consuming copy at most two windows are on the di
 N_BUFFERS = 3  # one is filled, one hashed, one written
 FAILING = "power was lost, or the disk or the memory is failing"
 Event = dict[str, Any]  # a line of the journal
-
-
-class Copied(NamedTuple):
-    """What was copied: SHA-256 of the whole, XXH64 of each tensor, and the identities of the sources."""
-
-    sha256: str
-    hashes: dict[str, str]
-    sources: tuple[Identity, ...]
+Copied = tuple[str, dict[str, str], tuple[Identity, ...]]  # SHA-256, XXH64 by tensor, what the sources were
 
 
 class _NameTaken(OutputError):
@@ -66,11 +59,8 @@ def copy(
 
     Before the complete part file gets its name, ``accept`` checks it and ``record`` keeps its hashes. When
     the copy fails, a consuming one keeps its part file, which holds bytes that the sources no longer have.
-    Any other removes it, unless a person stopped it, or it is complete and its name is taken.
-
-    Args:
-        consume: give each window's source bytes back once it is proven, and delete the sources at the end.
-        replace: take the name from a file that has it.
+    Any other removes it, unless a person stopped it, or it is complete and its name is taken. ``replace``:
+    take the name from a file that has it.
     """
     part, journal = disk.part_path(output), disk.journal_path(output)
     ours: list[Path] = []  # what this call opened, and may remove when it fails
@@ -134,7 +124,7 @@ class _Run:
         self.journal = Journal(opened(journal), plan, WINDOW_BYTES) if consume else None
         self.part = Part(opened(disk.part_path(output)))
         self.sources = [
-            Source(path, stack.enter_context(disk.open_source(path, alone=consume)), identity)
+            SourceFile(path, stack.enter_context(disk.open_locked(path, alone=consume)), identity)
             for path, identity in zip(plan.sources, plan.identities, strict=True)
         ]
         self.window, self.done, self.released = WINDOW_BYTES, dict[int, str](), 0
@@ -173,7 +163,7 @@ class _Run:
                 job.result()
         self.part.finish(total)
         hashes = {name: digest.hexdigest() for name, digest in digests.items()}
-        return Copied(sha256.hexdigest(), hashes, tuple(source.identity for source in self.sources))
+        return sha256.hexdigest(), hashes, tuple(source.identity for source in self.sources)
 
     def _load(self, view: memoryview, start: int) -> bool:
         """Fill a window; say whether it came from the part file, because its sources were given back."""
@@ -183,7 +173,13 @@ class _Run:
             for run, low, high in runs
         ):
             if end in self.done:
-                self._load_copied(view, start)
+                if self.part.read(view, start) < len(view):
+                    what = f"is {end - self.part.size:,} bytes shorter than its journal says"
+                    hint = "it was cut or removed meanwhile: put it back, if you can, and go on"
+                    raise IntegrityError(what, where=self.part.path, hint=hint)
+                if xxhash.xxh3_64_hexdigest(view) != self.done[end]:
+                    what = f"bytes {start:,} to {end:,} changed since they were written"
+                    raise IntegrityError(what, where=self.part.path, hint=FAILING)
                 return True
             what = f"the sources have holes where bytes {start:,} to {end:,} come from"
             hint = "the journal that belongs to them was lost: download the sources again"
@@ -196,16 +192,6 @@ class _Run:
                 padding = view[at + high : at + run.nbytes + run.padding]
                 padding[:] = bytes(len(padding))
         return False
-
-    def _load_copied(self, view: memoryview, start: int) -> None:
-        end = start + len(view)
-        if self.part.read(view, start) < len(view):
-            what = f"is {end - self.part.size:,} bytes shorter than its journal says"
-            hint = "it was cut or removed meanwhile: put it back, if you can, and go on"
-            raise IntegrityError(what, where=self.part.path, hint=hint)
-        if xxhash.xxh3_64_hexdigest(view) != self.done[end]:
-            what = f"bytes {start:,} to {end:,} changed since they were written"
-            raise IntegrityError(what, where=self.part.path, hint=FAILING)
 
     def _keep(self, view: memoryview, start: int, copied: bool) -> None:
         """Write a window, prove it, record it, and only then release what it was made from.
@@ -274,7 +260,7 @@ class Journal:
             raise in_the_way(self.path)
         self.window = earlier
 
-    def begin(self, sources: Sequence[disk.Source]) -> None:
+    def begin(self, sources: Sequence[disk.SourceFile]) -> None:
         """Write the first line, or resume where an earlier run ended.
 
         Releasing bytes changes a file's time, which is set back at once. A kill between the two shows as a

@@ -78,19 +78,23 @@ def next_hole(handle: int, start: int) -> int | None:
     return at if at < size else None
 
 
+def next_data(handle: int, start: int) -> int:
+    """Where the first stored byte at or after ``start`` is; the file's size when none is."""
+    try:
+        return os.lseek(handle, start, os.SEEK_DATA)
+    except OSError:  # ENXIO: nothing but a hole up to the end
+        return os.fstat(handle).st_size
+
+
 def missing_bytes(path: str | Path) -> tuple[int, int]:
     """How many bytes of a file were never stored (they read as zeros), and where the first of them is.
 
     It asks the file system only, so it takes the same time at any size. ``(0, size)`` for a whole file.
     """
     with Path(path).open("rb", buffering=0) as file:
-        handle, size = file.fileno(), os.fstat(file.fileno()).st_size
-        missing, first, end = 0, size, 0
-        while (at := next_hole(handle, end)) is not None:
-            try:
-                end = os.lseek(handle, at, os.SEEK_DATA)
-            except OSError:  # ENXIO: nothing but a hole up to the end
-                end = size
+        missing, first, end = 0, os.fstat(file.fileno()).st_size, 0
+        while (at := next_hole(file.fileno(), end)) is not None:
+            end = next_data(file.fileno(), at)
             missing, first = missing + end - at, min(first, at)
         return missing, first
 
@@ -159,11 +163,11 @@ def open_own(path: Path, *, create: bool = True) -> IO[bytes]:
     return file
 
 
-def open_source(path: Path, *, alone: bool) -> IO[bytes]:
+def open_locked(path: Path, *, alone: bool) -> IO[bytes]:
     """Open a source and lock it until it is closed: alone, to give its bytes back, or beside other readers.
 
-    Where the file system has no locks, only the check of its times guards it (see `Source`). `OutputError`:
-    another process reads or consumes it.
+    Where the file system has no locks, only the check of its times guards it (see `SourceFile`).
+    `OutputError`: another process reads or consumes it.
     """
     file = _opened(path, os.O_RDWR | os.O_NOFOLLOW) if alone else _opened(path, os.O_RDONLY, "rb")
     try:
@@ -228,7 +232,7 @@ def only_writer(output: Path) -> Iterator[None]:
 # ---- sources, and the part file ----
 
 
-class Source:
+class SourceFile:
     """A source file, open, that nobody else may change.
 
     Its status-change time (ctime) is compared too. Nothing can set it back, so it shows a change whose

@@ -193,8 +193,8 @@ def repair(
     Shards that were glued together byte for byte have everything in them, but the second shard's header
     stands in the middle of the data. The result is the file that merging the original shards gives. It goes
     to ``output``, and ``path`` is only read; or, ``in_place``, it takes the place of ``path``, which is
-    thereby deleted. That needs at most 64 MiB and the header in extra disk. Until it ends ``path`` is partly empty
-    and ``.<name>.part`` grows beside it; the same call resumes a killed repair.
+    thereby deleted. That needs at most 64 MiB and the header in extra disk. Until it ends ``path`` is partly
+    empty and ``.<name>.part`` grows beside it; the same call resumes a killed repair.
 
     Raises:
         DfqsError: neither, or both, of ``output`` and ``in_place``; ``path`` is not a raw concatenation; or
@@ -233,12 +233,12 @@ def _carry_out(
     began, results = time.perf_counter(), list[MergeResult]()
 
     def record(part: Path, copied: Copied) -> None:
-        hashes = copied.hashes
+        sha256, hashes, sources = copied
         if not plan.tensors:  # the header went on in the second byte part, or the file is a shard
             hashes = tensor_hashes([read_header(part)], progress=progress)
         seconds = time.perf_counter() - began
-        save_manifest(output, part, copied.sha256, hashes, copied.sources, seconds)
-        results.append(MergeResult(output, plan.nbytes, copied.sha256, hashes, copied.sources, seconds))
+        save_manifest(output, part, sha256, hashes, sources, seconds)
+        results.append(MergeResult(output, plan.nbytes, sha256, hashes, sources, seconds))
 
     options = {"consume": consume, "replace": overwrite or in_place, "progress": progress}
     try:
@@ -312,10 +312,7 @@ def _emptied(path: Path) -> bool:
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         first, last = padded(start, status.st_blksize), status.st_size - 2 * status.st_blksize
-        try:
-            return first < last and os.lseek(file.fileno(), first, os.SEEK_DATA) >= last
-        except OSError:
-            return True  # ENXIO: nothing but a hole up to the end
+        return first < last <= disk.next_data(file.fileno(), first)
 
 
 def _merged_before(model: Given, folder: Path) -> ShardError | None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NAMED_AT_MOST = 8  # damaged tensors in one message
+Sources = Sequence[dict[str, Any]]
 AGAIN = "get it from its source again, or merge its shards again"
 ZEROS_BYTES = 4096  # the disk's block: a lost write leaves whole ones
 FEWEST_ZEROS = 16  # such blocks in a row; rows of unused tokens can be zeros, too
@@ -188,12 +189,7 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 def save_manifest(
-    output: Path,
-    file: Path,
-    sha256: str,
-    tensors: dict[str, str],
-    sources: Sequence[dict[str, Any]],
-    seconds: float,
+    output: Path, file: Path, sha256: str, tensors: dict[str, str], sources: Sources, seconds: float
 ) -> None:
     """Write the manifest of ``output``, whole or not at all; ``file`` is where its bytes are now."""
     stat, place = file.stat(), manifest_path(output)

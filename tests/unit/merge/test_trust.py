@@ -596,8 +596,8 @@ def begin(output: Path, plan: Plan) -> None:
     with contextlib.ExitStack() as stack:
         journal = Journal(stack.enter_context(disk.open_own(journal_path(output))), plan, copy.WINDOW_BYTES)
         pairs = zip(plan.sources, plan.identities, strict=True)
-        files = [(path, stack.enter_context(disk.open_source(path, alone=True)), who) for path, who in pairs]
-        journal.begin([copy.Source(*file) for file in files])
+        files = [(path, stack.enter_context(disk.open_locked(path, alone=True)), who) for path, who in pairs]
+        journal.begin([copy.SourceFile(*file) for file in files])
 
 
 def test_mutated_manifests_and_journals_are_refused(pair: list[Path], tmp_path: Path, small: None) -> None:
