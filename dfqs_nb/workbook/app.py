@@ -44,7 +44,7 @@ KEY_VARIABLE = Option("", metavar="NAME", help="The environment variable that ho
 
 
 def say(text: object = "") -> None:
-    """Print a line; what steers a terminal, in text from a file or a server, is taken out."""
+    """Print a text; what steers a terminal, in text from a file or a server, is taken out."""
     print(as_typed(text), flush=True)
 
 

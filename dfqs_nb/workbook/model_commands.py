@@ -72,13 +72,11 @@ def routing(
 
 @app.command(rich_help_panel=shared.MEASURE)
 def score(
-    model: str = Argument(..., help="A shared.GGUF file, any of its shards, or the URL of a server."),
+    model: str = Argument(..., help="A GGUF file, any of its shards, or the URL of a server."),
     endpoint_model: str = SERVER_MODEL,
     key_variable: str = shared.KEY_VARIABLE,
     concurrency: int = Option(1, help="Requests at once to a server; more than 1 can change answers."),
-    field: list[str] = Option(
-        None, metavar="NAME=NEW", help="The server's name of a field; `seed=` omits it."
-    ),
+    field: list[str] = Option(None, metavar="NAME=NEW", help="Rename a request's field; `seed=` omits it."),
     timeout: float = Option(600.0, help="Seconds to wait for each piece of a server's answer."),
     tier: Tier = Option(Tier.STANDARD, help="Which question sets."),
     set_names: list[str] = Option(None, "--set", metavar="NAME", help="Only these sets, or JSONL files."),
@@ -94,9 +92,7 @@ def score(
     longest: int = Option(1024, metavar="TOKENS", help="The longest length of that test."),
     shortest: int | None = Option(None, metavar="TOKENS", help="Its shortest. Default: of the prompt set."),
     fresh: bool = shared.FRESH,
-    allow_unsandboxed: bool = Option(
-        False, "--allow-unsandboxed", help="Run generated code without a sandbox."
-    ),
+    allow_unsandboxed: bool = Option(False, "--allow-unsandboxed", help="Run code without a sandbox."),
 ) -> None:
     """Score a model's reasoning and code; resumes after a kill.
 
@@ -115,12 +111,11 @@ def score(
     options = Options(**given, allow_unsandboxed=allow_unsandboxed)
     with ExitStack() as stack:
         if serve.is_url(model):
-            limits: dict[str, Any] = {"concurrency": concurrency, "timeout_seconds": timeout}
             if bad := next((given for given in field or [] if "=" not in given[1:]), ""):
-                raise DfqsError(f"--field {bad} has no `=`", hint=f"--field {bad or 'seed'}= leaves it out")
-            fields = dict(given.split("=", 1) for given in field or [])
-            limits |= {"key_variable": key_variable, "fields": fields}
-            opened: Any = serve.connect(model, endpoint_model, **limits)
+                raise DfqsError(f"--field {bad} has no `=`", hint=f"--field {bad}= leaves it out")
+            wire: dict[str, Any] = {"concurrency": concurrency, "timeout_seconds": timeout}
+            wire |= {"key_variable": key_variable, "fields": dict(pair.split("=", 1) for pair in field or [])}
+            opened: Any = serve.connect(model, endpoint_model, **wire)
             model_id, folder = "", run_dir(run or Path(f"endpoint-{opened.model}").name)
             score_set: Any = serve.score_set
         else:
@@ -131,17 +126,23 @@ def score(
             result = score_set(opened, item_set, folder / "scores", options, model_id=model_id)
             say(result.score.sentence)
         if long_context:
-            lengths: dict[str, Any] = {"longest": longest, "shortest": shortest}
-            measured = serve.measure_long_context(
-                opened, folder / "long_context", prompt_set=tier, fresh=fresh, **lengths
+            _long_context(
+                opened, folder / "long_context", tier, longest=longest, shortest=shortest, fresh=fresh
             )
-            if measured.failure:
-                say(f"{measured.failure.length:,} tokens: {measured.failure.message}")
-            if len(measured.items):
-                say_table(measured.curve()[["length", "correct", "n", "accuracy", "low", "high", "curve"]])
-                say(f"retrieval {measured.boundary().sentence}")
-            say(f"haystacks: {tilde(folder / 'long_context')}/")
     say(f"answers: {tilde(folder / 'scores')}/")
+
+
+def _long_context(server: Any, folder: Path, tier: str, **options: Any) -> None:
+    """Print the curve of retrieval over a server, and where it ends."""
+    from dfqs_nb import serve
+
+    result = serve.measure_long_context(server, folder, prompt_set=tier, **options)
+    if result.failure:
+        say(f"{result.failure.length:,} tokens: {result.failure.message}")
+    if len(result.items):
+        say_table(result.curve()[["length", "correct", "n", "accuracy", "low", "high", "curve"]])
+        say(f"retrieval {result.boundary().sentence}")
+    say(f"haystacks: {tilde(folder)}/")
 
 
 @app.command(rich_help_panel=shared.MEASURE)
@@ -234,7 +235,7 @@ def choices(
 
 @app.command(rich_help_panel=shared.MEASURE)
 def record(
-    source: str = Argument(..., help="The original: a shared.GGUF file, or the URL of a server."),
+    source: str = Argument(..., help="The original: a GGUF file, or the URL of a server."),
     output: Path = Option(..., "-o", "--output", help="The record, a JSONL file."),
     prompts: str = Option("standard-reasoning", help="A question set, or a text with a prompt on each line."),
     tokens: int = Option(64, min=1, help="Tokens of each answer."),
@@ -270,7 +271,7 @@ def record(
 
 @app.command(rich_help_panel=shared.MEASURE)
 def fidelity(
-    model: str = Argument(..., help="The quantization: a shared.GGUF file, or any of its shards."),
+    model: str = Argument(..., help="The quantization: a GGUF file, or any of its shards."),
     record: Path = Argument(..., help="The record of the original's predictions, a JSONL file."),
     output: Path | None = Option(None, "-o", "--output", help="Also write a CSV with a row for each token."),
     n_ctx: int = shared.N_CTX,
