@@ -64,7 +64,7 @@ def copy(
     """
     part, journal = disk.part_path(output), disk.journal_path(output)
     ours: list[Path] = []  # what this call opened, and may remove when it fails
-    left = "run the same command again to go on" if consume else "the partial output was removed"
+    left = "run the same command again to resume" if consume else "the partial output was removed"
     with disk.readable_errors(output, plan.nbytes, left), disk.only_writer(output):
         try:
             with ExitStack() as stack:
@@ -166,7 +166,7 @@ class _Run:
         return sha256.hexdigest(), hashes, tuple(source.identity for source in self.sources)
 
     def _load(self, view: memoryview, start: int) -> bool:
-        """Fill a window; say whether it came from the part file, because its sources were given back."""
+        """Fill a window; true: from the part file, because its sources were given back."""
         end, runs = start + len(view), list(self.plan.within(self.plan.copies, start, len(view)))
         if self.journal is not None and not all(
             self.sources[run.source].stores(run.source_offset + low, run.source_offset + high)
@@ -175,7 +175,7 @@ class _Run:
             if end in self.done:
                 if self.part.read(view, start) < len(view):
                     what = f"is {end - self.part.size:,} bytes shorter than its journal says"
-                    hint = "it was cut or removed meanwhile: put it back, if you can, and go on"
+                    hint = "it was cut or removed meanwhile: put it back, if you can, and run this again"
                     raise IntegrityError(what, where=self.part.path, hint=hint)
                 if xxhash.xxh3_64_hexdigest(view) != self.done[end]:
                     what = f"bytes {start:,} to {end:,} changed since they were written"

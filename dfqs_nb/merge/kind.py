@@ -79,7 +79,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a file is, in one sentence, and what to do with it, if anything.
+    """What a file is, in a sentence, and the next step, if there is one.
 
     ``parts`` and ``headers`` are the GGUF headers found inside, in the file's order. ``never_stored``: how
     many bytes, and where the first of them is.

@@ -338,8 +338,8 @@ def methods_table(nbytes: int, header_nbytes: int, reported: dict[str, str]) -> 
     rows = {
         "raw concatenation (cat)": (nbytes, "no", "no", "no", "stays half written"),
         "llama-gguf-split --merge": (nbytes, "yes", "no", "no", "stays half written"),
-        "merge, repair": (nbytes, "yes", "yes", "yes", "goes on"),
-        "merge --consume, repair --in-place": (consuming, "yes", "yes", "yes", "goes on"),
+        "merge, repair": (nbytes, "yes", "yes", "yes", "resumes"),
+        "merge --consume, repair --in-place": (consuming, "yes", "yes", "yes", "resumes"),
     }
     columns = ["extra disk (bytes)", "loads", "hashed", "read back", "after a kill"]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("method")

@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     except DfqsError as error:
         return _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; what was written stays, and the same command goes on", 130)
+        return _fail("interrupted; what was written stays, and the same command resumes it", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -25,8 +25,8 @@ REDRAW_SECONDS = 1.0
 class Live:
     """One line that follows a notebook's execution; in a log file, a line every ten seconds of a long cell.
 
-    What an earlier run left at ``target``, the executed notebook, says how long each cell takes.
-    ``budget_minutes`` 0: it keeps none. ``stream`` None: nobody watches.
+    It takes the time of each cell from an earlier run at ``target``, the executed notebook.
+    ``budget_minutes`` 0: it has no budget. ``stream`` None: nobody watches.
     """
 
     def __init__(self, notebook: Path, target: Path, budget_minutes: float, stream: IO[str] | None) -> None:
