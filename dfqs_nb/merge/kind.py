@@ -384,19 +384,12 @@ def diagnosis_table(paths: Iterable[str | Path]) -> pd.DataFrame:
 
     from dfqs_nb.llama.check import loader_verdicts
 
-    rows, diagnoses = [], [diagnose(path) for path in paths]
-    for diagnosis, verdict in zip(diagnoses, loader_verdicts([each.path for each in diagnoses]), strict=True):
-        answer = verdict.reason + (f" ({verdict.death})" if verdict.death else "") or "loads"
-        size = diagnosis.path.stat().st_size
-        rows.append(
-            (
-                plain(diagnosis.path.name),
-                size,
-                str(diagnosis.kind),
-                diagnosis.finding,
-                diagnosis.next_step,
-                answer,
-            )
-        )
+    diagnoses = [diagnose(path) for path in paths]
+    verdicts = loader_verdicts([diagnosis.path for diagnosis in diagnoses])
+    answers = [v.reason + (f" ({v.death})" if v.death else "") or "loads" for v in verdicts]
+    rows = [
+        (plain(d.path.name), d.path.stat().st_size, str(d.kind), d.finding, d.next_step, answer)
+        for d, answer in zip(diagnoses, answers, strict=True)
+    ]
     columns = ["file", "bytes", "kind", "finding", "next_step", "llama_cpp"]
     return pd.DataFrame(rows, columns=columns).set_index("file")

@@ -49,10 +49,9 @@ def _inspect(path: str, llama_cpp: bool) -> bool:
                 rows |= _outlook(local)
         elif llama_cpp:
             rows["llama.cpp"] = loader_verdict(local).reason or "loads"
-        say(
-            f"{remote.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}"
-            + (f"\n  -> {step}" if step else "")
-        )
+        say(f"{remote.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
+        if step:
+            say(f"  -> {step}")
         for what, value in rows.items():
             say(f"  {what + ':':<28}{format(value, ',') if type(value) is int else value}")
         return diagnosis.sound

@@ -126,9 +126,8 @@ def score(
             result = score_set(opened, item_set, folder / "scores", options, model_id=model_id)
             say(result.score.sentence)
         if long_context:
-            _long_context(
-                opened, folder / "long_context", tier, longest=longest, shortest=shortest, fresh=fresh
-            )
+            lengths = {"longest": longest, "shortest": shortest}
+            _long_context(opened, folder / "long_context", tier, fresh=fresh, **lengths)
     say(f"answers: {tilde(folder / 'scores')}/")
 
 

@@ -123,13 +123,11 @@ def _advice(placed: Any, largest: int, speeds: dict[str, float], outlook: Any) -
         lines.append("memory does not hold the cache and the compute buffer: lower --context")
     elif placed.disk_token_bytes:
         command = (outlook.disk.command if outlook else "") or "blockdev --setra 256 DEVICE"
-        reads = f"a token reads at least {size(placed.disk_token_bytes)} from the disk"
-        lines.append(
-            f"memory does not hold all weights: {reads}. Opened here, the paging help keeps it at that."
-        )
-        lines.append(
-            f"For llama-server leave mlock off, and lower n_ubatch and read-ahead ({command} as root)"
-        )
+        lines += [
+            f"memory does not hold all weights: a token reads {size(placed.disk_token_bytes)} or more from disk",
+            "opened here, the paging help keeps it at that",
+            f"for llama-server leave mlock off, and lower n_ubatch and read-ahead ({command} as root)",
+        ]
     return lines
 
 
