@@ -124,7 +124,7 @@ def _advice(placed: Any, largest: int, speeds: dict[str, float], outlook: Any) -
     elif placed.disk_token_bytes:
         command = (outlook.disk.command if outlook else "") or "blockdev --setra 256 DEVICE"
         lines += [
-            f"memory does not hold all weights: a token reads {size(placed.disk_token_bytes)} or more from disk",
+            f"memory does not hold all weights: a token reads {size(placed.disk_token_bytes)} or more",
             "opened here, the paging help keeps it at that",
             f"for llama-server leave mlock off, and lower n_ubatch and read-ahead ({command} as root)",
         ]

@@ -76,7 +76,8 @@ class Printed(NamedTuple):
 
     def words(self) -> list[str]:
         """Its words; what stands for something of the reader's is replaced by what this test puts there."""
-        words = shlex.split(re.sub(r"\{+[^{}]*\}+", "MODEL", self.text).partition(" > ")[0])
+        text = re.sub(r"(?<=budget_minutes=)\{+[^{}]*\}+", "1", self.text)
+        words = shlex.split(re.sub(r"\{+[^{}]*\}+", "MODEL", text).partition(" > ")[0])
         instead = {"repair": "glued.gguf", "split": "glued.gguf", "quantize": "dfqs-nano-f16"}
         own = next((instead[word] for word in words if word in instead), "model.gguf")
         of = {**READERS, "FILE": own, "MODEL": own}
