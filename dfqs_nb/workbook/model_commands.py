@@ -12,8 +12,11 @@ from typing import Any
 import typer
 from typer import Argument, Option
 
-from dfqs_nb.core.display import quoted
+from dfqs_nb.core.budget import duration
+from dfqs_nb.core.display import markdown_table, quoted
 from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.files import write_table, write_text
+from dfqs_nb.core.machine import usable_cores, watched_load
 from dfqs_nb.core.paths import run_dir, tilde
 from dfqs_nb.workbook import app as shared
 from dfqs_nb.workbook.app import (
@@ -164,9 +167,6 @@ def bench(
 
     Example: `dfqs-nb bench model.gguf --threads 4,8,16 --flash-attn 0,1`
     """
-    from dfqs_nb.core.display import markdown_table
-    from dfqs_nb.core.files import write_text
-    from dfqs_nb.core.machine import usable_cores, watched_load
     from dfqs_nb.llama import OpenSettings
     from dfqs_nb.llama import bench as benches
 
@@ -280,7 +280,6 @@ def fidelity(
 
     Example: `dfqs-nb fidelity model-IQ2_XXS.gguf original.jsonl`
     """
-    from dfqs_nb.core.files import write_table
     from dfqs_nb.ladder import fidelity as compared
 
     loaded = compared.Record.load(record)
@@ -346,7 +345,6 @@ def tasks(
     """
     from dfqs_nb.context.cost import measure_prefill
     from dfqs_nb.context.tasks import NAME, Tasks, measure_tasks, planned_seconds
-    from dfqs_nb.core.budget import duration
     from dfqs_nb.core.prompts import load_prompts
 
     sizes = sorted({*numbers(lengths, "--lengths")})
@@ -398,8 +396,6 @@ def loops(
 
 def _tell(result: Any, path: Path, model: str, hint: str) -> None:
     """Print a result's table and what was left out, and write its items."""
-    from dfqs_nb.core.files import write_table
-
     if not len(result.items):
         raise DfqsError(f"nothing was asked: {'; '.join(result.left_out)}", where=model, hint=hint)
     say_table(result.table(), ".2f")
