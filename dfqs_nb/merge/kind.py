@@ -27,18 +27,9 @@ if TYPE_CHECKING:
 
 MAX_PARTS = 10_000  # headers followed inside one file
 AGAIN = "get it from its source again"
-CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py, or get the GGUF of the model"
-UNPACK = "unpack it, or get the GGUF of the model"
 RESUME = "resume the download; or, if a merge with --consume was stopped, run the same command again"
 ENCODER = re.compile(r"(v|mm|a)\.")  # tensors of a vision or audio encoder
 DOWNLOADING = re.compile(r"\.(incomplete|crdownload|part|partial|download|opdownload|!qB|!ut)$")
-FORMATS = {  # the first bytes of other files, what these are, and what to do with them
-    (b"PK\x03\x04",): ("a zip archive (a PyTorch checkpoint?)", UNPACK),
-    (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"Rar!", b"7z\xbc\xaf"): ("a compressed archive", UNPACK),
-    (b"\x89HDF",): ("an HDF5 file", CONVERT),
-    (b"\x80\x02",): ("a Python pickle (a PyTorch checkpoint?)", CONVERT),
-    (b"lmgg", b"tjgg", b"fmgg"): ("a GGML file from before GGUF", CONVERT),
-}
 
 
 class Kind(StrEnum):
@@ -164,19 +155,14 @@ def by_first_bytes(first: bytes, size: int) -> Finding:
         target = f"{int(length[1]):,} bytes" if length else "an unknown number of bytes"
         step = "run `git lfs pull` in the clone, or download the file from its 'resolve' address"
         return Kind.LFS_POINTER, f"a Git LFS pointer to the model ({target}), not the model itself", step
-    for magic, (name, step) in FORMATS.items():
-        if first.startswith(magic):
-            return Kind.OTHER_FORMAT, f"{name}, not a GGUF", step
-    if first[8:10] == b'{"' and int.from_bytes(first[:8], "little") < 1 << 30:
-        return Kind.OTHER_FORMAT, "a safetensors file, not a GGUF", CONVERT
     if not first.strip(b"\0"):
         finding = f"zeros: the first {len(first):,} bytes of {size:,} were never written"
         return Kind.UNFINISHED, finding, "only its room was reserved: resume or repeat the download"
     if text := _text(first):
         step = "a server sent this in place of the model: check the address, and that you may download it"
         return Kind.DOCUMENT, f"a text or web page saved as a model: {text}", step
-    finding = "not a GGUF: it does not begin with these four letters"
-    return Kind.OTHER_FORMAT, finding, "check what you downloaded"
+    step = "get the GGUF of the model, or convert it with llama.cpp's convert_hf_to_gguf.py"
+    return Kind.OTHER_FORMAT, f"not a GGUF: it begins with {first[:8]!r}", step
 
 
 def _text(first: bytes) -> str:
@@ -190,10 +176,8 @@ def _text(first: bytes) -> str:
 
 def _refused_header(version: bytes, size: int, error: HeaderError) -> tuple[Kind, str]:
     """What a file is that begins as a GGUF and whose header the reader refuses."""
-    if len(version) == 4 and version[:2] == b"\0\0" and version[2:] != b"\0\0":
-        return Kind.OTHER_FORMAT, "a big-endian GGUF, for machines with the other byte order"
-    if version == b"\1\0\0\0":
-        return Kind.OTHER_FORMAT, "GGUF version 1, which llama.cpp no longer reads"
+    if len(version) == 4 and (version[:2] == b"\0\0" != version[2:] or version == b"\1\0\0\0"):
+        return Kind.OTHER_FORMAT, error.what  # the other byte order, or the first version
     if error.hint == CUT_OFF:
         return Kind.UNFINISHED, f"cut off inside its header, after {size:,} bytes: {error.what}"
     if re.search(r"has the type \d+,", error.what):

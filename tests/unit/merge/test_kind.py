@@ -188,13 +188,13 @@ CASES = {
     "safetensors": Case(
         lambda m: struct.pack("<Q", 40) + b'{"a": {}}',
         Kind.OTHER_FORMAT,
-        "a safetensors file",
+        "not a GGUF: it begins with b",
         "invalid magic characters",
     ),
     "zip": Case(
         lambda m: b"PK\x03\x04" + bytes(100),
         Kind.OTHER_FORMAT,
-        "a zip archive",
+        "not a GGUF: it begins with b'PK",
         "invalid magic characters: 'PK",
     ),
     "noise": Case(
