@@ -95,8 +95,9 @@ def verify_model(
     digest, tensors = hash_file(path, headers, progress=progress)
     expected: dict[str, dict[str, str]] = {"its manifest": manifest.tensors} if manifest else {}
     if against:
-        glued = diagnose(against).headers if isinstance(against, (str, Path)) else ()
-        theirs = glued if len(glued) > 1 else open_shards(against).headers
+        glued = diagnose(against) if isinstance(against, (str, Path)) else None
+        is_glued = glued is not None and glued.kind is Kind.RAW_CONCATENATION
+        theirs = glued.headers if glued and is_glued else open_shards(against).headers
         expected["the tensors of its shards"] = tensor_hashes(theirs, progress=progress)
     for what, hashes in expected.items():
         _compare(path, tensors, hashes, what)
