@@ -331,8 +331,9 @@ def _advice(placed: Any, largest: int, speeds: dict[str, float], outlook: Any) -
         lines.append("memory does not hold the cache and the compute buffer: lower --context")
     elif placed.disk_token_bytes:
         command = (outlook.disk.command if outlook else "") or "blockdev --setra 256 DEVICE"
+        least = size(placed.disk_token_bytes)
         lines += [
-            f"memory does not hold all weights: a token reads {size(placed.disk_token_bytes)} or more",
+            f"memory does not hold all weights: a token reads at least {least} from the disk",
             "opened here, the paging help keeps it at that",
             f"for llama-server leave mlock off, and lower n_ubatch and read-ahead ({command} as root)",
         ]
