@@ -40,7 +40,6 @@ def inspect(
 
 def _inspect(path: str, llama_cpp: bool) -> bool:
     from dfqs_nb.gguf import models, remote
-    from dfqs_nb.llama.check import loader_verdict
     from dfqs_nb.merge import diagnose
 
     with ExitStack() as stack:
@@ -54,6 +53,8 @@ def _inspect(path: str, llama_cpp: bool) -> bool:
             if diagnosis.sound or diagnosis.kind == "raw concatenation":
                 rows |= _outlook(local)
         elif llama_cpp:
+            from dfqs_nb.llama.check import loader_verdict
+
             rows["llama.cpp"] = loader_verdict(local).reason or "loads"
         say(f"{remote.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
         if step:
