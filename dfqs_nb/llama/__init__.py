@@ -30,7 +30,7 @@ __all__ = [
     "stream_chat",
 ]
 
-# also the rest: the child process of `check` starts in half the time without numpy
+# all of it: `python -m dfqs_nb.llama.template` wants a module that the package has not imported yet
 __getattr__ = lazy(
     __name__,
     figures="figures",

@@ -18,14 +18,14 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.core.files import canonical_sha256, read_json, write_json
+from dfqs_nb.core.files import canonical_sha256
 from dfqs_nb.core.paths import outputs_dir
 from dfqs_nb.gguf.facts import early_dialect
 from dfqs_nb.gguf.header import GGUFHeader
@@ -166,75 +166,61 @@ def _planned(
     return plans
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What llama.cpp plans (exact to 0.01 MiB a buffer), and what the child process measured."""
-
-    kv_bytes: int
-    compute_bytes: int  # in this machine's memory, not a GPU's
-    load_seconds: float
-    decode_seconds: float
-    seconds: float
-
-
-def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEstimate) -> Trial:
+def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEstimate) -> MemoryEstimate:
     """Plan, load and decode a model (its shards, first one first) in a child process.
 
     The child loads with a context of 256 tokens and evaluates 9 with one thread. The same files and settings
     are tried once a session. After a long trial, later sessions on this machine only plan the memory, as long
     as the file and llama.cpp are the same.
 
+    Returns:
+        The estimate with llama.cpp's own figures, exact to 0.01 MiB a buffer.
+
     Raises:
         ModelError: llama.cpp refuses the file, dies on it, or computes logits that are not numbers.
         SpaceError: the context's cache and llama.cpp's compute buffer exceed the free memory.
     """
-    files = tuple((os.path.realpath(path), *_identity(Path(path).stat())) for path in paths)
+    files = tuple(map(_identity, paths))
     key = str(paths[0]), files, settings  # messages name the path as it was given
     if key not in _tried:
-        _tried[key] = _try_in_child(paths[0], settings, needs, _remembered(files, settings))
+        _tried[key] = _try_in_child(paths[0], settings, needs, _passed(files, settings))
     return _tried[key]
 
 
-_tried: dict[tuple[str, Any, OpenSettings], Trial] = {}
+Identity = tuple[str, int, int, int]
+_tried: dict[tuple[str, tuple[Identity, ...], OpenSettings], MemoryEstimate] = {}
 
 
-def _identity(stat: os.stat_result) -> tuple[int, int, int]:
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+def _identity(path: str | Path) -> Identity:
+    stat = Path(path).stat()
+    return os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
-def _remembered(files: Any, settings: OpenSettings) -> Path:
-    """Where a trial of these files is kept, by what can change whether they load, and on which machine."""
+def _passed(files: tuple[Identity, ...], settings: OpenSettings) -> Path:
+    """The mark of a long trial that passed, named by what can change whether the files load here."""
     loads = {name: value for name, value in settings.as_dict().items() if name not in OF_CONTEXT}
     key = canonical_sha256([files, loads, llama_version(), platform.node()])
-    return outputs_dir() / ".trials" / f"{key[:24]}.json"
+    return outputs_dir() / ".trials" / key[:24]
 
 
-def _try_in_child(path: str | Path, settings: OpenSettings, needs: MemoryEstimate, kept: Path) -> Trial:
-    started = time.perf_counter()
+def _try_in_child(
+    path: str | Path, settings: OpenSettings, needs: MemoryEstimate, passed: Path
+) -> MemoryEstimate:
     with child.Worker(MODULE) as worker:
-        planned = _planned(worker, path, [settings])[0]
-        kv = KvCacheBytes([{"planned by llama.cpp": planned["kv_bytes"]}])
+        plan = _planned(worker, path, [settings])[0]
+        kv = KvCacheBytes([{"planned by llama.cpp": plan["kv_bytes"]}])
         needs = needs if needs.kv.exactness == "exact" else replace(needs, kv=kv)
-        check_fits(needs.with_compute(planned["compute_bytes"]), where=path)
-        if earlier := _recalled(kept):
-            return Trial(**{**earlier, **planned})
-        job = {"question": "trial", "path": str(path), "settings": settings.as_dict()}
-        timeout = TRIAL_SECONDS + needs.weights_bytes * TRIAL_SECONDS_PER_BYTE
-        facts = worker.run(job, where=path, timeout_seconds=timeout)
-    done = Trial(**planned, **facts, seconds=time.perf_counter() - started)
-    if done.seconds > LONG_SECONDS:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, asdict(done))
-    return done
-
-
-def _recalled(path: Path) -> dict[str, Any]:
-    """A trial that was kept; empty where none was, or its file is damaged."""
-    try:
-        kept = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return kept if isinstance(kept, dict) and kept.keys() == {field.name for field in fields(Trial)} else {}
+        needs = needs.with_compute(plan["compute_bytes"])
+        check_fits(needs, where=path)
+        if not passed.exists():
+            started = time.perf_counter()
+            job = {"question": "trial", "path": str(path), "settings": settings.as_dict()}
+            timeout = TRIAL_SECONDS + needs.weights_bytes * TRIAL_SECONDS_PER_BYTE
+            worker.run(job, where=path, timeout_seconds=timeout)
+            if time.perf_counter() - started > LONG_SECONDS:
+                passed.parent.mkdir(parents=True, exist_ok=True)
+                passed.touch()
+    return needs
 
 
 def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
@@ -290,19 +276,14 @@ def _parse(job: dict[str, Any]) -> dict[str, Any]:
     LOG.install()
     child.tell(stage="in its parser")
     LOG.clear()
-    void, text, i64, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_size_t
+    void, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
+    u32, i64 = ctypes.c_uint32, ctypes.c_int64
     table = void()  # llama.cpp always asks for it, without data
     read = ggml_function("gguf_init_from_file", void, text, _GgufParams)
     gguf = read(os.fsencode(job["path"]), _GgufParams(True, ctypes.pointer(table)))
     facts: dict[str, Any] = {"accepted": bool(gguf)}
     if gguf:
-        numbers = {
-            "version": ctypes.c_uint32,
-            "n_kv": i64,
-            "n_tensors": i64,
-            "alignment": size,
-            "data_offset": size,
-        }
+        numbers = {"version": u32, "n_kv": i64, "n_tensors": i64, "alignment": size, "data_offset": size}
         facts |= {name: ggml_function(f"gguf_get_{name}", kind, void)(gguf) for name, kind in numbers.items()}
     if gguf and job["tensors"]:
         type_name = ggml_function("ggml_type_name", text, ctypes.c_int)
@@ -345,9 +326,7 @@ def _try(job: dict[str, Any]) -> dict[str, Any]:
     child.tell(stage="while loading it")
     settings = OpenSettings(**job["settings"])
     small = replace(settings, n_ctx=min(settings.n_ctx, SMALL_CTX), n_threads=1, n_threads_batch=1)
-    started = time.perf_counter()
     llama = build_llama(job["path"], small)
-    loaded = time.perf_counter()
     child.tell(stage="at the first decode")
     n_vocab = llama.n_vocab()
     tokens = [token % n_vocab for token in range(1, PREFILL_TOKENS + 1)]
@@ -358,7 +337,7 @@ def _try(job: dict[str, Any]) -> dict[str, Any]:
             what = "the first decode gives logits that are not numbers"
             hint = "the weights are damaged: verify the file's hash, or get it again"
             raise ModelError(what, where=job["path"], hint=hint)
-    return {"load_seconds": loaded - started, "decode_seconds": time.perf_counter() - loaded}
+    return {}
 
 
 def _keep_stderr_open() -> None:

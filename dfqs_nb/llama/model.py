@@ -75,8 +75,7 @@ class Model:
     path: Path
     header: GGUFHeader  # of all shards
     settings: OpenSettings
-    memory: MemoryEstimate
-    trial: check.Trial | None
+    memory: MemoryEstimate  # with llama.cpp's own figures after a trial
     load_seconds: float
     loaded: dict[str, Any] = field(
         default_factory=dict
@@ -327,11 +326,9 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
         free = available_memory().available_bytes
         paged = placement.place(placement.Model(header), settings.n_ctx, free).disk_token_bytes
         slow += f". A token reads at least {binary_size(round(paged))} from the disk; dfqs-nb plan says more"
-    tried = None
     if trial:
         with heartbeat(f"trying {first.name}", shards.nbytes):
-            tried = check.trial(shards.paths, settings, needs)
-        needs = needs.with_compute(tried.compute_bytes)
+            needs = check.trial(shards.paths, settings, needs)
     started = time.perf_counter()
     with heartbeat(f"loading {first.name}", shards.nbytes):
         llama = build_llama(first, settings)
@@ -340,7 +337,7 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
     if help_ is not None:
         loaded["paging"] = help_.sentence
         slow = ". ".join(filter(None, (slow, help_.sentence)))
-    model = Model(llama, first, header, settings, needs, tried, seconds, loaded, help_)
+    model = Model(llama, first, header, settings, needs, seconds, loaded, help_)
     model.warnings = _warnings(model)
     for text in filter(None, (slow, *(f"{first.name}: {text}" for text in model.warnings))):
         warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -385,7 +385,7 @@ def test_opening_prints_nothing(capfd):
 def test_the_same_file_is_tried_once(nano, monkeypatch):
     monkeypatch.setattr(child, "start", lambda *_a, **_k: pytest.fail("a second child"))
     model = open_model(NANO, SETTINGS)
-    assert model.trial == nano.trial
+    assert model.memory == nano.memory
     model.close()
 
 
