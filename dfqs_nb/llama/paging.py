@@ -46,14 +46,6 @@ INLINE_BYTES = 256 << 20  # of reads that a router waits to be handed over; more
 WHOLE_SHARE = 0.8  # of a layer's experts chosen, from which on the next layer is read ahead
 
 
-def wanted(shards: ShardSet, settings: OpenSettings) -> bool:
-    """Whether a model is to be opened with help: asked for, or its weights exceed the free memory."""
-    on_card = settings.n_gpu_layers == -1 and has_gpu_support()
-    if settings.paging == "off" or not settings.use_mmap or on_card:
-        return False
-    return settings.paging == "on" or shards.nbytes > available_memory().available_bytes
-
-
 class Paging:
     """The help for one model, while it is open.
 
@@ -88,14 +80,16 @@ class Paging:
 
     @classmethod
     def of(cls, path: str | Path, settings: OpenSettings) -> Paging | None:
-        """The help for a model that is about to be loaded, where it is wanted."""
-        if settings.paging == "off":
+        """The help for a model to be loaded, if asked for, or if its weights exceed the free memory."""
+        on_card = settings.n_gpu_layers == -1 and has_gpu_support()
+        if settings.paging == "off" or not settings.use_mmap or on_card:
             return None
         try:
             shards = open_shards(path)
         except DfqsError:
-            return None  # llama.cpp says what is wrong with it
-        return cls(shards, settings) if wanted(shards, settings) else None
+            return None  # llama.cpp tells what is wrong with it
+        fits = shards.nbytes <= available_memory().available_bytes
+        return None if fits and settings.paging == "auto" else cls(shards, settings)
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:

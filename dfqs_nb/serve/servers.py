@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import secrets
 import signal
 import socket
@@ -31,6 +30,7 @@ from pydantic import SecretStr
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.llama.log import loaded_facts
 from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings
 from dfqs_nb.serve.client import Endpoint, connect
 
@@ -115,15 +115,8 @@ class LocalServer:
     @cached_property
     def loaded(self) -> dict[str, Any]:
         """How llama.cpp loaded the model, from its own log: what ran, not what was asked for."""
-        log = self._log_from(0)
-        layers = re.search(r"offloaded (\d+/\d+) layers to GPU", log)
-        buffers = re.findall(r"(\S+) +model buffer size = +([\d.]+) MiB", log)
-        return {
-            "version": self.version,
-            "layers_offloaded": layers[1] if layers else "no GPU support" if buffers else "not logged",
-            "buffers": ", ".join(f"{name} {size} MiB" for name, size in buffers),
-            "repacked": any(re.search("REPACK|AMX|KLEIDIAI", name) for name, _ in buffers),
-        }
+        facts = loaded_facts(self._log_from(0).splitlines())
+        return {"version": self.version} | {n: facts[n] for n in ("layers_offloaded", "buffers", "repacked")}
 
     def stop(self, seconds: float = STOP_SECONDS) -> float:
         """Ask the server to end (SIGTERM), kill it if it does not; the seconds it took. Twice is fine."""

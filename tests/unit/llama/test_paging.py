@@ -232,13 +232,15 @@ def test_a_fault_of_the_help_is_a_message(moe, monkeypatch):
 
 
 def test_it_is_on_where_the_file_exceeds_memory_and_off_elsewhere(moe, monkeypatch):
-    shards = open_shards(moe)
-    assert not paging.wanted(shards, settings("auto")) and paging.wanted(shards, settings("on"))
-    monkeypatch.setattr(paging, "available_memory", lambda: Memory(shards.nbytes, shards.nbytes // 2, "test"))
-    assert paging.wanted(shards, settings("auto")) and not paging.wanted(shards, settings("off"))
-    assert not paging.wanted(shards, settings("auto", use_mmap=False))
+    def on(mode: str, **fields: int) -> bool:
+        return Paging.of(moe, settings(mode, **fields)) is not None
+
+    nbytes = open_shards(moe).nbytes
+    assert not on("auto") and on("on")
+    monkeypatch.setattr(paging, "available_memory", lambda: Memory(nbytes, nbytes // 2, "test"))
+    assert on("auto") and not on("off") and not on("auto", use_mmap=False)
     monkeypatch.setattr(paging, "has_gpu_support", lambda: True)
-    assert not paging.wanted(shards, settings("on", n_gpu_layers=-1))
+    assert not on("on", n_gpu_layers=-1)
     with pytest.raises(ModelError, match="paging is 'maybe'"):
         settings("maybe")
 
