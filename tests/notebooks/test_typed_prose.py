@@ -49,8 +49,7 @@ ALONE = {
         "the recap of asserts above": ["The same prompt gave"],
     },
     "04": {
-        "what the card says": ["The card says that routing"],
-        METHOD: ["It scores all experts", "The same in sentences", "- **Free**", "This matters only", "We count flips in"]
+        METHOD: ["It scores all experts", "The same in sentences", "- **Free**", "This matters only"]
         + ["- **Fix for equal logits**", "Recording itself slightly"]
         + ["The others are other texts", "- **Settings**", "All runs that only need", "With `budget_minutes`, lengths"]
         + ["- how often the", "Below the table, we regress", "The heat map has"],
