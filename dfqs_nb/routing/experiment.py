@@ -71,19 +71,14 @@ def run_experiment(
         export: also write the traces there, as CSV.
 
     Raises:
-        DfqsError: the model cannot be opened under the reference's settings, or a parameter is wrong.
+        DfqsError: the reference cannot run, or a parameter is wrong.
     """
     if str(export):
         require_csv(export)
-    given, others, n_ctx = (
-        read_texts(texts),
-        quantizations(path, other),
-        -(-(n_tokens + n_output) // 256) * 256,
-    )
-    settings = OpenSettings.of(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
-    settings = replace(settings, n_ctx=n_ctx)
-    threads = max(usable_cores(), settings.n_threads or 1)
-    planned = conditions(settings, n_tokens, threads, others, len(given))
+    given, n_ctx = read_texts(texts), -(-(n_tokens + n_output) // 256) * 256
+    fitting = OpenSettings.of(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+    settings, threads = replace(fitting, n_ctx=n_ctx), max(usable_cores(), fitting.n_threads or 1)
+    planned = conditions(settings, n_tokens, threads, quantizations(path, other), len(given))
     passage = (data_dir() / PASSAGE).read_text(encoding="utf-8")
     shared: dict[str, Any] = {"passage": passage, "texts": [text.model_dump() for text in given]}
     shared |= {"n_tokens": n_tokens, "n_output": n_output}
@@ -92,8 +87,8 @@ def run_experiment(
     traces, status = recording.traces, recording.status
     if "prefill" not in traces:
         raise ModelError(f"the reference run failed: {status['prefill']}", where=path, hint="lower n_ctx")
-    about = planned, traces, status, recording.n_made, given, recording.plan_sentence
-    experiment = Experiment(Path(path), settings, *about)
+    about = recording.n_made, given, recording.sentence
+    experiment = Experiment(Path(path), settings, planned, traces, status, *about)
     if str(export):
         experiment.export(export)
     return experiment
@@ -118,27 +113,32 @@ class _Recording:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.started, about = time.monotonic(), [FORMAT, llama_version(), self.shared, _identity(self.path)]
         self.keys = {
-            each.name: canonical_sha256([*about, asdict(each), _identity(Path(each.model or self.path))])
+            each.name: canonical_sha256(
+                [*about, asdict(replace(each, model="")), _identity(Path(each.model or self.path))]
+            )
             for each in self.planned
         }
         self.plan_note = self.folder / f"plan-{self.budget_seconds:g}-s.json"
         self.plan = self._plan_so_far()
         processes = dict.fromkeys(each.process for each in self.planned)
-        self.plan_sentence = f"{len(self.keys)} runs in {len(processes)} processes, each of which loads once."
+        self.sentence = f"{len(self.keys)} runs in {len(processes)} processes, each of which loads once."
         if not self.budget_seconds:
-            tqdm.auto.tqdm.write(self.plan_sentence)
+            tqdm.auto.tqdm.write(self.sentence)
         with display.tqdm(total=len(self.keys), desc="routing", leave=False) as bar:
             for process in processes:
                 self._run_process([each for each in self.planned if each.process == process], bar.update)
 
     def _plan_so_far(self) -> dict[str, Any]:
-        """The plan of an earlier run under this budget; everything without a budget; else nothing yet."""
-        if not self.budget_seconds:
-            return {"scale": 1.0, "kept": list(self.keys)}
+        """Everything without a budget, or where all was recorded; an earlier plan; else nothing yet."""
+        self.plan = everything = {"scale": 1.0, "kept": list(self.keys)}
         with contextlib.suppress(OSError, ValueError):
             plan = read_json(self.plan_note)
             if isinstance(plan, dict) and plan.get("keys") == self.keys and not self.fresh:
                 return plan
+        if not self.budget_seconds or all(map(self._known, self.keys)):
+            return everything
+        self.traces.clear()  # of full length: the plan may shorten all
+        self.status.clear()
         return {}
 
     def _run_process(self, group: list[Condition], progress: Callable[[int], object]) -> None:
@@ -181,29 +181,24 @@ class _Recording:
         }
 
     def _left_seconds(self) -> float:
-        """Of the budget; 0 without one."""
         return self.budget_seconds and self.started + self.budget_seconds - time.monotonic()
 
     def _hear(self, progress: Callable[[int], object], message: dict[str, Any]) -> None:
         self.begun = message.get("begun", self.begun)
-        if "plan" in message:
-            self._set_plan(message["plan"])
-        if "done" in message:
-            name, why = message["done"], message["why"]
-            self.status[name] = f"failed: {why}" if why else "done"
-            if not why:
+        if plan := message.get("plan"):
+            self.plan = plan
+            write_json(self.plan_note, {"keys": self.keys, **plan})
+            self.sentence = (
+                f"Budget {self.budget_seconds / 60:g} minutes: {len(plan['kept'])} of {len(self.keys)} runs, "
+                f"at {plan['scale']:g} of each length. Loading takes {plan['load_seconds']:.1f} s, a token "
+                f"{plan['prefill_seconds']:.2g} s in prefill and {plan['decode_seconds']:.2g} s in decode."
+            )
+            tqdm.auto.tqdm.write(self.sentence)
+        if name := message.get("done"):
+            self.status[name] = f"failed: {message['why']}" if message["why"] else "done"
+            if not message["why"]:
                 self.traces[name], self.n_made = load_trace(self._file(name)), self.n_made + 1
             progress(1)
-
-    def _set_plan(self, plan: dict[str, Any]) -> None:
-        self.plan = plan
-        write_json(self.plan_note, {"keys": self.keys, **plan})
-        self.plan_sentence = (
-            f"Budget {self.budget_seconds / 60:g} minutes: {len(plan['kept'])} of {len(self.keys)} runs, at "
-            f"{plan['scale']:g} of each length. Loading takes {plan['load_seconds']:.1f} s, a token "
-            f"{plan['prefill_seconds']:.2g} s in prefill and {plan['decode_seconds']:.2g} s in decode."
-        )
-        tqdm.auto.tqdm.write(self.plan_sentence)
 
     def _known(self, name: str) -> bool:
         """Whether an earlier run left this trace: it says itself what it was made of."""

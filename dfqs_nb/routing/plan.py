@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.loads import Load, plan_loads
 from dfqs_nb.routing.recorded import Schedule
@@ -136,51 +134,41 @@ def _other_settings(settings: OpenSettings, half: int) -> Iterator[Condition]:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds to load the model, and for a token of prefill and of decode, as measured."""
+    """What runs cost, as measured on this machine."""
 
     load_seconds: float
-    prefill_seconds: float
+    prefill_seconds: float  # a token
     decode_seconds: float
+    n_tokens: int  # of the text
+    n_output: int  # of its answer
+    n_profile: int  # of all texts of the profile
+
+    def seconds(self, planned: Sequence[Condition], scale: float = 1.0) -> float:
+        """What these conditions take; each process loads the model once, and answers are not scaled."""
+        total = self.load_seconds * len({each.process for each in planned})
+        for each in planned:
+            load, first, n_output = each.load, each.schedule.prefill, self.n_output
+            if load:
+                n, n_output = len(load.members), len(load.members) * LOAD_OUTPUT
+                n_prefill, n_decode = n * load.n_prefill, n * (load.n_tokens - load.n_prefill)
+            elif each.kind == "profile":
+                n_prefill, n_decode, n_output = self.n_profile, 0, 0
+            else:
+                n_prefill = self.n_tokens if first is None or not each.schedule.decode else first
+                n_decode = self.n_tokens - n_prefill
+            total += scale * n_prefill * self.prefill_seconds
+            total += (scale * n_decode + n_output) * self.decode_seconds
+        return total
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of the text, of its answer, and of all texts of the profile together."""
-
-    n_tokens: int
-    n_output: int
-    n_profile: int
-
-    def of(self, condition: Condition) -> tuple[int, int, int]:
-        """Tokens that a condition prefills, decodes, and answers with."""
-        load, cut = condition.load, condition.schedule.prefill
-        if load:
-            n = len(load.members)
-            return n * load.n_prefill, n * (load.n_tokens - load.n_prefill), n * LOAD_OUTPUT
-        if condition.kind == "profile":
-            return self.n_profile, 0, 0
-        cut = self.n_tokens if cut is None or not condition.schedule.decode else cut
-        return cut, self.n_tokens - cut, self.n_output
-
-
-def seconds(conditions: Sequence[Condition], costs: Costs, lengths: Lengths, scale: float = 1.0) -> float:
-    """What these conditions take; each process loads the model once, and answers are not scaled."""
-    n_prefill, n_decode, n_output = np.sum([lengths.of(each) for each in conditions], axis=0)
-    loads = costs.load_seconds * len({each.process for each in conditions})
-    text = n_prefill * costs.prefill_seconds + n_decode * costs.decode_seconds
-    return float(loads + scale * text + n_output * costs.decode_seconds)
-
-
-def fit(
-    planned: Sequence[Condition], costs: Costs, lengths: Lengths, budget_seconds: float
-) -> tuple[float, list[str]]:
+def fit(planned: Sequence[Condition], costs: Costs, budget_seconds: float) -> tuple[float, list[str]]:
     """How much of every length, and which conditions, fit into the budget.
 
     The lengths are halved, at most three times, until the runs that a verdict needs most fit. Then conditions
     are taken in the order of the plan, each with those that it needs. The first one is always taken.
     """
     judging = [each for each in planned if each.judging]
-    scale = next((s for s in SCALES if seconds(judging, costs, lengths, s) <= budget_seconds), SCALES[-1])
+    scale = next((scale for scale in SCALES if costs.seconds(judging, scale) <= budget_seconds), SCALES[-1])
     by_name, kept = {each.name: each for each in planned}, list(planned[:1])
     for each in planned:
         if each.kind in ESSENTIAL:
@@ -188,6 +176,6 @@ def fit(
         added = [each]
         while (needed := by_name.get(added[-1].needs)) and needed not in kept:
             added.append(needed)
-        if seconds([*kept, *added], costs, lengths, scale) <= budget_seconds:
+        if costs.seconds([*kept, *added], scale) <= budget_seconds:
             kept += added
     return scale, [each.name for each in planned if each in kept]

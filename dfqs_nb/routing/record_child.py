@@ -6,6 +6,7 @@ A module of its own, because ``python -m`` wants one that the package has not im
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -14,14 +15,12 @@ from dfqs_nb.core import child
 from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model
-from dfqs_nb.routing.loads import Load
-from dfqs_nb.routing.plan import ESSENTIAL, LOAD_OUTPUT, PROFILE_TOKENS, Condition, Costs, Lengths, fit
+from dfqs_nb.routing.plan import ESSENTIAL, LOAD_OUTPUT, PROFILE_TOKENS, Condition, Costs, fit
 from dfqs_nb.routing.recorded import RecordedModel, Together, open_recorded, record, record_together
 from dfqs_nb.routing.trace import Trace, joined
 
 PROBE_TOKENS = 8
 QUESTION = "What is the capital of France?"
-Texts = list[dict[str, Any]]  # ``name``, ``domain``, ``text``, and its ``tokens``
 
 
 def record_job(job: dict[str, Any]) -> None:
@@ -32,101 +31,92 @@ def record_job(job: dict[str, Any]) -> None:
             ``keys``, ``passage``, ``n_tokens``, ``texts``, ``n_output``, ``budget_seconds`` (0: none), what
             is left of it (``left_seconds``), and ``scale`` (0: to be found).
     """
-    started, names = time.monotonic(), list(job["runs"])
+    started, names, scale, budget = time.monotonic(), list(job["runs"]), job["scale"], job["budget_seconds"]
     planned = TypeAdapter(list[Condition]).validate_python(job["planned"])
     by_name = {condition.name: condition for condition in planned}
     child.tell(stage="while loading it")
     with open_recorded(job["path"], by_name[names[0]].settings, trial=False) as recorded:
-        loaded, scale = time.monotonic() - started, job["scale"]
-        tokens, texts = _tokens(recorded.model, job)
+        loaded, texts = time.monotonic() - started, _Texts(recorded.model, job)
         if not scale:
             child.tell(stage="while measuring its speed")
-            costs, n_profile = _costs(recorded, loaded, tokens), sum(len(text["tokens"]) for text in texts)
-            lengths = Lengths(len(tokens), job["n_output"], n_profile)
-            scale, kept = fit(planned, costs, lengths, job["budget_seconds"])
+            costs = _costs(recorded, loaded, texts)
+            scale, kept = fit(planned, costs, budget)
             child.tell(plan={"scale": scale, "kept": kept, **vars(costs)})
             names = [name for name in names if name in kept]
         for name in names:
-            late = job["budget_seconds"] and time.monotonic() - started > job["left_seconds"]
+            late = budget and time.monotonic() - started > job["left_seconds"]
             if late and by_name[name].kind not in ESSENTIAL:
                 continue  # the machine is slower than it was when its speed was measured
             child.tell(stage=f"while evaluating {name!r}", begun=name)
             about, why = {"condition": name, "key": job["keys"][name], "scale": scale}, ""
             try:
-                trace = _evaluate(
-                    recorded, by_name[name].scaled(scale), tokens, texts, job["n_output"], about
-                )
-                trace.save(job["runs"][name])
+                _evaluate(recorded, by_name[name].scaled(scale), texts, about).save(job["runs"][name])
             except DfqsError as error:  # refused in an orderly way: the next run has a context of its own
                 why = error.what
             child.tell(done=name, why=why)
 
 
-def _tokens(model: Model, job: dict[str, Any]) -> tuple[list[int], Texts]:
-    """The text, and the short texts with their ``tokens``.
+class _Texts:
+    """The long text and the short ones, in the model's tokens.
 
-    The text is the passage, again and again as needed, and at the end a question in the model's chat
+    The long one is the passage, again and again as needed, and at the end a question in the model's chat
     template, so that the greedy continuation is an answer.
     """
-    passage, *ids = (
-        model.tokenize(text, special=False)
-        for text in (job["passage"], *(text["text"] for text in job["texts"]))
-    )
-    question = chat_prompt(model, QUESTION) if model.has_template else model.tokenize(QUESTION, special=False)
-    bos = [model.bos] if model.bos >= 0 else []
-    left = job["n_tokens"] - len(question)
-    if left < 1 + len(bos) or not all([passage, *ids]):
-        what = f"{job['n_tokens']} tokens do not hold the question ({len(question)})"
-        raise ModelError(what, where=job["path"], hint=f"use n_tokens={len(question) + 64} or more")
-    body = [*bos, *(passage * (left // len(passage) + 1))][:left]
-    texts = zip(job["texts"], ids, strict=True)
-    return body + question, [{**text, "tokens": [*bos, *own][:PROFILE_TOKENS]} for text, own in texts]
+
+    def __init__(self, model: Model, job: dict[str, Any]) -> None:
+        self.short, self.n_output = job["texts"], job["n_output"]
+        given = [job["passage"], *(text["text"] for text in self.short)]
+        passage, *lines = (model.tokenize(text, special=False) for text in given)
+        question = model.tokenize(QUESTION, special=False)
+        if model.has_template:
+            question = chat_prompt(model, QUESTION)
+        bos, left = model.with_bos([]), job["n_tokens"] - len(question)
+        if left < 1 + len(bos) or not all([passage, *lines]):
+            what = f"{job['n_tokens']} tokens do not hold the question ({len(question)})"
+            raise ModelError(what, where=job["path"], hint=f"use n_tokens={len(question) + 64} or more")
+        self.tokens = [*bos, *(passage * (left // len(passage) + 1))][:left] + question
+        self.lines = [[*bos, *line][:PROFILE_TOKENS] for line in lines]
+
+    def named(self, numbers: Iterable[int], lengths: list[int], load: str) -> dict[str, Any]:
+        """What a trace of these short texts says of them."""
+        chosen = [self.short[number] for number in numbers]
+        about = {
+            name: [text[key] for text in chosen]
+            for name, key in (("sequences", "name"), ("domains", "domain"))
+        }
+        return {**about, "lengths": lengths, "load": load}
 
 
-def _costs(recorded: RecordedModel, load_seconds: float, tokens: list[int]) -> Costs:
+def _costs(recorded: RecordedModel, load_seconds: float, texts: _Texts) -> Costs:
     clock = [time.monotonic()]
-    for part in (tokens[:PROBE_TOKENS], tokens[:1], tokens[:1]):
+    for part in (texts.tokens[:PROBE_TOKENS], texts.tokens[:1], texts.tokens[:1]):
         recorded.feed(part)
         clock.append(time.monotonic())
-    return Costs(load_seconds, (clock[1] - clock[0]) / PROBE_TOKENS, clock[3] - clock[2])
+    lengths = len(texts.tokens), texts.n_output, sum(map(len, texts.lines))
+    return Costs(load_seconds, (clock[1] - clock[0]) / PROBE_TOKENS, clock[3] - clock[2], *lengths)
 
 
-def _evaluate(
-    recorded: RecordedModel,
-    condition: Condition,
-    tokens: list[int],
-    texts: Texts,
-    n_output: int,
-    about: dict[str, Any],
-) -> Trace:
+def _evaluate(recorded: RecordedModel, condition: Condition, texts: _Texts, about: dict[str, Any]) -> Trace:
     """The trace of one run."""
     load, scale = condition.load, about["scale"]
     n_sequences, unified = (load.n_sequences, load.unified) if load else (1, False)
     recorded.reopen(condition.settings, n_sequences=n_sequences, unified=unified)
     recorded.required().keep_scores = condition.name == "prefill" or condition.kind == "weights"
     if load:
-        return _beside(recorded, load, [texts[member] for member in load.members], about)
+        n, together = load.n_tokens, Together(recorded)
+        # a text that is too short begins again
+        lines = [(texts.lines[i] * (n // len(texts.lines[i]) + 1))[:n] for i in load.members]
+        batches = [[line] for line in lines] if load.kind == "alone" else [lines]
+        order = load.arrivals or [0]
+        parts = [record_together(together, batch, order, load.n_prefill, LOAD_OUTPUT) for batch in batches]
+        return joined(parts, **about, **texts.named(load.members, [n] * len(lines), load.label))
     if condition.kind == "profile":
-        lines = [text["tokens"][: max(1, round(len(text["tokens"]) * scale))] for text in texts]
+        lines = [line[: max(1, round(len(line) * scale))] for line in texts.lines]
         parts = [record(recorded, line, logits=False) for line in lines]
-        return joined(parts, **about, **_named(texts), lengths=list(map(len, lines)), load="alone")
-    tokens = tokens[:1] + tokens[len(tokens) + 1 - round(len(tokens) * scale) :]
-    return record(recorded, tokens, condition.schedule, n_output=n_output, **about)
-
-
-def _beside(recorded: RecordedModel, load: Load, texts: Texts, about: dict[str, Any]) -> Trace:
-    """The trace of a load; a text that is too short begins again."""
-    n, together = load.n_tokens, Together(recorded)
-    about |= {**_named(texts), "lengths": [n] * len(texts), "load": load.label}
-    lines = [(text["tokens"] * (n // len(text["tokens"]) + 1))[:n] for text in texts]
-    batches = [[line] for line in lines] if load.kind == "alone" else [lines]
-    arrivals = load.arrivals or [0]
-    parts = [record_together(together, batch, arrivals, load.n_prefill, LOAD_OUTPUT) for batch in batches]
-    return joined(parts, **about)
-
-
-def _named(texts: Texts) -> dict[str, list[str]]:
-    return {"sequences": [text["name"] for text in texts], "domains": [text["domain"] for text in texts]}
+        return joined(parts, **about, **texts.named(range(len(lines)), list(map(len, lines)), "alone"))
+    n = round(len(texts.tokens) * scale)
+    tokens = texts.tokens[:1] + texts.tokens[len(texts.tokens) + 1 - n :]
+    return record(recorded, tokens, condition.schedule, n_output=texts.n_output, **about)
 
 
 if __name__ == "__main__":

@@ -43,12 +43,9 @@ class RecordedModel:
             self.recorder.reset()
 
     def reopen(self, settings: OpenSettings, *, n_sequences: int = 1, unified: bool = False) -> None:
-        """Make another context on the loaded weights; what needs a new load cannot change here.
+        """Make another context on the loaded weights, or a `ModelError` where llama.cpp refuses the settings.
 
         It holds ``n_sequences`` side by side, in ``n_ctx`` tokens together, with one KV cache or a part each.
-
-        Raises:
-            ModelError: llama.cpp refuses these settings.
         """
         from llama_cpp._internals import LlamaContext
 
@@ -76,10 +73,7 @@ class RecordedModel:
         """Evaluate at most ``n_batch`` tokens; the logits after each, float32 ``(n, n_vocab)``, a view.
 
         We ask for the logits of every token, because llama.cpp routes only those through its last layer.
-
-        Raises:
-            ContextFullError, DecodeError: the tokens do not fit, or llama.cpp fails.
-            RoutingError: a layer's routing was not seen.
+        Errors: those of `Model.logits`, and a `RoutingError` where a layer's routing was not seen.
         """
         if not listen or self.recorder is None:
             return next(self.model.logits(tokens))
@@ -98,8 +92,8 @@ class RecordedModel:
             "header_sha256": hashlib.sha256(header.raw).hexdigest(),
         }
         about = {"model": identity, **self.model.conditions(), **conditions}
-        recorded = self.required().arrays()
-        return Trace(tokens=np.asarray(tokens, np.int32), **recorded, conditions=about, logits=logits)
+        arrays = {"tokens": np.asarray(tokens, np.int32), **self.required().arrays()}
+        return Trace(**arrays, conditions=about, logits=logits)
 
 
 @contextmanager
@@ -118,16 +112,11 @@ def open_recorded(
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a run evaluates its tokens.
+    """How a run evaluates its tokens, in two parts."""
 
-    The first ``prefill`` of them (all by default) go in batches of ``n_batch``, then the others one by one,
-    or in batches again if ``decode`` is False. ``restore``: between the two parts, save the state, clear the
-    context, and put the state back.
-    """
-
-    prefill: int | None = None
-    decode: bool = True
-    restore: bool = False
+    prefill: int | None = None  # tokens of the first part, in batches of n_batch; all by default
+    decode: bool = True  # the others one by one, or in batches again
+    restore: bool = False  # between the parts, save the state, clear the context, and put the state back
 
     def parts(self, n_tokens: int, n_batch: int) -> tuple[list[range], list[range]]:
         """Index ranges of the calls before and after the break.
@@ -135,9 +124,8 @@ class Schedule:
         >>> Schedule(prefill=5).parts(7, 4)
         ([range(0, 4), range(4, 5)], [range(5, 6), range(6, 7)])
         """
-        cut, step = min(n_tokens if self.prefill is None else self.prefill, n_tokens), n_batch
-        first = [range(i, min(i + step, cut)) for i in range(0, cut, step)]
-        step = 1 if self.decode else n_batch
+        cut, step = n_tokens if self.prefill is None else self.prefill, 1 if self.decode else n_batch
+        first = [range(i, min(i + n_batch, cut)) for i in range(0, cut, n_batch)]
         return first, [range(i, min(i + step, n_tokens)) for i in range(cut, n_tokens, step)]
 
 
@@ -177,21 +165,19 @@ def record(
 
 
 class _KeptLogits:
-    """What is kept of each token's logits."""
+    """Collects what is kept of each token's logits."""
 
     def __init__(self, n_vocab: int) -> None:
         self._sample = np.unique(np.linspace(0, n_vocab - 1, LOGIT_SAMPLE).astype(np.int32))
         self._digests, self._values = Column(), Column()
 
     def add(self, rows: np.ndarray) -> None:
-        """Keep some of the logits after each token, float32 ``(n, n_vocab)``."""
         import xxhash
 
         self._digests.add(np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows], np.uint64))
         self._values.add(rows[:, self._sample])
 
     def logits(self, order: np.ndarray | slice = slice(None)) -> Logits:
-        """All that was kept, in this order."""
         return Logits(self._digests.array()[order], self._sample, self._values.array()[order])
 
 
@@ -228,40 +214,30 @@ class Together:
     """Several sequences of one context, evaluated side by side and recorded.
 
     The order in which llama.cpp evaluates a batch decides which routed row belongs to which sequence. It
-    depends on the architecture's cache, so two small batches find the rule, and every batch is checked
-    against the tokens that the graph really evaluates.
-
-    Raises:
-        RoutingError: llama.cpp cuts batches in a way that is not known here.
+    depends on the architecture's cache, so two small batches find the rule (or a `RoutingError`), and every
+    batch is checked against the tokens that the graph really evaluates.
     """
 
     def __init__(self, recorded: RecordedModel) -> None:
         self.recorded, self.recorder = recorded, recorded.required()
-        self._n_ubatch = min(recorded.model.settings.n_batch, recorded.model.settings.n_ubatch)
-        self.rule, last = "simple", recorded.model.llama.context_params.n_seq_max - 1
-        if last:
-            possible = ["simple", "sequential", "equal"]
-            for slots in ([0, 0, 0, 1], [0, 0, 0, last]):
-                recorded.clear()
-                seen = self._decode(slots, [1, 2, 3, 4], [0, 1, 2, 0])[1].tolist()
-                possible = [rule for rule in possible if [1 + i for i in self._cut(slots, rule)] == seen]
-            if not possible:
-                raise RoutingError("llama.cpp cuts batches in an unknown way", hint="report the architecture")
-            self.rule = possible[0]
+        params, possible = recorded.model.llama.context_params, ["simple", "sequential", "equal"]
+        self._n_ubatch = params.n_ubatch
+        for slots in ([0, 0, 0, 1], [0, 0, 0, params.n_seq_max - 1]) if params.n_seq_max > 1 else ():
+            recorded.clear()
+            seen = self._decode(slots, [0, 1, 2, 3], [0, 1, 2, 0])[1].tolist()
+            possible = [rule for rule in possible if cut(slots, self._n_ubatch, rule) == seen]
+        if not possible:
+            raise RoutingError("llama.cpp cuts batches in an unknown way", hint="report the architecture")
+        self.rule = possible[0]
         recorded.clear()
-
-    def _cut(self, slots: Sequence[int], rule: str) -> list[int]:
-        return cut(slots, self._n_ubatch, rule)
 
     def feed(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> tuple[Any, Any]:
         """Evaluate a batch of entries: their logits, a view in the batch's order, and the order of the rows.
 
-        Raises:
-            DecodeError: llama.cpp fails.
-            RoutingError: it evaluates other tokens than the rule says.
+        A `DecodeError` where llama.cpp fails, a `RoutingError` where it breaks the rule.
         """
         rows, seen = self._decode(slots, tokens, positions)
-        order = np.array(self._cut(slots, self.rule))
+        order = np.array(cut(slots, self._n_ubatch, self.rule))
         if not np.array_equal(np.asarray(tokens)[order], seen):
             raise RoutingError("llama.cpp cut a batch in an unexpected way", hint="report the architecture")
         return rows, order
@@ -291,23 +267,13 @@ class Together:
 
 
 def record_together(
-    together: Together,
-    texts: Sequence[Sequence[int]],
-    arrivals: Sequence[int],
-    n_prefill: int,
-    n_output: int = 0,
+    together: Together, texts: Sequence[Sequence[int]], arrivals: Sequence[int], n_prefill: int, n_output: int
 ) -> Trace:
-    """Evaluate equally long texts side by side, as a server does, and return what the routers chose.
+    """Evaluate equally long texts side by side, as a server does: the trace of all, one after another.
 
-    In every step each text that has arrived hands over its first ``n_prefill`` tokens, or its next token.
-    After its last token it goes on greedily for up to ``n_output`` tokens.
-
-    Args:
-        texts: the tokens of the sequences 0, 1, ...
-        arrivals: the step in which each text comes.
-
-    Returns:
-        The trace of all texts, one after another; ``output`` has a row each.
+    ``texts`` are the tokens of the sequences 0, 1, ..., and ``arrivals`` the steps in which they come. In
+    every step each text that has arrived hands over its first ``n_prefill`` tokens, or its next token. After
+    its last token it goes on greedily for up to ``n_output`` tokens.
     """
     model, n = together.recorded.model, len(texts[0])
     together.recorded.clear()

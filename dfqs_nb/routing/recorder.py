@@ -101,10 +101,9 @@ class Recorder(Watch):
         self._inputs = [] if inputs else None
 
     def end(self) -> np.ndarray:
-        """Check that every layer routed every token once; the tokens in llama.cpp's order, where asked for.
+        """The tokens in llama.cpp's order, where asked for.
 
-        Raises:
-            RoutingError: a layer did not, or the recorder failed.
+        A `RoutingError` if a layer did not route every token once, or if the recorder failed.
         """
         self._listening = False
         if self._error is not None:
@@ -204,8 +203,7 @@ class Recorder(Watch):
     def arrays(self) -> dict[str, Any]:
         """What was recorded since `reset`, as fields of a `Trace`.
 
-        Raises:
-            RoutingError: a choice contradicts its scores: they were overwritten before they were read.
+        A `RoutingError` if a choice contradicts its scores: they were overwritten before they were read.
         """
         if self._raw_bytes:
             self._reduce()

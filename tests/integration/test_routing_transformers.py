@@ -57,7 +57,7 @@ def test_a_batch_of_sequences_equals_transformers_batch(peer, unified, arrivals,
     with open_recorded(path, SETTINGS) as model:
         model.reopen(SETTINGS, n_sequences=len(arrivals), unified=unified)
         texts = theirs["tokens"].tolist()
-        ours = record_together(Together(model), texts, arrivals, n_prefill=100)
+        ours = record_together(Together(model), texts, arrivals, 100, 0)
     agree(ours, theirs, record_property)
 
 

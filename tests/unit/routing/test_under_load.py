@@ -27,7 +27,7 @@ from dfqs_nb.routing.loads import (
     plan_loads,
     read_texts,
 )
-from dfqs_nb.routing.plan import Costs, Lengths, conditions, fit, seconds
+from dfqs_nb.routing.plan import Costs, conditions, fit
 from dfqs_nb.routing.recorded import RecordedModel, Together, cut, open_recorded, record, record_together
 from dfqs_nb.routing.recorder import Column, RoutingError
 from dfqs_nb.routing.trace import joined
@@ -185,29 +185,26 @@ def test_every_text_meets_every_load_and_seeds_repeat():
     assert any(arrival > 0 for load in mixed for arrival in load.arrivals)
 
 
-LENGTHS = Lengths(384, 16, 16 * 300)
-
-
 def planned_for(n_texts=16):
     return conditions(OpenSettings(n_ctx=512, n_threads=1), 384, 2, {"q8": "q8.gguf"}, n_texts)
 
 
 def test_a_budget_leaves_out_from_the_end_and_then_shortens():
-    planned, costs = planned_for(), Costs(load_seconds=10, prefill_seconds=0.01, decode_seconds=0.1)
-    whole = seconds(planned, costs, LENGTHS)
-    assert fit(planned, costs, LENGTHS, whole) == (1.0, [each.name for each in planned])
+    planned, costs = planned_for(), Costs(10, 0.01, 0.1, 384, 16, 16 * 300)
+    whole = costs.seconds(planned)
+    assert fit(planned, costs, whole) == (1.0, [each.name for each in planned])
     budget = 0.6 * whole
-    scale, kept = fit(planned, costs, LENGTHS, budget)
+    scale, kept = fit(planned, costs, budget)
     assert scale == 1.0 and "7 others, mixed, a cache each, batch 1" in kept and "all by decode" not in kept
-    assert seconds([each for each in planned if each.name in kept], costs, LENGTHS) <= budget
-    assert fit(planned, costs, LENGTHS, 1) == (0.125, ["prefill"])
-    assert fit(planned, costs, LENGTHS, budget / 4)[0] < 1
+    assert costs.seconds([each for each in planned if each.name in kept]) <= budget
+    assert fit(planned, costs, 1) == (0.125, ["prefill"])
+    assert fit(planned, costs, budget / 4)[0] < 1
 
 
 def test_a_small_budget_repeats_before_it_runs_texts_that_nothing_is_compared_with():
     """What the full size had on two cores: a token takes a second, and 16 texts alone would take it all."""
-    planned, costs = planned_for(), Costs(load_seconds=10, prefill_seconds=0.7, decode_seconds=1.2)
-    kept = fit(planned, costs, LENGTHS, 444)[1]
+    planned, costs = planned_for(), Costs(10, 0.7, 1.2, 384, 16, 16 * 300)
+    kept = fit(planned, costs, 444)[1]
     assert {"prefill, fresh process", "prefill, same process again"} <= set(kept) and "alone" not in kept
     needs = {each.name: each.needs for each in planned}
     assert all(needs[name] in {"", *kept} for name in kept), "a run without what it is compared with"
@@ -245,6 +242,8 @@ def test_a_budget_shrinks_the_experiment_and_says_how(tmp_path, capsys, monkeypa
     assert run_experiment(NANO, tmp_path, **options, budget_minutes=1e-4).n_made == 0
     whole = run_experiment(NANO, tmp_path, **options)
     assert whole.n_made == 5 and not whole.left_out and whole.passed
+    enough = run_experiment(NANO, tmp_path, **options, budget_minutes=2e-4)
+    assert (enough.n_made, len(enough.traces)) == (0, 5)  # all is there: nothing has to be left out
 
 
 def test_a_run_that_gets_a_budget_does_not_mix_lengths(tmp_path, monkeypatch):
