@@ -25,11 +25,11 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.settings import OpenSettings, llama_version
-from dfqs_nb.routing.loads import read_texts
-from dfqs_nb.routing.plan import Condition, conditions
+from dfqs_nb.routing.plan import Condition, conditions, read_texts
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.results import Experiment
 from dfqs_nb.routing.trace import Trace, load_trace, require_csv
+from dfqs_nb.routing.verdict import comparison_table
 
 PASSAGE = "prompts/routing_passage.txt"
 FORMAT = 4  # of a kept trace; a new number makes old ones be recorded again
@@ -87,8 +87,10 @@ def run_experiment(
     traces, status = recording.traces, recording.status
     if "prefill" not in traces:
         raise ModelError(f"the reference run failed: {status['prefill']}", where=path, hint="lower n_ctx")
-    about = recording.n_made, given, recording.sentence
-    experiment = Experiment(Path(path), settings, planned, traces, status, *about)
+    loads = {each.name: each.load for each in planned if each.load and each.kind in ("alone", "load")}
+    table = comparison_table(planned, traces, status)
+    about = recording.n_made, recording.sentence
+    experiment = Experiment(Path(path), settings, loads, traces, status, table, given, *about)
     if str(export):
         experiment.export(export)
     return experiment

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def load_rates(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Texts and logits that change beside others, one row a load; ``table`` of `loads.load_table`."""
+    """Texts and logits that change beside others, one row a load; ``table`` of `verdict.load_table`."""
     table = table[table["n_others"] > 0].sort_values("n_others", kind="stable", ignore_index=True)
     ax = new_axes(ax, 1.4 + 0.3 * len(table))
     rows = np.arange(len(table))
@@ -30,12 +30,11 @@ def load_rates(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xlim(left=-0.01)
     share_axis(ax.xaxis, "share that differs from the same text alone (n: texts)")
     ax.legend(frameon=False, fontsize=8, loc="upper right")
-    changed = int((table["n_differ"] > 0).sum())
+    changed, moved = int((table["n_differ"] > 0).sum()), (table["logits_equal"] < 1).any()
     what = (
         f"{changed} of {len(table)} loads change a choice" if changed else "No load changes an expert choice"
     )
-    moved = "logits move" if (table["logits_equal"] < 1).any() else "no logit moves"
-    set_title(ax, f"{what}; {moved}")
+    set_title(ax, f"{what}; {'logits move' if moved else 'no logit moves'}")
     return ax
 
 
@@ -139,12 +138,12 @@ def coverage_curves(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def placement_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Reads of experts served from fast memory, by budget; ``table`` of `placement.placement`."""
+    """Reads of experts served from fast memory, by budget; ``table`` of `profile.placement`."""
     ax = new_axes(ax)
     places, width = np.arange(len(table)), 0.38
     hottest, label = (
         table["experts_hit_rate"],
-        "hottest experts (page cache), on texts not used to choose them",
+        "hottest experts (page cache), on texts that did not choose them",
     )
     error = np.abs(table[["low", "high"]].to_numpy().T - hottest.to_numpy())
     ax.bar(places - width / 2, table["hit_rate"], width, color=PALETTE[0], label="whole layers (llama.cpp)")
@@ -157,25 +156,4 @@ def placement_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     half = table.iloc[int((table["budget"] - 0.5).abs().argmin())]
     share, hit = half["budget"], half["experts_hit_rate"]
     set_title(ax, f"{share:.0%} of the bytes serve {hit:.0%} of the reads if the hottest experts are kept")
-    return ax
-
-
-def drift_by_flips(tokens: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """How far a token's logits move, by the layers in which its experts changed; of `Experiment.drifts`."""
-    groups = [(flips, group["drift"]) for flips, group in tokens.groupby("flips")]
-    ax = new_axes(ax, 1.2 + 0.45 * len(groups))
-    for row, (_, drift) in enumerate(groups):
-        height = row + 0.28 * np.sin(np.arange(len(drift)) * 2.399963)  # spread, the same every time
-        ax.plot(drift, height, ".", color=PALETTE[0 if row == 0 else 5], markersize=3, alpha=0.35)
-        ax.plot([drift.median()] * 2, [row - 0.36, row + 0.36], color=INK, linewidth=2)
-    ax.set_xscale("log")
-    ax.set_yticks(range(len(groups)), [f"{flips} (n = {len(drift):,})" for flips, drift in groups])
-    ax.set_ylabel("layers with another expert set")
-    ax.set_xlabel("largest change of a token's logits (bar: median)")
-    still, moved = tokens.loc[tokens["flips"] == 0, "drift"], tokens.loc[tokens["flips"] > 0, "drift"]
-    title = f"Changed settings move a token's logits by {tokens['drift'].median():.2g} (median)"
-    if len(still) and len(moved):
-        times = moved.median() / still.median()
-        title = f"Tokens with a changed expert: logits move {times:.2g} times as far as others"
-    set_title(ax, title)
     return ax

@@ -1,4 +1,4 @@
-"""What an experiment runs, most important first, and what of it fits into a budget of time."""
+"""What an experiment runs: texts, loads and settings, most important first, and what fits into a budget."""
 
 from __future__ import annotations
 
@@ -7,16 +7,119 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from pydantic import BaseModel
+
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing.loads import Load, plan_loads
 from dfqs_nb.routing.recorded import Schedule
 
+N_SEQUENCES = 8  # of the largest load
+N_SAME = 4  # texts that run beside copies of themselves
+SUFFIXES = (".txt", ".md", ".py", ".c", ".cpp", ".js", ".java", ".rs", ".go", ".sql", ".tex")
+MAX_CHARACTERS = 1 << 16  # read of each text of a folder
 EXTRA_BUFFERS = "repacked weights (extra buffers)"
 IDENTICAL = "identical"  # the kind of a condition that repeats its reference exactly
 LOAD_TOKENS, LOAD_PREFILL, LOAD_OUTPUT = 80, 64, 8  # of each text under load, and of its answer
 PROFILE_TOKENS = 2048  # of each text, at most
 SCALES = (1.0, 0.5, 0.25, 0.125)  # of every length, tried in this order
 ESSENTIAL = ("reference", "alone")  # kinds that everything else is compared with
+
+
+class Text(BaseModel):
+    """A short text of one domain."""
+
+    domain: str
+    name: str
+    text: str
+
+
+class RoutingTexts(PromptSet):
+    """The frozen texts of the routing experiment."""
+
+    texts: list[Text]
+
+
+def read_texts(folder: str | Path = "") -> list[Text]:
+    """The workbook's 16 texts of five domains, or those of a folder: two or more, a subfolder a domain."""
+    if not str(folder):
+        return load_prompts("routing-texts", RoutingTexts).texts
+    root, texts = Path(folder).expanduser(), list[Text]()
+    for path in sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()):
+        if text := path.read_text(encoding="utf-8", errors="replace")[:MAX_CHARACTERS].strip():
+            domain = path.parent.name if path.parent != root else path.stem
+            # a name is a cluster of the statistics, and has to be unique
+            texts.append(Text(domain=domain, name=path.relative_to(root).as_posix(), text=text))
+    if len(texts) < 2:
+        hint = f"put texts there ({', '.join(SUFFIXES)}), in a subfolder for each domain"
+        raise DfqsError(f"{len(texts)} texts, at least 2 are needed", where=folder, hint=hint)
+    return texts
+
+
+@dataclass(frozen=True)
+class Load:
+    """Which texts one batch holds."""
+
+    # alone, together (all are prefilled and decoded at once), mixed (they arrive one after another, so that
+    # some decode while others are prefilled) or same text
+    kind: str
+    n_others: int  # sequences beside each one
+    unified: bool  # they share one KV cache
+    members: tuple[int, ...]  # text numbers, by the sequence that evaluates them
+    arrivals: tuple[int, ...]  # the step in which each comes; of alone unused
+    n_sequences: int  # that the context is made for
+    n_prefill: int  # tokens of each text
+    n_tokens: int  # of each text; those after the prefill are decoded
+
+    @property
+    def label(self) -> str:
+        """The load for people, without its batch number."""
+        if self.kind == "alone":
+            return "alone"
+        cache = "one cache" if self.unified else "a cache each"
+        return f"{self.n_others} other{'s' if self.n_others > 1 else ''}, {self.kind}, {cache}"
+
+    def settings(self, settings: OpenSettings, n_output: int) -> OpenSettings:
+        """These settings with room for the sequences and their answers, which one batch can prefill."""
+        each, n = -(-(self.n_tokens + n_output) // 256) * 256, self.n_sequences
+        return replace(settings, n_ctx=each * n, n_batch=max(settings.n_batch, n * self.n_prefill))
+
+
+def plan_loads(n_texts: int, n_tokens: int, n_prefill: int, seed: int = 0) -> Iterator[tuple[str, Load]]:
+    """Names and loads, most important first; arrivals and company are drawn from the seed.
+
+    >>> [name for name, _ in plan_loads(8, 32, 16)][:3]
+    ['alone', '7 others, together, a cache each, batch 1', '7 others, mixed, a cache each, batch 1']
+    """
+    draw, every, sizes = np.random.default_rng(seed), tuple(range(n_texts)), (n_prefill, n_tokens)
+    yield "alone", Load("alone", 0, False, every, (), N_SEQUENCES, *sizes)
+    for n_others in (7, 1, 3):
+        yield from _batches(draw, n_texts, n_others, False, *sizes)
+    for unified in (False, True):
+        if unified:
+            yield "alone, one cache", Load("alone", 0, True, every, (), N_SEQUENCES, *sizes)
+            yield from _batches(draw, n_texts, 7, True, *sizes)
+        for text in sorted(draw.permutation(n_texts)[:N_SAME].tolist()):
+            members, arrivals = (text,) * N_SEQUENCES, tuple(draw.integers(0, 4, N_SEQUENCES).tolist())
+            load = Load("same text", 7, unified, members, arrivals, N_SEQUENCES, *sizes)
+            yield f"{load.label}, text {text + 1}", load
+    yield "alone, a context for one", Load("alone", 0, False, every, (), 1, *sizes)
+
+
+def _batches(
+    draw: np.random.Generator, n_texts: int, n_others: int, unified: bool, n_prefill: int, n_tokens: int
+) -> Iterator[tuple[str, Load]]:
+    """Every text in at least one batch of this size, together and mixed."""
+    company, size = draw.permutation(n_texts).tolist(), n_others + 1
+    company += company[: -len(company) % size]
+    steps = np.linspace(0, max(2, n_tokens - n_prefill) - 1, size).astype(int)
+    for number, start in enumerate(range(0, len(company), size), start=1):
+        late = tuple(draw.permutation(steps).tolist())
+        for kind, arrivals in (("together", (0,) * size), ("mixed", late)):
+            members = tuple(company[start : start + size])
+            load = Load(kind, n_others, unified, members, arrivals, N_SEQUENCES, n_prefill, n_tokens)
+            yield f"{load.label}, batch {number}", load
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +14,8 @@ import pandas as pd
 from dfqs_nb.core.files import write_table
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import compare, verdict
-from dfqs_nb.routing.loads import Load, Text, UnderLoad, judge_loads, load_rows, load_table
-from dfqs_nb.routing.placement import expert_bytes, placement, write_profile
-from dfqs_nb.routing.plan import IDENTICAL, Condition
-from dfqs_nb.routing.profile import Profile, profile_of
+from dfqs_nb.routing.plan import IDENTICAL, Load, Text
+from dfqs_nb.routing.profile import Profile, expert_bytes, placement, profile_of, write_profile
 from dfqs_nb.routing.trace import Trace, export
 from dfqs_nb.stats import clopper_pearson
 
@@ -30,11 +28,12 @@ class Experiment:
 
     path: Path
     settings: OpenSettings  # the reference's
-    planned: Sequence[Condition] = field(repr=False)
-    traces: dict[str, Trace] = field(repr=False)  # by the condition's name
-    status: dict[str, str] = field(repr=False)  # how each condition ended
-    n_made: int  # traces recorded now; the others are kept from earlier
+    loads: Mapping[str, Load] = field(repr=False)  # of the runs over the short texts, by name
+    traces: Mapping[str, Trace] = field(repr=False)  # by the condition's name
+    status: Mapping[str, str] = field(repr=False)  # how each condition ended
+    table: pd.DataFrame = field(repr=False)  # one row a comparison, see `verdict.comparison_table`
     texts: Sequence[Text] = field(repr=False)  # the short ones
+    n_made: int  # traces recorded now; the others are kept from earlier
     plan: str  # what was run, in a sentence
 
     @property
@@ -43,34 +42,24 @@ class Experiment:
         return self.traces["prefill"]
 
     @cached_property
-    def table(self) -> pd.DataFrame:
-        """One row a comparison; see `verdict.comparison_table`."""
-        return verdict.comparison_table(self.planned, self.traces, self.status)
-
-    @cached_property
     def verdict(self) -> verdict.Determinism:
         """Whether identical conditions gave identical choices."""
         return verdict.judge(self.table)
 
     @cached_property
-    def loads(self) -> dict[str, Load]:
-        """Of the runs over the short texts, by the condition's name."""
-        return {c.name: c.load for c in self.planned if c.load and c.kind in ("alone", "load")}
-
-    @cached_property
     def load_rows(self) -> pd.DataFrame:
-        """One row a short text in a batch, against the same text alone; see `loads.load_rows`."""
-        return load_rows(self.loads, self.traces, self.texts)
+        """One row a short text in a batch, against the same text alone; see `verdict.load_rows`."""
+        return verdict.load_rows(self.loads, self.traces, self.texts)
 
     def load_table(self) -> pd.DataFrame:
-        """One row a load; see `loads.load_table`."""
-        return load_table(self.load_rows)
+        """One row a load; see `verdict.load_table`."""
+        return verdict.load_table(self.load_rows)
 
     @cached_property
-    def under_load(self) -> UnderLoad:
+    def under_load(self) -> verdict.UnderLoad:
         """Whether routing stays the same as alone when others share the batch."""
         failed = [f"{n}: {self.status[n]}" for n in self.loads if self.status[n].startswith("failed")]
-        return judge_loads(self.load_rows, self.verdict.passed, failed)
+        return verdict.judge_loads(self.load_rows, self.verdict.passed, failed)
 
     @property
     def passed(self) -> bool:
@@ -142,10 +131,8 @@ class Experiment:
         )
         if n < EXTREME_TOKENS:
             return "not testable here", f"{seen}; extreme begins at {EXTREME_TOKENS:,} tokens"
-        low, high = (
-            clopper_pearson(int(late.sum()), late.size)[0],
-            clopper_pearson(int(early.sum()), early.size)[1],
-        )
+        low = clopper_pearson(int(late.sum()), late.size)[0]
+        high = clopper_pearson(int(early.sum()), early.size)[1]
         return ("confirmed" if low > high else "contradicted"), seen
 
     def _runtime(self) -> pd.DataFrame:
@@ -155,11 +142,11 @@ class Experiment:
 
     def _pairs(self) -> list[tuple[Any, Trace, Trace, np.ndarray]]:
         """Of each such row: the row, its two traces, and which choices differ."""
-        pairs = [
-            (row, self.traces[row.against], self.traces[row.condition])
-            for row in self._runtime().itertuples()
-        ]
-        return [(row, a, b, compare.differences(a, b)) for row, a, b in pairs]
+        rows = [(row, *self._two(row)) for row in self._runtime().itertuples()]
+        return [(row, a, b, compare.differences(a, b)) for row, a, b in rows]
+
+    def _two(self, row: Any) -> tuple[Trace, Trace]:
+        return self.traces[row.against], self.traces[row.condition]
 
     def agreement(self) -> pd.DataFrame:
         """Share of identical sets: a row a condition, as ranked, a column a layer, hash layers included."""
@@ -167,9 +154,7 @@ class Experiment:
         repeats = done[(done["kind"] == IDENTICAL) & (done["against"] != "alone")]  # "alone": other texts
         rows = pd.concat([repeats, verdict.sensitivities(self.table)[::-1]])
         shares = {
-            row.condition: 1
-            - compare.differences(self.traces[row.against], self.traces[row.condition]).mean(axis=0)
-            for row in rows.itertuples()
+            row.condition: 1 - compare.differences(*self._two(row)).mean(axis=0) for row in rows.itertuples()
         }
         return pd.DataFrame(shares, index=self.reference.layers).T
 
@@ -182,18 +167,19 @@ class Experiment:
             parts.append(pd.DataFrame({"condition": row.condition, "kind": row.kind, **places}))
         return pd.concat(parts[1:] or parts, ignore_index=True)
 
-    def drifts(self) -> pd.DataFrame:
-        """Every token under every change of runtime settings that moved its logits.
-
-        Columns ``condition``, ``token``, ``drift`` and ``flips`` (layers whose expert set differs).
-        """
-        parts = [pd.DataFrame(columns=["condition", "token", "drift", "flips"])]
-        for row, a, b, differ in self._pairs():
-            drift, flips = compare.drifts(a, b), differ[:, ~a.hashed].sum(axis=1)
-            tokens = np.flatnonzero(drift > 0)
-            moved = {"token": tokens, "drift": drift[tokens], "flips": flips[tokens]}
-            parts.append(pd.DataFrame({"condition": row.condition, **moved}))
-        return pd.concat(parts[1:] or parts, ignore_index=True)
+    def moved(self) -> str:
+        """How far changed settings move a token's logits, by whether its experts changed, in a sentence."""
+        drifts = [compare.drifts(a, b) for _, a, b, _ in self._pairs()]
+        flips = [differ[:, ~a.hashed].any(axis=1) for _, a, _, differ in self._pairs()]
+        drift, flipped = np.concatenate([[], *drifts]), np.concatenate([np.zeros(0, bool), *flips])
+        still, moved = drift[(drift > 0) & ~flipped], drift[(drift > 0) & flipped]
+        if not len(still) or not len(moved):
+            return "No token changed its experts, or all did: there is nothing to compare."
+        times = np.median(moved) / np.median(still)
+        return (
+            f"Tokens with a changed expert: logits move {times:.2g} times as far as others (medians "
+            f"{np.median(moved):.2g} of n = {len(moved):,} and {np.median(still):.2g} of n = {len(still):,})."
+        )
 
     def margins(self) -> pd.DataFrame:
         """The margin of every choice of the reference: ``token``, ``layer``, ``margin``.
@@ -217,14 +203,14 @@ class Experiment:
         return expert_bytes(self.path, self.reference.layers)
 
     def placement(self) -> pd.DataFrame:
-        """What to keep in fast memory for a budget; see `placement.placement`."""
+        """What to keep in fast memory for a budget; see `profile.placement`."""
         return placement(self.profile, self.layer_bytes) if self.profile else pd.DataFrame()
 
     def across(self) -> tuple[pd.DataFrame, str]:
         """Another quantization by layer, and whether changed experts predict changed predictions."""
         for row in self.table[self.table["kind"] == "weights"].itertuples():
             if row.status == "done" and self.reference.routed:
-                a, b = self.reference, self.traces[row.condition]
+                a, b = self._two(row)
                 return compare.across(a, b).assign(condition=row.condition), compare.divergence(a, b)
         return pd.DataFrame(), ""
 

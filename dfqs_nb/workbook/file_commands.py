@@ -248,7 +248,7 @@ def plan(
     """
     from dfqs_nb.gguf import placement, remote
     from dfqs_nb.llama.diagnosis import forecast
-    from dfqs_nb.routing.placement import read_profile
+    from dfqs_nb.routing.profile import read_profile
 
     cards = [placement.size_of(text) for text in vram.split(",") if text.strip()]
     memory = placement.size_of(ram) if ram else available_memory().available_bytes

@@ -18,8 +18,14 @@ from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.routing import figures
 from dfqs_nb.routing import profile as routing_profile
 from dfqs_nb.routing.compare import across, divergence
-from dfqs_nb.routing.placement import arguments, expert_bytes, placement, read_profile, write_profile
-from dfqs_nb.routing.profile import profile_of
+from dfqs_nb.routing.profile import (
+    arguments,
+    expert_bytes,
+    placement,
+    profile_of,
+    read_profile,
+    write_profile,
+)
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.trace import Logits, Trace, export
 

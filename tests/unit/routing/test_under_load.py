@@ -18,19 +18,11 @@ from dfqs_nb.llama.build import default_context_params
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.experiment import run_experiment
-from dfqs_nb.routing.loads import (
-    Load,
-    cluster_interval,
-    judge_loads,
-    load_rows,
-    load_table,
-    plan_loads,
-    read_texts,
-)
-from dfqs_nb.routing.plan import Costs, conditions, fit
+from dfqs_nb.routing.plan import Costs, Load, conditions, fit, plan_loads, read_texts
 from dfqs_nb.routing.recorded import RecordedModel, Together, cut, open_recorded, record, record_together
 from dfqs_nb.routing.recorder import Column, RoutingError
 from dfqs_nb.routing.trace import joined
+from dfqs_nb.routing.verdict import cluster_interval, judge_loads, load_rows, load_table
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 N_SEQUENCES, N, N_PREFILL = 4, 18, 12
