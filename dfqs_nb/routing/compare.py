@@ -26,11 +26,7 @@ FIELDS = (
 
 
 def differences(a: Trace, b: Trace) -> np.ndarray:
-    """Whether the expert sets differ, bool ``(tokens, layers)``.
-
-    Raises:
-        RoutingError: other tokens, other layers, or another number of experts.
-    """
+    """Whether the expert sets differ, bool ``(tokens, layers)``; other tokens or routers are an error."""
     if not np.array_equal(a.tokens, b.tokens):
         at = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y), None)
         detail = f"{a.n_tokens:,} and {b.n_tokens:,} tokens" if at is None else f"they differ at token {at:,}"
@@ -61,10 +57,7 @@ def compare(a: Trace, b: Trace) -> dict[str, Any]:
     ``first_token`` and ``first_layer``: where the first different set is, or None. ``margin_differ``: the
     largest margin of the reference at which a set differs, or NaN. ``logits_equal``: share of tokens whose
     logits are equal bit for bit; ``logit_drift``: largest difference of a kept logit; both are NaN where none
-    were kept. ``same_output``: equal greedy answers; None where a run has none.
-
-    Raises:
-        RoutingError: as `differences`.
+    were kept. ``same_output``: equal greedy answers; None where a run has none. Errors: as `differences`.
     """
     differ, scored = differences(a, b), ~a.hashed
     routed = differ[:, scored]

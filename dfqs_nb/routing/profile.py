@@ -224,11 +224,7 @@ class Profile:
 
 
 def profile_of(trace: Trace) -> Profile:
-    """The profile of a trace of several texts, whose domains and lengths are in its conditions.
-
-    Raises:
-        ModelError: a dense model's trace.
-    """
+    """The profile of a trace of several texts, whose domains and lengths are in its conditions."""
     trace.require_routed()
     lengths = trace.conditions["lengths"]
     text = np.repeat(np.arange(len(lengths)), lengths)
@@ -361,8 +357,7 @@ class _ProfileFile(BaseModel):
 def read_profile(path: str | Path, headers: Sequence[GGUFHeader]) -> tuple[dict[int, list[float]], str]:
     """How often a token reads each expert of a layer, as `write_profile` wrote it, and what was recorded.
 
-    Raises:
-        DfqsError: the file is not a profile, or is of another model.
+    A `DfqsError` if the file is not a profile, or is of another model.
     """
     try:
         stored = _ProfileFile.model_validate(read_json(path))

@@ -222,8 +222,7 @@ class Recorder(Watch):
 def margin(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """The smallest score among the chosen experts minus the largest among the others, float32 ``(n,)``.
 
-    Of selection scores ``(n, experts)``, minus infinity where a group was excluded, and ids ``(n, k)``;
-    infinite where nothing else could be chosen.
+    Of selection scores ``(n, experts)``, minus infinity for excluded groups, and ids ``(n, k)``.
 
     >>> margin(np.array([[0.5, 0.25, 0.75, 0.125]], np.float32), np.array([[2, 0]])).tolist()
     [0.25]

@@ -182,10 +182,7 @@ class Experiment:
         )
 
     def margins(self) -> pd.DataFrame:
-        """The margin of every choice of the reference: ``token``, ``layer``, ``margin``.
-
-        Layers that route by hash have none, and neither has a layer whose experts are all used.
-        """
+        """The margin of every choice of the reference that has one: ``token``, ``layer``, ``margin``."""
         margins = self.reference.margin
         tokens, columns = np.nonzero(np.isfinite(margins))
         layers = self.reference.layers[columns]

@@ -25,6 +25,7 @@ from dfqs_nb.stats import N_BOOT, at_most, bootstrap_weights
 if TYPE_CHECKING:
     import pandas as pd
 
+ABOUT = ("condition", "kind", "against", "status", "n_runs", "n_runs_differ")
 STABLE_SHARE = 0.99  # identical sets under every setting of the runtime, for "routing stable"
 FIXES = {
     "threads": "n_threads and n_threads_batch",
@@ -84,10 +85,9 @@ class Determinism:
 def comparison_table(
     planned: Sequence[Condition], traces: Mapping[str, Trace], status: Mapping[str, str]
 ) -> pd.DataFrame:
-    """One row a condition that has a reference; its numbers are missing where its run failed.
+    """One row a condition that has a reference: `ABOUT` (each short text is a run), and `compare.FIELDS`.
 
-    Columns: ``condition``, ``kind``, ``against``, ``status``, ``n_runs`` and ``n_runs_differ`` (each short
-    text is a run), and those of `compare.compare`.
+    The numbers are missing where its run failed.
     """
     import pandas as pd
 
@@ -101,8 +101,7 @@ def comparison_table(
             elif name in traces:
                 row["status"] = f"not comparable: {against!r} did not run"
             rows.append(row)
-    about = ["condition", "kind", "against", "status", "n_runs", "n_runs_differ"]
-    table = pd.DataFrame(rows, columns=[*about, *FIELDS])
+    table = pd.DataFrame(rows, columns=[*ABOUT, *FIELDS])
     counts = [name for name in table if str(name).startswith(("n_", "first_"))]
     return table.astype(dict.fromkeys(counts, "Int64"))
 
@@ -175,9 +174,6 @@ def _advice_on(kind: str, rows: pd.DataFrame) -> str:
     return f"Free: {what}. Logits were equal bit for bit in {times}."
 
 
-# ---- the card's statements: a status, and the evidence ----
-
-
 def stable(ranked: pd.DataFrame) -> tuple[str, str]:
     """Whether "routing stable" holds, over settings of the runtime: another quantization is another model."""
     runtime = ranked[(ranked["kind"] != "weights") & (ranked["n_choices"] > 0)]
@@ -204,13 +200,10 @@ def deterministic(verdict: Determinism) -> tuple[str, str]:
     )
 
 
-# ---- under load ----
-
-
 def load_rows(loads: Mapping[str, Load], traces: Mapping[str, Trace], texts: Sequence[Text]) -> pd.DataFrame:
-    """One row a sequence of a run: ``load``, ``n_others``, ``run``, ``text``, ``domain``, and a comparison.
+    """One row a sequence of a run, with the comparison with the same text alone in the same context.
 
-    Each is compared with the same text alone in the same context (``alone``, or ``alone, one cache``).
+    Columns ``load``, ``n_others``, ``run``, ``text``, ``domain``, and those of `compare.compare`.
     """
     import pandas as pd
 
@@ -229,11 +222,9 @@ def load_rows(loads: Mapping[str, Load], traces: Mapping[str, Trace], texts: Seq
 def load_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a load, in the order run: runs, texts and choices, how many differ, and bounds.
 
-    Columns ``load``, ``n_others``, ``n_runs``, ``n_runs_differ``, ``runs_bound`` (95 %, one-sided, on the
-    rate of runs that differ), ``n_texts``, ``n_texts_differ``, ``texts_bound`` (the same of texts),
-    ``n_choices``, ``n_differ``, ``rate`` with a 95 % interval ``rate_low``, ``rate_high`` from drawing whole
-    texts anew (NaN without a difference: then the bounds count), ``margin_differ`` (largest),
-    ``logits_equal`` (share of tokens), ``logit_drift``, ``texts_equal`` (share of equal greedy texts).
+    ``runs_bound`` and ``texts_bound`` are one-sided 95 % bounds on the rates of those that differ. ``rate``,
+    of choices, has a 95 % interval from drawing whole texts anew, NaN without a difference. ``margin_differ``
+    and ``logit_drift`` are maxima; ``logits_equal`` and ``texts_equal`` are shares of tokens and of answers.
     """
     import pandas as pd
 
@@ -294,10 +285,7 @@ class UnderLoad:
 
 
 def judge_loads(rows: pd.DataFrame, alone_passed: bool, failed: Sequence[str] = ()) -> UnderLoad:
-    """The verdict on the rows of `load_rows` with company, and on the loads that ``failed``.
-
-    ``alone_passed``: whether the same runs repeated themselves.
-    """
+    """The verdict on the rows of `load_rows` beside others; ``alone_passed``: the same run repeats itself."""
     beside = rows[rows["n_others"] > 0] if len(rows) else rows
     if not len(beside) or not beside["n_choices"].sum():
         why = failed[0] if failed else "no routed experts" if len(beside) else "no load ran"
