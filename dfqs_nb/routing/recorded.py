@@ -124,7 +124,8 @@ class Schedule:
         >>> Schedule(prefill=5).parts(7, 4)
         ([range(0, 4), range(4, 5)], [range(5, 6), range(6, 7)])
         """
-        cut, step = n_tokens if self.prefill is None else self.prefill, 1 if self.decode else n_batch
+        cut = n_tokens if self.prefill is None else min(self.prefill, n_tokens)
+        step = 1 if self.decode else n_batch
         first = [range(i, min(i + n_batch, cut)) for i in range(0, cut, n_batch)]
         return first, [range(i, min(i + step, n_tokens)) for i in range(cut, n_tokens, step)]
 
