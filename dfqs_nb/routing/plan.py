@@ -20,6 +20,7 @@ N_SAME = 4  # texts that run beside copies of themselves
 SUFFIXES = (".txt", ".md", ".py", ".c", ".cpp", ".js", ".java", ".rs", ".go", ".sql", ".tex")
 MAX_CHARACTERS = 1 << 16  # read of each text of a folder
 EXTRA_BUFFERS = "repacked weights (extra buffers)"
+REPEATS = {"fresh": "fresh process", "main": "same process again"}  # by the process of a repetition
 IDENTICAL = "identical"  # the kind of a condition that repeats its reference exactly
 LOAD_TOKENS, LOAD_PREFILL, LOAD_OUTPUT = 80, 64, 8  # of each text under load, and of its answer
 PROFILE_TOKENS = 2048  # of each text, at most
@@ -185,7 +186,7 @@ def _repetitions(settings: OpenSettings, half: int) -> Iterator[Condition]:
     schedules = {"prefill": Schedule(), "decode": Schedule(half)}
     for name, schedule in schedules.items():
         yield Condition(name, "reference", "", settings, schedule)
-    for process, words in (("fresh", "fresh process"), ("main", "same process again")):
+    for process, words in REPEATS.items():
         for name, schedule in schedules.items():
             yield Condition(f"{name}, {words}", IDENTICAL, name, settings, schedule, process=process)
 
@@ -196,20 +197,18 @@ def _loads(settings: OpenSettings, n_texts: int) -> Iterator[Condition]:
         room = load.settings(settings, LOAD_OUTPUT)
         yield Condition(name, "alone" if name == "alone" else "load", "", room, load=load)
         if name == "alone":
-            for process, words in (("fresh", "fresh process"), ("main", "same process again")):
+            for process, words in REPEATS.items():
                 yield Condition(f"alone, {words}", IDENTICAL, name, room, process=process, load=load)
 
 
 def _thread_counts(settings: OpenSettings, half: int, largest: int) -> Iterator[Condition]:
     """Powers of two up to the largest count, and that."""
     for n in sorted({largest, *(2**i for i in range(largest.bit_length()))} - {settings.n_threads or 1}):
-        threads, label = (
-            replace(settings, n_threads=n, n_threads_batch=n),
-            f"{n} thread{'s' if n > 1 else ''}",
-        )
+        threads = replace(settings, n_threads=n, n_threads_batch=n)
+        flash, against = replace(threads, flash_attn=True), "flash attention, decode"
+        label = f"{n} thread{'s' if n > 1 else ''}"
         yield Condition(f"{label}, prefill", "threads", "prefill", threads)
         yield Condition(f"{label}, decode", "threads", "decode", threads, Schedule(half))
-        flash, against = replace(threads, flash_attn=True), "flash attention, decode"
         yield Condition(f"{label}, decode, flash attention", "threads", against, flash, Schedule(half))
 
 

@@ -67,9 +67,8 @@ class _Texts:
         self.short, self.n_output = job["texts"], job["n_output"]
         given = [job["passage"], *(text["text"] for text in self.short)]
         passage, *lines = (model.tokenize(text, special=False) for text in given)
-        question = model.tokenize(QUESTION, special=False)
-        if model.has_template:
-            question = chat_prompt(model, QUESTION)
+        plain = model.tokenize(QUESTION, special=False)
+        question = chat_prompt(model, QUESTION) if model.has_template else plain
         bos, left = model.with_bos([]), job["n_tokens"] - len(question)
         if left < 1 + len(bos) or not all([passage, *lines]):
             what = f"{job['n_tokens']} tokens do not hold the question ({len(question)})"
@@ -77,14 +76,12 @@ class _Texts:
         self.tokens = [*bos, *(passage * (left // len(passage) + 1))][:left] + question
         self.lines = [[*bos, *line][:PROFILE_TOKENS] for line in lines]
 
-    def named(self, numbers: Iterable[int], lengths: list[int], load: str) -> dict[str, Any]:
+    def named(self, numbers: Iterable[int], lines: list[list[int]], load: str) -> dict[str, Any]:
         """What a trace of these short texts says of them."""
-        chosen = [self.short[number] for number in numbers]
-        about = {
-            name: [text[key] for text in chosen]
-            for name, key in (("sequences", "name"), ("domains", "domain"))
-        }
-        return {**about, "lengths": lengths, "load": load}
+        names, domains = zip(
+            *((self.short[i]["name"], self.short[i]["domain"]) for i in numbers), strict=True
+        )
+        return {"sequences": names, "domains": domains, "lengths": list(map(len, lines)), "load": load}
 
 
 def _costs(recorded: RecordedModel, load_seconds: float, texts: _Texts) -> Costs:
@@ -109,11 +106,11 @@ def _evaluate(recorded: RecordedModel, condition: Condition, texts: _Texts, abou
         batches = [[line] for line in lines] if load.kind == "alone" else [lines]
         order = load.arrivals or [0]
         parts = [record_together(together, batch, order, load.n_prefill, LOAD_OUTPUT) for batch in batches]
-        return joined(parts, **about, **texts.named(load.members, [n] * len(lines), load.label))
+        return joined(parts, **about, **texts.named(load.members, lines, load.label))
     if condition.kind == "profile":
         lines = [line[: max(1, round(len(line) * scale))] for line in texts.lines]
         parts = [record(recorded, line, logits=False) for line in lines]
-        return joined(parts, **about, **texts.named(range(len(lines)), list(map(len, lines)), "alone"))
+        return joined(parts, **about, **texts.named(range(len(lines)), lines, "alone"))
     n = round(len(texts.tokens) * scale)
     tokens = texts.tokens[:1] + texts.tokens[len(texts.tokens) + 1 - n :]
     return record(recorded, tokens, condition.schedule, n_output=texts.n_output, **about)
