@@ -63,10 +63,9 @@ class Profile:
         return int(self.trace.experts.shape[2])
 
     def usage(self) -> pd.DataFrame:
-        """One row an expert; every domain counts alike, however many tokens it has.
+        """One row an expert: its ``share`` of choices, domains alike, and the share in each domain.
 
-        Columns ``layer``, ``expert``, ``share`` of choices, each domain's share, and ``specialization``: the
-        distance of the domains' shares from an equal split (0 to 1).
+        ``specialization`` is the distance of the domains' shares from an equal split (0 to 1).
         """
         shares = {domain: _shares(self.counts[rows]).ravel() for domain, rows in self.by_domain.items()}
         stacked = np.stack(list(shares.values()))
@@ -77,11 +76,10 @@ class Profile:
         return table.assign(specialization=np.where(total > 0, apart, 0.0)).reset_index()
 
     def layers(self) -> pd.DataFrame:
-        """One row a layer: how evenly its experts are used, and how sticky they are.
+        """One row a layer: how evenly its experts are used (``entropy`` in bits), and how sticky they are.
 
-        Columns ``layer``, ``hashed``, ``entropy`` (bits), ``share_of_even`` (of the logarithm of the number
-        of experts), ``unused`` (experts), ``busiest`` (share of choices), ``overlap`` (share of a token's
-        experts that the token before had too), and ``overlap_by_chance`` (from usage alone).
+        ``share_of_even`` is of the logarithm of the number of experts. ``overlap`` is the share of a token's
+        experts that the token before had too, ``overlap_by_chance`` the one that usage alone gives.
         """
         from scipy.stats import entropy
 
@@ -102,10 +100,9 @@ class Profile:
         return pd.DataFrame(columns)
 
     def pairs(self) -> pd.DataFrame:
-        """Experts chosen together: ``layer``, ``expert``, ``other``, ``count``, ``lift``, highest first.
+        """Pairs of experts chosen together, by ``lift``: the count over that of independent choices.
 
-        ``lift`` is the count over the one expected if a layer's choices were independent of each other; pairs
-        expected fewer than `LEAST_PAIRS` times are left out.
+        Pairs expected fewer than `LEAST_PAIRS` times are left out.
         """
         n, n_experts = self.trace.n_tokens, self.trace.n_experts
         first, second = np.triu_indices(n_experts, 1)
@@ -152,8 +149,7 @@ class Profile:
     def drift(self) -> pd.DataFrame:
         """Does usage change along a text? One row a quarter of the texts.
 
-        Columns ``part``, ``distance`` of its shares from the whole text's (mean over layers and texts), and
-        ``by_chance``: the same with each text's tokens shuffled.
+        ``distance`` of its shares from the whole text's, and ``by_chance``, with each text's tokens shuffled.
         """
         draw, lengths = np.random.default_rng(0), np.bincount(self.text)
         places = [np.arange(n) * N_PARTS // n for n in lengths]
@@ -169,10 +165,7 @@ class Profile:
         return np.asarray(np.abs(parts - _rates(self.counts)[:, None]).sum(axis=3).mean(axis=(0, 2)) / 2)
 
     def coverage(self) -> pd.DataFrame:
-        """How much of the gate mass the n heaviest experts of a layer carry, mean over layers.
-
-        Columns ``experts`` (1, 2, ...), ``all`` (domains alike) and one for each domain, chosen by itself.
-        """
+        """Gate mass of a layer's heaviest experts (mean over layers), of ``all`` domains and of each."""
         means = {name: curve.mean(axis=0) for name, curve in self._curves().items()}
         return pd.DataFrame({"experts": np.arange(1, self.trace.n_experts + 1), **means})
 
@@ -203,11 +196,10 @@ class Profile:
         return {name: np.sort(mass, axis=1)[:, ::-1].cumsum(axis=1) for name, mass in masses.items()}
 
     def hit_rates(self, budgets: Sequence[float], expert_bytes: np.ndarray) -> np.ndarray:
-        """Share of a text's expert reads (bytes) that hit the experts kept fast, which other texts chose.
+        """Share of a text's expert reads that hit what the other texts keep fast, float ``(budgets, texts)``.
 
-        Leave-one-out: all other texts, domains alike, choose the experts with the most reads a byte.
-        ``budgets`` are shares of the bytes of all routed experts; ``expert_bytes`` is that of one expert of
-        each layer, ``(L,)``. Returns float ``(budgets, texts)``.
+        They keep the experts with the most reads a byte, domains alike. ``budgets`` are shares of the bytes
+        of all routed experts; ``expert_bytes`` is that of one expert of each layer, ``(L,)``.
         """
         reads, cost = _rates(self.counts), np.repeat(expert_bytes, self.trace.n_experts)
         hits, domains = np.zeros((len(budgets), len(reads))), np.array(self.domains)
@@ -285,10 +277,9 @@ def expert_bytes(path: str | Path, layers: np.ndarray) -> np.ndarray:
 def placement(profile: Profile, layer_bytes: np.ndarray) -> pd.DataFrame:
     """One row a budget: what llama.cpp can keep fast, and what single experts would give.
 
-    Columns ``budget`` (share of the routed experts' bytes), ``bytes``, ``layers`` (kept fast as a whole, the
-    smallest first, of equals the last), ``hit_rate`` (share of the bytes read that they serve), ``arguments``
-    (of llama.cpp), ``experts_hit_rate`` with ``low`` and ``high`` (single experts chosen by the profile, on
-    texts that did not choose them; 95 % interval over texts, NaN for fewer than six texts).
+    ``layers`` are kept fast as a whole, the smallest first, of equals the last; ``hit_rate`` is the share of
+    the bytes read that they serve. ``experts_hit_rate``, with its 95 % interval over texts, is that of single
+    experts chosen by the profile, on texts that did not choose them.
     """
     layers, total = profile.trace.layers, int(layer_bytes.sum())
     hits = profile.hit_rates(BUDGETS, layer_bytes / profile.trace.n_experts)

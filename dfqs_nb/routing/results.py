@@ -217,7 +217,7 @@ class Experiment:
         return export((self.traces[name] for name in names), path)
 
     def write_tables(self, folder: str | Path) -> list[Path]:
-        """Write the tables ``routing_*.csv``, and the profile as JSON; return their paths."""
+        """Write the tables ``routing_*.csv``, and the profile as JSON."""
         folder, written = Path(folder), list[Path]()
         tables = {
             "conditions": self.table,
