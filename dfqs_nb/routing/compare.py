@@ -82,9 +82,9 @@ def compare(a: Trace, b: Trace) -> dict[str, Any]:
 def across(a: Trace, b: Trace) -> pd.DataFrame:
     """How another file of the model routes the same text: one row a layer that scores.
 
-    ``same_set``: share of equal sets; ``top_n``: share of the first n experts that both rank in their first n;
-    ``mass``: share of the reference's gates on experts that both chose; ``rank_correlation``: Spearman's,
-    of all selection scores, mean over tokens.
+    ``same_set``: share of equal sets. ``top_n``: share of the first n experts ranked there by both.
+    ``mass``: share of the reference's gates on experts that both chose. ``rank_correlation``: Spearman's, of
+    all selection scores, mean over tokens.
     """
     import pandas as pd
     from scipy.stats import rankdata
