@@ -17,6 +17,7 @@ from dfqs_nb.routing import compare, verdict
 from dfqs_nb.routing.plan import IDENTICAL, Load, Text
 from dfqs_nb.routing.profile import Profile, expert_bytes, placement, profile_of, write_profile
 from dfqs_nb.routing.trace import Trace, export
+from dfqs_nb.routing.verdict import UnderLoad
 from dfqs_nb.stats import clopper_pearson
 
 EXTREME_TOKENS = 8192  # DFQS calls a context long from here on, and "extreme token pressure" is not below
@@ -56,7 +57,7 @@ class Experiment:
         return verdict.load_table(self.load_rows)
 
     @cached_property
-    def under_load(self) -> verdict.UnderLoad:
+    def under_load(self) -> UnderLoad:
         """Whether routing stays the same as alone when others share the batch."""
         failed = [f"{n}: {self.status[n]}" for n in self.loads if self.status[n].startswith("failed")]
         return verdict.judge_loads(self.load_rows, self.verdict.passed, failed)
