@@ -183,8 +183,12 @@ def _damaged(path: Path, model: Model, number: int, what: str) -> IntegrityError
 def _registered(model: Model, local_files_only: bool) -> tuple[Path, ...]:
     if model.source.startswith("hf://"):
         files = [HubFile(model.source.removeprefix("hf://"), file.name) for file in model.files]
-        files = files if local_files_only else [located(file) for file in files]
-        paths = download(files, local_files_only=local_files_only)
+        try:
+            paths = download(files, local_files_only=True)  # the table pins them, so the cache is enough
+        except RegistryError:
+            if local_files_only:
+                raise
+            paths = download([located(file) for file in files])
     else:
         folder = data_dir() / PurePosixPath(model.source).relative_to("data")
         paths = tuple(folder / file.name for file in model.files)
