@@ -1,7 +1,7 @@
 """Run texts under many conditions and loads, with one load of the weights a process, and compare choices.
 
-A condition that llama.cpp refuses, or dies of, is reported as such and does not end the experiment. A trace
-that was made under the same conditions is not made again.
+If llama.cpp refuses a condition, or dies of it, the experiment reports that and goes on. A trace that an
+earlier run made under the same conditions is used again.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def run_experiment(
 
 @dataclass
 class _Recording:
-    """The traces so far: what was recorded now or earlier, and how each condition ended."""
+    """The traces recorded now or earlier, and how each condition ended."""
 
     path: Path
     folder: Path
@@ -111,7 +111,7 @@ class _Recording:
     n_made: int = 0
 
     def run_all(self) -> None:
-        """Have all traces; conditions of one process go to one child, which loads the weights once."""
+        """Record or reuse every trace; each process is one child, which loads the weights once."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.started, about = time.monotonic(), [FORMAT, llama_version(), self.shared, _identity(self.path)]
         self.keys = {
@@ -203,7 +203,7 @@ class _Recording:
             progress(1)
 
     def _known(self, name: str) -> bool:
-        """Whether an earlier run left this trace: it says itself what it was made of."""
+        """Whether an earlier run left this trace, made under the same conditions."""
         if self.fresh or not self.plan:
             return False
         try:

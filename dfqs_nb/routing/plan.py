@@ -140,12 +140,12 @@ class Condition:
 
     @property
     def needs(self) -> str:
-        """The run without which this one is worth nothing."""
+        """The run that this one is compared with, and of a load the texts alone."""
         return self.against or ("alone" if self.kind == "load" else "")
 
     @property
     def judging(self) -> bool:
-        """Whether a verdict needs it most: a reference, a repetition, or a batch of 8 with a cache each."""
+        """Whether a verdict needs it: a reference, a repetition, or a batch of 8 with a cache each."""
         load, kinds = self.load, (*ESSENTIAL, IDENTICAL)
         full = load and load.n_others == 7 and load.kind != "same text" and not load.unified
         return self.kind in kinds or bool(full)

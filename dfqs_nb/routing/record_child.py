@@ -77,7 +77,7 @@ class _Texts:
         self.lines = [[*bos, *line][:PROFILE_TOKENS] for line in lines]
 
     def named(self, numbers: Iterable[int], lines: list[list[int]], load: str) -> dict[str, Any]:
-        """What a trace of these short texts says of them."""
+        """Names, domains and lengths of these short texts, for their trace."""
         names, domains = zip(
             *((self.short[i]["name"], self.short[i]["domain"]) for i in numbers), strict=True
         )

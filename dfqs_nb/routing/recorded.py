@@ -1,4 +1,4 @@
-"""A model whose routing is recorded: open it, change its context, evaluate one sequence or several."""
+"""A model with a recorder: open it, change its context, evaluate one sequence or several."""
 
 from __future__ import annotations
 

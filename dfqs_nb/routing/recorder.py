@@ -1,4 +1,4 @@
-"""Listen to llama.cpp's graph and keep what the routers chose.
+"""Read llama.cpp's graph while it is computed, and keep what the routers chose.
 
 At each router's node (see `llama.graph`) nothing has overwritten yet the scores that the experts were chosen
 by. A stop changes how the graph is cut, so compare recorded runs only with recorded runs.
@@ -18,7 +18,7 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.llama.graph import Router, View, Watch, ggml_function
 
 FLUSH_BYTES = 1 << 20  # of copies, before they are reduced to margins and weights
-SPILL_BYTES = 16 << 20  # of one column in memory; what is beyond goes to a file
+SPILL_BYTES = 16 << 20  # of one column in memory; a longer one goes to a file
 SMALLEST_SUM = 6.103515625e-5  # build_moe_ffn clamps the sum of weights here
 _PROBS, _WEIGHTS, _ARGSORT = b"ffn_moe_probs", b"ffn_moe_weigh", b"ffn_moe_argsort"
 
@@ -28,7 +28,7 @@ class RoutingError(DfqsError):
 
 
 class Column:
-    """Rows of an array, appended piece by piece; long ones lie in a file without a name, not in memory."""
+    """Rows of an array, appended piece by piece; a long array goes to a temporary file, not to memory."""
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(SPILL_BYTES)  # noqa: SIM115 - it lives as long as the rows
@@ -101,10 +101,7 @@ class Recorder(Watch):
         self._inputs = [] if inputs else None
 
     def end(self) -> np.ndarray:
-        """The tokens in llama.cpp's order, where asked for.
-
-        A `RoutingError` if a layer did not route every token once, or if the recorder failed.
-        """
+        """Check that each layer routed every token once; the tokens in llama.cpp's order, if asked for."""
         self._listening = False
         if self._error is not None:
             error, self._error = self._error, None
@@ -161,7 +158,7 @@ class Recorder(Watch):
         layer.n_tokens += n
 
     def _meet(self, router: _Router) -> _Layer:
-        """A layer that is seen for the first time."""
+        """Begin a layer that is new."""
         shape = router.ids.row_bytes // 4, router.reads[1].row_bytes // 4
         if self._shape not in ((0, 0), shape):
             raise RoutingError(f"layer {router.layer} chooses {shape[0]} of {shape[1]}, unlike others")

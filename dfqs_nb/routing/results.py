@@ -169,7 +169,7 @@ class Experiment:
         return pd.concat(parts[1:] or parts, ignore_index=True)
 
     def moved(self) -> str:
-        """How far changed settings move a token's logits, by whether its experts changed, in a sentence."""
+        """How far logits move where a token's experts changed, and where they did not, in a sentence."""
         drifts = [compare.drifts(a, b) for _, a, b, _ in self._pairs()]
         flips = [differ[:, ~a.hashed].any(axis=1) for _, a, _, differ in self._pairs()]
         drift, flipped = np.concatenate([[], *drifts]), np.concatenate([np.zeros(0, bool), *flips])

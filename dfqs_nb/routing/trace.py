@@ -116,7 +116,7 @@ def joined(traces: Sequence[Trace], **conditions: Any) -> Trace:
 
 
 def _rebuilt(traces: Sequence[Trace], change: Callable[[list[np.ndarray]], np.ndarray], **more: Any) -> Trace:
-    """The first trace with what has a row a token made of all traces by ``change``; scores are dropped."""
+    """The first trace, its rows a token made from all traces by ``change``; scores are dropped."""
     first, kept = traces[0], [trace.logits for trace in traces]
     arrays: dict[str, Any] = {name: change([getattr(trace, name) for trace in traces]) for name in _ROWS}
     if first.logits is not None:

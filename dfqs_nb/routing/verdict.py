@@ -281,7 +281,7 @@ class UnderLoad:
     changed_at: tuple[str, ...] = ()  # loads that change a choice, by their number of sequences
     failed: tuple[str, ...] = ()  # loads that did not run, with the reason
     counts: Mapping[str, Any] = field(default_factory=dict)  # columns of `load_table`, over all loads
-    sentence: str = ""  # all this for people
+    sentence: str = ""  # the verdict in words
 
 
 def judge_loads(rows: pd.DataFrame, alone_passed: bool, failed: Sequence[str] = ()) -> UnderLoad:
