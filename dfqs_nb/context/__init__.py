@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from dfqs_nb.context.boundary import Counts, paired
-from dfqs_nb.context.cost import memory_within, settings_for
+from dfqs_nb.context.cost import memory_table, settings_for
 from dfqs_nb.context.curve import measure, read_answers
 from dfqs_nb.context.loss import held_out_within
 from dfqs_nb.context.plan import make_plan
@@ -18,7 +18,7 @@ __all__ = [
     "held_out_within",
     "make_plan",
     "measure",
-    "memory_within",
+    "memory_table",
     "paired",
     "read_answers",
     "settings_for",

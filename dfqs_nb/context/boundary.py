@@ -1,12 +1,12 @@
 """How accuracy falls with context length: counts, the curve, the failure boundary and its interval.
 
-Pure arithmetic on counts. A haystack is one text with its keys. Answers about one text are correlated, so the
-bootstrap draws texts, not answers, and texts are fresh for each length, so it draws them for each length
-apart. Contexts are compared on a log2 scale.
+Answers about one text are correlated, so the bootstrap draws whole texts, of each length apart. Contexts are
+compared on a log2 scale.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -25,18 +25,19 @@ ENOUGH_TEXTS = 12  # with fewer, a boundary is provisional
 # Each draw of the bootstrap counts with the two measured lengths that its crossing lies between. That is
 # wide: 93 % of the draws cover the truth in 95 % of simulated runs (tests/benchmarks/boundary_coverage.py).
 BRACKET_LEVEL = 0.93
+FAILED_LENGTHS = 2  # planned lengths in a row that must clearly fail before longer ones are left out
+CLOSE = 0.3  # octaves: an interval of the crossing that is not halved
 
 
 def crossing(lengths: Any, accuracy: Any, threshold: Any) -> np.ndarray:
     """Where an accuracy first falls below the threshold, in tokens; inf where it never does.
 
-    Linear in log2(length) between neighbours; the first length where the accuracy is below from the start.
+    Linear in log2(length); the first length where the accuracy is below from the start.
 
     >>> crossing([256, 512, 1024], [1.0, 1.0, 0.5], 0.75).round().tolist()
     724.0
     """
-    x, accuracy = np.log2(np.asarray(lengths, float)), np.asarray(accuracy, float)
-    threshold = np.asarray(threshold, float)
+    x, accuracy, threshold = np.log2(np.asarray(lengths, float)), np.asarray(accuracy), np.asarray(threshold)
     below = accuracy < threshold[..., None]
     after = np.minimum(np.maximum(np.argmax(below, -1), 1), len(x) - 1)  # of one length there is no other
     upper = np.take_along_axis(accuracy, after[..., None] - 1, -1)[..., 0]
@@ -48,9 +49,7 @@ def crossing(lengths: Any, accuracy: Any, threshold: Any) -> np.ndarray:
 
 
 def bracket(lengths: Any, accuracy: Any, threshold: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The two measured lengths between which an accuracy first falls below the threshold.
-
-    The longest length and inf where it never does.
+    """The two measured lengths around the first crossing; the longest length and inf where there is none.
 
     >>> [float(edge) for edge in bracket([256, 512, 1024], [1.0, 1.0, 0.5], 0.75)]
     [512.0, 1024.0]
@@ -63,13 +62,7 @@ def bracket(lengths: Any, accuracy: Any, threshold: Any) -> tuple[np.ndarray, np
 
 
 def guess_rate(items: pd.DataFrame) -> float:
-    """1/K where another key's answer is the likely error, else 0.
-
-    It is the likely error where at least half of the wrong answers are right for another key of the text.
-
-    Args:
-        items: columns ``correct``, ``n_needles`` (K) and ``another_key``, a row an answer.
-    """
+    """1/K where at least half of the wrong answers are right for another of the text's K keys, else 0."""
     if "another_key" not in items or items["n_needles"].max() < 2:
         return 0.0
     wrong = items.loc[~items["correct"].astype(bool), "another_key"]
@@ -83,8 +76,7 @@ class Counts:
     Attributes:
         lengths: int ``(L,)``.
         successes, trials: float ``(texts, L)``; a text that was not asked at a length has no trials there.
-        planned: whether a length was planned, bool ``(L,)``; others were added where the accuracy crosses.
-        guess_rate: of the questions.
+        planned: bool ``(L,)``; the other lengths were added where the accuracy crosses.
     """
 
     lengths: np.ndarray
@@ -95,20 +87,17 @@ class Counts:
 
     @classmethod
     def of(cls, items: pd.DataFrame) -> Counts:
-        """Count a frame with columns ``haystack``, ``length``, ``planned`` and ``correct``, a row an answer.
+        """Count answers by their ``haystack``, ``length``, ``planned``, ``correct`` (and see `guess_rate`).
 
         A length that was broken off is left out: it has fewer than half of the shortest length's texts.
         """
         if items.empty:
-            none = np.empty((0, 0))
-            return cls(np.empty(0, int), none, none, np.empty(0, bool))
+            return cls(np.empty(0, int), *np.empty((2, 0, 0)), np.empty(0, bool))
         table = items.groupby(["haystack", "length"])["correct"].agg(["sum", "count"]).unstack(fill_value=0)
-        trials = table["count"].to_numpy(float)
-        n_texts = (trials > 0).sum(0)
+        right, trials = table["sum"].to_numpy(float), table["count"].to_numpy(float)
+        n_texts, lengths = (trials > 0).sum(0), table["sum"].columns.to_numpy()
         kept = 2 * n_texts >= n_texts[0]
-        lengths = table["sum"].columns.to_numpy()
         planned = items.groupby("length")["planned"].any().reindex(lengths).to_numpy(bool)
-        right = table["sum"].to_numpy(float)
         return cls(lengths[kept], right[:, kept], trials[:, kept], planned[kept], guess_rate(items))
 
     @property
@@ -116,17 +105,17 @@ class Counts:
         """The fewest texts that were asked at a length."""
         return int((self.trials > 0).sum(0).min())
 
-    @property
+    @cached_property
     def right(self) -> np.ndarray:
         """Right answers at each length."""
         return np.asarray(self.successes.sum(0))
 
-    @property
+    @cached_property
     def n(self) -> np.ndarray:
         """Questions at each length."""
         return np.asarray(self.trials.sum(0))
 
-    @property
+    @cached_property
     def accuracy(self) -> np.ndarray:
         """Share of right answers at each length."""
         return np.asarray(self.right / self.n)
@@ -141,53 +130,41 @@ class Counts:
         """The accuracy at which ``SHARE`` of the model's ability above guessing is left."""
         return self.guess_rate + SHARE * (self.a_0 - self.guess_rate)
 
-    @property
+    @cached_property
     def fit(self) -> np.ndarray:
         """The non-increasing accuracy at each length."""
         return non_increasing(self.right, self.n)
 
-    @property
-    def tokens(self) -> float:
-        """Where the non-increasing fit crosses the threshold; inf where it does not."""
-        return float(crossing(self.lengths, self.fit, self.threshold))
-
     def drawn(self, n_boot: int = N_BOOT, seed: int = 0) -> Draws:
         """Draw the texts of each length anew.
 
-        The draws depend on the seed, the length and the number of texts only. So two models that were asked
-        about the same texts are drawn alike, and their draws can be compared in pairs.
+        Two models that were asked about the same texts are drawn alike, so draws can be compared in pairs.
         """
-        right = np.empty((n_boot, len(self.lengths)))
-        n = np.empty_like(right)
+        right, n = np.empty((2, n_boot, len(self.lengths)))
         for k, length in enumerate(self.lengths):
             asked = self.trials[:, k] > 0
             weights = bootstrap_weights(int(asked.sum()), n_boot, seed * 1_000_003 + int(length))
-            right[:, k] = weights @ self.successes[asked, k]
-            n[:, k] = weights @ self.trials[asked, k]
+            right[:, k], n[:, k] = weights @ self.successes[asked, k], weights @ self.trials[asked, k]
         return Draws(self.lengths, right, n, self.guess_rate)
 
     def curve(self) -> pd.DataFrame:
-        """One row a length: raw counts, Wilson's interval, the non-increasing fit, and DFQS's curve.
+        """``length``, ``planned``, ``correct``, ``n``, ``accuracy``, Wilson's ``low`` and ``high``, ``fit``.
 
-        Columns ``length``, ``planned``, ``correct``, ``n``, ``accuracy``, ``low``, ``high``, ``fit`` and
-        ``curve`` = clip((accuracy - g) / (a_0 - g), 0, 1), which is 0 where a_0 is at chance.
+        And ``curve`` = clip((accuracy - g) / (a_0 - g), 0, 1), which is 0 where a_0 is at chance.
         """
         import pandas as pd
 
-        table = pd.DataFrame({"length": self.lengths, "planned": self.planned})
-        table["correct"], table["n"] = self.right.astype(int), self.n.astype(int)
-        table["accuracy"] = self.accuracy
-        table["low"], table["high"] = wilson(self.right, self.n)
-        able = self.a_0 - self.guess_rate
+        right, n, able = self.right.astype(int), self.n.astype(int), self.a_0 - self.guess_rate
         curve = (self.accuracy - self.guess_rate) / able if able > 0 else np.zeros(len(self.lengths))
+        table = pd.DataFrame({"length": self.lengths, "planned": self.planned, "correct": right, "n": n})
+        table["accuracy"], (table["low"], table["high"]) = self.accuracy, wilson(right, n)
         return table.assign(fit=self.fit, curve=np.clip(curve, 0, 1))
 
     def boundary(self, *, n_boot: int = N_BOOT, seed: int = 0) -> Boundary:
-        """The failure boundary: where the non-increasing fit crosses ``g + 0.85 (a_0 - g)``.
+        """Where the non-increasing fit crosses ``g + 0.85 (a_0 - g)``.
 
-        Its interval spans the measured lengths around the crossing of 93 % of the bootstrap's draws, around
-        the fit's own crossing, and around the first crossing of the accuracies themselves. With few texts it
-        is widened as Hesterberg 2015 (The American Statistician 69:371) widens a percentile interval.
+        The interval spans the measured lengths around the crossings of 93 % of the draws, of the fit, and of
+        the accuracies. With few texts it is wider (Hesterberg 2015, The American Statistician 69:371).
         """
         accuracies = (self.a_0, self.threshold, self.guess_rate)
         floor = Boundary(0, None, None, False, "floor", None, *accuracies, self.n_texts, int(self.n.sum()))
@@ -195,7 +172,7 @@ class Counts:
         if wilson(self.right[0], self.n[0])[0] <= self.guess_rate:
             return floor
         low, high = self._interval(n_boot, seed)
-        tokens, first = self.tokens, float(crossing(self.lengths, self.accuracy, self.threshold))
+        tokens, first = (float(crossing(self.lengths, a, self.threshold)) for a in (self.fit, self.accuracy))
         censored = tokens == inf
         return replace(
             floor,
@@ -212,73 +189,53 @@ class Counts:
     def _interval(self, n_boot: int, seed: int) -> tuple[float, float]:
         if self.n_texts < 2:
             return 0.0, inf  # one text says nothing about others
-        drawn = self.drawn(n_boot, seed)
+        drawn, tail = self.drawn(n_boot, seed), expanded_tail(self.n_texts, BRACKET_LEVEL)
         lower, upper = bracket(self.lengths, drawn.fit, drawn.threshold)
-        tail = expanded_tail(self.n_texts, BRACKET_LEVEL)
         own = [bracket(self.lengths, values, self.threshold) for values in (self.fit, self.accuracy)]
-        return (
-            min(float(np.quantile(lower, tail, method="lower")), *(float(low) for low, _ in own)),
-            max(float(np.quantile(upper, 1 - tail, method="higher")), *(float(high) for _, high in own)),
-        )
+        low, high = np.quantile(lower, tail, method="lower"), np.quantile(upper, 1 - tail, method="higher")
+        return float(min(low, *(low for low, _ in own))), float(max(high, *(high for _, high in own)))
 
     def _change(self, a: int, b: int, level: float) -> tuple[float, float]:
         """Limits of the fall of accuracy from column ``a`` to ``b``: Newcombe's hybrid of Wilson's intervals.
 
-        R. G. Newcombe, Statistics in Medicine 17 (1998) 873-890, method 10. Correlated answers count less:
-        the counts are divided by their design effect.
+        Statistics in Medicine 17 (1998) 873-890, method 10; counts are divided by their design effect.
         """
-        limits = [
-            wilson(self.right[k] / effect, self.n[k] / effect, level) for k, effect in self._effects(a, b)
-        ]
+        limits = [wilson(self.right[k] / d, self.n[k] / d, level) for k in (a, b) for d in [self._effect(k)]]
         (low_a, high_a), (low_b, high_b) = ((float(low), float(high)) for low, high in limits)
         p, q = float(self.accuracy[a]), float(self.accuracy[b])
         down = ((p - low_a) ** 2 + (high_b - q) ** 2) ** 0.5
         return p - q - down, p - q + ((high_a - p) ** 2 + (q - low_b) ** 2) ** 0.5
 
-    def _effects(self, *columns: int) -> list[tuple[int, float]]:
-        """Columns with how many times the variance of their accuracy exceeds that of independent answers."""
-        effects = []
-        for k in columns:
-            asked = self.trials[:, k] > 0
-            right, n, p = self.successes[asked, k], self.trials[asked, k], self.accuracy[k]
-            expected = p * (1 - p) * n.sum()
-            spread = ((right - p * n) ** 2).sum() * len(n) / max(1, len(n) - 1)
-            effects.append((k, float(max(1.0, spread / expected)) if expected > 0 else 1.0))
-        return effects
+    def _effect(self, k: int) -> float:
+        """How many times the variance of a column's accuracy exceeds that of independent answers."""
+        asked = self.trials[:, k] > 0
+        right, n, p = self.successes[asked, k], self.trials[asked, k], self.accuracy[k]
+        expected = p * (1 - p) * n.sum()
+        spread = ((right - p * n) ** 2).sum() * len(n) / max(1, len(n) - 1)
+        return float(max(1.0, spread / expected)) if expected > 0 else 1.0
 
     def rises(self) -> bool:
-        """Whether the accuracy recovers from below the threshold to a later length, beyond chance.
-
-        Then a non-increasing fit is not what the data show. Tested at 5 % over all such pairs (Bonferroni).
-        """
+        """Whether the accuracy recovers from below the threshold, beyond chance (5 %, Bonferroni)."""
         below = self.accuracy < self.threshold
-        pairs = [
-            (i, j)
-            for i in np.flatnonzero(below)
-            for j in range(i + 1, len(below))
-            if self.accuracy[j] > self.accuracy[i] and not below[j]
-        ]
-        level = 1 - (1 - LEVEL) / max(1, len(pairs))
-        return any(self._change(int(i), j, level)[1] < 0 for i, j in pairs)
+        later = [(int(i), j) for i in np.flatnonzero(below) for j in range(i + 1, len(below)) if not below[j]]
+        level = 1 - (1 - LEVEL) / max(1, len(later))  # what is not below is above all that is
+        return any(self._change(i, j, level)[1] < 0 for i, j in later)
 
     def largest_fall(self) -> dict[str, float]:
         """The largest fall from a planned length to the next, per octave, as a share of the ability at a_0.
 
-        An effect size, so that a fall does not become "sudden" because it was measured more often. ``low`` to
-        ``high`` holds the largest true fall with 95 %: each step has its interval at a level corrected for
-        the number of steps. Keys ``start``, ``end`` (tokens), ``fall``, ``low`` and ``high``; empty where
-        there is no step or a_0 is at chance.
+        An effect size: it does not grow with n. ``start``, ``end`` (tokens), ``fall``, and its 95 % interval
+        ``low`` to ``high``, corrected for the number of steps; empty without a step or with a_0 at chance.
         """
-        columns = np.flatnonzero(self.planned)
-        able = self.a_0 - self.guess_rate
-        if len(columns) < 2 or able <= 0:
+        steps, able = list(pairwise(np.flatnonzero(self.planned).tolist())), self.a_0 - self.guess_rate
+        if not steps or able <= 0:
             return {}
-        level, rows = 1 - (1 - LEVEL) / (len(columns) - 1), []
-        for a, b in pairwise(columns):
+        level, rows = 1 - (1 - LEVEL) / len(steps), []
+        for a, b in steps:
             scale = able * log2(self.lengths[b] / self.lengths[a])
-            limits = self._change(int(a), int(b), level)
-            fall = self.accuracy[a] - self.accuracy[b]
-            rows.append((float(fall / scale), limits[0] / scale, limits[1] / scale, a, b))
+            low, high = self._change(a, b, level)
+            fall = float(self.accuracy[a] - self.accuracy[b])
+            rows.append((fall / scale, low / scale, high / scale, a, b))
         fall, _, _, a, b = max(rows)
         ends = {"start": int(self.lengths[a]), "end": int(self.lengths[b])}
         return {**ends, "fall": fall, "low": max(row[1] for row in rows), "high": max(row[2] for row in rows)}
@@ -286,7 +243,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Draws:
-    """Counts of texts drawn anew: right answers and questions, float ``(n_boot, L)``."""
+    """Right answers and questions of texts drawn anew, float ``(n_boot, L)``."""
 
     lengths: np.ndarray
     right: np.ndarray
@@ -305,7 +262,7 @@ class Draws:
 
     @property
     def tokens(self) -> np.ndarray:
-        """The boundary of each draw, in tokens; inf where it is not reached."""
+        """The boundary of each draw, in tokens; inf without one."""
         return crossing(self.lengths, self.fit, self.threshold)
 
 
@@ -316,16 +273,12 @@ class Boundary:
     Attributes:
         tokens: where ``right_censored``, the longest length measured, which it exceeds; 0 for a ``floor``.
         low, high: the 95 % interval; ``high`` is None where it is open.
-        right_censored: the accuracy never crossed the threshold, so only a lower bound is known.
-        status: ``"measured"``, ``"right_censored"``, ``"floor"`` (a_0 itself is at chance), or
-            ``"not measured"``; then all numbers are 0 or NaN.
-        cause: what ends the usable context: ``"quality"``, a runtime failure (``"n_ctx"``, ``"oom"``,
-            ``"decode_error"``, ``"nan_logits"``), or None where nothing did; ``"budget"`` where nothing was
-            measured.
-        a_0, threshold, guess_rate: accuracies, see `Counts`.
-        n_haystacks, n_items: texts for each length (the fewest), and answers in all.
-        first_crossing: where the accuracies themselves first cross; None where they do not.
-        not_monotone: the accuracy recovers beyond chance after it fell, so the fit is not the data.
+        status: ``measured``, ``right_censored``, ``floor`` (a_0 is at chance), or ``not measured``.
+        cause: what ends the usable context: ``quality``, or a failure of the runtime (``n_ctx``, ``oom``,
+            ``decode_error``, ``nan_logits``); ``budget`` where nothing was measured; else None.
+        n_haystacks, n_items: the fewest texts of a length, and answers in all.
+        first_crossing: where the accuracies themselves first cross.
+        not_monotone: the accuracy recovers beyond chance, so the fit is not the data.
         provisional: it stands on fewer than 12 texts.
     """
 
@@ -345,7 +298,7 @@ class Boundary:
     provisional: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values and the sentence, for a stage file."""
+        """Plain values, and the sentence."""
         return {**asdict(self), "sentence": self.sentence}
 
     @property
@@ -365,11 +318,9 @@ class Boundary:
             notes.append(f"not monotone: accuracy first crosses at {self.first_crossing or 0:,} and recovers")
         if self.provisional:
             notes.append(f"provisional: {self.n_haystacks} texts a length, fewer than {ENOUGH_TEXTS}")
-        what = "stops" if self.cause != "quality" else "fails"
-        if self.right_censored:
-            what = "holds to the longest length measured,"
-            return f"{what} {self.tokens:,} tokens ({'; '.join(notes)})"
-        return f"{what} at {self.tokens:,} tokens ({'; '.join(notes)})"
+        what = "fails at" if self.cause == "quality" else "stops at"
+        what = "holds to the longest length measured," if self.right_censored else what
+        return f"{what} {self.tokens:,} tokens ({'; '.join(notes)})"
 
     def capped(self, length: int, cause: str) -> Boundary:
         """The smaller of this boundary and the first length that could not be run.
@@ -380,11 +331,64 @@ class Boundary:
         """
         if self.status == "floor" or (not self.right_censored and self.tokens <= length):
             return self
-        low = min(self.low or length, length)
-        high = length if self.high is None else min(self.high, length)
-        return replace(
-            self, tokens=length, low=low, high=high, right_censored=False, status="measured", cause=cause
-        )
+        low, high = min(self.low or length, length), min(self.high or length, length)
+        capped = replace(self, tokens=length, low=low, high=high, right_censored=False)
+        return replace(capped, status="measured", cause=cause)
+
+
+# ---- which lengths to measure ----
+
+
+def octaves(shortest: int, longest: int) -> list[int]:
+    """Lengths ``shortest * 2^k`` up to ``longest``.
+
+    >>> octaves(256, 2000)
+    [256, 512, 1024]
+    """
+    return [shortest * 2**k for k in range(int(log2(longest / shortest)) + 1)] if longest >= shortest else []
+
+
+def clearly_below(counts: Counts) -> bool:
+    """Whether the last planned lengths lie below the threshold by their whole interval."""
+    high = wilson(counts.right, counts.n)[1][counts.planned]
+    return len(high) > FAILED_LENGTHS and bool((high[-FAILED_LENGTHS:] < counts.threshold).all())
+
+
+def refined_lengths(counts: Counts) -> list[int]:
+    """The middles (in log2) of the intervals where the fit, and the accuracies themselves, first cross."""
+    middles = set()
+    for values in (counts.fit, counts.accuracy):
+        low, high = (float(edge) for edge in bracket(counts.lengths, values, counts.threshold))
+        if high != inf and high > low and log2(high / low) > CLOSE:
+            middles.add(round((low * high) ** 0.5))
+    return sorted(middles - set(counts.lengths.tolist()))
+
+
+def search_lengths(
+    measure: Callable[[int, bool], Counts | None], grid: Sequence[int], rounds: int = 1
+) -> Counts | None:
+    """Measure the grid up to a clear failure, then halve the interval of the crossing ``rounds`` times.
+
+    Args:
+        measure: measures one length (its second argument: whether it is of the grid) and returns all counts
+            so far, or None when it could not run; then the search ends.
+
+    Returns:
+        The last counts. What to measure depends on the counts alone, so a resumed search repeats itself.
+    """
+    counts = None
+    for length in grid:
+        if (done := measure(length, True)) is None:
+            return counts
+        counts = done
+        if clearly_below(counts):
+            break
+    for _ in range(rounds):
+        for length in refined_lengths(counts) if counts else ():
+            if (done := measure(length, False)) is None:
+                return counts
+            counts = done
+    return counts
 
 
 # ---- two models, side by side ----
@@ -395,16 +399,15 @@ def paired(
 ) -> pd.DataFrame:
     """The difference in accuracy to a baseline that answered the same questions, by length.
 
-    Only questions that both answered count. Columns: ``length``, ``n``, ``accuracy``, ``baseline``,
-    ``difference`` with its 95 % interval ``low`` to ``high`` (bootstrap over texts), ``only_this`` and
-    ``only_baseline``: questions that one model alone got right.
+    ``length``, ``n`` (questions that both answered), ``accuracy``, ``baseline``, ``difference`` with its 95 %
+    interval ``low`` to ``high`` (bootstrap over texts), and the questions that one model alone got right:
+    ``only_this``, ``only_baseline``.
     """
     import pandas as pd
 
-    keys = ["haystack", "length", "question"]
+    keys, rows = ["haystack", "length", "question"], []
     both = items[[*keys, "correct"]].merge(baseline[[*keys, "correct"]], on=keys, suffixes=("", "_baseline"))
     both["difference"] = both["correct"].astype(int) - both["correct_baseline"].astype(int)
-    rows = []
     for length, group in both.groupby("length"):
         by_text = group.groupby("haystack")["difference"].agg(["sum", "count"]).to_numpy(float)
         low, high = -1.0, 1.0  # one text says nothing about others

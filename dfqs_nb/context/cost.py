@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dfqs_nb.context.boundary import octaves
 from dfqs_nb.context.haystacks import probe_of
-from dfqs_nb.context.search import octaves
 from dfqs_nb.core import child
 from dfqs_nb.core.budget import fit
 from dfqs_nb.core.errors import StageError
 from dfqs_nb.core.machine import available_memory
 from dfqs_nb.core.stage import Stage
-from dfqs_nb.gguf.memory import estimate, kv_cache_bytes, weights_bytes
+from dfqs_nb.gguf.memory import MemoryEstimate, estimate
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.check import plan_memory
-from dfqs_nb.llama.model import Model
+from dfqs_nb.llama.model import MEMORY_SETTINGS, Model
 from dfqs_nb.llama.settings import OpenSettings, own_context
 
 if TYPE_CHECKING:
@@ -29,13 +29,10 @@ if TYPE_CHECKING:
 
 PROBE_SHARE, MOST_SECONDS = 1 / 15, 30.0  # that a chunk of the probe takes: of the budget, and in all
 CHUNKS, WARM_UP = (256, 32), 8  # tokens
-LEAST_CONTEXT = 1024  # tokens that a context has, however little the budget holds
 SPARE_TOKENS = 64  # of context, for the answer
+LEAST_CONTEXT = 1024  # tokens that a context has, however little the budget holds
 NO_LIMIT = 8192  # tokens, where a header states no limit
 TIMEOUT_SECONDS = 600.0
-
-
-# ---- time ----
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,9 @@ class PrefillSpeed:
     by_depth: float
     decode: float = 0.0
 
-    def seconds(self, length: float, start: float = 0) -> float:
-        """Seconds to evaluate the tokens from ``start`` to ``length``."""
-        return self.base * (length - start) + self.by_depth * (length**2 - start**2) / 2
+    def seconds(self, length: float) -> float:
+        """Seconds to evaluate a text of this length."""
+        return self.base * length + self.by_depth * length**2 / 2
 
     def tokens_per_sec(self, depth: float) -> float:
         """Prefill speed at a depth."""
@@ -65,13 +62,12 @@ class PrefillSpeed:
         return pd.DataFrame({"depth": list(depths), "tokens_per_second": speeds})
 
 
-def measure_prefill(model: Model, deepest: int = 1024, budget_seconds: float = inf) -> PrefillSpeed:
+def measure_prefill(model: Model, deepest: int, budget_seconds: float = inf) -> PrefillSpeed:
     """Time chunks of 256 tokens, one after another, up to ``deepest`` or for 10 s.
 
-    Chunks are smaller, and the time shorter, where a chunk would take more than a fifteenth of the budget.
-    The slowest models are timed by the first tokens alone. A robust line through the chunks (Theil and
-    Sen's) gives the cost of a token and how it grows with depth; with fewer than three chunks it is taken
-    not to grow.
+    Smaller chunks, for a shorter time, where one would take more than a fifteenth of the budget; the slowest
+    models are timed by their first tokens alone. A robust line through the chunks (Theil and Sen's) gives the
+    cost of a token and how it grows with depth; with fewer than three chunks it is taken not to grow.
     """
     from scipy.stats import theilslopes
 
@@ -105,9 +101,6 @@ def measure_prefill(model: Model, deepest: int = 1024, budget_seconds: float = i
     return PrefillSpeed(max(float(base), min(seconds) / 2), max(float(slope), 0.0), decode)
 
 
-# ---- memory, before anything is opened ----
-
-
 @dataclass(frozen=True)
 class RuntimeFailure:
     """The first length that could not be run, and why; ``predicted``: it was not even tried."""
@@ -121,123 +114,103 @@ class RuntimeFailure:
 def predict_failure(
     path: str | Path, lengths: Sequence[int], settings: OpenSettings, available_bytes: int | None = None
 ) -> RuntimeFailure | None:
-    """The first length whose memory (KV cache, its saved copy, compute buffer) exceeds what is free.
-
-    The cache comes from the header's formula, the buffer from llama.cpp's own plan. That allocates nothing,
-    and it is made in a child process, because the file has not been tried yet.
-    """
+    """The first length whose memory (KV cache, its saved copy, compute buffer) exceeds what is free."""
     available = available_memory().available_bytes if available_bytes is None else available_bytes
-    shards = open_shards(path)
-    opened = [replace(settings, n_ctx=length) for length in sorted(lengths)]
-    for at, plan in zip(opened, plan_memory(shards.paths[0], opened), strict=True):
-        types: dict[str, Any] = {"type_k": at.type_k, "type_v": at.type_v, "swa_full": at.swa_full}
-        n_ubatch = min(at.n_batch, at.n_ubatch)
-        needs = estimate(shards.as_one, at.n_ctx, n_ubatch, **types, use_mmap=at.use_mmap)
-        required = needs.with_compute(plan["compute_bytes"]).must_fit_bytes + needs.kv.total
+    for needs, _ in _planned(path, sorted(lengths), settings):
+        required = needs.must_fit_bytes + needs.kv.total
         if required > available:
-            needed = f"{at.n_ctx:,} tokens need {required:,} bytes beside the weights"
-            return RuntimeFailure(at.n_ctx, "oom", f"{needed}, and {available:,} are free", predicted=True)
+            needed = f"{needs.n_ctx:,} tokens need {required:,} bytes beside the weights"
+            what = f"{needed}, and {available:,} are free"
+            return RuntimeFailure(needs.n_ctx, "oom", what, predicted=True)
     return None
 
 
+def _planned(
+    path: str | Path, lengths: Sequence[int], settings: OpenSettings
+) -> Iterator[tuple[MemoryEstimate, int]]:
+    """For each length the cache by the header's formula, and llama.cpp's own plan of buffer and cache.
+
+    The plan allocates nothing. It is made in a child process, because the file has not been tried yet.
+    """
+    shards, kept = open_shards(path), {name: getattr(settings, name) for name in MEMORY_SETTINGS}
+    plans = plan_memory(shards.paths[0], [replace(settings, n_ctx=n_ctx) for n_ctx in lengths])
+    for n_ctx, plan in zip(lengths, plans, strict=True):
+        needs = estimate(shards.as_one, n_ctx, min(n_ctx, settings.n_batch, settings.n_ubatch), **kept)
+        yield needs.with_compute(plan["compute_bytes"]), plan["kv_bytes"]
+
+
 def settings_for(
-    path: str | Path,
-    longest: int,
-    settings: OpenSettings,
-    stage: Stage | None = None,
-    prompt_set: str = "",
+    path: str | Path, longest: int, settings: OpenSettings, stage: Stage, prompt_set: str
 ) -> tuple[OpenSettings, RuntimeFailure | None]:
     """Settings with room for the longest length that fits in memory, and the first that does not.
 
     Args:
-        longest: tokens; 0: the model's own limit, which also bounds a longer one. A header that states no
-            limit gets `NO_LIMIT`.
-        stage: its budget bounds ``longest=0``, by the prefill speed of notebook 03: no cache is allocated for
-            lengths of which it holds no text.
-        prompt_set: refused here, before anything is loaded, if there is none of that name.
-
-    Raises:
-        PromptError: there is no such prompt set.
+        longest: tokens; 0: the model's own limit (`NO_LIMIT` where the header states none), which also bounds
+            a longer one, and what the stage's budget holds at the prefill speed of notebook 03.
+        prompt_set: a `PromptError` here, before anything is loaded, says that there is none of that name.
     """
-    if prompt_set:
-        probe_of(prompt_set)
+    probe_of(prompt_set)
     own = own_context(path)
-    reach = affordable(stage) if stage and not longest else 0
-    longest = min(longest or own or NO_LIMIT, own or longest or NO_LIMIT)
-    longest = min(longest, max(LEAST_CONTEXT, reach)) if reach else longest
+    most = longest or min(own or NO_LIMIT, affordable(stage))
+    longest = int(min(most, own or most))
     failure = predict_failure(path, octaves(256, longest) or [longest], settings)
     reach = longest if failure is None else failure.length // 2
     return replace(settings, n_ctx=reach + SPARE_TOKENS), failure
 
 
-def affordable(stage: Stage) -> int:
-    """Tokens of prefill that the stage's budget holds, at the speed of notebook 03; 0: not known."""
+def affordable(stage: Stage) -> float:
+    """Tokens of prefill that the stage's budget holds at notebook 03's speed; inf where that is not known."""
     try:
         rows = stage.read("generate").get("speed") or []
     except StageError:
-        return 0  # this notebook runs alone
+        return inf  # this notebook runs alone
     speeds = [row["median"] for row in rows if row.get("phase") == "prefill"]
-    return max(1, int(stage.seconds_left * speeds[0])) if speeds and stage.seconds_left < inf else 0
-
-
-# ---- memory, predicted beside measured ----
+    return max(LEAST_CONTEXT, stage.seconds_left * speeds[0]) if speeds else inf
 
 
 def memory_table(
     path: str | Path,
     lengths: Sequence[int],
     settings: OpenSettings,
-    *,
-    measured: int | None = None,
-    fill_tokens: int = 4096,
+    stage: Stage,
+    speed: PrefillSpeed,
+    load_seconds: float = 0.0,
 ) -> pd.DataFrame:
-    """Predicted and measured bytes for a context of each length, filled with up to ``fill_tokens`` tokens.
+    """Predicted and measured bytes for a context of each length, filled with up to 4,096 tokens.
 
     Columns ``n_ctx``; predicted: ``kv_bytes`` (the header's formula), ``kv_planned_bytes`` and
-    ``compute_bytes`` (llama.cpp's plan, in which nothing is allocated), ``weights_bytes``,
-    ``predicted_bytes`` (cache + buffer); measured in a fresh process for each of the longest ``measured``
-    lengths (default: all): ``anonymous_bytes`` (what its own memory grew by when the model was opened and
-    its context filled) and ``resident_bytes`` (everything, the mapped weights included); NaN where nothing
-    is measured, or the system does not tell. llama.cpp reserves the compute buffer for a full context, and
-    pages of it that were never used are not resident.
+    ``compute_bytes`` (llama.cpp's plan), ``weights_bytes``, ``predicted_bytes`` (cache + buffer); measured in
+    a fresh process for each length, which loads the model again: ``anonymous_bytes`` (what its own memory
+    grew by) and ``resident_bytes`` (all, with the mapped weights); NaN where nothing is measured, or the
+    system does not tell. Pages of the compute buffer that were never used are not resident.
+
+    What the stage's budget does not hold is cut, in this order: 1,024 tokens that fill a context, the
+    shortest lengths, 256 and 64 tokens, all lengths. The stage notes it.
     """
     import pandas as pd
 
-    shards = open_shards(path)
-    opened, rows = [replace(settings, n_ctx=n_ctx) for n_ctx in lengths], []
-    first = 0 if measured is None else len(opened) - measured
-    for number, (at, plan) in enumerate(zip(opened, plan_memory(shards.paths[0], opened), strict=True)):
-        types: dict[str, Any] = {"type_k": at.type_k, "type_v": at.type_v, "swa_full": at.swa_full}
-        kv = kv_cache_bytes(shards.headers[0], at.n_ctx, min(at.n_batch, at.n_ubatch), **types).total
-        plans = {"kv_bytes": kv, "kv_planned_bytes": plan["kv_bytes"], "compute_bytes": plan["compute_bytes"]}
-        whole = {"weights_bytes": weights_bytes(shards.as_one), "predicted_bytes": kv + plan["compute_bytes"]}
-        taken = {"anonymous_bytes": nan, "resident_bytes": nan}
-        if number >= first:
-            job = {"path": str(shards.paths[0]), "fill_tokens": fill_tokens, "settings": at.as_dict()}
-            taken = child.run(
-                "dfqs_nb.context.memory_child", job, where=path, timeout_seconds=TIMEOUT_SECONDS
-            )
-        rows.append({"n_ctx": at.n_ctx, **plans, **whole, **taken})
-    return pd.DataFrame(rows)
-
-
-def memory_within(model: Model, speed: PrefillSpeed, lengths: Sequence[int], stage: Stage) -> pd.DataFrame:
-    """`memory_table` of an opened (or closed) model, measured as far as the stage's budget allows.
-
-    Each length loads the model again. Cut in this order: 1,024 tokens that fill a context, the shortest
-    lengths, 256 and 64 tokens; then memory is only predicted. The stage notes the cuts.
-    """
     lengths = [n for n in lengths if n >= 256] or list(lengths)
     cuts = [{"fill": 1024}, *({"lengths": k} for k in range(len(lengths) - 1, 0, -1))]
     cuts += [{"fill": 256}, {"fill": 64}, {"lengths": 0}]
 
-    def cost(plan: dict[str, int]) -> float:
-        measured = lengths[len(lengths) - plan["lengths"] :]
-        return sum(model.load_seconds + speed.seconds(min(n, plan["fill"])) for n in measured)
+    def cost(cut: dict[str, int]) -> float:
+        measured = lengths[len(lengths) - cut["lengths"] :]
+        return sum(load_seconds + speed.seconds(min(n, cut["fill"])) for n in measured)
 
-    whole = {"lengths": len(lengths), "fill": min(4096, lengths[-1])}
-    plan = fit(whole, cuts, cost, 0.9 * stage.seconds_left)
-    n = plan.values["lengths"]
+    plan = fit({"lengths": len(lengths), "fill": 4096}, cuts, cost, 0.9 * stage.seconds_left).values
+    n, rows = plan["lengths"], []
     if n < len(lengths):
         stage.leave_out([f"memory of {n} of {len(lengths)} lengths" if n else "memory: not measured"])
-    return memory_table(model.path, lengths, model.settings, measured=n, fill_tokens=plan.values["fill"])
+    for needs, kv_planned in _planned(path, lengths, settings):
+        kv, compute, taken = needs.kv.total, needs.compute_bytes or 0, dict[str, float]()
+        if n and needs.n_ctx >= lengths[-n]:
+            opened = replace(settings, n_ctx=needs.n_ctx).as_dict()
+            job = {"path": str(path), "fill_tokens": plan["fill"], "settings": opened}
+            taken = child.run(
+                "dfqs_nb.context.memory_child", job, where=path, timeout_seconds=TIMEOUT_SECONDS
+            )
+        planned = {"kv_bytes": kv, "kv_planned_bytes": kv_planned, "compute_bytes": compute}
+        whole = {"weights_bytes": needs.weights_bytes, "predicted_bytes": kv + compute}
+        unknown = {"anonymous_bytes": nan, "resident_bytes": nan}
+        rows.append({"n_ctx": needs.n_ctx, **planned, **whole, **unknown, **taken})
+    return pd.DataFrame(rows)

@@ -1,7 +1,7 @@
 """Measure how a model's retrieval degrades with context: ask, resume, and what the answers say.
 
 A text is evaluated once and all its questions are asked from its saved state, where a check shows that this
-changes nothing (`check_reuse`). Else, and for probes of a single key, every question is evaluated afresh.
+changes nothing. Else, and for probes of a single key, every question is evaluated afresh.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfqs_nb.context.boundary import Boundary, Counts
+from dfqs_nb.context.boundary import Boundary, Counts, search_lengths
 from dfqs_nb.context.cost import RuntimeFailure
 from dfqs_nb.context.haystacks import N_STRATA, Case, Haystacks, Question, StandIn, frame_of
 from dfqs_nb.context.plan import Plan
-from dfqs_nb.context.search import search_lengths
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.files import parse_json
 from dfqs_nb.core.journal import Journal, holds, remembered
@@ -40,9 +39,6 @@ ITEM = {  # what an answer in it holds
 LEAST_CELL, USUAL_CELL = 10, 13  # questions in a cell of the depth figure
 
 
-# ---- asking ----
-
-
 class Asker:
     """Asks the open model. ``reuse``: evaluate a text once, and ask from its saved state."""
 
@@ -53,10 +49,9 @@ class Asker:
 
     def hold(self, body: tuple[int, ...]) -> int:
         """Take a text, and evaluate it if its state will be reused; the number of tokens evaluated."""
-        self._body = body
+        self._body, self._state = body, None  # one copy at a time
         if not self.reuse:
             return 0
-        self._state = None  # one copy at a time
         self.model.clear()
         self.model.decode(body)
         self._state = self.model.save()
@@ -81,12 +76,9 @@ class Asker:
         return raw.decode("utf-8", "replace").strip(), len(tokens) + n_answer
 
 
-# ---- the run ----
-
-
 @dataclass
 class Run:
-    """A measurement under way or done; ``items`` has one row a question, see `item_frame`."""
+    """A measurement under way or done."""
 
     plan: Plan
     reuse: ReuseCheck | None
@@ -112,13 +104,8 @@ class Run:
         rows = sum(row["n_evaluated"] for row in self.journal.rows())
         return int(rows) + (self.reuse.evaluated_tokens if self.reuse else 0)
 
-    @property
-    def ratio(self) -> float:
-        """Evaluated tokens in units of the plan's longest length x texts."""
-        return self.evaluated_tokens / (self.plan.longest * max(1, self.plan.n_haystacks))
-
     def counts(self) -> Counts:
-        """Counts of the first task, which the curve and the boundary are made of."""
+        """Counts of the curve's answers."""
         return Counts.of(self.retrieval)
 
     def curve(self) -> pd.DataFrame:
@@ -142,48 +129,6 @@ class Run:
         """The curve's answers by length and depth; see `depth_tiles`."""
         return depth_tiles(self.retrieval)
 
-    def conclusions(self) -> list[str]:
-        """What this run showed, in sentences made from its counts."""
-        counts, boundary, tasks = self.counts(), self.boundary(), self.tasks()
-        first, fall = self.plan.probe.tasks[0], counts.largest_fall()
-        lines = [f"Retrieval {boundary.sentence}."]
-        if fall:
-            ends = f"from {fall['start']:,} to {fall['end']:,} tokens"
-            limits = f"95 % interval {fall['low']:.0%} to {fall['high']:.0%}"
-            what = f"The largest fall of an octave is {fall['fall']:.0%} of the short-context ability"
-            lines.append(f"{what}, {ends} ({limits}).")
-        for task, rows in tasks.groupby("task", sort=False):
-            wrong, another = rows["wrong"].sum(), rows["another_key"].sum()
-            keys, right = self.plan.probe.needles, f"{rows['correct'].sum()} of {rows['n'].sum()} right"
-            name = "" if task == first else f", which the curve does not count (guess rate 1 in {keys})"
-            text = f"{str(task).capitalize()}{name}: {right}"
-            lines.append(f"{text}; {another} of {wrong} wrong answers are another key's.")
-        return lines
-
-    def facts(self) -> dict[str, Any]:
-        """What the stage file says of the run; the two metrics of DFQS 1.0 among it."""
-        counts, boundary, tasks = self.counts(), self.boundary(), self.tasks()
-        curve, measured = counts.curve(), boundary.status != "not measured"
-        planned = curve[curve["planned"]]
-        first = tasks[tasks["task"] == self.plan.probe.tasks[0]]
-        wrong = {name: int(first[name].sum()) for name in ("wrong", "another_key")}
-        return {
-            "tier": self.plan.probe.tier,
-            "context_stability_curve": planned["curve"].tolist(),
-            "failure_boundary_tokens": boundary.tokens if measured else None,
-            "curve": planned.to_dict("records"),
-            "refined": curve[~curve["planned"]].to_dict("records"),
-            "boundary": boundary.as_dict() if measured else None,
-            "not_measured": "" if measured else "; ".join(self.plan.left_out) or boundary.sentence,
-            "largest_fall": counts.largest_fall(),
-            "guess": {"rate": counts.guess_rate, "keys": self.plan.probe.needles, **wrong},
-            "tasks": tasks.to_dict("records"),
-            "runtime_failure": asdict(self.failure) if self.failure else None,
-            "budget_hit": self.budget_hit,
-            "evaluated_tokens": self.evaluated_tokens,
-            "seconds": round(self.seconds, 1),
-        }
-
     def hand_on(self, stage: Stage, conditions: dict[str, Any], losses: pd.DataFrame) -> list[str]:
         """Write ``long_context.json`` with its seal, and return its summary lines.
 
@@ -191,25 +136,46 @@ class Run:
             conditions: of the open model.
             losses: see `HeldOut.loss_by_position`.
         """
-        boundary, facts = self.boundary(), self.facts()
-        guess, lines = facts["guess"], [boundary.sentence]
-        if not facts["not_measured"]:
-            wrong = f"{guess['another_key']} of {guess['wrong']} wrong answers are another key's"
+        counts, boundary, tasks, keys = self.counts(), self.boundary(), self.tasks(), self.plan.probe.needles
+        curve, measured, lines = counts.curve(), boundary.status != "not measured", [boundary.sentence]
+        planned, first = curve[curve["planned"]], tasks[tasks["task"] == self.plan.probe.tasks[0]]
+        wrong, another = (int(first[name].sum()) for name in ("wrong", "another_key"))
+        if measured:
+            rate = (
+                f"guess rate {counts.guess_rate:.2f} ({another} of {wrong} wrong answers are another key's)"
+            )
             of = f"a_0 = {boundary.a_0:.2f}, threshold {boundary.threshold:.2f}, n = {boundary.n_items}"
-            lines.append(f"{of}, guess rate {guess['rate']:.2f} ({wrong})")
+            lines.append(f"{of}, {rate}")
+        if fall := counts.largest_fall():
+            what = f"the largest fall of an octave is {fall['fall']:.0%} of the short-context ability"
+            ends = f"from {fall['start']:,} to {fall['end']:,} tokens"
+            lines.append(f"{what}, {ends} (95 % interval {fall['low']:.0%} to {fall['high']:.0%})")
         stage.add(self.journal.path)
         stage.finish(
             conditions={**conditions, **self.plan.conditions()},
             summary=lines,
             model=stage.model,
-            **facts,
+            tier=self.plan.probe.tier,
+            context_stability_curve=planned["curve"].tolist(),
+            failure_boundary_tokens=boundary.tokens if measured else None,
+            curve=planned.to_dict("records"),
+            refined=curve[~curve["planned"]].to_dict("records"),
+            boundary=boundary.as_dict() if measured else None,
+            not_measured="" if measured else "; ".join(self.plan.left_out) or boundary.sentence,
+            largest_fall=fall,
+            guess={"rate": counts.guess_rate, "keys": keys, "wrong": wrong, "another_key": another},
+            tasks=tasks.to_dict("records"),
+            runtime_failure=asdict(self.failure) if self.failure else None,
+            budget_hit=self.budget_hit,
+            evaluated_tokens=self.evaluated_tokens,
+            seconds=round(self.seconds, 1),
             losses=losses.to_dict("records"),
         )
         return lines
 
 
 def item_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Journal rows that are answers, as a frame sorted by length, text, task and depth; columns: `ITEM`.
+    """The answers among a journal's rows, sorted by length, text, task and depth; columns: `ITEM`.
 
     ``another_key``: the answer is right for another key of the text.
     """
@@ -231,9 +197,7 @@ def _is_whole(row: dict[str, Any]) -> bool:
 def read_answers(folder: str | Path) -> list[pd.DataFrame]:
     """The answers that a folder's journal holds, a frame for each set of conditions, the newest first.
 
-    Raises:
-        OSError: it cannot be read.
-        ValueError: a line is not what a run writes.
+    Raises an `OSError` or, where a line is not what a run writes, a `ValueError`.
     """
     runs: dict[str, list[dict[str, Any]]] = {}
     for line in (Path(folder) / JOURNAL).read_bytes().splitlines():
@@ -246,10 +210,9 @@ def read_answers(folder: str | Path) -> list[pd.DataFrame]:
 
 
 def task_table(items: pd.DataFrame) -> pd.DataFrame:
-    """Every task at every length.
+    """By task and length: ``correct``, ``n``, ``accuracy`` with Wilson's ``low`` and ``high``, ``wrong``.
 
-    Columns ``task``, ``length``, ``correct``, ``n``, ``accuracy`` with Wilson's ``low`` and ``high``,
-    ``wrong``, and ``another_key``: wrong answers that are right for another key of the text.
+    And ``another_key``: wrong answers that are right for another key of the text.
     """
     correct = items["correct"].astype(bool)
     counted = items.assign(correct=correct, n=1, wrong=~correct, another_key=items["another_key"] & ~correct)
@@ -262,10 +225,9 @@ def task_table(items: pd.DataFrame) -> pd.DataFrame:
 
 
 def depth_tiles(items: pd.DataFrame) -> pd.DataFrame:
-    """Right answers by length and depth: columns ``length``, ``depth``, ``depth_end``, ``correct``, ``n``.
+    """Right answers by length and depth: ``length``, ``depth``, ``depth_end``, ``correct``, ``n``.
 
-    Depth is cut into up to five parts, fewer where there are few questions. Cells of fewer than 10 questions
-    are left out.
+    Depth has up to five parts, fewer where there are few questions; cells of fewer than 10 are left out.
     """
     n_least = int(items.groupby("length").size().min()) if len(items) else 0
     n_parts = max(1, min(N_STRATA, n_least // USUAL_CELL))
@@ -277,58 +239,49 @@ def depth_tiles(items: pd.DataFrame) -> pd.DataFrame:
 
 
 class _Measurement:
-    """Asks what the journal does not hold yet, text by text."""
+    """Asks what the journal does not hold yet, text by text, as long as the plan's budget allows."""
 
     def __init__(
-        self,
-        run: Run,
-        haystacks: Haystacks,
-        asker: Asker | StandIn,
-        n_ctx: int,
-        started: float,
-        planned: float,
+        self, run: Run, haystacks: Haystacks, asker: Asker | StandIn, n_ctx: int, began: float
     ) -> None:
-        self.run, self.haystacks, self.asker, self.n_ctx, self.started = run, haystacks, asker, n_ctx, started
-        # seconds of what was evaluated so far: by the plan, and really
-        self._planned, self._taken = planned, time.perf_counter() - started if planned else 0.0
+        self.run, self.haystacks, self.asker, self.n_ctx, self._began = run, haystacks, asker, n_ctx, began
+        self.planned = self.taken = 0.0  # seconds of what was evaluated so far: by the plan, and really
         self.bar = tqdm(total=run.plan.tokens(), unit="tok", unit_scale=True, desc="long context")
         self._measured: set[int] = set()
 
     def length(self, length: int, planned: bool) -> Counts | None:
         """Ask about all texts of a length; the counts of all lengths so far, or None to end the search."""
-        for number in range(self.run.plan.n_texts(length)):
-            if not self._text(number, length, planned):
-                return None
+        if not all(self._text(number, length, planned) for number in range(self.run.plan.n_texts(length))):
+            return None
         self._measured.add(length)
         items = self.run.retrieval
         return Counts.of(items[items["length"].isin(self._measured)])
 
     def _text(self, number: int, length: int, planned: bool) -> bool:
         """Ask the questions of a text that the journal does not hold; False where the run must end."""
-        case = self.haystacks.case(number, length, links=planned)
-        asked = f"{length}/{number}"
-        missing = [q for q in case.questions if f"{asked}/{q.name}" not in self.run.journal]
-        if not missing:
-            return True
-        if self._over_budget(length):
-            self.run.budget_hit = True
+        run, case, asked = self.run, self.haystacks.case(number, length, links=planned), f"{length}/{number}"
+        missing = [q for q in case.questions if f"{asked}/{q.name}" not in run.journal]
+        begun, cost = time.perf_counter(), run.plan.text_seconds(length)
+        slower = max(1.0, self.taken / self.planned) if self.planned else 1.0
+        # a plan without a speed costs NaN, which no budget is below
+        if missing and begun - self._began + slower * cost > run.plan.budget_seconds:
+            run.budget_hit = True
             return False
-        begun = time.perf_counter()
         try:
             self._ask(case, missing, planned)
         except DecodeError as error:
-            at = self.n_ctx if error.cause == "n_ctx" else length
-            self.run.failure = RuntimeFailure(min(at, length), error.cause, str(error))
+            at = min(length, self.n_ctx) if error.cause == "n_ctx" else length
+            run.failure = RuntimeFailure(at, error.cause, str(error))
             return False
-        self._taken += time.perf_counter() - begun
-        self._planned += self.run.plan.text_seconds(length) * len(missing) / len(case.questions)
+        self.taken += time.perf_counter() - begun
+        self.planned += cost * len(missing) / len(case.questions)
         return True
 
     def _ask(self, case: Case, questions: Sequence[Question], planned: bool) -> None:
-        n_held = self.asker.hold(case.body)
-        asked = f"{case.length}/{case.haystack}"
-        if n_held and f"{asked}/held" not in self.run.journal:
-            self.run.journal.add(f"{asked}/held", n_evaluated=n_held)
+        journal, asked = self.run.journal, f"{case.length}/{case.haystack}"
+        n_held = self.asker.hold(case.body) if questions else 0
+        if n_held and f"{asked}/held" not in journal:
+            journal.add(f"{asked}/held", n_evaluated=n_held)
         self.bar.update(n_held)
         for question in questions:
             started = time.perf_counter()
@@ -339,14 +292,8 @@ class _Measurement:
             row["another_key"], row["n_prompt"] = question.is_another(text), len(case.body + question.prompt)
             row["n_needles"], row["n_evaluated"] = case.n_needles, n_evaluated
             row["seconds"] = round(time.perf_counter() - started, 4)
-            self.run.journal.add(f"{asked}/{question.name}", **row)
+            journal.add(f"{asked}/{question.name}", **row)
             self.bar.update(n_evaluated)
-
-    def _over_budget(self, length: int) -> bool:
-        plan, spent = self.run.plan, time.perf_counter() - self.started
-        slower = max(1.0, self._taken / self._planned) if self._planned else 1.0
-        # never, without a speed (NaN)
-        return spent + slower * plan.text_seconds(length) > plan.budget_seconds
 
 
 def measure(
@@ -357,47 +304,45 @@ def measure(
     model_sha256: str = "",
     predicted: RuntimeFailure | None = None,
     fresh: bool = False,
-    reuse_tolerance: float = TOLERANCE,
 ) -> Run:
     """Ask all questions of a plan, or those that the folder's journal does not hold yet.
 
     Args:
         model: open, with a context that holds the longest length; or what is asked in its place.
-        plan: see `make_plan`.
         folder: receives ``long_context_items.jsonl``.
         model_sha256: identity of the model's file, one of the conditions of every item.
         predicted: a length that memory will not hold (`predict_failure`): it bounds the grid.
         fresh: measure again what the journal holds.
-        reuse_tolerance: of a logit, within which asking from a saved state counts as equal to asking afresh.
     """
-    started, planned = time.perf_counter(), 0.0
+    began, planned = time.perf_counter(), 0.0
     haystacks = Haystacks(frame_of(model, plan.probe), plan.probe, plan.grid[0])
     reuse, conditions = None, {**model.conditions(), "model_sha256": model_sha256}
     if plan.reuse and plan.n_haystacks and isinstance(model, Model):
         case, (n_tokens, n_questions) = haystacks.case(0, plan.grid[0]), plan.check
-        prompts = [question.prompt for question in case.questions[:n_questions]]
 
         def check() -> dict[str, Any]:
             nonlocal planned
             planned = plan.check_seconds
-            return asdict(check_reuse(model, case.body[:n_tokens], prompts, reuse_tolerance))
+            prompts = [question.prompt for question in case.questions[:n_questions]]
+            return asdict(check_reuse(model, case.body[:n_tokens], prompts, TOLERANCE))
 
         # kept, because a slow model takes minutes for it
-        about = {**conditions, **plan.conditions(), "tolerance": reuse_tolerance}
+        about = {**conditions, **plan.conditions(), "tolerance": TOLERANCE}
         reuse = ReuseCheck(**remembered(Path(folder) / REUSE, about, check, fresh=fresh))
-        if not reuse.allowed:
-            plan = replace(plan, reuse=False, rounds=0)
+        plan = plan if reuse.allowed else replace(plan, reuse=False, rounds=0)
     conditions |= plan.conditions()
     journal = Journal(Path(folder) / JOURNAL, conditions, fresh=fresh, whole=_is_whole)
     plan = plan if predicted is None else plan.up_to(max(plan.grid[0], predicted.length - 1))
     run = Run(plan, reuse, journal, failure=predicted, budget_hit=not plan.n_haystacks)
     asker = Asker(model, plan.reuse) if isinstance(model, Model) else model
-    measurement = _Measurement(run, haystacks, asker, model.settings.n_ctx, started, planned)
+    measurement = _Measurement(run, haystacks, asker, model.settings.n_ctx, began)
+    if planned:
+        measurement.planned, measurement.taken = planned, time.perf_counter() - began
     try:
         if plan.n_haystacks:
-            search_lengths(measurement.length, plan.grid, rounds=plan.rounds, in_a_row=plan.in_a_row)
+            search_lengths(measurement.length, plan.grid, plan.rounds)
     finally:
         measurement.bar.close()
         model.clear()
-    run.seconds = time.perf_counter() - started
+    run.seconds = time.perf_counter() - began
     return run

@@ -6,16 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import PercentFormatter
 
-from dfqs_nb.core.figures import (
-    BYTES,
-    INK,
-    PALETTE,
-    new_axes,
-    set_title,
-    share_axis,
-    token_axis,
-    whiskers,
-)
+from dfqs_nb.core import figures as core
+from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, token_axis, whiskers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,42 +26,34 @@ def _nothing(what: str, ax: Axes | None) -> Axes:
     return ax
 
 
-def context_curve(
-    curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None = None, label: str = ""
-) -> Axes:
+def context_curve(curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None = None) -> Axes:
     """Accuracy by context length with its intervals, the non-increasing fit, the threshold and the boundary.
 
+    Lengths that were not planned are drawn hollow.
+
     Args:
-        curve: columns ``length`` (tokens), ``planned``, ``n``, ``accuracy``, ``low``, ``high`` and ``fit``.
-            Lengths that were not planned are drawn hollow.
-        boundary: ``Boundary.as_dict()``.
-        label: of the model, where several share the axes.
+        curve: see `Counts.curve`. boundary: ``Boundary.as_dict()``.
     """
     if curve.empty:
         return _nothing("Retrieval by length", ax)
-    first = ax is None or not ax.lines
     ax = new_axes(ax, 3.6)
-    colour = PALETTE[0] if first else PALETTE[5]
     for planned, part in curve.groupby("planned"):
-        style: dict[str, Any] = {"fmt": "o", "color": colour, "capsize": 3, "linewidth": 1, "zorder": 3}
-        style |= {"markerfacecolor": colour if planned else "white", "label": label if planned else None}
+        style = {**LINE, "fmt": "o", "zorder": 3, "markerfacecolor": PALETTE[0] if planned else "white"}
         ax.errorbar(part["length"], part["accuracy"], yerr=whiskers(part, "accuracy"), **style)
-    ax.plot(curve["length"], curve["fit"], color=colour, linewidth=1, alpha=0.7)
+    ax.plot(curve["length"], curve["fit"], color=PALETTE[0], linewidth=1, alpha=0.7)
     shortest = curve["length"].min()
     for name in ("threshold", "guess_rate"):
         _level(ax, boundary[name], shortest, f"{name.replace('_', ' ')} {boundary[name]:.2f}")
     if boundary["status"] == "measured":
         right = boundary["high"] or curve["length"].max()
-        ax.axvspan(boundary["low"] or shortest, right, color=colour, alpha=0.13, linewidth=0)
-        ax.axvline(boundary["tokens"], color=colour, linewidth=1.2, linestyle="--")
+        ax.axvspan(boundary["low"] or shortest, right, color=PALETTE[0], alpha=0.13, linewidth=0)
+        ax.axvline(boundary["tokens"], color=PALETTE[0], linewidth=1.2, linestyle="--")
     token_axis(ax, curve.loc[curve["planned"], "length"], "context (tokens)")
     ax.set_ylim(-0.03, 1.05)
     least, most = curve["n"].min(), curve["n"].max()
-    share_axis(ax.yaxis, f"right answers (n = {least}{'' if least == most else f' to {most}'} a length)")
-    if label:
-        ax.legend(frameon=False, fontsize=8, loc="lower left")
-    if first:
-        set_title(ax, _boundary_title(boundary))
+    n = f"{least}" if least == most else f"{least} to {most}"
+    core.share_axis(ax.yaxis, f"right answers (n = {n} a length)")
+    set_title(ax, _boundary_title(boundary))
     return ax
 
 
@@ -93,33 +77,24 @@ def _boundary_title(boundary: dict[str, Any]) -> str:
         return f"Retrieval holds to the longest context measured, {boundary['tokens']:,} tokens"
     high = "open" if boundary["high"] is None else f"{boundary['high']:,}"
     what = "Retrieval fails" if boundary["cause"] == "quality" else f"The context ends ({boundary['cause']})"
+    interval = f"95 % interval {boundary['low'] or 0:,} to {high}"
     provisional = "; provisional" if boundary["provisional"] else ""
-    return (
-        f"{what} at {boundary['tokens']:,} tokens "
-        f"(95 % interval {boundary['low'] or 0:,} to {high}{provisional})"
-    )
+    return f"{what} at {boundary['tokens']:,} tokens ({interval}{provisional})"
 
 
 def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """A tile for each length and depth: the share of right answers, with its count.
-
-    Args:
-        tiles: columns ``length``, ``depth`` and ``depth_end`` (edges, 0 to 1), ``correct`` and ``n``.
-    """
+    """A tile for each length and depth: the share of right answers, with its count (see `depth_tiles`)."""
     if tiles.empty:
         return _nothing("Retrieval by depth (fewer than 10 questions a length)", ax)
-    strata = [
-        f"{start:.0%} to {end:.0%}" for start, end in zip(tiles["depth"], tiles["depth_end"], strict=True)
-    ]
-    ax = _tiles(tiles.assign(row=strata).sort_values("depth"), "correct", ax)
+    strata = [f"{a:.0%} to {b:.0%}" for a, b in zip(tiles["depth"], tiles["depth_end"], strict=True)]
+    tiles = tiles.assign(row=strata).sort_values("depth")
+    ax = _tiles(tiles, "correct", ax)
     ax.set_xlabel("context (tokens); cells with fewer than 10 questions are left out")
     ax.set_ylabel("depth of the key")
-    shares = tiles.assign(row=strata).groupby("row")[["correct", "n"]].sum().eval("correct / n")
+    shares = tiles.groupby("row")[["correct", "n"]].sum().eval("correct / n")
     best, worst = shares.idxmax(), shares.idxmin()
-    set_title(
-        ax,
-        f"Keys {best} deep are found best ({shares[best]:.0%}), {worst} worst ({shares[worst]:.0%})",
-    )
+    found = f"{best} deep are found best ({shares[best]:.0%}), {worst} worst ({shares[worst]:.0%})"
+    set_title(ax, f"Keys {found}")
     return ax
 
 
@@ -157,12 +132,7 @@ def _tiles(table: pd.DataFrame, right: str, ax: Axes | None) -> Axes:
 
 
 def loss_by_position(losses: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Loss along held-out texts, with the entropy of their source.
-
-    Args:
-        losses: columns ``start``, ``end`` (tokens), ``texts``, ``loss`` (nats a token), ``low``, ``high`` and
-            ``source``.
-    """
+    """Loss along held-out texts, with the entropy of their source; see `HeldOut.loss_by_position`."""
     if losses.empty:
         return _nothing("Loss by position", ax)
     ax = new_axes(ax)
@@ -182,22 +152,17 @@ def _loss_title(losses: pd.DataFrame) -> str:
     best, last = losses.loc[losses["high" if known else "loss"].idxmin()], losses.iloc[-1]
     if last["start"] == best["start"]:
         return f"Loss is lowest at the end of the context, {last['loss']:.2f} nats a token"
-    text = (
-        f"Loss rises from {best['loss']:.2f} at {best['start']:,.0f} tokens to {last['loss']:.2f} "
-        f"beyond {last['start']:,.0f}"
+    ends = (
+        f"{best['loss']:.2f} at {best['start']:,.0f} tokens to {last['loss']:.2f} beyond {last['start']:,.0f}"
     )
+    text = f"Loss rises from {ends}"
     if not known:
         return f"{text} (too few texts for intervals)"
     return text if last["low"] > best["high"] else f"{text} (intervals overlap)"
 
 
 def cost_by_length(costs: pd.DataFrame, memory: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Prefill speed by depth and memory by context length, side by side in one figure.
-
-    Args:
-        costs: columns ``depth`` (tokens) and ``tokens_per_second``.
-        memory: columns ``n_ctx``, ``kv_bytes``, ``predicted_bytes`` and ``anonymous_bytes`` (measured).
-    """
+    """Prefill speed by depth (`PrefillSpeed.table`) beside memory by context length (`memory_table`)."""
     ax = new_axes(ax, 3.2)
     for column, form, colour, name in (
         ("anonymous_bytes", "o-", PALETTE[5], "measured, all of the process"),
@@ -205,52 +170,24 @@ def cost_by_length(costs: pd.DataFrame, memory: pd.DataFrame, ax: Axes | None = 
         ("kv_bytes", "^:", PALETTE[2], "predicted, cache alone"),
     ):
         ax.plot(memory["n_ctx"], memory[column], form, color=colour, label=name)
-    ax.yaxis.set_major_formatter(BYTES)
+    ax.yaxis.set_major_formatter(core.BYTES)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("memory beside the weights")
     right = _right_axis(ax, "prefill (tokens a second)", costs["tokens_per_second"], "#666666")
     speed: dict[str, Any] = {"color": PALETTE[7], "linewidth": 2, "label": "prefill speed"}
     right.plot(costs["depth"], costs["tokens_per_second"], **speed)
     token_axis(ax, memory["n_ctx"], "context, or depth (tokens)")
-    lines = [*ax.get_lines(), *right.get_lines()]
+    lines, below = [*ax.get_lines(), *right.get_lines()], (0.5, -0.2)
     labels = [str(line.get_label()) for line in lines]
-    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
-    ax.legend(handles=lines, labels=labels, frameon=False, fontsize=8, **below)
+    ax.legend(lines, labels, frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=below)
     seen = memory.dropna(subset=["anonymous_bytes"])
     if len(seen) < 2:
         set_title(ax, "Predicted memory of a context; the growth was not measured")
         return ax
     grown = seen[["anonymous_bytes", "predicted_bytes"]].iloc[-1] - seen.iloc[0]
     times = seen["n_ctx"].iloc[-1] / seen["n_ctx"].iloc[0]
-    set_title(
-        ax,
-        f"{times:,.0f} times the context takes {grown['anonymous_bytes'] / 1e6:,.1f} MB more memory "
-        f"(predicted: {grown['predicted_bytes'] / 1e6:,.1f} MB)",
-    )
-    return ax
-
-
-def flash_cache(cache: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """The cache of the real model with and without the window, beside its card.
-
-    Args:
-        cache: columns ``n_ctx``, ``swa_window``, ``swa_full`` and ``card`` (bytes, NaN where silent).
-    """
-    ax = new_axes(ax)
-    for column, form, colour, name in (
-        ("swa_window", "o-", PALETTE[0], "swa_full=False"),
-        ("swa_full", "s--", PALETTE[5], "swa_full=True, llama.cpp's default"),
-        ("card", "D", INK, "the card"),
-    ):
-        ax.plot(cache["n_ctx"], cache[column], form, color=colour, markersize=6, label=name)
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(BYTES)
-    ax.set_ylabel("KV cache (f16)")
-    token_axis(ax, cache["n_ctx"], "context (tokens)")
-    ax.legend(frameon=False, fontsize=8)
-    last = cache.iloc[-1]
-    times = last["swa_full"] / last["swa_window"]
-    set_title(ax, f"At {last['n_ctx']:,.0f} tokens swa_full=True makes the cache {times:.1f} times larger")
+    more, predicted = (f"{grown[name] / 1e6:,.1f} MB" for name in ("anonymous_bytes", "predicted_bytes"))
+    set_title(ax, f"{times:,.0f} times the context takes {more} more memory (predicted: {predicted})")
     return ax
 
 
@@ -258,8 +195,7 @@ def routing_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes
     """Overlap of expert usage with the beginning of the context, and the router's margin.
 
     Args:
-        positions: columns ``start``, ``end`` (tokens), ``choices``, ``overlap``, ``low``, ``high``
-            (range over halves of the texts), ``chance`` and ``margin_median``.
+        positions: see `usage_by_position`.
     """
     if positions.empty:
         return _nothing("Routing by position (of a model with routed experts)", ax)
@@ -278,9 +214,6 @@ def routing_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes
     ax.legend(frameon=False, fontsize=8, loc="lower left")
     ax.set_ylim(max(0, overlap.min() - 0.15), min(1.02, overlap.max() + 0.08))
     last = positions.iloc[-1]
-    set_title(
-        ax,
-        f"Beyond {last['start']:,.0f} tokens, expert usage overlaps the start's by {last['overlap']:.0%} "
-        f"(by chance: {last['chance']:.0%})",
-    )
+    what = f"expert usage overlaps the start's by {last['overlap']:.0%} (by chance: {last['chance']:.0%})"
+    set_title(ax, f"Beyond {last['start']:,.0f} tokens, {what}")
     return ax

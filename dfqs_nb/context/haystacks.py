@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice, product
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.prompts import PromptSet, load_prompts
@@ -28,19 +28,11 @@ DRAWS = 20  # sentences that may be too long in a row before a text counts as fu
 
 
 class Probe(PromptSet):
-    """The wording of a long-context probe.
+    """The wording of a long-context probe: templates with ``{key}``, ``{code}``, ``{name}`` and other slots.
 
-    Attributes:
-        seed: of everything that is drawn.
-        tasks: names of the questions for a key, and of those that take two hops.
-        intro, joint: text before the haystack, and between it and a question.
-        sentences, slots: filler, and the words drawn into its ``{slots}``.
-        needle, question, answer_prefix, answer: templates with ``{key}`` and ``{code}``.
-        link, link_question, link_answer_prefix: the two-hop task; a ``{name}`` leads to a ``{key}``.
-        keys: two lists of words that make the names of the keys; none for a single nameless key.
-        guards: names for the two-hop task.
-        needles: K, the keys in a text of any length.
-        whole_answer: the answer must be exactly the expected one; else it must begin with it.
+    ``needles`` is K, the keys in a text of any length. ``keys``: two lists of words that make their names, or
+    none for a single key. ``link``: the two-hop task, in which a name of ``guards`` leads to a key. ``joint``
+    stands between text and question. Without ``whole_answer``, an answer need only begin with the right one.
     """
 
     seed: int
@@ -63,19 +55,12 @@ class Probe(PromptSet):
     whole_answer: bool
 
 
-# ---- texts and questions ----
-
-
 @dataclass(frozen=True)
 class Question:
-    """A question about a haystack.
+    """A question about a haystack; ``name`` is unique in its text.
 
-    Attributes:
-        name: unique in its text.
-        depth: where its fact begins, from 0 (the beginning of the haystack) to 1.
-        prompt: the tokens that are evaluated after the haystack.
-        expected, others: the right answer, and those for the text's other keys.
-        whole: the answer must be ``expected`` and nothing more; else it must begin with it.
+    ``depth``: where its fact begins, 0 to 1. ``prompt``: the tokens after the haystack. ``others``: the right
+    answers for the text's other keys. ``whole``: see `Probe`.
     """
 
     name: str
@@ -132,25 +117,9 @@ class Frame:
         return tuple(self.tokenize(text, special=False))
 
 
-class StandIn(Protocol):
-    """A stand-in for an open `Model`, such as a server; shared attributes mean the same.
-
-    ``around``: what its chat template puts before and after a message. ``settings`` has its ``n_ctx``.
-    """
-
-    around: tuple[str, str]
-    settings: Any
-
-    def tokenize(self, text: str, *, special: bool = True) -> Sequence[int]: ...  # noqa: D102
-    def with_bos(self, tokens: Sequence[int]) -> Sequence[int]: ...  # noqa: D102
-    def conditions(self) -> dict[str, Any]: ...  # noqa: D102
-    def clear(self) -> None: ...  # noqa: D102
-
-    def hold(self, body: tuple[int, ...]) -> int:
-        """Take a text; the number of tokens evaluated for it."""
-
-    def ask(self, question: Question) -> tuple[str, int]:
-        """The greedy answer to a question about that text, and the tokens evaluated for it."""
+# What is asked in the place of an open `Model`, such as a server. It has a model's `tokenize`, `with_bos`,
+# `conditions`, `clear` and `settings.n_ctx`, what `around` gives, and `hold` and `ask` as `curve.Asker`.
+StandIn = Any
 
 
 def frame_of(model: Model | StandIn, probe: Probe) -> Frame:
@@ -169,11 +138,7 @@ def around(model: Model) -> tuple[str, str]:
 
 
 def probe_of(name: str) -> Probe:
-    """A probe by its name, or by its tier (``"nano"``, ``"standard"``).
-
-    Raises:
-        PromptError: there is no such probe.
-    """
+    """A probe by its name or tier; a `PromptError` says that there is none."""
     return load_prompts(PROBES.get(name, name), Probe)
 
 
@@ -191,28 +156,23 @@ def sentences(probe: Probe, draw: random.Random) -> Iterator[str]:
         yield text[0].upper() + text[1:]
 
 
-@dataclass(frozen=True)
-class _Fact:
-    """A sentence to be found: where it should begin (0 to 1), and the words in it."""
+class _Fact(NamedTuple):
+    """A sentence to be found: where it should begin (0 to 1), the words in it, and whether it is a link."""
 
     target: float
-    kind: str
     words: dict[str, str]
     text: str
+    link: bool = False
 
 
 class Haystacks:
-    """All texts of a probe for one model.
-
-    Raises:
-        PromptError: a context of ``shortest`` tokens cannot hold the keys.
-    """
+    """All texts of a probe for one model; a `PromptError`: ``shortest`` tokens cannot hold the keys."""
 
     def __init__(self, frame: Frame, probe: Probe, shortest: int | None = None) -> None:
         self.frame, self.probe = frame, probe
         if shortest is not None and shortest < self.least_tokens():
-            hint = f"use lengths from {self.least_tokens()} tokens on"
-            raise PromptError(f"{shortest} tokens cannot hold the keys of {probe.name}", hint=hint)
+            what, least = f"{shortest} tokens cannot hold the keys of {probe.name}", self.least_tokens()
+            raise PromptError(what, hint=f"use lengths from {least} tokens on")
 
     def case(self, number: int, length: int, links: bool = True) -> Case:
         """The text of this number at this length, with its questions; ``links``: the two-hop one too."""
@@ -221,7 +181,7 @@ class Haystacks:
         room = length - len(self.frame.head) - self.question_tokens() - self._extra_first(facts)
         filler = self._filler(draw, room - sum(map(self._size, (fact.text for fact in facts))))
         tokens, starts = self._laid_out(facts, filler, room)
-        asked = [fact for fact in facts if links or fact.kind == "needle"]
+        asked = [fact for fact in facts if links or not fact.link]
         questions = [self._question(fact, starts[fact.text] / max(1, len(tokens)), facts) for fact in asked]
         body = self.frame.head + tuple(tokens)
         return Case(number, length, body, tuple(questions), self.probe.needles)
@@ -239,14 +199,12 @@ class Haystacks:
         return max(map(len, tails)) + self._size(probe.answer.format(**words))
 
     def least_tokens(self) -> int:
-        """Tokens of the shortest context that holds every fact, a sentence beside each, and a question."""
+        """Tokens of the shortest context that holds every fact, and sentences beside them."""
         words, probe = self._longest_words(), self.probe
         facts = probe.needles * self._size(probe.needle.format(**words))
         facts += self._size(probe.link.format(**words)) if probe.link else 0
         beside = 12 * probe.needles if probe.needles > 1 else 0
         return len(self.frame.head) + self.question_tokens() + facts + beside
-
-    # -- what is hidden --
 
     def _facts(self, number: int, draw: random.Random) -> list[_Fact]:
         """The keys of a text in strata of depth, and the link of its two-hop question."""
@@ -258,10 +216,10 @@ class Haystacks:
             words = {"key": key, "code": f"{code:0{probe.code_digits}}"}
             stratum = (number * probe.needles + i) % n_strata
             target = (stratum + draw.random()) / n_strata
-            facts.append(_Fact(target, "needle", words, probe.needle.format(**words)))
+            facts.append(_Fact(target, words, probe.needle.format(**words)))
         if probe.link:
             words = {**draw.choice(facts).words, "name": draw.choice(probe.guards)}
-            facts.append(_Fact(draw.random(), "link", words, probe.link.format(**words)))
+            facts.append(_Fact(draw.random(), words, probe.link.format(**words), link=True))
         return sorted(facts, key=lambda fact: fact.target)
 
     def _filler(self, draw: random.Random, room: int) -> list[str]:
@@ -285,35 +243,23 @@ class Haystacks:
             while waiting and waiting[0].target * room <= len(tokens) + half:
                 fact = waiting.pop(0)
                 starts[fact.text] = len(tokens)
-                tokens += self._joined(fact.text, tokens)
-            tokens += self._joined(text, tokens) if text else ()
+                tokens += self.frame.text((" " if tokens else "") + fact.text)
+            tokens += self.frame.text((" " if tokens else "") + text) if text else ()
         return tokens, starts
 
     def _question(self, fact: _Fact, depth: float, facts: Sequence[_Fact]) -> Question:
-        probe, link = self.probe, fact.kind == "link"
+        probe, link = self.probe, fact.link
         wording = probe.link_question if link else probe.question
         prefix = probe.link_answer_prefix if link else probe.answer_prefix
-        expected = probe.answer.format(**fact.words)
-        answers = {probe.answer.format(**other.words) for other in facts} - {expected}
-        return Question(
-            name=fact.words["key"] + "/guard" if link else fact.words["key"] or "key",
-            task=probe.tasks[link],
-            depth=depth,
-            prompt=self._tail(wording, prefix, fact.words),
-            expected=expected,
-            others=tuple(sorted(answers)),
-            whole=probe.whole_answer,
-            max_tokens=self._size(expected) + (ANSWER_SPARE if probe.whole_answer else 1),
-        )
-
-    # -- tokens --
+        expected, key = probe.answer.format(**fact.words), fact.words["key"]
+        others = {probe.answer.format(**other.words) for other in facts} - {expected}
+        prompt = self._tail(wording, prefix, fact.words)
+        most = self._size(expected) + (ANSWER_SPARE if probe.whole_answer else 1)
+        about = (depth, prompt, expected, tuple(sorted(others)), probe.whole_answer, most)
+        return Question(f"{key}/guard" if link else key or "key", probe.tasks[link], *about)
 
     def _size(self, text: str) -> int:
         return len(self.frame.text(" " + text))
-
-    def _joined(self, text: str, before: Sequence[int]) -> tuple[int, ...]:
-        """Tokens of a sentence after others: a blank between two."""
-        return self.frame.text((" " if before else "") + text)
 
     def _extra_first(self, facts: Sequence[_Fact]) -> int:
         """Tokens that a sentence may take more at the very beginning, without the blank before it."""

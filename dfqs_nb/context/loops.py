@@ -1,15 +1,14 @@
 """Long answers: how many fall into a repeat, where, and for how long.
 
-DeepSeek-V4-Flash is reported to do so in long agent chats: blocks of markup, sentences or single words come
-back until the token limit, with llama.cpp (ggml-org/llama.cpp#26694) and, by a comment there, elsewhere.
+DeepSeek-V4-Flash is reported to do so in long agent chats (ggml-org/llama.cpp#26694).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +19,7 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.generate import Sampling, chat
-from dfqs_nb.llama.model import Model, open_model
+from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.llama.timing import probe
 from dfqs_nb.stats import wilson
@@ -41,9 +40,9 @@ class Requests(PromptSet):
 class Loop(NamedTuple):
     """A block of ``period`` tokens that follows itself, from ``start`` on, for ``length`` tokens in all."""
 
-    start: int
-    period: int
-    length: int
+    start: float = nan
+    period: float = nan
+    length: float = nan
 
 
 def first_loop(tokens: Sequence[int]) -> Loop | None:
@@ -54,8 +53,7 @@ def first_loop(tokens: Sequence[int]) -> Loop | None:
     >>> first_loop([7, 8, 9] + [1, 2] * 40 + [5])
     Loop(start=3, period=2, length=80)
     """
-    ids = np.asarray(tokens)
-    loops = []
+    ids, loops = np.asarray(tokens), []
     for period in range(1, len(ids) // LEAST_TIMES + 1):
         same = np.concatenate([[False], ids[period:] == ids[:-period], [False]])
         edges = np.flatnonzero(np.diff(same.astype(np.int8)))
@@ -82,17 +80,17 @@ class LoopRun:
         ``long``: answers that reach the token limit; ``looped``: those of them with a loop; ``rate`` (NaN
         without a long answer) with its interval; medians of the first loop's numbers.
         """
-        columns = ["cache", "temperature", "ended", *Loop._fields]  # also where there are no answers
-        items = self.items.reindex(columns=columns)
+        groups = ["cache", "temperature"]
+        items = self.items.reindex(
+            columns=[*groups, "ended", *Loop._fields]
+        )  # also where there are no answers
         items["long"] = ~items["ended"].astype(bool)
         items["looped"] = items["long"] & items["start"].notna()
-        groups = ["cache", "temperature"]
         table = items.groupby(groups, sort=False)[["long", "looped"]].sum().astype(int)
         table.insert(0, "asked", items.groupby(groups).size())
         low, high = wilson(table["looped"], table["long"])
         table = table.assign(rate=table["looped"] / table["long"], low=low, high=high)
-        loops = items[items["looped"]].groupby(groups)[list(Loop._fields)].median()
-        return table.join(loops).reset_index()
+        return table.join(items[items["looped"]].groupby(groups)[list(Loop._fields)].median()).reset_index()
 
 
 def measure_loops(
@@ -119,57 +117,40 @@ def measure_loops(
 
     Raises:
         DfqsError: a temperature is below 0 or no number. ModelError: llama.cpp does not take a cache type.
-        DecodeError: llama.cpp fails.
     """
     import pandas as pd
 
     requests, began = load_prompts(NAME, Requests), time.monotonic()
-    # a condition given twice would count its answers twice
-    temperatures, opened = list(dict.fromkeys(temperatures)), dict[str, OpenSettings]()
-    for cache in cache_types:  # each is checked before the first is asked
-        opened[cache] = replace(settings, type_k=cache, type_v=cache, flash_attn=True)
+    # each cache type is checked before the first is asked; a condition given twice counts once
+    opened = {cache: replace(settings, type_k=cache, type_v=cache, flash_attn=True) for cache in cache_types}
     if odd := [it for it in temperatures if not 0 <= it < inf]:
         raise DfqsError(f"the temperature {odd[0]:g}", hint="give 0 or more: --temperature 0,1")
-    turns = [(n, t) for n in range(min(n_answers, len(requests.prompts))) for t in temperatures]
+    numbers, warmths = range(min(n_answers, len(requests.prompts))), dict.fromkeys(temperatures)
+    turns = [(number, temperature) for number in numbers for temperature in warmths]
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
     identity = ""  # read once: a large file takes minutes
     for at, cache in enumerate(opened):
-        deadline = began + budget_seconds * (at + 1) / len(opened)
+        before, deadline = len(rows), began + budget_seconds * (at + 1) / len(opened)
         with open_model(path, opened[cache]) as model:
             made = {**model.conditions(), **requests.identity(), "n_tokens": n_tokens}
             identity = identity or model.sha256()
             made |= {"model": identity, "sampling": asdict(Sampling())}
             journal = Journal(Path(folder) / JOURNAL, made, fresh=fresh and at == 0)
-            answered = _answers(
-                model, journal, requests.prompts, tqdm(turns, leave=False), n_tokens, deadline
-            )
-            part = [{"cache": cache, **row} for row in answered]
-        rows += part
-        if len(part) < len(turns):
-            left_out.append(f"{len(turns) - len(part)} of {len(turns)} answers with a {cache} cache")
+            slowest = probe(model).seconds(0, n_tokens)
+            for number, temperature in tqdm(turns, leave=False):
+                key, started = f"{temperature}/{number}", time.monotonic()
+                if key not in journal:
+                    if started + slowest > deadline:
+                        continue
+                    answer = chat(
+                        model, requests.prompts[number], n_tokens, Sampling(temperature, seed=number)
+                    )
+                    slowest = max(slowest, time.monotonic() - started)
+                    journal.add(key, tokens=answer.token_ids, ended=answer.finish_reason != "length")
+                tokens, loop = journal[key]["tokens"], first_loop(journal[key]["tokens"]) or Loop()
+                row = {"cache": cache, "temperature": temperature, "number": number, "n_tokens": len(tokens)}
+                rows.append({**row, "ended": journal[key]["ended"], **loop._asdict()})
+        if missing := before + len(turns) - len(rows):
+            left_out.append(f"{missing} of {len(turns)} answers with a {cache} cache")
     return LoopRun(pd.DataFrame(rows), tuple(left_out))
-
-
-def _answers(
-    model: Model,
-    journal: Journal,
-    prompts: Sequence[str],
-    turns: Iterable[tuple[int, float]],
-    n_tokens: int,
-    deadline: float,
-) -> Iterator[dict[str, Any]]:
-    """Rows of answers from the journal, or asked now as long as the next is expected to end in time."""
-    slowest = probe(model).seconds(0, n_tokens)
-    for number, temperature in turns:
-        key, started = f"{temperature}/{number}", time.monotonic()
-        if key not in journal:
-            if started + slowest > deadline:
-                continue
-            answer = chat(model, prompts[number], n_tokens, Sampling(temperature, seed=number))
-            slowest = max(slowest, time.monotonic() - started)
-            journal.add(key, tokens=answer.token_ids, ended=answer.finish_reason != "length")
-        tokens, ended = journal[key]["tokens"], journal[key]["ended"]
-        row = {"temperature": temperature, "number": number, "n_tokens": len(tokens), "ended": ended}
-        loop = first_loop(tokens)
-        yield row | (loop._asdict() if loop else dict.fromkeys(Loop._fields, float("nan")))

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import combinations, islice
 from math import inf, log, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +15,12 @@ import numpy as np
 
 from dfqs_nb.context.haystacks import Frame, Haystacks, Probe, frame_of, sentences
 from dfqs_nb.context.plan import Plan
-from dfqs_nb.context.routing import usage_by_position
 from dfqs_nb.core.budget import fit
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.facts import tokenizer
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing import RecordedModel, Trace, open_recorded
+from dfqs_nb.routing import RecordedModel, Trace, expert_counts, open_recorded
 from dfqs_nb.stats import mean_interval
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 CHUNK_TOKENS = 128  # evaluated at once, so that logits take little memory
 LOGIT_SECONDS = 3e-8  # that a logit takes to become a probability, measured on one core
 FIRST_BAND = 32  # tokens before it belong to the chat template
+N_SENTENCES = 2000  # that the source's entropy is estimated from
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,9 @@ class HeldOut:
     source: float
 
     def loss_by_position(self) -> pd.DataFrame:
-        """Mean loss in bands of position.
+        """Mean loss by bands of position, ``start`` to ``end``, with ``texts``, ``tokens`` and ``source``.
 
-        Columns ``start``, ``end`` (tokens), ``texts``, ``tokens``, ``loss`` (nats a token), ``low``,
-        ``high``: 95 % interval from a bootstrap over texts, and ``source``.
+        ``loss`` is in nats; ``low`` to ``high``: 95 % interval from a bootstrap over texts.
         """
         import pandas as pd
 
@@ -77,15 +76,12 @@ def read_held_out(
     settings: OpenSettings,
     probe: Probe,
     n_tokens: int,
-    n_texts: int = 6,
+    n_texts: int,
     budget_seconds: float = inf,
 ) -> HeldOut:
     """Evaluate held-out texts, with a recorder on the routers.
 
     No text is begun that is not expected to end in the budget. A single text counts as none.
-
-    Raises:
-        DecodeError: a text does not fit the context.
     """
     began, slowest = time.monotonic(), 0.0
     with open_recorded(path, settings, trial=False) as recorded:
@@ -100,10 +96,8 @@ def read_held_out(
             traces.append(recorded.trace(tokens))
             slowest = max(slowest, time.monotonic() - started)
         source = source_entropy(haystacks.frame, probe)
-    if len(losses) < 2:
-        return UNREAD
     edges = bands(max(FIRST_BAND, len(haystacks.frame.head)), n_tokens)
-    return HeldOut(np.stack(losses), tuple(traces), tuple(edges), source)
+    return HeldOut(np.stack(losses), tuple(traces), tuple(edges), source) if len(losses) > 1 else UNREAD
 
 
 def held_out_within(model: Model, plan: Plan, n_texts: int, stage: Stage) -> HeldOut:
@@ -127,9 +121,8 @@ def held_out_within(model: Model, plan: Plan, n_texts: int, stage: Stage) -> Hel
         each = (speed.seconds(cut["tokens"]) if speed else 0.0) + cut["tokens"] * n_vocab * LOGIT_SECONDS
         return model.load_seconds + cut["texts"] * each if cut["texts"] else 0.0
 
-    names = {"texts": "held-out texts", "tokens": "tokens of a held-out text"}
-    whole = {"texts": n_texts, "tokens": plan.longest}
-    fitted = fit(whole, [*cuts, {"texts": 2}, {"texts": 0}], cost, seconds, names)
+    names, whole = {"texts": "held-out texts", "tokens": "tokens of a held-out text"}, {"texts": n_texts}
+    fitted = fit(whole | {"tokens": plan.longest}, [*cuts, {"texts": 2}, {"texts": 0}], cost, seconds, names)
     n, n_tokens = fitted.values["texts"], fitted.values["tokens"]
     held_out = read_held_out(model.path, model.settings, plan.probe, n_tokens, n, seconds) if n else UNREAD
     stage.leave_out(["loss and routing by position: not measured"] if held_out is UNREAD else fitted.left_out)
@@ -137,21 +130,13 @@ def held_out_within(model: Model, plan: Plan, n_texts: int, stage: Stage) -> Hel
 
 
 def token_losses(recorded: RecordedModel, tokens: Sequence[int]) -> np.ndarray:
-    """Negative log-likelihood in nats of each token after the first, given all before it.
-
-    Returns:
-        float64 ``(n - 1,)``.
-
-    Raises:
-        DecodeError: the context does not hold them, or llama.cpp fails.
-    """
+    """Negative log-likelihood in nats of each token after the first, given all before it: ``(n - 1,)``."""
     recorded.clear()
     step = min(CHUNK_TOKENS, recorded.model.settings.n_batch)
-    losses = [
-        nats(recorded.feed(tokens[at : at + step]), tokens[at + 1 : at + step + 1])
-        for at in range(0, len(tokens), step)
-    ]
-    return np.concatenate(losses)
+    starts = range(0, len(tokens), step)
+    return np.concatenate(
+        [nats(recorded.feed(tokens[at : at + step]), tokens[at + 1 : at + step + 1]) for at in starts]
+    )
 
 
 def nats(logits: np.ndarray, targets: Sequence[int]) -> np.ndarray:
@@ -177,18 +162,16 @@ def held_out_text(haystacks: Haystacks, number: int, n_tokens: int) -> list[int]
     return tokens[:n_tokens]
 
 
-def source_entropy(frame: Frame, probe: Probe, n_sentences: int = 2000) -> float:
+def source_entropy(frame: Frame, probe: Probe) -> float:
     """Nats a token of the filler's source: no model that knows only the source can be below it on average.
 
     Sentences are drawn evenly, and words evenly into their slots, so a sentence carries log(sentences) +
     sum of log(words of each slot).
     """
-    sizes = {slot: len(words) for slot, words in probe.slots.items()}
+    sizes, n = {slot: len(words) for slot, words in probe.slots.items()}, len(probe.sentences)
     words = [log(sizes[slot]) for text in probe.sentences for slot in re.findall(r"{(\w+)}", text)]
-    drawn = islice(sentences(probe, Haystacks(frame, probe).generator("entropy")), n_sentences)
-    tokens = [len(frame.text(" " + text)) for text in drawn]
-    n = len(probe.sentences)
-    return (log(n) + sum(words) / n) / (sum(tokens) / len(tokens))
+    drawn = islice(sentences(probe, Haystacks(frame, probe).generator("entropy")), N_SENTENCES)
+    return (log(n) + sum(words) / n) / (sum(len(frame.text(" " + text)) for text in drawn) / N_SENTENCES)
 
 
 def bands(first: int, n_tokens: int) -> list[tuple[int, int]]:
@@ -201,3 +184,53 @@ def bands(first: int, n_tokens: int) -> list[tuple[int, int]]:
     while edges[-1] * 2 < n_tokens:
         edges.append(edges[-1] * 2)
     return list(zip(edges, [*edges[1:], n_tokens], strict=True))
+
+
+# ---- routing ----
+
+
+def usage_by_position(traces: Sequence[Trace], edges: Sequence[tuple[int, int]]) -> pd.DataFrame:
+    """How expert usage and router margins change along texts of one kind.
+
+    The overlap of two usages is the sum over experts of the smaller share (1: the same, 0: disjoint),
+    averaged over the layers that route by score. A band of one half of the texts is compared with the first
+    band of the other half. The texts differ, so even a router blind to position does not reach 1: ``chance``
+    is the overlap with the same band of the other half. Every band counts as many tokens as the first, spread
+    evenly over it, because few choices overlap less than many.
+
+    Columns ``start``, ``end``, ``choices``, ``overlap`` (mean over all ways to halve the texts), ``low``,
+    ``high`` (the least and the greatest of them), ``chance``, ``margin_p5`` and ``margin_median``.
+    """
+    import pandas as pd
+
+    rows = []
+    if traces:
+        scored, texts = ~traces[0].hashed, set(range(len(traces)))
+        usage = np.stack([_usage(trace, scored, edges) for trace in traces])
+        chosen = map(set, combinations(sorted(texts), len(texts) // 2))
+        halves = [(usage[sorted(half)].sum(0), usage[sorted(texts - half)].sum(0)) for half in chosen]
+    for band, (start, end) in enumerate(edges if traces else ()):
+        margins = np.concatenate([trace.margin[start:end, scored].ravel() for trace in traces])
+        overlaps = [_overlap(a[band], b[0]) for a, b in halves]
+        chance = np.mean([_overlap(a[band], b[band]) for a, b in halves])
+        limits, tail = (min(overlaps), max(overlaps)), np.quantile(margins, (0.05, 0.5))
+        rows.append((start, end, len(margins), np.mean(overlaps), *limits, chance, *tail))
+    names = "start end choices overlap low high chance margin_p5 margin_median"
+    return pd.DataFrame(rows, columns=names.split())
+
+
+def _usage(trace: Trace, scored: np.ndarray, edges: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Choices of each expert: ``(bands, layers, experts)``."""
+    width = edges[0][1] - edges[0][0]
+    picked = [np.linspace(start, end - 1, width).round().astype(int) for start, end in edges]
+    return np.stack([expert_counts(trace.experts[tokens][:, scored], trace.n_experts) for tokens in picked])
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over layers of the sum of smaller shares.
+
+    >>> _overlap(np.array([[1.0, 1.0]]), np.array([[2.0, 0.0]]))
+    0.5
+    """
+    share_a, share_b = (counts / counts.sum(axis=1, keepdims=True) for counts in (a, b))
+    return float(np.minimum(share_a, share_b).sum(axis=1).mean())

@@ -1,48 +1,33 @@
-"""The child process that is measured: a fresh one, so that nothing an earlier context left behind counts.
-
-A module of its own, because ``python -m`` wants one that the package has not imported yet.
-"""
+"""The child process whose memory is measured; apart, as ``python -m`` wants a module not imported yet."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from dfqs_nb.core import child
 from dfqs_nb.llama.build import build_llama
 from dfqs_nb.llama.settings import OpenSettings
 
-STATUS = Path("/proc/self/status")
-
 
 def fill_context(job: dict[str, Any]) -> dict[str, float]:
-    """Open the model, fill its context, and return what the process takes.
-
-    Args:
-        job: ``path``, ``settings`` and ``fill_tokens``.
-    """
+    """Open a model (``path``, ``settings``) and evaluate ``fill_tokens``; bytes that the process takes."""
     import llama_cpp  # noqa: F401  its own memory is not the model's
 
     settings = OpenSettings(**job["settings"])
     child.tell(stage="while loading it")
-    before = resident()
+    before = _anonymous(psutil.Process().memory_info())
     llama = build_llama(job["path"], settings)
     child.tell(stage=f"while filling a context of {settings.n_ctx:,} tokens")
     llama.eval([1 + i % 100 for i in range(min(settings.n_ctx, job["fill_tokens"]))])
-    after = resident()
-    return {"anonymous_bytes": after["RssAnon"] - before["RssAnon"], "resident_bytes": after["VmRSS"]}
+    after = psutil.Process().memory_info()
+    return {"anonymous_bytes": _anonymous(after) - before, "resident_bytes": after.rss}
 
 
-def resident() -> dict[str, float]:
-    """Bytes of this process in memory: all, and those that are not a mapped file; NaN off Linux.
-
-    By hand: psutil does not tell anonymous memory apart.
-    """
-    names = ("VmRSS", "RssAnon")
-    if not STATUS.exists():
-        return dict.fromkeys(names, float("nan"))
-    rows = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return {name: int(rows[name].split()[0]) * 1024.0 for name in names}
+def _anonymous(memory: Any) -> float:
+    """Bytes in memory that are not a mapped file; NaN off Linux."""
+    return float(memory.rss - memory.shared) if hasattr(memory, "shared") else float("nan")
 
 
 if __name__ == "__main__":

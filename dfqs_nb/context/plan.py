@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from math import ceil, inf, nan
 from typing import TYPE_CHECKING, Any
 
+from dfqs_nb.context.boundary import octaves
 from dfqs_nb.context.cost import SPARE_TOKENS, PrefillSpeed, measure_prefill
 from dfqs_nb.context.haystacks import Haystacks, Probe, StandIn, frame_of, probe_of
-from dfqs_nb.context.search import octaves
 from dfqs_nb.core.budget import counted, duration, fit
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CURVE_SHARE = 0.6  # of the budget that the curve takes while notebook 05's other parts have a share
-ALONE_SHARE = 0.9  # that it, or any part, takes at most; the rest is for tables, figures and files
+ALONE_SHARE = 0.9  # that it takes at most; the rest is for tables, figures and files
 CHECK_TOKENS = 64  # of the text that the check of reuse reads, where only one text is asked about
 PROTOCOL = "fixed keys, fresh texts for each length"  # answers under another one are not comparable
 
@@ -32,11 +32,11 @@ class Plan:
     Attributes:
         probe: the prompt set; it fixes the number of keys.
         grid: planned lengths in tokens of context, ascending; the answer begins at about that depth.
-        n_haystacks: texts for each length, and twice as many for the shortest, which a_0 comes from; where
-            it is 1, one for the shortest, too; 0: nothing is asked, because no budget holds the least plan.
+        n_haystacks: texts for each length, and twice as many for the shortest, which a_0 comes from. 1: one
+            for the shortest, too; 0: nothing is asked, because the budget does not hold the least plan.
         question_tokens: tokens evaluated for a question.
         reuse: ask every question of a text from its saved state.
-        rounds, in_a_row: see `search_lengths`.
+        rounds: see `search_lengths`.
         budget_seconds: no text is begun that is not expected to end in time; what is not measured is
             censored, not failed.
         speed: measured prefill speed, which costs are made of; None: not timed.
@@ -49,7 +49,6 @@ class Plan:
     question_tokens: int
     reuse: bool
     rounds: int = 1
-    in_a_row: int = 2
     budget_seconds: float = inf
     speed: PrefillSpeed | None = None
     left_out: tuple[str, ...] = ()
@@ -64,13 +63,9 @@ class Plan:
         return self.n_haystacks * (2 if length == self.grid[0] and self.n_haystacks > 1 else 1)
 
     @property
-    def check(self) -> tuple[int, int]:
-        """Tokens and questions of the text on which `measure` checks that reuse changes nothing."""
-        return (self.grid[0], 2) if self.n_haystacks > 1 else (min(CHECK_TOKENS, self.grid[0]), 1)
-
-    def n_questions(self, planned: bool = True) -> int:
-        """Questions about a text; the two-hop one is asked at planned lengths only."""
-        return self.probe.needles + (planned and bool(self.probe.link))
+    def n_questions(self) -> int:
+        """Questions about a text of a planned length; the two-hop one is asked at these only."""
+        return self.probe.needles + bool(self.probe.link)
 
     def up_to(self, longest: int) -> Plan:
         """The plan without the lengths beyond this one."""
@@ -78,42 +73,40 @@ class Plan:
 
     def tokens(self) -> int:
         """Tokens evaluated at all planned lengths, if none is left out early."""
-        n = self.n_questions()
-        more = (n - 1) * self.question_tokens
-        sizes = {length: length + more if self.reuse else n * length for length in self.grid}
-        return sum(self.n_texts(length) * size for length, size in sizes.items())
+        n, more = self.n_questions, (self.n_questions - 1) * self.question_tokens
+        return sum(self.n_texts(size) * (size + more if self.reuse else n * size) for size in self.grid)
 
     @property
     def seconds(self) -> float:
         """Seconds that the planned lengths take, with the check of reuse; NaN if the plan is not timed."""
         return self.check_seconds + sum(self.n_texts(n) * self.text_seconds(n) for n in self.grid)
 
+    def text_seconds(self, length: int) -> float:
+        """Seconds that a text of this length takes with its questions."""
+        if self.speed is None:
+            return nan
+        n, text = self.n_questions, self.speed.seconds(length)
+        return (
+            text + (n - 1) * self.question_tokens / self.speed.tokens_per_sec(length)
+            if self.reuse
+            else n * text
+        )
+
+    @property
+    def check(self) -> tuple[int, int]:
+        """Tokens and questions of the text on which `measure` checks that reuse changes nothing."""
+        return (self.grid[0], 2) if self.n_haystacks > 1 else (min(CHECK_TOKENS, self.grid[0]), 1)
+
     @property
     def check_seconds(self) -> float:
-        """Seconds that the check of reuse takes; 0 without one, or where the plan is not timed."""
+        """Seconds that this check takes; 0 without one, or where the plan is not timed."""
         if not self.reuse or self.speed is None:
             return 0.0
         size, n = self.check
         return (n + 1) * self.speed.seconds(size) + 2 * n * self.question_tokens * self.speed.base
 
-    def text_seconds(self, length: int) -> float:
-        """Seconds that a text of this length takes with its questions."""
-        if self.speed is None:
-            return nan
-        n, text = self.n_questions(), self.speed.seconds(length)
-        if not self.reuse:
-            return n * text
-        return text + (n - 1) * self.question_tokens / self.speed.tokens_per_sec(length)
-
-    def ratio(self) -> float:
-        """Planned tokens in units of longest length x texts; near 2 for long contexts."""
-        return self.tokens() / (self.longest * self.n_haystacks)
-
     def cost_table(self) -> pd.DataFrame:
-        """What the curve to each longest length will take.
-
-        Columns ``longest``, ``evaluated_tokens``, ``seconds`` and ``within_budget``.
-        """
+        """The curve to each length: ``longest``, ``evaluated_tokens``, ``seconds``, ``within_budget``."""
         import pandas as pd
 
         plans = [self.up_to(length) for length in self.grid]
@@ -128,6 +121,8 @@ class Plan:
         lose their share; 2 texts, the other lengths, one text; then nothing is asked.
         """
         n, budget = len(self.grid), self.budget_seconds
+        if budget == inf or self.speed is None:
+            return self
         cuts = [{"texts": 6}, {"texts": 4}, *({"lengths": k} for k in range(n - 1, 3, -1)), {"others": 0}]
         cuts += [{"texts": 2}, *({"lengths": k} for k in range(min(n, 4), 0, -1)), {"texts": 1}, {"texts": 0}]
 
@@ -138,8 +133,6 @@ class Plan:
             beside = 1 - (CURVE_SHARE if cut["others"] else ALONE_SHARE)
             return beside * budget + (made(cut).seconds if cut["texts"] else 0)
 
-        if budget == inf or self.speed is None:
-            return self
         plan = made(fit({"texts": self.n_haystacks, "lengths": n, "others": 1}, cuts, cost, budget).values)
         left_out = []
         if 0 < plan.n_haystacks < self.n_haystacks:
@@ -151,7 +144,7 @@ class Plan:
     def kept(self, stage: Stage, model_sha256: str, *, fresh: bool = False) -> Plan:
         """The plan within its budget, or as an earlier run of the stage cut it; the stage notes the cuts.
 
-        Its budget is the curve's own. A plan that asks nothing is not kept.
+        Its budget is the curve's own. A plan that asks nothing is made anew each time.
         """
 
         def make() -> dict[str, Any]:
@@ -160,8 +153,7 @@ class Plan:
 
         conditions = {**self.conditions(), "model": model_sha256}
         made = stage.plan(conditions, make, fresh=fresh)
-        if not made["n_haystacks"]:
-            made = stage.plan(conditions, make, fresh=True)
+        made = made if made["n_haystacks"] else stage.plan(conditions, make, fresh=True)
         plan = replace(self, grid=tuple(made["grid"]), n_haystacks=made["n_haystacks"])
         left_out = tuple(made["left_out"]) if plan.n_haystacks else (self._missing(stage),)
         stage.leave_out(left_out)
@@ -171,21 +163,17 @@ class Plan:
     def _missing(self, stage: Stage) -> str:
         """That nothing is measured, what the least plan takes, and the command that measures it."""
         least = replace(self, n_haystacks=1, grid=self.grid[:1]).seconds
-        used = stage.budget_seconds - stage.seconds_left
-        minutes = ceil((least / ALONE_SHARE + used) * 1.2 / 60)
+        minutes = ceil((least / ALONE_SHARE + stage.budget_seconds - stage.seconds_left) * 1.2 / 60)
         command = f"dfqs-nb run 05 07 --run {quoted(stage.folder.name)} -p budget_minutes={minutes}"
         return f"the curve and the boundary: not measured (the least takes {duration(least)}; `{command}`)"
 
     @property
     def cost_sentence(self) -> str:
-        """The cost of the whole plan, and of a shorter one, as a sentence; and what the budget took away."""
+        """What the plan costs, and what the budget took away."""
         if not self.n_haystacks:
             return "; ".join(self.left_out)
-        text = f"the curve to {self.longest:,} tokens will take about {duration(self.seconds)}"
-        shorter = [self.up_to(length) for length in self.grid if length <= self.longest / 4][-1:]
-        for plan in shorter:
-            text += f"; the curve to {plan.longest:,} tokens {duration(plan.seconds)}"
-        return text + (f". Cut to keep to the budget: {'; '.join(self.left_out)}" if self.left_out else "")
+        cut = f". Cut to keep to the budget: {'; '.join(self.left_out)}" if self.left_out else ""
+        return f"the curve to {self.longest:,} tokens will take about {duration(self.seconds)}{cut}"
 
     def conditions(self) -> dict[str, Any]:
         """What the answers depend on, beside the model."""
@@ -201,7 +189,6 @@ def make_plan(
     shortest: int | None = None,
     n_haystacks: int = 12,
     rounds: int = 1,
-    in_a_row: int = 2,
     reuse: bool = True,
     budget_seconds: float = inf,
     timed: bool = False,
@@ -209,7 +196,6 @@ def make_plan(
     """Plan lengths ``shortest * 2^k`` to ``longest``.
 
     Args:
-        model: open, or what is asked in its place.
         prompt_set: the name of a probe, or a tier.
         longest: 0: all that the open model's context holds.
         shortest: by default 256 tokens, or 64 for a probe of a single key; doubled until it holds the keys,
@@ -221,7 +207,7 @@ def make_plan(
         PromptError: there is no such probe, or the shortest length cannot hold its keys.
         DfqsError: ``longest`` is below ``shortest``.
     """
-    probe = probe_of(prompt_set)
+    probe, speed = probe_of(prompt_set), None
     frame = frame_of(model, probe)
     if not shortest:
         least, shortest = Haystacks(frame, probe).least_tokens(), 256 if probe.needles > 1 else 64
@@ -231,11 +217,9 @@ def make_plan(
     grid = tuple(octaves(shortest, longest))
     if not grid:
         raise DfqsError(f"no length up to {longest:,} tokens", hint=f"the shortest is {shortest}")
-    n = Haystacks(frame, probe, shortest).question_tokens()
-    many = reuse and probe.needles > 1
-    speed = None
+    n, many = Haystacks(frame, probe, shortest).question_tokens(), reuse and probe.needles > 1
     if isinstance(model, Model) and (timed or budget_seconds < inf):
         began = time.monotonic()
         speed = measure_prefill(model, longest, budget_seconds)
         budget_seconds -= time.monotonic() - began
-    return Plan(probe, grid, n_haystacks, n, many, rounds, in_a_row, budget_seconds, speed)
+    return Plan(probe, grid, n_haystacks, n, many, rounds, budget_seconds, speed)

@@ -1,7 +1,6 @@
-"""Long-context tasks in the manner of RULER and NoLiMa, in our own wording.
+"""Long-context tasks in the manner of RULER and NoLiMa, in our own wording, beside the curve of DFQS 1.0.
 
-Each text is drawn fresh for its task and length, from a seed, and sized by the model's own tokens. An answer
-is right when it holds every expected word. The multi-key curve of DFQS 1.0 (`curve`) stands apart from these.
+Each text is drawn fresh for its task and length, from a seed, and sized by the model's own tokens.
 """
 
 from __future__ import annotations
@@ -120,10 +119,7 @@ class Writer:
         return cls(load_prompts(NAME, Tasks), model.tokenize, around(model), bos)
 
     def text(self, task: str, length: int, number: int) -> Text | None:
-        """The text of this number: with its question it takes at most ``length`` tokens, and nearly as many.
-
-        None where the length does not hold the task.
-        """
+        """A text of nearly, and at most, ``length`` tokens with its question; None where it has no room."""
         wording, (before, after) = self.tasks.tasks[task], self._around
 
         def written(amount: int) -> tuple[list[int], Drawn]:
@@ -151,31 +147,26 @@ class Writer:
         keys, codes = self._names_of_keys(draw, task.keys), self._codes(draw, task.keys * task.values)
         pairs = [(key, codes.pop()) for key in keys for _ in range(task.values)]
         asked, facts = keys[: task.asked], [task.fact.format(key=key, value=code) for key, code in pairs]
-        return Drawn(
-            tuple(code for key, code in pairs if key in asked),
-            {"key": ", the ".join(asked)},
-            tuple(draw.sample(facts, len(facts))),
-            guess=1 / task.keys if task.keys > task.asked else 0.0,
-        )
+        expected, question = tuple(code for key, code in pairs if key in asked), {"key": ", the ".join(asked)}
+        guess = 1 / task.keys if task.keys > task.asked else 0.0
+        return Drawn(expected, question, tuple(draw.sample(facts, len(facts))), guess=guess)
 
     def _chain(self, task: Task, draw: random.Random, _amount: int) -> Drawn:
         """A chain of things with one number, and another of the same length with another number."""
         keys, (code, other) = self._names_of_keys(draw, 2 * (task.hops + 1)), self._codes(draw, 2)
-        facts = []
+        chains = []
         for value, chain in ((code, keys[: task.hops + 1]), (other, keys[task.hops + 1 :])):
-            facts.append(task.fact.format(key=chain[0], value=value))
-            facts += [task.link.format(key=b, before=a) for a, b in zip(chain, chain[1:], strict=False)]
-        half = len(facts) // 2  # the two chains take turns, each in its own order
-        mixed = [fact for pair in zip(facts[:half], facts[half:], strict=True) for fact in pair]
-        return Drawn(tuple(keys[: task.hops + 1]), {"value": code}, tuple(mixed))
+            links = [task.link.format(key=b, before=a) for a, b in zip(chain, chain[1:], strict=False)]
+            chains.append([task.fact.format(key=chain[0], value=value), *links])
+        mixed = tuple(fact for pair in zip(*chains, strict=True) for fact in pair)  # each keeps its own order
+        return Drawn(tuple(keys[: task.hops + 1]), {"value": code}, mixed)
 
     def _common(self, task: Task, draw: random.Random, amount: int) -> Drawn:
         """A shuffled list: a few words come five times as often as the others."""
         words = draw.sample(self.tasks.words, len(self.tasks.words))
         common, rare = words[: task.asked], words[task.asked :]
-        n_rare = min(len(rare), 8 + amount // 8)
         times = 1 + amount // (8 * len(rare))
-        listed = common * (COMMON * times) + rare[:n_rare] * (RARE * times)
+        listed = common * (COMMON * times) + rare[: 8 + amount // 8] * (RARE * times)
         draw.shuffle(listed)
         return Drawn(tuple(common), text=", ".join(listed))
 
@@ -198,13 +189,12 @@ class Writer:
 
     def _people(self, task: Task, draw: random.Random, amount: int) -> Drawn:
         """Facts about many people; the question is about one of them."""
-        n, names = 3 + amount, self.probe.slots["name"]
-        numbers = draw.sample(range(100, 100 + 10 * n), n)
-        draws = [
-            (draw.choice(names), number, draw.randrange(1, 1000), draw.choice(self.tasks.trades))
-            for number in numbers
-        ]
-        rows = [dict(zip(("name", "number", "house", "trade"), row, strict=True)) for row in draws]
+        n, names, rows = 3 + amount, self.probe.slots["name"], []
+        for number in draw.sample(range(100, 100 + 10 * n), n):
+            name, house = draw.choice(names), draw.randrange(1, 1000)
+            rows.append(
+                {"name": name, "number": number, "house": house, "trade": draw.choice(self.tasks.trades)}
+            )
         asked = draw.choice(rows)
         text = " ".join(task.fact.format(**row) for row in rows)
         return Drawn((str(asked["trade"]),), asked, text=text, guess=1 / len(self.tasks.trades))
@@ -265,9 +255,8 @@ class TaskRun:
         table = groups[["recall", "guess"]].mean()
         table.insert(0, "n", groups.size())
         table.insert(1, "right", groups["right"].sum())
-        table = table.reset_index()
         low, high = wilson(table["right"], table["n"])
-        return table.assign(accuracy=table["right"] / table["n"], low=low, high=high)
+        return table.assign(accuracy=table["right"] / table["n"], low=low, high=high).reset_index()
 
     def effective(self) -> pd.DataFrame:
         """A row a task: ``base`` accuracy, ``guess``, ``effective`` tokens and ``censored``.
@@ -322,12 +311,10 @@ def measure_tasks(
         raise PromptError(f"there is no task {unknown[0]!r}", hint=f"there are: {', '.join(known)}")
     # a name or length given twice would count its answers twice
     chosen, lengths = list(dict.fromkeys(tasks)) or list(known), sorted({*lengths})
-    shortest = lengths[0]
     conditions: dict[str, Any] = {**model.conditions(), **writer.tasks.identity(), "model": model_id}
     conditions |= {"filler": writer.probe.identity(), "answer": ANSWER_RULE}
     journal = Journal(Path(folder) / "long_context_tasks.jsonl", conditions, fresh=fresh)
-    began, spent = time.monotonic(), 0.0
-    rows: list[dict[str, Any]] = []
+    began, spent, rows = time.monotonic(), 0.0, list[dict[str, Any]]()
     base: dict[str, list[bool]] = {task: [] for task in chosen}
     left_out: Counter[tuple[str, int]] = Counter()
     # in turn, so that a short budget leaves every task of a length some texts
@@ -337,7 +324,7 @@ def measure_tasks(
         if key not in journal:
             elapsed = time.monotonic() - began
             late = elapsed + cost * (max(1.0, elapsed / spent) if spent else 1.0) > budget_seconds
-            ended = length > shortest and base[task] == [False] * n_texts
+            ended = length > lengths[0] and base[task] == [False] * n_texts
             text = None if late or ended else writer.text(task, length, number)
             if text is None:
                 left_out[task, length] += not ended
@@ -348,10 +335,10 @@ def measure_tasks(
             journal.add(key, answer=answer, expected=text.expected, recall=recall, guess=text.guess)
         row = journal[key]
         rows.append({"task": task, "length": length, "number": number, **row, "right": row["recall"] == 1})
-        base[task] += [row["recall"] == 1] if length == shortest else []
+        base[task] += [row["recall"] == 1] if length == lengths[0] else []
     rows.sort(key=lambda row: (chosen.index(row["task"]), row["length"], row["number"]))
     missing = [f"{task} at {n:,} tokens: {k} of {n_texts} texts" for (task, n), k in left_out.items() if k]
-    ended = [task for task in chosen if max(lengths) > shortest and base[task] == [False] * n_texts]
+    ended = [task for task in chosen if len(lengths) > 1 and base[task] == [False] * n_texts]
     return TaskRun(pd.DataFrame(rows), tuple(missing), tuple(ended))
 
 
@@ -365,9 +352,6 @@ def _seconds(speed: PrefillSpeed, length: int) -> float:
 
 
 def greedy(model: Model, text: Text) -> str:
-    """The greedy answer within the text's limit of tokens; its first line where a single word is expected.
-
-    Several words may come as a list.
-    """
+    """The greedy answer; its first line where a single word is expected (several may come as a list)."""
     answer = TextStream(model, text.tokens, text.max_tokens).completion.text.strip(": \n")
     return answer if len(text.expected) > 1 else answer.partition("\n")[0]

@@ -22,8 +22,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtri
 
-from dfqs_nb.context.boundary import Counts
-from dfqs_nb.context.search import octaves, search_lengths
+from dfqs_nb.context.boundary import Counts, octaves, search_lengths
 
 KEYS, RHO = 6, 0.2
 GUESS = 1 / KEYS

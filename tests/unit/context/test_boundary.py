@@ -10,8 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dfqs_nb.context.boundary import Boundary, Counts, crossing, guess_rate, paired
-from dfqs_nb.context.search import octaves, refined_lengths, search_lengths
+from dfqs_nb.context.boundary import (
+    Boundary,
+    Counts,
+    crossing,
+    guess_rate,
+    octaves,
+    paired,
+    refined_lengths,
+    search_lengths,
+)
 from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.stats import non_increasing
 

@@ -13,6 +13,7 @@ import pytest
 from test_memory import NANO, smollm2
 
 from dfqs_nb.context.cost import PrefillSpeed, memory_table, predict_failure, settings_for
+from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.memory import kv_cache_bytes
@@ -21,12 +22,12 @@ from dfqs_nb.llama.check import dry_run
 from dfqs_nb.llama.settings import OpenSettings
 
 MIB, GIB = 2**20, 2**30
+FREE = PrefillSpeed(0.0, 0.0)
 
 
 def test_prefill_time_is_the_integral_of_the_time_of_a_token():
     speed = PrefillSpeed(0.02, 1e-5)
     assert speed.seconds(1000) == pytest.approx(sum(0.02 + 1e-5 * depth for depth in range(1000)), rel=1e-3)
-    assert speed.seconds(1000, 400) == pytest.approx(speed.seconds(1000) - speed.seconds(400))
     assert speed.table([0, 2000])["tokens_per_second"].tolist() == pytest.approx([50, 25])
 
 
@@ -39,21 +40,18 @@ def test_lack_of_memory_is_predicted_before_it_happens():
     assert (failure.length, failure.cause, failure.predicted) == (16384, "oom", True)
 
 
-def test_the_context_has_room_for_the_answer():
-    settings, failure = settings_for(NANO, 2048, OpenSettings(n_threads=1))
-    assert settings.n_ctx > 2048 and failure is None
-
-
-def test_without_a_length_the_model_memory_and_budget_bound_the_context(tmp_path):
-    own = OpenSettings(n_threads=1)
-    assert settings_for(NANO, 10**6, own)[0].n_ctx == 65_536 + 64, (
-        "the model's own limit bounds what is asked"
-    )
+def test_the_model_memory_and_budget_bound_the_context(tmp_path):
+    own, stage = OpenSettings(n_threads=1), Stage(tmp_path, "long_context", budget_minutes=3)
+    settings, failure = settings_for(NANO, 2048, own, stage, "nano")
+    assert settings.n_ctx == 2048 + 64 and failure is None, "with room for the answer"
+    assert settings_for(NANO, 10**6, own, stage, "nano")[0].n_ctx == 65_536 + 64, "the model's own limit"
     speed = [{"phase": "prefill", "median": 10.0}, {"phase": "decode", "median": 1.0}]
     Stage(tmp_path, "generate").finish(conditions={}, summary=[], speed=speed)
-    bounded, _ = settings_for(NANO, 0, own, Stage(tmp_path, "long_context", budget_minutes=2))
-    assert 1_100 <= bounded.n_ctx - 64 <= 1_200, "120 s at 10 tokens/s"
-    assert settings_for(NANO, 2048, own, Stage(tmp_path, "long_context", 2))[0].n_ctx == 2048 + 64
+    bounded, _ = settings_for(NANO, 0, own, stage, "nano")
+    assert 1_700 <= bounded.n_ctx - 64 <= 1_800, "180 s at 10 tokens/s"
+    assert settings_for(NANO, 2048, own, stage, "nano")[0].n_ctx == 2048 + 64, "the user's length stays"
+    with pytest.raises(PromptError, match="no prompt set"):
+        settings_for(NANO, 0, own, stage, "none")
 
 
 def test_flash_cache_is_the_published_table():
@@ -78,17 +76,19 @@ def test_published_shape_agrees_with_a_header_of_the_real_size(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-def test_measured_memory_lies_between_the_cache_and_the_prediction():
+def test_measured_memory_lies_between_the_cache_and_the_prediction(tmp_path):
     """A fresh process also holds the vocabulary, the graph and Python: under 40 MiB here."""
-    table = memory_table(NANO, [512, 1024], OpenSettings(n_threads=1))
+    table = memory_table(NANO, [512, 1024], OpenSettings(n_threads=1), Stage(tmp_path, "long_context"), FREE)
     assert (table["anonymous_bytes"] > table["kv_bytes"]).all()
     assert (table["anonymous_bytes"] < table["predicted_bytes"] + 40 * MIB).all()
     assert np.allclose(table["kv_bytes"], table["kv_planned_bytes"], atol=0.02 * MIB)
 
 
 @pytest.mark.slow
-def test_measured_growth_of_a_dense_cache_is_the_predicted():
+def test_measured_growth_of_a_dense_cache_is_the_predicted(tmp_path):
     """SmolLM2's cache is large against everything else: each doubling must show in resident memory."""
-    table = memory_table(smollm2(), [2048, 4096, 8192], OpenSettings(n_threads=1), fill_tokens=512)
+    table = memory_table(
+        smollm2(), [2048, 4096, 8192], OpenSettings(n_threads=1), Stage(tmp_path, "long_context"), FREE
+    )
     grown, predicted = table["anonymous_bytes"].diff()[1:], table["kv_bytes"].diff()[1:]
     assert np.allclose(grown, predicted, rtol=0.1), table

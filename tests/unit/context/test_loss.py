@@ -8,8 +8,7 @@ from test_memory import NANO, smollm2
 
 from dfqs_nb.context import figures, loss
 from dfqs_nb.context.haystacks import Haystacks, frame_of, probe_of
-from dfqs_nb.context.loss import read_held_out
-from dfqs_nb.context.routing import usage_by_position
+from dfqs_nb.context.loss import read_held_out, usage_by_position
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import RecordedModel, Trace
