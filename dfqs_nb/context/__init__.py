@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from dfqs_nb.context.boundary import Counts, paired
 from dfqs_nb.context.cost import memory_table, settings_for
 from dfqs_nb.context.curve import measure, read_answers
-from dfqs_nb.context.loss import held_out_within
+from dfqs_nb.context.loss import read_held_out
 from dfqs_nb.context.plan import make_plan
 from dfqs_nb.core.doors import lazy
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Counts",
     "figures",
-    "held_out_within",
     "make_plan",
     "measure",
     "memory_table",
     "paired",
     "read_answers",
+    "read_held_out",
     "settings_for",
     "tasks",
 ]

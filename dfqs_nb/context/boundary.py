@@ -29,23 +29,22 @@ FAILED_LENGTHS = 2  # planned lengths in a row that must clearly fail before lon
 CLOSE = 0.3  # octaves: an interval of the crossing that is not halved
 
 
-def crossing(lengths: Any, accuracy: Any, threshold: Any) -> np.ndarray:
+def crossing(lengths: Any, accuracy: Any, threshold: float) -> float:
     """Where an accuracy first falls below the threshold, in tokens; inf where it never does.
 
     Linear in log2(length); the first length where the accuracy is below from the start.
 
-    >>> crossing([256, 512, 1024], [1.0, 1.0, 0.5], 0.75).round().tolist()
-    724.0
+    >>> round(crossing([256, 512, 1024], [1.0, 1.0, 0.5], 0.75))
+    724
     """
-    x, accuracy, threshold = np.log2(np.asarray(lengths, float)), np.asarray(accuracy), np.asarray(threshold)
-    below = accuracy < threshold[..., None]
-    after = np.minimum(np.maximum(np.argmax(below, -1), 1), len(x) - 1)  # of one length there is no other
-    upper = np.take_along_axis(accuracy, after[..., None] - 1, -1)[..., 0]
-    lower = np.take_along_axis(accuracy, after[..., None], -1)[..., 0]
-    part = np.clip((upper - threshold) / np.where(upper > lower, upper - lower, 1), 0, 1)
-    at = x[after - 1] + part * (x[after] - x[after - 1])
-    tokens: np.ndarray = np.where(below.any(-1), 2 ** np.where(below[..., 0], x[0], at), inf)
-    return tokens
+    if not (below := np.flatnonzero(np.asarray(accuracy) < threshold)).size:
+        return inf
+    at = int(below[0])
+    if at == 0:
+        return float(lengths[0])
+    upper, lower = accuracy[at - 1], accuracy[at]
+    octaves_on = (upper - threshold) / (upper - lower) * log2(lengths[at] / lengths[at - 1])
+    return float(lengths[at - 1] * 2**octaves_on)
 
 
 def bracket(lengths: Any, accuracy: Any, threshold: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -135,18 +134,6 @@ class Counts:
         """The non-increasing accuracy at each length."""
         return non_increasing(self.right, self.n)
 
-    def drawn(self, n_boot: int = N_BOOT, seed: int = 0) -> Draws:
-        """Draw the texts of each length anew.
-
-        Two models that were asked about the same texts are drawn alike, so draws can be compared in pairs.
-        """
-        right, n = np.empty((2, n_boot, len(self.lengths)))
-        for k, length in enumerate(self.lengths):
-            asked = self.trials[:, k] > 0
-            weights = bootstrap_weights(int(asked.sum()), n_boot, seed * 1_000_003 + int(length))
-            right[:, k], n[:, k] = weights @ self.successes[asked, k], weights @ self.trials[asked, k]
-        return Draws(self.lengths, right, n, self.guess_rate)
-
     def curve(self) -> pd.DataFrame:
         """``length``, ``planned``, ``correct``, ``n``, ``accuracy``, Wilson's ``low`` and ``high``, ``fit``.
 
@@ -172,7 +159,7 @@ class Counts:
         if wilson(self.right[0], self.n[0])[0] <= self.guess_rate:
             return floor
         low, high = self._interval(n_boot, seed)
-        tokens, first = (float(crossing(self.lengths, a, self.threshold)) for a in (self.fit, self.accuracy))
+        tokens, first = (crossing(self.lengths, a, self.threshold) for a in (self.fit, self.accuracy))
         censored = tokens == inf
         return replace(
             floor,
@@ -189,9 +176,15 @@ class Counts:
     def _interval(self, n_boot: int, seed: int) -> tuple[float, float]:
         if self.n_texts < 2:
             return 0.0, inf  # one text says nothing about others
-        drawn, tail = self.drawn(n_boot, seed), expanded_tail(self.n_texts, BRACKET_LEVEL)
-        lower, upper = bracket(self.lengths, drawn.fit, drawn.threshold)
+        right, n = np.empty((2, n_boot, len(self.lengths)))  # of texts drawn anew
+        for k, length in enumerate(self.lengths):
+            asked = self.trials[:, k] > 0
+            weights = bootstrap_weights(int(asked.sum()), n_boot, seed * 1_000_003 + int(length))
+            right[:, k], n[:, k] = weights @ self.successes[asked, k], weights @ self.trials[asked, k]
+        thresholds = self.guess_rate + SHARE * (right[:, 0] / n[:, 0] - self.guess_rate)
+        lower, upper = bracket(self.lengths, non_increasing(right, n), thresholds)
         own = [bracket(self.lengths, values, self.threshold) for values in (self.fit, self.accuracy)]
+        tail = expanded_tail(self.n_texts, BRACKET_LEVEL)
         low, high = np.quantile(lower, tail, method="lower"), np.quantile(upper, 1 - tail, method="higher")
         return float(min(low, *(low for low, _ in own))), float(max(high, *(high for _, high in own)))
 
@@ -239,31 +232,6 @@ class Counts:
         fall, _, _, a, b = max(rows)
         ends = {"start": int(self.lengths[a]), "end": int(self.lengths[b])}
         return {**ends, "fall": fall, "low": max(row[1] for row in rows), "high": max(row[2] for row in rows)}
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Right answers and questions of texts drawn anew, float ``(n_boot, L)``."""
-
-    lengths: np.ndarray
-    right: np.ndarray
-    n: np.ndarray
-    guess_rate: float
-
-    @cached_property
-    def fit(self) -> np.ndarray:
-        """The non-increasing accuracies of each draw."""
-        return non_increasing(self.right, self.n)
-
-    @property
-    def threshold(self) -> np.ndarray:
-        """The threshold of each draw."""
-        return np.asarray(self.guess_rate + SHARE * (self.right[:, 0] / self.n[:, 0] - self.guess_rate))
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """The boundary of each draw, in tokens; inf without one."""
-        return crossing(self.lengths, self.fit, self.threshold)
 
 
 @dataclass(frozen=True)

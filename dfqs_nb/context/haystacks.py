@@ -192,11 +192,9 @@ class Haystacks:
 
     def question_tokens(self) -> int:
         """Tokens evaluated for the longest question and its answer."""
-        words, probe = self._longest_words(), self.probe
-        tails = [self._tail(probe.question, probe.answer_prefix, words)]
-        if probe.link:
-            tails.append(self._tail(probe.link_question, probe.link_answer_prefix, words))
-        return max(map(len, tails)) + self._size(probe.answer.format(**words))
+        words, kinds = self._longest_words(), (False, True) if self.probe.link else (False,)
+        longest = max(len(self._tail(link, words)) for link in kinds)
+        return longest + self._size(self.probe.answer.format(**words))
 
     def least_tokens(self) -> int:
         """Tokens of the shortest context that holds every fact, and sentences beside them."""
@@ -249,11 +247,9 @@ class Haystacks:
 
     def _question(self, fact: _Fact, depth: float, facts: Sequence[_Fact]) -> Question:
         probe, link = self.probe, fact.link
-        wording = probe.link_question if link else probe.question
-        prefix = probe.link_answer_prefix if link else probe.answer_prefix
         expected, key = probe.answer.format(**fact.words), fact.words["key"]
         others = {probe.answer.format(**other.words) for other in facts} - {expected}
-        prompt = self._tail(wording, prefix, fact.words)
+        prompt = self._tail(link, fact.words)
         most = self._size(expected) + (ANSWER_SPARE if probe.whole_answer else 1)
         about = (depth, prompt, expected, tuple(sorted(others)), probe.whole_answer, most)
         return Question(f"{key}/guard" if link else key or "key", probe.tasks[link], *about)
@@ -266,10 +262,12 @@ class Haystacks:
         texts = [*self.probe.sentences, *(fact.text for fact in facts)]
         return max(0, *(len(self.frame.text(text)) - self._size(text) for text in texts))
 
-    def _tail(self, question: str, answer_prefix: str, words: dict[str, str]) -> tuple[int, ...]:
-        asked = self.frame.text(self.probe.joint + question.format(**words))
-        after = tuple(self.frame.tokenize(self.frame.after))
-        return (*asked, *after, *self.frame.text(answer_prefix.format(**words)))
+    def _tail(self, link: bool, words: dict[str, str]) -> tuple[int, ...]:
+        """Tokens of a question, and of what its answer begins with."""
+        probe, after = self.probe, self.frame.tokenize(self.frame.after)
+        question = probe.joint + (probe.link_question if link else probe.question).format(**words)
+        prefix = (probe.link_answer_prefix if link else probe.answer_prefix).format(**words)
+        return (*self.frame.text(question), *after, *self.frame.text(prefix))
 
     def _longest_words(self) -> dict[str, str]:
         key = " ".join(max(part, key=len) for part in self.probe.keys)

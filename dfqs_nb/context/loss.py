@@ -5,21 +5,20 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import combinations, islice
-from math import inf, log, nan
-from pathlib import Path
+from math import log, nan
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dfqs_nb.context.cost import PrefillSpeed
 from dfqs_nb.context.haystacks import Frame, Haystacks, Probe, frame_of, sentences
-from dfqs_nb.context.plan import Plan
 from dfqs_nb.core.budget import fit
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.facts import tokenizer
 from dfqs_nb.llama.model import Model
-from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import RecordedModel, Trace, expert_counts, open_recorded
 from dfqs_nb.stats import mean_interval
 
@@ -68,65 +67,46 @@ class HeldOut:
         return usage_by_position([trace for trace in self.traces if trace.routed], self.edges)
 
 
-UNREAD = HeldOut(np.empty((0, 0)), (), (), nan)  # where the budget holds no text
-
-
 def read_held_out(
-    path: str | Path,
-    settings: OpenSettings,
-    probe: Probe,
-    n_tokens: int,
-    n_texts: int,
-    budget_seconds: float = inf,
+    model: Model, probe: Probe, longest: int, n_texts: int, stage: Stage, speed: PrefillSpeed
 ) -> HeldOut:
-    """Evaluate held-out texts, with a recorder on the routers.
+    """Read held-out texts of ``longest`` tokens, with a recorder, in half of the time that the stage has left.
 
-    No text is begun that is not expected to end in the budget. A single text counts as none.
+    Cut in this order: 4 texts, shorter texts down to 128 tokens, 2 texts, none. No text is begun that is not
+    expected to end in time, and a single text counts as none. The stage notes what is left out.
+
+    Args:
+        model: closed, so that its weights lie in memory once; it is loaded anew.
+        speed: what a text costs.
     """
-    began, slowest = time.monotonic(), 0.0
-    with open_recorded(path, settings, trial=False) as recorded:
-        haystacks = Haystacks(frame_of(recorded.model, probe), probe)
-        losses, traces = [], []
-        for number in range(n_texts):
+    seconds, n_vocab = stage.seconds_left / 2, tokenizer(model.header)["vocabulary (tokens)"]
+    cuts = [{"texts": 4}, *({"tokens": longest >> k} for k in range(1, 20) if longest >> k >= 128)]
+
+    def cost(cut: dict[str, int]) -> float:
+        each = speed.seconds(cut["tokens"]) + cut["tokens"] * n_vocab * LOGIT_SECONDS
+        return model.load_seconds + cut["texts"] * each if cut["texts"] else 0.0
+
+    names, whole = {"texts": "held-out texts", "tokens": "tokens of a held-out text"}, {"texts": n_texts}
+    plan = fit(whole | {"tokens": longest}, [*cuts, {"texts": 2}, {"texts": 0}], cost, seconds, names)
+    n, n_tokens = plan.values["texts"], plan.values["tokens"]
+    began, slowest, losses, traces = time.monotonic(), 0.0, [], []
+    with open_recorded(model.path, model.settings, trial=False) if n else nullcontext() as recorded:
+        for number in range(n):
             started = time.monotonic()
-            if number and started - began + slowest > budget_seconds:
+            if number and started - began + slowest > seconds:
                 break
+            haystacks = Haystacks(frame_of(recorded.model, probe), probe)
             tokens = held_out_text(haystacks, number, n_tokens)
             losses.append(token_losses(recorded, tokens))
             traces.append(recorded.trace(tokens))
             slowest = max(slowest, time.monotonic() - started)
+        if len(losses) < 2:
+            stage.leave_out(["loss and routing by position: not measured"])
+            return HeldOut(np.empty((0, 0)), (), (), nan)
         source = source_entropy(haystacks.frame, probe)
+    stage.leave_out(plan.left_out)
     edges = bands(max(FIRST_BAND, len(haystacks.frame.head)), n_tokens)
-    return HeldOut(np.stack(losses), tuple(traces), tuple(edges), source) if len(losses) > 1 else UNREAD
-
-
-def held_out_within(model: Model, plan: Plan, n_texts: int, stage: Stage) -> HeldOut:
-    """`read_held_out` to the plan's longest length, or as far as half of the stage's budget allows.
-
-    The model is loaded anew. Cut in this order: 4 texts, shorter texts down to 128 tokens, 2 texts, none.
-    The stage notes the cuts.
-
-    Args:
-        model: closed, so that its weights lie in memory once.
-        plan: its speed is what a text costs.
-    """
-    speed, seconds, n_vocab = (
-        plan.speed,
-        stage.seconds_left / 2,
-        tokenizer(model.header)["vocabulary (tokens)"],
-    )
-    cuts = [{"texts": 4}, *({"tokens": plan.longest >> k} for k in range(1, 20) if plan.longest >> k >= 128)]
-
-    def cost(cut: dict[str, int]) -> float:
-        each = (speed.seconds(cut["tokens"]) if speed else 0.0) + cut["tokens"] * n_vocab * LOGIT_SECONDS
-        return model.load_seconds + cut["texts"] * each if cut["texts"] else 0.0
-
-    names, whole = {"texts": "held-out texts", "tokens": "tokens of a held-out text"}, {"texts": n_texts}
-    fitted = fit(whole | {"tokens": plan.longest}, [*cuts, {"texts": 2}, {"texts": 0}], cost, seconds, names)
-    n, n_tokens = fitted.values["texts"], fitted.values["tokens"]
-    held_out = read_held_out(model.path, model.settings, plan.probe, n_tokens, n, seconds) if n else UNREAD
-    stage.leave_out(["loss and routing by position: not measured"] if held_out is UNREAD else fitted.left_out)
-    return held_out
+    return HeldOut(np.stack(losses), tuple(traces), tuple(edges), source)
 
 
 def token_losses(recorded: RecordedModel, tokens: Sequence[int]) -> np.ndarray:

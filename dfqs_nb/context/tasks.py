@@ -35,6 +35,7 @@ NAME = "long-context-tasks"
 LETTERS = "bdfgklmnprstvz", "aeiou"
 ANSWER_RULE = "all lines where several words are expected"  # answers under another one are not comparable
 ANSWER_TOKENS = 16  # beside three times the tokens of what is expected
+Tokenize = Callable[[str], Sequence[int]]
 COMMON, RARE = 10, 2  # how often words of the list of common words come, in its smallest unit
 
 
@@ -102,13 +103,7 @@ class Text:
 class Writer:
     """Writes the texts of all tasks for a model: ``tokenize`` gives token ids of a text."""
 
-    def __init__(
-        self,
-        tasks: Tasks,
-        tokenize: Callable[[str], Sequence[int]],
-        around: tuple[str, str],
-        bos: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, tasks: Tasks, tokenize: Tokenize, around: tuple[str, str], bos: Sequence[int]) -> None:
         self.tasks, self.probe = tasks, load_prompts(tasks.filler, Probe)
         self._tokenize, self._around, self._bos = tokenize, around, tuple(bos)
 
@@ -140,8 +135,6 @@ class Writer:
         longer = bisect_right(range(low + 1, high), length - spare, key=lambda n: len(written(n)[0]))
         tokens, drawn = written(low + longer)
         return Text(task, length, number, tuple(tokens), drawn.expected, drawn.guess, spare)
-
-    # -- kinds of task: each gets its wording, a generator, and how much text to make --
 
     def _keys(self, task: Task, draw: random.Random, _amount: int) -> Drawn:
         keys, codes = self._names_of_keys(draw, task.keys), self._codes(draw, task.keys * task.values)
@@ -201,14 +194,10 @@ class Writer:
 
     def _meaning(self, task: Task, draw: random.Random, _amount: int) -> Drawn:
         """The question names a town, the text only what stands there."""
-        sights = draw.sample(self.tasks.sights, task.people)
-        names = draw.sample(self.probe.slots["name"], task.people)
-        lives = zip(names, sights, strict=True)
-        facts = [task.fact.format(name=name, sight=sight) for name, (sight, _) in lives]
-        facts = draw.sample(facts, len(facts))
-        return Drawn((names[0],), {"town": sights[0][1]}, tuple(facts), guess=1 / task.people)
-
-    # -- words --
+        n, sights = task.people, draw.sample(self.tasks.sights, task.people)
+        names = draw.sample(self.probe.slots["name"], n)
+        facts = [task.fact.format(name=names[k], sight=sights[k][0]) for k in range(n)]
+        return Drawn((names[0],), {"town": sights[0][1]}, tuple(draw.sample(facts, n)), guess=1 / n)
 
     def _names_of_keys(self, draw: random.Random, n: int) -> list[str]:
         first, second = self.probe.keys

@@ -107,12 +107,6 @@ def test_without_an_error_the_guess_rate_is_that_of_the_keys():
     assert guess_rate(items_of((0, 256, True, False, True)).drop(columns="another_key")) == 0.0
 
 
-def test_draws_are_the_same_for_two_models_that_were_asked_the_same():
-    a, b = same_answers([1, 1, 1, 0.6, 0.1]), same_answers([1, 1, 1, 0.6, 0.1])
-    np.testing.assert_array_equal(a.drawn(50, seed=3).right, b.drawn(50, seed=3).right)
-    assert (a.drawn(50, seed=3).n == 120).all()
-
-
 # ---- the boundary ----
 
 

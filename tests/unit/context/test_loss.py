@@ -7,12 +7,15 @@ import pytest
 from test_memory import NANO, smollm2
 
 from dfqs_nb.context import figures, loss
+from dfqs_nb.context.cost import PrefillSpeed
 from dfqs_nb.context.haystacks import Haystacks, frame_of, probe_of
 from dfqs_nb.context.loss import read_held_out, usage_by_position
+from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import RecordedModel, Trace
 
+FREE = PrefillSpeed(0.0, 0.0)
 SETTINGS = OpenSettings(n_ctx=640, n_threads=1)
 
 
@@ -61,9 +64,10 @@ def test_loss_equals_logits_taken_one_prefix_at_a_time(nano, monkeypatch):
     assert spread < 0.5, "pieces of other sizes give another text"
 
 
-def test_loss_of_the_reference_model_meets_the_entropy_of_its_source():
+def test_loss_of_the_reference_model_meets_the_entropy_of_its_source(nano, tmp_path):
     """It was trained on this source: within its training length it cannot be far above, nor well below."""
-    held_out = read_held_out(NANO, SETTINGS, probe_of("long-context-nano"), 512, n_texts=3)
+    stage = Stage(tmp_path, "long_context")
+    held_out = read_held_out(nano.model, probe_of("long-context-nano"), 512, 3, stage, FREE)
     table = held_out.loss_by_position()
     middle = table[table["end"] == 256].iloc[0]
     assert middle["loss"] == pytest.approx(middle["source"], rel=0.1)
@@ -97,7 +101,9 @@ def test_routing_by_position_of_a_router_that_changes_half_way():
         assert len(ax.figure.axes) == n_axes
 
 
-def test_a_dense_model_has_losses_and_no_routing_by_position():
-    held_out = read_held_out(smollm2(), OpenSettings(n_ctx=256, n_threads=1), probe_of("standard"), 96, 2)
+def test_a_dense_model_has_losses_and_no_routing_by_position(tmp_path):
+    with open_model(smollm2(), OpenSettings(n_ctx=256, n_threads=1), trial=False) as model:
+        stage = Stage(tmp_path, "long_context")
+    held_out = read_held_out(model, probe_of("standard"), 96, 2, stage, FREE)
     assert (held_out.loss_by_position()["loss"] > 0).all() and held_out.routing_by_position().empty
     figures.routing_by_position(held_out.routing_by_position())

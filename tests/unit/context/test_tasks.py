@@ -26,7 +26,7 @@ FREE = PrefillSpeed(0.0, 0.0)
 @pytest.fixture(scope="module")
 def writer() -> Writer:
     """Words are tokens, so that tokens can be read."""
-    return Writer(SET, lambda text: text.split(" "), ("<user>", "</user>\n"))
+    return Writer(SET, lambda text: text.split(" "), ("<user>", "</user>\n"), ())
 
 
 def body(writer: Writer, task: str, length: int = 400, number: int = 0) -> tuple[Text, str]:
