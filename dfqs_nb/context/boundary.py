@@ -91,7 +91,7 @@ class Counts:
         A length that was broken off is left out: it has fewer than half of the shortest length's texts.
         """
         if items.empty:
-            return cls(np.empty(0, int), *np.empty((2, 0, 0)), np.empty(0, bool))
+            return cls(np.empty(0, int), np.empty((0, 0)), np.empty((0, 0)), np.empty(0, bool))
         table = items.groupby(["haystack", "length"])["correct"].agg(["sum", "count"]).unstack(fill_value=0)
         right, trials = table["sum"].to_numpy(float), table["count"].to_numpy(float)
         n_texts, lengths = (trials > 0).sum(0), table["sum"].columns.to_numpy()

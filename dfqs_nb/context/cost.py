@@ -54,13 +54,6 @@ class PrefillSpeed:
         """Prefill speed at a depth."""
         return 1 / (self.base + self.by_depth * depth)
 
-    def table(self, depths: Sequence[int]) -> pd.DataFrame:
-        """Prefill speed at these depths: columns ``depth`` and ``tokens_per_second``."""
-        import pandas as pd
-
-        speeds = [self.tokens_per_sec(depth) for depth in depths]
-        return pd.DataFrame({"depth": list(depths), "tokens_per_second": speeds})
-
 
 def measure_prefill(model: Model, deepest: int, budget_seconds: float = inf) -> PrefillSpeed:
     """Time chunks of 256 tokens, one after another, up to ``deepest`` or for 10 s.
@@ -182,7 +175,8 @@ def memory_table(
     ``compute_bytes`` (llama.cpp's plan), ``weights_bytes``, ``predicted_bytes`` (cache + buffer); measured in
     a fresh process for each length, which loads the model again: ``anonymous_bytes`` (what its own memory
     grew by) and ``resident_bytes`` (all, with the mapped weights); NaN where nothing is measured, or the
-    system does not tell. Pages of the compute buffer that were never used are not resident.
+    system does not tell. Pages of the compute buffer that were never used are not resident. And
+    ``tokens_per_second``: the prefill speed at that depth.
 
     What the stage's budget does not hold is cut, in this order: 1,024 tokens that fill a context, the
     shortest lengths, 256 and 64 tokens, all lengths. The stage notes it.
@@ -212,5 +206,6 @@ def memory_table(
         planned = {"kv_bytes": kv, "kv_planned_bytes": kv_planned, "compute_bytes": compute}
         whole = {"weights_bytes": needs.weights_bytes, "predicted_bytes": kv + compute}
         unknown = {"anonymous_bytes": nan, "resident_bytes": nan}
-        rows.append({"n_ctx": needs.n_ctx, **planned, **whole, **unknown, **taken})
+        rate = {"tokens_per_second": speed.tokens_per_sec(needs.n_ctx)}
+        rows.append({"n_ctx": needs.n_ctx, **planned, **whole, **unknown, **taken, **rate})
     return pd.DataFrame(rows)

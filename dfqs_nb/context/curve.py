@@ -141,11 +141,9 @@ class Run:
         planned, first = curve[curve["planned"]], tasks[tasks["task"] == self.plan.probe.tasks[0]]
         wrong, another = (int(first[name].sum()) for name in ("wrong", "another_key"))
         if measured:
-            rate = (
-                f"guess rate {counts.guess_rate:.2f} ({another} of {wrong} wrong answers are another key's)"
-            )
             of = f"a_0 = {boundary.a_0:.2f}, threshold {boundary.threshold:.2f}, n = {boundary.n_items}"
-            lines.append(f"{of}, {rate}")
+            guessed = f"{another} of {wrong} wrong answers are another key's"
+            lines.append(f"{of}, guess rate {counts.guess_rate:.2f} ({guessed})")
         if fall := counts.largest_fall():
             what = f"the largest fall of an octave is {fall['fall']:.0%} of the short-context ability"
             ends = f"from {fall['start']:,} to {fall['end']:,} tokens"

@@ -161,8 +161,8 @@ def _loss_title(losses: pd.DataFrame) -> str:
     return text if last["low"] > best["high"] else f"{text} (intervals overlap)"
 
 
-def cost_by_length(costs: pd.DataFrame, memory: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Prefill speed by depth (`PrefillSpeed.table`) beside memory by context length (`memory_table`)."""
+def cost_by_length(memory: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Memory by context length, with the prefill speed at that depth; see `memory_table`."""
     ax = new_axes(ax, 3.2)
     for column, form, colour, name in (
         ("anonymous_bytes", "o-", PALETTE[5], "measured, all of the process"),
@@ -173,9 +173,9 @@ def cost_by_length(costs: pd.DataFrame, memory: pd.DataFrame, ax: Axes | None = 
     ax.yaxis.set_major_formatter(core.BYTES)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("memory beside the weights")
-    right = _right_axis(ax, "prefill (tokens a second)", costs["tokens_per_second"], "#666666")
+    right = _right_axis(ax, "prefill (tokens a second)", memory["tokens_per_second"], "#666666")
     speed: dict[str, Any] = {"color": PALETTE[7], "linewidth": 2, "label": "prefill speed"}
-    right.plot(costs["depth"], costs["tokens_per_second"], **speed)
+    right.plot(memory["n_ctx"], memory["tokens_per_second"], **speed)
     token_axis(ax, memory["n_ctx"], "context, or depth (tokens)")
     lines, below = [*ax.get_lines(), *right.get_lines()], (0.5, -0.2)
     labels = [str(line.get_label()) for line in lines]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import combinations, islice
 from math import log, nan
@@ -70,7 +70,7 @@ class HeldOut:
 def read_held_out(
     model: Model, probe: Probe, longest: int, n_texts: int, stage: Stage, speed: PrefillSpeed
 ) -> HeldOut:
-    """Read held-out texts of ``longest`` tokens, with a recorder, in half of the time that the stage has left.
+    """Read held-out texts of ``longest`` tokens, with a recorder, in half of the time that a stage has left.
 
     Cut in this order: 4 texts, shorter texts down to 128 tokens, 2 texts, none. No text is begun that is not
     expected to end in time, and a single text counts as none. The stage notes what is left out.
@@ -90,12 +90,14 @@ def read_held_out(
     plan = fit(whole | {"tokens": longest}, [*cuts, {"texts": 2}, {"texts": 0}], cost, seconds, names)
     n, n_tokens = plan.values["texts"], plan.values["tokens"]
     began, slowest, losses, traces = time.monotonic(), 0.0, [], []
-    with open_recorded(model.path, model.settings, trial=False) if n else nullcontext() as recorded:
+    with ExitStack() as stack:
         for number in range(n):
+            if not number:
+                recorded = stack.enter_context(open_recorded(model.path, model.settings, trial=False))
+                haystacks = Haystacks(frame_of(recorded.model, probe), probe)
             started = time.monotonic()
             if number and started - began + slowest > seconds:
                 break
-            haystacks = Haystacks(frame_of(recorded.model, probe), probe)
             tokens = held_out_text(haystacks, number, n_tokens)
             losses.append(token_losses(recorded, tokens))
             traces.append(recorded.trace(tokens))

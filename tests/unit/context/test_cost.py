@@ -22,13 +22,13 @@ from dfqs_nb.llama.check import dry_run
 from dfqs_nb.llama.settings import OpenSettings
 
 MIB, GIB = 2**20, 2**30
-FREE = PrefillSpeed(0.0, 0.0)
+FREE = PrefillSpeed(1e-9, 0.0)
 
 
 def test_prefill_time_is_the_integral_of_the_time_of_a_token():
     speed = PrefillSpeed(0.02, 1e-5)
     assert speed.seconds(1000) == pytest.approx(sum(0.02 + 1e-5 * depth for depth in range(1000)), rel=1e-3)
-    assert speed.table([0, 2000])["tokens_per_second"].tolist() == pytest.approx([50, 25])
+    assert [speed.tokens_per_sec(depth) for depth in (0, 2000)] == pytest.approx([50, 25])
 
 
 def test_lack_of_memory_is_predicted_before_it_happens():
