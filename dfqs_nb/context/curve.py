@@ -325,7 +325,8 @@ def measure(
             return asdict(check_reuse(model, case.body[:n_tokens], prompts, TOLERANCE))
 
         # kept, because a slow model takes minutes for it
-        about = {**conditions, **plan.conditions(), "tolerance": TOLERANCE}
+        facts = [*ReuseCheck.__dataclass_fields__]
+        about = {**conditions, **plan.conditions(), "tolerance": TOLERANCE, "facts": facts}
         reuse = ReuseCheck(**remembered(Path(folder) / REUSE, about, check, fresh=fresh))
         plan = plan if reuse.allowed else replace(plan, reuse=False, rounds=0)
     conditions |= plan.conditions()
