@@ -20,7 +20,6 @@ from dfqs_nb.core.paths import tilde
 from dfqs_nb.report.metrics import CURVE, METRICS, SCORES, SPEED, metric_cell
 from dfqs_nb.report.reading import FILE, RunItems, read_answers
 from dfqs_nb.report.template import render
-from dfqs_nb.report.text import page_of
 
 ROW_FILE = "sweep_row.json"  # the sweep writes it into each of its runs' folders
 NUMBERS = [name for name in METRICS if name != CURVE]
@@ -59,13 +58,10 @@ class Leaderboard:
         return render("leaderboard.md", sections=sections, bad=bad, size=size, metrics=list(METRICS))
 
     def write(self) -> list[Path]:
-        """Write ``leaderboard.csv``, ``.md`` and ``.html`` into the folder, each whole or not at all."""
+        """Write ``leaderboard.csv`` and ``leaderboard.md`` into the folder, each whole or not at all."""
         rounded = self.table.map(lambda cell: float(f"{cell:.6g}") if isinstance(cell, float) else cell)
-        return [
-            write_table(self.folder / "leaderboard.csv", rounded, index=False),
-            write_text(self.folder / "leaderboard.md", str(self)),
-            write_text(self.folder / "leaderboard.html", page_of(str(self))),
-        ]
+        table = write_table(self.folder / "leaderboard.csv", rounded, index=False)
+        return [table, write_text(self.folder / "leaderboard.md", str(self))]
 
 
 def find_reports(folder: str | Path) -> list[Path]:

@@ -25,13 +25,12 @@ from dfqs_nb.report.board import is_contended, run_beside
 from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, SPEED, boundary_flags, bracketed, metric_cell
 from dfqs_nb.report.reading import RETRIEVAL, RunItems, read_answers
 from dfqs_nb.report.template import render
-from dfqs_nb.report.text import page_of
 from dfqs_nb.scores import compare_runs
-from dfqs_nb.stats import LEVEL, N_BOOT, holm, sign_flip
+from dfqs_nb.stats import LEVEL, holm, sign_flip
 
 ACCEPTABLE = "chat_template_sha256"  # the one condition that is a property of a model's own file
 SPEED_FACTS = ("system", "processor", "usable cores")  # of the machine: equal, or speeds are not compared
-N_FLIPS = 20_000  # of signs, where there are too many texts for all
+N_FLIPS, SEED = 20_000, 0  # of signs, where there are too many texts for all
 MEASURED = "metric model n value low high kind difference difference_low difference_high p p_holm reading"
 COLUMNS = MEASURED.split()
 Row = dict[str, Any]
@@ -96,28 +95,21 @@ class ReportComparison:
         by_label, first = {run.label: run for run in self.runs}, self.runs[0]
         groups = [group.to_dict("records") for _, group in self.table.groupby("metric", sort=False)]
 
-        def baseline(own: Row, row: Row) -> str:
-            if row["metric"] == RETRIEVAL and row["kind"] and row["n"] != own["n"]:
-                return f"{row['value'] - row['difference']:.3f} on these"
-            return value_text(own, first)
-
         return render(
             "comparison.md",
             runs=self.runs,
             accepted=self.accepted,
             table=self.table,
             pairs=[(own, row) for own, *others in groups for row in others],
-            baseline=baseline,
+            baseline=lambda own: value_text(own, first),
             value=lambda row: value_text(row, by_label[row["model"]]),
             difference=difference_text,
         )
 
-    def write(self, folder: str | Path) -> list[Path]:
-        """Write ``comparison.md`` and ``comparison.html`` into a folder, each whole."""
-        folder, reports = Path(folder), {run.label: run.report for run in self.runs}
-        folder.mkdir(parents=True, exist_ok=True)
-        texts = {"md": str(self), "html": page_of(str(self), reports)}
-        return [write_text(folder / f"comparison.{kind}", text) for kind, text in texts.items()]
+    def write(self, folder: str | Path) -> Path:
+        """Write ``comparison.md`` into a folder, whole, and return its path."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return write_text(Path(folder) / "comparison.md", str(self))
 
 
 def value_text(row: Mapping[str, Any], run: RunItems) -> str:
@@ -141,9 +133,7 @@ def difference_text(row: Mapping[str, Any]) -> str:
     return f"{form.format(value)} [{low}, {high}]"
 
 
-def compare_reports(
-    paths: Sequence[str | Path], *, accept: Sequence[str] = (), n_boot: int = N_BOOT, seed: int = 0
-) -> ReportComparison:
+def compare_reports(paths: Sequence[str | Path], *, accept: Sequence[str] = ()) -> ReportComparison:
     """Compare runs, by their folders or reports, with the first of them, item by item.
 
     ``accept=["chat_template_sha256"]`` compares models that have templates of their own. A ReportError or
@@ -151,11 +141,11 @@ def compare_reports(
     """
     runs = _labelled([read_answers(path) for path in paths])
     accepted = check_reports(runs, accept)
-    pairs = [Pair(runs[0], run, n_boot, seed) for run in runs[1:]]
+    pairs = [Pair(runs[0], run) for run in runs[1:]]
     rows = _corrected([pair.row(metric) for metric in ROWS for pair in pairs])
     table = []
     for metric in ROWS:
-        own = _alone(runs[0].context, n_boot, seed) if metric == RETRIEVAL else runs[0].stated(metric)
+        own = _alone(runs[0].context) if metric == RETRIEVAL else runs[0].stated(metric)
         table.append({"metric": metric, "model": runs[0].label, "kind": "", "reading": "baseline", **own})
         table += [row for row in rows if row["metric"] == metric]
     return ReportComparison(tuple(runs), accepted, pd.DataFrame(table, columns=COLUMNS))
@@ -188,8 +178,6 @@ class Pair:
 
     first: RunItems
     run: RunItems
-    n_boot: int = N_BOOT
-    seed: int = 0
 
     @cached_property
     def shared(self) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -217,7 +205,7 @@ def _differs(kind: str, value: float, low: float, high: float, reading: str) -> 
 
 
 def _score(pair: Pair, metric: str) -> Row:
-    it = compare_runs(pair.first.scores[metric], pair.run.scores[metric], pair.n_boot, pair.seed)
+    it = compare_runs(pair.first.scores[metric], pair.run.scores[metric])
     reading = f"{it.only_a} right in the baseline alone, {it.only_b} here alone"
     change = _differs("difference", it.difference, it.low, it.high, reading)
     return {"n": it.n, "value": it.b, "p": it.p, **change}
@@ -228,11 +216,11 @@ def _retrieval(pair: Pair, metric: str) -> Row:
     a, b = (items[items["planned"]] for items in pair.shared)
     if not len(a):
         return {"reading": "not compared: the two were asked no question in common"}
-    it = paired(_pooled(b), _pooled(a), n_boot=pair.n_boot, seed=pair.seed).iloc[0]
+    it = paired(_pooled(b), _pooled(a)).iloc[0]
     planned = int(pair.first.context["planned"].sum())
     left = "" if len(a) == planned else f"; of {planned} questions {len(a)} were asked of both"
     reading = f"{it['only_baseline']:.0f} right in the baseline alone, {it['only_this']:.0f} here alone{left}"
-    own, p = _alone(b, pair.n_boot, pair.seed), flip_test(a, b, pair.seed)
+    own, p = _alone(b), flip_test(a, b)
     return {**own, "p": p, **_differs("difference", it["difference"], it["low"], it["high"], reading)}
 
 
@@ -241,20 +229,20 @@ def _pooled(items: pd.DataFrame) -> pd.DataFrame:
     return items.assign(question=items["length"].astype(str) + "/" + items["question"], length=0)
 
 
-def _alone(items: pd.DataFrame, n_boot: int, seed: int) -> Row:
+def _alone(items: pd.DataFrame) -> Row:
     """A model's accuracy over planned lengths; its interval is that of its lead on one that knows nothing."""
     if not len(items):
         return {}
     items = items[items["planned"]]
-    it = paired(_pooled(items), _pooled(items).assign(correct=False), n_boot=n_boot, seed=seed).iloc[0]
+    it = paired(_pooled(items), _pooled(items).assign(correct=False)).iloc[0]
     low, high = max(0.0, float(it["low"])), min(1.0, float(it["high"]))
     return {"n": len(items), "value": items["correct"].mean(), "low": low, "high": high}
 
 
-def flip_test(a: pd.DataFrame, b: pd.DataFrame, seed: int) -> float:
+def flip_test(a: pd.DataFrame, b: pd.DataFrame) -> float:
     """P value of the sign-flip test of the paired difference, with texts as units: see `stats.sign_flip`."""
     change = (b.groupby("haystack")["correct"].sum() - a.groupby("haystack")["correct"].sum()).to_numpy(float)
-    return sign_flip(change, N_FLIPS, seed) if len(change) > 1 else 1.0
+    return sign_flip(change, N_FLIPS, SEED) if len(change) > 1 else 1.0
 
 
 def _boundary(pair: Pair, metric: str) -> Row:

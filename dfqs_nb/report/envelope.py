@@ -64,7 +64,7 @@ def hardware_envelope(
     ``flash_attn`` the smaller one counts. ``is_artifact``: hold it against the table of DFQS 1.0, too.
     """
     facts: dict[str, Any] = {
-        "model": header.get("general.name") or header.path.stem,
+        "model": header.path.stem,
         "source": "the header of the file",
         "assumptions": [],
         "weights_bytes": weights_bytes(header),

@@ -145,18 +145,13 @@ class Boundary(Record):
     """The failure boundary with what must stand beside it."""
 
     tokens: int
-    low: int | None = None
-    high: int | None = None
     right_censored: bool = False
     status: str
     cause: str | None = None
-    a_0: float
-    threshold: float
     guess_rate: float
     n_haystacks: int
     n_items: int
     provisional: bool = False
-    not_monotone: bool = False
 
 
 class LongContext(Stage):

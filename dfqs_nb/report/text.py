@@ -176,24 +176,6 @@ def _drawn(folder: Path, name: str, sources: Mapping[str, str]) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
-def page_of(text: str, reports: Mapping[str, Any] | None = None) -> str:
-    """The Markdown of a template as a page in the report's style, with the verdicts of reports by label."""
-    from markupsafe import Markup
-    from nbconvert.filters.markdown_mistune import markdown2html_mistune
-
-    title, _, rest = text.partition("\n")
-    body = str(markdown2html_mistune(rest))
-    body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
-    for word, mark in (("higher", "yes"), ("lower", "no"), ("no evidence of a difference", "unknown")):
-        body = body.replace(f"<td>{word}", f'<td><span class="mark {mark}">{word}</span>')
-    return render(
-        "page.html",
-        title=Markup(markdown2html_mistune(title.lstrip("# "))).striptags(),
-        body=Markup(body),
-        verdicts=[(label, verdict(report)) for label, report in (reports or {}).items()],
-    )
-
-
 # ---- the hub's two forms ----
 
 

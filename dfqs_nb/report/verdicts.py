@@ -71,9 +71,13 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
         _scores(details, report["tier"]),
         _demands(report["conformance"]),
     ]
-    shown = (replace(line, answer=line.answer[:1].upper() + line.answer[1:]) for line in lines)
+    shown = (replace(line, answer=_begun(line.answer), caveat=_begun(line.caveat)) for line in lines)
     name = plain(report["model"]["name"])
     return Verdict(f"{name}, {report['specification']}, {report['tier']} tier", tuple(shown))
+
+
+def _begun(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _of(rows: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str, str]:
@@ -99,7 +103,7 @@ def _runs(speed: Mapping[str, Any], mark: str, evidence: str) -> Line:
     answer = f"{value} tokens/s on the CPU at depth {speed['depth']:,} ({spread})"
     if not speed["contended"]:
         return Line(mark, question, answer, evidence)
-    caveat = f"Contended: other work ran meanwhile and may have slowed it. {evidence}"
+    caveat = f"Contended: other work ran meanwhile and may have slowed it. {_begun(evidence)}"
     return Line(PARTLY if mark == YES else mark, question, answer, caveat)
 
 

@@ -164,8 +164,7 @@ def compare(
     folder = output or run_dir("-".join(["compare", *(run.report["run"] for run in comparison.runs)]))
     written = comparison.write(folder)
     say(str(comparison))
-    say_written(written, folder)
-    say(f"open {tilde(folder / 'comparison.html')}")
+    say_written([written], folder)
 
 
 @app.command(rich_help_panel=REPORT)
@@ -179,7 +178,6 @@ def leaderboard(folder: Path | None = Argument(None, help="Default: outputs/."))
     ranked = report.leaderboard(folder or outputs_dir())
     say(str(ranked))
     say_written(ranked.write(), ranked.folder)
-    say(f"open {tilde(ranked.folder / 'leaderboard.html')}")
     raise typer.Exit(int(ranked.n_problems > 0))
 
 

@@ -275,7 +275,7 @@ def test_reports(tmp_path: Path) -> None:
         report.read_report(bad)
         if next(turn) % 10 == 0:  # the dearer readers
             board.write()
-            report.compare_reports([good, bad], n_boot=20)
+            report.compare_reports([good, bad])
 
     assert survive("report", 5, change, read) > COUNTS["report"] // 2
 

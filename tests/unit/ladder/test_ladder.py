@@ -271,6 +271,12 @@ def test_the_stage_hands_on_its_summary(climbed, compared, tmp_path, monkeypatch
     content = stage.read("ladder")
     assert content["summary"] == lines and any("FP16/FP8 -> Q4-Q6" in line for line in lines)
     assert any("interval unknown" in line and "n = 93 tokens in 3 chunks" in line for line in lines)
+    measured = [line for line in lines if "fidelity" in line or "KL divergence" in line]
+    assert measured and all("n = " in line for line in measured)
+    for row, line in zip(content["rungs"][1:], lines[1:], strict=False):
+        assert ("lift the mean" in line) == (row["kld"] > row["kld_tail"]), (
+            "a mean above its own tail says why"
+        )
     assert any(line.startswith("broken failed") for line in lines)
     assert [row["rung"] for row in content["rungs"]] == ["F16", "Q8_0", "Q4_K_M"]
 

@@ -424,6 +424,7 @@ def test_what_the_notebook_hands_on(server, merged_reference, model, tmp_path):
         stopped={"other": "it ended"},
     )
     assert "other: its server stopped, and was not measured to the end: it ended" in lines
+    assert all(" requests, " in line for line in lines if "tokens/s" in line), "a speed has its n"
     stage = json.loads((tmp_path / "serving.json").read_text())
     assert stage[
         "summary"
