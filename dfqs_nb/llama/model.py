@@ -181,7 +181,7 @@ class Model:
 
         Raises `ContextFullError` when they do not fit in ``n_ctx``, and `DecodeError` when llama.cpp fails.
         """
-        self._check_room(tokens)
+        self.check_room(tokens)
         for start in range(0, len(tokens), self.settings.n_batch):
             self._decode_batch(tokens[start : start + self.settings.n_batch], every_logit=False)
 
@@ -201,7 +201,7 @@ class Model:
         Each chunk is a view, float32 ``(n, n_vocab)``, that the next one overwrites: copy what you keep. It
         has at most ``n_batch`` tokens (the default).
         """
-        self._check_room(tokens)
+        self.check_room(tokens)
         step = min(chunk_tokens or self.settings.n_batch, self.settings.n_batch)
         for start in range(0, len(tokens), step):
             chunk = tokens[start : start + step]
@@ -214,7 +214,8 @@ class Model:
 
         llama_cpp.llama_synchronize(self._open().ctx)
 
-    def _check_room(self, tokens: Sequence[int]) -> None:
+    def check_room(self, tokens: Sequence[int]) -> None:
+        """Raise `ContextFullError` if these tokens do not fit after those in the context."""
         n_tokens = self.n_past + len(tokens)
         if not len(tokens):
             raise DecodeError("there are no tokens to evaluate", where=self.path, hint="give a prompt")

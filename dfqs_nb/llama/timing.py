@@ -12,7 +12,7 @@ import numpy as np
 
 from dfqs_nb.core.budget import Fitted, duration, fit
 from dfqs_nb.core.display import tqdm
-from dfqs_nb.llama.model import ContextFullError, Model
+from dfqs_nb.llama.model import Model
 
 PROBE_PROMPT, PROBE_ANSWER, PROBE_SECONDS = 16, 4, 5.0
 PROMPT_TOKENS = 32  # of a short question in its template
@@ -118,16 +118,11 @@ def measure_speed(
     Returns:
         A row for each ``phase`` (prefill, decode): ``depth``, ``n_threads``, ``repetitions``, ``tokens``, and
         tokens a second as ``median``, ``min``, ``max`` and ``values`` in order of measurement.
-
-    Raises:
-        ContextFullError: ``depth + n_tokens`` exceeds ``n_ctx``.
     """
     tokens = np.random.default_rng(seed).integers(0, model.n_vocab, depth + n_tokens).tolist()
     prompt, forced = tokens[:depth], tokens[depth:]
-    if len(tokens) > model.settings.n_ctx:
-        what = f"{len(tokens):,} tokens exceed the context of {model.settings.n_ctx:,}"
-        hint = "lower the depth, or open the model with a larger n_ctx"
-        raise ContextFullError(what, where=model.path, hint=hint)
+    model.clear()
+    model.check_room(tokens)
     time_once(model, prompt[:16], forced[:4])
     seconds = [time_once(model, prompt, forced) for _ in tqdm(range(repetitions), desc="timing", leave=False)]
     model.clear()
