@@ -316,12 +316,6 @@ def octaves(shortest: int, longest: int) -> list[int]:
     return [shortest * 2**k for k in range(int(log2(longest / shortest)) + 1)] if longest >= shortest else []
 
 
-def clearly_below(counts: Counts) -> bool:
-    """Whether the last planned lengths lie below the threshold by their whole interval."""
-    high = wilson(counts.right, counts.n)[1][counts.planned]
-    return len(high) > FAILED_LENGTHS and bool((high[-FAILED_LENGTHS:] < counts.threshold).all())
-
-
 def refined_lengths(counts: Counts) -> list[int]:
     """The middles (in log2) of the intervals where the fit, and the accuracies themselves, first cross."""
     middles = set()
@@ -349,8 +343,9 @@ def search_lengths(
         if (done := measure(length, True)) is None:
             return counts
         counts = done
-        if clearly_below(counts):
-            break
+        high = wilson(counts.right, counts.n)[1][counts.planned]
+        if len(high) > FAILED_LENGTHS and (high[-FAILED_LENGTHS:] < counts.threshold).all():
+            break  # these fail by their whole intervals
     for _ in range(rounds):
         for length in refined_lengths(counts) if counts else ():
             if (done := measure(length, False)) is None:
