@@ -132,7 +132,7 @@ def entries(text: str) -> dict[str, str]:
     >>> entries("a: one | b: two")
     {'a': 'one', 'b': 'two'}
     """
-    return dict(entry.strip().split(": ", 1) for entry in text.split("|"))  # type: ignore[misc]
+    return dict(entry.strip().split(": ", 1) for entry in text.split("|"))
 
 
 # Columns whose names say too little; "low" and "high" are the ends of intervals.

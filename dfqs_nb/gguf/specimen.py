@@ -113,9 +113,9 @@ def _rows(facts: dict[str, Any], shape: Shape) -> Iterator[Row]:
     sizes, ratios = facts["specimen"], facts["keys"]["attention.compress_ratios"][: shape.n_layers]
     extents = {"tokens": shape.n_tokens, "experts": shape.n_experts, "used": sizes["used"]}
     places: list[tuple[str, int | None]] = [("model", None)]
-    for layer, ratio in enumerate(ratios):
-        routing = "hash" if layer < sizes["hash_layers"] else "scores"
-        places += [("layer", layer), (routing, layer), (str(ratio), layer)]
+    for number, ratio in enumerate(ratios):
+        routing = "hash" if number < sizes["hash_layers"] else "scores"
+        places += [("layer", number), (routing, number), (str(ratio), number)]
     for part, layer in places:
         for name, (kind, *own) in sizes["tensors"].get(part, {}).items():
             down = "Q2_K" if (layer or 0) < sizes["q2_k_layers"] else "IQ1_S"
