@@ -1,8 +1,4 @@
-"""Score a model's reasoning and code on frozen questions, and its speed against what memory allows.
-
->>> [item_set.name for item_set in ItemSet.of_tier("nano")]
-['nano-reasoning', 'nano-code']
-"""
+"""Score a model's reasoning and code on frozen questions, and its speed against what memory allows."""
 
 from dfqs_nb.core.doors import lazy
 from dfqs_nb.scores import plan, speed

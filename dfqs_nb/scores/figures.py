@@ -42,9 +42,7 @@ def choice_margins(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """The right choice's lead on the best wrong one, a row a family; ``table`` as `Answers.families`."""
     ax = new_axes(ax, 1.0 + 0.2 * len(table))
     rows, known = np.arange(len(table)), table["margin_low"].notna().all()
-    spread = (
-        [table["margin"] - table["margin_low"], table["margin_high"] - table["margin"]] if known else None
-    )
+    spread = [table["margin"] - table["margin_low"], table["margin_high"] - table["margin"]]
     ax.errorbar(table["margin"], rows, xerr=spread, fmt="o", color=PALETTE[0], capsize=3)
     ax.axvline(0, color=INK, linewidth=0.8, linestyle=":")
     _name_rows(ax, [f"{row.family} (n = {row.n})" for row in table.itertuples()])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.errors import ComparisonError
@@ -60,7 +59,6 @@ class Score:
     value: float | None  # None while an item lacks its result; no part of a set stands for the whole
     low: float
     high: float
-    standard_error: float  # stratified over families (reasoning) or over tasks (code)
     n: int
     n_missing: int  # items without a result
     guess_rate: float  # what guessing would score
@@ -92,8 +90,7 @@ def reasoning_score(items: pd.DataFrame, name: str, n_expected: int) -> Score:
     ``items`` has columns ``family``, ``guess`` and ``grade``, one row an item; with several samples of an
     item also ``id``, by which their mean is taken. ``n_expected``: items of the whole set.
 
-    The standard error is stratified: sqrt(sum of p(1 - p) / (n - 1)) / families. The interval is Wilson's at
-    the number of items that is worth as much, 1 / sum(w^2 / n) with w = 1 / families.
+    The interval is Wilson's at the number of items that is worth as much: 1 / sum(w^2 / n), w = 1 / families.
     """
     right = items.assign(correct=(items["grade"] == "correct").astype(float))
     if "id" in right:
@@ -102,10 +99,9 @@ def reasoning_score(items: pd.DataFrame, name: str, n_expected: int) -> Score:
     share, n, guess = groups["correct"].mean(), groups.size(), groups["guess"].mean()
     n_families, missing = max(len(n), 1), n_expected - len(right)
     worth = n_families**2 / float((1 / n).sum()) if len(n) else 0.0
-    error = sqrt(float((share * (1 - share) / (n - 1).clip(lower=1)).sum())) / n_families
     counts = {grade: int((items["grade"] == grade).sum()) for grade in GRADES}
-    facts: dict[str, Any] = {"standard_error": error, "guess_rate": float(guess.sum()) / n_families}
-    facts |= {"n": n_expected, "counts": counts, "truncated": counts["truncated"]}
+    facts: dict[str, Any] = {"n": n_expected, "counts": counts, "truncated": counts["truncated"]}
+    facts["guess_rate"] = float(guess.sum()) / n_families
     return Score.of("reasoning_score", name, float(share.sum()) / n_families, worth, missing, **facts)
 
 
@@ -116,10 +112,10 @@ def code_score(samples: pd.DataFrame, name: str, n_expected: int) -> Score:
     ``n_expected``: tasks of the whole set.
     """
     values = (samples["grade"] == "passed").groupby(samples["id"], sort=False).mean()
-    n, error = len(values), float(values.std(ddof=1)) / sqrt(len(values)) if len(values) > 1 else 0.0
+    n = len(values)
     counts = {str(grade): int(count) for grade, count in samples["grade"].value_counts().items()}
     cut = int(samples["truncated"].sum()) if "truncated" in samples else 0
-    facts: dict[str, Any] = {"standard_error": error, "guess_rate": 0.0, "counts": counts, "truncated": cut}
+    facts: dict[str, Any] = {"guess_rate": 0.0, "counts": counts, "truncated": cut}
     value = float(values.mean()) if n else 0.0
     return Score.of("code_score", name, value, n, n_expected - n, n=n_expected, **facts)
 
@@ -193,10 +189,6 @@ class Results:
         turn = failed.groupby(["set", "family"], sort=False).cumcount()
         chosen = failed.loc[turn.sort_values(kind="stable").index].groupby("set").head(n).sort_index()
         return chosen[["family", "prompt", "completion", "expected", "reason"]].reset_index(drop=True)
-
-    def sentences(self) -> list[str]:
-        """The score of each set in words."""
-        return [run.score.sentence for run in self.runs]
 
 
 @dataclass(frozen=True)

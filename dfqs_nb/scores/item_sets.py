@@ -1,14 +1,12 @@
 """Frozen sets of questions as JSONL: the first line describes the set, and the file's hash identifies it.
 
-A set of your own is a file like those in ``data/prompts/``, in a folder of your choice::
-
-    {"set": "my-questions", "kind": "reasoning", "extract": "last line", "max_tokens": 64}
-    {"id": "1", "family": "capitals", "prompt": "What is the capital of Peru?", "answer": "Lima"}
+``data/prompts/README.md`` shows how to write a set of your own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -28,7 +26,6 @@ TIERS = {
     "standard": ("standard-reasoning", "standard-code", "gsm8k-100"),
 }
 NEEDED = {"reasoning": ("answer",), "code": ("tests", "entry_point"), "choice": ("choices",)}  # of an item
-LONGEST_NAME = 120  # bytes, of a set: its files' names begin and end with more
 Text = Annotated[str, MinLen(1)]
 
 
@@ -187,9 +184,8 @@ def _read(path: Path) -> ItemSet:
 def _head(line: bytes, path: Path) -> Head:
     """The first line, if the set's name can name files."""
     head: Head = _typed(Head, line.removeprefix(b"\xef\xbb\xbf"), 1, path)
-    fits = head.set.strip() and len(head.set.encode()) <= LONGEST_NAME
-    if not fits or not all(character.isalnum() or character in "-_. " for character in head.set):
-        rule = "use up to 120 letters, digits, '-', '_' and '.'"
+    if not re.fullmatch(r"(?=.*\S)[\w. -]{1,50}", head.set):
+        rule = "use up to 50 letters, digits, '-', '_' and '.'"
         raise _broken(path, 1, f"set: {head.set!r:.60} names files: {rule}")
     if what := next(filter(None, (_fault(head, example) for example in head.examples)), ""):
         raise _broken(path, 1, f"examples: {what}")
@@ -203,10 +199,8 @@ def _fault(head: Head, item: Item) -> str:
     for name in NEEDED[head.kind]:
         if not getattr(item, name):
             return f"no {name}"
-    if head.kind == "choice" and item.gold >= len(item.choices):
-        return "gold names no choice"
-    if head.kind == "choice" and len(item.choices) == 1:
-        return "choices: there is only one"
+    if head.kind == "choice" and len(item.choices) <= max(1, item.gold):
+        return "gold names no choice" if item.gold else "choices: there is only one"
     if head.kind == "code" and not item.entry_point.isidentifier():
         return f"entry_point: {item.entry_point!r:.60} is no name of a function"
     try:

@@ -114,7 +114,7 @@ class Answers:
         ]
         return {
             "results": {name: scores},
-            "n-samples": {name: {"original": len(self.questions.items), "effective": n}},
+            "n-samples": {name: {"original": self.questions.n_whole, "effective": n}},
             "n-shot": {name: len(self.questions.examples)},
             "config": {"model": self.model, **self.conditions},
             "samples": {name: samples},
@@ -122,15 +122,9 @@ class Answers:
 
 
 def answer(
-    model: Model,
-    questions: ItemSet,
-    folder: str | Path,
-    *,
-    model_id: str = "",
-    limit: int | None = None,
-    fresh: bool = False,
+    model: Model, questions: ItemSet, folder: str | Path, *, model_id: str = "", fresh: bool = False
 ) -> Answers:
-    """Score every choice of every question, or of the first ``limit``. The same call resumes a killed run.
+    """Score every choice of every question. The same call resumes a killed run.
 
     What the questions share (the solved examples) and what the choices of a question share (its prompt) is
     evaluated once and then restored, so four choices cost little more than one. ``<set>.likelihood.jsonl``
@@ -142,9 +136,7 @@ def answer(
     folder.mkdir(parents=True, exist_ok=True)
     conditions = {"prompt_set_sha256": questions.sha256, "model": model_id, **model.conditions()}
     kept = journal.Journal(folder / f"{questions.name}.likelihood.jsonl", conditions, fresh=fresh)
-    items = questions.items[:limit]
-    if not items:
-        raise errors.PromptError(f"a limit of {limit} leaves no question", hint="take 1 or more")
+    items = questions.items
     encoded = {item.id: encode(model, questions, item) for item in items if item.id not in kept}
     scorer = _Scorer(model, commonprefix([context for context, _ in encoded.values()]))
     for item in display.tqdm(items, desc=questions.name, leave=False):

@@ -70,13 +70,7 @@ def disk_bandwidth(folder: str | Path) -> float | None:
 
 
 def speed_by_depth(
-    model: Model,
-    depths: Iterable[int],
-    n_tokens: int = 128,
-    repetitions: int = 5,
-    *,
-    bandwidth: float,
-    seed: int = 42,
+    model: Model, depths: Iterable[int], n_tokens: int, repetitions: int, *, bandwidth: float, seed: int = 42
 ) -> pd.DataFrame:
     """Prefill and decode speed at several depths, beside the roof that the memory of this machine sets.
 
@@ -171,9 +165,8 @@ def card_table(weights: ActiveBytes = FLASH) -> pd.DataFrame:
 
 def card_sentence(table: pd.DataFrame) -> str:
     """The card's CPU speed beside its bound, in words."""
-    cpu, paged = table.iloc[0], table.iloc[-1]
+    cpu = table.iloc[0]
     return (
         f"{cpu['machine']}: the card's {cpu['claimed_low']} to {cpu['claimed_high']} tokens/s are at most "
-        f"{cpu['reached']:.0%} of the bound, {cpu['bound']:,.1f}. With {paged['from_disk']:.0%} of a token's "
-        f"bytes from a SATA disk the bound is {paged['bound']:,.2f}."
+        f"{cpu['reached']:.0%} of the bound, {cpu['bound']:,.1f}."
     )

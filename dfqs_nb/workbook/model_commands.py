@@ -222,10 +222,10 @@ def choices(
     from dfqs_nb.scores import likelihood
 
     questions = likelihood.load_choices(set_name)
+    questions = questions.part(limit) if limit else questions
     with open_model(model, n_ctx, threads) as opened:
         folder = model_run_dir(run, model, "scores")
-        options: dict[str, Any] = {"model_id": identity(opened), "limit": limit, "fresh": fresh}
-        result = likelihood.answer(opened, questions, folder, **options)
+        result = likelihood.answer(opened, questions, folder, model_id=identity(opened), fresh=fresh)
     say(result.sentence)
     say_table(result.families())
     written = write_json(folder / f"{questions.name}.lm_eval.json", result.as_lm_eval())

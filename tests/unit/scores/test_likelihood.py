@@ -152,7 +152,7 @@ def test_a_shipped_set_becomes_multiple_choice_the_same_way_each_time(model, tmp
         assert item.choices[item.gold] == answers[item.id] and len(set(item.choices)) == 4
     places = np.bincount([item.gold for item in questions.items], minlength=4) / len(questions.items)
     assert places.min() > 0.1, "the right choice stands at every place"
-    result = likelihood.answer(model, questions, tmp_path, limit=8)
+    result = likelihood.answer(model, questions.part(8), tmp_path)
     assert len(result.items) == 8 and "guess rate 0.250" in result.sentence
     sizes = {"original": len(questions.items), "effective": 8}
     assert result.as_lm_eval()["n-samples"] == {"nano-reasoning-choices": sizes}
@@ -198,8 +198,3 @@ def test_what_cannot_be_asked_is_refused(model, own, tmp_path):
 def test_a_head_that_means_nothing_is_refused(own, head, message):
     with pytest.raises(PromptError, match=message):
         load_choices(own(head))
-
-
-def test_a_limit_that_leaves_nothing_is_refused(model, own, tmp_path):
-    with pytest.raises(PromptError, match="leaves no question"):
-        likelihood.answer(model, load_choices(own()), tmp_path, limit=0)

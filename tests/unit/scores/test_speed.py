@@ -79,7 +79,7 @@ def test_speed_by_depth_has_a_roof(model):
     assert decode["roof"].iloc[0] == pytest.approx(1e12 / read)
     assert (decode["utilisation"] < 1).all() and table["contended"].dtype == bool
     with pytest.raises(llama_model.ContextFullError):
-        speed.speed_by_depth(model, [512], bandwidth=1e9)
+        speed.speed_by_depth(model, [512], 16, 1, bandwidth=1e9)
 
 
 def test_the_metric_and_the_figure_have_the_same_depth():
@@ -99,4 +99,4 @@ def test_the_metric_and_the_figure_have_the_same_depth():
 
 def test_the_card_in_words():
     text = speed.card_sentence(speed.card_table())
-    assert "0.2 to 0.5 tokens/s are at most 4% of the bound, 11.8" in text and "from a SATA disk" in text
+    assert "0.2 to 0.5 tokens/s are at most 4% of the bound, 11.8" in text
