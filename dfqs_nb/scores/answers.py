@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import html
 import re
 import textwrap
 import unicodedata
@@ -17,7 +16,6 @@ from symtable import Function, SymbolTable, symtable
 # A fence opens anywhere in a line (models glue it behind words) and closes with the same marks.
 FENCE = re.compile(r"(?P<mark>`{3,}|~{3,})[^`~\n]*\n")
 CODE_LINE = re.compile(r"[ \t]*(def|async def|class|from|import|@)\b|[ \t]*[A-Za-z_]\w*[ \t]*=[^=]")
-PROMPT_MARKS = re.compile(r"^[ \t]*(?:(?:> ?)+(?!>)(?:(?:>>>|\.\.\.)(?: |$))?|(?:>>>|\.\.\.)(?: |$))", re.M)
 FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)  # has to stand first
 MOST_DIGITS = 1000  # of a number that is compared as a number
 MOST_ENDS, MOST_TRIES = 8, 400  # closing fences of a block, and pieces of plain text, that are tried
@@ -49,40 +47,27 @@ def normalised(text: str) -> str:
 def code_in(answer: str, name: str, prompt: str = "") -> str | None:
     r"""The code in a chat's answer that defines ``name``: the last code block that does, else plain text.
 
-    A block may be indented, unclosed, glued to words, fenced by tildes, quoted, or in HTML. A method of a
-    class counts (an instance is made where it needs ``self``), and so does a body alone, which is put below
-    ``prompt``. None where there is no code.
+    A block may be indented, unclosed, glued to words, or fenced by tildes. A method of a class counts (an
+    instance is made where it needs ``self``), and so does a body alone, which is put below ``prompt``. None
+    where there is no code.
 
     >>> code_in("Here:\n~~~python\ndef f(x):\n    return x", "f")
     'def f(x):\n    return x'
     """
     answer = re.sub("\r\n?|[\u2028\u2029]", "\n", answer)
-    for text in (answer, _undressed(answer)):
-        blocks = list(_blocks(text))
-        for number, block in reversed(list(enumerate(blocks))):
-            if code := _defining(block, name):
-                return _with_helpers(code, blocks[:number])
-        if code := _plain_code(text, name):
-            return code
-    for block in reversed(blocks or [textwrap.dedent(text.strip("\n"))]):
+    blocks = list(_blocks(answer))
+    for number, block in reversed(list(enumerate(blocks))):
+        if code := _defining(block, name):
+            return _with_helpers(code, blocks[:number])
+    if code := _plain_code(answer, name):
+        return code
+    for block in reversed(blocks or [textwrap.dedent(answer.strip("\n"))]):
         body = prompt + textwrap.indent(block, "    ")
         if prompt and re.search(r"^(return|yield)\b", block, flags=re.MULTILINE) and _parsed(body)[0]:
             return body
         if re.search(rf"^(async )?def {re.escape(name)}\b", block, flags=re.MULTILINE):
             return block  # it is no Python: running it says why
     return None
-
-
-def _undressed(answer: str) -> str:
-    r"""The text without what pages and terminals put around code: HTML, quotation marks, odd spaces.
-
-    >>> _undressed("> >>> x\u00a0= 1"), _undressed("<pre>1 &lt; 2</pre>")
-    ('x = 1', '\n```\n1 < 2\n```\n')
-    """
-    text = html.unescape(re.sub(r"</?(?:pre|code)\b[^>\n]*>", "\n```\n", answer))
-    kinds = {"Zs": " ", "Cf": ""}
-    text = "".join(kinds.get(unicodedata.category(character), character) for character in text)
-    return PROMPT_MARKS.sub("", text)
 
 
 def _with_helpers(code: str, earlier: list[str]) -> str:

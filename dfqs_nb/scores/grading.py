@@ -1,8 +1,4 @@
-"""Grade answers, turn grades into scores with their uncertainty, and compare two runs item by item.
-
-Strict: an answer counts when it is the expected one after normalisation, and a program when its tests run to
-their end. There is no partial credit.
-"""
+"""Grade answers without partial credit, turn grades into scores with intervals, and compare runs by item."""
 
 from __future__ import annotations
 
@@ -134,10 +130,7 @@ class SetRun:
 
     @classmethod
     def of(cls, kind: str, name: str, items: Any, *, n_items: int | None = None, **facts: Any) -> SetRun:
-        """A run from its judged items (a frame or rows): the one place where items become a score.
-
-        ``n_items``: of the whole set, by default those that are here; ``facts``: the other attributes.
-        """
+        """A run from its judged items (a frame or rows); the whole set has ``n_items``, by default these."""
         import pandas as pd
 
         table = pd.DataFrame(items, columns=COLUMNS.split()) if isinstance(items, list) else items
@@ -172,16 +165,14 @@ class Results:
 
     def families(self) -> pd.DataFrame:
         """One row a family and length: counts, accuracy with Wilson's interval, guess rate, how it failed."""
-        import pandas as pd
-
         items = self.items.assign(no_answer=lambda table: table["grade"] == "no_answer")
         groups = items.groupby(["set", "family", "length"], sort=False)
         accuracy, n_items = groups["correct"].mean(), groups["id"].nunique()
         low, high = wilson(accuracy * n_items, n_items)  # samples of one item are no evidence of their own
-        columns = {"n": groups.size(), "correct": groups["correct"].sum(), "accuracy": accuracy}
-        columns |= {"low": low, "high": high, "guess_rate": groups["guess"].mean()}
-        columns |= {name: groups[name].sum() for name in ("truncated", "no_answer")}
-        return pd.DataFrame(columns).reset_index()
+        sums = groups[["correct", "truncated", "no_answer"]].sum()
+        table = groups.size().to_frame("n").assign(correct=sums.pop("correct"), accuracy=accuracy)
+        table = table.assign(low=low, high=high, guess_rate=groups["guess"].mean())
+        return table.join(sums).reset_index()
 
     def failures(self, n: int = 3) -> pd.DataFrame:
         """Failed items to read, ``n`` a set, spread over its families: what was asked, answered, expected."""
@@ -207,10 +198,7 @@ class Comparison:
 
 
 def compare_runs(a: SetRun, b: SetRun, n_boot: int = N_BOOT, seed: int = 0) -> Comparison:
-    """Two runs of a set under the same conditions.
-
-    A `ComparisonError` names differing conditions, or items without results.
-    """
+    """Two runs of a set; a `ComparisonError` names conditions that differ, or items without results."""
     if differing := differing_fields(a.conditions, b.conditions):
         named = ", ".join(f"{key} ({mine} and {theirs})" for key, (mine, theirs) in differing.items())
         what = f"the conditions differ in {named}"

@@ -55,16 +55,13 @@ class Item:
         return around.replace("{prompt}", self.prompt)
 
     def candidate(self, answer: str, mode: str) -> Candidate | None:
-        """The code in an answer with this item's tests; None where a chat's answer has none.
-
-        In a chat, the answer's code runs after the prompt with an empty body, whose imports it may rely on.
-        """
+        """The code in an answer with this item's tests; None where a chat's answer has none."""
         sources: tuple[str, ...] = (self.prompt + answer,)
         if mode == "chat":
             code = code_in(answer, self.entry_point, self.prompt)
             if code is None:
                 return None
-            sources = (f"{self.prompt}    pass\n", code)
+            sources = (f"{self.prompt}    pass\n", code)  # it may rely on the prompt's imports
         helpers = self.prompt + (self.reference or "    pass\n")
         return Candidate(sources, self.tests, self.entry_point, helpers)
 
@@ -104,10 +101,7 @@ class ItemSet(Head):
 
     @classmethod
     def load(cls, name: str | Path, folder: str | Path | None = None) -> ItemSet:
-        """A set by the path of its file, or by its name, from ``folder`` or the shipped ones.
-
-        A `PromptError` names what is missing, or the line and field that are wrong.
-        """
+        """A set by its file's path, or its name, from ``folder`` or the shipped ones; or a `PromptError`."""
         if Path(name).suffix == ".jsonl":
             return _read(Path(name))
         known = item_set_paths() | (item_set_paths(folder) if folder else {})

@@ -39,8 +39,7 @@ def load_choices(source: str | Path) -> ItemSet:
 def choices_of(questions: ItemSet) -> ItemSet:
     """Multiple choice from a reasoning set: the choices are answers of the same family.
 
-    A hash of the question decides which ones and in what order, so they are always the same. A set without
-    enough different answers in any family, such as a code set, is a `PromptError`.
+    A hash of the question decides which and in what order. A set without enough answers is a `PromptError`.
     """
     answers: dict[str, dict[str, None]] = {}
     for item in questions.items:

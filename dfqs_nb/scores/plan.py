@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from dfqs_nb.scores.likelihood import Answers
 
 Sets = tuple[ItemSet, ...]
-SIZES = (1000, 96, 48, 24, 12)  # questions of a set, while others are asked beside it
-SMALL_SIZES = (6, 3, 1)  # of the first set alone
+SIZES = (10**9, 768, 384, 192, 96, 48, 24, 12)  # questions of a set, while others are asked beside it
 MOST_CHOICES = 96  # questions of multiple choice
 SPEED_CUTS: list[dict[str, int]] = [{"repetitions": 3}, {"n_tokens": 32}, {"depths": 2}]
 SPEED_CUTS += [{"repetitions": 1}, {"n_tokens": 8}, {"depths": 1}]
@@ -57,9 +56,8 @@ class QuestionPlan:
         """
 
         def asked(parts: Sets) -> Results:
-            return Results(
-                [score_set(self.model, each, folder, self.options, model_id=model_id) for each in parts]
-            )
+            runs = [score_set(self.model, each, folder, self.options, model_id=model_id) for each in parts]
+            return Results(runs)
 
         started, easy = time.perf_counter(), 4 * self.full_seconds < self.budget_seconds
         parts, *rest = [self.chosen] if easy else _candidates(self.chosen)[::-1]
@@ -104,8 +102,7 @@ def _candidates(chosen: Sets) -> list[Sets]:
     A dozen answers to one set say more than four to each of three.
     """
     sizes = [(size, len(chosen)) for size in SIZES]
-    sizes += [(SIZES[-1], n_sets) for n_sets in range(len(chosen) - 1, 0, -1)]
-    sizes += [(size, 1) for size in SMALL_SIZES]
+    sizes += [(SIZES[-1], n_sets) for n_sets in range(len(chosen) - 1, 0, -1)] + [(6, 1), (3, 1), (1, 1)]
     parts = (tuple(each.part(size) for each in chosen[:n_sets]) for size, n_sets in sizes)
     return list(dict.fromkeys(parts))
 

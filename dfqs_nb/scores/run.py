@@ -1,7 +1,6 @@
 """Ask a model every question of a set and judge the answers; both are kept, so that a killed run continues.
 
-An error that is not the answer's fault (decoding fails, the sandbox does not start) stops the run; it never
-scores 0.
+An error that is not the answer's fault stops the run. It never scores 0.
 """
 
 from __future__ import annotations
@@ -132,10 +131,7 @@ class Answerer:
         return Request(text, chat, max_tokens, stop, options.sampling, options.thinking)
 
     def score(self, item_set: ItemSet, folder: str | Path, options: Options = Options()) -> SetRun:
-        """Answer and judge a set, continuing what an earlier run left in ``folder``.
-
-        A `SandboxError` comes before the first question.
-        """
+        """Answer and judge a set, and resume in ``folder``. A `SandboxError` comes before any question."""
         if item_set.kind == "choice":
             hint = "answer it with `dfqs-nb choices MODEL --set FILE.jsonl`"
             raise errors.PromptError(f"{item_set.name} is a multiple-choice set", hint=hint)
@@ -202,10 +198,7 @@ def score_set(
 
 
 def check_prompts(model: Model, item_set: ItemSet, answerer: Answerer, options: Options = Options()) -> int:
-    """The context in tokens that the longest item needs; a `PromptError` if the model was opened with less.
-
-    A chat template that fails or drops a question is a `ModelError`.
-    """
+    """Tokens of context that the longest item needs; a `PromptError` if the model was opened with fewer."""
     requests = (answerer.request(item_set, item, options) for item in item_set.items)
     longest = max(len(request.tokens(model)) + request.max_tokens for request in requests)
     if longest > model.settings.n_ctx:

@@ -80,12 +80,6 @@ class Limits:
     file_bytes: int = 1 << 20
     tasks: int = 64  # processes and threads together
 
-    def rlimits(self) -> dict[str, int]:
-        """The kernel's limits by name (``setrlimit(2)``)."""
-        limits = {"CPU": self.cpu_seconds, "AS": self.memory_bytes, "FSIZE": self.file_bytes}
-        limits |= {"NPROC": self.tasks, "NOFILE": 128, "CORE": 0}
-        return {f"RLIMIT_{name}": value for name, value in limits.items()}
-
 
 LIMITS = Limits()
 
@@ -96,7 +90,7 @@ class Candidate:
 
     sources: tuple[str, ...]  # texts that run one after another as one module
     tests: str = ""  # define ``check(candidate)``; without tests, code passes by reaching its end
-    entry_point: str = ""  # the function (or class) that ``check`` is given
+    entry_point: str = ""  # the function that ``check`` is given
     helpers: str = ""  # the task, with what its tests may need of it; it runs beside the tests
 
     @property
@@ -134,9 +128,7 @@ class Sandbox:
         """The verdict of each candidate, in order; as many run at once as there are cores; see `run`."""
         with ThreadPoolExecutor(machine.usable_cores()) as pool:
             ran = pool.map(lambda candidate: run(candidate, self, limits), candidates)
-            return list(
-                display.tqdm(ran, total=len(candidates), desc="tests", disable=not progress, leave=False)
-            )
+            return list(display.tqdm(ran, total=len(candidates), desc="tests", disable=not progress))
 
     @property
     def safe(self) -> bool:
@@ -199,16 +191,15 @@ def check_allowed(sandbox: Sandbox, allow_unsandboxed: bool = False) -> None:
 
 
 def run(candidate: Candidate | str, sandbox: Sandbox, limits: Limits = LIMITS) -> Verdict:
-    """Run a candidate with its tests; a text is code without tests.
-
-    A sandbox that does not start is a `SandboxError`: it says nothing about the candidate.
-    """
+    """Run a candidate with its tests; a text has none. A sandbox that does not start is a `SandboxError`."""
     candidate = Candidate((candidate,)) if isinstance(candidate, str) else candidate
     nonce = secrets.token_hex(16)
     user = FIRST_OWN_USER + secrets.randbelow(1 << 28) if sandbox.own_user else 0
-    job: dict[str, Any] = {**asdict(candidate), "nonce": nonce, "user": user, "limits": limits.rlimits()}
-    if not sandbox.safe:
-        del job["limits"]["RLIMIT_NPROC"]  # it would count all processes of this user
+    job: dict[str, Any] = {**asdict(candidate), "nonce": nonce, "user": user}
+    job["limits"] = {"RLIMIT_CPU": limits.cpu_seconds, "RLIMIT_AS": limits.memory_bytes, "RLIMIT_CORE": 0}
+    job["limits"] |= {"RLIMIT_FSIZE": limits.file_bytes, "RLIMIT_NOFILE": 128}
+    if sandbox.safe:  # without one it would count all processes of this user
+        job["limits"]["RLIMIT_NPROC"] = limits.tasks
     with (
         tempfile.TemporaryDirectory(prefix="dfqs-") as folder,
         _file_of(json.dumps(job).encode()) as told,
@@ -302,10 +293,7 @@ def _command(sandbox: Sandbox, calls: int) -> list[str]:
 
 @lru_cache(maxsize=4)
 def _mounts(python: str) -> tuple[str, ...]:
-    """Mount the interpreter, its library, numpy and the system's libraries read-only, and four devices.
-
-    Their parent folders are made here: another user cannot enter those that bwrap makes.
-    """
+    """Mount the interpreter, its library, numpy and the system's libraries read-only, and four devices."""
     mounts: list[str] = []
     places: dict[str, str] = {}  # inside, and the folder or file that is seen there
     system = [*map(Path, SYSTEM_LIBRARIES), Path(sys.base_prefix, "lib"), Path(sys.base_prefix, "lib64")]
@@ -322,6 +310,7 @@ def _mounts(python: str) -> tuple[str, ...]:
     places[python] = python
     mounts += [word for place, source in places.items() for word in ("--ro-bind", source, place)]
     mounts += [word for device in DEVICES for word in ("--dev-bind", device, device)]
+    # another user could not enter the parent folders that bwrap makes
     parents = {str(folder) for place in (*places, *DEVICES) for folder in Path(place).parents} - {"/"}
     made = [word for folder in sorted(parents) for word in ("--perms", "0755", "--dir", folder)]
     return (*made, *mounts)

@@ -1,8 +1,4 @@
-"""How fast a model runs, and how fast memory and disk let it run.
-
-Decode reads every active weight once a token, so bandwidth divided by those bytes is a roof. The same
-arithmetic bounds the real artifact on a machine that is only described.
-"""
+"""How fast a model runs, below the roof that bandwidth sets: a token of decode reads every active weight."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -112,12 +108,8 @@ def sentence(row: pd.Series) -> str:
     return f"decode {row['median']:,.1f} tokens/s at depth {row['depth']} {spread}{busy}"
 
 
-class Place(NamedTuple):
-    """A place that weights are read from: its name, how many bytes of them it holds, bytes a second."""
-
-    name: str
-    capacity_bytes: float
-    bytes_per_sec: float
+# What weights are read from: its name, bytes of them that it holds, bytes a second.
+Place = tuple[str, float, float]
 
 
 def speed_bound(weights: ActiveBytes, places: Sequence[Place]) -> tuple[float, dict[str, float]]:
@@ -127,18 +119,18 @@ def speed_bound(weights: ActiveBytes, places: Sequence[Place]) -> tuple[float, d
     experts fill what is left, and are chosen evenly. The parts of a token are read one after another.
 
     >>> weights = ActiveBytes(dense=4, routed=1, routed_total=10, weights=14)
-    >>> speed_bound(weights, [Place("memory", 9, 9.0), Place("disk", 99, 1.0)])
+    >>> speed_bound(weights, [("memory", 9, 9.0), ("disk", 99, 1.0)])
     (1.0, {'memory': 0.9, 'disk': 0.1})
     """
     experts = weights.weights - weights.dense
     dense, routed, seconds, shares = float(weights.dense), float(experts), 0.0, {}
-    for place in places:
-        here = min(dense, place.capacity_bytes)
-        there = min(routed, place.capacity_bytes - here)
+    for name, capacity_bytes, bytes_per_sec in places:
+        here = min(dense, capacity_bytes)
+        there = min(routed, capacity_bytes - here)
         dense, routed = dense - here, routed - there
         read = here + weights.routed * (there / max(experts, 1))
-        seconds += read / place.bytes_per_sec
-        shares[place.name] = read / weights.total
+        seconds += read / bytes_per_sec
+        shares[name] = read / weights.total
     if dense + routed > 1:
         raise DfqsError(f"no place holds {(dense + routed) / GB:,.1f} GB of the weights", hint="add a disk")
     return 1 / seconds, shares
@@ -157,7 +149,7 @@ def card_table(weights: ActiveBytes = FLASH) -> pd.DataFrame:
     rows = []
     for machine in card:
         low, high = machine.get("claimed", (nan, nan))
-        bound, shares = speed_bound(weights, [Place(*place) for place in machine["places"]])
+        bound, shares = speed_bound(weights, [tuple(place) for place in machine["places"]])
         rows.append((machine["name"], low, high, bound, shares.get("disk", 0.0), high / bound))
     names = ["machine", "claimed_low", "claimed_high", "bound", "from_disk", "reached"]
     return pd.DataFrame(rows, columns=names)

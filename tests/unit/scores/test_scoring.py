@@ -162,12 +162,6 @@ RIGHT = {
     "under a condition": f"```python\nimport sys\nif sys.version_info > (3,):\n    {SIGN}    {BODY.replace(chr(10), chr(10) + '    ')}\n```",
     "where a library is missing": f"```python\ntry:\n    import no_such_library\nexcept ImportError:\n    {SIGN}    {BODY.replace(chr(10), chr(10) + '    ')}\n```",
     "one of several names": f"```python\n{SIGN.replace('has_close', 'near')}{BODY}\nhas_close, other = near, None\n```",
-    "quoted": "".join(f"> {line}\n" for line in WHOLE.splitlines()),
-    "as in a terminal": "```\n>>> "
-    + "... ".join((SIGN + BODY).splitlines(keepends=True))
-    + ">>> has_close([1.0], 2.0)\nFalse\n```",
-    "as in a page": f"<pre><code class='python'>{(SIGN + BODY).replace('<', '&lt;').replace('>', '&gt;')}</code></pre>",
-    "odd spaces": WHOLE.replace("    ", "\u00a0" * 4).replace("def", "\u200bdef"),
     "other line ends": WHOLE.replace("\n", "\u2028"),
     "old line ends": WHOLE.replace("\n", "\r"),
     "a body alone, without a fence": BODY,

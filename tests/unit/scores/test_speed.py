@@ -13,7 +13,7 @@ from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama import settings as llama_settings
 from dfqs_nb.llama.paging import block_folder
 from dfqs_nb.scores import figures, speed
-from dfqs_nb.scores.speed import Place, speed_bound
+from dfqs_nb.scores.speed import speed_bound
 
 
 @pytest.fixture(scope="module")
@@ -25,25 +25,24 @@ def model(merged_reference):
 
 
 def test_a_model_that_fits_is_bound_by_memory_alone():
-    bound, shares = speed_bound(FLASH, [Place("memory", 1e12, 70e9)])
+    bound, shares = speed_bound(FLASH, [("memory", 1e12, 70e9)])
     assert bound == pytest.approx(70e9 / FLASH.total) and shares == {"memory": 1.0}
 
 
 def test_what_does_not_fit_comes_from_the_disk():
     weights = ActiveBytes(dense=10, routed=6, routed_total=90, weights=100)
-    bound, shares = speed_bound(weights, [Place("memory", 55, 1e9), Place("disk", 1e9, 2.0)])
+    bound, shares = speed_bound(weights, [("memory", 55, 1e9), ("disk", 1e9, 2.0)])
     assert shares["disk"] == pytest.approx(6 * 45 / 90 / 16)
     assert bound == pytest.approx(2 / 3, rel=1e-6)
-    none, _ = speed_bound(weights, [Place("memory", 4, 1e9), Place("disk", 1e9, 2.0)])
+    none, _ = speed_bound(weights, [("memory", 4, 1e9), ("disk", 1e9, 2.0)])
     assert none == pytest.approx(2 / 12, rel=1e-6)
     with pytest.raises(DfqsError, match="no place holds"):
-        speed_bound(FLASH, [Place("memory", 20e9, 1e9)])
+        speed_bound(FLASH, [("memory", 20e9, 1e9)])
 
 
 def test_more_memory_is_never_slower():
     bounds = [
-        speed_bound(FLASH, [Place("memory", gb * 1e9, 50e9), Place("disk", 1e15, 3e9)])[0]
-        for gb in range(2, 80, 3)
+        speed_bound(FLASH, [("memory", gb * 1e9, 50e9), ("disk", 1e15, 3e9)])[0] for gb in range(2, 80, 3)
     ]
     assert bounds == sorted(bounds)
 
