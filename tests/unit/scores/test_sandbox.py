@@ -388,7 +388,7 @@ JUDGING = {
         # GLOBAL Fraction; BUILD it with `complex` as `__eq__`, which gives true; answer with a Fraction
         "import struct, sys, time\ndef double(n):\n    frame = sys._getframe()\n"
         "    while 'outgoing' not in frame.f_locals: frame = frame.f_back\n"
-        "    raw = b'(Vvalue\\ncfractions\\nFraction\\n(N(V__eq__\\ncbuiltins\\ncomplex\\ndtb)R)t.'\n"
+        "    raw = b'(Vvalue\\ncfractions\\nFraction\\n(N(V__eq__\\ncbuiltins\\ncomplex\\ndtb)R(I2\\ntt.'\n"
         "    pipe = frame.f_locals['outgoing']\n"
         "    pipe.write(struct.pack('<Q', len(raw)) + raw); pipe.flush(); time.sleep(9)",
         "c(2) == 4",
