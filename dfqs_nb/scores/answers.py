@@ -74,7 +74,9 @@ def _with_helpers(code: str, earlier: list[str]) -> str:
     """The code, and before it the functions, classes and imports of earlier blocks that it needs."""
     helpers, missing = "", _missing(code)
     for block in reversed(earlier):
-        for node in reversed(ast.parse(block).body if _parsed(block)[0] else []):
+        with warnings.catch_warnings(action="ignore"):
+            body = ast.parse(block).body if _parsed(block)[0] else []
+        for node in reversed(body):
             if isinstance(node, Helper):
                 first = min([node, *getattr(node, "decorator_list", ())], key=lambda part: part.lineno)
                 text = "\n".join(block.split("\n")[first.lineno - 1 : node.end_lineno]) + "\n"
@@ -113,8 +115,7 @@ def _blocks(answer: str) -> Iterator[str]:
 
 def _parsed(code: str) -> tuple[SymbolTable | None, int]:
     """The names of a module, or None with the line of the first fault."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the model's code, such as invalid escapes
+    with warnings.catch_warnings(action="ignore"):  # of the model's code, such as invalid escapes
         try:
             return symtable(code, "<answer>", "exec"), 0
         except SyntaxError as error:
