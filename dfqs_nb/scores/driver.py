@@ -18,14 +18,14 @@ import struct
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
 from contextlib import suppress
 from functools import partial
 from typing import IO, Any, NoReturn
 
 MOST_BYTES = 64 << 20  # of one message
 BASES = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset)
-PLAIN = {"builtins": [*(base.__name__ for base in BASES), "bytearray", "range", "slice"]}
+PLAIN = {"builtins": [*(base.__name__ for base in BASES), "bytearray", "range", "slice", "iter"]}
 PLAIN |= {"collections": ["OrderedDict", "Counter", "deque"], "fractions": ["Fraction"]}
 PLAIN |= {"decimal": ["Decimal"], "datetime": ["date", "datetime", "time", "timedelta", "timezone"]}
 LOAD = ""  # in place of a function's name: load the candidate
@@ -36,10 +36,10 @@ class Gone(Exception):
 
 
 class _Pickler(pickle.Pickler):
-    """Writes plain data, a subclass of a plain type as that type, and an iterator as a list; nothing else."""
+    """Writes plain data, a subclass of a plain type as that type, an iterator run to its end."""
 
     def reducer_override(self, value: Any) -> Any:
-        kind = value if isinstance(value, type) else type(value)
+        kind = value if isinstance(value, type) or value is iter else type(value)
         if kind.__name__ in PLAIN.get(kind.__module__, ()):
             return NotImplemented
         if kind.__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
@@ -47,8 +47,8 @@ class _Pickler(pickle.Pickler):
         for base in BASES:
             if isinstance(value, base):
                 return base, (_stripped(base, value),)
-        if isinstance(value, Iterator):
-            return list, (list(value),)
+        if isinstance(value, (Iterator, KeysView, ValuesView, ItemsView)):
+            return iter, (list(value),)  # not a list: ``map(...) == [1]`` is false
         raise TypeError(f"a {kind.__name__} cannot cross between the tests and the code")
 
 
@@ -162,14 +162,15 @@ def _ask(process: subprocess.Popen[bytes], name: str, args: Any, named: Any) -> 
     """What a function of the candidate returns, and its arguments after the call. Raises what it raises."""
     assert process.stdin is not None and process.stdout is not None
     _send(process.stdin, (name, args, named))
-    kind, *answer = _receive(process.stdout)
-    if kind == "value":
+    what, *answer = _receive(process.stdout)
+    if what == "value":
         return answer
     shown, base, text = answer
-    try:
-        error: BaseException = getattr(builtins, base)(text)
-    except TypeError:  # UnicodeDecodeError and a few others take more than a text
-        error = ValueError(text)
+    error: BaseException = ValueError(text)
+    kind = getattr(builtins, base)
+    if isinstance(kind, type) and issubclass(kind, BaseException):  # `exec` is none
+        with suppress(TypeError):  # UnicodeDecodeError and a few others take more than a text
+            error = kind(text)
     error.__dict__["shown"] = shown  # what it was in the other process
     raise error
 

@@ -9,7 +9,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -175,9 +175,8 @@ class Answerer:
             item, number = todo[key]
             request = self.request(item_set, item, replace(options, seed=options.seed + number))
             started, made = time.perf_counter(), self.answer(request)
-            text = made.text.encode(
-                "utf-8", "replace"
-            ).decode()  # no file could hold half of a surrogate pair
+            # no file could hold half of a surrogate pair
+            text = made.text.encode("utf-8", "replace").decode()
             row = {"completion": text, "finish_reason": made.finish_reason, "opened": self.opens_thinking}
             return key, row | {"tokens": made.n_tokens, "seconds": round(time.perf_counter() - started, 4)}
 
@@ -185,7 +184,11 @@ class Answerer:
             yield from map(ask, todo)
             return
         with ThreadPoolExecutor(self.n_parallel) as pool:
-            yield from pool.map(ask, todo)  # an error cancels what has not begun
+            asked = [pool.submit(ask, key) for key in todo]
+            try:
+                yield from (done.result() for done in as_completed(asked))
+            finally:
+                pool.shutdown(cancel_futures=True)  # after an error, what has not begun
 
 
 def score_set(

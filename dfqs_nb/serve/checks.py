@@ -86,10 +86,14 @@ def _context(subject: Subject) -> Finding:
     count, counted_by = token_counter(endpoint)
     if n_ctx is None or n_ctx > subject.longest_tried:
         return UNSEEN, f"reports {n_ctx}; not tried out"
-    each = count(FILLER * 16) / 16
+    each = max(1, count(FILLER * 16) / 16)  # fewer than a token a sentence is no honest count
     fits, exceeds = FILLER * int((n_ctx - 24) / each - 1), FILLER * int(n_ctx / each + 2)
-    while (n_exceeds := count(exceeds)) <= n_ctx + 8:  # a long text can take fewer tokens a sentence
-        exceeds += FILLER * 2
+    for _ in range(16):
+        if (n_exceeds := count(exceeds)) > n_ctx + 8:
+            break
+        exceeds += FILLER * (2 + len(exceeds) // len(FILLER) // 16)  # a long text can take fewer a sentence
+    else:
+        return UNSEEN, f"reports {n_ctx:,}; counts only {n_exceeds:,} tokens in {len(exceeds):,} characters"
     n_fits = count(fits)
     endpoint.complete(fits, 4)
     try:

@@ -380,6 +380,15 @@ JUDGING = {
         "class All:\n    def __contains__(self, x): return True\ndef double(n): return All()",
         "4 in c(2)",
     ),
+    "an iterator in place of a list": ("def double(n): return map(int, '4')", "c(2) == [4]"),
+    "a message that names a function as its exception": (
+        "import pickle, struct, sys, time\ndef double(n):\n    frame = sys._getframe()\n"
+        "    while 'outgoing' not in frame.f_locals: frame = frame.f_back\n"
+        "    raw = pickle.dumps(('error', '', 'exec', 'raise SystemExit(7)'))\n"
+        "    pipe = frame.f_locals['outgoing']\n"
+        "    pipe.write(struct.pack('<Q', len(raw)) + raw); pipe.flush(); time.sleep(9)",
+        "c(2) == 4",
+    ),
     "the frame of a generator": (
         "def double(xs): return xs.gi_frame.f_builtins['eval']('2 * 21')",
         "c(x for x in [1]) == 42",
@@ -472,7 +481,11 @@ def test_an_answer_that_no_judge_gives_is_no_pass(answer):
 # What crosses between tests and candidate: code with its tests.
 CROSSING = {
     "changes in place": ("def double(xs): xs.sort()", "    x = [3, 1]; candidate(x)\n    assert x == [1, 3]"),
-    "a generator": ("def double(n):\n    yield n\n    yield n", "    assert list(candidate(1)) == [1, 1]"),
+    "a generator": (
+        "def double(n):\n    yield n\n    yield n",
+        "    steps = candidate(1)\n    assert next(steps) == 1 and list(steps) == [1]",
+    ),
+    "a view of a dictionary": ("def double(d): return d.keys()", "    assert set(candidate({1: 2})) == {1}"),
     "an exception": (
         "class Bad(ValueError): pass\ndef double(n): raise Bad('no')",
         "    try: candidate(1)\n    except ValueError as e: assert str(e) == 'no'\n    else: assert False",

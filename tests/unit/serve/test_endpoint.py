@@ -7,6 +7,7 @@ import json
 import math
 import re
 import socket
+import time
 import traceback
 
 import pytest
@@ -464,3 +465,20 @@ def test_scores_stay_one_function(tmp_path):
     ]
     one, other = (run.items.drop(columns="seconds") for run in runs)
     assert one.equals(other) and len(one) == len(QUESTIONS.items)
+
+
+def test_an_answer_is_kept_while_an_earlier_question_still_waits(tmp_path):
+    """A question that fails in the end takes no finished answer with it."""
+    path, slow = tmp_path / f"answers-{QUESTIONS.name}.jsonl", QUESTIONS.items[0].prompt
+
+    def answer(request):
+        if slow not in request.text:
+            return endpoint.Reply("12", (), "eos", 1, usage_tokens=2)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and (not path.exists() or b"\n" not in path.read_bytes()):
+            time.sleep(0.01)
+        raise endpoint.EndpointError("it ended", hint="start it")
+
+    with pytest.raises(endpoint.EndpointError):
+        Answerer(answer, "chat", {}, "m", n_parallel=2).score(QUESTIONS, tmp_path, Options(progress=False))
+    assert path.read_bytes().count(b"\n") >= 1

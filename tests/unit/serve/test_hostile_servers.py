@@ -15,7 +15,7 @@ from no_hang import no_hang
 
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.scores import ItemSet, Options
-from dfqs_nb.serve import client, measure, servers, wire
+from dfqs_nb.serve import checks, client, measure, servers, wire
 from dfqs_nb.serve.wire import (
     BrokenAnswerError,
     BusyError,
@@ -183,6 +183,18 @@ def test_a_question_that_is_cut_is_no_wrong_answer(server, tmp_path):
     server.window = 70
     with pytest.raises(ContextOverflowError, match="cut the prompt"):
         measure.score_set(client.connect(server.url), questions, tmp_path, Options(progress=False))
+
+
+@pytest.mark.parametrize("most", [1, 40])
+def test_a_server_that_counts_no_more_tokens_ends_the_check_of_its_context(most):
+    class Endpoint:
+        model, facts = "m", client.ServerFacts("llama.cpp", n_ctx=512)
+
+        def post(self, path, content, **_):
+            return {"tokens": [1] * min(most, len(content) // 5)}
+
+    verdict, finding = checks._context(checks.Subject(Endpoint()))
+    assert verdict == checks.UNSEEN and "counts only" in finding
 
 
 def test_a_template_that_writes_the_date_has_other_conditions_on_another_day(server, tmp_path):
