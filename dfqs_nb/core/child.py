@@ -90,9 +90,10 @@ class Worker:
     """
 
     def __init__(self, module: str, *, log: IO[bytes] | None = None) -> None:
-        self.module, self._log = module, log or tempfile.TemporaryFile()  # noqa: SIM115 (`__del__` closes it)
-        self._owns_log = log is None
+        self.module, self._owns_log = module, False
         self._process: subprocess.Popen[bytes] | None = None
+        self._log = log or tempfile.TemporaryFile()  # noqa: SIM115 (`__del__` closes it)
+        self._owns_log = log is None
 
     def __enter__(self) -> Worker:
         return self
@@ -223,7 +224,7 @@ def died(
     stages = [message["stage"] for message in messages if "stage" in message]
     doing, reason = doing or (stages[-1] if stages else "at start"), telling_line(log)
     what = f"llama.cpp died {doing} ({cause or 'without an answer'}){f': {reason}' if reason else ''}"
-    hint = HINTS.get(cause, "the lines above give the cause").format(file=quoted(where or "FILE"))
+    hint = HINTS.get(cause, "the last line of its log gives the cause").format(file=quoted(where or "FILE"))
     error = ChildDied(what, where=where, hint=hint)
     error.cause, error.messages, error.log = cause, tuple(messages), tuple(log)
     return _with_log(error, log)

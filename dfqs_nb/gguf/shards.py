@@ -87,8 +87,8 @@ def find_shards(path: str | Path) -> tuple[Path, ...]:
     number, count = _place(read_header(path))
     if count == 1:
         return (path,)
-    if count > MAX_SHARDS:
-        raise _refused(f"claims {count:,} shards", path, GET_AGAIN)
+    if not number <= count <= MAX_SHARDS:
+        raise _refused(f"claims to be shard {number:,} of {count:,}", path, GET_AGAIN)
     match = SHARD_NAME.fullmatch(path.name)
     prefix = match["prefix"] if match else path.stem
     expected = shard_path(prefix, number, count).name
@@ -111,8 +111,8 @@ def _refused(what: str, where: Path, hint: str = "take all shards from one model
 def open_shards(model: str | Path | Sequence[str | Path]) -> ShardSet:
     """Find (from one path) or take (from several, in any order) the shards of a model, and check them.
 
-    Checked: numbers, names and sizes against headers, tensors against the stated total, and that all come
-    from one model. No tensor data is read.
+    Checked: numbers, names and sizes against headers, tensors against the stated total, and the fields that
+    two headers share. No tensor data is read.
 
     Raises:
         HeaderError, LayoutError: a file is not a sound GGUF.

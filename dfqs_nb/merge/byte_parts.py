@@ -57,7 +57,7 @@ def siblings(path: Path, name: re.Match[str]) -> tuple[Path, ...]:
         return match["head"], match["tail"], "digits" if text.isdigit() else len(text)
 
     names = [(other, match) for other in path.parent.iterdir() if (match := part_name(other.name))]
-    parts = [(match["index"], other) for other, match in names if family(match) == family(name)]
+    parts = [(match["index"].lstrip("0"), other) for other, match in names if family(match) == family(name)]
     return tuple(part for index, part in sorted(parts, key=lambda it: (len(it[0]), it)) if part.is_file())
 
 
@@ -73,9 +73,13 @@ def byte_parts(path: str | Path) -> tuple[Path, ...]:
         hint = "byte parts are named like model.gguf.part1of2 or model.gguf-split-a"
         raise ShardError("is not named as a byte part", where=path, hint=hint)
     parts = siblings(path, name)
+    whole, here = whole_name(name), ", ".join(part.name for part in parts[:10]) + " ..." * (len(parts) > 10)
     if name["count"] and len(parts) != int(name["count"]):
-        what = f"{len(parts)} byte parts of {whole_name(name)}, and their names say {int(name['count'])}"
+        what = f"{len(parts)} byte parts of {whole}, and their names say {int(name['count'])}: {here}"
         raise ShardError(what, where=path.parent, hint="keep all parts of one file there, and no others")
+    if not opening(parts[0])[0].startswith(MAGIC):
+        what = f"the first byte part of {whole} is missing or damaged; there are {here}"
+        raise ShardError(what, where=path.parent, hint="download it into that folder")
     for part in parts[1:]:
         if opening(part)[0].startswith(MAGIC):
             hint = f"`dfqs-nb inspect {quoted(part)}` shows the name that it needs"
@@ -91,7 +95,7 @@ def byte_parts(path: str | Path) -> tuple[Path, ...]:
         what, hint = f"{most - total:,} less than their header needs", "one is missing or cut off"
         if total > most:
             what, hint = f"{total - most:,} more than their header accounts for", "one is not of this file"
-        what = f"the {len(parts)} byte parts hold {total:,} bytes, {what} ({most:,})"
+        what = f"the {len(parts)} byte parts hold {total:,} bytes, {what} ({most:,}): {here}"
         raise ShardError(what, where=parts[0].parent, hint=f"compare their sizes with the source: {hint}")
     return parts
 

@@ -29,6 +29,13 @@ MAX_PARTS = 10_000  # headers followed inside one file
 AGAIN = "get it from its source again"
 RESUME = "resume the download; or, if a merge with --consume was stopped, run the same command again"
 ENCODER = re.compile(r"(v|mm|a)\.")  # tensors of a vision or audio encoder
+FORMATS = {  # what other files are, by their first bytes
+    rb"PK\x03\x04|\x1f\x8b|\x28\xb5\x2f\xfd|Rar!|7z\xbc\xaf": "an archive, perhaps a PyTorch checkpoint",
+    rb"\x80[\x02-\x05]": "a Python pickle, perhaps a PyTorch checkpoint",
+    rb"\x89HDF": "an HDF5 file",
+    rb'.{4}\0{4}\{"': "a safetensors file",
+    rb"lmgg|tjgg|fmgg": "a GGML file (from before GGUF)",
+}
 DOWNLOADING = re.compile(r"\.(incomplete|crdownload|part|partial|download|opdownload|!qB|!ut)$")
 
 
@@ -162,7 +169,8 @@ def by_first_bytes(first: bytes, size: int) -> Finding:
         step = "a server sent this in place of the model: check the address, and that you may download it"
         return Kind.DOCUMENT, f"a text or web page saved as a model: {text}", step
     step = "get the GGUF of the model, or convert it with llama.cpp's convert_hf_to_gguf.py"
-    return Kind.OTHER_FORMAT, f"not a GGUF: it begins with {first[:8]!r}", step
+    known = (f"{what}, not a GGUF" for magic, what in FORMATS.items() if re.match(magic, first, re.DOTALL))
+    return Kind.OTHER_FORMAT, next(known, f"not a GGUF: it begins with {first[:8]!r}"), step
 
 
 def _text(first: bytes) -> str:

@@ -14,14 +14,13 @@ import pandas as pd
 
 from dfqs_nb.core.display import plain, size
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import read_json, write_table, write_text
+from dfqs_nb.core.files import write_table, write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.report.metrics import CURVE, METRICS, SCORES, SPEED, metric_cell
 from dfqs_nb.report.reading import FILE, RunItems, read_answers
 from dfqs_nb.report.template import render
 
-ROW_FILE = "sweep_row.json"  # the sweep writes it into each of its runs' folders
 NUMBERS = [name for name in METRICS if name != CURVE]
 COLUMNS = [*"tier conditions place run model size_bytes".split(), *NUMBERS]
 COLUMNS += [*(f"{name}_shown" for name in METRICS), "contended", "withheld", "report", "problem"]
@@ -33,8 +32,7 @@ class Leaderboard:
 
     Sections have equal ``tier`` and ``conditions`` (12 digits of their SHA-256, the keys of ``conditions``).
     Within one by reasoning score, then code score; equal scores share a ``place``, a withheld one has none.
-    ``contended``: the speed was taken on a busy machine or beside other rows of a sweep. ``problem``: why a
-    file does not count.
+    ``contended``: the speed was taken on a busy machine. ``problem``: why a file does not count.
     """
 
     folder: Path
@@ -111,18 +109,8 @@ def _row(run: RunItems) -> dict[str, Any]:
 
 
 def is_contended(run: RunItems) -> bool:
-    """Whether a report's speed was measured on a busy machine, or in a sweep beside other rows."""
-    return bool(run.detail(SPEED).get("contended")) or bool(run_beside(run.path))
-
-
-def run_beside(path: str | Path) -> list[str]:
-    """The rows of a sweep that ran beside the run which a report lies in."""
-    try:
-        row = read_json(Path(path).parent / ROW_FILE)
-    except (OSError, ValueError):
-        return []  # no row of a sweep
-    beside = row.get("beside") if isinstance(row, dict) else None
-    return [plain(name) for name in beside] if isinstance(beside, list) else []
+    """Whether a report's speed was measured on a busy machine."""
+    return bool(run.detail(SPEED).get("contended"))
 
 
 def _placed(table: pd.DataFrame) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from dfqs_nb.core.errors import ComparisonError
 from dfqs_nb.core.files import write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.report.board import is_contended, run_beside
+from dfqs_nb.report.board import is_contended
 from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, SPEED, boundary_flags, bracketed, metric_cell
 from dfqs_nb.report.reading import RETRIEVAL, RunItems, read_answers
 from dfqs_nb.report.template import render
@@ -271,8 +271,6 @@ def why_speeds_differ(first: RunItems, run: RunItems) -> str:
         if None in (a, b) or a != b:
             return f"measured on different machines ({fact}: {a} and {b})"
     for own in (first, run):
-        if others := run_beside(own.path):
-            return f"{own.label} ran beside {', '.join(others)} in a sweep"
         if is_contended(own):
             return f"the machine was busy when {own.label} was timed"
     return ""

@@ -48,7 +48,7 @@ def run(
     fresh: bool = FRESH,
     tier: str = Option("", help="nano or standard. Default: nano for the reference model, else standard."),
     budget_minutes: float = Option(60.0, min=1, help="Of the whole run; long measurements are shortened."),
-    parameter: list[str] = Option(None, "-p", "--parameter", metavar="NAME=VALUE", help="Of a notebook."),
+    parameter: list[str] = Option(None, "-p", "--parameter", metavar="NAME=VALUE", help="For the notebooks."),
 ) -> None:
     """Execute the notebooks in order into outputs/RUN/.
 
@@ -111,7 +111,8 @@ def sweep(
     rows = sweeps.sweep(table, notebooks=notebooks, tell=say, **options)
     say_table(rows[["line", "run", "status", "seconds", "reason"]], ".1f")
     n_done = int((rows["status"] == "done").sum())
-    say(f"{n_done} of {len(rows)} rows done; speeds of rows that ran at once are contended")
+    at_once = "; speeds of rows that ran at once are contended" if jobs > 1 or scheduler else ""
+    say(f"{n_done} of {len(rows)} rows done{at_once}")
     raise typer.Exit(int(n_done < len(rows)))
 
 

@@ -140,7 +140,9 @@ def sweep(
                 journal.add(row.key, run=row.run, model=row.model, parameters=row.parameters, **answer)
                 tell(f"{row.run}: {answer['status']} {answer['reason']}".rstrip())
             check()
-    return _ranked(folder, rows, {row.key: journal[row.key] for row in rows if row.key in journal}, todo)
+    table = _ranked(folder, rows, {row.key: journal[row.key] for row in rows if row.key in journal}, todo)
+    tell(f"wrote sweep.csv, leaderboard.csv and leaderboard.md to {tilde(folder)}/")
+    return table
 
 
 def _ranked(folder: Path, rows: list[Row], answers: dict[str, Answer], ran: list[Row]) -> Any:

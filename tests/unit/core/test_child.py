@@ -86,6 +86,19 @@ def test_a_worker_does_many_jobs_in_one_child_and_starts_another_after_a_death()
     assert not psutil.pid_exists(pids[4])
 
 
+def test_a_worker_without_room_for_its_log_is_one_error(monkeypatch):
+    others = []
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(child.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(sys, "unraisablehook", others.append)
+    with pytest.raises(OSError, match="No space left"):
+        child.Worker("child_jobs")
+    assert not others, "nothing but that error"
+
+
 def test_a_worker_that_nobody_has_any_more_ends_its_child():
     pids = []
     worker = child.Worker("child_jobs")

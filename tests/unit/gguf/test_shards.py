@@ -77,6 +77,13 @@ def test_missing_from_a_list(pair):
     refused([pair[1]], "shard 1 of 2 is missing")
 
 
+def test_a_number_above_the_count(pair, tmp_path):
+    extra = Path(shutil.copy(pair[1], tmp_path / pair[1].name.replace("00002-of", "00005-of")))
+    patch_field(extra, "split.no", b"\4\0")
+    with pytest.raises(ShardError, match="claims to be shard 5 of 2"):
+        find_shards(extra)
+
+
 def test_renamed_shard_given_itself(pair):
     odd = pair[0].rename(pair[0].with_name("model (1).gguf"))
     refused(odd, "shard 1 of 2 by its header", "model (1)-00001-of-00002.gguf")

@@ -188,13 +188,13 @@ CASES = {
     "safetensors": Case(
         lambda m: struct.pack("<Q", 40) + b'{"a": {}}',
         Kind.OTHER_FORMAT,
-        "not a GGUF: it begins with b",
+        "a safetensors file, not a GGUF",
         "invalid magic characters",
     ),
     "zip": Case(
         lambda m: b"PK\x03\x04" + bytes(100),
         Kind.OTHER_FORMAT,
-        "not a GGUF: it begins with b'PK",
+        "an archive, perhaps a PyTorch checkpoint, not a GGUF",
         "invalid magic characters: 'PK",
     ),
     "noise": Case(
@@ -377,12 +377,41 @@ def test_byte_parts_are_found_in_order_from_any_one(names: list[str], made: Made
     assert b"".join(path.read_bytes() for path in byte_parts(paths[1])) == made.whole
     verdicts = loader_verdicts(paths[:2])
     assert BOUNDS in verdicts[0].reason and "invalid magic characters" in verdicts[1].reason
-    paths[1].unlink()
+    gone = paths.pop(1)
+    gone.unlink()
     with pytest.raises(
         ShardError, match="less than their header needs|2 byte parts of m.gguf, and their names"
-    ):
-        byte_parts(paths[2])
+    ) as caught:
+        byte_parts(paths[1])
+    assert f": {paths[0].name}, {paths[1].name};" in str(caught.value), "what is there shows what is missing"
     assert diagnose(paths[0]).kind is Kind.BYTE_PART
+    paths.pop(0).rename(gone)
+    gone.write_bytes(made.whole[2_000_000:4_000_000])
+    with pytest.raises(ShardError, match="first byte part of m.gguf is missing|and their names say 3"):
+        byte_parts(gone)
+
+
+def test_byte_parts_with_numbers_of_uneven_width_are_in_order(made: Made, tmp_path: Path) -> None:
+    paths = [tmp_path / f"m.gguf.part{number}" for number in ("008", "09", "10")]
+    for path, start in zip(paths, (0, 2_000_000, 4_000_000), strict=True):
+        path.write_bytes(made.whole[start : start + 2_000_000])
+    assert byte_parts(paths[2]) == tuple(paths)
+
+
+@pytest.mark.parametrize(
+    "first, what",
+    [
+        (b"\x80\x02}q\0", "a Python pickle"),
+        (b"\x1f\x8b\x08\0", "an archive"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (b"tjgg\1\0\0\0", "a GGML file"),
+    ],
+)
+def test_other_formats_are_named(first: bytes, what: str, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(first + bytes(range(256)))
+    diagnosis = diagnose(tmp_path / "model.gguf")
+    assert diagnosis.kind is Kind.OTHER_FORMAT and diagnosis.finding.startswith(what)
+    assert "convert_hf_to_gguf.py" in diagnosis.next_step
 
 
 def test_byte_parts_whose_sizes_do_not_add_up_are_refused(made: Made, tmp_path: Path) -> None:

@@ -127,8 +127,7 @@ def test_reports_in_folders_are_found_and_hidden_ones_are_not(tmp_path):
 
 def test_a_boundary_that_was_not_reached_and_a_busy_machine_are_marked(tmp_path):
     make_run(tmp_path / "holds", "Holds", flat=0.99, contended=True)
-    make_run(tmp_path / "swept", "Swept", flat=0.0)
-    (tmp_path / "swept" / "sweep_row.json").write_text('{"beside": ["holds"]}')
+    make_run(tmp_path / "swept", "Swept", flat=0.0, contended=True)
     table = leaderboard(tmp_path).table
     text = str(leaderboard(tmp_path))
     assert table["contended"].all() and text.count("(contended)") == 2

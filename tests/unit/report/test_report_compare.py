@@ -261,12 +261,6 @@ def test_speeds_are_compared_only_where_they_are_of_one_kind(tmp_path, pair, cha
     assert row["difference_low"] <= row["difference"] <= row["difference_high"]
 
 
-def test_a_speed_taken_beside_another_row_of_a_sweep_is_not_compared(pair):
-    (pair[1] / "sweep_row.json").write_text(json.dumps({"beside": ["another"]}))
-    reading = rows(compare_reports(pair), "cpu_tokens_per_sec", "Two")["reading"]
-    assert reading == "not compared: Two ran beside another in a sweep"
-
-
 def test_a_journal_of_several_runs_gives_the_reports_own(pair):
     path = pair[1] / "long_context_items.jsonl"
     before = compare_reports(pair).table
