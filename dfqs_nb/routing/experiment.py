@@ -22,6 +22,7 @@ from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.files import canonical_sha256, read_json, write_json
 from dfqs_nb.core.machine import has_amx, usable_cores
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf.facts import experts
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.settings import OpenSettings, llama_version
@@ -75,6 +76,9 @@ def run_experiment(
     """
     if str(export):
         require_csv(export)
+        if not experts(open_shards(path).as_one).moe_layers:
+            hint = "leave --export out: only the determinism of its logits can be measured"
+            raise ModelError("no routed experts here: a dense model", where=path, hint=hint)
     given, n_ctx = read_texts(texts), -(-(n_tokens + n_output) // 256) * 256
     fitting = OpenSettings.of(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
     settings, threads = replace(fitting, n_ctx=n_ctx), max(usable_cores(), fitting.n_threads or 1)

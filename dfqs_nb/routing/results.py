@@ -178,8 +178,9 @@ class Experiment:
             return "No token changed its experts, or all did: there is nothing to compare."
         times = np.median(moved) / np.median(still)
         return (
-            f"Tokens with a changed expert: logits move {times:.2g} times as far as others (medians "
-            f"{np.median(moved):.2g} of n = {len(moved):,} and {np.median(still):.2g} of n = {len(still):,})."
+            f"Tokens with a changed expert: logits move {times:.2g} times as far as others that move "
+            f"(medians {np.median(moved):.2g} of n = {len(moved):,} and {np.median(still):.2g} of n = "
+            f"{len(still):,})."
         )
 
     def margins(self) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import moe_models
 import numpy as np
 import pandas as pd
 import pytest
+from gguf_fixtures import Spec, field, gguf_bytes
 from moe_models import ARCHITECTURES, PlainReader, write_model
 from test_routing_verdict import only
 
@@ -215,6 +216,10 @@ def test_what_cannot_work_is_refused(tmp_path):
         run_experiment(NANO, tmp_path, n_tokens=10)
     with pytest.raises(RoutingError, match="exported as .csv"):
         run_experiment(NANO, tmp_path / "untouched", export=tmp_path / "trace.parquet")
+    dense = gguf_bytes([field("general.architecture", "STRING", "llama")], [Spec("output.weight")])
+    (tmp_path / "dense.gguf").write_bytes(dense)
+    with pytest.raises(ModelError, match="no routed experts here: .* leave --export out"):
+        run_experiment(tmp_path / "dense.gguf", tmp_path / "untouched", export=tmp_path / "trace.csv")
     assert not (tmp_path / "untouched").exists()
 
 
