@@ -236,6 +236,7 @@ def test_a_budget_shrinks_the_experiment_and_says_how(tmp_path, capsys, monkeypa
     status = found.table.set_index("condition")["status"]
     assert status.str.startswith("left out").all()
     assert set(found.left_out) == {*CHOSEN, "alone"} and "Left out" in " ".join(found.conclusions())
+    assert found.moved().startswith("No token changed its experts")
     assert run_experiment(NANO, tmp_path, **options, budget_minutes=1e-4).n_made == 0
     whole = run_experiment(NANO, tmp_path, **options)
     assert whole.n_made == 5 and not whole.left_out and whole.passed
