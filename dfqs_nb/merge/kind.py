@@ -321,7 +321,8 @@ def _shard(path: Path, header: GGUFHeader) -> Finding | None:
     try:
         shards = find_shards(path)
     except ShardError as error:
-        return Kind.SHARD, plain(f"{what}: {error.what}"), plain(error.hint)
+        told = f"{what}: {error.what}".replace(f": is {what} ", " ")  # it may begin so itself
+        return Kind.SHARD, plain(told), plain(error.hint)
     for shard in shards:
         first, size = opening(shard)
         if not first.startswith(MAGIC):

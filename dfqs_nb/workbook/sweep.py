@@ -57,8 +57,9 @@ def read_rows(path: Path, notebooks: Sequence[Path]) -> list[Row]:
             raise DfqsError("not a regular file", where=tilde(path), hint=hint)
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True, skipinitialspace=True)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             lines = [(reader.line_num, cells) for cells in reader if any(cells.values())]
-            header = list(reader.fieldnames or [])
+            header = list(reader.fieldnames)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DfqsError(f"cannot be read ({error})", where=tilde(path), hint=hint) from error
     if not lines or "model" not in header or len(set(header)) < len(header):
@@ -102,7 +103,7 @@ def _model(text: str, base: Path) -> tuple[str, list[tuple[str, int, int]]]:
     missing = [file.name for file in files if not file.exists()]
     if missing or not text:
         what = f"no model {text!r}: {', '.join(missing)} not beside the table, and no registered name"
-        raise DfqsError(what, hint=f"registered: {', '.join(known)}")
+        raise DfqsError(what if text else "the cell model is empty", hint=f"registered: {', '.join(known)}")
     return str(path), [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
 
 

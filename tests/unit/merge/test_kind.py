@@ -339,7 +339,7 @@ def test_a_shard_says_which_it_is_and_which_are_not_here(made: Made, tmp_path: P
     alone.write_bytes(made.second)
     assert diagnose(alone).finding.startswith(f"shard 2 of 2: 1 of 2 shards missing: {SHARDS[0].name}")
     renamed = alone.rename(tmp_path / "second.gguf")
-    assert "shard 2 of 2 by its header, but is not named so" in diagnose(renamed).finding
+    assert diagnose(renamed).finding == "shard 2 of 2 by its header, but is not named so"
     assert "second-00002-of-00002.gguf" in diagnose(renamed).next_step
     first = tmp_path / SHARDS[0].name
     first.write_bytes(made.first)

@@ -107,7 +107,7 @@ def test_the_example_table_that_is_shipped_is_accepted():
 
 
 def test_empty_cells_are_defaults_and_values_have_the_notebooks_types(tmp_path, notebook):
-    table = write_table(tmp_path, "model,run,n,fresh", f"{NANO},one,7,true", "", f"{NANO},two,,")
+    table = write_table(tmp_path, "model , run,n,fresh", f"{NANO},one,7,true", "", f"{NANO},two,,")
     first, second = read_rows(table, [notebook])
     assert first.parameters == {"n": 7, "fresh": True} and second.parameters == {}
     assert (first.line, second.line) == (2, 4)
@@ -142,7 +142,7 @@ def test_the_run_is_named_after_the_model_and_a_path_stands_beside_the_table(tmp
         (["model,run_name", f"{NANO},a"], "no notebook has a parameter 'run_name'"),
         (["model,n", f"{NANO},many"], "line 2: parameter n takes int, not 'many'"),
         (["model,n", f"{NANO},1,2"], "line 2: has not 2 cells, as the header"),
-        (["model,n", ",1"], "line 2: no model ''"),
+        (["model,n", ",1"], "line 2: the cell model is empty"),
         (["model", "nowhere.gguf"], "line 2: no model 'nowhere.gguf'"),
         (["model", "hf://owner"], "line 2: "),
         (["model,run", f"{NANO},../up"], "line 2: '../up' is not a run name"),
