@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -161,8 +162,11 @@ def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Any, serv
     margin = float("nan") if theirs is None else float(logits[token] - logits[theirs])
     rank = 0 if theirs is None else int((logits > logits[theirs]).sum()) + 1
     whole, framed = replace(endpoint, stream=False), request.chat and model.has_template
-    reply = whole.chat(request.text, 1) if framed else whole.complete(request.rendered(model), 1)
-    if reply.n_prompt not in (0, len(prompt)):
+    n_prompt = 0
+    with suppress(EndpointError):  # it answered before, and may be gone by now
+        reply = whole.chat(request.text, 1) if framed else whole.complete(request.rendered(model), 1)
+        n_prompt = reply.n_prompt
+    if n_prompt not in (0, len(prompt)):
         cause = "other prompt"
     elif rank > 1 and margin <= NEAR_TIE:
         cause = "near-tie"
@@ -171,7 +175,7 @@ def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Any, serv
     else:
         cause = "token boundary" if rank == 1 else "other numbers"
     parting = {"token": at, "margin": margin, "rank": rank, "cause": cause}
-    return {"prompt_process": len(prompt), "prompt_server": reply.n_prompt, **parting}
+    return {"prompt_process": len(prompt), "prompt_server": n_prompt, **parting}
 
 
 # ---- tables, and what the notebook hands on ----

@@ -258,6 +258,13 @@ def test_another_prompt_is_called_one(server, model, monkeypatch):
     assert found["cause"] == "other prompt"
 
 
+def test_a_server_that_is_gone_by_then_leaves_its_differences_explained(model):
+    questions = ItemSet.load("nano-reasoning")
+    gone = endpoint.Endpoint(endpoint.Wire("http://127.0.0.1:9/v1"), "m", endpoint.ServerFacts(), retries=0)
+    found = compare.explain(model, gone, questions, questions.items[0], "x")
+    assert found["prompt_server"] == 0 and found["cause"] in ("near-tie", "other numbers", "token boundary")
+
+
 # ---- starting and ending ----
 
 
