@@ -260,10 +260,11 @@ def hand_on(stage: Stage, ladder: Ladder, compared: pd.DataFrame) -> list[str]:
         known = row["kld_low"] == row["kld_low"]
         interval = f"{row['kld_low']:.2g} to {row['kld_high']:.2g}" if known else "unknown"
         above = "; the others lift the mean above that" if row["kld"] > row["kld_tail"] else ""
+        within = f" ({row['routing_low']:.1%} to {row['routing_high']:.1%})" if known else ""
         lines.append(
             f"{row['rung']}: KL divergence {row['kld']:.2g} nats (95 % interval {interval}, 99 % of tokens "
             f"under {row['kld_tail']:.2g}{above}, n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks)"
-            + (f", same experts in {row['routing']:.1%}" if row["routing"] == row["routing"] else "")
+            + (f", same experts in {row['routing']:.1%}{within}" if row["routing"] == row["routing"] else "")
         )
 
     def counted(row: dict[str, Any], kind: str) -> str:

@@ -304,14 +304,17 @@ def _memory(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
             f"need_{n_ctx}_gb": least + compute,
             f"flash_{n_ctx}_gb": least + spec.published_compute[n_ctx].flash / GB,
         }
-    n_gpu, logged = min(spec.gpu_compute.items())
+    n_gpu, *logs = (spec.gpu_logs[name] for name in ("context", "least", "most"))
+    experts = FLASH.routed_total, round(claims_spec().published.routed_parameters * IQ1_S_BITS / 8)
+    on_gpu = [(weights - held + log) / GB for held, log in zip(experts, logs, strict=True)]
     last = CONTEXTS[-1]
     return known | {
         "needs_gb": [*(known[f"need_{n_ctx}_gb"] for n_ctx in CONTEXTS), known[f"flash_{last}_gb"]],
         "gpu_context": n_gpu,
-        "gpu_compute_gb": logged / GB,
+        "gpu_least_gb": logs[0] / GB,
+        "gpu_most_gb": logs[1] / GB,
         "gpu_kv_gb": known[f"kv_{n_gpu}_gb"],
-        "offloaded_gb": (weights - FLASH.routed_total + logged) / GB + known[f"kv_{n_gpu}_gb"],
+        "offloaded_gb": [total + known[f"kv_{n_gpu}_gb"] for total in on_gpu],
     }
 
 

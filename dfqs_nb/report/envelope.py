@@ -140,7 +140,8 @@ def _envelope(
         *(("VRAM", f"DFQS 1.0 {level}", spec.vram[level] * GB) for level in levels),
     ]
     chosen = "compute_flash_bytes" if flash_attn else "compute_bytes"
-    fits = [_fit(facts, row, row[chosen], limit) for row in cache for limit in limits]
+    flash = "with" if flash_attn else "without"
+    fits = [_fit(facts, row, row[chosen], limit, flash) for row in cache for limit in limits]
     return {**facts, "cache": cache, "fits": fits}
 
 
@@ -163,7 +164,9 @@ def verdict(
     return FITS if most_bytes is not None and most_bytes <= limit_bytes else NOT_KNOWN
 
 
-def _fit(facts: Mapping[str, Any], row: Mapping[str, Any], compute: int | None, at: Limit) -> dict[str, Any]:
+def _fit(
+    facts: Mapping[str, Any], row: Mapping[str, Any], compute: int | None, at: Limit, flash: str
+) -> dict[str, Any]:
     """One context against one limit: everything in that memory, and the least that must lie there."""
     resource, name, limit = at
     cpu, kv = resource == "RAM", row["kv_bytes"]
@@ -174,7 +177,7 @@ def _fit(facts: Mapping[str, Any], row: Mapping[str, Any], compute: int | None, 
     need = facts["weights_bytes"] + beside
     least = beside if cpu else need - facts["routed_bytes"]
     buffer = (
-        ", compute buffer as planned for the CPU" * bounded
+        f", compute buffer as planned for the CPU {flash} flash attention" * bounded
         if cpu
         else ", compute buffer where one was logged"
     )
@@ -211,6 +214,9 @@ def envelope_tables(envelope: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 def _fits_frame(fits: pd.DataFrame) -> pd.DataFrame:
     """Verdicts with contexts as columns; a row for everything in that memory, and one for the least."""
     columns = ["resource", "what", "limit", "n_ctx", "verdict"]
+    fits = fits.assign(
+        limit=[f"{name} ({size / GB:.4g} GB)" for name, size in fits[["limit", "limit_bytes"]].to_numpy()]
+    )
     least = fits.assign(what=fits["least"], verdict=fits["least_verdict"])
     both = pd.concat([fits.assign(what="everything")[columns], least[columns]])
     table = both.pivot_table(index=columns[:3], columns="n_ctx", values="verdict", aggfunc="first")

@@ -241,7 +241,9 @@ def metric_sentence(name: str, detail: Mapping[str, Any]) -> str:
     if name == SPEED:
         busy = ", contended: the machine was busy" if detail["contended"] else ""
         spread = (
-            f"lowest to highest of {n} repetitions: {low:,.1f} to {high:,.1f}" if n > 1 else "1 repetition"
+            f"median; lowest to highest of {n} repetitions: {low:,.1f} to {high:,.1f}"
+            if n > 1
+            else "1 repetition"
         )
         return f"{value:,.1f} tokens/s at depth {detail['depth']} ({spread}{busy})"
     cut = f", truncated {detail['truncated']} of {n}" if detail.get("truncated") is not None else ""

@@ -55,6 +55,7 @@ class Envelope(_Entry):
     vram: dict[str, float]
     published_compute: dict[int, Compute]
     gpu_compute: dict[int, int]
+    gpu_logs: dict[Literal["context", "least", "most"], int]
     gpu_source: str
     assumptions: list[str]
     buffers: dict[str, str]

@@ -101,7 +101,7 @@ def _paging(rows: Mapping[str, str]) -> pd.DataFrame:
 
 
 def guesses(curve: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By task of retrieval: its wrong answers, those that are another key's, and its guess rate.
+    """By task of retrieval: wrong answers, those of another key, guess rate, lengths and those above it.
 
     The curve's rule: one of the keys where at least half of the wrong answers are another key's, else 0.
     """
@@ -113,6 +113,9 @@ def guesses(curve: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for counted in tasks.values():
         likely, keys = 2 * counted["another_key"] >= counted["wrong"], curve.get("n_keys") or 0
         counted["guess_rate"] = 1 / keys if keys > 1 and likely else 0.0
+    for task, counted in tasks.items():
+        lows = [row["low"] for row in curve["tasks"] if row["task"] == task]
+        counted |= {"lengths": len(lows), "above": sum(low > counted["guess_rate"] for low in lows)}
     return tasks
 
 

@@ -99,7 +99,7 @@ def _runs(speed: Mapping[str, Any], mark: str, evidence: str) -> Line:
     rates = [speed[key] for key in ("value", "low", "high")]
     value, low, high = (f"{rate:,.0f}" if rate >= 100 else f"{rate:,.3g}" for rate in rates)
     n = speed["n"]
-    spread = f"lowest to highest of {n} repetitions: {low} to {high}" if n > 1 else "one repetition"
+    spread = f"median; lowest to highest of {n} repetitions: {low} to {high}" if n > 1 else "one repetition"
     answer = f"{value} tokens/s on the CPU at depth {speed['depth']:,} ({spread})"
     if not speed["contended"]:
         return Line(mark, question, answer, evidence)
@@ -159,6 +159,8 @@ def _demands(rows: Sequence[Mapping[str, Any]]) -> Line:
     if not binding:
         return Line(UNKNOWN, question, "none was judged", "", "requirements")
     mark = NO if NOT_MET in binding else YES if binding == {MET} else PARTLY
-    others = [f'"{row["requirement"].rstrip(".")}" {row["verdict"]}' for row in rows if row["verdict"] != MET]
+    others = [
+        f'"{row["requirement"].rstrip(".")}": {row["verdict"]}' for row in rows if row["verdict"] != MET
+    ]
     rest = f"The others: {'; '.join(others)}" if others else "Every one is met"
     return Line(mark, question, counts(pd.DataFrame(rows)), rest, "requirements")

@@ -77,8 +77,8 @@ class Determinism:
             )
         return (
             f"{word}: {self.n_differ:,} of {self.n_choices:,} choices differed under identical conditions, "
-            f"in {self.n_runs_differ} of {self.n_runs} repeated runs ({self.n_tokens:,} tokens x "
-            f"{self.n_layers} layers). {bound}."
+            f"in {self.n_runs_differ} of {self.n_runs} repeated runs (texts of "
+            f"{self.n_tokens:,} tokens in all, {self.n_layers} layers). {bound}."
         )
 
 

@@ -289,11 +289,11 @@ def load_sentence(table: pd.DataFrame) -> str:
     n, names = int(rows["texts"].iloc[0]), {name for cell in beside["changed"] for name in cell.split(", ")}
     changed, sizes = len(names - {""}), [str(size) for size in beside["others"]]
     company = " or ".join(filter(None, (", ".join(sizes[:-1]), sizes[-1])))
-    again = "".join(f"; alone again by {row.drift:.1e}" for row in rows[rows["others"] == 0].itertuples())
+    again = "".join(f"; alone again by {row.drift:.2g}" for row in rows[rows["others"] == 0].itertuples())
     return (
-        f"llama.cpp's server beside {company} other clients: log-probabilities of {beside['moved'].max()} of "
-        f"{n} texts move, by up to {beside['drift'].max():.1e} (with one slot by "
-        f"{table.loc[table['slots'] == 1, 'drift'].max():.1e}{again}); {changed} of {n} answers change (95 % "
+        f"llama.cpp's server beside {company} other clients: log-probabilities of up to "
+        f"{beside['moved'].max()} of {n} texts move, by up to {beside['drift'].max():.2g} (with one slot by "
+        f"{table.loc[table['slots'] == 1, 'drift'].max():.2g}{again}); {changed} of {n} answers change (95 % "
         f"upper bound: {at_most(changed, n):.0%} of texts)"
     )
 

@@ -59,7 +59,14 @@ ENVELOPE = {
         | dict.fromkeys(("compute_bytes", "compute_flash_bytes", "compute_gpu_bytes"))
     ],
     "fits": [
-        {"resource": "RAM", "limit": "this machine", "n_ctx": 8192, "counted": "weights", "verdict": "fits"}
+        {
+            "resource": "RAM",
+            "limit": "this machine",
+            "limit_bytes": 8e9,
+            "n_ctx": 8192,
+            "counted": "weights",
+            "verdict": "fits",
+        }
         | {"least": "weights paged from the disk", "least_verdict": "fits"}
     ],
 }

@@ -438,6 +438,8 @@ def test_each_guess_rate_is_named_and_each_task_has_its_own(made, run):
         "wrong": 50,
         "another_key": 42,
         "guess_rate": pytest.approx(1 / 6),
+        "lengths": 4,
+        "above": 0,
     }
     few = [row | {"another_key": 0} for row in curve["tasks"]]
     assert text.guesses({**curve, "tasks": few})["retrieve"]["guess_rate"] == 0

@@ -375,8 +375,8 @@ def test_the_sentence_on_loads_counts_a_text_once():
     rows = [(1, 3, 0.0, 0, 0, ""), (4, 0, 0.0, 0, 0, ""), (4, 1, 0.1, 2, 1, "a"), (4, 3, 0.2, 3, 2, "a, b")]
     table = pd.DataFrame(rows, columns="slots others drift moved differ changed".split()).assign(texts=16)
     assert server_checks.load_sentence(table) == (
-        "llama.cpp's server beside 1 or 3 other clients: log-probabilities of 3 of 16 texts move, by up to "
-        "2.0e-01 (with one slot by 0.0e+00; alone again by 0.0e+00); 2 of 16 answers change (95 % upper bound: "
+        "llama.cpp's server beside 1 or 3 other clients: log-probabilities of up to 3 of 16 texts move, by up to "
+        "0.2 (with one slot by 0; alone again by 0); 2 of 16 answers change (95 % upper bound: "
         "34% of texts)"
     )
 
