@@ -214,9 +214,8 @@ def envelope_tables(envelope: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 def _fits_frame(fits: pd.DataFrame) -> pd.DataFrame:
     """Verdicts with contexts as columns; a row for everything in that memory, and one for the least."""
     columns = ["resource", "what", "limit", "n_ctx", "verdict"]
-    fits = fits.assign(
-        limit=[f"{name} ({size / GB:.4g} GB)" for name, size in fits[["limit", "limit_bytes"]].to_numpy()]
-    )
+    sizes = fits["limit_bytes"].astype(float) / GB
+    fits = fits.assign(limit=fits["limit"] + sizes.map(" ({:.4g} GB)".format, na_action="ignore").fillna(""))
     least = fits.assign(what=fits["least"], verdict=fits["least_verdict"])
     both = pd.concat([fits.assign(what="everything")[columns], least[columns]])
     table = both.pivot_table(index=columns[:3], columns="n_ctx", values="verdict", aggfunc="first")
