@@ -63,7 +63,7 @@ def code_in(answer: str, name: str, prompt: str = "") -> str | None:
         return code
     for block in reversed(blocks or [textwrap.dedent(answer.strip("\n"))]):
         body = prompt + textwrap.indent(block, "    ")
-        if prompt and re.search(r"^(return|yield)\b", block, flags=re.MULTILINE) and _parsed(body)[0]:
+        if prompt and re.search(r"^(return|yield)\b", block, flags=re.MULTILINE) and parsed(body)[0]:
             return body
         if re.search(rf"^(async )?def {re.escape(name)}\b", block, flags=re.MULTILINE):
             return block  # it is no Python: running it says why
@@ -75,7 +75,7 @@ def _with_helpers(code: str, earlier: list[str]) -> str:
     helpers, missing = "", _missing(code)
     for block in reversed(earlier):
         with warnings.catch_warnings(action="ignore"):
-            body = ast.parse(block).body if _parsed(block)[0] else []
+            body = ast.parse(block).body if parsed(block)[0] else []
         for node in reversed(body):
             if isinstance(node, Helper):
                 first = min([node, *getattr(node, "decorator_list", ())], key=lambda part: part.lineno)
@@ -87,13 +87,13 @@ def _with_helpers(code: str, earlier: list[str]) -> str:
 
 def _bound(code: str) -> set[str]:
     """The names that a module defines."""
-    table = _parsed(code)[0]
+    table = parsed(code)[0]
     return {symbol.get_name() for symbol in table.get_symbols() if symbol.is_local()} if table else set()
 
 
 def _missing(code: str) -> set[str]:
     """The names that a module uses and does not define."""
-    used, tables = set[str](), list(filter(None, [_parsed(code)[0]]))
+    used, tables = set[str](), list(filter(None, [parsed(code)[0]]))
     for table in tables:
         used |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
         tables += table.get_children()
@@ -108,12 +108,12 @@ def _blocks(answer: str) -> Iterator[str]:
         marks = islice(re.finditer(re.escape(opening["mark"]), rest), MOST_ENDS)
         ends = [match.start() for match in marks] or [len(rest)]
         texts = [textwrap.dedent(rest[:end]).strip("\n") for end in ends]
-        chosen = next((i for i, text in enumerate(texts) if _parsed(text)[0]), 0)
+        chosen = next((i for i, text in enumerate(texts) if parsed(text)[0]), 0)
         yield texts[chosen]
         at = opening.end() + ends[chosen] + len(opening["mark"])
 
 
-def _parsed(code: str) -> tuple[SymbolTable | None, int]:
+def parsed(code: str) -> tuple[SymbolTable | None, int]:
     """The names of a module, or None with the line of the first fault."""
     with warnings.catch_warnings(action="ignore"):  # of the model's code, such as invalid escapes
         try:
@@ -128,7 +128,7 @@ def _defining(code: str, name: str) -> str | None:
     """The code, if it is Python that defines the name; a method is taken out of its class."""
     if name in _bound(code):
         return code
-    table = _parsed(code)[0]
+    table = parsed(code)[0]
     for owner in table.get_children() if table else []:
         for method in owner.get_children() if owner.get_type() == "class" else []:
             if method.get_name() == name and isinstance(method, Function):
@@ -144,7 +144,7 @@ def _plain_code(answer: str, name: str) -> str | None:
         end = len(lines)
         while end > start and tries:
             text, tries = textwrap.dedent("\n".join(lines[start:end])), tries - 1
-            table, fault = _parsed(text)
+            table, fault = parsed(text)
             if table is not None:
                 if code := _defining(text, name):
                     return code

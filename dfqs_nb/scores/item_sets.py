@@ -18,7 +18,7 @@ from annotated_types import Ge, Le, MinLen
 
 from dfqs_nb.core import files, paths
 from dfqs_nb.core.errors import PromptError
-from dfqs_nb.scores.answers import code_in
+from dfqs_nb.scores.answers import code_in, parsed
 from dfqs_nb.scores.sandbox import Candidate
 
 TIERS = {
@@ -61,7 +61,10 @@ class Item:
             code = code_in(answer, self.entry_point, self.prompt)
             if code is None:
                 return None
-            sources = (f"{self.prompt}    pass\n", code)  # it may rely on the prompt's imports
+            task = (
+                f"{self.prompt}    pass\n"  # the code may rely on its imports, if it is Python and no prose
+            )
+            sources = (task, code) if parsed(task)[0] else (code,)
         helpers = self.prompt + (self.reference or "    pass\n")
         return Candidate(sources, self.tests, self.entry_point, helpers)
 

@@ -16,6 +16,7 @@ import pytest
 
 from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.scores import ItemSet, sandbox, seccomp
+from dfqs_nb.scores.item_sets import Item
 from dfqs_nb.scores.sandbox import LIMITS, Candidate, Sandbox, SandboxError, run
 
 MARK = f"# started by the tests in process {os.getpid()}\n"
@@ -411,6 +412,19 @@ def test_the_candidate_does_not_judge_itself(name):
     code, test = JUDGING[name]
     said = verdict(code + "\n", LIMITS, f"def check(c):\n    assert {test}\n")
     assert said.outcome in ("wrong", "error"), said
+
+
+@needs_sandbox
+def test_the_prompt_of_a_chat_may_be_prose():
+    item = Item(
+        "1",
+        "f",
+        "Write a function that doubles.",
+        tests="def check(c):\n    assert c(2) == 4",
+        entry_point="double",
+    )
+    candidate = item.candidate(f"Here:\n```python\n{RIGHT}```", "chat")
+    assert candidate is not None and run(candidate, FOUND).passed
 
 
 @needs_sandbox
