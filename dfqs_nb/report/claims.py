@@ -212,12 +212,13 @@ def _sizes(file: GGUFHeader | None) -> dict[str, Any]:
     published, nbytes, shards = claims_spec().published, registered()[SINGLE].size_bytes, registered()[SHARDS]
     weights, active = (weights_bytes(file), active_bytes(file)) if file else (FLASH.weights, FLASH)
     n_layers = int(published_shape().arch("block_count"))
-    layers = {n: round(active.routed_total * n / n_layers) for n in OFFLOADED}
+    iq1_s = round(published.routed_parameters * IQ1_S_BITS / 8)  # n_gpu_layers takes the last layers: no Q2_K
+    layers = {n: active.routed_total if n == n_layers else round(iq1_s * n / n_layers) for n in OFFLOADED}
     if file:
         of = [(layer_of(tensor.name), tensor.nbytes) for tensor in file.tensors]
         layers = {n: sum(size for at, size in of if at in range(n_layers - n, n_layers)) for n in OFFLOADED}
     extra = methods_table(nbytes, 0, {})["extra disk (bytes)"]
-    rest, iq1_s = nbytes - active.routed_total, round(published.routed_parameters * IQ1_S_BITS / 8)
+    rest = nbytes - active.routed_total
     table = scores.speed.card_table(active).set_index("machine")["bound"]
     bounds = {f"bound_{key}": float(table.filter(regex=f"^{name}").iloc[0]) for key, name in MACHINES.items()}
     return {
