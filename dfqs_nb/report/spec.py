@@ -168,7 +168,9 @@ def figure(value: Any, unit: str = "") -> str:
 
 class _Words(string.Formatter):
     def format_field(self, value: Any, form: str) -> str:
-        return "unknown" if value is None else str(super().format_field(value, form))
+        if value is None:
+            return "not measured" if form.endswith("f") else "unknown"
+        return str(super().format_field(value, form))
 
 
 def spaced(text: str) -> str:
@@ -183,8 +185,8 @@ def spaced(text: str) -> str:
 def filled(form: str, values: Mapping[str, Any]) -> str:
     """A sentence of the two tables with its values; what is not known reads so.
 
-    >>> filled("{n:,} bytes, {share:.0%}, {speed:.2f} tokens/s", {"n": 1000, "share": 0.5, "speed": None})
-    '1,000 bytes, 50 %, unknown tokens/s'
+    >>> filled("{n:,} bytes, {share:.0%}, {speed:.2f}", {"n": 1000, "share": 0.5, "speed": None})
+    '1,000 bytes, 50 %, not measured'
     """
     return spaced(_Words().vformat(form, (), values))
 
