@@ -61,9 +61,7 @@ class Item:
             code = code_in(answer, self.entry_point, self.prompt)
             if code is None:
                 return None
-            task = (
-                f"{self.prompt}    pass\n"  # the code may rely on its imports, if it is Python and no prose
-            )
+            task = f"{self.prompt}    pass\n"  # if it is no prose, the code may rely on its imports
             sources = (task, code) if parsed(task)[0] else (code,)
         helpers = self.prompt + (self.reference or "    pass\n")
         return Candidate(sources, self.tests, self.entry_point, helpers)

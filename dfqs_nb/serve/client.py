@@ -182,9 +182,8 @@ class Endpoint:
         seconds = self.wire.timeout_seconds * (2 + max_tokens / TOKENS_PER_TIMEOUT)
         limits = (seconds, ANSWER_BYTES + BYTES_PER_TOKEN * max_tokens)
 
-        def reply(
-            broke: bool,
-        ) -> Reply:  # after a broken stream whole: some servers say only then what is wrong
+        def reply(broke: bool) -> Reply:
+            # after a broken stream whole: some servers say only then what is wrong
             return self._reply(request, self.stream and not broke)
 
         return self.wire.ask(reply, retries=self.retries, limits=limits)

@@ -416,13 +416,8 @@ def test_the_candidate_does_not_judge_itself(name):
 
 @needs_sandbox
 def test_the_prompt_of_a_chat_may_be_prose():
-    item = Item(
-        "1",
-        "f",
-        "Write a function that doubles.",
-        tests="def check(c):\n    assert c(2) == 4",
-        entry_point="double",
-    )
+    test = "def check(c):\n    assert c(2) == 4"
+    item = Item("1", "Write a function that doubles.", tests=test, entry_point="double")
     candidate = item.candidate(f"Here:\n```python\n{RIGHT}```", "chat")
     assert candidate is not None and run(candidate, FOUND).passed
 
