@@ -147,7 +147,9 @@ def tracked_texts():
 
 
 def without_stamps(name: str, text: str) -> str:
-    """A file's text without what `make stamp` writes into it."""
+    """A file's text without what `make stamp` writes into it; a stored report's links come from pyproject.toml."""
+    if name.startswith("docs/sample_report/"):
+        return ""
     if name.endswith(".ipynb"):
         cells = json.loads(text)["cells"]
         text = "\n".join(
