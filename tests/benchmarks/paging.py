@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from dfqs_nb.core.machine import available_memory
+from dfqs_nb.core.machine import available_memory, random_read_speed
 from dfqs_nb.gguf import placement, specimen
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama import paging
@@ -154,7 +154,7 @@ def timed(job: dict[str, Any]) -> dict[str, Any]:
         Path(job["group"], "cgroup.procs").write_text(str(os.getpid()))
     leave_out(job["parts"].split())
     n_prompt, n_tokens = job["prompt"], job["tokens"]
-    how = OpenSettings(n_ctx=n_prompt + n_tokens, paging="on" if job["parts"] else "off")
+    how = OpenSettings(n_ctx=n_prompt + n_tokens + 6, paging="on" if job["parts"] else "off")
     counters, clock = psutil.Process().io_counters, [(time.perf_counter(), 0)]
     begin = counters().read_bytes
 
@@ -177,11 +177,17 @@ def timed(job: dict[str, Any]) -> dict[str, Any]:
         first = steps[0]
         steps = steps[len(steps) // 3 :]
         faults = (resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before) / n_tokens
+        again = []  # a token whose experts are in memory: computing alone
+        for _ in range(6):
+            model.evaluate(tokens[-1:])
+            again.append(stop())
         return {
             "open": opened,
             "prefill": prefill,
             "first": first,
             "decode": [statistics.median(values) for values in zip(*steps, strict=True)],
+            "computing": statistics.median(seconds for seconds, _ in again[1:]),
+            "disk": random_read_speed(job["model"]),
             "faults": faults,
             "locked": model.paging.pinned_bytes if model.paging else 0,
             "digest": digest.hexdigest(),
@@ -229,7 +235,7 @@ def table(options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
     """A row for each read-ahead, memory and way."""
     ways, rows = WAYS | (MORE if options.parts else {}), list[dict[str, Any]]()
     print("| read-ahead, kB | memory, MB | help | open, s | prefill, s | decode, s | first, s | read a token, MB | major faults |"
-          " prefill, x | decode, x |\n|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|")  # fmt: skip
+          " computing alone, s | disk alone, s | prefill, x | decode, x |\n|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")  # fmt: skip
     for kib in options.read_ahead:
         with read_ahead(model, kib) if kib else contextlib.nullcontext():
             for memory in options.memory:
@@ -247,7 +253,8 @@ def table(options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
                     gains = [stock[name][0] / got[name][0] for name in ("prefill", "decode")]
                     rows.append({"read_ahead": kib, "memory": memory, "way": way, **got})
                     print(f"| {kib or 'as it is'} | {memory or 'all'} | {way} | {got['open'][0]:.1f} | {got['prefill'][0]:.1f} | "
-                          f"{got['decode'][0]:.3f} | {got['first'][0]:.2f} | {got['decode'][1] / 1e6:,.0f} | {got['faults']:,.0f} | {gains[0]:.2f} | {gains[1]:.2f} |",
+                          f"{got['decode'][0]:.3f} | {got['first'][0]:.2f} | {got['decode'][1] / 1e6:,.0f} | {got['faults']:,.0f} | "
+                          f"{got['computing']:.3f} | {got['decode'][1] / (got['disk'] or float('nan')):.3f} | {gains[0]:.2f} | {gains[1]:.2f} |",
                           flush=True)  # fmt: skip
     return rows
 
