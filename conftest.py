@@ -1,11 +1,14 @@
 """How cells of notebooks are compared, and how pytest-xdist spreads the tests over processes."""
 
 import os
+import signal
 
 import pytest
 
 if "DFQS_OUTPUTS" in os.environ:  # a folder for each process: a test never meets what another one wrote
     os.environ["DFQS_OUTPUTS"] += os.environ.get("PYTEST_XDIST_WORKER", "")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; but tests send Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
