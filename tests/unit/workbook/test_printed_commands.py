@@ -63,8 +63,8 @@ SHORTER = {
     "loops": ["--answers", "1", "--tokens", "64"],
 }
 CHOICES = """{"set": "mine", "kind": "choice"}
-{"id": "1", "query": "Tom is tall. Ann is small. Who is tall?", "choices": ["Tom", "Ann"], "gold": 0}
-{"id": "2", "query": "The key is red. Which colour has the key?", "choices": ["blue", "red"], "gold": 1}
+{"id": "1", "prompt": "Tom is tall. Ann is small. Who is tall?", "choices": ["Tom", "Ann"], "gold": 0}
+{"id": "2", "prompt": "The key is red. Which colour has the key?", "choices": ["blue", "red"], "gold": 1}
 """
 
 
@@ -221,8 +221,8 @@ def files_of_a_command(words: list[str], place: Path, run: Callable[[list[str]],
         pytest.skip("notebook 04 writes the profile: minutes")
     elif "fidelity" in words:
         run(["dfqs-nb", "record", "model.gguf", "-o", words[-1], *SHORTER["record"]])
-        if words[2] != "model.gguf":
-            shutil.copy(place / "model.gguf", place / words[2])
+    if words[1] in ("fidelity", "loops") and words[2] != "model.gguf":
+        shutil.copy(place / "model.gguf", place / words[2])
 
 
 @pytest.fixture(scope="module")
