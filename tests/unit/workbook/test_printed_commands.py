@@ -61,6 +61,7 @@ SHORTER = {
     "record": ["--tokens", "4", "--n-ctx", "1024"],
     "fidelity": ["--n-ctx", "1024"],
     "loops": ["--answers", "1", "--tokens", "64"],
+    "tasks": ["--texts", "1", "--lengths", "512"],
 }
 CHOICES = """{"set": "mine", "kind": "choice"}
 {"id": "1", "prompt": "Tom is tall. Ann is small. Who is tall?", "choices": ["Tom", "Ann"], "gold": 0}
