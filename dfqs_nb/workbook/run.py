@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from dfqs_nb.core.display import did_you_mean, markdown, plain
+from dfqs_nb.core.display import did_you_mean, markdown, plain, quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import there_is, write_text
 from dfqs_nb.core.paths import REPOSITORY, outputs_dir, run_dir, tilde
@@ -230,6 +230,8 @@ def _executed(path: Path, target: Path, parameters: dict[str, Any], live: Live) 
             execute_notebook(path, target, parameters, engine_name=use(live), progress_bar=False, **kernel)
     except KeyboardInterrupt:
         print(f"\nstopped in {live.name}, cell {plain(live.place)}; {so_far}", file=sys.stderr)
+        report = f"`dfqs-nb report {quoted(target.parent.name)}` reports what there is"
+        print(f"the same command goes on from here; {report}", file=sys.stderr)
         raise
     except (PapermillExecutionError, DeadKernelError) as error:
         what = f"the kernel died in cell {live.place} (killed, out of memory, or aborted by llama.cpp)"
