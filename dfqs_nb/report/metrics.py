@@ -104,7 +104,7 @@ def details_of(run: Run) -> dict[str, dict[str, Any]]:
         source = getattr(run, stage)
         empty = dict.fromkeys(("value", "low", "high", "guess_rate", "withheld"))
         empty |= {"n": 0, "level": LEVEL, "unit": unit, "source": f"{stage}.json"}
-        missing = {"withheld": f"this run has no stage {stage}: run {NOTEBOOKS[stage]}"}
+        missing = {"withheld": f"notebook {NOTEBOOKS[stage][:2]} did not run"}
         details[name] = empty | (missing if source is None else measured(source, name))
     details[SPEED].setdefault("contended", None)
     return details

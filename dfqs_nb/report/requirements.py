@@ -107,8 +107,9 @@ def routing(case: Case, routing: Any) -> tuple[str, str]:
     """The verdict of notebook 04: on the loads where they were judged, else on identical conditions alone."""
     it = routing.verdict
     if it is None or not it.n_runs or it.failed_runs:
-        failed = "; ".join(it.failed_runs if it else ()) or "none ran"
-        return case.judged(NOT_MET if it and it.n_differ else NOT_TESTED, "broken", failed=failed)
+        failed = "; ".join(it.failed_runs if it else ())
+        mark = NOT_MET if it and it.n_differ else NOT_TESTED
+        return case.judged(mark, "broken" if failed else "none", failed=failed)
     if it.load_passed is not None:
         return case.judged(it.passed and it.load_passed, "loads", it=it)
     return case.judged(it.passed, "judged" if it.routed else "dense", it=it)

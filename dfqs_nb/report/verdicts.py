@@ -54,7 +54,8 @@ class Verdict:
     @property
     def summary(self) -> list[str]:
         """A sentence for each line."""
-        return [plain(f"{line.symbol} {line.question} {line.answer}. {line.caveat}") for line in self.lines]
+        sentences = (f"{line.symbol} {line.question} {line.answer}. {line.caveat}" for line in self.lines)
+        return [plain(text.rstrip()) for text in sentences]
 
     def _repr_markdown_(self) -> str:
         return render("verdict.md", verdict=self)
@@ -112,6 +113,7 @@ def _routing(routing: Mapping[str, Any] | None, mark: str, evidence: str) -> Lin
     if (routing or {}).get("load_passed") is not None:
         elsewhere = "with other settings, in another build or on another machine choices can differ"
         caveat = f"Measured on few texts; {elsewhere}"
+    caveat = "" if mark == UNKNOWN else caveat
     return Line(mark, "Is routing deterministic?", evidence, caveat, "requirements")
 
 
@@ -149,7 +151,8 @@ def _scores(details: Mapping[str, Any], tier: str) -> Line:
         )
     mark = marks.pop() if len(marks) == 1 else PARTLY if YES in marks else NO
     small = ". The nano sets show that the workbook works; they are no measure of a large model"
-    caveat = f"Here a tick means better than guessing. {'; '.join(caveats)}{small if tier == 'nano' else ''}"
+    better = f"Here a tick means better than guessing. {'; '.join(caveats)}"
+    caveat = f"{better}{small if tier == 'nano' else ''}" if caveats else ""
     return Line(mark, "What does it score?", "; ".join(parts), caveat)
 
 

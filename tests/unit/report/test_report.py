@@ -174,9 +174,16 @@ def test_missing_stage_withholds_its_metrics_and_names_its_notebook(stage, names
     built = report.build_report(folder, ask_llama_cpp=False)
     assert [name for name, value in built["metrics"].items() if value is None] == names
     for name in names:
-        assert NOTEBOOKS[stage] in built["details"][name]["withheld"]
+        assert built["details"][name]["withheld"] == f"notebook {NOTEBOOKS[stage][:2]} did not run"
     jsonschema.validate(built, reading.schema())
-    assert len(report.verdict(built).lines) == 6 and text.page(built, folder)
+    verdict = report.verdict(built)
+    assert len(verdict.lines) == 6 and text.page(built, folder)
+    assert not [sentence for sentence in verdict.summary if sentence != sentence.rstrip()]
+    answers = {line.question: line for line in verdict.lines}
+    if stage == "scores":
+        assert not answers["What does it score?"].caveat, "a tick is explained where there is none"
+    if stage == "routing":
+        assert not answers["Is routing deterministic?"].caveat, "it limits an answer that is not there"
 
 
 def test_partial_score_is_withheld_and_says_how_many_are_missing(merged_reference, tmp_path):
