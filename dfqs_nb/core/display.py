@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +160,20 @@ def label(name: object) -> str:
         return LABELS.get(text, text)
     text = re.sub("_high$", " to", re.sub("_low$", " from", text.removeprefix("n_")))
     return text.replace("_", " ")
+
+
+MAX_SHOWN = 200  # characters of a text in a table: a name can have 100,000
+
+
+def facts(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
+    """Facts as a one-column table; whole numbers get thousands separators, long texts are cut."""
+    import pandas as pd
+
+    def shown(value: Any) -> str:
+        text = f"{value:,}" if type(value) is int else plain(value)
+        return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
+
+    return pd.DataFrame({name: {key: shown(value) for key, value in values.items()}})
 
 
 NONE = "–"  # a cell without a value

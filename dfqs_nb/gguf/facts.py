@@ -6,11 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.core.display import entries, plain
+from dfqs_nb.core.display import entries
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.gguf.header import GGUFHeader, Tensor
+from dfqs_nb.gguf.header import GGUFHeader, Tensor, check_layout, read_header
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +38,6 @@ expert width: expert_feed_forward_length | indexer heads: attention.indexer.head
 indexer top-k: attention.indexer.top_k | hyper-connection streams: hyper_connection.count
 """)
 INTEGER_TYPES = ("I8", "I16", "I32", "I64")  # tables, not weights
-MAX_SHOWN = 200  # characters of a text in a table: a name can have 100,000
 GATING = {1: "softmax", 2: "sigmoid", 3: "softmax over the chosen", 4: "sqrtsoftplus"}  # llama.cpp's codes
 
 
@@ -233,17 +233,6 @@ def tokenizer(header: GGUFHeader) -> dict[str, Any]:
     return facts
 
 
-def facts_frame(facts: dict[str, Any], name: str = "value") -> pd.DataFrame:
-    """Facts as a one-column table; numbers get thousands separators, long texts are cut."""
-    import pandas as pd
-
-    def shown(value: Any) -> str:
-        text = f"{value:,}" if type(value) is int else plain(value)
-        return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
-
-    return pd.DataFrame({name: {key: shown(value) for key, value in facts.items()}})
-
-
 def tensor_table(header: GGUFHeader) -> pd.DataFrame:
     """One row a tensor; ``layer`` is -1 outside the blocks, ``shape`` in ggml's order."""
     import pandas as pd
@@ -297,6 +286,14 @@ def require_model(header: GGUFHeader) -> None:
     if role(header) != MODEL:
         what = f"{role(header)}, not a language model"
         raise ModelError(what, where=header.path, hint="name the model it was made for")
+
+
+def model_header(path: str | Path) -> GGUFHeader:
+    """Read a model's header, check that its tensors lie where it says, and that it is a language model."""
+    header = read_header(path)
+    check_layout(header)
+    require_model(header)
+    return header
 
 
 # ---- the early dialect of deepseek4 ----

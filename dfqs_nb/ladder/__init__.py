@@ -6,7 +6,7 @@
 
 from dfqs_nb.core.doors import lazy
 from dfqs_nb.ladder import tables
-from dfqs_nb.ladder.imatrix import collect
+from dfqs_nb.ladder.budget import within_budget
 from dfqs_nb.ladder.measure import Settings, collected
 from dfqs_nb.ladder.quantizer import plan, quantize
 from dfqs_nb.ladder.recipes import load_recipe
@@ -16,13 +16,13 @@ __all__ = [
     "RUNGS",
     "Settings",
     "climb",
-    "collect",
     "collected",
     "figures",
     "load_recipe",
     "plan",
     "quantize",
     "tables",
+    "within_budget",
 ]
 
 __getattr__ = lazy(__name__, figures="figures")

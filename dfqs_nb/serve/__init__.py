@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from dfqs_nb.core.doors import lazy
 from dfqs_nb.serve import checks, compare, recipes, servers
 from dfqs_nb.serve.client import check_in_process, connect, is_url
-from dfqs_nb.serve.measure import measure_long_context, score_set
+from dfqs_nb.serve.measure import score_set
+from dfqs_nb.serve.plan import plan_checks
 
 if TYPE_CHECKING:
     from dfqs_nb.serve import figures
@@ -21,7 +22,7 @@ __all__ = [
     "connect",
     "figures",
     "is_url",
-    "measure_long_context",
+    "plan_checks",
     "recipes",
     "score_set",
     "servers",

@@ -210,6 +210,7 @@ def quantize(
     """
     from dfqs_nb import ladder
     from dfqs_nb.gguf import models as registry
+    from dfqs_nb.ladder.imatrix import collect
 
     path, chosen = registry.resolve(source)[0], ladder.load_recipe(recipe)
     if not (output or dry_run):
@@ -217,7 +218,7 @@ def quantize(
     if imatrix and calibrate:
         raise typer.BadParameter("give either --imatrix or --calibrate")
     work: dict[str, Any] = {"n_threads": threads, "progress": not quiet}
-    matrix: Any = ladder.collect(path, calibrate, **work) if calibrate and chosen.weights else imatrix or None
+    matrix: Any = collect(path, calibrate, **work) if calibrate and chosen.weights else imatrix or None
     if dry_run:
         plan = ladder.plan(path, chosen, matrix)
     else:

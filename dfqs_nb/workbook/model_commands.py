@@ -136,9 +136,9 @@ def score(
 
 def _long_context(server: Any, folder: Path, tier: str, **options: Any) -> None:
     """Print the curve of retrieval over a server, and where it ends."""
-    from dfqs_nb import serve
+    from dfqs_nb.serve.measure import measure_long_context
 
-    result = serve.measure_long_context(server, folder, prompt_set=tier, **options)
+    result = measure_long_context(server, folder, prompt_set=tier, **options)
     if result.failure:
         say(f"{result.failure.length:,} tokens: {result.failure.message}")
     if len(result.items):

@@ -26,8 +26,9 @@ import numpy as np
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.placement import EXPERTS
 from dfqs_nb.gguf.specimen import write_specimen
-from dfqs_nb.llama import OpenSettings, measure_speed, open_model
+from dfqs_nb.llama import OpenSettings, open_model
 from dfqs_nb.llama.build import default_model_params
+from dfqs_nb.llama.timing import measure_speed
 from dfqs_nb.routing import open_recorded
 from dfqs_nb.routing.recorded import record
 

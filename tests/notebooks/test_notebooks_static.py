@@ -134,18 +134,17 @@ def test_cells_are_small(notebook):
 
 
 def test_the_notebook_calls_the_package_and_defines_nothing(notebook):
-    imported = set()
+    imported = []
     for cell in code_cells(notebook):
         tree = ast.parse(python(cell))
         for node in ast.walk(tree):
             assert not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.While), (
                 source(cell)
             )
-            if isinstance(node, ast.ImportFrom):
-                imported.add((node.module or "").split(".")[0])
-            elif isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
-    assert "dfqs_nb" in imported
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("dfqs_nb"):
+                assert node.module == "dfqs_nb", f"a door has what notebooks need: {node.module}"
+                imported += [alias.name for alias in node.names]
+    assert 1 <= len(imported) <= 4, imported
 
 
 def test_claims_are_asserted_with_a_message(notebook):

@@ -16,6 +16,7 @@ from no_hang import no_hang
 from read_chars import read_chars
 
 from conftest import REFERENCE
+from dfqs_nb.core import display
 from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError
 from dfqs_nb.gguf import facts, memory
 from dfqs_nb.gguf.header import MAX_STRINGS, check_layout, read_header
@@ -147,7 +148,7 @@ FACTS = (
     facts.role,
     facts.early_dialect,
     lambda header: memory.estimate(header, 512),
-    lambda header: facts.facts_frame(facts.tokenizer(header) | facts.architecture(header)).to_string(),
+    lambda header: display.facts(facts.tokenizer(header) | facts.architecture(header)).to_string(),
 )
 ODD = (
     ("STRING", "x"),
@@ -212,7 +213,7 @@ def test_a_name_of_100_kilobytes_is_cut_where_it_is_shown(nano, tmp_path):
     header = read_header(
         write(tmp_path / "x.gguf", nano.with_field("general.name", "STRING", "y\x1b" * 50_000).bytes())
     )
-    shown = facts.facts_frame(facts.identity(header))["value"]["name"]
+    shown = display.facts(facts.identity(header))["value"]["name"]
     assert len(shown) == facts.MAX_SHOWN and "\x1b" not in shown
 
 

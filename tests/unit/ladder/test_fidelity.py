@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.ladder import RUNGS, collect, fidelity, quantize
+from dfqs_nb.ladder import RUNGS, fidelity, quantize
 from dfqs_nb.ladder.divergence import log_probs
 from dfqs_nb.ladder.fidelity import Record, RecordError
+from dfqs_nb.ladder.imatrix import collect
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 
