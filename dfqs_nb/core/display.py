@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import html
+import io
 import os
 import re
 import shlex
 import unicodedata
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +19,38 @@ if TYPE_CHECKING:
     from IPython.display import HTML
 
 
+REPORTED = "{desc} {n_fmt}/{total_fmt}{postfix}"
+
+
 def tqdm(*arguments: Any, **options: Any) -> Any:
     """A progress bar that disappears when it is done; off where ``TQDM_DISABLE`` is set.
 
     tqdm's own ``disable`` goes before that variable. A bar that stays is an error in a notebook that is
-    opened again, because its widget is gone.
+    opened again, because its widget is gone. If ``DFQS_PROGRESS`` names a file, the bars that are open are
+    written there instead, for the program that runs the notebook.
     """
     import tqdm.auto
 
     options.setdefault("leave", False)
+    if place := os.environ.get("DFQS_PROGRESS"):
+        return _reported(place)(*arguments, **{"disable": False, **options, "file": io.StringIO()})
     if os.environ.get("TQDM_DISABLE"):
         options["disable"] = True
     return tqdm.auto.tqdm(*arguments, **options)
+
+
+@lru_cache
+def _reported(place: str) -> Any:
+    import tqdm.std
+
+    class Reported(tqdm.std.tqdm):  # type: ignore[misc]
+        def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+            bars = sorted(self._instances, key=lambda bar: abs(bar.pos))
+            texts = [bar.format_meter(**bar.format_dict | {"bar_format": REPORTED}) for bar in bars]
+            Path(place).write_text(", ".join(texts), encoding="utf-8")
+            return True
+
+    return Reported
 
 
 def size(n_bytes: float) -> str:

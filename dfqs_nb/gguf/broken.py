@@ -39,11 +39,10 @@ def with_field(path: str | Path, target: str | Path, name: str, value: int) -> P
 
 def too_many_experts(folder: str | Path) -> Path:
     """The reference model with 200 of 16 experts a token in its header: llama.cpp fails an assertion."""
-    folder = Path(folder) / "too-many-experts"
-    folder.mkdir(exist_ok=True)
-    first, second = reference_shards().paths
-    shutil.copyfile(second, folder / second.name)
-    return with_field(first, folder / first.name, "deepseek4.expert_used_count", 200)
+    names = "broken-on-purpose-00001-of-00002.gguf", "broken-on-purpose-00002-of-00002.gguf"
+    (first, second), (target, rest) = reference_shards().paths, (Path(folder) / name for name in names)
+    shutil.copyfile(second, rest)
+    return with_field(first, target, "deepseek4.expert_used_count", 200)
 
 
 def collection(folder: str | Path) -> list[Path]:

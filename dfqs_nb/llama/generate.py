@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ class Sampling:
 
 
 GREEDY = Sampling()
+BAR_SECONDS = 2.0  # an answer that takes longer gets a progress bar
 PROMPT_END = 16  # tokens, which hold any mark that begins a thinking
 
 
@@ -51,7 +53,7 @@ class Completion:
 
     text: str
     token_ids: tuple[int, ...]  # without the ending token, with those of a stop text
-    finish_reason: str  # eos (the model ended it), stop (a stop text came) or length (no room for more)
+    finish_reason: str  # eos (the model ended it), stop (a stop text came), length (no room for more) or time
     n_prompt: int  # tokens
 
     @property
@@ -66,6 +68,8 @@ class TextStream:
     The prompt's tokens are continued from a cleared context. A piece never ends inside a character, and never
     holds the start of a stop text. A stop text counts only behind the thinking of a model that thinks.
 
+    ``until``: the time by `time.monotonic` behind which no further token is generated.
+
     Reading it raises what `Model.evaluate` raises.
     """
 
@@ -76,8 +80,10 @@ class TextStream:
         max_tokens: int = 256,
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
+        until: float = math.inf,
     ) -> None:
         self._model, self._prompt, self._sampling = model, list(prompt), sampling
+        self._until = until
         self._max_tokens, self._stop = max_tokens, tuple(text for text in stop if text)
         self._pieces = self._run()
         self._completion: Completion | None = None
@@ -105,6 +111,9 @@ class TextStream:
                 break
             tokens.append(token)
             text += decoder.decode(self._model.token_bytes(token))
+            if time.monotonic() > self._until:
+                reason = "time"
+                break
             start = answer_start(text, opened) if self._stop else None
             stops = [at for mark in self._stop if start is not None and (at := text.find(mark, start)) >= 0]
             if stops:
@@ -125,7 +134,8 @@ class TextStream:
         model.clear()
         logits = model.evaluate(self._prompt)
         choose = _chooser(model, self._sampling)
-        for left in range(min(self._max_tokens, model.settings.n_ctx - len(self._prompt)) - 1, -1, -1):
+        most = min(self._max_tokens, model.settings.n_ctx - len(self._prompt))
+        for left in tqdm(range(most - 1, -1, -1), desc="answer", unit="token", delay=BAR_SECONDS):
             token = choose(logits)
             yield token
             if left:

@@ -176,7 +176,7 @@ class Results:
 
     def failures(self, n: int = 3) -> pd.DataFrame:
         """Failed items to read, ``n`` a set, spread over its families: what was asked, answered, expected."""
-        failed = self.items[~self.items["correct"]]
+        failed = self.items[~self.items["correct"].astype(bool)]
         turn = failed.groupby(["set", "family"], sort=False).cumcount()
         chosen = failed.loc[turn.sort_values(kind="stable").index].groupby("set").head(n).sort_index()
         return chosen[["family", "prompt", "completion", "expected", "reason"]].reset_index(drop=True)

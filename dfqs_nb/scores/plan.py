@@ -52,24 +52,32 @@ class QuestionPlan:
         """Ask ever larger parts while the budget holds the next; the results, and what was left out.
 
         The smallest part comes first, so a machine that gets busy costs questions, not time. Larger parts
-        keep the answers of the smaller ones.
+        keep the answers of the smaller ones. An answer that is not complete when the budget ends is cut: its
+        question has no result, and the same command asks it again.
         """
+        started, easy = time.monotonic(), 4 * self.full_seconds < self.budget_seconds
+        options = replace(self.options, until=started + self.budget_seconds)
 
         def asked(parts: Sets) -> Results:
-            runs = [score_set(self.model, each, folder, self.options, model_id=model_id) for each in parts]
-            return Results(runs)
+            return Results(
+                [score_set(self.model, each, folder, options, model_id=model_id) for each in parts]
+            )
 
-        started, easy = time.perf_counter(), 4 * self.full_seconds < self.budget_seconds
         parts, *rest = [self.chosen] if easy else _candidates(self.chosen)[::-1]
         results = asked(parts)
         for larger in rest:
             planned = _seconds(parts, self.pace, self.options)
             slower = float(results.items["seconds"].sum()) / planned  # answers of an earlier run count, too
             more = 1.2 * slower * (_seconds(larger, self.pace, self.options) - planned)
-            if time.perf_counter() - started + more > self.budget_seconds:
+            if time.monotonic() - started + more > self.budget_seconds:
                 break
             parts, results = larger, asked(larger)
-        return results, left_out(self.chosen, parts)
+        cut = [
+            f"{run.score.n_missing} of {run.score.n} questions of {run.name}, for which no time was left"
+            for run in results.runs
+            if run.score.n_missing
+        ]
+        return results, [*left_out(self.chosen, parts), *cut]
 
     def choose(self, folder: str | Path, seconds: float, *, model_id: str = "") -> Answers:
         """Multiple choice by likelihood, from the first set: an even part that these seconds hold."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class Options:
     allow_unsandboxed: bool = False
     fresh: bool = False
     progress: bool = True
+    until: float = inf  # the time by `time.monotonic` at which asking ends, within an answer, too
 
     def __post_init__(self) -> None:
         if self.thinking not in THINKING:
@@ -72,6 +74,7 @@ class Request:
     stop: tuple[str, ...] = ()
     sampling: Sampling = GREEDY
     thinking: str = "template"
+    until: float = inf  # an answer that is not complete then is cut, and ends by ``time``
 
     @property
     def variables(self) -> dict[str, bool]:
@@ -114,8 +117,8 @@ class Answerer:
 
         def answer(request: Request) -> Completion:
             tokens = request.tokens(model)
-            stop = (*request.stop, *plain)
-            return TextStream(model, tokens, request.max_tokens, request.sampling, stop).completion
+            limits = (*request.stop, *plain), request.until
+            return TextStream(model, tokens, request.max_tokens, request.sampling, *limits).completion
 
         conditions = {"chat_template_sha256": used, **model.conditions()}
         answerer = cls(answer, mode, conditions, model_id or model.path.name)
@@ -128,7 +131,7 @@ class Answerer:
         text = item.asked(item_set.instruction) if chat else item.prompt
         max_tokens = item_set.max_tokens + options.thinking_tokens * chat
         stop = () if chat and item_set.kind == "code" else item_set.stop
-        return Request(text, chat, max_tokens, stop, options.sampling, options.thinking)
+        return Request(text, chat, max_tokens, stop, options.sampling, options.thinking, options.until)
 
     def score(self, item_set: ItemSet, folder: str | Path, options: Options = Options()) -> SetRun:
         """Answer and judge a set, and resume in ``folder``. A `SandboxError` comes before any question."""
@@ -157,6 +160,7 @@ class Answerer:
             for key, fields in self._answers(item_set, todo, options):
                 answers.add(key, **fields)
                 bar.update()
+        wanted = {key: sample for key, sample in wanted.items() if key in answers}
         rows = [_row(item_set, *wanted[key], answers[key]) for key in wanted]
         if sandbox:
             candidates = [_candidate(item, answers[key], self.mode) for key, (item, _) in wanted.items()]
@@ -169,7 +173,7 @@ class Answerer:
     def _answers(
         self, item_set: ItemSet, todo: Mapping[str, tuple[Item, int]], options: Options
     ) -> Iterator[tuple[str, Row]]:
-        """Answers as they come, by the key of their sample."""
+        """Answers as they come, by the key of their sample; an answer that the time cut is none."""
 
         def ask(key: str) -> tuple[str, Row]:
             item, number = todo[key]
@@ -181,7 +185,10 @@ class Answerer:
             return key, row | {"tokens": made.n_tokens, "seconds": round(time.perf_counter() - started, 4)}
 
         if self.n_parallel == 1:
-            yield from map(ask, todo)
+            for key in todo:
+                if time.monotonic() > options.until or (made := ask(key))[1]["finish_reason"] == "time":
+                    return
+                yield made
             return
         with ThreadPoolExecutor(self.n_parallel) as pool:
             asked = [pool.submit(ask, key) for key in todo]

@@ -31,7 +31,7 @@ class Live:
 
     def __init__(self, notebook: Path, target: Path, budget_minutes: float, stream: IO[str] | None) -> None:
         self.name, self.stream, self.budget = notebook.stem, stream or io.StringIO(), 60 * budget_minutes
-        self.earlier = cell_seconds(target)
+        self.earlier, self.bars = cell_seconds(target), target.with_name(".progress")
         self.titles: list[str] = []
         self.index, self.begun, self.cell_begun = 0, time.monotonic(), time.monotonic()
         self.activity, self.done, self.drawn = Activity(), threading.Event(), 0
@@ -48,6 +48,7 @@ class Live:
             self._draw("")
             self.stream.write("\r")
             self.stream.flush()
+        self.bars.unlink(missing_ok=True)
 
     def cell(self, titles: Sequence[str], index: int) -> None:
         """A cell begins."""
@@ -63,7 +64,9 @@ class Live:
     def line(self) -> str:
         """What is going on, for how long, what is left, and what the processes do."""
         now, full = time.monotonic(), BAR * self.index // max(1, len(self.titles))
-        parts = [f"{self.name} [{'#' * full}{'.' * (BAR - full)}] {self.place}", duration(now - self.begun)]
+        bars = self.bars.read_text(encoding="utf-8") if self.bars.exists() else ""
+        parts = [f"{self.name} [{'#' * full}{'.' * (BAR - full)}] {self.place}", bars]
+        parts.append(duration(now - self.begun))
         return plain(" | ".join(filter(None, [*parts, self._left(now), self.activity.text()])))
 
     def _left(self, now: float) -> str:

@@ -225,7 +225,7 @@ def _executed(path: Path, target: Path, parameters: dict[str, Any], live: Live) 
 
     begin, so_far = time.perf_counter(), f"its output so far is in {tilde(target)}"
     try:
-        with kernel_environment(), live:
+        with kernel_environment(progress=live.bars), live:
             kernel = {"kernel_name": KERNEL, "cwd": path.parent, "extra_arguments": [QUIET]}
             execute_notebook(path, target, parameters, engine_name=use(live), progress_bar=False, **kernel)
     except KeyboardInterrupt:
@@ -253,15 +253,17 @@ def last_line(text: str) -> str:
 
 
 @contextmanager
-def kernel_environment(outputs: Path | None = None) -> Iterator[None]:
+def kernel_environment(outputs: Path | None = None, progress: Path | None = None) -> Iterator[None]:
     """The environment of a kernel: this interpreter's kernel first, absolute folders, no progress bars.
 
+    ``progress``: a file that gets the state of the bars instead.
     A user may have a ``python3`` kernel of another interpreter installed; ``JUPYTER_PATH`` comes before it.
     """
     before = dict(os.environ)
     places = [f"{sys.prefix}/share/jupyter", before.get("JUPYTER_PATH", "")]
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, places))
     os.environ["DFQS_OUTPUTS"] = str((outputs or outputs_dir()).absolute())
+    os.environ |= {"DFQS_PROGRESS": str(progress.absolute())} if progress else {}
     os.environ |= {"TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     try:
         yield

@@ -79,10 +79,13 @@ def test_parts_grow_from_the_least_as_long_as_the_budget_holds_the_next(
     def score_set(model, one, folder, options, model_id=""):
         asked.append(len(one.items))
         rows = pd.DataFrame({"seconds": [seconds_of_an_answer * one.max_tokens / 100] * len(one.items)})
-        return SimpleNamespace(items=rows)
+        return SimpleNamespace(items=rows, score=SimpleNamespace(n_missing=0))
+
+    def results(runs):
+        return SimpleNamespace(items=pd.concat(run.items for run in runs), runs=runs)
 
     monkeypatch.setattr(plan, "score_set", score_set)
-    monkeypatch.setattr(plan, "Results", lambda runs: SimpleNamespace(items=pd.concat(r.items for r in runs)))
+    monkeypatch.setattr(plan, "Results", results)
     _, missing = made.ask(tmp_path)
     assert asked[0] < len(SETS[0].items), "the least part comes first"
     assert (missing == []) == all_of_them

@@ -31,11 +31,15 @@ MARK = "import pathlib, time\npathlib.Path({!r}).touch()\ntime.sleep(600)"
 def test_a_long_cell_shows_signs_of_life(tmp_path, monkeypatch):
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setattr(live, "HEARTBEAT_SECONDS", 0.2)
-    notebook = write_notebook(tmp_path / "01_sleep.ipynb", "import time\ntime.sleep(1)", "print('end')")
+    slow = (
+        "import time\nfrom dfqs_nb.core.display import tqdm\nfor _ in tqdm([1, 2], 'texts'): time.sleep(0.6)"
+    )
+    notebook = write_notebook(tmp_path / "01_sleep.ipynb", slow, "print('end')")
     shown = io.StringIO()
     workbook.run_workbook("mine", {}, [notebook], watch=shown)
     lines = shown.getvalue().splitlines()
     assert any("01_sleep [" in line and "Try a thing" in line and "cores" in line for line in lines), lines
+    assert any("Try a thing | texts 1/2 |" in line for line in lines), "how much of a loop is done"
     again = io.StringIO()
     workbook.run_workbook("mine", {}, [notebook], watch=again)
     assert "left, as last time" in again.getvalue(), "the run before says how long it takes"
