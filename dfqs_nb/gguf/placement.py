@@ -386,9 +386,3 @@ class Layout:
     def dense_bytes(self) -> int:
         """Bytes that every token reads."""
         return sum(end - start for _, start, end in self.dense)
-
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of all experts of the largest layer."""
-        layers = (sum(part.end - part.start for part in parts) for parts in self.experts.values())
-        return max(layers, default=0)

@@ -5,7 +5,7 @@ The kernel reads a whole window around each missing page (8 MB on some disks, fo
 
 - `Paging.loading` keeps llama.cpp from reading the whole file when it opens it;
 - the dense weights are locked into memory, within a budget;
-- each router's choice is read as soon as it is known (``POSIX_FADV_WILLNEED``), in prefill a layer ahead.
+- each router's choice is read as soon as it is known (``POSIX_FADV_WILLNEED``).
 
 The same bytes arrive earlier, and no result changes. Numbers, and what did not pay: docs/paging.md.
 """
@@ -15,10 +15,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import queue
 import re
 import sys
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,8 +40,7 @@ CAP_IPC_LOCK = 14
 FIRST_USERS = 0xEFFFFFFD  # inode of the system's own user namespace (PROC_USER_INIT_INO)
 WINDOW_BYTES = 128 << 10  # what one advice reads at least
 SPARE_SHARE = 0.05  # of memory that is never locked
-INLINE_BYTES = 256 << 20  # of reads that a router waits to be handed over; more goes to a thread
-WHOLE_SHARE = 0.8  # of a layer's experts chosen, from which on the next layer is read ahead
+WHOLE_SHARE = 0.7  # of a layer's experts chosen, from which on the kernel's own windows waste nothing
 
 
 class Paging:
@@ -58,13 +55,9 @@ class Paging:
         self.layout = Layout.of(shards.headers, self.n_gpu_layers)
         self._mapped = not (settings.use_extra_bufts or self.n_gpu_layers)  # not copied while it is read
         self.parts, self.lost, self.pinned_bytes = list[str](), list[str](), 0
-        self._files, self._window, self._look_ahead = list[int](), list[int](), False
+        self._files, self._window = list[int](), list[int]()
         self._pins, self._locked = list[tuple[int, int]](), list[tuple[int, int]]()
         self._watch: Watch | None = None
-        self._jobs: queue.SimpleQueue[tuple[int, list[tuple[int, int, int]]] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._layer = -1  # whose router chose last
-        self._ahead = -1  # that was read whole before its router chose
         void, number = ctypes.c_void_p, ctypes.c_size_t
         self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, number, number)
 
@@ -133,20 +126,16 @@ class Paging:
         memory, buffers = available_memory(), sum(planned_bytes(log).values())
         room = memory.available_bytes - buffers - round(SPARE_SHARE * memory.total_bytes)
         self._pin(room - self.layout.token_bytes)
-        self._look_ahead = room - self.pinned_bytes > 2 * self.layout.layer_bytes
 
     def close(self) -> None:
         """Give back what is locked and open."""
         if self._watch is not None and self.chosen in self._watch.listeners:
             self._watch.listeners.remove(self.chosen)
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join()
         for address, length in self._pins:
             _libc("munmap", address, length)
         for file in self._files:
             os.close(file)
-        self._pins, self._locked, self._files, self._thread = [], [], [], None
+        self._pins, self._locked, self._files = [], [], []
 
     def _pin(self, budget: int) -> None:
         """Lock dense weights, from the first on, as far as the budget and the system allow."""
@@ -190,10 +179,10 @@ class Paging:
             ids = np.unique(np.frombuffer(b"".join(rows), np.int32))
             # a token that llama.cpp will refuse reads past the table, and a table can hold anything
             n = max((part.n for part in self.layout.experts.get(layer, ())), default=0)
-            self._hand_over(layer, ids[(ids >= 0) & (ids < n)])
+            self._read(layer, ids[(ids >= 0) & (ids < n)])
 
     def chosen(self, router: Router) -> None:
-        """A router has chosen: read its experts; in prefill, where most are chosen, also the next layer's."""
+        """A router has chosen: read its experts."""
         ids, n = router.ids, router.ids.shape[1]
         if not self._files or not n or router.layer not in self.layout.experts:
             return  # n is 0 in the last layer of a batch that asks for no logits
@@ -202,41 +191,19 @@ class Paging:
         raw = np.zeros(-(-n * step // 4), np.int32)
         self._copy(ids.address, raw.ctypes.data, 0, nbytes)
         rows = raw[: n * step // 4].reshape(n, -1)[:, : ids.shape[0]]
-        self._layer, experts = router.layer, np.unique(rows)
-        if router.layer != self._ahead:
-            self._hand_over(router.layer, experts)
-        following, self._ahead = self.layout.experts.get(router.layer + 1), -1
-        if self._look_ahead and following and len(experts) > WHOLE_SHARE * following[0].n:
-            self._ahead = router.layer + 1
-            self._hand_over(self._ahead, np.arange(following[0].n))
+        self._read(router.layer, np.unique(rows))
 
-    def _hand_over(self, layer: int, experts: np.ndarray) -> None:
-        runs = list(self._runs(layer, experts)) if len(experts) else []
-        if sum(end - start for _, start, end in runs) <= INLINE_BYTES:
-            self._read(runs)
+    def _read(self, layer: int, experts: np.ndarray) -> None:
+        """Read these experts in the order of use; most of a layer is left to the kernel."""
+        parts = self.layout.experts.get(layer, ())
+        if not parts or not len(experts) or len(experts) > WHOLE_SHARE * parts[0].n:
             return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, daemon=True)
-            self._thread.start()
-        self._jobs.put((layer, runs))
-
-    def _runs(self, layer: int, experts: np.ndarray) -> Iterator[tuple[int, int, int]]:
-        """File, start and end of what these experts take, in the order of use."""
         cuts = np.flatnonzero(np.diff(experts) != 1) + 1
         groups = [(int(group[0]), int(group[-1]) + 1) for group in np.split(experts, cuts)]
-        for part in self.layout.experts.get(layer, ()):
+        for part in parts:
             for first, last in groups:
-                yield part.file, part.start + first * part.slice_bytes, part.start + last * part.slice_bytes
-
-    def _read(self, runs: Sequence[tuple[int, int, int]], layer: int | None = None) -> None:
-        for file, start, end in runs:
-            if layer is not None and layer < self._layer:
-                return  # too late
-            advise_read(self._files[file], start, end, self._window[file])
-
-    def _work(self) -> None:
-        for layer, runs in iter(self._jobs.get, None):
-            self._read(runs, layer)
+                start, end = part.start + first * part.slice_bytes, part.start + last * part.slice_bytes
+                advise_read(self._files[part.file], start, end, self._window[part.file])
 
 
 _started: weakref.WeakSet[Paging] = weakref.WeakSet()

@@ -45,12 +45,12 @@ WAYS = {  # the parts of the help; "off" is llama.cpp alone
     "off": "",
     "lock": "lock",
     "read": "read",
-    "all": "lock read ahead hash",
+    "all": "lock read hash",
 }
 MORE = {  # and what was tried
     "lock + read": "lock read",
-    "all + no windows": "lock read ahead hash random",
-    "all copied by 8 threads": "lock read ahead hash copy",
+    "all + no windows": "lock read hash random",
+    "all copied by 8 threads": "lock read hash copy",
 }
 
 
@@ -135,8 +135,6 @@ def leave_out(parts: list[str]) -> None:
         paging.Paging.before = lambda self, tokens: None  # type: ignore[method-assign]
     if "read" not in parts:
         paging.Paging.callback = lambda self, current: {}  # type: ignore[method-assign]
-    if "ahead" not in parts:
-        paging.WHOLE_SHARE = 2.0
     if "copy" in parts:
         from concurrent.futures import ThreadPoolExecutor
 
@@ -162,7 +160,8 @@ def timed(job: dict[str, Any]) -> dict[str, Any]:
         clock.append((time.perf_counter(), counters().read_bytes - begin))
         return clock[-1][0] - clock[-2][0], clock[-1][1] - clock[-2][1]
 
-    digest = hashlib.sha256()
+    disk, digest = random_read_speed(job["model"]), hashlib.sha256()  # before weights are locked in memory
+    stop()
     with open_model(job["model"], how, trial=False) as model:
         if "random" in job["parts"]:
             no_windows(model.paging)
@@ -187,7 +186,7 @@ def timed(job: dict[str, Any]) -> dict[str, Any]:
             "first": first,
             "decode": [statistics.median(values) for values in zip(*steps, strict=True)],
             "computing": statistics.median(seconds for seconds, _ in again[1:]),
-            "disk": random_read_speed(job["model"]),
+            "disk": disk,
             "faults": faults,
             "locked": model.paging.pinned_bytes if model.paging else 0,
             "digest": digest.hexdigest(),
