@@ -146,7 +146,7 @@ NAMES = [*SLOTS["name"], *SLOTS["other"], *STANDARD["guards"]]
 PLACES = sorted({*SLOTS["place"], *STANDARD["keys"][1], *SLOTS["object"]})
 WORDS = sorted({*THINGS, *COLOURS, *NAMES, *PLACES, *GENERATOR.THINGS, *GENERATOR.COLORS, *GENERATOR.NAMES,
                 *GENERATOR.PLACES})  # fmt: skip
-OTHER_WORDS = 0.2  # share of the texts that have those
+OTHER_WORDS = 0.4  # share of the texts that have those
 
 
 def _facts(draw: random.Random, room: int, most: int, sentence: str, usual: Pools, other: Pools) -> str:
@@ -173,8 +173,15 @@ def place(draw: random.Random, room: int) -> Task:
 
 
 def tallest(draw: random.Random, room: int) -> Task:
+    """Who is tallest or shortest of up to four, or both; four as often as two and three together."""
     facts, ask, answer, _ = GENERATOR.heights(draw, draw.choice((2, 3, 4, 4)))
-    return _asked("tallest", _lead(draw, min(room, 6), False), facts, [(ask, answer)])
+    asks = [(ask, answer)]
+    if draw.random() < 0.5:
+        pairs = re.findall(r"(\w+) is taller than (\w+)", facts)
+        taller, shorter = ({pair[side] for pair in pairs} for side in (0, 1))
+        kind, end = ("shortest", shorter - taller) if "tallest" in ask else ("tallest", taller - shorter)
+        asks.append((f"Who is the {kind}?", f"{end.pop()}."))
+    return _asked("tallest", _lead(draw, min(room, 6), False), facts, asks)
 
 
 def larger(draw: random.Random, room: int) -> Task:
@@ -188,9 +195,11 @@ def capital(draw: random.Random, room: int) -> Task:
 
 
 def sums(draw: random.Random, room: int) -> Task:
+    """Numbers up to 20, or up to 99, so that carrying is seen more often than any one sum."""
     turns, combinations = [], []
-    for _ in range(draw.choice((1, 2, 4))):
-        sign, a, b = draw.choice("+-"), draw.randint(0, 20), draw.randint(0, 20)
+    most = draw.choice((20, 99))
+    for _ in range(draw.choice((1, 2, 4, 6))):
+        sign, a, b = draw.choice("+-"), draw.randint(0, most), draw.randint(0, most)
         a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
         turns.append((f"What is {a} {sign} {b}?", f"{a + b if sign == '+' else a - b}."))
         combinations.append(("sum", str(a), sign, str(b)))
@@ -231,8 +240,9 @@ def _sentence(draw: random.Random) -> str:
 
 def keys(draw: random.Random, room: int) -> Task:
     """Several keys in notes, the wording of the standard probe: codes, and codes of guarded places."""
-    n = draw.randint(1, min(6, 2 + room // 2))
-    n_notes = 0 if room < 1 or draw.random() < 0.25 else draw.randint(0, round(room * 0.45))
+    most = min(6, 2 + room // 2)
+    n = draw.choices(range(1, most + 1), [1.3**n for n in range(most)])[0]
+    n_notes = 0 if room < 1 or draw.random() < 0.2 else draw.randint(0, round(room * 0.5))
     named = draw.sample([f"{a} {b}" for a in STANDARD["keys"][0] for b in STANDARD["keys"][1]], n)
     codes = ["".join(draw.choices("0123456789", k=STANDARD["code_digits"])) for _ in named]
     lines = [_sentence(draw) for _ in range(n_notes)]
@@ -263,9 +273,9 @@ def repeat(draw: random.Random, room: int) -> Task:
 
 
 FAMILIES: dict[str, tuple[float, Callable[[random.Random, int], Task]]] = {
-    "colour": (0.19, colour), "place": (0.14, place), "tallest": (0.12, tallest), "larger": (0.07, larger),
-    "capital": (0.03, capital), "sums": (0.04, sums), "explain": (0.01, explain), "pass key": (0.10, pass_key),
-    "function": (0.12, function), "keys": (0.14, keys), "repeat": (0.04, repeat),
+    "colour": (0.14, colour), "place": (0.18, place), "tallest": (0.14, tallest), "larger": (0.06, larger),
+    "capital": (0.02, capital), "sums": (0.10, sums), "explain": (0.01, explain), "pass key": (0.07, pass_key),
+    "function": (0.10, function), "keys": (0.15, keys), "repeat": (0.03, repeat),
 }  # fmt: skip
 
 

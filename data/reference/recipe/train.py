@@ -1,14 +1,13 @@
-"""Train DFQS-Nano from random weights: ``python train.py OUT --minutes 110 --tokens 12e6``.
+"""Train DFQS-Nano from random weights: ``python train.py OUT --minutes 8``, on a GPU where there is one.
 
 Muon (Jordan, 2024, kellerjordan.github.io/posts/muon) for the attention's and shared experts' matrices, AdamW for
-the rest; routed experts balanced by their selection bias (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). Documents
-of like length share a micro-batch, so little is padding. Length grows with progress, which is the larger of the
-tokens' and the clock's share: a run that its token budget ends is reproducible, one that the clock ends is not.
-What an answer has that was sure already teaches little, so its tokens count by how unlikely they still were (the
-focal loss of Lin et al., arXiv:1708.02002, with exponent 1), and prompts, much of which is drawn at random and
-cannot be known, count next to nothing once the wording is learnt.
-OUT gets ``tokenizer.json``, ``model.safetensors`` (replaced at every checkpoint) and ``log.jsonl``; ``--resume`` goes
-on from there, at the progress that is given.
+the rest; routed experts balanced by their selection bias (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). Length grows
+with progress, which is the larger of the tokens' and the clock's share. What an answer has that was sure already
+teaches little, so its tokens count by how unlikely they still were (the focal loss of Lin et al., arXiv:1708.02002,
+with exponent 1), and prompts, much of which is drawn at random and cannot be known, count little.
+OUT gets ``tokenizer.json``, ``log.jsonl`` and, replaced at every checkpoint, ``model-1.safetensors`` and
+``model-2.safetensors``: the weights as the exported F16 file has them. ``--resume`` goes on from there, at the
+progress that is given. A run that gets SIGTERM writes a checkpoint and ends.
 """
 
 from __future__ import annotations
@@ -16,51 +15,45 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
+import re
+import signal
 import time
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from batches import ROOM, Workers, at, padded
 from families import FAMILIES, tasks
-from model import fast_forward, new_model
+from model import fast_forward, fuse, new_model
 from safetensors.torch import load_file, save_file
 from tokenizer import Encoder, load, train_tokenizer
 
-SEED, BIAS_STEP, INDEX_WEIGHT = 7, 2e-3, 0.2
-# Schedules: a value from this progress on.
-PROMPT_WEIGHT = ((0.0, 0.1), (0.25, 0.02), (0.85, 0.05))  # of a prompt's tokens
-BATCH = ((0.0, 512), (0.15, 1024), (0.5, 2048))  # tokens of a micro-batch; each process has one a step
-ROOM = (
-    (0.0, 0),
-    (0.12, 2),
-    (0.22, 4),
-    (0.35, 8),
-    (0.62, 16),
-    (0.76, 34),
-    (0.88, 60),
-)  # sentences of filler at most
+SEED, BIAS_STEP, INDEX_WEIGHT, LOG_EVERY = 7, 2e-3, 0.2, 50
+KEPT_F32 = re.compile(r"norm|position_bias|_hc\.|hc_head|mlp\.gate\.|sinks")  # as in export.py
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal by Newton-Schulz steps; for matrices [.., rows, columns]."""
+    """Momentum, made orthogonal by Newton-Schulz steps; for matrices, those of one shape in one product."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+        by_shape: dict[torch.Size, list] = {}
+        for matrix in params:
+            by_shape.setdefault(matrix.shape, []).append(matrix)
+        super().__init__([{"params": group} for group in by_shape.values()], {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
-            for one in group["params"]:
-                if one.grad is None:
-                    continue
-                held = self.state[one].setdefault("momentum", torch.zeros_like(one))
-                held.lerp_(one.grad, 1 - group["momentum"])
-                update = orthogonal(one.grad.lerp(held, group["momentum"]))
-                one.mul_(1 - group["lr"] * 0.05)
-                one.add_(update, alpha=-group["lr"] * max(1, one.shape[-2] / one.shape[-1]) ** 0.5)
+            gradient, share = torch.stack([matrix.grad for matrix in group["params"]]), group["momentum"]
+            momentum = self.state[group["params"][0]].setdefault("momentum", torch.zeros_like(gradient))
+            momentum.lerp_(gradient, 1 - share)
+            rows, columns = gradient.shape[-2:]
+            update = orthogonal(gradient.lerp(momentum, share)) * (
+                group["lr"] * max(1, rows / columns) ** 0.5
+            )
+            torch._foreach_mul_(group["params"], 1 - group["lr"] * 0.05)
+            torch._foreach_sub_(group["params"], list(update.unbind()))
 
 
 def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -73,107 +66,61 @@ def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def optimizers(parameters, peak: float) -> list[torch.optim.Optimizer]:
+def optimizers(model, peak: float) -> list[torch.optim.Optimizer]:
     matrices, rest = [], []
-    for name, one in parameters:
-        inner = "layers" in name and one.dim() == 2 and ("self_attn" in name or "shared" in name)
-        (matrices if inner and "position_bias" not in name else rest).append(one)
-    return [
-        Muon(matrices, lr=peak * 10),
-        torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.97), weight_decay=0.01),
-    ]
+    for name, parameter in model.named_parameters():
+        inner = "layers" in name and parameter.dim() == 2 and ("self_attn" in name or "shared" in name)
+        (matrices if inner and "position_bias" not in name else rest).append(parameter)
+    adam = torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.97), weight_decay=0.01, fused=rest[0].is_cuda)
+    return [Muon(matrices, lr=peak * 10), adam]
 
 
-def at(schedule, progress: float):
-    """The value of a schedule's last step that has begun."""
-    return [value for start, value in schedule if start <= progress][-1]
-
-
-def batches(encoder: Encoder, progress: Callable[[], float], seed: int | str):
-    """Micro-batches of documents of like length: ids and weights [documents, length], from a pool of 16 batches."""
-    shuffle = random.Random(seed)
-    drawn = tasks(seed, lambda: at(ROOM, progress()))
-    source = (encoder.encode(one, at(PROMPT_WEIGHT, progress())) for one in drawn)
-    while True:
-        pool, held, tokens = [], 0, at(BATCH, progress())
-        while held < tokens * 16:
-            pool.append(next(source))
-            held += len(pool[-1][0])
-        pool.sort(key=lambda one: len(one[0]))
-        made, rows = [], []
-        for one in pool:
-            if rows and len(one[0]) * (len(rows) + 1) > tokens:
-                made.append(rows)
-                rows = []
-            rows.append(one)
-        made.append(rows)
-        shuffle.shuffle(made)
-        for rows in made:
-            longest = max(len(ids) for ids, _ in rows)
-            yield (
-                torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows]),
-                torch.tensor([weights + [0.0] * (longest - len(weights)) for _, weights in rows]),
-            )
-
-
-def loss_of(model, ids, weights):
+def loss_of(model, ids: torch.Tensor, weights: torch.Tensor):
+    """Loss, the indexer's loss, tokens by expert of each layer, and the share of answer tokens that are right."""
     logits, index, loads = fast_forward(model, ids, index_loss=True)
     each = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     weight = weights[:, 1:].flatten()
-    weight = torch.where(weight == 1, 1 - torch.exp(-each.detach()), weight)
-    sure = (logits[:, :-1].argmax(-1) == ids[:, 1:])[weights[:, 1:] == 1].float().mean()
-    return (each * weight).sum() / weight.sum(), index, loads, sure
+    answer = weight == 1
+    weight = torch.where(answer, 1 - torch.exp(-each.detach()), weight)
+    right = (logits[:, :-1].argmax(-1) == ids[:, 1:]).flatten() & answer
+    return (each * weight).sum() / weight.sum(), index, loads, right.sum() / answer.sum()
 
 
 @torch.no_grad()
 def balance(model, loads: list[torch.Tensor]) -> None:
-    for block, one in zip(model.model.layers, loads, strict=True):
+    for block, counts in zip(model.model.layers, loads, strict=True):
         if not block.mlp.is_hash:
-            block.mlp.gate.e_score_correction_bias += BIAS_STEP * torch.sign(one.mean() - one)
+            mean = counts.float().mean()
+            block.mlp.gate.e_score_correction_bias += BIAS_STEP * torch.sign(mean - counts)
 
 
 @torch.no_grad()
 def exact_match(model, encoder: Encoder, family: str, n: int, room: int) -> float:
     """Share of held-out questions whose every answer token is the most likely one (which is greedy decoding)."""
-    right = 0
+    documents = []
     for task in islice(tasks("evaluation", lambda: room, held_out=True, family=family), n):
-        prompt = encoder.prompt(task)
-        ids = torch.tensor([[*prompt, *encoder.text(task.turns[0][1]), encoder.eos]])
-        likely = fast_forward(model, ids)[0][0].argmax(-1)
-        right += bool((likely[len(prompt) - 1 : -1] == ids[0, len(prompt) :]).all())
+        prompt, answer = encoder.prompt(task), [*encoder.text(task.turns[0][1]), encoder.eos]
+        documents.append(([*prompt, *answer], [0.0] * len(prompt) + [1.0] * len(answer)))
+    right, device = 0, model.lm_head.weight.device
+    for first in range(0, n, 20):
+        ids, asked = (torch.from_numpy(x).to(device) for x in padded(documents[first : first + 20]))
+        likely = fast_forward(model, ids.long())[0][:, :-1].argmax(-1)
+        right += int(((likely == ids[:, 1:]) | (asked[:, 1:] == 0)).all(1).sum())
     return right / n
 
 
 def save(model, out: Path) -> None:
-    fresh = out / "model.safetensors.new"
-    save_file({name: one.contiguous() for name, one in model.state_dict().items()}, fresh)
-    Path(fresh).replace(out / "model.safetensors")
-
-
-class Team:
-    """The processes that train one model, each with a micro-batch of a step, all in one shared memory.
-
-    Each keeps gradients of its own, and updates its part of the parameters by the sum of all gradients. Tensors of
-    floats: ``gradients`` [process][parameter], ``loads`` [process, layer, expert], ``facts`` [process, 5] (of the step:
-    loss, indexer's loss, share of sure answer tokens, tokens; of the process: its part of the gradient's squared norm),
-    ``held_out`` [family].
-    """
-
-    def __init__(self, model, size: int, barrier) -> None:
-        config = model.config
-        self.size, self.barrier = size, barrier
-        self.gradients = [
-            [torch.zeros_like(one).share_memory_() for one in model.parameters()] for _ in range(size)
-        ]
-        shape = (size, config.num_hidden_layers, config.n_routed_experts)
-        self.loads = torch.zeros(shape).share_memory_()
-        self.facts = torch.zeros(size, 5).share_memory_()
-        self.held_out = torch.zeros(len(FAMILIES)).share_memory_()
-        self.progress = torch.zeros((), dtype=torch.float64).share_memory_()
-
-    def meet(self) -> None:
-        """Wait for all; an error where one has died."""
-        self.barrier.wait(timeout=1200)
+    """The weights in two files of about 15 MB, each tensor as the exported F16 file has it."""
+    parts: list[dict[str, torch.Tensor]] = [{}, {}]
+    for name, tensor in model.state_dict().items():
+        halve = tensor.is_floating_point() and tensor.dim() > 1 and not KEPT_F32.search(name)
+        part = min(parts, key=lambda part: sum(held.nbytes for held in part.values()))
+        part[name] = (tensor.half() if halve else tensor).cpu().contiguous()
+    fresh = [out / f"model-{number}.safetensors.new" for number in (1, 2)]
+    for path, part in zip(fresh, parts, strict=True):
+        save_file(part, path)
+    for path in fresh:
+        path.replace(path.with_suffix(""))
 
 
 class Progress:
@@ -194,156 +141,145 @@ class Progress:
 
 def rate(progress: float, step: int) -> float:
     """Share of the peak learning rate: a short rise, level, then half a cosine from progress 0.4 on."""
-    rise = min(1.0, (step + 1) / 60)
+    rise = min(1.0, (step + 1) / 100)
     fall = 0.5 * (1 + math.cos(math.pi * max(0.0, progress - 0.4) / 0.6))
     return rise * (0.03 + 0.97 * fall)
 
 
 class Trainer:
-    """One process's share in the training of a model."""
+    """A model in training. All gradients are views of one vector, so to clip them is one product."""
 
-    def __init__(self, encoder: Encoder, model, team: Team, rank: int, progress: Progress, asked) -> None:
-        self.encoder, self.model, self.team, self.rank, self.progress = encoder, model, team, rank, progress
-        parameters = list(model.named_parameters())
-        for (_, one), gradient in zip(parameters, team.gradients[rank], strict=True):
-            one.grad = gradient
-        mine = set(shares([one.numel() for _, one in parameters], team.size)[rank])
-        self.mine = sorted(mine)
-        self.tuners = optimizers([parameters[at] for at in self.mine], asked.peak)
-        self.peaks = [one.param_groups[0]["lr"] for one in self.tuners]
-        seed = SEED if asked.resume is None else f"{SEED} from {asked.resume}"
-        self.source = batches(encoder, lambda: float(team.progress), f"{seed}, process {rank}")
-        self.steps = 0
-        self.recent: list[torch.Tensor] = []
+    def __init__(self, model, source: Workers, progress: Progress, peak: float) -> None:
+        self.model, self.source, self.progress, self.peak = model, source, progress, peak
+        self.device = model.lm_head.weight.device
+        parameters = list(model.parameters())
+        self.gradient = torch.zeros(sum(x.numel() for x in parameters), device=self.device)
+        for parameter, part in zip(
+            parameters, self.gradient.split([x.numel() for x in parameters]), strict=True
+        ):
+            parameter.grad = part.view_as(parameter)
+        self.steps, self.recent, self.loads = 0, [], []
+        self._begin()
+
+    def _begin(self) -> None:
+        """Optimizers without a past, and a copy of the weights to go back to."""
+        self.tuners = optimizers(self.model, self.peak)
+        self.peaks = [tuner.param_groups[0]["lr"] for tuner in self.tuners]
+        self.safe = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
     def step(self) -> None:
-        """A micro-batch in each process, one update, and a step of the experts' balance."""
-        team, model = self.team, self.model
-        if self.rank == 0:
-            team.progress.fill_(self.progress())
-        ids, weights = next(self.source)
-        loss, index, loads, sure = loss_of(model, ids, weights)
+        """One batch, one update, and a step of the experts' balance; a GPU is never waited for."""
+        progress = self.progress()
+        ids, weights = (torch.from_numpy(x) for x in self.source.next(progress))
+        self.progress.done += int((weights > 0).sum())
+        if self.device.type == "cuda":  # from memory that stays in place, so that the copy waits for nothing
+            ids, weights = (x.pin_memory().to(self.device, non_blocking=True) for x in (ids, weights))
+        ids, weights = ids.long(), weights.float()
+        loss, index, self.loads, right = loss_of(self.model, ids, weights)
         (loss + INDEX_WEIGHT * index).backward()
-        team.loads[self.rank] = torch.stack(loads).float()
-        facts = (loss.detach(), index.detach(), sure, (weights > 0).sum())
-        team.facts[self.rank, :4] = torch.tensor([float(one) for one in facts])
-        team.meet()  # every gradient is there
-        with torch.no_grad():
-            for at in self.mine:
-                own = team.gradients[self.rank][at]
-                for other in range(team.size):
-                    if other != self.rank:
-                        own.add_(team.gradients[other][at])
-                own.div_(team.size)
-            norms = [team.gradients[self.rank][at].square().sum() for at in self.mine]
-            team.facts[self.rank, 4] = torch.stack(norms).sum()
-        team.meet()  # every norm is there
-        clip = min(1.0, 1 / (float(team.facts[:, 4].sum().sqrt()) + 1e-6))
-        share = rate(float(team.progress), self.steps)
+        norm = self.gradient.norm()
+        # a gradient that is not finite changes nothing
+        factor = torch.where(norm.isfinite(), (1 / (norm + 1e-6)).clamp(max=1.0), 0.0)
+        torch.nan_to_num_(self.gradient, 0.0, 0.0, 0.0).mul_(factor)
+        share = rate(progress, self.steps)
         for tuner, peak in zip(self.tuners, self.peaks, strict=True):
             for group in tuner.param_groups:
                 group["lr"] = peak * share
-        for at in self.mine:
-            team.gradients[self.rank][at].mul_(clip)
-        for tuner in self.tuners:
             tuner.step()
-        for gradient in team.gradients[self.rank]:
-            gradient.zero_()
-        if self.rank == 0:
-            balance(model, list(team.loads.sum(0)))
-            self.progress.done += int(team.facts[:, 3].sum())
-            self.recent.append(team.facts[:, :3].mean(0))
+        self.gradient.zero_()
+        balance(self.model, self.loads)
+        self.recent.append(torch.stack([loss.detach(), index.detach(), right, norm]))
         self.steps += 1
-        team.meet()  # every parameter is new
 
     def summary(self) -> dict[str, float]:
         """Means since the last summary, and the load of the busiest expert over the mean load."""
-        loss, index, sure = (round(float(one), 4) for one in torch.stack(self.recent).mean(0))
+        loss, index, right, norm = (round(float(x), 4) for x in torch.stack(self.recent).mean(0))
         self.recent = []
-        worst = max(float(one.max() / one.mean()) for one in self.team.loads.sum(0)[1:])
-        return {"loss": loss, "index_loss": index, "answer_tokens": sure, "worst_load": round(worst, 2),
-                "progress": round(float(self.team.progress), 3)}  # fmt: skip
-
-    def evaluate(self, n: int) -> dict[str, float]:
-        """Held-out exact match of each family, on ``n`` questions with as much filler as is trained on now."""
-        room = at(ROOM, float(self.team.progress))
-        for number, name in enumerate(FAMILIES):
-            if n and number % self.team.size == self.rank:
-                self.team.held_out[number] = exact_match(self.model, self.encoder, name, n, room)
-        self.team.meet()
-        return {name: round(float(x), 4) for name, x in zip(FAMILIES, self.team.held_out, strict=True) if n}
-
-
-def shares(sizes: list[int], n: int) -> list[list[int]]:
-    """``n`` lists of places, their sizes' sums about equal: the largest first, each to the smallest sum.
-
-    >>> shares([5, 1, 4], 2)
-    [[0], [2, 1]]
-    """
-    made: list[list[int]] = [[] for _ in range(n)]
-    for place in sorted(range(len(sizes)), key=lambda one: -sizes[one]):
-        min(made, key=lambda one: sum(sizes[x] for x in one)).append(place)
-    return made
+        worst = max(float(counts.max() / counts.float().mean()) for counts in self.loads[1:])
+        facts = {"loss": loss, "index_loss": index, "answer_tokens": right, "norm": norm, "worst_load": worst,
+                 "progress": self.progress()}  # fmt: skip
+        if math.isfinite(loss) and all(x.isfinite().all() for x in self.model.parameters()):
+            self.safe = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        else:  # back to the last summary's weights, with half the learning rate
+            self.model.load_state_dict(self.safe)
+            self.peak /= 2
+            self._begin()
+            facts["went_back"] = True
+        return facts
 
 
-def work(rank: int, asked: argparse.Namespace, encoder_path: Path, model, team: Team) -> None:
-    """What each process does, from the first step to the last checkpoint."""
-    torch.set_num_threads(asked.threads)
-    encoder = Encoder(load(encoder_path))
+def run(asked: argparse.Namespace, encoder: Encoder, model, source: Workers) -> None:
+    """Train, log, and write checkpoints until the budget is spent or SIGTERM comes."""
     progress = Progress(asked.tokens, asked.minutes, asked.resume or 0.0)
-    run = Trainer(encoder, model.train(), team, rank, progress, asked)
+    trainer, ends = Trainer(model.train(), source, progress, asked.peak), []
+    signal.signal(signal.SIGTERM, lambda *_: ends.append(True))
 
     def log(**facts) -> None:
-        line = {"step": run.steps, "tokens": progress.done, "minutes": round(progress.minutes, 2), **facts}
+        line = {
+            "step": trainer.steps,
+            "tokens": progress.done,
+            "minutes": round(progress.minutes, 3),
+            **facts,
+        }
         print(json.dumps(line), flush=True)
         with (asked.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    due, over = 1, False
-    while not over:
-        run.step()
-        over = float(team.progress) >= 1
-        checkpoint = float(team.progress) * asked.checkpoints >= due or over
-        team.meet()  # before the progress changes again
-        if rank == 0 and run.steps % 20 == 0:
-            log(**run.summary())
-        if checkpoint:
-            due += 1
-            held_out = run.evaluate(asked.evaluate)
-            if rank == 0:
-                save(model, asked.out)
-                log(held_out=held_out, room=at(ROOM, float(team.progress)))
-            team.meet()
+    def held_out(n: int, room: int) -> None:
+        if n:
+            found = {name: exact_match(model, encoder, name, n, room) for name in FAMILIES}
+            log(held_out=found, n=n, room=room)
+
+    due = progress.minutes + asked.save_every
+    while not (ends or progress() >= 1):
+        trainer.step()
+        if trainer.steps % LOG_EVERY == 0:
+            log(**trainer.summary())
+        if progress.minutes >= due:
+            save(model, asked.out)
+            held_out(asked.evaluate, at(ROOM, progress()))
+            due = progress.minutes + asked.save_every
+    if trainer.recent:
+        log(**trainer.summary())
+    save(model, asked.out)
+    log(saved=True, stopped=bool(ends))
+    if not ends:
+        held_out(5 * asked.evaluate, ROOM[-1][1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--tokens", type=float, default=16e6)
+    parser.add_argument("--tokens", type=float, default=1e9, help="budget; the clock may end the run before")
     parser.add_argument("--minutes", type=float, default=110)
-    parser.add_argument("--peak", type=float, default=2e-3)
-    parser.add_argument("--checkpoints", type=int, default=20)
-    parser.add_argument("--processes", type=int, default=2, help="on a GPU always 1")
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument(
-        "--resume", type=float, metavar="PROGRESS", help="go on from OUT's checkpoint, 0 to 1"
-    )
+    parser.add_argument("--peak", type=float, default=2e-3, help="learning rate")
+    parser.add_argument("--batch", type=int, help="tokens of a step; 16384 on a GPU, else 2048")
+    parser.add_argument("--workers", type=int, help="processes that draw documents; 8 on a GPU, else 0")
+    parser.add_argument("--threads", type=int, default=2, help="of this process")
+    parser.add_argument("--fuse", action="store_true", help="compile a part of the model")
+    parser.add_argument("--save-every", type=float, default=1.0, metavar="MINUTES")
     parser.add_argument(
         "--evaluate", type=int, default=20, help="held-out questions a family at a checkpoint"
     )
+    parser.add_argument(
+        "--resume", type=float, metavar="PROGRESS", help="go on from OUT's checkpoint, 0 to 1"
+    )
     asked = parser.parse_args()
-    if torch.cuda.is_available():
-        torch.set_default_device("cuda")
-        asked.processes = 1
+    device = "cuda" if torch.cuda.device_count() else "cpu"
+    torch.set_num_threads(asked.threads)
     asked.out.mkdir(parents=True, exist_ok=True)
-    _, model = fresh(asked.out) if asked.resume is None else restored(asked.out)
-    context = torch.multiprocessing.get_context("spawn")
-    team = Team(model.share_memory(), asked.processes, context.Barrier(asked.processes))
-    given = (asked, asked.out / "tokenizer.json", model, team)
-    if asked.processes == 1:
-        work(0, *given)
-    else:
-        torch.multiprocessing.spawn(work, given, nprocs=asked.processes)
+    encoder, model = fresh(asked.out) if asked.resume is None else restored(asked.out)
+    workers = asked.workers if asked.workers is not None else 8 * (device == "cuda")
+    seed = f"{SEED}" if asked.resume is None else f"{SEED} from {asked.resume}"
+    source = Workers(encoder, workers, asked.batch or (16384 if device == "cuda" else 2048), seed)
+    source.start()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    if asked.fuse:
+        fuse()
+    try:
+        run(asked, encoder, model.to(device), source)
+    finally:
+        source.stop()
 
 
 def fresh(out: Path):
@@ -357,7 +293,8 @@ def restored(out: Path):
     """The encoder and model of a finished or stopped run."""
     tokenizer = load(out / "tokenizer.json")
     model = new_model(tokenizer.get_vocab_size(), SEED)
-    model.load_state_dict(load_file(out / "model.safetensors"))
+    weights = {**load_file(out / "model-1.safetensors"), **load_file(out / "model-2.safetensors")}
+    model.load_state_dict(weights)  # into f32, whatever the file has
     return Encoder(tokenizer), model.eval()
 
 
