@@ -441,3 +441,7 @@ def _values(
         "needs": needs,
         "slow": slow and f"{slow[0].upper()}{slow[1:]}.",
     }
+
+
+if __name__ == "__main__":
+    print(table_text(), end="")

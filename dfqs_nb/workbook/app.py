@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -31,16 +31,19 @@ app = typer.Typer(
 )
 WHOLE, FILES, MEASURE, REPORT = "The workbook", "Files", "Measure a model", "Report"
 # What several commands take.
-GGUF = Argument(..., help="A GGUF file, or any of its shards.")
-N_CTX = Option(4096, help="Tokens of context.")
-THREADS, OWN_THREADS = Option(0, help="0: all usable cores."), Option(0, help="0: chosen for the model.")
-RUN = Option("", help="The folder under outputs/. Default: from the model.")
-FRESH = Option(False, "--fresh", help="Ignore the results of an earlier run.")
-LIMIT = Option(None, min=1, help="Ask only this many questions, evenly from each family.")
-BUDGET = Option(30.0, min=0, help="Work that does not fit is left out and listed.")
-OVERWRITE = Option(False, "--overwrite", help="Replace an existing output once the new one is proven.")
-QUIET = Option(False, "--quiet", help="Show no progress bar.")
-KEY_VARIABLE = Option("", metavar="NAME", help="The environment variable that holds the server's key.")
+Gguf = Annotated[str, Argument(help="A GGUF file, or any of its shards.")]
+Place = Annotated[str, Argument(help="A file, a name of `dfqs-nb models`, hf://..., https://...")]
+Context = Annotated[int, Option(help="Tokens of context.")]
+Threads = Annotated[int, Option(help="0: chosen for the model.")]
+Run = Annotated[str, Option(help="The folder under outputs/. Default: from the model.")]
+Fresh = Annotated[bool, Option("--fresh", help="Ignore the results of an earlier run.")]
+Limit = Annotated[int | None, Option(min=1, help="Ask only this many questions, evenly from each family.")]
+Budget = Annotated[float, Option(min=0, help="Work that does not fit is left out and listed.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an earlier output once the new one is made.")]
+KeyVariable = Annotated[
+    str, Option(metavar="NAME", help="The environment variable that holds the server's key.")
+]
+ServerModel = Annotated[str, Option(metavar="NAME", help="Which of the server's models.")]
 
 
 def say(text: object = "") -> None:

@@ -21,7 +21,7 @@ from dfqs_nb import __version__
 from dfqs_nb.core.display import did_you_mean, plain
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
-from dfqs_nb.workbook.app import FRESH, REPORT, WHOLE, app, as_typed, say, say_table, say_written
+from dfqs_nb.workbook.app import REPORT, WHOLE, Fresh, app, as_typed, say, say_table, say_written
 
 LOG = "dfqs-nb-error.log"
 USAGE: Any = typer.BadParameter.__base__  # of the click that this typer stands on, its own or the installed
@@ -45,12 +45,12 @@ def run(
     notebooks: list[str] = Argument(None, help="Notebooks to run, as 01 or 01_merge_shards. Default: all."),
     model: str = Option("", help="A name of `dfqs-nb models`, a file, or hf://owner/repo/file."),
     run: str = Option("", help="The folder under outputs/. Default: nano, or the model's name."),
-    fresh: bool = FRESH,
+    fresh: Fresh = False,
     tier: str = Option("", help="nano or standard. Default: nano for the reference model, else standard."),
     budget_minutes: float = Option(60.0, min=1, help="Of the whole run; long measurements are shortened."),
     parameter: list[str] = Option(None, "-p", "--parameter", metavar="NAME=VALUE", help="For the notebooks."),
 ) -> None:
-    """Execute the notebooks in order into outputs/RUN/.
+    """Run the notebooks in order into outputs/RUN/.
 
     Examples: `dfqs-nb run`, `dfqs-nb run 01 02 --model model.gguf`, `dfqs-nb run -p n_ctx=4096`
     """
@@ -67,13 +67,7 @@ def run(
     say(f"run {name}: {tier} tier, {len(paths)} notebooks, at most about {budget_minutes:.0f} minutes")
     if settings:
         say("  " + ", ".join(f"{key}={value}" for key, value in settings.items()))
-    options: dict[str, Any] = {
-        "tier": tier,
-        "budget_minutes": budget_minutes,
-        "watch": sys.stderr,
-        "tell": say,
-    }
-    result = workbook.run_workbook(name, values, paths, fresh, **options)
+    result = workbook.run_workbook(name, values, paths, fresh, sys.stderr, tier, budget_minutes, say)
     say(f"\n{workbook.summary_text(result)}")
     raise typer.Exit(int(any(notebook.failed for notebook in result.notebooks)))
 
@@ -92,23 +86,20 @@ def models() -> None:
 def sweep(
     table: Path = Argument(..., metavar="MODELS.CSV", help="Columns: model, run, any notebook parameter."),
     jobs: int = Option(0, min=0, help="Rows at once. 0: one here, all workers of a cluster."),
-    scheduler: str = Option(
-        "", metavar="ADDRESS", help="A Dask cluster that sees these files: tcp://HOST:8786."
-    ),
+    scheduler: str = Option("", metavar="tcp://HOST:8786", help="A Dask cluster that sees these files."),
     name: str = Option("", help="The folder under outputs/. Default: sweep- and the table's name."),
     notebook: list[str] = Option(None, metavar="NN", help="Only these notebooks. Default: all."),
-    fresh: bool = FRESH,
+    fresh: Fresh = False,
 ) -> None:
-    """Run the workbook once for each row of a table, then rank the reports.
+    """Run the workbook for each row of a table, and rank the reports.
 
     If a sweep is killed, the same command resumes it. Example: `dfqs-nb sweep data/sweep_example.csv`
     """
     from dfqs_nb.workbook import sweep as sweeps
     from dfqs_nb.workbook.run import find_notebooks
 
-    notebooks = find_notebooks(notebook or [])
     options: dict[str, Any] = {"jobs": jobs, "scheduler": scheduler, "name": name, "fresh": fresh}
-    rows = sweeps.sweep(table, notebooks=notebooks, tell=say, **options)
+    rows = sweeps.sweep(table, notebooks=find_notebooks(notebook or []), tell=say, **options)
     say_table(rows[["line", "run", "status", "seconds", "reason"]], ".1f")
     n_done = int((rows["status"] == "done").sum())
     at_once = "; speeds of rows that ran at once are contended" if jobs > 1 or scheduler else ""
@@ -148,9 +139,7 @@ def report(
 
 @app.command(rich_help_panel=REPORT)
 def compare(
-    reports: list[str] = Argument(
-        ..., metavar="RUN...", help="Runs, or their report.json; the baseline first."
-    ),
+    reports: list[str] = Argument(..., metavar="RUN...", help="Runs or report.json files; baseline first."),
     accept: list[str] | None = Option(None, metavar="FIELD", help="Only chat_template_sha256 may differ."),
     output: Path | None = Option(None, metavar="FOLDER", help="Default: compare-RUN-RUN under outputs/."),
 ) -> None:

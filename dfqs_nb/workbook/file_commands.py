@@ -13,10 +13,8 @@ from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError, SpaceError
 from dfqs_nb.core.machine import available_memory
 from dfqs_nb.core.paths import outputs_dir, tilde
-from dfqs_nb.workbook.app import FILES, OVERWRITE, QUIET, THREADS, app, say, say_table
+from dfqs_nb.workbook.app import FILES, Overwrite, Place, app, say, say_table
 
-GLUED = Argument(..., metavar="FILE", help="The glued file.")
-PLACE = Argument(..., help="A file, a name of `dfqs-nb models`, hf://..., https://...")
 OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here
 MACHINES = ("64GB", "96GB", "128GB")
 RAM, GPU, DISK = "RAM", "GPU", "disk"
@@ -25,20 +23,20 @@ RAM, GPU, DISK = "RAM", "GPU", "disk"
 @app.command(rich_help_panel=FILES)
 def inspect(
     paths: list[str] = Argument(..., metavar="FILE...", help="Any file, here or at hf://... or https://..."),
-    llama_cpp: bool = Option(False, "--llama-cpp", help="Also ask llama.cpp's loader."),
+    quick: bool = Option(False, "--quick", help="In milliseconds: do not ask llama.cpp."),
 ) -> None:
-    """Say what a file is, in milliseconds, from headers, sizes and names alone; changes nothing.
+    """Say what a file is, if llama.cpp takes it, and if it fits.
 
-    For an address it fetches only the headers. It says whether llama.cpp knows the model and whether it fits.
-    Exit status 1: at least one file is not a sound model.
+    It changes nothing, and reads headers, sizes and names alone, also of an address. Exit status 1: a file is
+    not a sound model.
 
     Examples: `dfqs-nb inspect model.gguf`, `dfqs-nb inspect hf://owner/repo/model.gguf`
     """
-    sound = [_inspect(path, llama_cpp) for path in paths]
+    sound = [_inspect(path, quick) for path in paths]
     raise typer.Exit(int(not all(sound)))
 
 
-def _inspect(path: str, llama_cpp: bool) -> bool:
+def _inspect(path: str, quick: bool) -> bool:
     from dfqs_nb.gguf import models, remote
     from dfqs_nb.merge import diagnose
 
@@ -50,12 +48,8 @@ def _inspect(path: str, llama_cpp: bool) -> bool:
         if copy:
             step = step and f"after the download: {step.replace(f'{local.parent}/', '')}"
             rows["read over the network"] = f"{copy.fetched_bytes:,} bytes of headers"
-            if diagnosis.sound or diagnosis.kind == "raw concatenation":
-                rows |= _outlook(local)
-        elif llama_cpp:
-            from dfqs_nb.llama.check import loader_verdict
-
-            rows["llama.cpp"] = loader_verdict(local).reason or "loads"
+        if (diagnosis.sound or diagnosis.kind == "raw concatenation") and not quick:
+            rows |= _outlook(local)
         say(f"{remote.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
         if step:
             say(f"  -> {step}")
@@ -109,12 +103,11 @@ def merge(
     output: Path = Option(..., "-o", "--output", help="The merged file."),
     consume: bool = Option(False, "--consume", help="DELETES the shards on the way; needs 64 MiB of disk."),
     dry_run: bool = Option(False, "--dry-run", help="Check everything, write nothing."),
-    overwrite: bool = OVERWRITE,
-    quiet: bool = QUIET,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Merge shards (or join byte parts) into one proven file; resumes after a kill.
+    """Merge shards, or join byte parts, into one proven file.
 
-    Example: `dfqs-nb merge model-00001-of-00002.gguf -o model.gguf`
+    Resumes after a kill. Example: `dfqs-nb merge model-00001-of-00002.gguf -o model.gguf`
     """
     from dfqs_nb.merge import merge_model, open_source
 
@@ -122,24 +115,22 @@ def merge(
         plan = open_source(paths).dry_run(output, overwrite=overwrite, consume=consume)
         say(f"{len(plan.sources)} file(s) -> {output}: {plan.nbytes:,} bytes; nothing was written")
     else:
-        _say_made(merge_model(paths, output, overwrite=overwrite, consume=consume, progress=not quiet))
+        _say_made(merge_model(paths, output, overwrite=overwrite, consume=consume))
 
 
-def _say_made(*results: Any) -> None:
-    for result in results:
-        say(f"{result.path}: {result.nbytes:,} bytes, read back equal, in {result.seconds:,.1f} s")
-        say(f"SHA-256 {result.sha256}")
+def _say_made(result: Any) -> None:
+    say(f"{result.path}: {result.nbytes:,} bytes, read back equal, in {result.seconds:,.1f} s")
+    say(f"SHA-256 {result.sha256}")
 
 
 @app.command(rich_help_panel=FILES)
 def repair(
-    path: str = GLUED,
+    path: str = Argument(..., metavar="FILE", help="The glued file."),
     output: str = Option("", "-o", "--output", help="The sound file."),
     in_place: bool = Option(False, "--in-place", help="DELETES FILE, puts the model there; needs 64 MiB."),
-    overwrite: bool = OVERWRITE,
-    quiet: bool = QUIET,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Repair a file of glued shards: write the sound model that is in it.
+    """Repair a file of glued shards: write the model that is in it.
 
     Example: `dfqs-nb repair DeepSeek-V4-Flash-IQ1_S-XL.gguf --in-place`
     """
@@ -147,23 +138,7 @@ def repair(
 
     if bool(output) == in_place:
         raise typer.BadParameter("give either -o OUTPUT or --in-place")
-    _say_made(make(path, output or None, in_place=in_place, overwrite=overwrite, progress=not quiet))
-
-
-@app.command(rich_help_panel=FILES)
-def split(
-    path: str = GLUED,
-    folder: Path | None = Option(None, "-d", "--folder", help="Where the shards go. Default: beside FILE."),
-    overwrite: bool = OVERWRITE,
-    quiet: bool = QUIET,
-) -> None:
-    """Split a file of glued shards at its inner headers.
-
-    Example: `dfqs-nb split glued.gguf`
-    """
-    from dfqs_nb.merge import open_source
-
-    _say_made(*open_source(path).split(folder, overwrite=overwrite, progress=not quiet))
+    _say_made(make(path, output or None, in_place=in_place, overwrite=overwrite))
 
 
 @app.command(rich_help_panel=FILES)
@@ -173,17 +148,17 @@ def verify(
     against: list[str] = Option(None, metavar="SHARD", help="Any shard; or repeat the option for each."),
     write_manifest: bool = Option(False, "--write-manifest", help="Keep the hashes beside FILE, for later."),
     data: bool = Option(False, "--data", help="Also look for runs of zeros, and scales that are no numbers."),
-    quiet: bool = QUIET,
 ) -> None:
-    """Compare every tensor with the file's manifest, a published hash, or its shards.
+    """Compare every tensor with a manifest, a hash, or the shards.
 
     Example: `dfqs-nb verify model.gguf --against model-00001-of-00002.gguf`
     """
     from dfqs_nb.merge import verify_model
 
     shards = against[0] if against and len(against) == 1 else against or None
-    options: dict[str, Any] = {"data": data, "write_manifest": write_manifest, "progress": not quiet}
-    result = verify_model(path, sha256=sha256 or None, against=shards, **options)
+    result = verify_model(
+        path, sha256=sha256 or None, against=shards, data=data, write_manifest=write_manifest
+    )
     say(f"{result.path}: {result.nbytes:,} bytes, {len(result.tensors):,} tensors, SHA-256 {result.sha256}")
     for sentence in result.meaning:
         say(f"  {sentence}")
@@ -199,12 +174,10 @@ def quantize(
     output: str = Option("", "-o", "--output", help="Required unless --dry-run."),
     imatrix: str = Option("", metavar="FILE", help="An importance matrix, from llama-imatrix or from us."),
     calibrate: str = Option("", metavar="TEXT", help="Collect one over this text or prompt set; it is kept."),
-    threads: int = THREADS,
     dry_run: bool = Option(False, "--dry-run", help="List types and exact sizes; write nothing."),
-    overwrite: bool = OVERWRITE,
-    quiet: bool = QUIET,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Quantize a model tensor by tensor as a recipe says, with llama.cpp's own quantizer.
+    """Quantize a model by a recipe, with llama.cpp's own quantizer.
 
     Example: `dfqs-nb quantize dfqs-nano-f16 iq1_s-xl -o small.gguf --calibrate calibration-nano`
     """
@@ -217,14 +190,13 @@ def quantize(
         raise DfqsError("no output was named", hint="pass -o FILE, or --dry-run to see what it would be")
     if imatrix and calibrate:
         raise typer.BadParameter("give either --imatrix or --calibrate")
-    work: dict[str, Any] = {"n_threads": threads, "progress": not quiet}
-    matrix: Any = collect(path, calibrate, **work) if calibrate and chosen.weights else imatrix or None
+    matrix: Any = collect(path, calibrate) if calibrate and chosen.weights else imatrix or None
     if dry_run:
         plan = ladder.plan(path, chosen, matrix)
     else:
         if calibrate and chosen.weights:
             matrix.save(Path(f"{output}.imatrix.gguf"))
-        plan = ladder.quantize(path, chosen, output, imatrix=matrix, overwrite=overwrite, **work)
+        plan = ladder.quantize(path, chosen, output, imatrix=matrix, overwrite=overwrite)
     say_table(plan.by_class(), ".2f")
     where = "would be" if dry_run else f"{output}:"
     total = f"{where} {plan.nbytes:,} bytes, {plan.bits_per_weight:.2f} bits a weight"
@@ -233,7 +205,7 @@ def quantize(
 
 @app.command(rich_help_panel=FILES)
 def plan(
-    model: str = PLACE,
+    model: Place,
     ram: str = Option("", metavar="64GB", help="Size of memory. Default: the free memory here."),
     vram: str = Option("", metavar="24GB,24GB", help="Memory of each graphics card."),
     context: int = Option(8192, min=1, metavar="TOKENS", help="Length of the context."),
@@ -242,9 +214,10 @@ def plan(
     disk_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of the disk. 0: measured here."),
     profile: str = Option("", metavar="FILE", help="routing_profile.json of `dfqs-nb routing MODEL`."),
 ) -> None:
-    """Plan where a model's tensors and cache would lie, with the llama-server command and a bound on speed.
+    """Plan where a model's tensors would lie, and how fast it can be.
 
-    Only headers are downloaded. Examples: `dfqs-nb plan model.gguf`,
+    It prints the llama-server command. Only headers are downloaded.
+    Examples: `dfqs-nb plan model.gguf`,
     `dfqs-nb plan hf://owner/repo/model.gguf --ram 64GB --vram 24GB,24GB --context 32768`
     """
     from dfqs_nb.gguf import placement, remote
@@ -344,14 +317,11 @@ def _advice(placed: Any, largest: int, speeds: dict[str, float], outlook: Any) -
 
 @app.command(rich_help_panel=FILES)
 def diff(
-    a: str = PLACE,
+    a: Place,
     b: str = Argument(..., help="The model to compare with."),
-    data: bool = Option(
-        False, "--data", help="Also compare the tensors' bytes; a remote model is read whole."
-    ),
-    most: int = Option(20, min=0, help="The most lines for each kind of difference."),
+    data: bool = Option(False, "--data", help="Also compare the tensors' bytes, which reads all of them."),
 ) -> None:
-    """Compare two models: metadata keys, tensors, types, shapes, and with --data their bytes.
+    """Compare two models: metadata, tensors, types, shapes, bytes.
 
     Exit status 1: they differ. Example: `dfqs-nb diff model-Q8_0.gguf hf://owner/repo/model-Q4_0.gguf`
     """
@@ -362,10 +332,7 @@ def diff(
         difference = compare.compare(left, right, data=data)
     for kind, lines in difference.lines.items():
         say(f"{kind}: {len(lines):,}")
-        for line in lines[:most]:
-            say(f"  {line}")
-        if len(lines) > most:
-            say(f"  ... and {len(lines) - most:,} more (--most {len(lines)})")
+        say("\n".join(f"  {line}" for line in lines))
     say(difference.sentence)
     raise typer.Exit(int(not difference.equal))
 
@@ -375,18 +342,15 @@ def specimen(
     output: Path = Argument(..., metavar="OUT", help="The file to write."),
     full_size: bool = Option(False, "--full-size", help="All experts and tokens: 62.7 GB for all layers."),
     layers: int = Option(0, help="Default: 8, and with --full-size all 43."),
-    concatenated: bool = Option(
-        False, "--concatenated", help="As two glued shards, like the published file."
-    ),
-    quiet: bool = QUIET,
+    concatenated: bool = Option(False, "--concatenated", help="Two glued shards, like the published file."),
 ) -> None:
-    """Write a model of the published shape with random weights, to rehearse the real size.
+    """Write a model of the published shape with random weights.
 
-    The same command writes the same bytes. Examples: `dfqs-nb specimen small.gguf`,
-    `dfqs-nb specimen flash.gguf --full-size --concatenated`
+    It rehearses the real size. The same command writes the same bytes.
+    Examples: `dfqs-nb specimen small.gguf`, `dfqs-nb specimen flash.gguf --full-size --concatenated`
     """
     from dfqs_nb.gguf.specimen import SMALL_LAYERS, Shape, write_specimen
 
     shape = Shape.full(layers or None) if full_size else Shape(n_layers=layers or SMALL_LAYERS)
-    path = write_specimen(output, shape, concatenated=concatenated, progress=not quiet)
+    path = write_specimen(output, shape, concatenated=concatenated)
     say(f"{path}: {path.stat().st_size:,} bytes, {shape.n_layers} layers, {shape.n_experts} experts")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shlex
 from contextlib import ExitStack
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -15,11 +14,21 @@ from typer import Argument, Option
 from dfqs_nb.core.budget import duration
 from dfqs_nb.core.display import markdown_table, quoted
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import write_table, write_text
+from dfqs_nb.core.files import write_json, write_table, write_text
 from dfqs_nb.core.machine import usable_cores, watched_load
 from dfqs_nb.core.paths import run_dir, tilde
-from dfqs_nb.workbook import app as shared
 from dfqs_nb.workbook.app import (
+    MEASURE,
+    Budget,
+    Context,
+    Fresh,
+    Gguf,
+    KeyVariable,
+    Limit,
+    Overwrite,
+    Run,
+    ServerModel,
+    Threads,
     app,
     identity,
     model_run_dir,
@@ -30,16 +39,10 @@ from dfqs_nb.workbook.app import (
     say_written,
 )
 
-SERVER_MODEL = Option("", metavar="NAME", help="Which of the server's models.")
 COLUMNS = "condition against n_choices n_differ margin_differ logits_equal logit_drift same_output status"
 
-# Which question sets: small ones for the reference model, or those for real models.
-Tier = StrEnum("Tier", ["NANO", "STANDARD"])
-# Whether a model that can think does: as its chat template has it, always, or never.
-Thinking = StrEnum("Thinking", ["TEMPLATE", "ON", "OFF"])
 
-
-@app.command(rich_help_panel=shared.MEASURE)
+@app.command(rich_help_panel=MEASURE)
 def routing(
     model: str = Argument(..., help="A name of `dfqs-nb models`, or a file."),
     run: str = Option("routing", help="The folder under outputs/ for traces and tables."),
@@ -48,9 +51,9 @@ def routing(
     texts: str = Option("", metavar="FOLDER", help="Your texts, in a subfolder for each domain."),
     budget_minutes: float = Option(0.0, min=0, help="Runs are shortened or left out to fit. 0: no limit."),
     export: str = Option("", metavar="FILE.csv", help="Write the traces as a table."),
-    fresh: bool = shared.FRESH,
+    fresh: Fresh = False,
 ) -> None:
-    """Say whether routing is deterministic, alone and under load, and which settings change it.
+    """Say whether routing is deterministic, and what changes it.
 
     Exit status 1: routing is not deterministic. Example: `dfqs-nb routing model.gguf --export trace.csv.gz`
     """
@@ -73,48 +76,46 @@ def routing(
     raise typer.Exit(int(not experiment.passed))
 
 
-@app.command(rich_help_panel=shared.MEASURE)
+@app.command(rich_help_panel=MEASURE)
 def score(
     model: str = Argument(..., help="A GGUF file, any of its shards, or the URL of a server."),
-    endpoint_model: str = SERVER_MODEL,
-    key_variable: str = shared.KEY_VARIABLE,
+    endpoint_model: ServerModel = "",
+    key_variable: KeyVariable = "",
     concurrency: int = Option(1, help="Requests at once to a server; more than 1 can change answers."),
     field: list[str] = Option(None, metavar="NAME=NEW", help="Rename a request's field; `seed=` omits it."),
     timeout: float = Option(600.0, help="Seconds to wait for each piece of a server's answer."),
-    tier: Tier = Option(Tier.STANDARD, help="Which question sets."),
+    tier: Literal["nano", "standard"] = Option("standard", help="Which question sets."),
     set_names: list[str] = Option(None, "--set", metavar="NAME", help="Only these sets, or JSONL files."),
-    n_ctx: int = shared.N_CTX,
-    threads: int = shared.THREADS,
+    n_ctx: Context = 4096,
     limit: int | None = Option(None, help="Ask only this many questions a set; then nothing is scored."),
-    run: str = shared.RUN,
+    run: Run = "",
     samples: int = Option(1, help="Answers to each question; more than 1 needs --temperature."),
     temperature: float = Option(0.0, help="0: greedy."),
-    thinking: Thinking = Option(Thinking.TEMPLATE, help="The thinking mode that the chat template gets."),
+    thinking: Literal["template", "on", "off"] = Option("template", help="What the chat template is told."),
     thinking_tokens: int = Option(0, help="Extra tokens for thinking, on top of a set's own limit."),
     long_context: bool = Option(False, "--long-context", help="Of a server: also test retrieval."),
     longest: int = Option(1024, metavar="TOKENS", help="The longest length of that test."),
     shortest: int | None = Option(None, metavar="TOKENS", help="Its shortest. Default: of the prompt set."),
-    fresh: bool = shared.FRESH,
+    fresh: Fresh = False,
     allow_unsandboxed: bool = Option(False, "--allow-unsandboxed", help="Run code without a sandbox."),
 ) -> None:
-    """Score a model's reasoning and code; resumes after a kill.
+    """Score the reasoning and code of a model or a server.
 
+    Resumes after a kill.
     Examples: `dfqs-nb score model.gguf`, `dfqs-nb score http://127.0.0.1:8080/v1 --tier nano`
     """
-    from dfqs_nb import llama, serve
-    from dfqs_nb.scores import ItemSet, Options
-    from dfqs_nb.scores import score_set as score_model
+    from dfqs_nb import scores, serve
 
     if long_context and not serve.is_url(model):
         hint = f"of a file, notebook 05 measures it: `dfqs-nb run 01 05 --model {quoted(model)}`"
         raise DfqsError("--long-context is for a server", where=model, hint=hint)
-    sets = [ItemSet.load(name) for name in set_names or []] or ItemSet.of_tier(tier)
+    sets = [scores.ItemSet.load(name) for name in set_names or []] or scores.ItemSet.of_tier(tier)
     given: dict[str, Any] = {"temperature": temperature, "n_samples": samples, "limit": limit, "fresh": fresh}
-    given |= {"thinking": thinking.value, "thinking_tokens": thinking_tokens}
-    options = Options(**given, allow_unsandboxed=allow_unsandboxed)
+    given |= {"thinking": thinking, "thinking_tokens": thinking_tokens}
+    options = scores.Options(**given, allow_unsandboxed=allow_unsandboxed)
     with ExitStack() as stack:
         if serve.is_url(model):
-            if bad := next((given for given in field or [] if "=" not in given[1:]), ""):
+            if bad := next((pair for pair in field or [] if "=" not in pair[1:]), ""):
                 raise DfqsError(f"--field {bad} has no `=`", hint=f"--field {bad}= leaves it out")
             wire: dict[str, Any] = {"concurrency": concurrency, "timeout_seconds": timeout}
             wire |= {"key_variable": key_variable, "fields": dict(pair.split("=", 1) for pair in field or [])}
@@ -122,23 +123,22 @@ def score(
             model_id, folder = "", run_dir(run or Path(f"endpoint-{opened.model}").name)
             score_set: Any = serve.score_set
         else:
-            settings = llama.OpenSettings(n_ctx=n_ctx, n_threads=threads or None)
-            opened = stack.enter_context(llama.open_model(model, settings))
-            model_id, folder, score_set = identity(opened), model_run_dir(run, model), score_model
+            opened = stack.enter_context(open_model(model, n_ctx))
+            model_id, folder, score_set = identity(opened), model_run_dir(run, model), scores.score_set
         for item_set in sets:
             result = score_set(opened, item_set, folder / "scores", options, model_id=model_id)
             say(result.score.sentence)
         if long_context:
             lengths = {"longest": longest, "shortest": shortest}
-            _long_context(opened, folder / "long_context", tier, fresh=fresh, **lengths)
+            _long_context(opened, folder / "long_context", prompt_set=tier, fresh=fresh, **lengths)
     say(f"answers: {tilde(folder / 'scores')}/")
 
 
-def _long_context(server: Any, folder: Path, tier: str, **options: Any) -> None:
+def _long_context(server: Any, folder: Path, **options: Any) -> None:
     """Print the curve of retrieval over a server, and where it ends."""
     from dfqs_nb.serve.measure import measure_long_context
 
-    result = measure_long_context(server, folder, prompt_set=tier, **options)
+    result = measure_long_context(server, folder, **options)
     if result.failure:
         say(f"{result.failure.length:,} tokens: {result.failure.message}")
     if len(result.items):
@@ -147,9 +147,9 @@ def _long_context(server: Any, folder: Path, tier: str, **options: Any) -> None:
     say(f"haystacks: {tilde(folder)}/")
 
 
-@app.command(rich_help_panel=shared.MEASURE)
+@app.command(rich_help_panel=MEASURE)
 def bench(
-    model: str = shared.GGUF,
+    model: Gguf,
     threads: str = Option("", help="Values with commas. Default: 1, 2, 4 ... to all cores."),
     batch: str = Option("512", help="n_batch."),
     ubatch: str = Option("512", help="n_ubatch."),
@@ -163,8 +163,9 @@ def bench(
     budget_minutes: float = Option(10.0, help="A round that would exceed this limit is not started."),
     output: Path | None = Option(None, "-o", "--output", help="Also write a .csv, .json or .md file."),
 ) -> None:
-    """Time a model under many settings, in llama-bench's columns, and name the fastest.
+    """Time a model under many settings, and name the fastest.
 
+    The columns are those of llama-bench.
     Example: `dfqs-nb bench model.gguf --threads 4,8,16 --flash-attn 0,1`
     """
     from dfqs_nb.llama import OpenSettings
@@ -187,8 +188,8 @@ def bench(
     with watched_load() as load:
         result = benches.run(model, cases, rounds, budget_minutes)
     table = result.table()
-    axes_shown = ["n_threads", "n_batch", "n_ubatch", "type_k", "flash_attn", "n_gpu_layers"]
-    varied = [name for name in axes_shown if table[name].nunique() > 1] or ["n_threads"]
+    shown = ["type_k" if name == "cache_type" else name for name in axes if name != "n_threads"]
+    varied = ["n_threads", *(name for name in shown if table[name].nunique() > 1)]
     named = table.assign(test=[case.name for at, case in enumerate(result.cases) if at in result.seconds])
     say_table(named[[*varied, "test", "avg_ts", "stddev_ts"]], ".1f")
     joules = table["joules_per_token"].min()
@@ -202,23 +203,21 @@ def bench(
         say(f"wrote {tilde(write_text(output, made[output.suffix]))}")
 
 
-@app.command(rich_help_panel=shared.MEASURE)
+@app.command(rich_help_panel=MEASURE)
 def choices(
-    model: str = shared.GGUF,
-    set_name: str = Option(
-        "standard-reasoning", "--set", help="A reasoning set, or a JSONL file of choices."
-    ),
-    run: str = shared.RUN,
-    n_ctx: int = shared.N_CTX,
-    threads: int = shared.OWN_THREADS,
-    limit: int | None = shared.LIMIT,
-    fresh: bool = shared.FRESH,
+    model: Gguf,
+    set_name: str = Option("standard-reasoning", "--set", help="A reasoning set, or JSONL of choices."),
+    run: Run = "",
+    n_ctx: Context = 4096,
+    threads: Threads = 0,
+    limit: Limit = None,
+    fresh: Fresh = False,
 ) -> None:
-    """Answer multiple choice by log-likelihood, and write the result as lm-evaluation-harness does.
+    """Answer multiple choice by log-likelihood.
 
-    Resumes after a kill. Example: `dfqs-nb choices model.gguf --set questions.jsonl`
+    The result is written as lm-evaluation-harness does. Resumes after a kill.
+    Example: `dfqs-nb choices model.gguf --set questions.jsonl`
     """
-    from dfqs_nb.core.files import write_json
     from dfqs_nb.scores import likelihood
 
     questions = likelihood.load_choices(set_name)
@@ -228,11 +227,10 @@ def choices(
         result = likelihood.answer(opened, questions, folder, model_id=identity(opened), fresh=fresh)
     say(result.sentence)
     say_table(result.families())
-    written = write_json(folder / f"{questions.name}.lm_eval.json", result.as_lm_eval())
-    say(f"wrote {tilde(written)}")
+    say(f"wrote {tilde(write_json(folder / f'{questions.name}.lm_eval.json', result.as_lm_eval()))}")
 
 
-@app.command(rich_help_panel=shared.MEASURE)
+@app.command(rich_help_panel=MEASURE)
 def record(
     source: str = Argument(..., help="The original: a GGUF file, or the URL of a server."),
     output: Path = Option(..., "-o", "--output", help="The record, a JSONL file."),
@@ -241,12 +239,12 @@ def record(
     top: int = Option(20, min=1, help="Likeliest tokens to keep at each position."),
     limit: int = Option(32, help="The largest number of prompts; 0: all."),
     plain: bool = Option(False, "--plain", help="Continue the texts, without a chat template."),
-    endpoint_model: str = SERVER_MODEL,
-    key_variable: str = shared.KEY_VARIABLE,
-    n_ctx: int = shared.N_CTX,
+    endpoint_model: ServerModel = "",
+    key_variable: KeyVariable = "",
+    n_ctx: Context = 4096,
     licence: str = Option("not stated", help="Licence of prompts and answers, stored in the record."),
 ) -> None:
-    """Record a model's predictions, so that its quantizations can be compared on another machine.
+    """Record a model's predictions, to judge quantizations by them.
 
     Resumes after a kill. Example: `dfqs-nb record http://127.0.0.1:8080/v1 -o original.jsonl`
     """
@@ -268,15 +266,15 @@ def record(
     say(f"wrote {tilde(output)}; now compare: dfqs-nb fidelity MODEL {shlex.quote(str(output))}")
 
 
-@app.command(rich_help_panel=shared.MEASURE)
+@app.command(rich_help_panel=MEASURE)
 def fidelity(
-    model: str = Argument(..., help="The quantization: a GGUF file, or any of its shards."),
+    model: Gguf,
     record: Path = Argument(..., help="The record of the original's predictions, a JSONL file."),
     output: Path | None = Option(None, "-o", "--output", help="Also write a CSV with a row for each token."),
-    n_ctx: int = shared.N_CTX,
-    threads: int = shared.OWN_THREADS,
+    n_ctx: Context = 4096,
+    threads: Threads = 0,
 ) -> None:
-    """Compare a quantization with the recorded predictions of its original.
+    """Compare a quantization with the record of its original.
 
     Example: `dfqs-nb fidelity model-IQ2_XXS.gguf original.jsonl`
     """
@@ -291,55 +289,51 @@ def fidelity(
         say(f"wrote {tilde(write_table(output, result.tokens, index=False))}")
 
 
-@app.command(rich_help_panel=shared.MEASURE)
+@app.command(rich_help_panel=MEASURE)
 def deploy(
-    target: str = Argument("", help="A program; see --list."),
+    target: str = Argument("", help="A program. Without one: list them, and which versions ran here."),
     model: str = Argument("", help="A file, a name of `dfqs-nb models`, or hf://... (not downloaded)."),
     output: Path | None = Option(None, "-o", "--output", help="Default: deploy-TARGET under outputs/."),
     n_ctx: int | None = Option(None, help="Tokens of context. Default: what this machine holds."),
     threads: int | None = Option(None, help="Default: all usable cores."),
     gpu_layers: int | None = Option(None, help="Default: what this machine's GPU holds."),
     port: int | None = Option(None, help="Port of the server. Default: the target's own."),
-    key_variable: str = shared.KEY_VARIABLE,
-    overwrite: bool = Option(False, "--overwrite", help="Replace an earlier recipe."),
-    list_targets: bool = Option(False, "--list", help="List the targets, and which versions ran here."),
-    table: bool = Option(False, "--table", help="Print all facts about the targets, as Markdown."),
+    key_variable: KeyVariable = "",
+    overwrite: Overwrite = False,
 ) -> None:
-    """Write the files and commands that run a model with another program.
+    """Write what runs a model with another program.
 
-    Examples: `dfqs-nb deploy --list`, `dfqs-nb deploy ollama model.gguf`
+    Examples: `dfqs-nb deploy`, `dfqs-nb deploy ollama model.gguf`
     """
     from dfqs_nb.serve import recipes
 
-    if table:
-        say(recipes.table_text().rstrip("\n"))
-    if list_targets:
+    if not target:
         for row in recipes.targets_table().itertuples():
             say(f"{row.target:<22}{row.title:<24}{row.run_here}")
-    if table or list_targets:
         return
-    if not (target and model):
-        raise DfqsError("a target and a model are needed", hint="see `dfqs-nb deploy --list`")
+    if not model:
+        raise DfqsError("no model was named", hint=f"dfqs-nb deploy {quoted(target)} MODEL")
     sizes: dict[str, Any] = {"n_ctx": n_ctx, "n_threads": threads, "n_gpu_layers": gpu_layers, "port": port}
     folder = output or run_dir(f"deploy-{target}")
-    sizes |= {"key_variable": key_variable, "overwrite": overwrite}
-    recipe = recipes.write_recipe(target, model, folder, **sizes)
+    recipe = recipes.write_recipe(
+        target, model, folder, **sizes, key_variable=key_variable, overwrite=overwrite
+    )
     say("\n".join([*(f"- {note}" for note in recipe.notes), "", *recipe.commands]))
     say(f"\nwrote {', '.join(tilde(path) for path in recipe.files)}")
 
 
-@app.command(rich_help_panel=shared.MEASURE)
+@app.command(rich_help_panel=MEASURE)
 def tasks(
-    model: str = shared.GGUF,
+    model: Gguf,
     task: list[str] = Option(None, "--task", metavar="NAME", help="Only these tasks. Default: all."),
     lengths: str = Option("512,1024,2048,4096", help="Tokens, with commas."),
     texts: int = Option(12, min=1, help="Texts of each task at each length."),
-    budget_minutes: float = shared.BUDGET,
-    run: str = shared.RUN,
-    threads: int = shared.OWN_THREADS,
-    fresh: bool = shared.FRESH,
+    budget_minutes: Budget = 30.0,
+    run: Run = "",
+    threads: Threads = 0,
+    fresh: Fresh = False,
 ) -> None:
-    """Ask long-context tasks in the manner of RULER and NoLiMa, at growing lengths.
+    """Ask long-context tasks in the manner of RULER and NoLiMa.
 
     Resumes after a kill. Example: `dfqs-nb tasks model.gguf --lengths 1024,4096 --task "several keys"`
     """
@@ -360,25 +354,25 @@ def tasks(
         options: dict[str, Any] = {"tasks": task or [], "n_texts": texts, "fresh": fresh}
         options |= {"budget_seconds": 60 * budget_minutes, "model_id": identity(opened)}
         result = measure_tasks(opened, folder, sizes, speed, **options)
-    _tell(result, folder / "tasks.csv", model, "raise --budget-minutes, or take longer --lengths")
+    _tell(result, folder / "tasks.csv", model)
     if result.ended:
         say(f"no answer is right at {sizes[0]:,} tokens, so not asked at more: {'; '.join(result.ended)}")
     say_table(result.effective(), ".2f")
 
 
-@app.command(rich_help_panel=shared.MEASURE)
+@app.command(rich_help_panel=MEASURE)
 def loops(
-    model: str = shared.GGUF,
+    model: Gguf,
     temperature: str = Option("0,1", help="Values with commas."),
     cache_type: str = Option("f16,q8_0", help="Types of keys and values, with commas."),
     answers: int = Option(12, min=1, max=24, help="Answers under each condition."),
     tokens: int = Option(512, min=64, help="Tokens of a long answer."),
-    budget_minutes: float = shared.BUDGET,
-    run: str = shared.RUN,
-    threads: int = shared.OWN_THREADS,
-    fresh: bool = shared.FRESH,
+    budget_minutes: Budget = 30.0,
+    run: Run = "",
+    threads: Threads = 0,
+    fresh: Fresh = False,
 ) -> None:
-    """Ask for long answers, and say how many fall into a repeat, by temperature and cache type.
+    """Say how many long answers fall into a repeat.
 
     Resumes after a kill. Example: `dfqs-nb loops model.gguf --temperature 0,0.6 --cache-type f16,q4_0`
     """
@@ -386,18 +380,20 @@ def loops(
     from dfqs_nb.llama import OpenSettings
 
     options: dict[str, Any] = {"temperatures": numbers(temperature, "--temperature", float)}
+    options |= {"cache_types": cache_type.split(","), "n_answers": answers, "n_tokens": tokens}
     settings = OpenSettings.of(model, n_ctx=tokens + 512, n_threads=threads)
     folder = model_run_dir(run, model, "long_context")
-    options |= {"cache_types": cache_type.split(","), "n_answers": answers, "n_tokens": tokens}
-    options |= {"budget_seconds": 60 * budget_minutes, "fresh": fresh}
-    result = measure_loops(model, folder, settings, **options)
-    _tell(result, folder / "loops.csv", model, "raise --budget-minutes")
+    result = measure_loops(
+        model, folder, settings, **options, budget_seconds=60 * budget_minutes, fresh=fresh
+    )
+    _tell(result, folder / "loops.csv", model)
 
 
-def _tell(result: Any, path: Path, model: str, hint: str) -> None:
+def _tell(result: Any, path: Path, model: str) -> None:
     """Print a result's table and what was left out, and write its items."""
     if not len(result.items):
-        raise DfqsError(f"nothing was asked: {'; '.join(result.left_out)}", where=model, hint=hint)
+        what = f"nothing was asked: {'; '.join(result.left_out)}"
+        raise DfqsError(what, where=model, hint="raise --budget-minutes")
     say_table(result.table(), ".2f")
     say("\n".join(f"left out: {what}" for what in result.left_out))
     say(f"wrote {tilde(write_table(path, result.items, index=False))}")

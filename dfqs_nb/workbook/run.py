@@ -307,7 +307,5 @@ def summary_text(result: WorkbookRun) -> str:
     """The same for a terminal: the verdict, or without a report what each stage found."""
     lines = [result.verdict, f"open {tilde(result.folder / 'report.html')}"]
     if not result.verdict:
-        lines = ["What was found"]
-        for stage, sentences in result.summary.items():
-            lines += [f"  {stage}", *(f"    {sentence}" for sentence in sentences)]
+        lines = [f"{stage}: {line}" for stage, found in result.summary.items() for line in found]
     return "\n".join([*lines, f"\nWhere it is: {tilde(result.folder)}/"])

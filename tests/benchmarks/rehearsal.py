@@ -57,9 +57,9 @@ def rehearse(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
     try:
         return [
-            step("write the specimen", "specimen", str(model), *size, "--concatenated", "--quiet"),
-            step("inspect the concatenation", "inspect", str(model)),
-            step("repair it in place", "repair", str(model), "--in-place", "--quiet"),
+            step("write the specimen", "specimen", str(model), *size, "--concatenated"),
+            step("inspect the concatenation", "inspect", "--quick", str(model)),
+            step("repair it in place", "repair", str(model), "--in-place"),
             step("plan", "plan", str(model)),
             step(f"notebooks {options.notebooks}", "run", *options.notebooks.split(), *run),
         ]

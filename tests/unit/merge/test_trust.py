@@ -509,7 +509,6 @@ def test_a_file_that_is_too_large_is_not_a_full_disk(tmp_path: Path) -> None:
         str(SHARDS[0]),
         "-o",
         str(tmp_path / "out.gguf"),
-        "--quiet",
     ]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=REPOSITORY, check=False, preexec_fn=limit

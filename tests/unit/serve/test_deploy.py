@@ -236,7 +236,7 @@ def test_merged_first_where_one_file_is_wanted(odd_folder, tmp_path):
     words = shlex.split(recipe.commands[0])
     assert words[:2] == ["dfqs-nb", "merge"]
     subprocess.run(
-        [sys.executable, "-m", "dfqs_nb", *words[1:], "--quiet"],
+        [sys.executable, "-m", "dfqs_nb", *words[1:]],
         check=True,
         cwd=REPOSITORY,
         capture_output=True,
@@ -551,7 +551,7 @@ def test_a_processor_with_amx_is_thought_of(tmp_path):
 def test_the_tables_page_is_in_step():
     page = data_dir() / "deploy" / "README.md"
     assert page.read_text(encoding="utf-8") == deploy.table_text(), (
-        "run: dfqs-nb deploy --table > data/deploy/README.md"
+        "run: python -m dfqs_nb.serve.recipes > data/deploy/README.md"
     )
 
 

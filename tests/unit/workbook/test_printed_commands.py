@@ -79,7 +79,7 @@ class Printed(NamedTuple):
         """Its words; what stands for something of the reader's is replaced by what this test puts there."""
         text = re.sub(r"(?<=budget_minutes=)\{+[^{}]*\}+", "1", self.text)
         words = shlex.split(re.sub(r"\{+[^{}]*\}+", "MODEL", text).partition(" > ")[0])
-        instead = {"repair": "glued.gguf", "split": "glued.gguf", "quantize": "dfqs-nano-f16"}
+        instead = {"repair": "glued.gguf", "quantize": "dfqs-nano-f16"}
         own = next((instead[word] for word in words if word in instead), "model.gguf")
         of = {**READERS, "FILE": own, "MODEL": own}
         parts = [word.partition("=") for word in words]
