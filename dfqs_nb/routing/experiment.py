@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +17,24 @@ import tqdm.auto
 
 from dfqs_nb.core import child, display
 from dfqs_nb.core.errors import DfqsError, ModelError
-from dfqs_nb.core.files import canonical_sha256, read_json, write_json
+from dfqs_nb.core.files import canonical_sha256
+from dfqs_nb.core.journal import remembered
 from dfqs_nb.core.machine import has_amx, usable_cores
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.facts import experts
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.settings import OpenSettings, llama_version
-from dfqs_nb.routing.plan import Condition, conditions, read_texts
+from dfqs_nb.routing.plan import Condition, Costs, conditions, fit, read_texts
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.results import Experiment
 from dfqs_nb.routing.trace import Trace, load_trace, require_csv
-from dfqs_nb.routing.verdict import comparison_table
+from dfqs_nb.routing.verdict import compared
 
 PASSAGE = "prompts/routing_passage.txt"
 FORMAT = 4  # of a kept trace; a new number makes old ones be recorded again
 CHILD = "dfqs_nb.routing.record_child"
+LEFT_OUT = "left out: it does not fit into budget_minutes"
 
 
 def quantizations(path: str | Path, other: str = "") -> dict[str, Path]:
@@ -87,14 +87,9 @@ def run_experiment(
     shared: dict[str, Any] = {"passage": passage, "texts": [text.model_dump() for text in given]}
     shared |= {"n_tokens": n_tokens, "n_output": n_output}
     recording = _Recording(Path(path), Path(folder), planned, shared, 60 * budget_minutes, fresh)
-    recording.run_all()
-    traces, status = recording.traces, recording.status
-    if "prefill" not in traces:
-        raise ModelError(f"the reference run failed: {status['prefill']}", where=path, hint="lower n_ctx")
-    loads = {each.name: each.load for each in planned if each.load and each.kind in ("alone", "load")}
-    table = comparison_table(planned, traces, status)
-    about = recording.n_made, recording.sentence
-    experiment = Experiment(Path(path), settings, loads, traces, status, table, given, *about)
+    plan, traces = recording.run(), recording.traces
+    rows = compared(planned, traces, recording.status, given)
+    experiment = Experiment(Path(path), settings, traces, recording.status, rows, recording.n_made, plan)
     if str(export):
         experiment.export(export)
     return experiment
@@ -114,8 +109,8 @@ class _Recording:
     status: dict[str, str] = field(default_factory=dict)
     n_made: int = 0
 
-    def run_all(self) -> None:
-        """Record or reuse every trace; each process is one child, which loads the weights once."""
+    def run(self) -> str:
+        """Record or reuse every trace; conditions of a process share a child. The plan, in a sentence."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.started, about = time.monotonic(), [FORMAT, llama_version(), self.shared, _identity(self.path)]
         self.keys = {
@@ -124,101 +119,73 @@ class _Recording:
             )
             for each in self.planned
         }
-        self.plan_note = self.folder / f"plan-{self.budget_seconds:g}-s.json"
-        self.plan = self._plan_so_far()
-        processes = dict.fromkeys(each.process for each in self.planned)
-        self.sentence = f"{len(self.keys)} runs in {len(processes)} processes, each of which loads once."
-        if not self.budget_seconds:
-            tqdm.auto.tqdm.write(self.sentence)
-        with display.tqdm(total=len(self.keys), desc="routing", leave=False) as bar:
-            for process in processes:
-                self._run_process([each for each in self.planned if each.process == process], bar.update)
+        processes = list(dict.fromkeys(each.process for each in self.planned))
+        ordered = sorted(self.planned, key=lambda each: processes.index(each.process))
+        with child.Worker(CHILD) as worker:
+            plan = self._plan(worker, len(processes))
+            tqdm.auto.tqdm.write(plan["sentence"])
+            process = processes[0]
+            for each in display.tqdm(ordered, desc="routing"):
+                if each.process != process:
+                    worker.close()  # the next job starts another
+                process = each.process
+                fits = each.name in plan["kept"]
+                self.status[each.name] = self._record(worker, each, plan["scale"]) if fits else LEFT_OUT
+        return str(plan["sentence"])
 
-    def _plan_so_far(self) -> dict[str, Any]:
-        """Everything without a budget, or where all was recorded; an earlier plan; else nothing yet."""
-        self.plan = everything = {"scale": 1.0, "kept": list(self.keys)}
-        with contextlib.suppress(OSError, ValueError):
-            plan = read_json(self.plan_note)
-            if isinstance(plan, dict) and plan.get("keys") == self.keys and not self.fresh:
-                return plan
-        if not self.budget_seconds or all(map(self._known, self.keys)):
-            return everything
-        self.traces.clear()  # of full length: the plan may shorten all
-        self.status.clear()
-        return {}
+    def _plan(self, worker: child.Worker, n_processes: int) -> dict[str, Any]:
+        """Everything without a budget, or where all was recorded; an earlier plan; else what fits."""
+        names, n_minutes = list(self.keys), self.budget_seconds / 60
+        if not self.budget_seconds or all(self._kept(name, 1.0) for name in names):
+            sentence = f"{len(names)} runs in {n_processes} processes, each of which loads once."
+            return {"scale": 1.0, "kept": names, "sentence": sentence}
 
-    def _run_process(self, group: list[Condition], progress: Callable[[int], object]) -> None:
-        if group[0].settings.use_extra_bufts and has_amx():
-            why = "not tried: extra buffers crash on CPUs with AMX (ggml-org/llama.cpp#20824)"
-            self.status |= {condition.name: why for condition in group}
-            return
-        waiting = [condition for condition in group if not self._known(condition.name)]
-        progress(len(group) - len(waiting))
-        while waiting := [condition for condition in waiting if condition.name not in self.status]:
-            if self.plan and not set(self.plan["kept"]) & {condition.name for condition in waiting}:
-                break
-            if self._left_seconds() < 0 and "prefill" in self.traces:
-                break
-            self.begun, hear = "", partial(self._hear, progress)
-            try:
-                child.run(CHILD, self._job(waiting), where=self.path, on_message=hear)
-                break
-            except DfqsError as error:  # the run that it died of fails, and a new child takes the others
-                if "prefill" not in {*self.traces, *self.status} and self.begun in ("", "prefill"):
-                    raise  # nothing to compare with
-                died = self.begun and self.begun not in self.status
-                lost = [self.begun] if died else [condition.name for condition in waiting]
-                self.status |= {name: f"failed: {error.what}" for name in lost if name not in self.status}
-        for condition in group:
-            self.status.setdefault(condition.name, "left out: it does not fit into budget_minutes")
-
-    def _job(self, waiting: list[Condition]) -> dict[str, Any]:
-        first, kept = waiting[0], set(self.plan.get("kept", self.keys))
-        return {
-            **self.shared,
-            "path": str(Path(first.model or self.path).resolve()),
-            "runs": {each.name: str(self._file(each.name)) for each in waiting if each.name in kept},
-            "planned": list(map(asdict, self.planned)),
-            "keys": self.keys,
-            "budget_seconds": self.budget_seconds,
-            # other processes have the runs that a verdict needs most: something is left for them
-            "left_seconds": self._left_seconds() * (0.8 if first.process == "main" else 1.0),
-            "scale": self.plan.get("scale", 0),
-        }
-
-    def _left_seconds(self) -> float:
-        return self.budget_seconds and self.started + self.budget_seconds - time.monotonic()
-
-    def _hear(self, progress: Callable[[int], object], message: dict[str, Any]) -> None:
-        self.begun = message.get("begun", self.begun)
-        if plan := message.get("plan"):
-            self.plan = plan
-            write_json(self.plan_note, {"keys": self.keys, **plan})
-            self.sentence = (
-                f"Budget {self.budget_seconds / 60:g} minutes: {len(plan['kept'])} of {len(self.keys)} runs, "
-                f"at {plan['scale']:g} of each length. Loading takes {plan['load_seconds']:.1f} s, a token "
-                f"{plan['prefill_seconds']:.2g} s in prefill and {plan['decode_seconds']:.2g} s in decode."
+        def make() -> dict[str, Any]:
+            costs = Costs(*worker.run(self._job(self.planned[0], 1.0, ""), where=self.path)["costs"])
+            scale, kept = fit(self.planned, costs, self.budget_seconds)
+            sentence = (
+                f"Budget {n_minutes:g} minutes: {len(kept)} of {len(names)} runs, at {scale:g} of each "
+                f"length. Loading takes {costs.load_seconds:.1f} s, a token {costs.prefill_seconds:.2g} s in "
+                f"prefill and {costs.decode_seconds:.2g} s in decode."
             )
-            tqdm.auto.tqdm.write(self.sentence)
-        if name := message.get("done"):
-            self.status[name] = f"failed: {message['why']}" if message["why"] else "done"
-            if not message["why"]:
-                self.traces[name], self.n_made = load_trace(self._file(name)), self.n_made + 1
-            progress(1)
+            return {"scale": scale, "kept": kept, "sentence": sentence}
 
-    def _known(self, name: str) -> bool:
-        """Whether an earlier run left this trace, made under the same conditions."""
-        if self.fresh or not self.plan:
-            return False
-        try:
+        about = {"keys": self.keys, "budget_seconds": self.budget_seconds}
+        return remembered(self.folder / "plan.json", about, make, fresh=self.fresh)
+
+    def _record(self, worker: child.Worker, each: Condition, scale: float) -> str:
+        """Record a condition, unless an earlier run left its trace; how it ended."""
+        if (trace := self._kept(each.name, scale)) is None:
+            if each.settings.use_extra_bufts and has_amx():
+                return "not tried: extra buffers crash on CPUs with AMX (ggml-org/llama.cpp#20824)"
+            # other processes have the runs that a verdict needs most: something is left for them
+            share, used = 0.8 if each.process == "main" else 1.0, time.monotonic() - self.started
+            if self.traces and self.budget_seconds and used > share * self.budget_seconds:
+                return LEFT_OUT  # the machine is slower than it was when its speed was measured
+            file = self._file(each.name)
+            try:
+                worker.run(self._job(each, scale, str(file)), where=self.path)
+            except DfqsError as error:
+                if not self.traces:
+                    raise  # nothing to compare with
+                return f"failed: {error.what}"
+            trace, self.n_made = load_trace(file), self.n_made + 1
+        self.traces[each.name] = trace
+        return "done"
+
+    def _job(self, each: Condition, scale: float, file: str) -> dict[str, Any]:
+        path, about = Path(each.model or self.path), {"condition": each.name, "key": self.keys[each.name]}
+        job = {"path": str(path.resolve()), "condition": asdict(each.scaled(scale)), "file": file}
+        return {**self.shared, **job, "about": {**about, "scale": scale}}
+
+    def _kept(self, name: str, scale: float) -> Trace | None:
+        """The trace that an earlier run made under the same conditions."""
+        with contextlib.suppress(RoutingError):
             trace = load_trace(self._file(name))
-        except RoutingError:
-            return False
-        made = trace.conditions.get("key"), trace.conditions.get("scale")
-        if made != (self.keys[name], self.plan["scale"]):
-            return False
-        self.traces[name], self.status[name] = trace, "done"
-        return True
+            made = trace.conditions.get("key"), trace.conditions.get("scale")
+            if not self.fresh and made == (self.keys[name], scale):
+                return trace
+        return None
 
     def _file(self, name: str) -> Path:
         word = re.sub(r"[^\w.]+", "-", name).strip("-")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,6 @@ IDENTICAL = "identical"  # the kind of a condition that repeats its reference ex
 LOAD_TOKENS, LOAD_PREFILL, LOAD_OUTPUT = 80, 64, 8  # of each text under load, and of its answer
 PROFILE_TOKENS = 2048  # of each text, at most
 SCALES = (1.0, 0.5, 0.25, 0.125)  # of every length, tried in this order
-ESSENTIAL = ("reference", "alone")  # kinds that everything else is compared with
 
 
 class Text(BaseModel):
@@ -59,104 +60,34 @@ def read_texts(folder: str | Path = "") -> list[Text]:
 
 
 @dataclass(frozen=True)
-class Load:
-    """Which texts one batch holds."""
-
-    # alone, together (all are prefilled and decoded at once), mixed (they arrive one after another, so that
-    # some decode while others are prefilled) or same text
-    kind: str
-    n_others: int  # sequences beside each one
-    unified: bool  # they share one KV cache
-    members: tuple[int, ...]  # text numbers, by the sequence that evaluates them
-    arrivals: tuple[int, ...]  # the step in which each comes; of alone unused
-    n_sequences: int  # that the context is made for
-    n_prefill: int  # tokens of each text
-    n_tokens: int  # of each text; those after the prefill are decoded
-
-    @property
-    def label(self) -> str:
-        """The load for people, without its batch number."""
-        if self.kind == "alone":
-            return "alone"
-        cache = "one cache" if self.unified else "a cache each"
-        return f"{self.n_others} other{'s' if self.n_others > 1 else ''}, {self.kind}, {cache}"
-
-    def settings(self, settings: OpenSettings, n_output: int) -> OpenSettings:
-        """These settings with room for the sequences and their answers, which one batch can prefill."""
-        each, n = -(-(self.n_tokens + n_output) // 256) * 256, self.n_sequences
-        return replace(settings, n_ctx=each * n, n_batch=max(settings.n_batch, n * self.n_prefill))
-
-
-def plan_loads(n_texts: int, n_tokens: int, n_prefill: int, seed: int = 0) -> Iterator[tuple[str, Load]]:
-    """Names and loads, most important first; arrivals and company are drawn from the seed.
-
-    >>> [name for name, _ in plan_loads(8, 32, 16)][:3]
-    ['alone', '7 others, together, a cache each, batch 1', '7 others, mixed, a cache each, batch 1']
-    """
-    draw, every, sizes = np.random.default_rng(seed), tuple(range(n_texts)), (n_prefill, n_tokens)
-    yield "alone", Load("alone", 0, False, every, (), N_SEQUENCES, *sizes)
-    for n_others in (7, 1, 3):
-        yield from _batches(draw, n_texts, n_others, False, *sizes)
-    for unified in (False, True):
-        if unified:
-            yield "alone, one cache", Load("alone", 0, True, every, (), N_SEQUENCES, *sizes)
-            yield from _batches(draw, n_texts, 7, True, *sizes)
-        for text in sorted(draw.permutation(n_texts)[:N_SAME].tolist()):
-            members, arrivals = (text,) * N_SEQUENCES, tuple(draw.integers(0, 4, N_SEQUENCES).tolist())
-            load = Load("same text", 7, unified, members, arrivals, N_SEQUENCES, *sizes)
-            yield f"{load.label}, text {text + 1}", load
-    yield "alone, a context for one", Load("alone", 0, False, every, (), 1, *sizes)
-
-
-def _batches(
-    draw: np.random.Generator, n_texts: int, n_others: int, unified: bool, n_prefill: int, n_tokens: int
-) -> Iterator[tuple[str, Load]]:
-    """Every text in at least one batch of this size, together and mixed."""
-    company, size = draw.permutation(n_texts).tolist(), n_others + 1
-    company += company[: -len(company) % size]
-    steps = np.linspace(0, max(2, n_tokens - n_prefill) - 1, size).astype(int)
-    for number, start in enumerate(range(0, len(company), size), start=1):
-        late = tuple(draw.permutation(steps).tolist())
-        for kind, arrivals in (("together", (0,) * size), ("mixed", late)):
-            members = tuple(company[start : start + size])
-            load = Load(kind, n_others, unified, members, arrivals, N_SEQUENCES, n_prefill, n_tokens)
-            yield f"{load.label}, batch {number}", load
-
-
-@dataclass(frozen=True)
 class Condition:
-    """One way to run the text, or one load."""
+    """One way to run the long text, or one load of short texts."""
 
     name: str
     # what differs: identical, threads, batch, phase, state, attention, cache, context, buffers or weights; or
     # reference, alone, load or profile
     kind: str
-    against: str  # the name of the run to compare with; empty: a reference only
+    against: str  # the name of the run to compare with; empty: a reference, or the profile
     settings: OpenSettings
     schedule: Schedule = Schedule()
     model: str = ""  # another file
     process: str = "main"  # conditions of one process share one load of the weights
-    load: Load | None = None  # of runs over the short texts
+    texts: tuple[int, ...] = ()  # of a load: text numbers, by the sequence that evaluates them
+    arrivals: tuple[int, ...] = ()  # the step in which each comes; without them each is evaluated alone
+    n_sequences: int = 1  # that the context is made for
+    unified: bool = False  # they share one KV cache
 
     @property
-    def needs(self) -> str:
-        """The run that this one is compared with, and of a load the texts alone."""
-        return self.against or ("alone" if self.kind == "load" else "")
-
-    @property
-    def judging(self) -> bool:
-        """Whether a verdict needs it: a reference, a repetition, or a batch of 8 with a cache each."""
-        load, kinds = self.load, (*ESSENTIAL, IDENTICAL)
-        full = load and load.n_others == 7 and load.kind != "same text" and not load.unified
-        return self.kind in kinds or bool(full)
+    def load(self) -> str:
+        """The load for people, without the number of its batch or text."""
+        return re.sub(r", (batch|text) \d+$", "", self.name)
 
     def scaled(self, scale: float) -> Condition:
-        """The condition with all its lengths, and its schedule, at this scale."""
-        load, cut = self.load, self.schedule.prefill
-        if load:
-            sizes = {name: max(2, round(getattr(load, name) * scale)) for name in ("n_prefill", "n_tokens")}
-            load = replace(load, **sizes, arrivals=tuple(round(step * scale) for step in load.arrivals))
-        return replace(self, load=load, schedule=replace(self.schedule, prefill=cut and round(cut * scale)))
+        """The condition with its schedule and arrivals at this scale."""
+        cut, arrivals = self.schedule.prefill, tuple(round(step * scale) for step in self.arrivals)
+        return replace(
+            self, schedule=replace(self.schedule, prefill=cut and round(cut * scale)), arrivals=arrivals
+        )
 
 
 def conditions(
@@ -166,12 +97,10 @@ def conditions(
 
     Thread counts are 1, 2, 4, ... up to ``max_threads``; ``others`` are quantizations of the model by name.
     """
-    half, loads = n_tokens // 2, list(_loads(settings, n_texts))
+    half = n_tokens // 2
     return [
         *_repetitions(settings, half),
-        *(load for load in loads if load.judging and load.kind != IDENTICAL),
-        Condition("profile", "profile", "", replace(settings, n_ctx=PROFILE_TOKENS)),
-        *(load for load in loads if not load.judging or load.kind == IDENTICAL),
+        *loads(settings, n_texts),
         *_other_settings(settings, half),
         *_thread_counts(settings, half, max_threads),
         *(
@@ -191,14 +120,57 @@ def _repetitions(settings: OpenSettings, half: int) -> Iterator[Condition]:
             yield Condition(f"{name}, {words}", IDENTICAL, name, settings, schedule, process=process)
 
 
-def _loads(settings: OpenSettings, n_texts: int) -> Iterator[Condition]:
-    """The loads, and the texts alone again, in the same process and in a fresh one."""
-    for name, load in plan_loads(n_texts, LOAD_TOKENS, LOAD_PREFILL):
-        room = load.settings(settings, LOAD_OUTPUT)
-        yield Condition(name, "alone" if name == "alone" else "load", "", room, load=load)
-        if name == "alone":
-            for process, words in REPEATS.items():
-                yield Condition(f"alone, {words}", IDENTICAL, name, room, process=process, load=load)
+def loads(settings: OpenSettings, n_texts: int, seed: int = 0) -> Iterator[Condition]:
+    """The short texts alone and beside others; company and arrivals are drawn from the seed.
+
+    Up to the profile they are what a verdict needs most.
+    """
+    draw, each = np.random.default_rng(seed), -(-(LOAD_TOKENS + LOAD_OUTPUT) // 256) * 256
+    n_batch = max(settings.n_batch, N_SEQUENCES * LOAD_PREFILL)  # all are prefilled at once
+    room = replace(settings, n_ctx=each * N_SEQUENCES, n_batch=n_batch)
+    alone = Condition("alone", "alone", "", room, Schedule(LOAD_PREFILL), n_sequences=N_SEQUENCES)
+    alone = replace(alone, texts=tuple(range(n_texts)))
+    compared = replace(alone, kind="load", against="alone")
+    one_cache = replace(compared, name="alone, one cache", unified=True)
+    yield alone
+    yield from _batches(draw, alone, 7)
+    for process, words in REPEATS.items():
+        yield replace(compared, name=f"alone, {words}", kind=IDENTICAL, process=process)
+    yield Condition("profile", "profile", "", replace(settings, n_ctx=PROFILE_TOKENS))
+    for n_others in (1, 3):
+        yield from _batches(draw, alone, n_others)
+    yield from _same_text(draw, alone)
+    yield one_cache
+    yield from _batches(draw, one_cache, 7)
+    yield from _same_text(draw, one_cache)
+    single = replace(settings, n_ctx=each)
+    yield replace(compared, name="alone, a context for one", settings=single, n_sequences=1)
+
+
+def _beside(alone: Condition, kind: str, number: str, texts: Sequence[int], arrivals: Any) -> Condition:
+    """The texts in one batch, to compare with the run in which each is alone."""
+    others, cache = len(texts) - 1, "one cache" if alone.unified else "a cache each"
+    name = f"{others} other{'s' if others > 1 else ''}, {kind}, {cache}, {number}"
+    run = replace(alone, name=name, kind="load", against=alone.name)
+    return replace(run, texts=tuple(texts), arrivals=tuple(arrivals))
+
+
+def _batches(draw: np.random.Generator, alone: Condition, n_others: int) -> Iterator[Condition]:
+    """Every text in at least one batch of this size: all at once, and arriving while others decode."""
+    company, size = draw.permutation(len(alone.texts)).tolist(), n_others + 1
+    company += company[: -len(company) % size]
+    steps = np.linspace(0, LOAD_TOKENS - LOAD_PREFILL - 1, size).astype(int)
+    for number, start in enumerate(range(0, len(company), size), start=1):
+        texts, late = company[start : start + size], draw.permutation(steps).tolist()
+        yield _beside(alone, "together", f"batch {number}", texts, [0] * size)
+        yield _beside(alone, "mixed", f"batch {number}", texts, late)
+
+
+def _same_text(draw: np.random.Generator, alone: Condition) -> Iterator[Condition]:
+    """Some texts beside copies of themselves."""
+    for text in sorted(draw.permutation(len(alone.texts))[:N_SAME].tolist()):
+        arrivals = draw.integers(0, 4, N_SEQUENCES).tolist()
+        yield _beside(alone, "same text", f"text {text + 1}", [text] * N_SEQUENCES, arrivals)
 
 
 def _thread_counts(settings: OpenSettings, half: int, largest: int) -> Iterator[Condition]:
@@ -249,34 +221,32 @@ class Costs:
         """What these conditions take; each process loads the model once, and answers are not scaled."""
         total = self.load_seconds * len({each.process for each in planned})
         for each in planned:
-            load, first, n_output = each.load, each.schedule.prefill, self.n_output
-            if load:
-                n, n_output = len(load.members), len(load.members) * LOAD_OUTPUT
-                n_prefill, n_decode = n * load.n_prefill, n * (load.n_tokens - load.n_prefill)
+            n, n_output = self.n_tokens, self.n_output
+            if each.texts:
+                n, n_output = LOAD_TOKENS, LOAD_OUTPUT
             elif each.kind == "profile":
-                n_prefill, n_decode, n_output = self.n_profile, 0, 0
-            else:
-                n_prefill = self.n_tokens if first is None or not each.schedule.decode else first
-                n_decode = self.n_tokens - n_prefill
-            total += scale * n_prefill * self.prefill_seconds
-            total += (scale * n_decode + n_output) * self.decode_seconds
+                n, n_output = self.n_profile, 0
+            first = each.schedule.prefill
+            n_prefill = n if first is None or not each.schedule.decode else first
+            text = scale * (n_prefill * self.prefill_seconds + (n - n_prefill) * self.decode_seconds)
+            total += max(1, len(each.texts)) * (text + n_output * self.decode_seconds)
         return total
 
 
 def fit(planned: Sequence[Condition], costs: Costs, budget_seconds: float) -> tuple[float, list[str]]:
     """How much of every length, and which conditions, fit into the budget.
 
-    The lengths are halved, at most three times, until the runs that a verdict needs most fit. Then conditions
-    are taken in the order of the plan, each with those that it needs. The first one is always taken.
+    The lengths are halved, at most three times, until what comes before the profile fits. Then conditions are
+    taken in the order of the plan, each with those that it is compared with. The first is always taken.
     """
-    judging = [each for each in planned if each.judging]
+    judging = list(takewhile(lambda each: each.kind != "profile", planned))
     scale = next((scale for scale in SCALES if costs.seconds(judging, scale) <= budget_seconds), SCALES[-1])
     by_name, kept = {each.name: each for each in planned}, list(planned[:1])
     for each in planned:
-        if each.kind in ESSENTIAL:
+        if each.kind in ("reference", "alone"):
             continue  # worth its time only with a run that is compared with it
         added = [each]
-        while (needed := by_name.get(added[-1].needs)) and needed not in kept:
+        while (needed := by_name.get(added[-1].against)) and needed not in kept:
             added.append(needed)
         if costs.seconds([*kept, *added], scale) <= budget_seconds:
             kept += added

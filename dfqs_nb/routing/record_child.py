@@ -1,4 +1,4 @@
-"""The child process of an experiment: it loads one file once and records all runs that need no fresh load.
+"""The child process of an experiment: it loads one file once and records one run after another.
 
 A module of its own, because ``python -m`` wants one that the package has not imported yet.
 """
@@ -6,16 +6,17 @@ A module of its own, because ``python -m`` wants one that the package has not im
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from dfqs_nb.core import child
-from dfqs_nb.core.errors import DfqsError, ModelError
+from dfqs_nb.core.errors import ModelError
 from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model
-from dfqs_nb.routing.plan import ESSENTIAL, LOAD_OUTPUT, PROFILE_TOKENS, Condition, Costs, fit
+from dfqs_nb.routing.plan import LOAD_OUTPUT, LOAD_TOKENS, PROFILE_TOKENS, Condition
 from dfqs_nb.routing.recorded import RecordedModel, Together, open_recorded, record, record_together
 from dfqs_nb.routing.trace import Trace, joined
 
@@ -23,98 +24,92 @@ PROBE_TOKENS = 8
 QUESTION = "What is the capital of France?"
 
 
-def record_job(job: dict[str, Any]) -> None:
-    """Load the job's model once and record each of its runs into its file, in a context of its own.
+class Recording:
+    """The model of this process, which its first job opens, and the texts in the model's tokens."""
 
-    Args:
-        job: ``path``, ``runs`` (names and files, in order), ``planned`` (conditions of all processes), their
-            ``keys``, ``passage``, ``n_tokens``, ``texts``, ``n_output``, ``budget_seconds`` (0: none), what
-            is left of it (``left_seconds``), and ``scale`` (0: to be found).
-    """
-    started, names, scale, budget = time.monotonic(), list(job["runs"]), job["scale"], job["budget_seconds"]
-    planned = TypeAdapter(list[Condition]).validate_python(job["planned"])
-    by_name = {condition.name: condition for condition in planned}
-    child.tell(stage="while loading it")
-    with open_recorded(job["path"], by_name[names[0]].settings, trial=False) as recorded:
-        loaded, texts = time.monotonic() - started, _Texts(recorded.model, job)
-        if not scale:
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._opened: tuple[RecordedModel, list[int], list[list[int]]] | None = None
+
+    def work(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Record a run in a context of its own, and write its trace; without a ``file``, measure the speed.
+
+        Args:
+            job: ``path``, ``condition`` (scaled), ``file``, ``about`` (what the trace's conditions get:
+                ``condition``, ``key`` and ``scale``), ``passage``, ``n_tokens``, ``texts`` and ``n_output``.
+        """
+        started, condition = time.monotonic(), TypeAdapter(Condition).validate_python(job["condition"])
+        if self._opened is None:
+            child.tell(stage="while loading it")
+            opening = open_recorded(job["path"], condition.settings, trial=False)
+            recorded = self._stack.enter_context(opening)
+            self._opened = recorded, *_tokens(recorded.model, job)
+        loaded = time.monotonic() - started
+        recorded, tokens, lines = self._opened
+        if not job["file"]:
             child.tell(stage="while measuring its speed")
-            costs = _costs(recorded, loaded, texts)
-            scale, kept = fit(planned, costs, budget)
-            child.tell(plan={"scale": scale, "kept": kept, **vars(costs)})
-            names = [name for name in names if name in kept]
-        for name in names:
-            late = budget and time.monotonic() - started > job["left_seconds"]
-            if late and by_name[name].kind not in ESSENTIAL:
-                continue  # the machine is slower than it was when its speed was measured
-            child.tell(stage=f"while evaluating {name!r}", begun=name)
-            about, why = {"condition": name, "key": job["keys"][name], "scale": scale}, ""
-            try:
-                _evaluate(recorded, by_name[name].scaled(scale), texts, about).save(job["runs"][name])
-            except DfqsError as error:  # refused in an orderly way: the next run has a context of its own
-                why = error.what
-            child.tell(done=name, why=why)
+            lengths = len(tokens), job["n_output"], sum(map(len, lines))
+            return {"costs": [loaded, *_speeds(recorded, tokens), *lengths]}
+        child.tell(stage=f"while evaluating {condition.name!r}")
+        recorded.reopen(condition.settings, n_sequences=condition.n_sequences, unified=condition.unified)
+        recorded.required().keep_scores = condition.name == "prefill" or condition.kind == "weights"
+        scale = job["about"]["scale"]
+        if condition.texts or condition.kind == "profile":
+            trace = _short_texts(recorded, condition, lines, job)
+        else:
+            tokens = tokens[:1] + tokens[len(tokens) + 1 - round(len(tokens) * scale) :]
+            trace = record(recorded, tokens, condition.schedule, n_output=job["n_output"], **job["about"])
+        trace.save(job["file"])
+        return {}
 
 
-class _Texts:
-    """The long text and the short ones, in the model's tokens.
+def _tokens(model: Model, job: dict[str, Any]) -> tuple[list[int], list[list[int]]]:
+    """The long text, and the short ones.
 
     The long one is the passage, again and again as needed, and at the end a question in the model's chat
     template, so that the greedy continuation is an answer.
     """
-
-    def __init__(self, model: Model, job: dict[str, Any]) -> None:
-        self.short, self.n_output = job["texts"], job["n_output"]
-        given = [job["passage"], *(text["text"] for text in self.short)]
-        passage, *lines = (model.tokenize(text, special=False) for text in given)
-        plain = model.tokenize(QUESTION, special=False)
-        question = chat_prompt(model, QUESTION) if model.has_template else plain
-        bos, left = model.with_bos([]), job["n_tokens"] - len(question)
-        if left < 1 + len(bos) or not all([passage, *lines]):
-            what = f"{job['n_tokens']} tokens do not hold the question ({len(question)})"
-            raise ModelError(what, where=job["path"], hint=f"use n_tokens={len(question) + 64} or more")
-        self.tokens = [*bos, *(passage * (left // len(passage) + 1))][:left] + question
-        self.lines = [[*bos, *line][:PROFILE_TOKENS] for line in lines]
-
-    def named(self, numbers: Iterable[int], lines: list[list[int]], load: str) -> dict[str, Any]:
-        """Names, domains and lengths of these short texts, for their trace."""
-        names, domains = zip(
-            *((self.short[i]["name"], self.short[i]["domain"]) for i in numbers), strict=True
-        )
-        return {"sequences": names, "domains": domains, "lengths": list(map(len, lines)), "load": load}
+    given = [job["passage"], *(text["text"] for text in job["texts"])]
+    passage, *lines = (model.tokenize(text, special=False) for text in given)
+    plain = model.tokenize(QUESTION, special=False)
+    question = chat_prompt(model, QUESTION) if model.has_template else plain
+    bos, left = model.with_bos([]), job["n_tokens"] - len(question)
+    if left < 1 + len(bos) or not all([passage, *lines]):
+        what = f"{job['n_tokens']} tokens do not hold the question ({len(question)})"
+        raise ModelError(what, where=job["path"], hint=f"use n_tokens={len(question) + 64} or more")
+    tokens = [*bos, *(passage * (left // len(passage) + 1))][:left] + question
+    return tokens, [[*bos, *line][:PROFILE_TOKENS] for line in lines]
 
 
-def _costs(recorded: RecordedModel, load_seconds: float, texts: _Texts) -> Costs:
+def _speeds(recorded: RecordedModel, tokens: Sequence[int]) -> tuple[float, float]:
+    """Seconds of a token in prefill, and in decode."""
     clock = [time.monotonic()]
-    for part in (texts.tokens[:PROBE_TOKENS], texts.tokens[:1], texts.tokens[:1]):
+    for part in (tokens[:PROBE_TOKENS], tokens[:1], tokens[:1]):
         recorded.feed(part)
         clock.append(time.monotonic())
-    lengths = len(texts.tokens), texts.n_output, sum(map(len, texts.lines))
-    return Costs(load_seconds, (clock[1] - clock[0]) / PROBE_TOKENS, clock[3] - clock[2], *lengths)
+    return (clock[1] - clock[0]) / PROBE_TOKENS, clock[3] - clock[2]
 
 
-def _evaluate(recorded: RecordedModel, condition: Condition, texts: _Texts, about: dict[str, Any]) -> Trace:
-    """The trace of one run."""
-    load, scale = condition.load, about["scale"]
-    n_sequences, unified = (load.n_sequences, load.unified) if load else (1, False)
-    recorded.reopen(condition.settings, n_sequences=n_sequences, unified=unified)
-    recorded.required().keep_scores = condition.name == "prefill" or condition.kind == "weights"
-    if load:
-        n, together = load.n_tokens, Together(recorded)
+def _short_texts(
+    recorded: RecordedModel, condition: Condition, lines: Sequence[list[int]], job: dict[str, Any]
+) -> Trace:
+    """The trace of all texts of the profile, or of one load, one after another."""
+    numbers, scale = condition.texts or range(len(lines)), job["about"]["scale"]
+    if condition.texts:
+        n = max(2, round(LOAD_TOKENS * scale))
         # a text that is too short begins again
-        lines = [(texts.lines[i] * (n // len(texts.lines[i]) + 1))[:n] for i in load.members]
-        batches = [[line] for line in lines] if load.kind == "alone" else [lines]
-        order = load.arrivals or [0]
-        parts = [record_together(together, batch, order, load.n_prefill, LOAD_OUTPUT) for batch in batches]
-        return joined(parts, **about, **texts.named(load.members, lines, load.label))
-    if condition.kind == "profile":
-        lines = [line[: max(1, round(len(line) * scale))] for line in texts.lines]
+        lines = [(lines[i] * (n // len(lines[i]) + 1))[:n] for i in numbers]
+        batches, order = ([lines], condition.arrivals) if condition.arrivals else ([[x] for x in lines], [0])
+        together, first = Together(recorded), condition.schedule.prefill or 1
+        parts = [record_together(together, batch, order, first, LOAD_OUTPUT) for batch in batches]
+    else:
+        lines = [line[: max(1, round(len(line) * scale))] for line in lines]
         parts = [record(recorded, line, logits=False) for line in lines]
-        return joined(parts, **about, **texts.named(range(len(lines)), lines, "alone"))
-    n = round(len(texts.tokens) * scale)
-    tokens = texts.tokens[:1] + texts.tokens[len(texts.tokens) + 1 - n :]
-    return record(recorded, tokens, condition.schedule, n_output=texts.n_output, **about)
+    texts = [job["texts"][number] for number in numbers]
+    named = {"sequences": [text["name"] for text in texts], "domains": [text["domain"] for text in texts]}
+    load = condition.load if condition.arrivals else "alone"
+    return joined(parts, **job["about"], **named, lengths=list(map(len, lines)), load=load)
 
 
 if __name__ == "__main__":
-    child.serve(record_job)
+    child.serve(Recording().work)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,53 +14,47 @@ import pandas as pd
 from dfqs_nb.core.files import write_table
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import compare, verdict
-from dfqs_nb.routing.plan import IDENTICAL, Load, Text
-from dfqs_nb.routing.profile import Profile, expert_bytes, placement, profile_of, write_profile
+from dfqs_nb.routing.plan import IDENTICAL
+from dfqs_nb.routing.profile import Profile, expert_bytes, profile_of
 from dfqs_nb.routing.trace import Trace, export
-from dfqs_nb.routing.verdict import UnderLoad
 from dfqs_nb.stats import clopper_pearson
 
 EXTREME_TOKENS = 8192  # DFQS calls a context long from here on, and "extreme token pressure" is not below
 
 
-@dataclass(frozen=True)
+@dataclass
 class Experiment:
-    """What every condition gave, and what it means."""
+    """What every condition gave, and what it means.
+
+    ``verdict``, ``under_load``: whether identical conditions gave identical choices, and whether others in
+    the batch change them. ``load_table``, ``sensitivities``, ``advice``: see `verdict`. ``left_out``: what
+    does not fit into the budget.
+    """
 
     path: Path
     settings: OpenSettings  # the reference's
-    loads: Mapping[str, Load] = field(repr=False)  # of the runs over the short texts, by name
     traces: Mapping[str, Trace] = field(repr=False)  # by the condition's name
     status: Mapping[str, str] = field(repr=False)  # how each condition ended
-    table: pd.DataFrame = field(repr=False)  # one row a comparison, see `verdict.comparison_table`
-    texts: Sequence[Text] = field(repr=False)  # the short ones
+    rows: pd.DataFrame = field(repr=False)  # see `verdict.compared`
     n_made: int  # traces recorded now; the others are kept from earlier
     plan: str  # what was run, in a sentence
 
-    @property
-    def reference(self) -> Trace:
-        """The run that all others are compared with, directly or through another."""
-        return self.traces["prefill"]
+    def __post_init__(self) -> None:
+        """Judge; the run that all others are compared with, directly or through another, is ``reference``."""
+        self.reference = self.traces["prefill"]
+        self.load_table = verdict.load_table(self.rows)
+        self.sensitivities = verdict.sensitivities(self.rows)
+        self.verdict = verdict.judge(self.rows)
+        self.under_load = verdict.judge_loads(self.rows, self.verdict.passed)
+        self.advice = verdict.advice(self.sensitivities)
+        self.left_out = [name for name, how in self.status.items() if how.startswith("left out")]
+        # the changes of settings: the row, its two traces, and which choices differ
+        self._runtime = self.sensitivities[self.sensitivities["kind"] != "weights"]
+        pairs = [(row, *self._two(row)) for row in self._runtime.itertuples()]
+        self._pairs = [(row, a, b, compare.differences(a, b)) for row, a, b in pairs]
 
-    @cached_property
-    def verdict(self) -> verdict.Determinism:
-        """Whether identical conditions gave identical choices."""
-        return verdict.judge(self.table)
-
-    @cached_property
-    def load_rows(self) -> pd.DataFrame:
-        """One row a short text in a batch, against the same text alone; see `verdict.load_rows`."""
-        return verdict.load_rows(self.loads, self.traces, self.texts)
-
-    def load_table(self) -> pd.DataFrame:
-        """One row a load; see `verdict.load_table`."""
-        return verdict.load_table(self.load_rows)
-
-    @cached_property
-    def under_load(self) -> UnderLoad:
-        """Whether routing stays the same as alone when others share the batch."""
-        failed = [f"{n}: {self.status[n]}" for n in self.loads if self.status[n].startswith("failed")]
-        return verdict.judge_loads(self.load_rows, self.verdict.passed, failed)
+    def _two(self, row: Any) -> tuple[Trace, Trace]:
+        return self.traces[row.against], self.traces[row.condition]
 
     @property
     def passed(self) -> bool:
@@ -76,23 +70,13 @@ class Experiment:
             "load_passed": None if load.level == "not judged" else load.passed,
             "load_sentence": load.sentence,
             "under_load": under_load,
-            "loads": self.load_table().to_dict("records"),
+            "loads": self.load_table.to_dict("records"),
             "left_out": self.left_out,
         }
 
-    @property
-    def left_out(self) -> list[str]:
-        """Runs that did not fit into the budget."""
-        return [name for name, how in self.status.items() if how.startswith("left out")]
-
-    @cached_property
-    def advice(self) -> list[str]:
-        """What to fix in order to reproduce a run; see `verdict.advice`."""
-        return verdict.advice(self.table)
-
     def conclusions(self) -> list[str]:
         """What this experiment showed, in sentences made from its counts."""
-        runtime, routed = self._runtime(), self.reference.routed
+        runtime, routed = self._runtime, self.reference.routed
         n_moved = int((runtime["n_differ" if routed else "logit_drift"] > 0).sum())
         what = "an expert choice" if routed else "a logit"
         moved = f"{n_moved} of {len(runtime)} changes of settings changed {what}."
@@ -112,7 +96,7 @@ class Experiment:
     def claims(self) -> pd.DataFrame:
         """The card's statements on routing: ``claim``, ``status`` and ``evidence``, in its order."""
         rows = [
-            ("routing stable", *verdict.stable(verdict.sensitivities(self.table))),
+            ("routing stable", *verdict.stable(self.sensitivities)),
             ("deterministic execution", *verdict.deterministic(self.verdict)),
             ("routing variance grows under extreme token pressure", *self._pressure()),
         ]
@@ -120,40 +104,25 @@ class Experiment:
 
     def _pressure(self) -> tuple[str, str]:
         """Flips in the last against the first quarter of the text, pooled over the changes of settings."""
-        n, scored = self.reference.n_tokens, ~self.reference.hashed
-        pairs = np.array([differ[:, scored] for *_, differ in self._pairs()])  # settings, tokens, layers
-        if not pairs.size:
+        n, scored, at = self.reference.n_tokens, ~self.reference.hashed, self.flips()["token"]
+        size = round(n / 4) * int(scored.sum()) * len(self._pairs)
+        if not size:
             why = "no change of settings was tried" if self.reference.routed else "no routed experts"
             return "not testable here", why
-        early, late = pairs[:, : round(n / 4)], pairs[:, round(n * 3 / 4) :]
+        early, late = int((at < round(n / 4)).sum()), int((at >= n - round(n / 4)).sum())
         seen = (
-            f"{early.sum():,} of {early.size:,} choices flip in the first quarter, {late.sum():,} of "
-            f"{late.size:,} in the last, over {n:,} tokens"
+            f"{early:,} of {size:,} choices flip in the first quarter, {late:,} of {size:,} in the last, "
+            f"over {n:,} tokens"
         )
         if n < EXTREME_TOKENS:
             return "not testable here", f"{seen}; extreme begins at {EXTREME_TOKENS:,} tokens"
-        low = clopper_pearson(int(late.sum()), late.size)[0]
-        high = clopper_pearson(int(early.sum()), early.size)[1]
+        low, high = clopper_pearson(late, size)[0], clopper_pearson(early, size)[1]
         return ("confirmed" if low > high else "contradicted"), seen
-
-    def _runtime(self) -> pd.DataFrame:
-        """The rows of `table` in which a setting of the runtime changed, most different first."""
-        rows = verdict.sensitivities(self.table)
-        return rows[rows["kind"] != "weights"]
-
-    def _pairs(self) -> list[tuple[Any, Trace, Trace, np.ndarray]]:
-        """Of each such row: the row, its two traces, and which choices differ."""
-        rows = [(row, *self._two(row)) for row in self._runtime().itertuples()]
-        return [(row, a, b, compare.differences(a, b)) for row, a, b in rows]
-
-    def _two(self, row: Any) -> tuple[Trace, Trace]:
-        return self.traces[row.against], self.traces[row.condition]
 
     def agreement(self) -> pd.DataFrame:
         """Share of identical sets: a row a condition, as ranked, a column a layer, hash layers included."""
-        done = self.table[self.table["status"] == "done"]
-        repeats = done[(done["kind"] == IDENTICAL) & (done["against"] != "alone")]  # "alone": other texts
-        rows = pd.concat([repeats, verdict.sensitivities(self.table)[::-1]])
+        done = self.rows[(self.rows["status"] == "done") & (self.rows["kind"] == IDENTICAL)]
+        rows = pd.concat([done[done["against"] != "alone"], self.sensitivities[::-1]])  # "alone": other texts
         shares = {
             row.condition: 1 - compare.differences(*self._two(row)).mean(axis=0) for row in rows.itertuples()
         }
@@ -162,7 +131,7 @@ class Experiment:
     def flips(self) -> pd.DataFrame:
         """Flips under changes of settings: ``condition``, ``kind``, ``token``, ``layer``, ``margin``."""
         parts = [pd.DataFrame(columns=["condition", "kind", "token", "layer", "margin"])]
-        for row, a, _, differ in self._pairs():
+        for row, a, _, differ in self._pairs:
             tokens, columns = np.nonzero(differ)
             places = {"token": tokens, "layer": a.layers[columns], "margin": a.margin[tokens, columns]}
             parts.append(pd.DataFrame({"condition": row.condition, "kind": row.kind, **places}))
@@ -170,8 +139,8 @@ class Experiment:
 
     def moved(self) -> str:
         """How far logits move where a token's experts changed, and where they did not, in a sentence."""
-        drifts = [compare.drifts(a, b) for _, a, b, _ in self._pairs()]
-        flips = [differ[:, ~a.hashed].any(axis=1) for _, a, _, differ in self._pairs()]
+        drifts = [compare.drifts(a, b) for _, a, b, _ in self._pairs]
+        flips = [differ[:, ~a.hashed].any(axis=1) for _, a, _, differ in self._pairs]
         drift, flipped = np.concatenate([[], *drifts]), np.concatenate([np.zeros(0, bool), *flips])
         still, moved = drift[(drift > 0) & ~flipped], drift[(drift > 0) & flipped]
         if not len(still) or not len(moved):
@@ -194,44 +163,38 @@ class Experiment:
     def profile(self) -> Profile | None:
         """What the routers prefer, over the short texts; None for a dense model, or where it did not run."""
         trace = self.traces.get("profile")
-        return profile_of(trace) if trace is not None and trace.routed else None
-
-    @cached_property
-    def layer_bytes(self) -> np.ndarray:
-        """Bytes of each layer's routed experts."""
-        return expert_bytes(self.path, self.reference.layers)
-
-    def placement(self) -> pd.DataFrame:
-        """What to keep in fast memory for a budget; see `profile.placement`."""
-        return placement(self.profile, self.layer_bytes) if self.profile else pd.DataFrame()
+        if trace is None or not trace.routed:
+            return None
+        return profile_of(trace, expert_bytes(self.path, trace.layers))
 
     def across(self) -> tuple[pd.DataFrame, str]:
         """Another quantization by layer, and whether changed experts predict changed predictions."""
-        for row in self.table[self.table["kind"] == "weights"].itertuples():
-            if row.status == "done" and self.reference.routed:
+        for row in self.sensitivities[self.sensitivities["kind"] == "weights"].itertuples():
+            if self.reference.routed:
                 a, b = self._two(row)
                 return compare.across(a, b).assign(condition=row.condition), compare.divergence(a, b)
         return pd.DataFrame(), ""
 
     def export(self, path: str | Path) -> Path:
         """Write the traces of text, profile and loads as one CSV; see `trace.export`."""
-        names = [name for name in ("prefill", "profile", *self.loads) if name in self.traces]
-        return export((self.traces[name] for name in names), path)
+        loads = self.rows.loc[self.rows["kind"] == "load", "condition"].unique()
+        names = ("prefill", "profile", "alone", *loads)
+        return export((self.traces[name] for name in names if name in self.traces), path)
 
     def write_tables(self, folder: str | Path) -> list[Path]:
         """Write the tables ``routing_*.csv``, and the profile as JSON."""
         folder, written = Path(folder), list[Path]()
         tables = {
-            "conditions": self.table,
-            "loads": self.load_table(),
+            "conditions": self.rows,
+            "loads": self.load_table,
             "claims": self.claims(),
             "layers": self.agreement().rename_axis("condition").reset_index(),
             "flips": self.flips(),
             "across": self.across()[0],
-            "placement": self.placement(),
         }
         if profile := self.profile:
             tables |= {
+                "placement": profile.placement(),
                 "domains": profile.usage(),
                 "specialization": profile.specialization(),
                 "pairs": profile.pairs(),
@@ -241,7 +204,7 @@ class Experiment:
                 "experts_needed": profile.experts_needed().reset_index(),
                 "cross_coverage": profile.cross_coverage().reset_index(),
             }
-            written = [write_profile(folder / "routing_profile.json", profile, self.layer_bytes)]
+            written = [profile.write(folder / "routing_profile.json")]
         return written + [
             write_table(folder / f"routing_{name}.csv", table, index=False)
             for name, table in tables.items()

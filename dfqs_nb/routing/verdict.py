@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfqs_nb.routing.compare import FIELDS, compare
-from dfqs_nb.routing.plan import IDENTICAL, Condition, Load, Text
+from dfqs_nb.routing.plan import IDENTICAL, Condition, Text
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.trace import Trace
 from dfqs_nb.stats import N_BOOT, at_most, bootstrap_weights
@@ -25,7 +25,7 @@ from dfqs_nb.stats import N_BOOT, at_most, bootstrap_weights
 if TYPE_CHECKING:
     import pandas as pd
 
-ABOUT = ("condition", "kind", "against", "status", "n_runs", "n_runs_differ")
+ABOUT = ("condition", "kind", "against", "status", "load", "n_others", "text", "domain")
 STABLE_SHARE = 0.99  # identical sets under every setting of the runtime, for "routing stable"
 FIXES = {
     "threads": "n_threads and n_threads_batch",
@@ -82,76 +82,81 @@ class Determinism:
         )
 
 
-def comparison_table(
-    planned: Sequence[Condition], traces: Mapping[str, Trace], status: Mapping[str, str]
+def compared(
+    planned: Sequence[Condition],
+    traces: Mapping[str, Trace],
+    status: Mapping[str, str],
+    texts: Sequence[Text],
 ) -> pd.DataFrame:
-    """One row a condition that has a reference: `ABOUT` (each short text is a run), and `compare.FIELDS`.
+    """One row a text of a run that has a reference: `ABOUT`, and `compare.FIELDS`, missing where it failed.
 
-    The numbers are missing where its run failed.
+    Each short text is compared with the same text in the reference, where it is alone.
     """
     import pandas as pd
 
-    rows = []
-    for condition in planned:
-        name, against = condition.name, condition.against
-        if against:
-            row = {"condition": name, "kind": condition.kind, "against": against, "status": status[name]}
-            if name in traces and against in traces:
-                row |= _compared(traces[against], traces[name])
-            elif name in traces:
-                row["status"] = f"not comparable: {against!r} did not run"
-            rows.append(row)
+    rows: list[dict[str, Any]] = []
+    for each in (each for each in planned if each.against):
+        about = {"condition": each.name, "kind": each.kind, "against": each.against}
+        about |= {"status": status[each.name], "load": each.load, "n_others": max(0, len(each.arrivals) - 1)}
+        run, base = traces.get(each.name), traces.get(each.against)
+        if run is None or base is None:
+            missing = f"not comparable: {each.against!r} did not run"
+            rows.append(about | ({} if run is None else {"status": missing}))
+            continue
+        pairs = [("", "", base, run)]
+        if each.texts:
+            given = [(place, number, texts[number]) for place, number in enumerate(each.texts)]
+            pairs = [(t.name, t.domain, base.part(number), run.part(place)) for place, number, t in given]
+        for name, domain, a, b in pairs:
+            try:
+                change = compare(a, b)
+            except RoutingError as error:  # another model than the reference, not another quantization of it
+                change = {"status": f"not comparable: {error.what}"}
+            rows.append(about | {"text": name, "domain": domain} | change)
     table = pd.DataFrame(rows, columns=[*ABOUT, *FIELDS])
     counts = [name for name in table if str(name).startswith(("n_", "first_"))]
     return table.astype(dict.fromkeys(counts, "Int64"))
 
 
-def _compared(a: Trace, b: Trace) -> dict[str, Any]:
-    try:
-        whole = compare(a, b)
-        several = range(len(a.output)) if a.output.ndim == 2 else ()
-        each = [compare(a.part(i), b.part(i)) for i in several] or [whole]
-    except RoutingError as error:  # another model than the reference, not another quantization of it
-        return {"status": f"not comparable: {error.what}"}
-    differ = [run["n_differ"] or (not run["n_choices"] and run["logits_equal"] < 1) for run in each]
-    return whole | {"n_runs": len(each), "n_runs_differ": sum(map(bool, differ))}
-
-
-def judge(table: pd.DataFrame) -> Determinism:
-    """The verdict on an experiment's table; a dense model passes when its logits were equal bit for bit."""
-    repeats = table[table["kind"] == IDENTICAL]
+def judge(rows: pd.DataFrame) -> Determinism:
+    """The verdict on the rows of `compared`; a dense model passes when its logits were equal bit for bit."""
+    repeats = rows[rows["kind"] == IDENTICAL]
     done, broken = (repeats[(repeats["status"] == "done") == ran] for ran in (True, False))
-    skipped = broken["status"].astype(str).str.startswith("left out")
-    failed = tuple(f"{row.condition}: {row.status}" for row in broken[~skipped].itertuples())
-    counted = ("n_choices", "n_differ", "n_runs", "n_runs_differ")
-    sums: dict[str, Any] = {name: int(done[name].sum()) for name in counted}
-    first = done.drop_duplicates("n_tokens")  # the text, and the short texts
+    broken = broken[~broken["status"].astype(str).str.startswith("left out")].drop_duplicates("condition")
+    failed = tuple(f"{row.condition}: {row.status}" for row in broken.itertuples())
+    dense = done["n_choices"] == 0
+    n_runs_differ = int(((done["n_differ"] > 0) | dense & (done["logits_equal"] < 1)).sum())
+    n_choices, n_differ = (int(done[name].sum()) for name in ("n_choices", "n_differ"))
+    first = done.drop_duplicates("text")  # the text, and each short text
     n_tokens, each = (int(first[name].sum()) for name in ("n_tokens", "n_choices"))
     return Determinism(
-        passed=bool(len(done)) and not failed and not sums["n_runs_differ"],
-        routed=sums["n_choices"] > 0,
+        passed=bool(len(done)) and not failed and not n_runs_differ,
+        routed=n_choices > 0,
         n_tokens=n_tokens,
         n_layers=int(done["n_layers"].max()) if len(done) else 0,
-        upper_bound=at_most(min(sums["n_differ"], each), each),
-        runs_upper_bound=at_most(sums["n_runs_differ"], sums["n_runs"]),
+        n_runs=len(done),
+        n_choices=n_choices,
+        n_differ=n_differ,
+        n_runs_differ=n_runs_differ,
+        upper_bound=at_most(min(n_differ, each), each),
+        runs_upper_bound=at_most(n_runs_differ, len(done)),
         logits_equal=float(done["logits_equal"].mean()) if len(done) else 0.0,
         same_output=not done["same_output"].eq(False).any(),
         failed_runs=failed,
-        **sums,
     )
 
 
-def sensitivities(table: pd.DataFrame) -> pd.DataFrame:
+def sensitivities(rows: pd.DataFrame) -> pd.DataFrame:
     """The conditions that change a setting, most different first, with their ``rate`` of different sets."""
-    changed = table[(table["kind"] != IDENTICAL) & (table["status"] == "done")]
+    changed = rows[~rows["kind"].isin([IDENTICAL, "load"]) & (rows["status"] == "done")]
     rate = changed["n_differ"].astype(float) / changed["n_choices"].astype(float).replace(0, math.nan)
     order = ["rate", "logit_drift"]
     return changed.assign(rate=rate).sort_values(order, ascending=False, kind="stable", ignore_index=True)
 
 
-def advice(table: pd.DataFrame) -> list[str]:
-    """What to fix in order to reproduce a run, one sentence a kind of setting, most important first."""
-    groups = sensitivities(table).groupby("kind", sort=False)
+def advice(ranked: pd.DataFrame) -> list[str]:
+    """What to fix in order to reproduce a run, one sentence a kind of `sensitivities`, in their order."""
+    groups = ranked.groupby("kind", sort=False)
     return [_advice_on(str(kind), rows) for kind, rows in groups]
 
 
@@ -200,62 +205,44 @@ def deterministic(verdict: Determinism) -> tuple[str, str]:
     )
 
 
-def load_rows(loads: Mapping[str, Load], traces: Mapping[str, Trace], texts: Sequence[Text]) -> pd.DataFrame:
-    """One row a sequence of a run, with the comparison with the same text alone in the same context.
+def load_table(rows: pd.DataFrame, by: str = "load") -> pd.DataFrame:
+    """One row a load, in the order run, from the rows of `compared`.
 
-    Columns ``load``, ``n_others``, ``run``, ``text``, ``domain``, and those of `compare.compare`.
+    ``n_runs``, ``n_texts`` and ``n_choices`` are counts, beside those that differ. ``runs_bound`` and
+    ``texts_bound`` are one-sided 95 % bounds on their rates. ``rate``, of choices, has a 95 % interval from
+    drawing whole texts anew, NaN without a difference. ``margin_differ`` and ``logit_drift`` are maxima;
+    ``logits_equal`` and ``texts_equal`` are shares of tokens and of greedy answers.
     """
-    import pandas as pd
-
-    rows = []
-    for name, load in loads.items():
-        base = "alone, one cache" if load.unified and name != "alone, one cache" else "alone"
-        if name == "alone" or name not in traces or base not in traces:
-            continue
-        about = {"load": load.label if load.kind != "alone" else name, "n_others": load.n_others, "run": name}
-        for place, number in enumerate(load.members):
-            text, change = texts[number], compare(traces[base].part(number), traces[name].part(place))
-            rows.append({**about, "text": text.name, "domain": text.domain, **change})
-    return pd.DataFrame(rows)
-
-
-def load_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a load, in the order run: runs, texts and choices, how many differ, and bounds.
-
-    ``runs_bound`` and ``texts_bound`` are one-sided 95 % bounds on the rates of those that differ. ``rate``,
-    of choices, has a 95 % interval from drawing whole texts anew, NaN without a difference. ``margin_differ``
-    and ``logit_drift`` are maxima; ``logits_equal`` and ``texts_equal`` are shares of tokens and of answers.
-    """
-    import pandas as pd
-
-    groups = rows.groupby("load", sort=False) if len(rows) else ()
-    return pd.DataFrame([{"load": name, **_summary(group)} for name, group in groups])
-
-
-def _summary(group: pd.DataFrame) -> dict[str, Any]:
-    by_run = group.groupby("run")["n_differ"].sum() > 0
-    by_text = group.groupby("text")[["n_differ", "n_choices"]].sum()
-    n_changed = int((by_text["n_differ"] > 0).sum())
-    low, high = cluster_interval(by_text["n_differ"].to_numpy(), by_text["n_choices"].to_numpy())
-    n, n_differ = int(group["n_choices"].sum()), int(group["n_differ"].sum())
-    return {
-        "n_others": int(group["n_others"].iloc[0]),
-        "n_runs": len(by_run),
-        "n_runs_differ": int(by_run.sum()),
-        "runs_bound": at_most(int(by_run.sum()), len(by_run)),
-        "n_texts": len(by_text),
-        "n_texts_differ": n_changed,
-        "texts_bound": at_most(n_changed, len(by_text)),
-        "n_choices": n,
-        "n_differ": n_differ,
-        "rate": n_differ / n if n else math.nan,
-        "rate_low": low,
-        "rate_high": high,
-        "margin_differ": float(group["margin_differ"].max()),
-        "logits_equal": float(group["logits_equal"].mean()),
-        "logit_drift": float(group["logit_drift"].max()),
-        "texts_equal": float(group["same_output"].dropna().astype(float).mean()),
-    }
+    rows = rows[(rows["kind"] == "load") & (rows["status"] == "done")]
+    differs = rows["n_differ"] > 0
+    marked = rows.assign(
+        run_differs=rows["condition"].where(differs),
+        text_differs=rows["text"].where(differs),
+        answers=rows["same_output"].astype(float),
+    )
+    table = marked.groupby(by, sort=False).agg(
+        n_others=("n_others", "first"),
+        n_runs=("condition", "nunique"),
+        n_runs_differ=("run_differs", "nunique"),
+        n_texts=("text", "nunique"),
+        n_texts_differ=("text_differs", "nunique"),
+        n_choices=("n_choices", "sum"),
+        n_differ=("n_differ", "sum"),
+        margin_differ=("margin_differ", "max"),
+        logits_equal=("logits_equal", "mean"),
+        logit_drift=("logit_drift", "max"),
+        texts_equal=("answers", "mean"),
+    )
+    for what in ("runs", "texts"):
+        counts = zip(table[f"n_{what}_differ"], table[f"n_{what}"], strict=True)
+        table[f"{what}_bound"] = [at_most(n_differ, n) for n_differ, n in counts]
+    events = [
+        group.groupby("text")[["n_differ", "n_choices"]].sum() for _, group in rows.groupby(by, sort=False)
+    ]
+    intervals = [cluster_interval(*each.to_numpy(int).T) for each in events]
+    table["rate"] = table["n_differ"].astype(float) / table["n_choices"].astype(float).replace(0, math.nan)
+    table[["rate_low", "rate_high"]] = np.array(intervals).reshape(-1, 2)
+    return table.rename_axis("load").reset_index()
 
 
 def cluster_interval(events: np.ndarray, trials: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -284,17 +271,21 @@ class UnderLoad:
     sentence: str = ""  # the verdict in words
 
 
-def judge_loads(rows: pd.DataFrame, alone_passed: bool, failed: Sequence[str] = ()) -> UnderLoad:
-    """The verdict on the rows of `load_rows` beside others; ``alone_passed``: the same run repeats itself."""
-    beside = rows[rows["n_others"] > 0] if len(rows) else rows
-    if not len(beside) or not beside["n_choices"].sum():
+def judge_loads(rows: pd.DataFrame, alone_passed: bool) -> UnderLoad:
+    """The verdict on the rows of `compared` beside others; ``alone_passed``: the same run repeats itself."""
+    rows = rows[rows["kind"] == "load"]
+    broken = rows[rows["status"].astype(str).str.startswith("failed")].drop_duplicates("condition")
+    failed = tuple(f"{row.condition}: {row.status}" for row in broken.itertuples())
+    beside = rows[(rows["status"] == "done") & (rows["n_others"] > 0)]
+    if not beside["n_choices"].sum():
         why = failed[0] if failed else "no routed experts" if len(beside) else "no load ran"
-        return UnderLoad(failed=tuple(failed), sentence=f"Routing under load was not judged: {why}.")
-    counts = {"load": "all", **_summary(beside), "n_domains": beside["domain"].nunique()}
+        return UnderLoad(failed=failed, sentence=f"Routing under load was not judged: {why}.")
+    (counts,) = load_table(beside.assign(all="all"), "all").to_dict("records")
+    counts["n_domains"] = int(beside["domain"].nunique())
     table = load_table(beside).sort_values("n_others", kind="stable")
     changed = tuple(table.loc[table["n_differ"] > 0, "load"])
     level = "not" if not alone_passed else "alone" if changed else "under load"
-    verdict = UnderLoad(level == "under load" and not failed, level, changed, tuple(failed), counts)
+    verdict = UnderLoad(level == "under load" and not failed, level, changed, failed, counts)
     return replace(verdict, sentence=_sentence(verdict, beside, len(table)))
 
 
