@@ -30,7 +30,7 @@ def merged_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return merge_model(shard, output, progress=False).path
 
 
-_PARSED: dict[tuple[str, int], check.Parsed] = {}
+_PARSED: dict[tuple[str, int], check.Verdict] = {}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def parser_is_asked_once_a_header() -> Iterator[None]:
     """
     real = check.parse
 
-    def parse(path: str | Path) -> check.Parsed:
+    def parse(path: str | Path) -> check.Verdict:
         try:
             head = Path(path).read_bytes()[: read_header(path).data_offset]
         except HeaderError:

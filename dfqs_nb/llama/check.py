@@ -2,7 +2,7 @@
 
 Three questions, from the cheapest to the most thorough:
 
-- `parse`: does libggml's parser read the header, and which tensors does it see?
+- `parse`: does libggml's parser read the header?
 - `loader_verdict`: does the loader take headers, tokenizer and tensors, and can a context be planned?
 - `trial`: plan the memory under given settings, load the weights, and decode a few tokens.
 
@@ -17,7 +17,7 @@ import ctypes
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -46,58 +46,15 @@ OF_CONTEXT = {"n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "s
 
 
 @dataclass(frozen=True)
-class ParsedTensor:
-    """One row of libggml's tensor table; ``offset`` counts from the data section."""
-
-    name: str
-    type: str
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Parsed:
-    """What libggml read from one file; the numbers are 0 if it refused the file."""
+class Verdict:
+    """llama.cpp's verdict on one file, by its parser or by its loader."""
 
     accepted: bool
-    message: str = ""  # the lines that it logged
-    death: str = ""  # the signal, or "timeout", that ended the process
-    version: int = 0
-    n_kv: int = 0
-    n_tensors: int = 0
-    alignment: int = 0
-    data_offset: int = 0
-    tensors: tuple[ParsedTensor, ...] = ()
-
-
-def parse(path: str | Path, *, tensors: bool = False) -> Parsed:
-    """Ask llama.cpp's parser about one file, as when a model is opened; ``tensors``: give its table, too.
-
-    Raises `ModelError` where llama-cpp-python is not installed, or does not run at all.
-    """
-    return parse_all([path], tensors=tensors)[0]
-
-
-def parse_all(paths: Sequence[str | Path], *, tensors: bool = False) -> list[Parsed]:
-    """Ask about many files in one process, as long as they leave it alive (see `parse`)."""
-    parsed = []
-    for facts, log in _ask("parse", paths, tensors=tensors):
-        death = f"llama.cpp's parser died ({facts['death']})" if "death" in facts else ""
-        table = tuple(ParsedTensor(*row) for row in facts.pop("tensors", ()))
-        parsed.append(Parsed(message="\n".join(log) or death, tensors=table, **facts))
-    return parsed
-
-
-@dataclass(frozen=True)
-class LoaderVerdict:
-    """The verdict of llama.cpp's loader on one file."""
-
-    accepted: bool  # it loads, and a context can be planned
     reason: str = ""  # why not, without the names of functions and folders
     death: str = ""  # the signal, or "timeout", that ended the process
 
     def explain(self, header: GGUFHeader) -> str:
-        """The verdict for people; of a file (with this header) in the early dialect of ``deepseek4``, too."""
+        """The loader's verdict for people; of a file (with this header) in an early dialect, too."""
         if self.accepted:
             return "llama.cpp's loader takes this file"
         if early := early_dialect(header):
@@ -110,42 +67,41 @@ class LoaderVerdict:
         return f"llama.cpp refuses this file: {self.reason}{f' ({self.death})' if self.death else ''}"
 
 
-def loader_verdict(path: str | Path) -> LoaderVerdict:
-    """Ask llama.cpp's loader about one file: headers, tokenizer, tensors and a context, without their memory.
+def parse(path: str | Path) -> Verdict:
+    """Ask libggml's parser about one file; see `verdicts`."""
+    return verdicts([path], "parse")[0]
+
+
+def loader_verdict(path: str | Path) -> Verdict:
+    """Ask llama.cpp's loader about one file; see `verdicts`."""
+    return verdicts([path])[0]
+
+
+def verdicts(paths: Sequence[str | Path], question: str = "load") -> list[Verdict]:
+    """Ask about files, in one process as long as they leave it alive.
+
+    ``load``: the loader takes headers, tokenizer and tensors, and a context can be planned, all without their
+    memory. ``parse``: libggml's parser reads the header.
 
     Raises `ModelError` where llama-cpp-python is not installed, or does not run at all.
     """
-    return loader_verdicts([path])[0]
-
-
-def loader_verdicts(paths: Sequence[str | Path]) -> list[LoaderVerdict]:
-    """Ask about many files in one process, as long as they leave it alive (see `loader_verdict`)."""
-    verdicts = []
-    for path, (facts, log) in zip(map(Path, paths), _ask("load", paths), strict=True):
-        folder, death = f"{path.parent.absolute()}{os.sep}", facts.get("death", "")
-        reason = reason_of([line.replace(folder, "") for line in log]) or f"llama.cpp died ({death})"
-        verdicts.append(LoaderVerdict(facts["accepted"], "" if facts["accepted"] else reason, death))
-    return verdicts
-
-
-def _ask(
-    question: str, paths: Sequence[str | Path], **options: Any
-) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """A child's answer about each file, or its ``death``, with the lines that llama.cpp logged about it."""
+    answers = list[Verdict]()
     with child.Worker(MODULE) as worker:
-        for path in paths:
-            job = {"question": question, "path": str(Path(path).absolute()), **options}
+        for path in map(Path, paths):
+            job = {"question": question, "path": str(path.absolute())}
             try:
                 facts = worker.run(job, timeout_seconds=TIMEOUT_SECONDS)
-                log = facts.pop("log")
+                accepted, log, death = facts["accepted"], facts["log"], ""
             except child.ChildDied as error:
                 if not error.messages:
                     what = f"cannot run llama.cpp ({child.telling_line(list(error.log)) or error.cause})"
                     hint = "delete .venv and type `make run`: it installs llama-cpp-python again"
                     raise ModelError(what, hint=hint) from error
-                facts, log = {"accepted": False, "death": error.cause}, error.log
-            lines = [child.SOURCE_FOLDER.sub("", line).strip() for line in log]
-            yield facts, [line for line in lines if line]
+                accepted, log, death = False, error.log, error.cause
+            folder = f"{path.parent.absolute()}{os.sep}"
+            reason = reason_of([line.replace(folder, "") for line in log]) or f"llama.cpp died ({death})"
+            answers.append(Verdict(accepted, "" if accepted else reason, death))
+    return answers
 
 
 # ---- a trial ----
@@ -166,6 +122,9 @@ def _planned(
     return plans
 
 
+_tried: dict[Any, MemoryEstimate] = {}
+
+
 def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEstimate) -> MemoryEstimate:
     """Plan, load and decode a model (its shards, first one first) in a child process.
 
@@ -180,46 +139,29 @@ def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEsti
         ModelError: llama.cpp refuses the file, dies on it, or computes logits that are not numbers.
         SpaceError: the context's cache and llama.cpp's compute buffer exceed the free memory.
     """
-    files = tuple(map(_identity, paths))
+    stats = [(os.path.realpath(path), Path(path).stat()) for path in paths]
+    files = tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)
     key = str(paths[0]), files, settings  # messages name the path as it was given
-    if key not in _tried:
-        _tried[key] = _try_in_child(paths[0], settings, needs, _passed(files, settings))
-    return _tried[key]
-
-
-Identity = tuple[str, int, int, int]
-_tried: dict[tuple[str, tuple[Identity, ...], OpenSettings], MemoryEstimate] = {}
-
-
-def _identity(path: str | Path) -> Identity:
-    stat = Path(path).stat()
-    return os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino
-
-
-def _passed(files: tuple[Identity, ...], settings: OpenSettings) -> Path:
-    """The mark of a long trial that passed, named by what can change whether the files load here."""
+    if key in _tried:
+        return _tried[key]
     loads = {name: value for name, value in settings.as_dict().items() if name not in OF_CONTEXT}
-    key = canonical_sha256([files, loads, llama_version(), platform.node()])
-    return outputs_dir() / ".trials" / key[:24]
-
-
-def _try_in_child(
-    path: str | Path, settings: OpenSettings, needs: MemoryEstimate, passed: Path
-) -> MemoryEstimate:
+    loading = canonical_sha256([files, loads, llama_version(), platform.node()])
+    passed = outputs_dir() / ".trials" / loading[:24]  # the mark of a long trial that passed
     with child.Worker(MODULE) as worker:
-        plan = _planned(worker, path, [settings])[0]
+        plan = _planned(worker, paths[0], [settings])[0]
         kv = KvCacheBytes([{"planned by llama.cpp": plan["kv_bytes"]}])
         needs = needs if needs.kv.exactness == "exact" else replace(needs, kv=kv)
         needs = needs.with_compute(plan["compute_bytes"])
-        check_fits(needs, where=path)
+        check_fits(needs, where=paths[0])
         if not passed.exists():
             started = time.perf_counter()
-            job = {"question": "trial", "path": str(path), "settings": settings.as_dict()}
+            job = {"question": "trial", "path": str(paths[0]), "settings": settings.as_dict()}
             timeout = TRIAL_SECONDS + needs.weights_bytes * TRIAL_SECONDS_PER_BYTE
-            worker.run(job, where=path, timeout_seconds=timeout)
+            worker.run(job, where=paths[0], timeout_seconds=timeout)
             if time.perf_counter() - started > LONG_SECONDS:
                 passed.parent.mkdir(parents=True, exist_ok=True)
                 passed.touch()
+    _tried[key] = needs
     return needs
 
 
@@ -276,27 +218,12 @@ def _parse(job: dict[str, Any]) -> dict[str, Any]:
     LOG.install()
     child.tell(stage="in its parser")
     LOG.clear()
-    void, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
-    u32, i64 = ctypes.c_uint32, ctypes.c_int64
-    table = void()  # llama.cpp always asks for it, without data
-    read = ggml_function("gguf_init_from_file", void, text, _GgufParams)
+    void, table = ctypes.c_void_p, ctypes.c_void_p()  # llama.cpp always asks for the table, without data
+    read = ggml_function("gguf_init_from_file", void, ctypes.c_char_p, _GgufParams)
     gguf = read(os.fsencode(job["path"]), _GgufParams(True, ctypes.pointer(table)))
-    facts: dict[str, Any] = {"accepted": bool(gguf)}
-    if gguf:
-        numbers = {"version": u32, "n_kv": i64, "n_tensors": i64, "alignment": size, "data_offset": size}
-        facts |= {name: ggml_function(f"gguf_get_{name}", kind, void)(gguf) for name, kind in numbers.items()}
-    if gguf and job["tensors"]:
-        type_name = ggml_function("ggml_type_name", text, ctypes.c_int)
-        columns = {"name": text, "type": ctypes.c_int, "offset": size, "size": size}
-        get = [ggml_function(f"gguf_get_tensor_{name}", kind, void, i64) for name, kind in columns.items()]
-        rows = [[function(gguf, i) for function in get] for i in range(facts["n_tensors"])]
-        facts["tensors"] = [
-            (name.decode("utf-8", "surrogateescape"), type_name(code).decode().upper(), offset, nbytes)
-            for name, code, offset, nbytes in rows
-        ]
     ggml_function("gguf_free", None, void)(gguf)
     ggml_function("ggml_free", None, void)(table)
-    return facts | {"log": LOG.tail(level=ERROR)}
+    return {"accepted": bool(gguf), "log": LOG.tail(level=ERROR)}
 
 
 def _load(job: dict[str, Any]) -> dict[str, Any]:

@@ -375,10 +375,10 @@ def diagnosis_table(paths: Iterable[str | Path]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    from dfqs_nb.llama.check import loader_verdicts
+    from dfqs_nb.llama import check
 
     diagnoses = [diagnose(path) for path in paths]
-    verdicts = loader_verdicts([diagnosis.path for diagnosis in diagnoses])
+    verdicts = check.verdicts([diagnosis.path for diagnosis in diagnoses])
     answers = [v.reason + (f" ({v.death})" if v.death else "") or "loads" for v in verdicts]
     rows = [
         (plain(d.path.name), d.path.stat().st_size, str(d.kind), d.finding, d.next_step, answer)

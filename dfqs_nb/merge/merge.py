@@ -262,7 +262,7 @@ def validate(path: Path, plan: Plan) -> None:
     verdict = parse(path)
     if not verdict.accepted:
         hint = f"`dfqs-nb inspect {' '.join(map(quoted, plan.sources))}` says what the sources are"
-        raise IntegrityError(f"llama.cpp refuses the result: {verdict.message}", where=path, hint=hint)
+        raise IntegrityError(f"llama.cpp refuses the result: {verdict.reason}", where=path, hint=hint)
     planned = [(tensor.name, tensor.target_offset, tensor.nbytes) for tensor in plan.tensors]
     written = [(t.name, header.data_offset + t.offset, t.nbytes) for t in header.tensors]
     if header.file_size != plan.nbytes or (planned and written != planned):

@@ -39,7 +39,7 @@ from dfqs_nb.workbook.app import (
     say_written,
 )
 
-COLUMNS = "condition against n_choices n_differ margin_differ logits_equal logit_drift same_output status"
+COLUMNS = "condition against n_choices n_differ margin_differ logits_equal logit_drift same_output"
 
 
 @app.command(rich_help_panel=MEASURE)
@@ -66,9 +66,11 @@ def routing(
     options: dict[str, Any] = {"budget_minutes": budget_minutes, "fresh": fresh, "export": export}
     options |= {"n_tokens": tokens, "other": other, "texts": texts}
     experiment = run_experiment(path, folder / "routing", **options)
-    table = experiment.table.reindex(columns=COLUMNS.split())
-    say_table(table[~table["condition"].isin(experiment.left_out)], ".3g")
-    say("\n".join(["", *experiment.conclusions(), "", *experiment.advice, ""]))
+    say_table(experiment.sensitivities[COLUMNS.split()], ".3g")
+    rows = experiment.rows.drop_duplicates("condition")
+    broken = rows[(rows["status"] != "done") & ~rows["condition"].isin(experiment.left_out)]
+    say("\n".join(f"{row.condition}: {row.status}" for row in broken.itertuples()))
+    say("\n".join([*experiment.conclusions(), "", *experiment.advice, ""]))
     for row in experiment.claims().itertuples():
         say(f'"{row.claim}": {row.status}\n  {row.evidence}')
     say()

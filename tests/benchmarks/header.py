@@ -24,7 +24,7 @@ READERS = {
     "ours": "from dfqs_nb.gguf.header import read_header as read; show = lambda h: (h.architecture, h.tensors[-1])",
     "ours, all tokens too": "from dfqs_nb.gguf.header import read_header as read\n"
     "show = lambda h: h['tokenizer.ggml.tokens'][-1]",
-    "libggml, in a child": "from dfqs_nb.llama.check import parse as read; show = lambda p: p.n_tensors",
+    "libggml, in a child": "from dfqs_nb.llama.check import parse as read; show = lambda p: p.accepted",
     "gguf.GGUFReader": "from gguf import GGUFReader as read\n"
     "show = lambda r: (r.fields['general.architecture'].contents(), r.tensors[-1].name)",
 }

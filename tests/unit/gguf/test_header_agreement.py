@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import libggml
 import llama_cpp_tools
 import pytest
 import record_references as records
@@ -79,9 +80,8 @@ def assert_agrees_with_gguf_py(path: Path) -> None:
     ]
 
 
-def assert_agrees_with_libggml(path: Path, theirs: check.Parsed) -> None:
+def assert_agrees_with_libggml(path: Path, theirs: libggml.Table) -> None:
     header = read_header(path)
-    assert theirs.accepted, theirs.message
     assert (header.version, len(header), len(header.tensors), header.alignment, header.data_offset) == (
         theirs.version,
         theirs.n_kv,
@@ -113,7 +113,7 @@ def test_a_vocabulary_read_side_by_side_with_gguf_py(vocabularies, name):
 
 
 def test_every_vocabulary_lies_where_libggml_says(vocabularies):
-    for path, theirs in zip(vocabularies.values(), check.parse_all(list(vocabularies.values())), strict=True):
+    for path, theirs in zip(vocabularies.values(), libggml.tables(list(vocabularies.values())), strict=True):
         header = read_header(path)
         assert (header.version, len(header), header.data_offset) == (
             theirs.version,
@@ -125,7 +125,7 @@ def test_every_vocabulary_lies_where_libggml_says(vocabularies):
 @pytest.mark.parametrize("path", sorted(records.MODELS.glob("*.gguf")), ids=lambda path: path.stem)
 def test_every_field_and_tensor_of_the_reference_model(path):
     assert_agrees_with_gguf_py(path)
-    assert_agrees_with_libggml(path, check.parse(path, tensors=True))
+    assert_agrees_with_libggml(path, libggml.table(path))
 
 
 @pytest.mark.slow
@@ -138,20 +138,20 @@ def test_models_that_llama_cpps_own_test_writes(tmp_path):
     assert len(paths) >= 5
     for path in paths:
         assert_agrees_with_gguf_py(path)
-        assert_agrees_with_libggml(path, check.parse(path, tensors=True))
+        assert_agrees_with_libggml(path, libggml.table(path))
 
 
 def test_a_header_of_the_real_size_lies_where_libggml_says(tmp_path):
     path = real_size_header(tmp_path / "real.gguf")
     assert path.stat().st_size > 60e9 and len(read_header(path).tensors) == 1328
-    assert_agrees_with_libggml(path, check.parse(path, tensors=True))
+    assert_agrees_with_libggml(path, libggml.table(path))
 
 
 def test_a_version_2_file_reads_alike(tmp_path):
     path = tmp_path / "v2.gguf"
     path.write_bytes(gguf_bytes(every_type(), [Spec("t", "F16", (7, 3))], version=2))
     assert_agrees_with_gguf_py(path)
-    assert_agrees_with_libggml(path, check.parse(path, tensors=True))
+    assert_agrees_with_libggml(path, libggml.table(path))
 
 
 # Files drawn at random
@@ -206,7 +206,7 @@ def test_any_valid_file_reads_as_gguf_py_and_libggml_read_it(tmp_path):
         check_layout(read_header(paths[-1]))
 
     read()
-    for path, theirs in zip(paths, check.parse_all(paths, tensors=True), strict=True):
+    for path, theirs in zip(paths, libggml.tables(paths), strict=True):
         assert_agrees_with_libggml(path, theirs)
 
 
@@ -223,8 +223,8 @@ def ours_accepts(path: Path) -> bool:
 
 def assert_no_laxer_than_libggml(paths: list[Path]) -> None:
     accepted = [ours_accepts(path) for path in paths]
-    for path, mine, theirs in zip(paths, accepted, check.parse_all(paths), strict=True):
-        assert theirs.accepted or not mine, f"{path.name}: we accept it, libggml: {theirs.message}"
+    for path, mine, theirs in zip(paths, accepted, check.verdicts(paths, "parse"), strict=True):
+        assert theirs.accepted or not mine, f"{path.name}: we accept it, libggml: {theirs.reason}"
 
 
 def mutated(draw: random.Random, whole: bytes) -> bytes:

@@ -167,7 +167,7 @@ def test_llama_cpp_refuses_all_of_them_too_but_for_the_known_few(tmp_path):
     cases = {**HEADERS, **LAYOUTS}
     for case, (raw, *_) in cases.items():
         (tmp_path / case).write_bytes(raw)
-    answers = check.parse_all([tmp_path / case for case in cases])
+    answers = check.verdicts([tmp_path / case for case in cases], "parse")
     assert {case for case, verdict in zip(cases, answers, strict=True) if verdict.accepted} == stricter
     assert {case: verdict.death for case, verdict in zip(cases, answers, strict=True) if verdict.death} == {
         "an overflow beside a 0, which aborts llama.cpp": "SIGABRT"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import libggml
 import llama_cpp
 import llama_cpp_tools
 import numpy as np
@@ -19,7 +20,6 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.ladder import divergence, imatrix
 from dfqs_nb.ladder.imatrix import Entry, ImatrixError, ImportanceMatrix
-from dfqs_nb.llama import check
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama import settings as llama_settings
 
@@ -71,7 +71,7 @@ def test_what_is_written_is_read_again_and_llama_cpp_parses_it(matrix, tmp_path)
     for name, entry in matrix.entries.items():
         assert np.array_equal(found.entries[name].sums, entry.sums)
         assert np.array_equal(found.entries[name].counts, entry.counts)
-    assert check.parse(written.path).n_tensors == 2 * len(matrix.entries)
+    assert libggml.table(written.path).n_tensors == 2 * len(matrix.entries)
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 

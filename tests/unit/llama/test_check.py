@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import child_jobs
+import libggml
 import pytest
 from gguf_fixtures import Spec, gguf_bytes, header_bytes, small_gguf
 
@@ -26,10 +27,10 @@ from dfqs_nb.llama.settings import OpenSettings
 def test_a_valid_file_is_accepted_with_its_numbers(tmp_path):
     path = tmp_path / "räksmörgås.gguf"
     path.write_bytes(small_gguf())
-    parsed = check.parse(path, tensors=True)
-    assert parsed.accepted and not parsed.message and not parsed.death
-    assert (parsed.version, parsed.n_kv, parsed.n_tensors, parsed.alignment) == (3, 48, 5, 32)
-    assert parsed.tensors[1] == check.ParsedTensor("b.weight", "Q8_0", 64, 136)
+    assert check.parse(path) == check.Verdict(True)
+    table = libggml.table(path)
+    assert (table.version, table.n_kv, table.n_tensors, table.alignment) == (3, 48, 5, 32)
+    assert table.tensors[1] == libggml.Row("b.weight", "Q8_0", 64, 136)
 
 
 def test_a_refusal_carries_llama_cpps_words(tmp_path):
@@ -37,17 +38,17 @@ def test_a_refusal_carries_llama_cpps_words(tmp_path):
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     parsed = check.parse(path)
     assert not parsed.accepted and not parsed.death
-    assert "invalid magic characters: 'vers'" in parsed.message
+    assert "invalid magic characters: 'vers'" in parsed.reason
 
 
 def test_many_files_each_with_its_own_message(tmp_path):
     paths = [tmp_path / name for name in ("a", "b", "c", "absent")]
     for path, raw in zip(paths, (small_gguf(), b"GGUF\1\0\0\0", small_gguf()), strict=False):
         path.write_bytes(raw)
-    answers = check.parse_all(paths)
+    answers = check.verdicts(paths, "parse")
     assert [one.accepted for one in answers] == [True, False, True, False]
-    assert "GGUFv1" in answers[1].message and answers[2].message == ""
-    assert "No such file" in answers[3].message
+    assert "GGUFv1" in answers[1].reason and answers[2].reason == ""
+    assert "No such file" in answers[3].reason
 
 
 def test_a_header_that_asks_for_the_machine_meets_a_ceiling(tmp_path):
@@ -60,7 +61,7 @@ def test_a_header_that_asks_for_the_machine_meets_a_ceiling(tmp_path):
     parsed = check.parse(path)
     assert not parsed.accepted
     if sys.platform == "linux":
-        assert "bad_alloc" in parsed.message
+        assert "bad_alloc" in parsed.reason
 
 
 def test_a_parser_that_aborts_is_a_refusal_and_the_next_files_are_still_asked(tmp_path):
@@ -68,10 +69,10 @@ def test_a_parser_that_aborts_is_a_refusal_and_the_next_files_are_still_asked(tm
     paths = [tmp_path / name for name in ("a", "bad", "c")]
     for path, shape in zip(paths, ((3,), (3, 0, 1 << 62), (3,)), strict=True):
         path.write_bytes(gguf_bytes([], [Spec("t", "F32", shape)]))
-    answers = check.parse_all(paths)
+    answers = check.verdicts(paths, "parse")
     assert [one.accepted for one in answers] == [True, False, True]
     assert answers[1].death == "SIGABRT"
-    assert answers[1].message.startswith("ggml.c:") and "GGML_ASSERT" in answers[1].message
+    assert answers[1].reason.startswith("ggml.c:") and "GGML_ASSERT" in answers[1].reason
 
 
 def test_a_parser_that_hangs_is_stopped(tmp_path, monkeypatch):
@@ -105,14 +106,14 @@ def test_libggml_knows_no_type_after_our_last(tmp_path):
     spec = Spec("t", max(TENSOR_TYPES) + 1, (256,), offset=0)
     path.write_bytes(header_bytes([], [spec]))
     parsed = check.parse(path)
-    assert not parsed.accepted and "invalid ggml type" in parsed.message
+    assert not parsed.accepted and "invalid ggml type" in parsed.reason
 
 
 def test_the_table_of_a_whole_small_file(tmp_path):
     specs = [Spec(f"t{i}", kind, (256, 2)) for i, kind in enumerate(("F32", "IQ1_S", "Q2_K", "Q8_0", "I32"))]
     path = tmp_path / "t.gguf"
     path.write_bytes(gguf_bytes([], specs))
-    table = check.parse(path, tensors=True).tensors
+    table = libggml.table(path).tensors
     assert [(row.name, row.type, row.nbytes) for row in table] == [(s.name, s.type, s.nbytes) for s in specs]
 
 

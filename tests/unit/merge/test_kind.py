@@ -23,7 +23,8 @@ from read_chars import read_chars
 from conftest import REFERENCE
 from dfqs_nb.core.errors import DfqsError, HeaderError, IntegrityError, ShardError
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.llama.check import loader_verdict, loader_verdicts
+from dfqs_nb.llama import check
+from dfqs_nb.llama.check import loader_verdict
 from dfqs_nb.merge import merge_model, merge_once, open_source, repair
 from dfqs_nb.merge.byte_parts import byte_parts
 from dfqs_nb.merge.kind import Kind, diagnose, diagnosis_table
@@ -222,7 +223,7 @@ def test_llama_cpp_says_of_each_what_the_table_shows(made: Made, tmp_path: Path)
         (tmp_path / str(number)).mkdir()
         paths.append(tmp_path / str(number) / "case.gguf")
         paths[-1].write_bytes(case.make(made))
-    verdicts = loader_verdicts(paths)
+    verdicts = check.verdicts(paths)
     assert [
         (name, verdict.reason)
         for (name, case), verdict in zip(CASES.items(), verdicts, strict=True)
@@ -375,7 +376,7 @@ def test_byte_parts_are_found_in_order_from_any_one(names: list[str], made: Made
             and "all 3 are here, together 5,753,024 bytes" in diagnosis.finding
         )
     assert b"".join(path.read_bytes() for path in byte_parts(paths[1])) == made.whole
-    verdicts = loader_verdicts(paths[:2])
+    verdicts = check.verdicts(paths[:2])
     assert BOUNDS in verdicts[0].reason and "invalid magic characters" in verdicts[1].reason
     gone = paths.pop(1)
     gone.unlink()
@@ -556,7 +557,7 @@ def test_a_file_that_aborts_llama_cpp_gives_a_verdict_and_the_next_file_is_asked
     tokens = read_header(paths[0])["tokenizer.ggml.tokens"]
     twice = Apart.of(paths[0]).with_field("tokenizer.ggml.tokens", "[STRING]", [*tokens[:-1], tokens[0]])
     paths[1].write_bytes(twice.bytes())
-    verdicts = loader_verdicts(paths)
+    verdicts = check.verdicts(paths)
     assert [verdict.accepted for verdict in verdicts] == [True, False, True]
     assert (verdicts[1].death, "id_to_token.size()" in verdicts[1].reason) == ("SIGABRT", True)
 

@@ -18,19 +18,17 @@ from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.routing import figures
 from dfqs_nb.routing import profile as routing_profile
 from dfqs_nb.routing.compare import across, divergence
-from dfqs_nb.routing.profile import (
-    arguments,
-    expert_bytes,
-    placement,
-    profile_of,
-    read_profile,
-    write_profile,
-)
+from dfqs_nb.routing.profile import Profile, arguments, expert_bytes, read_profile
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.trace import Logits, Trace, export
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 EXPERTS, N = 8, 60
+
+
+def profile_of(trace: Trace, layer_bytes: np.ndarray | None = None) -> Profile:
+    """The profile, where every layer has equally many bytes."""
+    return routing_profile.profile_of(trace, np.array([80, 80]) if layer_bytes is None else layer_bytes)
 
 
 def planted(seed: int = 0, n_texts: int = 12, special: bool = True) -> Trace:
@@ -92,7 +90,7 @@ def test_one_domain_has_nothing_to_be_special_against():
         profile.drift(),
     )
     assert not any(table.isna().any(axis=None) for table in tables)
-    assert placement(profile, np.array([10, 10])).notna().all(axis=None)
+    assert profile.placement().notna().all(axis=None)
 
 
 def test_p_values_of_texts_alike_are_uniform(monkeypatch):
@@ -142,14 +140,13 @@ def test_coverage_counts_the_fewest_experts():
 
 def test_hit_rates_are_of_texts_that_did_not_choose():
     profile = profile_of(planted())
-    hits = profile.hit_rates([0.0, 0.5, 1.0], np.array([10, 10]))
+    hits = profile.hit_rates([0.0, 0.5, 1.0])
     assert hits.shape == (3, 12) and (hits[0] == 0).all() and hits[2] == pytest.approx(1)
     assert (hits[1] > 0.4).all() and (hits[1] < 0.9).all()
 
 
 def test_placement_lines_are_llama_cpps(tmp_path):
-    profile = profile_of(planted())
-    table = placement(profile, np.array([100, 300]))
+    table = profile_of(planted(), np.array([100, 300])).placement()
     assert table["layers"].tolist() == [0, 1, 1, 1] and table.loc[1, "hit_rate"] == 0.25
     assert table.loc[1, "arguments"] == '-ngl 99 -ot "blk\\.(4)\\.ffn_.*_exps=CPU"'
     assert table["low"].le(table["experts_hit_rate"]).all()
@@ -157,7 +154,8 @@ def test_placement_lines_are_llama_cpps(tmp_path):
     assert arguments(np.arange(4), np.arange(4)) == "-ngl 99"
     line = arguments(np.arange(4), np.array([0, 3]))
     assert shlex.split(line)[3] == r"blk\.(1|2)\.ffn_.*_exps=CPU"
-    plan = json.loads(write_profile(tmp_path / "p.json", profile, np.array([80, 160])).read_text())
+    profile = profile_of(planted(), np.array([80, 160]))
+    plan = json.loads(profile.write(tmp_path / "p.json").read_text())
     assert plan["layers"][1]["expert_bytes"] == 20 and len(plan["layers"][0]["reads"]) == EXPERTS
     assert sum(plan["layers"][0]["reads"]) == pytest.approx(2, abs=1e-4)
 

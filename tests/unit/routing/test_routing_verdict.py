@@ -20,7 +20,7 @@ from dfqs_nb.routing.experiment import Condition, run_experiment
 from dfqs_nb.routing.recorded import Schedule
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.trace import Logits, Trace
-from dfqs_nb.routing.verdict import _compared, advice, judge, sensitivities
+from dfqs_nb.routing.verdict import advice, judge, sensitivities
 from dfqs_nb.stats import at_most
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
@@ -108,12 +108,14 @@ def test_bounds_of_long_runs_stay_finite():
 
 
 def table_of(*rows) -> pd.DataFrame:
-    """The experiment's table for pairs (condition, kind, against, a, b)."""
-    found = [
-        {"condition": name, "kind": kind, "against": against, "status": "done", **_compared(a, b)}
-        for name, kind, against, a, b in rows
-    ]
-    return pd.DataFrame(found)
+    """The experiment's rows for pairs (condition, kind, against, a, b)."""
+    return pd.DataFrame(
+        [
+            {"condition": name, "kind": kind, "against": against, "status": "done", "text": ""}
+            | compare(a, b)
+            for name, kind, against, a, b in rows
+        ]
+    )
 
 
 FLIPPED = trace([[[0, 1], [2, 3]], [[0, 1], [2, 1]], [[0, 1], [2, 3]]], drift=0.5)
@@ -159,7 +161,7 @@ def test_sensitivities_are_ranked_and_become_advice():
         ("all by decode", "phase", "x", A, dataclasses.replace(A, logits=FLIPPED.logits)),
     )
     assert sensitivities(table)["condition"].tolist() == ["n_batch 7", "all by decode", "1 thread"]
-    lines = advice(table)
+    lines = advice(sensitivities(table))
     assert lines[0].startswith('Fix n_batch and n_ubatch: "n_batch 7" changed 1 of 6 choices')
     assert "no choice changed, but logits moved by up to 0.5" in lines[1]
     assert lines[2].startswith("Free: n_threads and n_threads_batch.")
@@ -212,10 +214,10 @@ def planted(tmp_path_factory):
 
 def test_a_planted_fault_is_caught(planted):
     """Near-ties flip when the batch changes, and only there: the same run still repeats itself."""
-    table = planted.table.set_index("condition")
+    table = planted.rows.set_index("condition")
     assert (table.loc[["n_batch 7", "all by decode"], "n_differ"] > 20).all()
     assert (table.loc[["n_batch 7", "all by decode"], "margin_differ"] < 1e-4).all()
-    assert judge(planted.table).passed
+    assert judge(planted.rows).passed
     assert np.nanmedian(planted.traces["prefill"].margin) < 1e-5
     assert planted.claims().set_index("claim").loc["routing stable", "status"] == "contradicted"
     assert any(line.startswith("Fix n_batch and n_ubatch") for line in planted.advice)
@@ -228,8 +230,8 @@ def test_the_sound_model_does_not_look_like_the_planted_one(tmp_path, planted, m
     """How many near-ties fall the other way depends on the processor: a tenth of the planted at most."""
     only(monkeypatch, "n_batch 7")
     found = run_experiment(NANO, tmp_path, n_tokens=150, n_output=4)
-    differ = planted.table.set_index("condition")["n_differ"]
-    assert found.table["n_differ"].sum() < differ["n_batch 7"] / 10
+    differ = planted.rows.set_index("condition")["n_differ"]
+    assert found.rows["n_differ"].sum() < differ["n_batch 7"] / 10
     assert np.nanmedian(found.traces["prefill"].margin) > 1e-2
 
 
@@ -239,7 +241,7 @@ def test_traces_are_reused_only_under_the_same_conditions(tmp_path, monkeypatch)
     assert first.n_made == len(first.traces) == 2  # the condition, and its reference
     again = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
     assert (again.n_made, len(again.traces)) == (0, 2)
-    pd.testing.assert_frame_equal(first.table, again.table)
+    pd.testing.assert_frame_equal(first.rows, again.rows)
     (tmp_path / "prefill.npz").write_bytes(b"cut off")  # a killed run leaves no such file, but a disk may
     assert run_experiment(NANO, tmp_path, n_tokens=60, n_output=2).n_made == 1
     assert run_experiment(NANO, tmp_path, n_tokens=61, n_output=2).n_made == 2
@@ -263,10 +265,10 @@ def test_a_condition_that_llama_cpp_refuses_is_reported_and_the_rest_goes_on(tmp
     ]
     monkeypatch.setattr(routing_experiment, "conditions", lambda *_args: planned)
     found = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
-    status = found.table.set_index("condition")["status"]
+    status = found.rows.set_index("condition")["status"]
     assert status["prefill, fresh process"] == "done"
     assert status[bad.name].startswith("failed: llama.cpp refuses it")
-    assert judge(found.table).passed and len(sensitivities(found.table)) == 0
+    assert judge(found.rows).passed and len(found.sensitivities) == 0
 
 
 def test_another_quantization_is_compared_and_another_model_is_reported(tmp_path, monkeypatch):
@@ -276,20 +278,20 @@ def test_another_quantization_is_compared_and_another_model_is_reported(tmp_path
     monkeypatch.setattr(routing_experiment, "quantizations", lambda *_: others)
     only(monkeypatch, "weights: dfqs-nano-q8_0", "weights: stranger")
     found = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
-    table = found.table.set_index("condition")
+    table = found.rows.set_index("condition")
     assert 10 < table.loc["weights: dfqs-nano-q8_0", "n_differ"] < 90
     assert table.loc["weights: stranger", "status"].startswith("not comparable: ")
-    assert len(sensitivities(found.table)) == 1
+    assert len(found.sensitivities) == 1
 
 
 def test_a_dense_model_is_judged_by_its_logits(tmp_path, monkeypatch):
     only(monkeypatch, REPEATS[0], REPEATS[1], "all by decode")
     found = run_experiment(smollm2(), tmp_path, n_tokens=48, n_output=2, n_threads=2)
-    verdict = judge(found.table)
+    verdict = judge(found.rows)
     assert verdict.passed and not verdict.routed and "dense model, nothing to route" in verdict.text
     assert found.claims()["status"].tolist() == ["not testable here", "confirmed", "not testable here"]
-    assert found.table.set_index("condition").loc["all by decode", "logits_equal"] < 1
-    assert "logits moved by up to" in advice(found.table)[0]
+    assert found.rows.set_index("condition").loc["all by decode", "logits_equal"] < 1
+    assert "logits moved by up to" in found.advice[0]
     written = found.write_tables(tmp_path)
     assert all(path.exists() for path in written)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import moe_models
@@ -19,11 +20,19 @@ from dfqs_nb.llama.build import default_context_params
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.experiment import run_experiment
-from dfqs_nb.routing.plan import Costs, Load, conditions, fit, plan_loads, read_texts
-from dfqs_nb.routing.recorded import RecordedModel, Together, cut, open_recorded, record, record_together
+from dfqs_nb.routing.plan import Condition, Costs, conditions, fit, loads, read_texts
+from dfqs_nb.routing.recorded import (
+    RecordedModel,
+    Schedule,
+    Together,
+    cut,
+    open_recorded,
+    record,
+    record_together,
+)
 from dfqs_nb.routing.recorder import Column, RoutingError
 from dfqs_nb.routing.trace import joined
-from dfqs_nb.routing.verdict import cluster_interval, judge_loads, load_rows, load_table
+from dfqs_nb.routing.verdict import cluster_interval, compared, judge_loads, load_table
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 N_SEQUENCES, N, N_PREFILL = 4, 18, 12
@@ -166,16 +175,17 @@ def test_the_texts_are_enough_and_of_enough_domains(tmp_path):
 
 
 def test_every_text_meets_every_load_and_seeds_repeat():
-    plan = dict(plan_loads(16, 80, 64))
-    assert plan == dict(plan_loads(16, 80, 64)) and plan != dict(plan_loads(16, 80, 64, seed=1))
+    settings = OpenSettings(n_ctx=512, n_threads=1)
+    plan = list(loads(settings, 16))
+    assert plan == list(loads(settings, 16)) and plan != list(loads(settings, 16, seed=1))
     for n_others in (1, 3, 7):
         for kind in ("together", "mixed"):
-            members = [
-                load.members for load in plan.values() if (load.n_others, load.kind) == (n_others, kind)
-            ]
+            members = [each.texts for each in plan if re.match(f"{n_others} others?, {kind}", each.name)]
             assert {text for each in members for text in each} == set(range(16))
-    mixed = [load for load in plan.values() if load.kind == "mixed"]
-    assert any(arrival > 0 for load in mixed for arrival in load.arrivals)
+    mixed = [each for each in plan if "mixed" in each.name]
+    assert any(arrival > 0 for each in mixed for arrival in each.arrivals)
+    assert all(each.settings.n_ctx >= 88 * max(1, len(each.arrivals)) for each in plan)
+    assert mixed[0].load == "7 others, mixed, a cache each" != mixed[0].name
 
 
 def planned_for(n_texts=16):
@@ -199,14 +209,14 @@ def test_a_small_budget_repeats_before_it_runs_texts_that_nothing_is_compared_wi
     planned, costs = planned_for(), Costs(10, 0.7, 1.2, 384, 16, 16 * 300)
     kept = fit(planned, costs, 444)[1]
     assert {"prefill, fresh process", "prefill, same process again"} <= set(kept) and "alone" not in kept
-    needs = {each.name: each.needs for each in planned}
+    needs = {each.name: each.against for each in planned}
     assert all(needs[name] in {"", *kept} for name in kept), "a run without what it is compared with"
 
 
 def test_a_scaled_run_is_shorter_in_all_its_parts():
     load = next(each for each in planned_for() if each.name.startswith("7 others, mixed"))
-    half = load.scaled(0.5).load
-    assert (half.n_prefill, half.n_tokens) == (32, 40) and max(half.arrivals) <= 8
+    half = load.scaled(0.5)
+    assert half.schedule.prefill == 32 and 0 < max(half.arrivals) <= 8
     decode = next(each for each in planned_for() if each.name == "decode")
     assert decode.scaled(0.5).schedule.prefill == 96
 
@@ -233,7 +243,7 @@ def test_a_budget_shrinks_the_experiment_and_says_how(tmp_path, capsys, monkeypa
     assert found.plan.startswith("Budget 0.0001 minutes: 1 of 5 runs, at 0.125 of each length.")
     assert found.plan in capsys.readouterr().out
     assert set(found.traces) == {"prefill"} and found.reference.n_tokens == 8
-    status = found.table.set_index("condition")["status"]
+    status = found.rows.set_index("condition")["status"]
     assert status.str.startswith("left out").all()
     assert set(found.left_out) == {*CHOSEN, "alone"} and "Left out" in " ".join(found.conclusions())
     assert found.moved().startswith("No token changed its experts")
@@ -260,14 +270,15 @@ def test_a_run_that_gets_a_budget_does_not_mix_lengths(tmp_path, monkeypatch):
 
 
 def rows_of(n_differ: dict[str, int], n_texts: int = 16) -> pd.DataFrame:
-    """Rows of `load_rows` for loads of 7 others in which one choice each of some texts differs."""
+    """Rows of `compared` for loads of 7 others in which one choice each of some texts differs."""
     return pd.DataFrame(
         [
             {
                 "load": load,
-                "kind": "together",
+                "kind": "load",
+                "status": "done",
                 "n_others": 7,
-                "run": f"{load} {text // 8}",
+                "condition": f"{load} {text // 8}",
                 "text": f"text {text}",
                 "domain": f"domain {text % 4}",
                 "n_choices": 100,
@@ -290,7 +301,10 @@ def test_nothing_changed_bounds_batches_and_texts():
     assert verdict.counts["texts_bound"] == pytest.approx(1 - 0.05 ** (1 / 16))
     assert verdict.sentence.startswith("Deterministic under load: with 16 texts of 4 domains")
     assert judge_loads(rows_of({"a": 0}), False).level == "not"
-    assert not judge_loads(rows_of({"a": 0}), True, ["b: failed"]).passed
+    broken = rows_of({"a": 0, "b": 0})
+    broken.loc[broken["load"] == "b", "status"] = "failed: llama.cpp died"
+    assert not judge_loads(broken, True).passed
+    assert "2 loads did not run (b 0: failed" in judge_loads(broken, True).sentence
 
 
 def test_a_changed_choice_names_its_loads_with_an_interval_over_texts():
@@ -302,9 +316,10 @@ def test_a_changed_choice_names_its_loads_with_an_interval_over_texts():
 
 
 def test_no_load_is_no_verdict():
-    assert judge_loads(pd.DataFrame(), True).level == "not judged"
+    nothing = compared([], {}, {}, [])
+    assert judge_loads(nothing, True).level == "not judged"
     assert "no routed experts" in judge_loads(rows_of({"a": 0}).assign(n_choices=0), True).sentence
-    json.dumps(vars(judge_loads(pd.DataFrame(), True)))
+    json.dumps([vars(judge_loads(rows, True)) for rows in (nothing, rows_of({"a": 0}))])
 
 
 def test_the_interval_covers_a_rate_that_differs_between_texts():
@@ -321,16 +336,16 @@ def test_each_sequence_is_compared_with_itself_alone(tmp_path):
     texts = read_texts()[:2]
     rng = np.random.default_rng(1)
     lines = [rng.integers(5, 700, 30).tolist() for _ in texts]
-    alone_load = Load("alone", 0, False, (0, 1), (), 2, 20, 30)
-    load = Load("together", 1, False, (1, 0), (0, 0), 2, 20, 30)
-    settings = load.settings(OpenSettings(n_ctx=256, n_threads=1), 0)
+    settings, schedule = OpenSettings(n_ctx=512, n_threads=1), Schedule(20)
+    single = Condition("alone", "alone", "", settings, schedule, texts=(0, 1), n_sequences=2)
+    beside_one = replace(single, name="1 other", kind="load", against="alone", texts=(1, 0), arrivals=(0, 0))
     with open_recorded(NANO, settings, trial=False) as model:
         model.reopen(settings, n_sequences=2)
         together = Together(model)
         alone = joined([record_together(together, [line], [0], 20, 2) for line in lines], lengths=[30, 30])
         beside = record_together(together, lines[::-1], [0, 0], 20, 2)
-    loads = {"alone": alone_load, "1 other": load}
-    rows = load_rows(loads, {"alone": alone, "1 other": beside}, texts)
+    made, status = {"alone": alone, "1 other": beside}, dict.fromkeys(["alone", "1 other"], "done")
+    rows = compared([single, beside_one], made, status, texts)
     assert rows["text"].tolist() == [texts[1].name, texts[0].name] and (rows["n_choices"] == 90).all()
     assert load_table(rows).loc[0, "n_runs"] == 1
     alone.save(tmp_path / "alone.npz")
