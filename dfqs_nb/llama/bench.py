@@ -11,13 +11,13 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import nan
 from pathlib import Path
-from statistics import mean, median, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError, ModelError
@@ -25,16 +25,12 @@ from dfqs_nb.llama.model import Model, open_model
 from dfqs_nb.llama.settings import OpenSettings, llama_version
 from dfqs_nb.llama.timing import time_once
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 RAPL = Path("/sys/class/powercap")
 PARAMETERS = ("n_batch", "n_ubatch", "n_threads", "type_k", "type_v", "n_gpu_layers", "flash_attn")
 WARM_UP = 16
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """A setting, and what is timed: ``n_prompt`` tokens at once, or ``n_gen`` one by one, at a depth."""
 
     settings: OpenSettings
@@ -47,54 +43,6 @@ class Case:
         """The test as llama-bench calls it."""
         what = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
         return f"{what} @ d{self.n_depth}" if self.n_depth else what
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Seconds and joules of each case, by its number and round; ``failed``: why llama.cpp refused a case."""
-
-    cases: Sequence[Case]
-    seconds: Mapping[int, Sequence[float]]
-    joules: Mapping[int, Sequence[float]]
-    facts: Mapping[str, Any]
-    failed: Mapping[int, str]
-
-    def table(self) -> pd.DataFrame:
-        """A row a timed case, in llama-bench's columns, and ``joules_per_token`` (NaN: not readable)."""
-        import pandas as pd
-
-        rows = []
-        for number, seconds in sorted(self.seconds.items()):
-            case = self.cases[number]
-            sizes = {name: getattr(case, name) for name in ("n_prompt", "n_gen", "n_depth")}
-            row = {**self.facts, **{name: getattr(case.settings, name) for name in PARAMETERS}, **sizes}
-            n = case.n_prompt or case.n_gen
-            speeds = [n / second for second in seconds]
-            for unit, values in (("ns", [1e9 * second for second in seconds]), ("ts", speeds)):
-                row[f"avg_{unit}"] = mean(values)
-                row[f"stddev_{unit}"] = stdev(values) if len(values) > 1 else 0.0
-            rows.append(row | {"joules_per_token": median(self.joules[number]) / n})
-        return pd.DataFrame(rows)
-
-    def advice(self) -> list[str]:
-        """For each test, the fastest setting beside the first one, with the range of the rounds' ratios."""
-        lines = []
-        for name in dict.fromkeys(case.name for case in self.cases):
-            numbers = [at for at in sorted(self.seconds) if self.cases[at].name == name]
-            if len(numbers) < 2:
-                continue
-            first = self.seconds[numbers[0]]
-            gains = {at: [a / b for a, b in zip(first, self.seconds[at], strict=True)] for at in numbers}
-            faster = [at for at in numbers if min(gains[at]) > 1]
-            if not faster:
-                lines.append(f"{name}: no setting is faster than the first in every round")
-                continue
-            best = min(faster, key=lambda at: median(self.seconds[at]))
-            before, after = (self.cases[at].settings.as_dict() for at in (numbers[0], best))
-            changed = ", ".join(f"{key}={after[key]}" for key in PARAMETERS if after[key] != before[key])
-            spread = f"{min(gains[best]):.2f} to {max(gains[best]):.2f} in {len(gains[best])} rounds"
-            lines.append(f"{name}: {changed} is {median(gains[best]):.2f} x as fast as the first ({spread})")
-        return lines
 
 
 def grid(
@@ -122,39 +70,39 @@ def grid(
     return cases
 
 
-def run(path: str | Path, cases: Sequence[Case], rounds: int = 5, budget_minutes: float = 10.0) -> Bench:
+def run(
+    path: str | Path, cases: Sequence[Case], rounds: int = 5, budget_minutes: float = 10.0
+) -> tuple[pd.DataFrame, list[str]]:
     """Time all cases, round after round, until the budget is used; the first round is always finished.
 
     The model is opened anew for each setting and round. If none opens it, `open_model`'s error is raised.
+
+    Returns:
+        A row a timed case and round: llama-bench's columns of model, setting and test, ``case`` (its number),
+        ``name``, ``round``, ``seconds`` and ``joules`` (NaN: not readable); and why settings were refused.
     """
-    seconds: dict[int, list[float]] = {}
-    joules: dict[int, list[float]] = {}
-    failed: dict[int, str] = {}
-    facts: dict[str, Any] = {}
-    began = time.monotonic()
+    rows, failed, began = list[dict[str, Any]](), dict[OpenSettings, str](), time.monotonic()
     for turn in tqdm(range(rounds), desc="rounds", leave=False):
         if turn and (time.monotonic() - began) * (turn + 1) / turn > 60 * budget_minutes:
             break
-        to_time = [pair for pair in enumerate(cases) if pair[0] not in failed]
-        for settings, group in itertools.groupby(to_time, key=lambda pair: pair[1].settings):
-            same = dict(group)
+        for settings, same in itertools.groupby(enumerate(cases), key=lambda pair: pair[1].settings):
+            if settings in failed:
+                continue
             try:
                 with open_model(path, settings, trial=turn == 0) as model:
-                    facts = facts or _facts(model)
-                    for number, case in same.items():
-                        before = _counters()
-                        seconds.setdefault(number, []).append(_time(model, case))
-                        joules.setdefault(number, []).append(_joules_since(before))
+                    for number, case in same:
+                        about = {"case": number, "name": case.name, "round": turn}
+                        rows.append(about | _facts(model, case) | _timed(model, case))
             except DfqsError as error:
-                failed |= dict.fromkeys(same, str(error))
-                if len(failed) == len(cases):
+                failed[settings] = str(error)
+                if len(failed) == len({case.settings for case in cases}):
                     raise
-    timed = {number: values for number, values in seconds.items() if number not in failed}
-    return Bench(cases, timed, joules, facts, failed)
+    kept = [row for row in rows if cases[row["case"]].settings not in failed]
+    return pd.DataFrame(kept), list(failed.values())
 
 
-def _facts(model: Model) -> dict[str, Any]:
-    """The model and the build, in llama-bench's columns."""
+def _facts(model: Model, case: Case) -> dict[str, Any]:
+    """Model, build, setting and test, in llama-bench's columns."""
     return {
         "build_commit": f"llama-cpp-python {llama_version()}",
         "cpu_info": platform.processor() or platform.machine(),
@@ -162,11 +110,13 @@ def _facts(model: Model) -> dict[str, Any]:
         "model_type": model.header.architecture,
         "model_size": model.memory.weights_bytes,
         "model_n_params": sum(tensor.n_elements for tensor in model.header.tensors),
+        **{name: getattr(case.settings, name) for name in PARAMETERS},
+        **{name: getattr(case, name) for name in ("n_prompt", "n_gen", "n_depth")},
     }
 
 
-def _time(model: Model, case: Case) -> float:
-    """Seconds of the test alone, on seeded random tokens, after a short warm-up."""
+def _timed(model: Model, case: Case) -> dict[str, float]:
+    """Seconds and joules of the test alone, on seeded random tokens, after a short warm-up."""
     tokens = np.random.default_rng(42).integers(0, model.n_vocab, model.settings.n_ctx).tolist()
     time_once(model, tokens[:WARM_UP], tokens[:4])
     prefix, timed = tokens[: case.n_depth], tokens[case.n_depth :]
@@ -174,11 +124,41 @@ def _time(model: Model, case: Case) -> float:
     if prefix:
         model.decode(prefix)
         model.synchronize()
-    started = time.perf_counter()
+    before, started = _counters(), time.perf_counter()
     for part in [timed[: case.n_prompt]] if case.n_prompt else [[token] for token in timed[: case.n_gen]]:
         model.decode(part)
         model.synchronize()
-    return time.perf_counter() - started
+    return {"seconds": time.perf_counter() - started, "joules": _joules_since(before)}
+
+
+def table(timed: pd.DataFrame) -> pd.DataFrame:
+    """One row a case, in llama-bench's columns, and ``joules_per_token``, from the rows of `run`."""
+    n = timed["n_prompt"] + timed["n_gen"]
+    times, speeds, joules = 1e9 * timed["seconds"], n / timed["seconds"], timed["joules"] / n
+    groups = timed.assign(ns=times, ts=speeds, joules_per_token=joules).groupby("case")
+    made = groups.first().drop(columns=["name", "round", "seconds", "joules", "ns", "ts"])
+    for unit in ("ns", "ts"):
+        made[f"avg_{unit}"] = groups[unit].mean()
+        made[f"stddev_{unit}"] = groups[unit].std().fillna(0.0)
+    return made.assign(joules_per_token=groups["joules_per_token"].median())
+
+
+def advice(timed: pd.DataFrame) -> list[str]:
+    """For each test, the fastest setting beside the first one, with the range of the rounds' ratios."""
+    lines = []
+    for name, rows in timed.groupby("name", sort=False):
+        seconds = rows.pivot(index="round", columns="case", values="seconds")
+        gains = seconds.rdiv(seconds.iloc[:, 0], axis=0)
+        faster = gains.columns[gains.min() > 1]
+        if len(faster):
+            best = seconds[faster].median().idxmin()
+            before, after = (rows[rows["case"] == case].iloc[0] for case in (seconds.columns[0], best))
+            changed = ", ".join(f"{key}={after[key]}" for key in PARAMETERS if after[key] != before[key])
+            spread = f"{gains[best].min():.2f} to {gains[best].max():.2f} in {len(gains)} rounds"
+            lines.append(f"{name}: {changed} is {gains[best].median():.2f} x as fast as the first ({spread})")
+        elif seconds.shape[1] > 1:
+            lines.append(f"{name}: no setting is faster than the first in every round")
+    return lines
 
 
 def _counters() -> dict[str, tuple[int, int]]:

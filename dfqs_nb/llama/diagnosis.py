@@ -97,23 +97,18 @@ class Forecast:
     def rows(self) -> dict[str, str]:
         """The forecast for people."""
         disk, ahead = self.disk, self.disk.read_ahead_bytes
-
-        def reads(n_bytes: int) -> str:
-            seconds = f", {n_bytes / disk.pieces:.2f} s of it" if n_bytes and disk.pieces else ""
-            return f"{size(n_bytes)}{seconds}"
-
-        def speed(value: float | None) -> str:
-            return f"{size(value)}/s" if value else NOT_MEASURED
-
+        reads = {"with help": self.helped, "without": self.plain}
+        seconds = {
+            how: f", {n / disk.pieces:.2f} s of it" if n and disk.pieces else "" for how, n in reads.items()
+        }
+        speeds = {"in order": disk.in_order, f"in pieces of {size(self.slice_bytes)}": disk.pieces}
         known = "not known" if ahead is None else size(ahead)
         return {
             "a token uses": f"{size(self.dense)} of dense weights, {size(self.experts)} of experts",
             "experts that stay in memory": f"{self.cached:.0%}",
-            "a token reads, with help": reads(self.helped),
-            "a token reads, without": reads(self.plain),
+            **{f"a token reads, {how}": f"{size(n)}{seconds[how]}" for how, n in reads.items()},
             "the disk": f"{disk.device or 'no block device'}, read-ahead {known}",
-            "its speed in order": speed(disk.in_order),
-            f"its speed in pieces of {size(self.slice_bytes)}": speed(disk.pieces),
+            **{f"its speed {how}": f"{size(n)}/s" if n else NOT_MEASURED for how, n in speeds.items()},
         }
 
 
@@ -143,74 +138,42 @@ def forecast(
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a token of decode took, on average; NaN where the system does not count it."""
+class Diagnosis:
+    """A forecast beside what a token of decode took, on average; NaN where the system does not count it."""
 
+    forecast: Forecast
+    helped: bool  # whether the paging help was on
     seconds: float
     waiting: float  # of these, without work for a processor
     read_bytes: float  # from the disk
     major_faults: float  # stops of a thread for the disk
 
-    @classmethod
-    def of(cls, model: Model, n_tokens: int) -> Measured:
-        """Decode random tokens in an empty context; two more come first and are not counted."""
-        tokens = np.random.default_rng(0).integers(0, model.n_vocab, n_tokens + 2).tolist()
-        model.clear()
-        for token in tokens[:2]:
-            model.evaluate([token])
-        before = _counts()
-        for token in tokens[2:]:
-            model.evaluate([token])
-        after = _counts()
-        model.clear()
-        seconds, processor, read, faults = ((b - a) / n_tokens for a, b in zip(before, after, strict=True))
-        return cls(seconds, max(0.0, seconds - processor / (model.settings.n_threads or 1)), read, faults)
-
-
-def _counts() -> tuple[float, float, float, float]:
-    """Seconds by the clock and of the processor, bytes read and major faults so far."""
-    counters, faults = getattr(psutil.Process(), "io_counters", None), nan
-    if LINUX:
-        import resource
-
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-    read = counters().read_bytes if counters else nan
-    return time.perf_counter(), time.process_time(), read, faults
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """A forecast beside what was measured; ``helped``: whether the paging help was on."""
-
-    forecast: Forecast
-    measured: Measured
-    helped: bool
-
     @property
     def rows(self) -> dict[str, str]:
         """All of it for people."""
-        now, needed = self.measured, self.forecast.helped
-        times = f", {now.read_bytes / needed:.1f} x what is needed" if needed else ""
-        read, faults = f"{size(now.read_bytes)}{times}", f"{now.major_faults:,.0f}"
+        needed = self.forecast.helped
+        times = f", {self.read_bytes / needed:.1f} x what is needed" if needed else ""
+        read, faults = f"{size(self.read_bytes)}{times}", f"{self.major_faults:,.0f}"
         return self.forecast.rows | {
-            "measured, a token": f"{now.seconds:.3g} s, {now.waiting:.3g} s of it without a processor",
-            "read": NOT_MEASURED if isnan(now.read_bytes) else read,
-            "stops for the disk": NOT_MEASURED if isnan(now.major_faults) else faults,
+            "measured, a token": f"{self.seconds:.3g} s, {self.waiting:.3g} s of it without a processor",
+            "read": NOT_MEASURED if isnan(self.read_bytes) else read,
+            "stops for the disk": NOT_MEASURED if isnan(self.major_faults) else faults,
             "bound by": self.bound,
         }
 
     @property
     def bound(self) -> str:
         """``compute``, ``disk`` or ``amplification``, or that it was not measured."""
-        now, speed, needed = self.measured, self.forecast.disk.pieces, self.forecast
-        # a busy machine makes a token wait, too: the disk explains no more than its reads take
-        waiting = min(now.waiting, now.read_bytes / speed) if speed and self.helped else now.waiting
-        if waiting < now.seconds / 2 or now.read_bytes < 0.01 * needed.dense:
+        speed, needed, waiting = self.forecast.disk.pieces, self.forecast, self.waiting
+        if speed and self.helped:
+            # a busy machine makes a token wait, too: the disk explains no more than its reads take
+            waiting = min(waiting, self.read_bytes / speed)
+        if waiting < self.seconds / 2 or self.read_bytes < 0.01 * needed.dense:
             return "compute"
-        if isnan(now.read_bytes):
+        if isnan(self.read_bytes):
             return NOT_MEASURED if needed.helped else "compute"
         much = MUCH * max(needed.helped, needed.experts)
-        return "disk" if self.helped or now.read_bytes < much else "amplification"
+        return "disk" if self.helped or self.read_bytes < much else "amplification"
 
     @property
     def sentence(self) -> str:
@@ -228,5 +191,26 @@ def diagnose(model: Model, n_tokens: int = 4) -> Diagnosis:
     """Forecast and measure an open model, over ``n_tokens`` of decode; two more come first."""
     pinned = model.paging.pinned_bytes if model.paging else 0
     free = available_memory().available_bytes + pinned - (model.memory.compute_bytes or 0)
-    headers = open_shards(model.path).headers
-    return Diagnosis(forecast(headers, free), Measured.of(model, n_tokens), model.paging is not None)
+    expected = forecast(open_shards(model.path).headers, free)
+    tokens = np.random.default_rng(0).integers(0, model.n_vocab, n_tokens + 2).tolist()
+    model.clear()
+    for token in tokens[:2]:
+        model.evaluate([token])
+    before = _counts()
+    for token in tokens[2:]:
+        model.evaluate([token])
+    seconds, processor, read, faults = ((b - a) / n_tokens for a, b in zip(before, _counts(), strict=True))
+    model.clear()
+    waiting = max(0.0, seconds - processor / (model.settings.n_threads or 1))
+    return Diagnosis(expected, model.paging is not None, seconds, waiting, read, faults)
+
+
+def _counts() -> tuple[float, float, float, float]:
+    """Seconds by the clock and of the processor, bytes read and major faults so far."""
+    counters, faults = getattr(psutil.Process(), "io_counters", None), nan
+    if LINUX:
+        import resource
+
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    read = counters().read_bytes if counters else nan
+    return time.perf_counter(), time.process_time(), read, faults

@@ -186,10 +186,11 @@ def stream_chat(
     max_tokens: int = 256,
     sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
+    until: float = math.inf,
 ) -> TextStream:
     """Stream the answer to a chat, piece by piece; ``.completion`` of the result is the whole."""
     stop = stop if model.has_template else (*stop, PLAIN_STOP)
-    return TextStream(model, chat_prompt(model, prompt), max_tokens, sampling, stop)
+    return TextStream(model, chat_prompt(model, prompt), max_tokens, sampling, stop, until)
 
 
 def chat(
@@ -211,12 +212,21 @@ def complete(
     return TextStream(model, tokens, max_tokens, sampling, stop).completion
 
 
-def answer_table(model: Model, prompts: Sequence[str], max_tokens: int = 256) -> pd.DataFrame:
-    """Greedy answers, one row a prompt: ``prompt``, ``answer``, ``tokens`` and ``finish_reason``."""
+def answer_table(
+    model: Model, prompts: Sequence[str], max_tokens: int = 256, seconds: float = math.inf
+) -> pd.DataFrame:
+    """Greedy answers, one row a prompt: ``prompt``, ``answer``, ``tokens`` and ``finish_reason``.
+
+    When the ``seconds`` are over, the answer that is being written is cut, behind its first token at the
+    earliest, and later prompts are not asked: their ``finish_reason`` is ``time``.
+    """
     import pandas as pd
 
-    rows = []
+    rows, until = list[tuple[str, str, int, str]](), time.monotonic() + seconds
     for prompt in tqdm(prompts, desc="answers", leave=False):
-        answer = chat(model, prompt, max_tokens)
+        if rows and time.monotonic() > until:
+            rows.append((prompt, "", 0, "time"))
+            continue
+        answer = stream_chat(model, prompt, max_tokens, until=until).completion
         rows.append((prompt, answer.text, answer.n_tokens, answer.finish_reason))
     return pd.DataFrame(rows, columns=["prompt", "answer", "tokens", "finish_reason"])

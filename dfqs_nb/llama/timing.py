@@ -17,6 +17,7 @@ from dfqs_nb.llama.model import Model
 PROBE_PROMPT, PROBE_ANSWER, PROBE_SECONDS = 16, 4, 5.0
 PROMPT_TOKENS = 32  # of a short question in its template
 NAMES = {
+    "n_answers": "answers",
     "max_tokens": "tokens of an answer",
     "depth": "tokens of depth",
     "n_tokens": "timed tokens",
@@ -32,6 +33,8 @@ CUTS: tuple[dict[str, int], ...] = (  # what a plan that exceeds its budget give
     {"repetitions": 1},
     {"depth": 16, "n_tokens": 4},
     {"max_tokens": 2},
+    {"n_answers": 3},
+    {"n_answers": 1},
 )
 
 
@@ -65,10 +68,12 @@ def probe(model: Model) -> Pace:
 class Cost(Fitted):
     """What answering and timing will take, at the speed of a short probe."""
 
+    n_answers: int
     max_tokens: int
     depth: int
     n_tokens: int
     repetitions: int
+    answer_seconds: float  # of the budget that timing leaves for answers
 
     @property
     def sentence(self) -> str:
@@ -77,8 +82,9 @@ class Cost(Fitted):
             f"about {duration(self.seconds)}: answers of up to {self.max_tokens} tokens, then "
             f"{self.repetitions} x {self.n_tokens} timed tokens at depth {self.depth}"
         )
-        cut = f" (cut to fit the budget; {duration(self.full_seconds)} in full)"
-        return plan + (cut if self.left_out else "")
+        cut = f" (cut to fit the budget; {duration(self.full_seconds)} in full)" if self.left_out else ""
+        stops = f"; answering stops inside a question after {duration(self.answer_seconds)}"
+        return plan + cut + (stops if self.left_out else "")
 
 
 def plan_cost(
@@ -97,14 +103,18 @@ def plan_cost(
     """
     pace, n_ctx = probe(model), model.settings.n_ctx
 
+    def timing(plan: dict[str, int]) -> float:
+        repeated = plan["repetitions"] * pace.seconds(plan["depth"], plan["n_tokens"])
+        return repeated + pace.seconds(PROBE_PROMPT, PROBE_ANSWER)  # a warm-up
+
     def seconds(plan: dict[str, int]) -> float:
-        answers = n_answers * pace.seconds(PROMPT_TOKENS, plan["max_tokens"])
-        return answers + (plan["repetitions"] + 0.1) * pace.seconds(plan["depth"], plan["n_tokens"])
+        return plan["n_answers"] * pace.seconds(PROMPT_TOKENS, plan["max_tokens"]) + timing(plan)
 
     depth, n_tokens = min(depth, n_ctx // 2), min(n_tokens, n_ctx // 4)
-    plan = {"max_tokens": max_tokens, "depth": depth, "n_tokens": n_tokens, "repetitions": repetitions}
-    fitted = fit(plan, CUTS, seconds, 60 * budget_minutes, NAMES)
-    parts: dict[str, Any] = {**vars(fitted), **fitted.values}
+    plan = {"n_answers": n_answers, "max_tokens": max_tokens, "depth": depth, "n_tokens": n_tokens}
+    fitted = fit(plan | {"repetitions": repetitions}, CUTS, seconds, 60 * budget_minutes, NAMES)
+    left = max(0.0, 60 * budget_minutes - timing(fitted.values))
+    parts: dict[str, Any] = {**vars(fitted), **fitted.values, "answer_seconds": left}
     return Cost(**parts)
 
 
@@ -123,7 +133,7 @@ def measure_speed(
     prompt, forced = tokens[:depth], tokens[depth:]
     model.clear()
     model.check_room(tokens)
-    time_once(model, prompt[:16], forced[:4])
+    time_once(model, prompt[:PROBE_PROMPT], forced[:PROBE_ANSWER])
     seconds = [time_once(model, prompt, forced) for _ in tqdm(range(repetitions), desc="timing", leave=False)]
     model.clear()
     shared = {"depth": depth, "n_threads": model.settings.n_threads, "repetitions": repetitions}

@@ -188,17 +188,17 @@ def bench(
     cases = benches.grid(OpenSettings(), axes, prompt, gen, numbers(depth, "--depth"))
     say(f"{len(cases)} tests: one round, then up to {rounds - 1} more within {budget_minutes:g} minutes")
     with watched_load() as load:
-        result = benches.run(model, cases, rounds, budget_minutes)
-    table = result.table()
+        timed, refused = benches.run(model, cases, rounds, budget_minutes)
+    table = benches.table(timed)
     shown = ["type_k" if name == "cache_type" else name for name in axes if name != "n_threads"]
     varied = ["n_threads", *(name for name in shown if table[name].nunique() > 1)]
-    named = table.assign(test=[case.name for at, case in enumerate(result.cases) if at in result.seconds])
+    named = table.assign(test=[cases[number].name for number in table.index])
     say_table(named[[*varied, "test", "avg_ts", "stddev_ts"]], ".1f")
     joules = table["joules_per_token"].min()
     say(f"energy: {joules:.2f} J a token at best" if joules == joules else "energy: not readable here")
     busy = ["contended: other processes were busy, so the speeds are too low"] if load.contended else []
-    left_out = [f"left out: {reason}" for reason in {*result.failed.values()}]
-    say("\n".join([*result.advice(), *busy, *left_out]))
+    left_out = [f"left out: {reason}" for reason in dict.fromkeys(refused)]
+    say("\n".join([*benches.advice(timed), *busy, *left_out]))
     if output:
         made = {".csv": table.to_csv(index=False), ".json": table.to_json(orient="records", indent=2)}
         made[".md"] = markdown_table(table) + "\n"

@@ -8,12 +8,13 @@ import math
 import subprocess
 
 import llama_cpp_tools
+import pandas as pd
 import pytest
 
 from dfqs_nb.core.errors import HeaderError, ModelError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama import bench
-from dfqs_nb.llama.bench import Bench, Case, grid
+from dfqs_nb.llama.bench import advice, grid
 from dfqs_nb.llama.settings import OpenSettings
 
 MODEL = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
@@ -23,22 +24,29 @@ BASE = OpenSettings(n_threads=1)
 def test_every_setting_is_timed_in_every_round_and_a_refused_one_is_left_out():
     # f16 keys beside q8_0 values need flash attention, so llama.cpp refuses the second setting
     cases = grid(BASE, {"cache_type": ["f16", "q4_0"]}, 16, 4, [0, 32])
-    result = bench.run(MODEL, cases, rounds=2)
-    table = result.table()
+    timed, refused = bench.run(MODEL, cases, rounds=2)
+    table = bench.table(timed)
     assert [case.name for case in cases[:4]] == ["pp16", "tg4", "pp16 @ d32", "tg4 @ d32"]
-    assert {case.settings.type_k for at, case in enumerate(cases) if at in result.failed} == {"q4_0"}
-    assert len(table) == 4 and (table["type_k"] == "f16").all()
-    assert all(len(seconds) == 2 for seconds in result.seconds.values())
+    assert len(refused) == 2 and "flash_attn" in refused[0], "at each depth"
+    assert len(table) == 4 and (table["type_k"] == "f16").all() and len(timed) == 8
+    seconds = timed.groupby("case")["seconds"].apply(list)
     assert table["avg_ts"].to_numpy() == pytest.approx(
-        [sum(n / s for s in result.seconds[at]) / 2 for at, n in enumerate([16, 4, 16, 4])]
+        [sum(n / s for s in seconds[at]) / 2 for at, n in enumerate([16, 4, 16, 4])]
     )
 
 
-def test_advice_names_the_fastest_only_where_every_round_agrees():
-    def of(*seconds):
-        cases = [Case(OpenSettings(n_threads=n), 0, 8, 0) for n in (1, 2)]
-        return Bench(cases, dict(enumerate(seconds)), {}, {}, {}).advice()
+def of(*seconds: list[float]) -> list[str]:
+    """The advice after these seconds of settings with 1, 2, ... threads, a number a round."""
+    parameters = dict.fromkeys(bench.PARAMETERS, 1)
+    rows = [
+        parameters | {"case": at, "name": "tg8", "round": turn, "seconds": taken, "n_threads": at + 1}
+        for at, each in enumerate(seconds)
+        for turn, taken in enumerate(each)
+    ]
+    return advice(pd.DataFrame(rows))
 
+
+def test_advice_names_the_fastest_only_where_every_round_agrees():
     assert of([2.0, 2.2], [1.0, 1.0]) == [
         "tg8: n_threads=2 is 2.10 x as fast as the first (2.00 to 2.20 in 2 rounds)"
     ]
@@ -91,7 +99,7 @@ def test_columns_are_those_of_llama_bench():
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     theirs = next(csv.DictReader(io.StringIO(done.stdout[done.stdout.index("build_commit") :])))
-    row = bench.run(MODEL, grid(BASE, {}, 8, 0, [0]), rounds=1).table().iloc[0]
+    row = bench.table(bench.run(MODEL, grid(BASE, {}, 8, 0, [0]), rounds=1)[0]).iloc[0]
     assert set(row.index) - set(theirs) == {"joules_per_token"}
     assert int(theirs["model_n_params"]) == row["model_n_params"]
     assert (theirs["n_prompt"], theirs["n_batch"] != "") == (str(row["n_prompt"]), True)
@@ -104,7 +112,5 @@ def test_nothing_to_time_is_refused(n_prompt, n_gen, depths):
 
 
 def test_the_fastest_is_sought_among_those_that_won_every_round():
-    cases = [Case(OpenSettings(n_threads=n), 0, 8, 0) for n in (1, 2, 3)]
-    seconds = {0: [10.0, 10.0, 10.0], 1: [8.0, 8.0, 8.0], 2: [7.0, 7.0, 11.0]}
-    (line,) = Bench(cases, seconds, {}, {}, {}).advice()
+    (line,) = of([10.0, 10.0, 10.0], [8.0, 8.0, 8.0], [7.0, 7.0, 11.0])
     assert line.startswith("tg8: n_threads=2 is 1.25 x")

@@ -29,7 +29,7 @@ from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama import diagnose, paging
-from dfqs_nb.llama.diagnosis import Diagnosis, Disk, Measured, forecast
+from dfqs_nb.llama.diagnosis import Diagnosis, Disk, forecast
 from dfqs_nb.llama.model import DecodeError, open_model
 from dfqs_nb.llama.paging import Paging
 from dfqs_nb.llama.settings import OpenSettings
@@ -317,16 +317,16 @@ def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe):
 @pytest.mark.parametrize(
     ("measured", "helped", "bound", "advice"),
     [
-        (Measured(10.0, 9.0, 9e9, 500), False, "amplification", "blockdev --setra 256 /dev/vda"),
-        (Measured(1.6, 1.5, 9e8, 0), True, "disk", "a faster disk"),
-        (Measured(2.0, 0.5, 9e8, 0), True, "compute", "computing does"),
-        (Measured(9.0, 8.0, 4e7, 0), True, "compute", "other work on this machine"),
-        (Measured(0.1, 0.09, 0.0, 0), True, "compute", "disk does not"),
+        ((10.0, 9.0, 9e9, 500), False, "amplification", "blockdev --setra 256 /dev/vda"),
+        ((1.6, 1.5, 9e8, 0), True, "disk", "a faster disk"),
+        ((2.0, 0.5, 9e8, 0), True, "compute", "computing does"),
+        ((9.0, 8.0, 4e7, 0), True, "compute", "other work on this machine"),
+        ((0.1, 0.09, 0.0, 0), True, "compute", "disk does not"),
     ],
 )
 def test_what_bounds_a_token_is_named_with_its_remedy(moe, measured, helped, bound, advice):
     disk = Disk("vda", 8 << 20, 2e9, 1e9)
-    said = Diagnosis(replace(forecast(open_shards(moe).headers, 0, disk), helped=10**9), measured, helped)
+    said = Diagnosis(replace(forecast(open_shards(moe).headers, 0, disk), helped=10**9), helped, *measured)
     assert said.bound == bound == said.rows["bound by"] and advice in said.sentence
     assert said.rows["the disk"] == "vda, read-ahead 8.4 MB"
 
@@ -335,12 +335,12 @@ def test_an_open_model_is_diagnosed(moe):
     with open_model(moe, settings("on")) as model:
         said = diagnose(model, n_tokens=2)
         assert said.bound == "compute" and said.forecast.cached == 1 and said.forecast.helped == 0
-        assert said.measured.seconds > 0 and model.n_past == 0
+        assert said.seconds > 0 and model.n_past == 0
 
 
 def test_what_a_system_does_not_count_is_not_measured(moe, monkeypatch):
     monkeypatch.setattr(psutil, "Process", lambda: None)
-    said = Diagnosis(forecast(open_shards(moe).headers, 0), Measured(2.0, 1.9, math.nan, math.nan), False)
+    said = Diagnosis(forecast(open_shards(moe).headers, 0), False, 2.0, 1.9, math.nan, math.nan)
     assert said.bound == said.rows["read"] == said.rows["stops for the disk"] == "not measured"
     assert "not known" in said.sentence
     with open_model(moe, settings("off"), trial=False) as model:

@@ -257,6 +257,14 @@ def test_stream_equals_chat_and_max_tokens_cuts(nano):
     assert len(stream.completion.token_ids) == 5
 
 
+def test_an_answer_is_cut_when_its_time_is_over_and_the_rest_is_not_asked(nano):
+    whole = llama_generate.answer_table(nano, [FRANCE, FRANCE], 5)
+    assert whole["finish_reason"].tolist() == ["length"] * 2
+    cut = llama_generate.answer_table(nano, [FRANCE, FRANCE], 5, seconds=0)
+    assert cut["tokens"].tolist() == [1, 0] and set(cut["finish_reason"]) == {"time"}
+    assert whole["answer"][0].startswith(cut["answer"][0]) and cut["answer"][0]
+
+
 # ---- limits ----
 
 
@@ -599,11 +607,15 @@ def test_a_plan_is_cut_in_the_stated_order_until_it_fits(nano, monkeypatch):
     wanted = {"n_answers": 9, "max_tokens": 96, "depth": 256, "n_tokens": 128, "repetitions": 5}
     whole = plan_cost(nano, **wanted, budget_minutes=60)
     assert (whole.max_tokens, whole.depth, whole.n_tokens, whole.repetitions) == (96, 256, 128, 5)
-    assert whole.seconds == pytest.approx(9 * (32 + 96) * 0.01 + 5.1 * (256 + 128) * 0.01)
+    timing = (5 * (256 + 128) + 16 + 4) * 0.01
+    assert whole.seconds == pytest.approx(9 * (32 + 96) * 0.01 + timing)
+    assert whole.n_answers == 9 and whole.answer_seconds == pytest.approx(3600 - timing)
     assert whole.seconds == whole.full_seconds and "cut" not in whole.sentence
     assert nano.n_past == 0
     tight = plan_cost(nano, **wanted, budget_minutes=0.7 * whole.seconds / 60)
     assert tight.repetitions == 3 and tight.seconds < tight.full_seconds
     none = plan_cost(nano, **wanted, budget_minutes=0)
     assert (none.max_tokens, none.depth, none.n_tokens, none.repetitions) == (2, 16, 4, 1)
+    assert none.n_answers == 1 and none.answer_seconds == 0 and "1 answer, not 9" in none.left_out
     assert "cut to fit the budget" in none.sentence and "1 x 4 timed tokens at depth 16" in none.sentence
+    assert none.sentence.endswith("answering stops inside a question after 0 s")
