@@ -23,7 +23,7 @@ from dfqs_nb.core.files import whole_path
 from dfqs_nb.gguf.facts import class_of, layer_of
 from dfqs_nb.gguf.header import MAGIC, GGUFHeader, check_layout, read_header
 from dfqs_nb.ladder.divergence import Array, Text, chunks, feed, load_text
-from dfqs_nb.llama.build import default_context_params
+from dfqs_nb.llama.build import default_params
 from dfqs_nb.llama.graph import Tensor, ggml_function
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings, threads_for
@@ -314,7 +314,7 @@ def collect(
     text = load_text(text, "calibration") if isinstance(text, str) else text
     collector = Collector()
     settings = OpenSettings(n_ctx=chunk_tokens, n_threads=n_threads or threads_for(source))
-    with default_context_params(cb_eval=collector.callback):
+    with default_params(cb_eval=collector.callback):
         model = open_model(source, settings)
     with model:
         pieces = chunks(text.tokens(model), chunk_tokens, n_chunks)

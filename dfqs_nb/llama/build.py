@@ -1,14 +1,15 @@
 """Build llama-cpp-python's ``Llama`` with the parameters of llama.cpp that it does not expose.
 
-Two of them matter here: ``use_extra_bufts`` and ``cb_eval``. So `default_model_params` and
-`default_context_params` change llama.cpp's defaults while a model is built.
+Two of them matter here: ``use_extra_bufts`` and ``cb_eval``. So `default_params` changes llama.cpp's defaults
+while a model is built.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +32,32 @@ def _replaced(owner: Any, name: str, change: Callable[[Any], Any]) -> Iterator[N
             setattr(owner, name, original)
 
 
-def _default_params(kind: str, fields: dict[str, object]) -> contextlib.AbstractContextManager[None]:
+def _with(fields: Mapping[str, Any], params: Any) -> Any:
+    for name, value in fields.items():
+        setattr(params, name, value)
+    return params
+
+
+@contextlib.contextmanager
+def default_params(model: Mapping[str, Any] | None = None, **context: Any) -> Iterator[None]:
+    """Make llama.cpp's default parameters, of a model and of a context, carry these while a model is built."""
     import llama_cpp.llama_cpp as api
 
-    def change(params: Any) -> Any:
-        for name, value in fields.items():
-            setattr(params, name, value)
-        return params
-
-    return _replaced(api, f"llama_{kind}_default_params", change)
-
-
-def default_model_params(**fields: object) -> contextlib.AbstractContextManager[None]:
-    """Make llama.cpp's default model parameters carry ``fields`` while a model is built."""
-    return _default_params("model", fields)
+    with (
+        _replaced(api, "llama_model_default_params", partial(_with, model or {})),
+        _replaced(api, "llama_context_default_params", partial(_with, context)),
+    ):
+        yield
 
 
-def default_context_params(**fields: object) -> contextlib.AbstractContextManager[None]:
-    """The same for the parameters of its context."""
-    return _default_params("context", fields)
+def set_context(params: Any, settings: OpenSettings) -> None:
+    """Set llama.cpp's parameters of a context as ``llama_cpp.Llama`` sets them."""
+    for name in ("n_ctx", "n_threads", "n_threads_batch", "swa_full"):
+        setattr(params, name, getattr(settings, name))
+    params.n_batch = min(settings.n_ctx, settings.n_batch)
+    params.n_ubatch = min(params.n_batch, settings.n_ubatch)
+    params.type_k, params.type_v = GGML_TYPES[settings.type_k], GGML_TYPES[settings.type_v]
+    params.flash_attn_type = int(settings.flash_attn)  # LLAMA_FLASH_ATTN_TYPE_DISABLED or ENABLED
 
 
 def build_llama(path: str | Path, settings: OpenSettings) -> Any:
@@ -77,8 +85,7 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
     listening = paging.callback(api.llama_context_default_params().cb_eval) if paging else {}
     try:
         with (
-            default_model_params(use_extra_bufts=settings.use_extra_bufts),
-            default_context_params(**listening),
+            default_params({"use_extra_bufts": settings.use_extra_bufts}, **listening),
             _replaced(LlamaModel, "metadata", without_templates),
             paging.loading() if paging else contextlib.nullcontext(),
         ):

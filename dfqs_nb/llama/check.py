@@ -30,10 +30,10 @@ from dfqs_nb.core.paths import outputs_dir
 from dfqs_nb.gguf.facts import early_dialect
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, check_fits
-from dfqs_nb.llama.build import build_llama
+from dfqs_nb.llama.build import build_llama, set_context
 from dfqs_nb.llama.graph import ggml_function
 from dfqs_nb.llama.log import ERROR, INFO, LOG, planned_bytes, reason_of, refusal
-from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings, llama_version
+from dfqs_nb.llama.settings import OpenSettings, llama_version
 
 MODULE = "dfqs_nb.llama"
 CEILING_BYTES = 8 << 30  # of address space: a hostile header asks for more
@@ -179,13 +179,7 @@ def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
     params.use_extra_bufts = settings.use_extra_bufts
     params.load_mode = api.LLAMA_LOAD_MODE_NONE
     params.n_gpu_layers = 0x7FFFFFFF if settings.n_gpu_layers == -1 else settings.n_gpu_layers
-    for name in ("n_ctx", "swa_full", "n_threads", "n_threads_batch"):
-        setattr(size, name, getattr(settings, name))
-    size.n_batch = min(settings.n_ctx, settings.n_batch)
-    size.n_ubatch = min(size.n_batch, settings.n_ubatch)
-    size.type_k, size.type_v = GGML_TYPES[settings.type_k], GGML_TYPES[settings.type_v]
-    flash = "ENABLED" if settings.flash_attn else "DISABLED"
-    size.flash_attn_type = getattr(api, f"LLAMA_FLASH_ATTN_TYPE_{flash}")
+    set_context(size, settings)
     with contextlib.ExitStack() as stack:
         model = api.llama_model_load_from_file(os.fsencode(path), params)
         if not model:

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from dfqs_nb.llama.build import default_context_params
+from dfqs_nb.llama.build import default_params, set_context
 from dfqs_nb.llama.graph import Watch, interrupts_held
 from dfqs_nb.llama.log import LOG, refusal
 from dfqs_nb.llama.model import DecodeError, Model, open_model
-from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings
+from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.recorder import Column, Recorder, RoutingError
 from dfqs_nb.routing.trace import Logits, Trace
 
@@ -51,11 +51,7 @@ class RecordedModel:
 
         model, llama = self.model, self.model.llama
         params = llama.context_params
-        for name in ("n_ctx", "n_batch", "n_threads", "n_threads_batch", "swa_full"):
-            setattr(params, name, getattr(settings, name))
-        params.n_ubatch = min(settings.n_batch, settings.n_ubatch)
-        params.type_k, params.type_v = GGML_TYPES[settings.type_k], GGML_TYPES[settings.type_v]
-        params.flash_attn_type = int(settings.flash_attn)
+        set_context(params, settings)
         params.n_seq_max, params.kv_unified = n_sequences, unified
         llama._ctx.close()
         LOG.clear()
@@ -103,7 +99,7 @@ def open_recorded(
     """Open a model with a recorder (unless ``listen`` is False); arguments and errors as ``open_model``."""
     recorder = Recorder() if listen else None
     callback = {} if recorder is None else {"cb_eval": recorder.callback}
-    with default_context_params(**callback):
+    with default_params(**callback):
         model = open_model(path, settings, trial=trial)
     model.keep_lock = True  # a callback that need not take Python's lock costs half as much
     with model:

@@ -27,7 +27,7 @@ from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.placement import EXPERTS
 from dfqs_nb.gguf.specimen import write_specimen
 from dfqs_nb.llama import OpenSettings, open_model
-from dfqs_nb.llama.build import default_model_params
+from dfqs_nb.llama.build import default_params
 from dfqs_nb.llama.timing import measure_speed
 from dfqs_nb.routing import open_recorded
 from dfqs_nb.routing.recorded import record
@@ -50,7 +50,7 @@ def experts_in_memory(n_layers: int) -> Iterator[None]:
     rows = (Override * (n_layers + 1))(*(Override(pattern, memory()) for pattern in patterns))
     kind = dict(api.llama_model_params._fields_)["tensor_buft_overrides"]
     pointer = ctypes.cast(rows, kind)
-    with default_model_params(tensor_buft_overrides=pointer) if n_layers else nullcontext():
+    with default_params({"tensor_buft_overrides": pointer}) if n_layers else nullcontext():
         yield
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.llama.build import default_context_params
+from dfqs_nb.llama.build import default_params
 from dfqs_nb.llama.graph import Watch
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
@@ -58,7 +58,7 @@ class _No(dict):
 
 def listened(stack: ExitStack, path: str, settings: OpenSettings, callback) -> RecordedModel:
     """The model with another callback, whose lock is kept as the recorder's is."""
-    with default_context_params(cb_eval=callback):
+    with default_params(cb_eval=callback):
         model = stack.enter_context(open_model(path, settings))
     model.keep_lock = True
     return RecordedModel(model, None)

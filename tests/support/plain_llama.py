@@ -12,7 +12,7 @@ from typing import Any
 
 from dfqs_nb.core import child
 from dfqs_nb.core.machine import has_amx
-from dfqs_nb.llama.build import default_model_params
+from dfqs_nb.llama.build import default_params
 
 SUPPORT = str(Path(__file__).parent)
 
@@ -28,7 +28,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     """Open the model and answer the prompt, or decode two tokens where the job has none."""
     import llama_cpp
 
-    safe = default_model_params(use_extra_bufts=False) if has_amx() else contextlib.nullcontext()
+    safe = default_params({"use_extra_bufts": False}) if has_amx() else contextlib.nullcontext()
     with safe:
         llama = llama_cpp.Llama(job["path"], n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
     if "prompt" not in job:

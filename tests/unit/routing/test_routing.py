@@ -16,7 +16,7 @@ from test_memory import smollm2
 
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.llama.build import default_context_params
+from dfqs_nb.llama.build import default_params
 from dfqs_nb.llama.model import ContextFullError, open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.recorded import RecordedModel, Schedule, open_recorded, record
@@ -37,7 +37,7 @@ def recorded(path, tokens=TOKENS, schedule=MIXED, settings=SETTINGS):
 
 def read_plainly(path, tokens=TOKENS, schedule=MIXED) -> PlainReader:
     reader = PlainReader()
-    with default_context_params(cb_eval=reader.callback):
+    with default_params(cb_eval=reader.callback):
         model = open_model(path, SETTINGS, trial=False)
     with model:
         for calls in schedule.parts(len(tokens), SETTINGS.n_batch):

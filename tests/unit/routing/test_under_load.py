@@ -16,7 +16,7 @@ from test_routing_verdict import only
 
 from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.llama.build import default_context_params
+from dfqs_nb.llama.build import default_params
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.experiment import run_experiment
@@ -49,7 +49,7 @@ def plain_rows(path, texts, arrivals, unified, n_ubatch) -> PlainReader:
     """The same batches, read by the second recorder, without our account of their order."""
     reader, settings = PlainReader(), replace(SETTINGS, n_ubatch=n_ubatch)
     more = {"n_seq_max": N_SEQUENCES, "kv_unified": unified, "cb_eval": reader.callback}
-    with default_context_params(**more):
+    with default_params(**more):
         model = open_model(path, settings, trial=False)
     with model, open_recorded(path, settings, trial=False) as ours:
         ours.reopen(settings, n_sequences=N_SEQUENCES, unified=unified)
