@@ -40,7 +40,7 @@ def _with(fields: Mapping[str, Any], params: Any) -> Any:
 
 @contextlib.contextmanager
 def default_params(model: Mapping[str, Any] | None = None, **context: Any) -> Iterator[None]:
-    """Make llama.cpp's default parameters, of a model and of a context, carry these while a model is built."""
+    """Make llama.cpp's default parameters of a model and of a context carry these while one is built."""
     import llama_cpp.llama_cpp as api
 
     with (

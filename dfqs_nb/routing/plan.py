@@ -98,26 +98,17 @@ def conditions(
     Thread counts are 1, 2, 4, ... up to ``max_threads``; ``others`` are quantizations of the model by name.
     """
     half = n_tokens // 2
-    return [
-        *_repetitions(settings, half),
-        *loads(settings, n_texts),
-        *_other_settings(settings, half),
-        *_thread_counts(settings, half, max_threads),
-        *(
-            Condition(f"weights: {name}", "weights", "prefill", settings, model=str(path), process=name)
-            for name, path in others.items()
-        ),
-    ]
-
-
-def _repetitions(settings: OpenSettings, half: int) -> Iterator[Condition]:
-    """The two references, each repeated in the same process and in a fresh one."""
-    schedules = {"prefill": Schedule(), "decode": Schedule(half)}
-    for name, schedule in schedules.items():
-        yield Condition(name, "reference", "", settings, schedule)
+    references = {"prefill": Schedule(), "decode": Schedule(half)}
+    planned = [Condition(name, "reference", "", settings, how) for name, how in references.items()]
     for process, words in REPEATS.items():
-        for name, schedule in schedules.items():
-            yield Condition(f"{name}, {words}", IDENTICAL, name, settings, schedule, process=process)
+        for name, how in references.items():
+            again = Condition(f"{name}, {words}", IDENTICAL, name, settings, how, process=process)
+            planned.append(again)
+    planned += [*loads(settings, n_texts), *_changes(settings, half, max_threads)]
+    for name, path in others.items():
+        other = Condition(f"weights: {name}", "weights", "prefill", settings, model=str(path), process=name)
+        planned.append(other)
+    return planned
 
 
 def loads(settings: OpenSettings, n_texts: int, seed: int = 0) -> Iterator[Condition]:
@@ -147,14 +138,6 @@ def loads(settings: OpenSettings, n_texts: int, seed: int = 0) -> Iterator[Condi
     yield replace(compared, name="alone, a context for one", settings=single, n_sequences=1)
 
 
-def _beside(alone: Condition, kind: str, number: str, texts: Sequence[int], arrivals: Any) -> Condition:
-    """The texts in one batch, to compare with the run in which each is alone."""
-    others, cache = len(texts) - 1, "one cache" if alone.unified else "a cache each"
-    name = f"{others} other{'s' if others > 1 else ''}, {kind}, {cache}, {number}"
-    run = replace(alone, name=name, kind="load", against=alone.name)
-    return replace(run, texts=tuple(texts), arrivals=tuple(arrivals))
-
-
 def _batches(draw: np.random.Generator, alone: Condition, n_others: int) -> Iterator[Condition]:
     """Every text in at least one batch of this size: all at once, and arriving while others decode."""
     company, size = draw.permutation(len(alone.texts)).tolist(), n_others + 1
@@ -173,22 +156,20 @@ def _same_text(draw: np.random.Generator, alone: Condition) -> Iterator[Conditio
         yield _beside(alone, "same text", f"text {text + 1}", [text] * N_SEQUENCES, arrivals)
 
 
-def _thread_counts(settings: OpenSettings, half: int, largest: int) -> Iterator[Condition]:
-    """Powers of two up to the largest count, and that."""
-    for n in sorted({largest, *(2**i for i in range(largest.bit_length()))} - {settings.n_threads or 1}):
-        threads = replace(settings, n_threads=n, n_threads_batch=n)
-        flash, against = replace(threads, flash_attn=True), "flash attention, decode"
-        label = f"{n} thread{'s' if n > 1 else ''}"
-        yield Condition(f"{label}, prefill", "threads", "prefill", threads)
-        yield Condition(f"{label}, decode", "threads", "decode", threads, Schedule(half))
-        yield Condition(f"{label}, decode, flash attention", "threads", against, flash, Schedule(half))
+def _beside(alone: Condition, kind: str, number: str, texts: list[int], arrivals: list[int]) -> Condition:
+    """The texts in one batch, to compare with the run in which each is alone."""
+    others, cache = len(texts) - 1, "one cache" if alone.unified else "a cache each"
+    name = f"{others} other{'s' if others > 1 else ''}, {kind}, {cache}, {number}"
+    run = replace(alone, name=name, kind="load", against=alone.name)
+    return replace(run, texts=tuple(texts), arrivals=tuple(arrivals))
 
 
-def _other_settings(settings: OpenSettings, half: int) -> Iterator[Condition]:
+def _changes(settings: OpenSettings, half: int, max_threads: int) -> Iterator[Condition]:
+    """The long text with one setting changed at a time."""
     whole, decode, flash = Schedule(), Schedule(half), {"flash_attn": True}
     two_calls, restored = Schedule(half, decode=False), Schedule(half, decode=False, restore=True)
     quantized, f32 = {**flash, "type_k": "q8_0", "type_v": "q8_0"}, {"type_k": "f32", "type_v": "f32"}
-    changes: tuple[tuple[str, str, str, Schedule, dict[str, Any]], ...] = (
+    changes: list[tuple[str, str, str, Schedule, dict[str, Any]]] = [
         ("prefill in two calls", "batch", "prefill", two_calls, {}),
         ("saved state restored", "state", "prefill in two calls", restored, {}),
         ("all by decode", "phase", "prefill", Schedule(0), {}),
@@ -200,7 +181,16 @@ def _other_settings(settings: OpenSettings, half: int) -> Iterator[Condition]:
         ("KV cache q8_0", "cache", "flash attention, prefill", whole, quantized),
         ("flash attention, decode", "attention", "decode", decode, flash),
         (EXTRA_BUFFERS, "buffers", "prefill", whole, {"use_extra_bufts": True}),
-    )
+    ]
+    counts = {max_threads, *(2**i for i in range(max_threads.bit_length()))} - {settings.n_threads or 1}
+    for n in sorted(counts):
+        threads, label = {"n_threads": n, "n_threads_batch": n}, f"{n} thread{'s' if n > 1 else ''}"
+        both, against = {**threads, **flash}, "flash attention, decode"
+        changes += [
+            (f"{label}, prefill", "threads", "prefill", whole, threads),
+            (f"{label}, decode", "threads", "decode", decode, threads),
+            (f"{label}, decode, flash attention", "threads", against, decode, both),
+        ]
     for name, kind, against, schedule, changed in changes:
         process = "extra buffers" if name == EXTRA_BUFFERS else "main"
         yield Condition(name, kind, against, replace(settings, **changed), schedule, process=process)

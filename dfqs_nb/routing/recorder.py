@@ -149,22 +149,19 @@ class Recorder(Watch):
         super()._chosen(router)
         if not self._listening or not isinstance(router, _Router):
             return
-        layer, n = self._layers.get(router.layer) or self._meet(router), router.ids.shape[1]
+        n, layer = router.ids.shape[1], self._layers.get(router.layer)
+        if layer is None:
+            shape = router.ids.row_bytes // 4, router.reads[1].row_bytes // 4
+            if self._shape not in ((0, 0), shape):
+                raise RoutingError(f"layer {router.layer} chooses {shape[0]} of {shape[1]}, unlike others")
+            self._shape = shape
+            self._layers[router.layer] = layer = _Layer(router.hashed, [[] for _ in router.reads])
         for view, copies in zip(router.reads, layer.raw, strict=True):
             size = n * view.row_bytes
             copies.append(copy := ctypes.create_string_buffer(size))
             self._copy(view.address, copy, 0, size)
             self._raw_bytes += size
         layer.n_tokens += n
-
-    def _meet(self, router: _Router) -> _Layer:
-        """Begin a layer that is new."""
-        shape = router.ids.row_bytes // 4, router.reads[1].row_bytes // 4
-        if self._shape not in ((0, 0), shape):
-            raise RoutingError(f"layer {router.layer} chooses {shape[0]} of {shape[1]}, unlike others")
-        self._shape = shape
-        self._layers[router.layer] = layer = _Layer(router.hashed, [[] for _ in router.reads])
-        return layer
 
     def _reduce(self) -> None:
         """Turn the copies of all layers, which hold equally many tokens, into rows of columns."""
@@ -185,17 +182,15 @@ class Recorder(Watch):
         margins = np.full(len(chosen), np.nan, np.float32) if layer.hashed else margin(scores, chosen)
         if (margins < 0).any():
             raise RoutingError("chosen experts do not score highest", hint="report the architecture")
-        small = np.uint8 if n_experts <= 256 else np.uint16
-        return chosen.astype(small), self._weights(probs, chosen), margins, scores
-
-    def _weights(self, probs: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         weights = np.take_along_axis(probs, chosen, axis=1)
         if "softmax" in self._weighting:
             weights = np.exp(weights - weights.max(axis=1, keepdims=True))
             weights /= weights.sum(axis=1, keepdims=True)
         if "norm" in self._weighting:
             weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), SMALLEST_SUM)
-        return (weights * self._weighting.get("scaled", 1.0)).astype(np.float16)
+        weights = weights * self._weighting.get("scaled", 1.0)
+        small = np.uint8 if n_experts <= 256 else np.uint16
+        return chosen.astype(small), weights.astype(np.float16), margins, scores
 
     def arrays(self) -> dict[str, Any]:
         """What was recorded since `reset`, as fields of a `Trace`.
