@@ -45,9 +45,14 @@ def overlaps(a: Trace, b: Trace) -> np.ndarray:
 
 def drifts(a: Trace, b: Trace) -> np.ndarray:
     """The largest absolute difference among each token's kept logits, float ``(tokens,)``, or NaN."""
-    if a.logits is None or b.logits is None or not np.array_equal(a.logits.ids, b.logits.ids):
+    if not _same_logits(a, b):
         return np.full(a.n_tokens, np.nan)
-    return np.asarray(np.abs(a.logits.values - b.logits.values).max(axis=1))
+    return np.asarray(np.abs(a.logits - b.logits).max(axis=1))
+
+
+def _same_logits(a: Trace, b: Trace) -> bool:
+    """Whether logits of the same ids were kept."""
+    return len(a.logit_ids) > 0 and np.array_equal(a.logit_ids, b.logit_ids)
 
 
 def compare(a: Trace, b: Trace) -> dict[str, Any]:
@@ -62,7 +67,7 @@ def compare(a: Trace, b: Trace) -> dict[str, Any]:
     differ, scored = differences(a, b), ~a.hashed
     routed = differ[:, scored]
     first = np.argwhere(routed)
-    kept = (a.logits.digest == b.logits.digest).mean() if a.logits and b.logits else math.nan
+    kept = (a.digest == b.digest).mean() if len(a.digest) and len(b.digest) else math.nan
     same = bool(np.array_equal(a.output, b.output)) if len(a.output) and len(b.output) else None
     return {
         "n_tokens": a.n_tokens,
@@ -96,7 +101,7 @@ def across(a: Trace, b: Trace) -> pd.DataFrame:
     mass = (weights * shared.any(axis=3)).sum(axis=2) / np.maximum(weights.sum(axis=2), 1e-12)
     tops = {f"top_{n}": shared[:, :, :n, :n].any(axis=3).mean(axis=(0, 2)) for n in range(1, x.shape[2] + 1)}
     correlation: Any = math.nan
-    if a.scores is not None and b.scores is not None:
+    if len(a.scores) and len(b.scores):
         ranks = [rankdata(scores[:, scored], axis=2) for scores in (a.scores, b.scores)]
         centred = [rank - rank.mean(axis=2, keepdims=True) for rank in ranks]
         size = np.sqrt(np.prod([(rank**2).sum(axis=2) for rank in centred], axis=0))
@@ -114,9 +119,9 @@ def divergence(a: Trace, b: Trace) -> str:
     """
     from scipy.special import log_softmax
 
-    if a.logits is None or b.logits is None or not np.array_equal(a.logits.ids, b.logits.ids):
+    if not _same_logits(a, b):
         return ""
-    p, q = (log_softmax(each.values.astype(np.float64), axis=1) for each in (a.logits, b.logits))
+    p, q = (log_softmax(each.logits.astype(np.float64), axis=1) for each in (a, b))
     kl = (np.exp(p) * (p - q)).sum(axis=1)
     changed = differences(a, b)[:, ~a.hashed].sum(axis=1)
     n = len(kl) // BLOCK_TOKENS * BLOCK_TOKENS
@@ -131,7 +136,7 @@ def divergence(a: Trace, b: Trace) -> str:
     return (
         f"KL divergence {kl.mean():.3g} nats a token; {slopes[0]:+.2g} for each layer whose experts "
         f"changed (95 % interval {low:.2g} to {high:.2g}; n = {len(kl):,} tokens, "
-        f"{len(a.logits.ids):,} logits of each)"
+        f"{len(a.logit_ids):,} logits of each)"
     )
 
 

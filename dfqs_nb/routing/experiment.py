@@ -32,7 +32,7 @@ from dfqs_nb.routing.trace import Trace, load_trace, require_csv
 from dfqs_nb.routing.verdict import compared
 
 PASSAGE = "prompts/routing_passage.txt"
-FORMAT = 4  # of a kept trace; a new number makes old ones be recorded again
+FORMAT = 5  # of a kept trace; a new number makes old ones be recorded again
 CHILD = "dfqs_nb.routing.record_child"
 LEFT_OUT = "left out: it does not fit into budget_minutes"
 

@@ -18,7 +18,7 @@ from dfqs_nb.llama.log import LOG, refusal
 from dfqs_nb.llama.model import DecodeError, Model, open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.recorder import Column, Recorder, RoutingError
-from dfqs_nb.routing.trace import Logits, Trace
+from dfqs_nb.routing.trace import Trace
 
 LOGIT_SAMPLE = 1024  # logits kept of each token; all of them for a small vocabulary
 
@@ -78,8 +78,8 @@ class RecordedModel:
         self.recorder.end()
         return rows
 
-    def trace(self, tokens: Sequence[int], *, logits: Logits | None = None, **conditions: Any) -> Trace:
-        """The trace of these tokens, of everything since `clear`, with what was kept of their logits."""
+    def trace(self, tokens: Sequence[int], **conditions: Any) -> Trace:
+        """The trace of these tokens, of everything since `clear`, without their logits."""
         header = self.model.header
         identity = {
             "name": header.get("general.name", self.model.path.stem),
@@ -89,7 +89,7 @@ class RecordedModel:
         }
         about = {"model": identity, **self.model.conditions(), **conditions}
         arrays = {"tokens": np.asarray(tokens, np.int32), **self.required().arrays()}
-        return Trace(**arrays, conditions=about, logits=logits)
+        return Trace(**arrays, conditions=about)
 
 
 @contextmanager
@@ -157,8 +157,8 @@ def record(
         output.append(token)
         token = int(recorded.feed([token], listen=False)[0].argmax())
     about = {**vars(schedule), "n_output": n_output, **conditions}
-    trace = recorded.trace(tokens, logits=kept.logits() if kept is not None else None, **about)
-    return replace(trace, output=np.array(output, np.int32))
+    logits_kept = kept.arrays() if kept is not None else {}
+    return replace(recorded.trace(tokens, **about), output=np.array(output, np.int32), **logits_kept)
 
 
 class _KeptLogits:
@@ -174,8 +174,10 @@ class _KeptLogits:
         self._digests.add(np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows], np.uint64))
         self._values.add(rows[:, self._sample])
 
-    def logits(self, order: np.ndarray | slice = slice(None)) -> Logits:
-        return Logits(self._digests.array()[order], self._sample, self._values.array()[order])
+    def arrays(self, order: np.ndarray | slice = slice(None)) -> dict[str, np.ndarray]:
+        """As fields of a `Trace`."""
+        digest, logits = (column.array()[order] for column in (self._digests, self._values))
+        return {"digest": digest, "logit_ids": self._sample, "logits": logits}
 
 
 def cut(slots: Sequence[int], n_ubatch: int, rule: str) -> list[int]:
@@ -302,6 +304,7 @@ def record_together(
     output = np.full((len(texts), n_output), -1, np.int32)
     for slot, line in enumerate(lines):
         output[slot, : len(line) - n] = line[n:]
-    trace = together.recorded.trace([0] * len(place), rule=together.rule).rows(order)
+    trace = together.recorded.trace([0] * len(place), rule=together.rule)
+    parts = {name: getattr(trace, name)[order] for name in ("experts", "weights", "margin")}
     tokens = np.array(texts, np.int32).ravel()
-    return replace(trace, tokens=tokens, output=output, logits=kept.logits(order))
+    return replace(trace, tokens=tokens, **parts, **kept.arrays(order), output=output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,22 +22,17 @@ if TYPE_CHECKING:
 
 EXPORT_TOKENS = 4096  # turned into rows of an export at once
 _ARRAYS = ("tokens", "layers", "hashed", "experts", "weights", "margin", "output")
-_ROWS = ("tokens", "experts", "weights", "margin")  # have a row a token
-_LOGITS, _LOGIT_ROWS = ("digest", "ids", "values"), ("digest", "values")
-
-
-@dataclass(frozen=True)
-class Logits:
-    """What is kept of the logits of ``n`` tokens: enough to see any change, and how large it is."""
-
-    digest: np.ndarray  # XXH3-64 of all logits of a token, uint64 (n,): equal only where every bit is
-    ids: np.ndarray  # sampled vocabulary ids, int32 (s,)
-    values: np.ndarray  # their logits, float32 (n, s)
+_KEPT = ("digest", "logit_ids", "logits", "scores")  # not in every trace
+_ROWS = ("tokens", "experts", "weights", "margin", "digest", "logits")  # have a row a token
+NOTHING = np.zeros(0)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The routing of a run over ``n`` tokens, ``L`` layers with routed experts, ``k`` experts a token."""
+    """The routing of a run over ``n`` tokens, ``L`` layers with routed experts, ``k`` experts a token.
+
+    ``digest`` to ``scores`` are empty where they were not kept.
+    """
 
     tokens: np.ndarray  # evaluated, int32 (n,)
     layers: np.ndarray  # block numbers, int16 (L,); none for a dense model
@@ -47,10 +42,13 @@ class Trace:
     margin: np.ndarray  # k-th score minus the next, float32 (n, L); NaN if hashed, infinite without a next
     n_experts: int
     conditions: dict[str, Any] = field(repr=False)  # model, settings, and how the tokens were evaluated
-    logits: Logits | None = field(repr=False, default=None)
+    # XXH3-64 of all logits of a token, uint64 (n,): equal only where every bit is
+    digest: np.ndarray = field(repr=False, default=NOTHING)
+    logit_ids: np.ndarray = field(repr=False, default=NOTHING)  # sampled vocabulary ids, int32 (s,)
+    logits: np.ndarray = field(repr=False, default=NOTHING)  # their logits, float32 (n, s)
     # the greedy continuation, int32 (m,), or (sequences, m) with -1 behind the end; its routing is not kept
-    output: np.ndarray = field(repr=False, default_factory=lambda: np.zeros(0, np.int32))
-    scores: np.ndarray | None = field(repr=False, default=None)  # of all experts, float32 (n, L, experts)
+    output: np.ndarray = field(repr=False, default=NOTHING)
+    scores: np.ndarray = field(repr=False, default=NOTHING)  # of all experts, float32 (n, L, experts)
 
     @property
     def n_tokens(self) -> int:
@@ -64,7 +62,8 @@ class Trace:
 
     def rows(self, chosen: slice | np.ndarray) -> Trace:
         """The trace of some of its tokens, without the greedy continuation and the scores."""
-        return _rebuilt([self], lambda arrays: arrays[0][chosen], output=np.zeros(0, np.int32))
+        parts = {name: getattr(self, name)[chosen] for name in _ROWS}
+        return replace(self, **parts, output=NOTHING, scores=NOTHING)
 
     def part(self, place: int) -> Trace:
         """One sequence of several equally long ones, with its greedy continuation."""
@@ -79,13 +78,9 @@ class Trace:
 
     def save(self, path: str | Path) -> Path:
         """Write the trace as ``.npz``, whole or not at all, and return the path."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays = {name: getattr(self, name) for name in (*_ARRAYS, *_KEPT)}
         arrays["n_experts"] = np.int64(self.n_experts)
         arrays["conditions"] = np.frombuffer(json.dumps(self.conditions).encode(), np.uint8)
-        if self.logits is not None:
-            arrays |= {f"logits_{name}": value for name, value in vars(self.logits).items()}
-        if self.scores is not None:
-            arrays["scores"] = self.scores
         with whole_file(path, "wb") as file:
             np.savez_compressed(file, **arrays)
         return Path(path)
@@ -95,13 +90,10 @@ def load_trace(path: str | Path) -> Trace:
     """Read what ``Trace.save`` wrote; a `RoutingError` if the file is missing or is no trace."""
     try:
         with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as stored:
-            logits = [stored[f"logits_{name}"] for name in _LOGITS if "logits_ids" in stored]
             return Trace(
-                **{name: stored[name] for name in _ARRAYS},
+                **{name: stored[name] for name in (*_ARRAYS, *_KEPT) if name in {*_ARRAYS, *stored}},
                 n_experts=int(stored["n_experts"]),
                 conditions=json.loads(stored["conditions"].tobytes()),
-                logits=Logits(*logits) if logits else None,
-                scores=stored.get("scores"),
             )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise RoutingError(f"not a routing trace ({error})", where=path, hint="record it again") from error
@@ -109,20 +101,11 @@ def load_trace(path: str | Path) -> Trace:
 
 def joined(traces: Sequence[Trace], **conditions: Any) -> Trace:
     """One trace of several sequences, one after another; conditions are the first one's, and those given."""
-    changed: dict[str, Any] = {"conditions": traces[0].conditions | conditions}
-    if traces[0].output.ndim == 2:
-        changed["output"] = np.concatenate([trace.output for trace in traces])
-    return _rebuilt(traces, np.concatenate, **changed)
-
-
-def _rebuilt(traces: Sequence[Trace], change: Callable[[list[np.ndarray]], np.ndarray], **more: Any) -> Trace:
-    """The first trace, its rows a token made from all traces by ``change``; scores are dropped."""
-    first, kept = traces[0], [trace.logits for trace in traces]
-    arrays: dict[str, Any] = {name: change([getattr(trace, name) for trace in traces]) for name in _ROWS}
-    if first.logits is not None:
-        rows = {name: change([getattr(logits, name) for logits in kept]) for name in _LOGIT_ROWS}
-        more["logits"] = replace(first.logits, **rows)
-    return replace(first, **arrays, scores=None, **more)
+    first = traces[0]
+    parts = {name: np.concatenate([getattr(trace, name) for trace in traces]) for name in _ROWS}
+    if first.output.ndim == 2:
+        parts["output"] = np.concatenate([trace.output for trace in traces])
+    return replace(first, **parts, scores=NOTHING, conditions=first.conditions | conditions)
 
 
 def trace_frames(trace: Trace) -> Iterable[pd.DataFrame]:

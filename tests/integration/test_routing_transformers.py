@@ -63,9 +63,9 @@ def test_a_batch_of_sequences_equals_transformers_batch(peer, unified, arrivals,
 
 def agree(ours: Trace, theirs: dict[str, np.ndarray], record_property) -> None:
     """Choices are equal but at margins within the noise; scores, weights and logits nearly are."""
-    assert ours.hashed.tolist() == [True, False, False, False] and ours.logits.values.shape[1] <= LOGIT_SAMPLE
+    assert ours.hashed.tolist() == [True, False, False, False] and ours.logits.shape[1] <= LOGIT_SAMPLE
     np.testing.assert_array_equal(ours.tokens, theirs["tokens"].ravel())
-    drift = np.abs(ours.logits.values - theirs["logits"][:, ours.logits.ids]).max()
+    drift = np.abs(ours.logits - theirs["logits"][:, ours.logit_ids]).max()
     worst, clear, same = 0.0, 0, 0
     for layer in range(4):
         experts = theirs[f"experts_{layer}"]

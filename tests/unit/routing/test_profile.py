@@ -20,7 +20,7 @@ from dfqs_nb.routing import profile as routing_profile
 from dfqs_nb.routing.compare import across, divergence
 from dfqs_nb.routing.profile import Profile, arguments, expert_bytes, read_profile
 from dfqs_nb.routing.recorder import RoutingError
-from dfqs_nb.routing.trace import Logits, Trace, export
+from dfqs_nb.routing.trace import Trace, export
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 EXPERTS, N = 8, 60
@@ -224,8 +224,8 @@ def scored(trace: Trace, seed: int, shift: np.ndarray | float = 0.0) -> Trace:
     rng = np.random.default_rng(seed)
     scores = rng.random((*trace.experts.shape[:2], EXPERTS)).astype(np.float32)
     values = rng.normal(0, 1, (trace.n_tokens, 12)).astype(np.float32) + np.asarray(shift, np.float32)
-    kept = Logits(np.zeros(trace.n_tokens, np.uint64), np.arange(12), values)
-    return Trace(**{**vars(trace), "scores": scores, "logits": kept})
+    kept = {"digest": np.zeros(trace.n_tokens, np.uint64), "logit_ids": np.arange(12), "logits": values}
+    return Trace(**{**vars(trace), "scores": scores, **kept})
 
 
 def test_agreement_with_another_file_by_layer():

@@ -119,7 +119,7 @@ def test_decode_through_known_addresses_equals_decode_by_name():
     for layer in range(4):
         np.testing.assert_array_equal(first.experts[:, layer], reader.rows("topk", layer))
     np.testing.assert_array_equal(first.margin, again.margin)
-    np.testing.assert_array_equal(first.logits.digest, again.logits.digest)
+    np.testing.assert_array_equal(first.digest, again.digest)
 
 
 def test_logits_and_output_are_those_of_the_model_alone():
@@ -144,7 +144,7 @@ def test_a_trace_survives_the_disk(tmp_path, nano):
     found = load_trace(trace.save(tmp_path / "trace.npz"))
     for name in ("tokens", "layers", "hashed", "experts", "weights", "margin", "output"):
         np.testing.assert_array_equal(getattr(found, name), getattr(trace, name))
-    np.testing.assert_array_equal(found.logits.digest, trace.logits.digest)
+    np.testing.assert_array_equal(found.digest, trace.digest)
     assert found.conditions == trace.conditions and found.n_experts == 16
     assert found.conditions["n_ubatch"] == 7 and found.conditions["model"]["architecture"] == "deepseek4"
 
@@ -160,7 +160,7 @@ def test_a_file_that_is_no_trace_is_an_error(tmp_path, content):
 
 def test_a_dense_model_has_no_routed_experts_but_logits():
     trace = recorded(smollm2(), schedule=Schedule(50), settings=OpenSettings(n_ctx=256, n_threads=1))
-    assert trace.experts.shape == (60, 0, 0) and len(trace.logits.digest) == 60
+    assert trace.experts.shape == (60, 0, 0) and len(trace.digest) == 60
     with pytest.raises(ModelError, match="no routed experts here"):
         trace.require_routed()
 

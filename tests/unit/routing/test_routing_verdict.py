@@ -19,7 +19,7 @@ from dfqs_nb.routing.compare import FIELDS, compare, differences, overlaps
 from dfqs_nb.routing.experiment import Condition, run_experiment
 from dfqs_nb.routing.recorded import Schedule
 from dfqs_nb.routing.recorder import RoutingError
-from dfqs_nb.routing.trace import Logits, Trace
+from dfqs_nb.routing.trace import Trace
 from dfqs_nb.routing.verdict import advice, judge, sensitivities
 from dfqs_nb.stats import at_most
 
@@ -37,7 +37,6 @@ def trace(experts, hashed=(False, False), tokens=None, margin=None, drift=0.0, o
     experts = np.array(experts, np.uint8)
     n = len(experts)
     values = np.zeros((n, 3), np.float32) + drift
-    kept = Logits(values[:, 0].view(np.uint32).astype(np.uint64), np.arange(3), values)
     return Trace(
         np.arange(n) if tokens is None else np.array(tokens),
         np.array([3, 4], np.int16),
@@ -47,8 +46,10 @@ def trace(experts, hashed=(False, False), tokens=None, margin=None, drift=0.0, o
         np.full(experts.shape[:2], 0.5, np.float32) if margin is None else np.float32(margin),
         4,
         {},
-        kept,
-        np.array(output),
+        digest=values[:, 0].view(np.uint32).astype(np.uint64),
+        logit_ids=np.arange(3),
+        logits=values,
+        output=np.array(output),
     )
 
 
@@ -158,7 +159,13 @@ def test_sensitivities_are_ranked_and_become_advice():
     table = table_of(
         ("1 thread", "threads", "x", A, A),
         ("n_batch 7", "batch", "x", A, FLIPPED),
-        ("all by decode", "phase", "x", A, dataclasses.replace(A, logits=FLIPPED.logits)),
+        (
+            "all by decode",
+            "phase",
+            "x",
+            A,
+            dataclasses.replace(A, logits=FLIPPED.logits, digest=FLIPPED.digest),
+        ),
     )
     assert sensitivities(table)["condition"].tolist() == ["n_batch 7", "all by decode", "1 thread"]
     lines = advice(sensitivities(table))
