@@ -24,7 +24,11 @@ EXPORT_TOKENS = 4096  # turned into rows of an export at once
 _ARRAYS = ("tokens", "layers", "hashed", "experts", "weights", "margin", "output")
 _KEPT = ("digest", "logit_ids", "logits", "scores")  # not in every trace
 _ROWS = ("tokens", "experts", "weights", "margin", "digest", "logits")  # have a row a token
-NOTHING = np.zeros(0)
+
+
+def nothing() -> np.ndarray:
+    """What a trace has where nothing was kept."""
+    return np.zeros(0)
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,12 @@ class Trace:
     n_experts: int
     conditions: dict[str, Any] = field(repr=False)  # model, settings, and how the tokens were evaluated
     # XXH3-64 of all logits of a token, uint64 (n,): equal only where every bit is
-    digest: np.ndarray = field(repr=False, default=NOTHING)
-    logit_ids: np.ndarray = field(repr=False, default=NOTHING)  # sampled vocabulary ids, int32 (s,)
-    logits: np.ndarray = field(repr=False, default=NOTHING)  # their logits, float32 (n, s)
+    digest: np.ndarray = field(repr=False, default_factory=nothing)
+    logit_ids: np.ndarray = field(repr=False, default_factory=nothing)  # sampled vocabulary ids, int32 (s,)
+    logits: np.ndarray = field(repr=False, default_factory=nothing)  # their logits, float32 (n, s)
     # the greedy continuation, int32 (m,), or (sequences, m) with -1 behind the end; its routing is not kept
-    output: np.ndarray = field(repr=False, default=NOTHING)
-    scores: np.ndarray = field(repr=False, default=NOTHING)  # of all experts, float32 (n, L, experts)
+    output: np.ndarray = field(repr=False, default_factory=nothing)
+    scores: np.ndarray = field(repr=False, default_factory=nothing)  # of all experts, float32 (n, L, experts)
 
     @property
     def n_tokens(self) -> int:
@@ -63,7 +67,7 @@ class Trace:
     def rows(self, chosen: slice | np.ndarray) -> Trace:
         """The trace of some of its tokens, without the greedy continuation and the scores."""
         parts = {name: getattr(self, name)[chosen] for name in _ROWS}
-        return replace(self, **parts, output=NOTHING, scores=NOTHING)
+        return replace(self, **parts, output=nothing(), scores=nothing())
 
     def part(self, place: int) -> Trace:
         """One sequence of several equally long ones, with its greedy continuation."""
@@ -105,7 +109,7 @@ def joined(traces: Sequence[Trace], **conditions: Any) -> Trace:
     parts = {name: np.concatenate([getattr(trace, name) for trace in traces]) for name in _ROWS}
     if first.output.ndim == 2:
         parts["output"] = np.concatenate([trace.output for trace in traces])
-    return replace(first, **parts, scores=NOTHING, conditions=first.conditions | conditions)
+    return replace(first, **parts, scores=nothing(), conditions=first.conditions | conditions)
 
 
 def trace_frames(trace: Trace) -> Iterable[pd.DataFrame]:
