@@ -33,7 +33,7 @@ class RecordedModel:
     def required(self) -> Recorder:
         """Its recorder, or a `RoutingError` if the model was opened without one."""
         if self.recorder is None:
-            raise RoutingError("this model was opened without a recorder", hint="open it with listen=True")
+            raise RoutingError("this model was opened without a recorder", hint="use open_recorded")
         return self.recorder
 
     def clear(self) -> None:
@@ -94,12 +94,11 @@ class RecordedModel:
 
 @contextmanager
 def open_recorded(
-    path: str | Path, settings: OpenSettings | None = None, *, trial: bool = True, listen: bool = True
+    path: str | Path, settings: OpenSettings | None = None, *, trial: bool = True
 ) -> Iterator[RecordedModel]:
-    """Open a model with a recorder (unless ``listen`` is False); arguments and errors as ``open_model``."""
-    recorder = Recorder() if listen else None
-    callback = {} if recorder is None else {"cb_eval": recorder.callback}
-    with default_params(**callback):
+    """Open a model with a recorder; arguments and errors as ``open_model``."""
+    recorder = Recorder()
+    with default_params(cb_eval=recorder.callback):
         model = open_model(path, settings, trial=trial)
     model.keep_lock = True  # a callback that need not take Python's lock costs half as much
     with model:

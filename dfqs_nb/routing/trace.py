@@ -20,7 +20,6 @@ from dfqs_nb.routing.recorder import RoutingError
 if TYPE_CHECKING:
     import pandas as pd
 
-EXPORT_TOKENS = 4096  # turned into rows of an export at once
 _ARRAYS = ("tokens", "layers", "hashed", "experts", "weights", "margin", "output")
 _KEPT = ("digest", "logit_ids", "logits", "scores")  # not in every trace
 _ROWS = ("tokens", "experts", "weights", "margin", "digest", "logits")  # have a row a token
@@ -113,25 +112,22 @@ def joined(traces: Sequence[Trace], **conditions: Any) -> Trace:
 
 
 def trace_frames(trace: Trace) -> Iterable[pd.DataFrame]:
-    """The trace as tidy rows, one a chosen expert, in pieces; docs/routing.md explains the columns."""
+    """The trace as tidy rows, one a chosen expert, by sequence; docs/routing.md explains the columns."""
     import pandas as pd
 
-    about, (_, n_layers, k) = trace.conditions, trace.experts.shape
-    names, domains = np.array(about.get("sequences", ["text"])), np.array(about.get("domains", [""]))
+    about, (_, n_layers, k), start = trace.conditions, trace.experts.shape, 0
     lengths = about.get("lengths", [trace.n_tokens])
-    sequences = np.repeat(np.arange(len(lengths)), lengths)
-    positions = np.concatenate([np.arange(n) for n in lengths])
-    for start in range(0, trace.n_tokens, EXPORT_TOKENS):
-        rows = np.arange(start, min(start + EXPORT_TOKENS, trace.n_tokens))
-        each = np.repeat(rows, n_layers * k)
+    names, domains = about.get("sequences", ["text"]), about.get("domains", [""])
+    for name, domain, n in zip(names, domains, lengths, strict=True):
+        rows, start = slice(start, start + n), start + n
         columns = {
             "load": about.get("load", "alone"),
-            "domain": domains[sequences[each]],
-            "sequence": names[sequences[each]],
-            "position": positions[each],
-            "token": trace.tokens[each],
-            "layer": np.tile(np.repeat(trace.layers, k), len(rows)),
-            "rank": np.tile(np.arange(k), len(rows) * n_layers),
+            "domain": domain,
+            "sequence": name,
+            "position": np.repeat(np.arange(n), n_layers * k),
+            "token": np.repeat(trace.tokens[rows], n_layers * k),
+            "layer": np.tile(np.repeat(trace.layers, k), n),
+            "rank": np.tile(np.arange(k), n * n_layers),
             "expert": trace.experts[rows].ravel(),
             "weight": trace.weights[rows].ravel(),
             "margin": np.repeat(trace.margin[rows].ravel(), k),
@@ -155,13 +151,12 @@ def require_csv(path: str | Path) -> Path:
 def export(traces: Iterable[Trace], path: str | Path) -> Path:
     """Write traces as one CSV, which ``pandas.read_csv(path)`` reads; a dense model's is a `ModelError`."""
     path = require_csv(path)
-    compression = "gzip" if path.name.endswith(".gz") else None
+    compression: Any = "gzip" if path.name.endswith(".gz") else None
     with whole_file(path, "wb") as file:
         header = True
         for trace in traces:
             trace.require_routed()
             for frame in trace_frames(trace):
-                options = {"header": header, "index": False, "float_format": "%.6g"}
-                frame.to_csv(file, compression=compression, **options)
+                frame.to_csv(file, compression=compression, header=header, index=False, float_format="%.6g")
                 header = False
     return path

@@ -77,7 +77,7 @@ def main() -> int:
     answer = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(no.__getitem__)
     with ExitStack() as stack:
         models = [
-            stack.enter_context(open_recorded(arguments.model, settings, listen=False)),
+            RecordedModel(stack.enter_context(open_model(arguments.model, settings)), None),
             listened(stack, arguments.model, settings, ctypes.cast(answer, type(watch.callback))),
             listened(stack, arguments.model, settings, watch.callback),
             stack.enter_context(open_recorded(arguments.model, settings)),
