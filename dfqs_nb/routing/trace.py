@@ -120,7 +120,7 @@ def trace_frames(trace: Trace) -> Iterable[pd.DataFrame]:
     names, domains = about.get("sequences", ["text"]), about.get("domains", [""])
     for name, domain, n in zip(names, domains, lengths, strict=True):
         rows, start = slice(start, start + n), start + n
-        columns = {
+        columns: dict[str, Any] = {
             "load": about.get("load", "alone"),
             "domain": domain,
             "sequence": name,

@@ -123,9 +123,9 @@ def test_batches_are_cut_as_llama_cpps_source_says():
 
 
 def test_a_model_without_a_recorder_cannot_be_recorded_together():
-    with open_model(NANO, SETTINGS, trial=False) as model:
-        with pytest.raises(RoutingError, match="without a recorder"):
-            Together(RecordedModel(model, None))
+    opened = open_model(NANO, SETTINGS, trial=False)
+    with opened as model, pytest.raises(RoutingError, match="without a recorder"):
+        Together(RecordedModel(model, None))
 
 
 def test_a_new_context_on_loaded_weights_computes_what_a_new_load_does():
