@@ -16,18 +16,8 @@ if TYPE_CHECKING:
     from dfqs_nb.llama.model import open_model
     from dfqs_nb.llama.settings import OpenSettings
 
-__all__ = [
-    "OpenSettings",
-    "answer_table",
-    "chat",
-    "check",
-    "complete",
-    "diagnose",
-    "figures",
-    "open_model",
-    "stream_chat",
-    "timing",
-]
+__all__ = ["OpenSettings", "answer_table", "chat", "check", "complete", "diagnose"]
+__all__ += ["figures", "open_model", "stream_chat", "timing"]
 
 # all of it: `python -m dfqs_nb.llama.template` wants a module that the package has not imported yet
 __getattr__ = lazy(
