@@ -234,6 +234,16 @@ class Counts:
         return {**ends, "fall": fall, "low": max(row[1] for row in rows), "high": max(row[2] for row in rows)}
 
 
+def interval_words(low: int | None, high: int | None) -> str:
+    """An interval of lengths for people; None is an end beyond the lengths that were measured.
+
+    >>> interval_words(350, 470), interval_words(512, None)
+    ('350 to 470 tokens', '512 to beyond the longest text')
+    """
+    least = "below the shortest text" if low is None else f"{low:,}"
+    return f"{least} to {'beyond the longest text' if high is None else f'{high:,} tokens'}"
+
+
 @dataclass(frozen=True)
 class Boundary:
     """The failure boundary in tokens of context.
@@ -274,19 +284,19 @@ class Boundary:
         """The boundary as a sentence, with every reservation.
 
         >>> Boundary(404, 350, 470, False, "measured", "quality", 0.9, 0.76, 0.0, 20, 200).sentence
-        'fails at 404 tokens (95 % interval 350 to 470; cause: quality)'
+        'loses 15 % of its short-context ability at 404 tokens (95 % interval 350 to 470 tokens)'
         """
         if self.status == "not measured":
             return f"was not measured (cause: {self.cause})"
         if self.status == "floor":
             return f"no better than chance at every length (a_0 = {self.a_0:.2f})"
-        notes = [f"95 % interval {self.low or 0:,} to {'open' if self.high is None else f'{self.high:,}'}"]
-        notes += [f"cause: {self.cause}"] if self.cause else []
+        notes = [f"95 % interval {interval_words(self.low, self.high)}"]
+        notes += [f"cause: {self.cause}"] if self.cause not in (None, "quality") else []
         if self.not_monotone:
             notes.append(f"not monotone: accuracy first crosses at {self.first_crossing or 0:,} and recovers")
         if self.provisional:
             notes.append(f"provisional: {self.n_haystacks} texts a length, fewer than {ENOUGH_TEXTS}")
-        what = "fails at" if self.cause == "quality" else "stops at"
+        what = "loses 15 % of its short-context ability at" if self.cause == "quality" else "stops at"
         what = "holds to the longest length measured," if self.right_censored else what
         return f"{what} {self.tokens:,} tokens ({'; '.join(notes)})"
 

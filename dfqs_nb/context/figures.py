@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import PercentFormatter
 
+from dfqs_nb.context.boundary import interval_words
 from dfqs_nb.core import figures as core
 from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, token_axis, whiskers
 
@@ -75,11 +76,11 @@ def _boundary_title(boundary: dict[str, Any]) -> str:
         return "Retrieval is no better than chance at any length"
     if boundary["right_censored"]:
         return f"Retrieval holds to the longest context measured, {boundary['tokens']:,} tokens"
-    high = "open" if boundary["high"] is None else f"{boundary['high']:,}"
-    what = "Retrieval fails" if boundary["cause"] == "quality" else f"The context ends ({boundary['cause']})"
-    interval = f"95 % interval {boundary['low'] or 0:,} to {high}"
-    provisional = "; provisional" if boundary["provisional"] else ""
-    return f"{what} at {boundary['tokens']:,} tokens ({interval}{provisional})"
+    is_quality = boundary["cause"] == "quality"
+    what = "Retrieval loses 15 % of its ability" if is_quality else f"The context ends ({boundary['cause']})"
+    interval = interval_words(boundary["low"], boundary["high"])
+    provisional = "; provisional: few texts" if boundary["provisional"] else ""
+    return f"{what} at {boundary['tokens']:,} tokens\n(95 % interval {interval}{provisional})"
 
 
 def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:

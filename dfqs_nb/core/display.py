@@ -118,17 +118,32 @@ def one_line(text: object) -> str:
     return " ".join(plain(text).split())
 
 
+CODE = re.compile(r"`([\w ./=:,+-]+)`")  # a command or a name in backticks, which no format can misread
+
+
 def markdown(text: object) -> str:
     r"""Text from outside as Markdown that shows it literally: no heading, image, link or HTML.
 
-    >>> print(markdown("# a ![i](http://x) <b>"))
-    \# a ![i\](http&#58;//x) &lt;b>
+    Commands in backticks stay code.
+
+    >>> print(markdown("# a ![i](http://x) <b> ~ `make run`"))
+    \# a ![i\](http&#58;//x) &lt;b> ~ `make run`
     """
-    escaped = one_line(text).replace("&", "&amp;").replace("<", "&lt;")  # `>` begins quotes only
-    escaped = re.sub(r"^>|([\\|`*~])", lambda it: "\\" + it[0], escaped)
-    # `_` within a word is no emphasis, and `]` ends a link only before these; so [1, 2] stays legible
+    line = one_line(text)
+    if "`" in CODE.sub("", line):  # a backtick without its partner would swallow what follows
+        return _escaped(line)
+    return "".join(f"`{it}`" if at % 2 else _escaped(it, at) for at, it in enumerate(CODE.split(line)))
+
+
+def _escaped(text: str, at: int = 0) -> str:
+    """A part of a line as Markdown that shows it literally; 0 is the first part, which can begin a block."""
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;")  # `>` begins quotes only
+    # `~` needs a neighbour to strike through, `_` within a word is no emphasis, `]` ends a link before these
+    escaped = re.sub(r"[\\|`*]|~(?=\S)|(?<=\S)~", r"\\\g<0>", escaped)
     escaped = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:])", r"\\\g<0>", escaped)
-    escaped = re.sub(r"^(\d*)([#=+-]|(?<=\d)[.)])(?=\s|$|[#=+-])", r"\1\\\2", escaped)
+    if not at:
+        escaped = re.sub(r"^>", r"\>", escaped)
+        escaped = re.sub(r"^(\d*)([#=+-]|(?<=\d)[.)])(?=\s|$|[#=+-])", r"\1\\\2", escaped)
     # GitHub and the hub make links of bare addresses, too
     return escaped.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
 

@@ -1,10 +1,4 @@
-"""Notebook 07: the DFQS report of a run, checked, compared and ranked.
-
->>> from dfqs_nb import report
->>> report.read_report("no/such/run")
-Traceback (most recent call last):
-dfqs_nb.report.stages.ReportError: no/such/run: there is no report; ...
-"""
+"""Notebook 07: the DFQS report of a run, checked, compared and ranked."""
 
 from typing import TYPE_CHECKING
 

@@ -17,9 +17,9 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import write_table, write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.report.metrics import CURVE, METRICS, SCORES, SPEED, metric_cell
-from dfqs_nb.report.reading import FILE, RunItems, read_answers
-from dfqs_nb.report.template import render
+from dfqs_nb.report.metrics import CURVE, METRICS, SCORES, SPEED
+from dfqs_nb.report.reading import FILE, read_answers
+from dfqs_nb.report.template import render, sentence
 
 NUMBERS = [name for name in METRICS if name != CURVE]
 COLUMNS = [*"tier conditions place run model size_bytes".split(), *NUMBERS]
@@ -62,38 +62,35 @@ class Leaderboard:
         return [table, write_text(self.folder / "leaderboard.md", str(self))]
 
 
-def find_reports(folder: str | Path) -> list[Path]:
-    """Every ``report.json`` under a folder; hidden folders and linked ones apart."""
-    folder = Path(folder)
+def leaderboard(folder: str | Path) -> Leaderboard:
+    """Rank the reports under a folder; each is checked, and its scores are counted again from its answers.
+
+    Hidden folders and linked ones are left out.
+    """
+    folder, rows = Path(folder), []
     if not folder.is_dir():
         raise DfqsError("no such folder", where=tilde(folder), hint="give a folder that holds reports")
-    paths = sorted(folder.rglob(FILE))
-    return [path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)]
-
-
-def leaderboard(folder: str | Path) -> Leaderboard:
-    """Rank the reports under a folder; each is checked, and its scores are counted again from its answers."""
-    folder, rows = Path(folder), []
-    seen: dict[str, str] = {}
-    conditions: dict[str, Mapping[str, Any]] = {}
-    for path in find_reports(folder):
-        name = plain(path.relative_to(folder).as_posix())
+    seen, conditions = dict[str, str](), dict[str, Mapping[str, Any]]()
+    for path in sorted(folder.rglob(FILE)):
+        within = path.relative_to(folder)
+        if any(part.startswith(".") for part in within.parts):
+            continue
+        name = plain(within.as_posix())
         try:
-            run = read_answers(path)
-            if (other := seen.setdefault(run.report["integrity"]["sha256"], name)) != name:
+            report = read_answers(path).report
+            if (other := seen.setdefault(report["integrity"]["sha256"], name)) != name:
                 raise DfqsError(f"the same report as {other}")
-            row = _row(run)
-            conditions[row["conditions"]] = run.report["conditions"]
+            row = _row(report)
+            conditions[row["conditions"]] = report["conditions"]
         except DfqsError as error:
             row = {"problem": plain(f"{error.what}; {error.hint}" if error.hint else error.what)}
         rows.append({**row, "report": name})
     return Leaderboard(folder, _placed(pd.DataFrame(rows, columns=COLUMNS)), conditions)
 
 
-def _row(run: RunItems) -> dict[str, Any]:
-    report, details = run.report, run.report["details"]
+def _row(report: Mapping[str, Any]) -> dict[str, Any]:
+    details = report["details"]
     held = [f"{name}: {detail['withheld']}" for name, detail in details.items() if detail["withheld"]]
-    details = details | {SPEED: details[SPEED] | {"contended": is_contended(run)}}
     return {
         "tier": report["tier"],
         "conditions": report["conditions_sha256"][:12],
@@ -101,16 +98,11 @@ def _row(run: RunItems) -> dict[str, Any]:
         "model": plain(report["model"]["name"]),
         "size_bytes": report["model"]["size_bytes"],
         **{name: report["metrics"][name] for name in NUMBERS},
-        **{f"{name}_shown": metric_cell(name, details[name]) for name in METRICS},
-        "contended": details[SPEED]["contended"],
+        **{f"{name}_shown": sentence("cell", name, details[name]) for name in METRICS},
+        "contended": bool(details[SPEED].get("contended")),
         "withheld": plain("; ".join(held)),
         "problem": "",
     }
-
-
-def is_contended(run: RunItems) -> bool:
-    """Whether a report's speed was measured on a busy machine."""
-    return bool(run.detail(SPEED).get("contended"))
 
 
 def _placed(table: pd.DataFrame) -> pd.DataFrame:

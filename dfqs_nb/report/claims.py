@@ -7,40 +7,27 @@ header and measurements are the facts (`facts`); where it is another one, the pu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from dfqs_nb import scores
-from dfqs_nb.gguf.facts import bits_per_weight, layer_of, parameters, types_by_bytes
+from dfqs_nb.gguf.facts import bits_per_weight, class_of, layer_of, parameters, types_by_bytes
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import CACHE_TYPES, kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.models import registered
 from dfqs_nb.gguf.published import published, published_shape
 from dfqs_nb.gguf.reading import FLASH, active_bytes
 from dfqs_nb.merge import methods_table
-from dfqs_nb.report.envelope import CONTEXTS, IQ1_S_BITS, SINGLE
-from dfqs_nb.report.spec import (
-    CLAIM_VERDICTS,
-    CONFIRMED,
-    CONTRADICTED,
-    CONTRADICTS_ITSELF,
-    GB,
-    GIB,
-    IN_PART,
-    NOT_TESTABLE,
-    Claim,
-    claims_spec,
-    figure,
-    filled,
-    requirements_spec,
-)
+from dfqs_nb.report import spec as tables
+from dfqs_nb.report.envelope import CONTEXTS, SINGLE, iq1_s_experts_bytes
+from dfqs_nb.report.spec import CONFIRMED, CONTRADICTED, GB, GIB, IN_PART, NOT_TESTABLE, Claim, filled
 from dfqs_nb.report.stages import Run, is_file_of
 
 SHARDS = "deepseek-v4-flash-iq1_s-xl"  # in data/models.toml
 QUANTIZATION = "IQ1_S"  # of most bytes of the artifact
 SIZE_MARGIN = 0.03  # within this share of its size, a file of its shapes and types is taken for the artifact
-OFFLOADED = (35, 43)  # layers that the documents put on GPUs
+OFFLOADED = 35  # n_gpu_layers of the documents
 MACHINES = {"cpu": "CPU", "3090": "RTX 3090", "2x3090": "2 x RTX 3090", "h100": "H100"}  # of the card's table
 COLUMNS = ("number", "id", "document", "section", "claim", "how", "found", "verdict", "evidence", "source")
 SUDDEN = 0.5  # of the ability above guessing, lost within one doubling of the context
@@ -54,20 +41,19 @@ def check_claims(
     An empty ``run`` checks against the public record alone. ``header`` is of the model that was run.
     ``claims`` are other statements than those of ``data/spec/claims.toml``.
     """
-    known, spec = facts(run, header), claims_spec()
-    rows = []
-    for claim in claims if claims is not None else spec.numbered():
-        fact, value = spec.facts[claim.fact], known.get(claim.fact)
-        texts, verdict = ("not measured", "{why}"), claim.verdict or NOT_TESTABLE
+    known, spec, rows = facts(run, header), tables.claims_spec(), []
+    for claim in spec["claims"] if claims is None else claims:
+        fact, value = spec["facts"][claim["fact"]], known.get(claim["fact"])
+        found, evidence, verdict = "not measured", "{why}", claim["verdict"] or NOT_TESTABLE
         if value is not None:
-            texts = claim.found or fact.found, claim.evidence or fact.evidence
-            verdict = claim.verdict or TESTS[claim.test](claim, value, known)
+            found, evidence = (claim[name] or fact[name] for name in ("found", "evidence"))
+            verdict = claim["verdict"] or TESTS[claim["test"]](claim, value, known)
         if verdict == CONTRADICTED and _holds_in_gib(claim, value, known):
-            texts, verdict = (texts[0], texts[1] + spec.as_gib), CONTRADICTS_ITSELF
-        known["figure"] = figure(claim.value, claim.unit)
-        found, evidence = (filled(text, known) for text in texts)
-        stated = (claim.number, claim.id, claim.document, claim.section, claim.text)
-        rows.append((*stated, fact.how, found, verdict, evidence, claim.source))
+            evidence, verdict = evidence + spec["as_gib"], tables.CONTRADICTS_ITSELF
+        known["figure"] = tables.figure(claim["value"], claim["unit"])
+        stated = (claim[name] for name in ("number", "id", "document", "section", "text"))
+        judged = (filled(found, known), verdict, filled(evidence, known))
+        rows.append((*stated, fact["how"], *judged, claim["source"]))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -79,49 +65,51 @@ def counts(table: pd.DataFrame) -> str:
     '3 statements: 2 confirmed, 1 contradicted'
     """
     seen = table["verdict"].value_counts()
-    parts = ", ".join(f"{seen[word]} {word}" for word in CLAIM_VERDICTS if word in seen)
+    parts = ", ".join(f"{seen[word]} {word}" for word in tables.CLAIM_VERDICTS if word in seen)
     return f"{len(table)} statements: {parts}"
 
 
 def _holds_in_gib(claim: Claim, value: Any, known: Mapping[str, Any]) -> bool:
     """Whether a figure in GB is contradicted as such, and would not be if GiB were meant."""
-    if claim.unit != "GB" or claim.verdict:
+    if claim["unit"] != "GB" or claim["verdict"]:
         return False
     numbers = [number * GB / GIB for number in (value if isinstance(value, list) else [value])]
     fact = numbers if isinstance(value, list) else numbers[0]
-    return TESTS[claim.test](claim, fact, known) != CONTRADICTED
+    return TESTS[claim["test"]](claim, fact, known) != CONTRADICTED
 
 
 def _at_most(claim: Claim, value: Any, known: Mapping[str, Any]) -> str:
     """The fact is at most the limit, or the figure; of several facts, some may be."""
-    limit = claim.value if claim.limit is None else claim.limit
+    limit = claim["value"] if claim["limit"] is None else claim["limit"]
     within = [number <= limit for number in (value if isinstance(value, list) else [value])]
-    return claim.yes if all(within) else IN_PART if any(within) else claim.no
+    verdict: str = claim["yes"] if all(within) else IN_PART if any(within) else claim["no"]
+    return verdict
 
 
 def _equals(claim: Claim, value: Any, known: Mapping[str, Any]) -> str:
     """The figure is the fact; of a list, one of it."""
-    if isinstance(value, str) or isinstance(claim.value, bool):
-        return claim.yes if value == claim.value else claim.no
-    values = value if isinstance(value, list) else [value]
-    return claim.yes if any(claim.agrees(number) for number in values) else claim.no
+    if isinstance(value, str) or isinstance(claim["value"], bool):
+        is_so = value == claim["value"]
+    else:
+        is_so = any(tables.agrees(claim, it) for it in (value if isinstance(value, list) else [value]))
+    return str(claim["yes"] if is_so else claim["no"])
 
 
 def _speed(claim: Claim, value: float, known: Mapping[str, Any]) -> str:
     """A range of speeds against the bound of that machine; on a CPU, against what was measured too."""
-    if claim.value[0] > value:
+    if claim["value"][0] > value:
         return CONTRADICTED
-    measured = known["cpu_tokens_per_sec"] if claim.fact == "bound_cpu" else None
+    measured = known["cpu_tokens_per_sec"] if claim["fact"] == "bound_cpu" else None
     if measured is None:
         return NOT_TESTABLE
-    return CONFIRMED if claim.value[0] <= measured <= claim.value[-1] else CONTRADICTED
+    return CONFIRMED if claim["value"][0] <= measured <= claim["value"][-1] else CONTRADICTED
 
 
 def _reaches(claim: Claim, value: Any, known: Mapping[str, Any]) -> str:
     """Retrieval carries to the context named, and that far was measured."""
-    if value.right_censored:
-        return CONFIRMED if (known["longest"] or 0) >= claim.value else NOT_TESTABLE
-    return CONTRADICTED if value.tokens < claim.value else CONFIRMED
+    if value["right_censored"]:
+        return CONFIRMED if (known["longest"] or 0) >= claim["value"] else NOT_TESTABLE
+    return CONTRADICTED if value["tokens"] < claim["value"] else CONFIRMED
 
 
 def _gradual(claim: Claim, value: Mapping[str, float], known: Mapping[str, Any]) -> str:
@@ -133,92 +121,64 @@ def _gradual(claim: Claim, value: Mapping[str, float], known: Mapping[str, Any])
 
 TESTS: dict[str, Callable[[Claim, Any, Mapping[str, Any]], str]] = {
     "equals": _equals,
-    "is": lambda claim, value, known: claim.yes if value == claim.value else claim.no,
     "at most": _at_most,
     "speed": _speed,
-    "interval": lambda claim, value, _: CONFIRMED if value[1] <= claim.value <= value[2] else CONTRADICTED,
+    "interval": lambda claim, it, _: CONFIRMED if it[1] <= claim["value"] <= it[2] else CONTRADICTED,
     "status": lambda claim, value, known: value,  # a notebook has judged it already
     "reaches": _reaches,
     "gradual": _gradual,
 }
 
 
-class Match(NamedTuple):
-    """How the model of a run, of that name, is related to the artifact, and what that rests on.
+def relation(header: GGUFHeader | None, run: Run) -> str:
+    """How the model of a run is related to the artifact: by SHA-256, or by architecture, types and size.
 
-    ``level``: ``artifact`` (this file, merged or not), ``model`` (DeepSeek-V4-Flash in another quantization),
-    ``reference`` (the model that the workbook ships) or ``another``.
+    ``artifact`` (this file, merged or not), ``model`` (DeepSeek-V4-Flash in another quantization),
+    ``reference`` (the model that the workbook ships) or ``another``. No quantity that a statement is about
+    decides it, so that a header can contradict a statement.
     """
-
-    level: Literal["artifact", "model", "reference", "another"]
-    name: str
-    reason: str
-
-
-def artifact_match(header: GGUFHeader | None, run: Run) -> Match:
-    """Whether the model of a run is the artifact: by SHA-256, or by architecture, types and size.
-
-    No quantity that a statement is about decides it, so that a header can contradict a statement.
-    """
-    name = run.file.name if run.file else header.path.stem if header else "no model"
-    digest = run.file.sha256 if run.file else None
+    digest, shape = run["merge"]["model"]["sha256"] if run else None, published_shape()
     if is_file_of(digest):
-        return Match("reference", name, "the model that the workbook ships")
-    if header is None:
-        return Match("another", name, "no header was given")
-    if header.get("split.count", 0) > 1:
-        return Match("another", name, "its header lists the tensors of one shard")
-    shape = published_shape()
-
-    def own(key: str, like: Any) -> Any:
-        """As the published shape writes it: a list as long (a next-token layer may follow in the file)."""
-        value = header.arch(key)
-        return value[: len(like)] if isinstance(like, list) and isinstance(value, list) else value
-
-    differs = [key for key, value in published()["keys"].items() if own(key, value) != value]
-    if header.architecture != shape.architecture or differs:
-        why = differs[0] if header.architecture == shape.architecture else f"it is {header.architecture}"
-        return Match("another", name, f"not the shape of {shape.path} ({why})")
-    if is_file_of(digest, (SHARDS, SINGLE)):
-        return Match("artifact", name, "SHA-256 of the file")
-    most = next(iter(types_by_bytes(header.tensors)), "no tensors")
-    size = registered()[SINGLE].size_bytes
-    if most == QUANTIZATION and abs(header.file_size - size) <= SIZE_MARGIN * size:
-        return Match("artifact", name, f"shape, types and size ({header.file_size:,} bytes)")
-    return Match("model", name, f"shape of {shape.path}; {most}, {header.file_size:,} bytes")
+        return "reference"
+    if header is None or header.get("split.count", 0) > 1 or header.architecture != shape.architecture:
+        return "another"
+    for key, value in published()["keys"].items():
+        own = header.arch(key)
+        if isinstance(value, list) and isinstance(own, list):
+            own = own[: len(value)]  # a next-token layer may follow in the file
+        if own != value:
+            return "another"
+    size, most = registered()[SINGLE].size_bytes, next(iter(types_by_bytes(header.tensors)), "")
+    is_alike = most == QUANTIZATION and abs(header.file_size - size) <= SIZE_MARGIN * size
+    return "artifact" if is_alike or is_file_of(digest, (SHARDS, SINGLE)) else "model"
 
 
 def facts(run: Run, header: GGUFHeader | None) -> dict[str, Any]:
     """Every fact by its name; None for one that nobody knows here. ``why`` says so in a sentence."""
-    match = artifact_match(header, run)
-    own = header if match.level in ("artifact", "model") else None
-    file = header if match.level == "artifact" else None
+    level = relation(header, run)
+    own = header if level in ("artifact", "model") else None
+    file = header if level == "artifact" else None
     another = "the header of the same model in another quantization"
     basis = {"artifact": "the file's own header", "model": another}
-    measured = f"this run measured {match.name}, not the artifact" if run.file else "the artifact was not run"
+    name = run["merge"]["model"]["name"] if run else ""
+    measured = f"this run measured {name}, not the artifact" if run else "the artifact was not run"
     return {
         "stated": True,
-        "basis": basis.get(match.level, "the published configuration"),
+        "basis": basis.get(level, "the published configuration"),
         "why": "this run did not measure it" if file else measured,
         **_sizes(file),
         **_shape(own, file),
         **_identity(run, file),
         **_memory(own, file),
-        **_measurements(run if file else None, run),
+        **_measurements(run if file else {}, run),
     }
 
 
 def _sizes(file: GGUFHeader | None) -> dict[str, Any]:
-    published, nbytes, shards = claims_spec().published, registered()[SINGLE].size_bytes, registered()[SHARDS]
+    published, known = tables.claims_spec()["published"], registered()
+    nbytes, shards, native = known[SINGLE].size_bytes, known[SHARDS], published["native_bytes"]
     weights, active = (weights_bytes(file), active_bytes(file)) if file else (FLASH.weights, FLASH)
-    n_layers = int(published_shape().arch("block_count"))
-    iq1_s = round(published.routed_parameters * IQ1_S_BITS / 8)  # n_gpu_layers takes the last layers: no Q2_K
-    layers = {n: active.routed_total if n == n_layers else round(iq1_s * n / n_layers) for n in OFFLOADED}
-    if file:
-        of = [(layer_of(tensor.name), tensor.nbytes) for tensor in file.tensors]
-        layers = {n: sum(size for at, size in of if at in range(n_layers - n, n_layers)) for n in OFFLOADED}
     extra = methods_table(nbytes, 0, {})["extra disk (bytes)"]
-    rest = nbytes - active.routed_total
     table = scores.speed.card_table(active).set_index("machine")["bound"]
     bounds = {f"bound_{key}": float(table.filter(regex=f"^{name}").iloc[0]) for key, name in MACHINES.items()}
     return {
@@ -233,26 +193,49 @@ def _sizes(file: GGUFHeader | None) -> dict[str, Any]:
         "weights_gb": weights / GB,
         "weights_gib": weights / GIB,
         "experts_gb": active.routed_total / GB,
-        "rest_gb": rest / GB,
-        "most_rest_gb": (nbytes - iq1_s) / GB,
+        "rest_gb": (nbytes - active.routed_total) / GB,
+        "most_rest_gb": (nbytes - iq1_s_experts_bytes()) / GB,
         "token_gb": active.total / GB,
-        "native_gb": published.native_bytes / GB,
-        "native_bits": 8 * published.native_bytes / published.parameters,
-        "ratio": published.native_bytes / nbytes,
-        "saved": 100 * (1 - nbytes / published.native_bytes),
-        "layers_are": "all their tensors" if file else "their routed experts alone",
-        **{f"layers_{n}_gb": total / GB for n, total in layers.items()},
+        "native_gb": native / GB,
+        "native_bits": 8 * native / published["parameters"],
+        "ratio": native / nbytes,
+        "saved": 100 * (1 - nbytes / native),
+        **_offloaded(file, active.routed_total),
         **bounds,
         "dram_share": 100 * 0.5 / bounds["bound_cpu"],
     }
 
 
+def _offloaded(file: GGUFHeader | None, experts_bytes: int) -> dict[str, Any]:
+    """Bytes that n_gpu_layers puts on a GPU. llama.cpp counts the output layer as the last of the layers.
+
+    Source: ``i_gpu_start`` in src/llama-model.cpp. Without the file, the routed experts alone are known;
+    those of the last layers are IQ1_S.
+    """
+    n_layers = int(published_shape().arch("block_count"))
+    n = OFFLOADED - 1
+    known = {"n_layers": n_layers, "n_offloaded": n, "layers_are": "their routed experts alone"}
+    if file is None:
+        some = round(iq1_s_experts_bytes() * n / n_layers)
+        return known | {"layers_35_gb": some / GB, "layers_43_gb": experts_bytes / GB}
+    sizes = [0] * n_layers
+    output = 0
+    for tensor in file.tensors:
+        layer = layer_of(tensor.name)
+        if layer is not None and layer < n_layers:
+            sizes[layer] += tensor.nbytes
+        elif layer is None and class_of(tensor.name) != "embedding":
+            output += tensor.nbytes
+    known["layers_are"] = "all their tensors"
+    return known | {"layers_35_gb": (sum(sizes[-n:]) + output) / GB, "layers_43_gb": sum(sizes) / GB}
+
+
 def _shape(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
-    published, count = claims_spec().published, parameters(own) if own else None
-    total, active, routed = published.parameters, published.active_parameters, published.routed_parameters
+    published, count = tables.claims_spec()["published"], parameters(own) if own else None
+    total, active, routed = (published[f"{name}parameters"] for name in ("", "active_", "routed_"))
     if count:
         total, active, routed = count.total, count.active, count.routed
-    keys = {key: own.arch(key) if own else value for key, value in published.keys.items()}
+    keys = {key: own.arch(key) if own else value for key, value in published["keys"].items()}
     used, number = keys["expert_used_count"], keys["expert_count"]
     sizes = types_by_bytes(file.tensors) if file else {}
     shares = [f"{name} {nbytes / sum(sizes.values()):.1%}" for name, nbytes in sizes.items()]
@@ -271,42 +254,42 @@ def _shape(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
 
 
 def _identity(run: Run, file: GGUFHeader | None) -> dict[str, Any]:
-    published = claims_spec().published
-    own = run.file if file and run.file and run.file.nbytes == registered()[SINGLE].size_bytes else None
-    glued = registered()[SHARDS].size_bytes == registered()[SINGLE].size_bytes
+    published, size = tables.claims_spec()["published"], registered()[SINGLE].size_bytes
+    model = run["merge"]["model"] if run and file else {}
+    own = model if model.get("nbytes") == size else None
     return {
-        "sha256": own.sha256 if own else published.independent_sha256,
+        "sha256": own["sha256"] if own else published["independent_sha256"],
         "whose_sha256": "this run's file has" if own else "an independent download of it is recorded with",
-        "loads": False if glued else None,
-        "shown_tensors": published.independent_tensors,
-        "all_tensors": published.all_tensors,
+        "loads": False if registered()[SHARDS].size_bytes == size else None,
+        "shown_tensors": published["independent_tensors"],
+        "all_tensors": published["all_tensors"],
     }
 
 
 def _memory(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
     shape: Any = own or published_shape()
     weights = weights_bytes(file) if file else FLASH.weights
-    spec = requirements_spec().envelope
-    known: dict[str, Any] = {}
+    spec, known = tables.requirements_spec()["envelope"], dict[str, Any]()
     for n_ctx in CONTEXTS:
         sizes = {
             (name, full): kv_cache_bytes(shape, n_ctx, type_k=name, type_v=name, swa_full=full).total / GB
             for name in CACHE_TYPES
             for full in (False, True)
         }
-        least, compute = weights / GB + sizes["f16", False], spec.published_compute[n_ctx].plain / GB
+        compute = {name: nbytes / GB for name, nbytes in spec["published_compute"][n_ctx].items()}
+        least = weights / GB + sizes["f16", False]
         known |= {
             f"kv_{n_ctx}": list(sizes.values()),
             f"kv_{n_ctx}_gb": sizes["f16", False],
             f"kv_{n_ctx}_full_gb": sizes["f16", True],
-            f"compute_{n_ctx}_gb": compute,
+            f"compute_{n_ctx}_gb": compute["plain"],
             f"least_{n_ctx}_gb": least,
             f"least_{n_ctx}_gib": least * GB / GIB,
-            f"need_{n_ctx}_gb": least + compute,
-            f"flash_{n_ctx}_gb": least + spec.published_compute[n_ctx].flash / GB,
+            f"need_{n_ctx}_gb": least + compute["plain"],
+            f"flash_{n_ctx}_gb": least + compute["flash"],
         }
-    n_gpu, *logs = (spec.gpu_logs[name] for name in ("context", "least", "most"))
-    experts = FLASH.routed_total, round(claims_spec().published.routed_parameters * IQ1_S_BITS / 8)
+    n_gpu, *logs = (spec["gpu_logs"][name] for name in ("context", "least", "most"))
+    experts = FLASH.routed_total, iq1_s_experts_bytes()
     on_gpu = [(weights - held + log) / GB for held, log in zip(experts, logs, strict=True)]
     last = CONTEXTS[-1]
     return known | {
@@ -319,20 +302,20 @@ def _memory(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
     }
 
 
-def _measurements(own: Run | None, run: Run) -> dict[str, Any]:
+def _measurements(own: Run, run: Run) -> dict[str, Any]:
     """What only a run of the artifact shows, and what notebook 04 says of this run's own model."""
-    scored, context = own.scores if own else None, own.long_context if own else None
-    human = next((score for score in scored.scores if score.set == "standard-code"), None) if scored else None
-    share = (human.value, human.low, human.high) if human and not human.n_missing else (None,)
+    scored, context = own.get("scores", {}), own.get("long_context", {})
+    code = [score for score in scored.get("scores", []) if score["set"] == "standard-code"]
+    shares = [code[0][name] for name in ("value", "low", "high")] if code else [None]
     known: dict[str, Any] = {
-        "cpu_tokens_per_sec": scored.cpu_tokens_per_sec if scored else None,
-        "humaneval": None if None in share else tuple(100 * (part or 0.0) for part in share),
-        "humaneval_n": human.n if human else None,
-        "boundary": context.boundary if context else None,
-        "longest": max((row.length for row in context.curve), default=None) if context else None,
-        "largest_fall": (context.largest_fall or None) if context else None,
+        "cpu_tokens_per_sec": scored.get("cpu_tokens_per_sec"),
+        "humaneval": None if None in shares or code[0]["n_missing"] else [100 * it for it in shares],
+        "humaneval_n": code[0]["n"] if code else None,
+        "boundary": context.get("boundary"),
+        "longest": max((row["length"] for row in context.get("curve", [])), default=None),
+        "largest_fall": context.get("largest_fall") or None,
     }
-    for claim in run.routing.claims if run.routing else []:
-        key = "_".join(claim.claim.split()[:2])
-        known |= {key: claim.status if own else None, f"{key}_evidence": claim.evidence}
+    for claim in run.get("routing", {}).get("claims", []):
+        key = "_".join(claim["claim"].split()[:2])
+        known |= {key: claim["status"] if own else None, f"{key}_evidence": claim["evidence"]}
     return known

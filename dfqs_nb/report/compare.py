@@ -7,9 +7,8 @@ its name: a chat template belongs to a model's file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,16 @@ from dfqs_nb.core.errors import ComparisonError
 from dfqs_nb.core.files import write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.report.board import is_contended
-from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, SPEED, boundary_flags, bracketed, metric_cell
+from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, SPEED
 from dfqs_nb.report.reading import RETRIEVAL, RunItems, read_answers
-from dfqs_nb.report.template import render
+from dfqs_nb.report.template import render, sentence
 from dfqs_nb.scores import compare_runs
 from dfqs_nb.stats import LEVEL, holm, sign_flip
 
 ACCEPTABLE = "chat_template_sha256"  # the one condition that is a property of a model's own file
 SPEED_FACTS = ("system", "processor", "usable cores")  # of the machine: equal, or speeds are not compared
 N_FLIPS, SEED = 20_000, 0  # of signs, where there are too many texts for all
+SAME_QUESTION = ["haystack", "length", "question", "expected"]  # its key, and the answer to it
 MEASURED = "metric model n value low high kind difference difference_low difference_high p p_holm reading"
 COLUMNS = MEASURED.split()
 Row = dict[str, Any]
@@ -92,45 +91,15 @@ class ReportComparison:
 
     def __str__(self) -> str:
         """The comparison as Markdown to paste: what was compared, one table, methods."""
-        by_label, first = {run.label: run for run in self.runs}, self.runs[0]
+        details = {run.label: run.report["details"] for run in self.runs}
         groups = [group.to_dict("records") for _, group in self.table.groupby("metric", sort=False)]
-
-        return render(
-            "comparison.md",
-            runs=self.runs,
-            accepted=self.accepted,
-            table=self.table,
-            pairs=[(own, row) for own, *others in groups for row in others],
-            baseline=lambda own: value_text(own, first),
-            value=lambda row: value_text(row, by_label[row["model"]]),
-            difference=difference_text,
-        )
+        pairs = [(own, row) for own, *others in groups for row in others]
+        return render("comparison.md", **vars(self), pairs=pairs, details=details)
 
     def write(self, folder: str | Path) -> Path:
         """Write ``comparison.md`` into a folder, whole, and return its path."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         return write_text(Path(folder) / "comparison.md", str(self))
-
-
-def value_text(row: Mapping[str, Any], run: RunItems) -> str:
-    """A metric's value with its interval, and what qualifies it."""
-    if row["metric"] in (BOUNDARY, SPEED):
-        return metric_cell(row["metric"], run.detail(row["metric"]))
-    return bracketed(row["value"], row["low"], row["high"], "{:.3f}")
-
-
-def difference_text(row: Mapping[str, Any]) -> str:
-    """A difference (signed) or a ratio (x) with its interval.
-
-    >>> difference_text({"kind": "ratio", "difference": 1.5, "difference_low": 1.2, "difference_high": 1.9})
-    'x 1.50 [1.20, 1.90]'
-    """
-    if not row["kind"]:
-        return ""
-    form, value = "x {:.2f}" if row["kind"] == "ratio" else "{:+.3f}", row["difference"]
-    both = (row["difference_low"], row["difference_high"])
-    low, high = (form.format(end).removeprefix("x ") for end in both)
-    return f"{form.format(value)} [{low}, {high}]"
 
 
 def compare_reports(paths: Sequence[str | Path], *, accept: Sequence[str] = ()) -> ReportComparison:
@@ -140,13 +109,12 @@ def compare_reports(paths: Sequence[str | Path], *, accept: Sequence[str] = ()) 
     ComparisonError says where reports, conditions or items do not fit (`check_reports`).
     """
     runs = _labelled([read_answers(path) for path in paths])
-    accepted = check_reports(runs, accept)
-    pairs = [Pair(runs[0], run) for run in runs[1:]]
-    rows = _corrected([pair.row(metric) for metric in ROWS for pair in pairs])
+    accepted, first = check_reports(runs, accept), runs[0]
+    rows = _corrected([_row(metric, first, run) for metric in ROWS for run in runs[1:]])
     table = []
     for metric in ROWS:
-        own = _alone(runs[0].context) if metric == RETRIEVAL else runs[0].stated(metric)
-        table.append({"metric": metric, "model": runs[0].label, "kind": "", "reading": "baseline", **own})
+        own = _alone(first.context) if metric == RETRIEVAL else first.stated(metric)
+        table.append({"metric": metric, "model": first.label, "kind": "", "reading": "baseline", **own})
         table += [row for row in rows if row["metric"] == metric]
     return ReportComparison(tuple(runs), accepted, pd.DataFrame(table, columns=COLUMNS))
 
@@ -172,56 +140,39 @@ def _corrected(rows: list[Row]) -> list[Row]:
     return rows
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The baseline and another run; their long-context answers to questions with equal keys and answers."""
-
-    first: RunItems
-    run: RunItems
-
-    @cached_property
-    def shared(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """The long-context answers of each to the questions that both were asked."""
-        a, b, keys = self.first.context, self.run.context, ["haystack", "length", "question", "expected"]
-        if not len(a) or not len(b):
-            return a[:0], b[:0]
-        common = a[keys].merge(b[keys], on=keys)
-        return a.merge(common, on=keys), b.merge(common, on=keys)
-
-    def row(self, metric: str) -> Row:
-        """The row of a metric: the run's own value, and its difference to the baseline or why it has none."""
-        own: Row = {"metric": metric, "model": self.run.label, "kind": "", "reading": ""}
-        own |= {} if metric == RETRIEVAL else self.run.stated(metric)
-        name = CURVE if metric == RETRIEVAL else metric
-        for run in (self.first, self.run):
-            if run.value(name) is None:
-                why = run.detail(name).get("withheld") or "no value"
-                return own | {"reading": f"not compared: {run.label} withholds it ({why})"}
-        return own | ROWS[metric](self, metric)
+def _row(metric: str, first: RunItems, run: RunItems) -> Row:
+    """The row of a metric: the run's own value, and its difference to the baseline or why it has none."""
+    own: Row = {"metric": metric, "model": run.label, "kind": "", "reading": ""}
+    own |= {} if metric == RETRIEVAL else run.stated(metric)
+    for it in (first, run):
+        detail = it.detail(CURVE if metric == RETRIEVAL else metric)
+        if detail["value"] is None:
+            return own | {"reading": f"not compared: {it.label} withholds it ({detail['withheld']})"}
+    return own | ROWS[metric](metric, first, run)
 
 
 def _differs(kind: str, value: float, low: float, high: float, reading: str) -> Row:
     return dict(kind=kind, difference=value, difference_low=low, difference_high=high, reading=reading)
 
 
-def _score(pair: Pair, metric: str) -> Row:
-    it = compare_runs(pair.first.scores[metric], pair.run.scores[metric])
+def _score(metric: str, first: RunItems, run: RunItems) -> Row:
+    it = compare_runs(first.scores[metric], run.scores[metric])
     reading = f"{it.only_a} right in the baseline alone, {it.only_b} here alone"
     change = _differs("difference", it.difference, it.low, it.high, reading)
     return {"n": it.n, "value": it.b, "p": it.p, **change}
 
 
-def _retrieval(pair: Pair, metric: str) -> Row:
+def _retrieval(metric: str, first: RunItems, run: RunItems) -> Row:
     """Accuracy over all planned lengths that both measured, on the questions that both were asked."""
-    a, b = (items[items["planned"]] for items in pair.shared)
+    common = first.context[SAME_QUESTION].merge(run.context[SAME_QUESTION])
+    a, b = (items[items["planned"]].merge(common) for items in (first.context, run.context))
     if not len(a):
         return {"reading": "not compared: the two were asked no question in common"}
-    it = paired(_pooled(b), _pooled(a)).iloc[0]
-    planned = int(pair.first.context["planned"].sum())
+    it, planned = paired(_pooled(b), _pooled(a)).iloc[0], int(first.context["planned"].sum())
     left = "" if len(a) == planned else f"; of {planned} questions {len(a)} were asked of both"
     reading = f"{it['only_baseline']:.0f} right in the baseline alone, {it['only_this']:.0f} here alone{left}"
-    own, p = _alone(b), flip_test(a, b)
-    return {**own, "p": p, **_differs("difference", it["difference"], it["low"], it["high"], reading)}
+    change = _differs("difference", it["difference"], it["low"], it["high"], reading)
+    return {**_alone(b), "p": flip_test(a, b), **change}
 
 
 def _pooled(items: pd.DataFrame) -> pd.DataFrame:
@@ -245,21 +196,21 @@ def flip_test(a: pd.DataFrame, b: pd.DataFrame) -> float:
     return sign_flip(change, N_FLIPS, SEED) if len(change) > 1 else 1.0
 
 
-def _boundary(pair: Pair, metric: str) -> Row:
+def _boundary(metric: str, first: RunItems, run: RunItems) -> Row:
     """No ratio of two boundaries: retrieval, whose texts are paired, tells better which carries further."""
-    reading = ["their intervals stand beside them"]
-    for run in (pair.first, pair.run):
-        detail = run.detail(metric)
-        reading += [f"{run.label} does no better than chance"] * (detail["status"] == "floor")
-        reading += [f"{run.label}'s was not reached"] * bool(detail.get("right_censored"))
-        reading += [f"{run.label} {flag}" for flag in boundary_flags(detail)]
-    return {"reading": "; ".join(reading)}
+    reading = "their intervals stand beside them"
+    for it in (first, run):
+        detail = it.detail(metric)
+        reading += f"; {it.label} does no better than chance" * (detail["status"] == "floor")
+        reading += f"; {it.label}'s was not reached" * bool(detail.get("right_censored"))
+        reading += sentence("flags", detail).replace("; ", f"; {it.label} ")
+    return {"reading": reading}
 
 
-def _speed(pair: Pair, metric: str) -> Row:
-    if why := why_speeds_differ(pair.first, pair.run):
+def _speed(metric: str, first: RunItems, run: RunItems) -> Row:
+    if why := why_speeds_differ(first, run):
         return {"reading": f"not compared: {why}"}
-    base, own = pair.first.stated(metric), pair.run.stated(metric)
+    base, own = first.stated(metric), run.stated(metric)
     ends = own["low"] / base["high"], own["high"] / base["low"]
     return _differs("ratio", own["value"] / base["value"], *ends, "of medians, one session each")
 
@@ -270,13 +221,11 @@ def why_speeds_differ(first: RunItems, run: RunItems) -> str:
         a, b = (own.report["machine"].get(fact) for own in (first, run))
         if None in (a, b) or a != b:
             return f"measured on different machines ({fact}: {a} and {b})"
-    for own in (first, run):
-        if is_contended(own):
-            return f"the machine was busy when {own.label} was timed"
-    return ""
+    busy = next((own.label for own in (first, run) if own.detail(SPEED)["contended"]), "")
+    return f"the machine was busy when {busy} was timed" if busy else ""
 
 
-ROWS: dict[str, Callable[[Pair, str], Row]] = {
+ROWS: dict[str, Callable[[str, RunItems, RunItems], Row]] = {
     **dict.fromkeys(SCORES, _score),
     RETRIEVAL: _retrieval,
     BOUNDARY: _boundary,

@@ -20,7 +20,7 @@ from dfqs_nb.gguf.memory import kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.models import registered
 from dfqs_nb.gguf.published import published_shape
 from dfqs_nb.gguf.reading import FLASH, active_bytes
-from dfqs_nb.report.spec import GB, Compute, claims_spec, filled, requirements_spec
+from dfqs_nb.report.spec import GB, claims_spec, filled, requirements_spec
 
 if TYPE_CHECKING:
     from dfqs_nb.llama.settings import OpenSettings
@@ -29,10 +29,12 @@ FITS, DOES_NOT_FIT, NOT_KNOWN, AS_LOGGED = "fits", "does not fit", "not known", 
 CONTEXTS = (8192, 16384, 32768, 131072, 1048576)
 SINGLE = "deepseek-v4-flash-iq1_s-xl-single"  # in data/models.toml
 IQ1_S_BITS, Q8_0_BITS = 1.5625, 8.5  # a weight, scales included: 50 bytes for 256, 34 for 32
-Limit = tuple[str, str, float]  # resource, whose limit, bytes
+SURE = {"upper bound": "at most", "rough": "roughly"}  # how sure a cache's size is
+NOTHING: Mapping[int, Any] = {}
+Compute = Mapping[int, Mapping[str, int]]  # compute buffer by context: bytes ``plain``, and with ``flash``
 
 
-def planned_compute(path: str | Path, contexts: Iterable[int], settings: OpenSettings) -> dict[int, Compute]:
+def planned_compute(path: str | Path, contexts: Iterable[int], settings: OpenSettings) -> Compute:
     """Compute buffer on the CPU by context, as llama.cpp itself plans it. Nothing is allocated.
 
     Contexts that llama.cpp refuses are left out.
@@ -42,18 +44,28 @@ def planned_compute(path: str | Path, contexts: Iterable[int], settings: OpenSet
     planned = {}
     for n_ctx in contexts:
         with suppress(ModelError):
-            plain, flash = (
-                dry_run(path, replace(settings, n_ctx=n_ctx, flash_attn=flash))["compute_bytes"]
-                for flash in (False, True)
-            )
-            planned[n_ctx] = Compute(plain=plain, flash=flash)
+            planned[n_ctx] = {
+                name: dry_run(path, replace(settings, n_ctx=n_ctx, flash_attn=flash))["compute_bytes"]
+                for name, flash in (("plain", False), ("flash", True))
+            }
     return planned
+
+
+def iq1_s_experts_bytes() -> int:
+    """Bytes of the artifact's routed experts, if all of them are IQ1_S."""
+    return round(claims_spec()["published"]["routed_parameters"] * IQ1_S_BITS / 8)
+
+
+def within(header: GGUFHeader) -> list[int]:
+    """`CONTEXTS` up to the model's own, that among them; all where the header declares none."""
+    own = header.arch("context_length")
+    return sorted({n for n in CONTEXTS if not own or n < own} | ({int(own)} if own else set()))
 
 
 def hardware_envelope(
     header: GGUFHeader,
     memory_bytes: int,
-    compute: Mapping[int, Compute] = {},
+    compute: Compute = NOTHING,
     *,
     flash_attn: bool = False,
     is_artifact: bool = False,
@@ -72,13 +84,10 @@ def hardware_envelope(
         "file_bytes": header.end_offset - header.start,
     }
     cache = [_cache_row(header, n_ctx, compute) for n_ctx in within(header)]
+    if note := kv_cache_bytes(header, CONTEXTS[0]).note:
+        sure = SURE[cache[0]["exactness"]]
+        facts["assumptions"] = [f"The KV cache takes {sure} what the table shows: {note}."]
     return _envelope(facts, cache, memory_bytes, flash_attn, is_artifact)
-
-
-def within(header: GGUFHeader) -> list[int]:
-    """`CONTEXTS` up to the model's own, that among them; all where the header declares none."""
-    own = header.arch("context_length")
-    return sorted({n for n in CONTEXTS if not own or n < own} | ({int(own)} if own else set()))
 
 
 def published_envelope(memory_bytes: int) -> dict[str, Any]:
@@ -87,10 +96,9 @@ def published_envelope(memory_bytes: int) -> dict[str, Any]:
     As `hardware_envelope`. Its split into experts and the rest is a range, from the assumptions that it
     states. Compute buffer: llama.cpp's plan for a file of these shapes on a CPU, and what a GPU logged.
     """
-    shape, spec, published = published_shape(), requirements_spec().envelope, claims_spec().published
-    nbytes, experts = registered()[SINGLE].size_bytes, FLASH.routed_total
-    fewest = round(published.routed_parameters * IQ1_S_BITS / 8)
-    others = published.parameters - published.routed_parameters
+    shape, spec, published = published_shape(), requirements_spec()["envelope"], claims_spec()["published"]
+    nbytes, experts, fewest = registered()[SINGLE].size_bytes, FLASH.routed_total, iq1_s_experts_bytes()
+    others = published["parameters"] - published["routed_parameters"]
     rest, most_rest = nbytes - experts, nbytes - fewest
     embedding = FLASH.weights - FLASH.dense - experts
     most_token = round(others * Q8_0_BITS / 8) - embedding + FLASH.routed
@@ -101,26 +109,27 @@ def published_envelope(memory_bytes: int) -> dict[str, Any]:
     facts = {
         "model": f"{shape.path}-IQ1_S-XL",
         "source": "the published configuration and file size",
-        "assumptions": [filled(form, known) for form in spec.assumptions],
+        "assumptions": [filled(form, known) for form in spec["assumptions"]],
         "weights_bytes": nbytes,
         "routed_bytes": fewest,
         "file_bytes": nbytes,
     }
-    cache = [_cache_row(shape, n_ctx, spec.published_compute, spec.gpu_compute) for n_ctx in CONTEXTS]
+    logged = spec["gpu_compute"]
+    cache = [_cache_row(shape, n_ctx, spec["published_compute"], logged) for n_ctx in CONTEXTS]
     return _envelope(facts, cache, memory_bytes, flash_attn=False, is_artifact=True)
 
 
 def _cache_row(
-    shape: GGUFHeader, n_ctx: int, compute: Mapping[int, Compute], gpu: Mapping[int, int] = {}
+    shape: GGUFHeader, n_ctx: int, compute: Compute, gpu: Mapping[int, int] = NOTHING
 ) -> dict[str, Any]:
-    window, planned = kv_cache_bytes(shape, n_ctx), compute.get(n_ctx)
+    window, planned = kv_cache_bytes(shape, n_ctx), compute.get(n_ctx, {})
     return {
         "n_ctx": n_ctx,
         "kv_bytes": window.total,
         "kv_swa_full_bytes": kv_cache_bytes(shape, n_ctx, swa_full=True).total,
         "exactness": window.exactness,
-        "compute_bytes": planned.plain if planned else None,
-        "compute_flash_bytes": planned.flash if planned else None,
+        "compute_bytes": planned.get("plain"),
+        "compute_flash_bytes": planned.get("flash"),
         "compute_gpu_bytes": gpu.get(n_ctx),
     }
 
@@ -132,59 +141,38 @@ def _envelope(
     flash_attn: bool,
     is_artifact: bool,
 ) -> dict[str, Any]:
-    """What fits where, beside the facts."""
-    spec, levels = requirements_spec().envelope, ("minimum", "recommended") if is_artifact else ()
-    limits: list[Limit] = [
-        ("RAM", "this machine", memory_bytes),
-        *(("RAM", f"DFQS 1.0 {level}", spec.ram[level] * GB) for level in levels),
-        *(("VRAM", f"DFQS 1.0 {level}", spec.vram[level] * GB) for level in levels),
-    ]
-    chosen = "compute_flash_bytes" if flash_attn else "compute_bytes"
-    flash = "with" if flash_attn else "without"
-    fits = [_fit(facts, row, row[chosen], limit, flash) for row in cache for limit in limits]
+    """What fits where, beside the facts: a row for each context and limit."""
+    spec, limits = requirements_spec()["envelope"], [("RAM", "this machine", memory_bytes)]
+    for resource in ("RAM", "VRAM") if is_artifact else ():
+        sizes = spec[resource.lower()]
+        limits += [(resource, f"DFQS 1.0 {level}", sizes[level] * GB) for level in ("minimum", "recommended")]
+    fits = [_fit(facts, row, flash_attn, *limit) for row in cache for limit in limits]
     return {**facts, "cache": cache, "fits": fits}
 
 
-def verdict(
-    least_bytes: float, most_bytes: float | None, limit_bytes: float, logged_bytes: float | None = None
-) -> str:
-    """Whether a need, known to lie between two bounds, fits a limit; ``most_bytes`` is None without a bound.
-
-    ``logged_bytes``: the need as somebody logged it; it decides where the bounds do not, and is named.
-
-    >>> verdict(61.9 * GB, 61.9 * GB, 80 * GB), verdict(61.9 * GB, None, 80 * GB)
-    ('fits', 'not known')
-    >>> verdict(61.9 * GB, None, 60 * GB), verdict(7 * GB, None, 24 * GB, 25 * GB)
-    ('does not fit', 'does not fit as logged')
-    """
-    if least_bytes > limit_bytes:
-        return DOES_NOT_FIT
-    if most_bytes is None and logged_bytes is not None:
-        return (FITS if logged_bytes <= limit_bytes else DOES_NOT_FIT) + AS_LOGGED
-    return FITS if most_bytes is not None and most_bytes <= limit_bytes else NOT_KNOWN
-
-
 def _fit(
-    facts: Mapping[str, Any], row: Mapping[str, Any], compute: int | None, at: Limit, flash: str
+    facts: Mapping[str, Any], row: Mapping[str, Any], flash_attn: bool, resource: str, name: str, limit: float
 ) -> dict[str, Any]:
     """One context against one limit: everything in that memory, and the least that must lie there."""
-    resource, name, limit = at
-    cpu, kv = resource == "RAM", row["kv_bytes"]
+    cpu, kv, exactness = resource == "RAM", row["kv_bytes"], row["exactness"]
+    compute = row["compute_flash_bytes" if flash_attn else "compute_bytes"] if cpu else None
     gpu = None if cpu else row["compute_gpu_bytes"]
-    unsure = 0 if row["exactness"] == "exact" else kv  # a cache that may be smaller
-    bounded = cpu and compute is not None and row["exactness"] != "rough"
-    beside = kv + (compute or 0) * cpu
+    unsure = 0 if exactness == "exact" else kv  # a cache that may be smaller
+    is_bounded = compute is not None and exactness != "rough"
+    beside = kv + (compute or 0)
     need = facts["weights_bytes"] + beside
     least = beside if cpu else need - facts["routed_bytes"]
-    buffer = (
-        f", compute buffer as planned for the CPU {flash} flash attention" * bounded
-        if cpu
-        else ", compute buffer where one was logged"
-    )
+    planned = f", compute buffer as planned for the CPU {'with' if flash_attn else 'without'} flash attention"
+    buffer = planned * is_bounded if cpu else ", compute buffer where one was logged (one log a context)"
 
     def judged(n_bytes: int) -> str:
-        logged = n_bytes + gpu if gpu is not None else None
-        return verdict(n_bytes - unsure, n_bytes if bounded else None, limit, logged)
+        if n_bytes - unsure > limit:
+            return DOES_NOT_FIT
+        if is_bounded:
+            return FITS if n_bytes <= limit else NOT_KNOWN
+        if gpu is None:
+            return NOT_KNOWN
+        return (FITS if n_bytes + gpu <= limit else DOES_NOT_FIT) + AS_LOGGED
 
     return {
         "resource": resource,
@@ -192,7 +180,7 @@ def _fit(
         "limit_bytes": limit,
         "n_ctx": row["n_ctx"],
         "need_bytes": need,
-        "counted": f"weights, KV cache{buffer}",
+        "counted": f"weights, KV cache{f' ({SURE[exactness]})' if unsure else ''}{buffer}",
         "verdict": judged(need),
         "least_bytes": least,
         "least_verdict": judged(least),
@@ -203,7 +191,11 @@ def _fit(
 def envelope_tables(envelope: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     """``cache`` by context, in GB or (of a small model) MB; ``fits``: a row a limit, a column a context."""
     unit, scale = ("GB", GB) if envelope["file_bytes"] >= GB else ("MB", 10**6)
-    cache, names = pd.DataFrame(envelope["cache"]), requirements_spec().envelope.buffers
+    cache, names = pd.DataFrame(envelope["cache"]), dict(requirements_spec()["envelope"]["buffers"])
+    if sure := SURE.get(envelope["cache"][0].get("exactness")):
+        names["kv_bytes"] += f", {sure}"
+    if (cache["kv_swa_full_bytes"] == cache["kv_bytes"]).all() and not sure:
+        del names["kv_swa_full_bytes"]  # no layer has a sliding window
     sizes = {f"{new} ({unit})": cache[old].astype(float) / scale for old, new in names.items()}
     return {
         "cache": pd.DataFrame(sizes).set_index(cache["n_ctx"]).dropna(axis="columns", how="all"),

@@ -13,13 +13,12 @@ from dfqs_nb.core.paths import tilde
 from dfqs_nb.core.stage import UNSEALED, Stage, read_stage
 from dfqs_nb.report import claims, requirements
 from dfqs_nb.report.metrics import CURVE
-from dfqs_nb.report.reading import AGAIN, FILE, check_report, read_items, read_report
+from dfqs_nb.report.reading import AGAIN, FILE, check_report, read_answers, read_report
 from dfqs_nb.report.stages import BESIDE, DRAWN_ON, ReportError
-from dfqs_nb.report.text import NANO, eval_results, markdown, model_index, page
+from dfqs_nb.report.text import NANO, hub_forms, markdown, page
 from dfqs_nb.report.verdicts import verdict
 
 SEALED = "dfqs_report"  # the stage of notebook 07
-HUB = {"model-index.yml": model_index, ".eval_results/dfqs.yaml": eval_results}
 
 
 def write_report(stage: Stage | str | Path, report: Mapping[str, Any] | None = None) -> list[Path]:
@@ -38,31 +37,20 @@ def write_report(stage: Stage | str | Path, report: Mapping[str, Any] | None = N
         there = read_stage(folder, SEALED).get("files", {})
         written = [folder / name for name in there if (folder / name).is_file()]
     else:
-        written = _write(stage, report)
+        check_report(report, folder / FILE)
+        written = [stage.json("report", report)]
+        texts = {"report.md": markdown(report, folder), "report.html": page(report, folder)}
+        for name, text in (texts | hub_forms(report)).items():
+            if text:
+                written.append(write_text(stage.path(name), text))
+            else:  # one of an earlier report would state what this one withholds
+                (folder / name).unlink(missing_ok=True)
+        for name, columns in (("conformance", requirements.COLUMNS), ("claims", claims.COLUMNS)):
+            written.append(stage.table(name, pd.DataFrame(report[name], columns=list(columns))))
     for path in [*written, *uncovered(folder, {path.relative_to(folder).as_posix() for path in written})]:
         stage.add(path)
     lines = [NANO] * (report["tier"] == "nano") + verdict(report).summary
     return [*written, stage.finish(conditions=report["conditions"], tier=report["tier"], summary=lines)]
-
-
-def _write(stage: Stage, report: Mapping[str, Any]) -> list[Path]:
-    """Write the files, and return their paths."""
-    folder = stage.folder
-    check_report(report, folder / FILE)
-    written = [stage.json("report", report)]
-    texts = {"report.md": markdown(report, folder), "report.html": page(report, folder)}
-    texts |= {name: make(report) for name, make in HUB.items()}
-    for name, text in texts.items():
-        if text:
-            written.append(write_text(stage.path(name), text))
-        else:  # one of an earlier report would state what this one withholds
-            (folder / name).unlink(missing_ok=True)
-    for name, rows, columns in (
-        ("conformance", report["conformance"], requirements.COLUMNS),
-        ("claims", report["claims"], claims.COLUMNS),
-    ):
-        written.append(stage.table(name, pd.DataFrame(rows, columns=list(columns))))
-    return written
 
 
 def uncovered(folder: Path, known: set[str]) -> list[Path]:
@@ -99,7 +87,7 @@ def check_run(folder: str | Path) -> list[str]:
         if (folder / name).read_text(encoding="utf-8") != text:
             what = "is not what report.json gives: edited, or written by another version of the workbook"
             raise ReportError(what, where=tilde(folder / name), hint=AGAIN)
-    items = read_items(report, folder / FILE)
+    items = read_answers(folder)
     again = [*items.scores, *([CURVE] if len(items.context) else [])]
     return [
         f"{FILE}: as it was written",

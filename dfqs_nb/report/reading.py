@@ -5,7 +5,6 @@ A report's hashes catch accidents. Its numbers are believed because they follow 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import nan
@@ -27,7 +26,6 @@ from dfqs_nb.scores import SetRun
 
 FILE = "report.json"
 AGAIN = "write the report again: `dfqs-nb report RUN`"
-LARGEST = 1e15  # no count, size or speed is larger
 RETRIEVAL = "retrieval accuracy"  # over all planned lengths, in comparisons
 LONGEST_NAME = 80  # characters, in tables and figures
 JOURNAL, SCORE_ITEMS = "long_context_items.jsonl", "score_items.csv"
@@ -35,14 +33,9 @@ RIGHT = ("correct", "passed")  # grades of questions, outcomes of code
 COLUMNS = ("set", "id", "sample", "family", "guess", "grade", "correct")
 
 
-def report_file(path: str | Path) -> Path:
-    """The file of a report, given itself or the folder that holds it."""
-    return Path(path) / FILE if Path(path).is_dir() else Path(path)
-
-
 def read_report(path: str | Path) -> dict[str, Any]:
     """A report, from its file or its folder, checked: schema, hashes, contradictions; else a ReportError."""
-    path = report_file(path)
+    path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
         report: dict[str, Any] = read_json(path)
     except FileNotFoundError:
@@ -79,9 +72,15 @@ def schema() -> Any:
 
 def contradictions(report: Mapping[str, Any]) -> list[str]:
     """What two places of a report say differently, each in a clause; a schema cannot see it."""
-    details = report["details"]
-    faults = ((name, _odd(value, details[name])) for name, value in report["metrics"].items())
-    if wrong := [f"{name} {fault}" for name, fault in faults if fault]:
+    details, wrong = report["details"], list[str]()
+    for name, value in report["metrics"].items():
+        own, is_number = details[name], isinstance(value, int | float)
+        low, high = (value if own[end] is None else own[end] for end in ("low", "high"))
+        if value != own["value"]:
+            wrong.append(f"{name} is {value} and {own['value']}")
+        elif is_number and own.get("status") != "floor" and not low - 1e-9 <= value <= high + 1e-9:
+            wrong.append(f"{name} {value} lies outside its interval, {low} to {high}")
+    if wrong:
         return wrong  # the schema types the metrics: their details are of the same types only where equal
     curve, boundary = details[CURVE], details[BOUNDARY]
     if curve["value"] is not None and len(curve["value"]) != len(curve["lengths"]):
@@ -93,24 +92,6 @@ def contradictions(report: Mapping[str, Any]) -> list[str]:
         if details[name]["value"] is not None and 0 < total < details[name]["n"]:
             wrong.append(f"{name} counts {total} answers of {details[name]['n']}")
     return wrong
-
-
-def _odd(value: Any, detail: Mapping[str, Any]) -> str:
-    """What is wrong with a metric and its details, which the schema has typed separately."""
-    low, high, n = detail["low"], detail["high"], detail["n"]
-    if value != detail["value"]:
-        return f"is {value} and {detail['value']}"
-    if value is None:
-        return ""
-    numbers = (*(value if isinstance(value, list) else [value]), low or 0, high or 0, n)
-    if not all(math.isfinite(number) and abs(number) <= LARGEST for number in numbers):
-        return "has a number that no measurement gives"
-    if n < 1:
-        return "has a value from no answers"
-    if isinstance(value, list) or detail.get("status") == "floor":
-        return ""
-    outside = (low is not None and low > value + 1e-9) or (high is not None and value > high + 1e-9)
-    return f"{value} lies outside its interval, {low} to {high}" if outside else ""
 
 
 # ---- the answers that its numbers follow from ----
@@ -130,15 +111,6 @@ class RunItems:
     scores: Mapping[str, SetRun]
     context: pd.DataFrame = field(repr=False)
 
-    @property
-    def counts(self) -> Counts | None:
-        """Counts by haystack and length; None where the curve is withheld."""
-        return Counts.of(self.context) if len(self.context) else None
-
-    def value(self, metric: str) -> Any:
-        """A metric, None where it is withheld."""
-        return self.report["metrics"][metric]
-
     def detail(self, metric: str) -> Mapping[str, Any]:
         """What stands beside a metric."""
         detail: Mapping[str, Any] = self.report["details"][metric]
@@ -151,20 +123,15 @@ class RunItems:
 
 
 def read_answers(path: str | Path) -> RunItems:
-    """A report, from its file or its run's folder, with its answers; both are checked, else a ReportError."""
-    return read_items(read_report(path), report_file(path))
+    """A report, from its file or its run's folder, with its answers.
 
-
-def _files(report: Mapping[str, Any]) -> dict[str, str]:
-    """The files of answers with their SHA-256."""
-    named = {item["file"]: item["sha256"] for group in report["items"].values() for item in group}
-    return named | {name: sha for name, sha in report["sources"].items() if name in (SCORE_ITEMS, JOURNAL)}
-
-
-def read_items(report: Mapping[str, Any], path: Path) -> RunItems:
-    """The answers of the report at ``path``; a ReportError where they are missing, edited, or do not fit."""
-    folder = path.parent
-    for name, digest in _files(report).items():
+    A ReportError where answers are missing, were edited, or do not give the report's numbers.
+    """
+    path = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    report, folder = read_report(path), path.parent
+    files = {item["file"]: item["sha256"] for group in report["items"].values() for item in group}
+    files |= {name: sha for name, sha in report["sources"].items() if name in (SCORE_ITEMS, JOURNAL)}
+    for name, digest in files.items():
         file = folder / name
         if not is_file(file) or not file.resolve().is_relative_to(folder.resolve()):
             raise _refused(folder, f"the report's items are missing ({name})")

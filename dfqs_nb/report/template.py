@@ -14,16 +14,22 @@ from dfqs_nb.core.paths import public_address
 from dfqs_nb.core.stage import NOTEBOOKS
 from dfqs_nb.report.spec import claims_spec
 
+FEW_TEXTS = 12  # below, a boundary is provisional
+FEW_QUESTIONS = 10  # a score of fewer is no cross
 
-@lru_cache(maxsize=2)
-def _environment(is_html: bool) -> Environment:
-    """Jinja in which everything is escaped: as HTML, or as Markdown."""
+
+@lru_cache(maxsize=3)
+def _environment(kind: str) -> Environment:
+    """Jinja that escapes everything: as ``html`` or as Markdown (``md``); ``txt`` is left as it is."""
+    is_html = kind == "html"
 
     def escaped(value: Any) -> Any:
-        if isinstance(value, Markup):
+        if isinstance(value, Markup) or kind == "txt":
             return value
         text = value if isinstance(value, str) else display.cell(value)
-        return display.plain(text) if is_html else display.markdown(text)
+        if is_html:
+            return Markup(display.CODE.sub(r"<code>\1</code>", str(escape(display.plain(text)))))
+        return display.markdown(text)
 
     made = Environment(
         loader=PackageLoader("dfqs_nb.report"),
@@ -33,7 +39,10 @@ def _environment(is_html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.globals |= {"size": display.size, "sentence": sentence}
+    made.globals |= {"FEW_TEXTS": FEW_TEXTS, "FEW_QUESTIONS": FEW_QUESTIONS}
     made.filters |= {
+        "begun": lambda text: text[:1].upper() + text[1:],
         "linked": partial(linked, is_html=is_html),
         "table": lambda frame: Markup(display.markdown_table(frame.map(display.cell))),
         "slug": lambda title: re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-"),  # as hubs make anchors
@@ -43,7 +52,16 @@ def _environment(is_html: bool) -> Environment:
 
 def render(name: str, **values: Any) -> str:
     """A template of ``report/templates/``, filled in; whatever stands in it is escaped."""
-    return _environment(name.endswith(".html")).get_template(name).render(**values)
+    return _environment(name.rpartition(".")[2]).get_template(name).render(**values)
+
+
+def sentence(macro: str, *values: Any) -> str:
+    """What a macro of ``sentences.txt`` makes of some values. It is not escaped yet.
+
+    >>> sentence("interval", 350, None), sentence("bracketed", 0.5, 0.25, None, "{:.2f}")
+    ('95 % interval from 350, open above', '0.50 [0.25, open]')
+    """
+    return str(getattr(_environment("txt").get_template("sentences.txt").module, macro)(*values))
 
 
 ALONE = r"(?![\w/#.-]| ?(?:PR )?#)"  # no issue of a repository
@@ -64,9 +82,9 @@ def linked(text: str, is_html: bool) -> Any:
     '[arXiv:2404.06654](https://arxiv.org/abs/2404.06654) &lt;b>'
     """
     spec, own = claims_spec(), f"{public_address()}/blob/main"
-    named = {document.called: document.address for document in spec.documents.values() if document.called}
+    named = {it["called"]: it["address"] for it in spec["documents"].values()}
     named |= {f"notebook {file[:2]}": f"{own}/notebooks/{file}" for file in NOTEBOOKS.values()}
-    named |= {"data/models.toml": f"{own}/data/models.toml", **spec.links}
+    named |= {"data/models.toml": f"{own}/data/models.toml", **spec["links"]}
     forms = [*LINKS, *((rf"\b{re.escape(name)}\b", address) for name, address in named.items())]
     text, made, at = display.plain(text), "", 0
     places = [(*it.span(), it.expand(to)) for form, to in forms for it in re.finditer(form, text)]

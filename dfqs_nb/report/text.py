@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from dfqs_nb.core.paths import public_address
 from dfqs_nb.core.stage import NOTEBOOKS, read_stage
 from dfqs_nb.report import claims, requirements
 from dfqs_nb.report.envelope import envelope_tables
-from dfqs_nb.report.metrics import CURVE, metric_sentence
-from dfqs_nb.report.spec import claims_spec, spaced
+from dfqs_nb.report.metrics import CURVE, SCORES, SPEED, metric_sentence
+from dfqs_nb.report.spec import claims_spec, link, spaced
 from dfqs_nb.report.stages import BESIDE, ReportError
 from dfqs_nb.report.template import render
 from dfqs_nb.report.verdicts import verdict
@@ -29,6 +31,13 @@ METRIC_TYPES = {
     "failure_boundary_tokens": "tokens",
 }  # of the hub's model-index; a curve has no place there
 HUB_SETS = {"standard-code": ("openai/openai_humaneval", "openai_humaneval")}  # that exist as data sets there
+OF_MODEL = {"name": "file", "name_in_header": "name in its header", "sha256": "SHA-256"}
+OF_MODEL |= {"size_bytes": "size (bytes)", "relation_to_artifact": "relation to the artifact"}
+RELATIONS = {
+    "artifact": "it is the artifact",
+    "model": "the artifact's model in another quantization",
+    "reference": "none: it is the reference model, which the workbook carries",
+}
 
 
 def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
@@ -54,19 +63,26 @@ def _pairs(facts: Mapping[str, Any], name: str) -> pd.DataFrame:
 
 def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """All that the templates of a report show; they write numbers as `core.display.cell` does."""
-    frames, level = tables(report), report["model"].get("relation_to_artifact", "another")
-    envelopes, curve, beside = report["hardware_envelope"], report["details"][CURVE], _beside(folder)
-    ran, wrote = report["machine"], report["versions"].items()
-    other = {f"{name}, of this report": value for name, value in wrote if ran.get(name) != value}
-    return {
+    frames, details, beside = tables(report), report["details"], _beside(folder)
+    envelopes, curve, ran = report["hardware_envelope"], details[CURVE], report["machine"]
+    versions = report["versions"].items()
+    other = {f"{name}, of this report": value for name, value in versions if ran.get(name) != value}
+    drawn = {
+        "context_curve": curve.get("points"),
+        "score_families": any(details[name]["value"] is not None for name in SCORES),
+        "decode_roofline": details[SPEED]["value"],
+    }
+    values = {
         "report": report,
         "created": f"{report['created'][:10]}, {report['created'][11:16]} UTC",
         "absent": {*BESIDE, "left_out"} - set(beside) | (set() if report["claims"] else {"claims"}),
-        "drawn": lambda name: _drawn(folder, name, report["sources"]),
+        "figure": lambda name: _figure(folder, name, report["sources"]),
+        "is_drawn": lambda name: f"{name}.png" in report["sources"] and bool(drawn.get(name, True)),
         "nano": NANO if report["tier"] == "nano" else "",
         "verdict": verdict(report),
-        "demonstration": level == "reference" and bool(report["claims"]),
+        "demonstration": report["model"].get("relation_to_artifact") == "reference" and report["claims"],
         "metrics": frames["metrics"].reset_index(),
+        "has_scores": drawn["score_families"],
         "curve": _curve(curve),
         "guesses": guesses(curve),
         "added": [row for row in curve.get("points", []) if row["length"] not in curve.get("lengths", [])],
@@ -74,14 +90,30 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "requirements": frames["requirements"].reset_index(),
         "claim_counts": claims.counts(frames["claims"]),
         "claims": frames["claims"].reset_index(),
-        "documents": claims_spec().documents,
+        "documents": claims_spec()["documents"],
+        "link": link,
         "envelopes": [_envelope(it) for it in (envelopes["model"], envelopes["artifact"]) if it],
         "paging": _paging(envelopes.get("paging") or {}),
         "beside": beside,
-        "model": _pairs({key.replace("_", " "): it for key, it in report["model"].items()}, "of the model"),
+        "model": _model(report["model"]),
         "conditions": _pairs(_flat(report["conditions"]), "condition"),
         "machine": _pairs({**report["machine"], **other}, "where it ran"),
     }
+    body = render("report.md", occurs=lambda word, seen: False, **values)
+    return values | {"occurs": lambda word, seen: bool(re.search(seen or _forms(word), body))}
+
+
+def _forms(term: str) -> str:
+    """A pattern of the words of a glossary's term, which commas divide; capitals stand for themselves."""
+    words = "|".join(rf"\b{re.escape(word)}(?:s|es)?\b" for word in term.split(", "))
+    return words if term.isupper() else f"(?i:{words})"
+
+
+def _model(model: Mapping[str, Any]) -> pd.DataFrame:
+    """What the report says of its model, with names that people read."""
+    told = {**model, "relation_to_artifact": RELATIONS.get(model.get("relation_to_artifact", ""))}
+    facts = {OF_MODEL.get(key, key.replace("_", " ")): it for key, it in told.items() if it is not None}
+    return _pairs(facts, "of the model")
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -110,10 +142,9 @@ def guesses(curve: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         counted = tasks.setdefault(row["task"], {"wrong": 0, "another_key": 0})
         for name in counted:
             counted[name] += row.get(name) or 0
-    for counted in tasks.values():
+    for task, counted in tasks.items():
         likely, keys = 2 * counted["another_key"] >= counted["wrong"], curve.get("n_keys") or 0
         counted["guess_rate"] = 1 / keys if keys > 1 and likely else 0.0
-    for task, counted in tasks.items():
         lows = [row["low"] for row in curve["tasks"] if row["task"] == task]
         counted |= {"lengths": len(lows), "above": sum(low > counted["guess_rate"] for low in lows)}
     return tasks
@@ -141,23 +172,20 @@ def _envelope(envelope: Mapping[str, Any]) -> dict[str, Any]:
     frames = {name: frame.reset_index() for name, frame in envelope_tables(envelope).items()}
     frames["cache"] = frames["cache"].rename(columns={"n_ctx": "context (tokens)"})
     counted = sorted({f"{row['resource']}: {row['counted']}" for row in envelope["fits"]})
-    return {**envelope, "tables": frames, "counted": counted}
+    of_gpus = any(row["resource"] == "VRAM" for row in envelope["fits"])
+    return {**envelope, "tables": frames, "counted": counted, "of_gpus": of_gpus}
 
 
 def _beside(folder: Path) -> dict[str, list[str]]:
     """What else there is: the summaries of ladder and serving, and what any stage's budget left out."""
     stages = {name: read_stage(folder, name) for name in NOTEBOOKS if (folder / f"{name}.json").is_file()}
-    summaries = {
-        name: [spaced(str(line)) for line in stages[name].get("summary", [])]
-        for name in BESIDE
-        if name in stages
-    }
-    left_out = [
-        f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {spaced(sentence)}"
+    lines = {name: stages[name].get("summary", []) for name in BESIDE if name in stages}
+    lines["left_out"] = [
+        f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {sentence}"
         for name, stage in stages.items()
         for sentence in stage.get("left_out") or ()
     ]
-    return summaries | ({"left_out": left_out} if left_out else {})
+    return {name: [spaced(str(line)) for line in own] for name, own in lines.items() if own}
 
 
 def markdown(report: Mapping[str, Any], folder: Path) -> str:
@@ -170,7 +198,7 @@ def page(report: Mapping[str, Any], folder: Path) -> str:
     return render("report.html", **view(report, folder))
 
 
-def _drawn(folder: Path, name: str, sources: Mapping[str, str]) -> str:
+def _figure(folder: Path, name: str, sources: Mapping[str, str]) -> str:
     """A figure as the address of itself: as SVG, or as PNG where the run has no other."""
     suffix, kind = ("svg", "svg+xml") if f"{name}.svg" in sources else ("png", "png")
     file = folder / f"{name}.{suffix}"
@@ -182,66 +210,39 @@ def _drawn(folder: Path, name: str, sources: Mapping[str, str]) -> str:
 # ---- the hub's two forms ----
 
 
-def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str, float, dict[str, Any]]]:
-    """Each metric that has a value: name, the questions that it is about, value, what qualifies it."""
-    for name in METRIC_TYPES:
-        detail = report["details"][name]
-        if not detail["withheld"]:
-            value = detail["value"] if isinstance(detail["value"], int) else float(f"{detail['value']:.6g}")
-            facts = {"conditions_sha256": report["conditions_sha256"], "n": detail["n"]}
-            facts |= {"stated": metric_sentence(name, detail)}
-            facts |= {"contended": True} if detail.get("contended") else {}
-            yield name, detail.get("set") or f"{report['tier']}-{name}", value, facts
+def hub_forms(report: Mapping[str, Any]) -> dict[str, str]:
+    """The files that the hub reads, by name; "" without metrics. The curve has no entry: both take numbers.
 
-
-def _yaml(report: Mapping[str, Any], value: Any) -> str:
-    import yaml
-
-    block = str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
-    return f"# {NANO}\n{block}" if report["tier"] == "nano" else block
-
-
-def model_index(report: Mapping[str, Any]) -> str:
-    """The YAML block ``model-index`` for the front matter of a card; "" without metrics.
-
-    The curve has no entry: the hub's format takes numbers.
+    ``model-index.yml``: the block ``model-index`` for the front matter of a card.
+    ``.eval_results/dfqs.yaml``: the file of that name in a model's repository.
     """
-    from huggingface_hub import EvalResult
+    import huggingface_hub as hub
+    import yaml
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            task_name="Text generation",
-            dataset_type=f"dfqs-{questions}",
-            dataset_name=f"DFQS 1.0, {questions}",
-            dataset_args=facts,
-            metric_type=METRIC_TYPES[name],
-            metric_name=name,
-            metric_value=value,
+    index, entries, address = [], [], public_address()
+    for name, kind in METRIC_TYPES.items():
+        detail = report["details"][name]
+        if detail["withheld"]:
+            continue
+        stated, questions = metric_sentence(name, detail), detail.get("set") or f"{report['tier']}-{name}"
+        value = detail["value"] if isinstance(detail["value"], int) else float(f"{detail['value']:.6g}")
+        facts = {"conditions_sha256": report["conditions_sha256"], "n": detail["n"], "stated": stated}
+        about = {"dataset_type": f"dfqs-{questions}", "dataset_name": f"DFQS 1.0, {questions}"}
+        about |= {"task_type": "text-generation", "task_name": "Text generation", "metric_type": kind}
+        about |= {"dataset_args": facts | ({"contended": True} if detail.get("contended") else {})}
+        index.append(hub.EvalResult(metric_name=name, metric_value=value, **about))
+        dataset, task = HUB_SETS.get(questions, (address.removeprefix("https://github.com/"), questions))
+        source = {"source_url": address, "source_name": "DFQS workbook", "date": report["created"]}
+        notes = f"{name} {stated}"
+        entries.append(
+            hub.EvalResultEntry(dataset_id=dataset, task_id=task, value=value, notes=notes, **source)
         )
-        for name, questions, value, facts in _results(report)
-    ]
-    name = display.plain(report["model"]["name"])
-    return _yaml(report, {"model-index": eval_results_to_model_index(name, results)}) if results else ""
-
-
-def eval_results(report: Mapping[str, Any]) -> str:
-    """The file ``.eval_results/dfqs.yaml`` of a model's repository on the hub; "" without metrics."""
-    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
-
-    address = public_address()
-    own = address.removeprefix("https://github.com/")
-    entries = [
-        EvalResultEntry(
-            dataset_id=HUB_SETS.get(questions, (own, questions))[0],
-            task_id=HUB_SETS.get(questions, (own, questions))[1],
-            value=value,
-            date=report["created"],
-            source_url=address,
-            source_name="DFQS workbook",
-            notes=f"{name} {facts['stated']}",
-        )
-        for name, questions, value, facts in _results(report)
-    ]
-    return _yaml(report, eval_result_entries_to_yaml(entries)) if entries else ""
+    model = display.plain(report["model"]["name"])
+    forms = {
+        "model-index.yml": {"model-index": eval_results_to_model_index(model, index)} if index else None,
+        ".eval_results/dfqs.yaml": hub.eval_result_entries_to_yaml(entries),
+    }
+    first = f"# {NANO}\n" if report["tier"] == "nano" else ""
+    dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
+    return {name: f"{first}{dump(value)}" if value else "" for name, value in forms.items()}

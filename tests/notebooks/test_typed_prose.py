@@ -69,11 +69,11 @@ ALONE = {
     },
     "words.txt": {
         METHOD: ["A score is the share", "The curve is the accuracy", "The number of keys", "In brackets stands", "The boundary is"]
-        + ["Guess rates of retrieval", "On a GPU it is not", "the evidence agrees", "the evidence says otherwise"]
+        + ["Guess rates of retrieval", "How little a model", "the evidence agrees", "the evidence says otherwise"]
         + ["KL divergence, most likely", "Ability: scores", "What only the paper", "Two reports are compared", "the documents say otherwise"]
         + ["Other programs used", "The curve closest to", "How far a model's", "The accuracy falls and", "Measured on fewer"]
         + ["The boundary lies beyond"],
-        "published, with its source beside it": ["At 16,384 tokens the two"],
+        "published, with its source beside it": ["At 16,384 tokens two logs", "The compute buffer of a GPU"],
     },
     "docs/long_context.md": {"follows from the plan's lengths": ["Questions come on top"]},
     "docs/paging.md": {"follows from the sizes": ["So a slice costs about"]},

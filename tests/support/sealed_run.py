@@ -11,7 +11,7 @@ import pandas as pd
 
 from dfqs_nb.core.files import read_json
 from dfqs_nb.core.stage import Stage
-from dfqs_nb.report.stages import DRAWN_ON, Run, typed
+from dfqs_nb.report.stages import DRAWN_ON, Run, checked
 
 RECORDED = Path(__file__).resolve().parents[1] / "data" / "run"
 
@@ -22,9 +22,9 @@ def recorded(stage: str) -> dict[str, Any]:
 
 
 def run_of(*, without: tuple[str, ...] = (), **changed: Mapping[str, Any]) -> Run:
-    """The recorded stages, typed; ``changed`` has, by stage, facts that replace recorded ones."""
+    """The recorded stages, checked; ``changed`` has, by stage, facts that replace recorded ones."""
     stages = {name: {**recorded(name), **changed.get(name, {})} for name in DRAWN_ON if name not in without}
-    return typed(stages)
+    return checked(stages)
 
 
 def make_run(folder: Path, model: Path, *, without: tuple[str, ...] = (), **changed: dict[str, Any]) -> Path:

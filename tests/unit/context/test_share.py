@@ -17,7 +17,7 @@ from dfqs_nb.context.plan import Plan
 from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama import model as models
-from dfqs_nb.report import metrics, stages
+from dfqs_nb.report import metrics
 
 NOTEBOOK = REPOSITORY / "notebooks" / "05_measure_long_context.ipynb"
 LOAD_SECONDS = 20.0
@@ -89,7 +89,7 @@ def test_what_no_budget_holds_is_not_measured_and_the_share_is_kept(folder, monk
     assert made["boundary"] is None and made["curve"] == made["context_stability_curve"] == []
     assert all("not measured" in line for line in made["left_out"])
     assert "`dfqs-nb run 05 07 --run slow -p budget_minutes=" in made["not_measured"]
-    detail = metrics.METRICS["failure_boundary_tokens"][2](stages.LongContext.model_validate(made), "")
+    detail = metrics.METRICS["failure_boundary_tokens"][2](made, "failure_boundary_tokens")
     assert detail["withheld"] == made["not_measured"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import gguf_fixtures
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from dfqs_nb.core.errors import RegistryError
 from dfqs_nb.gguf.broken import reference_shards
 from dfqs_nb.gguf.header import read_header
+from dfqs_nb.gguf.published import PublishedShape
 from dfqs_nb.llama import settings
 from dfqs_nb.report import envelope
 from dfqs_nb.report.envelope import (
@@ -23,7 +25,7 @@ from dfqs_nb.report.envelope import (
     planned_compute,
     published_envelope,
 )
-from dfqs_nb.report.spec import Compute, requirements_spec
+from dfqs_nb.report.spec import requirements_spec
 
 SMALL, LARGE = 16 * GB, 256 * GB  # bytes of memory
 
@@ -61,11 +63,11 @@ def fit(needs: dict, resource: str, limit: str, n_ctx: int) -> dict:
 
 
 def test_the_recorded_compute_buffers_are_what_llama_cpp_plans_for_the_published_shapes(flash_file):
-    recorded = requirements_spec().envelope.published_compute
+    recorded = requirements_spec()["envelope"]["published_compute"]
     planned = planned_compute(flash_file, recorded, settings.OpenSettings(n_threads=1))
     assert planned.keys() == recorded.keys() == set(envelope.CONTEXTS)
     for n_ctx, row in recorded.items():
-        assert planned[n_ctx].model_dump() == pytest.approx(row.model_dump(), rel=1e-6)
+        assert planned[n_ctx] == pytest.approx(row, rel=1e-6)
 
 
 def test_header_and_published_shape_give_the_same_cache(flash_file):
@@ -123,12 +125,30 @@ def test_a_cache_that_is_an_upper_bound_refuses_nothing_alone(tmp_path, monkeypa
 
     bound = KvCacheBytes([{"k": 50 * GB, "v": 50 * GB}], "upper bound")
     monkeypatch.setattr(envelope, "kv_cache_bytes", lambda *_, **__: bound)
-    compute = {8192: Compute(plain=0, flash=0)}
+    compute = {8192: {"plain": 0, "flash": 0}}
     needs = hardware_envelope(read_header(merged_reference), SMALL, compute)
     assert fit(needs, "RAM", "this machine", 8192)["verdict"] == NOT_KNOWN
     assert fit(needs, "RAM", "this machine", 8192)["verdict"] == NOT_KNOWN
     roomy = hardware_envelope(read_header(merged_reference), LARGE, compute)
     assert fit(roomy, "RAM", "this machine", 8192)["verdict"] == FITS
+
+
+def test_a_cache_with_sliding_windows_is_said_to_be_an_upper_bound():
+    """llama.cpp keeps the window only; the formula from the header counts the whole context."""
+    keys = {"block_count": 2, "embedding_length": 64, "context_length": 8192, "attention.head_count": 2}
+
+    def needs(**more: int) -> dict:
+        fields = {f"gemma3.{name}": value for name, value in {**keys, **more}.items()}
+        shape = PublishedShape(
+            Path("gemma"), 0, 3, 32, {"general.architecture": "gemma3", **fields}, (), 0, 0, b""
+        )
+        return hardware_envelope(shape, LARGE)
+
+    sliding, whole = needs(**{"attention.sliding_window": 512}), needs()
+    assert list(envelope_tables(sliding)["cache"]) == ["KV cache, at most (MB)", "KV cache, swa_full (MB)"]
+    assert "as if they kept the whole context" in sliding["assumptions"][0]
+    assert "KV cache (at most)" in sliding["fits"][0]["counted"]
+    assert list(envelope_tables(whole)["cache"]) == ["KV cache (MB)"] and not whole["assumptions"]
 
 
 def test_shards_give_the_weights_of_the_merged_file(merged_reference):
@@ -164,7 +184,7 @@ def test_of_a_gpu_nothing_is_planned_from_the_cpu():
 
 def test_what_was_logged_on_a_gpu_decides_where_it_was_logged_and_says_so():
     """ "Not known" never stands beside a buffer that somebody logged at that context."""
-    needs, logged = published_envelope(SMALL), requirements_spec().envelope.gpu_compute
+    needs, logged = published_envelope(SMALL), requirements_spec()["envelope"]["gpu_compute"]
     assert set(logged) <= {row["n_ctx"] for row in needs["cache"] if row["compute_gpu_bytes"]}
     rows = [row for row in needs["fits"] if row["resource"] == "VRAM"]
     for row in rows:

@@ -121,8 +121,7 @@ def test_reports_in_folders_are_found_and_hidden_ones_are_not(tmp_path):
     make_run(tmp_path / "runs" / "a", "A")
     shutil.copytree(tmp_path / "runs", tmp_path / ".cache" / "runs")
     (tmp_path / "comparison.json").write_text("{}")
-    listed = [path.relative_to(tmp_path).as_posix() for path in boards.find_reports(tmp_path)]
-    assert listed == ["runs/a/report.json"]
+    assert list(leaderboard(tmp_path).table["report"]) == ["runs/a/report.json"]
 
 
 def test_a_boundary_that_was_not_reached_and_a_busy_machine_are_marked(tmp_path):
@@ -178,7 +177,7 @@ def edited(folder, change):
             "its items give code_score value",
         ),
         (lambda r: r["details"]["code_score"].update(low=0.99), "outside its interval"),
-        (lambda r: r["details"]["code_score"].update(n=0), "from no answers"),
+        (lambda r: r["details"]["code_score"].update(n=0), "$.details.code_score.n"),
         (lambda r: r["details"]["reasoning_score"].update(low=None), "$.details.reasoning_score.low"),
         (lambda r: r["details"]["code_score"].pop("set"), "'set' is a required property"),
         (lambda r: r["details"]["cpu_tokens_per_sec"].pop("depth"), "'depth' is a required property"),
@@ -198,7 +197,7 @@ def edited(folder, change):
                     ),
                 )
             ],
-            "no measurement gives",
+            "does not follow the schema at $.metrics.failure_boundary_tokens",
         ),
         (lambda r: r["details"]["failure_boundary_tokens"].update(tokens=7), "the boundary is"),
         (lambda r: r["details"]["context_stability_curve"].update(lengths=[64]), "another number of points"),

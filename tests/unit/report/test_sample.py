@@ -6,14 +6,13 @@ from store_notebooks import SAMPLE
 
 from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.report import read_report, verdict
-from dfqs_nb.report.reading import read_items
+from dfqs_nb.report.reading import read_answers
 
 FOLDER = REPOSITORY / "docs" / "sample_report"
 
 
 def test_the_sample_follows_the_schema_and_its_scores_are_counted_again():
-    report = read_report(FOLDER)
-    again = read_items(report, FOLDER / "report.json")
+    again = read_answers(FOLDER)
     assert set(again.scores) == {"reasoning_score", "code_score"} and len(again.context)
 
 

@@ -1,0 +1,173 @@
+"""Reports of models that are not ours: dense, without a chat template, with sliding windows, from a part of a run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf_fixtures import Spec, field, gguf_bytes
+from sealed_run import make_run, recorded
+
+from dfqs_nb import report
+from dfqs_nb.core.files import write_text
+from dfqs_nb.core.stage import Stage
+from dfqs_nb.report import text
+from dfqs_nb.report.spec import claims_spec
+from dfqs_nb.workbook import cli
+
+SHA256 = "a" * 64
+OURS = re.compile(r"DeepSeek|IQ1_S|V4|25468|unsloth|VRAM|GPU log|experts stay")
+KEYS = {"block_count": 2, "embedding_length": 64, "context_length": 32768, "attention.head_count": 2}
+KEYS |= {"attention.head_count_kv": 1, "attention.sliding_window": 512}
+DENSE = recorded("routing")["verdict"] | {"routed": False, "n_choices": 0, "n_layers": 0}
+DENSE |= {"load_passed": None, "load_sentence": ""}
+
+
+def gemma(folder: Path) -> Path:
+    """A small dense file with sliding windows, a licence, and no chat template."""
+    fields = [
+        field("general.architecture", "STRING", "gemma3"),
+        field("general.name", "STRING", "Gemma 3 270M"),
+    ]
+    fields += [field("general.license", "STRING", "gemma")]
+    fields += [field(f"gemma3.{name}", "UINT32", value) for name, value in KEYS.items()]
+    names = ("token_embd", "blk.0.attn_q", "blk.1.ffn_up")
+    path = folder / "gemma-3-270m-q4_k_m.gguf"
+    path.write_bytes(gguf_bytes(fields, [Spec(f"{name}.weight", "F32", (64, 64)) for name in names]))
+    return path
+
+
+def run_of_gemma(folder: Path, *, without: tuple[str, ...] = (), **changed: dict[str, Any]) -> Path:
+    """What notebooks 01 to 04 leave of that model under a small budget, and of 05 and 06 what is asked for."""
+    model = gemma(folder)
+    file = {"name": model.stem, "sha256": SHA256, "nbytes": model.stat().st_size, "path": str(model)}
+    stages: dict[str, Any] = {
+        name: {"conditions": {**recorded(name)["conditions"], "model": SHA256}}
+        for name in ("header", "generate", "routing", "scores")
+    }
+    stages |= {"merge": {"model": file}, "long_context": {"model": file, "tier": "standard"}}
+    stages["scores"]["tier"] = "standard"
+    stages["routing"] |= {"verdict": DENSE, "claims": []}
+    frame = {"chat_frame": "Question: {prompt}\nAnswer:"}
+    answers = [{"prompt": "p", "answer": "Paris", "tokens": 2, "finish_reason": "length"}] * 3
+    stages["generate"] |= {"answers": answers, "left_out": ["2 tokens of an answer, not 96"]}
+    stages["generate"]["conditions"] |= frame
+    stages = {name: {**stages[name], **changed.get(name, {})} for name in stages}
+    return make_run(folder / "gemma", model, without=without, **stages)
+
+
+@pytest.fixture(scope="module")
+def partial(tmp_path_factory):
+    """The newcomer's run: notebooks 01 to 04."""
+    return run_of_gemma(tmp_path_factory.mktemp("partial"), without=("scores", "long_context"))
+
+
+@pytest.fixture(scope="module")
+def made(partial):
+    return report.build_report(partial, ask_llama_cpp=False)
+
+
+def lines_of(made: dict) -> dict[str, Any]:
+    return {line.question: line for line in report.verdict(made).lines}
+
+
+def test_routing_of_a_dense_model_is_neither_met_nor_ticked(made):
+    line = lines_of(made)["Is routing deterministic?"]
+    assert (line.mark, line.symbol) == ("not applicable", "–") and "dense" in line.answer and not line.caveat
+    row = next(row for row in made["conformance"] if row["id"] == "routing-deterministic")
+    assert row["verdict"] == "not applicable"
+    demands = lines_of(made)["Which demands of DFQS are met?"]
+    assert "SHALL: 2 of 4 met, 1 not tested, 1 not applicable" in demands.answer and demands.mark == "in part"
+
+
+def test_the_speed_of_notebook_03_stands_where_06_did_not_run(made, partial):
+    line = lines_of(made)["Does it run here, and how fast?"]
+    assert line.answer.startswith("92.1 tokens/s on the CPU at depth 512 (median; lowest to highest of 5")
+    assert "notebook 06 is withheld: notebook 06 did not run" in line.caveat
+    assert made["metrics"]["cpu_tokens_per_sec"] is None
+    assert "notebook 03 timed 92.1 tokens/s" in text.markdown(made, partial)
+
+
+def test_without_notebook_03_too_no_speed_is_shown(tmp_path):
+    folder = run_of_gemma(tmp_path, without=("scores", "long_context", "generate"))
+    line = lines_of(report.build_report(folder, ask_llama_cpp=False))["Does it run here, and how fast?"]
+    assert line.mark == "unknown" and "`dfqs-nb run 03 07 --run gemma`" in line.answer
+    assert "tokens/s" not in line.answer + line.caveat
+
+
+def test_a_base_model_and_cut_answers_are_said_in_the_verdict(made):
+    caveat = lines_of(made)["Does it run here, and how fast?"].caveat
+    assert "no chat template, like a base model" in caveat
+    assert (
+        "3 of 3 prompts got text (2, 2 and 2 tokens; 3 were cut off at 2 tokens, because the budget" in caveat
+    )
+
+
+def test_nothing_of_the_artifact_stands_in_the_report(made, partial):
+    address = claims_spec()["documents"]["DFQS 1.0"]["address"]
+    for written in (text.markdown(made, partial), text.page(made, partial)):
+        assert not OURS.findall(written.replace(address, "where the specification is"))
+
+
+def test_the_cache_of_sliding_windows_is_at_most_what_is_shown(made, partial):
+    content = text.markdown(made, partial)
+    assert "KV cache, at most (MB)" in content and "as if they kept the whole context" in content
+
+
+def test_the_model_has_its_own_name_and_licence(made, partial):
+    content = text.markdown(made, partial)
+    assert "| name in its header | Gemma 3 270M |" in content and "| licence | gemma |" in content
+    assert "relation to" not in content and "| another |" not in content
+
+
+def test_the_glossary_has_exactly_the_words_that_the_report_uses(made, partial):
+    content = text.markdown(made, partial)
+    body, glossary = content.split("## Glossary")
+    terms = set(re.findall(r"^- \*\*(.+?)\*\*:", glossary.split("## Appendix")[0], re.M))
+    body += "".join(glossary.split("## Appendix")[1:])
+    assert {"withheld", "stage", "SHALL, MUST, SHOULD, MAY", "dense", "token", "chat template"} <= terms
+    assert (
+        not {"rung", "imatrix", "KL divergence", "two hops", "haystack", "isotonic fit", "contended"} & terms
+    )
+    for term in terms:
+        assert any(word.lower() in body.lower() for word in term.split(", ")), term
+
+
+@pytest.mark.parametrize("without", [("scores", "long_context"), ("scores",), ("routing", "generate")])
+def test_the_raw_text_has_no_escapes_that_markdown_does_not_need(tmp_path, without):
+    folder = run_of_gemma(tmp_path, without=without)
+    content = text.markdown(report.build_report(folder, ask_llama_cpp=False), folder)
+    assert "\\`" not in content and "\\~" not in content
+    assert "`dfqs-nb run" in content
+
+
+def test_without_a_curve_neither_its_figure_nor_its_paragraphs_are_shown(tmp_path):
+    """Where the budget allowed no length, notebook 05 draws a figure that says so."""
+    nothing = {"curve": [], "refined": [], "boundary": None, "context_stability_curve": [], "tasks": []}
+    nothing |= {"failure_boundary_tokens": None, "not_measured": "12 texts of 256 tokens: not measured"}
+    folder = run_of_gemma(tmp_path, long_context=nothing | {"tier": "standard"}, without=("scores",))
+    stage, own = Stage(folder, "long_context"), {**recorded("long_context"), **nothing}
+    write_text(stage.path("context_curve.png"), "png")
+    own |= {"tier": "standard", "model": {"name": "g", "sha256": SHA256}}
+    facts = {name: own[name] for name in own if name not in ("stage", "conditions", "summary")}
+    stage.finish(conditions=own["conditions"], summary=[], **facts)
+    made = report.build_report(folder, ask_llama_cpp=False)
+    content = text.markdown(made, folder)
+    assert "context_curve.png" in made["sources"] and "context_curve.png" not in content
+    assert "isotonic" not in content and "NoLiMa" not in content and "<img" not in text.page(made, folder)
+    assert "withheld: 12 texts of 256 tokens: not measured" in str(report.verdict(made)).lower()
+
+
+def test_each_command_that_makes_up_for_a_notebook_is_one_that_the_program_takes(made):
+    commands = set(re.findall(r"`dfqs-nb ([^`]+)`", str(report.verdict(made)) + str(made["conformance"])))
+    assert {"run 05 07 --run gemma", "run 06 07 --run gemma"} <= commands
+    for command in commands:
+        name, *words = command.split()
+        assert cli.program().commands[name].make_context(name, words)
+
+
+def test_no_sentence_is_senseless(made, partial):
+    content = text.markdown(made, partial)
+    assert not re.search(r"\bnan\b|\bNone\b|\bUndefined\b|\b0 of 0\b|\. \.|(?<!\.)\.\.(?!\.)|;\s*\.|\s\.\s", content)
