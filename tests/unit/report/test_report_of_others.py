@@ -170,4 +170,6 @@ def test_each_command_that_makes_up_for_a_notebook_is_one_that_the_program_takes
 
 def test_no_sentence_is_senseless(made, partial):
     content = text.markdown(made, partial)
-    assert not re.search(r"\bnan\b|\bNone\b|\bUndefined\b|\b0 of 0\b|\. \.|(?<!\.)\.\.(?!\.)|;\s*\.|\s\.\s", content)
+    assert not re.search(
+        r"\bnan\b|\bNone\b|\bUndefined\b|\b0 of 0\b|\. \.|(?<!\.)\.\.(?!\.)|;\s*\.|\s\.\s", content
+    )

@@ -244,7 +244,10 @@ def test_a_setting_that_a_stage_does_not_state_is_not_tested_and_named(header):
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        (changed("long_context", "failure_boundary_tokens", to=296.5), "failure_boundary_tokens: .*integer.*"),
+        (
+            changed("long_context", "failure_boundary_tokens", to=296.5),
+            "failure_boundary_tokens: .*integer.*",
+        ),
         (changed("scores", "scores", 0, "value", to="0.5"), r"scores\[0\].value: .*number.*"),
         (changed("routing", "verdict", to={"passed": True}), "verdict: 'routed' is a required property"),
         (changed("generate", "answers", to=[{}]), r"answers\[0\]: 'tokens' is a required property"),
