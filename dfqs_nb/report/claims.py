@@ -74,8 +74,7 @@ def _holds_in_gib(claim: Claim, value: Any, known: Mapping[str, Any]) -> bool:
     if claim["unit"] != "GB" or claim["verdict"]:
         return False
     numbers = [number * GB / GIB for number in (value if isinstance(value, list) else [value])]
-    fact = numbers if isinstance(value, list) else numbers[0]
-    return TESTS[claim["test"]](claim, fact, known) != CONTRADICTED
+    return TESTS[claim["test"]](claim, numbers, known) != CONTRADICTED
 
 
 def _at_most(claim: Claim, value: Any, known: Mapping[str, Any]) -> str:

@@ -145,7 +145,7 @@ def _row(metric: str, first: RunItems, run: RunItems) -> Row:
     own: Row = {"metric": metric, "model": run.label, "kind": "", "reading": ""}
     own |= {} if metric == RETRIEVAL else run.stated(metric)
     for it in (first, run):
-        detail = it.detail(CURVE if metric == RETRIEVAL else metric)
+        detail = it.report["details"][CURVE if metric == RETRIEVAL else metric]
         if detail["value"] is None:
             return own | {"reading": f"not compared: {it.label} withholds it ({detail['withheld']})"}
     return own | ROWS[metric](metric, first, run)
@@ -200,7 +200,7 @@ def _boundary(metric: str, first: RunItems, run: RunItems) -> Row:
     """No ratio of two boundaries: retrieval, whose texts are paired, tells better which carries further."""
     reading = "their intervals stand beside them"
     for it in (first, run):
-        detail = it.detail(metric)
+        detail = it.report["details"][metric]
         reading += f"; {it.label} does no better than chance" * (detail["status"] == "floor")
         reading += f"; {it.label}'s was not reached" * bool(detail.get("right_censored"))
         reading += sentence("flags", detail).replace("; ", f"; {it.label} ")
@@ -221,7 +221,7 @@ def why_speeds_differ(first: RunItems, run: RunItems) -> str:
         a, b = (own.report["machine"].get(fact) for own in (first, run))
         if None in (a, b) or a != b:
             return f"measured on different machines ({fact}: {a} and {b})"
-    busy = next((own.label for own in (first, run) if own.detail(SPEED)["contended"]), "")
+    busy = next((own.label for own in (first, run) if own.report["details"][SPEED]["contended"]), "")
     return f"the machine was busy when {busy} was timed" if busy else ""
 
 

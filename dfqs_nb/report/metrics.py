@@ -98,7 +98,7 @@ def _rounded(value: Any) -> Any:
 def details_of(run: Run, run_name: str = "RUN") -> dict[str, Detail]:
     """Each metric with all that stands beside it; one that cannot be given has the reason."""
     details = {}
-    for name, (stage, unit, measured) in METRICS.items():
+    for name, (stage, unit, _, measured) in METRICS.items():
         empty = dict.fromkeys(("value", "low", "high", "guess_rate", "withheld"))
         empty |= {"n": 0, "level": LEVEL, "unit": unit, "source": f"{stage}.json"}
         missing = {"withheld": not_run([stage], run_name)}
@@ -177,12 +177,13 @@ def _speed_of(row: Mapping[str, Any]) -> Detail:
     return rates | {name: row[name] for name in ("depth", "n_threads", "tokens") if name in row}
 
 
-METRICS: dict[str, tuple[str, str, Callable[[Any, str], Detail]]] = {
-    "reasoning_score": ("scores", "share", _score),
-    "code_score": ("scores", "share", _score),
-    CURVE: ("long_context", "share of the short-context accuracy above guessing", _curve),
-    SPEED: ("scores", "tokens a second", _speed),
-    BOUNDARY: ("long_context", "tokens", _boundary),
+# Stage, unit, type in the hub's model-index (which takes no curve), and the function that gives the details.
+METRICS: dict[str, tuple[str, str, str, Callable[[Any, str], Detail]]] = {
+    "reasoning_score": ("scores", "share", "accuracy", _score),
+    "code_score": ("scores", "share", "pass@1", _score),
+    CURVE: ("long_context", "share of the short-context accuracy above guessing", "", _curve),
+    SPEED: ("scores", "tokens a second", "tokens_per_second", _speed),
+    BOUNDARY: ("long_context", "tokens", "tokens", _boundary),
 }
 
 

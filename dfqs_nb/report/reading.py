@@ -111,14 +111,9 @@ class RunItems:
     scores: Mapping[str, SetRun]
     context: pd.DataFrame = field(repr=False)
 
-    def detail(self, metric: str) -> Mapping[str, Any]:
-        """What stands beside a metric."""
-        detail: Mapping[str, Any] = self.report["details"][metric]
-        return detail
-
     def stated(self, metric: str) -> dict[str, float]:
         """Count, value and interval as the report states them; NaN where it states none."""
-        given = {name: self.detail(metric).get(name) for name in ("n", "value", "low", "high")}
+        given = {name: self.report["details"][metric][name] for name in ("n", "value", "low", "high")}
         return {name: nan if value is None else float(value) for name, value in given.items()}
 
 

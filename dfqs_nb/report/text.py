@@ -16,7 +16,7 @@ from dfqs_nb.core.paths import public_address
 from dfqs_nb.core.stage import NOTEBOOKS, read_stage
 from dfqs_nb.report import claims, requirements
 from dfqs_nb.report.envelope import envelope_tables
-from dfqs_nb.report.metrics import CURVE, SCORES, SPEED, metric_sentence
+from dfqs_nb.report.metrics import CURVE, METRICS, SCORES, SPEED, metric_sentence
 from dfqs_nb.report.spec import claims_spec, link, spaced
 from dfqs_nb.report.stages import BESIDE, ReportError
 from dfqs_nb.report.template import render
@@ -24,12 +24,6 @@ from dfqs_nb.report.verdicts import verdict
 
 SMALL = "Nano tier: made with the small prompt sets of the embedded reference model. "
 NANO = f"{SMALL}No measurement here is evidence about a real model."
-METRIC_TYPES = {
-    "reasoning_score": "accuracy",
-    "code_score": "pass@1",
-    "cpu_tokens_per_sec": "tokens_per_second",
-    "failure_boundary_tokens": "tokens",
-}  # of the hub's model-index; a curve has no place there
 HUB_SETS = {"standard-code": ("openai/openai_humaneval", "openai_humaneval")}  # that exist as data sets there
 OF_MODEL = {"name": "file", "name_in_header": "name in its header", "sha256": "SHA-256"}
 OF_MODEL |= {"size_bytes": "size (bytes)", "relation_to_artifact": "relation to the artifact"}
@@ -221,9 +215,9 @@ def hub_forms(report: Mapping[str, Any]) -> dict[str, str]:
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
     index, entries, address = [], [], public_address()
-    for name, kind in METRIC_TYPES.items():
+    for name, (_, _, kind, _) in METRICS.items():
         detail = report["details"][name]
-        if detail["withheld"]:
+        if detail["withheld"] or not kind:
             continue
         stated, questions = metric_sentence(name, detail), detail.get("set") or f"{report['tier']}-{name}"
         value = detail["value"] if isinstance(detail["value"], int) else float(f"{detail['value']:.6g}")

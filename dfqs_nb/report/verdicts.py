@@ -92,13 +92,10 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
     for name, (question, section) in QUESTIONS.items():
         mark, evidence = answers[name]
         answer, _, caveat = sentence(name, report, evidence).partition("\n")
-        lines.append(Line(mark, question, _begun(answer), _begun(caveat), section))
+        begun = (text[:1].upper() + text[1:] for text in (answer, caveat))
+        lines.append(Line(mark, question, *begun, section))
     name = plain(report["model"]["name"])
     return Verdict(f"{name}, {report['specification']}, {report['tier']} tier", tuple(lines))
-
-
-def _begun(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _carries(boundary: Mapping[str, Any]) -> str:

@@ -89,7 +89,7 @@ def test_what_no_budget_holds_is_not_measured_and_the_share_is_kept(folder, monk
     assert made["boundary"] is None and made["curve"] == made["context_stability_curve"] == []
     assert all("not measured" in line for line in made["left_out"])
     assert "`dfqs-nb run 05 07 --run slow -p budget_minutes=" in made["not_measured"]
-    detail = metrics.METRICS["failure_boundary_tokens"][2](made, "failure_boundary_tokens")
+    detail = metrics.METRICS["failure_boundary_tokens"][3](made, "failure_boundary_tokens")
     assert detail["withheld"] == made["not_measured"]
 
 
