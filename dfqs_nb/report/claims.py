@@ -48,8 +48,10 @@ def check_claims(
         if value is not None:
             found, evidence = (claim[name] or fact[name] for name in ("found", "evidence"))
             verdict = claim["verdict"] or TESTS[claim["test"]](claim, value, known)
-        if verdict == CONTRADICTED and _holds_in_gib(claim, value, known):
-            evidence, verdict = evidence + spec["as_gib"], tables.CONTRADICTS_ITSELF
+        if verdict == CONTRADICTED and claim["unit"] == "GB" and not claim["verdict"]:
+            in_gib = [number * GB / GIB for number in (value if isinstance(value, list) else [value])]
+            if TESTS[claim["test"]](claim, in_gib, known) != CONTRADICTED:
+                evidence, verdict = evidence + spec["as_gib"], tables.CONTRADICTS_ITSELF
         known["figure"] = tables.figure(claim["value"], claim["unit"])
         stated = (claim[name] for name in ("number", "id", "document", "section", "text"))
         judged = (filled(found, known), verdict, filled(evidence, known))
@@ -67,14 +69,6 @@ def counts(table: pd.DataFrame) -> str:
     seen = table["verdict"].value_counts()
     parts = ", ".join(f"{seen[word]} {word}" for word in tables.CLAIM_VERDICTS if word in seen)
     return f"{len(table)} statements: {parts}"
-
-
-def _holds_in_gib(claim: Claim, value: Any, known: Mapping[str, Any]) -> bool:
-    """Whether a figure in GB is contradicted as such, and would not be if GiB were meant."""
-    if claim["unit"] != "GB" or claim["verdict"]:
-        return False
-    numbers = [number * GB / GIB for number in (value if isinstance(value, list) else [value])]
-    return TESTS[claim["test"]](claim, numbers, known) != CONTRADICTED
 
 
 def _at_most(claim: Claim, value: Any, known: Mapping[str, Any]) -> str:
@@ -167,7 +161,7 @@ def facts(run: Run, header: GGUFHeader | None) -> dict[str, Any]:
         "why": "this run did not measure it" if file else measured,
         **_sizes(file),
         **_shape(own, file),
-        **_identity(run, file),
+        **_identity(run if file else {}),
         **_memory(own, file),
         **_measurements(run if file else {}, run),
     }
@@ -252,13 +246,13 @@ def _shape(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
     }
 
 
-def _identity(run: Run, file: GGUFHeader | None) -> dict[str, Any]:
+def _identity(own: Run) -> dict[str, Any]:
     published, size = tables.claims_spec()["published"], registered()[SINGLE].size_bytes
-    model = run["merge"]["model"] if run and file else {}
-    own = model if model.get("nbytes") == size else None
+    is_whole = bool(own) and own["merge"]["model"].get("nbytes") == size
+    whose = "this run's file has" if is_whole else "an independent download of it is recorded with"
     return {
-        "sha256": own["sha256"] if own else published["independent_sha256"],
-        "whose_sha256": "this run's file has" if own else "an independent download of it is recorded with",
+        "sha256": own["merge"]["model"]["sha256"] if is_whole else published["independent_sha256"],
+        "whose_sha256": whose,
         "loads": False if registered()[SHARDS].size_bytes == size else None,
         "shown_tensors": published["independent_tensors"],
         "all_tensors": published["all_tensors"],

@@ -135,11 +135,7 @@ def _cache_row(
 
 
 def _envelope(
-    facts: Mapping[str, Any],
-    cache: list[dict[str, Any]],
-    memory_bytes: int,
-    flash_attn: bool,
-    is_artifact: bool,
+    facts: dict[str, Any], cache: list[dict[str, Any]], memory_bytes: int, flash_attn: bool, is_artifact: bool
 ) -> dict[str, Any]:
     """What fits where, beside the facts: a row for each context and limit."""
     spec, limits = requirements_spec()["envelope"], [("RAM", "this machine", memory_bytes)]

@@ -29,7 +29,7 @@ from dfqs_nb.stats import LEVEL
 
 SCORES = ("reasoning_score", "code_score")
 CURVE, BOUNDARY, SPEED = "context_stability_curve", "failure_boundary_tokens", "cpu_tokens_per_sec"
-OWN_VERSION = {"dfqs-workbook": __version__}
+WRITTEN_WITH = ("Python", *machine.PACKAGES)
 DIGITS = 10  # of every float in report.json: more than any measurement has
 Detail = dict[str, Any]
 
@@ -71,10 +71,10 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
         "claims": [] if level == "another" else check_claims(run, header).to_dict("records"),
         "hardware_envelope": _envelopes(run, header, level, ask_llama_cpp),
         "machine": run.get("scores", {}).get("machine") or known,  # that of the speeds
-        "versions": {key: str(known[key]) for key in ("Python", *machine.PACKAGES)} | OWN_VERSION,
+        "versions": {key: str(known[key]) for key in WRITTEN_WITH} | {"dfqs-workbook": __version__},
         "sources": dict(sorted(sources.items())),
     }
-    return sealed(_rounded(json.loads(json.dumps(report, default=str, allow_nan=False))))
+    return sealed(_rounded(report))
 
 
 def sealed(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,12 +84,9 @@ def sealed(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """A JSON value whose floats have at most `DIGITS` digits."""
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+    """A value as JSON takes it, whose floats have at most `DIGITS` digits."""
+    text = json.dumps(value, default=str, allow_nan=False)
+    return json.loads(text, parse_float=lambda number: float(f"{float(number):.{DIGITS}g}"))
 
 
 # ---- the five metrics, with what must stand beside each ----

@@ -20,11 +20,10 @@ CONTRADICTS_ITSELF = "contradicts itself"
 NOT_TESTABLE, NOT_CHECKABLE = "not testable here", "not checkable"
 CLAIM_VERDICTS = (CONFIRMED, IN_PART, CONTRADICTED, CONTRADICTS_ITSELF, NOT_TESTABLE, NOT_CHECKABLE)
 Claim = Mapping[str, Any]  # an entry of claims.toml with these fields where it has none of its own
-UNSTATED: Claim = {
-    **{"fact": "stated", "test": "equals", "value": None, "unit": "", "tolerance": None, "limit": None},
-    **{"yes": CONFIRMED, "no": CONTRADICTED, "verdict": "", "found": "", "evidence": ""},
-}
-REQUIRED = {  # of an entry; a claim may have those of `UNSTATED`, too
+UNSTATED = {"fact": "stated", "test": "equals", "yes": CONFIRMED, "no": CONTRADICTED}
+UNSTATED |= dict.fromkeys(("unit", "verdict", "found", "evidence"), "")
+FIGURES = ("value", "tolerance", "limit")  # of a claim, None where it states none
+REQUIRED = {  # of an entry; a claim may have those above, too
     "requirements": "id level text source how check notebook evidence".split(),
     "claims": "id document section text source".split(),
 }
@@ -115,7 +114,7 @@ def _table(name: str) -> dict[str, Any]:
 @lru_cache(maxsize=4)
 def _parsed(name: str, text: str) -> dict[str, Any]:
     table = tomllib.loads(text)
-    known = {*REQUIRED[name], *(UNSTATED if name == "claims" else ())}
+    known = {*REQUIRED[name], *((*UNSTATED, *FIGURES) if name == "claims" else ())}
     for entry in table.get(name, []):
         if wrong := ({*entry} - known) | ({*REQUIRED[name]} - {*entry}):
             raise ValueError(f"{entry.get('id', 'an entry')}: unknown or missing {', '.join(sorted(wrong))}")
@@ -124,7 +123,8 @@ def _parsed(name: str, text: str) -> dict[str, Any]:
         counts = {letter: count(1) for letter in letters.values()}
         for claim in table["claims"]:
             letter = letters[claim["document"]]
-            claim |= {**UNSTATED, **claim, "number": f"{letter}{next(counts[letter])}"}
+            figures = dict.fromkeys(FIGURES)
+            claim |= {**UNSTATED, **figures, **claim, "number": f"{letter}{next(counts[letter])}"}
     else:
         for key in ("published_compute", "gpu_compute"):  # by context in tokens, which TOML reads as text
             table["envelope"][key] = {int(n): row for n, row in table["envelope"][key].items()}

@@ -90,7 +90,7 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "paging": _paging(envelopes.get("paging") or {}),
         "beside": beside,
         "model": _model(report["model"]),
-        "conditions": _pairs(_flat(report["conditions"]), "condition"),
+        "conditions": _pairs(pd.json_normalize(report["conditions"]).to_dict("records")[0], "condition"),
         "machine": _pairs({**report["machine"], **other}, "where it ran"),
     }
     body = render("report.md", occurs=lambda word, seen: False, **values)
@@ -108,14 +108,6 @@ def _model(model: Mapping[str, Any]) -> pd.DataFrame:
     told = {**model, "relation_to_artifact": RELATIONS.get(model.get("relation_to_artifact", ""))}
     facts = {OF_MODEL.get(key, key.replace("_", " ")): it for key, it in told.items() if it is not None}
     return _pairs(facts, "of the model")
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested conditions as one row a condition."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _paging(rows: Mapping[str, str]) -> pd.DataFrame:

@@ -31,16 +31,13 @@ QUESTIONS = {  # by the macro that answers them: the question, and the section t
 
 @dataclass(frozen=True)
 class Line:
-    """One question: ``mark`` is one of `SYMBOLS`; ``answer`` has its interval, ``caveat`` what limits it.
-
-    ``section`` of the report has the evidence.
-    """
+    """One question: ``mark`` is one of `SYMBOLS`, and ``section`` of the report has the evidence."""
 
     mark: str
     question: str
     answer: str
     caveat: str
-    section: str = "metrics"
+    section: str
 
     @property
     def symbol(self) -> str:
