@@ -5,7 +5,7 @@ The marks are decided here; ``templates/sentences.txt`` has the words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,14 @@ from dfqs_nb.report.template import FEW_QUESTIONS, render, sentence
 YES, NO, PARTLY, UNKNOWN = "yes", "no", "in part", "unknown"
 SYMBOLS = {YES: "✓", NO: "✗", PARTLY: "~", UNKNOWN: "?", NOT_APPLICABLE: "–"}
 MARKS = {MET: YES, NOT_MET: NO, NOT_TESTED: UNKNOWN, NOT_APPLICABLE: NOT_APPLICABLE}  # of a requirement
-QUESTIONS = {  # by the macro that answers them: the question, and the section that has the evidence
-    "sound": ("Is the file sound?", "requirements"),
-    "runs": ("Does it run here, and how fast?", "metrics"),
-    "routing": ("Is routing deterministic?", "requirements"),
-    "context": ("How far does the context carry?", "metrics"),
-    "scores": ("What does it score?", "metrics"),
-    "demands": ("Which demands of DFQS are met?", "requirements"),
+# By the macro that answers it: the question, the section that has the evidence, and the demand that decides.
+QUESTIONS = {
+    "sound": ("Is the file sound?", "requirements", "single-file"),
+    "runs": ("Does it run here, and how fast?", "metrics", "cpu-constrained"),
+    "routing": ("Is routing deterministic?", "requirements", "routing-deterministic"),
+    "context": ("How far does the context carry?", "metrics", ""),
+    "scores": ("What does it score?", "metrics", ""),
+    "demands": ("Which demands of DFQS are met?", "requirements", ""),
 }
 
 
@@ -71,23 +72,14 @@ class Verdict:
 def verdict(report: Mapping[str, Any]) -> Verdict:
     """The verdict on a report that `read_report` or `build_report` gave."""
     rows, details = {row["id"]: row for row in report["conformance"]}, report["details"]
-    unknown = {"verdict": NOT_TESTED, "evidence": "not judged in this report"}
-    sound, runs, routing = (
-        rows.get(name, unknown) for name in ("single-file", "cpu-constrained", "routing-deterministic")
-    )
-    speed = details[SPEED]
-    is_slowed = MARKS[runs["verdict"]] == YES and not speed["withheld"] and speed["contended"]
-    answers = {
-        "sound": (MARKS[sound["verdict"]], sound["evidence"]),
-        "runs": (PARTLY if is_slowed else MARKS[runs["verdict"]], runs["evidence"]),
-        "routing": (MARKS[routing["verdict"]], routing["evidence"]),
-        "context": (_carries(details[BOUNDARY]), ""),
-        "scores": (_scores(details), ""),
-        "demands": (_demands(report["conformance"]), counts(pd.DataFrame(report["conformance"]))),
-    }
-    lines = []
-    for name, (question, section) in QUESTIONS.items():
-        mark, evidence = answers[name]
+    counted, speed, lines = counts(pd.DataFrame(report["conformance"])), details[SPEED], []
+    marks = {"context": _carries(details[BOUNDARY]), "scores": _scores(details), "demands": _demands(rows)}
+    for name, (question, section, demand) in QUESTIONS.items():
+        row = rows.get(demand, {"verdict": NOT_TESTED, "evidence": "not judged in this report"})
+        mark = marks.get(name, MARKS[row["verdict"]])
+        if name == "runs" and mark == YES and not speed["withheld"] and speed["contended"]:
+            mark = PARTLY
+        evidence = counted if name == "demands" else row["evidence"]
         answer, _, caveat = sentence(name, report, evidence).partition("\n")
         begun = (text[:1].upper() + text[1:] for text in (answer, caveat))
         lines.append(Line(mark, question, *begun, section))
@@ -115,8 +107,8 @@ def _scores(details: Mapping[str, Any]) -> str:
     return marks.pop() if len(marks) == 1 else PARTLY if YES in marks else NO
 
 
-def _demands(rows: Sequence[Mapping[str, Any]]) -> str:
-    binding = {row["verdict"] for row in rows if row["level"] in ("SHALL", "MUST", "condition")}
+def _demands(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    binding = {row["verdict"] for row in rows.values() if row["level"] in ("SHALL", "MUST", "condition")}
     binding -= {NOT_APPLICABLE}
     if not binding:
         return UNKNOWN
