@@ -43,7 +43,8 @@ def check_claims(
     """
     known, spec, rows = facts(run, header), tables.claims_spec(), []
     for claim in spec["claims"] if claims is None else claims:
-        fact, value = spec["facts"][claim["fact"]], known.get(claim["fact"])
+        fact: Mapping[str, str] = spec["facts"][claim["fact"]]
+        value: Any = known.get(claim["fact"])
         found, evidence, verdict = "not measured", "{why}", claim["verdict"] or NOT_TESTABLE
         if value is not None:
             found, evidence = (claim[name] or fact[name] for name in ("found", "evidence"))
@@ -299,7 +300,7 @@ def _measurements(own: Run, run: Run) -> dict[str, Any]:
     """What only a run of the artifact shows, and what notebook 04 says of this run's own model."""
     scored, context = own.get("scores", {}), own.get("long_context", {})
     code = [score for score in scored.get("scores", []) if score["set"] == "standard-code"]
-    shares = [code[0][name] for name in ("value", "low", "high")] if code else [None]
+    shares: list[Any] = [code[0][name] for name in ("value", "low", "high")] if code else [None]
     known: dict[str, Any] = {
         "cpu_tokens_per_sec": scored.get("cpu_tokens_per_sec"),
         "humaneval": None if None in shares or code[0]["n_missing"] else [100 * it for it in shares],

@@ -147,7 +147,8 @@ def _boundary(stage: Mapping[str, Any], name: str) -> Detail:
     boundary, value = stage.get("boundary"), stage.get(name)
     if boundary is None or value is None:
         return {"withheld": stage.get("not_measured") or "no length was finished"}
-    return boundary | {
+    return {
+        **boundary,
         "provisional": bool(boundary.get("provisional")) or boundary["n_haystacks"] < FEW_TEXTS,
         "value": value,
         "n": boundary["n_items"],

@@ -214,7 +214,10 @@ def hub_forms(report: Mapping[str, Any]) -> dict[str, str]:
         stated, questions = metric_sentence(name, detail), detail.get("set") or f"{report['tier']}-{name}"
         value = detail["value"] if isinstance(detail["value"], int) else float(f"{detail['value']:.6g}")
         facts = {"conditions_sha256": report["conditions_sha256"], "n": detail["n"], "stated": stated}
-        about = {"dataset_type": f"dfqs-{questions}", "dataset_name": f"DFQS 1.0, {questions}"}
+        about: dict[str, Any] = {
+            "dataset_type": f"dfqs-{questions}",
+            "dataset_name": f"DFQS 1.0, {questions}",
+        }
         about |= {"task_type": "text-generation", "task_name": "Text generation", "metric_type": kind}
         about |= {"dataset_args": facts | ({"contended": True} if detail.get("contended") else {})}
         index.append(hub.EvalResult(metric_name=name, metric_value=value, **about))

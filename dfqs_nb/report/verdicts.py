@@ -81,8 +81,8 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
             mark = PARTLY
         evidence = counted if name == "demands" else row["evidence"]
         answer, _, caveat = sentence(name, report, evidence).partition("\n")
-        begun = (text[:1].upper() + text[1:] for text in (answer, caveat))
-        lines.append(Line(mark, question, *begun, section))
+        answer, caveat = (text[:1].upper() + text[1:] for text in (answer, caveat))
+        lines.append(Line(mark, question, answer, caveat, section))
     name = plain(report["model"]["name"])
     return Verdict(f"{name}, {report['specification']}, {report['tier']} tier", tuple(lines))
 
