@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import signal
 import threading
 import weakref
@@ -86,35 +85,14 @@ class Router:
         self.marks = [(self.ids.tensor, self.ids.name)]
 
 
-class _Hook:
-    """A key of `_Nodes` that calls a function when its address is looked up.
+class _Nodes(dict[int, bool]):
+    """Addresses of nodes that llama.cpp does not stop at; at every other address ``visit`` decides."""
 
-    A dictionary compares keys only when their hashes are equal, so Python code runs at these few nodes alone.
-    """
-
-    __slots__ = ("address", "call")
-
-    def __init__(self, address: int, call: Callable[[], object]) -> None:
-        self.address, self.call = address, call
-
-    def __hash__(self) -> int:
-        return hash(self.address)
-
-    def __eq__(self, other: object) -> bool:
-        if self.address == other:
-            self.call()
-            return True
-        return self is other
-
-
-class _Nodes(dict[Any, bool]):
-    """For every node of the graph, by address: does llama.cpp stop there? Unknown ones are learned."""
-
-    def __init__(self, learn: Callable[[int], bool]) -> None:
-        self._learn = learn
+    def __init__(self, visit: Callable[[int], bool]) -> None:
+        self._visit = visit
 
     def __missing__(self, address: int) -> bool:
-        return self._learn(address)
+        return self._visit(address)
 
 
 _watches: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()
@@ -134,7 +112,8 @@ class Watch:
         import llama_cpp.llama_cpp as api
 
         self.listeners: list[Callable[[Router], object]] = []
-        self._nodes = _Nodes(self._learn)
+        self._nodes, self._first = _Nodes(self._visit), 0  # the address of a graph's first node
+        self._routers: dict[int, Router] = {}
         # llama.cpp also passes whether it asks or has computed, and user data. A node that we stop at comes
         # exactly twice, so we leave both out: the call is cheaper
         self._function = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(self._nodes.__getitem__)
@@ -151,43 +130,41 @@ class Watch:
     def forget_graph(self) -> None:
         """Forget the known addresses: the context that they lie in is gone."""
         self._nodes.clear()
-        self._marks = []
+        self._routers.clear()
+        self._marks, self._first = [], 0
 
-    def _learn(self, address: int) -> bool:
-        """A node at an unknown address, by its name."""
+    def _visit(self, address: int) -> bool:
+        """A router's node, the first node of a graph, or a node that is met for the first time."""
+        router = self._routers.get(address)
         try:
-            if not self._nodes:
-                self._nodes[_Hook(address, functools.partial(self._start, address))] = False
+            if router is not None:  # first llama.cpp asks whether to stop behind it, then it has stopped
+                router.stopped = not router.stopped
+                if not router.stopped:
+                    self._chosen(router)
+            elif address == self._first and all(tensor.name == name for tensor, name in self._marks):
                 self._begun(address)
-                return False
-            prefix = ctypes.string_at(address + NAME_OFFSET, PREFIX_BYTES)
-            if prefix == _TOPK:
-                router = self._router(address)
-                self._marks += router.marks
-                self._nodes[_Hook(address, functools.partial(self._visit, router))] = True
-                self._visit(router)
-                return True
-            self._other(address, prefix)
+            else:
+                router = self._learn(address)
         except Exception as error:
             self._error = error
-        self._nodes[address] = False
-        return False
+        return router is not None
 
-    def _start(self, address: int) -> None:
-        """The first node of a graph: forget the known addresses unless they hold what they held."""
-        if any(tensor.name != name for tensor, name in self._marks):
-            self.forget_graph()  # the node is looked up again, and learned
-        else:
+    def _learn(self, address: int) -> Router | None:
+        """A node by its name; None where llama.cpp need not stop."""
+        if not self._first or address == self._first:  # of the first graph, or of another at its place
+            self.forget_graph()
+            self._first = address
             self._begun(address)
-
-    def _visit(self, router: Router) -> None:
-        """A router's node: first llama.cpp asks whether to stop behind it, then it has stopped."""
-        router.stopped = not router.stopped
-        try:
-            if not router.stopped:
-                self._chosen(router)
-        except Exception as error:
-            self._error = error
+            return None
+        prefix = ctypes.string_at(address + NAME_OFFSET, PREFIX_BYTES)
+        if prefix == _TOPK:
+            router = self._routers[address] = self._router(address)
+            self._marks += router.marks
+            router.stopped = True
+            return router
+        self._nodes[address] = False
+        self._other(address, prefix)
+        return None
 
     def _router(self, address: int) -> Router:
         return Router(address)

@@ -6,11 +6,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from dfqs_nb.core.budget import Fitted, duration, fit
+from dfqs_nb.core.budget import duration, fit
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.llama.model import Model
 
@@ -64,29 +65,6 @@ def probe(model: Model) -> Pace:
     return Pace(prefill / PROBE_PROMPT, decode / PROBE_ANSWER)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cost(Fitted):
-    """What answering and timing will take, at the speed of a short probe."""
-
-    n_answers: int
-    max_tokens: int
-    depth: int
-    n_tokens: int
-    repetitions: int
-    answer_seconds: float  # of the budget that timing leaves for answers
-
-    @property
-    def sentence(self) -> str:
-        """The plan for people."""
-        plan = (
-            f"about {duration(self.seconds)}: answers of up to {self.max_tokens} tokens, then "
-            f"{self.repetitions} x {self.n_tokens} timed tokens at depth {self.depth}"
-        )
-        cut = f" (cut to fit the budget; {duration(self.full_seconds)} in full)" if self.left_out else ""
-        stops = f"; answering stops inside a question after {duration(self.answer_seconds)}"
-        return plan + cut + (stops if self.left_out else "")
-
-
 def plan_cost(
     model: Model,
     *,
@@ -96,12 +74,16 @@ def plan_cost(
     n_tokens: int,
     repetitions: int,
     budget_minutes: float,
-) -> Cost:
+) -> SimpleNamespace:
     """Time a short probe, and cut the plan (`CUTS`) until it fits the budget; the last cut may exceed it.
 
     Answers are planned at full length, depth and timed tokens at most at a half and a quarter of the context.
+
+    Returns:
+        The numbers given, as cut, the fields of `core.budget.Fitted`, ``answer_seconds`` (of the budget, that
+        timing leaves for answers) and a ``sentence`` for people.
     """
-    pace, n_ctx = probe(model), model.settings.n_ctx
+    pace, n_ctx, budget = probe(model), model.settings.n_ctx, 60 * budget_minutes
 
     def timing(plan: dict[str, int]) -> float:
         repeated = plan["repetitions"] * pace.seconds(plan["depth"], plan["n_tokens"])
@@ -112,10 +94,19 @@ def plan_cost(
 
     depth, n_tokens = min(depth, n_ctx // 2), min(n_tokens, n_ctx // 4)
     plan = {"n_answers": n_answers, "max_tokens": max_tokens, "depth": depth, "n_tokens": n_tokens}
-    fitted = fit(plan | {"repetitions": repetitions}, CUTS, seconds, 60 * budget_minutes, NAMES)
-    left = max(0.0, 60 * budget_minutes - timing(fitted.values))
-    parts: dict[str, Any] = {**vars(fitted), **fitted.values, "answer_seconds": left}
-    return Cost(**parts)
+    fitted = fit(plan | {"repetitions": repetitions}, CUTS, seconds, budget, NAMES)
+    cost = SimpleNamespace(**vars(fitted), **fitted.values)
+    cost.answer_seconds = max(0.0, budget - timing(fitted.values))
+    cost.sentence = (
+        f"about {duration(cost.seconds)}: answers of up to {cost.max_tokens} tokens, then "
+        f"{cost.repetitions} x {cost.n_tokens} timed tokens at depth {cost.depth}"
+    )
+    if cost.left_out:
+        cost.sentence += (
+            f" (cut to fit the budget; {duration(cost.full_seconds)} in full); answering stops inside a "
+            f"question after {duration(cost.answer_seconds)}"
+        )
+    return cost
 
 
 def measure_speed(

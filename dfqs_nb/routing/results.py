@@ -82,15 +82,9 @@ class Experiment:
         moved = f"{n_moved} of {len(runtime)} changes of settings changed {what}."
         lines = [self.under_load.sentence, self.verdict.text]
         lines.append(moved if len(runtime) else "No change of settings was tried.")
-        one_cache = self.traces.get("alone, one cache")
-        if one_cache is not None and one_cache.conditions["rule"] != "simple":
-            lines.append("llama.cpp keeps a cache a sequence here, even if asked for one.")
         if n := len(self.left_out):
             names = "; ".join(self.left_out[:8])
             lines.append(f"Left out to fit into the budget: {n} runs ({names}{'; ...' if n > 8 else ''}).")
-        if len(flipped := self.flips()):
-            typical, close = self.margins()["margin"].median(), flipped["margin"].median()
-            lines.append(f"The median margin is {typical:.2g}, and {close:.2g} where a choice flipped.")
         return lines
 
     def claims(self) -> pd.DataFrame:

@@ -56,9 +56,7 @@ class Determinism:
     logits_equal: float  # share of tokens, bit for bit
     same_output: bool  # every greedy continuation was equal
     failed_runs: tuple[str, ...]
-    load_passed: bool | None = (
-        None  # the same beside others, DFQS's "standard inference loads"; None: not judged
-    )
+    load_passed: bool | None = None  # the same beside others, as DFQS's SHALL asks; None: not judged
     load_sentence: str = ""
 
     @property
@@ -282,35 +280,30 @@ def judge_loads(rows: pd.DataFrame, alone_passed: bool) -> UnderLoad:
         return UnderLoad(failed=failed, sentence=f"Routing under load was not judged: {why}.")
     (counts,) = load_table(beside.assign(all="all"), "all").to_dict("records")
     counts["n_domains"] = int(beside["domain"].nunique())
-    table = load_table(beside).sort_values("n_others", kind="stable")
-    changed = tuple(table.loc[table["n_differ"] > 0, "load"])
+    smallest = beside[beside["n_differ"] > 0].sort_values("n_others", kind="stable")
+    changed = tuple(smallest["load"].unique())
     level = "not" if not alone_passed else "alone" if changed else "under load"
     verdict = UnderLoad(level == "under load" and not failed, level, changed, failed, counts)
-    return replace(verdict, sentence=_sentence(verdict, beside, len(table)))
+    return replace(verdict, sentence=_sentence(verdict, beside))
 
 
-def _sentence(verdict: UnderLoad, beside: pd.DataFrame, n_loads: int) -> str:
+def _sentence(verdict: UnderLoad, beside: pd.DataFrame) -> str:
     of, sizes = SimpleNamespace(**verdict.counts), [str(n) for n in sorted(beside["n_others"].unique())]
     company = " or ".join(filter(None, (", ".join(sizes[:-1]), sizes[-1])))
-    what = f"with {of.n_texts} texts of {of.n_domains} domains beside {company} others in one batch"
+    shown = "Not shown for all loads" if verdict.failed else "Deterministic under load"
+    first = {"not": "Not deterministic, not even alone", "alone": "Deterministic alone only"}
+    rate = f" ({of.rate:.2%}, 95 % interval over texts {of.rate_low:.2%} to {of.rate_high:.2%})"
+    moved = int(beside["same_output"].eq(False).sum())  # None does not count
+    lines = [
+        f"{first.get(verdict.level, shown)}: with {of.n_texts} texts of {of.n_domains} domains beside "
+        f"{company} others in one batch, {of.n_differ:,} of {of.n_choices:,} choices differ from those alone"
+        f"{rate if of.n_differ else ''}. Logits move by up to {of.logit_drift:.2g}, and {moved} of "
+        f"{len(beside)} greedy answers change. 95 % upper bounds: {of.runs_bound:.1%} of batches "
+        f"({of.n_runs_differ} of {of.n_runs} differ), {of.texts_bound:.0%} of texts ({of.n_texts_differ} of "
+        f"{of.n_texts})."
+    ]
     if verdict.changed_at:
-        first = "Not deterministic, not even alone" if verdict.level == "not" else "Deterministic alone only"
-        return (
-            f"{first}: {what}, {of.n_differ:,} of {of.n_choices:,} choices differ from those alone "
-            f"({of.rate:.2%}, 95 % interval over texts {of.rate_low:.2%} to {of.rate_high:.2%}), in "
-            f"{of.n_runs_differ} of {of.n_runs} batches and {len(verdict.changed_at)} of {n_loads} loads; "
-            f"the smallest is {verdict.changed_at[0]}."
-        )
-    first, missing = "Deterministic under load", ""
+        lines.append(f"The smallest load that changes a choice: {verdict.changed_at[0]}.")
     if n := len(verdict.failed):
-        first = "Not shown for all loads"
-        missing = f" {n} load{'s' if n > 1 else ''} did not run ({verdict.failed[0]})."
-    if verdict.level == "not":
-        first = "Not deterministic alone"
-    changed = int(beside["same_output"].eq(False).sum())  # None does not count
-    return (
-        f"{first}: {what}, 0 of {of.n_choices:,} choices differ from those alone. Logits move by up to "
-        f"{of.logit_drift:.2g}, and {changed} of {len(beside)} greedy answers change. 95 % upper bounds: "
-        f"{of.runs_bound:.1%} of batches (0 of {of.n_runs} differ), {of.texts_bound:.0%} of texts (0 of "
-        f"{of.n_texts}).{missing}"
-    )
+        lines.append(f"{n} load{'s' if n > 1 else ''} did not run ({verdict.failed[0]}).")
+    return " ".join(lines)

@@ -312,7 +312,7 @@ def test_a_changed_choice_names_its_loads_with_an_interval_over_texts():
     assert not verdict.passed and verdict.level == "alone" and verdict.changed_at == ("b",)
     rates = [verdict.counts[name] for name in ("rate_low", "rate", "rate_high")]
     assert rates[1] == 3 / 3200 and 0 <= rates[0] < rates[1] < rates[2]
-    assert "Deterministic alone only" in verdict.sentence and "the smallest is b" in verdict.sentence
+    assert "Deterministic alone only" in verdict.sentence and "changes a choice: b." in verdict.sentence
 
 
 def test_no_load_is_no_verdict():
