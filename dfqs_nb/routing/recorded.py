@@ -173,7 +173,7 @@ class _KeptLogits:
         self._digests.add(np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows], np.uint64))
         self._values.add(rows[:, self._sample])
 
-    def arrays(self, order: np.ndarray | slice = slice(None)) -> dict[str, np.ndarray]:
+    def arrays(self, order: np.ndarray | slice = slice(None)) -> dict[str, Any]:
         """As fields of a `Trace`."""
         digest, logits = (column.array()[order] for column in (self._digests, self._values))
         return {"digest": digest, "logit_ids": self._sample, "logits": logits}

@@ -105,7 +105,9 @@ def load_trace(path: str | Path) -> Trace:
 def joined(traces: Sequence[Trace], **conditions: Any) -> Trace:
     """One trace of several sequences, one after another; conditions are the first one's, and those given."""
     first = traces[0]
-    parts = {name: np.concatenate([getattr(trace, name) for trace in traces]) for name in _ROWS}
+    parts: dict[str, Any] = {
+        name: np.concatenate([getattr(trace, name) for trace in traces]) for name in _ROWS
+    }
     if first.output.ndim == 2:
         parts["output"] = np.concatenate([trace.output for trace in traces])
     return replace(first, **parts, scores=nothing(), conditions=first.conditions | conditions)

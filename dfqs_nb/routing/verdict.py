@@ -94,7 +94,7 @@ def compared(
 
     rows: list[dict[str, Any]] = []
     for each in (each for each in planned if each.against):
-        about = {"condition": each.name, "kind": each.kind, "against": each.against}
+        about: dict[str, Any] = {"condition": each.name, "kind": each.kind, "against": each.against}
         about |= {"status": status[each.name], "load": each.load, "n_others": max(0, len(each.arrivals) - 1)}
         run, base = traces.get(each.name), traces.get(each.against)
         if run is None or base is None:
