@@ -77,9 +77,7 @@ class Model:
     settings: OpenSettings
     memory: MemoryEstimate  # with llama.cpp's own figures after a trial
     load_seconds: float
-    loaded: dict[str, Any] = field(
-        default_factory=dict
-    )  # see `loaded_facts`, and a sentence on the paging help
+    loaded: dict[str, Any] = field(default_factory=dict)  # `loaded_facts`, and ``paging``, a sentence
     paging: Paging | None = None  # None where it is not wanted
     warnings: tuple[str, ...] = ()  # of llama.cpp while it loaded the model, and ours
     # Python's lock is kept while a token is decoded: a callback at every node of the graph costs half as much

@@ -31,9 +31,7 @@ def load_rates(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     share_axis(ax.xaxis, "share that differs from the same text alone (n: texts)")
     ax.legend(frameon=False, fontsize=8, loc="upper right")
     changed, moved = int((table["n_differ"] > 0).sum()), (table["logits_equal"] < 1).any()
-    what = (
-        f"{changed} of {len(table)} loads change a choice" if changed else "No load changes an expert choice"
-    )
+    what = f"{changed} of {len(table)} loads change an expert choice"
     set_title(ax, f"{what}; {'logits move' if moved else 'no logit moves'}")
     return ax
 
@@ -141,10 +139,7 @@ def placement_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Reads of experts served from fast memory, by budget; ``table`` of `profile.placement`."""
     ax = new_axes(ax)
     places, width = np.arange(len(table)), 0.38
-    hottest, label = (
-        table["experts_hit_rate"],
-        "hottest experts (page cache), on texts that did not choose them",
-    )
+    hottest, label = table["experts_hit_rate"], "hottest experts (page cache), on texts that did not choose"
     error = np.abs(table[["low", "high"]].to_numpy().T - hottest.to_numpy())
     ax.bar(places - width / 2, table["hit_rate"], width, color=PALETTE[0], label="whole layers (llama.cpp)")
     ax.bar(places + width / 2, hottest, width, yerr=error, capsize=3, color=PALETTE[5], label=label)
