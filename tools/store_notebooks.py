@@ -120,7 +120,7 @@ def stamped_facts(text: str) -> str:
     if (SAMPLE_FOLDER / "report.json").exists():
         verdict = str(report.verdict(report.read_report(SAMPLE_FOLDER)))
         text = stamp_block(text, "verdict", f"```text\n{verdict}\nopen outputs/nano/report.html\n```")
-    text = stamp_block(text, "costs", markdown_table(workbook.start.overview().reset_index()))
+    text = stamp_block(text, "costs", markdown_table(workbook.overview().reset_index()))
     rows = ["| for example | what it does |", "|---|---|"]
     for name, command in cli.program().commands.items():
         help_text = " ".join((command.help or "").split())

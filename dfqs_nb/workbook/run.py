@@ -8,26 +8,36 @@ import os
 import re
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from dfqs_nb.core.display import did_you_mean, markdown, plain, quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import there_is, write_text
-from dfqs_nb.core.paths import REPOSITORY, outputs_dir, run_dir, tilde
+from dfqs_nb.core.paths import REPOSITORY, data_dir, outputs_dir, run_dir, tilde
 from dfqs_nb.core.stage import NOTEBOOKS as STAGES
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.workbook import tiers
 from dfqs_nb.workbook.live import Live, use
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 NOTEBOOKS = REPOSITORY / "notebooks"
 PATTERN = "[0-9][0-9]_*.ipynb"
 KERNEL = "python3"
 QUIET = "--log-level=CRITICAL"  # of the kernel: nothing about its own sockets, or its own shutdown
+SIZES = {
+    "reference": "reference model (6 MB)",
+    "small": "270 M (0.24 GB)",
+    "seven_b": "7 B at Q4_K_M (5 GB)",
+    "flash": "61 GB",
+}
 
 
 @dataclass(frozen=True)
@@ -309,3 +319,49 @@ def summary_text(result: WorkbookRun) -> str:
     if not result.verdict:
         lines = [f"{stage}: {line}" for stage, found in result.summary.items() for line in found]
     return "\n".join([*lines, f"\nWhere it is: {tilde(result.folder)}/"])
+
+
+# ---- what notebook 00 shows ----
+
+
+def overview() -> pd.DataFrame:
+    """One row a notebook: what it answers, and its minutes and memory for models of three sizes.
+
+    Figures without a mark were measured. ``~`` marks an estimate, "budget" a share of a run's default hour.
+    """
+    import pandas as pd
+
+    content = tomllib.loads((data_dir() / "notebooks.toml").read_text(encoding="utf-8"))
+    rows = {
+        name[:2]: {"answers": row["answers"]}
+        | {SIZES[size]: _cost(name, size, row, content) for size in SIZES}
+        for name, row in content["notebooks"].items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("notebook")
+
+
+def _cost(name: str, size: str, row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    if size in row:
+        minutes, gigabytes = row[size]
+        return f"{minutes:.2g} min, {gigabytes:.2g} GB"
+    if size in ("reference", "small") or not tiers.share_of(name):
+        return "not measured"
+    minutes, budget = "minutes not measured", tiers.BUDGET_MINUTES * tiers.share_of(name)
+    if "budget_minutes" in declared_parameters(find_notebooks([name])[0]):
+        minutes = f"budget {budget:.0f} min"
+    return f"{minutes}, ~{content['estimate'][size]:.0f} GB"
+
+
+def parameter_table() -> pd.DataFrame:
+    """One row a parameter, from the notebooks: where it counts, its value in both tiers, what it is."""
+    import pandas as pd
+
+    rows: dict[str, dict[str, str]] = {}
+    standard = tiers.settings_of(tiers.STANDARD)
+    for path in find_notebooks():
+        for name, facts in declared_parameters(path).items():
+            row = rows.setdefault(name, {"notebooks": "", "reference model": facts["default"].strip('"')})
+            row["notebooks"] = f"{row['notebooks']} {path.stem[:2]}".strip()
+            row["other models"] = str(standard.get(name, row["reference model"]))
+            row.setdefault("what it is", facts["help"])
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("parameter")

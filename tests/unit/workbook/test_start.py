@@ -4,20 +4,21 @@ import pandas as pd
 
 from dfqs_nb.core.display import shown
 from dfqs_nb.core.paths import REPOSITORY
-from dfqs_nb.workbook import find_notebooks, start
+from dfqs_nb.workbook import find_notebooks, overview, parameter_table
+from dfqs_nb.workbook.run import SIZES
 
 
 def test_the_overview_has_every_notebook_and_invents_no_figure():
-    table = start.overview()
+    table = overview()
     assert list(table.index) == [path.stem[:2] for path in find_notebooks()][1:]
-    figures = table[list(start.SIZES.values())].stack()
+    figures = table[list(SIZES.values())].stack()
     assert figures.str.fullmatch(
         r"not measured|[\d.]+ min, [\d.]+ GB|(budget \d+ min|minutes not measured), ~\d+ GB"
     ).all()
 
 
 def test_the_parameters_are_those_of_the_notebooks_with_the_values_of_both_tiers():
-    table = start.parameters()
+    table = parameter_table()
     assert table.loc["n_ctx", ["reference model", "other models"]].tolist() == ["1024", "4096"]
     assert "03" in table.loc["n_ctx", "notebooks"] and set(table.loc["run_name", "notebooks"].split()) >= {
         "00",
