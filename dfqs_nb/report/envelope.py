@@ -53,7 +53,7 @@ def planned_compute(path: str | Path, contexts: Iterable[int], settings: OpenSet
 
 def iq1_s_experts_bytes() -> int:
     """Bytes of the artifact's routed experts, if all of them are IQ1_S."""
-    return round(claims_spec()["published"]["routed_parameters"] * IQ1_S_BITS / 8)
+    return int(claims_spec()["published"]["routed_parameters"] * IQ1_S_BITS // 8)
 
 
 def within(header: GGUFHeader) -> list[int]:
