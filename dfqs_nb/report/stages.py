@@ -108,8 +108,9 @@ def not_run(missing: Sequence[str], run_name: str) -> str:
     """
     numbers = [NOTEBOOKS[name][:2] for name in missing]
     command = " ".join(["dfqs-nb run", *numbers, "07 --run", quoted(run_name)])
-    several = "s" if len(numbers) > 1 else ""
-    return f"notebook{several} {' and '.join(numbers)} did not run; `{command}` makes up for it"
+    *first, last = numbers
+    named = f"notebooks {', '.join(first)} and {last}" if first else f"notebook {last}"
+    return f"{named} did not run; `{command}` makes up for it"
 
 
 def refusal_of_an_edit(folder: str | Path) -> str:
