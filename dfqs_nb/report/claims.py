@@ -60,18 +60,6 @@ def check_claims(
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def counts(table: pd.DataFrame) -> str:
-    """How many statements got each verdict, in one sentence.
-
-    >>> import pandas as pd
-    >>> counts(pd.DataFrame({"verdict": ["confirmed", "contradicted", "confirmed"]}))
-    '3 statements: 2 confirmed, 1 contradicted'
-    """
-    seen = table["verdict"].value_counts()
-    parts = ", ".join(f"{seen[word]} {word}" for word in tables.CLAIM_VERDICTS if word in seen)
-    return f"{len(table)} statements: {parts}"
-
-
 def _at_most(claim: Claim, value: Any, known: Mapping[str, Any]) -> str:
     """The fact is at most the limit, or the figure; of several facts, some may be."""
     limit = claim["value"] if claim["limit"] is None else claim["limit"]

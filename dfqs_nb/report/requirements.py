@@ -17,9 +17,9 @@ from dfqs_nb.gguf.facts import experts
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.report.spec import filled, requirements_spec
 from dfqs_nb.report.stages import Run, not_run, sets_of, settings_of, sha256_of
+from dfqs_nb.report.template import sentence
 
 MET, NOT_MET, NOT_TESTED, NOT_APPLICABLE = "met", "not met", "not tested", "not applicable"
-VERDICTS = (MET, NOT_MET, NOT_TESTED, NOT_APPLICABLE)
 COLUMNS = ("id", "level", "requirement", "verdict", "evidence", "notebook", "how", "source")
 LONG_FROM, LONG_TO = 8192, 65536  # the lengths that the paper names for the long-context curve
 # Settings that are equal where metrics were measured; n_ctx is not listed, because the curve varies it.
@@ -37,20 +37,21 @@ class Case:
     header: GGUFHeader | None
     metrics: Mapping[str, Any]
 
-    def text(self, sentence: str, /, **values: Any) -> str:
+    def text(self, name: str, /, **values: Any) -> str:
         """The sentence of that name of this requirement, with its values."""
         generate = self.run.get("generate", {})
         known = {"file": self.run.get("merge", {}).get("model"), "at": settings_of(generate)}
-        return filled(self.sentences[sentence], {**known, "answered": answered(generate), **values})
+        known["answered"] = sentence("answered", generate)
+        return filled(self.sentences[name], {**known, **values})
 
-    def judged(self, verdict: str | bool, sentence: str = "met", /, **values: Any) -> Judgement:
+    def judged(self, verdict: str | bool, name: str = "met", /, **values: Any) -> Judgement:
         """A verdict (as a truth: met or not met), and the sentence that it rests on."""
         met = (MET if verdict else NOT_MET) if isinstance(verdict, bool) else verdict
-        return met, self.text(sentence, **values)
+        return met, self.text(name, **values)
 
     def answers(self) -> Judgement:
         """Met where notebook 03's prompts were answered."""
-        done = bool(answered(self.run.get("generate", {})))
+        done = bool(sentence("answered", self.run.get("generate", {})))
         return self.judged(done, "met" if done else "silent")
 
 
@@ -76,41 +77,6 @@ def check_requirements(
         stated = (row["id"], row["level"], row["text"])
         rows.append((*stated, *judgement, row["notebook"], row["how"], row["source"]))
     return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-def counts(table: pd.DataFrame) -> str:
-    """How many requirements of each level were met, in one sentence.
-
-    >>> import pandas as pd
-    >>> counts(pd.DataFrame({"level": ["SHALL", "SHALL", "MAY"], "verdict": ["met", "not tested", "met"]}))
-    'SHALL: 1 of 2 met, 1 not tested; MAY: 1 of 1 met'
-    """
-    parts = []
-    for level, rows in table.groupby("level", sort=False):
-        seen = rows["verdict"].value_counts()
-        others = "".join(f", {seen[word]} {word}" for word in VERDICTS[1:] if word in seen)
-        parts.append(f"{level}: {seen.get(MET, 0)} of {len(rows)} met{others}")
-    return "; ".join(parts)
-
-
-def answered(generate: Mapping[str, Any]) -> str:
-    """How many of notebook 03's prompts got text, how long it is, and what was cut; "" for none.
-
-    >>> answered({"answers": [{"tokens": 17}, {"tokens": 96, "finish_reason": "length"}]})
-    '2 of 2 prompts got text (17 and 96 tokens; 1 was cut off at 96 tokens)'
-    """
-    given = generate.get("answers", [])
-    texts = [answer for answer in given if answer["tokens"] > 0]
-    if not texts:
-        return ""
-    *first, last = (str(answer["tokens"]) for answer in texts)
-    lengths = f"{', '.join(first)} and {last}" if first else last
-    cut = [answer["tokens"] for answer in texts if answer.get("finish_reason") == "length"]
-    was = "was" if len(cut) == 1 else "were"
-    ends = f"; {len(cut)} {was} cut off at {max(cut)} tokens" if cut else ""
-    budget = [sentence for sentence in generate.get("left_out") or () if "of an answer" in sentence]
-    limit = f", because the budget allowed only {budget[0]}" if cut and budget else ""
-    return f"{len(texts)} of {len(given)} prompts got text ({lengths} tokens{ends}{limit})"
 
 
 def single_file(case: Case, merge: Any, generate: Any) -> Judgement:

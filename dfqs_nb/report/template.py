@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from dfqs_nb.core import display
 from dfqs_nb.core.paths import public_address
 from dfqs_nb.core.stage import NOTEBOOKS
-from dfqs_nb.report.spec import claims_spec
+from dfqs_nb.report.spec import CLAIM_VERDICTS, claims_spec
 
 FEW_TEXTS = 12  # below, a boundary is provisional
 FEW_QUESTIONS = 10  # a score of fewer is no cross
@@ -40,7 +40,7 @@ def _environment(kind: str) -> Environment:
         lstrip_blocks=True,
     )
     made.globals |= {"size": display.size, "sentence": sentence}
-    made.globals |= {"FEW_TEXTS": FEW_TEXTS, "FEW_QUESTIONS": FEW_QUESTIONS}
+    made.globals |= {"FEW_TEXTS": FEW_TEXTS, "FEW_QUESTIONS": FEW_QUESTIONS, "CLAIM_VERDICTS": CLAIM_VERDICTS}
     made.filters |= {
         "begun": lambda text: text[:1].upper() + text[1:],
         "linked": partial(linked, is_html=is_html),

@@ -14,7 +14,7 @@ import pandas as pd
 from dfqs_nb.core import display
 from dfqs_nb.core.paths import public_address
 from dfqs_nb.core.stage import NOTEBOOKS, read_stage
-from dfqs_nb.report import claims, requirements
+from dfqs_nb.report import requirements
 from dfqs_nb.report.envelope import envelope_tables
 from dfqs_nb.report.metrics import CURVE, METRICS, SCORES, SPEED, metric_sentence
 from dfqs_nb.report.spec import claims_spec, link, spaced
@@ -80,9 +80,7 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "curve": _curve(curve),
         "guesses": guesses(curve),
         "added": [row for row in curve.get("points", []) if row["length"] not in curve.get("lengths", [])],
-        "requirement_counts": requirements.counts(frames["requirements"]),
         "requirements": frames["requirements"].reset_index(),
-        "claim_counts": claims.counts(frames["claims"]),
         "claims": frames["claims"].reset_index(),
         "documents": claims_spec()["documents"],
         "link": link,

@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
-
 from dfqs_nb.core.display import plain
 from dfqs_nb.report.metrics import BOUNDARY, SCORES, SPEED
-from dfqs_nb.report.requirements import MET, NOT_APPLICABLE, NOT_MET, NOT_TESTED, counts
+from dfqs_nb.report.requirements import MET, NOT_APPLICABLE, NOT_MET, NOT_TESTED
 from dfqs_nb.report.template import FEW_QUESTIONS, render, sentence
 
 YES, NO, PARTLY, UNKNOWN = "yes", "no", "in part", "unknown"
@@ -72,15 +70,14 @@ class Verdict:
 def verdict(report: Mapping[str, Any]) -> Verdict:
     """The verdict on a report that `read_report` or `build_report` gave."""
     rows, details = {row["id"]: row for row in report["conformance"]}, report["details"]
-    counted, speed, lines = counts(pd.DataFrame(report["conformance"])), details[SPEED], []
+    speed, lines = details[SPEED], []
     marks = {"context": _carries(details[BOUNDARY]), "scores": _scores(details), "demands": _demands(rows)}
     for name, (question, section, demand) in QUESTIONS.items():
         row = rows.get(demand, {"verdict": NOT_TESTED, "evidence": "not judged in this report"})
         mark = marks.get(name, MARKS[row["verdict"]])
         if name == "runs" and mark == YES and not speed["withheld"] and speed["contended"]:
             mark = PARTLY
-        evidence = counted if name == "demands" else row["evidence"]
-        answer, _, caveat = sentence(name, report, evidence).partition("\n")
+        answer, _, caveat = sentence(name, report, row["evidence"]).partition("\n")
         answer, caveat = (text[:1].upper() + text[1:] for text in (answer, caveat))
         lines.append(Line(mark, question, answer, caveat, section))
     name = plain(report["model"]["name"])

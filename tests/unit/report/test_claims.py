@@ -29,7 +29,7 @@ from dfqs_nb.report.spec import (
     link,
 )
 from dfqs_nb.report.stages import Run, checked
-from dfqs_nb.report.template import linked
+from dfqs_nb.report.template import linked, sentence
 
 SINGLE = registered()["deepseek-v4-flash-iq1_s-xl-single"].files[0]
 NOTHING: Run = {}
@@ -121,7 +121,8 @@ def test_nothing_in_the_table_names_a_path_of_this_machine_or_an_unfilled_format
 
 
 def test_counts_add_up(nano_table):
-    assert claims.counts(nano_table.reset_index()).startswith(f"{len(nano_table)} statements: ")
+    total, each = sentence("claims_counted", nano_table.to_dict("records")).split(" statements: ")
+    assert int(total) == len(nano_table) == sum(int(part.split()[0]) for part in each.split(", "))
 
 
 def test_figures_read_well():

@@ -100,9 +100,7 @@ def test_without_notebook_03_too_no_speed_is_shown(tmp_path):
 def test_a_base_model_and_cut_answers_are_said_in_the_verdict(made):
     caveat = lines_of(made)["Does it run here, and how fast?"].caveat
     assert "no chat template, like a base model" in caveat
-    assert (
-        "3 of 3 prompts got text (2, 2 and 2 tokens; 3 were cut off at 2 tokens, because the budget" in caveat
-    )
+    assert "3 of 3 prompts got text (2, 2, 2 tokens; 3 were cut off at 2 tokens, because the budget" in caveat
 
 
 def test_nothing_of_the_artifact_stands_in_the_report(made, partial):

@@ -20,6 +20,7 @@ from dfqs_nb.report.metrics import details_of
 from dfqs_nb.report.requirements import MET, NOT_APPLICABLE, NOT_MET, NOT_TESTED, check_requirements
 from dfqs_nb.report.spec import requirements_spec
 from dfqs_nb.report.stages import DRAWN_ON, ReportError, checked
+from dfqs_nb.report.template import sentence
 
 
 def run_stages() -> dict[str, Any]:
@@ -186,14 +187,14 @@ def test_a_dense_header_decides_though_notebook_04_did_not_run(header):
     del stages["routing"]
     row = judged(stages, dense).loc["routing-deterministic"]
     assert row["verdict"] == NOT_APPLICABLE and "dense" in row["evidence"]
-    assert requirements.counts(judged(stages, dense).reset_index()).startswith(
+    assert sentence("demands_counted", judged(stages, dense).to_dict("records")).startswith(
         "SHALL: 3 of 4 met, 1 not applicable"
     )
 
 
 def test_answers_are_counted_in_tokens_and_what_was_cut_is_named(header):
     evidence = judged(run_stages(), header).loc["cpu-constrained", "evidence"]
-    assert evidence.endswith("3 of 3 prompts got text (17, 96 and 18 tokens; 1 was cut off at 96 tokens)")
+    assert evidence.endswith("3 of 3 prompts got text (17, 96, 18 tokens; 1 was cut off at 96 tokens)")
     cut = changed("generate", "answers", to=[{"tokens": 2, "finish_reason": "length"}] * 3)
     cut["generate"]["left_out"] = ["2 tokens of an answer, not 96"]
     evidence = judged(cut, header).loc["cpu-constrained", "evidence"]
