@@ -9,6 +9,7 @@ import codecs
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -135,11 +136,17 @@ class TextStream:
         logits = model.evaluate(self._prompt)
         choose = _chooser(model, self._sampling)
         most = min(self._max_tokens, model.settings.n_ctx - len(self._prompt))
-        for left in tqdm(range(most - 1, -1, -1), desc="answer", unit="token", delay=BAR_SECONDS):
-            token = choose(logits)
-            yield token
-            if left:
-                logits = model.evaluate([token])
+        begun, bar = time.monotonic(), None
+        with ExitStack() as stack:
+            for done in range(1, most + 1):
+                token = choose(logits)
+                yield token
+                if done < most:
+                    logits = model.evaluate([token])
+                if bar:
+                    bar.update()
+                elif time.monotonic() - begun > BAR_SECONDS:  # a bar for each short answer would take longer
+                    bar = stack.enter_context(tqdm(total=most, initial=done, desc="answer", unit="token"))
 
 
 def _chooser(model: Model, sampling: Sampling) -> Callable[[Floats], int]:
