@@ -129,7 +129,7 @@ def _planned(
     plans = plan_memory(shards.paths[0], [replace(settings, n_ctx=n_ctx) for n_ctx in lengths])
     for n_ctx, plan in zip(lengths, plans, strict=True):
         needs = estimate(shards.as_one, n_ctx, min(n_ctx, settings.n_batch, settings.n_ubatch), **kept)
-        yield needs.with_compute(plan["compute_bytes"]), plan["kv_bytes"]
+        yield replace(needs, compute_bytes=plan["compute_bytes"]), plan["kv_bytes"]
 
 
 def settings_for(

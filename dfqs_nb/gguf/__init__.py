@@ -7,7 +7,7 @@
 from typing import TYPE_CHECKING
 
 from dfqs_nb.core.doors import lazy
-from dfqs_nb.gguf import broken, facts, memory, models, placement, published, shards
+from dfqs_nb.gguf import broken, facts, memory, models, placement, shards
 from dfqs_nb.gguf.facts import model_header
 from dfqs_nb.gguf.remote import outline
 
@@ -23,7 +23,6 @@ __all__ = [
     "models",
     "outline",
     "placement",
-    "published",
     "shards",
 ]
 

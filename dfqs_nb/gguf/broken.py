@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.gguf.header import GGUFHeader, read_header
+from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.gguf.types import VALUE_TYPES
 
@@ -51,13 +51,15 @@ def collection(folder: str | Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
     first, second = reference_shards().headers
     body, rest = first.path.read_bytes(), second.path.read_bytes()
+    at = len(second.raw) - 8  # the offset of its last tensor, the last number of the tensor table
+    (offset,) = struct.unpack_from("<Q", rest, at)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
     contents = {
         first.path.name: body,
         "cut-off.gguf": body[: len(body) // 2],
         "cut-in-header.gguf": body[: first.data_offset // 2],
         "trailing.gguf": rest + b"\x00" * 100,
-        "overlap.gguf": _moved(second, rest, -64),
+        "overlap.gguf": rest[:at] + struct.pack("<Q", offset - 64) + rest[at + 8 :],
         "empty.gguf": b"",
         "lfs-pointer.gguf": pointer.format("b4e1" * 16, len(body)).encode(),
         "error-page.gguf": b"<!DOCTYPE html><html><head><title>404 Not Found</title></head></html>",
@@ -68,10 +70,3 @@ def collection(folder: str | Path) -> list[Path]:
         (folder / name).write_bytes(content)
     sound, *others = (folder / name for name in contents)
     return [sound, glue(folder), *others]
-
-
-def _moved(header: GGUFHeader, body: bytes, by: int) -> bytes:
-    """The file with another offset of its last tensor, the last number of the tensor table."""
-    at = len(header.raw) - 8
-    (offset,) = struct.unpack_from("<Q", body, at)
-    return body[:at] + struct.pack("<Q", offset + by) + body[at + 8 :]

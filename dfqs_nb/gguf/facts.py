@@ -100,16 +100,15 @@ def class_of(name: str) -> str:
 
 def experts(header: GGUFHeader) -> Experts:
     """The expert layout."""
-    own, scale = header.architecture, header.arch("expert_weights_scale")
-    return Experts(
-        header.count(f"{own}.expert_count"),
-        header.count(f"{own}.expert_used_count"),
-        header.count(f"{own}.expert_shared_count"),
-        len(_moe_layers(header)),
-        header.count(f"{own}.hash_layer_count"),
-        GATING.get(header.count(f"{own}.expert_gating_func"), "not stated"),
-        float(scale) if isinstance(scale, (int, float)) else 1.0,
+    keys = ("count", "used_count", "shared_count", "gating_func")
+    total, used, shared, gating = (header.count(f"{header.architecture}.expert_{key}") for key in keys)
+    hashed, scale = (
+        header.count(f"{header.architecture}.hash_layer_count"),
+        header.arch("expert_weights_scale"),
     )
+    scale = float(scale) if isinstance(scale, (int, float)) else 1.0
+    gate = GATING.get(gating, "not stated")
+    return Experts(total, used, shared, len(_moe_layers(header)), hashed, gate, scale)
 
 
 def _moe_layers(header: GGUFHeader) -> set[int | None]:
@@ -146,20 +145,13 @@ def bits_per_weight(tensors: Iterable[Tensor]) -> float:
 
 def class_sizes(header: GGUFHeader) -> list[dict[str, Any]]:
     """One dict a tensor class, largest first; its ``types`` with most bytes first."""
-    groups: dict[str, list[Tensor]] = {}
+    rows, groups = [], dict[str, list[Tensor]]()
     for tensor in header.tensors:
         groups.setdefault(class_of(tensor.name), []).append(tensor)
-    rows = [
-        {
-            "class": label,
-            "tensors": len(group),
-            "weights": sum(t.n_elements for t in group),
-            "bytes": sum(t.nbytes for t in group),
-            "bits_per_weight": bits_per_weight(group),
-            "types": ", ".join(types_by_bytes(group)),
-        }
-        for label, group in groups.items()
-    ]
+    for label, group in groups.items():
+        row = {"class": label, "tensors": len(group), "weights": sum(t.n_elements for t in group)}
+        row |= {"bytes": sum(t.nbytes for t in group), "bits_per_weight": bits_per_weight(group)}
+        rows.append({**row, "types": ", ".join(types_by_bytes(group))})
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
@@ -215,22 +207,21 @@ def architecture(header: GGUFHeader) -> dict[str, Any]:
 
 def tokenizer(header: GGUFHeader) -> dict[str, Any]:
     """The tokenizer's model, vocabulary and special tokens."""
-    tokens = header.fields.get("tokenizer.ggml.tokens")
-    merges = header.fields.get("tokenizer.ggml.merges")
-    texts: list[Any] = header["tokenizer.ggml.tokens"] if tokens is not None and tokens.count else []
+    fields, key = header.fields, "tokenizer.ggml."
+    counts = {name: (key + name in fields and fields[key + name].count) or 0 for name in ("tokens", "merges")}
+    texts: list[Any] = header[f"{key}tokens"] if counts["tokens"] else []
     facts: dict[str, Any] = {
-        "model": header.get("tokenizer.ggml.model", "not stated"),
-        "pre-tokenizer": header.get("tokenizer.ggml.pre", "not stated"),
-        "vocabulary (tokens)": (tokens and tokens.count) or 0,
-        "merges": (merges and merges.count) or 0,
+        "model": header.get(f"{key}model", "not stated"),
+        "pre-tokenizer": header.get(f"{key}pre", "not stated"),
+        "vocabulary (tokens)": counts["tokens"],
+        "merges": counts["merges"],
     }
     for role in ("bos", "eos", "eot", "unknown", "padding"):
-        token = header.get(f"tokenizer.ggml.{role}_token_id")
+        token = header.get(f"{key}{role}_token_id")
         known = type(token) is int and 0 <= token < len(texts)  # some files have -1, or a list
         if token is not None:
             facts[f"{role} token"] = f"{texts[token]} ({token})" if known else str(token)
-    facts["adds bos itself"] = header.get("tokenizer.ggml.add_bos_token", "not stated")
-    return facts
+    return {**facts, "adds bos itself": header.get(f"{key}add_bos_token", "not stated")}
 
 
 def tensor_table(header: GGUFHeader) -> pd.DataFrame:
@@ -254,8 +245,6 @@ def quantization_by_layer(table: pd.DataFrame) -> pd.DataFrame:
     return mix[mix.sum().sort_values(ascending=False).index]
 
 
-# ---- what kind of file it is ----
-
 # What a GGUF file is that is no language model, by ``general.type`` or the architecture.
 OTHER_ROLES = entries(
     "adapter: a LoRA adapter | imatrix: an importance matrix | controlvector: a control vector | "
@@ -265,12 +254,7 @@ MODEL = "a language model"
 
 
 def role(header: GGUFHeader) -> str:
-    """What the file is: `MODEL`, or something that belongs to a model.
-
-    >>> from dfqs_nb.gguf.broken import reference_shards
-    >>> role(reference_shards().as_one)
-    'a language model'
-    """
+    """What the file is: `MODEL`, or something that belongs to a model."""
     kind = header.text("general.type")
     if other := OTHER_ROLES.get(kind) or OTHER_ROLES.get(header.architecture):
         return other
@@ -295,8 +279,6 @@ def model_header(path: str | Path) -> GGUFHeader:
     require_model(header)
     return header
 
-
-# ---- the early dialect of deepseek4 ----
 
 # Tensor names of the first conversions of DeepSeek-V4, and what upstream llama.cpp (since b9840) expects.
 EARLY_NAMES = (

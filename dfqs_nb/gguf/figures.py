@@ -35,11 +35,8 @@ def class_sizes(sizes: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.margins(x=0.14)
     ax.set_xlabel("size; labels give bits a weight")
     share = sizes["bytes"].iloc[0] / sizes["bytes"].sum()
-    set_title(
-        ax,
-        f"{sizes['class'].iloc[0].capitalize()} hold {share:.0%} of the bytes "
-        f"at {sizes['bits_per_weight'].iloc[0]:.2f} bits a weight",
-    )
+    name, bits = sizes["class"].iloc[0].capitalize(), sizes["bits_per_weight"].iloc[0]
+    set_title(ax, f"{name} hold {share:.0%} of the bytes at {bits:.2f} bits a weight")
     return ax
 
 
@@ -74,14 +71,9 @@ def attention_layout(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = new_axes(ax, 1.9)
     for row, (column, colours) in enumerate((("kind", ATTENTION_COLOURS), ("routing", ROUTING_COLOURS))):
         for kind, group in layers.groupby(column, sort=False):
-            ax.bar(
-                group["layer"],
-                0.86,
-                bottom=row + 0.07,
-                width=0.94,
-                color=colours.get(kind, PALETTE[7]),
-                label=f"{'attention' if column == 'kind' else 'experts by'}: {kind}",
-            )
+            label = f"{'attention' if column == 'kind' else 'experts by'}: {kind}"
+            colour = colours.get(kind, PALETTE[7])
+            ax.bar(group["layer"], 0.86, bottom=row + 0.07, width=0.94, color=colour, label=label)
     ax.set_yticks([0.5, 1.5], ["attention", "experts"])
     ax.set_ylim(2, 0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -33,10 +33,10 @@ OTHER_TOOL = "the file was converted by another tool or an older one: convert it
 WRITTEN_WRONGLY = "the file was written wrongly, or by a fork of llama.cpp with other type numbers"
 CUT_OFF = "the download was cut off, or the file is broken: download it again"
 FORK = "a fork (ik_llama.cpp, for example) or a newer llama.cpp made it: run it there, or get another file"
-NO_MODELS = {  # by how the file starts: what it is, and what to do
-    "vers": ("a Git LFS pointer, not the model it points to", "run `git lfs pull`"),
-    "<": ("a web page, not a model", "download the file itself (its 'resolve' address)"),
-}
+REMOVED = "quantize the original model again, or run it in the build that made it"
+OTHER_ORDER = "convert it with gguf-py's gguf-convert-endian"
+OTHER_VERSION = "convert the original model again with a current llama.cpp"
+NO_GGUF = "`dfqs-nb inspect FILE` says what it is"
 FIRST_READ, ARRAY = 1 << 16, 9
 _U64 = struct.Struct("<Q")
 
@@ -138,36 +138,33 @@ class GGUFHeader(Mapping[str, Any]):
         """The architecture's ``block_count``; 0 where it is missing."""
         count = self.count(f"{self.architecture}.block_count")
         if count > MAX_LAYERS:  # a hostile number fills the memory
-            raise HeaderError(
-                f"claims {count:,} layers; llama.cpp takes {MAX_LAYERS}", where=self.path, hint=GET_AGAIN
-            )
+            what = f"claims {count:,} layers; llama.cpp takes {MAX_LAYERS}"
+            raise HeaderError(what, where=self.path, hint=GET_AGAIN)
         return count
+
+    @property
+    def data_end(self) -> int:
+        """Where the last tensor's bytes end in the file, without the padding after them."""
+        return self.data_offset + max((t.offset + t.nbytes for t in self.tensors), default=0)
+
+    @property
+    def end_offset(self) -> int:
+        """Where the file ends, as llama.cpp pads it, if it holds only this model."""
+        return self.start + padded(self.data_end - self.start, self.alignment)
 
     @property
     def data_nbytes(self) -> int:
         """Bytes of the data section by the tensor table, with padding."""
-        return padded(max((t.offset + t.nbytes for t in self.tensors), default=0), self.alignment)
+        return self.end_offset - self.data_offset
 
-    @property
-    def end_offset(self) -> int:
-        """Where the file ends if it holds only this model."""
-        return self.data_offset + self.data_nbytes
-
-
-def ends(header: GGUFHeader) -> tuple[int, int]:
-    """Where the last tensor's bytes end, and where the file ends, as llama.cpp pads them."""
-    end = header.data_offset + max((t.offset + t.nbytes for t in header.tensors), default=0)
-    return end, header.start + padded(end - header.start, header.alignment)
-
-
-def next_start(header: GGUFHeader, file: Any) -> int | None:
-    """The byte where another header follows, with or without padding, as in glued shards; None: nowhere."""
-    for at in dict.fromkeys(ends(header)):
-        if at < header.file_size:  # a hostile offset is no place to seek
-            file.seek(at)
-            if file.read(len(MAGIC)) == MAGIC:
-                return at
-    return None
+    def next_start(self, file: Any) -> int | None:
+        """The byte where another header follows (with or without padding), as in glued shards, or None."""
+        for at in dict.fromkeys((self.data_end, self.end_offset)):
+            if at < self.file_size:  # a hostile offset is no place to seek
+                file.seek(at)
+                if file.read(len(MAGIC)) == MAGIC:
+                    return at
+        return None
 
 
 def padded(nbytes: int, alignment: int) -> int:
@@ -217,9 +214,8 @@ def check_layout(header: GGUFHeader) -> None:
             what = f"tensor {tensor.name!r} {kind} (offset {tensor.offset:,}, expected {expected:,})"
             raise LayoutError(what, where=header.path, hint=f"{WRITTEN_WRONGLY}: {GET_AGAIN}")
         expected = padded(tensor.offset + tensor.nbytes, header.alignment)
-    needed, _ = ends(header)
-    if header.file_size < needed:
-        what = f"{needed - header.file_size:,} bytes short (has {header.file_size:,}, needs {needed:,})"
+    if (missing := header.data_end - header.file_size) > 0:
+        what = f"{missing:,} bytes short (has {header.file_size:,}, needs {header.data_end:,})"
         raise LayoutError(what, where=header.path, hint=CUT_OFF)
 
 
@@ -228,29 +224,27 @@ class _Cursor:
 
     def __init__(self, path: Path, file: BinaryIO, start: int, size: int) -> None:
         self.path, self.file, self.start, self.size = path, file, start, size
-        self.bytes = bytearray()
-        self.position = 0
+        self.bytes, self.position = bytearray(), 0
 
     @property
     def remaining(self) -> int:
         return self.size - self.start - self.position
 
     def fail(self, what: str, hint: str = GET_AGAIN) -> HeaderError:
-        at = self.start + self.position
-        return HeaderError(f"{what} (at byte {at:,})", where=self.path, hint=hint)
+        return HeaderError(f"{what} (at byte {self.start + self.position:,})", where=self.path, hint=hint)
 
     def need(self, end: int) -> None:
         """Read the header's bytes up to ``end``."""
         if end <= len(self.bytes):
             return
-        if end > self.size - self.start:
-            what = (
-                f"the header is cut off: it needs {end:,} bytes and the file has {self.size - self.start:,}"
+        most = self.size - self.start
+        if end > most:
+            raise self.fail(
+                f"the header is cut off: it needs {end:,} bytes and the file has {most:,}", CUT_OFF
             )
-            raise self.fail(what, CUT_OFF)
         if end > MAX_HEADER_BYTES:
             raise self.fail(f"the header claims over {MAX_HEADER_BYTES:,} bytes")
-        goal = min(max(end, 2 * len(self.bytes), FIRST_READ), self.size - self.start, MAX_HEADER_BYTES)
+        goal = min(max(end, 2 * len(self.bytes), FIRST_READ), most, MAX_HEADER_BYTES)
         self.file.seek(self.start + len(self.bytes))
         while len(self.bytes) < goal:
             chunk = self.file.read(goal - len(self.bytes))
@@ -265,11 +259,11 @@ class _Cursor:
         self.position = end
         return taken
 
-    def number(self, form: str) -> Any:
-        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
+    def numbers(self, form: str) -> tuple[Any, ...]:
+        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))
 
     def text(self, what: str) -> str:
-        length = self.number("Q")
+        (length,) = self.numbers("Q")
         if length > self.remaining:
             raise self.fail(f"{what} claims {length:,} bytes, more than the file has left", CUT_OFF)
         try:
@@ -296,7 +290,23 @@ class _Cursor:
 
 
 def _parse(cursor: _Cursor) -> GGUFHeader:
-    version, n_tensors, n_fields = _read_preamble(cursor)
+    if cursor.remaining == 0:
+        raise cursor.fail("an empty file", "download it again")
+    magic = cursor.take(min(4, cursor.remaining))
+    if magic != MAGIC:
+        cursor.position = 0
+        raise cursor.fail(f"not a GGUF file: starts with {magic!r}, not {MAGIC!r}", NO_GGUF)
+    (version,) = cursor.numbers("I")
+    if version & 0xFFFF == 0:
+        what = "a big-endian GGUF, which this machine's llama.cpp does not read"
+        raise cursor.fail(what, OTHER_ORDER)
+    if version not in VERSIONS:
+        raise cursor.fail(f"GGUF version {version}; llama.cpp reads versions 2 and 3", OTHER_VERSION)
+    n_tensors, n_fields = cursor.numbers("QQ")
+    for count, least, noun in ((n_tensors, 24, "tensors"), (n_fields, 13, "metadata fields")):
+        if count * least > cursor.remaining:
+            what = f"claims {count:,} {noun}, more than its {cursor.size:,} bytes can hold"
+            raise cursor.fail(what, CUT_OFF)
     fields = _read_fields(cursor, n_fields)
     alignment = _alignment(cursor, fields)
     tensors = _read_tensors(cursor, n_tensors)
@@ -308,41 +318,15 @@ def _parse(cursor: _Cursor) -> GGUFHeader:
     return GGUFHeader(*place, MappingProxyType(fields), tensors, data, cursor.size, raw)
 
 
-def _read_preamble(cursor: _Cursor) -> tuple[int, int, int]:
-    if cursor.remaining == 0:
-        raise cursor.fail("an empty file", "download it again")
-    magic = cursor.take(min(4, cursor.remaining))
-    if magic != MAGIC:
-        cursor.position = 0
-        starts = "<" if magic.lstrip()[:1] == b"<" else magic.decode("latin-1")
-        other = f"not a GGUF file: starts with {magic!r}, not {MAGIC!r}", "check what you downloaded"
-        raise cursor.fail(*NO_MODELS.get(starts, other))
-    version = cursor.number("I")
-    if version & 0xFFFF == 0:
-        what = "a big-endian GGUF, which this machine's llama.cpp does not read"
-        raise cursor.fail(what, "convert it with gguf-py's gguf-convert-endian")
-    if version not in VERSIONS:
-        what = f"GGUF version {version}; llama.cpp reads versions 2 and 3"
-        raise cursor.fail(what, "convert the original model again with a current llama.cpp")
-    n_tensors, n_fields = cursor.number("Q"), cursor.number("Q")
-    for count, least, noun in ((n_tensors, 24, "tensors"), (n_fields, 13, "metadata fields")):
-        if count * least > cursor.remaining:
-            what = f"claims {count:,} {noun}, more than its {cursor.size:,} bytes can hold"
-            raise cursor.fail(what, CUT_OFF)
-    return version, n_tensors, n_fields
-
-
 def _read_fields(cursor: _Cursor, count: int) -> dict[str, Field]:
     fields: dict[str, Field] = {}
     for i in range(count):
-        start, name = cursor.position, cursor.text(f"the name of metadata field {i}")
-        what, n, kind = f"metadata field {name!r}", None, cursor.number("I")
-        if not name:
-            raise cursor.fail(f"metadata field {i} has no name")
-        if name in fields:
-            raise cursor.fail(f"{what} stands twice")
+        start, name, n = cursor.position, cursor.text(f"the name of metadata field {i}"), None
+        what, (kind,) = f"metadata field {name!r}", cursor.numbers("I")
+        if not name or name in fields:
+            raise cursor.fail(f"{what} stands twice" if name else f"metadata field {i} has no name")
         if kind == ARRAY:
-            kind, n = cursor.number("I"), cursor.number("Q")
+            kind, n = cursor.numbers("IQ")
         if kind not in VALUE_TYPES or kind == ARRAY:
             raise cursor.fail(f"{what} has the unknown value type {kind}")
         type_name, form = VALUE_TYPES[kind]
@@ -375,27 +359,25 @@ def _read_tensors(cursor: _Cursor, count: int) -> tuple[Tensor, ...]:
     tensors: dict[str, Tensor] = {}
     for i in range(count):
         name = cursor.text(f"the name of tensor {i}")
-        n_dims, what = cursor.number("I"), f"tensor {name!r}"
+        what, (n_dims,) = f"tensor {name!r}", cursor.numbers("I")
         if len(name.encode()) > MAX_NAME_BYTES:
             raise cursor.fail(f"the name of tensor {i} is longer than {MAX_NAME_BYTES} bytes")
         if name in tensors:
             raise cursor.fail(f"{what} stands twice")
         if n_dims > MAX_DIMENSIONS:
             raise cursor.fail(f"{what} has {n_dims} dimensions; ggml has {MAX_DIMENSIONS}")
-        shape = struct.unpack(f"<{n_dims}q", cursor.take(8 * n_dims)) or (1,)
-        code, offset = cursor.number("I"), cursor.number("Q")
+        shape = cursor.numbers(f"{n_dims}q") or (1,)
+        code, offset = cursor.numbers("IQ")
         if code in REMOVED_TYPES:
-            removed = f"{what} has the type {code}, {REMOVED_TYPES[code]}, which llama.cpp removed"
-            raise cursor.fail(
-                removed, "quantize the original model again, or run it in the build that made it"
-            )
+            what = f"{what} has the type {code}, {REMOVED_TYPES[code]}, which llama.cpp removed"
+            raise cursor.fail(what, REMOVED)
         if code not in TENSOR_TYPES:
             raise cursor.fail(f"{what} has the type {code}, which llama.cpp does not know", FORK)
         type_name, block, block_bytes = TENSOR_TYPES[code]
-        n_elements = math.prod(shape)
         # A dimension of 0 hides no overflow: llama.cpp aborts on the product of the others.
         if min(shape) < 0 or math.prod(max(extent, 1) for extent in shape) >= 1 << 62 or shape[0] % block:
             raise cursor.fail(f"{what} of type {type_name} cannot have the shape {shape}")
+        n_elements = math.prod(shape)
         nbytes = n_elements // block * block_bytes
         tensors[name] = Tensor(name, shape, type_name, code, offset, n_elements, nbytes)
     return tuple(tensors.values())

@@ -1,15 +1,19 @@
-"""Memory of a run, from the header: weights, KV cache, and whether this machine holds them."""
+"""Memory of a run, from the header: weights, KV cache, what a token reads, and whether it fits."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import HeaderError, SpaceError
 from dfqs_nb.core.machine import Memory, available_memory
+from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf.facts import token_shares
 from dfqs_nb.gguf.header import OTHER_TOOL, GGUFHeader, padded
 from dfqs_nb.gguf.types import TENSOR_TYPES
 
@@ -24,10 +28,7 @@ CACHE_TYPES = {
 }
 CSA_RATIO, HCA_RATIO = 4, 128
 CELL_PADDING = 256
-ADVICE = (
-    "lower n_ctx or n_ubatch, pass use_mmap=True, swa_full=False and flash_attn=True, or close other programs"
-)
-F32_BYTES = 4
+ADVICE = "lower n_ctx or n_ubatch, set use_mmap, swa_full=False and flash_attn, or close other programs"
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,8 @@ def kv_cache_bytes(
         return KvCacheBytes(_deepseek4(header, cells, min(n_ctx, n_ubatch), type_k, swa_full))
     layers = _attention(header, cells, type_k, type_v)
     if header.arch("ssm.state_size") or header.arch("wkv.head_size"):
-        return KvCacheBytes(
-            layers, "rough", "recurrent layers counted as attention; their state is not counted"
-        )
+        note = "recurrent layers counted as attention; their state is not counted"
+        return KvCacheBytes(layers, "rough", note)
     if header.arch("attention.sliding_window"):
         note = "sliding-window layers counted as if they kept the whole context"
         return KvCacheBytes(layers, "upper bound", note)
@@ -98,7 +98,7 @@ def _deepseek4(
     ratios = _ints(header, "attention.compress_ratios")[: header.n_layers]
     window = cells if swa_full else _pad(min(cells, _int(header, "attention.sliding_window") + n_ubatch))
     csa_rows, hca_rows = (_pad(-(-cells // ratio)) for ratio in (CSA_RATIO, HCA_RATIO))
-    row_bytes, state_bytes = _row_bytes(head_dim, type_k), 2 * F32_BYTES
+    row_bytes, state_bytes = _row_bytes(head_dim, type_k), 2 * 4  # two F32
     states = 2 * CSA_RATIO * 2 * (head_dim + indexer_dim) * state_bytes
     csa = {"csa": csa_rows * row_bytes, "indexer": csa_rows * _row_bytes(indexer_dim, type_k)}
     hca = {"hca": hca_rows * row_bytes, "compressor_state": HCA_RATIO * head_dim * state_bytes}
@@ -172,15 +172,6 @@ class MemoryEstimate:
         """Bytes that cannot be paged: resident weights, KV cache, compute buffer."""
         return self.weights_resident_bytes + self.kv.total + (self.compute_bytes or 0)
 
-    @property
-    def comfortable_bytes(self) -> int:
-        """Bytes with which nothing is read from the disk twice."""
-        return self.must_fit_bytes + self.weights_bytes - self.weights_resident_bytes
-
-    def with_compute(self, compute_bytes: int) -> MemoryEstimate:
-        """The same estimate with llama.cpp's own number for the compute buffer."""
-        return replace(self, compute_bytes=compute_bytes)
-
 
 def estimate(
     header: GGUFHeader, n_ctx: int, n_ubatch: int = 512, *, use_mmap: bool = True, **options: Any
@@ -197,32 +188,18 @@ def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: str |
         SpaceError: resident weights, KV cache and compute buffer exceed the available memory.
     """
     memory = memory or available_memory()
-    must_fit, free = binary_size(needs.must_fit_bytes), binary_size(memory.available_bytes)
-    if needs.must_fit_bytes > memory.available_bytes:
-        compute = "not counted" if needs.compute_bytes is None else binary_size(needs.compute_bytes)
-        what = (
-            f"a context of {needs.n_ctx:,} tokens needs {must_fit} "
-            f"(resident weights {binary_size(needs.weights_resident_bytes)}, KV cache "
-            f"{binary_size(needs.kv.total)}, compute buffer {compute}), and {free} are free ({memory.source})"
-        )
-        raise SpaceError(what, where=where, hint=ADVICE)
-    missing = needs.comfortable_bytes - memory.available_bytes
+    free, must_fit, resident = memory.available_bytes, needs.must_fit_bytes, needs.weights_resident_bytes
+    if must_fit > free:
+        compute = "not counted" if needs.compute_bytes is None else size(needs.compute_bytes)
+        what = f"a context of {needs.n_ctx:,} tokens needs {size(must_fit)} (weights {size(resident)}"
+        what += f", KV cache {size(needs.kv.total)}, compute buffer {compute}), and {size(free)} are free"
+        raise SpaceError(f"{what} ({memory.source})", where=where, hint=ADVICE)
+    missing = must_fit + needs.weights_bytes - resident - free
     if missing <= 0:
         return ""
-    return (
-        f"weights of {binary_size(needs.weights_bytes)} and {must_fit} beside them exceed the {free} of free "
-        f"memory by {binary_size(missing)}: parts of the file will be read from the disk again and again, so "
-        "expect a fraction of the usual speed"
-    )
-
-
-def binary_size(n_bytes: int) -> str:
-    """Bytes in binary units, as memory is sold.
-
-    >>> binary_size(424 * 2**20), binary_size(7 * 2**30 // 2)
-    ('424.0 MiB', '3.50 GiB')
-    """
-    return f"{n_bytes / 2**20:,.1f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:,.2f} GiB"
+    what = f"weights of {size(needs.weights_bytes)} and {size(must_fit)} beside them exceed the {size(free)} "
+    what += f"of free memory by {size(missing)}: parts of the file will be read from the disk again and "
+    return f"{what}again, so expect a fraction of the usual speed"
 
 
 def cache_table(header: GGUFHeader, contexts: Sequence[int]) -> pd.DataFrame:
@@ -234,3 +211,88 @@ def cache_table(header: GGUFHeader, contexts: Sequence[int]) -> pd.DataFrame:
         for full in (False, True)
     }
     return pd.DataFrame(cache, pd.Index(contexts, name="n_ctx"))
+
+
+@dataclass(frozen=True)
+class ActiveBytes:
+    """Bytes of weights that a token of decode reads, ``total`` in all.
+
+    ``dense``: of what every token uses (of look-up tables, a row). ``routed``: of the routed experts that it
+    is sent to, of ``routed_total``. ``weights``: of all weights.
+    """
+
+    dense: int
+    routed: int
+    routed_total: int
+    weights: int
+
+    @property
+    def total(self) -> int:
+        """Bytes a token."""
+        return self.dense + self.routed
+
+
+# DeepSeek-V4-Flash-IQ1_S-XL. Experts: from the shapes and types of its configuration. The rest: what the
+# published file's 61,540,805,344 bytes leave, less the embedding (129,280 x 4096 at Q8_0), of which a token
+# reads a row. With everything but experts at Q8_0 or F32, shapes alone would say 8.7 GB a token, not 7.6.
+FLASH = ActiveBytes(6_301_231_840, 1_281_490_944, routed_total=54_676_946_944, weights=61_540_805_344)
+
+
+def active_bytes(header: GGUFHeader) -> ActiveBytes:
+    """Bytes that a token reads, from the tensor table of a model."""
+    read, routed_total = {True: 0.0, False: 0.0}, 0
+    for tensor, is_routed, share in token_shares(header):
+        read[is_routed] += tensor.nbytes * share
+        routed_total += tensor.nbytes * is_routed
+    return ActiveBytes(round(read[False]), round(read[True]), routed_total, weights_bytes(header))
+
+
+def cache_bytes_read(header: GGUFHeader, depth: int, type_k: str = "f16", type_v: str = "f16") -> int:
+    """Bytes of KV cache that a token at ``depth`` reads at least; 0 where the header does not tell.
+
+    ``deepseek4``: the sliding window in every layer; in layers of ratio 4 the indexer's keys and the entries
+    that it picks; in layers of ratio 128 every entry.
+    """
+    if header.architecture != "deepseek4":
+        cache = kv_cache_bytes(header, max(depth, 1), type_k=type_k, type_v=type_v)
+        return cache.total * depth // _pad(max(depth, 1)) if cache.exactness == "exact" else 0
+    keys = ("key_length", "indexer.key_length", "indexer.top_k", "sliding_window")
+    width, indexer, top_k, window = (int(header.arch(f"attention.{key}", 0)) for key in keys)
+    ratios = list(header.arch("attention.compress_ratios", []))[: header.n_layers]
+    csa, hca = depth // CSA_RATIO, depth // HCA_RATIO
+    elements = len(ratios) * min(depth, window) * width + ratios.count(HCA_RATIO) * hca * width
+    elements += ratios.count(CSA_RATIO) * (min(csa, top_k) * width + csa * indexer)
+    block_bytes, block = CACHE_TYPES[type_k]
+    return elements * block_bytes // block
+
+
+class PublishedShape(GGUFHeader):
+    """Published sizes as a header without tensors; its ``fields`` are values."""
+
+    def __getitem__(self, name: str) -> Any:
+        return self.fields[name]
+
+
+def published() -> dict[str, Any]:
+    """What DeepSeek published, and the specimen's shape: ``data/deepseek_v4_flash.json``."""
+    content: dict[str, Any] = json.loads((data_dir() / "deepseek_v4_flash.json").read_text(encoding="utf-8"))
+    return content
+
+
+def published_shape() -> PublishedShape:
+    """The published sizes of DeepSeek-V4-Flash.
+
+    >>> published_shape().arch("block_count")
+    43
+    """
+    content = published()
+    fields: dict[str, Any] = {f"deepseek4.{key}": value for key, value in content["keys"].items()}
+    fields["general.architecture"] = "deepseek4"
+    return PublishedShape(Path(content["name"]), 0, 3, 32, fields, (), 0, 0, b"")
+
+
+def flash_cache_table(lengths: Sequence[int]) -> pd.DataFrame:
+    """The cache of DeepSeek-V4-Flash at f16, in bytes, beside the value on its card (NaN: not stated)."""
+    shape, card = published_shape(), published()["card"]["kv_cache_gigabytes"]
+    table = (cache_table(shape, lengths) * 2**20).set_axis(["swa_window", "swa_full"], axis=1)
+    return table.assign(card=[1e9 * card.get(str(n), float("nan")) for n in lengths]).reset_index()

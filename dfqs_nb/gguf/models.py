@@ -12,6 +12,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -22,16 +23,8 @@ from dfqs_nb.core.files import sha256_of
 from dfqs_nb.core.paths import data_dir, tilde
 from dfqs_nb.gguf.shards import SHARD_NAME, shard_path
 
-ADDRESS = re.compile(
-    r"hf://(?P<repo>[^/@\s]+/[^/@\s]+)(@(?P<early>[^/@]+))?/(?P<file>[^@]+\.gguf)(@(?P<late>\S+))?", re.I
-)
-PAGE = re.compile(
-    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/(?P<repo>[^/\s]+/[^/\s]+)/"
-    r"(?:blob|resolve|raw)/(?P<revision>refs/[^/]+/[^/]+|[^/]+)/(?P<file>[^?#\s]+\.gguf)(?:[?#]\S*)?",
-    re.I,
-)
 LARGER_DISK = "free some space, or set HF_HOME to a folder on a larger disk"
-TRIES = 4  # after a reset connection
+FORM = "hf://owner/repo/file.gguf or hf://owner/repo/file.gguf@revision"
 CAUSES = entries("""
 RevisionNotFoundError: the repository has no such revision; name a branch, a tag or a commit of it |
 GatedRepoError: the repository is gated; accept its terms on its web page, then `hf auth login` |
@@ -41,11 +34,8 @@ FileMetadataError: the server does not answer like a hub; check HF_ENDPOINT, and
 HFValidationError: not a name the hub allows; check the spelling |
 ProxyError: the proxy refuses; check HTTPS_PROXY
 """)  # errors of huggingface_hub and httpx by name: what is wrong, and the next step
-STATUS_HINTS = {
-    401: "the token is not valid: `hf auth login`, or unset HF_TOKEN",
-    403: "the token lacks the right to read it: `hf auth login` with one that has it",
-    429: "too many requests: wait some minutes, or log in with `hf auth login`",
-}
+NO_RIGHT = "the token lacks the right to read it: `hf auth login` with one that has it, or unset HF_TOKEN"
+STATUS_HINTS = {401: NO_RIGHT, 403: NO_RIGHT, 429: "too many requests: wait some minutes"}
 
 
 @dataclass(frozen=True)
@@ -92,8 +82,9 @@ def registered() -> dict[str, Model]:
     path = data_dir() / "models.toml"
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-        entries = [{"name": name, **entry} for name, entry in table.items()]
-        models = TypeAdapter(list[Model]).validate_python(entries)
+        models = TypeAdapter(list[Model]).validate_python(
+            [{"name": n, **entry} for n, entry in table.items()]
+        )
     except (OSError, ValueError, TypeError) as error:  # pydantic's errors are ValueErrors
         hint = "restore it with git, or set DFQS_DATA to a folder that has it"
         what = f"cannot read the table of models ({error})"
@@ -105,9 +96,8 @@ def resolve(model: str | Path, *, local_files_only: bool = False) -> tuple[Path,
     """The local paths of a model's files, shards in order; missing files are downloaded.
 
     Args:
-        model: a registered name; a local file (also one shard) or a folder that holds one model; or a file of
-            the hub as ``hf://owner/repo/path/file.gguf[@revision]`` or the address of its page, where one
-            shard stands for all. A registered name goes before a folder of that name.
+        model: a registered name; a local file (also one shard); or a file of the hub, where one shard stands
+            for all, as ``hf://owner/repo/path/file.gguf[@revision]`` or the address of its page.
         local_files_only: take only what is in the hub's cache, as with ``HF_HUB_OFFLINE``.
 
     Raises:
@@ -155,28 +145,28 @@ def check_sizes(paths: Sequence[Path], model: Model) -> None:
     if len(paths) != len(model.files):
         what = f"{len(paths)} files given, but {model.name} has {len(model.files)}"
         raise IntegrityError(what, hint="give all files, in order")
-    for number, (path, file) in enumerate(zip(paths, model.files, strict=True), 1):
-        surplus = Path(path).stat().st_size - file.size_bytes
+    for path, file in zip(paths, model.files, strict=True):
+        surplus = path.stat().st_size - file.size_bytes
         if surplus:
             how = f"{abs(surplus):,} bytes {'short' if surplus < 0 else 'too long'}"
-            raise _damaged(path, model, number, f"is {how} (expected {file.size_bytes:,})")
+            raise _damaged(path, model, file, f"is {how} (expected {file.size_bytes:,})")
 
 
 def check_hashes(paths: Sequence[Path], model: Model) -> tuple[str, ...]:
     """Compare sizes and SHA-256 with the table; an IntegrityError where they differ. Returns the hashes."""
     check_sizes(paths, model)
     hashes = tuple(map(sha256_of, paths))
-    for number, (path, file, digest) in enumerate(zip(paths, model.files, hashes, strict=True), 1):
+    for path, file, digest in zip(paths, model.files, hashes, strict=True):
         if digest != file.sha256:
-            text = f"has SHA-256 {digest[:16]}... (expected {file.sha256[:16]}...)"
-            raise _damaged(path, model, number, text)
+            what = f"has SHA-256 {digest[:16]}... (expected {file.sha256[:16]}...)"
+            raise _damaged(path, model, file, what)
     return hashes
 
 
-def _damaged(path: Path, model: Model, number: int, what: str) -> IntegrityError:
-    which = f"shard {number} of {len(model.files)}" if len(model.files) > 1 else "the file"
-    real = Path(path).resolve()  # the hub's cache has links
-    first = f"delete {tilde(real)} and " if real != Path(path).absolute() else ""
+def _damaged(path: Path, model: Model, file: ModelFile, what: str) -> IntegrityError:
+    number, count, real = model.files.index(file) + 1, len(model.files), path.resolve()
+    which = f"shard {number} of {count}" if count > 1 else "the file"
+    first = f"delete {tilde(real)} and " if real != path.absolute() else ""  # the hub's cache has links
     return IntegrityError(f"{which} {what}", where=tilde(path), hint=f"{first}download it again")
 
 
@@ -203,23 +193,13 @@ def _local(path: Path, given: str) -> tuple[Path, ...]:
     if path.is_file():
         return (path,)
     if path.is_dir():
-        paths = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
-        named = [(SHARD_NAME.fullmatch(file.name), file.name) for file in paths]
-        stems = sorted({match["prefix"] if match else name for match, name in named})
-        if len(stems) == 1:
-            return tuple(paths)
-        contents = f"{len(stems)} models ({', '.join(stems[:5])})" if stems else "no .gguf file"
-        raise RegistryError(f"the folder has {contents}", where=tilde(path), hint="give the path of a file")
+        raise RegistryError("is a folder", where=tilde(path), hint="give the path of a file in it")
     known = ", ".join(registered())
     if "/" in given or "\\" in given or given.lower().endswith(".gguf"):
         hint = f"check the path, or give the name of a known model: {known}"
         raise RegistryError("no such file", where=given, hint=hint)
-    question = did_you_mean(given.lower(), registered(), 0.4)
-    hint = f"{question}known: {known}; or give a path or hf://owner/repo/file.gguf"
+    hint = f"{did_you_mean(given.lower(), registered(), 0.4)}known: {known}; or give a path or {FORM}"
     raise RegistryError(f"no model is called {given!r}", hint=hint)
-
-
-# ---- the hub ----
 
 
 @dataclass(frozen=True)
@@ -242,20 +222,18 @@ def parse_address(address: str) -> HubFile:
     >>> parse_address("https://huggingface.co/someone/models/blob/main/tiny.gguf?download=true")
     HubFile(repo='someone/models', file='tiny.gguf', revision='main')
     """
-    from urllib.parse import unquote
+    from huggingface_hub import constants, parse_hf_uri
+    from huggingface_hub.errors import HfUriError
 
-    if page := PAGE.fullmatch(address):
-        file = HubFile(page["repo"], unquote(page["file"]), unquote(page["revision"]))
-    elif match := ADDRESS.fullmatch(address):
-        file = HubFile(match["repo"], match["file"], match["early"] or match["late"])
-    else:
-        file = HubFile("", "")
-    names = (*file.repo.split("/"), file.file, file.revision or "main")
-    # a name that begins with `-` would be an option of the hub's own command
-    if any(not name or name[0] == "-" or ".." in name.split("/") for name in names):
-        hint = "write hf://owner/repo/file.gguf or hf://owner/repo/file.gguf@revision"
-        raise RegistryError("not the address of a GGUF file on the hub", where=address, hint=hint)
-    return file
+    with suppress(HfUriError):
+        uri = parse_hf_uri(address, endpoint=constants.ENDPOINT)
+        file, _, revision = uri.path_in_repo.partition("@")
+        parts = re.split("/|%2F", f"{uri.id}/{file}/{uri.revision or revision or 'main'}")
+        # a name that begins with `-` would be an option of the hub's own command
+        fine = not any(part in ("", "..") or part[0] == "-" for part in parts)
+        if fine and uri.type == "model" and file.lower().endswith(".gguf"):
+            return HubFile(uri.id, file, uri.revision or revision or None)
+    raise RegistryError("not the address of a GGUF file on the hub", where=address, hint=f"write {FORM}")
 
 
 def download(files: Sequence[HubFile], *, local_files_only: bool = False) -> tuple[Path, ...]:
@@ -266,10 +244,8 @@ def download(files: Sequence[HubFile], *, local_files_only: bool = False) -> tup
     from huggingface_hub.constants import HF_HUB_CACHE
 
     plans = [_fetch(file, local_files_only=local_files_only, dry_run=True) for file in files]
-    folder, need = (
-        Path(HF_HUB_CACHE).expanduser().absolute(),
-        sum(it.file_size or 0 for it in plans if it.will_download),
-    )
+    need = sum(plan.file_size or 0 for plan in plans if plan.will_download)
+    folder = Path(HF_HUB_CACHE).expanduser().absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -305,7 +281,7 @@ def _fetch(file: HubFile, **options: Any) -> Any:
     from huggingface_hub.errors import XetDownloadError
 
     network = (OSError, ValueError, RuntimeError, httpx2.HTTPError, httpx2.InvalidURL, XetDownloadError)
-    resets = retrying(TRIES, 30, httpx2.ReadError, httpx2.RemoteProtocolError)
+    resets = retrying(4, 30, httpx2.ReadError, httpx2.RemoteProtocolError)
     try:
         return resets(hf_hub_download, file.repo, file.file, revision=file.revision, **options)
     except (ImportError, *network) as error:
@@ -322,44 +298,38 @@ def retrying(tries: int, most_seconds: float, *errors: type[Exception]) -> Any:
     return Retrying(retry=again, stop=stop_after_attempt(tries), wait=wait, reraise=True)
 
 
-def explained(error: Exception, file: HubFile) -> DfqsError:
+def explained(error: BaseException, file: HubFile) -> DfqsError:
     """The workbook's error for what huggingface_hub raised: the likely cause, and the next step."""
+    import httpx2
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
     match error:
         case OSError(errno=errno.ENOSPC):
             return SpaceError("the disk filled up during the download", where=str(file), hint=LARGER_DISK)
         case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS):
             hint = "set HF_HOME to a folder you may write"
             return OutputError("the hub's cache cannot be written", where=error.filename, hint=hint)
-    what, hint = _cause(error, file)
-    return RegistryError(what, where=str(file), hint=hint)
-
-
-def _cause(error: BaseException, file: HubFile) -> tuple[str, str]:
-    import httpx2
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub
-
     unreachable = isinstance(error, hub.LocalEntryNotFoundError)
     if unreachable:
         error = error.__cause__ or hub.OfflineModeIsEnabled()
     if cause := CAUSES.get(type(error).__name__):
         what, _, hint = cause.partition("; ")
-        return what, hint
-    if isinstance(error, hub.RemoteEntryNotFoundError):
-        names = _listed(file)
+    elif isinstance(error, hub.RemoteEntryNotFoundError):
+        what, names = "the repository has no such file", _listed(file)
         hint = f"it has {', '.join(names[:8])}" if names else "it shows no .gguf file"
-        return "the repository has no such file", hint
-    if isinstance(error, hub.HfHubHTTPError):
+    elif isinstance(error, hub.HfHubHTTPError):
         status = error.response.status_code
-        return f"the hub answers {status}", STATUS_HINTS.get(status, "the hub has a problem: run again later")
-    if unreachable:
+        what = f"the hub answers {status}"
+        hint = STATUS_HINTS.get(status, "the hub has a problem: run again later")
+    elif unreachable:
         what = f"not in the cache, and {constants.ENDPOINT} cannot be reached ({error})"
-        return what, "check the network, the proxy and HF_ENDPOINT, then run again"
-    if isinstance(error, ImportError | httpx2.InvalidURL) or "proxy URL" in str(error):
-        return proxy_fault(error)
-    if isinstance(error, ValueError):  # over 50 GB without hf_xet, for example: the message has the next step
-        return str(error), ""
-    return (
-        f"the download was interrupted ({error})",
-        "run again: complete files are kept, this one starts over",
-    )
+        hint = "check the network, the proxy and HF_ENDPOINT, then run again"
+    elif isinstance(error, ImportError | httpx2.InvalidURL) or "proxy URL" in str(error):
+        what, hint = proxy_fault(error)
+    elif isinstance(error, ValueError):  # over 50 GB without hf_xet, for example: it has the next step
+        what, hint = str(error), ""
+    else:
+        what = f"the download was interrupted ({error})"
+        hint = "run again: complete files are kept, this one starts over"
+    return RegistryError(what, where=str(file), hint=hint)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from operator import itemgetter
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.display import size
@@ -128,25 +128,20 @@ class Placement:
         """The llama-server command of this placement."""
         return shlex.join(["llama-server", "-m", path, "-c", str(self.n_ctx), *self.flags, "-np", "1"])
 
-    def tokens_per_sec(self, speeds: Mapping[str, float]) -> float | None:
-        """Upper bound on tokens a second, from reading weights alone; None where a speed is unknown.
+    def bound(self, speeds: Mapping[str, float]) -> tuple[float | None, list[str]]:
+        """At most so many tokens a second, from reading weights alone; and the devices of unknown speed.
 
         ``speeds``: bytes a second by device, or by its kind, such as ``GPU``; ``disk`` for what memory lacks.
+        With a device of unknown speed there is no bound.
         """
-        seconds = sum(nbytes / speed if speed else float("nan") for _, nbytes, speed in self._reads(speeds))
-        return 1 / seconds if seconds > 0 else None
-
-    def unknown_speeds(self, speeds: Mapping[str, float]) -> list[str]:
-        """The devices that a token reads and whose speed is not given."""
-        return [name for name, _, speed in self._reads(speeds) if not speed]
-
-    def _reads(self, speeds: Mapping[str, float]) -> list[tuple[str, float, float]]:
-        """The devices that a token reads: name, bytes, and bytes a second (0: unknown)."""
-        paged = min(self.disk_token_bytes, self.ram.token_bytes)
-        reads = [(device.name, float(device.token_bytes)) for device in self.devices[:-1]]
-        reads += [(RAM, self.ram.token_bytes - paged), ("disk", paged)]
-        speed = {name: speeds.get(name, speeds.get(name.split()[0], 0.0)) for name, _ in reads}
-        return [(name, nbytes, speed[name]) for name, nbytes in reads if nbytes]
+        paged, seconds, unknown = min(self.disk_token_bytes, self.ram.token_bytes), 0.0, list[str]()
+        reads: dict[str, float] = {device.name: device.token_bytes for device in self.devices[:-1]}
+        for name, nbytes in {**reads, RAM: self.ram.token_bytes - paged, "disk": paged}.items():
+            speed = speeds.get(name, speeds.get(name.split()[0], 0.0))
+            if nbytes and not speed:
+                unknown.append(name)
+            seconds += nbytes / (speed or 1)
+        return (1 / seconds if seconds and not unknown else None), unknown
 
 
 class Model:
@@ -190,6 +185,15 @@ class Model:
             pieces += [(each, each * read) for read in reads if each]
         return tuple(sorted(pieces, key=lambda piece: piece[1] / piece[0]))
 
+    def on_device(
+        self, name: str, capacity: int, caches: Sequence[int], layers: Sequence[int], routed_of: Sequence[int]
+    ) -> Device:
+        """These layers' dense part and cache, and the routed experts of ``routed_of``, on a device."""
+        dense, cache = (sum(sizes[i] for i in layers) for sizes in (self.dense, caches))
+        routed = sum(self.experts[i] for i in routed_of)
+        token = sum(self.token[i] for i in layers) + routed * self.used
+        return Device(name, capacity, dense, routed, cache, round(token))
+
 
 def place(
     model: Model,
@@ -218,16 +222,6 @@ def place(
         if (cards := _divided(needs, range(count - n, count), rooms)) is not None
     )
 
-    def device(
-        name: str, capacity: int, layers: Sequence[int], routed_of: Sequence[int], extra: int = 0
-    ) -> Device:
-        dense, cache = sum(model.dense[i] for i in layers) + extra, sum(caches[i] for i in layers)
-        routed, token = sum(model.experts[i] for i in routed_of), sum(model.token[i] for i in layers)
-        token += routed * model.used + (model.input_token if name == RAM else 0)
-        return Device(
-            name, capacity, dense, routed, cache, round(token), compute_bytes if name == RAM else None
-        )
-
     devices, in_ram = [], []
     for number, (layers, room) in enumerate(zip(cards, rooms, strict=True)):
         left, kept = room - sum(model.dense[i] + caches[i] for i in layers), list[int]()
@@ -237,10 +231,13 @@ def place(
             left -= model.experts[i]
             kept.append(i)
         in_ram += [i for i in layers if i not in kept and model.experts[i]]
-        devices.append(device(f"GPU {number}", vram_bytes[number], layers, kept))
+        devices.append(model.on_device(f"GPU {number}", vram_bytes[number], caches, layers, kept))
     here = range(count - n_gpu)
+    ram = model.on_device(RAM, ram_bytes, caches, here, [*here, *in_ram])
     is_one_tensor = model.tied and n_gpu == 0  # embedding and output
-    devices.append(device(RAM, ram_bytes, here, [*here, *in_ram], 0 if is_one_tensor else model.input))
+    dense = ram.dense_bytes + (0 if is_one_tensor else model.input)
+    read = ram.token_bytes + round(model.input_token)
+    devices.append(replace(ram, dense_bytes=dense, token_bytes=read, compute_bytes=compute_bytes))
     counts, pieces = tuple(map(len, cards)), model.pieces([*here, *in_ram])
     return Placement(n_ctx, model.n_layers, tuple(devices), n_gpu, tuple(in_ram), counts, pieces)
 
@@ -263,31 +260,34 @@ def largest_context(model: Model, ram_bytes: int, vram_bytes: Sequence[int] = ()
 
     Where weights page even at 256 tokens: the most that memory holds beside them. ``options``: of `place`.
     """
-    least = place(model, 256, ram_bytes, vram_bytes, **options)
+    least, most = place(model, 256, ram_bytes, vram_bytes, **options), model.n_context or 1 << 20
 
-    def same(n_ctx: int) -> bool:
-        now = place(model, n_ctx, ram_bytes, vram_bytes, **options)
+    def too_long(step: int) -> bool:
+        now = place(model, 256 * step, ram_bytes, vram_bytes, **options)
         pages = now.ram.left_bytes < 0 <= least.ram.left_bytes
-        return now.works and not pages and now.n_gpu_layers == least.n_gpu_layers
+        return not now.works or pages or now.n_gpu_layers != least.n_gpu_layers
 
-    low, high = 0, max(1, (model.n_context or 1 << 20) // 256)
-    if same(high * 256):
-        return min(high * 256, model.n_context or high * 256)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if same(middle * 256) else (low, middle)
-    return low * 256
+    return min(most, 256 * bisect_left(range(1, max(1, most // 256) + 1), True, key=too_long))
 
 
 def table(placement: Placement) -> pd.DataFrame:
     """One row a device; sizes as text, because a card's compute buffer is unknown."""
     import pandas as pd
 
-    names = ["dense_bytes", "expert_bytes", "cache_bytes", "compute_bytes", "left_bytes", "token_bytes"]
     columns = ["dense", "routed experts", "cache", "compute", "left", "read a token"]
-    rows = [[getattr(device, name) for name in names] for device in placement.devices]
-    texts = [["unknown" if n is None else size(n) for n in row] for row in rows]
-    return pd.DataFrame(texts, pd.Index([it.name for it in placement.devices], name="device"), columns)
+    rows = {
+        it.name: (
+            it.dense_bytes,
+            it.expert_bytes,
+            it.cache_bytes,
+            it.compute_bytes,
+            it.left_bytes,
+            it.token_bytes,
+        )
+        for it in placement.devices
+    }
+    texts = {name: ["unknown" if n is None else size(n) for n in row] for name, row in rows.items()}
+    return pd.DataFrame.from_dict(texts, orient="index", columns=columns).rename_axis("device")
 
 
 def machines_table(
@@ -315,12 +315,8 @@ def machines_table(
             "largest n_ctx": largest_context(model, ram, cards, **options),
             "flags": " ".join(placed.flags),
         }
-        bound = {} if speeds is None else {"at most tokens/s": placed.tokens_per_sec(speeds)}
-        rows.append(row | bound)
+        rows.append(row if speeds is None else row | {"at most tokens/s": placed.bound(speeds)[0]})
     return pd.DataFrame(rows).set_index("machine")
-
-
-# ---- in the file ----
 
 
 @dataclass(frozen=True)
@@ -358,27 +354,24 @@ class Layout:
     def of(cls, headers: Sequence[GGUFHeader], n_gpu_layers: int = 0) -> Layout:
         """From the headers of all shards in order, without the dense weights that a GPU holds."""
         routing, n_layers = experts(headers[0]), headers[0].n_layers
-        tied = not any(tensor.name == "output.weight" for header in headers for tensor in header.tensors)
-        parts: dict[int, list[tuple[int, Experts]]] = {}
+        placed = [(i, t, it.data_offset + t.offset) for i, it in enumerate(headers) for t in it.tensors]
+        tied = not any(tensor.name == "output.weight" for _, tensor, _ in placed)
+        parts: dict[int, dict[int, Experts]] = {}
         dense, tables = [], {}
-        for file, tensor, start in (
-            (file, tensor, header.data_offset + tensor.offset)
-            for file, header in enumerate(headers)
-            for tensor in header.tensors
-        ):
+        for file, tensor, start in placed:
             layer, routed = layer_of(tensor.name), re.search(EXPERTS, tensor.name)
             if layer is not None and layer >= n_layers:
                 continue  # layers for drafting, which llama.cpp does not read
             if layer is not None and routed and tensor.shape[-1] == routing.total:
                 part = Experts(file, start, tensor.nbytes // routing.total, routing.total)
-                parts.setdefault(layer, []).append((USED_IN_ORDER.index(routed[1]), part))
+                parts.setdefault(layer, {})[USED_IN_ORDER.index(routed[1])] = part
             elif layer is not None and HASH_TABLE in tensor.name:
                 tables[layer] = file, start, tensor.shape[0]
             elif (n_layers if layer is None else layer) > n_layers - n_gpu_layers:
                 continue  # copied to the card; the output counts as one more layer
             elif tensor.type not in INTEGER_TYPES and (tied or class_of(tensor.name) != "embedding"):
                 dense.append((file, start, start + tensor.nbytes))
-        ordered = {n: [part for _, part in sorted(own, key=itemgetter(0))] for n, own in parts.items()}
+        ordered = {layer: [own[place] for place in sorted(own)] for layer, own in parts.items()}
         slices = sum(part.slice_bytes for layer in ordered.values() for part in layer)
         return cls(ordered, dense, tables, routing.used * slices)
 

@@ -9,28 +9,26 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from dfqs_nb.core.errors import DfqsError, HeaderError, RegistryError
 from dfqs_nb.gguf import models
-from dfqs_nb.gguf.header import MAGIC, GGUFHeader, next_start, read_header
-from dfqs_nb.gguf.shards import ShardSet, check_set, open_shards, shard_path
+from dfqs_nb.gguf.header import read_header
+from dfqs_nb.gguf.shards import ShardSet, check_set, headers_inside, open_shards, shard_path
 
 FIRST_BYTES, NEXT_BYTES = 1 << 20, 1 << 18  # least size of a request: for the first file; for others
 MOST_BYTES = 128 << 20  # of headers in one file; real headers stay under 50 MB, and the reader doubles
 SMALL_BYTES = 1 << 20  # a small answer may be whole, such as a page that says "not found"
 STREAM_BYTES = 64 << 20  # of one request for data
-AT_ONCE = 8
 TIMEOUT_SECONDS, TRIES = 20.0, 3
 SLOWEST = 50_000  # bytes a second; we give up on a slower answer
 RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
-LONGEST_NAME = 255  # bytes
 
 
 @dataclass(frozen=True)
@@ -99,17 +97,21 @@ def outline(model: str | Path) -> Iterator[Outline]:
         HeaderError, LayoutError, ShardError: the files are not all shards of one model.
     """
     with ExitStack() as stack:
-        path, copy = _here(model), None
-        if path is None:
-            copy = stack.enter_context(headers_of(_address(str(model))))
+        path, copy = _first_file(model), None
+        if isinstance(path, str):
+            copy = stack.enter_context(headers_of(path))
             path = copy.path
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dfqs-headers-")))
         try:
-            with path.open("rb", buffering=0) as file:
-                headers = list(_headers_inside(path, file))
+            headers = list(headers_inside(path))
             if glued := len(headers) > 1:
-                whole = check_set(headers, glued=True)
-                shards = ShardSet(tuple(map(read_header, _laid_out(whole.headers, folder))))
+                laid_out = []  # each as a sparse file that llama.cpp's loader can plan
+                for number, header in enumerate(check_set(headers, glued=True).headers, 1):
+                    laid_out.append(shard_path(folder / "glued", number, len(headers)))
+                    with laid_out[-1].open("wb") as file:
+                        file.write(header.raw)
+                        file.truncate(header.end_offset - header.start)
+                shards = ShardSet(tuple(map(read_header, laid_out)))
             else:
                 shards = open_shards(path)
             yield Outline(str(model), shards, glued, copy)
@@ -120,21 +122,16 @@ def outline(model: str | Path) -> Iterator[Outline]:
             raise type(error)(error.what, where=shown(str(model)), hint=error.hint) from None
 
 
-def _here(model: str | Path) -> Path | None:
-    """The first file of a model on this machine or in the hub's cache; None where there is none."""
+def _first_file(model: str | Path) -> Path | str:
+    """The first file of a model on this machine or in the hub's cache; else an address."""
     entry = models.registered().get(str(model))
     if not models.is_address(model) and (entry is None or not entry.source.startswith("hf://")):
         return models.resolve(model)[0]
     with suppress(RegistryError):
         return models.resolve(model, local_files_only=True)[0]
-    return None
-
-
-def _address(model: str) -> str:
-    """The address of a registered model's first file, in whatever folder of its repository; or an address."""
-    if entry := models.registered().get(model):
-        return str(models.located(models.HubFile(entry.source.removeprefix("hf://"), entry.files[0].name)))
-    return model
+    if entry is None:
+        return str(model)
+    return str(models.located(models.HubFile(entry.source.removeprefix("hf://"), entry.files[0].name)))
 
 
 @contextmanager
@@ -146,13 +143,14 @@ def headers_of(address: str) -> Iterator[Copy]:
     """
     places = places_of(address)
     wanted = next(place for place in places if place.address == address)
-    with tempfile.TemporaryDirectory(prefix="dfqs-headers-") as folder, ThreadPoolExecutor(AT_ONCE) as pool:
-        path = Path(folder) / wanted.name
-        fetched, headers = _copied(wanted, path, FIRST_BYTES)
-        if headers and "split.no" in headers[0]:
-            others = [place for place in places if place is not wanted]
-            fetched += sum(pool.map(lambda place: _if_there(place, Path(folder) / place.name), others))
-        yield Copy(path, fetched, {Path(folder) / place.name: place for place in places})
+    with tempfile.TemporaryDirectory(prefix="dfqs-headers-") as name, ThreadPoolExecutor(8) as pool:
+        folder, path = Path(name), Path(name) / wanted.name
+        fetched = _copied(wanted, path, FIRST_BYTES)
+        with suppress(HeaderError):  # whoever reads the copy reports it
+            if "split.no" in read_header(path):
+                others = [place for place in places if place is not wanted]
+                fetched += sum(pool.map(lambda place: _if_there(place, folder / place.name), others))
+        yield Copy(path, fetched, {folder / place.name: place for place in places})
 
 
 def places_of(address: str) -> list[Place]:
@@ -161,65 +159,47 @@ def places_of(address: str) -> list[Place]:
     >>> [place.name for place in places_of("https://x.org/m-00001-of-00002.gguf?download=true")]
     ['m-00001-of-00002.gguf', 'm-00002-of-00002.gguf']
     """
-    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub import hf_hub_url
 
-    page = address.replace(constants.ENDPOINT.rstrip("/"), "https://huggingface.co", 1)
-    if address.startswith("hf://") or models.PAGE.fullmatch(page):
-        file = models.parse_address(page)
+    try:
+        file = models.parse_address(address)
+    except RegistryError:
+        if address.startswith("hf://"):
+            raise
+    else:
         places = []
         for name in models.siblings(file.file):
-            shard = models.HubFile(file.repo, name, file.revision)
-            url = hf_hub_url(shard.repo, shard.file, revision=shard.revision)
+            shard, url = replace(file, file=name), hf_hub_url(file.repo, name, revision=file.revision)
             label = address if name == file.file else str(shard)
             places.append(Place(label, PurePosixPath(name).name, url, shard))
         return places
     scheme, host, path, query, _ = urlsplit(address)
     folder, own = unquote(path).rpartition("/")[::2]
-    if len(own.encode()) > LONGEST_NAME or "\0" in own or own in (".", ".."):
+    if len(own.encode()) > 255 or "\0" in own or own in (".", ".."):
         raise RegistryError("no file can have such a name", where=address, hint="check the address")
     names = models.siblings(own)
     urls = {name: urlunsplit((scheme, host, quote(f"{folder}/{name}"), query, "")) for name in names}
     return [Place(address if name == own else url, name or "index", url) for name, url in urls.items()]
 
 
-def _laid_out(headers: Sequence[GGUFHeader], folder: Path) -> list[Path]:
-    """Shards that lie glued in one file, each as a sparse file that llama.cpp's loader can plan."""
-    paths = [shard_path(folder / "glued", n, len(headers)) for n in range(1, len(headers) + 1)]
-    for path, header in zip(paths, headers, strict=True):
-        with path.open("wb") as file:
-            file.write(header.raw)
-            file.truncate(header.end_offset - header.start)
-    return paths
-
-
-def _headers_inside(path: Path, file: Any) -> Iterator[GGUFHeader]:
-    """The header of a file, and those of the shards that are glued behind it."""
-    start: int | None = 0
-    while start is not None:
-        header = read_header(path, start, file=file)
-        yield header
-        start = next_start(header, file)
-
-
 def _if_there(place: Place, path: Path) -> int:
     """Copy one more shard; the bytes fetched. The shards' cross-check names one that is missing."""
     try:
-        return _copied(place, path, NEXT_BYTES)[0]
+        return _copied(place, path, NEXT_BYTES)
     except RegistryError:
         path.unlink()
         return 0
 
 
-def _copied(place: Place, path: Path, block: int) -> tuple[int, list[GGUFHeader]]:
-    """Make a sparse copy of a file's headers; the bytes fetched, and the headers."""
-    headers: list[GGUFHeader] = []
+def _copied(place: Place, path: Path, block: int) -> int:
+    """Make a sparse copy of a file's headers; the bytes fetched."""
     with path.open("wb") as copy:
         remote = RemoteFile(place, block, copy)
         with suppress(HeaderError):  # whoever reads the copy meets the same bytes, and reports the error
-            for header in _headers_inside(path, remote):
-                headers.append(header)  # one by one: those before an error stay
+            for _ in headers_inside(path, remote):
+                pass  # each is fetched as it is read
         copy.truncate(remote.size)
-    return remote.fetched_bytes, headers
+    return remote.fetched_bytes
 
 
 class RemoteFile:
@@ -242,20 +222,21 @@ class RemoteFile:
         return self.position
 
     def read(self, n: int) -> bytes:
-        """Up to ``n`` bytes, at least one before the end of the file, and never a part of a magic."""
-        at, least = self.position - self.start, min(n, len(MAGIC), max(0, self.size - self.position))
-        if not 0 <= at <= len(self.window) - least:
-            self._fetch(max(n, self.block))
-            at = 0
-        taken = self.window[at : at + n]
-        self.position += len(taken)
+        """``n`` bytes, or fewer at the end of the file."""
+        taken = b""
+        while len(taken) < n and self.position < self.size:
+            at, missing = self.position - self.start, n - len(taken)
+            if not 0 <= at < len(self.window):
+                self._fetch(max(missing, self.block))
+                at = 0
+            taken += self.window[at : at + missing]
+            self.position = self.start + min(at + missing, len(self.window))
         return taken
 
     def _fetch(self, n: int) -> None:
         if self.copy and self.fetched_bytes + n > MOST_BYTES:
-            raise _refused(
-                self.place, f"its headers take more than {MOST_BYTES:,} bytes", "check the address"
-            )
+            what = f"its headers take more than {MOST_BYTES:,} bytes"
+            raise _refused(self.place, what, "check the address")
         self.start = self.position
         self.window, size = fetch(self.place, self.start, self.start + n)
         if self.size not in (0, size):
@@ -278,7 +259,11 @@ def fetch(place: Place, start: int, end: int) -> tuple[bytes, int]:
     try:
         data, size = again(_fetch_once, place, start, end)
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise _explained(error, place) from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if place.hub and status:
+            raise models.explained(error, place.hub) from error
+        what = f"the server answers {status}" if status else f"cannot be reached ({error})"
+        raise _refused(place, what, "check the address, the network and any proxy") from error
     if len(data) < min(end, size) - start:
         raise _refused(place, "the server sends no more")
     return data, size
@@ -296,8 +281,16 @@ def _fetch_once(place: Place, start: int, end: int) -> tuple[bytes, int]:
                 answer.read()  # the error has the hub's message
                 _http.hf_raise_for_status(answer)
             answer.raise_for_status()
-        size, data = _size_told(answer, start, place), bytearray()
-        latest = time.monotonic() + TIMEOUT_SECONDS + (end - start) / SLOWEST
+        told = RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+        length = answer.headers.get("Content-Length", "")
+        if answer.status_code == 206 and told and int(told[1]) == start:
+            size = int(told[3])
+        elif answer.status_code == 200 and start == 0 and length.isdigit() and int(length) <= SMALL_BYTES:
+            size = int(length)
+        else:
+            what = "this server gives no byte ranges, only whole files"
+            raise _refused(place, what, "download the file, and inspect it here")
+        data, latest = bytearray(), time.monotonic() + TIMEOUT_SECONDS + (end - start) / SLOWEST
         for chunk in answer.iter_raw():
             data += chunk
             if len(data) >= end - start:
@@ -307,29 +300,5 @@ def _fetch_once(place: Place, start: int, end: int) -> tuple[bytes, int]:
     return bytes(data[: end - start]), size
 
 
-def _explained(error: Exception, place: Place) -> DfqsError:
-    """The error for what the network or the hub raised."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if place.hub and status:
-        return models.explained(error, place.hub)
-    what = f"the server answers {status}" if status else f"cannot be reached ({error})"
-    return _refused(place, what, "check the address, the network and any proxy")
-
-
 def _refused(place: Place, what: str, hint: str = "try again") -> RegistryError:
     return RegistryError(what, where=shown(place.address), hint=hint)
-
-
-def _size_told(answer: Any, start: int, place: Place) -> int:
-    """The file's size, from the answer to a request for a range; an error if the whole file comes."""
-    told = RANGE.fullmatch(answer.headers.get("Content-Range", ""))
-    if answer.status_code == 206 and told and int(told[1]) == start:
-        return int(told[3])
-    length = answer.headers.get("Content-Length", "")
-    if answer.status_code == 200 and start == 0 and length.isdigit() and int(length) <= SMALL_BYTES:
-        return int(length)
-    what, hint = (
-        "this server gives no byte ranges, only whole files",
-        "download the file, and inspect it here",
-    )
-    raise RegistryError(what, where=shown(place.address), hint=hint)

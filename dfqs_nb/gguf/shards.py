@@ -8,22 +8,23 @@ llama.cpp names them ``PREFIX-00001-of-00002.gguf`` and writes three fields into
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.core.display import quoted
+from dfqs_nb.core.display import quoted, tqdm
 from dfqs_nb.core.errors import ShardError
-from dfqs_nb.gguf.header import GET_AGAIN, GGUFHeader, Tensor, check_layout, ends, padded, read_header
+from dfqs_nb.core.files import CHUNK_BYTES
+from dfqs_nb.gguf.header import GET_AGAIN, GGUFHeader, Tensor, check_layout, read_header
+from dfqs_nb.gguf.types import TENSOR_TYPES
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?i:gguf)", re.DOTALL)
 MAX_SHARDS = 65_535  # split.count is a u16
-FEW_EXPERTS = 4  # a shard with fewer expert tensors may hold just the first layer, often quantized higher
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,6 @@ def shard_path(prefix: str | Path, number: int, count: int) -> Path:
     return Path(f"{prefix}-{number:05d}-of-{count:05d}.gguf")
 
 
-def _place(header: GGUFHeader) -> tuple[int, int]:
-    """Number (from 1) and count of the shard; a shard without a count has the one of its name."""
-    count, match = header.count("split.count"), SHARD_NAME.fullmatch(header.path.name)
-    if "split.count" not in header and "split.no" in header and match:
-        count = int(match["count"])
-    return (header.count("split.no") + 1, count) if count > 1 else (1, 1)
-
-
 def find_shards(path: str | Path) -> tuple[Path, ...]:
     """All shards of the model that ``path`` is one of, in order, by llama.cpp's naming.
 
@@ -84,12 +77,14 @@ def find_shards(path: str | Path) -> tuple[Path, ...]:
         ShardError: a shard is missing, or the file's name does not match its header.
     """
     path = Path(path)
-    number, count = _place(read_header(path))
-    if count == 1:
+    header, match = read_header(path), SHARD_NAME.fullmatch(path.name)
+    number, count = header.count("split.no") + 1, header.count("split.count")
+    if "split.count" not in header and "split.no" in header and match:
+        count = int(match["count"])  # only shard 1 must have the field
+    if count <= 1:
         return (path,)
     if not number <= count <= MAX_SHARDS:
         raise _refused(f"claims to be shard {number:,} of {count:,}", path, GET_AGAIN)
-    match = SHARD_NAME.fullmatch(path.name)
     prefix = match["prefix"] if match else path.stem
     expected = shard_path(prefix, number, count).name
     if path.name != expected:  # llama.cpp wants exactly this, also in lower case
@@ -102,6 +97,19 @@ def find_shards(path: str | Path) -> tuple[Path, ...]:
         what = f"{len(missing)} of {count} shards missing: {', '.join(missing)}"
         raise _refused(what, path.parent, "download or rename what is missing in that folder")
     return siblings
+
+
+def headers_inside(path: Path, file: Any = None) -> Iterator[GGUFHeader]:
+    """The header of a file, and those of the shards that are glued behind it; ``file`` as of `read_header`.
+
+    `HeaderError`: the next one cannot be read.
+    """
+    start: int | None = 0
+    with nullcontext(file) if file else path.open("rb", buffering=0) as opened:
+        while start is not None:
+            header = read_header(path, start, file=opened)
+            yield header
+            start = header.next_start(opened)
 
 
 def _refused(what: str, where: Path, hint: str = "take all shards from one model") -> ShardError:
@@ -117,26 +125,24 @@ def open_shards(model: str | Path | Sequence[str | Path]) -> ShardSet:
     Raises:
         HeaderError, LayoutError: a file is not a sound GGUF.
         ShardError: what is wrong with the set, which shard, and the next step.
-
-    Warns:
-        RuntimeWarning: two shards may be of two quantizations.
     """
     paths = find_shards(model) if isinstance(model, (str, Path)) else tuple(map(Path, model))
     return check_set([read_header(path) for path in paths])
 
 
 def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False) -> ShardSet:
-    """Check that headers, in any order, are one whole set of shards; errors and warnings as `open_shards`.
+    """Check that headers, in any order, are one whole set of shards; errors as `open_shards`.
 
-    ``glued``: the shards lie in one file; its name and its size prove nothing, and there are no warnings.
+    ``glued``: the shards lie in one file; its name and its size prove nothing.
     """
     headers = _in_order(headers)
-    if not glued:
-        _check_names(headers)
-        for number, header in enumerate(headers, 1):
-            _check_size(header, f"shard {number} of {len(headers)}")
-        _warn_of_mixed_types(headers)
+    for number, header in enumerate(() if glued else headers, 1):
+        _check_size(header, f"shard {number} of {len(headers)}")
     if len(headers) > 1:
+        named = [SHARD_NAME.fullmatch(header.path.name) for header in headers]
+        prefixes = sorted({match["prefix"] for match in named if match})
+        if len(prefixes) > 1:
+            raise _refused(f"shards of different models: {', '.join(prefixes)}", headers[0].path.parent)
         _check_tensors(headers)
     _check_same_model(headers)
     return ShardSet(tuple(headers))
@@ -145,8 +151,7 @@ def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False) -> ShardSet
 def _in_order(headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
     if not headers:
         raise ShardError("no shard was named", hint="name one shard, or all of them")
-    count = next((count for header in headers if (count := _place(header)[1]) > 1), 1)
-    folder = headers[0].path.parent
+    count = next((n for header in headers if (n := header.count("split.count")) > 1), 1)
     by_number: dict[int, GGUFHeader] = {}
     for header in headers:
         own = max(header.count("split.count", count), 1)
@@ -154,39 +159,20 @@ def _in_order(headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
             raise _refused(f"belongs to a set of {own}, not of {count}", header.path)
         number = header.count("split.no") + 1 if count > 1 else 1
         if number in by_number:
-            what = f"is shard {number} of {count}, and so is {by_number[number].path.name}"
+            what = f"shard {number} of {count} is there twice, also as {by_number[number].path.name}"
             raise _refused(what, header.path, "name each shard once")
         by_number[number] = header
-    missing = ", ".join(str(i) for i in range(1, count + 1) if i not in by_number)
-    if missing:
+    folder, numbers = headers[0].path.parent, range(1, count + 1)
+    if missing := ", ".join(str(i) for i in numbers if i not in by_number):
         raise _refused(f"shard {missing} of {count} is missing", folder, f"name all {count} shards")
     if len(by_number) > count:
         raise _refused(f"{len(by_number)} shards of a set of {count}", folder)
-    return [by_number[number] for number in sorted(by_number)]
-
-
-def _check_names(headers: Sequence[GGUFHeader]) -> None:
-    """Names that follow the pattern must agree with the headers; a single file may have any name."""
-    prefixes, count = set(), len(headers)
-    for number, header in enumerate(headers, 1) if count > 1 else ():
-        if match := SHARD_NAME.fullmatch(header.path.name):
-            prefixes.add(match["prefix"])
-            named = f"shard {int(match['number'])} of {int(match['count'])}"
-            if named != f"shard {number} of {count}":
-                what = f"is named {named}, but its header says shard {number} of {count}"
-                raise _refused(
-                    what, header.path, "shards were swapped or renamed: give each its own name back"
-                )
-    if len(prefixes) > 1:
-        raise _refused(f"shards of different models: {', '.join(sorted(prefixes))}", headers[0].path.parent)
+    return [by_number[number] for number in numbers]
 
 
 def _check_size(header: GGUFHeader, which: str) -> None:
-    surplus = header.file_size - header.end_offset
-    if not header.tensors and header.file_size == padded(header.end_offset, header.alignment):
-        return  # `llama-gguf-split --no-tensor-first-split` pads even where no data follows
-    expected = f"(expected {header.end_offset:,})"
-    if header.file_size < ends(header)[0]:  # the last tensor may lack its padding
+    surplus, expected = header.file_size - header.end_offset, f"(expected {header.end_offset:,})"
+    if header.file_size < header.data_end:  # the last tensor may lack its padding
         raise _refused(f"{which} is {-surplus:,} bytes short {expected}", header.path, "download it again")
     check_layout(header)
     if surplus > 0:
@@ -222,29 +208,57 @@ def _check_same_model(headers: Sequence[GGUFHeader]) -> None:
                 raise _refused(f"{says}, shard 1 says {first[key]!r:.80}", header.path)
 
 
-def _warn_of_mixed_types(headers: Sequence[GGUFHeader]) -> None:
-    """Warn of routed experts that share no type with those of earlier shards."""
-    before: list[str] = []
-    for number, header in enumerate(headers, 1):
-        here = [tensor.type for tensor in header.tensors if "_exps." in tensor.name]
-        if min(len(here), len(before)) >= FEW_EXPERTS and set(before).isdisjoint(here):
-            then, now = (", ".join(sorted(set(types))) for types in (before, here))
-            message = (
-                f"{header.path.name}: the routed experts up to shard {number - 1} are {then}, those of shard "
-                f"{number} {now}. A recipe by layer gives this; so do shards of two quantizations"
-            )
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
-        before += here
+def tensor_data(header: GGUFHeader, file: Any, names: Container[str]) -> Iterator[tuple[Tensor, bytes]]:
+    """The bytes of these tensors, from an open file, in pieces of whole quantization blocks."""
+    for tensor in header.tensors:
+        if tensor.name in names:
+            block = TENSOR_TYPES[tensor.type_code][2]
+            most = CHUNK_BYTES // block * block
+            file.seek(header.data_offset + tensor.offset)
+            for start in range(0, tensor.nbytes, most):
+                piece = file.read(min(most, tensor.nbytes - start))
+                if len(piece) < min(most, tensor.nbytes - start):
+                    raise _refused(f"ended inside tensor {tensor.name!r}", header.path, GET_AGAIN)
+                yield tensor, piece
+
+
+def tensor_hashes(
+    headers: Sequence[GGUFHeader],
+    names: Container[str] | None = None,
+    *,
+    opened: Callable[[Path], Any] = lambda path: path.open("rb"),
+    progress: bool = True,
+) -> dict[str, str]:
+    """XXH64 of every tensor (or of these) of the headers, by name, as ``llama-gguf-hash --xxh64`` has it.
+
+    ``opened`` opens a header's file. `LayoutError`: the data is not where a header says.
+    """
+    from xxhash import xxh64
+
+    digests = {
+        t.name: xxh64() for header in headers for t in header.tensors if names is None or t.name in names
+    }
+    total = sum(tensor.nbytes for header in headers for tensor in header.tensors if tensor.name in digests)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="hash", disable=not progress) as bar:
+        for header in headers:
+            check_layout(header)
+            with opened(header.path) as file:
+                for tensor, piece in tensor_data(header, file, digests):
+                    digests[tensor.name].update(piece)
+                    bar.update(len(piece))
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def shard_table(shards: ShardSet) -> pd.DataFrame:
     """One row a shard, index ``shard`` (from 1)."""
     import pandas as pd
 
-    columns = ["shard", "file", "tensors", "first_tensor", "header_bytes", "data_bytes", "file_bytes"]
-    rows = [
-        (number, it.path.name, len(it.tensors), it.tensors[0].name if it.tensors else "")
-        + (it.data_offset, it.data_nbytes, it.file_size)
-        for number, it in enumerate(shards.headers, 1)
-    ]
-    return pd.DataFrame(rows, columns=columns).set_index("shard")
+    columns = {
+        "file": [header.path.name for header in shards.headers],
+        "tensors": [len(header.tensors) for header in shards.headers],
+        "first_tensor": [header.tensors[0].name if header.tensors else "" for header in shards.headers],
+        "header_bytes": [header.data_offset - header.start for header in shards.headers],
+        "data_bytes": [header.data_nbytes for header in shards.headers],
+        "file_bytes": [header.file_size for header in shards.headers],
+    }
+    return pd.DataFrame(columns, pd.RangeIndex(1, len(shards.headers) + 1, name="shard"))

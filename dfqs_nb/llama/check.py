@@ -150,8 +150,8 @@ def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEsti
     with child.Worker(MODULE) as worker:
         plan = _planned(worker, paths[0], [settings])[0]
         kv = KvCacheBytes([{"planned by llama.cpp": plan["kv_bytes"]}])
-        needs = needs if needs.kv.exactness == "exact" else replace(needs, kv=kv)
-        needs = needs.with_compute(plan["compute_bytes"])
+        kv = needs.kv if needs.kv.exactness == "exact" else kv
+        needs = replace(needs, kv=kv, compute_bytes=plan["compute_bytes"])
         check_fits(needs, where=paths[0])
         if not passed.exists():
             started = time.perf_counter()

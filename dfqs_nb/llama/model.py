@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.files import sha256_of
 from dfqs_nb.core.machine import available_memory
@@ -23,7 +24,7 @@ from dfqs_nb.core.progress import heartbeat
 from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.facts import require_model
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import MemoryEstimate, binary_size, check_fits, estimate
+from dfqs_nb.gguf.memory import MemoryEstimate, check_fits, estimate
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama import check
 from dfqs_nb.llama.build import build_llama
@@ -324,7 +325,7 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
     if slow:
         free = available_memory().available_bytes
         paged = placement.place(placement.Model(header), settings.n_ctx, free).disk_token_bytes
-        slow += f". A token reads at least {binary_size(round(paged))} from the disk; dfqs-nb plan says more"
+        slow += f". A token reads at least {size(round(paged))} from the disk; dfqs-nb plan says more"
     if trial:
         with heartbeat(f"trying {first.name}", shards.nbytes):
             needs = check.trial(shards.paths, settings, needs)

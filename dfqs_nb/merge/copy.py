@@ -17,7 +17,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,74 +37,15 @@ TORN_SECONDS = 60  # how long after the last line a punched hole may still have 
 WINDOW_BYTES = 12 << 20  # in a consuming copy at most two windows are on the disk twice
 N_BUFFERS = 3  # one is filled, one hashed, one written
 FAILING = "power was lost, or the disk or the memory is failing"
+LOST = "the journal that belongs to them was lost: download the sources again"
 Event = dict[str, Any]  # a line of the journal
-Copied = tuple[str, dict[str, str], tuple[Identity, ...]]  # SHA-256, XXH64 by tensor, what the sources were
 
 
-class _NameTaken(OutputError):
+class NameTaken(OutputError):
     """Another file took the output's name during the copy."""
 
 
-def copy(
-    plan: Plan,
-    output: Path,
-    accept: Callable[[Path], None],
-    record: Callable[[Path, Copied], None],
-    *,
-    consume: bool = False,
-    replace: bool = False,
-    progress: bool = True,
-) -> None:
-    """Carry out ``plan`` into ``output``, or resume a run that was killed; errors as `merge_model`.
-
-    Before the complete part file gets its name, ``accept`` checks it and ``record`` keeps its hashes. When
-    the copy fails, a consuming one keeps its part file, which holds bytes that the sources no longer have.
-    Any other removes it, unless a person stopped it, or it is complete and its name is taken. ``replace``:
-    take the name from a file that has it.
-    """
-    part, journal = disk.part_path(output), disk.journal_path(output)
-    ours: list[Path] = []  # what this call opened, and may remove when it fails
-    left = "run the same command again to resume" if consume else "the partial output was removed"
-    with disk.readable_errors(output, plan.nbytes, left), disk.only_writer(output):
-        try:
-            with ExitStack() as stack:
-                run = _Run(plan, output, consume, stack, ours)
-                copied = run.copy(progress)
-                accept(part)
-                run.check_sources()
-                record(part, copied)
-                run.part.check(plan.nbytes)
-                _give_name(part, output, replace)
-        except (KeyboardInterrupt, SystemExit, _NameTaken):
-            raise
-        except BaseException as error:
-            if journal not in ours or not windows(read_journal(output)):
-                for path in ours:
-                    path.unlink(missing_ok=True)
-            elif isinstance(error, IntegrityError):
-                hint = f"nothing more was released; keep {part.name}: it has what the sources lack now"
-                raise IntegrityError(error.what, where=error.where, hint=f"{hint}. {error.hint}") from error
-            raise
-        if consume:
-            for path in plan.sources:
-                if path != output:
-                    path.unlink(missing_ok=True)
-            journal.unlink()
-
-
-def _give_name(part: Path, output: Path, replace: bool) -> None:
-    if replace:
-        part.replace(output)
-    else:
-        try:
-            disk.rename_new(part, output)
-        except FileExistsError:
-            hint = f"the result is {part.name}: move the other file away, then run the same command again"
-            raise _NameTaken("another file took this name meanwhile", where=output, hint=hint) from None
-    fsync_dir(output.parent)
-
-
-class _Run:
+class Run:
     """One pass over all windows of a plan; ``stack`` closes its files, and ``ours`` gets their names."""
 
     read_back = True  # a benchmark measures what it costs
@@ -115,74 +56,70 @@ class _Run:
             ours.append(path)
             return file
 
-        journal = disk.journal_path(output)
+        place, self.plan, self.failed = disk.journal_path(output), plan, False
         if not consume and (earlier := read_journal(output)):
             if windows(earlier):
-                raise in_the_way(journal)
-            journal.unlink()  # of a consuming copy that was killed before its first window
-        self.plan, self.failed = plan, False
-        self.journal = Journal(opened(journal), plan, WINDOW_BYTES) if consume else None
-        self.part = Part(opened(disk.part_path(output)))
+                raise in_the_way(place)
+            place.unlink()  # of a consuming copy that was killed before its first window
         self.sources = [
             SourceFile(path, stack.enter_context(disk.open_locked(path, alone=consume)), identity)
             for path, identity in zip(plan.sources, plan.identities, strict=True)
         ]
-        self.window, self.done, self.released = WINDOW_BYTES, dict[int, str](), 0
-        if self.journal is not None:
-            self.journal.begin(self.sources)
-            self.window, self.released = self.journal.window, self.journal.released
-            self.done = self.journal.windows
+        self.journal = Journal(opened(place), plan, self.sources) if consume else None
+        self.window = self.journal.window if self.journal else WINDOW_BYTES
+        self.part = Part(opened(disk.part_path(output)))
         for source in self.sources:
             source.check()
         fsync_dir(output.parent)
 
-    def copy(self, progress: bool) -> Copied:
-        """Copy every window, in order; one is hashed and written while the next is read."""
-        sha256, digests = hashlib.sha256(), {tensor.name: xxhash.xxh64() for tensor in self.plan.tensors}
+    def copy(self, progress: bool) -> tuple[str, dict[str, str], tuple[Identity, ...]]:
+        """Copy every window, in order; one is hashed and written while the next is read.
+
+        Returns SHA-256, XXH64 by tensor, and what the sources were.
+        """
+        plan, sha256 = self.plan, hashlib.sha256()
+        digests = {copy.name: xxhash.xxh64() for copy in plan.copies if plan.by_tensor}
         buffers = [memoryview(mmap.mmap(-1, self.window)) for _ in range(N_BUFFERS)]  # they begin on a page
         jobs: list[list[Future[None]]] = [[] for _ in buffers]  # that still need a buffer's bytes
-        total = self.plan.nbytes
         with (
             ThreadPoolExecutor(1) as hasher,
             ThreadPoolExecutor(1) as writer,
-            tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=not progress) as bar,
+            tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="merge", disable=not progress) as bar,
         ):
-            for number, start in enumerate(range(0, total, self.window)):
+            for number, start in enumerate(range(0, plan.nbytes, self.window)):
                 turn = number % N_BUFFERS
                 for job in jobs[turn]:
                     job.result()
-                view = buffers[turn][: min(self.window, total - start)]
+                view = buffers[turn][: min(self.window, plan.nbytes - start)]
                 copied = self._load(view, start)
                 keep = writer.submit(self._keep, view, start, copied)
                 jobs[turn] = [hasher.submit(sha256.update, view), keep]
-                for tensor, low, high in self.plan.within(self.plan.tensors, start, len(view)):
-                    at = tensor.target_offset - start
-                    digests[tensor.name].update(view[at + low : at + high])
+                for run, low, high in plan.within(start, len(view)) if digests else ():
+                    at = run.target_offset - start
+                    digests[run.name].update(view[at + low : at + high])
                 bar.update(len(view))
             for job in (job for pair in jobs for job in pair):
                 job.result()
-        self.part.finish(total)
+        self.part.finish(plan.nbytes)
         hashes = {name: digest.hexdigest() for name, digest in digests.items()}
         return sha256.hexdigest(), hashes, tuple(source.identity for source in self.sources)
 
     def _load(self, view: memoryview, start: int) -> bool:
         """Fill a window; true: from the part file, because its sources were given back."""
-        end, runs = start + len(view), list(self.plan.within(self.plan.copies, start, len(view)))
+        end, runs = start + len(view), list(self.plan.within(start, len(view)))
         if self.journal is not None and not all(
             self.sources[run.source].stores(run.source_offset + low, run.source_offset + high)
             for run, low, high in runs
         ):
-            if end in self.done:
-                if self.part.read(view, start) < len(view):
+            what, hint = f"the sources have holes where bytes {start:,} to {end:,} come from", LOST
+            if end in self.journal.windows:
+                if self.part.read(view, start) == len(view):
+                    if xxhash.xxh3_64_hexdigest(view) == self.journal.windows[end]:
+                        return True
+                    what, hint = f"bytes {start:,} to {end:,} changed since they were written", FAILING
+                else:
                     what = f"is {end - self.part.size:,} bytes shorter than its journal says"
                     hint = "it was cut or removed meanwhile: put it back, if you can, and run this again"
-                    raise IntegrityError(what, where=self.part.path, hint=hint)
-                if xxhash.xxh3_64_hexdigest(view) != self.done[end]:
-                    what = f"bytes {start:,} to {end:,} changed since they were written"
-                    raise IntegrityError(what, where=self.part.path, hint=FAILING)
-                return True
-            what = f"the sources have holes where bytes {start:,} to {end:,} come from"
-            hint = "the journal that belongs to them was lost: download the sources again"
             raise IntegrityError(what, where=self.part.path, hint=hint)
         view[: max(len(self.plan.header) - start, 0)] = self.plan.header[start:end]
         for run, low, high in runs:
@@ -201,29 +138,29 @@ class _Run:
         if self.failed:
             return
         self.failed = True  # until this window is through
-        end, consume = start + len(view), self.journal is not None
-        copied = copied or (not consume and self.part.has(view, start))
+        end, journal = start + len(view), self.journal
+        copied = copied or (journal is None and self.part.has(view, start))
         if not copied:
             digest = xxhash.xxh3_64_hexdigest(view)
             self.part.write(view, start)
-            back = self.part.from_disk(start, len(view), flush=consume) if self.read_back else view
+            back = view
+            if self.read_back:
+                back = self.part.from_disk(start, len(view), flush=journal is not None)
             if xxhash.xxh3_64_hexdigest(back) != digest:
                 what = f"bytes {start:,} to {end:,} came back from the disk changed"
                 raise IntegrityError(what, where=self.part.path, hint=FAILING)
-            if self.journal is not None:
-                self.journal.add({"end": end, "xxh3": digest}, durable=True)
-        if self.journal is not None:
-            self._release(self.journal, start, end, copied and end <= self.released)
+            if journal is not None:
+                journal.add({"end": end, "xxh3": digest}, durable=True)
+        if journal is not None:
+            earlier = copied and end <= journal.released
+            for run, low, high in self.plan.within(start, len(view)):
+                if low < high:
+                    gap = run.padding if high == run.nbytes else 0
+                    first, last = run.source_offset + low, run.source_offset + high
+                    self.sources[run.source].release(first, last, gap, earlier)
+            if not earlier:
+                journal.add({"released": end})
         self.failed = False
-
-    def _release(self, journal: Journal, start: int, end: int, earlier: bool) -> None:
-        for run, low, high in self.plan.within(self.plan.copies, start, end - start):
-            if low < high:
-                gap = run.padding if high == run.nbytes else 0
-                first, last = run.source_offset + low, run.source_offset + high
-                self.sources[run.source].release(first, last, gap, earlier)
-        if not earlier:
-            journal.add({"released": end})
 
     def check_sources(self) -> None:
         """Raise `IntegrityError` if a source was changed, or replaced, while it was read."""
@@ -232,8 +169,18 @@ class _Run:
             if not (source.path.exists() and os.path.samestat(source.path.stat(), os.fstat(source.handle))):
                 raise disk.changed(source.path)
 
-
-# ---- the journal of a consuming copy ----
+    def give_name(self, output: Path, replace: bool) -> None:
+        """Give the part file its name, if nobody changed it; ``replace``: from a file that has the name."""
+        self.part.check(self.plan.nbytes)
+        try:
+            if replace:
+                self.part.path.replace(output)
+            else:
+                disk.rename_new(self.part.path, output)
+        except FileExistsError:
+            hint = f"the result is {self.part.path.name}: move the other file away and run the command again"
+            raise NameTaken("another file took this name meanwhile", where=output, hint=hint) from None
+        fsync_dir(output.parent)
 
 
 class Journal:
@@ -242,53 +189,49 @@ class Journal:
     One JSON line an event: the plan, its ``window`` in bytes and its sources; ``end`` and ``xxh3`` (XXH3-64)
     of each window that is on the disk and proven; ``released``, when its source bytes were given back. A torn
     last line counts as never written. `core.journal` is for rows in any order whose loss costs time. Here a
-    line must be on the disk before bytes go. `IntegrityError`: another plan's journal, and unfinished.
+    line must be on the disk before bytes go.
+
+    Releasing bytes changes a file's time, which is set back at once. A kill between the two shows as a window
+    without its ``released`` line: then a time soon after that line is the release's own. Any other change of
+    a source is an `IntegrityError`, and so is another plan's journal that is not finished.
     """
 
-    def __init__(self, file: IO[bytes], plan: Plan, window: int) -> None:
-        self.file, self.path, self.plan, self.window = file, Path(file.name), plan, window
-        self.written_ns = os.fstat(file.fileno()).st_mtime_ns
-        self.lines, self.nbytes = _events(file.read())
-        self.windows = windows(self.lines)  # the hash of each that an earlier run did, by its end
-        self.released = 0  # up to where in the target that run gave the source bytes back
+    def __init__(self, file: IO[bytes], plan: Plan, sources: Sequence[SourceFile]) -> None:
+        self.file, written_ns = file, os.fstat(file.fileno()).st_mtime_ns
+        lines, nbytes = _events(file.read())
+        self.windows = windows(lines)  # the hash of each that an earlier run did, by its end
         if not self.windows:
-            self.lines, self.nbytes = [], 0
-            return
-        self.released = max((n for line in self.lines if type(n := line.get("released")) is int), default=0)
-        earlier, same = self.lines[0].get("window"), self.lines[0].get("plan") == plan.fingerprint
-        if not (same and type(earlier) is int and 0 < earlier <= MAX_WINDOW_BYTES) or earlier % mmap.PAGESIZE:
-            raise in_the_way(self.path)
-        self.window = earlier
-
-    def begin(self, sources: Sequence[disk.SourceFile]) -> None:
-        """Write the first line, or resume where an earlier run ended.
-
-        Releasing bytes changes a file's time, which is set back at once. A kill between the two shows as a
-        window without its ``released`` line: then a time soon after that line is the release's own. Any other
-        change of a source is an `IntegrityError`.
-        """
-        recorded = self.lines[0].get("sources") if self.lines else [source.identity for source in sources]
+            lines, nbytes = [], 0
+        identities = [source.identity for source in sources]
+        new: Event = {"plan": plan.fingerprint, "window": WINDOW_BYTES, "sources": identities}
+        head = lines[0] if lines else new
+        window, recorded = head.get("window"), head.get("sources")
+        if type(window) is not int or not 0 < window <= MAX_WINDOW_BYTES or window % mmap.PAGESIZE:
+            raise in_the_way(Path(file.name))
         if not isinstance(recorded, list) or len(recorded) != len(sources):
-            raise in_the_way(self.path)
+            raise in_the_way(Path(file.name))
+        if head.get("plan") != plan.fingerprint:
+            raise in_the_way(Path(file.name))
+        self.window: int = window
+        # up to where in the target the earlier run gave the source bytes back
+        self.released = max((n for line in lines if type(n := line.get("released")) is int), default=0)
         for source, then in zip(sources, recorded, strict=True):
             mtime, now = then.get("mtime_ns") if isinstance(then, dict) else None, source.identity["mtime_ns"]
-            torn = self.lines and "end" in self.lines[-1]
-            if torn and type(mtime) is int and mtime < int(now) <= self.written_ns + TORN_SECONDS * 10**9:
+            torn = lines and "end" in lines[-1]
+            if torn and type(mtime) is int and mtime < int(now) <= written_ns + TORN_SECONDS * 10**9:
                 source.set_time(mtime)
             if source.identity != then:
                 raise disk.changed(source.path)
-        self.file.truncate(self.nbytes)
-        self.file.seek(self.nbytes)
-        if not self.lines:
-            head = {"plan": self.plan.fingerprint, "window": self.window, "sources": recorded}
-            self.add(head, durable=True)
+        file.truncate(nbytes)
+        file.seek(nbytes)
+        if not lines:
+            self.add(new, durable=True)
 
     def add(self, event: Event, *, durable: bool = False) -> None:
         """Append a line; ``durable``: and wait until it is on the disk."""
         rest = line_of(event)
         while rest:  # a disk that is almost full may take a part of a line
             rest = rest[self.file.write(rest) :]
-        self.lines.append(event)
         if durable:
             os.fsync(self.file.fileno())
 
@@ -310,8 +253,7 @@ def windows(lines: Sequence[Event]) -> dict[int, str]:
 
 def _events(raw: bytes) -> tuple[list[Event], int]:
     """The events up to the first line that is none, and where they end."""
-    events: list[Event] = []
-    end = 0
+    events, end = list[Event](), 0
     for line in raw.split(b"\n")[:-1]:
         try:
             event = parse_json(line)

@@ -26,9 +26,6 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre, CIFS or NFS
 Identity = dict[str, int | str]  # of a file: its name, nbytes and mtime_ns
 
 
-# ---- holes ----
-
-
 @cache
 def _libc(name: str) -> Callable[..., int] | None:
     """A function of the C library that Python does not offer; None where it is missing (macOS)."""
@@ -99,9 +96,6 @@ def missing_bytes(path: str | Path) -> tuple[int, int]:
         return missing, first
 
 
-# ---- errors ----
-
-
 @contextmanager
 def readable_errors(output: Path, nbytes: int, left: str) -> Iterator[None]:
     """Turn an `OSError` into an error with a next step; ``left`` says what became of the partial output."""
@@ -127,16 +121,13 @@ def changed(path: Path) -> IntegrityError:
     return IntegrityError("changed since its merge began", where=path, hint=hint)
 
 
-# ---- names, locks and files of our own ----
-
-
-def _beside(ending: str, output: Path) -> Path:
+def part_path(output: Path, ending: str = "part") -> Path:
+    """Where the bytes of an output grow."""
     return output.with_name(f".{output.name}.{ending}")
 
 
-# where the bytes of an output grow, where a consuming copy records what it has proven, and whose lock shows
-# that the output is being written
-part_path, journal_path, lock_path = (partial(_beside, ending) for ending in ("part", "journal", "lock"))
+# where a consuming copy records what it has proven, and whose lock shows that the output is being written
+journal_path, lock_path = (partial(part_path, ending=ending) for ending in ("journal", "lock"))
 
 
 def _opened(path: Path, flags: int, mode: str = "r+b") -> IO[bytes]:
@@ -170,38 +161,36 @@ def open_locked(path: Path, *, alone: bool) -> IO[bytes]:
     `OutputError`: another process reads or consumes it.
     """
     file = _opened(path, os.O_RDWR | os.O_NOFOLLOW) if alone else _opened(path, os.O_RDONLY, "rb")
+    if _locked(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH) is False:
+        file.close()
+        raise OutputError("another process is merging this file", where=path, hint="wait for it to end")
+    return file
+
+
+def _locked(file: IO[bytes], how: int) -> bool | None:
+    """Lock a file until it is closed: whether nobody else had it; None where there are no locks."""
     try:
-        fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        fcntl.flock(file, how | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in NO_LOCKS:
-            return file
-        file.close()
+            return None
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            what = "another process is merging this file"
-            raise OutputError(what, where=path, hint="wait for it to end") from None
+            return False
         raise
-    return file
+    return True
 
 
 def rename_new(path: Path, target: Path) -> None:
     """Rename a file to a name that nothing has; `FileExistsError` where something took it."""
-    rename = _libc("renameat2")
-    if rename is not None:
+    if rename := _libc("renameat2"):
         if rename(AT_FDCWD, os.fsencode(path), AT_FDCWD, os.fsencode(target), NO_REPLACE) == 0:
             return
         number = ctypes.get_errno()
         if number not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
             raise OSError(number, os.strerror(number), str(target))
-    try:
-        os.link(path, target)  # fails where the name is taken, too
-    except FileExistsError:
-        raise
-    except OSError:  # no hard links either: look, then rename
-        if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
-        path.rename(target)
-    else:
-        path.unlink()
+    if os.path.lexists(target):  # macOS, or a network's file system: look, then rename
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    path.rename(target)
 
 
 @contextmanager
@@ -209,12 +198,9 @@ def only_writer(output: Path) -> Iterator[None]:
     """Be the only process that writes ``output``; `OutputError` where another one does."""
     from filelock import FileLock, SoftFileLock, Timeout
 
-    path, locks = lock_path(output), True
+    path = lock_path(output)
     with tempfile.TemporaryFile(dir=output.parent) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            locks = error.errno not in NO_LOCKS
+        locks = _locked(file, fcntl.LOCK_EX)
     lock = FileLock(path, timeout=0) if locks else SoftFileLock(path, timeout=0)
     try:
         lock.acquire()
@@ -227,9 +213,6 @@ def only_writer(output: Path) -> Iterator[None]:
         if locks:
             path.unlink(missing_ok=True)  # while it is held: filelock leaves the file behind
         lock.release()
-
-
-# ---- sources, and the part file ----
 
 
 class SourceFile:
@@ -334,7 +317,7 @@ class Part:
 
     def write(self, view: memoryview, offset: int) -> None:
         """Write all of ``view``."""
-        self._each(lambda *call: os.pwrite(*call), view, offset)
+        self._each(os.pwrite, view, offset)
 
     def read(self, view: memoryview, offset: int) -> int:
         """Fill ``view`` as far as the file goes; the bytes read."""

@@ -8,23 +8,25 @@ holes and neighbours. It gives one sentence on what the file is, and the next st
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from dfqs_nb.core.display import plain, quoted
 from dfqs_nb.core.errors import DfqsError, HeaderError, LayoutError, ShardError
 from dfqs_nb.gguf import facts
-from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, check_layout, ends, next_start, read_header
+from dfqs_nb.gguf import header as reader
+from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, check_layout, read_header, unreadable
 from dfqs_nb.gguf.shards import check_set, find_shards
-from dfqs_nb.merge import byte_parts, disk
-from dfqs_nb.merge.byte_parts import OPENING_BYTES, opening
+from dfqs_nb.merge.disk import missing_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
 
+OPENING_BYTES = 4096
 MAX_PARTS = 10_000  # headers followed inside one file
 AGAIN = "get it from its source again"
 RESUME = "resume the download; or, if a merge with --consume was stopped, run the same command again"
@@ -37,6 +39,11 @@ FORMATS = {  # what other files are, by their first bytes
     rb"lmgg|tjgg|fmgg": "a GGML file (from before GGUF)",
 }
 DOWNLOADING = re.compile(r"\.(incomplete|crdownload|part|partial|download|opdownload|!qB|!ut)$")
+PART_NAME = re.compile(  # of a file cut by bytes: model.gguf.part1of2, model.gguf-split-a
+    r"(?P<whole>.+\.gguf)[._-](part|split)[._-]?(?P<index>\d{1,5}|[a-z]{1,3})"
+    r"(?P<tail>([._-]?of[._-]?(?P<count>\d{1,5}))?)",
+    re.I,
+)
 
 
 class Kind(StrEnum):
@@ -57,30 +64,22 @@ class Kind(StrEnum):
     OTHER_FORMAT = "another format"  # convert it, or get the GGUF
 
 
+REFUSED = {  # what a file is whose header the reader refuses, by the hint; else it is damaged
+    CUT_OFF: Kind.UNFINISHED,
+    reader.FORK: Kind.FOREIGN,
+    reader.REMOVED: Kind.FOREIGN,
+    reader.OTHER_ORDER: Kind.OTHER_FORMAT,
+    reader.OTHER_VERSION: Kind.OTHER_FORMAT,
+}
 Finding = tuple[Kind, str, str]  # and the finding in one sentence, and the next step
-
-
-@dataclass(frozen=True)
-class Part:
-    """One GGUF header inside a file, and the bytes that are its own, from ``start`` in the file.
-
-    The header accounts for ``expected_nbytes``. It is shard ``number`` (from 1) of ``count``.
-    """
-
-    start: int
-    nbytes: int
-    expected_nbytes: int
-    number: int
-    count: int
-    n_tensors: int
 
 
 @dataclass(frozen=True)
 class Diagnosis:
     """What a file is, in a sentence, and the next step, if there is one.
 
-    ``parts`` and ``headers`` are the GGUF headers found inside, in the file's order. ``never_stored``: how
-    many bytes, and where the first of them is.
+    ``headers`` are those inside, in the file's order, and ``end`` is where what they account for ends.
+    ``never_stored``: how many bytes, and where the first of them is.
     """
 
     path: Path
@@ -88,9 +87,9 @@ class Diagnosis:
     finding: str
     next_step: str = ""
     nbytes: int = 0
-    never_stored: tuple[int, int] = (0, 0)
-    parts: tuple[Part, ...] = field(default=(), repr=False)
     headers: tuple[GGUFHeader, ...] = field(default=(), repr=False)
+    end: int = 0
+    never_stored: tuple[int, int] = (0, 0)
 
     @property
     def sound(self) -> bool:
@@ -98,19 +97,29 @@ class Diagnosis:
         return self.kind in (Kind.SINGLE_FILE, Kind.SHARD)
 
     @property
-    def evidence(self) -> tuple[tuple[str, str], ...]:
-        """Rows of (what, value) that the finding rests on."""
-        sizes, (missing, first) = [part.nbytes for part in self.parts], self.never_stored
+    def parts(self) -> list[dict[str, int]]:
+        """A row for each header: where it starts, its bytes (in fact, and by itself), which shard it is."""
+        rows, stops = [], [*(header.start for header in self.headers[1:]), self.end]
+        for header, stop in zip(self.headers, stops, strict=False):
+            number, count = shard_number(header)
+            sizes = {"nbytes": stop - header.start, "expected_nbytes": header.end_offset - header.start}
+            which = {"number": number, "count": count, "n_tensors": len(header.tensors)}
+            rows.append({"start": header.start, **sizes, **which})
+        return rows
+
+    @property
+    def evidence(self) -> dict[str, str]:
+        """What the finding rests on, by name."""
+        sizes, (missing, first) = [part["nbytes"] for part in self.parts], self.never_stored
         whole = 1 < len(sizes) <= 6 and sum(sizes) == self.nbytes
         terms = f" = {' + '.join(f'{size:,}' for size in sizes)}" if whole else ""
-        rows = [("file size", f"{self.nbytes:,} bytes{terms}")]
+        rows = {"file size": f"{self.nbytes:,} bytes{terms}"}
         for part in self.parts[:12]:
-            what = f"shard {part.number} of {part.count}, {part.n_tensors:,} tensors, {part.nbytes:,} bytes"
-            what = f"{what}; it accounts for {part.expected_nbytes:,}"
-            rows.append((f"header at byte {part.start:,}", what))
+            what = "shard {number} of {count}, {n_tensors:,} tensors, {nbytes:,} bytes; it accounts for "
+            rows[f"header at byte {part['start']:,}"] = f"{what}{{expected_nbytes:,}}".format(**part)
         if missing:
-            rows.append(("never stored", f"{missing:,} of {self.nbytes:,} bytes, from byte {first:,} on"))
-        return tuple(rows)
+            rows["never stored"] = f"{missing:,} of {self.nbytes:,} bytes, from byte {first:,} on"
+        return rows
 
 
 def diagnose(path: str | Path, *, allow_holes: bool = False) -> Diagnosis:
@@ -125,21 +134,29 @@ def diagnose(path: str | Path, *, allow_holes: bool = False) -> Diagnosis:
         diagnosis = Diagnosis(path, *by_first_bytes(first, size), size)
         conclusive = not size or diagnosis.kind in (Kind.LFS_POINTER, Kind.DOCUMENT)
         return (None if conclusive else _byte_part(path)) or diagnosis  # nobody cuts a model into these
-    try:
-        diagnosis = _of_headers(path, _walk(path))
-    except HeaderError as error:
-        diagnosis = Diagnosis(path, *_refused_header(first[4:8], size, error), error.hint, size)
+    diagnosis = _by_headers(path, size)
     if not allow_holes:
-        (missing, at), mark = disk.missing_bytes(path), download_mark(path)
+        (missing, at), mark = missing_bytes(path), download_mark(path)
         diagnosis = replace(diagnosis, never_stored=(missing, at))
         seems_fine = diagnosis.kind in (Kind.SINGLE_FILE, Kind.SHARD, Kind.COMPANION, Kind.DAMAGED)
         if seems_fine and (missing or mark):
-            what = f"of the right size, but {mark}"
-            if missing:
-                what = f"of which {missing:,} of its {size:,} bytes were never stored and read as zeros"
-            what = f"a GGUF {what}"
+            what = f"of which {missing:,} of its {size:,} bytes were never stored and read as zeros"
+            what = f"a GGUF {what if missing else f'of the right size, but {mark}'}"
             diagnosis = replace(diagnosis, kind=Kind.UNFINISHED, finding=what, next_step=RESUME)
     return (_byte_part(path) or diagnosis) if diagnosis.kind is Kind.UNFINISHED else diagnosis
+
+
+def opening(path: Path) -> tuple[bytes, int]:
+    """The first bytes of a file, and its size; `HeaderError`: it cannot be read, or is no regular file."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            what = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise HeaderError(f"is {what}, not a model", where=path, hint="name a file")
+        with path.open("rb", buffering=0) as file:
+            return file.read(OPENING_BYTES), status.st_size
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def download_mark(path: Path) -> str:
@@ -148,9 +165,6 @@ def download_mark(path: Path) -> str:
         return f"the control file {plain(path.name)}.aria2 says that aria2 has not finished it"
     suffix = DOWNLOADING.search(path.name)
     return f"its name ends in {suffix[0]}, as that of a download that has not ended" if suffix else ""
-
-
-# ---- a file without a readable header ----
 
 
 def by_first_bytes(first: bytes, size: int) -> Finding:
@@ -165,89 +179,72 @@ def by_first_bytes(first: bytes, size: int) -> Finding:
     if not first.strip(b"\0"):
         finding = f"zeros: the first {len(first):,} bytes of {size:,} were never written"
         return Kind.UNFINISHED, finding, "only its room was reserved: resume or repeat the download"
-    if text := _text(first):
+    text = first.decode("utf-8-sig", "ignore" if len(first) == OPENING_BYTES else "replace").strip()
+    if "\ufffd" not in text and all(char.isprintable() or char.isspace() for char in text):
+        title = re.search(r"<title[^>]*>(.*?)</title", text, re.I | re.S)
+        words = " ".join(re.sub(r"<[^>]*>", " ", title[1] if title else text).split())[:200] or text[:80]
         step = "a server sent this in place of the model: check the address, and that you may download it"
-        return Kind.DOCUMENT, f"a text or web page saved as a model: {text}", step
+        return Kind.DOCUMENT, f"a text or web page saved as a model: {words}", step
     step = "get the GGUF of the model, or convert it with llama.cpp's convert_hf_to_gguf.py"
     known = (f"{what}, not a GGUF" for magic, what in FORMATS.items() if re.match(magic, first, re.DOTALL))
     return Kind.OTHER_FORMAT, next(known, f"not a GGUF: it begins with {first[:8]!r}"), step
 
 
-def _text(first: bytes) -> str:
-    """What a server sent in place of a model, without its tags; empty when it is no text."""
-    text = first.decode("utf-8-sig", "ignore" if len(first) == OPENING_BYTES else "replace").strip()
-    if "\ufffd" in text or any(not char.isprintable() and not char.isspace() for char in text):
-        return ""
-    title = re.search(r"<title[^>]*>(.*?)</title", text, re.I | re.S)
-    return " ".join(re.sub(r"<[^>]*>", " ", title[1] if title else text).split())[:200] or text[:80]
+def byte_parts(path: str | Path) -> tuple[Path, ...]:
+    """All parts of the file that ``path`` is a byte part of, in order; empty when it is none.
 
-
-def _refused_header(version: bytes, size: int, error: HeaderError) -> tuple[Kind, str]:
-    """What a file is that begins as a GGUF and whose header the reader refuses."""
-    if len(version) == 4 and (version[:2] == b"\0\0" != version[2:] or version == b"\1\0\0\0"):
-        return Kind.OTHER_FORMAT, error.what  # the other byte order, or the first version
-    if error.hint == CUT_OFF:
-        return Kind.UNFINISHED, f"cut off inside its header, after {size:,} bytes: {error.what}"
-    if re.search(r"has the type \d+,", error.what):
-        return Kind.FOREIGN, f"a GGUF for another runtime: {error.what}"
-    return Kind.DAMAGED, f"a GGUF with a broken header: {error.what}"
+    Such parts are cuts of one file, not GGUF shards, and *are* to be concatenated as they are. A GGUF header
+    in a later part shows shards under other names. `ShardError`: a part is missing, or of a wrong size.
+    """
+    path = Path(path)
+    if (name := PART_NAME.fullmatch(path.name)) is None:
+        return ()
+    family, numbered = (name["whole"], name["tail"], name["index"].isdigit()), {}
+    for other in path.parent.iterdir():
+        match = PART_NAME.fullmatch(other.name)
+        if match and (match["whole"], match["tail"], match["index"].isdigit()) == family and other.is_file():
+            index = match["index"].lstrip("0")
+            numbered[len(index), index] = other
+    parts = tuple(numbered[index] for index in sorted(numbered))
+    begins = [opening(part)[0].startswith(MAGIC) for part in parts]
+    if any(begins[1:]) or (not begins[0] and re.fullmatch("0*1?|a+", name["index"], re.I)):
+        return ()
+    here = ", ".join(part.name for part in parts[:10]) + " ..." * (len(parts) > 10)
+    what, hint = "", "keep all parts of one file there, and no others; compare their sizes with the source"
+    if name["count"] and len(parts) != int(name["count"]):
+        what = f"{len(parts)} byte parts of {name['whole']}, and their names say {int(name['count'])}"
+    elif not begins[0]:
+        what = f"the first byte part of {name['whole']} is missing or damaged"
+    else:
+        total = sum(part.stat().st_size for part in parts)
+        try:
+            header = read_header(parts[0])
+        except HeaderError as error:
+            if error.hint == CUT_OFF and len(parts) > 1 and parts[0].stat().st_size:
+                return parts  # the header goes on in the second part
+            raise
+        surplus = total - header.end_offset
+        if total not in (header.data_end, header.end_offset):
+            how = f"{surplus:,} more than" if surplus > 0 else f"{-surplus:,} less than"
+            what = f"the {len(parts)} byte parts hold {total:,} bytes, {how} their header accounts for"
+    if what:
+        raise ShardError(f"{what}: {here}", where=path.parent, hint=hint)
+    return parts
 
 
 def _byte_part(path: Path) -> Diagnosis | None:
-    """The diagnosis of a byte part, or None when its name or the parts' content speak against it."""
-    name = byte_parts.part_name(path.name)
-    if name is None:
-        return None
-    parts, whole = byte_parts.siblings(path, name), byte_parts.whole_name(name)
-    if not byte_parts.are_parts(name, parts):
-        return None
-    what = f"a byte part of {plain(whole)}"
+    """The diagnosis of a byte part, or None."""
+    name = PART_NAME.fullmatch(path.name)
+    what = f"a byte part of {plain(name['whole'])}" if name else ""
     try:
-        files = byte_parts.byte_parts(path)
+        if not name or not (files := byte_parts(path)):
+            return None
         total = sum(file.stat().st_size for file in files)
         finding = f"{what}; all {len(files)} are here, together {total:,} bytes"
-        step = f"join them: dfqs-nb merge {quoted(files[0])} -o {quoted(path.with_name(whole))}"
+        step = f"join them: dfqs-nb merge {quoted(files[0])} -o {quoted(path.with_name(name['whole']))}"
     except DfqsError as error:
         finding, step = f"{what}: {error.what}", error.hint
     return Diagnosis(path, Kind.BYTE_PART, finding, step, path.stat().st_size)
-
-
-# ---- the headers inside ----
-
-
-class _Walk(NamedTuple):
-    """The headers of a file one after another; ``end`` is where the last one's data end, or should."""
-
-    headers: tuple[GGUFHeader, ...]
-    end: int
-    size: int
-    error: HeaderError | None  # why the header that starts at `end` cannot be read
-
-
-def _walk(path: Path) -> _Walk:
-    """Follow the headers: where one's data end, with or without padding, the next one's magic may stand."""
-    headers = [read_header(path)]
-    size = headers[0].file_size
-    with path.open("rb", buffering=0) as file:
-        while True:
-            bare, full = ends(headers[-1])
-            start = next_start(headers[-1], file)
-            end = start or (full if size >= full else bare)
-            if start is None or len(headers) == MAX_PARTS or _misplaced(headers[-1]):
-                return _Walk(tuple(headers), end, size, None)
-            try:
-                headers.append(read_header(path, start=end))
-            except HeaderError as refused:
-                return _Walk(tuple(headers), end, size, refused)
-
-
-def _misplaced(header: GGUFHeader) -> LayoutError | None:
-    """Why the tensors do not lie one after another in the file; None when they do."""
-    try:
-        check_layout(header)
-    except LayoutError as error:
-        return error
-    return None
 
 
 def shard_number(header: GGUFHeader) -> tuple[int, int]:
@@ -258,43 +255,61 @@ def shard_number(header: GGUFHeader) -> tuple[int, int]:
     return number + 1, count
 
 
-def _of_headers(path: Path, walk: _Walk) -> Diagnosis:
-    header = walk.headers[0]
-    stops = [*(header.start for header in walk.headers[1:]), walk.end if walk.error else walk.size]
-    parts = tuple(
-        Part(h.start, stop - h.start, ends(h)[1] - h.start, *shard_number(h), len(h.tensors))
-        for h, stop in zip(walk.headers, stops, strict=True)
-    )
-    if len(parts) == 1:
-        sound: Finding = (Kind.SINGLE_FILE, f"a sound model in a single file of {walk.size:,} bytes", "")
-        finding = _layout(path, walk) or _role(header) or _shard(path, header) or sound
+def _by_headers(path: Path, size: int) -> Diagnosis:
+    """Follow the headers: where one's data end, with or without padding, the next one's magic may stand."""
+    headers: list[GGUFHeader] = []
+    start: int | None = 0
+    error: HeaderError | None = None
+    with path.open("rb", buffering=0) as file:
+        while start is not None and len(headers) < MAX_PARTS and error is None:
+            try:
+                headers.append(read_header(path, start, file=file))
+                start = headers[-1].next_start(file)
+            except HeaderError as refused:
+                error = refused
+    if not headers and error:
+        kind = REFUSED.get(error.hint, Kind.DAMAGED)
+        what = "a GGUF that llama.cpp does not read"
+        what = f"cut off inside its header, after {size:,} bytes" if kind is Kind.UNFINISHED else what
+        return Diagnosis(path, kind, f"{what}: {error.what}", error.hint, size)
+    last = headers[-1]
+    end = start or (last.end_offset if size >= last.end_offset else last.data_end)
+    inside = Diagnosis(path, Kind.SINGLE_FILE, "", "", size, tuple(headers), start or size)
+    problem = f"the header at byte {end:,} cannot be read: {error.what}" if error else ""
+    if len(headers) > 1:
+        finding = _several(inside, problem or _problem(headers, size - end))
     else:
-        finding = _several(path, walk, parts)
-    return Diagnosis(path, *finding, walk.size, parts=parts, headers=walk.headers)
+        sound: Finding = (Kind.SINGLE_FILE, f"a sound model in a single file of {size:,} bytes", "")
+        finding = _layout(inside, end, problem) or _role(last) or _shard(path, last) or sound
+    return replace(inside, kind=finding[0], finding=finding[1], next_step=finding[2])
 
 
-def _layout(path: Path, walk: _Walk) -> Finding | None:
+def _layout(inside: Diagnosis, end: int, problem: str) -> Finding | None:
     """What is wrong with where the tensors lie, or where the file ends."""
-    header, (bare, full) = walk.headers[0], ends(walk.headers[0])
+    header, size = inside.headers[0], inside.nbytes
     number, count = shard_number(header)
     what = f"shard {number} of {count}" if count > 1 else "a model in a single file"
-    if walk.size < bare:
-        cut = next(t for t in header.tensors if header.data_offset + t.offset + t.nbytes > walk.size)
-        finding = f"cut off: {full - walk.size:,} bytes short, from tensor {cut.name!r} on"
-        return Kind.UNFINISHED, finding, f"resume the download, or repeat it ({full:,} bytes in all)"
-    if error := _misplaced(header):
+    if size < header.data_end:
+        cut = next(t for t in header.tensors if header.data_offset + t.offset + t.nbytes > size)
+        finding = f"cut off: {header.end_offset - size:,} bytes short, from tensor {cut.name!r} on"
+        return (
+            Kind.UNFINISHED,
+            finding,
+            f"resume the download, or repeat it ({header.end_offset:,} bytes in all)",
+        )
+    try:
+        check_layout(header)
+    except LayoutError as error:
         return Kind.DAMAGED, f"{what}, but {error.what}", error.hint
     for key in ("split.no", "split.count"):
         if key in header and type(header[key]) is not int:
             return Kind.DAMAGED, f"its key {key} is not a number, as llama.cpp needs it", AGAIN
-    if walk.error is not None:
-        finding = f"another GGUF at byte {walk.end:,} that is cut off or broken: {walk.error.what}"
-        return Kind.DAMAGED, f"{what}, and {finding}", AGAIN
-    if walk.size > walk.end:
-        step = f"keep the first {walk.end:,} bytes: `truncate -s {walk.end} {quoted(path)}`"
-        if count > 1:
-            step = f"other shards may follow in a damaged form: {AGAIN}"
-        return Kind.TRAILING_BYTES, f"{what}, and {walk.size - walk.end:,} bytes after its end", step
+    if problem:
+        return Kind.DAMAGED, f"{what}, and another GGUF follows: {problem}", AGAIN
+    if size > end:
+        step = f"keep the first {end:,} bytes: `truncate -s {end} {quoted(inside.path)}`"
+        step = f"other shards may follow in a damaged form: {AGAIN}" if count > 1 else step
+        return Kind.TRAILING_BYTES, f"{what}, and {size - end:,} bytes after its end", step
     return None
 
 
@@ -329,40 +344,33 @@ def _shard(path: Path, header: GGUFHeader) -> Finding | None:
             _, finding, step = by_first_bytes(first, size)
             return Kind.SHARD, f"{what}; but {plain(shard.name)} is {finding}", step
     merged = path.with_name(f"{path.name[: path.name.rindex('-of-') - 6]}.gguf")
-    step = f"dfqs-nb merge {quoted(path)} -o {quoted(merged)}"
-    return Kind.SHARD, f"{what}; all {count} are here", step
+    return Kind.SHARD, f"{what}; all {count} are here", f"dfqs-nb merge {quoted(path)} -o {quoted(merged)}"
 
 
-def _several(path: Path, walk: _Walk, parts: Sequence[Part]) -> Finding:
+def _several(inside: Diagnosis, problem: str) -> Finding:
     """What a file with several headers is."""
-    problem = _problem(walk)
-    if all(part.count == 1 for part in parts):
-        finding = f"{len(parts)} models glued together; a runtime sees the first only"
-        step = f"cut it at byte {parts[1].start:,}, or get the files from their source again"
+    headers, order = inside.headers, [shard_number(header)[0] for header in inside.headers]
+    if all(shard_number(header)[1] == 1 for header in headers):
+        finding = f"{len(headers)} models glued together; a runtime sees the first only"
+        step = f"cut it at byte {headers[1].start:,}, or get the files from their source again"
         return Kind.SEVERAL_MODELS, f"{finding}; {problem}".rstrip("; "), step
     if problem:
         finding = f"shards glued together byte for byte, and not all of them sound: {problem}"
         return Kind.DAMAGED, finding, "get the shards from their source again"
-    order = [part.number for part in parts]
     how = "" if order == sorted(order) else f" in the order {', '.join(map(str, order))}"
-    finding = f"{len(parts)} shards glued together byte for byte{how}, which is no merge: no runtime loads it"
-    return Kind.RAW_CONCATENATION, finding, f"dfqs-nb repair {quoted(path)} --in-place"
+    finding = f"{len(order)} shards glued together byte for byte{how}, which is no merge: no runtime loads it"
+    return Kind.RAW_CONCATENATION, finding, f"dfqs-nb repair {quoted(inside.path)} --in-place"
 
 
-def _problem(walk: _Walk) -> str:
-    """Why the shards in a file are not all the shards of one model; empty when they are."""
-    if walk.error is not None:
-        return f"the header at byte {walk.end:,} cannot be read: {walk.error.what}"
-    if walk.size > walk.end:
-        return f"{walk.size - walk.end:,} bytes follow that belong to no shard"
-    numbers = [number for number, count in map(shard_number, walk.headers) if count > 1]
-    if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
-        return f"shard {', '.join(map(str, twice))} is there twice"
+def _problem(headers: Sequence[GGUFHeader], surplus: int) -> str:
+    """Why the headers in a file are not all the shards of one model; empty when they are."""
+    if surplus > 0:
+        return f"{surplus:,} bytes follow that belong to no shard"
     try:
-        for header in walk.headers:
+        for header in headers:
             check_layout(header)
-        if numbers:
-            check_set(walk.headers, glued=True)
+        if any(shard_number(header)[1] > 1 for header in headers):
+            check_set(headers, glued=True)
     except DfqsError as error:
         return error.what
     return ""

@@ -10,8 +10,7 @@ from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from dfqs_nb.core.errors import HeaderError
-from dfqs_nb.gguf.header import MAGIC, Tensor, padded, read_header
+from dfqs_nb.gguf.header import MAGIC, Tensor, padded
 from dfqs_nb.gguf.shards import ShardSet
 from dfqs_nb.merge.disk import Identity
 
@@ -39,8 +38,8 @@ class Copy:
 class Plan:
     """What a copy writes: ``header``, then each copy in order, ``nbytes`` in all.
 
-    ``identities`` are those of the sources when the plan was made. Each of ``tensors`` gets a hash of its
-    own; none: they are not known yet.
+    ``identities`` are those of the sources when the plan was made. ``by_tensor``: each copy is a tensor, and
+    gets a hash of its own.
     """
 
     sources: tuple[Path, ...]
@@ -48,7 +47,7 @@ class Plan:
     copies: tuple[Copy, ...] = field(repr=False)
     nbytes: int
     identities: tuple[Identity, ...] = field(repr=False)
-    tensors: tuple[Copy, ...] = field(repr=False)
+    by_tensor: bool
 
     @cached_property
     def fingerprint(self) -> str:
@@ -57,16 +56,16 @@ class Plan:
         return hashlib.sha256(self.header + shape.encode("utf-8", "surrogatepass")).hexdigest()
 
     @cached_property
-    def _offsets(self) -> dict[int, list[int]]:
-        return {id(runs): [run.target_offset for run in runs] for runs in (self.copies, self.tensors)}
+    def _offsets(self) -> list[int]:
+        return [copy.target_offset for copy in self.copies]
 
-    def within(self, runs: Sequence[Copy], start: int, nbytes: int) -> Iterator[tuple[Copy, int, int]]:
-        """Those of the copies (or tensors) that reach into a window, and which of their bytes lie in it.
+    def within(self, start: int, nbytes: int) -> Iterator[tuple[Copy, int, int]]:
+        """Those of the copies that reach into a window, and which of their bytes lie in it.
 
         Of a copy that has only padding there the range is empty.
         """
-        for index in range(max(bisect_right(self._offsets[id(runs)], start) - 1, 0), len(runs)):
-            run = runs[index]
+        for index in range(max(bisect_right(self._offsets, start) - 1, 0), len(self.copies)):
+            run = self.copies[index]
             low, high = max(start - run.target_offset, 0), start + nbytes - run.target_offset
             if high <= 0:
                 return
@@ -97,7 +96,7 @@ def plan_merge(shards: ShardSet) -> Plan:
     head = MAGIC + struct.pack("<IQQ", GGUF_VERSION, len(tables), len(kept)) + b"".join(kept + tables)
     head += bytes(padded(len(head), first.alignment) - len(head))
     moved = tuple(replace(copy, target_offset=len(head) + copy.target_offset) for copy in copies)
-    return Plan(sources, head, moved, len(head) + offset, identities(sources), moved)
+    return Plan(sources, head, moved, len(head) + offset, identities(sources), by_tensor=True)
 
 
 def _tensor_record(tensor: Tensor, offset: int) -> bytes:
@@ -110,22 +109,9 @@ def _tensor_record(tensor: Tensor, offset: int) -> bytes:
 
 
 def plan_join(parts: Sequence[Path]) -> Plan:
-    """Put the byte parts of one file together, in order.
-
-    The header is written from memory, so that the first part keeps its own: a consuming join that was killed
-    finds the parts by it.
-    """
-    try:
-        header = read_header(parts[0])
-        tensors = tuple(Copy(t.name, 0, 0, header.data_offset + t.offset, t.nbytes) for t in header.tensors)
-        with parts[0].open("rb") as file:
-            head = file.read(header.data_offset)
-    except HeaderError:
-        tensors, head = (), b""  # it goes on in the second part
+    """Put the byte parts of one file together, in order."""
     copies, offset = [], 0
     for number, part in enumerate(parts):
-        start = 0 if number else len(head)
-        nbytes = part.stat().st_size - start
-        copies.append(Copy(part.name, number, start, offset + start, nbytes))
-        offset += start + nbytes
-    return Plan(tuple(parts), head, tuple(copies), offset, identities(parts), tensors)
+        copies.append(Copy(part.name, number, 0, offset, part.stat().st_size))
+        offset += copies[-1].nbytes
+    return Plan(tuple(parts), b"", tuple(copies), offset, identities(parts), by_tensor=False)

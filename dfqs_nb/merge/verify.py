@@ -10,20 +10,21 @@ import ctypes
 import glob
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from dfqs_nb.core.display import quoted, tqdm
 from dfqs_nb.core.errors import IntegrityError
-from dfqs_nb.core.files import CHUNK_BYTES, read_json, sha256_of_file, write_json
+from dfqs_nb.core.files import read_json, sha256_of_file, write_json
 from dfqs_nb.gguf import models
-from dfqs_nb.gguf.header import GGUFHeader, Tensor, check_layout, read_header
-from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.gguf.types import TENSOR_TYPES
+from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
+from dfqs_nb.gguf.shards import open_shards, tensor_data, tensor_hashes
+from dfqs_nb.merge.disk import Identity
 from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose
 from dfqs_nb.merge.plan import Copy, Plan, identities
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NAMED_AT_MOST = 8  # damaged tensors in one message
-Sources = Sequence[dict[str, Any]]
 AGAIN = "get it from its source again, or merge its shards again"
 ZEROS_BYTES = 4096  # the disk's block: a lost write leaves whole ones
 FEWEST_ZEROS = 16  # such blocks in a row; rows of unused tokens can be zeros, too
@@ -93,33 +93,35 @@ def verify_model(
         headers = (read_header(path),)
         check_layout(headers[0])
     digest, tensors = hash_file(path, headers, progress=progress)
-    expected: dict[str, dict[str, str]] = {"its manifest": manifest.tensors} if manifest else {}
+    published, known = _published(path, digest)
+    equal: list[str] = []
+    if manifest:
+        equal.append(_compared(path, tensors, manifest.tensors, "its manifest"))
     if against:
         glued = diagnose(against) if isinstance(against, (str, Path)) else None
         is_glued = glued is not None and glued.kind is Kind.RAW_CONCATENATION
         theirs = glued.headers if glued and is_glued else open_shards(against).headers
-        expected["the tensors of its shards"] = tensor_hashes(theirs, progress=progress)
-    for what, hashes in expected.items():
-        _compare(path, tensors, hashes, what)
-    published, known = _published(path, digest)
-    kept = manifest.sha256 if manifest else ""
+        hashes = tensor_hashes(theirs, progress=progress)
+        equal.append(_compared(path, tensors, hashes, "the tensors of its shards"))
+    kept = manifest.sha256 if manifest else None
     wholes = {"the SHA-256 that was given": sha256, "the SHA-256 in its manifest": kept}
-    wholes["its published SHA-256"] = known
-    for what, other in wholes.items():
+    for what, other in {**wholes, "its published SHA-256": known}.items():
         if other and other.lower() != digest:
-            equal = "; its tensors are those of its manifest, so header or padding was changed"
-            message = f"SHA-256 is {digest}, {what} is {other.lower()}{equal if manifest else ''}"
+            inner = "; its tensors are those of its manifest, so header or padding was changed"
+            message = f"SHA-256 is {digest}, {what} is {other.lower()}{inner if manifest else ''}"
             raise IntegrityError(message, where=path, hint=f"the file was changed or damaged: {AGAIN}")
+        equal += [what] if other else []
     if data:
         check_data(headers, progress=progress)
     if identities([path]) != before:
         raise IntegrityError("changed while it was read", where=path, hint="try again when it is at rest")
-    if write_manifest and diagnosis.kind is Kind.UNFINISHED:
-        raise IntegrityError(f"gets no manifest: {diagnosis.finding}", where=path, hint=diagnosis.next_step)
+    nbytes = path.stat().st_size
     if write_manifest:
-        save_manifest(path, path, digest, tensors, (), time.perf_counter() - began)
-    compared = (*expected, *(what for what, other in wholes.items() if other))
-    return Verification(path, path.stat().st_size, digest, tensors, compared, published, diagnosis)
+        if diagnosis.kind is Kind.UNFINISHED:
+            what = f"gets no manifest: {diagnosis.finding}"
+            raise IntegrityError(what, where=path, hint=diagnosis.next_step)
+        save_manifest(MergeResult(path, nbytes, digest, tensors, (), time.perf_counter() - began), path)
+    return Verification(path, nbytes, digest, tensors, tuple(equal), published, diagnosis)
 
 
 def _published(path: Path, sha256: str) -> tuple[str, str]:
@@ -131,7 +133,8 @@ def _published(path: Path, sha256: str) -> tuple[str, str]:
     return (f"{known[0][1].name} of {known[0][0].name}", known[0][1].sha256) if known else ("", "")
 
 
-def _compare(path: Path, ours: dict[str, str], expected: dict[str, str], what: str) -> None:
+def _compared(path: Path, ours: dict[str, str], expected: dict[str, str], what: str) -> str:
+    """``what``, if these hashes are equal to those; else an `IntegrityError` names the tensors."""
     damaged = [name for name in expected if name in ours and ours[name] != expected[name]]
     if damaged:
         message = f"{len(damaged)} of {len(expected):,} tensors differ from {what}: {_named(damaged)}"
@@ -139,27 +142,31 @@ def _compare(path: Path, ours: dict[str, str], expected: dict[str, str], what: s
     if odd := sorted(ours.keys() ^ expected.keys()):
         message = f"has not the same tensors as {what}: {_named(odd)}"
         raise IntegrityError(message, where=path, hint="these are of different models")
+    return what
 
 
-def _named(names: Iterable[str]) -> str:
-    first = list(names)
-    return ", ".join(first[:NAMED_AT_MOST]) + ", ..." * (len(first) > NAMED_AT_MOST)
-
-
-# ---- the manifest ----
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED_AT_MOST]) + ", ..." * (len(names) > NAMED_AT_MOST)
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a manifest holds; ``tensors`` has XXH64 by name."""
+class MergeResult:
+    """A model that passed every check, as its manifest keeps it.
 
+    ``tensors`` has XXH64 of each tensor's bytes, as ``llama-gguf-hash`` prints it. ``mtime_ns`` and ``inode``
+    are the file's. ``reused``: nothing was written; an earlier merge of the same shards was used, or the file
+    itself.
+    """
+
+    path: Path
     nbytes: int
-    mtime_ns: int
     sha256: str
-    seconds: float
-    sources: list[dict[str, Any]]
     tensors: dict[str, str]
+    sources: tuple[Identity, ...]
+    seconds: float
+    mtime_ns: int = 0
     inode: int = 0
+    reused: bool = False
 
 
 def manifest_path(output: Path) -> Path:
@@ -167,15 +174,17 @@ def manifest_path(output: Path) -> Path:
     return output.with_name(output.name + ".manifest.json")
 
 
-def read_manifest(path: Path) -> Manifest | None:
-    """The manifest of a model, or None; `IntegrityError`: it cannot be read, or is of another size."""
+def read_manifest(path: Path) -> MergeResult | None:
+    """What the manifest of a model holds, or None; `IntegrityError`: it is broken, or of another size."""
     place = manifest_path(path)
     if not place.exists():
         return None
     from pydantic import TypeAdapter, ValidationError  # here: it is slow to import
 
     try:
-        manifest = TypeAdapter(Manifest).validate_python(read_json(place))
+        content = read_json(place)
+        fields = content if isinstance(content, dict) else {}
+        kept = TypeAdapter(MergeResult).validate_python({**fields, "path": path, "reused": False})
     except (OSError, ValueError) as error:
         problem = str(error)
         if isinstance(error, ValidationError):
@@ -183,26 +192,21 @@ def read_manifest(path: Path) -> Manifest | None:
         hint = f"remove it; if you trust the model: `dfqs-nb verify {quoted(path)} --write-manifest`"
         raise IntegrityError(f"cannot be read ({problem})", where=place, hint=hint) from error
     size = path.stat().st_size
-    if manifest.nbytes != size:
-        message = f"has {size:,} bytes, its manifest says {manifest.nbytes:,}"
+    if kept.nbytes != size:
+        message = f"has {size:,} bytes, its manifest says {kept.nbytes:,}"
         raise IntegrityError(message, where=path, hint=AGAIN)
-    return manifest
+    return kept
 
 
-def save_manifest(
-    output: Path, file: Path, sha256: str, tensors: dict[str, str], sources: Sources, seconds: float
-) -> None:
-    """Write the manifest of ``output``, whole or not at all; ``file`` is where its bytes are now."""
-    stat, place = file.stat(), manifest_path(output)
+def save_manifest(result: MergeResult, file: Path) -> None:
+    """Write the manifest of a result, whole or not at all; ``file`` is where its bytes are now."""
+    stat, place = file.stat(), manifest_path(result.path)
     stem = glob.escape(os.fsdecode(os.fsencode(place.name)[:80]))  # as `whole_file` names its temporary file
     for stale in place.parent.glob(f".{stem}.*.part"):
         stale.unlink()  # of a run that was killed here
-    facts = {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino, "sha256": sha256}
-    facts |= {"seconds": seconds, "sources": list(sources), "tensors": tensors}
-    write_json(place, {"file": output.name, **facts})
-
-
-# ---- hashes ----
+    content = {"file": result.path.name, "nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    content |= {"inode": stat.st_ino, "sha256": result.sha256, "seconds": result.seconds}
+    write_json(place, {**content, "sources": result.sources, "tensors": result.tensors})
 
 
 def hash_file(
@@ -212,11 +216,11 @@ def hash_file(
     size, position = path.stat().st_size, 0
     placed = [Copy(t.name, 0, 0, h.data_offset + t.offset, t.nbytes) for h in headers for t in h.tensors]
     runs = tuple(sorted(placed, key=lambda run: run.target_offset))
-    plan, digests = Plan((path,), b"", runs, size, (), runs), {run.name: xxhash.xxh64() for run in runs}
+    plan, digests = Plan((path,), b"", runs, size, (), True), {run.name: xxhash.xxh64() for run in runs}
 
     def update(chunk: bytes) -> None:
         nonlocal position
-        for run, low, high in plan.within(runs, position, len(chunk)):
+        for run, low, high in plan.within(position, len(chunk)):
             at = run.target_offset - position
             digests[run.name].update(memoryview(chunk)[at + low : at + high])
         position += len(chunk)
@@ -233,22 +237,8 @@ def hash_file(
     return sha256, {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def tensor_hashes(headers: Sequence[GGUFHeader], *, progress: bool = True) -> dict[str, str]:
-    """XXH64 of every tensor of these headers, by name, as ``llama-gguf-hash --xxh64`` has it.
-
-    `LayoutError`: the data is not where a header says.
-    """
-    hashes: dict[str, str] = {}
-    for header in headers:
-        check_layout(header)
-    for path in dict.fromkeys(header.path for header in headers):
-        inside = [header for header in headers if header.path == path]
-        hashes |= hash_file(path, inside, progress=progress)[1]
-    return {tensor.name: hashes[tensor.name] for header in headers for tensor in header.tensors}
-
-
 def check_data(headers: Sequence[GGUFHeader], *, progress: bool = True) -> None:
-    """Look at the tensors' own bytes for what a lost write or a broken conversion leaves.
+    """Look at the bytes of the tensors in one file for what a lost write or a broken conversion leaves.
 
     `IntegrityError` names the tensors that have a long run of zeros, or values or scales that are not finite
     numbers, by llama.cpp's own check (``ggml_validate_row_data``).
@@ -257,36 +247,26 @@ def check_data(headers: Sequence[GGUFHeader], *, progress: bool = True) -> None:
 
     arguments = ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t
     validate = ggml_function("ggml_validate_row_data", ctypes.c_bool, *arguments)
-    zeros: dict[str, int] = {}
-    broken: dict[str, None] = {}
-    total = sum(tensor.nbytes for header in headers for tensor in header.tensors)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="data", disable=not progress) as bar:
-        for tensor, piece in _tensor_data(headers):
+    zeros, broken, path = Counter[str](), dict[str, None](), headers[0].path
+    names = {tensor.name: tensor.nbytes for header in headers for tensor in header.tensors}
+    with (
+        path.open("rb") as file,
+        tqdm(total=sum(names.values()), unit="B", unit_scale=True, desc="data", disable=not progress) as bar,
+    ):
+        for tensor, piece in (pair for header in headers for pair in tensor_data(header, file, names)):
             if not validate(tensor.type_code, piece, len(piece)):
                 broken[tensor.name] = None
             if run := _run_of_zeros(piece):
-                zeros[tensor.name] = zeros.get(tensor.name, 0) + run
+                zeros[tensor.name] += run
             bar.update(len(piece))
     if broken:
-        message = f"{len(broken)} tensors hold values that are not finite numbers: {_named(broken)}"
-        raise IntegrityError(message, where=headers[0].path, hint=AGAIN)
+        message = f"{len(broken)} tensors hold values that are not finite numbers: {_named([*broken])}"
+        raise IntegrityError(message, where=path, hint=AGAIN)
     if zeros:
-        rows = _named(f"{name} ({nbytes:,} bytes)" for name, nbytes in zeros.items())
+        rows = _named([f"{name} ({nbytes:,} bytes)" for name, nbytes in zeros.items()])
         message = f"{len(zeros)} tensors have long runs of zeros, as lost writes leave: {rows}"
         hint = "compare its SHA-256 with a published one, or download it again"
-        raise IntegrityError(message, where=headers[0].path, hint=hint)
-
-
-def _tensor_data(headers: Sequence[GGUFHeader]) -> Iterator[tuple[Tensor, bytes]]:
-    """Each tensor's bytes, in pieces of whole quantization blocks."""
-    for header in headers:
-        with header.path.open("rb", buffering=0) as file:
-            for tensor in header.tensors:
-                block = TENSOR_TYPES[tensor.type_code][2]
-                most = CHUNK_BYTES // block * block
-                file.seek(header.data_offset + tensor.offset)
-                for start in range(0, tensor.nbytes, most):
-                    yield tensor, file.read(min(most, tensor.nbytes - start))
+        raise IntegrityError(message, where=path, hint=hint)
 
 
 def _run_of_zeros(piece: bytes) -> int:
@@ -308,11 +288,10 @@ def compare_tensors(model: str | Path, shards: str | Path | Sequence[str | Path]
     """
     import pandas as pd
 
-    header = read_header(model)
-    ours = tensor_hashes([header])
+    header, parts = read_header(model), open_shards(shards).headers
+    ours, theirs = tensor_hashes([header]), tensor_hashes(parts)
     rows = {tensor.name: (0, tensor.nbytes, "", ours[tensor.name]) for tensor in header.tensors}
-    for number, shard in enumerate(open_shards(shards).headers, 1):
-        theirs = tensor_hashes([shard])
+    for number, shard in enumerate(parts, 1):
         for t in shard.tensors:
             rows[t.name] = (number, t.nbytes, theirs[t.name], ours.get(t.name, ""))
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["shard", "bytes", "in_shard", "in_file"])

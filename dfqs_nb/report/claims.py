@@ -14,10 +14,16 @@ import pandas as pd
 from dfqs_nb import scores
 from dfqs_nb.gguf.facts import bits_per_weight, class_of, layer_of, parameters, types_by_bytes
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import CACHE_TYPES, kv_cache_bytes, weights_bytes
+from dfqs_nb.gguf.memory import (
+    CACHE_TYPES,
+    FLASH,
+    active_bytes,
+    kv_cache_bytes,
+    published,
+    published_shape,
+    weights_bytes,
+)
 from dfqs_nb.gguf.models import registered
-from dfqs_nb.gguf.published import published, published_shape
-from dfqs_nb.gguf.reading import FLASH, active_bytes
 from dfqs_nb.merge import methods_table
 from dfqs_nb.report import spec as tables
 from dfqs_nb.report.envelope import CONTEXTS, SINGLE, iq1_s_experts_bytes

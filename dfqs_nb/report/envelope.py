@@ -16,10 +16,8 @@ import pandas as pd
 
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import kv_cache_bytes, weights_bytes
+from dfqs_nb.gguf.memory import FLASH, active_bytes, kv_cache_bytes, published_shape, weights_bytes
 from dfqs_nb.gguf.models import registered
-from dfqs_nb.gguf.published import published_shape
-from dfqs_nb.gguf.reading import FLASH, active_bytes
 from dfqs_nb.report.spec import GB, claims_spec, filled, requirements_spec
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import numpy as np
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.machine import random_read_speed, usable_cores, watched_load
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.gguf.reading import FLASH, ActiveBytes, active_bytes, cache_bytes_read
+from dfqs_nb.gguf.memory import FLASH, ActiveBytes, active_bytes, cache_bytes_read
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.timing import measure_speed
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError, SpaceError
 from dfqs_nb.core.files import write_text
 from dfqs_nb.core.machine import available_memory, gpu_memories, usable_cores
@@ -27,7 +28,7 @@ from dfqs_nb.core.paths import data_dir, public_address, tilde
 from dfqs_nb.gguf import models as registry
 from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.facts import require_model
-from dfqs_nb.gguf.memory import binary_size, check_fits, estimate
+from dfqs_nb.gguf.memory import check_fits, estimate
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.llama.settings import threads_for
 
@@ -124,7 +125,7 @@ def _environment(quote: Callable[[Any], str], folder: Path) -> jinja2.Environmen
         keep_trailing_newline=True,
     )  # autoescape is for HTML: `finalize` quotes for each kind of file
     made.globals |= {"host": HOST, "prompt": PROMPT, "build": BUILD}
-    made.filters |= {"json": json.dumps, "bytes": binary_size, "number": "{:,}".format}
+    made.filters |= {"json": json.dumps, "bytes": size, "number": "{:,}".format}
     return made
 
 

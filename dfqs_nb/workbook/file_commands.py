@@ -44,7 +44,8 @@ def _inspect(path: str, quick: bool) -> bool:
         copy = stack.enter_context(remote.headers_of(path)) if models.is_address(path) else None
         local = copy.path if copy else Path(path)
         diagnosis = diagnose(local, allow_holes=copy is not None)
-        rows, step = _header_rows(local) if diagnosis.sound else dict(diagnosis.evidence), diagnosis.next_step
+        rows = _header_rows(local) if diagnosis.sound else diagnosis.evidence
+        step = diagnosis.next_step
         if copy:
             step = step and f"after the download: {step.replace(f'{local.parent}/', '')}"
             rows["read over the network"] = f"{copy.fetched_bytes:,} bytes of headers"
@@ -89,8 +90,7 @@ def _header_rows(path: Path) -> dict[str, Any]:
     known = facts.identity(header) | facts.architecture(header)
     rows, experts = {k: value for k, value in known.items() if value != "not stated"}, facts.experts(header)
     if experts.total:
-        layers = f"{experts.moe_layers} layers, {experts.hash_layers} of them by hash"
-        rows["experts"] = f"{experts.used} of {experts.total} a token, {experts.shared} shared, {layers}"
+        rows["experts"] = experts.sentence
     for row in facts.class_sizes(header):
         bits = f"{row['bytes']:>16,} bytes {row['bits_per_weight']:7.2f} bits a weight"
         rows[row["class"]] = f"{bits}  {row['types']}"
@@ -295,13 +295,13 @@ def _speeds(placed: Any, outlook: Any, given: dict[str, float]) -> dict[str, flo
 
 def _advice(placed: Any, largest: int, speeds: dict[str, float], outlook: Any) -> list[str]:
     lines = [f"largest context: {largest:,} tokens" if largest else "no context fits"]
-    bound = placed.tokens_per_sec(speeds)
+    bound, unknown = placed.bound(speeds)
     stated = ", ".join(f"{name} {value / 1e9:.3g} GB/s" for name, value in speeds.items())
     if bound:
         lines.append(f"at most {bound:.2f} tokens/s by reading weights alone ({stated})")
-    elif unknown := dict.fromkeys(name.split()[0] for name in placed.unknown_speeds(speeds)):
-        options = " and ".join(f"--{name.lower()}-gbs" for name in unknown)
-        lines.append(f"no bound on speed: {', '.join(unknown)} not measured; give {options}, in GB/s")
+    elif kinds := dict.fromkeys(name.split()[0] for name in unknown):
+        options = " and ".join(f"--{name.lower()}-gbs" for name in kinds)
+        lines.append(f"no bound on speed: {', '.join(kinds)} not measured; give {options}, in GB/s")
     if not placed.works:
         lines.append("memory does not hold the cache and the compute buffer: lower --context")
     elif placed.disk_token_bytes:
@@ -335,22 +335,3 @@ def diff(
         say("\n".join(f"  {line}" for line in lines))
     say(difference.sentence)
     raise typer.Exit(int(not difference.equal))
-
-
-@app.command(rich_help_panel=FILES)
-def specimen(
-    output: Path = Argument(..., metavar="OUT", help="The file to write."),
-    full_size: bool = Option(False, "--full-size", help="All experts and tokens: 62.7 GB for all layers."),
-    layers: int = Option(0, help="Default: 8, and with --full-size all 43."),
-    concatenated: bool = Option(False, "--concatenated", help="Two glued shards, like the published file."),
-) -> None:
-    """Write a model of the published shape with random weights.
-
-    It rehearses the real size. The same command writes the same bytes.
-    Examples: `dfqs-nb specimen small.gguf`, `dfqs-nb specimen flash.gguf --full-size --concatenated`
-    """
-    from dfqs_nb.gguf.specimen import SMALL_LAYERS, Shape, write_specimen
-
-    shape = Shape.full(layers or None) if full_size else Shape(n_layers=layers or SMALL_LAYERS)
-    path = write_specimen(output, shape, concatenated=concatenated)
-    say(f"{path}: {path.stat().st_size:,} bytes, {shape.n_layers} layers, {shape.n_experts} experts")

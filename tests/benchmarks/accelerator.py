@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,9 +24,12 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+from specimen import write_specimen
+
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.placement import EXPERTS
-from dfqs_nb.gguf.specimen import write_specimen
 from dfqs_nb.llama import OpenSettings, open_model
 from dfqs_nb.llama.build import default_params
 from dfqs_nb.llama.timing import measure_speed

@@ -48,7 +48,7 @@ for number, share in enumerate((0.8, 0.2)):
                 left -= file.write(os.urandom(min(left, 4 << 20)))
 """
 OURS = (
-    "import sys; from dfqs_nb.merge import copy, merge_model\ncopy._Run.read_back = %s\n"
+    "import sys; from dfqs_nb.merge import copy, merge_model\ncopy.Run.read_back = %s\n"
     "merge_model(sys.argv[1], sys.argv[2], progress=False)"
 )
 DISK = """
@@ -61,7 +61,7 @@ PLAN = {
     "the same, and plan the merge": "from dfqs_nb.gguf.shards import open_shards\nfrom dfqs_nb.merge.plan import plan_merge\n"
     "call = lambda: plan_merge(open_shards(sys.argv[1]))",
     "the same, and every check before the first byte (a dry run)": "from pathlib import Path\nfrom dfqs_nb.gguf.shards import open_shards\n"
-    "from dfqs_nb.merge import checks\nfrom dfqs_nb.merge.plan import plan_merge\nimport shutil\n"
+    "from dfqs_nb.merge import merge as checks\nfrom dfqs_nb.merge.plan import plan_merge\nimport shutil\n"
     "shutil.disk_usage = lambda p: shutil._ntuple_diskusage(0, 0, 1 << 60)\n"
     "checks.disk.missing_bytes = lambda path: (0, 0)  # the shards are sparse\n"
     "call = lambda: checks.check_output(Path(sys.argv[1] + '.out'), plan_merge(open_shards(sys.argv[1])))",

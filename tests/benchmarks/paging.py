@@ -32,8 +32,12 @@ from typing import Any
 import numpy as np
 import psutil
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+import specimen
+
 from dfqs_nb.core.machine import available_memory, random_read_speed
-from dfqs_nb.gguf import placement, specimen
+from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama import paging
 from dfqs_nb.llama.model import open_model

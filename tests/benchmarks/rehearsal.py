@@ -2,7 +2,7 @@
 
 ``python tests/benchmarks/rehearsal.py FOLDER [--full-size] [--layers 8] [--budget-minutes 60]``
 
-It writes a specimen (`dfqs-nb specimen --concatenated`) into FOLDER, inspects it, repairs it in place, runs the
+It writes a specimen (`tests/support/specimen.py --concatenated`) into FOLDER, inspects it, repairs it in place, runs the
 notebooks on it within the budget, prints a table in Markdown, and deletes the specimen. Without ``--full-size`` the
 specimen has 16 experts a layer and a small vocabulary (2 GB with 8 layers); with it, 62.7 GB.
 """
@@ -25,9 +25,9 @@ NOTEBOOKS = "01 02 03 04 05 07"
 
 
 def step(name: str, *words: str) -> dict[str, Any]:
-    """Run ``dfqs-nb`` with these words; its time, and what it and its children read and wrote."""
-    began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "dfqs_nb", *words], cwd=ROOT)
+    """Run ``dfqs-nb``, or a script, with these words; its time, and what it and its children read and wrote."""
+    began, program = time.perf_counter(), [] if words[0].endswith(".py") else ["-m", "dfqs_nb"]
+    process = subprocess.Popen([sys.executable, *program, *words], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     row = {
         "step": name,
@@ -57,7 +57,7 @@ def rehearse(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
     try:
         return [
-            step("write the specimen", "specimen", str(model), *size, "--concatenated"),
+            step("write the specimen", "tests/support/specimen.py", str(model), *size, "--concatenated"),
             step("inspect the concatenation", "inspect", "--quick", str(model)),
             step("repair it in place", "repair", str(model), "--in-place"),
             step("plan", "plan", str(model)),

@@ -37,7 +37,6 @@ PLAIN: list[tuple[Any, str]] = [
 ACTIONS: dict[str, Callable[[str | Path, str | Path], Any]] = {
     "merge": lambda model, output: merge.merge_model(model, output, progress=False),
     "consume": lambda model, output: merge.merge_model(model, output, consume=True, progress=False),
-    "join": lambda model, output: merge.merge_model(model, output, consume=True, progress=False),
     "repair": lambda model, output: merge.repair(model, in_place=True, progress=False),
 }
 

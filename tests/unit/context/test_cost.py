@@ -16,8 +16,7 @@ from dfqs_nb.context.cost import PrefillSpeed, memory_table, predict_failure, se
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.memory import kv_cache_bytes
-from dfqs_nb.gguf.published import flash_cache_table, published_shape
+from dfqs_nb.gguf.memory import flash_cache_table, kv_cache_bytes, published_shape
 from dfqs_nb.llama.check import dry_run
 from dfqs_nb.llama.settings import OpenSettings
 

@@ -31,15 +31,19 @@ HEADERS = {
     "not a GGUF": (
         b"\x89PNG\r\n\x1a\n" + bytes(60),
         r"not a GGUF file: starts with b'\\x89PNG'",
-        "check what",
+        "dfqs-nb inspect",
     ),
-    "two bytes of a GGUF": (b"GG", "not a GGUF file: starts with b'GG'", "check what"),
+    "two bytes of a GGUF": (b"GG", "not a GGUF file: starts with b'GG'", "dfqs-nb inspect"),
     "a Git LFS pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
-        "a Git LFS pointer",
-        "git lfs pull",
+        "not a GGUF file: starts with b'vers'",
+        "dfqs-nb inspect",
     ),
-    "a web page": (b"<!DOCTYPE html><html>404</html>", "a web page, not a model", "'resolve' address"),
+    "a web page": (
+        b"<!DOCTYPE html><html>404</html>",
+        "not a GGUF file: starts with b'<!DO'",
+        "dfqs-nb inspect",
+    ),
     "big-endian": (
         gguf_bytes([field("k", "UINT32", 1, ">")], order=">"),
         "a big-endian GGUF",

@@ -13,8 +13,7 @@ from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.broken import reference_shards
 from dfqs_nb.gguf.facts import layer_of
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.memory import kv_cache_bytes
-from dfqs_nb.gguf.reading import active_bytes
+from dfqs_nb.gguf.memory import active_bytes, kv_cache_bytes
 
 GB = 1 << 30
 MACHINES = [
@@ -96,14 +95,14 @@ def test_flags_read_as_people_write_them(flash):
 def test_more_of_anything_is_never_slower_and_never_holds_less(flash):
     model, speeds = placement.Model(flash), {"GPU": 936e9, "RAM": 80e9, "disk": 3.5e9}
     rates = [
-        placement.place(model, 8192, ram * GB, [card * GB for card in cards]).tokens_per_sec(speeds)
+        placement.place(model, 8192, ram * GB, [card * GB for card in cards]).bound(speeds)[0]
         for ram, cards in ((16, ()), (32, ()), (64, ()), (64, (24,)), (64, (24, 24)), (64, (80,)))
     ]
     assert rates == sorted(rates)
     card = placement.place(model, 8192, 64 * GB, [24 * GB])
-    assert card.tokens_per_sec({"RAM": 80e9}) is None and card.unknown_speeds({"RAM": 80e9}) == ["GPU 0"]
+    assert card.bound({"RAM": 80e9}) == (None, ["GPU 0"])
     paged = placement.place(model, 8192, 16 * GB, [])
-    assert paged.tokens_per_sec({"RAM": 80e9}) is None and paged.unknown_speeds({"RAM": 80e9}) == ["disk"]
+    assert paged.bound({"RAM": 80e9}) == (None, ["disk"])
 
 
 def test_the_largest_context_is_the_largest(flash):

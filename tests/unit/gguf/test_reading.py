@@ -8,7 +8,7 @@ from gguf_fixtures import real_size_header
 from conftest import REFERENCE
 from dfqs_nb.gguf import facts as header_facts
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.reading import FLASH, active_bytes, cache_bytes_read
+from dfqs_nb.gguf.memory import FLASH, active_bytes, cache_bytes_read
 from dfqs_nb.gguf.shards import open_shards
 
 Q8_0 = 34 / 32

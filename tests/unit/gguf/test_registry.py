@@ -126,19 +126,9 @@ def test_local_shard_is_given_back_alone():
     assert registry.resolve(str(REFERENCE / SHARDS[1])) == (REFERENCE / SHARDS[1],)
 
 
-def test_folder_of_one_model(tmp_path):
-    for name in reversed(SHARDS):
-        shutil.copy(REFERENCE / name, tmp_path)
-    assert [path.name for path in registry.resolve(tmp_path)] == list(SHARDS)
-
-
-def test_folder_of_two_models_or_none(tmp_path):
-    with pytest.raises(
-        RegistryError, match="3 models .*DFQS-Nano-F16.gguf, DFQS-Nano-IQ1_S-XL, DFQS-Nano-Q8_0"
-    ):
+def test_a_folder_is_no_model():
+    with pytest.raises(RegistryError, match="is a folder; give the path of a file in it"):
         registry.resolve(REFERENCE)
-    with pytest.raises(RegistryError, match="no .gguf file"):
-        registry.resolve(tmp_path)
 
 
 @pytest.mark.parametrize(

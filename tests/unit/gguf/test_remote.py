@@ -84,7 +84,12 @@ def test_all_shards_of_a_set_are_read_from_the_address_of_any(server, tmp_path, 
     server.log.clear()
     done = dfqs(server, tmp_path, "inspect", where)
     assert done.returncode == 0, done.stdout + done.stderr
-    for words in (f"{REAL_TENSORS:,}", "284,332,240,471", "6 of 256 a token", "loader takes this file"):
+    for words in (
+        f"{REAL_TENSORS:,}",
+        "284,332,240,471",
+        "6 of 256 experts a token",
+        "loader takes this file",
+    ):
         assert words in done.stdout, done.stdout
     assert sum(request.sent for request in server.log) < MOST_BYTES
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import specimen
 from gguf_fixtures import REAL_TENSORS, real_size_tensors
 
 from dfqs_nb.core.errors import DfqsError, OutputError, SpaceError
-from dfqs_nb.gguf import facts, specimen
+from dfqs_nb.gguf import facts
 from dfqs_nb.gguf.header import check_layout, read_header
 from dfqs_nb.gguf.remote import outline
 from dfqs_nb.llama.check import loader_verdict

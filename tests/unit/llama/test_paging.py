@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import specimen
 from moe_models import VOCAB, write_model
 
 from dfqs_nb.core import machine
@@ -23,7 +24,7 @@ from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import Memory
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.gguf import placement, specimen
+from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.broken import glue
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.placement import Layout

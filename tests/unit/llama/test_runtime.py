@@ -22,7 +22,7 @@ from dfqs_nb.core.errors import DfqsError, ModelError, SpaceError
 from dfqs_nb.core.machine import available_memory
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.reading import active_bytes
+from dfqs_nb.gguf.memory import active_bytes
 from dfqs_nb.llama import check
 from dfqs_nb.llama import generate as llama_generate
 from dfqs_nb.llama import model as llama_model
@@ -526,7 +526,7 @@ def test_context_that_cannot_fit_is_refused_before_llama_cpp(monkeypatch):
 def test_compute_buffer_that_cannot_fit_is_refused_in_the_child(nano, monkeypatch):
     """llama.cpp plans about 4 kB a token here, 20 times the cache, so this context fails by its compute buffer."""
     n_ctx = nano_context_for(available_memory().available_bytes * 5 // 4)
-    with pytest.raises(SpaceError, match=r"compute buffer [\d.,]+ GiB"):
+    with pytest.raises(SpaceError, match=r"compute buffer [\d.,]+ GB"):
         open_model(NANO, dataclasses.replace(SETTINGS, n_ctx=n_ctx))
 
 

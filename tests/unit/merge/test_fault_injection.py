@@ -26,7 +26,8 @@ from killable import ACTIONS, SMALL_WINDOW_BYTES
 from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf.shards import open_shards, shard_path
-from dfqs_nb.merge import checks, copy, disk, merge_model, open_source
+from dfqs_nb.merge import copy, disk, merge_model, open_source
+from dfqs_nb.merge import merge as merging
 from dfqs_nb.merge.copy import read_journal
 from dfqs_nb.merge.disk import journal_path, lock_path, part_path
 from dfqs_nb.merge.plan import Plan, plan_merge
@@ -120,24 +121,8 @@ def new_case(action: str, folder: Path) -> Case:
         output = folder / "glued.gguf"
         output.write_bytes(b"".join(path.read_bytes() for path in SHARDS))
         return Case(action, (output,), output, open_source(output).plan)
-    if action == "join":
-        return Case(
-            action, byte_parts_of(folder), folder / "out.gguf", open_source(folder / "m.gguf.part1of3").plan
-        )
     sources = tuple(Path(shutil.copy(path, folder)) for path in SHARDS)
     return Case(action, sources, folder / "out.gguf", plan_merge(open_shards(sources[0])))
-
-
-def byte_parts_of(folder: Path) -> tuple[Path, ...]:
-    """The merged model cut in three by bytes."""
-    whole = merge_model(SHARDS[0], folder / "m.gguf", progress=False)
-    raw, cut = whole.path.read_bytes(), (0, 2_000_001, 4_000_000, whole.nbytes)
-    whole.path.unlink()
-    manifest_path(whole.path).unlink()
-    parts = tuple(folder / f"m.gguf.part{n}of3" for n in (1, 2, 3))
-    for part, low, high in zip(parts, cut, cut[1:], strict=False):
-        part.write_bytes(raw[low:high])
-    return parts
 
 
 @pytest.fixture
@@ -192,14 +177,6 @@ def test_killed_at_a_random_point(action, seed, tmp_path, whole):
 def test_killed_at_100_random_points(action, tmp_path, whole):
     for seed in range(1000, 1100):
         kill_and_resume(action, seed, tmp_path, whole)
-
-
-@needs_holes
-def test_killed_join_of_byte_parts(tmp_path, whole):
-    """The first part keeps its header, by which the others are found again."""
-    case = half_done("join", tmp_path / "f")
-    case.check_nothing_lost(whole)
-    case.check_end(case.run())
 
 
 @all_actions
@@ -278,7 +255,7 @@ def test_consume_on_a_real_full_disk(tmp_path, monkeypatch, small, whole):
         case = new_case("consume", disk / "f")
         with pytest.raises(SpaceError, match="needs 67,"):
             case.run()
-        monkeypatch.setattr(checks, "CONSUME_EXTRA_BYTES", 0)
+        monkeypatch.setattr(merging, "CONSUME_EXTRA_BYTES", 0)
         monkeypatch.setattr(copy, "WINDOW_BYTES", 1 << 20)
         with pytest.raises(SpaceError, match="run the same command again"):
             case.run()

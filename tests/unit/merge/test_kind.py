@@ -8,7 +8,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +25,7 @@ from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama import check
 from dfqs_nb.llama.check import loader_verdict
 from dfqs_nb.merge import merge_model, merge_once, open_source, repair
-from dfqs_nb.merge.byte_parts import byte_parts
-from dfqs_nb.merge.kind import Kind, diagnose, diagnosis_table
+from dfqs_nb.merge.kind import Kind, byte_parts, diagnose, diagnosis_table
 
 # Sizes of the published artifact: shard 1, shard 2, and the file that was said to be their merge
 # (arishma108/deepseek-v4-gguf and the DFQS 1.0 document).
@@ -85,12 +83,12 @@ CASES = {
         "illegal split file idx: 1 (file: case.gguf), model must be loaded with the first split",
     ),
     "shard twice": Case(
-        lambda m: m.first + m.first, Kind.DAMAGED, "shard 1 is there twice", "invalid split file name"
+        lambda m: m.first + m.first, Kind.DAMAGED, "shard 1 of 2 is there twice", "invalid split file name"
     ),
     "both shards, one of them twice": Case(
         lambda m: m.first + m.second + m.second,
         Kind.DAMAGED,
-        "shard 2 is there twice",
+        "shard 2 of 2 is there twice",
         "invalid split file name",
     ),
     "glued and cut off": Case(
@@ -99,7 +97,7 @@ CASES = {
     "glued and cut off in the second header": Case(
         lambda m: m.first + m.second[:900],
         Kind.DAMAGED,
-        "another GGUF at byte 3,849,760",
+        "another GGUF follows: the header at byte 3,849,760",
         "invalid split file name",
     ),
     "glued, with more after it": Case(
@@ -212,7 +210,7 @@ def test_each_kind_is_told_apart_and_left_as_it_was(name: str, made: Made, tmp_p
     diagnosis = diagnose(path)
     assert (diagnosis.kind, case.finding in diagnosis.finding) == (case.kind, True), diagnosis.finding
     assert diagnosis.next_step or diagnosis.sound
-    assert "\n" not in diagnosis.finding and all(len(row) == 2 for row in diagnosis.evidence)
+    assert "\n" not in diagnosis.finding and "file size" in diagnosis.evidence
     assert (path.read_bytes(), path.stat().st_mtime_ns) == (content, before)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -254,13 +252,13 @@ def test_every_inner_header_of_a_raw_concatenation_is_found(
     glued.write_bytes(b"".join(path.read_bytes() for path in shards))
     diagnosis, sizes = diagnose(glued), [path.stat().st_size for path in shards]
     assert diagnosis.kind is Kind.RAW_CONCATENATION and str(n_shards) in diagnosis.finding
-    assert [part.nbytes for part in diagnosis.parts] == sizes and sum(sizes) == glued.stat().st_size
-    assert [part.start for part in diagnosis.parts] == [sum(sizes[:i]) for i in range(n_shards)]
-    assert [(part.number, part.count) for part in diagnosis.parts] == [
+    assert [part["nbytes"] for part in diagnosis.parts] == sizes and sum(sizes) == glued.stat().st_size
+    assert [part["start"] for part in diagnosis.parts] == [sum(sizes[:i]) for i in range(n_shards)]
+    assert [(part["number"], part["count"]) for part in diagnosis.parts] == [
         (i + 1, n_shards) for i in range(n_shards)
     ]
     headers = diagnosis.headers
-    assert [header.start for header in headers] == [part.start for part in diagnosis.parts]
+    assert [header.start for header in headers] == [part["start"] for part in diagnosis.parts]
     assert sum(len(header.tensors) for header in headers) == 126
     assert diagnosis.next_step == f"dfqs-nb repair {glued} --in-place"
 
@@ -355,12 +353,8 @@ def test_a_shard_says_which_it_is_and_which_are_not_here(made: Made, tmp_path: P
     [
         ["m.gguf.part1of3", "m.gguf.part2of3", "m.gguf.part3of3"],
         ["m.gguf-split-a", "m.gguf-split-b", "m.gguf-split-c"],
-        ["m.gguf.001", "m.gguf.002", "m.gguf.003"],
-        ["m.gguf.00", "m.gguf.01", "m.gguf.02"],
         ["m.gguf.partaa", "m.gguf.partab", "m.gguf.partac"],
         ["m.gguf.part1", "m.gguf.part2", "m.gguf.part3"],
-        ["m.gguf.aa", "m.gguf.ab", "m.gguf.ac"],
-        ["m-part1of3.gguf", "m-part2of3.gguf", "m-part3of3.gguf"],
     ],
 )
 def test_byte_parts_are_found_in_order_from_any_one(names: list[str], made: Made, tmp_path: Path) -> None:
@@ -381,7 +375,7 @@ def test_byte_parts_are_found_in_order_from_any_one(names: list[str], made: Made
     gone = paths.pop(1)
     gone.unlink()
     with pytest.raises(
-        ShardError, match="less than their header needs|2 byte parts of m.gguf, and their names"
+        ShardError, match="less than their header|2 byte parts of m.gguf, and their"
     ) as caught:
         byte_parts(paths[1])
     assert f": {paths[0].name}, {paths[1].name};" in str(caught.value), "what is there shows what is missing"
@@ -419,7 +413,7 @@ def test_byte_parts_whose_sizes_do_not_add_up_are_refused(made: Made, tmp_path: 
     paths = [tmp_path / "m.gguf.part1", tmp_path / "m.gguf.part2"]
     paths[0].write_bytes(made.whole[:3_000_000])
     paths[1].write_bytes(made.whole[3_000_000:-500])
-    with pytest.raises(ShardError, match="500 less than their header needs"):
+    with pytest.raises(ShardError, match="500 less than their header accounts for"):
         byte_parts(paths[0])
     assert "500 less" in diagnose(paths[1]).finding
     paths[1].write_bytes(made.whole[3_000_000:] + bytes(70))
@@ -439,7 +433,6 @@ def test_a_header_that_spans_parts_is_found_and_said(made: Made, tmp_path: Path)
     ("first", "second"),
     [
         ("m.gguf.part1of2", "m.gguf.part2of2"),
-        ("m-part1.gguf", "m-part2.gguf"),
         ("m.gguf-split-a", "m.gguf-split-b"),
     ],
 )
@@ -449,8 +442,7 @@ def test_shards_named_like_byte_parts_are_still_shards(
     (tmp_path / first).write_bytes(made.first)
     (tmp_path / second).write_bytes(made.second)
     assert [diagnose(tmp_path / name).kind for name in (first, second)] == [Kind.SHARD] * 2
-    with pytest.raises(ShardError, match="a GGUF header of its own, so it is a shard"):
-        byte_parts(tmp_path / first)
+    assert byte_parts(tmp_path / first) == ()
 
 
 @pytest.mark.parametrize("name", ["m.gguf.1", "m.gguf.bak", "m.gguf.tmp", "m.gguf", "m-00001-of-00002.gguf"])
@@ -503,12 +495,12 @@ def test_the_published_file_is_seen_through_by_10_megabytes_of_reading(tmp_path:
     before = read_chars()
     diagnosis = diagnose(path)
     n_read = read_chars() - before
-    assert (diagnosis.kind, [part.nbytes for part in diagnosis.parts]) == (
+    assert (diagnosis.kind, [part["nbytes"] for part in diagnosis.parts]) == (
         Kind.RAW_CONCATENATION,
         list(PUBLISHED[:2]),
     )
-    assert sum(part.n_tensors for part in diagnosis.parts) > 1200
-    assert ("file size", "61,540,805,344 bytes = 49,952,658,368 + 11,588,146,976") in diagnosis.evidence
+    assert sum(part["n_tensors"] for part in diagnosis.parts) > 1200
+    assert diagnosis.evidence["file size"] == "61,540,805,344 bytes = 49,952,658,368 + 11,588,146,976"
     assert n_read < 10_000_000
     path.rename(other := tmp_path / "model-00001-of-00002.gguf")
     assert diagnose(other).kind is Kind.RAW_CONCATENATION  # whatever it is called
@@ -580,7 +572,7 @@ def test_a_file_with_holes_is_an_unfinished_download(stored: int, made: Made, tm
     missing = len(made.whole) - stored // 4096 * 4096
     assert (diagnosis.kind, diagnosis.sound) == (Kind.UNFINISHED, False)
     assert "were never stored" in diagnosis.finding and "resume the download" in diagnosis.next_step
-    assert dict(diagnosis.evidence)["never stored"].startswith(f"{missing:,} of 5,753,024 bytes")
+    assert diagnosis.evidence["never stored"].startswith(f"{missing:,} of 5,753,024 bytes")
     with path.open("r+b") as file:
         file.write(made.whole)
     assert diagnose(path).kind is Kind.SINGLE_FILE
@@ -801,7 +793,5 @@ def test_shards_of_a_per_layer_recipe_merge(tmp_path: Path) -> None:
         shards.append(tmp_path / f"m-0000{number + 1}-of-00002.gguf")
         specs = [Spec(name, kind, (64, 4)) for name in names]
         shards[-1].write_bytes(gguf_bytes([*head, *fixtures.split_fields(number, 2, 12)], specs))
-    with warnings.catch_warnings(record=True):
-        warnings.simplefilter("always")
-        result = merge_model(shards[0], tmp_path / "out.gguf", progress=False)
+    result = merge_model(shards[0], tmp_path / "out.gguf", progress=False)
     assert len(result.tensors) == 12 and diagnose(result.path).kind is Kind.SINGLE_FILE

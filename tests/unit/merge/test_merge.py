@@ -18,13 +18,13 @@ from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceErr
 from dfqs_nb.core.files import sha256_of
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf.header import check_layout, read_header
-from dfqs_nb.gguf.shards import open_shards, shard_path
+from dfqs_nb.gguf.shards import open_shards, shard_path, tensor_hashes
 from dfqs_nb.llama import check
 from dfqs_nb.merge import compare_tensors, copy, disk, merge_model
 from dfqs_nb.merge import merge as merging
 from dfqs_nb.merge.figures import segments
 from dfqs_nb.merge.plan import plan_merge
-from dfqs_nb.merge.verify import manifest_path, tensor_hashes
+from dfqs_nb.merge.verify import manifest_path
 
 pytestmark = pytest.mark.usefixtures("parser_is_asked_once_a_header")
 

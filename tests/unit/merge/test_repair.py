@@ -11,7 +11,6 @@ import pytest
 from gguf_fixtures import split_like_llama
 
 from dfqs_nb.core.errors import DfqsError, OutputError
-from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf import broken as specimens
 from dfqs_nb.llama import check
 from dfqs_nb.merge import compare_tensors, merge_model, merge_once, methods_table, open_source, repair
@@ -23,7 +22,6 @@ RECORDED = json.loads((Path(__file__).resolve().parents[2] / "data/merge_hashes.
     "IQ1_S-XL"
 ]
 MERGED = RECORDED["merged"]
-SUMS = dict(reversed(line.split()) for line in (data_dir() / "reference/SHA256SUMS").read_text().splitlines())
 
 
 def sha256(path: Path) -> str:
@@ -78,14 +76,6 @@ def test_repaired_model_is_proven(glued):
     assert check.parse(glued).accepted
 
 
-def test_split_gives_back_the_published_shards(glued, tmp_path):
-    (tmp_path / "shards").mkdir()
-    results = open_source(glued).split(tmp_path / "shards", progress=False)
-    published = [SUMS[path.name] for path in specimens.reference_shards().paths]
-    assert [result.sha256 for result in results] == published == [sha256(r.path) for r in results]
-    assert [r.path.name for r in results] == [f"{glued.stem}-0000{n}-of-00002.gguf" for n in (1, 2)]
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -100,7 +90,6 @@ def test_what_is_no_concatenation_is_refused(tmp_path, make):
     before = path.read_bytes()
     for act in (
         lambda: repair(path, in_place=True),
-        lambda: open_source(path).split(),
         lambda: repair(path, tmp_path / "o"),
     ):
         with pytest.raises(DfqsError) as caught:
@@ -129,6 +118,8 @@ def test_byte_parts_are_joined(tmp_path, merged_reference):
     parts = [tmp_path / f"m.gguf.part{n}of3" for n in (1, 2, 3)]
     for part, start in zip(parts, (0, 2_000_000, 4_000_000), strict=True):
         part.write_bytes(body[start : start + 2_000_000])
+    with pytest.raises(OutputError, match="byte parts are joined, not consumed"):
+        merge_model(parts[1], tmp_path / "out.gguf", consume=True, progress=False)
     assert merge_model(parts[1], tmp_path / "out.gguf", progress=False).sha256 == MERGED
     parts[2].unlink()
     with pytest.raises(DfqsError, match="2 byte parts of m.gguf, and their names say 3"):

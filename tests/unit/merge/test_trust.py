@@ -372,10 +372,10 @@ def test_a_rename_replaces_nothing(
 def test_a_part_that_is_changed_after_its_checks_is_not_named(
     how: str, consume: bool, pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, real = tmp_path / "out.gguf", copy._Run.check_sources
+    output, real = tmp_path / "out.gguf", copy.Run.check_sources
     part = part_path(output)
 
-    def tampered(self: copy._Run) -> None:
+    def tampered(self: copy.Run) -> None:
         real(self)
         if how == "truncate":
             os.truncate(part, 5_000_000)
@@ -387,7 +387,7 @@ def test_a_part_that_is_changed_after_its_checks_is_not_named(
             part.rename(tmp_path / "other")
             part.write_bytes(bytes(5_753_024))
 
-    monkeypatch.setattr(copy._Run, "check_sources", tampered)
+    monkeypatch.setattr(copy.Run, "check_sources", tampered)
     with pytest.raises(IntegrityError, match="changed while it was checked"):
         merged(pair[0], output, consume=consume)
     assert not output.exists() and all(path.exists() for path in pair)
@@ -593,10 +593,10 @@ def survive(count: int, pair: list[Path], folder: Path) -> None:
 
 def begin(output: Path, plan: Plan) -> None:
     with contextlib.ExitStack() as stack:
-        journal = Journal(stack.enter_context(disk.open_own(journal_path(output))), plan, copy.WINDOW_BYTES)
         pairs = zip(plan.sources, plan.identities, strict=True)
         files = [(path, stack.enter_context(disk.open_locked(path, alone=True)), who) for path, who in pairs]
-        journal.begin([copy.SourceFile(*file) for file in files])
+        own = stack.enter_context(disk.open_own(journal_path(output)))
+        Journal(own, plan, [disk.SourceFile(*file) for file in files])
 
 
 def test_mutated_manifests_and_journals_are_refused(pair: list[Path], tmp_path: Path, small: None) -> None:

@@ -14,10 +14,10 @@ from dfqs_nb.core.files import sha256_of
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf import models as registry
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.shards import shard_path
+from dfqs_nb.gguf.shards import shard_path, tensor_hashes
 from dfqs_nb.merge import merge_model
 from dfqs_nb.merge import verify_model as verify
-from dfqs_nb.merge.verify import hash_file, manifest_path, tensor_hashes
+from dfqs_nb.merge.verify import hash_file, manifest_path
 
 pytestmark = pytest.mark.usefixtures("parser_is_asked_once_a_header")
 
@@ -267,7 +267,7 @@ def test_a_manifest_with_values_of_another_type_is_said_so(change, model):
         verify(model, progress=False)
 
 
-def test_joined_and_split_files_have_a_manifest_of_their_tensors(model, tmp_path):
+def test_joined_files_have_a_manifest_of_their_tensors(model, tmp_path):
     body = model.read_bytes()
     for cut in (3_000_000, 9_000):  # in the data; in the header
         parts = [tmp_path / f"p{cut}.gguf.part{n}of2" for n in (1, 2)]
@@ -275,10 +275,3 @@ def test_joined_and_split_files_have_a_manifest_of_their_tensors(model, tmp_path
         parts[1].write_bytes(body[cut:])
         joined = merge_model(parts[0], tmp_path / f"{cut}.gguf", progress=False)
         assert joined.tensors == recorded() and verify(joined.path, progress=False).compared
-
-
-def test_a_split_shard_verifies(glued):
-    from dfqs_nb.merge import open_source
-
-    for result in open_source(glued).split(progress=False):
-        assert "its manifest" in verify(result.path, progress=False).compared

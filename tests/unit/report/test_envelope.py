@@ -11,7 +11,7 @@ import pytest
 from dfqs_nb.core.errors import RegistryError
 from dfqs_nb.gguf.broken import reference_shards
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.published import PublishedShape
+from dfqs_nb.gguf.memory import PublishedShape
 from dfqs_nb.llama import settings
 from dfqs_nb.report import envelope
 from dfqs_nb.report.envelope import (

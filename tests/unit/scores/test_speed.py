@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.gguf.reading import FLASH, ActiveBytes, active_bytes, cache_bytes_read
+from dfqs_nb.gguf.memory import FLASH, ActiveBytes, active_bytes, cache_bytes_read
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama import settings as llama_settings
 from dfqs_nb.llama.paging import block_folder

@@ -256,9 +256,3 @@ def test_diff_names_what_differs_by_its_exit_status():
     assert dfqs("diff", FIRST, "dfqs-nano-iq1_s-xl").returncode == 0
     done = dfqs("diff", FIRST, "dfqs-nano-q8_0")
     assert done.returncode == 1 and "blk.0." in done.stdout
-
-
-def test_a_specimen_that_cannot_be_is_refused_before_it_is_written(tmp_path):
-    done = dfqs("specimen", tmp_path / "m.gguf", "--layers", "44")
-    assert done.returncode == 1 and "44 layers; the published model has 43" in done.stderr
-    assert not list(tmp_path.iterdir())

@@ -1,5 +1,7 @@
 """A model of the published shape with random weights, to rehearse the real size without the real file.
 
+``python tests/support/specimen.py OUT [--full-size] [--layers 8] [--concatenated]``
+
 It is deterministic, its weights are finite, and llama.cpp loads and runs it. Its answers are noise. Each
 quantized type has a pool of random weights, from which tensors are cut, so writing is as fast as the disk.
 The shape is in ``data/deepseek_v4_flash.json``.
@@ -7,6 +9,7 @@ The shape is in ``data/deepseek_v4_flash.json``.
 
 from __future__ import annotations
 
+import argparse
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -24,10 +27,10 @@ from dfqs_nb.core.errors import DfqsError, OutputError, SpaceError
 from dfqs_nb.core.files import whole_path
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.gguf.header import padded
-from dfqs_nb.gguf.published import ARCHITECTURE as ARCH
-from dfqs_nb.gguf.published import published
+from dfqs_nb.gguf.memory import published
 from dfqs_nb.gguf.types import TENSOR_TYPES
 
+ARCH = "deepseek4"
 SMALL_LAYERS, SMALL_EXPERTS, SMALL_TOKENS = 8, 16, 4096
 SPARE_BYTES = 3_000_000_000  # of the disk stay free
 ALIGNMENT = 32
@@ -220,3 +223,27 @@ def _pool(kind: str, scale: float | None = None) -> bytes:
     for offset, usual in SCALES[kind].items():
         blocks[:, offset : offset + 2] = np.frombuffer(np.float16(scale or usual).tobytes(), np.uint8)
     return blocks.tobytes()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path)
+    parser.add_argument(
+        "--full-size", action="store_true", help="all experts and tokens: 62.7 GB for all layers"
+    )
+    parser.add_argument("--layers", type=int, default=0, help="default: 8, and with --full-size all 43")
+    parser.add_argument(
+        "--concatenated", action="store_true", help="as two glued shards, like the published file"
+    )
+    given = parser.parse_args()
+    shape = (
+        Shape.full(given.layers or None) if given.full_size else Shape(n_layers=given.layers or SMALL_LAYERS)
+    )
+    path = write_specimen(given.output, shape, concatenated=given.concatenated)
+    print(f"{path}: {path.stat().st_size:,} bytes, {shape.n_layers} layers, {shape.n_experts} experts")
+
+
+if __name__ == "__main__":
+    main()
