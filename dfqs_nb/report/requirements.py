@@ -50,9 +50,12 @@ class Case:
         return met, self.text(name, **values)
 
     def answers(self) -> Judgement:
-        """Met where notebook 03's prompts were answered."""
-        done = bool(sentence("answered", self.run.get("generate", {})))
-        return self.judged(done, "met" if done else "silent")
+        """Met where notebook 03's prompts were answered; open where its time ran out before."""
+        generate = self.run.get("generate", {})
+        is_late = any(answer.get("finish_reason") == "time" for answer in generate.get("answers", []))
+        if sentence("answered", generate):
+            return self.judged(MET)
+        return self.judged(NOT_TESTED if is_late else NOT_MET, "silent")
 
 
 def check_requirements(

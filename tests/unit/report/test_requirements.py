@@ -202,6 +202,11 @@ def test_answers_are_counted_in_tokens_and_what_was_cut_is_named(header):
         "3 were cut off at 2 tokens, because the budget allowed only 2 tokens of an answer, not 96"
         in evidence
     )
+    late = [{"tokens": n, "finish_reason": "time"} for n in (5, 0)]
+    evidence = judged(changed("generate", "answers", to=late), header).loc["cpu-constrained", "evidence"]
+    assert evidence.endswith("1 of 2 prompts got text (5 tokens; for 2 of them the time ran out)")
+    nothing = changed("generate", "answers", to=late[1:])
+    assert judged(nothing, header).loc["cpu-constrained", "verdict"] == NOT_TESTED, "no failure of the model"
 
 
 def test_no_repetition_leaves_reproducibility_untested(header):
