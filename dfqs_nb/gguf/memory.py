@@ -28,7 +28,7 @@ CACHE_TYPES = {
 }
 CSA_RATIO, HCA_RATIO = 4, 128
 CELL_PADDING = 256
-ADVICE = "lower n_ctx or n_ubatch, set use_mmap, swa_full=False and flash_attn, or close other programs"
+ADVICE = "lower n_ctx or n_ubatch, set use_mmap=True, swa_full=False, flash_attn=True, or close programs"
 
 
 @dataclass(frozen=True)

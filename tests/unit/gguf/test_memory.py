@@ -261,7 +261,7 @@ def test_file_larger_than_memory_is_a_warning_not_a_refusal(flash):
 
 
 @pytest.mark.parametrize(
-    ("options", "advice"), [({"swa_full": True}, "swa_full=False"), ({"use_mmap": False}, "set use_mmap")]
+    ("options", "advice"), [({"swa_full": True}, "swa_full=False"), ({"use_mmap": False}, "use_mmap=True")]
 )
 def test_what_cannot_be_paged_is_refused_with_numbers_and_advice(flash, options, advice):
     with pytest.raises(SpaceError, match=r"1,048,576 tokens needs [\d.]+ GB .* 32.2 GB are free") as caught:
