@@ -27,7 +27,7 @@ def merged_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference model at IQ1_S-XL as one file. Not to be written to."""
     output = tmp_path_factory.mktemp("merged") / "DFQS-Nano-IQ1_S-XL.gguf"
     shard = REFERENCE / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
-    return merge_model(shard, output, progress=False).path
+    return merge_model(shard, output).path
 
 
 _PARSED: dict[tuple[str, int], check.Verdict] = {}

@@ -8,6 +8,7 @@ llama.cpp names them ``PREFIX-00001-of-00002.gguf`` and writes three fields into
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -137,7 +138,11 @@ def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False) -> ShardSet
     """
     headers = _in_order(headers)
     for number, header in enumerate(() if glued else headers, 1):
-        _check_size(header, f"shard {number} of {len(headers)}")
+        check_layout(header)  # the last tensor may lack its padding
+        if (surplus := header.file_size - header.end_offset) > 0:
+            what = f"shard {number} of {len(headers)} has {surplus:,} bytes more than its header accounts for"
+            hint = f"files may have been glued together: `dfqs-nb inspect {quoted(header.path)}` says more"
+            raise _refused(f"{what} (expected {header.end_offset:,})", header.path, hint)
     if len(headers) > 1:
         named = [SHARD_NAME.fullmatch(header.path.name) for header in headers]
         prefixes = sorted({match["prefix"] for match in named if match})
@@ -170,30 +175,15 @@ def _in_order(headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
     return [by_number[number] for number in numbers]
 
 
-def _check_size(header: GGUFHeader, which: str) -> None:
-    surplus, expected = header.file_size - header.end_offset, f"(expected {header.end_offset:,})"
-    if header.file_size < header.data_end:  # the last tensor may lack its padding
-        raise _refused(f"{which} is {-surplus:,} bytes short {expected}", header.path, "download it again")
-    check_layout(header)
-    if surplus > 0:
-        what = f"{which} has {surplus:,} bytes more than its header accounts for {expected}"
-        hint = f"files may have been glued together: `dfqs-nb inspect {quoted(header.path)}` says more"
-        raise _refused(what, header.path, hint)
-
-
 def _check_tensors(headers: Sequence[GGUFHeader]) -> None:
-    owner: dict[str, int] = {}
+    names = Counter(tensor.name for header in headers for tensor in header.tensors)
+    if twice := [name for name, n in names.items() if n > 1]:
+        raise _refused(f"tensor {twice[0]!r} is in {names[twice[0]]} shards", headers[0].path.parent)
     for number, header in enumerate(headers, 1):
-        for tensor in header.tensors:
-            if tensor.name in owner:
-                twice = f"shard {owner[tensor.name]} and in shard {number} of {len(headers)}"
-                raise _refused(f"tensor {tensor.name!r} is in {twice}", header.path)
-            owner[tensor.name] = number
-    for number, header in enumerate(headers, 1):
-        total = header.count("split.tensors.count", len(owner))
-        if total != len(owner):
+        total = header.count("split.tensors.count", len(names))
+        if total != len(names):
             says = f"shard {number} of {len(headers)} says the model has {total:,} tensors"
-            raise _refused(f"{says}; the shards hold {len(owner):,}", header.path)
+            raise _refused(f"{says}; the shards hold {len(names):,}", header.path)
 
 
 def _check_same_model(headers: Sequence[GGUFHeader]) -> None:
@@ -227,7 +217,6 @@ def tensor_hashes(
     names: Container[str] | None = None,
     *,
     opened: Callable[[Path], Any] = lambda path: path.open("rb"),
-    progress: bool = True,
 ) -> dict[str, str]:
     """XXH64 of every tensor (or of these) of the headers, by name, as ``llama-gguf-hash --xxh64`` has it.
 
@@ -239,7 +228,7 @@ def tensor_hashes(
         t.name: xxh64() for header in headers for t in header.tensors if names is None or t.name in names
     }
     total = sum(tensor.nbytes for header in headers for tensor in header.tensors if tensor.name in digests)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="hash", disable=not progress) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="hash") as bar:
         for header in headers:
             check_layout(header)
             with opened(header.path) as file:

@@ -72,7 +72,7 @@ class Run:
             source.check()
         fsync_dir(output.parent)
 
-    def copy(self, progress: bool) -> tuple[str, dict[str, str], tuple[Identity, ...]]:
+    def copy(self) -> tuple[str, dict[str, str], tuple[Identity, ...]]:
         """Copy every window, in order; one is hashed and written while the next is read.
 
         Returns SHA-256, XXH64 by tensor, and what the sources were.
@@ -84,7 +84,7 @@ class Run:
         with (
             ThreadPoolExecutor(1) as hasher,
             ThreadPoolExecutor(1) as writer,
-            tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="merge", disable=not progress) as bar,
+            tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="merge") as bar,
         ):
             for number, start in enumerate(range(0, plan.nbytes, self.window)):
                 turn = number % N_BUFFERS

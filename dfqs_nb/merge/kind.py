@@ -79,7 +79,6 @@ class Diagnosis:
     """What a file is, in a sentence, and the next step, if there is one.
 
     ``headers`` are those inside, in the file's order, and ``end`` is where what they account for ends.
-    ``never_stored``: how many bytes, and where the first of them is.
     """
 
     path: Path
@@ -89,7 +88,6 @@ class Diagnosis:
     nbytes: int = 0
     headers: tuple[GGUFHeader, ...] = field(default=(), repr=False)
     end: int = 0
-    never_stored: tuple[int, int] = (0, 0)
 
     @property
     def sound(self) -> bool:
@@ -110,15 +108,13 @@ class Diagnosis:
     @property
     def evidence(self) -> dict[str, str]:
         """What the finding rests on, by name."""
-        sizes, (missing, first) = [part["nbytes"] for part in self.parts], self.never_stored
+        sizes = [part["nbytes"] for part in self.parts]
         whole = 1 < len(sizes) <= 6 and sum(sizes) == self.nbytes
         terms = f" = {' + '.join(f'{size:,}' for size in sizes)}" if whole else ""
         rows = {"file size": f"{self.nbytes:,} bytes{terms}"}
         for part in self.parts[:12]:
             what = "shard {number} of {count}, {n_tensors:,} tensors, {nbytes:,} bytes; it accounts for "
             rows[f"header at byte {part['start']:,}"] = f"{what}{{expected_nbytes:,}}".format(**part)
-        if missing:
-            rows["never stored"] = f"{missing:,} of {self.nbytes:,} bytes, from byte {first:,} on"
         return rows
 
 
@@ -136,8 +132,7 @@ def diagnose(path: str | Path, *, allow_holes: bool = False) -> Diagnosis:
         return (None if conclusive else _byte_part(path)) or diagnosis  # nobody cuts a model into these
     diagnosis = _by_headers(path, size)
     if not allow_holes:
-        (missing, at), mark = missing_bytes(path), download_mark(path)
-        diagnosis = replace(diagnosis, never_stored=(missing, at))
+        (missing, _), mark = missing_bytes(path), download_mark(path)
         seems_fine = diagnosis.kind in (Kind.SINGLE_FILE, Kind.SHARD, Kind.COMPANION, Kind.DAMAGED)
         if seems_fine and (missing or mark):
             what = f"of which {missing:,} of its {size:,} bytes were never stored and read as zeros"

@@ -100,7 +100,7 @@ def _each(model: Given) -> list[str | Path]:
 
 
 def merge_model(
-    model: Given, output: str | Path, *, overwrite: bool = False, consume: bool = False, progress: bool = True
+    model: Given, output: str | Path, *, overwrite: bool = False, consume: bool = False
 ) -> MergeResult:
     """Make the single file ``output`` of a model's shards, byte parts, or glued shards (see `open_source`).
 
@@ -119,11 +119,11 @@ def merge_model(
     if consume and (finished := _finish_consumed(model, output)):
         return finished
     plan = open_source(model, merged_to=output.parent).plan
-    return _carry_out(plan, output, overwrite, consume, progress=progress)
+    return _carry_out(plan, output, overwrite, consume)
 
 
 def merge_once(
-    model: Source, output: str | Path, *, fresh: bool = False, consume: bool = False, progress: bool = True
+    model: Source, output: str | Path, *, fresh: bool = False, consume: bool = False
 ) -> MergeResult:
     """`merge_model`, unless it is done already: what was made before from the same files is used again.
 
@@ -140,23 +140,18 @@ def merge_once(
         validate(path, Plan((path,), b"", (), header.file_size, sources, by_tensor=False))
         if not fresh and (earlier := earlier_result(path)):
             return replace(earlier, reused=True)
-        hashes = hash_file(path, [header], progress=progress)
+        hashes = hash_file(path, [header])
         seconds = time.perf_counter() - began
         return MergeResult(path, header.file_size, *hashes, sources, seconds, reused=True)
     earlier = earlier_result(output)
     if earlier and not fresh and earlier.sources == plan.identities:
         return replace(earlier, reused=True)
     ours = manifest_path(output).exists() or output.resolve().is_relative_to(outputs_dir().resolve())
-    return _carry_out(plan, output, ours, consume, progress=progress)
+    return _carry_out(plan, output, ours, consume)
 
 
 def repair(
-    path: Path | str,
-    output: Path | str | None = None,
-    *,
-    in_place: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
+    path: Path | str, output: Path | str | None = None, *, in_place: bool = False, overwrite: bool = False
 ) -> MergeResult:
     """Make the sound model that the raw concatenation ``path`` should have been.
 
@@ -176,11 +171,11 @@ def repair(
     if diagnosis.kind is not Kind.RAW_CONCATENATION:
         message = f"is not a raw concatenation of shards: {diagnosis.finding}"
         raise ShardError(message, where=path, hint=diagnosis.next_step)
-    return _carry_out(open_source(path).plan, target, overwrite, in_place, in_place, progress=progress)
+    return _carry_out(open_source(path).plan, target, overwrite, in_place, in_place)
 
 
 def _carry_out(
-    plan: Plan, output: Path, replace: bool, consume: bool = False, in_place: bool = False, *, progress: bool
+    plan: Plan, output: Path, replace: bool, consume: bool = False, in_place: bool = False
 ) -> MergeResult:
     """Check, copy, check again, keep the hashes, and only then give the file its name; or resume that."""
     check_output(output, plan, overwrite=replace, consume=consume, in_place=in_place)
@@ -190,11 +185,11 @@ def _carry_out(
         try:
             with ExitStack() as stack:
                 run = Run(plan, output, consume, stack, ours)
-                sha256, hashes, sources = run.copy(progress)
+                sha256, hashes, sources = run.copy()
                 validate(part, plan)
                 run.check_sources()
                 if not plan.by_tensor:  # byte parts
-                    hashes = tensor_hashes([read_header(part)], progress=progress)
+                    hashes = tensor_hashes([read_header(part)])
                 seconds = time.perf_counter() - began
                 result = MergeResult(output, plan.nbytes, sha256, hashes, sources, seconds)
                 save_manifest(result, part)

@@ -73,7 +73,6 @@ def verify_model(
     against: str | Path | Sequence[str | Path] | None = None,
     data: bool = False,
     write_manifest: bool = False,
-    progress: bool = True,
 ) -> Verification:
     """Read a model once, and compare it with all there is to compare it with.
 
@@ -92,7 +91,7 @@ def verify_model(
     if diagnosis.kind is not Kind.RAW_CONCATENATION:
         headers = (read_header(path),)
         check_layout(headers[0])
-    digest, tensors = hash_file(path, headers, progress=progress)
+    digest, tensors = hash_file(path, headers)
     published, known = _published(path, digest)
     equal: list[str] = []
     if manifest:
@@ -101,7 +100,7 @@ def verify_model(
         glued = diagnose(against) if isinstance(against, (str, Path)) else None
         is_glued = glued is not None and glued.kind is Kind.RAW_CONCATENATION
         theirs = glued.headers if glued and is_glued else open_shards(against).headers
-        hashes = tensor_hashes(theirs, progress=progress)
+        hashes = tensor_hashes(theirs)
         equal.append(_compared(path, tensors, hashes, "the tensors of its shards"))
     kept = manifest.sha256 if manifest else None
     wholes = {"the SHA-256 that was given": sha256, "the SHA-256 in its manifest": kept}
@@ -112,7 +111,7 @@ def verify_model(
             raise IntegrityError(message, where=path, hint=f"the file was changed or damaged: {AGAIN}")
         equal += [what] if other else []
     if data:
-        check_data(headers, progress=progress)
+        check_data(headers)
     if identities([path]) != before:
         raise IntegrityError("changed while it was read", where=path, hint="try again when it is at rest")
     nbytes = path.stat().st_size
@@ -209,9 +208,7 @@ def save_manifest(result: MergeResult, file: Path) -> None:
     write_json(place, {**content, "sources": result.sources, "tensors": result.tensors})
 
 
-def hash_file(
-    path: Path, headers: Sequence[GGUFHeader], *, progress: bool = True
-) -> tuple[str, dict[str, str]]:
+def hash_file(path: Path, headers: Sequence[GGUFHeader]) -> tuple[str, dict[str, str]]:
     """SHA-256 of a file and XXH64 of the tensors of the headers in it, in one reading."""
     size, position = path.stat().st_size, 0
     placed = [Copy(t.name, 0, 0, h.data_offset + t.offset, t.nbytes) for h in headers for t in h.tensors]
@@ -226,7 +223,7 @@ def hash_file(
         position += len(chunk)
         bar.update(len(chunk))
 
-    with tqdm(total=size, unit="B", unit_scale=True, desc="hash", disable=not progress) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, desc="hash") as bar:
         try:
             sha256 = sha256_of_file(path, update)
         except OSError as error:
@@ -237,7 +234,7 @@ def hash_file(
     return sha256, {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def check_data(headers: Sequence[GGUFHeader], *, progress: bool = True) -> None:
+def check_data(headers: Sequence[GGUFHeader]) -> None:
     """Look at the bytes of the tensors in one file for what a lost write or a broken conversion leaves.
 
     `IntegrityError` names the tensors that have a long run of zeros, or values or scales that are not finite
@@ -251,7 +248,7 @@ def check_data(headers: Sequence[GGUFHeader], *, progress: bool = True) -> None:
     names = {tensor.name: tensor.nbytes for header in headers for tensor in header.tensors}
     with (
         path.open("rb") as file,
-        tqdm(total=sum(names.values()), unit="B", unit_scale=True, desc="data", disable=not progress) as bar,
+        tqdm(total=sum(names.values()), unit="B", unit_scale=True, desc="data") as bar,
     ):
         for tensor, piece in (pair for header in headers for pair in tensor_data(header, file, names)):
             if not validate(tensor.type_code, piece, len(piece)):

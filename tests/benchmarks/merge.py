@@ -49,7 +49,7 @@ for number, share in enumerate((0.8, 0.2)):
 """
 OURS = (
     "import sys; from dfqs_nb.merge import copy, merge_model\ncopy.Run.read_back = %s\n"
-    "merge_model(sys.argv[1], sys.argv[2], progress=False)"
+    "merge_model(sys.argv[1], sys.argv[2])"
 )
 DISK = """
 for shard in {shards}; do dd if="$shard" of=/dev/null bs=8M iflag=direct status=none; done &

@@ -177,7 +177,7 @@ def test_manifests(tmp_path: Path, merged_reference: Path) -> None:
         "manifest",
         2,
         lambda draw: manifest_path(model).write_bytes(draw.file_changed(raw)),
-        lambda: merge.verify_model(model, progress=False),
+        lambda: merge.verify_model(model),
     )
     assert refused > COUNTS["manifest"] // 2
 
@@ -215,7 +215,7 @@ def test_the_journal_of_a_consuming_merge(tmp_path: Path, monkeypatch: pytest.Mo
     folder = tmp_path / "cut"
     folder.mkdir()
     pair = [Path(shutil.copy(path, folder)) for path in broken.reference_shards().paths]
-    wanted = merge.merge_model(pair[0], tmp_path / "whole.gguf", progress=False).sha256
+    wanted = merge.merge_model(pair[0], tmp_path / "whole.gguf").sha256
     real, calls = disk.punch, []
 
     def punch(*arguments: Any) -> int:
@@ -226,7 +226,7 @@ def test_the_journal_of_a_consuming_merge(tmp_path: Path, monkeypatch: pytest.Mo
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(disk, "punch", punch)
-        merge.merge_model(pair[0], folder / "out.gguf", consume=True, progress=False)
+        merge.merge_model(pair[0], folder / "out.gguf", consume=True)
     raw = journal_path(folder / "out.gguf").read_bytes()
     names = [path.name for path in (*pair, part_path(folder / "out.gguf"))]
     work = tmp_path / "work"
@@ -239,7 +239,7 @@ def test_the_journal_of_a_consuming_merge(tmp_path: Path, monkeypatch: pytest.Mo
     def read() -> None:
         before = {name: (work / name).read_bytes() for name in names}
         try:
-            done = merge.merge_model(work / pair[0].name, work / "out.gguf", consume=True, progress=False)
+            done = merge.merge_model(work / pair[0].name, work / "out.gguf", consume=True)
             assert done.sha256 == wanted
         except DfqsError:
             assert {name: (work / name).read_bytes() for name in names} == before

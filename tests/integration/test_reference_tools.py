@@ -84,7 +84,7 @@ def merge_both(folder: Path, first: bytes) -> tuple[Path, Path, Path]:
     subprocess.run(
         [tool, "--merge", str(paths[0]), str(folder / "theirs.gguf")], check=True, capture_output=True
     )
-    return paths[0], merge_model(paths[0], folder / "ours.gguf", progress=False).path, folder / "theirs.gguf"
+    return paths[0], merge_model(paths[0], folder / "ours.gguf").path, folder / "theirs.gguf"
 
 
 @pytest.mark.slow

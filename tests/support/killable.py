@@ -35,9 +35,9 @@ PLAIN: list[tuple[Any, str]] = [
     (Path, "unlink"),
 ]
 ACTIONS: dict[str, Callable[[str | Path, str | Path], Any]] = {
-    "merge": lambda model, output: merge.merge_model(model, output, progress=False),
-    "consume": lambda model, output: merge.merge_model(model, output, consume=True, progress=False),
-    "repair": lambda model, output: merge.repair(model, in_place=True, progress=False),
+    "merge": lambda model, output: merge.merge_model(model, output),
+    "consume": lambda model, output: merge.merge_model(model, output, consume=True),
+    "repair": lambda model, output: merge.repair(model, in_place=True),
 }
 
 

@@ -307,17 +307,17 @@ def test_changed_source_is_refused(action, tmp_path, whole):
 def test_unfinished_consuming_merge_is_safe_from_other_calls(tmp_path, whole):
     """The part file is then the only place of some bytes: no other call on that output may touch it."""
     case = half_done("consume", tmp_path / "f")
-    other = merge_model(SHARDS[0], tmp_path / "other.gguf", progress=False).path
+    other = merge_model(SHARDS[0], tmp_path / "other.gguf").path
     for call in (
-        lambda: merge_model(case.sources[0], case.output, progress=False),
-        lambda: merge_model(other, case.output, progress=False),
-        lambda: merge_model(other, case.output, consume=True, progress=False),
+        lambda: merge_model(case.sources[0], case.output),
+        lambda: merge_model(other, case.output),
+        lambda: merge_model(other, case.output, consume=True),
     ):
         with pytest.raises(IntegrityError, match="is in the way"):
             call()
         case.check_nothing_lost(whole)
     with pytest.raises(IntegrityError, match="has a hole"):
-        merge_model(case.sources[0], tmp_path / "f" / "second.gguf", progress=False)
+        merge_model(case.sources[0], tmp_path / "f" / "second.gguf")
     assert other.exists()
     case.check_end(case.run())
 
@@ -325,7 +325,7 @@ def test_unfinished_consuming_merge_is_safe_from_other_calls(tmp_path, whole):
 def test_unfinished_plain_merge_gives_way(tmp_path, small):
     case = half_done("merge", tmp_path / "f")
     shards = [shard_path(data_dir() / "reference/DFQS-Nano-Q8_0", n, 2) for n in (1, 2)]
-    result = merge_model(shards[0], case.output, progress=False)
+    result = merge_model(shards[0], case.output)
     assert result.sha256 == hashlib.sha256(case.output.read_bytes()).hexdigest() != RECORDED["merged"]
 
 
@@ -341,7 +341,7 @@ def test_complete_part_of_other_shards_is_not_passed_off(tmp_path, monkeypatch):
         case.run()
     assert part_path(case.output).exists() and not case.output.exists()
     shard = shard_path(data_dir() / "reference/DFQS-Nano-Q8_0", 1, 2)
-    result = merge_model(shard, case.output, overwrite=True, progress=False)
+    result = merge_model(shard, case.output, overwrite=True)
     assert result.sha256 == hashlib.sha256(case.output.read_bytes()).hexdigest() != RECORDED["merged"]
 
 
@@ -408,7 +408,7 @@ def test_shards_being_read_are_not_consumed(tmp_path):
     child = stopped(case, measure("merge")[0] // 2)
     try:
         with pytest.raises(OutputError, match="another process is merging this file"):
-            merge_model(case.sources[0], tmp_path / "second.gguf", consume=True, progress=False)
+            merge_model(case.sources[0], tmp_path / "second.gguf", consume=True)
     finally:
         child.send_signal(signal.SIGCONT)
     child.communicate()
@@ -489,7 +489,7 @@ def test_peak_extra_disk(action, tmp_path, monkeypatch):
     """By blocks: at most 64 MiB and the header beyond what the sources held."""
     paths, n_bytes = random_shards(tmp_path, tensors=(13, 6), tensor_bytes=9_000_000)
     plan = plan_merge(open_shards(paths[0]))
-    expected = merge_model(paths[0], tmp_path / "expected.gguf", progress=False).sha256
+    expected = merge_model(paths[0], tmp_path / "expected.gguf").sha256
     output = tmp_path / "out.gguf"
     if action == "repair":
         output.write_bytes(b"".join(path.read_bytes() for path in paths))

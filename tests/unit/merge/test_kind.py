@@ -270,7 +270,7 @@ def test_missing_shards_are_named(merged_reference: Path, tmp_path: Path) -> Non
     diagnosis = diagnose(glued)
     assert (diagnosis.kind, "shard 3, 4, 6 of 7 is missing" in diagnosis.finding) == (Kind.DAMAGED, True)
     with pytest.raises(ShardError, match="shard 3, 4, 6 of 7 is missing"):
-        repair(glued, in_place=True, progress=False)
+        repair(glued, in_place=True)
 
 
 def test_shards_of_two_models_are_no_concatenation_of_one(made: Made, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_shards_of_two_models_are_no_concatenation_of_one(made: Made, tmp_path: 
     assert "says the model has 3 tensors; the shards hold 2" in diagnose(glued).finding
     shards = [gguf_bytes(llama_shard(i, 2, 2), [Spec("a")]) for i in range(2)]
     glued.write_bytes(b"".join(shards))
-    assert "tensor 'a' is in shard 1 and in shard 2" in diagnose(glued).finding
+    assert "tensor 'a' is in 2 shards" in diagnose(glued).finding
 
 
 def test_an_unpadded_last_tensor_hides_no_shard(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_anything_else_is_no_raw_concatenation_and_the_error_says_what(
     path = tmp_path / "case.gguf"
     path.write_bytes(CASES[name].make(made))
     with pytest.raises(DfqsError, match="is not a raw concatenation") as caught:
-        repair(path, in_place=True, progress=False)
+        repair(path, in_place=True)
     assert CASES[name].finding in str(caught.value)
 
 
@@ -572,7 +572,7 @@ def test_a_file_with_holes_is_an_unfinished_download(stored: int, made: Made, tm
     missing = len(made.whole) - stored // 4096 * 4096
     assert (diagnosis.kind, diagnosis.sound) == (Kind.UNFINISHED, False)
     assert "were never stored" in diagnosis.finding and "resume the download" in diagnosis.next_step
-    assert diagnosis.evidence["never stored"].startswith(f"{missing:,} of 5,753,024 bytes")
+    assert f"{missing:,} of its 5,753,024 bytes" in diagnosis.finding
     with path.open("r+b") as file:
         file.write(made.whole)
     assert diagnose(path).kind is Kind.SINGLE_FILE
@@ -598,7 +598,7 @@ def test_a_control_file_of_aria2_says_unfinished(shard: bool, made: Made, tmp_pa
     if shard:
         shutil.copy(SHARDS[1], tmp_path)
         with pytest.raises(IntegrityError, match="aria2"):
-            merge_model(path, tmp_path / "out.gguf", progress=False)
+            merge_model(path, tmp_path / "out.gguf")
 
 
 # ---- files that go with a model, or with another runtime ----
@@ -649,7 +649,7 @@ def test_a_file_that_goes_with_a_model_is_no_model(what: str, tmp_path: Path) ->
     assert (diagnosis.kind, diagnosis.sound) == (Kind.COMPANION, False)
     assert diagnosis.finding == f"{what}, not a language model" and diagnosis.next_step
     with pytest.raises(DfqsError, match=what):
-        merge_once(open_source(path), tmp_path / "out.gguf", progress=False)
+        merge_once(open_source(path), tmp_path / "out.gguf")
 
 
 def test_a_first_shard_without_tensors_is_no_vocabulary(tmp_path: Path) -> None:
@@ -718,7 +718,7 @@ def test_a_second_shard_that_is_none_is_told_at_the_first(
     assert diagnosis.kind is Kind.SHARD and "are here" not in diagnosis.finding
     assert f"{SHARDS[1].name} is {words}" in diagnosis.finding and diagnosis.next_step
     with pytest.raises(DfqsError):
-        merge_model(tmp_path / SHARDS[0].name, tmp_path / "out.gguf", progress=False)
+        merge_model(tmp_path / SHARDS[0].name, tmp_path / "out.gguf")
 
 
 def test_an_extension_in_capitals(made: Made, tmp_path: Path) -> None:
@@ -728,8 +728,8 @@ def test_an_extension_in_capitals(made: Made, tmp_path: Path) -> None:
     diagnosis = diagnose(paths[0])
     assert diagnosis.kind is Kind.SHARD and SHARDS[0].name in diagnosis.next_step
     with pytest.raises(ShardError, match="rename it to"):
-        merge_model(paths[0], tmp_path / "out.gguf", progress=False)
-    assert merge_model(paths, tmp_path / "out.gguf", progress=False).path.read_bytes() == made.whole
+        merge_model(paths[0], tmp_path / "out.gguf")
+    assert merge_model(paths, tmp_path / "out.gguf").path.read_bytes() == made.whole
 
 
 def test_swapped_names_of_shards_are_never_moved_over_each_other(tmp_path):
@@ -758,7 +758,7 @@ def test_split_keys_of_another_type(tmp_path: Path) -> None:
         path.write_bytes(llama(*fields))
         assert diagnose(path).kind is (Kind.SINGLE_FILE if name == "total" else Kind.DAMAGED)
         with contextlib.suppress(DfqsError):
-            merge_model(path, tmp_path / f"{name}.out", progress=False)
+            merge_model(path, tmp_path / f"{name}.out")
 
 
 def test_a_name_that_is_not_utf_8(made: Made, tmp_path: Path) -> None:
@@ -770,7 +770,7 @@ def test_a_name_that_is_not_utf_8(made: Made, tmp_path: Path) -> None:
     glued.write_bytes(made.first + made.second)
     (diagnosis.finding + diagnose(glued).next_step).encode()
     assert diagnosis_table([path, glued]).index.str.encode("utf-8").size == 2
-    assert merge_model(path, tmp_path / "out.gguf", progress=False).path.read_bytes() == made.whole
+    assert merge_model(path, tmp_path / "out.gguf").path.read_bytes() == made.whole
     ran = subprocess.run(
         [sys.executable, "-m", "dfqs_nb", "inspect", path],
         capture_output=True,
@@ -793,5 +793,5 @@ def test_shards_of_a_per_layer_recipe_merge(tmp_path: Path) -> None:
         shards.append(tmp_path / f"m-0000{number + 1}-of-00002.gguf")
         specs = [Spec(name, kind, (64, 4)) for name in names]
         shards[-1].write_bytes(gguf_bytes([*head, *fixtures.split_fields(number, 2, 12)], specs))
-    result = merge_model(shards[0], tmp_path / "out.gguf", progress=False)
+    result = merge_model(shards[0], tmp_path / "out.gguf")
     assert len(result.tensors) == 12 and diagnose(result.path).kind is Kind.SINGLE_FILE

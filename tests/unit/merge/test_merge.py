@@ -48,7 +48,7 @@ def leftovers(folder: Path, *expected: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_shipped_pair_merges_as_the_reference_tool_does(tmp_path, name):
-    result = merge_model(SHARD[name], tmp_path / "out.gguf", progress=False)
+    result = merge_model(SHARD[name], tmp_path / "out.gguf")
     assert sha256(result.path) == result.sha256 == RECORDED[name]["merged"]
     assert result.nbytes == result.path.stat().st_size == RECORDED[name]["bytes"]
 
@@ -57,14 +57,10 @@ def test_shipped_pair_merges_as_the_reference_tool_does(tmp_path, name):
 @pytest.mark.parametrize("n_shards", ["2", "3", "7"])
 def test_splits_merge_as_the_reference_tool_does(tmp_path, merged_reference, name, n_shards):
     recorded = RECORDED[name]["splits"][n_shards]
-    whole = (
-        merged_reference
-        if name == "IQ1_S-XL"
-        else merge_model(SHARD[name], tmp_path / "w", progress=False).path
-    )
+    whole = merged_reference if name == "IQ1_S-XL" else merge_model(SHARD[name], tmp_path / "w").path
     paths = split_like_llama(whole, recorded["split_max_tensors"], tmp_path / "m")
     assert [sha256(path) for path in paths] == recorded["shards"], "the fixture is not the tool's split"
-    assert merge_model(paths[-1], tmp_path / "out.gguf", progress=False).sha256 == recorded["merged"]
+    assert merge_model(paths[-1], tmp_path / "out.gguf").sha256 == recorded["merged"]
 
 
 def test_every_tensor_has_its_shards_bytes(tmp_path, merged_reference):
@@ -80,10 +76,10 @@ def test_every_tensor_has_its_shards_bytes(tmp_path, merged_reference):
 
 
 def test_manifest_holds_the_hashes(tmp_path):
-    result = merge_model(SHARD["IQ1_S-XL"], tmp_path / "out.gguf", progress=False)
+    result = merge_model(SHARD["IQ1_S-XL"], tmp_path / "out.gguf")
     kept = json.loads(manifest_path(result.path).read_text())
     assert kept["sha256"] == result.sha256 and kept["file"] == "out.gguf"
-    assert kept["tensors"] == tensor_hashes([read_header(result.path)], progress=False)
+    assert kept["tensors"] == tensor_hashes([read_header(result.path)])
     assert str(tmp_path) not in manifest_path(result.path).read_text(), "a path of this machine was kept"
 
 
@@ -92,9 +88,7 @@ def test_llama_cpp_accepts_the_result(merged_reference):
 
 
 def test_merging_a_merged_file_changes_nothing(tmp_path, merged_reference):
-    assert merge_model(merged_reference, tmp_path / "again.gguf", progress=False).sha256 == sha256(
-        merged_reference
-    )
+    assert merge_model(merged_reference, tmp_path / "again.gguf").sha256 == sha256(merged_reference)
 
 
 def test_one_dimensional_tails_and_alignment(tmp_path):
@@ -108,7 +102,7 @@ def test_one_dimensional_tails_and_alignment(tmp_path):
     paths = [shard_path(tmp_path / "m", n, 2) for n in (1, 2)]
     paths[0].write_bytes(gguf_bytes([*keys, *split_fields(0, 2, 3)], specs[:2], alignment=64))
     paths[1].write_bytes(gguf_bytes([keys[1], *split_fields(1, 2, 3)], specs[2:], alignment=64))
-    header = read_header(merge_model(paths[0], tmp_path / "out.gguf", progress=False).path)
+    header = read_header(merge_model(paths[0], tmp_path / "out.gguf").path)
     check_layout(header)
     assert [t.shape for t in header.tensors] == [(3,), (32, 5), (1,)]
     assert header["split.count"] == 0 and list(header)[-1] == "split.count"
@@ -118,7 +112,7 @@ def test_one_dimensional_tails_and_alignment(tmp_path):
 
 def test_a_first_shard_without_tensors(tmp_path):
     """As `llama-gguf-split --no-tensor-first-split` writes it: metadata and padding only."""
-    header = read_header(merge_model(SHARD["Q8_0"], tmp_path / "whole.gguf", progress=False).path)
+    header = read_header(merge_model(SHARD["Q8_0"], tmp_path / "whole.gguf").path)
     kept = [header.raw[slice(*entry.record)] for name, entry in header.fields.items() if "split" not in name]
     whole = header.path.read_bytes()
     specs = [
@@ -130,7 +124,7 @@ def test_a_first_shard_without_tensors(tmp_path):
     first.write_bytes(lead + bytes(-len(lead) % 32))
     second.write_bytes(gguf_bytes(split_fields(1, 2, 126), specs))
     assert len(lead) % 32, "the padding is what this tests"
-    assert merge_model(first, tmp_path / "out.gguf", progress=False).sha256 == RECORDED["Q8_0"]["merged"]
+    assert merge_model(first, tmp_path / "out.gguf").sha256 == RECORDED["Q8_0"]["merged"]
 
 
 def test_segments_cover_each_file():
@@ -149,7 +143,7 @@ def refused(
     before = output.read_bytes() if output.is_file() else None
     kept = set(output.parent.iterdir()) if output.parent.is_dir() else set()
     with pytest.raises(error) as caught:
-        merge_model(model, output, progress=False, **options)
+        merge_model(model, output, **options)
     for word in words:
         assert word in str(caught.value), f"{word!r} not in: {caught.value}"
     assert (output.read_bytes() if output.is_file() else None) == before
@@ -160,7 +154,7 @@ def test_existing_output_is_kept(tmp_path):
     output = tmp_path / "out.gguf"
     output.write_bytes(b"precious")
     refused(OutputError, "exists already", "overwrite=True", output=output)
-    assert merge_model(SHARD["IQ1_S-XL"], output, overwrite=True, progress=False).sha256 == sha256(output)
+    assert merge_model(SHARD["IQ1_S-XL"], output, overwrite=True).sha256 == sha256(output)
 
 
 def test_output_may_not_be_a_shard(pair):
@@ -227,7 +221,7 @@ def test_read_only_folder(tmp_path):
         "from dfqs_nb.merge import merge_model\n"
         "from dfqs_nb.core.errors import OutputError\n"
         "os.getuid() or os.setuid(65534)\n"
-        "try: merge_model(sys.argv[1], sys.argv[2], progress=False)\n"
+        "try: merge_model(sys.argv[1], sys.argv[2])\n"
         "except OutputError as error: print(error)\n"
     )
     shards = [shutil.copy(path, tmp_path) for path in open_shards(SHARD["IQ1_S-XL"]).paths]
@@ -252,13 +246,13 @@ def test_second_process_on_one_output_is_refused(tmp_path):
     output = tmp_path / "out.gguf"
     with disk.only_writer(output):
         with pytest.raises(OutputError, match="another process is writing it"):
-            merge_model(SHARD["IQ1_S-XL"], output, progress=False)
+            merge_model(SHARD["IQ1_S-XL"], output)
         assert disk.lock_path(output).exists(), "the first one's lock was removed"
 
 
 def test_stale_part_of_a_killed_merge_is_no_obstacle(tmp_path):
     (tmp_path / ".out.gguf.part").write_bytes(os.urandom(9_000_000))
-    result = merge_model(SHARD["IQ1_S-XL"], tmp_path / "out.gguf", progress=False)
+    result = merge_model(SHARD["IQ1_S-XL"], tmp_path / "out.gguf")
     assert result.sha256 == RECORDED["IQ1_S-XL"]["merged"] == sha256(result.path)
 
 
@@ -288,12 +282,9 @@ def test_file_systems_without_direct_writes(tmp_path, monkeypatch, small_windows
     direct = getattr(os, "O_DIRECT", 0)
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", pwrite)
-        assert (
-            merge_model(SHARD["IQ1_S-XL"], tmp_path / "a", progress=False).sha256
-            == RECORDED["IQ1_S-XL"]["merged"]
-        )
+        assert merge_model(SHARD["IQ1_S-XL"], tmp_path / "a").sha256 == RECORDED["IQ1_S-XL"]["merged"]
     monkeypatch.delattr(os, "O_DIRECT", raising=False)
-    result = merge_model(SHARD["IQ1_S-XL"], tmp_path / "b", progress=False)
+    result = merge_model(SHARD["IQ1_S-XL"], tmp_path / "b")
     assert result.sha256 == RECORDED["IQ1_S-XL"]["merged"] == sha256(result.path) == sha256(tmp_path / "a")
 
 
@@ -307,7 +298,7 @@ def test_shard_cut_while_merging_is_caught(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(merging, "plan_merge", plan_then_cut)
     output = tmp_path / "o"
     with pytest.raises(IntegrityError, match="ended inside tensor"):
-        merge_model(pair[0], output, progress=False)
+        merge_model(pair[0], output)
     assert leftovers(tmp_path, *pair) == set()
 
 
@@ -315,7 +306,7 @@ def test_shard_changed_while_merging_is_caught(pair, tmp_path, monkeypatch):
     real = merging.validate
     monkeypatch.setattr(merging, "validate", lambda *a: (real(*a), os.utime(pair[0], (1, 1))))
     with pytest.raises(IntegrityError, match="changed since its merge began"):
-        merge_model(pair[0], tmp_path / "o", progress=False)
+        merge_model(pair[0], tmp_path / "o")
     assert leftovers(tmp_path, *pair) == set()
 
 

@@ -50,14 +50,14 @@ def glued_any(request, tmp_path, merged_reference) -> Path:
 
 def test_repair_gives_the_file_of_a_true_merge(glued_any, tmp_path):
     before = sha256(glued_any)
-    result = repair(glued_any, tmp_path / "out.gguf", progress=False)
+    result = repair(glued_any, tmp_path / "out.gguf")
     assert result.sha256 == sha256(result.path) == MERGED
     assert sha256(glued_any) == before, "the damaged file is only read"
 
 
 def test_repair_in_place_gives_the_file_of_a_true_merge(glued_any):
     size = glued_any.stat().st_size
-    result = repair(glued_any, in_place=True, progress=False)
+    result = repair(glued_any, in_place=True)
     assert result.path == glued_any and result.sha256 == sha256(glued_any) == MERGED
     assert result.nbytes < size
     assert {p.name for p in glued_any.parent.iterdir()} == {"s", "glued.gguf", manifest_path(glued_any).name}
@@ -67,11 +67,11 @@ def test_shards_glued_in_the_wrong_order_are_repaired_too(tmp_path):
     first, second = specimens.reference_shards().paths
     path = tmp_path / "odd.gguf"
     path.write_bytes(second.read_bytes() + first.read_bytes())
-    assert repair(path, tmp_path / "out.gguf", progress=False).sha256 == MERGED
+    assert repair(path, tmp_path / "out.gguf").sha256 == MERGED
 
 
 def test_repaired_model_is_proven(glued):
-    repair(glued, in_place=True, progress=False)
+    repair(glued, in_place=True)
     assert compare_tensors(glued, specimens.reference_shards().paths[0])["equal"].all()
     assert check.parse(glued).accepted
 
@@ -101,7 +101,7 @@ def test_what_is_no_concatenation_is_refused(tmp_path, make):
 def test_a_concatenation_that_lacks_its_end_is_refused_and_kept(glued):
     os.truncate(glued, glued.stat().st_size - 1000)
     with pytest.raises(DfqsError, match="short|cut"):
-        repair(glued, in_place=True, progress=False)
+        repair(glued, in_place=True)
     assert glued.exists() and len(list(glued.parent.iterdir())) == 1
 
 
@@ -119,23 +119,23 @@ def test_byte_parts_are_joined(tmp_path, merged_reference):
     for part, start in zip(parts, (0, 2_000_000, 4_000_000), strict=True):
         part.write_bytes(body[start : start + 2_000_000])
     with pytest.raises(OutputError, match="byte parts are joined, not consumed"):
-        merge_model(parts[1], tmp_path / "out.gguf", consume=True, progress=False)
-    assert merge_model(parts[1], tmp_path / "out.gguf", progress=False).sha256 == MERGED
+        merge_model(parts[1], tmp_path / "out.gguf", consume=True)
+    assert merge_model(parts[1], tmp_path / "out.gguf").sha256 == MERGED
     parts[2].unlink()
     with pytest.raises(DfqsError, match="2 byte parts of m.gguf, and their names say 3"):
-        merge_model(parts[0], tmp_path / "out2.gguf", progress=False)
+        merge_model(parts[0], tmp_path / "out2.gguf")
 
 
 def test_merge_once_takes_what_comes(glued, tmp_path, merged_reference):
     first = specimens.reference_shards().paths[0]
     for number, model in enumerate((first, glued)):
-        assert once(model, tmp_path / f"{number}.gguf", progress=False).sha256 == MERGED
-    alone = once(merged_reference, tmp_path / "none.gguf", progress=False)
+        assert once(model, tmp_path / f"{number}.gguf").sha256 == MERGED
+    alone = once(merged_reference, tmp_path / "none.gguf")
     assert alone.path == merged_reference and alone.sha256 == MERGED and not (tmp_path / "none.gguf").exists()
 
 
 def test_a_hash_that_a_merge_computed_is_not_computed_again(tmp_path, monkeypatch):
-    made = merge_model(specimens.reference_shards().paths[0], tmp_path / "m.gguf", progress=False)
+    made = merge_model(specimens.reference_shards().paths[0], tmp_path / "m.gguf")
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     for path in (made.path, manifest_path(made.path)):
@@ -147,10 +147,10 @@ def test_a_hash_that_a_merge_computed_is_not_computed_again(tmp_path, monkeypatc
         return hash_file(path, *rest, **options)
 
     monkeypatch.setattr("dfqs_nb.merge.merge.hash_file", noted)
-    again = once(made.path, tmp_path / "none.gguf", progress=False)
+    again = once(made.path, tmp_path / "none.gguf")
     assert again.reused and again.sha256 == made.sha256 and not hashed
-    once(made.path, tmp_path / "none.gguf", fresh=True, progress=False)
-    once(moved / "m.gguf", tmp_path / "none.gguf", progress=False)
+    once(made.path, tmp_path / "none.gguf", fresh=True)
+    once(moved / "m.gguf", tmp_path / "none.gguf")
     assert hashed == [made.path, moved / "m.gguf"], "a copy has another inode, whatever its time"
 
 
@@ -170,14 +170,14 @@ def test_a_source_is_opened_by_what_its_bytes_say(glued, tmp_path, merged_refere
 def test_merge_once_does_not_do_the_same_work_twice(tmp_path):
     pair = [Path(shutil.copy(path, tmp_path)) for path in specimens.reference_shards().paths]
     output = tmp_path / "out.gguf"
-    first = once(pair[0], output, progress=False)
-    again = once(pair[1], output, progress=False)
+    first = once(pair[0], output)
+    again = once(pair[1], output)
     assert not first.reused and again.reused and again.sha256 == first.sha256
-    assert not once(pair[0], output, fresh=True, progress=False).reused
+    assert not once(pair[0], output, fresh=True).reused
     os.utime(output, (1, 1))
-    assert not once(pair[0], output, progress=False).reused, "the output was touched"
+    assert not once(pair[0], output).reused, "the output was touched"
     os.utime(pair[0], (1, 1))
-    assert not once(pair[0], output, progress=False).reused, "a shard was touched"
+    assert not once(pair[0], output).reused, "a shard was touched"
 
 
 def test_methods_table_bounds_the_extra_disk():

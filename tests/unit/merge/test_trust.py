@@ -59,7 +59,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def merged(model: Any, output: Path, **options: Any) -> str:
-    return merge.merge_model(model, output, progress=False, **options).sha256
+    return merge.merge_model(model, output, **options).sha256
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -127,7 +127,7 @@ def test_the_workbook_s_own_data_is_never_consumed(
     glued = broken.glue(data / "reference")
     before = contents(data)
     with pytest.raises(OutputError, match="the workbook's own data"):
-        merge.repair(glued, in_place=True, progress=False)
+        merge.repair(glued, in_place=True)
     assert contents(data) == before
 
 
@@ -137,7 +137,7 @@ def test_repair_in_place_through_a_link_is_refused(tmp_path: Path) -> None:
     link.symlink_to(glued)
     before = contents(tmp_path)
     with pytest.raises(OutputError, match="a link to"):
-        merge.repair(link, in_place=True, progress=False)
+        merge.repair(link, in_place=True)
     assert contents(tmp_path) == before and link.is_symlink()
 
 
@@ -199,9 +199,9 @@ def test_a_planted_journal_does_not_stand_for_bytes_that_exist(
     forged = planted_part(output, plan)
     planted_journal(output, plan, forged, paths=[str(bystander)] * len(plan.sources), consume=True)
     if action == "repair":
-        result = merge.repair(glued, in_place=True, progress=False)
+        result = merge.repair(glued, in_place=True)
     else:
-        result = merge.merge_model(pair[0], output, consume=True, progress=False)
+        result = merge.merge_model(pair[0], output, consume=True)
     assert result.sha256 == MERGED == sha256(output)
     assert bystander.read_bytes() == b"precious" and not journal_path(output).exists()
 
@@ -227,7 +227,7 @@ def test_a_planted_journal_of_a_finished_merge_deletes_nothing_whole(
         "tensors": {},
     }
     manifest_path(output).write_text(json.dumps(manifest))
-    merge.merge_model(pair[0], output, consume=True, progress=False)
+    merge.merge_model(pair[0], output, consume=True)
     assert [path.read_bytes() for path in pair] == [path.read_bytes() for path in SHARDS]
 
 
@@ -451,10 +451,10 @@ def test_merge_once_replaces_no_file_that_is_not_ours(
     output.write_bytes(b"precious")
     source = merge.open_source(SHARDS[0])
     with pytest.raises(OutputError, match="exists already"):
-        merge.merge_once(source, output, progress=False)
+        merge.merge_once(source, output)
     assert output.read_bytes() == b"precious"
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
-    assert merge.merge_once(source, output, progress=False).sha256 == MERGED, "the run's own folder"
+    assert merge.merge_once(source, output).sha256 == MERGED, "the run's own folder"
 
 
 # ---- file systems ----
@@ -487,7 +487,7 @@ def test_a_lock_of_a_killed_process_is_taken_over_without_flock(tmp_path: Path) 
         "from dfqs_nb import merge\n"
         "from dfqs_nb.merge import copy\n"
         "if sys.argv[3] == 'die': copy.Part.write = lambda *_: os.kill(os.getpid(), 9)\n"
-        "print(merge.merge_model(sys.argv[1], sys.argv[2], progress=False).sha256)\n"
+        "print(merge.merge_model(sys.argv[1], sys.argv[2]).sha256)\n"
     )
     words = [sys.executable, "-c", script, str(SHARDS[0]), str(tmp_path / "out.gguf")]
     first = subprocess.run([*words, "die"], capture_output=True, text=True, cwd=REPOSITORY, check=False)
@@ -570,7 +570,7 @@ def mutated(raw: bytes, draw: random.Random) -> bytes:
 
 def survive(count: int, pair: list[Path], folder: Path) -> None:
     """Whatever stands in a manifest or a journal, it is read, or refused with a next step."""
-    result = merge.merge_model(pair[0], folder / "out.gguf", progress=False)
+    result = merge.merge_model(pair[0], folder / "out.gguf")
     place, plan = manifest_path(result.path), merge.open_source(pair[0]).plan
     manifest = place.read_bytes()
     planted_journal(result.path, plan, result.path.read_bytes())

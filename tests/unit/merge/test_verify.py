@@ -29,7 +29,7 @@ RECORDED = DATA / "xxh64_reference.txt"  # what llama-gguf-hash --xxh64 printed,
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return merge_model(SHARDS[0], tmp_path / "model.gguf", progress=False).path
+    return merge_model(SHARDS[0], tmp_path / "model.gguf").path
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def recorded() -> dict[str, str]:
 
 def test_hashes_are_those_of_llama_gguf_hash(model):
     assert len(recorded()) == 126
-    assert tensor_hashes([read_header(model)], progress=False) == recorded()
-    assert hash_file(model, [read_header(model)], progress=False) == (MERGED_SHA256, recorded())
+    assert tensor_hashes([read_header(model)]) == recorded()
+    assert hash_file(model, [read_header(model)]) == (MERGED_SHA256, recorded())
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_recorded_hashes_are_still_those_of_the_tool(model):
 
 
 def test_merged_model_passes_everything(model):
-    proof = verify(model, sha256=MERGED_SHA256.upper(), against=SHARDS[0], progress=False)
+    proof = verify(model, sha256=MERGED_SHA256.upper(), against=SHARDS[0])
     assert (proof.sha256, proof.tensors, proof.nbytes) == (MERGED_SHA256, recorded(), model.stat().st_size)
     assert proof.compared == (
         "its manifest",
@@ -95,14 +95,14 @@ def test_damaged_tensor_is_named(model):
     damage(model, "blk.3.ffn_gate_exps.weight")
     words = "1 of 126 tensors differ from its manifest: blk.3.ffn_gate_exps.weight; get it"
     with pytest.raises(IntegrityError, match=words):
-        verify(model, progress=False)
+        verify(model)
     manifest_path(model).unlink()
     with pytest.raises(
         IntegrityError, match="differ from the tensors of its shards: blk.3.ffn_gate_exps.weight"
     ):
-        verify(model, against=SHARDS, progress=False)
+        verify(model, against=SHARDS)
     with pytest.raises(IntegrityError, match="SHA-256 is .* the SHA-256 that was given is"):
-        verify(model, sha256=MERGED_SHA256, progress=False)
+        verify(model, sha256=MERGED_SHA256)
 
 
 def test_two_damaged_tensors_are_named(model):
@@ -113,36 +113,36 @@ def test_two_damaged_tensors_are_named(model):
         match="2 of 126 .*: token_embd.weight, output_norm.weight|2 of 126 .*: "
         "output_norm.weight, token_embd.weight",
     ):
-        verify(model, progress=False)
+        verify(model)
 
 
 def test_damaged_header_is_told_from_damaged_tensors(model):
     header = read_header(model)
     flip(model, header.fields["general.name"].value_start + 9)
     with pytest.raises(IntegrityError, match="its tensors are those of its manifest, so header or padding"):
-        verify(model, progress=False)
+        verify(model)
 
 
 def test_cut_model(model):
     with model.open("r+b") as file:
         file.truncate(model.stat().st_size - 1000)
     with pytest.raises(IntegrityError, match="its manifest says 5,753,024"):
-        verify(model, progress=False)
+        verify(model)
     manifest_path(model).unlink()
     with pytest.raises(LayoutError, match="short"):
-        verify(model, progress=False)
+        verify(model)
 
 
 def test_manifest_for_a_file_that_has_none(model):
     before = json.loads(manifest_path(model).read_text())
     manifest_path(model).unlink()
-    assert verify(model, progress=False).compared == ()
-    assert "compared with nothing" in verify(model, progress=False).meaning[0]
-    after = json.loads(manifest_path(verify(model, write_manifest=True, progress=False).path).read_text())
+    assert verify(model).compared == ()
+    assert "compared with nothing" in verify(model).meaning[0]
+    after = json.loads(manifest_path(verify(model, write_manifest=True).path).read_text())
     assert after["tensors"] == before["tensors"] and after["sha256"] == before["sha256"]
     damage(model, "output.weight")
     with pytest.raises(IntegrityError, match="output.weight"):
-        verify(model, progress=False)
+        verify(model)
 
 
 def test_an_unfinished_download_verifies_as_such_and_gets_no_manifest(model):
@@ -151,32 +151,32 @@ def test_an_unfinished_download_verifies_as_such_and_gets_no_manifest(model):
     with model.open("wb") as file:
         file.write(raw[:4_000_000])
         file.truncate(len(raw))
-    proof = verify(model, progress=False)
+    proof = verify(model)
     assert not proof.diagnosis.sound and "were never stored" in proof.meaning[-1]
     with pytest.raises(IntegrityError, match="gets no manifest"):
-        verify(model, write_manifest=True, progress=False)
+        verify(model, write_manifest=True)
     assert not manifest_path(model).exists()
 
 
 def test_broken_manifest_is_said_so(model):
     manifest_path(model).write_text("{")
     with pytest.raises(IntegrityError, match="manifest.json: cannot be read"):
-        verify(model, progress=False)
+        verify(model)
 
 
 def test_shards_of_another_model(model):
     with pytest.raises(IntegrityError, match="tensors differ from the tensors of its shards"):
-        verify(model, against=shard_path(data_dir() / "reference/DFQS-Nano-Q8_0", 1, 2), progress=False)
+        verify(model, against=shard_path(data_dir() / "reference/DFQS-Nano-Q8_0", 1, 2))
 
 
 def test_registered_shard_is_authentic(tmp_path):
     shard = Path(shutil.copy(SHARDS[1], tmp_path))
-    proof = verify(shard, progress=False)
+    proof = verify(shard)
     assert proof.published == f"{shard.name} of dfqs-nano-iq1_s-xl"
     assert "its published SHA-256" in proof.compared and "authentic" in proof.meaning[1]
     flip(shard, shard.stat().st_size - 500)
     with pytest.raises(IntegrityError, match="its published SHA-256 is ed3cc"):
-        verify(shard, progress=False)
+        verify(shard)
 
 
 def test_authentic_is_not_loadable(glued, monkeypatch):
@@ -184,7 +184,7 @@ def test_authentic_is_not_loadable(glued, monkeypatch):
     known = registry.ModelFile("DeepSeek.gguf", glued.stat().st_size, sha256_of(glued))
     artifact = registry.registered()["deepseek-v4-flash-iq1_s-xl-single"]
     monkeypatch.setattr(registry, "registered", lambda: {artifact.name: replace(artifact, files=(known,))})
-    proof = verify(glued, against=SHARDS[0], progress=False)
+    proof = verify(glued, against=SHARDS[0])
     _, authentic, loads = proof.meaning
     assert "byte for byte what was published as DeepSeek.gguf" in authentic
     assert loads.startswith("yet it does not load: 2 shards glued together")
@@ -195,7 +195,7 @@ def test_hash_once_reads_across_every_piece(model, monkeypatch):
     from dfqs_nb.core import files
 
     monkeypatch.setattr(files, "CHUNK_BYTES", 4099)
-    assert hash_file(model, [read_header(model)], progress=False) == (MERGED_SHA256, recorded())
+    assert hash_file(model, [read_header(model)]) == (MERGED_SHA256, recorded())
 
 
 # ---- what lies in the tensors ----
@@ -204,8 +204,8 @@ def test_hash_once_reads_across_every_piece(model, monkeypatch):
 @pytest.mark.parametrize("shipped", ["IQ1_S-XL", "Q8_0"])
 def test_data_of_the_shipped_models_is_sound(shipped, tmp_path):
     shard = shard_path(data_dir() / f"reference/DFQS-Nano-{shipped}", 1, 2)
-    path = merge_model(shard, tmp_path / "m.gguf", progress=False).path
-    assert verify(path, data=True, progress=False).diagnosis.sound
+    path = merge_model(shard, tmp_path / "m.gguf").path
+    assert verify(path, data=True).diagnosis.sound
 
 
 @pytest.mark.parametrize(("start", "nbytes"), [(3_000_001, 1 << 20), (1_000_000, 100_000)])
@@ -214,9 +214,9 @@ def test_zeroed_stretches_are_found_without_a_manifest(start, nbytes, model):
     with model.open("r+b") as file:
         file.seek(start)
         file.write(bytes(nbytes))
-    assert verify(model, progress=False).compared == ()
+    assert verify(model).compared == ()
     with pytest.raises(IntegrityError, match="long runs of zeros.*blk"):
-        verify(model, data=True, progress=False)
+        verify(model, data=True)
 
 
 @pytest.mark.parametrize("scale", [b"\x00\x7c", b"\x01\x7e", b"\x00\xfc"], ids=["inf", "nan", "-inf"])
@@ -233,7 +233,7 @@ def test_scales_that_are_not_numbers_are_found(scale, kind, model):
     with pytest.raises(
         IntegrityError, match=f"1 tensors hold values that are not finite numbers: {tensor.name}"
     ):
-        verify(model, data=True, progress=False)
+        verify(model, data=True)
 
 
 @pytest.mark.parametrize(
@@ -252,9 +252,9 @@ def test_scales_that_are_not_numbers_are_found(scale, kind, model):
 def test_a_manifest_of_junk_is_said_so(text, model, tmp_path):
     manifest_path(model).write_text(text)
     with pytest.raises(IntegrityError, match=r"manifest.json: cannot be read"):
-        verify(model, progress=False)
+        verify(model)
     shard = SHARDS[0]
-    assert merge_model(shard, model, overwrite=True, progress=False).sha256 == MERGED_SHA256
+    assert merge_model(shard, model, overwrite=True).sha256 == MERGED_SHA256
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_manifest_with_values_of_another_type_is_said_so(change, model):
     kept = json.loads(manifest_path(model).read_text())
     manifest_path(model).write_text(json.dumps({**kept, **change}))
     with pytest.raises(IntegrityError, match="is not what it should be"):
-        verify(model, progress=False)
+        verify(model)
 
 
 def test_joined_files_have_a_manifest_of_their_tensors(model, tmp_path):
@@ -273,5 +273,5 @@ def test_joined_files_have_a_manifest_of_their_tensors(model, tmp_path):
         parts = [tmp_path / f"p{cut}.gguf.part{n}of2" for n in (1, 2)]
         parts[0].write_bytes(body[:cut])
         parts[1].write_bytes(body[cut:])
-        joined = merge_model(parts[0], tmp_path / f"{cut}.gguf", progress=False)
-        assert joined.tensors == recorded() and verify(joined.path, progress=False).compared
+        joined = merge_model(parts[0], tmp_path / f"{cut}.gguf")
+        assert joined.tensors == recorded() and verify(joined.path).compared
