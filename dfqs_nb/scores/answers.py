@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import builtins
 import re
 import textwrap
 import unicodedata
@@ -16,10 +14,8 @@ from symtable import Function, SymbolTable, symtable
 # A fence opens anywhere in a line (models glue it behind words) and closes with the same marks.
 FENCE = re.compile(r"(?P<mark>`{3,}|~{3,})[^`~\n]*\n")
 CODE_LINE = re.compile(r"[ \t]*(def|async def|class|from|import|@)\b|[ \t]*[A-Za-z_]\w*[ \t]*=[^=]")
-FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)  # has to stand first
 MOST_DIGITS = 1000  # of a number that is compared as a number
 MOST_ENDS, MOST_TRIES = 8, 400  # closing fences of a block, and pieces of plain text, that are tried
-Helper = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
 
 
 def normalised(text: str) -> str:
@@ -56,10 +52,8 @@ def code_in(answer: str, name: str, prompt: str = "") -> str | None:
     """
     answer = re.sub("\r\n?|[\u2028\u2029]", "\n", answer)
     blocks = list(_blocks(answer))
-    for number, block in reversed(list(enumerate(blocks))):
-        if code := _defining(block, name):
-            return _with_helpers(code, blocks[:number])
-    if code := _plain_code(answer, name):
+    codes = (_defining(block, name) for block in reversed(blocks))
+    if code := next(filter(None, codes), None) or _plain_code(answer, name):
         return code
     for block in reversed(blocks or [textwrap.dedent(answer.strip("\n"))]):
         body = prompt + textwrap.indent(block, "    ")
@@ -68,36 +62,6 @@ def code_in(answer: str, name: str, prompt: str = "") -> str | None:
         if re.search(rf"^(async )?def {re.escape(name)}\b", block, flags=re.MULTILINE):
             return block  # it is no Python: running it says why
     return None
-
-
-def _with_helpers(code: str, earlier: list[str]) -> str:
-    """The code, and before it the functions, classes and imports of earlier blocks that it needs."""
-    helpers, missing = "", _missing(code)
-    for block in reversed(earlier):
-        with warnings.catch_warnings(action="ignore"):
-            body = ast.parse(block).body if parsed(block)[0] else []
-        for node in reversed(body):
-            if isinstance(node, Helper):
-                first = min([node, *getattr(node, "decorator_list", ())], key=lambda part: part.lineno)
-                text = "\n".join(block.split("\n")[first.lineno - 1 : node.end_lineno]) + "\n"
-                if _bound(text) & missing:
-                    helpers, missing = text + helpers, missing | _missing(text)
-    return helpers + FUTURE.sub("", code) if helpers else code
-
-
-def _bound(code: str) -> set[str]:
-    """The names that a module defines."""
-    table = parsed(code)[0]
-    return {symbol.get_name() for symbol in table.get_symbols() if symbol.is_local()} if table else set()
-
-
-def _missing(code: str) -> set[str]:
-    """The names that a module uses and does not define."""
-    used, tables = set[str](), list(filter(None, [parsed(code)[0]]))
-    for table in tables:
-        used |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
-        tables += table.get_children()
-    return used - _bound(code) - set(dir(builtins))
 
 
 def _blocks(answer: str) -> Iterator[str]:
@@ -126,10 +90,12 @@ def parsed(code: str) -> tuple[SymbolTable | None, int]:
 
 def _defining(code: str, name: str) -> str | None:
     """The code, if it is Python that defines the name; a method is taken out of its class."""
-    if name in _bound(code):
-        return code
     table = parsed(code)[0]
-    for owner in table.get_children() if table else []:
+    if table is None:
+        return None
+    if name in table.get_identifiers() and table.lookup(name).is_local():
+        return code
+    for owner in table.get_children():
         for method in owner.get_children() if owner.get_type() == "class" else []:
             if method.get_name() == name and isinstance(method, Function):
                 made = "()" if method.get_parameters()[:1] == ("self",) else ""

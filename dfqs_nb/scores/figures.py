@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,9 +25,8 @@ def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         spread = whiskers(part, "accuracy")
         ax.errorbar(part["accuracy"], rows, xerr=spread, fmt="o", color=colour, capsize=3, label=name)
     guessed = np.flatnonzero(table["guess_rate"] > 0)
-    bar: dict[str, Any] = {"marker": "|", "linestyle": "", "color": INK}
-    bar |= {"markersize": 13, "markeredgewidth": 1.5}
-    ax.plot(table["guess_rate"].iloc[guessed], guessed, **bar, label="guessing")
+    guess = table["guess_rate"].iloc[guessed]
+    ax.plot(guess, guessed, "|", color=INK, markersize=13, markeredgewidth=1.5, label="guessing")
     _name_rows(ax, [f"{row.family}, {row.length} (n = {row.n})" for row in table.itertuples()])
     ax.set_xlim(-0.02, 1.02)
     share_axis(ax.xaxis, "right answers (95 % Wilson interval)")
@@ -59,9 +58,8 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.plot(decode["depth"], decode["roof"], "--", color=INK, label="roof: memory bandwidth / bytes a token")
     for row in decode.itertuples():
         ax.plot([row.depth] * len(row.values), row.values, "o", color=PALETTE[5], alpha=0.4, markersize=5)
-    line: dict[str, Any] = {"color": PALETTE[5], "markersize": 16, "markeredgewidth": 2}
-    label = f"decode, median of {len(decode['values'].iloc[0])}"
-    ax.plot(decode["depth"], decode["median"], "_-", **line, label=label)
+    label, at = f"decode, median of {len(decode['values'].iloc[0])}", decode["depth"]
+    ax.plot(at, decode["median"], "_-", color=PALETTE[5], markersize=16, markeredgewidth=2, label=label)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(decode["depth"], [f"{depth:,}" for depth in decode["depth"]])
@@ -72,8 +70,8 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("tokens a second")
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0.4, 0.5))
     busy = " (the machine was busy)" if decode["contended"].any() else ""
-    at = metric_row(table)
-    set_title(ax, f"Decode at depth {at['depth']:,} reaches {at['utilisation']:.1%} of the roof{busy}")
+    row = metric_row(table)
+    set_title(ax, f"Decode at depth {row['depth']:,} reaches {row['utilisation']:.1%} of the roof{busy}")
     return ax
 
 

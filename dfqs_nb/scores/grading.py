@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 COLUMNS = "set id sample family length guess prompt completion expected grade reason correct truncated"
 COLUMNS += " tokens seconds"
-GRADES = ("correct", "wrong", "no_answer", "truncated")
+RIGHT = ("correct", "passed")  # grades of questions, outcomes of code
+CUT = "cut"  # by the budget
 
 
 def grade(text: str, finish_reason: str, answer: str, how: str, opened: bool = False) -> tuple[str, str]:
-    """The grade of a completion (see ``GRADES``) and the answer in it.
+    """The grade of a completion (correct, wrong, no_answer or truncated) and the answer in it.
 
     ``truncated``: the thinking did not end, or the token limit came before an answer was complete. ``how``:
     the answer is what the last ``<answer>`` encloses (``answer tag``; the stop text may be its end) or the
@@ -58,15 +59,8 @@ class Score:
     n: int
     n_missing: int  # items without a result
     guess_rate: float  # what guessing would score
-    counts: dict[str, int]  # items by grade, or samples by outcome
+    counts: dict[str, int]  # samples by grade, of code by the sandbox's outcome
     truncated: int = 0  # answers that the token limit cut off and that are not right
-
-    @classmethod
-    def of(cls, name: str, set: str, value: float, worth: float, n_missing: int, **facts: Any) -> Score:
-        """A score with its interval at ``worth`` items; it is withheld where items are missing."""
-        low, high = map(float, wilson(value * worth, worth))
-        held = None if n_missing else value
-        return cls(name, set, held, low, high, n_missing=n_missing, **facts)
 
     @property
     def sentence(self) -> str:
@@ -80,40 +74,28 @@ class Score:
         )
 
 
-def reasoning_score(items: pd.DataFrame, name: str, n_expected: int) -> Score:
-    """The macro mean over families of strict matches.
+def score_of(kind: str, samples: pd.DataFrame, name: str, n_expected: int) -> Score:
+    """Of a reasoning set, the macro mean over families of strict matches; of a code set, pass@1.
 
-    ``items`` has columns ``family``, ``guess`` and ``grade``, one row an item; with several samples of an
-    item also ``id``, by which their mean is taken. ``n_expected``: items of the whole set.
+    ``samples`` has a row a sample, with ``id``, ``family``, ``guess`` and ``grade``; several samples of an
+    item count by their mean (Chen et al. 2021, arXiv:2107.03374). ``n_expected``: items of the whole set. An
+    answer that the budget cut off is no result.
 
     The interval is Wilson's at the number of items that is worth as much: 1 / sum(w^2 / n), w = 1 / families.
     """
-    right = items.assign(correct=(items["grade"] == "correct").astype(float))
-    if "id" in right:
-        right = right.groupby("id", sort=False).agg({"family": "first", "guess": "first", "correct": "mean"})
-    groups = right.groupby("family", sort=False)
-    share, n, guess = groups["correct"].mean(), groups.size(), groups["guess"].mean()
-    n_families, missing = max(len(n), 1), n_expected - len(right)
+    samples = samples[samples["grade"] != CUT]
+    right = samples.assign(right=samples["grade"].isin(RIGHT).astype(float))
+    items = right.groupby("id", sort=False).agg({"family": "first", "guess": "first", "right": "mean"})
+    groups = items.groupby(items["family"] if kind == "reasoning" else lambda _: kind, sort=False)
+    share, n, guess = groups["right"].mean(), groups.size(), groups["guess"].mean()
+    n_families, n_missing = max(len(n), 1), n_expected - len(items)
+    value = float(share.sum()) / n_families
     worth = n_families**2 / float((1 / n).sum()) if len(n) else 0.0
-    counts = {grade: int((items["grade"] == grade).sum()) for grade in GRADES}
-    facts: dict[str, Any] = {"n": n_expected, "counts": counts, "truncated": counts["truncated"]}
-    facts["guess_rate"] = float(guess.sum()) / n_families
-    return Score.of("reasoning_score", name, float(share.sum()) / n_families, worth, missing, **facts)
-
-
-def code_score(samples: pd.DataFrame, name: str, n_expected: int) -> Score:
-    """pass@1: the mean over tasks of the share of samples that pass (Chen et al. 2021, arXiv:2107.03374).
-
-    ``samples`` has columns ``id`` (of the task) and ``grade`` (the sandbox's outcome), one row a sample.
-    ``n_expected``: tasks of the whole set.
-    """
-    values = (samples["grade"] == "passed").groupby(samples["id"], sort=False).mean()
-    n = len(values)
+    low, high = map(float, wilson(value * worth, worth))
     counts = {str(grade): int(count) for grade, count in samples["grade"].value_counts().items()}
-    cut = int(samples["truncated"].sum()) if "truncated" in samples else 0
-    facts: dict[str, Any] = {"guess_rate": 0.0, "counts": counts, "truncated": cut}
-    value = float(values.mean()) if n else 0.0
-    return Score.of("code_score", name, value, n, n_expected - n, n=n_expected, **facts)
+    truncated = int(samples["truncated"].sum()) if "truncated" in samples else 0
+    facts = (n_missing, float(guess.sum()) / n_families, counts, truncated)
+    return Score(f"{kind}_score", name, None if n_missing else value, low, high, n_expected, *facts)
 
 
 @dataclass(frozen=True)
@@ -128,15 +110,19 @@ class SetRun:
     model: str = ""  # its SHA-256, or a name
     n_resumed: int = 0  # samples whose answer an earlier run had written
 
+    @property
+    def answered(self) -> pd.DataFrame:
+        """The items without those that the budget cut off."""
+        return self.items[self.items["grade"] != CUT]
+
     @classmethod
     def of(cls, kind: str, name: str, items: Any, *, n_items: int | None = None, **facts: Any) -> SetRun:
         """A run from its judged items (a frame or rows); the whole set has ``n_items``, by default these."""
         import pandas as pd
 
         table = pd.DataFrame(items, columns=COLUMNS.split()) if isinstance(items, list) else items
-        scored = reasoning_score if kind == "reasoning" else code_score
         n = table["id"].nunique() if n_items is None else n_items
-        return cls(kind, name, table, scored(table, name, n), **facts)
+        return cls(kind, name, table, score_of(kind, table, name, n), **facts)
 
 
 @dataclass(frozen=True)
@@ -156,23 +142,23 @@ class Results:
         """One row a set: the metric, its value and interval, the guess rate, and how items failed."""
         import pandas as pd
 
-        rows = []
-        for run in self.runs:
-            fields = {"set": run.name} | vars(run.score)
-            no_answer = fields.pop("counts").get("no_answer", 0)
-            rows.append({**fields, "truncated": int(run.items["truncated"].sum()), "no_answer": no_answer})
-        return pd.DataFrame(rows)
+        rows = [{"set": run.name} | vars(run.score) for run in self.runs]
+        no_answer = [row.pop("counts").get("no_answer", 0) for row in rows]
+        return pd.DataFrame(rows).assign(no_answer=no_answer)
 
     def families(self) -> pd.DataFrame:
         """One row a family and length: counts, accuracy with Wilson's interval, guess rate, how it failed."""
-        items = self.items.assign(no_answer=lambda table: table["grade"] == "no_answer")
+        import pandas as pd
+
+        items = pd.concat([run.answered for run in self.runs], ignore_index=True)
+        items["no_answer"] = items["grade"] == "no_answer"
         groups = items.groupby(["set", "family", "length"], sort=False)
-        accuracy, n_items = groups["correct"].mean(), groups["id"].nunique()
-        low, high = wilson(accuracy * n_items, n_items)  # samples of one item are no evidence of their own
-        sums = groups[["correct", "truncated", "no_answer"]].sum()
-        table = groups.size().to_frame("n").assign(correct=sums.pop("correct"), accuracy=accuracy)
-        table = table.assign(low=low, high=high, guess_rate=groups["guess"].mean())
-        return table.join(sums).reset_index()
+        sums = {name: (name, "sum") for name in ("correct", "truncated", "no_answer")}
+        shares = {"accuracy": ("correct", "mean"), "guess_rate": ("guess", "mean")}
+        table = groups.agg(n=("id", "size"), **sums, **shares)
+        n_items = groups["id"].nunique()  # samples of one item are no evidence of their own
+        low, high = wilson(table["accuracy"] * n_items, n_items)
+        return table.assign(low=low, high=high).reset_index()
 
     def failures(self, n: int = 3) -> pd.DataFrame:
         """Failed items to read, ``n`` a set, spread over its families: what was asked, answered, expected."""
@@ -209,8 +195,8 @@ def compare_runs(a: SetRun, b: SetRun, n_boot: int = N_BOOT, seed: int = 0) -> C
         what = f"{run.score.n_missing} items of {run.name} lack a result"
         raise ComparisonError(what, hint="let the run finish: it continues where it stopped")
     keys = ["id", "sample"]
-    both = a.items[[*keys, "family", "correct"]].merge(b.items[[*keys, "correct"]], on=keys)
-    if not len(a.items) == len(b.items) == len(both):
+    both = a.answered[[*keys, "family", "correct"]].merge(b.answered[[*keys, "correct"]], on=keys)
+    if not len(a.answered) == len(b.answered) == len(both):
         raise ComparisonError("the two runs did not answer the same items", hint="score both with --fresh")
     # an item sampled several times counts once, as right where most of its samples are
     items = both.groupby("id", sort=False).agg({"family": "first", "correct_x": "mean", "correct_y": "mean"})

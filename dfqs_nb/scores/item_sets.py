@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,7 +46,7 @@ class Item:
     gold: Annotated[int, Ge(0)] = 0  # the index of the right choice
 
     def asked(self, instruction: str) -> str:
-        """The message to the model in a chat.
+        """The message to the model in a chat: the instruction behind the prompt, or around it.
 
         >>> Item("1", "p").asked(" Why?"), Item("1", "p").asked("Read {prompt}.")
         ('p Why?', 'Read p.')
@@ -101,11 +101,11 @@ class ItemSet(Head):
         return self.set
 
     @classmethod
-    def load(cls, name: str | Path, folder: str | Path | None = None) -> ItemSet:
-        """A set by its file's path, or its name, from ``folder`` or the shipped ones; or a `PromptError`."""
+    def load(cls, name: str | Path) -> ItemSet:
+        """A set by its file's path, or a shipped one by its name; or a `PromptError`."""
         if Path(name).suffix == ".jsonl":
             return _read(Path(name))
-        known = item_set_paths() | (item_set_paths(folder) if folder else {})
+        known = item_set_paths()
         if str(name) not in known:
             raise PromptError(f"no question set {str(name)!r}", hint=f"there are: {', '.join(sorted(known))}")
         return _read(known[str(name)])
@@ -124,13 +124,16 @@ class ItemSet(Head):
         part = {"part": f"{len(self.items)} of {self.n_whole} questions"}
         return facts | {"max_tokens": self.max_tokens} | (part if len(self.items) < self.n_whole else {})
 
-    def part(self, n: int) -> ItemSet:
-        """``n`` of the questions, spread evenly over the families. A larger part holds every smaller one."""
+    def by_turns(self) -> list[Item]:
+        """The questions in an order of which every beginning is spread evenly over the families."""
         families = defaultdict[str, list[Item]](list)
         for item in self.items:
             families[item.family].append(item)
-        by_turns = filter(None, chain.from_iterable(zip_longest(*families.values())))
-        chosen = {item.id for item, _ in zip(by_turns, range(n), strict=False)}
+        return [item for turn in zip_longest(*families.values()) for item in turn if item]
+
+    def part(self, n: int) -> ItemSet:
+        """``n`` of the questions, spread evenly over the families. A larger part holds every smaller one."""
+        chosen = {item.id for item in self.by_turns()[:n]}
         return replace(self, items=tuple(item for item in self.items if item.id in chosen))
 
     def row(self) -> dict[str, Any]:
@@ -226,6 +229,5 @@ def _typed(kind: type, line: bytes, number: int, path: Path) -> Any:
 
 
 def _broken(path: Path, number: int, what: str) -> PromptError:
-    return PromptError(
-        f"line {number}: {what}", where=paths.tilde(path), hint="see data/prompts/ for the format"
-    )
+    hint = "see data/prompts/ for the format"
+    return PromptError(f"line {number}: {what}", where=paths.tilde(path), hint=hint)

@@ -8,9 +8,10 @@ divides it by the choice's length in characters. The results are written in that
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import inf, sqrt
 from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from scipy.special import log_softmax
 
 from dfqs_nb.core import display, errors, journal
 from dfqs_nb.llama.generate import chat_prompt
-from dfqs_nb.llama.model import Model
+from dfqs_nb.llama.model import Model, SavedState
 from dfqs_nb.scores.item_sets import Item, ItemSet
 from dfqs_nb.stats import mean_interval, wilson
 
@@ -66,15 +67,14 @@ class Answers:
 
     ``items`` has a row a question: ``id``, ``family``, ``gold``, ``log_likelihoods`` (nats, one a choice),
     ``greedy`` (whether greedy decoding gives a choice), ``acc`` and ``acc_norm`` (0 or 1), ``margin`` (nats
-    between the right choice and the best wrong one), ``guess``.
+    between the right choice and the best wrong one), ``guess``. ``left_out``: by a budget.
     """
 
     questions: ItemSet
     model: str
     conditions: dict[str, Any] = field(repr=False)
     items: pd.DataFrame = field(repr=False)
-    n_evaluated: int = 0  # tokens that this call evaluated
-    left_out: tuple[str, ...] = ()  # by a budget
+    left_out: tuple[str, ...] = ()
 
     @property
     def sentence(self) -> str:
@@ -108,7 +108,7 @@ class Answers:
             | {"target": item.gold, "acc": float(row.acc), "acc_norm": float(row.acc_norm)}
             | {"resps": [[list(pair)] for pair in zip(row.log_likelihoods, row.greedy, strict=True)]}
             for number, (item, row) in enumerate(
-                zip(self.questions.items, self.items.itertuples(), strict=False)
+                zip(self.questions.items, self.items.itertuples(), strict=True)
             )
         ]
         return {
@@ -121,13 +121,20 @@ class Answers:
 
 
 def answer(
-    model: Model, questions: ItemSet, folder: str | Path, *, model_id: str = "", fresh: bool = False
+    model: Model,
+    questions: ItemSet,
+    folder: str | Path,
+    *,
+    model_id: str = "",
+    fresh: bool = False,
+    until: float = inf,
 ) -> Answers:
     """Score every choice of every question. The same call resumes a killed run.
 
     What the questions share (the solved examples) and what the choices of a question share (its prompt) is
     evaluated once and then restored, so four choices cost little more than one. ``<set>.likelihood.jsonl``
-    in ``folder`` keeps the answers. A question that does not fit into the context is a `ContextFullError`.
+    in ``folder`` keeps the answers. No question but the first begins after ``until`` (``time.monotonic``).
+    A question that does not fit into the context is a `ContextFullError`.
     """
     import pandas as pd
 
@@ -135,22 +142,31 @@ def answer(
     folder.mkdir(parents=True, exist_ok=True)
     conditions = {"prompt_set_sha256": questions.sha256, "model": model_id, **model.conditions()}
     kept = journal.Journal(folder / f"{questions.name}.likelihood.jsonl", conditions, fresh=fresh)
-    items = questions.items
-    encoded = {item.id: encode(model, questions, item) for item in items if item.id not in kept}
-    scorer = _Scorer(model, commonprefix([context for context, _ in encoded.values()]))
-    for item in display.tqdm(items, desc=questions.name, leave=False):
+    encoded = {item.id: encode(model, questions, item) for item in questions.items if item.id not in kept}
+    shared = list(commonprefix([context for context, _ in encoded.values()]))
+    start = None
+    if shared:
+        model.clear()
+        model.decode(shared)
+        start = model.save()
+    for n, item in enumerate(display.tqdm(questions.by_turns(), desc=questions.name, leave=False)):
         if item.id in encoded:
-            logs, greedy = zip(*scorer.choices(*encoded[item.id]), strict=True)
+            if n and time.monotonic() > until:
+                break
+            logs, greedy = zip(*_scored(model, start, *encoded[item.id]), strict=True)
             kept.add(item.id, log_likelihoods=logs, greedy=greedy)
-    rows = []
-    for item in items:
+    answered, rows = tuple(item for item in questions.items if item.id in kept), []
+    for item in answered:
         values = np.array(kept[item.id]["log_likelihoods"])
         per_letter = values / [len(choice) for choice in item.choices]
         row = {"id": item.id, "family": item.family, "gold": item.gold, **kept[item.id]}
         row |= {"acc": int(values.argmax() == item.gold), "acc_norm": int(per_letter.argmax() == item.gold)}
         margin = values[item.gold] - np.delete(values, item.gold).max()
         rows.append(row | {"margin": float(margin), "guess": 1 / len(values)})
-    return Answers(questions, model_id or model.path.name, conditions, pd.DataFrame(rows), scorer.n_evaluated)
+    n, most = len(rows), len(questions.items)
+    left_out = (f"only {n} of {most} questions of {questions.name} answered",) if n < most else ()
+    questions = replace(questions, items=answered)
+    return Answers(questions, model_id or model.path.name, conditions, pd.DataFrame(rows), left_out)
 
 
 def encode(model: Model, questions: ItemSet, item: Item) -> tuple[list[int], list[list[int]]]:
@@ -173,34 +189,26 @@ def encode(model: Model, questions: ItemSet, item: Item) -> tuple[list[int], lis
     return context, [tokens[len(context) :] or tokens[-1:] for tokens in together]
 
 
-class _Scorer:
-    """Scores choices behind contexts that all begin with ``shared``, which is evaluated once."""
+def _scored(
+    model: Model, start: SavedState | None, context: Sequence[int], choices: Sequence[Sequence[int]]
+) -> list[tuple[float, bool]]:
+    """The log-likelihood of each choice in nats, and whether greedy decoding gives it.
 
-    def __init__(self, model: Model, shared: Sequence[int]) -> None:
-        self._model, self._shared, self.n_evaluated = model, list(shared), len(shared)
+    ``start``: a state that holds the beginning of the context.
+    """
+    if start and len(context) > start.n_tokens:
+        model.restore(start)
+        context = context[start.n_tokens :]
+    else:  # where the whole context is shared, its last token is evaluated again, for its logits
         model.clear()
-        if self._shared:
-            model.decode(self._shared)
-            self._start = model.save()
-
-    def choices(self, context: Sequence[int], choices: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
-        """The log-likelihood of each choice in nats, and whether greedy decoding gives it."""
-        model, rest = self._model, context[len(self._shared) :]
-        if self._shared and rest:
-            model.restore(self._start)
-        else:  # the whole context is shared: its last token is evaluated again, for its logits
-            model.clear()
-            rest = context
-        self.n_evaluated += len(rest)
-        first, state, scored = log_softmax(model.evaluate(rest).astype(float)), model.save(), []
-        for tokens in choices:
-            value, greedy = float(first[tokens[0]]), bool(first.argmax() == tokens[0])
-            if len(tokens) > 1:
-                model.restore(state)
-                self.n_evaluated += len(tokens) - 1
-                logits = np.concatenate([rows.copy() for rows in model.logits(tokens[:-1])])
-                rows = log_softmax(logits.astype(float), axis=-1)
-                value += float(rows[np.arange(len(rows)), tokens[1:]].sum())
-                greedy = greedy and bool((rows.argmax(axis=1) == tokens[1:]).all())
-            scored.append((value, greedy))
-        return scored
+    first, scored = log_softmax(model.evaluate(context).astype(float))[None], []
+    state = model.save()
+    for tokens in choices:
+        rows = first
+        if len(tokens) > 1:
+            model.restore(state)
+            logits = np.concatenate([chunk.copy() for chunk in model.logits(tokens[:-1])])
+            rows = np.concatenate([first, log_softmax(logits.astype(float), axis=-1)])
+        value = float(rows[np.arange(len(tokens)), tokens].sum())
+        scored.append((value, bool((rows.argmax(axis=1) == tokens).all())))
+    return scored

@@ -8,24 +8,31 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dfqs_nb import __version__
 from dfqs_nb.core import display, errors, journal
-from dfqs_nb.llama.generate import GREEDY, Completion, Sampling, TextStream, chat_prompt, chat_text
+from dfqs_nb.core.budget import duration
+from dfqs_nb.llama.generate import GREEDY, Completion, Sampling, TextStream, chat_text
 from dfqs_nb.llama.model import PLAIN_STOP, Model
 from dfqs_nb.llama.thinking import answer_start, opens_thinking
-from dfqs_nb.scores.grading import SetRun, grade
+from dfqs_nb.llama.timing import Pace, probe
+from dfqs_nb.scores.grading import CUT, Results, SetRun, grade
 from dfqs_nb.scores.item_sets import Item, ItemSet
 from dfqs_nb.scores.sandbox import DRIVER, LIMITS, Candidate, Sandbox, Verdict, check_allowed, find_sandbox
 
+if TYPE_CHECKING:
+    from dfqs_nb.scores.likelihood import Answers
+
 THINKING = ("template", "on", "off")
+DOZEN = 12  # answers to one set say more than four to each of three
+MOST_CHOICES = 96  # questions of multiple choice
 Row = dict[str, Any]
 # what a line of the two files holds
 ANSWER = {"completion": str, "finish_reason": str, "opened": bool, "tokens": int, "seconds": float}
@@ -50,13 +57,11 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.thinking not in THINKING:
-            raise errors.PromptError(
-                f"thinking is {self.thinking!r}", hint=f"use one of {', '.join(THINKING)}"
-            )
+            hint = f"use one of {', '.join(THINKING)}"
+            raise errors.PromptError(f"thinking is {self.thinking!r}", hint=hint)
         if self.n_samples > 1 and not self.temperature:
-            raise errors.PromptError(
-                "greedy samples are all the same", hint="give a temperature, or one sample"
-            )
+            hint = "give a temperature, or one sample"
+            raise errors.PromptError("greedy samples are all the same", hint=hint)
 
     @property
     def sampling(self) -> Sampling:
@@ -76,22 +81,15 @@ class Request:
     thinking: str = "template"
     until: float = inf  # an answer that is not complete then is cut, and ends by ``time``
 
-    @property
-    def variables(self) -> dict[str, bool]:
-        """What the chat template is told about thinking, by the names that templates use."""
-        if self.thinking == "template":
-            return {}
-        return dict.fromkeys(("enable_thinking", "thinking"), self.thinking == "on")
-
     def rendered(self, model: Model) -> str:
-        """The text that this model gets."""
-        return chat_text(model, self.text, **self.variables) if self.chat else self.text
+        """The text that this model gets; templates have two names for the switch of a thinking."""
+        told = () if self.thinking == "template" else ("enable_thinking", "thinking")
+        variables = dict.fromkeys(told, self.thinking == "on")
+        return chat_text(model, self.text, **variables) if self.chat else self.text
 
     def tokens(self, model: Model) -> list[int]:
         """Token ids of the prompt that this model gets."""
-        if self.chat:
-            return chat_prompt(model, self.text, **self.variables)
-        return model.with_bos(model.tokenize(self.text, special=False))
+        return model.with_bos(model.tokenize(self.rendered(model), special=self.chat))
 
 
 @dataclass(frozen=True)
@@ -110,14 +108,14 @@ class Answerer:
         cls, model: Model, item_set: ItemSet, options: Options = Options(), model_id: str = ""
     ) -> Answerer:
         """A model in this process; it continues a code set's text where it has no chat template."""
-        template = str(model.header.get("tokenizer.chat_template") or "")
+        template = model.header.text("tokenizer.chat_template")
         mode = "complete" if item_set.kind == "code" and not template else item_set.mode
         plain = (PLAIN_STOP,) if mode == "chat" and not template else ()
         used = hashlib.sha256(template.encode()).hexdigest() if mode == "chat" and template else "none"
 
         def answer(request: Request) -> Completion:
-            tokens = request.tokens(model)
             limits = (*request.stop, *plain), request.until
+            tokens = request.tokens(model)
             return TextStream(model, tokens, request.max_tokens, request.sampling, *limits).completion
 
         conditions = {"chat_template_sha256": used, **model.conditions()}
@@ -134,7 +132,10 @@ class Answerer:
         return Request(text, chat, max_tokens, stop, options.sampling, options.thinking, options.until)
 
     def score(self, item_set: ItemSet, folder: str | Path, options: Options = Options()) -> SetRun:
-        """Answer and judge a set, and resume in ``folder``. A `SandboxError` comes before any question."""
+        """Answer and judge a set, and resume in ``folder``. A `SandboxError` comes before any question.
+
+        Where ``options.until`` ends the run, the set is that of the questions that were asked.
+        """
         if item_set.kind == "choice":
             hint = "answer it with `dfqs-nb choices MODEL --set FILE.jsonl`"
             raise errors.PromptError(f"{item_set.name} is a multiple-choice set", hint=hint)
@@ -143,16 +144,16 @@ class Answerer:
             check_allowed(sandbox, options.allow_unsandboxed)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        conditions = item_set.identity() | {"mode": self.mode, "sampling": asdict(options.sampling)}
-        conditions |= {"thinking": options.thinking, "thinking_tokens": options.thinking_tokens}
-        conditions |= {"scoring": __version__, **self.conditions}
-        free = ("repeats", "sandbox", "part")  # an answer does not depend on these
-        known = {name: value for name, value in conditions.items() if name not in free}
-        known["model"], place = self.model_id, folder / f"answers-{item_set.name}.jsonl"
-        answers = journal.Journal(
-            place, known, fresh=options.fresh, whole=lambda row: journal.holds(row, ANSWER)
-        )
-        samples = product(item_set.items[: options.limit], range(options.n_samples))
+        own: dict[str, Any] = {"mode": self.mode, "sampling": asdict(options.sampling)}
+        own |= {"thinking": options.thinking, "thinking_tokens": options.thinking_tokens}
+        own |= {"scoring": __version__, **self.conditions}
+        known = item_set.identity() | own | {"model": self.model_id}
+        for free in ("repeats", "sandbox", "part"):  # an answer does not depend on these
+            known.pop(free, None)
+        path = folder / f"answers-{item_set.name}.jsonl"
+        answers = journal.Journal(path, known, fresh=options.fresh, whole=_is_whole)
+        asked = replace(item_set, items=item_set.items[: options.limit])
+        samples = product(asked.by_turns(), range(options.n_samples))
         wanted = {f"{item.id}#{number}": (item, number) for item, number in samples}
         todo = {key: sample for key, sample in wanted.items() if key not in answers}
         n_resumed, quiet = len(wanted) - len(todo), not options.progress
@@ -160,20 +161,24 @@ class Answerer:
             for key, fields in self._answers(item_set, todo, options):
                 answers.add(key, **fields)
                 bar.update()
-        wanted = {key: sample for key, sample in wanted.items() if key in answers}
-        rows = [_row(item_set, *wanted[key], answers[key]) for key in wanted]
+        rows = {k: _row(item_set, *wanted[k], answers[k]) for k in wanted if k in answers}
         if sandbox:
-            candidates = [_candidate(item, answers[key], self.mode) for key, (item, _) in wanted.items()]
-            _judge(rows, candidates, sandbox, folder / f"verdicts-{item_set.name}.jsonl", options)
-            conditions["sandbox"] = sandbox.level
-        facts: dict[str, Any] = {"n_items": len(item_set.items), "n_resumed": n_resumed}
-        facts |= {"conditions": conditions | {"repeats": options.n_samples}, "model": self.model_id}
-        return SetRun.of(item_set.kind, item_set.name, rows, **facts)
+            ended = [(row, wanted[k][0], answers[k]) for k, row in rows.items() if "grade" not in row]
+            codes = [(row, _candidate(item, answer, self.mode)) for row, item, answer in ended]
+            _judge(codes, sandbox, folder / f"verdicts-{item_set.name}.jsonl", options)
+            own["sandbox"] = sandbox.level
+        ids = {row["id"] for row in rows.values() if row["grade"] != CUT}
+        if len(ids) < len(asked.items):
+            item_set = replace(item_set, items=tuple(item for item in item_set.items if item.id in ids))
+        facts: dict[str, Any] = {"n_items": max(1, len(item_set.items)), "n_resumed": n_resumed}
+        facts |= {"model": self.model_id, "conditions": item_set.identity() | own}
+        facts["conditions"]["repeats"] = options.n_samples
+        return SetRun.of(item_set.kind, item_set.name, list(rows.values()), **facts)
 
     def _answers(
         self, item_set: ItemSet, todo: Mapping[str, tuple[Item, int]], options: Options
     ) -> Iterator[tuple[str, Row]]:
-        """Answers as they come, by the key of their sample; an answer that the time cut is none."""
+        """Answers as they come, by the key of their sample; the first is begun in any case."""
 
         def ask(key: str) -> tuple[str, Row]:
             item, number = todo[key]
@@ -185,10 +190,12 @@ class Answerer:
             return key, row | {"tokens": made.n_tokens, "seconds": round(time.perf_counter() - started, 4)}
 
         if self.n_parallel == 1:
-            for key in todo:
-                if time.monotonic() > options.until or (made := ask(key))[1]["finish_reason"] == "time":
-                    return
-                yield made
+            began = time.monotonic()
+            for n, key in enumerate(todo):
+                now = time.monotonic()
+                if n and now + (now - began) / n > options.until:
+                    return  # it would hardly end in time
+                yield ask(key)
             return
         with ThreadPoolExecutor(self.n_parallel) as pool:
             asked = [pool.submit(ask, key) for key in todo]
@@ -201,34 +208,41 @@ class Answerer:
 def score_set(
     model: Model, item_set: ItemSet, folder: str | Path, options: Options = Options(), *, model_id: str = ""
 ) -> SetRun:
-    """Answer and judge a whole set with a model in this process; see `check_prompts` and `Answerer.score`."""
+    """Answer and judge a set with a model in this process; see `Answerer.score`.
+
+    A `PromptError`: the model was opened with fewer tokens of context than the longest item needs.
+    """
     answerer = Answerer.of(model, item_set, options, model_id)
-    check_prompts(model, item_set, answerer, options)
-    return answerer.score(item_set, folder, options)
-
-
-def check_prompts(model: Model, item_set: ItemSet, answerer: Answerer, options: Options = Options()) -> int:
-    """Tokens of context that the longest item needs; a `PromptError` if the model was opened with fewer."""
     requests = (answerer.request(item_set, item, options) for item in item_set.items)
     longest = max(len(request.tokens(model)) + request.max_tokens for request in requests)
     if longest > model.settings.n_ctx:
         hint = f"open the model with n_ctx of at least {longest:,}, not {model.settings.n_ctx:,}"
         raise errors.PromptError(f"the set {item_set.name} needs {longest:,} tokens of context", hint=hint)
-    return longest
+    return answerer.score(item_set, folder, options)
+
+
+def _is_whole(answer: Mapping[str, Any]) -> bool:
+    """Whether a kept answer counts: one that the time cut is asked for again."""
+    return journal.holds(answer, ANSWER) and answer["finish_reason"] != "time"
 
 
 def _row(item_set: ItemSet, item: Item, number: int, answer: Mapping[str, Any]) -> Row:
     """One row of the frame; code is judged later."""
-    shared = ("id", "family", "length", "guess", "prompt")
+    shared, ended, how = (
+        ("id", "family", "length", "guess", "prompt"),
+        answer["finish_reason"],
+        item_set.extract,
+    )
     row = {"set": item_set.name, "sample": number} | {name: getattr(item, name) for name in shared}
     row |= {name: answer[name] for name in ("completion", "tokens", "seconds")}
-    row |= {"expected": item.answer or item.reference, "truncated": answer["finish_reason"] == "length"}
-    if item_set.kind == "code":
+    row |= {"expected": item.answer or item.reference, "truncated": ended == "length"}
+    if item_set.kind == "code" and ended != "time":
         return row
-    text, how = answer["completion"], item_set.extract
-    judged, given = grade(text, answer["finish_reason"], item.answer, how, answer["opened"])
+    judged, given = grade(answer["completion"], ended, item.answer, how, answer["opened"])
+    judged = CUT if ended == "time" else judged
     reasons = {"wrong": f"answered {given!r}", "no_answer": f"no answer in its {how}"}
     reasons["truncated"] = f"cut off after {answer['tokens']} tokens"
+    reasons[CUT] = f"cut by the budget after {answer['tokens']} tokens"
     row |= {"grade": judged, "reason": reasons.get(judged, ""), "correct": judged == "correct"}
     return row | {"truncated": judged == "truncated"}
 
@@ -243,7 +257,7 @@ def _candidate(item: Item, answer: Mapping[str, Any], mode: str) -> Candidate | 
 
 
 def _judge(
-    rows: list[Row], candidates: list[Candidate | Verdict], sandbox: Sandbox, path: Path, options: Options
+    codes: Sequence[tuple[Row, Candidate | Verdict]], sandbox: Sandbox, path: Path, options: Options
 ) -> None:
     """Run the candidates that have no verdict in ``path``, and put grade and reason into the rows."""
     conditions: dict[str, Any] = {"sandbox": sandbox.level, "limits": asdict(LIMITS), "driver": DRIVER}
@@ -251,14 +265,89 @@ def _judge(
     kept = journal.Journal(
         path, conditions, fresh=options.fresh, whole=lambda row: journal.holds(row, VERDICT)
     )
-    todo = {each.key: each for each in candidates if isinstance(each, Candidate) and each.key not in kept}
+    todo = {code.key: code for _, code in codes if isinstance(code, Candidate) and code.key not in kept}
     verdicts = sandbox.verdicts(list(todo.values()), progress=options.progress)
     for key, verdict in zip(todo, verdicts, strict=True):
         kept.add(key, **asdict(verdict))
-    for row, candidate in zip(rows, candidates, strict=True):
-        ran = isinstance(candidate, Candidate)
-        verdict = Verdict(**kept[candidate.key]) if isinstance(candidate, Candidate) else candidate
+    for row, code in codes:
+        ran = isinstance(code, Candidate)
+        verdict = Verdict(**kept[code.key]) if isinstance(code, Candidate) else code
         cut = (row["truncated"] or verdict.outcome == "truncated") and not verdict.passed
         reason = f"{'cut off; ' * (cut and ran)}{verdict.outcome}: {verdict.detail}".rstrip(": ")
         row |= {"grade": verdict.outcome, "reason": "" if verdict.passed else reason}
         row |= {"correct": verdict.passed, "truncated": cut}
+
+
+# ---- under a budget ----
+
+
+@dataclass(frozen=True)
+class QuestionPlan:
+    """The sets that a time holds at least a dozen answers of, and what all their answers would take."""
+
+    model: Model = field(repr=False)
+    sets: Sequence[ItemSet]
+    n_sets: int  # that are asked, the first ones
+    seconds: float  # of all sets, if every answer has its full length
+    budget_seconds: float
+    pace: Pace
+    options: Options
+
+    @property
+    def sentence(self) -> str:
+        """The plan for people."""
+        n = sum(len(each.items[: self.options.limit]) for each in self.sets)
+        if self.seconds <= self.budget_seconds:
+            return f"{n:,} of {n:,} questions, at most {duration(self.seconds)}"
+        held = f"as many of {n:,} questions as {duration(self.budget_seconds)} hold"
+        return f"{held} (all: up to {duration(self.seconds)})"
+
+    def ask(self, folder: str | Path, *, model_id: str = "") -> tuple[Results, list[str]]:
+        """Ask each set in its share of the time; the results, and what was left out.
+
+        Questions come spread evenly over the families. The answer at which the time ends is cut there.
+        """
+        end, runs, missing = time.monotonic() + self.budget_seconds, [], []
+        for number, each in enumerate(self.sets):
+            if number >= self.n_sets:
+                missing.append(f"the set {each.name}")
+                continue
+            now = time.monotonic()
+            options = replace(self.options, until=now + (end - now) / (self.n_sets - number))
+            run = score_set(self.model, each, folder, options, model_id=model_id)
+            runs.append(run)
+            n, most = run.answered["id"].nunique(), len(each.items[: options.limit])
+            if n < most:
+                cut = "; 1 was cut off" if len(run.answered) < len(run.items) else ""
+                missing.append(f"only {n} of {most} questions of {each.name} answered{cut}")
+        return Results(runs), missing
+
+    def choose(self, folder: str | Path, seconds: float, *, model_id: str = "") -> Answers:
+        """Multiple choice by likelihood, from the first set, for at most these seconds."""
+        from dfqs_nb.scores.likelihood import answer, choices_of
+
+        part = choices_of(self.sets[0]).part(min(MOST_CHOICES, self.options.limit or MOST_CHOICES))
+        options: dict[str, Any] = {"fresh": self.options.fresh, "until": time.monotonic() + seconds}
+        return answer(self.model, part, folder, model_id=model_id, **options)
+
+
+def plan_questions(
+    model: Model, item_sets: Sequence[ItemSet], options: Options, seconds: float
+) -> QuestionPlan:
+    """Time a few tokens, and plan the sets that these seconds hold a dozen answers of, at least one.
+
+    Answers count at their full length, and prompts by four characters a token.
+    """
+    pace = probe(model)
+
+    def cost(item_set: ItemSet) -> float:
+        n_tokens = item_set.max_tokens + options.thinking_tokens
+        items = item_set.items[: options.limit]
+        return options.n_samples * sum(
+            pace.seconds(len(item.asked(item_set.instruction)) / 4 + 16, n_tokens) for item in items
+        )
+
+    n_sets = len(item_sets)
+    while n_sets > 1 and sum(cost(each.part(DOZEN)) for each in item_sets[:n_sets]) > seconds:
+        n_sets -= 1
+    return QuestionPlan(model, item_sets, n_sets, sum(map(cost, item_sets)), seconds, pace, options)

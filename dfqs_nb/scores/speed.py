@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dfqs_nb.core.budget import Fitted, fit
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.machine import random_read_speed, usable_cores, watched_load
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.memory import FLASH, ActiveBytes, active_bytes, cache_bytes_read
 from dfqs_nb.llama.model import Model
-from dfqs_nb.llama.timing import measure_speed
+from dfqs_nb.llama.timing import Pace, measure_speed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +31,15 @@ BUFFER_BYTES = 256 << 20  # that each thread reads: more than the processor's ca
 DISK_BYTES = 256 << 20
 METRIC_DEPTH = 512  # of ``cpu_tokens_per_sec``
 GB = 1e9
+CUTS = (
+    {"repetitions": 3},
+    {"n_tokens": 32},
+    {"depths": 2},
+    {"repetitions": 1},
+    {"n_tokens": 8},
+    {"depths": 1},
+)
+NAMES = {"repetitions": "timed repetitions", "n_tokens": "timed tokens", "depths": "timed depths"}
 
 
 def memory_bandwidth(n_threads: int = 0) -> float:
@@ -89,16 +99,22 @@ def speed_by_depth(
     return pd.DataFrame(rows)
 
 
+def plan_speeds(depths: Sequence[int], pace: Pace, seconds: float) -> tuple[list[int], Fitted]:
+    """Depths to time and ``repetitions`` and ``n_tokens`` of each, cut to these seconds; depth 512 stays."""
+    order = sorted(depths, key=lambda depth: (depth != METRIC_DEPTH, depth))
+
+    def cost(plan: dict[str, int]) -> float:
+        timed = order[: plan["depths"]]
+        return (plan["repetitions"] + 0.3) * sum(pace.seconds(depth, plan["n_tokens"]) for depth in timed)
+
+    fitted = fit({"repetitions": 5, "n_tokens": 128, "depths": len(order)}, CUTS, cost, seconds, NAMES)
+    return sorted(order[: fitted.values["depths"]]), fitted
+
+
 def metric_row(speeds: pd.DataFrame) -> pd.Series:
     """The row of decode that gives ``cpu_tokens_per_sec``: depth 512, else the deepest that was timed."""
     decode = speeds[speeds["phase"] == "decode"].set_index("depth", drop=False)
     return decode.loc[METRIC_DEPTH if METRIC_DEPTH in decode.index else decode.index[-1]]
-
-
-def weights_read(model: Model) -> tuple[int, int]:
-    """Bytes of weights that a token reads, and bytes of all weights."""
-    weights = active_bytes(model.header)
-    return weights.total, weights.weights
 
 
 def sentence(row: pd.Series) -> str:
@@ -153,12 +169,3 @@ def card_table(weights: ActiveBytes = FLASH) -> pd.DataFrame:
         rows.append((machine["name"], low, high, bound, shares.get("disk", 0.0), high / bound))
     names = ["machine", "claimed_low", "claimed_high", "bound", "from_disk", "reached"]
     return pd.DataFrame(rows, columns=names)
-
-
-def card_sentence(table: pd.DataFrame) -> str:
-    """The card's CPU speed beside its bound, in words."""
-    cpu = table.iloc[0]
-    return (
-        f"{cpu['machine']}: the card's {cpu['claimed_low']} to {cpu['claimed_high']} tokens/s are at most "
-        f"{cpu['reached']:.0%} of the bound, {cpu['bound']:,.1f}."
-    )

@@ -7,10 +7,8 @@ True
 from typing import TYPE_CHECKING
 
 from dfqs_nb.core.doors import lazy
-from dfqs_nb.serve import checks, compare, recipes, servers
-from dfqs_nb.serve.client import check_in_process, connect, is_url
-from dfqs_nb.serve.measure import score_set
-from dfqs_nb.serve.plan import plan_checks
+from dfqs_nb.serve import checks, measure, recipes, servers
+from dfqs_nb.serve.client import check_in_process, connect, continuation, is_url
 
 if TYPE_CHECKING:
     from dfqs_nb.serve import figures
@@ -18,13 +16,12 @@ if TYPE_CHECKING:
 __all__ = [
     "check_in_process",
     "checks",
-    "compare",
     "connect",
+    "continuation",
     "figures",
     "is_url",
-    "plan_checks",
+    "measure",
     "recipes",
-    "score_set",
     "servers",
 ]
 

@@ -1,4 +1,4 @@
-"""Checks of a server, to run before you trust its answers."""
+"""Checks of a server, to run before you trust its answers: planned first, and cut to a time."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
+from dfqs_nb.core.budget import Fitted, duration, fit
 from dfqs_nb.core.machine import usable_cores
-from dfqs_nb.core.prompts import load_prompts
+from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama.generate import chat_text
-from dfqs_nb.llama.model import Model
+from dfqs_nb.llama.model import Model, open_model
 from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.llama.timing import probe
+from dfqs_nb.scores import ItemSet
 from dfqs_nb.serve.client import Endpoint, Reply, pick
-from dfqs_nb.serve.measure import token_counter
-from dfqs_nb.serve.servers import LocalServer, start
+from dfqs_nb.serve.measure import comparison_table, counted, token_counter
+from dfqs_nb.serve.servers import LocalServer
 from dfqs_nb.serve.wire import ContextOverflowError, EndpointError
-from dfqs_nb.stats import at_most
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,14 +37,88 @@ PROMPTS = (
     "Write a short story about a dog and a river.",
     "def add(a, b):",
 )
-CLIENTS = (1, 2, 4, 8)
 N_CONCURRENT = 4  # requests at once for the check of determinism
-OTHERS = (0, 1, 3, 7)  # clients beside the one that is looked at, as in notebook 04's loads; 0: alone again
-TEXT_CHARACTERS = 240  # of each text under load
 TIMED_PROMPT = "The red key is kept in the old box. The blue key is kept in the new box. " * 2
 MAX_TOKENS, REPETITIONS = 32, 4
 LONGEST_TRIED = 65_536  # tokens of context that are filled to try them out
 FILLER = "The dog slept near the fire. "
+
+
+# ---- the plan ----
+
+N_SERVERS = 3
+CHECK_TOKENS = 2 * (4 + 1 + 4) * 4 * 32  # of the answers of one server's checks
+# What a plan that exceeds its budget gives up, in this order.
+CUTS: tuple[dict[str, int], ...] = (
+    {"items": 4},
+    {"clients": 1, "tokens": 16},
+    {"items": 2, "answered": 64},
+    {"checked": 8, "filled": 0},
+    {"items": 1, "sets": 1, "tokens": 4, "answered": 16},
+)
+NAMES = {
+    "items": "questions of a set asked both ways",
+    "clients": "numbers of clients",
+    "tokens": "timed tokens of an answer",
+    "answered": "tokens of an answer to a question",
+    "sets": "question sets",
+    "checked": "tokens of an answer that is checked",
+    "filled": "tokens of context tried out",
+}
+
+
+def plan_checks(
+    path: str | Path,
+    settings: OpenSettings,
+    sets: Sequence[ItemSet],
+    *,
+    items: int,
+    clients: Sequence[int],
+    tokens: int,
+    seconds: float,
+) -> Fitted:
+    """Time a few tokens, and cut what is planned in the order of `CUTS` to what these seconds hold.
+
+    ``values`` of the result has the keys of `NAMES`. Every check is made, the last ones with shorter answers
+    and without filling the context. ``items`` 0: all questions.
+    """
+    started = time.perf_counter()
+    with open_model(path, settings) as model:
+        load = time.perf_counter() - started  # with its trial in a child: a server starts no faster
+        pace = probe(model)
+
+    def cost(plan: dict[str, int]) -> float:
+        share = plan["checked"] / MAX_TOKENS
+        checks = load + pace.seconds(plan["filled"], CHECK_TOKENS * share)
+        answers = sum(
+            pace.seconds(len(item.prompt) / 4 + 16, min(item_set.max_tokens, plan["answered"]))
+            for item_set in sets[: plan["sets"]]
+            for item in item_set.items[: plan["items"]]
+        )
+        speeds = N_SERVERS * 2 * sum(clients[: plan["clients"]]) * pace.seconds(64, plan["tokens"])
+        explained = N_SERVERS * answers  # this process answers again where a server's text differs
+        return N_SERVERS * checks + (N_SERVERS + 1) * answers + explained + load + speeds
+
+    whole = {"items": items or max(len(item_set.items) for item_set in sets), "clients": len(clients)}
+    whole |= {"sets": len(sets), "tokens": tokens}
+    whole |= {"answered": max(item_set.max_tokens for item_set in sets)}
+    whole |= {"checked": MAX_TOKENS, "filled": min(settings.n_ctx, LONGEST_TRIED)}
+    return fit(whole, CUTS, cost, seconds, NAMES)
+
+
+def plan_sentence(plan: Fitted) -> str:
+    """The plan of `plan_checks` in a sentence."""
+    cut = f" Cut to keep to the budget: {'; '.join(plan.left_out)}." if plan.left_out else ""
+    return f"At most about {duration(plan.seconds)}, if every answer has its full length.{cut}"
+
+
+def planned_sets(sets: Sequence[ItemSet], plan: Fitted) -> list[ItemSet]:
+    """The sets as `plan_checks` has them: so many, with answers of so many tokens."""
+    most = plan.values["answered"]
+    return [replace(each, max_tokens=min(each.max_tokens, most)) for each in sets[: plan.values["sets"]]]
+
+
+# ---- one server at a time ----
 
 
 @dataclass(frozen=True)
@@ -56,6 +130,10 @@ class Subject:
     server: LocalServer | None = None
     n_tokens: int = MAX_TOKENS  # of an answer
     longest_tried: int = LONGEST_TRIED  # tokens of context that are filled
+
+    def answer(self, prompt: str) -> str:
+        """The greedy answer to a chat."""
+        return self.endpoint.chat(prompt, self.n_tokens).text
 
 
 def _health(subject: Subject) -> Finding:
@@ -127,26 +205,48 @@ def _template(subject: Subject) -> Finding:
 def _repeated(subject: Subject) -> Finding:
     """Send the same greedy requests one after another."""
     n = len(PROMPTS)
-    answers = [{_answer(subject, prompt) for _ in range(REPETITIONS)} for prompt in PROMPTS]
+    answers = [{subject.answer(prompt) for _ in range(REPETITIONS)} for prompt in PROMPTS]
     n_same = sum(len(texts) == 1 for texts in answers)
-    return (
-        PASS if n_same == n else FAIL,
-        f"{n_same} of {n} prompts: the same text {REPETITIONS} times in turn",
-    )
+    finding = f"{n_same} of {n} prompts: the same text {REPETITIONS} times in turn"
+    return PASS if n_same == n else FAIL, finding
 
 
 def _concurrent(subject: Subject) -> Finding:
     """Send the same requests at once: slots share batches, and batches change numbers."""
-    ask = partial(_answer, subject)
-    alone = [ask(prompt) for prompt in PROMPTS] * N_CONCURRENT
-    beside = side_by_side(ask, PROMPTS * N_CONCURRENT, N_CONCURRENT)
+    asked = PROMPTS * N_CONCURRENT
+    alone = [subject.answer(prompt) for prompt in PROMPTS] * N_CONCURRENT
+    beside = side_by_side(subject.answer, asked, N_CONCURRENT)
     n_other = sum(text != other for text, other in zip(alone, beside, strict=True))
     finding = f"{n_other} of {len(alone)} answers differ with {N_CONCURRENT} requests at once"
-    return NOTE if n_other else PASS, finding
+    ask = partial(_scored, subject.endpoint, subject.n_tokens)
+    scored = side_by_side(ask, PROMPTS, 1) * N_CONCURRENT, side_by_side(ask, asked, N_CONCURRENT)
+    moved = [_moved(*pair) for pair in zip(*scored, strict=True) if all(pair)]
+    if moved:
+        finding += f"; log-probabilities move by up to {max(moved):.2g}"
+    return NOTE if n_other or any(moved) else PASS, finding
 
 
-def _answer(subject: Subject, prompt: str) -> str:
-    return subject.endpoint.chat(prompt, subject.n_tokens).text
+Scored = Sequence[tuple[int, float]]  # the tokens of a greedy answer, and their log-probabilities
+
+
+def _scored(endpoint: Endpoint, n_tokens: int, prompt: str) -> Scored:
+    """An answer from llama.cpp's own path, which does not round; empty where there is no such path."""
+    if endpoint.facts.name != "llama.cpp":
+        return []
+    options = {"temperature": 0, "n_probs": 1, "ignore_eos": True, "cache_prompt": False}
+    page = endpoint.post("/completion", prompt=prompt, n_predict=n_tokens, **options)
+    tokens = pick(page, "completion_probabilities", list) or []
+    return [(pick(token, "id", int) or 0, pick(token, "logprob", float) or 0.0) for token in tokens]
+
+
+def _moved(alone: Scored, beside: Scored) -> float:
+    """The largest difference of log-probabilities while the tokens are the same.
+
+    >>> _moved([(1, -0.5), (2, -0.1), (3, -0.2)], [(1, -0.25), (2, -0.1), (4, -9.0)])
+    0.25
+    """
+    same = takewhile(lambda pair: pair[0][0] == pair[1][0], zip(alone, beside, strict=False))
+    return max((abs(ours[1] - theirs[1]) for ours, theirs in same), default=0.0)
 
 
 CHECKS: dict[str, Callable[[Subject], Finding]] = {
@@ -211,93 +311,6 @@ def side_by_side(work: Callable[[Work], Made], items: Iterable[Work], n_at_once:
         return list(pool.map(work, items))
 
 
-Scored = Sequence[tuple[int, float]]  # the tokens of a greedy answer, and their log-probabilities
-
-
-def _scored(text: str, endpoint: Endpoint, n_tokens: int) -> Scored:
-    """An answer from llama.cpp's own path, which does not round."""
-    options = {"temperature": 0, "n_probs": 1, "ignore_eos": True, "cache_prompt": False}
-    page = endpoint.post("/completion", prompt=text, n_predict=n_tokens, **options)
-    tokens = pick(page, "completion_probabilities", list)
-    if not tokens:
-        what, hint = "the server shows no log-probabilities", "the same call asks again"
-        raise EndpointError(what, where=endpoint.base_url, hint=hint)
-    return [(pick(token, "id", int) or 0, pick(token, "logprob", float) or 0.0) for token in tokens]
-
-
-def _drift(alone: Scored, beside: Scored) -> float:
-    """The largest difference of log-probabilities while the tokens are the same.
-
-    >>> _drift([(1, -0.5), (2, -0.1), (3, -0.2)], [(1, -0.25), (2, -0.1), (4, -9.0)])
-    0.25
-    """
-    same = takewhile(lambda pair: pair[0][0] == pair[1][0], zip(alone, beside, strict=False))
-    return max((abs(ours[1] - theirs[1]) for ours, theirs in same), default=float("inf"))
-
-
-def under_load(
-    path: str | Path,
-    settings: OpenSettings,
-    others: Sequence[int] = OTHERS,
-    n_tokens: int = MAX_TOKENS,
-    n_texts: int | None = None,
-) -> pd.DataFrame:
-    """Send notebook 04's texts to llama.cpp's server, alone and while other clients send requests too.
-
-    One row a load: first with one slot, where requests wait for each other; then with a slot for each client.
-    Columns ``slots``, ``others`` (clients beside; 0: alone again), ``texts``, ``drift`` (largest change of a
-    log-probability, up to where an answer parts), ``moved`` and ``differ`` (texts whose log-probabilities,
-    and whose answer, change), ``bound`` (exact 95 % upper bound on the rate of texts whose answer changes),
-    ``changed`` (their names). An `EndpointError`: the server shows no log-probabilities.
-    """
-    import pandas as pd
-
-    stored = (load_prompts("routing-texts").model_extra or {})["texts"][:n_texts]
-    texts = {text["name"]: text["text"][:TEXT_CHARACTERS] for text in stored}
-
-    def measure(slots: int, loads: Sequence[int]) -> list[dict[str, Any]]:
-        with start("llama.cpp", path, settings, n_parallel=slots) as server:
-            ask = partial(_scored, endpoint=server.connect(), n_tokens=n_tokens)
-            alone, *beside = (side_by_side(ask, texts.values(), n + 1) for n in (0, *loads))
-        rows = zip(loads, beside, strict=True)
-        return [{"slots": slots, "others": n, **_compared(list(texts), alone, load)} for n, load in rows]
-
-    plans = [(1, [N_CONCURRENT - 1]), (max(others) + 1, others)]
-    rows = side_by_side(lambda plan: measure(*plan), plans, usable_cores() // (settings.n_threads or 1))
-    return pd.DataFrame(sum(rows, []))
-
-
-def _compared(names: Sequence[str], alone: Sequence[Scored], beside: Sequence[Scored]) -> dict[str, Any]:
-    """The effect of one load: the columns of `under_load` from ``texts`` on."""
-    drifts = np.array(list(map(_drift, alone, beside)))
-    pairs = zip(names, alone, beside, strict=True)
-    changed = [name for name, a, b in pairs if [token for token, _ in a] != [token for token, _ in b]]
-    return {
-        "texts": len(names),
-        "drift": float(drifts[np.isfinite(drifts)].max(initial=0.0)),
-        "moved": int((drifts > 0).sum()),
-        "differ": len(changed),
-        "bound": at_most(len(changed), len(names)),
-        "changed": ", ".join(changed),
-    }
-
-
-def load_sentence(table: pd.DataFrame) -> str:
-    """The result of `under_load` in a sentence, for the server with a slot for each client."""
-    rows = table[table["slots"] > 1]
-    beside = rows[rows["others"] > 0]
-    n, names = int(rows["texts"].iloc[0]), {name for cell in beside["changed"] for name in cell.split(", ")}
-    changed, sizes = len(names - {""}), [str(size) for size in beside["others"]]
-    company = " or ".join(filter(None, (", ".join(sizes[:-1]), sizes[-1])))
-    again = "".join(f"; alone again by {row.drift:.2g}" for row in rows[rows["others"] == 0].itertuples())
-    return (
-        f"llama.cpp's server beside {company} other clients: log-probabilities of up to "
-        f"{beside['moved'].max()} of {n} texts move, by up to {beside['drift'].max():.2g} (with one slot by "
-        f"{table.loc[table['slots'] == 1, 'drift'].max():.2g}{again}); {changed} of {n} answers change (95 % "
-        f"upper bound: {at_most(changed, n):.0%} of texts)"
-    )
-
-
 def speed_of_all(
     connected: Mapping[str, Endpoint],
     clients: Sequence[int],
@@ -313,30 +326,76 @@ def speed_of_all(
     """
     import pandas as pd
 
-    stopped = {} if stopped is None else stopped
-    rows: list[tuple[Any, ...]] = []
-
-    def measure(name: str, endpoint: Endpoint, n: int) -> None:
-        started = time.perf_counter()
-        replies = side_by_side(lambda number: _timed(endpoint, number, n_tokens), range(n * repetitions), n)
-        seconds, tokens = time.perf_counter() - started, sum(reply.n_tokens for reply in replies)
-        first = pd.Series([reply.first_seconds for reply in replies])
-        rows.append((name, n, len(replies), tokens, seconds, tokens / seconds, first.median(), first.max()))
-
-    for name in [name for name in connected if name not in stopped]:
+    stopped, rows = {} if stopped is None else stopped, list[tuple[Any, ...]]()
+    for name, endpoint in connected.items():
+        if name in stopped:
+            continue
+        ask = partial(_timed, replace(endpoint, stream=True), n_tokens)
         try:
-            _timed(connected[name], 0, n_tokens)
+            ask(0)
             for n in clients:
-                measure(name, connected[name], n)
+                started = time.perf_counter()
+                replies = side_by_side(ask, range(n * repetitions), n)
+                seconds, tokens = time.perf_counter() - started, sum(reply.n_tokens for reply in replies)
+                first = pd.Series([reply.first_seconds for reply in replies])
+                speed = (tokens, seconds, tokens / seconds, first.median(), first.max())
+                rows.append((name, n, len(replies), *speed))
         except EndpointError as error:
             stopped[name] = error.what
     columns = "server clients requests tokens seconds tokens_per_sec first_median first_max"
     return pd.DataFrame(rows, columns=columns.split())
 
 
-def _timed(endpoint: Endpoint, number: int, n_tokens: int) -> Reply:
-    """An answer of its full length, in pieces."""
+def _timed(endpoint: Endpoint, n_tokens: int, number: int) -> Reply:
+    """An answer of its full length."""
     no_end: dict[str, Any] = {"ignore_eos": True}
     full = {"llama.cpp": no_end, "vLLM": no_end, "llama-cpp-python": {"min_tokens": n_tokens}}
     options = full.get(endpoint.facts.name, {})
-    return replace(endpoint, stream=True).complete(f"{TIMED_PROMPT}The key {number}", n_tokens, **options)
+    return endpoint.complete(f"{TIMED_PROMPT}The key {number}", n_tokens, **options)
+
+
+# ---- what the notebook hands on ----
+
+
+def hand_on(
+    stage: Stage,
+    *,
+    items: pd.DataFrame,
+    connected: Mapping[str, Endpoint],
+    running: Mapping[str, LocalServer],
+    recipes: Sequence[str],
+    stopped: Mapping[str, str],
+    **tables: pd.DataFrame,
+) -> list[str]:
+    """Write ``serving.json``, and return its summary lines; what each of our servers loaded is in it.
+
+    ``items``: of `measure.compare_all`. ``tables``: ``checks``, ``speeds`` and ``shutdown``.
+    """
+    tables["comparisons"] = comparison_table(items)
+    by_server = tables["checks"].groupby("server", sort=False)
+    lines = [f"{name}: {len(rows)} checks: {counted(rows['verdict'])}" for name, rows in by_server]
+    for row in tables["comparisons"].itertuples():
+        why = "" if row.causes == "none" else f" ({row.causes})"
+        same = f"{row.same_text} of {row.items} answers of {row.set}"
+        lines.append(f"{row.server}: {same} are those of this process{why}")
+    gone = "its server stopped, and was not measured to the end"
+    lines += [f"{name}: {gone}: {why}" for name, why in stopped.items()]
+    for name, rows in tables["speeds"].groupby("server", sort=False):
+        ends = rows.iloc[[0, -1]].drop_duplicates("clients")
+        parts = [
+            f"{row.tokens_per_sec:,.0f} tokens/s for {row.clients} client{'s' * (row.clients > 1)} "
+            f"({row.requests} requests, {row.tokens:,} tokens)"
+            for row in ends.itertuples()
+        ]
+        lines.append(f"{name}: {', '.join(parts)}")
+    ended = tables["shutdown"]["verdict"]
+    lines.append(f"shutdown: {len(ended)} checks: {counted(ended)}")
+    stage.finish(
+        conditions={name: endpoint.conditions() for name, endpoint in connected.items()},
+        summary=lines,
+        model=stage.model,
+        recipes=list(recipes),
+        loaded={name: server.loaded for name, server in running.items()},
+        **{name: frame.to_dict("records") for name, frame in tables.items()},
+    )
+    return lines

@@ -14,11 +14,19 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, PlainValidator, SecretStr
+from annotated_types import Ge, Le
+from pydantic import BaseModel, FiniteFloat, SecretStr, TypeAdapter, ValidationError
 
 from dfqs_nb.llama.generate import GREEDY, Completion, Sampling
 from dfqs_nb.serve import wire as errors
-from dfqs_nb.serve.wire import EndpointError, KeyRefusedError, UnknownModelError, UnreachableError, Wire
+from dfqs_nb.serve.wire import (
+    EndpointError,
+    FieldError,
+    KeyRefusedError,
+    UnknownModelError,
+    UnreachableError,
+    Wire,
+)
 
 Kind = TypeVar("Kind")
 NAN = float("nan")
@@ -28,6 +36,7 @@ RETRIES = 4
 FINAL = ("content_filter", "tool_calls", "function_call")  # ends of an answer: asking again changes nothing
 TOKENS_PER_TIMEOUT = 60  # an answer may take a timeout more for as many tokens: 10 s a token by default
 ANSWER_BYTES, BYTES_PER_TOKEN = 1 << 20, 4096  # events of a stream repeat the model's name with each token
+BYTES_PER_GUESS = 400  # of JSON, for a token among the likeliest
 
 # What a server would add by itself, switched off: llama-cpp-python's server penalises repetition by 1.1
 # unless told otherwise, llama.cpp's reuses the last prompt's cache, which can change the text
@@ -40,31 +49,6 @@ PLAIN: dict[str, dict[str, Any]] = {
 }
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str | None):
-        raise ValueError("not a text")
-    return value or ""
-
-
-Text = Annotated[str, PlainValidator(_text)]  # pydantic's own refuses halves of characters
-
-
-class Answer(BaseModel):
-    """The fields of a completion, or of an event of its stream; each object in it has some of them."""
-
-    choices: list[Answer] | None = None
-    message: Answer | None = None
-    delta: Answer | None = None
-    text: Text = ""
-    content: Text = ""
-    reasoning_content: Text = ""  # kept apart by the server: it has tokens, but no text
-    reasoning: Text = ""
-    finish_reason: str | None = None
-    usage: Answer | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-
-
 def pick(page: Any, path: str, kind: type[Kind]) -> Kind | None:
     """The value at a path of a JSON page, if it is of this kind.
 
@@ -74,6 +58,16 @@ def pick(page: Any, path: str, kind: type[Kind]) -> Kind | None:
     for name in path.split("."):
         page = page.get(name) if isinstance(page, dict) else None
     return page if isinstance(page, kind) else None
+
+
+def field_of(part: Any, name: str, kind: type[Kind]) -> Kind | None:
+    """A field of an answer; None where it has none, a `FieldError` where it has another type."""
+    if not isinstance(part, dict | None):
+        raise FieldError(f"a {type(part).__name__} in place of an object")
+    value = (part or {}).get(name)
+    if not isinstance(value, kind | None):
+        raise FieldError(f"its {name} is no {kind.__name__}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -195,20 +189,21 @@ class Endpoint:
         named = {self.fields.get(name, name): value for name, value in {**request, **extra}.items()}
         body = {name: value for name, value in named.items() if name}
         started, first, n_pieces = time.perf_counter(), NAN, 0
-        text, reason, usage = "", None, Answer()
+        text, reason, usage = "", None, dict[str, Any]()
         path = f"{url}/chat/completions" if chat else f"{url}/completions"
         for event in self.wire.events(path, body, stream=stream):
-            piece = Answer.model_validate(event)
-            usage = piece.usage or usage
-            for choice in (piece.choices or [])[:1]:
-                if not stream and chat and choice.message is None:
+            usage = field_of(event, "usage", dict) or usage
+            for choice in (field_of(event, "choices", list) or [])[:1]:
+                part = field_of(choice, "delta", dict) or field_of(choice, "message", dict)
+                if not stream and chat and part is None:
                     raise errors.broken("it holds no message", url)
-                part = choice.delta or choice.message or Answer()
-                new = choice.text or part.content
-                if stream and (new or part.reasoning_content or part.reasoning):
+                new = field_of(choice, "text", str) or field_of(part, "content", str) or ""
+                # a reasoning kept apart by the server has tokens, but no text
+                kept_apart = [field_of(part, name, str) for name in ("reasoning_content", "reasoning")]
+                if stream and any([new, *kept_apart]):
                     first = time.perf_counter() - started if n_pieces == 0 else first
                     n_pieces += 1
-                text, reason = text + new, choice.finish_reason or reason
+                text, reason = text + new, field_of(choice, "finish_reason", str) or reason
         if reason in FINAL:
             hint = "switch filters and tools off at the server, or take another server"
             raise EndpointError(f"the server ended the answer for {reason!r}", where=url, hint=hint)
@@ -217,8 +212,10 @@ class Endpoint:
             raise errors.broken(ended if reason is None else f"the server ended it for {reason!r}", url)
         if reason == "stop" and not request.get("stop"):
             reason = "eos"  # one word for both in the protocol
-        n_tokens = n_pieces if usage.completion_tokens is None else usage.completion_tokens
-        return Reply(self.wire.hide(text), (), reason, usage.prompt_tokens or 0, n_tokens, first)
+        counted = field_of(usage, "completion_tokens", int)
+        n_tokens = n_pieces if counted is None else counted
+        n_prompt = field_of(usage, "prompt_tokens", int) or 0
+        return Reply(self.wire.hide(text), (), reason, n_prompt, n_tokens, first)
 
 
 def connect(
@@ -288,12 +285,12 @@ def _wire(base_url: str, key: str, key_variable: str, timeout_seconds: float) ->
 
 def _listed(wire: Wire, retries: int) -> dict[str, Any]:
     """The server's models by name."""
-    answer = wire.ask(lambda broke: next(wire.events(f"{wire.url}/models")), retries=retries)
-    if not isinstance(answer, dict) or "data" not in answer:
+    page = wire.ask(lambda broke: wire.hidden(next(wire.events(f"{wire.url}/models"))), retries=retries)
+    if not isinstance(page, dict) or "data" not in page:
         hint = "check port and path: the address ends in /v1 as a rule"
         what = "something answers there, but it does not list models"
         raise UnreachableError(what, where=wire.url, hint=hint)
-    entries = pick(wire.hidden(answer), "data", list) or []
+    entries = pick(page, "data", list) or []
     return {name: entry for entry in entries if (name := pick(entry, "id", str)) is not None}
 
 
@@ -332,3 +329,61 @@ def _address(url: str) -> tuple[str, str]:
     path, _, query = (known[1].lower() + url[known.end(1) :]).partition("?")
     path = path.rstrip("/")
     return path if re.search(r"/v\d+\w*$", path) else path + "/v1", query
+
+
+# ---- what a server predicts at each token of its answer ----
+
+
+class Guess(BaseModel):
+    """A token in the protocol's words; ``bytes`` is missing where a server does not tell them."""
+
+    token: str = ""
+    logprob: FiniteFloat  # NaN and infinity are no JSON: no record could be read again
+    bytes: list[Annotated[int, Ge(0), Le(255)]] | None = None
+    top_logprobs: list[Guess] = []
+
+    def pair(self) -> tuple[str, float]:
+        """Its bytes in hex, and its log-probability."""
+        raw = self.token.encode("utf-8", "replace") if self.bytes is None else bytes(self.bytes)
+        return raw.hex(), min(self.logprob, 0.0)
+
+
+def continuation(
+    endpoint: Endpoint, asked: str, chat: bool, n_tokens: int, top_k: int
+) -> list[dict[str, Any]]:
+    """A server's greedy answer, token by token: ``token`` (bytes in hex), ``logprob``, ``top`` (best first).
+
+    An `EndpointError`: it gives no log-probabilities, or those of another text than its answer.
+    """
+    wire = endpoint.wire
+    body: dict[str, Any] = {"model": endpoint.model, "max_tokens": n_tokens, "temperature": 0}
+    if chat:
+        body |= {"messages": [{"role": "user", "content": asked}], "logprobs": True, "top_logprobs": top_k}
+    else:
+        body |= {"prompt": asked, "logprobs": top_k}
+    url, body = f"{wire.url}/{'chat/' if chat else ''}completions", {**body, **endpoint.options}
+    limits = (wire.timeout_seconds, ANSWER_BYTES + BYTES_PER_GUESS * n_tokens * (top_k + 1))
+    page = wire.ask(lambda broke: next(wire.events(url, body)), retries=endpoint.retries, limits=limits)
+    choice = next(iter(pick(page, "choices", list) or [None]))
+    try:
+        guesses = TypeAdapter(list[Guess]).validate_python(pick(choice, "logprobs.content", object) or [])
+    except ValidationError as error:
+        what = f"its log-probabilities cannot be read ({error.errors()[0]['msg']})"
+        raise EndpointError(what, where=wire.url, hint="take another server, or a GGUF file") from None
+    text = pick(choice, "message.content", str) or pick(choice, "text", str) or ""
+    if text and not guesses:
+        hint = "take a server that gives `logprobs`, such as llama.cpp's own, or a GGUF file"
+        raise EndpointError("it gives no log-probabilities", where=wire.url, hint=hint)
+    steps: list[dict[str, Any]] = []
+    for token, value, others in ((*guess.pair(), guess.top_logprobs) for guess in guesses):
+        top = sorted((other.pair() for other in others), key=lambda pair: -pair[1])
+        steps.append({"token": token, "logprob": value, "top": top or [(token, value)]})
+    while steps and steps[-1]["token"] == "":
+        steps.pop()  # the token that ends an answer has no text
+    if (
+        bytes.fromhex("".join(step["token"] for step in steps)).strip()
+        != text.encode("utf-8", "replace").strip()
+    ):
+        hint = "switch off what changes the text: a reasoning kept apart, a filter, a tool parser"
+        raise EndpointError("its log-probabilities belong to another text", where=wire.url, hint=hint)
+    return steps

@@ -1,4 +1,4 @@
-"""Measure a served model: what notebooks 05 and 06 ask of a file, asked of a server, in text.
+"""Measure a served model: what notebooks 05 and 06 ask of a file, asked of a server, and both compared.
 
 A server that cuts a long prompt without a word would look like a model that forgets, or is wrong. So the
 tokens that the server counts are compared with those that were sent.
@@ -7,23 +7,33 @@ tokens that the server counts are compared with those that were sent.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dfqs_nb import context
+import numpy as np
+
+from dfqs_nb import context, scores
+from dfqs_nb.llama.generate import chat_text
 from dfqs_nb.llama.model import PLAIN_CHAT, PLAIN_STOP, Model
-from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun
+from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun, find_sandbox
 from dfqs_nb.serve.client import Endpoint, Reply, pick
 from dfqs_nb.serve.wire import BusyError, ContextOverflowError, EndpointError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MARK = "MESSAGE-STANDS-HERE"
 SAMPLE = "The red key is kept in the old box. " * 8
 CUT_SHARE, CUT_TOKENS = 0.02, 8  # by which halves may have more tokens than their whole, which ends in no cut
 SHORT = 1_600  # characters that every server reads whole
 SAME_LENGTH = 1.2  # texts of one length differ by less in their characters
+NEAR_TIE = 0.1  # of a logit: well above what other batches and kernels move
 LARGER = "start the server with a larger context (Ollama: OLLAMA_CONTEXT_LENGTH), or use shorter texts"
 DEFAULTS = Options()
 
@@ -43,11 +53,8 @@ def token_counter(endpoint: Endpoint) -> tuple[Callable[[str], int], str]:
     def count(text: str) -> int:
         ids = pick(endpoint.post(path, **{name: text}, **options), "tokens", list)
         if ids is None:
-            what, hint = (
-                "the server stopped counting tokens",
-                "read its log; the same call goes on from there",
-            )
-            raise BusyError(what, where=endpoint.base_url, hint=hint)
+            hint = "read its log; the same call goes on from there"
+            raise BusyError("the server stopped counting tokens", where=endpoint.base_url, hint=hint)
         return len(ids)
 
     if path and (ids := pick(endpoint.post(path, **{name: ""}, **options), "tokens", list)) is not None:
@@ -80,6 +87,9 @@ def check_whole(endpoint: Endpoint, ask: Callable[[str, int], Reply], text: str)
         raise ContextOverflowError(what, where=endpoint.base_url, hint=LARGER)
 
 
+# ---- long contexts ----
+
+
 class _Remote:
     """An endpoint in the place of a model, for `measure_long_context`: it frames, holds and asks in text.
 
@@ -94,18 +104,14 @@ class _Remote:
         self.settings = SimpleNamespace(n_ctx=endpoint.facts.n_ctx or 2**31)
         self._body: tuple[Any, ...] = ()
         self._whole = 0.0  # characters of a text that the server is known to read whole
+        self.clear = lambda: None  # the server is told not to use its cache, or clears it itself
+        self.with_bos = lambda tokens: tokens  # the server puts its BOS in front
 
     def tokenize(self, text: str, *, special: bool = True) -> tuple[Any, ...]:
         return (text, *[""] * (self._count(text) - 1)) if text else ()
 
-    def with_bos(self, tokens: Any) -> Any:
-        return tokens  # the server puts its BOS in front
-
     def conditions(self) -> dict[str, Any]:
         return {**self.endpoint.conditions(), "lengths": self.counted_by, "around": list(self.around)}
-
-    def clear(self) -> None:
-        pass  # the server is told not to use its cache, or clears it itself
 
     def hold(self, body: tuple[Any, ...]) -> int:
         self._body = body  # sent with each question
@@ -145,6 +151,9 @@ def measure_long_context(
     return context.measure(remote, plan, folder, model_sha256=endpoint.identity, fresh=fresh)
 
 
+# ---- questions ----
+
+
 def score_set(
     endpoint: Endpoint,
     item_set: ItemSet,
@@ -180,13 +189,8 @@ def score_set(
         text = request.rendered(bare) if bare else request.text
         stop = (*request.stop, PLAIN_STOP) if bare and request.chat else request.stop
         reply = ask(text, request.max_tokens, sampling=request.sampling, stop=stop)
-        used = reply.n_prompt + reply.n_tokens
-        if (
-            reply.finish_reason == "length"
-            and n_ctx
-            and used >= n_ctx
-            and reply.n_tokens < request.max_tokens
-        ):
+        full = reply.n_prompt + reply.n_tokens >= (n_ctx or 2**31)
+        if reply.finish_reason == "length" and full and reply.n_tokens < request.max_tokens:
             what = f"the server's {n_ctx:,} tokens of context were full after {reply.n_tokens} of an answer"
             raise ContextOverflowError(what, where=url, hint=LARGER)
         return reply
@@ -201,3 +205,121 @@ def score_set(
     identity, n_parallel = model_id or endpoint.identity, endpoint.concurrency
     answerer = Answerer(answer, mode, conditions, identity, n_parallel=n_parallel)
     return answerer.score(item_set, folder, options)
+
+
+# ---- the same questions in this process and through a server, item by item ----
+
+
+def askable_sets(tier: str, allow_unsandboxed: bool = False) -> list[ItemSet]:
+    """The question sets of a tier (``nano`` or ``standard``); code only where its answers can be run."""
+    safe = find_sandbox().safe or allow_unsandboxed
+    return [item_set for item_set in ItemSet.of_tier(tier) if safe or item_set.kind != "code"]
+
+
+def folder_name(server: str) -> str:
+    """A folder for a server's answers, whatever characters its name has."""
+    return re.sub(r"[^\w.-]+", "-", server).strip(".-")[:80] or "unknown"
+
+
+def compare_all(
+    model: Model,
+    connected: Mapping[str, Endpoint],
+    item_sets: Sequence[ItemSet],
+    folder: str | Path,
+    *,
+    model_id: str = "",
+    local: Collection[str] = (),
+    stopped: dict[str, str] | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Score sets in process and through each server, and `explain` where their texts differ.
+
+    Args:
+        model_id: the SHA-256 of the model in this process, under which its answers are kept.
+        local: the servers that were started with this process's file: ``model_id`` is theirs too.
+        stopped: gets the servers that failed for good, with the reason. An `EndpointError`: all did.
+        options: ``limit``, ``allow_unsandboxed``, ``fresh``, ``progress`` of ``score_set``.
+
+    Returns:
+        A row a server and item: ``server``, ``set``, ``id``, ``family``, ``text_...`` and ``correct_...`` of
+        ``process`` and ``server``, ``same_text``; where texts differ also what `explain` gives.
+    """
+    import pandas as pd
+
+    chosen, place, tables = Options(**options), Path(folder), list[pd.DataFrame]()
+    stopped = {} if stopped is None else stopped
+    ours = [scores.score_set(model, s, place / "process", chosen, model_id=model_id) for s in item_sets]
+    for name, server in connected.items():
+        own, known = place / folder_name(name), model_id if name in local else ""
+        try:
+            for item_set, here in zip(item_sets, ours, strict=True):
+                there = score_set(server, item_set, own, chosen, model_id=known, model=model)
+                table = _compared(model, server, item_set, here.items, there.items)
+                tables.append(table.assign(server=name, set=item_set.name))
+        except EndpointError as error:
+            stopped[name] = error.what
+    if not tables:
+        raise EndpointError(f"no server answers: {'; '.join(stopped.values())}", hint="read its log")
+    items = pd.concat(tables, ignore_index=True)
+    return items[["server", "set", *items.columns.drop(["server", "set"])]]
+
+
+def _compared(
+    model: Model, endpoint: Endpoint, item_set: ItemSet, ours: pd.DataFrame, theirs: pd.DataFrame
+) -> pd.DataFrame:
+    import pandas as pd
+
+    opening = ""  # of a thinking that the template itself writes: llama.cpp's server repeats it
+    if item_set.mode == "chat" and model.has_template:
+        opening = "".join(chat_text(model, MARK).rpartition(MARK)[2].partition("<think>")[1:])
+    items = ours[["id", "family"]].assign(
+        text_process=ours["completion"],
+        text_server=theirs["completion"].astype(str).str.removeprefix(opening),
+        same_text=lambda table: table["text_process"] == table["text_server"],
+        correct_process=ours["correct"],
+        correct_server=theirs["correct"],
+    )
+    by_id = {item.id: item for item in item_set.items}
+    why = {
+        row.Index: explain(model, endpoint, item_set, by_id[row.id], row.text_server)
+        for row in items[~items["same_text"]].itertuples()
+    }
+    return items.join(pd.DataFrame.from_dict(why, orient="index"))
+
+
+def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Any, served: str) -> dict[str, Any]:
+    """Why the server's text differs from this process's; notebook 09 explains each ``cause``.
+
+    ``token``: the first of ours that theirs does not have. ``margin``: of the two largest logits there.
+    """
+    answerer = Answerer.of(model, item_set)
+    request = answerer.request(item_set, item)
+    prompt, ours = request.tokens(model), answerer.answer(request)
+    rest, at = served.encode(), 0  # what the server's text has beyond our first tokens
+    for piece in map(model.token_bytes, ours.token_ids):
+        if not rest.startswith(piece):
+            break
+        rest, at = rest[len(piece) :], at + 1
+    model.clear()
+    second, first = np.sort(model.evaluate([*prompt, *ours.token_ids[:at]]))[-2:].tolist()
+    whole, framed, n_prompt = replace(endpoint, stream=False), request.chat and model.has_template, 0
+    with suppress(EndpointError):  # it answered before, and may be gone by now
+        reply = whole.chat(request.text, 1) if framed else whole.complete(request.rendered(model), 1)
+        n_prompt = reply.n_prompt
+    near = "near-tie" if first - second <= NEAR_TIE else "other numbers"
+    cause = near if n_prompt in (0, len(prompt)) else "other prompt"
+    return {"token": at, "margin": first - second, "cause": cause}
+
+
+def comparison_table(items: pd.DataFrame) -> pd.DataFrame:
+    """A row a server and set of `compare_all`: items, same texts, right answers, causes of differences."""
+    counts = {"items": ("id", "size"), "same_text": ("same_text", "sum")}
+    counts |= {f"right_{where}": (f"correct_{where}", "sum") for where in ("process", "server")}
+    items = items if "cause" in items else items.assign(cause=None)
+    groups = items.groupby(["server", "set"], sort=False)
+    return groups.agg(**counts, causes=("cause", counted)).reset_index()
+
+
+def counted(words: pd.Series) -> str:
+    """Words with their number; "none" where there are none."""
+    return ", ".join(f"{n} {word}" for word, n in words.value_counts().items()) or "none"

@@ -16,9 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-
-from pydantic import BaseModel, ConfigDict
 
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError, SpaceError
@@ -52,39 +51,17 @@ class DeployError(DfqsError):
     """A recipe cannot be written."""
 
 
-class Target(BaseModel):
-    """One way of running, as ``targets.toml`` has it; the comments there say what each field means."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")  # facts that only templates read
-
-    name: str
-    files: dict[str, str]
-    install: list[str]
-    run: list[str]
-    manual: list[str] = []
-    also: list[str] = []
-    stop: list[str] = []
-    server: int = 0
-    prefix: str = ""
-    served_name: str = "{{ name }}"
-    single_file: bool = False
-    needs_key: bool = False
-    least_n_ctx: int = 0
-    place: str = ""
-    fetch_to: str = ""
-    mount: str = ""
-    amx: str = ""
-
-
 @cache
-def _tables(folder: Path) -> tuple[dict[str, Any], dict[str, Target]]:
+def _tables(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The parts that commands and notes share, and the targets by name."""
     table = tomllib.loads((folder / "targets.toml").read_text(encoding="utf-8"))
-    return table.pop("common"), {name: Target(name=name, **entry) for name, entry in table.items()}
+    common, defaults = table.pop("common"), table.pop("defaults")
+    entries = {name: SimpleNamespace(name=name, **{**defaults, **entry}) for name, entry in table.items()}
+    return common, entries
 
 
-def targets() -> dict[str, Target]:
-    """The targets by name, in the order of ``data/deploy/targets.toml``."""
+def targets() -> dict[str, Any]:
+    """The targets by name, with what ``data/deploy/targets.toml`` says of each, in its order."""
     return _tables(data_dir() / "deploy")[1]
 
 
@@ -92,10 +69,9 @@ def targets_table() -> pd.DataFrame:
     """One row a target: ``target``, ``title``, then what is known of it, each a text."""
     import pandas as pd
 
-    table = pd.DataFrame([target.model_dump() for target in targets().values()])
-    table = table.rename(columns={"name": "target"})[["target", "title", *FACTS]]
+    table = pd.DataFrame([vars(target) for target in targets().values()]).rename(columns={"name": "target"})
     table["source"] = table["source"].map(" ".join)
-    return table.replace({"run_here": {"": "generated, not run"}})
+    return table[["target", "title", *FACTS]].replace({"run_here": {"": "generated, not run"}})
 
 
 def table_text() -> str:
@@ -224,12 +200,11 @@ def write_recipe(
     if target not in targets():
         raise DeployError(f"no target is called {target!r}", hint=f"there are {', '.join(targets())}")
     chosen, source, folder = targets()[target], _source(model), Path(folder).absolute()
-    chosen = chosen.model_copy(update={"server": port or chosen.server})
     key_variable = key_variable or (DEFAULT_KEY_VARIABLE if chosen.needs_key else "")
     if key_variable and not (key_variable.isidentifier() and key_variable.isascii()):
         raise DeployError("that is no name of an environment variable", hint="give its name, not the key")
     settings = _settings(chosen, source, n_ctx, n_threads, n_gpu_layers)
-    values = _values(chosen, source, settings, folder, key_variable)
+    values = _values(chosen, source, settings, folder, key_variable, port or chosen.server)
     names = [name for name in chosen.files if name != "chat_template.jinja" or values["template_text"]]
     texts = {name: _file_text(chosen.files[name], name, values) for name in names}
     shared = _tables(data_dir() / "deploy")[0]
@@ -240,16 +215,15 @@ def write_recipe(
     run = commands([*chosen.install, *chosen.run])
     values["written"] = "\n".join([*texts.values(), *run])
     fetch = () if any(name.endswith(".ipynb") for name in texts) else values["get"]
-    notes = [note for text in shared["notes"] if (note := _filled(text, values, str))]
     blocks = {"Run": (*fetch, *run), "Check": commands(shared["check"]) if chosen.server else ()}
     blocks |= {"Or": commands(chosen.also), "Stop": commands(chosen.stop)}
-    ticks = re.findall("`+", str(blocks))
-    fence = "`" * max(3, 1 + max(map(len, ticks), default=0))  # a path may hold a fence
-    page = values | {"notes": [*notes, *chosen.manual], "blocks": blocks, "fence": fence}
+    notes = [*filter(None, (_filled(text, values, str) for text in shared["notes"])), *chosen.manual]
+    longest = max(map(len, re.findall("`+", str(blocks))), default=0)  # a path may hold a fence
+    page = values | {"notes": notes, "blocks": blocks, "fence": "`" * max(3, 1 + longest)}
     texts["RECIPE.md"] = _filled("{% include 'RECIPE.md' %}", page, str)
     _write(folder, texts, overwrite)
     files = tuple(folder / name for name in texts)
-    return Recipe(target, values["model"], settings, files, blocks["Run"], blocks["Check"], (*page["notes"],))
+    return Recipe(target, values["model"], settings, files, blocks["Run"], blocks["Check"], tuple(notes))
 
 
 def _write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> None:
@@ -278,14 +252,14 @@ def _write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """A model, here (``folder``) or on the hub, and what a header would tell of it."""
+    """A model, here (``folder``) or on the hub (``download``: the words of a command), and its header."""
 
     name: str
     files: tuple[str, ...]
     folder: str = ""
+    download: tuple[str, ...] = ()
     nbytes: int = 0
     shards: ShardSet | None = None
-    fetch: Callable[[str], list[str]] | None = None  # the commands that bring it into a folder
     original: str = NOT_GIVEN
     published: registry.Model | None = None
     glued: str = ""  # the model whose shards, put end to end, have exactly the size of the published file
@@ -301,14 +275,8 @@ def _source(model: str | Path) -> _Source:
     known, given = registry.registered(), str(model)
     addresses = {f"{entry.source}/{file.name}": entry for entry in known.values() for file in entry.files}
     entry = known.get(given) or addresses.get(given.rpartition("@")[0] or given)
-    if entry and entry.source.startswith("hf://"):
-        return _registered(entry, known)
-    if not entry and given.startswith("hf://"):
-        file = registry.parse_address(given)
-        siblings = registry.siblings(file.file)
-        words = [file.repo, *siblings, *(["--revision", file.revision] if file.revision else [])]
-        name = SHARD_ENDING.sub("", PurePosixPath(file.file).stem)
-        return _Source(name, tuple(siblings), fetch=lambda folder: [_download(words, folder)])
+    if given.startswith("hf://") or entry and entry.source.startswith("hf://"):
+        return _on_the_hub(given, entry, known)
     path = registry.resolve(model)[0]
     diagnosis = diagnose(path)
     if not diagnosis.sound:
@@ -319,83 +287,79 @@ def _source(model: str | Path) -> _Source:
     url = str(shards.as_one.get("general.base_model.0.repo_url", ""))
     original = url.removeprefix("https://huggingface.co/") if "huggingface.co/" in url else NOT_GIVEN
     folder, files = str(shards.paths[0].absolute().parent), tuple(shard.name for shard in shards.paths)
-    return _Source(shards.name, files, folder, shards.nbytes, shards, original=original)
+    return _Source(shards.name, files, folder, nbytes=shards.nbytes, shards=shards, original=original)
 
 
-def _download(words: Sequence[str], folder: str) -> str:
-    return shlex.join(["hf", "download", *words, "--local-dir", folder])
-
-
-def _registered(model: registry.Model, known: Mapping[str, registry.Model]) -> _Source:
-    """A registered model of the hub; the workbook fetches its shards, whose folder there is not recorded."""
-    name = SHARD_ENDING.sub("", model.files[0].name.removesuffix(".gguf"))
-    whole, repo = f"{name}.gguf", model.source.removeprefix("hf://")
-    sums = {other.size_bytes: other.name for other in known.values() if len(other.files) > 1}
-    glued = sums.get(model.size_bytes, "") if len(model.files) == 1 else ""  # a merge would be smaller
-
-    def fetch(folder: str) -> list[str]:
-        path = _join(folder, whole)
-        if len(model.files) > 1:
-            return [shlex.join(["dfqs-nb", "merge", model.name, "-o", path])]
-        repair = [shlex.join(["dfqs-nb", "repair", path, "--in-place"])] if glued else []
-        return [_download([repo, whole], folder), *repair]
-
+def _on_the_hub(given: str, entry: registry.Model | None, known: Mapping[str, registry.Model]) -> _Source:
+    """A model that the recipe downloads; of a registered one more is known than its address."""
+    if entry is None:
+        file = registry.parse_address(given)
+        repo, files, nbytes, glued = file.repo, registry.siblings(file.file), 0, ""
+        revision = ["--revision", file.revision] if file.revision else []
+    else:
+        repo, files, revision = entry.source.removeprefix("hf://"), [file.name for file in entry.files], []
+        sums = {other.size_bytes: other.name for other in known.values() if len(other.files) > 1}
+        nbytes, glued = entry.size_bytes, sums.get(entry.size_bytes, "") if len(files) == 1 else ""
+    name = SHARD_ENDING.sub("", PurePosixPath(files[0]).stem)
+    download = ("hf", "download", repo, *files, *revision)
+    files = [f"{name}.gguf"] if entry else files  # shards of a registered model are merged
     original = WEIGHTS_FROM if name.lower().startswith("deepseek-v4-flash") else NOT_GIVEN
-    facts: dict[str, Any] = {"original": original, "published": model, "glued": glued}
-    return _Source(name, (whole,), nbytes=model.size_bytes, fetch=fetch, **facts)
+    facts: dict[str, Any] = {"nbytes": nbytes, "original": original, "published": entry, "glued": glued}
+    return _Source(name, tuple(files), download=download, **facts)
 
 
 def _settings(
-    target: Target, source: _Source, n_ctx: int | None, n_threads: int | None, n_gpu_layers: int | None
+    target: Any, source: _Source, n_ctx: int | None, n_threads: int | None, n_gpu_layers: int | None
 ) -> Settings:
-    n_ctx = _n_ctx(target, source, n_ctx)
-    if n_threads is None:
-        n_threads = threads_for(source.shards.paths[0]) if source.shards else usable_cores()
-    flags: tuple[str, ...] = ("-ngl", str(n_gpu_layers or 0))
-    if n_gpu_layers is None and source.shards:
-        shape = placement.Model(source.shards.as_one)
-        here = (available_memory().available_bytes, gpu_memories())
-        flags = placement.place(shape, n_ctx, *here).flags
-        n_gpu_layers = placement.place(shape, n_ctx, *here, whole=True).n_gpu_layers
-    if n_threads < 1 or (n_gpu_layers or 0) < 0:
-        raise DeployError("threads must be at least 1, and GPU layers at least 0", hint="leave them out")
-    return Settings(n_ctx, n_threads, n_gpu_layers or 0, flags)
+    """What was asked for, else what suits machine and model.
 
-
-def _n_ctx(target: Target, source: _Source, wanted: int | None) -> int:
-    """The context that was asked for, if it is possible; else the largest power of two that fits.
-
-    It fits where its cache takes at most half of what the weights leave of the memory.
+    The context is the largest power of two whose cache takes at most half of what the weights leave of the
+    memory.
     """
     least, limit = max(target.least_n_ctx, 1), source.arch("context_length") or 2**31 - 256
-    if not least <= (wanted or least) <= limit:
-        what = f"a context of {wanted or least:,} tokens is not between {least:,} and {limit:,}"
+    if not least <= (n_ctx or least) <= limit:
+        what = f"a context of {n_ctx or least:,} tokens is not between {least:,} and {limit:,}"
         raise DeployError(what, hint="leave it out, or take another target")
-    if wanted or source.shards is None:
-        return wanted or max(least, min(UNKNOWN_N_CTX, limit))
-    free = available_memory().available_bytes
-    room = free - source.nbytes if source.nbytes < free else free // 4
-    n_ctx = min(MOST_N_CTX, limit)
-    while n_ctx > LEAST_N_CTX and estimate(source.shards.as_one, n_ctx).kv.total > room // 2:
-        n_ctx //= 2
-    return max(least, n_ctx)
+    if (n_threads or 1) < 1 or n_threads == 0 or (n_gpu_layers or 0) < 0:
+        raise DeployError("threads must be at least 1, and GPU layers at least 0", hint="leave them out")
+    if source.shards is None:
+        n_ctx = n_ctx or max(least, min(UNKNOWN_N_CTX, limit))
+        layers = n_gpu_layers or 0
+        return Settings(n_ctx, n_threads or usable_cores(), layers, ("-ngl", str(layers)))
+    header, free = source.shards.as_one, available_memory().available_bytes
+    if n_ctx is None:
+        room = free - source.nbytes if source.nbytes < free else free // 4
+        n_ctx = min(MOST_N_CTX, limit)
+        while n_ctx > LEAST_N_CTX and estimate(header, n_ctx).kv.total > room // 2:
+            n_ctx //= 2
+        n_ctx = max(least, n_ctx)
+    n_threads = n_threads or threads_for(source.shards.paths[0])
+    if n_gpu_layers is not None:
+        return Settings(n_ctx, n_threads, n_gpu_layers, ("-ngl", str(n_gpu_layers)))
+    shape, here = placement.Model(header), (free, gpu_memories())
+    whole = placement.place(shape, n_ctx, *here, whole=True).n_gpu_layers
+    return Settings(n_ctx, n_threads, whole, placement.place(shape, n_ctx, *here).flags)
 
 
 def _join(folder: str, name: str) -> str:
     return f"{folder}\\{name}" if "\\" in folder else f"{folder}/{name}"
 
 
-def _place(
-    target: Target, source: _Source, folder: Path, name: str
-) -> tuple[str, tuple[str, ...], list[str]]:
+def _place(target: Any, source: _Source, folder: Path, name: str) -> tuple[str, tuple[str, ...], list[str]]:
     """The folder in which the target finds the model, its files there, and the commands that bring them."""
-    files, place, get = source.files, target.fetch_to or str(folder / "models"), list[str]()
-    if source.fetch is None:
-        place = _filled(target.place, {"file": "", "name": name}, str).rstrip("/\\") or source.folder
-    else:
-        get = source.fetch(place)
-        if target.fetch_to and any(command.startswith("dfqs-nb ") for command in get):
-            get = [shlex.join(["python", "-m", "pip", "install", "-q", f"git+{public_address()}"]), *get]
+    files, get = source.files, list[str]()
+    place = _filled(target.place, {"file": "", "name": name}, str).rstrip("/\\") or source.folder
+    if source.download:
+        place = target.fetch_to or str(folder / "models")
+        path, known = _join(place, files[0]), source.published
+        fetch, ours = [*source.download, "--local-dir", place], list[list[str]]()
+        if known and len(known.files) > 1:  # in which folder of the hub its shards are is not recorded
+            fetch, ours = [], [["dfqs-nb", "merge", known.name, "-o", path]]
+        elif source.glued:
+            ours = [["dfqs-nb", "repair", path, "--in-place"]]
+        if ours and target.fetch_to:  # another machine
+            ours.insert(0, ["python", "-m", "pip", "install", "-q", f"git+{public_address()}"])
+        get = [shlex.join(words) for words in (fetch, *ours) if words]
     if target.single_file and len(files) > 1:
         joined = folder / f"{source.name}.gguf"
         get = [*get, shlex.join(["dfqs-nb", "merge", _join(place, files[0]), "-o", str(joined)])]
@@ -404,15 +368,15 @@ def _place(
 
 
 def _values(
-    target: Target, source: _Source, settings: Settings, folder: Path, key_variable: str
+    target: Any, source: _Source, settings: Settings, folder: Path, key_variable: str, port: int
 ) -> dict[str, Any]:
     """What templates, commands and notes may name."""
     name = re.sub(r"[^a-z0-9]+", "-", source.name.lower()).strip("-") or "model"  # every target takes it
     place, files, get = _place(target, source, folder, name)
     mac, arm = platform.system() == "Darwin", platform.machine().lower() in ("arm64", "aarch64")
     paths = [_join(target.mount or place, file) for file in files]
-    key_name = key_variable or DEFAULT_KEY_VARIABLE
-    needs = estimate(source.shards.as_one, settings.n_ctx) if source.shards else None
+    key_name, header = key_variable or DEFAULT_KEY_VARIABLE, source.shards.as_one if source.shards else None
+    needs = estimate(header, settings.n_ctx) if header else None
     try:
         slow = check_fits(needs) if needs else ""
     except SpaceError as error:
@@ -426,9 +390,9 @@ def _values(
         "gpu_ratio": round(min(1.0, settings.n_gpu_layers / (source.arch("block_count") + 1)), 2),
         "placement": Ready(shlex.join(settings.flags)),
         "cuda": "ON" if settings.flags[:2] != ("-ngl", "0") and not mac else "",  # there it is Metal
-        "port": target.server,
-        "base_url": f"http://{HOST}:{target.server}{target.prefix}/v1",
-        "template_text": source.shards.as_one.text("tokenizer.chat_template") if source.shards else "",
+        "port": port,
+        "base_url": f"http://{HOST}:{port}{target.prefix}/v1",
+        "template_text": header.text("tokenizer.chat_template") if header else "",
         "system": f"{'macos' if mac else 'ubuntu'}-{'arm64' if arm else 'x64'}",
         "model": paths[0],
         "models": paths,

@@ -37,13 +37,13 @@ from dfqs_nb.serve.client import Endpoint, connect
 KINDS = {"llama-cpp-python": "llama-cpp-python", "llama.cpp": "xllamacpp"}  # kind: the package that brings it
 HOST = "127.0.0.1"  # nothing listens beyond this machine
 START_SECONDS, STOP_SECONDS, POLL_SECONDS = 300.0, 20.0, 0.05
-LOG_LINES, LOAD_BYTES = 15, 1 << 20  # of the log: its end, and the part in which the model is loaded
+LOAD_BYTES = 1 << 20  # of the log: the part in which the model is loaded
 LOAD_VERBOSITY = 4
 NO_ORIGIN = "null.invalid"  # a web page's origin that does not exist
 
 
 class ServerError(DfqsError):
-    """A local server does not start, or does not stay."""
+    """A local server cannot be started."""
 
 
 @dataclass(repr=False)
@@ -94,7 +94,6 @@ class LocalServer:
     def port_is_free(self) -> bool:
         """Whether nothing listens there any more."""
         with socket.socket() as probe:
-            probe.settimeout(2)
             return probe.connect_ex((HOST, self.port)) != 0
 
     def connect(self, **options: Any) -> Endpoint:
@@ -104,18 +103,15 @@ class LocalServer:
         n_ctx = endpoint.facts.n_ctx or self.settings.n_ctx
         return dataclasses.replace(endpoint, facts=dataclasses.replace(endpoint.facts, n_ctx=n_ctx))
 
-    def log_lines(self, n_lines: int = LOG_LINES) -> list[str]:
-        """The last lines of its log that have something in them."""
-        lines = self._log_from(os.fstat(self.log.fileno()).st_size - LOAD_BYTES).splitlines()
-        return [line for line in lines if line.strip(" .")][-n_lines:]
-
-    def _log_from(self, start: int) -> str:
-        return os.pread(self.log.fileno(), LOAD_BYTES, max(self.log_start, start)).decode("utf-8", "replace")
+    def log_lines(self) -> list[str]:
+        """The first MiB of this run's log, in which the model is loaded."""
+        raw = os.pread(self.log.fileno(), LOAD_BYTES, self.log_start)
+        return raw.decode("utf-8", "replace").splitlines()
 
     @cached_property
     def loaded(self) -> dict[str, Any]:
         """How llama.cpp loaded the model, from its own log: what ran, not what was asked for."""
-        facts = loaded_facts(self._log_from(0).splitlines())
+        facts = loaded_facts(self.log_lines())
         return {"version": self.version} | {n: facts[n] for n in ("layers_offloaded", "buffers", "repacked")}
 
     def stop(self, seconds: float = STOP_SECONDS) -> float:
@@ -147,8 +143,8 @@ def start(
         log: the file that receives all it writes; by default a temporary one.
 
     Raises:
-        ServerError: there is no such kind, or it does not come up in time.
-        ModelError: it dies while it starts; the log's last lines are a note of the exception.
+        ServerError: there is no such kind.
+        ModelError: it dies while it starts, or takes too long; a note has the log's last lines.
     """
     settings, began = settings or OpenSettings(), time.perf_counter()
     if kind not in KINDS:
@@ -171,15 +167,9 @@ def start(
                     time.sleep(POLL_SECONDS)
             else:
                 process.wait()
-        if late.is_set():
-            hint = "the last lines of its log say how far it came; a copy on a faster disk starts sooner"
-            what = f"the server did not come up in {START_SECONDS:.0f} s"
-            error = ServerError(what, where=model, hint=hint)
-            error.add_note("its last lines:\n  " + "\n  ".join(server.log_lines() or ["(none)"]))
-            raise error
         if not server.alive:
-            cause, doing = child.ending(process.returncode), "while it started as a server"
-            raise child.died(cause, model, [], server.log_lines(200), doing=doing)
+            cause = "timeout" if late.is_set() else child.ending(process.returncode)
+            raise child.died(cause, model, [], server.log_lines(), doing="while it started as a server")
     except BaseException:
         server.stop(0.5)
         raise
@@ -196,11 +186,7 @@ def _serve_llama_cpp(job: dict[str, Any], settings: OpenSettings) -> None:
 
     params, flash = xllamacpp.CommonParams(), xllamacpp.llama_flash_attn_type
     params.model.path, params.model_alias = job["path"], {job["name"]}
-    if hasattr(params, "hostnames"):  # since some build after b11063
-        params.hostnames = [HOST]
-    else:
-        params.hostname = HOST
-    params.port = 0  # a free one
+    params.hostname, params.port = HOST, 0  # a free one
     params.n_parallel, params.n_ctx = job["n_parallel"], settings.n_ctx * job["n_parallel"]
     for name in ("n_batch", "n_ubatch", "n_gpu_layers", "swa_full"):
         setattr(params, name, getattr(settings, name))
@@ -236,7 +222,7 @@ def _serve_llama_cpp_python(job: dict[str, Any], settings: OpenSettings) -> None
     from llama_cpp.server.settings import ModelSettings, ServerSettings
     from starlette.middleware.cors import CORSMiddleware
 
-    from dfqs_nb.llama.build import default_params, model_params
+    from dfqs_nb.llama.build import default_params
 
     names = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "n_gpu_layers", "flash_attn")
     model = ModelSettings(
@@ -249,7 +235,7 @@ def _serve_llama_cpp_python(job: dict[str, Any], settings: OpenSettings) -> None
         **{name: getattr(settings, name) for name in (*names, "use_mmap", "seed")},
     )
     options = ServerSettings(interrupt_requests=False, api_key=job["key"])
-    with default_params(model_params(settings), swa_full=settings.swa_full):
+    with default_params({"use_extra_bufts": settings.use_extra_bufts}, swa_full=settings.swa_full):
         app = create_app(server_settings=options, model_settings=[model])
     app.user_middleware = [layer for layer in app.user_middleware if layer.cls is not CORSMiddleware]
     server = uvicorn.Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=2))

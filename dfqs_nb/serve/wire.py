@@ -19,7 +19,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpcore2
 import httpx2
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr
 
 from dfqs_nb.core.errors import DfqsError, proxy_fault
 from dfqs_nb.llama.model import ContextFullError
@@ -35,8 +35,9 @@ OVERFLOW = re.compile(
     r"|context (window|size|length)[^.]{0,40}exceed|max_model_len|llama_decode returned 1\b",  # no room left
     re.IGNORECASE,
 )
-# The most seconds and bytes that one response may take, headers included.
-LIMITS: ContextVar[tuple[float, int]] = ContextVar("LIMITS", default=(60.0, 16 << 20))
+MOST_SECONDS, MOST_BYTES = 60.0, 16 << 20  # of a response that is no answer, headers included
+# Of the response that this thread reads: the time at which it must have ended, and the bytes that are left.
+_limit: ContextVar[list[float]] = ContextVar("_limit", default=[float("inf"), float("inf")])  # noqa: B039
 
 
 class EndpointError(DfqsError):
@@ -79,6 +80,10 @@ class EndlessAnswerError(EndpointError):
 
 class ContextOverflowError(EndpointError, ContextFullError):
     """The prompt and the answer exceed the server's context. Asking again does not help."""
+
+
+class FieldError(Exception):
+    """A field of an answer has another type than the protocol says."""
 
 
 def broken(why: str, url: str) -> EndpointError:
@@ -146,13 +151,9 @@ class Wire:
             text = text.replace(secret, "***") if len(secret) >= SHORTEST_SECRET else text
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
-    def hidden(self, value: Any) -> Any:
+    def hidden(self, page: Any) -> Any:
         """A JSON value with `hide` applied to every text in it."""
-        if isinstance(value, dict):
-            return {self.hide(key): self.hidden(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.hidden(item) for item in value]
-        return self.hide(value) if isinstance(value, str) else value
+        return json.loads(self.hide(json.dumps(page, ensure_ascii=False)))
 
     def events(
         self, url: str, body: Mapping[str, Any] | None = None, *, stream: bool = False
@@ -212,16 +213,17 @@ class Wire:
 
         ``request`` gets whether an answer broke off before. The `EndpointError` has a note of how often.
         """
+        seconds, n_bytes = limits or (min(self.timeout_seconds, MOST_SECONDS), MOST_BYTES)
         broke, number = False, 0
         while True:
             number += 1
-            token = LIMITS.set(limits or (min(self.timeout_seconds, 60.0), 16 << 20))
+            token = _limit.set([time.monotonic() + seconds, n_bytes])
             try:
                 return request(broke)
             except Exception as error:
                 meant = self._meaning(error)
             finally:
-                LIMITS.reset(token)
+                _limit.reset(token)
             broke = broke or isinstance(meant, BrokenAnswerError)
             if number > 1:
                 meant.add_note(f"asked {number} times")
@@ -235,14 +237,15 @@ class Wire:
         """The failure as an error of this stage; itself where the connection is not the cause."""
         why = self.hide(" ".join(str(error).split())[:200]) or type(error).__name__
         match error:
-            case EndlessAnswerError():
-                return EndlessAnswerError(error.what, where=self.url, hint=error.hint)
+            case _EndlessError():
+                hint = "raise --timeout (timeout_seconds) for a server that is slow, or take another one"
+                return EndlessAnswerError(f"the answer does not end ({why})", where=self.url, hint=hint)
             case httpx2.TimeoutException():
                 hint = "raise --timeout (timeout_seconds), or ask for fewer tokens"
                 return UnreachableError("no answer in time", where=self.url, hint=hint)
-            case httpx2.ReadError() | httpx2.RemoteProtocolError():
+            case httpx2.ReadError() | httpx2.RemoteProtocolError() | FieldError():
                 return broken(why, self.url)
-            case json.JSONDecodeError() | UnicodeError() | ValidationError() | RecursionError():
+            case json.JSONDecodeError() | UnicodeError() | RecursionError():
                 return broken(why, self.url)
             case httpx2.TransportError():
                 hint = "check the address, and that the server is running"
@@ -257,7 +260,7 @@ class Wire:
         """
         url = re.sub(r"/v\d+\w*$", "", self.url) + path
         try:
-            return self.hidden(self.ask(lambda broke: next(self.events(url, body)), retries=PROBE_RETRIES))
+            return self.ask(lambda broke: self.hidden(next(self.events(url, body))), retries=PROBE_RETRIES)
         except EndpointError as error:
             if error.status in (429, 503):
                 raise
@@ -267,11 +270,11 @@ class Wire:
 def _without_field(words: str, fields: Iterable[str]) -> str:
     """The hint for a refused request: how to do without the first field that the server's words name."""
     optional = set(fields) - {"model", "prompt", "messages"}
-    places = {name: re.search(rf"\b{re.escape(name)}\b", words) for name in optional}
-    named = sorted((place.start(), name) for name, place in places.items() if place)
+    named = [name for name in optional if re.search(rf"\b{re.escape(name)}\b", words)]
     if not named:
         return "the answer to this request will not change: change the request"
-    field, new = named[0][1], "max_completion_tokens" if named[0][1] == "max_tokens" else "NEWNAME"
+    field = min(named, key=words.find)
+    new = "max_completion_tokens" if field == "max_tokens" else "NEWNAME"
     leave_out = f"leave it out with --field {field}= (fields={json.dumps({field: ''})})"
     return f"{leave_out}, or rename it with --field {field}={new}"
 
@@ -288,16 +291,20 @@ def _words(body: Any) -> str:
 # ---- limits, which httpx has for each read and not for a whole response ----
 
 
+class _EndlessError(Exception):
+    """A response takes more time or bytes than it may."""
+
+
 class _Backend(httpcore2.SyncBackend):
     def connect_tcp(self, *arguments: Any, **options: Any) -> Any:
         return _Stream(super().connect_tcp(*arguments, **options))
 
 
 class _Stream:
-    """A connection that ends a response at its limits; each request begins them anew."""
+    """A connection that ends a response at its limits."""
 
     def __init__(self, inner: httpcore2.NetworkStream) -> None:
-        self._inner, self._until, self._left = inner, float("inf"), 1 << 62
+        self._inner = inner
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -305,23 +312,15 @@ class _Stream:
     def start_tls(self, *arguments: Any, **options: Any) -> _Stream:
         return _Stream(self._inner.start_tls(*arguments, **options))
 
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        seconds, self._left = LIMITS.get()
-        self._until = time.monotonic() + seconds
-        self._inner.write(buffer, timeout)
-
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        seconds = max(0.001, self._until - time.monotonic())
+        limit, chunk = _limit.get(), b""
+        seconds = max(0.001, limit[0] - time.monotonic())
         try:
             chunk = self._inner.read(max_bytes, seconds if timeout is None else min(timeout, seconds))
         except httpcore2.ReadTimeout:
-            if time.monotonic() < self._until:
+            if time.monotonic() < limit[0]:
                 raise
-            chunk = b""
-        self._left -= len(chunk)
-        (limit, n_bytes), late = LIMITS.get(), time.monotonic() >= self._until
-        if late or self._left < 0:
-            most = f"{limit:,.0f} s" if late else f"{n_bytes:,} bytes"
-            hint = "raise --timeout (timeout_seconds) if this server is that slow; else take another server"
-            raise EndlessAnswerError(f"the answer does not end (more than {most})", hint=hint)
+        limit[1] -= len(chunk)
+        if limit[1] < 0 or time.monotonic() >= limit[0]:
+            raise _EndlessError("too many bytes" if limit[1] < 0 else "in its time")
         return chunk

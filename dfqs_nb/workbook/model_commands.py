@@ -123,7 +123,7 @@ def score(
             wire |= {"key_variable": key_variable, "fields": dict(pair.split("=", 1) for pair in field or [])}
             opened: Any = serve.connect(model, endpoint_model, **wire)
             model_id, folder = "", run_dir(run or Path(f"endpoint-{opened.model}").name)
-            score_set: Any = serve.score_set
+            score_set: Any = serve.measure.score_set
         else:
             opened = stack.enter_context(open_model(model, n_ctx))
             model_id, folder, score_set = identity(opened), model_run_dir(run, model), scores.score_set
@@ -138,9 +138,9 @@ def score(
 
 def _long_context(server: Any, folder: Path, **options: Any) -> None:
     """Print the curve of retrieval over a server, and where it ends."""
-    from dfqs_nb.serve.measure import measure_long_context
+    from dfqs_nb import serve
 
-    result = measure_long_context(server, folder, **options)
+    result = serve.measure.measure_long_context(server, folder, **options)
     if result.failure:
         say(f"{result.failure.length:,} tokens: {result.failure.message}")
     if len(result.items):
@@ -252,13 +252,12 @@ def record(
     """
     from dfqs_nb import serve
     from dfqs_nb.ladder import fidelity
-    from dfqs_nb.serve.logprobs import continuation
 
     asked, facts = fidelity.load_prompts(prompts, limit, chat=not plain), dict[str, Any]()
     steps: Any
     if serve.is_url(source):
         model: Any = serve.connect(source, endpoint_model, key_variable=key_variable)
-        name, steps = model.model, continuation
+        name, steps = model.model, serve.continuation
     else:
         model, steps = open_model(source, n_ctx), fidelity.continuation
         name, facts = model.path.name, {"source_sha256": identity(model)}

@@ -204,8 +204,8 @@ def _score_items(folder: Path, skill: float, seed: int, n_code: int) -> list[sco
     items.to_csv(folder / "score_items.csv", index=False)
     questions, code = (items[items["set"] == name] for name in ("nano-reasoning", "nano-code"))
     return [
-        scoring.reasoning_score(questions, "nano-reasoning", 40),
-        scoring.code_score(code, "nano-code", n_code),
+        scoring.score_of("reasoning", questions, "nano-reasoning", 40),
+        scoring.score_of("code", code, "nano-code", n_code),
     ]
 
 

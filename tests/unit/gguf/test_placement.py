@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 
 import pytest
 from gguf_fixtures import real_size_header
-from llama_fit import replay
 
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.gguf import memory, placement
+from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.broken import reference_shards
+from dfqs_nb.gguf.facts import layer_of
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.memory import active_bytes, kv_cache_bytes
 
@@ -32,6 +33,31 @@ def flash(tmp_path_factory):
     return read_header(real_size_header(tmp_path_factory.mktemp("real") / "flash.gguf"))
 
 
+def replay(header, flags, n_devices: int) -> list[int]:
+    """Bytes of weights on each card and in memory, by llama.cpp's own rules applied to a command line.
+
+    ``load_tensors`` of src/llama-model.cpp and the overrides of common/arg.cpp, tensor by tensor.
+    """
+    words = dict(zip(flags[::2], flags[1::2], strict=True))
+    n_layers, n_gpu = header.n_layers, int(words["-ngl"])
+    shares = [float(part) for part in words.get("-ts", "1").split(",")][:n_devices]
+    splits = [sum(shares[: i + 1]) / sum(shares) for i in range(len(shares))]
+    start, active = max(n_layers + 1 - n_gpu, 0), min(n_gpu, n_layers + 1)
+    patterns = [rf"blk\.{i}{placement.EXPERTS}" for i in range(int(words.get("--n-cpu-moe", 0)))]
+    patterns += [words["-ot"].removesuffix("=CPU")] if "-ot" in words else []
+    held = [0] * (n_devices + 1)
+    for tensor in header.tensors:
+        layer = layer_of(tensor.name)
+        at = n_layers if layer is None else layer
+        device = -1
+        if tensor.name != "token_embd.weight" and n_devices and start <= at < start + active:
+            device = bisect.bisect_right(splits, (at - start) / active)
+        if any(re.search(pattern, tensor.name) for pattern in patterns):
+            device = -1
+        held[device] += tensor.nbytes
+    return held
+
+
 @pytest.mark.parametrize(("ram", "cards"), MACHINES)
 def test_the_flags_put_every_tensor_where_the_plan_has_it(flash, ram, cards):
     placed = placement.place(placement.Model(flash), 32768, ram * GB, [card * GB for card in cards])
@@ -43,31 +69,6 @@ def test_the_flags_put_every_tensor_where_the_plan_has_it(flash, ram, cards):
     assert all(device.left_bytes >= placement.SPARE_BYTES for device in placed.devices[:-1])
     read = sum(device.token_bytes for device in placed.devices)
     assert read == pytest.approx(active_bytes(flash).total, abs=4), "a token reads as much wherever it lies"
-
-
-# Of the real shape, as llama.cpp planned it on an H100: context, experts in memory, compute buffer of the card.
-PLANNED = [(8192, 0, 306716672), (1048576, 0, 1850572800), (65536, 31, 875831296), (131072, 31, 909385728)]
-
-
-@pytest.mark.parametrize(("n_ctx", "in_ram", "compute"), PLANNED)
-def test_a_compute_buffer_that_was_planned_on_a_card_is_left_free_there(flash, n_ctx, in_ram, compute):
-    card = (24 if in_ram else 80) * GB
-    gpu, _ = (placed := placement.place(placement.Model(flash), n_ctx, 128 * GB, [card])).devices
-    assert len(placed.in_ram) == in_ram and gpu.compute_bytes == compute
-    used = gpu.dense_bytes + gpu.expert_bytes + gpu.cache_bytes + compute
-    assert gpu.left_bytes == card - used >= placement.SPARE_BYTES
-    assert placement.table(placed).loc["GPU 0", "compute"] != "unknown"
-
-
-def test_other_shapes_cards_and_contexts_have_an_unknown_buffer(flash):
-    other = read_header(reference_shards().paths[0])
-    assert memory.card_compute(other, 8192) is None
-    assert memory.card_compute(flash, 2 << 20) is None, "longer than anybody planned"
-    known = [memory.card_compute(flash, n) for n in (256, 8192, 8193, 40_000, 1 << 20)]
-    assert None not in known and known == sorted(known), "the next longer context, never less"
-    for cards in ([24, 24], [8]):
-        placed = placement.place(placement.Model(flash), 8192, 64 * GB, [card * GB for card in cards])
-        assert {card.compute_bytes for card in placed.devices[:-1]} == {None}
 
 
 def test_caches_by_layer_are_the_cache(flash):

@@ -1,8 +1,10 @@
-"""A budget takes questions from every family evenly, then whole sets; and says so."""
+"""A budget takes questions from every family evenly, then whole sets; it cuts an answer at its end, and says so."""
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,17 +12,38 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
+from dfqs_nb.llama.generate import Completion
+from dfqs_nb.llama.model import open_model
+from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.llama.timing import Pace
-from dfqs_nb.scores import ItemSet, Options, figures, likelihood, plan
+from dfqs_nb.scores import (
+    Answerer,
+    ItemSet,
+    Options,
+    figures,
+    find_sandbox,
+    likelihood,
+    plan_questions,
+    speed,
+)
+from dfqs_nb.scores import run as runs
+from dfqs_nb.scores.grading import Results
 
 SETS = ItemSet.of_tier("standard")
+NANO = ItemSet.load("nano-reasoning")
 PACE = Pace(prefill=0.001, decode=0.01)
 
 
 @pytest.fixture
 def planned(monkeypatch):
-    monkeypatch.setattr(plan, "probe", lambda model: PACE)
-    return lambda seconds: plan.plan_questions(SimpleNamespace(), SETS, Options(), seconds)
+    monkeypatch.setattr(runs, "probe", lambda model: PACE)
+    return lambda seconds: plan_questions(SimpleNamespace(), SETS, Options(), seconds)
+
+
+@pytest.fixture(scope="module")
+def model(merged_reference):
+    with open_model(merged_reference, OpenSettings(n_ctx=512, n_threads=1)) as opened:
+        yield opened
 
 
 def test_a_part_asks_as_much_of_every_family_and_larger_parts_hold_it():
@@ -36,77 +59,106 @@ def test_a_part_asks_as_much_of_every_family_and_larger_parts_hold_it():
     assert part == whole
 
 
-def test_parts_shrink_to_a_single_question_and_a_small_set_stays_whole():
-    sizes = [sum(len(part.items) for part in parts) for parts in plan._candidates(tuple(SETS))]
-    assert sizes == sorted(sizes, reverse=True) and sizes[-6:] == [36, 24, 12, 6, 3, 1]
-    own = replace(SETS[0].part(4), set="own")
-    for parts in plan._candidates((SETS[0], own)):
-        assert own in parts or len(parts) == 1
+def test_sets_are_planned_while_the_time_holds_a_dozen_answers_of_each(planned):
+    whole = planned(math.inf)
+    assert whole.n_sets == len(SETS) and whole.sentence.startswith("384 of 384 questions, at most ")
+    n_sets = [planned(whole.seconds * share).n_sets for share in (0.5, 0.08, 0.04, 0)]
+    assert n_sets == [3, 2, 1, 1]
+    assert planned(120).sentence.startswith("as many of 384 questions as 2 min hold (all: up to ")
 
 
-def test_without_a_limit_all_is_asked(planned):
-    made = planned(math.inf)
-    assert made.parts == tuple(SETS) and plan.left_out(SETS, made.parts) == []
+def slow(answers: list, seconds: float):
+    """A model that needs these seconds for each of 20 tokens, and stops when it is told to."""
+
+    def answer(request) -> Completion:
+        for n in range(1, 21):
+            time.sleep(seconds)
+            if time.monotonic() > request.until:
+                answers.append(n)
+                return Completion("Let me", (1,) * n, "time", 3)
+        answers.append(20)
+        return Completion("12", (1,) * 20, "eos", 3)
+
+    return Answerer(answer, "chat", {}, "m")
 
 
-def test_a_budget_is_kept_and_the_last_sets_go_last(planned):
-    full, n_sets = planned(math.inf).full_seconds, []
-    for share in (0.5, 0.2, 0.08, 0.04):
-        made = planned(full * share)
-        n_sets.append(len(made.parts))
-        assert made.seconds <= full * share and "more, if answers turn out shorter" in made.sentence
-        assert min(len(part.items) for part in made.parts) >= plan.SIZES[-1]
-    assert n_sets == [3, 3, 2, 1], "a dozen answers of a set, or none"
-    least = planned(0)
-    assert [one.name for one in least.parts] == [SETS[0].name]
-    assert f"the set {SETS[-1].name}" in plan.left_out(SETS, least.parts)
+def test_an_answer_is_cut_at_its_time_and_is_neither_right_nor_wrong(tmp_path):
+    answers: list[int] = []
+    options = Options(progress=False, until=time.monotonic() + 0.1)
+    run = slow(answers, 0.03).score(NANO, tmp_path, options)
+    assert len(answers) == 1 and answers[0] < 20, "it stopped after the token at which its time ended"
+    assert run.items["grade"].tolist() == ["cut"]
+    assert run.items["reason"].tolist() == [f"cut by the budget after {answers[0]} tokens"]
+    assert run.score.value is None and (run.score.n, run.score.n_missing) == (1, 1)
+    assert "withheld" in run.score.sentence and run.conditions["part"] == "0 of 192 questions"
+    kept = json.loads((tmp_path / "answers-nano-reasoning.jsonl").read_text())
+    assert kept["finish_reason"] == "time" and kept["completion"] == "Let me"
+    results = Results([run])
+    assert results.table()["n_missing"].tolist() == [1] and results.families().empty
+    assert figures.score_families(results.families()).get_title(loc="left")
+    assert results.failures(4)["reason"].str.contains("budget").all()
+
+
+def test_what_was_answered_before_the_time_ended_is_scored_and_the_cut_answer_is_asked_for_again(tmp_path):
+    answers: list[int] = []
+    run = slow(answers, 0.004).score(NANO, tmp_path, Options(progress=False, until=time.monotonic() + 0.5))
+    n = run.score.n
+    assert 1 <= n < len(NANO.items) and run.score.value is not None and run.score.n_missing == 0
+    assert run.answered["id"].tolist() == [item.id for item in NANO.by_turns()[:n]], (
+        "spread over the families"
+    )
+    assert run.conditions["part"] == f"{n} of 192 questions"
+    again = slow(answers, 0).score(NANO, tmp_path, Options(progress=False))
+    assert again.n_resumed == n and again.score.n == len(NANO.items) and "part" not in again.conditions
+
+
+@pytest.mark.skipif(not find_sandbox().safe, reason=find_sandbox().note)
+def test_code_that_the_budget_cut_is_not_run(tmp_path):
+    codes = ItemSet.load("nano-code")
+    run = slow([], 0.03).score(codes, tmp_path, Options(progress=False, until=time.monotonic() + 0.1))
+    assert run.items["grade"].tolist() == ["cut"] and run.score.value is None
+
+
+def test_a_real_model_stops_after_the_token_at_which_its_time_ends(model, tmp_path):
+    options = Options(progress=False, until=time.monotonic())
+    run = runs.score_set(model, NANO, tmp_path, options)
+    assert run.items[["grade", "tokens"]].to_numpy().tolist() == [["cut", 1]]
+
+
+def test_sets_share_the_time_and_what_is_missing_is_said(planned, monkeypatch, tmp_path):
+    made, shares = planned(100), []
+
+    def score_set(model, item_set, folder, options, model_id=""):
+        shares.append(options.until - time.monotonic())
+        rows = pd.DataFrame({"id": ["1", "2"], "grade": ["correct", "cut"]})
+        return SimpleNamespace(name=item_set.name, items=rows, answered=rows[:1])
+
+    monkeypatch.setattr(runs, "score_set", score_set)
+    _, missing = replace(made, n_sets=2).ask(tmp_path)
+    assert shares == pytest.approx([50, 100], abs=1), "what the first does not use, the second gets"
+    assert missing == [
+        f"only 1 of 120 questions of {SETS[0].name} answered; 1 was cut off",
+        f"only 1 of 164 questions of {SETS[1].name} answered; 1 was cut off",
+        f"the set {SETS[2].name}",
+    ]
 
 
 def test_the_depth_of_the_metric_is_the_last_to_go():
-    depths, fitted = plan.plan_speeds([128, 512, 896], PACE, math.inf)
+    depths, fitted = speed.plan_speeds([128, 512, 896], PACE, math.inf)
     assert depths == [128, 512, 896] and fitted.left_out == ()
-    depths, fitted = plan.plan_speeds([128, 512, 896], PACE, 0)
+    depths, fitted = speed.plan_speeds([128, 512, 896], PACE, 0)
     assert depths == [512] and fitted.values["repetitions"] == 1
     assert "1 timed repetition, not 5" in fitted.left_out
 
 
-@pytest.mark.parametrize("seconds_of_an_answer, all_of_them", [(0.001, True), (5.0, False)])
-def test_parts_grow_from_the_least_as_long_as_the_budget_holds_the_next(
-    planned, monkeypatch, tmp_path, seconds_of_an_answer, all_of_them
-):
-    made, asked = planned(planned(math.inf).full_seconds / 2), []
-
-    def score_set(model, one, folder, options, model_id=""):
-        asked.append(len(one.items))
-        rows = pd.DataFrame({"seconds": [seconds_of_an_answer * one.max_tokens / 100] * len(one.items)})
-        return SimpleNamespace(items=rows, score=SimpleNamespace(n_missing=0))
-
-    def results(runs):
-        return SimpleNamespace(items=pd.concat(run.items for run in runs), runs=runs)
-
-    monkeypatch.setattr(plan, "score_set", score_set)
-    monkeypatch.setattr(plan, "Results", results)
-    _, missing = made.ask(tmp_path)
-    assert asked[0] < len(SETS[0].items), "the least part comes first"
-    assert (missing == []) == all_of_them
-
-
-def test_choices_are_an_even_part_that_the_time_holds(planned, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        likelihood, "answer", lambda _, part, *__, **___: likelihood.Answers(part, "", {}, pd.DataFrame())
-    )
-    made = planned(math.inf)
-    whole = likelihood.choices_of(SETS[0])
-    asked = [made.choose(tmp_path, seconds) for seconds in (math.inf, 0)]
-    many, few = (answers.questions for answers in asked)
-    assert not asked[0].left_out, "a cap is no cut"
-    assert asked[1].left_out == (f"only 1 of {len(many.items)} questions of {many.name} asked",)
-    assert set(many.items) <= set(whole.items) and 48 <= len(many.items) <= 96
-    assert {item.family for item in many.items} == {item.family for item in whole.items}
-    assert few.items == whole.items[:1]
-    assert 1 < len(made.choose(tmp_path, 1).questions.items) < len(many.items)
-    limited = replace(made, options=Options(limit=3)).choose(tmp_path, math.inf)
-    assert len(limited.questions.items) == 3 and not limited.left_out
+def test_choices_end_at_their_time_and_are_spread_over_the_families(model, tmp_path):
+    plan = plan_questions(model, [NANO], Options(), math.inf)
+    few = plan.choose(tmp_path, 0)
+    whole = likelihood.choices_of(NANO)
+    assert len(few.items) == 1 and few.left_out == (f"only 1 of 96 questions of {whole.name} answered",)
+    many = replace(plan, options=Options(limit=12)).choose(tmp_path, math.inf)
+    assert len(many.items) == 12 and not many.left_out, "a cap is no cut"
+    assert many.items["family"].nunique() == min(12, len(whole.families()))
 
 
 def test_a_figure_of_margins_says_in_how_many_families_the_right_choice_is_likeliest():

@@ -156,9 +156,6 @@ RIGHT = {
     ),
     "decorated": WHOLE.replace(SIGN, f"import functools\n\n\n@functools.wraps(any)\n{SIGN}"),
     "a function in a class, without self": f"```python\nclass Solution:\n    {SIGN}    {BODY.replace(chr(10), chr(10) + '    ')}\n```",
-    "its helper in an earlier block": "```python\nfrom itertools import combinations\n\n\n@staticmethod\ndef gap(a, b):\n"
-    f"    return abs(a - b)\n```\nthen\n```python\nfrom __future__ import annotations\n\n{SIGN}"
-    "    return any(gap(a, b) < threshold for a, b in combinations(numbers, 2))\n```\n",
     "under a condition": f"```python\nimport sys\nif sys.version_info > (3,):\n    {SIGN}    {BODY.replace(chr(10), chr(10) + '    ')}\n```",
     "where a library is missing": f"```python\ntry:\n    import no_such_library\nexcept ImportError:\n    {SIGN}    {BODY.replace(chr(10), chr(10) + '    ')}\n```",
     "one of several names": f"```python\n{SIGN.replace('has_close', 'near')}{BODY}\nhas_close, other = near, None\n```",
@@ -217,7 +214,7 @@ def test_code_that_is_thought_about_is_not_the_program():
 
 def frame(shares: dict[str, tuple[int, int]]) -> pd.DataFrame:
     rows = [
-        {"family": family, "guess": 0.1, "grade": "correct" if i < right else "wrong"}
+        {"id": f"{family}{i}", "family": family, "guess": 0.1, "grade": "correct" if i < right else "wrong"}
         for family, (right, n) in shares.items()
         for i in range(n)
     ]
@@ -225,7 +222,7 @@ def frame(shares: dict[str, tuple[int, int]]) -> pd.DataFrame:
 
 
 def test_the_macro_mean_weighs_families_alike():
-    score = scoring.reasoning_score(frame({"a": (10, 10), "b": (0, 90)}), "s", 100)
+    score = scoring.score_of("reasoning", frame({"a": (10, 10), "b": (0, 90)}), "s", 100)
     assert score.value == 0.5 and score.n == 100 and score.guess_rate == pytest.approx(0.1)
 
 
@@ -233,7 +230,7 @@ def test_the_interval_covers_the_truth_of_a_simulation():
     draw, truth, covered = np.random.default_rng(0), {"a": 0.2, "b": 0.9, "c": 0.5}, 0
     for _ in range(800):
         counts = {family: (int(draw.binomial(40, share)), 40) for family, share in truth.items()}
-        score = scoring.reasoning_score(frame(counts), "s", 120)
+        score = scoring.score_of("reasoning", frame(counts), "s", 120)
         covered += score.low <= np.mean(list(truth.values())) <= score.high
     assert covered / 800 > 0.94, "Wilson's interval ignores the strata, so it is at least as wide as it says"
 
@@ -241,24 +238,27 @@ def test_the_interval_covers_the_truth_of_a_simulation():
 def test_equal_families_give_wilsons_interval_of_the_pooled_count():
     from dfqs_nb.stats import wilson
 
-    score = scoring.reasoning_score(frame({"a": (10, 20), "b": (4, 20)}), "s", 40)
+    score = scoring.score_of("reasoning", frame({"a": (10, 20), "b": (4, 20)}), "s", 40)
     low, high = wilson(14, 40)
     assert (score.low, score.high) == pytest.approx((float(low), float(high)))
 
 
 def test_a_part_of_a_set_has_no_score():
-    score = scoring.reasoning_score(frame({"a": (5, 10)}), "s", 11)
+    score = scoring.score_of("reasoning", frame({"a": (5, 10)}), "s", 11)
     assert score.value is None and score.n_missing == 1 and "withheld" in score.sentence
-    samples = pd.DataFrame({"id": ["1"], "grade": ["passed"]})
-    assert scoring.code_score(samples, "s", 2).value is None
-    empty = scoring.reasoning_score(frame({}).reindex(columns=["family", "guess", "grade"]), "s", 3)
+    samples = pd.DataFrame({"id": ["1"], "family": "all", "guess": 0.0, "grade": ["passed"]})
+    assert scoring.score_of("code", samples, "s", 2).value is None
+    empty = scoring.score_of(
+        "reasoning", frame({}).reindex(columns=["id", "family", "guess", "grade"]), "s", 3
+    )
     assert empty.value is None and (empty.low, empty.high) == (0.0, 1.0)
 
 
 def test_code_scores_by_task():
     samples = pd.DataFrame({"id": ["1", "1", "2", "2"], "grade": ["passed", "wrong", "timeout", "wrong"]})
-    assert scoring.code_score(samples, "s", 2).value == 0.25
-    assert scoring.code_score(samples, "s", 2).counts == {"wrong": 2, "passed": 1, "timeout": 1}
+    samples = samples.assign(family=["a", "a", "b", "b"], guess=0.0)
+    assert scoring.score_of("code", samples, "s", 2).value == 0.25
+    assert scoring.score_of("code", samples, "s", 2).counts == {"wrong": 2, "passed": 1, "timeout": 1}
 
 
 # ---- the frozen sets ----
@@ -498,14 +498,11 @@ def test_a_set_may_hold_any_text_and_fields_of_its_own(tmp_path):
 def test_a_set_of_ones_own_is_found_in_its_folder(tmp_path):
     rows = [{"set": "mine", "kind": "reasoning"}, {"id": "1", "prompt": "p", "answer": "a"}]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert [one.name for one in ItemSet.of_tier("nano", tmp_path)] == [
-        "nano-reasoning",
-        "nano-code",
-        "mine",
-    ]
-    assert ItemSet.load("mine", tmp_path).tier == "own"
+    sets = ItemSet.of_tier("nano", tmp_path)
+    assert [each.name for each in sets] == ["nano-reasoning", "nano-code", "mine"]
+    assert sets[-1].tier == "own"
     with pytest.raises(PromptError, match="there are: .*nano-code"):
-        ItemSet.load("theirs", tmp_path)
+        ItemSet.load("theirs")
 
 
 def test_the_generator_makes_the_shipped_nano_sets_again():

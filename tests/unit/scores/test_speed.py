@@ -94,8 +94,3 @@ def test_the_metric_and_the_figure_have_the_same_depth():
         == "Decode at depth 512 reaches 10.0% of the roof"
     )
     assert speed.metric_row(table.iloc[:1])["depth"] == 128
-
-
-def test_the_card_in_words():
-    text = speed.card_sentence(speed.card_table())
-    assert "0.2 to 0.5 tokens/s are at most 4% of the bound, 11.8" in text

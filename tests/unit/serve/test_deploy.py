@@ -469,7 +469,7 @@ def test_the_command_line(tmp_path):
     assert done.returncode == 0 and "model.yml" in done.stdout, done.stderr
     assert yaml.safe_load((tmp_path / "model.yml").read_text())["ctx_size"] == 2048
     assert ":9999/v1/models" in (tmp_path / "RECIPE.md").read_text()
-    listed = dfqs("--list")
+    listed = dfqs()
     assert [line.split()[0] for line in listed.stdout.splitlines()] == list(TARGETS)
     for words in (["jan"], ["jan", "none.gguf"], ["nothing", SHARD]):
         failed = dfqs(*words)

@@ -8,8 +8,7 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.ladder import fidelity
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.serve import servers
-from dfqs_nb.serve.logprobs import continuation
+from dfqs_nb.serve import continuation, servers
 from dfqs_nb.serve.wire import EndpointError
 
 F16 = data_dir() / "reference" / "DFQS-Nano-F16.gguf"
