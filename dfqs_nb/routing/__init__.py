@@ -9,10 +9,9 @@ dfqs_nb.routing.recorder.RoutingError: missing.npz: not a routing trace ...
 from typing import TYPE_CHECKING
 
 from dfqs_nb.core.doors import lazy
-from dfqs_nb.routing.compare import differences, expert_counts, overlaps
 from dfqs_nb.routing.recorded import RecordedModel, open_recorded
 from dfqs_nb.routing.trace import Trace, load_trace
-from dfqs_nb.routing.verdict import Determinism
+from dfqs_nb.routing.verdict import Determinism, differences, expert_counts, overlaps
 
 if TYPE_CHECKING:
     from dfqs_nb.routing import figures

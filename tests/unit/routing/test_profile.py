@@ -17,10 +17,10 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.routing import figures
 from dfqs_nb.routing import profile as routing_profile
-from dfqs_nb.routing.compare import across, divergence
 from dfqs_nb.routing.profile import Profile, arguments, expert_bytes, read_profile
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.trace import Trace, export
+from dfqs_nb.routing.verdict import across, divergence
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 EXPERTS, N = 8, 60

@@ -15,12 +15,11 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import experiment as routing_experiment
-from dfqs_nb.routing.compare import FIELDS, compare, differences, overlaps
 from dfqs_nb.routing.experiment import Condition, run_experiment
 from dfqs_nb.routing.recorded import Schedule
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.trace import Trace
-from dfqs_nb.routing.verdict import advice, judge, sensitivities
+from dfqs_nb.routing.verdict import FIELDS, advice, compare, differences, judge, overlaps, sensitivities
 from dfqs_nb.stats import at_most
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
