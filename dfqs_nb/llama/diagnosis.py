@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isnan, nan
 from pathlib import Path
 
@@ -79,10 +79,11 @@ def _pieces_speed(path: str | Path, piece_bytes: int) -> float | None:
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """What a token of decode reads, from the header, the free memory and the disk; bytes.
+class Diagnosis:
+    """What a token of decode reads, and what it took where that was measured; bytes and seconds, on average.
 
-    Experts are assumed to be chosen evenly, the worst case, so the bytes are upper bounds.
+    The forecast comes from the header, the free memory and the disk. It assumes that experts are chosen
+    evenly, the worst case, so its bytes are upper bounds. NaN: the system does not count it.
     """
 
     dense: int  # that it uses
@@ -92,29 +93,66 @@ class Forecast:
     helped: int  # read from the disk with the paging help
     plain: int  # and without it
     disk: Disk
+    help_on: bool = False  # when it was measured
+    seconds: float = 0.0  # 0: not measured
+    waiting: float = 0.0  # of these, without work for a processor
+    read_bytes: float = nan  # from the disk
+    major_faults: float = nan  # stops of a thread for the disk
 
     @property
     def rows(self) -> dict[str, str]:
-        """The forecast for people."""
+        """All of it for people."""
         disk, ahead = self.disk, self.disk.read_ahead_bytes
-        reads = {"with help": self.helped, "without": self.plain}
-        seconds = {
-            how: f", {n / disk.pieces:.2f} s of it" if n and disk.pieces else "" for how, n in reads.items()
-        }
         speeds = {"in order": disk.in_order, f"in pieces of {size(self.slice_bytes)}": disk.pieces}
         known = "not known" if ahead is None else size(ahead)
-        return {
+        rows = {
             "a token uses": f"{size(self.dense)} of dense weights, {size(self.experts)} of experts",
             "experts that stay in memory": f"{self.cached:.0%}",
-            **{f"a token reads, {how}": f"{size(n)}{seconds[how]}" for how, n in reads.items()},
-            "the disk": f"{disk.device or 'no block device'}, read-ahead {known}",
-            **{f"its speed {how}": f"{size(n)}/s" if n else NOT_MEASURED for how, n in speeds.items()},
         }
+        for how, n in (("with help", self.helped), ("without", self.plain)):
+            seconds = f", {n / disk.pieces:.2f} s of it" if n and disk.pieces else ""
+            rows[f"a token reads, {how}"] = f"{size(n)}{seconds}"
+        rows["the disk"] = f"{disk.device or 'no block device'}, read-ahead {known}"
+        rows |= {f"its speed {how}": f"{size(n)}/s" if n else NOT_MEASURED for how, n in speeds.items()}
+        if not self.seconds:
+            return rows
+        times = f", {self.read_bytes / self.helped:.1f} x what is needed" if self.helped else ""
+        read, faults = f"{size(self.read_bytes)}{times}", f"{self.major_faults:,.0f}"
+        return rows | {
+            "measured, a token": f"{self.seconds:.3g} s, {self.waiting:.3g} s of it without a processor",
+            "read": NOT_MEASURED if isnan(self.read_bytes) else read,
+            "stops for the disk": NOT_MEASURED if isnan(self.major_faults) else faults,
+            "bound by": self.bound,
+        }
+
+    @property
+    def bound(self) -> str:
+        """``compute``, ``disk`` or ``amplification``, or that it was not measured."""
+        waiting, read = self.waiting, self.read_bytes
+        if self.disk.pieces and self.help_on:
+            # a busy machine makes a token wait, too: the disk explains no more than its reads take
+            waiting = min(waiting, read / self.disk.pieces)
+        if waiting < self.seconds / 2 or read < 0.01 * self.dense:
+            return "compute"
+        if isnan(read):
+            return NOT_MEASURED if self.helped else "compute"
+        return "disk" if self.help_on or read < MUCH * max(self.helped, self.experts) else "amplification"
+
+    @property
+    def sentence(self) -> str:
+        """What would make it faster."""
+        lower = f", or as root `{command}`" if (command := self.disk.command) else ""
+        return {
+            "amplification": f"It reads more than it needs: open it with paging='on'{lower}.",
+            "disk": "The disk bounds it: a faster disk or more free memory helps.",
+            "compute": "The disk does not bound it: computing does, or other work on this machine.",
+            NOT_MEASURED: "It waits. Whether for the disk is not known: this system does not count reads.",
+        }[self.bound]
 
 
 def forecast(
     headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None = None, helped: float | None = None
-) -> Forecast:
+) -> Diagnosis:
     """What a token will read.
 
     Args:
@@ -134,57 +172,7 @@ def forecast(
     missing = round(token * (1 - cached)) if helped is None else max(0, round(helped) - again)
     windows = min(total, missing * (1 + 2 * (disk.read_ahead_bytes or 0) / piece))  # of no more than there is
     plain = round(max(missing, windows)) + again
-    return Forecast(layout.dense_bytes, token, piece, cached, missing + again, plain, disk)
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """A forecast beside what a token of decode took, on average; NaN where the system does not count it."""
-
-    forecast: Forecast
-    helped: bool  # whether the paging help was on
-    seconds: float
-    waiting: float  # of these, without work for a processor
-    read_bytes: float  # from the disk
-    major_faults: float  # stops of a thread for the disk
-
-    @property
-    def rows(self) -> dict[str, str]:
-        """All of it for people."""
-        needed = self.forecast.helped
-        times = f", {self.read_bytes / needed:.1f} x what is needed" if needed else ""
-        read, faults = f"{size(self.read_bytes)}{times}", f"{self.major_faults:,.0f}"
-        return self.forecast.rows | {
-            "measured, a token": f"{self.seconds:.3g} s, {self.waiting:.3g} s of it without a processor",
-            "read": NOT_MEASURED if isnan(self.read_bytes) else read,
-            "stops for the disk": NOT_MEASURED if isnan(self.major_faults) else faults,
-            "bound by": self.bound,
-        }
-
-    @property
-    def bound(self) -> str:
-        """``compute``, ``disk`` or ``amplification``, or that it was not measured."""
-        speed, needed, waiting = self.forecast.disk.pieces, self.forecast, self.waiting
-        if speed and self.helped:
-            # a busy machine makes a token wait, too: the disk explains no more than its reads take
-            waiting = min(waiting, self.read_bytes / speed)
-        if waiting < self.seconds / 2 or self.read_bytes < 0.01 * needed.dense:
-            return "compute"
-        if isnan(self.read_bytes):
-            return NOT_MEASURED if needed.helped else "compute"
-        much = MUCH * max(needed.helped, needed.experts)
-        return "disk" if self.helped or self.read_bytes < much else "amplification"
-
-    @property
-    def sentence(self) -> str:
-        """What would make it faster."""
-        lower = f", or as root `{command}`" if (command := self.forecast.disk.command) else ""
-        return {
-            "amplification": f"It reads more than it needs: open it with paging='on'{lower}.",
-            "disk": "The disk bounds it: a faster disk or more free memory helps.",
-            "compute": "The disk does not bound it: computing does, or other work on this machine.",
-            NOT_MEASURED: "It waits. Whether for the disk is not known: this system does not count reads.",
-        }[self.bound]
+    return Diagnosis(layout.dense_bytes, token, piece, cached, missing + again, plain, disk)
 
 
 def diagnose(model: Model, n_tokens: int = 4) -> Diagnosis:
@@ -201,8 +189,9 @@ def diagnose(model: Model, n_tokens: int = 4) -> Diagnosis:
         model.evaluate([token])
     seconds, processor, read, faults = ((b - a) / n_tokens for a, b in zip(before, _counts(), strict=True))
     model.clear()
-    waiting = max(0.0, seconds - processor / (model.settings.n_threads or 1))
-    return Diagnosis(expected, model.paging is not None, seconds, waiting, read, faults)
+    waiting, on = max(0.0, seconds - processor / (model.settings.n_threads or 1)), model.paging is not None
+    measured = replace(expected, help_on=on, seconds=seconds, waiting=waiting)
+    return replace(measured, read_bytes=read, major_faults=faults)
 
 
 def _counts() -> tuple[float, float, float, float]:

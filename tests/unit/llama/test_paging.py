@@ -30,7 +30,7 @@ from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama import diagnose, paging
-from dfqs_nb.llama.diagnosis import Diagnosis, Disk, forecast
+from dfqs_nb.llama.diagnosis import Disk, forecast
 from dfqs_nb.llama.model import DecodeError, open_model
 from dfqs_nb.llama.paging import Paging
 from dfqs_nb.llama.settings import OpenSettings
@@ -327,7 +327,10 @@ def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe):
 )
 def test_what_bounds_a_token_is_named_with_its_remedy(moe, measured, helped, bound, advice):
     disk = Disk("vda", 8 << 20, 2e9, 1e9)
-    said = Diagnosis(replace(forecast(open_shards(moe).headers, 0, disk), helped=10**9), helped, *measured)
+    names = ("seconds", "waiting", "read_bytes", "major_faults")
+    expected = replace(forecast(open_shards(moe).headers, 0, disk), helped=10**9, help_on=helped)
+    said = replace(expected, **dict(zip(names, measured, strict=True)))
+    assert "bound by" not in expected.rows
     assert said.bound == bound == said.rows["bound by"] and advice in said.sentence
     assert said.rows["the disk"] == "vda, read-ahead 8.4 MB"
 
@@ -335,13 +338,14 @@ def test_what_bounds_a_token_is_named_with_its_remedy(moe, measured, helped, bou
 def test_an_open_model_is_diagnosed(moe):
     with open_model(moe, settings("on")) as model:
         said = diagnose(model, n_tokens=2)
-        assert said.bound == "compute" and said.forecast.cached == 1 and said.forecast.helped == 0
+        assert said.bound == "compute" and said.cached == 1 and said.helped == 0
         assert said.seconds > 0 and model.n_past == 0
 
 
 def test_what_a_system_does_not_count_is_not_measured(moe, monkeypatch):
     monkeypatch.setattr(psutil, "Process", lambda: None)
-    said = Diagnosis(forecast(open_shards(moe).headers, 0), False, 2.0, 1.9, math.nan, math.nan)
+    said = replace(forecast(open_shards(moe).headers, 0), seconds=2.0, waiting=1.9)
+    assert math.isnan(said.read_bytes)
     assert said.bound == said.rows["read"] == said.rows["stops for the disk"] == "not measured"
     assert "not known" in said.sentence
     with open_model(moe, settings("off"), trial=False) as model:
