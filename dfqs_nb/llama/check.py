@@ -235,7 +235,8 @@ def _load(job: dict[str, Any]) -> dict[str, Any]:
 
 def _plan(job: dict[str, Any]) -> dict[str, Any]:
     LOG.echo = INFO
-    _keep_stderr_open()
+    for module in ("llama_cpp._internals", "llama_cpp.llama"):  # an assertion that fails is written there
+        vars(import_module(module))["suppress_stdout_stderr"] = lambda disable=True: contextlib.nullcontext()
     child.tell(stage="while planning its memory")
     return {"plans": [dry_run(job["path"], OpenSettings(**settings)) for settings in job["settings"]]}
 
@@ -259,9 +260,3 @@ def _try(job: dict[str, Any]) -> dict[str, Any]:
             hint = "the weights are damaged: verify the file's hash, or get it again"
             raise ModelError(what, where=job["path"], hint=hint)
     return {}
-
-
-def _keep_stderr_open() -> None:
-    """Keep standard error open while llama_cpp loads: an assertion that fails is written there."""
-    for module in ("llama_cpp._internals", "llama_cpp.llama"):
-        vars(import_module(module))["suppress_stdout_stderr"] = lambda disable=True: contextlib.nullcontext()

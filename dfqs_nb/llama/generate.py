@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ import numpy as np
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.llama.model import PLAIN_CHAT, PLAIN_STOP, Floats, Model
+from dfqs_nb.llama.model import PLAIN_CHAT, PLAIN_STOP, Model
 from dfqs_nb.llama.template import Message
 from dfqs_nb.llama.thinking import answer_start, opens_thinking
 
@@ -131,15 +131,18 @@ class TextStream:
 
     def _generate(self) -> Iterator[int]:
         """Chosen tokens: prefill from a cleared context, then one evaluation for each but the first."""
-        model = self._model
+        model, how, sampler = self._model, self._sampling, None
         model.clear()
         logits = model.evaluate(self._prompt)
-        choose = _chooser(model, self._sampling)
+        if how.temperature > 0:
+            model.llama.set_seed(how.seed)
+            limits = {name: getattr(how, name) for name in ("top_k", "top_p", "min_p")}
+            sampler = model.llama._init_sampler(temp=how.temperature, repeat_penalty=1.0, **limits)
         most = min(self._max_tokens, model.settings.n_ctx - len(self._prompt))
         begun, bar = time.monotonic(), None
         with ExitStack() as stack:
             for done in range(1, most + 1):
-                token = choose(logits)
+                token = int(sampler.sample(model.llama._ctx, -1) if sampler else np.argmax(logits))
                 yield token
                 if done < most:
                     logits = model.evaluate([token])
@@ -147,15 +150,6 @@ class TextStream:
                     bar.update()
                 elif time.monotonic() - begun > BAR_SECONDS:  # a bar for each short answer would take longer
                     bar = stack.enter_context(tqdm(total=most, initial=done, desc="answer", unit="token"))
-
-
-def _chooser(model: Model, sampling: Sampling) -> Callable[[Floats], int]:
-    if sampling.temperature <= 0:
-        return lambda logits: int(np.argmax(logits))
-    model.llama.set_seed(sampling.seed)
-    how = {name: getattr(sampling, name) for name in ("top_k", "top_p", "min_p")}
-    sampler = model.llama._init_sampler(temp=sampling.temperature, repeat_penalty=1.0, **how)
-    return lambda _logits: int(sampler.sample(model.llama._ctx, -1))
 
 
 def _held_back(text: str, stop: Sequence[str]) -> int:

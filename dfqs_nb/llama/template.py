@@ -53,23 +53,19 @@ class ChatTemplate:
         """
         chat = {"messages": [dict(message) for message in messages], **(variables or {})}
         with self._lock:
-            text = self._rendered(chat)
+            answer = {"fault": self._fault}
+            try:
+                if not self._fault:
+                    answer = self._worker.run({**self._job, "chat": chat}, timeout_seconds=SECONDS)
+            except child.ChildDied as error:
+                limit = f"{SECONDS:.0f} seconds" if error.cause == "timeout" else "memory"
+                answer["fault"] = self._fault = f"it exceeds its limit of {limit}"
+        if (text := answer.get("text")) is None:
+            raise ModelError(f"its chat template fails ({answer['fault']})", where=self.where, hint=PLAIN)
         question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
         if not _holds(text, question):
             raise ModelError("its chat template leaves out the question", where=self.where, hint=PLAIN)
         return text
-
-    def _rendered(self, chat: dict[str, Any]) -> str:
-        answer = {"fault": self._fault}
-        try:
-            if not self._fault:
-                answer = self._worker.run({**self._job, "chat": chat}, timeout_seconds=SECONDS)
-        except child.ChildDied as error:
-            limit = f"{SECONDS:.0f} seconds" if error.cause == "timeout" else "memory"
-            answer["fault"] = self._fault = f"it exceeds its limit of {limit}"
-        if "text" not in answer:
-            raise ModelError(f"its chat template fails ({answer['fault']})", where=self.where, hint=PLAIN)
-        return answer["text"]
 
     def close(self) -> None:
         """End the child, if there is one."""
