@@ -8,6 +8,7 @@ import io
 import os
 import re
 import shlex
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -199,6 +200,7 @@ def label(name: object) -> str:
     return text.replace("_", " ")
 
 
+TEXT_WIDTH = 96  # characters of a line in an output cell
 MAX_SHOWN = 200  # characters of a text in a table: a name can have 100,000
 
 
@@ -211,6 +213,12 @@ def facts(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
         return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
     return pd.DataFrame({name: {key: shown(value) for key, value in values.items()}})
+
+
+def say(*lines: object) -> None:
+    """Print long lines so that they break between words, which JupyterLab's output cells do not."""
+    for line in lines:
+        print(textwrap.fill(str(line), TEXT_WIDTH, subsequent_indent="  " * str(line).startswith("- ")))
 
 
 NONE = "–"  # a cell without a value
@@ -237,6 +245,8 @@ def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[
     if percent:
         styler = styler.format("{:.1%}", subset=list(percent), na_rep=NONE)
     page = re.sub(r"<style.*?</style>\s*", "", styler.set_uuid(name).to_html(), flags=re.DOTALL)
+    if named := re.search(r'<tr>\s*(<th class="index_name.*?</th>).*?</tr>\s*', page, re.DOTALL):
+        page = re.sub(r'<th class="blank level0".*?</th>', named[1], page.replace(named[0], ""), count=1)
     text = [str(i) for i, column in enumerate(table.columns) if table[column].dtype.kind not in "iufb"]
     columns = "|".join(text) or "none"
     aligned = rf"(?:row_heading|index_name) level.*?|(?:col_heading level0|data row\d+) col(?:{columns})"

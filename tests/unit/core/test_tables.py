@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from dfqs_nb.core import figures
-from dfqs_nb.core.display import shown
+from dfqs_nb.core.display import TEXT_WIDTH, say, shown
 
 TABLE = pd.DataFrame(
     {"name": ["one", "two"], "bytes": [1234567, 5], "share": [0.5, 0.25]},
@@ -49,3 +49,14 @@ def test_a_dollar_in_a_figure_is_no_formula_and_powers_of_ten_are(tmp_path):
     ticks = {label for label in ax.get_xticklabels() if "mathdefault" in label.get_text()}
     assert ticks and all(label.get_parse_math() for label in ticks)
     assert not ax.get_legend().get_texts()[0].get_parse_math()
+
+
+def test_the_name_of_the_rows_stands_in_the_row_of_headings():
+    page = shown(TABLE, "t").data
+    assert page.count("<tr>") == 3 and page.index(">row<") < page.index(">name<") and ">a<" in page
+
+
+def test_long_lines_break_between_words(capsys):
+    say("- " + "word " * 40, "short")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "short" and lines[1].startswith("  word") and max(map(len, lines)) <= TEXT_WIDTH
