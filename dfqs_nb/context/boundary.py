@@ -7,18 +7,15 @@ compared on a log2 scale.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from math import inf, log2, nan
-from typing import TYPE_CHECKING, Any
+from math import hypot, inf, log2, nan
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dfqs_nb.stats import LEVEL, N_BOOT, bootstrap_weights, expanded_tail, non_increasing, wilson
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SHARE = 0.85  # of the short-context ability: NoLiMa's rule (Modarressi et al. 2025, arXiv:2502.05167)
 ENOUGH_TEXTS = 12  # with fewer, a boundary is provisional
@@ -27,24 +24,6 @@ ENOUGH_TEXTS = 12  # with fewer, a boundary is provisional
 BRACKET_LEVEL = 0.93
 FAILED_LENGTHS = 2  # planned lengths in a row that must clearly fail before longer ones are left out
 CLOSE = 0.3  # octaves: an interval of the crossing that is not halved
-
-
-def crossing(lengths: Any, accuracy: Any, threshold: float) -> float:
-    """Where an accuracy first falls below the threshold, in tokens; inf where it never does.
-
-    Linear in log2(length); the first length where the accuracy is below from the start.
-
-    >>> round(crossing([256, 512, 1024], [1.0, 1.0, 0.5], 0.75))
-    724
-    """
-    if not (below := np.flatnonzero(np.asarray(accuracy) < threshold)).size:
-        return inf
-    at = int(below[0])
-    if at == 0:
-        return float(lengths[0])
-    upper, lower = accuracy[at - 1], accuracy[at]
-    octaves_on = (upper - threshold) / (upper - lower) * log2(lengths[at] / lengths[at - 1])
-    return float(lengths[at - 1] * 2**octaves_on)
 
 
 def bracket(lengths: Any, accuracy: Any, threshold: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -60,35 +39,47 @@ def bracket(lengths: Any, accuracy: Any, threshold: Any) -> tuple[np.ndarray, np
     return lower, np.where(below.any(-1), lengths[first], inf)
 
 
-def guess_rate(items: pd.DataFrame) -> float:
-    """1/K where at least half of the wrong answers are right for another of the text's K keys, else 0."""
-    if "another_key" not in items or items["n_needles"].max() < 2:
-        return 0.0
-    wrong = items.loc[~items["correct"].astype(bool), "another_key"]
-    return 1 / int(items["n_needles"].max()) if not len(wrong) or wrong.mean() >= 0.5 else 0.0
+def crossing(lengths: Any, accuracy: Any, threshold: float) -> float:
+    """Where an accuracy first falls below the threshold, in tokens, linear in log2(length); inf: nowhere.
+
+    >>> round(crossing([256, 512, 1024], [1.0, 1.0, 0.5], 0.75))
+    724
+    """
+    low, high = map(float, bracket(lengths, accuracy, threshold))
+    if high in (low, inf):  # below from the start, or never
+        return high
+    above, below = np.interp((low, high), lengths, accuracy)
+    return float(low * (high / low) ** ((above - threshold) / (above - below)))
 
 
 @dataclass(frozen=True)
 class Counts:
     """Right answers and questions, by text (rows) and length in tokens (columns, ascending).
 
-    Attributes:
-        lengths: int ``(L,)``.
-        successes, trials: float ``(texts, L)``; a text that was not asked at a length has no trials there.
-        planned: bool ``(L,)``; the other lengths were added where the accuracy crosses.
+    A text that was not asked at a length has no trials there.
     """
 
-    lengths: np.ndarray
-    successes: np.ndarray
+    lengths: np.ndarray  # int (L,)
+    successes: np.ndarray  # float (texts, L)
     trials: np.ndarray
-    planned: np.ndarray
+    planned: np.ndarray  # bool (L,); the other lengths were added where the accuracy crosses
     guess_rate: float = 0.0
+    right: np.ndarray = field(init=False)  # of n answers at each length, (L,)
+    n: np.ndarray = field(init=False)
+    accuracy: np.ndarray = field(init=False)
+    fit: np.ndarray = field(init=False)  # the accuracy that does not increase
+
+    def __post_init__(self) -> None:
+        right, n = self.successes.sum(0), self.trials.sum(0)
+        fit = non_increasing(right, n)
+        vars(self).update(right=right, n=n, accuracy=right / n, fit=fit)
 
     @classmethod
     def of(cls, items: pd.DataFrame) -> Counts:
-        """Count answers by their ``haystack``, ``length``, ``planned``, ``correct`` (and see `guess_rate`).
+        """Count answers by their ``haystack``, ``length``, ``planned``, ``correct`` and ``another_key``.
 
-        A length that was broken off is left out: it has fewer than half of the shortest length's texts.
+        A length that was broken off is left out: it has fewer than half of the shortest length's texts. The
+        guess rate is 1/K where at least half of the wrong answers are right for another of K keys, else 0.
         """
         if items.empty:
             return cls(np.empty(0, int), np.empty((0, 0)), np.empty((0, 0)), np.empty(0, bool))
@@ -97,27 +88,16 @@ class Counts:
         n_texts, lengths = (trials > 0).sum(0), table["sum"].columns.to_numpy()
         kept = 2 * n_texts >= n_texts[0]
         planned = items.groupby("length")["planned"].any().reindex(lengths).to_numpy(bool)
-        return cls(lengths[kept], right[:, kept], trials[:, kept], planned[kept], guess_rate(items))
+        n_keys, guess = int(items["n_needles"].max()) if "another_key" in items else 1, 0.0
+        if n_keys > 1:
+            wrong = items.loc[~items["correct"].astype(bool), "another_key"]
+            guess = 1 / n_keys if not len(wrong) or wrong.mean() >= 0.5 else 0.0
+        return cls(lengths[kept], right[:, kept], trials[:, kept], planned[kept], guess)
 
     @property
     def n_texts(self) -> int:
         """The fewest texts that were asked at a length."""
         return int((self.trials > 0).sum(0).min())
-
-    @cached_property
-    def right(self) -> np.ndarray:
-        """Right answers at each length."""
-        return np.asarray(self.successes.sum(0))
-
-    @cached_property
-    def n(self) -> np.ndarray:
-        """Questions at each length."""
-        return np.asarray(self.trials.sum(0))
-
-    @cached_property
-    def accuracy(self) -> np.ndarray:
-        """Share of right answers at each length."""
-        return np.asarray(self.right / self.n)
 
     @property
     def a_0(self) -> float:
@@ -129,18 +109,11 @@ class Counts:
         """The accuracy at which ``SHARE`` of the model's ability above guessing is left."""
         return self.guess_rate + SHARE * (self.a_0 - self.guess_rate)
 
-    @cached_property
-    def fit(self) -> np.ndarray:
-        """The non-increasing accuracy at each length."""
-        return non_increasing(self.right, self.n)
-
     def curve(self) -> pd.DataFrame:
         """``length``, ``planned``, ``correct``, ``n``, ``accuracy``, Wilson's ``low`` and ``high``, ``fit``.
 
         And ``curve`` = clip((accuracy - g) / (a_0 - g), 0, 1), which is 0 where a_0 is at chance.
         """
-        import pandas as pd
-
         right, n, able = self.right.astype(int), self.n.astype(int), self.a_0 - self.guess_rate
         curve = (self.accuracy - self.guess_rate) / able if able > 0 else np.zeros(len(self.lengths))
         table = pd.DataFrame({"length": self.lengths, "planned": self.planned, "correct": right, "n": n})
@@ -153,24 +126,25 @@ class Counts:
         The interval spans the measured lengths around the crossings of 93 % of the draws, of the fit, and of
         the accuracies. With few texts it is wider (Hesterberg 2015, The American Statistician 69:371).
         """
-        accuracies = (self.a_0, self.threshold, self.guess_rate)
-        floor = Boundary(0, None, None, False, "floor", None, *accuracies, self.n_texts, int(self.n.sum()))
-        floor = replace(floor, provisional=self.n_texts < ENOUGH_TEXTS)
+        about: dict[str, Any] = {"a_0": self.a_0, "threshold": self.threshold, "guess_rate": self.guess_rate}
+        about |= {"n_haystacks": self.n_texts, "n_items": int(self.n.sum())}
+        provisional = self.n_texts < ENOUGH_TEXTS
         if wilson(self.right[0], self.n[0])[0] <= self.guess_rate:
-            return floor
+            return Boundary(0, None, None, False, "floor", None, **about, provisional=provisional)
         low, high = self._interval(n_boot, seed)
         tokens, first = (crossing(self.lengths, a, self.threshold) for a in (self.fit, self.accuracy))
         censored = tokens == inf
-        return replace(
-            floor,
+        return Boundary(
             tokens=int(self.lengths[-1]) if censored else round(tokens),
             low=round(low),
             high=None if high == inf else round(high),
             right_censored=censored,
             status="right_censored" if censored else "measured",
             cause=None if censored else "quality",
+            **about,
             first_crossing=None if first == inf else round(first),
             not_monotone=self.rises(),
+            provisional=provisional,
         )
 
     def _interval(self, n_boot: int, seed: int) -> tuple[float, float]:
@@ -191,21 +165,20 @@ class Counts:
     def _change(self, a: int, b: int, level: float) -> tuple[float, float]:
         """Limits of the fall of accuracy from column ``a`` to ``b``: Newcombe's hybrid of Wilson's intervals.
 
-        Statistics in Medicine 17 (1998) 873-890, method 10; counts are divided by their design effect.
+        Statistics in Medicine 17 (1998) 873-890, method 10. Counts are divided by how many times the variance
+        of a column exceeds that of independent answers.
         """
-        limits = [wilson(self.right[k] / d, self.n[k] / d, level) for k in (a, b) for d in [self._effect(k)]]
-        (low_a, high_a), (low_b, high_b) = ((float(low), float(high)) for low, high in limits)
-        p, q = float(self.accuracy[a]), float(self.accuracy[b])
-        down = ((p - low_a) ** 2 + (high_b - q) ** 2) ** 0.5
-        return p - q - down, p - q + ((high_a - p) ** 2 + (q - low_b) ** 2) ** 0.5
-
-    def _effect(self, k: int) -> float:
-        """How many times the variance of a column's accuracy exceeds that of independent answers."""
-        asked = self.trials[:, k] > 0
-        right, n, p = self.successes[asked, k], self.trials[asked, k], self.accuracy[k]
-        expected = p * (1 - p) * n.sum()
-        spread = ((right - p * n) ** 2).sum() * len(n) / max(1, len(n) - 1)
-        return float(max(1.0, spread / expected)) if expected > 0 else 1.0
+        spans = []
+        for k in (a, b):
+            asked, p = self.trials[:, k] > 0, float(self.accuracy[k])
+            right, n = self.successes[asked, k], self.trials[asked, k]
+            spread = ((right - p * n) ** 2).sum() * len(n) / max(1, len(n) - 1)
+            effect = max(1.0, spread / (p * (1 - p) * n.sum())) if 0 < p < 1 else 1.0
+            low, high = wilson(self.right[k] / effect, self.n[k] / effect, level)
+            spans.append((p - float(low), float(high) - p))
+        (down_a, up_a), (down_b, up_b) = spans
+        fall = float(self.accuracy[a] - self.accuracy[b])
+        return fall - hypot(down_a, up_b), fall + hypot(up_a, down_b)
 
     def rises(self) -> bool:
         """Whether the accuracy recovers from below the threshold, beyond chance (5 %, Bonferroni)."""
@@ -234,46 +207,28 @@ class Counts:
         return {**ends, "fall": fall, "low": max(row[1] for row in rows), "high": max(row[2] for row in rows)}
 
 
-def interval_words(low: int | None, high: int | None) -> str:
-    """An interval of lengths for people; None is an end beyond the lengths that were measured.
-
-    >>> interval_words(350, 470), interval_words(512, None)
-    ('350 to 470 tokens', '512 to beyond the longest text')
-    """
-    least = "below the shortest text" if low is None else f"{low:,}"
-    return f"{least} to {'beyond the longest text' if high is None else f'{high:,} tokens'}"
-
-
 @dataclass(frozen=True)
 class Boundary:
     """The failure boundary in tokens of context.
 
-    Attributes:
-        tokens: where ``right_censored``, the longest length measured, which it exceeds; 0 for a ``floor``.
-        low, high: the 95 % interval; ``high`` is None where it is open.
-        status: ``measured``, ``right_censored``, ``floor`` (a_0 is at chance), or ``not measured``.
-        cause: what ends the usable context: ``quality``, or a failure of the runtime (``n_ctx``, ``oom``,
-            ``decode_error``, ``nan_logits``); ``budget`` where nothing was measured; else None.
-        n_haystacks, n_items: the fewest texts of a length, and answers in all.
-        first_crossing: where the accuracies themselves first cross.
-        not_monotone: the accuracy recovers beyond chance, so the fit is not the data.
-        provisional: it stands on fewer than 12 texts.
+    ``cause``: what ends the usable context: ``quality``, or a failure of the runtime (``n_ctx``, ``oom``,
+    ``decode_error``, ``nan_logits``); ``budget`` where nothing was measured; else None.
     """
 
-    tokens: int
-    low: int | None
-    high: int | None
+    tokens: int  # the longest length measured, which it exceeds, where `right_censored`; 0 for a floor
+    low: int | None  # the 95 % interval
+    high: int | None  # None: open
     right_censored: bool
-    status: str
+    status: str  # measured, right_censored, floor (a_0 is at chance), or not measured
     cause: str | None
     a_0: float
     threshold: float
     guess_rate: float
-    n_haystacks: int
-    n_items: int
-    first_crossing: int | None = None
-    not_monotone: bool = False
-    provisional: bool = False
+    n_haystacks: int  # the fewest texts of a length
+    n_items: int  # answers in all
+    first_crossing: int | None = None  # of the accuracies themselves
+    not_monotone: bool = False  # the accuracy recovers beyond chance, so the fit is not the data
+    provisional: bool = False  # fewer than 12 texts
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, and the sentence."""
@@ -281,16 +236,14 @@ class Boundary:
 
     @property
     def sentence(self) -> str:
-        """The boundary as a sentence, with every reservation.
-
-        >>> Boundary(404, 350, 470, False, "measured", "quality", 0.9, 0.76, 0.0, 20, 200).sentence
-        'loses 15 % of its short-context ability at 404 tokens (95 % interval 350 to 470 tokens)'
-        """
+        """The boundary as a sentence, with every reservation."""
         if self.status == "not measured":
             return f"was not measured (cause: {self.cause})"
         if self.status == "floor":
-            return f"no better than chance at every length (a_0 = {self.a_0:.2f})"
-        notes = [f"95 % interval {interval_words(self.low, self.high)}"]
+            return f"is no better than chance at any length (a_0 = {self.a_0:.2f})"
+        low = "below the shortest text" if self.low is None else f"{self.low:,}"
+        high = "beyond the longest text" if self.high is None else f"{self.high:,} tokens"
+        notes = [f"95 % interval {low} to {high}"]
         notes += [f"cause: {self.cause}"] if self.cause not in (None, "quality") else []
         if self.not_monotone:
             notes.append(f"not monotone: accuracy first crosses at {self.first_crossing or 0:,} and recovers")
@@ -301,17 +254,12 @@ class Boundary:
         return f"{what} {self.tokens:,} tokens ({'; '.join(notes)})"
 
     def capped(self, length: int, cause: str) -> Boundary:
-        """The smaller of this boundary and the first length that could not be run.
-
-        >>> held = Boundary(1024, 900, None, True, "right_censored", None, 0.9, 0.76, 0.0, 20, 64)
-        >>> held.capped(2048, "oom").cause
-        'oom'
-        """
+        """The smaller of this boundary and the first length that could not be run."""
         if self.status == "floor" or (not self.right_censored and self.tokens <= length):
             return self
         low, high = min(self.low or length, length), min(self.high or length, length)
-        capped = replace(self, tokens=length, low=low, high=high, right_censored=False)
-        return replace(capped, status="measured", cause=cause)
+        cut: dict[str, Any] = {"tokens": length, "low": low, "high": high, "right_censored": False}
+        return replace(self, **cut, status="measured", cause=cause)
 
 
 # ---- which lengths to measure ----
@@ -341,12 +289,9 @@ def search_lengths(
 ) -> Counts | None:
     """Measure the grid up to a clear failure, then halve the interval of the crossing ``rounds`` times.
 
-    Args:
-        measure: measures one length (its second argument: whether it is of the grid) and returns all counts
-            so far, or None when it could not run; then the search ends.
-
-    Returns:
-        The last counts. What to measure depends on the counts alone, so a resumed search repeats itself.
+    ``measure`` takes a length and whether it is of the grid, and returns all counts so far, or None when it
+    could not run: the search ends. What comes next depends on the last counts, which are returned, alone: so
+    a resumed search repeats itself.
     """
     counts = None
     for length in grid:
@@ -367,29 +312,18 @@ def search_lengths(
 # ---- two models, side by side ----
 
 
-def paired(
-    items: pd.DataFrame, baseline: pd.DataFrame, *, n_boot: int = N_BOOT, seed: int = 0
-) -> pd.DataFrame:
-    """The difference in accuracy to a baseline that answered the same questions, by length.
+def paired(items: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, float]:
+    """The ``difference`` in accuracy to a baseline, over the questions that both were asked.
 
-    ``length``, ``n`` (questions that both answered), ``accuracy``, ``baseline``, ``difference`` with its 95 %
-    interval ``low`` to ``high`` (bootstrap over texts), and the questions that one model alone got right:
-    ``only_this``, ``only_baseline``.
+    With its 95 % interval ``low`` to ``high`` (bootstrap over texts), and the questions that one model alone
+    got right: ``only_this``, ``only_baseline``.
     """
-    import pandas as pd
-
-    keys, rows = ["haystack", "length", "question"], []
+    keys, low, high = ["haystack", "length", "question"], -1.0, 1.0  # one text says nothing about others
     both = items[[*keys, "correct"]].merge(baseline[[*keys, "correct"]], on=keys, suffixes=("", "_baseline"))
-    both["difference"] = both["correct"].astype(int) - both["correct_baseline"].astype(int)
-    for length, group in both.groupby("length"):
-        by_text = group.groupby("haystack")["difference"].agg(["sum", "count"]).to_numpy(float)
-        low, high = -1.0, 1.0  # one text says nothing about others
-        if len(by_text) > 1:
-            weights, tail = bootstrap_weights(len(by_text), n_boot, seed), expanded_tail(len(by_text), LEVEL)
-            drawn = (weights @ by_text[:, 0]) / (weights @ by_text[:, 1])
-            low, high = (float(np.quantile(drawn, at)) for at in (tail, 1 - tail))
-        means = group[["correct", "correct_baseline", "difference"]].mean()
-        only = [int((sign * group["difference"] > 0).sum()) for sign in (1, -1)]
-        rows.append((length, len(group), *means, low, high, *only))
-    names = "length n accuracy baseline difference low high only_this only_baseline"
-    return pd.DataFrame(rows, columns=names.split())
+    change = both["correct"].astype(int) - both["correct_baseline"].astype(int)
+    sums, n = change.groupby(both["haystack"]).agg(["sum", "count"]).to_numpy(float).T
+    if len(n) > 1:
+        weights, tail = bootstrap_weights(len(n), N_BOOT, 0), expanded_tail(len(n), LEVEL)
+        low, high = np.quantile((weights @ sums) / (weights @ n), [tail, 1 - tail]).tolist()
+    only = {"only_this": int((change > 0).sum()), "only_baseline": int((change < 0).sum())}
+    return {"difference": float(change.mean()), "low": low, "high": high, **only}

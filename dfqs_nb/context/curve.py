@@ -8,34 +8,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dfqs_nb.context.boundary import Boundary, Counts, search_lengths
-from dfqs_nb.context.cost import RuntimeFailure
-from dfqs_nb.context.haystacks import N_STRATA, Case, Haystacks, Question, StandIn, frame_of
-from dfqs_nb.context.plan import Plan
+from dfqs_nb.context.haystacks import N_STRATA, Case, Haystacks, Probe, Question, StandIn, frame_of, sentences
+from dfqs_nb.context.plan import Meter, Plan, PrefillSpeed, RuntimeFailure, crew, side_by_side
+from dfqs_nb.core.budget import fit
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.files import parse_json
-from dfqs_nb.core.journal import Journal, holds, remembered
+from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama.model import TOLERANCE, DecodeError, Model, ReuseCheck, SavedState, check_reuse
-from dfqs_nb.stats import wilson
+from dfqs_nb.stats import mean_interval, wilson
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-JOURNAL, REUSE = "long_context_items.jsonl", ".long_context.reuse.json"
+JOURNAL, REUSE = "long_context_items.jsonl", "reuse"  # and the row of the check of reuse in it
 ITEM = {  # what an answer in it holds
     **dict.fromkeys(("task", "question", "expected", "answer"), str),
     **dict.fromkeys(("haystack", "length", "n_prompt", "n_needles", "n_evaluated"), int),
     **dict.fromkeys(("depth", "seconds"), float),
     **dict.fromkeys(("planned", "correct", "another_key"), bool),
 }
+CHECK = {"allowed": bool, "largest_difference": float, "n_evaluated": int}
+CHUNK_TOKENS = 128  # of a held-out text that are evaluated at once, so that logits take little memory
+LOGIT_SECONDS = 3e-8  # that a logit takes to become a probability, measured on one core
+FIRST_BAND = 32  # tokens before it belong to the chat template
+LOSSES = ("start", "end", "texts", "tokens", "loss", "low", "high")
 LEAST_CELL, USUAL_CELL = 10, 13  # questions in a cell of the depth figure
 
 
@@ -81,11 +86,17 @@ class Run:
     """A measurement under way or done."""
 
     plan: Plan
-    reuse: ReuseCheck | None
     journal: Journal = field(repr=False)
     failure: RuntimeFailure | None = None
     budget_hit: bool = False
-    seconds: float = 0.0
+
+    @property
+    def reuse(self) -> ReuseCheck | None:
+        """Whether a saved state serves all questions of a text; None where that was not checked."""
+        if REUSE not in self.journal:
+            return None
+        row = self.journal[REUSE]
+        return ReuseCheck(row["allowed"], row["largest_difference"], TOLERANCE, row["n_evaluated"])
 
     @property
     def items(self) -> pd.DataFrame:
@@ -101,8 +112,7 @@ class Run:
     @property
     def evaluated_tokens(self) -> int:
         """Tokens evaluated for the curve, the check of reuse included."""
-        rows = sum(row["n_evaluated"] for row in self.journal.rows())
-        return int(rows) + (self.reuse.evaluated_tokens if self.reuse else 0)
+        return sum(row["n_evaluated"] for row in self.journal.rows())
 
     def counts(self) -> Counts:
         """Counts of the curve's answers."""
@@ -132,9 +142,7 @@ class Run:
     def hand_on(self, stage: Stage, conditions: dict[str, Any], losses: pd.DataFrame) -> list[str]:
         """Write ``long_context.json`` with its seal, and return its summary lines.
 
-        Args:
-            conditions: of the open model.
-            losses: see `HeldOut.loss_by_position`.
+        ``conditions``: of the open model. ``losses``: see `loss_by_position`.
         """
         counts, boundary, tasks, keys = self.counts(), self.boundary(), self.tasks(), self.plan.probe.needles
         curve, measured, lines = counts.curve(), boundary.status != "not measured", [boundary.sentence]
@@ -149,8 +157,9 @@ class Run:
             ends = f"from {fall['start']:,} to {fall['end']:,} tokens"
             lines.append(f"{what}, {ends} (95 % interval {fall['low']:.0%} to {fall['high']:.0%})")
         stage.add(self.journal.path)
+        reused = {"reuse": bool(self.reuse and self.reuse.allowed)}
         stage.finish(
-            conditions={**conditions, **self.plan.conditions()},
+            conditions={**conditions, **self.plan.conditions(), **reused},
             summary=lines,
             model=stage.model,
             tier=self.plan.probe.tier,
@@ -166,7 +175,6 @@ class Run:
             runtime_failure=asdict(self.failure) if self.failure else None,
             budget_hit=self.budget_hit,
             evaluated_tokens=self.evaluated_tokens,
-            seconds=round(self.seconds, 1),
             losses=losses.to_dict("records"),
         )
         return lines
@@ -177,8 +185,6 @@ def item_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
     ``another_key``: the answer is right for another key of the text.
     """
-    import pandas as pd
-
     items = [{key: value for key, value in row.items() if key != "id"} for row in rows if "question" in row]
     order = ["length", "haystack", "task", "depth"]
     frame = pd.DataFrame(items) if items else pd.DataFrame(columns=list(ITEM))
@@ -186,10 +192,9 @@ def item_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _is_whole(row: dict[str, Any]) -> bool:
-    """Whether a row of the journal is as `measure` writes it."""
-    return holds(row, {"n_evaluated": int}) and (
-        "question" not in row or holds({"another_key": False, **row}, ITEM)
-    )
+    """Whether a row of the journal is as `measure` writes it: an answer, a text, or the check of reuse."""
+    fields = ITEM if "question" in row else CHECK if "allowed" in row else {"n_evaluated": int}
+    return holds({"another_key": False, **row}, fields)
 
 
 def read_answers(folder: str | Path) -> list[pd.DataFrame]:
@@ -208,7 +213,7 @@ def read_answers(folder: str | Path) -> list[pd.DataFrame]:
 
 
 def task_table(items: pd.DataFrame) -> pd.DataFrame:
-    """By task and length: ``correct``, ``n``, ``accuracy`` with Wilson's ``low`` and ``high``, ``wrong``.
+    """By task and length: ``correct``, ``n``, ``wrong``, ``accuracy`` with Wilson's ``low`` and ``high``.
 
     And ``another_key``: wrong answers that are right for another key of the text.
     """
@@ -216,10 +221,7 @@ def task_table(items: pd.DataFrame) -> pd.DataFrame:
     counted = items.assign(correct=correct, n=1, wrong=~correct, another_key=items["another_key"] & ~correct)
     table = counted.groupby(["task", "length"])[["correct", "n", "wrong", "another_key"]].sum().astype(int)
     low, high = wilson(table["correct"], table["n"])
-    limits = {"accuracy": table["correct"] / table["n"], "low": low, "high": high}
-    for at, (name, values) in enumerate(limits.items(), start=2):
-        table.insert(at, name, values)
-    return table.reset_index()
+    return table.assign(accuracy=table["correct"] / table["n"], low=low, high=high).reset_index()
 
 
 def depth_tiles(items: pd.DataFrame) -> pd.DataFrame:
@@ -236,64 +238,6 @@ def depth_tiles(items: pd.DataFrame) -> pd.DataFrame:
     return table.assign(depth_end=table["depth"] + 1 / n_parts)
 
 
-class _Measurement:
-    """Asks what the journal does not hold yet, text by text, as long as the plan's budget allows."""
-
-    def __init__(
-        self, run: Run, haystacks: Haystacks, asker: Asker | StandIn, n_ctx: int, began: float
-    ) -> None:
-        self.run, self.haystacks, self.asker, self.n_ctx, self._began = run, haystacks, asker, n_ctx, began
-        self.planned = self.taken = 0.0  # seconds of what was evaluated so far: by the plan, and really
-        self.bar = tqdm(total=run.plan.tokens(), unit="tok", unit_scale=True, desc="long context")
-        self._measured: set[int] = set()
-
-    def length(self, length: int, planned: bool) -> Counts | None:
-        """Ask about all texts of a length; the counts of all lengths so far, or None to end the search."""
-        if not all(self._text(number, length, planned) for number in range(self.run.plan.n_texts(length))):
-            return None
-        self._measured.add(length)
-        items = self.run.retrieval
-        return Counts.of(items[items["length"].isin(self._measured)])
-
-    def _text(self, number: int, length: int, planned: bool) -> bool:
-        """Ask the questions of a text that the journal does not hold; False where the run must end."""
-        run, case, asked = self.run, self.haystacks.case(number, length, links=planned), f"{length}/{number}"
-        missing = [q for q in case.questions if f"{asked}/{q.name}" not in run.journal]
-        begun, cost = time.perf_counter(), run.plan.text_seconds(length)
-        slower = max(1.0, self.taken / self.planned) if self.planned else 1.0
-        # a plan without a speed costs NaN, which no budget is below
-        if missing and begun - self._began + slower * cost > run.plan.budget_seconds:
-            run.budget_hit = True
-            return False
-        try:
-            self._ask(case, missing, planned)
-        except DecodeError as error:
-            at = min(length, self.n_ctx) if error.cause == "n_ctx" else length
-            run.failure = RuntimeFailure(at, error.cause, str(error))
-            return False
-        self.taken += time.perf_counter() - begun
-        self.planned += cost * len(missing) / len(case.questions)
-        return True
-
-    def _ask(self, case: Case, questions: Sequence[Question], planned: bool) -> None:
-        journal, asked = self.run.journal, f"{case.length}/{case.haystack}"
-        n_held = self.asker.hold(case.body) if questions else 0
-        if n_held and f"{asked}/held" not in journal:
-            journal.add(f"{asked}/held", n_evaluated=n_held)
-        self.bar.update(n_held)
-        for question in questions:
-            started = time.perf_counter()
-            text, n_evaluated = self.asker.ask(question)
-            row: dict[str, Any] = {"haystack": case.haystack, "length": case.length, "planned": planned}
-            row |= {"task": question.task, "question": question.name, "depth": round(question.depth, 4)}
-            row |= {"expected": question.expected, "answer": text, "correct": question.is_right(text)}
-            row["another_key"], row["n_prompt"] = question.is_another(text), len(case.body + question.prompt)
-            row["n_needles"], row["n_evaluated"] = case.n_needles, n_evaluated
-            row["seconds"] = round(time.perf_counter() - started, 4)
-            journal.add(f"{asked}/{question.name}", **row)
-            self.bar.update(n_evaluated)
-
-
 def measure(
     model: Model | StandIn,
     plan: Plan,
@@ -301,47 +245,161 @@ def measure(
     *,
     model_sha256: str = "",
     predicted: RuntimeFailure | None = None,
+    alone: bool = False,
     fresh: bool = False,
 ) -> Run:
-    """Ask all questions of a plan, or those that the folder's journal does not hold yet.
+    """Ask all questions of a plan, or those that ``long_context_items.jsonl`` in the folder lacks.
 
-    Args:
-        model: open, with a context that holds the longest length; or what is asked in its place.
-        folder: receives ``long_context_items.jsonl``.
-        model_sha256: identity of the model's file, one of the conditions of every item.
-        predicted: a length that memory will not hold (`predict_failure`): it bounds the grid.
-        fresh: measure again what the journal holds.
+    ``model``: open, with a context that holds the longest length; or what is asked in its place.
+    ``predicted``: a length that memory will not hold (`predict_failure`), which bounds the grid. ``alone``:
+    leave the other cores to others.
     """
-    began, planned = time.perf_counter(), 0.0
     haystacks = Haystacks(frame_of(model, plan.probe), plan.probe, plan.grid[0])
-    reuse, conditions = None, {**model.conditions(), "model_sha256": model_sha256}
-    if plan.reuse and plan.n_haystacks and isinstance(model, Model):
-        case, (n_tokens, n_questions) = haystacks.case(0, plan.grid[0]), plan.check
-
-        def check() -> dict[str, Any]:
-            nonlocal planned
-            planned = plan.check_seconds
-            prompts = [question.prompt for question in case.questions[:n_questions]]
-            return asdict(check_reuse(model, case.body[:n_tokens], prompts, TOLERANCE))
-
-        # kept, because a slow model takes minutes for it
-        facts = [*ReuseCheck.__dataclass_fields__]
-        about = {**conditions, **plan.conditions(), "tolerance": TOLERANCE, "facts": facts}
-        reuse = ReuseCheck(**remembered(Path(folder) / REUSE, about, check, fresh=fresh))
-        plan = plan if reuse.allowed else replace(plan, reuse=False, rounds=0)
-    conditions |= plan.conditions()
+    conditions = {**model.conditions(), "model_sha256": model_sha256, **plan.conditions()}
     journal = Journal(Path(folder) / JOURNAL, conditions, fresh=fresh, whole=_is_whole)
-    plan = plan if predicted is None else plan.up_to(max(plan.grid[0], predicted.length - 1))
-    run = Run(plan, reuse, journal, failure=predicted, budget_hit=not plan.n_haystacks)
-    asker = Asker(model, plan.reuse) if isinstance(model, Model) else model
-    measurement = _Measurement(run, haystacks, asker, model.settings.n_ctx, began)
-    if planned:
-        measurement.planned, measurement.taken = planned, time.perf_counter() - began
-    try:
-        if plan.n_haystacks:
-            search_lengths(measurement.length, plan.grid, plan.rounds)
-    finally:
-        measurement.bar.close()
-        model.clear()
-    run.seconds = time.perf_counter() - began
+    if predicted is not None:
+        held = tuple(length for length in plan.grid if length < predicted.length)
+        plan = replace(plan, grid=held or plan.grid[:1])
+    run, meter = Run(plan, journal, predicted, not plan.n_haystacks), Meter(plan.budget_seconds)
+    askers, now, done = list[Any](), plan.grid[0], set[int]()
+
+    def measured(length: int, planned: bool) -> Counts | None:
+        """Ask about all texts of a length; the counts of all lengths so far, or None to end the search."""
+        nonlocal now
+        now, cost = length, plan.text_seconds(length)
+
+        def ask(asker: Asker | StandIn, number: int) -> bool:
+            case = haystacks.case(number, length, links=planned)
+            missing = [q for q in case.questions if f"{length}/{number}/{q.name}" not in journal]
+            if missing and not meter.holds(cost):
+                return False
+            with meter.spend(cost * len(missing) / len(case.questions)):
+                _ask(journal, asker, case, missing, planned, bar)
+            return True
+
+        run.budget_hit = not all(side_by_side(askers, ask, range(plan.n_texts(length))))
+        done.add(length)
+        items = run.retrieval
+        return None if run.budget_hit else Counts.of(items[items["length"].isin(done)])
+
+    models = crew(model, alone) if isinstance(model, Model) else nullcontext()
+    with models as copies, tqdm(total=plan.tokens(), unit="tok", unit_scale=True, desc="long context") as bar:
+        try:
+            if plan.n_haystacks:
+                reuse = plan.reuse and _reuses(model, journal, haystacks.case(0, now), plan.n_checked)
+                askers += [Asker(copy, reuse) for copy in copies] if copies else [model]
+                search_lengths(measured, plan.grid, plan.rounds)
+        except DecodeError as error:
+            at = min(now, model.settings.n_ctx) if error.cause == "n_ctx" else now
+            run.failure = RuntimeFailure(at, error.cause, str(error))
+        finally:
+            model.clear()
     return run
+
+
+def _reuses(model: Model, journal: Journal, case: Case, n_tokens: int) -> bool:
+    """Whether asking from a saved state changes nothing for a question; the journal keeps what was seen."""
+    if REUSE not in journal:
+        check = check_reuse(model, case.body[:n_tokens], [case.questions[0].prompt], TOLERANCE)
+        facts = {"largest_difference": check.largest_difference, "n_evaluated": check.evaluated_tokens}
+        journal.add(REUSE, allowed=check.allowed, **facts)
+    return bool(journal[REUSE]["allowed"])
+
+
+def _ask(
+    journal: Journal,
+    asker: Asker | StandIn,
+    case: Case,
+    questions: Sequence[Question],
+    planned: bool,
+    bar: Any,
+) -> None:
+    """Ask some questions of a text, and keep the answers."""
+    text = f"{case.length}/{case.haystack}"
+    n_held = asker.hold(case.body) if questions else 0
+    if n_held and f"{text}/held" not in journal:
+        journal.add(f"{text}/held", n_evaluated=n_held)
+    bar.update(n_held)
+    for question in questions:
+        started = time.perf_counter()
+        answer, n_evaluated = asker.ask(question)
+        row: dict[str, Any] = {"haystack": case.haystack, "length": case.length, "planned": planned}
+        row |= {"task": question.task, "question": question.name, "depth": round(question.depth, 4)}
+        row |= {"expected": question.expected, "answer": answer, "correct": question.is_right(answer)}
+        row |= {"another_key": question.is_another(answer), "n_needles": case.n_needles}
+        row |= {"n_prompt": len(case.body + question.prompt), "n_evaluated": n_evaluated}
+        journal.add(f"{text}/{question.name}", **row, seconds=round(time.perf_counter() - started, 4))
+        bar.update(n_evaluated)
+
+
+# ---- held-out texts ----
+
+
+def loss_by_position(
+    model: Model, probe: Probe, longest: int, n_texts: int, stage: Stage, speed: PrefillSpeed
+) -> pd.DataFrame:
+    """Mean loss along held-out texts of ``longest`` tokens, a row a band of position that doubles in width.
+
+    The texts are the probe's filler, without keys. Columns ``start`` to ``end`` (tokens), ``texts``,
+    ``tokens``, ``loss`` (nats) with its 95 % interval over texts ``low`` to ``high``.
+
+    It takes half of the time that the stage has left. Cut in this order: 4 texts, shorter texts down to 128
+    tokens, 2 texts, none. A single text counts as none. The stage notes what is left out.
+    """
+    seconds = stage.seconds_left / 2
+    cuts = [{"texts": 4}, *({"tokens": longest >> k} for k in range(1, 20) if longest >> k >= 128)]
+
+    def cost(cut: dict[str, int]) -> float:
+        each = speed.seconds(cut["tokens"]) + cut["tokens"] * model.n_vocab * LOGIT_SECONDS
+        return cut["texts"] * each
+
+    names, whole = {"texts": "held-out texts", "tokens": "tokens of a held-out text"}, {"texts": n_texts}
+    plan = fit(whole | {"tokens": longest}, [*cuts, {"texts": 2}, {"texts": 0}], cost, seconds, names)
+    n, n_tokens, meter = plan.values["texts"], plan.values["tokens"], Meter(seconds)
+    haystacks, each = Haystacks(frame_of(model, probe), probe), cost(plan.values) / max(1, n)
+
+    def read(reader: Model, number: int) -> np.ndarray | None:
+        if not meter.holds(each):
+            return None
+        with meter.spend(each):
+            return token_losses(reader, held_out_text(haystacks, number, n_tokens))
+
+    with crew(model) as models:
+        texts = [losses for losses in side_by_side(models, read, range(n)) if losses is not None]
+    if len(texts) < 2:
+        stage.leave_out(["loss by position: not measured"])
+        return pd.DataFrame(columns=LOSSES)
+    stage.leave_out(plan.left_out)
+    edges, losses = [max(FIRST_BAND, len(haystacks.frame.head))], np.stack(texts)
+    while edges[-1] * 2 < n_tokens:
+        edges.append(edges[-1] * 2)
+    rows = []
+    for start, end in pairwise([*edges, n_tokens]):
+        part = losses[:, start - 1 : end - 1]
+        rows.append((start, end, len(part), part.size, part.mean(), *mean_interval(part.mean(1))))
+    return pd.DataFrame(rows, columns=LOSSES)
+
+
+def token_losses(model: Model, tokens: Sequence[int]) -> np.ndarray:
+    """Negative log-likelihood in nats of each token after the first, given all before it: ``(n - 1,)``."""
+    from scipy.special import log_softmax
+
+    model.clear()
+    losses, at = [], 1
+    for logits in model.logits(tokens, CHUNK_TOKENS):
+        targets = tokens[at : at + len(logits)]
+        rows = log_softmax(logits[: len(targets)].astype(np.float64), axis=1)
+        losses.append(-rows[np.arange(len(targets)), list(targets)])
+        at += len(logits)
+    return np.concatenate(losses)
+
+
+def held_out_text(haystacks: Haystacks, number: int, n_tokens: int) -> list[int]:
+    """Filler of the probe, drawn apart from every haystack, behind the chat template's head."""
+    frame, draw = haystacks.frame, haystacks.generator("held out", number)
+    tokens = list(frame.head)
+    for text in sentences(haystacks.probe, draw):
+        tokens += frame.text((" " if len(tokens) > len(frame.head) else "") + text)
+        if len(tokens) >= n_tokens:
+            break
+    return tokens[:n_tokens]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import PercentFormatter
 
-from dfqs_nb.context.boundary import interval_words
 from dfqs_nb.core import figures as core
 from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, token_axis, whiskers
 
@@ -30,10 +30,7 @@ def _nothing(what: str, ax: Axes | None) -> Axes:
 def context_curve(curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None = None) -> Axes:
     """Accuracy by context length with its intervals, the non-increasing fit, the threshold and the boundary.
 
-    Lengths that were not planned are drawn hollow.
-
-    Args:
-        curve: see `Counts.curve`. boundary: ``Boundary.as_dict()``.
+    Lengths that were not planned are drawn hollow. See `Counts.curve` and ``Boundary.as_dict()``.
     """
     if curve.empty:
         return _nothing("Retrieval by length", ax)
@@ -54,33 +51,13 @@ def context_curve(curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None
     least, most = curve["n"].min(), curve["n"].max()
     n = f"{least}" if least == most else f"{least} to {most}"
     core.share_axis(ax.yaxis, f"right answers (n = {n} a length)")
-    set_title(ax, _boundary_title(boundary))
+    set_title(ax, textwrap.fill(f"Retrieval {boundary['sentence']}", 90))
     return ax
 
 
 def _level(ax: Axes, value: float, at: float, note: str) -> None:
     ax.axhline(value, color=INK, linewidth=0.8, linestyle=":")
     ax.annotate(note, (at, value), (0, -3), textcoords="offset points", fontsize=8, va="top")
-
-
-def _right_axis(ax: Axes, label: str, values: pd.Series, colour: str) -> Axes:
-    right = ax.twinx()
-    right.set_ylim(0, 1.15 * values.max())
-    right.set_ylabel(label, color=colour)
-    right.spines["top"].set_visible(False)
-    return right
-
-
-def _boundary_title(boundary: dict[str, Any]) -> str:
-    if boundary["status"] == "floor":
-        return "Retrieval is no better than chance at any length"
-    if boundary["right_censored"]:
-        return f"Retrieval holds to the longest context measured, {boundary['tokens']:,} tokens"
-    is_quality = boundary["cause"] == "quality"
-    what = "Retrieval loses 15 % of its ability" if is_quality else f"The context ends ({boundary['cause']})"
-    interval = interval_words(boundary["low"], boundary["high"])
-    provisional = "; provisional: few texts" if boundary["provisional"] else ""
-    return f"{what} at {boundary['tokens']:,} tokens\n(95 % interval {interval}{provisional})"
 
 
 def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -133,88 +110,23 @@ def _tiles(table: pd.DataFrame, right: str, ax: Axes | None) -> Axes:
 
 
 def loss_by_position(losses: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Loss along held-out texts, with the entropy of their source; see `HeldOut.loss_by_position`."""
+    """Loss along held-out texts; see `curve.loss_by_position`."""
     if losses.empty:
         return _nothing("Loss by position", ax)
     ax = new_axes(ax)
     middle = (losses["start"] * losses["end"]) ** 0.5
     ax.errorbar(middle, losses["loss"], yerr=whiskers(losses, "loss"), **LINE)
-    _level(ax, losses["source"].iloc[0], middle.iloc[0], "entropy of the texts' source")
     label = f"position in the context (tokens); n = {losses['texts'].iloc[0]} texts"
     token_axis(ax, [*losses["start"], losses["end"].iloc[-1]], label)
     ax.set_ylabel("loss (nats a token, 95 % interval)")
     ax.margins(y=0.2)
-    set_title(ax, _loss_title(losses))
-    return ax
-
-
-def _loss_title(losses: pd.DataFrame) -> str:
-    known = losses["high"].notna().all()
+    known = bool(losses["high"].notna().all())
     best, last = losses.loc[losses["high" if known else "loss"].idxmin()], losses.iloc[-1]
     if last["start"] == best["start"]:
-        return f"Loss is lowest at the end of the context, {last['loss']:.2f} nats a token"
-    ends = (
-        f"{best['loss']:.2f} at {best['start']:,.0f} tokens to {last['loss']:.2f} beyond {last['start']:,.0f}"
-    )
-    text = f"Loss rises from {ends}"
-    if not known:
-        return f"{text} (too few texts for intervals)"
-    return text if last["low"] > best["high"] else f"{text} (intervals overlap)"
-
-
-def cost_by_length(memory: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Memory by context length, with the prefill speed at that depth; see `memory_table`."""
-    ax = new_axes(ax, 3.2)
-    for column, form, colour, name in (
-        ("anonymous_bytes", "o-", PALETTE[5], "measured, all of the process"),
-        ("predicted_bytes", "s--", PALETTE[0], "predicted, cache and buffer"),
-        ("kv_bytes", "^:", PALETTE[2], "predicted, cache alone"),
-    ):
-        ax.plot(memory["n_ctx"], memory[column], form, color=colour, label=name)
-    ax.yaxis.set_major_formatter(core.BYTES)
-    ax.set_ylim(bottom=0)
-    ax.set_ylabel("memory beside the weights")
-    right = _right_axis(ax, "prefill (tokens a second)", memory["tokens_per_second"], "#666666")
-    speed: dict[str, Any] = {"color": PALETTE[7], "linewidth": 2, "label": "prefill speed"}
-    right.plot(memory["n_ctx"], memory["tokens_per_second"], **speed)
-    token_axis(ax, memory["n_ctx"], "context, or depth (tokens)")
-    lines, below = [*ax.get_lines(), *right.get_lines()], (0.5, -0.2)
-    labels = [str(line.get_label()) for line in lines]
-    ax.legend(lines, labels, frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=below)
-    seen = memory.dropna(subset=["anonymous_bytes"])
-    if len(seen) < 2:
-        set_title(ax, "Predicted memory of a context; the growth was not measured")
+        set_title(ax, f"Loss is lowest at the end of the context, {last['loss']:.2f} nats a token")
         return ax
-    grown = seen[["anonymous_bytes", "predicted_bytes"]].iloc[-1] - seen.iloc[0]
-    times = seen["n_ctx"].iloc[-1] / seen["n_ctx"].iloc[0]
-    more, predicted = (f"{grown[name] / 1e6:,.1f} MB" for name in ("anonymous_bytes", "predicted_bytes"))
-    set_title(ax, f"{times:,.0f} times the context takes {more} more memory (predicted: {predicted})")
-    return ax
-
-
-def routing_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Overlap of expert usage with the beginning of the context, and the router's margin.
-
-    Args:
-        positions: see `usage_by_position`.
-    """
-    if positions.empty:
-        return _nothing("Routing by position (of a model with routed experts)", ax)
-    ax = new_axes(ax)
-    middle = (positions["start"] * positions["end"]) ** 0.5
-    overlap, chance, margin = positions["overlap"], positions["chance"], positions["margin_median"]
-    ax.errorbar(middle, overlap, yerr=whiskers(positions, "overlap"), label="with the first band", **LINE)
-    ax.plot(middle, chance, ":", color=INK, linewidth=1, label="chance: same band, other texts")
-    ax.set_ylabel("overlap of expert usage", color=PALETTE[0])
-    if margin.max() < float("inf"):  # not where all experts are used
-        right = _right_axis(ax, "router margin (median)", margin, PALETTE[5])
-        right.plot(middle, margin, "s--", color=PALETTE[5], linewidth=1)
-    least, most = positions["choices"].min(), positions["choices"].max()
-    label = f"position in the context (tokens); n = {least:,} to {most:,} choices a band"
-    token_axis(ax, [*positions["start"], positions["end"].iloc[-1]], label)
-    ax.legend(frameon=False, fontsize=8, loc="lower left")
-    ax.set_ylim(max(0, overlap.min() - 0.15), min(1.02, overlap.max() + 0.08))
-    last = positions.iloc[-1]
-    what = f"expert usage overlaps the start's by {last['overlap']:.0%} (by chance: {last['chance']:.0%})"
-    set_title(ax, f"Beyond {last['start']:,.0f} tokens, {what}")
+    start, end = (f"{row['loss']:.2f} {{}} {row['start']:,.0f}" for row in (best, last))
+    apart = "" if last["low"] > best["high"] else " (intervals overlap)"
+    apart = apart if known else " (too few texts for intervals)"
+    set_title(ax, f"Loss rises from {start.format('at')} tokens to {end.format('beyond')}{apart}")
     return ax

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice, product
 from typing import Any, NamedTuple
@@ -54,10 +54,19 @@ class Probe(PromptSet):
     needles: int
     whole_answer: bool
 
+    def key_names(self, draw: random.Random, n: int) -> list[str]:
+        """Names of keys, no two alike."""
+        return draw.sample([" ".join(words) for words in product(*self.keys)], n)
+
+    def codes(self, draw: random.Random, n: int) -> list[str]:
+        """Codes, no two alike."""
+        digits = self.code_digits
+        return [f"{code:0{digits}}" for code in draw.sample(range(10**digits), n)]
+
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a haystack; ``name`` is unique in its text.
+    """A question about a haystack; ``name`` is unique in its text. Answers come stripped of blanks.
 
     ``depth``: where its fact begins, 0 to 1. ``prompt``: the tokens after the haystack. ``others``: the right
     answers for the text's other keys. ``whole``: see `Probe`.
@@ -74,23 +83,19 @@ class Question:
 
     def is_right(self, text: str) -> bool:
         """Whether an answer is the right one."""
-        return self._is(text, self.expected)
+        return text == self.expected or (not self.whole and text.startswith(self.expected))
 
     def is_another(self, text: str) -> bool:
         """Whether an answer is right for another key of the text."""
-        return any(self._is(text, answer) for answer in self.others)
+        return any(replace(self, expected=answer).is_right(text) for answer in self.others)
 
     def is_decided(self, text: str) -> bool:
         """Whether more of the answer could change neither of these."""
-        text = text.lstrip()
-        answers = (self.expected, *self.others)
+        text, answers = text.lstrip(), (self.expected, *self.others)
         if self.whole:
             return not any(answer.startswith(text.rstrip()) for answer in answers)
         complete = any(text.startswith(answer) for answer in answers)
         return complete or not any(answer.startswith(text) for answer in answers)
-
-    def _is(self, text: str, answer: str) -> bool:
-        return text.strip() == answer or (not self.whole and text.strip().startswith(answer))
 
 
 @dataclass(frozen=True)
@@ -178,8 +183,15 @@ class Haystacks:
         """The text of this number at this length, with its questions; ``links``: the two-hop one too."""
         draw = self.generator(length, number)
         facts = self._facts(number, draw)
-        room = length - len(self.frame.head) - self.question_tokens() - self._extra_first(facts)
-        filler = self._filler(draw, room - sum(map(self._size, (fact.text for fact in facts))))
+        texts = [*self.probe.sentences, *(fact.text for fact in facts)]
+        # at the very beginning, without the blank before it, a sentence may take more tokens
+        first = max(0, *(len(self.frame.text(text)) - self._size(text) for text in texts))
+        room = length - len(self.frame.head) - self.question_tokens() - first
+        filler, drawn = list[str](), sentences(self.probe, draw)
+        left = room - sum(self._size(fact.text) for fact in facts)
+        while text := next((text for text in islice(drawn, DRAWS) if self._size(text) <= left), ""):
+            filler.append(text)
+            left -= self._size(text)
         tokens, starts = self._laid_out(facts, filler, room)
         asked = [fact for fact in facts if links or not fact.link]
         questions = [self._question(fact, starts[fact.text] / max(1, len(tokens)), facts) for fact in asked]
@@ -207,11 +219,9 @@ class Haystacks:
     def _facts(self, number: int, draw: random.Random) -> list[_Fact]:
         """The keys of a text in strata of depth, and the link of its two-hop question."""
         probe, n_strata = self.probe, max(self.probe.needles, N_STRATA)
-        names = [" ".join(words) for words in product(*probe.keys)]
-        codes = draw.sample(range(10**probe.code_digits), probe.needles)
-        facts = []
-        for i, (key, code) in enumerate(zip(draw.sample(names, probe.needles), codes, strict=True)):
-            words = {"key": key, "code": f"{code:0{probe.code_digits}}"}
+        codes, facts = probe.codes(draw, probe.needles), []
+        for i, (key, code) in enumerate(zip(probe.key_names(draw, probe.needles), codes, strict=True)):
+            words = {"key": key, "code": code}
             stratum = (number * probe.needles + i) % n_strata
             target = (stratum + draw.random()) / n_strata
             facts.append(_Fact(target, words, probe.needle.format(**words)))
@@ -219,15 +229,6 @@ class Haystacks:
             words = {**draw.choice(facts).words, "name": draw.choice(probe.guards)}
             facts.append(_Fact(draw.random(), words, probe.link.format(**words), link=True))
         return sorted(facts, key=lambda fact: fact.target)
-
-    def _filler(self, draw: random.Random, room: int) -> list[str]:
-        """Sentences that fill the room as far as whole sentences can."""
-        texts: list[str] = []
-        drawn = sentences(self.probe, draw)
-        while fitting := next((t for t in islice(drawn, DRAWS) if self._size(t) <= room), ""):
-            texts.append(fitting)
-            room -= self._size(fitting)
-        return texts
 
     def _laid_out(
         self, facts: Sequence[_Fact], filler: Sequence[str], room: int
@@ -256,11 +257,6 @@ class Haystacks:
 
     def _size(self, text: str) -> int:
         return len(self.frame.text(" " + text))
-
-    def _extra_first(self, facts: Sequence[_Fact]) -> int:
-        """Tokens that a sentence may take more at the very beginning, without the blank before it."""
-        texts = [*self.probe.sentences, *(fact.text for fact in facts)]
-        return max(0, *(len(self.frame.text(text)) - self._size(text) for text in texts))
 
     def _tail(self, link: bool, words: dict[str, str]) -> tuple[int, ...]:
         """Tokens of a question, and of what its answer begins with."""

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import inf, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
+from dfqs_nb.context.plan import Meter
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.journal import Journal
@@ -23,9 +25,6 @@ from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.llama.timing import probe
 from dfqs_nb.stats import wilson
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NAME, JOURNAL = "long-generation", "long_generation.jsonl"
 LEAST_TIMES, LEAST_TOKENS = 4, 64  # of a block that follows itself, and of all its copies together
@@ -80,17 +79,15 @@ class LoopRun:
         ``long``: answers that reach the token limit; ``looped``: those of them with a loop; ``rate`` (NaN
         without a long answer) with its interval; medians of the first loop's numbers.
         """
-        groups = ["cache", "temperature"]
-        items = self.items.reindex(
-            columns=[*groups, "ended", *Loop._fields]
-        )  # also where there are no answers
+        by, loop = ["cache", "temperature"], list(Loop._fields)
+        items = self.items.reindex(columns=[*by, "ended", *loop])  # also where there are no answers
         items["long"] = ~items["ended"].astype(bool)
         items["looped"] = items["long"] & items["start"].notna()
-        table = items.groupby(groups, sort=False)[["long", "looped"]].sum().astype(int)
-        table.insert(0, "asked", items.groupby(groups).size())
+        table = items.groupby(by, sort=False)[["long", "looped"]].sum().astype(int)
+        table.insert(0, "asked", items.groupby(by).size())
         low, high = wilson(table["looped"], table["long"])
         table = table.assign(rate=table["looped"] / table["long"], low=low, high=high)
-        return table.join(items[items["looped"]].groupby(groups)[list(Loop._fields)].median()).reset_index()
+        return table.join(items[items["looped"]].groupby(by)[loop].median()).reset_index()
 
 
 def measure_loops(
@@ -108,49 +105,40 @@ def measure_loops(
     """Ask for long answers under every cache type and temperature; resumes after a kill.
 
     Flash attention is on throughout, because a quantized cache needs it. An answer's number is its request
-    and its seed, so conditions differ in nothing else.
+    and its seed, so conditions differ in nothing else. ``long_generation.jsonl`` in ``folder`` keeps them.
+    The cache types share the budget; no answer is begun that is not expected to end in it.
 
-    Args:
-        folder: receives ``long_generation.jsonl``.
-        n_answers: at most one a request of the set.
-        budget_seconds: shared by the cache types; no answer is begun that is not expected to end in it.
-
-    Raises:
-        DfqsError: a temperature is below 0 or no number. ModelError: llama.cpp does not take a cache type.
+    Raises `DfqsError` for a temperature below 0, and `ModelError` for a cache type that llama.cpp lacks.
     """
-    import pandas as pd
-
-    requests, began = load_prompts(NAME, Requests), time.monotonic()
+    requests, end, identity = load_prompts(NAME, Requests), time.perf_counter() + budget_seconds, ""
     # each cache type is checked before the first is asked; a condition given twice counts once
     opened = {cache: replace(settings, type_k=cache, type_v=cache, flash_attn=True) for cache in cache_types}
     if odd := [it for it in temperatures if not 0 <= it < inf]:
         raise DfqsError(f"the temperature {odd[0]:g}", hint="give 0 or more: --temperature 0,1")
     numbers, warmths = range(min(n_answers, len(requests.prompts))), dict.fromkeys(temperatures)
     turns = [(number, temperature) for number in numbers for temperature in warmths]
-    rows: list[dict[str, Any]] = []
-    left_out: list[str] = []
-    identity = ""  # read once: a large file takes minutes
+    rows, left_out = list[dict[str, Any]](), list[str]()
     for at, cache in enumerate(opened):
-        before, deadline = len(rows), began + budget_seconds * (at + 1) / len(opened)
         with open_model(path, opened[cache]) as model:
+            identity = identity or model.sha256()  # read once: a large file takes minutes
             made = {**model.conditions(), **requests.identity(), "n_tokens": n_tokens}
-            identity = identity or model.sha256()
             made |= {"model": identity, "sampling": asdict(Sampling())}
             journal = Journal(Path(folder) / JOURNAL, made, fresh=fresh and at == 0)
-            slowest = probe(model).seconds(0, n_tokens)
+            meter = Meter((end - time.perf_counter()) / (len(opened) - at))
+            cost, missing = probe(model).seconds(0, n_tokens), 0
             for number, temperature in tqdm(turns, leave=False):
-                key, started = f"{temperature}/{number}", time.monotonic()
+                key = f"{temperature}/{number}"
+                if key not in journal and not meter.holds(cost):
+                    missing += 1
+                    continue
                 if key not in journal:
-                    if started + slowest > deadline:
-                        continue
-                    answer = chat(
-                        model, requests.prompts[number], n_tokens, Sampling(temperature, seed=number)
-                    )
-                    slowest = max(slowest, time.monotonic() - started)
+                    how = n_tokens, Sampling(temperature, seed=number)
+                    with meter.spend(cost):
+                        answer = chat(model, requests.prompts[number], *how)
                     journal.add(key, tokens=answer.token_ids, ended=answer.finish_reason != "length")
                 tokens, loop = journal[key]["tokens"], first_loop(journal[key]["tokens"]) or Loop()
                 row = {"cache": cache, "temperature": temperature, "number": number, "n_tokens": len(tokens)}
                 rows.append({**row, "ended": journal[key]["ended"], **loop._asdict()})
-        if missing := before + len(turns) - len(rows):
+        if missing:
             left_out.append(f"{missing} of {len(turns)} answers with a {cache} cache")
     return LoopRun(pd.DataFrame(rows), tuple(left_out))

@@ -1,128 +1,206 @@
-"""Plan a long-context measurement, and know its cost before it starts."""
+"""Plan a long-context measurement: what it costs in time and memory is known before it starts."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import ceil, inf, nan
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dfqs_nb.context.boundary import octaves
-from dfqs_nb.context.cost import SPARE_TOKENS, PrefillSpeed, measure_prefill
 from dfqs_nb.context.haystacks import Haystacks, Probe, StandIn, frame_of, probe_of
-from dfqs_nb.core.budget import counted, duration, fit
+from dfqs_nb.core.budget import duration, fit
 from dfqs_nb.core.display import quoted
-from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.errors import DfqsError, StageError
+from dfqs_nb.core.machine import available_memory, usable_cores
 from dfqs_nb.core.stage import Stage
-from dfqs_nb.llama.model import Model
-
-if TYPE_CHECKING:
-    import pandas as pd
+from dfqs_nb.gguf.memory import estimate
+from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.llama.check import plan_memory
+from dfqs_nb.llama.model import MEMORY_SETTINGS, Model, open_model
+from dfqs_nb.llama.settings import OpenSettings, own_context, threads_for
 
 CURVE_SHARE = 0.6  # of the budget that the curve takes while notebook 05's other parts have a share
 ALONE_SHARE = 0.9  # that it takes at most; the rest is for tables, figures and files
 CHECK_TOKENS = 64  # of the text that the check of reuse reads, where only one text is asked about
 PROTOCOL = "fixed keys, fresh texts for each length"  # answers under another one are not comparable
+PROBE_SHARE, MOST_SECONDS = 1 / 15, 30.0  # that a chunk of the probe takes: of the budget, and in all
+CHUNKS, WARM_UP = (256, 32), 8  # tokens
+SPARE_TOKENS = 64  # of context, for the answer
+LEAST_CONTEXT = 1024  # tokens that a context has, however little the budget holds
+NO_LIMIT = 8192  # tokens, where a header states no limit
+
+
+# ---- time ----
+
+
+@dataclass(frozen=True)
+class PrefillSpeed:
+    """Prefill time of a token: ``base`` seconds, and ``by_depth`` seconds for each token before it.
+
+    ``decode``: seconds of a token that is evaluated alone, at the beginning of a context.
+    """
+
+    base: float
+    by_depth: float
+    decode: float = 0.0
+
+    def seconds(self, length: float) -> float:
+        """Seconds to evaluate a text of this length."""
+        return self.base * length + self.by_depth * length**2 / 2
+
+
+def measure_prefill(model: Model, deepest: int, budget_seconds: float = inf) -> PrefillSpeed:
+    """Time chunks of 256 tokens, one after another, up to ``deepest`` or for 10 s.
+
+    Smaller chunks, for a shorter time, where one would take more than a fifteenth of the budget; the slowest
+    models are timed by their first tokens alone. A robust line through the chunks (Theil and Sen's) gives the
+    cost of a token and how it grows with depth; with fewer than three chunks it is taken not to grow.
+    """
+    from scipy.stats import theilslopes
+
+    tokens = np.random.default_rng(0).integers(0, model.n_vocab, min(deepest, model.settings.n_ctx)).tolist()
+
+    def timed(chunk: Sequence[int]) -> float:
+        started = time.perf_counter()
+        model.decode(chunk)
+        model.synchronize()
+        return (time.perf_counter() - started) / len(chunk)
+
+    limit = min(MOST_SECONDS, PROBE_SHARE * budget_seconds)
+    model.clear()
+    first = timed(tokens[:WARM_UP])  # it may read weights from the disk, which the next tokens find in memory
+    if WARM_UP * first <= limit:
+        first = min(first, timed(tokens[:WARM_UP]))
+    decode = min(timed(tokens[:1]) for _ in range(2))
+    model.clear()
+    size = next((n for n in CHUNKS if n * first <= limit), 0)
+    begun, depths, seconds = time.perf_counter(), [], [] if size else [first]
+    for start in range(0, len(tokens), size) if size else ():
+        chunk = tokens[start : start + size]
+        seconds.append(timed(chunk))
+        depths.append(start + len(chunk) / 2)
+        if time.perf_counter() - begun > limit / 3:
+            break
+    model.clear()
+    if len(depths) < 3:
+        return PrefillSpeed(min(seconds), 0.0, decode)
+    slope, base, *_ = theilslopes(seconds, depths)
+    return PrefillSpeed(max(float(base), min(seconds) / 2), max(float(slope), 0.0), decode)
+
+
+class Meter:
+    """A time limit, and how much slower than planned the work was so far."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end, self._planned, self._taken = time.perf_counter() + seconds, 0.0, 0.0
+
+    def holds(self, cost: float) -> bool:
+        """Whether work of so many planned seconds ends in time; NaN, not known, does."""
+        slower = max(1.0, self._taken / self._planned) if self._planned else 1.0
+        return not time.perf_counter() + slower * cost > self._end
+
+    @contextmanager
+    def spend(self, cost: float) -> Iterator[None]:
+        """Do work of so many planned seconds."""
+        begun = time.perf_counter()
+        yield
+        self._taken += time.perf_counter() - begun
+        self._planned += cost
+
+
+@contextmanager
+def crew(model: Model, alone: bool = False) -> Iterator[list[Model]]:
+    """An open model, and a copy for each core that a small one leaves idle, unless it shall be alone."""
+    small = threads_for(model.path) == 1 and not alone
+    n = usable_cores() // (model.settings.n_threads or 1) if small else 1
+    with ExitStack() as stack:
+        copies = (open_model(model.path, model.settings, trial=False) for _ in range(n - 1))
+        yield [model, *(stack.enter_context(copy) for copy in copies)]
+
+
+def side_by_side(workers: Sequence[Any], work: Callable[[Any, Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Do ``work(worker, item)`` for each item, by as many at once as there are workers; the results."""
+    n = len(workers)
+    with ThreadPoolExecutor(n) as pool:
+        parts = [pool.submit(lambda k: [work(workers[k], item) for item in items[k::n]], k) for k in range(n)]
+        done = [part.result() for part in parts]
+    return [done[at % n][at // n] for at in range(len(items))]
 
 
 @dataclass(frozen=True)
 class Plan:
     """What will be measured.
 
-    Attributes:
-        probe: the prompt set; it fixes the number of keys.
-        grid: planned lengths in tokens of context, ascending; the answer begins at about that depth.
-        n_haystacks: texts for each length, and twice as many for the shortest, which a_0 comes from. 1: one
-            for the shortest, too; 0: nothing is asked, because the budget does not hold the least plan.
-        question_tokens: tokens evaluated for a question.
-        reuse: ask every question of a text from its saved state.
-        rounds: see `search_lengths`.
-        budget_seconds: no text is begun that is not expected to end in time; what is not measured is
-            censored, not failed.
-        speed: measured prefill speed, which costs are made of; None: not timed.
-        left_out: sentences about what the budget took away.
+    ``n_haystacks``: texts for each length, and twice as many for the shortest, which a_0 comes from. 1: one
+    for the shortest, too; 0: nothing is asked, because the budget does not hold the least plan.
     """
 
-    probe: Probe
-    grid: tuple[int, ...]
+    probe: Probe  # the prompt set; it fixes the number of keys
+    grid: tuple[int, ...]  # lengths in tokens of context, ascending; the answer begins at about that depth
     n_haystacks: int
-    question_tokens: int
-    reuse: bool
-    rounds: int = 1
-    budget_seconds: float = inf
-    speed: PrefillSpeed | None = None
-    left_out: tuple[str, ...] = ()
+    question_tokens: int  # evaluated for a question
+    reuse: bool  # ask every question of a text from its saved state
+    rounds: int = 1  # see `search_lengths`
+    budget_seconds: float = inf  # what is not expected to end in it is not begun: censored, not failed
+    speed: PrefillSpeed | None = None  # which costs are made of; None, and costs NaN, for a stand-in
+    left_out: tuple[str, ...] = ()  # what the budget took away
 
     @property
     def longest(self) -> int:
         """The longest planned length."""
         return self.grid[-1]
 
-    def n_texts(self, length: int) -> int:
-        """Texts asked about at a length."""
-        return self.n_haystacks * (2 if length == self.grid[0] and self.n_haystacks > 1 else 1)
-
     @property
     def n_questions(self) -> int:
         """Questions about a text of a planned length; the two-hop one is asked at these only."""
         return self.probe.needles + bool(self.probe.link)
 
-    def up_to(self, longest: int) -> Plan:
-        """The plan without the lengths beyond this one."""
-        return replace(self, grid=tuple(length for length in self.grid if length <= longest))
+    def n_texts(self, length: int) -> int:
+        """Texts asked about at a length."""
+        return self.n_haystacks * (2 if length == self.grid[0] and self.n_haystacks > 1 else 1)
 
     def tokens(self) -> int:
         """Tokens evaluated at all planned lengths, if none is left out early."""
         n, more = self.n_questions, (self.n_questions - 1) * self.question_tokens
         return sum(self.n_texts(size) * (size + more if self.reuse else n * size) for size in self.grid)
 
-    @property
-    def seconds(self) -> float:
-        """Seconds that the planned lengths take, with the check of reuse; NaN if the plan is not timed."""
-        return self.check_seconds + sum(self.n_texts(n) * self.text_seconds(n) for n in self.grid)
-
     def text_seconds(self, length: int) -> float:
         """Seconds that a text of this length takes with its questions."""
         if self.speed is None:
             return nan
         n, text = self.n_questions, self.speed.seconds(length)
-        return (
-            text + (n - 1) * self.question_tokens / self.speed.tokens_per_sec(length)
-            if self.reuse
-            else n * text
-        )
+        more = (n - 1) * self.question_tokens * (self.speed.base + self.speed.by_depth * length)
+        return text + more if self.reuse else n * text
 
     @property
-    def check(self) -> tuple[int, int]:
-        """Tokens and questions of the text on which `measure` checks that reuse changes nothing."""
-        return (self.grid[0], 2) if self.n_haystacks > 1 else (min(CHECK_TOKENS, self.grid[0]), 1)
+    def n_checked(self) -> int:
+        """Tokens of the text on which `measure` checks that reuse changes nothing."""
+        return self.grid[0] if self.n_haystacks > 1 else min(CHECK_TOKENS, self.grid[0])
 
     @property
-    def check_seconds(self) -> float:
-        """Seconds that this check takes; 0 without one, or where the plan is not timed."""
-        if not self.reuse or self.speed is None:
-            return 0.0
-        size, n = self.check
-        return (n + 1) * self.speed.seconds(size) + 2 * n * self.question_tokens * self.speed.base
+    def seconds(self) -> float:
+        """Seconds that the planned lengths take, with the check of reuse; NaN if the plan is not timed."""
+        check = 0.0
+        if self.reuse and self.speed:
+            check = 2 * (self.speed.seconds(self.n_checked) + self.question_tokens * self.speed.base)
+        return check + sum(self.n_texts(n) * self.text_seconds(n) for n in self.grid)
 
-    def cost_table(self) -> pd.DataFrame:
-        """The curve to each length: ``longest``, ``evaluated_tokens``, ``seconds``, ``within_budget``."""
-        import pandas as pd
-
-        plans = [self.up_to(length) for length in self.grid]
-        rows = [(plan.longest, plan.tokens(), plan.seconds) for plan in plans]
-        table = pd.DataFrame(rows, columns=["longest", "evaluated_tokens", "seconds"])
-        return table.assign(within_budget=table["seconds"] <= CURVE_SHARE * self.budget_seconds)
-
-    def within_budget(self) -> Plan:
-        """The plan cut until the budget holds it.
+    def kept(self, stage: Stage, model_sha256: str, *, fresh: bool = False) -> Plan:
+        """The plan cut until its budget holds it, or as an earlier run of the stage cut it.
 
         The order: 6 and 4 texts a length, lengths down to four of them; then the other parts of notebook 05
-        lose their share; 2 texts, the other lengths, one text; then nothing is asked.
+        lose their share; 2 texts, the other lengths, one text; then nothing is asked. Such a plan is made
+        anew each time, and names the command that measures something. The stage notes the cuts, and the
+        budget becomes the curve's own.
         """
         n, budget = len(self.grid), self.budget_seconds
-        if budget == inf or self.speed is None:
-            return self
         cuts = [{"texts": 6}, {"texts": 4}, *({"lengths": k} for k in range(n - 1, 3, -1)), {"others": 0}]
         cuts += [{"texts": 2}, *({"lengths": k} for k in range(min(n, 4), 0, -1)), {"texts": 1}, {"texts": 0}]
 
@@ -130,42 +208,27 @@ class Plan:
             return replace(self, n_haystacks=cut["texts"], grid=self.grid[: cut["lengths"]])
 
         def cost(cut: dict[str, int]) -> float:
-            beside = 1 - (CURVE_SHARE if cut["others"] else ALONE_SHARE)
-            return beside * budget + (made(cut).seconds if cut["texts"] else 0)
-
-        plan = made(fit({"texts": self.n_haystacks, "lengths": n, "others": 1}, cuts, cost, budget).values)
-        left_out = []
-        if 0 < plan.n_haystacks < self.n_haystacks:
-            left_out.append(f"{counted(plan.n_haystacks, 'texts a length')}, not {self.n_haystacks}")
-        if plan.n_haystacks and plan.longest < self.longest:
-            left_out.append(f"lengths above {plan.longest:,} tokens, of up to {self.longest:,}")
-        return replace(plan, left_out=tuple(left_out))
-
-    def kept(self, stage: Stage, model_sha256: str, *, fresh: bool = False) -> Plan:
-        """The plan within its budget, or as an earlier run of the stage cut it; the stage notes the cuts.
-
-        Its budget is the curve's own. A plan that asks nothing is made anew each time.
-        """
+            share = CURVE_SHARE if cut["others"] else ALONE_SHARE
+            return made(cut).seconds / share if cut["texts"] else 0.0
 
         def make() -> dict[str, Any]:
-            cut = self.within_budget()
-            return {"grid": cut.grid, "n_haystacks": cut.n_haystacks, "left_out": cut.left_out}
+            whole = {"texts": self.n_haystacks, "lengths": n, "others": 1}
+            fitted = fit(whole, cuts, cost, budget, {"texts": "texts a length"})
+            return {"cut": fitted.values, "left_out": [it for it in fitted.left_out if "others" not in it]}
 
         conditions = {**self.conditions(), "model": model_sha256}
-        made = stage.plan(conditions, make, fresh=fresh)
-        made = made if made["n_haystacks"] else stage.plan(conditions, make, fresh=True)
-        plan = replace(self, grid=tuple(made["grid"]), n_haystacks=made["n_haystacks"])
-        left_out = tuple(made["left_out"]) if plan.n_haystacks else (self._missing(stage),)
+        note = stage.plan(conditions, make, fresh=fresh)
+        note = note if note["cut"]["texts"] else stage.plan(conditions, make, fresh=True)
+        plan, left_out = made(note["cut"]), note["left_out"]
+        if not plan.n_haystacks:
+            least, spent = replace(plan, n_haystacks=1).seconds, stage.budget_seconds - stage.seconds_left
+            minutes = ceil((least / ALONE_SHARE + spent) * 1.2 / 60)
+            command = f"dfqs-nb run 05 07 --run {quoted(stage.folder.name)} -p budget_minutes={minutes}"
+            what = f"not measured (the least takes {duration(least)}; `{command}`)"
+            left_out = [f"the curve and the boundary: {what}"]
         stage.leave_out(left_out)
-        share = CURVE_SHARE if plan.seconds <= CURVE_SHARE * self.budget_seconds else ALONE_SHARE
-        return replace(plan, left_out=left_out, budget_seconds=share * self.budget_seconds)
-
-    def _missing(self, stage: Stage) -> str:
-        """That nothing is measured, what the least plan takes, and the command that measures it."""
-        least = replace(self, n_haystacks=1, grid=self.grid[:1]).seconds
-        minutes = ceil((least / ALONE_SHARE + stage.budget_seconds - stage.seconds_left) * 1.2 / 60)
-        command = f"dfqs-nb run 05 07 --run {quoted(stage.folder.name)} -p budget_minutes={minutes}"
-        return f"the curve and the boundary: not measured (the least takes {duration(least)}; `{command}`)"
+        share = CURVE_SHARE if plan.seconds <= CURVE_SHARE * budget else ALONE_SHARE
+        return replace(plan, left_out=tuple(left_out), budget_seconds=share * budget)
 
     @property
     def cost_sentence(self) -> str:
@@ -189,23 +252,14 @@ def make_plan(
     shortest: int | None = None,
     n_haystacks: int = 12,
     rounds: int = 1,
-    reuse: bool = True,
     budget_seconds: float = inf,
-    timed: bool = False,
 ) -> Plan:
-    """Plan lengths ``shortest * 2^k`` to ``longest``.
+    """Plan lengths ``shortest * 2^k`` to ``longest``, and measure the prefill speed of a model.
 
-    Args:
-        prompt_set: the name of a probe, or a tier.
-        longest: 0: all that the open model's context holds.
-        shortest: by default 256 tokens, or 64 for a probe of a single key; doubled until it holds the keys,
-            for tokenizers of short tokens.
-        reuse: False evaluates every question afresh.
-        timed: measure the prefill speed, for the costs; always done where there is a budget.
-
-    Raises:
-        PromptError: there is no such probe, or the shortest length cannot hold its keys.
-        DfqsError: ``longest`` is below ``shortest``.
+    ``prompt_set``: the name of a probe, or a tier. ``longest``: 0: all that the open model's context holds.
+    ``shortest``: by default 256 tokens, or 64 for a probe of a single key, doubled until it holds the keys.
+    A `PromptError`: there is no such probe, or the shortest length cannot hold its keys. A `DfqsError`:
+    ``longest`` is below it.
     """
     probe, speed = probe_of(prompt_set), None
     frame = frame_of(model, probe)
@@ -217,9 +271,68 @@ def make_plan(
     grid = tuple(octaves(shortest, longest))
     if not grid:
         raise DfqsError(f"no length up to {longest:,} tokens", hint=f"the shortest is {shortest}")
-    n, many = Haystacks(frame, probe, shortest).question_tokens(), reuse and probe.needles > 1
-    if isinstance(model, Model) and (timed or budget_seconds < inf):
+    n = Haystacks(frame, probe, shortest).question_tokens()
+    if own := isinstance(model, Model):
         began = time.monotonic()
         speed = measure_prefill(model, longest, budget_seconds)
         budget_seconds -= time.monotonic() - began
-    return Plan(probe, grid, n_haystacks, n, many, rounds, budget_seconds, speed)
+    return Plan(probe, grid, n_haystacks, n, own and probe.needles > 1, rounds, budget_seconds, speed)
+
+
+# ---- memory ----
+
+
+@dataclass(frozen=True)
+class RuntimeFailure:
+    """The first length that could not be run, and why; ``predicted``: it was not even tried."""
+
+    length: int
+    cause: str
+    message: str
+    predicted: bool = False
+
+
+def predict_failure(
+    path: str | Path, lengths: Sequence[int], settings: OpenSettings, available_bytes: int | None = None
+) -> RuntimeFailure | None:
+    """The first length whose memory (KV cache, its saved copy, compute buffer) exceeds what is free.
+
+    llama.cpp plans the buffer in a child process, because the file has not been tried yet. It allocates
+    nothing.
+    """
+    available = available_memory().available_bytes if available_bytes is None else available_bytes
+    shards, kept = open_shards(path), {name: getattr(settings, name) for name in MEMORY_SETTINGS}
+    lengths = sorted(lengths)
+    plans = plan_memory(shards.paths[0], [replace(settings, n_ctx=n_ctx) for n_ctx in lengths])
+    for n_ctx, plan in zip(lengths, plans, strict=True):
+        needs = estimate(shards.as_one, n_ctx, min(n_ctx, settings.n_batch, settings.n_ubatch), **kept)
+        needs = needs.with_compute(plan["compute_bytes"])
+        if (required := needs.must_fit_bytes + needs.kv.total) > available:
+            needed = f"{n_ctx:,} tokens need {required:,} bytes beside the weights"
+            return RuntimeFailure(n_ctx, "oom", f"{needed}, and {available:,} are free", predicted=True)
+    return None
+
+
+def settings_for(
+    path: str | Path, longest: int, settings: OpenSettings, stage: Stage, prompt_set: str
+) -> tuple[OpenSettings, RuntimeFailure | None]:
+    """Settings with room for the longest length that fits in memory, and the first that does not.
+
+    ``longest``: tokens; 0: the model's own limit (`NO_LIMIT` where the header states none), which also bounds
+    a longer one, and what the stage's budget holds at the prefill speed of notebook 03. A `PromptError` here,
+    before anything is loaded, says that there is no such prompt set.
+    """
+    probe_of(prompt_set)
+    own, speeds = own_context(path), list[float]()
+    if not longest:
+        try:
+            rows = stage.read("generate").get("speed") or []
+        except StageError:
+            rows = []  # this notebook runs alone
+        speeds = [row["median"] for row in rows if row.get("phase") == "prefill"]
+    affordable = max(LEAST_CONTEXT, stage.seconds_left * speeds[0]) if speeds else inf
+    most = longest or min(own or NO_LIMIT, affordable)
+    longest = int(min(most, own or most))
+    failure = predict_failure(path, octaves(256, longest) or [longest], settings)
+    reach = longest if failure is None else failure.length // 2
+    return replace(settings, n_ctx=reach + SPARE_TOKENS), failure

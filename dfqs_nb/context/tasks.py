@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import random
 import re
-import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import pandas as pd
 from pydantic import BaseModel
 
 from dfqs_nb.context.boundary import SHARE
-from dfqs_nb.context.cost import PrefillSpeed
 from dfqs_nb.context.haystacks import Probe, around, sentences
+from dfqs_nb.context.plan import Meter, PrefillSpeed, crew, side_by_side
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.journal import Journal
@@ -27,9 +27,6 @@ from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.generate import TextStream
 from dfqs_nb.llama.model import Model
 from dfqs_nb.stats import wilson
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NAME = "long-context-tasks"
 LETTERS = "bdfgklmnprstvz", "aeiou"
@@ -68,16 +65,15 @@ class Tasks(PromptSet):
     tasks: dict[str, Task]
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """What a task expects and hides: ``facts`` to scatter among filler, or a ``text`` of its own.
 
     ``words``: of the question. ``guess``: the chance of a pick among the text's candidates.
     """
 
     expected: tuple[str, ...]
-    words: dict[str, Any] = field(default_factory=dict)
-    facts: tuple[str, ...] = ()
+    words: Mapping[str, Any] = {}
+    facts: Sequence[str] = ()
     text: str = ""
     guess: float = 0.0
 
@@ -107,12 +103,6 @@ class Writer:
         self.tasks, self.probe = tasks, load_prompts(tasks.filler, Probe)
         self._tokenize, self._around, self._bos = tokenize, around, tuple(bos)
 
-    @classmethod
-    def of(cls, model: Model) -> Writer:
-        """For an open model, in its chat template where it has one."""
-        bos = [model.bos] if model.bos >= 0 else []
-        return cls(load_prompts(NAME, Tasks), model.tokenize, around(model), bos)
-
     def text(self, task: str, length: int, number: int) -> Text | None:
         """A text of nearly, and at most, ``length`` tokens with its question; None where it has no room."""
         wording, (before, after) = self.tasks.tasks[task], self._around
@@ -137,21 +127,21 @@ class Writer:
         return Text(task, length, number, tuple(tokens), drawn.expected, drawn.guess, spare)
 
     def _keys(self, task: Task, draw: random.Random, _amount: int) -> Drawn:
-        keys, codes = self._names_of_keys(draw, task.keys), self._codes(draw, task.keys * task.values)
+        keys, codes = self.probe.key_names(draw, task.keys), self.probe.codes(draw, task.keys * task.values)
         pairs = [(key, codes.pop()) for key in keys for _ in range(task.values)]
         asked, facts = keys[: task.asked], [task.fact.format(key=key, value=code) for key, code in pairs]
         expected, question = tuple(code for key, code in pairs if key in asked), {"key": ", the ".join(asked)}
         guess = 1 / task.keys if task.keys > task.asked else 0.0
-        return Drawn(expected, question, tuple(draw.sample(facts, len(facts))), guess=guess)
+        return Drawn(expected, question, draw.sample(facts, len(facts)), guess=guess)
 
     def _chain(self, task: Task, draw: random.Random, _amount: int) -> Drawn:
         """A chain of things with one number, and another of the same length with another number."""
-        keys, (code, other) = self._names_of_keys(draw, 2 * (task.hops + 1)), self._codes(draw, 2)
+        keys, (code, other) = self.probe.key_names(draw, 2 * (task.hops + 1)), self.probe.codes(draw, 2)
         chains = []
         for value, chain in ((code, keys[: task.hops + 1]), (other, keys[task.hops + 1 :])):
             links = [task.link.format(key=b, before=a) for a, b in zip(chain, chain[1:], strict=False)]
             chains.append([task.fact.format(key=chain[0], value=value), *links])
-        mixed = tuple(fact for pair in zip(*chains, strict=True) for fact in pair)  # each keeps its own order
+        mixed = [fact for pair in zip(*chains, strict=True) for fact in pair]  # each keeps its own order
         return Drawn(tuple(keys[: task.hops + 1]), {"value": code}, mixed)
 
     def _common(self, task: Task, draw: random.Random, amount: int) -> Drawn:
@@ -184,10 +174,8 @@ class Writer:
         """Facts about many people; the question is about one of them."""
         n, names, rows = 3 + amount, self.probe.slots["name"], []
         for number in draw.sample(range(100, 100 + 10 * n), n):
-            name, house = draw.choice(names), draw.randrange(1, 1000)
-            rows.append(
-                {"name": name, "number": number, "house": house, "trade": draw.choice(self.tasks.trades)}
-            )
+            row = {"name": draw.choice(names), "number": number, "house": draw.randrange(1, 1000)}
+            rows.append(row | {"trade": draw.choice(self.tasks.trades)})
         asked = draw.choice(rows)
         text = " ".join(task.fact.format(**row) for row in rows)
         return Drawn((str(asked["trade"]),), asked, text=text, guess=1 / len(self.tasks.trades))
@@ -197,15 +185,7 @@ class Writer:
         n, sights = task.people, draw.sample(self.tasks.sights, task.people)
         names = draw.sample(self.probe.slots["name"], n)
         facts = [task.fact.format(name=names[k], sight=sights[k][0]) for k in range(n)]
-        return Drawn((names[0],), {"town": sights[0][1]}, tuple(draw.sample(facts, n)), guess=1 / n)
-
-    def _names_of_keys(self, draw: random.Random, n: int) -> list[str]:
-        first, second = self.probe.keys
-        return draw.sample([f"{a} {b}" for a in first for b in second], n)
-
-    def _codes(self, draw: random.Random, n: int) -> list[str]:
-        digits = self.probe.code_digits
-        return [f"{code:0{digits}}" for code in draw.sample(range(10**digits), n)]
+        return Drawn((names[0],), {"town": sights[0][1]}, draw.sample(facts, n), guess=1 / n)
 
     def _scattered(self, facts: Sequence[str], draw: random.Random, n_filler: int) -> Iterator[str]:
         """The facts in their order, at places drawn evenly among filler that names none of their words."""
@@ -219,23 +199,14 @@ class Writer:
 
 @dataclass(frozen=True)
 class TaskRun:
-    """Answers to the tasks.
+    """Answers to the tasks, and what did not fit, in a sentence.
 
     ``items`` has a row a text: ``task``, ``length``, ``number``, ``expected``, ``answer``, ``recall`` (share
-    of what is expected), ``right`` (all of it), ``guess``. ``left_out``: what did not fit. ``ended``: tasks
-    asked at the shortest length only, because no answer is right there.
+    of what is expected), ``right`` (all of it), ``guess``.
     """
 
     items: pd.DataFrame = field(repr=False)
     left_out: tuple[str, ...] = ()
-    ended: tuple[str, ...] = ()
-
-    @property
-    def missing(self) -> list[str]:
-        """What the budget left out, in at most a sentence."""
-        if self.items.empty:
-            return ["the table of tasks: not measured"]
-        return [f"{len(self.left_out)} cells of the table of tasks"] if self.left_out else []
 
     def table(self) -> pd.DataFrame:
         """By task and length: ``n``, ``right``, ``recall``, ``guess``, ``accuracy``, ``low``, ``high``."""
@@ -253,8 +224,6 @@ class TaskRun:
         ``effective`` is the longest length up to which 85 % of the base above guessing is left (NoLiMa's
         rule), and 0 where the base is not above guessing; ``censored``: no length fell below.
         """
-        import pandas as pd
-
         rows = []
         for task, part in self.table().groupby("task", sort=False):
             first = part.iloc[0]
@@ -280,64 +249,56 @@ def measure_tasks(
 ) -> TaskRun:
     """Ask every task at every length, short lengths first; resumes after a kill.
 
-    A task without a right answer at the shortest length is not asked at longer ones.
+    A task without a right answer at the shortest length is not asked at longer ones. No text is begun that is
+    not expected to end in the budget, at this speed. ``long_context_tasks.jsonl`` in ``folder`` keeps the
+    answers. ``lengths``: tokens of text, question and answer. ``tasks``: names; none: all.
 
-    Args:
-        folder: receives ``long_context_tasks.jsonl``.
-        lengths: tokens of text, question and answer.
-        speed: of the model; see `measure_prefill`.
-        tasks: names; none: all of the set.
-        budget_seconds: no text is begun that is not expected to end in time.
-
-    Raises:
-        PromptError: there is no such task. DecodeError: llama.cpp fails.
+    Raises `PromptError` where there is no such task, and `DecodeError` where llama.cpp fails.
     """
-    import pandas as pd
-
-    writer = Writer.of(model)
-    known = writer.tasks.tasks
-    if unknown := [name for name in tasks if name not in known]:
-        raise PromptError(f"there is no task {unknown[0]!r}", hint=f"there are: {', '.join(known)}")
+    wording = load_prompts(NAME, Tasks)
+    writer = Writer(wording, model.tokenize, around(model), [model.bos] if model.bos >= 0 else [])
+    if unknown := [name for name in tasks if name not in wording.tasks]:
+        raise PromptError(f"there is no task {unknown[0]!r}", hint=f"there are: {', '.join(wording.tasks)}")
     # a name or length given twice would count its answers twice
-    chosen, lengths = list(dict.fromkeys(tasks)) or list(known), sorted({*lengths})
-    conditions: dict[str, Any] = {**model.conditions(), **writer.tasks.identity(), "model": model_id}
+    chosen, lengths = list(dict.fromkeys(tasks)) or list(wording.tasks), sorted({*lengths})
+    conditions: dict[str, Any] = {**model.conditions(), **wording.identity(), "model": model_id}
     conditions |= {"filler": writer.probe.identity(), "answer": ANSWER_RULE}
     journal = Journal(Path(folder) / "long_context_tasks.jsonl", conditions, fresh=fresh)
-    began, spent, rows = time.monotonic(), 0.0, list[dict[str, Any]]()
-    base: dict[str, list[bool]] = {task: [] for task in chosen}
-    left_out: Counter[tuple[str, int]] = Counter()
-    # in turn, so that a short budget leaves every task of a length some texts
-    turns = [(n, number, task) for n in lengths for number in range(n_texts) for task in chosen]
-    for length, number, task in tqdm(turns, desc="texts", leave=False):
-        key, cost = f"{task}/{length}/{number}", _seconds(speed, length)
-        if key not in journal:
-            elapsed = time.monotonic() - began
-            late = elapsed + cost * (max(1.0, elapsed / spent) if spent else 1.0) > budget_seconds
-            ended = length > lengths[0] and base[task] == [False] * n_texts
-            text = None if late or ended else writer.text(task, length, number)
-            if text is None:
-                left_out[task, length] += not ended
-                continue
-            answer = greedy(model, text)
-            spent += cost
+    meter, rows, n_missing = Meter(budget_seconds), list[dict[str, Any]](), 0
+    asked, right = Counter[str](), Counter[str]()  # by task, at the shortest length
+
+    def ask(copy: Model, turn: tuple[str, int, int]) -> None:
+        cost, key = planned_seconds(speed, [turn[1]], 1, 1), "/".join(map(str, turn))
+        text = writer.text(*turn) if key not in journal and meter.holds(cost) else None
+        if text is not None:
+            with meter.spend(cost):
+                answer = greedy(copy, text)
             recall = text.recall(answer)
             journal.add(key, answer=answer, expected=text.expected, recall=recall, guess=text.guess)
-        row = journal[key]
-        rows.append({"task": task, "length": length, "number": number, **row, "right": row["recall"] == 1})
-        base[task] += [row["recall"] == 1] if length == lengths[0] else []
+
+    with crew(model) as models:
+        for length in tqdm(lengths, desc="lengths", leave=False):
+            going = [task for task in chosen if asked[task] < n_texts or right[task]]
+            # in turn, so that a short budget leaves every task of a length some texts
+            turns = [(task, length, number) for number in range(n_texts) for task in going]
+            side_by_side(models, ask, turns)
+            for turn in turns:
+                if (key := "/".join(map(str, turn))) not in journal:
+                    n_missing += 1
+                    continue
+                row = {**dict(zip(("task", "length", "number"), turn, strict=True)), **journal[key]}
+                rows.append(row | {"right": row["recall"] == 1})
+                if length == lengths[0]:
+                    asked[turn[0]] += 1
+                    right[turn[0]] += row["recall"] == 1
     rows.sort(key=lambda row: (chosen.index(row["task"]), row["length"], row["number"]))
-    missing = [f"{task} at {n:,} tokens: {k} of {n_texts} texts" for (task, n), k in left_out.items() if k]
-    ended = [task for task in chosen if len(lengths) > 1 and base[task] == [False] * n_texts]
-    return TaskRun(pd.DataFrame(rows), tuple(missing), tuple(ended))
+    missing = [f"{n_missing} texts of the table of tasks"] if n_missing else []
+    return TaskRun(pd.DataFrame(rows), tuple(missing if rows else ["the table of tasks: not measured"]))
 
 
 def planned_seconds(speed: PrefillSpeed, lengths: Sequence[int], n_tasks: int, n_texts: int) -> float:
     """What `measure_tasks` will take at this speed."""
-    return n_tasks * n_texts * sum(_seconds(speed, length) for length in lengths)
-
-
-def _seconds(speed: PrefillSpeed, length: int) -> float:
-    return speed.seconds(length) + ANSWER_TOKENS * speed.decode
+    return n_tasks * n_texts * sum(speed.seconds(n) + ANSWER_TOKENS * speed.decode for n in lengths)
 
 
 def greedy(model: Model, text: Text) -> str:

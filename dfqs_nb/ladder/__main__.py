@@ -1,8 +1,8 @@
-"""The ladder's child process: it quantizes, measures or times, as its job says."""
+"""The ladder's child process: it quantizes or measures, as its job says."""
 
 from dfqs_nb.core import child
-from dfqs_nb.ladder import measure, quantizer
+from dfqs_nb.ladder import quantizer, run
 
 if __name__ == "__main__":
-    works = {"quantize": quantizer.work, "measure": measure.work, "time": measure.time_decode}
+    works = {"quantize": quantizer.work, "measure": run.work}
     child.serve(lambda job: works[job["work"]](job))

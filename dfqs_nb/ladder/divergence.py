@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from math import exp
 from pathlib import Path
@@ -29,6 +29,9 @@ from dfqs_nb.stats import mean_interval
 Array = NDArray[Any]
 Windows = list[tuple[int, int]]
 TAIL = 0.99  # of the tokens lie below the tail that stands beside the mean KL divergence
+LAST = 4  # number of the last of the `bands`
+WINDOW = 32  # positions that are scored of each band before the last
+STEP = 128  # tokens whose logits are held at once
 
 
 class TextError(DfqsError):
@@ -130,26 +133,15 @@ def predictions(
     A window is ``(start, end)`` of predicting positions. Only one step's logits are held, so their memory
     does not grow with the length of the chunk.
     """
-    for at, logits in feed(model, piece, step):
+    for at, logits in feed(model, piece, step or STEP):
         for start, end in windows:
             first, last = max(start, at), min(end, at + len(logits))
             if first < last:
                 yield log_probs(logits[first - at : last - at]), np.asarray(piece[first + 1 : last + 1])
-        if at + len(logits) >= windows[-1][1]:
-            return  # nothing behind it is scored
-
-
-def second_half(n_tokens: int) -> Windows:
-    """What llama-perplexity scores of a chunk.
-
-    >>> second_half(256)
-    [(128, 255)]
-    """
-    return [(n_tokens // 2, n_tokens - 1)]
 
 
 def bands(n_tokens: int) -> Windows:
-    """Stretches of a text that double in width: a sixteenth, as much again, twice as much, and so on.
+    """Stretches of a text that double in width; the last is what llama-perplexity scores of a chunk.
 
     >>> bands(1024)
     [(0, 64), (64, 128), (128, 256), (256, 512), (512, 1023)]
@@ -158,11 +150,11 @@ def bands(n_tokens: int) -> Windows:
     return list(pairwise(edges))
 
 
-def stratified(n_tokens: int, width: int, seed: int) -> Windows:
-    """A window of up to ``width`` positions at a random place of each of the `bands`."""
-    draw, width = np.random.default_rng(seed), min(width, n_tokens >> 4)
-    starts = [int(draw.integers(start, end - width + 1)) for start, end in bands(n_tokens)]
-    return [(start, start + width) for start in starts]
+def stratified(n_tokens: int, seed: int) -> Windows:
+    """The whole last of the `bands`, and up to 32 positions at a random place of each other."""
+    draw, width, (*others, last) = np.random.default_rng(seed), min(WINDOW, n_tokens >> 4), bands(n_tokens)
+    starts = [int(draw.integers(start, end - width + 1)) for start, end in others]
+    return [*((start, start + width) for start in starts), last]
 
 
 # ---- against the original ----
@@ -173,11 +165,15 @@ class Tokens:
     """Two models' predictions of each scored token: arrays ``(chunks, n)``, in nats."""
 
     nll: Array  # negative log-likelihood of the token that came
-    nll_base: Array  # the original's
     kld: Array  # divergence from the original's prediction
     same_top: Array  # whether the most likely token is the same
-    kl_low: Array = field(default_factory=lambda: np.zeros(0))  # the `bracket`, where it was asked for
-    kl_high: Array = field(default_factory=lambda: np.zeros(0))
+    band: Array  # of the `bands`, the number in which each column lies, ``(n,)``
+
+    def part(self, band: int = LAST) -> Tokens:
+        """The tokens of a band; by default the last, which perplexity and divergence are stated of."""
+        mine = self.band == band
+        arrays = (values[:, mine] for values in (self.nll, self.kld, self.same_top))
+        return Tokens(*arrays, band=self.band[mine])
 
     def save(self, path: str | Path) -> None:
         """Write as ``.npz``, whole or not at all."""
@@ -191,100 +187,48 @@ class Tokens:
             return cls(**{name: stored[name] for name in cls.__dataclass_fields__})
 
 
-def compare_chunk(base: Array, other: Array, targets: Array) -> tuple[Array, Array, Array, Array]:
-    """The four arrays of `Tokens` for one chunk, from log-probabilities float32 ``(n, n_vocab)``.
+def compare_chunk(base: Array, other: Array, targets: Array) -> tuple[Array, Array, Array]:
+    """The first three arrays of `Tokens` for a chunk, from log-probabilities float32 ``(n, n_vocab)``.
 
     >>> same = log_probs(np.array([[0.0, 2.0]], np.float32))
-    >>> _, _, kld, same_top = compare_chunk(same, same, np.array([1]))
+    >>> _, kld, same_top = compare_chunk(same, same, np.array([1]))
     >>> kld.tolist(), same_top.tolist()
     ([0.0], [True])
     """
     from scipy.special import rel_entr
 
-    rows = np.arange(len(targets))
+    nll = -other[np.arange(len(targets)), targets].astype(float)
     kld = rel_entr(np.exp(base, dtype=np.float64), np.exp(other, dtype=np.float64)).sum(axis=1)
-    return (
-        -other[rows, targets].astype(float),
-        -base[rows, targets].astype(float),
-        np.maximum(kld, 0.0),
-        base.argmax(axis=1) == other.argmax(axis=1),
-    )
-
-
-def kl_bounds(top: Array, ours: Array, rest: Array, cap: float) -> tuple[float, float]:
-    """Bounds, in nats, of the KL divergence of our prediction from one known only at its likeliest tokens.
-
-    The lower bound takes the unseen tokens as one (the log-sum inequality). The upper bound gives the unseen
-    probability to those tokens that we hold least likely, no more than ``cap`` to each: the divergence is
-    convex in it, so its maximum lies at such a corner. ``top`` and ``ours`` are the log-probabilities of the
-    seen tokens, ``(k,)``; ``rest``: ours of all others.
-
-    >>> both = np.log([0.5, 0.25, 0.125, 0.125])
-    >>> low, high = kl_bounds(both[:2], both[:2], both[2:], 0.25)
-    >>> low, round(high, 4)
-    (0.0, 0.1733)
-    """
-    seen = float(np.exp(top) @ (top - ours))
-    unseen = max(0.0, 1.0 - float(np.exp(top).sum()))
-    if unseen < 1e-9 or not len(rest):
-        return max(seen, 0.0), max(seen, 0.0)
-    most = float(rest.max())
-    low = seen + unseen * (np.log(unseen) - most - np.log(np.exp(rest - most).sum()))
-    cap = min(max(cap, unseen / len(rest)), unseen)
-    n_full = min(int(unseen / cap), len(rest))
-    least = np.partition(rest, min(n_full, len(rest) - 1))[: n_full + 1]
-    least.sort()
-    mass = np.append(np.full(n_full, cap), max(0.0, unseen - n_full * cap))[: len(least)]
-    mass = mass[mass > 1e-12]
-    high = seen + float(mass @ (np.log(mass) - least[: len(mass)]))
-    return max(low, 0.0), max(low, high, 0.0)
-
-
-def bracket(base: Array, other: Array, top_k: int) -> tuple[Array, Array]:
-    """`kl_bounds` of each row, as if the original were known at its ``top_k`` likeliest tokens only."""
-    bounds = []
-    for ours, theirs in zip(other.astype(float), base.astype(float), strict=True):
-        best = np.argpartition(-theirs, min(top_k, len(theirs) - 1))[:top_k]
-        cap = float(np.exp(theirs[best].min()))
-        bounds.append(kl_bounds(theirs[best], ours[best], np.delete(ours, best), cap))
-    low, high = np.array(bounds).T
-    return low, high
+    return nll, np.maximum(kld, 0.0), base.argmax(axis=1) == other.argmax(axis=1)
 
 
 def beside_source(
-    model: Model | RecordedModel,
-    pieces: Sequence[Sequence[int]],
-    windows: Sequence[Windows],
-    reference: Path,
-    *,
-    is_source: bool,
-    step: int = 0,
-    top_k: int = 0,
+    model: Model | RecordedModel, pieces: Sequence[Sequence[int]], reference: Path, *, is_source: bool
 ) -> Tokens:
-    """The predictions in the windows of each chunk, beside the source's in the file ``reference``.
+    """The predictions in the `stratified` windows of each chunk, beside the source's in ``reference``.
 
-    ``is_source``: write the file, float32 ``(chunks, n, n_vocab)``, in place of reading it. ``step``: tokens
-    whose logits are held at once. ``top_k``: of the `bracket`; 0: none.
+    ``is_source``: write that file, float32 ``(chunks, n, n_vocab)``, in place of reading it.
     """
     n_vocab = (model.model if isinstance(model, RecordedModel) else model).n_vocab
+    windows = [stratified(len(piece), seed) for seed, piece in enumerate(pieces)]
+    band = np.repeat(np.arange(len(windows[0])), [end - start for start, end in windows[0]])
     with whole_path(reference) if is_source else nullcontext(reference) as path:
-        if is_source:
-            shape = (len(pieces), sum(end - start for start, end in windows[0]), n_vocab)
-            base = np.lib.format.open_memmap(path, "w+", np.float32, shape)  # it need not fit in memory
+        if is_source:  # it need not fit in memory
+            shape = len(pieces), len(band), n_vocab
+            base = np.lib.format.open_memmap(path, "w+", np.float32, shape)
         else:
             base = np.load(path, mmap_mode="r")
         rows = []
         for kept, piece, spans in zip(base, pieces, windows, strict=True):
             n_done, parts = 0, []
-            for predicted, targets in predictions(model, piece, spans, step):
+            for predicted, targets in predictions(model, piece, spans):
                 place = slice(n_done, n_done := n_done + len(targets))
                 if is_source:
                     kept[place] = predicted
-                compared = compare_chunk(kept[place], predicted, targets)
-                parts.append((*compared, *(bracket(kept[place], predicted, top_k) if top_k else ())))
+                parts.append(compare_chunk(kept[place], predicted, targets))
             rows.append([np.concatenate(values) for values in zip(*parts, strict=True)])
         del base, kept  # flushes them
-    return Tokens(*map(np.stack, zip(*rows, strict=True)))
+    return Tokens(*map(np.stack, zip(*rows, strict=True)), band=band)
 
 
 def estimate(name: str, values: Array) -> dict[str, float]:
@@ -298,7 +242,8 @@ def estimate(name: str, values: Array) -> dict[str, float]:
 
 
 def summary(tokens: Tokens) -> dict[str, Any]:
-    """Estimates of ``perplexity``, ``kld`` and ``same_top``, counts, and the ``kld_tail``."""
+    """Estimates of ``perplexity``, ``kld``, ``same_top`` in the last band, counts, and the ``kld_tail``."""
+    tokens = tokens.part()
     return {
         "n_tokens": tokens.nll.size,
         "n_chunks": len(tokens.nll),

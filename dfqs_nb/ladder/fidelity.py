@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import pandas as pd
 from annotated_types import Ge, Le, MinLen
 from pydantic import AfterValidator, BaseModel, ValidationError
 
@@ -22,18 +23,15 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import whole_file
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.ladder.divergence import Array, kl_bounds, log_probs
-from dfqs_nb.ladder.measure import part_of
+from dfqs_nb.ladder.divergence import Array, load_text, log_probs
 from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model
 from dfqs_nb.scores import ItemSet
 from dfqs_nb.stats import mean_interval
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 FORMAT: Literal["dfqs reference record 1"] = "dfqs reference record 1"
 BYTE = 6  # of the header's token types
+FORMS = {"extra_bits_per_byte": "+.4f", "same_top": ".1%", "kl_low": ".4f", "kl_high": ".4f"}
 MOST_OTHERS = 0.1  # of the answers may have tokens that the model lacks; more: another tokenizer
 
 
@@ -116,17 +114,15 @@ class Record:
 def load_prompts(source: str, limit: int = 0, *, chat: bool = True) -> dict[str, tuple[str, bool]]:
     """Prompts by id, each with whether it is a chat message: of a question set, or the lines of a text file.
 
-    ``limit``: the most prompts, spread over a set's families; 0: all. A `PromptError` or `RecordError`: there
+    ``limit``: the most prompts, spread over a set's families; 0: all. A `PromptError` or `TextError`: there
     is no such set, or the file cannot be read.
     """
     if Path(source).suffix == ".txt":
-        try:
-            lines = [line for line in Path(source).read_text(encoding="utf-8").split("\n") if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            hint = "give a UTF-8 file with a prompt on each line"
-            raise RecordError(f"cannot be read ({error})", where=tilde(source), hint=hint) from error
+        ((text,),) = load_text(source).documents
+        lines = [line for line in text.split("\n") if line.strip()]
         return {str(number): (line, chat) for number, line in enumerate(lines[: limit or None], 1)}
-    questions = part_of(ItemSet.load(source), limit)
+    questions = ItemSet.load(source)
+    questions = questions.part(limit) if limit else questions
     around = questions.instruction if chat and questions.mode == "chat" else ""
     return {item.id: (item.asked(around), chat) for item in questions.items}
 
@@ -140,25 +136,21 @@ def write_record(
     conditions: Mapping[str, Any] | None = None,
     **facts: str,
 ) -> Head:
-    """Record how a model continues each prompt. The same call resumes a killed run.
+    """Record how a model continues each prompt (a text by its id, and whether it is a chat message).
 
-    Args:
-        prompts: by id, the text and whether it is a chat message.
-        continue_: gives the steps of a prompt: `continuation` of a model in this process, or of a server.
-        conditions: what the continuations depend on beside the fields of `Head`.
-        facts: the other fields of `Head`.
+    ``continue_`` gives the steps of a prompt: `continuation` of a model in this process, or of a server.
+    ``conditions``: what they depend on beside ``facts``, the fields of `Head`. The same call resumes.
     """
     path = Path(path)
     head = Head(record=FORMAT, date=date.today().isoformat(), top_k=top_k, **facts)
-    key = head.model_dump(exclude={"date"}) | dict(conditions or {})
+    key = head.model_dump(exclude={"date"}) | dict(conditions or {}) | {"prompts": dict(prompts)}
     journal = Journal(path.with_name(f".{path.name}.journal"), key)
     for name, (text, chat) in tqdm(prompts.items(), desc="prompts", leave=False):
-        if name not in journal or (journal[name]["prompt"], journal[name]["chat"]) != (text, chat):
+        if name not in journal:
             steps = [Step.model_validate(step).model_dump() for step in continue_(text, chat)]
             if steps:  # a model that ends at once predicted nothing
                 journal.add(name, prompt=text, chat=chat, steps=steps)
-    rows = [row for row in journal.rows() if row["id"] in prompts]
-    if not rows:
+    if not (rows := journal.rows()):
         what = "every answer ended at once, or began with a control token, such as a mark of thinking"
         raise RecordError(what, where=head.source, hint="give other prompts, or plain texts with --plain")
     with whole_file(path) as file:
@@ -194,6 +186,35 @@ def continuation(model: Model, text: str, chat: bool, n_tokens: int, top_k: int)
 # ---- comparing a model with it ----
 
 
+def kl_bounds(top: Array, ours: Array, rest: Array, cap: float) -> tuple[float, float]:
+    """Bounds, in nats, of the KL divergence of our prediction from one known only at its likeliest tokens.
+
+    The lower bound takes the unseen tokens as one (the log-sum inequality). The upper bound gives the unseen
+    probability to those tokens that we hold least likely, no more than ``cap`` to each: the divergence is
+    convex in it, so its maximum lies at such a corner. ``top`` and ``ours``: log-probabilities of the seen
+    tokens, ``(k,)``; ``rest``: ours of all others.
+
+    >>> both = np.log([0.5, 0.25, 0.125, 0.125])
+    >>> low, high = kl_bounds(both[:2], both[:2], both[2:], 0.25)
+    >>> low, round(high, 4)
+    (0.0, 0.1733)
+    """
+    seen = float(np.exp(top) @ (top - ours))
+    unseen = max(0.0, 1.0 - float(np.exp(top).sum()))
+    if unseen < 1e-9 or not len(rest):
+        return max(seen, 0.0), max(seen, 0.0)
+    most = float(rest.max())
+    low = seen + unseen * (np.log(unseen) - most - np.log(np.exp(rest - most).sum()))
+    cap = min(max(cap, unseen / len(rest)), unseen)
+    n_full = min(int(unseen / cap), len(rest))
+    least = np.partition(rest, min(n_full, len(rest) - 1))[: n_full + 1]
+    least.sort()
+    mass = np.append(np.full(n_full, cap), max(0.0, unseen - n_full * cap))[: len(least)]
+    mass = mass[mass > 1e-12]
+    high = seen + float(mass @ (np.log(mass) - least[: len(mass)]))
+    return max(low, 0.0), max(low, high, 0.0)
+
+
 @dataclass(frozen=True)
 class Fidelity:
     """How a model predicts what a record holds.
@@ -218,28 +239,25 @@ class Fidelity:
     @property
     def sentence(self) -> str:
         """The result in a sentence."""
-        facts, n_prompts = self.summary(), self.tokens["id"].nunique()
-
-        def shown(name: str, form: str) -> str:
+        facts, shown = self.summary(), {}
+        for name, form in FORMS.items():
             mean, low, high = facts[name].values()
-            return f"{mean:{form}}" + ("" if np.isnan(low) else f" ({low:{form}} to {high:{form}})")
-
+            shown[name] = f"{mean:{form}}" + ("" if np.isnan(low) else f" ({low:{form}} to {high:{form}})")
         return (
-            f"against {self.head.source}, {n_prompts} prompts, {len(self.tokens):,} tokens: "
-            f"the original's answers cost {shown('extra_bits_per_byte', '+.4f')} bits a byte more here; "
-            f"same likeliest token {shown('same_top', '.1%')}; KL divergence between "
-            f"{shown('kl_low', '.4f')} and {shown('kl_high', '.4f')} nats (the record holds the original's "
-            f"{self.head.top_k} likeliest tokens)"
+            f"against {self.head.source}, {self.tokens['id'].nunique()} prompts, {len(self.tokens):,} "
+            f"tokens: the original's answers cost {shown['extra_bits_per_byte']} bits a byte more here; "
+            f"same likeliest token {shown['same_top']}; KL divergence between {shown['kl_low']} and "
+            f"{shown['kl_high']} nats (the record holds the original's {self.head.top_k} likeliest tokens)"
         )
 
     def by_position(self, n_bins: int = 4) -> pd.DataFrame:
         """Means by stretch of the answers: ``position``, ``n``, ``same_top``, ``kl_low``, ``kl_high``."""
-        n = int(self.tokens["position"].max()) + 1
-        n_bins = min(n_bins, n)
-        groups = self.tokens.groupby(self.tokens["position"] * n_bins // n)
+        at = self.tokens["position"]
+        n = min(n_bins, int(at.max()) + 1)
+        groups = self.tokens.groupby(at * n // (at.max() + 1))
         table = groups[["same_top", "kl_low", "kl_high"]].mean()
-        edges = [(-(-i * n // n_bins) + 1, -(-(i + 1) * n // n_bins)) for i in table.index]
-        table.insert(0, "position", [f"{first} to {last}" for first, last in edges])
+        ends = groups["position"].agg(["min", "max"]) + 1
+        table.insert(0, "position", [f"{first} to {last}" for first, last in ends.to_numpy()])
         table.insert(1, "n", groups.size())
         return table.reset_index(drop=True)
 
@@ -252,13 +270,10 @@ def compare_record(model: Model, record: Record) -> Fidelity:
             meets a model without a template.
         ModelError: the model's chat template refuses a prompt. DecodeError: llama.cpp fails.
     """
-    import pandas as pd
-
     if any(line.chat for line in record.lines) and not model.header.text("tokenizer.chat_template"):
         hint = "record plain texts: dfqs-nb record MODEL --plain -o record.jsonl"
         raise RecordError("the record holds chats, the model has no template", where=model.path, hint=hint)
-    vocabulary, n_others = _vocabulary(model), 0
-    rows: list[dict[str, Any]] = []
+    vocabulary, n_others, rows = _vocabulary(model), 0, list[dict[str, Any]]()
     for line in tqdm(record.lines, desc="prompts", leave=False):
         prompt = prompt_tokens(model, line.prompt, line.chat)
         ids = [vocabulary.get(bytes.fromhex(step.token), -1) for step in line.steps]
@@ -282,14 +297,11 @@ def _vocabulary(model: Model) -> dict[bytes, int]:
 
     A token that stands for a byte comes after a text of the same byte: no model with both predicts it.
     """
-    types = model.header.get("tokenizer.ggml.token_type") or []
-    ids: dict[bytes, int] = {}
-    raw: dict[bytes, int] = {}
-    for token in range(model.n_vocab):
+    types, ids = model.header.get("tokenizer.ggml.token_type") or [], dict[bytes, int]()
+    for token in sorted(range(model.n_vocab), key=lambda at: at < len(types) and types[at] == BYTE):
         if piece := model.token_bytes(token):
-            is_byte = token < len(types) and types[token] == BYTE
-            (raw if is_byte else ids).setdefault(piece, token)
-    return raw | ids
+            ids.setdefault(piece, token)
+    return ids
 
 
 def _predictions(model: Model, prompt: Sequence[int], ids: Sequence[int]) -> Array:
@@ -302,8 +314,7 @@ def _predictions(model: Model, prompt: Sequence[int], ids: Sequence[int]) -> Arr
 
 def _row(step: Step, ours: Array, token: int, vocabulary: Mapping[bytes, int]) -> dict[str, Any]:
     """One token of the table `Fidelity.tokens`."""
-    known: dict[int, float] = {}
-    cap = step.top[-1][1]
+    known, cap = dict[int, float](), step.top[-1][1]
     for text, value in step.top:
         index = vocabulary.get(bytes.fromhex(text), -1)
         if index < 0 or index in known:  # a control token, or a second one of the same bytes: unseen
@@ -313,15 +324,14 @@ def _row(step: Step, ours: Array, token: int, vocabulary: Mapping[bytes, int]) -
     seen, top = np.fromiter(known, int), np.fromiter(known.values(), float)
     rest = np.delete(ours, seen).astype(float)
     low, high = kl_bounds(top, ours[seen].astype(float), rest, float(np.exp(cap)))
-    n_best = min(len(step.top), len(ours))
-    best = set(np.argpartition(-ours, n_best - 1)[:n_best].tolist())
+    best = np.argsort(-ours)[: len(step.top)]
     return {
         "text": bytes.fromhex(step.token).decode("utf-8", "replace"),
         "bytes": len(step.token) // 2,
         "nll_reference": -step.logprob,
         "nll": -float(ours[token]),
         "same_top": int(ours.argmax()) == vocabulary.get(bytes.fromhex(step.top[0][0])),
-        "overlap": len(best & set(seen.tolist())) / len(step.top),
+        "overlap": len({*best.tolist()} & {*known}) / len(step.top),
         "kl_low": low,
         "kl_high": high,
     }

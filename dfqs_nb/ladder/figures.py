@@ -98,9 +98,6 @@ def routing_by_bits(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def divergence_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """KL divergence from the source by the depth of a token, a line a rung (`tables.position_table`)."""
     ax, rungs = new_axes(ax, 3.8), list(dict.fromkeys(positions["rung"]))
-    if not rungs:
-        set_title(ax, "The held-out text is too short for a divergence by position")
-        return ax
     shades = plt.get_cmap("plasma")(np.linspace(0.05, 0.88, len(rungs)))
     for number, (rung, colour) in enumerate(zip(rungs, shades, strict=True)):
         rows = positions[positions["rung"] == rung]
@@ -109,10 +106,10 @@ def divergence_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> A
         _intervals(ax, at, *bounds, color=colour, fmt="o-", markersize=4, label=rung)
     token_axis(ax, sorted(set(positions["start"]) - {0} | set(positions["end"])), "tokens before (bands)")
     ax.set_yscale("log")
-    counts = f"n = {positions['n'].iloc[0]} tokens in {positions['texts'].iloc[0]} texts a band"
-    ax.set_ylabel(
-        f"KL divergence (nats a token)\n{_interval_kind(positions['kld_low'])}\n{counts}", fontsize=9
-    )
+    n, chunks = positions["n"], positions["chunks"].iloc[0]
+    counts = f"n = {n.min():,} to {n.max():,} tokens a band in {chunks} chunks"
+    kind = _interval_kind(positions["kld_low"])
+    ax.set_ylabel(f"KL divergence (nats a token)\n{kind}\n{counts}", fontsize=9)
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     ends = positions.groupby("rung", sort=False)
     known = bool(positions["kld_low"].notna().all())

@@ -11,31 +11,29 @@ import hashlib
 import re
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import whole_path
-from dfqs_nb.gguf.facts import class_of, layer_of
-from dfqs_nb.gguf.header import MAGIC, GGUFHeader, check_layout, read_header
+from dfqs_nb.core.files import sha256_of_files, whole_path
+from dfqs_nb.core.journal import conditions_hash
+from dfqs_nb.gguf.facts import class_of
+from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
+from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.ladder.divergence import Array, Text, chunks, feed, load_text
 from dfqs_nb.llama.build import default_params
 from dfqs_nb.llama.graph import Tensor, ggml_function
 from dfqs_nb.llama.model import open_model
-from dfqs_nb.llama.settings import OpenSettings, threads_for
-
-if TYPE_CHECKING:
-    import pandas as pd
+from dfqs_nb.llama.settings import OpenSettings, llama_version, threads_for
 
 CHUNK_TOKENS = 512  # llama-imatrix's default
 LEAST_ROWS = 16  # llama-imatrix passes over smaller products of dense weights
 SUMS, COUNTS = ".in_sum2", ".counts"
-UNIFORM = "none (every column weighs the same)"
-REPORT = "report the architecture"
 COLLECT = "collect one with llama-imatrix, or in notebook 08"
 
 
@@ -90,34 +88,30 @@ class ImportanceMatrix:
             digest.update(name.encode() + entry.sums.tobytes() + entry.counts.tobytes())
         return digest.hexdigest()
 
-    def only(self, pattern: str) -> ImportanceMatrix:
-        """The entries whose name contains a match of the pattern."""
-        kept = {name: entry for name, entry in self.entries.items() if re.search(pattern, name)}
-        return replace(self, entries=kept)
+    def fitting(self, header: GGUFHeader, pattern: str = "") -> tuple[ImportanceMatrix, list[str]]:
+        """The entries of a model whose name contains a match of the pattern, and the names that do not fit.
 
-    def fitting(self, header: GGUFHeader) -> ImportanceMatrix:
-        """The entries that have a value for each column (and expert) of the model's tensor of that name.
-
-        llama-quantize refuses the others; so it does of ``attn_output_a`` of ``deepseek4``, whose groups of
-        columns llama.cpp multiplies as matrices of their own. If most do not fit, an `ImatrixError` says so.
+        An entry has a value for each column (and expert) of the tensor of that name; llama-quantize refuses
+        others. So it does of ``attn_output_a`` of ``deepseek4``, whose groups of columns llama.cpp multiplies
+        as matrices of their own. An `ImatrixError`: most of all entries do not fit.
         """
         sizes = {t.name: t.shape[0] * (t.shape[2] if len(t.shape) > 2 else 1) for t in header.tensors}
         odd = [name for name, entry in self.entries.items() if sizes.get(name) != entry.sums.size]
         if 2 * len(odd) > len(self.entries):
             n_values, size = self.entries[odd[0]].sums.size, sizes.get(odd[0])
             why = "no such tensor" if size is None else f"{n_values:,} values, not {size:,}"
-            raise ImatrixError(
+            what = (
                 f"the importance matrix is of another model: {len(odd):,} of its {len(self.entries):,} "
-                f"entries do not fit this one ({odd[0]}: {why})",
-                where=self.path or None,
-                hint="collect one on this model: `--calibrate calibration-nano` does, or llama-imatrix",
+                f"entries do not fit this one ({odd[0]}: {why})"
             )
-        return replace(self, entries={name: entry for name, entry in self.entries.items() if name not in odd})
+            hint = "collect one on this model: `--calibrate calibration-nano` does, or llama-imatrix"
+            raise ImatrixError(what, where=self.path or None, hint=hint)
+        wanted = {name: entry for name, entry in self.entries.items() if re.search(pattern, name)}
+        kept = {name: entry for name, entry in wanted.items() if name not in odd}
+        return replace(self, entries=kept), sorted(wanted.keys() - kept.keys())
 
     def coverage(self) -> pd.DataFrame:
         """By weight: the fewest and the most rows counted in one of its matrices, and how many had none."""
-        import pandas as pd
-
         rows = []
         for name, entry in sorted(self.entries.items()):
             counts = entry.counts
@@ -148,30 +142,11 @@ class ImportanceMatrix:
         return replace(self, path=str(path))
 
 
-def uniform(header: GGUFHeader) -> ImportanceMatrix:
-    """A matrix in which every column weighs the same: the lowest types as they would be without a matrix."""
-    entries = {}
-    for tensor in header.tensors:
-        if len(tensor.shape) > 1 and layer_of(tensor.name) is not None:
-            n = tensor.shape[2] if len(tensor.shape) > 2 else 1
-            entries[tensor.name] = Entry(np.ones((n, tensor.shape[0]), np.float32), np.ones(n, np.int64))
-    return ImportanceMatrix(entries, (UNIFORM,), path=UNIFORM)
-
-
 # ---- files ----
 
 
 def read_imatrix(path: str | Path) -> ImportanceMatrix:
-    """Read an importance matrix of llama.cpp; a `DfqsError` if the file is none."""
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise ImatrixError(f"cannot be read ({error.strerror})", where=path, hint="check the path") from error
-    if magic != MAGIC:
-        hint = "an older .dat? Convert it: llama-imatrix -m MODEL --in-file OLD.dat -o NEW.gguf"
-        raise ImatrixError("not an importance matrix in GGUF", where=path, hint=hint)
+    """Read an importance matrix of llama.cpp in GGUF; a `DfqsError` if the file is none."""
     header = read_header(path)
     check_layout(header)
 
@@ -205,40 +180,32 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
 
 
 class Collector:
-    """Receives every node that llama.cpp evaluates, and sums the squares of what enters the products."""
+    """Receives every node that llama.cpp evaluates, and sums the squares of what enters the products.
+
+    ``totals``: sums and counts by the weight's name, as of `Entry`. ``error``: why a node could not be read.
+    """
 
     def __init__(self) -> None:
         import llama_cpp.llama_cpp as api
 
         self.callback = api.ggml_backend_sched_eval_callback(self._hear)
+        self.totals: dict[str, tuple[Array, Array]] = {}
+        self.error: BaseException | None = None
         void, size = ctypes.c_void_p, ctypes.c_size_t
         self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, size, size)
         self._nbytes = ggml_function("ggml_nbytes", size, void)
         name_of = ggml_function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
         names = [name_of(code) for code in range(64)]  # fewer than there are: all of these are sure to exist
         self._dense, self._routed = names.index(b"MUL_MAT"), names.index(b"MUL_MAT_ID")
-        self._totals: dict[str, tuple[Array, Array]] = {}  # sums and counts, as of `Entry`
-        self._error: BaseException | None = None
-
-    def entries(self) -> dict[str, Entry]:
-        """The collected sums; an `ImatrixError` if a node could not be read, or no weight was used."""
-        if self._error is not None:
-            raise ImatrixError(f"the collector failed ({self._error})", hint=REPORT) from self._error
-        if not self._totals:
-            raise ImatrixError("no weight was used", hint=REPORT)
-        return {
-            name: Entry(sums.astype(np.float32).reshape(len(counts), -1), counts)
-            for name, (sums, counts) in self._totals.items()
-        }
 
     def _hear(self, address: int, asks: bool, _user_data: object) -> bool:
         """llama.cpp asks about a node, and comes again once it is computed; no exception may pass through."""
-        if self._error is None:
+        if self.error is None:
             try:
                 node = Tensor.from_address(address)
                 return self._wants(node) if asks else self._take(node)
             except Exception as error:
-                self._error = error
+                self.error = error
         return not asks
 
     def _wants(self, node: Any) -> bool:
@@ -248,11 +215,22 @@ class Collector:
         return rows.ne[1] >= LEAST_ROWS and rows.type == 0 and _name(weight).startswith("blk.")
 
     def _take(self, node: Any) -> bool:
+        """Add the rows ``(n3, n2, n, columns)`` that enter a weight, by expert, or plane by plane."""
         weight, rows = Tensor.from_address(node.src[0]), self._read(node.src[1], np.float32)
-        if node.op == self._routed:
-            self._take_routed(_name(weight), weight.ne[2], rows[0], self._read(node.src[2], np.int32)[0, 0])
-        else:
-            self._take_dense(_name(weight), weight.ne[2] * weight.ne[3], rows)
+        routed, n = node.op == self._routed, weight.ne[2] * weight.ne[3]
+        empty = np.zeros((n, rows.shape[3])), np.zeros(n if routed else 1, np.int64)
+        sums, counts = self.totals.setdefault(_name(weight), empty)
+        if routed:  # of each token, the row for the expert at each place, or one row for all
+            ids = self._read(node.src[2], np.int32)[0, 0]  # (tokens, k)
+            for place in range(ids.shape[1]):
+                chosen = np.eye(n)[ids[:, place]]
+                sums += chosen.T @ np.square(rows[0, :, place % rows.shape[2]], dtype=np.float64)
+                counts += chosen.sum(0).astype(np.int64)
+            return True
+        planes = np.square(rows, dtype=np.float64).sum(axis=2).reshape(-1, rows.shape[3])
+        for number, plane in enumerate(planes):  # a weight of several matrices takes them in turn
+            sums[number % n] += plane
+        counts += len(planes) * rows.shape[2] // n
         return True
 
     def _read(self, address: int, kind: type) -> Array:
@@ -261,26 +239,6 @@ class Collector:
         raw = np.empty(nbytes, np.uint8)
         self._copy(address, raw.ctypes.data, 0, nbytes)
         return np.lib.stride_tricks.as_strided(raw.view(kind), tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1])
-
-    def _take_routed(self, name: str, n_experts: int, rows: Array, ids: Array) -> None:
-        """Rows ``(tokens, k or 1, columns)``; ids ``(tokens, k)``: which expert each row enters."""
-        empty = np.zeros((n_experts, rows.shape[2])), np.zeros(n_experts, np.int64)
-        sums, counts = self._totals.setdefault(name, empty)
-        for place in range(ids.shape[1]):
-            squares = np.square(rows[:, place % rows.shape[1]], dtype=np.float64)
-            order = np.argsort(ids[:, place], kind="stable")
-            chosen, first, n = np.unique(ids[order, place], return_index=True, return_counts=True)
-            sums[chosen] += np.add.reduceat(squares[order], first, axis=0)
-            counts[chosen] += n
-
-    def _take_dense(self, name: str, n_matrices: int, rows: Array) -> None:
-        """Rows ``(n3, n2, n, columns)``; a weight of several matrices takes the planes in turn."""
-        empty = np.zeros((n_matrices, rows.shape[3])), np.zeros(1, np.int64)
-        sums, counts = self._totals.setdefault(name, empty)
-        planes = np.square(rows, dtype=np.float64).sum(axis=2).reshape(-1, rows.shape[3])
-        for number, plane in enumerate(planes):
-            sums[number % n_matrices] += plane
-        counts += len(planes) * rows.shape[2] // n_matrices
 
 
 def _name(tensor: Any) -> str:
@@ -296,22 +254,27 @@ def collect(
     chunk_tokens: int = CHUNK_TOKENS,
     n_chunks: int = 24,
     n_threads: int = 0,
-    dataset: str = "",
+    path: Path | None = None,
+    fresh: bool = False,
     progress: bool = True,
 ) -> ImportanceMatrix:
     """Collect an importance matrix over a text, in whole chunks that each begin from a cleared context.
 
-    Args:
-        source: the model, in the precision that the quantization starts from.
-        text: a text, or the name of a prompt set or a text file.
-        n_chunks: the most chunks; 0: all. ``n_threads``: 0: as suits the size of the model.
-        dataset: what the text is called in the file's header; its name where not given.
+    ``source``: the model, in the precision that the quantization starts from. ``text``: or the name of a
+    prompt set or a text file. ``n_chunks``: the most; 0: all. ``n_threads``: 0: as suits the model's size.
+    ``path``: where it is kept; what is there from the same text and model is read, unless ``fresh``.
 
     Raises:
         TextError, PromptError: there is no such text, or it has fewer tokens than one chunk.
         ImatrixError: a node could not be read. ModelError, DecodeError: llama.cpp fails.
     """
-    text = load_text(text, "calibration") if isinstance(text, str) else text
+    text, dataset = load_text(text, "calibration") if isinstance(text, str) else text, ""
+    if path is not None:
+        size = {"tokens": chunk_tokens, "chunks": n_chunks, "runtime": llama_version()}
+        known = {"source": sha256_of_files(open_shards(source).paths), "text": asdict(text), **size}
+        dataset = f"{text.name} {conditions_hash(known)}"
+        if path.exists() and not fresh and (kept := read_imatrix(path)).datasets == (dataset,):
+            return kept
     collector = Collector()
     settings = OpenSettings(n_ctx=chunk_tokens, n_threads=n_threads or threads_for(source))
     with default_params(cb_eval=collector.callback):
@@ -320,4 +283,12 @@ def collect(
         pieces = chunks(text.tokens(model), chunk_tokens, n_chunks)
         for piece in tqdm(pieces, desc="importance matrix", disable=not progress):
             deque(feed(model, piece), maxlen=0)
-    return ImportanceMatrix(collector.entries(), (dataset or text.name,), len(pieces), chunk_tokens)
+    if collector.error or not collector.totals:
+        why = f"the collector failed ({collector.error})" if collector.error else "no weight was used"
+        raise ImatrixError(why, hint="report the architecture") from collector.error
+    entries = {
+        name: Entry(sums.astype(np.float32).reshape(len(counts), -1), counts)
+        for name, (sums, counts) in collector.totals.items()
+    }
+    matrix = ImportanceMatrix(entries, (dataset or text.name,), len(pieces), chunk_tokens)
+    return matrix.save(path) if path else matrix

@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from dfqs_nb.core import child
 from dfqs_nb.core.display import quoted, tqdm
@@ -31,9 +33,6 @@ from dfqs_nb.ladder.recipes import FLOATS, QuantizeError, Recipe, Rule, file_typ
 from dfqs_nb.llama import check
 from dfqs_nb.llama.log import ERROR, LOG
 from dfqs_nb.llama.settings import llama_version
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 BLOCKS = {name: (code, block, nbytes) for code, (name, block, nbytes) in TENSOR_TYPES.items()}
 # llama.cpp refuses these without an importance matrix, but for the embedding and the output
@@ -63,26 +62,17 @@ class Plan:
     source: ShardSet = field(repr=False)
     tensors: tuple[Tensor, ...] = field(repr=False)  # as they will be, in the order of the file
     nbytes: int  # of the file, exactly
-    fallbacks: tuple[str, ...] = ()  # llama.cpp's lines about shapes that do not suit the type it wanted
-    entries: int = 0  # of the importance matrix that will be used
-    left_out: tuple[str, ...] = ()  # those that do not fit the model
+    notes: tuple[str, ...] = ()  # to read first: shapes that do not suit a type, unused entries of the matrix
+    matrix: ImportanceMatrix | None = field(repr=False, default=None)  # the entries that are used
+    job: dict[str, Any] = field(repr=False, default_factory=dict)  # of the child, without its output
 
     @property
     def bits_per_weight(self) -> float:
         """Average over all weights, without tables of integers."""
         return bits_per_weight(self.tensors)
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Warnings to read first: fallbacks, and entries of the matrix that are not used."""
-        names = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
-        unused = f"{len(self.left_out)} entries of the importance matrix do not fit and are not used: {names}"
-        return (*self.fallbacks, *([unused] if self.left_out else []))
-
     def by_class(self) -> pd.DataFrame:
         """One row a tensor class, largest first; see `gguf.facts.class_sizes`, and ``source_bytes``."""
-        import pandas as pd
-
         before = {row["class"]: row["bytes"] for row in class_sizes(self.source.as_one)}
         sizes = pd.DataFrame(class_sizes(replace(self.source.as_one, tensors=self.tensors)))
         sizes.insert(3, "source_bytes", sizes["class"].map(before))
@@ -90,61 +80,54 @@ class Plan:
 
 
 def plan(
-    source: str | Path, recipe: Recipe | str, imatrix: str | Path | ImportanceMatrix | None = None
+    source: str | Path,
+    recipe: Recipe | str,
+    imatrix: str | Path | ImportanceMatrix | None = None,
+    worker: child.Worker | None = None,
 ) -> Plan:
     """Ask llama.cpp in a dry run what it would make of a model by a recipe. Writes nothing.
 
-    Args:
-        source: a GGUF with F32, F16 or BF16 weights, or any of its shards.
-        imatrix: an importance matrix, or its file; a recipe with ``weights`` uses it.
+    ``source``: a GGUF with F32, F16 or BF16 weights, or any of its shards. ``imatrix``: an importance matrix,
+    or its file; a recipe with ``weights`` uses it. ``worker``: a child of the ladder, for several calls.
 
     Raises:
         QuantizeError: the recipe does not fit the model, or a type needs an importance matrix.
         ImatrixError: the importance matrix is broken, or of another model.
         HeaderError, ShardError, LayoutError: not a sound model. ModelError: llama.cpp dies on it.
     """
-    with child.Worker(CHILD) as worker:
-        return _prepare(source, recipe, imatrix, worker)[0]
-
-
-def _prepare(
-    source: str | Path,
-    recipe: Recipe | str,
-    imatrix: str | Path | ImportanceMatrix | None,
-    worker: child.Worker,
-) -> tuple[Plan, dict[str, Any], ImportanceMatrix | None]:
-    """The plan, the child's job without its output, and the entries of the matrix that are used."""
     recipe, shards = load_recipe(recipe) if isinstance(recipe, str) else recipe, open_shards(source)
-    where, matrix, left_out = shards.paths[0], None, list[str]()
+    where, matrix, notes = shards.paths[0], None, list[str]()
     _check_source(shards)
     if imatrix is not None and recipe.weights:
         given = imatrix if isinstance(imatrix, ImportanceMatrix) else read_imatrix(imatrix)
-        given.fitting(shards.as_one)  # refuses the matrix of another model, whatever the recipe uses of it
-        matrix = given.only(recipe.weights).fitting(shards.as_one)
-        left_out = sorted(given.only(recipe.weights).entries.keys() - matrix.entries.keys())
+        matrix, odd = given.fitting(shards.as_one, recipe.weights)
+        if odd:
+            names = ", ".join(odd[:3]) + (", ..." if len(odd) > 3 else "")
+            notes.append(f"{len(odd)} entries of the importance matrix do not fit and are not used: {names}")
     types, by_rule = _types_by_rule(shards, recipe)
     keys = _keys(recipe, matrix)
     exact = {f"^{re.escape(name)}$".replace(r"\-", "-"): kind for name, kind in types.items()}
     job = {"work": "quantize", "source": str(where.resolve()), "mix": file_types()[recipe.mix], "keys": keys}
     job["overrides"] = [[pattern, BLOCKS[kind][0]] for pattern, kind in exact.items()]
-    answer = worker.run({**job, "dry_run": True}, where=where)
+    with nullcontext(worker) if worker else child.Worker(CHILD) as serving:
+        answer = serving.run({**job, "dry_run": True}, where=where)
     chosen, before = dict(answer["tensors"]), {tensor.name: tensor for tensor in shards.tensors}
     if set(chosen) != set(before):
         what = "llama.cpp's dry run names other tensors than the header"
         raise QuantizeError(what, where=where, hint=REPORT)
-    for rule, names in by_rule.items():  # llama.cpp leaves norms, routers and vectors as they are
-        if names and all(chosen[name] != rule.type for name in names):
-            what = f"llama.cpp keeps {names[0]} at {chosen[names[0]]}, whatever {rule.pattern!r} says"
-            raise QuantizeError(what, where=where, hint="take the rule out")
+    for rule, ruled in by_rule.items():
+        if ruled and all(chosen[name] != rule.type for name in ruled):
+            # it leaves norms, routers and vectors as they are, and takes another type for some shapes
+            what = f"llama.cpp gives {chosen[ruled[0]]} to {ruled[0]}, whatever {rule.pattern!r} says"
+            raise QuantizeError(what, where=where, hint="take the rule out, or give a type of blocks of 32")
     _check_matrix(chosen, before, matrix, where)
     tensors = []
     for name, kind in chosen.items():
         code, block, nbytes = BLOCKS[kind]
         nbytes *= before[name].n_elements // block
         tensors.append(replace(before[name], type=kind, type_code=code, nbytes=nbytes))
-    sizes = _file_bytes(shards, tensors, keys), tuple(answer["fallbacks"])
-    entries = len(matrix.entries) if matrix else 0
-    return Plan(recipe, shards, tuple(tensors), *sizes, entries, tuple(left_out)), job, matrix
+    notes = [*answer["fallbacks"], *notes]
+    return Plan(recipe, shards, tuple(tensors), _file_bytes(shards, tensors, keys), tuple(notes), matrix, job)
 
 
 def _check_source(shards: ShardSet) -> None:
@@ -174,11 +157,6 @@ def _types_by_rule(shards: ShardSet, recipe: Recipe) -> tuple[dict[str, str], di
         elif rule := next((rule for rule in recipe.rules if rule.matches(tensor.name, n_layers)), None):
             by_rule[rule].append(tensor.name)
             types[tensor.name] = rule.type
-            columns, block = tensor.shape[0], BLOCKS[rule.type][1]
-            if len(tensor.shape) > 1 and columns % block:
-                what = f"{tensor.name} has rows of {columns:,} values, which blocks of {block} ({rule.type})"
-                hint = "give it Q8_0 or Q4_0 (blocks of 32), or leave it to the mix"
-                raise QuantizeError(f"{what} do not divide", where=where, hint=hint)
     for rule, names in by_rule.items():
         if not names and not rule.optional:
             what = f"no tensor matches {rule.pattern!r} of the recipe {recipe.name}"
@@ -251,46 +229,40 @@ def quantize(
 ) -> Plan:
     """Quantize a model into one file, which appears whole or not at all; returns what was written.
 
-    Args:
-        source, recipe, imatrix: as for `plan`; shards need no merge first.
-        n_threads: 0: the usable cores. The result does not depend on it.
-        source_sha256: where it is known; else the source is hashed.
-        worker: a child of the ladder that serves several calls; a new one by default.
+    See `plan`; shards need no merge first. The result does not depend on ``n_threads`` (0: the usable cores).
+    ``source_sha256``: where it is known; else the source is hashed.
 
     Raises:
         OutputError, SpaceError: the output exists, is the source, or finds no room; nothing was written.
         IntegrityError: what llama.cpp wrote is not what was planned. And those of `plan`.
     """
     output, shards = Path(output), open_shards(source)
-    _check_output(output, shards, overwrite)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        nullcontext(worker) if worker else child.Worker(CHILD) as serving,
-    ):
-        planned, job, matrix = _prepare(source, recipe, imatrix, serving)
-        free = shutil.disk_usage(output.parent).free  # an output that is replaced stays until then
-        if free < planned.nbytes:
-            what = f"needs {planned.nbytes:,} bytes and {free:,} are free"
-            hint = f"free {planned.nbytes - free:,} bytes, or take another disk"
-            raise SpaceError(what, where=output.parent, hint=hint)
-        job["keys"]["dfqs.source_sha256"] = source_sha256 or sha256_of_files(shards.paths)
-        if matrix and matrix.entries:
-            job["imatrix"] = matrix.save(Path(folder) / "used.gguf").path
-        bar = tqdm(total=len(planned.tensors), desc=planned.recipe.name, unit="tensor", disable=not progress)
-        with whole_path(output) as part, bar:
-            job |= {"n_threads": n_threads or usable_cores(), "output": str(part)}
-            serving.run(job, where=source, on_message=lambda message: bar.update(message["tensor"] - bar.n))
-            _check_written(part, planned)
-    return planned
-
-
-def _check_output(output: Path, shards: ShardSet, overwrite: bool) -> None:
     if any(output.exists() and output.samefile(path) for path in shards.paths):
         raise OutputError("is the source itself", where=output, hint="name another file")
     if output.exists() and not overwrite:
         raise OutputError("exists already", where=output, hint="name another file, or pass --overwrite")
     if not output.parent.is_dir():
         raise OutputError("its folder does not exist", where=output, hint="make the folder first")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        nullcontext(worker) if worker else child.Worker(CHILD) as serving,
+    ):
+        planned = plan(source, recipe, imatrix, serving)
+        free = shutil.disk_usage(output.parent).free  # an output that is replaced stays until then
+        if free < planned.nbytes:
+            what = f"needs {planned.nbytes:,} bytes and {free:,} are free"
+            hint = f"free {planned.nbytes - free:,} bytes, or take another disk"
+            raise SpaceError(what, where=output.parent, hint=hint)
+        job = planned.job | {"n_threads": n_threads or usable_cores()}
+        job["keys"]["dfqs.source_sha256"] = source_sha256 or sha256_of_files(shards.paths)
+        if planned.matrix and planned.matrix.entries:
+            job["imatrix"] = planned.matrix.save(Path(folder) / "used.gguf").path
+        bar = tqdm(total=len(planned.tensors), desc=planned.recipe.name, unit="tensor", disable=not progress)
+        with whole_path(output) as part, bar:
+            job["output"] = str(part)
+            serving.run(job, where=source, on_message=lambda message: bar.update(message["tensor"] - bar.n))
+            _check_written(part, planned)
+    return planned
 
 
 def _check_written(part: Path, planned: Plan) -> None:

@@ -50,12 +50,6 @@ def _compiles(text: str) -> str:
     return text
 
 
-def _leaves_room(name: str) -> str:
-    if name in FLOATS:
-        raise ValueError(f"{name} as a mix leaves the rules no tensor: take Q8_0, and a rule '.' with {name}")
-    return name
-
-
 Pattern = Annotated[str, AfterValidator(_compiles)]
 FileType = Annotated[str, _one_of("file type", file_types)]
 TensorType = Annotated[
@@ -91,7 +85,7 @@ class Recipe:
     """How a model is quantized; a ``ValueError`` says what is wrong with it."""
 
     name: str
-    mix: Annotated[FileType, AfterValidator(_leaves_room)]  # chooses for tensors that no rule names
+    mix: FileType  # chooses for tensors that no rule names
     note: str = ""
     keep: tuple[Pattern, ...] = ()  # tensors that stay as in the source
     rules: tuple[Rule, ...] = ()  # the first that matches counts

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.facts import class_sizes
 from dfqs_nb.ladder.divergence import Array, bands, estimate, summary
 from dfqs_nb.ladder.run import Ladder, Rung
 from dfqs_nb.routing import differences, overlaps
 from dfqs_nb.scores import SetRun, compare_runs
 from dfqs_nb.stats import LEVEL, holm, mean_interval, sign_flip
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from dfqs_nb.core import Stage
 
 # The hierarchy that DFQS 1.0 states. GGUF has no 8-bit floats; Q8_0 is the nearest.
 LEVELS: dict[str, tuple[str, ...]] = {
@@ -27,14 +24,12 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "IQ2": ("IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS"),
     "IQ1_S-XL": ("IQ1_S-XL",),
 }
-ROUNDING = 1e-4  # nats: log-probabilities are kept as float32
 SAME = "no evidence of a difference"
+KINDS = ("fidelity", "ability")
 
 
 def table(ladder: Ladder) -> pd.DataFrame:
     """One row a rung: sizes, bits, and every metric with its 95 % interval (``_low``, ``_high``)."""
-    import pandas as pd
-
     rows = []
     for rung in ladder.rungs:
         row = {"rung": rung.name, "bytes": rung.header.file_size, "bits_per_weight": rung.bits_per_weight}
@@ -46,9 +41,7 @@ def table(ladder: Ladder) -> pd.DataFrame:
             row |= {f"{name}_high": score.high, f"{name}_n": score.n}
         row["boundary"] = rung.boundary["tokens"]
         row |= {f"boundary_{end}": rung.boundary[end] for end in ("low", "high", "status")}
-        speed = rung.speed
-        row |= {"decode": speed["median"], "decode_low": speed["min"], "decode_high": speed["max"]}
-        rows.append(row | {"contended": speed["contended"]})
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -60,8 +53,6 @@ def _score_name(run: SetRun, runs: Sequence[SetRun]) -> str:
 
 def class_table(ladder: Ladder) -> pd.DataFrame:
     """Bits a weight by tensor class (rows) and rung (columns)."""
-    import pandas as pd
-
     columns = {
         rung.name: {row["class"]: row["bits_per_weight"] for row in class_sizes(rung.header)}
         for rung in ladder.rungs
@@ -92,8 +83,6 @@ def routing_table(ladder: Ladder) -> pd.DataFrame:
     ``identical`` (share of equal sets among ``n``) with ``low`` and ``high``; ``overlap``: mean share of
     the k experts that both chose.
     """
-    import pandas as pd
-
     rows, trace = [], ladder.source.trace
     for rung in ladder.rungs[1:]:
         overlap = overlaps(trace, rung.trace).mean(axis=0)
@@ -106,36 +95,19 @@ def routing_table(ladder: Ladder) -> pd.DataFrame:
 
 
 def position_table(ladder: Ladder) -> pd.DataFrame:
-    """Divergence from the source by how deep a token lies in longer texts, one row a rung and band.
+    """Divergence from the source by how deep a token lies in its chunk, one row a rung and band.
 
-    ``start`` and ``end`` in tokens; intervals are over texts. Empty where the held-out text is too short.
+    ``start`` and ``end`` in tokens; ``n`` tokens in ``chunks``, over which the intervals are.
     """
-    import pandas as pd
-
-    rows, spans = [], bands(ladder.settings.longest)
-    for rung, long in [(rung, rung.long) for rung in ladder.rungs[1:] if rung.long]:
-        parts = zip(*(np.split(values, len(spans), 1) for values in (long.kld, long.same_top)), strict=True)
-        for (start, end), (kld, same) in zip(spans, parts, strict=True):
-            row = {"rung": rung.name, "bits_per_weight": rung.bits_per_weight, "start": start, "end": end}
-            row |= {"texts": len(kld), "n": kld.size, **estimate("kld", kld)}
-            rows.append(row | _share("same_top", same.astype(float)))
-    names = ["rung", "bits_per_weight", "start", "end", "texts", "n", "kld", "kld_low", "kld_high"]
-    return pd.DataFrame(rows, columns=None if rows else names)
-
-
-def bracket_table(ladder: Ladder) -> pd.DataFrame:
-    """The exact divergence in the longer texts between the bounds that the source's 20 likeliest tokens give.
-
-    Mean nats, one row a rung; ``inside``: the share of tokens whose exact divergence lies between its bounds.
-    """
-    import pandas as pd
-
     rows = []
-    for rung, long in [(rung.name, rung.long) for rung in ladder.rungs[1:] if rung.long]:
-        inside = (long.kl_low <= long.kld + ROUNDING) & (long.kld <= long.kl_high + ROUNDING)
-        means = [float(values.mean()) for values in (long.kl_low, long.kld, long.kl_high, inside)]
-        rows.append((rung, long.kld.size, *means))
-    return pd.DataFrame(rows, columns=["rung", "n", "at_least", "exact", "at_most", "inside"])
+    for rung, (band, (start, end)) in product(
+        ladder.rungs[1:], enumerate(bands(ladder.settings.chunk_tokens))
+    ):
+        part = rung.tokens.part(band)
+        row = {"rung": rung.name, "bits_per_weight": rung.bits_per_weight, "start": start, "end": end}
+        row |= {"chunks": len(part.kld), "n": part.kld.size, **estimate("kld", part.kld)}
+        rows.append(row | _share("same_top", part.same_top.astype(float)))
+    return pd.DataFrame(rows)
 
 
 # ---- pairs ----
@@ -151,8 +123,6 @@ def steps(ladder: Ladder) -> pd.DataFrame:
     Tests on the same units: sign flips of chunks or texts, McNemar's over questions, Holm's correction over
     all. The source's divergence from itself is 0: the first step's says only whether anything changed.
     """
-    import pandas as pd
-
     names = [rung.name for rung in ladder.rungs]
     pairs = dict.fromkeys([*pairwise(names), *((a, b) for _, _, a, b in _level_pairs(names))])
     rows = [row for a, b in pairs for row in _compared(ladder.source, ladder[a], ladder[b])]
@@ -167,27 +137,28 @@ def steps(ladder: Ladder) -> pd.DataFrame:
 
 def _compared(source: Rung, a: Rung, b: Rung) -> list[dict[str, Any]]:
     """One row a metric, from its values in each chunk, question or text."""
-    pair, rows = (a, b), []
+    rows = list[dict[str, Any]]()
 
     def paired(metric: str, kind: str, first: Array, second: Array, *, up: bool = True) -> None:
         change = second - first
         low, high = mean_interval(change)
-        row = {"n": len(change), "value_a": float(first.mean()), "value_b": float(second.mean())}
+        row = {"a": a.name, "b": b.name, "metric": metric, "kind": kind, "n": len(change)}
+        row |= {"value_a": float(first.mean()), "value_b": float(second.mean())}
         row |= {"difference": float(change.mean()), "low": low, "high": high}
-        row |= {"p": sign_flip(change), "larger_is_better": up}
-        rows.append({"a": a.name, "b": b.name, "metric": metric, "kind": kind, **row})
+        rows.append(row | {"p": sign_flip(change), "larger_is_better": up})
 
-    paired("KL divergence", "fidelity", *(rung.tokens.kld.mean(1) for rung in pair), up=False)
-    paired("same top token", "fidelity", *(rung.tokens.same_top.mean(1) for rung in pair))
+    tokens = [rung.tokens.part() for rung in (a, b)]
+    paired("KL divergence", "fidelity", *(part.kld.mean(1) for part in tokens), up=False)
+    paired("same top token", "fidelity", *(part.same_top.mean(1) for part in tokens))
     if not source.trace.hashed.all():
-        paired("same experts", "fidelity", *(_same_experts(source, rung).mean(1) for rung in pair))
-    paired("log-perplexity", "perplexity", *(rung.tokens.nll.mean(1) for rung in pair), up=False)
+        paired("same experts", "fidelity", *(_same_experts(source, rung).mean(1) for rung in (a, b)))
+    paired("log-perplexity", "perplexity", *(part.nll.mean(1) for part in tokens), up=False)
     for run, other in zip(a.runs, b.runs, strict=True):
         result = compare_runs(run, other)
         row = {"a": a.name, "b": b.name, "metric": _score_name(run, a.runs), "kind": "ability", "n": result.n}
         row |= {"value_a": result.a, "value_b": result.b, "difference": result.difference}
         rows.append(row | {"low": result.low, "high": result.high, "p": result.p, "larger_is_better": True})
-    right = [rung.items.groupby(["length", "haystack"])["correct"].mean() for rung in pair]
+    right = [rung.items.groupby(["length", "haystack"])["correct"].mean() for rung in (a, b)]
     shared = right[0].index.intersection(right[1].index)
     paired("retrieval", "ability", *(values[shared].to_numpy(float) for values in right))
     return rows
@@ -211,25 +182,16 @@ def hierarchy(ladder: Ladder, compared: pd.DataFrame) -> pd.DataFrame:
     """The hierarchy of DFQS 1.0, tested between levels: the smallest rung of one and the largest of the next.
 
     One column a metric with its verdict; ``fidelity`` and ``ability``: the verdicts of their metrics
-    `together`. Where the 99 % tail of the divergence goes the other way than the tested means, ``fidelity``
-    says so. Perplexity belongs to neither: a model can be surprised less by a text, and yet be less like the
-    original and able to do less.
+    `together`. Perplexity belongs to neither: a model can be surprised less by a text, and yet be less like
+    the original and able to do less.
     """
-    import pandas as pd
-
     rows: list[dict[str, Any]] = []
-    tails = {rung.name: summary(rung.tokens)["kld_tail"] for rung in ladder.rungs}
     for above, below, a, b in _level_pairs([rung.name for rung in ladder.rungs]):
         pair = compared[(compared["a"] == a) & (compared["b"] == b)]
         row: dict[str, Any] = {"step": f"{above} -> {below}", "a": a, "b": b}
         row |= {"bits_a": ladder[a].bits_per_weight, "bits_b": ladder[b].bits_per_weight}
         row |= dict(zip(pair["metric"], pair["verdict"], strict=True))
-        row |= {kind: together(pair[pair["kind"] == kind]["verdict"]) for kind in ("fidelity", "ability")}
-        tail = "better" if tails[b] < tails[a] else "worse"
-        if tails[b] != tails[a] and row["fidelity"] in {"better", "worse"} - {tail}:
-            ends = f"({tails[a]:.2g} to {tails[b]:.2g} nats)"
-            row["fidelity"] += f" on average, {tail} in the 99 % tail {ends}"
-        rows.append(row)
+        rows.append(row | {kind: together(pair[pair["kind"] == kind]["verdict"]) for kind in KINDS})
     return pd.DataFrame(rows)
 
 
@@ -259,33 +221,23 @@ def hand_on(stage: Stage, ladder: Ladder, compared: pd.DataFrame) -> list[str]:
     for row in (rungs[1], low) if len(rungs) > 2 else rungs[1:]:
         known = row["kld_low"] == row["kld_low"]
         interval = f"{row['kld_low']:.2g} to {row['kld_high']:.2g}" if known else "unknown"
-        above = "; the others lift the mean above that" if row["kld"] > row["kld_tail"] else ""
         within = f" ({row['routing_low']:.1%} to {row['routing_high']:.1%})" if known else ""
         lines.append(
             f"{row['rung']}: KL divergence {row['kld']:.2g} nats (95 % interval {interval}, 99 % of tokens "
-            f"under {row['kld_tail']:.2g}{above}, n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks)"
+            f"under {row['kld_tail']:.2g}, n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks)"
             + (f", same experts in {row['routing']:.1%}{within}" if row["routing"] == row["routing"] else "")
         )
-
-    def counted(row: dict[str, Any], kind: str) -> str:
-        pair = (compared["a"] == row["a"]) & (compared["b"] == row["b"]) & (compared["kind"] == kind)
-        n = sorted({*compared[pair]["n"]})
-        return f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}"
-
-    lines += [
-        f"{row['step']} ({row['a']} at {row['bits_a']:.2f} bits to {row['b']} at {row['bits_b']:.2f}): "
-        f"fidelity {row['fidelity']} ({counted(row, 'fidelity')} chunks or texts); "
-        f"ability {row['ability']} ({counted(row, 'ability')} questions or texts)"
-        for row in levels
-    ]
+    for row in levels:
+        pair = compared[(compared["a"] == row["a"]) & (compared["b"] == row["b"])]
+        parts = []
+        for kind in KINDS:
+            n = pair.loc[pair["kind"] == kind, "n"]
+            counts = f"{n.min()}" if n.min() == n.max() else f"{n.min()} to {n.max()}"
+            parts.append(f"{kind} {row[kind]} (n = {counts} chunks, questions or texts)")
+        ends = f"{row['a']} at {row['bits_a']:.2f} bits to {row['b']} at {row['bits_b']:.2f}"
+        lines.append(f"{row['step']} ({ends}): {'; '.join(parts)}")
     lines += [f"{name} failed: {why}" for name, why in ladder.failed.items()]
-    stage.finish(
-        conditions=ladder.conditions,
-        summary=lines,
-        tier=ladder.settings.tier,
-        rungs=rungs,
-        hierarchy=levels,
-        steps=compared.to_dict("records"),
-        failed=ladder.failed,
-    )
+    facts: dict[str, Any] = {"conditions": ladder.conditions, "tier": ladder.settings.tier}
+    facts |= {"rungs": rungs, "hierarchy": levels, "steps": compared.to_dict("records")}
+    stage.finish(**facts, summary=lines, failed=ladder.failed)
     return lines

@@ -168,16 +168,11 @@ def _retrieval(metric: str, first: RunItems, run: RunItems) -> Row:
     a, b = (items[items["planned"]].merge(common) for items in (first.context, run.context))
     if not len(a):
         return {"reading": "not compared: the two were asked no question in common"}
-    it, planned = paired(_pooled(b), _pooled(a)).iloc[0], int(first.context["planned"].sum())
+    it, planned = paired(b, a), int(first.context["planned"].sum())
     left = "" if len(a) == planned else f"; of {planned} questions {len(a)} were asked of both"
     reading = f"{it['only_baseline']:.0f} right in the baseline alone, {it['only_this']:.0f} here alone{left}"
     change = _differs("difference", it["difference"], it["low"], it["high"], reading)
     return {**_alone(b), "p": flip_test(a, b), **change}
-
-
-def _pooled(items: pd.DataFrame) -> pd.DataFrame:
-    """All lengths as one, so that ``paired`` gives the difference over all of them."""
-    return items.assign(question=items["length"].astype(str) + "/" + items["question"], length=0)
 
 
 def _alone(items: pd.DataFrame) -> Row:
@@ -185,8 +180,8 @@ def _alone(items: pd.DataFrame) -> Row:
     if not len(items):
         return {}
     items = items[items["planned"]]
-    it = paired(_pooled(items), _pooled(items).assign(correct=False)).iloc[0]
-    low, high = max(0.0, float(it["low"])), min(1.0, float(it["high"]))
+    it = paired(items, items.assign(correct=False))
+    low, high = max(0.0, it["low"]), min(1.0, it["high"])
     return {"n": len(items), "value": items["correct"].mean(), "low": low, "high": high}
 
 

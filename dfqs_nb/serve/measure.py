@@ -146,7 +146,7 @@ def measure_long_context(
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     remote: Any = _Remote(endpoint)
-    options: dict[str, Any] = {"shortest": shortest, "n_haystacks": n_haystacks, "rounds": 0, "reuse": False}
+    options: dict[str, Any] = {"shortest": shortest, "n_haystacks": n_haystacks, "rounds": 0}
     plan = context.make_plan(remote, prompt_set, longest, **options)
     return context.measure(remote, plan, folder, model_sha256=endpoint.identity, fresh=fresh)
 

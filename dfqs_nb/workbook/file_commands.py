@@ -184,8 +184,9 @@ def quantize(
     from dfqs_nb import ladder
     from dfqs_nb.gguf import models as registry
     from dfqs_nb.ladder.imatrix import collect
+    from dfqs_nb.ladder.recipes import load_recipe
 
-    path, chosen = registry.resolve(source)[0], ladder.load_recipe(recipe)
+    path, chosen = registry.resolve(source)[0], load_recipe(recipe)
     if not (output or dry_run):
         raise DfqsError("no output was named", hint="pass -o FILE, or --dry-run to see what it would be")
     if imatrix and calibrate:

@@ -338,7 +338,7 @@ def tasks(
 
     Resumes after a kill. Example: `dfqs-nb tasks model.gguf --lengths 1024,4096 --task "several keys"`
     """
-    from dfqs_nb.context.cost import measure_prefill
+    from dfqs_nb.context.plan import measure_prefill
     from dfqs_nb.context.tasks import NAME, Tasks, measure_tasks, planned_seconds
     from dfqs_nb.core.prompts import load_prompts
 
@@ -356,8 +356,6 @@ def tasks(
         options |= {"budget_seconds": 60 * budget_minutes, "model_id": identity(opened)}
         result = measure_tasks(opened, folder, sizes, speed, **options)
     _tell(result, folder / "tasks.csv", model)
-    if result.ended:
-        say(f"no answer is right at {sizes[0]:,} tokens, so not asked at more: {'; '.join(result.ended)}")
     say_table(result.effective(), ".2f")
 
 

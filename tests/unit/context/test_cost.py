@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import subprocess
 import sys
+import time
 
 import gguf_fixtures
 import numpy as np
@@ -12,22 +14,23 @@ import pandas as pd
 import pytest
 from test_memory import NANO, smollm2
 
-from dfqs_nb.context.cost import PrefillSpeed, memory_table, predict_failure, settings_for
+from dfqs_nb.context import plan as plans
+from dfqs_nb.context.plan import Meter, PrefillSpeed, crew, predict_failure, settings_for, side_by_side
 from dfqs_nb.core.errors import PromptError
+from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.memory import flash_cache_table, kv_cache_bytes, published_shape
 from dfqs_nb.llama.check import dry_run
+from dfqs_nb.llama.model import Model, open_model
 from dfqs_nb.llama.settings import OpenSettings
 
 MIB, GIB = 2**20, 2**30
-FREE = PrefillSpeed(1e-9, 0.0)
 
 
 def test_prefill_time_is_the_integral_of_the_time_of_a_token():
     speed = PrefillSpeed(0.02, 1e-5)
     assert speed.seconds(1000) == pytest.approx(sum(0.02 + 1e-5 * depth for depth in range(1000)), rel=1e-3)
-    assert [speed.tokens_per_sec(depth) for depth in (0, 2000)] == pytest.approx([50, 25])
 
 
 def test_lack_of_memory_is_predicted_before_it_happens():
@@ -74,20 +77,56 @@ def test_published_shape_agrees_with_a_header_of_the_real_size(tmp_path):
         assert ours.parts == kv_cache_bytes(header, n_ctx, swa_full=full).parts
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-def test_measured_memory_lies_between_the_cache_and_the_prediction(tmp_path):
-    """A fresh process also holds the vocabulary, the graph and Python: under 40 MiB here."""
-    table = memory_table(NANO, [512, 1024], OpenSettings(n_threads=1), Stage(tmp_path, "long_context"), FREE)
-    assert (table["anonymous_bytes"] > table["kv_bytes"]).all()
-    assert (table["anonymous_bytes"] < table["predicted_bytes"] + 40 * MIB).all()
-    assert np.allclose(table["kv_bytes"], table["kv_planned_bytes"], atol=0.02 * MIB)
+def test_a_meter_counts_with_the_pace_that_was_seen(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    meter = Meter(10)
+    assert meter.holds(10) and not meter.holds(11)
+    with meter.spend(2):
+        now[0] = 4  # twice as slow as planned
+    assert meter.holds(3) and not meter.holds(4)
+    assert meter.holds(float("nan")), "a stand-in has no speed"
+
+
+def next_token(model: Model, token: int) -> int:
+    model.clear()
+    return int(model.evaluate([token]).argmax())
+
+
+def test_a_small_model_works_on_every_core_and_results_keep_their_order(monkeypatch):
+    monkeypatch.setattr(plans, "usable_cores", lambda: 3)
+    with open_model(NANO, OpenSettings(n_ctx=64, n_threads=1), trial=False) as model:
+        with crew(model) as models:
+            assert len(models) == 3 and models[0] is model
+            best = side_by_side(models, next_token, range(9))
+        assert best == [next_token(model, n) for n in range(9)]
+        with crew(model, alone=True) as models:
+            assert models == [model]
+
+
+FILL = """
+import sys, psutil
+from dfqs_nb.llama.build import build_llama
+from dfqs_nb.llama.settings import OpenSettings
+def own():
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared
+before, settings = own(), OpenSettings(n_ctx=int(sys.argv[2]), n_threads=1)
+llama = build_llama(sys.argv[1], settings)
+llama.eval([1 + i % 100 for i in range(settings.n_ctx)])
+print(own() - before)
+"""
 
 
 @pytest.mark.slow
-def test_measured_growth_of_a_dense_cache_is_the_predicted(tmp_path):
-    """SmolLM2's cache is large against everything else: each doubling must show in resident memory."""
-    table = memory_table(
-        smollm2(), [2048, 4096, 8192], OpenSettings(n_threads=1), Stage(tmp_path, "long_context"), FREE
-    )
-    grown, predicted = table["anonymous_bytes"].diff()[1:], table["kv_bytes"].diff()[1:]
-    assert np.allclose(grown, predicted, rtol=0.1), table
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_measured_growth_of_a_dense_cache_is_the_predicted():
+    """SmolLM2's cache is large against everything else: each doubling must show in a process's own memory."""
+    lengths = [1024, 2048, 4096]
+    predicted = [kv_cache_bytes(read_header(smollm2()), n).total for n in lengths]
+    taken = []
+    for n in lengths:
+        command = [sys.executable, "-c", FILL, str(smollm2()), str(n)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+        taken.append(int(done.stdout.split()[-1]))
+    assert np.allclose(np.diff(taken), np.diff(predicted), rtol=0.1), (taken, predicted)

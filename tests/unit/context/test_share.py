@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from test_memory import NANO
 
-from dfqs_nb.context import cost
+from dfqs_nb.context import plan as plans
 from dfqs_nb.context.plan import Plan
 from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.core.stage import Stage
@@ -27,8 +27,8 @@ class Clock:
     """Seconds since the test began; `time` shows them."""
 
     def __init__(self, monkeypatch, seconds_per_token: float) -> None:
-        self.now, self.per_token, self.parts = 0.0, seconds_per_token, list[str]()
-        decode, build, run = models.Model._decode_batch, models.build_llama, cost.child.run
+        self.now, self.per_token = 0.0, seconds_per_token
+        decode, build = models.Model._decode_batch, models.build_llama
 
         def slow_decode(model, tokens, **options):
             self.now += self.per_token * len(tokens)
@@ -38,18 +38,11 @@ class Clock:
             self.now += LOAD_SECONDS
             return build(*given)
 
-        def slow_child(module, job, **options):
-            if "fill_tokens" not in job:
-                return run(module, job, **options)  # llama.cpp's plan of the memory
-            self.now += LOAD_SECONDS + self.per_token * min(job["fill_tokens"], job["settings"]["n_ctx"])
-            self.parts.append("memory")
-            return {"anonymous_bytes": 1e6, "resident_bytes": 2e6}
-
+        monkeypatch.setattr(plans, "usable_cores", lambda: 1)
         for name in ("monotonic", "perf_counter"):
             monkeypatch.setattr(time, name, lambda: self.now)
         monkeypatch.setattr(models.Model, "_decode_batch", slow_decode)
         monkeypatch.setattr(models, "build_llama", slow_build)
-        monkeypatch.setattr(cost.child, "run", slow_child)
 
 
 @pytest.fixture
@@ -98,7 +91,7 @@ def test_the_least_plan_takes_the_time_of_the_other_parts(folder, monkeypatch):
     made = run_notebook(folder, clock, 11)
     assert 0.5 * 60 * 11 < clock.now <= 1.2 * 60 * 11
     assert [row["length"] for row in made["curve"]] == [256] and made["boundary"]["provisional"]
-    missing = {"the table of tasks: not measured", "loss and routing by position: not measured"}
+    missing = {"the table of tasks: not measured", "loss by position: not measured"}
     assert missing <= {*made["left_out"]}
 
 
@@ -107,7 +100,7 @@ def test_with_more_time_every_part_has_its_share(folder, monkeypatch):
     clock = Clock(monkeypatch, 0.1)
     made = run_notebook(folder, clock, 11)
     assert clock.now <= 1.2 * 60 * 11
-    assert len(made["curve"]) >= 2 and made["losses"] and clock.parts
+    assert len(made["curve"]) >= 2 and made["losses"]
     assert "not measured" not in " ".join(made["left_out"])
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from dfqs_nb.context import figures, tasks
-from dfqs_nb.context.cost import PrefillSpeed
+from dfqs_nb.context.plan import PrefillSpeed
 from dfqs_nb.context.tasks import TaskRun, Text, Writer
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.paths import data_dir
@@ -218,7 +218,7 @@ def test_a_task_that_fails_at_the_shortest_length_is_not_asked_again(tmp_path, m
     with open_model(path, OpenSettings(n_ctx=1024, n_threads=1)) as model:
         run = tasks.measure_tasks(model, tmp_path, [256, 512], FREE, tasks=chosen, n_texts=2)
     assert run.table()["length"].tolist() == [256, 512, 256]
-    assert run.ended == ("several keys",) and not run.left_out
+    assert not run.left_out, "no budget took it away"
 
 
 def test_a_model_is_asked_and_a_second_run_asks_nothing(tmp_path, monkeypatch):
@@ -227,14 +227,12 @@ def test_a_model_is_asked_and_a_second_run_asks_nothing(tmp_path, monkeypatch):
     with open_model(path, OpenSettings(n_ctx=512, n_threads=1)) as model:
         first = tasks.measure_tasks(model, tmp_path, [512, 60], FREE, tasks=chosen, n_texts=2)
         assert len(first.items) == 4 and first.table()["n"].tolist() == [2, 2]
-        assert len(first.left_out) == 2, "60 tokens hold neither task"
+        assert first.left_out == ("4 texts of the table of tasks",), "60 tokens hold neither task"
         monkeypatch.setattr(tasks, "greedy", lambda *_: pytest.fail("asked again"))
         again = tasks.measure_tasks(model, tmp_path, [512, 512], FREE, tasks=chosen * 2, n_texts=2)
         assert again.table()["n"].tolist() == [2, 2], "no answer counts twice"
         assert again.items["answer"].tolist() == first.items["answer"].tolist()
         none = tasks.measure_tasks(model, tmp_path, [256], FREE, tasks=chosen, n_texts=2, budget_seconds=-1)
-        assert not len(none.items) and none.left_out == tuple(
-            f"{name} at 256 tokens: 2 of 2 texts" for name in chosen
-        )
+        assert not len(none.items) and none.left_out == ("the table of tasks: not measured",)
         with pytest.raises(PromptError, match="there is no task 'x'"):
             tasks.measure_tasks(model, tmp_path, [256], FREE, tasks=["x"])

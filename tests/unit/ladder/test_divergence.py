@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from dfqs_nb.context import loss
+from dfqs_nb.context.curve import token_losses
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.ladder import divergence
 from dfqs_nb.ladder.divergence import TextError, Tokens
 from dfqs_nb.llama import generate as llama_generate
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama import settings as llama_settings
-from dfqs_nb.routing import RecordedModel
 
 REFERENCE = data_dir() / "reference"
 F16 = REFERENCE / "DFQS-Nano-F16.gguf"
@@ -34,9 +33,9 @@ def model():
 
 def test_the_divergence_of_two_coins_is_the_closed_form():
     p, q = np.log(np.array([[0.75, 0.25]], np.float32)), np.log(np.array([[0.5, 0.5]], np.float32))
-    nll, base, kld, same = divergence.compare_chunk(p, q, np.array([1]))
+    nll, kld, same = divergence.compare_chunk(p, q, np.array([1]))
     assert kld[0] == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
-    assert (nll[0], base[0]) == (pytest.approx(math.log(2)), pytest.approx(math.log(4)))
+    assert nll[0] == pytest.approx(math.log(2))
     assert same.tolist() == [True]
 
 
@@ -46,15 +45,13 @@ def test_probabilities_sum_to_one_even_far_from_zero():
 
 
 def test_the_scored_tokens_lose_what_the_loss_module_says(model):
-    """Against `loss.token_losses`, which walks through the text in other pieces."""
+    """Against `token_losses` of the context stage, which walks through the text in other pieces."""
     tokens = divergence.load_text("calibration-nano").tokens(model)[:256]
     for chunk in divergence.chunks(tokens, 128, 2):
-        ((predicted, targets),) = divergence.predictions(model, chunk, divergence.second_half(128))
+        ((predicted, targets),) = divergence.predictions(model, chunk, divergence.bands(128)[-1:])
         losses = -predicted[np.arange(len(targets)), targets]
         bos = model.llama.token_bos()
-        assert losses == pytest.approx(
-            loss.token_losses(RecordedModel(model, None), [bos, *chunk[1:]])[64:], abs=2e-3
-        )
+        assert losses == pytest.approx(token_losses(model, [bos, *chunk[1:]])[64:], abs=2e-3)
         assert len(losses) == 63
 
 
@@ -64,20 +61,21 @@ def text(model):
 
 
 @pytest.mark.parametrize("step", [7, 32, 128])
-def test_windows_step_by_step_equal_the_whole_computation(model, text, tmp_path, step):
+def test_windows_step_by_step_equal_the_whole_computation(model, text, tmp_path, monkeypatch, step):
     """Against one evaluation of the whole chunk, all its logits at once, and the divergence written out."""
-    pieces = divergence.chunks(text, 128, 2)
-    windows = [divergence.stratified(128, 8, seed) for seed in range(2)]
-    place = tmp_path / "base.npy"
-    base = divergence.beside_source(model, pieces, windows, place, is_source=True, step=step)
-    assert base.kld.shape == (2, 40) and base.kld.max() == 0
+    monkeypatch.setattr(divergence, "STEP", step)
+    pieces, place = divergence.chunks(text, 128, 2), tmp_path / "base.npy"
+    base = divergence.beside_source(model, pieces, place, is_source=True)
+    assert base.kld.shape == (2, 4 * 8 + 63) and base.kld.max() == 0
+    assert base.part().kld.shape == (2, 63) and base.part(0).nll.shape == (2, 8)
     with llama_model.open_model(REFERENCE / "DFQS-Nano-Q8_0-00001-of-00002.gguf", SETTINGS) as other:
-        scored = divergence.beside_source(other, pieces, windows, place, is_source=False, step=step)
-        for number, (piece, spans) in enumerate(zip(pieces, windows, strict=True)):
+        scored = divergence.beside_source(other, pieces, place, is_source=False)
+        for number, piece in enumerate(pieces):
             p, q = (
                 log_softmax(next(rows for _, rows in divergence.feed(each, piece)).astype(float), axis=1)
                 for each in (model, other)
             )
+            spans = divergence.stratified(128, number)
             at = np.concatenate([np.arange(start, end) for start, end in spans])
             exact = (np.exp(p) * (p - q)).sum(axis=1)[at]
             assert scored.kld[number] == pytest.approx(exact, abs=2e-3, rel=0.02)
@@ -100,11 +98,11 @@ def test_memory_does_not_grow_with_the_context(model, text):
 
     def peak(n_tokens):
         tracemalloc.start()
-        piece, spans = [1] * n_tokens, divergence.stratified(n_tokens, 16, 0)
+        piece, spans = [1] * n_tokens, divergence.stratified(n_tokens, 0)[:-1]
         n_scored = sum(len(targets) for _, targets in divergence.predictions(Counted(), piece, spans, 64))
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert n_scored == 5 * 16
+        assert n_scored == 4 * 32
         return most
 
     short, long = peak(1024), peak(16_384)
@@ -114,9 +112,10 @@ def test_memory_does_not_grow_with_the_context(model, text):
 @pytest.mark.parametrize("n_tokens", [64, 1000, 1024, 32_768])
 def test_windows_lie_inside_their_bands(n_tokens):
     for seed in range(20):
-        windows = divergence.stratified(n_tokens, 32, seed)
-        for (start, end), (first, last) in zip(divergence.bands(n_tokens), windows, strict=True):
-            assert start <= first < last <= end <= n_tokens - 1 and last - first == min(32, n_tokens // 16)
+        *windows, last = divergence.stratified(n_tokens, seed)
+        assert last == (n_tokens // 2, n_tokens - 1), "what llama-perplexity scores"
+        for (start, end), (first, behind) in zip(divergence.bands(n_tokens), windows, strict=False):
+            assert start <= first < behind <= end and behind - first == min(32, n_tokens // 16)
 
 
 def test_a_chat_is_put_in_the_model_s_template_and_ended(model):
@@ -141,7 +140,7 @@ def test_a_text_file_is_one_document_and_a_short_one_is_refused(model, tmp_path)
 def test_intervals_come_from_chunks_and_widen_where_chunks_differ():
     even = np.full((8, 10), 0.5)
     apart = even + np.linspace(-0.4, 0.4, 8)[:, None]
-    tokens = [Tokens(nll, even, nll, nll > 2) for nll in (even, apart)]
+    tokens = [Tokens(nll, nll, nll > 2, np.full(10, divergence.LAST)) for nll in (even, apart)]
     narrow, wide = (divergence.summary(scored) for scored in tokens)
     assert narrow["kld_low"] == narrow["kld_high"] == narrow["kld"] == pytest.approx(0.5)
     assert wide["kld_low"] < 0.4 and wide["kld_high"] > 0.6
@@ -151,7 +150,7 @@ def test_intervals_come_from_chunks_and_widen_where_chunks_differ():
 @pytest.mark.parametrize("n", [2, 5, 6])
 def test_few_chunks_have_no_interval(n):
     values = np.linspace(0.1, 0.5, n)[:, None] * np.ones((n, 4))
-    found = divergence.summary(Tokens(values, values, values, values > 0.2))
+    found = divergence.summary(Tokens(values, values, values > 0.2, np.full(4, divergence.LAST)))
     for name in ("perplexity", "kld", "same_top"):
         bounds = found[f"{name}_low"], found[f"{name}_high"]
         assert [math.isnan(bound) for bound in bounds] == [n < 6, n < 6] and found[name] >= 0
@@ -180,7 +179,8 @@ def value(said: str, name: str) -> tuple[float, float]:
 
 def summary(base: list[np.ndarray], other: list[np.ndarray], targets: list[np.ndarray]) -> dict:
     rows = zip(*map(divergence.compare_chunk, base, other, targets), strict=True)
-    return divergence.summary(Tokens(*map(np.stack, rows)))
+    arrays = list(map(np.stack, rows))
+    return divergence.summary(Tokens(*arrays, np.full(arrays[0].shape[1], divergence.LAST)))
 
 
 @pytest.mark.slow
@@ -200,7 +200,7 @@ def test_numbers_agree_with_llama_perplexity_within_its_error_bars(tmp_path, nam
     for kind, file in (("base", F16), ("other", other)):
         with llama_model.open_model(file, SETTINGS) as model:
             tokens = model.with_bos(model.tokenize(path.read_text(), special=False))
-            half = divergence.second_half(128)
+            half = divergence.bands(128)[-1:]
             pieces = divergence.chunks(tokens, 128, 24)
             scored = [next(divergence.predictions(model, piece, half)) for piece in pieces]
             rows[kind], targets = map(list, zip(*scored, strict=True))
