@@ -21,7 +21,6 @@ import pandas as pd
 from dfqs_nb.context.boundary import Boundary, Counts, search_lengths
 from dfqs_nb.context.haystacks import N_STRATA, Case, Haystacks, Probe, Question, StandIn, frame_of, sentences
 from dfqs_nb.context.plan import Meter, Plan, PrefillSpeed, RuntimeFailure, crew, side_by_side
-from dfqs_nb.core.budget import fit
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.files import parse_json
 from dfqs_nb.core.journal import Journal, holds
@@ -341,35 +340,32 @@ def loss_by_position(
     """Mean loss along held-out texts of ``longest`` tokens, a row a band of position that doubles in width.
 
     The texts are the probe's filler, without keys. Columns ``start`` to ``end`` (tokens), ``texts``,
-    ``tokens``, ``loss`` (nats) with its 95 % interval over texts ``low`` to ``high``.
-
-    It takes half of the time that the stage has left. Cut in this order: 4 texts, shorter texts down to 128
-    tokens, 2 texts, none. A single text counts as none. The stage notes what is left out.
+    ``tokens``, ``loss`` (nats) with its 95 % interval over texts ``low`` to ``high``. It takes half of the
+    time that the stage has left: shorter texts, down to 128 tokens, and then fewer. One counts as none.
     """
-    seconds = stage.seconds_left / 2
-    cuts = [{"texts": 4}, *({"tokens": longest >> k} for k in range(1, 20) if longest >> k >= 128)]
+    haystacks, n_tokens, seconds = Haystacks(frame_of(model, probe), probe), longest, stage.seconds_left / 2
 
-    def cost(cut: dict[str, int]) -> float:
-        each = speed.seconds(cut["tokens"]) + cut["tokens"] * model.n_vocab * LOGIT_SECONDS
-        return cut["texts"] * each
+    def cost() -> float:
+        return speed.seconds(n_tokens) + n_tokens * model.n_vocab * LOGIT_SECONDS
 
-    names, whole = {"texts": "held-out texts", "tokens": "tokens of a held-out text"}, {"texts": n_texts}
-    plan = fit(whole | {"tokens": longest}, [*cuts, {"texts": 2}, {"texts": 0}], cost, seconds, names)
-    n, n_tokens, meter = plan.values["texts"], plan.values["tokens"], Meter(seconds)
-    haystacks, each = Haystacks(frame_of(model, probe), probe), cost(plan.values) / max(1, n)
+    while n_tokens >= 256 and 2 * cost() > seconds:
+        n_tokens //= 2
+    meter = Meter(seconds)
 
     def read(reader: Model, number: int) -> np.ndarray | None:
-        if not meter.holds(each):
+        if not meter.holds(cost()):
             return None
-        with meter.spend(each):
+        with meter.spend(cost()):
             return token_losses(reader, held_out_text(haystacks, number, n_tokens))
 
     with crew(model) as models:
-        texts = [losses for losses in side_by_side(models, read, range(n)) if losses is not None]
+        texts = [each for each in side_by_side(models, read, range(n_texts)) if each is not None]
     if len(texts) < 2:
         stage.leave_out(["loss by position: not measured"])
         return pd.DataFrame(columns=LOSSES)
-    stage.leave_out(plan.left_out)
+    if (len(texts), n_tokens) != (n_texts, longest):
+        what = f"{len(texts)} held-out texts of {n_tokens:,} tokens, not {n_texts} of {longest:,}"
+        stage.leave_out([what])
     edges, losses = [max(FIRST_BAND, len(haystacks.frame.head))], np.stack(texts)
     while edges[-1] * 2 < n_tokens:
         edges.append(edges[-1] * 2)
