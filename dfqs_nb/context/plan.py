@@ -306,7 +306,7 @@ def predict_failure(
     plans = plan_memory(shards.paths[0], [replace(settings, n_ctx=n_ctx) for n_ctx in lengths])
     for n_ctx, plan in zip(lengths, plans, strict=True):
         needs = estimate(shards.as_one, n_ctx, min(n_ctx, settings.n_batch, settings.n_ubatch), **kept)
-        needs = needs.with_compute(plan["compute_bytes"])
+        needs = replace(needs, compute_bytes=plan["compute_bytes"])
         if (required := needs.must_fit_bytes + needs.kv.total) > available:
             needed = f"{n_ctx:,} tokens need {required:,} bytes beside the weights"
             return RuntimeFailure(n_ctx, "oom", f"{needed}, and {available:,} are free", predicted=True)
