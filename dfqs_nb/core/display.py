@@ -240,13 +240,15 @@ def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[
 
     table = table.rename_axis(index=lambda name: name and label(name))
     options = {"thousands": ",", "precision": precision, "escape": "html", "na_rep": NONE}
-    styler = Styler(table, cell_ids=False).format(**options).format_index(escape="html")
+    styler = Styler(table, cell_ids=False).format(**options).format_index(escape="html", thousands=",")
     styler = styler.relabel_index([html.escape(label(column)) for column in table.columns], axis=1)
     if percent:
         styler = styler.format("{:.1%}", subset=list(percent), na_rep=NONE)
     page = re.sub(r"<style.*?</style>\s*", "", styler.set_uuid(name).to_html(), flags=re.DOTALL)
-    if named := re.search(r'<tr>\s*(<th class="index_name.*?</th>).*?</tr>\s*', page, re.DOTALL):
-        page = re.sub(r'<th class="blank level0".*?</th>', named[1], page.replace(named[0], ""), count=1)
+    if named := re.search(
+        r'<tr>\s*(<th class="index_name.*?)<th class="blank col0.*?</tr>\s*', page, re.DOTALL
+    ):
+        page = re.sub(r'(<th class="blank.*?</th>\s*)+', named[1], page.replace(named[0], ""), count=1)
     text = [str(i) for i, column in enumerate(table.columns) if table[column].dtype.kind not in "iufb"]
     columns = "|".join(text) or "none"
     aligned = rf"(?:row_heading|index_name) level.*?|(?:col_heading level0|data row\d+) col(?:{columns})"

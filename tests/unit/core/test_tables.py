@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pandas as pd
 
 from dfqs_nb.core import figures
@@ -53,6 +55,8 @@ def test_a_dollar_in_a_figure_is_no_formula_and_powers_of_ten_are(tmp_path):
 
 def test_the_name_of_the_rows_stands_in_the_row_of_headings():
     page = shown(TABLE, "t").data
+    several = TABLE.set_index("name", append=True)
+    assert re.findall(r"<th[^>]*>([^<]+)</th>", shown(several, "t").data)[:3] == ["row", "name", "bytes"]
     assert page.count("<tr>") == 3 and page.index(">row<") < page.index(">name<") and ">a<" in page
 
 
