@@ -114,7 +114,17 @@ def resolve(model: str | Path, *, local_files_only: bool = False) -> tuple[Path,
         return download(shards, local_files_only=local_files_only)
     if isinstance(model, str) and model in (known := registered()):
         return _registered(known[model], local_files_only)
-    return _local(Path(model).expanduser(), str(model))
+    path, given = Path(model).expanduser(), str(model)
+    if path.is_file():
+        return (path,)
+    if path.is_dir():
+        raise RegistryError("is a folder", where=tilde(path), hint="give the path of a file in it")
+    names = ", ".join(registered())
+    if "/" in given or "\\" in given or given.lower().endswith(".gguf"):
+        hint = f"check the path, or give the name of a known model: {names}"
+        raise RegistryError("no such file", where=given, hint=hint)
+    hint = f"{did_you_mean(given.lower(), registered(), 0.4)}known: {names}; or give a path or {FORM}"
+    raise RegistryError(f"no model is called {given!r}", hint=hint)
 
 
 def is_address(model: str | Path) -> bool:
@@ -187,19 +197,6 @@ def _registered(model: Model, local_files_only: bool) -> tuple[Path, ...]:
             raise RegistryError("missing", where=tilde(missing[0]), hint=hint)
     check_sizes(paths, model)
     return paths
-
-
-def _local(path: Path, given: str) -> tuple[Path, ...]:
-    if path.is_file():
-        return (path,)
-    if path.is_dir():
-        raise RegistryError("is a folder", where=tilde(path), hint="give the path of a file in it")
-    known = ", ".join(registered())
-    if "/" in given or "\\" in given or given.lower().endswith(".gguf"):
-        hint = f"check the path, or give the name of a known model: {known}"
-        raise RegistryError("no such file", where=given, hint=hint)
-    hint = f"{did_you_mean(given.lower(), registered(), 0.4)}known: {known}; or give a path or {FORM}"
-    raise RegistryError(f"no model is called {given!r}", hint=hint)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,14 @@ def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False) -> ShardSet
         prefixes = sorted({match["prefix"] for match in named if match})
         if len(prefixes) > 1:
             raise _refused(f"shards of different models: {', '.join(prefixes)}", headers[0].path.parent)
-        _check_tensors(headers)
+        names = Counter(tensor.name for header in headers for tensor in header.tensors)
+        if twice := [name for name, n in names.items() if n > 1]:
+            raise _refused(f"tensor {twice[0]!r} is in {names[twice[0]]} shards", headers[0].path.parent)
+        for number, header in enumerate(headers, 1):
+            total = header.count("split.tensors.count", len(names))
+            if total != len(names):
+                says = f"shard {number} of {len(headers)} says the model has {total:,} tensors"
+                raise _refused(f"{says}; the shards hold {len(names):,}", header.path)
     _check_same_model(headers)
     return ShardSet(tuple(headers))
 
@@ -173,17 +180,6 @@ def _in_order(headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
     if len(by_number) > count:
         raise _refused(f"{len(by_number)} shards of a set of {count}", folder)
     return [by_number[number] for number in numbers]
-
-
-def _check_tensors(headers: Sequence[GGUFHeader]) -> None:
-    names = Counter(tensor.name for header in headers for tensor in header.tensors)
-    if twice := [name for name, n in names.items() if n > 1]:
-        raise _refused(f"tensor {twice[0]!r} is in {names[twice[0]]} shards", headers[0].path.parent)
-    for number, header in enumerate(headers, 1):
-        total = header.count("split.tensors.count", len(names))
-        if total != len(names):
-            says = f"shard {number} of {len(headers)} says the model has {total:,} tensors"
-            raise _refused(f"{says}; the shards hold {len(names):,}", header.path)
 
 
 def _check_same_model(headers: Sequence[GGUFHeader]) -> None:

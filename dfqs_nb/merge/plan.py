@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from dfqs_nb.gguf.header import MAGIC, Tensor, padded
+from dfqs_nb.gguf.header import MAGIC, padded
 from dfqs_nb.gguf.shards import ShardSet
 from dfqs_nb.merge.disk import Identity
 
@@ -87,7 +87,11 @@ def plan_merge(shards: ShardSet) -> Plan:
         for tensor in header.tensors:
             step = padded(tensor.nbytes, first.alignment)
             start, number = header.data_offset + tensor.offset, sources.index(header.path)
-            tables.append(_tensor_record(tensor, offset))
+            shape, name = list(tensor.shape), tensor.name.encode()
+            while len(shape) > 1 and shape[-1] == 1:  # trailing dimensions of 1 are dropped, as ggml does
+                shape.pop()
+            row = (len(name), name, len(shape), *shape, tensor.type_code, offset)
+            tables.append(struct.pack(f"<Q{len(name)}sI{len(shape)}qIQ", *row))
             copies.append(Copy(tensor.name, number, start, offset, tensor.nbytes, step - tensor.nbytes))
             offset += step
     kept = [first.raw[slice(*field.record)] for name, field in first.fields.items() if name != "split.count"]
@@ -97,15 +101,6 @@ def plan_merge(shards: ShardSet) -> Plan:
     head += bytes(padded(len(head), first.alignment) - len(head))
     moved = tuple(replace(copy, target_offset=len(head) + copy.target_offset) for copy in copies)
     return Plan(sources, head, moved, len(head) + offset, identities(sources), by_tensor=True)
-
-
-def _tensor_record(tensor: Tensor, offset: int) -> bytes:
-    """A row of the tensor table; trailing dimensions of 1 are dropped, as ggml does."""
-    shape, name = list(tensor.shape), tensor.name.encode()
-    while len(shape) > 1 and shape[-1] == 1:
-        shape.pop()
-    form = f"<Q{len(name)}sI{len(shape)}qIQ"
-    return struct.pack(form, len(name), name, len(shape), *shape, tensor.type_code, offset)
 
 
 def plan_join(parts: Sequence[Path]) -> Plan:
