@@ -22,7 +22,7 @@ from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.shards import ShardSet, check_set, headers_inside, open_shards, shard_path
 
-FIRST_BYTES, NEXT_BYTES = 1 << 20, 1 << 18  # least size of a request: for the first file; for others
+LEAST_BYTES = 1 << 19  # of a request
 MOST_BYTES = 128 << 20  # of headers in one file; real headers stay under 50 MB, and the reader doubles
 SMALL_BYTES = 1 << 20  # a small answer may be whole, such as a page that says "not found"
 STREAM_BYTES = 64 << 20  # of one request for data
@@ -145,7 +145,7 @@ def headers_of(address: str) -> Iterator[Copy]:
     wanted = next(place for place in places if place.address == address)
     with tempfile.TemporaryDirectory(prefix="dfqs-headers-") as name, ThreadPoolExecutor(8) as pool:
         folder, path = Path(name), Path(name) / wanted.name
-        fetched = _copied(wanted, path, FIRST_BYTES)
+        fetched = _copied(wanted, path)
         with suppress(HeaderError):  # whoever reads the copy reports it
             if "split.no" in read_header(path):
                 others = [place for place in places if place is not wanted]
@@ -185,16 +185,16 @@ def places_of(address: str) -> list[Place]:
 def _if_there(place: Place, path: Path) -> int:
     """Copy one more shard; the bytes fetched. The shards' cross-check names one that is missing."""
     try:
-        return _copied(place, path, NEXT_BYTES)
+        return _copied(place, path)
     except RegistryError:
         path.unlink()
         return 0
 
 
-def _copied(place: Place, path: Path, block: int) -> int:
+def _copied(place: Place, path: Path) -> int:
     """Make a sparse copy of a file's headers; the bytes fetched."""
     with path.open("wb") as copy:
-        remote = RemoteFile(place, block, copy)
+        remote = RemoteFile(place, LEAST_BYTES, copy)
         with suppress(HeaderError):  # whoever reads the copy meets the same bytes, and reports the error
             for _ in headers_inside(path, remote):
                 pass  # each is fetched as it is read
