@@ -77,12 +77,11 @@ def verify_model(
     """Read a model once, and compare it with all there is to compare it with.
 
     That is: the hash given; the hash published for a file of its name and size (``data/models.toml``); its
-    manifest; the tensors of the shards (or the raw concatenation) it was made from. ``data``: read the
-    tensors once more, and look for runs of zeros and for scales that are not numbers.
+    manifest; the tensors of the shards that it was made from. ``data``: read the tensors once more, and look
+    for runs of zeros and for scales that are not numbers.
 
     Raises:
-        IntegrityError: bytes differ (the message names the damaged tensors, where a manifest or shards tell
-            them), or the file changed meanwhile.
+        IntegrityError: bytes differ (it names the damaged tensors, where a manifest or shards tell them).
         HeaderError, LayoutError, ShardError: a file is too broken to compare, or not a model.
     """
     path, began = Path(path), time.perf_counter()
@@ -97,10 +96,7 @@ def verify_model(
     if manifest:
         equal.append(_compared(path, tensors, manifest.tensors, "its manifest"))
     if against:
-        glued = diagnose(against) if isinstance(against, (str, Path)) else None
-        is_glued = glued is not None and glued.kind is Kind.RAW_CONCATENATION
-        theirs = glued.headers if glued and is_glued else open_shards(against).headers
-        hashes = tensor_hashes(theirs)
+        hashes = tensor_hashes(open_shards(against).headers)
         equal.append(_compared(path, tensors, hashes, "the tensors of its shards"))
     kept = manifest.sha256 if manifest else None
     wholes = {"the SHA-256 that was given": sha256, "the SHA-256 in its manifest": kept}
