@@ -22,11 +22,7 @@ ROUTING_COLOURS = {"hash": PALETTE[3], "scores": PALETTE[2], "dense": PAPER}
 
 
 def class_sizes(sizes: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Bytes by tensor class, each bar marked with its bits a weight.
-
-    Args:
-        sizes: columns ``class``, ``bytes`` and ``bits_per_weight``, largest first.
-    """
+    """Bytes by tensor class (columns ``class``, ``bytes``, ``bits_per_weight``, largest first)."""
     ax = new_axes(ax, 0.8 + 0.27 * len(sizes))
     bars = ax.barh(sizes["class"], sizes["bytes"], color=PALETTE[0], height=0.7)
     ax.bar_label(bars, [f"{bits:.2f} bits" for bits in sizes["bits_per_weight"]], padding=4, fontsize=8)
@@ -41,11 +37,7 @@ def class_sizes(sizes: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def quantization_mix(mix: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Bytes of each layer, stacked by tensor type.
-
-    Args:
-        mix: index ``layer``, one column a tensor type, values in bytes.
-    """
+    """Bytes of each layer (index ``layer``), stacked by tensor type (a column each)."""
     ax = new_axes(ax)
     bottom = 0
     for colour, kind in zip(PALETTE, mix.columns, strict=False):
@@ -63,11 +55,7 @@ def quantization_mix(mix: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def attention_layout(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Two strips of tiles, one tile a layer: the kind of attention, and how experts are chosen.
-
-    Args:
-        layers: columns ``layer``, ``kind``, ``ratio`` and ``routing``.
-    """
+    """Two strips, one tile a layer (``layer``, ``kind``, ``ratio``, ``routing``): attention, and routing."""
     ax = new_axes(ax, 1.9)
     for row, (column, colours) in enumerate((("kind", ATTENTION_COLOURS), ("routing", ROUTING_COLOURS))):
         for kind, group in layers.groupby(column, sort=False):

@@ -75,11 +75,8 @@ class Tensor:
 class GGUFHeader(Mapping[str, Any]):
     """A GGUF header as a read-only mapping from field name to value, and its tensor table.
 
-    Attributes:
-        start: where the header starts in the file (0 except for glued files).
-        fields, tensors: in the file's order.
-        data_offset: where the data section starts, from the start of the file.
-        raw: the header's bytes, from its magic to the end of the tensor table.
+    ``start`` (0 except in glued files) and ``data_offset`` are from the start of the file. ``raw`` has the
+    header's bytes, from its magic to the end of the tensor table.
     """
 
     path: Path
@@ -180,9 +177,7 @@ def read_header(path: str | Path, start: int = 0, *, file: Any = None) -> GGUFHe
     """Read the GGUF header that starts at byte ``start`` of the file.
 
     ``file``: an open binary file to read instead of the one at ``path``, such as a `remote.RemoteFile`.
-
-    Raises:
-        HeaderError: llama.cpp could not read that header: what is wrong, at which byte, and the next step.
+    `HeaderError`, where llama.cpp could not read it: what is wrong, at which byte, and the next step.
     """
     path = Path(path)
     try:
@@ -204,8 +199,7 @@ def unreadable(path: Path, error: OSError) -> HeaderError:
 def check_layout(header: GGUFHeader) -> None:
     """Check, as llama.cpp does, that the tensors lie one after another, aligned and inside the file.
 
-    Raises:
-        LayoutError: names the first misplaced tensor, or the missing bytes.
+    `LayoutError` names the first misplaced tensor, or the missing bytes.
     """
     expected = 0
     for tensor in header.tensors:

@@ -69,11 +69,8 @@ def kv_cache_bytes(
 
     llama.cpp rounds ``n_ctx`` up to a multiple of 256. ``n_ubatch`` sizes the sliding window's cache.
     ``swa_full`` keeps every token in sliding-window layers, which is llama.cpp's own default, and costly.
-    Source: ``src/llama-kv-cache*.cpp`` of the llama.cpp that llama-cpp-python 0.3.36 vendors.
-
-    Raises:
-        HeaderError: the header lacks a key that the formula needs.
-        ValueError: an unknown element type, or a count below 1.
+    Source: ``src/llama-kv-cache*.cpp`` of the llama.cpp that llama-cpp-python 0.3.36 vendors. `HeaderError`:
+    the header lacks a key. `ValueError`: an unknown element type, or a count below 1.
     """
     if min(n_ctx, n_ubatch) < 1:
         raise ValueError("n_ctx and n_ubatch must be at least 1")
@@ -184,8 +181,7 @@ def estimate(
 def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: str | Path | None = None) -> str:
     """A warning if the weights will be paged, which is slow; else ``""``.
 
-    Raises:
-        SpaceError: resident weights, KV cache and compute buffer exceed the available memory.
+    `SpaceError`: resident weights, KV cache and compute buffer exceed the available memory.
     """
     memory = memory or available_memory()
     free, must_fit, resident = memory.available_bytes, needs.must_fit_bytes, needs.weights_resident_bytes

@@ -100,10 +100,8 @@ def resolve(model: str | Path, *, local_files_only: bool = False) -> tuple[Path,
             for all, as ``hf://owner/repo/path/file.gguf[@revision]`` or the address of its page.
         local_files_only: take only what is in the hub's cache, as with ``HF_HUB_OFFLINE``.
 
-    Raises:
-        RegistryError: nothing has that name, or the hub does not give the files.
-        IntegrityError: a registered file has another size than in the table.
-        SpaceError, OutputError: the disk of the cache is too small, or not writable.
+    `RegistryError`: nothing has that name, or the hub does not give the files. `IntegrityError`: a registered
+    file has another size than in the table. `SpaceError`, `OutputError`: no room in the cache, or no right.
 
     >>> [path.name for path in resolve("dfqs-nano-iq1_s-xl")]
     ['DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf', 'DFQS-Nano-IQ1_S-XL-00002-of-00002.gguf']

@@ -209,9 +209,8 @@ def place(
     The cards take as many layers (dense part, shared experts, cache) as fit beside `SPARE_BYTES`. Then they
     take routed experts, from the last layer of each card on, while there is room. Memory takes the rest.
 
-    Args:
-        compute_bytes: of llama.cpp's compute buffer in memory, as it plans it for the CPU; None: unknown.
-        whole: keep a layer's routed experts with the layer, for programs that only know `-ngl`.
+    ``compute_bytes``: of llama.cpp's compute buffer in memory. ``whole``: keep a layer's routed experts with
+    the layer, for programs that only know `-ngl`.
     """
     caches, count = model.caches(n_ctx), model.n_layers + 1
     rooms = [max(0, room - SPARE_BYTES) for room in vram_bytes]

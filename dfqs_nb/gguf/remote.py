@@ -57,9 +57,8 @@ class Copy:
 class Outline:
     """The headers of a whole model, wherever its files are.
 
-    Attributes:
-        glued: the shards lie in one file, byte after byte, which no runtime loads before `dfqs-nb repair`.
-        copy: what was fetched; None for files that are here.
+    ``glued``: the shards lie in one file, which no runtime loads before `dfqs-nb repair`. ``copy``: what was
+    fetched; None for files that are here.
     """
 
     model: str
@@ -92,9 +91,8 @@ def shown(address: str) -> str:
 def outline(model: str | Path) -> Iterator[Outline]:
     """The headers of a model: a path, a registered name, or an address. Remote ones are copied for the block.
 
-    Raises:
-        RegistryError: nothing has that name, or the server does not give the file, or gives no ranges.
-        HeaderError, LayoutError, ShardError: the files are not all shards of one model.
+    `RegistryError`: nothing has that name, or the server gives no file or no ranges. `HeaderError`,
+    `LayoutError`, `ShardError`: the files are not all shards of one model.
     """
     with ExitStack() as stack:
         path, copy = _first_file(model), None
@@ -138,8 +136,7 @@ def _first_file(model: str | Path) -> Path | str:
 def headers_of(address: str) -> Iterator[Copy]:
     """Fetch the headers of a remote file and of its other shards; the copies go when the block ends.
 
-    Raises:
-        RegistryError: the server does not give the file, or gives no ranges.
+    `RegistryError`: the server does not give the file, or gives no ranges.
     """
     places = places_of(address)
     wanted = next(place for place in places if place.address == address)
@@ -203,11 +200,9 @@ def _copied(place: Place, path: Path) -> int:
 
 
 class RemoteFile:
-    """A remote file for reading, through a window of bytes in memory.
+    """A remote file for reading, through a window of at least ``block`` bytes in memory.
 
-    Args:
-        block: bytes of a request, at least.
-        copy: a file that keeps every window at its place, up to `MOST_BYTES` in all.
+    ``copy``: a file that keeps every window at its place, up to `MOST_BYTES` in all.
     """
 
     def __init__(self, place: Place, block: int, copy: BinaryIO | None = None) -> None:
@@ -248,11 +243,7 @@ class RemoteFile:
 
 
 def fetch(place: Place, start: int, end: int) -> tuple[bytes, int]:
-    """Bytes of a remote file (fewer at its end), and its size; a broken connection is tried again.
-
-    Raises:
-        RegistryError: the server does not give them.
-    """
+    """Bytes of a remote file (fewer at its end), and its size; `RegistryError`: the server gives none."""
     import httpx2
 
     again = models.retrying(TRIES, 2, httpx2.NetworkError, httpx2.RemoteProtocolError)

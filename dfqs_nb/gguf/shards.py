@@ -73,9 +73,7 @@ def shard_path(prefix: str | Path, number: int, count: int) -> Path:
 def find_shards(path: str | Path) -> tuple[Path, ...]:
     """All shards of the model that ``path`` is one of, in order, by llama.cpp's naming.
 
-    Raises:
-        HeaderError: the file is not a GGUF.
-        ShardError: a shard is missing, or the file's name does not match its header.
+    `ShardError`: a shard is missing, or the file's name does not match its header.
     """
     path = Path(path)
     header, match = read_header(path), SHARD_NAME.fullmatch(path.name)
@@ -120,12 +118,8 @@ def _refused(what: str, where: Path, hint: str = "take all shards from one model
 def open_shards(model: str | Path | Sequence[str | Path]) -> ShardSet:
     """Find (from one path) or take (from several, in any order) the shards of a model, and check them.
 
-    Checked: numbers, names and sizes against headers, tensors against the stated total, and the fields that
-    two headers share. No tensor data is read.
-
-    Raises:
-        HeaderError, LayoutError: a file is not a sound GGUF.
-        ShardError: what is wrong with the set, which shard, and the next step.
+    No tensor data is read. `HeaderError`, `LayoutError`: a file is not a sound GGUF. `ShardError`: what is
+    wrong with the set, which shard, and the next step.
     """
     paths = find_shards(model) if isinstance(model, (str, Path)) else tuple(map(Path, model))
     return check_set([read_header(path) for path in paths])

@@ -72,9 +72,7 @@ def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
     ``model`` is a registered name, an ``hf://`` address, or a path: the file, or any one of its shards or
     byte parts. Or all of these, in any order (byte parts in theirs). What is missing here is downloaded.
     ``merged_to``: a folder where an earlier merge may have put the model, before it deleted these files.
-
-    Raises:
-        HeaderError, LayoutError, ShardError, RegistryError: the files are missing, not sound, or not one set.
+    `HeaderError`, `LayoutError`, `ShardError`, `RegistryError`: files are missing, not sound, or not one set.
     """
     files: list[Path] = []
     try:
@@ -110,10 +108,8 @@ def merge_model(
     output, once the new one is proven. ``consume`` deletes the shards: it gives their bytes back to the disk
     once their copy is proven, so it needs no second copy of the model.
 
-    Raises:
-        HeaderError, LayoutError, ShardError: the shards are not sound, or not one set.
-        OutputError, SpaceError: the output, or the deletion of the shards, is not possible as asked.
-        IntegrityError: a shard changed while it was read, or the disk gave back other bytes.
+    Errors as `open_source`. `OutputError`, `SpaceError`: the output, or the deletion of the shards, is not
+    possible as asked. `IntegrityError`: a shard changed while it was read, or the disk gave back other bytes.
     """
     output = Path(output)
     if consume and (finished := _finish_consumed(model, output)):

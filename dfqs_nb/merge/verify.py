@@ -78,11 +78,8 @@ def verify_model(
 
     That is: the hash given; the hash published for a file of its name and size (``data/models.toml``); its
     manifest; the tensors of the shards that it was made from. ``data``: read the tensors once more, and look
-    for runs of zeros and for scales that are not numbers.
-
-    Raises:
-        IntegrityError: bytes differ (it names the damaged tensors, where a manifest or shards tell them).
-        HeaderError, LayoutError, ShardError: a file is too broken to compare, or not a model.
+    for runs of zeros and for scales that are not numbers. `IntegrityError`: bytes differ (it names the
+    tensors, where it can). `HeaderError`, `LayoutError`, `ShardError`: a file is too broken to compare.
     """
     path, began = Path(path), time.perf_counter()
     diagnosis, before, manifest = diagnose(path), identities([path]), read_manifest(path)
