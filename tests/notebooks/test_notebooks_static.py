@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import json
+import operator
 import re
 from pathlib import Path
 
@@ -145,6 +148,20 @@ def test_the_notebook_calls_the_package_and_defines_nothing(notebook):
                 assert node.module == "dfqs_nb", f"a door has what notebooks need: {node.module}"
                 imported += [alias.name for alias in node.names]
     assert 1 <= len(imported) <= 4, imported
+
+
+def test_what_a_notebook_calls_is_there_and_takes_these_arguments(notebook):
+    nodes = [node for cell in code_cells(notebook) for node in ast.walk(ast.parse(python(cell)))]
+    doors = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    for node in nodes:
+        text = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        door, _, name = text.partition(".")
+        if door not in doors or not re.fullmatch(r"\w+(\.\w+)*", name):
+            continue
+        called = operator.attrgetter(name)(importlib.import_module(f"dfqs_nb.{door}"))
+        spread = [*node.args, *(word for word in node.keywords if word.arg is None)]
+        if not any(isinstance(part, ast.Starred | ast.keyword) for part in spread):
+            inspect.signature(called).bind(*node.args, **{word.arg: word.value for word in node.keywords})
 
 
 def test_claims_are_asserted_with_a_message(notebook):

@@ -222,7 +222,7 @@ def files_of_a_command(words: list[str], place: Path, run: Callable[[list[str]],
         pytest.skip("notebook 04 writes the profile: minutes")
     elif "fidelity" in words:
         run(["dfqs-nb", "record", "model.gguf", "-o", words[-1], *SHORTER["record"]])
-    if words[1] in ("fidelity", "loops") and words[2] != "model.gguf":
+    if words[1] in ("fidelity", "loops", "tasks") and words[2] != "model.gguf":
         shutil.copy(place / "model.gguf", place / words[2])
 
 
