@@ -126,6 +126,7 @@ def _parsed(name: str, text: str) -> dict[str, Any]:
             figures = dict.fromkeys(FIGURES)
             claim |= {**UNSTATED, **figures, **claim, "number": f"{letter}{next(counts[letter])}"}
     else:
-        for key in ("published_compute", "gpu_compute"):  # by context in tokens, which TOML reads as text
-            table["envelope"][key] = {int(n): row for n, row in table["envelope"][key].items()}
+        for key, rows in table["envelope"].items():
+            if isinstance(rows, dict) and all(map(str.isdigit, rows)):  # contexts, which TOML reads as text
+                table["envelope"][key] = {int(n_ctx): row for n_ctx, row in rows.items()}
     return table
