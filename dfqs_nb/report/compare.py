@@ -109,9 +109,13 @@ def compare_reports(paths: Sequence[str | Path], *, accept: Sequence[str] = ()) 
     ComparisonError says where reports, conditions or items do not fit (`check_reports`).
     """
     runs = _labelled([read_answers(path) for path in paths])
-    accepted, first = check_reports(runs, accept), runs[0]
-    rows = _corrected([_row(metric, first, run) for metric in ROWS for run in runs[1:]])
-    table = []
+    accepted, first, table = check_reports(runs, accept), runs[0], list[Row]()
+    rows = [_row(metric, first, run) for metric in ROWS for run in runs[1:]]
+    tested = [row for row in rows if "p" in row]
+    for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):  # over the whole table
+        higher = "higher" if row["difference"] > 0 else "lower"
+        word = higher if p < 1 - LEVEL else "no evidence of a difference"
+        row |= {"p_holm": p, "reading": f"{word}; {row['reading']}"}
     for metric in ROWS:
         own = _alone(first.context) if metric == RETRIEVAL else first.stated(metric)
         table.append({"metric": metric, "model": first.label, "kind": "", "reading": "baseline", **own})
@@ -128,16 +132,6 @@ def _labelled(runs: Sequence[RunItems]) -> list[RunItems]:
             for run in runs
         ]
     return list(runs)
-
-
-def _corrected(rows: list[Row]) -> list[Row]:
-    """Holm's correction over all tests of the table, and what each says."""
-    tested = [row for row in rows if "p" in row]
-    for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
-        higher = "higher" if row["difference"] > 0 else "lower"
-        word = higher if p < 1 - LEVEL else "no evidence of a difference"
-        row |= {"p_holm": p, "reading": f"{word}; {row['reading']}"}
-    return rows
 
 
 def _row(metric: str, first: RunItems, run: RunItems) -> Row:
@@ -203,21 +197,17 @@ def _boundary(metric: str, first: RunItems, run: RunItems) -> Row:
 
 
 def _speed(metric: str, first: RunItems, run: RunItems) -> Row:
-    if why := why_speeds_differ(first, run):
-        return {"reading": f"not compared: {why}"}
+    """A ratio, where machine and load are alike; threads are a condition."""
+    for fact in SPEED_FACTS:
+        a, b = (it.report["machine"].get(fact) for it in (first, run))
+        if None in (a, b) or a != b:
+            return {"reading": f"not compared: measured on different machines ({fact}: {a} and {b})"}
+    for it in (first, run):
+        if it.report["details"][SPEED]["contended"]:
+            return {"reading": f"not compared: the machine was busy when {it.label} was timed"}
     base, own = first.stated(metric), run.stated(metric)
     ends = own["low"] / base["high"], own["high"] / base["low"]
     return _differs("ratio", own["value"] / base["value"], *ends, "of medians, one session each")
-
-
-def why_speeds_differ(first: RunItems, run: RunItems) -> str:
-    """Why two speeds are not of one kind; empty where they are. Threads are a condition."""
-    for fact in SPEED_FACTS:
-        a, b = (own.report["machine"].get(fact) for own in (first, run))
-        if None in (a, b) or a != b:
-            return f"measured on different machines ({fact}: {a} and {b})"
-    busy = next((own.label for own in (first, run) if own.report["details"][SPEED]["contended"]), "")
-    return f"the machine was busy when {busy} was timed" if busy else ""
 
 
 ROWS: dict[str, Callable[[str, RunItems, RunItems], Row]] = {
