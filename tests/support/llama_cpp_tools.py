@@ -22,8 +22,8 @@ from pathlib import Path
 
 LOCK = Path(__file__).resolve().parents[2] / "requirements.lock"
 
-# Tools of one source file that ask for libllama and libggml-base only, with what they compile.
-ONE_FILE = {
+# Tools of one source file that ask for libllama and libggml-base only, with what they compile. Ours is llama-fit.
+ONE_FILE: dict[str, list[str | Path]] = {
     "llama-gguf-split": ["tools/gguf-split/gguf-split.cpp"],
     "llama-gguf-hash": [
         "examples/gguf-hash/gguf-hash.cpp",
@@ -38,6 +38,12 @@ ONE_FILE = {
         "common/common.cpp",
         "common/log.cpp",
         "common/fit.cpp",
+    ],
+    "llama-fit": [
+        Path(__file__).parent / "llama_fit.cpp",
+        "common/log.cpp",
+        "common/fit.cpp",
+        "common/json.cpp",
     ],
     "test-llama-archs": [
         "tests/test-llama-archs.cpp",
@@ -218,6 +224,25 @@ def _missing_symbols(compiler: str, link: list[str], scratch: Path) -> str:
     (scratch / "missing.c").write_text("\n".join(["#include <stdlib.h>", *lines]) + "\n")
     _run([compiler, "-x", "c", "-w", "-c", str(scratch / "missing.c"), "-o", str(scratch / "missing.o")])
     return str(scratch / "missing.o")
+
+
+def rpc_backend() -> Path:
+    """llama.cpp's RPC backend as a library that ``ggml_backend_load`` takes; seconds to compile."""
+    compiler = _program("c++") or _program("g++") or _program("clang++")
+    if not compiler or sys.platform != "linux":
+        raise Unavailable("no C++ compiler, or no Linux")
+    root, libraries = source() / "ggml", _libraries()
+    library = tool("llama-fit").parent / "ggml-rpc.so"
+    if not library.exists():
+        scratch = library.with_suffix(".part")
+        macros = [f"-DGGML_{name}" for name in ("BACKEND_DL", "BACKEND_SHARED", "BACKEND_BUILD", "SHARED")]
+        files = [str(root / "src" / "ggml-rpc" / name) for name in ("ggml-rpc.cpp", "transport.cpp")]
+        link = [f"-L{libraries}", "-lggml-base", "-pthread", f"-Wl,-rpath,{libraries}"]
+        includes = [f"-I{root / folder}" for folder in ("include", "src")]
+        shared = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC"]
+        _run([compiler, *shared, *macros, *includes, *files, *link, "-o", str(scratch)])
+        scratch.replace(library)
+    return library
 
 
 def with_rpc() -> tuple[Path, Path]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import bisect
 import re
 
 import pytest
 from gguf_fixtures import real_size_header
+from llama_fit import replay
 
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.broken import reference_shards
-from dfqs_nb.gguf.facts import layer_of
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.memory import active_bytes, kv_cache_bytes
 
@@ -31,31 +30,6 @@ MACHINES = [
 @pytest.fixture(scope="module")
 def flash(tmp_path_factory):
     return read_header(real_size_header(tmp_path_factory.mktemp("real") / "flash.gguf"))
-
-
-def replay(header, flags, n_devices: int) -> list[int]:
-    """Bytes of weights on each card and in memory, by llama.cpp's own rules applied to a command line.
-
-    ``load_tensors`` of src/llama-model.cpp and the overrides of common/arg.cpp, tensor by tensor.
-    """
-    words = dict(zip(flags[::2], flags[1::2], strict=True))
-    n_layers, n_gpu = header.n_layers, int(words["-ngl"])
-    shares = [float(part) for part in words.get("-ts", "1").split(",")][:n_devices]
-    splits = [sum(shares[: i + 1]) / sum(shares) for i in range(len(shares))]
-    start, active = max(n_layers + 1 - n_gpu, 0), min(n_gpu, n_layers + 1)
-    patterns = [rf"blk\.{i}{placement.EXPERTS}" for i in range(int(words.get("--n-cpu-moe", 0)))]
-    patterns += [words["-ot"].removesuffix("=CPU")] if "-ot" in words else []
-    held = [0] * (n_devices + 1)
-    for tensor in header.tensors:
-        layer = layer_of(tensor.name)
-        at = n_layers if layer is None else layer
-        device = -1
-        if tensor.name != "token_embd.weight" and n_devices and start <= at < start + active:
-            device = bisect.bisect_right(splits, (at - start) / active)
-        if any(re.search(pattern, tensor.name) for pattern in patterns):
-            device = -1
-        held[device] += tensor.nbytes
-    return held
 
 
 @pytest.mark.parametrize(("ram", "cards"), MACHINES)
