@@ -287,6 +287,25 @@ def published_shape() -> PublishedShape:
     return PublishedShape(Path(content["name"]), 0, 3, 32, fields, (), 0, 0, b"")
 
 
+def card_compute(header: GGUFHeader, n_ctx: int, experts: str = "all") -> int | None:
+    """Bytes of the compute buffer that llama.cpp makes on one card for a model of the published shape.
+
+    As it was planned on a card (``card_compute`` in the data), at the next longer context that was planned.
+    ``experts``: ``all`` on the card, or ``experts_in_memory`` of some layers. None where nobody planned it.
+    """
+    if header.architecture != "deepseek4":
+        return None
+    known, keys = published()["card_compute"], published()["keys"]
+    for name, value in keys.items():
+        wanted = value if isinstance(value, list) else [value]
+        if header.counts(f"deepseek4.{name}")[: len(wanted)] != wanted:
+            return None
+    routed = (tensor.nbytes for tensor in header.tensors if "_exps." in tensor.name)
+    if max(routed, default=0) > known["largest_expert_tensor"]:
+        return None
+    return next((nbytes for n, nbytes in known[experts].items() if int(n) >= n_ctx), None)
+
+
 def flash_cache_table(lengths: Sequence[int]) -> pd.DataFrame:
     """The cache of DeepSeek-V4-Flash at f16, in bytes, beside the value on its card (NaN: not stated)."""
     shape, card = published_shape(), published()["card"]["kv_cache_gigabytes"]

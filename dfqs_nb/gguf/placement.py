@@ -2,8 +2,9 @@
 
 The rules are llama.cpp's (``src/llama-model.cpp``, ``common/common.h``). The embedding stays in memory. With
 ``-ngl N`` the last N layers (the output counts as one more) are divided among the cards by ``-ts``. A layer's
-cache lies where the layer lies. ``--n-cpu-moe`` and ``-ot`` keep routed experts in memory. Only a run on a
-card can measure its compute buffer, so it is "unknown" here, and some of each card is left free for it.
+cache lies where the layer lies. ``--n-cpu-moe`` and ``-ot`` keep routed experts in memory. A card's compute
+buffer is known for one shape that was planned on one card (`memory.card_compute`), and "unknown" else.
+Some of each card is left free, beside that buffer or for it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf.facts import INTEGER_TYPES, class_of, experts, layer_of, token_shares
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import kv_cache_bytes
+from dfqs_nb.gguf.memory import card_compute, kv_cache_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # LLM_FFN_EXPS_REGEX: what --n-cpu-moe keeps in memory
 USED_IN_ORDER = ("gate_up", "up", "gate", "down")  # by build_moe_ffn
 HASH_TABLE = "ffn_gate_tid2eid"  # of a layer that routes by token id
-SPARE_BYTES = 1 << 30  # of each card, for its compute buffer; --fit leaves as much
+SPARE_BYTES = 1 << 30  # of each card, for its driver and an unknown compute buffer; --fit leaves as much
 ALL_LAYERS = 99
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|[KMGT]i?)B?", re.I)
 RAM = "RAM"
@@ -206,14 +207,16 @@ def place(
 ) -> Placement:
     """The fastest placement that the sizes allow.
 
-    The cards take as many layers (dense part, shared experts, cache) as fit beside `SPARE_BYTES`. Then they
-    take routed experts, from the last layer of each card on, while there is room. Memory takes the rest.
+    The cards take as many layers (dense part, shared experts, cache) as fit beside `SPARE_BYTES` and a known
+    compute buffer. Then they take routed experts, from the last layer of each card on, while there is room.
+    Memory takes the rest.
 
     ``compute_bytes``: of llama.cpp's compute buffer in memory. ``whole``: keep a layer's routed experts with
     the layer, for programs that only know `-ngl`.
     """
     caches, count = model.caches(n_ctx), model.n_layers + 1
-    rooms = [max(0, room - SPARE_BYTES) for room in vram_bytes]
+    on_card = _card_compute(model, n_ctx, vram_bytes) if not whole else None
+    rooms = [max(0, room - SPARE_BYTES - (on_card or 0)) for room in vram_bytes]
     needs = [model.dense[i] + caches[i] + whole * model.experts[i] for i in range(count)]
     n_gpu, cards = next(
         (n, cards)
@@ -230,7 +233,8 @@ def place(
             left -= model.experts[i]
             kept.append(i)
         in_ram += [i for i in layers if i not in kept and model.experts[i]]
-        devices.append(model.on_device(f"GPU {number}", vram_bytes[number], caches, layers, kept))
+        card = model.on_device(f"GPU {number}", vram_bytes[number], caches, layers, kept)
+        devices.append(replace(card, compute_bytes=on_card if n_gpu == count else None))
     here = range(count - n_gpu)
     ram = model.on_device(RAM, ram_bytes, caches, here, [*here, *in_ram])
     is_one_tensor = model.tied and n_gpu == 0  # embedding and output
@@ -239,6 +243,17 @@ def place(
     devices.append(replace(ram, dense_bytes=dense, token_bytes=read, compute_bytes=compute_bytes))
     counts, pieces = tuple(map(len, cards)), model.pieces([*here, *in_ram])
     return Placement(n_ctx, model.n_layers, tuple(devices), n_gpu, tuple(in_ram), counts, pieces)
+
+
+def _card_compute(model: Model, n_ctx: int, vram_bytes: Sequence[int]) -> int | None:
+    """The compute buffer of a single card, where it is known: less if every expert fits beside it."""
+    if len(vram_bytes) != 1:
+        return None
+    whole = card_compute(model.header, n_ctx)
+    rest = sum(model.dense) + sum(model.experts) + sum(model.caches(n_ctx)) + SPARE_BYTES
+    if whole is not None and rest + whole <= vram_bytes[0]:
+        return whole
+    return card_compute(model.header, n_ctx, "experts_in_memory")
 
 
 def _divided(needs: Sequence[int], layers: Sequence[int], rooms: Sequence[int]) -> list[list[int]] | None:
@@ -270,7 +285,7 @@ def largest_context(model: Model, ram_bytes: int, vram_bytes: Sequence[int] = ()
 
 
 def table(placement: Placement) -> pd.DataFrame:
-    """One row a device; sizes as text, because a card's compute buffer is unknown."""
+    """One row a device; sizes as text, because a card's compute buffer can be unknown."""
     import pandas as pd
 
     columns = ["dense", "routed experts", "cache", "compute", "left", "read a token"]

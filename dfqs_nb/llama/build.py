@@ -7,6 +7,7 @@ while a model is built.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -17,6 +18,7 @@ from dfqs_nb.llama.log import LOG, refusal
 from dfqs_nb.llama.paging import Paging
 from dfqs_nb.llama.settings import COUNTS, GGML_TYPES, OpenSettings
 
+_NO_DEVICES = (ctypes.c_void_p * 1)()  # a list of devices that ends at once
 _building = threading.RLock()  # a context's parameters are set around its model's
 
 
@@ -48,6 +50,15 @@ def default_params(model: Mapping[str, Any] | None = None, **context: Any) -> It
         _replaced(api, "llama_context_default_params", partial(_with, context)),
     ):
         yield
+
+
+def model_params(settings: OpenSettings) -> dict[str, Any]:
+    """llama.cpp's parameters of a model that ``llama_cpp.Llama`` does not take.
+
+    Without a layer on a GPU it gets no device: else it computes large batches on a GPU that it was built for.
+    """
+    devices = {} if settings.n_gpu_layers else {"devices": ctypes.addressof(_NO_DEVICES)}
+    return {"use_extra_bufts": settings.use_extra_bufts, **devices}
 
 
 def set_context(params: Any, settings: OpenSettings) -> None:
@@ -85,7 +96,7 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
     listening = paging.callback(api.llama_context_default_params().cb_eval) if paging else {}
     try:
         with (
-            default_params({"use_extra_bufts": settings.use_extra_bufts}, **listening),
+            default_params(model_params(settings), **listening),
             _replaced(LlamaModel, "metadata", without_templates),
             paging.loading() if paging else contextlib.nullcontext(),
         ):

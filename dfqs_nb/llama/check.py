@@ -30,7 +30,7 @@ from dfqs_nb.core.paths import outputs_dir
 from dfqs_nb.gguf.facts import early_dialect
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, check_fits
-from dfqs_nb.llama.build import build_llama, set_context
+from dfqs_nb.llama.build import build_llama, model_params, set_context
 from dfqs_nb.llama.graph import ggml_function
 from dfqs_nb.llama.log import ERROR, INFO, LOG, planned_bytes, reason_of, refusal
 from dfqs_nb.llama.settings import OpenSettings, llama_version
@@ -176,7 +176,8 @@ def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
     LOG.clear()
     params, size = api.llama_model_default_params(), api.llama_context_default_params()
     params.no_alloc = True  # llama.cpp reads the header, builds the graph, and adds up
-    params.use_extra_bufts = settings.use_extra_bufts
+    for name, value in model_params(settings).items():
+        setattr(params, name, value)
     params.load_mode = api.LLAMA_LOAD_MODE_NONE
     params.n_gpu_layers = 0x7FFFFFFF if settings.n_gpu_layers == -1 else settings.n_gpu_layers
     set_context(size, settings)

@@ -222,7 +222,7 @@ def _serve_llama_cpp_python(job: dict[str, Any], settings: OpenSettings) -> None
     from llama_cpp.server.settings import ModelSettings, ServerSettings
     from starlette.middleware.cors import CORSMiddleware
 
-    from dfqs_nb.llama.build import default_params
+    from dfqs_nb.llama.build import default_params, model_params
 
     names = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "n_gpu_layers", "flash_attn")
     model = ModelSettings(
@@ -235,7 +235,7 @@ def _serve_llama_cpp_python(job: dict[str, Any], settings: OpenSettings) -> None
         **{name: getattr(settings, name) for name in (*names, "use_mmap", "seed")},
     )
     options = ServerSettings(interrupt_requests=False, api_key=job["key"])
-    with default_params({"use_extra_bufts": settings.use_extra_bufts}, swa_full=settings.swa_full):
+    with default_params(model_params(settings), swa_full=settings.swa_full):
         app = create_app(server_settings=options, model_settings=[model])
     app.user_middleware = [layer for layer in app.user_middleware if layer.cls is not CORSMiddleware]
     server = uvicorn.Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=2))

@@ -18,6 +18,11 @@ from dfqs_nb.workbook.app import FILES, Overwrite, Place, app, say, say_table
 OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here
 MACHINES = ("64GB", "96GB", "128GB")
 RAM, GPU, DISK = "RAM", "GPU", "disk"
+UNKNOWN_BUFFER = "a card's compute buffer is unknown for this model, and 1 GiB of each card is left for it"
+CARD_BUFFER = (
+    "the card's compute buffer is what llama.cpp planned for this shape on an H100, with flash attention\n"
+    "and n_ubatch 512; 1 GiB of the card is left beside it"
+)
 
 
 @app.command(rich_help_panel=FILES)
@@ -252,8 +257,9 @@ def plan(
         if about:
             say(f"experts' use: {about}. The page cache is assumed to keep those that it reads most")
         if cards:
-            say("a card's compute buffer was not measured, and 1 GiB of each is left for it. On the machine")
-            say("itself llama-server places without these flags too (--fit), and measures that buffer")
+            known_buffer = placed.devices[0].compute_bytes is not None
+            say(CARD_BUFFER if known_buffer else UNKNOWN_BUFFER)
+            say("there, llama-server also places without these flags (--fit), and plans that buffer")
         say(f"\n{placed.command(name)}")
         if not ram and not cards:
             table = placement.machines_table(shape, context, MACHINES, speeds, compute_bytes=compute)

@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
@@ -101,3 +102,31 @@ def test_fit_keeps_as_many_experts_in_memory(flash, programs, cards, sizes):
     compute = sum(row["compute"] for row in answer["devices"][:-1])
     assert abs(len(theirs) - len(placed.in_ram)) <= len(sizes), (theirs, placed.in_ram)
     assert on_cards - layer * len(sizes) <= ours <= on_cards + compute + layer * len(sizes)
+
+
+OPEN = """if 1:
+    import ctypes, re, sys
+    import llama_cpp.llama_cpp as api
+    from dfqs_nb.gguf.broken import reference_shards
+    from dfqs_nb.llama.build import build_llama
+    from dfqs_nb.llama.graph import ggml_function
+    from dfqs_nb.llama.log import LOG
+    from dfqs_nb.llama.settings import OpenSettings
+    void, text = ctypes.c_void_p, ctypes.c_char_p
+    reg = ggml_function("ggml_backend_load", void, text)(sys.argv[1].encode())
+    add = ggml_function("ggml_backend_reg_get_proc_address", void, void, text)(reg, b"ggml_backend_rpc_add_server")
+    ggml_function("ggml_backend_register", None, void)(ctypes.CFUNCTYPE(void, text)(add)(sys.argv[2].encode()))
+    settings = OpenSettings(n_ctx=256, n_threads=1, n_gpu_layers=int(sys.argv[3]))
+    build_llama(reference_shards().paths[0], settings).close()
+    print(len(re.findall(r"RPC\\S* +(?:model|KV|compute) buffer size", "\\n".join(LOG.tail()))))
+"""
+
+
+@pytest.mark.parametrize(("n_gpu_layers", "is_used"), [(0, False), (-1, True)])
+def test_without_layers_on_a_card_llama_cpp_does_not_touch_it(programs, cards, n_gpu_layers, is_used):
+    """A llama.cpp built for a card would make a buffer there and compute large batches in it."""
+    words = dict(word.split("=", 1) for word in cards([24 * GB]).split())
+    command = [sys.executable, "-c", OPEN, words["load"], words["rpc"], str(n_gpu_layers)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (int(done.stdout.splitlines()[-1]) > 0) == is_used

@@ -9,7 +9,7 @@ from gguf_fixtures import real_size_header
 from llama_fit import replay
 
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.gguf import placement
+from dfqs_nb.gguf import memory, placement
 from dfqs_nb.gguf.broken import reference_shards
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.memory import active_bytes, kv_cache_bytes
@@ -43,6 +43,31 @@ def test_the_flags_put_every_tensor_where_the_plan_has_it(flash, ram, cards):
     assert all(device.left_bytes >= placement.SPARE_BYTES for device in placed.devices[:-1])
     read = sum(device.token_bytes for device in placed.devices)
     assert read == pytest.approx(active_bytes(flash).total, abs=4), "a token reads as much wherever it lies"
+
+
+# Of the real shape, as llama.cpp planned it on an H100: context, experts in memory, compute buffer of the card.
+PLANNED = [(8192, 0, 306716672), (1048576, 0, 1850572800), (65536, 31, 875831296), (131072, 31, 909385728)]
+
+
+@pytest.mark.parametrize(("n_ctx", "in_ram", "compute"), PLANNED)
+def test_a_compute_buffer_that_was_planned_on_a_card_is_left_free_there(flash, n_ctx, in_ram, compute):
+    card = (24 if in_ram else 80) * GB
+    gpu, _ = (placed := placement.place(placement.Model(flash), n_ctx, 128 * GB, [card])).devices
+    assert len(placed.in_ram) == in_ram and gpu.compute_bytes == compute
+    used = gpu.dense_bytes + gpu.expert_bytes + gpu.cache_bytes + compute
+    assert gpu.left_bytes == card - used >= placement.SPARE_BYTES
+    assert placement.table(placed).loc["GPU 0", "compute"] != "unknown"
+
+
+def test_other_shapes_cards_and_contexts_have_an_unknown_buffer(flash):
+    other = read_header(reference_shards().paths[0])
+    assert memory.card_compute(other, 8192) is None
+    assert memory.card_compute(flash, 2 << 20) is None, "longer than anybody planned"
+    known = [memory.card_compute(flash, n) for n in (256, 8192, 8193, 40_000, 1 << 20)]
+    assert None not in known and known == sorted(known), "the next longer context, never less"
+    for cards in ([24, 24], [8]):
+        placed = placement.place(placement.Model(flash), 8192, 64 * GB, [card * GB for card in cards])
+        assert {card.compute_bytes for card in placed.devices[:-1]} == {None}
 
 
 def test_caches_by_layer_are_the_cache(flash):
