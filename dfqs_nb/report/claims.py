@@ -18,6 +18,7 @@ from dfqs_nb.gguf.memory import (
     CACHE_TYPES,
     FLASH,
     active_bytes,
+    card_compute,
     kv_cache_bytes,
     published,
     published_shape,
@@ -279,13 +280,17 @@ def _memory(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
     n_gpu, *logs = (spec["gpu_logs"][name] for name in ("context", "least", "most"))
     experts = FLASH.routed_total, iq1_s_experts_bytes()
     on_gpu = [(weights - held + log) / GB for held, log in zip(experts, logs, strict=True)]
-    last = CONTEXTS[-1]
+    last, cards = CONTEXTS[-1], published()["card_compute"]
     return known | {
         "needs_gb": [*(known[f"need_{n_ctx}_gb"] for n_ctx in CONTEXTS), known[f"flash_{last}_gb"]],
         "gpu_context": n_gpu,
         "gpu_least_gb": logs[0] / GB,
         "gpu_most_gb": logs[1] / GB,
         "gpu_kv_gb": known[f"kv_{n_gpu}_gb"],
+        "card_8192_gb": cards["all"]["8192"] / GB,
+        "card_plain_gb": cards["all_without_flash"]["8192"] / GB,
+        "card_experts_gb": (card_compute(published_shape(), n_gpu, "experts_in_memory") or 0) / GB,
+        "card_decode": cards["decode_tokens_per_sec"],
         "offloaded_gb": [total + known[f"kv_{n_gpu}_gb"] for total in on_gpu],
     }
 

@@ -1,7 +1,7 @@
 """The hardware envelope of a model: what its header asks for, beside this machine and beside DFQS 1.0.
 
-Of a graphics card only a lower bound is planned here: its compute buffer is not the CPU's. Where somebody
-logged that buffer, a verdict says "as logged".
+A graphics card's compute buffer is not the CPU's. It is known for the published shape, which an H100 planned:
+a verdict that counts it says so. What others logged with other builds stands beside it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,21 @@ import pandas as pd
 
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import FLASH, active_bytes, kv_cache_bytes, published_shape, weights_bytes
+from dfqs_nb.gguf.memory import (
+    FLASH,
+    active_bytes,
+    card_compute,
+    kv_cache_bytes,
+    published_shape,
+    weights_bytes,
+)
 from dfqs_nb.gguf.models import registered
 from dfqs_nb.report.spec import GB, claims_spec, filled, requirements_spec
 
 if TYPE_CHECKING:
     from dfqs_nb.llama.settings import OpenSettings
 
-FITS, DOES_NOT_FIT, NOT_KNOWN, AS_LOGGED = "fits", "does not fit", "not known", " as logged"
+FITS, DOES_NOT_FIT, NOT_KNOWN, AS_PLANNED = "fits", "does not fit", "not known", " as an H100 planned"
 CONTEXTS = (8192, 16384, 32768, 131072, 1048576)
 SINGLE = "deepseek-v4-flash-iq1_s-xl-single"  # in data/models.toml
 IQ1_S_BITS, Q8_0_BITS = 1.5625, 8.5  # a weight, scales included: 50 bytes for 256, 34 for 32
@@ -92,7 +99,7 @@ def published_envelope(memory_bytes: int) -> dict[str, Any]:
     """The envelope of DeepSeek-V4-Flash-IQ1_S-XL from what was published of it, without its file.
 
     As `hardware_envelope`. Its split into experts and the rest is a range, from the assumptions that it
-    states. Compute buffer: llama.cpp's plan for a file of these shapes on a CPU, and what a GPU logged.
+    states. Compute buffers: llama.cpp's plan for these shapes on a CPU and on an H100, and what GPUs logged.
     """
     shape, spec, published = published_shape(), requirements_spec()["envelope"], claims_spec()["published"]
     nbytes, experts, fewest = registered()[SINGLE].size_bytes, FLASH.routed_total, iq1_s_experts_bytes()
@@ -128,6 +135,8 @@ def _cache_row(
         "exactness": window.exactness,
         "compute_bytes": planned.get("plain"),
         "compute_flash_bytes": planned.get("flash"),
+        "compute_card_bytes": card_compute(shape, n_ctx),
+        "compute_card_experts_bytes": card_compute(shape, n_ctx, "experts_in_memory"),
         "compute_gpu_bytes": gpu.get(n_ctx),
     }
 
@@ -150,23 +159,23 @@ def _fit(
     """One context against one limit: everything in that memory, and the least that must lie there."""
     cpu, kv, exactness = resource == "RAM", row["kv_bytes"], row["exactness"]
     compute = row["compute_flash_bytes" if flash_attn else "compute_bytes"] if cpu else None
-    gpu = None if cpu else row["compute_gpu_bytes"]
+    cards = (None, None) if cpu else (row["compute_card_bytes"], row["compute_card_experts_bytes"])
     unsure = 0 if exactness == "exact" else kv  # a cache that may be smaller
     is_bounded = compute is not None and exactness != "rough"
     beside = kv + (compute or 0)
     need = facts["weights_bytes"] + beside
     least = beside if cpu else need - facts["routed_bytes"]
     planned = f", compute buffer as planned for the CPU {'with' if flash_attn else 'without'} flash attention"
-    buffer = planned * is_bounded if cpu else ", compute buffer where one was logged (one log a context)"
+    buffer = planned * is_bounded if cpu else ", compute buffer as planned on an H100" * (None not in cards)
 
-    def judged(n_bytes: int) -> str:
+    def judged(n_bytes: int, card: int | None) -> str:
         if n_bytes - unsure > limit:
             return DOES_NOT_FIT
         if is_bounded:
             return FITS if n_bytes <= limit else NOT_KNOWN
-        if gpu is None:
+        if card is None:
             return NOT_KNOWN
-        return (FITS if n_bytes + gpu <= limit else DOES_NOT_FIT) + AS_LOGGED
+        return (FITS if n_bytes + card <= limit else DOES_NOT_FIT) + AS_PLANNED
 
     return {
         "resource": resource,
@@ -175,9 +184,9 @@ def _fit(
         "n_ctx": row["n_ctx"],
         "need_bytes": need,
         "counted": f"weights, KV cache{f' ({SURE[exactness]})' if unsure else ''}{buffer}",
-        "verdict": judged(need),
+        "verdict": judged(need, cards[0]),
         "least_bytes": least,
-        "least_verdict": judged(least),
+        "least_verdict": judged(least, cards[1]),
         "least": "weights paged from the disk" if cpu else "routed experts left in RAM",
     }
 
@@ -190,7 +199,9 @@ def envelope_tables(envelope: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
         names["kv_bytes"] += f", {sure}"
     if (cache["kv_swa_full_bytes"] == cache["kv_bytes"]).all() and not sure:
         del names["kv_swa_full_bytes"]  # no layer has a sliding window
-    sizes = {f"{new} ({unit})": cache[old].astype(float) / scale for old, new in names.items()}
+    sizes = {
+        f"{new} ({unit})": cache[old].astype(float) / scale for old, new in names.items() if old in cache
+    }
     return {
         "cache": pd.DataFrame(sizes).set_index(cache["n_ctx"]).dropna(axis="columns", how="all"),
         "fits": _fits_frame(pd.DataFrame(envelope["fits"])),

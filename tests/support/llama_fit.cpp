@@ -59,6 +59,7 @@ struct Job {
     long long fit_bytes = 0;
 
     Job() {
+        model.use_extra_bufts = false; // --no-repack: llama.cpp does not count those buffers for any device
         context.n_ctx = 4096; // llama-server's defaults for one slot
         context.n_batch = 2048;
         context.n_ubatch = 512;

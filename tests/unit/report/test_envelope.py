@@ -15,7 +15,7 @@ from dfqs_nb.gguf.memory import PublishedShape
 from dfqs_nb.llama import settings
 from dfqs_nb.report import envelope
 from dfqs_nb.report.envelope import (
-    AS_LOGGED,
+    AS_PLANNED,
     DOES_NOT_FIT,
     FITS,
     GB,
@@ -83,9 +83,7 @@ def test_the_published_artifact_in_the_specifications_table():
     assert fit(needs, "RAM", "DFQS 1.0 minimum", 1048576)["verdict"] == DOES_NOT_FIT
     assert fit(needs, "RAM", "DFQS 1.0 recommended", 1048576)["verdict"] == FITS
     assert fit(needs, "VRAM", "DFQS 1.0 minimum", 8192)["verdict"] == DOES_NOT_FIT
-    assert fit(needs, "VRAM", "DFQS 1.0 minimum", 8192)["least_verdict"] == NOT_KNOWN, (
-        "a GPU's buffer is not known"
-    )
+    assert fit(needs, "VRAM", "DFQS 1.0 minimum", 8192)["least_verdict"] == FITS + AS_PLANNED
 
 
 def test_this_machine_decides_what_fits_here():
@@ -176,23 +174,18 @@ def test_the_split_of_the_artifact_is_a_range_that_says_what_it_assumes():
 
 def test_of_a_gpu_nothing_is_planned_from_the_cpu():
     needs = published_envelope(LARGE)
-    words = {row["verdict"] for row in needs["fits"] if row["resource"] == "VRAM"}
-    assert words <= {NOT_KNOWN, DOES_NOT_FIT, FITS + AS_LOGGED, DOES_NOT_FIT + AS_LOGGED}
-    assert not [row for row in needs["fits"] if row["resource"] == "VRAM" and "CPU" in row["counted"]]
-    assert "logged on a GPU (GB)" in envelope_tables(needs)["cache"]
-
-
-def test_what_was_logged_on_a_gpu_decides_where_it_was_logged_and_says_so():
-    """ "Not known" never stands beside a buffer that somebody logged at that context."""
-    needs, logged = published_envelope(SMALL), requirements_spec()["envelope"]["gpu_compute"]
-    assert set(logged) <= {row["n_ctx"] for row in needs["cache"] if row["compute_gpu_bytes"]}
     rows = [row for row in needs["fits"] if row["resource"] == "VRAM"]
-    for row in rows:
-        assert (NOT_KNOWN in (row["verdict"], row["least_verdict"])) <= (row["n_ctx"] not in logged)
-    least = fit(needs, "VRAM", "DFQS 1.0 recommended", 131072)["least_verdict"]
-    assert least == DOES_NOT_FIT + AS_LOGGED, "66.9 GB, as logged, are more than 24"
-    undecided = fit(needs, "VRAM", "DFQS 1.0 recommended", 16384)["least_verdict"]
-    assert undecided == NOT_KNOWN, "two logs differ there: about 9 and 26 GB"
+    assert {row["verdict"] for row in rows} == {DOES_NOT_FIT}, "62 GB of weights are more than 24"
+    assert {row["least_verdict"] for row in rows} == {FITS + AS_PLANNED}
+    assert not [row for row in rows if "CPU" in row["counted"]]
+    columns = " ".join(envelope_tables(needs)["cache"])
+    assert "planned on an H100" in columns and "logged on a GPU by others" in columns
+
+
+def test_of_another_shape_a_gpus_buffer_is_not_known(merged_reference):
+    needs = hardware_envelope(read_header(merged_reference), LARGE, is_artifact=True)
+    rows = [row for row in needs["fits"] if row["resource"] == "VRAM"]
+    assert rows and {row["least_verdict"] for row in rows} == {NOT_KNOWN}
 
 
 def test_a_missing_table_says_what_to_do(monkeypatch, tmp_path):
