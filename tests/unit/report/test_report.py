@@ -599,6 +599,17 @@ def test_no_number_of_seventeen_digits_is_shown(written):
     )
 
 
+def test_every_verdict_on_what_fits_has_a_mark(made, run):
+    page = text.page(made, run)
+    words = {
+        row[key]
+        for it in ("model", "artifact")
+        for row in made["hardware_envelope"][it]["fits"]
+        for key in ("verdict", "least_verdict")
+    }
+    assert len(words) > 3 and all(re.search(rf'class="mark \w+">. {word}<', page) for word in words)
+
+
 def test_a_figure_that_is_missing_is_said(made, run):
     shown = {**made, "sources": {**made["sources"], "context_curve.png": "0" * 64}}
     with pytest.raises(ReportError, match="figure is missing"):
