@@ -47,7 +47,7 @@ def test_inspect_counts_the_tensors_of_all_shards():
     done = dfqs("inspect", SECOND)
     assert done.returncode == 0, done.stderr
     assert "shard 2 of 2" in done.stdout
-    for text in ("126", "14,880,349", "2 of 16 a token", "IQ1_S, Q2_K"):
+    for text in ("126", "14,880,349", "2 of 16 experts a token", "IQ1_S, Q2_K"):
         assert text in done.stdout
 
 
