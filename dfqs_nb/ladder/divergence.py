@@ -172,8 +172,7 @@ class Tokens:
     def part(self, band: int = LAST) -> Tokens:
         """The tokens of a band; by default the last, which perplexity and divergence are stated of."""
         mine = self.band == band
-        arrays = (values[:, mine] for values in (self.nll, self.kld, self.same_top))
-        return Tokens(*arrays, band=self.band[mine])
+        return Tokens(self.nll[:, mine], self.kld[:, mine], self.same_top[:, mine], self.band[mine])
 
     def save(self, path: str | Path) -> None:
         """Write as ``.npz``, whole or not at all."""
@@ -228,7 +227,8 @@ def beside_source(
                 parts.append(compare_chunk(kept[place], predicted, targets))
             rows.append([np.concatenate(values) for values in zip(*parts, strict=True)])
         del base, kept  # flushes them
-    return Tokens(*map(np.stack, zip(*rows, strict=True)), band=band)
+    nll, kld, same_top = map(np.stack, zip(*rows, strict=True))
+    return Tokens(nll, kld, same_top, band)
 
 
 def estimate(name: str, values: Array) -> dict[str, float]:
