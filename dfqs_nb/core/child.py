@@ -10,6 +10,7 @@ import json
 import os
 import queue
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -298,14 +299,9 @@ def tell(**facts: Any) -> None:
 
 def limit_memory(n_bytes: int) -> None:
     """Limit this process's address space, and write no core file, where the system has such limits."""
-    try:
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (n_bytes, hard))
+    with suppress(OSError, ValueError):  # macOS
+        resource.setrlimit(resource.RLIMIT_AS, (n_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (ImportError, OSError, ValueError):
-        pass  # macOS, Windows
 
 
 def _receive(jobs: queue.SimpleQueue[dict[str, Any]]) -> None:

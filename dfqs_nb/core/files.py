@@ -57,9 +57,7 @@ def whole_path(path: str | Path) -> Iterator[Path]:
 
 
 def fsync_dir(folder: str | Path) -> None:
-    """Make a rename in ``folder`` durable, where a system opens folders."""
-    if os.name == "nt":
-        return
+    """Make a rename in ``folder`` durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -33,14 +33,10 @@ class PromptSet(BaseModel):
         return {"prompt_set": self.name, "prompt_set_sha256": self.sha256}
 
 
-@overload
-def load_prompts(name: str) -> PromptSet: ...
-@overload
-def load_prompts(name: str, kind: type[AnySet]) -> AnySet: ...
-def load_prompts(name: str, kind: Any = PromptSet) -> Any:
+def load_prompts(name: str, kind: type[AnySet]) -> AnySet:
     """A frozen set by its name; ``kind``: `PromptSet`, or a class derived from it that names the fields.
 
-    >>> load_prompts("long-context-nano").licence
+    >>> load_prompts("long-context-nano", PromptSet).licence
     'MIT'
     """
     folder = data_dir() / "prompts"

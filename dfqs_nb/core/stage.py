@@ -57,9 +57,6 @@ class Stage:
         record = self._record.read_text(encoding="utf-8") if self._record.exists() else ""
         self._files = dict.fromkeys(record.splitlines())
 
-    def __repr__(self) -> str:
-        return f"Stage {self.name!r} in {tilde(self.folder)}"
-
     @property
     def seconds_left(self) -> float:
         """Seconds left of the budget; infinite without one."""

@@ -41,6 +41,8 @@ from dfqs_nb.workbook.app import (
 
 COLUMNS = "condition against n_choices n_differ margin_differ logits_equal logit_drift same_output"
 
+TOP = 20  # likeliest tokens that a record keeps at each position
+
 
 @app.command(rich_help_panel=MEASURE)
 def routing(
@@ -238,7 +240,6 @@ def record(
     output: Path = Option(..., "-o", "--output", help="The record, a JSONL file."),
     prompts: str = Option("standard-reasoning", help="A question set, or a text with a prompt on each line."),
     tokens: int = Option(64, min=1, help="Tokens of each answer."),
-    top: int = Option(20, min=1, help="Likeliest tokens to keep at each position."),
     limit: int = Option(32, help="The largest number of prompts; 0: all."),
     plain: bool = Option(False, "--plain", help="Continue the texts, without a chat template."),
     endpoint_model: ServerModel = "",
@@ -262,8 +263,8 @@ def record(
         model, steps = open_model(source, n_ctx), fidelity.continuation
         name, facts = model.path.name, {"source_sha256": identity(model)}
     facts |= {"runtime": model.conditions()["runtime"], "licence": licence, "conditions": {"tokens": tokens}}
-    answer = partial(steps, model, n_tokens=tokens, top_k=top)
-    fidelity.write_record(output, asked, answer, source=name, top_k=top, **facts)
+    answer = partial(steps, model, n_tokens=tokens, top_k=TOP)
+    fidelity.write_record(output, asked, answer, source=name, top_k=TOP, **facts)
     say(f"wrote {tilde(output)}; now compare: dfqs-nb fidelity MODEL {shlex.quote(str(output))}")
 
 
@@ -296,7 +297,6 @@ def deploy(
     model: str = Argument("", help="A file, a name of `dfqs-nb models`, or hf://... (not downloaded)."),
     output: Path | None = Option(None, "-o", "--output", help="Default: deploy-TARGET under outputs/."),
     n_ctx: int | None = Option(None, help="Tokens of context. Default: what this machine holds."),
-    threads: int | None = Option(None, help="Default: all usable cores."),
     gpu_layers: int | None = Option(None, help="Default: what this machine's GPU holds."),
     port: int | None = Option(None, help="Port of the server. Default: the target's own."),
     key_variable: KeyVariable = "",
@@ -314,7 +314,7 @@ def deploy(
         return
     if not model:
         raise DfqsError("no model was named", hint=f"dfqs-nb deploy {quoted(target)} MODEL")
-    sizes: dict[str, Any] = {"n_ctx": n_ctx, "n_threads": threads, "n_gpu_layers": gpu_layers, "port": port}
+    sizes: dict[str, Any] = {"n_ctx": n_ctx, "n_gpu_layers": gpu_layers, "port": port}
     folder = output or run_dir(f"deploy-{target}")
     recipe = recipes.write_recipe(
         target, model, folder, **sizes, key_variable=key_variable, overwrite=overwrite

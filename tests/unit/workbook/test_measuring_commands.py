@@ -27,7 +27,7 @@ def test_a_record_of_the_original_judges_a_quantization(tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The clock on the wall\nThe grass is\n")
     record, table = tmp_path / "a record.jsonl", tmp_path / "tokens.csv"
-    asked = ["--prompts", str(prompts), "--plain", "--tokens", "4", "--top", "5", "--n-ctx", "128"]
+    asked = ["--prompts", str(prompts), "--plain", "--tokens", "4", "--n-ctx", "128"]
     assert main(["record", ORIGINAL, "-o", str(record), *asked]) == 0
     assert f"dfqs-nb fidelity MODEL '{record}'" in capsys.readouterr().out
     assert main(["fidelity", MODEL, str(record), "-o", str(table), "--n-ctx", "128"]) == 0
