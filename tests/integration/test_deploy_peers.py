@@ -34,7 +34,6 @@ SHARD = specimens.reference_shards().paths[0]
 PARIS = "The capital of France is Paris."
 NAME = "dfqs-nano-iq1-s-xl"
 MAX_TOKENS = 24
-KEY = "any"
 NEAR_TIE = 0.05  # logits; seen between builds and batch sizes: a few 1e-3
 
 
@@ -47,25 +46,17 @@ def peer(make, *arguments, **options):
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
+def server(tmp_path):
     """llama.cpp's own server with the reference model and its whole context."""
-    monkeypatch.setenv("DFQS_TEST_KEY", KEY)
     settings = OpenSettings(n_ctx=65_536, n_threads=1)
-    with servers.start(
-        "llama.cpp",
-        SHARD,
-        settings,
-        name=NAME,
-        log=tmp_path / "server.log",
-        key_variable="DFQS_TEST_KEY",
-    ) as running:
+    with servers.start("llama.cpp", SHARD, settings, log=tmp_path / "server.log") as running:
         yield running
 
 
 def prompt_tokens(server: servers.LocalServer) -> int:
     """The longest prompt that the server evaluated, in tokens, from its log."""
-    found = re.findall(r"prompt eval time = .*? / +(\d+) tokens", server.log.read_text("utf-8", "replace"))
-    return max(map(int, found), default=0)
+    log = Path(server.log.name).read_text("utf-8", "replace")
+    return max(map(int, re.findall(r"prompt eval time = .*? / +(\d+) tokens", log)), default=0)
 
 
 # ---- a second runtime ----
@@ -181,15 +172,13 @@ def free_port() -> int:
 
 def test_pi_answers_through_its_recipe(server, tmp_path):
     folder = peer(deploy_peers.node_package, deploy_peers.PI)
-    recipe = write_recipe(
-        "pi", SHARD, tmp_path / "recipe", port=server.address[1], key_variable="DFQS_TEST_KEY"
-    )
+    recipe = write_recipe("pi", SHARD, tmp_path / "recipe", port=server.port, key_variable="DFQS_TEST_KEY")
     done = deploy_peers.shell(
         recipe.commands[-1],
         path=folder / "node_modules" / ".bin",
         cwd=tmp_path,
         HOME=str(tmp_path),
-        DFQS_TEST_KEY=KEY,
+        DFQS_TEST_KEY=server.key.get_secret_value(),
         PI_TELEMETRY="0",
     )
     assert done.returncode == 0, done.stderr
@@ -225,10 +214,14 @@ def test_pis_whole_recipe_runs_as_it_stands(tmp_path):
 def test_hermes_agent_answers_through_its_recipe(server, tmp_path):
     python = peer(deploy_peers.python_package, "hermes-agent")
     recipe = write_recipe(
-        "hermes-agent", SHARD, tmp_path / "recipe", port=server.address[1], key_variable="DFQS_TEST_KEY"
+        "hermes-agent", SHARD, tmp_path / "recipe", port=server.port, key_variable="DFQS_TEST_KEY"
     )
     done = deploy_peers.shell(
-        recipe.commands[-1], path=python.parent, cwd=tmp_path, HOME=str(tmp_path), DFQS_TEST_KEY=KEY
+        recipe.commands[-1],
+        path=python.parent,
+        cwd=tmp_path,
+        HOME=str(tmp_path),
+        DFQS_TEST_KEY=server.key.get_secret_value(),
     )
     assert done.returncode == 0, done.stderr
     assert PARIS in done.stdout.splitlines(), done.stdout
