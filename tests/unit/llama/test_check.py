@@ -46,7 +46,7 @@ def test_many_files_each_with_its_own_message(tmp_path):
     for path, raw in zip(paths, (small_gguf(), b"GGUF\1\0\0\0", small_gguf()), strict=False):
         path.write_bytes(raw)
     answers = check.verdicts(paths, "parse")
-    assert [one.accepted for one in answers] == [True, False, True, False]
+    assert [answer.accepted for answer in answers] == [True, False, True, False]
     assert "GGUFv1" in answers[1].reason and answers[2].reason == ""
     assert "No such file" in answers[3].reason
 
@@ -70,7 +70,7 @@ def test_a_parser_that_aborts_is_a_refusal_and_the_next_files_are_still_asked(tm
     for path, shape in zip(paths, ((3,), (3, 0, 1 << 62), (3,)), strict=True):
         path.write_bytes(gguf_bytes([], [Spec("t", "F32", shape)]))
     answers = check.verdicts(paths, "parse")
-    assert [one.accepted for one in answers] == [True, False, True]
+    assert [answer.accepted for answer in answers] == [True, False, True]
     assert answers[1].death == "SIGABRT"
     assert answers[1].reason.startswith("ggml.c:") and "GGML_ASSERT" in answers[1].reason
 

@@ -100,12 +100,12 @@ def test_exactly_the_chosen_experts_are_read_and_recording_goes_on(moe, monkeypa
     with open_recorded(moe, settings("on"), trial=False) as model:
         helped = record(model, TOKENS, Schedule(prefill=24))
         advised.clear()
-        one = record(model, TOKENS[:1], Schedule(prefill=0))
+        single = record(model, TOKENS[:1], Schedule(prefill=0))
     with open_recorded(moe, settings("off"), trial=False) as model:
         plain = record(model, TOKENS, Schedule(prefill=24))
     assert np.array_equal(helped.experts, plain.experts) and np.array_equal(helped.margin, plain.margin)
     assert np.array_equal(helped.digest, plain.digest)
-    expected = [places(moe, layer, one.experts[0, at]) for at, layer in enumerate(one.layers.tolist())]
+    expected = [places(moe, layer, single.experts[0, at]) for at, layer in enumerate(single.layers.tolist())]
     read = {at + step * n for at, n in advised for step in (0, 1)}
     edges = {edge for part in expected for at, n in part for edge in (at, at + n)}
     assert read <= edges, "only whole experts are read, neighbours in one piece"
@@ -281,14 +281,19 @@ def test_the_forecast_agrees_with_the_placement(moe, share):
     memory = round(share * sum(model.experts)) + sum(model.dense)
     placed = placement.place(model, 256, memory + model.input + sum(model.caches(256)))
     disk = Disk("vda", 0, None, None)
-    said = forecast(headers, memory, disk)
-    assert said.helped == pytest.approx(placed.disk_token_bytes, abs=1) and said.plain == said.helped
-    assert said.cached == pytest.approx(min(1, share), abs=0.01)
-    assert forecast(headers, memory, disk, helped=placed.disk_token_bytes / 2).helped <= said.helped / 2 + 1
-    larger = forecast(headers, memory, Disk("vda", said.slice_bytes, None, None))
+    diagnosis = forecast(headers, memory, disk)
+    assert (
+        diagnosis.helped == pytest.approx(placed.disk_token_bytes, abs=1)
+        and diagnosis.plain == diagnosis.helped
+    )
+    assert diagnosis.cached == pytest.approx(min(1, share), abs=0.01)
+    assert (
+        forecast(headers, memory, disk, helped=placed.disk_token_bytes / 2).helped <= diagnosis.helped / 2 + 1
+    )
+    larger = forecast(headers, memory, Disk("vda", diagnosis.slice_bytes, None, None))
     everything = sum(model.experts)
-    assert larger.helped == said.helped
-    assert larger.plain == pytest.approx(min(3 * said.helped, everything), abs=2)
+    assert larger.helped == diagnosis.helped
+    assert larger.plain == pytest.approx(min(3 * diagnosis.helped, everything), abs=2)
 
 
 def test_places_count_from_the_start_of_the_file(tmp_path):
@@ -311,8 +316,8 @@ def test_every_tensor_of_experts_has_its_place_biases_too(arch, tmp_path):
 
 def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe):
     dense = Layout.of(open_shards(moe).headers).dense_bytes
-    said = forecast(open_shards(moe).headers, dense - 1000, Disk("", None, None, None))
-    assert said.cached == 0 and said.helped == said.experts + 1000
+    diagnosis = forecast(open_shards(moe).headers, dense - 1000, Disk("", None, None, None))
+    assert diagnosis.cached == 0 and diagnosis.helped == diagnosis.experts + 1000
 
 
 @pytest.mark.parametrize(
@@ -329,25 +334,25 @@ def test_what_bounds_a_token_is_named_with_its_remedy(moe, measured, helped, bou
     disk = Disk("vda", 8 << 20, 2e9, 1e9)
     names = ("seconds", "waiting", "read_bytes", "major_faults")
     expected = replace(forecast(open_shards(moe).headers, 0, disk), helped=10**9, help_on=helped)
-    said = replace(expected, **dict(zip(names, measured, strict=True)))
+    diagnosis = replace(expected, **dict(zip(names, measured, strict=True)))
     assert "bound by" not in expected.rows
-    assert said.bound == bound == said.rows["bound by"] and advice in said.sentence
-    assert said.rows["the disk"] == "vda, read-ahead 8.4 MB"
+    assert diagnosis.bound == bound == diagnosis.rows["bound by"] and advice in diagnosis.sentence
+    assert diagnosis.rows["the disk"] == "vda, read-ahead 8.4 MB"
 
 
 def test_an_open_model_is_diagnosed(moe):
     with open_model(moe, settings("on")) as model:
-        said = diagnose(model, n_tokens=2)
-        assert said.bound == "compute" and said.cached == 1 and said.helped == 0
-        assert said.seconds > 0 and model.n_past == 0
+        diagnosis = diagnose(model, n_tokens=2)
+        assert diagnosis.bound == "compute" and diagnosis.cached == 1 and diagnosis.helped == 0
+        assert diagnosis.seconds > 0 and model.n_past == 0
 
 
 def test_what_a_system_does_not_count_is_not_measured(moe, monkeypatch):
     monkeypatch.setattr(psutil, "Process", lambda: None)
-    said = replace(forecast(open_shards(moe).headers, 0), seconds=2.0, waiting=1.9)
-    assert math.isnan(said.read_bytes)
-    assert said.bound == said.rows["read"] == said.rows["stops for the disk"] == "not measured"
-    assert "not known" in said.sentence
+    diagnosis = replace(forecast(open_shards(moe).headers, 0), seconds=2.0, waiting=1.9)
+    assert math.isnan(diagnosis.read_bytes)
+    assert diagnosis.bound == diagnosis.rows["read"] == diagnosis.rows["stops for the disk"] == "not measured"
+    assert "not known" in diagnosis.sentence
     with open_model(moe, settings("off"), trial=False) as model:
         assert diagnose(model, n_tokens=1).rows["read"] == "not measured"
 

@@ -424,9 +424,9 @@ def test_settings_are_plain_and_checked():
 
 
 def test_conditions_name_runtime_and_settings(nano):
-    found = nano.conditions()
-    assert found["runtime"].startswith("llama-cpp-python 0.")
-    assert found["n_ctx"] == 512 and "CPU" in found["system_info"]
+    conditions = nano.conditions()
+    assert conditions["runtime"].startswith("llama-cpp-python 0.")
+    assert conditions["n_ctx"] == 512 and "CPU" in conditions["system_info"]
 
 
 # ---- files that kill llama.cpp, or that it refuses ----

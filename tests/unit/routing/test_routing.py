@@ -141,12 +141,12 @@ def test_a_context_that_is_too_small_is_an_error():
 
 def test_a_trace_survives_the_disk(tmp_path, nano):
     _, trace, _ = nano
-    found = load_trace(trace.save(tmp_path / "trace.npz"))
+    loaded = load_trace(trace.save(tmp_path / "trace.npz"))
     for name in ("tokens", "layers", "hashed", "experts", "weights", "margin", "output"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(trace, name))
-    np.testing.assert_array_equal(found.digest, trace.digest)
-    assert found.conditions == trace.conditions and found.n_experts == 16
-    assert found.conditions["n_ubatch"] == 7 and found.conditions["model"]["architecture"] == "deepseek4"
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(trace, name))
+    np.testing.assert_array_equal(loaded.digest, trace.digest)
+    assert loaded.conditions == trace.conditions and loaded.n_experts == 16
+    assert loaded.conditions["n_ubatch"] == 7 and loaded.conditions["model"]["architecture"] == "deepseek4"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04", b"x" * 99])

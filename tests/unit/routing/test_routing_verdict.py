@@ -227,18 +227,18 @@ def test_a_planted_fault_is_caught(planted):
     assert np.nanmedian(planted.traces["prefill"].margin) < 1e-5
     assert planted.claims().set_index("claim").loc["routing stable", "status"] == "contradicted"
     assert any(line.startswith("Fix n_batch and n_ubatch") for line in planted.advice)
-    found = planted.flips()
-    assert len(found) == table.loc[["n_batch 7", "all by decode"], "n_differ"].sum()
-    assert found["margin"].max() < 1e-4 and set(found["layer"]) <= {1, 2, 3}
+    flips = planted.flips()
+    assert len(flips) == table.loc[["n_batch 7", "all by decode"], "n_differ"].sum()
+    assert flips["margin"].max() < 1e-4 and set(flips["layer"]) <= {1, 2, 3}
 
 
 def test_the_sound_model_does_not_look_like_the_planted_one(tmp_path, planted, monkeypatch):
     """How many near-ties fall the other way depends on the processor: a tenth of the planted at most."""
     only(monkeypatch, "n_batch 7")
-    found = run_experiment(NANO, tmp_path, n_tokens=150, n_output=4)
+    experiment = run_experiment(NANO, tmp_path, n_tokens=150, n_output=4)
     differ = planted.rows.set_index("condition")["n_differ"]
-    assert found.rows["n_differ"].sum() < differ["n_batch 7"] / 10
-    assert np.nanmedian(found.traces["prefill"].margin) > 1e-2
+    assert experiment.rows["n_differ"].sum() < differ["n_batch 7"] / 10
+    assert np.nanmedian(experiment.traces["prefill"].margin) > 1e-2
 
 
 def test_traces_are_reused_only_under_the_same_conditions(tmp_path, monkeypatch):
@@ -270,11 +270,11 @@ def test_a_condition_that_llama_cpp_refuses_is_reported_and_the_rest_goes_on(tmp
         Condition("prefill, fresh process", "identical", "prefill", settings),
     ]
     monkeypatch.setattr(routing_experiment, "conditions", lambda *_args: planned)
-    found = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
-    status = found.rows.set_index("condition")["status"]
+    experiment = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
+    status = experiment.rows.set_index("condition")["status"]
     assert status["prefill, fresh process"] == "done"
     assert status[bad.name].startswith("failed: llama.cpp refuses it")
-    assert judge(found.rows).passed and len(found.sensitivities) == 0
+    assert judge(experiment.rows).passed and len(experiment.sensitivities) == 0
 
 
 def test_another_quantization_is_compared_and_another_model_is_reported(tmp_path, monkeypatch):
@@ -283,22 +283,22 @@ def test_another_quantization_is_compared_and_another_model_is_reported(tmp_path
     others = {**routing_experiment.quantizations(NANO), "stranger": smollm2()}
     monkeypatch.setattr(routing_experiment, "quantizations", lambda *_: others)
     only(monkeypatch, "weights: dfqs-nano-q8_0", "weights: stranger")
-    found = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
-    table = found.rows.set_index("condition")
+    experiment = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
+    table = experiment.rows.set_index("condition")
     assert 10 < table.loc["weights: dfqs-nano-q8_0", "n_differ"] < 90
     assert table.loc["weights: stranger", "status"].startswith("not comparable: ")
-    assert len(found.sensitivities) == 1
+    assert len(experiment.sensitivities) == 1
 
 
 def test_a_dense_model_is_judged_by_its_logits(tmp_path, monkeypatch):
     only(monkeypatch, REPEATS[0], REPEATS[1], "all by decode")
-    found = run_experiment(smollm2(), tmp_path, n_tokens=48, n_output=2, n_threads=2)
-    verdict = judge(found.rows)
+    experiment = run_experiment(smollm2(), tmp_path, n_tokens=48, n_output=2, n_threads=2)
+    verdict = judge(experiment.rows)
     assert verdict.passed and not verdict.routed and "dense model, nothing to route" in verdict.text
-    assert found.claims()["status"].tolist() == ["not testable here", "confirmed", "not testable here"]
-    assert found.rows.set_index("condition").loc["all by decode", "logits_equal"] < 1
-    assert "logits moved by up to" in found.advice[0]
-    written = found.write_tables(tmp_path)
+    assert experiment.claims()["status"].tolist() == ["not testable here", "confirmed", "not testable here"]
+    assert experiment.rows.set_index("condition").loc["all by decode", "logits_equal"] < 1
+    assert "logits moved by up to" in experiment.advice[0]
+    written = experiment.write_tables(tmp_path)
     assert all(path.exists() for path in written)
 
 

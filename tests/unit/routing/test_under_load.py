@@ -239,14 +239,14 @@ CHOSEN = ["prefill, fresh process", "alone, fresh process", "n_batch 7"]
 def test_a_budget_shrinks_the_experiment_and_says_how(tmp_path, capsys, monkeypatch):
     only(monkeypatch, *CHOSEN)
     options = {"n_tokens": 60, "n_output": 2}
-    found = run_experiment(NANO, tmp_path, **options, budget_minutes=1e-4)
-    assert found.plan.startswith("Budget 0.0001 minutes: 1 of 5 runs, at 0.125 of each length.")
-    assert found.plan in capsys.readouterr().out
-    assert set(found.traces) == {"prefill"} and found.reference.n_tokens == 8
-    status = found.rows.set_index("condition")["status"]
+    experiment = run_experiment(NANO, tmp_path, **options, budget_minutes=1e-4)
+    assert experiment.plan.startswith("Budget 0.0001 minutes: 1 of 5 runs, at 0.125 of each length.")
+    assert experiment.plan in capsys.readouterr().out
+    assert set(experiment.traces) == {"prefill"} and experiment.reference.n_tokens == 8
+    status = experiment.rows.set_index("condition")["status"]
     assert status.str.startswith("left out").all()
-    assert set(found.left_out) == {*CHOSEN, "alone"} and "Left out" in " ".join(found.conclusions())
-    assert found.moved().startswith("No token changed its experts")
+    assert set(experiment.left_out) == {*CHOSEN, "alone"} and "Left out" in " ".join(experiment.conclusions())
+    assert experiment.moved().startswith("No token changed its experts")
     assert run_experiment(NANO, tmp_path, **options, budget_minutes=1e-4).n_made == 0
     whole = run_experiment(NANO, tmp_path, **options)
     assert whole.n_made == 5 and not whole.left_out and whole.passed
@@ -261,9 +261,9 @@ def test_a_run_that_gets_a_budget_does_not_mix_lengths(tmp_path, monkeypatch):
     assert {trace.conditions["scale"] for trace in whole.traces.values()} == {1.0}
     monkeypatch.undo()
     only(monkeypatch, *CHOSEN)
-    found = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2, budget_minutes=1e-4)
-    assert {trace.conditions["scale"] for trace in found.traces.values()} == {0.125}
-    assert found.reference.n_tokens == 8 and found.n_made == len(found.traces)
+    experiment = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2, budget_minutes=1e-4)
+    assert {trace.conditions["scale"] for trace in experiment.traces.values()} == {0.125}
+    assert experiment.reference.n_tokens == 8 and experiment.n_made == len(experiment.traces)
 
 
 # ---- the verdict ----
