@@ -17,10 +17,8 @@ from dfqs_nb.llama.graph import Watch, interrupts_held
 from dfqs_nb.llama.log import LOG, refusal
 from dfqs_nb.llama.model import DecodeError, Model, open_model
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing.recorder import Column, Recorder, RoutingError
+from dfqs_nb.routing.recorder import Recorder, RoutingError
 from dfqs_nb.routing.trace import Trace
-
-LOGIT_SAMPLE = 1024  # logits kept of each token; all of them for a small vocabulary
 
 
 @dataclass
@@ -79,7 +77,7 @@ class RecordedModel:
         return rows
 
     def trace(self, tokens: Sequence[int], **conditions: Any) -> Trace:
-        """The trace of these tokens, of everything since `clear`, without their logits."""
+        """The trace of these tokens, of everything since `clear`."""
         header = self.model.header
         identity = {
             "name": header.get("general.name", self.model.path.stem),
@@ -139,44 +137,23 @@ def record(
     With ``logits``, each token's digest and a sample of its logits are kept. Then it goes on greedily for up
     to ``n_output`` tokens. ``conditions`` are kept in the trace. Errors: those of `RecordedModel.feed`.
     """
-    schedule, model = schedule or Schedule(), recorded.model
+    schedule, model, token = schedule or Schedule(), recorded.model, -1
     recorded.clear()
-    kept, token = _KeptLogits(model.n_vocab) if logits else None, -1
     for number, calls in enumerate(schedule.parts(len(tokens), model.settings.n_batch)):
         if number == 1 and schedule.restore:
             model.restore(model.save())
         for call in calls:
             rows = recorded.feed(tokens[call.start : call.stop])
             token = int(rows[-1].argmax())
-            if kept is not None:
-                kept.add(rows)
+            if logits:
+                recorded.required().keep_logits(rows)
     output = list[int]()
     room = min(n_output, model.settings.n_ctx - model.n_past)
     while len(output) < room and not model.ends(token):
         output.append(token)
         token = int(recorded.feed([token], listen=False)[0].argmax())
     about = {**vars(schedule), "n_output": n_output, **conditions}
-    logits_kept = kept.arrays() if kept is not None else {}
-    return replace(recorded.trace(tokens, **about), output=np.array(output, np.int32), **logits_kept)
-
-
-class _KeptLogits:
-    """Collects what is kept of each token's logits."""
-
-    def __init__(self, n_vocab: int) -> None:
-        self._sample = np.unique(np.linspace(0, n_vocab - 1, LOGIT_SAMPLE).astype(np.int32))
-        self._digests, self._values = Column(), Column()
-
-    def add(self, rows: np.ndarray) -> None:
-        import xxhash
-
-        self._digests.add(np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows], np.uint64))
-        self._values.add(rows[:, self._sample])
-
-    def arrays(self, order: np.ndarray | slice = slice(None)) -> dict[str, Any]:
-        """As fields of a `Trace`."""
-        digest, logits = (column.array()[order] for column in (self._digests, self._values))
-        return {"digest": digest, "logit_ids": self._sample, "logits": logits}
+    return replace(recorded.trace(tokens, **about), output=np.array(output, np.int32))
 
 
 def cut(slots: Sequence[int], n_ubatch: int, rule: str) -> list[int]:
@@ -275,8 +252,7 @@ def record_together(
     """
     model, n = together.recorded.model, len(texts[0])
     together.recorded.clear()
-    kept, places = _KeptLogits(model.n_vocab), list[np.ndarray]()
-    lines = [list(text) for text in texts]  # with their answers
+    lines, places = [list(text) for text in texts], list[np.ndarray]()  # the lines get their answers
     done, active, step = [0] * len(texts), set(range(len(texts))), 0
     while active:
         ready = [slot for slot in sorted(active) if arrivals[slot] <= step]
@@ -287,7 +263,7 @@ def record_together(
             continue
         slots, positions = zip(*entries, strict=True)
         rows, order = together.feed(slots, [lines[slot][at] for slot, at in entries], positions)
-        kept.add(rows[order])
+        together.recorder.keep_logits(rows[order])
         places.append(np.array(entries)[order])
         best = dict(zip(slots, rows.argmax(axis=1).tolist(), strict=True))  # after the last entry of each
         for slot, end in ends.items():
@@ -303,7 +279,5 @@ def record_together(
     output = np.full((len(texts), n_output), -1, np.int32)
     for slot, line in enumerate(lines):
         output[slot, : len(line) - n] = line[n:]
-    trace = together.recorded.trace([0] * len(place), rule=together.rule)
-    parts = {name: getattr(trace, name)[order] for name in ("experts", "weights", "margin")}
-    tokens = np.array(texts, np.int32).ravel()
-    return replace(trace, tokens=tokens, **parts, **kept.arrays(order), output=output)
+    trace = together.recorded.trace([0] * len(place), rule=together.rule).rows(order)
+    return replace(trace, tokens=np.array(texts, np.int32).ravel(), output=output)

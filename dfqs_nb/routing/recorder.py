@@ -19,6 +19,7 @@ from dfqs_nb.llama.graph import Router, View, Watch, ggml_function
 
 FLUSH_BYTES = 1 << 20  # of copies, before they are reduced to margins and weights
 SPILL_BYTES = 16 << 20  # of one column in memory; a longer one goes to a file
+LOGIT_SAMPLE = 1024  # logits kept of each token; all of them for a small vocabulary
 SMALLEST_SUM = 6.103515625e-5  # build_moe_ffn clamps the sum of weights here
 _PROBS, _WEIGHTS, _ARGSORT = b"ffn_moe_probs", b"ffn_moe_weigh", b"ffn_moe_argsort"
 
@@ -92,6 +93,7 @@ class Recorder(Watch):
         self._layers: dict[int, _Layer] = {}
         self._columns: dict[str, Column] = {}
         self._expected = self._raw_bytes = 0
+        self._logit_ids = np.zeros(0, np.int32)
         self._shape = 0, 0  # experts chosen, and experts
 
     def begin(self, n_tokens: int, *, inputs: bool = False) -> None:
@@ -113,6 +115,16 @@ class Recorder(Watch):
         if self._raw_bytes > FLUSH_BYTES:
             self._reduce()
         return np.concatenate(self._inputs) if self._inputs else np.zeros(0, np.int32)
+
+    def keep_logits(self, rows: np.ndarray) -> None:
+        """Keep a digest of the logits of each token, float32 ``(n, n_vocab)``, and a sample of them."""
+        import xxhash
+
+        ids = np.unique(np.linspace(0, rows.shape[1] - 1, LOGIT_SAMPLE).astype(np.int32))
+        digests = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows], np.uint64)
+        self._logit_ids = ids
+        for name, kept in (("digest", digests), ("logits", rows[:, ids])):
+            self._columns.setdefault(name, Column()).add(kept)
 
     # -- inside it: no exception may pass through llama.cpp, so end() raises them --
 
@@ -207,6 +219,7 @@ class Recorder(Watch):
             "experts": np.zeros((n, 0, 0), np.uint8),
             "weights": np.zeros((n, 0, 0), np.float16),
             "margin": np.zeros((n, 0), np.float32),
+            "logit_ids": self._logit_ids,
             **{name: column.array() for name, column in self._columns.items()},
         }
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing.recorded import LOGIT_SAMPLE, Schedule, Together, open_recorded, record, record_together
+from dfqs_nb.routing.recorded import Schedule, Together, open_recorded, record, record_together
+from dfqs_nb.routing.recorder import LOGIT_SAMPLE
 from dfqs_nb.routing.trace import Trace
 
 NOISE = 5e-5  # selection scores of the two implementations differ by less
