@@ -159,7 +159,7 @@ class Experiment:
         drift, flipped = np.concatenate([[], *drifts]), np.concatenate([np.zeros(0, bool), *flips])
         still, moved = drift[(drift > 0) & ~flipped], drift[(drift > 0) & flipped]
         if not len(still) or not len(moved):
-            return "No token changed its experts, or all did: there is nothing to verdict."
+            return "No token changed its experts, or all did: there is nothing to compare."
         times = np.median(moved) / np.median(still)
         return (
             f"Tokens with a changed expert: logits move {times:.2g} times as far as others that move "
