@@ -34,7 +34,7 @@ KERNEL = "python3"
 QUIET = "--log-level=CRITICAL"  # of the kernel: nothing about its own sockets, or its own shutdown
 SIZES = {
     "reference": "reference model (6 MB)",
-    "small": "270 M (0.24 GB)",
+    "small": "270 M at Q4_K_M (0.25 GB)",
     "seven_b": "7 B at Q4_K_M (5 GB)",
     "flash": "61 GB",
 }
