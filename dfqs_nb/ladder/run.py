@@ -281,9 +281,12 @@ class _Climber(ExitStack):
             if any(recipe.weights for recipe in recipes.values()):
                 how: dict[str, Any] = {"given": self.given, "fresh": self.fresh}
                 matrix = pool.submit(collected, self.source, self.folder, self.settings, **how)
-            for name, recipe in recipes.items():
-                needed = matrix if recipe.weights else None
-                futures[name] = pool.submit(self._rung, recipe, needed, futures[top])
+            # all are made before the first is measured, which waits for the source's predictions
+            made = {
+                name: pool.submit(self._made, recipe, matrix if recipe.weights else None)
+                for name, recipe in recipes.items()
+            }
+            futures |= {name: pool.submit(self._rung, name, made[name], futures[top]) for name in recipes}
             for name, future in futures.items():
                 try:
                     rungs[name] = future.result()
@@ -314,10 +317,8 @@ class _Climber(ExitStack):
         place.mkdir(parents=True, exist_ok=True)
         return place
 
-    def _rung(
-        self, recipe: Recipe, collected: Future[imatrix.ImportanceMatrix] | None, source: Future[Rung]
-    ) -> Rung:
-        """Make a rung, or take the file that an earlier run made, and measure it beside the source."""
+    def _made(self, recipe: Recipe, collected: Future[imatrix.ImportanceMatrix] | None) -> tuple[Path, str]:
+        """A rung's file, made now or by an earlier run, and its SHA-256."""
         place, matrix = self._place(recipe.name), collected.result() if collected else None
         path, note = place / "model.gguf", place / "made.json"
 
@@ -334,13 +335,17 @@ class _Climber(ExitStack):
         facts = remembered(note, conditions, make, fresh=self.fresh or not path.exists())
         if facts.get("nbytes") != path.stat().st_size:  # the file is no longer what was made
             facts = remembered(note, conditions, make, fresh=True)
-        base = source.result()  # its predictions are compared with the source's
+        return path, facts["sha256"]
+
+    def _rung(self, name: str, made: Future[tuple[Path, str]], source: Future[Rung]) -> Rung:
+        """Measure a rung beside the source."""
+        (path, sha256), base, place = made.result(), source.result(), self._place(name)
         (place / "scores").mkdir(exist_ok=True)
         for verdicts in self._place(base.name).glob("scores/verdicts-*.jsonl"):
             # a program that the source wrote too has its verdict already
             if not (place / "scores" / verdicts.name).exists():
                 shutil.copyfile(verdicts, place / "scores" / verdicts.name)
-        return self._measured(recipe.name, path, facts["sha256"], base)
+        return self._measured(name, path, sha256, base)
 
     def _measured(self, name: str, path: Path, sha256: str, base: Rung | None) -> Rung:
         """Measure a rung in a child, or load an earlier measurement."""
