@@ -262,19 +262,32 @@ def table(options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def figure(rows: list[dict[str, Any]], place: Path) -> None:
+def figure(rows: list[dict[str, Any]], place: Path, file_bytes: int) -> None:
     """Tokens a second against memory, a line for each way and read-ahead."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(7, 4), layout="constrained")
+    drawn = Figure(figsize=(7, 3.8), layout="constrained")
     ax = drawn.subplots()
-    for key in dict.fromkeys((row["way"], row["read_ahead"]) for row in rows):
-        own = [row for row in rows if (row["way"], row["read_ahead"]) == key]
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    lines = dict.fromkeys((row["way"], row["read_ahead"]) for row in rows)
+    for (way, kib), marker in zip(lines, "os^v<>DP*", strict=False):
+        own = [row for row in rows if (row["way"], row["read_ahead"]) == (way, kib)]
+        name = {"off": "llama.cpp alone", "all": "with help"}.get(way, way)
+        style = {"color": f"C{ways.index(way)}", "linestyle": "--" if way == "off" else "-", "marker": marker}
         speeds = [1 / row["decode"][0] for row in own]
-        ax.plot([row["memory"] / 1e3 for row in own], speeds, "o-", label=f"{key[0]}, read-ahead {key[1]} kB")
-    ax.set(xlabel="memory (GB)", ylabel="decode (tokens a second)")
-    ax.legend()
-    drawn.savefig(place, dpi=110)
+        ax.plot([row["memory"] / 1e3 for row in own], speeds, label=f"{name}, read-ahead {kib:,} kB", **style)
+    ax.axvline(file_bytes / 1e9, color="0.6", linewidth=1)
+    ax.annotate(
+        "size of the file",
+        (file_bytes / 1e9, 0),
+        (-4, 6),
+        textcoords="offset points",
+        ha="right",
+        color="0.4",
+    )
+    ax.set(xlabel="memory (GB)", ylabel="decode (tokens a second)", ylim=(0, None))
+    ax.legend(fontsize=8)
+    drawn.savefig(place, dpi=130)
 
 
 def main() -> None:
@@ -311,7 +324,7 @@ def main() -> None:
                 skewed(model)
         rows = table(options, model)
         if options.figure:
-            figure(rows, options.figure)
+            figure(rows, options.figure, model.stat().st_size)
     finally:
         if options.model is None:
             model.unlink(missing_ok=True)
