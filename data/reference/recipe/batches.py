@@ -12,7 +12,8 @@ import numpy as np
 from families import tasks
 from tokenizer import Encoder
 
-ROUND = 32  # lengths are multiples of this, so that a GPU's allocator meets few sizes
+# lengths of batches: few, so that a GPU can keep the work of each as a graph; longer ones are multiples of 64
+LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1088)
 POOL = 6  # batches that are sorted by length together: fewer mix lengths, more save padding
 # Schedules: a value from this progress on.
 PROMPT_WEIGHT = ((0.0, 0.1), (0.1, 0.04), (0.7, 0.1))  # of a prompt's tokens
@@ -27,9 +28,14 @@ def at(schedule, progress: float):
     return [value for start, value in schedule if start <= progress][-1]
 
 
+def rounded(length: int) -> int:
+    """The length of a batch whose longest document has ``length`` tokens."""
+    return next((n for n in LENGTHS if n >= length), -(-length // 64) * 64)
+
+
 def padded(documents: list[tuple[list[int], list[float]]]) -> Batch:
     """The documents as rows of one length."""
-    length = -(-max(len(ids) for ids, _ in documents) // ROUND) * ROUND
+    length = rounded(max(len(ids) for ids, _ in documents))
     ids = np.zeros((len(documents), length), dtype=np.int16)
     weights = np.zeros((len(documents), length), dtype=np.float16)
     for row, (tokens, of_tokens) in enumerate(documents):
@@ -49,7 +55,7 @@ def batches(encoder: Encoder, progress: Callable[[], float], tokens: int, seed: 
         pool.sort(key=lambda document: -len(document[0]))
         made, rows = [], []
         for document in pool:
-            if rows and -(-len(rows[0][0]) // ROUND) * ROUND * (len(rows) + 1) > tokens:
+            if rows and rounded(len(rows[0][0])) * (len(rows) + 1) > tokens:
                 made.append(rows)
                 rows = []
             rows.append(document)  # the last rows, short ones, are too few for a batch

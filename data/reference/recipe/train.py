@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
             update = orthogonal(gradient.lerp(momentum, share)) * (
                 group["lr"] * max(1, rows / columns) ** 0.5
             )
-            torch._foreach_mul_(group["params"], 1 - group["lr"] * 0.05)
+            torch._foreach_mul_(group["params"], 1 - group["lr"] * 0.05)  # decay
             torch._foreach_sub_(group["params"], list(update.unbind()))
 
 
@@ -71,8 +71,13 @@ def optimizers(model, peak: float) -> list[torch.optim.Optimizer]:
     for name, parameter in model.named_parameters():
         inner = "layers" in name and parameter.dim() == 2 and ("self_attn" in name or "shared" in name)
         (matrices if inner and "position_bias" not in name else rest).append(parameter)
-    adam = torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.97), weight_decay=0.01, fused=rest[0].is_cuda)
-    return [Muon(matrices, lr=peak * 10), adam]
+    on_gpu = rest[0].is_cuda
+    # on a GPU the rates are tensors, which a captured graph reads anew
+    rates = [torch.tensor(x, device=rest[0].device) if on_gpu else x for x in (peak * 10, peak)]
+    adam = torch.optim.AdamW(
+        rest, lr=rates[1], betas=(0.9, 0.97), weight_decay=0.01, fused=on_gpu, capturable=on_gpu
+    )
+    return [Muon(matrices, lr=rates[0]), adam]
 
 
 def loss_of(model, ids: torch.Tensor, weights: torch.Tensor):
@@ -147,11 +152,16 @@ def rate(progress: float, step: int) -> float:
 
 
 class Trainer:
-    """A model in training. All gradients are views of one vector, so to clip them is one product."""
+    """A model in training. All gradients are views of one vector, so to clip them is one product.
 
-    def __init__(self, model, source: Workers, progress: Progress, peak: float) -> None:
+    With ``graphs``, a GPU's work for a batch of one shape is captured at its third use, and replayed from then on:
+    a step is thousands of small kernels, which take longer to launch one by one than to run.
+    """
+
+    def __init__(self, model, source: Workers, progress: Progress, peak: float, graphs: bool = False) -> None:
         self.model, self.source, self.progress, self.peak = model, source, progress, peak
         self.device = model.lm_head.weight.device
+        self.use_graphs = graphs and self.device.type == "cuda"
         parameters = list(model.parameters())
         self.gradient = torch.zeros(sum(x.numel() for x in parameters), device=self.device)
         for parameter, part in zip(
@@ -162,9 +172,10 @@ class Trainer:
         self._begin()
 
     def _begin(self) -> None:
-        """Optimizers without a past, and a copy of the weights to go back to."""
+        """Optimizers without a past, no captured work, and a copy of the weights to go back to."""
         self.tuners = optimizers(self.model, self.peak)
-        self.peaks = [tuner.param_groups[0]["lr"] for tuner in self.tuners]
+        self.peaks = [float(tuner.param_groups[0]["lr"]) for tuner in self.tuners]
+        self.uses, self.graphs, self.pool = {}, {}, None
         self.safe = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
     def step(self) -> None:
@@ -174,22 +185,48 @@ class Trainer:
         self.progress.done += int((weights > 0).sum())
         if self.device.type == "cuda":  # from memory that stays in place, so that the copy waits for nothing
             ids, weights = (x.pin_memory().to(self.device, non_blocking=True) for x in (ids, weights))
-        ids, weights = ids.long(), weights.float()
+        share = rate(progress, self.steps)
+        for tuner, peak in zip(self.tuners, self.peaks, strict=True):
+            for group in tuner.param_groups:
+                if isinstance(group["lr"], torch.Tensor):
+                    group["lr"].fill_(peak * share)
+                else:
+                    group["lr"] = peak * share
+        self.recent.append(self._run(ids.long(), weights.float()).clone())
+        self.steps += 1
+
+    def _run(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """`_update`, from its graph where this shape has one."""
+        shape = tuple(ids.shape)
+        self.uses[shape] = self.uses.get(shape, 0) + 1
+        if not self.use_graphs or self.uses[shape] < 3:
+            return self._update(ids, weights)
+        if shape not in self.graphs:
+            given, graph = (ids.clone(), weights.clone()), torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
+                facts = self._update(*given)
+            self.pool = self.pool or graph.pool()
+            self.graphs[shape] = (graph, given, facts, self.loads)
+        graph, given, facts, self.loads = self.graphs[shape]
+        given[0].copy_(ids)
+        given[1].copy_(weights)
+        graph.replay()
+        return facts
+
+    def _update(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The work of a step; loss, the indexer's loss, share of right answer tokens, the gradient's norm."""
         loss, index, self.loads, right = loss_of(self.model, ids, weights)
         (loss + INDEX_WEIGHT * index).backward()
         norm = self.gradient.norm()
         # a gradient that is not finite changes nothing
         factor = torch.where(norm.isfinite(), (1 / (norm + 1e-6)).clamp(max=1.0), 0.0)
         torch.nan_to_num_(self.gradient, 0.0, 0.0, 0.0).mul_(factor)
-        share = rate(progress, self.steps)
-        for tuner, peak in zip(self.tuners, self.peaks, strict=True):
-            for group in tuner.param_groups:
-                group["lr"] = peak * share
+        for tuner in self.tuners:
             tuner.step()
         self.gradient.zero_()
         balance(self.model, self.loads)
-        self.recent.append(torch.stack([loss.detach(), index.detach(), right, norm]))
-        self.steps += 1
+        return torch.stack([loss.detach(), index.detach(), right, norm])
 
     def summary(self) -> dict[str, float]:
         """Means since the last summary, and the load of the busiest expert over the mean load."""
@@ -211,7 +248,7 @@ class Trainer:
 def run(asked: argparse.Namespace, encoder: Encoder, model, source: Workers) -> None:
     """Train, log, and write checkpoints until the budget is spent or SIGTERM comes."""
     progress = Progress(asked.tokens, asked.minutes, asked.resume or 0.0)
-    trainer, ends = Trainer(model.train(), source, progress, asked.peak), []
+    trainer, ends = Trainer(model.train(), source, progress, asked.peak, asked.graphs), []
     signal.signal(signal.SIGTERM, lambda *_: ends.append(True))
 
     def log(**facts) -> None:
@@ -257,6 +294,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="processes that draw documents; 8 on a GPU, else 0")
     parser.add_argument("--threads", type=int, default=2, help="of this process")
     parser.add_argument("--fuse", action="store_true", help="compile a part of the model")
+    parser.add_argument("--graphs", action="store_true", help="capture a GPU's work for each shape of batch")
     parser.add_argument("--save-every", type=float, default=1.0, metavar="MINUTES")
     parser.add_argument(
         "--evaluate", type=int, default=20, help="held-out questions a family at a checkpoint"
@@ -276,8 +314,11 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     if asked.fuse:
         fuse()
+    model = model.to(device)
+    stream = torch.cuda.Stream() if asked.graphs and device == "cuda" else None
     try:
-        run(asked, encoder, model.to(device), source)
+        with torch.cuda.stream(stream):  # a graph is captured on the stream that the other steps use
+            run(asked, encoder, model, source)
     finally:
         source.stop()
 
