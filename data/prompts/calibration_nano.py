@@ -2,7 +2,7 @@
 
 Two texts in the words of the reference model's training tasks (data/reference/README.md), drawn apart: one that
 importance matrices are collected on, and one, held out from it, that perplexity and KL divergence are measured on.
-No prompt stands in both, and none is a scored item of nano_reasoning.jsonl or nano_code.jsonl.
+No prompt stands in both, and none is a scored item of the nano sets.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def documents(seed: int, n: int, taken: set[str]) -> Iterator[Document]:
 
 def scored() -> set[str]:
     found = set()
-    for name in ("nano_reasoning", "nano_code"):
+    for name in ("nano_reasoning", "nano_reasoning_hard", "nano_code"):
         lines = (HERE / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[1:]
         found |= {json.loads(line)["prompt"] for line in lines}
     return found

@@ -16,7 +16,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -464,17 +464,90 @@ NANO_REASONING: dict[str, tuple[str, Callable[[random.Random], Parts]]] = {
 }
 
 
-def nano_reasoning(n: int = 16) -> Iterator[dict]:
-    draw, seen = random.Random(SEED + 1), set()
-    for family, (length, make) in NANO_REASONING.items():
+def sum_or_difference(draw: random.Random) -> Parts:
+    """Of two numbers with two digits; an answer is one of 199 values."""
+    sign, a, b = draw.choice("+-"), *sorted((draw.randint(10, 99), draw.randint(10, 99)), reverse=True)
+    return "", f"What is {a} {sign} {b}?", f"{a + b if sign == '+' else a - b}.", 199
+
+
+def larger_of_three(draw: random.Random) -> Parts:
+    numbers, largest = draw.sample(range(100), 3), draw.random() < 0.5
+    ask = "Which is {}, {}, {} or {}?".format("larger" if largest else "smaller", *numbers)
+    return "", ask, f"{max(numbers) if largest else min(numbers)}.", 3
+
+
+def among_places(draw: random.Random, n: int) -> Parts:
+    """Heights of ``n`` people in one shuffled text with the places of as many."""
+    facts, *rest = heights(draw, n)
+    mixed = [f"{fact.rstrip('.')}." for text in (facts, places(draw, n)[0]) for fact in text.split(". ")]
+    draw.shuffle(mixed)
+    return " ".join(mixed), *rest
+
+
+def place_of_tallest(draw: random.Random, n: int) -> Parts:
+    """Two steps: who is tallest (or shortest), then where."""
+    facts, ask, answer, _ = heights(draw, n)
+    people = sorted(set(re.findall(r"[A-Z][a-z]+", facts)))
+    rooms = dict(zip(draw.sample(people, n), draw.sample(PLACES, n), strict=True))
+    where = " ".join(f"{one} is in the {room}." for one, room in rooms.items())
+    who = answer.rstrip(".")
+    return f"{facts} {where}", ask.replace("Who", "Where"), f"{who} is in the {rooms[who]}.", n
+
+
+# For a model that knows all of the above: more facts, longer orders, and questions of a kind that training never asks.
+NANO_REASONING_HARD: dict[str, tuple[str, Callable[[random.Random], Parts]]] = {
+    "place of eight": ("short", lambda d: places(d, 8)),
+    "place of eight after colours": ("short", after(lambda d: colours(d, 8)[0], lambda d: places(d, 8))),
+    "colour of eight after filler": ("medium", after(lambda d: fill(d, 30), lambda d: colours(d, 8))),
+    "sum or difference": ("short", sum_or_difference),
+    "tallest of six": ("short", lambda d: heights(d, 6)),
+    "tallest of eight": ("short", lambda d: heights(d, 8)),
+    "tallest of twelve": ("short", lambda d: heights(d, 12)),
+    "tallest of four after places": ("short", after(lambda d: places(d, 4)[0], lambda d: heights(d, 4))),
+    "tallest of six after colours": ("short", after(lambda d: colours(d, 6)[0], lambda d: heights(d, 6))),
+    "tallest of four among places": ("short", lambda d: among_places(d, 4)),
+    "larger of three": ("short", larger_of_three),
+    "place of the tallest": ("short", lambda d: place_of_tallest(d, 4)),
+}
+
+
+def recipe_combination() -> Callable[[str, str, str], tuple[str, ...]]:
+    """What the recipe of the reference model holds a question out by; that file loads this one, so it comes late."""
+    place = HERE.parent / "reference" / "recipe" / "families.py"
+    spec = spec_from_file_location("families_of_the_recipe", place)
+    sys.modules[spec.name] = module = module_from_spec(spec)  # its dataclass looks itself up
+    spec.loader.exec_module(module)
+    return module.combination_of
+
+
+def nano_reasoning_hard() -> Iterator[dict]:
+    combination = recipe_combination()
+    return nano_reasoning(
+        "nano-reasoning-hard",
+        NANO_REASONING_HARD,
+        SEED + 4,
+        lambda *question: held_out(*combination(*question)),
+    )
+
+
+def nano_reasoning(
+    name: str = "nano-reasoning",
+    families: dict[str, tuple[str, Callable[[random.Random], Parts]]] = NANO_REASONING,
+    seed: int = SEED + 1,
+    wanted: Callable[[str, str, str], bool] = lambda family, prompt, answer: True,
+    n: int = 16,
+) -> Iterator[dict]:
+    """``n`` questions of each family, all different. ``wanted``: whether a question may be asked."""
+    draw, seen = random.Random(seed), set()
+    for family, (length, make) in families.items():
         for number in range(n):
-            prompt = None
-            while prompt is None or prompt in seen:
+            prompt, answer = None, ""
+            while prompt is None or prompt in seen or not wanted(family, prompt, answer):
                 facts, ask, answer, choices = make(draw)
                 prompt = f"{facts} {ask}".strip()
             seen.add(prompt)
             yield {
-                "id": f"nano-reasoning/{family.replace(' ', '-')}/{number:02d}",
+                "id": f"{name}/{family.replace(' ', '-')}/{number:02d}",
                 "family": family,
                 "length": length,
                 "prompt": prompt,
@@ -663,6 +736,26 @@ SETS: dict[str, tuple[dict, Callable[[], Iterable[dict]]]] = {
             "max_tokens": 24,
         },
         nano_reasoning,
+    ),
+    "nano-reasoning-hard": (
+        {
+            "tier": "nano",
+            "kind": "reasoning",
+            "mode": "chat",
+            "licence": "MIT",
+            "source": "the words of the reference model's training tasks (data/reference/README.md)",
+            "held_out": HELD_OUT.format(
+                how="a hash keeps each of these combinations of facts, orders of people and pairs of numbers from it. It "
+                "never orders more than four people or compares three numbers, never puts heights beside places or "
+                "colours, and never asks where the tallest is."
+            ),
+            "guess_rule": "a random pick among the values that the prompt offers; among 199 for a sum or difference",
+            "instruction": "",
+            "extract": "last line",
+            "stop": [],
+            "max_tokens": 24,
+        },
+        nano_reasoning_hard,
     ),
     "standard-code": (
         {

@@ -51,7 +51,7 @@ def context_curve(curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None
     least, most = curve["n"].min(), curve["n"].max()
     n = f"{least}" if least == most else f"{least} to {most}"
     core.share_axis(ax.yaxis, f"right answers (n = {n} a length)")
-    set_title(ax, textwrap.fill(f"Retrieval {boundary['sentence']}", 90))
+    set_title(ax, textwrap.fill(f"Retrieval {boundary['sentence']}", 80))
     return ax
 
 

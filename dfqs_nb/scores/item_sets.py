@@ -22,7 +22,7 @@ from dfqs_nb.scores.answers import code_in, parsed
 from dfqs_nb.scores.sandbox import Candidate
 
 TIERS = {
-    "nano": ("nano-reasoning", "nano-code"),
+    "nano": ("nano-reasoning-hard", "nano-code"),
     "standard": ("standard-reasoning", "standard-code", "gsm8k-100"),
 }
 NEEDED = {"reasoning": ("answer",), "code": ("tests", "entry_point"), "choice": ("choices",)}  # of an item

@@ -53,7 +53,7 @@ ENVELOPE = {
     "model": "a model",
     "source": "the header of the file",
     "assumptions": [],
-    "file_bytes": 5_753_024,
+    "file_bytes": 5_752_960,
     "cache": [
         {"n_ctx": 8192, "kv_bytes": 1, "kv_swa_full_bytes": 1}
         | dict.fromkeys(("compute_bytes", "compute_flash_bytes", "compute_gpu_bytes"))
@@ -141,7 +141,7 @@ def make_run(
         "model": {
             "name": model,
             "sha256": digest,
-            "size_bytes": 5_753_024,
+            "size_bytes": 5_752_960,
             "header_fingerprint": digest,
             "architecture": "deepseek4",
             "parameters": 14_880_349,

@@ -71,11 +71,13 @@ def combination_of(family: str, prompt: str, answer: str) -> Combination:
         return ("function", *heads[-1], *(heads[0][:1] if len(heads) > 1 else ()))
     if "pass key" in family:
         return ("pass key", re.search(r"\d+", answer)[0])
+    if "sum" in family:
+        return ("sum", *re.search(r"(\d+) ([+-]) (\d+)", prompt).groups())
+    if "tall" in family:
+        return ("height", *sorted(re.findall(r"\w+ is taller than \w+", prompt)), prompt.rsplit(" ", 1)[1])
     if ("colour" in family and answer.startswith("The ")) or "place" in family:
         facts = set(re.findall(r"[A-Z][^.?]*\.", prompt)) - set(NANO["sentences"])
         return (family.split()[0], answer, *sorted(facts))
-    if "tall" in family:
-        return ("height", *sorted(re.findall(r"\w+ is taller than \w+", prompt)), prompt.rsplit(" ", 1)[1])
     if "larger" in family:
         return ("larger", *sorted(re.findall(r"\d+", prompt)))
     if "capital" in family:
@@ -88,7 +90,7 @@ def combination_of(family: str, prompt: str, answer: str) -> Combination:
 def frozen_combinations() -> frozenset[Combination]:
     """The combinations of every item of the frozen nano sets."""
     found = set()
-    for name in ("nano_reasoning", "nano_code"):
+    for name in ("nano_reasoning", "nano_reasoning_hard", "nano_code"):
         lines = (PROMPTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[1:]
         for item in map(json.loads, lines):
             found.add(combination_of(item["family"], item["prompt"], item.get("answer", "")))

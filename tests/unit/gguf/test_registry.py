@@ -336,7 +336,7 @@ def test_registered_model_is_found_in_another_folder_and_its_size_checked(server
     server.repos["someone/nano"][SHARDS[1]] = REFERENCE / SHARDS[0]
     (bad,) = client(server.endpoint, tmp_path / "bad", "dfqs-nano-iq1_s-xl", DFQS_DATA=str(tmp_path))
     assert bad["error"] == "IntegrityError"
-    assert "shard 2 of 2 is 1,946,400 bytes too long (expected 1,903,360); delete " in bad["text"]
+    assert "shard 2 of 2 is 1,946,368 bytes too long (expected 1,903,360); delete " in bad["text"]
     assert "/blobs/" in bad["text"], "the bytes to delete are behind the link"
 
 

@@ -172,7 +172,7 @@ def test_folder_missing(tmp_path):
 def test_no_space_is_seen_before_the_first_byte(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    refused(SpaceError, "needs 5,753,024 bytes", "1,000 are free", output=tmp_path / "out.gguf")
+    refused(SpaceError, "needs 5,752,960 bytes", "1,000 are free", output=tmp_path / "out.gguf")
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_no_space_on_a_real_full_disk(tmp_path, monkeypatch):
     if mounted.returncode:
         pytest.skip("no right to mount a small disk here")
     try:
-        refused(SpaceError, "needs 5,753,024 bytes", output=disk / "out.gguf")
+        refused(SpaceError, "needs 5,752,960 bytes", output=disk / "out.gguf")
         monkeypatch.setattr(merging, "check_output", lambda *_, **__: None)
         refused(SpaceError, "filled up", "removed", output=disk / "out.gguf")
     finally:

@@ -385,7 +385,7 @@ def test_a_part_that_is_changed_after_its_checks_is_not_named(
                 file.write(b"changed")
         else:
             part.rename(tmp_path / "other")
-            part.write_bytes(bytes(5_753_024))
+            part.write_bytes(bytes(5_752_960))
 
     monkeypatch.setattr(copy.Run, "check_sources", tampered)
     with pytest.raises(IntegrityError, match="changed while it was checked"):
@@ -513,7 +513,7 @@ def test_a_file_that_is_too_large_is_not_a_full_disk(tmp_path: Path) -> None:
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=REPOSITORY, check=False, preexec_fn=limit
     )
-    assert done.returncode == 1 and "no file of 5,753,024 bytes" in done.stderr, done.stderr
+    assert done.returncode == 1 and "no file of 5,752,960 bytes" in done.stderr, done.stderr
     assert "ulimit -f" in done.stderr and "filled up" not in done.stderr and not list(tmp_path.iterdir())
 
 

@@ -26,7 +26,7 @@ from dfqs_nb.scores import grading as scoring
 from dfqs_nb.scores.answers import code_in, normalised
 
 PROMPTS = data_dir() / "prompts"
-SHIPPED = [name for names in item_sets.TIERS.values() for name in names]
+SHIPPED = ["nano-reasoning", *(name for names in item_sets.TIERS.values() for name in names)]
 
 
 # ---- grades ----
@@ -274,6 +274,7 @@ def test_shipped_sets_are_whole(name):
     expected = {
         "nano-code": 96,
         "nano-reasoning": 192,
+        "nano-reasoning-hard": 192,
         "standard-code": 164,
         "standard-reasoning": 120,
         "gsm8k-100": 100,
@@ -282,7 +283,11 @@ def test_shipped_sets_are_whole(name):
 
 
 def test_the_reasoning_sets_have_short_and_medium_items_and_guessing_scores_little():
-    for name, highest in (("nano-reasoning", 0.5), ("standard-reasoning", 0.03)):
+    for name, highest in (
+        ("nano-reasoning", 0.5),
+        ("nano-reasoning-hard", 0.34),
+        ("standard-reasoning", 0.03),
+    ):
         items = ItemSet.load(name).items
         assert {item.length for item in items} == {"short", "medium"}
         assert all(item.guess <= highest for item in items)
@@ -342,17 +347,23 @@ def test_answers_of_the_standard_set_agree_with_a_second_implementation():
 
 
 def test_nano_answers_follow_from_their_prompts():
-    for item in ItemSet.load("nano-reasoning").items:
+    sets = (ItemSet.load(name) for name in ("nano-reasoning", "nano-reasoning-hard"))
+    for item in (item for each in sets for item in each.items):
         facts = dict(re.findall(r"(?:The )?(\w+) is (?:in the )?(\w+)\.", item.prompt))
         if item.answer.startswith("The capital") or "pass key" in item.family:
             continue
-        if ("colour" in item.family and item.answer.startswith("The ")) or "place" in item.family:
-            asked = re.search(r"(?:What color is the|Where is) (\w+)\?", item.prompt)[1]
-            assert item.answer.endswith(f" {facts[asked]}.")
+        if item.family.startswith("sum"):
+            a, sign, b = re.search(r"(\d+) ([+-]) (\d+)", item.prompt).groups()
+            assert item.answer == f"{int(a) + int(f'{sign}{b}')}."
         elif "tall" in item.family:
             pairs = re.findall(r"(\w+) is taller than (\w+)\.", item.prompt)
             low, high = {b for _, b in pairs}, {a for a, _ in pairs}
-            assert {item.answer[:-1]} == (high - low if "tallest" in item.prompt else low - high)
+            (person,) = high - low if "tallest" in item.prompt else low - high
+            where = item.family == "place of the tallest"
+            assert item.answer == (f"{person} is in the {facts[person]}." if where else f"{person}.")
+        elif ("colour" in item.family and item.answer.startswith("The ")) or "place" in item.family:
+            asked = re.search(r"(?:What color is the|Where is) (\w+)\?", item.prompt)[1]
+            assert item.answer.endswith(f" {facts[asked]}.")
         elif "larger" in item.family:
             numbers = list(map(int, re.findall(r"\d+", item.prompt)))
             assert item.answer == f"{(max if 'larger' in item.prompt else min)(numbers)}."
@@ -499,7 +510,7 @@ def test_a_set_of_ones_own_is_found_in_its_folder(tmp_path):
     rows = [{"set": "mine", "kind": "reasoning"}, {"id": "1", "prompt": "p", "answer": "a"}]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sets = ItemSet.of_tier("nano", tmp_path)
-    assert [each.name for each in sets] == ["nano-reasoning", "nano-code", "mine"]
+    assert [each.name for each in sets] == ["nano-reasoning-hard", "nano-code", "mine"]
     assert sets[-1].tier == "own"
     with pytest.raises(PromptError, match="there are: .*nano-code"):
         ItemSet.load("theirs")
@@ -510,7 +521,7 @@ def test_the_generator_makes_the_shipped_nano_sets_again():
     code = (
         "import runpy; made = runpy.run_path('generate.py')\n"
         "from pathlib import Path\n"
-        "for name in ('nano-code', 'nano-reasoning'):\n"
+        "for name in ('nano-code', 'nano-reasoning', 'nano-reasoning-hard'):\n"
         "    assert made['text'](name) == Path(name.replace('-', '_') + '.jsonl').read_text(encoding='utf-8')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROMPTS, capture_output=True, text=True)
