@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -126,11 +127,24 @@ def crew(model: Model, alone: bool = False) -> Iterator[list[Model]]:
 
 
 def side_by_side(workers: Sequence[Any], work: Callable[[Any, Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Do ``work(worker, item)`` for each item, by as many at once as there are workers; the results."""
-    n = len(workers)
+    """Do ``work(worker, item)`` for each item, by as many at once as there are workers; the results.
+
+    After an error or Ctrl-C no other item is begun.
+    """
+    if (n := len(workers)) == 1:  # in this thread, where Ctrl-C ends an item, too
+        return [work(workers[0], item) for item in items]
+    stopped = threading.Event()
+
+    def part(k: int) -> list[Any]:
+        return [work(workers[k], item) for item in items[k::n] if not stopped.is_set()]
+
     with ThreadPoolExecutor(n) as pool:
-        parts = [pool.submit(lambda k: [work(workers[k], item) for item in items[k::n]], k) for k in range(n)]
-        done = [part.result() for part in parts]
+        parts = [pool.submit(part, k) for k in range(n)]
+        try:
+            done = [part.result() for part in parts]
+        except BaseException:
+            stopped.set()
+            raise
     return [done[at % n][at // n] for at in range(len(items))]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import gguf_fixtures
@@ -102,6 +104,21 @@ def test_a_small_model_works_on_every_core_and_results_keep_their_order(monkeypa
         assert best == [next_token(model, n) for n in range(9)]
         with crew(model, alone=True) as models:
             assert models == [model]
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_no_text_is_begun_after_an_interrupt(n_workers):
+    begun: list[int] = []
+
+    def work(worker: int, item: int) -> None:
+        begun.append(item)
+        if item == 4:  # as Ctrl-C does, from whichever thread works
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.01)
+
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side(range(n_workers), work, range(100))
+    assert len(begun) < 50
 
 
 FILL = """
