@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from math import inf, nan
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import pandas as pd
 from dfqs_nb.context.plan import Meter
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.journal import Journal
+from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.generate import Sampling, chat
 from dfqs_nb.llama.model import open_model
@@ -123,7 +124,8 @@ def measure_loops(
             identity = identity or model.sha256()  # read once: a large file takes minutes
             made = {**model.conditions(), **requests.identity(), "n_tokens": n_tokens}
             made |= {"model": identity, "sampling": asdict(Sampling())}
-            journal = Journal(Path(folder) / JOURNAL, made, fresh=fresh and at == 0)
+            again, whole = fresh and at == 0, partial(holds, fields={"tokens": list, "ended": bool})
+            journal = Journal(Path(folder) / JOURNAL, made, fresh=again, whole=whole)
             meter = Meter((end - time.perf_counter()) / (len(opened) - at))
             cost, missing = probe(model).seconds(0, n_tokens), 0
             for number, temperature in tqdm(turns, leave=False):

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from dfqs_nb.context.haystacks import Probe, around, sentences
 from dfqs_nb.context.plan import Meter, PrefillSpeed, crew, side_by_side
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import PromptError
-from dfqs_nb.core.journal import Journal
+from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.generate import TextStream
 from dfqs_nb.llama.model import Model
@@ -31,6 +32,7 @@ from dfqs_nb.stats import wilson
 NAME = "long-context-tasks"
 LETTERS = "bdfgklmnprstvz", "aeiou"
 ANSWER_RULE = "all lines where several words are expected"  # answers under another one are not comparable
+ROW = {"answer": str, "expected": list, "recall": float, "guess": float}  # a line of the journal
 ANSWER_TOKENS = 16  # beside three times the tokens of what is expected
 Tokenize = Callable[[str], Sequence[int]]
 COMMON, RARE = 10, 2  # how often words of the list of common words come, in its smallest unit
@@ -263,7 +265,8 @@ def measure_tasks(
     chosen, lengths = list(dict.fromkeys(tasks)) or list(wording.tasks), sorted({*lengths})
     conditions: dict[str, Any] = {**model.conditions(), **wording.identity(), "model": model_id}
     conditions |= {"filler": writer.probe.identity(), "answer": ANSWER_RULE}
-    journal = Journal(Path(folder) / "long_context_tasks.jsonl", conditions, fresh=fresh)
+    path, whole = Path(folder) / "long_context_tasks.jsonl", partial(holds, fields=ROW)
+    journal = Journal(path, conditions, fresh=fresh, whole=whole)
     meter, rows, n_missing = Meter(budget_seconds), list[dict[str, Any]](), 0
     asked, right = Counter[str](), Counter[str]()  # by task, at the shortest length
 

@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import inf, sqrt
 from os.path import commonprefix
 from pathlib import Path
@@ -28,6 +29,7 @@ from dfqs_nb.stats import mean_interval, wilson
 if TYPE_CHECKING:
     import pandas as pd
 
+ROW = {"log_likelihoods": list, "greedy": list}  # what a line of the file of answers holds
 N_CHOICES = 4  # of a question that is made from a set of questions with one answer each
 
 
@@ -141,7 +143,8 @@ def answer(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     conditions = {"prompt_set_sha256": questions.sha256, "model": model_id, **model.conditions()}
-    kept = journal.Journal(folder / f"{questions.name}.likelihood.jsonl", conditions, fresh=fresh)
+    path, whole = folder / f"{questions.name}.likelihood.jsonl", partial(journal.holds, fields=ROW)
+    kept = journal.Journal(path, conditions, fresh=fresh, whole=whole)
     encoded = {item.id: encode(model, questions, item) for item in questions.items if item.id not in kept}
     shared = list(commonprefix([context for context, _ in encoded.values()]))
     start = None

@@ -245,7 +245,7 @@ class Wire:
                 return UnreachableError("no answer in time", where=self.url, hint=hint)
             case httpx2.ReadError() | httpx2.RemoteProtocolError() | FieldError():
                 return broken(why, self.url)
-            case json.JSONDecodeError() | UnicodeError() | RecursionError():
+            case ValueError() | RecursionError():  # no JSON, or with numbers of thousands of digits
                 return broken(why, self.url)
             case httpx2.TransportError():
                 hint = "check the address, and that the server is running"

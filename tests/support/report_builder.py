@@ -260,3 +260,10 @@ def reseal(folder: Path, *, rehash: bool = False) -> None:
     report.pop("integrity", None)
     report["integrity"] = {"sha256": canonical_sha256(report)}
     path.write_text(json.dumps(report, indent=2))
+
+
+def append_damaged(journal: Path) -> None:
+    """Repeat the first row of a journal without what it holds, as a disk's fault or an editor may leave it."""
+    row = json.loads(journal.read_bytes().splitlines()[0])
+    with journal.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({name: row[name] for name in ("id", "conditions")}) + "\n")

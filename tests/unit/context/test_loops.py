@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pandas as pd
 import pytest
+from report_builder import append_damaged
 
 from dfqs_nb.context import loops
 from dfqs_nb.context.loops import LEAST_TIMES, LEAST_TOKENS, Loop, LoopRun, first_loop, measure_loops
@@ -86,6 +87,7 @@ def test_a_second_run_asks_nothing_and_a_budget_leaves_out(tmp_path, monkeypatch
     assert not len(none.table()) and "rate" in none.table()
     first = measure_loops(MODEL, tmp_path, OPEN, **few)
     assert first.table()["asked"].tolist() == [2, 2, 2, 2] and first.items["n_tokens"].max() <= 80
+    append_damaged(tmp_path / "long_generation.jsonl")
     monkeypatch.setattr(loops, "chat", lambda *_: pytest.fail("asked again"))
     again = measure_loops(MODEL, tmp_path, OPEN, **few)
     pd.testing.assert_frame_equal(first.items, again.items)

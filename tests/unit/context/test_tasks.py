@@ -8,6 +8,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+from report_builder import append_damaged
 
 from dfqs_nb.context import figures, tasks
 from dfqs_nb.context.plan import PrefillSpeed
@@ -228,6 +229,7 @@ def test_a_model_is_asked_and_a_second_run_asks_nothing(tmp_path, monkeypatch):
         first = tasks.measure_tasks(model, tmp_path, [512, 60], FREE, tasks=chosen, n_texts=2)
         assert len(first.items) == 4 and first.table()["n"].tolist() == [2, 2]
         assert first.left_out == ("4 texts of the table of tasks",), "60 tokens hold neither task"
+        append_damaged(tmp_path / "long_context_tasks.jsonl")
         monkeypatch.setattr(tasks, "greedy", lambda *_: pytest.fail("asked again"))
         again = tasks.measure_tasks(model, tmp_path, [512, 512], FREE, tasks=chosen * 2, n_texts=2)
         assert again.table()["n"].tolist() == [2, 2], "no answer counts twice"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from moe_models import write_model
 from other_models import with_vocabulary
+from report_builder import append_damaged
 from scipy.special import log_softmax
 
 from dfqs_nb.core.errors import PromptError
@@ -155,6 +156,7 @@ def test_the_file_has_the_layout_of_lm_eval(model, own, tmp_path):
 def test_a_second_run_evaluates_nothing(model, own, tmp_path, evaluated):
     questions = load_choices(own())
     first, n_evaluated = likelihood.answer(model, questions, tmp_path), sum(evaluated)
+    append_damaged(tmp_path / "own.likelihood.jsonl")
     second = likelihood.answer(model, questions, tmp_path)
     assert first.items.equals(second.items) and sum(evaluated) == n_evaluated > 0
 

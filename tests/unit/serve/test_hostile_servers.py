@@ -87,7 +87,7 @@ def test_bytes_that_are_not_utf_8_are_replaced(server):
     assert client.connect(server.url, stream=False).chat("x").text == "a\ufffd\ufffdb"
 
 
-@pytest.mark.parametrize("kind", ["deep", "usage", "list", "content"])
+@pytest.mark.parametrize("kind", ["deep", "digits", "usage", "list", "content"])
 def test_an_answer_of_another_shape_is_a_broken_one(server, kind):
     server.faults = [f"raw {kind}"] * 2
     with pytest.raises(BrokenAnswerError) as caught:
