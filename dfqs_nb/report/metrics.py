@@ -113,7 +113,8 @@ def _score(stage: Mapping[str, Any], name: str) -> Detail:
     """A score: of the tier's own set."""
     kind = name.removesuffix("_score")
     own = f"{stage.get('tier')}-{kind}"
-    score = next((it for it in stage["scores"] if (it["name"], it["set"]) == (name, own)), None)
+    names = (own, f"{own}-hard")  # what the nano tier asks, as its model knows nearly all of the first
+    score = next((it for it in stage["scores"] if it["name"] == name and it["set"] in names), None)
     if score is None:
         unsafe = kind == "code" and stage.get("sandbox") in (None, "", "none")
         why = ": without a sandbox no generated code is run" if unsafe else ""

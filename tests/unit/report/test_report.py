@@ -20,10 +20,11 @@ from dfqs_nb import report
 from dfqs_nb.core import files as core_files
 from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.stage import NOTEBOOKS, Stage
-from dfqs_nb.report import reading, stages, text
+from dfqs_nb.report import metrics, reading, stages, text
 from dfqs_nb.report.files import uncovered
 from dfqs_nb.report.spec import claims_spec
 from dfqs_nb.report.stages import ReportError
+from dfqs_nb.scores import item_sets
 from dfqs_nb.workbook import cli
 
 METRICS = {
@@ -195,6 +196,14 @@ def test_partial_score_is_withheld_and_says_how_many_are_missing(merged_referenc
     built = report.build_report(folder, ask_llama_cpp=False)
     assert built["metrics"]["reasoning_score"] is None and built["metrics"]["code_score"] is not None
     assert built["details"]["reasoning_score"]["withheld"] == "3 of 192 items lack a result"
+
+
+@pytest.mark.parametrize("tier", item_sets.TIERS)
+def test_the_sets_that_a_tier_asks_are_those_of_its_metrics(tier):
+    for name in item_sets.TIERS[tier][:2]:
+        kind = item_sets.ItemSet.load(name).kind
+        score = {"name": f"{kind}_score", "set": name, "value": 0.5, "low": 0.1, "high": 0.9, "n": 2}
+        assert metrics._score({"tier": tier, "scores": [score]}, score["name"])["value"] == 0.5
 
 
 def test_code_that_was_never_run_is_withheld(merged_reference, tmp_path):
