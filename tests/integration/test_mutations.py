@@ -6,6 +6,7 @@ No other exception, no hang, no gigabyte. Headers have such a test of their own 
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
 import random
@@ -31,7 +32,8 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.core.stage import read_stage
 from dfqs_nb.gguf import broken
 from dfqs_nb.llama.generate import Completion
-from dfqs_nb.merge import copy, disk
+from dfqs_nb.merge import copy as merge_copy
+from dfqs_nb.merge import disk
 from dfqs_nb.merge.disk import journal_path, part_path
 from dfqs_nb.merge.verify import manifest_path
 from dfqs_nb.report.stages import DRAWN_ON, read_run
@@ -92,7 +94,7 @@ class Draw(random.Random):
             elif change == 1:
                 holder.insert(key, holder[key])
             else:
-                holder[key] = self.choice(VALUES)
+                holder[key] = copy.deepcopy(self.choice(VALUES))  # a later change may reach into it
         return tree
 
     def file_changed(self, raw: bytes, *, lines: bool = False) -> bytes:
@@ -211,7 +213,7 @@ def test_answers_of_a_scoring_run(tmp_path: Path) -> None:
 
 def test_the_journal_of_a_consuming_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The merge ends with the right bytes, or refuses and keeps the sources as they are."""
-    monkeypatch.setattr(copy, "WINDOW_BYTES", SMALL_WINDOW_BYTES)
+    monkeypatch.setattr(merge_copy, "WINDOW_BYTES", SMALL_WINDOW_BYTES)
     folder = tmp_path / "cut"
     folder.mkdir()
     pair = [Path(shutil.copy(path, folder)) for path in broken.reference_shards().paths]
