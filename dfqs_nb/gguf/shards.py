@@ -158,6 +158,8 @@ def _in_order(headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
     if not headers:
         raise ShardError("no shard was named", hint="name one shard, or all of them")
     count = next((n for header in headers if (n := header.count("split.count")) > 1), 1)
+    if count > MAX_SHARDS:  # a hostile number fills the memory
+        raise _refused(f"claims to be of {count:,} shards", headers[0].path, GET_AGAIN)
     by_number: dict[int, GGUFHeader] = {}
     for header in headers:
         own = max(header.count("split.count", count), 1)

@@ -23,6 +23,7 @@ from dfqs_nb.gguf.header import MAX_STRINGS, check_layout, read_header
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import find_shards, open_shards, shard_path
 from dfqs_nb.llama.check import loader_verdict
+from dfqs_nb.merge import diagnose
 
 LLAMA = [
     field("general.architecture", "STRING", "llama"),
@@ -134,6 +135,20 @@ def test_split_fields_of_another_type_are_an_error_of_ours(tmp_path, name, kind,
     )
     with pytest.raises(DfqsError):
         open_shards(path)
+
+
+def test_a_hostile_count_of_shards_is_refused_before_they_are_listed(tmp_path):
+    """Of named files, and of one file with several headers, which `inspect` and `merge` are given."""
+    paths = []
+    for number in (0, 1):
+        fields = [field("split.no", "UINT16", number), field("split.count", "UINT64", 1 << 40)]
+        raw = gguf_bytes([*LLAMA, *fields], [Spec(f"blk.{number}.ffn_up.weight", "F32", (32, 8))])
+        paths.append(write(tmp_path / f"{number}.gguf", raw))
+    glued = write(tmp_path / "glued.gguf", paths[0].read_bytes() + paths[1].read_bytes())
+    with no_hang(5):
+        with pytest.raises(ShardError, match="claims to be of 1,099,511,627,776 shards"):
+            open_shards(paths)
+        assert "claims to be of 1,099,511,627,776 shards" in diagnose(glued).finding
 
 
 FACTS = (
