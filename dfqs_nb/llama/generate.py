@@ -112,13 +112,13 @@ class TextStream:
                 break
             tokens.append(token)
             text += decoder.decode(self._model.token_bytes(token))
-            if time.monotonic() > self._until:
-                reason = "time"
-                break
             start = answer_start(text, opened) if self._stop else None
             stops = [at for mark in self._stop if start is not None and (at := text.find(mark, start)) >= 0]
             if stops:
                 text, reason = text[: min(stops)], "stop"
+                break
+            if time.monotonic() > self._until:
+                reason = "time"
                 break
             safe = len(text) - _held_back(text, self._stop)
             if safe > shown:

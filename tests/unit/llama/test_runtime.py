@@ -233,6 +233,11 @@ def test_stop_text_is_never_shown_even_across_tokens():
     assert stream.completion.text == "def f():\n pass"
 
 
+def test_a_stop_text_ends_an_answer_also_when_its_time_is_over():
+    stream = llama_generate.TextStream(ScriptedModel([b"a###b", b"more"]), [0], stop=["###"], until=0)
+    assert list(stream) == ["a"] and stream.completion.finish_reason == "stop"
+
+
 def test_held_back_text_is_shown_at_the_end():
     stream = llama_generate.TextStream(ScriptedModel([b"a\n", b"\n"]), [0], stop=["\n\nclass"])
     assert "".join(stream) == "a\n\n"
