@@ -11,6 +11,7 @@ import shlex
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,8 @@ def _reported(place: str) -> Any:
         def display(self, msg: str | None = None, pos: int | None = None) -> bool:
             bars = sorted(self._instances, key=lambda bar: abs(bar.pos))
             texts = [bar.format_meter(**bar.format_dict | {"bar_format": REPORTED}) for bar in bars]
-            Path(place).write_text(", ".join(texts), encoding="utf-8")
+            with suppress(OSError):  # a full disk ends no measurement
+                Path(place).write_text(", ".join(texts), encoding="utf-8")
             return True
 
     return Reported

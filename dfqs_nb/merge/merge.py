@@ -356,7 +356,9 @@ def _finish_consumed(model: Given, output: Path) -> MergeResult | None:
         return None
     with disk.readable_errors(output, 0, "run the same command again"), disk.only_writer(output):
         folders = {path.parent for path in map(Path, _each(model))}
-        for path in (folder / str(source["name"]) for folder in folders for source in earlier.sources):
+        for path in (
+            folder / str(source.get("name", "")) for folder in folders for source in earlier.sources
+        ):
             if path.is_file() and not path.is_symlink() and not path.samefile(output) and _emptied(path):
                 path.unlink()
         disk.journal_path(output).unlink(missing_ok=True)
@@ -378,7 +380,7 @@ def _merged_before(model: Given, folder: Path) -> ShardError | None:
     for manifest in sorted(folder.glob("*.manifest.json")):
         output = manifest.with_name(manifest.name.removesuffix(".manifest.json"))
         earlier = earlier_result(output)
-        if earlier and names & {str(source["name"]) for source in earlier.sources}:
+        if earlier and names & {str(source.get("name")) for source in earlier.sources}:
             hint = f"go on with the merged model: dfqs-nb run --model {quoted(output)}"
             return ShardError("was merged and then deleted (consume)", where=sorted(names)[0], hint=hint)
     return None

@@ -64,7 +64,7 @@ class Live:
     def line(self) -> str:
         """What is going on, for how long, what is left, and what the processes do."""
         now, full = time.monotonic(), BAR * self.index // max(1, len(self.titles))
-        bars = self.bars.read_text(encoding="utf-8") if self.bars.exists() else ""
+        bars = self.bars.read_text(encoding="utf-8", errors="replace") if self.bars.exists() else ""
         parts = [f"{self.name} [{'#' * full}{'.' * (BAR - full)}] {self.place}", bars]
         parts.append(duration(now - self.begun))
         return plain(" | ".join(filter(None, [*parts, self._left(now), self.activity.text()])))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from dfqs_nb.core import progress
+from dfqs_nb.core import display, progress
 from dfqs_nb.core.paths import REPOSITORY
 
 BAR = """
@@ -39,3 +39,9 @@ def test_activity_counts_this_process_where_it_is_asked_to():
     while time.process_time() < end:
         pass
     assert "in memory" in own.text() and not own.text().startswith("0 B in memory")
+
+
+def test_a_bar_that_cannot_be_reported_ends_no_work(tmp_path, monkeypatch):
+    for place in ("/dev/full", str(tmp_path / "no folder/.progress")):
+        monkeypatch.setenv("DFQS_PROGRESS", place)
+        assert list(display.tqdm(range(3), "texts", mininterval=0)) == [0, 1, 2]

@@ -152,6 +152,11 @@ def test_a_repeated_consuming_merge_says_where_the_model_is(pair: list[Path], tm
         with pytest.raises(DfqsError, match="was merged and then deleted.*out.gguf"):
             call()
     assert sha256(output) == MERGED
+    manifest = manifest_path(output)
+    kept = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**kept, "sources": [{}]}))
+    with pytest.raises(DfqsError, match="no such file"):
+        merge.open_source(str(pair[0]), merged_to=tmp_path)
 
 
 # ---- planted working files ----
