@@ -370,7 +370,7 @@ class Layout:
         routing, n_layers = experts(headers[0]), headers[0].n_layers
         placed = [(i, t, it.data_offset + t.offset) for i, it in enumerate(headers) for t in it.tensors]
         tied = not any(tensor.name == "output.weight" for _, tensor, _ in placed)
-        parts: dict[int, dict[int, Experts]] = {}
+        parts: dict[int, dict[tuple[int, bool], Experts]] = {}  # a bias comes after its weight
         dense, tables = [], {}
         for file, tensor, start in placed:
             layer, routed = layer_of(tensor.name), re.search(EXPERTS, tensor.name)
@@ -378,7 +378,8 @@ class Layout:
                 continue  # layers for drafting, which llama.cpp does not read
             if layer is not None and routed and tensor.shape[-1] == routing.total:
                 part = Experts(file, start, tensor.nbytes // routing.total, routing.total)
-                parts.setdefault(layer, {})[USED_IN_ORDER.index(routed[1])] = part
+                key = USED_IN_ORDER.index(routed[1]), tensor.name.endswith(".bias")
+                parts.setdefault(layer, {})[key] = part
             elif layer is not None and HASH_TABLE in tensor.name:
                 tables[layer] = file, start, tensor.shape[0]
             elif (n_layers if layer is None else layer) > n_layers - n_gpu_layers:

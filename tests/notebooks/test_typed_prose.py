@@ -40,7 +40,7 @@ ALONE = {
         "the recap of asserts above": ["We recognised a raw"],
     },
     "02": {
-        BY_CONSTRUCTION: ["`read_header` reads only"],
+        BY_CONSTRUCTION: ["`model_header` reads only"],
         OPEN: ["Which class of tensors"],
         "the recap of asserts above": ["The header alone says"],
     },
@@ -73,7 +73,7 @@ ALONE = {
         + ["KL divergence, most likely", "Ability: scores", "What only the paper", "Two reports are compared", "the documents say otherwise"]
         + ["Other programs used", "The curve closest to", "How far a model's", "The accuracy falls and", "Measured on fewer"]
         + ["The boundary lies beyond"],
-        "published, with its source beside it": ["At 16,384 tokens two logs", "The compute buffer of a GPU"],
+        "published, with its source beside it": ["The driver takes about", "Others logged far larger"],
     },
     "docs/long_context.md": {"follows from the plan's lengths": ["Questions come on top"]},
     "docs/paging.md": {"follows from the sizes": ["So a slice costs about"]},

@@ -66,7 +66,8 @@ def test_the_upper_bound_is_reached_by_an_original_of_that_shape():
 
 def test_the_original_is_as_faithful_as_can_be(original, record):
     result = fidelity.compare_record(original, Record.load(record))
-    assert result.tokens["same_top"].all() and (result.tokens["overlap"] == 1).all()
+    assert result.tokens["same_top"].all()
+    assert result.tokens["overlap"].min() >= 0.95  # the last of 20 places can be nearly a tie
     assert result.tokens["kl_low"].max() < 1e-4
     assert result.tokens["nll"].to_numpy() == pytest.approx(result.tokens["nll_reference"], abs=1e-3)
     assert abs(result.summary()["extra_bits_per_byte"]["mean"]) < 1e-3 and "nan" not in result.sentence

@@ -60,7 +60,10 @@ def test_tasks_name_what_the_budget_left_out(tmp_path, capsys):
     assert main(asked) == 0
     assert len(pd.read_csv(tmp_path / "x" / "long_context" / "tasks.csv")) == 2
     assert main([*asked, "--budget-minutes", "0", "--fresh"]) == 1
-    assert "nothing was asked: single needle at 256 tokens" in capsys.readouterr().err
+    assert (
+        "nothing was asked: the table of tasks: not measured; raise --budget-minutes"
+        in capsys.readouterr().err
+    )
 
 
 def test_loops_are_counted_by_temperature_and_cache_type(tmp_path, capsys):
