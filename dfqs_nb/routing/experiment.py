@@ -66,7 +66,8 @@ class Experiment:
         self.load_table = verdict.load_table(self.rows)
         self.sensitivities = verdict.sensitivities(self.rows)
         self.verdict = verdict.judge(self.rows)
-        self.under_load = verdict.judge_loads(self.rows, self.verdict.passed)
+        unknown = not self.verdict.passed and not self.verdict.n_runs_differ
+        self.under_load = verdict.judge_loads(self.rows, None if unknown else self.verdict.passed)
         self.advice = verdict.advice(self.sensitivities)
         self.left_out = [name for name, how in self.status.items() if how.startswith("left out")]
         # the changes of settings: the row, its two traces, and which choices differ

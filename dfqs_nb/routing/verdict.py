@@ -237,7 +237,9 @@ def compared(
         about |= {"status": status[each.name], "load": each.load, "n_others": max(0, len(each.arrivals) - 1)}
         run, base = traces.get(each.name), traces.get(each.against)
         if run is None or base is None:
-            missing = f"not comparable: {each.against!r} did not run"
+            # a run is no failure where the budget has left out what it is compared with
+            how = "left out" if status[each.against].startswith("left out") else "not comparable"
+            missing = f"{how}: {each.against!r} did not run"
             rows.append(about | ({} if run is None else {"status": missing}))
             continue
         pairs = [("", "", base, run)]
@@ -333,6 +335,8 @@ def deterministic(verdict: Determinism) -> tuple[str, str]:
     """Whether "deterministic execution" holds: equal choices, logits and answers."""
     if not verdict.n_runs:
         return "not testable here", "no repetition ran"
+    if verdict.failed_runs and not verdict.n_runs_differ:
+        return "not testable here", f"{len(verdict.failed_runs)} of the repetitions did not run"
     answers = "equal" if verdict.same_output else "differ"
     exact = verdict.passed and verdict.logits_equal == 1.0 and verdict.same_output
     choices = f"{verdict.n_differ:,} of {verdict.n_choices:,} choices differ; " if verdict.routed else ""
@@ -408,10 +412,14 @@ class UnderLoad:
     sentence: str = ""  # the verdict in words
 
 
-def judge_loads(rows: pd.DataFrame, alone_passed: bool) -> UnderLoad:
-    """The verdict on the rows of `compared` beside others; ``alone_passed``: the same run repeats itself."""
+def judge_loads(rows: pd.DataFrame, alone_passed: bool | None) -> UnderLoad:
+    """The verdict on the rows of `compared` beside others.
+
+    ``alone_passed``: the same run repeats itself; None: no repetition differed, but one or all did not run.
+    """
     rows = rows[rows["kind"] == "load"]
-    broken = rows[rows["status"].astype(str).str.startswith("failed")].drop_duplicates("condition")
+    fine = rows["status"].astype(str).str.startswith(("done", "left out"))
+    broken = rows[~fine].drop_duplicates("condition")
     failed = tuple(f"{row.condition}: {row.status}" for row in broken.itertuples())
     beside = rows[(rows["status"] == "done") & (rows["n_others"] > 0)]
     if not beside["n_choices"].sum():
@@ -421,15 +429,17 @@ def judge_loads(rows: pd.DataFrame, alone_passed: bool) -> UnderLoad:
     counts["n_domains"] = int(beside["domain"].nunique())
     smallest = beside[beside["n_differ"] > 0].sort_values("n_others", kind="stable")
     changed = tuple(smallest["load"].unique())
-    level = "not" if not alone_passed else "alone" if changed else "under load"
-    verdict = UnderLoad(level == "under load" and not failed, level, changed, failed, counts)
+    level = "not" if alone_passed is False else "alone" if changed else "under load"
+    passed = level == "under load" and bool(alone_passed) and not failed
+    verdict = UnderLoad(passed, level, changed, failed, counts)
     return replace(verdict, sentence=_sentence(verdict, beside))
 
 
 def _sentence(verdict: UnderLoad, beside: pd.DataFrame) -> str:
     of, sizes = SimpleNamespace(**verdict.counts), [str(n) for n in sorted(beside["n_others"].unique())]
     company = " or ".join(filter(None, (", ".join(sizes[:-1]), sizes[-1])))
-    shown = "Not shown for all loads" if verdict.failed else "Deterministic under load"
+    shown = "Deterministic under load" if verdict.passed else "Not shown, as repetitions alone did not run"
+    shown = "Not shown for all loads" if verdict.failed else shown
     first = {"not": "Not deterministic, not even alone", "alone": "Deterministic alone only"}
     rate = f" ({of.rate:.2%}, 95 % interval over texts {of.rate_low:.2%} to {of.rate_high:.2%})"
     moved = int(beside["same_output"].eq(False).sum())  # None does not count

@@ -16,10 +16,21 @@ from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import experiment as routing_experiment
 from dfqs_nb.routing.experiment import Condition, run_experiment
+from dfqs_nb.routing.plan import IDENTICAL
 from dfqs_nb.routing.recorded import Schedule
 from dfqs_nb.routing.recorder import RoutingError
 from dfqs_nb.routing.trace import Trace
-from dfqs_nb.routing.verdict import FIELDS, advice, compare, differences, judge, overlaps, sensitivities
+from dfqs_nb.routing.verdict import (
+    FIELDS,
+    advice,
+    compare,
+    compared,
+    deterministic,
+    differences,
+    judge,
+    overlaps,
+    sensitivities,
+)
 from dfqs_nb.stats import at_most
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
@@ -151,7 +162,21 @@ def test_the_verdict_fails_when_a_repetition_did_not_run():
     table = table_of(("again", "identical", "x", A, A), ("fresh", "identical", "x", A, A))
     table.loc[1, "status"] = "failed: llama.cpp died"
     assert not judge(table).passed and "did not run" in judge(table).text
+    assert deterministic(judge(table)) == ("not testable here", "1 of the repetitions did not run")
     assert not judge(table[table["kind"] == "none"]).passed
+
+
+def test_a_repetition_is_no_failure_where_the_budget_left_out_what_it_repeats():
+    planned = [
+        Condition("x", "reference", "", OpenSettings()),
+        Condition("x again", IDENTICAL, "x", OpenSettings()),
+        Condition("y again", IDENTICAL, "y", OpenSettings()),
+    ]
+    status = {"x": "done", "x again": "done", "y again": "done"}
+    traces = {"x": A, "x again": A, "y again": A}
+    cut = judge(compared(planned, traces, status | {"y": "left out: it does not fit"}, []))
+    broken = judge(compared(planned, traces, status | {"y": "failed: llama.cpp died"}, []))
+    assert cut.passed and not broken.passed
 
 
 def test_sensitivities_are_ranked_and_become_advice():

@@ -301,10 +301,16 @@ def test_nothing_changed_bounds_batches_and_texts():
     assert verdict.counts["texts_bound"] == pytest.approx(1 - 0.05 ** (1 / 16))
     assert verdict.sentence.startswith("Deterministic under load: with 16 texts of 4 domains")
     assert judge_loads(rows_of({"a": 0}), False).level == "not"
+    unknown = judge_loads(rows_of({"a": 0}), None)
+    assert not unknown.passed and unknown.sentence.startswith("Not shown, as repetitions alone did not run")
     broken = rows_of({"a": 0, "b": 0})
     broken.loc[broken["load"] == "b", "status"] = "failed: llama.cpp died"
     assert not judge_loads(broken, True).passed
     assert "2 loads did not run (b 0: failed" in judge_loads(broken, True).sentence
+    broken.loc[broken["load"] == "b", "status"] = "not comparable: 'alone' did not run"
+    assert not judge_loads(broken, True).passed
+    broken.loc[broken["load"] == "b", "status"] = "left out: 'alone' did not run"
+    assert judge_loads(broken, True).passed
 
 
 def test_a_changed_choice_names_its_loads_with_an_interval_over_texts():
