@@ -8,13 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from dfqs_nb.core.files import is_file, read_json, sha256_of_file, write_text
+from dfqs_nb.core.files import is_file, sha256_of_file, write_text
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.core.stage import UNSEALED, Stage, read_stage
 from dfqs_nb.report import claims, requirements
 from dfqs_nb.report.metrics import CURVE
 from dfqs_nb.report.reading import AGAIN, FILE, check_report, read_answers, read_report
-from dfqs_nb.report.stages import BESIDE, DRAWN_ON, ReportError
+from dfqs_nb.report.stages import ReportError, stages_in
 from dfqs_nb.report.text import NANO, hub_forms, markdown, page
 from dfqs_nb.report.verdicts import verdict
 
@@ -55,9 +55,8 @@ def write_report(stage: Stage | str | Path, report: Mapping[str, Any] | None = N
 
 def uncovered(folder: Path, known: set[str]) -> list[Path]:
     """Files of a run's folder that no stage's seal covers: models, notebooks and parts of files apart."""
-    for name in (*DRAWN_ON, *BESIDE):
-        content = read_json(folder / f"{name}.json") if (folder / f"{name}.json").is_file() else None
-        known |= {f"{name}.json", *(content.get("files", {}) if isinstance(content, dict) else ())}
+    for name, stage in stages_in(folder).items():
+        known |= {f"{name}.json", *stage.get("files", ())}
     skipped, known = (*UNSEALED, ".part", ".lock", ".files"), known | {f"{SEALED}.json"}
     return [
         path
@@ -75,16 +74,19 @@ def check_run(folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     report = read_report(folder)
-    stages = [name for name in (*DRAWN_ON, *BESIDE, SEALED) if (folder / f"{name}.json").exists()]
-    if SEALED not in stages:
+    if not is_file(folder / f"{SEALED}.json"):
         raise ReportError("is missing", where=tilde(folder / f"{SEALED}.json"), hint=AGAIN)
-    files = {name: read_stage(folder, name, sealed=True)["files"] for name in stages}
+    stages = stages_in(folder, sealed=True) | {SEALED: read_stage(folder, SEALED, sealed=True)}
+    files = {name: stage["files"] for name, stage in stages.items()}
     for name, then in report["sources"].items():
         if not is_file(folder / name) or sha256_of_file(folder / name) != then:
             what = "is missing, or was changed since the report was written"
             raise ReportError(what, where=tilde(folder / name), hint=AGAIN)
     for name, text in (("report.md", markdown(report, folder)), ("report.html", page(report, folder))):
-        if (folder / name).read_text(encoding="utf-8") != text:
+        if (
+            not is_file(folder / name)
+            or (folder / name).read_text(errors="replace", encoding="utf-8") != text
+        ):
             what = "is not what report.json gives: edited, or written by another version of the workbook"
             raise ReportError(what, where=tilde(folder / name), hint=AGAIN)
     items = read_answers(folder)

@@ -35,11 +35,10 @@ def read_run(folder: str | Path) -> Run:
         StageError, ReportError: a stage is damaged, edited, or of another model or tier; or there is no run.
     """
     folder = Path(folder)
-    there = [name for name in (*DRAWN_ON, *BESIDE) if (folder / f"{name}.json").exists()]
-    if "merge" not in there:
+    run = stages_in(folder, sealed=True)
+    if "merge" not in run:
         hint = f"run {NOTEBOOKS['merge']} first, with this folder's name as run_name"
         raise ReportError("this folder has no run", where=tilde(folder), hint=hint)
-    run = checked({name: read_stage(folder, name, sealed=True) for name in there}, folder)
     drawn = {name: stage for name, stage in run.items() if name in DRAWN_ON}
     models = {name: str(sha256_of(stage) or "unknown") for name, stage in drawn.items()}
     if other := next((name for name in models if models[name] != models["merge"]), ""):
@@ -52,6 +51,15 @@ def read_run(folder: str | Path) -> Run:
         what = f"its stages are of different tiers ({listed})"
         raise ReportError(what, where=tilde(folder), hint="run notebooks 05 and 06 with the same tier")
     return run
+
+
+def stages_in(folder: Path, *, sealed: bool = False) -> Run:
+    """The stages that a folder has, each with the fields of its schema; ``sealed``: check the seals, too.
+
+    A StageError or ReportError names one that is damaged.
+    """
+    there = [name for name in (*DRAWN_ON, *BESIDE) if (folder / f"{name}.json").exists()]
+    return checked({name: read_stage(folder, name, sealed=sealed) for name in there}, folder)
 
 
 def checked(run: Run, folder: Path = Path()) -> Run:

@@ -13,12 +13,12 @@ import pandas as pd
 
 from dfqs_nb.core import display
 from dfqs_nb.core.paths import public_address
-from dfqs_nb.core.stage import NOTEBOOKS, read_stage
+from dfqs_nb.core.stage import NOTEBOOKS
 from dfqs_nb.report import requirements
 from dfqs_nb.report.envelope import envelope_tables
 from dfqs_nb.report.metrics import CURVE, METRICS, SCORES, SPEED, metric_sentence
 from dfqs_nb.report.spec import claims_spec, link, spaced
-from dfqs_nb.report.stages import BESIDE, ReportError
+from dfqs_nb.report.stages import BESIDE, ReportError, stages_in
 from dfqs_nb.report.template import render
 from dfqs_nb.report.verdicts import verdict
 
@@ -162,7 +162,7 @@ def _envelope(envelope: Mapping[str, Any]) -> dict[str, Any]:
 
 def _beside(folder: Path) -> dict[str, list[str]]:
     """What else there is: the summaries of ladder and serving, and what any stage's budget left out."""
-    stages = {name: read_stage(folder, name) for name in NOTEBOOKS if (folder / f"{name}.json").is_file()}
+    stages = stages_in(folder)
     lines = {name: stages[name].get("summary", []) for name in BESIDE if name in stages}
     lines["left_out"] = [
         f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {sentence}"

@@ -736,6 +736,27 @@ def test_what_ladder_and_serving_found_is_shown_and_sealed_again_after_the_summa
         report.check_run(copied)
 
 
+@pytest.mark.parametrize("wrong", [{"summary": 5}, {"left_out": "x"}, {"left_out": [1]}])
+def test_a_stage_beside_the_metrics_with_fields_of_another_type_is_refused(copied, wrong):
+    """Whoever hands a run on can seal anything."""
+    content = {"stage": "ladder", "files": {}} | wrong
+    core_files.write_json(copied / "ladder.json", content | {"seal": core_files.canonical_sha256(content)})
+    for reader in (report.check_run, report.write_report):
+        with pytest.raises(ReportError, match=r"ladder.json: (summary|left_out).*run 08_"):
+            reader(copied)
+
+
+def test_a_text_of_a_report_that_is_gone_or_no_text_is_refused(copied):
+    (copied / "report.md").write_bytes(b"\xff")
+    report.write_report(copied)
+    with pytest.raises(ReportError, match=r"report.md: is not what report.json gives"):
+        report.check_run(copied)
+    (copied / "report.md").unlink()
+    report.write_report(copied)
+    with pytest.raises(ReportError, match=r"report.md: is not what report.json gives"):
+        report.check_run(copied)
+
+
 def test_twelve_lines_of_forgery_are_refused(copied):
     """Hashes and seals made right again: the answers do not give the number."""
     body = json.loads((copied / "report.json").read_text())
